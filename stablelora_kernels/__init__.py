@@ -1,0 +1,1 @@
+"""Fused LoRA layers and the Stable-LoRA optimizer for PyTorch, in Triton."""

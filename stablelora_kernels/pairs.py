@@ -1,0 +1,70 @@
+"""Finding the (A, B) pairs of LoRA by the names of their parameters, in this library's layers and in PEFT's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# "q_proj.lora_A" is ours, "q_proj.lora_A.default.weight" PEFT's, "q_proj.lora_A.weight" a PEFT file's.
+_LORA_NAME = re.compile(r"^(?:(?P<prefix>.+)\.)?lora_(?P<role>[AB])(?:\.(?P<adapter>[^.]+))??(?:\.weight)?$")
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAPair:
+    """One LoRA branch: W = W0 + s·B·A, with A [r, in_features] and B [out_features, r].
+
+    ``name`` is the layer's dotted name, followed by the adapter's where the layer holds named adapters (PEFT's do).
+    """
+
+    name: str
+    A: torch.Tensor
+    B: torch.Tensor
+
+    def __post_init__(self) -> None:
+        a, b = tuple(self.A.shape), tuple(self.B.shape)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise ValueError(f"pair {self.name!r}: A must be [r, in] and B [out, r] with one r, got A {list(a)} and B {list(b)}")
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[0]
+
+
+def split_lora_name(name: str) -> tuple[str, str] | None:
+    """``(pair name, "A" or "B")`` of a parameter's dotted name, or None for a parameter that is no LoRA matrix."""
+    match = _LORA_NAME.match(name)
+    if match is None:
+        return None
+    parts = [part for part in (match["prefix"], match["adapter"]) if part]
+    return ".".join(parts), match["role"]
+
+
+def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[LoRAPair]:
+    """The LoRA pairs of a model or of named parameters, in the order of their A's.
+
+    Works on models made by :func:`~stablelora_kernels.apply_lora` and on PEFT models. LoRA on embeddings
+    (``lora_embedding_A``) and on convolutions (4-dimensional A) is outside the method and is not listed.
+
+    Raises:
+        ValueError: an A without its B, a B without its A, or shapes that do not fit.
+        TypeError: ``source`` gives something other than (name, tensor).
+    """
+    named = source.named_parameters() if isinstance(source, nn.Module) else source
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for item in named:
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], torch.Tensor)):
+            raise TypeError(f"source must be a module or give (name, parameter) tuples, got an item of type {type(item).__name__}")
+        name, parameter = item
+        split = split_lora_name(name)
+        if split is not None and parameter.dim() == 2:
+            halves.setdefault(split[0], {})[split[1]] = parameter
+    for name, half in halves.items():
+        if len(half) == 1:
+            (role,) = half
+            other = "B" if role == "A" else "A"
+            raise ValueError(f"pair {name!r} has lora_{role} {list(half[role].shape)} but no lora_{other}")
+    return [LoRAPair(name, half["A"], half["B"]) for name, half in halves.items()]
