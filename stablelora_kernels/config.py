@@ -1,0 +1,163 @@
+"""``LoRAConfig``: which layers get a LoRA branch, and what kind. PEFT's field names, meaning and way of matching names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stablelora_kernels._checks import check_float, check_int
+
+ALL_LINEAR = "all-linear"
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """What :func:`~stablelora_kernels.apply_lora` does to a model. Fields, and how they match names, are PEFT's.
+
+    Args:
+        r: rank, at least 1.
+        lora_alpha: the branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+        lora_dropout: probability of dropping an element of the branch's input, in [0, 1).
+        target_modules: a list of names, each meant as a module's whole dotted name or the end of it after a dot; or
+            "all-linear", every ``nn.Linear`` but the output head; or any other string, a regular expression for the whole
+            dotted name. It has to be given: PEFT's table of defaults per architecture is not carried over.
+        exclude_modules: names or a regular expression, as above, of modules to leave alone.
+        use_rslora: rank-stabilised scaling.
+        init_lora_weights: True, False or "gaussian", see :class:`~stablelora_kernels.LoRALinear`.
+        rank_pattern, alpha_pattern: a rank or alpha of its own for some layers. A key is a regular expression for the whole
+            dotted name or the end of it after a dot; the first that matches counts.
+        bias: which biases are trained and saved as well: "none", "all" of the model's, or "lora_only", those of the layers
+            that have a branch.
+        modules_to_save: ends of names of modules that are trained whole and saved with the adapter.
+        fan_in_fan_out: must be False. It is for weights stored as [in, out]; only ``nn.Linear`` is replaced here.
+
+    Raises:
+        ValueError, TypeError: a field out of range or of the wrong kind, naming it and its value.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("r", self.r, minimum=1)
+        check_float("lora_alpha", self.lora_alpha)
+        check_float("lora_dropout", self.lora_dropout, low=0.0, high=1.0)
+        _check_bool("use_rslora", self.use_rslora)
+        _check_bool("fan_in_fan_out", self.fan_in_fan_out)
+        if self.fan_in_fan_out:
+            raise ValueError(
+                "fan_in_fan_out must be False: only nn.Linear layers are replaced, which hold [out, in], got True"
+            )
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
+            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}")
+        if self.target_modules is None:
+            raise ValueError("target_modules must be a list of names, 'all-linear' or a regular expression, got None")
+        if self.modules_to_save is not None and isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save must be a list of names or None, got the string {self.modules_to_save!r}")
+        # Copies, so that a caller's list that changes later does not change what was checked.
+        set_field = object.__setattr__
+        set_field(self, "target_modules", _check_names("target_modules", self.target_modules))
+        set_field(self, "exclude_modules", _check_names("exclude_modules", self.exclude_modules) or None)
+        set_field(self, "modules_to_save", _check_names("modules_to_save", self.modules_to_save) or None)
+        if not self.target_modules:
+            raise ValueError(f"target_modules must name at least one module, got {self.target_modules!r}")
+        set_field(self, "rank_pattern", _check_pattern("rank_pattern", self.rank_pattern))
+        set_field(self, "alpha_pattern", _check_pattern("alpha_pattern", self.alpha_pattern))
+        for key, rank in self.rank_pattern.items():
+            check_int(f"rank_pattern[{key!r}]", rank, minimum=1)
+        for key, alpha in self.alpha_pattern.items():
+            check_float(f"alpha_pattern[{key!r}]", alpha)
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether ``target_modules`` is "all-linear", in any case."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    def targets(self, name: str) -> bool:
+        """Whether ``target_modules`` matches a module's dotted name. "all-linear" matches every name."""
+        return self.all_linear or _matches(self.target_modules, name)
+
+    def reason_to_exclude(self, name: str) -> str | None:
+        """Why a module that ``target_modules`` matches is left alone, or None."""
+        if self.exclude_modules and _matches(self.exclude_modules, name):
+            return "exclude_modules matches it"
+        parents = name.split(".")
+        if any(self.saves(".".join(parents[: i + 1])) for i in range(len(parents))):
+            return "it is trained whole (modules_to_save)"
+        return None
+
+    def saves(self, name: str) -> bool:
+        """Whether ``modules_to_save`` names this module. As in PEFT "head" names "lm_head" too: no dot is needed."""
+        return any(name.endswith(end) for end in self.modules_to_save or ())
+
+    def rank_of(self, name: str) -> int:
+        return _lookup(self.rank_pattern, name, self.r)
+
+    def alpha_of(self, name: str) -> float:
+        return _lookup(self.alpha_pattern, name, self.lora_alpha)
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches a dotted name. "^" pins a key to the name's start."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for key, value in patterns.items() if pattern_matches(key, name)), default)
+
+
+def _matches(names: list[str] | str | None, name: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in names or ())
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_regex(name: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name} must be a regular expression, got {value!r}: {error}") from None
+
+
+def _check_names(name: str, value: Any) -> Any:
+    """A regular expression as it is, any collection of names as a list."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _check_regex(name, value)
+        return value
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(
+        isinstance(item, str) and item for item in value
+    ):
+        raise TypeError(f"{name} must be a string or a list of names, got {value!r}")
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+
+
+def _check_pattern(name: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name} must be a dict of name patterns, got {value!r}")
+    for key in value:
+        _check_regex(name, key)
+    return dict(value)
