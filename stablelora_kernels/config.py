@@ -1,4 +1,4 @@
-"""``LoRAConfig``: which layers get a LoRA branch, and what kind. PEFT's field names, meaning and way of matching names."""
+"""``LoRAConfig``: which layers get a LoRA branch, and what kind. The field names and their meaning are PEFT's."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class LoRAConfig:
         lora_alpha: the branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
         lora_dropout: probability of dropping an element of the branch's input, in [0, 1).
         target_modules: a list of names, each meant as a module's whole dotted name or the end of it after a dot; or
-            "all-linear", every ``nn.Linear`` but the output head; or any other string, a regular expression for the whole
-            dotted name. It has to be given: PEFT's table of defaults per architecture is not carried over.
+            "all-linear", every ``nn.Linear`` but the output head; or any other string, a regular expression for the
+            whole dotted name. It has to be given: PEFT's table of defaults per architecture is not carried over.
         exclude_modules: names or a regular expression, as above, of modules to leave alone.
         use_rslora: rank-stabilised scaling.
         init_lora_weights: True, False or "gaussian", see :class:`~stablelora_kernels.LoRALinear`.
-        rank_pattern, alpha_pattern: a rank or alpha of its own for some layers. A key is a regular expression for the whole
-            dotted name or the end of it after a dot; the first that matches counts.
-        bias: which biases are trained and saved as well: "none", "all" of the model's, or "lora_only", those of the layers
-            that have a branch.
+        rank_pattern, alpha_pattern: a rank or alpha of its own for some layers. A key is a regular expression for the
+            whole dotted name or the end of it after a dot; the first that matches counts.
+        bias: which biases are trained and saved as well: "none", "all" of the model's, or "lora_only", those of the
+            layers that have a branch.
         modules_to_save: ends of names of modules that are trained whole and saved with the adapter.
         fan_in_fan_out: must be False. It is for weights stored as [in, out]; only ``nn.Linear`` is replaced here.
 
@@ -113,7 +113,7 @@ class LoRAConfig:
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches a dotted name. "^" pins a key to the name's start."""
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches a dotted name; "^" pins it to the name's start."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 

@@ -37,7 +37,7 @@ class ReplacedModule:
 class LoRAReport:
     """What was done to a model: every replaced module, every skipped match with its reason, and parameter counts.
 
-    ``notes`` holds the rest that one might not expect, such as a pattern that matched nothing. ``print(report)`` sums it up.
+    ``notes`` holds what else one might not expect, such as a pattern that matched nothing. ``print(report)`` sums it up.
     """
 
     replaced: tuple[ReplacedModule, ...]
@@ -67,21 +67,21 @@ class LoRAReport:
 def apply_lora(model: nn.Module, config: LoRAConfig) -> LoRAReport:
     """Give every ``nn.Linear`` that ``config`` matches a LoRA branch, in place, and freeze every other parameter.
 
-    The new layers share the old ones' weight, bias and hooks, are on their device and in their training mode; A and B are
-    float32 (float64 beside a float64 weight). A layer registered in two places is matched by its first name and stays one
-    layer in both. Trainable afterwards are A and B, the biases that ``config.bias`` asks for and the modules of
-    ``config.modules_to_save``; one of these whose weight is tied to a module outside gets a copy of its own, as in PEFT.
+    The new layers share the old ones' weight, bias and hooks, are on their device and in their training mode; A and B
+    are float32 (float64 beside a float64 weight). A layer registered in two places is matched by its first name and
+    stays one layer in both. Trainable afterwards are A and B, the biases that ``config.bias`` asks for and the modules
+    of ``config.modules_to_save``; one of these whose weight is tied to a module outside gets a copy, as in PEFT.
 
     Only plain ``nn.Linear`` layers are replaced. Anything else that matches (subclasses, quantised or sharded weights,
-    other layer types, layers that have LoRA already, the output head under "all-linear", ...) is left as it was and named
-    in the report.
+    other layer types, layers that have LoRA already, the output head under "all-linear", ...) is left as it was and
+    named in the report.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: no layer matches, or none of ``modules_to_save`` does, or one of these holds parameters that cannot be
-            trained. Nothing is changed.
+        ValueError: no layer matches, or none of ``modules_to_save`` does, or one of these holds parameters that cannot
+            be trained. Nothing is changed.
         TypeError: ``model`` or ``config`` is something else.
     """
     return commit(model, config, plan_lora(model, config))
@@ -90,7 +90,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> LoRAReport:
 def commit(
     model: nn.Module, config: LoRAConfig, plan: Plan, lora_dtypes: Mapping[str, torch.dtype] | None = None
 ) -> LoRAReport:
-    """The second half of :func:`apply_lora`. ``lora_dtypes`` gives A and B of the layers it names a dtype of their own."""
+    """The second half of :func:`apply_lora`. ``lora_dtypes`` gives A and B of the layers it names another dtype."""
     was_trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         layers = {
@@ -197,11 +197,12 @@ def unmerge_lora(model: nn.Module) -> None:
 def remove_lora(model: nn.Module, merge: bool = True) -> None:
     """Turn every LoRALinear of ``model`` back into an ``nn.Linear``, in place.
 
-    With ``merge`` it holds the merged weight; without, the very Parameter that ``from_linear`` was given. Hooks and training
-    mode go with it. Parameters stay frozen or trainable as they are.
+    With ``merge`` it holds the merged weight; without, the very Parameter that ``from_linear`` was given. Hooks and
+    training mode go with it. Parameters stay frozen or trainable as they are.
 
     Raises:
-        ValueError: the model has no LoRA layers, is itself one, or a merged weight would not be finite. Nothing is changed.
+        ValueError: the model has no LoRA layers or is itself one, or a merged weight would not be finite. Nothing is
+            changed.
     """
     layers = _some_lora_layers(model)
     if "" in layers:
@@ -245,7 +246,7 @@ def _swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Counter[nn.Mo
 def _untie(model: nn.Module, name: str, module: nn.Module) -> list[str]:
     """Give ``module`` its own copy of the parameters that modules outside it hold too; the names of these.
 
-    Training a tied weight would train the frozen module it is tied to; and PEFT, which saves a copy, would load it untied.
+    Training a tied weight would train the frozen module it is tied to; and PEFT trains, saves and loads a copy.
     """
     inside = set(module.modules())
     outside = {

@@ -148,7 +148,7 @@ def _reason_to_skip(model: nn.Module, name: str, module: nn.Module) -> str | Non
 
 
 def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: list[SkippedModule]) -> str:
-    text = f"target_modules must match an nn.Linear of the model, got {config.target_modules!r}, which matches none to replace"
+    text = f"target_modules must match an nn.Linear of the model, got {config.target_modules!r}, which matches none"
     if skipped:
         text += f"; skipped {list_some([f'{module.name} ({module.reason})' for module in skipped])}"
     elif isinstance(config.target_modules, str):
