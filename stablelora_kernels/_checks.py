@@ -17,7 +17,13 @@ def check_int(name: str, value: Any, *, minimum: int) -> int:
 
 
 def check_float(
-    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, low_open: bool = False, high_open: bool = True
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = True,
 ) -> float:
     """``value`` as a finite float in the interval from ``low`` to ``high``; an infinite end is no bound."""
     if isinstance(value, bool) or not isinstance(value, Real):

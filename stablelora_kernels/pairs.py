@@ -27,7 +27,9 @@ class LoRAPair:
     def __post_init__(self) -> None:
         a, b = tuple(self.A.shape), tuple(self.B.shape)
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            raise ValueError(f"pair {self.name!r}: A must be [r, in] and B [out, r] with one r, got A {list(a)} and B {list(b)}")
+            raise ValueError(
+                f"pair {self.name!r}: A must be [r, in] and B [out, r] with one r, got A {list(a)} and B {list(b)}"
+            )
 
     @property
     def r(self) -> int:
@@ -56,8 +58,15 @@ def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[L
     named = source.named_parameters() if isinstance(source, nn.Module) else source
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for item in named:
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], torch.Tensor)):
-            raise TypeError(f"source must be a module or give (name, parameter) tuples, got an item of type {type(item).__name__}")
+        if not (
+            isinstance(item, tuple)
+            and len(item) == 2
+            and isinstance(item[0], str)
+            and isinstance(item[1], torch.Tensor)
+        ):
+            raise TypeError(
+                f"source must be a module or give (name, parameter) tuples, got an item of type {type(item).__name__}"
+            )
         name, parameter = item
         split = split_lora_name(name)
         if split is not None and parameter.dim() == 2:

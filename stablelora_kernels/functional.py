@@ -1,0 +1,89 @@
+"""``lora_linear``: arguments are checked once, here, and handed to the op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels._checks import check_float
+from stablelora_kernels.backend import resolve_backend
+from stablelora_kernels.ops.lora_linear import lora_linear_op
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``y = x W^T + bias + scaling · D(x) A^T B^T``, with D inverted dropout on the LoRA branch only.
+
+    Args:
+        x: [..., K], any leading sizes and any strides, in bfloat16, float16, float32, or float64 (PyTorch backend only).
+            Under ``torch.autocast``, x, weight and bias are cast to its dtype first, as for ``nn.functional.linear``.
+        weight: [N, K], x's dtype. bias: [N] of x's dtype, or None.
+        lora_A: [r, K]. lora_B: [N, r]. Both of x's dtype or both float32; products are in x's dtype, sums in float32.
+        scaling: s, a number.
+        dropout_p: probability of dropping an element, in [0, 1). The mask comes from torch's generator of x's device.
+        training: dropout happens only if true.
+
+    Returns:
+        [..., N], in x's dtype. Gradients flow to every argument tensor that requires them, and no others are computed.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or a dropout_p outside [0, 1).
+        TypeError: dtypes that do not fit.
+        RuntimeError: the Triton backend was forced where it can't run.
+    """
+    device = x.device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        if x.is_floating_point() and x.dtype != torch.float64:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+            if lora_A.dtype != torch.float32:
+                lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    _check(x, weight, bias, lora_A, lora_B)
+    if dropout_p != 0.0:
+        check_float("dropout_p", dropout_p, low=0.0, high=1.0)
+    backend = resolve_backend(device)
+    if backend == "triton" and x.dtype == torch.float64:
+        raise TypeError("x is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')")
+    return lora_linear_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0, backend)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
+    n, k = weight.shape
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"x must be [..., {k}] to fit weight {[n, k]}, got {list(x.shape)}")
+    if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
+        raise ValueError(f"lora_A must be [r, {k}] with r >= 1 to fit weight {[n, k]}, got {list(lora_A.shape)}")
+    if lora_B.dim() != 2 or lora_B.shape[0] != n or lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(
+            f"lora_B must be {[n, lora_A.shape[0]]} to fit weight {[n, k]} and lora_A {list(lora_A.shape)}, "
+            f"got {list(lora_B.shape)}"
+        )
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias must be {[n]} to fit weight {[n, k]}, got {list(bias.shape)}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x must be bfloat16, float16, float32 or float64, got {x.dtype}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
+    if lora_A.dtype != x.dtype and (lora_A.dtype != torch.float32 or x.dtype == torch.float64):
+        raise TypeError(f"lora_A and lora_B must be float32 or of x's dtype {x.dtype}, got {lora_A.dtype}")
+    device = x.device
+    for name, tensor in (("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on x's device {device}, got {tensor.device}")

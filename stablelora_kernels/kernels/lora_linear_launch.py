@@ -1,0 +1,165 @@
+"""Tiles for the kernels of ``lora_linear``, and their launches. Tensors are 2-D and of any strides unless it says otherwise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from stablelora_kernels.kernels._common import input_precision, launch, shared_limit
+from stablelora_kernels.kernels.lora_linear import _lora_linear_dab_kernel, _lora_linear_kernel, _lora_shrink_kernel
+
+# A fused rank block wider than this costs more in registers than reading X again.
+MAX_BLOCK_R = 64
+
+
+class LinearConfig(NamedTuple):
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+    GROUP_M: int = 8
+
+
+class ReduceConfig(NamedTuple):
+    """BLOCK_M by BLOCK_C tiles of the activation, BLOCK_R of the rank."""
+
+    BLOCK_M: int
+    BLOCK_C: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+def rank_block(r: int) -> int:
+    """The rank padded to what a matrix instruction takes: a power of two of at least 16."""
+    return min(max(16, triton.next_power_of_2(r)), MAX_BLOCK_R)
+
+
+def linear_config(m: int, n: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, limit: int) -> LinearConfig:
+    """The tile of Y for the product with the LoRA branch, pipelined as deep as ``limit`` bytes of shared memory allow."""
+    block_r = rank_block(r)
+    if dtype == torch.float32:
+        block_m, block_n, block_k, warps, stages = (16, 64, 64, 4, 3) if m <= 16 else (64, 64, 32, 4, 3)
+    elif m <= 64:
+        # Few rows: the product is bound by reading W, so tiles are narrow to spread it over the GPU and K is deep.
+        block_m, block_n, block_k, warps, stages = max(16, triton.next_power_of_2(m)), 32, 128, 4, 4
+    elif m >= 1024 and n >= 1024 and block_r == 16 and limit >= 200_000:
+        block_m, block_n, block_k, warps, stages = 128, 256, 64, 8, 3
+    else:
+        block_m, block_n, block_k, warps, stages = 128, 128, 64, 8, 3
+
+    def shared(depth: int) -> int:
+        return depth * block_k * ((block_m + block_n) * dtype.itemsize + block_r * lora_dtype.itemsize)
+
+    while stages > 1 and shared(stages) > limit:
+        stages -= 1
+    return LinearConfig(block_m, block_n, block_k, block_r, warps, stages)
+
+
+def shrink_config(m: int, r: int, dtype: torch.dtype) -> ReduceConfig:
+    """The tile of S: few rows each, so that many programs share the reading of X."""
+    block_m = 16 if m <= 4096 else 64
+    return ReduceConfig(block_m, 64 if dtype == torch.float32 else 128, rank_block(r), 4, 3)
+
+
+def dab_config(n: int, k: int, r: int, dtype: torch.dtype) -> ReduceConfig:
+    """The tile of dA and dB: narrow where the layer is, since each tile sums all rows by itself."""
+    block_c = 32 if n + k <= 4096 else 64
+    return ReduceConfig(32 if dtype == torch.float32 else 64, block_c, rank_block(r), 4, 3)
+
+
+def _threshold(dropout_p: float) -> int:
+    return min(round(dropout_p * 2**31), 2**31 - 1)
+
+
+def launch_shrink(
+    x: Tensor, lora_a: Tensor, s: Tensor, seed: Tensor | None, dropout_p: float, config: ReduceConfig | None = None
+) -> None:
+    """S = (X ∘ keep) A^T: x [M, K], lora_a [r, K], s [M, r] with unit column stride, seed int64 [1]."""
+    (m, k), r = x.shape, lora_a.shape[0]
+    c = config or shrink_config(m, r, x.dtype)
+    grid = (triton.cdiv(m, c.BLOCK_M), triton.cdiv(r, c.BLOCK_R))
+    if m == 0:
+        return
+    launch(
+        _lora_shrink_kernel, grid, x.device, x, lora_a, s, seed, m, k, r, *x.stride(), *lora_a.stride(), s.stride(0),
+        _threshold(dropout_p), DROPOUT=dropout_p > 0, BLOCK_M=c.BLOCK_M, BLOCK_K=c.BLOCK_C, BLOCK_R=c.BLOCK_R,
+        INPUT_PRECISION=input_precision(x.dtype), num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+
+def launch_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor | None,
+    y: Tensor,
+    scaling: float,
+    *,
+    load_s: bool,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+    config: LinearConfig | None = None,
+) -> None:
+    """Y = X W^T + bias + scaling (S B^T) ∘ keep, with S = X A^T stored into ``s`` (unless None) or, ``load_s``, read from it.
+
+    x [M, K], weight [N, K], bias [N], lora_a [r, K], lora_b [N, r]; s [M, r] and y [M, N] with unit column stride. The
+    branch is masked where dropout_p > 0, which is the backward's use.
+    """
+    (m, k), n, r = x.shape, weight.shape[0], lora_b.shape[1]
+    if m == 0:
+        return
+    c = config or linear_config(m, n, r, x.dtype, lora_b.dtype, shared_limit(x.device))
+    grid = (triton.cdiv(m, c.BLOCK_M) * triton.cdiv(n, c.BLOCK_N),)
+    store_s = s is not None and not load_s
+    # A pointer that is never followed still needs a type.
+    s = y if s is None else s
+    launch(
+        _lora_linear_kernel, grid, x.device, x, weight, bias, lora_a, lora_b, s, y, seed, m, n, k, r,
+        *x.stride(), *weight.stride(), *lora_a.stride(), *lora_b.stride(), s.stride(0), y.stride(0),
+        scaling, _threshold(dropout_p), HAS_BIAS=bias is not None, LOAD_S=load_s, STORE_S=store_s,
+        MASK_BRANCH=dropout_p > 0, EVEN_K=k % c.BLOCK_K == 0, ONE_RANK_BLOCK=r <= c.BLOCK_R, BLOCK_M=c.BLOCK_M,
+        BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=c.BLOCK_R, GROUP_M=c.GROUP_M,
+        INPUT_PRECISION=input_precision(x.dtype), num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+
+def launch_dab(
+    x: Tensor,
+    g: Tensor | None,
+    grad: Tensor,
+    s: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    config: ReduceConfig | None = None,
+) -> None:
+    """dA = scaling G^T (X ∘ keep) if ``da`` is given, dB = scaling dY^T S if ``db`` is; both contiguous.
+
+    x [M, K], grad [M, N]; g [M, r] and s [M, r] with unit column stride.
+    """
+    (m, k), n = x.shape, grad.shape[1]
+    want_a, want_b = da is not None, db is not None
+    # A pointer that is never followed still needs a type.
+    da, db, g, s = (given if given is not None else other for given, other in ((da, db), (db, da), (g, s), (s, g)))
+    assert da is not None and db is not None and g is not None and s is not None, "no gradient was asked for"
+    r = g.shape[1]
+    c = config or dab_config(n, k, r, x.dtype)
+    tiles_a = triton.cdiv(k, c.BLOCK_C) if want_a else 0
+    tiles_b = triton.cdiv(n, c.BLOCK_C) if want_b else 0
+    launch(
+        _lora_linear_dab_kernel, (tiles_a + tiles_b, triton.cdiv(r, c.BLOCK_R)), x.device,
+        x, g, grad, s, da, db, seed, m, n, k, r, tiles_a, *x.stride(), g.stride(0), *grad.stride(),
+        s.stride(0), scaling, _threshold(dropout_p), DROPOUT=dropout_p > 0, BLOCK_M=c.BLOCK_M,
+        BLOCK_C=c.BLOCK_C, BLOCK_R=c.BLOCK_R, INPUT_PRECISION=input_precision(x.dtype), num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )  # fmt: skip

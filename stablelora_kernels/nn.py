@@ -1,0 +1,210 @@
+"""``LoRALinear``: ``nn.Linear`` with a LoRA branch, computed by the fused op."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stablelora_kernels._checks import check_float, check_int
+from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear
+
+INITS = (True, False, "gaussian")
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank branch: ``y = x W^T + bias + scaling · D(x) A^T B^T``.
+
+    ``D`` is inverted dropout, on the branch only and in training mode only. ``scaling`` is ``lora_alpha / r``, or
+    ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+
+    Args:
+        in_features, out_features, bias: as in ``nn.Linear``.
+        r: rank of the branch, at least 1.
+        lora_alpha: numerator of the scaling.
+        lora_dropout: probability of dropping an element of the branch's input, in [0, 1).
+        use_rslora: rank-stabilised scaling.
+        init_lora_weights: True for kaiming-uniform A and zero B; "gaussian" for A normal with standard deviation 1/r and
+            zero B; False for both kaiming-uniform, so that the branch is not zero at the start (PEFT's meanings).
+        lora_dtype: dtype of A and B: float32, or the same as the weight's. A float32 A and B beside a bfloat16 or float16
+            weight are cast as they are used; no float32 copy of the activations is made.
+        device, dtype: of the frozen weight and bias; A and B are on the same device.
+
+    Attributes:
+        weight [out_features, in_features], bias [out_features] or None: frozen.
+        lora_A [r, in_features], lora_B [out_features, r]: trainable.
+        scaling: float. merged: bool.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of the wrong kind, naming it and its value.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        lora_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_int("in_features", in_features, minimum=1)
+        check_int("out_features", out_features, minimum=1)
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._setup(base, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        lora_dtype: torch.dtype = torch.float32,
+    ) -> LoRALinear:
+        """A LoRALinear over an existing layer. It shares the layer's weight and bias, which it freezes; nothing is copied.
+
+        Raises:
+            TypeError: ``linear`` is not an ``nn.Linear``.
+            ValueError, TypeError: as the constructor's, before the layer is frozen.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        self = cls.__new__(cls)
+        self._setup(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype)
+        self.train(linear.training)
+        return self
+
+    def _setup(
+        self,
+        base: nn.Linear,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        init_lora_weights: bool | str,
+        lora_dtype: torch.dtype,
+    ) -> None:
+        check_int("r", r, minimum=1)
+        check_float("lora_alpha", lora_alpha)
+        check_float("lora_dropout", lora_dropout, low=0.0, high=1.0)
+        if not any(init_lora_weights is init or init_lora_weights == init for init in INITS):
+            raise ValueError(f"init_lora_weights must be one of {INITS}, got {init_lora_weights!r}")
+        if base.weight.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"weight must be of a floating-point dtype, got {base.weight.dtype}")
+        if lora_dtype not in (torch.float32, base.weight.dtype):
+            raise TypeError(f"lora_dtype must be torch.float32 or the weight's {base.weight.dtype}, got {lora_dtype}")
+        if base.weight.dtype == torch.float64:
+            # A float32 branch would throw away what someone chose float64 for.
+            lora_dtype = torch.float64
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
+        self.use_rslora = use_rslora
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.merged = False
+        # While merged: the Parameter that merge() replaced. Not registered, so state_dict and parameters() do not list it.
+        self.__dict__["_unmerged_weight"] = None
+        self.weight = base.weight.requires_grad_(False)
+        self.register_parameter("bias", None if base.bias is None else base.bias.requires_grad_(False))
+        factory: dict[str, Any] = {"device": base.weight.device, "dtype": lora_dtype}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
+        self.reset_lora_parameters(init_lora_weights)
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
+        """Draw A and B anew; ``init_lora_weights`` as in the constructor."""
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in_features] to [..., out_features], in x's dtype (autocast's where that is on)."""
+        if self.merged:
+            if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
+                raise RuntimeError(
+                    "this LoRALinear is merged, so lora_A and lora_B would get no gradient; unmerge() first"
+                )
+            return nn.functional.linear(x, self.weight, self.bias)
+        return lora_linear(
+            x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.lora_dropout, self.training
+        )
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """``scaling · B A`` [out_features, in_features] in float32 (float64 for a float64 layer)."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the branch into the weight: ``W + scaling · B A``, added in float32 and rounded once to the weight's dtype.
+
+        The merged weight is a new tensor. The frozen one is kept, so that a layer that shares it is not changed and
+        :meth:`unmerge` gives it back bit for bit; that costs one weight's memory until then.
+
+        Raises:
+            RuntimeError: the layer is merged already.
+            ValueError: the merged weight would not be finite; nothing is changed.
+        """
+        if self.merged:
+            raise RuntimeError("this LoRALinear is merged already")
+        delta = self.delta_weight()
+        merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        if not bool(torch.isfinite(merged).all()):
+            raise ValueError(
+                "merging would give a weight that is not finite; check lora_A, lora_B and weight for nan or inf"
+            )
+        self.__dict__["_unmerged_weight"] = self.weight
+        self.weight = nn.Parameter(merged, requires_grad=False)
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge` exactly.
+
+        Raises:
+            RuntimeError: the layer is not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("this LoRALinear is not merged")
+        self.weight = self.__dict__["_unmerged_weight"]
+        self.__dict__["_unmerged_weight"] = None
+        self.merged = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
+        # .to(), .half() and their kin must move the weight that unmerge() will give back as well.
+        super()._apply(fn, recurse)
+        if self.__dict__["_unmerged_weight"] is not None:
+            with torch.no_grad():
+                self.__dict__["_unmerged_weight"].data = fn(self.__dict__["_unmerged_weight"].data)
+        return self
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={self.r}"
+        text += f", scaling={self.scaling:g}"
+        if self.lora_dropout:
+            text += f", lora_dropout={self.lora_dropout:g}"
+        return text + (", merged" if self.merged else "")

@@ -1,0 +1,102 @@
+"""The mathematics in plain PyTorch, written to be read: the oracle of every test, and of no use for speed.
+
+Everything computes in the dtype it is given. Tests give float64.
+
+    forward   S  = D(X) A^T                 [M, r]
+              Y  = X W^T + bias + s·S B^T   [M, N]
+    backward  dS = s·dY B                   [M, r]
+              dX = dY W + D'(dS A)          [M, K]
+              dA = dS^T D(X)                [r, K]
+              dB = s·dY^T S                 [N, r]
+
+D is inverted dropout on the LoRA branch alone: D(X) = X ∘ keep / (1 - p), and D' multiplies by the same keep / (1 - p).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["dropout_keep_ref", "lora_linear_grads_ref", "lora_linear_ref", "philox_ref"]
+
+
+def _dropout(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
+    return x if keep is None else x * keep.to(x.dtype) / (1.0 - dropout_p)
+
+
+def lora_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``Y`` [..., N] of x [..., K], weight [N, K], bias [N], lora_A [r, K], lora_B [N, r]; keep [..., K] is D's mask."""
+    y = x @ weight.T
+    if bias is not None:
+        y = y + bias
+    s = _dropout(x, keep, dropout_p) @ lora_A.T
+    return y + scaling * (s @ lora_B.T)
+
+
+def lora_linear_grads_ref(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> dict[str, Tensor]:
+    """The four gradients, by name: dS [M, r], dX (x's shape), dA [r, K], dB [N, r], for an incoming grad [..., N]."""
+    dropped = _dropout(x, keep, dropout_p).reshape(-1, x.shape[-1])
+    dy = grad.reshape(-1, grad.shape[-1])
+    s = dropped @ lora_A.T
+    ds = scaling * (dy @ lora_B)
+    branch = (ds @ lora_A).reshape(x.shape)
+    return {
+        "dS": ds,
+        "dX": grad @ weight + _dropout(branch, keep, dropout_p),
+        "dA": ds.T @ dropped,
+        "dB": scaling * (dy.T @ s),
+    }
+
+
+def philox_ref(seed: int, counter: Tensor) -> Tensor:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, as int64 [..., 4], for each int64 counter [...].
+
+    The counter's low and high halves are the first two counter words, the other two are zero; the key is the seed's
+    halves. These are the words that Triton's ``tl.randint4x(seed, counter)`` gives.
+    """
+    mask = 0xFFFFFFFF
+
+    def mulhilo(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
+        # The 64-bit product in two halves of the word: int64 would overflow on the whole one.
+        low, high = constant * (word & 0xFFFF), constant * (word >> 16)
+        middle = (low >> 16) + high
+        return middle >> 16, ((middle << 16) | (low & 0xFFFF)) & mask
+
+    c0, c1 = counter & mask, (counter >> 32) & mask
+    c2 = c3 = torch.zeros_like(counter)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        high_a, low_a = mulhilo(0xD2511F53, c0)
+        high_b, low_b = mulhilo(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def dropout_keep_ref(rows: int, columns: int, dropout_p: float, seed: int) -> Tensor:
+    """The Triton kernels' keep-mask, bool [rows, columns], bit for bit.
+
+    Element (i, j) takes word j mod 4 of the Philox counter i·ceil(columns / 4) + j div 4, and is kept if the word's upper
+    31 bits are at least round(p·2^31).
+    """
+    groups = -(-columns // 4)
+    words = philox_ref(seed, torch.arange(rows * groups, dtype=torch.int64)).reshape(rows, groups * 4)[:, :columns]
+    return (words >> 1) >= round(dropout_p * 2**31)
