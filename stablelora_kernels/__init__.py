@@ -3,17 +3,25 @@
 from stablelora_kernels import functional, reference
 from stablelora_kernels._version import __version__
 from stablelora_kernels.backend import get_backend, set_backend, use_backend
+from stablelora_kernels.config import LoRAConfig
+from stablelora_kernels.model import LoRAReport, apply_lora, merge_lora, remove_lora, unmerge_lora
 from stablelora_kernels.nn import LoRALinear
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
 
 __all__ = [
+    "LoRAConfig",
     "LoRALinear",
     "LoRAPair",
+    "LoRAReport",
     "__version__",
+    "apply_lora",
     "functional",
     "get_backend",
     "lora_pairs",
+    "merge_lora",
     "reference",
+    "remove_lora",
     "set_backend",
+    "unmerge_lora",
     "use_backend",
 ]

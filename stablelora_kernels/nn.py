@@ -121,8 +121,10 @@ class LoRALinear(nn.Module):
         self.merged = False
         # While merged: the Parameter that merge() replaced. Not registered, so state_dict and parameters() do not list it.
         self.__dict__["_unmerged_weight"] = None
-        self.weight = base.weight.requires_grad_(False)
-        self.register_parameter("bias", None if base.bias is None else base.bias.requires_grad_(False))
+        for frozen in base.parameters(recurse=False):
+            frozen.requires_grad_(False)
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
         factory: dict[str, Any] = {"device": base.weight.device, "dtype": lora_dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))

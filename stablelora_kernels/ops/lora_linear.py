@@ -157,7 +157,7 @@ def _torch_fwd(
 
 
 def _torch_bwd(
-    grad: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, keep: Tensor | None,
+    grad: Tensor, x: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, keep: Tensor | None,
     scaling: float, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     dx = da = db = None
@@ -230,7 +230,7 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, lora_A, lora_B, s, random = ctx.saved_tensors
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         grad = grad.reshape(-1, grad.shape[-1])
-        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
         dx = da = db = None
         if ctx.backend == "triton":
             ops, args = torch.ops.stablelora_kernels, (random, ctx.scaling, ctx.dropout_p)
