@@ -37,7 +37,7 @@ class ReplacedModule:
 class LoRAReport:
     """What was done to a model: every replaced module, every skipped match with its reason, and parameter counts.
 
-    ``notes`` holds what else one might not expect, such as a pattern that matched nothing. ``print(report)`` sums it up.
+    ``notes`` holds what else one might not expect, such as a pattern that matched nothing. ``print(report)`` sums up.
     """
 
     replaced: tuple[ReplacedModule, ...]
