@@ -1,0 +1,232 @@
+"""What StableLoRAAdamW accepts: parameters with names, hyper-parameters in range, a state that fits. Nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ._checks import check_float, check_int
+from .ops.stable_adamw import work_dtype
+from .pairs import LoRAPair, lora_pairs, split_lora_name
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HYPER = ("lr", "betas", "eps", "weight_decay", "shrink_ratio", "maximize", "capturable", "seed")
+_NAMES_NEEDED = (
+    "pairs are found by name, so give (name, parameter) tuples, as model.named_parameters() does, or LoRAPairs, or use "
+    "StableLoRAAdamW.from_model(model)"
+)
+
+
+def _check_lr(name: str, lr: Any) -> float | torch.Tensor:
+    if not isinstance(lr, torch.Tensor):
+        return check_float(name, lr, low=0.0)
+    if lr.dim() != 0 or not lr.is_floating_point():
+        raise ValueError(f"{name} as a tensor must be a 0-d floating-point one, got {list(lr.shape)} of {lr.dtype}")
+    if lr.device.type == "cpu":
+        check_float(name, lr.item(), low=0.0)
+    return lr
+
+
+def _check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
+    """The hyper-parameters among ``hyper``, normalised; ``where`` is put before the names in messages."""
+    betas = hyper["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{where}betas must be two numbers, got {betas!r}")
+    seed = check_int(f"{where}seed", hyper["seed"], minimum=0)
+    if seed >= 2**63:
+        raise ValueError(f"{where}seed must be below 2**63, got {seed}")
+    return {
+        "lr": _check_lr(f"{where}lr", hyper["lr"]),
+        "betas": tuple(check_float(f"{where}betas[{i}]", beta, low=0.0, high=1.0) for i, beta in enumerate(betas)),
+        "eps": check_float(f"{where}eps", hyper["eps"], low=0.0),
+        "weight_decay": check_float(f"{where}weight_decay", hyper["weight_decay"], low=0.0),
+        "shrink_ratio": check_float(f"{where}shrink_ratio", hyper["shrink_ratio"], low=0.0, high=1.0),
+        "maximize": _check_bool(f"{where}maximize", hyper["maximize"]),
+        "capturable": _check_bool(f"{where}capturable", hyper["capturable"]),
+        "seed": seed,
+    }
+
+
+def check_parameter(name: str, p: torch.Tensor) -> None:
+    """Whether the optimizer can update ``p``: a plain, dense tensor of a floating-point type it knows."""
+    if hasattr(p, "device_mesh"):
+        raise TypeError(f"{name} is a sharded {type(p).__name__}, which StableLoRAAdamW does not support")
+    if p.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {p.dtype}")
+    if p.layout is not torch.strided or torch.empty_like(p, device="meta").stride() != p.stride():
+        raise ValueError(f"{name} must be dense in memory, got {p.layout}, shape {list(p.shape)}, strides {p.stride()}")
+
+
+def as_groups(params: Any) -> list[dict[str, Any]]:
+    """``params`` as a list of group dicts."""
+    if isinstance(params, torch.Tensor):
+        raise TypeError(f"params must be named parameters, got a single tensor; {_NAMES_NEEDED}")
+    if isinstance(params, dict):
+        raise TypeError(f"params must be an iterable or a list of group dicts, got one dict; {_NAMES_NEEDED}")
+    items = list(params)
+    if not items or not isinstance(items[0], dict):
+        return [{"params": items}]
+    return items
+
+
+def _named(items: Iterable[Any]) -> list[tuple[str, torch.Tensor]]:
+    named: list[tuple[str, torch.Tensor]] = []
+    for item in items:
+        if isinstance(item, LoRAPair):
+            prefix = f"{item.name}." if item.name else ""
+            named += [(f"{prefix}lora_A", item.A), (f"{prefix}lora_B", item.B)]
+        elif (
+            isinstance(item, tuple)
+            and len(item) == 2
+            and isinstance(item[0], str)
+            and isinstance(item[1], torch.Tensor)
+        ):
+            named.append(item)
+        elif isinstance(item, torch.Tensor):
+            raise TypeError(f"params holds a tensor of shape {list(item.shape)} without a name; {_NAMES_NEEDED}")
+        else:
+            raise TypeError(f"params holds a {type(item).__name__}; {_NAMES_NEEDED}")
+    return named
+
+
+def check_group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    """A new group dict: tensors under ``params``, names under ``param_names``, hyper-parameters checked, frozen ones out."""
+    if not isinstance(group, dict):
+        raise TypeError(f"a parameter group must be a dict, got {type(group).__name__}")
+    if "params" not in group:
+        raise ValueError(f"a parameter group must have 'params', got the keys {sorted(group)}")
+    items = group["params"]
+    if isinstance(items, (torch.Tensor, set)):
+        raise TypeError(f"params of a group is a {type(items).__name__}; {_NAMES_NEEDED}")
+    items = list(items)
+    names = group.get("param_names")
+    if names is not None and all(isinstance(item, torch.Tensor) for item in items):
+        if len(names) != len(items):
+            raise ValueError(f"a group has {len(items)} params and {len(names)} param_names")
+        items = list(zip(names, items, strict=True))
+    named = _named(items)
+    for name, p in named:
+        if p.requires_grad:
+            check_parameter(f"parameter {name!r}", p)
+            if not (p.is_leaf or p.retains_grad):
+                raise ValueError(f"parameter {name!r} must be a leaf tensor, got the result of {p.grad_fn}")
+    frozen = {split_lora_name(name) for name, p in named if not p.requires_grad}
+    for name, p in named:
+        split = split_lora_name(name)
+        if split is not None and p.requires_grad and p.dim() == 2:
+            other = "B" if split[1] == "A" else "A"
+            if (split[0], other) in frozen:
+                raise ValueError(
+                    f"pair {split[0]!r}: lora_{split[1]} is trainable but lora_{other} is frozen (requires_grad=False)"
+                )
+    trainable = [(name, p) for name, p in named if p.requires_grad]
+    return {
+        **group,
+        **check_hyper({**defaults, **group}, "a group's " if set(HYPER) & set(group) else ""),
+        "params": [p for _, p in trainable],
+        "param_names": [name for name, _ in trainable],
+    }
+
+
+def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
+    """The pairs across all groups; an A without its B, a name or a tensor given twice, or no pair is a ValueError."""
+    named = [item for group in groups for item in zip(group["param_names"], group["params"], strict=True)]
+    names: set[str] = set()
+    owners: dict[int, str] = {}
+    for name, p in named:
+        if name in names:
+            raise ValueError(f"two parameters are named {name!r}")
+        if id(p) in owners:
+            raise ValueError(f"one tensor is given as {owners[id(p)]!r} and as {name!r}")
+        names.add(name)
+        owners[id(p)] = name
+    pairs = lora_pairs(named)
+    if not pairs:
+        shown = ", ".join(repr(name) for name, _ in named[:3]) or "none"
+        raise ValueError(
+            f"no LoRA pair (lora_A with lora_B) among the {len(named)} trainable parameters ({shown}); "
+            "without one this would be plain AdamW, for which there is torch.optim.AdamW"
+        )
+    return pairs
+
+
+def check_grads(grads: Sequence[torch.Tensor | None]) -> None:
+    """Gradients must be dense and real."""
+    for g in grads:
+        if g is not None and (g.layout is not torch.strided or g.dtype not in DTYPES):
+            raise RuntimeError(f"gradients must be dense floating-point tensors, got {g.layout} {g.dtype}")
+
+
+def _same_name(name: str) -> Any:
+    """What identifies a parameter in a checkpoint: its pair and role, or else its name."""
+    return split_lora_name(name) or name
+
+
+def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of ``state_dict``, which must have the parameters and kinds of hyper-parameters of ``groups``."""
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("state_dict must be a dict with 'state' and 'param_groups'")
+    saved = state_dict["param_groups"]
+    if len(saved) != len(groups):
+        raise ValueError(f"state_dict has {len(saved)} parameter groups, the optimizer {len(groups)}")
+    checked = []
+    for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
+        missing = [key for key in HYPER if key not in theirs]
+        if missing:
+            raise ValueError(
+                f"state_dict is not StableLoRAAdamW's: its group {i} has no {', '.join(map(repr, missing))}"
+            )
+        if len(theirs["params"]) != len(ours["params"]):
+            raise ValueError(
+                f"group {i} of state_dict has {len(theirs['params'])} parameters, the optimizer's {len(ours['params'])}"
+            )
+        for their_name, our_name in zip(
+            theirs.get("param_names", ours["param_names"]), ours["param_names"], strict=True
+        ):
+            if _same_name(their_name) != _same_name(our_name):
+                raise ValueError(f"group {i} of state_dict has {their_name!r} where the optimizer has {our_name!r}")
+        checked.append({**theirs, **check_hyper(theirs, f"state_dict's group {i}: ")})
+    return checked
+
+
+def check_state(
+    state_dict: dict[str, Any],
+    saved_groups: Sequence[dict[str, Any]],
+    groups: Sequence[dict[str, Any]],
+    pairs: Sequence[LoRAPair],
+) -> dict[torch.Tensor, dict[str, Any]]:
+    """Copies of the saved state by parameter, on its device, moments in its strides and work dtype."""
+    owners = {id(pair.A) for pair in pairs}
+    result: dict[torch.Tensor, dict[str, Any]] = {}
+    for saved, group in zip(saved_groups, groups, strict=True):
+        for key, name, p in zip(saved["params"], group["param_names"], group["params"], strict=True):
+            if key not in state_dict["state"]:
+                continue
+            entry = state_dict["state"][key]
+            wanted = ["step", "exp_avg", "exp_avg_sq"] + ["latched_at"] * (id(p) in owners)
+            for field in wanted:
+                shape = p.shape if field.startswith("exp") else torch.Size([])
+                value = entry.get(field)
+                if not isinstance(value, torch.Tensor):
+                    raise ValueError(f"state_dict has no {field!r} tensor for {name!r}")
+                if value.shape != shape:
+                    raise ValueError(
+                        f"state_dict's {field!r} of {name!r} must be {list(shape)}, got {list(value.shape)}"
+                    )
+            moments = {
+                field: torch.empty_like(p, dtype=work_dtype(p), requires_grad=False).copy_(entry[field])
+                for field in ("exp_avg", "exp_avg_sq")
+            }
+            counters = {"step": entry["step"].detach().to(p.device, torch.float32, copy=True)}
+            if id(p) in owners:
+                counters["latched_at"] = entry["latched_at"].detach().to(p.device, torch.int32, copy=True)
+            result[p] = {**counters, **moments}
+    return result

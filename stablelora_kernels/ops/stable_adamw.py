@@ -1,0 +1,346 @@
+"""The whole optimizer step on PyTorch's own fused and foreach operators: the CPU path, and a GPU's without Triton."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..reference_optim import mix32
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Member(NamedTuple):
+    """One trainable parameter as an engine sees it: its group's number and its first element's in all parameters."""
+
+    param: torch.Tensor
+    group: int
+    base: int
+
+
+class Pair(NamedTuple):
+    """The places of a pair's A and B in an engine's list of members."""
+
+    a: int
+    b: int
+
+
+def work_dtype(p: torch.Tensor) -> torch.dtype:
+    """The dtype of the arithmetic on ``p`` and of its moments: float32, or float64 for float64."""
+    return torch.float64 if p.dtype is torch.float64 else torch.float32
+
+
+def dense_like(p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """``grad`` with the strides of ``p``, which is dense, so that both can be walked through as flat memory."""
+    if grad.stride() == p.stride():
+        return grad
+    return torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+
+
+def take_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The state's 0-d counters, None being zero, as one new tensor; nothing is read on the host."""
+    if not values:
+        return torch.zeros(0, dtype=dtype, device=device)
+    zero = torch.zeros((), dtype=dtype, device=device)
+    return torch.stack([zero if v is None else torch.as_tensor(v).to(device, dtype) for v in values])
+
+
+def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``values`` as a tensor on ``device``; from fresh pinned memory to a GPU, so that the host does not wait for it."""
+    host = torch.tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def init_moments(state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member]) -> None:
+    """Give every member its two moments, zeros of its shape, strides and work dtype, where it has none yet."""
+    for p, *_ in members:
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key not in state[p]:
+                state[p][key] = torch.zeros_like(p, dtype=work_dtype(p), memory_format=torch.preserve_format)
+
+
+def mix_(x: torch.Tensor) -> torch.Tensor:
+    """:func:`~stablelora_kernels.reference_optim.mix32` of every int32 word of ``x``, in place."""
+    # Shifts of int32 are arithmetic: the mask makes them logical.
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
+
+
+def as_int32(word: int) -> int:
+    """The int32 with the bits of a 32-bit word."""
+    word &= 0xFFFFFFFF
+    return word - 2**32 if word >= 2**31 else word
+
+
+def seed_word(seed: int) -> int:
+    """The part of the rounding key that the seed alone decides, as an int32."""
+    return as_int32(mix32(mix32(seed) ^ (seed >> 32)))
+
+
+def stochastic_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -> torch.Tensor:
+    """float32 ``x`` rounded at random to ``dtype``, bfloat16 or float16; ``noise`` holds int32 words of random bits.
+
+    Elementwise :func:`~stablelora_kernels.reference_optim.stochastic_round_ref`, to the bit.
+    """
+    # Adding random bits below the cut carries into the kept ones as often as the part cut off is large.
+    cut = 0xFFFF if dtype is torch.bfloat16 else 0x1FFF
+    rounded = (x.view(torch.int32) + (noise & cut)).bitwise_and_(~cut).view(torch.float32)
+    if dtype is torch.float16:
+        # Below 2^-14 float16's steps are 2^-24, whatever the exponent.
+        scaled = x.abs() * 2.0**24
+        whole = scaled.floor()
+        up = (scaled - whole) >= (2**24 - (noise & 0xFFFFFF)).float() * 2.0**-24
+        rounded = torch.where(x.abs() < 2.0**-14, torch.copysign((whole + up) * 2.0**-24, x), rounded)
+    # The sum could carry a NaN's bits into its sign.
+    return torch.where(x.isfinite(), rounded, x).to(dtype)
+
+
+class _Scratch:
+    """The float32 work copies of all parameters of one low-precision dtype, in one buffer."""
+
+    def __init__(self, dtype: torch.dtype, members: Sequence[Member], places: list[int]) -> None:
+        self.dtype = dtype
+        self.places = places
+        self.sizes = [members[i].param.numel() for i in places]
+        device = members[places[0]].param.device
+        self.flat = torch.empty(sum(self.sizes), dtype=torch.float32, device=device)
+        self.repeats = upload(self.sizes, torch.int64, device)
+        self.at = upload(places, torch.int64, device)
+        starts = [members[i].base for i in places]
+        index = [torch.arange(b, b + n, device=device) for b, n in zip(starts, self.sizes, strict=True)]
+        # Indices are taken modulo 2^32.
+        self.index = torch.cat(index).to(torch.int32)
+        self.params = [members[i].param for i in places]
+        self.views = [
+            flat.as_strided(p.shape, p.stride(), flat.storage_offset())
+            for flat, p in zip(self.flat.split(self.sizes), self.params, strict=True)
+        ]
+
+    def load(self) -> None:
+        torch._foreach_copy_(self.views, self.params)
+
+    def store(self, steps: torch.Tensor, seeds: torch.Tensor, present: list[bool]) -> None:
+        """Round every present parameter's copy back; ``steps`` and ``seeds`` are int32, one for each member."""
+        keys = mix_(steps[self.at] + seeds[self.at])
+        noise = mix_(torch.repeat_interleave(keys, self.repeats, output_size=self.flat.numel()) ^ self.index)
+        rounded = stochastic_round(self.flat, self.dtype, noise).split(self.sizes)
+        sources = [
+            flat.as_strided(p.shape, p.stride(), flat.storage_offset())
+            for flat, p in zip(rounded, self.params, strict=True)
+        ]
+        kept = [k for k, i in enumerate(self.places) if present[i]]
+        if kept:
+            torch._foreach_copy_([self.params[k] for k in kept], [sources[k] for k in kept])
+
+
+class _Bucket(NamedTuple):
+    """Parameters that one call of the fused operator updates: one group, one dtype, all shrunk or none."""
+
+    group: int
+    shrinks: bool
+    places: list[int]
+    params: list[torch.Tensor]
+    exp_avgs: list[torch.Tensor]
+    exp_avg_sqs: list[torch.Tensor]
+    steps: list[torch.Tensor]
+
+
+class TorchStep:
+    """The step on one device. Counters live in one tensor each, whose 0-d views are the optimizer's state.
+
+    On a CPU the latch is decided on the host, which costs nothing there, and a pair's norms are taken only until it
+    latches. On a GPU everything stays on the device.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        pairs: Sequence[Pair],
+        groups: Sequence[dict[str, Any]],
+        state: dict[torch.Tensor, dict[str, Any]],
+    ) -> None:
+        self.members, self.pairs, self.groups, self.state = members, pairs, groups, state
+        self.device = members[0].param.device
+        self.on_host = self.device.type == "cpu"
+        init_moments(state, members)
+        self.steps = take_counters([state[m.param].get("step") for m in members], torch.float32, self.device)
+        self.step_views = list(self.steps.unbind())
+        for (p, *_), view in zip(members, self.step_views, strict=True):
+            state[p]["step"] = view
+        owners = [members[pair.a].param for pair in pairs]
+        self.latched = take_counters([state[a].get("latched_at") for a in owners], torch.int32, self.device)
+        for a, view in zip(owners, self.latched.unbind(), strict=True):
+            state[a]["latched_at"] = view
+        low = {d: [i for i, m in enumerate(members) if m.param.dtype is d] for d in LOW_PRECISION}
+        self.scratch = [_Scratch(d, members, places) for d, places in low.items() if places]
+        # What the arithmetic runs on: the parameters themselves, or their float32 copies.
+        self.work = [m.param for m in members]
+        for scratch in self.scratch:
+            for i, view in zip(scratch.places, scratch.views, strict=True):
+                self.work[i] = view
+        # ||A||_F / n and ||B||_F / m, as factors of the norms.
+        self.per_n = [1 / max(members[pair.a].param.shape[1], 1) for pair in pairs]
+        self.per_m = [1 / max(members[pair.b].param.shape[0], 1) for pair in pairs]
+        self.seeds = upload([seed_word(groups[m.group]["seed"]) for m in members], torch.int32, self.device)
+        self.a_at = upload([pair.a for pair in pairs], torch.int64, self.device)
+        self.inverse_widths = upload([self.per_n, self.per_m], torch.float64, self.device)
+        self.ratios: list[float] = []
+        self.plan_key: tuple[list[bool], list[int]] | None = None
+        self.plan: list[_Bucket] = []
+
+    def __call__(
+        self,
+        grads: Sequence[torch.Tensor | None],
+        grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+        max_grad_norm: float | None,
+    ) -> None:
+        if self.on_host and found_inf is not None:
+            if found_inf.item():
+                return
+            found_inf = None
+        present = [g is not None for g in grads]
+        ready = [
+            g if g is None else dense_like(w, g if g.dtype is w.dtype else g.to(w.dtype))
+            for w, g in zip(self.work, grads, strict=True)
+        ]
+        if max_grad_norm is not None:
+            grad_scale = self._clipping_scale([g for g in ready if g is not None], grad_scale, max_grad_norm)
+        for scratch in self.scratch:
+            scratch.load()
+        shrinking: list[int] = []
+        if self.on_host:
+            shrinking = self._decide_on_host(present)
+        else:
+            self._shrink_on_device(present, found_inf)
+        self._update(present, shrinking, ready, grad_scale, found_inf)
+        for scratch in self.scratch:
+            scratch.store(self.steps.int(), self.seeds, present)
+
+    def _clipping_scale(
+        self, grads: list[torch.Tensor], grad_scale: torch.Tensor | None, max_grad_norm: float
+    ) -> torch.Tensor:
+        """What the fused operator has to divide gradients by to unscale and clip them, as a float32 scalar tensor."""
+        norms = torch.stack([n.float() for n in torch._foreach_norm(grads)])
+        scale = torch.ones((), device=self.device) if grad_scale is None else grad_scale.reshape(())
+        total = torch.linalg.vector_norm(norms) / scale
+        return scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
+
+    def _decide_on_host(self, present: list[bool]) -> list[int]:
+        """The places of the A's that shrink in this step; pairs whose time has come are latched."""
+        latched = self.latched.tolist()
+        live = [k for k, pair in enumerate(self.pairs) if not latched[k] and present[pair.a]]
+        if not live:
+            return []
+        halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
+        norms = torch.stack([n.double() for n in torch._foreach_norm(halves)]).tolist()
+        shrinking = []
+        for k, a, b in zip(live, norms[: len(live)], norms[len(live) :], strict=True):
+            a_norm, b_norm = a * self.per_n[k], b * self.per_m[k]
+            if abs(a_norm - b_norm) < 1e-3 * a_norm:
+                # PyTorch's float32 norm of millions of elements is off by 1e-4: a close call is taken in float64.
+                pair = self.pairs[k]
+                a_norm = self.work[pair.a].double().norm().item() * self.per_n[k]
+                b_norm = self.work[pair.b].double().norm().item() * self.per_m[k]
+            if not (math.isfinite(a_norm) and math.isfinite(b_norm)):
+                continue
+            if a_norm > b_norm:
+                shrinking.append(self.pairs[k].a)
+            else:
+                self.latched[k] = int(self.step_views[self.pairs[k].a].item()) + 1
+        return shrinking
+
+    def _shrink_on_device(self, present: list[bool], found_inf: torch.Tensor | None) -> None:
+        """Algorithm 1 without a look from the host: factors and latches stay on the device."""
+        self._plan(present, [])
+        ratios = [self.groups[self.members[pair.a].group]["shrink_ratio"] for pair in self.pairs]
+        if ratios != self.ratios:
+            self.ratios, self.ratios_there = ratios, upload(ratios, torch.float64, self.device)
+        a_works = [self.work[pair.a] for pair in self.pairs]
+        norms = torch._foreach_norm(a_works + [self.work[pair.b] for pair in self.pairs])
+        a_norms, b_norms = torch.stack([n.double() for n in norms]).view(2, -1) * self.inverse_widths
+        undecided = (self.latched == 0) & self.present_there[self.a_at] & a_norms.isfinite() & b_norms.isfinite()
+        if found_inf is not None:
+            undecided &= found_inf.reshape(()) == 0
+        shrink = undecided & (a_norms > b_norms)
+        factors = 1 - self.ratios_there * shrink
+        torch._foreach_mul_(a_works, [f.to(w.dtype) for f, w in zip(factors.unbind(), a_works, strict=True)])
+        now = self.steps[self.a_at].int() + 1
+        self.latched.copy_(torch.where(undecided & ~shrink, now, self.latched))
+
+    def _plan(self, present: list[bool], shrinking: list[int]) -> list[_Bucket]:
+        """The buckets of this step, kept from the step before if the same gradients are there and the same A's shrink."""
+        key = (present, shrinking)
+        if key != self.plan_key:
+            shrinks_at = set(shrinking)
+            buckets: dict[tuple[int, bool, torch.dtype], list[int]] = {}
+            for i, (p, group, _) in enumerate(self.members):
+                if present[i]:
+                    buckets.setdefault((group, i in shrinks_at, work_dtype(p)), []).append(i)
+            self.plan = [
+                _Bucket(
+                    group,
+                    shrinks,
+                    places,
+                    [self.work[i] for i in places],
+                    [self.state[self.members[i].param]["exp_avg"] for i in places],
+                    [self.state[self.members[i].param]["exp_avg_sq"] for i in places],
+                    [self.step_views[i] for i in places],
+                )
+                for (group, shrinks, _), places in buckets.items()
+            ]
+            self.present_there = upload(present, torch.bool, self.device)
+            self.plan_key = key
+        return self.plan
+
+    def _update(
+        self,
+        present: list[bool],
+        shrinking: list[int],
+        grads: Sequence[Any],
+        grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+    ) -> None:
+        plan = self._plan(present, shrinking)
+        if all(present):
+            self.steps.add_(1)
+        else:
+            torch._foreach_add_([view for view, there in zip(self.step_views, present, strict=True) if there], 1)
+        for bucket in plan:
+            group = self.groups[bucket.group]
+            lr, decay = group["lr"], group["weight_decay"]
+            if isinstance(lr, torch.Tensor):
+                lr = lr.item() if lr.device.type == "cpu" else lr.to(self.device, non_blocking=True)
+            if bucket.shrinks:
+                lam = group["shrink_ratio"]
+                if isinstance(lr, float) and lr > 1e-12:
+                    # The shrink and the decay are one multiplication: (1 - lam)(1 - lr wd) = 1 - lr wd'.
+                    decay = decay + lam / lr - lam * decay
+                else:
+                    torch._foreach_mul_(bucket.params, 1 - lam)
+            torch._fused_adamw_(
+                bucket.params,
+                [grads[i] for i in bucket.places],
+                bucket.exp_avgs,
+                bucket.exp_avg_sqs,
+                [],
+                bucket.steps,
+                lr=lr,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=decay,
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=group["maximize"],
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )
+        if found_inf is not None:
+            self.steps.sub_(found_inf.reshape(()) * self.present_there)

@@ -1,0 +1,279 @@
+"""StableLoRAAdamW: AdamW that shrinks LoRA's A by the latch rule of Stable-LoRA, in one pass over the parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _optim_checks as checks
+from .backend import get_backend, resolve_backend
+from .ops.stable_adamw import Member, Pair, TorchStep, work_dtype
+from .pairs import LoRAPair
+
+
+@dataclass(frozen=True)
+class PairStability:
+    """Where one pair stands: ``a_norm`` = ||A||_F / n, ``b_norm`` = ||B||_F / m, for W [m, n].
+
+    ``stable`` says whether the pair has latched, so that A shrinks no more, and ``latched_at`` at which step of A, counted
+    from one, or None.
+    """
+
+    name: str
+    a_norm: float
+    b_norm: float
+    stable: bool
+    latched_at: int | None
+
+
+class StableLoRAAdamW(torch.optim.Optimizer):
+    """AdamW with decoupled weight decay, and Algorithm 1 of Stable-LoRA (arXiv 2603.05204) before every update.
+
+    For each pair A [r, n], B [m, r] that has not latched, on the values held before the step::
+
+        if ||A||_F / n > ||B||_F / m:   A <- (1 - shrink_ratio) A
+        else:                           the pair latches for good
+
+    Then A, B and every trainable parameter outside a pair take the step of :class:`torch.optim.AdamW`. A pair whose A has
+    no gradient is left alone. Nothing is read back from a GPU in :meth:`step`.
+
+    Parameters are float32, float64, bfloat16 or float16. The low-precision ones are computed in float32, have float32
+    moments and are rounded once, at random by ``seed``, step and element, so that small changes happen on average.
+
+    Args:
+        params: named parameters, as ``model.named_parameters()`` gives them, or :class:`LoRAPair`'s, or parameter groups
+            (dicts with ``"params"`` of either kind and their own hyper-parameters). Pairs are found by name, across
+            groups; a pair's ``shrink_ratio`` is that of A's group. Frozen parameters are ignored.
+        lr: the learning rate, a number or a 0-d tensor. A tensor on a GPU is never read on the host.
+        betas: decay rates of the two moments, in [0, 1).
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled from the gradient, times ``lr``.
+        shrink_ratio: lambda, in [0, 1); 0 gives plain AdamW.
+        maximize: climb instead of descend.
+        capturable: declares that :meth:`step` may be captured in a CUDA graph; ``lr`` must then be a tensor to change.
+        max_grad_norm: clip the gradients of all parameters together to this norm, as
+            ``torch.nn.utils.clip_grad_norm_`` would before the step. The step may leave the clipped ones in ``.grad``.
+        seed: of the random rounding. By default PyTorch's initial seed, which ``torch.manual_seed`` sets.
+
+    Raises:
+        TypeError: a parameter without a name, or an argument of the wrong type.
+        ValueError: a hyper-parameter out of range, an A without its B, or no pair at all.
+    """
+
+    # GradScaler then hands us its scale and its verdict as device tensors instead of reading them.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        shrink_ratio: float = 5e-4,
+        maximize: bool = False,
+        capturable: bool = False,
+        max_grad_norm: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "shrink_ratio": shrink_ratio,
+            "maximize": maximize,
+            "capturable": capturable,
+            "seed": torch.initial_seed() % 2**63 if seed is None else seed,
+        }
+        defaults.update(checks.check_hyper(defaults, ""))
+        if max_grad_norm is not None:
+            max_grad_norm = checks.check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True)
+        groups = [checks.check_group(group, defaults) for group in checks.as_groups(params)]
+        # Before the base class sees them, so that its first groups need not hold whole pairs.
+        checks.find_pairs(groups)
+        super().__init__(groups, defaults)
+        self.max_grad_norm = max_grad_norm
+        self._rebuild()
+
+    @classmethod
+    def from_model(cls, model: nn.Module, **kwargs: Any) -> StableLoRAAdamW:
+        """The optimizer of every trainable parameter of ``model``; its LoRA pairs may be this library's or PEFT's."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        return cls(model.named_parameters(), **kwargs)
+
+    @property
+    def pairs(self) -> list[LoRAPair]:
+        """The pairs that the optimizer watches, in the order of their first parameter."""
+        return list(self._pairs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of named parameters or pairs. It may not leave an A without its B."""
+        constructed = "_pairs" in self.__dict__
+        if constructed:
+            param_group = checks.check_group(param_group, self.defaults)
+            checks.find_pairs([*self.param_groups, param_group])
+        super().add_param_group(param_group)
+        if constructed:
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Find the pairs of ``param_groups`` anew and forget everything derived from them."""
+        self._pairs = checks.find_pairs(self.param_groups)
+        self._members: list[Member] = []
+        base = 0
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                self._members.append(Member(p, index, base))
+                base += p.numel()
+        self._engines: list[tuple[list[int], Any]] = []
+        self._engine_key: Any = None
+
+    def _build_engines(self) -> None:
+        """One engine for each device that holds parameters, on the backend in force there."""
+        by_device: dict[torch.device, list[int]] = {}
+        for place, member in enumerate(self._members):
+            checks.check_parameter("a parameter", member.param)
+            by_device.setdefault(member.param.device, []).append(place)
+        if len(by_device) > 1 and self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm needs all parameters on one device, got {', '.join(map(str, by_device))}; "
+                "clip with torch.nn.utils.clip_grad_norm_ instead"
+            )
+        for pair in self._pairs:
+            if pair.A.device != pair.B.device:
+                raise ValueError(
+                    f"pair {pair.name!r}: A is on {pair.A.device} and B on {pair.B.device}; they must share one"
+                )
+        engines = []
+        for device, places in by_device.items():
+            members = [self._members[place] for place in places]
+            where = {id(member.param): i for i, member in enumerate(members)}
+            pairs = [Pair(where[id(pair.A)], where[id(pair.B)]) for pair in self._pairs if pair.A.device == device]
+            engine = TorchStep
+            if resolve_backend(device) == "triton":
+                doubles = any(work_dtype(member.param) is torch.float64 for member in members)
+                if doubles and get_backend() == "triton":
+                    raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
+                if not doubles:
+                    from .ops.stable_adamw_triton import TritonStep
+
+                    engine = TritonStep
+            engines.append((places, engine(members, pairs, self.param_groups, self.state)))
+        self._engines = engines
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. ``closure``, if given, computes the loss and its gradients anew, and its loss is returned.
+
+        Raises:
+            RuntimeError: a gradient that is sparse or complex; nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [member.param for member in self._members]
+        grads = [p.grad for p in params]
+        checks.check_grads(grads)
+        if all(g is None for g in grads):
+            return loss
+        # A module moved or cast after construction keeps its Parameter objects but not their memory.
+        key = ([p.data_ptr() for p in params], [p.dtype for p in params], get_backend())
+        if key != self._engine_key:
+            self._check_not_capturing()
+            self._build_engines()
+            self._engine_key = key
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for places, engine in self._engines:
+            scale, inf = (
+                t if t is None else t.to(engine.device, torch.float32, non_blocking=True)
+                for t in (grad_scale, found_inf)
+            )
+            engine([grads[place] for place in places], scale, inf, self.max_grad_norm)
+        return loss
+
+    def _check_not_capturing(self) -> None:
+        """Building tables allocates and copies, which a CUDA graph cannot hold: one step has to come before capture."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
+
+    @torch.no_grad()
+    def stability(self) -> list[PairStability]:
+        """Where every pair stands after the last step. This reads the device.
+
+        Raises:
+            RuntimeError: a norm is not finite, so that its pair can neither shrink nor latch.
+        """
+        norms = self._finite_norms()
+        result = []
+        for pair, (a, b) in zip(self._pairs, norms, strict=True):
+            latched = self.state[pair.A].get("latched_at") if pair.A in self.state else None
+            step = 0 if latched is None else int(latched)
+            m, n = pair.B.shape[0], pair.A.shape[1]
+            result.append(PairStability(pair.name, a / max(n, 1), b / max(m, 1), step > 0, step or None))
+        return result
+
+    def _finite_norms(self) -> list[tuple[float, float]]:
+        """||A||_F and ||B||_F of every pair, or RuntimeError for one that is not finite."""
+        halves = [p.detach() for pair in self._pairs for p in (pair.A, pair.B)]
+        norms = torch.stack([p.norm(dtype=torch.float64).cpu() for p in halves]).view(-1, 2).tolist()
+        for pair, (a, b) in zip(self._pairs, norms, strict=True):
+            if not (math.isfinite(a) and math.isfinite(b)):
+                raise RuntimeError(
+                    f"pair {pair.name!r} holds values that are not finite: ||A||_F = {a}, ||B||_F = {b}. "
+                    "It has not been shrunk or latched since; training has diverged before this point"
+                )
+        return norms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, steps, latches and hyper-parameters, seed and shrink ratio included: enough for a bit-exact resume.
+
+        Raises:
+            RuntimeError: a pair's norm is not finite.
+        """
+        self._finite_norms()
+        return super().state_dict()
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave. Moments keep their dtype, which PyTorch's own loading would not grant.
+
+        Raises:
+            ValueError: the state is another optimizer's, or of other parameters; nothing has been changed then.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        groups = checks.check_state_groups(state_dict, self.param_groups)
+        state = checks.check_state(state_dict, groups, self.param_groups, self._pairs)
+        for saved, group in zip(groups, self.param_groups, strict=True):
+            for key, value in saved.items():
+                if key not in ("params", "param_names"):
+                    old = group.get(key)
+                    new = deepcopy(value)
+                    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+                        new = new.to(old.device)
+                    group[key] = new
+        self.state.clear()
+        self.state.update(state)
+        self._rebuild()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._rebuild()
