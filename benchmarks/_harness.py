@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 PACKAGES = ("torch", "triton", "peft", "transformers")
 
 
@@ -24,10 +25,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def rotated(names: Sequence[str], turn: int) -> list[str]:
-    """``names`` rotated by ``turn`` places, so that no arm always runs first."""
-    shift = turn % len(names) if names else 0
-    return [*names[shift:], *names[:shift]]
+def rotated(arms: Sequence[T], turn: int) -> list[T]:
+    """``arms`` rotated by ``turn`` places, so that none always runs first."""
+    shift = turn % len(arms) if arms else 0
+    return [*arms[shift:], *arms[:shift]]
 
 
 def interleave(arms: dict[str, Callable[[], None]], *, warmup: int, iters: int) -> dict[str, list[float]]:

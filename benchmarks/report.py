@@ -97,19 +97,21 @@ def table(result: Result) -> str:
     ]
     cells = [["", *(row["label"] for row in rows.values())]]
     cells += [[title, *(render(row) for row in rows.values())] for title, render in lines]
-    return "\n".join([*_aligned(cells), "", *_notes(result)])
+    return "\n".join([*aligned(cells), "", *_notes(result)])
 
 
-def _aligned(cells: list[list[str]]) -> list[str]:
+def aligned(cells: list[list[str]], left: int = 1) -> list[str]:
+    """Rows of equally many cells as lines, a rule under the first; the ``left`` first columns flush left, the others right."""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+    def line(row: list[str]) -> str:
+        padded = [
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    lines = [line(row) for row in cells]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def _notes(result: Result) -> list[str]:
