@@ -1,0 +1,76 @@
+"""What several test modules share: a small model, filled branches, and proof that a refused call changed nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from stablelora_kernels.config import LoRAConfig
+from stablelora_kernels.model import lora_layers
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        return self.norm(x + self.v_proj(torch.tanh(self.q_proj(x))))
+
+
+class Model(nn.Module):
+    """Two blocks under "layers", an embedding and a head."""
+
+    def __init__(self, width: int = 8, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(2))
+        self.lm_head = nn.Linear(width, 11, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+IDS = torch.arange(10).view(2, 5)
+
+
+def lora_config(**kwargs):
+    return LoRAConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"]} | kwargs)
+
+
+def fill_b(model):
+    """A branch that is zero would hide every mistake."""
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.normal_()
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def snapshot(model):
+    """Everything that a refused call must leave alone: objects, flags and values."""
+    modules = [(name, module) for name, module in model.named_modules(remove_duplicate=False)]
+    parameters = [
+        (name, p, p.requires_grad, p.detach().clone()) for name, p in model.named_parameters(remove_duplicate=False)
+    ]
+    return modules, parameters
+
+
+def assert_untouched(model, before):
+    modules, parameters = snapshot(model)
+    assert modules == before[0]
+    assert [(name, id(p), flag) for name, p, flag, _ in parameters] == [(n, id(p), f) for n, p, f, _ in before[1]]
+    assert all(torch.equal(now[3], then[3]) for now, then in zip(parameters, before[1], strict=True))
+
+
+def reasons(report):
+    return {module.name: module.reason for module in report.skipped}
