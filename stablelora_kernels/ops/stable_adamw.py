@@ -54,6 +54,12 @@ def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tenso
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+def _one_dtype(scalars: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """``scalars``, in float64 if they are of more than one dtype."""
+    same = all(x.dtype is scalars[0].dtype for x in scalars)
+    return list(scalars) if same else [x.double() for x in scalars]
+
+
 def init_moments(state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member]) -> None:
     """Give every member its two moments, zeros of its shape, strides and work dtype, where it has none yet."""
     for p, *_ in members:
@@ -228,7 +234,7 @@ class TorchStep:
         self, grads: list[torch.Tensor], grad_scale: torch.Tensor | None, max_grad_norm: float
     ) -> torch.Tensor:
         """What the fused operator has to divide gradients by to unscale and clip them, as a float32 scalar tensor."""
-        norms = torch.stack([n.float() for n in torch._foreach_norm(grads)])
+        norms = torch.stack(_one_dtype(torch._foreach_norm(grads))).float()
         scale = torch.ones((), device=self.device) if grad_scale is None else grad_scale.reshape(())
         total = torch.linalg.vector_norm(norms) / scale
         return scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
@@ -240,7 +246,7 @@ class TorchStep:
         if not live:
             return []
         halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
-        norms = torch.stack([n.double() for n in torch._foreach_norm(halves)]).tolist()
+        norms = torch.stack(_one_dtype(torch._foreach_norm(halves))).tolist()
         shrinking = []
         for k, a, b in zip(live, norms[: len(live)], norms[len(live) :], strict=True):
             a_norm, b_norm = a * self.per_n[k], b * self.per_m[k]
@@ -265,7 +271,7 @@ class TorchStep:
             self.ratios, self.ratios_there = ratios, upload(ratios, torch.float64, self.device)
         a_works = [self.work[pair.a] for pair in self.pairs]
         norms = torch._foreach_norm(a_works + [self.work[pair.b] for pair in self.pairs])
-        a_norms, b_norms = torch.stack([n.double() for n in norms]).view(2, -1) * self.inverse_widths
+        a_norms, b_norms = torch.stack(_one_dtype(norms)).view(2, -1) * self.inverse_widths
         undecided = (self.latched == 0) & self.present_there[self.a_at] & a_norms.isfinite() & b_norms.isfinite()
         if found_inf is not None:
             undecided &= found_inf.reshape(()) == 0

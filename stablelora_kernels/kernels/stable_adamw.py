@@ -1,0 +1,349 @@
+"""The whole optimizer step as one kernel over tables of addresses, and the sums of squares that some steps need before."""
+
+# "and" does not stop at its first false operand in a kernel, so conditions are nested.
+# ruff: noqa: SIM102
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from stablelora_kernels.kernels._common import launch
+
+# Columns of the table of tensors (int64), one row each.
+TENSOR_COLUMNS = (
+    "param",
+    "exp_avg",
+    "exp_avg_sq",
+    "numel",
+    "group",
+    "role",
+    "base",
+    "a_at",
+    "a_n",
+    "b_at",
+    "b_n",
+    "n",
+    "m",
+)
+COLUMNS: tl.constexpr = tl.constexpr(len(TENSOR_COLUMNS))
+# Columns of the table of hyper-parameters (float32), one row a group.
+HYPER_COLUMNS = ("beta1", "rest1", "beta2", "rest2", "eps", "decay", "ratio", "sign", "log1", "log2", "lr")
+HYPERS: tl.constexpr = tl.constexpr(len(HYPER_COLUMNS))
+KINDS = (torch.float32, torch.bfloat16, torch.float16)
+# Variants of the code for one chunk: twice the kind, plus one where every address and size is a multiple of 16.
+N_VARIANTS: tl.constexpr = tl.constexpr(2 * len(KINDS))
+ROLE_LONE, ROLE_A, ROLE_B = 0, 1, 2
+_A: tl.constexpr = tl.constexpr(ROLE_A)
+# The norm of all gradients is the sum of at most this many partial sums, each the work of one program.
+MAX_GRAD_SUMS = 512
+NUM_WARPS = 8
+
+
+@triton.jit
+def _mix(x):
+    """``reference_optim.mix32`` of uint32 words."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _stochastic_round(x, noise, KIND: tl.constexpr):
+    """float32 values that bfloat16 (KIND 1) or float16 (KIND 2) holds: ``reference_optim.stochastic_round_ref``."""
+    bits = x.to(tl.uint32, bitcast=True)
+    if KIND == 1:
+        rounded = ((bits + (noise & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        rounded = ((bits + (noise & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        scaled = tl.abs(x) * 16777216.0
+        whole = tl.floor(scaled)
+        rest = (16777216 - (noise & 0xFFFFFF).to(tl.int32)).to(tl.float32) * 5.9604644775390625e-8
+        small = (whole + tl.where(scaled - whole >= rest, 1.0, 0.0)) * 5.9604644775390625e-8
+        rounded = tl.where(tl.abs(x) < 6.103515625e-05, tl.where(x < 0, -small, small), rounded)
+    # The sum could carry a NaN's bits into its sign.
+    return tl.where(tl.abs(x) < float("inf"), rounded, x)
+
+
+@triton.jit
+def _pointers(address, start, offsets, KIND: tl.constexpr, ALIGNED: tl.constexpr):
+    if KIND == 0:
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif KIND == 1:
+        pointer = address.to(tl.pointer_type(tl.bfloat16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.float16))
+    # Unless told, the compiler takes an address out of a table to be aligned to one element, and loads 4 bytes at a time.
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start + offsets
+
+
+@triton.jit
+def _mask(start, numel, offsets, ALIGNED: tl.constexpr):
+    left = numel - start
+    # A mask that could change inside a vector would split it.
+    if ALIGNED:
+        left = tl.multiple_of(left, 16)
+    return offsets < left
+
+
+@triton.jit
+def _one_minus_exp(z):
+    """1 - e^z for z <= 0, to float32's accuracy also where e^z is close to 1."""
+    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7 * (1 + z / 8))))))
+    return tl.where(z > -0.5, -z * series, 1 - tl.exp(z))
+
+
+@triton.jit
+def _span_sum(values_ptr, first, count, BLOCK: tl.constexpr):
+    """The sum of ``count`` values from ``first``, always in the same order."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    offsets = tl.arange(0, BLOCK)
+    for at in range(0, count, BLOCK):
+        total += tl.load(values_ptr + first + at + offsets, mask=offsets < count - at, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _update(
+    row,
+    grad,
+    start,
+    hyper,
+    lr,
+    step,
+    ratio,
+    scale,
+    key,
+    base,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """AdamW on one chunk, A's shrink included; returns the sum of squares of what was stored."""
+    offsets = tl.arange(0, CHUNK)
+    mask = _mask(start, tl.load(row + 3), offsets, ALIGNED)
+    p_ptrs = _pointers(tl.load(row), start, offsets, KIND, ALIGNED)
+    m_ptrs = _pointers(tl.load(row + 1), start, offsets, 0, ALIGNED)
+    v_ptrs = _pointers(tl.load(row + 2), start, offsets, 0, ALIGNED)
+    g = tl.load(_pointers(grad, start, offsets, KIND, ALIGNED), mask=mask, other=0.0).to(tl.float32)
+    p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(m_ptrs, mask=mask, other=0.0)
+    v = tl.load(v_ptrs, mask=mask, other=0.0)
+
+    g *= scale
+    m = tl.load(hyper) * m + tl.load(hyper + 1) * g
+    v = tl.load(hyper + 2) * v + tl.load(hyper + 3) * g * g
+    # (1 - ratio)(1 - lr wd) p, as a small difference from p: the product of two roundings near one would drift.
+    decay = lr * tl.load(hyper + 5)
+    p -= (ratio + decay - ratio * decay) * p
+    size = lr / _one_minus_exp(step * tl.load(hyper + 8))
+    root = tl.sqrt(_one_minus_exp(step * tl.load(hyper + 9)))
+    p -= size * m / (tl.sqrt(v) / root + tl.load(hyper + 4))
+    if KIND != 0:
+        index = (base + start + offsets).to(tl.uint32)
+        p = _stochastic_round(p, _mix(index ^ key), KIND)
+
+    tl.store(p_ptrs, p.to(p_ptrs.dtype.element_ty), mask=mask)
+    tl.store(m_ptrs, m, mask=mask)
+    tl.store(v_ptrs, v, mask=mask)
+    return tl.sum(tl.where(mask, p * p, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["n_chunks", "n_grad_squares", "max_grad_norm"])
+def _stable_adamw_kernel(
+    tensors_ptr,
+    addresses_ptr,
+    chunks_ptr,
+    hyper_ptr,
+    words_ptr,
+    steps_ptr,
+    ticks_ptr,
+    latched_ptr,
+    squares_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    grad_squares_ptr,
+    n_chunks,
+    n_grad_squares,
+    max_grad_norm,
+    HAS_SCALE: tl.constexpr,
+    HAS_INF: tl.constexpr,
+    CLIP: tl.constexpr,
+    VARIANTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GRAD_SUMS: tl.constexpr,
+):
+    """A <- (1 - lambda) A unless latched, then AdamW, for every parameter; one program a chunk of CHUNK elements.
+
+    Everything that changes is kept once for each chunk: the parameter's ``step``, the ``tick`` (launches since the sums
+    were measured) and A's ``latched`` step. So no program reads what another writes in the same launch, and all of A's
+    reach the same decision from the sums of squares that the launch before left. ``squares`` [2, n_chunks] is read and
+    written in turn, by the tick's parity; counting ticks on the device lets a CUDA graph replay and found_inf skip a step.
+    """
+    chunk = tl.program_id(0)
+    if HAS_INF:
+        if tl.load(found_inf_ptr) != 0:
+            return
+    tensor = tl.load(chunks_ptr + 2 * chunk).to(tl.int64)
+    start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
+    row = tensors_ptr + tensor * COLUMNS
+    grad = tl.load(addresses_ptr + 2 * tensor)
+    variant = tl.load(addresses_ptr + 2 * tensor + 1)
+    tick = tl.load(ticks_ptr + chunk)
+    tl.store(ticks_ptr + chunk, tick + 1)
+    before_ptr = squares_ptr + (tick & 1) * n_chunks
+    after_ptr = squares_ptr + (1 - (tick & 1)) * n_chunks
+
+    if grad == 0:
+        tl.store(after_ptr + chunk, tl.load(before_ptr + chunk))
+    else:
+        group = tl.load(row + 4)
+        hyper = hyper_ptr + group * HYPERS
+        step = tl.load(steps_ptr + chunk) + 1
+        tl.store(steps_ptr + chunk, step)
+        ratio = tl.full((), 0.0, tl.float32)
+        if tl.load(row + 5) == _A:
+            if tl.load(latched_ptr + chunk) == 0:
+                a = _span_sum(before_ptr, tl.load(row + 7), tl.load(row + 8), 64)
+                b = _span_sum(before_ptr, tl.load(row + 9), tl.load(row + 10), 64)
+                # Sums that are not finite compare false: such a pair neither shrinks nor latches.
+                if (a < float("inf")) & (b < float("inf")):
+                    if tl.sqrt(a) / tl.load(row + 11) > tl.sqrt(b) / tl.load(row + 12):
+                        ratio = tl.load(hyper + 6)
+                    else:
+                        tl.store(latched_ptr + chunk, step.to(tl.int32))
+        scale = tl.load(hyper + 7)
+        if HAS_SCALE:
+            scale /= tl.load(grad_scale_ptr)
+        if CLIP:
+            total = tl.sqrt(_span_sum(grad_squares_ptr, 0, n_grad_squares, GRAD_SUMS))
+            if HAS_SCALE:
+                total /= tl.load(grad_scale_ptr)
+            coefficient = max_grad_norm / (total + 1e-6)
+            # Written so that a NaN stays one, as in clip_grad_norm_.
+            scale *= tl.where(coefficient > 1, 1.0, coefficient)
+        lr = tl.load(tl.load(words_ptr + 2 * group).to(tl.pointer_type(tl.float32)))
+        key = _mix(step.to(tl.uint32) + tl.load(words_ptr + 2 * group + 1).to(tl.uint32))
+        base = tl.load(row + 6)
+        square = tl.full((), 0.0, tl.float32)
+        for code in tl.static_range(N_VARIANTS):
+            if (VARIANTS >> code) & 1:
+                if variant == code:
+                    square = _update(
+                        row, grad, start, hyper, lr, step, ratio, scale, key, base, code // 2, code % 2 == 1, CHUNK
+                    )
+        tl.store(after_ptr + chunk, square)
+
+
+@triton.jit(do_not_specialize=["stride_values", "n_chunks"])
+def _square_sums_kernel(
+    tensors_ptr,
+    values_ptr,
+    addresses_ptr,
+    chunks_ptr,
+    squares_ptr,
+    stride_values,
+    n_chunks,
+    VARIANTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """squares[i] = the sum of squares in chunks i, i + programs, ... of the tensors whose addresses ``values`` holds."""
+    program = tl.program_id(0)
+    offsets = tl.arange(0, CHUNK)
+    total = tl.full((), 0.0, tl.float32)
+    for chunk in range(program, n_chunks, tl.num_programs(0)):
+        tensor = tl.load(chunks_ptr + 2 * chunk).to(tl.int64)
+        start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
+        value = tl.load(values_ptr + tensor * stride_values)
+        numel = tl.load(tensors_ptr + tensor * COLUMNS + 3)
+        variant = tl.load(addresses_ptr + 2 * tensor + 1)
+        if value != 0:
+            for code in tl.static_range(N_VARIANTS):
+                if (VARIANTS >> code) & 1:
+                    if variant == code:
+                        mask = _mask(start, numel, offsets, code % 2 == 1)
+                        pointers = _pointers(value, start, offsets, code // 2, code % 2 == 1)
+                        x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+                        total += tl.sum(x * x, 0)
+    tl.store(squares_ptr + program, total)
+
+
+def square_sums(
+    tensors: torch.Tensor,
+    values: torch.Tensor,
+    addresses: torch.Tensor,
+    chunks: torch.Tensor,
+    squares: torch.Tensor,
+    variants: int,
+    chunk: int,
+) -> None:
+    """Fill ``squares`` with the sums of squares that as many programs find at the addresses in ``values``' first column."""
+    launch(
+        _square_sums_kernel,
+        (squares.numel(),),
+        squares.device,
+        tensors,
+        values,
+        addresses,
+        chunks,
+        squares,
+        values.stride(0),
+        chunks.shape[0],
+        VARIANTS=variants,
+        CHUNK=chunk,
+        num_warps=NUM_WARPS,
+    )
+
+
+def stable_adamw(
+    steps: torch.Tensor,
+    ticks: torch.Tensor,
+    latched: torch.Tensor,
+    squares: torch.Tensor,
+    grad_squares: torch.Tensor,
+    tensors: torch.Tensor,
+    addresses: torch.Tensor,
+    chunks: torch.Tensor,
+    hyper: torch.Tensor,
+    words: torch.Tensor,
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+    max_grad_norm: float | None,
+    variants: int,
+    chunk: int,
+) -> None:
+    """One step: one launch, or two where gradients are clipped."""
+    if max_grad_norm is not None:
+        square_sums(tensors, addresses, addresses, chunks, grad_squares, variants, chunk)
+    launch(
+        _stable_adamw_kernel,
+        (chunks.shape[0],),
+        steps.device,
+        tensors,
+        addresses,
+        chunks,
+        hyper,
+        words,
+        steps,
+        ticks,
+        latched,
+        squares,
+        steps if grad_scale is None else grad_scale,
+        steps if found_inf is None else found_inf,
+        grad_squares,
+        chunks.shape[0],
+        grad_squares.numel(),
+        1.0 if max_grad_norm is None else max_grad_norm,
+        HAS_SCALE=grad_scale is not None,
+        HAS_INF=found_inf is not None,
+        CLIP=max_grad_norm is not None,
+        VARIANTS=variants,
+        CHUNK=chunk,
+        GRAD_SUMS=MAX_GRAD_SUMS,
+        num_warps=NUM_WARPS,
+    )

@@ -1,0 +1,218 @@
+"""The optimizer step as one Triton launch: the tables it reads, kept on the device, and the operator that it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import stable_adamw as kernels
+from .stable_adamw import Member, Pair, dense_like, init_moments, seed_word, take_counters, upload
+
+# Not custom_op, whose wrapper costs four times as much for hundreds of tensors. The tables hold the addresses of the
+# tensors in the lists, which are there to declare what is read and written; so this op can't be traced on copies of them.
+torch.library.define(
+    "stablelora_kernels::stable_adamw_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!) steps, "
+    "Tensor(e!) ticks, Tensor(f!) latched, Tensor(g!) squares, Tensor(h!) grad_squares, Tensor tensors, Tensor addresses, "
+    "Tensor chunks, Tensor hyper, Tensor words, Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, int variants, "
+    "int chunk) -> ()",
+)
+
+
+@torch.library.impl("stablelora_kernels::stable_adamw_", ("cpu", "cuda"))
+def _stable_adamw(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], *tables: Any
+) -> None:
+    kernels.stable_adamw(*tables)
+
+
+@torch.library.register_fake("stablelora_kernels::stable_adamw_")
+def _stable_adamw_fake(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+class TritonStep:
+    """The step on one device, with the interface of :class:`~stablelora_kernels.ops.stable_adamw.TorchStep`.
+
+    All members are in the tables, with a gradient or without: a step in which other gradients are missing only uploads
+    other addresses. The sums of squares that the latch is decided by are measured anew when the tables are built and when
+    a parameter's version shows that someone else wrote to it.
+    """
+
+    # Elements that one program updates.
+    CHUNK = 4096
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        pairs: Sequence[Pair],
+        groups: Sequence[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+    ) -> None:
+        self.members, self.pairs, self.groups = members, pairs, groups
+        self.params = [member.param for member in members]
+        self.device = self.params[0].device
+        init_moments(state, members)
+        self.exp_avgs = [state[p]["exp_avg"] for p in self.params]
+        self.exp_avg_sqs = [state[p]["exp_avg_sq"] for p in self.params]
+        # An empty tensor has one chunk too, for its counters.
+        counts = [max(1, -(-p.numel() // self.CHUNK)) for p in self.params]
+        self.firsts = _starts(counts)
+        self._make_counters(state, counts)
+        self._make_tables(counts)
+        self.watched = [self.params[place] for pair in pairs for place in pair]
+        self.versions: list[int] | None = None
+        self.address_key: list[tuple[int, int]] | None = None
+        self.hyper_key: list[tuple[Any, ...]] | None = None
+
+    def _make_counters(self, state: dict[Tensor, dict[str, Any]], counts: list[int]) -> None:
+        """The counters of every chunk, from the state, whose entries become views of the first chunks' counters."""
+        total, repeats = sum(counts), upload(counts, torch.int64, self.device)
+        old_steps = take_counters([state[p].get("step") for p in self.params], torch.float32, self.device)
+        old_latched = take_counters([state[p].get("latched_at") for p in self.params], torch.int32, self.device)
+        self.steps = torch.repeat_interleave(old_steps, repeats, output_size=total)
+        self.latched = torch.repeat_interleave(old_latched, repeats, output_size=total)
+        self.ticks = torch.zeros(total, dtype=torch.int32, device=self.device)
+        self.squares = torch.zeros(2, total, dtype=torch.float32, device=self.device)
+        self.grad_squares = torch.zeros(min(total, kernels.MAX_GRAD_SUMS), dtype=torch.float32, device=self.device)
+        for p, first in zip(self.params, self.firsts, strict=True):
+            state[p]["step"] = self.steps[first]
+        for pair in self.pairs:
+            state[self.params[pair.a]]["latched_at"] = self.latched[self.firsts[pair.a]]
+
+    def _make_tables(self, counts: list[int]) -> None:
+        roles = {pair.a: kernels.ROLE_A for pair in self.pairs} | {pair.b: kernels.ROLE_B for pair in self.pairs}
+        partners = {place: pair for pair in self.pairs for place in pair}
+        rows = []
+        for i, (p, group, base) in enumerate(self.members):
+            row = [p.data_ptr(), self.exp_avgs[i].data_ptr(), self.exp_avg_sqs[i].data_ptr(), p.numel(), group]
+            row += [roles.get(i, kernels.ROLE_LONE), base]
+            if i in partners:
+                a, b = partners[i]
+                widths = [max(self.params[a].shape[1], 1), max(self.params[b].shape[0], 1)]
+                row += [self.firsts[a], counts[a], self.firsts[b], counts[b], *widths]
+            rows.append(row + [0] * (len(kernels.TENSOR_COLUMNS) - len(row)))
+        self.tensors = upload(rows, torch.int64, self.device)
+        chunks = [(i, number) for i, count in enumerate(counts) for number in range(count)]
+        self.chunks = upload(chunks, torch.int32, self.device)
+        self.kinds = [kernels.KINDS.index(p.dtype) for p in self.params]
+        self.aligned = [
+            not any(value % 16 for value in (*row[:4], moment.data_ptr()))
+            for row, moment in zip(rows, self.exp_avg_sqs, strict=True)
+        ]
+
+    def __call__(
+        self,
+        grads: Sequence[Tensor | None],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        max_grad_norm: float | None,
+    ) -> None:
+        ready = [
+            g if g is None else dense_like(p, g if g.dtype is p.dtype else g.to(p.dtype))
+            for p, g in zip(self.params, grads, strict=True)
+        ]
+        self._upload_addresses(ready)
+        self._upload_hyper()
+        if self.versions != [p._version for p in self.watched]:
+            self._measure()
+        present = [i for i, g in enumerate(ready) if g is not None]
+        written = [self.params[i] for i in present]
+        torch.ops.stablelora_kernels.stable_adamw_(
+            written,
+            [g for g in ready if g is not None],
+            [self.exp_avgs[i] for i in present],
+            [self.exp_avg_sqs[i] for i in present],
+            self.steps,
+            self.ticks,
+            self.latched,
+            self.squares,
+            self.grad_squares,
+            self.tensors,
+            self.addresses,
+            self.chunks,
+            self.hyper,
+            self.words,
+            grad_scale,
+            found_inf,
+            max_grad_norm,
+            self.variants,
+            self.CHUNK,
+        )
+        # So that a backward pass through what has been overwritten is noticed.
+        torch.autograd.graph.increment_version(written)
+        self.versions = [p._version for p in self.watched]
+
+    def _upload_addresses(self, grads: list[Tensor | None]) -> None:
+        """The address of every gradient, 0 where there is none, and the variant of the kernel's code for its tensor."""
+        key = []
+        for g, kind, aligned in zip(grads, self.kinds, self.aligned, strict=True):
+            # An empty tensor's address is 0 as well, yet its step counts.
+            address = 0 if g is None else g.data_ptr() or 16
+            key.append((address, 2 * kind + (aligned and address % 16 == 0)))
+        if key != self.address_key:
+            self.addresses = upload(key, torch.int64, self.device)
+            self.variants = sum(1 << code for code in {code for _, code in key})
+            self.address_key = key
+
+    def _upload_hyper(self) -> None:
+        """The hyper-parameters of every group, when one of them has changed."""
+        lrs = [self._lr(group["lr"]) for group in self.groups]
+        key = [
+            (
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                group["shrink_ratio"],
+                group["maximize"],
+                group["seed"],
+                lr.data_ptr() if isinstance(lr, Tensor) else lr,
+            )
+            for group, lr in zip(self.groups, lrs, strict=True)
+        ]
+        if key == self.hyper_key:
+            return
+        rows = []
+        for group, lr in zip(self.groups, lrs, strict=True):
+            beta1, beta2 = group["betas"]
+            logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
+            sign = -1.0 if group["maximize"] else 1.0
+            row = [beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], group["weight_decay"], group["shrink_ratio"], sign]
+            rows.append([*row, *logs, 0.0 if isinstance(lr, Tensor) else lr])
+        self.hyper = upload(rows, torch.float32, self.device)
+        # The addresses in the table must outlive this call.
+        self.lrs = lrs
+        words = []
+        for i, (group, lr) in enumerate(zip(self.groups, lrs, strict=True)):
+            own = self.hyper[i, -1].data_ptr()
+            words.append([lr.data_ptr() if isinstance(lr, Tensor) else own, seed_word(group["seed"])])
+        self.words = upload(words, torch.int64, self.device)
+        self.hyper_key = key
+
+    def _lr(self, lr: float | Tensor) -> float | Tensor:
+        """``lr`` as a float, or as a float32 tensor on the device, which the kernel reads."""
+        if not isinstance(lr, Tensor):
+            return lr
+        if lr.device.type == "cpu" and self.device.type != "cpu":
+            return lr.item()
+        return lr.to(self.device, torch.float32, non_blocking=True)
+
+    def _measure(self) -> None:
+        """Measure the sums of squares of all parameters into the half of ``squares`` that the next step reads."""
+        self.ticks.zero_()
+        kernels.square_sums(
+            self.tensors, self.tensors, self.addresses, self.chunks, self.squares[0], self.variants, self.CHUNK
+        )
+
+
+def _starts(counts: list[int]) -> list[int]:
+    """The sum of all counts before each."""
+    starts, total = [], 0
+    for count in counts:
+        starts.append(total)
+        total += count
+    return starts
