@@ -20,7 +20,7 @@ from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.model import CONFIG_ATTRIBUTE, LoRAReport, commit, lora_layers, report_on
 from stablelora_kernels.nn import LoRALinear
-from stablelora_kernels.plan import list_some, plan_lora
+from stablelora_kernels.plan import SkippedModule, list_some, plan_lora
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -70,9 +70,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     # Copies, since safetensors refuses tensors that share memory, as tied ones do.
     tensors = {PREFIX + key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None)
+    origin = getattr(getattr(model, "config", None), "_name_or_path", None)
     content = asdict(config) | {
-        "base_model_name_or_path": name_or_path or None,
+        "base_model_name_or_path": origin if isinstance(origin, str) and origin else None,
         "inference_mode": True,
         "peft_type": "LORA",
         "task_type": None,
@@ -125,8 +125,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> LoRAReport:
         _check_fits(model, config, layers, config_file)
         wanted = {key: tensor for name, layer in layers.items() for key, tensor in _lora_tensors(name, layer).items()}
         shapes = {key: tensor.shape for key, tensor in wanted.items()}
+        skipped: tuple[SkippedModule, ...] = ()
     else:
         plan = plan_lora(model, config)
+        skipped = plan.skipped
         wanted = {f"{name}.weight": linear.weight for name, linear in plan.linears.items()}
         shapes = {}
         for name, linear in plan.linears.items():
@@ -134,7 +136,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> LoRAReport:
             shapes[f"{name}.lora_B.weight"] = torch.Size((linear.out_features, config.rank_of(name)))
     others = _other_tensors(model, config, layers or plan.linears)
     _check_not_meta(wanted | others)
-    _check_tensors(tensors, shapes | {key: tensor.shape for key, tensor in others.items()}, config, model, weights_file)
+    # With bias="all", PEFT's files hold the biases of its own wrappers around modules_to_save as well.
+    wrapped = tuple(
+        f"{name}.{part}." for name in _saved(model, config) for part in ("original_module", "modules_to_save")
+    )
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(wrapped)}
+    shapes.update({key: tensor.shape for key, tensor in others.items()})
+    _check_tensors(tensors, shapes, skipped, weights_file)
 
     if layers:
         report = report_on(model, layers)
@@ -320,17 +328,14 @@ def _check_fits(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRAL
 
 
 def _check_tensors(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], config: LoRAConfig, model: nn.Module, file: Path
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], skipped: Iterable[SkippedModule], file: Path
 ) -> None:
     if missing := [key for key in shapes if key not in tensors]:
         raise ValueError(f"{file} must hold {list_some(missing)}, got {len(tensors)} tensors without them")
-    # With bias="all", PEFT's files hold the biases of its own wrappers around modules_to_save as well.
-    extra = tuple(
-        f"{name}.{part}." for name in _saved(model, config) for part in ("original_module", "modules_to_save")
-    )
-    if unexpected := [key for key in tensors if key not in shapes and not key.startswith(extra)]:
+    if unexpected := [key for key in tensors if key not in shapes]:
+        why = [f"; {module.name}: {module.reason}" for module in skipped if unexpected[0].startswith(f"{module.name}.")]
         raise ValueError(
-            f"{file} must hold what its config and the model call for, got {list_some(unexpected)} beyond that"
+            f"{file} must hold what its config and the model call for, got {list_some(unexpected)} beyond that{''.join(why)}"
         )
     for key, shape in shapes.items():
         if tensors[key].shape != shape:

@@ -74,3 +74,9 @@ def assert_untouched(model, before):
 
 def reasons(report):
     return {module.name: module.reason for module in report.skipped}
+
+
+def output(model):
+    with torch.no_grad():
+        out = model(IDS)
+    return getattr(out, "logits", out)
