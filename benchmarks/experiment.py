@@ -129,9 +129,12 @@ def _train(
             if (step + 1) % 25 == 0:
                 save(result)
 
+        wall, cpu = time.perf_counter(), time.process_time()
         try:
             train(arms, batches, recipe, dtype, series, features, after_step)
         finally:
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            result["cpu_share"] = round(cpu / wall / torch.get_num_threads(), 3)
             _add_latches(arms, recipe, series, result)
     return features
 

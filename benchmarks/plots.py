@@ -152,7 +152,7 @@ def _step_time(result: Result) -> Any:
         if name != "frozen" and "frozen" in result["arms"]:
             over = overhead(record, result["arms"]["frozen"])
             total += f", {over['median']:+.1f}%" if over else ""
-        axis.text(left, row, f"  {total}", va="center", fontsize=9)
+        axis.text(left, row, f"  {total}", va="center", fontsize=9).set_in_layout(False)
     axis.set_yticks(range(len(result["arms"])), [record["label"] for record in result["arms"].values()])
     axis.invert_yaxis()
     axis.set_xlabel("milliseconds: forward, backward, optimizer")

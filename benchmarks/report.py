@@ -18,6 +18,8 @@ from benchmarks.finetune import PHASES
 SETTLING_STEPS = 3
 _LAST_LOSSES = 20
 _NOTHING = "-"
+# Alone on two cores, training keeps its threads busy for 93 to 99% of the time.
+_QUIET_SHARE = 0.9
 
 Result = dict[str, Any]
 Record = dict[str, Any]
@@ -131,6 +133,7 @@ def _notes(result: Result) -> list[str]:
         )
     notes += [
         "Accuracies are ± one standard error; times are medians [quartiles], the arms taking each batch in turn.",
+        *_disturbance(result),
         "The frozen model trains its head, and its backward pass goes exactly as deep as LoRA's.",
     ]
     for record in result["arms"].values():
@@ -155,6 +158,16 @@ def _notes(result: Result) -> list[str]:
     wall, peak = result.get("wall_s"), result.get("peak_rss_mib")
     notes.append(f"{result['status']}: {_number(wall, '.0f')} s wall, {_number(peak, '.0f')} MiB at most in memory.")
     return notes
+
+
+def _disturbance(result: Result) -> list[str]:
+    share = result.get("cpu_share")
+    if share is None or result["settings"]["device"] != "cpu" or share >= _QUIET_SHARE:
+        return []
+    return [
+        f"Other programs ran beside this one, which had only {100 * share:.0f}% of its threads' time while training: "
+        "the times above are not to be trusted."
+    ]
 
 
 def _number(value: float | None, spec: str) -> str:
