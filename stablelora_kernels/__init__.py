@@ -2,10 +2,12 @@
 
 from stablelora_kernels import functional, reference
 from stablelora_kernels._version import __version__
+from stablelora_kernels.adapter_io import load_adapter, save_adapter
 from stablelora_kernels.backend import get_backend, set_backend, use_backend
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.model import LoRAReport, apply_lora, merge_lora, remove_lora, unmerge_lora
 from stablelora_kernels.nn import LoRALinear
+from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
 
 __all__ = [
@@ -13,14 +15,18 @@ __all__ = [
     "LoRALinear",
     "LoRAPair",
     "LoRAReport",
+    "PairStability",
+    "StableLoRAAdamW",
     "__version__",
     "apply_lora",
     "functional",
     "get_backend",
+    "load_adapter",
     "lora_pairs",
     "merge_lora",
     "reference",
     "remove_lora",
+    "save_adapter",
     "set_backend",
     "unmerge_lora",
     "use_backend",

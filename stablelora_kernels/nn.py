@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,12 @@ from stablelora_kernels._checks import check_float, check_int
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear
 
 INITS = (True, False, "gaussian")
+
+
+def _check_init(init_lora_weights: Any) -> None:
+    # By identity: 0 and 1 equal False and True, and would not be treated as such.
+    if not (isinstance(init_lora_weights, bool) or init_lora_weights == "gaussian"):
+        raise ValueError(f"init_lora_weights must be one of {INITS}, got {init_lora_weights!r}")
 
 
 class LoRALinear(nn.Module):
@@ -104,8 +110,7 @@ class LoRALinear(nn.Module):
         check_int("r", r, minimum=1)
         check_float("lora_alpha", lora_alpha)
         check_float("lora_dropout", lora_dropout, low=0.0, high=1.0)
-        if not any(init_lora_weights is init or init_lora_weights == init for init in INITS):
-            raise ValueError(f"init_lora_weights must be one of {INITS}, got {init_lora_weights!r}")
+        _check_init(init_lora_weights)
         if base.weight.dtype not in FLOAT_DTYPES:
             raise TypeError(f"weight must be of a floating-point dtype, got {base.weight.dtype}")
         if lora_dtype not in (torch.float32, base.weight.dtype):
@@ -123,7 +128,7 @@ class LoRALinear(nn.Module):
         self.__dict__["_unmerged_weight"] = None
         for frozen in base.parameters(recurse=False):
             frozen.requires_grad_(False)
-        self.weight = base.weight
+        self.weight = cast(nn.Parameter, base.weight)
         self.register_parameter("bias", base.bias)
         factory: dict[str, Any] = {"device": base.weight.device, "dtype": lora_dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
@@ -133,6 +138,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
         """Draw A and B anew; ``init_lora_weights`` as in the constructor."""
+        _check_init(init_lora_weights)
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
         else:
@@ -166,7 +172,8 @@ class LoRALinear(nn.Module):
         """Fold the branch into the weight: ``W + scaling · B A``, added in float32 and rounded once to the weight's dtype.
 
         The merged weight is a new tensor. The frozen one is kept, so that a layer that shares it is not changed and
-        :meth:`unmerge` gives it back bit for bit; that costs one weight's memory until then.
+        :meth:`unmerge` gives it back bit for bit; that costs one weight's memory until then. ``state_dict`` holds the
+        frozen one all the while, beside A and B.
 
         Raises:
             RuntimeError: the layer is merged already.
@@ -203,6 +210,20 @@ class LoRALinear(nn.Module):
             with torch.no_grad():
                 self.__dict__["_unmerged_weight"].data = fn(self.__dict__["_unmerged_weight"].data)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # A merged weight beside A and B would apply the branch twice wherever it is loaded.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            frozen = self.__dict__["_unmerged_weight"]
+            destination[prefix + "weight"] = frozen if keep_vars else frozen.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local: Any, strict: bool, missing: Any,
+                              unexpected: Any, errors: list[str]) -> None:  # fmt: skip
+        if self.merged:
+            errors.append(f"{prefix.rstrip('.') or 'this LoRALinear'} is merged; unmerge() before loading into it")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={self.r}"

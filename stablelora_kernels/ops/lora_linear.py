@@ -145,14 +145,27 @@ def _as_float(keep: Tensor, dtype: torch.dtype) -> Tensor:
     return keep.view(torch.uint8).to(dtype)
 
 
+# Below this many rows a copy that gives BLAS the layout it is fast on costs more than it saves (AVX-512, two cores).
+_MANY_ROWS = 64
+
+
+def _thin(x: Tensor, a: Tensor) -> Tensor:
+    """``x a^T`` [M, r] of x [M, K] and a thin a [r, K], by the product that is fastest on x's dtype."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        # oneDNN's bfloat16 product is up to twice as fast with the small side first. The result is a transposed view.
+        return torch.mm(a, x.t()).t()
+    if x.shape[0] >= _MANY_ROWS:
+        a = a.contiguous()
+    return torch.mm(x, a.t())
+
+
 def _torch_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    dropped = x if keep is None else x * _as_float(keep, x.dtype)
-    s = torch.nn.functional.linear(dropped, lora_A.to(x.dtype))
+    s = _thin(x if keep is None else x * _as_float(keep, x.dtype), lora_A.to(x.dtype))
     y = torch.nn.functional.linear(x, weight, bias)
-    # In place, so that the branch costs no second activation; B^T contiguous, which BLAS is faster on.
-    y.addmm_(s, lora_B.to(x.dtype).t().contiguous(), alpha=scaling)
+    # In place, so that the branch costs no second activation. Scaling the small B is cheaper than the product's alpha.
+    y.addmm_(s, (lora_B * scaling).to(x.dtype).t())
     return y, s
 
 
@@ -161,22 +174,25 @@ def _torch_bwd(
     scaling: float, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     dx = da = db = None
-    mask = None if keep is None else _as_float(keep, x.dtype)
+    mask = None if keep is None else _as_float(keep, grad.dtype)
     if need_x or need_a:
-        # G = dY B through B^T made contiguous: the product with a tall thin B is several times slower.
-        g = torch.mm(grad, lora_B.to(grad.dtype).t().contiguous().t()).mul_(scaling)
+        ds = _thin(grad, (lora_B * scaling).to(grad.dtype).t())
         if need_x:
             dx = torch.mm(grad, weight)
             a = lora_A.to(grad.dtype)
             if mask is None:
-                dx.addmm_(g, a)
+                dx.addmm_(ds, a)
             else:
-                dx.addcmul_(torch.mm(g, a), mask)
+                dx.addcmul_(torch.mm(ds, a), mask)
         if need_a:
-            da = torch.mm(g.t().contiguous(), x if mask is None else x * mask).to(lora_A.dtype)
+            da = torch.mm(ds.t().contiguous(), x if mask is None else x * mask).to(lora_A.dtype)
     if need_b:
         assert s is not None
-        db = torch.mm(s.t().contiguous(), grad).t().mul(scaling).to(lora_B.dtype).contiguous()
+        if grad.shape[0] < _MANY_ROWS:
+            db = torch.mm(grad.t(), s)
+        else:
+            db = torch.mm(s.t().contiguous(), grad).t().contiguous()
+        db = db.mul_(scaling).to(lora_B.dtype)
     return dx, da, db
 
 
@@ -259,14 +275,14 @@ def lora_linear_op(
     backend: str,
 ) -> Tensor:  # fmt: skip
     """``functional.lora_linear`` with arguments that were checked and a backend that was chosen."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or lora_A.requires_grad
-        or lora_B.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
+    rows = x.numel() // x.shape[-1]
+    if backend == "torch" and rows < _MANY_ROWS and dropout_p == 0:
+        # So few rows are a matter of microseconds, of which a Python autograd function would be the most.
+        s = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
+        y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        y = torch.addmm(y, s, lora_B.to(x.dtype).t(), alpha=scaling)
+        return y.view(*x.shape[:-1], y.shape[-1])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, lora_A, lora_B)):
         return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
-    rows = x.reshape(-1, x.shape[-1])
-    y = _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
+    y = _forward(x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
     return y.view(*x.shape[:-1], y.shape[-1])

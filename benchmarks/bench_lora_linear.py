@@ -1,0 +1,130 @@
+"""The layer against the frozen nn.Linear, eager LoRA and PEFT: forward plus backward, all arms interleaved in one process.
+
+    python -m benchmarks.bench_lora_linear [--device cpu] [--dtype fp32 bf16] [--dropout 0 0.1] [--iters 60] [--json FILE]
+
+An arm's overhead is its time less the frozen layer's, which computes the same two products. The last column is our overhead
+over PEFT's: below 1 we add less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import stablelora_kernels as slk
+from benchmarks._harness import environment, interleave, summarize
+
+# (rows, in_features, out_features, rank). The first two are the issue's targets.
+SHAPES = [
+    (1024, 1024, 1024, 8),
+    (512, 2048, 2048, 16),
+    (2048, 576, 576, 8),
+    (1024, 576, 192, 8),
+    (128, 2048, 2048, 16),
+    (1, 2048, 2048, 16),
+]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class EagerLoRA(nn.Module):
+    """LoRA as one writes it by hand: every product and sum an operator of its own."""
+
+    def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.base, self.scaling, self.dropout = base, scaling, nn.Dropout(dropout)
+        self.lora_A, self.lora_B = nn.Parameter(lora_A.clone()), nn.Parameter(lora_B.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.dropout(x) @ self.lora_A.t() @ self.lora_B.t() * self.scaling
+
+
+def build_arms(
+    k: int, n: int, r: int, dropout: float, dtype: torch.dtype, device: torch.device
+) -> dict[str, nn.Module]:
+    """The arms over one frozen weight, with equal A and non-zero B, all in ``dtype``."""
+    torch.manual_seed(0)
+    frozen = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    ours = slk.LoRALinear.from_linear(frozen, r=r, lora_alpha=2 * r, lora_dropout=dropout, lora_dtype=dtype)
+    with torch.no_grad():
+        ours.lora_B.normal_(std=0.02)
+    eager = EagerLoRA(frozen, ours.lora_A.detach(), ours.lora_B.detach(), ours.scaling, dropout)
+    holder = nn.Sequential(nn.Linear(k, n, bias=False, device=device, dtype=dtype))
+    holder[0].weight = nn.Parameter(frozen.weight.detach(), requires_grad=False)
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["0"])
+    peft = get_peft_model(holder, config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(ours.lora_A if "lora_A" in name else ours.lora_B)
+    return {"frozen": frozen, "eager": eager, "peft": peft.base_model.model[0], "ours": ours}
+
+
+def forward_backward(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def run() -> None:
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        module(x).backward(grad)
+
+    return run
+
+
+def measure(
+    shape: tuple[int, int, int, int], dropout: float, dtype: torch.dtype, device: torch.device, iters: int
+) -> dict[str, dict[str, float]]:
+    """Milliseconds per forward plus backward of each arm, and its overhead over the frozen layer, turn by turn."""
+    m, k, n, r = shape
+    x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(m, n, device=device, dtype=dtype)
+    arms = build_arms(k, n, r, dropout, dtype, device)
+    samples = interleave({name: forward_backward(arm, x, grad) for name, arm in arms.items()}, warmup=10, iters=iters)
+    result = {}
+    for name, seconds in samples.items():
+        overhead = [1e3 * (arm - frozen) for arm, frozen in zip(seconds, samples["frozen"], strict=True)]
+        result[name] = {**{key: 1e3 * value for key, value in summarize(seconds).items()}}
+        result[name] |= {f"overhead_{key}": value for key, value in summarize(overhead).items()}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_lora_linear", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", nargs="+", default=["fp32"], choices=sorted(DTYPES))
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--iters", type=int, default=60, help="timed rounds for each shape")
+    parser.add_argument("--json", type=Path, help="write the figures, the machine and the versions here")
+    args = parser.parse_args()
+    device, machine, rows = torch.device(args.device), environment(), []
+    print(f"{machine}\nmilliseconds, median of {args.iters} (quartiles); overhead is over the frozen layer")
+    header = f"{'rows x in x out, r':24} {'dtype':5} {'drop':>4} {'frozen':>8} {'+eager':>8} {'+peft':>8} {'+ours':>8} {'(q1-q3)':>15} {'ours/peft':>9}"
+    print(header)
+    for dtype in args.dtype:
+        for dropout in args.dropout:
+            for shape in SHAPES:
+                result = measure(shape, dropout, DTYPES[dtype], device, args.iters)
+                ours, peft = result["ours"], result["peft"]
+                ratio = ours["overhead_median"] / peft["overhead_median"]
+                rows.append({"shape": shape, "dtype": dtype, "dropout": dropout, "ours_over_peft": ratio, "ms": result})
+                label = "{} x {} x {}, {}".format(*shape)
+                spread = f"({ours['overhead_q1']:.2f}-{ours['overhead_q3']:.2f})"
+                print(
+                    f"{label:24} {dtype:5} {dropout:4.2g} {result['frozen']['median']:8.2f} "
+                    f"{result['eager']['overhead_median']:8.2f} {peft['overhead_median']:8.2f} "
+                    f"{ours['overhead_median']:8.2f} {spread:>15} {ratio:9.2f}",
+                    flush=True,
+                )
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"environment": machine, "results": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
