@@ -51,13 +51,14 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     else:
         from transformers import AutoModel, AutoTokenizer
 
-        source = str(assets.minilm_dir()) if name == "minilm" else name
+        source = str(assets.minilm_dir() if name == "minilm" else Path(name).expanduser())
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError) as error:
             kind = "local directory" if Path(source).is_dir() else "hub id (and no local directory)"
-            raise assets.AssetError(f"could not load model {name!r}, a {kind}: {error}") from error
+            reason = str(error).strip().splitlines()[0]
+            raise assets.AssetError(f"could not load model {name!r}, a {kind}: {reason}") from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = False
