@@ -229,6 +229,8 @@ class TorchStep:
         self._update(present, shrinking, ready, grad_scale, found_inf)
         for scratch in self.scratch:
             scratch.store(self.steps.int(), self.seeds, present)
+        # So that a backward pass through what has been overwritten is noticed: the fused operator does not say so.
+        torch.autograd.graph.increment_version([m.param for m, there in zip(self.members, present, strict=True) if there])
 
     def _clipping_scale(
         self, grads: list[torch.Tensor], grad_scale: torch.Tensor | None, max_grad_norm: float
