@@ -7,12 +7,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache
 
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
+# Triton is looked for, not imported.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Whether Triton's interpreter was asked for, which runs the kernels on CPU tensors. Triton reads it once, as this does.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 def _check(name: str, source: str) -> str:
@@ -21,13 +23,14 @@ def _check(name: str, source: str) -> str:
     return name
 
 
-_default = _check(os.environ.get("STABLELORA_BACKEND", "auto"), "the environment variable STABLELORA_BACKEND")
-_override: ContextVar[str | None] = ContextVar("stablelora_backend", default=None)
+# Plain module state, which torch.compile guards on; a context variable would break its graph.
+_backend = _check(os.environ.get("STABLELORA_BACKEND", "auto"), "the environment variable STABLELORA_BACKEND")
+_warned = False
 
 
 def get_backend() -> str:
     """The backend in force: ``"auto"``, ``"triton"`` or ``"torch"``."""
-    return _override.get() or _default
+    return _backend
 
 
 def set_backend(name: str) -> None:
@@ -39,33 +42,26 @@ def set_backend(name: str) -> None:
     Raises:
         ValueError: ``name`` is not one of the three.
     """
-    global _default
-    _default = _check(name, "backend")
+    global _backend
+    _backend = _check(name, "backend")
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Like :func:`set_backend`, for the body of a ``with`` statement and the current thread or task only."""
-    token = _override.set(_check(name, "backend"))
+    """Like :func:`set_backend`, for the body of a ``with`` statement. It holds for the whole process, threads included."""
+    before = get_backend()
+    set_backend(name)
     try:
         yield
     finally:
-        _override.reset(token)
+        set_backend(before)
 
 
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed. It is looked for, not imported."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter is asked for (``TRITON_INTERPRET=1``), which runs the kernels on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
-
-
-@cache
 def _warn_no_triton() -> None:
+    global _warned
+    if _warned:
+        return
+    _warned = True
     warnings.warn(
         "Triton is not installed, so stablelora_kernels runs on PyTorch's operators on this GPU, with more launches "
         "and more memory traffic; install triton, or call set_backend('torch') to choose this.",
@@ -86,13 +82,13 @@ def resolve_backend(device: torch.device) -> str:
     if name == "auto":
         if device.type != "cuda":
             return "torch"
-        if not has_triton():
+        if not HAS_TRITON:
             _warn_no_triton()
             return "torch"
         return "triton"
-    if not has_triton():
+    if not HAS_TRITON:
         raise RuntimeError("backend 'triton' was asked for, but Triton is not installed")
-    if device.type != "cuda" and not interpreting():
+    if device.type != "cuda" and not INTERPRETING:
         raise RuntimeError(
             f"backend 'triton' was asked for on a tensor on {device}: the kernels run on a GPU, or on a CPU under "
             "Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"

@@ -42,20 +42,25 @@ def make_inputs(
 
 
 def assert_no_worse(
-    out: torch.Tensor, ref: torch.Tensor, baseline: torch.Tensor, *, atol: float | None = None, name: str = "result"
+    out: torch.Tensor,
+    ref: torch.Tensor,
+    baseline: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    name: str = "result",
 ) -> None:
     """Fail unless ``|out - ref| <= 2 max|baseline - ref| + atol`` everywhere.
 
-    ``ref`` is the float64 oracle and ``baseline`` what plain PyTorch computes in ``out``'s dtype, so that the bound is the
-    error a user already has. ``atol`` is, by default, two units in the last place of the largest element of ``ref``.
+    ``ref`` is the float64 oracle and ``baseline`` what plain PyTorch computes, so that the bound is the error a user already
+    has. ``atol``, for where that happens to be nothing, is one unit in the last place of ref's largest element in ``dtype``,
+    the dtype of the arithmetic: out's unless given.
     """
     assert out.shape == ref.shape, f"{name} has shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
     if not out.numel():
         return
     assert bool(torch.isfinite(out).all()), f"{name} holds values that are not finite"
     ref = ref.double()
-    if atol is None:
-        atol = 2 * EPS[out.dtype] * ref.abs().max().item()
+    atol = EPS[dtype or out.dtype] * ref.abs().max().item()
     error = (out.double() - ref).abs().max().item()
     bound = 2 * (baseline.double() - ref).abs().max().item() + atol
     assert error <= bound, f"{name} is off by {error:.3e}, allowed {bound:.3e}"

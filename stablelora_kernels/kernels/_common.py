@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from stablelora_kernels.backend import interpreting
+from stablelora_kernels import backend
 
-INTERPRETING: tl.constexpr = tl.constexpr(interpreting())
+INTERPRETING: tl.constexpr = tl.constexpr(backend.INTERPRETING)
 
 
 @triton.jit

@@ -135,7 +135,12 @@ def _draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
     # bernoulli_ draws a double an element, one after another. Sixteen bits an element, four elements a word, are seven
     # times as fast; the probability is rounded to 1/65536, and the scale follows the rounded one, so no bias is left.
     dropped = round(dropout_p * 65536)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    count = -(-x.numel() // 4)
+    if torch.compiler.is_compiling():
+        # torch.compile takes no random_(). The same bits: what randint adds to a word turns its highest bit around.
+        words = torch.randint(-(2**63), 2**63 - 1, (count,)) ^ -(2**63)
+    else:
+        words = torch.empty(count, dtype=torch.int64).random_(-(2**63), None)
     keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
     return keep, dropped / 65536
 

@@ -1,0 +1,95 @@
+"""Which backend a call takes, and what is said where it can't be had."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import stablelora_kernels as slk
+from stablelora_kernels import backend
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def python(code: str, **env: str) -> str:
+    """What ``code`` prints in a process of its own."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("STABLELORA_BACKEND", "TRITON_INTERPRET")
+    }
+    done = subprocess.run([sys.executable, "-c", code], env={**environment, **env}, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else done.stderr
+
+
+def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    with slk.use_backend("auto"):
+        assert backend.resolve_backend(CPU) == "torch"
+        assert backend.resolve_backend(CUDA) == "triton"
+    with slk.use_backend("torch"):
+        assert backend.resolve_backend(CUDA) == "torch"
+
+
+def test_a_gpu_without_triton_is_warned_of(monkeypatch):
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    monkeypatch.setattr(backend, "_warned", False)
+    with slk.use_backend("auto"), pytest.warns(RuntimeWarning, match="Triton is not installed"):
+        assert backend.resolve_backend(CUDA) == "torch"
+    with slk.use_backend("triton"), pytest.raises(RuntimeError, match="Triton is not installed"):
+        backend.resolve_backend(CUDA)
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    with slk.use_backend("triton"), pytest.raises(RuntimeError, match=r"on a tensor on cpu.*TRITON_INTERPRET=1"):
+        backend.resolve_backend(CPU)
+    monkeypatch.setattr(backend, "INTERPRETING", True)
+    with slk.use_backend("triton"):
+        assert backend.resolve_backend(CPU) == "triton"
+
+
+def test_names():
+    before = slk.get_backend()
+    for call in (slk.set_backend, lambda name: slk.use_backend(name).__enter__()):
+        with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'torch', got 'cuda'"):
+            call("cuda")
+    try:
+        slk.set_backend("torch")
+        assert slk.get_backend() == "torch"
+        with slk.use_backend("triton"):
+            assert slk.get_backend() == "triton"
+        assert slk.get_backend() == "torch"
+    finally:
+        slk.set_backend(before)
+
+
+def test_environment_variable_sets_the_start_value():
+    code = "import stablelora_kernels as slk; print(slk.get_backend())"
+    assert python(code) == "auto"
+    assert python(code, STABLELORA_BACKEND="torch") == "torch"
+    assert "STABLELORA_BACKEND must be one of 'auto', 'triton', 'torch', got 'gpu'" in python(
+        code, STABLELORA_BACKEND="gpu"
+    )
+
+
+def test_import_needs_no_triton_and_probes_no_device():
+    code = """
+import sys, time
+import torch
+for name in ("triton", "safetensors", "peft", "transformers"):
+    sys.modules[name] = None  # as if it were not installed
+start = time.perf_counter()
+import stablelora_kernels as slk
+seconds = time.perf_counter() - start
+assert not torch.cuda.is_initialized()
+layer = slk.LoRALinear(4, 3)
+layer(torch.ones(2, 4)).sum().backward()
+assert layer.lora_B.grad.abs().sum() > 0
+print(seconds)
+"""
+    # A generous bound: the design's half second on a loaded machine.
+    assert float(python(code)) < 0.5
