@@ -1,8 +1,8 @@
-"""Compile the optimizer's kernels for a GPU that need not be there: ``python -m tests.compile_stable_adamw cuda:90 2``, the
-number being the kernel's VARIANTS.
+"""Compile the optimizer's kernels for GPUs that need not be there: ``python -m tests.compile_stable_adamw cuda:90/2``, the
+number after the slash being the kernel's VARIANTS.
 
-Run by test_stable_adamw.py in a process without the interpreter. Prints one JSON object: for NVIDIA's the number of vector
-loads and stores of global memory by their bits, registers a thread and bytes spilled.
+Run by test_stable_adamw.py in a process without the interpreter. Prints a JSON object for each argument: for NVIDIA's GPUs
+the number of vector loads and stores of global memory by their bits, registers a thread and bytes spilled.
 """
 
 from __future__ import annotations
@@ -81,4 +81,6 @@ def main(name: str, variants: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    for argument in sys.argv[1:]:
+        name, variants = argument.split("/")
+        main(name, int(variants))

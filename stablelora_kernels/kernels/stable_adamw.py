@@ -58,12 +58,15 @@ def _stochastic_round(x, noise, KIND: tl.constexpr):
     if KIND == 1:
         rounded = ((bits + (noise & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
+        # Below 2^-14 float16's steps are 2^-24, whatever the exponent.
         rounded = ((bits + (noise & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
         scaled = tl.abs(x) * 16777216.0
         whole = tl.floor(scaled)
         rest = (16777216 - (noise & 0xFFFFFF).to(tl.int32)).to(tl.float32) * 5.9604644775390625e-8
         small = (whole + tl.where(scaled - whole >= rest, 1.0, 0.0)) * 5.9604644775390625e-8
-        rounded = tl.where(tl.abs(x) < 6.103515625e-05, tl.where(x < 0, -small, small), rounded)
+        # The sign by its bit: zero has one too.
+        signed = (small.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True)
+        rounded = tl.where(tl.abs(x) < 6.103515625e-05, signed, rounded)
     # The sum could carry a NaN's bits into its sign.
     return tl.where(tl.abs(x) < float("inf"), rounded, x)
 
