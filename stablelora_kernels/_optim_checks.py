@@ -158,11 +158,13 @@ def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
     return pairs
 
 
-def check_grads(grads: Sequence[torch.Tensor | None]) -> None:
-    """Gradients must be dense and real."""
-    for g in grads:
-        if g is not None and (g.layout is not torch.strided or g.dtype not in DTYPES):
-            raise RuntimeError(f"gradients must be dense floating-point tensors, got {g.layout} {g.dtype}")
+def check_grads(grads: Sequence[torch.Tensor | None]) -> bool:
+    """Whether there is any gradient; all must be dense."""
+    layouts = [g.layout for g in grads if g is not None]
+    for layout in layouts:
+        if layout is not torch.strided:
+            raise RuntimeError(f"gradients must be dense tensors, got {layout}")
+    return bool(layouts)
 
 
 def _same_name(name: str) -> Any:

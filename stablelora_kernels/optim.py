@@ -134,6 +134,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 self._members.append(Member(p, index, base))
                 base += p.numel()
+        self._params = [member.param for member in self._members]
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
 
@@ -158,7 +159,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             members = [self._members[place] for place in places]
             where = {id(member.param): i for i, member in enumerate(members)}
             pairs = [Pair(where[id(pair.A)], where[id(pair.B)]) for pair in self._pairs if pair.A.device == device]
-            engine = TorchStep
+            engine: Any = TorchStep
             if resolve_backend(device) == "triton":
                 doubles = any(work_dtype(member.param) is torch.float64 for member in members)
                 if doubles and get_backend() == "triton":
@@ -182,13 +183,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = [member.param for member in self._members]
-        grads = [p.grad for p in params]
-        checks.check_grads(grads)
-        if all(g is None for g in grads):
+        grads = [p.grad for p in self._params]
+        if not checks.check_grads(grads):
             return loss
         # A module moved or cast after construction keeps its Parameter objects but not their memory.
-        key = ([p.data_ptr() for p in params], [p.dtype for p in params], get_backend())
+        key = ([p.data_ptr() for p in self._params], get_backend())
         if key != self._engine_key:
             self._check_not_capturing()
             self._build_engines()
@@ -199,7 +198,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 t if t is None else t.to(engine.device, torch.float32, non_blocking=True)
                 for t in (grad_scale, found_inf)
             )
-            engine([grads[place] for place in places], scale, inf, self.max_grad_norm)
+            own = grads if len(self._engines) == 1 else [grads[place] for place in places]
+            engine(own, scale, inf, self.max_grad_norm)
         return loss
 
     def _check_not_capturing(self) -> None:

@@ -191,6 +191,8 @@ class TorchStep:
         for scratch in self.scratch:
             for i, view in zip(scratch.places, scratch.views, strict=True):
                 self.work[i] = view
+        self.forms = [(w.dtype, w.stride()) for w in self.work]
+        self.everyone = [True] * len(members)
         # ||A||_F / n and ||B||_F / m, as factors of the norms.
         self.per_n = [1 / max(members[pair.a].param.shape[1], 1) for pair in pairs]
         self.per_m = [1 / max(members[pair.b].param.shape[0], 1) for pair in pairs]
@@ -212,11 +214,14 @@ class TorchStep:
             if found_inf.item():
                 return
             found_inf = None
-        present = [g is not None for g in grads]
-        ready = [
-            g if g is None else dense_like(w, g if g.dtype is w.dtype else g.to(w.dtype))
-            for w, g in zip(self.work, grads, strict=True)
-        ]
+        present, ready = self.everyone, grads
+        # Most steps have every gradient as the operators want it, which is cheaper to see for all at once.
+        if any(g is None for g in grads) or self.forms != [(g.dtype, g.stride()) for g in grads if g is not None]:
+            present = [g is not None for g in grads]
+            ready = [
+                g if g is None else dense_like(w, g if g.dtype is w.dtype else g.to(w.dtype))
+                for w, g in zip(self.work, grads, strict=True)
+            ]
         if max_grad_norm is not None:
             grad_scale = self._clipping_scale([g for g in ready if g is not None], grad_scale, max_grad_norm)
         for scratch in self.scratch:
@@ -230,7 +235,9 @@ class TorchStep:
         for scratch in self.scratch:
             scratch.store(self.steps.int(), self.seeds, present)
         # So that a backward pass through what has been overwritten is noticed: the fused operator does not say so.
-        torch.autograd.graph.increment_version([m.param for m, there in zip(self.members, present, strict=True) if there])
+        torch.autograd.graph.increment_version(
+            [m.param for m, there in zip(self.members, present, strict=True) if there]
+        )
 
     def _clipping_scale(
         self, grads: list[torch.Tensor], grad_scale: torch.Tensor | None, max_grad_norm: float
@@ -317,7 +324,7 @@ class TorchStep:
         found_inf: torch.Tensor | None,
     ) -> None:
         plan = self._plan(present, shrinking)
-        if all(present):
+        if present is self.everyone:
             self.steps.add_(1)
         else:
             torch._foreach_add_([view for view, there in zip(self.step_views, present, strict=True) if there], 1)
