@@ -15,6 +15,7 @@ import torch
 
 from stablelora_kernels.backend import use_backend
 from stablelora_kernels.ops import stable_adamw as ops
+from stablelora_kernels.ops import stable_adamw_rounding as rounding
 from stablelora_kernels.optim import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference_optim import (
@@ -105,7 +106,7 @@ def kernel_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -> to
 
 
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("rounded", [ops.stochastic_round, kernel_round], ids=["torch", "kernel"])
+@pytest.mark.parametrize("rounded", [rounding.stochastic_round, kernel_round], ids=["torch", "kernel"])
 def test_rounding_is_the_reference_to_the_bit(dtype: torch.dtype, rounded) -> None:
     x = awkward_values()
     for seed, noise in enumerate([random_words(x.numel()), torch.zeros(x.numel(), dtype=torch.int32)]):
@@ -119,7 +120,7 @@ def test_rounding_is_the_reference_to_the_bit(dtype: torch.dtype, rounded) -> No
 
 
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("rounded", [ops.stochastic_round, kernel_round], ids=["torch", "kernel"])
+@pytest.mark.parametrize("rounded", [rounding.stochastic_round, kernel_round], ids=["torch", "kernel"])
 def test_rounding_keeps_what_is_representable_and_what_is_not_finite(dtype: torch.dtype, rounded) -> None:
     values = awkward_values().to(dtype).float()
     x = torch.cat([values[values.isfinite()], torch.tensor([math.inf, -math.inf])])
@@ -132,7 +133,7 @@ def test_rounding_keeps_what_is_representable_and_what_is_not_finite(dtype: torc
 def test_rounding_is_right_on_average(dtype: torch.dtype) -> None:
     for value in (1.001, -0.3333, 7.7e-6):
         x = torch.full((200_000,), value)
-        rounded = ops.stochastic_round(x, dtype, random_words(x.numel())).double()
+        rounded = rounding.stochastic_round(x, dtype, random_words(x.numel())).double()
         low, high = rounded.min().item(), rounded.max().item()
         assert low < value < high
         # Five standard deviations of the mean of that many choices between the two.
@@ -140,13 +141,13 @@ def test_rounding_is_right_on_average(dtype: torch.dtype) -> None:
 
 
 def test_noise_is_uniform_and_new_at_every_step() -> None:
-    seeds = torch.tensor([ops.seed_word(3)], dtype=torch.int32)
+    seeds = torch.tensor([rounding.seed_word(3)], dtype=torch.int32)
     index = torch.arange(65536, dtype=torch.int32)
     streams = []
     for step in (1, 2):
-        key = ops.mix_(torch.tensor([step], dtype=torch.int32) + seeds)
+        key = rounding.mix_(torch.tensor([step], dtype=torch.int32) + seeds)
         assert key.item() & 0xFFFFFFFF == rounding_key_ref(3, step)
-        noise = ops.mix_(index ^ key)
+        noise = rounding.mix_(index ^ key)
         assert [w & 0xFFFFFFFF for w in noise[:50].tolist()] == [rounding_noise_ref(3, step, i) for i in range(50)]
         streams.append((noise & 0xFFFF).double() / 65536 - 0.5)
     deviation = (1 / 12 / index.numel()) ** 0.5

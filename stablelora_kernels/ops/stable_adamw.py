@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..reference_optim import mix32
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
+from .stable_adamw_rounding import LOW_PRECISION, mix_, seed_word, stochastic_round
 
 
 class Member(NamedTuple):
@@ -54,58 +52,12 @@ def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tenso
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-def _one_dtype(scalars: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """``scalars``, in float64 if they are of more than one dtype."""
-    same = all(x.dtype is scalars[0].dtype for x in scalars)
-    return list(scalars) if same else [x.double() for x in scalars]
-
-
 def init_moments(state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member]) -> None:
     """Give every member its two moments, zeros of its shape, strides and work dtype, where it has none yet."""
     for p, *_ in members:
         for key in ("exp_avg", "exp_avg_sq"):
             if key not in state[p]:
                 state[p][key] = torch.zeros_like(p, dtype=work_dtype(p), memory_format=torch.preserve_format)
-
-
-def mix_(x: torch.Tensor) -> torch.Tensor:
-    """:func:`~stablelora_kernels.reference_optim.mix32` of every int32 word of ``x``, in place."""
-    # Shifts of int32 are arithmetic: the mask makes them logical.
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    x *= 0x7FEB352D
-    x ^= (x >> 15).bitwise_and_(0x1FFFF)
-    x *= 0x846CA68B - 2**32
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    return x
-
-
-def as_int32(word: int) -> int:
-    """The int32 with the bits of a 32-bit word."""
-    word &= 0xFFFFFFFF
-    return word - 2**32 if word >= 2**31 else word
-
-
-def seed_word(seed: int) -> int:
-    """The part of the rounding key that the seed alone decides, as an int32."""
-    return as_int32(mix32(mix32(seed) ^ (seed >> 32)))
-
-
-def stochastic_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -> torch.Tensor:
-    """float32 ``x`` rounded at random to ``dtype``, bfloat16 or float16; ``noise`` holds int32 words of random bits.
-
-    Elementwise :func:`~stablelora_kernels.reference_optim.stochastic_round_ref`, to the bit.
-    """
-    # Adding random bits below the cut carries into the kept ones as often as the part cut off is large.
-    cut = 0xFFFF if dtype is torch.bfloat16 else 0x1FFF
-    rounded = (x.view(torch.int32) + (noise & cut)).bitwise_and_(~cut).view(torch.float32)
-    if dtype is torch.float16:
-        # Below 2^-14 float16's steps are 2^-24, whatever the exponent.
-        scaled = x.abs() * 2.0**24
-        whole = scaled.floor()
-        up = (scaled - whole) >= (2**24 - (noise & 0xFFFFFF)).float() * 2.0**-24
-        rounded = torch.where(x.abs() < 2.0**-14, torch.copysign((whole + up) * 2.0**-24, x), rounded)
-    # The sum could carry a NaN's bits into its sign.
-    return torch.where(x.isfinite(), rounded, x).to(dtype)
 
 
 class _Scratch:
@@ -192,13 +144,14 @@ class TorchStep:
             for i, view in zip(scratch.places, scratch.views, strict=True):
                 self.work[i] = view
         self.forms = [(w.dtype, w.stride()) for w in self.work]
+        self.mixed = len({w.dtype for w in self.work}) > 1
         self.everyone = [True] * len(members)
         # ||A||_F / n and ||B||_F / m, as factors of the norms.
-        self.per_n = [1 / max(members[pair.a].param.shape[1], 1) for pair in pairs]
-        self.per_m = [1 / max(members[pair.b].param.shape[0], 1) for pair in pairs]
+        per_n = [1 / max(members[pair.a].param.shape[1], 1) for pair in pairs]
+        per_m = [1 / max(members[pair.b].param.shape[0], 1) for pair in pairs]
         self.seeds = upload([seed_word(groups[m.group]["seed"]) for m in members], torch.int32, self.device)
         self.a_at = upload([pair.a for pair in pairs], torch.int64, self.device)
-        self.inverse_widths = upload([self.per_n, self.per_m], torch.float64, self.device)
+        self.inverse_widths = upload([per_n, per_m], torch.float64, self.device)
         self.ratios: list[float] = []
         self.plan_key: tuple[list[bool], list[int]] | None = None
         self.plan: list[_Bucket] = []
@@ -239,11 +192,15 @@ class TorchStep:
             [m.param for m, there in zip(self.members, present, strict=True) if there]
         )
 
+    def _one_dtype(self, norms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """``norms``, in float64 if there are float64 parameters among others."""
+        return [x.double() for x in norms] if self.mixed else list(norms)
+
     def _clipping_scale(
         self, grads: list[torch.Tensor], grad_scale: torch.Tensor | None, max_grad_norm: float
     ) -> torch.Tensor:
         """What the fused operator has to divide gradients by to unscale and clip them, as a float32 scalar tensor."""
-        norms = torch.stack(_one_dtype(torch._foreach_norm(grads))).float()
+        norms = torch.stack(self._one_dtype(torch._foreach_norm(grads))).float()
         scale = torch.ones((), device=self.device) if grad_scale is None else grad_scale.reshape(())
         total = torch.linalg.vector_norm(norms) / scale
         return scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
@@ -255,15 +212,20 @@ class TorchStep:
         if not live:
             return []
         halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
-        norms = torch.stack(_one_dtype(torch._foreach_norm(halves))).tolist()
+        norms_there = torch.stack(self._one_dtype(torch._foreach_norm(halves))).double()
+        inverse_widths = self.inverse_widths if len(live) == len(self.pairs) else self.inverse_widths[:, live]
+        scaled = norms_there.view(2, -1) * inverse_widths
+        # Most steps leave no doubt about any pair. A NaN fails the first comparison, an infinity the second.
+        if bool((scaled[0] * 0.999 > scaled[1]).all()) and bool(scaled.sum() < math.inf):
+            return [self.pairs[k].a for k in live]
         shrinking = []
-        for k, a, b in zip(live, norms[: len(live)], norms[len(live) :], strict=True):
-            a_norm, b_norm = a * self.per_n[k], b * self.per_m[k]
-            if abs(a_norm - b_norm) < 1e-3 * a_norm:
+        inverse_n, inverse_m = self.inverse_widths.tolist()
+        for k, a_norm, b_norm in zip(live, *scaled.tolist(), strict=True):
+            if abs(a_norm - b_norm) <= 1e-3 * a_norm:
                 # PyTorch's float32 norm of millions of elements is off by 1e-4: a close call is taken in float64.
                 pair = self.pairs[k]
-                a_norm = self.work[pair.a].double().norm().item() * self.per_n[k]
-                b_norm = self.work[pair.b].double().norm().item() * self.per_m[k]
+                a_norm = self.work[pair.a].double().norm().item() * inverse_n[k]
+                b_norm = self.work[pair.b].double().norm().item() * inverse_m[k]
             if not (math.isfinite(a_norm) and math.isfinite(b_norm)):
                 continue
             if a_norm > b_norm:
@@ -280,7 +242,7 @@ class TorchStep:
             self.ratios, self.ratios_there = ratios, upload(ratios, torch.float64, self.device)
         a_works = [self.work[pair.a] for pair in self.pairs]
         norms = torch._foreach_norm(a_works + [self.work[pair.b] for pair in self.pairs])
-        a_norms, b_norms = torch.stack(_one_dtype(norms)).view(2, -1) * self.inverse_widths
+        a_norms, b_norms = torch.stack(self._one_dtype(norms)).view(2, -1) * self.inverse_widths
         undecided = (self.latched == 0) & self.present_there[self.a_at] & a_norms.isfinite() & b_norms.isfinite()
         if found_inf is not None:
             undecided &= found_inf.reshape(()) == 0

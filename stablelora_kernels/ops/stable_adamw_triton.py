@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import stable_adamw as kernels
-from .stable_adamw import Member, Pair, dense_like, init_moments, seed_word, take_counters, upload
+from .stable_adamw import Member, Pair, dense_like, init_moments, take_counters, upload
+from .stable_adamw_rounding import seed_word
 
 # Not custom_op, whose wrapper costs four times as much for hundreds of tensors. The tables hold the addresses of the
 # tensors in the lists, which are there to declare what is read and written; so this op can't be traced on copies of them.
