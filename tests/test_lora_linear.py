@@ -132,9 +132,11 @@ def test_small_tiles_cover_every_program(dtype, monkeypatch):
     from stablelora_kernels.kernels import lora_linear_launch as launches
 
     monkeypatch.setattr(launches, "MAX_BLOCK_R", 16)
-    monkeypatch.setattr(launches, "linear_config", lambda *_: launches.LinearConfig(16, 16, 16, 16, 4, 2, GROUP_M=3))
-    monkeypatch.setattr(launches, "shrink_config", lambda *_: launches.ReduceConfig(16, 16, 16, 4, 2))
-    monkeypatch.setattr(launches, "dab_config", lambda *_: launches.ReduceConfig(16, 16, 16, 4, 2))
+    monkeypatch.setattr(
+        launches, "linear_config", lambda *_, **__: launches.LinearConfig(16, 16, 16, 16, 4, 2, GROUP_M=3)
+    )
+    monkeypatch.setattr(launches, "shrink_config", lambda *_, **__: launches.ReduceConfig(16, 16, 16, 4, 2))
+    monkeypatch.setattr(launches, "weight_grads_config", lambda *_, **__: launches.ReduceConfig(16, 16, 16, 4, 2))
     inputs = make_inputs((83, 39), 53, 41, dtype=dtype, device=DEVICE)
     check(inputs, run(inputs, "triton"))
     monkeypatch.setattr(ops, "FUSED_MAX_R", 16)
@@ -158,13 +160,34 @@ def test_two_runs_are_equal_bit_for_bit(backend):
         (8, 0.0, "B", 1, 1),
         (8, 0.0, "A", 1, 2),
         (8, 0.1, "xAB", 2, 2),
-        (100, 0.0, "xAB", 2, 2),
+        (100, 0.0, "xAB", 1, 2),
+        (100, 0.0, "x", 1, 1),
+        (100, 0.1, "xAB", 2, 2),
     ],
 )
-def test_launches(r, p, wanted, forward, backward):
+def test_launches_with_few_rows(r, p, wanted, forward, backward):
+    check_launches(33, r, p, wanted, forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("p", "wanted", "forward", "backward"),
+    [
+        (0.0, "xAB", 2, 2),
+        (0.0, "AB", 2, 2),
+        (0.0, "xB", 2, 2),
+        (0.0, "x", 2, 2),
+        (0.0, "B", 2, 1),
+        (0.2, "xAB", 2, 2),
+    ],
+)
+def test_launches_at_high_rank(p, wanted, forward, backward):
+    check_launches(70, 100, p, wanted, forward, backward)
+
+
+def check_launches(rows, r, p, wanted, forward, backward):
     from stablelora_kernels.kernels._common import launch_counts
 
-    inputs = make_inputs((33, 24), 20, r, device=DEVICE)
+    inputs = make_inputs((rows, 24), 20, r, device=DEVICE)
     named = dict(zip("xAB", leaves(inputs), strict=True))
     for name, tensor in named.items():
         tensor.requires_grad_(name in wanted)
@@ -358,9 +381,6 @@ def test_ops_pass_opcheck():
     for p, random in ((0.0, None), (0.3, seed)):
         for save_s in (True, False):
             torch.library.opcheck(library.lora_linear_fwd.default, (x, weight, bias, a, b, random, SCALING, p, save_s))
-        torch.library.opcheck(library.lora_linear_dx.default, (grad, weight, a, b, random, SCALING, p))
-        for g_given, s_given in ((s, s), (None, s), (s, None)):
-            torch.library.opcheck(
-                library.lora_linear_dab.default, (x, grad, g_given, s_given, random, SCALING, p, torch.float32)
-            )
-    torch.library.opcheck(library.lora_linear_g.default, (grad, b))
+        for need in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+            args = (x, grad, weight, a, b, s, random, SCALING, p, *need)
+            torch.library.opcheck(library.lora_linear_bwd.default, args)

@@ -1,10 +1,11 @@
 """The kernels of ``lora_linear``. With s' = scaling / (1 - p) and a keep-mask of zeros and ones:
 
-    forward   S  = (X ∘ keep) A^T                Y  = X W^T + bias + s' S B^T
-    backward  G  = dY B                          dX = dY W + s' (G A) ∘ keep
-              dA = s' G^T (X ∘ keep)             dB = s' dY^T S
+    forward   S  = s' (X ∘ keep) A^T             Y  = X W^T + bias + S B^T
+    backward  dS = s' dY B                       dX = dY W + (dS A) ∘ keep
+              dA = dS^T (X ∘ keep)               dB = dY^T S
 
-dX is the forward's formula with W, A and B read through swapped strides, so one kernel serves both.
+S and dS are scaled in float32 and rounded once. dX is the forward's formula with W, A and B read through swapped strides, so
+one kernel serves both.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def _branch_inner(
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(X ∘ keep)[rows] A[r0 : r0 + BLOCK_R]^T, float32 [BLOCK_M, BLOCK_R]."""
+    """(X ∘ keep)[rows] A[r0 : r0 + BLOCK_R]^T, float32 [BLOCK_M, BLOCK_R], without the scaling."""
     rs = r0 + tl.arange(0, BLOCK_R).to(tl.int64)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
     s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
@@ -41,11 +42,11 @@ def _lora_shrink_kernel(
     x_ptr, a_ptr, s_ptr, seed_ptr,
     M, K, R,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
-    threshold,
+    scaling, threshold,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S = (X ∘ keep) A^T;  X [M, K], A [R, K], S [M, R]."""
+    """S = s (X ∘ keep) A^T;  X [M, K], A [R, K], S [M, R]."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     r0 = tl.program_id(1) * BLOCK_R
     seed = 0
@@ -57,11 +58,12 @@ def _lora_shrink_kernel(
     )  # fmt: skip
     rs = r0 + tl.arange(0, BLOCK_R)
     s_mask = (rows[:, None] < M) & (rs[None, :] < R)
-    tl.store(s_ptr + rows[:, None] * stride_sm + rs[None, :], cast(s, s_ptr.dtype.element_ty), mask=s_mask)
+    tl.store(s_ptr + rows[:, None] * stride_sm + rs[None, :], cast(scaling * s, s_ptr.dtype.element_ty), mask=s_mask)
 
 
 @triton.jit
-def _lora_linear_kernel(
+def _linear_tile(
+    pid,
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr,
     M, N, K, R,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
@@ -70,13 +72,8 @@ def _lora_linear_kernel(
     EVEN_K: tl.constexpr, ONE_RANK_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y = X W^T + bias + s (S B^T) ∘ keep,  S = X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
-
-    S is accumulated beside the base product, or read where LOAD_S; keep (of Y's shape) is all ones unless MASK_BRANCH.
-    Ranks above BLOCK_R read X again for each further block of BLOCK_R.
-    """
+    """Tile ``pid`` of Y = X W^T + bias + (S B^T) ∘ keep; see ``_lora_linear_kernel``."""
     # Neighbouring programs share rows of X and W in L2: groups of GROUP_M row tiles, column tile after column tile.
-    pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = pid // (GROUP_M * tiles_n)
     group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
@@ -127,27 +124,53 @@ def _lora_linear_kernel(
                     x_ptr, a_ptr, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, rows, r0, 0, 0,
                     False, BLOCK_M, BLOCK_K, BLOCK_R, INPUT_PRECISION,
                 )  # fmt: skip
-            s_low = cast(s, x_ptr.dtype.element_ty)
+            s_low = cast(scaling * s, x_ptr.dtype.element_ty)
             if STORE_S and pid_n == 0:
                 tl.store(s_ptrs, s_low, mask=s_mask)
         b_mask = (r0 + rs[:, None] < R) & col_mask[None, :]
         b = tl.load(b_ptr + cols[None, :] * stride_bn + (r0 + rs[:, None]) * stride_br, mask=b_mask, other=0.0)
-        branch = dot(s_low, cast(b, s_low.dtype), tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), INPUT_PRECISION)
+        b = cast(b, s_low.dtype)
         if MASK_BRANCH:
-            branch = tl.where(keep, branch, 0.0)
-        acc += scaling * branch
+            branch = dot(s_low, b, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), INPUT_PRECISION)
+            acc += tl.where(keep, branch, 0.0)
+        else:
+            # Onto the base product's own accumulator: a second one of its size would not fit the registers.
+            acc = dot(s_low, b, acc, INPUT_PRECISION)
 
     y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
     tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
 
 
 @triton.jit
+def _lora_linear_kernel(
+    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr,
+    M, N, K, R,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
+    scaling, threshold,
+    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
+    EVEN_K: tl.constexpr, ONE_RANK_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y = X W^T + bias + (S B^T) ∘ keep,  S = s X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
+
+    S is accumulated beside the base product, or read where LOAD_S; keep (of Y's shape) is all ones unless MASK_BRANCH.
+    Ranks above BLOCK_R read X again for each further block of BLOCK_R, unless S is read.
+    """
+    _linear_tile(
+        tl.program_id(0), x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr, M, N, K, R,
+        stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
+        scaling, threshold, HAS_BIAS, LOAD_S, STORE_S, MASK_BRANCH, EVEN_K, ONE_RANK_BLOCK,
+        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, INPUT_PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
 def _weight_grad_tile(
-    z_ptr, t_ptr, out_ptr, M, C, R, stride_zm, stride_zc, stride_tm, stride_oc, stride_or, c0, r0, scaling, seed, threshold,
+    z_ptr, t_ptr, out_ptr, M, C, R, stride_zm, stride_zc, stride_tm, stride_oc, stride_or, c0, r0, seed, threshold,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[c, r] = s sum_m (Z ∘ keep)[m, c] T[m, r];  Z [M, C], T [M, R]; one tile, rows summed in order."""
+    """out[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r];  Z [M, C], T [M, R]; one tile, rows summed in order."""
     cs = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
     rs = r0 + tl.arange(0, BLOCK_R).to(tl.int64)
     acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
@@ -160,36 +183,49 @@ def _weight_grad_tile(
         t_mask = (rows[:, None] < M) & (rs[None, :] < R)
         t = tl.load(t_ptr + rows[:, None] * stride_tm + rs[None, :], mask=t_mask, other=0.0)
         acc = dot(tl.trans(z), t, acc, INPUT_PRECISION)
-    out = cast(scaling * acc, out_ptr.dtype.element_ty)
+    out = cast(acc, out_ptr.dtype.element_ty)
     out_mask = (cs[:, None] < C) & (rs[None, :] < R)
     tl.store(out_ptr + cs[:, None] * stride_oc + rs[None, :] * stride_or, out, mask=out_mask)
 
 
 @triton.jit
-def _lora_linear_dab_kernel(
-    x_ptr, g_ptr, dy_ptr, s_ptr, da_ptr, db_ptr, seed_ptr,
-    M, N, K, R, TILES_A,
-    stride_xm, stride_xk, stride_gm, stride_ym, stride_yn, stride_sm,
-    scaling, threshold,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+def _lora_linear_grads_kernel(
+    x_ptr, w_ptr, a_ptr, b_ptr, s_ptr, ds_ptr, dy_ptr, dx_ptr, da_ptr, db_ptr, seed_ptr,
+    M, N, K, R, TILES_X, TILES_A, TILES_B,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_sm, stride_dsm, stride_ym, stride_yn, stride_dxm,
+    threshold,
+    WITH_DX: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    DX_BLOCK_M: tl.constexpr, DX_BLOCK_K: tl.constexpr, DX_BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dA = s G^T (X ∘ keep), dB = s dY^T S;  X [M, K], G [M, R], dY [M, N], S [M, R], dA [R, K], dB [N, R].
+    """dA = dS^T (X ∘ keep), dB = dY^T S, and dX = dY W + (dS A) ∘ keep where WITH_DX, from dS that was computed before.
 
-    The first TILES_A programs of axis 0 each own a tile of dA, the others one of dB: no atomics, one order of summation.
+    X [M, K], W [N, K], A [R, K], S and dS [M, R], dY [M, N]; dX [M, K], dA [R, K], dB [N, R]. The first TILES_X programs
+    each own a tile of dX, then come TILES_A of dA and TILES_B of dB for each block of ranks: no atomics, one order of sums.
     """
     pid = tl.program_id(0)
-    r0 = tl.program_id(1) * BLOCK_R
-    if pid < TILES_A:
-        seed = 0
-        if DROPOUT:
-            seed = tl.load(seed_ptr)
-        _weight_grad_tile(
-            x_ptr, g_ptr, da_ptr, M, K, R, stride_xm, stride_xk, stride_gm, 1, K, pid * BLOCK_C, r0, scaling, seed,
-            threshold, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R, INPUT_PRECISION,
-        )  # fmt: skip
+    if pid < TILES_X:
+        if WITH_DX:
+            # The forward's tile with every matrix transposed; b_ptr only stands where its B is not read.
+            _linear_tile(
+                pid, dy_ptr, w_ptr, None, b_ptr, a_ptr, ds_ptr, dx_ptr, seed_ptr, M, K, N, R,
+                stride_ym, stride_yn, stride_wk, stride_wn, 0, 0, stride_ak, stride_ar, stride_dsm, stride_dxm,
+                1.0, threshold, False, True, False, DROPOUT, EVEN_N, False,
+                DX_BLOCK_M, DX_BLOCK_K, DX_BLOCK_N, BLOCK_R, GROUP_M, INPUT_PRECISION,
+            )  # fmt: skip
     else:
-        _weight_grad_tile(
-            dy_ptr, s_ptr, db_ptr, M, N, R, stride_ym, stride_yn, stride_sm, R, 1, (pid - TILES_A) * BLOCK_C, r0, scaling,
-            0, 0, False, BLOCK_M, BLOCK_C, BLOCK_R, INPUT_PRECISION,
-        )  # fmt: skip
+        tile = (pid - TILES_X) % (TILES_A + TILES_B)
+        r0 = (pid - TILES_X) // (TILES_A + TILES_B) * BLOCK_R
+        if tile < TILES_A:
+            seed = 0
+            if DROPOUT:
+                seed = tl.load(seed_ptr)
+            _weight_grad_tile(
+                x_ptr, ds_ptr, da_ptr, M, K, R, stride_xm, stride_xk, stride_dsm, 1, K, tile * BLOCK_C, r0, seed,
+                threshold, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R, INPUT_PRECISION,
+            )  # fmt: skip
+        else:
+            _weight_grad_tile(
+                dy_ptr, s_ptr, db_ptr, M, N, R, stride_ym, stride_yn, stride_sm, R, 1, (tile - TILES_A) * BLOCK_C, r0, 0,
+                0, False, BLOCK_M, BLOCK_C, BLOCK_R, INPUT_PRECISION,
+            )  # fmt: skip

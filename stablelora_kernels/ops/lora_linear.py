@@ -1,8 +1,7 @@
 """``lora_linear`` with its gradients: on the Triton kernels, as torch.library ops, or on PyTorch's own operators.
 
-Both paths follow the formulas in ``kernels/lora_linear.py``: with s' = scaling / (1 - p) and a keep-mask of zeros and ones,
-S = (X ∘ keep) A^T and Y = X W^T + bias + s' S B^T. Backward needs X, which the surrounding graph mostly holds anyway, S, and
-on the PyTorch path the mask as bool; the kernels draw theirs again from a seed.
+Both paths follow the formulas in ``kernels/lora_linear.py``. Backward needs X, which the graph around mostly holds anyway, S,
+and, on the PyTorch path, dropout's mask as bool; the kernels draw theirs again from a seed.
 """
 
 from __future__ import annotations
@@ -15,16 +14,12 @@ from torch.autograd.function import once_differentiable
 
 NAMESPACE = "stablelora_kernels"
 
-# Above this rank, or with dropout, S gets a launch of its own: fused, its share of every column tile would cost more than
-# reading X once more, and dropout's random numbers would be drawn again in each.
-FUSED_MAX_R = 64
+# Above this rank S gets a launch of its own: fused, its share of every column tile would cost more than reading X once more.
+# So few rows as FUSED_MAX_M are read again at no cost, while a launch has one.
+FUSED_MAX_R, FUSED_MAX_M = 64, 64
 
 
-def _split(r: int, dropout_p: float) -> bool:
-    return dropout_p > 0 or r > FUSED_MAX_R
-
-
-# the Triton kernels as ops.
+# The Triton kernels as ops. Their scaling is s' = scaling / (1 - p).
 
 torch.library.define(
     f"{NAMESPACE}::lora_linear_fwd",
@@ -32,21 +27,15 @@ torch.library.define(
     "bool save_s) -> (Tensor, Tensor)",
 )
 torch.library.define(
-    f"{NAMESPACE}::lora_linear_dx",
-    "(Tensor grad, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, float dropout_p) "
-    "-> (Tensor, Tensor)",
-)
-torch.library.define(f"{NAMESPACE}::lora_linear_g", "(Tensor grad, Tensor lora_B) -> Tensor")
-torch.library.define(
-    f"{NAMESPACE}::lora_linear_dab",
-    "(Tensor x, Tensor grad, Tensor? g, Tensor? s, Tensor? seed, float scaling, float dropout_p, ScalarType dtype) "
-    "-> (Tensor, Tensor)",
+    f"{NAMESPACE}::lora_linear_bwd",
+    "(Tensor? x, Tensor grad, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? seed, float scaling, "
+    "float dropout_p, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake(f"{NAMESPACE}::lora_linear_fwd")
 def _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # type: ignore[no-untyped-def]
-    rows = x.shape[0] if save_s or _split(lora_A.shape[0], dropout_p) else 0
+    rows = x.shape[0] if save_s or dropout_p > 0 or lora_A.shape[0] > FUSED_MAX_R else 0
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(rows, lora_A.shape[0])
 
 
@@ -57,72 +46,56 @@ def _fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from stablelora_kernels.kernels.lora_linear_launch import launch_linear, launch_shrink
 
-    r = lora_A.shape[0]
-    split = _split(r, dropout_p)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    s = x.new_empty(x.shape[0] if save_s or split else 0, r)
+    y, s = _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
+    # Dropout's random numbers are drawn once an element, not again for every column tile that reads X.
+    split = dropout_p > 0 or (lora_A.shape[0] > FUSED_MAX_R and x.shape[0] > FUSED_MAX_M)
     if split:
-        launch_shrink(x, lora_A, s, seed, dropout_p)
-    stored = s if save_s or split else None
-    launch_linear(x, weight, bias, lora_A, lora_B, stored, y, scaling / (1 - dropout_p), load_s=split)
+        launch_shrink(x, lora_A, s, scaling, seed=seed, dropout_p=dropout_p)
+    launch_linear(x, weight, bias, lora_A, lora_B, s if save_s or split else None, y, scaling, load_s=split)
     return y, s
 
 
-@torch.library.register_fake(f"{NAMESPACE}::lora_linear_dx")
-def _dx_fake(grad, weight, lora_A, lora_B, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
-    return grad.new_empty(grad.shape[0], weight.shape[1]), grad.new_empty(grad.shape[0], lora_A.shape[0])
-
-
-@torch.library.impl(f"{NAMESPACE}::lora_linear_dx", ("cpu", "cuda"))
-def _dx(
-    grad: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None, scaling: float, dropout_p: float
-) -> tuple[Tensor, Tensor]:
-    from stablelora_kernels.kernels.lora_linear_launch import launch_linear
-
-    dx = grad.new_empty(grad.shape[0], weight.shape[1])
-    g = grad.new_empty(grad.shape[0], lora_A.shape[0])
-    # The forward's formula with every matrix transposed. One launch at any rank, so that backward takes two in all.
-    launch_linear(
-        grad, weight.t(), None, lora_B.t(), lora_A.t(), g, dx, scaling / (1 - dropout_p),
-        load_s=False, seed=seed, dropout_p=dropout_p,
-    )  # fmt: skip
-    return dx, g
-
-
-@torch.library.register_fake(f"{NAMESPACE}::lora_linear_g")
-def _g_fake(grad, lora_B):  # type: ignore[no-untyped-def]
-    return grad.new_empty(grad.shape[0], lora_B.shape[1])
-
-
-@torch.library.impl(f"{NAMESPACE}::lora_linear_g", ("cpu", "cuda"))
-def _g(grad: Tensor, lora_B: Tensor) -> Tensor:
-    from stablelora_kernels.kernels.lora_linear_launch import launch_shrink
-
-    g = grad.new_empty(grad.shape[0], lora_B.shape[1])
-    launch_shrink(grad, lora_B.t(), g, None, 0.0)
-    return g
-
-
-@torch.library.register_fake(f"{NAMESPACE}::lora_linear_dab")
-def _dab_fake(x, grad, g, s, seed, scaling, dropout_p, dtype):  # type: ignore[no-untyped-def]
+@torch.library.register_fake(f"{NAMESPACE}::lora_linear_bwd")
+def _bwd_fake(x, grad, weight, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b):  # type: ignore[no-untyped-def]
     return (
-        x.new_empty((0, 0) if g is None else (g.shape[1], x.shape[1]), dtype=dtype),
-        x.new_empty((0, 0) if s is None else (grad.shape[1], s.shape[1]), dtype=dtype),
+        grad.new_empty((grad.shape[0] if need_x else 0, lora_A.shape[1])),
+        lora_A.new_empty((lora_A.shape[0] if need_a else 0, lora_A.shape[1])),
+        lora_B.new_empty((lora_B.shape[0] if need_b else 0, lora_B.shape[1])),
     )
 
 
-@torch.library.impl(f"{NAMESPACE}::lora_linear_dab", ("cpu", "cuda"))
-def _dab(
-    x: Tensor, grad: Tensor, g: Tensor | None, s: Tensor | None, seed: Tensor | None, scaling: float, dropout_p: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from stablelora_kernels.kernels.lora_linear_launch import launch_dab
+@torch.library.impl(f"{NAMESPACE}::lora_linear_bwd", ("cpu", "cuda"))
+def _bwd(
+    x: Tensor | None, grad: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor | None,
+    seed: Tensor | None, scaling: float, dropout_p: float, need_x: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from stablelora_kernels.kernels.lora_linear_launch import launch_grads, launch_linear, launch_shrink
 
-    da, db = _dab_fake(x, grad, g, s, seed, scaling, dropout_p, dtype)
-    launch_dab(
-        x, g, grad, s, None if g is None else da, None if s is None else db, seed, scaling / (1 - dropout_p), dropout_p
-    )
-    return da, db
+    outputs = _bwd_fake(x, grad, weight, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b)
+    dx, da, db = (out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True))
+    r = lora_A.shape[0]
+    ds = grad.new_empty(grad.shape[0], r) if need_x or need_a else None
+    if ds is not None and (not need_x or (r > FUSED_MAX_R and grad.shape[0] > FUSED_MAX_M)):
+        launch_shrink(grad, lora_B.t(), ds, scaling)
+    elif ds is not None and dx is not None and weight is not None:
+        # The forward's formula with every matrix transposed gives dX, and dS on the way.
+        launch_linear(
+            grad,
+            weight.t(),
+            None,
+            lora_B.t(),
+            lora_A.t(),
+            ds,
+            dx,
+            scaling,
+            load_s=False,
+            seed=seed,
+            dropout_p=dropout_p,
+        )
+        dx = None
+    if dx is not None or need_a or need_b:
+        launch_grads(x, grad, s, ds, dx, da, db, weight, lora_A, seed=seed, dropout_p=dropout_p)
+    return outputs
 
 
 # PyTorch's own operators.
@@ -175,7 +148,7 @@ def _torch_fwd(
 
 
 def _torch_bwd(
-    grad: Tensor, x: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, keep: Tensor | None,
+    grad: Tensor, x: Any, weight: Any, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, keep: Tensor | None,
     scaling: float, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     dx = da = db = None
@@ -193,37 +166,37 @@ def _torch_bwd(
             da = torch.mm(ds.t().contiguous(), x if mask is None else x * mask).to(lora_A.dtype)
     if need_b:
         assert s is not None
-        if grad.shape[0] < _MANY_ROWS:
-            db = torch.mm(grad.t(), s)
-        else:
-            db = torch.mm(s.t().contiguous(), grad).t().contiguous()
-        db = db.mul_(scaling).to(lora_B.dtype)
+        db = torch.mm(s.t().contiguous(), grad).t().to(lora_B.dtype, memory_format=torch.contiguous_format)
+        db.mul_(scaling)
     return dx, da, db
 
 
-# both, under autograd.
+# Both, under autograd.
 
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float,
     backend: str, save_s: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:  # fmt: skip
-    """Y, S, the seed or mask of dropout, and the probability that the mask has; x [M, K]."""
+    """Y, S, dropout's seed or mask, and s'; x [M, K]."""
     if backend == "triton":
+        # The seed stays on the device: no wait for it, and a CUDA graph draws a new one at each replay.
         seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p else None
+        scaling /= 1 - dropout_p
         y, s = torch.ops.stablelora_kernels.lora_linear_fwd(
             x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s
         )
-        return y, s, seed, dropout_p
+        return y, s, seed, scaling
     keep = None
     if dropout_p:
         keep, dropout_p = _draw_keep(x, dropout_p)
-    y, s = _torch_fwd(x, weight, bias, lora_A, lora_B, scaling / (1 - dropout_p), keep)
-    return y, s, keep, dropout_p
+        scaling /= 1 - dropout_p
+    y, s = _torch_fwd(x, weight, bias, lora_A, lora_B, scaling, keep)
+    return y, s, keep, scaling
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Gradients of x, A and B by the formulas above; those of weight and bias, where someone wants them, by plain products."""
+    """Gradients of x, A and B by the formulas above; those of weight and bias, where wanted, by plain products."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -232,12 +205,12 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
         rows = x.reshape(-1, x.shape[-1])
-        y, s, random, dropout_p = _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, need_b)
-        # Only what the gradients asked for will read. x as it came: the graph around holds that very tensor.
+        y, s, random, scaling = _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, need_b)
+        # Of the activations only what will be read; x as it came, since the graph around holds that very tensor.
         ctx.save_for_backward(
-            x if need_w or need_a or (need_b and backend == "triton") else None,
+            x if need_w or need_a else None,
             weight if need_x else None,
-            lora_A if need_x or need_a else None,
+            lora_A,
             lora_B,
             s if need_b else None,
             random if need_x or need_a else None,
@@ -254,25 +227,25 @@ class _LoRALinear(torch.autograd.Function):
         rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
         dx = da = db = None
         if ctx.backend == "triton":
-            ops, args = torch.ops.stablelora_kernels, (random, ctx.scaling, ctx.dropout_p)
-            g = None
-            if need_x:
-                dx, g = ops.lora_linear_dx(grad, weight, lora_A, lora_B, *args)
-            elif need_a:
-                g = ops.lora_linear_g(grad, lora_B)
-            if need_a or need_b:
-                da, db = ops.lora_linear_dab(rows, grad, g if need_a else None, s, *args, lora_B.dtype)
-                da, db = da if need_a else None, db if need_b else None
+            dx, da, db = torch.ops.stablelora_kernels.lora_linear_bwd(
+                rows, grad, weight, lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p, need_x, need_a, need_b
+            )
         else:
-            scaling = ctx.scaling / (1 - ctx.dropout_p)
             # A broadcast gradient, as of sum(), would be expanded anew by each product.
             grad = grad.contiguous() if 0 in grad.stride() else grad
-            dx, da, db = _torch_bwd(
-                grad, rows, weight, lora_A, lora_B, s, random, scaling, need_x, need_a, need_b
-            )  # fmt: skip
+            dx, da, db = _torch_bwd(grad, rows, weight, lora_A, lora_B, s, random, ctx.scaling, need_x, need_a, need_b)
         dw = grad.t() @ rows if need_w else None
         dbias = grad.sum(0) if need_bias else None
-        return None if dx is None else dx.view(ctx.x_shape), dw, dbias, da, db, None, None, None
+        return (
+            dx.view(ctx.x_shape) if need_x and dx is not None else None,
+            dw,
+            dbias,
+            da if need_a else None,
+            db if need_b else None,
+            None,
+            None,
+            None,
+        )
 
 
 def lora_linear_op(
