@@ -21,6 +21,7 @@ from benchmarks.footprint import measure_in_subprocess, status_mib
 from benchmarks.models import load_model, query_value_names
 
 FEWEST_STEPS = 40
+_LEAST_BEFORE_STOP = 10
 _REHEARSALS = 3
 _TEST_BATCH = 64
 
@@ -85,7 +86,12 @@ def _run(settings: Settings, started: float, result: dict[str, Any], save: Calla
     arms = build_arms(settings.arms, backbone, classes, recipe, device)
     first = [to_device(batch, device) for batch in islice(batches(), _REHEARSALS)]
     round_s = rehearse(arms, first, dtype)
-    steps = _steps_within(settings, started, round_s, loading)
+    deadline = _training_deadline(settings, started, round_s, loading)
+    steps = (
+        min(settings.steps, max(FEWEST_STEPS, int((deadline - time.perf_counter()) / round_s)))
+        if deadline
+        else recipe.steps
+    )
     if steps != recipe.steps:
         _say(f"{steps} steps of {settings.steps} fit the time limit here ({round_s:.1f} s a step for all arms).")
         recipe = replace(recipe, steps=steps)
@@ -102,12 +108,12 @@ def _run(settings: Settings, started: float, result: dict[str, Any], save: Calla
         recipe=asdict(recipe),
         arms={arm.name: _describe(arm, series[arm.name]) for arm in arms},
     )
-    features = _train(arms, batches(), recipe, dtype, series, result, save)
+    features = _train(arms, batches(), recipe, dtype, series, result, save, deadline)
     _evaluate(arms, dataset, tokenizer, dtype, features, result)
     save(result)
     if settings.footprint:
         longest = max(first, key=lambda batch: batch["input_ids"].numel())
-        _footprint(settings, classes, recipe, longest, result)
+        _footprint(settings, classes, recipe, longest, result, started)
 
 
 def _train(
@@ -118,16 +124,19 @@ def _train(
     series: dict[str, Series],
     result: dict[str, Any],
     save: Callable[[dict[str, Any]], None],
+    deadline: float | None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     features: list[tuple[torch.Tensor, torch.Tensor]] = []
     with tqdm(total=recipe.steps, desc="fine-tuning", unit="step", dynamic_ncols=True) as bar:
 
-        def after_step(step: int) -> None:
+        def after_step(step: int) -> bool:
             recent = {arm.label: series[arm.name].loss[-10:] for arm in arms}
             bar.set_postfix({label: f"{sum(loss) / len(loss):.3f}" for label, loss in recent.items()}, refresh=False)
             bar.update()
             if (step + 1) % 25 == 0:
                 save(result)
+            # A machine that got slower since the rehearsal.
+            return deadline is None or step + 1 < _LEAST_BEFORE_STOP or time.perf_counter() < deadline
 
         wall, cpu = time.perf_counter(), time.process_time()
         try:
@@ -187,23 +196,27 @@ def _mean_and_error(values: torch.Tensor, name: str) -> dict[str, float]:
     return {name: values.mean().item(), f"{name}_se": error}
 
 
-def _footprint(settings: Settings, classes: int, recipe: Recipe, batch: Batch, result: dict[str, Any]) -> None:
+def _footprint(
+    settings: Settings, classes: int, recipe: Recipe, batch: Batch, result: dict[str, Any], started: float
+) -> None:
     where = {"device": settings.device, "dtype": settings.dtype}
     for name in tqdm(settings.arms, desc="memory, one process an arm", unit="arm", dynamic_ncols=True):
-        result["arms"][name]["footprint"] = measure_in_subprocess(name, settings.model, classes, recipe, batch, **where)
+        record = result["arms"][name]
+        if settings.time_limit_s is not None and time.perf_counter() - started > settings.time_limit_s:
+            record["footprint"] = {"error": "the time limit had passed"}
+        else:
+            record["footprint"] = measure_in_subprocess(name, settings.model, classes, recipe, batch, **where)
 
 
-def _steps_within(settings: Settings, started: float, round_s: float, loading: float) -> int:
-    """The steps that leave time for evaluation and the memory measurements, judged by how long all took so far."""
+def _training_deadline(settings: Settings, started: float, round_s: float, loading: float) -> float | None:
+    """When training must end to leave time for evaluation and the memory measurements, judged by what all took so far."""
     if settings.time_limit_s is None:
-        return settings.steps
-    arms = len(settings.arms)
+        return None
     # A held-out text costs about a third of a training text: no backward pass, and larger batches.
     evaluation = round_s / settings.batch_size * settings.held_out / 3
     # Importing, loading, and six steps that are slower than others.
-    processes = arms * (loading + 8.0) + 8 * round_s if settings.footprint else 0.0
-    left = settings.time_limit_s - (time.perf_counter() - started) - evaluation - processes
-    return min(settings.steps, max(FEWEST_STEPS, int(left / round_s)))
+    processes = len(settings.arms) * (loading + 8.0) + 8 * round_s if settings.footprint else 0.0
+    return started + settings.time_limit_s - evaluation - processes
 
 
 def _peak_rss_mib() -> float | None:

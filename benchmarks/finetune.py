@@ -74,11 +74,12 @@ def train(
     dtype: torch.dtype,
     series: dict[str, Series],
     features: list[tuple[torch.Tensor, torch.Tensor]],
-    after_step: Callable[[int], None],
+    after_step: Callable[[int], bool],
 ) -> None:
     """Take ``recipe.steps`` steps, adding to ``series`` as it goes, so that an interrupt loses one step at most.
 
-    ``features`` gets the first arm's features and the labels of every batch, for :func:`probe`.
+    ``after_step`` says whether to go on. ``features`` gets the first arm's features and the labels of every batch, for
+    :func:`probe`.
     """
     device = next(arms[0].model.parameters()).device
     _record_norms(arms, series, 0)
@@ -94,7 +95,8 @@ def train(
             arm.scheduler.step()
         if (step + 1) % NORMS_EVERY == 0 or step + 1 == recipe.steps:
             _record_norms(arms, series, step + 1)
-        after_step(step)
+        if not after_step(step):
+            break
 
 
 def _timed_step(arm: Arm, batch: Batch, dtype: torch.dtype, series: Series) -> tuple[float, torch.Tensor]:

@@ -116,9 +116,8 @@ def _norms(result: Result) -> Any:
         for name, record in result["arms"].items():
             norms = record["series"]["norms"]
             if norms:
-                axis.plot(
-                    [n["step"] for n in norms], [n[key] for n in norms], color=palette[name], label=record["label"]
-                )
+                x, y = ([norm[column] for norm in norms] for column in ("step", key))
+                axis.plot(x, y, color=palette[name], label=record["label"], **_line(name))
         axis.set(xlabel="step", ylabel=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
     for name, record in result["arms"].items():
@@ -128,7 +127,8 @@ def _norms(result: Result) -> Any:
                 axis.axvspan(stops[0], stops[-1], color=palette[name], alpha=0.10, linewidth=0)
                 axis.axvline(stops[len(stops) // 2], color=palette[name], linestyle=":", linewidth=1.2)
             left.plot([], [], color=palette[name], linestyle=":", label="A stops shrinking (median, range)")
-    left.legend()
+    left.legend(loc="upper left")
+    left.margins(y=0.25)
     return figure
 
 
@@ -172,11 +172,11 @@ def _accuracy(result: Result) -> Any:
         top = 100 * (test["accuracy"] + test["accuracy_se"])
         axis.text(position, top + 0.4, f"{100 * test['accuracy']:.1f}", ha="center", va="bottom", fontsize=10)
     majority = 100 * result["data"]["majority"]
-    axis.axhline(majority, color="black", linestyle="--", linewidth=0.9)
-    axis.text(len(bars) - 0.6, majority + 0.3, "largest class", ha="right", va="bottom", fontsize=8)
+    axis.axhline(majority, color="black", linestyle="--", linewidth=0.9, label=f"largest class, {majority:.1f}")
+    axis.legend(loc="upper left")
     low = min([majority, *(100 * test["accuracy"] for _, test, _ in bars)])
     # Bars have a zero; this axis has not, and says so.
-    axis.set_ylim(max(0, low - 5), min(100, 6 + max(100 * test["accuracy"] for _, test, _ in bars)))
+    axis.set_ylim(max(0, low - 5), min(100, 8 + max(100 * test["accuracy"] for _, test, _ in bars)))
     axis.set_ylabel("accuracy, % (axis does not start at 0)")
     axis.set_xticks(range(len(bars)), [label for label, _, _ in bars])
     axis.grid(axis="x", visible=False)

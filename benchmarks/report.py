@@ -131,6 +131,11 @@ def _notes(result: Result) -> list[str]:
             f"A logistic regression on the frozen features of the {probe['examples']} training texts seen gets "
             f"{_with_error(probe['accuracy'], probe['accuracy_se'])}%."
         )
+    taken = min(len(record["series"]["loss"]) for record in result["arms"].values())
+    if taken < recipe["steps"]:
+        notes.append(
+            f"Training stopped after {taken} of {recipe['steps']} steps, before the learning rate had decayed."
+        )
     notes += [
         "Accuracies are ± one standard error; times are medians [quartiles], the arms taking each batch in turn.",
         *_disturbance(result),

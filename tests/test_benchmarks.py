@@ -1,11 +1,9 @@
-"""The benchmarks: the harness, the downloads' checks, fair arms, and reports; real models only under ``download``."""
+"""The benchmarks: the harness, the downloads' checks, the command line, data; real models only under ``download``."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import math
 import re
 import subprocess
 import sys
@@ -16,13 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from headlines import write_headlines
 
-import stablelora_kernels as slk
 from benchmarks import __main__ as command
-from benchmarks import _harness, arms, assets, data, experiment, finetune, footprint, models, plots, report, sweep
+from benchmarks import _harness, assets, data
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 
 
 # ---- the harness ----
@@ -178,15 +175,8 @@ def test_presets_and_what_overrides_them(tmp_path):
 # ---- data ----
 
 
-def write_sarcasm(path: Path, count: int) -> Path:
-    texts = [f"headline number {i % count}" + " again" * (i % 5) for i in range(count + 3)]
-    lines = [{"input": [{"content": "?"}, {"content": text}], "ideal": str(i % 2)} for i, text in enumerate(texts)]
-    path.write_text("\n".join(map(json.dumps, [*lines, *lines[:3]])))
-    return path
-
-
 def test_sarcasm_is_split_by_seed_without_duplicates(tmp_path, monkeypatch):
-    file = write_sarcasm(tmp_path / "samples.jsonl", 40)
+    file = write_headlines(tmp_path / "samples.jsonl", 40)
     monkeypatch.setattr(assets, "sarcasm_file", lambda: file)
     one, same, other = (data.load_dataset("sarcasm", seed=seed, held_out=10) for seed in (1, 1, 2))
     texts = [text for text, _ in (*one.train, *one.test)]
@@ -205,332 +195,6 @@ def test_reuters_keeps_the_official_split_and_no_text_on_both_sides(tmp_path, mo
     assert dataset.classes == ("acq", "earn")
     assert set(dataset.train) == {("one", 1), ("three", 0)} and set(dataset.test) == {("two", 0), ("four", 1)}
     assert dataset.majority == 0.5
-
-
-# ---- arms, on a small Llama that is not pretrained ----
-
-
-class WordTokenizer:
-    """As much of a tokenizer as the benchmarks use."""
-
-    def __call__(self, texts, **_options):
-        words = [[1 + sum(map(ord, word)) % 60 for word in text.split()] for text in texts]
-        longest = max(map(len, words))
-        padded = [[*row, *[0] * (longest - len(row))] for row in words]
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in words]
-        return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
-
-
-def small_llama():
-    from transformers import LlamaConfig, LlamaModel
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_cache=False,
-    )
-    return LlamaModel(config).requires_grad_(False)
-
-
-RECIPE = arms.Recipe(("q_proj", "v_proj"), r=4, steps=12, warmup_steps=4, lr=1e-2)
-NAMES = ["frozen", "peft", "stable-0.005"]
-
-
-def small_batch(rows: int = 4, length: int = 6):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, 64, (rows, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows) % 2}
-
-
-def test_schedule_warms_up_and_decays_to_zero():
-    factors = [RECIPE.schedule(step) for step in range(13)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0 and factors[12] == 0.0
-    assert factors[8] == 0.5
-
-
-def test_arms_share_the_frozen_weights_and_start_alike():
-    backbone = small_llama()
-    frozen, peft, stable = arms.build_arms(NAMES, backbone, 2, RECIPE, CPU)
-    base = backbone.layers[0].self_attn.q_proj.weight
-    wrapped = peft.model.backbone.base_model.model.layers[0].self_attn.q_proj.base_layer.weight
-    fused = stable.model.backbone.layers[0].self_attn.q_proj
-    assert isinstance(fused, slk.LoRALinear)
-    assert base.data_ptr() == wrapped.data_ptr() == fused.weight.data_ptr()
-    assert len(peft.pairs) == len(stable.pairs) == 4 and not frozen.pairs
-    for a, b in zip(peft.pairs, stable.pairs, strict=True):
-        assert torch.equal(a.A, b.A) and a.A.data_ptr() != b.A.data_ptr() and a.A.any()
-        assert not a.B.any() and not b.B.any()
-    losses = [finetune.forward(arm, small_batch(), torch.float32)[0] for arm in (frozen, peft, stable)]
-    torch.testing.assert_close(losses[0], losses[1])
-    torch.testing.assert_close(losses[1], losses[2])
-
-
-def test_ratio_zero_trains_as_peft_does():
-    peft, stable = arms.build_arms(["peft", "stable-0"], small_llama(), 2, RECIPE, CPU)
-    batch = small_batch()
-    for _ in range(6):
-        for arm in (peft, stable):
-            finetune.forward(arm, batch, torch.float32)[0].backward()
-            arm.optimizer.step()
-            arm.optimizer.zero_grad()
-            arm.scheduler.step()
-    for mine, theirs in zip(stable.pairs, peft.pairs, strict=True):
-        assert theirs.B.any()
-        torch.testing.assert_close(mine.B, theirs.B, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(mine.A, theirs.A, rtol=1e-3, atol=1e-5)
-
-
-def test_the_frozen_models_backward_pass_reaches_the_first_adapted_layer_and_no_weight():
-    (frozen,) = arms.build_arms(["frozen"], small_llama(), 2, RECIPE, CPU)
-    attention = frozen.model.backbone.layers[0].self_attn
-    seen = {}
-    for name in ("q_proj", "v_proj", "k_proj"):
-        getattr(attention, name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
-    finetune.forward(frozen, small_batch(), torch.float32)[0].backward()
-    assert seen["q_proj"].grad.any() and seen["v_proj"].grad.any() and not seen["k_proj"].requires_grad
-    assert [name for name, p in frozen.model.named_parameters() if p.grad is not None] == ["head.weight", "head.bias"]
-
-
-def test_pooling_ignores_padding():
-    (frozen,) = arms.build_arms(["frozen"], small_llama(), 2, RECIPE, CPU)
-    batch = small_batch()
-    padded = {name: torch.nn.functional.pad(batch[name], (0, 3)) for name in ("input_ids", "attention_mask")}
-    short = frozen.model(batch["input_ids"], batch["attention_mask"])[1]
-    torch.testing.assert_close(frozen.model(**padded)[1], short)
-
-
-def test_an_unknown_family_is_told_about_target_modules():
-    with pytest.raises(ValueError, match=r"Sequential has no nn\.Linear layers named .*--target-modules"):
-        models.query_value_names(torch.nn.Sequential(torch.nn.Linear(2, 2)))
-
-
-def test_shrinkage_counts_the_steps_before_the_stop():
-    left = arms.shrinkage([1, 3, None], 0.1, steps=5)
-    assert (left["shrinks_min"], left["shrinks_max"], left["latched"]) == (0, 5, 2)
-    assert left["a_factor"] == pytest.approx((1 + 0.9**2 + 0.9**5) / 3)
-
-
-# ---- what is counted ----
-
-
-def test_saved_bytes_are_distinct_storages_without_parameters():
-    weight = torch.randn(8, 8, requires_grad=True)
-    x = torch.randn(4, 8)
-
-    def run():
-        # x is saved by the first product, its result once though two products need it, the weight not at all.
-        y = x @ weight
-        return (y * y + y @ weight).sum()
-
-    assert footprint.saved_for_backward(run, [weight]) == 2 * 4 * 8 * 4
-    assert footprint.saved_for_backward(run, [weight, x]) == 4 * 8 * 4
-
-
-def test_operators_counted_are_those_that_compute():
-    x = torch.randn(4, 4)
-    with footprint.CountOperators() as counter:
-        torch.addmm(x, x.t(), x.view(4, 4)).relu_()
-        torch.empty(3)
-    assert dict(counter.counts) == {"aten.addmm.default": 1, "aten.relu_.default": 1}
-
-
-# ---- a whole run, on the small model ----
-
-
-@pytest.fixture
-def small_run(tmp_path, monkeypatch):
-    file = write_sarcasm(tmp_path / "samples.jsonl", 60)
-    monkeypatch.setattr(assets, "sarcasm_file", lambda: file)
-    monkeypatch.setattr(experiment, "load_model", lambda name: (small_llama(), WordTokenizer()))
-    settings = experiment.Settings(
-        "small", "sarcasm", "cpu", "float32", 1e-2, 8, 4, 0, 20, (0.005,), ("q_proj", "v_proj"), footprint=False
-    )
-    return settings, tmp_path / "out"
-
-
-def test_a_run_leaves_tables_and_plots(small_run):
-    settings, out = small_run
-    out.mkdir()
-    result, paths = command._run(settings, out, 0.0)
-    assert result["status"] == "complete" and set(result["arms"]) == set(NAMES)
-    assert {path.name for path in paths} == {
-        "result.json", "summary.csv", "steps.csv", "norms.csv", "table.txt",
-        "loss.png", "step_time.png", "norms.png", "accuracy.png",
-    }  # fmt: skip
-    assert all(path.stat().st_size > 100 for path in paths)
-    for record in result["arms"].values():
-        assert len(record["series"]["loss"]) == len(record["series"]["optimizer_ms"]) == 8
-        assert all(math.isfinite(loss) for loss in record["series"]["loss"])
-        assert 0 <= record["test"]["accuracy"] <= 1
-    # The first loss is before any update, on one batch, from one start.
-    assert len({round(record["series"]["loss"][0], 4) for record in result["arms"].values()}) == 1
-    norms = result["arms"]["stable-0.005"]["series"]["norms"]
-    assert norms[0]["b_norm"] == 0 and norms[-1]["b_norm"] > 0 and norms[-1]["step"] == 8
-    assert len(result["arms"]["stable-0.005"]["latch"]["latched_at"]) == 4
-    with (out / "steps.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 3 * 8
-    # A finished run with the same settings is not repeated, one with others is.
-    assert command._done(settings, out)["status"] == "complete"
-    assert command._done(replace(settings, lr=1e-3), out) is None
-
-
-def test_an_interrupt_leaves_what_was_measured(small_run, monkeypatch):
-    settings, out = small_run
-    out.mkdir()
-    real, calls = finetune._timed_step, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 11:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(finetune, "_timed_step", interrupted)
-    result, paths = command._run(settings, out, 0.0)
-    assert result["status"] == "interrupted"
-    assert sorted(len(record["series"]["loss"]) for record in result["arms"].values()) == [3, 3, 4]
-    assert "loss.png" in {path.name for path in paths} and "accuracy.png" not in {path.name for path in paths}
-    assert "interrupted" in (out / "table.txt").read_text()
-    assert json.loads((out / "result.json").read_text())["status"] == "interrupted"
-    assert command._done(settings, out) is None
-
-
-def test_a_slow_machine_takes_fewer_steps(small_run):
-    settings = replace(small_run[0], steps=1000, time_limit_s=100.0)
-    now = experiment.time.perf_counter()
-    assert experiment._steps_within(settings, now, round_s=1.0, loading=1.0) == pytest.approx(98, abs=3)
-    assert experiment._steps_within(settings, now, round_s=60.0, loading=1.0) == experiment.FEWEST_STEPS
-    assert experiment._steps_within(replace(settings, time_limit_s=None), now, 60.0, 1.0) == 1000
-
-
-# ---- the report, from a stored result ----
-
-
-def stored_result():
-    def record(label, ms, loss, **more):
-        series = {
-            "loss": [loss] * 10,
-            "forward_ms": [ms] * 10,
-            "backward_ms": [2 * ms] * 10,
-            "optimizer_ms": [1.0] * 10,
-        }
-        return {"label": label, "shrink_ratio": None, "trainable": 1000, "series": {**series, "norms": []}, **more}
-
-    latch = {"earliest": 4, "latched_at": [3, None], "latched": 1, "a_factor": 0.95}
-    latch |= {"shrinks_mean": 6.0, "shrinks_min": 2, "shrinks_max": 10}
-    operators = {"forward": 10, "backward": 20, "optimizer": 3}
-    counted = {"saved_mib": 5.0, "peak_mib": 900.0, "step_mib": 9.0, "operators": operators}
-    stable = record("Stable-LoRA 0.005", 11.0, 0.4, latch=latch, footprint=counted)
-    stable["shrink_ratio"] = 0.005
-    stable["series"]["norms"] = [{"step": 0, "a_norm": 2.0, "b_norm": 0.0}, {"step": 10, "a_norm": 1.5, "b_norm": 0.5}]
-    stable["test"] = {"accuracy": 0.84, "accuracy_se": 0.012, "loss": 0.4, "difference": 0.01, "difference_se": 0.004}
-    environment = {
-        "cpu": "Some CPU",
-        "cores": 2,
-        "torch_threads": 2,
-        "load_average": 0.1,
-        "python": "3.11",
-        "commit": "abc",
-    }
-    environment |= {"gpu": None, "torch": "2.13", "triton": None, "peft": "0.21", "transformers": "5.24"}
-    settings = {
-        "model": "smollm2",
-        "data": "sarcasm",
-        "device": "cpu",
-        "dtype": "bfloat16",
-        "batch_size": 16,
-        "seed": 0,
-    }
-    return {
-        "status": "complete",
-        "environment": environment,
-        "settings": settings | {"steps": 10},
-        "data": {"name": "sarcasm", "classes": 2, "train": 10, "test": 1000, "majority": 0.52},
-        "recipe": {"steps": 10, "lr": 0.003, "r": 8, "target_modules": ["q_proj", "v_proj"]},
-        "arms": {
-            "frozen": record("frozen", 10.0, 0.6),
-            "peft": record("PEFT + AdamW", 15.0, 0.4),
-            "stable-0.005": stable,
-        },
-        "wall_s": 300.0,
-        "peak_rss_mib": 2000.0,
-    }
-
-
-def line(text: str, title: str) -> str:
-    return next(row for row in text.splitlines() if row.startswith(title))
-
-
-def test_overhead_is_taken_step_by_step():
-    frozen, stable = (stored_result()["arms"][name] for name in ("frozen", "stable-0.005"))
-    # Both twice as slow in the second half, as when the machine is: the overhead is not touched.
-    for record in (frozen, stable):
-        for phase in finetune.PHASES:
-            record["series"][f"{phase}_ms"][5:] = [2 * t for t in record["series"][f"{phase}_ms"][5:]]
-    over = report.overhead(stable, frozen)
-    assert over == pytest.approx(dict.fromkeys(("median", "q1", "q3"), 100 * (34 / 31 - 1)))
-    assert report.overhead(stable, frozen, finetune.PHASES[:2])["median"] == pytest.approx(10.0)
-
-
-def test_the_first_steps_are_not_in_the_times():
-    record = stored_result()["arms"]["frozen"]
-    record["series"]["optimizer_ms"][:3] = [500.0] * 3
-    assert report.step_times(record, ("optimizer",)) == [1.0] * 7
-
-
-def test_table_has_the_figures_and_says_what_is_missing():
-    text = report.table(stored_result())
-    assert "84.0 ± 1.2" in line(text, "held-out accuracy") and "+1.0 ± 0.4" in line(text, "  minus PEFT's")
-    assert "31.0 [31.0, 31.0]" in line(text, "step, ms") and "34.0 [34.0, 34.0]" in line(text, "step, ms")
-    assert "+10.0 [+10.0, +10.0]" in line(text, "  forward and backward alone")
-    assert line(text, "operators a step (not launches)").split()[-6:] == ["33", "(10", "+", "20", "+", "3)"]
-    assert line(text, "operators a step (not launches)").count("not counted") == 2
-    assert "6.0 (2-10)" in line(text, "shrinking steps") and "2.000 > 1.500" in line(text, "||A||_F, start")
-    assert line(text, "pairs that stopped shrinking, of 2").endswith(" 1")
-    assert "Some CPU, 2 cores" in text and "commit abc" in text
-    assert len({len(row) for row in text.splitlines()[2:20]}) == 1
-
-
-def test_launches_are_called_launches():
-    result = stored_result()
-    footprint_record = result["arms"]["stable-0.005"]["footprint"]
-    footprint_record["launches"] = footprint_record.pop("operators")
-    assert "33 (10 + 20 + 3)" in line(report.table(result), "kernel launches a step")
-
-
-def test_files_are_written_and_read_back(tmp_path):
-    result = stored_result()
-    paths = report.write_result(result, tmp_path)
-    assert json.loads((tmp_path / "result.json").read_text()) == result
-    with (tmp_path / "summary.csv").open() as file:
-        rows = {row["arm"]: row for row in csv.DictReader(file)}
-    assert rows["stable-0.005"]["accuracy"] == "0.84" and rows["peft"]["accuracy"] == ""
-    assert float(rows["peft"]["step_overhead_percent_median"]) == pytest.approx(100 * (46 / 31 - 1))
-    assert all(path.exists() for path in paths)
-    drawn = {path.name for path in plots.draw(result, tmp_path)}
-    assert drawn == {"loss.png", "step_time.png", "norms.png"}
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_sweep_pairs_seeds_and_gives_students_interval(tmp_path):
-    results = []
-    for seed, difference in enumerate((0.01, 0.02, 0.03)):
-        result = stored_result()
-        result["settings"]["seed"] = seed
-        result["arms"]["stable-0.005"]["test"]["difference"] = difference
-        results.append(result)
-    row = sweep.sweep_rows(results)[-1]
-    assert (row["arm"], row["runs"]) == ("stable-0.005", 3)
-    assert row["difference"] == pytest.approx(0.02)
-    # t(2 degrees, 97.5%) = 4.303, s = 0.01, n = 3
-    assert row["difference_95"] == pytest.approx(4.303 * 0.01 / 3**0.5)
-    assert "+2.00 ± 2.48" in sweep.sweep_table(results)
-    assert all(path.exists() for path in (*sweep.write_sweep(results, tmp_path), *sweep.draw_sweep(results, tmp_path)))
 
 
 # ---- real models ----
