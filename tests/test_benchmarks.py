@@ -229,5 +229,5 @@ def test_the_main_job_from_end_to_end(tmp_path):
     assert result["status"] == "complete" and len(result["arms"]["peft"]["series"]["loss"]) == 6
     peft, stable = (result["arms"][name]["footprint"] for name in ("peft", "stable-0.005"))
     assert stable["saved_mib"] <= peft["saved_mib"]
-    assert sum(stable["operators"].values()) < sum(peft["operators"].values())
+    assert 0 < stable["operators"]["forward"] < peft["operators"]["forward"]
     assert all(f"wrote {tmp_path / name}" in done.stdout for name in ("result.json", "summary.csv", "accuracy.png"))
