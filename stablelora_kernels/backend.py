@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
-# Triton is looked for, not imported.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+MIN_TRITON = (3, 6)
+
+
+def _triton_problem() -> str | None:
+    """Why the kernels can't run whatever the device, or None. Triton is looked for, not imported."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        # Built from source or repackaged under another name (pytorch-triton-rocm): its owner knows.
+        return None
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MIN_TRITON:
+        return f"Triton {version} is installed, but the kernels need {'.'.join(map(str, MIN_TRITON))} or newer"
+    return None
+
+
+TRITON_PROBLEM = _triton_problem()
 # Whether Triton's interpreter was asked for, which runs the kernels on CPU tensors. Triton reads it once, as this does.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
@@ -63,8 +81,8 @@ def _warn_no_triton() -> None:
         return
     _warned = True
     warnings.warn(
-        "Triton is not installed, so stablelora_kernels runs on PyTorch's operators on this GPU, with more launches "
-        "and more memory traffic; install triton, or call set_backend('torch') to choose this.",
+        f"{TRITON_PROBLEM}, so stablelora_kernels runs on PyTorch's operators on this GPU, with more launches and more "
+        "memory traffic; install a newer triton, or call set_backend('torch') to choose this.",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -82,12 +100,12 @@ def resolve_backend(device: torch.device) -> str:
     if name == "auto":
         if device.type != "cuda":
             return "torch"
-        if not HAS_TRITON:
+        if TRITON_PROBLEM is not None:
             _warn_no_triton()
             return "torch"
         return "triton"
-    if not HAS_TRITON:
-        raise RuntimeError("backend 'triton' was asked for, but Triton is not installed")
+    if TRITON_PROBLEM is not None:
+        raise RuntimeError(f"backend 'triton' was asked for, but it can't run: {TRITON_PROBLEM}")
     if device.type != "cuda" and not INTERPRETING:
         raise RuntimeError(
             f"backend 'triton' was asked for on a tensor on {device}: the kernels run on a GPU, or on a CPU under "

@@ -25,7 +25,7 @@ def python(code: str, **env: str) -> str:
 
 
 def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    monkeypatch.setattr(backend, "TRITON_PROBLEM", None)
     with slk.use_backend("auto"):
         assert backend.resolve_backend(CPU) == "torch"
         assert backend.resolve_backend(CUDA) == "triton"
@@ -33,17 +33,32 @@ def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(monkeypatch):
         assert backend.resolve_backend(CUDA) == "torch"
 
 
-def test_a_gpu_without_triton_is_warned_of(monkeypatch):
-    monkeypatch.setattr(backend, "HAS_TRITON", False)
+def test_a_gpu_without_a_usable_triton_is_warned_of(monkeypatch):
+    monkeypatch.setattr(backend, "TRITON_PROBLEM", "Triton is not installed")
     monkeypatch.setattr(backend, "_warned", False)
-    with slk.use_backend("auto"), pytest.warns(RuntimeWarning, match="Triton is not installed"):
+    with slk.use_backend("auto"), pytest.warns(RuntimeWarning, match="Triton is not installed, so"):
         assert backend.resolve_backend(CUDA) == "torch"
-    with slk.use_backend("triton"), pytest.raises(RuntimeError, match="Triton is not installed"):
+    with slk.use_backend("triton"), pytest.raises(RuntimeError, match="can't run: Triton is not installed"):
         backend.resolve_backend(CUDA)
 
 
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        ("3.2.0", "Triton 3.2.0 is installed, but the kernels need 3.6 or newer"),
+        ("3.6.0+git1234", None),
+        ("3.10.1", None),
+        ("4.0", None),
+    ],
+)
+def test_triton_versions(monkeypatch, version, problem):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend.metadata, "version", lambda name: version)
+    assert backend._triton_problem() == problem
+
+
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
-    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    monkeypatch.setattr(backend, "TRITON_PROBLEM", None)
     monkeypatch.setattr(backend, "INTERPRETING", False)
     with slk.use_backend("triton"), pytest.raises(RuntimeError, match=r"on a tensor on cpu.*TRITON_INTERPRET=1"):
         backend.resolve_backend(CPU)

@@ -231,8 +231,9 @@ class _LoRALinear(torch.autograd.Function):
                 rows, grad, weight, lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p, need_x, need_a, need_b
             )
         else:
-            # A broadcast gradient, as of sum(), would be expanded anew by each product.
-            grad = grad.contiguous() if 0 in grad.stride() else grad
+            # A broadcast gradient, as of sum(), would be expanded anew by each product. (Older compilers know no strides.)
+            if not torch.compiler.is_compiling() and 0 in grad.stride():
+                grad = grad.contiguous()
             dx, da, db = _torch_bwd(grad, rows, weight, lora_A, lora_B, s, random, ctx.scaling, need_x, need_a, need_b)
         dw = grad.t() @ rows if need_w else None
         dbias = grad.sum(0) if need_bias else None
