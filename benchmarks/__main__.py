@@ -210,8 +210,9 @@ def _sweep(runs: list[Any], out: Path) -> int:
         if result["status"] != "complete":
             break
         results.append(result)
-        hours = sum(done["wall_s"] for done in results) / len(results) * (len(runs) - number) / 3600
-        print(f"About {hours:.1f} hours for the {len(runs) - number} runs after this one.", file=sys.stderr)
+        if left := len(runs) - number:
+            hours = left * sum(done["wall_s"] for done in results) / len(results) / 3600
+            print(f"About {hours:.1f} hours for the {left} runs after this one.", file=sys.stderr)
         # After every run, so that a sweep that is stopped has its tables.
         paths = [*write_sweep(results, out), *draw_sweep(results, out)]
     if results:

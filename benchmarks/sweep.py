@@ -117,6 +117,8 @@ def draw_sweep(results: Sequence[Result], directory: Path) -> list[Path]:
             axis.errorbar(x, y, yerr=half, fmt="o", color=palette[name], capsize=3, label=mine[0]["label"])
         axis.axhline(0, color="black", linewidth=0.9)
         axis.set_xticks(range(len(lrs)), [f"lr {lr:g}" for lr in lrs])
+        axis.set_xlim(-0.5, len(lrs) - 0.5)
+        axis.margins(y=0.2)
         axis.set_ylabel("held-out accuracy minus PEFT's, points")
         axis.set_title("Against vanilla LoRA on the same seeds, mean and 95% interval", fontsize=12, fontweight="bold")
         axis.legend(ncols=2, fontsize=8)
