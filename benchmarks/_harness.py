@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -25,23 +26,25 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def rotated(arms: Sequence[T], turn: int) -> list[T]:
-    """``arms`` rotated by ``turn`` places, so that none always runs first."""
-    shift = turn % len(arms) if arms else 0
-    return [*arms[shift:], *arms[:shift]]
+def shuffled(arms: Sequence[T], turn: int) -> list[T]:
+    """``arms`` in an order of their own for each turn, the same every time.
+
+    A rotation would not do: each arm would always run after the same other one, in the caches and the heap that it leaves.
+    """
+    return random.Random(turn).sample(list(arms), len(arms))
 
 
 def interleave(arms: dict[str, Callable[[], None]], *, warmup: int, iters: int) -> dict[str, list[float]]:
     """Seconds per call of each arm, ``iters`` samples each, after ``warmup`` untimed rounds.
 
-    The arms alternate call by call in rotating order, so that whatever the machine does meanwhile hits all alike.
+    The arms alternate call by call in shuffled order, so that whatever the machine does meanwhile hits all alike.
     """
     if iters < 1 or warmup < 0:
         raise ValueError(f"iters must be at least 1 and warmup at least 0, got {iters} and {warmup}")
     names = list(arms)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-warmup, iters):
-        for name in rotated(names, turn):
+        for name in shuffled(names, turn):
             synchronize()
             start = time.perf_counter()
             arms[name]()

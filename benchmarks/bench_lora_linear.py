@@ -1,6 +1,7 @@
 """The layer against the frozen nn.Linear, eager LoRA and PEFT: forward plus backward, all arms interleaved in one process.
 
-    python -m benchmarks.bench_lora_linear [--device cpu] [--dtype fp32 bf16] [--dropout 0 0.1] [--iters 60] [--json FILE]
+    python -m benchmarks.bench_lora_linear [--device cpu] [--dtype fp32 bf16] [--dropout 0 0.1] [--iters 60]
+                                           [--shapes 1024x1024x1024x8] [--json FILE]
 
 An arm's overhead is its time less the frozen layer's, which computes the same two products. The last column is our overhead
 over PEFT's: below 1 we add less.
@@ -94,21 +95,35 @@ def measure(
     return result
 
 
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """Rows, in_features, out_features and rank, as ``512x2048x2048x16``."""
+    sizes = text.split("x")
+    if len(sizes) != 4 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"a shape must be MxKxNxR of positive integers, got {text!r}")
+    m, k, n, r = map(int, sizes)
+    return m, k, n, r
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_lora_linear", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", nargs="+", default=["fp32"], choices=sorted(DTYPES))
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=SHAPES, metavar="MxKxNxR")
     parser.add_argument("--iters", type=int, default=60, help="timed rounds for each shape")
     parser.add_argument("--json", type=Path, help="write the figures, the machine and the versions here")
     args = parser.parse_args()
     device, machine, rows = torch.device(args.device), environment(), []
     print(f"{machine}\nmilliseconds, median of {args.iters} (quartiles); overhead is over the frozen layer")
-    header = f"{'rows x in x out, r':24} {'dtype':5} {'drop':>4} {'frozen':>8} {'+eager':>8} {'+peft':>8} {'+ours':>8} {'(q1-q3)':>15} {'ours/peft':>9}"
-    print(header)
+    titles = ("frozen", "+eager", "+peft", "+ours")
+    print(
+        f"{'rows x in x out, r':24} {'dtype':5} {'drop':>4}",
+        *(f"{t:>8}" for t in titles),
+        f"{'(q1-q3)':>15} {'ours/peft':>9}",
+    )
     for dtype in args.dtype:
         for dropout in args.dropout:
-            for shape in SHAPES:
+            for shape in args.shapes:
                 result = measure(shape, dropout, DTYPES[dtype], device, args.iters)
                 ours, peft = result["ours"], result["peft"]
                 ratio = ours["overhead_median"] / peft["overhead_median"]

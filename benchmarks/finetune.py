@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks._harness import rotated, synchronize
+from benchmarks._harness import shuffled, synchronize
 from benchmarks.arms import Arm, Recipe
 from benchmarks.data import Batch
 
@@ -85,7 +85,7 @@ def train(
     _record_norms(arms, series, 0)
     for step in range(recipe.steps):
         batch = to_device(next(batches), device)
-        for arm in rotated(arms, step):
+        for arm in shuffled(arms, step):
             # Where a backbone has dropout of its own, all arms draw the same masks.
             torch.manual_seed(recipe.seed * 1_000_003 + step)
             loss, pooled = _timed_step(arm, batch, dtype, series[arm.name])

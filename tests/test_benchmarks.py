@@ -25,12 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # ---- the harness ----
 
 
-def test_interleave_rotates_the_order_and_counts():
+def test_interleave_shuffles_the_order_and_counts():
     calls: list[str] = []
     jobs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    samples = _harness.interleave(jobs, warmup=1, iters=3)
-    assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3, "c": 3}
-    assert ["".join(calls[i : i + 3]) for i in range(0, 12, 3)] == ["cab", "abc", "bca", "cab"]
+    samples = _harness.interleave(jobs, warmup=1, iters=40)
+    assert {name: len(values) for name, values in samples.items()} == {"a": 40, "b": 40, "c": 40}
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(rounds) == 41 and all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    # Every arm comes to stand right behind every other one, and first.
+    assert {order[i : i + 2] for order in rounds for i in (0, 1)} == {"ab", "ac", "ba", "bc", "ca", "cb"}
+    assert {order[0] for order in rounds} == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize(("warmup", "iters"), [(0, 0), (-1, 3)])

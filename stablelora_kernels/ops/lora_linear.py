@@ -123,27 +123,21 @@ def _as_float(keep: Tensor, dtype: torch.dtype) -> Tensor:
     return keep.view(torch.uint8).to(dtype)
 
 
-# Below this many rows a copy that gives BLAS the layout it is fast on costs more than it saves (AVX-512, two cores).
-_MANY_ROWS = 64
-
-
-def _thin(x: Tensor, a: Tensor) -> Tensor:
-    """``x a^T`` [M, r] of x [M, K] and a thin a [r, K], by the product that is fastest on x's dtype."""
-    if x.dtype in (torch.bfloat16, torch.float16):
-        # oneDNN's bfloat16 product is up to twice as fast with the small side first. The result is a transposed view.
-        return torch.mm(a, x.t()).t()
-    if x.shape[0] >= _MANY_ROWS:
-        a = a.contiguous()
-    return torch.mm(x, a.t())
+# Below this many rows a call is a matter of microseconds, of which a Python autograd function would be the most.
+_FEW_ROWS = 64
 
 
 def _torch_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    s = _thin(x if keep is None else x * _as_float(keep, x.dtype), lora_A.to(x.dtype))
+    """Y and S = (X ∘ keep) A^T, which is not scaled here: the scaling is the second product's alpha."""
+    a, dropped = lora_A.to(x.dtype), x if keep is None else x * _as_float(keep, x.dtype)
+    # S before the wide product, which finds X in the cache then. Of the two ways to write a thin product, oneDNN's bfloat16
+    # one is up to twice as fast with the small side first, MKL's float32 one with the tall side first.
+    s = torch.mm(dropped, a.t()) if x.dtype in (torch.float32, torch.float64) else torch.mm(a, dropped.t()).t()
     y = torch.nn.functional.linear(x, weight, bias)
-    # In place, so that the branch costs no second activation. Scaling the small B is cheaper than the product's alpha.
-    y.addmm_(s, (lora_B * scaling).to(x.dtype).t())
+    # In place, so that the branch costs no second activation.
+    y.addmm_(s, lora_B.to(x.dtype).t(), alpha=scaling)
     return y, s
 
 
@@ -153,21 +147,22 @@ def _torch_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     dx = da = db = None
     mask = None if keep is None else _as_float(keep, grad.dtype)
+    # What reads dY alone goes before the wide product, while dY is in the cache; small sides first, dS^T and S^T being rows.
     if need_x or need_a:
-        ds = _thin(grad, (lora_B * scaling).to(grad.dtype).t())
-        if need_x:
-            dx = torch.mm(grad, weight)
-            a = lora_A.to(grad.dtype)
-            if mask is None:
-                dx.addmm_(ds, a)
-            else:
-                dx.addcmul_(torch.mm(ds, a), mask)
-        if need_a:
-            da = torch.mm(ds.t().contiguous(), x if mask is None else x * mask).to(lora_A.dtype)
+        dst = torch.mm((lora_B * scaling).to(grad.dtype).t(), grad.t())
     if need_b:
         assert s is not None
         db = torch.mm(s.t().contiguous(), grad).t().to(lora_B.dtype, memory_format=torch.contiguous_format)
         db.mul_(scaling)
+    if need_x:
+        dx = torch.mm(grad, weight)
+        a = lora_A.to(grad.dtype)
+        if mask is None:
+            dx.addmm_(dst.t(), a)
+        else:
+            dx.addcmul_(torch.mm(dst.t(), a), mask)
+    if need_a:
+        da = torch.mm(dst, x if mask is None else x * mask).to(lora_A.dtype)
     return dx, da, db
 
 
@@ -255,8 +250,7 @@ def lora_linear_op(
 ) -> Tensor:  # fmt: skip
     """``functional.lora_linear`` with arguments that were checked and a backend that was chosen."""
     rows = x.numel() // x.shape[-1]
-    if backend == "torch" and rows < _MANY_ROWS and dropout_p == 0:
-        # So few rows are a matter of microseconds, of which a Python autograd function would be the most.
+    if backend == "torch" and rows < _FEW_ROWS and dropout_p == 0:
         s = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
         y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
         y = torch.addmm(y, s, lora_B.to(x.dtype).t(), alpha=scaling)
