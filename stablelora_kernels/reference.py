@@ -9,6 +9,8 @@ Everything computes in the dtype it is given. Tests give float64.
               dA = dS^T D(X)                [r, K]
               dB = s·dY^T S                 [N, r]
 
+The optimizer's half (Algorithm 1, AdamW, stochastic rounding) is written in ``reference_optim`` and named here as well.
+
 D is inverted dropout on the LoRA branch alone: D(X) = X ∘ keep / (1 - p), and D' multiplies by the same keep / (1 - p).
 """
 
@@ -17,7 +19,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["dropout_keep_ref", "lora_linear_grads_ref", "lora_linear_ref", "philox_ref"]
+from stablelora_kernels.reference_optim import StableAdamWRef, adamw_ref, shrink_ref, stochastic_round_ref
+
+__all__ = [
+    "StableAdamWRef",
+    "adamw_ref",
+    "dropout_keep_ref",
+    "lora_linear_grads_ref",
+    "lora_linear_ref",
+    "philox_ref",
+    "shrink_ref",
+    "stochastic_round_ref",
+]
 
 
 def _dropout(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:

@@ -81,8 +81,8 @@ def linear(where: str, dtype: torch.dtype, lora: torch.dtype, m: int, r: int, wh
     return row("lora_linear", f"{what} {dtype} {lora} m{m} r{r}".replace("torch.", ""), where, built, config)
 
 
-def shrink(where: str) -> dict[str, Any]:
-    config = launches.shrink_config(8192, 16, BF16)
+def shrink(where: str, r: int) -> dict[str, Any]:
+    config = launches.shrink_config(8192, r, BF16, FP32, SHARED_LIMITS[where])
     types = {
         "x_ptr": "*bf16",
         "a_ptr": "*fp32",
@@ -109,7 +109,7 @@ def shrink(where: str) -> dict[str, Any]:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return row("lora_shrink", "dropout bfloat16 float32 m8192 r16", where, built, config)
+    return row("lora_shrink", f"dropout bfloat16 float32 m8192 r{r}", where, built, config)
 
 
 def grads(where: str, r: int) -> dict[str, Any]:
@@ -139,7 +139,13 @@ def grads(where: str, r: int) -> dict[str, Any]:
 
 
 def main(where: str) -> None:
-    rows = [*(linear(where, *case) for case in CASES), shrink(where), grads(where, 16), grads(where, 128)]
+    rows = [
+        *(linear(where, *case) for case in CASES),
+        shrink(where, 16),
+        shrink(where, 128),
+        grads(where, 16),
+        grads(where, 128),
+    ]
     print(json.dumps(rows, indent=1))
 
 

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ARCHITECTURES = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+ARCHITECTURES = ("cuda:80", "cuda:86", "cuda:90", "cuda:100", "hip:gfx942")
 # Bytes of shared memory that one program may have.
 SHARED_LIMITS = {"cuda:80": 166_912, "cuda:86": 101_376, "cuda:90": 232_448, "cuda:100": 232_448, "hip:gfx942": 65_536}
 

@@ -40,6 +40,20 @@ def rank_block(r: int) -> int:
     return min(max(16, triton.next_power_of_2(r)), MAX_BLOCK_R)
 
 
+def _is_hopper_or_later(limit: int) -> bool:
+    """Of the data-centre kind: only these give a program 227 KiB of shared memory."""
+    return limit >= 200_000
+
+
+def _stages_that_fit(stages: int, bytes_a_stage: int, limit: int, hopper: bool) -> int:
+    """The deepest pipeline of at most ``stages``, and at least 2, whose buffers fit into ``limit`` bytes."""
+    # Hopper's and Blackwell's matrix units read shared memory while it is being filled, and need a buffer more for it.
+    spare = 0 if hopper else 1
+    while stages > 2 and (stages - spare) * bytes_a_stage > limit:
+        stages -= 1
+    return stages
+
+
 def linear_config(
     m: int, n: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, limit: int, masked: bool = False
 ) -> LinearConfig:
@@ -48,35 +62,33 @@ def linear_config(
     ``masked``: dropout's mask is applied to the branch, which then needs an accumulator of its own.
     """
     block_r = rank_block(r)
-    # Hopper's and Blackwell's matrix units read shared memory while it is being filled, and need a buffer more for it.
-    extra = 0 if limit >= 200_000 else 1
+    hopper = _is_hopper_or_later(limit)
     if dtype == torch.float32:
         block_m, block_n, block_k, warps, stages = (16, 64, 64, 4, 3) if m <= 16 else (64, 64, 32, 4, 3)
     elif m <= 64:
         # Few rows: the product is bound by reading W, so tiles are narrow to spread it over the GPU and K is deep.
         block_k = 128 if block_r <= 32 else 64
         block_m, block_n, warps, stages = max(16, triton.next_power_of_2(m)), 32, 4, 4
-    elif m >= 1024 and n >= 1024 and block_r == 16 and not extra and not masked:
+    elif m >= 1024 and n >= 1024 and block_r == 16 and hopper and not masked:
         block_m, block_n, block_k, warps, stages = 128, 256, 64, 8, 3
-    elif extra and block_r > 32:
+    elif not hopper and block_r > 32:
         # Accumulators are in registers before Blackwell; a wide rank block beside 128 x 128 would spill them.
         block_m, block_n, block_k, warps, stages = 64, 128, 64, 4, 3
     else:
         block_m, block_n, block_k, warps, stages = 128, 128, 64, 8, 3
 
-    def shared(depth: int) -> int:
-        tile = block_k * ((block_m + block_n) * dtype.itemsize + block_r * lora_dtype.itemsize)
-        return (depth - extra) * tile
-
-    while stages > 2 and shared(stages) > limit:
-        stages -= 1
+    stage = block_k * ((block_m + block_n) * dtype.itemsize + block_r * lora_dtype.itemsize)
+    # The branch's operands are in shared memory beside the pipeline's buffers.
+    branch = block_r * (block_m * dtype.itemsize + block_n * lora_dtype.itemsize)
+    stages = _stages_that_fit(stages, stage, limit - branch, hopper)
     return LinearConfig(block_m, block_n, block_k, block_r, warps, stages)
 
 
-def shrink_config(m: int, r: int, dtype: torch.dtype) -> ReduceConfig:
+def shrink_config(m: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, limit: int) -> ReduceConfig:
     """The tile of S: few rows each, so that many programs share the reading of X."""
-    block_m = 16 if m <= 4096 else 64
-    return ReduceConfig(block_m, 64 if dtype == torch.float32 else 128, rank_block(r), 4, 3)
+    block_m, block_k, block_r = 16 if m <= 4096 else 64, 64 if dtype == torch.float32 else 128, rank_block(r)
+    stage = block_k * (block_m * dtype.itemsize + block_r * lora_dtype.itemsize)
+    return ReduceConfig(block_m, block_k, block_r, 4, _stages_that_fit(3, stage, limit, _is_hopper_or_later(limit)))
 
 
 def weight_grads_config(n: int, k: int, r: int, dtype: torch.dtype) -> ReduceConfig:
@@ -100,7 +112,7 @@ def launch_shrink(
 ) -> None:
     """S = scaling (X ∘ keep) A^T: x [M, K], lora_a [r, K], s [M, r] with unit column stride, seed int64 [1]."""
     (m, k), r = x.shape, lora_a.shape[0]
-    c = shrink_config(m, r, x.dtype)
+    c = shrink_config(m, r, x.dtype, lora_a.dtype, shared_limit(x.device))
     grid = (triton.cdiv(m, c.BLOCK_M), triton.cdiv(r, c.BLOCK_R))
     if m == 0:
         return

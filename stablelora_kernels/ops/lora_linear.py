@@ -130,39 +130,40 @@ _FEW_ROWS = 64
 def _torch_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Y and S = (X ∘ keep) A^T, which is not scaled here: the scaling is the second product's alpha."""
-    a, dropped = lora_A.to(x.dtype), x if keep is None else x * _as_float(keep, x.dtype)
+    """Y and S = (X ∘ keep) A^T, which is not scaled here: the scaling is the second product's alpha. One dtype."""
+    dropped = x if keep is None else x * _as_float(keep, x.dtype)
     # S before the wide product, which finds X in the cache then. Of the two ways to write a thin product, oneDNN's bfloat16
     # one is up to twice as fast with the small side first, MKL's float32 one with the tall side first.
-    s = torch.mm(dropped, a.t()) if x.dtype in (torch.float32, torch.float64) else torch.mm(a, dropped.t()).t()
+    tall_first = x.dtype in (torch.float32, torch.float64)
+    s = torch.mm(dropped, lora_A.t()) if tall_first else torch.mm(lora_A, dropped.t()).t()
     y = torch.nn.functional.linear(x, weight, bias)
     # In place, so that the branch costs no second activation.
-    y.addmm_(s, lora_B.to(x.dtype).t(), alpha=scaling)
+    y.addmm_(s, lora_B.t(), alpha=scaling)
     return y, s
 
 
 def _torch_bwd(
     grad: Tensor, x: Any, weight: Any, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, keep: Tensor | None,
-    scaling: float, need_x: bool, need_a: bool, need_b: bool,
+    scaling: float, lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dX, and dA and dB in ``lora_dtype``; the arguments are of one dtype."""
     dx = da = db = None
     mask = None if keep is None else _as_float(keep, grad.dtype)
     # What reads dY alone goes before the wide product, while dY is in the cache; small sides first, dS^T and S^T being rows.
     if need_x or need_a:
-        dst = torch.mm((lora_B * scaling).to(grad.dtype).t(), grad.t())
+        dst = torch.mm(lora_B.t(), grad.t()).mul_(scaling)
     if need_b:
         assert s is not None
-        db = torch.mm(s.t().contiguous(), grad).t().to(lora_B.dtype, memory_format=torch.contiguous_format)
+        db = torch.mm(s.t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
         db.mul_(scaling)
     if need_x:
         dx = torch.mm(grad, weight)
-        a = lora_A.to(grad.dtype)
         if mask is None:
-            dx.addmm_(dst.t(), a)
+            dx.addmm_(dst.t(), lora_A)
         else:
-            dx.addcmul_(torch.mm(dst.t(), a), mask)
+            dx.addcmul_(torch.mm(dst.t(), lora_A), mask)
     if need_a:
-        da = torch.mm(dst, x if mask is None else x * mask).to(lora_A.dtype)
+        da = torch.mm(dst, x if mask is None else x * mask).to(lora_dtype)
     return dx, da, db
 
 
@@ -199,6 +200,10 @@ class _LoRALinear(torch.autograd.Function):
         dropout_p: float, backend: str,
     ) -> Tensor:  # fmt: skip
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
+        ctx.lora_dtype = lora_A.dtype
+        if backend == "torch":
+            # The kernels cast in registers; here backward uses the casts that forward made.
+            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         y, s, random, scaling = _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, need_b)
         # Of the activations only what will be read; x as it came, since the graph around holds that very tensor.
@@ -229,7 +234,9 @@ class _LoRALinear(torch.autograd.Function):
             # A broadcast gradient, as of sum(), would be expanded anew by each product. (Older compilers know no strides.)
             if not torch.compiler.is_compiling() and 0 in grad.stride():
                 grad = grad.contiguous()
-            dx, da, db = _torch_bwd(grad, rows, weight, lora_A, lora_B, s, random, ctx.scaling, need_x, need_a, need_b)
+            dx, da, db = _torch_bwd(
+                grad, rows, weight, lora_A, lora_B, s, random, ctx.scaling, ctx.lora_dtype, need_x, need_a, need_b
+            )
         dw = grad.t() @ rows if need_w else None
         dbias = grad.sum(0) if need_bias else None
         return (
@@ -257,5 +264,7 @@ def lora_linear_op(
         return y.view(*x.shape[:-1], y.shape[-1])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, lora_A, lora_B)):
         return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
+    if backend == "torch":
+        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     y = _forward(x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
     return y.view(*x.shape[:-1], y.shape[-1])
