@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from stablelora_kernels.kernels import stable_adamw as kernels
 from stablelora_kernels.ops.stable_adamw_triton import TritonStep
+from tests.compiling import compile_kernel, resources, target
 
-POINTERS = {
+TYPES = {
     "tensors_ptr": "*i64", "values_ptr": "*i64", "addresses_ptr": "*i64", "chunks_ptr": "*i32", "hyper_ptr": "*fp32",
     "words_ptr": "*i64", "steps_ptr": "*fp32", "ticks_ptr": "*i32", "latched_ptr": "*i32", "squares_ptr": "*fp32",
     "grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "grad_squares_ptr": "*fp32", "n_chunks": "i32",
@@ -31,45 +25,17 @@ POINTERS = {
 }  # fmt: skip
 
 
-def target(name: str) -> GPUTarget:
-    backend, arch = name.split(":")
-    return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
-
-
-def compile_kernel(kernel: Any, where: GPUTarget, **constants: Any) -> Any:
-    """``kernel`` with its pointers aligned to 16 bytes, as PyTorch's are."""
-    signature = {name: POINTERS.get(name, "constexpr") for name in kernel.arg_names}
-    attrs = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
-    }
-    source = ASTSource(kernel, signature, constants, attrs)
-    return triton.compile(source, target=where, options={"num_warps": kernels.NUM_WARPS, "enable_fp_fusion": True})
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread and bytes of local memory, which only spills use here, by the wheel's own cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout))
-    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
-
-
 def main(name: str, variants: int) -> None:
     where = target(name)
-    step = compile_kernel(
-        kernels._stable_adamw_kernel,
-        where,
-        HAS_SCALE=True,
-        HAS_INF=True,
-        CLIP=True,
-        VARIANTS=variants,
-        CHUNK=TritonStep.CHUNK,
-        GRAD_SUMS=kernels.MAX_GRAD_SUMS,
+    constants: dict[str, Any] = {"VARIANTS": variants, "CHUNK": TritonStep.CHUNK}
+    flags = {"HAS_SCALE": True, "HAS_INF": True, "CLIP": True, "GRAD_SUMS": kernels.MAX_GRAD_SUMS}
+    warps = {"num_warps": kernels.NUM_WARPS}
+    step_types, sums_types = (
+        {name: TYPES[name] for name in kernel.arg_names if name in TYPES}
+        for kernel in (kernels._stable_adamw_kernel, kernels._square_sums_kernel)
     )
-    sums = compile_kernel(kernels._square_sums_kernel, where, VARIANTS=variants, CHUNK=TritonStep.CHUNK)
+    step = compile_kernel(kernels._stable_adamw_kernel, step_types, constants | flags, where, **warps)
+    sums = compile_kernel(kernels._square_sums_kernel, sums_types, constants, where, **warps)
     result: dict[str, Any] = {"shared": step.metadata.shared, "kinds": sorted(step.asm)}
     if "ptx" in step.asm:
         wide = re.compile(r"\b(ld|st)\.global\S*\.v(\d)\.b(\d+)")
