@@ -17,7 +17,9 @@ from stablelora_kernels.adapter_io import CONFIG_NAME, WEIGHTS_NAME, load_adapte
 from stablelora_kernels.model import apply_lora, lora_layers, merge_lora, remove_lora
 from stablelora_kernels.nn import LoRALinear
 
-safetensors_torch = pytest.importorskip("safetensors.torch")
+safetensors_torch = pytest.importorskip(
+    "safetensors.torch", reason="safetensors is not installed (pip install .[test])"
+)
 
 
 @pytest.fixture
@@ -364,7 +366,7 @@ def test_directories_that_are_none(saved, tmp_path):
 
 
 def test_an_adapter_on_a_layer_that_is_skipped_says_why(tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 
     def make():
         return nn.ModuleDict({"enc": nn.TransformerEncoderLayer(4, 2, 4), "out": nn.Linear(4, 4)})

@@ -15,7 +15,7 @@ from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.model import apply_lora, lora_layers
 from stablelora_kernels.nn import LoRALinear
 
-pytest.importorskip("safetensors.torch")
+pytest.importorskip("safetensors.torch", reason="safetensors is not installed (pip install .[test])")
 
 
 class Small(Model):
@@ -30,7 +30,7 @@ class Small(Model):
 
 
 def llama(tied: bool = False):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
     config = transformers.LlamaConfig(
         vocab_size=16,
         hidden_size=16,
@@ -93,7 +93,7 @@ def kwargs_of(case):
 @both
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_peft_loads_what_we_save(kind, case, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     ours = make(kind)
     before = output(ours)
     apply_lora(ours, LoRAConfig(**kwargs_of(case)))
@@ -116,7 +116,7 @@ def test_peft_loads_what_we_save(kind, case, tmp_path):
 @both
 @pytest.mark.filterwarnings("ignore")
 def test_we_load_what_peft_saves(kind, case, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     theirs = peft.get_peft_model(make(kind), peft.LoraConfig(**kwargs_of(case))).eval()
     train(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
@@ -148,7 +148,7 @@ def test_we_load_what_we_save(kind, case, tmp_path):
 
 
 def test_layers_made_by_hand_are_described(tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     ours = make("torch")
     # "fc" alone would name both; the ranks and alphas are not one.
     ours.layers[0].q_proj = LoRALinear.from_linear(ours.layers[0].q_proj, r=3, lora_alpha=4, use_rslora=True)

@@ -88,7 +88,7 @@ CHOICES = [
 @pytest.mark.parametrize("kwargs", CHOICES)
 @pytest.mark.filterwarnings("ignore")
 def test_matches_what_peft_matches(kwargs):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     theirs, ours = Model(), Model()
     try:
         peft.get_peft_model(theirs, peft.LoraConfig(**{"r": 2, "lora_alpha": 16} | kwargs))

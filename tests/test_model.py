@@ -105,7 +105,7 @@ def test_only_lora_is_trainable(model):
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 @pytest.mark.filterwarnings("ignore")
 def test_trainable_parameters_are_pefts(bias):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     theirs, ours = Model(), Model()
     kwargs = {"r": 2, "target_modules": ["q_proj", "v_proj"], "bias": bias, "modules_to_save": ["lm_head"]}
     peft.get_peft_model(theirs, peft.LoraConfig(**kwargs))

@@ -105,8 +105,8 @@ def _draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
     """A keep-mask of x's shape, bool, from torch's generator, and the probability of dropping that it really has."""
     if x.device.type != "cpu":
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout_p), dropout_p
-    # bernoulli_ draws a double an element, one after another. Sixteen bits an element, four elements a word, are seven
-    # times as fast; the probability is rounded to 1/65536, and the scale follows the rounded one, so no bias is left.
+    # bernoulli_ draws a double an element, one after another. Sixteen bits an element, four elements a word, are
+    # several times as fast; the probability is rounded to 1/65536, and the scale follows the rounded one, so no bias is left.
     dropped = round(dropout_p * 65536)
     count = -(-x.numel() // 4)
     if torch.compiler.is_compiling():
@@ -133,7 +133,7 @@ def _torch_fwd(
     """Y and S = (X ∘ keep) A^T, which is not scaled here: the scaling is the second product's alpha. One dtype."""
     dropped = x if keep is None else x * _as_float(keep, x.dtype)
     # S before the wide product, which finds X in the cache then. Of the two ways to write a thin product, oneDNN's bfloat16
-    # one is up to twice as fast with the small side first, MKL's float32 one with the tall side first.
+    # one is faster with the small side first, MKL's float32 one with the tall side first.
     tall_first = x.dtype in (torch.float32, torch.float64)
     s = torch.mm(dropped, lora_A.t()) if tall_first else torch.mm(lora_A, dropped.t()).t()
     y = torch.nn.functional.linear(x, weight, bias)
