@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -53,6 +52,45 @@ def keep_mask(seed, rows, col0, n_cols, threshold, BLOCK_C: tl.constexpr):
     return (words.to(tl.uint32) >> 1).to(tl.int32) >= threshold
 
 
+@triton.jit
+def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of the pid-th tile: groups of GROUP_M row tiles, column after column, share operands in L2."""
+    group = pid // (GROUP_M * tiles_n)
+    group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    inside = pid % (GROUP_M * tiles_n)
+    return group * GROUP_M + inside % group_m, inside // group_m
+
+
+@triton.jit
+def arrives_last(counter_ptr, n):
+    """Whether this is the last of the n programs that share a counter, which may then read what the others stored.
+
+    The counter is an int32 of 0 before and again afterwards. Which program is last is chance; what it reads is not.
+    """
+    # All threads' stores come before the barrier, and the barrier before the atomic that publishes them.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == n - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+class Launch(NamedTuple):
+    """A kernel and all that its launch needs, not launched yet."""
+
+    kernel: Any
+    # The kernel's variant, in words.
+    variant: str
+    grid: tuple[int, ...]
+    # Arguments in the kernel's order, then those that are compile-time constants, then Triton's options.
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self, device: torch.device) -> None:
+        launch(self.kernel, self.grid, device, *self.args, **self.constants, **self.options)
+
+
 # Launches since the process started, by kernel; tests and benchmarks take differences.
 launch_counts: Counter[str] = Counter()
 
@@ -65,15 +103,6 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     with guard:
         # Said outright: Triton 3.10 changes the default, which would change results.
         kernel[grid](*args, enable_fp_fusion=True, **meta)
-
-
-@cache
-def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have on ``device``; an H100's where nothing is compiled."""
-    if device.type != "cuda":
-        return 232_448
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def input_precision(dtype: torch.dtype) -> str:

@@ -1,200 +1,317 @@
-"""Tiles for the kernels of ``lora_linear``, and their launches. Tensors are 2-D and of any strides unless it says otherwise."""
+"""From a call of ``lora_linear`` to the launches that do it. Tensors are 2-D and of any strides unless it says otherwise.
+
+Nothing here launches: a list of :class:`Launch` is made, which the op runs, ``explain`` prints and the compile report
+compiles. Tensors may be on the meta device for the latter two.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stablelora_kernels.kernels._common import input_precision, launch, shared_limit
-from stablelora_kernels.kernels.lora_linear import _lora_linear_grads_kernel, _lora_linear_kernel, _lora_shrink_kernel
-
-# A fused rank block wider than this costs more in registers than reading X again.
-MAX_BLOCK_R = 64
-
-
-class LinearConfig(NamedTuple):
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    BLOCK_R: int
-    num_warps: int
-    num_stages: int
-    GROUP_M: int = 8
+from stablelora_kernels import backend, dispatch
+from stablelora_kernels.dispatch import Call, Choice, Device, Tile, fit, pick_tile, rank_block, splits
+from stablelora_kernels.kernels._common import Launch, input_precision
+from stablelora_kernels.kernels._counters import MAX_COUNTERS, counters
+from stablelora_kernels.kernels.lora_linear import _lora_linear_kernel, _lora_shrink_kernel
+from stablelora_kernels.kernels.lora_linear_branch import _lora_linear_branch_kernel
+from stablelora_kernels.kernels.lora_linear_grads import _lora_linear_grads_kernel
+from stablelora_kernels.kernels.lora_linear_small import _lora_linear_small_kernel
+from stablelora_kernels.kernels.lora_linear_tma import _lora_linear_tma_kernel
 
 
-class ReduceConfig(NamedTuple):
-    """BLOCK_M by BLOCK_C tiles of the activation, BLOCK_R of the rank."""
+class VendorProduct(NamedTuple):
+    """y = x w^T + bias by cuBLAS, hipBLASLt or, on a CPU, PyTorch's BLAS."""
 
-    BLOCK_M: int
-    BLOCK_C: int
-    BLOCK_R: int
-    num_warps: int
-    num_stages: int
+    x: Tensor
+    w: Tensor
+    bias: Tensor | None
+    y: Tensor
 
+    variant = "the vendor's product"
 
-def rank_block(r: int) -> int:
-    """The rank padded to what a matrix instruction takes: a power of two of at least 16."""
-    return min(max(16, triton.next_power_of_2(r)), MAX_BLOCK_R)
-
-
-def _is_hopper_or_later(limit: int) -> bool:
-    """Of the data-centre kind: only these give a program 227 KiB of shared memory."""
-    return limit >= 200_000
+    def run(self, device: torch.device) -> None:
+        if self.bias is None:
+            torch.mm(self.x, self.w.t(), out=self.y)
+        else:
+            torch.addmm(self.bias, self.x, self.w.t(), out=self.y)
 
 
-def _stages_that_fit(stages: int, bytes_a_stage: int, limit: int, hopper: bool) -> int:
-    """The deepest pipeline of at most ``stages``, and at least 2, whose buffers fit into ``limit`` bytes."""
-    # Hopper's and Blackwell's matrix units read shared memory while it is being filled, and need a buffer more for it.
-    spare = 0 if hopper else 1
-    while stages > 2 and (stages - spare) * bytes_a_stage > limit:
-        stages -= 1
-    return stages
+class Product(NamedTuple):
+    """Y = X W^T + bias + (S B^T) ∘ keep with S = s' (X ∘ keep) A^T, and dropout in one of the two places; or dX likewise.
 
-
-def linear_config(
-    m: int, n: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, limit: int, masked: bool = False
-) -> LinearConfig:
-    """The tile of Y for the product with the LoRA branch, pipelined as deep as ``limit`` bytes of shared memory allow.
-
-    ``masked``: dropout's mask is applied to the branch, which then needs an accumulator of its own.
+    x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], where it is wanted, and y [M, N] with unit column stride; seed
+    int64 [1]. ``call.masked`` says where the mask is.
     """
-    block_r = rank_block(r)
-    hopper = _is_hopper_or_later(limit)
-    if dtype == torch.float32:
-        block_m, block_n, block_k, warps, stages = (16, 64, 64, 4, 3) if m <= 16 else (64, 64, 32, 4, 3)
-    elif m <= 64:
-        # Few rows: the product is bound by reading W, so tiles are narrow to spread it over the GPU and K is deep.
-        block_k = 128 if block_r <= 32 else 64
-        block_m, block_n, warps, stages = max(16, triton.next_power_of_2(m)), 32, 4, 4
-    elif m >= 1024 and n >= 1024 and block_r == 16 and hopper and not masked:
-        block_m, block_n, block_k, warps, stages = 128, 256, 64, 8, 3
-    elif not hopper and block_r > 32:
-        # Accumulators are in registers before Blackwell; a wide rank block beside 128 x 128 would spill them.
-        block_m, block_n, block_k, warps, stages = 64, 128, 64, 4, 3
-    else:
-        block_m, block_n, block_k, warps, stages = 128, 128, 64, 8, 3
 
-    stage = block_k * ((block_m + block_n) * dtype.itemsize + block_r * lora_dtype.itemsize)
-    # The branch's operands are in shared memory beside the pipeline's buffers.
-    branch = block_r * (block_m * dtype.itemsize + block_n * lora_dtype.itemsize)
-    stages = _stages_that_fit(stages, stage, limit - branch, hopper)
-    return LinearConfig(block_m, block_n, block_k, block_r, warps, stages)
+    call: Call
+    x: Tensor
+    w: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    s: Tensor | None
+    y: Tensor
+    seed: Tensor | None
+    scaling: float
+    dropout_p: float
 
 
-def shrink_config(m: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, limit: int) -> ReduceConfig:
-    """The tile of S: few rows each, so that many programs share the reading of X."""
-    block_m, block_k, block_r = 16 if m <= 4096 else 64, 64 if dtype == torch.float32 else 128, rank_block(r)
-    stage = block_k * (block_m * dtype.itemsize + block_r * lora_dtype.itemsize)
-    return ReduceConfig(block_m, block_k, block_r, 4, _stages_that_fit(3, stage, limit, _is_hopper_or_later(limit)))
+def product_launches(device: Device, p: Product, choice: Choice) -> list[Launch | VendorProduct]:
+    """The launches for ``p`` by the kernel chosen."""
+    if p.call.m == 0 or p.call.n == 0:
+        return []
+    if choice.kernel == "fused":
+        return [_linear(device, p, choice.tile, load_s=False)]
+    if choice.kernel == "vendor":
+        return [VendorProduct(p.x, p.w, p.bias, p.y), *_branch(device, p)]
+    p = p._replace(s=p.x.new_empty(p.call.m, p.call.r)) if p.s is None else p
+    return [_shrink(device, p, lead=_overlap(device)), _linear(device, p, choice.tile, load_s=True)]
 
 
-def weight_grads_config(n: int, k: int, r: int, dtype: torch.dtype) -> ReduceConfig:
-    """The tile of dA and dB: narrow where the layer is, since each tile sums all rows by itself."""
-    block_c = 32 if n + k <= 4096 else 64
-    return ReduceConfig(32 if dtype == torch.float32 else 64, block_c, rank_block(r), 4, 3)
+def shrink_launches(device: Device, p: Product) -> list[Launch]:
+    """S alone; of ``p``, w, b and y are not read."""
+    return [_shrink(device, p)] if p.call.m else []
+
+
+def _overlap(device: Device) -> bool:
+    return device.overlaps and not backend.INTERPRETING
 
 
 def _threshold(dropout_p: float) -> int:
     return min(round(dropout_p * 2**31), 2**31 - 1)
 
 
-def launch_shrink(
-    x: Tensor,
-    lora_a: Tensor,
-    s: Tensor,
-    scaling: float,
-    *,
-    seed: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> None:
-    """S = scaling (X ∘ keep) A^T: x [M, K], lora_a [r, K], s [M, r] with unit column stride, seed int64 [1]."""
-    (m, k), r = x.shape, lora_a.shape[0]
-    c = shrink_config(m, r, x.dtype, lora_a.dtype, shared_limit(x.device))
-    grid = (triton.cdiv(m, c.BLOCK_M), triton.cdiv(r, c.BLOCK_R))
-    if m == 0:
-        return
-    launch(
-        _lora_shrink_kernel, grid, x.device, x, lora_a, s, seed, m, k, r, *x.stride(), *lora_a.stride(), s.stride(0),
-        scaling, _threshold(dropout_p), DROPOUT=dropout_p > 0, BLOCK_M=c.BLOCK_M, BLOCK_K=c.BLOCK_C, BLOCK_R=c.BLOCK_R,
-        INPUT_PRECISION=input_precision(x.dtype), num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
+def _share(device: Device, tiles: int, steps: int, part: int, like: Tensor, lane: int = 0) -> Any:
+    """How many programs share each of ``tiles`` sums, and the memory for their parts, of ``part`` float32, and counters.
 
-
-def launch_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor | None,
-    y: Tensor,
-    scaling: float,
-    *,
-    load_s: bool,
-    seed: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> None:
-    """Y = X W^T + bias + (S B^T) ∘ keep, with S = scaling X A^T stored into ``s`` (unless None) or, ``load_s``, read from it.
-
-    x [M, K], weight [N, K], bias [N], lora_a [r, K], lora_b [N, r]; s [M, r] and y [M, N] with unit column stride. The
-    branch is masked where dropout_p > 0, which is the backward's use.
+    Launches that may overlap need different lanes.
     """
-    (m, k), n, r = x.shape, weight.shape[0], lora_b.shape[1]
-    if m == 0:
-        return
-    c = linear_config(m, n, r, x.dtype, lora_b.dtype, shared_limit(x.device), masked=dropout_p > 0)
-    grid = (triton.cdiv(m, c.BLOCK_M) * triton.cdiv(n, c.BLOCK_N),)
-    store_s = s is not None and not load_s
-    # A pointer that is never followed still needs a type.
-    s = y if s is None else s
-    launch(
-        _lora_linear_kernel, grid, x.device, x, weight, bias, lora_a, lora_b, s, y, seed, m, n, k, r,
-        *x.stride(), *weight.stride(), *lora_a.stride(), *lora_b.stride(), s.stride(0), y.stride(0),
-        scaling, _threshold(dropout_p), HAS_BIAS=bias is not None, LOAD_S=load_s, STORE_S=store_s,
-        MASK_BRANCH=dropout_p > 0, EVEN_K=k % c.BLOCK_K == 0, ONE_RANK_BLOCK=r <= c.BLOCK_R, BLOCK_M=c.BLOCK_M,
-        BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=c.BLOCK_R, GROUP_M=c.GROUP_M,
-        INPUT_PRECISION=input_precision(x.dtype), num_warps=c.num_warps, num_stages=c.num_stages,
+    n = splits(device, tiles, steps) if tiles <= MAX_COUNTERS // 2 else 1
+    parts = torch.empty(n * tiles * part if n > 1 else 0, dtype=torch.float32, device=like.device)
+    return n, parts, counters(tiles if n > 1 else 0, like.device, lane)
+
+
+def _shrink(device: Device, p: Product, lead: bool = False) -> Launch:
+    """S = s' (X ∘ keep) A^T, the mask being X's unless it is the result's."""
+    c, s = p.call, p.s
+    assert s is not None
+    dropout = c.dropout and not c.masked
+    tile = pick_tile(dispatch.SHRINK_TILES, device, c)
+    block_r = rank_block(c.r, tile.BLOCK_N)
+    stage = tile.BLOCK_K * (tile.BLOCK_M * c.dtype.itemsize + block_r * c.lora_dtype.itemsize)
+    tile = fit(tile, device, stage)
+    tiles_m, tiles_r = triton.cdiv(c.m, tile.BLOCK_M), triton.cdiv(c.r, block_r)
+    steps = triton.cdiv(c.k, tile.BLOCK_K)
+    n, parts, count = _share(device, tiles_m * tiles_r, steps, tile.BLOCK_M * block_r, p.x)
+    return Launch(
+        _lora_shrink_kernel,
+        f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout)}",
+        (tiles_m, tiles_r, n),
+        (p.x, p.a, s, p.seed, parts, count, c.m, c.k, c.r, n, *p.x.stride(), *p.a.stride(), s.stride(0), p.scaling,
+         _threshold(p.dropout_p)),
+        {"DROPOUT": dropout, "EVEN_K": c.k % tile.BLOCK_K == 0, "LEAD": lead, "BLOCK_M": tile.BLOCK_M,
+         "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r, "INPUT_PRECISION": input_precision(c.dtype)},
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
 
 
-def launch_grads(
-    x: Tensor | None,
-    grad: Tensor,
-    s: Tensor | None,
-    ds: Tensor | None,
-    dx: Tensor | None,
-    da: Tensor | None,
-    db: Tensor | None,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    *,
-    seed: Tensor | None,
-    dropout_p: float,
-) -> None:
-    """Those of dA = dS^T (X ∘ keep), dB = dY^T S and dX = dY W + (dS A) ∘ keep that are not None.
+def _small(c: Call) -> str:
+    return "small " if c.m <= dispatch.SMALL_M else ""
 
-    x [M, K], grad [M, N], weight [N, K], lora_a [r, K]; s and ds [M, r] and dx [M, K] with unit column stride; da [r, K] and
-    db [N, r] contiguous. x is read for dA, weight and lora_a for dX.
+
+def _flags(**flags: bool) -> str:
+    return "".join(f" {name}" for name, on in flags.items() if on)
+
+
+def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool) -> Launch:
+    """The product and the branch: S computed beside it, and stored if wanted, or read."""
+    c = p.call
+    wait = load_s and _overlap(device)
+    # A pointer that is never followed still needs a type.
+    s = p.y if p.s is None else p.s
+    block_r = rank_block(c.r, dispatch.MAX_FUSED_R)
+    flags = {
+        "HAS_BIAS": p.bias is not None,
+        "LOAD_S": load_s,
+        "STORE_S": p.s is not None and not load_s,
+        "MASK_BRANCH": c.masked,
+        "WAIT": wait,
+        "BLOCK_R": block_r,
+        "INPUT_PRECISION": input_precision(c.dtype),
+    }
+    build = _small_linear if c.m <= dispatch.SMALL_M else _tma_linear if _takes_tma(device, p) else _pointer_linear
+    launch = build(device, p, s, tile, flags)
+    words = "dx" if c.direction == "backward" else "y"
+    variant = f"{words} r{block_r}{_flags(fused=not load_s, masked=c.masked)} {launch.variant}"
+    options = launch.options | ({"launch_pdl": True} if wait else {})
+    return launch._replace(variant=_small(c) + variant, options=options)
+
+
+def _stage(c: Call, tile: Tile, flags: dict[str, Any]) -> int:
+    """Bytes of shared memory that a step of the main loop takes."""
+    a = 0 if flags["LOAD_S"] else flags["BLOCK_R"] * c.lora_dtype.itemsize
+    return tile.BLOCK_K * ((tile.BLOCK_M + tile.BLOCK_N) * c.dtype.itemsize + a)
+
+
+def _pointer_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any]) -> Launch:
+    c = p.call
+    tile = tile or pick_tile(dispatch.LINEAR_TILES, device, c)
+    # The branch's operands are in shared memory beside the pipeline's buffers.
+    branch = flags["BLOCK_R"] * (tile.BLOCK_M * c.dtype.itemsize + tile.BLOCK_N * c.lora_dtype.itemsize)
+    tile = fit(tile, device, _stage(c, tile, flags), branch)
+    tiles = triton.cdiv(c.m, tile.BLOCK_M) * triton.cdiv(c.n, tile.BLOCK_N)
+    return Launch(
+        _lora_linear_kernel,
+        f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
+        (tiles,),
+        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, c.m, c.n, c.k, c.r, *p.x.stride(), *p.w.stride(), *p.a.stride(),
+         *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
+        flags | {"EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
+                 "BLOCK_K": tile.BLOCK_K, "GROUP_M": 8},
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )  # fmt: skip
+
+
+def _small_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any]) -> Launch:
+    c = p.call
+    tile = tile or pick_tile(dispatch.SMALL_TILES, device, c)
+    tile = tile._replace(BLOCK_M=16 if c.m <= 16 else 64)
+    tile = fit(tile, device, _stage(c, tile, flags))
+    tiles, steps = triton.cdiv(c.n, tile.BLOCK_N), triton.cdiv(c.k, tile.BLOCK_K)
+    part = tile.BLOCK_N * tile.BLOCK_M + tile.BLOCK_M * flags["BLOCK_R"]
+    n, parts, count = _share(device, tiles, steps, part, p.x, lane=1)
+    return Launch(
+        _lora_linear_small_kernel,
+        f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
+        (tiles * n,),
+        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, parts, count, c.m, c.n, c.k, c.r, n, *p.x.stride(), *p.w.stride(),
+         *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
+        flags | {"EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
+                 "BLOCK_K": tile.BLOCK_K},
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )  # fmt: skip
+
+
+def _described(t: Tensor) -> bool:
+    """Whether a descriptor can hold ``t``: rows of unit stride that begin at multiples of 16 bytes."""
+    return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.stride(0) > 0
+
+
+def _takes_tma(device: Device, p: Product) -> bool:
+    w = p.w.t() if p.w.stride(0) == 1 else p.w
+    return device.tma and p.call.dtype != torch.float32 and all(_described(t) for t in (p.x, w, p.y)) and p.call.k > 0
+
+
+def _tma_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any]) -> Launch:
+    c = p.call
+    tile = tile or pick_tile(dispatch.TMA_TILES, device, c)
+    # Y's tile, or the branch's operands, are in shared memory beside the pipeline's buffers.
+    branch = flags["BLOCK_R"] * (tile.BLOCK_M + tile.BLOCK_N) * c.dtype.itemsize
+    beside = max(tile.BLOCK_M * tile.BLOCK_N * c.dtype.itemsize, branch)
+    tile = fit(tile, device, _stage(c, tile, flags), beside)
+    trans = p.w.stride(0) == 1
+    tiles = triton.cdiv(c.m, tile.BLOCK_M) * triton.cdiv(c.n, tile.BLOCK_N)
+    w = p.w.t() if trans else p.w
+    # Under 3.6 the compiler gives up on it, and it changes nothing on Hopper.
+    specialize = device.generation >= 100 and flags["LOAD_S"] and triton.__version__ >= "3.9"
+    return Launch(
+        _lora_linear_tma_kernel,
+        f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{_flags(specialized=specialize)}",
+        (min(tiles, device.processors),),
+        (_descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K),
+         _descriptor(w, *((tile.BLOCK_K, tile.BLOCK_N) if trans else (tile.BLOCK_N, tile.BLOCK_K))),
+         p.bias, p.a, p.b, s, _descriptor(p.y, tile.BLOCK_M, tile.BLOCK_N), p.seed, c.m, c.n, c.k, c.r, *p.a.stride(),
+         *p.b.stride(), s.stride(0), p.scaling, _threshold(p.dropout_p)),
+        flags | {"TRANS_W": trans, "SPECIALIZE": specialize, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
+                 "BLOCK_K": tile.BLOCK_K, "GROUP_M": 8},
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )  # fmt: skip
+
+
+def _descriptor(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
+
+
+def _branch(device: Device, p: Product) -> list[Launch]:
+    """The branch onto y: one launch, or S before it where the rank is high or dropout's mask would be drawn repeatedly."""
+    c = p.call
+    tile = pick_tile(dispatch.BRANCH_TILES, device, c)
+    row_tiles, col_tiles = triton.cdiv(c.m, tile.BLOCK_M), triton.cdiv(c.n, tile.BLOCK_N)
+    # Few rows are few programs; then several of them share a row tile's columns, and S is computed by each.
+    shares = max(1, min(device.processors // row_tiles, col_tiles))
+    mask_x = c.dropout and not c.masked
+    load_s = c.r > 2 * dispatch.MAX_FUSED_R or (mask_x and shares > 1)
+    block_r = rank_block(c.r, dispatch.MAX_FUSED_R if load_s else 2 * dispatch.MAX_FUSED_R)
+    stage = tile.BLOCK_K * (tile.BLOCK_M * c.dtype.itemsize + block_r * c.lora_dtype.itemsize)
+    columns = tile.BLOCK_N * (tile.BLOCK_M * c.dtype.itemsize + block_r * c.lora_dtype.itemsize)
+    tile = fit(tile, device, max(stage, columns))
+    share = triton.cdiv(col_tiles, shares) * tile.BLOCK_N
+    if load_s and p.s is None:
+        p = p._replace(s=p.x.new_empty(c.m, c.r))
+    s = p.y if p.s is None else p.s
+    words = "dx" if c.direction == "backward" else "y"
+    flags = _flags(fused=not load_s, dropout=mask_x and not load_s, masked=c.masked)
+    launch = Launch(
+        _lora_linear_branch_kernel,
+        f"{words} r{block_r}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}",
+        (row_tiles, triton.cdiv(c.n, share)),
+        (p.x, p.a, p.b, s, p.y, p.seed, c.m, c.n, c.k, c.r, share, *p.x.stride(), *p.a.stride(), *p.b.stride(), s.stride(0),
+         p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
+        {"LOAD_S": load_s, "STORE_S": p.s is not None and not load_s, "MASK_X": mask_x and not load_s,
+         "MASK_BRANCH": c.masked, "EVEN_K": c.k % tile.BLOCK_K == 0,
+         "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r,
+         "INPUT_PRECISION": input_precision(c.dtype)},
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )  # fmt: skip
+    return [_shrink(device, p), launch] if load_s else [launch]
+
+
+class Gradients(NamedTuple):
+    """What dA = dS^T (X ∘ keep) and dB = dY^T S need, and where they go; what is not wanted is None.
+
+    x [M, K], dy [M, N]; s and ds [M, r] with unit column stride; da [r, K] and db [N, r] contiguous.
     """
-    (m, n), (r, k) = grad.shape, lora_a.shape
-    c = weight_grads_config(n, k, r, grad.dtype)
-    # dX's tile has n to sum over and k columns.
-    t = linear_config(m, k, r, grad.dtype, lora_a.dtype, shared_limit(grad.device), masked=dropout_p > 0)
-    tiles_x = 0 if dx is None else triton.cdiv(m, t.BLOCK_M) * triton.cdiv(k, t.BLOCK_N)
-    tiles_a = 0 if da is None else triton.cdiv(k, c.BLOCK_C)
-    tiles_b = 0 if db is None else triton.cdiv(n, c.BLOCK_C)
-    grid = (tiles_x + (tiles_a + tiles_b) * triton.cdiv(r, c.BLOCK_R),)
+
+    call: Call
+    x: Tensor | None
+    s: Tensor | None
+    ds: Tensor | None
+    dy: Tensor
+    da: Tensor | None
+    db: Tensor | None
+    seed: Tensor | None
+    dropout_p: float
+
+
+def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
+    """One launch for both, or for the one that is wanted. ``g.call`` is the backward's, its n being K and its k being N."""
+    c = g.call
+    if g.da is None and g.db is None:
+        return []
+    tile = pick_tile(dispatch.GRADS_TILES, device, c)
+    block_r = rank_block(c.r, tile.BLOCK_N)
+    tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + block_r) * c.dtype.itemsize)
+    tiles_a = 0 if g.da is None else triton.cdiv(c.n, tile.BLOCK_M)
+    tiles_b = 0 if g.db is None else triton.cdiv(c.k, tile.BLOCK_M)
+    tiles_r = triton.cdiv(c.r, block_r)
+    steps = triton.cdiv(c.m, tile.BLOCK_K)
+    n, parts, count = _share(device, (tiles_a + tiles_b) * tiles_r, steps, tile.BLOCK_M * block_r, g.dy)
+    dropout = c.dropout and g.da is not None
     # A pointer that is never followed still needs a type.
-    x, weight, s, ds, dx = (grad if given is None else given for given in (x, weight, s, ds, dx))
-    da, db = da if da is not None else db, db if db is not None else da
-    launch(
-        _lora_linear_grads_kernel, grid, grad.device, x, weight, lora_a, lora_a, s, ds, grad, dx, da, db, seed,
-        m, n, k, r, tiles_x, tiles_a, tiles_b, *x.stride(), *weight.stride(), *lora_a.stride(), s.stride(0), ds.stride(0),
-        *grad.stride(), dx.stride(0), _threshold(dropout_p), WITH_DX=tiles_x > 0, DROPOUT=dropout_p > 0,
-        EVEN_N=n % t.BLOCK_K == 0, BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, DX_BLOCK_M=t.BLOCK_M, DX_BLOCK_K=t.BLOCK_N,
-        DX_BLOCK_N=t.BLOCK_K, BLOCK_R=c.BLOCK_R, GROUP_M=t.GROUP_M, INPUT_PRECISION=input_precision(grad.dtype),
-        num_warps=t.num_warps if tiles_x else c.num_warps, num_stages=t.num_stages if tiles_x else c.num_stages,
-    )  # fmt: skip
+    x, s, ds = (g.dy if given is None else given for given in (g.x, g.s, g.ds))
+    da, db = g.da if g.da is not None else g.db, g.db if g.db is not None else g.da
+    return [Launch(
+        _lora_linear_grads_kernel,
+        f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout)}",
+        (tiles_a + tiles_b, tiles_r, n),
+        (x, s, ds, g.dy, da, db, g.seed, parts, count, c.m, c.k, c.n, c.r, tiles_a, tiles_b, n, *x.stride(), s.stride(0),
+         ds.stride(0), *g.dy.stride(), _threshold(g.dropout_p)),
+        {"DROPOUT": dropout, "BLOCK_M": tile.BLOCK_K,
+         "BLOCK_C": tile.BLOCK_M, "BLOCK_R": block_r, "INPUT_PRECISION": input_precision(c.dtype)},
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )]  # fmt: skip

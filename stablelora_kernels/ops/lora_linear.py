@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stablelora_kernels import dispatch
+from stablelora_kernels.dispatch import Call, Choice, Device
+
 NAMESPACE = "stablelora_kernels"
-
-# Above this rank S gets a launch of its own: fused, its share of every column tile would cost more than reading X once more.
-# So few rows as FUSED_MAX_M are read again at no cost, while a launch has one.
-FUSED_MAX_R, FUSED_MAX_M = 64, 64
-
 
 # The Triton kernels as ops. Their scaling is s' = scaling / (1 - p).
 
@@ -35,8 +33,7 @@ torch.library.define(
 
 @torch.library.register_fake(f"{NAMESPACE}::lora_linear_fwd")
 def _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # type: ignore[no-untyped-def]
-    rows = x.shape[0] if save_s or dropout_p > 0 or lora_A.shape[0] > FUSED_MAX_R else 0
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(rows, lora_A.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0] if save_s else 0, lora_A.shape[0])
 
 
 @torch.library.impl(f"{NAMESPACE}::lora_linear_fwd", ("cpu", "cuda"))
@@ -44,15 +41,25 @@ def _fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
     scaling: float, dropout_p: float, save_s: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from stablelora_kernels.kernels.lora_linear_launch import launch_linear, launch_shrink
-
     y, s = _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
-    # Dropout's random numbers are drawn once an element, not again for every column tile that reads X.
-    split = dropout_p > 0 or (lora_A.shape[0] > FUSED_MAX_R and x.shape[0] > FUSED_MAX_M)
-    if split:
-        launch_shrink(x, lora_A, s, scaling, seed=seed, dropout_p=dropout_p)
-    launch_linear(x, weight, bias, lora_A, lora_B, s if save_s or split else None, y, scaling, load_s=split)
+    device = dispatch.device_of(x.device)
+    kept = s if save_s else None
+    for launch in forward_launches(device, x, weight, bias, lora_A, lora_B, kept, y, seed, scaling, dropout_p):
+        launch.run(x.device)
     return y, s
+
+
+def forward_launches(
+    device: Device, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor | None,
+    y: Tensor, seed: Tensor | None, scaling: float, dropout_p: float, choice: Choice | None = None,
+) -> list[Any]:  # fmt: skip
+    """What a forward launches on ``device``, by the kernel that dispatch chooses unless it is given."""
+    from stablelora_kernels.kernels.lora_linear_launch import Product, product_launches
+
+    (m, k), n, r = x.shape, weight.shape[0], lora_A.shape[0]
+    call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
+    product = Product(call, x, weight, bias, lora_A, lora_B, s, y, seed, scaling, dropout_p)
+    return product_launches(device, product, choice or dispatch.choose(device, call))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::lora_linear_bwd")
@@ -69,33 +76,39 @@ def _bwd(
     x: Tensor | None, grad: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor | None,
     seed: Tensor | None, scaling: float, dropout_p: float, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from stablelora_kernels.kernels.lora_linear_launch import launch_grads, launch_linear, launch_shrink
-
     outputs = _bwd_fake(x, grad, weight, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b)
-    dx, da, db = (out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True))
-    r = lora_A.shape[0]
-    ds = grad.new_empty(grad.shape[0], r) if need_x or need_a else None
-    if ds is not None and (not need_x or (r > FUSED_MAX_R and grad.shape[0] > FUSED_MAX_M)):
-        launch_shrink(grad, lora_B.t(), ds, scaling)
-    elif ds is not None and dx is not None and weight is not None:
-        # The forward's formula with every matrix transposed gives dX, and dS on the way.
-        launch_linear(
-            grad,
-            weight.t(),
-            None,
-            lora_B.t(),
-            lora_A.t(),
-            ds,
-            dx,
-            scaling,
-            load_s=False,
-            seed=seed,
-            dropout_p=dropout_p,
-        )
-        dx = None
-    if dx is not None or need_a or need_b:
-        launch_grads(x, grad, s, ds, dx, da, db, weight, lora_A, seed=seed, dropout_p=dropout_p)
+    wanted = [out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True)]
+    device = dispatch.device_of(grad.device)
+    for launch in backward_launches(
+        device, x, grad, weight, lora_A, lora_B, s, seed, *wanted, scaling=scaling, dropout_p=dropout_p
+    ):
+        launch.run(grad.device)
     return outputs
+
+
+def backward_launches(
+    device: Device, x: Tensor | None, grad: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    s: Tensor | None, seed: Tensor | None, dx: Tensor | None, da: Tensor | None, db: Tensor | None, *, scaling: float,
+    dropout_p: float, choice: Choice | None = None,
+) -> list[Any]:  # fmt: skip
+    """What a backward launches on ``device`` for those of dX, dA and dB that are not None."""
+    from stablelora_kernels.kernels.lora_linear_launch import Gradients, Product
+    from stablelora_kernels.kernels.lora_linear_launch import gradient_launches, product_launches, shrink_launches
+
+    (m, n), (r, k) = grad.shape, lora_A.shape
+    # The forward's formula with every matrix transposed gives dX, and dS on the way.
+    call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
+    ds = grad.new_empty(m, r) if da is not None else None
+    launches: list[Any] = []
+    if dx is not None and weight is not None:
+        product = Product(
+            call, grad, weight.t(), None, lora_B.t(), lora_A.t(), ds, dx, seed, scaling, dropout_p
+        )
+        launches += product_launches(device, product, choice or dispatch.choose(device, call))
+    elif ds is not None:
+        product = Product(call, grad, grad, None, lora_B.t(), lora_A.t(), ds, grad, seed, scaling, dropout_p)
+        launches += shrink_launches(device, product)
+    return launches + gradient_launches(device, Gradients(call, x, s, ds, grad, da, db, seed, dropout_p))
 
 
 # PyTorch's own operators.

@@ -1,0 +1,315 @@
+"""Which kernels a call of ``lora_linear`` takes, and their tiles: two tables, each row with its reason. Needs no Triton.
+
+No row has been timed on a GPU yet. They come from counting bytes and operations, and from what the compiler makes of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+# "auto" asks the table.
+KERNELS = ("auto", "fused", "split", "vendor")
+
+
+class Device(NamedTuple):
+    """What the tables ask about a GPU."""
+
+    # "sm_90", "gfx942"
+    arch: str
+    # Streaming multiprocessors, or compute units.
+    processors: int
+    # Bytes of shared memory that one program may have.
+    shared_limit: int
+
+    @property
+    def nvidia(self) -> bool:
+        return self.arch.startswith("sm_")
+
+    @property
+    def generation(self) -> int:
+        """NVIDIA's compute capability times ten, 0 for other makers."""
+        return int(self.arch[3:]) if self.nvidia else 0
+
+    @property
+    def tma(self) -> bool:
+        """Whether the descriptors' kernel pays: matrix instructions that read shared memory behind the loads."""
+        return self.shared_limit >= 200_000 and self.generation >= 90
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launch may begin before the one ahead of it has ended (programmatic dependent launch)."""
+        return self.generation >= 90
+
+
+# One of each kind that the kernels are compiled for; processors as on the model named.
+DEVICES = {
+    d.arch: d
+    for d in (
+        Device("sm_80", 108, 166_912),  # A100
+        Device("sm_86", 84, 101_376),  # A40
+        Device("sm_89", 142, 101_376),  # L40S
+        Device("sm_90", 132, 232_448),  # H100
+        Device("sm_100", 148, 232_448),  # B200
+        Device("sm_120", 170, 101_376),  # RTX 5090
+        Device("gfx90a", 104, 65_536),  # MI250X, one of its two dies
+        Device("gfx942", 304, 65_536),  # MI300X
+    )
+}
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """The GPU behind ``device``; an H100 where the interpreter stands in for one."""
+    if device.type != "cuda":
+        return DEVICES["sm_90"]
+    import triton
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = torch.cuda.get_device_properties(index)
+    limits = triton.runtime.driver.active.utils.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    return Device(arch, properties.multi_processor_count, limits["max_shared_mem"])
+
+
+class Call(NamedTuple):
+    """A product with its LoRA branch: the forward's, [M, K] by [N, K]^T, or dX's, where K and N have changed places."""
+
+    # "forward" or "backward".
+    direction: str
+    m: int
+    n: int
+    k: int
+    r: int
+    dtype: torch.dtype
+    lora_dtype: torch.dtype
+    dropout: bool
+
+    @property
+    def masked(self) -> bool:
+        """Whether dropout's mask falls on the branch's result (backward), not on X (forward)."""
+        return self.dropout and self.direction == "backward"
+
+
+# Which kernel.
+
+# Up to here a product is bound by reading W, whatever is computed beside it.
+SMALL_M = 64
+# What a fused kernel's S can be: one block of ranks in registers.
+MAX_FUSED_R = 64
+
+
+class Rule(NamedTuple):
+    applies: Callable[[Device, Call], bool]
+    kernel: str
+    reason: str
+
+
+# The first row that applies is taken.
+RULES = (
+    Rule(
+        lambda d, c: c.dtype == torch.float32 and c.m > 16,
+        "vendor",
+        "float32, more than 16 rows: Triton's exact product has no matrix instruction, the vendor's is tuned by hand",
+    ),
+    Rule(
+        lambda d, c: c.direction == "backward" and c.r <= 32,
+        "fused",
+        "dX up to rank 32: dS beside dX costs at most 32/128 of its products, and saves a pass over dY and a launch",
+    ),
+    Rule(
+        lambda d, c: c.direction == "backward",
+        "split",
+        "dX above rank 32: dS beside every column tile of dX would cost more than reading dY once more",
+    ),
+    Rule(
+        lambda d, c: c.dropout,
+        "split",
+        "dropout: the mask is drawn once an element, not again for every column tile",
+    ),
+    Rule(
+        lambda d, c: c.m <= SMALL_M and c.r <= 32,
+        "fused",
+        f"up to {SMALL_M} rows and rank 32: bound by reading W, S costs nothing beside it, and one launch is the least",
+    ),
+    Rule(
+        lambda d, c: c.m <= 2048 and c.r <= 16,
+        "fused",
+        "up to 2048 rows and rank 16: S beside the product costs at most 16/128 of it, about as much as a launch",
+    ),
+    Rule(
+        lambda d, c: True,
+        "split",
+        "many rows or a high rank: reading X once more costs less than S beside every column tile",
+    ),
+)
+
+
+class Choice(NamedTuple):
+    kernel: str
+    reason: str
+    # None: the table's.
+    tile: Tile | None = None
+
+
+def choose(device: Device, call: Call, forced: str | None = None) -> Choice:
+    """The kernel for ``call``: the table's, or ``forced``, or what :func:`use_kernel` forces.
+
+    Raises:
+        ValueError: the kernel that is forced can't do this call.
+    """
+    forced = forced or _kernel
+    if forced == "auto":
+        return next(Choice(rule.kernel, rule.reason) for rule in RULES if rule.applies(device, call))
+    if forced == "fused" and call.direction == "forward" and call.dropout:
+        raise ValueError("kernel 'fused' was asked for, but it has no dropout; 'split' and 'vendor' have")
+    if forced == "fused" and call.r > MAX_FUSED_R:
+        raise ValueError(f"kernel 'fused' was asked for, but it takes ranks up to {MAX_FUSED_R}, got {call.r}")
+    return Choice(forced, "asked for")
+
+
+_kernel = "auto"
+
+
+def _check(name: str, source: str) -> str:
+    if name not in KERNELS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, KERNELS))}, got {name!r}")
+    return name
+
+
+_kernel = _check(os.environ.get("STABLELORA_KERNEL", "auto"), "the environment variable STABLELORA_KERNEL")
+
+
+def get_kernel() -> str:
+    """The kernel in force: ``"auto"`` or the one that was forced."""
+    return _kernel
+
+
+def set_kernel(name: str) -> None:
+    """Force one kernel on every call that runs on Triton, process-wide, or give the choice back with ``"auto"``.
+
+    ``"fused"``: S beside the product, one launch. ``"split"``: S first, then the product with the branch. ``"vendor"``: the
+    product by the vendor's library, then the branch onto it. The start value is the environment variable
+    ``STABLELORA_KERNEL``, or ``"auto"``. A call that the forced kernel can't do raises.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+    global _kernel
+    _kernel = _check(name, "kernel")
+
+
+@contextmanager
+def use_kernel(name: str) -> Iterator[None]:
+    """Like :func:`set_kernel`, for the body of a ``with`` statement. It holds for the whole process, threads included."""
+    before = get_kernel()
+    set_kernel(name)
+    try:
+        yield
+    finally:
+        set_kernel(before)
+
+
+# Which tiles.
+
+
+class Tile(NamedTuple):
+    """Rows, columns and depth of a program's step; for dA and dB, their columns and the rows that are summed over."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+class TileRule(NamedTuple):
+    applies: Callable[[Device, Call], bool]
+    tile: Tile
+    reason: str
+
+
+def rank_block(r: int, limit: int) -> int:
+    """The rank padded to what a matrix instruction takes, a power of two of at least 16; ``limit`` where it is looped over."""
+    return min(max(16, 1 << (r - 1).bit_length()), limit)
+
+
+# Y's tiles read through descriptors (lora_linear_tma).
+TMA_TILES = (
+    TileRule(
+        lambda d, c: c.masked or c.n < 1024 or c.m < 1024,
+        Tile(128, 128, 64, 8, 4),
+        "the mask needs a second accumulator of the tile's size; a small result needs more tiles to fill the GPU",
+    ),
+    TileRule(
+        lambda d, c: True,
+        Tile(128, 256, 64, 8, 3),
+        "the widest matrix instruction, whose operands are read 1.5 times less often than 128 by 128",
+    ),
+)
+
+# Y's tiles read through pointers (lora_linear).
+LINEAR_TILES = (
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 3), "float32: products are in registers"),
+    TileRule(
+        lambda d, c: d.shared_limit < 200_000 and c.r > 32,
+        Tile(64, 128, 64, 4, 3),
+        "a wide rank block beside 128 by 128 spills where accumulators are in registers, or outgrows shared memory",
+    ),
+    TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "the usual tile"),
+)
+
+# Y for few rows (lora_linear_small): BLOCK_M is 16 or 64, whichever M fits.
+SMALL_TILES = (
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 64, 4, 3), "float32: twice the bytes an element"),
+    TileRule(lambda d, c: d.shared_limit < 100_000, Tile(16, 64, 64, 4, 3), "little shared memory"),
+    TileRule(lambda d, c: True, Tile(16, 64, 128, 4, 4), "many bytes of W on their way at once, in narrow tiles"),
+)
+
+# S (lora_shrink): rows, ranks and K; BLOCK_N is the rank's block.
+SHRINK_TILES = (
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 128, 32, 4, 3), "float32: products are in registers"),
+    TileRule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so that X is read once"),
+    TileRule(lambda d, c: True, Tile(64, 64, 128, 4, 3), "rows of one wide matrix instruction, X read in long runs"),
+)
+
+# The branch onto a finished product (lora_linear_branch).
+BRANCH_TILES = (
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: products are in registers"),
+    TileRule(lambda d, c: True, Tile(64, 128, 64, 4, 3), "rows of one wide matrix instruction"),
+)
+
+# dA and dB (lora_linear_grads): BLOCK_M columns of the result, BLOCK_N ranks, BLOCK_K rows that are summed over.
+GRADS_TILES = (
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: products are in registers"),
+    TileRule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so that X and dY are read once"),
+    TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "rows of one wide matrix instruction"),
+)
+
+
+def pick_tile(rules: tuple[TileRule, ...], device: Device, call: Call) -> Tile:
+    """The tile of the first rule that applies, before it is fitted into shared memory."""
+    return next(rule.tile for rule in rules if rule.applies(device, call))
+
+
+def fit(tile: Tile, device: Device, bytes_a_stage: int, bytes_beside: int = 0) -> Tile:
+    """``tile`` with the deepest pipeline of at most its own, and at least 2, whose buffers fit into shared memory."""
+    # Matrix units that read shared memory while it is being filled need a buffer more.
+    spare = 0 if device.tma else 1
+    stages = tile.num_stages
+    while stages > 2 and (stages - spare) * bytes_a_stage + bytes_beside > device.shared_limit:
+        stages -= 1
+    return tile._replace(num_stages=stages)
+
+
+def splits(device: Device, tiles: int, steps: int, least_steps: int = 4, most: int = 16) -> int:
+    """How many programs share a tile's sum so that all processors are busy, each with at least ``least_steps`` steps."""
+    return max(1, min(device.processors // max(tiles, 1), steps // least_steps, most))

@@ -1,0 +1,79 @@
+"""dA and dB in one launch; the formulas are in ``lora_linear``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from stablelora_kernels.kernels._common import arrives_last, cast, dot, keep_mask
+
+
+@triton.jit
+def _weight_grad_tile(
+    z_ptr, t_ptr, out_ptr, partial_ptr, counter_ptr, M, C, R, SPLITS, stride_zm, stride_zc, stride_tm, stride_oc, stride_or,
+    tile, c0, r0, split, seed, threshold,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r];  Z [M, C], T [M, R]; one tile, rows summed in order within each split."""
+    cs = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
+    rs = r0 + tl.arange(0, BLOCK_R).to(tl.int64)
+    c_mask, r_mask = cs < C, rs < R
+    share = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLITS) * BLOCK_M
+    acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
+    for m0 in range(split * share, tl.minimum(split * share + share, M), BLOCK_M):
+        rows = m0 + tl.arange(0, BLOCK_M).to(tl.int64)
+        z_mask, t_mask = (rows[:, None] < M) & c_mask[None, :], (rows[:, None] < M) & r_mask[None, :]
+        z = tl.load(z_ptr + rows[:, None] * stride_zm + cs[None, :] * stride_zc, mask=z_mask, other=0.0)
+        t = tl.load(t_ptr + rows[:, None] * stride_tm + rs[None, :], mask=t_mask, other=0.0)
+        if DROPOUT:
+            z = tl.where(keep_mask(seed, rows, c0, C, threshold, BLOCK_C), z, 0.0)
+        acc = dot(tl.trans(z), t, acc, INPUT_PRECISION)
+
+    at = tl.arange(0, BLOCK_C)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    parts = partial_ptr + tile.to(tl.int64) * SPLITS * (BLOCK_C * BLOCK_R) + at
+    last = SPLITS == 1
+    if SPLITS > 1:
+        tl.store(parts + split * (BLOCK_C * BLOCK_R), acc)
+        last = arrives_last(counter_ptr + tile, SPLITS)
+    if last:
+        if SPLITS > 1:
+            acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
+            for i in range(SPLITS):
+                acc += tl.load(parts + i * (BLOCK_C * BLOCK_R), cache_modifier=".cg")
+        out_ptrs = out_ptr + cs[:, None] * stride_oc + rs[None, :] * stride_or
+        tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=c_mask[:, None] & r_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "TILES_A", "TILES_B", "SPLITS", "threshold"])
+def _lora_linear_grads_kernel(
+    x_ptr, s_ptr, ds_ptr, dy_ptr, da_ptr, db_ptr, seed_ptr, partial_ptr, counter_ptr,
+    M, N, K, R, TILES_A, TILES_B, SPLITS,
+    stride_xm, stride_xk, stride_sm, stride_dsm, stride_ym, stride_yn,
+    threshold,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dA = dS^T (X ∘ keep), dB = dY^T S;  X [M, K], S and dS [M, R], dY [M, N], dA [R, K], dB [N, R].
+
+    Programs: TILES_A tiles of dA and TILES_B of dB, blocks of ranks, SPLITS parts of M, the last of which to finish adds up
+    all of them in order. No float is added atomically, nothing is zeroed first, and each result is cast as it is stored.
+    """
+    tile, pid_r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    r0 = pid_r * BLOCK_R
+    number = tile * tl.num_programs(1) + pid_r
+    if tile < TILES_A:
+        seed = 0
+        if DROPOUT:
+            seed = tl.load(seed_ptr)
+        _weight_grad_tile(
+            x_ptr, ds_ptr, da_ptr, partial_ptr, counter_ptr, M, K, R, SPLITS, stride_xm, stride_xk, stride_dsm, 1, K,
+            number, tile * BLOCK_C, r0, split, seed, threshold, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R,
+            INPUT_PRECISION,
+        )  # fmt: skip
+    else:
+        _weight_grad_tile(
+            dy_ptr, s_ptr, db_ptr, partial_ptr, counter_ptr, M, N, R, SPLITS, stride_ym, stride_yn, stride_sm, R, 1,
+            number, (tile - TILES_A) * BLOCK_C, r0, split, 0, 0, False, BLOCK_M, BLOCK_C, BLOCK_R,
+            INPUT_PRECISION,
+        )  # fmt: skip

@@ -1,0 +1,60 @@
+"""Y on Hopper and data-centre Blackwell, through tensor descriptors; the formulas are in ``lora_linear``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from stablelora_kernels.kernels._common import cast, dot, tile_of
+from stablelora_kernels.kernels.lora_linear import add_branch
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _lora_linear_tma_kernel(
+    x_desc, w_desc, bias_ptr, a_ptr, b_ptr, s_ptr, y_desc, seed_ptr,
+    M, N, K, R,
+    stride_ar, stride_ak, stride_bn, stride_br, stride_sm,
+    scaling, threshold,
+    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
+    TRANS_W: tl.constexpr, WAIT: tl.constexpr, SPECIALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
+
+    As ``_lora_linear_kernel``, with X, W (W^T [K, N] where TRANS_W) and Y behind descriptors, and programs that stay: each
+    takes tile after tile. SPECIALIZE gives loading, multiplying and storing to warps of their own.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    # Flattening this loop into the inner one crashes the compiler for sm_100, where a product follows the inner loop.
+    for tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=False, warp_specialize=SPECIALIZE
+    ):
+        pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        ks = tl.arange(0, BLOCK_K).to(tl.int64)
+        rs = tl.arange(0, BLOCK_R).to(tl.int64)
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            x = x_desc.load([pid_m * BLOCK_M, k0])
+            if TRANS_W:
+                w = w_desc.load([k0, pid_n * BLOCK_N])
+            else:
+                w = tl.trans(w_desc.load([pid_n * BLOCK_N, k0]))
+            acc = dot(x, w, acc, INPUT_PRECISION)
+            if not LOAD_S:
+                a_mask = (k0 + ks[:, None] < K) & (rs[None, :] < R)
+                a = tl.load(a_ptr + rs[None, :] * stride_ar + (k0 + ks[:, None]) * stride_ak, mask=a_mask, other=0.0)
+                s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
+
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        acc = add_branch(
+            acc, s, s_ptr, b_ptr, seed_ptr, rows, cols, pid_n * BLOCK_N, STORE_S & (pid_n == 0), M, N, R, stride_sm,
+            stride_bn, stride_br, scaling, threshold, LOAD_S, MASK_BRANCH, WAIT, BLOCK_N, BLOCK_R,
+            INPUT_PRECISION,
+        )  # fmt: skip
+        y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], cast(acc, y_desc.dtype))
