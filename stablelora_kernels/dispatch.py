@@ -42,6 +42,11 @@ class Device(NamedTuple):
         return self.shared_limit >= 200_000 and self.generation >= 90
 
     @property
+    def tf32(self) -> bool:
+        """Whether there are TensorFloat-32 products."""
+        return self.generation >= 80 or self.arch == "gfx942"
+
+    @property
     def overlaps(self) -> bool:
         """Whether a launch may begin before the one ahead of it has ended (programmatic dependent launch)."""
         return self.generation >= 90
@@ -247,7 +252,12 @@ TMA_TILES = (
     TileRule(
         lambda d, c: c.masked or c.n < 1024 or c.m < 1024,
         Tile(128, 128, 64, 8, 4),
-        "the mask needs a second accumulator of the tile's size; a small result needs more tiles to fill the GPU",
+        "the mask needs a second accumulator for half a tile; a small result needs more tiles to fill the GPU",
+    ),
+    TileRule(
+        lambda d, c: d.generation >= 100 and (c.direction == "forward" or c.r > 32),
+        Tile(128, 128, 64, 8, 4),
+        "Blackwell's specialised warps take S as an operand at 128 by 128; wider, the compiler runs out of tensor memory",
     ),
     TileRule(
         lambda d, c: True,
@@ -277,14 +287,16 @@ SMALL_TILES = (
 # S (lora_shrink): rows, ranks and K; BLOCK_N is the rank's block.
 SHRINK_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 128, 32, 4, 3), "float32: products are in registers"),
+    TileRule(lambda d, c: c.r > 64 and d.shared_limit < 100_000, Tile(64, 128, 64, 8, 3), "little shared memory"),
     TileRule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so that X is read once"),
+    TileRule(lambda d, c: c.dropout, Tile(64, 64, 64, 4, 4), "random numbers for 64 by 128 would take most registers"),
     TileRule(lambda d, c: True, Tile(64, 64, 128, 4, 3), "rows of one wide matrix instruction, X read in long runs"),
 )
 
 # The branch onto a finished product (lora_linear_branch).
 BRANCH_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: products are in registers"),
-    TileRule(lambda d, c: True, Tile(64, 128, 64, 4, 3), "rows of one wide matrix instruction"),
+    TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 3), "rows of one wide matrix instruction"),
 )
 
 # dA and dB (lora_linear_grads): BLOCK_M columns of the result, BLOCK_N ranks, BLOCK_K rows that are summed over.

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels import backend
+from stablelora_kernels.dispatch import Device
 
 INTERPRETING: tl.constexpr = tl.constexpr(backend.INTERPRETING)
 
@@ -105,8 +106,12 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
         kernel[grid](*args, enable_fp_fusion=True, **meta)
 
 
-def input_precision(dtype: torch.dtype) -> str:
-    """What float32 products are computed in: as PyTorch's own, exact unless TensorFloat-32 was allowed."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+def input_precision(device: Device, dtype: torch.dtype, transposed: bool = False) -> str:
+    """What float32 products are computed in: as PyTorch's own, exact unless TensorFloat-32 was allowed and is there.
+
+    ``transposed``: the operand is contiguous across the sum. TensorFloat-32's instructions want it along the sum, for which it
+    would be loaded 4 bytes at a time; products that are bound by loading stay exact instead.
+    """
+    if dtype != torch.float32 or transposed or not device.tf32 or torch.get_float32_matmul_precision() == "highest":
         return "ieee"
     return "tf32"

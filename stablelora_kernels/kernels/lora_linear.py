@@ -46,16 +46,16 @@ def _lora_shrink_kernel(
     share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
     s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k0 in range(split * share, tl.minimum(split * share + share, K), BLOCK_K):
-        x_mask, a_mask = row_mask[:, None], r_mask[:, None]
+        x_mask, a_mask = row_mask[:, None], r_mask[None, :]
         if not EVEN_K:
             x_mask &= k0 + ks[None, :] < K
-            a_mask &= k0 + ks[None, :] < K
+            a_mask &= k0 + ks[:, None] < K
         x = tl.load(x_ptr + rows[:, None] * stride_xm + (k0 + ks[None, :]) * stride_xk, mask=x_mask, other=0.0)
-        a = tl.load(a_ptr + rs[:, None] * stride_ar + (k0 + ks[None, :]) * stride_ak, mask=a_mask, other=0.0)
+        a = tl.load(a_ptr + rs[None, :] * stride_ar + (k0 + ks[:, None]) * stride_ak, mask=a_mask, other=0.0)
         if DROPOUT:
             # After the load, so that the load itself stays asynchronous.
             x = tl.where(keep_mask(seed, rows, k0, K, threshold, BLOCK_K), x, 0.0)
-        s = dot(x, tl.trans(cast(a, x.dtype)), s, INPUT_PRECISION)
+        s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
 
     tile = pid_m * tl.num_programs(1) + pid_r
     at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]

@@ -34,15 +34,15 @@ def _lora_linear_branch_kernel(
         ks = tl.arange(0, BLOCK_K).to(tl.int64)
         s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k0 in range(0, K, BLOCK_K):
-            x_mask, a_mask = row_mask[:, None], rs[:, None] < R
+            x_mask, a_mask = row_mask[:, None], rs[None, :] < R
             if not EVEN_K:
                 x_mask &= k0 + ks[None, :] < K
-                a_mask &= k0 + ks[None, :] < K
+                a_mask &= k0 + ks[:, None] < K
             x = tl.load(x_ptr + rows[:, None] * stride_xm + (k0 + ks[None, :]) * stride_xk, mask=x_mask, other=0.0)
-            a = tl.load(a_ptr + rs[:, None] * stride_ar + (k0 + ks[None, :]) * stride_ak, mask=a_mask, other=0.0)
+            a = tl.load(a_ptr + rs[None, :] * stride_ar + (k0 + ks[:, None]) * stride_ak, mask=a_mask, other=0.0)
             if MASK_X:
                 x = tl.where(keep_mask(seed, rows, k0, K, threshold, BLOCK_K), x, 0.0)
-            s = dot(x, tl.trans(cast(a, x.dtype)), s, INPUT_PRECISION)
+            s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
         s_low = cast(scaling * s, y_ptr.dtype.element_ty)
         if STORE_S & (tl.program_id(1) == 0):
             s_ptrs = s_ptr + rows[:, None] * stride_sm + rs[None, :]

@@ -23,6 +23,8 @@ from stablelora_kernels.kernels.lora_linear_grads import _lora_linear_grads_kern
 from stablelora_kernels.kernels.lora_linear_small import _lora_linear_small_kernel
 from stablelora_kernels.kernels.lora_linear_tma import _lora_linear_tma_kernel
 
+TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
 
 class VendorProduct(NamedTuple):
     """y = x w^T + bias by cuBLAS, hipBLASLt or, on a CPU, PyTorch's BLAS."""
@@ -115,7 +117,7 @@ def _shrink(device: Device, p: Product, lead: bool = False) -> Launch:
         (p.x, p.a, s, p.seed, parts, count, c.m, c.k, c.r, n, *p.x.stride(), *p.a.stride(), s.stride(0), p.scaling,
          _threshold(p.dropout_p)),
         {"DROPOUT": dropout, "EVEN_K": c.k % tile.BLOCK_K == 0, "LEAD": lead, "BLOCK_M": tile.BLOCK_M,
-         "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r, "INPUT_PRECISION": input_precision(c.dtype)},
+         "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r, "INPUT_PRECISION": input_precision(device, c.dtype)},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
 
@@ -142,7 +144,7 @@ def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool) -> Laun
         "MASK_BRANCH": c.masked,
         "WAIT": wait,
         "BLOCK_R": block_r,
-        "INPUT_PRECISION": input_precision(c.dtype),
+        "INPUT_PRECISION": input_precision(device, c.dtype),
     }
     build = _small_linear if c.m <= dispatch.SMALL_M else _tma_linear if _takes_tma(device, p) else _pointer_linear
     launch = build(device, p, s, tile, flags)
@@ -192,7 +194,8 @@ def _small_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flag
         (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, parts, count, c.m, c.n, c.k, c.r, n, *p.x.stride(), *p.w.stride(),
          *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
         flags | {"EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
-                 "BLOCK_K": tile.BLOCK_K},
+                 "BLOCK_K": tile.BLOCK_K,
+                 "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
 
@@ -210,24 +213,29 @@ def _takes_tma(device: Device, p: Product) -> bool:
 def _tma_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any]) -> Launch:
     c = p.call
     tile = tile or pick_tile(dispatch.TMA_TILES, device, c)
-    # Y's tile, or the branch's operands, are in shared memory beside the pipeline's buffers.
-    branch = flags["BLOCK_R"] * (tile.BLOCK_M + tile.BLOCK_N) * c.dtype.itemsize
-    beside = max(tile.BLOCK_M * tile.BLOCK_N * c.dtype.itemsize, branch)
-    tile = fit(tile, device, _stage(c, tile, flags), beside)
-    trans = p.w.stride(0) == 1
-    tiles = triton.cdiv(c.m, tile.BLOCK_M) * triton.cdiv(c.n, tile.BLOCK_N)
-    w = p.w.t() if trans else p.w
     # Under 3.6 the compiler gives up on it, and it changes nothing on Hopper.
-    specialize = device.generation >= 100 and flags["LOAD_S"] and triton.__version__ >= "3.9"
+    specialize = (
+        100 <= device.generation < 120 and flags["LOAD_S"] and not c.masked and TRITON >= (3, 9) and tile.BLOCK_N <= 128
+    )
+    part = tile.BLOCK_N if specialize else tile.BLOCK_N // 2
+    # Y's way out and the branch's operands are in shared memory beside the pipeline's buffers.
+    beside = c.dtype.itemsize * (tile.BLOCK_M * part + flags["BLOCK_R"] * (tile.BLOCK_M + part))
+    tile = fit(tile, device, _stage(c, tile, flags), beside)
+    w, trans = (p.w.t(), True) if p.w.stride(0) == 1 else (p.w, False)
+    a, trans_a = (p.a.t(), True) if p.a.stride(0) == 1 else (p.a, False)
+    # A float32 A passes through registers to be rounded, whichever way it comes.
+    described_a = not flags["LOAD_S"] and c.lora_dtype == c.dtype and _described(a)
+    a_block = (tile.BLOCK_K, flags["BLOCK_R"]) if trans_a else (flags["BLOCK_R"], tile.BLOCK_K)
+    tiles = triton.cdiv(c.m, tile.BLOCK_M) * triton.cdiv(c.n, tile.BLOCK_N)
     return Launch(
         _lora_linear_tma_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{_flags(specialized=specialize)}",
         (min(tiles, device.processors),),
         (_descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K),
          _descriptor(w, *((tile.BLOCK_K, tile.BLOCK_N) if trans else (tile.BLOCK_N, tile.BLOCK_K))),
-         p.bias, p.a, p.b, s, _descriptor(p.y, tile.BLOCK_M, tile.BLOCK_N), p.seed, c.m, c.n, c.k, c.r, *p.a.stride(),
+         p.bias, _descriptor(a, *a_block) if described_a else p.a, p.b, s, _descriptor(p.y, tile.BLOCK_M, part), p.seed, c.m, c.n, c.k, c.r, *p.a.stride(),
          *p.b.stride(), s.stride(0), p.scaling, _threshold(p.dropout_p)),
-        flags | {"TRANS_W": trans, "SPECIALIZE": specialize, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
+        flags | {"TRANS_W": trans, "DESCRIBED_A": described_a, "TRANS_A": trans_a, "SPECIALIZE": specialize, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
                  "BLOCK_K": tile.BLOCK_K, "GROUP_M": 8},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
@@ -245,8 +253,8 @@ def _branch(device: Device, p: Product) -> list[Launch]:
     # Few rows are few programs; then several of them share a row tile's columns, and S is computed by each.
     shares = max(1, min(device.processors // row_tiles, col_tiles))
     mask_x = c.dropout and not c.masked
-    load_s = c.r > 2 * dispatch.MAX_FUSED_R or (mask_x and shares > 1)
-    block_r = rank_block(c.r, dispatch.MAX_FUSED_R if load_s else 2 * dispatch.MAX_FUSED_R)
+    load_s = c.r > dispatch.MAX_FUSED_R or (mask_x and shares > 1)
+    block_r = rank_block(c.r, dispatch.MAX_FUSED_R)
     stage = tile.BLOCK_K * (tile.BLOCK_M * c.dtype.itemsize + block_r * c.lora_dtype.itemsize)
     columns = tile.BLOCK_N * (tile.BLOCK_M * c.dtype.itemsize + block_r * c.lora_dtype.itemsize)
     tile = fit(tile, device, max(stage, columns))
@@ -265,7 +273,7 @@ def _branch(device: Device, p: Product) -> list[Launch]:
         {"LOAD_S": load_s, "STORE_S": p.s is not None and not load_s, "MASK_X": mask_x and not load_s,
          "MASK_BRANCH": c.masked, "EVEN_K": c.k % tile.BLOCK_K == 0,
          "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r,
-         "INPUT_PRECISION": input_precision(c.dtype)},
+         "INPUT_PRECISION": input_precision(device, c.dtype)},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
     return [_shrink(device, p), launch] if load_s else [launch]
@@ -312,6 +320,6 @@ def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
         (x, s, ds, g.dy, da, db, g.seed, parts, count, c.m, c.k, c.n, c.r, tiles_a, tiles_b, n, *x.stride(), s.stride(0),
          ds.stride(0), *g.dy.stride(), _threshold(g.dropout_p)),
         {"DROPOUT": dropout, "BLOCK_M": tile.BLOCK_K,
-         "BLOCK_C": tile.BLOCK_M, "BLOCK_R": block_r, "INPUT_PRECISION": input_precision(c.dtype)},
+         "BLOCK_C": tile.BLOCK_M, "BLOCK_R": block_r, "INPUT_PRECISION": input_precision(device, c.dtype, transposed=True)},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )]  # fmt: skip

@@ -38,17 +38,17 @@ def _lora_linear_small_kernel(
     s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k0 in range(split * share, tl.minimum(split * share + share, K), BLOCK_K):
         k = k0 + ks[None, :]
-        x_mask, w_mask, a_mask = row_mask[:, None], col_mask[:, None], rs[:, None] < R
+        x_mask, w_mask, a_mask = row_mask[:, None], col_mask[:, None], rs[None, :] < R
         if not EVEN_K:
             x_mask &= k < K
             w_mask &= k < K
-            a_mask &= k < K
+            a_mask &= k0 + ks[:, None] < K
         x = tl.load(x_ptr + rows[:, None] * stride_xm + k * stride_xk, mask=x_mask, other=0.0)
         w = tl.load(w_ptr + cols[:, None] * stride_wn + k * stride_wk, mask=w_mask, other=0.0)
         acc = dot(w, tl.trans(x), acc, INPUT_PRECISION)
         if not LOAD_S:
-            a = tl.load(a_ptr + rs[:, None] * stride_ar + k * stride_ak, mask=a_mask, other=0.0)
-            s = dot(x, tl.trans(cast(a, x.dtype)), s, INPUT_PRECISION)
+            a = tl.load(a_ptr + rs[None, :] * stride_ar + (k0 + ks[:, None]) * stride_ak, mask=a_mask, other=0.0)
+            s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
 
     PART: tl.constexpr = BLOCK_N * BLOCK_M + BLOCK_M * BLOCK_R
     acc_at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]

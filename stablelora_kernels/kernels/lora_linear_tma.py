@@ -11,19 +11,20 @@ from stablelora_kernels.kernels.lora_linear import add_branch
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_linear_tma_kernel(
-    x_desc, w_desc, bias_ptr, a_ptr, b_ptr, s_ptr, y_desc, seed_ptr,
+    x_desc, w_desc, bias_ptr, a_ptr_or_desc, b_ptr, s_ptr, y_desc, seed_ptr,
     M, N, K, R,
     stride_ar, stride_ak, stride_bn, stride_br, stride_sm,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    TRANS_W: tl.constexpr, WAIT: tl.constexpr, SPECIALIZE: tl.constexpr,
+    TRANS_W: tl.constexpr, DESCRIBED_A: tl.constexpr, TRANS_A: tl.constexpr, WAIT: tl.constexpr, SPECIALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
 
-    As ``_lora_linear_kernel``, with X, W (W^T [K, N] where TRANS_W) and Y behind descriptors, and programs that stay: each
-    takes tile after tile. SPECIALIZE gives loading, multiplying and storing to warps of their own.
+    As ``_lora_linear_kernel``, with X, W (W^T [K, N] where TRANS_W), Y and, where DESCRIBED_A, A (A^T [K, R] where TRANS_A)
+    behind descriptors, and programs that stay: each takes tile after tile. SPECIALIZE gives loading, multiplying and storing
+    to warps of their own.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     # Flattening this loop into the inner one crashes the compiler for sm_100, where a product follows the inner loop.
@@ -31,8 +32,6 @@ def _lora_linear_tma_kernel(
         tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=False, warp_specialize=SPECIALIZE
     ):
         pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
-        rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         ks = tl.arange(0, BLOCK_K).to(tl.int64)
         rs = tl.arange(0, BLOCK_R).to(tl.int64)
 
@@ -46,15 +45,48 @@ def _lora_linear_tma_kernel(
                 w = tl.trans(w_desc.load([pid_n * BLOCK_N, k0]))
             acc = dot(x, w, acc, INPUT_PRECISION)
             if not LOAD_S:
-                a_mask = (k0 + ks[:, None] < K) & (rs[None, :] < R)
-                a = tl.load(a_ptr + rs[None, :] * stride_ar + (k0 + ks[:, None]) * stride_ak, mask=a_mask, other=0.0)
+                if not DESCRIBED_A:
+                    a_ptrs = a_ptr_or_desc + rs[None, :] * stride_ar + (k0 + ks[:, None]) * stride_ak
+                    a = tl.load(a_ptrs, mask=(k0 + ks[:, None] < K) & (rs[None, :] < R), other=0.0)
+                elif TRANS_A:
+                    a = a_ptr_or_desc.load([k0, 0])
+                else:
+                    a = tl.trans(a_ptr_or_desc.load([0, k0]))
                 s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
 
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        acc = add_branch(
-            acc, s, s_ptr, b_ptr, seed_ptr, rows, cols, pid_n * BLOCK_N, STORE_S & (pid_n == 0), M, N, R, stride_sm,
-            stride_bn, stride_br, scaling, threshold, LOAD_S, MASK_BRANCH, WAIT, BLOCK_N, BLOCK_R,
-            INPUT_PRECISION,
-        )  # fmt: skip
-        y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], cast(acc, y_desc.dtype))
+        if SPECIALIZE:
+            # The compiler for sm_100 cannot yet split a tile between specialised warps.
+            _finish(
+                acc, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, R, stride_bn,
+                stride_br, stride_sm, scaling, threshold, HAS_BIAS, LOAD_S, STORE_S, MASK_BRANCH, WAIT, BLOCK_M, BLOCK_N,
+                BLOCK_R, INPUT_PRECISION,
+            )  # fmt: skip
+        else:
+            # Half a tile at a time: the masked branch takes half the registers, and Y's way out half the shared memory.
+            HALF: tl.constexpr = BLOCK_N // 2
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+            for half in tl.static_range(2):
+                _finish(
+                    left if half == 0 else right, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, pid_m * BLOCK_M,
+                    pid_n * BLOCK_N + half * HALF, M, N, R, stride_bn, stride_br, stride_sm, scaling, threshold, HAS_BIAS,
+                    LOAD_S, STORE_S and half == 0, MASK_BRANCH, WAIT, BLOCK_M, HALF, BLOCK_R, INPUT_PRECISION,
+                )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    acc, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, row0, col0, M, N, R, stride_bn, stride_br, stride_sm, scaling, threshold,
+    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr, WAIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y's tile at (row0, col0) from its product ``acc``: bias and branch added, rounded, stored."""
+    rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
+    cols = col0.to(tl.int64) + tl.arange(0, BLOCK_N)
+    acc = add_branch(
+        acc, s, s_ptr, b_ptr, seed_ptr, rows, cols, col0, STORE_S & (col0 == 0), M, N, R, stride_sm, stride_bn, stride_br,
+        scaling, threshold, LOAD_S, MASK_BRANCH, WAIT, BLOCK_N, BLOCK_R, INPUT_PRECISION,
+    )  # fmt: skip
+    # After the branch: before it, specialised warps would hand the tile to and fro.
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    y_desc.store([row0, col0], cast(acc, y_desc.dtype))
