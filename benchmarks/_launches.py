@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from stablelora_kernels.dispatch import Choice, Device
-from stablelora_kernels.ops.lora_linear import backward_launches, forward_launches
+from stablelora_kernels.explain import call_launches
+from stablelora_kernels.ops.lora_linear import forward_launches
 
 # One of each kind that the tables tell apart, in M, (N, K) and r.
 ROWS = (8, 64, 512, 16384)
 SIZES = ((4096, 4096), (512, 4096))
 RANKS = (16, 32, 64, 128, 256)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# The default dtypes at every rank, with and without dropout, and the kernels that only force brings on; others at one.
+# The default dtypes at every rank, others at the one that is most used.
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype, str, tuple[int, ...]]] = {
     "bf16/fp32": (BF16, FP32, "highest", RANKS),
     "bf16": (BF16, BF16, "highest", (16, 128)),
@@ -26,25 +27,6 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype, str, tuple[int, ...]]] = {
 }
 
 
-def call_launches(
-    device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
-    choice: Choice | None = None,
-) -> tuple[list[Any], list[Any]]:  # fmt: skip
-    """The forward's and the backward's launches for a call with a bias, by the kernel that dispatch chooses or ``choice``."""
-
-    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=of, device="meta")
-
-    x, w, bias, y, s = empty(m, k), empty(n, k), empty(n), empty(m, n), empty(m, r)
-    a, b = empty(r, k, of=lora_dtype), empty(n, r, of=lora_dtype)
-    seed = empty(1, of=torch.int64) if dropout_p else None
-    forward = forward_launches(device, x, w, bias, a, b, s, y, seed, 1.5, dropout_p, choice)
-    backward = backward_launches(
-        device, x, y, w, a, b, s, seed, x, a, b, scaling=1.5, dropout_p=dropout_p, choice=choice
-    )
-    return forward, backward
-
-
 def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
     """(dtypes in words, launch) for every kernel and config, some of them more than once."""
     before = torch.get_float32_matmul_precision()
@@ -52,9 +34,27 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
         torch.set_float32_matmul_precision(precision)
         try:
             for m, (n, k), r, p in product(ROWS, SIZES, ranks, (0.0, 0.1)):
+                # The last is brought on by force only, where dtypes are low.
                 choices = [None, Choice("vendor", "")] if m == ROWS[-1] else [None]
                 for choice in choices:
                     for launches in call_launches(device, m, n, k, r, dtype, lora, p, choice):
                         yield from ((name, launch) for launch in launches if hasattr(launch, "kernel"))
+            if dtype != FP32:
+                yield from ((name, launch) for launch in _broadcast(device, dtype, lora))
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+def _broadcast(device: Device, dtype: torch.dtype, lora_dtype: torch.dtype) -> Iterator[Any]:
+    """Forwards of one row repeated by expand(), which no descriptor can hold: what the pointers' kernel is for on Hopper."""
+    m, n, k = 4096, 4096, 4096
+
+    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=of, device="meta")
+
+    for r, kernel in ((16, "fused"), (16, "split"), (64, "split")):
+        a, b = empty(r, k, of=lora_dtype), empty(n, r, of=lora_dtype)
+        x, w, y = empty(1, k).expand(m, k), empty(n, k), empty(m, n)
+        launches = forward_launches(device, x, w, None, a, b, None, y, None, 1.0, 0.0, Choice(kernel, ""))
+        if device.tma:
+            yield launches[-1]._replace(variant=f"{launches[-1].variant} broadcast")

@@ -5,12 +5,15 @@ from stablelora_kernels._version import __version__
 from stablelora_kernels.adapter_io import load_adapter, save_adapter
 from stablelora_kernels.backend import get_backend, set_backend, use_backend
 from stablelora_kernels.config import LoRAConfig
+from stablelora_kernels.dispatch import get_kernel, set_kernel, use_kernel
+from stablelora_kernels.explain import Explanation, explain
 from stablelora_kernels.model import LoRAReport, apply_lora, merge_lora, remove_lora, unmerge_lora
 from stablelora_kernels.nn import LoRALinear
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
 
 __all__ = [
+    "Explanation",
     "LoRAConfig",
     "LoRALinear",
     "LoRAPair",
@@ -19,8 +22,10 @@ __all__ = [
     "StableLoRAAdamW",
     "__version__",
     "apply_lora",
+    "explain",
     "functional",
     "get_backend",
+    "get_kernel",
     "load_adapter",
     "lora_pairs",
     "merge_lora",
@@ -28,6 +33,8 @@ __all__ = [
     "remove_lora",
     "save_adapter",
     "set_backend",
+    "set_kernel",
     "unmerge_lora",
     "use_backend",
+    "use_kernel",
 ]

@@ -307,9 +307,16 @@ GRADS_TILES = (
 )
 
 
-def pick_tile(rules: tuple[TileRule, ...], device: Device, call: Call) -> Tile:
-    """The tile of the first rule that applies, before it is fitted into shared memory."""
-    return next(rule.tile for rule in rules if rule.applies(device, call))
+def pick_tile(
+    rules: tuple[TileRule, ...], device: Device, call: Call, measured: Tile | None = None
+) -> tuple[Tile, str]:
+    """The tile of the first rule that applies, or the one that was measured to be faster, and the reason for it.
+
+    It is still to be fitted into shared memory.
+    """
+    if measured is not None:
+        return measured, "measured to be the fastest"
+    return next((rule.tile, rule.reason) for rule in rules if rule.applies(device, call))
 
 
 def fit(tile: Tile, device: Device, bytes_a_stage: int, bytes_beside: int = 0) -> Tile:
@@ -323,5 +330,5 @@ def fit(tile: Tile, device: Device, bytes_a_stage: int, bytes_beside: int = 0) -
 
 
 def splits(device: Device, tiles: int, steps: int, least_steps: int = 4, most: int = 16) -> int:
-    """How many programs share a tile's sum so that all processors are busy, each with at least ``least_steps`` steps."""
-    return max(1, min(device.processors // max(tiles, 1), steps // least_steps, most))
+    """How many programs share a tile's sum: enough for two on every processor, each with at least ``least_steps`` steps."""
+    return max(1, min(2 * device.processors // max(tiles, 1), steps // least_steps, most))

@@ -126,81 +126,11 @@ def test_leading_dimensions_that_cannot_be_flattened(shape):
         check(inputs, run(swapped, backend))
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-def test_small_tiles_cover_every_program(dtype, monkeypatch):
-    """Many tiles in both directions, groups that do not divide them, three blocks of ranks, ragged edges."""
-    from stablelora_kernels.kernels import lora_linear_launch as launches
-
-    monkeypatch.setattr(launches, "MAX_BLOCK_R", 16)
-    monkeypatch.setattr(
-        launches, "linear_config", lambda *_, **__: launches.LinearConfig(16, 16, 16, 16, 4, 2, GROUP_M=3)
-    )
-    monkeypatch.setattr(launches, "shrink_config", lambda *_, **__: launches.ReduceConfig(16, 16, 16, 4, 2))
-    monkeypatch.setattr(launches, "weight_grads_config", lambda *_, **__: launches.ReduceConfig(16, 16, 16, 4, 2))
-    inputs = make_inputs((83, 39), 53, 41, dtype=dtype, device=DEVICE)
-    check(inputs, run(inputs, "triton"))
-    monkeypatch.setattr(ops, "FUSED_MAX_R", 16)
-    check(inputs, run(inputs, "triton"))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_are_equal_bit_for_bit(backend):
     inputs = make_inputs((150, 65), 70, 8, dtype=BF16, lora_dtype=FP32, device=DEVICE)
     first, second = run(inputs, backend), run(inputs, backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize(
-    ("r", "p", "wanted", "forward", "backward"),
-    [
-        (8, 0.0, "xAB", 1, 2),
-        (64, 0.0, "xAB", 1, 2),
-        (8, 0.0, "AB", 1, 2),
-        (8, 0.0, "x", 1, 1),
-        (8, 0.0, "B", 1, 1),
-        (8, 0.0, "A", 1, 2),
-        (8, 0.1, "xAB", 2, 2),
-        (100, 0.0, "xAB", 1, 2),
-        (100, 0.0, "x", 1, 1),
-        (100, 0.1, "xAB", 2, 2),
-    ],
-)
-def test_launches_with_few_rows(r, p, wanted, forward, backward):
-    check_launches(33, r, p, wanted, forward, backward)
-
-
-@pytest.mark.parametrize(
-    ("p", "wanted", "forward", "backward"),
-    [
-        (0.0, "xAB", 2, 2),
-        (0.0, "AB", 2, 2),
-        (0.0, "xB", 2, 2),
-        (0.0, "x", 2, 2),
-        (0.0, "B", 2, 1),
-        (0.2, "xAB", 2, 2),
-    ],
-)
-def test_launches_at_high_rank(p, wanted, forward, backward):
-    check_launches(70, 100, p, wanted, forward, backward)
-
-
-def check_launches(rows, r, p, wanted, forward, backward):
-    from stablelora_kernels.kernels._common import launch_counts
-
-    inputs = make_inputs((rows, 24), 20, r, device=DEVICE)
-    named = dict(zip("xAB", leaves(inputs), strict=True))
-    for name, tensor in named.items():
-        tensor.requires_grad_(name in wanted)
-    before = launch_counts.total()
-    with slk.use_backend("triton"):
-        y = lora_linear(named["x"], inputs["weight"], inputs["bias"], named["A"], named["B"], SCALING, p)
-    assert launch_counts.total() - before == forward
-    grads = torch.autograd.grad(y, [named[name] for name in wanted], inputs["grad"])
-    assert launch_counts.total() - before == forward + backward
-    if p == 0:
-        ref = oracle(inputs)
-        for name, grad in zip(wanted, grads, strict=True):
-            assert_no_worse(grad, ref["d" + name.upper()], eager(inputs)["d" + name.upper()], name=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

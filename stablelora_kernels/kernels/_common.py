@@ -80,8 +80,9 @@ class Launch(NamedTuple):
     """A kernel and all that its launch needs, not launched yet."""
 
     kernel: Any
-    # The kernel's variant, in words.
+    # The kernel's variant, in words, and the reason for its tile.
     variant: str
+    reason: str
     grid: tuple[int, ...]
     # Arguments in the kernel's order, then those that are compile-time constants, then Triton's options.
     args: tuple[Any, ...]

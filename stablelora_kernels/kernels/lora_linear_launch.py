@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stablelora_kernels import backend, dispatch
 from stablelora_kernels.dispatch import Call, Choice, Device, Tile, fit, pick_tile, rank_block, splits
-from stablelora_kernels.kernels._common import Launch, input_precision
+from stablelora_kernels.kernels._common import Launch, input_precision, launch_counts
 from stablelora_kernels.kernels._counters import MAX_COUNTERS, counters
 from stablelora_kernels.kernels.lora_linear import _lora_linear_kernel, _lora_shrink_kernel
 from stablelora_kernels.kernels.lora_linear_branch import _lora_linear_branch_kernel
@@ -27,7 +27,7 @@ TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
 class VendorProduct(NamedTuple):
-    """y = x w^T + bias by cuBLAS, hipBLASLt or, on a CPU, PyTorch's BLAS."""
+    """y = x w^T + bias by the library that PyTorch calls."""
 
     x: Tensor
     w: Tensor
@@ -35,8 +35,10 @@ class VendorProduct(NamedTuple):
     y: Tensor
 
     variant = "the vendor's product"
+    reason = "cuBLAS, hipBLASLt or, on a CPU, PyTorch's BLAS"
 
     def run(self, device: torch.device) -> None:
+        launch_counts["vendor"] += 1
         if self.bias is None:
             torch.mm(self.x, self.w.t(), out=self.y)
         else:
@@ -103,7 +105,7 @@ def _shrink(device: Device, p: Product, lead: bool = False) -> Launch:
     c, s = p.call, p.s
     assert s is not None
     dropout = c.dropout and not c.masked
-    tile = pick_tile(dispatch.SHRINK_TILES, device, c)
+    tile, reason = pick_tile(dispatch.SHRINK_TILES, device, c)
     block_r = rank_block(c.r, tile.BLOCK_N)
     stage = tile.BLOCK_K * (tile.BLOCK_M * c.dtype.itemsize + block_r * c.lora_dtype.itemsize)
     tile = fit(tile, device, stage)
@@ -113,6 +115,7 @@ def _shrink(device: Device, p: Product, lead: bool = False) -> Launch:
     return Launch(
         _lora_shrink_kernel,
         f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout)}",
+        reason,
         (tiles_m, tiles_r, n),
         (p.x, p.a, s, p.seed, parts, count, c.m, c.k, c.r, n, *p.x.stride(), *p.a.stride(), s.stride(0), p.scaling,
          _threshold(p.dropout_p)),
@@ -162,7 +165,7 @@ def _stage(c: Call, tile: Tile, flags: dict[str, Any]) -> int:
 
 def _pointer_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any]) -> Launch:
     c = p.call
-    tile = tile or pick_tile(dispatch.LINEAR_TILES, device, c)
+    tile, reason = pick_tile(dispatch.LINEAR_TILES, device, c, tile)
     # The branch's operands are in shared memory beside the pipeline's buffers.
     branch = flags["BLOCK_R"] * (tile.BLOCK_M * c.dtype.itemsize + tile.BLOCK_N * c.lora_dtype.itemsize)
     tile = fit(tile, device, _stage(c, tile, flags), branch)
@@ -170,6 +173,7 @@ def _pointer_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, fl
     return Launch(
         _lora_linear_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
+        reason,
         (tiles,),
         (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, c.m, c.n, c.k, c.r, *p.x.stride(), *p.w.stride(), *p.a.stride(),
          *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
@@ -181,7 +185,7 @@ def _pointer_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, fl
 
 def _small_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any]) -> Launch:
     c = p.call
-    tile = tile or pick_tile(dispatch.SMALL_TILES, device, c)
+    tile, reason = pick_tile(dispatch.SMALL_TILES, device, c, tile)
     tile = tile._replace(BLOCK_M=16 if c.m <= 16 else 64)
     tile = fit(tile, device, _stage(c, tile, flags))
     tiles, steps = triton.cdiv(c.n, tile.BLOCK_N), triton.cdiv(c.k, tile.BLOCK_K)
@@ -190,6 +194,7 @@ def _small_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flag
     return Launch(
         _lora_linear_small_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
+        reason,
         (tiles * n,),
         (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, parts, count, c.m, c.n, c.k, c.r, n, *p.x.stride(), *p.w.stride(),
          *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
@@ -212,7 +217,7 @@ def _takes_tma(device: Device, p: Product) -> bool:
 
 def _tma_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any]) -> Launch:
     c = p.call
-    tile = tile or pick_tile(dispatch.TMA_TILES, device, c)
+    tile, reason = pick_tile(dispatch.TMA_TILES, device, c, tile)
     # Under 3.6 the compiler gives up on it, and it changes nothing on Hopper.
     specialize = (
         100 <= device.generation < 120 and flags["LOAD_S"] and not c.masked and TRITON >= (3, 9) and tile.BLOCK_N <= 128
@@ -230,6 +235,7 @@ def _tma_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags:
     return Launch(
         _lora_linear_tma_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{_flags(specialized=specialize)}",
+        reason,
         (min(tiles, device.processors),),
         (_descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K),
          _descriptor(w, *((tile.BLOCK_K, tile.BLOCK_N) if trans else (tile.BLOCK_N, tile.BLOCK_K))),
@@ -248,7 +254,7 @@ def _descriptor(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
 def _branch(device: Device, p: Product) -> list[Launch]:
     """The branch onto y: one launch, or S before it where the rank is high or dropout's mask would be drawn repeatedly."""
     c = p.call
-    tile = pick_tile(dispatch.BRANCH_TILES, device, c)
+    tile, reason = pick_tile(dispatch.BRANCH_TILES, device, c)
     row_tiles, col_tiles = triton.cdiv(c.m, tile.BLOCK_M), triton.cdiv(c.n, tile.BLOCK_N)
     # Few rows are few programs; then several of them share a row tile's columns, and S is computed by each.
     shares = max(1, min(device.processors // row_tiles, col_tiles))
@@ -267,6 +273,7 @@ def _branch(device: Device, p: Product) -> list[Launch]:
     launch = Launch(
         _lora_linear_branch_kernel,
         f"{words} r{block_r}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}",
+        reason,
         (row_tiles, triton.cdiv(c.n, share)),
         (p.x, p.a, p.b, s, p.y, p.seed, c.m, c.n, c.k, c.r, share, *p.x.stride(), *p.a.stride(), *p.b.stride(), s.stride(0),
          p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
@@ -301,7 +308,7 @@ def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
     c = g.call
     if g.da is None and g.db is None:
         return []
-    tile = pick_tile(dispatch.GRADS_TILES, device, c)
+    tile, reason = pick_tile(dispatch.GRADS_TILES, device, c)
     block_r = rank_block(c.r, tile.BLOCK_N)
     tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + block_r) * c.dtype.itemsize)
     tiles_a = 0 if g.da is None else triton.cdiv(c.n, tile.BLOCK_M)
@@ -316,6 +323,7 @@ def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
     return [Launch(
         _lora_linear_grads_kernel,
         f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout)}",
+        reason,
         (tiles_a + tiles_b, tiles_r, n),
         (x, s, ds, g.dy, da, db, g.seed, parts, count, c.m, c.k, c.n, c.r, tiles_a, tiles_b, n, *x.stride(), s.stride(0),
          ds.stride(0), *g.dy.stride(), _threshold(g.dropout_p)),

@@ -6,13 +6,14 @@ and, on the PyTorch path, dropout's mask as bool; the kernels draw theirs again 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stablelora_kernels import dispatch
+from stablelora_kernels import dispatch, tuning
 from stablelora_kernels.dispatch import Call, Choice, Device
 
 NAMESPACE = "stablelora_kernels"
@@ -44,7 +45,13 @@ def _fwd(
     y, s = _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
     device = dispatch.device_of(x.device)
     kept = s if save_s else None
-    for launch in forward_launches(device, x, weight, bias, lora_A, lora_B, kept, y, seed, scaling, dropout_p):
+    build = partial(forward_launches, device, x, weight, bias, lora_A, lora_B, kept, y, seed, scaling, dropout_p)
+    choice = None
+    if tuning.get_autotune():
+        (m, k), n, r = x.shape, weight.shape[0], lora_A.shape[0]
+        call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
+        choice = tuning.choose(device, call, build, y, x, weight, bias)
+    for launch in build(choice=choice):
         launch.run(x.device)
     return y, s
 
@@ -79,9 +86,15 @@ def _bwd(
     outputs = _bwd_fake(x, grad, weight, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b)
     wanted = [out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True)]
     device = dispatch.device_of(grad.device)
-    for launch in backward_launches(
-        device, x, grad, weight, lora_A, lora_B, s, seed, *wanted, scaling=scaling, dropout_p=dropout_p
-    ):
+    build = partial(backward_launches, device, scaling=scaling, dropout_p=dropout_p)
+    choice = None
+    if tuning.get_autotune() and need_x and weight is not None:
+        (m, n), (r, k), dx = grad.shape, lora_A.shape, outputs[0]
+        call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
+        # dX alone: dA and dB are launched alike whatever the choice.
+        build_dx = partial(build, None, grad, weight, lora_A, lora_B, None, seed, dx, None, None)
+        choice = tuning.choose(device, call, build_dx, dx, grad, weight, None)
+    for launch in build(x, grad, weight, lora_A, lora_B, s, seed, *wanted, choice=choice):
         launch.run(grad.device)
     return outputs
 

@@ -1,0 +1,146 @@
+"""Which launches a call of ``lora_linear`` takes, and why, without making it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from stablelora_kernels import backend, dispatch
+from stablelora_kernels._checks import check_float, check_int
+from stablelora_kernels.dispatch import Call, Choice, Device
+from stablelora_kernels.ops.lora_linear import backward_launches, forward_launches
+
+
+class Step(NamedTuple):
+    """One launch."""
+
+    # "lora_linear_tma", "lora_shrink"; "vendor" for the vendor's product.
+    kernel: str
+    # What the kernel does here and its tile, in words, and why that tile.
+    variant: str
+    reason: str
+    # Empty for the vendor's product, which chooses for itself.
+    grid: tuple[int, ...]
+    num_warps: int | None
+    num_stages: int | None
+
+
+class Explanation(NamedTuple):
+    """What :func:`explain` found. ``str()`` of it is made for reading."""
+
+    # "triton" or "torch", and on which GPU: "sm_90". Empty on the PyTorch backend.
+    backend: str
+    arch: str
+    # "fused", "split" or "vendor", for the forward and for dX; "torch" on the PyTorch backend.
+    forward_kernel: str
+    forward_reason: str
+    forward: tuple[Step, ...]
+    backward_kernel: str
+    backward_reason: str
+    backward: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        lines = [f"backend {self.backend}" + (f" on {self.arch}" if self.arch else "")]
+        for name in ("forward", "backward"):
+            lines.append(f"{name}: {getattr(self, name + '_kernel')} ({getattr(self, name + '_reason')})")
+            for number, step in enumerate(getattr(self, name), 1):
+                how = f", grid {step.grid}, {step.num_warps} warps, {step.num_stages} stages" if step.grid else ""
+                lines.append(f"  {number}. {step.kernel} [{step.variant}]{how}: {step.reason}")
+        return "\n".join(lines)
+
+
+def explain(
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    dtype: torch.dtype = torch.bfloat16,
+    dropout_p: float = 0.0,
+    *,
+    lora_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Explanation:
+    """The launches of ``lora_linear`` on [M, K] rows with a [N, K] weight, forward and backward with all three gradients.
+
+    The list is made by the code that launches, on tensors without memory; nothing runs and no GPU is needed. It holds for
+    contiguous tensors at addresses that are multiples of 16 bytes; others take the kernels that read through pointers.
+
+    Args:
+        M, N, K, r: rows, output features, input features, rank.
+        dtype: of x and the weight. lora_dtype: of lora_A and lora_B, float32 unless given (as for :class:`LoRALinear`).
+        dropout_p: the probability of dropping an element, in [0, 1).
+        device: a torch device, or the name of a GPU that need not be there: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``, ... The
+            current GPU unless given, and the CPU where there is none.
+
+    Raises:
+        ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown GPU, or a kernel that is forced and
+            can't do this call.
+        TypeError: sizes that are no ints, or dtypes that the kernels do not compute in.
+        RuntimeError: the Triton backend was forced where it can't run.
+    """
+    for name, value, low in (("M", M, 0), ("N", N, 1), ("K", K, 1), ("r", r, 1)):
+        check_int(name, value, minimum=low)
+    check_float("dropout_p", dropout_p, low=0.0, high=1.0)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"dtype must be bfloat16, float16 or float32, which the kernels compute in, got {dtype}")
+    lora_dtype = torch.float32 if lora_dtype is None else lora_dtype
+    if lora_dtype not in (dtype, torch.float32):
+        raise TypeError(f"lora_dtype must be float32 or dtype {dtype}, got {lora_dtype}")
+    gpu = _gpu(device)
+    if gpu is None:
+        why = f"the backend is {backend.get_backend()!r}, which on a CPU means PyTorch's operators"
+        return Explanation("torch", "", "torch", why, (), "torch", why, ())
+    forward, backward = call_launches(gpu, M, N, K, r, dtype, lora_dtype, dropout_p)
+    chosen = [
+        dispatch.choose(gpu, Call(direction, M, *sizes, r, dtype, lora_dtype, dropout_p > 0))
+        for direction, sizes in (("forward", (N, K)), ("backward", (K, N)))
+    ]
+    return Explanation(
+        "triton", gpu.arch, *chosen[0][:2], _steps(forward), *chosen[1][:2], _steps(backward)
+    )
+
+
+def _gpu(device: torch.device | str | None) -> Device | None:
+    """The GPU that is meant, or None where PyTorch's operators would run."""
+    if isinstance(device, str) and device.startswith(("sm_", "gfx")):
+        if device not in dispatch.DEVICES:
+            raise ValueError(f"device must be a torch device or one of {', '.join(dispatch.DEVICES)}, got {device!r}")
+        return dispatch.DEVICES[device]
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    return dispatch.device_of(device) if backend.resolve_backend(device) == "triton" else None
+
+
+def call_launches(
+    device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
+    choice: Choice | None = None,
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    """The forward's and the backward's launches for a call with a bias, on the meta device, which has no memory."""
+
+    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=of, device="meta")
+
+    x, w, bias, y, s = empty(m, k), empty(n, k), empty(n), empty(m, n), empty(m, r)
+    a, b = empty(r, k, of=lora_dtype), empty(n, r, of=lora_dtype)
+    seed = empty(1, of=torch.int64) if dropout_p else None
+    forward = forward_launches(device, x, w, bias, a, b, s, y, seed, 1.0, dropout_p, choice)
+    backward = backward_launches(
+        device, x, y, w, a, b, s, seed, x, a, b, scaling=1.0, dropout_p=dropout_p, choice=choice
+    )
+    return forward, backward
+
+
+def _steps(launches: list[Any]) -> tuple[Step, ...]:
+    steps = []
+    for launch in launches:
+        if hasattr(launch, "kernel"):
+            name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+            options = launch.options
+            steps.append(
+                Step(name, launch.variant, launch.reason, launch.grid, options["num_warps"], options["num_stages"])
+            )
+        else:
+            steps.append(Step("vendor", launch.variant, launch.reason, (), None, None))
+    return tuple(steps)

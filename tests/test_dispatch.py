@@ -1,0 +1,151 @@
+"""Which kernel a call takes: the table, force, and explain()."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import stablelora_kernels as slk
+from stablelora_kernels import dispatch
+from stablelora_kernels.dispatch import DEVICES, Call, choose
+from stablelora_kernels.functional import lora_linear
+from stablelora_kernels.testing import make_inputs
+
+BF16, FP32 = torch.bfloat16, torch.float32
+H100 = DEVICES["sm_90"]
+
+
+def call(direction="forward", m=4096, n=4096, k=4096, r=16, dtype=BF16, dropout=False) -> Call:
+    return Call(direction, m, n, k, r, dtype, FP32, dropout)
+
+
+@pytest.mark.parametrize(
+    ("given", "kernel"),
+    [
+        (call(m=1), "fused"),
+        (call(m=64, r=32), "fused"),
+        (call(m=64, r=33), "split"),
+        (call(m=2048), "fused"),
+        (call(m=2048, r=17), "split"),
+        (call(m=2049), "split"),
+        (call(m=8, dropout=True), "split"),
+        (call(m=2048, dropout=True), "split"),
+        (call(dtype=FP32, m=17), "vendor"),
+        (call(dtype=FP32, m=16), "fused"),
+        (call("backward", r=32), "fused"),
+        (call("backward", r=32, dropout=True), "fused"),
+        (call("backward", r=33), "split"),
+        (call("backward", dtype=FP32), "vendor"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("device", DEVICES.values(), ids=list(DEVICES))
+def test_the_table(given, kernel, device):
+    choice = choose(device, given)
+    assert choice.kernel == kernel
+    assert len(choice.reason) > 20
+
+
+@pytest.mark.parametrize("kernel", ["fused", "split", "vendor"])
+def test_force(kernel):
+    assert slk.get_kernel() == "auto"
+    with slk.use_kernel(kernel):
+        assert slk.get_kernel() == kernel
+        assert choose(H100, call(r=8)).kernel == kernel
+        with slk.use_kernel("auto"):
+            assert choose(H100, call(m=1)).kernel == "fused"
+    assert slk.get_kernel() == "auto"
+    slk.set_kernel(kernel)
+    try:
+        assert choose(H100, call(r=8)).kernel == kernel
+    finally:
+        slk.set_kernel("auto")
+
+
+def test_force_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="kernel must be one of 'auto', 'fused', 'split', 'vendor', got 'triton'"):
+        slk.set_kernel("triton")
+    assert slk.get_kernel() == "auto"
+    with slk.use_kernel("fused"):
+        with pytest.raises(ValueError, match="'fused' was asked for, but it has no dropout"):
+            choose(H100, call(dropout=True))
+        with pytest.raises(ValueError, match="takes ranks up to 64, got 65"):
+            choose(H100, call(r=65))
+        choose(H100, call("backward", dropout=True))
+
+
+def test_force_refuses_in_a_real_call_before_anything_ran():
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    from stablelora_kernels.kernels._common import launch_counts
+
+    inputs = make_inputs((5, 24), 20, 6)
+    args = [inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
+    before = launch_counts.total()
+    with slk.use_backend("triton"), slk.use_kernel("fused"), pytest.raises(ValueError, match="no dropout"):
+        lora_linear(*args, 1.0, 0.5)
+    assert launch_counts.total() == before
+
+
+def test_environment_variable_is_checked():
+    def start(value: str) -> subprocess.CompletedProcess[str]:
+        command = "import stablelora_kernels as slk; print(slk.get_kernel())"
+        environment = os.environ | {"STABLELORA_KERNEL": value}
+        return subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
+
+    assert start("split").stdout.strip() == "split"
+    wrong = start("best")
+    assert wrong.returncode != 0
+    assert "STABLELORA_KERNEL must be one of 'auto', 'fused', 'split', 'vendor', got 'best'" in wrong.stderr
+
+
+def test_explain_reads_well():
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    said = slk.explain(8192, 4096, 4096, 16, dropout_p=0.1, device="sm_90")
+    assert (said.forward_kernel, said.backward_kernel) == ("split", "fused")
+    assert [step.kernel for step in said.forward] == ["lora_shrink", "lora_linear_tma"]
+    assert [step.kernel for step in said.backward] == ["lora_linear_tma", "lora_linear_grads"]
+    text = str(said)
+    assert text.startswith("backend triton on sm_90\nforward: split (dropout: the mask is drawn once an element")
+    for step in (*said.forward, *said.backward):
+        assert f"{step.kernel} [{step.variant}], grid {step.grid}" in text and step.reason in text
+    with slk.use_kernel("vendor"):
+        forced = slk.explain(8192, 4096, 4096, 16, device="sm_90")
+    assert [step.kernel for step in forced.forward] == ["vendor", "lora_linear_branch"]
+    assert forced.forward_reason == "asked for"
+
+
+def test_explain_says_when_pytorch_runs():
+    with slk.use_backend("torch"):
+        said = slk.explain(8, 16, 16, 4, device="cpu")
+    assert (said.backend, said.forward, said.backward) == ("torch", (), ())
+    assert "PyTorch's operators" in str(said)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"M": -1}, ValueError, "M must be at least 0, got -1"),
+        ({"r": 0}, ValueError, "r must be at least 1, got 0"),
+        ({"K": 2.5}, TypeError, "K must be an int, got 2.5"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a finite number in \[0, 1\), got 1.0"),
+        ({"device": "sm_75"}, ValueError, "one of sm_80, .*, got 'sm_75'"),
+        ({"dtype": torch.float64}, TypeError, "dtype must be .*got torch.float64"),
+        ({"lora_dtype": torch.float16}, TypeError, "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16"),
+    ],
+)
+def test_explain_checks_its_arguments(change, error, message):
+    good = {"M": 8, "N": 16, "K": 16, "r": 4, "device": "sm_90"}
+    with pytest.raises(error, match=message):
+        slk.explain(**good | change)
+
+
+def test_every_device_has_the_limits_of_its_kind():
+    for arch, device in DEVICES.items():
+        assert device.arch == arch
+        assert device.tma == (arch in ("sm_90", "sm_100"))
+        assert device.overlaps == (arch in ("sm_90", "sm_100", "sm_120"))
+        assert device.nvidia == arch.startswith("sm_")
