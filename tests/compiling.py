@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from benchmarks._machine_code import cuobjdump, sass_resources
 
 ARCHITECTURES = ("cuda:80", "cuda:86", "cuda:90", "cuda:100", "hip:gfx942")
 # Bytes of shared memory that one program may have.
@@ -47,14 +46,9 @@ def compile_kernel(
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread and bytes of local memory, which only spills use here, by the wheel's own cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout))
-    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
+    """Registers a thread and bytes spilled."""
+    found = sass_resources(cuobjdump(cubin))
+    return {"registers": found["registers"], "spilled": found["spills"]}
 
 
 def run_module(name: str, *args: str) -> Any:
