@@ -286,7 +286,7 @@ SMALL_TILES = (
 
 # S (lora_shrink): rows, ranks and K; BLOCK_N is the rank's block.
 SHRINK_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 128, 32, 4, 3), "float32: products are in registers"),
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 128, 32, 4, 3), "float32: products are in registers"),
     TileRule(lambda d, c: c.r > 64 and d.shared_limit < 100_000, Tile(64, 128, 64, 8, 3), "little shared memory"),
     TileRule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so that X is read once"),
     TileRule(lambda d, c: c.dropout, Tile(64, 64, 64, 4, 4), "random numbers for 64 by 128 would take most registers"),
@@ -295,7 +295,7 @@ SHRINK_TILES = (
 
 # The branch onto a finished product (lora_linear_branch).
 BRANCH_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: products are in registers"),
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 2), "float32: products are in registers"),
     TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 3), "rows of one wide matrix instruction"),
 )
 

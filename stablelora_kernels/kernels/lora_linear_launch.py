@@ -114,7 +114,7 @@ def _shrink(device: Device, p: Product, lead: bool = False) -> Launch:
     n, parts, count = _share(device, tiles_m * tiles_r, steps, tile.BLOCK_M * block_r, p.x)
     return Launch(
         _lora_shrink_kernel,
-        f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout)}",
+        f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout, ahead=lead)}",
         reason,
         (tiles_m, tiles_r, n),
         (p.x, p.a, s, p.seed, parts, count, c.m, c.k, c.r, n, *p.x.stride(), *p.a.stride(), s.stride(0), p.scaling,
@@ -280,7 +280,7 @@ def _branch(device: Device, p: Product) -> list[Launch]:
         {"LOAD_S": load_s, "STORE_S": p.s is not None and not load_s, "MASK_X": mask_x and not load_s,
          "MASK_BRANCH": c.masked, "EVEN_K": c.k % tile.BLOCK_K == 0,
          "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r,
-         "INPUT_PRECISION": input_precision(device, c.dtype)},
+         "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
     return [_shrink(device, p), launch] if load_s else [launch]
