@@ -37,8 +37,12 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
                 # The last is brought on by force only, where dtypes are low.
                 choices = [None, Choice("vendor", "")] if m == ROWS[-1] else [None]
                 for choice in choices:
-                    for launches in call_launches(device, m, n, k, r, dtype, lora, p, choice):
-                        yield from ((name, launch) for launch in launches if hasattr(launch, "kernel"))
+                    for launches in call_launches(device, m, n, k, r, dtype, lora, p, choice, choice):
+                        for launch in launches:
+                            if hasattr(launch, "kernel"):
+                                # Some products stay exact where TensorFloat-32 is allowed.
+                                exact = dtype == FP32 and launch.constants["INPUT_PRECISION"] == "ieee"
+                                yield "fp32" if exact else name, launch
             if dtype != FP32:
                 yield from ((name, launch) for launch in _broadcast(device, dtype, lora))
         finally:

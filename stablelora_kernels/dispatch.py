@@ -78,10 +78,8 @@ def device_of(device: torch.device) -> Device:
     index = torch.cuda.current_device() if device.index is None else device.index
     properties = torch.cuda.get_device_properties(index)
     limits = triton.runtime.driver.active.utils.get_device_properties(index)
-    if torch.version.hip:
-        arch = properties.gcnArchName.split(":")[0]
-    else:
-        arch = f"sm_{properties.major}{properties.minor}"
+    nvidia = f"sm_{properties.major}{properties.minor}"
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else nvidia
     return Device(arch, properties.multi_processor_count, limits["max_shared_mem"])
 
 
@@ -174,11 +172,16 @@ def choose(device: Device, call: Call, forced: str | None = None) -> Choice:
     forced = forced or _kernel
     if forced == "auto":
         return next(Choice(rule.kernel, rule.reason) for rule in RULES if rule.applies(device, call))
-    if forced == "fused" and call.direction == "forward" and call.dropout:
-        raise ValueError("kernel 'fused' was asked for, but it has no dropout; 'split' and 'vendor' have")
-    if forced == "fused" and call.r > MAX_FUSED_R:
-        raise ValueError(f"kernel 'fused' was asked for, but it takes ranks up to {MAX_FUSED_R}, got {call.r}")
+    check_possible(call, forced)
     return Choice(forced, "asked for")
+
+
+def check_possible(call: Call, kernel: str) -> None:
+    """Raise ValueError if ``kernel`` can't do ``call``."""
+    if kernel == "fused" and call.direction == "forward" and call.dropout:
+        raise ValueError("kernel 'fused' was asked for, but it has no dropout; 'split' and 'vendor' have")
+    if kernel == "fused" and call.r > MAX_FUSED_R:
+        raise ValueError(f"kernel 'fused' was asked for, but it takes ranks up to {MAX_FUSED_R}, got {call.r}")
 
 
 _kernel = "auto"

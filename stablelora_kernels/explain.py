@@ -96,9 +96,7 @@ def explain(
         dispatch.choose(gpu, Call(direction, M, *sizes, r, dtype, lora_dtype, dropout_p > 0))
         for direction, sizes in (("forward", (N, K)), ("backward", (K, N)))
     ]
-    return Explanation(
-        "triton", gpu.arch, *chosen[0][:2], _steps(forward), *chosen[1][:2], _steps(backward)
-    )
+    return Explanation("triton", gpu.arch, *chosen[0][:2], _steps(forward), *chosen[1][:2], _steps(backward))
 
 
 def _gpu(device: torch.device | str | None) -> Device | None:
@@ -115,7 +113,7 @@ def _gpu(device: torch.device | str | None) -> Device | None:
 
 def call_launches(
     device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
-    choice: Choice | None = None,
+    forward_choice: Choice | None = None, backward_choice: Choice | None = None,
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
     """The forward's and the backward's launches for a call with a bias, on the meta device, which has no memory."""
 
@@ -125,9 +123,9 @@ def call_launches(
     x, w, bias, y, s = empty(m, k), empty(n, k), empty(n), empty(m, n), empty(m, r)
     a, b = empty(r, k, of=lora_dtype), empty(n, r, of=lora_dtype)
     seed = empty(1, of=torch.int64) if dropout_p else None
-    forward = forward_launches(device, x, w, bias, a, b, s, y, seed, 1.0, dropout_p, choice)
+    forward = forward_launches(device, x, w, bias, a, b, s, y, seed, 1.0, dropout_p, forward_choice)
     backward = backward_launches(
-        device, x, y, w, a, b, s, seed, x, a, b, scaling=1.0, dropout_p=dropout_p, choice=choice
+        device, x, y, w, a, b, s, seed, x, a, b, scaling=1.0, dropout_p=dropout_p, choice=backward_choice
     )
     return forward, backward
 

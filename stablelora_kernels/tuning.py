@@ -99,13 +99,11 @@ def _tiles(device: Device, call: Call) -> list[Tile]:
         return [Tile(16, n, k, 4, 4) for n, k in sizes]
     if size == 4:
         return [Tile(32, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3)]
-    tiles = [
-        Tile(128, 128, 64, 8, 4),
-        Tile(128, 128, 64, 8, 3),
-        Tile(64, 128, 64, 4, 4),
-        Tile(128, 64, 64, 4, 4),
-        Tile(64, 256, 64, 8, 3),
-    ]
+    tiles = [Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(128, 64, 64, 4, 4)]
+    if 100 <= device.generation < 120:
+        # Wider ones outgrow tensor memory there.
+        return tiles
+    tiles.append(Tile(64, 256, 64, 8, 3))
     # Where accumulators are in registers, or the mask needs one more, this is too wide.
     return [*tiles, Tile(128, 256, 64, 8, 3)] if device.tma and not call.masked else tiles
 

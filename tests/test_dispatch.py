@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels import dispatch
 from stablelora_kernels.dispatch import DEVICES, Call, choose
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing import make_inputs
@@ -134,7 +133,11 @@ def test_explain_says_when_pytorch_runs():
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a finite number in \[0, 1\), got 1.0"),
         ({"device": "sm_75"}, ValueError, "one of sm_80, .*, got 'sm_75'"),
         ({"dtype": torch.float64}, TypeError, "dtype must be .*got torch.float64"),
-        ({"lora_dtype": torch.float16}, TypeError, "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16"),
+        (
+            {"lora_dtype": torch.float16},
+            TypeError,
+            "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16",
+        ),
     ],
 )
 def test_explain_checks_its_arguments(change, error, message):

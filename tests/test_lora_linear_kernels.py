@@ -351,8 +351,13 @@ def test_no_rows_launch_nothing_but_the_gradients_zeros(arch):
 
 def test_vendor_branch_in_one_launch_and_two_with_repeated_masks():
     call = Call("forward", 64 * 132, 256, 256, 16, BF16, BF16, True)
-    for m, expected in ((call.m, ["_lora_linear_branch_kernel"]), (64, ["_lora_shrink_kernel", "_lora_linear_branch_kernel"])):
-        x, w, a, b = (torch.empty(size, dtype=BF16, device="meta") for size in ((m, 256), (256, 256), (16, 256), (256, 16)))
+    for m, expected in (
+        (call.m, ["_lora_linear_branch_kernel"]),
+        (64, ["_lora_shrink_kernel", "_lora_linear_branch_kernel"]),
+    ):
+        x, w, a, b = (
+            torch.empty(size, dtype=BF16, device="meta") for size in ((m, 256), (256, 256), (16, 256), (256, 16))
+        )
         seed = torch.empty(1, dtype=torch.int64, device="meta")
         found = forward_launches(
             DEVICES["sm_90"], x, w, None, a, b, None, x.new_empty(m, 256), seed, 1.0, 0.1, Choice("vendor", "")

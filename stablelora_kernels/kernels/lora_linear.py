@@ -76,7 +76,8 @@ def _lora_shrink_kernel(
 @triton.jit
 def add_branch(
     acc, s, s_ptr, b_ptr, seed_ptr, rows, cols, col0, store_s, M, N, R, stride_sm, stride_bn, stride_br, scaling, threshold,
-    LOAD_S: tl.constexpr, MASK_BRANCH: tl.constexpr, WAIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    LOAD_S: tl.constexpr, MASK_BRANCH: tl.constexpr, WAIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + (S B^T) ∘ keep for a tile, with S read where LOAD_S, and else ``s`` scaled and rounded, and stored if ``store_s``."""
     rs = tl.arange(0, BLOCK_R).to(tl.int64)

@@ -34,8 +34,13 @@ class VendorProduct(NamedTuple):
     bias: Tensor | None
     y: Tensor
 
-    variant = "the vendor's product"
-    reason = "cuBLAS, hipBLASLt or, on a CPU, PyTorch's BLAS"
+    @property
+    def variant(self) -> str:
+        return "the vendor's product"
+
+    @property
+    def reason(self) -> str:
+        return "cuBLAS, hipBLASLt or, on a CPU, PyTorch's BLAS"
 
     def run(self, device: torch.device) -> None:
         launch_counts["vendor"] += 1
@@ -66,7 +71,8 @@ class Product(NamedTuple):
 
 
 def product_launches(device: Device, p: Product, choice: Choice) -> list[Launch | VendorProduct]:
-    """The launches for ``p`` by the kernel chosen."""
+    """The launches for ``p`` by the kernel chosen, which must be one that :func:`dispatch.choose` allows."""
+    dispatch.check_possible(p.call, choice.kernel)
     if p.call.m == 0 or p.call.n == 0:
         return []
     if choice.kernel == "fused":
@@ -117,8 +123,8 @@ def _shrink(device: Device, p: Product, lead: bool = False) -> Launch:
         f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout, ahead=lead)}",
         reason,
         (tiles_m, tiles_r, n),
-        (p.x, p.a, s, p.seed, parts, count, c.m, c.k, c.r, n, *p.x.stride(), *p.a.stride(), s.stride(0), p.scaling,
-         _threshold(p.dropout_p)),
+        (p.x, p.a, s, p.seed if dropout else None, parts, count, c.m, c.k, c.r, n, *p.x.stride(), *p.a.stride(),
+         s.stride(0), p.scaling, _threshold(p.dropout_p)),
         {"DROPOUT": dropout, "EVEN_K": c.k % tile.BLOCK_K == 0, "LEAD": lead, "BLOCK_M": tile.BLOCK_M,
          "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r, "INPUT_PRECISION": input_precision(device, c.dtype)},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
@@ -136,6 +142,8 @@ def _flags(**flags: bool) -> str:
 def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool) -> Launch:
     """The product and the branch: S computed beside it, and stored if wanted, or read."""
     c = p.call
+    # None where it is not read: pointers and None would be compiled apart.
+    p = p._replace(seed=p.seed if c.masked else None)
     wait = load_s and _overlap(device)
     # A pointer that is never followed still needs a type.
     s = p.y if p.s is None else p.s
@@ -239,10 +247,10 @@ def _tma_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags:
         (min(tiles, device.processors),),
         (_descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K),
          _descriptor(w, *((tile.BLOCK_K, tile.BLOCK_N) if trans else (tile.BLOCK_N, tile.BLOCK_K))),
-         p.bias, _descriptor(a, *a_block) if described_a else p.a, p.b, s, _descriptor(p.y, tile.BLOCK_M, part), p.seed, c.m, c.n, c.k, c.r, *p.a.stride(),
-         *p.b.stride(), s.stride(0), p.scaling, _threshold(p.dropout_p)),
-        flags | {"TRANS_W": trans, "DESCRIBED_A": described_a, "TRANS_A": trans_a, "SPECIALIZE": specialize, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
-                 "BLOCK_K": tile.BLOCK_K, "GROUP_M": 8},
+         p.bias, _descriptor(a, *a_block) if described_a else p.a, p.b, s, _descriptor(p.y, tile.BLOCK_M, part), p.seed,
+         c.m, c.n, c.k, c.r, *p.a.stride(), *p.b.stride(), s.stride(0), p.scaling, _threshold(p.dropout_p)),
+        flags | {"TRANS_W": trans, "DESCRIBED_A": described_a, "TRANS_A": trans_a, "SPECIALIZE": specialize,
+                 "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "GROUP_M": 8},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
 
@@ -267,6 +275,8 @@ def _branch(device: Device, p: Product) -> list[Launch]:
     share = triton.cdiv(col_tiles, shares) * tile.BLOCK_N
     if load_s and p.s is None:
         p = p._replace(s=p.x.new_empty(c.m, c.r))
+    shrink = [_shrink(device, p)] if load_s else []
+    p = p._replace(seed=p.seed if c.masked or not load_s else None)
     s = p.y if p.s is None else p.s
     words = "dx" if c.direction == "backward" else "y"
     flags = _flags(fused=not load_s, dropout=mask_x and not load_s, masked=c.masked)
@@ -283,7 +293,7 @@ def _branch(device: Device, p: Product) -> list[Launch]:
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
-    return [_shrink(device, p), launch] if load_s else [launch]
+    return [*shrink, launch]
 
 
 class Gradients(NamedTuple):
@@ -325,8 +335,8 @@ def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
         f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout)}",
         reason,
         (tiles_a + tiles_b, tiles_r, n),
-        (x, s, ds, g.dy, da, db, g.seed, parts, count, c.m, c.k, c.n, c.r, tiles_a, tiles_b, n, *x.stride(), s.stride(0),
-         ds.stride(0), *g.dy.stride(), _threshold(g.dropout_p)),
+        (x, s, ds, g.dy, da, db, g.seed if dropout else None, parts, count, c.m, c.k, c.n, c.r, tiles_a, tiles_b, n,
+         *x.stride(), s.stride(0), ds.stride(0), *g.dy.stride(), _threshold(g.dropout_p)),
         {"DROPOUT": dropout, "BLOCK_M": tile.BLOCK_K,
          "BLOCK_C": tile.BLOCK_M, "BLOCK_R": block_r, "INPUT_PRECISION": input_precision(device, c.dtype, transposed=True)},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},

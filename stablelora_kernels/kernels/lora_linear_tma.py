@@ -39,7 +39,7 @@ def _lora_linear_tma_kernel(
         s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k0 in range(0, K, BLOCK_K):
             x = x_desc.load([pid_m * BLOCK_M, k0])
-            if TRANS_W:
+            if TRANS_W:  # noqa: SIM108, since Triton wants both arms of a ternary to be of one shape
                 w = w_desc.load([k0, pid_n * BLOCK_N])
             else:
                 w = tl.trans(w_desc.load([pid_n * BLOCK_N, k0]))

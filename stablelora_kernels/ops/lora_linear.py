@@ -105,8 +105,13 @@ def backward_launches(
     dropout_p: float, choice: Choice | None = None,
 ) -> list[Any]:  # fmt: skip
     """What a backward launches on ``device`` for those of dX, dA and dB that are not None."""
-    from stablelora_kernels.kernels.lora_linear_launch import Gradients, Product
-    from stablelora_kernels.kernels.lora_linear_launch import gradient_launches, product_launches, shrink_launches
+    from stablelora_kernels.kernels.lora_linear_launch import (
+        Gradients,
+        Product,
+        gradient_launches,
+        product_launches,
+        shrink_launches,
+    )
 
     (m, n), (r, k) = grad.shape, lora_A.shape
     # The forward's formula with every matrix transposed gives dX, and dS on the way.
@@ -114,9 +119,7 @@ def backward_launches(
     ds = grad.new_empty(m, r) if da is not None else None
     launches: list[Any] = []
     if dx is not None and weight is not None:
-        product = Product(
-            call, grad, weight.t(), None, lora_B.t(), lora_A.t(), ds, dx, seed, scaling, dropout_p
-        )
+        product = Product(call, grad, weight.t(), None, lora_B.t(), lora_A.t(), ds, dx, seed, scaling, dropout_p)
         launches += product_launches(device, product, choice or dispatch.choose(device, call))
     elif ds is not None:
         product = Product(call, grad, grad, None, lora_B.t(), lora_A.t(), ds, grad, seed, scaling, dropout_p)

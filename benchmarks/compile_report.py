@@ -1,0 +1,299 @@
+"""What the compiler makes of every kernel and config that dispatch can pick, for GPUs that need not be there.
+
+    python -m benchmarks.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--json FILE] [--csv FILE]
+    python -m benchmarks.compile_report --write     compile all and renew the committed report
+    python -m benchmarks.compile_report --check     compile all, compare with it, and exit with 1 if something got worse
+        --quick: of most GPUs only a sample
+
+The committed report is benchmarks/results/compile_report.csv. Its rows are from one release of Triton, and are compared
+only under that. Columns: registers a thread; spills, bytes of local memory a thread; bytes of shared memory a program and the
+limit; the matrix instructions; the narrowest hot load and store in bits, defined in benchmarks/_machine_code.py; occupancy,
+the share of a processor's warps that are resident. What can't be compiled is listed at the end, and the exit status is 1. A
+row takes about 1.2 s of one core, 0.5 s once Triton has it in its cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from benchmarks import _machine_code as machine_code
+from benchmarks._occupancy import occupancy
+from benchmarks.report import aligned
+from stablelora_kernels.dispatch import DEVICES
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+REPORT = Path(__file__).parent / "results" / "compile_report.csv"
+# The release that the committed report was made with.
+TRITON = "3.9"
+# --quick compiles all rows of this one, and one in so many of each other, not the same ones of each.
+FULL, EVERY = "sm_90", 40
+
+Row = dict[str, Any]
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "kernel": str, "variant": str, "arch": str, "dtype": str, "registers": int, "spills": int, "shared_bytes": int,
+    "shared_limit": int, "mma": str, "load_bits": int, "store_bits": int, "occupancy": float,
+}  # fmt: skip
+KEYS = tuple(_TYPES)
+LABEL = KEYS[:4]
+# More registers than this are worse even at the same occupancy: it is the step they are given out in, and compilers' noise.
+REGISTERS = 8
+
+
+class Job(NamedTuple):
+    """A row to be: its first columns, and the launch that it is about."""
+
+    label: tuple[str, str, str, str]
+    launch: Any
+
+
+def kernel_name(launch: Any) -> str:
+    name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+    return "stable_adamw_square_sums" if name == "square_sums" else name
+
+
+def _launches(arch: str) -> Iterator[tuple[str, str, Any]]:
+    """(variant, dtype, launch) of all kernels."""
+    from benchmarks._launches import lora_linear_launches
+
+    for dtype, launch in lora_linear_launches(DEVICES[arch]):
+        yield launch.variant, dtype, launch
+    for dtype, launch in _stable_adamw_launches():
+        yield launch.variant, dtype, launch
+
+
+def _stable_adamw_launches() -> Iterator[tuple[str, Any]]:
+    """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain, and with all that AMP adds."""
+    from stablelora_kernels.kernels import stable_adamw as kernels
+    from stablelora_kernels.kernels._common import Launch
+    from stablelora_kernels.ops.stable_adamw_triton import TritonStep
+
+    int32, int64, floats = (torch.empty(64, dtype=d, device="meta") for d in (torch.int32, torch.int64, torch.float32))
+    # As the launchers pass them.
+    step = (int64, int64, int32, floats, int64, floats, int32, int32, *[floats] * 4, 64, 64, 1.0)
+    sums = (int64, int64, int64, int32, floats, len(kernels.TENSOR_COLUMNS), 64)
+
+    def built(kernel: Any, variant: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+        options = {"num_warps": kernels.NUM_WARPS}
+        return Launch(kernel, variant, reason="", grid=(64,), args=args, constants=constants, options=options)
+
+    for kind, dtype in enumerate(kernels.KINDS):
+        for wide in (True, False):
+            words = "aligned" if wide else "unaligned"
+            constants = {"VARIANTS": 1 << (2 * kind + wide), "CHUNK": TritonStep.CHUNK}
+            yield DTYPES[dtype], built(kernels._square_sums_kernel, words, sums, constants)
+            for amp in (False, True):
+                flags = dict.fromkeys(("HAS_SCALE", "HAS_INF", "CLIP"), amp) | {"GRAD_SUMS": kernels.MAX_GRAD_SUMS}
+                variant = f"{words} amp clip" if amp else words
+                yield DTYPES[dtype], built(kernels._stable_adamw_kernel, variant, step, constants | flags)
+
+
+@cache
+def jobs(arch: str) -> tuple[Job, ...]:
+    """One job for each piece of code. Where one variant stands for several, the arguments that tell them apart follow it."""
+    found: dict[tuple[str, str, str], list[tuple[Any, dict[str, str]]]] = defaultdict(list)
+    for variant, dtype, launch in _launches(arch):
+        alike, values = found[kernel_name(launch), variant, dtype], machine_code.values(launch, arch)
+        if values not in (other for _, other in alike):
+            alike.append((launch, values))
+    result = []
+    for (kernel, variant, dtype), alike in found.items():
+        names = {name: None for _, values in alike for name in values}
+        telling = [name for name in names if len({values.get(name) for _, values in alike}) > 1]
+        for launch, values in alike:
+            words = [variant, *(values[name] for name in telling if name in values)]
+            result.append(Job((kernel, " ".join(words), arch, dtype), launch))
+    return tuple(result)
+
+
+def make_row(job: Job) -> Row:
+    """Compile one launch and read what came out."""
+    arch = job.label[2]
+    compiled = machine_code.compile_launch(job.launch, arch)
+    facts, metadata = machine_code.read(compiled), compiled.metadata
+    columns = getattr(metadata, "tmem_size", 0) or 0
+    row = dict(zip(LABEL, job.label, strict=True)) | facts
+    row["shared_bytes"], row["shared_limit"] = metadata.shared, DEVICES[arch].shared_limit
+    row["occupancy"] = occupancy(arch, facts["registers"], metadata.shared, metadata.num_warps, columns)
+    return {key: row[key] for key in KEYS}
+
+
+def _work(arch: str, place: int) -> Row | str:
+    """In another process, which enumerates for itself: a launch can't be sent. A problem comes back in words."""
+    try:
+        return make_row(jobs(arch)[place])
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        text = str(getattr(cause, "error_message", None) or cause).strip() or "no message"
+        return f"{type(cause).__name__}: {text.splitlines()[-1]}"[:300]
+
+
+def _silence() -> None:
+    """Triton prints a failing kernel, thousands of lines, from C++ too."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+
+
+def compile_all(tasks: Sequence[tuple[str, int]], workers: int) -> Iterator[tuple[tuple[str, int], Row | str]]:
+    """(task, row or problem) as they are done; a compiler that crashes loses its own row only."""
+    left, now = list(tasks), workers
+    while left:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(now, context, _silence) as pool:
+            futures = [pool.submit(_work, *task) for task in left]
+            done = 0
+            try:
+                for task, future in zip(left, futures, strict=True):
+                    yield task, future.result()
+                    done += 1
+            except BrokenProcessPool:
+                # A lone worker takes tasks in order, so it is known which one it died of.
+                if now == 1:
+                    yield left[done], "the compiler crashed"
+                    done += 1
+                now = 1 if now > 1 else workers
+        left = left[done:]
+
+
+def worse(old: Row, new: Row) -> list[str]:
+    """What is worse in ``new``, a row that was ``old``, in words."""
+    found = [
+        f"{key} {old[key]} -> {new[key]}"
+        for key, bad in (
+            ("registers", new["registers"] > old["registers"] + REGISTERS),
+            ("spills", new["spills"] > old["spills"]),
+            ("mma", not set(old["mma"].split()) <= set(new["mma"].split())),
+            ("load_bits", new["load_bits"] < old["load_bits"]),
+            ("store_bits", new["store_bits"] < old["store_bits"]),
+            ("occupancy", new["occupancy"] < old["occupancy"]),
+        )
+        if bad
+    ]
+    if new["shared_bytes"] > new["shared_limit"]:
+        found.append(f"shared_bytes {new['shared_bytes']} > {new['shared_limit']}")
+    return found
+
+
+def label_of(row: Row) -> tuple[str, ...]:
+    return tuple(row[key] for key in LABEL)
+
+
+def compare(old: Sequence[Row], new: Sequence[Row], labels: Sequence[tuple[str, ...]]) -> list[str]:
+    """A line for each row of ``new`` that is worse than in ``old``, and for each of ``labels`` that one side lacks.
+
+    ``labels`` are all that there are now, of which ``new`` may be some.
+    """
+    before, now = {label_of(row): row for row in old}, set(labels)
+    lines = [f"{' | '.join(label)}: vanished" for label in before if label not in now]
+    lines += [f"{' | '.join(label)}: not in the committed report" for label in labels if label not in before]
+    for row in new:
+        label = label_of(row)
+        if label in before and (problems := worse(before[label], row)):
+            lines.append(f"{' | '.join(label)}: {', '.join(problems)}")
+    return lines
+
+
+def read_csv(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: _TYPES[key](value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, KEYS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(rows: Sequence[Row]) -> str:
+    return "\n".join(aligned([list(KEYS), *([str(row[key]) for key in KEYS] for row in rows)], left=len(LABEL)))
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.compile_report", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--arch", action="append", choices=DEVICES, help="only this GPU; may be repeated")
+    add("--kernel", default="", metavar="PREFIX", help="only kernels whose names begin so")
+    add("--quick", action="store_true", help=f"all rows of {FULL}, a fixed one in {EVERY} of the others")
+    add("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    add("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
+    add(
+        "--write",
+        action="store_true",
+        help=f"write them to {REPORT.relative_to(REPORT.parents[2])}, the committed report",
+    )
+    add(
+        "--check",
+        action="store_true",
+        help="compare them with the committed report; exit with 1 if something got worse",
+    )
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
+    if args.write and (args.arch or args.kernel or args.quick):
+        parser.error("--write replaces the whole report, so it takes no --arch, --kernel or --quick")
+    if (args.write or args.check) and not triton.__version__.startswith(f"{TRITON}."):
+        parser.error(f"the committed report is from Triton {TRITON}, this is {triton.__version__}")
+    if args.check and not REPORT.exists():
+        parser.error(f"there is no {REPORT}; make it with --write")
+    return args
+
+
+def _in_sample(arch: str, place: int) -> bool:
+    return arch == FULL or (place + 5 * list(DEVICES).index(arch)) % EVERY == 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for; the exit status."""
+    args = parse(argv)
+    archs = [arch for arch in DEVICES if not args.arch or arch in args.arch]
+    wanted = [(arch, i) for arch in archs for i, job in enumerate(jobs(arch)) if job.label[0].startswith(args.kernel)]
+    labels = [jobs(arch)[i].label for arch, i in wanted]
+    tasks = [task for task in wanted if not args.quick or _in_sample(*task)]
+    rows, failures = [], []
+    started = time.perf_counter()
+    for number, ((arch, place), result) in enumerate(compile_all(tasks, os.cpu_count() or 1), start=1):
+        if isinstance(result, str):
+            failures.append(f"{' | '.join(jobs(arch)[place].label)}: {result}")
+        else:
+            rows.append(result)
+        if number % 50 == 0 or number == len(tasks):
+            print(f"{number} of {len(tasks)}, {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.csv:
+        write_csv(args.csv, rows)
+    lines = []
+    if args.check:
+        old = [row for row in read_csv(REPORT) if row["arch"] in archs and row["kernel"].startswith(args.kernel)]
+        lines = compare(old, rows, labels)
+    for title, listed in (("Not compiled", failures), ("Worse than the committed report", lines)):
+        if listed:
+            print(f"\n{title}:\n" + "\n".join(listed), file=sys.stderr)
+    if args.write and not failures:
+        write_csv(REPORT, rows)
+        print(f"wrote {REPORT}", file=sys.stderr)
+    return 1 if failures or lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
