@@ -253,9 +253,9 @@ def rank_block(r: int, limit: int) -> int:
 # Y's tiles read through descriptors (lora_linear_tma).
 TMA_TILES = (
     TileRule(
-        lambda d, c: c.masked or c.n < 1024 or c.m < 1024,
+        lambda d, c: c.n < 1024 or c.m < 1024,
         Tile(128, 128, 64, 8, 4),
-        "the mask needs a second accumulator for half a tile; a small result needs more tiles to fill the GPU",
+        "a small result needs more tiles to fill the GPU",
     ),
     TileRule(
         lambda d, c: d.generation >= 100,

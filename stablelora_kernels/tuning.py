@@ -113,7 +113,7 @@ def candidates(device: Device, call: Call) -> list[Choice]:
     found = [dispatch.choose(device, call)]
     for kernel in dispatch.KERNELS[1:]:
         try:
-            dispatch.choose(device, call, kernel)
+            dispatch.check_possible(call, kernel)
         except ValueError:
             continue
         tiles = [] if kernel == "vendor" else _tiles(device, call)

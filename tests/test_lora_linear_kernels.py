@@ -99,6 +99,19 @@ def test_masked_gradients_through_the_fused_kernel(r, dtype, lora_dtype, arch):
         check(inputs, out, keep, 0.2)
 
 
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+@pytest.mark.parametrize("r", [8, 40])
+def test_masked_tiles_in_parts(width, r, monkeypatch):
+    """Two, four and eight parts of 16 or 32 columns, in their order, with edges inside a part and between parts."""
+    monkeypatch.setattr(dispatch, "device_of", lambda device: DEVICES["sm_90"])
+    monkeypatch.setattr(dispatch, "TMA_TILES", (TileRule(lambda d, c: True, Tile(16, width, 16, 4, 2), "a test"),))
+    inputs = make_inputs((66, 2 * width - 24), 48, r, dtype=BF16, lora_dtype=FP32, device=DEVICE)
+    before = launch_counts.copy()
+    out, keep = seeded_keep(inputs, 0.3, "auto")
+    assert "_lora_linear_tma_kernel" in names(before)
+    check(inputs, out, keep, 0.3)
+
+
 @pytest.mark.parametrize("r", [1, 3, 17, 31, 64, 65, 100, 200, 256, 257, 512])
 @pytest.mark.parametrize("rows", [4, 70])
 def test_any_rank(r, rows, monkeypatch):

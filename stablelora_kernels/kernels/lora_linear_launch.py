@@ -230,7 +230,9 @@ def _tma_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags:
     specialize = (
         100 <= device.generation < 120 and flags["LOAD_S"] and not c.masked and TRITON >= (3, 9) and tile.BLOCK_N <= 128
     )
-    part = tile.BLOCK_N if specialize else tile.BLOCK_N // 2
+    # The mask's random numbers are what takes the registers.
+    parts = 1 if specialize else max(2, tile.BLOCK_N // 32) if c.masked else 2
+    part = tile.BLOCK_N // parts
     # Y's way out and the branch's operands are in shared memory beside the pipeline's buffers.
     beside = c.dtype.itemsize * (tile.BLOCK_M * part + flags["BLOCK_R"] * (tile.BLOCK_M + part))
     tile = fit(tile, device, _stage(c, tile, flags), beside)
@@ -249,7 +251,7 @@ def _tma_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags:
          _descriptor(w, *((tile.BLOCK_K, tile.BLOCK_N) if trans else (tile.BLOCK_N, tile.BLOCK_K))),
          p.bias, _descriptor(a, *a_block) if described_a else p.a, p.b, s, _descriptor(p.y, tile.BLOCK_M, part), p.seed,
          c.m, c.n, c.k, c.r, *p.a.stride(), *p.b.stride(), s.stride(0), p.scaling, _threshold(p.dropout_p)),
-        flags | {"TRANS_W": trans, "DESCRIBED_A": described_a, "TRANS_A": trans_a, "SPECIALIZE": specialize,
+        flags | {"PARTS": parts, "TRANS_W": trans, "DESCRIBED_A": described_a, "TRANS_A": trans_a, "SPECIALIZE": specialize,
                  "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "GROUP_M": 8},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip

@@ -16,7 +16,8 @@ def _lora_linear_tma_kernel(
     stride_ar, stride_ak, stride_bn, stride_br, stride_sm,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    TRANS_W: tl.constexpr, DESCRIBED_A: tl.constexpr, TRANS_A: tl.constexpr, WAIT: tl.constexpr, SPECIALIZE: tl.constexpr,
+    PARTS: tl.constexpr, TRANS_W: tl.constexpr, DESCRIBED_A: tl.constexpr, TRANS_A: tl.constexpr, WAIT: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +55,7 @@ def _lora_linear_tma_kernel(
                     a = tl.trans(a_ptr_or_desc.load([0, k0]))
                 s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
 
-        if SPECIALIZE:
+        if PARTS == 1:
             # The compiler for sm_100 cannot yet split a tile between specialised warps.
             _finish(
                 acc, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, R, stride_bn,
@@ -62,15 +63,25 @@ def _lora_linear_tma_kernel(
                 BLOCK_R, INPUT_PRECISION,
             )  # fmt: skip
         else:
-            # Half a tile at a time: the masked branch takes half the registers, and Y's way out half the shared memory.
-            HALF: tl.constexpr = BLOCK_N // 2
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-            for half in tl.static_range(2):
+            # A part of the tile at a time: the masked branch takes fewer registers, and Y's way out less shared memory.
+            PART: tl.constexpr = BLOCK_N // PARTS
+            parts = _halves(acc)
+            if PARTS > 2:
+                parts = _halves(parts[0]) + _halves(parts[1])
+            if PARTS > 4:
+                parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
+            for i in tl.static_range(PARTS):
                 _finish(
-                    left if half == 0 else right, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, pid_m * BLOCK_M,
-                    pid_n * BLOCK_N + half * HALF, M, N, R, stride_bn, stride_br, stride_sm, scaling, threshold, HAS_BIAS,
-                    LOAD_S, STORE_S and half == 0, MASK_BRANCH, WAIT, BLOCK_M, HALF, BLOCK_R, INPUT_PRECISION,
+                    parts[i], s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, pid_m * BLOCK_M,
+                    pid_n * BLOCK_N + i * PART, M, N, R, stride_bn, stride_br, stride_sm, scaling, threshold, HAS_BIAS,
+                    LOAD_S, STORE_S and i == 0, MASK_BRANCH, WAIT, BLOCK_M, PART, BLOCK_R, INPUT_PRECISION,
                 )  # fmt: skip
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
