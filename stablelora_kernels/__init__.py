@@ -11,6 +11,7 @@ from stablelora_kernels.model import LoRAReport, apply_lora, merge_lora, remove_
 from stablelora_kernels.nn import LoRALinear
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
+from stablelora_kernels.tuning import get_autotune, set_autotune, use_autotune
 
 __all__ = [
     "Explanation",
@@ -24,6 +25,7 @@ __all__ = [
     "apply_lora",
     "explain",
     "functional",
+    "get_autotune",
     "get_backend",
     "get_kernel",
     "load_adapter",
@@ -32,9 +34,11 @@ __all__ = [
     "reference",
     "remove_lora",
     "save_adapter",
+    "set_autotune",
     "set_backend",
     "set_kernel",
     "unmerge_lora",
+    "use_autotune",
     "use_backend",
     "use_kernel",
 ]

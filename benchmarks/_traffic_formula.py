@@ -1,0 +1,269 @@
+"""Bytes that the kernels move by formula, without running them, and the least that is possible.
+
+What is counted how is said in ``_traffic``, which counts the same in the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.ops.stable_adamw import Pair
+from stablelora_kernels.ops.stable_adamw_triton import TritonStep
+
+
+class Traffic(NamedTuple):
+    """Bytes."""
+
+    read_issued: int = 0
+    written_issued: int = 0
+    read_unique: int = 0
+    written_unique: int = 0
+
+    @property
+    def issued(self) -> int:
+        return self.read_issued + self.written_issued
+
+    @property
+    def unique(self) -> int:
+        return self.read_unique + self.written_unique
+
+
+# The arguments of a launch, by name: "x" for x_ptr and x_desc. One tensor given as two arguments is "da=db".
+Tensors = dict[str, Traffic]
+# X, Y, dY and dX, under the names that the kernels have for them.
+ACTIVATIONS = frozenset({"x", "y", "dy"})
+
+
+def total(parts: Iterable[Traffic]) -> Traffic:
+    return Traffic(*map(sum, zip(Traffic(), *parts, strict=True)))
+
+
+def activation_bytes(tensors: Tensors) -> int:
+    """Unique bytes of X, Y, dY and dX; S and dS, of r columns, are none of them."""
+    return sum(traffic.unique for name, traffic in tensors.items() if ACTIVATIONS & set(name.split("=")))
+
+
+def named_tensors(pairs: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
+    """The tensors of a launch, descriptors' included."""
+    found: list[tuple[list[str], Tensor]] = []
+    for name, value in pairs:
+        tensor = value if isinstance(value, Tensor) else getattr(value, "base", None)
+        if tensor is None:
+            continue
+        name = name.removesuffix("_ptr_or_desc").removesuffix("_ptr").removesuffix("_desc")
+        for names, other in found:
+            if other is tensor:
+                names.append(name)
+                break
+        else:
+            found.append(([name], tensor))
+    return {"=".join(names): tensor for names, tensor in found}
+
+
+# The kernels.
+
+
+def _distinct(t: Tensor) -> int:
+    """Bytes of ``t`` in memory, where a dimension of stride 0 repeats them."""
+    elements = 1
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        elements *= size if stride or not size else 1
+    return elements * t.element_size()
+
+
+class _Account:
+    """Adds up what a launch reads and writes: always a whole tensor, so many times."""
+
+    def __init__(self, arguments: Iterable[tuple[str, Any]]) -> None:
+        self.by_name = {name: (key, t) for key, t in named_tensors(arguments).items() for name in key.split("=")}
+        self.tensors: dict[str, Traffic] = {}
+
+    def _add(self, name: str, times: int, counts: tuple[bool, bool], unique: bool = True) -> None:
+        key, t = self.by_name[name]
+        issued, distinct = times * t.numel() * t.element_size(), _distinct(t) if unique else 0
+        if issued:
+            reads, writes = counts
+            more = Traffic(issued * reads, issued * writes, distinct * reads, distinct * writes)
+            self.tensors[key] = total((self.tensors.get(key, Traffic()), more))
+
+    def read(self, name: str, times: int = 1) -> None:
+        self._add(name, times, (True, False))
+
+    def write(self, name: str, times: int = 1) -> None:
+        self._add(name, times, (False, True))
+
+    def share(self, splits: int, part: float = 1) -> None:
+        """A sum that ``splits`` programs share: stored, read, and counted; ``part`` of its memory is used."""
+        if splits > 1:
+            key, parts = self.by_name["partial"]
+            self.tensors[key] = Traffic(*[round(parts.numel() * part) * parts.element_size()] * 4)
+            self._add("counter", splits, (True, True))
+            # Set back to 0.
+            self._add("counter", 1, (False, True), unique=False)
+
+
+def formula_by_tensor(launch: Any) -> Tensors:
+    """What each tensor of a launch of ``lora_linear`` costs, without running it; tensors may be on the meta device."""
+    if not hasattr(launch, "kernel"):
+        account = _Account(launch._asdict().items())
+        for name in ("x", "w", *(() if launch.bias is None else ("bias",))):
+            account.read(name)
+        account.write("y")
+        return account.tensors
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
+    account = _Account(arguments.items())
+    _FORMULAS[launch.kernel.__name__](account, launch.grid, arguments)
+    return account.tensors
+
+
+def formula(launch: Any) -> Traffic:
+    """What a launch of ``lora_linear`` costs, as :func:`counted` would count it, without running it."""
+    return total(formula_by_tensor(launch).values())
+
+
+def _tiles(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _shrink(t: _Account, grid: tuple[int, ...], c: dict[str, Any]) -> None:
+    tiles_m, tiles_r, splits = grid
+    t.read("x", tiles_r)
+    t.read("a", tiles_m)
+    if c["DROPOUT"]:
+        t.read("seed", tiles_m * tiles_r * splits)
+    t.share(splits)
+    t.write("s")
+
+
+def _linear(t: _Account, grid: tuple[int, ...], c: dict[str, Any]) -> None:
+    """The product by any of the three kernels."""
+    tiles_m, tiles_n = _tiles(c["M"], c["BLOCK_M"]), _tiles(c["N"], c["BLOCK_N"])
+    # The descriptors' kernel finishes a tile in parts, each of which reads S and the seed, also beyond N.
+    parts = c["BLOCK_N"] // c["y_desc"].block_shape[1] if "y_desc" in c else 1
+    t.read("x", tiles_n)
+    t.read("w", tiles_m)
+    if c["HAS_BIAS"]:
+        t.read("bias", tiles_m)
+    t.read("b", tiles_m)
+    if c["MASK_BRANCH"]:
+        t.read("seed", tiles_m * tiles_n * parts)
+    if c["LOAD_S"]:
+        t.read("s", tiles_n * parts)
+    else:
+        t.read("a", tiles_m * tiles_n)
+        if c["STORE_S"]:
+            t.write("s")
+    if "SPLITS" in c:
+        # The room for S's sum stays empty where S is read.
+        t.share(c["SPLITS"], c["BLOCK_N"] / (c["BLOCK_N"] + c["BLOCK_R"]) if c["LOAD_S"] else 1)
+    t.write("y")
+
+
+def _branch(t: _Account, grid: tuple[int, ...], c: dict[str, Any]) -> None:
+    tiles_m, shares = grid
+    if c["MASK_X"] or c["MASK_BRANCH"]:
+        t.read("seed", tiles_m * shares)
+    if c["LOAD_S"]:
+        t.read("s", _tiles(c["N"], c["BLOCK_N"]))
+    else:
+        t.read("x", shares)
+        t.read("a", tiles_m * shares)
+        if c["STORE_S"]:
+            t.write("s")
+    t.read("b", tiles_m)
+    t.read("y")
+    t.write("y")
+
+
+def _grads(t: _Account, grid: tuple[int, ...], c: dict[str, Any]) -> None:
+    _, tiles_r, splits = grid
+    if c["TILES_A"]:
+        t.read("x", tiles_r)
+        t.read("ds", c["TILES_A"])
+        t.write("da")
+    if c["TILES_B"]:
+        t.read("dy", tiles_r)
+        t.read("s", c["TILES_B"])
+        t.write("db")
+    if c["DROPOUT"]:
+        t.read("seed", c["TILES_A"] * tiles_r * splits)
+    t.share(splits)
+
+
+_FORMULAS = {
+    "_lora_shrink_kernel": _shrink,
+    "_lora_linear_kernel": _linear,
+    "_lora_linear_small_kernel": _linear,
+    "_lora_linear_tma_kernel": _linear,
+    "_lora_linear_branch_kernel": _branch,
+    "_lora_linear_grads_kernel": _grads,
+}
+
+
+def optimizer_formula(numels: Sequence[int], itemsizes: Sequence[int], pairs: Sequence[Pair], latched: bool) -> Traffic:
+    """One step of one group, every parameter with a gradient, none clipped, unscaled; the pairs all shrink or have latched."""
+    chunks = [max(1, _tiles(numel, TritonStep.CHUNK)) for numel in numels]
+    every, n = sum(chunks), len(chunks)
+    a_chunks = sum(chunks[a] for a, _ in pairs)
+    shrinking = 0 if latched else a_chunks
+    # Each program: its chunk's place 8, addresses 16, tick 4, step 4, seven columns of its tensor 56, ten hyper-parameters 40,
+    # a word and an address 16. One of an A: whether it latched 4; while it shrinks, six columns more 48, the ratio 4, the sums.
+    sums = 0 if latched else 4 * sum(chunks[a] * (chunks[a] + chunks[b]) for a, b in pairs)
+    spans = 0 if latched else 4 * sum(chunks[a] + chunks[b] for a, b in pairs)
+    floor = floor_optimizer(numels, itemsizes)
+    return Traffic(
+        floor.read_issued + 144 * every + 4 * a_chunks + 52 * shrinking + sums,
+        floor.written_issued + 12 * every,
+        floor.read_unique + 16 * every + 72 * n + 56 + 4 * a_chunks + (48 * len(pairs) + 4) * bool(shrinking) + spans,
+        floor.written_unique + 12 * every,
+    )
+
+
+# The least that is possible: every operand read once, every result written once.
+
+
+def _floor(read: int, written: int) -> Traffic:
+    return Traffic(read, written, read, written)
+
+
+def floor_frozen_forward(m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True) -> Traffic:
+    """Y = X W^T + bias: X, W and bias read, Y written."""
+    return _floor((m * k + n * k + n * bias) * dtype.itemsize, m * n * dtype.itemsize)
+
+
+def floor_frozen_backward(m: int, n: int, k: int, dtype: torch.dtype) -> Traffic:
+    """dX = dY W: dY and W read, dX written."""
+    return _floor((m * n + n * k) * dtype.itemsize, m * k * dtype.itemsize)
+
+
+def floor_lora(
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    dropout: bool = False,
+    bias: bool = True,
+) -> tuple[Traffic, Traffic]:
+    """A LoRA layer's forward and backward, the latter for dX, dA and dB.
+
+    As the frozen layer's, with A, B and dropout's seed read in both, X read in backward, dA and dB written. Not S: it could be
+    computed again from X and A, which backward reads anyway.
+    """
+    adapters, seed = r * (n + k) * lora_dtype.itemsize, 8 * dropout
+    forward, backward = floor_frozen_forward(m, n, k, dtype, bias), floor_frozen_backward(m, n, k, dtype)
+    return (
+        total((forward, _floor(adapters + seed, 0))),
+        total((backward, _floor(m * k * dtype.itemsize + adapters + seed, adapters))),
+    )
+
+
+def floor_optimizer(numels: Sequence[int], itemsizes: Sequence[int]) -> Traffic:
+    """p, g, m and v read; p, m and v written; the moments are float32."""
+    elements, bytes_of_p = sum(numels), sum(numel * size for numel, size in zip(numels, itemsizes, strict=True))
+    return _floor(2 * bytes_of_p + 8 * elements, bytes_of_p + 8 * elements)

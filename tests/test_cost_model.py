@@ -1,0 +1,94 @@
+"""The cost model: the rivals' sequences are the published ones, and predictions behave."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from benchmarks import model
+from benchmarks._sequences import RIVALS, Shape
+from stablelora_kernels.dispatch import DEVICES
+
+H100 = model.load_gpu("h100")
+
+
+@pytest.mark.parametrize(
+    ("name", "dropout", "passes"),
+    [("eager (PEFT)", True, 21), ("Unsloth", False, 10), ("Axolotl", False, 9), ("LoRAFusion", True, 6)],
+)
+def test_rivals_make_the_passes_that_peers_says(name, dropout, passes):
+    """Bytes beyond the frozen layer's, in units of a square layer's activation, as r goes to nothing beside its sizes."""
+    s = Shape(2**20, 2**14, 2**14, 1, dropout)
+    total, frozen = (sum(work.bytes for works in RIVALS[n](s) for work in works) for n in (name, "frozen"))
+    assert (total - frozen) / (2 * s.m * s.k) == pytest.approx(passes, abs=0.01)
+
+
+def test_the_published_ratio_is_reproduced():
+    line = model.check_published(H100)[0]
+    assert "within 15%" in line and "NOT" not in line
+    # Half the bandwidth makes passes dear and the ratio wrong: the check can fail.
+    assert "NOT within 15%" in model.check_published(H100._replace(bandwidth=H100.bandwidth / 2))[0]
+
+
+@pytest.mark.parametrize("gpu", ["h100", "a100", "b200"])
+def test_every_gpu_file_is_whole(gpu):
+    loaded = model.load_gpu(gpu)
+    assert loaded.arch in DEVICES
+    content = json.loads((model.GPUS / f"{gpu}.json").read_text())
+    assert set(content) - {"sources"} == set(model.Gpu._fields)
+    assert {"bandwidth", "l2_bandwidth", "matrix_rate", "launch"} <= set(content["sources"])
+
+
+def test_unknown_gpu():
+    with pytest.raises(SystemExit, match="--gpu must be one of a100, b200, h100, got 'h1000'"):
+        model.load_gpu("h1000")
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_predictions_are_above_the_frozen_layer_and_grow(dropout):
+    for n, k in ((4096, 4096), (14336, 4096)):
+        before = 0.0
+        for m in model.ROWS:
+            s = Shape(m, n, k, 16, dropout)
+            whole = sum(model.ours(H100, s))
+            assert whole > sum(model.rival_seconds(H100, works) for works in RIVALS["frozen"](s))
+            assert whole >= before
+            before = whole
+
+
+def test_choice_is_among_the_kernels_and_regret_is_its_distance():
+    for s in (Shape(8, 4096, 4096, 16, False), Shape(8192, 4096, 4096, 128, True)):
+        for direction in ("forward", "backward"):
+            times = model.best(H100, s, direction)
+            chosen, fastest, more = model.regret(H100, s, direction)
+            assert times[fastest] == min(times.values())
+            assert more == pytest.approx(times[chosen] / times[fastest] - 1) and more >= 0
+    assert "fused" not in model.best(H100, Shape(64, 64, 64, 16, True), "forward")
+    assert "fused" not in model.best(H100, Shape(64, 64, 64, 65, False), "backward")
+
+
+def test_a_slower_triton_makes_the_vendor_win():
+    s = Shape(8192, 4096, 4096, 16, False)
+    for efficiency, expected in ((1.0, "split"), (0.7, "vendor")):
+        times = model.best(H100, s, "forward", efficiency)
+        assert min(times, key=times.__getitem__) == expected
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib", reason="plots need the bench extra")
+    monkeypatch.setattr(model, "SIZES", ((4096, 4096),))
+    monkeypatch.setattr(model, "ROWS", (64, 8192))
+    model.main(["--out", str(tmp_path), "--dropout", "0.1"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("All times are PREDICTED for an H100 SXM in bf16, dropout 0.1; none is measured.")
+    assert "published 1.27x mean" in printed
+    with (tmp_path / "predicted_dropout_0.1.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * len(model.RANKS)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png"}
+    with pytest.raises(SystemExit):
+        model.main(["--efficiency", "0"])
