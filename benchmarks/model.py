@@ -246,7 +246,7 @@ def plot(rows: list[dict[str, Any]], gpu: Gpu, directory: Path) -> list[Path]:
     with plt.rc_context(STYLE):
         for axis, fixed, label in (("m", ("r", 16), "rows"), ("r", ("m", 8192), "rank")):
             chosen = [row for row in mine if row[fixed[0]] == fixed[1]]
-            figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
+            figure, ax = plt.subplots(figsize=(7.2, 4), layout="constrained")
             for name in names:
                 over = [
                     (row[f"{name} forward"] + row[f"{name} backward"])
@@ -265,7 +265,7 @@ def plot(rows: list[dict[str, Any]], gpu: Gpu, directory: Path) -> list[Path]:
                 )
             ax.axhline(1, color="#444444", linewidth=0.8)
             ax.set_xscale("log", base=2)
-            ax.set_xticks(xs, [f"{x}" for x in xs])
+            ax.set_xticks(xs, [f"{x // 1024}k" if x >= 1024 else f"{x}" for x in xs])
             ax.set_xlabel(f"{label} ({fixed[0] if fixed[0] == 'r' else 'M'} = {fixed[1]})")
             ax.set_ylabel("forward + backward, over the frozen layer")
             p = chosen[0]["dropout"]
