@@ -258,6 +258,11 @@ TMA_TILES = (
         "a small result needs more tiles to fill the GPU",
     ),
     TileRule(
+        lambda d, c: c.masked and c.r > 32,
+        Tile(128, 128, 64, 8, 4),
+        "a rank block of 64 beside the mask's random numbers spills registers in a wider tile",
+    ),
+    TileRule(
         lambda d, c: d.generation >= 100,
         Tile(128, 128, 64, 8, 4),
         "Blackwell: a wider tile and its branch outgrow tensor memory, which the compiler answers with an empty kernel",

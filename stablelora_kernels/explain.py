@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels import backend, dispatch
+from stablelora_kernels import backend, dispatch, tuning
 from stablelora_kernels._checks import check_float, check_int
 from stablelora_kernels.dispatch import Call, Choice, Device
 from stablelora_kernels.ops.lora_linear import backward_launches, forward_launches
@@ -64,7 +64,8 @@ def explain(
     """The launches of ``lora_linear`` on [M, K] rows with a [N, K] weight, forward and backward with all three gradients.
 
     The list is made by the code that launches, on tensors without memory; nothing runs and no GPU is needed. It holds for
-    contiguous tensors at addresses that are multiples of 16 bytes; others take the kernels that read through pointers.
+    contiguous tensors at addresses that are multiples of 16 bytes; others take the kernels that read through pointers. Where
+    autotuning is on the table's answer is given, and the reasons say that a measurement may replace it.
 
     Args:
         M, N, K, r: rows, output features, input features, rank.
@@ -96,7 +97,11 @@ def explain(
         dispatch.choose(gpu, Call(direction, M, *sizes, r, dtype, lora_dtype, dropout_p > 0))
         for direction, sizes in (("forward", (N, K)), ("backward", (K, N)))
     ]
-    return Explanation("triton", gpu.arch, *chosen[0][:2], _steps(forward), *chosen[1][:2], _steps(backward))
+    # A kernel that is forced is not measured against others.
+    tuned = tuning.get_autotune() and dispatch.get_kernel() == "auto"
+    note = "; autotuning is on and may replace this by what it measures" if tuned else ""
+    (y, y_reason, _), (dx, dx_reason, _) = chosen
+    return Explanation("triton", gpu.arch, y, y_reason + note, _steps(forward), dx, dx_reason + note, _steps(backward))
 
 
 def _gpu(device: torch.device | str | None) -> Device | None:

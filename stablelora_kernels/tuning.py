@@ -104,8 +104,8 @@ def _tiles(device: Device, call: Call) -> list[Tile]:
         # Wider ones outgrow tensor memory there.
         return tiles
     tiles.append(Tile(64, 256, 64, 8, 3))
-    # Where accumulators are in registers, or the mask needs one more, this is too wide.
-    return [*tiles, Tile(128, 256, 64, 8, 3)] if device.tma and not call.masked else tiles
+    # Without descriptors this is too wide for the registers.
+    return [*tiles, Tile(128, 256, 64, 8, 3)] if device.tma else tiles
 
 
 def candidates(device: Device, call: Call) -> list[Choice]:

@@ -117,6 +117,15 @@ def test_explain_reads_well():
     assert forced.forward_reason == "asked for"
 
 
+def test_explain_says_when_a_measurement_may_replace_the_table():
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    assert "autotuning" not in str(slk.explain(8, 64, 64, 8, device="sm_90"))
+    with slk.use_autotune(True):
+        assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason.endswith("may replace this by what it measures")
+        with slk.use_kernel("split"):
+            assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason == "asked for"
+
+
 def test_explain_says_when_pytorch_runs():
     with slk.use_backend("torch"):
         said = slk.explain(8, 16, 16, 4, device="cpu")
