@@ -12,6 +12,7 @@ from stablelora_kernels.ops import lora_linear as ops
 from stablelora_kernels.reference import dropout_keep_ref, lora_linear_grads_ref, lora_linear_ref
 from stablelora_kernels.testing import assert_no_worse, make_inputs
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")
 SCALING = 1.7
@@ -29,16 +30,6 @@ SHAPES = [
     ((67, 33), 40, 100),
 ]
 DTYPES = [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16)]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs():
-    """Memory that an operator allocates and does not write holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def leaves(inputs: dict[str, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:

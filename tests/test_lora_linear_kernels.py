@@ -27,18 +27,11 @@ from stablelora_kernels.reference import dropout_keep_ref, lora_linear_ref, phil
 from stablelora_kernels.testing import assert_no_worse, make_inputs
 from tests.test_lora_linear import BF16, DEVICE, FP16, FP32, SCALING, check, eager, leaves, oracle, run
 
-pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended")
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 ARCHES = ("sm_80", "sm_90")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs():
-    """Memory that an operator allocates and does not write holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture(params=ARCHES)

@@ -76,6 +76,23 @@ def arrives_last(counter_ptr, n):
     return last
 
 
+@triton.jit
+def shared_sum(part, parts_ptr, counter_ptr, split, n):
+    """The sum of n programs' ``part`` and whether this program has it: the last to arrive adds up all of them in order."""
+    ROWS: tl.constexpr = part.shape[0]
+    COLUMNS: tl.constexpr = part.shape[1]
+    ptrs = parts_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    last = n == 1
+    if n > 1:
+        tl.store(ptrs + split * (ROWS * COLUMNS), part)
+        last = arrives_last(counter_ptr, n)
+        if last:
+            part = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+            for i in range(n):
+                part += tl.load(ptrs + i * (ROWS * COLUMNS), cache_modifier=".cg")
+    return part, last
+
+
 class Launch(NamedTuple):
     """A kernel and all that its launch needs, not launched yet."""
 

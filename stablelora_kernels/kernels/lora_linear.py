@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels._common import arrives_last, cast, dot, keep_mask, tile_of
+from stablelora_kernels.kernels._common import cast, dot, keep_mask, shared_sum, tile_of
 
 
 # Without do_not_specialize every batch size would be compiled anew: for 1, for multiples of 16 and for the rest.
@@ -58,17 +58,9 @@ def _lora_shrink_kernel(
         s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
 
     tile = pid_m * tl.num_programs(1) + pid_r
-    at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-    parts = partial_ptr + tile.to(tl.int64) * SPLITS * (BLOCK_M * BLOCK_R) + at
-    last = SPLITS == 1
-    if SPLITS > 1:
-        tl.store(parts + split * (BLOCK_M * BLOCK_R), s)
-        last = arrives_last(counter_ptr + tile, SPLITS)
+    parts_ptr = partial_ptr + tile.to(tl.int64) * SPLITS * (BLOCK_M * BLOCK_R)
+    s, last = shared_sum(s, parts_ptr, counter_ptr + tile, split, SPLITS)
     if last:
-        if SPLITS > 1:
-            s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-            for i in range(SPLITS):
-                s += tl.load(parts + i * (BLOCK_M * BLOCK_R), cache_modifier=".cg")
         s_ptrs = s_ptr + rows[:, None] * stride_sm + rs[None, :]
         tl.store(s_ptrs, cast(scaling * s, s_ptr.dtype.element_ty), mask=row_mask[:, None] & r_mask[None, :])
 

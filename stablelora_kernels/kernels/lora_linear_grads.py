@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels._common import arrives_last, cast, dot, keep_mask
+from stablelora_kernels.kernels._common import cast, dot, keep_mask, shared_sum
 
 
 @triton.jit
@@ -30,17 +30,9 @@ def _weight_grad_tile(
             z = tl.where(keep_mask(seed, rows, c0, C, threshold, BLOCK_C), z, 0.0)
         acc = dot(tl.trans(z), t, acc, INPUT_PRECISION)
 
-    at = tl.arange(0, BLOCK_C)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-    parts = partial_ptr + tile.to(tl.int64) * SPLITS * (BLOCK_C * BLOCK_R) + at
-    last = SPLITS == 1
-    if SPLITS > 1:
-        tl.store(parts + split * (BLOCK_C * BLOCK_R), acc)
-        last = arrives_last(counter_ptr + tile, SPLITS)
+    parts_ptr = partial_ptr + tile.to(tl.int64) * SPLITS * (BLOCK_C * BLOCK_R)
+    acc, last = shared_sum(acc, parts_ptr, counter_ptr + tile, split, SPLITS)
     if last:
-        if SPLITS > 1:
-            acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
-            for i in range(SPLITS):
-                acc += tl.load(parts + i * (BLOCK_C * BLOCK_R), cache_modifier=".cg")
         out_ptrs = out_ptr + cs[:, None] * stride_oc + rs[None, :] * stride_or
         tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=c_mask[:, None] & r_mask[None, :])
 
