@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stablelora_kernels.dispatch import Choice, Device
+from stablelora_kernels.dispatch import MAX_FUSED_R, Choice, Device
 from stablelora_kernels.explain import call_launches
 from stablelora_kernels.ops.lora_linear import forward_launches
 
@@ -34,10 +34,14 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
         torch.set_float32_matmul_precision(precision)
         try:
             for m, (n, k), r, p in product(ROWS, SIZES, ranks, (0.0, 0.1)):
-                # The last is brought on by force only, where dtypes are low.
-                choices = [None, Choice("vendor", "")] if m == ROWS[-1] else [None]
-                for choice in choices:
-                    for launches in call_launches(device, m, n, k, r, dtype, lora, p, choice, choice):
+                # What a table picks, and, of many rows, what is brought on by force or by measuring only.
+                pairs: list[tuple[Choice | None, Choice | None]] = [(None, None)]
+                if m == ROWS[-1]:
+                    pairs.append((Choice("vendor", ""), Choice("vendor", "")))
+                    if r <= MAX_FUSED_R:
+                        pairs.append((None if p else Choice("fused", ""), Choice("fused", "")))
+                for forward, backward in pairs:
+                    for launches in call_launches(device, m, n, k, r, dtype, lora, p, forward, backward):
                         for launch in launches:
                             if hasattr(launch, "kernel"):
                                 # Some products stay exact where TensorFloat-32 is allowed.

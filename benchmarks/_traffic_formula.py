@@ -34,8 +34,8 @@ class Traffic(NamedTuple):
 
 # The arguments of a launch, by name: "x" for x_ptr and x_desc. One tensor given as two arguments is "da=db".
 Tensors = dict[str, Traffic]
-# X, Y, dY and dX, under the names that the kernels have for them.
-ACTIVATIONS = frozenset({"x", "y", "dy"})
+# X, Y, dY and dX, under the names that the kernels have for them; "z" is X beside dX.
+ACTIVATIONS = frozenset({"x", "y", "dy", "z"})
 
 
 def total(parts: Iterable[Traffic]) -> Traffic:
@@ -90,20 +90,33 @@ class _Account:
             more = Traffic(issued * reads, issued * writes, distinct * reads, distinct * writes)
             self.tensors[key] = total((self.tensors.get(key, Traffic()), more))
 
-    def read(self, name: str, times: int = 1) -> None:
-        self._add(name, times, (True, False))
+    def read(self, name: str, times: int = 1, unique: bool = True) -> None:
+        """``unique`` False: the launch has counted it already."""
+        self._add(name, times, (True, False), unique)
 
     def write(self, name: str, times: int = 1) -> None:
         self._add(name, times, (False, True))
 
-    def share(self, splits: int, part: float = 1) -> None:
+    def share(self, splits: int, part: float = 1, prefix: str = "") -> None:
         """A sum that ``splits`` programs share: stored, read, and counted; ``part`` of its memory is used."""
         if splits > 1:
-            key, parts = self.by_name["partial"]
+            key, parts = self.by_name[f"{prefix}partial"]
             self.tensors[key] = Traffic(*[round(parts.numel() * part) * parts.element_size()] * 4)
-            self._add("counter", splits, (True, True))
+            self._add(f"{prefix}counter", splits, (True, True))
             # Set back to 0.
-            self._add("counter", 1, (False, True), unique=False)
+            self._add(f"{prefix}counter", 1, (False, True), unique=False)
+
+    def grad_beside(
+        self, z: str, t: str, columns: int, c: dict[str, Any], seeded: bool = False, again: str = ""
+    ) -> None:
+        """dA or dB, of ``columns`` columns, beside another result, for which ``again`` was read already."""
+        tiles_c, tiles_r = _tiles(columns, c["GRAD_C"]), _tiles(c["R"], c["GRAD_R"])
+        self.read(z, tiles_r, unique=z != again)
+        self.read(t, tiles_c, unique=t != again)
+        if seeded:
+            self.read("seed", tiles_c * tiles_r * c["GRAD_SPLITS"], unique=False)
+        self.share(c["GRAD_SPLITS"], prefix="grad_")
+        self.write("grad")
 
 
 def formula_by_tensor(launch: Any) -> Tensors:
@@ -116,7 +129,8 @@ def formula_by_tensor(launch: Any) -> Tensors:
         return account.tensors
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
     account = _Account(arguments.items())
-    _FORMULAS[launch.kernel.__name__](account, launch.grid, arguments)
+    arguments["GRID"] = launch.grid
+    _FORMULAS[launch.kernel.__name__](account, arguments)
     return account.tensors
 
 
@@ -129,17 +143,19 @@ def _tiles(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _shrink(t: _Account, grid: tuple[int, ...], c: dict[str, Any]) -> None:
-    tiles_m, tiles_r, splits = grid
+def _shrink(t: _Account, c: dict[str, Any]) -> None:
+    tiles_m, tiles_r = _tiles(c["M"], c["BLOCK_M"]), _tiles(c["R"], c["BLOCK_R"])
     t.read("x", tiles_r)
     t.read("a", tiles_m)
     if c["DROPOUT"]:
-        t.read("seed", tiles_m * tiles_r * splits)
-    t.share(splits)
+        t.read("seed", tiles_m * tiles_r * c["SPLITS"])
+    t.share(c["SPLITS"])
     t.write("s")
+    if c["HAS_GRAD"]:
+        t.grad_beside("x", "t", c["K"], c, again="x")
 
 
-def _linear(t: _Account, grid: tuple[int, ...], c: dict[str, Any]) -> None:
+def _linear(t: _Account, c: dict[str, Any]) -> None:
     """The product by any of the three kernels."""
     tiles_m, tiles_n = _tiles(c["M"], c["BLOCK_M"]), _tiles(c["N"], c["BLOCK_N"])
     # The descriptors' kernel finishes a tile in parts, each of which reads S and the seed, also beyond N.
@@ -158,13 +174,16 @@ def _linear(t: _Account, grid: tuple[int, ...], c: dict[str, Any]) -> None:
         if c["STORE_S"]:
             t.write("s")
     if "SPLITS" in c:
-        # The room for S's sum stays empty where S is read.
-        t.share(c["SPLITS"], c["BLOCK_N"] / (c["BLOCK_N"] + c["BLOCK_R"]) if c["LOAD_S"] else 1)
+        # The room for S's sum stays empty where S is read, and that for rows beyond M always.
+        columns = c["BLOCK_N"] + (0 if c["LOAD_S"] else c["BLOCK_R"])
+        t.share(c["SPLITS"], c["M"] * columns / (c["BLOCK_M"] * (c["BLOCK_N"] + c["BLOCK_R"])))
     t.write("y")
+    if c["HAS_GRAD"]:
+        t.grad_beside("z", "s", c["N"], c, seeded=c["MASK_BRANCH"], again="s")
 
 
-def _branch(t: _Account, grid: tuple[int, ...], c: dict[str, Any]) -> None:
-    tiles_m, shares = grid
+def _branch(t: _Account, c: dict[str, Any]) -> None:
+    tiles_m, shares = c["GRID"]
     if c["MASK_X"] or c["MASK_BRANCH"]:
         t.read("seed", tiles_m * shares)
     if c["LOAD_S"]:
@@ -179,18 +198,19 @@ def _branch(t: _Account, grid: tuple[int, ...], c: dict[str, Any]) -> None:
     t.write("y")
 
 
-def _grads(t: _Account, grid: tuple[int, ...], c: dict[str, Any]) -> None:
-    _, tiles_r, splits = grid
-    if c["TILES_A"]:
+def _grads(t: _Account, c: dict[str, Any]) -> None:
+    tiles_r, splits = _tiles(c["R"], c["BLOCK_R"]), c["SPLITS"]
+    tiles_a, tiles_b = _tiles(c["K"], c["BLOCK_C"]), _tiles(c["N"], c["BLOCK_C"])
+    if c["PROGRAMS_A"]:
         t.read("x", tiles_r)
-        t.read("ds", c["TILES_A"])
+        t.read("ds", tiles_a)
         t.write("da")
-    if c["TILES_B"]:
+    if c["GRID"][0] > c["PROGRAMS_A"]:
         t.read("dy", tiles_r)
-        t.read("s", c["TILES_B"])
+        t.read("s", tiles_b)
         t.write("db")
     if c["DROPOUT"]:
-        t.read("seed", c["TILES_A"] * tiles_r * splits)
+        t.read("seed", tiles_a * tiles_r * splits)
     t.share(splits)
 
 

@@ -77,19 +77,24 @@ def _operations(launch: Any, gpu: Gpu) -> float:
     def up(size: int, block: int) -> int:
         return -(-size // block) * block
 
-    ranks, wide = up(r, v["BLOCK_R"]), max(v["BLOCK_R"], gpu.narrow_columns)
+    def ranks_of(block: int) -> int:
+        return up(r, block) // block * max(block, gpu.narrow_columns)
+
     if name == "_lora_linear_grads_kernel":
-        columns = (v["TILES_A"] + v["TILES_B"]) * v["BLOCK_C"]
-        return 2.0 * columns * m * (wide * ranks / v["BLOCK_R"])
+        programs_b = launch.grid[0] - v["PROGRAMS_A"]
+        columns = up(k, v["BLOCK_C"]) * (v["PROGRAMS_A"] > 0) + up(n, v["BLOCK_C"]) * (programs_b > 0)
+        return 2.0 * columns * m * ranks_of(v["BLOCK_R"])
     rows = up(m, v["BLOCK_M"])
     if name == "_lora_shrink_kernel":
-        return 2.0 * rows * k * (wide * ranks / v["BLOCK_R"])
+        beside = 2.0 * up(k, v["GRAD_C"]) * m * ranks_of(v["GRAD_R"]) if v["HAS_GRAD"] else 0.0
+        return 2.0 * rows * k * ranks_of(v["BLOCK_R"]) + beside
     columns = up(n, v["BLOCK_N"])
-    branch = 2.0 * rows * columns * ranks
+    branch = 2.0 * rows * columns * up(r, v["BLOCK_R"])
     if name == "_lora_linear_branch_kernel":
-        return branch + (0.0 if v["LOAD_S"] else 2.0 * rows * k * wide * launch.grid[1])
-    s = 0.0 if v["LOAD_S"] else 2.0 * rows * k * wide * columns / v["BLOCK_N"]
-    return 2.0 * rows * columns * k + branch + s
+        return branch + (0.0 if v["LOAD_S"] else 2.0 * rows * k * ranks_of(v["BLOCK_R"]) * launch.grid[1])
+    s = 0.0 if v["LOAD_S"] else 2.0 * rows * k * ranks_of(v["BLOCK_R"]) * columns / v["BLOCK_N"]
+    beside = 2.0 * columns * m * ranks_of(v["GRAD_R"]) if v["HAS_GRAD"] else 0.0
+    return 2.0 * rows * columns * k + branch + s + beside
 
 
 def _in_flight(launch: Any, gpu: Gpu) -> float:

@@ -124,14 +124,9 @@ RULES = (
         "float32, more than 16 rows: Triton's exact product has no matrix instruction, the vendor's is tuned by hand",
     ),
     Rule(
-        lambda d, c: c.direction == "backward" and c.r <= 32,
-        "fused",
-        "dX up to rank 32: dS beside dX costs at most 32/128 of its products, and saves a pass over dY and a launch",
-    ),
-    Rule(
         lambda d, c: c.direction == "backward",
         "split",
-        "dX above rank 32: dS beside every column tile of dX would cost more than reading dY once more",
+        "dX: dS on its own goes with dB, in one pass over dY, and dA with dX: two launches that may overlap, at any rank",
     ),
     Rule(
         lambda d, c: c.dropout,
@@ -139,19 +134,15 @@ RULES = (
         "dropout: the mask is drawn once an element, not again for every column tile",
     ),
     Rule(
-        lambda d, c: c.m <= SMALL_M and c.r <= 32,
+        lambda d, c: c.m <= SMALL_M and c.r <= MAX_FUSED_R,
         "fused",
-        f"up to {SMALL_M} rows and rank 32: bound by reading W, S costs nothing beside it, and one launch is the least",
-    ),
-    Rule(
-        lambda d, c: c.m <= 2048 and c.r <= 16,
-        "fused",
-        "up to 2048 rows and rank 16: S beside the product costs at most 16/128 of it, about as much as a launch",
+        f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: bound by reading W, S costs little beside it, and saves a launch",
     ),
     Rule(
         lambda d, c: True,
         "split",
-        "many rows or a high rank: reading X once more costs less than S beside every column tile",
+        "many rows or a high rank: one more read of X costs less than S beside every column tile, whose matrix instructions "
+        "are too narrow to be fed at full rate",
     ),
 )
 
@@ -337,6 +328,15 @@ def fit(tile: Tile, device: Device, bytes_a_stage: int, bytes_beside: int = 0) -
     return tile._replace(num_stages=stages)
 
 
-def splits(device: Device, tiles: int, steps: int, least_steps: int = 4, most: int = 16) -> int:
-    """How many programs share a tile's sum: enough for two on every processor, each with at least ``least_steps`` steps."""
-    return max(1, min(2 * device.processors // max(tiles, 1), steps // least_steps, most))
+def splits(device: Device, tiles: int, steps: int, programs: int = 2, least_steps: int = 4, most: int = 16) -> int:
+    """How many programs share a tile's sum: enough for ``programs`` on every processor, each with ``least_steps`` steps."""
+    return max(1, min(programs * device.processors // max(tiles, 1), steps // least_steps, most))
+
+
+def chunks(rows: int, block_r: int, steps: int) -> int:
+    """Into how many chunks of rows dB's sum is cut beside dS, so that what one of the two has read is in L2 for the other.
+
+    A chunk's part of dB, stored and read again in float32, is an eighth of the chunk of dY that it sums up. Of ``steps`` of the
+    sum, a chunk has at least 4.
+    """
+    return max(1, min(-(-rows // (32 * block_r)), steps // 4))

@@ -129,8 +129,9 @@ def call_launches(
     a, b = empty(r, k, of=lora_dtype), empty(n, r, of=lora_dtype)
     seed = empty(1, of=torch.int64) if dropout_p else None
     forward = forward_launches(device, x, w, bias, a, b, s, y, seed, 1.0, dropout_p, forward_choice)
+    dx, da, db = (torch.empty_like(t) for t in (x, a, b))
     backward = backward_launches(
-        device, x, y, w, a, b, s, seed, x, a, b, scaling=1.0, dropout_p=dropout_p, choice=backward_choice
+        device, x, y, w, a, b, s, seed, dx, da, db, scaling=1.0, dropout_p=dropout_p, choice=backward_choice
     )
     return forward, backward
 

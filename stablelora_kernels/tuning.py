@@ -142,8 +142,9 @@ def entry_key(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> str:
     """What an answer holds for, in words.
 
     M is rounded up to a power of two: batches of any size share few answers, none of them across a limit of the table's
-    kernels, which are powers of two. Left out is what hardly costs time: dropout's probability, A's and B's strides, and
-    whether S is kept, so that a checkpointed layer takes the same kernel when its forward is computed again.
+    kernels, which are powers of two. Left out is what hardly costs time: dropout's probability, A's and B's strides, whether
+    dA and dB are wanted beside dX, and whether S is kept, so that a checkpointed layer takes the same kernel when its forward
+    is computed again.
     """
     m = 1 << (call.m - 1).bit_length()
     words = [f"{call.direction} m<={m} n={call.n} k={call.k} r={call.r}", str(call.dtype), f"lora {call.lora_dtype}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from benchmarks import model
 from benchmarks._sequences import RIVALS, Shape
+from stablelora_kernels import backend
 from stablelora_kernels.dispatch import DEVICES
 
 H100 = model.load_gpu("h100")
@@ -69,6 +71,17 @@ def test_choice_is_among_the_kernels_and_regret_is_its_distance():
             assert more == pytest.approx(times[chosen] / times[fastest] - 1) and more >= 0
     assert "fused" not in model.best(H100, Shape(64, 64, 64, 16, True), "forward")
     assert "fused" not in model.best(H100, Shape(64, 64, 64, 65, False), "backward")
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_dispatch_tables_crossovers_are_the_models(dropout, monkeypatch):
+    """On the GPU that the tables are for, no other kernel is predicted to be faster by more than 1 %."""
+    # Nothing runs, and the interpreter's launches would not overlap.
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    for n, k in model.SIZES:
+        for m, r, direction in itertools.product(model.ROWS, model.RANKS, ("forward", "backward")):
+            chosen, fastest, more = model.regret(H100, Shape(m, n, k, r, dropout), direction)
+            assert more < 0.01, (m, n, k, r, direction, chosen, fastest)
 
 
 def test_a_slower_triton_makes_the_vendor_win():

@@ -26,18 +26,16 @@ def call(direction="forward", m=4096, n=4096, k=4096, r=16, dtype=BF16, dropout=
     ("given", "kernel"),
     [
         (call(m=1), "fused"),
-        (call(m=64, r=32), "fused"),
-        (call(m=64, r=33), "split"),
-        (call(m=2048), "fused"),
-        (call(m=2048, r=17), "split"),
-        (call(m=2049), "split"),
+        (call(m=64, r=64), "fused"),
+        (call(m=64, r=65), "split"),
+        (call(m=65, r=1), "split"),
         (call(m=8, dropout=True), "split"),
         (call(m=2048, dropout=True), "split"),
         (call(dtype=FP32, m=17), "vendor"),
         (call(dtype=FP32, m=16), "fused"),
-        (call("backward", r=32), "fused"),
-        (call("backward", r=32, dropout=True), "fused"),
-        (call("backward", r=33), "split"),
+        (call("backward"), "split"),
+        (call("backward", m=1, dropout=True), "split"),
+        (call("backward", dtype=FP32, m=16), "split"),
         (call("backward", dtype=FP32), "vendor"),
     ],
     ids=str,
@@ -104,9 +102,11 @@ def test_environment_variable_is_checked():
 def test_explain_reads_well():
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
     said = slk.explain(8192, 4096, 4096, 16, dropout_p=0.1, device="sm_90")
-    assert (said.forward_kernel, said.backward_kernel) == ("split", "fused")
-    assert [step.kernel for step in said.forward] == ["lora_shrink", "lora_linear_tma"]
-    assert [step.kernel for step in said.backward] == ["lora_linear_tma", "lora_linear_grads"]
+    assert (said.forward_kernel, said.backward_kernel) == ("split", "split")
+    for steps in (said.forward, said.backward):
+        assert [step.kernel for step in steps] == ["lora_shrink", "lora_linear_tma"]
+    for step, beside in zip(said.backward, ("dB", "dA"), strict=True):
+        assert beside in step.variant.split()
     text = str(said)
     assert text.startswith("backend triton on sm_90\nforward: split (dropout: the mask is drawn once an element")
     for step in (*said.forward, *said.backward):

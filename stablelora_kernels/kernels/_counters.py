@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 # A counter a tile; more tiles than this fill any GPU without sharing sums.
-MAX_COUNTERS = 4096
+MAX_COUNTERS = 2048
+LANES = 4
 # For launches that a CUDA graph captures: a mebibyte for each device.
 _CAPTURE_COUNTERS = 1 << 18
 
@@ -17,9 +18,9 @@ _for_capture: dict[int, tuple[Tensor, int]] = {}
 
 
 def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
-    """``n`` counters for one launch on ``device``'s current stream, n <= MAX_COUNTERS / 2.
+    """``n`` counters for one sum on ``device``'s current stream, n <= MAX_COUNTERS.
 
-    A launch that may begin before the one ahead of it has ended takes the other lane: 0 or 1.
+    Sums that may be computed at the same time, in one launch or in two that may overlap, take different lanes below LANES.
     """
     if device.type == "meta":
         return torch.empty(n, dtype=torch.int32, device=device)
@@ -35,9 +36,8 @@ def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
             # Whatever stream captures must find them zeroed.
             torch.cuda.current_stream(index).synchronize()
     if key not in _by_stream:
-        _by_stream[key] = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
-    half = MAX_COUNTERS // 2
-    return _by_stream[key][lane * half : lane * half + n]
+        _by_stream[key] = torch.zeros(LANES * MAX_COUNTERS, dtype=torch.int32, device=device)
+    return _by_stream[key][lane * MAX_COUNTERS : lane * MAX_COUNTERS + n]
 
 
 def _captured(n: int, index: int, device: torch.device) -> Tensor:

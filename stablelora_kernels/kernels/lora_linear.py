@@ -16,28 +16,65 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels._common import cast, dot, keep_mask, shared_sum, tile_of
+from stablelora_kernels.kernels.lora_linear_grads import weight_grad
 
 
 # Without do_not_specialize every batch size would be compiled anew: for 1, for multiples of 16 and for the rest.
-@triton.jit(do_not_specialize=["M", "SPLITS", "threshold"])
+@triton.jit(do_not_specialize=["M", "SPLITS", "GRAD_PROGRAMS", "GRAD_SPLITS", "threshold"])
 def _lora_shrink_kernel(
-    x_ptr, a_ptr, s_ptr, seed_ptr, partial_ptr, counter_ptr,
-    M, K, R, SPLITS,
-    stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
+    x_ptr, a_ptr, s_ptr, seed_ptr, partial_ptr, counter_ptr, t_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
+    M, K, R, SPLITS, GRAD_PROGRAMS, GRAD_SPLITS,
+    stride_xm, stride_xk, stride_ar, stride_ak, stride_sm, stride_tm,
     scaling, threshold,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, LEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, LEAD: tl.constexpr, HAS_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S = s' (X ∘ keep) A^T;  X [M, K], A [R, K], S [M, R].
+    """S = s' (X ∘ keep) A^T, and grad = X^T T where HAS_GRAD;  X [M, K], A [R, K], S and T [M, R], grad [K, R].
 
-    Programs: tiles of rows, blocks of ranks, SPLITS parts of K, the last of which to finish adds up all of them in order.
+    Programs of S: tiles of rows, in each blocks of ranks, in each SPLITS parts of K, the last of which to finish adds up all of
+    them in order. Programs of grad are strewn among them evenly: both go through the rows of X at one pace, so that the second
+    to read a row finds it in L2.
     """
     if LEAD:
         # The wide product that follows needs S at its end only: it may take what room is left on the GPU from here on.
         tl.extra.cuda.gdc_launch_dependents()
-    pid_m, pid_r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rs = pid_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+    program = tl.program_id(0)
+    if HAS_GRAD:
+        # How many of the programs before this one, and before the next, are grad's.
+        grads = (program.to(tl.int64) * GRAD_PROGRAMS // tl.num_programs(0)).to(tl.int32)
+        grads_next = ((program + 1).to(tl.int64) * GRAD_PROGRAMS // tl.num_programs(0)).to(tl.int32)
+        if grads_next > grads:
+            weight_grad(
+                grads, x_ptr, t_ptr, grad_ptr, seed_ptr, grad_partial_ptr, grad_counter_ptr, M, K, R, GRAD_SPLITS, stride_xm,
+                stride_xk, stride_tm, R, 1, threshold, False, GRAD_M, GRAD_C, GRAD_R, GRAD_STAGES, GRAD_PRECISION,
+            )  # fmt: skip
+        else:
+            _shrink(
+                program - grads, x_ptr, a_ptr, s_ptr, seed_ptr, partial_ptr, counter_ptr, M, K, R, SPLITS, stride_xm, stride_xk,
+                stride_ar, stride_ak, stride_sm, scaling, threshold, DROPOUT, EVEN_K, BLOCK_M, BLOCK_K, BLOCK_R,
+                INPUT_PRECISION,
+            )  # fmt: skip
+    else:
+        _shrink(
+            program, x_ptr, a_ptr, s_ptr, seed_ptr, partial_ptr, counter_ptr, M, K, R, SPLITS, stride_xm, stride_xk, stride_ar,
+            stride_ak, stride_sm, scaling, threshold, DROPOUT, EVEN_K, BLOCK_M, BLOCK_K, BLOCK_R, INPUT_PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _shrink(
+    program, x_ptr, a_ptr, s_ptr, seed_ptr, partial_ptr, counter_ptr, M, K, R, SPLITS, stride_xm, stride_xk, stride_ar,
+    stride_ak, stride_sm, scaling, threshold,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the ``program``-th of S's programs does."""
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    tile, split = program // SPLITS, program % SPLITS
+    rows = (tile // tiles_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
     row_mask, r_mask = rows < M, rs < R
     if DROPOUT:
@@ -57,7 +94,6 @@ def _lora_shrink_kernel(
             x = tl.where(keep_mask(seed, rows, k0, K, threshold, BLOCK_K), x, 0.0)
         s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
 
-    tile = pid_m * tl.num_programs(1) + pid_r
     parts_ptr = partial_ptr + tile.to(tl.int64) * SPLITS * (BLOCK_M * BLOCK_R)
     s, last = shared_sum(s, parts_ptr, counter_ptr + tile, split, SPLITS)
     if last:
@@ -100,22 +136,50 @@ def add_branch(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit
+def grad_beside(
+    program, z_ptr, s_ptr, grad_ptr, seed_ptr, partial_ptr, counter_ptr, M, N, R, SPLITS, stride_zm, stride_zn, stride_sm,
+    threshold,
+    DROPOUT: tl.constexpr, WAIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad = S^T (Z ∘ keep), [R, N], by programs of a product's launch; S is the launch before's."""
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
+    weight_grad(
+        program, z_ptr, s_ptr, grad_ptr, seed_ptr, partial_ptr, counter_ptr, M, N, R, SPLITS, stride_zm, stride_zn, stride_sm,
+        1, N, threshold, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R, STAGES, INPUT_PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "PRODUCTS", "GRAD_SPLITS", "threshold"])
 def _lora_linear_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr,
-    M, N, K, R,
+    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr, z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
+    M, N, K, R, PRODUCTS, GRAD_SPLITS,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
+    stride_zm, stride_zn,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    EVEN_K: tl.constexpr, WAIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, WAIT: tl.constexpr, HAS_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
 
     S is accumulated beside the base product, and R is at most BLOCK_R then, or read where LOAD_S. keep, of Y's shape, is all
-    ones unless MASK_BRANCH.
+    ones unless MASK_BRANCH. Where HAS_GRAD, the programs from PRODUCTS on compute grad = S^T (Z ∘ keep), Z [M, N], grad [R, N].
     """
-    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    program = tl.program_id(0)
+    if HAS_GRAD:  # noqa: SIM102, since only one of the two is known to the compiler
+        if program >= PRODUCTS:
+            grad_beside(
+                program - PRODUCTS, z_ptr, s_ptr, grad_ptr, seed_ptr, grad_partial_ptr, grad_counter_ptr, M, N, R, GRAD_SPLITS,
+                stride_zm, stride_zn, stride_sm, threshold, MASK_BRANCH, WAIT, GRAD_M, GRAD_C, GRAD_R, GRAD_STAGES,
+                GRAD_PRECISION,
+            )  # fmt: skip
+            return
+    pid_m, pid_n = tile_of(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)

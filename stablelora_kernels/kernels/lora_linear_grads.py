@@ -1,4 +1,4 @@
-"""dA and dB in one launch; the formulas are in ``lora_linear``."""
+"""dA and dB, in a launch of their own or as programs of another's; the formulas are in ``lora_linear``."""
 
 from __future__ import annotations
 
@@ -9,19 +9,31 @@ from stablelora_kernels.kernels._common import cast, dot, keep_mask, shared_sum
 
 
 @triton.jit
-def _weight_grad_tile(
-    z_ptr, t_ptr, out_ptr, partial_ptr, counter_ptr, M, C, R, SPLITS, stride_zm, stride_zc, stride_tm, stride_oc, stride_or,
-    tile, c0, r0, split, seed, threshold,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+def weight_grad(
+    program, z_ptr, t_ptr, out_ptr, seed_ptr, partial_ptr, counter_ptr, M, C, R, SPLITS, stride_zm, stride_zc, stride_tm,
+    stride_oc, stride_or, threshold,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r];  Z [M, C], T [M, R]; one tile, rows summed in order within each split."""
+    """out[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r];  Z [M, C], T [M, R]; what the ``program``-th of its programs does.
+
+    Programs: SPLITS parts of M one after another, in each the tiles of out. The last to finish of those that share a tile adds
+    up all its parts in order. No float is added atomically, nothing is zeroed first, and the sum is cast as it is stored.
+    """
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    tiles = tl.cdiv(C, BLOCK_C) * tiles_r
+    tile, split = program % tiles, program // tiles
+    c0 = tile // tiles_r * BLOCK_C
     cs = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
-    rs = r0 + tl.arange(0, BLOCK_R).to(tl.int64)
+    rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     c_mask, r_mask = cs < C, rs < R
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
     share = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLITS) * BLOCK_M
     acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
-    for m0 in range(split * share, tl.minimum(split * share + share, M), BLOCK_M):
+    for m0 in tl.range(split * share, tl.minimum(split * share + share, M), BLOCK_M, num_stages=STAGES):
         rows = m0 + tl.arange(0, BLOCK_M).to(tl.int64)
         z_mask, t_mask = (rows[:, None] < M) & c_mask[None, :], (rows[:, None] < M) & r_mask[None, :]
         z = tl.load(z_ptr + rows[:, None] * stride_zm + cs[None, :] * stride_zc, mask=z_mask, other=0.0)
@@ -37,35 +49,30 @@ def _weight_grad_tile(
         tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=c_mask[:, None] & r_mask[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "TILES_A", "TILES_B", "SPLITS", "threshold"])
+@triton.jit(do_not_specialize=["M", "PROGRAMS_A", "SPLITS", "threshold"])
 def _lora_linear_grads_kernel(
     x_ptr, s_ptr, ds_ptr, dy_ptr, da_ptr, db_ptr, seed_ptr, partial_ptr, counter_ptr,
-    M, N, K, R, TILES_A, TILES_B, SPLITS,
+    M, N, K, R, PROGRAMS_A, SPLITS,
     stride_xm, stride_xk, stride_sm, stride_dsm, stride_ym, stride_yn,
     threshold,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA = dS^T (X ∘ keep), dB = dY^T S;  X [M, K], S and dS [M, R], dY [M, N], dA [R, K], dB [N, R].
 
-    Programs: TILES_A tiles of dA and TILES_B of dB, blocks of ranks, SPLITS parts of M, the last of which to finish adds up
-    all of them in order. No float is added atomically, nothing is zeroed first, and each result is cast as it is stored.
+    Programs: PROGRAMS_A for dA, the others for dB.
     """
-    tile, pid_r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    r0 = pid_r * BLOCK_R
-    number = tile * tl.num_programs(1) + pid_r
-    if tile < TILES_A:
-        seed = 0
-        if DROPOUT:
-            seed = tl.load(seed_ptr)
-        _weight_grad_tile(
-            x_ptr, ds_ptr, da_ptr, partial_ptr, counter_ptr, M, K, R, SPLITS, stride_xm, stride_xk, stride_dsm, 1, K,
-            number, tile * BLOCK_C, r0, split, seed, threshold, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R,
-            INPUT_PRECISION,
+    program = tl.program_id(0)
+    if program < PROGRAMS_A:
+        weight_grad(
+            program, x_ptr, ds_ptr, da_ptr, seed_ptr, partial_ptr, counter_ptr, M, K, R, SPLITS, stride_xm, stride_xk,
+            stride_dsm, 1, K, threshold, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R, STAGES, INPUT_PRECISION,
         )  # fmt: skip
     else:
-        _weight_grad_tile(
-            dy_ptr, s_ptr, db_ptr, partial_ptr, counter_ptr, M, N, R, SPLITS, stride_ym, stride_yn, stride_sm, R, 1,
-            number, (tile - TILES_A) * BLOCK_C, r0, split, 0, 0, False, BLOCK_M, BLOCK_C, BLOCK_R,
-            INPUT_PRECISION,
+        # Behind dA's sums and counters, which are as many for each tile.
+        tiles_a = PROGRAMS_A // SPLITS
+        weight_grad(
+            program - PROGRAMS_A, dy_ptr, s_ptr, db_ptr, seed_ptr,
+            partial_ptr + tiles_a.to(tl.int64) * SPLITS * (BLOCK_C * BLOCK_R), counter_ptr + tiles_a, M, N, R, SPLITS,
+            stride_ym, stride_yn, stride_sm, R, 1, threshold, False, BLOCK_M, BLOCK_C, BLOCK_R, STAGES, INPUT_PRECISION,
         )  # fmt: skip

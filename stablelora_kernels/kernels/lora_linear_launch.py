@@ -70,6 +70,24 @@ class Product(NamedTuple):
     dropout_p: float
 
 
+class Gradients(NamedTuple):
+    """What dA = dS^T (X ∘ keep) and dB = dY^T S need, and where they go; what is not wanted is None.
+
+    x [M, K], dy [M, N]; s and ds [M, r] with unit column stride; da [r, K] and db [N, r] contiguous. ``call`` is the
+    backward's, its n being K and its k being N.
+    """
+
+    call: Call
+    x: Tensor | None
+    s: Tensor | None
+    ds: Tensor | None
+    dy: Tensor
+    da: Tensor | None
+    db: Tensor | None
+    seed: Tensor | None
+    dropout_p: float
+
+
 def product_launches(device: Device, p: Product, choice: Choice) -> list[Launch | VendorProduct]:
     """The launches for ``p`` by the kernel chosen, which must be one that :func:`dispatch.choose` allows."""
     dispatch.check_possible(p.call, choice.kernel)
@@ -79,13 +97,27 @@ def product_launches(device: Device, p: Product, choice: Choice) -> list[Launch 
         return [_linear(device, p, choice.tile, load_s=False)]
     if choice.kernel == "vendor":
         return [VendorProduct(p.x, p.w, p.bias, p.y), *_branch(device, p)]
+    return _split(device, p, choice.tile)
+
+
+def backward_launches(device: Device, p: Product, g: Gradients, choice: Choice | None) -> list[Launch | VendorProduct]:
+    """The launches for dX, ``p.y``, by the kernel chosen, and for dA and dB; ``choice`` None: without dX, and of ``p`` w and y
+    are not read.
+
+    Where dS is computed on its own, dB is computed in the same launch, which so reads dY once, and dA in dX's.
+    """
+    if p.call.m == 0 or (choice is None and g.da is None):
+        return [*gradient_launches(device, g)]
+    if choice is None:
+        return [_shrink(device, p, g), *gradient_launches(device, g._replace(db=None))]
+    if choice.kernel == "split":
+        return _split(device, p, choice.tile, g)
+    return [*product_launches(device, p, choice), *gradient_launches(device, g)]
+
+
+def _split(device: Device, p: Product, tile: Tile | None, g: Gradients | None = None) -> list[Launch | VendorProduct]:
     p = p._replace(s=p.x.new_empty(p.call.m, p.call.r)) if p.s is None else p
-    return [_shrink(device, p, lead=_overlap(device)), _linear(device, p, choice.tile, load_s=True)]
-
-
-def shrink_launches(device: Device, p: Product) -> list[Launch]:
-    """S alone; of ``p``, w, b and y are not read."""
-    return [_shrink(device, p)] if p.call.m else []
+    return [_shrink(device, p, g, lead=_overlap(device)), _linear(device, p, tile, load_s=True, g=g)]
 
 
 def _overlap(device: Device) -> bool:
@@ -96,18 +128,63 @@ def _threshold(dropout_p: float) -> int:
     return min(round(dropout_p * 2**31), 2**31 - 1)
 
 
-def _share(device: Device, tiles: int, steps: int, part: int, like: Tensor, lane: int = 0) -> Any:
-    """How many programs share each of ``tiles`` sums, and the memory for their parts, of ``part`` float32, and counters.
+def _share(
+    device: Device, tiles: int, steps: int, part: int, like: Tensor, lane: int = 0, programs: int = 2
+) -> tuple[int, Tensor, Tensor]:
+    """How many programs share each of ``tiles`` sums, and the memory for their parts, of ``part`` float32, and counters."""
+    n = splits(device, tiles, steps, programs) if tiles <= MAX_COUNTERS else 1
+    return n, *_shared(n, tiles, part, like, lane)
 
-    Launches that may overlap need different lanes.
+
+def _shared(n: int, tiles: int, part: int, like: Tensor, lane: int) -> tuple[Tensor, Tensor]:
+    """The memory for the parts of ``tiles`` sums, each of ``n`` parts of ``part`` float32, and their counters.
+
+    What may run at the same time needs different lanes: 0 and 1 for sums of the products, 2 and 3 for dB and dA beside them.
     """
-    n = splits(device, tiles, steps) if tiles <= MAX_COUNTERS // 2 else 1
     parts = torch.empty(n * tiles * part if n > 1 else 0, dtype=torch.float32, device=like.device)
-    return n, parts, counters(tiles if n > 1 else 0, like.device, lane)
+    return parts, counters(tiles if n > 1 else 0, like.device, lane)
 
 
-def _shrink(device: Device, p: Product, lead: bool = False) -> Launch:
-    """S = s' (X ∘ keep) A^T, the mask being X's unless it is the result's."""
+class _Beside(NamedTuple):
+    """dA or dB by programs of another launch: how many, and the kernel's arguments for them."""
+
+    programs: int
+    pointers: tuple[Any, ...]
+    splits: int
+    constants: dict[str, Any]
+
+
+def _beside(device: Device, g: Gradients | None, out: Tensor | None, warps: int, lane: int) -> _Beside:
+    """The programs for ``out``, which is g.da, g.db or None, in a launch of ``warps`` warps a program."""
+    if g is None or out is None:
+        flags = {"HAS_GRAD": False, "GRAD_M": 1, "GRAD_C": 1, "GRAD_R": 1, "GRAD_STAGES": 1, "GRAD_PRECISION": "ieee"}
+        return _Beside(0, (None, None, None), 1, flags)
+    c = g.call
+    tile, _ = pick_tile(dispatch.GRADS_TILES, device, c)
+    block_r = rank_block(c.r, tile.BLOCK_N)
+    # A matrix instruction's 64 rows for each four warps. More of the mask's random numbers at once would spill registers.
+    rows = 32 if c.dropout and out is g.da else tile.BLOCK_K
+    tile = tile._replace(BLOCK_M=max(tile.BLOCK_M, 16 * warps), BLOCK_K=rows)
+    tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + block_r) * c.dtype.itemsize)
+    columns = c.n if out is g.da else c.k
+    tiles, steps = triton.cdiv(columns, tile.BLOCK_M) * triton.cdiv(c.r, block_r), triton.cdiv(c.m, tile.BLOCK_K)
+    n = splits(device, tiles, steps, programs=1)
+    if out is g.db:
+        n = max(n, dispatch.chunks(c.m, block_r, steps))
+    parts, count = _shared(n, tiles, tile.BLOCK_M * block_r, g.dy, lane)
+    flags = {
+        "HAS_GRAD": True,
+        "GRAD_M": tile.BLOCK_K,
+        "GRAD_C": tile.BLOCK_M,
+        "GRAD_R": block_r,
+        "GRAD_STAGES": tile.num_stages,
+        "GRAD_PRECISION": input_precision(device, c.dtype, transposed=True),
+    }
+    return _Beside(n * tiles, (out, parts, count), n, flags)
+
+
+def _shrink(device: Device, p: Product, g: Gradients | None = None, lead: bool = False) -> Launch:
+    """S = s' (X ∘ keep) A^T, the mask being X's unless it is the result's; with ``g``, dB too, X being dY then."""
     c, s = p.call, p.s
     assert s is not None
     dropout = c.dropout and not c.masked
@@ -118,14 +195,18 @@ def _shrink(device: Device, p: Product, lead: bool = False) -> Launch:
     tiles_m, tiles_r = triton.cdiv(c.m, tile.BLOCK_M), triton.cdiv(c.r, block_r)
     steps = triton.cdiv(c.k, tile.BLOCK_K)
     n, parts, count = _share(device, tiles_m * tiles_r, steps, tile.BLOCK_M * block_r, p.x)
+    beside = _beside(device, g, None if g is None else g.db, tile.num_warps, lane=2)
+    t = None if g is None or g.db is None else g.s
     return Launch(
         _lora_shrink_kernel,
-        f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout, ahead=lead)}",
+        f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout, dB=beside.programs > 0, ahead=lead)}",
         reason,
-        (tiles_m, tiles_r, n),
-        (p.x, p.a, s, p.seed if dropout else None, parts, count, c.m, c.k, c.r, n, *p.x.stride(), *p.a.stride(),
-         s.stride(0), p.scaling, _threshold(p.dropout_p)),
-        {"DROPOUT": dropout, "EVEN_K": c.k % tile.BLOCK_K == 0, "LEAD": lead, "BLOCK_M": tile.BLOCK_M,
+        (tiles_m * tiles_r * n + beside.programs,),
+        (p.x, p.a, s, p.seed if dropout else None, parts, count, t, *beside.pointers, c.m, c.k, c.r, n, beside.programs,
+         beside.splits, *p.x.stride(), *p.a.stride(), s.stride(0), 0 if t is None else t.stride(0), p.scaling,
+         _threshold(p.dropout_p)),
+        beside.constants | {
+         "DROPOUT": dropout, "EVEN_K": c.k % tile.BLOCK_K == 0, "LEAD": lead, "BLOCK_M": tile.BLOCK_M,
          "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r, "INPUT_PRECISION": input_precision(device, c.dtype)},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
@@ -139,8 +220,8 @@ def _flags(**flags: bool) -> str:
     return "".join(f" {name}" for name, on in flags.items() if on)
 
 
-def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool) -> Launch:
-    """The product and the branch: S computed beside it, and stored if wanted, or read."""
+def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool, g: Gradients | None = None) -> Launch:
+    """The product and the branch: S computed beside it, and stored if wanted, or read; with ``g``, dA too, S being dS then."""
     c = p.call
     # None where it is not read: pointers and None would be compiled apart.
     p = p._replace(seed=p.seed if c.masked else None)
@@ -158,11 +239,22 @@ def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool) -> Laun
         "INPUT_PRECISION": input_precision(device, c.dtype),
     }
     build = _small_linear if c.m <= dispatch.SMALL_M else _tma_linear if _takes_tma(device, p) else _pointer_linear
-    launch = build(device, p, s, tile, flags)
+    launch = build(device, p, s, tile, flags, g)
     words = "dx" if c.direction == "backward" else "y"
-    variant = f"{words} r{block_r}{_flags(fused=not load_s, masked=c.masked)} {launch.variant}"
+    da = launch.constants["HAS_GRAD"]
+    variant = f"{words} r{block_r}{_flags(fused=not load_s, masked=c.masked, dA=da)} {launch.variant}"
     options = launch.options | ({"launch_pdl": True} if wait else {})
     return launch._replace(variant=_small(c) + variant, options=options)
+
+
+def _da_beside(device: Device, g: Gradients | None, tile: Tile) -> tuple[Tensor | None, _Beside]:
+    """X and the programs for dA in the launch of dX, whose tile is ``tile``."""
+    beside = _beside(device, g, None if g is None else g.da, tile.num_warps, lane=3)
+    return (None if g is None or not beside.programs else g.x), beside
+
+
+def _strides(z: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if z is None else z.stride()
 
 
 def _stage(c: Call, tile: Tile, flags: dict[str, Any]) -> int:
@@ -171,42 +263,51 @@ def _stage(c: Call, tile: Tile, flags: dict[str, Any]) -> int:
     return tile.BLOCK_K * ((tile.BLOCK_M + tile.BLOCK_N) * c.dtype.itemsize + a)
 
 
-def _pointer_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any]) -> Launch:
+def _pointer_linear(
+    device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any], g: Gradients | None
+) -> Launch:
     c = p.call
     tile, reason = pick_tile(dispatch.LINEAR_TILES, device, c, tile)
     # The branch's operands are in shared memory beside the pipeline's buffers.
     branch = flags["BLOCK_R"] * (tile.BLOCK_M * c.dtype.itemsize + tile.BLOCK_N * c.lora_dtype.itemsize)
     tile = fit(tile, device, _stage(c, tile, flags), branch)
     tiles = triton.cdiv(c.m, tile.BLOCK_M) * triton.cdiv(c.n, tile.BLOCK_N)
+    z, beside = _da_beside(device, g, tile)
     return Launch(
         _lora_linear_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
         reason,
-        (tiles,),
-        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, c.m, c.n, c.k, c.r, *p.x.stride(), *p.w.stride(), *p.a.stride(),
-         *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
-        flags | {"EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
+        (tiles + beside.programs,),
+        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, z, *beside.pointers, c.m, c.n, c.k, c.r, tiles, beside.splits,
+         *p.x.stride(), *p.w.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0), *_strides(z), p.scaling,
+         _threshold(p.dropout_p)),
+        flags | beside.constants | {"EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
                  "BLOCK_K": tile.BLOCK_K, "GROUP_M": 8},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
 
 
-def _small_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any]) -> Launch:
+def _small_linear(
+    device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any], g: Gradients | None
+) -> Launch:
     c = p.call
     tile, reason = pick_tile(dispatch.SMALL_TILES, device, c, tile)
     tile = tile._replace(BLOCK_M=16 if c.m <= 16 else 64)
     tile = fit(tile, device, _stage(c, tile, flags))
     tiles, steps = triton.cdiv(c.n, tile.BLOCK_N), triton.cdiv(c.k, tile.BLOCK_K)
     part = tile.BLOCK_N * tile.BLOCK_M + tile.BLOCK_M * flags["BLOCK_R"]
-    n, parts, count = _share(device, tiles, steps, part, p.x, lane=1)
+    # The parts of 64 rows are as large as what a program reads of W in a few steps: there one program a processor is enough.
+    n, parts, count = _share(device, tiles, steps, part, p.x, lane=1, programs=2 if tile.BLOCK_M == 16 else 1)
+    z, beside = _da_beside(device, g, tile)
     return Launch(
         _lora_linear_small_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
         reason,
-        (tiles * n,),
-        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, parts, count, c.m, c.n, c.k, c.r, n, *p.x.stride(), *p.w.stride(),
-         *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
-        flags | {"EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
+        (tiles * n + beside.programs,),
+        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, parts, count, z, *beside.pointers, c.m, c.n, c.k, c.r, n, tiles * n,
+         beside.splits, *p.x.stride(), *p.w.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0), *_strides(z),
+         p.scaling, _threshold(p.dropout_p)),
+        flags | beside.constants | {"EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
                  "BLOCK_K": tile.BLOCK_K,
                  "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
@@ -223,7 +324,9 @@ def _takes_tma(device: Device, p: Product) -> bool:
     return device.tma and p.call.dtype != torch.float32 and all(_described(t) for t in (p.x, w, p.y)) and p.call.k > 0
 
 
-def _tma_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any]) -> Launch:
+def _tma_linear(
+    device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any], g: Gradients | None
+) -> Launch:
     c = p.call
     tile, reason = pick_tile(dispatch.TMA_TILES, device, c, tile)
     # Under 3.6 the compiler gives up on it, and it changes nothing on Hopper.
@@ -241,17 +344,20 @@ def _tma_linear(device: Device, p: Product, s: Tensor, tile: Tile | None, flags:
     # A float32 A passes through registers to be rounded, whichever way it comes.
     described_a = not flags["LOAD_S"] and c.lora_dtype == c.dtype and _described(a)
     a_block = (tile.BLOCK_K, flags["BLOCK_R"]) if trans_a else (flags["BLOCK_R"], tile.BLOCK_K)
-    tiles = triton.cdiv(c.m, tile.BLOCK_M) * triton.cdiv(c.n, tile.BLOCK_N)
+    products = min(triton.cdiv(c.m, tile.BLOCK_M) * triton.cdiv(c.n, tile.BLOCK_N), device.processors)
+    z, beside = _da_beside(device, g, tile)
     return Launch(
         _lora_linear_tma_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{_flags(specialized=specialize)}",
         reason,
-        (min(tiles, device.processors),),
+        (products + beside.programs,),
         (_descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K),
          _descriptor(w, *((tile.BLOCK_K, tile.BLOCK_N) if trans else (tile.BLOCK_N, tile.BLOCK_K))),
          p.bias, _descriptor(a, *a_block) if described_a else p.a, p.b, s, _descriptor(p.y, tile.BLOCK_M, part), p.seed,
-         c.m, c.n, c.k, c.r, *p.a.stride(), *p.b.stride(), s.stride(0), p.scaling, _threshold(p.dropout_p)),
-        flags | {"PARTS": parts, "TRANS_W": trans, "DESCRIBED_A": described_a, "TRANS_A": trans_a, "SPECIALIZE": specialize,
+         z, *beside.pointers, c.m, c.n, c.k, c.r, products, beside.splits, *p.a.stride(), *p.b.stride(), s.stride(0),
+         *_strides(z), p.scaling, _threshold(p.dropout_p)),
+        flags | beside.constants | {
+                 "PARTS": parts, "TRANS_W": trans, "DESCRIBED_A": described_a, "TRANS_A": trans_a, "SPECIALIZE": specialize,
                  "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "GROUP_M": 8},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
@@ -298,36 +404,19 @@ def _branch(device: Device, p: Product) -> list[Launch]:
     return [*shrink, launch]
 
 
-class Gradients(NamedTuple):
-    """What dA = dS^T (X ∘ keep) and dB = dY^T S need, and where they go; what is not wanted is None.
-
-    x [M, K], dy [M, N]; s and ds [M, r] with unit column stride; da [r, K] and db [N, r] contiguous.
-    """
-
-    call: Call
-    x: Tensor | None
-    s: Tensor | None
-    ds: Tensor | None
-    dy: Tensor
-    da: Tensor | None
-    db: Tensor | None
-    seed: Tensor | None
-    dropout_p: float
-
-
 def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
-    """One launch for both, or for the one that is wanted. ``g.call`` is the backward's, its n being K and its k being N."""
+    """One launch for both, or for the one that is wanted."""
     c = g.call
     if g.da is None and g.db is None:
         return []
     tile, reason = pick_tile(dispatch.GRADS_TILES, device, c)
     block_r = rank_block(c.r, tile.BLOCK_N)
     tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + block_r) * c.dtype.itemsize)
-    tiles_a = 0 if g.da is None else triton.cdiv(c.n, tile.BLOCK_M)
-    tiles_b = 0 if g.db is None else triton.cdiv(c.k, tile.BLOCK_M)
     tiles_r = triton.cdiv(c.r, block_r)
+    tiles_a = 0 if g.da is None else triton.cdiv(c.n, tile.BLOCK_M) * tiles_r
+    tiles_b = 0 if g.db is None else triton.cdiv(c.k, tile.BLOCK_M) * tiles_r
     steps = triton.cdiv(c.m, tile.BLOCK_K)
-    n, parts, count = _share(device, (tiles_a + tiles_b) * tiles_r, steps, tile.BLOCK_M * block_r, g.dy)
+    n, parts, count = _share(device, tiles_a + tiles_b, steps, tile.BLOCK_M * block_r, g.dy)
     dropout = c.dropout and g.da is not None
     # A pointer that is never followed still needs a type.
     x, s, ds = (g.dy if given is None else given for given in (g.x, g.s, g.ds))
@@ -336,10 +425,11 @@ def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
         _lora_linear_grads_kernel,
         f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout)}",
         reason,
-        (tiles_a + tiles_b, tiles_r, n),
-        (x, s, ds, g.dy, da, db, g.seed if dropout else None, parts, count, c.m, c.k, c.n, c.r, tiles_a, tiles_b, n,
+        ((tiles_a + tiles_b) * n,),
+        (x, s, ds, g.dy, da, db, g.seed if dropout else None, parts, count, c.m, c.k, c.n, c.r, tiles_a * n, n,
          *x.stride(), s.stride(0), ds.stride(0), *g.dy.stride(), _threshold(g.dropout_p)),
         {"DROPOUT": dropout, "BLOCK_M": tile.BLOCK_K,
-         "BLOCK_C": tile.BLOCK_M, "BLOCK_R": block_r, "INPUT_PRECISION": input_precision(device, c.dtype, transposed=True)},
+         "BLOCK_C": tile.BLOCK_M, "BLOCK_R": block_r, "STAGES": tile.num_stages,
+         "INPUT_PRECISION": input_precision(device, c.dtype, transposed=True)},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )]  # fmt: skip

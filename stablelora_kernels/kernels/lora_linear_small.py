@@ -6,18 +6,22 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels._common import arrives_last, cast, dot
-from stablelora_kernels.kernels.lora_linear import add_branch
+from stablelora_kernels.kernels.lora_linear import add_branch, grad_beside
 
 
-@triton.jit(do_not_specialize=["M", "SPLITS", "threshold"])
+@triton.jit(do_not_specialize=["M", "SPLITS", "PRODUCTS", "GRAD_SPLITS", "threshold"])
 def _lora_linear_small_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr, partial_ptr, counter_ptr,
-    M, N, K, R, SPLITS,
+    z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
+    M, N, K, R, SPLITS, PRODUCTS, GRAD_SPLITS,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
+    stride_zm, stride_zn,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    EVEN_K: tl.constexpr, WAIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, WAIT: tl.constexpr, HAS_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K] with M <= BLOCK_M, W [N, K], A [R, K], B [N, R], Y [M, N].
 
@@ -25,8 +29,17 @@ def _lora_linear_small_kernel(
     that W's rows are the matrix instruction's long side and the few rows of X its short one. And SPLITS programs share a
     tile's K; the last of them to finish adds up all parts in order.
     """
+    program = tl.program_id(0)
+    if HAS_GRAD:  # noqa: SIM102, since only one of the two is known to the compiler
+        if program >= PRODUCTS:
+            grad_beside(
+                program - PRODUCTS, z_ptr, s_ptr, grad_ptr, seed_ptr, grad_partial_ptr, grad_counter_ptr, M, N, R, GRAD_SPLITS,
+                stride_zm, stride_zn, stride_sm, threshold, MASK_BRANCH, WAIT, GRAD_M, GRAD_C, GRAD_R, GRAD_STAGES,
+                GRAD_PRECISION,
+            )  # fmt: skip
+            return
     tiles = tl.cdiv(N, BLOCK_N)
-    tile, split = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    tile, split = program % tiles, program // tiles
     rows = tl.arange(0, BLOCK_M).to(tl.int64)
     cols = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -51,23 +64,25 @@ def _lora_linear_small_kernel(
             s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
 
     PART: tl.constexpr = BLOCK_N * BLOCK_M + BLOCK_M * BLOCK_R
-    acc_at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    # Row after row of Y and S, so that those beyond M cost nothing.
+    acc_at = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     s_at = BLOCK_N * BLOCK_M + tl.arange(0, BLOCK_M)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    acc_mask, s_mask = row_mask[None, :], row_mask[:, None]
     parts = partial_ptr + tile.to(tl.int64) * SPLITS * PART
     last = SPLITS == 1
     if SPLITS > 1:
-        tl.store(parts + split * PART + acc_at, acc)
+        tl.store(parts + split * PART + acc_at, acc, mask=acc_mask)
         if not LOAD_S:
-            tl.store(parts + split * PART + s_at, s)
+            tl.store(parts + split * PART + s_at, s, mask=s_mask)
         last = arrives_last(counter_ptr + tile, SPLITS)
     if last:
         if SPLITS > 1:
             acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
             s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
             for i in range(SPLITS):
-                acc += tl.load(parts + i * PART + acc_at, cache_modifier=".cg")
+                acc += tl.load(parts + i * PART + acc_at, mask=acc_mask, other=0.0, cache_modifier=".cg")
                 if not LOAD_S:
-                    s += tl.load(parts + i * PART + s_at, cache_modifier=".cg")
+                    s += tl.load(parts + i * PART + s_at, mask=s_mask, other=0.0, cache_modifier=".cg")
         y = tl.trans(acc)
         if HAS_BIAS:
             y += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]

@@ -6,32 +6,40 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels._common import cast, dot, tile_of
-from stablelora_kernels.kernels.lora_linear import add_branch
+from stablelora_kernels.kernels.lora_linear import add_branch, grad_beside
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "PRODUCTS", "GRAD_SPLITS", "threshold"])
 def _lora_linear_tma_kernel(
-    x_desc, w_desc, bias_ptr, a_ptr_or_desc, b_ptr, s_ptr, y_desc, seed_ptr,
-    M, N, K, R,
-    stride_ar, stride_ak, stride_bn, stride_br, stride_sm,
+    x_desc, w_desc, bias_ptr, a_ptr_or_desc, b_ptr, s_ptr, y_desc, seed_ptr, z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
+    M, N, K, R, PRODUCTS, GRAD_SPLITS,
+    stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_zm, stride_zn,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
     PARTS: tl.constexpr, TRANS_W: tl.constexpr, DESCRIBED_A: tl.constexpr, TRANS_A: tl.constexpr, WAIT: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
+    SPECIALIZE: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
 
     As ``_lora_linear_kernel``, with X, W (W^T [K, N] where TRANS_W), Y and, where DESCRIBED_A, A (A^T [K, R] where TRANS_A)
     behind descriptors, and programs that stay: each takes tile after tile. SPECIALIZE gives loading, multiplying and storing
-    to warps of their own.
+    to warps of their own. The programs from PRODUCTS on, if any, come to a processor as those of the product leave it.
     """
+    program = tl.program_id(0)
+    if HAS_GRAD:  # noqa: SIM102, since only one of the two is known to the compiler
+        if program >= PRODUCTS:
+            grad_beside(
+                program - PRODUCTS, z_ptr, s_ptr, grad_ptr, seed_ptr, grad_partial_ptr, grad_counter_ptr, M, N, R, GRAD_SPLITS,
+                stride_zm, stride_zn, stride_sm, threshold, MASK_BRANCH, WAIT, GRAD_M, GRAD_C, GRAD_R, GRAD_STAGES,
+                GRAD_PRECISION,
+            )  # fmt: skip
+            return
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     # Flattening this loop into the inner one crashes the compiler for sm_100, where a product follows the inner loop.
-    for tile in tl.range(
-        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=False, warp_specialize=SPECIALIZE
-    ):
+    for tile in tl.range(program, tiles_m * tiles_n, PRODUCTS, flatten=False, warp_specialize=SPECIALIZE):
         pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         ks = tl.arange(0, BLOCK_K).to(tl.int64)
         rs = tl.arange(0, BLOCK_R).to(tl.int64)

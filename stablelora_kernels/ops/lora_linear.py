@@ -86,15 +86,15 @@ def _bwd(
     outputs = _bwd_fake(x, grad, weight, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b)
     wanted = [out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True)]
     device = dispatch.device_of(grad.device)
-    build = partial(backward_launches, device, scaling=scaling, dropout_p=dropout_p)
+    tensors = (x, grad, weight, lora_A, lora_B, s, seed, *wanted)
+    build = partial(backward_launches, device, *tensors, scaling=scaling, dropout_p=dropout_p)
     choice = None
     if tuning.get_autotune() and need_x and weight is not None:
         (m, n), (r, k), dx = grad.shape, lora_A.shape, outputs[0]
         call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
-        # dX alone: dA and dB are launched alike whatever the choice.
-        build_dx = partial(build, None, grad, weight, lora_A, lora_B, None, seed, dx, None, None)
-        choice = tuning.choose(device, call, build_dx, dx, grad, weight, None)
-    for launch in build(x, grad, weight, lora_A, lora_B, s, seed, *wanted, choice=choice):
+        # With dA and dB, which some kernels compute beside dX.
+        choice = tuning.choose(device, call, build, dx, grad, weight, None)
+    for launch in build(choice=choice):
         launch.run(grad.device)
     return outputs
 
@@ -105,26 +105,18 @@ def backward_launches(
     dropout_p: float, choice: Choice | None = None,
 ) -> list[Any]:  # fmt: skip
     """What a backward launches on ``device`` for those of dX, dA and dB that are not None."""
-    from stablelora_kernels.kernels.lora_linear_launch import (
-        Gradients,
-        Product,
-        gradient_launches,
-        product_launches,
-        shrink_launches,
-    )
+    from stablelora_kernels.kernels import lora_linear_launch as launch
 
     (m, n), (r, k) = grad.shape, lora_A.shape
     # The forward's formula with every matrix transposed gives dX, and dS on the way.
     call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
     ds = grad.new_empty(m, r) if da is not None else None
-    launches: list[Any] = []
-    if dx is not None and weight is not None:
-        product = Product(call, grad, weight.t(), None, lora_B.t(), lora_A.t(), ds, dx, seed, scaling, dropout_p)
-        launches += product_launches(device, product, choice or dispatch.choose(device, call))
-    elif ds is not None:
-        product = Product(call, grad, grad, None, lora_B.t(), lora_A.t(), ds, grad, seed, scaling, dropout_p)
-        launches += shrink_launches(device, product)
-    return launches + gradient_launches(device, Gradients(call, x, s, ds, grad, da, db, seed, dropout_p))
+    gradients = launch.Gradients(call, x, s, ds, grad, da, db, seed, dropout_p)
+    if dx is None or weight is None:
+        product = launch.Product(call, grad, grad, None, lora_B.t(), lora_A.t(), ds, grad, seed, scaling, dropout_p)
+        return launch.backward_launches(device, product, gradients, None)
+    product = launch.Product(call, grad, weight.t(), None, lora_B.t(), lora_A.t(), ds, dx, seed, scaling, dropout_p)
+    return launch.backward_launches(device, product, gradients, choice or dispatch.choose(device, call))
 
 
 # PyTorch's own operators.
