@@ -86,8 +86,8 @@ def _bwd(
     outputs = _bwd_fake(x, grad, weight, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b)
     wanted = [out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True)]
     device = dispatch.device_of(grad.device)
-    tensors = (x, grad, weight, lora_A, lora_B, s, seed, *wanted)
-    build = partial(backward_launches, device, *tensors, scaling=scaling, dropout_p=dropout_p)
+    given = (x, grad, weight, lora_A, lora_B, s, seed)
+    build = partial(backward_launches, device, *given, *wanted, scaling=scaling, dropout_p=dropout_p)  # type: ignore[arg-type]
     choice = None
     if tuning.get_autotune() and need_x and weight is not None:
         (m, n), (r, k), dx = grad.shape, lora_A.shape, outputs[0]
