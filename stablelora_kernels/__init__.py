@@ -11,6 +11,7 @@ from stablelora_kernels.model import LoRAReport, apply_lora, merge_lora, remove_
 from stablelora_kernels.nn import LoRALinear
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
+from stablelora_kernels.trainers import StableLoRAAdamWFactory
 from stablelora_kernels.tuning import get_autotune, set_autotune, use_autotune
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LoRAReport",
     "PairStability",
     "StableLoRAAdamW",
+    "StableLoRAAdamWFactory",
     "__version__",
     "apply_lora",
     "explain",

@@ -1,0 +1,192 @@
+"""Hugging Face's Trainer and accelerate: A shrinks in each, on PEFT's models and on ours, and nothing becomes plain AdamW."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import stablelora_kernels as slk
+
+transformers = pytest.importorskip("transformers", reason="the bench extra brings the trainers")
+accelerate = pytest.importorskip("accelerate", reason="the bench extra brings the trainers")
+peft = pytest.importorskip("peft", reason="the bench extra brings the trainers")
+
+SHRINK, STEPS = 0.05, 6
+
+
+def llama(kind: str, seed: int = 0) -> torch.nn.Module:
+    """A tiny Llama with adapters on q_proj and v_proj: PEFT's or ours."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    if kind == "peft":
+        return peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+    slk.apply_lora(model, slk.LoRAConfig(r=3, target_modules=["q_proj", "v_proj"]))
+    return model
+
+
+def texts() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(32, (2 * STEPS, 7), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def arguments(path, **kwargs):
+    common = {
+        "output_dir": str(path), "per_device_train_batch_size": 2, "max_steps": STEPS, "report_to": [], "use_cpu": True,
+        "disable_tqdm": True, "save_strategy": "no", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "seed": 3,
+    }  # fmt: skip
+    return transformers.TrainingArguments(**{**common, **kwargs})
+
+
+def trained(path, model, settings, via: str, **kwargs):
+    """A Trainer that has trained ``model``."""
+    if via == "optimizers":
+        extra = {"optimizers": (slk.StableLoRAAdamW.from_model(model, **settings), None)}
+    else:
+        extra = {"optimizer_cls_and_kwargs": (slk.StableLoRAAdamWFactory, settings)}
+    trainer = transformers.Trainer(model=model, args=arguments(path, **kwargs), train_dataset=texts(), **extra)
+    trainer.train()
+    return trainer
+
+
+def adapters(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("via", ["optimizers", "optimizer_cls_and_kwargs"])
+@pytest.mark.parametrize("kind", ["peft", "ours"])
+def test_trainer_shrinks(tmp_path, kind, via):
+    """At a learning rate of zero nothing but shrinking changes A, and B stays zero, so that no pair latches."""
+    model = llama(kind)
+    before = adapters(model)
+    assert len(before) == 8
+    trainer = trained(tmp_path, model, {"lr": 0.0, "shrink_ratio": SHRINK}, via)
+    for name, after in adapters(model).items():
+        expected = before[name] * (1 - SHRINK) ** STEPS
+        assert torch.allclose(after, expected, rtol=1e-5, atol=0), name
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert isinstance(optimizer, slk.StableLoRAAdamW) and len(optimizer.pairs) == 4
+
+
+@pytest.mark.parametrize("kind", ["peft", "ours"])
+def test_trainer_trains_as_a_plain_loop(tmp_path, kind):
+    """The very steps of a loop by hand over the Trainer's own batches, learning rates of its schedule included."""
+    settings = {"lr": 1e-2, "shrink_ratio": SHRINK}
+    model, by_hand = llama(kind), llama(kind)
+    trainer = trained(tmp_path, model, settings, "optimizer_cls_and_kwargs", lr_scheduler_type="linear")
+    optimizer = slk.StableLoRAAdamW.from_model(by_hand, **settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    transformers.set_seed(3)
+    for batch in trainer.get_train_dataloader():
+        by_hand(**batch).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    ours, theirs = adapters(by_hand), adapters(model)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-7) for name in ours)
+    plain = llama(kind)
+    trained(tmp_path, plain, {"lr": 1e-2, "shrink_ratio": 0.0}, "optimizers", lr_scheduler_type="linear")
+    norms = [sum(p.norm() for name, p in adapters(m).items() if "lora_A" in name) for m in (model, plain)]
+    assert norms[0] < 0.9 * norms[1]
+
+
+@pytest.mark.parametrize("kind", ["peft", "ours"])
+def test_trainer_resumes_exactly(tmp_path, kind):
+    """Stopped after half of its steps and begun again from the checkpoint: the bits, moments and latches of one run."""
+    # At this rate pairs latch before and behind the checkpoint.
+    settings = {"lr": 0.1, "shrink_ratio": SHRINK}
+    whole = llama(kind)
+    one = trained(
+        tmp_path / "a", whole, settings, "optimizer_cls_and_kwargs", save_strategy="steps", save_steps=STEPS // 2
+    )
+    again = llama(kind, seed=9)
+    start = {name: value for name, value in llama(kind).state_dict().items() if "lora_" not in name}
+    again.load_state_dict(start, strict=False)
+    trainer = transformers.Trainer(
+        model=again,
+        args=arguments(tmp_path / "b"),
+        train_dataset=texts(),
+        optimizer_cls_and_kwargs=(slk.StableLoRAAdamWFactory, settings),
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{STEPS // 2}"))
+    ours, theirs = adapters(whole), adapters(again)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    first, second = (getattr(t.optimizer, "optimizer", t.optimizer) for t in (one, trainer))
+    latched = [pair.latched_at for pair in first.stability()]
+    assert latched == [pair.latched_at for pair in second.stability()] and any(latched)
+
+
+def test_names_that_were_lost_are_an_error(tmp_path):
+    """The Trainer gives a class unnamed groups: that is refused, and so is a factory used as a class."""
+    model = llama("peft")
+    before = adapters(model)
+    for cls, message in ((slk.StableLoRAAdamW, "without a name"), (slk.StableLoRAAdamWFactory, "optimizers=")):
+        if cls is slk.StableLoRAAdamWFactory:
+            with pytest.raises(TypeError, match=message):
+                cls([{"params": list(model.parameters())}], lr=1e-3)
+            continue
+        trainer = transformers.Trainer(
+            model=model, args=arguments(tmp_path), train_dataset=texts(), optimizer_cls_and_kwargs=(cls, {"lr": 1e-3})
+        )
+        with pytest.raises(TypeError, match=message):
+            trainer.train()
+    assert all(torch.equal(before[name], after) for name, after in adapters(model).items())
+
+
+def test_a_model_without_pairs_is_an_error():
+    with pytest.raises(ValueError, match="no LoRA pair"):
+        slk.StableLoRAAdamWFactory()(torch.nn.Linear(3, 3), lr=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["peft", "ours"])
+def test_accelerate(tmp_path, kind):
+    """prepare keeps the pairs, each step shrinks, and save_state and load_state resume to the bit."""
+
+    def prepared(seed: int):
+        accelerator = accelerate.Accelerator(cpu=True)
+        model = llama(kind, seed)
+        optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.1, shrink_ratio=SHRINK)
+        return (accelerator, *accelerator.prepare(model, optimizer))
+
+    def steps(accelerator, model, optimizer, rows):
+        for row in rows:
+            accelerator.backward(model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    rows = texts()
+    accelerator, model, optimizer = prepared(0)
+    before = adapters(model)
+    steps(accelerator, model, optimizer, rows[:3])
+    accelerator.save_state(str(tmp_path))
+    steps(accelerator, model, optimizer, rows[3:])
+    assert all(not torch.equal(before[name], after) for name, after in adapters(model).items())
+
+    other, again, resumed = prepared(5)
+    other.load_state(str(tmp_path))
+    steps(other, again, resumed, rows[3:])
+    ours, theirs = adapters(model), adapters(again)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    latched = [pair.latched_at for pair in optimizer.optimizer.stability()]
+    assert latched == [pair.latched_at for pair in resumed.optimizer.stability()] and any(latched)
+
+
+def test_accelerate_shrinks():
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = llama("peft")
+    before = adapters(model)
+    model, optimizer = accelerator.prepare(model, slk.StableLoRAAdamW.from_model(model, lr=0.0, shrink_ratio=SHRINK))
+    for row in texts()[:3]:
+        accelerator.backward(model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, after in adapters(model).items():
+        assert torch.allclose(after, before[name] * (1 - SHRINK) ** 3, rtol=1e-5, atol=0), name
