@@ -7,8 +7,8 @@
 S and dS are scaled in float32 and rounded once. dX is the forward's formula with W, A and B read through swapped strides, so
 one kernel serves both. Here are S (``_lora_shrink_kernel``) and Y from tiles read through pointers, on any GPU and at any
 strides; ``lora_linear_small`` has Y for few rows, ``lora_linear_tma`` Y through Hopper's tensor descriptors,
-``lora_linear_branch`` the branch onto a finished product, ``lora_linear_grads`` dA and dB. The latter two mostly take no launch of
-their own: programs for dB go with those for dS, both reading dY, and programs for dA with those for dX.
+``lora_linear_branch`` the branch onto a finished product, ``lora_linear_grads`` dA and dB. Those mostly take no launch of their
+own: programs for dB go with those for dS, both reading dY, and programs for dA with those for dX.
 """
 
 from __future__ import annotations
