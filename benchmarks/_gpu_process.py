@@ -111,12 +111,14 @@ def run_section(
     take: Callable[[Row], None],
     say: Callable[[str], None],
     fatal_key: Row,
-) -> Progress:
+    progress: Progress,
+) -> None:
     """Run a section in ``workers`` processes for at most ``seconds``; every row goes to ``take`` as it comes.
 
     A process that dies is started again behind the unit it died in, which gets a failed row with the end of what it said.
+    ``progress`` says how far it came, whatever ends it.
     """
-    progress, begun = Progress(), time.monotonic()
+    begun = time.monotonic()
     progress.begun = True
     until = begun + seconds
     crashes = 0
@@ -170,9 +172,7 @@ def run_section(
                     unit = child.unit
                     why = "said nothing for too long" if hangs else f"exit status {child.process.returncode}"
                     note = f"the process ended: {why}\n{child.last_words()}"
-                    key = unit["key"] if unit else fatal_key
-                    if unit or not child.process.returncode == 0:
-                        take({**key, "status": FAILED, "note": note})
+                    take({**(unit["key"] if unit else fatal_key), "status": FAILED, "note": note})
                     if unit and crashes <= MOST_CRASHES:
                         finished[part] += 1
                         children.append(start(part, unit["start"] + 1))
@@ -183,7 +183,6 @@ def run_section(
         for child in children:
             child.stop()
         progress.seconds = time.monotonic() - begun
-    return progress
 
 
 def _pending(child: Child) -> list[Any]:
