@@ -56,7 +56,12 @@ def runs(s: Shape, direction: str, device: Device) -> Callable[[], Any]:
 
 
 def predicted(gpu: model.Gpu | None, s: Shape, direction: str) -> dict[str, float]:
-    return {} if gpu is None else model.best(gpu, s, direction)
+    """Seconds by kernel; nothing where the model knows no such GPU or can't do it: what was measured is kept."""
+    try:
+        return {} if gpu is None else model.best(gpu, s, direction)
+    except Exception as error:
+        print(f"no prediction: {error!r}")
+        return {}
 
 
 def measure(device: Device, s: Shape, direction: str, gpu: model.Gpu | None) -> Iterator[Row]:
@@ -67,7 +72,8 @@ def measure(device: Device, s: Shape, direction: str, gpu: model.Gpu | None) -> 
             arms[kernel] = device.capture(forced(kernel, run)).replay
         except Exception as error:
             yield {"kernel": kernel, "chosen": chosen, "status": FAILED, "note": note_of(error)}
-    times = {name: summarize(values) for name, values in (samples := device.time(arms, SECONDS, queued=True)).items()}
+    samples = device.time(arms, SECONDS, queued=True)
+    times = {name: summarize(values) for name, values in samples.items()}
     fastest = min(times, key=lambda name: times[name]["median"])
     expected = predicted(gpu, s, direction)
     for kernel, time in times.items():
