@@ -155,4 +155,6 @@ def equal_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     for name, value in one.items():
         if not torch.equal(value, other[name]):
             off = (value.double() - other[name].double()).abs()
-            raise AssertionError(f"{name} differs in {int((value != other[name]).sum())} places, by {off.max():.3e} at most")
+            raise AssertionError(
+                f"{name} differs in {int((value != other[name]).sum())} places, by {off.max():.3e} at most"
+            )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -133,33 +136,43 @@ def check_mask(device: Device, rows: int, columns: int, kernel: str) -> Iterator
     yield {"figure": wrong, "bound": 0, "note": f"elements that differ, of {2 * rows * columns}"}
 
 
+def timed(run: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of a check, with the seconds until each."""
+    begun = time.perf_counter()
+    for row in run():
+        yield {**row, "seconds": round(time.perf_counter() - begun, 2)}
+
+
 def units(device: Device, clock: Clock, part: tuple[int, int]) -> list[Unit]:
     """This process's share: every so many-th check; the ones that want much memory are all the first process's."""
     dry = device.dry
     found: list[Unit] = []
 
-    def add(check: str, kernel: str, case: object, run: object, seconds: float = 3.0) -> None:
-        found.append(Unit({"check": check, "kernel": kernel, "case": str(case)}, run, seconds))  # type: ignore[arg-type]
+    def unit(check: str, kernel: str, case: object, run: Callable[[], Iterator[Row]], seconds: float = 3.0) -> Unit:
+        return Unit({"check": check, "kernel": kernel, "case": str(case)}, partial(timed, run), seconds)
+
+    def add(*arguments: Any) -> None:
+        found.append(unit(*arguments))
 
     for case in cases(dry):
         for kernel in KERNELS:
             if directions(case, kernel):
-                add("oracle", kernel, case, lambda c=case, k=kernel: check_oracle(device, c, k))
+                add("oracle", kernel, case, partial(check_oracle, device, case, kernel))
     for case in ugly(dry):
-        add("oracle", "auto", case, lambda c=case: check_oracle(device, c, "auto"))
+        add("oracle", "auto", case, partial(check_oracle, device, case, "auto"))
     mask = ((9, 32), (70, 16)) if dry else ((9, 64), (1031, 128), (200, 67))
     for (rows, columns), kernel in product(mask, ("split",) if dry else ("split", "vendor")):
-        add("mask", kernel, f"{rows}x{columns}", lambda a=(rows, columns, kernel): check_mask(device, *a))
+        add("mask", kernel, f"{rows}x{columns}", partial(check_mask, device, rows, columns, kernel))
     sizes = ((9, 48, 40, 16),) if dry else ((16, 4096, 4096, 16), (257, 520, 1032, 40), (4096, 4096, 4096, 16))
     for shape, p in product(sizes, (0.0, 0.1)):
         case = Case(*shape, p)
         for kernel in ("auto",) if dry else KERNELS:
             if len(directions(case, kernel)) == 2:
-                add("repeats", kernel, case, lambda c=case, k=kernel: check_repeats(device, c, k))
+                add("repeats", kernel, case, partial(check_repeats, device, case, kernel))
     for name, check in graphs.checks(dry):
-        add("graph", "auto", name, lambda c=check: c(device), 6.0)
-    timed = [
-        Unit({"check": "oracle", "kernel": kernel, "case": str(case)}, lambda c=case, k=kernel: check_oracle(device, c, k))
+        add("graph", "auto", name, partial(check, device), 6.0)
+    large = [
+        unit("oracle", kernel, case, partial(check_oracle, device, case, kernel))
         for case, kernel in product(real(dry), KERNELS)
         if directions(case, kernel)
     ]
@@ -168,7 +181,6 @@ def units(device: Device, clock: Clock, part: tuple[int, int]) -> list[Unit]:
     if number == 0:
         # Before the many real shapes, which may have to stop where the time does.
         mine += [
-            Unit({"check": "offsets", "kernel": kernel, "case": name}, lambda c=check: c(device), 6.0)
-            for name, kernel, check in offsets.checks(dry)
+            unit("offsets", kernel, name, partial(check, device), 6.0) for name, kernel, check in offsets.checks(dry)
         ]
-    return mine + timed[number::count]
+    return mine + large[number::count]

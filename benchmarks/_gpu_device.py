@@ -55,7 +55,9 @@ class CudaDevice:
         self._flush.zero_()
         self._flush.sum()
 
-    def time(self, arms: Arms, seconds: float, *, queued: bool, least: int = 5, most: int = 40) -> dict[str, list[float]]:
+    def time(
+        self, arms: Arms, seconds: float, *, queued: bool, least: int = 5, most: int = 40
+    ) -> dict[str, list[float]]:
         """Seconds a call on the device's clock, by arm; L2 flushed before each, arms in shuffled order, call by call.
 
         ``queued``: launches are queued behind the flush, so that the device waits for no host (for graphs). Otherwise every
@@ -63,9 +65,7 @@ class CudaDevice:
         At least ``least`` and at most ``most`` rounds, of which about as many as ``seconds`` hold.
         """
         names = list(arms)
-        events = {
-            name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in names
-        }
+        events = {name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in names}
         samples: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(WARMUP):
             for name in names:
@@ -152,7 +152,9 @@ class DryDevice:
     def flush(self) -> None:
         pass
 
-    def time(self, arms: Arms, seconds: float, *, queued: bool, least: int = 5, most: int = 40) -> dict[str, list[float]]:
+    def time(
+        self, arms: Arms, seconds: float, *, queued: bool, least: int = 5, most: int = 40
+    ) -> dict[str, list[float]]:
         """One call of each arm, whatever is asked for."""
         samples: dict[str, list[float]] = {}
         for name in shuffled(list(arms), 0):

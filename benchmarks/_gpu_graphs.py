@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -91,7 +92,9 @@ def check_dropout(device: Device, case: Case) -> Iterator[Row]:
 
     def both() -> tuple[Tensor, ...]:
         y = call(static, x, a, b, case.p)
-        return (y.detach(), *torch.autograd.grad(y, (x, a, b), static["grad"]), seed_of(y))
+        # Before backward, which lets go of what was kept for it.
+        seed = seed_of(y)
+        return (y.detach(), *torch.autograd.grad(y, (x, a, b), static["grad"]), seed)
 
     captured, seeds, worst = device.capture(both), set(), 0.0
     rows = torch.arange(case.m, device=device.device)
@@ -103,7 +106,11 @@ def check_dropout(device: Device, case: Case) -> Iterator[Row]:
         keep = keep_rows(rows, case.k, case.p, int(seed))
         worst = max(worst, compare(static, named(tuple(outputs)), keep, case.p)[0])
     assert len(seeds) == 3, f"3 replays drew {len(seeds)} different seeds"
-    yield {"figure": worst, "bound": 1.0, "note": "largest error over its bound, with the mask of each replay's own seed"}
+    yield {
+        "figure": worst,
+        "bound": 1.0,
+        "note": "largest error over its bound, with the mask of each replay's own seed",
+    }
 
 
 def pairs(device: Device, dtype: torch.dtype, count: int = 4, r: int = 8, width: int = 256) -> list[LoRAPair]:
@@ -159,16 +166,18 @@ def check_step(device: Device, dtype: torch.dtype) -> Iterator[Row]:
 
 def checks(dry: bool) -> list[tuple[str, Check]]:
     """Every check's name and the function that makes it."""
-    sizes = ((9, 40, 24, 8), (70, 48, 40, 8)) if dry else ((16, 4096, 4096, 16), (257, 520, 1032, 40), (2048, 4096, 4096, 16))
+    sizes = (
+        ((9, 40, 24, 8), (70, 48, 40, 8))
+        if dry
+        else ((16, 4096, 4096, 16), (257, 520, 1032, 40), (2048, 4096, 4096, 16))
+    )
     found: list[tuple[str, Check]] = []
     for number, shape in enumerate(sizes):
         if not (dry and number):
-            found.append((f"forward {Case(*shape)}", lambda device, s=shape: check_forward(device, Case(*s))))  # type: ignore[misc]
-            found.append((f"backward {Case(*shape)}", lambda device, s=shape: check_backward(device, Case(*s))))  # type: ignore[misc]
-            found.append(
-                (f"dropout {Case(*shape, 0.1)}", lambda device, s=shape: check_dropout(device, Case(*s, 0.1)))  # type: ignore[misc]
-            )
-        found.append((f"both {Case(*shape)}", lambda device, s=shape: check_both(device, Case(*s))))  # type: ignore[misc]
+            found.append((f"forward {Case(*shape)}", partial(check_forward, case=Case(*shape))))
+            found.append((f"backward {Case(*shape)}", partial(check_backward, case=Case(*shape))))
+            found.append((f"dropout {Case(*shape, 0.1)}", partial(check_dropout, case=Case(*shape, 0.1))))
+        found.append((f"both {Case(*shape)}", partial(check_both, case=Case(*shape))))
     for dtype in (FP32,) if dry else (FP32, BF16):
-        found.append((f"step {dtype}".replace("torch.", ""), lambda device, d=dtype: check_step(device, d)))  # type: ignore[misc]
+        found.append((f"step {dtype}".replace("torch.", ""), partial(check_step, dtype=dtype)))
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -114,7 +115,8 @@ def peft_layer(weight: nn.Parameter, a: Tensor, b: Tensor, p: float) -> nn.Modul
         for name, q in wrapped.named_parameters():
             if "lora_" in name:
                 q.copy_(a if "lora_A" in name else b)
-    layer = wrapped.base_model.model[0]
+    layer: Any = wrapped.base_model.model
+    layer = layer[0]
     assert sum(q.requires_grad for q in layer.parameters()) == 2, "PEFT's layer should have two trainable parameters"
     return layer
 
@@ -196,7 +198,9 @@ def runs(arm: Arm, x: Tensor, grad: Tensor, direction: str) -> Callable[[], Any]
     return lambda: arm.layer(x).detach()
 
 
-def measure(device: Device, s: Shape, gpu: model.Gpu | None, compiler: Compiler, modes: tuple[str, ...]) -> Iterator[Row]:
+def measure(
+    device: Device, s: Shape, gpu: model.Gpu | None, compiler: Compiler, modes: tuple[str, ...]
+) -> Iterator[Row]:
     x, grad, arms, missing = build(s, device)
     if "peft" in arms:
         try:
@@ -232,9 +236,7 @@ def _lost(direction: str, mode: str, arm: str, error: Exception) -> Row:
     return {"direction": direction, "mode": mode, "arm": arm, "status": status, "note": note_of(error)}
 
 
-def rows(
-    s: Shape, gpu: model.Gpu | None, direction: str, mode: str, samples: dict[str, list[float]]
-) -> Iterator[Row]:
+def rows(s: Shape, gpu: model.Gpu | None, direction: str, mode: str, samples: dict[str, list[float]]) -> Iterator[Row]:
     found = {name: summarize(values) for name, values in samples.items()}
     for name, values in samples.items():
         seconds = found[name]["median"]
@@ -264,5 +266,5 @@ def units(device: Device, clock: Clock, part: tuple[int, int]) -> list[Unit]:
         key = {"m": s.m, "n": s.n, "k": s.k, "r": s.r, "dropout": P if s.dropout else 0.0}
         # Eager times are told where the targets are, and at one rank elsewhere.
         modes = MODES if device.dry or s.r == TARGET_R else MODES[:1]
-        found.append(Unit(key, lambda s=s, modes=modes: measure(device, s, gpu, compiler, modes), 3.0))  # type: ignore[misc]
+        found.append(Unit(key, partial(measure, device, s, gpu, compiler, modes), 3.0))
     return found

@@ -37,7 +37,7 @@ def short_of_memory(device: Device, elements: int) -> Row | None:
 def spread(inputs: Inputs, span: int) -> tuple[Inputs, Tensor]:
     """``inputs`` with the rows of every matrix more than ``span`` elements apart from first to last, and their memory."""
     # Multiples of what alignments are told apart by, so that the same kernels are taken.
-    stride = max(-(-(span + span // 16) // (inputs[name].shape[0] - 1) // 64 + 1) * 64 for name in SPREAD)
+    stride = max(((span + span // 16) // (inputs[name].shape[0] - 1) // 64 + 1) * 64 for name in SPREAD)
     room = -(-max(inputs[name].shape[1] for name in SPREAD) // 64) * 64
     assert room * len(SPREAD) <= stride, f"rows of {room} elements do not fit into a stride of {stride}"
     elements = stride * max(inputs[name].shape[0] for name in SPREAD)
@@ -47,7 +47,7 @@ def spread(inputs: Inputs, span: int) -> tuple[Inputs, Tensor]:
         rows, columns = inputs[name].shape
         wide[name] = memory.as_strided((rows, columns), (stride, 1), number * room)
         wide[name].copy_(inputs[name])
-        assert (rows - 1) * stride > span
+        assert (rows - 1) * stride > span, f"{rows} rows of stride {stride} stay within {span}"
     return wide, memory
 
 
@@ -67,7 +67,11 @@ def check_spread(rows: int, kernel: str, device: Device) -> Iterator[Row]:
         far, _ = run(wide, 0.0)
     compare(inputs, close, None, 0.0)
     equal_bits(close, far)
-    yield {"figure": 0, "bound": 0, "note": f"places that differ from the same call on close rows; offsets beyond {span}"}
+    yield {
+        "figure": 0,
+        "bound": 0,
+        "note": f"places that differ from the same call on close rows; offsets beyond {span}",
+    }
 
 
 def check_large(kernel: str, p: float, wide: str, device: Device) -> Iterator[Row]:

@@ -17,7 +17,11 @@ def draw(rows: dict[str, list[Row]], machine: Row, out: Path, dry: bool) -> list
 
     from benchmarks.plots import STYLE, save
 
-    where = "DRY RUN, not a measurement" if dry else f"{machine.get('gpu')}, bf16, CUDA graphs, commit {machine.get('commit')}"
+    where = (
+        "DRY RUN, not a measurement"
+        if dry
+        else f"{machine.get('gpu')}, bf16, CUDA graphs, commit {machine.get('commit')}"
+    )
     paths = []
     layer = [row for row in rows.get("layer", []) if row.get("status") == "ok" and row.get("mode") == "graph"]
     with plt.rc_context(STYLE):
@@ -49,7 +53,9 @@ def _times(plt: Any, layer: Sequence[Row], where: str) -> Any:
                     ax.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=shade, label=arm)
             ax.axhline(1, color="#444444", linewidth=0.8)
             ax.set_xscale("log", base=2)
-            ax.set(xlabel=f"{axis} ({fixed} = {value}, {n}x{k}, dropout {p:g})", ylabel="forward + backward over frozen")
+            ax.set(
+                xlabel=f"{axis} ({fixed} = {value}, {n}x{k}, dropout {p:g})", ylabel="forward + backward over frozen"
+            )
             if ax.lines[:-1]:
                 ax.legend()
     figure.suptitle(where, fontsize=10)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,7 +48,8 @@ class Child:
         self.heard = time.monotonic()
         self.ended = False
         self.messages: queue.Queue[Row | None] = queue.Queue()
-        self.errors = tempfile.TemporaryFile()
+        # Read after the process has ended; it goes with this object.
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         read, write = os.pipe()
         command = [sys.executable, "-m", "benchmarks.gpu", "--child", section, "--part", f"{part[0]}/{part[1]}"]
         command += ["--skip", str(skip), "--seconds", f"{seconds:.1f}", "--pipe", str(write)]
@@ -80,10 +83,8 @@ class Child:
     def stop(self) -> None:
         """Kill the process and those that it started."""
         if self.process.poll() is None:
-            try:
-                os.killpg(self.process.pid, 9)
-            except ProcessLookupError:
-                pass
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def last_words(self) -> str:
@@ -149,7 +150,9 @@ def run_section(
                         finished[part] += 1
                         child.unit = None
                         total = sum(plans.values())
-                        say(f"{section} {sum(finished.values())} of {total}, {max(0.0, until - time.monotonic()):.0f} s left")
+                        say(
+                            f"{section} {sum(finished.values())} of {total}, {max(0.0, until - time.monotonic()):.0f} s left"
+                        )
                     elif "late" in message:
                         progress.late += 1
                     elif "end" in message:

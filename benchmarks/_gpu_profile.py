@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,13 @@ def check_launches(device: Device, s: Shape, direction: str) -> Iterator[Row]:
 
 
 def _expect(row: Row, figure: int, expected: int, note: str) -> Row:
-    return {**row, "figure": figure, "expected": expected, "status": "ok" if figure == expected else "failed", "note": note}
+    return {
+        **row,
+        "figure": figure,
+        "expected": expected,
+        "status": "ok" if figure == expected else "failed",
+        "note": note,
+    }
 
 
 def check_step(device: Device) -> Iterator[Row]:
@@ -165,14 +172,19 @@ def units(device: Device, clock: Clock, part: tuple[int, int]) -> list[Unit]:
     large = Shape(70 if device.dry else 8192, *size, True)
     shapes = [Shape(16 if device.dry else 64, *size, False), large]
     if not device.dry:
-        shapes += [Shape(1, *size, False), Shape(16, *size, False), Shape(64, *size, True), large._replace(dropout=False)]
+        shapes += [
+            Shape(1, *size, False),
+            Shape(16, *size, False),
+            Shape(64, *size, True),
+            large._replace(dropout=False),
+        ]
     for s, direction in product(shapes, ("forward", "backward")):
         name = f"{direction} {label(s)}"
-        add("launches", name, lambda s=s, d=direction: check_launches(device, s, d), 3.0)  # type: ignore[misc]
-    add("launches", "step of 448 tensors", lambda: check_step(device), 3.0)
-    add("waiting", label(large), lambda: check_waiting(device, large), 3.0)
-    add("dram", label(large), lambda: tools.check_dram(device, large, clock), 25.0)
-    add("memory", label(large), lambda: check_memory(device, large), 2.0)
+        add("launches", name, partial(check_launches, device, s, direction), 3.0)
+    add("launches", "step of 448 tensors", partial(check_step, device), 3.0)
+    add("waiting", label(large), partial(check_waiting, device, large), 3.0)
+    add("dram", label(large), partial(tools.check_dram, device, large, clock), 25.0)
+    add("memory", label(large), partial(check_memory, device, large), 2.0)
     for tool in ("memcheck", "racecheck"):
-        add("sanitizer", tool, lambda t=tool: tools.check_sanitizer(device, t, clock), 20.0)  # type: ignore[misc]
+        add("sanitizer", tool, partial(tools.check_sanitizer, device, tool, clock), 20.0)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 import stablelora_kernels as slk
 from benchmarks import model
 from benchmarks._gpu_device import Arms, Device
-from benchmarks._gpu_layer import P, SECONDS, _rank, known_gpu, shapes
+from benchmarks._gpu_layer import SECONDS, P, _rank, known_gpu, shapes
 from benchmarks._gpu_section import FAILED, Clock, Row, Unit, note_of
 from benchmarks._harness import summarize
 from benchmarks.model import Shape
@@ -92,6 +93,13 @@ def units(device: Device, clock: Clock, part: tuple[int, int]) -> list[Unit]:
     ordered = sorted(shapes(device.dry), key=lambda s: (max(s.n, s.k) > 4096 or s.n < 4096, *_rank(s)))
     for s in ordered:
         for direction in ("forward", "backward"):
-            key: Row = {"m": s.m, "n": s.n, "k": s.k, "r": s.r, "dropout": P if s.dropout else 0.0, "direction": direction}
-            found.append(Unit(key, lambda s=s, d=direction: measure(device, s, d, gpu), 2.0))  # type: ignore[misc]
+            key: Row = {
+                "m": s.m,
+                "n": s.n,
+                "k": s.k,
+                "r": s.r,
+                "dropout": P if s.dropout else 0.0,
+                "direction": direction,
+            }
+            found.append(Unit(key, partial(measure, device, s, direction, gpu), 2.0))
     return found

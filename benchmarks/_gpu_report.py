@@ -20,7 +20,9 @@ FEW, MANY = (1, 16, 64), (2048, 4096, 8192)
 
 def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """The rows that have a figure and these values."""
-    return [row for row in rows if row.get("status") == "ok" and all(row.get(key) == value for key, value in wanted.items())]
+    return [
+        row for row in rows if row.get("status") == "ok" and all(row.get(key) == value for key, value in wanted.items())
+    ]
 
 
 def verdict(words: str, values: Sequence[float], wanted: int, holds: Callable[[float], bool], show: str) -> Verdict:
@@ -66,7 +68,9 @@ def targets(results: dict[str, list[Row]]) -> list[Verdict]:
     ]
     found.append(verdict("forward, M 1, 16, 64, no dropout: one launch", launches, 3, lambda v: v == 1, "{:g}"))
     moved = [row["figure"] for row in pick(profile, check="dram", what="ours")]
-    found.append(verdict("DRAM, forward+backward at 8192x4096x4096: <= 1.0 GiB", moved, 1, lambda v: v <= 1.0, "{:.3f} GiB"))
+    found.append(
+        verdict("DRAM, forward+backward at 8192x4096x4096: <= 1.0 GiB", moved, 1, lambda v: v <= 1.0, "{:.3f} GiB")
+    )
     times = [
         row["device_us"] / 1e3
         for row in pick(step, set="8B model", dtype="float32", tensors=448, arm="ours", state="shrinking")
@@ -171,6 +175,7 @@ def write(
     """summary.md and plots in ``out``; what is to be printed, the most important last."""
     rows = {name: found for name, (found, _) in results.items()}
     first = headline(dry, interrupted, machine)
+    dry_note = ", of a dry run: it means nothing" if dry else ""
     status, failed, lost = status_table(results), failures(results), losses(rows.get("layer", []))
     verdicts = [f"- {result}: {words}{': ' + figures if figures else ''}" for words, result, figures in targets(rows)]
     if dry:
@@ -188,19 +193,25 @@ def write(
     except Exception as error:
         # Figures matter more than pictures of them.
         plots = [f"none: {type(error).__name__}: {error}"]
-    facts = [f"- {key}: {value:.4g}" if isinstance(value, float) else f"- {key}: {value}" for key, value in machine.items()]
+    facts = [
+        f"- {key}: {value:.4g}" if isinstance(value, float) else f"- {key}: {value}" for key, value in machine.items()
+    ]
     losing = [f"- {ratio:.2f}x: {words}" for ratio, words in lost] or ["- none among what was measured"]
     parts: list[tuple[str, list[str]]] = [
         ("Targets", verdicts),
         ("Sections", ["```", *status, "```"]),
         ("Failed", [f"- {line}" for line in failed] or ["- nothing"]),
-        (f"Where we lose ({len(lost)} timings)", losing),
-        ("The table's choice against the best kernel (regret)", regret),
-        ("Predicted over measured", errors or ["- not measured"]),
+        (f"Where we lose ({len(lost)} timings){dry_note}", losing),
+        (f"The table's choice against the best kernel (regret){dry_note}", regret),
+        (f"Predicted over measured{dry_note}", errors or ["- not measured"]),
         ("Machine", facts),
         ("Command", [f"`{command}`", "", f"{seconds:.0f} s. Plots: {', '.join(plots) or 'none'}."]),
     ]
-    text = [f"# {first}" if dry else f"{first}\n", "", *(line for head, body in parts for line in (f"## {head}", "", *body, ""))]
+    text = [
+        f"# {first}" if dry else f"{first}\n",
+        "",
+        *(line for head, body in parts for line in (f"## {head}", "", *body, "")),
+    ]
     (out / "summary.md").write_text("\n".join(text), encoding="utf-8")
 
     def short(lines: list[str]) -> list[str]:
@@ -208,9 +219,9 @@ def write(
         return lines[:PRINTED] + ([f"  and {more} more in summary.md"] if more > 0 else [])
 
     return [
-        f"Where we lose ({len(lost)} timings):", *short(losing),
-        "Regret of the table's choice:", *regret,
-        "Predicted over measured:", *(errors or ["- not measured"]),
+        f"Where we lose ({len(lost)} timings){dry_note}:", *short(losing),
+        f"Regret of the table's choice{dry_note}:", *regret,
+        f"Predicted over measured{dry_note}:", *(errors or ["- not measured"]),
         f"Failed ({len(failed)}):", *short([f"- {line}" for line in failed] or ["- nothing"]),
         *status,
         "Targets:", *verdicts,

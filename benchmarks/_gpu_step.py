@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -81,13 +82,14 @@ def parameters(own: list[LoRAPair]) -> list[Any]:
     return [p for pair in own for p in (pair.A, pair.B)]
 
 
-def arms(of: Set, device: Device, latched: bool) -> tuple[dict[str, Callable[[], Any]], StableLoRAAdamW, list[LoRAPair]]:
+def arms(
+    of: Set, device: Device, latched: bool
+) -> tuple[dict[str, Callable[[], Any]], StableLoRAAdamW, list[LoRAPair]]:
     """Every arm has parameters, gradients and moments of its own. Ours, and its parameters."""
     mine = pairs(of, device, latched)
     ours = StableLoRAAdamW(mine, lr=LR, shrink_ratio=SHRINK_RATIO)
-    fused, foreach = (
-        torch.optim.AdamW(parameters(pairs(of, device, latched)), lr=LR, **{kind: True}) for kind in ("fused", "foreach")
-    )
+    fused = torch.optim.AdamW(parameters(pairs(of, device, latched)), lr=LR, fused=True)
+    foreach = torch.optim.AdamW(parameters(pairs(of, device, latched)), lr=LR, foreach=True)
     naive = NaiveStableAdamW(pairs(of, device, latched), LR, foreach=True)
     found = {"naive": naive.step, "foreach": foreach.step, "fused": fused.step, "ours": ours.step}
     return found, ours, mine
@@ -152,5 +154,5 @@ def units(device: Device, clock: Clock, part: tuple[int, int]) -> list[Unit]:
             "dtype": str(of.dtype).removeprefix("torch."),
             "state": "latched" if latched else "shrinking",
         }
-        found.append(Unit(key, lambda of=of, latched=latched: measure(device, of, latched), 4.0))  # type: ignore[misc]
+        found.append(Unit(key, partial(measure, device, of, latched), 4.0))
     return found

@@ -24,7 +24,12 @@ from benchmarks._gpu_section import DRY, FAILED, NEEDS_GPU, NOTE_LENGTH, OK, SKI
 from benchmarks.model import Shape
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
-ELSEWHERE = ("/usr/local/cuda/bin", "/usr/local/cuda*/bin", "/opt/nvidia/nsight-compute/*", "/usr/local/cuda/compute-sanitizer")
+ELSEWHERE = (
+    "/usr/local/cuda/bin",
+    "/usr/local/cuda*/bin",
+    "/opt/nvidia/nsight-compute/*",
+    "/usr/local/cuda/compute-sanitizer",
+)
 # Seconds that a tool may take, and that are left for what comes after it.
 MOST, SPARE = 110.0, 3.0
 
@@ -137,7 +142,11 @@ def check_sanitizer(device: Device, tool: str, clock: Clock) -> Iterator[Row]:
         return
     program = find("compute-sanitizer")
     if program is None:
-        yield {"what": tool, "status": SKIPPED, "note": "there is no compute-sanitizer on PATH or where CUDA installs it"}
+        yield {
+            "what": tool,
+            "status": SKIPPED,
+            "note": "there is no compute-sanitizer on PATH or where CUDA installs it",
+        }
         return
     command = [program, "--tool", tool, sys.executable, "-m", "benchmarks._gpu_target", "small"]
     # Every tensor an allocation of its own, so that what lies beyond it is out of bounds.

@@ -1,4 +1,4 @@
-"""Measure this library on an NVIDIA GPU: correctness there, times against rivals, regret of the tables, the step, what it launches.
+"""Measure this library on an NVIDIA GPU: is it right there, how fast against rivals, what does it launch and wait for.
 
     python -m benchmarks.gpu [--budget 520] [--only SECTION ...] [--out DIRECTORY]
     python -m benchmarks.gpu --dry-run
@@ -114,7 +114,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="these sections alone")
     found.add_argument("--out", type=Path, help="where to write (default: benchmarks/results/<the GPU's name>)")
     found.add_argument("--commit", help="the commit that is measured, where this is no git checkout")
-    found.add_argument("--dry-run", action="store_true", help="the same code in the interpreter on a CPU, at tiny sizes")
+    found.add_argument(
+        "--dry-run", action="store_true", help="the same code in the interpreter on a CPU, at tiny sizes"
+    )
     for name, kind in (("--child", str), ("--part", str), ("--skip", int), ("--seconds", float), ("--pipe", int)):
         found.add_argument(name, type=kind, help=argparse.SUPPRESS)
     return found
