@@ -25,24 +25,25 @@ GRACE = 8.0
 MOST_CRASHES = 5
 
 
-def environment(dry: bool) -> dict[str, str]:
+def environment(dry: bool, section: str = "") -> dict[str, str]:
     """The processes' environment variables: nothing of ours is forced from outside, and a dry run sees no GPU."""
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("STABLELORA_") and name != "TRITON_INTERPRET"
     }
-    # Asked for by deterministic algorithms, which fill fresh memory with NaN for the checks.
-    kept.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if section == "correctness":
+        # Asked for by deterministic algorithms, which fill fresh memory with NaN.
+        kept.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if dry:
         kept |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     return kept
 
 
 class Child:
-    """One process for a section, or for a part of it."""
+    """One process for a section, or for a part of it, which begins nothing that would not end by ``until`` (monotonic)."""
 
-    def __init__(self, section: str, part: tuple[int, int], skip: int, seconds: float, dry: bool) -> None:
+    def __init__(self, section: str, part: tuple[int, int], skip: int, until: float, dry: bool) -> None:
         self.section, self.part, self.dry = section, part, dry
         self.unit: Row | None = None
         self.heard = time.monotonic()
@@ -52,11 +53,11 @@ class Child:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         read, write = os.pipe()
         command = [sys.executable, "-m", "benchmarks.gpu", "--child", section, "--part", f"{part[0]}/{part[1]}"]
-        command += ["--skip", str(skip), "--seconds", f"{seconds:.1f}", "--pipe", str(write)]
+        command += ["--skip", str(skip), "--until", f"{until:.3f}", "--pipe", str(write)]
         self.process = subprocess.Popen(
             [*command, "--dry-run"] if dry else command,
             cwd=ROOT,
-            env=environment(dry),
+            env=environment(dry, section),
             pass_fds=(write,),
             stdin=subprocess.DEVNULL,
             stdout=self.errors,
@@ -125,7 +126,7 @@ def run_section(
     crashes = 0
 
     def start(part: int, skip: int) -> Child:
-        return Child(section, (part, workers), skip, max(0.0, until - time.monotonic()), dry)
+        return Child(section, (part, workers), skip, until, dry)
 
     children: list[Child] = []
     plans: dict[int, int] = {}
@@ -207,10 +208,10 @@ def machine(dry: bool, seconds: float) -> Row:
     Raises:
         RuntimeError: that process failed.
     """
-    child = Child("machine", (0, 1), 0, seconds, dry)
+    until = time.monotonic() + seconds
+    child = Child("machine", (0, 1), 0, until, dry)
     found: Row = {}
     try:
-        until = time.monotonic() + seconds
         while time.monotonic() < until:
             message = child.messages.get(timeout=max(0.1, until - time.monotonic()))
             if message is None:

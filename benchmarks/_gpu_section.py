@@ -45,10 +45,10 @@ class Unit(NamedTuple):
 
 
 class Clock:
-    """What is left of a section's time."""
+    """What is left of a section's time: ``until`` is on the monotonic clock, which all processes of a machine share."""
 
-    def __init__(self, seconds: float) -> None:
-        self._until = time.monotonic() + seconds
+    def __init__(self, until: float) -> None:
+        self._until = until
 
     def left(self) -> float:
         return self._until - time.monotonic()
@@ -90,11 +90,11 @@ def run_units(
     send({"end": True})
 
 
-def run_child(section: str, part: tuple[int, int], skip: int, seconds: float, pipe: int, dry: bool) -> None:
+def run_child(section: str, part: tuple[int, int], skip: int, until: float, pipe: int, dry: bool) -> None:
     """One section, or a part of it, in this process. ``pipe`` is a file descriptor to write to."""
     import stablelora_kernels as slk
 
-    clock = Clock(seconds)
+    clock = Clock(until)
     with os.fdopen(pipe, "w", buffering=1) as file:
 
         def send(message: Row) -> None:

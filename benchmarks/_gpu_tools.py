@@ -123,7 +123,12 @@ def check_dram(device: Device, s: Shape, clock: Clock) -> Iterator[Row]:
         why = "time was up" if status is None else f"ncu ended with status {status} and {len(kernels)} kernels"
         yield {"what": "ncu", "status": SKIPPED, "note": f"{why}\n{(printed + text)[-NOTE_LENGTH:]}"}
         return
-    for name, own in by_arm(kernels).items():
+    try:
+        arms = by_arm(kernels)
+    except ValueError as error:
+        yield {"what": "ncu", "status": SKIPPED, "note": f"{error}: {kernels}"[:NOTE_LENGTH]}
+        return
+    for name, own in arms.items():
         note = "GiB, ncu: " + "; ".join(f"{kernel[:40]} {moved / 2**30:.3f}" for kernel, moved in own)
         yield {"what": name, "figure": round(sum(moved for _, moved in own) / 2**30, 4), "note": note[:NOTE_LENGTH]}
 
