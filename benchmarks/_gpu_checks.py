@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from stablelora_kernels.dispatch import Call, check_possible
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.reference import lora_linear_grads_ref, lora_linear_ref, philox_ref
 from stablelora_kernels.testing import EPS, assert_no_worse, make_inputs
@@ -56,6 +57,18 @@ class Case:
             "lora_B": normal(n, r, r**-0.5, self.lora_dtype),
             "grad": normal(m, n, 1.0, self.dtype),
         }
+
+
+def directions(case: Case, kernel: str) -> list[str]:
+    """Which of forward and backward ``kernel`` can do."""
+    found = []
+    for direction, sizes in (("forward", (case.n, case.k)), ("backward", (case.k, case.n))):
+        try:
+            check_possible(Call(direction, case.m, *sizes, case.r, case.dtype, case.lora_dtype, case.p > 0), kernel)
+            found.append(direction)
+        except ValueError:
+            pass
+    return found
 
 
 def leaves(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from benchmarks._gpu_checks import (
     Case,
     call,
     compare,
+    directions,
     equal_bits,
     keep_rows,
     leaves,
@@ -29,7 +30,7 @@ from benchmarks._gpu_checks import (
 )
 from benchmarks._gpu_device import Device
 from benchmarks._gpu_section import Clock, Row, Unit
-from stablelora_kernels.dispatch import KERNELS, Call, check_possible
+from stablelora_kernels.dispatch import KERNELS
 from stablelora_kernels.reference import dropout_keep_ref
 
 COLUMNS = ("check", "kernel", "case", "status", "figure", "bound", "seconds", "note", "dry")
@@ -62,18 +63,6 @@ def real(dry: bool) -> list[Case]:
     if dry:
         return [Case(16, 64, 32, 8, 0.1, BF16, BF16)]
     return [Case(m, REAL_SIZE, REAL_SIZE, r, p, BF16, BF16) for r, p, m in product(REAL_R, (0.1, 0.0), REAL_M)]
-
-
-def directions(case: Case, kernel: str) -> list[str]:
-    """Which of forward and backward ``kernel`` can do."""
-    found = []
-    for direction, sizes in (("forward", (case.n, case.k)), ("backward", (case.k, case.n))):
-        try:
-            check_possible(Call(direction, case.m, *sizes, case.r, case.dtype, case.lora_dtype, case.p > 0), kernel)
-            found.append(direction)
-        except ValueError:
-            pass
-    return found
 
 
 def check_oracle(device: Device, case: Case, kernel: str) -> Iterator[Row]:
@@ -178,9 +167,12 @@ def units(device: Device, clock: Clock, part: tuple[int, int]) -> list[Unit]:
     ]
     number, count = part
     mine = found[number::count]
+    if count > 1:
+        # The large ones are the other processes', since the first has the offsets to do.
+        large = large[number - 1 :: count - 1] if number else []
     if number == 0:
-        # Before the many real shapes, which may have to stop where the time does.
+        # Before the real shapes, which may have to stop where the time does.
         mine += [
             unit("offsets", kernel, name, partial(check, device), 6.0) for name, kernel, check in offsets.checks(dry)
         ]
-    return mine + large[number::count]
+    return mine + large

@@ -138,10 +138,11 @@ class Compiler:
             raise RuntimeError(f"compiled for M in {COMPILED_M} only")
         if not self.dry and self.left < self.guess:
             raise RuntimeError(f"compiling takes about {self.guess:.0f} s, {self.left:.0f} s are left for it")
-        functorch = torch._functorch.config  # type: ignore[attr-defined]
-        if hasattr(functorch, "donated_buffer"):
+        from torch._functorch import config
+
+        if hasattr(config, "donated_buffer"):
             # Otherwise the compiled backward pass can't run twice on one graph.
-            functorch.donated_buffer = False
+            config.donated_buffer = False
         torch.compiler.reset()
         begun = time.perf_counter()
         # A dry run goes as far as the tracer; there may be no C++ compiler.

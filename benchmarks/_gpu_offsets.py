@@ -12,10 +12,22 @@ import torch
 from torch import Tensor
 
 import stablelora_kernels as slk
-from benchmarks._gpu_checks import BF16, Case, Inputs, call, compare, equal_bits, keep_rows, leaves, run, seed_of
+from benchmarks._gpu_checks import (
+    BF16,
+    Case,
+    Inputs,
+    call,
+    compare,
+    directions,
+    equal_bits,
+    keep_rows,
+    leaves,
+    run,
+    seed_of,
+)
 from benchmarks._gpu_device import Device
 from benchmarks._gpu_section import SKIPPED, Row
-from stablelora_kernels.dispatch import MAX_FUSED_R
+from stablelora_kernels.dispatch import KERNELS
 
 Check = Callable[[Device], Iterator[Row]]
 SPREAD = ("x", "weight", "lora_A", "lora_B", "grad")
@@ -98,10 +110,11 @@ def check_large(kernel: str, p: float, wide: str, device: Device) -> Iterator[Ro
     large["grad"] = torch.zeros(m, n, dtype=BF16, device=at)
     large["grad"][some] = small["grad"]
     x, a, b = leaves(large)
-    with slk.use_kernel(kernel if case.p == 0 or kernel != "fused" else "auto"):
+    able = directions(case, kernel)
+    with slk.use_kernel(kernel if "forward" in able else "auto"):
         y = call(large, x, a, b, p)
     keep = keep_rows(some, k, p, int(seed_of(y))) if p else None
-    with slk.use_kernel(kernel):
+    with slk.use_kernel(kernel if "backward" in able else "auto"):
         dx, da, db = torch.autograd.grad(y, (x, a, b), large["grad"])
     out = {"Y": y.detach()[some], "dX": dx[some], "dA": da, "dB": db}
     worst, which = compare(small, out, keep, p)
@@ -110,8 +123,7 @@ def check_large(kernel: str, p: float, wide: str, device: Device) -> Iterator[Ro
 
 def checks(dry: bool) -> list[tuple[str, str, Check]]:
     """Name, kernel and function of every check."""
-    assert MAX_FUSED_R >= 24
-    kernels = ("auto",) if dry else ("fused", "split", "vendor")
+    kernels = ("auto",) if dry else KERNELS[1:]
     found: list[tuple[str, str, Check]] = [
         (f"rows spread, {rows} rows", kernel, partial(check_spread, rows, kernel))
         for rows in ((40,) if dry else (40, 72))

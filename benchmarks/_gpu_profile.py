@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,19 @@ def trace(device: Device, run: Callable[[], Any]) -> dict[str, Counter[str]]:
         return counts_of(json.loads(path.read_text()))
 
 
+@cache
+def nothing(device: Device) -> dict[str, Counter[str]]:
+    """What a trace of nothing has: the profiler's own waits."""
+    # The first one also initialises the profiler.
+    trace(device, lambda: None)
+    return trace(device, lambda: None)
+
+
 def profiled(device: Device, run: Callable[[], Any]) -> dict[str, Counter[str]]:
     """As :func:`trace`, less what a trace of nothing has."""
-    # The first one also initialises the profiler.
-    for _ in range(2):
-        nothing = trace(device, lambda: None)
+    less = nothing(device)
     found = trace(device, run)
-    return {kind: found[kind] - nothing[kind] for kind in found}
+    return {kind: found[kind] - less[kind] for kind in found}
 
 
 def named(counter: Counter[str]) -> str:

@@ -217,7 +217,7 @@ def write(
         ("Command", [f"`{command}`", "", f"{seconds:.0f} s. Plots: {', '.join(plots) or 'none'}."]),
     ]
     text = [
-        f"# {first}" if dry else f"{first}\n",
+        f"# {first}",
         "",
         *(line for head, body in parts for line in (f"## {head}", "", *body, "")),
     ]

@@ -38,11 +38,15 @@ class Table:
     def __init__(self, path: Path, columns: Sequence[str], dry: bool) -> None:
         self.columns, self.dry, self.rows = columns, dry, list[Row]()
         self._file: TextIO = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n", extrasaction="raise")
+        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
         self._writer.writeheader()
         self._file.flush()
 
     def add(self, row: Row) -> None:
+        # A run on a GPU is not to end over a column that nobody foresaw.
+        unforeseen = {key: row.pop(key) for key in set(row) - set(self.columns)}
+        if unforeseen:
+            row["note"] = f"{row.get('note', '')} {unforeseen}".strip()
         row = {**row, "dry": "dry" if self.dry else ""}
         self.rows.append(row)
         self._writer.writerow(row)
