@@ -48,6 +48,7 @@ class Child:
         self.unit: Row | None = None
         self.heard = time.monotonic()
         self.ended = False
+        self.died: float | None = None
         self.messages: queue.Queue[Row | None] = queue.Queue()
         # Read after the process has ended; it goes with this object.
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -82,11 +83,17 @@ class Child:
         return self.unit is not None and time.monotonic() - self.heard > self.unit["limit"]
 
     def stop(self) -> None:
-        """Kill the process and those that it started."""
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        """Kill the process and those that it started, which may outlive it."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def gone(self) -> bool:
+        """Whether the process has ended and its last messages have had time to come: its own children may hold the pipe."""
+        if self.process.poll() is None:
+            return False
+        self.died = self.died or time.monotonic()
+        return time.monotonic() - self.died > 1.0
 
     def last_words(self) -> str:
         self.errors.seek(0, 2)
@@ -158,6 +165,7 @@ def run_section(
                         progress.late += 1
                     elif "end" in message:
                         child.unit = None
+                child.ended = child.ended or child.gone()
                 late = time.monotonic() > until + GRACE
                 hangs = child.silent()
                 if not child.ended and (late or hangs):
@@ -169,7 +177,8 @@ def run_section(
                 if not child.ended:
                     continue
                 children.remove(child)
-                if late:
+                child.stop()
+                if late and child.process.returncode == -signal.SIGKILL:
                     progress.problem = progress.problem or "stopped: time was up"
                 elif child.process.returncode != 0:
                     crashes += 1
@@ -214,7 +223,7 @@ def machine(dry: bool, seconds: float) -> Row:
     try:
         while time.monotonic() < until:
             message = child.messages.get(timeout=max(0.1, until - time.monotonic()))
-            if message is None:
+            if message is None or "end" in message:
                 break
             found |= message.get("row", {})
         child.process.wait(timeout=10)

@@ -18,13 +18,29 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 pytest.importorskip("peft", reason="PEFT is one of the arms")
 
-from benchmarks import _gpu_device, _gpu_layer, _gpu_process, _gpu_profile, _gpu_report, _gpu_tools, gpu
-from benchmarks._gpu_checks import keep_rows
+import stablelora_kernels as slk
+from benchmarks import (
+    _gpu_checks,
+    _gpu_correctness,
+    _gpu_device,
+    _gpu_graphs,
+    _gpu_layer,
+    _gpu_offsets,
+    _gpu_process,
+    _gpu_profile,
+    _gpu_report,
+    _gpu_tools,
+    gpu,
+)
+from benchmarks._gpu_checks import Case, keep_rows
 from benchmarks._gpu_process import Progress, run_section
 from benchmarks._gpu_section import SECTIONS, Clock, Unit, module, run_units
 from benchmarks.model import Shape
+from stablelora_kernels import backend
 from stablelora_kernels.reference import dropout_keep_ref
 
+# On a GPU the command itself is the test; a dry run hides the GPU from its processes, this process can't.
+pytestmark = pytest.mark.skipif(not backend.INTERPRETING, reason="the dry run is in the interpreter")
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -423,3 +439,62 @@ def test_a_dry_capture_computes_at_replays_into_the_same_tensors():
     x.fill_(5)
     captured.replay()
     assert captured.outputs[0] is first and first.tolist() == [10, 10, 10]
+
+
+# Checks that could not fail would be worth nothing.
+
+DRY = _gpu_device.DryDevice()
+
+
+def test_a_wrong_result_fails_the_oracle(monkeypatch):
+    case = Case(9, 40, 24, 3)
+    right = _gpu_checks.lora_linear
+    with slk.use_backend("triton"):
+        assert next(_gpu_correctness.check_oracle(DRY, case, "auto"))["figure"] <= 1
+        monkeypatch.setattr(_gpu_checks, "lora_linear", lambda *arguments: right(*arguments) * 1.05)
+        with pytest.raises(AssertionError, match="Y is off"):
+            next(_gpu_correctness.check_oracle(DRY, case, "auto"))
+
+
+def test_another_mask_than_the_references_fails(monkeypatch):
+    monkeypatch.setattr(_gpu_correctness, "dropout_keep_ref", lambda m, n, p, seed: dropout_keep_ref(m, n, p, seed + 1))
+    with slk.use_backend("triton"), pytest.raises(AssertionError, match="elements of the mask differ"):
+        next(_gpu_correctness.check_mask(DRY, 9, 32, "split"))
+
+
+def test_results_that_change_from_run_to_run_fail(monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
+    with slk.use_backend("triton"), pytest.raises(AssertionError, match="differs in"):
+        next(_gpu_correctness.check_repeats(DRY, Case(9, 48, 40, 16, 0.5), "auto"))
+
+
+class Stale(_gpu_device.DryDevice):
+    """Its graphs compute once."""
+
+    def capture(self, run, warmup=0):
+        captured = super().capture(run, warmup)
+        captured.replay()
+        captured.replay = lambda: None
+        return captured
+
+
+def test_a_replay_that_reads_no_new_inputs_fails():
+    found = dict(_gpu_graphs.checks(True))
+    with slk.use_backend("triton"):
+        for name, check in found.items():
+            with pytest.raises(AssertionError):
+                list(check(Stale()))
+            assert list(check(DRY)), name
+
+
+def test_rows_out_of_place_fail(monkeypatch):
+    right = _gpu_offsets.spread
+
+    def shifted(inputs, span):
+        wide, memory = right(inputs, span)
+        wide["x"] = wide["x"].flip(0)
+        return wide, memory
+
+    monkeypatch.setattr(_gpu_offsets, "spread", shifted)
+    with slk.use_backend("triton"), pytest.raises(AssertionError, match="differs in"):
+        list(_gpu_offsets.check_spread(40, "auto", DRY))
