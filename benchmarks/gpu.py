@@ -28,7 +28,7 @@ from benchmarks._gpu_process import Progress, machine, run_section
 from benchmarks._gpu_section import FAILED, SECTIONS, Row, module, run_child
 
 RESULTS = Path(__file__).parent / "results"
-# Written at the end, in what is left beyond the budget: the report and its plots.
+# What looking at the machine may take: torch's import, the device's start and two short measurements.
 MACHINE_SECONDS = 60.0
 
 
@@ -137,7 +137,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.budget <= 0:
         parser().error(f"--budget must be above 0, got {options.budget:g}")
     dry = options.dry_run
-    found = machine(dry, MACHINE_SECONDS)
+    # A stop by a time limit is an interrupt, too.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        found = machine(dry, MACHINE_SECONDS)
+    except KeyboardInterrupt:
+        say("interrupted before anything was measured")
+        return 130
+    except RuntimeError as error:
+        say(str(error))
+        return 2
     if not dry and found["gpu"] is None:
         say("There is no NVIDIA GPU here that torch can use. --dry-run runs the same code in Triton's interpreter.")
         return 2
@@ -148,8 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if dry and out.resolve().is_relative_to(RESULTS.resolve()):
         parser().error(f"--out must lie outside {RESULTS} in a dry run, got {out}")
     out.mkdir(parents=True, exist_ok=True)
-    # A stop by a time limit is an interrupt, too.
-    signal.signal(signal.SIGTERM, _interrupt)
     results, interrupted = run(sections, out, options.budget, begun, dry)
     # What is there is written whatever comes: the report takes seconds.
     for number in (signal.SIGINT, signal.SIGTERM):
