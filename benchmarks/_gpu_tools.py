@@ -113,8 +113,17 @@ def check_dram(device: Device, s: Shape, clock: Clock) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "ncu.csv"
         command = [program, "--csv", "--page", "raw", "--print-units", "base", "--metrics", f"{READ},{WRITTEN}"]
-        # The card's settings stay as they are, and L2 as the program leaves it.
-        command += ["--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off"]
+        # Whole names, in which the marker is to be found. The card's settings stay as they are, and L2 as the program leaves it.
+        command += [
+            "--print-kernel-base",
+            "demangled",
+            "--clock-control",
+            "none",
+            "--cache-control",
+            "none",
+            "--profile-from-start",
+            "off",
+        ]
         command += ["--log-file", str(log), sys.executable, "-m", "benchmarks._gpu_target", "dram"]
         status, printed = watch(command, min(MOST, clock.left() - SPARE))
         text = log.read_text(errors="replace") if log.exists() else ""
