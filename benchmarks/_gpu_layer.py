@@ -21,7 +21,7 @@ from benchmarks import model
 from benchmarks._gpu_device import Arms, Device
 from benchmarks._gpu_section import FAILED, SKIPPED, Clock, Row, Unit, note_of
 from benchmarks._harness import summarize
-from benchmarks.model import RIVALS, Shape
+from benchmarks.model import Shape
 
 COLUMNS = (
     "m", "n", "k", "r", "dropout", "mode", "direction", "arm", "status", "us", "q1_us", "q3_us", "samples", "over_frozen",
@@ -169,15 +169,6 @@ def least(s: Shape, direction: str, lora: bool) -> tuple[float, float]:
     return moved, flops
 
 
-def predicted(gpu: model.Gpu | None, s: Shape, direction: str, arm: str) -> float | None:
-    """Seconds by benchmarks.model, or None where it knows no such GPU or arm."""
-    name = {"eager": "eager (PEFT)", "peft": "eager (PEFT)"}.get(arm, arm)
-    if gpu is None or (arm != "ours" and name not in RIVALS):
-        return None
-    times = model.ours(gpu, s) if arm == "ours" else [model.rival_seconds(gpu, works) for works in RIVALS[name](s)]
-    return sum(times) if direction == "both" else times[direction == "backward"]
-
-
 def known_gpu(device: Device) -> model.Gpu | None:
     """The file in benchmarks/gpus for this device, by its name and architecture."""
     for path in sorted(model.GPUS.glob("*.json")):
@@ -243,7 +234,7 @@ def rows(s: Shape, gpu: model.Gpu | None, direction: str, mode: str, samples: di
         seconds = found[name]["median"]
         moved, flops = least(s, direction, name != "frozen")
         try:
-            expected = predicted(gpu, s, direction, name)
+            expected = None if gpu is None else model.predicted(gpu, s, direction, name)
         except Exception as error:
             # What was measured is kept where the model can't follow.
             print(f"no prediction: {error!r}")

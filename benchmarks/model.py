@@ -28,6 +28,8 @@ from stablelora_kernels.dispatch import DEVICES, KERNELS, Call, Choice, check_po
 from stablelora_kernels.explain import call_launches
 
 GPUS = Path(__file__).parent / "gpus"
+# Where benchmarks.gpu leaves what it measured, in a directory named after the GPU.
+RESULTS = Path(__file__).parent / "results"
 # (N, K) of q_proj and of down_proj and gate_proj, in a model of 1 and one of 8 billion parameters.
 SIZES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192, 16384)
@@ -169,7 +171,42 @@ def regret(gpu: Gpu, s: Shape, direction: str, efficiency: float = 1.0) -> tuple
     return chosen, fastest, times[chosen] / times[fastest] - 1
 
 
+def predicted(gpu: Gpu, s: Shape, direction: str, arm: str) -> float | None:
+    """Seconds of "forward", "backward" or "both" for an arm of ``benchmarks.gpu``, or None where the model knows none such."""
+    name = {"eager": "eager (PEFT)", "peft": "eager (PEFT)"}.get(arm, arm)
+    if arm != "ours" and name not in RIVALS:
+        return None
+    times = ours(gpu, s) if arm == "ours" else [rival_seconds(gpu, works) for works in RIVALS[name](s)]
+    return sum(times) if direction == "both" else times[direction == "backward"]
+
+
 # What is printed.
+
+
+def against_measured(gpu: Gpu, name: str, results: Path = RESULTS) -> list[str]:
+    """What ``benchmarks.gpu`` measured on such a GPU, the device alone, and how far from it the predictions are."""
+    errors: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for path in sorted(results.glob("*/layer.csv")):
+        if name not in path.parent.name.split("-"):
+            continue
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row["status"] != "ok" or row["dry"] or row["mode"] != "graph":
+                    continue
+                m, n, k, r = (int(row[key]) for key in ("m", "n", "k", "r"))
+                seconds = predicted(gpu, Shape(m, n, k, r, float(row["dropout"]) > 0), row["direction"], row["arm"])
+                if seconds is not None:
+                    error = seconds * 1e6 / float(row["us"]) - 1
+                    shape = f"M {m} N {n} K {k} r {r} dropout {row['dropout']}"
+                    errors.setdefault((row["arm"], row["direction"]), []).append((error, shape))
+    if not errors:
+        return [f"No measurements of an {gpu.name} to compare with: python -m benchmarks.gpu makes them."]
+    cells = [["arm", "direction", "shapes", "predicted over measured, median", "worst", "at"]]
+    for (arm, direction), found in sorted(errors.items()):
+        worst, shape = max(found, key=lambda pair: abs(pair[0]))
+        middle = statistics.median(error for error, _ in found)
+        cells.append([arm, direction, f"{len(found)}", f"{middle:+.0%}", f"{worst:+.0%}", shape])
+    return ["Predicted against measured, the device alone:", *aligned(cells, left=2)]
 
 
 def check_published(gpu: Gpu) -> list[str]:
@@ -305,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"All times are PREDICTED for an {gpu.name} in bf16, dropout {options.dropout:g}; none is measured.\n")
     for n, k in SIZES:
         print(f"N {n}, K {k}: forward + backward over the frozen layer's", *show(rows, n, k), "", sep="\n")
-    for line in check_published(load_gpu("h100")):
+    for line in (*check_published(load_gpu("h100")), *against_measured(gpu, options.gpu)):
         print(line)
     regrets = [row[f"{direction} regret"] for row in rows for direction in ("forward", "backward")]
     print(

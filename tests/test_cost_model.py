@@ -91,6 +91,30 @@ def test_a_slower_triton_makes_the_vendor_win():
         assert min(times, key=times.__getitem__) == expected
 
 
+def test_predictions_are_compared_with_what_was_measured(tmp_path):
+    assert model.against_measured(H100, "h100", tmp_path)[0].startswith("No measurements of an H100 SXM")
+    s = Shape(8192, 4096, 4096, 16, True)
+    columns = "m,n,k,r,dropout,mode,direction,arm,status,us,dry\n"
+    shape = "8192,4096,4096,16,0.1,"
+    ours, eager = sum(model.ours(H100, s)), sum(model.rival_seconds(H100, works) for works in RIVALS["eager (PEFT)"](s))
+    rows = [
+        f"{shape}graph,both,ours,ok,{2e6 * ours},",
+        f"{shape}graph,both,eager,ok,{0.5e6 * eager},",
+        # What is no measurement of the device, or has no prediction.
+        f"{shape}graph,both,ours,ok,1,dry",
+        f"{shape}eager,both,ours,ok,1,",
+        f"{shape}graph,both,ours,failed,,",
+        f"{shape}graph,both,compiled,ok,1,",
+    ]
+    for place in ("nvidia-h100-80gb-hbm3", "nvidia-h1000"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "layer.csv").write_text(columns + "\n".join(rows) + "\n")
+    _, _, _, eager, mine = model.against_measured(H100, "h100", tmp_path)
+    assert eager.split()[:5] == ["eager", "both", "1", "+100%", "+100%"]
+    assert mine.split()[:5] == ["ours", "both", "1", "-50%", "-50%"]
+    assert mine.endswith("M 8192 N 4096 K 4096 r 16 dropout 0.1")
+
+
 def test_command(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="plots need the bench extra")
     monkeypatch.setattr(model, "SIZES", ((4096, 4096),))
