@@ -11,6 +11,7 @@ from stablelora_kernels.model import LoRAReport, apply_lora, merge_lora, remove_
 from stablelora_kernels.nn import LoRALinear
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
+from stablelora_kernels.stability_log import StabilityLogger, plot_stability
 from stablelora_kernels.trainers import StableLoRAAdamWFactory
 from stablelora_kernels.tuning import get_autotune, set_autotune, use_autotune
 
@@ -21,6 +22,7 @@ __all__ = [
     "LoRAPair",
     "LoRAReport",
     "PairStability",
+    "StabilityLogger",
     "StableLoRAAdamW",
     "StableLoRAAdamWFactory",
     "__version__",
@@ -33,6 +35,7 @@ __all__ = [
     "load_adapter",
     "lora_pairs",
     "merge_lora",
+    "plot_stability",
     "reference",
     "remove_lora",
     "save_adapter",
