@@ -98,7 +98,10 @@ def _stable_adamw_launches() -> Iterator[tuple[str, Any]]:
             constants = {"VARIANTS": 1 << (2 * kind + wide), "CHUNK": TritonStep.CHUNK}
             yield DTYPES[dtype], built(kernels._square_sums_kernel, words, sums, constants)
             for amp in (False, True):
-                flags = dict.fromkeys(("HAS_SCALE", "HAS_INF", "CLIP"), amp) | {"GRAD_SUMS": kernels.MAX_GRAD_SUMS}
+                flags = dict.fromkeys(("HAS_SCALE", "HAS_INF", "CLIP"), amp) | {
+                    "FLAGS": 0,
+                    "GRAD_SUMS": kernels.MAX_GRAD_SUMS,
+                }
                 variant = f"{words} amp clip" if amp else words
                 yield DTYPES[dtype], built(kernels._stable_adamw_kernel, variant, step, constants | flags)
 

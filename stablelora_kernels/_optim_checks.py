@@ -8,25 +8,40 @@ from typing import Any
 import torch
 
 from ._checks import check_float, check_int
-from .ops.stable_adamw import work_dtype
+from .ops.stable_adamw import moment_names, work_dtype
 from .pairs import LoRAPair, lora_pairs, split_lora_name
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-HYPER = ("lr", "betas", "eps", "weight_decay", "shrink_ratio", "maximize", "capturable", "seed")
+HYPER = ("lr", "betas", "eps", "weight_decay", "shrink_ratio", "maximize", "amsgrad", "capturable", "seed")
 _NAMES_NEEDED = (
     "pairs are found by name, so give (name, parameter) tuples, as model.named_parameters() does, or LoRAPairs, or use "
     "StableLoRAAdamW.from_model(model)"
 )
 
 
-def _check_lr(name: str, lr: Any) -> float | torch.Tensor:
-    if not isinstance(lr, torch.Tensor):
-        return check_float(name, lr, low=0.0)
-    if lr.dim() != 0 or not lr.is_floating_point():
-        raise ValueError(f"{name} as a tensor must be a 0-d floating-point one, got {list(lr.shape)} of {lr.dtype}")
-    if lr.device.type == "cpu":
-        check_float(name, lr.item(), low=0.0)
-    return lr
+def _check_number(name: str, value: Any) -> float | torch.Tensor:
+    """A number of at least 0, or a tensor of one, which is kept: it may change, and one on a GPU is not read."""
+    if not isinstance(value, torch.Tensor):
+        return check_float(name, value, low=0.0)
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(
+            f"{name} as a tensor must be a 0-d floating-point one, got {list(value.shape)} of {value.dtype}"
+        )
+    if value.device.type == "cpu":
+        check_float(name, value.item(), low=0.0)
+    # A view, so that whoever changes the tensor changes this.
+    return value.reshape(())
+
+
+def _check_beta(name: str, beta: Any) -> float:
+    if isinstance(beta, torch.Tensor):
+        if beta.numel() != 1 or not beta.is_floating_point() or beta.device.type != "cpu":
+            raise ValueError(
+                f"{name} as a tensor must be a 0-d floating-point one on the CPU, got {list(beta.shape)} of "
+                f"{beta.dtype} on {beta.device}"
+            )
+        beta = beta.item()
+    return check_float(name, beta, low=0.0, high=1.0)
 
 
 def _check_bool(name: str, value: Any) -> bool:
@@ -44,12 +59,13 @@ def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
     if seed >= 2**63:
         raise ValueError(f"{where}seed must be below 2**63, got {seed}")
     return {
-        "lr": _check_lr(f"{where}lr", hyper["lr"]),
-        "betas": tuple(check_float(f"{where}betas[{i}]", beta, low=0.0, high=1.0) for i, beta in enumerate(betas)),
+        "lr": _check_number(f"{where}lr", hyper["lr"]),
+        "betas": tuple(_check_beta(f"{where}betas[{i}]", beta) for i, beta in enumerate(betas)),
         "eps": check_float(f"{where}eps", hyper["eps"], low=0.0),
-        "weight_decay": check_float(f"{where}weight_decay", hyper["weight_decay"], low=0.0),
+        "weight_decay": _check_number(f"{where}weight_decay", hyper["weight_decay"]),
         "shrink_ratio": check_float(f"{where}shrink_ratio", hyper["shrink_ratio"], low=0.0, high=1.0),
         "maximize": _check_bool(f"{where}maximize", hyper["maximize"]),
+        "amsgrad": _check_bool(f"{where}amsgrad", hyper["amsgrad"]),
         "capturable": _check_bool(f"{where}capturable", hyper["capturable"]),
         "seed": seed,
     }
@@ -213,9 +229,9 @@ def check_state(
             if key not in state_dict["state"]:
                 continue
             entry = state_dict["state"][key]
-            wanted = ["step", "exp_avg", "exp_avg_sq"] + ["latched_at"] * (id(p) in owners)
-            for field in wanted:
-                shape = p.shape if field.startswith("exp") else torch.Size([])
+            names = moment_names(saved)
+            for field in ("step", *names, *["latched_at"] * (id(p) in owners)):
+                shape = p.shape if field in names else torch.Size([])
                 value = entry.get(field)
                 if not isinstance(value, torch.Tensor):
                     raise ValueError(f"state_dict has no {field!r} tensor for {name!r}")
@@ -225,7 +241,7 @@ def check_state(
                     )
             moments = {
                 field: torch.empty_like(p, dtype=work_dtype(p), requires_grad=False).copy_(entry[field])
-                for field in ("exp_avg", "exp_avg_sq")
+                for field in names
             }
             counters = {"step": entry["step"].detach().to(p.device, torch.float32, copy=True)}
             if id(p) in owners:

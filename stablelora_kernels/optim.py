@@ -51,12 +51,14 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             (dicts with ``"params"`` of either kind and their own hyper-parameters). Pairs are found by name, across
             groups; a pair's ``shrink_ratio`` is that of A's group. Frozen parameters are ignored.
         lr: the learning rate, a number or a 0-d tensor. A tensor on a GPU is never read on the host.
-        betas: decay rates of the two moments, in [0, 1).
+        betas: decay rates of the two moments, in [0, 1). Tensors on the CPU are read once, here.
         eps: added to the square root of the second moment.
-        weight_decay: decoupled from the gradient, times ``lr``.
+        weight_decay: decoupled from the gradient, times ``lr``; a number or a 0-d tensor, as ``lr``.
         shrink_ratio: lambda, in [0, 1); 0 gives plain AdamW.
         maximize: climb instead of descend.
-        capturable: declares that :meth:`step` may be captured in a CUDA graph; ``lr`` must then be a tensor to change.
+        amsgrad: divide by the root of the largest second moment so far, which is kept beside the others.
+        capturable: declares that :meth:`step` may be captured in a CUDA graph; what changes between
+            replays, ``lr`` or ``weight_decay``, must then be a tensor.
         max_grad_norm: clip the gradients of all parameters together to this norm, as
             ``torch.nn.utils.clip_grad_norm_`` would before the step. The step may leave the clipped ones in ``.grad``.
         seed: of the random rounding. By default PyTorch's initial seed, which ``torch.manual_seed`` sets.
@@ -79,6 +81,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         shrink_ratio: float = 5e-4,
         maximize: bool = False,
+        amsgrad: bool = False,
         capturable: bool = False,
         max_grad_norm: float | None = None,
         seed: int | None = None,
@@ -90,6 +93,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "shrink_ratio": shrink_ratio,
             "maximize": maximize,
+            "amsgrad": amsgrad,
             "capturable": capturable,
             "seed": torch.initial_seed() % 2**63 if seed is None else seed,
         }
@@ -187,7 +191,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if not checks.check_grads(grads):
             return loss
         # A module moved or cast after construction keeps its Parameter objects but not their memory.
-        key = ([p.data_ptr() for p in self._params], get_backend())
+        amsgrad = [group["amsgrad"] for group in self.param_groups]
+        key = ([p.data_ptr() for p in self._params], get_backend(), amsgrad)
         if key != self._engine_key:
             self._check_not_capturing()
             self._build_engines()

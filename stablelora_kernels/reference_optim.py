@@ -38,6 +38,7 @@ class AdamWState:
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     step: int = 0
+    max_exp_avg_sq: torch.Tensor | None = None
 
 
 def adamw_ref(
@@ -50,20 +51,28 @@ def adamw_ref(
     eps: float,
     weight_decay: float,
     maximize: bool = False,
+    amsgrad: bool = False,
 ) -> torch.Tensor:
     """One step of AdamW on ``p``, which is returned new; ``state`` is advanced in place.
 
     p <- (1 - lr wd) p
     m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
     p <- p - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+    With ``amsgrad`` the last line has the largest v so far instead of v.
     """
     beta1, beta2 = betas
     g = -grad if maximize else grad
     state.step += 1
     state.exp_avg = beta1 * state.exp_avg + (1 - beta1) * g
     state.exp_avg_sq = beta2 * state.exp_avg_sq + (1 - beta2) * g * g
+    largest = state.exp_avg_sq
+    if amsgrad:
+        if state.max_exp_avg_sq is not None:
+            largest = torch.maximum(state.max_exp_avg_sq, largest)
+        state.max_exp_avg_sq = largest
     m = state.exp_avg / (1 - beta1**state.step)
-    v = state.exp_avg_sq / (1 - beta2**state.step)
+    v = largest / (1 - beta2**state.step)
     return (1 - lr * weight_decay) * p - lr * m / (v.sqrt() + eps)
 
 
@@ -91,6 +100,7 @@ class StableAdamWRef:
     weight_decay: float = 1e-2
     shrink_ratio: float = 5e-4
     maximize: bool = False
+    amsgrad: bool = False
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
@@ -120,6 +130,7 @@ class StableAdamWRef:
                     eps=self.eps,
                     weight_decay=self.weight_decay,
                     maximize=self.maximize,
+                    amsgrad=self.amsgrad,
                 )
                 p.copy_(new)
 

@@ -28,7 +28,7 @@ TYPES = {
 def main(name: str, variants: int) -> None:
     where = target(name)
     constants: dict[str, Any] = {"VARIANTS": variants, "CHUNK": TritonStep.CHUNK}
-    flags = {"HAS_SCALE": True, "HAS_INF": True, "CLIP": True, "GRAD_SUMS": kernels.MAX_GRAD_SUMS}
+    flags = {"HAS_SCALE": True, "HAS_INF": True, "CLIP": True, "FLAGS": 0, "GRAD_SUMS": kernels.MAX_GRAD_SUMS}
     warps = {"num_warps": kernels.NUM_WARPS}
     step_types, sums_types = (
         {name: TYPES[name] for name in kernel.arg_names if name in TYPES}

@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ import triton.language as tl  # noqa: E402
 
 from stablelora_kernels.kernels import stable_adamw as kernels  # noqa: E402
 from stablelora_kernels.kernels._common import launch_counts  # noqa: E402
+from stablelora_kernels.kernels.stable_adamw_pieces import stochastic_round  # noqa: E402
 from stablelora_kernels.ops.stable_adamw_triton import TritonStep  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,12 +39,7 @@ LOW = [torch.bfloat16, torch.float16]
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -95,7 +91,7 @@ def _round_kernel(x_ptr, noise_ptr, out_ptr, n, KIND: tl.constexpr, BLOCK: tl.co
     mask = offsets < n
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     noise = tl.load(noise_ptr + offsets, mask=mask, other=0).to(tl.uint32, bitcast=True)
-    tl.store(out_ptr + offsets, kernels._stochastic_round(x, noise, KIND).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets, stochastic_round(x, noise, KIND).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def kernel_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -> torch.Tensor:
@@ -280,9 +276,9 @@ def test_op_declares_what_it_mutates(monkeypatch: pytest.MonkeyPatch) -> None:
         ((_, engine),) = optimizer._engines
     params = [p.detach() for _, p in named]
     arguments = (
-        params, [p.grad for _, p in named], engine.exp_avgs, engine.exp_avg_sqs, engine.steps, engine.ticks, engine.latched,
+        params, [p.grad for _, p in named], list(chain(*engine.moments)), engine.steps, engine.ticks, engine.latched,
         engine.squares, engine.grad_squares, engine.tensors, engine.addresses, engine.chunks, engine.hyper, engine.words,
-        torch.tensor(2.0), torch.tensor(0.0), 1.0, engine.variants, engine.CHUNK,
+        torch.tensor(2.0), torch.tensor(0.0), 1.0, engine.flags, engine.variants, engine.CHUNK,
     )  # fmt: skip
     # Not test_aot_dispatch_dynamic: it runs the op on copies, which the tables of addresses don't know.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -10,6 +10,14 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels._common import launch
+from stablelora_kernels.kernels.stable_adamw_pieces import (
+    element_mask,
+    element_pointers,
+    mix,
+    one_minus_exp,
+    span_sum,
+    stochastic_round,
+)
 
 # Columns of the table of tensors (int64), one row each.
 TENSOR_COLUMNS = (
@@ -26,89 +34,28 @@ TENSOR_COLUMNS = (
     "b_n",
     "n",
     "m",
+    "max_exp_avg_sq",
 )
 COLUMNS: tl.constexpr = tl.constexpr(len(TENSOR_COLUMNS))
 # Columns of the table of hyper-parameters (float32), one row a group.
 HYPER_COLUMNS = ("beta1", "rest1", "beta2", "rest2", "eps", "decay", "ratio", "sign", "log1", "log2", "lr")
 HYPERS: tl.constexpr = tl.constexpr(len(HYPER_COLUMNS))
+# Columns of the table of words (int64), one row a group: the address of the learning rate, the seed's part of the rounding
+# key, and the address of the weight decay, which is read where it is a tensor.
+WORD_COLUMNS = ("lr", "seed", "decay")
+WORDS: tl.constexpr = tl.constexpr(len(WORD_COLUMNS))
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 # Variants of the code for one chunk: twice the kind, plus one where every address and size is a multiple of 16.
 N_VARIANTS: tl.constexpr = tl.constexpr(2 * len(KINDS))
 ROLE_LONE, ROLE_A, ROLE_B = 0, 1, 2
 _A: tl.constexpr = tl.constexpr(ROLE_A)
+# FLAGS of a launch: what some tensor or group asks for beyond the plain step.
+FLAG_AMSGRAD, FLAG_DYNAMIC = 1, 2
+_AMSGRAD: tl.constexpr = tl.constexpr(FLAG_AMSGRAD)
+_DYNAMIC: tl.constexpr = tl.constexpr(FLAG_DYNAMIC)
 # The norm of all gradients is the sum of at most this many partial sums, each the work of one program.
 MAX_GRAD_SUMS = 512
 NUM_WARPS = 8
-
-
-@triton.jit
-def _mix(x):
-    """``reference_optim.mix32`` of uint32 words."""
-    x ^= x >> 16
-    x *= 0x7FEB352D
-    x ^= x >> 15
-    x *= 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _stochastic_round(x, noise, KIND: tl.constexpr):
-    """float32 values that bfloat16 (KIND 1) or float16 (KIND 2) holds: ``reference_optim.stochastic_round_ref``."""
-    bits = x.to(tl.uint32, bitcast=True)
-    if KIND == 1:
-        rounded = ((bits + (noise & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        # Below 2^-14 float16's steps are 2^-24, whatever the exponent.
-        rounded = ((bits + (noise & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        scaled = tl.abs(x) * 16777216.0
-        whole = tl.floor(scaled)
-        rest = (16777216 - (noise & 0xFFFFFF).to(tl.int32)).to(tl.float32) * 5.9604644775390625e-8
-        small = (whole + tl.where(scaled - whole >= rest, 1.0, 0.0)) * 5.9604644775390625e-8
-        # The sign by its bit: zero has one too.
-        signed = (small.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True)
-        rounded = tl.where(tl.abs(x) < 6.103515625e-05, signed, rounded)
-    # The sum could carry a NaN's bits into its sign.
-    return tl.where(tl.abs(x) < float("inf"), rounded, x)
-
-
-@triton.jit
-def _pointers(address, start, offsets, KIND: tl.constexpr, ALIGNED: tl.constexpr):
-    if KIND == 0:
-        pointer = address.to(tl.pointer_type(tl.float32))
-    elif KIND == 1:
-        pointer = address.to(tl.pointer_type(tl.bfloat16))
-    else:
-        pointer = address.to(tl.pointer_type(tl.float16))
-    # Unless told, the compiler takes an address out of a table to be aligned to one element, and loads 4 bytes at a time.
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer + start + offsets
-
-
-@triton.jit
-def _mask(start, numel, offsets, ALIGNED: tl.constexpr):
-    left = numel - start
-    # A mask that could change inside a vector would split it.
-    if ALIGNED:
-        left = tl.multiple_of(left, 16)
-    return offsets < left
-
-
-@triton.jit
-def _one_minus_exp(z):
-    """1 - e^z for z <= 0, to float32's accuracy also where e^z is close to 1."""
-    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7 * (1 + z / 8))))))
-    return tl.where(z > -0.5, -z * series, 1 - tl.exp(z))
-
-
-@triton.jit
-def _span_sum(values_ptr, first, count, BLOCK: tl.constexpr):
-    """The sum of ``count`` values from ``first``, always in the same order."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    offsets = tl.arange(0, BLOCK)
-    for at in range(0, count, BLOCK):
-        total += tl.load(values_ptr + first + at + offsets, mask=offsets < count - at, other=0.0)
-    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -118,6 +65,7 @@ def _update(
     start,
     hyper,
     lr,
+    decay,
     step,
     ratio,
     scale,
@@ -125,15 +73,16 @@ def _update(
     base,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    FLAGS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """AdamW on one chunk, A's shrink included; returns the sum of squares of what was stored."""
     offsets = tl.arange(0, CHUNK)
-    mask = _mask(start, tl.load(row + 3), offsets, ALIGNED)
-    p_ptrs = _pointers(tl.load(row), start, offsets, KIND, ALIGNED)
-    m_ptrs = _pointers(tl.load(row + 1), start, offsets, 0, ALIGNED)
-    v_ptrs = _pointers(tl.load(row + 2), start, offsets, 0, ALIGNED)
-    g = tl.load(_pointers(grad, start, offsets, KIND, ALIGNED), mask=mask, other=0.0).to(tl.float32)
+    mask = element_mask(start, tl.load(row + 3), offsets, ALIGNED)
+    p_ptrs = element_pointers(tl.load(row), start, offsets, KIND, ALIGNED)
+    m_ptrs = element_pointers(tl.load(row + 1), start, offsets, 0, ALIGNED)
+    v_ptrs = element_pointers(tl.load(row + 2), start, offsets, 0, ALIGNED)
+    g = tl.load(element_pointers(grad, start, offsets, KIND, ALIGNED), mask=mask, other=0.0).to(tl.float32)
     p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
     m = tl.load(m_ptrs, mask=mask, other=0.0)
     v = tl.load(v_ptrs, mask=mask, other=0.0)
@@ -142,14 +91,21 @@ def _update(
     m = tl.load(hyper) * m + tl.load(hyper + 1) * g
     v = tl.load(hyper + 2) * v + tl.load(hyper + 3) * g * g
     # (1 - ratio)(1 - lr wd) p, as a small difference from p: the product of two roundings near one would drift.
-    decay = lr * tl.load(hyper + 5)
+    decay = lr * decay
     p -= (ratio + decay - ratio * decay) * p
-    size = lr / _one_minus_exp(step * tl.load(hyper + 8))
-    root = tl.sqrt(_one_minus_exp(step * tl.load(hyper + 9)))
-    p -= size * m / (tl.sqrt(v) / root + tl.load(hyper + 4))
+    size = lr / one_minus_exp(step * tl.load(hyper + 8))
+    root = tl.sqrt(one_minus_exp(step * tl.load(hyper + 9)))
+    largest = v
+    if _AMSGRAD & FLAGS:
+        address = tl.load(row + 13)
+        if address != 0:
+            x_ptrs = element_pointers(address, start, offsets, 0, ALIGNED)
+            largest = tl.maximum(tl.load(x_ptrs, mask=mask, other=0.0), v, propagate_nan=tl.PropagateNan.ALL)
+            tl.store(x_ptrs, largest, mask=mask)
+    p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + 4))
     if KIND != 0:
         index = (base + start + offsets).to(tl.uint32)
-        p = _stochastic_round(p, _mix(index ^ key), KIND)
+        p = stochastic_round(p, mix(index ^ key), KIND)
 
     tl.store(p_ptrs, p.to(p_ptrs.dtype.element_ty), mask=mask)
     tl.store(m_ptrs, m, mask=mask)
@@ -177,6 +133,7 @@ def _stable_adamw_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_INF: tl.constexpr,
     CLIP: tl.constexpr,
+    FLAGS: tl.constexpr,
     VARIANTS: tl.constexpr,
     CHUNK: tl.constexpr,
     GRAD_SUMS: tl.constexpr,
@@ -212,8 +169,8 @@ def _stable_adamw_kernel(
         ratio = tl.full((), 0.0, tl.float32)
         if tl.load(row + 5) == _A:
             if tl.load(latched_ptr + chunk) == 0:
-                a = _span_sum(before_ptr, tl.load(row + 7), tl.load(row + 8), 64)
-                b = _span_sum(before_ptr, tl.load(row + 9), tl.load(row + 10), 64)
+                a = span_sum(before_ptr, tl.load(row + 7), tl.load(row + 8), 64)
+                b = span_sum(before_ptr, tl.load(row + 9), tl.load(row + 10), 64)
                 # Sums that are not finite compare false: such a pair neither shrinks nor latches.
                 if (a < float("inf")) & (b < float("inf")):
                     if tl.sqrt(a) / tl.load(row + 11) > tl.sqrt(b) / tl.load(row + 12):
@@ -224,21 +181,40 @@ def _stable_adamw_kernel(
         if HAS_SCALE:
             scale /= tl.load(grad_scale_ptr)
         if CLIP:
-            total = tl.sqrt(_span_sum(grad_squares_ptr, 0, n_grad_squares, GRAD_SUMS))
+            total = tl.sqrt(span_sum(grad_squares_ptr, 0, n_grad_squares, GRAD_SUMS))
             if HAS_SCALE:
                 total /= tl.load(grad_scale_ptr)
             coefficient = max_grad_norm / (total + 1e-6)
             # Written so that a NaN stays one, as in clip_grad_norm_.
             scale *= tl.where(coefficient > 1, 1.0, coefficient)
-        lr = tl.load(tl.load(words_ptr + 2 * group).to(tl.pointer_type(tl.float32)))
-        key = _mix(step.to(tl.uint32) + tl.load(words_ptr + 2 * group + 1).to(tl.uint32))
+        words = words_ptr + group * WORDS
+        lr = tl.load(tl.load(words).to(tl.pointer_type(tl.float32)))
+        decay_ptr = hyper + 5
+        if _DYNAMIC & FLAGS:
+            decay_ptr = tl.load(words + 2).to(tl.pointer_type(tl.float32))
+        decay = tl.load(decay_ptr)
+        key = mix(step.to(tl.uint32) + tl.load(words + 1).to(tl.uint32))
         base = tl.load(row + 6)
         square = tl.full((), 0.0, tl.float32)
         for code in tl.static_range(N_VARIANTS):
             if (VARIANTS >> code) & 1:
                 if variant == code:
                     square = _update(
-                        row, grad, start, hyper, lr, step, ratio, scale, key, base, code // 2, code % 2 == 1, CHUNK
+                        row,
+                        grad,
+                        start,
+                        hyper,
+                        lr,
+                        decay,
+                        step,
+                        ratio,
+                        scale,
+                        key,
+                        base,
+                        code // 2,
+                        code % 2 == 1,
+                        FLAGS,
+                        CHUNK,
                     )
         tl.store(after_ptr + chunk, square)
 
@@ -269,8 +245,8 @@ def _square_sums_kernel(
             for code in tl.static_range(N_VARIANTS):
                 if (VARIANTS >> code) & 1:
                     if variant == code:
-                        mask = _mask(start, numel, offsets, code % 2 == 1)
-                        pointers = _pointers(value, start, offsets, code // 2, code % 2 == 1)
+                        mask = element_mask(start, numel, offsets, code % 2 == 1)
+                        pointers = element_pointers(value, start, offsets, code // 2, code % 2 == 1)
                         x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
                         total += tl.sum(x * x, 0)
     tl.store(squares_ptr + program, total)
@@ -317,6 +293,7 @@ def stable_adamw(
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
     max_grad_norm: float | None,
+    flags: int,
     variants: int,
     chunk: int,
 ) -> None:
@@ -345,6 +322,7 @@ def stable_adamw(
         HAS_SCALE=grad_scale is not None,
         HAS_INF=found_inf is not None,
         CLIP=max_grad_norm is not None,
+        FLAGS=flags,
         VARIANTS=variants,
         CHUNK=chunk,
         GRAD_SUMS=MAX_GRAD_SUMS,

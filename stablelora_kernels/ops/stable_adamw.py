@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .stable_adamw_rounding import LOW_PRECISION, mix_, seed_word, stochastic_round
+from .stable_adamw_rounding import LOW_PRECISION, Scratch, seed_word, upload
 
 
 class Member(NamedTuple):
@@ -46,56 +46,19 @@ def take_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.devic
     return torch.stack([zero if v is None else torch.as_tensor(v).to(device, dtype) for v in values])
 
 
-def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``values`` as a tensor on ``device``; from fresh pinned memory to a GPU, so that the host does not wait for it."""
-    host = torch.tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
-def init_moments(state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member]) -> None:
-    """Give every member its two moments, zeros of its shape, strides and work dtype, where it has none yet."""
-    for p, *_ in members:
-        for key in ("exp_avg", "exp_avg_sq"):
+def init_moments(
+    state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member], groups: Sequence[dict[str, Any]]
+) -> None:
+    """Give every member the moments of its group, zeros of its shape, strides and work dtype, where it has none yet."""
+    for p, group, _ in members:
+        for key in moment_names(groups[group]):
             if key not in state[p]:
                 state[p][key] = torch.zeros_like(p, dtype=work_dtype(p), memory_format=torch.preserve_format)
 
 
-class _Scratch:
-    """The float32 work copies of all parameters of one low-precision dtype, in one buffer."""
-
-    def __init__(self, dtype: torch.dtype, members: Sequence[Member], places: list[int]) -> None:
-        self.dtype = dtype
-        self.places = places
-        self.sizes = [members[i].param.numel() for i in places]
-        device = members[places[0]].param.device
-        self.flat = torch.empty(sum(self.sizes), dtype=torch.float32, device=device)
-        self.repeats = upload(self.sizes, torch.int64, device)
-        self.at = upload(places, torch.int64, device)
-        starts = [members[i].base for i in places]
-        index = [torch.arange(b, b + n, device=device) for b, n in zip(starts, self.sizes, strict=True)]
-        # Indices are taken modulo 2^32.
-        self.index = torch.cat(index).to(torch.int32)
-        self.params = [members[i].param for i in places]
-        self.views = [
-            flat.as_strided(p.shape, p.stride(), flat.storage_offset())
-            for flat, p in zip(self.flat.split(self.sizes), self.params, strict=True)
-        ]
-
-    def load(self) -> None:
-        torch._foreach_copy_(self.views, self.params)
-
-    def store(self, steps: torch.Tensor, seeds: torch.Tensor, present: list[bool]) -> None:
-        """Round every present parameter's copy back; ``steps`` and ``seeds`` are int32, one for each member."""
-        keys = mix_(steps[self.at] + seeds[self.at])
-        noise = mix_(torch.repeat_interleave(keys, self.repeats, output_size=self.flat.numel()) ^ self.index)
-        rounded = stochastic_round(self.flat, self.dtype, noise).split(self.sizes)
-        sources = [
-            flat.as_strided(p.shape, p.stride(), flat.storage_offset())
-            for flat, p in zip(rounded, self.params, strict=True)
-        ]
-        kept = [k for k, i in enumerate(self.places) if present[i]]
-        if kept:
-            torch._foreach_copy_([self.params[k] for k in kept], [sources[k] for k in kept])
+def moment_names(group: dict[str, Any]) -> tuple[str, ...]:
+    """What a parameter of ``group`` has in the optimizer's state besides its counters."""
+    return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
 
 
 class _Bucket(NamedTuple):
@@ -107,6 +70,7 @@ class _Bucket(NamedTuple):
     params: list[torch.Tensor]
     exp_avgs: list[torch.Tensor]
     exp_avg_sqs: list[torch.Tensor]
+    max_exp_avg_sqs: list[torch.Tensor]
     steps: list[torch.Tensor]
 
 
@@ -127,7 +91,7 @@ class TorchStep:
         self.members, self.pairs, self.groups, self.state = members, pairs, groups, state
         self.device = members[0].param.device
         self.on_host = self.device.type == "cpu"
-        init_moments(state, members)
+        init_moments(state, members, groups)
         self.steps = take_counters([state[m.param].get("step") for m in members], torch.float32, self.device)
         self.step_views = list(self.steps.unbind())
         for (p, *_), view in zip(members, self.step_views, strict=True):
@@ -137,7 +101,11 @@ class TorchStep:
         for a, view in zip(owners, self.latched.unbind(), strict=True):
             state[a]["latched_at"] = view
         low = {d: [i for i, m in enumerate(members) if m.param.dtype is d] for d in LOW_PRECISION}
-        self.scratch = [_Scratch(d, members, places) for d, places in low.items() if places]
+        self.scratch = [
+            Scratch(d, [members[i].param for i in places], [members[i].base for i in places], places)
+            for d, places in low.items()
+            if places
+        ]
         # What the arithmetic runs on: the parameters themselves, or their float32 copies.
         self.work = [m.param for m in members]
         for scratch in self.scratch:
@@ -269,6 +237,9 @@ class TorchStep:
                     [self.work[i] for i in places],
                     [self.state[self.members[i].param]["exp_avg"] for i in places],
                     [self.state[self.members[i].param]["exp_avg_sq"] for i in places],
+                    [self.state[self.members[i].param]["max_exp_avg_sq"] for i in places]
+                    if self.groups[group]["amsgrad"]
+                    else [],
                     [self.step_views[i] for i in places],
                 )
                 for (group, shrinks, _), places in buckets.items()
@@ -292,9 +263,14 @@ class TorchStep:
             torch._foreach_add_([view for view, there in zip(self.step_views, present, strict=True) if there], 1)
         for bucket in plan:
             group = self.groups[bucket.group]
-            lr, decay = group["lr"], group["weight_decay"]
-            if isinstance(lr, torch.Tensor):
-                lr = lr.item() if lr.device.type == "cpu" else lr.to(self.device, non_blocking=True)
+            lr, decay = self._number(group["lr"]), self._number(group["weight_decay"])
+            if isinstance(decay, torch.Tensor):
+                # The fused operator takes the decay as a number only.
+                kept = 1 - lr * decay
+                if found_inf is not None:
+                    kept = kept.where(found_inf.reshape(()) == 0, 1.0)
+                torch._foreach_mul_(bucket.params, kept)
+                decay = 0.0
             if bucket.shrinks:
                 lam = group["shrink_ratio"]
                 if isinstance(lr, float) and lr > 1e-12:
@@ -307,17 +283,25 @@ class TorchStep:
                 [grads[i] for i in bucket.places],
                 bucket.exp_avgs,
                 bucket.exp_avg_sqs,
-                [],
+                bucket.max_exp_avg_sqs,
                 bucket.steps,
                 lr=lr,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 weight_decay=decay,
                 eps=group["eps"],
-                amsgrad=False,
+                amsgrad=group["amsgrad"],
                 maximize=group["maximize"],
                 grad_scale=grad_scale,
                 found_inf=found_inf,
             )
         if found_inf is not None:
             self.steps.sub_(found_inf.reshape(()) * self.present_there)
+
+    def _number(self, value: float | torch.Tensor) -> float | torch.Tensor:
+        """A hyper-parameter as a float, or as a scalar on a GPU, which is not read on the host."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        if self.on_host or value.device.type == "cpu" != self.device.type:
+            return value.item()
+        return value.to(self.device, torch.float32, non_blocking=True)

@@ -10,24 +10,21 @@ import torch
 from torch import Tensor
 
 from ..kernels import stable_adamw as kernels
-from .stable_adamw import Member, Pair, dense_like, init_moments, take_counters, upload
-from .stable_adamw_rounding import seed_word
+from .stable_adamw import Member, Pair, dense_like, init_moments, moment_names, take_counters
+from .stable_adamw_rounding import seed_word, upload
 
 # Not custom_op, whose wrapper costs four times as much for hundreds of tensors. The tables hold the addresses of the
 # tensors in the lists, which are there to declare what is read and written; so this op can't be traced on copies of them.
 torch.library.define(
     "stablelora_kernels::stable_adamw_",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!) steps, "
-    "Tensor(e!) ticks, Tensor(f!) latched, Tensor(g!) squares, Tensor(h!) grad_squares, Tensor tensors, Tensor addresses, "
-    "Tensor chunks, Tensor hyper, Tensor words, Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, int variants, "
-    "int chunk) -> ()",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] moments, Tensor(c!) steps, Tensor(d!) ticks, Tensor(e!) latched, "
+    "Tensor(f!) squares, Tensor(g!) grad_squares, Tensor tensors, Tensor addresses, Tensor chunks, Tensor hyper, "
+    "Tensor words, Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, int flags, int variants, int chunk) -> ()",
 )
 
 
 @torch.library.impl("stablelora_kernels::stable_adamw_", ("cpu", "cuda"))
-def _stable_adamw(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], *tables: Any
-) -> None:
+def _stable_adamw(params: list[Tensor], grads: list[Tensor], moments: list[Tensor], *tables: Any) -> None:
     kernels.stable_adamw(*tables)
 
 
@@ -57,9 +54,8 @@ class TritonStep:
         self.members, self.pairs, self.groups = members, pairs, groups
         self.params = [member.param for member in members]
         self.device = self.params[0].device
-        init_moments(state, members)
-        self.exp_avgs = [state[p]["exp_avg"] for p in self.params]
-        self.exp_avg_sqs = [state[p]["exp_avg_sq"] for p in self.params]
+        init_moments(state, members, groups)
+        self.moments = [[state[p][key] for key in moment_names(groups[group])] for p, group, _ in members]
         # An empty tensor has one chunk too, for its counters.
         counts = [max(1, -(-p.numel() // self.CHUNK)) for p in self.params]
         self.firsts = _starts(counts)
@@ -69,6 +65,7 @@ class TritonStep:
         self.versions: list[int] | None = None
         self.address_key: list[tuple[int, int]] | None = None
         self.hyper_key: list[tuple[Any, ...]] | None = None
+        self.cells: dict[tuple[int, str], Tensor] = {}
 
     def _make_counters(self, state: dict[Tensor, dict[str, Any]], counts: list[int]) -> None:
         """The counters of every chunk, from the state, whose entries become views of the first chunks' counters."""
@@ -90,21 +87,20 @@ class TritonStep:
         partners = {place: pair for pair in self.pairs for place in pair}
         rows = []
         for i, (p, group, base) in enumerate(self.members):
-            row = [p.data_ptr(), self.exp_avgs[i].data_ptr(), self.exp_avg_sqs[i].data_ptr(), p.numel(), group]
-            row += [roles.get(i, kernels.ROLE_LONE), base]
+            addresses = [moment.data_ptr() for moment in self.moments[i]]
+            row = [p.data_ptr(), *addresses[:2], p.numel(), group, roles.get(i, kernels.ROLE_LONE), base]
             if i in partners:
                 a, b = partners[i]
                 widths = [max(self.params[a].shape[1], 1), max(self.params[b].shape[0], 1)]
                 row += [self.firsts[a], counts[a], self.firsts[b], counts[b], *widths]
-            rows.append(row + [0] * (len(kernels.TENSOR_COLUMNS) - len(row)))
+            else:
+                row += [0] * 6
+            rows.append([*row, *(addresses[2:] or [0])])
         self.tensors = upload(rows, torch.int64, self.device)
         chunks = [(i, number) for i, count in enumerate(counts) for number in range(count)]
         self.chunks = upload(chunks, torch.int32, self.device)
         self.kinds = [kernels.KINDS.index(p.dtype) for p in self.params]
-        self.aligned = [
-            not any(value % 16 for value in (*row[:4], moment.data_ptr()))
-            for row, moment in zip(rows, self.exp_avg_sqs, strict=True)
-        ]
+        self.aligned = [not any(value % 16 for value in (*row[:4], row[-1])) for row in rows]
 
     def __call__(
         self,
@@ -126,8 +122,7 @@ class TritonStep:
         torch.ops.stablelora_kernels.stable_adamw_(
             written,
             [g for g in ready if g is not None],
-            [self.exp_avgs[i] for i in present],
-            [self.exp_avg_sqs[i] for i in present],
+            [moment for i in present for moment in self.moments[i]],
             self.steps,
             self.ticks,
             self.latched,
@@ -141,6 +136,7 @@ class TritonStep:
             grad_scale,
             found_inf,
             max_grad_norm,
+            self.flags,
             self.variants,
             self.CHUNK,
         )
@@ -162,45 +158,56 @@ class TritonStep:
 
     def _upload_hyper(self) -> None:
         """The hyper-parameters of every group, when one of them has changed."""
-        lrs = [self._lr(group["lr"]) for group in self.groups]
+        living = [[self._living(i, name) for name in ("lr", "weight_decay")] for i in range(len(self.groups))]
         key = [
             (
                 *group["betas"],
                 group["eps"],
-                group["weight_decay"],
                 group["shrink_ratio"],
                 group["maximize"],
                 group["seed"],
-                lr.data_ptr() if isinstance(lr, Tensor) else lr,
+                *(value.data_ptr() if isinstance(value, Tensor) else value for value in values),
+                any(isinstance(value, Tensor) for value in values),
             )
-            for group, lr in zip(self.groups, lrs, strict=True)
+            for group, values in zip(self.groups, living, strict=True)
         ]
         if key == self.hyper_key:
             return
         rows = []
-        for group, lr in zip(self.groups, lrs, strict=True):
+        for group, values in zip(self.groups, living, strict=True):
             beta1, beta2 = group["betas"]
             logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
             sign = -1.0 if group["maximize"] else 1.0
-            row = [beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], group["weight_decay"], group["shrink_ratio"], sign]
-            rows.append([*row, *logs, 0.0 if isinstance(lr, Tensor) else lr])
+            lr, decay = (0.0 if isinstance(value, Tensor) else value for value in values)
+            row = [beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], decay, group["shrink_ratio"], sign]
+            rows.append([*row, *logs, lr])
         self.hyper = upload(rows, torch.float32, self.device)
-        # The addresses in the table must outlive this call.
-        self.lrs = lrs
+        # The tensors whose addresses are in the table.
+        self.living = living
         words = []
-        for i, (group, lr) in enumerate(zip(self.groups, lrs, strict=True)):
-            own = self.hyper[i, -1].data_ptr()
-            words.append([lr.data_ptr() if isinstance(lr, Tensor) else own, seed_word(group["seed"])])
+        for i, (group, values) in enumerate(zip(self.groups, living, strict=True)):
+            own = [self.hyper[i, kernels.HYPER_COLUMNS.index(name)] for name in ("lr", "decay")]
+            lr, decay = (
+                (value if isinstance(value, Tensor) else mine).data_ptr()
+                for value, mine in zip(values, own, strict=True)
+            )
+            words.append([lr, seed_word(group["seed"]), decay])
         self.words = upload(words, torch.int64, self.device)
+        self.flags = kernels.FLAG_AMSGRAD * any(group["amsgrad"] for group in self.groups)
+        self.flags |= kernels.FLAG_DYNAMIC * any(isinstance(decay, Tensor) for _, decay in living)
         self.hyper_key = key
 
-    def _lr(self, lr: float | Tensor) -> float | Tensor:
-        """``lr`` as a float, or as a float32 tensor on the device, which the kernel reads."""
-        if not isinstance(lr, Tensor):
-            return lr
-        if lr.device.type == "cpu" and self.device.type != "cpu":
-            return lr.item()
-        return lr.to(self.device, torch.float32, non_blocking=True)
+    def _living(self, group: int, name: str) -> float | Tensor:
+        """A hyper-parameter as a float, or as a float32 scalar on the device that keeps its address."""
+        value = self.groups[group][name]
+        if not isinstance(value, Tensor):
+            return value
+        if value.device.type == "cpu" != self.device.type:
+            return value.item()
+        if value.device == self.device and value.dtype is torch.float32:
+            return value
+        cell = self.cells.setdefault((group, name), torch.empty((), dtype=torch.float32, device=self.device))
+        return cell.copy_(value, non_blocking=True)
 
     def _measure(self) -> None:
         """Measure the sums of squares of all parameters into the half of ``squares`` that the next step reads."""
