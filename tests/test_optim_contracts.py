@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from stablelora_kernels.backend import use_backend
+from stablelora_kernels.ops import stable_adamw as ops
 from stablelora_kernels.optim import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference_optim import StableAdamWRef
@@ -162,3 +163,165 @@ def test_float64_parameters_take_float64_steps() -> None:
         torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-14)
     with use_backend("triton"), pytest.raises(TypeError, match="no float64 optimizer step"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hyper_parameters_as_tensors_change_in_place(
+    backend: str, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    pairs, twins = make_pairs(), make_pairs()
+    value = torch.full(shape, 0.1, dtype=dtype, device=DEVICE)
+    optimizer = StableLoRAAdamW(pairs, shrink_ratio=0.01, **{"lr": 1e-2, name: value})
+    other = StableLoRAAdamW(twins, shrink_ratio=0.01, **{"lr": 1e-2, name: 0.1})
+    for step in range(4):
+        for params in (halves(pairs), halves(twins)):
+            set_grads(params, step)
+        optimizer.step()
+        other.step()
+        value.mul_(0.5)
+        other.param_groups[0][name] *= 0.5
+    for p, q in zip(halves(pairs), halves(twins), strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+def test_a_weight_decay_that_stays_on_the_device(monkeypatch: pytest.MonkeyPatch, found_inf: float | None) -> None:
+    """What the PyTorch path does on a GPU, which its fused operator does not."""
+    original = ops.TorchStep.__init__
+
+    def never_on_host(self, *args) -> None:
+        original(self, *args)
+        self.on_host = False
+
+    monkeypatch.setattr(ops.TorchStep, "__init__", never_on_host)
+    pairs, twins = make_pairs(), make_pairs()
+    optimizer = StableLoRAAdamW(pairs, lr=1e-2, weight_decay=torch.tensor(0.25, device=DEVICE))
+    other = StableLoRAAdamW(twins, lr=1e-2, weight_decay=0.25)
+    before = [p.detach().clone() for p in halves(pairs)]
+    with use_backend("torch"):
+        for each, params in ((optimizer, halves(pairs)), (other, halves(twins))):
+            set_grads(params, 0)
+            if found_inf is not None:
+                each.grad_scale = torch.tensor(1.0, device=DEVICE)
+                each.found_inf = torch.tensor(found_inf, device=DEVICE)
+            each.step()
+    for p, q in zip(halves(pairs), halves(twins), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+    assert all_equal(before, [p.detach() for p in halves(pairs)]) == bool(found_inf)
+
+
+def test_amsgrad_switched_on_later_and_in_one_group(backend: str) -> None:
+    first, second = make_pairs([(4, 8, 8), (4, 8, 8)])
+    groups = [{"params": [first], "amsgrad": True}, {"params": [second]}]
+    optimizer = StableLoRAAdamW(groups, lr=1e-2)
+    set_grads(halves([first, second]), 0)
+    optimizer.step()
+    assert "max_exp_avg_sq" in optimizer.state[first.A] and "max_exp_avg_sq" not in optimizer.state[second.A]
+    optimizer.param_groups[1]["amsgrad"] = True
+    set_grads(halves([first, second]), 1, scale=1e-5)
+    optimizer.step()
+    state = optimizer.state[first.A]
+    assert (state["max_exp_avg_sq"] > state["exp_avg_sq"]).all()
+    # It had no maximum before: the one of the step itself.
+    assert torch.equal(optimizer.state[second.A]["max_exp_avg_sq"], optimizer.state[second.A]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(backend: str, set_to_none: bool) -> None:
+    pairs = make_pairs()
+    optimizer = StableLoRAAdamW(pairs, lr=1e-2)
+    set_grads(halves(pairs), 0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    assert all((p.grad is None) if set_to_none else not p.grad.any() for p in halves(pairs))
+    before = [p.detach().clone() for p in halves(pairs)]
+    optimizer.step()
+    # Zeros are gradients: the moments still move the parameters.
+    assert all_equal(before, [p.detach() for p in halves(pairs)]) == set_to_none
+    assert optimizer.state[pairs[0].A]["step"].item() == (1 if set_to_none else 2)
+
+
+def test_a_schedule_of_betas_and_a_restart(backend: str) -> None:
+    """OneCycleLR moves lr and betas; schedulers' own state resumes beside ours."""
+    pairs, twins = make_pairs(), make_pairs()
+    optimizers = [StableLoRAAdamW(p, lr=1e-2, seed=1) for p in (pairs, twins)]
+    schedulers = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=2e-2, total_steps=12) for o in optimizers]
+    seen = set()
+    for step in range(8):
+        for o, scheduler, params in zip(optimizers, schedulers, (halves(pairs), halves(twins)), strict=True):
+            set_grads(params, step)
+            o.step()
+            scheduler.step()
+        seen.add(optimizers[0].param_groups[0]["betas"])
+        if step == 3:
+            saved = copy.deepcopy((optimizers[1].state_dict(), schedulers[1].state_dict()))
+            optimizers[1] = StableLoRAAdamW(twins, lr=1.0)
+            schedulers[1] = torch.optim.lr_scheduler.OneCycleLR(optimizers[1], max_lr=1.0, total_steps=12)
+            optimizers[1].load_state_dict(saved[0])
+            schedulers[1].load_state_dict(saved[1])
+    assert len(seen) == 8
+    assert all_equal(snapshot(optimizers[0]), snapshot(optimizers[1]))
+
+
+def test_hooks_of_state_dicts(backend: str) -> None:
+    pairs = make_pairs()
+    optimizer = StableLoRAAdamW(pairs)
+    seen: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append("pre"))
+    optimizer.register_state_dict_post_hook(lambda o, state: {**state, "extra": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda o, state: seen.append(f"load {state['extra']}"))
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
+    set_grads(halves(pairs), 0)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["pre", "load 1", "loaded"]
+
+
+def test_a_state_of_other_dtypes_loads(backend: str) -> None:
+    """A run in float32 goes on in bfloat16, and a checkpoint of half the size in float32."""
+    pairs, low = make_pairs(), make_pairs(dtype=torch.bfloat16)
+    optimizer = StableLoRAAdamW(pairs, lr=1e-2)
+    set_grads(halves(pairs), 0)
+    optimizer.step()
+    other = StableLoRAAdamW(low)
+    other.load_state_dict(optimizer.state_dict())
+    for p, q in zip(halves(pairs), halves(low), strict=True):
+        assert torch.equal(optimizer.state[p]["exp_avg"], other.state[q]["exp_avg"])
+    halved = copy.deepcopy(optimizer.state_dict())
+    for entry in halved["state"].values():
+        entry["exp_avg"] = entry["exp_avg"].bfloat16()
+        entry["step"] = entry["step"].double()
+    optimizer.load_state_dict(halved)
+    set_grads(halves(pairs), 1)
+    optimizer.step()
+    assert optimizer.state[pairs[0].A]["exp_avg"].dtype is torch.float32
+    assert optimizer.state[pairs[0].A]["step"].item() == 2
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_state_of_another_device_loads() -> None:
+    pairs = make_pairs()
+    optimizer = StableLoRAAdamW(pairs, lr=1e-2)
+    set_grads(halves(pairs), 0)
+    optimizer.step()
+    moved = [LoRAPair(p.name, *(t.detach().cpu().requires_grad_() for t in (p.A, p.B))) for p in pairs]
+    other = StableLoRAAdamW(moved)
+    other.load_state_dict(optimizer.state_dict())
+    set_grads(halves(moved), 1)
+    other.step()
+    assert other.state[moved[0].A]["step"].item() == 2
+
+
+def test_a_compiled_step_runs_as_it_is(backend: str) -> None:
+    """torch.compile leaves the step out of its graph: it is one launch already."""
+    pairs, twins = make_pairs(), make_pairs()
+    optimizer, other = StableLoRAAdamW(pairs, lr=1e-2), StableLoRAAdamW(twins, lr=1e-2)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for step in range(2):
+        for params in (halves(pairs), halves(twins)):
+            set_grads(params, step)
+        compiled()
+        other.step()
+    assert all_equal(snapshot(optimizer), snapshot(other))
