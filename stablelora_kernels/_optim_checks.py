@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ._checks import check_float, check_int
 from .ops.stable_adamw import moment_names, work_dtype
+from .ops.stable_adamw_settings import check_patterns
 from .pairs import LoRAPair, lora_pairs, split_lora_name
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-HYPER = ("lr", "betas", "eps", "weight_decay", "shrink_ratio", "maximize", "amsgrad", "capturable", "seed")
+HYPER = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "shrink_ratio",
+    "shrink_pattern",
+    "stop_condition",
+    "lr_ratio_B",
+    "maximize",
+    "amsgrad",
+    "capturable",
+    "seed",
+)
+# Those that a state saved by an earlier version may lack.
+LATER = ("shrink_pattern", "stop_condition", "lr_ratio_B", "amsgrad")
+STOP_CONDITIONS = ("norm", "never")
 _NAMES_NEEDED = (
     "pairs are found by name, so give (name, parameter) tuples, as model.named_parameters() does, or LoRAPairs, or use "
     "StableLoRAAdamW.from_model(model)"
 )
 
 
-def _check_number(name: str, value: Any) -> float | torch.Tensor:
-    """A number of at least 0, or a tensor of one, which is kept: it may change, and one on a GPU is not read."""
+def _check_number(name: str, value: Any, high: float = math.inf) -> float | torch.Tensor:
+    """A number in [0, high), or a tensor of one, which is kept: it may change, and one on a GPU is not read."""
     if not isinstance(value, torch.Tensor):
-        return check_float(name, value, low=0.0)
+        return check_float(name, value, low=0.0, high=high)
     if value.numel() != 1 or not value.is_floating_point():
         raise ValueError(
             f"{name} as a tensor must be a 0-d floating-point one, got {list(value.shape)} of {value.dtype}"
         )
     if value.device.type == "cpu":
-        check_float(name, value.item(), low=0.0)
+        check_float(name, value.item(), low=0.0, high=high)
     # A view, so that whoever changes the tensor changes this.
     return value.reshape(())
 
@@ -50,6 +69,25 @@ def _check_bool(name: str, value: Any) -> bool:
     return value
 
 
+def _check_shrink_pattern(name: str, patterns: Any) -> dict[str, float]:
+    if patterns is None:
+        return {}
+    if not isinstance(patterns, Mapping) or not all(isinstance(key, str) for key in patterns):
+        raise TypeError(f"{name} must be a dict of patterns and shrink ratios, got {patterns!r}")
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"{name} {key!r} is no regular expression: {error}") from error
+    return {key: check_float(f"{name}[{key!r}]", ratio, low=0.0, high=1.0) for key, ratio in patterns.items()}
+
+
+def _check_stop_condition(name: str, value: Any) -> str:
+    if value not in STOP_CONDITIONS:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, STOP_CONDITIONS))}, got {value!r}")
+    return value
+
+
 def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
     """The hyper-parameters among ``hyper``, normalised; ``where`` is put before the names in messages."""
     betas = hyper["betas"]
@@ -63,7 +101,10 @@ def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
         "betas": tuple(_check_beta(f"{where}betas[{i}]", beta) for i, beta in enumerate(betas)),
         "eps": check_float(f"{where}eps", hyper["eps"], low=0.0),
         "weight_decay": _check_number(f"{where}weight_decay", hyper["weight_decay"]),
-        "shrink_ratio": check_float(f"{where}shrink_ratio", hyper["shrink_ratio"], low=0.0, high=1.0),
+        "shrink_ratio": _check_number(f"{where}shrink_ratio", hyper["shrink_ratio"], high=1.0),
+        "shrink_pattern": _check_shrink_pattern(f"{where}shrink_pattern", hyper["shrink_pattern"]),
+        "stop_condition": _check_stop_condition(f"{where}stop_condition", hyper["stop_condition"]),
+        "lr_ratio_B": check_float(f"{where}lr_ratio_B", hyper["lr_ratio_B"], low=0.0, low_open=True),
         "maximize": _check_bool(f"{where}maximize", hyper["maximize"]),
         "amsgrad": _check_bool(f"{where}amsgrad", hyper["amsgrad"]),
         "capturable": _check_bool(f"{where}capturable", hyper["capturable"]),
@@ -165,6 +206,7 @@ def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
         names.add(name)
         owners[id(p)] = name
     pairs = lora_pairs(named)
+    check_patterns(groups, pairs)
     if not pairs:
         shown = ", ".join(repr(name) for name, _ in named[:3]) or "none"
         raise ValueError(
@@ -197,7 +239,7 @@ def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> lis
         raise ValueError(f"state_dict has {len(saved)} parameter groups, the optimizer {len(groups)}")
     checked = []
     for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
-        missing = [key for key in HYPER if key not in theirs]
+        missing = [key for key in HYPER if key not in theirs and key not in LATER]
         if missing:
             raise ValueError(
                 f"state_dict is not StableLoRAAdamW's: its group {i} has no {', '.join(map(repr, missing))}"
@@ -211,7 +253,8 @@ def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> lis
         ):
             if _same_name(their_name) != _same_name(our_name):
                 raise ValueError(f"group {i} of state_dict has {their_name!r} where the optimizer has {our_name!r}")
-        checked.append({**theirs, **check_hyper(theirs, f"state_dict's group {i}: ")})
+        whole = {**{key: ours[key] for key in LATER}, **theirs}
+        checked.append({**whole, **check_hyper(whole, f"state_dict's group {i}: ")})
     return checked
 
 

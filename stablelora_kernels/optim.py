@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,8 @@ from torch import nn
 
 from . import _optim_checks as checks
 from .backend import get_backend, resolve_backend
-from .ops.stable_adamw import Member, Pair, TorchStep, work_dtype
+from .ops.stable_adamw import Pair, TorchStep, work_dtype
+from .ops.stable_adamw_settings import build_key, members_and_settings
 from .pairs import LoRAPair
 
 
@@ -30,6 +31,10 @@ class PairStability:
     b_norm: float
     stable: bool
     latched_at: int | None
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class StableLoRAAdamW(torch.optim.Optimizer):
@@ -54,7 +59,18 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         betas: decay rates of the two moments, in [0, 1). Tensors on the CPU are read once, here.
         eps: added to the square root of the second moment.
         weight_decay: decoupled from the gradient, times ``lr``; a number or a 0-d tensor, as ``lr``.
-        shrink_ratio: lambda, in [0, 1); 0 gives plain AdamW.
+        shrink_ratio: lambda, in [0, 1); 0 gives plain AdamW. A number or a 0-d tensor, as ``lr``.
+        shrink_pattern: shrink ratios of their own for some pairs. A key is a regular expression for the pair's dotted name,
+            with PEFT's adapter or without, or the end of it after a dot, as in ``LoRAConfig.rank_pattern``; the first that
+            matches counts. It is read when the optimizer is built, loaded or given a group.
+        shrink_schedule: a function that gives the shrink ratio of a step, counted from one, for all pairs without a pattern.
+            It is called on the host at each ``step()`` with a gradient, as a scheduler of ``lr`` would be, and its value is
+            found in every group's ``"shrink_ratio"``. A CUDA graph would replay one value for ever, so capture is refused:
+            give ``shrink_ratio`` as a tensor and write to it between replays. Like a scheduler's functions it is not in
+            ``state_dict``; the count of steps is.
+        stop_condition: "norm" is Algorithm 1; "never" shrinks at every step without ever latching, for comparison. A pair
+            that has latched stays so.
+        lr_ratio_B: LoRA+ (arXiv 2402.12354): B's learning rate is so many times ``lr``.
         maximize: climb instead of descend.
         amsgrad: divide by the root of the largest second moment so far, which is kept beside the others.
         capturable: declares that :meth:`step` may be captured in a CUDA graph; what changes between
@@ -79,7 +95,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        shrink_ratio: float = 5e-4,
+        shrink_ratio: float | torch.Tensor = 5e-4,
+        shrink_pattern: Mapping[str, float] | None = None,
+        shrink_schedule: Callable[[int], float] | None = None,
+        stop_condition: str = "norm",
+        lr_ratio_B: float = 1.0,
         maximize: bool = False,
         amsgrad: bool = False,
         capturable: bool = False,
@@ -92,6 +112,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "shrink_ratio": shrink_ratio,
+            "shrink_pattern": shrink_pattern,
+            "stop_condition": stop_condition,
+            "lr_ratio_B": lr_ratio_B,
             "maximize": maximize,
             "amsgrad": amsgrad,
             "capturable": capturable,
@@ -100,11 +123,14 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         defaults.update(checks.check_hyper(defaults, ""))
         if max_grad_norm is not None:
             max_grad_norm = checks.check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True)
+        if shrink_schedule is not None and not callable(shrink_schedule):
+            raise TypeError(f"shrink_schedule must be a function of the step, got {shrink_schedule!r}")
         groups = [checks.check_group(group, defaults) for group in checks.as_groups(params)]
         # Before the base class sees them, so that its first groups need not hold whole pairs.
         checks.find_pairs(groups)
         super().__init__(groups, defaults)
         self.max_grad_norm = max_grad_norm
+        self.shrink_schedule = shrink_schedule
         self._rebuild()
 
     @classmethod
@@ -132,20 +158,15 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def _rebuild(self) -> None:
         """Find the pairs of ``param_groups`` anew and forget everything derived from them."""
         self._pairs = checks.find_pairs(self.param_groups)
-        self._members: list[Member] = []
-        base = 0
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                self._members.append(Member(p, index, base))
-                base += p.numel()
-        self._params = [member.param for member in self._members]
+        self._params = [p for group in self.param_groups for p in group["params"]]
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
 
     def _build_engines(self) -> None:
         """One engine for each device that holds parameters, on the backend in force there."""
+        all_members, settings = members_and_settings(self.param_groups, self._pairs)
         by_device: dict[torch.device, list[int]] = {}
-        for place, member in enumerate(self._members):
+        for place, member in enumerate(all_members):
             checks.check_parameter("a parameter", member.param)
             by_device.setdefault(member.param.device, []).append(place)
         if len(by_device) > 1 and self.max_grad_norm is not None:
@@ -160,7 +181,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 )
         engines = []
         for device, places in by_device.items():
-            members = [self._members[place] for place in places]
+            members = [all_members[place] for place in places]
             where = {id(member.param): i for i, member in enumerate(members)}
             pairs = [Pair(where[id(pair.A)], where[id(pair.B)]) for pair in self._pairs if pair.A.device == device]
             engine: Any = TorchStep
@@ -172,7 +193,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                     from .ops.stable_adamw_triton import TritonStep
 
                     engine = TritonStep
-            engines.append((places, engine(members, pairs, self.param_groups, self.state)))
+            engines.append((places, engine(members, pairs, settings, self.state)))
         self._engines = engines
 
     @torch._disable_dynamo
@@ -190,9 +211,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         grads = [p.grad for p in self._params]
         if not checks.check_grads(grads):
             return loss
+        if self.shrink_schedule is not None:
+            self._follow_schedule(self.shrink_schedule)
         # A module moved or cast after construction keeps its Parameter objects but not their memory.
-        amsgrad = [group["amsgrad"] for group in self.param_groups]
-        key = ([p.data_ptr() for p in self._params], get_backend(), amsgrad)
+        key = ([p.data_ptr() for p in self._params], get_backend(), build_key(self.param_groups))
         if key != self._engine_key:
             self._check_not_capturing()
             self._build_engines()
@@ -207,9 +229,21 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             engine(own, scale, inf, self.max_grad_norm)
         return loss
 
+    def _follow_schedule(self, schedule: Callable[[int], float]) -> None:
+        if _capturing():
+            raise RuntimeError(
+                "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
+                "write to it between replays"
+            )
+        step = self.param_groups[0].get("shrink_step", 0) + 1
+        ratio = checks.check_float(f"shrink_schedule({step})", schedule(step), low=0.0, high=1.0)
+        for group in self.param_groups:
+            group["shrink_ratio"] = ratio
+        self.param_groups[0]["shrink_step"] = step
+
     def _check_not_capturing(self) -> None:
         """Building tables allocates and copies, which a CUDA graph cannot hold: one step has to come before capture."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if _capturing():
             raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
 
     @torch.no_grad()
@@ -277,7 +311,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "shrink_schedule": self.shrink_schedule}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -7,6 +7,7 @@ everything may be read on the host. Sources: Stable-LoRA, arXiv 2603.05204, Algo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,17 +17,20 @@ from .pairs import LoRAPair
 _WORD = 0xFFFFFFFF
 
 
-def shrink_ref(A: torch.Tensor, B: torch.Tensor, latched: bool, shrink_ratio: float) -> tuple[torch.Tensor, bool]:
+def shrink_ref(
+    A: torch.Tensor, B: torch.Tensor, latched: bool, shrink_ratio: float, stop_condition: str = "norm"
+) -> tuple[torch.Tensor, bool]:
     """Algorithm 1 on one pair, before its update: ``(A, latched)``.
 
     A [r, n] becomes (1 - lambda) A as long as ||A||_F / n > ||B||_F / m, B being [m, r]. The first time it is not, the
     pair latches and A is left alone for good. A norm that is not finite decides nothing: neither a shrink nor the latch.
+    With ``stop_condition`` "never" A shrinks whatever the norms are, so long as they are finite.
     """
     a_norm = A.norm().item() / max(A.shape[1], 1)
     b_norm = B.norm().item() / max(B.shape[0], 1)
     if latched or not (math.isfinite(a_norm) and math.isfinite(b_norm)):
         return A, latched
-    if a_norm > b_norm:
+    if a_norm > b_norm or stop_condition == "never":
         return A * (1 - shrink_ratio), False
     return A, True
 
@@ -98,7 +102,12 @@ class StableAdamWRef:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-2
-    shrink_ratio: float = 5e-4
+    shrink_ratio: float | Callable[[int], float] = 5e-4
+    # By pair name, for those that differ.
+    shrink_ratios: dict[str, float] = field(default_factory=dict)
+    stop_condition: str = "norm"
+    # B's learning rate is so many times lr.
+    lr_ratio_B: float = 1.0
     maximize: bool = False
     amsgrad: bool = False
     max_grad_norm: float | None = None
@@ -106,26 +115,32 @@ class StableAdamWRef:
     def __post_init__(self) -> None:
         self.params = [p for pair in self.pairs for p in (pair.A, pair.B)] + self.lone
         self.state = {p: AdamWState(torch.zeros_like(p), torch.zeros_like(p)) for p in self.params}
+        self.steps = 0
         # By pair name: the step of A, counted from one, at which the pair latched.
         self.latched_at: dict[str, int | None] = {pair.name: None for pair in self.pairs}
 
     @torch.no_grad()
     def step(self, grads: dict[torch.Tensor, torch.Tensor]) -> None:
+        self.steps += 1
+        ratio = self.shrink_ratio(self.steps) if callable(self.shrink_ratio) else self.shrink_ratio
         coefficient = clip_coefficient_ref(list(grads.values()), self.max_grad_norm)
         for pair in self.pairs:
             if pair.A in grads:
                 before = self.latched_at[pair.name] is not None
-                shrunk, latched = shrink_ref(pair.A, pair.B, before, self.shrink_ratio)
+                shrunk, latched = shrink_ref(
+                    pair.A, pair.B, before, self.shrink_ratios.get(pair.name, ratio), self.stop_condition
+                )
                 pair.A.copy_(shrunk)
                 if latched and not before:
                     self.latched_at[pair.name] = self.state[pair.A].step + 1
+        bs = {pair.B for pair in self.pairs}
         for p in self.params:
             if p in grads:
                 new = adamw_ref(
                     p,
                     grads[p] * coefficient,
                     self.state[p],
-                    lr=self.lr,
+                    lr=self.lr * (self.lr_ratio_B if p in bs else 1.0),
                     betas=self.betas,
                     eps=self.eps,
                     weight_decay=self.weight_decay,

@@ -38,21 +38,24 @@ TENSOR_COLUMNS = (
 )
 COLUMNS: tl.constexpr = tl.constexpr(len(TENSOR_COLUMNS))
 # Columns of the table of hyper-parameters (float32), one row a group.
-HYPER_COLUMNS = ("beta1", "rest1", "beta2", "rest2", "eps", "decay", "ratio", "sign", "log1", "log2", "lr")
+HYPER_COLUMNS = ("beta1", "rest1", "beta2", "rest2", "eps", "decay", "ratio", "sign", "log1", "log2", "lr", "lr_ratio")
 HYPERS: tl.constexpr = tl.constexpr(len(HYPER_COLUMNS))
 # Columns of the table of words (int64), one row a group: the address of the learning rate, the seed's part of the rounding
-# key, and the address of the weight decay, which is read where it is a tensor.
-WORD_COLUMNS = ("lr", "seed", "decay")
+# key, and the addresses of the weight decay and the shrink ratio, which are used where one of them is a tensor.
+WORD_COLUMNS = ("lr", "seed", "decay", "ratio")
 WORDS: tl.constexpr = tl.constexpr(len(WORD_COLUMNS))
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 # Variants of the code for one chunk: twice the kind, plus one where every address and size is a multiple of 16.
 N_VARIANTS: tl.constexpr = tl.constexpr(2 * len(KINDS))
-ROLE_LONE, ROLE_A, ROLE_B = 0, 1, 2
+# An A of ROLE_A_NEVER never latches.
+ROLE_LONE, ROLE_A, ROLE_B, ROLE_A_NEVER = 0, 1, 2, 3
 _A: tl.constexpr = tl.constexpr(ROLE_A)
+_A_NEVER: tl.constexpr = tl.constexpr(ROLE_A_NEVER)
 # FLAGS of a launch: what some tensor or group asks for beyond the plain step.
-FLAG_AMSGRAD, FLAG_DYNAMIC = 1, 2
+FLAG_AMSGRAD, FLAG_DYNAMIC, FLAG_NEVER = 1, 2, 4
 _AMSGRAD: tl.constexpr = tl.constexpr(FLAG_AMSGRAD)
 _DYNAMIC: tl.constexpr = tl.constexpr(FLAG_DYNAMIC)
+_NEVER: tl.constexpr = tl.constexpr(FLAG_NEVER)
 # The norm of all gradients is the sum of at most this many partial sums, each the work of one program.
 MAX_GRAD_SUMS = 512
 NUM_WARPS = 8
@@ -167,14 +170,24 @@ def _stable_adamw_kernel(
         step = tl.load(steps_ptr + chunk) + 1
         tl.store(steps_ptr + chunk, step)
         ratio = tl.full((), 0.0, tl.float32)
-        if tl.load(row + 5) == _A:
+        role = tl.load(row + 5)
+        is_a = role == _A
+        if _NEVER & FLAGS:
+            is_a = is_a | (role == _A_NEVER)
+        if is_a:
             if tl.load(latched_ptr + chunk) == 0:
                 a = span_sum(before_ptr, tl.load(row + 7), tl.load(row + 8), 64)
                 b = span_sum(before_ptr, tl.load(row + 9), tl.load(row + 10), 64)
                 # Sums that are not finite compare false: such a pair neither shrinks nor latches.
                 if (a < float("inf")) & (b < float("inf")):
-                    if tl.sqrt(a) / tl.load(row + 11) > tl.sqrt(b) / tl.load(row + 12):
-                        ratio = tl.load(hyper + 6)
+                    shrinks = tl.sqrt(a) / tl.load(row + 11) > tl.sqrt(b) / tl.load(row + 12)
+                    if _NEVER & FLAGS:
+                        shrinks = shrinks | (role == _A_NEVER)
+                    if shrinks:
+                        ratio_ptr = hyper + 6
+                        if _DYNAMIC & FLAGS:
+                            ratio_ptr = tl.load(words_ptr + group * WORDS + 3).to(tl.pointer_type(tl.float32))
+                        ratio = tl.load(ratio_ptr)
                     else:
                         tl.store(latched_ptr + chunk, step.to(tl.int32))
         scale = tl.load(hyper + 7)
@@ -191,6 +204,7 @@ def _stable_adamw_kernel(
         lr = tl.load(tl.load(words).to(tl.pointer_type(tl.float32)))
         decay_ptr = hyper + 5
         if _DYNAMIC & FLAGS:
+            lr *= tl.load(hyper + 11)
             decay_ptr = tl.load(words + 2).to(tl.pointer_type(tl.float32))
         decay = tl.load(decay_ptr)
         key = mix(step.to(tl.uint32) + tl.load(words + 1).to(tl.uint32))

@@ -9,14 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .stable_adamw_rounding import LOW_PRECISION, Scratch, seed_word, upload
-
-
-class Member(NamedTuple):
-    """One trainable parameter as an engine sees it: its group's number and its first element's in all parameters."""
-
-    param: torch.Tensor
-    group: int
-    base: int
+from .stable_adamw_settings import Member, Setting
 
 
 class Pair(NamedTuple):
@@ -47,7 +40,7 @@ def take_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.devic
 
 
 def init_moments(
-    state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member], groups: Sequence[dict[str, Any]]
+    state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member], groups: Sequence[Setting]
 ) -> None:
     """Give every member the moments of its group, zeros of its shape, strides and work dtype, where it has none yet."""
     for p, group, _ in members:
@@ -56,7 +49,7 @@ def init_moments(
                 state[p][key] = torch.zeros_like(p, dtype=work_dtype(p), memory_format=torch.preserve_format)
 
 
-def moment_names(group: dict[str, Any]) -> tuple[str, ...]:
+def moment_names(group: Setting | dict[str, Any]) -> tuple[str, ...]:
     """What a parameter of ``group`` has in the optimizer's state besides its counters."""
     return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
 
@@ -85,7 +78,7 @@ class TorchStep:
         self,
         members: Sequence[Member],
         pairs: Sequence[Pair],
-        groups: Sequence[dict[str, Any]],
+        groups: Sequence[Setting],
         state: dict[torch.Tensor, dict[str, Any]],
     ) -> None:
         self.members, self.pairs, self.groups, self.state = members, pairs, groups, state
@@ -120,7 +113,10 @@ class TorchStep:
         self.seeds = upload([seed_word(groups[m.group]["seed"]) for m in members], torch.int32, self.device)
         self.a_at = upload([pair.a for pair in pairs], torch.int64, self.device)
         self.inverse_widths = upload([per_n, per_m], torch.float64, self.device)
-        self.ratios: list[float] = []
+        # The pairs that shrink whatever the norms are, so long as those are finite.
+        self.never = [groups[members[pair.a].group]["stop_condition"] == "never" for pair in pairs]
+        self.never_there = upload(self.never, torch.bool, self.device)
+        self.ratios: list[Any] = []
         self.plan_key: tuple[list[bool], list[int]] | None = None
         self.plan: list[_Bucket] = []
 
@@ -196,7 +192,7 @@ class TorchStep:
                 b_norm = self.work[pair.b].double().norm().item() * inverse_m[k]
             if not (math.isfinite(a_norm) and math.isfinite(b_norm)):
                 continue
-            if a_norm > b_norm:
+            if a_norm > b_norm or self.never[k]:
                 shrinking.append(self.pairs[k].a)
             else:
                 self.latched[k] = int(self.step_views[self.pairs[k].a].item()) + 1
@@ -205,8 +201,11 @@ class TorchStep:
     def _shrink_on_device(self, present: list[bool], found_inf: torch.Tensor | None) -> None:
         """Algorithm 1 without a look from the host: factors and latches stay on the device."""
         self._plan(present, [])
-        ratios = [self.groups[self.members[pair.a].group]["shrink_ratio"] for pair in self.pairs]
-        if ratios != self.ratios:
+        ratios = [self._number(self.groups[self.members[pair.a].group]["shrink_ratio"]) for pair in self.pairs]
+        if any(isinstance(ratio, torch.Tensor) for ratio in ratios):
+            self.ratios = []
+            self.ratios_there = take_counters(ratios, torch.float64, self.device)
+        elif ratios != self.ratios:
             self.ratios, self.ratios_there = ratios, upload(ratios, torch.float64, self.device)
         a_works = [self.work[pair.a] for pair in self.pairs]
         norms = torch._foreach_norm(a_works + [self.work[pair.b] for pair in self.pairs])
@@ -214,7 +213,7 @@ class TorchStep:
         undecided = (self.latched == 0) & self.present_there[self.a_at] & a_norms.isfinite() & b_norms.isfinite()
         if found_inf is not None:
             undecided &= found_inf.reshape(()) == 0
-        shrink = undecided & (a_norms > b_norms)
+        shrink = undecided & ((a_norms > b_norms) | self.never_there)
         factors = 1 - self.ratios_there * shrink
         torch._foreach_mul_(a_works, [f.to(w.dtype) for f, w in zip(factors.unbind(), a_works, strict=True)])
         now = self.steps[self.a_at].int() + 1
@@ -263,7 +262,7 @@ class TorchStep:
             torch._foreach_add_([view for view, there in zip(self.step_views, present, strict=True) if there], 1)
         for bucket in plan:
             group = self.groups[bucket.group]
-            lr, decay = self._number(group["lr"]), self._number(group["weight_decay"])
+            lr, decay = self._number(group["lr"]) * group.lr_ratio, self._number(group["weight_decay"])
             if isinstance(decay, torch.Tensor):
                 # The fused operator takes the decay as a number only.
                 kept = 1 - lr * decay
@@ -272,7 +271,7 @@ class TorchStep:
                 torch._foreach_mul_(bucket.params, kept)
                 decay = 0.0
             if bucket.shrinks:
-                lam = group["shrink_ratio"]
+                lam = self._number(group["shrink_ratio"])
                 if isinstance(lr, float) and lr > 1e-12:
                     # The shrink and the decay are one multiplication: (1 - lam)(1 - lr wd) = 1 - lr wd'.
                     decay = decay + lam / lr - lam * decay
@@ -298,7 +297,7 @@ class TorchStep:
         if found_inf is not None:
             self.steps.sub_(found_inf.reshape(()) * self.present_there)
 
-    def _number(self, value: float | torch.Tensor) -> float | torch.Tensor:
+    def _number(self, value: float | torch.Tensor) -> Any:
         """A hyper-parameter as a float, or as a scalar on a GPU, which is not read on the host."""
         if not isinstance(value, torch.Tensor):
             return value

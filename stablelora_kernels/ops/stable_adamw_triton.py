@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import stable_adamw as kernels
-from .stable_adamw import Member, Pair, dense_like, init_moments, moment_names, take_counters
+from .stable_adamw import Pair, dense_like, init_moments, moment_names, take_counters
 from .stable_adamw_rounding import seed_word, upload
+from .stable_adamw_settings import Member, Setting
 
 # Not custom_op, whose wrapper costs four times as much for hundreds of tensors. The tables hold the addresses of the
 # tensors in the lists, which are there to declare what is read and written; so this op can't be traced on copies of them.
@@ -48,7 +49,7 @@ class TritonStep:
         self,
         members: Sequence[Member],
         pairs: Sequence[Pair],
-        groups: Sequence[dict[str, Any]],
+        groups: Sequence[Setting],
         state: dict[Tensor, dict[str, Any]],
     ) -> None:
         self.members, self.pairs, self.groups = members, pairs, groups
@@ -83,7 +84,10 @@ class TritonStep:
             state[self.params[pair.a]]["latched_at"] = self.latched[self.firsts[pair.a]]
 
     def _make_tables(self, counts: list[int]) -> None:
-        roles = {pair.a: kernels.ROLE_A for pair in self.pairs} | {pair.b: kernels.ROLE_B for pair in self.pairs}
+        never = {pair.a for pair in self.pairs if self.groups[self.members[pair.a].group]["stop_condition"] == "never"}
+        self.has_never = bool(never)
+        roles = {pair.a: kernels.ROLE_A_NEVER if pair.a in never else kernels.ROLE_A for pair in self.pairs}
+        roles |= {pair.b: kernels.ROLE_B for pair in self.pairs}
         partners = {place: pair for pair in self.pairs for place in pair}
         rows = []
         for i, (p, group, base) in enumerate(self.members):
@@ -158,12 +162,14 @@ class TritonStep:
 
     def _upload_hyper(self) -> None:
         """The hyper-parameters of every group, when one of them has changed."""
-        living = [[self._living(i, name) for name in ("lr", "weight_decay")] for i in range(len(self.groups))]
+        living = [
+            [self._living(i, name) for name in ("lr", "weight_decay", "shrink_ratio")] for i in range(len(self.groups))
+        ]
         key = [
             (
                 *group["betas"],
                 group["eps"],
-                group["shrink_ratio"],
+                group.lr_ratio,
                 group["maximize"],
                 group["seed"],
                 *(value.data_ptr() if isinstance(value, Tensor) else value for value in values),
@@ -178,23 +184,28 @@ class TritonStep:
             beta1, beta2 = group["betas"]
             logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
             sign = -1.0 if group["maximize"] else 1.0
-            lr, decay = (0.0 if isinstance(value, Tensor) else value for value in values)
-            row = [beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], decay, group["shrink_ratio"], sign]
-            rows.append([*row, *logs, lr])
+            lr, decay, ratio = (0.0 if isinstance(value, Tensor) else value for value in values)
+            row = [beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], decay, ratio, sign]
+            # The kernel multiplies by the ratio only where the learning rate is a tensor.
+            rows.append([*row, *logs, lr * group.lr_ratio, group.lr_ratio if isinstance(values[0], Tensor) else 1.0])
         self.hyper = upload(rows, torch.float32, self.device)
         # The tensors whose addresses are in the table.
         self.living = living
         words = []
         for i, (group, values) in enumerate(zip(self.groups, living, strict=True)):
-            own = [self.hyper[i, kernels.HYPER_COLUMNS.index(name)] for name in ("lr", "decay")]
-            lr, decay = (
+            own = [self.hyper[i, kernels.HYPER_COLUMNS.index(name)] for name in ("lr", "decay", "ratio")]
+            lr, decay, ratio = (
                 (value if isinstance(value, Tensor) else mine).data_ptr()
                 for value, mine in zip(values, own, strict=True)
             )
-            words.append([lr, seed_word(group["seed"]), decay])
+            words.append([lr, seed_word(group["seed"]), decay, ratio])
         self.words = upload(words, torch.int64, self.device)
         self.flags = kernels.FLAG_AMSGRAD * any(group["amsgrad"] for group in self.groups)
-        self.flags |= kernels.FLAG_DYNAMIC * any(isinstance(decay, Tensor) for _, decay in living)
+        self.flags |= kernels.FLAG_NEVER * self.has_never
+        self.flags |= kernels.FLAG_DYNAMIC * any(
+            isinstance(decay, Tensor) or isinstance(ratio, Tensor) or (isinstance(lr, Tensor) and group.lr_ratio != 1)
+            for (lr, decay, ratio), group in zip(living, self.groups, strict=True)
+        )
         self.hyper_key = key
 
     def _living(self, group: int, name: str) -> float | Tensor:
