@@ -85,8 +85,8 @@ def _stable_adamw_launches() -> Iterator[tuple[str, Any]]:
 
     int32, int64, floats = (torch.empty(64, dtype=d, device="meta") for d in (torch.int32, torch.int64, torch.float32))
     # As the launchers pass them.
-    step = (int64, int64, int32, floats, int64, floats, int32, int32, *[floats] * 4, 64, 64, 1.0)
-    sums = (int64, int64, int64, int32, floats, len(kernels.TENSOR_COLUMNS), 64)
+    step = (int64, int64, int32, floats, int64, floats, int32, int32, floats, int32, *[floats] * 3, 64, 64, 1.0)
+    sums = (int64, int64, int32, floats, floats, 64, 64)
 
     def built(kernel: Any, variant: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
         options = {"num_warps": kernels.NUM_WARPS}

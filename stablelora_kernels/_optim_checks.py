@@ -112,6 +112,12 @@ def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def check_max_grad_norm(value: Any) -> float:
+    if isinstance(value, float) and value == math.inf:
+        return value
+    return check_float("max_grad_norm", value, low=0.0, low_open=True)
+
+
 def check_parameter(name: str, p: torch.Tensor) -> None:
     """Whether the optimizer can update ``p``: a plain, dense tensor of a floating-point type it knows."""
     if hasattr(p, "device_mesh"):

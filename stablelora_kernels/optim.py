@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -76,7 +77,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         capturable: declares that :meth:`step` may be captured in a CUDA graph; what changes between
             replays, ``lr`` or ``weight_decay``, must then be a tensor.
         max_grad_norm: clip the gradients of all parameters together to this norm, as
-            ``torch.nn.utils.clip_grad_norm_`` would before the step. The step may leave the clipped ones in ``.grad``.
+            ``torch.nn.utils.clip_grad_norm_`` would before the step: one launch for the norm beside the step's. The step may
+            leave the clipped ones in ``.grad``. A step whose gradients' norm is not finite is not taken: A, B, moments,
+            counters and latches stay, ``nonfinite_steps`` counts it, and :meth:`stability` and :meth:`state_dict` warn of it.
+            ``math.inf`` clips nothing and only does that.
         seed: of the random rounding. By default PyTorch's initial seed, which ``torch.manual_seed`` sets.
 
     Raises:
@@ -122,7 +126,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         }
         defaults.update(checks.check_hyper(defaults, ""))
         if max_grad_norm is not None:
-            max_grad_norm = checks.check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True)
+            max_grad_norm = checks.check_max_grad_norm(max_grad_norm)
         if shrink_schedule is not None and not callable(shrink_schedule):
             raise TypeError(f"shrink_schedule must be a function of the step, got {shrink_schedule!r}")
         groups = [checks.check_group(group, defaults) for group in checks.as_groups(params)]
@@ -159,6 +163,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """Find the pairs of ``param_groups`` anew and forget everything derived from them."""
         self._pairs = checks.find_pairs(self.param_groups)
         self._params = [p for group in self.param_groups for p in group["params"]]
+        self._reported: int = getattr(self, "_reported", 0)
+        self._skipped_there: dict[torch.device, torch.Tensor] = getattr(self, "_skipped_there", {})
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
 
@@ -193,8 +199,28 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                     from .ops.stable_adamw_triton import TritonStep
 
                     engine = TritonStep
-            engines.append((places, engine(members, pairs, settings, self.state)))
+            engines.append((places, engine(members, pairs, settings, self.state, self._skipped(device))))
         self._engines = engines
+
+    def _skipped(self, device: torch.device) -> torch.Tensor:
+        if device not in self._skipped_there:
+            self._skipped_there[device] = torch.zeros((), dtype=torch.int32, device=device)
+        return self._skipped_there[device]
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """How many steps ``max_grad_norm`` has kept from being taken, as the gradients' norm was not finite. Reads the device."""
+        return sum(int(skipped) for skipped in self._skipped_there.values())
+
+    def _report_nonfinite_steps(self) -> None:
+        found = self.nonfinite_steps
+        if found > self._reported:
+            warnings.warn(
+                f"{found - self._reported} steps were not taken, as the norm of their gradients was not finite",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            self._reported = found
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -253,6 +279,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a norm is not finite, so that its pair can neither shrink nor latch.
         """
+        self._report_nonfinite_steps()
         norms = self._finite_norms()
         result = []
         for pair, (a, b) in zip(self._pairs, norms, strict=True):
@@ -280,6 +307,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a pair's norm is not finite.
         """
+        self._report_nonfinite_steps()
         self._finite_norms()
         return super().state_dict()
 

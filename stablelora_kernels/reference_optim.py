@@ -80,11 +80,13 @@ def adamw_ref(
     return (1 - lr * weight_decay) * p - lr * m / (v.sqrt() + eps)
 
 
-def clip_coefficient_ref(grads: list[torch.Tensor], max_grad_norm: float | None) -> float:
-    """What ``torch.nn.utils.clip_grad_norm_`` multiplies every gradient by."""
+def clip_coefficient_ref(grads: list[torch.Tensor], max_grad_norm: float | None) -> float | None:
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies every gradient by; None where their norm is not finite."""
     if max_grad_norm is None:
         return 1.0
     total = math.sqrt(sum(g.square().sum().item() for g in grads))
+    if not math.isfinite(total):
+        return None
     return min(max_grad_norm / (total + 1e-6), 1.0)
 
 
@@ -121,9 +123,12 @@ class StableAdamWRef:
 
     @torch.no_grad()
     def step(self, grads: dict[torch.Tensor, torch.Tensor]) -> None:
+        coefficient = clip_coefficient_ref(list(grads.values()), self.max_grad_norm)
+        # A step whose gradients' norm is not finite is not taken.
+        if coefficient is None:
+            return
         self.steps += 1
         ratio = self.shrink_ratio(self.steps) if callable(self.shrink_ratio) else self.shrink_ratio
-        coefficient = clip_coefficient_ref(list(grads.values()), self.max_grad_norm)
         for pair in self.pairs:
             if pair.A in grads:
                 before = self.latched_at[pair.name] is not None

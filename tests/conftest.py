@@ -41,3 +41,21 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["torch", "triton", "torch as on a GPU"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The optimizer's three ways: both backends, and PyTorch's with all decisions on the device, wherever that is."""
+    from stablelora_kernels.backend import use_backend
+    from stablelora_kernels.ops.stable_adamw import TorchStep
+
+    original = TorchStep.__init__
+
+    def never_on_host(self, *args) -> None:
+        original(self, *args)
+        self.on_host = False
+
+    if request.param == "torch as on a GPU":
+        monkeypatch.setattr(TorchStep, "__init__", never_on_host)
+    with use_backend(request.param.split()[0]):
+        yield request.param

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from stablelora_kernels import optim
-from stablelora_kernels.ops import stable_adamw as ops
 from stablelora_kernels.optim import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference_optim import StableAdamWRef
@@ -46,23 +45,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"lr_ratio_B": 8.0, "shrink_ratios": {"layer1": 0.1}, "stop_condition": "never", "amsgrad": True},
     ),
 }
-
-
-@pytest.fixture(params=["torch", "triton", "torch as on a GPU"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Both backends, and the PyTorch path with its decisions on the device, wherever that is."""
-    from stablelora_kernels.backend import use_backend
-
-    original = ops.TorchStep.__init__
-
-    def never_on_host(self, *args) -> None:
-        original(self, *args)
-        self.on_host = False
-
-    if request.param == "torch as on a GPU":
-        monkeypatch.setattr(ops.TorchStep, "__init__", never_on_host)
-    with use_backend(request.param.split()[0]):
-        yield request.param
 
 
 @pytest.mark.parametrize("name", OPTIONS)

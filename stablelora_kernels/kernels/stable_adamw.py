@@ -127,6 +127,7 @@ def _stable_adamw_kernel(
     ticks_ptr,
     latched_ptr,
     squares_ptr,
+    skipped_ptr,
     grad_scale_ptr,
     found_inf_ptr,
     grad_squares_ptr,
@@ -151,6 +152,16 @@ def _stable_adamw_kernel(
     chunk = tl.program_id(0)
     if HAS_INF:
         if tl.load(found_inf_ptr) != 0:
+            return
+    total = tl.full((), 0.0, tl.float32)
+    if CLIP:
+        total = tl.sqrt(span_sum(grad_squares_ptr, 0, n_grad_squares, GRAD_SUMS))
+        if HAS_SCALE:
+            total /= tl.load(grad_scale_ptr)
+        # Gradients of no finite norm, a NaN's included: nothing changes, but it is counted.
+        if (total < float("inf")) == 0:
+            if chunk == 0:
+                tl.store(skipped_ptr, tl.load(skipped_ptr) + 1)
             return
     tensor = tl.load(chunks_ptr + 2 * chunk).to(tl.int64)
     start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
@@ -194,12 +205,7 @@ def _stable_adamw_kernel(
         if HAS_SCALE:
             scale /= tl.load(grad_scale_ptr)
         if CLIP:
-            total = tl.sqrt(span_sum(grad_squares_ptr, 0, n_grad_squares, GRAD_SUMS))
-            if HAS_SCALE:
-                total /= tl.load(grad_scale_ptr)
-            coefficient = max_grad_norm / (total + 1e-6)
-            # Written so that a NaN stays one, as in clip_grad_norm_.
-            scale *= tl.where(coefficient > 1, 1.0, coefficient)
+            scale *= tl.minimum(max_grad_norm / (total + 1e-6), 1.0)
         words = words_ptr + group * WORDS
         lr = tl.load(tl.load(words).to(tl.pointer_type(tl.float32)))
         decay_ptr = hyper + 5
@@ -233,26 +239,35 @@ def _stable_adamw_kernel(
         tl.store(after_ptr + chunk, square)
 
 
-@triton.jit(do_not_specialize=["stride_values", "n_chunks"])
+@triton.jit(do_not_specialize=["n_chunks", "n_squares"])
 def _square_sums_kernel(
     tensors_ptr,
-    values_ptr,
     addresses_ptr,
     chunks_ptr,
     squares_ptr,
-    stride_values,
+    grad_squares_ptr,
     n_chunks,
+    n_squares,
     VARIANTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """squares[i] = the sum of squares in chunks i, i + programs, ... of the tensors whose addresses ``values`` holds."""
+    """squares[i] = the sum of squares in chunk i of the parameters, by the first ``n_squares`` programs, one a chunk or none;
+
+    grad_squares[i] = the same of the gradients in chunks i, i + programs, ..., by the other programs.
+    """
     program = tl.program_id(0)
+    programs = n_squares
+    values_ptr, stride, sums_ptr = tensors_ptr, COLUMNS + 0, squares_ptr
+    if program >= n_squares:
+        program -= n_squares
+        programs = tl.num_programs(0) - n_squares
+        values_ptr, stride, sums_ptr = addresses_ptr, 2, grad_squares_ptr
     offsets = tl.arange(0, CHUNK)
     total = tl.full((), 0.0, tl.float32)
-    for chunk in range(program, n_chunks, tl.num_programs(0)):
+    for chunk in range(program, n_chunks, programs):
         tensor = tl.load(chunks_ptr + 2 * chunk).to(tl.int64)
         start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
-        value = tl.load(values_ptr + tensor * stride_values)
+        value = tl.load(values_ptr + tensor * stride)
         numel = tl.load(tensors_ptr + tensor * COLUMNS + 3)
         variant = tl.load(addresses_ptr + 2 * tensor + 1)
         if value != 0:
@@ -263,30 +278,33 @@ def _square_sums_kernel(
                         pointers = element_pointers(value, start, offsets, code // 2, code % 2 == 1)
                         x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
                         total += tl.sum(x * x, 0)
-    tl.store(squares_ptr + program, total)
+    tl.store(sums_ptr + program, total)
 
 
 def square_sums(
     tensors: torch.Tensor,
-    values: torch.Tensor,
     addresses: torch.Tensor,
     chunks: torch.Tensor,
-    squares: torch.Tensor,
+    squares: torch.Tensor | None,
+    grad_squares: torch.Tensor | None,
     variants: int,
     chunk: int,
 ) -> None:
-    """Fill ``squares`` with the sums of squares that as many programs find at the addresses in ``values``' first column."""
+    """Fill ``squares``, one for each chunk of the parameters, and ``grad_squares``, any number that share the gradients."""
+    n_squares = 0 if squares is None else squares.numel()
+    anything = squares if grad_squares is None else grad_squares
+    assert anything is not None
     launch(
         _square_sums_kernel,
-        (squares.numel(),),
-        squares.device,
+        (n_squares + (0 if grad_squares is None else grad_squares.numel()),),
+        tensors.device,
         tensors,
-        values,
         addresses,
         chunks,
-        squares,
-        values.stride(0),
+        anything if squares is None else squares,
+        anything,
         chunks.shape[0],
+        n_squares,
         VARIANTS=variants,
         CHUNK=chunk,
         num_warps=NUM_WARPS,
@@ -299,6 +317,7 @@ def stable_adamw(
     latched: torch.Tensor,
     squares: torch.Tensor,
     grad_squares: torch.Tensor,
+    skipped: torch.Tensor,
     tensors: torch.Tensor,
     addresses: torch.Tensor,
     chunks: torch.Tensor,
@@ -307,13 +326,15 @@ def stable_adamw(
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
     max_grad_norm: float | None,
+    measure: bool,
     flags: int,
     variants: int,
     chunk: int,
 ) -> None:
-    """One step: one launch, or two where gradients are clipped."""
-    if max_grad_norm is not None:
-        square_sums(tensors, addresses, addresses, chunks, grad_squares, variants, chunk)
+    """One step: one launch, or two where gradients are clipped or the parameters' norms must be measured before."""
+    if measure or max_grad_norm is not None:
+        sums = squares[0] if measure else None, None if max_grad_norm is None else grad_squares
+        square_sums(tensors, addresses, chunks, *sums, variants, chunk)
     launch(
         _stable_adamw_kernel,
         (chunks.shape[0],),
@@ -327,6 +348,7 @@ def stable_adamw(
         ticks,
         latched,
         squares,
+        skipped,
         steps if grad_scale is None else grad_scale,
         steps if found_inf is None else found_inf,
         grad_squares,

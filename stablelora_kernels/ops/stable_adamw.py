@@ -80,8 +80,10 @@ class TorchStep:
         pairs: Sequence[Pair],
         groups: Sequence[Setting],
         state: dict[torch.Tensor, dict[str, Any]],
+        skipped: torch.Tensor,
     ) -> None:
-        self.members, self.pairs, self.groups, self.state = members, pairs, groups, state
+        """``skipped`` counts, on the device, the steps that were not taken since the gradients' norm was not finite."""
+        self.members, self.pairs, self.groups, self.state, self.skipped = members, pairs, groups, state, skipped
         self.device = members[0].param.device
         self.on_host = self.device.type == "cpu"
         init_moments(state, members, groups)
@@ -140,7 +142,19 @@ class TorchStep:
                 for w, g in zip(self.work, grads, strict=True)
             ]
         if max_grad_norm is not None:
-            grad_scale = self._clipping_scale([g for g in ready if g is not None], grad_scale, max_grad_norm)
+            total, grad_scale = self._clipping([g for g in ready if g is not None], grad_scale, max_grad_norm)
+            unknown = total.isfinite().logical_not_()
+            if self.on_host:
+                if unknown.item():
+                    self.skipped += 1
+                    return
+            else:
+                if found_inf is not None:
+                    self.skipped += unknown & (found_inf.reshape(()) == 0)
+                    unknown |= found_inf.reshape(()) != 0
+                else:
+                    self.skipped += unknown
+                found_inf = unknown.float()
         for scratch in self.scratch:
             scratch.load()
         shrinking: list[int] = []
@@ -160,14 +174,14 @@ class TorchStep:
         """``norms``, in float64 if there are float64 parameters among others."""
         return [x.double() for x in norms] if self.mixed else list(norms)
 
-    def _clipping_scale(
+    def _clipping(
         self, grads: list[torch.Tensor], grad_scale: torch.Tensor | None, max_grad_norm: float
-    ) -> torch.Tensor:
-        """What the fused operator has to divide gradients by to unscale and clip them, as a float32 scalar tensor."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The unscaled gradients' norm, and what the fused operator must divide by to unscale and clip: float32 scalars."""
         norms = torch.stack(self._one_dtype(torch._foreach_norm(grads))).float()
         scale = torch.ones((), device=self.device) if grad_scale is None else grad_scale.reshape(())
         total = torch.linalg.vector_norm(norms) / scale
-        return scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
+        return total, scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
 
     def _decide_on_host(self, present: list[bool]) -> list[int]:
         """The places of the A's that shrink in this step; pairs whose time has come are latched."""

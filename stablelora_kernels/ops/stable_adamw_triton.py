@@ -19,8 +19,9 @@ from .stable_adamw_settings import Member, Setting
 torch.library.define(
     "stablelora_kernels::stable_adamw_",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] moments, Tensor(c!) steps, Tensor(d!) ticks, Tensor(e!) latched, "
-    "Tensor(f!) squares, Tensor(g!) grad_squares, Tensor tensors, Tensor addresses, Tensor chunks, Tensor hyper, "
-    "Tensor words, Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, int flags, int variants, int chunk) -> ()",
+    "Tensor(f!) squares, Tensor(g!) grad_squares, Tensor(h!) skipped, Tensor tensors, Tensor addresses, Tensor chunks, "
+    "Tensor hyper, Tensor words, Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, bool measure, int flags, "
+    "int variants, int chunk) -> ()",
 )
 
 
@@ -51,8 +52,9 @@ class TritonStep:
         pairs: Sequence[Pair],
         groups: Sequence[Setting],
         state: dict[Tensor, dict[str, Any]],
+        skipped: Tensor,
     ) -> None:
-        self.members, self.pairs, self.groups = members, pairs, groups
+        self.members, self.pairs, self.groups, self.skipped = members, pairs, groups, skipped
         self.params = [member.param for member in members]
         self.device = self.params[0].device
         init_moments(state, members, groups)
@@ -119,8 +121,10 @@ class TritonStep:
         ]
         self._upload_addresses(ready)
         self._upload_hyper()
-        if self.versions != [p._version for p in self.watched]:
-            self._measure()
+        measure = self.versions != [p._version for p in self.watched]
+        if measure:
+            # The step then reads the first half of the sums.
+            self.ticks.zero_()
         present = [i for i, g in enumerate(ready) if g is not None]
         written = [self.params[i] for i in present]
         torch.ops.stablelora_kernels.stable_adamw_(
@@ -132,6 +136,7 @@ class TritonStep:
             self.latched,
             self.squares,
             self.grad_squares,
+            self.skipped,
             self.tensors,
             self.addresses,
             self.chunks,
@@ -140,6 +145,7 @@ class TritonStep:
             grad_scale,
             found_inf,
             max_grad_norm,
+            measure,
             self.flags,
             self.variants,
             self.CHUNK,
@@ -219,13 +225,6 @@ class TritonStep:
             return value
         cell = self.cells.setdefault((group, name), torch.empty((), dtype=torch.float32, device=self.device))
         return cell.copy_(value, non_blocking=True)
-
-    def _measure(self) -> None:
-        """Measure the sums of squares of all parameters into the half of ``squares`` that the next step reads."""
-        self.ticks.zero_()
-        kernels.square_sums(
-            self.tensors, self.tensors, self.addresses, self.chunks, self.squares[0], self.variants, self.CHUNK
-        )
 
 
 def _starts(counts: list[int]) -> list[int]:
