@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ._checks import check_float, check_int
-from .ops.stable_adamw import moment_names, work_dtype
+from .ops.stable_adamw import moment_names
 from .ops.stable_adamw_settings import check_patterns
+from .ops.stable_adamw_storage import Storage
 from .pairs import LoRAPair, lora_pairs, split_lora_name
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -110,6 +111,17 @@ def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
         "capturable": _check_bool(f"{where}capturable", hyper["capturable"]),
         "seed": seed,
     }
+
+
+def check_storage(moments_dtype: Any, master_weights: Any) -> Storage:
+    if moments_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"moments_dtype must be torch.float32 or torch.bfloat16, got {moments_dtype!r}")
+    return Storage(moments_dtype, _check_bool("master_weights", master_weights))
+
+
+def check_amsgrad(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
+    if storage.moments_dtype is not torch.float32 and any(group["amsgrad"] for group in groups):
+        raise ValueError(f"amsgrad=True needs moments_dtype=torch.float32, got {storage.moments_dtype}")
 
 
 def check_max_grad_norm(value: Any) -> float:
@@ -269,8 +281,9 @@ def check_state(
     saved_groups: Sequence[dict[str, Any]],
     groups: Sequence[dict[str, Any]],
     pairs: Sequence[LoRAPair],
+    storage: Storage,
 ) -> dict[torch.Tensor, dict[str, Any]]:
-    """Copies of the saved state by parameter, on its device, moments in its strides and work dtype."""
+    """Copies of the saved state by parameter, on its device, moments in its strides, all in the dtypes of ``storage``."""
     owners = {id(pair.A) for pair in pairs}
     result: dict[torch.Tensor, dict[str, Any]] = {}
     for saved, group in zip(saved_groups, groups, strict=True):
@@ -279,8 +292,9 @@ def check_state(
                 continue
             entry = state_dict["state"][key]
             names = moment_names(saved)
-            for field in ("step", *names, *["latched_at"] * (id(p) in owners)):
-                shape = p.shape if field in names else torch.Size([])
+            masters = ("master",) if storage.has_master(p) and "master" in entry else ()
+            for field in ("step", *names, *masters, *["latched_at"] * (id(p) in owners)):
+                shape = p.shape if field in names or field in masters else torch.Size([])
                 value = entry.get(field)
                 if not isinstance(value, torch.Tensor):
                     raise ValueError(f"state_dict has no {field!r} tensor for {name!r}")
@@ -289,11 +303,13 @@ def check_state(
                         f"state_dict's {field!r} of {name!r} must be {list(shape)}, got {list(value.shape)}"
                     )
             moments = {
-                field: torch.empty_like(p, dtype=work_dtype(p), requires_grad=False).copy_(entry[field])
+                field: torch.empty_like(p, dtype=storage.moment_dtype(p), requires_grad=False).copy_(entry[field])
                 for field in names
             }
             counters = {"step": entry["step"].detach().to(p.device, torch.float32, copy=True)}
             if id(p) in owners:
                 counters["latched_at"] = entry["latched_at"].detach().to(p.device, torch.int32, copy=True)
+            if storage.has_master(p) and "master" in entry:
+                moments["master"] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(entry["master"])
             result[p] = {**counters, **moments}
     return result

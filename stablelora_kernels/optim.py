@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +15,7 @@ from .backend import get_backend, resolve_backend
 from .ops.stable_adamw import Pair, TorchStep, work_dtype
 from .ops.stable_adamw_settings import build_key, members_and_settings
 from .pairs import LoRAPair
-
-
-@dataclass(frozen=True)
-class PairStability:
-    """Where one pair stands: ``a_norm`` = ||A||_F / n, ``b_norm`` = ||B||_F / m, for W [m, n].
-
-    ``stable`` says whether the pair has latched, so that A shrinks no more, and ``latched_at`` at which step of A, counted
-    from one, or None.
-    """
-
-    name: str
-    a_norm: float
-    b_norm: float
-    stable: bool
-    latched_at: int | None
+from .stability import PairStability, finite_norms
 
 
 def _capturing() -> bool:
@@ -81,6 +65,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             leave the clipped ones in ``.grad``. A step whose gradients' norm is not finite is not taken: A, B, moments,
             counters and latches stay, ``nonfinite_steps`` counts it, and :meth:`stability` and :meth:`state_dict` warn of it.
             ``math.inf`` clips nothing and only does that.
+        master_weights: keep a float32 master of every bfloat16 or float16 parameter, in ``state[p]["master"]``, and write the
+            parameter as its nearest rounding in the same launch; nothing is then rounded at random. A parameter that someone
+            else writes to becomes its own master.
+        moments_dtype: torch.float32, or torch.bfloat16, rounded at random, for 4 bytes less a parameter. A loaded state
+            is converted; with bfloat16 the PyTorch path holds a group's moments in float32 during its step.
         seed: of the random rounding. By default PyTorch's initial seed, which ``torch.manual_seed`` sets.
 
     Raises:
@@ -108,6 +97,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         amsgrad: bool = False,
         capturable: bool = False,
         max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        moments_dtype: torch.dtype = torch.float32,
         seed: int | None = None,
     ) -> None:
         defaults = {
@@ -129,9 +120,12 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             max_grad_norm = checks.check_max_grad_norm(max_grad_norm)
         if shrink_schedule is not None and not callable(shrink_schedule):
             raise TypeError(f"shrink_schedule must be a function of the step, got {shrink_schedule!r}")
+        storage = checks.check_storage(moments_dtype, master_weights)
         groups = [checks.check_group(group, defaults) for group in checks.as_groups(params)]
         # Before the base class sees them, so that its first groups need not hold whole pairs.
         checks.find_pairs(groups)
+        checks.check_amsgrad(groups, storage)
+        self.storage = storage
         super().__init__(groups, defaults)
         self.max_grad_norm = max_grad_norm
         self.shrink_schedule = shrink_schedule
@@ -155,6 +149,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if constructed:
             param_group = checks.check_group(param_group, self.defaults)
             checks.find_pairs([*self.param_groups, param_group])
+            checks.check_amsgrad([param_group], self.storage)
         super().add_param_group(param_group)
         if constructed:
             self._rebuild()
@@ -170,6 +165,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def _build_engines(self) -> None:
         """One engine for each device that holds parameters, on the backend in force there."""
+        checks.check_amsgrad(self.param_groups, self.storage)
         all_members, settings = members_and_settings(self.param_groups, self._pairs)
         by_device: dict[torch.device, list[int]] = {}
         for place, member in enumerate(all_members):
@@ -199,7 +195,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                     from .ops.stable_adamw_triton import TritonStep
 
                     engine = TritonStep
-            engines.append((places, engine(members, pairs, settings, self.state, self._skipped(device))))
+            engines.append((places, engine(members, pairs, settings, self.state, self._skipped(device), self.storage)))
         self._engines = engines
 
     def _skipped(self, device: torch.device) -> torch.Tensor:
@@ -280,7 +276,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             RuntimeError: a norm is not finite, so that its pair can neither shrink nor latch.
         """
         self._report_nonfinite_steps()
-        norms = self._finite_norms()
+        norms = finite_norms(self._pairs)
         result = []
         for pair, (a, b) in zip(self._pairs, norms, strict=True):
             latched = self.state[pair.A].get("latched_at") if pair.A in self.state else None
@@ -289,18 +285,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             result.append(PairStability(pair.name, a / max(n, 1), b / max(m, 1), step > 0, step or None))
         return result
 
-    def _finite_norms(self) -> list[tuple[float, float]]:
-        """||A||_F and ||B||_F of every pair, or RuntimeError for one that is not finite."""
-        halves = [p.detach() for pair in self._pairs for p in (pair.A, pair.B)]
-        norms = torch.stack([p.norm(dtype=torch.float64).cpu() for p in halves]).view(-1, 2).tolist()
-        for pair, (a, b) in zip(self._pairs, norms, strict=True):
-            if not (math.isfinite(a) and math.isfinite(b)):
-                raise RuntimeError(
-                    f"pair {pair.name!r} holds values that are not finite: ||A||_F = {a}, ||B||_F = {b}. "
-                    "It has not been shrunk or latched since; training has diverged before this point"
-                )
-        return norms
-
     def state_dict(self) -> dict[str, Any]:
         """Moments, steps, latches and hyper-parameters, seed and shrink ratio included: enough for a bit-exact resume.
 
@@ -308,7 +292,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             RuntimeError: a pair's norm is not finite.
         """
         self._report_nonfinite_steps()
-        self._finite_norms()
+        finite_norms(self._pairs)
         return super().state_dict()
 
     @torch._disable_dynamo
@@ -323,7 +307,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         groups = checks.check_state_groups(state_dict, self.param_groups)
-        state = checks.check_state(state_dict, groups, self.param_groups, self._pairs)
+        state = checks.check_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
+        checks.check_amsgrad(groups, self.storage)
         for saved, group in zip(groups, self.param_groups, strict=True):
             for key, value in saved.items():
                 if key not in ("params", "param_names"):
@@ -339,7 +324,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "shrink_schedule": self.shrink_schedule}
+        own = {name: getattr(self, name) for name in ("max_grad_norm", "shrink_schedule", "storage")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

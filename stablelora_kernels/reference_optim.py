@@ -179,6 +179,12 @@ def rounding_noise_ref(seed: int, step: int, index: int) -> int:
     return mix32(index ^ rounding_key_ref(seed, step))
 
 
+def moment_noise_ref(seed: int, step: int, index: int) -> tuple[int, int]:
+    """The random bits, 16 each, that round the two moments of an element where they are kept in bfloat16."""
+    word = mix32(rounding_noise_ref(seed, step, index) + 0x9E3779B9)
+    return word & 0xFFFF, word >> 16
+
+
 def stochastic_round_ref(x: float, dtype: torch.dtype, noise: int) -> float:
     """``x``, a float32 value, rounded to bfloat16 or float16 up or down at random, so that the mean is ``x``.
 

@@ -14,6 +14,8 @@ from collections import Counter
 from typing import Any
 
 from stablelora_kernels.kernels import stable_adamw as kernels
+from stablelora_kernels.kernels import stable_adamw_tables as tables
+from stablelora_kernels.kernels.stable_adamw_sums import _square_sums_kernel
 from stablelora_kernels.ops.stable_adamw_triton import TritonStep
 from tests.compiling import compile_kernel, resources, target
 
@@ -28,14 +30,14 @@ TYPES = {
 def main(name: str, variants: int) -> None:
     where = target(name)
     constants: dict[str, Any] = {"VARIANTS": variants, "CHUNK": TritonStep.CHUNK}
-    flags = {"HAS_SCALE": True, "HAS_INF": True, "CLIP": True, "FLAGS": 0, "GRAD_SUMS": kernels.MAX_GRAD_SUMS}
-    warps = {"num_warps": kernels.NUM_WARPS}
+    flags = {"HAS_SCALE": True, "HAS_INF": True, "CLIP": True, "FLAGS": 0, "GRAD_SUMS": tables.MAX_GRAD_SUMS}
+    warps = {"num_warps": tables.NUM_WARPS}
     step_types, sums_types = (
         {name: TYPES[name] for name in kernel.arg_names if name in TYPES}
-        for kernel in (kernels._stable_adamw_kernel, kernels._square_sums_kernel)
+        for kernel in (kernels._stable_adamw_kernel, _square_sums_kernel)
     )
     step = compile_kernel(kernels._stable_adamw_kernel, step_types, constants | flags, where, **warps)
-    sums = compile_kernel(kernels._square_sums_kernel, sums_types, constants, where, **warps)
+    sums = compile_kernel(_square_sums_kernel, sums_types, constants | {"FLAGS": 0}, where, **warps)
     result: dict[str, Any] = {"shared": step.metadata.shared, "kinds": sorted(step.asm)}
     if "ptx" in step.asm:
         wide = re.compile(r"\b(ld|st)\.global\S*\.v(\d)\.b(\d+)")

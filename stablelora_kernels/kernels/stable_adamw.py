@@ -1,4 +1,4 @@
-"""The whole optimizer step as one kernel over tables of addresses, and the sums of squares that some steps need before."""
+"""The whole optimizer step as one kernel over tables of addresses."""
 
 # "and" does not stop at its first false operand in a kernel, so conditions are nested.
 # ruff: noqa: SIM102
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels._common import launch
+from stablelora_kernels.kernels._common import cast, launch
 from stablelora_kernels.kernels.stable_adamw_pieces import (
     element_mask,
     element_pointers,
@@ -18,47 +18,22 @@ from stablelora_kernels.kernels.stable_adamw_pieces import (
     span_sum,
     stochastic_round,
 )
-
-# Columns of the table of tensors (int64), one row each.
-TENSOR_COLUMNS = (
-    "param",
-    "exp_avg",
-    "exp_avg_sq",
-    "numel",
-    "group",
-    "role",
-    "base",
-    "a_at",
-    "a_n",
-    "b_at",
-    "b_n",
-    "n",
-    "m",
-    "max_exp_avg_sq",
+from stablelora_kernels.kernels.stable_adamw_sums import square_sums
+from stablelora_kernels.kernels.stable_adamw_tables import (
+    A_NEVER,
+    AMSGRAD,
+    COLUMNS,
+    DYNAMIC,
+    HYPERS,
+    LOW_MOMENTS,
+    MASTER,
+    MAX_GRAD_SUMS,
+    N_VARIANTS,
+    NEVER,
+    NUM_WARPS,
+    WORDS,
+    A,
 )
-COLUMNS: tl.constexpr = tl.constexpr(len(TENSOR_COLUMNS))
-# Columns of the table of hyper-parameters (float32), one row a group.
-HYPER_COLUMNS = ("beta1", "rest1", "beta2", "rest2", "eps", "decay", "ratio", "sign", "log1", "log2", "lr", "lr_ratio")
-HYPERS: tl.constexpr = tl.constexpr(len(HYPER_COLUMNS))
-# Columns of the table of words (int64), one row a group: the address of the learning rate, the seed's part of the rounding
-# key, and the addresses of the weight decay and the shrink ratio, which are used where one of them is a tensor.
-WORD_COLUMNS = ("lr", "seed", "decay", "ratio")
-WORDS: tl.constexpr = tl.constexpr(len(WORD_COLUMNS))
-KINDS = (torch.float32, torch.bfloat16, torch.float16)
-# Variants of the code for one chunk: twice the kind, plus one where every address and size is a multiple of 16.
-N_VARIANTS: tl.constexpr = tl.constexpr(2 * len(KINDS))
-# An A of ROLE_A_NEVER never latches.
-ROLE_LONE, ROLE_A, ROLE_B, ROLE_A_NEVER = 0, 1, 2, 3
-_A: tl.constexpr = tl.constexpr(ROLE_A)
-_A_NEVER: tl.constexpr = tl.constexpr(ROLE_A_NEVER)
-# FLAGS of a launch: what some tensor or group asks for beyond the plain step.
-FLAG_AMSGRAD, FLAG_DYNAMIC, FLAG_NEVER = 1, 2, 4
-_AMSGRAD: tl.constexpr = tl.constexpr(FLAG_AMSGRAD)
-_DYNAMIC: tl.constexpr = tl.constexpr(FLAG_DYNAMIC)
-_NEVER: tl.constexpr = tl.constexpr(FLAG_NEVER)
-# The norm of all gradients is the sum of at most this many partial sums, each the work of one program.
-MAX_GRAD_SUMS = 512
-NUM_WARPS = 8
 
 
 @triton.jit
@@ -83,12 +58,18 @@ def _update(
     offsets = tl.arange(0, CHUNK)
     mask = element_mask(start, tl.load(row + 3), offsets, ALIGNED)
     p_ptrs = element_pointers(tl.load(row), start, offsets, KIND, ALIGNED)
-    m_ptrs = element_pointers(tl.load(row + 1), start, offsets, 0, ALIGNED)
-    v_ptrs = element_pointers(tl.load(row + 2), start, offsets, 0, ALIGNED)
+    # bfloat16 is kind 1.
+    M_KIND: tl.constexpr = 1 if LOW_MOMENTS & FLAGS else 0
+    m_ptrs = element_pointers(tl.load(row + 1), start, offsets, M_KIND, ALIGNED)
+    v_ptrs = element_pointers(tl.load(row + 2), start, offsets, M_KIND, ALIGNED)
     g = tl.load(element_pointers(grad, start, offsets, KIND, ALIGNED), mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
-    m = tl.load(m_ptrs, mask=mask, other=0.0)
-    v = tl.load(v_ptrs, mask=mask, other=0.0)
+    from_ptrs = p_ptrs
+    if MASTER & FLAGS:
+        if KIND != 0:
+            from_ptrs = element_pointers(tl.load(row + 14), start, offsets, 0, ALIGNED)
+    p = tl.load(from_ptrs, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
 
     g *= scale
     m = tl.load(hyper) * m + tl.load(hyper + 1) * g
@@ -99,20 +80,29 @@ def _update(
     size = lr / one_minus_exp(step * tl.load(hyper + 8))
     root = tl.sqrt(one_minus_exp(step * tl.load(hyper + 9)))
     largest = v
-    if _AMSGRAD & FLAGS:
+    if AMSGRAD & FLAGS:
         address = tl.load(row + 13)
         if address != 0:
             x_ptrs = element_pointers(address, start, offsets, 0, ALIGNED)
             largest = tl.maximum(tl.load(x_ptrs, mask=mask, other=0.0), v, propagate_nan=tl.PropagateNan.ALL)
             tl.store(x_ptrs, largest, mask=mask)
     p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + 4))
-    if KIND != 0:
-        index = (base + start + offsets).to(tl.uint32)
-        p = stochastic_round(p, mix(index ^ key), KIND)
-
-    tl.store(p_ptrs, p.to(p_ptrs.dtype.element_ty), mask=mask)
-    tl.store(m_ptrs, m, mask=mask)
-    tl.store(v_ptrs, v, mask=mask)
+    if KIND != 0 or LOW_MOMENTS & FLAGS:
+        noise = mix((base + start + offsets).to(tl.uint32) ^ key)
+    if LOW_MOMENTS & FLAGS:
+        # reference_optim.moment_noise_ref
+        word = mix(noise + 0x9E3779B9)
+        m = stochastic_round(m, word, 1)
+        v = stochastic_round(v, word >> 16, 1)
+    if MASTER & FLAGS and KIND != 0:
+        tl.store(from_ptrs, p, mask=mask)
+        tl.store(p_ptrs, cast(p, p_ptrs.dtype.element_ty), mask=mask)
+    else:
+        if KIND != 0:
+            p = stochastic_round(p, noise, KIND)
+        tl.store(p_ptrs, p.to(p_ptrs.dtype.element_ty), mask=mask)
+    tl.store(m_ptrs, m.to(m_ptrs.dtype.element_ty), mask=mask)
+    tl.store(v_ptrs, v.to(v_ptrs.dtype.element_ty), mask=mask)
     return tl.sum(tl.where(mask, p * p, 0.0), 0)
 
 
@@ -182,9 +172,9 @@ def _stable_adamw_kernel(
         tl.store(steps_ptr + chunk, step)
         ratio = tl.full((), 0.0, tl.float32)
         role = tl.load(row + 5)
-        is_a = role == _A
-        if _NEVER & FLAGS:
-            is_a = is_a | (role == _A_NEVER)
+        is_a = role == A
+        if NEVER & FLAGS:
+            is_a = is_a | (role == A_NEVER)
         if is_a:
             if tl.load(latched_ptr + chunk) == 0:
                 a = span_sum(before_ptr, tl.load(row + 7), tl.load(row + 8), 64)
@@ -192,11 +182,11 @@ def _stable_adamw_kernel(
                 # Sums that are not finite compare false: such a pair neither shrinks nor latches.
                 if (a < float("inf")) & (b < float("inf")):
                     shrinks = tl.sqrt(a) / tl.load(row + 11) > tl.sqrt(b) / tl.load(row + 12)
-                    if _NEVER & FLAGS:
-                        shrinks = shrinks | (role == _A_NEVER)
+                    if NEVER & FLAGS:
+                        shrinks = shrinks | (role == A_NEVER)
                     if shrinks:
                         ratio_ptr = hyper + 6
-                        if _DYNAMIC & FLAGS:
+                        if DYNAMIC & FLAGS:
                             ratio_ptr = tl.load(words_ptr + group * WORDS + 3).to(tl.pointer_type(tl.float32))
                         ratio = tl.load(ratio_ptr)
                     else:
@@ -209,7 +199,7 @@ def _stable_adamw_kernel(
         words = words_ptr + group * WORDS
         lr = tl.load(tl.load(words).to(tl.pointer_type(tl.float32)))
         decay_ptr = hyper + 5
-        if _DYNAMIC & FLAGS:
+        if DYNAMIC & FLAGS:
             lr *= tl.load(hyper + 11)
             decay_ptr = tl.load(words + 2).to(tl.pointer_type(tl.float32))
         decay = tl.load(decay_ptr)
@@ -239,78 +229,6 @@ def _stable_adamw_kernel(
         tl.store(after_ptr + chunk, square)
 
 
-@triton.jit(do_not_specialize=["n_chunks", "n_squares"])
-def _square_sums_kernel(
-    tensors_ptr,
-    addresses_ptr,
-    chunks_ptr,
-    squares_ptr,
-    grad_squares_ptr,
-    n_chunks,
-    n_squares,
-    VARIANTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """squares[i] = the sum of squares in chunk i of the parameters, by the first ``n_squares`` programs, one a chunk or none;
-
-    grad_squares[i] = the same of the gradients in chunks i, i + programs, ..., by the other programs.
-    """
-    program = tl.program_id(0)
-    programs = n_squares
-    values_ptr, stride, sums_ptr = tensors_ptr, COLUMNS + 0, squares_ptr
-    if program >= n_squares:
-        program -= n_squares
-        programs = tl.num_programs(0) - n_squares
-        values_ptr, stride, sums_ptr = addresses_ptr, 2, grad_squares_ptr
-    offsets = tl.arange(0, CHUNK)
-    total = tl.full((), 0.0, tl.float32)
-    for chunk in range(program, n_chunks, programs):
-        tensor = tl.load(chunks_ptr + 2 * chunk).to(tl.int64)
-        start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
-        value = tl.load(values_ptr + tensor * stride)
-        numel = tl.load(tensors_ptr + tensor * COLUMNS + 3)
-        variant = tl.load(addresses_ptr + 2 * tensor + 1)
-        if value != 0:
-            for code in tl.static_range(N_VARIANTS):
-                if (VARIANTS >> code) & 1:
-                    if variant == code:
-                        mask = element_mask(start, numel, offsets, code % 2 == 1)
-                        pointers = element_pointers(value, start, offsets, code // 2, code % 2 == 1)
-                        x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-                        total += tl.sum(x * x, 0)
-    tl.store(sums_ptr + program, total)
-
-
-def square_sums(
-    tensors: torch.Tensor,
-    addresses: torch.Tensor,
-    chunks: torch.Tensor,
-    squares: torch.Tensor | None,
-    grad_squares: torch.Tensor | None,
-    variants: int,
-    chunk: int,
-) -> None:
-    """Fill ``squares``, one for each chunk of the parameters, and ``grad_squares``, any number that share the gradients."""
-    n_squares = 0 if squares is None else squares.numel()
-    anything = squares if grad_squares is None else grad_squares
-    assert anything is not None
-    launch(
-        _square_sums_kernel,
-        (n_squares + (0 if grad_squares is None else grad_squares.numel()),),
-        tensors.device,
-        tensors,
-        addresses,
-        chunks,
-        anything if squares is None else squares,
-        anything,
-        chunks.shape[0],
-        n_squares,
-        VARIANTS=variants,
-        CHUNK=chunk,
-        num_warps=NUM_WARPS,
-    )
-
-
 def stable_adamw(
     steps: torch.Tensor,
     ticks: torch.Tensor,
@@ -334,7 +252,7 @@ def stable_adamw(
     """One step: one launch, or two where gradients are clipped or the parameters' norms must be measured before."""
     if measure or max_grad_norm is not None:
         sums = squares[0] if measure else None, None if max_grad_norm is None else grad_squares
-        square_sums(tensors, addresses, chunks, *sums, variants, chunk)
+        square_sums(tensors, addresses, chunks, *sums, flags, variants, chunk)
     launch(
         _stable_adamw_kernel,
         (chunks.shape[0],),

@@ -10,6 +10,7 @@ import torch
 
 from .stable_adamw_rounding import LOW_PRECISION, Scratch, seed_word, upload
 from .stable_adamw_settings import Member, Setting
+from .stable_adamw_storage import Storage, follow_parameters, make_masters, round_moments
 
 
 class Pair(NamedTuple):
@@ -40,13 +41,13 @@ def take_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.devic
 
 
 def init_moments(
-    state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member], groups: Sequence[Setting]
+    state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member], groups: Sequence[Setting], storage: Storage
 ) -> None:
-    """Give every member the moments of its group, zeros of its shape, strides and work dtype, where it has none yet."""
+    """Give every member the moments of its group, zeros of its shape and strides, where it has none yet."""
     for p, group, _ in members:
         for key in moment_names(groups[group]):
             if key not in state[p]:
-                state[p][key] = torch.zeros_like(p, dtype=work_dtype(p), memory_format=torch.preserve_format)
+                state[p][key] = torch.zeros_like(p, dtype=storage.moment_dtype(p), memory_format=torch.preserve_format)
 
 
 def moment_names(group: Setting | dict[str, Any]) -> tuple[str, ...]:
@@ -81,12 +82,15 @@ class TorchStep:
         groups: Sequence[Setting],
         state: dict[torch.Tensor, dict[str, Any]],
         skipped: torch.Tensor,
+        storage: Storage,
     ) -> None:
         """``skipped`` counts, on the device, the steps that were not taken since the gradients' norm was not finite."""
         self.members, self.pairs, self.groups, self.state, self.skipped = members, pairs, groups, state, skipped
         self.device = members[0].param.device
         self.on_host = self.device.type == "cpu"
-        init_moments(state, members, groups)
+        init_moments(state, members, groups, storage)
+        make_masters(state, [m.param for m in members], storage)
+        self.low_moments = storage.moments_dtype is torch.bfloat16
         self.steps = take_counters([state[m.param].get("step") for m in members], torch.float32, self.device)
         self.step_views = list(self.steps.unbind())
         for (p, *_), view in zip(members, self.step_views, strict=True):
@@ -95,14 +99,19 @@ class TorchStep:
         self.latched = take_counters([state[a].get("latched_at") for a in owners], torch.int32, self.device)
         for a, view in zip(owners, self.latched.unbind(), strict=True):
             state[a]["latched_at"] = view
-        low = {d: [i for i, m in enumerate(members) if m.param.dtype is d] for d in LOW_PRECISION}
+        self.low_at = [i for i, m in enumerate(members) if storage.has_master(m.param)]
+        self.low = [members[i].param for i in self.low_at]
+        self.masters = [state[p]["master"] for p in self.low]
+        self.versions: list[int] | None = None
+        rounded = () if storage.master_weights else LOW_PRECISION
+        low = {d: [i for i, m in enumerate(members) if m.param.dtype is d] for d in rounded}
         self.scratch = [
             Scratch(d, [members[i].param for i in places], [members[i].base for i in places], places)
             for d, places in low.items()
             if places
         ]
-        # What the arithmetic runs on: the parameters themselves, or their float32 copies.
-        self.work = [m.param for m in members]
+        # What the arithmetic runs on: the parameters themselves, their float32 masters or copies.
+        self.work = [state[m.param].get("master", m.param) for m in members]
         for scratch in self.scratch:
             for i, view in zip(scratch.places, scratch.views, strict=True):
                 self.work[i] = view
@@ -155,6 +164,8 @@ class TorchStep:
                 else:
                     self.skipped += unknown
                 found_inf = unknown.float()
+        if self.versions != [p._version for p in self.low]:
+            follow_parameters(self.masters, self.low)
         for scratch in self.scratch:
             scratch.load()
         shrinking: list[int] = []
@@ -165,10 +176,14 @@ class TorchStep:
         self._update(present, shrinking, ready, grad_scale, found_inf)
         for scratch in self.scratch:
             scratch.store(self.steps.int(), self.seeds, present)
+        shadowed = [k for k, i in enumerate(self.low_at) if present[i]]
+        if shadowed:
+            torch._foreach_copy_([self.low[k] for k in shadowed], [self.masters[k] for k in shadowed])
         # So that a backward pass through what has been overwritten is noticed: the fused operator does not say so.
         torch.autograd.graph.increment_version(
             [m.param for m, there in zip(self.members, present, strict=True) if there]
         )
+        self.versions = [p._version for p in self.low]
 
     def _one_dtype(self, norms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """``norms``, in float64 if there are float64 parameters among others."""
@@ -291,11 +306,16 @@ class TorchStep:
                     decay = decay + lam / lr - lam * decay
                 else:
                     torch._foreach_mul_(bucket.params, 1 - lam)
+            moments = bucket.exp_avgs, bucket.exp_avg_sqs
+            if self.low_moments:
+                moments = (
+                    [m.to(p.dtype) for m, p in zip(bucket.exp_avgs, bucket.params, strict=True)],
+                    [v.to(p.dtype) for v, p in zip(bucket.exp_avg_sqs, bucket.params, strict=True)],
+                )
             torch._fused_adamw_(
                 bucket.params,
                 [grads[i] for i in bucket.places],
-                bucket.exp_avgs,
-                bucket.exp_avg_sqs,
+                *moments,
                 bucket.max_exp_avg_sqs,
                 bucket.steps,
                 lr=lr,
@@ -308,8 +328,16 @@ class TorchStep:
                 grad_scale=grad_scale,
                 found_inf=found_inf,
             )
+            if self.low_moments:
+                self._keep_moments(bucket, moments)
         if found_inf is not None:
             self.steps.sub_(found_inf.reshape(()) * self.present_there)
+
+    def _keep_moments(self, bucket: _Bucket, moments: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
+        for i, m, v, *values in zip(bucket.places, bucket.exp_avgs, bucket.exp_avg_sqs, *moments, strict=True):
+            # float64 parameters keep float64 moments, which have been changed in place.
+            if m.dtype is torch.bfloat16:
+                round_moments((m, v), values, self.members[i].base, self.steps[i].int(), self.seeds[i])
 
     def _number(self, value: float | torch.Tensor) -> Any:
         """A hyper-parameter as a float, or as a scalar on a GPU, which is not read on the host."""

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import stable_adamw as kernels
+from ..kernels import stable_adamw_tables as tables
 from .stable_adamw import Pair, dense_like, init_moments, moment_names, take_counters
 from .stable_adamw_rounding import seed_word, upload
 from .stable_adamw_settings import Member, Setting
+from .stable_adamw_storage import Storage, follow_parameters, make_masters
 
 # Not custom_op, whose wrapper costs four times as much for hundreds of tensors. The tables hold the addresses of the
 # tensors in the lists, which are there to declare what is read and written; so this op can't be traced on copies of them.
@@ -26,8 +28,8 @@ torch.library.define(
 
 
 @torch.library.impl("stablelora_kernels::stable_adamw_", ("cpu", "cuda"))
-def _stable_adamw(params: list[Tensor], grads: list[Tensor], moments: list[Tensor], *tables: Any) -> None:
-    kernels.stable_adamw(*tables)
+def _stable_adamw(params: list[Tensor], grads: list[Tensor], moments: list[Tensor], *arguments: Any) -> None:
+    kernels.stable_adamw(*arguments)
 
 
 @torch.library.register_fake("stablelora_kernels::stable_adamw_")
@@ -53,11 +55,17 @@ class TritonStep:
         groups: Sequence[Setting],
         state: dict[Tensor, dict[str, Any]],
         skipped: Tensor,
+        storage: Storage,
     ) -> None:
         self.members, self.pairs, self.groups, self.skipped = members, pairs, groups, skipped
         self.params = [member.param for member in members]
         self.device = self.params[0].device
-        init_moments(state, members, groups)
+        init_moments(state, members, groups, storage)
+        make_masters(state, self.params, storage)
+        self.low = [p for p in self.params if storage.has_master(p)]
+        self.masters = [state[p]["master"] for p in self.low]
+        self.storage_flags = tables.FLAG_MASTER * bool(self.low)
+        self.storage_flags |= tables.FLAG_LOW_MOMENTS * (storage.moments_dtype is torch.bfloat16)
         self.moments = [[state[p][key] for key in moment_names(groups[group])] for p, group, _ in members]
         # An empty tensor has one chunk too, for its counters.
         counts = [max(1, -(-p.numel() // self.CHUNK)) for p in self.params]
@@ -79,7 +87,7 @@ class TritonStep:
         self.latched = torch.repeat_interleave(old_latched, repeats, output_size=total)
         self.ticks = torch.zeros(total, dtype=torch.int32, device=self.device)
         self.squares = torch.zeros(2, total, dtype=torch.float32, device=self.device)
-        self.grad_squares = torch.zeros(min(total, kernels.MAX_GRAD_SUMS), dtype=torch.float32, device=self.device)
+        self.grad_squares = torch.zeros(min(total, tables.MAX_GRAD_SUMS), dtype=torch.float32, device=self.device)
         for p, first in zip(self.params, self.firsts, strict=True):
             state[p]["step"] = self.steps[first]
         for pair in self.pairs:
@@ -88,25 +96,26 @@ class TritonStep:
     def _make_tables(self, counts: list[int]) -> None:
         never = {pair.a for pair in self.pairs if self.groups[self.members[pair.a].group]["stop_condition"] == "never"}
         self.has_never = bool(never)
-        roles = {pair.a: kernels.ROLE_A_NEVER if pair.a in never else kernels.ROLE_A for pair in self.pairs}
-        roles |= {pair.b: kernels.ROLE_B for pair in self.pairs}
+        roles = {pair.a: tables.ROLE_A_NEVER if pair.a in never else tables.ROLE_A for pair in self.pairs}
+        roles |= {pair.b: tables.ROLE_B for pair in self.pairs}
         partners = {place: pair for pair in self.pairs for place in pair}
+        masters = {id(p): master.data_ptr() for p, master in zip(self.low, self.masters, strict=True)}
         rows = []
         for i, (p, group, base) in enumerate(self.members):
             addresses = [moment.data_ptr() for moment in self.moments[i]]
-            row = [p.data_ptr(), *addresses[:2], p.numel(), group, roles.get(i, kernels.ROLE_LONE), base]
+            row = [p.data_ptr(), *addresses[:2], p.numel(), group, roles.get(i, tables.ROLE_LONE), base]
             if i in partners:
                 a, b = partners[i]
                 widths = [max(self.params[a].shape[1], 1), max(self.params[b].shape[0], 1)]
                 row += [self.firsts[a], counts[a], self.firsts[b], counts[b], *widths]
             else:
                 row += [0] * 6
-            rows.append([*row, *(addresses[2:] or [0])])
+            rows.append([*row, *(addresses[2:] or [0]), masters.get(id(p), 0)])
         self.tensors = upload(rows, torch.int64, self.device)
         chunks = [(i, number) for i, count in enumerate(counts) for number in range(count)]
         self.chunks = upload(chunks, torch.int32, self.device)
-        self.kinds = [kernels.KINDS.index(p.dtype) for p in self.params]
-        self.aligned = [not any(value % 16 for value in (*row[:4], row[-1])) for row in rows]
+        self.kinds = [tables.KINDS.index(p.dtype) for p in self.params]
+        self.aligned = [not any(value % 16 for value in (*row[:4], *row[-2:])) for row in rows]
 
     def __call__(
         self,
@@ -125,12 +134,13 @@ class TritonStep:
         if measure:
             # The step then reads the first half of the sums.
             self.ticks.zero_()
+            follow_parameters(self.masters, self.low)
         present = [i for i, g in enumerate(ready) if g is not None]
         written = [self.params[i] for i in present]
         torch.ops.stablelora_kernels.stable_adamw_(
             written,
             [g for g in ready if g is not None],
-            [moment for i in present for moment in self.moments[i]],
+            [*(moment for i in present for moment in self.moments[i]), *self.masters],
             self.steps,
             self.ticks,
             self.latched,
@@ -199,16 +209,16 @@ class TritonStep:
         self.living = living
         words = []
         for i, (group, values) in enumerate(zip(self.groups, living, strict=True)):
-            own = [self.hyper[i, kernels.HYPER_COLUMNS.index(name)] for name in ("lr", "decay", "ratio")]
+            own = [self.hyper[i, tables.HYPER_COLUMNS.index(name)] for name in ("lr", "decay", "ratio")]
             lr, decay, ratio = (
                 (value if isinstance(value, Tensor) else mine).data_ptr()
                 for value, mine in zip(values, own, strict=True)
             )
             words.append([lr, seed_word(group["seed"]), decay, ratio])
         self.words = upload(words, torch.int64, self.device)
-        self.flags = kernels.FLAG_AMSGRAD * any(group["amsgrad"] for group in self.groups)
-        self.flags |= kernels.FLAG_NEVER * self.has_never
-        self.flags |= kernels.FLAG_DYNAMIC * any(
+        self.flags = self.storage_flags | tables.FLAG_AMSGRAD * any(group["amsgrad"] for group in self.groups)
+        self.flags |= tables.FLAG_NEVER * self.has_never
+        self.flags |= tables.FLAG_DYNAMIC * any(
             isinstance(decay, Tensor) or isinstance(ratio, Tensor) or (isinstance(lr, Tensor) and group.lr_ratio != 1)
             for (lr, decay, ratio), group in zip(living, self.groups, strict=True)
         )
