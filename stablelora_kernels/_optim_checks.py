@@ -12,7 +12,7 @@ import torch
 from ._checks import check_float, check_int
 from .ops.stable_adamw import moment_names
 from .ops.stable_adamw_settings import check_patterns
-from .ops.stable_adamw_storage import Storage
+from .ops.stable_adamw_storage import Storage, converted_moment
 from .pairs import LoRAPair, lora_pairs, split_lora_name
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -114,8 +114,10 @@ def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def check_storage(moments_dtype: Any, master_weights: Any) -> Storage:
-    if moments_dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"moments_dtype must be torch.float32 or torch.bfloat16, got {moments_dtype!r}")
+    if moments_dtype not in (torch.float32, torch.bfloat16, torch.uint8):
+        raise ValueError(
+            f"moments_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8 bits by blocks), got {moments_dtype!r}"
+        )
     return Storage(moments_dtype, _check_bool("master_weights", master_weights))
 
 
@@ -302,10 +304,9 @@ def check_state(
                     raise ValueError(
                         f"state_dict's {field!r} of {name!r} must be {list(shape)}, got {list(value.shape)}"
                     )
-            moments = {
-                field: torch.empty_like(p, dtype=storage.moment_dtype(p), requires_grad=False).copy_(entry[field])
-                for field in names
-            }
+            moments: dict[str, torch.Tensor] = {}
+            for field in names:
+                moments |= converted_moment(entry, field, p, storage)
             counters = {"step": entry["step"].detach().to(p.device, torch.float32, copy=True)}
             if id(p) in owners:
                 counters["latched_at"] = entry["latched_at"].detach().to(p.device, torch.int32, copy=True)

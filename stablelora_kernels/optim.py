@@ -68,8 +68,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         master_weights: keep a float32 master of every bfloat16 or float16 parameter, in ``state[p]["master"]``, and write the
             parameter as its nearest rounding in the same launch; nothing is then rounded at random. A parameter that someone
             else writes to becomes its own master.
-        moments_dtype: torch.float32, or torch.bfloat16, rounded at random, for 4 bytes less a parameter. A loaded state
-            is converted; with bfloat16 the PyTorch path holds a group's moments in float32 during its step.
+        moments_dtype: torch.float32; or torch.bfloat16, 4 bytes less a parameter; or torch.uint8, 6 bytes less: 8-bit
+            floating-point codes, blocks of 256 having a float32 scale. Both are rounded at random. A loaded state is converted.
+            With either the PyTorch path holds a group's moments in float32 during its step; Triton's does not.
         seed: of the random rounding. By default PyTorch's initial seed, which ``torch.manual_seed`` sets.
 
     Raises:

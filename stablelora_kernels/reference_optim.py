@@ -202,3 +202,25 @@ def stochastic_round_ref(x: float, dtype: torch.dtype, noise: int) -> float:
     bits = 24 if dtype is torch.float16 and exponent < smallest else 24 - digits
     up = lost * 2**bits + noise % 2**bits >= 2**bits
     return math.copysign((whole + up) * quantum, x)
+
+
+def moment8_ref(values: list[float], noises: list[int], signed: bool) -> tuple[list[float], float]:
+    """A block of a moment as 8 bits keep it: what its codes mean once multiplied by the scale, and the scale.
+
+    The scale makes the largest magnitude 1.875. The others are rounded at random to a sign bit (the first moment's), 4
+    exponent bits (5 without a sign) and 3 fraction bits: from 2^-14 (2^-30) on in steps of an eighth of their power of
+    two, below in steps of 2^-17 (2^-33).
+    """
+    scale = max(map(abs, values)) / 1.875
+    smallest = -14 if signed else -30
+    result = []
+    for x, noise in zip(values, noises, strict=True):
+        y = abs(x) / scale if scale else 0.0
+        normal = y >= 2.0**smallest
+        quantum = 2.0 ** ((math.frexp(y)[1] - 1 if normal else smallest) - 3)
+        whole = math.floor(y / quantum)
+        lost = y / quantum - whole
+        # 20 bits of noise from below, or 24 from above.
+        up = lost * 2**20 + noise % 2**20 >= 2**20 if normal else lost > (noise >> 8) / 2**24
+        result.append(math.copysign((whole + up) * quantum * scale, x))
+    return result, scale

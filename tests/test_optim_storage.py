@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stablelora_kernels.ops.stable_adamw_rounding import seed_word
-from stablelora_kernels.ops.stable_adamw_storage import round_moments
+from stablelora_kernels.ops.stable_adamw_storage import keep_moments
 from stablelora_kernels.optim import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference_optim import StableAdamWRef, moment_noise_ref, stochastic_round_ref
@@ -101,7 +101,8 @@ def test_moments_are_rounded_by_the_references_noise() -> None:
     values = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)).t() for i in range(2)]
     kept = [torch.empty_like(v, dtype=BF16) for v in values]
     word = torch.tensor(seed_word(seed), dtype=torch.int32)
-    round_moments(kept, values, base, torch.tensor(step, dtype=torch.int32), word)
+    entry = dict(zip(("exp_avg", "exp_avg_sq"), kept, strict=True))
+    keep_moments(entry, values, base, torch.tensor(step, dtype=torch.int32), word)
     for which, (k, value) in enumerate(zip(kept, values, strict=True)):
         flat = value.t().flatten().tolist()
         noise = [moment_noise_ref(seed, step, (base + i) % 2**32)[which] for i in range(12)]
@@ -160,7 +161,7 @@ def test_float64_parameters_keep_float64_moments() -> None:
 # Saving
 
 
-@pytest.mark.parametrize("moments", [torch.float32, BF16])
+@pytest.mark.parametrize("moments", [torch.float32, BF16, torch.uint8])
 @pytest.mark.parametrize("master", [False, True])
 def test_resuming_is_bit_exact(path: str, moments: torch.dtype, master: bool) -> None:
     options = {"moments_dtype": moments, "master_weights": master}
@@ -206,9 +207,10 @@ def test_a_state_is_converted_to_what_the_optimizer_keeps(path: str) -> None:
     assert small.state[a]["step"].item() == 2 and small.state[a]["master"].dtype is torch.float32
 
 
-def test_found_inf_touches_neither_masters_nor_moments(path: str) -> None:
+@pytest.mark.parametrize("moments", [BF16, torch.uint8])
+def test_found_inf_touches_neither_masters_nor_moments(path: str, moments: torch.dtype) -> None:
     pairs = make_pairs(dtype=BF16)
-    optimizer = StableLoRAAdamW(pairs, moments_dtype=BF16, master_weights=True)
+    optimizer = StableLoRAAdamW(pairs, moments_dtype=moments, master_weights=True)
     set_grads(halves(pairs), 0)
     optimizer.step()
     before = snapshot(optimizer)
@@ -226,9 +228,13 @@ def test_found_inf_touches_neither_masters_nor_moments(path: str) -> None:
         (
             {"moments_dtype": torch.float16},
             ValueError,
-            "moments_dtype must be torch.float32 or torch.bfloat16, got torch.float16",
+            "moments_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8 bits by blocks), got torch.float16",
         ),
-        ({"moments_dtype": "bf16"}, ValueError, "moments_dtype must be torch.float32 or torch.bfloat16, got 'bf16'"),
+        (
+            {"moments_dtype": "bf16"},
+            ValueError,
+            "moments_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8 bits by blocks), got 'bf16'",
+        ),
         (
             {"moments_dtype": BF16, "amsgrad": True},
             ValueError,

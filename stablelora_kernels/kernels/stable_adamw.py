@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels._common import cast, launch
+from stablelora_kernels.kernels.stable_adamw_moments import load8, store8
 from stablelora_kernels.kernels.stable_adamw_pieces import (
     element_mask,
     element_pointers,
@@ -24,6 +25,7 @@ from stablelora_kernels.kernels.stable_adamw_tables import (
     AMSGRAD,
     COLUMNS,
     DYNAMIC,
+    EIGHT_BITS,
     HYPERS,
     LOW_MOMENTS,
     MASTER,
@@ -43,7 +45,7 @@ def _update(
     start,
     hyper,
     lr,
-    decay,
+    decay_ptr,
     step,
     ratio,
     scale,
@@ -68,14 +70,19 @@ def _update(
         if KIND != 0:
             from_ptrs = element_pointers(tl.load(row + 14), start, offsets, 0, ALIGNED)
     p = tl.load(from_ptrs, mask=mask, other=0.0).to(tl.float32)
-    m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if EIGHT_BITS & FLAGS:
+        left = tl.load(row + 3) - start
+        m = load8(tl.load(row + 1), tl.load(row + 15), start, left, offsets, mask, True, ALIGNED, CHUNK)
+        v = load8(tl.load(row + 2), tl.load(row + 16), start, left, offsets, mask, False, ALIGNED, CHUNK)
+    else:
+        m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
 
     g *= scale
     m = tl.load(hyper) * m + tl.load(hyper + 1) * g
     v = tl.load(hyper + 2) * v + tl.load(hyper + 3) * g * g
     # (1 - ratio)(1 - lr wd) p, as a small difference from p: the product of two roundings near one would drift.
-    decay = lr * decay
+    decay = lr * tl.load(decay_ptr)
     p -= (ratio + decay - ratio * decay) * p
     size = lr / one_minus_exp(step * tl.load(hyper + 8))
     root = tl.sqrt(one_minus_exp(step * tl.load(hyper + 9)))
@@ -87,7 +94,7 @@ def _update(
             largest = tl.maximum(tl.load(x_ptrs, mask=mask, other=0.0), v, propagate_nan=tl.PropagateNan.ALL)
             tl.store(x_ptrs, largest, mask=mask)
     p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + 4))
-    if KIND != 0 or LOW_MOMENTS & FLAGS:
+    if KIND != 0 or (LOW_MOMENTS | EIGHT_BITS) & FLAGS:
         noise = mix((base + start + offsets).to(tl.uint32) ^ key)
     if LOW_MOMENTS & FLAGS:
         # reference_optim.moment_noise_ref
@@ -101,8 +108,14 @@ def _update(
         if KIND != 0:
             p = stochastic_round(p, noise, KIND)
         tl.store(p_ptrs, p.to(p_ptrs.dtype.element_ty), mask=mask)
-    tl.store(m_ptrs, m.to(m_ptrs.dtype.element_ty), mask=mask)
-    tl.store(v_ptrs, v.to(v_ptrs.dtype.element_ty), mask=mask)
+    if EIGHT_BITS & FLAGS:
+        word = mix(noise + 0x9E3779B9)
+        store8(m, word, tl.load(row + 1), tl.load(row + 15), start, left, offsets, mask, True, ALIGNED, CHUNK)
+        word = mix(word + 0x9E3779B9)
+        store8(v, word, tl.load(row + 2), tl.load(row + 16), start, left, offsets, mask, False, ALIGNED, CHUNK)
+    else:
+        tl.store(m_ptrs, m.to(m_ptrs.dtype.element_ty), mask=mask)
+        tl.store(v_ptrs, v.to(v_ptrs.dtype.element_ty), mask=mask)
     return tl.sum(tl.where(mask, p * p, 0.0), 0)
 
 
@@ -202,7 +215,6 @@ def _stable_adamw_kernel(
         if DYNAMIC & FLAGS:
             lr *= tl.load(hyper + 11)
             decay_ptr = tl.load(words + 2).to(tl.pointer_type(tl.float32))
-        decay = tl.load(decay_ptr)
         key = mix(step.to(tl.uint32) + tl.load(words + 1).to(tl.uint32))
         base = tl.load(row + 6)
         square = tl.full((), 0.0, tl.float32)
@@ -215,7 +227,7 @@ def _stable_adamw_kernel(
                         start,
                         hyper,
                         lr,
-                        decay,
+                        decay_ptr,
                         step,
                         ratio,
                         scale,

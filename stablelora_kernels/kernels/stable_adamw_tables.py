@@ -22,6 +22,8 @@ TENSOR_COLUMNS = (
     "m",
     "max_exp_avg_sq",
     "master",
+    "exp_avg_scale",
+    "exp_avg_sq_scale",
 )
 COLUMNS: tl.constexpr = tl.constexpr(len(TENSOR_COLUMNS))
 # Columns of the table of hyper-parameters (float32), one row a group.
@@ -39,12 +41,15 @@ ROLE_LONE, ROLE_A, ROLE_B, ROLE_A_NEVER = 0, 1, 2, 3
 A: tl.constexpr = tl.constexpr(ROLE_A)
 A_NEVER: tl.constexpr = tl.constexpr(ROLE_A_NEVER)
 # FLAGS of a launch: what some tensor or group asks for beyond the plain step.
-FLAG_AMSGRAD, FLAG_DYNAMIC, FLAG_NEVER, FLAG_MASTER, FLAG_LOW_MOMENTS = 1, 2, 4, 8, 16
+FLAG_AMSGRAD, FLAG_DYNAMIC, FLAG_NEVER, FLAG_MASTER = 1, 2, 4, 8
+# Moments in bfloat16, or in 8 bits with a scale for each block of MOMENT_BLOCK.
+FLAG_LOW_MOMENTS, FLAG_8BIT_MOMENTS = 16, 32
 AMSGRAD: tl.constexpr = tl.constexpr(FLAG_AMSGRAD)
 DYNAMIC: tl.constexpr = tl.constexpr(FLAG_DYNAMIC)
 NEVER: tl.constexpr = tl.constexpr(FLAG_NEVER)
 MASTER: tl.constexpr = tl.constexpr(FLAG_MASTER)
 LOW_MOMENTS: tl.constexpr = tl.constexpr(FLAG_LOW_MOMENTS)
+EIGHT_BITS: tl.constexpr = tl.constexpr(FLAG_8BIT_MOMENTS)
 # The norm of all gradients is the sum of at most this many partial sums, each the work of one program.
 MAX_GRAD_SUMS = 512
 NUM_WARPS = 8

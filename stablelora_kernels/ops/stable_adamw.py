@@ -10,7 +10,7 @@ import torch
 
 from .stable_adamw_rounding import LOW_PRECISION, Scratch, seed_word, upload
 from .stable_adamw_settings import Member, Setting
-from .stable_adamw_storage import Storage, follow_parameters, make_masters, round_moments
+from .stable_adamw_storage import Storage, decode8, follow_parameters, keep_moments, make_masters, new_moment
 
 
 class Pair(NamedTuple):
@@ -47,7 +47,7 @@ def init_moments(
     for p, group, _ in members:
         for key in moment_names(groups[group]):
             if key not in state[p]:
-                state[p][key] = torch.zeros_like(p, dtype=storage.moment_dtype(p), memory_format=torch.preserve_format)
+                new_moment(state[p], key, p, storage)
 
 
 def moment_names(group: Setting | dict[str, Any]) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ class TorchStep:
         self.on_host = self.device.type == "cpu"
         init_moments(state, members, groups, storage)
         make_masters(state, [m.param for m in members], storage)
-        self.low_moments = storage.moments_dtype is torch.bfloat16
+        self.low_moments = storage.moments_dtype is not torch.float32
         self.steps = take_counters([state[m.param].get("step") for m in members], torch.float32, self.device)
         self.step_views = list(self.steps.unbind())
         for (p, *_), view in zip(members, self.step_views, strict=True):
@@ -308,10 +308,7 @@ class TorchStep:
                     torch._foreach_mul_(bucket.params, 1 - lam)
             moments = bucket.exp_avgs, bucket.exp_avg_sqs
             if self.low_moments:
-                moments = (
-                    [m.to(p.dtype) for m, p in zip(bucket.exp_avgs, bucket.params, strict=True)],
-                    [v.to(p.dtype) for v, p in zip(bucket.exp_avg_sqs, bucket.params, strict=True)],
-                )
+                moments = self._moments(bucket, "exp_avg"), self._moments(bucket, "exp_avg_sq")
             torch._fused_adamw_(
                 bucket.params,
                 [grads[i] for i in bucket.places],
@@ -329,15 +326,27 @@ class TorchStep:
                 found_inf=found_inf,
             )
             if self.low_moments:
-                self._keep_moments(bucket, moments)
+                self._keep_moments(bucket, moments, found_inf)
         if found_inf is not None:
             self.steps.sub_(found_inf.reshape(()) * self.present_there)
 
-    def _keep_moments(self, bucket: _Bucket, moments: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
-        for i, m, v, *values in zip(bucket.places, bucket.exp_avgs, bucket.exp_avg_sqs, *moments, strict=True):
-            # float64 parameters keep float64 moments, which have been changed in place.
-            if m.dtype is torch.bfloat16:
-                round_moments((m, v), values, self.members[i].base, self.steps[i].int(), self.seeds[i])
+    def _moments(self, bucket: _Bucket, name: str) -> list[torch.Tensor]:
+        """One moment of all, in float32; of float64 parameters the one that is kept."""
+        entries = [self.state[self.members[i].param] for i in bucket.places]
+        return [
+            decode8(entry[name], entry[f"{name}_scale"], name == "exp_avg")
+            if entry[name].dtype is torch.uint8
+            else entry[name].to(p.dtype)
+            for entry, p in zip(entries, bucket.params, strict=True)
+        ]
+
+    def _keep_moments(
+        self, bucket: _Bucket, moments: tuple[list[torch.Tensor], list[torch.Tensor]], found_inf: torch.Tensor | None
+    ) -> None:
+        for i, *values in zip(bucket.places, *moments, strict=True):
+            entry = self.state[self.members[i].param]
+            if entry["exp_avg"].dtype is not torch.float64:
+                keep_moments(entry, values, self.members[i].base, self.steps[i].int(), self.seeds[i], found_inf)
 
     def _number(self, value: float | torch.Tensor) -> Any:
         """A hyper-parameter as a float, or as a scalar on a GPU, which is not read on the host."""

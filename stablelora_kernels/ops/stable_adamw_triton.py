@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ def _stable_adamw_fake(*args: Any, **kwargs: Any) -> None:
     return None
 
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 class TritonStep:
     """The step on one device, with the interface of :class:`~stablelora_kernels.ops.stable_adamw.TorchStep`.
 
@@ -66,6 +70,11 @@ class TritonStep:
         self.masters = [state[p]["master"] for p in self.low]
         self.storage_flags = tables.FLAG_MASTER * bool(self.low)
         self.storage_flags |= tables.FLAG_LOW_MOMENTS * (storage.moments_dtype is torch.bfloat16)
+        self.storage_flags |= tables.FLAG_8BIT_MOMENTS * (storage.moments_dtype is torch.uint8)
+        # In the order of the moments.
+        self.scales = [
+            [state[p][f"{key}_scale"] for key in _MOMENTS if f"{key}_scale" in state[p]] for p in self.params
+        ]
         self.moments = [[state[p][key] for key in moment_names(groups[group])] for p, group, _ in members]
         # An empty tensor has one chunk too, for its counters.
         counts = [max(1, -(-p.numel() // self.CHUNK)) for p in self.params]
@@ -111,11 +120,12 @@ class TritonStep:
             else:
                 row += [0] * 6
             rows.append([*row, *(addresses[2:] or [0]), masters.get(id(p), 0)])
+            rows[-1] += [scale.data_ptr() for scale in self.scales[i]] or [0, 0]
         self.tensors = upload(rows, torch.int64, self.device)
         chunks = [(i, number) for i, count in enumerate(counts) for number in range(count)]
         self.chunks = upload(chunks, torch.int32, self.device)
         self.kinds = [tables.KINDS.index(p.dtype) for p in self.params]
-        self.aligned = [not any(value % 16 for value in (*row[:4], *row[-2:])) for row in rows]
+        self.aligned = [not any(value % 16 for value in (*row[:4], *row[-4:-2])) for row in rows]
 
     def __call__(
         self,
@@ -140,7 +150,7 @@ class TritonStep:
         torch.ops.stablelora_kernels.stable_adamw_(
             written,
             [g for g in ready if g is not None],
-            [*(moment for i in present for moment in self.moments[i]), *self.masters],
+            [*(moment for i in present for moment in self.moments[i]), *self.masters, *chain(*self.scales)],
             self.steps,
             self.ticks,
             self.latched,
