@@ -1,5 +1,5 @@
 """Compile the optimizer's kernels for GPUs that need not be there: ``python -m tests.compile_stable_adamw cuda:90/2``, the
-number after the slash being the kernel's VARIANTS.
+number after the slash being the kernel's VARIANTS. A second one are its FLAGS; it is then compiled without AMP and clipping.
 
 Run by test_stable_adamw.py in a process without the interpreter. Prints a JSON object for each argument: for NVIDIA's GPUs
 the number of vector loads and stores of global memory by their bits, registers a thread and bytes spilled.
@@ -27,10 +27,12 @@ TYPES = {
 }  # fmt: skip
 
 
-def main(name: str, variants: int) -> None:
+def main(name: str, variants: int, flags_of_step: int | None = None) -> None:
     where = target(name)
     constants: dict[str, Any] = {"VARIANTS": variants, "CHUNK": TritonStep.CHUNK}
-    flags = {"HAS_SCALE": True, "HAS_INF": True, "CLIP": True, "FLAGS": 0, "GRAD_SUMS": tables.MAX_GRAD_SUMS}
+    more = flags_of_step is None
+    flags = {"HAS_SCALE": more, "HAS_INF": more, "CLIP": more, "FLAGS": flags_of_step or 0}
+    flags["GRAD_SUMS"] = tables.MAX_GRAD_SUMS
     warps = {"num_warps": tables.NUM_WARPS}
     step_types, sums_types = (
         {name: TYPES[name] for name in kernel.arg_names if name in TYPES}
@@ -50,5 +52,5 @@ def main(name: str, variants: int) -> None:
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        name, variants = argument.split("/")
-        main(name, int(variants))
+        name, *numbers = argument.split("/")
+        main(name, *map(int, numbers))
