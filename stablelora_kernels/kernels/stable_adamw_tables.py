@@ -26,8 +26,23 @@ TENSOR_COLUMNS = (
     "exp_avg_sq_scale",
 )
 COLUMNS: tl.constexpr = tl.constexpr(len(TENSOR_COLUMNS))
-# Columns of the table of hyper-parameters (float32), one row a group.
-HYPER_COLUMNS = ("beta1", "rest1", "beta2", "rest2", "eps", "decay", "ratio", "sign", "log1", "log2", "lr", "lr_ratio")
+# Columns of the table of hyper-parameters (float32), one row a group. Rows of an odd number: with 12, which is 48 bytes, the
+# compiler loads several at once and holds them, which costs bfloat16 and float16 ten registers on some GPUs.
+HYPER_COLUMNS = (
+    "beta1",
+    "rest1",
+    "beta2",
+    "rest2",
+    "eps",
+    "decay",
+    "ratio",
+    "sign",
+    "log1",
+    "log2",
+    "lr",
+    "lr_ratio",
+    "unused",
+)
 HYPERS: tl.constexpr = tl.constexpr(len(HYPER_COLUMNS))
 # Columns of the table of words (int64), one row a group: the address of the learning rate, the seed's part of the rounding
 # key, and the addresses of the weight decay and the shrink ratio, which are used where one of them is a tensor.

@@ -213,7 +213,9 @@ class TritonStep:
             lr, decay, ratio = (0.0 if isinstance(value, Tensor) else value for value in values)
             row = [beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], decay, ratio, sign]
             # The kernel multiplies by the ratio only where the learning rate is a tensor.
-            rows.append([*row, *logs, lr * group.lr_ratio, group.lr_ratio if isinstance(values[0], Tensor) else 1.0])
+            rows.append(
+                [*row, *logs, lr * group.lr_ratio, group.lr_ratio if isinstance(values[0], Tensor) else 1.0, 0.0]
+            )
         self.hyper = upload(rows, torch.float32, self.device)
         # The tensors whose addresses are in the table.
         self.living = living
