@@ -65,7 +65,7 @@ def main() -> None:
     for dtype, moments, master in ROWS:
         results = [run(dtype, moments, master, args.width, args.r, args.steps, seed) for seed in range(args.seeds)]
         sizes = results[0][1]
-        losses = " ".join(f"{loss:.4f}" for loss, _ in results)
+        losses = " ".join(f"{loss:.2e}" for loss, _ in results)
         words = f"{NAMES[dtype]:10} {NAMES[moments]:8} {'yes' if master else 'no':6}"
         print(f"{words} {sizes['parameters']:18.2f} {sizes['moments']:8.3f} {sizes['masters']:8.2f}   {losses}")
 
