@@ -80,25 +80,30 @@ def _launches(arch: str) -> Iterator[tuple[str, str, Any]]:
 def _stable_adamw_launches() -> Iterator[tuple[str, Any]]:
     """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain, and with all that AMP adds."""
     from stablelora_kernels.kernels import stable_adamw as kernels
+    from stablelora_kernels.kernels import stable_adamw_tables as tables
     from stablelora_kernels.kernels._common import Launch
+    from stablelora_kernels.kernels.stable_adamw_sums import _square_sums_kernel
     from stablelora_kernels.ops.stable_adamw_triton import TritonStep
 
     int32, int64, floats = (torch.empty(64, dtype=d, device="meta") for d in (torch.int32, torch.int64, torch.float32))
     # As the launchers pass them.
-    step = (int64, int64, int32, floats, int64, floats, int32, int32, *[floats] * 4, 64, 64, 1.0)
-    sums = (int64, int64, int64, int32, floats, len(kernels.TENSOR_COLUMNS), 64)
+    step = (int64, int64, int32, floats, int64, floats, int32, int32, floats, int32, *[floats] * 3, 64, 64, 1.0)
+    sums = (int64, int64, int32, floats, floats, 64, 64)
 
     def built(kernel: Any, variant: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
-        options = {"num_warps": kernels.NUM_WARPS}
+        options = {"num_warps": tables.NUM_WARPS}
         return Launch(kernel, variant, reason="", grid=(64,), args=args, constants=constants, options=options)
 
-    for kind, dtype in enumerate(kernels.KINDS):
+    for kind, dtype in enumerate(tables.KINDS):
         for wide in (True, False):
             words = "aligned" if wide else "unaligned"
             constants = {"VARIANTS": 1 << (2 * kind + wide), "CHUNK": TritonStep.CHUNK}
-            yield DTYPES[dtype], built(kernels._square_sums_kernel, words, sums, constants)
+            yield DTYPES[dtype], built(_square_sums_kernel, words, sums, constants | {"FLAGS": 0})
             for amp in (False, True):
-                flags = dict.fromkeys(("HAS_SCALE", "HAS_INF", "CLIP"), amp) | {"GRAD_SUMS": kernels.MAX_GRAD_SUMS}
+                flags = dict.fromkeys(("HAS_SCALE", "HAS_INF", "CLIP"), amp) | {
+                    "FLAGS": 0,
+                    "GRAD_SUMS": tables.MAX_GRAD_SUMS,
+                }
                 variant = f"{words} amp clip" if amp else words
                 yield DTYPES[dtype], built(kernels._stable_adamw_kernel, variant, step, constants | flags)
 

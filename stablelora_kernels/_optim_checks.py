@@ -2,36 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ._checks import check_float, check_int
-from .ops.stable_adamw import work_dtype
+from .ops.stable_adamw import moment_names
+from .ops.stable_adamw_settings import check_patterns
+from .ops.stable_adamw_storage import Storage, converted_moment
 from .pairs import LoRAPair, lora_pairs, split_lora_name
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-HYPER = ("lr", "betas", "eps", "weight_decay", "shrink_ratio", "maximize", "capturable", "seed")
+HYPER = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "shrink_ratio",
+    "shrink_pattern",
+    "stop_condition",
+    "lr_ratio_B",
+    "maximize",
+    "amsgrad",
+    "capturable",
+    "seed",
+)
+# Those that a state saved by an earlier version may lack.
+LATER = ("shrink_pattern", "stop_condition", "lr_ratio_B", "amsgrad")
+STOP_CONDITIONS = ("norm", "never")
 _NAMES_NEEDED = (
     "pairs are found by name, so give (name, parameter) tuples, as model.named_parameters() does, or LoRAPairs, or use "
     "StableLoRAAdamW.from_model(model)"
 )
 
 
-def _check_lr(name: str, lr: Any) -> float | torch.Tensor:
-    if not isinstance(lr, torch.Tensor):
-        return check_float(name, lr, low=0.0)
-    if lr.dim() != 0 or not lr.is_floating_point():
-        raise ValueError(f"{name} as a tensor must be a 0-d floating-point one, got {list(lr.shape)} of {lr.dtype}")
-    if lr.device.type == "cpu":
-        check_float(name, lr.item(), low=0.0)
-    return lr
+def _check_number(name: str, value: Any, high: float = math.inf) -> float | torch.Tensor:
+    """A number in [0, high), or a tensor of one, which is kept: it may change, and one on a GPU is not read."""
+    if not isinstance(value, torch.Tensor):
+        return check_float(name, value, low=0.0, high=high)
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(
+            f"{name} as a tensor must be a 0-d floating-point one, got {list(value.shape)} of {value.dtype}"
+        )
+    if value.device.type == "cpu":
+        check_float(name, value.item(), low=0.0, high=high)
+    # A view, so that whoever changes the tensor changes this.
+    return value.reshape(())
+
+
+def _check_beta(name: str, beta: Any) -> float:
+    if isinstance(beta, torch.Tensor):
+        if beta.numel() != 1 or not beta.is_floating_point() or beta.device.type != "cpu":
+            raise ValueError(
+                f"{name} as a tensor must be a 0-d floating-point one on the CPU, got {list(beta.shape)} of "
+                f"{beta.dtype} on {beta.device}"
+            )
+        beta = beta.item()
+    return check_float(name, beta, low=0.0, high=1.0)
 
 
 def _check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def _check_shrink_pattern(name: str, patterns: Any) -> dict[str, float]:
+    if patterns is None:
+        return {}
+    if not isinstance(patterns, Mapping) or not all(isinstance(key, str) for key in patterns):
+        raise TypeError(f"{name} must be a dict of patterns and shrink ratios, got {patterns!r}")
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"{name} {key!r} is no regular expression: {error}") from error
+    return {key: check_float(f"{name}[{key!r}]", ratio, low=0.0, high=1.0) for key, ratio in patterns.items()}
+
+
+def _check_stop_condition(name: str, value: Any) -> str:
+    if value not in STOP_CONDITIONS:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, STOP_CONDITIONS))}, got {value!r}")
     return value
 
 
@@ -44,15 +98,38 @@ def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
     if seed >= 2**63:
         raise ValueError(f"{where}seed must be below 2**63, got {seed}")
     return {
-        "lr": _check_lr(f"{where}lr", hyper["lr"]),
-        "betas": tuple(check_float(f"{where}betas[{i}]", beta, low=0.0, high=1.0) for i, beta in enumerate(betas)),
+        "lr": _check_number(f"{where}lr", hyper["lr"]),
+        "betas": tuple(_check_beta(f"{where}betas[{i}]", beta) for i, beta in enumerate(betas)),
         "eps": check_float(f"{where}eps", hyper["eps"], low=0.0),
-        "weight_decay": check_float(f"{where}weight_decay", hyper["weight_decay"], low=0.0),
-        "shrink_ratio": check_float(f"{where}shrink_ratio", hyper["shrink_ratio"], low=0.0, high=1.0),
+        "weight_decay": _check_number(f"{where}weight_decay", hyper["weight_decay"]),
+        "shrink_ratio": _check_number(f"{where}shrink_ratio", hyper["shrink_ratio"], high=1.0),
+        "shrink_pattern": _check_shrink_pattern(f"{where}shrink_pattern", hyper["shrink_pattern"]),
+        "stop_condition": _check_stop_condition(f"{where}stop_condition", hyper["stop_condition"]),
+        "lr_ratio_B": check_float(f"{where}lr_ratio_B", hyper["lr_ratio_B"], low=0.0, low_open=True),
         "maximize": _check_bool(f"{where}maximize", hyper["maximize"]),
+        "amsgrad": _check_bool(f"{where}amsgrad", hyper["amsgrad"]),
         "capturable": _check_bool(f"{where}capturable", hyper["capturable"]),
         "seed": seed,
     }
+
+
+def check_storage(moments_dtype: Any, master_weights: Any) -> Storage:
+    if moments_dtype not in (torch.float32, torch.bfloat16, torch.uint8):
+        raise ValueError(
+            f"moments_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8 bits by blocks), got {moments_dtype!r}"
+        )
+    return Storage(moments_dtype, _check_bool("master_weights", master_weights))
+
+
+def check_amsgrad(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
+    if storage.moments_dtype is not torch.float32 and any(group["amsgrad"] for group in groups):
+        raise ValueError(f"amsgrad=True needs moments_dtype=torch.float32, got {storage.moments_dtype}")
+
+
+def check_max_grad_norm(value: Any) -> float:
+    if isinstance(value, float) and value == math.inf:
+        return value
+    return check_float("max_grad_norm", value, low=0.0, low_open=True)
 
 
 def check_parameter(name: str, p: torch.Tensor) -> None:
@@ -149,6 +226,7 @@ def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
         names.add(name)
         owners[id(p)] = name
     pairs = lora_pairs(named)
+    check_patterns(groups, pairs)
     if not pairs:
         shown = ", ".join(repr(name) for name, _ in named[:3]) or "none"
         raise ValueError(
@@ -181,7 +259,7 @@ def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> lis
         raise ValueError(f"state_dict has {len(saved)} parameter groups, the optimizer {len(groups)}")
     checked = []
     for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
-        missing = [key for key in HYPER if key not in theirs]
+        missing = [key for key in HYPER if key not in theirs and key not in LATER]
         if missing:
             raise ValueError(
                 f"state_dict is not StableLoRAAdamW's: its group {i} has no {', '.join(map(repr, missing))}"
@@ -195,7 +273,8 @@ def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> lis
         ):
             if _same_name(their_name) != _same_name(our_name):
                 raise ValueError(f"group {i} of state_dict has {their_name!r} where the optimizer has {our_name!r}")
-        checked.append({**theirs, **check_hyper(theirs, f"state_dict's group {i}: ")})
+        whole = {**{key: ours[key] for key in LATER}, **theirs}
+        checked.append({**whole, **check_hyper(whole, f"state_dict's group {i}: ")})
     return checked
 
 
@@ -204,8 +283,9 @@ def check_state(
     saved_groups: Sequence[dict[str, Any]],
     groups: Sequence[dict[str, Any]],
     pairs: Sequence[LoRAPair],
+    storage: Storage,
 ) -> dict[torch.Tensor, dict[str, Any]]:
-    """Copies of the saved state by parameter, on its device, moments in its strides and work dtype."""
+    """Copies of the saved state by parameter, on its device, moments in its strides, all in the dtypes of ``storage``."""
     owners = {id(pair.A) for pair in pairs}
     result: dict[torch.Tensor, dict[str, Any]] = {}
     for saved, group in zip(saved_groups, groups, strict=True):
@@ -213,9 +293,10 @@ def check_state(
             if key not in state_dict["state"]:
                 continue
             entry = state_dict["state"][key]
-            wanted = ["step", "exp_avg", "exp_avg_sq"] + ["latched_at"] * (id(p) in owners)
-            for field in wanted:
-                shape = p.shape if field.startswith("exp") else torch.Size([])
+            names = moment_names(saved)
+            masters = ("master",) if storage.has_master(p) and "master" in entry else ()
+            for field in ("step", *names, *masters, *["latched_at"] * (id(p) in owners)):
+                shape = p.shape if field in names or field in masters else torch.Size([])
                 value = entry.get(field)
                 if not isinstance(value, torch.Tensor):
                     raise ValueError(f"state_dict has no {field!r} tensor for {name!r}")
@@ -223,12 +304,13 @@ def check_state(
                     raise ValueError(
                         f"state_dict's {field!r} of {name!r} must be {list(shape)}, got {list(value.shape)}"
                     )
-            moments = {
-                field: torch.empty_like(p, dtype=work_dtype(p), requires_grad=False).copy_(entry[field])
-                for field in ("exp_avg", "exp_avg_sq")
-            }
+            moments: dict[str, torch.Tensor] = {}
+            for field in names:
+                moments |= converted_moment(entry, field, p, storage)
             counters = {"step": entry["step"].detach().to(p.device, torch.float32, copy=True)}
             if id(p) in owners:
                 counters["latched_at"] = entry["latched_at"].detach().to(p.device, torch.int32, copy=True)
+            if storage.has_master(p) and "master" in entry:
+                moments["master"] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(entry["master"])
             result[p] = {**counters, **moments}
     return result

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,23 +12,14 @@ from torch import nn
 
 from . import _optim_checks as checks
 from .backend import get_backend, resolve_backend
-from .ops.stable_adamw import Member, Pair, TorchStep, work_dtype
+from .ops.stable_adamw import Pair, TorchStep, work_dtype
+from .ops.stable_adamw_settings import build_key, members_and_settings
 from .pairs import LoRAPair
+from .stability import PairStability, finite_norms
 
 
-@dataclass(frozen=True)
-class PairStability:
-    """Where one pair stands: ``a_norm`` = ||A||_F / n, ``b_norm`` = ||B||_F / m, for W [m, n].
-
-    ``stable`` says whether the pair has latched, so that A shrinks no more, and ``latched_at`` at which step of A, counted
-    from one, or None.
-    """
-
-    name: str
-    a_norm: float
-    b_norm: float
-    stable: bool
-    latched_at: int | None
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class StableLoRAAdamW(torch.optim.Optimizer):
@@ -51,14 +41,36 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             (dicts with ``"params"`` of either kind and their own hyper-parameters). Pairs are found by name, across
             groups; a pair's ``shrink_ratio`` is that of A's group. Frozen parameters are ignored.
         lr: the learning rate, a number or a 0-d tensor. A tensor on a GPU is never read on the host.
-        betas: decay rates of the two moments, in [0, 1).
+        betas: decay rates of the two moments, in [0, 1). Tensors on the CPU are read once, here.
         eps: added to the square root of the second moment.
-        weight_decay: decoupled from the gradient, times ``lr``.
-        shrink_ratio: lambda, in [0, 1); 0 gives plain AdamW.
+        weight_decay: decoupled from the gradient, times ``lr``; a number or a 0-d tensor, as ``lr``.
+        shrink_ratio: lambda, in [0, 1); 0 gives plain AdamW. A number or a 0-d tensor, as ``lr``.
+        shrink_pattern: shrink ratios of their own for some pairs. A key is a regular expression for the pair's dotted name,
+            with PEFT's adapter or without, or the end of it after a dot, as in ``LoRAConfig.rank_pattern``; the first that
+            matches counts. It is read when the optimizer is built, loaded or given a group.
+        shrink_schedule: a function that gives the shrink ratio of a step, counted from one, for all pairs without a pattern.
+            It is called on the host at each ``step()`` with a gradient, as a scheduler of ``lr`` would be, and its value is
+            found in every group's ``"shrink_ratio"``. A CUDA graph would replay one value for ever, so capture is refused:
+            give ``shrink_ratio`` as a tensor and write to it between replays. Like a scheduler's functions it is not in
+            ``state_dict``; the count of steps is.
+        stop_condition: "norm" is Algorithm 1; "never" shrinks at every step without ever latching, for comparison. A pair
+            that has latched stays so.
+        lr_ratio_B: LoRA+ (arXiv 2402.12354): B's learning rate is so many times ``lr``.
         maximize: climb instead of descend.
-        capturable: declares that :meth:`step` may be captured in a CUDA graph; ``lr`` must then be a tensor to change.
+        amsgrad: divide by the root of the largest second moment so far, which is kept beside the others.
+        capturable: declares that :meth:`step` may be captured in a CUDA graph; what changes between
+            replays, ``lr`` or ``weight_decay``, must then be a tensor.
         max_grad_norm: clip the gradients of all parameters together to this norm, as
-            ``torch.nn.utils.clip_grad_norm_`` would before the step. The step may leave the clipped ones in ``.grad``.
+            ``torch.nn.utils.clip_grad_norm_`` would before the step: one launch for the norm beside the step's. The step may
+            leave the clipped ones in ``.grad``. A step whose gradients' norm is not finite is not taken: A, B, moments,
+            counters and latches stay, ``nonfinite_steps`` counts it, and :meth:`stability` and :meth:`state_dict` warn of it.
+            ``math.inf`` clips nothing and only does that.
+        master_weights: keep a float32 master of every bfloat16 or float16 parameter, in ``state[p]["master"]``, and write the
+            parameter as its nearest rounding in the same launch; nothing is then rounded at random. A parameter that someone
+            else writes to becomes its own master.
+        moments_dtype: torch.float32; or torch.bfloat16, 4 bytes less a parameter; or torch.uint8, 6 bytes less: 8-bit
+            floating-point codes, blocks of 256 having a float32 scale. Both are rounded at random. A loaded state is converted.
+            With either the PyTorch path holds a group's moments in float32 during its step; Triton's does not.
         seed: of the random rounding. By default PyTorch's initial seed, which ``torch.manual_seed`` sets.
 
     Raises:
@@ -77,10 +89,17 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        shrink_ratio: float = 5e-4,
+        shrink_ratio: float | torch.Tensor = 5e-4,
+        shrink_pattern: Mapping[str, float] | None = None,
+        shrink_schedule: Callable[[int], float] | None = None,
+        stop_condition: str = "norm",
+        lr_ratio_B: float = 1.0,
         maximize: bool = False,
+        amsgrad: bool = False,
         capturable: bool = False,
         max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        moments_dtype: torch.dtype = torch.float32,
         seed: int | None = None,
     ) -> None:
         defaults = {
@@ -89,18 +108,28 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "shrink_ratio": shrink_ratio,
+            "shrink_pattern": shrink_pattern,
+            "stop_condition": stop_condition,
+            "lr_ratio_B": lr_ratio_B,
             "maximize": maximize,
+            "amsgrad": amsgrad,
             "capturable": capturable,
             "seed": torch.initial_seed() % 2**63 if seed is None else seed,
         }
         defaults.update(checks.check_hyper(defaults, ""))
         if max_grad_norm is not None:
-            max_grad_norm = checks.check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True)
+            max_grad_norm = checks.check_max_grad_norm(max_grad_norm)
+        if shrink_schedule is not None and not callable(shrink_schedule):
+            raise TypeError(f"shrink_schedule must be a function of the step, got {shrink_schedule!r}")
+        storage = checks.check_storage(moments_dtype, master_weights)
         groups = [checks.check_group(group, defaults) for group in checks.as_groups(params)]
         # Before the base class sees them, so that its first groups need not hold whole pairs.
         checks.find_pairs(groups)
+        checks.check_amsgrad(groups, storage)
+        self.storage = storage
         super().__init__(groups, defaults)
         self.max_grad_norm = max_grad_norm
+        self.shrink_schedule = shrink_schedule
         self._rebuild()
 
     @classmethod
@@ -121,6 +150,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if constructed:
             param_group = checks.check_group(param_group, self.defaults)
             checks.find_pairs([*self.param_groups, param_group])
+            checks.check_amsgrad([param_group], self.storage)
         super().add_param_group(param_group)
         if constructed:
             self._rebuild()
@@ -128,20 +158,18 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def _rebuild(self) -> None:
         """Find the pairs of ``param_groups`` anew and forget everything derived from them."""
         self._pairs = checks.find_pairs(self.param_groups)
-        self._members: list[Member] = []
-        base = 0
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                self._members.append(Member(p, index, base))
-                base += p.numel()
-        self._params = [member.param for member in self._members]
+        self._params = [p for group in self.param_groups for p in group["params"]]
+        self._reported: int = getattr(self, "_reported", 0)
+        self._skipped_there: dict[torch.device, torch.Tensor] = getattr(self, "_skipped_there", {})
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
 
     def _build_engines(self) -> None:
         """One engine for each device that holds parameters, on the backend in force there."""
+        checks.check_amsgrad(self.param_groups, self.storage)
+        all_members, settings = members_and_settings(self.param_groups, self._pairs)
         by_device: dict[torch.device, list[int]] = {}
-        for place, member in enumerate(self._members):
+        for place, member in enumerate(all_members):
             checks.check_parameter("a parameter", member.param)
             by_device.setdefault(member.param.device, []).append(place)
         if len(by_device) > 1 and self.max_grad_norm is not None:
@@ -156,7 +184,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 )
         engines = []
         for device, places in by_device.items():
-            members = [self._members[place] for place in places]
+            members = [all_members[place] for place in places]
             where = {id(member.param): i for i, member in enumerate(members)}
             pairs = [Pair(where[id(pair.A)], where[id(pair.B)]) for pair in self._pairs if pair.A.device == device]
             engine: Any = TorchStep
@@ -168,8 +196,28 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                     from .ops.stable_adamw_triton import TritonStep
 
                     engine = TritonStep
-            engines.append((places, engine(members, pairs, self.param_groups, self.state)))
+            engines.append((places, engine(members, pairs, settings, self.state, self._skipped(device), self.storage)))
         self._engines = engines
+
+    def _skipped(self, device: torch.device) -> torch.Tensor:
+        if device not in self._skipped_there:
+            self._skipped_there[device] = torch.zeros((), dtype=torch.int32, device=device)
+        return self._skipped_there[device]
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """How many steps ``max_grad_norm`` has kept from being taken, as the gradients' norm was not finite. Reads the device."""
+        return sum(int(skipped) for skipped in self._skipped_there.values())
+
+    def _report_nonfinite_steps(self) -> None:
+        found = self.nonfinite_steps
+        if found > self._reported:
+            warnings.warn(
+                f"{found - self._reported} steps were not taken, as the norm of their gradients was not finite",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            self._reported = found
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -186,8 +234,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         grads = [p.grad for p in self._params]
         if not checks.check_grads(grads):
             return loss
+        if self.shrink_schedule is not None:
+            self._follow_schedule(self.shrink_schedule)
         # A module moved or cast after construction keeps its Parameter objects but not their memory.
-        key = ([p.data_ptr() for p in self._params], get_backend())
+        key = ([p.data_ptr() for p in self._params], get_backend(), build_key(self.param_groups))
         if key != self._engine_key:
             self._check_not_capturing()
             self._build_engines()
@@ -202,9 +252,21 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             engine(own, scale, inf, self.max_grad_norm)
         return loss
 
+    def _follow_schedule(self, schedule: Callable[[int], float]) -> None:
+        if _capturing():
+            raise RuntimeError(
+                "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
+                "write to it between replays"
+            )
+        step = self.param_groups[0].get("shrink_step", 0) + 1
+        ratio = checks.check_float(f"shrink_schedule({step})", schedule(step), low=0.0, high=1.0)
+        for group in self.param_groups:
+            group["shrink_ratio"] = ratio
+        self.param_groups[0]["shrink_step"] = step
+
     def _check_not_capturing(self) -> None:
         """Building tables allocates and copies, which a CUDA graph cannot hold: one step has to come before capture."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if _capturing():
             raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
 
     @torch.no_grad()
@@ -214,7 +276,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a norm is not finite, so that its pair can neither shrink nor latch.
         """
-        norms = self._finite_norms()
+        self._report_nonfinite_steps()
+        norms = finite_norms(self._pairs)
         result = []
         for pair, (a, b) in zip(self._pairs, norms, strict=True):
             latched = self.state[pair.A].get("latched_at") if pair.A in self.state else None
@@ -223,25 +286,14 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             result.append(PairStability(pair.name, a / max(n, 1), b / max(m, 1), step > 0, step or None))
         return result
 
-    def _finite_norms(self) -> list[tuple[float, float]]:
-        """||A||_F and ||B||_F of every pair, or RuntimeError for one that is not finite."""
-        halves = [p.detach() for pair in self._pairs for p in (pair.A, pair.B)]
-        norms = torch.stack([p.norm(dtype=torch.float64).cpu() for p in halves]).view(-1, 2).tolist()
-        for pair, (a, b) in zip(self._pairs, norms, strict=True):
-            if not (math.isfinite(a) and math.isfinite(b)):
-                raise RuntimeError(
-                    f"pair {pair.name!r} holds values that are not finite: ||A||_F = {a}, ||B||_F = {b}. "
-                    "It has not been shrunk or latched since; training has diverged before this point"
-                )
-        return norms
-
     def state_dict(self) -> dict[str, Any]:
         """Moments, steps, latches and hyper-parameters, seed and shrink ratio included: enough for a bit-exact resume.
 
         Raises:
             RuntimeError: a pair's norm is not finite.
         """
-        self._finite_norms()
+        self._report_nonfinite_steps()
+        finite_norms(self._pairs)
         return super().state_dict()
 
     @torch._disable_dynamo
@@ -256,7 +308,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         groups = checks.check_state_groups(state_dict, self.param_groups)
-        state = checks.check_state(state_dict, groups, self.param_groups, self._pairs)
+        state = checks.check_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
+        checks.check_amsgrad(groups, self.storage)
         for saved, group in zip(groups, self.param_groups, strict=True):
             for key, value in saved.items():
                 if key not in ("params", "param_names"):
@@ -272,7 +325,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        own = {name: getattr(self, name) for name in ("max_grad_norm", "shrink_schedule", "storage")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

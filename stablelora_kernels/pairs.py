@@ -45,6 +45,12 @@ def split_lora_name(name: str) -> tuple[str, str] | None:
     return ".".join(parts), match["role"]
 
 
+def layer_name(name: str) -> str:
+    """The dotted name of the layer that a LoRA matrix belongs to, without the adapter's that PEFT has behind it."""
+    match = _LORA_NAME.match(name)
+    return name if match is None else match["prefix"] or ""
+
+
 def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[LoRAPair]:
     """The LoRA pairs of a model or of named parameters, in the order of their A's.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,3 +23,39 @@ def poisoned_outputs():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch's fused AdamW starts its threads for every tensor, however small, and waits for a busy machine to run them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both backends in turn, each in force during the test."""
+    from stablelora_kernels.backend import use_backend
+
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["torch", "triton", "torch as on a GPU"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The optimizer's three ways: both backends, and PyTorch's with all decisions on the device, wherever that is."""
+    from stablelora_kernels.backend import use_backend
+    from stablelora_kernels.ops.stable_adamw import TorchStep
+
+    original = TorchStep.__init__
+
+    def never_on_host(self, *args) -> None:
+        original(self, *args)
+        self.on_host = False
+
+    if request.param == "torch as on a GPU":
+        monkeypatch.setattr(TorchStep, "__init__", never_on_host)
+    with use_backend(request.param.split()[0]):
+        yield request.param

@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -29,8 +29,10 @@ from stablelora_kernels.reference_optim import (
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from stablelora_kernels.kernels import stable_adamw as kernels  # noqa: E402
+from stablelora_kernels.kernels import stable_adamw_tables as tables  # noqa: E402
 from stablelora_kernels.kernels._common import launch_counts  # noqa: E402
+from stablelora_kernels.kernels.stable_adamw_pieces import stochastic_round  # noqa: E402
+from stablelora_kernels.kernels.stable_adamw_sums import square_sums  # noqa: E402
 from stablelora_kernels.ops.stable_adamw_triton import TritonStep  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,12 +40,7 @@ LOW = [torch.bfloat16, torch.float16]
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -95,13 +92,13 @@ def _round_kernel(x_ptr, noise_ptr, out_ptr, n, KIND: tl.constexpr, BLOCK: tl.co
     mask = offsets < n
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     noise = tl.load(noise_ptr + offsets, mask=mask, other=0).to(tl.uint32, bitcast=True)
-    tl.store(out_ptr + offsets, kernels._stochastic_round(x, noise, KIND).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets, stochastic_round(x, noise, KIND).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def kernel_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=dtype, device=DEVICE)
     block = triton.next_power_of_2(x.numel())
-    _round_kernel[(1,)](x.to(DEVICE), noise.to(DEVICE), out, x.numel(), KIND=kernels.KINDS.index(dtype), BLOCK=block)
+    _round_kernel[(1,)](x.to(DEVICE), noise.to(DEVICE), out, x.numel(), KIND=tables.KINDS.index(dtype), BLOCK=block)
     return out.cpu()
 
 
@@ -130,14 +127,20 @@ def test_rounding_keeps_what_is_representable_and_what_is_not_finite(dtype: torc
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_rounding_is_right_on_average(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rounded_by", [rounding.stochastic_round, kernel_round], ids=["torch", "kernel"])
+def test_rounding_is_right_in_mean_and_variance(dtype: torch.dtype, rounded_by) -> None:
     for value in (1.001, -0.3333, 7.7e-6):
         x = torch.full((200_000,), value)
-        rounded = rounding.stochastic_round(x, dtype, random_words(x.numel())).double()
+        rounded = rounded_by(x, dtype, random_words(x.numel())).double()
         low, high = rounded.min().item(), rounded.max().item()
         assert low < value < high
         # Five standard deviations of the mean of that many choices between the two.
         assert abs(rounded.mean().item() - x[0].item()) < 5 * (high - low) / 2 / x.numel() ** 0.5
+        # Of two values, the upper with the probability f that makes the mean right: f (1 - f) of their distance squared.
+        fraction = (x[0].item() - low) / (high - low)
+        variance = fraction * (1 - fraction) * (high - low) ** 2
+        assert rounded.unique().numel() == 2
+        assert rounded.var(correction=0).item() == pytest.approx(variance, rel=0.02)
 
 
 def test_noise_is_uniform_and_new_at_every_step() -> None:
@@ -264,7 +267,9 @@ def test_sums_kept_from_the_step_before_are_those_measured(monkeypatch: pytest.M
     ((_, engine),) = optimizer._engines
     assert engine.ticks.tolist() == [3] * engine.ticks.numel()
     kept = engine.squares[1].clone()
-    engine._measure()
+    square_sums(
+        engine.tensors, engine.addresses, engine.chunks, engine.squares[0], None, 0, engine.variants, engine.CHUNK
+    )
     torch.testing.assert_close(kept, engine.squares[0], rtol=1e-6, atol=0)
     assert kept.min() > 0
 
@@ -280,9 +285,10 @@ def test_op_declares_what_it_mutates(monkeypatch: pytest.MonkeyPatch) -> None:
         ((_, engine),) = optimizer._engines
     params = [p.detach() for _, p in named]
     arguments = (
-        params, [p.grad for _, p in named], engine.exp_avgs, engine.exp_avg_sqs, engine.steps, engine.ticks, engine.latched,
-        engine.squares, engine.grad_squares, engine.tensors, engine.addresses, engine.chunks, engine.hyper, engine.words,
-        torch.tensor(2.0), torch.tensor(0.0), 1.0, engine.variants, engine.CHUNK,
+        params, [p.grad for _, p in named], list(chain(*engine.moments)), engine.steps, engine.ticks, engine.latched,
+        engine.squares, engine.grad_squares, engine.skipped,
+        engine.tensors, engine.addresses, engine.chunks, engine.hyper, engine.words,
+        torch.tensor(2.0), torch.tensor(0.0), 1.0, True, engine.flags, engine.variants, engine.CHUNK,
     )  # fmt: skip
     # Not test_aot_dispatch_dynamic: it runs the op on copies, which the tables of addresses don't know.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

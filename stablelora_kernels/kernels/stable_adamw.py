@@ -1,4 +1,4 @@
-"""The whole optimizer step as one kernel over tables of addresses, and the sums of squares that some steps need before."""
+"""The whole optimizer step as one kernel over tables of addresses."""
 
 # "and" does not stop at its first false operand in a kernel, so conditions are nested.
 # ruff: noqa: SIM102
@@ -9,106 +9,33 @@ import torch
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels._common import launch
-
-# Columns of the table of tensors (int64), one row each.
-TENSOR_COLUMNS = (
-    "param",
-    "exp_avg",
-    "exp_avg_sq",
-    "numel",
-    "group",
-    "role",
-    "base",
-    "a_at",
-    "a_n",
-    "b_at",
-    "b_n",
-    "n",
-    "m",
+from stablelora_kernels.kernels._common import cast, launch
+from stablelora_kernels.kernels.stable_adamw_moments import load8, store8
+from stablelora_kernels.kernels.stable_adamw_pieces import (
+    element_mask,
+    element_pointers,
+    mix,
+    one_minus_exp,
+    span_sum,
+    stochastic_round,
 )
-COLUMNS: tl.constexpr = tl.constexpr(len(TENSOR_COLUMNS))
-# Columns of the table of hyper-parameters (float32), one row a group.
-HYPER_COLUMNS = ("beta1", "rest1", "beta2", "rest2", "eps", "decay", "ratio", "sign", "log1", "log2", "lr")
-HYPERS: tl.constexpr = tl.constexpr(len(HYPER_COLUMNS))
-KINDS = (torch.float32, torch.bfloat16, torch.float16)
-# Variants of the code for one chunk: twice the kind, plus one where every address and size is a multiple of 16.
-N_VARIANTS: tl.constexpr = tl.constexpr(2 * len(KINDS))
-ROLE_LONE, ROLE_A, ROLE_B = 0, 1, 2
-_A: tl.constexpr = tl.constexpr(ROLE_A)
-# The norm of all gradients is the sum of at most this many partial sums, each the work of one program.
-MAX_GRAD_SUMS = 512
-NUM_WARPS = 8
-
-
-@triton.jit
-def _mix(x):
-    """``reference_optim.mix32`` of uint32 words."""
-    x ^= x >> 16
-    x *= 0x7FEB352D
-    x ^= x >> 15
-    x *= 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _stochastic_round(x, noise, KIND: tl.constexpr):
-    """float32 values that bfloat16 (KIND 1) or float16 (KIND 2) holds: ``reference_optim.stochastic_round_ref``."""
-    bits = x.to(tl.uint32, bitcast=True)
-    if KIND == 1:
-        rounded = ((bits + (noise & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        # Below 2^-14 float16's steps are 2^-24, whatever the exponent.
-        rounded = ((bits + (noise & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        scaled = tl.abs(x) * 16777216.0
-        whole = tl.floor(scaled)
-        rest = (16777216 - (noise & 0xFFFFFF).to(tl.int32)).to(tl.float32) * 5.9604644775390625e-8
-        small = (whole + tl.where(scaled - whole >= rest, 1.0, 0.0)) * 5.9604644775390625e-8
-        # The sign by its bit: zero has one too.
-        signed = (small.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True)
-        rounded = tl.where(tl.abs(x) < 6.103515625e-05, signed, rounded)
-    # The sum could carry a NaN's bits into its sign.
-    return tl.where(tl.abs(x) < float("inf"), rounded, x)
-
-
-@triton.jit
-def _pointers(address, start, offsets, KIND: tl.constexpr, ALIGNED: tl.constexpr):
-    if KIND == 0:
-        pointer = address.to(tl.pointer_type(tl.float32))
-    elif KIND == 1:
-        pointer = address.to(tl.pointer_type(tl.bfloat16))
-    else:
-        pointer = address.to(tl.pointer_type(tl.float16))
-    # Unless told, the compiler takes an address out of a table to be aligned to one element, and loads 4 bytes at a time.
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer + start + offsets
-
-
-@triton.jit
-def _mask(start, numel, offsets, ALIGNED: tl.constexpr):
-    left = numel - start
-    # A mask that could change inside a vector would split it.
-    if ALIGNED:
-        left = tl.multiple_of(left, 16)
-    return offsets < left
-
-
-@triton.jit
-def _one_minus_exp(z):
-    """1 - e^z for z <= 0, to float32's accuracy also where e^z is close to 1."""
-    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7 * (1 + z / 8))))))
-    return tl.where(z > -0.5, -z * series, 1 - tl.exp(z))
-
-
-@triton.jit
-def _span_sum(values_ptr, first, count, BLOCK: tl.constexpr):
-    """The sum of ``count`` values from ``first``, always in the same order."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    offsets = tl.arange(0, BLOCK)
-    for at in range(0, count, BLOCK):
-        total += tl.load(values_ptr + first + at + offsets, mask=offsets < count - at, other=0.0)
-    return tl.sum(total, 0)
+from stablelora_kernels.kernels.stable_adamw_sums import square_sums
+from stablelora_kernels.kernels.stable_adamw_tables import (
+    A_NEVER,
+    AMSGRAD,
+    COLUMNS,
+    DYNAMIC,
+    EIGHT_BITS,
+    HYPERS,
+    LOW_MOMENTS,
+    MASTER,
+    MAX_GRAD_SUMS,
+    N_VARIANTS,
+    NEVER,
+    NUM_WARPS,
+    WORDS,
+    A,
+)
 
 
 @triton.jit
@@ -118,6 +45,7 @@ def _update(
     start,
     hyper,
     lr,
+    decay_ptr,
     step,
     ratio,
     scale,
@@ -125,35 +53,69 @@ def _update(
     base,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    FLAGS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """AdamW on one chunk, A's shrink included; returns the sum of squares of what was stored."""
     offsets = tl.arange(0, CHUNK)
-    mask = _mask(start, tl.load(row + 3), offsets, ALIGNED)
-    p_ptrs = _pointers(tl.load(row), start, offsets, KIND, ALIGNED)
-    m_ptrs = _pointers(tl.load(row + 1), start, offsets, 0, ALIGNED)
-    v_ptrs = _pointers(tl.load(row + 2), start, offsets, 0, ALIGNED)
-    g = tl.load(_pointers(grad, start, offsets, KIND, ALIGNED), mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
-    m = tl.load(m_ptrs, mask=mask, other=0.0)
-    v = tl.load(v_ptrs, mask=mask, other=0.0)
+    mask = element_mask(start, tl.load(row + 3), offsets, ALIGNED)
+    p_ptrs = element_pointers(tl.load(row), start, offsets, KIND, ALIGNED)
+    # bfloat16 is kind 1.
+    M_KIND: tl.constexpr = 1 if LOW_MOMENTS & FLAGS else 0
+    m_ptrs = element_pointers(tl.load(row + 1), start, offsets, M_KIND, ALIGNED)
+    v_ptrs = element_pointers(tl.load(row + 2), start, offsets, M_KIND, ALIGNED)
+    g = tl.load(element_pointers(grad, start, offsets, KIND, ALIGNED), mask=mask, other=0.0).to(tl.float32)
+    from_ptrs = p_ptrs
+    if MASTER & FLAGS:
+        if KIND != 0:
+            from_ptrs = element_pointers(tl.load(row + 14), start, offsets, 0, ALIGNED)
+    p = tl.load(from_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if EIGHT_BITS & FLAGS:
+        left = tl.load(row + 3) - start
+        m = load8(tl.load(row + 1), tl.load(row + 15), start, left, offsets, mask, True, ALIGNED, CHUNK)
+        v = load8(tl.load(row + 2), tl.load(row + 16), start, left, offsets, mask, False, ALIGNED, CHUNK)
+    else:
+        m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
 
     g *= scale
     m = tl.load(hyper) * m + tl.load(hyper + 1) * g
     v = tl.load(hyper + 2) * v + tl.load(hyper + 3) * g * g
     # (1 - ratio)(1 - lr wd) p, as a small difference from p: the product of two roundings near one would drift.
-    decay = lr * tl.load(hyper + 5)
+    decay = lr * tl.load(decay_ptr)
     p -= (ratio + decay - ratio * decay) * p
-    size = lr / _one_minus_exp(step * tl.load(hyper + 8))
-    root = tl.sqrt(_one_minus_exp(step * tl.load(hyper + 9)))
-    p -= size * m / (tl.sqrt(v) / root + tl.load(hyper + 4))
-    if KIND != 0:
-        index = (base + start + offsets).to(tl.uint32)
-        p = _stochastic_round(p, _mix(index ^ key), KIND)
-
-    tl.store(p_ptrs, p.to(p_ptrs.dtype.element_ty), mask=mask)
-    tl.store(m_ptrs, m, mask=mask)
-    tl.store(v_ptrs, v, mask=mask)
+    size = lr / one_minus_exp(step * tl.load(hyper + 8))
+    root = tl.sqrt(one_minus_exp(step * tl.load(hyper + 9)))
+    largest = v
+    if AMSGRAD & FLAGS:
+        address = tl.load(row + 13)
+        if address != 0:
+            x_ptrs = element_pointers(address, start, offsets, 0, ALIGNED)
+            largest = tl.maximum(tl.load(x_ptrs, mask=mask, other=0.0), v, propagate_nan=tl.PropagateNan.ALL)
+            tl.store(x_ptrs, largest, mask=mask)
+    p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + 4))
+    if KIND != 0 or (LOW_MOMENTS | EIGHT_BITS) & FLAGS:
+        noise = mix((base + start + offsets).to(tl.uint32) ^ key)
+    if LOW_MOMENTS & FLAGS:
+        # reference_optim.moment_noise_ref
+        word = mix(noise + 0x9E3779B9)
+        m = stochastic_round(m, word, 1)
+        v = stochastic_round(v, word >> 16, 1)
+    if MASTER & FLAGS and KIND != 0:
+        tl.store(from_ptrs, p, mask=mask)
+        tl.store(p_ptrs, cast(p, p_ptrs.dtype.element_ty), mask=mask)
+    else:
+        if KIND != 0:
+            p = stochastic_round(p, noise, KIND)
+        tl.store(p_ptrs, p.to(p_ptrs.dtype.element_ty), mask=mask)
+    if EIGHT_BITS & FLAGS:
+        word = mix(noise + 0x9E3779B9)
+        store8(m, word, tl.load(row + 1), tl.load(row + 15), start, left, offsets, mask, True, ALIGNED, CHUNK)
+        word = mix(word + 0x9E3779B9)
+        store8(v, word, tl.load(row + 2), tl.load(row + 16), start, left, offsets, mask, False, ALIGNED, CHUNK)
+    else:
+        tl.store(m_ptrs, m.to(m_ptrs.dtype.element_ty), mask=mask)
+        tl.store(v_ptrs, v.to(v_ptrs.dtype.element_ty), mask=mask)
     return tl.sum(tl.where(mask, p * p, 0.0), 0)
 
 
@@ -168,6 +130,7 @@ def _stable_adamw_kernel(
     ticks_ptr,
     latched_ptr,
     squares_ptr,
+    skipped_ptr,
     grad_scale_ptr,
     found_inf_ptr,
     grad_squares_ptr,
@@ -177,6 +140,7 @@ def _stable_adamw_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_INF: tl.constexpr,
     CLIP: tl.constexpr,
+    FLAGS: tl.constexpr,
     VARIANTS: tl.constexpr,
     CHUNK: tl.constexpr,
     GRAD_SUMS: tl.constexpr,
@@ -191,6 +155,16 @@ def _stable_adamw_kernel(
     chunk = tl.program_id(0)
     if HAS_INF:
         if tl.load(found_inf_ptr) != 0:
+            return
+    total = tl.full((), 0.0, tl.float32)
+    if CLIP:
+        total = tl.sqrt(span_sum(grad_squares_ptr, 0, n_grad_squares, GRAD_SUMS))
+        if HAS_SCALE:
+            total /= tl.load(grad_scale_ptr)
+        # Gradients of no finite norm, a NaN's included: nothing changes, but it is counted.
+        if (total < float("inf")) == 0:
+            if chunk == 0:
+                tl.store(skipped_ptr, tl.load(skipped_ptr) + 1)
             return
     tensor = tl.load(chunks_ptr + 2 * chunk).to(tl.int64)
     start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
@@ -210,97 +184,61 @@ def _stable_adamw_kernel(
         step = tl.load(steps_ptr + chunk) + 1
         tl.store(steps_ptr + chunk, step)
         ratio = tl.full((), 0.0, tl.float32)
-        if tl.load(row + 5) == _A:
+        role = tl.load(row + 5)
+        is_a = role == A
+        if NEVER & FLAGS:
+            is_a = is_a | (role == A_NEVER)
+        if is_a:
             if tl.load(latched_ptr + chunk) == 0:
-                a = _span_sum(before_ptr, tl.load(row + 7), tl.load(row + 8), 64)
-                b = _span_sum(before_ptr, tl.load(row + 9), tl.load(row + 10), 64)
+                a = span_sum(before_ptr, tl.load(row + 7), tl.load(row + 8), 64)
+                b = span_sum(before_ptr, tl.load(row + 9), tl.load(row + 10), 64)
                 # Sums that are not finite compare false: such a pair neither shrinks nor latches.
                 if (a < float("inf")) & (b < float("inf")):
-                    if tl.sqrt(a) / tl.load(row + 11) > tl.sqrt(b) / tl.load(row + 12):
-                        ratio = tl.load(hyper + 6)
+                    shrinks = tl.sqrt(a) / tl.load(row + 11) > tl.sqrt(b) / tl.load(row + 12)
+                    if NEVER & FLAGS:
+                        shrinks = shrinks | (role == A_NEVER)
+                    if shrinks:
+                        ratio_ptr = hyper + 6
+                        if DYNAMIC & FLAGS:
+                            ratio_ptr = tl.load(words_ptr + group * WORDS + 3).to(tl.pointer_type(tl.float32))
+                        ratio = tl.load(ratio_ptr)
                     else:
                         tl.store(latched_ptr + chunk, step.to(tl.int32))
         scale = tl.load(hyper + 7)
         if HAS_SCALE:
             scale /= tl.load(grad_scale_ptr)
         if CLIP:
-            total = tl.sqrt(_span_sum(grad_squares_ptr, 0, n_grad_squares, GRAD_SUMS))
-            if HAS_SCALE:
-                total /= tl.load(grad_scale_ptr)
-            coefficient = max_grad_norm / (total + 1e-6)
-            # Written so that a NaN stays one, as in clip_grad_norm_.
-            scale *= tl.where(coefficient > 1, 1.0, coefficient)
-        lr = tl.load(tl.load(words_ptr + 2 * group).to(tl.pointer_type(tl.float32)))
-        key = _mix(step.to(tl.uint32) + tl.load(words_ptr + 2 * group + 1).to(tl.uint32))
+            scale *= tl.minimum(max_grad_norm / (total + 1e-6), 1.0)
+        words = words_ptr + group * WORDS
+        lr = tl.load(tl.load(words).to(tl.pointer_type(tl.float32)))
+        decay_ptr = hyper + 5
+        if DYNAMIC & FLAGS:
+            lr *= tl.load(hyper + 11)
+            decay_ptr = tl.load(words + 2).to(tl.pointer_type(tl.float32))
+        key = mix(step.to(tl.uint32) + tl.load(words + 1).to(tl.uint32))
         base = tl.load(row + 6)
         square = tl.full((), 0.0, tl.float32)
         for code in tl.static_range(N_VARIANTS):
             if (VARIANTS >> code) & 1:
                 if variant == code:
                     square = _update(
-                        row, grad, start, hyper, lr, step, ratio, scale, key, base, code // 2, code % 2 == 1, CHUNK
+                        row,
+                        grad,
+                        start,
+                        hyper,
+                        lr,
+                        decay_ptr,
+                        step,
+                        ratio,
+                        scale,
+                        key,
+                        base,
+                        code // 2,
+                        code % 2 == 1,
+                        FLAGS,
+                        CHUNK,
                     )
         tl.store(after_ptr + chunk, square)
-
-
-@triton.jit(do_not_specialize=["stride_values", "n_chunks"])
-def _square_sums_kernel(
-    tensors_ptr,
-    values_ptr,
-    addresses_ptr,
-    chunks_ptr,
-    squares_ptr,
-    stride_values,
-    n_chunks,
-    VARIANTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """squares[i] = the sum of squares in chunks i, i + programs, ... of the tensors whose addresses ``values`` holds."""
-    program = tl.program_id(0)
-    offsets = tl.arange(0, CHUNK)
-    total = tl.full((), 0.0, tl.float32)
-    for chunk in range(program, n_chunks, tl.num_programs(0)):
-        tensor = tl.load(chunks_ptr + 2 * chunk).to(tl.int64)
-        start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
-        value = tl.load(values_ptr + tensor * stride_values)
-        numel = tl.load(tensors_ptr + tensor * COLUMNS + 3)
-        variant = tl.load(addresses_ptr + 2 * tensor + 1)
-        if value != 0:
-            for code in tl.static_range(N_VARIANTS):
-                if (VARIANTS >> code) & 1:
-                    if variant == code:
-                        mask = _mask(start, numel, offsets, code % 2 == 1)
-                        pointers = _pointers(value, start, offsets, code // 2, code % 2 == 1)
-                        x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-                        total += tl.sum(x * x, 0)
-    tl.store(squares_ptr + program, total)
-
-
-def square_sums(
-    tensors: torch.Tensor,
-    values: torch.Tensor,
-    addresses: torch.Tensor,
-    chunks: torch.Tensor,
-    squares: torch.Tensor,
-    variants: int,
-    chunk: int,
-) -> None:
-    """Fill ``squares`` with the sums of squares that as many programs find at the addresses in ``values``' first column."""
-    launch(
-        _square_sums_kernel,
-        (squares.numel(),),
-        squares.device,
-        tensors,
-        values,
-        addresses,
-        chunks,
-        squares,
-        values.stride(0),
-        chunks.shape[0],
-        VARIANTS=variants,
-        CHUNK=chunk,
-        num_warps=NUM_WARPS,
-    )
 
 
 def stable_adamw(
@@ -309,6 +247,7 @@ def stable_adamw(
     latched: torch.Tensor,
     squares: torch.Tensor,
     grad_squares: torch.Tensor,
+    skipped: torch.Tensor,
     tensors: torch.Tensor,
     addresses: torch.Tensor,
     chunks: torch.Tensor,
@@ -317,12 +256,15 @@ def stable_adamw(
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
     max_grad_norm: float | None,
+    measure: bool,
+    flags: int,
     variants: int,
     chunk: int,
 ) -> None:
-    """One step: one launch, or two where gradients are clipped."""
-    if max_grad_norm is not None:
-        square_sums(tensors, addresses, addresses, chunks, grad_squares, variants, chunk)
+    """One step: one launch, or two where gradients are clipped or the parameters' norms must be measured before."""
+    if measure or max_grad_norm is not None:
+        sums = squares[0] if measure else None, None if max_grad_norm is None else grad_squares
+        square_sums(tensors, addresses, chunks, *sums, flags, variants, chunk)
     launch(
         _stable_adamw_kernel,
         (chunks.shape[0],),
@@ -336,6 +278,7 @@ def stable_adamw(
         ticks,
         latched,
         squares,
+        skipped,
         steps if grad_scale is None else grad_scale,
         steps if found_inf is None else found_inf,
         grad_squares,
@@ -345,6 +288,7 @@ def stable_adamw(
         HAS_SCALE=grad_scale is not None,
         HAS_INF=found_inf is not None,
         CLIP=max_grad_norm is not None,
+        FLAGS=flags,
         VARIANTS=variants,
         CHUNK=chunk,
         GRAD_SUMS=MAX_GRAD_SUMS,

@@ -8,15 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .stable_adamw_rounding import LOW_PRECISION, mix_, seed_word, stochastic_round
-
-
-class Member(NamedTuple):
-    """One trainable parameter as an engine sees it: its group's number and its first element's in all parameters."""
-
-    param: torch.Tensor
-    group: int
-    base: int
+from .stable_adamw_rounding import LOW_PRECISION, Scratch, seed_word, upload
+from .stable_adamw_settings import Member, Setting
+from .stable_adamw_storage import Storage, decode8, follow_parameters, keep_moments, make_masters, new_moment
 
 
 class Pair(NamedTuple):
@@ -46,56 +40,19 @@ def take_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.devic
     return torch.stack([zero if v is None else torch.as_tensor(v).to(device, dtype) for v in values])
 
 
-def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``values`` as a tensor on ``device``; from fresh pinned memory to a GPU, so that the host does not wait for it."""
-    host = torch.tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
-def init_moments(state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member]) -> None:
-    """Give every member its two moments, zeros of its shape, strides and work dtype, where it has none yet."""
-    for p, *_ in members:
-        for key in ("exp_avg", "exp_avg_sq"):
+def init_moments(
+    state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member], groups: Sequence[Setting], storage: Storage
+) -> None:
+    """Give every member the moments of its group, zeros of its shape and strides, where it has none yet."""
+    for p, group, _ in members:
+        for key in moment_names(groups[group]):
             if key not in state[p]:
-                state[p][key] = torch.zeros_like(p, dtype=work_dtype(p), memory_format=torch.preserve_format)
+                new_moment(state[p], key, p, storage)
 
 
-class _Scratch:
-    """The float32 work copies of all parameters of one low-precision dtype, in one buffer."""
-
-    def __init__(self, dtype: torch.dtype, members: Sequence[Member], places: list[int]) -> None:
-        self.dtype = dtype
-        self.places = places
-        self.sizes = [members[i].param.numel() for i in places]
-        device = members[places[0]].param.device
-        self.flat = torch.empty(sum(self.sizes), dtype=torch.float32, device=device)
-        self.repeats = upload(self.sizes, torch.int64, device)
-        self.at = upload(places, torch.int64, device)
-        starts = [members[i].base for i in places]
-        index = [torch.arange(b, b + n, device=device) for b, n in zip(starts, self.sizes, strict=True)]
-        # Indices are taken modulo 2^32.
-        self.index = torch.cat(index).to(torch.int32)
-        self.params = [members[i].param for i in places]
-        self.views = [
-            flat.as_strided(p.shape, p.stride(), flat.storage_offset())
-            for flat, p in zip(self.flat.split(self.sizes), self.params, strict=True)
-        ]
-
-    def load(self) -> None:
-        torch._foreach_copy_(self.views, self.params)
-
-    def store(self, steps: torch.Tensor, seeds: torch.Tensor, present: list[bool]) -> None:
-        """Round every present parameter's copy back; ``steps`` and ``seeds`` are int32, one for each member."""
-        keys = mix_(steps[self.at] + seeds[self.at])
-        noise = mix_(torch.repeat_interleave(keys, self.repeats, output_size=self.flat.numel()) ^ self.index)
-        rounded = stochastic_round(self.flat, self.dtype, noise).split(self.sizes)
-        sources = [
-            flat.as_strided(p.shape, p.stride(), flat.storage_offset())
-            for flat, p in zip(rounded, self.params, strict=True)
-        ]
-        kept = [k for k, i in enumerate(self.places) if present[i]]
-        if kept:
-            torch._foreach_copy_([self.params[k] for k in kept], [sources[k] for k in kept])
+def moment_names(group: Setting | dict[str, Any]) -> tuple[str, ...]:
+    """What a parameter of ``group`` has in the optimizer's state besides its counters."""
+    return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
 
 
 class _Bucket(NamedTuple):
@@ -107,6 +64,7 @@ class _Bucket(NamedTuple):
     params: list[torch.Tensor]
     exp_avgs: list[torch.Tensor]
     exp_avg_sqs: list[torch.Tensor]
+    max_exp_avg_sqs: list[torch.Tensor]
     steps: list[torch.Tensor]
 
 
@@ -121,13 +79,18 @@ class TorchStep:
         self,
         members: Sequence[Member],
         pairs: Sequence[Pair],
-        groups: Sequence[dict[str, Any]],
+        groups: Sequence[Setting],
         state: dict[torch.Tensor, dict[str, Any]],
+        skipped: torch.Tensor,
+        storage: Storage,
     ) -> None:
-        self.members, self.pairs, self.groups, self.state = members, pairs, groups, state
+        """``skipped`` counts, on the device, the steps that were not taken since the gradients' norm was not finite."""
+        self.members, self.pairs, self.groups, self.state, self.skipped = members, pairs, groups, state, skipped
         self.device = members[0].param.device
         self.on_host = self.device.type == "cpu"
-        init_moments(state, members)
+        init_moments(state, members, groups, storage)
+        make_masters(state, [m.param for m in members], storage)
+        self.low_moments = storage.moments_dtype is not torch.float32
         self.steps = take_counters([state[m.param].get("step") for m in members], torch.float32, self.device)
         self.step_views = list(self.steps.unbind())
         for (p, *_), view in zip(members, self.step_views, strict=True):
@@ -136,10 +99,19 @@ class TorchStep:
         self.latched = take_counters([state[a].get("latched_at") for a in owners], torch.int32, self.device)
         for a, view in zip(owners, self.latched.unbind(), strict=True):
             state[a]["latched_at"] = view
-        low = {d: [i for i, m in enumerate(members) if m.param.dtype is d] for d in LOW_PRECISION}
-        self.scratch = [_Scratch(d, members, places) for d, places in low.items() if places]
-        # What the arithmetic runs on: the parameters themselves, or their float32 copies.
-        self.work = [m.param for m in members]
+        self.low_at = [i for i, m in enumerate(members) if storage.has_master(m.param)]
+        self.low = [members[i].param for i in self.low_at]
+        self.masters = [state[p]["master"] for p in self.low]
+        self.versions: list[int] | None = None
+        rounded = () if storage.master_weights else LOW_PRECISION
+        low = {d: [i for i, m in enumerate(members) if m.param.dtype is d] for d in rounded}
+        self.scratch = [
+            Scratch(d, [members[i].param for i in places], [members[i].base for i in places], places)
+            for d, places in low.items()
+            if places
+        ]
+        # What the arithmetic runs on: the parameters themselves, their float32 masters or copies.
+        self.work = [state[m.param].get("master", m.param) for m in members]
         for scratch in self.scratch:
             for i, view in zip(scratch.places, scratch.views, strict=True):
                 self.work[i] = view
@@ -152,7 +124,10 @@ class TorchStep:
         self.seeds = upload([seed_word(groups[m.group]["seed"]) for m in members], torch.int32, self.device)
         self.a_at = upload([pair.a for pair in pairs], torch.int64, self.device)
         self.inverse_widths = upload([per_n, per_m], torch.float64, self.device)
-        self.ratios: list[float] = []
+        # The pairs that shrink whatever the norms are, so long as those are finite.
+        self.never = [groups[members[pair.a].group]["stop_condition"] == "never" for pair in pairs]
+        self.never_there = upload(self.never, torch.bool, self.device)
+        self.ratios: list[Any] = []
         self.plan_key: tuple[list[bool], list[int]] | None = None
         self.plan: list[_Bucket] = []
 
@@ -176,7 +151,21 @@ class TorchStep:
                 for w, g in zip(self.work, grads, strict=True)
             ]
         if max_grad_norm is not None:
-            grad_scale = self._clipping_scale([g for g in ready if g is not None], grad_scale, max_grad_norm)
+            total, grad_scale = self._clipping([g for g in ready if g is not None], grad_scale, max_grad_norm)
+            unknown = total.isfinite().logical_not_()
+            if self.on_host:
+                if unknown.item():
+                    self.skipped += 1
+                    return
+            else:
+                if found_inf is not None:
+                    self.skipped += unknown & (found_inf.reshape(()) == 0)
+                    unknown |= found_inf.reshape(()) != 0
+                else:
+                    self.skipped += unknown
+                found_inf = unknown.float()
+        if self.versions != [p._version for p in self.low]:
+            follow_parameters(self.masters, self.low)
         for scratch in self.scratch:
             scratch.load()
         shrinking: list[int] = []
@@ -187,23 +176,27 @@ class TorchStep:
         self._update(present, shrinking, ready, grad_scale, found_inf)
         for scratch in self.scratch:
             scratch.store(self.steps.int(), self.seeds, present)
+        shadowed = [k for k, i in enumerate(self.low_at) if present[i]]
+        if shadowed:
+            torch._foreach_copy_([self.low[k] for k in shadowed], [self.masters[k] for k in shadowed])
         # So that a backward pass through what has been overwritten is noticed: the fused operator does not say so.
         torch.autograd.graph.increment_version(
             [m.param for m, there in zip(self.members, present, strict=True) if there]
         )
+        self.versions = [p._version for p in self.low]
 
     def _one_dtype(self, norms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """``norms``, in float64 if there are float64 parameters among others."""
         return [x.double() for x in norms] if self.mixed else list(norms)
 
-    def _clipping_scale(
+    def _clipping(
         self, grads: list[torch.Tensor], grad_scale: torch.Tensor | None, max_grad_norm: float
-    ) -> torch.Tensor:
-        """What the fused operator has to divide gradients by to unscale and clip them, as a float32 scalar tensor."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The unscaled gradients' norm, and what the fused operator must divide by to unscale and clip: float32 scalars."""
         norms = torch.stack(self._one_dtype(torch._foreach_norm(grads))).float()
         scale = torch.ones((), device=self.device) if grad_scale is None else grad_scale.reshape(())
         total = torch.linalg.vector_norm(norms) / scale
-        return scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
+        return total, scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
 
     def _decide_on_host(self, present: list[bool]) -> list[int]:
         """The places of the A's that shrink in this step; pairs whose time has come are latched."""
@@ -228,7 +221,7 @@ class TorchStep:
                 b_norm = self.work[pair.b].double().norm().item() * inverse_m[k]
             if not (math.isfinite(a_norm) and math.isfinite(b_norm)):
                 continue
-            if a_norm > b_norm:
+            if a_norm > b_norm or self.never[k]:
                 shrinking.append(self.pairs[k].a)
             else:
                 self.latched[k] = int(self.step_views[self.pairs[k].a].item()) + 1
@@ -237,8 +230,11 @@ class TorchStep:
     def _shrink_on_device(self, present: list[bool], found_inf: torch.Tensor | None) -> None:
         """Algorithm 1 without a look from the host: factors and latches stay on the device."""
         self._plan(present, [])
-        ratios = [self.groups[self.members[pair.a].group]["shrink_ratio"] for pair in self.pairs]
-        if ratios != self.ratios:
+        ratios = [self._number(self.groups[self.members[pair.a].group]["shrink_ratio"]) for pair in self.pairs]
+        if any(isinstance(ratio, torch.Tensor) for ratio in ratios):
+            self.ratios = []
+            self.ratios_there = take_counters(ratios, torch.float64, self.device)
+        elif ratios != self.ratios:
             self.ratios, self.ratios_there = ratios, upload(ratios, torch.float64, self.device)
         a_works = [self.work[pair.a] for pair in self.pairs]
         norms = torch._foreach_norm(a_works + [self.work[pair.b] for pair in self.pairs])
@@ -246,7 +242,7 @@ class TorchStep:
         undecided = (self.latched == 0) & self.present_there[self.a_at] & a_norms.isfinite() & b_norms.isfinite()
         if found_inf is not None:
             undecided &= found_inf.reshape(()) == 0
-        shrink = undecided & (a_norms > b_norms)
+        shrink = undecided & ((a_norms > b_norms) | self.never_there)
         factors = 1 - self.ratios_there * shrink
         torch._foreach_mul_(a_works, [f.to(w.dtype) for f, w in zip(factors.unbind(), a_works, strict=True)])
         now = self.steps[self.a_at].int() + 1
@@ -269,6 +265,9 @@ class TorchStep:
                     [self.work[i] for i in places],
                     [self.state[self.members[i].param]["exp_avg"] for i in places],
                     [self.state[self.members[i].param]["exp_avg_sq"] for i in places],
+                    [self.state[self.members[i].param]["max_exp_avg_sq"] for i in places]
+                    if self.groups[group]["amsgrad"]
+                    else [],
                     [self.step_views[i] for i in places],
                 )
                 for (group, shrinks, _), places in buckets.items()
@@ -292,32 +291,67 @@ class TorchStep:
             torch._foreach_add_([view for view, there in zip(self.step_views, present, strict=True) if there], 1)
         for bucket in plan:
             group = self.groups[bucket.group]
-            lr, decay = group["lr"], group["weight_decay"]
-            if isinstance(lr, torch.Tensor):
-                lr = lr.item() if lr.device.type == "cpu" else lr.to(self.device, non_blocking=True)
+            lr, decay = self._number(group["lr"]) * group.lr_ratio, self._number(group["weight_decay"])
+            if isinstance(decay, torch.Tensor):
+                # The fused operator takes the decay as a number only.
+                kept = 1 - lr * decay
+                if found_inf is not None:
+                    kept = kept.where(found_inf.reshape(()) == 0, 1.0)
+                torch._foreach_mul_(bucket.params, kept)
+                decay = 0.0
             if bucket.shrinks:
-                lam = group["shrink_ratio"]
+                lam = self._number(group["shrink_ratio"])
                 if isinstance(lr, float) and lr > 1e-12:
                     # The shrink and the decay are one multiplication: (1 - lam)(1 - lr wd) = 1 - lr wd'.
                     decay = decay + lam / lr - lam * decay
                 else:
                     torch._foreach_mul_(bucket.params, 1 - lam)
+            moments = bucket.exp_avgs, bucket.exp_avg_sqs
+            if self.low_moments:
+                moments = self._moments(bucket, "exp_avg"), self._moments(bucket, "exp_avg_sq")
             torch._fused_adamw_(
                 bucket.params,
                 [grads[i] for i in bucket.places],
-                bucket.exp_avgs,
-                bucket.exp_avg_sqs,
-                [],
+                *moments,
+                bucket.max_exp_avg_sqs,
                 bucket.steps,
                 lr=lr,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 weight_decay=decay,
                 eps=group["eps"],
-                amsgrad=False,
+                amsgrad=group["amsgrad"],
                 maximize=group["maximize"],
                 grad_scale=grad_scale,
                 found_inf=found_inf,
             )
+            if self.low_moments:
+                self._keep_moments(bucket, moments, found_inf)
         if found_inf is not None:
             self.steps.sub_(found_inf.reshape(()) * self.present_there)
+
+    def _moments(self, bucket: _Bucket, name: str) -> list[torch.Tensor]:
+        """One moment of all, in float32; of float64 parameters the one that is kept."""
+        entries = [self.state[self.members[i].param] for i in bucket.places]
+        return [
+            decode8(entry[name], entry[f"{name}_scale"], name == "exp_avg")
+            if entry[name].dtype is torch.uint8
+            else entry[name].to(p.dtype)
+            for entry, p in zip(entries, bucket.params, strict=True)
+        ]
+
+    def _keep_moments(
+        self, bucket: _Bucket, moments: tuple[list[torch.Tensor], list[torch.Tensor]], found_inf: torch.Tensor | None
+    ) -> None:
+        for i, *values in zip(bucket.places, *moments, strict=True):
+            entry = self.state[self.members[i].param]
+            if entry["exp_avg"].dtype is not torch.float64:
+                keep_moments(entry, values, self.members[i].base, self.steps[i].int(), self.seeds[i], found_inf)
+
+    def _number(self, value: float | torch.Tensor) -> Any:
+        """A hyper-parameter as a float, or as a scalar on a GPU, which is not read on the host."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        if self.on_host or value.device.type == "cpu" != self.device.type:
+            return value.item()
+        return value.to(self.device, torch.float32, non_blocking=True)

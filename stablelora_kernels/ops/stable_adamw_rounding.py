@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..reference_optim import mix32
@@ -47,3 +49,45 @@ def stochastic_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -
         rounded = torch.where(x.abs() < 2.0**-14, torch.copysign((whole + up) * 2.0**-24, x), rounded)
     # The sum could carry a NaN's bits into its sign.
     return torch.where(x.isfinite(), rounded, x).to(dtype)
+
+
+def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``values`` as a tensor on ``device``; from fresh pinned memory to a GPU, so that the host does not wait for it."""
+    host = torch.tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+class Scratch:
+    """The float32 work copies of all parameters of one low-precision dtype, in one buffer."""
+
+    def __init__(self, dtype: torch.dtype, params: list[torch.Tensor], starts: list[int], places: list[int]) -> None:
+        """``starts``: the number of each parameter's first element in all; ``places``: their own among the members."""
+        self.dtype, self.params, self.places = dtype, params, places
+        self.sizes = [p.numel() for p in params]
+        device = params[0].device
+        self.flat = torch.empty(sum(self.sizes), dtype=torch.float32, device=device)
+        self.repeats = upload(self.sizes, torch.int64, device)
+        self.at = upload(places, torch.int64, device)
+        index = [torch.arange(b, b + n, device=device) for b, n in zip(starts, self.sizes, strict=True)]
+        # Indices are taken modulo 2^32.
+        self.index = torch.cat(index).to(torch.int32)
+        self.views = [
+            flat.as_strided(p.shape, p.stride(), flat.storage_offset())
+            for flat, p in zip(self.flat.split(self.sizes), self.params, strict=True)
+        ]
+
+    def load(self) -> None:
+        torch._foreach_copy_(self.views, self.params)
+
+    def store(self, steps: torch.Tensor, seeds: torch.Tensor, present: list[bool]) -> None:
+        """Round every present parameter's copy back; ``steps`` and ``seeds`` are int32, one for each member."""
+        keys = mix_(steps[self.at] + seeds[self.at])
+        noise = mix_(torch.repeat_interleave(keys, self.repeats, output_size=self.flat.numel()) ^ self.index)
+        rounded = stochastic_round(self.flat, self.dtype, noise).split(self.sizes)
+        sources = [
+            flat.as_strided(p.shape, p.stride(), flat.storage_offset())
+            for flat, p in zip(rounded, self.params, strict=True)
+        ]
+        kept = [k for k, i in enumerate(self.places) if present[i]]
+        if kept:
+            torch._foreach_copy_([self.params[k] for k in kept], [sources[k] for k in kept])

@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import stable_adamw as kernels
-from .stable_adamw import Member, Pair, dense_like, init_moments, take_counters, upload
-from .stable_adamw_rounding import seed_word
+from ..kernels import stable_adamw_tables as tables
+from .stable_adamw import Pair, dense_like, init_moments, moment_names, take_counters
+from .stable_adamw_rounding import seed_word, upload
+from .stable_adamw_settings import Member, Setting
+from .stable_adamw_storage import Storage, follow_parameters, make_masters
 
 # Not custom_op, whose wrapper costs four times as much for hundreds of tensors. The tables hold the addresses of the
 # tensors in the lists, which are there to declare what is read and written; so this op can't be traced on copies of them.
 torch.library.define(
     "stablelora_kernels::stable_adamw_",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!) steps, "
-    "Tensor(e!) ticks, Tensor(f!) latched, Tensor(g!) squares, Tensor(h!) grad_squares, Tensor tensors, Tensor addresses, "
-    "Tensor chunks, Tensor hyper, Tensor words, Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, int variants, "
-    "int chunk) -> ()",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] moments, Tensor(c!) steps, Tensor(d!) ticks, Tensor(e!) latched, "
+    "Tensor(f!) squares, Tensor(g!) grad_squares, Tensor(h!) skipped, Tensor tensors, Tensor addresses, Tensor chunks, "
+    "Tensor hyper, Tensor words, Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, bool measure, int flags, "
+    "int variants, int chunk) -> ()",
 )
 
 
 @torch.library.impl("stablelora_kernels::stable_adamw_", ("cpu", "cuda"))
-def _stable_adamw(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], *tables: Any
-) -> None:
-    kernels.stable_adamw(*tables)
+def _stable_adamw(params: list[Tensor], grads: list[Tensor], moments: list[Tensor], *arguments: Any) -> None:
+    kernels.stable_adamw(*arguments)
 
 
 @torch.library.register_fake("stablelora_kernels::stable_adamw_")
 def _stable_adamw_fake(*args: Any, **kwargs: Any) -> None:
     return None
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TritonStep:
@@ -51,15 +56,26 @@ class TritonStep:
         self,
         members: Sequence[Member],
         pairs: Sequence[Pair],
-        groups: Sequence[dict[str, Any]],
+        groups: Sequence[Setting],
         state: dict[Tensor, dict[str, Any]],
+        skipped: Tensor,
+        storage: Storage,
     ) -> None:
-        self.members, self.pairs, self.groups = members, pairs, groups
+        self.members, self.pairs, self.groups, self.skipped = members, pairs, groups, skipped
         self.params = [member.param for member in members]
         self.device = self.params[0].device
-        init_moments(state, members)
-        self.exp_avgs = [state[p]["exp_avg"] for p in self.params]
-        self.exp_avg_sqs = [state[p]["exp_avg_sq"] for p in self.params]
+        init_moments(state, members, groups, storage)
+        make_masters(state, self.params, storage)
+        self.low = [p for p in self.params if storage.has_master(p)]
+        self.masters = [state[p]["master"] for p in self.low]
+        self.storage_flags = tables.FLAG_MASTER * bool(self.low)
+        self.storage_flags |= tables.FLAG_LOW_MOMENTS * (storage.moments_dtype is torch.bfloat16)
+        self.storage_flags |= tables.FLAG_8BIT_MOMENTS * (storage.moments_dtype is torch.uint8)
+        # In the order of the moments.
+        self.scales = [
+            [state[p][f"{key}_scale"] for key in _MOMENTS if f"{key}_scale" in state[p]] for p in self.params
+        ]
+        self.moments = [[state[p][key] for key in moment_names(groups[group])] for p, group, _ in members]
         # An empty tensor has one chunk too, for its counters.
         counts = [max(1, -(-p.numel() // self.CHUNK)) for p in self.params]
         self.firsts = _starts(counts)
@@ -69,6 +85,7 @@ class TritonStep:
         self.versions: list[int] | None = None
         self.address_key: list[tuple[int, int]] | None = None
         self.hyper_key: list[tuple[Any, ...]] | None = None
+        self.cells: dict[tuple[int, str], Tensor] = {}
 
     def _make_counters(self, state: dict[Tensor, dict[str, Any]], counts: list[int]) -> None:
         """The counters of every chunk, from the state, whose entries become views of the first chunks' counters."""
@@ -79,32 +96,36 @@ class TritonStep:
         self.latched = torch.repeat_interleave(old_latched, repeats, output_size=total)
         self.ticks = torch.zeros(total, dtype=torch.int32, device=self.device)
         self.squares = torch.zeros(2, total, dtype=torch.float32, device=self.device)
-        self.grad_squares = torch.zeros(min(total, kernels.MAX_GRAD_SUMS), dtype=torch.float32, device=self.device)
+        self.grad_squares = torch.zeros(min(total, tables.MAX_GRAD_SUMS), dtype=torch.float32, device=self.device)
         for p, first in zip(self.params, self.firsts, strict=True):
             state[p]["step"] = self.steps[first]
         for pair in self.pairs:
             state[self.params[pair.a]]["latched_at"] = self.latched[self.firsts[pair.a]]
 
     def _make_tables(self, counts: list[int]) -> None:
-        roles = {pair.a: kernels.ROLE_A for pair in self.pairs} | {pair.b: kernels.ROLE_B for pair in self.pairs}
+        never = {pair.a for pair in self.pairs if self.groups[self.members[pair.a].group]["stop_condition"] == "never"}
+        self.has_never = bool(never)
+        roles = {pair.a: tables.ROLE_A_NEVER if pair.a in never else tables.ROLE_A for pair in self.pairs}
+        roles |= {pair.b: tables.ROLE_B for pair in self.pairs}
         partners = {place: pair for pair in self.pairs for place in pair}
+        masters = {id(p): master.data_ptr() for p, master in zip(self.low, self.masters, strict=True)}
         rows = []
         for i, (p, group, base) in enumerate(self.members):
-            row = [p.data_ptr(), self.exp_avgs[i].data_ptr(), self.exp_avg_sqs[i].data_ptr(), p.numel(), group]
-            row += [roles.get(i, kernels.ROLE_LONE), base]
+            addresses = [moment.data_ptr() for moment in self.moments[i]]
+            row = [p.data_ptr(), *addresses[:2], p.numel(), group, roles.get(i, tables.ROLE_LONE), base]
             if i in partners:
                 a, b = partners[i]
                 widths = [max(self.params[a].shape[1], 1), max(self.params[b].shape[0], 1)]
                 row += [self.firsts[a], counts[a], self.firsts[b], counts[b], *widths]
-            rows.append(row + [0] * (len(kernels.TENSOR_COLUMNS) - len(row)))
+            else:
+                row += [0] * 6
+            rows.append([*row, *(addresses[2:] or [0]), masters.get(id(p), 0)])
+            rows[-1] += [scale.data_ptr() for scale in self.scales[i]] or [0, 0]
         self.tensors = upload(rows, torch.int64, self.device)
         chunks = [(i, number) for i, count in enumerate(counts) for number in range(count)]
         self.chunks = upload(chunks, torch.int32, self.device)
-        self.kinds = [kernels.KINDS.index(p.dtype) for p in self.params]
-        self.aligned = [
-            not any(value % 16 for value in (*row[:4], moment.data_ptr()))
-            for row, moment in zip(rows, self.exp_avg_sqs, strict=True)
-        ]
+        self.kinds = [tables.KINDS.index(p.dtype) for p in self.params]
+        self.aligned = [not any(value % 16 for value in (*row[:4], *row[-4:-2])) for row in rows]
 
     def __call__(
         self,
@@ -119,20 +140,23 @@ class TritonStep:
         ]
         self._upload_addresses(ready)
         self._upload_hyper()
-        if self.versions != [p._version for p in self.watched]:
-            self._measure()
+        measure = self.versions != [p._version for p in self.watched]
+        if measure:
+            # The step then reads the first half of the sums.
+            self.ticks.zero_()
+            follow_parameters(self.masters, self.low)
         present = [i for i, g in enumerate(ready) if g is not None]
         written = [self.params[i] for i in present]
         torch.ops.stablelora_kernels.stable_adamw_(
             written,
             [g for g in ready if g is not None],
-            [self.exp_avgs[i] for i in present],
-            [self.exp_avg_sqs[i] for i in present],
+            [*(moment for i in present for moment in self.moments[i]), *self.masters, *chain(*self.scales)],
             self.steps,
             self.ticks,
             self.latched,
             self.squares,
             self.grad_squares,
+            self.skipped,
             self.tensors,
             self.addresses,
             self.chunks,
@@ -141,6 +165,8 @@ class TritonStep:
             grad_scale,
             found_inf,
             max_grad_norm,
+            measure,
+            self.flags,
             self.variants,
             self.CHUNK,
         )
@@ -162,52 +188,65 @@ class TritonStep:
 
     def _upload_hyper(self) -> None:
         """The hyper-parameters of every group, when one of them has changed."""
-        lrs = [self._lr(group["lr"]) for group in self.groups]
+        living = [
+            [self._living(i, name) for name in ("lr", "weight_decay", "shrink_ratio")] for i in range(len(self.groups))
+        ]
         key = [
             (
                 *group["betas"],
                 group["eps"],
-                group["weight_decay"],
-                group["shrink_ratio"],
+                group.lr_ratio,
                 group["maximize"],
                 group["seed"],
-                lr.data_ptr() if isinstance(lr, Tensor) else lr,
+                *(value.data_ptr() if isinstance(value, Tensor) else value for value in values),
+                any(isinstance(value, Tensor) for value in values),
             )
-            for group, lr in zip(self.groups, lrs, strict=True)
+            for group, values in zip(self.groups, living, strict=True)
         ]
         if key == self.hyper_key:
             return
         rows = []
-        for group, lr in zip(self.groups, lrs, strict=True):
+        for group, values in zip(self.groups, living, strict=True):
             beta1, beta2 = group["betas"]
             logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
             sign = -1.0 if group["maximize"] else 1.0
-            row = [beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], group["weight_decay"], group["shrink_ratio"], sign]
-            rows.append([*row, *logs, 0.0 if isinstance(lr, Tensor) else lr])
+            lr, decay, ratio = (0.0 if isinstance(value, Tensor) else value for value in values)
+            row = [beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], decay, ratio, sign]
+            # The kernel multiplies by the ratio only where the learning rate is a tensor.
+            rows.append(
+                [*row, *logs, lr * group.lr_ratio, group.lr_ratio if isinstance(values[0], Tensor) else 1.0, 0.0]
+            )
         self.hyper = upload(rows, torch.float32, self.device)
-        # The addresses in the table must outlive this call.
-        self.lrs = lrs
+        # The tensors whose addresses are in the table.
+        self.living = living
         words = []
-        for i, (group, lr) in enumerate(zip(self.groups, lrs, strict=True)):
-            own = self.hyper[i, -1].data_ptr()
-            words.append([lr.data_ptr() if isinstance(lr, Tensor) else own, seed_word(group["seed"])])
+        for i, (group, values) in enumerate(zip(self.groups, living, strict=True)):
+            own = [self.hyper[i, tables.HYPER_COLUMNS.index(name)] for name in ("lr", "decay", "ratio")]
+            lr, decay, ratio = (
+                (value if isinstance(value, Tensor) else mine).data_ptr()
+                for value, mine in zip(values, own, strict=True)
+            )
+            words.append([lr, seed_word(group["seed"]), decay, ratio])
         self.words = upload(words, torch.int64, self.device)
+        self.flags = self.storage_flags | tables.FLAG_AMSGRAD * any(group["amsgrad"] for group in self.groups)
+        self.flags |= tables.FLAG_NEVER * self.has_never
+        self.flags |= tables.FLAG_DYNAMIC * any(
+            isinstance(decay, Tensor) or isinstance(ratio, Tensor) or (isinstance(lr, Tensor) and group.lr_ratio != 1)
+            for (lr, decay, ratio), group in zip(living, self.groups, strict=True)
+        )
         self.hyper_key = key
 
-    def _lr(self, lr: float | Tensor) -> float | Tensor:
-        """``lr`` as a float, or as a float32 tensor on the device, which the kernel reads."""
-        if not isinstance(lr, Tensor):
-            return lr
-        if lr.device.type == "cpu" and self.device.type != "cpu":
-            return lr.item()
-        return lr.to(self.device, torch.float32, non_blocking=True)
-
-    def _measure(self) -> None:
-        """Measure the sums of squares of all parameters into the half of ``squares`` that the next step reads."""
-        self.ticks.zero_()
-        kernels.square_sums(
-            self.tensors, self.tensors, self.addresses, self.chunks, self.squares[0], self.variants, self.CHUNK
-        )
+    def _living(self, group: int, name: str) -> float | Tensor:
+        """A hyper-parameter as a float, or as a float32 scalar on the device that keeps its address."""
+        value = self.groups[group][name]
+        if not isinstance(value, Tensor):
+            return value
+        if value.device.type == "cpu" != self.device.type:
+            return value.item()
+        if value.device == self.device and value.dtype is torch.float32:
+            return value
+        cell = self.cells.setdefault((group, name), torch.empty((), dtype=torch.float32, device=self.device))
+        return cell.copy_(value, non_blocking=True)
 
 
 def _starts(counts: list[int]) -> list[int]:
