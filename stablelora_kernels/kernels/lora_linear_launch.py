@@ -161,10 +161,12 @@ def _beside(device: Device, g: Gradients | None, out: Tensor | None, warps: int,
         return _Beside(0, (None, None, None), 1, flags)
     c = g.call
     tile, _ = pick_tile(dispatch.GRADS_TILES, device, c)
-    block_r = rank_block(c.r, tile.BLOCK_N)
-    # A matrix instruction's 64 rows for each four warps. More of the mask's random numbers at once would spill registers.
-    rows = 32 if c.dropout and out is g.da else tile.BLOCK_K
-    tile = tile._replace(BLOCK_M=max(tile.BLOCK_M, 16 * warps), BLOCK_K=rows)
+    # A wider block of ranks beside another kernel's accumulators would spill registers.
+    block_r = rank_block(c.r, min(tile.BLOCK_N, 128))
+    masked = c.dropout and out is g.da
+    # A matrix instruction's 64 rows for each four warps; but the mask's random numbers take registers.
+    columns = tile.BLOCK_M if masked and block_r == 32 else max(tile.BLOCK_M, 16 * warps)
+    tile = tile._replace(BLOCK_M=columns, BLOCK_K=32 if masked else tile.BLOCK_K)
     tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + block_r) * c.dtype.itemsize)
     columns = c.n if out is g.da else c.k
     tiles, steps = triton.cdiv(columns, tile.BLOCK_M) * triton.cdiv(c.r, block_r), triton.cdiv(c.m, tile.BLOCK_K)
