@@ -38,7 +38,7 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
                 pairs: list[tuple[Choice | None, Choice | None]] = [(None, None)]
                 if m == ROWS[-1]:
                     pairs.append((Choice("vendor", ""), Choice("vendor", "")))
-                    if r <= MAX_FUSED_R:
+                    if r <= MAX_FUSED_R and dtype != FP32:
                         pairs.append((None if p else Choice("fused", ""), Choice("fused", "")))
                 for forward, backward in pairs:
                     for launches in call_launches(device, m, n, k, r, dtype, lora, p, forward, backward):

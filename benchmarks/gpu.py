@@ -137,8 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.budget <= 0:
         parser().error(f"--budget must be above 0, got {options.budget:g}")
     dry = options.dry_run
-    # A stop by a time limit is an interrupt, too.
-    signal.signal(signal.SIGTERM, _interrupt)
+    # A stop by a time limit is an interrupt, too; and of what a shell began in the background, SIGINT is ignored until here.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         found = machine(dry, MACHINE_SECONDS)
     except KeyboardInterrupt:

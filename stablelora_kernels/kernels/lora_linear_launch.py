@@ -209,7 +209,9 @@ def _shrink(device: Device, p: Product, g: Gradients | None = None, lead: bool =
          _threshold(p.dropout_p)),
         beside.constants | {
          "DROPOUT": dropout, "EVEN_K": c.k % tile.BLOCK_K == 0, "LEAD": lead, "BLOCK_M": tile.BLOCK_M,
-         "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r, "INPUT_PRECISION": input_precision(device, c.dtype)},
+         "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r,
+         # For dS, A is B^T, whose rows are not contiguous.
+         "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
 
