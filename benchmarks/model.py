@@ -140,6 +140,23 @@ def ours(
     return first, second
 
 
+def without_overlap(gpu: Gpu, s: Shape) -> float:
+    """Predicted seconds of forward and backward, both split, should nothing run beside or behind anything else.
+
+    dY comes from memory for dS and again for dB, dA begins when dX is done, and no launch begins before the one ahead has ended.
+    """
+    bf16, p, split = torch.bfloat16, 0.1 if s.dropout else 0.0, Choice("split", "")
+    forward, (thin, wide) = call_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, bf16, bf16, p, split, split)
+    alone = [launch._replace(options={**launch.options, "launch_pdl": False}) for launch in forward]
+    traffic = formula(thin)
+    again, x = 2 * s.m * s.n, 2 * s.m * s.k
+    thin_seconds = gpu.launch + (traffic.read_unique + traffic.written_unique + again) / gpu.bandwidth
+    product = _operations(wide._replace(constants=wide.constants | {"HAS_GRAD": False}), gpu) / gpu.matrix_rate["bf16"]
+    return (
+        sum(launch_seconds(gpu, launch) for launch in alone) + thin_seconds + gpu.launch + product + x / gpu.bandwidth
+    )
+
+
 def possible(s: Shape, direction: str) -> list[str]:
     """The kernels that can do this call."""
     kernels = []
@@ -272,6 +289,18 @@ def show(rows: list[dict[str, Any]], n: int, k: int) -> list[str]:
     return aligned(cells, left=0)
 
 
+def worst_case(gpu: Gpu, rows: list[dict[str, Any]]) -> list[str]:
+    """Where our time would be bound by products: as predicted, and without any overlap."""
+    lines = []
+    for row in rows:
+        if (row["n"], row["k"], row["r"]) == (4096, 4096, 16) and row["m"] >= 2048:
+            frozen = row["frozen forward"] + row["frozen backward"]
+            bare = without_overlap(gpu, Shape(row["m"], 4096, 4096, 16, row["dropout"] > 0)) * 1e6
+            planned = row["ours forward"] + row["ours backward"]
+            lines.append(f"M {row['m']}: {bare / frozen:.2f} instead of {planned / frozen:.2f}")
+    return lines
+
+
 def plot(rows: list[dict[str, Any]], gpu: Gpu, directory: Path) -> list[Path]:
     """Predicted time over the frozen layer's against M and against r."""
     import matplotlib.pyplot as plt
@@ -344,6 +373,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"N {n}, K {k}: forward + backward over the frozen layer's", *show(rows, n, k), "", sep="\n")
     for line in (*check_published(load_gpu("h100")), *against_measured(gpu, options.gpu)):
         print(line)
+    print(
+        "Should nothing overlap as planned, 4096 x 4096, r 16, over the frozen layer's:",
+        *worst_case(gpu, rows),
+        sep="\n  ",
+    )
     regrets = [row[f"{direction} regret"] for row in rows for direction in ("forward", "backward")]
     print(
         f"dispatch against the fastest predicted kernel: {statistics.mean(regrets):.1%} longer on average, "

@@ -84,6 +84,17 @@ def test_the_dispatch_tables_crossovers_are_the_models(dropout, monkeypatch):
             assert more < 0.01, (m, n, k, r, direction, chosen, fastest)
 
 
+@pytest.mark.parametrize("dropout", [False, True])
+def test_without_overlap_it_takes_longer(dropout, monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    for m in (2048, 16384):
+        s = Shape(m, 4096, 4096, 16, dropout)
+        planned, bare = sum(model.ours(H100, s)), model.without_overlap(H100, s)
+        # The second read of dY, dA's of X, and two launches' gaps.
+        least = 2 * H100.launch + 2 * m * 4096 * 2 / H100.bandwidth
+        assert planned < bare < planned + 1.5 * least
+
+
 def test_a_slower_triton_makes_the_vendor_win():
     s = Shape(8192, 4096, 4096, 16, False)
     for efficiency, expected in ((1.0, "split"), (0.7, "vendor")):

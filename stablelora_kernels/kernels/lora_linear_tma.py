@@ -26,7 +26,8 @@ def _lora_linear_tma_kernel(
 
     As ``_lora_linear_kernel``, with X, W (W^T [K, N] where TRANS_W), Y and, where DESCRIBED_A, A (A^T [K, R] where TRANS_A)
     behind descriptors, and programs that stay: each takes tile after tile. SPECIALIZE gives loading, multiplying and storing
-    to warps of their own. The programs from PRODUCTS on, if any, come to a processor as those of the product leave it.
+    to warps of their own. Where HAS_GRAD, the programs from PRODUCTS on compute grad = S^T (Z ∘ keep), as those of
+    the product leave a processor to them.
     """
     program = tl.program_id(0)
     if HAS_GRAD:  # noqa: SIM102, since only one of the two is known to the compiler
