@@ -12,6 +12,7 @@ import torch
 from ._checks import check_float, check_int
 from .ops.stable_adamw import moment_names
 from .ops.stable_adamw_settings import check_patterns
+from .ops.stable_adamw_shards import check_shards, is_sharded, local, part_for
 from .ops.stable_adamw_storage import Storage, converted_moment
 from .pairs import LoRAPair, lora_pairs, split_lora_name
 
@@ -126,6 +127,19 @@ def check_amsgrad(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
         raise ValueError(f"amsgrad=True needs moments_dtype=torch.float32, got {storage.moments_dtype}")
 
 
+def check_storage_fits(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
+    """Whether the parameters and settings of ``groups`` can be kept in that way."""
+    check_amsgrad(groups, storage)
+    if storage.moments_dtype is torch.uint8:
+        for group in groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if is_sharded(p):
+                    raise ValueError(
+                        f"parameter {name!r} is a DTensor, whose moments cannot be in 8 bits: their blocks would be those of one "
+                        "number of processes; use moments_dtype=torch.bfloat16, got torch.uint8"
+                    )
+
+
 def check_max_grad_norm(value: Any) -> float:
     if isinstance(value, float) and value == math.inf:
         return value
@@ -133,12 +147,12 @@ def check_max_grad_norm(value: Any) -> float:
 
 
 def check_parameter(name: str, p: torch.Tensor) -> None:
-    """Whether the optimizer can update ``p``: a plain, dense tensor of a floating-point type it knows."""
-    if hasattr(p, "device_mesh"):
-        raise TypeError(f"{name} is a sharded {type(p).__name__}, which StableLoRAAdamW does not support")
+    """Whether the optimizer can update ``p``: a dense tensor, or a DTensor of dense parts, of a floating-point type it knows."""
     if p.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {p.dtype}")
-    if p.layout is not torch.strided or torch.empty_like(p, device="meta").stride() != p.stride():
+    if is_sharded(p):
+        check_shards(name, p)
+    elif p.layout is not torch.strided or torch.empty_like(p, device="meta").stride() != p.stride():
         raise ValueError(f"{name} must be dense in memory, got {p.layout}, shape {list(p.shape)}, strides {p.stride()}")
 
 
@@ -304,13 +318,15 @@ def check_state(
                     raise ValueError(
                         f"state_dict's {field!r} of {name!r} must be {list(shape)}, got {list(value.shape)}"
                     )
+            part = local(p.detach())
             moments: dict[str, torch.Tensor] = {}
+            entry = {**entry, **{field: part_for(entry[field], p) for field in (*names, *masters)}}
             for field in names:
-                moments |= converted_moment(entry, field, p, storage)
+                moments |= converted_moment(entry, field, part, storage)
             counters = {"step": entry["step"].detach().to(p.device, torch.float32, copy=True)}
             if id(p) in owners:
                 counters["latched_at"] = entry["latched_at"].detach().to(p.device, torch.int32, copy=True)
             if storage.has_master(p) and "master" in entry:
-                moments["master"] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(entry["master"])
+                moments["master"] = torch.empty_like(part, dtype=torch.float32).copy_(entry["master"])
             result[p] = {**counters, **moments}
     return result

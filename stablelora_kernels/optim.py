@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,14 +14,15 @@ from torch import nn
 
 from . import _optim_checks as checks
 from .backend import get_backend, resolve_backend
+from .ops import stable_adamw_staging as staging
 from .ops.stable_adamw import Pair, TorchStep, work_dtype
-from .ops.stable_adamw_settings import build_key, members_and_settings
+from .ops.stable_adamw_settings import Member, build_key, members_and_settings
+from .ops.stable_adamw_shards import ShardSums, is_sharded, local, local_grad, whole_like
 from .pairs import LoRAPair
 from .stability import PairStability, finite_norms
 
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+# What a parameter's state holds beside tensors of its shape.
+COUNTERS = ("step", "latched_at")
 
 
 class StableLoRAAdamW(torch.optim.Optimizer):
@@ -125,7 +128,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         groups = [checks.check_group(group, defaults) for group in checks.as_groups(params)]
         # Before the base class sees them, so that its first groups need not hold whole pairs.
         checks.find_pairs(groups)
-        checks.check_amsgrad(groups, storage)
+        checks.check_storage_fits(groups, storage)
         self.storage = storage
         super().__init__(groups, defaults)
         self.max_grad_norm = max_grad_norm
@@ -150,7 +153,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if constructed:
             param_group = checks.check_group(param_group, self.defaults)
             checks.find_pairs([*self.param_groups, param_group])
-            checks.check_amsgrad([param_group], self.storage)
+            checks.check_storage_fits([param_group], self.storage)
         super().add_param_group(param_group)
         if constructed:
             self._rebuild()
@@ -159,6 +162,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """Find the pairs of ``param_groups`` anew and forget everything derived from them."""
         self._pairs = checks.find_pairs(self.param_groups)
         self._params = [p for group in self.param_groups for p in group["params"]]
+        self._any_sharded = any(map(is_sharded, self._params))
         self._reported: int = getattr(self, "_reported", 0)
         self._skipped_there: dict[torch.device, torch.Tensor] = getattr(self, "_skipped_there", {})
         self._engines: list[tuple[list[int], Any]] = []
@@ -166,11 +170,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def _build_engines(self) -> None:
         """One engine for each device that holds parameters, on the backend in force there."""
-        checks.check_amsgrad(self.param_groups, self.storage)
+        checks.check_storage_fits(self.param_groups, self.storage)
         all_members, settings = members_and_settings(self.param_groups, self._pairs)
         by_device: dict[torch.device, list[int]] = {}
         for place, member in enumerate(all_members):
-            checks.check_parameter("a parameter", member.param)
+            checks.check_parameter("a parameter", member.owner)
             by_device.setdefault(member.param.device, []).append(place)
         if len(by_device) > 1 and self.max_grad_norm is not None:
             raise ValueError(
@@ -185,7 +189,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         engines = []
         for device, places in by_device.items():
             members = [all_members[place] for place in places]
-            where = {id(member.param): i for i, member in enumerate(members)}
+            where = {id(member.owner): i for i, member in enumerate(members)}
             pairs = [Pair(where[id(pair.A)], where[id(pair.B)]) for pair in self._pairs if pair.A.device == device]
             engine: Any = TorchStep
             if resolve_backend(device) == "triton":
@@ -196,8 +200,20 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                     from .ops.stable_adamw_triton import TritonStep
 
                     engine = TritonStep
-            engines.append((places, engine(members, pairs, settings, self.state, self._skipped(device), self.storage)))
+            state = {member.param: self._local_state(member) for member in members}
+            engines.append((places, engine(members, pairs, settings, state, self._skipped(device), self.storage)))
+            for member in members:
+                if member.param is not member.owner:
+                    self.state[member.owner] = {
+                        key: value if key in COUNTERS else whole_like(value, member.owner)
+                        for key, value in state[member.param].items()
+                    }
         self._engines = engines
+
+    def _local_state(self, member: Member) -> dict[str, Any]:
+        """What an engine may fill and change: a parameter's state, or this process's parts of it."""
+        entry = self.state[member.owner]
+        return entry if member.param is member.owner else {key: local(value) for key, value in entry.items()}
 
     def _skipped(self, device: torch.device) -> torch.Tensor:
         if device not in self._skipped_there:
@@ -231,13 +247,22 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [p.grad for p in self._params]
+        # Trainers that shard a model after this was made put other parameters into the groups.
+        if not all(map(operator.is_, self._params, chain.from_iterable(g["params"] for g in self.param_groups))):
+            self._rebuild()
+        if self._any_sharded:
+            params, grads = [local(p) for p in self._params], [local_grad(p) for p in self._params]
+        else:
+            params, grads = self._params, [p.grad for p in self._params]
         if not checks.check_grads(grads):
+            return loss
+        if not self.state and self._is_made_up(grads):
+            self._build_engines()
             return loss
         if self.shrink_schedule is not None:
             self._follow_schedule(self.shrink_schedule)
         # A module moved or cast after construction keeps its Parameter objects but not their memory.
-        key = ([p.data_ptr() for p in self._params], get_backend(), build_key(self.param_groups))
+        key = ([p.data_ptr() for p in params], get_backend(), build_key(self.param_groups))
         if key != self._engine_key:
             self._check_not_capturing()
             self._build_engines()
@@ -245,15 +270,30 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for places, engine in self._engines:
             scale, inf = (
-                t if t is None else t.to(engine.device, torch.float32, non_blocking=True)
+                t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
                 for t in (grad_scale, found_inf)
             )
             own = grads if len(self._engines) == 1 else [grads[place] for place in places]
             engine(own, scale, inf, self.max_grad_norm)
         return loss
 
+    def _is_made_up(self, grads: list[torch.Tensor | None]) -> bool:
+        """Whether this is no step but a way to make the state: torch.distributed.checkpoint takes one to have something to fill,
+        with zero gradients and no learning rate, after which nothing may have changed. Algorithm 1 would shrink or latch.
+        """
+        for group in self.param_groups:
+            lr = group["lr"]
+            if isinstance(lr, torch.Tensor) and lr.device.type != "cpu":
+                return False
+            if lr != 0:
+                return False
+        device = self._params[0].device
+        moving = torch.stack([g.any().to(device) for g in grads if g is not None]).any()
+        sums = ShardSums(self._params)
+        return not bool(sums.agree_(moving.int()) if sums else moving)
+
     def _follow_schedule(self, schedule: Callable[[int], float]) -> None:
-        if _capturing():
+        if staging.capturing():
             raise RuntimeError(
                 "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
                 "write to it between replays"
@@ -266,7 +306,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def _check_not_capturing(self) -> None:
         """Building tables allocates and copies, which a CUDA graph cannot hold: one step has to come before capture."""
-        if _capturing():
+        if staging.capturing():
             raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
 
     @torch.no_grad()
@@ -293,7 +333,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             RuntimeError: a pair's norm is not finite.
         """
         self._report_nonfinite_steps()
-        finite_norms(self._pairs)
+        # Of the parts that are here: whoever saves may not be all processes.
+        finite_norms(self._pairs, here=True)
         return super().state_dict()
 
     @torch._disable_dynamo
@@ -310,6 +351,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         groups = checks.check_state_groups(state_dict, self.param_groups)
         state = checks.check_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
         checks.check_amsgrad(groups, self.storage)
+        state = {
+            p: {key: value if key in COUNTERS else whole_like(value, p) for key, value in entry.items()}
+            for p, entry in state.items()
+        }
         for saved, group in zip(groups, self.param_groups, strict=True):
             for key, value in saved.items():
                 if key not in ("params", "param_names"):

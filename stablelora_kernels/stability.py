@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .ops.stable_adamw_shards import ShardSums, local
 from .pairs import LoRAPair
 
 
@@ -26,10 +27,17 @@ class PairStability:
     latched_at: int | None
 
 
-def finite_norms(pairs: Sequence[LoRAPair]) -> list[tuple[float, float]]:
-    """||A||_F and ||B||_F of every pair, in float64, or RuntimeError for one that is not finite."""
-    halves = [p.detach() for pair in pairs for p in (pair.A, pair.B)]
-    norms = torch.stack([p.norm(dtype=torch.float64).cpu() for p in halves]).view(-1, 2).tolist()
+def finite_norms(pairs: Sequence[LoRAPair], here: bool = False) -> list[tuple[float, float]]:
+    """||A||_F and ||B||_F of every pair, in float64, or RuntimeError for one that is not finite.
+
+    Of sharded pairs the norms over all processes, which all must ask for together; or, ``here``, of this one's parts.
+    """
+    halves = [p for pair in pairs for p in (pair.A, pair.B)]
+    norms_there = [local(p.detach()).norm(dtype=torch.float64) for p in halves]
+    sums = ShardSums([] if here else halves)
+    if sums:
+        norms_there = list(sums.add_up_(torch.stack(norms_there).square_()).sqrt_())
+    norms = torch.stack([norm.cpu() for norm in norms_there]).view(-1, 2).tolist()
     for pair, (a, b) in zip(pairs, norms, strict=True):
         if not (math.isfinite(a) and math.isfinite(b)):
             raise RuntimeError(

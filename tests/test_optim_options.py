@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from stablelora_kernels import optim
+from stablelora_kernels.ops import stable_adamw_staging as staging
 from stablelora_kernels.optim import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference_optim import StableAdamWRef
@@ -197,7 +197,7 @@ def test_a_schedule_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, shrink_schedule=schedule)
     set_grads(halves(pairs), 0)
-    monkeypatch.setattr(optim, "_capturing", lambda: True)
+    monkeypatch.setattr(staging, "capturing", lambda: True)
     before = [p.detach().clone() for p in halves(pairs)]
     with pytest.raises(RuntimeError, match="a CUDA graph would not call again: give shrink_ratio as a tensor"):
         optimizer.step()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stablelora_kernels.ops.stable_adamw_rounding import seed_word
+from stablelora_kernels.ops.stable_adamw_shards import Place
 from stablelora_kernels.ops.stable_adamw_storage import keep_moments
 from stablelora_kernels.optim import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
@@ -102,7 +103,7 @@ def test_moments_are_rounded_by_the_references_noise() -> None:
     kept = [torch.empty_like(v, dtype=BF16) for v in values]
     word = torch.tensor(seed_word(seed), dtype=torch.int32)
     entry = dict(zip(("exp_avg", "exp_avg_sq"), kept, strict=True))
-    keep_moments(entry, values, base, torch.tensor(step, dtype=torch.int32), word)
+    keep_moments(entry, values, Place(base), torch.tensor(step, dtype=torch.int32), word)
     for which, (k, value) in enumerate(zip(kept, values, strict=True)):
         flat = value.t().flatten().tolist()
         noise = [moment_noise_ref(seed, step, (base + i) % 2**32)[which] for i in range(12)]

@@ -24,8 +24,10 @@ from stablelora_kernels.kernels.stable_adamw_tables import (
     A_NEVER,
     AMSGRAD,
     COLUMNS,
+    CUT,
     DYNAMIC,
     EIGHT_BITS,
+    FLAG_SHARDED,
     HYPERS,
     LOW_MOMENTS,
     MASTER,
@@ -33,6 +35,7 @@ from stablelora_kernels.kernels.stable_adamw_tables import (
     N_VARIANTS,
     NEVER,
     NUM_WARPS,
+    SHARDED,
     WORDS,
     A,
 )
@@ -95,7 +98,12 @@ def _update(
             tl.store(x_ptrs, largest, mask=mask)
     p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + 4))
     if KIND != 0 or (LOW_MOMENTS | EIGHT_BITS) & FLAGS:
-        noise = mix((base + start + offsets).to(tl.uint32) ^ key)
+        index = start + offsets
+        if CUT & FLAGS:
+            columns = tl.load(row + 17)
+            if columns != 0:
+                index = index // columns * tl.load(row + 18) + index % columns
+        noise = mix((base + index).to(tl.uint32) ^ key)
     if LOW_MOMENTS & FLAGS:
         # reference_optim.moment_noise_ref
         word = mix(noise + 0x9E3779B9)
@@ -190,8 +198,12 @@ def _stable_adamw_kernel(
             is_a = is_a | (role == A_NEVER)
         if is_a:
             if tl.load(latched_ptr + chunk) == 0:
-                a = span_sum(before_ptr, tl.load(row + 7), tl.load(row + 8), 64)
-                b = span_sum(before_ptr, tl.load(row + 9), tl.load(row + 10), 64)
+                if SHARDED & FLAGS:
+                    a = tl.load(tl.load(row + 7).to(tl.pointer_type(tl.float32)))
+                    b = tl.load(tl.load(row + 9).to(tl.pointer_type(tl.float32)))
+                else:
+                    a = span_sum(before_ptr, tl.load(row + 7), tl.load(row + 8), 64)
+                    b = span_sum(before_ptr, tl.load(row + 9), tl.load(row + 10), 64)
                 # Sums that are not finite compare false: such a pair neither shrinks nor latches.
                 if (a < float("inf")) & (b < float("inf")):
                     shrinks = tl.sqrt(a) / tl.load(row + 11) > tl.sqrt(b) / tl.load(row + 12)
@@ -261,8 +273,11 @@ def stable_adamw(
     variants: int,
     chunk: int,
 ) -> None:
-    """One step: one launch, or two where gradients are clipped or the parameters' norms must be measured before."""
-    if measure or max_grad_norm is not None:
+    """One step: one launch, or two where gradients are clipped or the parameters' norms must be measured before.
+
+    Sharded parameters' sums, those of their gradients too, are in place before.
+    """
+    if (measure or max_grad_norm is not None) and not flags & FLAG_SHARDED:
         sums = squares[0] if measure else None, None if max_grad_norm is None else grad_squares
         square_sums(tensors, addresses, chunks, *sums, flags, variants, chunk)
     launch(

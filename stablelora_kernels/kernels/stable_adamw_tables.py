@@ -24,6 +24,8 @@ TENSOR_COLUMNS = (
     "master",
     "exp_avg_scale",
     "exp_avg_sq_scale",
+    "columns",
+    "pitch",
 )
 COLUMNS: tl.constexpr = tl.constexpr(len(TENSOR_COLUMNS))
 # Columns of the table of hyper-parameters (float32), one row a group. Rows of an odd number: with 12, which is 48 bytes, the
@@ -59,12 +61,17 @@ A_NEVER: tl.constexpr = tl.constexpr(ROLE_A_NEVER)
 FLAG_AMSGRAD, FLAG_DYNAMIC, FLAG_NEVER, FLAG_MASTER = 1, 2, 4, 8
 # Moments in bfloat16, or in 8 bits with a scale for each block of MOMENT_BLOCK.
 FLAG_LOW_MOMENTS, FLAG_8BIT_MOMENTS = 16, 32
+# SHARDED: the pairs' squares have been summed over all processes; a_at and b_at are the addresses of these sums.
+# CUT: some parts are not a run of their parameter's elements, which "columns" and "pitch" tell (ops.stable_adamw_shards.Place).
+FLAG_SHARDED, FLAG_CUT = 64, 128
 AMSGRAD: tl.constexpr = tl.constexpr(FLAG_AMSGRAD)
 DYNAMIC: tl.constexpr = tl.constexpr(FLAG_DYNAMIC)
 NEVER: tl.constexpr = tl.constexpr(FLAG_NEVER)
 MASTER: tl.constexpr = tl.constexpr(FLAG_MASTER)
 LOW_MOMENTS: tl.constexpr = tl.constexpr(FLAG_LOW_MOMENTS)
 EIGHT_BITS: tl.constexpr = tl.constexpr(FLAG_8BIT_MOMENTS)
+SHARDED: tl.constexpr = tl.constexpr(FLAG_SHARDED)
+CUT: tl.constexpr = tl.constexpr(FLAG_CUT)
 # The norm of all gradients is the sum of at most this many partial sums, each the work of one program.
 MAX_GRAD_SUMS = 512
 NUM_WARPS = 8

@@ -10,6 +10,7 @@ import torch
 
 from .stable_adamw_rounding import LOW_PRECISION, Scratch, seed_word, upload
 from .stable_adamw_settings import Member, Setting
+from .stable_adamw_shards import ShardSums, Unlatched
 from .stable_adamw_storage import Storage, decode8, follow_parameters, keep_moments, make_masters, new_moment
 
 
@@ -44,7 +45,7 @@ def init_moments(
     state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member], groups: Sequence[Setting], storage: Storage
 ) -> None:
     """Give every member the moments of its group, zeros of its shape and strides, where it has none yet."""
-    for p, group, _ in members:
+    for p, group, *_ in members:
         for key in moment_names(groups[group]):
             if key not in state[p]:
                 new_moment(state[p], key, p, storage)
@@ -106,7 +107,12 @@ class TorchStep:
         rounded = () if storage.master_weights else LOW_PRECISION
         low = {d: [i for i, m in enumerate(members) if m.param.dtype is d] for d in rounded}
         self.scratch = [
-            Scratch(d, [members[i].param for i in places], [members[i].base for i in places], places)
+            Scratch(
+                d,
+                [members[i].param for i in places],
+                [members[i].place.numbers(members[i].param.numel(), self.device) for i in places],
+                places,
+            )
             for d, places in low.items()
             if places
         ]
@@ -119,14 +125,17 @@ class TorchStep:
         self.mixed = len({w.dtype for w in self.work}) > 1
         self.everyone = [True] * len(members)
         # ||A||_F / n and ||B||_F / m, as factors of the norms.
-        per_n = [1 / max(members[pair.a].param.shape[1], 1) for pair in pairs]
-        per_m = [1 / max(members[pair.b].param.shape[0], 1) for pair in pairs]
+        per_n = [1 / max(members[pair.a].owner.shape[1], 1) for pair in pairs]
+        per_m = [1 / max(members[pair.b].owner.shape[0], 1) for pair in pairs]
         self.seeds = upload([seed_word(groups[m.group]["seed"]) for m in members], torch.int32, self.device)
         self.a_at = upload([pair.a for pair in pairs], torch.int64, self.device)
         self.inverse_widths = upload([per_n, per_m], torch.float64, self.device)
         # The pairs that shrink whatever the norms are, so long as those are finite.
         self.never = [groups[members[pair.a].group]["stop_condition"] == "never" for pair in pairs]
         self.never_there = upload(self.never, torch.bool, self.device)
+        self.pair_sums = ShardSums([members[at].owner for half in zip(*pairs, strict=True) for at in half])
+        self.grad_sums = ShardSums([member.owner for member in members])
+        self.unlatched = Unlatched(self.latched, range(len(pairs)))
         self.ratios: list[Any] = []
         self.plan_key: tuple[list[bool], list[int]] | None = None
         self.plan: list[_Bucket] = []
@@ -138,6 +147,8 @@ class TorchStep:
         found_inf: torch.Tensor | None,
         max_grad_norm: float | None,
     ) -> None:
+        if found_inf is not None and self.grad_sums:
+            found_inf = self.grad_sums.agree_(found_inf.clone())
         if self.on_host and found_inf is not None:
             if found_inf.item():
                 return
@@ -151,7 +162,7 @@ class TorchStep:
                 for w, g in zip(self.work, grads, strict=True)
             ]
         if max_grad_norm is not None:
-            total, grad_scale = self._clipping([g for g in ready if g is not None], grad_scale, max_grad_norm)
+            total, grad_scale = self._clipping(ready, present, grad_scale, max_grad_norm)
             unknown = total.isfinite().logical_not_()
             if self.on_host:
                 if unknown.item():
@@ -181,7 +192,7 @@ class TorchStep:
             torch._foreach_copy_([self.low[k] for k in shadowed], [self.masters[k] for k in shadowed])
         # So that a backward pass through what has been overwritten is noticed: the fused operator does not say so.
         torch.autograd.graph.increment_version(
-            [m.param for m, there in zip(self.members, present, strict=True) if there]
+            [m.owner for m, there in zip(self.members, present, strict=True) if there]
         )
         self.versions = [p._version for p in self.low]
 
@@ -190,13 +201,38 @@ class TorchStep:
         return [x.double() for x in norms] if self.mixed else list(norms)
 
     def _clipping(
-        self, grads: list[torch.Tensor], grad_scale: torch.Tensor | None, max_grad_norm: float
+        self,
+        grads: Sequence[torch.Tensor | None],
+        present: list[bool],
+        grad_scale: torch.Tensor | None,
+        max_grad_norm: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The unscaled gradients' norm, and what the fused operator must divide by to unscale and clip: float32 scalars."""
-        norms = torch.stack(self._one_dtype(torch._foreach_norm(grads))).float()
+        norms = torch.stack(self._one_dtype(torch._foreach_norm([g for g in grads if g is not None]))).float()
+        if self.grad_sums:
+            squares = torch.zeros(len(grads), device=self.device)
+            squares[upload(present, torch.bool, self.device)] = norms.square()
+            norms = self.grad_sums.add_up_(squares).sqrt()
         scale = torch.ones((), device=self.device) if grad_scale is None else grad_scale.reshape(())
         total = torch.linalg.vector_norm(norms) / scale
         return total, scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
+
+    def _scaled_norms(self, live: list[int]) -> torch.Tensor:
+        """[2, pairs]: ||A||_F / n and ||B||_F / m of the pairs ``live``, over all processes, in float64."""
+        every = len(live) == len(self.pairs)
+        halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
+        if self.pair_sums:
+            # In float64 throughout: a second look at a close call would be a second collective.
+            norms = torch.stack(torch._foreach_norm(halves, 2, torch.float64)).view(2, -1)
+            squares = norms.square()
+            if not every:
+                squares = torch.zeros(2, len(self.pairs), dtype=torch.float64, device=self.device)
+                squares[:, live] = norms.square()
+            norms = self.pair_sums.add_up_(squares.view(-1)).view(2, -1).sqrt()
+            norms = norms if every else norms[:, live]
+        else:
+            norms = torch.stack(self._one_dtype(torch._foreach_norm(halves))).double().view(2, -1)
+        return norms * (self.inverse_widths if every else self.inverse_widths[:, live])
 
     def _decide_on_host(self, present: list[bool]) -> list[int]:
         """The places of the A's that shrink in this step; pairs whose time has come are latched."""
@@ -204,17 +240,14 @@ class TorchStep:
         live = [k for k, pair in enumerate(self.pairs) if not latched[k] and present[pair.a]]
         if not live:
             return []
-        halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
-        norms_there = torch.stack(self._one_dtype(torch._foreach_norm(halves))).double()
-        inverse_widths = self.inverse_widths if len(live) == len(self.pairs) else self.inverse_widths[:, live]
-        scaled = norms_there.view(2, -1) * inverse_widths
+        scaled = self._scaled_norms(live)
         # Most steps leave no doubt about any pair. A NaN fails the first comparison, an infinity the second.
         if bool((scaled[0] * 0.999 > scaled[1]).all()) and bool(scaled.sum() < math.inf):
             return [self.pairs[k].a for k in live]
         shrinking = []
         inverse_n, inverse_m = self.inverse_widths.tolist()
         for k, a_norm, b_norm in zip(live, *scaled.tolist(), strict=True):
-            if abs(a_norm - b_norm) <= 1e-3 * a_norm:
+            if abs(a_norm - b_norm) <= 1e-3 * a_norm and not self.pair_sums:
                 # PyTorch's float32 norm of millions of elements is off by 1e-4: a close call is taken in float64.
                 pair = self.pairs[k]
                 a_norm = self.work[pair.a].double().norm().item() * inverse_n[k]
@@ -230,6 +263,8 @@ class TorchStep:
     def _shrink_on_device(self, present: list[bool], found_inf: torch.Tensor | None) -> None:
         """Algorithm 1 without a look from the host: factors and latches stay on the device."""
         self._plan(present, [])
+        if self.pair_sums and not self.unlatched:
+            return
         ratios = [self._number(self.groups[self.members[pair.a].group]["shrink_ratio"]) for pair in self.pairs]
         if any(isinstance(ratio, torch.Tensor) for ratio in ratios):
             self.ratios = []
@@ -237,8 +272,7 @@ class TorchStep:
         elif ratios != self.ratios:
             self.ratios, self.ratios_there = ratios, upload(ratios, torch.float64, self.device)
         a_works = [self.work[pair.a] for pair in self.pairs]
-        norms = torch._foreach_norm(a_works + [self.work[pair.b] for pair in self.pairs])
-        a_norms, b_norms = torch.stack(self._one_dtype(norms)).view(2, -1) * self.inverse_widths
+        a_norms, b_norms = self._scaled_norms(list(range(len(self.pairs))))
         undecided = (self.latched == 0) & self.present_there[self.a_at] & a_norms.isfinite() & b_norms.isfinite()
         if found_inf is not None:
             undecided &= found_inf.reshape(()) == 0
@@ -247,6 +281,8 @@ class TorchStep:
         torch._foreach_mul_(a_works, [f.to(w.dtype) for f, w in zip(factors.unbind(), a_works, strict=True)])
         now = self.steps[self.a_at].int() + 1
         self.latched.copy_(torch.where(undecided & ~shrink, now, self.latched))
+        if self.pair_sums:
+            self.unlatched.look()
 
     def _plan(self, present: list[bool], shrinking: list[int]) -> list[_Bucket]:
         """The buckets of this step, kept from the step before if the same gradients are there and the same A's shrink."""
@@ -254,7 +290,7 @@ class TorchStep:
         if key != self.plan_key:
             shrinks_at = set(shrinking)
             buckets: dict[tuple[int, bool, torch.dtype], list[int]] = {}
-            for i, (p, group, _) in enumerate(self.members):
+            for i, (p, group, *_) in enumerate(self.members):
                 if present[i]:
                     buckets.setdefault((group, i in shrinks_at, work_dtype(p)), []).append(i)
             self.plan = [
@@ -346,7 +382,7 @@ class TorchStep:
         for i, *values in zip(bucket.places, *moments, strict=True):
             entry = self.state[self.members[i].param]
             if entry["exp_avg"].dtype is not torch.float64:
-                keep_moments(entry, values, self.members[i].base, self.steps[i].int(), self.seeds[i], found_inf)
+                keep_moments(entry, values, self.members[i].place, self.steps[i].int(), self.seeds[i], found_inf)
 
     def _number(self, value: float | torch.Tensor) -> Any:
         """A hyper-parameter as a float, or as a scalar on a GPU, which is not read on the host."""

@@ -60,17 +60,18 @@ def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tenso
 class Scratch:
     """The float32 work copies of all parameters of one low-precision dtype, in one buffer."""
 
-    def __init__(self, dtype: torch.dtype, params: list[torch.Tensor], starts: list[int], places: list[int]) -> None:
-        """``starts``: the number of each parameter's first element in all; ``places``: their own among the members."""
+    def __init__(
+        self, dtype: torch.dtype, params: list[torch.Tensor], indices: list[torch.Tensor], places: list[int]
+    ) -> None:
+        """``indices``: the numbers of each parameter's elements among all; ``places``: their own among the members."""
         self.dtype, self.params, self.places = dtype, params, places
         self.sizes = [p.numel() for p in params]
         device = params[0].device
         self.flat = torch.empty(sum(self.sizes), dtype=torch.float32, device=device)
         self.repeats = upload(self.sizes, torch.int64, device)
         self.at = upload(places, torch.int64, device)
-        index = [torch.arange(b, b + n, device=device) for b, n in zip(starts, self.sizes, strict=True)]
         # Indices are taken modulo 2^32.
-        self.index = torch.cat(index).to(torch.int32)
+        self.index = torch.cat(indices).to(torch.int32)
         self.views = [
             flat.as_strided(p.shape, p.stride(), flat.storage_offset())
             for flat, p in zip(self.flat.split(self.sizes), self.params, strict=True)

@@ -9,14 +9,16 @@ import torch
 
 from ..config import pattern_matches
 from ..pairs import LoRAPair, layer_name
+from .stable_adamw_shards import Place, local, place_of
 
 
 class Member(NamedTuple):
-    """One trainable parameter as an engine sees it: its setting's number and its first element's in all parameters."""
+    """One trainable parameter as an engine sees it: this process's part, its setting's number, its place, and the whole."""
 
     param: torch.Tensor
     group: int
-    base: int
+    place: Place
+    owner: torch.Tensor
 
 
 class Setting:
@@ -55,7 +57,7 @@ def members_and_settings(
             pair = pair_of_a.get(id(p))
             own = None if pair is None else own_ratio(group["shrink_pattern"], pair.name, name)
             place = places.setdefault((index, is_b, own), len(places))
-            members.append(Member(p, place, base))
+            members.append(Member(local(p), place, place_of(f"parameter {name!r}", p, base), p))
             base += p.numel()
     return members, [Setting(groups[index], is_b, own) for index, is_b, own in places]
 

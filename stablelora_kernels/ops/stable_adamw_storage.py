@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .stable_adamw_rounding import LOW_PRECISION, mix_, stochastic_round
+from .stable_adamw_shards import Place
 
 # What is added to the word that rounds an element of a parameter to get the word that rounds its moments.
 MOMENT_WORD = 0x9E3779B9
@@ -129,18 +130,18 @@ def flat(t: torch.Tensor) -> torch.Tensor:
 def keep_moments(
     entry: dict[str, Any],
     values: Sequence[torch.Tensor],
-    base: int,
+    place: Place,
     step: torch.Tensor,
     seed: torch.Tensor,
     found_inf: torch.Tensor | None = None,
 ) -> None:
     """Round the two moments ``values``, float32, at random into a parameter's state; ``step`` and ``seed`` are int32.
 
-    ``base`` is the number of the parameter's first element. Elementwise by
+    ``place`` tells the numbers of the parameter's elements. Elementwise by
     :func:`~stablelora_kernels.reference_optim.moment_noise_ref`. Nothing changes where ``found_inf`` is not 0.
     """
     # Indices are taken modulo 2^32.
-    index = torch.arange(base, base + values[0].numel(), device=step.device).to(torch.int32)
+    index = place.numbers(values[0].numel(), step.device).to(torch.int32)
     words = mix_(index ^ mix_((step + seed).reshape(1)))
     words = mix_(words.add_(MOMENT_WORD - 2**32))
     first = entry["exp_avg"].dtype

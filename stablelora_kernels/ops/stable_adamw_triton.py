@@ -1,10 +1,9 @@
-"""The optimizer step as one Triton launch: the tables it reads, kept on the device, and the operator that it is."""
+"""The optimizer step as one Triton launch, and the tables on the device that it reads."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,31 +11,12 @@ from torch import Tensor
 
 from ..kernels import stable_adamw as kernels
 from ..kernels import stable_adamw_tables as tables
+from . import stable_adamw_staging as staging
 from .stable_adamw import Pair, dense_like, init_moments, moment_names, take_counters
 from .stable_adamw_rounding import seed_word, upload
 from .stable_adamw_settings import Member, Setting
+from .stable_adamw_shards import ShardSums, Unlatched
 from .stable_adamw_storage import Storage, follow_parameters, make_masters
-
-# Not custom_op, whose wrapper costs four times as much for hundreds of tensors. The tables hold the addresses of the
-# tensors in the lists, which are there to declare what is read and written; so this op can't be traced on copies of them.
-torch.library.define(
-    "stablelora_kernels::stable_adamw_",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] moments, Tensor(c!) steps, Tensor(d!) ticks, Tensor(e!) latched, "
-    "Tensor(f!) squares, Tensor(g!) grad_squares, Tensor(h!) skipped, Tensor tensors, Tensor addresses, Tensor chunks, "
-    "Tensor hyper, Tensor words, Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, bool measure, int flags, "
-    "int variants, int chunk) -> ()",
-)
-
-
-@torch.library.impl("stablelora_kernels::stable_adamw_", ("cpu", "cuda"))
-def _stable_adamw(params: list[Tensor], grads: list[Tensor], moments: list[Tensor], *arguments: Any) -> None:
-    kernels.stable_adamw(*arguments)
-
-
-@torch.library.register_fake("stablelora_kernels::stable_adamw_")
-def _stable_adamw_fake(*args: Any, **kwargs: Any) -> None:
-    return None
-
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -75,14 +55,28 @@ class TritonStep:
         self.scales = [
             [state[p][f"{key}_scale"] for key in _MOMENTS if f"{key}_scale" in state[p]] for p in self.params
         ]
-        self.moments = [[state[p][key] for key in moment_names(groups[group])] for p, group, _ in members]
+        self.moments = [[state[p][key] for key in moment_names(groups[group])] for p, group, *_ in members]
         # An empty tensor has one chunk too, for its counters.
         counts = [max(1, -(-p.numel() // self.CHUNK)) for p in self.params]
         self.firsts = _starts(counts)
+        halves = [place for half in zip(*pairs, strict=True) for place in half]
+        self.pair_sums = ShardSums([members[place].owner for place in halves])
+        self.grad_sums = ShardSums([member.owner for member in members])
+        self.sharded = bool(self.grad_sums)
+        self.halves = [state[self.params[place]].get("master", self.params[place]) for place in halves]
+        self.totals = torch.zeros(len(halves), dtype=torch.float32, device=self.device)
         self._make_counters(state, counts)
+        self.unlatched = Unlatched(self.latched, [self.firsts[pair.a] for pair in pairs])
         self._make_tables(counts)
-        self.watched = [self.params[place] for pair in pairs for place in pair]
+        capturable = any(group["capturable"] for group in groups)
+        size = max(16 * len(members), max(4 * len(tables.HYPER_COLUMNS), 8 * len(tables.WORD_COLUMNS)) * len(groups))
+        self.staging = staging.Staging(self.device, size, capturable)
+        self.dtypes = [p.dtype for p in self.params]
+        self.contiguous = all(p.is_contiguous() for p in self.params)
+        self.watched = [self.params[place] for place in halves]
         self.versions: list[int] | None = None
+        # Where gradients lay that are read as they are, if all of the last step's were such.
+        self.direct_at: list[int] | None = None
         self.address_key: list[tuple[int, int]] | None = None
         self.hyper_key: list[tuple[Any, ...]] | None = None
         self.cells: dict[tuple[int, str], Tensor] = {}
@@ -96,7 +90,8 @@ class TritonStep:
         self.latched = torch.repeat_interleave(old_latched, repeats, output_size=total)
         self.ticks = torch.zeros(total, dtype=torch.int32, device=self.device)
         self.squares = torch.zeros(2, total, dtype=torch.float32, device=self.device)
-        self.grad_squares = torch.zeros(min(total, tables.MAX_GRAD_SUMS), dtype=torch.float32, device=self.device)
+        sums = 1 if self.sharded else min(total, tables.MAX_GRAD_SUMS)
+        self.grad_squares = torch.zeros(sums, dtype=torch.float32, device=self.device)
         for p, first in zip(self.params, self.firsts, strict=True):
             state[p]["step"] = self.steps[first]
         for pair in self.pairs:
@@ -107,25 +102,33 @@ class TritonStep:
         self.has_never = bool(never)
         roles = {pair.a: tables.ROLE_A_NEVER if pair.a in never else tables.ROLE_A for pair in self.pairs}
         roles |= {pair.b: tables.ROLE_B for pair in self.pairs}
-        partners = {place: pair for pair in self.pairs for place in pair}
+        partners = {place: (k, pair) for k, pair in enumerate(self.pairs) for place in pair}
         masters = {id(p): master.data_ptr() for p, master in zip(self.low, self.masters, strict=True)}
+        # All A's first, then all B's, 4 bytes each.
+        totals_at = [self.totals.data_ptr() + 4 * k for k in range(self.totals.numel())]
         rows = []
-        for i, (p, group, base) in enumerate(self.members):
+        for i, (p, group, place, _) in enumerate(self.members):
             addresses = [moment.data_ptr() for moment in self.moments[i]]
-            row = [p.data_ptr(), *addresses[:2], p.numel(), group, roles.get(i, tables.ROLE_LONE), base]
+            row = [p.data_ptr(), *addresses[:2], p.numel(), group, roles.get(i, tables.ROLE_LONE), place.base]
             if i in partners:
-                a, b = partners[i]
-                widths = [max(self.params[a].shape[1], 1), max(self.params[b].shape[0], 1)]
-                row += [self.firsts[a], counts[a], self.firsts[b], counts[b], *widths]
+                k, (a, b) = partners[i]
+                if self.sharded:
+                    row += [totals_at[k], 1, totals_at[len(self.pairs) + k], 1]
+                else:
+                    row += [self.firsts[a], counts[a], self.firsts[b], counts[b]]
+                row += [max(self.members[a].owner.shape[1], 1), max(self.members[b].owner.shape[0], 1)]
             else:
                 row += [0] * 6
-            rows.append([*row, *(addresses[2:] or [0]), masters.get(id(p), 0)])
-            rows[-1] += [scale.data_ptr() for scale in self.scales[i]] or [0, 0]
+            row += [*(addresses[2:] or [0]), masters.get(id(p), 0)]
+            row += [scale.data_ptr() for scale in self.scales[i]] or [0, 0]
+            rows.append([*row, place.columns, place.pitch])
         self.tensors = upload(rows, torch.int64, self.device)
         chunks = [(i, number) for i, count in enumerate(counts) for number in range(count)]
         self.chunks = upload(chunks, torch.int32, self.device)
         self.kinds = [tables.KINDS.index(p.dtype) for p in self.params]
-        self.aligned = [not any(value % 16 for value in (*row[:4], *row[-4:-2])) for row in rows]
+        self.aligned = [not any(value % 16 for value in (*row[:4], *row[13:15])) for row in rows]
+        self.storage_flags |= tables.FLAG_SHARDED * self.sharded
+        self.storage_flags |= tables.FLAG_CUT * any(member.place.columns for member in self.members)
 
     def __call__(
         self,
@@ -134,23 +137,21 @@ class TritonStep:
         found_inf: Tensor | None,
         max_grad_norm: float | None,
     ) -> None:
-        ready = [
-            g if g is None else dense_like(p, g if g.dtype is p.dtype else g.to(p.dtype))
-            for p, g in zip(self.params, grads, strict=True)
-        ]
-        self._upload_addresses(ready)
+        uploads = len(self.staging.captured)
+        ready = grads if self._are_in_the_table(grads) else self._take_gradients(grads)
         self._upload_hyper()
-        measure = self.versions != [p._version for p in self.watched]
-        if measure:
+        changed = self.versions != [p._version for p in self.watched]
+        if changed:
             # The step then reads the first half of the sums.
             self.ticks.zero_()
             follow_parameters(self.masters, self.low)
-        present = [i for i, g in enumerate(ready) if g is not None]
-        written = [self.params[i] for i in present]
-        torch.ops.stablelora_kernels.stable_adamw_(
-            written,
-            [g for g in ready if g is not None],
-            [*(moment for i in present for moment in self.moments[i]), *self.masters, *chain(*self.scales)],
+        if self.sharded:
+            if found_inf is not None:
+                found_inf = self.grad_sums.agree_(found_inf.clone())
+            self._sum_over_processes(ready, max_grad_norm)
+        # No operator of torch.library's: its lists of tensors cost the host more than all else here, and who would trace it
+        # (step() is left out of graphs) could not run it on copies, as the tables hold addresses.
+        kernels.stable_adamw(
             self.steps,
             self.ticks,
             self.latched,
@@ -165,26 +166,77 @@ class TritonStep:
             grad_scale,
             found_inf,
             max_grad_norm,
-            measure,
+            changed,
             self.flags,
             self.variants,
             self.CHUNK,
         )
         # So that a backward pass through what has been overwritten is noticed.
-        torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version(self.written)
         self.versions = [p._version for p in self.watched]
+        if self.sharded:
+            self.unlatched.look()
+        if not staging.capturing():
+            self.staging.refill()
+            return
+        # What a graph copies and measures is there when it has been replayed: the next step may not count on it.
+        if len(self.staging.captured) > uploads:
+            self.address_key = self.hyper_key = self.direct_at = None
+        if changed:
+            self.versions = None
 
-    def _upload_addresses(self, grads: list[Tensor | None]) -> None:
-        """The address of every gradient, 0 where there is none, and the variant of the kernel's code for its tensor."""
-        key = []
-        for g, kind, aligned in zip(grads, self.kinds, self.aligned, strict=True):
-            # An empty tensor's address is 0 as well, yet its step counts.
-            address = 0 if g is None else g.data_ptr() or 16
-            key.append((address, 2 * kind + (aligned and address % 16 == 0)))
+    def _are_in_the_table(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether these gradients lie where those of the last step lay, in the same form: seen in as few passes as it takes."""
+        if self.direct_at is None:
+            return False
+        try:
+            at = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
+        except (TypeError, RuntimeError):
+            # One is missing, or has no memory of its own.
+            return False
+        return (
+            at == self.direct_at
+            and all(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
+            and self.dtypes == [g.dtype for g in grads]  # type: ignore[union-attr]
+        )
+
+    def _take_gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Put the address of every gradient into the table, 0 where there is none, and the variant of its tensor's code.
+
+        Returns the gradients that are to be read, which are those given or copies in the parameters' dtypes and strides.
+        """
+        ready = [
+            g if g is None else dense_like(p, g if g.dtype is p.dtype else g.to(p.dtype))
+            for p, g in zip(self.params, grads, strict=True)
+        ]
+        # An empty tensor's address is 0 as well, yet its step counts.
+        at = [0 if g is None else g.data_ptr() or 16 for g in ready]
+        key = [
+            (address, 2 * kind + (aligned and address % 16 == 0))
+            for address, kind, aligned in zip(at, self.kinds, self.aligned, strict=True)
+        ]
         if key != self.address_key:
-            self.addresses = upload(key, torch.int64, self.device)
+            present = [i for i, address in enumerate(at) if address]
+            self.addresses = self.staging.upload(key, torch.int64)
+            if self.sharded:
+                self.present = self.staging.upload(present, torch.int64)
             self.variants = sum(1 << code for code in {code for _, code in key})
+            self.written = [self.members[i].owner for i in present]
             self.address_key = key
+        direct = self.contiguous and all(g is not None and g is given for g, given in zip(ready, grads, strict=True))
+        self.direct_at = [g.data_ptr() for g in ready if g is not None] if direct else None
+        return ready
+
+    def _sum_over_processes(self, grads: Sequence[Tensor | None], max_grad_norm: float | None) -> None:
+        """The pairs' sums of squares over all processes while some pair may shrink, and that of the gradients for clipping."""
+        if self.unlatched:
+            norms = torch.stack(torch._foreach_norm(self.halves, 2, torch.float64))
+            self.totals.copy_(self.pair_sums.add_up_(norms.square_()))
+        if max_grad_norm is not None:
+            norms = torch.stack(torch._foreach_norm([g for g in grads if g is not None], 2, torch.float64))
+            squares = torch.zeros(len(grads), dtype=torch.float64, device=self.device)
+            squares[self.present] = norms.square_()
+            self.grad_squares.copy_(self.grad_sums.add_up_(squares).sum())
 
     def _upload_hyper(self) -> None:
         """The hyper-parameters of every group, when one of them has changed."""
@@ -216,7 +268,7 @@ class TritonStep:
             rows.append(
                 [*row, *logs, lr * group.lr_ratio, group.lr_ratio if isinstance(values[0], Tensor) else 1.0, 0.0]
             )
-        self.hyper = upload(rows, torch.float32, self.device)
+        self.hyper = self.staging.upload(rows, torch.float32)
         # The tensors whose addresses are in the table.
         self.living = living
         words = []
@@ -227,7 +279,7 @@ class TritonStep:
                 for value, mine in zip(values, own, strict=True)
             )
             words.append([lr, seed_word(group["seed"]), decay, ratio])
-        self.words = upload(words, torch.int64, self.device)
+        self.words = self.staging.upload(words, torch.int64)
         self.flags = self.storage_flags | tables.FLAG_AMSGRAD * any(group["amsgrad"] for group in self.groups)
         self.flags |= tables.FLAG_NEVER * self.has_never
         self.flags |= tables.FLAG_DYNAMIC * any(
