@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from benchmarks._gpu_checks import BF16, FP32, Case, Inputs, call, compare, equal_bits, keep_rows, leaves, run, seed_of
 from benchmarks._gpu_device import Device
 from benchmarks._gpu_section import Row
-from stablelora_kernels import LoRAPair, StableLoRAAdamW
+from stablelora_kernels import LoRALinear, LoRAPair, StableLoRAAdamW
 
 Check = Callable[[Device], Iterator[Row]]
 NAMES = ("Y", "dX", "dA", "dB")
@@ -164,6 +165,45 @@ def check_step(device: Device, dtype: torch.dtype) -> Iterator[Row]:
     yield done(steps, f"; {late} pairs latched meanwhile, lr changed once")
 
 
+def check_training(device: Device, dtype: torch.dtype) -> Iterator[Row]:
+    """Forward, backward and step in one graph, so that gradients are in the graph's own memory, against eager training."""
+    torch.manual_seed(0)
+    first = LoRALinear(256, 192, r=8, dtype=dtype, lora_dtype=dtype, device=device.device)
+    layers = [first, copy.deepcopy(first)]
+    optimizers = [
+        StableLoRAAdamW.from_model(layer, lr=1e-2, shrink_ratio=0.05, capturable=True, seed=3) for layer in layers
+    ]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(64, 256, generator=generator).to(device.device, dtype)
+    goal = torch.randn(64, 192, generator=generator).to(device.device, dtype)
+
+    def train(which: int) -> None:
+        optimizers[which].zero_grad()
+        (layers[which](x) - goal).square().mean().backward()
+        optimizers[which].step()
+
+    for which in (0, 1):
+        for _ in range(2):
+            train(which)
+        # Those of the graph are its own.
+        optimizers[which].zero_grad()
+    captured = device.capture(partial(train, 1), warmup=0)
+    steps = 10
+    for turn in range(steps):
+        x.copy_(torch.randn(64, 256, generator=generator))
+        train(0)
+        captured.replay()
+        device.synchronize()
+        eager, replayed = (
+            {f"{name} after step {turn + 3}": p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+            for layer in layers
+        )
+        equal_bits(eager, replayed)
+    stood = [[(pair.stable, pair.latched_at) for pair in optimizer.stability()] for optimizer in optimizers]
+    assert stood[0] == stood[1], f"latched {stood[1]} in the graph, {stood[0]} in eager steps"
+    yield done(steps, f"; latched {stood[0]}")
+
+
 def checks(dry: bool) -> list[tuple[str, Check]]:
     """Every check's name and the function that makes it."""
     sizes = (
@@ -180,4 +220,5 @@ def checks(dry: bool) -> list[tuple[str, Check]]:
         found.append((f"both {Case(*shape)}", partial(check_both, case=Case(*shape))))
     for dtype in (FP32,) if dry else (FP32, BF16):
         found.append((f"step {dtype}".replace("torch.", ""), partial(check_step, dtype=dtype)))
+        found.append((f"training {dtype}".replace("torch.", ""), partial(check_training, dtype=dtype)))
     return found
