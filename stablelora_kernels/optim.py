@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -23,6 +23,19 @@ from .stability import PairStability, finite_norms
 
 # What a parameter's state holds beside tensors of its shape.
 COUNTERS = ("step", "latched_at")
+
+
+def _look_at(grads: Sequence[Any]) -> tuple[list[int], list[torch.dtype]] | None:
+    """Where all gradients lie, and their dtypes; None if one is missing or not contiguous, whose address does not tell enough.
+
+    Most of a step's time on the host goes into looks at every tensor, so these are as few as will do.
+    """
+    try:
+        at = list(map(torch.Tensor.data_ptr, grads))
+    except (TypeError, RuntimeError):
+        # One is missing, or has no memory of its own.
+        return None
+    return (at, [g.dtype for g in grads]) if all(map(torch.Tensor.is_contiguous, grads)) else None
 
 
 class StableLoRAAdamW(torch.optim.Optimizer):
@@ -167,6 +180,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._skipped_there: dict[torch.device, torch.Tensor] = getattr(self, "_skipped_there", {})
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
+        self._seen: tuple[list[int], list[torch.dtype]] | None = None
 
     def _build_engines(self) -> None:
         """One engine for each device that holds parameters, on the backend in force there."""
@@ -254,7 +268,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             params, grads = [local(p) for p in self._params], [local_grad(p) for p in self._params]
         else:
             params, grads = self._params, [p.grad for p in self._params]
-        if not checks.check_grads(grads):
+        seen = _look_at(grads)
+        # Forgotten until the step has been taken.
+        as_before, self._seen = seen is not None and seen == self._seen, None
+        if not as_before and not checks.check_grads(grads):
             return loss
         if not self.state and self._is_made_up(grads):
             self._build_engines()
@@ -262,7 +279,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if self.shrink_schedule is not None:
             self._follow_schedule(self.shrink_schedule)
         # A module moved or cast after construction keeps its Parameter objects but not their memory.
-        key = ([p.data_ptr() for p in params], get_backend(), build_key(self.param_groups))
+        key = (list(map(torch.Tensor.data_ptr, params)), get_backend(), build_key(self.param_groups))
         if key != self._engine_key:
             self._check_not_capturing()
             self._build_engines()
@@ -274,7 +291,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 for t in (grad_scale, found_inf)
             )
             own = grads if len(self._engines) == 1 else [grads[place] for place in places]
-            engine(own, scale, inf, self.max_grad_norm)
+            engine(own, scale, inf, self.max_grad_norm, as_before)
+        self._seen = seen
         return loss
 
     def _is_made_up(self, grads: list[torch.Tensor | None]) -> bool:

@@ -18,7 +18,7 @@ from stablelora_kernels.backend import use_backend
 from stablelora_kernels.kernels import _common, stable_adamw, stable_adamw_sums
 from stablelora_kernels.ops import stable_adamw_staging as staging
 from stablelora_kernels.optim import StableLoRAAdamW
-from tests.optimizers import DEVICE, all_equal, halves, make_pairs, set_grads, snapshot
+from tests.optimizers import DEVICE, all_equal, make_pairs, set_grads, snapshot
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "on_triton"),
@@ -188,7 +188,7 @@ def test_memory_is_set_aside_for_some_captures(monkeypatch: pytest.MonkeyPatch) 
         # They must not come back to the same addresses.
         kept += [p.grad for p in params_of(optimizer)]
         optimizer.step()
-    with pytest.raises(RuntimeError, match="no memory is set aside for their table. Run a step between captures"):
+    with pytest.raises(RuntimeError, match=r"no memory is set aside for their table\. Run a step between captures"):
         for _ in range(staging.Staging.SPARES + 1):
             capture_new_gradients()
             kept += [p.grad for p in params_of(optimizer)]

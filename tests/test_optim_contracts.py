@@ -69,6 +69,27 @@ def test_grad_scaler_hands_over_scale_and_verdict(backend: str) -> None:
 # PyTorch's contracts
 
 
+def test_gradients_of_a_step_that_failed_are_looked_at_again(backend: str) -> None:
+    """The engines' tables still hold those of the step before."""
+    ratios = {1: 0.1, 2: 2.0, 3: 0.1}
+    optimizer = StableLoRAAdamW(make_pairs(), lr=1e-2, shrink_schedule=lambda step: ratios[step])
+    steady = StableLoRAAdamW(make_pairs(), lr=1e-2, shrink_ratio=0.1)
+    params = [[p for group in each.param_groups for p in group["params"]] for each in (optimizer, steady)]
+    kept = []
+    for seed in (0, 1):
+        for each in params:
+            set_grads(each, seed)
+            kept += [p.grad for p in each]
+        steady.step()
+        if seed == 0:
+            optimizer.step()
+    with pytest.raises(ValueError, match=r"shrink_schedule\(2\) must be"):
+        optimizer.step()
+    ratios[2] = 0.1
+    optimizer.step()
+    assert all_equal(snapshot(optimizer), snapshot(steady)) and kept
+
+
 def test_closure_scheduler_hooks_and_zero_grad(backend: str) -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, lr=1e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -121,7 +122,8 @@ class TorchStep:
         for scratch in self.scratch:
             for i, view in zip(scratch.places, scratch.views, strict=True):
                 self.work[i] = view
-        self.forms = [(w.dtype, w.stride()) for w in self.work]
+        # Whether the last step's gradients were taken as they are, not from copies.
+        self.direct = False
         self.mixed = len({w.dtype for w in self.work}) > 1
         self.everyone = [True] * len(members)
         # ||A||_F / n and ||B||_F / m, as factors of the norms.
@@ -146,21 +148,27 @@ class TorchStep:
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
         max_grad_norm: float | None,
+        as_before: bool,
     ) -> None:
+        """``as_before``: every gradient is there and lies where that of the last step lay, in the same form."""
         if found_inf is not None and self.grad_sums:
             found_inf = self.grad_sums.agree_(found_inf.clone())
         if self.on_host and found_inf is not None:
             if found_inf.item():
+                # Nobody has looked at these gradients.
+                self.direct = False
                 return
             found_inf = None
         present, ready = self.everyone, grads
-        # Most steps have every gradient as the operators want it, which is cheaper to see for all at once.
-        if any(g is None for g in grads) or self.forms != [(g.dtype, g.stride()) for g in grads if g is not None]:
+        if not (as_before and self.direct):
             present = [g is not None for g in grads]
+            if all(present):
+                present = self.everyone
             ready = [
                 g if g is None else dense_like(w, g if g.dtype is w.dtype else g.to(w.dtype))
                 for w, g in zip(self.work, grads, strict=True)
             ]
+            self.direct = all(map(operator.is_, ready, grads))
         if max_grad_norm is not None:
             total, grad_scale = self._clipping(ready, present, grad_scale, max_grad_norm)
             unknown = total.isfinite().logical_not_()

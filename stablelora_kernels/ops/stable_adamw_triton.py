@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from .stable_adamw_settings import Member, Setting
 from .stable_adamw_shards import ShardSums, Unlatched
 from .stable_adamw_storage import Storage, follow_parameters, make_masters
 
+_version = attrgetter("_version")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -71,12 +74,12 @@ class TritonStep:
         capturable = any(group["capturable"] for group in groups)
         size = max(16 * len(members), max(4 * len(tables.HYPER_COLUMNS), 8 * len(tables.WORD_COLUMNS)) * len(groups))
         self.staging = staging.Staging(self.device, size, capturable)
-        self.dtypes = [p.dtype for p in self.params]
-        self.contiguous = all(p.is_contiguous() for p in self.params)
-        self.watched = [self.params[place] for place in halves]
-        self.versions: list[int] | None = None
-        # Where gradients lay that are read as they are, if all of the last step's were such.
-        self.direct_at: list[int] | None = None
+        # Whose versions tell that someone else wrote to them. Versions only rise, so their sum tells it too.
+        self.watched_at = [i for i, m in enumerate(members) if i in set(halves) or storage.has_master(m.param)]
+        self.watched = [self.params[i] for i in self.watched_at]
+        self.versions: int | None = None
+        # Whether the last step's gradients were read where they lay, not from copies.
+        self.direct = False
         self.address_key: list[tuple[int, int]] | None = None
         self.hyper_key: list[tuple[Any, ...]] | None = None
         self.cells: dict[tuple[int, str], Tensor] = {}
@@ -136,11 +139,13 @@ class TritonStep:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         max_grad_norm: float | None,
+        as_before: bool,
     ) -> None:
         uploads = len(self.staging.captured)
-        ready = grads if self._are_in_the_table(grads) else self._take_gradients(grads)
+        ready = grads if as_before and self.direct else self._take_gradients(grads)
         self._upload_hyper()
-        changed = self.versions != [p._version for p in self.watched]
+        versions = sum(map(_version, self.watched))
+        changed = versions != self.versions
         if changed:
             # The step then reads the first half of the sums.
             self.ticks.zero_()
@@ -173,7 +178,7 @@ class TritonStep:
         )
         # So that a backward pass through what has been overwritten is noticed.
         torch.autograd.graph.increment_version(self.written)
-        self.versions = [p._version for p in self.watched]
+        self.versions = versions + self.watched_written
         if self.sharded:
             self.unlatched.look()
         if not staging.capturing():
@@ -181,24 +186,10 @@ class TritonStep:
             return
         # What a graph copies and measures is there when it has been replayed: the next step may not count on it.
         if len(self.staging.captured) > uploads:
-            self.address_key = self.hyper_key = self.direct_at = None
+            self.address_key = self.hyper_key = None
+            self.direct = False
         if changed:
             self.versions = None
-
-    def _are_in_the_table(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether these gradients lie where those of the last step lay, in the same form: seen in as few passes as it takes."""
-        if self.direct_at is None:
-            return False
-        try:
-            at = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
-        except (TypeError, RuntimeError):
-            # One is missing, or has no memory of its own.
-            return False
-        return (
-            at == self.direct_at
-            and all(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
-            and self.dtypes == [g.dtype for g in grads]  # type: ignore[union-attr]
-        )
 
     def _take_gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Put the address of every gradient into the table, 0 where there is none, and the variant of its tensor's code.
@@ -222,9 +213,11 @@ class TritonStep:
                 self.present = self.staging.upload(present, torch.int64)
             self.variants = sum(1 << code for code in {code for _, code in key})
             self.written = [self.members[i].owner for i in present]
+            # This process's part of a sharded parameter has a version of its own, which a step leaves alone.
+            written = {i for i in present if self.members[i].owner is self.params[i]}
+            self.watched_written = sum(i in written for i in self.watched_at)
             self.address_key = key
-        direct = self.contiguous and all(g is not None and g is given for g, given in zip(ready, grads, strict=True))
-        self.direct_at = [g.data_ptr() for g in ready if g is not None] if direct else None
+        self.direct = all(map(operator.is_, ready, grads))
         return ready
 
     def _sum_over_processes(self, grads: Sequence[Tensor | None], max_grad_norm: float | None) -> None:
