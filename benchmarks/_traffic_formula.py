@@ -230,16 +230,16 @@ def optimizer_formula(numels: Sequence[int], itemsizes: Sequence[int], pairs: Se
     every, n = sum(chunks), len(chunks)
     a_chunks = sum(chunks[a] for a, _ in pairs)
     shrinking = 0 if latched else a_chunks
-    # Each program: its chunk's place 8, addresses 16, tick 4, step 4, seven columns of its tensor 56, ten hyper-parameters 40,
+    # Each program: its chunk's tensor 4, addresses 16, turn 1, step 4, eight columns of its tensor 64, ten hyper-parameters 40,
     # a word and an address 16. One of an A: whether it latched 4; while it shrinks, six columns more 48, the ratio 4, the sums.
     sums = 0 if latched else 4 * sum(chunks[a] * (chunks[a] + chunks[b]) for a, b in pairs)
     spans = 0 if latched else 4 * sum(chunks[a] + chunks[b] for a, b in pairs)
     floor = floor_optimizer(numels, itemsizes)
     return Traffic(
-        floor.read_issued + 144 * every + 4 * a_chunks + 52 * shrinking + sums,
-        floor.written_issued + 12 * every,
-        floor.read_unique + 16 * every + 72 * n + 56 + 4 * a_chunks + (48 * len(pairs) + 4) * bool(shrinking) + spans,
-        floor.written_unique + 12 * every,
+        floor.read_issued + 145 * every + 4 * a_chunks + 52 * shrinking + sums,
+        floor.written_issued + 9 * every,
+        floor.read_unique + 9 * every + 80 * n + 56 + 4 * a_chunks + (48 * len(pairs) + 4) * bool(shrinking) + spans,
+        floor.written_unique + 9 * every,
     )
 
 

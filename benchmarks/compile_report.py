@@ -78,16 +78,18 @@ def _launches(arch: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def _stable_adamw_launches() -> Iterator[tuple[str, Any]]:
-    """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain, and with all that AMP adds."""
+    """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain, sharded, with AMP."""
     from stablelora_kernels.kernels import stable_adamw as kernels
     from stablelora_kernels.kernels import stable_adamw_tables as tables
     from stablelora_kernels.kernels._common import Launch
     from stablelora_kernels.kernels.stable_adamw_sums import _square_sums_kernel
     from stablelora_kernels.ops.stable_adamw_triton import TritonStep
 
-    int32, int64, floats = (torch.empty(64, dtype=d, device="meta") for d in (torch.int32, torch.int64, torch.float32))
+    int8, int32, int64, floats = (
+        torch.empty(64, dtype=d, device="meta") for d in (torch.int8, torch.int32, torch.int64, torch.float32)
+    )
     # As the launchers pass them.
-    step = (int64, int64, int32, floats, int64, floats, int32, int32, floats, int32, *[floats] * 3, 64, 64, 1.0)
+    step = (int64, int64, int32, floats, int64, floats, int8, int32, floats, int32, *[floats] * 3, 64, 64, 1.0)
     sums = (int64, int64, int32, floats, floats, 64, 64)
 
     def built(kernel: Any, variant: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
@@ -106,6 +108,9 @@ def _stable_adamw_launches() -> Iterator[tuple[str, Any]]:
                 }
                 variant = f"{words} amp clip" if amp else words
                 yield DTYPES[dtype], built(kernels._stable_adamw_kernel, variant, step, constants | flags)
+                if wide and not amp:
+                    sharded = constants | flags | {"FLAGS": tables.FLAG_SHARDED | tables.FLAG_CUT}
+                    yield DTYPES[dtype], built(kernels._stable_adamw_kernel, f"{words} sharded", step, sharded)
 
 
 @cache

@@ -21,7 +21,7 @@ from tests.compiling import compile_kernel, resources, target
 
 TYPES = {
     "tensors_ptr": "*i64", "addresses_ptr": "*i64", "chunks_ptr": "*i32", "hyper_ptr": "*fp32",
-    "words_ptr": "*i64", "steps_ptr": "*fp32", "ticks_ptr": "*i32", "latched_ptr": "*i32", "squares_ptr": "*fp32",
+    "words_ptr": "*i64", "steps_ptr": "*fp32", "turns_ptr": "*i8", "latched_ptr": "*i32", "squares_ptr": "*fp32",
     "grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "grad_squares_ptr": "*fp32", "n_chunks": "i32",
     "n_grad_squares": "i32", "max_grad_norm": "fp32", "n_squares": "i32", "skipped_ptr": "*i32",
 }  # fmt: skip

@@ -264,7 +264,7 @@ def test_sums_kept_from_the_step_before_are_those_measured(monkeypatch: pytest.M
                 named[0][1].grad = None
             optimizer.step()
     ((_, engine),) = optimizer._engines
-    assert engine.ticks.tolist() == [3] * engine.ticks.numel()
+    assert engine.turns.tolist() == [1] * engine.turns.numel()
     kept = engine.squares[1].clone()
     square_sums(
         engine.tensors, engine.addresses, engine.chunks, engine.squares[0], None, 0, engine.variants, engine.CHUNK

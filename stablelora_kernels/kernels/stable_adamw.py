@@ -98,12 +98,14 @@ def _update(
             tl.store(x_ptrs, largest, mask=mask)
     p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + 4))
     if KIND != 0 or (LOW_MOMENTS | EIGHT_BITS) & FLAGS:
-        index = start + offsets
+        # Modulo 2^32; the scalars first, so that no more than the sum is a vector of int64.
+        index = (base + start + offsets).to(tl.uint32)
         if CUT & FLAGS:
-            columns = tl.load(row + 17)
+            columns = tl.load(row + 17).to(tl.uint32)
             if columns != 0:
-                index = index // columns * tl.load(row + 18) + index % columns
-        noise = mix((base + index).to(tl.uint32) ^ key)
+                own = start.to(tl.uint32) + offsets.to(tl.uint32)
+                index = base.to(tl.uint32) + own // columns * tl.load(row + 18).to(tl.uint32) + own % columns
+        noise = mix(index ^ key)
     if LOW_MOMENTS & FLAGS:
         # reference_optim.moment_noise_ref
         word = mix(noise + 0x9E3779B9)
@@ -135,7 +137,7 @@ def _stable_adamw_kernel(
     hyper_ptr,
     words_ptr,
     steps_ptr,
-    ticks_ptr,
+    turns_ptr,
     latched_ptr,
     squares_ptr,
     skipped_ptr,
@@ -155,10 +157,10 @@ def _stable_adamw_kernel(
 ):
     """A <- (1 - lambda) A unless latched, then AdamW, for every parameter; one program a chunk of CHUNK elements.
 
-    Everything that changes is kept once for each chunk: the parameter's ``step``, the ``tick`` (launches since the sums
+    Everything that changes is kept once for each chunk: the parameter's ``step``, the ``turn`` (0 or 1: launches since the sums
     were measured) and A's ``latched`` step. So no program reads what another writes in the same launch, and all of A's
     reach the same decision from the sums of squares that the launch before left. ``squares`` [2, n_chunks] is read and
-    written in turn, by the tick's parity; counting ticks on the device lets a CUDA graph replay and found_inf skip a step.
+    written in turn; taking turns on the device lets a CUDA graph replay and found_inf skip a step.
     """
     chunk = tl.program_id(0)
     if HAS_INF:
@@ -174,15 +176,15 @@ def _stable_adamw_kernel(
             if chunk == 0:
                 tl.store(skipped_ptr, tl.load(skipped_ptr) + 1)
             return
-    tensor = tl.load(chunks_ptr + 2 * chunk).to(tl.int64)
-    start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
+    tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
     row = tensors_ptr + tensor * COLUMNS
+    start = (chunk - tl.load(row + 19)) * CHUNK
     grad = tl.load(addresses_ptr + 2 * tensor)
     variant = tl.load(addresses_ptr + 2 * tensor + 1)
-    tick = tl.load(ticks_ptr + chunk)
-    tl.store(ticks_ptr + chunk, tick + 1)
-    before_ptr = squares_ptr + (tick & 1) * n_chunks
-    after_ptr = squares_ptr + (1 - (tick & 1)) * n_chunks
+    turn = tl.load(turns_ptr + chunk).to(tl.int32)
+    tl.store(turns_ptr + chunk, 1 - turn)
+    before_ptr = squares_ptr + turn * n_chunks
+    after_ptr = squares_ptr + (1 - turn) * n_chunks
 
     if grad == 0:
         tl.store(after_ptr + chunk, tl.load(before_ptr + chunk))
@@ -255,7 +257,7 @@ def _stable_adamw_kernel(
 
 def stable_adamw(
     steps: torch.Tensor,
-    ticks: torch.Tensor,
+    turns: torch.Tensor,
     latched: torch.Tensor,
     squares: torch.Tensor,
     grad_squares: torch.Tensor,
@@ -290,7 +292,7 @@ def stable_adamw(
         hyper,
         words,
         steps,
-        ticks,
+        turns,
         latched,
         squares,
         skipped,

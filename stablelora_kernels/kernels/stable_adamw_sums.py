@@ -41,8 +41,8 @@ def _square_sums_kernel(
     offsets = tl.arange(0, CHUNK)
     total = tl.full((), 0.0, tl.float32)
     for chunk in range(program, n_chunks, programs):
-        tensor = tl.load(chunks_ptr + 2 * chunk).to(tl.int64)
-        start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
+        tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
+        start = (chunk - tl.load(tensors_ptr + tensor * COLUMNS + 19)) * CHUNK
         value = tl.load(values_ptr + tensor * stride)
         numel = tl.load(tensors_ptr + tensor * COLUMNS + 3)
         variant = tl.load(addresses_ptr + 2 * tensor + 1)

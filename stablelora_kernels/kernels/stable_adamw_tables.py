@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-# Columns of the table of tensors (int64), one row each.
+# Columns of the table of tensors (int64), one row each, of an odd number for the reason below.
 TENSOR_COLUMNS = (
     "param",
     "exp_avg",
@@ -26,6 +26,8 @@ TENSOR_COLUMNS = (
     "exp_avg_sq_scale",
     "columns",
     "pitch",
+    "first",
+    "unused",
 )
 COLUMNS: tl.constexpr = tl.constexpr(len(TENSOR_COLUMNS))
 # Columns of the table of hyper-parameters (float32), one row a group. Rows of an odd number: with 12, which is 48 bytes, the

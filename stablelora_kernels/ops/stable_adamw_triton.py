@@ -91,7 +91,7 @@ class TritonStep:
         old_latched = take_counters([state[p].get("latched_at") for p in self.params], torch.int32, self.device)
         self.steps = torch.repeat_interleave(old_steps, repeats, output_size=total)
         self.latched = torch.repeat_interleave(old_latched, repeats, output_size=total)
-        self.ticks = torch.zeros(total, dtype=torch.int32, device=self.device)
+        self.turns = torch.zeros(total, dtype=torch.int8, device=self.device)
         self.squares = torch.zeros(2, total, dtype=torch.float32, device=self.device)
         sums = 1 if self.sharded else min(total, tables.MAX_GRAD_SUMS)
         self.grad_squares = torch.zeros(sums, dtype=torch.float32, device=self.device)
@@ -124,9 +124,9 @@ class TritonStep:
                 row += [0] * 6
             row += [*(addresses[2:] or [0]), masters.get(id(p), 0)]
             row += [scale.data_ptr() for scale in self.scales[i]] or [0, 0]
-            rows.append([*row, place.columns, place.pitch])
+            rows.append([*row, place.columns, place.pitch, self.firsts[i], 0])
         self.tensors = upload(rows, torch.int64, self.device)
-        chunks = [(i, number) for i, count in enumerate(counts) for number in range(count)]
+        chunks = [i for i, count in enumerate(counts) for _ in range(count)]
         self.chunks = upload(chunks, torch.int32, self.device)
         self.kinds = [tables.KINDS.index(p.dtype) for p in self.params]
         self.aligned = [not any(value % 16 for value in (*row[:4], *row[13:15])) for row in rows]
@@ -148,7 +148,7 @@ class TritonStep:
         changed = versions != self.versions
         if changed:
             # The step then reads the first half of the sums.
-            self.ticks.zero_()
+            self.turns.zero_()
             follow_parameters(self.masters, self.low)
         if self.sharded:
             if found_inf is not None:
@@ -158,7 +158,7 @@ class TritonStep:
         # (step() is left out of graphs) could not run it on copies, as the tables hold addresses.
         kernels.stable_adamw(
             self.steps,
-            self.ticks,
+            self.turns,
             self.latched,
             self.squares,
             self.grad_squares,
