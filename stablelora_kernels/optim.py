@@ -49,6 +49,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     Then A, B and every trainable parameter outside a pair take the step of :class:`torch.optim.AdamW`. A pair whose A has
     no gradient is left alone. Nothing is read back from a GPU in :meth:`step`.
 
+    Parameters may be DTensors, sharded or replicated, as FSDP2 and tensor parallelism make them: norms are those of the whole
+    A and B, by one small collective for each mesh dimension that shards them, in every step until all pairs have latched and in
+    none after (clipping takes one a step). So all ranks latch at the same step, and an element's update, its random rounding
+    too, does not depend on the number of ranks. Checkpoints go through ``torch.distributed.checkpoint``.
+
     Parameters are float32, float64, bfloat16 or float16. The low-precision ones are computed in float32, have float32
     moments and are rounded once, at random by ``seed``, step and element, so that small changes happen on average.
 
@@ -74,8 +79,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         lr_ratio_B: LoRA+ (arXiv 2402.12354): B's learning rate is so many times ``lr``.
         maximize: climb instead of descend.
         amsgrad: divide by the root of the largest second moment so far, which is kept beside the others.
-        capturable: declares that :meth:`step` may be captured in a CUDA graph; what changes between
-            replays, ``lr`` or ``weight_decay``, must then be a tensor.
+        capturable: :meth:`step` may be captured in a CUDA graph after one step outside of it, alone or with the backward pass
+            whose gradients it takes; what changes between replays, ``lr`` or ``weight_decay``, must then be a tensor on the GPU.
+            Other writes to parameters between replays are not noticed.
         max_grad_norm: clip the gradients of all parameters together to this norm, as
             ``torch.nn.utils.clip_grad_norm_`` would before the step: one launch for the norm beside the step's. The step may
             leave the clipped ones in ``.grad``. A step whose gradients' norm is not finite is not taken: A, B, moments,
@@ -86,7 +92,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             else writes to becomes its own master.
         moments_dtype: torch.float32; or torch.bfloat16, 4 bytes less a parameter; or torch.uint8, 6 bytes less: 8-bit
             floating-point codes, blocks of 256 having a float32 scale. Both are rounded at random. A loaded state is converted.
-            With either the PyTorch path holds a group's moments in float32 during its step; Triton's does not.
+            8 bits are for whole parameters only, not for DTensors. With either the PyTorch path holds a group's moments in
+            float32 during its step; Triton's does not.
         seed: of the random rounding. By default PyTorch's initial seed, which ``torch.manual_seed`` sets.
 
     Raises:
@@ -329,7 +336,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def stability(self) -> list[PairStability]:
-        """Where every pair stands after the last step. This reads the device.
+        """Where every pair stands after the last step. This reads the device; of sharded pairs, all ranks must ask together.
 
         Raises:
             RuntimeError: a norm is not finite, so that its pair can neither shrink nor latch.
