@@ -11,8 +11,8 @@ import torch
 # Triton reads this as it is imported, so it must be set before any test module imports a kernel.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-# Two processes of tests on two cores must not fight for them.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Processes of tests, of which pytest -n starts several, must not fight for the cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture
