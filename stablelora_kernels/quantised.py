@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A quantised weight in pieces, as the ops take it: data uint8 (4 bits) or float8_e4m3fn, and scales.
+    """A quantised weight in pieces, as the ops take it: its bytes in uint8, and scales.
 
     Scales of 4 bits: absmax, code and, where nested, nested_absmax, nested_code, offset. Of 8 bits: scale.
     """
@@ -56,7 +56,7 @@ class Stored(NamedTuple):
         n, k = self.layout.n, self.layout.k
         work = torch.promote_types(dtype, torch.float32)
         if self.layout.bits == 8:
-            return (self.data.to(work) * self.scales[0].to(work)[:, None]).to(dtype)
+            return (self.data.view(torch.float8_e4m3fn).to(work) * self.scales[0].to(work)[:, None]).to(dtype)
         absmax, code = self.scales[:2]
         if self.layout.nested_blocksize:
             nested_absmax, nested_code, offset = (t.to(work) for t in self.scales[2:])
@@ -219,7 +219,7 @@ class FP8Weight:
 
     @property
     def stored(self) -> Stored:
-        return Stored(self.data, (self.scale,), Layout(8, *self.shape, self.shape[1], 0))
+        return Stored(self.data.view(torch.uint8), (self.scale,), Layout(8, *self.shape, self.shape[1], 0))
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """W [N, K], computed in float32 and rounded once to ``dtype``."""

@@ -45,7 +45,7 @@ def backward_launches(
 def _pieces(weight: Stored) -> tuple[tuple[Any, ...], int, dict[str, Any]]:
     """A kernel's arguments for ``weight``: its pointers, the bytes of a row, and what is known when it is compiled."""
     layout = weight.layout
-    pointers = (weight.data.view(torch.uint8), *weight.scales, *[None] * (5 - len(weight.scales)))
+    pointers = (weight.data, *weight.scales, *[None] * (5 - len(weight.scales)))
     constants = {
         "NF4": layout.bits == 4,
         "BLOCKSIZE": layout.blocksize if layout.bits == 4 else 1,
