@@ -313,7 +313,7 @@ SMALL_TILES = (
 
 # Y with a quantised W (lora_linear_quantised): BLOCK_M is 16 or 64 where M fits.
 QUANTISED_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 32, 4, 2), "float32: products are in registers"),
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 32, 8, 2), "float32: products are in registers"),
     TileRule(lambda d, c: not d.nvidia, Tile(64, 64, 64, 4, 2), "wider tiles of W, dequantised in registers, spill"),
     TileRule(lambda d, c: c.m <= 16, Tile(16, 64, 128, 4, 3), "many bytes of W on their way at once, in narrow tiles"),
     TileRule(lambda d, c: c.m <= SMALL_M, Tile(64, 128, 64, 4, 3), "rows of one wide matrix instruction"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.nn import LoRALinear, MergeError
 from stablelora_kernels.plan import Plan, SkippedModule, list_some, plan_lora
+from stablelora_kernels.quantised import is_quantised
 
 # The attribute of a model that remembers the config its layers were made from; save_adapter writes it.
 CONFIG_ATTRIBUTE = "_stablelora_config"
@@ -96,9 +98,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> LoRAReport:
     stays one layer in both. Trainable afterwards are A and B, the biases that ``config.bias`` asks for and the modules
     of ``config.modules_to_save``; one of these whose weight is tied to a module outside gets a copy, as in PEFT.
 
-    Only plain ``nn.Linear`` layers are replaced. Anything else that matches (subclasses, quantised or sharded weights,
-    other layer types, layers that have LoRA already, the output head under "all-linear", ...) is left as it was and
-    named in the report.
+    Only plain ``nn.Linear`` layers are replaced, and those in bitsandbytes' 4 bits and torchao's float8. Anything else that
+    matches (subclasses, otherwise quantised or sharded weights, other layer types, layers that have LoRA already, the output
+    head under "all-linear", ...) is left as it was and named in the report.
 
     Returns:
         The report.
@@ -146,6 +148,12 @@ def commit(
         if places[m] > 1
     ]
 
+    if kinds := Counter(
+        type(linear.weight).__name__ for linear in plan.linears.values() if is_quantised(linear.weight)
+    ):
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        notes.append(f"quantised weights ({counts}) stay as they are stored; these layers can't be merged")
+
     lora = {id(parameter) for layer in lora_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)}
     for name, parameter in model.named_parameters():
         if id(parameter) not in lora:
@@ -176,7 +184,9 @@ def report_on(
     )
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return LoRAReport(replaced, skipped, trainable, sum(parameter.numel() for parameter in parameters), notes)
+    # Of 4 bits, elements and not the bytes that hold them.
+    shapes = [getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in parameters]
+    return LoRAReport(replaced, skipped, trainable, sum(math.prod(shape) for shape in shapes), notes)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -252,10 +262,7 @@ def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
         unmerge_lora(model)
     plain: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        linear.weight = layer.weight
-        linear.register_parameter("bias", layer.bias)
-        plain[layer] = linear.train(layer.training)
+        plain[layer] = layer.to_linear()
     _swap(model, plain)
     if hasattr(model, CONFIG_ATTRIBUTE):
         delattr(model, CONFIG_ATTRIBUTE)

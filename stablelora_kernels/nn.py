@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stablelora_kernels._checks import check_float, check_int
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear
+from stablelora_kernels.quantised import is_quantised
 
 INITS = (True, False, "gaussian")
 
@@ -113,12 +114,19 @@ class LoRALinear(nn.Module):
     ) -> LoRALinear:
         """A LoRALinear over an existing layer. It shares the layer's weight and bias, which it freezes; nothing is copied.
 
+        Over a layer of bitsandbytes in 4 bits, or one whose weight torchao keeps in float8, it is a
+        :class:`~stablelora_kernels.nn_quantised.LoRAQuantisedLinear`.
+
         Raises:
-            TypeError: ``linear`` is not an ``nn.Linear``.
+            TypeError: ``linear`` is not an ``nn.Linear``, or its weight is quantised otherwise.
             ValueError, TypeError: as the constructor's, before the layer is frozen.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        if is_quantised(linear.weight):
+            from stablelora_kernels.nn_quantised import LoRAQuantisedLinear
+
+            cls = LoRAQuantisedLinear
         self = cls.__new__(cls)
         self._setup(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype)
         self.train(linear.training)
@@ -138,11 +146,12 @@ class LoRALinear(nn.Module):
         check_float("lora_alpha", lora_alpha)
         check_float("lora_dropout", lora_dropout, low=0.0, high=1.0)
         _check_init(init_lora_weights)
-        if base.weight.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"weight must be of a floating-point dtype, got {base.weight.dtype}")
-        if lora_dtype not in (torch.float32, base.weight.dtype):
-            raise TypeError(f"lora_dtype must be torch.float32 or the weight's {base.weight.dtype}, got {lora_dtype}")
-        if base.weight.dtype == torch.float64:
+        dtype = self._dtype_of(base)
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"weight must be of a floating-point dtype, got {dtype}")
+        if lora_dtype not in (torch.float32, dtype):
+            raise TypeError(f"lora_dtype must be torch.float32 or the weight's {dtype}, got {lora_dtype}")
+        if dtype == torch.float64:
             # A float32 branch would throw away what someone chose float64 for.
             lora_dtype = torch.float64
         super().__init__()
@@ -161,6 +170,18 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
         self.reset_lora_parameters(init_lora_weights)
+
+    @staticmethod
+    def _dtype_of(base: nn.Linear) -> torch.dtype:
+        """The dtype that a layer computes in."""
+        return base.weight.dtype
+
+    def to_linear(self) -> nn.Linear:
+        """A layer without the branch that holds the weight, merged or not, and the bias; they are shared."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = self.weight
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:

@@ -226,6 +226,20 @@ class FP8Weight:
         return self.stored.dequantise(dtype)
 
 
+def is_quantised(weight: Any) -> bool:
+    """Whether ``weight`` is a parameter of bitsandbytes in 4 bits or of torchao in float8, by the name of its type."""
+    return type(weight).__name__ in ("Params4bit", "Float8Tensor")
+
+
+def read(weight: Any) -> NF4Weight | FP8Weight:
+    """What a parameter for which :func:`is_quantised` holds stands for; nothing is copied.
+
+    Raises:
+        TypeError, ValueError: as :meth:`NF4Weight.from_bitsandbytes` and :meth:`FP8Weight.from_torchao`.
+    """
+    return (NF4Weight.from_bitsandbytes if type(weight).__name__ == "Params4bit" else FP8Weight.from_torchao)(weight)
+
+
 def _check_power(name: str, value: int) -> None:
     check_int(name, value, minimum=2)
     if value & (value - 1):
