@@ -317,6 +317,7 @@ QUANTISED_TILES = (
     TileRule(lambda d, c: not d.nvidia, Tile(64, 64, 64, 4, 2), "wider tiles of W, dequantised in registers, spill"),
     TileRule(lambda d, c: c.m <= 16, Tile(16, 64, 128, 4, 3), "many bytes of W on their way at once, in narrow tiles"),
     TileRule(lambda d, c: c.m <= SMALL_M, Tile(64, 128, 64, 4, 3), "rows of one wide matrix instruction"),
+    TileRule(lambda d, c: d.shared_limit < 150_000, Tile(64, 128, 64, 4, 3), "little shared memory"),
     TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "each element of W is dequantised for as many rows as fit"),
 )
 

@@ -141,7 +141,6 @@ def call_launches(
     forward_choice: Choice | None = None, backward_choice: Choice | None = None,
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
     """The forward's and the backward's launches for a call with a bias, on the meta device, which has no memory."""
-
     t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p)
     w = _empty(n, k, of=dtype)
     forward = forward_launches(device, t.x, w, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p, forward_choice)

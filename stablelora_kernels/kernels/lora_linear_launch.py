@@ -216,7 +216,7 @@ def shrink(device: Device, p: Product, g: Gradients | None = None, lead: bool = 
     )  # fmt: skip
 
 
-def _small(c: Call) -> str:
+def small(c: Call) -> str:
     return "small " if c.m <= dispatch.SMALL_M else ""
 
 
@@ -248,7 +248,7 @@ def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool, g: Grad
     da = launch.constants["HAS_GRAD"]
     variant = f"{words} r{block_r}{_flags(fused=not load_s, masked=c.masked, dA=da)} {launch.variant}"
     options = launch.options | ({"launch_pdl": True} if wait else {})
-    return launch._replace(variant=_small(c) + variant, options=options)
+    return launch._replace(variant=small(c) + variant, options=options)
 
 
 def _da_beside(device: Device, g: Gradients | None, tile: Tile) -> tuple[Tensor | None, _Beside]:

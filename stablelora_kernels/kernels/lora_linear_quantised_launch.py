@@ -68,10 +68,11 @@ def _linear(device: Device, p: Product, weight: Stored) -> Launch:
     assert p.s is not None
     tile, reason = pick_tile(dispatch.QUANTISED_TILES, device, c)
     tile = tile._replace(BLOCK_M=min(tile.BLOCK_M, 16 if c.m <= 16 else 64 if c.m <= dispatch.SMALL_M else 128))
-    # In shared memory: X and W as they are stored, of every stage; W once as it is multiplied; then the branch's operands.
+    # In shared memory: X and W as they are stored, of every stage; W once in float32 and once as it is multiplied; and the
+    # branch's operands.
     block_r = rank_block(c.r, dispatch.MAX_FUSED_R)
     stage = tile.BLOCK_K * (tile.BLOCK_M * c.dtype.itemsize + tile.BLOCK_N * weight.layout.bits // 8)
-    product = 2 * tile.BLOCK_K * tile.BLOCK_N * c.dtype.itemsize
+    product = tile.BLOCK_K * tile.BLOCK_N * (4 + c.dtype.itemsize)
     branch = block_r * (tile.BLOCK_M * c.dtype.itemsize + tile.BLOCK_N * c.lora_dtype.itemsize)
     tile = fit(tile, device, stage, product + branch)
     wait = plain.overlap(device)
@@ -81,10 +82,10 @@ def _linear(device: Device, p: Product, weight: Stored) -> Launch:
     )
     pointers, row_bytes, constants = _pieces(weight)
     trans = c.direction == "backward"
-    words = "dx" if trans else "y"
+    words, masked = "dx" if trans else "y", " masked" if c.masked else ""
     return Launch(
         _lora_linear_quantised_kernel,
-        f"{words} r{block_r} {_words(weight)}{' masked' if c.masked else ''} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
+        f"{plain.small(c)}{words} r{block_r} {_words(weight)}{masked} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
         reason,
         (tiles * n,),
         (p.x, *pointers, p.bias, p.b, p.s, p.y, p.seed if c.masked else None, parts, count, c.m, c.n, c.k, c.r, n,
