@@ -58,7 +58,7 @@ def quantised_lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
     calls = [("bf16/fp32", m, 4096, r, kind) for m, r, kind in product((8, 64, 256, 4096), (16, 64), ("nf4", "fp8"))]
     calls += [("fp32", 8, 4096, 16, kind) for kind in ("nf4", "fp8")]
     # Bytes and blocks that lie across rows.
-    calls.append(("bf16/fp32", 64, 4113, 16, "nf4"))
+    calls += [("bf16/fp32", 64, 4113, 16, kind) for kind in ("nf4", "fp8")]
     for (name, m, k, r, kind), p in product(calls, (0.0, 0.1)):
         dtype, lora = DTYPES[name][:2]
         for launches in quantised_launches(device, m, 4096, k, r, dtype, lora, p, kind):

@@ -188,10 +188,17 @@ def choose(device: Device, call: Call, forced: str | None = None) -> Choice:
     return Choice(forced, "asked for")
 
 
-def choose_quantised(device: Device, call: Call) -> Choice:
-    """``"in_loop"`` or ``"dequantise"`` for a call with a quantised W; a kernel that is forced takes W in full."""
+def choose_quantised(device: Device, call: Call, aligned: bool = True) -> Choice:
+    """``"in_loop"`` or ``"dequantise"`` for a call with a quantised W; a kernel that is forced takes W in full.
+
+    ``aligned``: whether rows of W begin at multiples of 16 bytes, and none of its blocks lies across two of them.
+    """
     if _kernel != "auto":
         return Choice("dequantise", f"kernel {_kernel!r} was asked for, which reads a plain W")
+    if not aligned:
+        return Choice(
+            "dequantise", "rows of W that begin anywhere: single bytes and a scale an element outgrow a pipeline"
+        )
     return next(Choice(rule.kernel, rule.reason) for rule in QUANTISED_RULES if rule.applies(device, call))
 
 
@@ -316,8 +323,8 @@ QUANTISED_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 32, 8, 2), "float32: products are in registers"),
     TileRule(lambda d, c: not d.nvidia, Tile(64, 64, 64, 4, 2), "wider tiles of W, dequantised in registers, spill"),
     TileRule(lambda d, c: c.m <= 16, Tile(16, 64, 128, 4, 3), "many bytes of W on their way at once, in narrow tiles"),
+    TileRule(lambda d, c: d.shared_limit < 150_000, Tile(64, 64, 64, 4, 3), "little shared memory"),
     TileRule(lambda d, c: c.m <= SMALL_M, Tile(64, 128, 64, 4, 3), "rows of one wide matrix instruction"),
-    TileRule(lambda d, c: d.shared_limit < 150_000, Tile(64, 128, 64, 4, 3), "little shared memory"),
     TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "each element of W is dequantised for as many rows as fit"),
 )
 

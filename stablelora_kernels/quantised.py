@@ -37,8 +37,8 @@ class Layout(NamedTuple):
 
     @property
     def aligned(self) -> bool:
-        """Whether no byte and no block lies across two rows."""
-        return self.k % self.blocksize == 0
+        """Whether rows begin at multiples of 16 bytes, and no block lies across two of them."""
+        return self.k % self.blocksize == 0 and self.k * self.bits % 128 == 0
 
 
 class Stored(NamedTuple):

@@ -12,6 +12,7 @@ from stablelora_kernels import dispatch
 from stablelora_kernels.dispatch import DEVICES, QUANTISED_RULES, Call, Rule, Tile, TileRule
 from stablelora_kernels.explain import quantised_launches
 from stablelora_kernels.functional import lora_linear
+from stablelora_kernels.kernels._common import launch_counts
 from stablelora_kernels.ops import lora_linear as ops
 from stablelora_kernels.quantised import FP8Weight, NF4Weight
 from stablelora_kernels.reference import dropout_keep_ref
@@ -261,6 +262,22 @@ def test_the_table(m, dtype, kernel):
     with slk.use_kernel("split"):
         forced = dispatch.choose_quantised(DEVICES["sm_90"], call)
     assert forced.kernel == "dequantise" and "'split' was asked for" in forced.reason
+
+
+@pytest.mark.parametrize(("weight", "kernel"), [
+    (nf4_weight(8, 128, 64, nested=True), "in_loop"),
+    (nf4_weight(8, 64, 128, nested=True), "dequantise"),
+    (nf4_weight(8, 37, 64, nested=False), "dequantise"),
+    (fp8_weight(8, 48), "in_loop"),
+    (fp8_weight(8, 40), "dequantise"),
+])  # fmt: skip
+def test_rows_that_begin_anywhere_are_dequantised_first(weight, kernel):
+    call = Call("forward", 1, *weight.shape, 4, BF16, FP32, False)
+    assert dispatch.choose_quantised(DEVICES["sm_90"], call, weight.stored.layout.aligned).kernel == kernel
+    inputs = inputs_for(weight, (1, weight.shape[1]), 4)
+    before = launch_counts.copy()
+    check(inputs, run(inputs, "triton"))
+    assert launch_counts["_dequantise_kernel"] - before["_dequantise_kernel"] == (2 if kernel == "dequantise" else 0)
 
 
 @pytest.mark.parametrize("quantised", ["nf4", "fp8"])

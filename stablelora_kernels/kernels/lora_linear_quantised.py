@@ -30,7 +30,8 @@ def _nf4_tile(
 ):  # fmt: skip
     """W[rows, col0 : col0 + COLS] in float32 from two elements a byte, the first in the upper half.
 
-    ALIGNED: no byte and no block lies across two rows, and blocks divide COLS or COLS divides them.
+    ALIGNED: no byte and no block lies across two rows, and blocks divide COLS or COLS divides them. Otherwise each element
+    looks for its own byte and scale, which a pipelined loop has no room for.
     """
     row_mask = rows[:, None] < N
     if ALIGNED:
@@ -102,13 +103,14 @@ def _lora_linear_quantised_kernel(
     M, N, K, R, SPLITS,
     stride_xm, stride_xk, stride_q, stride_bn, stride_br, stride_sm, stride_ym,
     threshold,
-    NF4: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr, TRANS_W: tl.constexpr,
+    NF4: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, TRANS_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASK_BRANCH: tl.constexpr, EVEN_K: tl.constexpr, WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep;  X [M, K], W [N, K] (its transpose where TRANS_W), B [N, R], S [M, R], Y [M, N].
 
+    No block of W lies across two of the rows that it is stored in.
     SPLITS programs share a tile's K; the last of them to finish adds up all parts in order.
     """
     tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
@@ -129,13 +131,13 @@ def _lora_linear_quantised_kernel(
         if TRANS_W:
             w = _weight_tile(
                 q_ptr, scale_ptr, code_ptr, nested_scale_ptr, nested_code_ptr, offset_ptr, k0 + ks, pid_n * BLOCK_N, K, N,
-                stride_q, NF4, BLOCKSIZE, NESTED, ALIGNED, BLOCK_N,
+                stride_q, NF4, BLOCKSIZE, NESTED, True, BLOCK_N,
             )  # fmt: skip
             acc = dot(x, cast(w, x.dtype), acc, INPUT_PRECISION)
         else:
             w = _weight_tile(
                 q_ptr, scale_ptr, code_ptr, nested_scale_ptr, nested_code_ptr, offset_ptr, cols, k0, N, K, stride_q, NF4,
-                BLOCKSIZE, NESTED, ALIGNED, BLOCK_K,
+                BLOCKSIZE, NESTED, True, BLOCK_K,
             )  # fmt: skip
             acc = dot(x, tl.trans(cast(w, x.dtype)), acc, INPUT_PRECISION)
 

@@ -50,16 +50,14 @@ def _pieces(weight: Stored) -> tuple[tuple[Any, ...], int, dict[str, Any]]:
         "NF4": layout.bits == 4,
         "BLOCKSIZE": layout.blocksize if layout.bits == 4 else 1,
         "NESTED": layout.nested_blocksize,
-        "ALIGNED": layout.aligned,
     }
     return pointers, layout.k * layout.bits // 8, constants
 
 
 def _words(weight: Stored) -> str:
     layout = weight.layout
-    if layout.bits == 8:
-        return "fp8"
-    return f"nf4{' nested' if layout.nested_blocksize else ''}{'' if layout.aligned else ' unaligned'}"
+    name = "nf4" if layout.bits == 4 else "fp8"
+    return f"{name}{' nested' if layout.nested_blocksize else ''}{'' if layout.aligned else ' unaligned'}"
 
 
 def _linear(device: Device, p: Product, weight: Stored) -> Launch:
@@ -110,7 +108,7 @@ def _dequantise(p: Product, weight: Stored) -> tuple[Launch, torch.Tensor]:
         "16 bytes of W for each thread",
         (triton.cdiv(n, rows) * triton.cdiv(k, columns),),
         (*pointers, w, n, k, row_bytes),
-        constants | {"BLOCK_N": rows, "BLOCK_K": columns},
+        constants | {"ALIGNED": weight.layout.aligned, "BLOCK_N": rows, "BLOCK_K": columns},
         {"num_warps": 4, "num_stages": 1},
     )
     return launch, w

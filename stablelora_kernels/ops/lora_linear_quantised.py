@@ -58,7 +58,9 @@ def forward_launches(
     m, (n, k), r = x.shape[0], weight.layout[1:3], lora_A.shape[0]
     call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
     product = launch.Product(call, x, x, bias, lora_A, lora_B, s, y, seed, scaling, dropout_p)
-    return launch.product_launches(device, product, weight, dispatch.choose_quantised(device, call))
+    return launch.product_launches(
+        device, product, weight, dispatch.choose_quantised(device, call, weight.layout.aligned)
+    )
 
 
 @torch.library.register_fake(f"{NAMESPACE}::lora_linear_quantised_bwd")
@@ -97,4 +99,6 @@ def backward_launches(
     ds = grad.new_empty(m, r) if da is not None else None
     gradients = launch.Gradients(call, x, s, ds, grad, da, db, seed, dropout_p)
     product = launch.Product(call, grad, grad, None, lora_B.t(), lora_A.t(), ds, dx, seed, scaling, dropout_p)
-    return launch.backward_launches(device, product, gradients, weight, dispatch.choose_quantised(device, call))
+    return launch.backward_launches(
+        device, product, gradients, weight, dispatch.choose_quantised(device, call, weight.layout.aligned)
+    )
