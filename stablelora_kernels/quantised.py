@@ -56,7 +56,11 @@ class Stored(NamedTuple):
         n, k = self.layout.n, self.layout.k
         work = torch.promote_types(dtype, torch.float32)
         if self.layout.bits == 8:
-            return (self.data.view(torch.float8_e4m3fn).to(work) * self.scales[0].to(work)[:, None]).to(dtype)
+            out, rows = torch.empty(n, k, dtype=dtype, device=self.data.device), max(1, _ELEMENTS // k)
+            values = self.data.view(torch.float8_e4m3fn).split(rows)
+            for part, stored, scale in zip(out.split(rows), values, self.scales[0].split(rows), strict=True):
+                part.copy_(stored.to(work) * scale.to(work)[:, None])
+            return out
         absmax, code = self.scales[:2]
         if self.layout.nested_blocksize:
             nested_absmax, nested_code, offset = (t.to(work) for t in self.scales[2:])

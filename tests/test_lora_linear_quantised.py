@@ -17,7 +17,20 @@ from stablelora_kernels.ops import lora_linear as ops
 from stablelora_kernels.quantised import FP8Weight, NF4Weight
 from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.testing import assert_no_worse, make_inputs
-from tests.test_lora_linear import BACKENDS, BF16, DEVICE, DTYPES, FP16, FP32, SCALING, eager, leaves, oracle, run
+from tests.test_lora_linear import (
+    BACKENDS,
+    BF16,
+    DEVICE,
+    DTYPES,
+    FP16,
+    FP32,
+    SCALING,
+    check_compiled,
+    eager,
+    leaves,
+    oracle,
+    run,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -174,22 +187,7 @@ def test_the_graph_never_holds_the_weight_in_full(rows, p, backend):
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.3)])
 @pytest.mark.parametrize("kind", ["nf4 nested", "fp8"])
 def test_torch_compile_has_no_graph_break(kind, rows, p, backend):
-    inputs = inputs_for(FORMATS[kind](20, 64), (rows, 64), 6, FP32)
-
-    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return lora_linear(x, inputs["weight"], inputs["bias"], a, b, SCALING, p)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    results = []
-    for call in (function, compiled):
-        x, a, b = leaves(inputs)
-        torch.manual_seed(7)
-        with slk.use_backend(backend):
-            y = call(x, a, b)
-        results.append((y, *torch.autograd.grad(y, (x, a, b), inputs["grad"])))
-    for plain, other in zip(*results, strict=True):
-        torch.testing.assert_close(plain, other, rtol=1e-5, atol=1e-5)
+    check_compiled(inputs_for(FORMATS[kind](20, 64), (rows, 64), 6, FP32), backend, p)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

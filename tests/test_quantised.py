@@ -53,8 +53,10 @@ def test_nf4_has_the_papers_values():
         assert case["code"] == pytest.approx(printed, abs=2e-7)
 
 
+@pytest.mark.parametrize("elements", [1 << 22, 50])
 @pytest.mark.parametrize("case", GOLDEN["fp8"], ids=lambda c: str(c["shape"]))
-def test_fp8_is_what_torchao_made_of_it(case):
+def test_fp8_is_what_torchao_made_of_it(case, elements, monkeypatch):
+    monkeypatch.setattr(quantised, "_ELEMENTS", elements)
     data = torch.tensor(case["data"], dtype=torch.uint8).view(torch.float8_e4m3fn).view(case["shape"])
     weight = FP8Weight(data, torch.tensor(case["scale"]))
     check(weight, torch.bfloat16, torch.tensor(case["dequantised"]).view(case["shape"]).to(torch.bfloat16))
