@@ -69,10 +69,11 @@ def kernel_name(launch: Any) -> str:
 
 def _launches(arch: str) -> Iterator[tuple[str, str, Any]]:
     """(variant, dtype, launch) of all kernels."""
-    from benchmarks._launches import lora_linear_launches
+    from benchmarks._launches import lora_linear_launches, quantised_lora_linear_launches
 
-    for dtype, launch in lora_linear_launches(DEVICES[arch]):
-        yield launch.variant, dtype, launch
+    for made in (lora_linear_launches(DEVICES[arch]), quantised_lora_linear_launches(DEVICES[arch])):
+        for dtype, launch in made:
+            yield launch.variant, dtype, launch
     for dtype, launch in _stable_adamw_launches():
         yield launch.variant, dtype, launch
 

@@ -7,8 +7,8 @@ from stablelora_kernels.backend import get_backend, set_backend, use_backend
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.dispatch import get_kernel, set_kernel, use_kernel
 from stablelora_kernels.explain import Explanation, explain
-from stablelora_kernels.model import LoRAReport, apply_lora, merge_lora, remove_lora, unmerge_lora
-from stablelora_kernels.nn import LoRALinear
+from stablelora_kernels.model import LoRAReport, MergeReport, apply_lora, merge_lora, remove_lora, unmerge_lora
+from stablelora_kernels.nn import LoRALinear, MergeError
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
 from stablelora_kernels.stability_log import StabilityLogger, plot_stability
@@ -21,6 +21,8 @@ __all__ = [
     "LoRALinear",
     "LoRAPair",
     "LoRAReport",
+    "MergeError",
+    "MergeReport",
     "PairStability",
     "StabilityLogger",
     "StableLoRAAdamW",

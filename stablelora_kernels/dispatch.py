@@ -147,6 +147,27 @@ RULES = (
 )
 
 
+# W in 4 or 8 bits: dequantised in the product's own loop, or by a launch before it, for one of the kernels above.
+QUANTISED_RULES = (
+    Rule(
+        lambda d, c: c.dtype == torch.float32 and c.m > 16,
+        "dequantise",
+        "float32, more than 16 rows: the products are the vendor's, who wants a plain W",
+    ),
+    Rule(
+        lambda d, c: c.m > 256,
+        "dequantise",
+        "more than 256 rows: W in full is written and read once, 4 bytes an element; in the loop every 128 rows would look up "
+        "and scale each element anew, about 20 instructions and half as long",
+    ),
+    Rule(
+        lambda d, c: True,
+        "in_loop",
+        "up to 256 rows: W is read as it is stored, and no memory is taken for it in full",
+    ),
+)
+
+
 class Choice(NamedTuple):
     kernel: str
     reason: str
@@ -165,6 +186,20 @@ def choose(device: Device, call: Call, forced: str | None = None) -> Choice:
         return next(Choice(rule.kernel, rule.reason) for rule in RULES if rule.applies(device, call))
     check_possible(call, forced)
     return Choice(forced, "asked for")
+
+
+def choose_quantised(device: Device, call: Call, aligned: bool = True) -> Choice:
+    """``"in_loop"`` or ``"dequantise"`` for a call with a quantised W; a kernel that is forced takes W in full.
+
+    ``aligned``: whether rows of W begin at multiples of 16 bytes, and none of its blocks lies across two of them.
+    """
+    if _kernel != "auto":
+        return Choice("dequantise", f"kernel {_kernel!r} was asked for, which reads a plain W")
+    if not aligned:
+        return Choice(
+            "dequantise", "rows of W that begin anywhere: single bytes and a scale an element outgrow a pipeline"
+        )
+    return next(Choice(rule.kernel, rule.reason) for rule in QUANTISED_RULES if rule.applies(device, call))
 
 
 def check_possible(call: Call, kernel: str) -> None:
@@ -281,6 +316,16 @@ SMALL_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 64, 4, 3), "float32: twice the bytes an element"),
     TileRule(lambda d, c: d.shared_limit < 100_000, Tile(16, 64, 64, 4, 3), "little shared memory"),
     TileRule(lambda d, c: True, Tile(16, 64, 128, 4, 4), "many bytes of W on their way at once, in narrow tiles"),
+)
+
+# Y with a quantised W (lora_linear_quantised): BLOCK_M is 16 or 64 where M fits.
+QUANTISED_TILES = (
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 32, 8, 2), "float32: products are in registers"),
+    TileRule(lambda d, c: not d.nvidia, Tile(64, 64, 64, 4, 2), "wider tiles of W, dequantised in registers, spill"),
+    TileRule(lambda d, c: c.m <= 16, Tile(16, 64, 128, 4, 3), "many bytes of W on their way at once, in narrow tiles"),
+    TileRule(lambda d, c: d.shared_limit < 150_000, Tile(64, 64, 64, 4, 3), "little shared memory"),
+    TileRule(lambda d, c: c.m <= SMALL_M, Tile(64, 128, 64, 4, 3), "rows of one wide matrix instruction"),
+    TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "each element of W is dequantised for as many rows as fit"),
 )
 
 # S (lora_shrink): rows, ranks and K; BLOCK_N is the rank's block.

@@ -9,7 +9,9 @@ import torch
 from stablelora_kernels import backend, dispatch, tuning
 from stablelora_kernels._checks import check_float, check_int
 from stablelora_kernels.dispatch import Call, Choice, Device
+from stablelora_kernels.ops import lora_linear_quantised
 from stablelora_kernels.ops.lora_linear import backward_launches, forward_launches
+from stablelora_kernels.quantised import FP8Weight, NF4Weight
 
 
 class Step(NamedTuple):
@@ -32,7 +34,8 @@ class Explanation(NamedTuple):
     # "triton" or "torch", and on which GPU: "sm_90". Empty on the PyTorch backend.
     backend: str
     arch: str
-    # "fused", "split" or "vendor", for the forward and for dX; "torch" on the PyTorch backend.
+    # "fused", "split" or "vendor", for the forward and for dX; "torch" on the PyTorch backend. With a quantised weight
+    # "in_loop", or "dequantise, " before one of the others.
     forward_kernel: str
     forward_reason: str
     forward: tuple[Step, ...]
@@ -59,6 +62,7 @@ def explain(
     dropout_p: float = 0.0,
     *,
     lora_dtype: torch.dtype | None = None,
+    quantised: str | None = None,
     device: torch.device | str | None = None,
 ) -> Explanation:
     """The launches of ``lora_linear`` on [M, K] rows with a [N, K] weight, forward and backward with all three gradients.
@@ -71,6 +75,7 @@ def explain(
         M, N, K, r: rows, output features, input features, rank.
         dtype: of x and the weight. lora_dtype: of lora_A and lora_B, float32 unless given (as for :class:`LoRALinear`).
         dropout_p: the probability of dropping an element, in [0, 1).
+        quantised: None, ``"nf4"`` (blocks of 64 with nested scales, bitsandbytes' usual) or ``"fp8"``.
         device: a torch device, or the name of a GPU that need not be there: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``, ... The
             current GPU unless given, and the CPU where there is none.
 
@@ -88,20 +93,35 @@ def explain(
     lora_dtype = torch.float32 if lora_dtype is None else lora_dtype
     if lora_dtype not in (dtype, torch.float32):
         raise TypeError(f"lora_dtype must be float32 or dtype {dtype}, got {lora_dtype}")
+    if quantised not in (None, "nf4", "fp8"):
+        raise ValueError(f"quantised must be 'nf4', 'fp8' or None, got {quantised!r}")
     gpu = _gpu(device)
     if gpu is None:
         why = f"the backend is {backend.get_backend()!r}, which on a CPU means PyTorch's operators"
         return Explanation("torch", "", "torch", why, (), "torch", why, ())
-    forward, backward = call_launches(gpu, M, N, K, r, dtype, lora_dtype, dropout_p)
-    chosen = [
-        dispatch.choose(gpu, Call(direction, M, *sizes, r, dtype, lora_dtype, dropout_p > 0))
+    calls = [
+        Call(direction, M, *sizes, r, dtype, lora_dtype, dropout_p > 0)
         for direction, sizes in (("forward", (N, K)), ("backward", (K, N)))
     ]
+    if quantised is not None:
+        forward, backward = quantised_launches(gpu, M, N, K, r, dtype, lora_dtype, dropout_p, quantised)
+        (y, y_reason), (dx, dx_reason) = (_quantised_choice(gpu, call) for call in calls)
+        return Explanation("triton", gpu.arch, y, y_reason, _steps(forward), dx, dx_reason, _steps(backward))
+    forward, backward = call_launches(gpu, M, N, K, r, dtype, lora_dtype, dropout_p)
     # A kernel that is forced is not measured against others.
     tuned = tuning.get_autotune() and dispatch.get_kernel() == "auto"
     note = "; autotuning is on and may replace this by what it measures" if tuned else ""
-    (y, y_reason, _), (dx, dx_reason, _) = chosen
+    (y, y_reason, _), (dx, dx_reason, _) = (dispatch.choose(gpu, call) for call in calls)
     return Explanation("triton", gpu.arch, y, y_reason + note, _steps(forward), dx, dx_reason + note, _steps(backward))
+
+
+def _quantised_choice(gpu: Device, call: Call) -> tuple[str, str]:
+    """The kernel and the reason for a call with a quantised weight."""
+    choice = dispatch.choose_quantised(gpu, call)
+    if choice.kernel == "in_loop":
+        return choice.kernel, choice.reason
+    then = dispatch.choose(gpu, call)
+    return f"{choice.kernel}, {then.kernel}", f"{choice.reason}; then {then.reason}"
 
 
 def _gpu(device: torch.device | str | None) -> Device | None:
@@ -121,19 +141,73 @@ def call_launches(
     forward_choice: Choice | None = None, backward_choice: Choice | None = None,
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
     """The forward's and the backward's launches for a call with a bias, on the meta device, which has no memory."""
-
-    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=of, device="meta")
-
-    x, w, bias, y, s = empty(m, k), empty(n, k), empty(n), empty(m, n), empty(m, r)
-    a, b = empty(r, k, of=lora_dtype), empty(n, r, of=lora_dtype)
-    seed = empty(1, of=torch.int64) if dropout_p else None
-    forward = forward_launches(device, x, w, bias, a, b, s, y, seed, 1.0, dropout_p, forward_choice)
-    dx, da, db = (torch.empty_like(t) for t in (x, a, b))
+    t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p)
+    w = _empty(n, k, of=dtype)
+    forward = forward_launches(device, t.x, w, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p, forward_choice)
     backward = backward_launches(
-        device, x, y, w, a, b, s, seed, dx, da, db, scaling=1.0, dropout_p=dropout_p, choice=backward_choice
+        device,
+        t.x,
+        t.y,
+        w,
+        t.a,
+        t.b,
+        t.s,
+        t.seed,
+        t.x,
+        t.a,
+        t.b,
+        scaling=1.0,
+        dropout_p=dropout_p,
+        choice=backward_choice,
     )
     return forward, backward
+
+
+def quantised_launches(
+    device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
+    quantised: str,
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    """:func:`call_launches` for a weight in ``"nf4"``, nested in bitsandbytes' usual blocks, or ``"fp8"``."""
+    t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p)
+    weight: NF4Weight | FP8Weight
+    if quantised == "fp8":
+        weight = FP8Weight(_empty(n, k, of=torch.float8_e4m3fn), _empty(n))
+    else:
+        blocks = -(-n * k // 64)
+        packed, absmax = (_empty(size, of=torch.uint8) for size in (-(-n * k // 2), blocks))
+        nested = (_empty(-(-blocks // 256)), _empty(256), _empty(), 256)
+        weight = NF4Weight(packed, absmax, _empty(16), (n, k), 64, *nested)
+    forward = lora_linear_quantised.forward_launches(
+        device, t.x, weight.stored, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p
+    )
+    backward = lora_linear_quantised.backward_launches(
+        device, t.x, t.y, weight.stored, t.a, t.b, t.s, t.seed, t.x, t.a, t.b, 1.0, dropout_p
+    )
+    return forward, backward
+
+
+class _CallTensors(NamedTuple):
+    """A call's tensors but for the weight; gradients are of the shapes of what they are of."""
+
+    x: torch.Tensor
+    bias: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    s: torch.Tensor
+    y: torch.Tensor
+    seed: torch.Tensor | None
+
+
+def _empty(*size: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(size, dtype=of, device="meta")
+
+
+def _call_tensors(
+    m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float
+) -> _CallTensors:
+    x, bias, s, y = _empty(m, k, of=dtype), _empty(n, of=dtype), _empty(m, r, of=dtype), _empty(m, n, of=dtype)
+    a, b = _empty(r, k, of=lora_dtype), _empty(n, r, of=lora_dtype)
+    return _CallTensors(x, bias, a, b, s, y, _empty(1, of=torch.int64) if dropout_p else None)
 
 
 def _steps(launches: list[Any]) -> tuple[Step, ...]:

@@ -8,13 +8,16 @@ from torch import Tensor
 from stablelora_kernels._checks import check_float
 from stablelora_kernels.backend import resolve_backend
 from stablelora_kernels.ops.lora_linear import lora_linear_op
+from stablelora_kernels.quantised import FP8Weight, NF4Weight
+
+__all__ = ["FLOAT_DTYPES", "FP8Weight", "NF4Weight", "lora_linear"]
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight | FP8Weight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -27,7 +30,11 @@ def lora_linear(
     Args:
         x: [..., K], any leading sizes and any strides, in bfloat16, float16, float32, or float64 (PyTorch backend only).
             Under ``torch.autocast``, x, weight and bias are cast to its dtype first, as for ``nn.functional.linear``.
-        weight: [N, K], x's dtype. bias: [N] of x's dtype, or None.
+        weight: [N, K], x's dtype; or an :class:`NF4Weight` or :class:`FP8Weight`, which is computed with as if it were
+            dequantised to x's dtype. On a GPU that happens inside the product's loop, or, where rows are many, into N K elements
+            of memory that are free again after the call. PyTorch's backend takes that memory at each call and, where x's
+            gradient is wanted, again in backward, and some 50 MB beside it.
+        bias: [N] of x's dtype, or None.
         lora_A: [r, K]. lora_B: [N, r]. Both of x's dtype or both float32; products are in x's dtype, sums in float32.
         scaling: s, a number.
         dropout_p: probability of dropping an element, in [0, 1). The mask comes from torch's generator of x's device.
@@ -45,7 +52,8 @@ def lora_linear(
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         if x.is_floating_point() and x.dtype != torch.float64:
-            x, weight = x.to(dtype), weight.to(dtype)
+            x = x.to(dtype)
+            weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
             bias = None if bias is None else bias.to(dtype)
             if lora_A.dtype != torch.float32:
                 lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
@@ -55,11 +63,14 @@ def lora_linear(
     backend = resolve_backend(device)
     if backend == "triton" and x.dtype == torch.float64:
         raise TypeError("x is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')")
-    return lora_linear_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0, backend)
+    given = weight if isinstance(weight, Tensor) else weight.stored
+    return lora_linear_op(x, given, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0, backend)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
-    if weight.dim() != 2:
+def _check(
+    x: Tensor, weight: Tensor | NF4Weight | FP8Weight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+) -> None:
+    if len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
     n, k = weight.shape
     if x.dim() < 1 or x.shape[-1] != k:
@@ -75,7 +86,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_
         raise ValueError(f"bias must be {[n]} to fit weight {[n, k]}, got {list(bias.shape)}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x must be bfloat16, float16, float32 or float64, got {x.dtype}")
-    if weight.dtype != x.dtype:
+    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
         raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
     if bias is not None and bias.dtype != x.dtype:
         raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
@@ -84,6 +95,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_
     if lora_A.dtype != x.dtype and (lora_A.dtype != torch.float32 or x.dtype == torch.float64):
         raise TypeError(f"lora_A and lora_B must be float32 or of x's dtype {x.dtype}, got {lora_A.dtype}")
     device = x.device
-    for name, tensor in (("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
+    data = weight if isinstance(weight, Tensor) else weight.stored.data
+    for name, tensor in (("weight", data), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} must be on x's device {device}, got {tensor.device}")

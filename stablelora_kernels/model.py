@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.nn import LoRALinear
+from stablelora_kernels.nn import LoRALinear, MergeError
 from stablelora_kernels.plan import Plan, SkippedModule, list_some, plan_lora
+from stablelora_kernels.quantised import is_quantised
 
 # The attribute of a model that remembers the config its layers were made from; save_adapter writes it.
 CONFIG_ATTRIBUTE = "_stablelora_config"
@@ -64,6 +66,30 @@ class LoRAReport:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging a model's layers rounded away, by the layer's name, and which modules no longer share a layer's weight.
+
+    ``untied`` has, by layer, the names of the parameters that were the layer's weight before and are the frozen one still.
+    ``print(report)`` sums up.
+    """
+
+    errors: Mapping[str, MergeError]
+    untied: Mapping[str, tuple[str, ...]]
+
+    @property
+    def worst(self) -> str | None:
+        """The name of the layer that lost the largest share of its change, or None where no layer was merged."""
+        return max(self.errors, key=lambda name: self.errors[name].relative, default=None)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.errors)} modules merged"]
+        if self.worst is not None:
+            lines.append(f"  worst {self.worst}: {self.errors[self.worst]}")
+        lines += [f"  {name}.weight is no longer tied to {list_some([*names])}" for name, names in self.untied.items()]
+        return "\n".join(lines)
+
+
 def apply_lora(model: nn.Module, config: LoRAConfig) -> LoRAReport:
     """Give every ``nn.Linear`` that ``config`` matches a LoRA branch, in place, and freeze every other parameter.
 
@@ -72,9 +98,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> LoRAReport:
     stays one layer in both. Trainable afterwards are A and B, the biases that ``config.bias`` asks for and the modules
     of ``config.modules_to_save``; one of these whose weight is tied to a module outside gets a copy, as in PEFT.
 
-    Only plain ``nn.Linear`` layers are replaced. Anything else that matches (subclasses, quantised or sharded weights,
-    other layer types, layers that have LoRA already, the output head under "all-linear", ...) is left as it was and
-    named in the report.
+    Only plain ``nn.Linear`` layers are replaced, and those in bitsandbytes' 4 bits and torchao's float8. Anything else that
+    matches (subclasses, otherwise quantised or sharded weights, other layer types, layers that have LoRA already, the output
+    head under "all-linear", ...) is left as it was and named in the report.
 
     Returns:
         The report.
@@ -122,6 +148,12 @@ def commit(
         if places[m] > 1
     ]
 
+    if kinds := Counter(
+        type(linear.weight).__name__ for linear in plan.linears.values() if is_quantised(linear.weight)
+    ):
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        notes.append(f"quantised weights ({counts}) stay as they are stored; these layers can't be merged")
+
     lora = {id(parameter) for layer in lora_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)}
     for name, parameter in model.named_parameters():
         if id(parameter) not in lora:
@@ -152,7 +184,9 @@ def report_on(
     )
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return LoRAReport(replaced, skipped, trainable, sum(parameter.numel() for parameter in parameters), notes)
+    # Of 4 bits, elements and not the bytes that hold them.
+    shapes = [getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in parameters]
+    return LoRAReport(replaced, skipped, trainable, sum(math.prod(shape) for shape in shapes), notes)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -160,20 +194,28 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def merge_lora(model: nn.Module) -> None:
+def merge_lora(model: nn.Module) -> MergeReport:
     """Fold every LoRA branch into its layer's weight, in float32, for inference. Layers merged already stay so.
 
-    The frozen weights are kept, so that :func:`unmerge_lora` is exact; that takes their memory once more.
+    The frozen weights are kept, so that :func:`unmerge_lora` is exact; that takes their memory once more. A weight that other
+    modules hold too (a tied embedding's, another layer's) is untied: they keep the frozen one.
+
+    Returns:
+        The rounding errors by layer, those merged before included, and what was untied.
 
     Raises:
         ValueError: the model has no LoRA layers, or a merged weight would not be finite. Nothing is changed.
     """
+    layers = _some_lora_layers(model)
+    untied = _shared_weights(model, layers)
     done: list[LoRALinear] = []
-    for name, layer in _some_lora_layers(model).items():
+    errors: dict[str, MergeError] = {}
+    for name, layer in layers.items():
         if layer.merged:
+            errors[name] = layer.merge_error()
             continue
         try:
-            layer.merge()
+            errors[name] = layer.merge()
         except BaseException as error:
             for merged in done:
                 merged.unmerge()
@@ -181,6 +223,7 @@ def merge_lora(model: nn.Module) -> None:
                 raise ValueError(f"{name!r}: {error}") from None
             raise
         done.append(layer)
+    return MergeReport(errors, untied)
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -194,11 +237,14 @@ def unmerge_lora(model: nn.Module) -> None:
             layer.unmerge()
 
 
-def remove_lora(model: nn.Module, merge: bool = True) -> None:
+def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
     """Turn every LoRALinear of ``model`` back into an ``nn.Linear``, in place.
 
     With ``merge`` it holds the merged weight; without, the very Parameter that ``from_linear`` was given. Hooks and
     training mode go with it. Parameters stay frozen or trainable as they are.
+
+    Returns:
+        What :func:`merge_lora` returns; empty without ``merge``.
 
     Raises:
         ValueError: the model has no LoRA layers or is itself one, or a merged weight would not be finite. Nothing is
@@ -209,16 +255,33 @@ def remove_lora(model: nn.Module, merge: bool = True) -> None:
         raise ValueError(
             "model must be a module that contains LoRALinear layers, got a LoRALinear, which can't replace itself"
         )
-    (merge_lora if merge else unmerge_lora)(model)
+    report = MergeReport({}, {})
+    if merge:
+        report = merge_lora(model)
+    else:
+        unmerge_lora(model)
     plain: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        linear.weight = layer.weight
-        linear.register_parameter("bias", layer.bias)
-        plain[layer] = linear.train(layer.training)
+        plain[layer] = layer.to_linear()
     _swap(model, plain)
     if hasattr(model, CONFIG_ATTRIBUTE):
         delattr(model, CONFIG_ATTRIBUTE)
+    return report
+
+
+def _shared_weights(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, tuple[str, ...]]:
+    """By the name of a layer whose frozen weight is registered elsewhere too, the names of the other parameters."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for prefix, module in model.named_modules():
+        parameters = module._parameters | ({"weight": module.frozen_weight} if isinstance(module, LoRALinear) else {})
+        for key, parameter in parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, f"{prefix}.{key}" if prefix else key))
+    shared = {
+        name: tuple(path for module, path in holders[id(layer.frozen_weight)] if module is not layer)
+        for name, layer in layers.items()
+    }
+    return {name: others for name, others in shared.items() if others}
 
 
 def _some_lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from stablelora_kernels._checks import check_float, check_int
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear
+from stablelora_kernels.quantised import is_quantised
 
 INITS = (True, False, "gaussian")
 
@@ -18,6 +21,31 @@ def _check_init(init_lora_weights: Any) -> None:
     # By identity: 0 and 1 equal False and True, and would not be treated as such.
     if not (isinstance(init_lora_weights, bool) or init_lora_weights == "gaussian"):
         raise ValueError(f"init_lora_weights must be one of {INITS}, got {init_lora_weights!r}")
+
+
+# So many elements at a time are added, which bounds the float32 copies that merging takes beside the result.
+_MERGE_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class MergeError:
+    """What a merged weight, as it is stored, lacks to ``W + scaling · B A``.
+
+    ``largest_error`` is the largest difference of an element, ``largest_delta`` the largest element of ``scaling · B A``.
+    """
+
+    largest_error: float
+    largest_delta: float
+
+    @property
+    def relative(self) -> float:
+        """The error as a share of the change: 1 where the largest change was rounded away whole, 0 where nothing was."""
+        if self.largest_delta == 0:
+            return math.inf if self.largest_error else 0.0
+        return self.largest_error / self.largest_delta
+
+    def __str__(self) -> str:
+        return f"largest error {self.largest_error:.3g}, {self.relative:.3g} of the largest change {self.largest_delta:.3g}"
 
 
 class LoRALinear(nn.Module):
@@ -86,12 +114,19 @@ class LoRALinear(nn.Module):
     ) -> LoRALinear:
         """A LoRALinear over an existing layer. It shares the layer's weight and bias, which it freezes; nothing is copied.
 
+        Over a layer of bitsandbytes in 4 bits, or one whose weight torchao keeps in float8, it is a
+        :class:`~stablelora_kernels.nn_quantised.LoRAQuantisedLinear`.
+
         Raises:
-            TypeError: ``linear`` is not an ``nn.Linear``.
+            TypeError: ``linear`` is not an ``nn.Linear``, or its weight is quantised otherwise.
             ValueError, TypeError: as the constructor's, before the layer is frozen.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        if is_quantised(linear.weight):
+            from stablelora_kernels.nn_quantised import LoRAQuantisedLinear
+
+            cls = LoRAQuantisedLinear
         self = cls.__new__(cls)
         self._setup(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype)
         self.train(linear.training)
@@ -111,11 +146,12 @@ class LoRALinear(nn.Module):
         check_float("lora_alpha", lora_alpha)
         check_float("lora_dropout", lora_dropout, low=0.0, high=1.0)
         _check_init(init_lora_weights)
-        if base.weight.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"weight must be of a floating-point dtype, got {base.weight.dtype}")
-        if lora_dtype not in (torch.float32, base.weight.dtype):
-            raise TypeError(f"lora_dtype must be torch.float32 or the weight's {base.weight.dtype}, got {lora_dtype}")
-        if base.weight.dtype == torch.float64:
+        dtype = self._dtype_of(base)
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"weight must be of a floating-point dtype, got {dtype}")
+        if lora_dtype not in (torch.float32, dtype):
+            raise TypeError(f"lora_dtype must be torch.float32 or the weight's {dtype}, got {lora_dtype}")
+        if dtype == torch.float64:
             # A float32 branch would throw away what someone chose float64 for.
             lora_dtype = torch.float64
         super().__init__()
@@ -134,6 +170,18 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
         self.reset_lora_parameters(init_lora_weights)
+
+    @staticmethod
+    def _dtype_of(base: nn.Linear) -> torch.dtype:
+        """The dtype that a layer computes in."""
+        return base.weight.dtype
+
+    def to_linear(self) -> nn.Linear:
+        """A layer without the branch that holds the weight, merged or not, and the bias; they are shared."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = self.weight
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
@@ -168,12 +216,15 @@ class LoRALinear(nn.Module):
             return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self) -> MergeError:
         """Fold the branch into the weight: ``W + scaling · B A``, added in float32 and rounded once to the weight's dtype.
 
-        The merged weight is a new tensor. The frozen one is kept, so that a layer that shares it is not changed and
-        :meth:`unmerge` gives it back bit for bit; that costs one weight's memory until then. ``state_dict`` holds the
-        frozen one all the while, beside A and B.
+        The merged weight is a new Parameter, so that a module that shares the frozen one (a tied embedding) keeps that: the
+        two are untied until :meth:`unmerge`, which gives the frozen one back bit for bit. Keeping it costs one weight's memory
+        until then. ``state_dict`` holds the frozen one all the while, beside A and B.
+
+        Returns:
+            The error that rounding made, as :meth:`merge_error` gives it.
 
         Raises:
             RuntimeError: the layer is merged already.
@@ -181,8 +232,9 @@ class LoRALinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError("this LoRALinear is merged already")
-        delta = self.delta_weight()
-        merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        merged, delta = torch.empty_like(self.weight), self.delta_weight()
+        for out, weight, change in self._merge_rows(merged, self.weight, delta):
+            out.copy_(weight.to(delta.dtype) + change)
         if not bool(torch.isfinite(merged).all()):
             raise ValueError(
                 "merging would give a weight that is not finite; check lora_A, lora_B and weight for nan or inf"
@@ -190,6 +242,42 @@ class LoRALinear(nn.Module):
         self.__dict__["_unmerged_weight"] = self.weight
         self.weight = nn.Parameter(merged, requires_grad=False)
         self.merged = True
+        return self._merge_error(delta)
+
+    def merge_error(self) -> MergeError:
+        """How far the merged weight, as it is now, is from ``W + scaling · B A`` with W, A and B as they are now.
+
+        The differences are against the exact sum of W and ``scaling · B A`` rounded to float32 (to float64 for a float64
+        layer), so that a change too small for a float32 weight shows too.
+
+        Raises:
+            RuntimeError: the layer is not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("this LoRALinear is not merged")
+        return self._merge_error(self.delta_weight())
+
+    @torch.no_grad()
+    def _merge_error(self, delta: Tensor) -> MergeError:
+        largest_error = delta.new_zeros(())
+        for stored, weight, change in self._merge_rows(self.weight, self.frozen_weight, delta):
+            stored, weight = stored.to(delta.dtype), weight.to(delta.dtype)
+            # What the addition itself rounds away, exactly (Knuth's TwoSum).
+            total = weight + change
+            back = total - weight
+            lost = (weight - (total - back)) + (change - back)
+            largest_error = torch.maximum(largest_error, ((stored - total) - lost).abs().max())
+        return MergeError(largest_error.item(), delta.abs().max().item())
+
+    @property
+    def frozen_weight(self) -> nn.Parameter:
+        """W: ``weight``, and while the layer is merged the Parameter that :meth:`unmerge` will give back."""
+        return self.__dict__["_unmerged_weight"] if self.merged else self.weight
+
+    def _merge_rows(self, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Matrices of the weight's shape, some rows at a time."""
+        rows = max(1, _MERGE_ELEMENTS // self.in_features)
+        return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
     def unmerge(self) -> None:
         """Undo :meth:`merge` exactly.
@@ -199,24 +287,23 @@ class LoRALinear(nn.Module):
         """
         if not self.merged:
             raise RuntimeError("this LoRALinear is not merged")
-        self.weight = self.__dict__["_unmerged_weight"]
+        self.weight = self.frozen_weight
         self.__dict__["_unmerged_weight"] = None
         self.merged = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
         # .to(), .half() and their kin must move the weight that unmerge() will give back as well.
         super()._apply(fn, recurse)
-        if self.__dict__["_unmerged_weight"] is not None:
+        if self.merged:
             with torch.no_grad():
-                self.__dict__["_unmerged_weight"].data = fn(self.__dict__["_unmerged_weight"].data)
+                self.frozen_weight.data = fn(self.frozen_weight.data)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # A merged weight beside A and B would apply the branch twice wherever it is loaded.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
-            frozen = self.__dict__["_unmerged_weight"]
-            destination[prefix + "weight"] = frozen if keep_vars else frozen.detach()
+            destination[prefix + "weight"] = self.frozen_weight if keep_vars else self.frozen_weight.detach()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local: Any, strict: bool, missing: Any,
                               unexpected: Any, errors: list[str]) -> None:  # fmt: skip

@@ -9,6 +9,7 @@ from torch import nn
 from stablelora_kernels.config import LoRAConfig, pattern_matches
 from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.nn import LoRALinear
+from stablelora_kernels.quantised import is_quantised, read
 
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -129,7 +130,8 @@ def _reason_to_skip(model: nn.Module, name: str, module: nn.Module) -> str | Non
         return "it is part of a PEFT layer; accelerate_peft runs those"
     if not isinstance(module, nn.Linear):
         return f"{kind} is not an nn.Linear"
-    if type(module) is not nn.Linear:
+    quantised = is_quantised(module.weight)
+    if type(module) is not nn.Linear and not (quantised and kind == "Linear4bit"):
         return f"{kind} is a subclass of nn.Linear, whose users may not call it as one"
     if isinstance(parents[-1], nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer reads its weight instead of calling it in inference"
@@ -137,7 +139,12 @@ def _reason_to_skip(model: nn.Module, name: str, module: nn.Module) -> str | Non
         return "its forward was replaced (as accelerate's hooks do)"
     if set(module._parameters) != {"weight", "bias"} or module._modules:
         return "it holds other parameters or modules than weight and bias"
-    for part in (module.weight, module.bias):
+    if quantised:
+        try:
+            read(module.weight)
+        except (TypeError, ValueError) as error:
+            return str(error)
+    for part in (None if quantised else module.weight, module.bias):
         if part is not None and (type(part) is not nn.Parameter or part.dtype not in FLOAT_DTYPES):
             return f"it holds a {type(part).__name__} of {part.dtype}, not a plain floating-point Parameter"
     if any(getattr(module, attribute, None) for attribute in _STATE_HOOKS):

@@ -25,8 +25,10 @@ __all__ = [
     "StableAdamWRef",
     "adamw_ref",
     "dropout_keep_ref",
+    "fp8_ref",
     "lora_linear_grads_ref",
     "lora_linear_ref",
+    "nf4_ref",
     "philox_ref",
     "shrink_ref",
     "stochastic_round_ref",
@@ -77,6 +79,48 @@ def lora_linear_grads_ref(
         "dA": ds.T @ dropped,
         "dB": scaling * (dy.T @ s),
     }
+
+
+def nf4_ref(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    shape: tuple[int, int],
+    blocksize: int,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    offset: Tensor | None = None,
+    nested_blocksize: int = 0,
+) -> Tensor:
+    """W [N, K] in float64: ``code[index] · absmax``, from what :class:`stablelora_kernels.quantised.NF4Weight` holds.
+
+    Element e, counted row after row, has the upper half of byte e / 2 for its index where e is even and else the lower half,
+    and the absmax of block e div blocksize; that is ``nested_code[absmax] · nested_absmax + offset`` where nested.
+    """
+    element = torch.arange(shape[0] * shape[1])
+    byte = packed.long()[element // 2]
+    index = torch.where(element % 2 == 0, byte // 16, byte % 16)
+    block = element // blocksize
+    scale = absmax[block].double()
+    if nested_absmax is not None and nested_code is not None and offset is not None:
+        scale = (
+            nested_code.double()[absmax[block].long()] * nested_absmax.double()[block // nested_blocksize]
+            + offset.double()
+        )
+    return (code.double()[index] * scale).reshape(shape)
+
+
+def fp8_ref(data: Tensor, scale: Tensor) -> Tensor:
+    """W [N, K] in float64 from the bits of float8_e4m3fn data [N, K] and scale [N].
+
+    A byte is a sign, 4 bits of exponent e and 3 of fraction f: ``(1 + f/8) 2^(e - 7)``, or ``f/8 · 2^-6`` where e is 0;
+    all ones but the sign is not a number.
+    """
+    bits = data.view(torch.uint8).long()
+    exponent, fraction = (bits >> 3) & 15, (bits & 7).double() / 8
+    value = torch.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * torch.exp2(exponent.double() - 7))
+    value = torch.where(bits & 127 == 127, torch.nan, value)
+    return torch.where(bits >= 128, -value, value) * scale.double()[:, None]
 
 
 def philox_ref(seed: int, counter: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import pytest
 import torch
 from torch import Tensor
@@ -137,25 +139,34 @@ def test_gradients_of_weight_and_bias(rows, backend):
     torch.testing.assert_close(dbias, inputs["grad"].sum(0))
 
 
+def bytes_held(call: Callable[[], Tensor], given: Iterable[Tensor]) -> int:
+    """Bytes that the graph of ``call`` holds for backward, other than of the tensors ``given``."""
+    known = {t.untyped_storage().data_ptr() for t in given}
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        assert call().requires_grad
+    return sum(held.values())
+
+
 def saved_bytes(wanted: str, backend: str, p: float = 0.0) -> int:
     """Bytes that the graph of one call holds for backward, other than its arguments."""
     inputs = make_inputs((128, 24), 20, 6, device=DEVICE)
     named = dict(zip("xAB", leaves(inputs), strict=True))
     for name, tensor in named.items():
         tensor.requires_grad_(name in wanted)
-    given = {t.untyped_storage().data_ptr() for t in (*named.values(), inputs["weight"], inputs["bias"])}
-    held: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), slk.use_backend(backend):
-        y = lora_linear(named["x"], inputs["weight"], inputs["bias"], named["A"], named["B"], SCALING, p)
-    assert y.requires_grad
-    return sum(held.values())
+    weight, bias = inputs["weight"], inputs["bias"]
+    with slk.use_backend(backend):
+        return bytes_held(
+            lambda: lora_linear(named["x"], weight, bias, named["A"], named["B"], SCALING, p),
+            (*named.values(), weight, bias),
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -273,10 +284,8 @@ def test_autocast_casts_as_linear_does(rows, backend):
     check(low, {"Y": y.detach(), "dX": dx.to(BF16), "dA": da, "dB": db})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.0), (70, 0.3)])
-def test_torch_compile_has_no_graph_break(rows, p, backend):
-    inputs = make_inputs((rows, 24), 20, 6, device=DEVICE)
+def check_compiled(inputs: dict[str, Tensor | None], backend: str, p: float) -> None:
+    """torch.compile takes a call whole, and gives what the call gives."""
 
     def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return lora_linear(x, inputs["weight"], inputs["bias"], a, b, SCALING, p)
@@ -292,6 +301,12 @@ def test_torch_compile_has_no_graph_break(rows, p, backend):
         results.append((y, *torch.autograd.grad(y, (x, a, b), inputs["grad"])))
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(plain, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.0), (70, 0.3)])
+def test_torch_compile_has_no_graph_break(rows, p, backend):
+    check_compiled(make_inputs((rows, 24), 20, 6, device=DEVICE), backend, p)
 
 
 def test_ops_pass_opcheck():

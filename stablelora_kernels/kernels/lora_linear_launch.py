@@ -109,7 +109,7 @@ def backward_launches(device: Device, p: Product, g: Gradients, choice: Choice |
     if p.call.m == 0 or (choice is None and g.da is None):
         return [*gradient_launches(device, g)]
     if choice is None:
-        return [_shrink(device, p, g), *gradient_launches(device, g._replace(db=None))]
+        return [shrink(device, p, g), *gradient_launches(device, g._replace(db=None))]
     if choice.kernel == "split":
         return _split(device, p, choice.tile, g)
     return [*product_launches(device, p, choice), *gradient_launches(device, g)]
@@ -117,18 +117,18 @@ def backward_launches(device: Device, p: Product, g: Gradients, choice: Choice |
 
 def _split(device: Device, p: Product, tile: Tile | None, g: Gradients | None = None) -> list[Launch | VendorProduct]:
     p = p._replace(s=p.x.new_empty(p.call.m, p.call.r)) if p.s is None else p
-    return [_shrink(device, p, g, lead=_overlap(device)), _linear(device, p, tile, load_s=True, g=g)]
+    return [shrink(device, p, g, lead=overlap(device)), _linear(device, p, tile, load_s=True, g=g)]
 
 
-def _overlap(device: Device) -> bool:
+def overlap(device: Device) -> bool:
     return device.overlaps and not backend.INTERPRETING
 
 
-def _threshold(dropout_p: float) -> int:
+def threshold(dropout_p: float) -> int:
     return min(round(dropout_p * 2**31), 2**31 - 1)
 
 
-def _share(
+def share(
     device: Device, tiles: int, steps: int, part: int, like: Tensor, lane: int = 0, programs: int = 2
 ) -> tuple[int, Tensor, Tensor]:
     """How many programs share each of ``tiles`` sums, and the memory for their parts, of ``part`` float32, and counters."""
@@ -185,7 +185,7 @@ def _beside(device: Device, g: Gradients | None, out: Tensor | None, warps: int,
     return _Beside(n * tiles, (out, parts, count), n, flags)
 
 
-def _shrink(device: Device, p: Product, g: Gradients | None = None, lead: bool = False) -> Launch:
+def shrink(device: Device, p: Product, g: Gradients | None = None, lead: bool = False) -> Launch:
     """S = s' (X ∘ keep) A^T, the mask being X's unless it is the result's; with ``g``, dB too, X being dY then."""
     c, s = p.call, p.s
     assert s is not None
@@ -196,7 +196,7 @@ def _shrink(device: Device, p: Product, g: Gradients | None = None, lead: bool =
     tile = fit(tile, device, stage)
     tiles_m, tiles_r = triton.cdiv(c.m, tile.BLOCK_M), triton.cdiv(c.r, block_r)
     steps = triton.cdiv(c.k, tile.BLOCK_K)
-    n, parts, count = _share(device, tiles_m * tiles_r, steps, tile.BLOCK_M * block_r, p.x)
+    n, parts, count = share(device, tiles_m * tiles_r, steps, tile.BLOCK_M * block_r, p.x)
     beside = _beside(device, g, None if g is None else g.db, tile.num_warps, lane=2)
     t = None if g is None or g.db is None else g.s
     return Launch(
@@ -206,7 +206,7 @@ def _shrink(device: Device, p: Product, g: Gradients | None = None, lead: bool =
         (tiles_m * tiles_r * n + beside.programs,),
         (p.x, p.a, s, p.seed if dropout else None, parts, count, t, *beside.pointers, c.m, c.k, c.r, n, beside.programs,
          beside.splits, *p.x.stride(), *p.a.stride(), s.stride(0), 0 if t is None else t.stride(0), p.scaling,
-         _threshold(p.dropout_p)),
+         threshold(p.dropout_p)),
         beside.constants | {
          "DROPOUT": dropout, "EVEN_K": c.k % tile.BLOCK_K == 0, "LEAD": lead, "BLOCK_M": tile.BLOCK_M,
          "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r,
@@ -216,7 +216,7 @@ def _shrink(device: Device, p: Product, g: Gradients | None = None, lead: bool =
     )  # fmt: skip
 
 
-def _small(c: Call) -> str:
+def small(c: Call) -> str:
     return "small " if c.m <= dispatch.SMALL_M else ""
 
 
@@ -229,7 +229,7 @@ def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool, g: Grad
     c = p.call
     # None where it is not read: pointers and None would be compiled apart.
     p = p._replace(seed=p.seed if c.masked else None)
-    wait = load_s and _overlap(device)
+    wait = load_s and overlap(device)
     # A pointer that is never followed still needs a type.
     s = p.y if p.s is None else p.s
     block_r = rank_block(c.r, dispatch.MAX_FUSED_R)
@@ -248,7 +248,7 @@ def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool, g: Grad
     da = launch.constants["HAS_GRAD"]
     variant = f"{words} r{block_r}{_flags(fused=not load_s, masked=c.masked, dA=da)} {launch.variant}"
     options = launch.options | ({"launch_pdl": True} if wait else {})
-    return launch._replace(variant=_small(c) + variant, options=options)
+    return launch._replace(variant=small(c) + variant, options=options)
 
 
 def _da_beside(device: Device, g: Gradients | None, tile: Tile) -> tuple[Tensor | None, _Beside]:
@@ -284,7 +284,7 @@ def _pointer_linear(
         (tiles + beside.programs,),
         (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, z, *beside.pointers, c.m, c.n, c.k, c.r, tiles, beside.splits,
          *p.x.stride(), *p.w.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0), *_strides(z), p.scaling,
-         _threshold(p.dropout_p)),
+         threshold(p.dropout_p)),
         flags | beside.constants | {"EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
                  "BLOCK_K": tile.BLOCK_K, "GROUP_M": 8},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
@@ -301,7 +301,7 @@ def _small_linear(
     tiles, steps = triton.cdiv(c.n, tile.BLOCK_N), triton.cdiv(c.k, tile.BLOCK_K)
     part = tile.BLOCK_N * tile.BLOCK_M + tile.BLOCK_M * flags["BLOCK_R"]
     # The parts of 64 rows are as large as what a program reads of W in a few steps: there one program a processor is enough.
-    n, parts, count = _share(device, tiles, steps, part, p.x, lane=1, programs=2 if tile.BLOCK_M == 16 else 1)
+    n, parts, count = share(device, tiles, steps, part, p.x, lane=1, programs=2 if tile.BLOCK_M == 16 else 1)
     z, beside = _da_beside(device, g, tile)
     return Launch(
         _lora_linear_small_kernel,
@@ -310,7 +310,7 @@ def _small_linear(
         (tiles * n + beside.programs,),
         (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, parts, count, z, *beside.pointers, c.m, c.n, c.k, c.r, n, tiles * n,
          beside.splits, *p.x.stride(), *p.w.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0), *_strides(z),
-         p.scaling, _threshold(p.dropout_p)),
+         p.scaling, threshold(p.dropout_p)),
         flags | beside.constants | {"EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
                  "BLOCK_K": tile.BLOCK_K,
                  "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
@@ -359,7 +359,7 @@ def _tma_linear(
          _descriptor(w, *((tile.BLOCK_K, tile.BLOCK_N) if trans else (tile.BLOCK_N, tile.BLOCK_K))),
          p.bias, _descriptor(a, *a_block) if described_a else p.a, p.b, s, _descriptor(p.y, tile.BLOCK_M, part), p.seed,
          z, *beside.pointers, c.m, c.n, c.k, c.r, products, beside.splits, *p.a.stride(), *p.b.stride(), s.stride(0),
-         *_strides(z), p.scaling, _threshold(p.dropout_p)),
+         *_strides(z), p.scaling, threshold(p.dropout_p)),
         flags | beside.constants | {
                  "PARTS": parts, "TRANS_W": trans, "DESCRIBED_A": described_a, "TRANS_A": trans_a, "SPECIALIZE": specialize,
                  "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "GROUP_M": 8},
@@ -387,7 +387,7 @@ def _branch(device: Device, p: Product) -> list[Launch]:
     share = triton.cdiv(col_tiles, shares) * tile.BLOCK_N
     if load_s and p.s is None:
         p = p._replace(s=p.x.new_empty(c.m, c.r))
-    shrink = [_shrink(device, p)] if load_s else []
+    before = [shrink(device, p)] if load_s else []
     p = p._replace(seed=p.seed if c.masked or not load_s else None)
     s = p.y if p.s is None else p.s
     words = "dx" if c.direction == "backward" else "y"
@@ -398,14 +398,14 @@ def _branch(device: Device, p: Product) -> list[Launch]:
         reason,
         (row_tiles, triton.cdiv(c.n, share)),
         (p.x, p.a, p.b, s, p.y, p.seed, c.m, c.n, c.k, c.r, share, *p.x.stride(), *p.a.stride(), *p.b.stride(), s.stride(0),
-         p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
+         p.y.stride(0), p.scaling, threshold(p.dropout_p)),
         {"LOAD_S": load_s, "STORE_S": p.s is not None and not load_s, "MASK_X": mask_x and not load_s,
          "MASK_BRANCH": c.masked, "EVEN_K": c.k % tile.BLOCK_K == 0,
          "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r,
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
-    return [*shrink, launch]
+    return [*before, launch]
 
 
 def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
@@ -420,7 +420,7 @@ def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
     tiles_a = 0 if g.da is None else triton.cdiv(c.n, tile.BLOCK_M) * tiles_r
     tiles_b = 0 if g.db is None else triton.cdiv(c.k, tile.BLOCK_M) * tiles_r
     steps = triton.cdiv(c.m, tile.BLOCK_K)
-    n, parts, count = _share(device, tiles_a + tiles_b, steps, tile.BLOCK_M * block_r, g.dy)
+    n, parts, count = share(device, tiles_a + tiles_b, steps, tile.BLOCK_M * block_r, g.dy)
     dropout = c.dropout and g.da is not None
     # A pointer that is never followed still needs a type.
     x, s, ds = (g.dy if given is None else given for given in (g.x, g.s, g.ds))
@@ -431,7 +431,7 @@ def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
         reason,
         ((tiles_a + tiles_b) * n,),
         (x, s, ds, g.dy, da, db, g.seed if dropout else None, parts, count, c.m, c.k, c.n, c.r, tiles_a * n, n,
-         *x.stride(), s.stride(0), ds.stride(0), *g.dy.stride(), _threshold(g.dropout_p)),
+         *x.stride(), s.stride(0), ds.stride(0), *g.dy.stride(), threshold(g.dropout_p)),
         {"DROPOUT": dropout, "BLOCK_M": tile.BLOCK_K,
          "BLOCK_C": tile.BLOCK_M, "BLOCK_R": block_r, "STAGES": tile.num_stages,
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=True)},

@@ -1,7 +1,8 @@
 """``lora_linear`` with its gradients: on the Triton kernels, as torch.library ops, or on PyTorch's own operators.
 
 Both paths follow the formulas in ``kernels/lora_linear.py``. Backward needs X, which the graph around mostly holds anyway, S,
-and, on the PyTorch path, dropout's mask as bool; the kernels draw theirs again from a seed.
+and, on the PyTorch path, dropout's mask as bool; the kernels draw theirs again from a seed. Of a quantised weight it holds what
+is stored, never W in full, which the PyTorch path dequantises once more in backward.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from stablelora_kernels import dispatch, tuning
 from stablelora_kernels.dispatch import Call, Choice, Device
-
-NAMESPACE = "stablelora_kernels"
+from stablelora_kernels.ops.lora_linear_quantised import NAMESPACE
+from stablelora_kernels.quantised import Layout, Stored
 
 # The Triton kernels as ops. Their scaling is s' = scaling / (1 - p).
 
@@ -192,33 +193,42 @@ def _torch_bwd(
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float,
-    backend: str, save_s: bool,
+    x: Tensor, weight: Tensor | Stored, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    dropout_p: float, backend: str, save_s: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:  # fmt: skip
     """Y, S, dropout's seed or mask, and s'; x [M, K]."""
     if backend == "triton":
         # The seed stays on the device: no wait for it, and a CUDA graph draws a new one at each replay.
         seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p else None
         scaling /= 1 - dropout_p
-        y, s = torch.ops.stablelora_kernels.lora_linear_fwd(
-            x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s
-        )
+        rest = (bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
+        if isinstance(weight, Stored):
+            y, s = torch.ops.stablelora_kernels.lora_linear_quantised_fwd(x, *weight, *rest)
+        else:
+            y, s = torch.ops.stablelora_kernels.lora_linear_fwd(x, weight, *rest)
         return y, s, seed, scaling
     keep = None
     if dropout_p:
         keep, dropout_p = _draw_keep(x, dropout_p)
         scaling /= 1 - dropout_p
-    y, s = _torch_fwd(x, weight, bias, lora_A, lora_B, scaling, keep)
+    y, s = _torch_fwd(x, _in_full(weight, x.dtype), bias, lora_A, lora_B, scaling, keep)
     return y, s, keep, scaling
 
 
+def _in_full(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor:
+    return weight.dequantise(dtype) if isinstance(weight, Stored) else weight
+
+
 class _LoRALinear(torch.autograd.Function):
-    """Gradients of x, A and B by the formulas above; those of weight and bias, where wanted, by plain products."""
+    """Gradients of x, A and B by the formulas above; those of weight and bias, where wanted, by plain products.
+
+    A quantised weight comes as the three parts of :class:`Stored`: ``weight`` is its data, and ``layout`` is None of a plain one.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
-        dropout_p: float, backend: str,
+        dropout_p: float, backend: str, layout: Layout | None = None, *scales: Tensor,
     ) -> Tensor:  # fmt: skip
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.lora_dtype = lora_A.dtype
@@ -226,7 +236,8 @@ class _LoRALinear(torch.autograd.Function):
             # The kernels cast in registers; here backward uses the casts that forward made.
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        y, s, random, scaling = _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, need_b)
+        given = weight if layout is None else Stored(weight, scales, layout)
+        y, s, random, scaling = _forward(rows, given, bias, lora_A, lora_B, scaling, dropout_p, backend, need_b)
         # Of the activations only what will be read; x as it came, since the graph around holds that very tensor.
         ctx.save_for_backward(
             x if need_w or need_a else None,
@@ -235,26 +246,37 @@ class _LoRALinear(torch.autograd.Function):
             lora_B,
             s if need_b else None,
             random if need_x or need_a else None,
+            *(scales if need_x else ()),
         )
         ctx.scaling, ctx.dropout_p, ctx.backend, ctx.x_shape = scaling, dropout_p, backend, x.shape
+        ctx.layout, ctx.optional = layout, 0 if layout is None else 1 + len(scales)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, lora_A, lora_B, s, random = ctx.saved_tensors
+        x, weight, lora_A, lora_B, s, random, *scales = ctx.saved_tensors
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         grad = grad.reshape(-1, grad.shape[-1])
         rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
+        # Without dX the weight is not read, and any is as good as another.
+        stored = Stored(weight, tuple(scales), ctx.layout) if ctx.layout is not None and need_x else None
         dx = da = db = None
         if ctx.backend == "triton":
-            dx, da, db = torch.ops.stablelora_kernels.lora_linear_bwd(
-                rows, grad, weight, lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p, need_x, need_a, need_b
-            )
+            rest = (lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p)
+            if stored is None:
+                dx, da, db = torch.ops.stablelora_kernels.lora_linear_bwd(
+                    rows, grad, weight, *rest, need_x, need_a, need_b
+                )
+            else:
+                dx, da, db = torch.ops.stablelora_kernels.lora_linear_quantised_bwd(
+                    rows, grad, *stored, *rest, need_a, need_b
+                )
         else:
             # A broadcast gradient, as of sum(), would be expanded anew by each product. (Older compilers know no strides.)
             if not torch.compiler.is_compiling() and 0 in grad.stride():
                 grad = grad.contiguous()
+            weight = _in_full(stored or weight, grad.dtype)
             dx, da, db = _torch_bwd(
                 grad, rows, weight, lora_A, lora_B, s, random, ctx.scaling, ctx.lora_dtype, need_x, need_a, need_b
             )
@@ -266,25 +288,30 @@ class _LoRALinear(torch.autograd.Function):
             dbias,
             da if need_a else None,
             db if need_b else None,
-            None,
-            None,
-            None,
+            *[None] * (3 + ctx.optional),
         )
 
 
 def lora_linear_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float,
-    backend: str,
+    x: Tensor, weight: Tensor | Stored, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    dropout_p: float, backend: str,
 ) -> Tensor:  # fmt: skip
     """``functional.lora_linear`` with arguments that were checked and a backend that was chosen."""
+    quantised = isinstance(weight, Stored)
+    tensors = (x, weight if isinstance(weight, Tensor) else None, bias, lora_A, lora_B)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     rows = x.numel() // x.shape[-1]
-    if backend == "torch" and rows < _FEW_ROWS and dropout_p == 0:
+    # Autograd would hold a dequantised weight.
+    if backend == "torch" and rows < _FEW_ROWS and dropout_p == 0 and not (quantised and wanted):
         s = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
-        y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), _in_full(weight, x.dtype), bias)
         y = torch.addmm(y, s, lora_B.to(x.dtype).t(), alpha=scaling)
         return y.view(*x.shape[:-1], y.shape[-1])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, lora_A, lora_B)):
-        return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
+    if wanted:
+        rest = (bias, lora_A, lora_B, scaling, dropout_p, backend)
+        if isinstance(weight, Stored):
+            return _LoRALinear.apply(x, weight.data, *rest, weight.layout, *weight.scales)
+        return _LoRALinear.apply(x, weight, *rest)
     if backend == "torch":
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     y = _forward(x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
