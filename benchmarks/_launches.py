@@ -10,6 +10,7 @@ import torch
 
 from stablelora_kernels.dispatch import MAX_FUSED_R, Choice, Device
 from stablelora_kernels.explain import call_launches
+from stablelora_kernels.ops import lora_branch
 from stablelora_kernels.ops.lora_linear import forward_launches
 
 # One of each kind that the tables tell apart, in M, (N, K) and r.
@@ -47,10 +48,27 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
                                 # Some products stay exact where TensorFloat-32 is allowed.
                                 exact = dtype == FP32 and launch.constants["INPUT_PRECISION"] == "ieee"
                                 yield "fp32" if exact else name, launch
+            for m, r, p in product((64, ROWS[-1]), ranks, (0.0, 0.1)):
+                yield from ((name, launch) for launch in branch_alone(device, m, 4096, 4096, r, dtype, lora, p))
             if dtype != FP32:
                 yield from ((name, launch) for launch in _broadcast(device, dtype, lora))
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+def branch_alone(
+    device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, p: float
+) -> list[Any]:
+    """What ``lora_branch`` launches backward, on the meta device."""
+
+    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=of, device="meta")
+
+    x, grad, s = empty(m, k), empty(m, n), empty(m, r)
+    a, b = empty(r, k, of=lora_dtype), empty(n, r, of=lora_dtype)
+    seed = empty(1, of=torch.int64) if p else None
+    dx, da, db = (torch.empty_like(t) for t in (x, a, b))
+    return lora_branch.backward_launches(device, x, grad, a, b, s, seed, dx, da, db, 1.0, p)
 
 
 def _broadcast(device: Device, dtype: torch.dtype, lora_dtype: torch.dtype) -> Iterator[Any]:
