@@ -89,7 +89,7 @@ def test_any_strides(rows, backend):
     strided["lora_B"] = torch.cat((inputs["lora_B"], inputs["lora_B"]), 1)[:, :6]
     assert not any(t.is_contiguous() for t in strided.values())
     check(inputs, run(strided, backend))
-    # Rows of unit stride, wider apart than they are long: no copy is made.
+    # Rows of unit stride, wider apart than they are long.
     strided["base_out"] = torch.cat((inputs["base_out"], inputs["base_out"]), 1)[:, :20]
     check(inputs, run(strided, backend))
 

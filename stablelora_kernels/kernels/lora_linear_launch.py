@@ -372,7 +372,7 @@ def _descriptor(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
 
 
 def branch(device: Device, p: Product, base: Tensor | None, s_is_there: bool = False) -> list[Launch]:
-    """``p.y`` = ``base`` + branch; ``base`` is y itself, another tensor, or None for nothing. ``p``'s w and bias are not read.
+    """``p.y`` = ``base`` + branch; ``base`` is y itself, another of its strides, or None for nothing; no w, no bias.
 
     One launch, or S before it where the rank is high or dropout's mask would be drawn repeatedly.
     """
@@ -401,7 +401,7 @@ def branch(device: Device, p: Product, base: Tensor | None, s_is_there: bool = F
         reason,
         (row_tiles, triton.cdiv(c.n, share)),
         (p.x, p.a, p.b, s, base, p.y, p.seed, c.m, c.n, c.k, c.r, share, *p.x.stride(), *p.a.stride(), *p.b.stride(),
-         s.stride(0), 0 if base is None else base.stride(0), p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
+         s.stride(0), p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
         {"HAS_BASE": base is not None, "LOAD_S": load_s, "STORE_S": p.s is not None and not load_s,
          "MASK_X": mask_x and not load_s, "MASK_BRANCH": c.masked, "EVEN_K": c.k % tile.BLOCK_K == 0,
          "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r,

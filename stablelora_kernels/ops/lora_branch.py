@@ -56,9 +56,8 @@ def _fwd(
     call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
     kept = s if save_s else None
     product = Product(call, x, base, None, lora_A, lora_B, kept, y, seed, scaling, dropout_p)
-    # The kernel goes along rows.
-    base = base if base.stride(1) == 1 else base.contiguous()
-    for launch in branch_launches(dispatch.device_of(x.device), product, base):
+    # The kernel reads it at the places of y.
+    for launch in branch_launches(dispatch.device_of(x.device), product, base.contiguous()):
         launch.run(x.device)
     return y, s
 
