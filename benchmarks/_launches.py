@@ -59,16 +59,19 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
 def branch_alone(
     device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, p: float
 ) -> list[Any]:
-    """What ``lora_branch`` launches backward, on the meta device."""
+    """What ``lora_branch`` launches, forward and backward, on the meta device."""
 
     def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, dtype=of, device="meta")
 
-    x, grad, s = empty(m, k), empty(m, n), empty(m, r)
+    x, grad, s, base = empty(m, k), empty(m, n), empty(m, r), empty(m, n)
     a, b = empty(r, k, of=lora_dtype), empty(n, r, of=lora_dtype)
     seed = empty(1, of=torch.int64) if p else None
     dx, da, db = (torch.empty_like(t) for t in (x, a, b))
-    return lora_branch.backward_launches(device, x, grad, a, b, s, seed, dx, da, db, 1.0, p)
+    return [
+        *lora_branch.forward_launches(device, base, x, a, b, s, torch.empty_like(base), seed, 1.0, p),
+        *lora_branch.backward_launches(device, x, grad, a, b, s, seed, dx, da, db, 1.0, p),
+    ]
 
 
 def _broadcast(device: Device, dtype: torch.dtype, lora_dtype: torch.dtype) -> Iterator[Any]:

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 
 _SMALL: dict[str, Any] = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-_LLAMA = _SMALL | {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
-_OPT = _SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128}
+# Some tests combine adapters to a rank of 20, which every layer must have room for.
+_LLAMA = _SMALL | {"intermediate_size": 64, "num_key_value_heads": 4, "max_position_embeddings": 128}
+# Some tests know that OPT's has 5 layers and 16 features.
+_OPT = _SMALL | {
+    "hidden_size": 16, "num_hidden_layers": 5, "ffn_dim": 64, "word_embed_proj_dim": 16, "max_position_embeddings": 128,
+}  # fmt: skip
 _GPT2 = {"vocab_size": 1024, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 _BERT = _SMALL | {"intermediate_size": 64, "max_position_embeddings": 128}
 _BART = {
@@ -67,6 +71,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "T5Config",
         _T5,
     ),
+    "peft-internal-testing/tiny-random-t5": ("T5ForConditionalGeneration", "T5Config", _T5),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration": ("T5ForConditionalGeneration", "T5Config", _T5),
 }
 

@@ -195,7 +195,7 @@ def _branch(t: _Account, c: dict[str, Any]) -> None:
             t.write("s")
     t.read("b", tiles_m)
     if c["HAS_BASE"]:
-        t.read("base")
+        t.read("y" if c["IN_PLACE"] else "base")
     t.write("y")
 
 

@@ -44,8 +44,8 @@ QUICK = ("test_custom_models", "test_low_level_api", "test_lora_variants", "test
 FILES = (
     *QUICK, "test_decoder_models", "test_encoder_decoder_models", "test_feature_extraction_models", "test_seq_classifier",
     "test_initialization", "test_lora_conversion", "test_lora_ga", "test_lora_intruders", "test_lorafa", "test_loraplus",
-    "test_bdlora", "test_velora", "test_riemannian_lora", "test_target_parameters", "test_trainable_tokens",
-    "test_tuners_utils", "test_integrations", "test_helpers", "test_other", "test_auto",
+    "test_bdlora", "test_velora", "test_riemannian_lora", "test_trainable_tokens", "test_tuners_utils", "test_helpers",
+    "test_other",
 )  # fmt: skip
 
 

@@ -57,8 +57,8 @@ def reason_against(layer: Any, adapter: str) -> str | None:
     for name, module in (("lora_A", a), ("lora_B", b)):
         if not _is_plain_linear(module):
             return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"
-    if a.bias is not None or a.weight.dtype != b.weight.dtype:
-        return f"lora_A of adapter {adapter!r} has a bias, or another dtype than lora_B"
+    if a.bias is not None or a.weight.dtype != b.weight.dtype or a.weight.shape[0] != b.weight.shape[1]:
+        return f"lora_A of adapter {adapter!r} has a bias, or does not fit lora_B in its dtype or rank"
     if type(dropout) not in (nn.Identity, nn.Dropout) or _is_hooked(dropout):
         return f"the dropout of adapter {adapter!r} is a {type(dropout).__name__}, or has hooks"
     if type(dropout) is nn.Dropout and dropout.p >= 1:
@@ -102,7 +102,7 @@ def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | 
 
 def _fits(x: Tensor, lora_A: Tensor) -> bool:
     """Whether the ops take ``x`` beside an adapter of that dtype. PEFT would cast x to it."""
-    if x.dtype not in FLOAT_DTYPES or x.device != lora_A.device:
+    if x.dtype not in FLOAT_DTYPES or x.device != lora_A.device or x.shape[-1:] != lora_A.shape[1:]:
         return False
     if torch.float64 in (x.dtype, lora_A.dtype):
         return x.dtype == lora_A.dtype and resolve_backend(x.device) == "torch"
@@ -151,6 +151,10 @@ class Accelerated:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
                 result[rows] = branch.onto(result[rows], x[rows])
         return result
+
+    def _get_name(self) -> str:
+        # What a model prints stays as it was.
+        return ORIGINAL[type(self)].__name__
 
 
 class AcceleratedLinear(Accelerated, lora.Linear):

@@ -14,16 +14,16 @@ def _lora_linear_branch_kernel(
     M, N, K, R, SHARE,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
     scaling, threshold,
-    HAS_BASE: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_X: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    HAS_BASE: tl.constexpr, IN_PLACE: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_X: tl.constexpr,
+    MASK_BRANCH: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y = BASE + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], A [R, K], B [N, R], S [M, R], BASE and Y [M, N].
 
-    BASE has Y's strides and may be Y itself; it is left out unless HAS_BASE. A program computes (or, where LOAD_S, reads) S for
-    its rows and goes through SHARE columns of Y. keep is of X's shape where MASK_X, which is the forward's use, and applied to
-    X; of Y's where MASK_BRANCH, the backward's.
+    BASE is Y itself where IN_PLACE, has Y's strides otherwise, and is left out unless HAS_BASE. A program computes (or, where
+    LOAD_S, reads) S for its rows and goes through SHARE columns of Y. keep is of X's shape where MASK_X, which is the
+    forward's use, and applied to X; of Y's where MASK_BRANCH, the backward's.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
@@ -53,8 +53,7 @@ def _lora_linear_branch_kernel(
     first = tl.program_id(1) * SHARE
     for n0 in range(first, tl.minimum(first + SHARE, N), BLOCK_N):
         cols = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
-        # One offset for both: two pointers for each element would take the registers.
-        y_at = rows[:, None] * stride_ym + cols[None, :]
+        y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
         y_mask = row_mask[:, None] & (cols[None, :] < N)
         branch = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for r0 in tl.range(0, R if LOAD_S else BLOCK_R, BLOCK_R, num_stages=1):
@@ -66,7 +65,9 @@ def _lora_linear_branch_kernel(
             branch = dot(s_low, cast(b, s_low.dtype), branch, INPUT_PRECISION)
         if MASK_BRANCH:
             branch = tl.where(keep_mask(seed, rows, n0, N, threshold, BLOCK_N), branch, 0.0)
-        y = branch
-        if HAS_BASE:
-            y += tl.load(base_ptr + y_at, mask=y_mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + y_at, cast(y, y_ptr.dtype.element_ty), mask=y_mask)
+        if IN_PLACE:
+            branch = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32) + branch
+        elif HAS_BASE:
+            base_ptrs = base_ptr + rows[:, None] * stride_ym + cols[None, :]
+            branch = tl.load(base_ptrs, mask=y_mask, other=0.0).to(tl.float32) + branch
+        tl.store(y_ptrs, cast(branch, y_ptr.dtype.element_ty), mask=y_mask)

@@ -394,15 +394,17 @@ def branch(device: Device, p: Product, base: Tensor | None, s_is_there: bool = F
     p = p._replace(seed=p.seed if c.masked or not load_s else None)
     s = p.y if p.s is None else p.s
     words = "dx" if c.direction == "backward" else "y"
-    flags = _flags(fused=not load_s, dropout=mask_x and not load_s, masked=c.masked, alone=base is None)
+    in_place = base is p.y
+    apart = base is not None and not in_place
+    flags = _flags(fused=not load_s, dropout=mask_x and not load_s, masked=c.masked, apart=apart, alone=base is None)
     launch = Launch(
         _lora_linear_branch_kernel,
         f"{words} r{block_r}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}",
         reason,
         (row_tiles, triton.cdiv(c.n, share)),
-        (p.x, p.a, p.b, s, base, p.y, p.seed, c.m, c.n, c.k, c.r, share, *p.x.stride(), *p.a.stride(), *p.b.stride(),
-         s.stride(0), p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
-        {"HAS_BASE": base is not None, "LOAD_S": load_s, "STORE_S": p.s is not None and not load_s,
+        (p.x, p.a, p.b, s, base if apart else None, p.y, p.seed, c.m, c.n, c.k, c.r, share, *p.x.stride(), *p.a.stride(),
+         *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, _threshold(p.dropout_p)),
+        {"HAS_BASE": base is not None, "IN_PLACE": in_place, "LOAD_S": load_s, "STORE_S": p.s is not None and not load_s,
          "MASK_X": mask_x and not load_s, "MASK_BRANCH": c.masked, "EVEN_K": c.k % tile.BLOCK_K == 0,
          "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r,
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},

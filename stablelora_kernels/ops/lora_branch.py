@@ -48,18 +48,27 @@ def _fwd(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None, scaling: float, dropout_p: float,
     save_s: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y, s = _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s)
+    kept = s if save_s else None
+    device = dispatch.device_of(x.device)
+    for launch in forward_launches(device, base, x, lora_A, lora_B, kept, y, seed, scaling, dropout_p):
+        launch.run(x.device)
+    return y, s
+
+
+def forward_launches(
+    device: Device, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, y: Tensor,
+    seed: Tensor | None, scaling: float, dropout_p: float,
+) -> list[Any]:  # fmt: skip
+    """What a forward launches on ``device``."""
     from stablelora_kernels.kernels.lora_branch_launch import branch_launches
     from stablelora_kernels.kernels.lora_linear_launch import Product
 
-    y, s = _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s)
     (m, k), (n, r) = x.shape, lora_B.shape
     call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
-    kept = s if save_s else None
-    product = Product(call, x, base, None, lora_A, lora_B, kept, y, seed, scaling, dropout_p)
-    # The kernel reads it at the places of y.
-    for launch in branch_launches(dispatch.device_of(x.device), product, base.contiguous()):
-        launch.run(x.device)
-    return y, s
+    product = Product(call, x, base, None, lora_A, lora_B, s, y, seed, scaling, dropout_p)
+    # The kernel reads base at the places of y.
+    return branch_launches(device, product, base.contiguous())
 
 
 @torch.library.register_fake(f"{NAMESPACE}::lora_branch_bwd")
