@@ -57,8 +57,8 @@ def reason_against(layer: Any, adapter: str) -> str | None:
     for name, module in (("lora_A", a), ("lora_B", b)):
         if not _is_plain_linear(module):
             return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"
-    if a.bias is not None or a.weight.dtype != b.weight.dtype or a.weight.shape[0] != b.weight.shape[1]:
-        return f"lora_A of adapter {adapter!r} has a bias, or does not fit lora_B in its dtype or rank"
+    if a.bias is not None or a.weight.dtype != b.weight.dtype:
+        return f"lora_A of adapter {adapter!r} has a bias, or another dtype than lora_B"
     if type(dropout) not in (nn.Identity, nn.Dropout) or _is_hooked(dropout):
         return f"the dropout of adapter {adapter!r} is a {type(dropout).__name__}, or has hooks"
     if type(dropout) is nn.Dropout and dropout.p >= 1:
@@ -77,8 +77,8 @@ def _is_plain_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer that may be computed from its weight without calling it."""
     if type(module) is not nn.Linear or _is_hooked(module):
         return False
-    # A quantised or sharded weight is of another type.
-    return all(part is None or type(part) is nn.Parameter for part in (module.weight, module.bias))
+    # A quantised or sharded weight is of another type. FSDP puts plain tensors in the parameters' places for a forward.
+    return all(part is None or type(part) in (nn.Parameter, Tensor) for part in (module.weight, module.bias))
 
 
 def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | None:
@@ -93,16 +93,19 @@ def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | 
         if reason_against(layer, adapter) is not None:
             return None
         a, b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
-        if not _fits(x, a.weight):
+        if not _fits(x, a.weight, b.weight):
             return None
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         found.append(Branch(a.weight, b.weight, b.bias, layer.scaling[adapter], p))
     return found
 
 
-def _fits(x: Tensor, lora_A: Tensor) -> bool:
-    """Whether the ops take ``x`` beside an adapter of that dtype. PEFT would cast x to it."""
-    if x.dtype not in FLOAT_DTYPES or x.device != lora_A.device or x.shape[-1:] != lora_A.shape[1:]:
+def _fits(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether the ops take ``x`` beside the adapter: PEFT casts x to its dtype, and where sizes differ the error is PEFT's."""
+    if x.dtype not in FLOAT_DTYPES or x.device != lora_A.device:
+        return False
+    # Not among the reasons above: as long as a model is sharded, its parameters have other shapes.
+    if x.shape[-1:] != lora_A.shape[1:] or lora_A.shape[:1] != lora_B.shape[1:]:
         return False
     if torch.float64 in (x.dtype, lora_A.dtype):
         return x.dtype == lora_A.dtype and resolve_backend(x.device) == "torch"

@@ -655,6 +655,42 @@ def test_peft_without_a_peft_model():
     assert_equal_to_pefts(peft.inject_adapter_in_model(config(), Model()).eval())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", ["accelerate", "shard"])
+def test_fully_sharded(first, backend, monkeypatch):
+    """FSDP with its parameters in one flat one, which each forward sees as tensors; one process is enough for that."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    expected = output(make())
+    model = make()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if first == "accelerate":
+            slk.accelerate_peft(model)
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        report = slk.accelerate_peft(model)
+        assert len(report.replaced) == 4 and not report.skipped
+        count = calls(monkeypatch)
+        torch.testing.assert_close(output(model), expected)
+        assert count == {"lora_linear": 4}
+        found = grads(model)
+        assert sum("lora_" in name and bool(grad.any()) for name, grad in found.items()) == 8
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_does_not_fit_is_pefts_own_error():
+    model, x = one_layer(FP32)
+    slk.accelerate_peft(model)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(x[:, :7])
+    layer = model.base_model.model[0]
+    layer.lora_B["default"].weight = nn.Parameter(torch.randn(80, 5))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(x)
+
+
 def test_empty_and_flat_inputs(backend):
     model, _ = one_layer(FP32)
     slk.accelerate_peft(model)
