@@ -10,6 +10,7 @@ import torch
 
 from stablelora_kernels.dispatch import MAX_FUSED_R, Choice, Device
 from stablelora_kernels.explain import call_launches, quantised_launches
+from stablelora_kernels.ops import lora_branch
 from stablelora_kernels.ops.lora_linear import forward_launches
 
 # One of each kind that the tables tell apart, in M, (N, K) and r.
@@ -47,6 +48,8 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
                                 # Some products stay exact where TensorFloat-32 is allowed.
                                 exact = dtype == FP32 and launch.constants["INPUT_PRECISION"] == "ieee"
                                 yield "fp32" if exact else name, launch
+            for m, r, p in product((64, ROWS[-1]), ranks, (0.0, 0.1)):
+                yield from ((name, launch) for launch in branch_alone(device, m, 4096, 4096, r, dtype, lora, p))
             if dtype != FP32:
                 yield from ((name, launch) for launch in _broadcast(device, dtype, lora))
         finally:
@@ -65,6 +68,24 @@ def quantised_lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
             yield from (
                 (name, launch) for launch in launches if hasattr(launch, "kernel") and "NF4" in launch.constants
             )
+
+
+def branch_alone(
+    device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, p: float
+) -> list[Any]:
+    """What ``lora_branch`` launches, forward and backward, on the meta device."""
+
+    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=of, device="meta")
+
+    x, grad, s, base = empty(m, k), empty(m, n), empty(m, r), empty(m, n)
+    a, b = empty(r, k, of=lora_dtype), empty(n, r, of=lora_dtype)
+    seed = empty(1, of=torch.int64) if p else None
+    dx, da, db = (torch.empty_like(t) for t in (x, a, b))
+    return [
+        *lora_branch.forward_launches(device, base, x, a, b, s, torch.empty_like(base), seed, 1.0, p),
+        *lora_branch.backward_launches(device, x, grad, a, b, s, seed, dx, da, db, 1.0, p),
+    ]
 
 
 def _broadcast(device: Device, dtype: torch.dtype, lora_dtype: torch.dtype) -> Iterator[Any]:

@@ -194,7 +194,8 @@ def _branch(t: _Account, c: dict[str, Any]) -> None:
         if c["STORE_S"]:
             t.write("s")
     t.read("b", tiles_m)
-    t.read("y")
+    if c["HAS_BASE"]:
+        t.read("y" if c["IN_PLACE"] else "base")
     t.write("y")
 
 

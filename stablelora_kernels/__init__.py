@@ -11,6 +11,7 @@ from stablelora_kernels.model import LoRAReport, MergeReport, apply_lora, merge_
 from stablelora_kernels.nn import LoRALinear, MergeError
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
+from stablelora_kernels.peft import accelerate_peft, restore_peft
 from stablelora_kernels.stability_log import StabilityLogger, plot_stability
 from stablelora_kernels.trainers import StableLoRAAdamWFactory
 from stablelora_kernels.tuning import get_autotune, set_autotune, use_autotune
@@ -28,6 +29,7 @@ __all__ = [
     "StableLoRAAdamW",
     "StableLoRAAdamWFactory",
     "__version__",
+    "accelerate_peft",
     "apply_lora",
     "explain",
     "functional",
@@ -40,6 +42,7 @@ __all__ = [
     "plot_stability",
     "reference",
     "remove_lora",
+    "restore_peft",
     "save_adapter",
     "set_autotune",
     "set_backend",

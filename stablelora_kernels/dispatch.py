@@ -202,6 +202,14 @@ def choose_quantised(device: Device, call: Call, aligned: bool = True) -> Choice
     return next(Choice(rule.kernel, rule.reason) for rule in QUANTISED_RULES if rule.applies(device, call))
 
 
+def branch_fuses(call: Call) -> bool:
+    """Whether the branch's own backward computes dS within dX's launch, and not in one of its own with dB.
+
+    That saves a launch where rows are few, and reads dY once more, which costs more than a launch where they are many.
+    """
+    return call.m <= SMALL_M and call.r <= MAX_FUSED_R
+
+
 def check_possible(call: Call, kernel: str) -> None:
     """Raise ValueError if ``kernel`` can't do ``call``."""
     if kernel == "fused" and call.direction == "forward" and call.dropout:

@@ -1,4 +1,4 @@
-"""``lora_linear``: arguments are checked once, here, and handed to the op."""
+"""``lora_linear`` and ``lora_branch``: arguments are checked once, here, and handed to the op."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from torch import Tensor
 
 from stablelora_kernels._checks import check_float
 from stablelora_kernels.backend import resolve_backend
+from stablelora_kernels.ops.lora_branch import lora_branch_op
 from stablelora_kernels.ops.lora_linear import lora_linear_op
 from stablelora_kernels.quantised import FP8Weight, NF4Weight
 
-__all__ = ["FLOAT_DTYPES", "FP8Weight", "NF4Weight", "lora_linear"]
+__all__ = ["FLOAT_DTYPES", "FP8Weight", "NF4Weight", "lora_branch", "lora_linear"]
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -48,23 +49,80 @@ def lora_linear(
         TypeError: dtypes that do not fit.
         RuntimeError: the Triton backend was forced where it can't run.
     """
-    device = x.device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(dtype)
-            weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
-            bias = None if bias is None else bias.to(dtype)
-            if lora_A.dtype != torch.float32:
-                lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    if (dtype := _autocast_dtype(x)) is not None:
+        x = x.to(dtype)
+        weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
+        bias = None if bias is None else bias.to(dtype)
+        lora_A, lora_B = _autocast_pair(lora_A, lora_B, dtype)
     _check(x, weight, bias, lora_A, lora_B)
-    if dropout_p != 0.0:
-        check_float("dropout_p", dropout_p, low=0.0, high=1.0)
-    backend = resolve_backend(device)
-    if backend == "triton" and x.dtype == torch.float64:
-        raise TypeError("x is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')")
+    backend = _backend(dropout_p, x=x)
     given = weight if isinstance(weight, Tensor) else weight.stored
     return lora_linear_op(x, given, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0, backend)
+
+
+def lora_branch(
+    base_out: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``base_out + scaling · D(x) A^T B^T``: the LoRA branch on the output of any layer, quantised, sharded or transposed.
+
+    ``base_out`` is not changed. Its gradient is the result's; x's is the branch's alone, to which autograd adds what comes
+    through the layer that made ``base_out``.
+
+    Args:
+        base_out: [..., N], with x's leading sizes, in any of x's dtypes, which need not be x's own.
+        x, lora_A, lora_B, scaling, dropout_p, training: as in :func:`lora_linear`. Under ``torch.autocast``, x is cast to
+            its dtype first.
+
+    Returns:
+        [..., N], in base_out's dtype: products in x's dtype, sums and the addition in float32. Gradients flow to every
+        argument tensor that requires them, and no others are computed.
+
+    Raises:
+        As :func:`lora_linear`.
+    """
+    if (dtype := _autocast_dtype(x)) is not None:
+        x = x.to(dtype)
+        lora_A, lora_B = _autocast_pair(lora_A, lora_B, dtype)
+    if base_out.dim() < 1 or x.dim() < 1 or base_out.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"base_out must be [..., N] with x's leading sizes to fit x {list(x.shape)}, got {list(base_out.shape)}"
+        )
+    _check_branch(x, lora_A, lora_B, base_out.shape[-1], x.shape[-1], f"base_out {list(base_out.shape)}")
+    if base_out.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"base_out must be bfloat16, float16, float32 or float64, got {base_out.dtype}")
+    _check_devices(x, base_out=base_out, lora_A=lora_A, lora_B=lora_B)
+    backend = _backend(dropout_p, x=x, base_out=base_out)
+    return lora_branch_op(base_out, x, lora_A, lora_B, scaling, dropout_p if training else 0.0, backend)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast would have x cast to, or None: a custom op is not known to autocast."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return None
+
+
+def _autocast_pair(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # Float32 ones are cast as they are used.
+    return (lora_A, lora_B) if lora_A.dtype == torch.float32 else (lora_A.to(dtype), lora_B.to(dtype))
+
+
+def _backend(dropout_p: float, **tensors: Tensor) -> str:
+    if dropout_p != 0.0:
+        check_float("dropout_p", dropout_p, low=0.0, high=1.0)
+    backend = resolve_backend(tensors["x"].device)
+    for name, tensor in tensors.items():
+        if backend == "triton" and tensor.dtype == torch.float64:
+            raise TypeError(
+                f"{name} is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')"
+            )
+    return backend
 
 
 def _check(
@@ -75,27 +133,35 @@ def _check(
     n, k = weight.shape
     if x.dim() < 1 or x.shape[-1] != k:
         raise ValueError(f"x must be [..., {k}] to fit weight {[n, k]}, got {list(x.shape)}")
-    if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
-        raise ValueError(f"lora_A must be [r, {k}] with r >= 1 to fit weight {[n, k]}, got {list(lora_A.shape)}")
-    if lora_B.dim() != 2 or lora_B.shape[0] != n or lora_B.shape[1] != lora_A.shape[0]:
-        raise ValueError(
-            f"lora_B must be {[n, lora_A.shape[0]]} to fit weight {[n, k]} and lora_A {list(lora_A.shape)}, "
-            f"got {list(lora_B.shape)}"
-        )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias must be {[n]} to fit weight {[n, k]}, got {list(bias.shape)}")
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"x must be bfloat16, float16, float32 or float64, got {x.dtype}")
+    _check_branch(x, lora_A, lora_B, n, k, f"weight {[n, k]}")
     if isinstance(weight, Tensor) and weight.dtype != x.dtype:
         raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
     if bias is not None and bias.dtype != x.dtype:
         raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
+    data = weight if isinstance(weight, Tensor) else weight.stored.data
+    _check_devices(x, weight=data, bias=bias, lora_A=lora_A, lora_B=lora_B)
+
+
+def _check_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, k: int, beside: str) -> None:
+    """A and B against the sizes of what is named ``beside``, and their dtypes against x's."""
+    if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
+        raise ValueError(f"lora_A must be [r, {k}] with r >= 1 to fit {beside}, got {list(lora_A.shape)}")
+    if lora_B.dim() != 2 or lora_B.shape[0] != n or lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(
+            f"lora_B must be {[n, lora_A.shape[0]]} to fit {beside} and lora_A {list(lora_A.shape)}, "
+            f"got {list(lora_B.shape)}"
+        )
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x must be bfloat16, float16, float32 or float64, got {x.dtype}")
     if lora_A.dtype != lora_B.dtype:
         raise TypeError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
     if lora_A.dtype != x.dtype and (lora_A.dtype != torch.float32 or x.dtype == torch.float64):
         raise TypeError(f"lora_A and lora_B must be float32 or of x's dtype {x.dtype}, got {lora_A.dtype}")
-    device = x.device
-    data = weight if isinstance(weight, Tensor) else weight.stored.data
-    for name, tensor in (("weight", data), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} must be on x's device {device}, got {tensor.device}")
+
+
+def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")

@@ -19,7 +19,7 @@ from stablelora_kernels.quantised import is_quantised
 CONFIG_ATTRIBUTE = "_stablelora_config"
 
 # What nn.Module.__call__ looks up.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
@@ -33,6 +33,8 @@ class ReplacedModule:
     r: int
     lora_alpha: float
     scaling: float
+    # PEFT's layers hold several, by name, and have a row for each.
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,15 @@ class LoRAReport:
 
     def __str__(self) -> str:
         share = self.trainable / self.total if self.total else 0.0
-        lines = [
-            f"LoRA on {len(self.replaced)} modules; {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
-        ]
+        modules = len({module.name for module in self.replaced})
+        lines = [f"LoRA on {modules} modules; {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"]
         kinds = Counter(
-            (m.name.rpartition(".")[2], m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling)
+            (m.name.rpartition(".")[2], m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling, m.adapter)
             for m in self.replaced
         )
-        for (name, k, n, r, alpha, scaling), count in kinds.items():
-            lines.append(f"  {count} x {name}: {k} -> {n}, r {r}, alpha {alpha:g}, scaling {scaling:g}")
+        for (name, k, n, r, alpha, scaling, adapter), count in kinds.items():
+            named = "" if adapter is None else f", adapter {adapter!r}"
+            lines.append(f"  {count} x {name}: {k} -> {n}, r {r}, alpha {alpha:g}, scaling {scaling:g}{named}")
         reasons: dict[str, list[str]] = {}
         for module in self.skipped:
             reasons.setdefault(module.reason, []).append(module.name)
@@ -139,7 +141,7 @@ def commit(
 
     notes = list(plan.notes)
     for name, linear in plan.linears.items():
-        if hooks := sum(len(getattr(linear, attribute)) for attribute in _HOOKS):
+        if hooks := sum(len(getattr(linear, attribute)) for attribute in HOOKS):
             notes.append(f"{hooks} hook(s) of {name!r} were moved to the new layer")
     places = _swap(model, {linear: layers[name] for name, linear in plan.linears.items()})
     notes += [
@@ -182,11 +184,16 @@ def report_on(
         ReplacedModule(name, layer.in_features, layer.out_features, layer.r, layer.lora_alpha, layer.scaling)
         for name, layer in layers.items()
     )
+    return LoRAReport(replaced, skipped, *count_parameters(model), notes)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many numbers train, and how many there are."""
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     # Of 4 bits, elements and not the bytes that hold them.
     shapes = [getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in parameters]
-    return LoRAReport(replaced, skipped, trainable, sum(math.prod(shape) for shape in shapes), notes)
+    return trainable, sum(math.prod(shape) for shape in shapes)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -299,7 +306,7 @@ def _swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Counter[nn.Mo
     ]
     for old, module in new.items():
         # The dicts themselves, not copies: the handles that remove hooks hold on to them.
-        for attribute in (*_HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook"):
+        for attribute in (*HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook"):
             setattr(module, attribute, getattr(old, attribute))
     for parent, key, old in places:
         parent.register_module(key, new[old])

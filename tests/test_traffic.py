@@ -143,6 +143,26 @@ def test_few_of_the_gradients_and_no_rows():
             assert sum(results) == 4 * (8 * 24 * need_a + 20 * 8 * need_b)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("m", "r"), [(20, 8), (70, 8), (70, 80)])
+def test_the_branch_alone(m, r, p):
+    """Its base is read where it is, and its dX reads none."""
+    from stablelora_kernels.ops import lora_branch
+
+    x, y, base, dx = (torch.zeros(m, columns, dtype=BF16) for columns in (40, 56, 56, 40))
+    a, b, s, seed = torch.zeros(r, 40), torch.zeros(56, r), torch.zeros(m, r, dtype=BF16), torch.tensor([3])
+    seed = seed if p else None
+    da, db, dy = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(y)
+    forward = lora_branch.forward_launches(DEVICES["sm_90"], base, x, a, b, s, y, seed, 1.0, p)
+    backward = lora_branch.backward_launches(DEVICES["sm_90"], x, dy, a, b, s, seed, dx, da, db, 1.0, p)
+    with t.counted() as found:
+        for launch in (*forward, *backward):
+            launch.run(CPU)
+    assert [seen.tensors for seen in found] == [t.formula_by_tensor(launch) for launch in (*forward, *backward)]
+    by_name = found[len(forward) - 1].tensors
+    assert by_name["base"] == (m * 56 * 2, 0, m * 56 * 2, 0) and by_name["y"] == (0, m * 56 * 2, 0, m * 56 * 2)
+
+
 def test_a_broadcast_operand_is_unique_once():
     from stablelora_kernels.ops.lora_linear import forward_launches
 

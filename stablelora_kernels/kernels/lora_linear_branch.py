@@ -1,4 +1,4 @@
-"""The LoRA branch added to a product that is there already; the formulas are in ``lora_linear``."""
+"""The LoRA branch added to a product that is there already, or alone; the formulas are in ``lora_linear``."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from stablelora_kernels.kernels._common import cast, dot, keep_mask
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_linear_branch_kernel(
-    x_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr,
+    x_ptr, a_ptr, b_ptr, s_ptr, base_ptr, y_ptr, seed_ptr,
     M, N, K, R, SHARE,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
     scaling, threshold,
-    LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_X: tl.constexpr, MASK_BRANCH: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_BASE: tl.constexpr, IN_PLACE: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_X: tl.constexpr,
+    MASK_BRANCH: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y += (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], A [R, K], B [N, R], S [M, R], Y [M, N], in place.
+    """Y = BASE + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], A [R, K], B [N, R], S [M, R], BASE and Y [M, N].
 
-    A program computes (or, where LOAD_S, reads) S for its rows and goes through SHARE columns of Y. keep is of X's shape
-    where MASK_X, which is the forward's use, and applied to X; of Y's where MASK_BRANCH, the backward's.
+    BASE is Y itself where IN_PLACE, has Y's strides otherwise, and is left out unless HAS_BASE. A program computes (or, where
+    LOAD_S, reads) S for its rows and goes through SHARE columns of Y. keep is of X's shape where MASK_X, which is the
+    forward's use, and applied to X; of Y's where MASK_BRANCH, the backward's.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
@@ -29,7 +31,7 @@ def _lora_linear_branch_kernel(
     if MASK_X or MASK_BRANCH:
         seed = tl.load(seed_ptr)
 
-    s_low = tl.zeros((BLOCK_M, BLOCK_R), dtype=y_ptr.dtype.element_ty)
+    s_low = tl.zeros((BLOCK_M, BLOCK_R), dtype=x_ptr.dtype.element_ty)
     if not LOAD_S:
         ks = tl.arange(0, BLOCK_K).to(tl.int64)
         s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
@@ -43,7 +45,7 @@ def _lora_linear_branch_kernel(
             if MASK_X:
                 x = tl.where(keep_mask(seed, rows, k0, K, threshold, BLOCK_K), x, 0.0)
             s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
-        s_low = cast(scaling * s, y_ptr.dtype.element_ty)
+        s_low = cast(scaling * s, x_ptr.dtype.element_ty)
         if STORE_S & (tl.program_id(1) == 0):
             s_ptrs = s_ptr + rows[:, None] * stride_sm + rs[None, :]
             tl.store(s_ptrs, s_low, mask=row_mask[:, None] & (rs[None, :] < R))
@@ -63,5 +65,9 @@ def _lora_linear_branch_kernel(
             branch = dot(s_low, cast(b, s_low.dtype), branch, INPUT_PRECISION)
         if MASK_BRANCH:
             branch = tl.where(keep_mask(seed, rows, n0, N, threshold, BLOCK_N), branch, 0.0)
-        y = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32) + branch
-        tl.store(y_ptrs, cast(y, y_ptr.dtype.element_ty), mask=y_mask)
+        if IN_PLACE:
+            branch = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32) + branch
+        elif HAS_BASE:
+            base_ptrs = base_ptr + rows[:, None] * stride_ym + cols[None, :]
+            branch = tl.load(base_ptrs, mask=y_mask, other=0.0).to(tl.float32) + branch
+        tl.store(y_ptrs, cast(branch, y_ptr.dtype.element_ty), mask=y_mask)

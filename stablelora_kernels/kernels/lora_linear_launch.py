@@ -96,7 +96,7 @@ def product_launches(device: Device, p: Product, choice: Choice) -> list[Launch 
     if choice.kernel == "fused":
         return [_linear(device, p, choice.tile, load_s=False)]
     if choice.kernel == "vendor":
-        return [VendorProduct(p.x, p.w, p.bias, p.y), *_branch(device, p)]
+        return [VendorProduct(p.x, p.w, p.bias, p.y), *branch(device, p, p.y)]
     return _split(device, p, choice.tile)
 
 
@@ -371,15 +371,18 @@ def _descriptor(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
 
 
-def _branch(device: Device, p: Product) -> list[Launch]:
-    """The branch onto y: one launch, or S before it where the rank is high or dropout's mask would be drawn repeatedly."""
+def branch(device: Device, p: Product, base: Tensor | None, s_is_there: bool = False) -> list[Launch]:
+    """``p.y`` = ``base`` + branch; ``base`` is y itself, another of its strides, or None for nothing; no w, no bias.
+
+    One launch, or S before it where the rank is high or dropout's mask would be drawn repeatedly.
+    """
     c = p.call
     tile, reason = pick_tile(dispatch.BRANCH_TILES, device, c)
     row_tiles, col_tiles = triton.cdiv(c.m, tile.BLOCK_M), triton.cdiv(c.n, tile.BLOCK_N)
     # Few rows are few programs; then several of them share a row tile's columns, and S is computed by each.
     shares = max(1, min(device.processors // row_tiles, col_tiles))
     mask_x = c.dropout and not c.masked
-    load_s = c.r > dispatch.MAX_FUSED_R or (mask_x and shares > 1)
+    load_s = s_is_there or c.r > dispatch.MAX_FUSED_R or (mask_x and shares > 1)
     block_r = rank_block(c.r, dispatch.MAX_FUSED_R)
     stage = tile.BLOCK_K * (tile.BLOCK_M * c.dtype.itemsize + block_r * c.lora_dtype.itemsize)
     columns = tile.BLOCK_N * (tile.BLOCK_M * c.dtype.itemsize + block_r * c.lora_dtype.itemsize)
@@ -387,20 +390,22 @@ def _branch(device: Device, p: Product) -> list[Launch]:
     share = triton.cdiv(col_tiles, shares) * tile.BLOCK_N
     if load_s and p.s is None:
         p = p._replace(s=p.x.new_empty(c.m, c.r))
-    before = [shrink(device, p)] if load_s else []
+    before = [shrink(device, p)] if load_s and not s_is_there else []
     p = p._replace(seed=p.seed if c.masked or not load_s else None)
     s = p.y if p.s is None else p.s
     words = "dx" if c.direction == "backward" else "y"
-    flags = _flags(fused=not load_s, dropout=mask_x and not load_s, masked=c.masked)
+    in_place = base is p.y
+    apart = base is not None and not in_place
+    flags = _flags(fused=not load_s, dropout=mask_x and not load_s, masked=c.masked, apart=apart, alone=base is None)
     launch = Launch(
         _lora_linear_branch_kernel,
         f"{words} r{block_r}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}",
         reason,
         (row_tiles, triton.cdiv(c.n, share)),
-        (p.x, p.a, p.b, s, p.y, p.seed, c.m, c.n, c.k, c.r, share, *p.x.stride(), *p.a.stride(), *p.b.stride(), s.stride(0),
-         p.y.stride(0), p.scaling, threshold(p.dropout_p)),
-        {"LOAD_S": load_s, "STORE_S": p.s is not None and not load_s, "MASK_X": mask_x and not load_s,
-         "MASK_BRANCH": c.masked, "EVEN_K": c.k % tile.BLOCK_K == 0,
+        (p.x, p.a, p.b, s, base if apart else None, p.y, p.seed, c.m, c.n, c.k, c.r, share, *p.x.stride(), *p.a.stride(),
+         *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, threshold(p.dropout_p)),
+        {"HAS_BASE": base is not None, "IN_PLACE": in_place, "LOAD_S": load_s, "STORE_S": p.s is not None and not load_s,
+         "MASK_X": mask_x and not load_s, "MASK_BRANCH": c.masked, "EVEN_K": c.k % tile.BLOCK_K == 0,
          "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "BLOCK_R": block_r,
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},

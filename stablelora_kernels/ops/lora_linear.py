@@ -123,7 +123,7 @@ def backward_launches(
 # PyTorch's own operators.
 
 
-def _draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
+def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
     """A keep-mask of x's shape, bool, from torch's generator, and the probability of dropping that it really has."""
     if x.device.type != "cpu":
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout_p), dropout_p
@@ -146,29 +146,41 @@ def _as_float(keep: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # Below this many rows a call is a matter of microseconds, of which a Python autograd function would be the most.
-_FEW_ROWS = 64
+FEW_ROWS = 64
+
+
+def torch_thin(x: Tensor, lora_A: Tensor, keep: Tensor | None) -> Tensor:
+    """(X ∘ keep) A^T, of one dtype."""
+    dropped = x if keep is None else x * _as_float(keep, x.dtype)
+    # Of the two ways to write a thin product, oneDNN's bfloat16 one is faster with the small side first, MKL's float32 one
+    # with the tall side first.
+    tall_first = x.dtype in (torch.float32, torch.float64)
+    return torch.mm(dropped, lora_A.t()) if tall_first else torch.mm(lora_A, dropped.t()).t()
 
 
 def _torch_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Y and S = (X ∘ keep) A^T, which is not scaled here: the scaling is the second product's alpha. One dtype."""
-    dropped = x if keep is None else x * _as_float(keep, x.dtype)
-    # S before the wide product, which finds X in the cache then. Of the two ways to write a thin product, oneDNN's bfloat16
-    # one is faster with the small side first, MKL's float32 one with the tall side first.
-    tall_first = x.dtype in (torch.float32, torch.float64)
-    s = torch.mm(dropped, lora_A.t()) if tall_first else torch.mm(lora_A, dropped.t()).t()
+    # S before the wide product, which finds X in the cache then.
+    s = torch_thin(x, lora_A, keep)
     y = torch.nn.functional.linear(x, weight, bias)
     # In place, so that the branch costs no second activation.
     y.addmm_(s, lora_B.t(), alpha=scaling)
     return y, s
 
 
-def _torch_bwd(
+def expanded(grad: Tensor) -> Tensor:
+    """A broadcast gradient, as of sum(), with memory of its own: each product would expand it anew."""
+    # Older compilers know no strides.
+    return grad.contiguous() if not torch.compiler.is_compiling() and 0 in grad.stride() else grad
+
+
+def torch_bwd(
     grad: Tensor, x: Any, weight: Any, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, keep: Tensor | None,
     scaling: float, lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dX, and dA and dB in ``lora_dtype``; the arguments are of one dtype."""
+    """dX, and dA and dB in ``lora_dtype``; the arguments are of one dtype. Without a weight, the branch's dX alone."""
     dx = da = db = None
     mask = None if keep is None else _as_float(keep, grad.dtype)
     # What reads dY alone goes before the wide product, while dY is in the cache; small sides first, dS^T and S^T being rows.
@@ -178,7 +190,11 @@ def _torch_bwd(
         assert s is not None
         db = torch.mm(s.t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
         db.mul_(scaling)
-    if need_x:
+    if need_x and weight is None:
+        dx = torch.mm(dst.t(), lora_A)
+        if mask is not None:
+            dx.mul_(mask)
+    elif need_x:
         dx = torch.mm(grad, weight)
         if mask is None:
             dx.addmm_(dst.t(), lora_A)
@@ -192,14 +208,18 @@ def _torch_bwd(
 # Both, under autograd.
 
 
+def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
+    # It stays on the device: no wait for it, and a CUDA graph draws a new one at each replay.
+    return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p else None
+
+
 def _forward(
     x: Tensor, weight: Tensor | Stored, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
     dropout_p: float, backend: str, save_s: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:  # fmt: skip
     """Y, S, dropout's seed or mask, and s'; x [M, K]."""
     if backend == "triton":
-        # The seed stays on the device: no wait for it, and a CUDA graph draws a new one at each replay.
-        seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p else None
+        seed = draw_seed(x, dropout_p)
         scaling /= 1 - dropout_p
         rest = (bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
         if isinstance(weight, Stored):
@@ -209,7 +229,7 @@ def _forward(
         return y, s, seed, scaling
     keep = None
     if dropout_p:
-        keep, dropout_p = _draw_keep(x, dropout_p)
+        keep, dropout_p = draw_keep(x, dropout_p)
         scaling /= 1 - dropout_p
     y, s = _torch_fwd(x, _in_full(weight, x.dtype), bias, lora_A, lora_B, scaling, keep)
     return y, s, keep, scaling
@@ -273,11 +293,9 @@ class _LoRALinear(torch.autograd.Function):
                     rows, grad, *stored, *rest, need_a, need_b
                 )
         else:
-            # A broadcast gradient, as of sum(), would be expanded anew by each product. (Older compilers know no strides.)
-            if not torch.compiler.is_compiling() and 0 in grad.stride():
-                grad = grad.contiguous()
+            grad = expanded(grad)
             weight = _in_full(stored or weight, grad.dtype)
-            dx, da, db = _torch_bwd(
+            dx, da, db = torch_bwd(
                 grad, rows, weight, lora_A, lora_B, s, random, ctx.scaling, ctx.lora_dtype, need_x, need_a, need_b
             )
         dw = grad.t() @ rows if need_w else None
@@ -302,7 +320,7 @@ def lora_linear_op(
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     rows = x.numel() // x.shape[-1]
     # Autograd would hold a dequantised weight.
-    if backend == "torch" and rows < _FEW_ROWS and dropout_p == 0 and not (quantised and wanted):
+    if backend == "torch" and rows < FEW_ROWS and dropout_p == 0 and not (quantised and wanted):
         s = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
         y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), _in_full(weight, x.dtype), bias)
         y = torch.addmm(y, s, lora_B.to(x.dtype).t(), alpha=scaling)

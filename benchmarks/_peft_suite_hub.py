@@ -1,0 +1,92 @@
+"""Tiny models of random weights under the names by which PEFT's tests ask the hub for theirs, in the layout of its cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SMALL: dict[str, Any] = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Some tests combine adapters to a rank of 20, which every layer must have room for.
+_LLAMA = _SMALL | {"intermediate_size": 64, "num_key_value_heads": 4, "max_position_embeddings": 128}
+# Some tests know that OPT's has 5 layers and 16 features.
+_OPT = _SMALL | {
+    "hidden_size": 16, "num_hidden_layers": 5, "ffn_dim": 64, "word_embed_proj_dim": 16, "max_position_embeddings": 128,
+}  # fmt: skip
+_GPT2 = {"vocab_size": 1024, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_BERT = _SMALL | {"intermediate_size": 64, "max_position_embeddings": 128}
+_BART = {
+    "vocab_size": 1024, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 128,
+}  # fmt: skip
+_T5 = {
+    "vocab_size": 1024, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0,
+}  # fmt: skip
+
+# Name on the hub: class of the model, of its config, and the config.
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", "OPTConfig", _OPT),
+    "peft-internal-testing/opt-125m": ("OPTForCausalLM", "OPTConfig", _OPT),
+    "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
+    "peft-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
+    "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
+    "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJForCausalLM", "GPTJConfig", _GPT2 | {"rotary_dim": 4}),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
+    "hf-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
+    "peft-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
+    "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _LLAMA),
+    "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralForCausalLM", "MistralConfig", _LLAMA),
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        _LLAMA | {"head_dim": 8},
+    ),
+    "peft-internal-testing/tiny-random-BertModel": ("BertModel", "BertConfig", _BERT),
+    "peft-internal-testing/tiny-random-RobertaModel": ("RobertaModel", "RobertaConfig", _BERT),
+    "peft-internal-testing/tiny-random-DebertaV2Model": ("DebertaV2Model", "DebertaV2Config", _BERT),
+    "peft-internal-testing/tiny-random-DebertaModel": ("DebertaModel", "DebertaConfig", _BERT),
+    "peft-internal-testing/tiny-random-BertForSequenceClassification": (
+        "BertForSequenceClassification",
+        "BertConfig",
+        _BERT,
+    ),
+    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        _BERT,
+    ),
+    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
+        "LlamaForSequenceClassification",
+        "LlamaConfig",
+        _LLAMA | {"pad_token_id": 0},
+    ),
+    "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        _BART,
+    ),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        _T5,
+    ),
+    "peft-internal-testing/tiny-random-t5": ("T5ForConditionalGeneration", "T5Config", _T5),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration": ("T5ForConditionalGeneration", "T5Config", _T5),
+}
+
+
+def build(cache: Path) -> None:
+    """Write all models into ``cache``, which is then a hub cache: the directory that HF_HUB_CACHE names."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    revision = "0" * 40
+    for name, (model, config, kwargs) in MODELS.items():
+        torch.manual_seed(0)
+        folder = cache / f"models--{name.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text(revision, encoding="utf-8")
+        made = getattr(transformers, model)(getattr(transformers, config)(**kwargs))
+        made.save_pretrained(folder / "snapshots" / revision)

@@ -1,0 +1,206 @@
+"""``lora_branch`` with its gradients: ``lora_linear`` without the base product, which somebody else has computed.
+
+    forward   Y = BASE + S B^T          S = s' (X ∘ keep) A^T
+    backward  dBASE = dY                dX = (dS A) ∘ keep, dA and dB as in ``lora_linear``
+
+BASE is read and never written: it may be what another backward needs, and out of place the traffic is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from stablelora_kernels import dispatch
+from stablelora_kernels.dispatch import Call, Device
+from stablelora_kernels.ops.lora_linear import (
+    FEW_ROWS,
+    NAMESPACE,
+    draw_keep,
+    draw_seed,
+    expanded,
+    torch_bwd,
+    torch_thin,
+)
+
+torch.library.define(
+    f"{NAMESPACE}::lora_branch_fwd",
+    "(Tensor base, Tensor x, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, float dropout_p, bool save_s) "
+    "-> (Tensor, Tensor)",
+)
+torch.library.define(
+    f"{NAMESPACE}::lora_branch_bwd",
+    "(Tensor? x, Tensor grad, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? seed, float scaling, float dropout_p, "
+    "bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::lora_branch_fwd")
+def _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # type: ignore[no-untyped-def]
+    return base.new_empty(base.shape), x.new_empty(x.shape[0] if save_s else 0, lora_A.shape[0])
+
+
+@torch.library.impl(f"{NAMESPACE}::lora_branch_fwd", ("cpu", "cuda"))
+def _fwd(
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None, scaling: float, dropout_p: float,
+    save_s: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y, s = _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s)
+    kept = s if save_s else None
+    device = dispatch.device_of(x.device)
+    for launch in forward_launches(device, base, x, lora_A, lora_B, kept, y, seed, scaling, dropout_p):
+        launch.run(x.device)
+    return y, s
+
+
+def forward_launches(
+    device: Device, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, y: Tensor,
+    seed: Tensor | None, scaling: float, dropout_p: float,
+) -> list[Any]:  # fmt: skip
+    """What a forward launches on ``device``."""
+    from stablelora_kernels.kernels.lora_branch_launch import branch_launches
+    from stablelora_kernels.kernels.lora_linear_launch import Product
+
+    (m, k), (n, r) = x.shape, lora_B.shape
+    call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
+    product = Product(call, x, base, None, lora_A, lora_B, s, y, seed, scaling, dropout_p)
+    # The kernel reads base at the places of y.
+    return branch_launches(device, product, base.contiguous())
+
+
+@torch.library.register_fake(f"{NAMESPACE}::lora_branch_bwd")
+def _bwd_fake(x, grad, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b):  # type: ignore[no-untyped-def]
+    return (
+        grad.new_empty((grad.shape[0] if need_x else 0, lora_A.shape[1])),
+        lora_A.new_empty((lora_A.shape[0] if need_a else 0, lora_A.shape[1])),
+        lora_B.new_empty((lora_B.shape[0] if need_b else 0, lora_B.shape[1])),
+    )
+
+
+@torch.library.impl(f"{NAMESPACE}::lora_branch_bwd", ("cpu", "cuda"))
+def _bwd(
+    x: Tensor | None, grad: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, seed: Tensor | None,
+    scaling: float, dropout_p: float, need_x: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    outputs = _bwd_fake(x, grad, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b)
+    dx, da, db = (out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True))
+    device = dispatch.device_of(grad.device)
+    for launch in backward_launches(device, x, grad, lora_A, lora_B, s, seed, dx, da, db, scaling, dropout_p):
+        launch.run(grad.device)
+    return outputs
+
+
+def backward_launches(
+    device: Device, x: Tensor | None, grad: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor | None,
+    seed: Tensor | None, dx: Tensor | None, da: Tensor | None, db: Tensor | None, scaling: float, dropout_p: float,
+) -> list[Any]:  # fmt: skip
+    """What a backward launches on ``device`` for those of dX, dA and dB that are not None."""
+    from stablelora_kernels.kernels.lora_branch_launch import branch_backward_launches
+    from stablelora_kernels.kernels.lora_linear_launch import Gradients, Product
+
+    (m, n), (r, k) = grad.shape, lora_A.shape
+    call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
+    ds = grad.new_empty(m, r)
+    y = grad if dx is None else dx
+    product = Product(call, grad, grad, None, lora_B.t(), lora_A.t(), ds, y, seed, scaling, dropout_p)
+    gradients = Gradients(call, x, s, ds, grad, da, db, seed, dropout_p)
+    return branch_backward_launches(device, product, gradients, dx is not None)
+
+
+def _forward(
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str, save_s: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, float]:  # fmt: skip
+    """Y, S, dropout's seed or mask, and s'; base [M, N], x [M, K]."""
+    if backend == "triton":
+        seed = draw_seed(x, dropout_p)
+        scaling /= 1 - dropout_p
+        y, s = torch.ops.stablelora_kernels.lora_branch_fwd(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s)
+        return y, s, seed, scaling
+    keep = None
+    if dropout_p:
+        keep, dropout_p = draw_keep(x, dropout_p)
+        scaling /= 1 - dropout_p
+    s = torch_thin(x, lora_A, keep)
+    return _add(base, s, lora_B, scaling), s, keep, scaling
+
+
+def _add(base: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """base + scaling · S B^T, in base's dtype."""
+    if base.dtype == s.dtype:
+        return torch.addmm(base, s, lora_B.t(), alpha=scaling)
+    return base.add(torch.mm(s, lora_B.t()), alpha=scaling).to(base.dtype)
+
+
+class _LoRABranch(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str,
+    ) -> Tensor:  # fmt: skip
+        _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
+        ctx.lora_dtype = lora_A.dtype
+        if backend == "torch":
+            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        y, s, random, scaling = _forward(
+            base.reshape(-1, base.shape[-1]), rows, lora_A, lora_B, scaling, dropout_p, backend, need_b
+        )
+        # What a gradient reads that nobody asked for is not kept; base is read by none.
+        ctx.save_for_backward(
+            x if need_a else None,
+            lora_A,
+            lora_B,
+            s if need_b else None,
+            random if need_x or need_a else None,
+        )
+        ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        return y.view(base.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, lora_A, lora_B, s, random = ctx.saved_tensors
+        need_base, *need = ctx.needs_input_grad[:4]
+        need_x, need_a, need_b = need
+        dx = da = db = None
+        if any(need):
+            dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
+            rows = None if x is None else x.reshape(-1, x.shape[-1])
+            if ctx.backend == "triton":
+                dx, da, db = torch.ops.stablelora_kernels.lora_branch_bwd(
+                    rows, dy, lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p, *need
+                )
+            else:
+                dx, da, db = torch_bwd(
+                    expanded(dy), rows, None, lora_A, lora_B, s, random, ctx.scaling, ctx.lora_dtype, *need
+                )
+        return (
+            grad if need_base else None,
+            dx.view(ctx.x_shape) if need_x and dx is not None else None,
+            da if need_a else None,
+            db if need_b else None,
+            None,
+            None,
+            None,
+        )
+
+
+def lora_branch_op(
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
+) -> Tensor:
+    """``functional.lora_branch`` with arguments that were checked and a backend that was chosen."""
+    few = backend == "torch" and x.numel() // x.shape[-1] < FEW_ROWS and dropout_p == 0 and base.dtype == x.dtype
+    if few:
+        # Plain operators under ordinary autograd, as in lora_linear_op.
+        s = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
+        return _add(base.reshape(-1, base.shape[-1]), s, lora_B.to(x.dtype), scaling).view(base.shape)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (base, x, lora_A, lora_B)):
+        return _LoRABranch.apply(base, x, lora_A, lora_B, scaling, dropout_p, backend)
+    if backend == "torch":
+        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    y = _forward(base.reshape(-1, base.shape[-1]), rows, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
+    return y.view(base.shape)

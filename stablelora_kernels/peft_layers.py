@@ -1,0 +1,187 @@
+"""PEFT's LoRA layers with their forward on this library's ops. It imports peft, so ``peft.py`` imports it when it is needed.
+
+An instance is accelerated by its ``__class__``, which becomes one that derives from the PEFT class it had and overrides the
+forward. Nothing is stored in it. So all that is done to it goes on as before: copies, pickles and replicas are accelerated
+too, and adapters are added, switched, merged, deleted, saved and loaded by PEFT's own code. Everything is looked up when it
+is called: adapters, scaling, dropout's probability and mode, merged or disabled or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners import lora
+from peft.tuners.lora import layer as _layer
+from peft.tuners.lora.torchao import TorchaoLoraLinear
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from stablelora_kernels.backend import resolve_backend
+from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear
+from stablelora_kernels.model import HOOKS
+
+# What PEFT's layers take out of the arguments for themselves; the rest is the base layer's.
+_OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))
+
+
+class Branch(NamedTuple):
+    """What one adapter adds: scaling · (D(x) A^T B^T + bias)."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    scaling: float
+    dropout_p: float
+
+    def onto(self, base_out: Tensor, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            base_out = base_out + (self.scaling * self.bias).to(base_out.dtype)
+        return lora_branch(base_out, x, self.lora_A, self.lora_B, self.scaling, self.dropout_p)
+
+    def with_base(self, base: nn.Linear, x: Tensor) -> Tensor:
+        """The base product and the branch, in one op."""
+        bias: Tensor | None = base.bias
+        if self.bias is not None:
+            bias = self.scaling * self.bias if bias is None else bias + self.scaling * self.bias
+            bias = bias.to(base.weight.dtype)
+        return lora_linear(x, base.weight, bias, self.lora_A, self.lora_B, self.scaling, self.dropout_p)
+
+
+def reason_against(layer: Any, adapter: str) -> str | None:
+    """Why PEFT's own forward has to compute an adapter of a layer, or None."""
+    if adapter in layer.lora_variant:
+        return f"adapter {adapter!r} is a variant of LoRA ({type(layer.lora_variant[adapter]).__name__})"
+    a, b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+    for name, module in (("lora_A", a), ("lora_B", b)):
+        if not _is_plain_linear(module):
+            return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"
+    if a.bias is not None or a.weight.dtype != b.weight.dtype:
+        return f"lora_A of adapter {adapter!r} has a bias, or another dtype than lora_B"
+    if type(dropout) not in (nn.Identity, nn.Dropout) or _is_hooked(dropout):
+        return f"the dropout of adapter {adapter!r} is a {type(dropout).__name__}, or has hooks"
+    if type(dropout) is nn.Dropout and dropout.p >= 1:
+        return f"the dropout of adapter {adapter!r} drops everything"
+    if not isinstance(layer.scaling[adapter], (int, float)):
+        return f"the scaling of adapter {adapter!r} is a {type(layer.scaling[adapter]).__name__}, not a number"
+    return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` may do more than its class's forward."""
+    return "forward" in module.__dict__ or any(getattr(module, attribute) for attribute in HOOKS)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer that may be computed from its weight without calling it."""
+    if type(module) is not nn.Linear or _is_hooked(module):
+        return False
+    # A quantised or sharded weight is of another type. FSDP puts plain tensors in the parameters' places for a forward.
+    return all(part is None or type(part) in (nn.Parameter, Tensor) for part in (module.weight, module.bias))
+
+
+def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | None:
+    """The branches of those adapters that the layer has, or None where PEFT's own forward has to compute them."""
+    # Someone watches every module, or the input is not cast to the adapter's dtype on purpose.
+    if _has_any_global_hook() or torch.jit.is_tracing() or not getattr(layer, "cast_input_dtype_enabled", True):
+        return None
+    found = []
+    for adapter in adapters:
+        if adapter not in layer.lora_A:
+            continue
+        if reason_against(layer, adapter) is not None:
+            return None
+        a, b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+        if not _fits(x, a.weight, b.weight):
+            return None
+        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        found.append(Branch(a.weight, b.weight, b.bias, layer.scaling[adapter], p))
+    return found
+
+
+def _fits(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether the ops take ``x`` beside the adapter: PEFT casts x to its dtype, and where sizes differ the error is PEFT's."""
+    if x.dtype not in FLOAT_DTYPES or x.device != lora_A.device:
+        return False
+    # Not among the reasons above: as long as a model is sharded, its parameters have other shapes.
+    if x.shape[-1:] != lora_A.shape[1:] or lora_A.shape[:1] != lora_B.shape[1:]:
+        return False
+    if torch.float64 in (x.dtype, lora_A.dtype):
+        return x.dtype == lora_A.dtype and resolve_backend(x.device) == "torch"
+    return lora_A.dtype in (torch.float32, x.dtype) or torch.is_autocast_enabled(x.device.type)
+
+
+def _goes_with(base: nn.Module, x: Tensor) -> bool:
+    """Whether base product and branch may be one op."""
+    if not _is_plain_linear(base):
+        return False
+    parts = [part for part in (base.weight, base.bias) if part is not None]
+    return all(part.device == x.device for part in parts) and (
+        all(part.dtype == x.dtype for part in parts)
+        or (x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type))
+    )
+
+
+class Accelerated:
+    """Put before a PEFT class. What it does not understand it leaves to that class."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward: base_layer(x) and the active adapters' branches, in the base layer's dtype."""
+        plain = not self.disable_adapters and not self.merged and kwargs.get("adapter_names") is None
+        branches = _branches(self, self.active_adapters, x) if plain else None
+        if not branches:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
+        if not args and not kwargs and _goes_with(self.base_layer, x):
+            result = branches.pop(0).with_base(self.base_layer, x)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+        for branch in branches:
+            result = branch.onto(result, x)
+        return result
+
+    def _mixed_batch_forward(self: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """Each row with the branch of the adapter that is named for it; PEFT's forward has checked the names."""
+        branches = {name: _branches(self, [name], x) for name in dict.fromkeys(adapter_names)}
+        if None in branches.values():
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[misc]
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
+        result = self.base_layer(x, *args, **kwargs)
+        for name, found in branches.items():
+            # None for "__base__", nor for an adapter that this layer does not have.
+            for branch in found or ():
+                rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+                result[rows] = branch.onto(result[rows], x[rows])
+        return result
+
+    def _get_name(self) -> str:
+        # What a model prints stays as it was.
+        return ORIGINAL[type(self)].__name__
+
+
+class AcceleratedLinear(Accelerated, lora.Linear):
+    """``peft.tuners.lora.Linear``: on nn.Linear and its subclasses, and transformers' Conv1D."""
+
+
+class AcceleratedTorchaoLoraLinear(Accelerated, TorchaoLoraLinear):
+    """torchao's quantised weights."""
+
+
+KNOWN: dict[type, type] = {lora.Linear: AcceleratedLinear, TorchaoLoraLinear: AcceleratedTorchaoLoraLinear}
+
+if hasattr(lora, "Linear8bitLt"):
+
+    class AcceleratedLinear8bitLt(Accelerated, lora.Linear8bitLt):
+        """bitsandbytes' 8-bit layers."""
+
+    KNOWN[lora.Linear8bitLt] = AcceleratedLinear8bitLt
+
+if hasattr(lora, "Linear4bit"):
+
+    class AcceleratedLinear4bit(Accelerated, lora.Linear4bit):
+        """bitsandbytes' 4-bit layers."""
+
+    KNOWN[lora.Linear4bit] = AcceleratedLinear4bit
+
+ORIGINAL = {accelerated: original for original, accelerated in KNOWN.items()}
