@@ -153,9 +153,7 @@ def call_launches(
         t.b,
         t.s,
         t.seed,
-        t.x,
-        t.a,
-        t.b,
+        *t.gradients(),
         scaling=1.0,
         dropout_p=dropout_p,
         choice=backward_choice,
@@ -181,13 +179,13 @@ def quantised_launches(
         device, t.x, weight.stored, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p
     )
     backward = lora_linear_quantised.backward_launches(
-        device, t.x, t.y, weight.stored, t.a, t.b, t.s, t.seed, t.x, t.a, t.b, 1.0, dropout_p
+        device, t.x, t.y, weight.stored, t.a, t.b, t.s, t.seed, *t.gradients(), 1.0, dropout_p
     )
     return forward, backward
 
 
 class _CallTensors(NamedTuple):
-    """A call's tensors but for the weight; gradients are of the shapes of what they are of."""
+    """A call's tensors but for the weight."""
 
     x: torch.Tensor
     bias: torch.Tensor
@@ -196,6 +194,10 @@ class _CallTensors(NamedTuple):
     s: torch.Tensor
     y: torch.Tensor
     seed: torch.Tensor | None
+
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tensors for dX, dA and dB, which are not those that are read: who counts bytes goes by that."""
+        return torch.empty_like(self.x), torch.empty_like(self.a), torch.empty_like(self.b)
 
 
 def _empty(*size: int, of: torch.dtype = torch.float32) -> torch.Tensor:

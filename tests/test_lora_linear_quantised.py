@@ -140,7 +140,7 @@ def test_dropout_on_pytorch_uses_one_mask_in_both_directions(rows):
     torch.manual_seed(11)
     out = run(inputs, "torch", 0.3)
     torch.manual_seed(11)
-    keep, p = ops._draw_keep(inputs["x"], 0.3)
+    keep, p = ops.draw_keep(inputs["x"], 0.3)
     check(inputs, out, keep, p)
 
 
