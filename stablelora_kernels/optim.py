@@ -15,7 +15,7 @@ from torch import nn
 from . import _optim_checks as checks
 from .backend import get_backend, resolve_backend
 from .ops import stable_adamw_staging as staging
-from .ops.stable_adamw import Pair, TorchStep, work_dtype
+from .ops.stable_adamw import Pair, Seen, TorchStep, work_dtype
 from .ops.stable_adamw_settings import Member, build_key, members_and_settings
 from .ops.stable_adamw_shards import ShardSums, is_sharded, local, local_grad, whole_like
 from .pairs import LoRAPair
@@ -25,7 +25,7 @@ from .stability import PairStability, finite_norms
 COUNTERS = ("step", "latched_at")
 
 
-def _look_at(grads: Sequence[Any]) -> tuple[list[int], list[torch.dtype]] | None:
+def _look_at(grads: Sequence[Any]) -> Seen | None:
     """Where all gradients lie, and their dtypes; None if one is missing or not contiguous, whose address does not tell enough.
 
     Most of a step's time on the host goes into looks at every tensor, so these are as few as will do.
@@ -187,7 +187,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._skipped_there: dict[torch.device, torch.Tensor] = getattr(self, "_skipped_there", {})
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
-        self._seen: tuple[list[int], list[torch.dtype]] | None = None
+        self._seen: Seen | None = None
 
     def _build_engines(self) -> None:
         """One engine for each device that holds parameters, on the backend in force there."""
@@ -297,8 +297,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
                 for t in (grad_scale, found_inf)
             )
-            own = grads if len(self._engines) == 1 else [grads[place] for place in places]
-            engine(own, scale, inf, self.max_grad_norm, as_before)
+            own, own_seen = grads, seen
+            if len(self._engines) > 1:
+                own = [grads[place] for place in places]
+                own_seen = seen and ([seen[0][place] for place in places], [seen[1][place] for place in places])
+            engine(own, scale, inf, self.max_grad_norm, own_seen, as_before)
         self._seen = seen
         return loss
 

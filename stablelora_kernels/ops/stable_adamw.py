@@ -14,6 +14,9 @@ from .stable_adamw_settings import Member, Setting
 from .stable_adamw_shards import ShardSums, Unlatched
 from .stable_adamw_storage import Storage, decode8, follow_parameters, keep_moments, make_masters, new_moment
 
+# Addresses and dtypes of all gradients.
+Seen = tuple[list[int], list[torch.dtype]]
+
 
 class Pair(NamedTuple):
     """The places of a pair's A and B in an engine's list of members."""
@@ -148,9 +151,10 @@ class TorchStep:
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
         max_grad_norm: float | None,
+        seen: Seen | None,
         as_before: bool,
     ) -> None:
-        """``as_before``: every gradient is there and lies where that of the last step lay, in the same form."""
+        """``seen``: where the gradients lie, if all are there and contiguous; ``as_before``: as in the last step."""
         if found_inf is not None and self.grad_sums:
             found_inf = self.grad_sums.agree_(found_inf.clone())
         if self.on_host and found_inf is not None:

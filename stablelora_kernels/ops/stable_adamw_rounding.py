@@ -53,7 +53,7 @@ def stochastic_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """``values`` as a tensor on ``device``; from fresh pinned memory to a GPU, so that the host does not wait for it."""
-    host = torch.tensor(values, dtype=dtype)
+    host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 

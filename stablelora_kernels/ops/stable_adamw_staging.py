@@ -47,7 +47,7 @@ class Staging:
                 "and no memory is set aside for their table. "
                 + ("Run a step between captures" if self.wanted else "Pass capturable=True when the optimizer is made")
             )
-        table = torch.tensor(values, dtype=dtype)
+        table = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
         host = self.spares.pop()
         self.captured.append(host)
         held = host[: table.nbytes].view(dtype).view(table.shape).copy_(table)

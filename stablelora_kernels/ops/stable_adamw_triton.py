@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import operator
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch import Tensor
 from ..kernels import stable_adamw as kernels
 from ..kernels import stable_adamw_tables as tables
 from . import stable_adamw_staging as staging
-from .stable_adamw import Pair, dense_like, init_moments, moment_names, take_counters
+from .stable_adamw import Pair, Seen, dense_like, init_moments, moment_names, take_counters
 from .stable_adamw_rounding import seed_word, upload
 from .stable_adamw_settings import Member, Setting
 from .stable_adamw_shards import ShardSums, Unlatched
 from .stable_adamw_storage import Storage, follow_parameters, make_masters
 
 _version = attrgetter("_version")
+# Whether an address is no multiple of 16.
+_off_16 = (15).__and__
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -78,9 +81,12 @@ class TritonStep:
         self.watched_at = [i for i, m in enumerate(members) if i in set(halves) or storage.has_master(m.param)]
         self.watched = [self.params[i] for i in self.watched_at]
         self.versions: int | None = None
+        self.dtypes = [p.dtype for p in self.params]
+        self.contiguous = all(p.is_contiguous() for p in self.params)
         # Whether the last step's gradients were read where they lay, not from copies.
         self.direct = False
-        self.address_key: list[tuple[int, int]] | None = None
+        self.address_key: tuple[list[int], list[int]] | None = None
+        self.present_key: list[int] | None = None
         self.hyper_key: list[tuple[Any, ...]] | None = None
         self.cells: dict[tuple[int, str], Tensor] = {}
 
@@ -128,8 +134,11 @@ class TritonStep:
         self.tensors = upload(rows, torch.int64, self.device)
         chunks = [i for i, count in enumerate(counts) for _ in range(count)]
         self.chunks = upload(chunks, torch.int32, self.device)
-        self.kinds = [tables.KINDS.index(p.dtype) for p in self.params]
-        self.aligned = [not any(value % 16 for value in (*row[:4], *row[13:15])) for row in rows]
+        # The variant of each tensor's code, if its gradient is aligned.
+        self.codes = [
+            2 * tables.KINDS.index(p.dtype) + (not any(value % 16 for value in (*row[:4], *row[13:15])))
+            for p, row in zip(self.params, rows, strict=True)
+        ]
         self.storage_flags |= tables.FLAG_SHARDED * self.sharded
         self.storage_flags |= tables.FLAG_CUT * any(member.place.columns for member in self.members)
 
@@ -139,10 +148,11 @@ class TritonStep:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         max_grad_norm: float | None,
+        seen: Seen | None,
         as_before: bool,
     ) -> None:
         uploads = len(self.staging.captured)
-        ready = grads if as_before and self.direct else self._take_gradients(grads)
+        ready = grads if as_before and self.direct else self._take_gradients(grads, seen)
         self._upload_hyper()
         versions = sum(map(_version, self.watched))
         changed = versions != self.versions
@@ -191,33 +201,38 @@ class TritonStep:
         if changed:
             self.versions = None
 
-    def _take_gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _take_gradients(self, grads: Sequence[Tensor | None], seen: Seen | None) -> Sequence[Tensor | None]:
         """Put the address of every gradient into the table, 0 where there is none, and the variant of its tensor's code.
 
         Returns the gradients that are to be read, which are those given or copies in the parameters' dtypes and strides.
         """
-        ready = [
-            g if g is None else dense_like(p, g if g.dtype is p.dtype else g.to(p.dtype))
-            for p, g in zip(self.params, grads, strict=True)
-        ]
         # An empty tensor's address is 0 as well, yet its step counts.
-        at = [0 if g is None else g.data_ptr() or 16 for g in ready]
-        key = [
-            (address, 2 * kind + (aligned and address % 16 == 0))
-            for address, kind, aligned in zip(at, self.kinds, self.aligned, strict=True)
-        ]
-        if key != self.address_key:
+        if seen is not None and self.contiguous and seen[1] == self.dtypes:
+            ready, at, self.direct = grads, [address or 16 for address in seen[0]], True
+        else:
+            ready = [
+                g if g is None else dense_like(p, g if g.dtype is p.dtype else g.to(p.dtype))
+                for p, g in zip(self.params, grads, strict=True)
+            ]
+            at = [0 if g is None else g.data_ptr() or 16 for g in ready]
+            self.direct = all(g is given is not None for g, given in zip(ready, grads, strict=True))
+        codes = self.codes
+        if any(map(_off_16, at)):
+            codes = [code - (code & 1 and address & 15 != 0) for code, address in zip(codes, at, strict=True)]
+        if (at, codes) != self.address_key:
             present = [i for i, address in enumerate(at) if address]
-            self.addresses = self.staging.upload(key, torch.int64)
-            if self.sharded:
-                self.present = self.staging.upload(present, torch.int64)
-            self.variants = sum(1 << code for code in {code for _, code in key})
-            self.written = [self.members[i].owner for i in present]
-            # This process's part of a sharded parameter has a version of its own, which a step leaves alone.
-            written = {i for i in present if self.members[i].owner is self.params[i]}
-            self.watched_written = sum(i in written for i in self.watched_at)
-            self.address_key = key
-        self.direct = all(map(operator.is_, ready, grads))
+            table = torch.tensor(array("q", chain(at, codes)), dtype=torch.int64).view(2, -1).t().contiguous()
+            self.addresses = self.staging.upload(table, torch.int64)
+            if present != self.present_key or self.address_key is None:
+                self.present_key = present
+                if self.sharded:
+                    self.present = self.staging.upload(present, torch.int64)
+                self.written = [self.members[i].owner for i in present]
+                # This process's part of a sharded parameter has a version of its own, which a step leaves alone.
+                written = {i for i in present if self.members[i].owner is self.params[i]}
+                self.watched_written = sum(i in written for i in self.watched_at)
+            self.variants = sum(1 << code for code in set(codes))
+            self.address_key = at, codes
         return ready
 
     def _sum_over_processes(self, grads: Sequence[Tensor | None], max_grad_norm: float | None) -> None:
