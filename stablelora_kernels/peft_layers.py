@@ -42,22 +42,23 @@ class Branch(NamedTuple):
 
     def with_base(self, base: nn.Linear, x: Tensor) -> Tensor:
         """The base product and the branch, in one op."""
-        bias: Tensor | None = base.bias
+        weight, bias = _tensors_of(base)
         if self.bias is not None:
             bias = self.scaling * self.bias if bias is None else bias + self.scaling * self.bias
-            bias = bias.to(base.weight.dtype)
-        return lora_linear(x, base.weight, bias, self.lora_A, self.lora_B, self.scaling, self.dropout_p)
+            bias = bias.to(weight.dtype)
+        return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, self.dropout_p)
 
 
 def reason_against(layer: Any, adapter: str) -> str | None:
     """Why PEFT's own forward has to compute an adapter of a layer, or None."""
     if adapter in layer.lora_variant:
         return f"adapter {adapter!r} is a variant of LoRA ({type(layer.lora_variant[adapter]).__name__})"
-    a, b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+    a, b, dropout = _parts_of(layer, adapter)
     for name, module in (("lora_A", a), ("lora_B", b)):
         if not _is_plain_linear(module):
             return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"
-    if a.bias is not None or a.weight.dtype != b.weight.dtype:
+    (a_weight, a_bias), (b_weight, _) = _tensors_of(a), _tensors_of(b)
+    if a_bias is not None or a_weight.dtype != b_weight.dtype:
         return f"lora_A of adapter {adapter!r} has a bias, or another dtype than lora_B"
     if type(dropout) not in (nn.Identity, nn.Dropout) or _is_hooked(dropout):
         return f"the dropout of adapter {adapter!r} is a {type(dropout).__name__}, or has hooks"
@@ -68,9 +69,34 @@ def reason_against(layer: Any, adapter: str) -> str | None:
     return None
 
 
+# All of this happens at every call of every layer, so it goes around nn.Module's __getattr__, which takes a quarter of a
+# microsecond a name.
+
+
+def _parts_of(layer: Any, adapter: str) -> tuple[Any, Any, Any]:
+    """lora_A, lora_B and the dropout of an adapter."""
+    modules = layer._modules
+    a, b, dropout = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+    return a[adapter], b[adapter], dropout[adapter]
+
+
+def _tensors_of(linear: Any) -> tuple[Any, Any]:
+    """The weight and the bias of an ``nn.Linear``."""
+    own = linear._parameters
+    try:
+        return own["weight"], own["bias"]
+    except KeyError:
+        # FSDP has plain attributes instead, for a forward.
+        return linear.weight, linear.bias
+
+
 def _is_hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` may do more than its class's forward."""
-    return "forward" in module.__dict__ or any(getattr(module, attribute) for attribute in HOOKS)
+    own = module.__dict__
+    for name in HOOKS:
+        if own[name]:
+            return True
+    return "forward" in own
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -78,7 +104,8 @@ def _is_plain_linear(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or _is_hooked(module):
         return False
     # A quantised or sharded weight is of another type. FSDP puts plain tensors in the parameters' places for a forward.
-    return all(part is None or type(part) in (nn.Parameter, Tensor) for part in (module.weight, module.bias))
+    weight, bias = _tensors_of(module)
+    return type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
 
 
 def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | None:
@@ -88,15 +115,16 @@ def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | 
         return None
     found = []
     for adapter in adapters:
-        if adapter not in layer.lora_A:
+        if adapter not in layer._modules["lora_A"]._modules:
             continue
         if reason_against(layer, adapter) is not None:
             return None
-        a, b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
-        if not _fits(x, a.weight, b.weight):
+        a, b, dropout = _parts_of(layer, adapter)
+        (lora_A, _), (lora_B, bias) = _tensors_of(a), _tensors_of(b)
+        if not _fits(x, lora_A, lora_B):
             return None
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        found.append(Branch(a.weight, b.weight, b.bias, layer.scaling[adapter], p))
+        found.append(Branch(lora_A, lora_B, bias, layer.scaling[adapter], p))
     return found
 
 
@@ -116,11 +144,13 @@ def _goes_with(base: nn.Module, x: Tensor) -> bool:
     """Whether base product and branch may be one op."""
     if not _is_plain_linear(base):
         return False
-    parts = [part for part in (base.weight, base.bias) if part is not None]
-    return all(part.device == x.device for part in parts) and (
-        all(part.dtype == x.dtype for part in parts)
-        or (x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type))
-    )
+    weight, bias = _tensors_of(base)
+    bias = weight if bias is None else bias
+    if weight.device != x.device or bias.device != x.device:
+        return False
+    if weight.dtype == bias.dtype == x.dtype:
+        return True
+    return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 
 class Accelerated:
@@ -133,10 +163,11 @@ class Accelerated:
         if not branches:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         kwargs = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
-        if not args and not kwargs and _goes_with(self.base_layer, x):
-            result = branches.pop(0).with_base(self.base_layer, x)
+        base = self._modules["base_layer"]
+        if not args and not kwargs and _goes_with(base, x):
+            result = branches.pop(0).with_base(base, x)
         else:
-            result = self.base_layer(x, *args, **kwargs)
+            result = base(x, *args, **kwargs)
         for branch in branches:
             result = branch.onto(result, x)
         return result
