@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -15,7 +15,8 @@ from torch import nn
 from . import _optim_checks as checks
 from .backend import get_backend, resolve_backend
 from .ops import stable_adamw_staging as staging
-from .ops.stable_adamw import Pair, Seen, TorchStep, work_dtype
+from .ops.stable_adamw import Pair, TorchStep, work_dtype
+from .ops.stable_adamw_gradients import look_at
 from .ops.stable_adamw_settings import Member, build_key, members_and_settings
 from .ops.stable_adamw_shards import ShardSums, is_sharded, local, local_grad, whole_like
 from .pairs import LoRAPair
@@ -25,17 +26,9 @@ from .stability import PairStability, finite_norms
 COUNTERS = ("step", "latched_at")
 
 
-def _look_at(grads: Sequence[Any]) -> Seen | None:
-    """Where all gradients lie, and their dtypes; None if one is missing or not contiguous, whose address does not tell enough.
-
-    Most of a step's time on the host goes into looks at every tensor, so these are as few as will do.
-    """
-    try:
-        at = list(map(torch.Tensor.data_ptr, grads))
-    except (TypeError, RuntimeError):
-        # One is missing, or has no memory of its own.
-        return None
-    return (at, [g.dtype for g in grads]) if all(map(torch.Tensor.is_contiguous, grads)) else None
+def _whole_state(entry: dict[str, Any], p: torch.Tensor) -> dict[str, Any]:
+    """The state of this process's part of ``p`` as that of ``p``, over the same memory."""
+    return {key: value if key in COUNTERS else whole_like(value, p) for key, value in entry.items()}
 
 
 class StableLoRAAdamW(torch.optim.Optimizer):
@@ -187,7 +180,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._skipped_there: dict[torch.device, torch.Tensor] = getattr(self, "_skipped_there", {})
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
-        self._seen: Seen | None = None
 
     def _build_engines(self) -> None:
         """One engine for each device that holds parameters, on the backend in force there."""
@@ -225,10 +217,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             engines.append((places, engine(members, pairs, settings, state, self._skipped(device), self.storage)))
             for member in members:
                 if member.param is not member.owner:
-                    self.state[member.owner] = {
-                        key: value if key in COUNTERS else whole_like(value, member.owner)
-                        for key, value in state[member.param].items()
-                    }
+                    self.state[member.owner] = _whole_state(state[member.param], member.owner)
         self._engines = engines
 
     def _local_state(self, member: Member) -> dict[str, Any]:
@@ -269,16 +258,15 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Trainers that shard a model after this was made put other parameters into the groups.
-        if not all(map(operator.is_, self._params, chain.from_iterable(g["params"] for g in self.param_groups))):
+        now = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        if len(now) != len(self._params) or not all(map(operator.is_, now, self._params)):
             self._rebuild()
         if self._any_sharded:
             params, grads = [local(p) for p in self._params], [local_grad(p) for p in self._params]
         else:
             params, grads = self._params, [p.grad for p in self._params]
-        seen = _look_at(grads)
-        # Forgotten until the step has been taken.
-        as_before, self._seen = seen is not None and seen == self._seen, None
-        if not as_before and not checks.check_grads(grads):
+        seen = look_at(grads)
+        if seen is None and not checks.check_grads(grads):
             return loss
         if not self.state and self._is_made_up(grads):
             self._build_engines()
@@ -301,8 +289,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             if len(self._engines) > 1:
                 own = [grads[place] for place in places]
                 own_seen = seen and ([seen[0][place] for place in places], [seen[1][place] for place in places])
-            engine(own, scale, inf, self.max_grad_norm, own_seen, as_before)
-        self._seen = seen
+            engine(own, scale, inf, self.max_grad_norm, own_seen)
         return loss
 
     def _is_made_up(self, grads: list[torch.Tensor | None]) -> bool:
@@ -379,10 +366,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         groups = checks.check_state_groups(state_dict, self.param_groups)
         state = checks.check_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
         checks.check_amsgrad(groups, self.storage)
-        state = {
-            p: {key: value if key in COUNTERS else whole_like(value, p) for key, value in entry.items()}
-            for p, entry in state.items()
-        }
+        state = {p: _whole_state(entry, p) for p, entry in state.items()}
         for saved, group in zip(groups, self.param_groups, strict=True):
             for key, value in saved.items():
                 if key not in ("params", "param_names"):

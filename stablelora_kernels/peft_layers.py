@@ -69,8 +69,7 @@ def reason_against(layer: Any, adapter: str) -> str | None:
     return None
 
 
-# All of this happens at every call of every layer, so it goes around nn.Module's __getattr__, which takes a quarter of a
-# microsecond a name.
+# All of this happens at every call of every layer, so it goes around nn.Module's __getattr__, which is slow.
 
 
 def _parts_of(layer: Any, adapter: str) -> tuple[Any, Any, Any]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from .stable_adamw_gradients import Seen, readable
 from .stable_adamw_rounding import LOW_PRECISION, Scratch, seed_word, upload
 from .stable_adamw_settings import Member, Setting
 from .stable_adamw_shards import ShardSums, Unlatched
 from .stable_adamw_storage import Storage, decode8, follow_parameters, keep_moments, make_masters, new_moment
-
-# Addresses and dtypes of all gradients.
-Seen = tuple[list[int], list[torch.dtype]]
 
 
 class Pair(NamedTuple):
@@ -28,13 +25,6 @@ class Pair(NamedTuple):
 def work_dtype(p: torch.Tensor) -> torch.dtype:
     """The dtype of the arithmetic on ``p`` and of its moments: float32, or float64 for float64."""
     return torch.float64 if p.dtype is torch.float64 else torch.float32
-
-
-def dense_like(p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """``grad`` with the strides of ``p``, which is dense, so that both can be walked through as flat memory."""
-    if grad.stride() == p.stride():
-        return grad
-    return torch.empty_like(p, dtype=grad.dtype).copy_(grad)
 
 
 def take_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -125,8 +115,8 @@ class TorchStep:
         for scratch in self.scratch:
             for i, view in zip(scratch.places, scratch.views, strict=True):
                 self.work[i] = view
-        # Whether the last step's gradients were taken as they are, not from copies.
-        self.direct = False
+        # Where the last gradients lay, if all were read there.
+        self.seen: Seen | None = None
         self.mixed = len({w.dtype for w in self.work}) > 1
         self.everyone = [True] * len(members)
         # ||A||_F / n and ||B||_F / m, as factors of the norms.
@@ -152,27 +142,21 @@ class TorchStep:
         found_inf: torch.Tensor | None,
         max_grad_norm: float | None,
         seen: Seen | None,
-        as_before: bool,
     ) -> None:
-        """``seen``: where the gradients lie, if all are there and contiguous; ``as_before``: as in the last step."""
+        """``seen``: what ``look_at`` says of the gradients."""
         if found_inf is not None and self.grad_sums:
             found_inf = self.grad_sums.agree_(found_inf.clone())
         if self.on_host and found_inf is not None:
             if found_inf.item():
-                # Nobody has looked at these gradients.
-                self.direct = False
                 return
             found_inf = None
         present, ready = self.everyone, grads
-        if not (as_before and self.direct):
+        if seen is None or seen != self.seen:
             present = [g is not None for g in grads]
             if all(present):
                 present = self.everyone
-            ready = [
-                g if g is None else dense_like(w, g if g.dtype is w.dtype else g.to(w.dtype))
-                for w, g in zip(self.work, grads, strict=True)
-            ]
-            self.direct = all(map(operator.is_, ready, grads))
+            ready, direct = readable(self.work, grads)
+            self.seen = seen if direct else None
         if max_grad_norm is not None:
             total, grad_scale = self._clipping(ready, present, grad_scale, max_grad_norm)
             unknown = total.isfinite().logical_not_()
@@ -222,8 +206,9 @@ class TorchStep:
         """The unscaled gradients' norm, and what the fused operator must divide by to unscale and clip: float32 scalars."""
         norms = torch.stack(self._one_dtype(torch._foreach_norm([g for g in grads if g is not None]))).float()
         if self.grad_sums:
-            squares = torch.zeros(len(grads), device=self.device)
-            squares[upload(present, torch.bool, self.device)] = norms.square()
+            # By places: a mask would have the host wait for a GPU to count it.
+            places = upload([i for i, there in enumerate(present) if there], torch.int64, self.device)
+            squares = torch.zeros(len(grads), device=self.device).index_copy_(0, places, norms.square())
             norms = self.grad_sums.add_up_(squares).sqrt()
         scale = torch.ones((), device=self.device) if grad_scale is None else grad_scale.reshape(())
         total = torch.linalg.vector_norm(norms) / scale

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..kernels import stable_adamw as kernels
 from ..kernels import stable_adamw_tables as tables
 from . import stable_adamw_staging as staging
-from .stable_adamw import Pair, Seen, dense_like, init_moments, moment_names, take_counters
+from .stable_adamw import Pair, init_moments, moment_names, take_counters
+from .stable_adamw_gradients import Seen, readable
 from .stable_adamw_rounding import seed_word, upload
 from .stable_adamw_settings import Member, Setting
 from .stable_adamw_shards import ShardSums, Unlatched
@@ -83,8 +84,8 @@ class TritonStep:
         self.versions: int | None = None
         self.dtypes = [p.dtype for p in self.params]
         self.contiguous = all(p.is_contiguous() for p in self.params)
-        # Whether the last step's gradients were read where they lay, not from copies.
-        self.direct = False
+        # Where the gradients in the table lie, if all are read there and not from copies.
+        self.seen: Seen | None = None
         self.address_key: tuple[list[int], list[int]] | None = None
         self.present_key: list[int] | None = None
         self.hyper_key: list[tuple[Any, ...]] | None = None
@@ -149,10 +150,9 @@ class TritonStep:
         found_inf: Tensor | None,
         max_grad_norm: float | None,
         seen: Seen | None,
-        as_before: bool,
     ) -> None:
         uploads = len(self.staging.captured)
-        ready = grads if as_before and self.direct else self._take_gradients(grads, seen)
+        ready = grads if seen is not None and seen == self.seen else self._take_gradients(grads, seen)
         self._upload_hyper()
         versions = sum(map(_version, self.watched))
         changed = versions != self.versions
@@ -164,7 +164,7 @@ class TritonStep:
             if found_inf is not None:
                 found_inf = self.grad_sums.agree_(found_inf.clone())
             self._sum_over_processes(ready, max_grad_norm)
-        # No operator of torch.library's: its lists of tensors cost the host more than all else here, and who would trace it
+        # No operator of torch.library's: its lists of tensors cost the host more than anything else here, and who would trace it
         # (step() is left out of graphs) could not run it on copies, as the tables hold addresses.
         kernels.stable_adamw(
             self.steps,
@@ -196,8 +196,7 @@ class TritonStep:
             return
         # What a graph copies and measures is there when it has been replayed: the next step may not count on it.
         if len(self.staging.captured) > uploads:
-            self.address_key = self.hyper_key = None
-            self.direct = False
+            self.address_key = self.hyper_key = self.seen = None
         if changed:
             self.versions = None
 
@@ -208,14 +207,10 @@ class TritonStep:
         """
         # An empty tensor's address is 0 as well, yet its step counts.
         if seen is not None and self.contiguous and seen[1] == self.dtypes:
-            ready, at, self.direct = grads, [address or 16 for address in seen[0]], True
+            ready, at, direct = grads, [address or 16 for address in seen[0]], True
         else:
-            ready = [
-                g if g is None else dense_like(p, g if g.dtype is p.dtype else g.to(p.dtype))
-                for p, g in zip(self.params, grads, strict=True)
-            ]
+            ready, direct = readable(self.params, grads)
             at = [0 if g is None else g.data_ptr() or 16 for g in ready]
-            self.direct = all(g is given is not None for g, given in zip(ready, grads, strict=True))
         codes = self.codes
         if any(map(_off_16, at)):
             codes = [code - (code & 1 and address & 15 != 0) for code, address in zip(codes, at, strict=True)]
@@ -233,6 +228,7 @@ class TritonStep:
                 self.watched_written = sum(i in written for i in self.watched_at)
             self.variants = sum(1 << code for code in set(codes))
             self.address_key = at, codes
+        self.seen = seen if direct else None
         return ready
 
     def _sum_over_processes(self, grads: Sequence[Tensor | None], max_grad_norm: float | None) -> None:
