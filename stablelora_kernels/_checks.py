@@ -31,7 +31,8 @@ def check_float(
     number = float(value)
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
-    if not (math.isfinite(number) and above and below):
+    # Not math.isfinite, which torch.compile cannot ask of a number that it has made a variable.
+    if not (-math.inf < number < math.inf and above and below):
         left = "(" if low_open or low == -math.inf else "["
         right = ")" if high_open or high == math.inf else "]"
         raise ValueError(f"{name} must be a finite number in {left}{low:g}, {high:g}{right}, got {value}")

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.model import CONFIG_ATTRIBUTE, LoRAReport, commit, lora_layers, report_on
-from stablelora_kernels.nn import LoRALinear
+from stablelora_kernels.nn import LoRALinear, sizes_of
+from stablelora_kernels.nn_bases import LoRAConv1D
 from stablelora_kernels.plan import SkippedModule, list_some, plan_lora
 
 CONFIG_NAME = "adapter_config.json"
@@ -41,7 +42,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the model's LoRA to the directory ``path``, for :func:`load_adapter` and for the ``peft`` package alike.
 
     Written are A and B, in their dtypes, merged or not, and what ``bias`` and ``modules_to_save`` of the model's config
-    name. The same adapter gives the same bytes. A directory that is not there yet appears whole or not at all; in one that
+    name. The same adapter gives the same bytes. Of a model with DTensors every process has to call it, and the one of rank 0
+    writes. A directory that is not there yet appears whole or not at all; in one that
     is, each file is replaced whole.
 
     Raises:
@@ -69,7 +71,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     _warn_of_places(model, layers)
 
     # Copies, since safetensors refuses tensors that share memory, as tied ones do.
-    tensors = {PREFIX + key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
+    tensors = {PREFIX + key: _whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    if sharded and torch.distributed.get_rank():
+        return
     origin = getattr(getattr(model, "config", None), "_name_or_path", None)
     content = asdict(config) | {
         "base_model_name_or_path": origin if isinstance(origin, str) and origin else None,
@@ -93,12 +98,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> LoRAReport:
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_projections: bool = False) -> LoRAReport:
     """Load what :func:`save_adapter` or the ``peft`` package wrote to the directory ``path``.
 
     A model without LoRA is given it first, as :func:`~stablelora_kernels.apply_lora` does, by the config in the file; A
     and B get the file's dtype where that is float32 or the layer's own, float32 otherwise. Into a model that has LoRA the
     values are copied, in the dtypes that are there; its ranks, scalings, bias and modules_to_save have to be the file's.
+    ``fuse_projections`` is handed to :func:`~stablelora_kernels.apply_lora`; a model that has LoRA stays as it is.
 
     Returns:
         The report on the layers that hold the adapter.
@@ -132,8 +138,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> LoRAReport:
         wanted = {f"{name}.weight": linear.weight for name, linear in plan.linears.items()}
         shapes = {}
         for name, linear in plan.linears.items():
-            shapes[f"{name}.lora_A.weight"] = torch.Size((config.rank_of(name), linear.in_features))
-            shapes[f"{name}.lora_B.weight"] = torch.Size((linear.out_features, config.rank_of(name)))
+            in_features, out_features = sizes_of(linear)
+            shapes[f"{name}.lora_A.weight"] = torch.Size((config.rank_of(name), in_features))
+            shapes[f"{name}.lora_B.weight"] = torch.Size((out_features, config.rank_of(name)))
     others = _other_tensors(model, config, layers or plan.linears)
     _check_not_meta(wanted | others)
     # With bias="all", PEFT's files hold the biases of its own wrappers around modules_to_save as well.
@@ -151,16 +158,30 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> LoRAReport:
         for name, linear in plan.linears.items():
             found = torch.promote_types(tensors[f"{name}.lora_A.weight"].dtype, tensors[f"{name}.lora_B.weight"].dtype)
             dtypes[name] = linear.weight.dtype if found == linear.weight.dtype else torch.float32
-        report = commit(model, config, plan, dtypes)
+        report = commit(model, config, plan, dtypes, fuse_projections)
         layers = lora_layers(model)
     with torch.no_grad():
         for name, layer in layers.items():
             for key, tensor in _lora_tensors(name, layer).items():
-                tensor.copy_(tensors[key])
+                _copy(tensor, tensors[key])
         # Looked up again: apply_lora unties what modules_to_save shares with others.
         for key, tensor in _other_tensors(model, config, layers).items():
-            tensor.copy_(tensors[key])
+            _copy(tensor, tensors[key])
     return report
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A DTensor's parts put together, anything else as it is."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _copy(tensor: Any, value: Tensor) -> None:
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+    tensor.copy_(value)
 
 
 def _import_safetensors() -> Any:
@@ -194,6 +215,8 @@ def _other_tensors(model: nn.Module, config: LoRAConfig, lora_names: Iterable[st
     lora_names = set(lora_names)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         module, _, kind = name.rpartition(".")
+        # As a LoRABranchLinear names what it holds, and PEFT's files every layer's.
+        module = module.removesuffix(".base_layer")
         if kind == "bias" and module in lora_names and config.bias != "none":
             others[f"{module}.base_layer.bias"] = parameter
         elif kind == "bias" and config.bias == "all":
@@ -227,7 +250,8 @@ def _config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig
             use_rslora=first.use_rslora,
             target_modules=list(layers),
         )
-    config = replace(config, use_rslora=first.use_rslora)
+    fan_in_fan_out = any(isinstance(layer, LoRAConv1D) for layer in layers.values())
+    config = replace(config, use_rslora=first.use_rslora, fan_in_fan_out=fan_in_fan_out)
     if any(config.rank_of(name) != layer.r for name, layer in layers.items()):
         ranks = {f"^{re.escape(name)}": layer.r for name, layer in layers.items() if layer.r != config.r}
         config = replace(config, rank_pattern=ranks)
@@ -238,7 +262,8 @@ def _config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig
         config = replace(config, alpha_pattern=alphas)
 
     # Other programs read a short list of names best, and PEFT can read each of these. The last one always fits.
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules() if name and name.removesuffix(".base_layer") not in layers]
+    names += layers
     choices: list[list[str] | str] = [] if config.all_linear else [config.target_modules or []]
     choices += [sorted({name.rpartition(".")[2] for name in layers}), list(layers)]
     for choice in choices:

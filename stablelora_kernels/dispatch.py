@@ -6,7 +6,7 @@ No row has been timed on a GPU yet. They come from counting bytes and operations
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class Device(NamedTuple):
     @property
     def generation(self) -> int:
         """NVIDIA's compute capability times ten, 0 for other makers."""
-        return int(self.arch[3:]) if self.nvidia else 0
+        return _generation(self.arch)
 
     @property
     def tma(self) -> bool:
@@ -50,6 +50,12 @@ class Device(NamedTuple):
     def overlaps(self) -> bool:
         """Whether a launch may begin before the one ahead of it has ended (programmatic dependent launch)."""
         return self.generation >= 90
+
+
+@cache
+def _generation(arch: str) -> int:
+    # Asked for ten times in a call.
+    return int(arch[3:]) if arch.startswith("sm_") else 0
 
 
 # One of each kind that the kernels are compiled for; processors as on the model named.
@@ -95,6 +101,8 @@ class Call(NamedTuple):
     dtype: torch.dtype
     lora_dtype: torch.dtype
     dropout: bool
+    # Whether the result is added to what is there: dX of the second and further projections of one X.
+    add: bool = False
 
     @property
     def masked(self) -> bool:
@@ -147,23 +155,35 @@ RULES = (
 )
 
 
+class QuantisedRule(NamedTuple):
+    # The last argument: 4 or 8, the bits of an element of W.
+    applies: Callable[[Device, Call, int], bool]
+    kernel: str
+    reason: str
+
+
 # W in 4 or 8 bits: dequantised in the product's own loop, or by a launch before it, for one of the kernels above.
 QUANTISED_RULES = (
-    Rule(
-        lambda d, c: c.dtype == torch.float32 and c.m > 16,
+    QuantisedRule(
+        lambda d, c, bits: c.dtype == torch.float32 and c.m > 16,
         "dequantise",
         "float32, more than 16 rows: the products are the vendor's, who wants a plain W",
     ),
-    Rule(
-        lambda d, c: c.m > 256,
+    QuantisedRule(
+        lambda d, c, bits: c.m > 256,
         "dequantise",
         "more than 256 rows: W in full is written and read once, 4 bytes an element; in the loop every 128 rows would look up "
-        "and scale each element anew, about 20 instructions and half as long",
+        "and scale each element anew, 13 to 19 instructions",
     ),
-    Rule(
-        lambda d, c: True,
+    QuantisedRule(
+        lambda d, c, bits: bits == 4 and c.direction == "backward" and c.m > 128,
+        "dequantise",
+        "dX from 4 bits, more than 128 rows: turning a tile in shared memory makes 6 of 19 instructions an element go to memory",
+    ),
+    QuantisedRule(
+        lambda d, c, bits: True,
         "in_loop",
-        "up to 256 rows: W is read as it is stored, and no memory is taken for it in full",
+        "few rows: W is read as it is stored, and no memory is taken for it in full",
     ),
 )
 
@@ -188,8 +208,8 @@ def choose(device: Device, call: Call, forced: str | None = None) -> Choice:
     return Choice(forced, "asked for")
 
 
-def choose_quantised(device: Device, call: Call, aligned: bool = True) -> Choice:
-    """``"in_loop"`` or ``"dequantise"`` for a call with a quantised W; a kernel that is forced takes W in full.
+def choose_quantised(device: Device, call: Call, bits: int, aligned: bool = True) -> Choice:
+    """``"in_loop"`` or ``"dequantise"`` for a call with a W of 4 or 8 bits; a kernel that is forced takes W in full.
 
     ``aligned``: whether rows of W begin at multiples of 16 bytes, and none of its blocks lies across two of them.
     """
@@ -199,7 +219,23 @@ def choose_quantised(device: Device, call: Call, aligned: bool = True) -> Choice
         return Choice(
             "dequantise", "rows of W that begin anywhere: single bytes and a scale an element outgrow a pipeline"
         )
-    return next(Choice(rule.kernel, rule.reason) for rule in QUANTISED_RULES if rule.applies(device, call))
+    return next(Choice(rule.kernel, rule.reason) for rule in QUANTISED_RULES if rule.applies(device, call, bits))
+
+
+class Sharing(NamedTuple):
+    shared: bool
+    reason: str
+
+
+def choose_group(calls: Sequence[Call], choices: Sequence[Choice | None]) -> Sharing:
+    """Whether projections of one X get their S (and dA) from one read of it, in a launch of its own, or each by itself."""
+    if any(choice is not None and choice.kernel == "fused" for choice in choices):
+        return Sharing(False, "S is computed beside a product, which saves its launch")
+    if calls[0].m <= SMALL_M:
+        return Sharing(False, f"up to {SMALL_M} rows: X stays in L2, whoever reads it")
+    if max(call.r for call in calls) > MAX_FUSED_R:
+        return Sharing(False, f"a rank above {MAX_FUSED_R}: the sums of several projections outgrow the registers")
+    return Sharing(True, "one read of X for all projections")
 
 
 def branch_fuses(call: Call) -> bool:
@@ -292,9 +328,9 @@ TMA_TILES = (
         "a small result needs more tiles to fill the GPU",
     ),
     TileRule(
-        lambda d, c: c.masked and c.r > 32,
+        lambda d, c: c.masked and (c.r > 32 or c.add),
         Tile(128, 128, 64, 8, 4),
-        "a rank block of 64 beside the mask's random numbers spills registers in a wider tile",
+        "a rank block of 64, or Y's earlier values, beside the mask's random numbers spill registers in a wider tile",
     ),
     TileRule(
         lambda d, c: d.generation >= 100,
@@ -345,6 +381,22 @@ SHRINK_TILES = (
     TileRule(lambda d, c: True, Tile(64, 64, 128, 4, 3), "rows of one wide matrix instruction, X read in long runs"),
 )
 
+# S of several projections (lora_shrink_group), likewise; r is the largest rank's block.
+SHRINK_GROUP_TILES = (
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 8, 3), "float32: products are in registers"),
+    TileRule(
+        lambda d, c: c.r > 32 and c.dropout and d.nvidia and not d.tma,
+        Tile(32, 64, 32, 8, 3),
+        "three sums, random numbers and X in registers: more rows spill",
+    ),
+    TileRule(lambda d, c: c.r > 32 and c.dropout, Tile(64, 64, 32, 8, 3), "three sums and random numbers in registers"),
+    TileRule(lambda d, c: c.r > 32, Tile(64, 64, 64, 8, 3), "three sums in registers"),
+    TileRule(lambda d, c: c.dropout, Tile(64, 64, 32, 4, 4), "random numbers for each projection in registers"),
+    TileRule(
+        lambda d, c: True, Tile(128, 64, 64, 8, 3), "the A's, more bytes than a step of X, are read once for 128 rows"
+    ),
+)
+
 # The branch onto a finished product (lora_linear_branch).
 BRANCH_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 2), "float32: products are in registers"),
@@ -355,6 +407,14 @@ BRANCH_TILES = (
 GRADS_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: products are in registers"),
     TileRule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so that X and dY are read once"),
+    TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "rows of one wide matrix instruction"),
+)
+
+# dA of several projections (lora_linear_grads_group), likewise.
+GRADS_GROUP_TILES = (
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: products are in registers"),
+    TileRule(lambda d, c: c.r > 32, Tile(64, 64, 32, 8, 3), "three sums in registers"),
+    TileRule(lambda d, c: c.dropout, Tile(64, 64, 32, 4, 4), "random numbers for each projection in registers"),
     TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "rows of one wide matrix instruction"),
 )
 
@@ -381,6 +441,11 @@ def fit(tile: Tile, device: Device, bytes_a_stage: int, bytes_beside: int = 0) -
     return tile._replace(num_stages=stages)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own, made for kernels too, takes 5 times as long, and a call needs a dozen."""
+    return -(-a // b)
+
+
 def splits(device: Device, tiles: int, steps: int, programs: int = 2, least_steps: int = 4, most: int = 16) -> int:
     """How many programs share a tile's sum: enough for ``programs`` on every processor, each with ``least_steps`` steps."""
     return max(1, min(programs * device.processors // max(tiles, 1), steps // least_steps, most))
@@ -392,4 +457,4 @@ def chunks(rows: int, block_r: int, steps: int) -> int:
     A chunk's part of dB, stored and read again in float32, is an eighth of the chunk of dY that it sums up. Of ``steps`` of the
     sum, a chunk has at least 4.
     """
-    return max(1, min(-(-rows // (32 * block_r)), steps // 4))
+    return max(1, min(cdiv(rows, 32 * block_r), steps // 4))

@@ -1,7 +1,8 @@
-"""Which launches a call of ``lora_linear`` takes, and why, without making it."""
+"""Which launches a call of ``lora_linear`` or ``lora_branch`` takes, and why, without making it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from stablelora_kernels import backend, dispatch, tuning
 from stablelora_kernels._checks import check_float, check_int
 from stablelora_kernels.dispatch import Call, Choice, Device
-from stablelora_kernels.ops import lora_linear_quantised
+from stablelora_kernels.ops import lora_branch, lora_linear_group, lora_linear_quantised
 from stablelora_kernels.ops.lora_linear import backward_launches, forward_launches
 from stablelora_kernels.quantised import FP8Weight, NF4Weight
 
@@ -35,7 +36,8 @@ class Explanation(NamedTuple):
     backend: str
     arch: str
     # "fused", "split" or "vendor", for the forward and for dX; "torch" on the PyTorch backend. With a quantised weight
-    # "in_loop", or "dequantise, " before one of the others.
+    # "in_loop", or "dequantise, " before one of the others. Of projections that share x, "together: " or "apart: " and each.
+    # Of the branch alone "fused" where S, or dS, is computed within its launch, and "split" otherwise.
     forward_kernel: str
     forward_reason: str
     forward: tuple[Step, ...]
@@ -55,7 +57,7 @@ class Explanation(NamedTuple):
 
 def explain(
     M: int,
-    N: int,
+    N: int | Sequence[int],
     K: int,
     r: int,
     dtype: torch.dtype = torch.bfloat16,
@@ -63,29 +65,39 @@ def explain(
     *,
     lora_dtype: torch.dtype | None = None,
     quantised: str | None = None,
+    branch_only: bool = False,
     device: torch.device | str | None = None,
 ) -> Explanation:
     """The launches of ``lora_linear`` on [M, K] rows with a [N, K] weight, forward and backward with all three gradients.
+
+    With ``branch_only`` those of ``lora_branch``: on a product that some other layer has computed, whose own launches are
+    not listed. Neither autotuning nor a kernel that is forced bears on these.
 
     The list is made by the code that launches, on tensors without memory; nothing runs and no GPU is needed. It holds for
     contiguous tensors at addresses that are multiples of 16 bytes; others take the kernels that read through pointers. Where
     autotuning is on the table's answer is given, and the reasons say that a measurement may replace it.
 
     Args:
-        M, N, K, r: rows, output features, input features, rank.
+        M, N, K, r: rows, output features, input features, rank. Several N are projections that share x, as
+            ``fuse_projections`` computes them.
         dtype: of x and the weight. lora_dtype: of lora_A and lora_B, float32 unless given (as for :class:`LoRALinear`).
         dropout_p: the probability of dropping an element, in [0, 1).
         quantised: None, ``"nf4"`` (blocks of 64 with nested scales, bitsandbytes' usual) or ``"fp8"``.
+        branch_only: of the branch alone, for which no weight is read.
         device: a torch device, or the name of a GPU that need not be there: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``, ... The
             current GPU unless given, and the CPU where there is none.
 
     Raises:
-        ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown GPU, or a kernel that is forced and
-            can't do this call.
+        ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown GPU, a kernel that is forced and can't do
+            this call, or ``quantised`` beside ``branch_only``.
         TypeError: sizes that are no ints, or dtypes that the kernels do not compute in.
         RuntimeError: the Triton backend was forced where it can't run.
     """
-    for name, value, low in (("M", M, 0), ("N", N, 1), ("K", K, 1), ("r", r, 1)):
+    several = isinstance(N, Sequence)
+    ns = tuple(N) if isinstance(N, Sequence) else (N,)
+    if several and not 2 <= len(ns) <= lora_linear_group.MAX_GROUP:
+        raise ValueError(f"N must be one size or 2 to {lora_linear_group.MAX_GROUP}, got {N}")
+    for name, value, low in (("M", M, 0), *(("N", n, 1) for n in ns), ("K", K, 1), ("r", r, 1)):
         check_int(name, value, minimum=low)
     check_float("dropout_p", dropout_p, low=0.0, high=1.0)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -95,19 +107,28 @@ def explain(
         raise TypeError(f"lora_dtype must be float32 or dtype {dtype}, got {lora_dtype}")
     if quantised not in (None, "nf4", "fp8"):
         raise ValueError(f"quantised must be 'nf4', 'fp8' or None, got {quantised!r}")
+    for name, given in (("quantised", quantised), ("branch_only", branch_only or None)):
+        if several and given is not None:
+            raise ValueError(f"{name} must be {'None' if name == 'quantised' else False} for several N, got {given!r}")
+    if quantised is not None and branch_only:
+        raise ValueError(f"quantised must be None where branch_only is true, which reads no weight, got {quantised!r}")
     gpu = _gpu(device)
     if gpu is None:
         why = f"the backend is {backend.get_backend()!r}, which on a CPU means PyTorch's operators"
         return Explanation("torch", "", "torch", why, (), "torch", why, ())
-    calls = [
-        Call(direction, M, *sizes, r, dtype, lora_dtype, dropout_p > 0)
-        for direction, sizes in (("forward", (N, K)), ("backward", (K, N)))
-    ]
+    if several:
+        return _explain_group(gpu, M, ns, K, r, dtype, lora_dtype, dropout_p)
+    (n,) = ns
+    calls = _calls(M, n, K, r, dtype, lora_dtype, dropout_p)
     if quantised is not None:
-        forward, backward = quantised_launches(gpu, M, N, K, r, dtype, lora_dtype, dropout_p, quantised)
-        (y, y_reason), (dx, dx_reason) = (_quantised_choice(gpu, call) for call in calls)
+        forward, backward = quantised_launches(gpu, M, n, K, r, dtype, lora_dtype, dropout_p, quantised)
+        (y, y_reason), (dx, dx_reason) = (_quantised_choice(gpu, call, quantised) for call in calls)
         return Explanation("triton", gpu.arch, y, y_reason, _steps(forward), dx, dx_reason, _steps(backward))
-    forward, backward = call_launches(gpu, M, N, K, r, dtype, lora_dtype, dropout_p)
+    if branch_only:
+        forward, backward = branch_launches(gpu, M, n, K, r, dtype, lora_dtype, dropout_p)
+        (y, y_reason), (dx, dx_reason) = _branch_reasons(forward, calls)
+        return Explanation("triton", gpu.arch, y, y_reason, _steps(forward), dx, dx_reason, _steps(backward))
+    forward, backward = call_launches(gpu, M, n, K, r, dtype, lora_dtype, dropout_p)
     # A kernel that is forced is not measured against others.
     tuned = tuning.get_autotune() and dispatch.get_kernel() == "auto"
     note = "; autotuning is on and may replace this by what it measures" if tuned else ""
@@ -115,13 +136,59 @@ def explain(
     return Explanation("triton", gpu.arch, y, y_reason + note, _steps(forward), dx, dx_reason + note, _steps(backward))
 
 
-def _quantised_choice(gpu: Device, call: Call) -> tuple[str, str]:
+def _calls(
+    m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float
+) -> tuple[Call, Call]:
+    """The forward's and the backward's."""
+    rest = (r, dtype, lora_dtype, dropout_p > 0)
+    return Call("forward", m, n, k, *rest), Call("backward", m, k, n, *rest)
+
+
+def _explain_group(
+    gpu: Device,
+    m: int,
+    ns: Sequence[int],
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    dropout_p: float,
+) -> Explanation:
+    """The launches for projections that share x."""
+    launches = group_launches(gpu, m, ns, k, r, dtype, lora_dtype, dropout_p)
+    members = [_calls(m, n, k, r, dtype, lora_dtype, dropout_p) for n in ns]
+    words: list[Any] = []
+    for calls, made in zip(zip(*members, strict=True), launches, strict=True):
+        choices = [dispatch.choose(gpu, call) for call in calls]
+        sharing = dispatch.choose_group(calls, choices)
+        kernels = ", ".join(choice.kernel for choice in choices)
+        words += [f"{'together' if sharing.shared else 'apart'}: {kernels}", sharing.reason, _steps(made)]
+    return Explanation("triton", gpu.arch, *words)
+
+
+def _quantised_choice(gpu: Device, call: Call, quantised: str) -> tuple[str, str]:
     """The kernel and the reason for a call with a quantised weight."""
-    choice = dispatch.choose_quantised(gpu, call)
+    choice = dispatch.choose_quantised(gpu, call, 4 if quantised == "nf4" else 8)
     if choice.kernel == "in_loop":
         return choice.kernel, choice.reason
     then = dispatch.choose(gpu, call)
     return f"{choice.kernel}, {then.kernel}", f"{choice.reason}; then {then.reason}"
+
+
+def _branch_reasons(forward: list[Any], calls: Sequence[Call]) -> tuple[tuple[str, str], tuple[str, str]]:
+    """What the branch's forward and backward are called, and why."""
+    most = dispatch.MAX_FUSED_R
+    if len(forward) < 2:
+        y = "fused", f"up to rank {most}, S is computed within the launch that adds the branch"
+    elif calls[0].r > most:
+        y = "split", f"a rank above {most}: S first, in a launch of its own"
+    else:
+        y = "split", "dropout: S first, or every program that shares a row's columns would draw the mask anew"
+    if dispatch.branch_fuses(calls[1]):
+        dx = "fused", f"up to {dispatch.SMALL_M} rows and rank {most}: dS within dX's launch, then dA and dB in one"
+    else:
+        dx = "split", "many rows or a high rank: dS with dB, in one pass over dY, then dX, then dA"
+    return y, dx
 
 
 def _gpu(device: torch.device | str | None) -> Device | None:
@@ -161,9 +228,49 @@ def call_launches(
     return forward, backward
 
 
+def group_launches(
+    device: Device,
+    m: int,
+    ns: Sequence[int],
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    dropout_p: float,
+) -> tuple[list[Any], list[Any]]:
+    """:func:`call_launches` for projections of ``ns`` output features that share X."""
+    t = [_call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p) for n in ns]
+    weights, lora_As, lora_Bs = [_empty(n, k, of=dtype) for n in ns], [part.a for part in t], [part.b for part in t]
+    seeds = [part.seed for part in t if part.seed is not None]
+    scalings, x, ys = [1.0] * len(ns), t[0].x, [part.y for part in t]
+    s = _empty(m, r * len(ns), of=dtype)
+    forward = lora_linear_group.forward_launches(
+        device, x, weights, [part.bias for part in t], lora_As, lora_Bs, s, ys, seeds, scalings, dropout_p
+    )
+    parts = lora_linear_group.columns(s, [r] * len(ns))
+    gradients = (torch.empty_like(x), [torch.empty_like(a) for a in lora_As], [torch.empty_like(b) for b in lora_Bs])
+    backward = lora_linear_group.backward_launches(
+        device, x, ys, weights, lora_As, lora_Bs, parts, seeds, scalings, dropout_p, *gradients
+    )
+    return forward, backward
+
+
+def branch_launches(
+    device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float
+) -> tuple[list[Any], list[Any]]:
+    """:func:`call_launches` for the branch alone."""
+    t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p)
+    base = torch.empty_like(t.y)
+    forward = lora_branch.forward_launches(device, base, t.x, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p)
+    backward = lora_branch.backward_launches(
+        device, t.x, t.y, t.a, t.b, t.s, t.seed, *t.gradients(), scaling=1.0, dropout_p=dropout_p
+    )
+    return forward, backward
+
+
 def quantised_launches(
     device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
-    quantised: str,
+    quantised: str, choice: Choice | None = None,
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
     """:func:`call_launches` for a weight in ``"nf4"``, nested in bitsandbytes' usual blocks, or ``"fp8"``."""
     t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p)
@@ -176,10 +283,10 @@ def quantised_launches(
         nested = (_empty(-(-blocks // 256)), _empty(256), _empty(), 256)
         weight = NF4Weight(packed, absmax, _empty(16), (n, k), 64, *nested)
     forward = lora_linear_quantised.forward_launches(
-        device, t.x, weight.stored, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p
+        device, t.x, weight.stored, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p, choice
     )
     backward = lora_linear_quantised.backward_launches(
-        device, t.x, t.y, weight.stored, t.a, t.b, t.s, t.seed, *t.gradients(), 1.0, dropout_p
+        device, t.x, t.y, weight.stored, t.a, t.b, t.s, t.seed, *t.gradients(), 1.0, dropout_p, choice
     )
     return forward, backward
 

@@ -1,6 +1,8 @@
-"""``lora_linear`` and ``lora_branch``: arguments are checked once, here, and handed to the op."""
+"""``lora_linear``, ``lora_linear_group`` and ``lora_branch``: arguments are checked once, here, and handed to the op."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,9 +11,10 @@ from stablelora_kernels._checks import check_float
 from stablelora_kernels.backend import resolve_backend
 from stablelora_kernels.ops.lora_branch import lora_branch_op
 from stablelora_kernels.ops.lora_linear import lora_linear_op
+from stablelora_kernels.ops.lora_linear_group import MAX_GROUP, lora_linear_group_op
 from stablelora_kernels.quantised import FP8Weight, NF4Weight
 
-__all__ = ["FLOAT_DTYPES", "FP8Weight", "NF4Weight", "lora_branch", "lora_linear"]
+__all__ = ["FLOAT_DTYPES", "FP8Weight", "NF4Weight", "lora_branch", "lora_linear", "lora_linear_group"]
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -58,6 +61,53 @@ def lora_linear(
     backend = _backend(dropout_p, x=x)
     given = weight if isinstance(weight, Tensor) else weight.stored
     return lora_linear_op(x, given, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0, backend)
+
+
+def lora_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> tuple[Tensor, ...]:
+    """:func:`lora_linear` for two or three projections of one x: q, k and v, or gate and up.
+
+    Equal to as many calls of :func:`lora_linear` in this order up to rounding, masks included: x's gradient is summed before it
+    is rounded where the calls' gradients are rounded and summed then. x is read once for all the A's, forward and backward, and
+    the projections' gradients of x are not stored apart. Up to 64 rows, and above rank 64, the projections are computed one by
+    one; only their gradients of x are added up as they are stored.
+
+    Args:
+        x, dropout_p, training: as in :func:`lora_linear`.
+        weights, biases, lora_As, lora_Bs, scalings: those of each projection; sizes and ranks may differ, dtypes may not.
+
+    Returns:
+        A [..., N] for each projection.
+
+    Raises:
+        As :func:`lora_linear`; ValueError too unless every sequence has the same length of 1 to 3.
+    """
+    lengths = [len(given) for given in (weights, biases, lora_As, lora_Bs, scalings)]
+    if len({*lengths}) != 1 or not 1 <= lengths[0] <= MAX_GROUP:
+        raise ValueError(
+            "weights, biases, lora_As, lora_Bs and scalings must have one length, of 1 to "
+            f"{MAX_GROUP}, got {', '.join(map(str, lengths))}"
+        )
+    if (dtype := _autocast_dtype(x)) is not None:
+        x = x.to(dtype)
+        weights = [weight.to(dtype) for weight in weights]
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+        pairs = [_autocast_pair(*pair, dtype) for pair in zip(lora_As, lora_Bs, strict=True)]
+        lora_As, lora_Bs = [a for a, _ in pairs], [b for _, b in pairs]
+    for weight, bias, lora_A, lora_B in zip(weights, biases, lora_As, lora_Bs, strict=True):
+        _check(x, weight, bias, lora_A, lora_B)
+        if lora_A.dtype != lora_As[0].dtype:
+            raise TypeError(f"lora_As must have one dtype, got {lora_As[0].dtype} and {lora_A.dtype}")
+    backend = _backend(dropout_p, x=x)
+    return lora_linear_group_op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p if training else 0.0, backend)
 
 
 def lora_branch(

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from stablelora_kernels import sharing
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.nn import LoRALinear, MergeError
+from stablelora_kernels.nn import LoRALinear, MergeError, alike, compute_together
+from stablelora_kernels.nn_bases import LoRABranchLinear
+from stablelora_kernels.nn_quantised import LoRAQuantisedLinear
 from stablelora_kernels.plan import Plan, SkippedModule, list_some, plan_lora
-from stablelora_kernels.quantised import is_quantised
 
 # The attribute of a model that remembers the config its layers were made from; save_adapter writes it.
 CONFIG_ATTRIBUTE = "_stablelora_config"
@@ -92,17 +94,23 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig) -> LoRAReport:
-    """Give every ``nn.Linear`` that ``config`` matches a LoRA branch, in place, and freeze every other parameter.
+def apply_lora(model: nn.Module, config: LoRAConfig, *, fuse_projections: bool = False) -> LoRAReport:
+    """Give every linear layer that ``config`` matches a LoRA branch, in place, and freeze every other parameter.
 
     The new layers share the old ones' weight, bias and hooks, are on their device and in their training mode; A and B
     are float32 (float64 beside a float64 weight). A layer registered in two places is matched by its first name and
     stays one layer in both. Trainable afterwards are A and B, the biases that ``config.bias`` asks for and the modules
     of ``config.modules_to_save``; one of these whose weight is tied to a module outside gets a copy, as in PEFT.
 
-    Only plain ``nn.Linear`` layers are replaced, and those in bitsandbytes' 4 bits and torchao's float8. Anything else that
-    matches (subclasses, otherwise quantised or sharded weights, other layer types, layers that have LoRA already, the output
-    head under "all-linear", ...) is left as it was and named in the report.
+    Replaced are ``nn.Linear``, transformers' ``Conv1D`` and bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``. Where a weight is
+    neither plain nor in 4 bits or torchao's float8, the layer goes on computing its own product, with the branch on it.
+    Anything else that matches (other subclasses, other layer types, layers that have LoRA already, layers that give their
+    input no gradient, the output head under "all-linear", ...) is left as it was and named in the report.
+
+    With ``fuse_projections`` layers that share their input by their names (q, k and v of an attention; gate and up of an MLP)
+    are computed together, at the first one's call, from one read of it, with the results of separate layers up to rounding.
+    It is checked at each call that they are called with one tensor; where they are not, they are computed one by one, and a
+    warning says so. The report's notes say which were found.
 
     Returns:
         The report.
@@ -112,11 +120,15 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> LoRAReport:
             be trained. Nothing is changed.
         TypeError: ``model`` or ``config`` is something else.
     """
-    return commit(model, config, plan_lora(model, config))
+    return commit(model, config, plan_lora(model, config), fuse_projections=fuse_projections)
 
 
 def commit(
-    model: nn.Module, config: LoRAConfig, plan: Plan, lora_dtypes: Mapping[str, torch.dtype] | None = None
+    model: nn.Module,
+    config: LoRAConfig,
+    plan: Plan,
+    lora_dtypes: Mapping[str, torch.dtype] | None = None,
+    fuse_projections: bool = False,
 ) -> LoRAReport:
     """The second half of :func:`apply_lora`. ``lora_dtypes`` gives A and B of the layers it names another dtype."""
     was_trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -151,10 +163,13 @@ def commit(
     ]
 
     if kinds := Counter(
-        type(linear.weight).__name__ for linear in plan.linears.values() if is_quantised(linear.weight)
+        type(layer.weight).__name__ for layer in layers.values() if isinstance(layer, LoRAQuantisedLinear)
     ):
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         notes.append(f"quantised weights ({counts}) stay as they are stored; these layers can't be merged")
+    if kinds := Counter(_kind_of(layer.base_layer) for layer in layers.values() if isinstance(layer, LoRABranchLinear)):
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        notes.append(f"{counts} compute their own product, with the branch on it; these layers can't be merged")
 
     lora = {id(parameter) for layer in lora_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)}
     for name, parameter in model.named_parameters():
@@ -169,8 +184,15 @@ def commit(
             for key in _untie(model, name, module)
         ]
         module.requires_grad_(True)
+    if fuse_projections:
+        plain = {name: layer for name, layer in layers.items() if type(layer) is LoRALinear}
+        notes.append(sharing.fuse(model, plain, alike, compute_together))
     setattr(model, CONFIG_ATTRIBUTE, config)
     return report_on(model, layers, plan.skipped, tuple(notes))
+
+
+def _kind_of(base: nn.Linear) -> str:
+    return type(base).__name__ if type(base) is not nn.Linear else f"nn.Linear with {type(base.weight).__name__}"
 
 
 def report_on(
@@ -245,7 +267,7 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
-    """Turn every LoRALinear of ``model`` back into an ``nn.Linear``, in place.
+    """Turn every LoRALinear of ``model`` back into a layer of the kind that it was made of, in place.
 
     With ``merge`` it holds the merged weight; without, the very Parameter that ``from_linear`` was given. Hooks and
     training mode go with it. Parameters stay frozen or trainable as they are.
@@ -305,9 +327,12 @@ def _swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Counter[nn.Mo
         (parent, key, old) for parent in model.modules() for key, old in parent._modules.items() if old and old in new
     ]
     for old, module in new.items():
-        # The dicts themselves, not copies: the handles that remove hooks hold on to them.
+        # The dicts themselves, not copies: the handles that remove hooks hold on to them. The old module may be called yet,
+        # by the one around it.
         for attribute in (*HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook"):
-            setattr(module, attribute, getattr(old, attribute))
+            hooks = getattr(old, attribute)
+            setattr(module, attribute, hooks)
+            setattr(old, attribute, None if attribute == "_is_full_backward_hook" else type(hooks)())
     for parent, key, old in places:
         parent.register_module(key, new[old])
     return Counter(old for _, _, old in places)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from stablelora_kernels._checks import check_float, check_int
-from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear
-from stablelora_kernels.quantised import is_quantised
+from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear, lora_linear_group
+from stablelora_kernels.sharing import ATTRIBUTE
 
 INITS = (True, False, "gaussian")
 
@@ -21,6 +21,11 @@ def _check_init(init_lora_weights: Any) -> None:
     # By identity: 0 and 1 equal False and True, and would not be treated as such.
     if not (isinstance(init_lora_weights, bool) or init_lora_weights == "gaussian"):
         raise ValueError(f"init_lora_weights must be one of {INITS}, got {init_lora_weights!r}")
+
+
+def sizes_of(base: Any) -> tuple[int, int]:
+    """Input and output features of an ``nn.Linear`` or a ``Conv1D``."""
+    return (base.nx, base.nf) if hasattr(base, "nf") else (base.in_features, base.out_features)
 
 
 # So many elements at a time are added, which bounds the float32 copies that merging takes beside the result.
@@ -103,7 +108,7 @@ class LoRALinear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         *,
         r: int = 8,
         lora_alpha: float = 16,
@@ -114,19 +119,19 @@ class LoRALinear(nn.Module):
     ) -> LoRALinear:
         """A LoRALinear over an existing layer. It shares the layer's weight and bias, which it freezes; nothing is copied.
 
-        Over a layer of bitsandbytes in 4 bits, or one whose weight torchao keeps in float8, it is a
-        :class:`~stablelora_kernels.nn_quantised.LoRAQuantisedLinear`.
+        Over a layer of bitsandbytes in 4 bits, or one whose weight torchao keeps in float8 with a scale a row, it is a
+        :class:`~stablelora_kernels.nn_quantised.LoRAQuantisedLinear`; over transformers' ``Conv1D`` a
+        :class:`~stablelora_kernels.nn_bases.LoRAConv1D`; over bitsandbytes' ``Linear8bitLt`` and weights of any other kind of
+        tensor a :class:`~stablelora_kernels.nn_bases.LoRABranchLinear`, which has the layer compute its own product.
 
         Raises:
-            TypeError: ``linear`` is not an ``nn.Linear``, or its weight is quantised otherwise.
+            TypeError: ``linear`` is none of these.
+            ValueError: it gives its input no gradient.
             ValueError, TypeError: as the constructor's, before the layer is frozen.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
-        if is_quantised(linear.weight):
-            from stablelora_kernels.nn_quantised import LoRAQuantisedLinear
+        from stablelora_kernels.nn_bases import class_for
 
-            cls = LoRAQuantisedLinear
+        cls = class_for(linear)
         self = cls.__new__(cls)
         self._setup(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype)
         self.train(linear.training)
@@ -134,7 +139,7 @@ class LoRALinear(nn.Module):
 
     def _setup(
         self,
-        base: nn.Linear,
+        base: Any,
         r: int,
         lora_alpha: float,
         lora_dropout: float,
@@ -155,28 +160,31 @@ class LoRALinear(nn.Module):
             # A float32 branch would throw away what someone chose float64 for.
             lora_dtype = torch.float64
         super().__init__()
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = sizes_of(base)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
         self.use_rslora = use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.merged = False
         # While merged: the Parameter that merge() replaced. Not registered, so state_dict and parameters() do not list it.
         self.__dict__["_unmerged_weight"] = None
-        for frozen in base.parameters(recurse=False):
+        for frozen in base.parameters():
             frozen.requires_grad_(False)
-        self.weight = cast(nn.Parameter, base.weight)
-        self.register_parameter("bias", base.bias)
+        self._hold(base)
         factory: dict[str, Any] = {"device": base.weight.device, "dtype": lora_dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
         self.reset_lora_parameters(init_lora_weights)
 
+    def _hold(self, base: Any) -> None:
+        self.weight = cast(nn.Parameter, base.weight)
+        self.register_parameter("bias", base.bias)
+
     @staticmethod
-    def _dtype_of(base: nn.Linear) -> torch.dtype:
+    def _dtype_of(base: Any) -> torch.dtype:
         """The dtype that a layer computes in."""
         return base.weight.dtype
 
-    def to_linear(self) -> nn.Linear:
+    def to_linear(self) -> nn.Module:
         """A layer without the branch that holds the weight, merged or not, and the bias; they are shared."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = self.weight
@@ -198,15 +206,21 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in_features] to [..., out_features], in x's dtype (autocast's where that is on)."""
+        if (group := self.__dict__.get(ATTRIBUTE)) is not None and (y := group.output(self, x)) is not None:
+            return y
         if self.merged:
             if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
                 raise RuntimeError(
                     "this LoRALinear is merged, so lora_A and lora_B would get no gradient; unmerge() first"
                 )
-            return nn.functional.linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, self._matrix(), self.bias)
         return lora_linear(
-            x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.lora_dropout, self.training
+            x, self._matrix(), self.bias, self.lora_A, self.lora_B, self.scaling, self.lora_dropout, self.training
         )
+
+    def _matrix(self) -> Tensor:
+        """The weight as [out_features, in_features]."""
+        return self.weight
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -232,7 +246,7 @@ class LoRALinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError("this LoRALinear is merged already")
-        merged, delta = torch.empty_like(self.weight), self.delta_weight()
+        merged, delta = torch.empty_like(self.weight), self._stored_delta()
         for out, weight, change in self._merge_rows(merged, self.weight, delta):
             out.copy_(weight.to(delta.dtype) + change)
         if not bool(torch.isfinite(merged).all()):
@@ -255,7 +269,7 @@ class LoRALinear(nn.Module):
         """
         if not self.merged:
             raise RuntimeError("this LoRALinear is not merged")
-        return self._merge_error(self.delta_weight())
+        return self._merge_error(self._stored_delta())
 
     @torch.no_grad()
     def _merge_error(self, delta: Tensor) -> MergeError:
@@ -274,9 +288,13 @@ class LoRALinear(nn.Module):
         """W: ``weight``, and while the layer is merged the Parameter that :meth:`unmerge` will give back."""
         return self.__dict__["_unmerged_weight"] if self.merged else self.weight
 
+    def _stored_delta(self) -> Tensor:
+        """:meth:`delta_weight` in the layout that the weight is stored in."""
+        return self.delta_weight()
+
     def _merge_rows(self, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Matrices of the weight's shape, some rows at a time."""
-        rows = max(1, _MERGE_ELEMENTS // self.in_features)
+        rows = max(1, _MERGE_ELEMENTS // matrices[0].shape[1])
         return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
     def unmerge(self) -> None:
@@ -318,3 +336,33 @@ class LoRALinear(nn.Module):
         if self.lora_dropout:
             text += f", lora_dropout={self.lora_dropout:g}"
         return text + (", merged" if self.merged else "")
+
+
+def compute_together(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...] | None:
+    """The outputs of layers with one input, in one op; None where each has to compute, or to complain, by itself."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    first = layers[0]
+    for layer in layers:
+        tensors = (layer.weight, layer.lora_A, layer.lora_B, *(() if layer.bias is None else (layer.bias,)))
+        # As long as FSDP has not gathered them, they are DTensors.
+        if any(type(t) not in (nn.Parameter, Tensor) or t.device != x.device for t in tensors):
+            return None
+        if layer.merged or layer.training != first.training or layer.lora_dropout != first.lora_dropout:
+            return None
+        if x.shape[-1:] != layer.weight.shape[1:] or not (autocast or x.dtype == layer.weight.dtype):
+            return None
+    return lora_linear_group(
+        x,
+        [layer.weight for layer in layers],
+        [layer.bias for layer in layers],
+        [layer.lora_A for layer in layers],
+        [layer.lora_B for layer in layers],
+        [layer.scaling for layer in layers],
+        first.lora_dropout,
+        first.training,
+    )
+
+
+def alike(layer: LoRALinear) -> tuple[Any, ...]:
+    """What layers must have in common to be computed together."""
+    return (layer.in_features, layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout)

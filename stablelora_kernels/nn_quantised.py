@@ -24,8 +24,8 @@ class LoRAQuantisedLinear(LoRALinear):
     that loads as little as it does without LoRA.
     """
 
-    def _setup(self, base: nn.Linear, *args: Any) -> None:
-        super()._setup(base, *args)
+    def _hold(self, base: nn.Linear) -> None:
+        super()._hold(base)
         # Unregistered; it is for to_linear() alone, and its weight is what it was before a move to another device.
         self.__dict__["_base"] = base
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from stablelora_kernels import sharing
 from stablelora_kernels.model import LoRAReport, ReplacedModule, count_parameters
 from stablelora_kernels.plan import SkippedModule, list_some
 
 
-def accelerate_peft(model: nn.Module, *, strict: bool = False) -> LoRAReport:
+def accelerate_peft(model: nn.Module, *, strict: bool = False, fuse_projections: bool = False) -> LoRAReport:
     """Run the LoRA layers of a PEFT model on this library's ops, in place and per instance.
 
     Parameters, names, adapters, checkpoints and everything that PEFT does with them stay PEFT's; only the forward of
@@ -19,13 +20,16 @@ def accelerate_peft(model: nn.Module, *, strict: bool = False) -> LoRAReport:
     scaled, disabled, merged and deleted afterwards, and what it does not understand it leaves to PEFT's own forward.
     Layers that PEFT adds later are PEFT's until this is called again; calling it twice changes nothing.
 
-    On a plain ``nn.Linear`` the base product and the first adapter are one op; on any other base layer (quantised,
-    transformers' Conv1D, with hooks) the base layer computes its product itself, and each adapter's branch is one op on it.
+    On a plain ``nn.Linear`` the base product and the first adapter are one op, and on Triton so they are on bitsandbytes' 4 bits
+    and torchao's float8; on any other base layer (quantised otherwise, transformers' Conv1D, with hooks) the base layer computes
+    its product itself, and each adapter's branch is one op on it.
     Products are in x's dtype (autocast's where that is on), also beside float32 adapters, which PEFT would copy x for.
 
     Args:
         model: a ``PeftModel``, or any module with PEFT's LoRA layers in it.
         strict: raise unless every adapter of every PEFT layer runs on this library's ops.
+        fuse_projections: compute layers that share their input by their names (q, k and v; gate and up) together, as
+            :func:`~stablelora_kernels.apply_lora` says. Each such layer holds on to its group then.
 
     Returns:
         The report: a row for each layer and adapter that runs on the ops, and, as skipped, each that PEFT's own forward
@@ -58,7 +62,12 @@ def accelerate_peft(model: nn.Module, *, strict: bool = False) -> LoRAReport:
         raise ValueError(f"strict=True, but PEFT's own forward would go on computing {text}")
     for module in found:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
-    return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model))
+    sharing.unfuse(model.modules())
+    notes = []
+    if fuse_projections:
+        named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
+        notes.append(sharing.fuse(model, named, layers.alike, layers.compute_together))
+    return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes))
 
 
 def restore_peft(model: nn.Module) -> None:
@@ -69,6 +78,7 @@ def restore_peft(model: nn.Module) -> None:
     """
     layers = _layers()
     _check_module(model)
+    sharing.unfuse(model.modules())
     for module in model.modules():
         if type(module) in layers.ORIGINAL:
             module.__class__ = layers.ORIGINAL[type(module)]

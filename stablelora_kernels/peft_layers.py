@@ -1,14 +1,15 @@
 """PEFT's LoRA layers with their forward on this library's ops. It imports peft, so ``peft.py`` imports it when it is needed.
 
 An instance is accelerated by its ``__class__``, which becomes one that derives from the PEFT class it had and overrides the
-forward. Nothing is stored in it. So all that is done to it goes on as before: copies, pickles and replicas are accelerated
-too, and adapters are added, switched, merged, deleted, saved and loaded by PEFT's own code. Everything is looked up when it
-is called: adapters, scaling, dropout's probability and mode, merged or disabled or not.
+forward. Nothing is stored in it, but for its group where ``fuse_projections`` was asked for. So all that is done to it goes
+on as before: copies, pickles and replicas are accelerated too, and adapters are added, switched, merged, deleted, saved and
+loaded by PEFT's own code. Everything is looked up when it is called: adapters, scaling, dropout's probability and mode, merged
+or disabled or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,21 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.backend import resolve_backend
-from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear
+from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear, lora_linear_group
 from stablelora_kernels.model import HOOKS
+from stablelora_kernels.quantised import FP8Weight, NF4Weight, is_quantised, read
+from stablelora_kernels.sharing import ATTRIBUTE
 
 # What PEFT's layers take out of the arguments for themselves; the rest is the base layer's.
 _OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))
+
+
+class Base(NamedTuple):
+    """What ``lora_linear`` takes of a base layer, whose product it is to compute in ``dtype``."""
+
+    weight: Tensor | NF4Weight | FP8Weight
+    bias: Tensor | None
+    dtype: torch.dtype
 
 
 class Branch(NamedTuple):
@@ -40,13 +51,17 @@ class Branch(NamedTuple):
             base_out = base_out + (self.scaling * self.bias).to(base_out.dtype)
         return lora_branch(base_out, x, self.lora_A, self.lora_B, self.scaling, self.dropout_p)
 
-    def with_base(self, base: nn.Linear, x: Tensor) -> Tensor:
+    def with_base(self, base: Base, x: Tensor) -> Tensor:
         """The base product and the branch, in one op."""
-        weight, bias = _tensors_of(base)
+        return lora_linear(x, *self.tensors_with(base), self.scaling, self.dropout_p)
+
+    def tensors_with(self, base: Base) -> tuple[Any, Tensor | None, Tensor, Tensor]:
+        """The weight, the bias, A and B of the two."""
+        bias = base.bias
         if self.bias is not None:
             bias = self.scaling * self.bias if bias is None else bias + self.scaling * self.bias
-            bias = bias.to(weight.dtype)
-        return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, self.dropout_p)
+            bias = bias.to(base.dtype)
+        return base.weight, bias, self.lora_A, self.lora_B
 
 
 def reason_against(layer: Any, adapter: str) -> str | None:
@@ -98,13 +113,13 @@ def _is_hooked(module: nn.Module) -> bool:
     return "forward" in own
 
 
+def _is_plain(weight: Tensor, bias: Tensor | None) -> bool:
+    return type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
+
+
 def _is_plain_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer that may be computed from its weight without calling it."""
-    if type(module) is not nn.Linear or _is_hooked(module):
-        return False
-    # A quantised or sharded weight is of another type. FSDP puts plain tensors in the parameters' places for a forward.
-    weight, bias = _tensors_of(module)
-    return type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
+    return type(module) is nn.Linear and not _is_hooked(module) and _is_plain(*_tensors_of(module))
 
 
 def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | None:
@@ -139,17 +154,49 @@ def _fits(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     return lora_A.dtype in (torch.float32, x.dtype) or torch.is_autocast_enabled(x.device.type)
 
 
-def _goes_with(base: nn.Module, x: Tensor) -> bool:
-    """Whether base product and branch may be one op."""
-    if not _is_plain_linear(base):
-        return False
+def _one_op(base: nn.Module, x: Tensor) -> Base | None:
+    """The base layer as an operand, where its product and a branch may be one op, or None."""
+    if type(base) not in _READ or _is_hooked(base):
+        return None
     weight, bias = _tensors_of(base)
-    bias = weight if bias is None else bias
-    if weight.device != x.device or bias.device != x.device:
-        return False
-    if weight.dtype == bias.dtype == x.dtype:
-        return True
-    return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    # A quantised or sharded weight is of another type. FSDP puts plain tensors in the parameters' places for a forward.
+    if type(base) is not nn.Linear or not _is_plain(weight, bias):
+        return _quantised(base, weight, bias, x) if is_quantised(weight) else None
+    other = weight if bias is None else bias
+    if weight.device != x.device or other.device != x.device:
+        return None
+    if weight.dtype == other.dtype == x.dtype:
+        return Base(weight, bias, x.dtype)
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return Base(weight, bias, weight.dtype)
+    return None
+
+
+def _quantised(base: Any, weight: Any, bias: Tensor | None, x: Tensor) -> Base | None:
+    """As :func:`_one_op`, of a base layer in 4 or 8 bits: where the kernels compute its product as it does itself.
+
+    PyTorch's backend would dequantise the weight in Python, which the layer does better.
+    """
+    if resolve_backend(x.device) != "triton":
+        return None
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if type(base) is nn.Linear:
+        fits = weight.dtype == x.dtype == dtype
+    else:
+        # bitsandbytes casts x, autocast or not. In its first call it may choose in what it computes, and it casts the bias
+        # for good.
+        fits = base.compute_type_is_set and base.compute_dtype == dtype
+    if not fits or (bias is not None and (bias.dtype != dtype or bias.device != x.device)):
+        return None
+    try:
+        stored = read(weight)
+    except (TypeError, ValueError):
+        return None
+    # bitsandbytes' weights may be quantised as [K, N].
+    if stored.shape != (base.out_features, base.in_features) or stored.stored.data.device != x.device:
+        return None
+    return Base(stored, bias, dtype)
 
 
 class Accelerated:
@@ -158,13 +205,20 @@ class Accelerated:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward: base_layer(x) and the active adapters' branches, in the base layer's dtype."""
         plain = not self.disable_adapters and not self.merged and kwargs.get("adapter_names") is None
+        group = self.__dict__.get(ATTRIBUTE)
+        if group is not None and plain and not args and not kwargs and (y := group.output(self, x)) is not None:
+            return y
         branches = _branches(self, self.active_adapters, x) if plain else None
         if not branches:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         kwargs = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         base = self._modules["base_layer"]
-        if not args and not kwargs and _goes_with(base, x):
-            result = branches.pop(0).with_base(base, x)
+        operand = None if args or kwargs else _one_op(base, x)
+        if operand is not None:
+            result = branches.pop(0).with_base(operand, x)
+            if not isinstance(operand.weight, Tensor):
+                # Under autocast too, these layers return x's dtype.
+                result = result.to(x.dtype)
         else:
             result = base(x, *args, **kwargs)
         for branch in branches:
@@ -190,6 +244,40 @@ class Accelerated:
         return ORIGINAL[type(self)].__name__
 
 
+def compute_together(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
+    """The outputs of layers with one input, in one op; None where each has to compute its own."""
+    firsts, rests = [], []
+    tensors: list[tuple[Any, ...]] = []
+    for layer in layers:
+        plain = not layer.disable_adapters and not layer.merged
+        branches = _branches(layer, layer.active_adapters, x) if plain else None
+        operand = _one_op(layer._modules["base_layer"], x) if branches else None
+        if not branches or operand is None or not isinstance(operand.weight, Tensor):
+            return None
+        first, *rest = branches
+        firsts.append(first)
+        rests.append(rest)
+        tensors.append(first.tensors_with(operand))
+    if len({(first.dropout_p, first.lora_A.dtype) for first in firsts}) > 1:
+        return None
+    scalings = [first.scaling for first in firsts]
+    weights, biases, lora_As, lora_Bs = zip(*tensors, strict=True)
+    outputs = lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings, firsts[0].dropout_p)
+    results = []
+    for result, rest in zip(outputs, rests, strict=True):
+        for branch in rest:
+            result = branch.onto(result, x)
+        results.append(result)
+    return results
+
+
+def alike(layer: Any) -> tuple[Any, ...]:
+    """What layers must have in common to be computed together; the rest is looked at in each call."""
+    base = layer.base_layer
+    # One that is no plain layer is like no other.
+    return (layer.in_features, base.weight.dtype) if type(base) is nn.Linear else (id(layer),)
+
+
 class AcceleratedLinear(Accelerated, lora.Linear):
     """``peft.tuners.lora.Linear``: on nn.Linear and its subclasses, and transformers' Conv1D."""
 
@@ -198,6 +286,8 @@ class AcceleratedTorchaoLoraLinear(Accelerated, TorchaoLoraLinear):
     """torchao's quantised weights."""
 
 
+# Base layers whose weight may be read instead of calling them.
+_READ: tuple[type, ...] = (nn.Linear,)
 KNOWN: dict[type, type] = {lora.Linear: AcceleratedLinear, TorchaoLoraLinear: AcceleratedTorchaoLoraLinear}
 
 if hasattr(lora, "Linear8bitLt"):
@@ -208,10 +298,12 @@ if hasattr(lora, "Linear8bitLt"):
     KNOWN[lora.Linear8bitLt] = AcceleratedLinear8bitLt
 
 if hasattr(lora, "Linear4bit"):
+    from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
 
     class AcceleratedLinear4bit(Accelerated, lora.Linear4bit):
         """bitsandbytes' 4-bit layers."""
 
     KNOWN[lora.Linear4bit] = AcceleratedLinear4bit
+    _READ = (nn.Linear, Linear4bit, LinearNF4, LinearFP4)
 
 ORIGINAL = {accelerated: original for original, accelerated in KNOWN.items()}

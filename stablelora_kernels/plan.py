@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from stablelora_kernels.config import LoRAConfig, pattern_matches
 from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.nn import LoRALinear
+from stablelora_kernels.nn_bases import LoRABranchLinear, class_for, is_conv1d
 from stablelora_kernels.quantised import is_quantised, read
 
 _STATE_HOOKS = (
@@ -31,7 +33,8 @@ class SkippedModule:
 class Plan:
     """What :func:`apply_lora` is about to do, found without changing anything."""
 
-    linears: dict[str, nn.Linear]
+    # nn.Linear and its quantised kin, and transformers' Conv1D.
+    linears: dict[str, Any]
     skipped: tuple[SkippedModule, ...]
     saved: dict[str, nn.Module]
     notes: tuple[str, ...]
@@ -43,7 +46,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
-    linears: dict[str, nn.Linear] = {}
+    linears: dict[str, Any] = {}
     skipped: list[SkippedModule] = []
     names: dict[nn.Module, str] = {}
     heads = _output_heads(model) if config.all_linear else {}
@@ -58,7 +61,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
         reason = config.reason_to_exclude(name) or heads.get(module) or _reason_to_skip(model, name, module)
         if reason is not None:
             skipped.append(SkippedModule(name, reason))
-        elif isinstance(module, nn.Linear):
+        else:
             linears[name] = module
     if not linears:
         raise ValueError(_nothing_matched(model, config, skipped))
@@ -84,6 +87,12 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
         ]
     if config.exclude_modules and not any(module.reason.startswith("exclude_modules") for module in skipped):
         notes.append(f"exclude_modules {config.exclude_modules!r} matches nothing that target_modules does")
+    transposed = [name for name, module in linears.items() if is_conv1d(module)]
+    if config.fan_in_fan_out and len(transposed) < len(linears):
+        others = [name for name in linears if name not in transposed]
+        notes.append(f"fan_in_fan_out is True, but {list_some(others)} hold [out, in], and are taken so")
+    if not config.fan_in_fan_out and transposed:
+        notes.append(f"fan_in_fan_out is False, but {list_some(transposed)} hold [in, out], and are taken so")
     return Plan(linears, tuple(skipped), saved, tuple(notes))
 
 
@@ -119,19 +128,23 @@ def _output_heads(model: nn.Module) -> dict[nn.Module, str]:
     return heads
 
 
-def _reason_to_skip(model: nn.Module, name: str, module: nn.Module) -> str | None:
+def _reason_to_skip(model: nn.Module, name: str, module: Any) -> str | None:
     """Why a matched module cannot be replaced, or None."""
     kind = type(module).__name__
     if isinstance(module, LoRALinear):
         return "it is a LoRALinear already"
     path = name.split(".")
     parents = [model.get_submodule(".".join(path[:i])) for i in range(len(path))]
+    if isinstance(parents[-1], LoRALinear):
+        return "it is the base layer of a LoRALinear"
     if any("base_layer" in parent._modules for parent in [*parents, module]):
         return "it is part of a PEFT layer; accelerate_peft runs those"
-    if not isinstance(module, nn.Linear):
+    conv1d = is_conv1d(module)
+    if not isinstance(module, nn.Linear) and not conv1d:
         return f"{kind} is not an nn.Linear"
     quantised = is_quantised(module.weight)
-    if type(module) is not nn.Linear and not (quantised and kind == "Linear4bit"):
+    known = type(module) is nn.Linear or conv1d or (kind == "Linear4bit" and quantised) or kind == "Linear8bitLt"
+    if not known:
         return f"{kind} is a subclass of nn.Linear, whose users may not call it as one"
     if isinstance(parents[-1], nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer reads its weight instead of calling it in inference"
@@ -139,19 +152,29 @@ def _reason_to_skip(model: nn.Module, name: str, module: nn.Module) -> str | Non
         return "its forward was replaced (as accelerate's hooks do)"
     if set(module._parameters) != {"weight", "bias"} or module._modules:
         return "it holds other parameters or modules than weight and bias"
-    if quantised:
-        try:
+    if type(module.weight).__name__ == "DTensor" and any(map(_is_fully_sharded, parents)):
+        return "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it"
+    try:
+        layer = class_for(module)
+        if quantised and not issubclass(layer, LoRABranchLinear):
             read(module.weight)
-        except (TypeError, ValueError) as error:
-            return str(error)
-    for part in (None if quantised else module.weight, module.bias):
-        if part is not None and (type(part) is not nn.Parameter or part.dtype not in FLOAT_DTYPES):
-            return f"it holds a {type(part).__name__} of {part.dtype}, not a plain floating-point Parameter"
-    if any(getattr(module, attribute, None) for attribute in _STATE_HOOKS):
-        return "it has state_dict hooks"
+    except (TypeError, ValueError) as error:
+        return str(error)
+    if not issubclass(layer, LoRABranchLinear):
+        for part in (None if quantised else module.weight, module.bias):
+            if part is not None and part.dtype not in FLOAT_DTYPES:
+                return f"it holds a {type(part).__name__} of {part.dtype}, not a plain floating-point Parameter"
+        # A layer that is called, as it is for LoRABranchLinear, keeps its own.
+        if any(getattr(module, attribute, None) for attribute in _STATE_HOOKS):
+            return "it has state_dict hooks"
     if 0 in module.weight.shape:
         return f"its weight is empty, {list(module.weight.shape)}"
     return None
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``module`` is FSDP2's."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: list[SkippedModule]) -> str:
@@ -160,5 +183,6 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: list[Skipped
         text += f"; skipped {list_some([f'{module.name} ({module.reason})' for module in skipped])}"
     elif isinstance(config.target_modules, str):
         text += "; a string is a regular expression for the whole dotted name, a list holds ends of names"
-    candidates = [repr(name) for name, module in model.named_modules() if name and type(module) is nn.Linear]
-    return text + f". Its nn.Linear layers: {list_some(candidates) or 'none'}"
+    named = [(repr(name), module) for name, module in model.named_modules() if name]
+    candidates = [name for name, module in named if type(module) is nn.Linear or is_conv1d(module)]
+    return text + f". Its linear layers: {list_some(candidates) or 'none'}"

@@ -12,7 +12,8 @@ FP8 (torchao's float8 weights): an element is float8_e4m3fn times its row's floa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -153,16 +154,23 @@ class NF4Weight:
                 "weight must be in bitsandbytes' usual packing, got the one that it makes on a CPU in eval mode; make the "
                 "weight's layer compute in train mode, or move it to a GPU, before its first call"
             )
-        nested: dict[str, Any] = {}
-        if state.nested:
-            nested = {
-                "nested_absmax": state.state2.absmax,
-                "nested_code": state.state2.code,
-                "offset": state.offset,
-                "nested_blocksize": state.state2.blocksize,
-            }
-        packed = weight.detach().as_subclass(Tensor).view(torch.uint8).reshape(-1)
-        return cls(packed, state.absmax, state.code, tuple(state.shape), state.blocksize, **nested)
+        # Out of the parameter's class, which would see every operator in Python.
+        with torch._C.DisableTorchFunctionSubclass():
+            packed = weight.detach().view(torch.uint8).reshape(-1)
+        inner = state.state2 if state.nested else _NOT_NESTED
+        offset = state.offset if state.nested else None
+        values = (
+            packed, state.absmax, state.code, tuple(state.shape), state.blocksize,
+            inner.absmax, inner.code, offset, inner.blocksize,
+        )  # fmt: skip
+        tensors, sizes = (*values[1:3], *values[5:8]), (packed.numel(), packed.device, *values[3:5], values[8])
+        if _was_checked(state, tensors, sizes):
+            self = object.__new__(cls)
+            self.__dict__.update(zip(_NF4_FIELDS, values, strict=True))
+        else:
+            self = cls(*values)
+            _remember_check(state, tensors, sizes)
+        return self
 
     @property
     def stored(self) -> Stored:
@@ -228,6 +236,34 @@ class FP8Weight:
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """W [N, K], computed in float32 and rounded once to ``dtype``."""
         return self.stored.dequantise(dtype)
+
+
+class _NotNested(NamedTuple):
+    absmax: None = None
+    code: None = None
+    blocksize: int = 0
+
+
+_NOT_NESTED = _NotNested()
+_NF4_FIELDS = tuple(field.name for field in fields(NF4Weight))
+
+# A layer's weight is read at each call, half of which was checking it. So a quant_state's parts that were found right are
+# remembered, by identity and weakly: what is read is always what the state holds now, also after a move.
+_checked: dict[int, tuple[Any, list[Any], tuple[Any, ...]]] = {}
+
+
+def _was_checked(state: Any, tensors: tuple[Any, ...], sizes: tuple[Any, ...]) -> bool:
+    found = None if torch.compiler.is_compiling() else _checked.get(id(state))
+    if found is None or found[0]() is not state or found[2] != sizes:
+        return False
+    return all(tensor is (None if ref is None else ref()) for tensor, ref in zip(tensors, found[1], strict=True))
+
+
+def _remember_check(state: Any, tensors: tuple[Any, ...], sizes: tuple[Any, ...]) -> None:
+    if not torch.compiler.is_compiling():
+        key = id(state)
+        gone = weakref.ref(state, lambda _: _checked.pop(key, None))
+        _checked[key] = gone, [None if tensor is None else weakref.ref(tensor) for tensor in tensors], sizes
 
 
 def is_quantised(weight: Any) -> bool:

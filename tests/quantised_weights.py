@@ -52,6 +52,10 @@ def reference(weight: NF4Weight | FP8Weight) -> Tensor:
 # Layers as bitsandbytes and torchao make them, for where these are not installed: only what the library looks at.
 
 
+class QuantState(SimpleNamespace):
+    """A class of its own, so that it can be referred to weakly."""
+
+
 class Params4bit(nn.Parameter):
     def __new__(cls, weight: NF4Weight) -> Params4bit:
         self = Tensor._make_subclass(cls, weight.packed[:, None], False)
@@ -62,7 +66,7 @@ class Params4bit(nn.Parameter):
             "shape": torch.Size(weight.shape),
             "nested": bool(inner.blocksize),
         }
-        self.quant_state = SimpleNamespace(**state, blocksize=weight.blocksize, state2=inner, offset=weight.offset)
+        self.quant_state = QuantState(**state, blocksize=weight.blocksize, state2=inner, offset=weight.offset)
         self.quant_state.as_dict = lambda packed: {"absmax": weight.absmax, "quant_map": weight.code}
         return self
 

@@ -250,7 +250,6 @@ CONFIG_ERRORS = [
     ({"init_lora_weights": "pissa"}, "init_lora_weights must be True, False or 'gaussian', got 'pissa'"),
     ({"r": 0}, f"{CONFIG_NAME}: r must be at least 1, got 0"),
     ({"target_modules": None}, "target_modules must be a list of names, .* got None"),
-    ({"fan_in_fan_out": True}, "fan_in_fan_out must be False"),
 ]
 
 

@@ -47,7 +47,7 @@ from stablelora_kernels.model import apply_lora
             ValueError,
             r"alpha_pattern\['q'\] must be a finite number in .*, got inf",
         ),
-        ({"fan_in_fan_out": True}, ValueError, "fan_in_fan_out must be False: .*, got True"),
+        ({"fan_in_fan_out": 1}, TypeError, "fan_in_fan_out must be True or False, got 1"),
     ],
 )
 def test_config_refuses(kwargs, error, message):

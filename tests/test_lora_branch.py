@@ -284,3 +284,47 @@ def test_float64_does_not_fall_back_silently():
     inputs["base_out"] = inputs["base_out"].double()
     with slk.use_backend("triton"), pytest.raises(TypeError, match=r"base_out is torch.float64.*use_backend"):
         lora_branch(**inputs, scaling=1.0)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_what_explain_says_is_what_runs(arch, monkeypatch):
+    from stablelora_kernels import dispatch
+    from stablelora_kernels.kernels._common import launch_counts
+
+    monkeypatch.setattr(dispatch, "device_of", lambda _: dispatch.DEVICES[arch])
+    for m, r, p in [
+        (8, 16, 0.0),
+        (8, 16, 0.1),
+        (64, 64, 0.0),
+        (8, 100, 0.0),
+        (70, 16, 0.0),
+        (70, 20, 0.3),
+        (70, 128, 0.1),
+    ]:
+        before = launch_counts.copy()
+        run(make((m, 64), 80, r, BF16, FP32), "triton", p)
+        said = slk.explain(m, 80, 64, r, BF16, p, branch_only=True, device=arch)
+        made = sorted((launch_counts - before).elements())
+        assert made == sorted(f"_{step.kernel}_kernel" for step in (*said.forward, *said.backward))
+        assert said.forward_kernel == ("fused" if len(said.forward) == 1 else "split")
+        assert said.backward_kernel == ("fused" if len(said.backward) == 2 else "split")
+        assert said.forward_reason in str(said) and said.backward_reason in str(said)
+
+
+def test_explaining_the_branch_alone():
+    few, high = (slk.explain(8, 4096, 4096, r, branch_only=True, device="sm_90") for r in (16, 128))
+    assert [step.kernel for step in few.forward] == ["lora_linear_branch"]
+    assert [step.kernel for step in few.backward] == ["lora_linear_branch", "lora_linear_grads"]
+    assert "rank above 64" in high.forward_reason and "dS with dB" in high.backward_reason
+    dropped = slk.explain(8, 4096, 4096, 16, dropout_p=0.1, branch_only=True, device="sm_90")
+    assert [step.kernel for step in dropped.forward] == ["lora_shrink", "lora_linear_branch"]
+    assert "draw the mask anew" in dropped.forward_reason
+    # Nothing is measured, and no kernel can be forced.
+    with slk.use_kernel("vendor"):
+        assert slk.explain(8, 4096, 4096, 16, branch_only=True, device="sm_90") == few
+    none = slk.explain(0, 64, 64, 4, branch_only=True, device="sm_90")
+    assert none.forward == () and [step.kernel for step in none.backward] == ["lora_linear_grads"]
+    with slk.use_backend("torch"):
+        assert slk.explain(8, 64, 64, 4, branch_only=True, device="cpu").backend == "torch"
+    with pytest.raises(ValueError, match=r"quantised must be None where branch_only is true, .* got 'nf4'"):
+        slk.explain(8, 64, 64, 4, branch_only=True, quantised="nf4", device="sm_90")

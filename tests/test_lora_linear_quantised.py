@@ -9,7 +9,7 @@ from torch import Tensor
 
 import stablelora_kernels as slk
 from stablelora_kernels import dispatch
-from stablelora_kernels.dispatch import DEVICES, QUANTISED_RULES, Call, Rule, Tile, TileRule
+from stablelora_kernels.dispatch import DEVICES, QUANTISED_RULES, Call, QuantisedRule, Tile, TileRule
 from stablelora_kernels.explain import quantised_launches
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.kernels._common import launch_counts
@@ -72,7 +72,7 @@ def force(monkeypatch):
     """Makes dispatch choose one of the two ways for every call."""
 
     def choose(kernel: str) -> None:
-        monkeypatch.setattr(dispatch, "QUANTISED_RULES", (Rule(lambda d, c: True, kernel, "a test"),))
+        monkeypatch.setattr(dispatch, "QUANTISED_RULES", (QuantisedRule(lambda d, c, bits: True, kernel, "a test"),))
 
     return choose
 
@@ -237,22 +237,26 @@ def test_errors_name_both_values():
 
 
 @pytest.mark.parametrize(
-    ("m", "dtype", "kernel"),
+    ("direction", "m", "bits", "dtype", "kernel"),
     [
-        (1, BF16, "in_loop"),
-        (256, BF16, "in_loop"),
-        (257, FP16, "dequantise"),
-        (16, FP32, "in_loop"),
-        (17, FP32, "dequantise"),
+        ("forward", 1, 4, BF16, "in_loop"),
+        ("forward", 256, 4, BF16, "in_loop"),
+        ("forward", 257, 8, FP16, "dequantise"),
+        ("forward", 16, 4, FP32, "in_loop"),
+        ("forward", 17, 4, FP32, "dequantise"),
+        ("backward", 128, 4, BF16, "in_loop"),
+        ("backward", 129, 4, BF16, "dequantise"),
+        ("backward", 256, 8, BF16, "in_loop"),
+        ("backward", 257, 8, BF16, "dequantise"),
     ],
 )
-def test_the_table(m, dtype, kernel):
-    call = Call("forward", m, 4096, 4096, 16, dtype, FP32, False)
-    choice = dispatch.choose_quantised(DEVICES["sm_90"], call)
+def test_the_table(direction, m, bits, dtype, kernel):
+    call = Call(direction, m, 4096, 4096, 16, dtype, FP32, False)
+    choice = dispatch.choose_quantised(DEVICES["sm_90"], call, bits)
     assert choice.kernel == kernel
     assert choice.reason in [rule.reason for rule in QUANTISED_RULES]
     with slk.use_kernel("split"):
-        forced = dispatch.choose_quantised(DEVICES["sm_90"], call)
+        forced = dispatch.choose_quantised(DEVICES["sm_90"], call, bits)
     assert forced.kernel == "dequantise" and "'split' was asked for" in forced.reason
 
 
@@ -265,7 +269,8 @@ def test_the_table(m, dtype, kernel):
 ])  # fmt: skip
 def test_rows_that_begin_anywhere_are_dequantised_first(weight, kernel):
     call = Call("forward", 1, *weight.shape, 4, BF16, FP32, False)
-    assert dispatch.choose_quantised(DEVICES["sm_90"], call, weight.stored.layout.aligned).kernel == kernel
+    layout = weight.stored.layout
+    assert dispatch.choose_quantised(DEVICES["sm_90"], call, layout.bits, layout.aligned).kernel == kernel
     inputs = inputs_for(weight, (1, weight.shape[1]), 4)
     before = launch_counts.copy()
     check(inputs, run(inputs, "triton"))

@@ -185,5 +185,5 @@ def test_bad_sizes_and_kinds():
         slk.LoRALinear(0, 4)
     with pytest.raises(ValueError, match="out_features must be at least 1, got -1"):
         slk.LoRALinear(4, -1)
-    with pytest.raises(TypeError, match=r"linear must be an nn.Linear, got Conv1d"):
+    with pytest.raises(TypeError, match=r"linear must be an nn.Linear or transformers' Conv1D, got Conv1d"):
         slk.LoRALinear.from_linear(nn.Conv1d(1, 1, 1))

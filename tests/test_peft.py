@@ -555,63 +555,6 @@ def test_variants_are_named(variant):
     assert [type(m) for m in model.modules()] == before
 
 
-def bnb_4bit(linear):
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=FP32, quant_type="nf4")
-    layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")
-
-
-def bnb_8bit(linear):
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
-    layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")
-
-
-def torchao_int8(linear):
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
-    return linear
-
-
-@pytest.mark.parametrize("quantise", [bnb_4bit, bnb_8bit, torchao_int8])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*")
-def test_quantised_bases_compute_their_own_product(quantise, dtype, backend, monkeypatch):
-    torch.manual_seed(0)
-    model = nn.Sequential(quantise(nn.Linear(64, 96, dtype=dtype)))
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantise is bnb_4bit, quantise is bnb_8bit
-    model = peft.get_peft_model(model, config(target_modules=["0"], lora_dropout=0.1)).eval()
-    x, layer = torch.randn(70, 64).to(dtype).requires_grad_(), model.base_model.model[0]
-    names = [f"0.lora_{half}.default.weight" for half in "AB"]
-    weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-
-    def run():
-        y = model(x)
-        return dict(zip(("Y", "dX", *names), (y.detach(), *torch.autograd.grad(y.sum(), (x, *weights))), strict=True))
-
-    expected = run()
-    count = calls(monkeypatch)
-    assert [m.adapter for m in slk.accelerate_peft(model, strict=True).replaced] == ["default"]
-    for name, value in run().items():
-        assert value.dtype == expected[name].dtype
-        atol = 16 * EPS[dtype] * expected[name].abs().max().item()
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=atol)
-    assert count == {"lora_branch": 1}
-    model.add_adapter("more", config(target_modules=["0"]))
-    slk.restore_peft(model)
-    with torch.no_grad():
-        mixed = model(x, adapter_names=["more", "__base__"] * 35)
-        slk.accelerate_peft(model)
-        found = model(x, adapter_names=["more", "__base__"] * 35)
-    torch.testing.assert_close(found, mixed, rtol=0, atol=16 * EPS[dtype] * mixed.abs().max().item())
-    assert count == {"lora_branch": 2}
-    twin = copy.deepcopy(model)
-    slk.restore_peft(model)
-    assert type(twin.base_model.model[0]) is not type(model.base_model.model[0])
-
-
 def test_hooks_are_called(monkeypatch):
     """On the base layer: it computes its own product. On what holds A: PEFT's forward calls it. On every module: likewise."""
     model = make()

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from benchmarks import _traffic as t
-from benchmarks import traffic
+from benchmarks import _traffic_group, traffic
 from benchmarks.traffic import BF16, FP16, FP32, Case, Set
 from stablelora_kernels import backend, dispatch
 from stablelora_kernels.dispatch import DEVICES, Choice, Tile, TileRule
@@ -75,6 +75,26 @@ def test_the_formula_counts_loops_over_ranks(kernel, arch, tiny_tiles):
     names = compare(arch, Case(35, 56, 40, 75, 0.3, kernel=kernel))
     expected = {"split": "lora_linear_tma" if arch == "sm_90" else "lora_linear", "vendor": "lora_linear_branch"}
     assert names.count(expected[kernel]) == 2 and names.count("lora_shrink") == 2
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("group", _traffic_group.SMALL, ids=lambda group: f"{group.m} r{group.r} p{group.p}")
+def test_the_formula_counts_projections_that_share_x(group, arch):
+    made = [launch for way in _traffic_group.launches(DEVICES[arch], group) for launch in way]
+    with t.counted() as found:
+        for launch in made:
+            launch.run(CPU)
+    for launch, seen in zip(made, found, strict=True):
+        assert seen.tensors == t.formula_by_tensor(launch), seen.kernel
+
+
+def test_sharing_x_saves_its_reads_and_the_sums_of_its_gradients():
+    """Three projections: two reads of X for S, two for dA; of dX five passes are left of nine. Rows in bfloat16."""
+    device = DEVICES["sm_90"]
+    row = _traffic_group.group_row(device, _traffic_group.Group(8192, (4096, 1024, 1024), 4096, 16))
+    assert (row["launches_apart"], row["launches"]) == (14, 11)
+    assert row["activation_passes_apart"] - row["activation_passes"] == 8
+    assert row["unique"] < 0.7 * row["unique_apart"]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -163,6 +183,60 @@ def test_the_branch_alone(m, r, p):
     assert by_name["base"] == (m * 56 * 2, 0, m * 56 * 2, 0) and by_name["y"] == (0, m * 56 * 2, 0, m * 56 * 2)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "blocksize", "nested", "dtype"),
+    [
+        (9, 72, 256, 64, True, BF16),
+        (9, 72, 256, 64, False, BF16),
+        (70, 200, 320, 64, True, BF16),
+        # Two programs' blocks to a scale, a tile of two scales, and edges in both directions.
+        (70, 136, 512, 256, True, BF16),
+        (70, 136, 96, 32, True, FP16),
+        (200, 136, 192, 64, True, BF16),
+        (9, 72, 256, 64, True, FP32),
+        # Dequantised first, and so for want of alignment.
+        (300, 72, 256, 64, True, BF16),
+        (9, 31, 75, 64, True, BF16),
+        (9, 31, 75, 64, False, BF16),
+    ],
+)
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_quantised_weights(kind, m, n, k, blocksize, nested, dtype, p):
+    from quantised_weights import fp8_weight, nf4_weight
+
+    from stablelora_kernels.ops import lora_linear_quantised as ops
+
+    weight = nf4_weight(n, k, blocksize, nested) if kind == "nf4" else fp8_weight(n, k)
+    if kind == "nf4":
+        # Every value of both codes: all bytes, over and over.
+        for part in (weight.packed, weight.absmax):
+            if part.dtype == torch.uint8:
+                part.copy_((torch.arange(part.numel()) % 256).to(torch.uint8))
+    x, y, dx, dy = (torch.zeros(m, columns, dtype=dtype) for columns in (k, n, k, n))
+    a, b, s, bias = torch.zeros(8, k), torch.zeros(n, 8), torch.zeros(m, 8, dtype=dtype), torch.zeros(n, dtype=dtype)
+    da, db, seed = torch.zeros_like(a), torch.zeros_like(b), torch.tensor([3]) if p else None
+    device = DEVICES["sm_90"]
+    launches = [
+        *ops.forward_launches(device, x, weight.stored, bias, a, b, s, y, seed, 1.0, p),
+        *ops.backward_launches(device, x, dy, weight.stored, a, b, s, seed, dx, da, db, 1.0, p),
+    ]
+    with t.counted() as found:
+        for launch in launches:
+            launch.run(CPU)
+    for launch, seen in zip(launches, found, strict=True):
+        expected = t.formula_by_tensor(launch)
+        if weight.shape[0] * weight.shape[1] < 256 * blocksize:
+            # Too few scales for all values of their code.
+            for tensors in (seen.tensors, expected):
+                if "nested_code" in tensors:
+                    tensors["nested_code"] = tensors["nested_code"]._replace(read_unique=0)
+        assert seen.tensors == expected, (seen.kernel, launch.variant)
+    kernels = [seen.kernel for seen in found]
+    first = "_dequantise_kernel" if m > 256 or k == 75 or (dtype == FP32 and m > 16) else "_lora_shrink_kernel"
+    assert kernels[0] == first
+
+
 def test_a_broadcast_operand_is_unique_once():
     from stablelora_kernels.ops.lora_linear import forward_launches
 
@@ -181,7 +255,7 @@ def test_a_broadcast_operand_is_unique_once():
 
 
 def test_meta_and_real_tensors_give_one_formula():
-    for case in traffic.SMALL:
+    for case in (*traffic.SMALL, *traffic.SMALL_QUANTISED):
         real, meta = (make(DEVICES["sm_90"], case) for make in (traffic.launches, traffic.formula_launches))
         for one, other in zip((*real[0], *real[1]), (*meta[0], *meta[1]), strict=True):
             assert t.formula_by_tensor(one) == t.formula_by_tensor(other)
@@ -334,6 +408,7 @@ def test_the_command_sets_the_interpreter_and_writes_all_rows(tmp_path):
     """With one case of each table, as the whole takes half a minute."""
     code = (
         "import sys; from benchmarks import traffic as b; b.SMALL, b.REAL, b.SETS = b.SMALL[7:8], (b.TARGET,), b.SETS[:1]; "
+        "b.SMALL_QUANTISED, b.REAL_QUANTISED = b.SMALL_QUANTISED[:1], b.REAL_QUANTISED[:1]; "
         "sys.exit(b.main(sys.argv[1:]))"
     )
     path = tmp_path / "traffic.csv"
@@ -348,8 +423,9 @@ def test_the_command_sets_the_interpreter_and_writes_all_rows(tmp_path):
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["source"] for row in rows} == {"counted", "formula"}
-    assert {row["operation"] for row in rows} == {"lora_linear", "stable_adamw"}
-    assert [row["kernel"] for row in rows].count("all") == 5
+    operations = {"lora_linear", "lora_linear_group", "lora_linear_quantised", "stable_adamw"}
+    assert {row["operation"] for row in rows} == operations
+    assert [row["kernel"] for row in rows].count("all") == 8
 
 
 def test_without_the_interpreter_the_command_starts_again_with_it(monkeypatch):
@@ -369,8 +445,11 @@ def test_without_the_interpreter_the_command_starts_again_with_it(monkeypatch):
 def test_the_committed_table_is_of_this_code():
     """Its formula rows; what is counted is compared with the formula above."""
     with traffic.RESULT.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["source"] == "formula" and row["operation"] == "lora_linear"]
+        rows = [
+            row for row in csv.DictReader(file) if row["source"] == "formula" and row["operation"] != "stable_adamw"
+        ]
     device = DEVICES[rows[0]["device"]]
-    made = [row for case in (*traffic.SMALL, *traffic.REAL) for row in traffic.case_rows(device, case, count=False)]
+    cases = (*traffic.SMALL, *traffic.REAL, *traffic.SMALL_QUANTISED, *traffic.REAL_QUANTISED)
+    made = [row for case in cases for row in traffic.case_rows(device, case, count=False)]
     keys = ("M", "N", "K", "r", "dtypes", "pass", "kernel", "launches", *traffic.MOVED)
     assert [[row[key] for key in keys] for row in rows] == [[str(row[key]) for key in keys] for row in made]

@@ -161,7 +161,7 @@ def _lora_linear_kernel(
     stride_zm, stride_zn,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    EVEN_K: tl.constexpr, WAIT: tl.constexpr, HAS_GRAD: tl.constexpr,
+    ADD: tl.constexpr, EVEN_K: tl.constexpr, WAIT: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
@@ -169,7 +169,8 @@ def _lora_linear_kernel(
     """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
 
     S is accumulated beside the base product, and R is at most BLOCK_R then, or read where LOAD_S. keep, of Y's shape, is all
-    ones unless MASK_BRANCH. Where HAS_GRAD, the programs from PRODUCTS on compute grad = S^T (Z ∘ keep), Z [M, N], grad [R, N].
+    ones unless MASK_BRANCH. Where ADD, all this is added to what Y holds. Where HAS_GRAD, the programs from PRODUCTS on compute
+    grad = S^T (Z ∘ keep), Z [M, N], grad [R, N].
     """
     program = tl.program_id(0)
     if HAS_GRAD:  # noqa: SIM102, since only one of the two is known to the compiler
@@ -216,4 +217,6 @@ def _lora_linear_kernel(
         stride_br, scaling, threshold, LOAD_S, MASK_BRANCH, WAIT, BLOCK_N, BLOCK_R, INPUT_PRECISION,
     )  # fmt: skip
     y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
+    if ADD:
+        acc += tl.load(y_ptrs, mask=row_mask[:, None] & col_mask[None, :], other=0.0).to(tl.float32)
     tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stablelora_kernels import backend, dispatch
-from stablelora_kernels.dispatch import Call, Choice, Device, Tile, fit, pick_tile, rank_block, splits
+from stablelora_kernels.dispatch import Call, Choice, Device, Tile, cdiv, fit, pick_tile, rank_block, splits
 from stablelora_kernels.kernels._common import Launch, input_precision, launch_counts
 from stablelora_kernels.kernels._counters import MAX_COUNTERS, counters
 from stablelora_kernels.kernels.lora_linear import _lora_linear_kernel, _lora_shrink_kernel
@@ -27,16 +27,17 @@ TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
 class VendorProduct(NamedTuple):
-    """y = x w^T + bias by the library that PyTorch calls."""
+    """y = x w^T + bias by the library that PyTorch calls; or y += x w^T."""
 
     x: Tensor
     w: Tensor
     bias: Tensor | None
     y: Tensor
+    add: bool = False
 
     @property
     def variant(self) -> str:
-        return "the vendor's product"
+        return "the vendor's product" + words_of(add=self.add)
 
     @property
     def reason(self) -> str:
@@ -44,7 +45,9 @@ class VendorProduct(NamedTuple):
 
     def run(self, device: torch.device) -> None:
         launch_counts["vendor"] += 1
-        if self.bias is None:
+        if self.add:
+            self.y.addmm_(self.x, self.w.t())
+        elif self.bias is None:
             torch.mm(self.x, self.w.t(), out=self.y)
         else:
             torch.addmm(self.bias, self.x, self.w.t(), out=self.y)
@@ -54,7 +57,7 @@ class Product(NamedTuple):
     """Y = X W^T + bias + (S B^T) ∘ keep with S = s' (X ∘ keep) A^T, and dropout in one of the two places; or dX likewise.
 
     x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], where it is wanted, and y [M, N] with unit column stride; seed
-    int64 [1]. ``call.masked`` says where the mask is.
+    int64 [1]. ``call.masked`` says where the mask is. With ``call.add``, all this is added to y.
     """
 
     call: Call
@@ -88,15 +91,22 @@ class Gradients(NamedTuple):
     dropout_p: float
 
 
-def product_launches(device: Device, p: Product, choice: Choice) -> list[Launch | VendorProduct]:
-    """The launches for ``p`` by the kernel chosen, which must be one that :func:`dispatch.choose` allows."""
+def product_launches(
+    device: Device, p: Product, choice: Choice, s_is_there: bool = False
+) -> list[Launch | VendorProduct]:
+    """The launches for ``p`` by the kernel chosen, which must be one that :func:`dispatch.choose` allows.
+
+    ``s_is_there``: a launch before has filled ``p.s``, which "fused" would compute anew.
+    """
     dispatch.check_possible(p.call, choice.kernel)
     if p.call.m == 0 or p.call.n == 0:
         return []
     if choice.kernel == "fused":
         return [_linear(device, p, choice.tile, load_s=False)]
     if choice.kernel == "vendor":
-        return [VendorProduct(p.x, p.w, p.bias, p.y), *branch(device, p, p.y)]
+        return [VendorProduct(p.x, p.w, p.bias, p.y, p.call.add), *branch(device, p, p.y, s_is_there)]
+    if s_is_there:
+        return [_linear(device, p, choice.tile, load_s=True)]
     return _split(device, p, choice.tile)
 
 
@@ -129,11 +139,12 @@ def threshold(dropout_p: float) -> int:
 
 
 def share(
-    device: Device, tiles: int, steps: int, part: int, like: Tensor, lane: int = 0, programs: int = 2
+    device: Device, tiles: int, steps: int, part: int, like: Tensor, lane: int = 0, programs: int = 2, sums: int = 1
 ) -> tuple[int, Tensor, Tensor]:
-    """How many programs share each of ``tiles`` sums, and the memory for their parts, of ``part`` float32, and counters."""
-    n = splits(device, tiles, steps, programs) if tiles <= MAX_COUNTERS else 1
-    return n, *_shared(n, tiles, part, like, lane)
+    """How many programs share each of ``tiles``, of ``sums`` each, and the memory for their parts, of ``part`` float32, and
+    counters."""
+    n = splits(device, tiles, steps, programs) if tiles * sums <= MAX_COUNTERS else 1
+    return n, *_shared(n, tiles * sums, part, like, lane)
 
 
 def _shared(n: int, tiles: int, part: int, like: Tensor, lane: int) -> tuple[Tensor, Tensor]:
@@ -169,7 +180,7 @@ def _beside(device: Device, g: Gradients | None, out: Tensor | None, warps: int,
     tile = tile._replace(BLOCK_M=columns, BLOCK_K=32 if masked else tile.BLOCK_K)
     tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + block_r) * c.dtype.itemsize)
     columns = c.n if out is g.da else c.k
-    tiles, steps = triton.cdiv(columns, tile.BLOCK_M) * triton.cdiv(c.r, block_r), triton.cdiv(c.m, tile.BLOCK_K)
+    tiles, steps = cdiv(columns, tile.BLOCK_M) * cdiv(c.r, block_r), cdiv(c.m, tile.BLOCK_K)
     n = splits(device, tiles, steps, programs=1)
     if out is g.db:
         n = max(n, dispatch.chunks(c.m, block_r, steps))
@@ -194,14 +205,14 @@ def shrink(device: Device, p: Product, g: Gradients | None = None, lead: bool = 
     block_r = rank_block(c.r, tile.BLOCK_N)
     stage = tile.BLOCK_K * (tile.BLOCK_M * c.dtype.itemsize + block_r * c.lora_dtype.itemsize)
     tile = fit(tile, device, stage)
-    tiles_m, tiles_r = triton.cdiv(c.m, tile.BLOCK_M), triton.cdiv(c.r, block_r)
-    steps = triton.cdiv(c.k, tile.BLOCK_K)
+    tiles_m, tiles_r = cdiv(c.m, tile.BLOCK_M), cdiv(c.r, block_r)
+    steps = cdiv(c.k, tile.BLOCK_K)
     n, parts, count = share(device, tiles_m * tiles_r, steps, tile.BLOCK_M * block_r, p.x)
     beside = _beside(device, g, None if g is None else g.db, tile.num_warps, lane=2)
     t = None if g is None or g.db is None else g.s
     return Launch(
         _lora_shrink_kernel,
-        f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout, dB=beside.programs > 0, ahead=lead)}",
+        f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{words_of(dropout=dropout, dB=beside.programs > 0, ahead=lead)}",
         reason,
         (tiles_m * tiles_r * n + beside.programs,),
         (p.x, p.a, s, p.seed if dropout else None, parts, count, t, *beside.pointers, c.m, c.k, c.r, n, beside.programs,
@@ -220,7 +231,7 @@ def small(c: Call) -> str:
     return "small " if c.m <= dispatch.SMALL_M else ""
 
 
-def _flags(**flags: bool) -> str:
+def words_of(**flags: bool) -> str:
     return "".join(f" {name}" for name, on in flags.items() if on)
 
 
@@ -238,6 +249,7 @@ def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool, g: Grad
         "LOAD_S": load_s,
         "STORE_S": p.s is not None and not load_s,
         "MASK_BRANCH": c.masked,
+        "ADD": p.call.add,
         "WAIT": wait,
         "BLOCK_R": block_r,
         "INPUT_PRECISION": input_precision(device, c.dtype),
@@ -246,7 +258,7 @@ def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool, g: Grad
     launch = build(device, p, s, tile, flags, g)
     words = "dx" if c.direction == "backward" else "y"
     da = launch.constants["HAS_GRAD"]
-    variant = f"{words} r{block_r}{_flags(fused=not load_s, masked=c.masked, dA=da)} {launch.variant}"
+    variant = f"{words} r{block_r}{words_of(fused=not load_s, masked=c.masked, add=p.call.add, dA=da)} {launch.variant}"
     options = launch.options | ({"launch_pdl": True} if wait else {})
     return launch._replace(variant=small(c) + variant, options=options)
 
@@ -275,7 +287,7 @@ def _pointer_linear(
     # The branch's operands are in shared memory beside the pipeline's buffers.
     branch = flags["BLOCK_R"] * (tile.BLOCK_M * c.dtype.itemsize + tile.BLOCK_N * c.lora_dtype.itemsize)
     tile = fit(tile, device, _stage(c, tile, flags), branch)
-    tiles = triton.cdiv(c.m, tile.BLOCK_M) * triton.cdiv(c.n, tile.BLOCK_N)
+    tiles = cdiv(c.m, tile.BLOCK_M) * cdiv(c.n, tile.BLOCK_N)
     z, beside = _da_beside(device, g, tile)
     return Launch(
         _lora_linear_kernel,
@@ -298,7 +310,7 @@ def _small_linear(
     tile, reason = pick_tile(dispatch.SMALL_TILES, device, c, tile)
     tile = tile._replace(BLOCK_M=16 if c.m <= 16 else 64)
     tile = fit(tile, device, _stage(c, tile, flags))
-    tiles, steps = triton.cdiv(c.n, tile.BLOCK_N), triton.cdiv(c.k, tile.BLOCK_K)
+    tiles, steps = cdiv(c.n, tile.BLOCK_N), cdiv(c.k, tile.BLOCK_K)
     part = tile.BLOCK_N * tile.BLOCK_M + tile.BLOCK_M * flags["BLOCK_R"]
     # The parts of 64 rows are as large as what a program reads of W in a few steps: there one program a processor is enough.
     n, parts, count = share(device, tiles, steps, part, p.x, lane=1, programs=2 if tile.BLOCK_M == 16 else 1)
@@ -333,10 +345,9 @@ def _tma_linear(
 ) -> Launch:
     c = p.call
     tile, reason = pick_tile(dispatch.TMA_TILES, device, c, tile)
-    # Under 3.6 the compiler gives up on it, and it changes nothing on Hopper.
-    specialize = (
-        100 <= device.generation < 120 and flags["LOAD_S"] and not c.masked and TRITON >= (3, 9) and tile.BLOCK_N <= 128
-    )
+    # Under 3.6 the compiler gives up on it, and it changes nothing on Hopper. With Y read too it outgrows shared memory.
+    plain = flags["LOAD_S"] and not c.masked and not c.add
+    specialize = 100 <= device.generation < 120 and plain and TRITON >= (3, 9) and tile.BLOCK_N <= 128
     # The mask's random numbers are what takes the registers.
     parts = 1 if specialize else max(2, tile.BLOCK_N // 32) if c.masked else 2
     part = tile.BLOCK_N // parts
@@ -348,11 +359,11 @@ def _tma_linear(
     # A float32 A passes through registers to be rounded, whichever way it comes.
     described_a = not flags["LOAD_S"] and c.lora_dtype == c.dtype and _described(a)
     a_block = (tile.BLOCK_K, flags["BLOCK_R"]) if trans_a else (flags["BLOCK_R"], tile.BLOCK_K)
-    products = min(triton.cdiv(c.m, tile.BLOCK_M) * triton.cdiv(c.n, tile.BLOCK_N), device.processors)
+    products = min(cdiv(c.m, tile.BLOCK_M) * cdiv(c.n, tile.BLOCK_N), device.processors)
     z, beside = _da_beside(device, g, tile)
     return Launch(
         _lora_linear_tma_kernel,
-        f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{_flags(specialized=specialize)}",
+        f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{words_of(specialized=specialize)}",
         reason,
         (products + beside.programs,),
         (_descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K),
@@ -378,7 +389,7 @@ def branch(device: Device, p: Product, base: Tensor | None, s_is_there: bool = F
     """
     c = p.call
     tile, reason = pick_tile(dispatch.BRANCH_TILES, device, c)
-    row_tiles, col_tiles = triton.cdiv(c.m, tile.BLOCK_M), triton.cdiv(c.n, tile.BLOCK_N)
+    row_tiles, col_tiles = cdiv(c.m, tile.BLOCK_M), cdiv(c.n, tile.BLOCK_N)
     # Few rows are few programs; then several of them share a row tile's columns, and S is computed by each.
     shares = max(1, min(device.processors // row_tiles, col_tiles))
     mask_x = c.dropout and not c.masked
@@ -387,7 +398,7 @@ def branch(device: Device, p: Product, base: Tensor | None, s_is_there: bool = F
     stage = tile.BLOCK_K * (tile.BLOCK_M * c.dtype.itemsize + block_r * c.lora_dtype.itemsize)
     columns = tile.BLOCK_N * (tile.BLOCK_M * c.dtype.itemsize + block_r * c.lora_dtype.itemsize)
     tile = fit(tile, device, max(stage, columns))
-    share = triton.cdiv(col_tiles, shares) * tile.BLOCK_N
+    share = cdiv(col_tiles, shares) * tile.BLOCK_N
     if load_s and p.s is None:
         p = p._replace(s=p.x.new_empty(c.m, c.r))
     before = [shrink(device, p)] if load_s and not s_is_there else []
@@ -396,12 +407,12 @@ def branch(device: Device, p: Product, base: Tensor | None, s_is_there: bool = F
     words = "dx" if c.direction == "backward" else "y"
     in_place = base is p.y
     apart = base is not None and not in_place
-    flags = _flags(fused=not load_s, dropout=mask_x and not load_s, masked=c.masked, apart=apart, alone=base is None)
+    flags = words_of(fused=not load_s, dropout=mask_x and not load_s, masked=c.masked, apart=apart, alone=base is None)
     launch = Launch(
         _lora_linear_branch_kernel,
         f"{words} r{block_r}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}",
         reason,
-        (row_tiles, triton.cdiv(c.n, share)),
+        (row_tiles, cdiv(c.n, share)),
         (p.x, p.a, p.b, s, base if apart else None, p.y, p.seed, c.m, c.n, c.k, c.r, share, *p.x.stride(), *p.a.stride(),
          *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, threshold(p.dropout_p)),
         {"HAS_BASE": base is not None, "IN_PLACE": in_place, "LOAD_S": load_s, "STORE_S": p.s is not None and not load_s,
@@ -421,10 +432,10 @@ def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
     tile, reason = pick_tile(dispatch.GRADS_TILES, device, c)
     block_r = rank_block(c.r, tile.BLOCK_N)
     tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + block_r) * c.dtype.itemsize)
-    tiles_r = triton.cdiv(c.r, block_r)
-    tiles_a = 0 if g.da is None else triton.cdiv(c.n, tile.BLOCK_M) * tiles_r
-    tiles_b = 0 if g.db is None else triton.cdiv(c.k, tile.BLOCK_M) * tiles_r
-    steps = triton.cdiv(c.m, tile.BLOCK_K)
+    tiles_r = cdiv(c.r, block_r)
+    tiles_a = 0 if g.da is None else cdiv(c.n, tile.BLOCK_M) * tiles_r
+    tiles_b = 0 if g.db is None else cdiv(c.k, tile.BLOCK_M) * tiles_r
+    steps = cdiv(c.m, tile.BLOCK_K)
     n, parts, count = share(device, tiles_a + tiles_b, steps, tile.BLOCK_M * block_r, g.dy)
     dropout = c.dropout and g.da is not None
     # A pointer that is never followed still needs a type.
@@ -432,7 +443,7 @@ def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
     da, db = g.da if g.da is not None else g.db, g.db if g.db is not None else g.da
     return [Launch(
         _lora_linear_grads_kernel,
-        f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{_flags(dropout=dropout)}",
+        f"r{block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{words_of(dropout=dropout)}",
         reason,
         ((tiles_a + tiles_b) * n,),
         (x, s, ds, g.dy, da, db, g.seed if dropout else None, parts, count, c.m, c.k, c.n, c.r, tiles_a * n, n,

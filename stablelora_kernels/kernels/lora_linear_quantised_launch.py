@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 
 from stablelora_kernels import dispatch
-from stablelora_kernels.dispatch import Choice, Device, fit, pick_tile, rank_block
+from stablelora_kernels.dispatch import Choice, Device, cdiv, fit, pick_tile, rank_block
 from stablelora_kernels.kernels import lora_linear_launch as plain
 from stablelora_kernels.kernels._common import Launch, input_precision
 from stablelora_kernels.kernels.lora_linear_launch import Gradients, Product, VendorProduct
@@ -74,10 +73,8 @@ def _linear(device: Device, p: Product, weight: Stored) -> Launch:
     branch = block_r * (tile.BLOCK_M * c.dtype.itemsize + tile.BLOCK_N * c.lora_dtype.itemsize)
     tile = fit(tile, device, stage, product + branch)
     wait = plain.overlap(device)
-    tiles = triton.cdiv(c.m, tile.BLOCK_M) * triton.cdiv(c.n, tile.BLOCK_N)
-    n, parts, count = plain.share(
-        device, tiles, triton.cdiv(c.k, tile.BLOCK_K), tile.BLOCK_M * tile.BLOCK_N, p.x, lane=1
-    )
+    tiles = cdiv(c.m, tile.BLOCK_M) * cdiv(c.n, tile.BLOCK_N)
+    n, parts, count = plain.share(device, tiles, cdiv(c.k, tile.BLOCK_K), tile.BLOCK_M * tile.BLOCK_N, p.x, lane=1)
     pointers, row_bytes, constants = _pieces(weight)
     trans = c.direction == "backward"
     words, masked = "dx" if trans else "y", " masked" if c.masked else ""
@@ -106,7 +103,7 @@ def _dequantise(p: Product, weight: Stored) -> tuple[Launch, torch.Tensor]:
         _dequantise_kernel,
         f"{_words(weight)} {rows}x{columns}",
         "16 bytes of W for each thread",
-        (triton.cdiv(n, rows) * triton.cdiv(k, columns),),
+        (cdiv(n, rows) * cdiv(k, columns),),
         (*pointers, w, n, k, row_bytes),
         constants | {"ALIGNED": weight.layout.aligned, "BLOCK_N": rows, "BLOCK_K": columns},
         {"num_warps": 4, "num_stages": 1},

@@ -18,7 +18,7 @@ def _lora_linear_small_kernel(
     stride_zm, stride_zn,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    EVEN_K: tl.constexpr, WAIT: tl.constexpr, HAS_GRAD: tl.constexpr,
+    ADD: tl.constexpr, EVEN_K: tl.constexpr, WAIT: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
@@ -91,4 +91,6 @@ def _lora_linear_small_kernel(
             stride_br, scaling, threshold, LOAD_S, MASK_BRANCH, WAIT, BLOCK_N, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
         y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
+        if ADD:
+            y += tl.load(y_ptrs, mask=row_mask[:, None] & col_mask[None, :], other=0.0).to(tl.float32)
         tl.store(y_ptrs, cast(y, y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])

@@ -17,7 +17,7 @@ def _lora_linear_tma_kernel(
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
     PARTS: tl.constexpr, TRANS_W: tl.constexpr, DESCRIBED_A: tl.constexpr, TRANS_A: tl.constexpr, WAIT: tl.constexpr,
-    SPECIALIZE: tl.constexpr, HAS_GRAD: tl.constexpr,
+    SPECIALIZE: tl.constexpr, ADD: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
@@ -68,8 +68,8 @@ def _lora_linear_tma_kernel(
             # The compiler for sm_100 cannot yet split a tile between specialised warps.
             _finish(
                 acc, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, R, stride_bn,
-                stride_br, stride_sm, scaling, threshold, HAS_BIAS, LOAD_S, STORE_S, MASK_BRANCH, WAIT, BLOCK_M, BLOCK_N,
-                BLOCK_R, INPUT_PRECISION,
+                stride_br, stride_sm, scaling, threshold, HAS_BIAS, LOAD_S, STORE_S, MASK_BRANCH, WAIT, ADD, BLOCK_M,
+                BLOCK_N, BLOCK_R, INPUT_PRECISION,
             )  # fmt: skip
         else:
             # A part of the tile at a time: the masked branch takes fewer registers, and Y's way out less shared memory.
@@ -83,7 +83,7 @@ def _lora_linear_tma_kernel(
                 _finish(
                     parts[i], s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, pid_m * BLOCK_M,
                     pid_n * BLOCK_N + i * PART, M, N, R, stride_bn, stride_br, stride_sm, scaling, threshold, HAS_BIAS,
-                    LOAD_S, STORE_S and i == 0, MASK_BRANCH, WAIT, BLOCK_M, PART, BLOCK_R, INPUT_PRECISION,
+                    LOAD_S, STORE_S and i == 0, MASK_BRANCH, WAIT, ADD, BLOCK_M, PART, BLOCK_R, INPUT_PRECISION,
                 )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def _halves(tile):
 def _finish(
     acc, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, row0, col0, M, N, R, stride_bn, stride_br, stride_sm, scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr, WAIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y's tile at (row0, col0) from its product ``acc``: bias and branch added, rounded, stored."""
     rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
@@ -109,4 +109,6 @@ def _finish(
     # After the branch: before it, specialised warps would hand the tile to and fro.
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if ADD:
+        acc += y_desc.load([row0, col0]).to(tl.float32)
     y_desc.store([row0, col0], cast(acc, y_desc.dtype))

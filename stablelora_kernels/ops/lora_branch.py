@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from stablelora_kernels import dispatch
 from stablelora_kernels.dispatch import Call, Device
 from stablelora_kernels.ops.lora_linear import (
-    FEW_ROWS,
     NAMESPACE,
     draw_keep,
     draw_seed,
     expanded,
+    is_few,
     torch_bwd,
     torch_thin,
 )
@@ -192,8 +192,8 @@ def lora_branch_op(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
 ) -> Tensor:
     """``functional.lora_branch`` with arguments that were checked and a backend that was chosen."""
-    few = backend == "torch" and x.numel() // x.shape[-1] < FEW_ROWS and dropout_p == 0 and base.dtype == x.dtype
-    if few:
+    rows = x.numel() // x.shape[-1]
+    if backend == "torch" and dropout_p == 0 and base.dtype == x.dtype and is_few(rows):
         # Plain operators under ordinary autograd, as in lora_linear_op.
         s = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
         return _add(base.reshape(-1, base.shape[-1]), s, lora_B.to(x.dtype), scaling).view(base.shape)
@@ -201,6 +201,6 @@ def lora_branch_op(
         return _LoRABranch.apply(base, x, lora_A, lora_B, scaling, dropout_p, backend)
     if backend == "torch":
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    y = _forward(base.reshape(-1, base.shape[-1]), rows, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
+    flat = x.reshape(-1, x.shape[-1])
+    y = _forward(base.reshape(-1, base.shape[-1]), flat, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
     return y.view(base.shape)

@@ -149,6 +149,11 @@ def _as_float(keep: Tensor, dtype: torch.dtype) -> Tensor:
 FEW_ROWS = 64
 
 
+def is_few(rows: int) -> bool:
+    # A graph is for any number of rows, and has no Python in it.
+    return not torch.compiler.is_compiling() and rows < FEW_ROWS
+
+
 def torch_thin(x: Tensor, lora_A: Tensor, keep: Tensor | None) -> Tensor:
     """(X ∘ keep) A^T, of one dtype."""
     dropped = x if keep is None else x * _as_float(keep, x.dtype)
@@ -320,7 +325,7 @@ def lora_linear_op(
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     rows = x.numel() // x.shape[-1]
     # Autograd would hold a dequantised weight.
-    if backend == "torch" and rows < FEW_ROWS and dropout_p == 0 and not (quantised and wanted):
+    if backend == "torch" and dropout_p == 0 and not (quantised and wanted) and is_few(rows):
         s = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
         y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), _in_full(weight, x.dtype), bias)
         y = torch.addmm(y, s, lora_B.to(x.dtype).t(), alpha=scaling)

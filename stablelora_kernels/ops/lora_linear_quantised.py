@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels import dispatch
-from stablelora_kernels.dispatch import Call, Device
+from stablelora_kernels.dispatch import Call, Choice, Device
 from stablelora_kernels.quantised import Layout, Stored
 
 NAMESPACE = "stablelora_kernels"
@@ -50,17 +50,16 @@ def _fwd(
 
 def forward_launches(
     device: Device, x: Tensor, weight: Stored, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor | None,
-    y: Tensor, seed: Tensor | None, scaling: float, dropout_p: float,
+    y: Tensor, seed: Tensor | None, scaling: float, dropout_p: float, choice: Choice | None = None,
 ) -> list[Any]:  # fmt: skip
-    """What a forward launches on ``device``."""
+    """What a forward launches on ``device``: by ``choice``, or by dispatch's."""
     from stablelora_kernels.kernels import lora_linear_quantised_launch as launch
 
     m, (n, k), r = x.shape[0], weight.layout[1:3], lora_A.shape[0]
     call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
     product = launch.Product(call, x, x, bias, lora_A, lora_B, s, y, seed, scaling, dropout_p)
-    return launch.product_launches(
-        device, product, weight, dispatch.choose_quantised(device, call, weight.layout.aligned)
-    )
+    choice = choice or dispatch.choose_quantised(device, call, weight.layout.bits, weight.layout.aligned)
+    return launch.product_launches(device, product, weight, choice)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::lora_linear_quantised_bwd")
@@ -89,6 +88,7 @@ def _bwd(
 def backward_launches(
     device: Device, x: Tensor | None, grad: Tensor, weight: Stored, lora_A: Tensor, lora_B: Tensor, s: Tensor | None,
     seed: Tensor | None, dx: Tensor, da: Tensor | None, db: Tensor | None, scaling: float, dropout_p: float,
+    choice: Choice | None = None,
 ) -> list[Any]:  # fmt: skip
     """What a backward launches on ``device`` for dX, and for those of dA and dB that are not None."""
     from stablelora_kernels.kernels import lora_linear_quantised_launch as launch
@@ -99,6 +99,5 @@ def backward_launches(
     ds = grad.new_empty(m, r) if da is not None else None
     gradients = launch.Gradients(call, x, s, ds, grad, da, db, seed, dropout_p)
     product = launch.Product(call, grad, grad, None, lora_B.t(), lora_A.t(), ds, dx, seed, scaling, dropout_p)
-    return launch.backward_launches(
-        device, product, gradients, weight, dispatch.choose_quantised(device, call, weight.layout.aligned)
-    )
+    choice = choice or dispatch.choose_quantised(device, call, weight.layout.bits, weight.layout.aligned)
+    return launch.backward_launches(device, product, gradients, weight, choice)

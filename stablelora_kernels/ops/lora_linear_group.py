@@ -1,0 +1,293 @@
+"""``lora_linear`` for up to three projections of one X, with their gradients: q, k and v, or gate and up.
+
+    forward   S_g  = s'_g (X ∘ keep_g) A_g^T           Y_g = X W_g^T + bias_g + S_g B_g^T
+    backward  dS_g = s'_g dY_g B_g                     dX  = Σ_g dY_g W_g + (dS_g A_g) ∘ keep_g
+              dA_g = dS_g^T (X ∘ keep_g)               dB_g = dY_g^T S_g
+
+What it saves: reads of X for S and for dA, which are one each instead of one a projection, and the sums of the projections' dX,
+of which each adds to what the one before has stored. Masks are those of the projections computed one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from stablelora_kernels import dispatch
+from stablelora_kernels.dispatch import Call, Choice, Device
+from stablelora_kernels.ops.lora_linear import (
+    NAMESPACE,
+    _as_float,
+    draw_keep,
+    draw_seed,
+    expanded,
+    is_few,
+    lora_linear_op,
+    torch_thin,
+)
+
+MAX_GROUP = 3
+
+torch.library.define(
+    f"{NAMESPACE}::lora_linear_group_fwd",
+    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] seeds, float[] scalings, "
+    "float dropout_p) -> (Tensor[], Tensor)",
+)
+torch.library.define(
+    f"{NAMESPACE}::lora_linear_group_bwd",
+    "(Tensor? x, Tensor[] grads, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] s, Tensor[] seeds, "
+    "float[] scalings, float dropout_p, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor[], Tensor[])",
+)
+
+
+def columns(s: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    """Each projection's S [M, r], of the matrix that holds them side by side."""
+    return [*s.split([*ranks], 1)]
+
+
+@torch.library.register_fake(f"{NAMESPACE}::lora_linear_group_fwd")
+def _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p):  # type: ignore[no-untyped-def]
+    m, ranks = x.shape[0], [a.shape[0] for a in lora_As]
+    return [x.new_empty(m, weight.shape[0]) for weight in weights], x.new_empty(m, sum(ranks))
+
+
+@torch.library.impl(f"{NAMESPACE}::lora_linear_group_fwd", ("cpu", "cuda"))
+def _fwd(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    ys, s = _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p)
+    device = dispatch.device_of(x.device)
+    launches = forward_launches(device, x, weights, biases, lora_As, lora_Bs, s, ys, seeds, scalings, dropout_p)
+    for launch in launches:
+        launch.run(x.device)
+    return ys, s
+
+
+def forward_launches(
+    device: Device, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor], s: Tensor, ys: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float],
+    dropout_p: float,
+) -> list[Any]:  # fmt: skip
+    """What a forward launches on ``device``; ``s`` holds all S, side by side; ``seeds`` is empty without dropout."""
+    from stablelora_kernels.kernels.lora_linear_group_launch import product_launches
+    from stablelora_kernels.kernels.lora_linear_launch import Product
+
+    members, (m, k) = [], x.shape
+    parts = columns(s, [a.shape[0] for a in lora_As])
+    for i, (w, a) in enumerate(zip(weights, lora_As, strict=True)):
+        call = Call("forward", m, w.shape[0], k, a.shape[0], x.dtype, a.dtype, dropout_p > 0)
+        seed = seeds[i] if seeds else None
+        a = a.contiguous()
+        members.append(Product(call, x, w, biases[i], a, lora_Bs[i], parts[i], ys[i], seed, scalings[i], dropout_p))
+    return product_launches(device, members, s, [dispatch.choose(device, p.call) for p in members])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::lora_linear_group_bwd")
+def _bwd_fake(x, grads, weights, lora_As, lora_Bs, s, seeds, scalings, dropout_p, need_x, need_a, need_b):  # type: ignore[no-untyped-def]
+    return (
+        grads[0].new_empty((grads[0].shape[0] if need_x else 0, lora_As[0].shape[1])),
+        [torch.empty_like(a, memory_format=torch.contiguous_format) for a in lora_As] if need_a else [],
+        [torch.empty_like(b, memory_format=torch.contiguous_format) for b in lora_Bs] if need_b else [],
+    )
+
+
+@torch.library.impl(f"{NAMESPACE}::lora_linear_group_bwd", ("cpu", "cuda"))
+def _bwd(
+    x: Tensor | None, grads: Sequence[Tensor], weights: Sequence[Tensor], lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor], s: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
+    need_x: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    given = (x, grads, weights, lora_As, lora_Bs, s, seeds, scalings, dropout_p)
+    dx, das, dbs = _bwd_fake(*given, need_x, need_a, need_b)
+    device = dispatch.device_of(grads[0].device)
+    for launch in backward_launches(device, *given, dx if need_x else None, das, dbs):
+        launch.run(grads[0].device)
+    return dx, das, dbs
+
+
+def backward_launches(
+    device: Device, x: Tensor | None, grads: Sequence[Tensor], weights: Sequence[Tensor], lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor], s: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
+    dx: Tensor | None, das: Sequence[Tensor], dbs: Sequence[Tensor],
+) -> list[Any]:  # fmt: skip
+    """What a backward launches on ``device``; ``s`` is each projection's S; das and dbs are empty where they are not wanted."""
+    from stablelora_kernels.kernels import lora_linear_group_launch as launch
+    from stablelora_kernels.kernels.lora_linear_launch import Gradients, Product
+
+    m, k = grads[0].shape[0], lora_As[0].shape[1]
+    ranks = [a.shape[0] for a in lora_As]
+    every_ds = grads[0].new_empty(m, sum(ranks))
+    parts = columns(every_ds, ranks)
+    members, gradients = [], []
+    choices: list[Choice | None] = []
+    for i, (grad, a, b) in enumerate(zip(grads, lora_As, lora_Bs, strict=True)):
+        call = Call("backward", m, k, grad.shape[1], ranks[i], grad.dtype, a.dtype, dropout_p > 0)
+        seed, ds = seeds[i] if seeds else None, parts[i] if das else None
+        # Without dX neither it nor the weight is looked at, and any tensor will do.
+        w, y = (grad, grad) if dx is None else (weights[i].t(), dx)
+        members.append(Product(call, grad, w, None, b.t(), a.t(), ds, y, seed, scalings[i], dropout_p))
+        da, db = das[i] if das else None, dbs[i] if dbs else None
+        gradients.append(Gradients(call, x, s[i] if dbs else None, ds, grad, da, db, seed, dropout_p))
+        choices.append(None if dx is None else dispatch.choose(device, call))
+    return launch.backward_launches(device, members, gradients, every_ds, choices)
+
+
+# PyTorch's own operators.
+
+
+def _torch_fwd(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor], scalings: Sequence[float], keeps: Sequence[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """The Y's, and the S's, which are not scaled; of one dtype."""
+    if keeps:
+        parts = [torch_thin(x, a, keep) for a, keep in zip(lora_As, keeps, strict=True)]
+    else:
+        parts = [*torch_thin(x, torch.cat([*lora_As]), None).split([a.shape[0] for a in lora_As], 1)]
+    ys = []
+    for w, bias, b, scaling, s in zip(weights, biases, lora_Bs, scalings, parts, strict=True):
+        y = torch.nn.functional.linear(x, w, bias)
+        ys.append(y.addmm_(s, b.t(), alpha=scaling))
+    return ys, parts
+
+
+def _torch_bwd(
+    x: Tensor | None, grads: Sequence[Tensor], weights: Sequence[Tensor], lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor], s: Sequence[Tensor], keeps: Sequence[Tensor], scalings: Sequence[float],
+    lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
+    """dX, and the dA's and dB's in ``lora_dtype``, as ``torch_bwd`` of ``ops.lora_linear`` computes them."""
+    dx, das, dbs, dsts = None, [], [], []
+    masks = [_as_float(keep, grads[0].dtype) for keep in keeps]
+    for i, (grad, b, scaling) in enumerate(zip(grads, lora_Bs, scalings, strict=True)):
+        if need_x or need_a:
+            dsts.append(torch.mm(b.t(), grad.t()).mul_(scaling))
+        if need_b:
+            db = torch.mm(s[i].t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
+            dbs.append(db.mul_(scaling))
+        if need_x:
+            dx = torch.mm(grad, weights[i]) if dx is None else dx.addmm_(grad, weights[i])
+            if masks:
+                dx.addcmul_(torch.mm(dsts[i].t(), lora_As[i]), masks[i])
+    if dx is not None and not masks:
+        dx.addmm_(torch.cat(dsts).t(), torch.cat([*lora_As]))
+    if need_a:
+        assert x is not None
+        for i, dst in enumerate(dsts):
+            das.append(torch.mm(dst, x * masks[i] if masks else x).to(lora_dtype))
+    return dx, das, dbs
+
+
+# Both, under autograd.
+
+
+def _forward(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor], scalings: Sequence[float], dropout_p: float, backend: str,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:  # fmt: skip
+    """The Y's, the S's, dropout's seeds or masks, and the s'; x [M, K]."""
+    if backend == "triton":
+        # One by one, as projections by themselves draw theirs.
+        seeds: Any = [draw_seed(x, dropout_p) for _ in lora_As] if dropout_p else []
+        scalings = [scaling / (1 - dropout_p) for scaling in scalings]
+        ys, s = torch.ops.stablelora_kernels.lora_linear_group_fwd(
+            x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p
+        )
+        return ys, columns(s, [a.shape[0] for a in lora_As]), seeds, scalings
+    keeps = []
+    if dropout_p:
+        drawn = [draw_keep(x, dropout_p) for _ in lora_As]
+        keeps, dropout_p = [keep for keep, _ in drawn], drawn[0][1]
+        scalings = [scaling / (1 - dropout_p) for scaling in scalings]
+    ys, parts = _torch_fwd(x, weights, biases, lora_As, lora_Bs, scalings, keeps)
+    return ys, parts, keeps, [*scalings]
+
+
+class _LoRALinearGroup(torch.autograd.Function):
+    """``tensors``: the weights, then the biases, the A's and the B's. Of A's and B's all want gradients or none does."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, scalings: Sequence[float], dropout_p: float, backend: str, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        g = len(scalings)
+        weights, biases, lora_As, lora_Bs = (tensors[i * g : i * g + g] for i in range(4))
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        need_w, need_a, need_b = any(needs[:g]), any(needs[2 * g : 3 * g]), any(needs[3 * g :])
+        ctx.lora_dtype = lora_As[0].dtype
+        if backend == "torch":
+            lora_As, lora_Bs = ([t.to(x.dtype) for t in given] for given in (lora_As, lora_Bs))  # type: ignore[assignment]
+        rows = x.reshape(-1, x.shape[-1])
+        ys, s, random, scalings = _forward(rows, weights, biases, lora_As, lora_Bs, scalings, dropout_p, backend)
+        nothing: list[None] = [None] * g
+        ctx.save_for_backward(
+            x if need_w or need_a else None,
+            *(weights if need_x else nothing),
+            *lora_As,
+            *lora_Bs,
+            *(s if need_b else nothing),
+            *(random if need_x or need_a else ()),
+        )
+        ctx.set_materialize_grads(False)
+        ctx.scalings, ctx.dropout_p, ctx.backend, ctx.x_shape = scalings, dropout_p, backend, x.shape
+        ctx.needs = need_x, need_a, need_b
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        g, needs = len(given), ctx.needs_input_grad[4:]
+        x, *saved = ctx.saved_tensors
+        lists = [saved[i * g : i * g + g] for i in range(5)]
+        # A projection whose output nobody used has no part in this.
+        there = [i for i, grad in enumerate(given) if grad is not None]
+        weights, lora_As, lora_Bs, s, random = ([tensors[i] for i in there if tensors] for tensors in lists)
+        grads = [grad.reshape(-1, grad.shape[-1]) for grad in given if grad is not None]
+        rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
+        scalings = [ctx.scalings[i] for i in there]
+        need_x, need_a, need_b = ctx.needs
+        dx, das, dbs = None, [], []
+        if there and any(ctx.needs):
+            if ctx.backend == "triton":
+                dx, das, dbs = torch.ops.stablelora_kernels.lora_linear_group_bwd(
+                    rows, grads, weights if need_x else [], lora_As, lora_Bs, s if need_b else [], random, scalings,
+                    ctx.dropout_p, need_x, need_a, need_b,
+                )  # fmt: skip
+            else:
+                grads = [expanded(grad) for grad in grads]
+                dx, das, dbs = _torch_bwd(
+                    rows, grads, weights, lora_As, lora_Bs, s, random, scalings, ctx.lora_dtype, need_x, need_a, need_b
+                )
+        dws = [grad.t() @ rows if needs[i] else None for i, grad in zip(there, grads, strict=True)]
+        dbiases = [grad.sum(0) if needs[g + i] else None for i, grad in zip(there, grads, strict=True)]
+        results: list[Tensor | None] = []
+        for wanted, found in zip((True, True, need_a, need_b), (dws, dbiases, das, dbs), strict=True):
+            by_place = dict(zip(there, found, strict=True)) if wanted else {}
+            results += [by_place.get(i) for i in range(g)]
+        return dx.view(ctx.x_shape) if need_x and dx is not None else None, None, None, None, *results
+
+
+def lora_linear_group_op(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor], scalings: Sequence[float], dropout_p: float, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``functional.lora_linear_group`` with arguments that were checked and a backend that was chosen."""
+    few = backend == "torch" and is_few(x.numel() // x.shape[-1])
+    uniform = all(len({t.requires_grad for t in tensors}) == 1 for tensors in (lora_As, lora_Bs))
+    if few or len(weights) == 1 or not uniform:
+        members = zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)
+        return tuple(lora_linear_op(x, *member, dropout_p, backend) for member in members)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *weights, *biases, *lora_As, *lora_Bs)
+    ):
+        return _LoRALinearGroup.apply(x, tuple(scalings), dropout_p, backend, *weights, *biases, *lora_As, *lora_Bs)
+    if backend == "torch":
+        lora_As, lora_Bs = ([t.to(x.dtype) for t in given] for given in (lora_As, lora_Bs))
+    rows = x.reshape(-1, x.shape[-1])
+    ys = _forward(rows, weights, biases, lora_As, lora_Bs, scalings, dropout_p, backend)[0]
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
