@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from stablelora_kernels.dispatch import MAX_FUSED_R, Choice, Device
-from stablelora_kernels.explain import call_launches, quantised_launches
-from stablelora_kernels.ops import lora_branch
+from stablelora_kernels.explain import branch_launches, call_launches, group_launches, quantised_launches
 from stablelora_kernels.ops.lora_linear import forward_launches
 
 # One of each kind that the tables tell apart, in M, (N, K) and r.
@@ -49,7 +48,8 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
                                 exact = dtype == FP32 and launch.constants["INPUT_PRECISION"] == "ieee"
                                 yield "fp32" if exact else name, launch
             for m, r, p in product((64, ROWS[-1]), ranks, (0.0, 0.1)):
-                yield from ((name, launch) for launch in branch_alone(device, m, 4096, 4096, r, dtype, lora, p))
+                for launches in branch_launches(device, m, 4096, 4096, r, dtype, lora, p):
+                    yield from ((name, launch) for launch in launches)
             if dtype != FP32:
                 yield from ((name, launch) for launch in _broadcast(device, dtype, lora))
         finally:
@@ -70,22 +70,22 @@ def quantised_lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
             )
 
 
-def branch_alone(
-    device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, p: float
-) -> list[Any]:
-    """What ``lora_branch`` launches, forward and backward, on the meta device."""
-
-    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=of, device="meta")
-
-    x, grad, s, base = empty(m, k), empty(m, n), empty(m, r), empty(m, n)
-    a, b = empty(r, k, of=lora_dtype), empty(n, r, of=lora_dtype)
-    seed = empty(1, of=torch.int64) if p else None
-    dx, da, db = (torch.empty_like(t) for t in (x, a, b))
-    return [
-        *lora_branch.forward_launches(device, base, x, a, b, s, torch.empty_like(base), seed, 1.0, p),
-        *lora_branch.backward_launches(device, x, grad, a, b, s, seed, dx, da, db, 1.0, p),
-    ]
+def lora_linear_group_launches(device: Device) -> Iterator[tuple[str, Any]]:
+    """(dtypes in words, launch) for projections that share X: those launches that single ones do not have."""
+    before = torch.get_float32_matmul_precision()
+    for name, (dtype, lora, precision, ranks) in DTYPES.items():
+        torch.set_float32_matmul_precision(precision)
+        try:
+            for m, ns, r, p in product((64, 512, ROWS[-1]), ((4096, 1024, 1024), (14336, 14336)), ranks, (0.0, 0.1)):
+                for launches in group_launches(device, m, ns, 4096, r, dtype, lora, p):
+                    for launch in launches:
+                        if not hasattr(launch, "kernel"):
+                            continue
+                        if "MEMBERS" in launch.constants or launch.constants.get("ADD"):
+                            exact = dtype == FP32 and launch.constants["INPUT_PRECISION"] == "ieee"
+                            yield "fp32" if exact else name, launch
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def _broadcast(device: Device, dtype: torch.dtype, lora_dtype: torch.dtype) -> Iterator[Any]:

@@ -254,6 +254,25 @@ def cuobjdump(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+_SASS = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(\S+)(?:[^;]*?\b(0x[0-9a-f]+))?[^;]*;")
+_SASS_MEMORY = ("LD", "ST", "ATOM", "RED")
+
+
+def sass_counts(text: str) -> tuple[int, int]:
+    """Instructions, and those to memory, of the largest innermost loop that holds matrix instructions; of all where none does."""
+    code = [(int(place, 16), op, target) for place, op, target in _SASS.findall(text) if not op.startswith("NOP")]
+    places = {place: index for index, (place, _, _) in enumerate(code)}
+    having = []
+    for end, (_, op, target) in enumerate(code):
+        start = places.get(int(target, 16), end) if op.startswith("BRA") and target else end
+        if start < end and any("MMA" in op for _, op, _ in code[start : end + 1]):
+            having.append((start, end))
+    inner = [a for a in having if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in having)]
+    start, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, len(code) - 1))
+    ops = [op for _, op, _ in code[start : end + 1] if op != "LDGDEPBAR"]
+    return len(ops), sum(op.startswith(_SASS_MEMORY) for op in ops)
+
+
 def sass_resources(text: str) -> dict[str, int]:
     """Registers a thread and bytes spilled: of its stack where the code uses local memory, 0 where it only reserves some."""
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))

@@ -82,9 +82,12 @@ class _Account:
         self.by_name = {name: (key, t) for key, t in named_tensors(arguments).items() for name in key.split("=")}
         self.tensors: dict[str, Traffic] = {}
 
-    def _add(self, name: str, times: int, counts: tuple[bool, bool], unique: bool = True) -> None:
+    def _add(
+        self, name: str, times: int, counts: tuple[bool, bool], unique: bool = True, elements: int | None = None
+    ) -> None:
         key, t = self.by_name[name]
-        issued, distinct = times * t.numel() * t.element_size(), _distinct(t) if unique else 0
+        elements = t.numel() if elements is None else elements
+        issued, distinct = times * elements * t.element_size(), _distinct(t) if unique else 0
         if issued:
             reads, writes = counts
             more = Traffic(issued * reads, issued * writes, distinct * reads, distinct * writes)
@@ -94,8 +97,20 @@ class _Account:
         """``unique`` False: the launch has counted it already."""
         self._add(name, times, (True, False), unique)
 
+    def look_up(self, name: str, elements: int) -> None:
+        """So many loads of single elements, which find every element of the tensor."""
+        self._add(name, 1, (True, False), elements=elements)
+
     def write(self, name: str, times: int = 1) -> None:
         self._add(name, times, (False, True))
+
+    def columns(self, name: str, tiles: int, written: bool, c: dict[str, Any]) -> None:
+        """The columns of a group's S or dS, of which the launch has the first projection's, read or written ``tiles`` times."""
+        key, t = self.by_name[name]
+        columns = sum(c[f"R{i}"] for i in range(c["MEMBERS"]))
+        moved = c["M"] * columns * t.element_size()
+        parts = (0, tiles * moved, 0, moved) if written else (tiles * moved, 0, moved, 0)
+        self.tensors[key] = Traffic(*parts)
 
     def share(self, splits: int, part: float = 1, prefix: str = "") -> None:
         """A sum that ``splits`` programs share: stored, read, and counted; ``part`` of its memory is used."""
@@ -125,6 +140,8 @@ def formula_by_tensor(launch: Any) -> Tensors:
         account = _Account(launch._asdict().items())
         for name in ("x", "w", *(() if launch.bias is None else ("bias",))):
             account.read(name)
+        if launch.add:
+            account.read("y")
         account.write("y")
         return account.tensors
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
@@ -177,9 +194,62 @@ def _linear(t: _Account, c: dict[str, Any]) -> None:
         # The room for S's sum stays empty where S is read, and that for rows beyond M always.
         columns = c["BLOCK_N"] + (0 if c["LOAD_S"] else c["BLOCK_R"])
         t.share(c["SPLITS"], c["M"] * columns / (c["BLOCK_M"] * (c["BLOCK_N"] + c["BLOCK_R"])))
+    if c["ADD"]:
+        t.read("y")
     t.write("y")
     if c["HAS_GRAD"]:
         t.grad_beside("z", "s", c["N"], c, seeded=c["MASK_BRANCH"], again="s")
+
+
+def _weight(t: _Account, c: dict[str, Any], n: int, k: int, rows: int, cols: int, times: int) -> None:
+    """A quantised W, stored as [n, k], dequantised ``times`` times over in tiles of ``rows`` by ``cols``.
+
+    Every value of a code is taken to occur.
+    """
+    tiles_k = _tiles(k, cols)
+    tiles = _tiles(n, rows) * tiles_k * times
+    if not c["NF4"]:
+        t.read("q", times)
+        t.look_up("scale", n * tiles_k * times)
+        return
+    if c["ALIGNED"]:
+        t.read("q", times)
+        # A row of a tile has so many scales; those beyond k are not read, but their codes' values are looked up.
+        in_tile = max(cols // c["BLOCKSIZE"], 1)
+        scales = n * (k // c["BLOCKSIZE"] if cols >= c["BLOCKSIZE"] else tiles_k) * times
+    else:
+        # A byte, a scale an element.
+        t.look_up("q", n * k * times)
+        in_tile, scales = cols, n * k * times
+    t.look_up("code", tiles * rows * cols)
+    t.look_up("scale", scales)
+    if c["NESTED"]:
+        t.look_up("nested_scale", scales)
+        t.look_up("nested_code", tiles * rows * in_tile)
+        t.look_up("offset", tiles)
+
+
+def _quantised(t: _Account, c: dict[str, Any]) -> None:
+    """The product that dequantises W in its loop."""
+    tiles_m, tiles_n = _tiles(c["M"], c["BLOCK_M"]), _tiles(c["N"], c["BLOCK_N"])
+    t.read("x", tiles_n)
+    stored = (
+        (c["K"], c["N"], c["BLOCK_K"], c["BLOCK_N"]) if c["TRANS_W"] else (c["N"], c["K"], c["BLOCK_N"], c["BLOCK_K"])
+    )
+    _weight(t, c | {"ALIGNED": True}, *stored, times=tiles_m)
+    if c["HAS_BIAS"]:
+        t.read("bias", tiles_m)
+    t.read("b", tiles_m)
+    t.read("s", tiles_n)
+    if c["MASK_BRANCH"]:
+        t.read("seed", tiles_m * tiles_n)
+    t.share(c["SPLITS"])
+    t.write("y")
+
+
+def _dequantise(t: _Account, c: dict[str, Any]) -> None:
+    _weight(t, c, c["N"], c["K"], c["BLOCK_N"], c["BLOCK_K"], times=1)
+    t.write("w")
 
 
 def _branch(t: _Account, c: dict[str, Any]) -> None:
@@ -215,11 +285,46 @@ def _grads(t: _Account, c: dict[str, Any]) -> None:
     t.share(splits)
 
 
+def _members(c: dict[str, Any], name: str) -> list[str]:
+    """The names of an argument that each projection of a group has."""
+    return [f"{name}{i}" for i in range(c["MEMBERS"])]
+
+
+def _seeds(t: _Account, c: dict[str, Any], tiles: int) -> None:
+    """Each projection's seed, read once by each program."""
+    for name in _members(c, "seed") if c["DROPOUT"] else ():
+        t.read(name, tiles * c["SPLITS"])
+
+
+def _shrink_group(t: _Account, c: dict[str, Any]) -> None:
+    tiles_m = _tiles(c["M"], c["BLOCK_M"])
+    t.read("x")
+    for name in _members(c, "a"):
+        t.read(name, tiles_m)
+    _seeds(t, c, tiles_m)
+    t.share(c["SPLITS"])
+    t.columns("s", tiles=1, written=True, c=c)
+
+
+def _grads_group(t: _Account, c: dict[str, Any]) -> None:
+    tiles = _tiles(c["K"], c["BLOCK_C"])
+    t.read("x")
+    t.columns("ds", tiles=tiles, written=False, c=c)
+    _seeds(t, c, tiles)
+    t.share(c["SPLITS"])
+    for name in _members(c, "da"):
+        t.write(name)
+
+
 _FORMULAS = {
+    "_lora_shrink_group_kernel": _shrink_group,
+    "_lora_linear_grads_group_kernel": _grads_group,
     "_lora_shrink_kernel": _shrink,
     "_lora_linear_kernel": _linear,
     "_lora_linear_small_kernel": _linear,
     "_lora_linear_tma_kernel": _linear,
+    "_lora_linear_quantised_kernel": _quantised,
+    "_dequantise_kernel": _dequantise,
     "_lora_linear_branch_kernel": _branch,
     "_lora_linear_grads_kernel": _grads,
 }
@@ -251,14 +356,18 @@ def _floor(read: int, written: int) -> Traffic:
     return Traffic(read, written, read, written)
 
 
-def floor_frozen_forward(m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True) -> Traffic:
-    """Y = X W^T + bias: X, W and bias read, Y written."""
-    return _floor((m * k + n * k + n * bias) * dtype.itemsize, m * n * dtype.itemsize)
+def floor_frozen_forward(
+    m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, weight: int | None = None
+) -> Traffic:
+    """Y = X W^T + bias: X, W and bias read, Y written. ``weight``: bytes of W, where it is quantised."""
+    weight = n * k * dtype.itemsize if weight is None else weight
+    return _floor((m * k + n * bias) * dtype.itemsize + weight, m * n * dtype.itemsize)
 
 
-def floor_frozen_backward(m: int, n: int, k: int, dtype: torch.dtype) -> Traffic:
+def floor_frozen_backward(m: int, n: int, k: int, dtype: torch.dtype, weight: int | None = None) -> Traffic:
     """dX = dY W: dY and W read, dX written."""
-    return _floor((m * n + n * k) * dtype.itemsize, m * k * dtype.itemsize)
+    weight = n * k * dtype.itemsize if weight is None else weight
+    return _floor(m * n * dtype.itemsize + weight, m * k * dtype.itemsize)
 
 
 def floor_lora(
@@ -270,6 +379,7 @@ def floor_lora(
     lora_dtype: torch.dtype,
     dropout: bool = False,
     bias: bool = True,
+    weight: int | None = None,
 ) -> tuple[Traffic, Traffic]:
     """A LoRA layer's forward and backward, the latter for dX, dA and dB.
 
@@ -277,7 +387,8 @@ def floor_lora(
     computed again from X and A, which backward reads anyway.
     """
     adapters, seed = r * (n + k) * lora_dtype.itemsize, 8 * dropout
-    forward, backward = floor_frozen_forward(m, n, k, dtype, bias), floor_frozen_backward(m, n, k, dtype)
+    forward = floor_frozen_forward(m, n, k, dtype, bias, weight)
+    backward = floor_frozen_backward(m, n, k, dtype, weight)
     return (
         total((forward, _floor(adapters + seed, 0))),
         total((backward, _floor(m * k * dtype.itemsize + adapters + seed, adapters))),

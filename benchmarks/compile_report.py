@@ -69,9 +69,14 @@ def kernel_name(launch: Any) -> str:
 
 def _launches(arch: str) -> Iterator[tuple[str, str, Any]]:
     """(variant, dtype, launch) of all kernels."""
-    from benchmarks._launches import lora_linear_launches, quantised_lora_linear_launches
+    from benchmarks._launches import (
+        lora_linear_group_launches,
+        lora_linear_launches,
+        quantised_lora_linear_launches,
+    )
 
-    for made in (lora_linear_launches(DEVICES[arch]), quantised_lora_linear_launches(DEVICES[arch])):
+    for make in (lora_linear_launches, lora_linear_group_launches, quantised_lora_linear_launches):
+        made = make(DEVICES[arch])
         for dtype, launch in made:
             yield launch.variant, dtype, launch
     for dtype, launch in _stable_adamw_launches():

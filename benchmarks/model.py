@@ -48,6 +48,8 @@ class Gpu(NamedTuple):
     matrix_rate: dict[str, float]
     # A matrix instruction of fewer columns takes as long as one of these.
     narrow_columns: int
+    # Instructions a second of all threads together; of those to memory, shared memory's included, a quarter.
+    issue_rate: float
     launch: float
 
 
@@ -71,7 +73,7 @@ def rival_seconds(gpu: Gpu, works: Sequence[Work]) -> float:
 # This library.
 
 
-def _operations(launch: Any, gpu: Gpu) -> float:
+def matrix_operations(launch: Any, gpu: Gpu) -> float:
     """Operations on the matrix units, padding and narrow instructions included."""
     v = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
     m, n, k, r, name = v["M"], v.get("N", 0), v["K"], v["R"], launch.kernel.__name__
@@ -94,8 +96,8 @@ def _operations(launch: Any, gpu: Gpu) -> float:
     branch = 2.0 * rows * columns * up(r, v["BLOCK_R"])
     if name == "_lora_linear_branch_kernel":
         return branch + (0.0 if v["LOAD_S"] else 2.0 * rows * k * ranks_of(v["BLOCK_R"]) * launch.grid[1])
-    s = 0.0 if v["LOAD_S"] else 2.0 * rows * k * ranks_of(v["BLOCK_R"]) * columns / v["BLOCK_N"]
-    beside = 2.0 * columns * m * ranks_of(v["GRAD_R"]) if v["HAS_GRAD"] else 0.0
+    s = 0.0 if v.get("LOAD_S", True) else 2.0 * rows * k * ranks_of(v["BLOCK_R"]) * columns / v["BLOCK_N"]
+    beside = 2.0 * columns * m * ranks_of(v["GRAD_R"]) if v.get("HAS_GRAD") else 0.0
     return 2.0 * rows * columns * k + branch + s + beside
 
 
@@ -124,7 +126,7 @@ def launch_seconds(gpu: Gpu, launch: Any, efficiency: float = 1.0) -> float:
     return gap + max(
         unique / gpu.bandwidth,
         issued / gpu.l2_bandwidth,
-        _operations(launch, gpu) / (gpu.matrix_rate["bf16"] * efficiency),
+        matrix_operations(launch, gpu) / (gpu.matrix_rate["bf16"] * efficiency),
         traffic.read_unique * LATENCY / _in_flight(launch, gpu),
     )
 
@@ -151,7 +153,9 @@ def without_overlap(gpu: Gpu, s: Shape) -> float:
     traffic = formula(thin)
     again, x = 2 * s.m * s.n, 2 * s.m * s.k
     thin_seconds = gpu.launch + (traffic.read_unique + traffic.written_unique + again) / gpu.bandwidth
-    product = _operations(wide._replace(constants=wide.constants | {"HAS_GRAD": False}), gpu) / gpu.matrix_rate["bf16"]
+    product = (
+        matrix_operations(wide._replace(constants=wide.constants | {"HAS_GRAD": False}), gpu) / gpu.matrix_rate["bf16"]
+    )
     return (
         sum(launch_seconds(gpu, launch) for launch in alone) + thin_seconds + gpu.launch + product + x / gpu.bandwidth
     )

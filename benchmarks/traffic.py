@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stablelora_kernels.dispatch import DEVICES, Choice, Device
+from stablelora_kernels.quantised import FP8Weight, NF4Weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -43,7 +44,7 @@ Row = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """A call of ``lora_linear`` with a bias, forward and backward, and the kernel that is forced for Y and dX."""
+    """A call of ``lora_linear`` with a bias, forward and backward, the kernel that is forced for Y and dX, or W's storage."""
 
     m: int
     n: int
@@ -53,10 +54,21 @@ class Case(NamedTuple):
     dtype: torch.dtype = BF16
     lora_dtype: torch.dtype = FP32
     kernel: str = ""
+    # "nf4", in blocks of 64 with nested scales, or "fp8"; the kernels are then dispatch's.
+    quantised: str = ""
 
     @property
     def dtypes(self) -> str:
-        return "/".join(dict.fromkeys((SHORT[self.dtype], SHORT[self.lora_dtype])))
+        dtypes = "/".join(dict.fromkeys((SHORT[self.dtype], SHORT[self.lora_dtype])))
+        return f"{dtypes} {self.quantised}".rstrip()
+
+    @property
+    def weight(self) -> int | None:
+        """Bytes of a quantised weight, its scales included."""
+        if not self.quantised:
+            return None
+        blocks, elements = -(-self.n * self.k // 64), self.n * self.k
+        return elements + 4 * self.n if self.quantised == "fp8" else -(-elements // 2) + blocks + 4 * -(-blocks // 256)
 
     @property
     def columns(self) -> Row:
@@ -78,9 +90,19 @@ SMALL = (
     Case(72, 136, 200, 64, 0.1, dtype=FP32),
     Case(200, 264, 136, 16, 0.1, kernel="vendor"),
 )
+SMALL_QUANTISED = (
+    Case(9, 328, 960, 16, quantised="nf4"),
+    Case(70, 264, 320, 16, 0.1, quantised="nf4"),
+    Case(300, 136, 192, 16, quantised="nf4"),
+    Case(9, 329, 75, 16, quantised="nf4"),
+    Case(70, 264, 320, 16, 0.1, quantised="fp8"),
+)
 ROWS = (1, 16, 64, 512, 2048, 8192)
 SIZES = ((4096, 4096), (14336, 4096))
 REAL = tuple(Case(m, n, k, r, p) for (n, k), r, p, m in product(SIZES, (16, 64), (0.0, 0.1), ROWS))
+REAL_QUANTISED = tuple(
+    Case(m, 4096, 4096, 16, quantised=kind) for kind, m in product(("nf4", "fp8"), (1, 16, 64, 256, 512, 2048, 8192))
+)
 TARGET = Case(8192, 4096, 4096, 16, 0.1)
 
 
@@ -112,25 +134,44 @@ SETS = (
 
 def launches(device: Device, case: Case) -> tuple[list[Any], list[Any]]:
     """The forward's and the backward's launches of ``case`` on CPU tensors, as ``device`` would make them."""
+    from stablelora_kernels.ops import lora_linear_quantised
     from stablelora_kernels.ops.lora_linear import backward_launches, forward_launches
 
-    m, n, k, r, p, dtype, lora_dtype, kernel = case
+    m, n, k, r, p, dtype, lora_dtype, kernel, quantised = case
     x, w, bias, y = (torch.zeros(size, dtype=dtype) for size in ((m, k), (n, k), (n,), (m, n)))
     dx, dy, s = torch.zeros_like(x), torch.zeros_like(y), torch.zeros(m, r, dtype=dtype)
     a, b = torch.zeros(r, k, dtype=lora_dtype), torch.zeros(n, r, dtype=lora_dtype)
     seed = torch.zeros(1, dtype=torch.int64) if p else None
+    da, db = torch.zeros_like(a), torch.zeros_like(b)
+    if quantised:
+        weight = quantised_weight(n, k, quantised).stored
+        forward = lora_linear_quantised.forward_launches(device, x, weight, bias, a, b, s, y, seed, 1.0, p)
+        return forward, lora_linear_quantised.backward_launches(
+            device, x, dy, weight, a, b, s, seed, dx, da, db, 1.0, p
+        )
     choice = Choice(kernel, "") if kernel else None
     forward = forward_launches(device, x, w, bias, a, b, s, y, seed, 1.0, p, choice)
-    da, db = torch.zeros_like(a), torch.zeros_like(b)
     return forward, backward_launches(
         device, x, dy, w, a, b, s, seed, dx, da, db, scaling=1.0, dropout_p=p, choice=choice
     )
 
 
+def quantised_weight(n: int, k: int, kind: str) -> NF4Weight | FP8Weight:
+    """A weight in which every value of a code occurs, where it has as many elements and scales."""
+    if kind == "fp8":
+        return FP8Weight(torch.zeros(n, k).to(torch.float8_e4m3fn), torch.ones(n))
+    blocks = -(-n * k // 64)
+    packed, absmax = ((torch.arange(size) % 256).to(torch.uint8) for size in (-(-n * k // 2), blocks))
+    nested = (torch.ones(-(-blocks // 256)), torch.ones(256), torch.zeros(()), 256)
+    return NF4Weight(packed, absmax, torch.ones(16), (n, k), 64, *nested)
+
+
 def formula_launches(device: Device, case: Case) -> tuple[list[Any], list[Any]]:
     """Those launches on tensors without memory."""
-    from stablelora_kernels.explain import call_launches
+    from stablelora_kernels.explain import call_launches, quantised_launches
 
+    if case.quantised:
+        return quantised_launches(device, *case[:4], case.dtype, case.lora_dtype, case.p, case.quantised)
     choice = Choice(case.kernel, "") if case.kernel else None
     return call_launches(device, *case[:4], case.dtype, case.lora_dtype, case.p, choice, choice)
 
@@ -153,7 +194,8 @@ def case_rows(device: Device, case: Case, count: bool) -> list[Row]:
         tensors = [launch.tensors for launch in found]
     else:
         tensors = [t.formula_by_tensor(launch) for _, launch in listed]
-    common = {"source": "counted" if count else "formula", "device": device.arch, "operation": "lora_linear"}
+    operation = "lora_linear_quantised" if case.quantised else "lora_linear"
+    common = {"source": "counted" if count else "formula", "device": device.arch, "operation": operation}
     rows: list[Row] = []
     for number, ((word, launch), by_name) in enumerate(zip(listed, tensors, strict=True), 1):
         row = {"pass": word, "number": number, "kernel": _name(launch), "variant": launch.variant, "launches": 1}
@@ -162,9 +204,10 @@ def case_rows(device: Device, case: Case, count: bool) -> list[Row]:
         rows.append({**common, **case.columns, **row, **moved, "unique_by_tensor": unique})
     everything = t.total(traffic for by_name in tensors for traffic in by_name.values())
     frozen = (
-        t.floor_frozen_forward(*case[:3], case.dtype).unique + t.floor_frozen_backward(*case[:3], case.dtype).unique
+        t.floor_frozen_forward(*case[:3], case.dtype, weight=case.weight).unique
+        + t.floor_frozen_backward(*case[:3], case.dtype, weight=case.weight).unique
     )
-    floor = t.total(t.floor_lora(*case[:4], case.dtype, case.lora_dtype, case.p > 0)).unique
+    floor = t.total(t.floor_lora(*case[:4], case.dtype, case.lora_dtype, case.p > 0, weight=case.weight)).unique
     one_pass = case.m * case.k * case.dtype.itemsize
     activations = sum(map(t.activation_bytes, tensors))
     frozen_activations = 2 * case.m * (case.n + case.k) * case.dtype.itemsize
@@ -280,6 +323,15 @@ def _optimizer_table(rows: Sequence[Row]) -> list[str]:
     return aligned(cells)
 
 
+def group_rows(device: Device) -> tuple[list[Row], list[str]]:
+    """Rows of projections that share X, one by one and together, and their table."""
+    from benchmarks._traffic_group import REAL as groups
+    from benchmarks._traffic_group import group_row, group_table
+
+    rows = [group_row(device, group) for group in groups]
+    return rows, group_table(rows)
+
+
 def _check(words: str, found: float, limit: float) -> str:
     return f"{words}: {found:.4f}, target at most {limit:g}: {'met' if found <= limit else 'missed'}"
 
@@ -318,20 +370,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.report import write_csv
 
     device = DEVICES[arguments.device]
-    counted = [row for case in SMALL for row in case_rows(device, case, count=True)]
-    formula = [row for case in SMALL for row in case_rows(device, case, count=False)]
-    real = [row for case in REAL for row in case_rows(device, case, count=False)]
+
+    def rows(cases: Sequence[Case], count: bool = False) -> list[Row]:
+        return [row for case in cases for row in case_rows(device, case, count)]
+
+    counted, formula, real = rows(SMALL, count=True), rows(SMALL), rows(REAL)
+    counted_quantised, formula_quantised = rows(SMALL_QUANTISED, count=True), rows(SMALL_QUANTISED)
+    real_quantised = rows(REAL_QUANTISED)
     optimizer = [row for tensors in SETS for row in optimizer_rows(tensors)]
-    cases = [row for row in real if row["kernel"] == "all"]
+    cases = [row for row in (*real, *real_quantised) if row["kernel"] == "all"]
     print(
-        f"Counted in the interpreter, launches as on {device.arch}, bytes:", *_counted_table(counted, formula), sep="\n"
+        f"Counted in the interpreter, launches as on {device.arch}, bytes:",
+        *_counted_table([*counted, *counted_quantised], [*formula, *formula_quantised]),
+        sep="\n",
     )
     print(f"\nBy formula, forward and backward, launches as on {device.arch}:", *_formula_table(cases), sep="\n")
+    shared, shared_table = group_rows(device)
+    print("\nProjections of one X, one by one -> together, by formula:", *shared_table, sep="\n")
     print("\nThe optimizer's step, bytes:", *_optimizer_table(optimizer), sep="\n")
     print("", *checks(optimizer, cases), sep="\n")
     # What the vendor's product moves was not counted.
     counted = [row for row in counted if row["kernel"] != "vendor"]
-    write_csv(arguments.csv, [*counted, *formula, *real, *optimizer])
+    quantised = [*counted_quantised, *formula_quantised, *real_quantised]
+    write_csv(arguments.csv, [*counted, *formula, *real, *quantised, *shared, *optimizer])
     print(f"All rows are in {arguments.csv}.")
     return 0
 
