@@ -101,7 +101,7 @@ def test_a_wrong_environment_variable_is_one_line():
 # What every command prints
 
 
-def test_tables_fit_the_terminal_and_keep_the_ends_of_names(capsys, monkeypatch):
+def test_tables_fit_the_terminal_and_shorten_names_in_the_middle(capsys, monkeypatch):
     rows = [("model.layers.10.self_attn.q_proj", "1.5"), ("head", "12")]
     _output.print_table(("name", "norm"), rows)
     assert capsys.readouterr().out.splitlines() == [
@@ -113,7 +113,7 @@ def test_tables_fit_the_terminal_and_keep_the_ends_of_names(capsys, monkeypatch)
     _output.print_table(("name", "norm"), rows)
     assert capsys.readouterr().out.splitlines() == [
         "  name              norm",
-        "  …elf_attn.q_proj   1.5",
+        "  model.l…tn.q_proj   1.5",
         "  head                12",
     ]
 
@@ -123,7 +123,10 @@ def test_json_has_no_infinities(capsys):
     assert json.loads(capsys.readouterr().out) == {"a": ["inf", {"b": "nan", "c": 1.5}]}
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 30, "5.0 GiB")])
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (2_359_296, "2.25 MiB"), (1023 << 20, "1023 MiB")],
+)
 def test_sizes(count, text):
     assert _output.size(count) == text
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 from stablelora_kernels._version import __version__
-from stablelora_kernels.cli import doctor
+from stablelora_kernels.cli import doctor, inspect
 from stablelora_kernels.cli._output import CommandError, Paragraphs
 
 PROGRAM = "stablelora-kernels"
 # Each has HELP, DESCRIPTION, add_arguments(parser) and run(args) -> exit status.
-COMMANDS: dict[str, ModuleType] = {"doctor": doctor}
+COMMANDS: dict[str, ModuleType] = {"doctor": doctor, "inspect": inspect}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,6 +40,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``, the process's own unless given, and return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that knows no ‖ gets a question mark.
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(errors="replace")
     try:
         args = _parser().parse_args(argv)
     except SystemExit as exit_:

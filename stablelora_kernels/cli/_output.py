@@ -15,6 +15,7 @@ from typing import Any
 
 # What a file or a pipe gets, whose lines nobody has to fit on a screen.
 NO_TERMINAL = 10_000
+_UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
 class CommandError(Exception):
@@ -26,6 +27,13 @@ class CommandError(Exception):
     def __init__(self, message: str, status: int = 2) -> None:
         super().__init__(" ".join(message.split()))
         self.status = status
+
+
+def positive(text: str) -> int:
+    """An argument's value as an int of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 class Paragraphs(argparse.HelpFormatter):
@@ -82,8 +90,11 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], left: Sequ
 
 
 def shorten(text: str, length: int) -> str:
-    """The end of ``text``, which in a module's name tells most."""
-    return text if len(text) <= length else "…" + text[len(text) - length + 1 :]
+    """``text`` without its middle where it is too long: of a module's name the layer's number and the end tell most."""
+    if len(text) <= length:
+        return text
+    tail = (length + 1) // 2
+    return text[: length - 1 - tail] + "…" + text[len(text) - tail :]
 
 
 def size(count: int) -> str:
@@ -91,4 +102,5 @@ def size(count: int) -> str:
     if count < 1024:
         return f"{count} B"
     power = min(int(math.log(count, 1024)), 4)
-    return f"{count / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
+    value = count / 1024**power
+    return f"{value:.0f} {_UNITS[power - 1]}" if value >= 99.95 else f"{value:.3g} {_UNITS[power - 1]}"
