@@ -113,7 +113,7 @@ def test_tables_fit_the_terminal_and_shorten_names_in_the_middle(capsys, monkeyp
     _output.print_table(("name", "norm"), rows)
     assert capsys.readouterr().out.splitlines() == [
         "  name              norm",
-        "  model.l…tn.q_proj   1.5",
+        "  model.l…n.q_proj   1.5",
         "  head                12",
     ]
 
@@ -178,8 +178,8 @@ def test_doctor_interprets_in_a_process_of_its_own(capsys, monkeypatch):
         assert main(["doctor", "--device", "cpu", "--interpret"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and max(map(len, out.splitlines())) <= 80
-    assert "Self-test: PyTorch's operators on cpu" in out
-    assert "Self-test: the Triton kernels in Triton's interpreter" in out and "stable_adamw" in out
+    assert "Self-test of PyTorch's operators on cpu" in out
+    assert "Self-test of the Triton kernels in Triton's interpreter" in out and "stable_adamw" in out
     assert f"All {2 * len(selftest.checks())} checks passed." in out
 
 

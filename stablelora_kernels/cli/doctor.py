@@ -174,7 +174,7 @@ def _print_findings(report: dict[str, Any]) -> None:
 
 
 def _print_results(title: str, results: list[Result]) -> None:
-    print(f"\nSelf-test: {title}, against float64, in {sum(r.seconds for r in results):.1f} s")
+    print("\n" + wrapped(f"Self-test of {title}, against float64, {sum(r.seconds for r in results):.1f} s"))
     rows = []
     for r in results:
         figures = ("-", "-", "-")

@@ -104,8 +104,8 @@ SORTS: dict[str, Callable[[Pair], Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="a directory, an adapter_model.safetensors, or a hub id")
-    order = "order of the pairs: by name, or largest figure first (a: ‖A‖/n, b: ‖B‖/m, ratio: a over b)"
-    parser.add_argument("--sort", choices=SORTS, default="name", help=order)
+    order = f"{', '.join(SORTS)}: by name, or the largest first (a: ‖A‖/n, b: ‖B‖/m, ratio: a over b)"
+    parser.add_argument("--sort", choices=SORTS, default="name", metavar="ORDER", help=order)
     parser.add_argument("--limit", type=positive, metavar="N", help="list so many pairs and other tensors")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
