@@ -240,6 +240,6 @@ def test_the_hub(tmp_path, capsys, monkeypatch):
     error = fails(capsys, "inspect", "someone/an-adapter")
     assert "'someone/an-adapter' is no path on this machine, and the hub did not give it: no route" in error
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install huggingface_hub" in fails(capsys, "inspect", "someone/an-adapter")
+    assert "pip install 'stablelora-kernels[cli]'" in fails(capsys, "inspect", "someone/an-adapter")
     with pytest.raises(_files.CommandError, match="got 'a/b/c'"):
         _files.from_hub("ADAPTER", "a/b/c", ())

@@ -39,7 +39,7 @@ def from_hub(argument: str, given: str, patterns: Sequence[str]) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise CommandError(
-            f"{argument} {given!r} is no path on this machine, and taken for a hub id it needs: pip install huggingface_hub"
+            f"{argument} {given!r} is no path on this machine; for a hub id: pip install 'stablelora-kernels[cli]'"
         ) from None
     try:
         return Path(snapshot_download(given, allow_patterns=list(patterns)))

@@ -29,13 +29,6 @@ class CommandError(Exception):
         self.status = status
 
 
-def positive(text: str) -> int:
-    """An argument's value as an int of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 class Paragraphs(argparse.HelpFormatter):
     """Help whose description is paragraphs, each broken to the terminal's width."""
 

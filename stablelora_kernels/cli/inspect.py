@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.adapter_io import PEFT_ALPHA, PREFIX, beyond_plain_lora, import_safetensors, read_json
+from stablelora_kernels.cli._arguments import positive
 from stablelora_kernels.cli._files import adapter_files
 from stablelora_kernels.cli._output import (
     CommandError,
-    positive,
     print_json,
     print_pairs,
     print_table,
