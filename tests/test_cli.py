@@ -268,7 +268,7 @@ def test_what_doctor_refuses(capsys, monkeypatch):
 
 
 def test_missing_packages_and_set_variables_are_named(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "peft" else "1.0")
+    monkeypatch.setattr(doctor, "version_of", lambda package: None if package == "peft" else "1.0")
     monkeypatch.setattr(doctor, "run_checks", lambda device: iter(()))
     monkeypatch.setenv("STABLELORA_KERNEL", "split")
     assert main(["doctor", "--device", "cpu"]) == 1  # nothing was checked

@@ -18,6 +18,8 @@ from tests.test_cli import fails
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
+# What the tests themselves save is no part of a command's stderr.
+transformers.logging.disable_progress_bar()
 IDS = torch.arange(12).view(2, 6)
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 WEIGHT = "model.layers.1.self_attn.q_proj"

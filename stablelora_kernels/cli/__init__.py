@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from stablelora_kernels._version import __version__
-from stablelora_kernels.cli import doctor, inspect, merge
+from stablelora_kernels.cli import bench, doctor, inspect, merge
 from stablelora_kernels.cli._output import CommandError, Paragraphs
 
 PROGRAM = "stablelora-kernels"
 # Each has HELP, DESCRIPTION, add_arguments(parser) and run(args) -> exit status.
-COMMANDS: dict[str, ModuleType] = {"doctor": doctor, "inspect": inspect, "merge": merge}
+COMMANDS: dict[str, ModuleType] = {"doctor": doctor, "inspect": inspect, "merge": merge, "bench": bench}
 
 
 def _parser() -> argparse.ArgumentParser:

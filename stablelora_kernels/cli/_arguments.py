@@ -6,6 +6,8 @@ import argparse
 
 import torch
 
+from stablelora_kernels.cli._output import CommandError
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,3 +27,17 @@ def dropout(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be a number in [0, 1), got {text!r}")
     return value
+
+
+def device_of(given: str | None) -> torch.device:
+    """What ``--device`` names, or the GPU, or the CPU where there is none."""
+    try:
+        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise CommandError(f"--device must be a torch device, got {given!r}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device must be of type cpu or cuda, got {given!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise CommandError(f"--device must be there, got {given!r} where PyTorch sees {count} GPUs")
+    return device

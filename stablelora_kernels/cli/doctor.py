@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 import torch
 
 from stablelora_kernels import backend
+from stablelora_kernels._timing import version_of
 from stablelora_kernels._version import __version__
+from stablelora_kernels.cli._arguments import device_of
 from stablelora_kernels.cli._output import CommandError, print_json, print_pairs, print_table, wrapped
 from stablelora_kernels.cli.selftest import Result, run_checks
 from stablelora_kernels.dispatch import DEVICES, arch_of
@@ -50,11 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = _device(args.device)
+    device = device_of(args.device)
     if args.interpret and backend.TRITON_PROBLEM is not None:
         raise CommandError(f"--interpret needs Triton, but {backend.TRITON_PROBLEM}")
     report: dict[str, Any] = {"version": __version__, "backend": _backend(device), "environment": _variables()}
-    report |= {"versions": _versions(), "optional": {name: _version(name) for name in OPTIONAL}, "self_tests": []}
+    report |= {"versions": _versions(), "optional": {name: version_of(name) for name in OPTIONAL}, "self_tests": []}
     if not args.json:
         _print_findings(report)
     for title, results in _self_tests(device, report["backend"]["name"], args.interpret):
@@ -78,19 +79,6 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report["ok"] else 1
 
 
-def _device(given: str | None) -> torch.device:
-    try:
-        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise CommandError(f"--device must be a torch device, got {given!r}: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise CommandError(f"--device must be of type cpu or cuda, got {given!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise CommandError(f"--device must be there, got {given!r} where PyTorch sees {count} GPUs")
-    return device
-
-
 def _backend(device: torch.device) -> dict[str, Any]:
     """The name is None where the backend that was set can't run."""
     try:
@@ -104,20 +92,13 @@ def _variables() -> dict[str, str]:
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _versions() -> dict[str, str]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found = {
         "stablelora-kernels": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
-        "triton": backend.TRITON_PROBLEM or _version("triton") or "built from source",
+        "triton": backend.TRITON_PROBLEM or version_of("triton") or "built from source",
         "CUDA": torch.version.cuda or "not in this torch",
         "ROCm": torch.version.hip or "not in this torch",
     }
