@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def _versions() -> dict[str, str]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found = {
         "stablelora-kernels": __version__,
+        "installed in": str(Path(__file__).parents[2]),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "triton": backend.TRITON_PROBLEM or version_of("triton") or "built from source",
