@@ -29,7 +29,7 @@ round. Where this library is slower, the last lines say so.
 Exit status: 0 timed; 1 a run failed, as when memory is short; 2 a bad argument, or a backend that can't run here."""
 
 FROZEN, EAGER, FUSED_LAYER = "frozen nn.Linear", "eager LoRA", "this library"
-ADAMW, SHRINKING, LATCHED = "AdamW, fused", "StableLoRAAdamW, shrinking", "StableLoRAAdamW, latched"
+ADAMW, SHRINKING, LATCHED = "AdamW fused, no Algorithm 1", "StableLoRAAdamW, shrinking", "StableLoRAAdamW, latched"
 WARMUP = 10
 # So small that no pair latches within the measurement.
 LR, SHRINK_RATIO = 1e-6, 5e-4
@@ -180,23 +180,19 @@ def _ratio(seconds: Sequence[float], others: Sequence[float]) -> Summary:
 
 def _print(report: Mapping[str, Any]) -> None:
     m, s = report["machine"], report["settings"]
-    on = m["gpu"] if s["device"].startswith("cuda") else f"{m['cpu']}, {m['cores']} cores, {m['torch_threads']} threads"
+    gpu = s["device"].startswith("cuda")
+    on = m["gpu"] if gpu else f"{m['cpu']}, {m['cores']} cores, {m['torch_threads']} threads"
     print(wrapped(f"{on}, torch {m['torch']}, load {m['load_average']}"))
+    if not gpu and (m["load_average"] or 0) > m["cores"]:
+        print(wrapped("The machine is BUSY with more than its cores can do: times are longer than they need be."))
     what = (
         f"{s['M']} x {s['K']} -> {s['N']}, r {s['r']}, {s['dtype']}, dropout {s['dropout']:g}, backend {s['backend']}"
     )
-    if not s["device"].startswith("cuda") and (m["load_average"] or 0) > m["cores"]:
-        print(
-            wrapped(
-                f"The machine is BUSY (load {m['load_average']} on {m['cores']} cores): times are longer than they need be."
-            )
-        )
     print()
     print(wrapped(f"Layer, forward and backward, ms: {what}"))
     _print_arms(report["layer"], "/ frozen")
-    print(
-        wrapped(f"\nOptimizer step, ms: {s['pairs']} float32 pairs of A [{s['r']}, {s['K']}], B [{s['N']}, {s['r']}]")
-    )
+    print()
+    print(wrapped(f"Optimizer step, ms: {s['pairs']} float32 pairs of A [{s['r']}, {s['K']}], B [{s['N']}, {s['r']}]"))
     _print_arms(report["optimizer"], "/ AdamW")
     print()
     layer, step = report["layer"], report["optimizer"]

@@ -97,10 +97,13 @@ def checks() -> list[tuple[str, str, Check]]:
 def run_checks(device: torch.device) -> Iterator[Result]:
     """Each check's result as it is there, on the backend in force, whichever kernel or tuning was set from outside."""
     on_triton = backend.resolve_backend(device) == "triton"
+    gpus = [device] if device.type == "cuda" else []
     for family, case, check in checks():
         begun, before, measured, problem = time.perf_counter(), _launched(on_triton), None, None
         try:
-            with use_kernel("auto"), use_autotune(False):
+            # The same masks each time, and the caller's generators as they were.
+            with use_kernel("auto"), use_autotune(False), torch.random.fork_rng(gpus):
+                torch.manual_seed(0)
                 measured = check(device)
             if not measured.error <= measured.bound:
                 problem = f"{measured.of} is off by {measured.error:.3g}, allowed {measured.bound:.3g}"
