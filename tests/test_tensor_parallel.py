@@ -49,7 +49,6 @@ def train(backend: str, group: Any = None, cut: Any = None, steps: int = STEPS) 
     model = lora_model(bias="lora_only" if backend == "torch" else "none")
     if cut is not None:
         cut(model)
-        assert all(type(layer) is LoRAShardedLinear for layer in lora_layers(model).values())
     optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.1, shrink_ratio=0.1, seed=7)
     generator = torch.Generator().manual_seed(1)
     parts, part = group or (1, 0)
@@ -74,6 +73,7 @@ def train(backend: str, group: Any = None, cut: Any = None, steps: int = STEPS) 
 def cut_in_two(model: nn.Module) -> None:
     for block in model.children():
         parallelize_module(block, init_device_mesh("cpu", (2,)), plan())
+    assert all(type(layer) is LoRAShardedLinear for layer in lora_layers(model).values())
 
 
 def sequence_parallel(rank: int) -> dict[str, torch.Tensor]:
@@ -154,7 +154,14 @@ def four(rank: int, world: int, place: Path) -> None:
             fully_shard(block, mesh=both["data"])
         fully_shard(model, mesh=both["data"])
 
+    def copies_of_shards(model: nn.Module) -> None:
+        for block in model.children():
+            fully_shard(block, mesh=both)
+        fully_shard(model, mesh=both)
+
     found = {backend: train(backend, (2, both.get_local_rank("data")), cut) for backend in ("torch", "triton")}
+    # Every process has its own part of the batch.
+    found["copies"] = train("torch", (4, rank), copies_of_shards)
     torch.save(found, place / f"{rank}.pt")
 
 
@@ -226,6 +233,10 @@ def test_four_processes_in_two_dimensions(tmp_path: Path) -> None:
         for rank in range(4):
             part = rank // 2 * ROWS // 2
             close(torch.load(tmp_path / f"{rank}.pt")[backend], alone, slice(part, part + ROWS // 2))
+    alone = train("torch")
+    for rank in range(4):
+        part = rank * ROWS // 4
+        close(torch.load(tmp_path / f"{rank}.pt")["copies"], alone, slice(part, part + ROWS // 4))
 
 
 def test_other_modules_and_hooks(mesh: DeviceMesh) -> None:  # noqa: F811
