@@ -326,10 +326,12 @@ def lora_linear_op(
     rows = x.numel() // x.shape[-1]
     # Autograd would hold a dequantised weight.
     if backend == "torch" and dropout_p == 0 and not (quantised and wanted) and is_few(rows):
-        s = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
-        y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), _in_full(weight, x.dtype), bias)
+        # A view is a node of the graph too, and costs a third of a product.
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        s = torch.nn.functional.linear(flat, lora_A.to(x.dtype))
+        y = torch.nn.functional.linear(flat, _in_full(weight, x.dtype), bias)
         y = torch.addmm(y, s, lora_B.to(x.dtype).t(), alpha=scaling)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
     if wanted:
         rest = (bias, lora_A, lora_B, scaling, dropout_p, backend)
         if isinstance(weight, Stored):
