@@ -13,8 +13,9 @@ import torch
 from benchmarks._gpu_device import Arms, Device
 from benchmarks._gpu_section import FAILED, Clock, Row, Unit, note_of
 from benchmarks._harness import summarize
-from benchmarks.bench_stable_adamw import SHRINK_RATIO, NaiveStableAdamW, make_pairs
+from benchmarks.optimizers import SHRINK_RATIO, NaiveStableAdamW
 from stablelora_kernels import LoRAPair, StableLoRAAdamW
+from stablelora_kernels.cli.bench import make_pairs
 
 COLUMNS = (
     "set", "tensors", "dtype", "state", "arm", "status", "device_us", "q1_us", "q3_us", "samples", "host_us",

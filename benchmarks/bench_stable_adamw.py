@@ -17,32 +17,13 @@ from typing import Any
 import torch
 
 from benchmarks._harness import environment, interleave, summarize
+from benchmarks.optimizers import SHRINK_RATIO, NaiveStableAdamW
 from stablelora_kernels.cli.bench import make_pairs
 from stablelora_kernels.optim import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 
-SHRINK_RATIO = 5e-4
 OURS, FUSED = "StableLoRAAdamW", "AdamW fused, no Algorithm 1"
 NAIVE = ("naive Algorithm 1 over AdamW", "naive Algorithm 1 over AdamW foreach")
-
-
-class NaiveStableAdamW:
-    """Algorithm 1 as one would first write it: two norms, a comparison read on the host and a product for each pair."""
-
-    def __init__(self, pairs: list[LoRAPair], lr: float, **kwargs: Any) -> None:
-        self.pairs = pairs
-        self.stable = [False] * len(pairs)
-        self.optimizer = torch.optim.AdamW([p for pair in pairs for p in (pair.A, pair.B)], lr=lr, **kwargs)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for i, pair in enumerate(self.pairs):
-            if not self.stable[i]:
-                if pair.A.norm() / pair.A.shape[1] > pair.B.norm() / pair.B.shape[0]:
-                    pair.A.mul_(1 - SHRINK_RATIO)
-                else:
-                    self.stable[i] = True
-        self.optimizer.step()
 
 
 def measure(

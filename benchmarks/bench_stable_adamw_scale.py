@@ -27,8 +27,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from benchmarks._harness import environment, interleave, summarize
-from benchmarks.bench_stable_adamw import SHRINK_RATIO, make_pairs
+from benchmarks.optimizers import SHRINK_RATIO
 from stablelora_kernels.backend import use_backend
+from stablelora_kernels.cli.bench import make_pairs
 from stablelora_kernels.optim import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 

@@ -85,7 +85,7 @@ def make_pairs(
     for i in range(count):
         a = torch.randn(r, n, generator=generator) / n**0.5
         b = torch.full((m or n, r), 1.0 if latched else 0.0)
-        pair = LoRAPair(f"layer{i}", *(x.to(device).requires_grad_() for x in (a, b)))
+        pair = LoRAPair(f"layer{i}", *(nn.Parameter(x.to(device)) for x in (a, b)))
         for p in (pair.A, pair.B):
             p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device)
         pairs.append(pair)
