@@ -76,7 +76,7 @@ def build_arm(name: str, backbone: PreTrainedModel, classes: int, recipe: Recipe
     torch.manual_seed(recipe.seed)
     if name == FROZEN:
         label = "frozen"
-        _let_gradients_reach(own, recipe.target_modules)
+        let_gradients_reach(own, recipe.target_modules)
     elif name == PEFT:
         from peft import LoraConfig, get_peft_model
 
@@ -109,7 +109,7 @@ def build_arms(
     return arms
 
 
-def _let_gradients_reach(model: nn.Module, targets: Sequence[str]) -> None:
+def let_gradients_reach(model: nn.Module, targets: Sequence[str]) -> None:
     """Make the frozen model's backward pass go exactly as deep as LoRA's, so that what LoRA adds is LoRA's own.
 
     LoRA needs the gradient of every adapted layer's output. In the frozen model nothing asks for the first one's.
