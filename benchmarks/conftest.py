@@ -6,6 +6,7 @@ all arms of a case are sampled in turns the first time that one of them is asked
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ import torch
 from benchmarks import _suite, _suite_table
 from benchmarks._harness import environment
 from benchmarks._suite import Case, Outcome
+from stablelora_kernels.cli._arguments import device_of
+from stablelora_kernels.cli._output import CommandError
 
 SUITES = ("quick", "full", "tiny")
 ITERS = {"quick": 15, "full": 50, "tiny": 3}
 CASES = pytest.StashKey[dict[str, Case]]()
 OUTCOMES = pytest.StashKey[dict[str, Outcome]]()
 LOAD = pytest.StashKey[float]()
+DEVICE = pytest.StashKey[torch.device]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,27 +35,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--rounds", type=_rounds, help=f"samples of each arm (default: {ITERS['quick']}, full {ITERS['full']})"
     )
-    group.addoption(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU, else cpu"
-    )
+    group.addoption("--device", help="a torch device (default: the GPU if there is one, else the CPU)")
 
 
 def _rounds(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
-        raise ValueError(f"--rounds must be a whole number of at least 2, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 2, got {text!r}")
     return int(text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[CASES], config.stash[OUTCOMES] = {}, {}
     config.stash[LOAD] = os.getloadavg()[0]
+    try:
+        config.stash[DEVICE] = device_of(config.getoption("device"))
+    except CommandError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "entry" not in metafunc.fixturenames:
         return
     config = metafunc.config
-    found = metafunc.module.cases(config.getoption("suite"), torch.device(config.getoption("device")))
+    found = metafunc.module.cases(config.getoption("suite"), config.stash[DEVICE])
     config.stash[CASES].update({case.name: case for case in found})
     # Names, not objects, so that --benchmark-group-by=param:case and the JSON can tell them.
     rows = [(case.name, phase, arm) for case in found for phase in case.phases for arm in case.arms]

@@ -15,7 +15,7 @@ from benchmarks._suite import Case, Parts
 from benchmarks.arms import let_gradients_reach
 from benchmarks.conftest import Entry
 from benchmarks.layers import ACCELERATED, AUTOCAST, DTYPE_NAMES, PEFT, PEFT_COMPILED, autocast, compiled, stored_dtype
-from benchmarks.llama import TARGETS, Sizes, fill, llama, peft_model
+from benchmarks.llama import TARGETS, Sizes, fill, llama, our_model, peft_model
 
 FROZEN, OURS, OURS_COMPILED, OURS_FUSED = "frozen", "ours", "ours compiled", "ours, projections fused"
 
