@@ -36,7 +36,9 @@ _MERGE_ELEMENTS = 1 << 22
 class MergeError:
     """What a merged weight, as it is stored, lacks to ``W + scaling · B A``.
 
-    ``largest_error`` is the largest difference of an element, ``largest_delta`` the largest element of ``scaling · B A``.
+    Attributes:
+        largest_error: the largest difference of an element.
+        largest_delta: the largest element of ``scaling · B A``, by magnitude.
     """
 
     largest_error: float
@@ -44,7 +46,7 @@ class MergeError:
 
     @property
     def relative(self) -> float:
-        """The error as a share of the change: 1 where the largest change was rounded away whole, 0 where nothing was."""
+        """``largest_error / largest_delta``: 1 where the largest change was rounded away whole, 0 where nothing was."""
         if self.largest_delta == 0:
             return math.inf if self.largest_error else 0.0
         return self.largest_error / self.largest_delta
@@ -60,7 +62,9 @@ class LoRALinear(nn.Module):
     ``lora_alpha / sqrt(r)`` with ``use_rslora``.
 
     Args:
-        in_features, out_features, bias: as in ``nn.Linear``.
+        in_features: K, as in ``nn.Linear``.
+        out_features: N, as in ``nn.Linear``.
+        bias: whether there is a bias, which is frozen too.
         r: rank of the branch, at least 1.
         lora_alpha: numerator of the scaling.
         lora_dropout: probability of dropping an element of the branch's input, in [0, 1).
@@ -69,12 +73,16 @@ class LoRALinear(nn.Module):
             zero B; False for both kaiming-uniform, so that the branch is not zero at the start (PEFT's meanings).
         lora_dtype: dtype of A and B: float32, or the same as the weight's. A float32 A and B beside a bfloat16 or float16
             weight are cast as they are used; no float32 copy of the activations is made.
-        device, dtype: of the frozen weight and bias; A and B are on the same device.
+        device: of all parameters.
+        dtype: of the frozen weight and bias. Beside float64 A and B are float64 too.
 
     Attributes:
-        weight [out_features, in_features], bias [out_features] or None: frozen.
-        lora_A [r, in_features], lora_B [out_features, r]: trainable.
-        scaling: float. merged: bool.
+        weight: [out_features, in_features], frozen.
+        bias: [out_features], frozen, or None.
+        lora_A: [r, in_features], trainable.
+        lora_B: [out_features, r], trainable.
+        scaling: s, a float.
+        merged: whether the weight holds the branch.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind, naming it and its value.
@@ -205,7 +213,12 @@ class LoRALinear(nn.Module):
             nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in_features] to [..., out_features], in x's dtype (autocast's where that is on)."""
+        """``x`` [..., in_features] to [..., out_features], in x's dtype (autocast's where that is on).
+
+        Raises:
+            RuntimeError: the layer is merged, in training mode with gradients on, where A and B would get none.
+            ValueError, TypeError, RuntimeError: as :func:`~stablelora_kernels.functional.lora_linear`.
+        """
         if (group := self.__dict__.get(ATTRIBUTE)) is not None and (y := group.output(self, x)) is not None:
             return y
         if self.merged:
@@ -285,7 +298,7 @@ class LoRALinear(nn.Module):
 
     @property
     def frozen_weight(self) -> nn.Parameter:
-        """W: ``weight``, and while the layer is merged the Parameter that :meth:`unmerge` will give back."""
+        """The frozen W. It is ``weight``, and while the layer is merged the Parameter that :meth:`unmerge` will give back."""
         return self.__dict__["_unmerged_weight"] if self.merged else self.weight
 
     def _stored_delta(self) -> Tensor:

@@ -23,7 +23,9 @@ def check_shards(weight: Any) -> None:
 
 
 class LoRAShardedLinear(LoRABranchLinear):
-    """A :class:`LoRABranchLinear` each of whose processes adds its part of the branch to its part of the product.
+    """A :class:`~stablelora_kernels.nn_bases.LoRABranchLinear` over a DTensor.
+
+    Each process adds its part of the branch to its part of the product.
 
     ``y = base_layer(x) + scaling · D(x) A^T B^T``, in DTensors of one mesh: B [N, r] is cut as the rows of the weight [N, K] are,
     A [r, K] as its columns. Of columns that are cut the product is a sum over processes, and so is the branch: neither

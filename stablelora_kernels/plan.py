@@ -23,7 +23,12 @@ _STATE_HOOKS = (
 
 @dataclass(frozen=True)
 class SkippedModule:
-    """One module that was asked for and left as it was, and why."""
+    """One module that was asked for and left as it was.
+
+    Attributes:
+        name: its dotted name in the model.
+        reason: why, in words.
+    """
 
     name: str
     reason: str
