@@ -1,0 +1,102 @@
+"""The documentation: its Python runs, and its reference has every public name."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import stablelora_kernels
+from stablelora_kernels import functional, reference
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A block is run unless this is in the line before it.
+NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
+PRINTED = re.compile(r"^It prints\n\n```text\n(.*?)^```$", re.M | re.S)
+
+
+class Block(NamedTuple):
+    # Counted from one, the line of its first statement.
+    line: int
+    code: str
+    run: bool
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The Python blocks of a page."""
+    blocks, begun = [], 0
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        if begun and line == "```":
+            run = begun < 3 or NOT_RUN.fullmatch(lines[begun - 3]) is None
+            blocks.append(Block(begun, "\n".join(lines[begun - 1 : number - 1]), run))
+            begun = 0
+        elif not begun and line.lstrip() == "```python":
+            assert line == "```python", f"{page.name}:{number}: a block that is indented is not run"
+            begun = number + 1
+    assert not begun, f"{page.name}:{begun}: a block that does not end"
+    return blocks
+
+
+def test_blocks_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    marked, unmarked = "<!-- not run: a reason -->", "<!-- not run: -->"
+    page.write_text(f"```python\na = 1\n```\n{marked}\n```python\nb\nc\n```\n{unmarked}\n```python\nd\n```\n")
+    assert blocks_of(page) == [Block(2, "a = 1", True), Block(6, "b\nc", False), Block(11, "d", True)]
+    page.write_text("- item\n\n  ```python\n  a\n  ```\n")
+    with pytest.raises(AssertionError, match=r"page.md:3: a block that is indented"):
+        blocks_of(page)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
+def test_python_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All blocks of a page run one after another, as one file, in which they are at their lines of the page.
+
+    What is in a text block after "It prints" is printed.
+    """
+    content = page.read_text(encoding="utf-8")
+    lines = [""] * len(content.splitlines())
+    for block in blocks_of(page):
+        ast.parse(block.code, filename=f"{page.name}:{block.line}")
+        if block.run:
+            code = block.code.splitlines()
+            lines[block.line - 1 : block.line - 1 + len(code)] = code
+    # A file, since Triton reads its kernels' source.
+    file = tmp_path / f"{page.stem.replace('-', '_')}_md.py"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(file))
+    out = capsys.readouterr().out
+    for text in PRINTED.findall(content):
+        assert text in out
+    assert content.count("It prints\n") == len(PRINTED.findall(content))
+
+
+def documented_names() -> set[str]:
+    """The full names that the reference documents."""
+    names: set[str] = set()
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        module = ""
+        for directive, name in re.findall(
+            r"^\.\. (automodule|currentmodule|auto\w+):: (\S+)$", page.read_text(encoding="utf-8"), re.M
+        ):
+            if directive in ("automodule", "currentmodule"):
+                module = name
+            names.add(name if "." in name else f"{module}.{name}")
+    return names
+
+
+def test_reference_has_every_public_name() -> None:
+    public = {f"stablelora_kernels.{name}" for name in stablelora_kernels.__all__}
+    public -= {f"stablelora_kernels.{name}" for name in ("functional", "reference", "__version__")}
+    for module in (functional, reference):
+        public |= {f"{module.__name__}.{name}" for name in module.__all__}
+    public |= {f"stablelora_kernels.testing.{name}" for name in ("make_inputs", "assert_no_worse")}
+    assert public - documented_names() == set()
