@@ -100,3 +100,29 @@ def test_reference_has_every_public_name() -> None:
         public |= {f"{module.__name__}.{name}" for name in module.__all__}
     public |= {f"stablelora_kernels.testing.{name}" for name in ("make_inputs", "assert_no_worse")}
     assert public - documented_names() == set()
+
+
+def messages() -> list[str]:
+    """The package's strings, values in them replaced by "…"."""
+    found = []
+    for file in sorted((ROOT / "stablelora_kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_messages_are_the_codes() -> None:
+    """The last code span of every row of unsupported.md is a message of the code, where it is one and not a name."""
+    rows = [
+        line for line in (ROOT / "docs" / "unsupported.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "
+    ]
+    quoted = [span for row in rows for span in re.findall(r"`([^`]+)`", row.split(" | ", 1)[1]) if span.count(" ") > 2]
+    assert len(quoted) > 60
+    known = messages()
+    # "…" at an end stands for any text.
+    missing = [text for text in quoted if not any(text.strip("… ") in message for message in known)]
+    assert missing == []
