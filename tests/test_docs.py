@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +47,20 @@ def blocks_of(page: Path) -> list[Block]:
     return blocks
 
 
+def write_code(page: Path, directory: Path) -> Path:
+    """The blocks of a page as one file, in which they are at their lines of the page; those not to be run are only parsed."""
+    lines = [""] * len(page.read_text(encoding="utf-8").splitlines())
+    for block in blocks_of(page):
+        ast.parse(block.code, filename=f"{page.name}:{block.line}")
+        if block.run:
+            code = block.code.splitlines()
+            lines[block.line - 1 : block.line - 1 + len(code)] = code
+    # A file, since Triton reads its kernels' source.
+    file = directory / f"{page.stem.replace('-', '_')}_page.py"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
 def test_blocks_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     marked, unmarked = "<!-- not run: a reason -->", "<!-- not run: -->"
@@ -57,26 +75,35 @@ def test_blocks_are_found(tmp_path: Path) -> None:
 def test_python_blocks_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All blocks of a page run one after another, as one file, in which they are at their lines of the page.
-
-    What is in a text block after "It prints" is printed.
-    """
+    """All blocks of a page run one after another, then the tests that they define. What it says is printed is printed."""
     content = page.read_text(encoding="utf-8")
-    lines = [""] * len(content.splitlines())
-    for block in blocks_of(page):
-        ast.parse(block.code, filename=f"{page.name}:{block.line}")
-        if block.run:
-            code = block.code.splitlines()
-            lines[block.line - 1 : block.line - 1 + len(code)] = code
-    # A file, since Triton reads its kernels' source.
-    file = tmp_path / f"{page.stem.replace('-', '_')}_md.py"
-    file.write_text("\n".join(lines), encoding="utf-8")
+    file = write_code(page, tmp_path)
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(file))
+    defined = runpy.run_path(str(file))
+    for name, function in defined.items():
+        if name.startswith("test_"):
+            function()
     out = capsys.readouterr().out
     for text in PRINTED.findall(content):
         assert text in out
     assert content.count("It prints\n") == len(PRINTED.findall(content))
+
+
+def test_the_example_kernel_compiles(tmp_path: Path) -> None:
+    """In a process without the interpreter: Triton decides at import whether it interprets or compiles."""
+    file = write_code(ROOT / "docs" / "adding-a-kernel.md", tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    code = f"import json, {file.stem} as page; print(json.dumps(page.machine_code()))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert {key: facts[key] for key in ("spills", "load_bits", "store_bits", "wide_loads")} == {
+        "spills": 0,
+        "load_bits": 16,
+        "store_bits": 128,
+        "wide_loads": 2,
+    }
 
 
 def documented_names() -> set[str]:
