@@ -10,7 +10,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -89,21 +89,42 @@ def test_python_blocks_run(
     assert content.count("It prints\n") == len(PRINTED.findall(content))
 
 
-def test_the_example_kernel_compiles(tmp_path: Path) -> None:
-    """In a process without the interpreter: Triton decides at import whether it interprets or compiles."""
-    file = write_code(ROOT / "docs" / "adding-a-kernel.md", tmp_path)
+def machine_code_of(page: str, directory: Path) -> Any:
+    """What the page's ``machine_code`` gives, in a process that compiles: Triton decides at import whether it interprets."""
+    file = write_code(ROOT / "docs" / page, directory)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    environment["PYTHONPATH"] = f"{directory}:{ROOT}"
     code = f"import json, {file.stem} as page; print(json.dumps(page.machine_code()))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_the_example_kernel_compiles(tmp_path: Path) -> None:
+    facts = machine_code_of("adding-a-kernel.md", tmp_path)
     assert {key: facts[key] for key in ("spills", "load_bits", "store_bits", "wide_loads")} == {
         "spills": 0,
         "load_bits": 16,
         "store_bits": 128,
         "wide_loads": 2,
     }
+
+
+def test_the_tensor_that_is_followed_meets_these_instructions(tmp_path: Path) -> None:
+    s, y, ds, dx = machine_code_of("architecture.md", tmp_path)
+    assert [launch["programs"] for launch in (s, y, ds, dx)] == [256, 132, 768, 260]
+    shrink, linear = "_lora_shrink_kernel", "_lora_linear_tma_kernel"
+    assert [launch["kernel"] for launch in (s, y, ds, dx)] == [shrink, linear, shrink, linear]
+    named = {
+        "shrink": ("PREEXIT", "LDGSTS.E.BYPASS.128", "HGMMA.64x16x16", "ATOMG"),
+        "y": ("UTMALDG.2D", "HGMMA.64x256x16", "ACQBULK", "HGMMA.64x128x16", "UTMASTG.2D"),
+        "dx": ("LDGSTS", "HGMMA.64x16x16"),
+    }
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## One tensor, followed")[1]
+    for launch, keys in ((s, ["shrink"]), (y, ["y"]), (ds, ["shrink"]), (dx, ["y", "dx"])):
+        for name in (name for key in keys for name in named[key]):
+            assert any(found.startswith(name) for found in launch["instructions"]), (launch["kernel"], name)
+            assert f"`{name}`" in text
 
 
 def documented_names() -> set[str]:
