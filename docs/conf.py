@@ -26,24 +26,36 @@ autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False
 python_use_unqualified_type_names = True
-maximum_signature_line_length = 80
+maximum_signature_line_length = 50
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 myst_heading_anchors = 3
 
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_title = f"stablelora-kernels {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 
-def _name_factories(app, what, name, obj, options, signature, return_annotation):
+# Classes that LoRALinear.from_linear makes: their constructor, which is LoRALinear's, is not how one gets them.
+MADE = (
+    "nn_quantised.LoRAQuantisedLinear",
+    "nn_bases.LoRAConv1D",
+    "nn_bases.LoRABranchLinear",
+    "nn_sharded.LoRAShardedLinear",
+)
+
+
+def _show_signature(app, what, name, obj, options, signature, return_annotation):
     """A dataclass's ``field(default_factory=dict)`` as ``{}``; Sphinx cannot parse what Python prints for it."""
+    if name.removeprefix("stablelora_kernels.") in MADE:
+        return "", None
     if signature:
         for kind, empty in (("dict", "{}"), ("list", "[]")):
             signature = re.sub(rf"({kind}\[[^=]*\]) = <factory>", rf"\1 = {empty}", signature)
@@ -51,4 +63,4 @@ def _name_factories(app, what, name, obj, options, signature, return_annotation)
 
 
 def setup(app):
-    app.connect("autodoc-process-signature", _name_factories)
+    app.connect("autodoc-process-signature", _show_signature)

@@ -46,7 +46,7 @@ class MergeError:
 
     @property
     def relative(self) -> float:
-        """``largest_error / largest_delta``: 1 where the largest change was rounded away whole, 0 where nothing was."""
+        """``largest_error / largest_delta``, which is 1 where the largest change was rounded away whole, 0 where nothing was."""
         if self.largest_delta == 0:
             return math.inf if self.largest_error else 0.0
         return self.largest_error / self.largest_delta
