@@ -13,6 +13,10 @@ release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 
+# Strings in docstrings keep their quotes.
+smartquotes = False
+highlight_language = "text"
+
 # Every reference must lead somewhere. There is no intersphinx, since its inventories are fetched: what others define
 # stays without a link.
 nitpicky = True

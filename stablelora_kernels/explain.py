@@ -22,7 +22,7 @@ class Step(NamedTuple):
         kernel: "lora_linear_tma", "lora_shrink", ...; "vendor" for the vendor's product.
         variant: what the kernel does here and its tile, in words.
         reason: why that tile.
-        grid: programs. Empty for the vendor's product, which chooses for itself, as it does the next two.
+        grid: programs. Empty for the vendor's product, which chooses this, warps and stages for itself.
         num_warps: warps a program, or None.
         num_stages: steps of the main loop that are on their way at once, or None.
     """

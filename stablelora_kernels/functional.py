@@ -143,7 +143,7 @@ def lora_branch(
         training: as in :func:`lora_linear`.
 
     Returns:
-        [..., N], in base_out's dtype: products in x's dtype, sums and the addition in float32. Gradients flow to every
+        [..., N], in base_out's dtype. Products are in x's dtype, sums and the addition in float32. Gradients flow to every
         argument tensor that requires them, and no others are computed.
 
     Raises:
