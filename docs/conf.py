@@ -14,7 +14,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 
 # Strings in docstrings keep their quotes.
-smartquotes = False
+smartquotes_action = "De"
 highlight_language = "text"
 
 # Every reference must lead somewhere. There is no intersphinx, since its inventories are fetched: what others define
