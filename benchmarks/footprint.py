@@ -31,18 +31,19 @@ MIB = 1 << 20
 
 def saved_for_backward(run: Callable[[], torch.Tensor], exclude: list[torch.Tensor]) -> int:
     """Bytes of the distinct storages that ``run``'s graph keeps, besides the storages of ``exclude``."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    known = {tensor.untyped_storage()._cdata for tensor in exclude}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        # The storage itself, not its address: tensors without memory have none.
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = run()
-    # The graph, and so every counted storage, is alive until here: no address was counted twice or reused.
+    # The graph, and so every counted storage, is alive until here: none was counted twice.
     del loss
     return sum(kept.values())
 

@@ -262,7 +262,7 @@ class LoRALinear(nn.Module):
         merged, delta = torch.empty_like(self.weight), self._stored_delta()
         for out, weight, change in self._merge_rows(merged, self.weight, delta):
             out.copy_(weight.to(delta.dtype) + change)
-        if not bool(torch.isfinite(merged).all()):
+        if not self._all_finite(merged):
             raise ValueError(
                 "merging would give a weight that is not finite; check lora_A, lora_B and weight for nan or inf"
             )
@@ -284,8 +284,15 @@ class LoRALinear(nn.Module):
             raise RuntimeError("this LoRALinear is not merged")
         return self._merge_error(self._stored_delta())
 
-    @torch.no_grad()
+    def _all_finite(self, matrix: Tensor) -> bool:
+        return bool(torch.isfinite(matrix).all())
+
     def _merge_error(self, delta: Tensor) -> MergeError:
+        return MergeError(*(value.item() for value in self._merge_error_of(delta)))
+
+    @torch.no_grad()
+    def _merge_error_of(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest error and the largest change, as scalars on the device."""
         largest_error = delta.new_zeros(())
         for stored, weight, change in self._merge_rows(self.weight, self.frozen_weight, delta):
             stored, weight = stored.to(delta.dtype), weight.to(delta.dtype)
@@ -294,7 +301,7 @@ class LoRALinear(nn.Module):
             back = total - weight
             lost = (weight - (total - back)) + (change - back)
             largest_error = torch.maximum(largest_error, ((stored - total) - lost).abs().max())
-        return MergeError(largest_error.item(), delta.abs().max().item())
+        return largest_error, delta.abs().max()
 
     @property
     def frozen_weight(self) -> nn.Parameter:
@@ -307,7 +314,7 @@ class LoRALinear(nn.Module):
 
     def _merge_rows(self, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Matrices of the weight's shape, some rows at a time."""
-        rows = max(1, _MERGE_ELEMENTS // matrices[0].shape[1])
+        rows = max(1, _MERGE_ELEMENTS // max(1, matrices[0].shape[1]))
         return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
     def unmerge(self) -> None:

@@ -147,6 +147,7 @@ def test_reference_has_every_public_name() -> None:
     for module in (functional, reference):
         public |= {f"{module.__name__}.{name}" for name in module.__all__}
     public |= {f"stablelora_kernels.testing.{name}" for name in ("make_inputs", "assert_no_worse")}
+    public |= {f"stablelora_kernels.tensor_parallel.{name}" for name in ("LoRAColwiseParallel", "LoRARowwiseParallel")}
     assert public - documented_names() == set()
 
 

@@ -126,15 +126,12 @@ def test_column_and_row_wise(tmp_path: Path) -> None:
     for name, case in CASES.items():
         alone = train(1, *case)
         for got in (rank[name] for rank in ranks):
-            expected = {key.replace("base_layer.", ""): value for key, value in got.items()}
-            assert expected.keys() == alone.keys() and expected["latches"] == alone["latches"]
+            assert got.keys() == alone.keys() and got["latches"] == alone["latches"]
             for key, value in alone.items():
                 if key != "latches":
                     # Sums are in another order, of which AdamW makes up to a whole step where a gradient is next to nothing.
                     atol = (1e-3 if "lora" in key and key[0] != "d" else 1e-5) * value.abs().max().item()
-                    torch.testing.assert_close(
-                        expected[key], value, rtol=1e-5, atol=atol, msg=lambda t, k=key: f"{k}: {t}"
-                    )
+                    torch.testing.assert_close(got[key], value, rtol=1e-5, atol=atol, msg=lambda t, k=key: f"{k}: {t}")
     first, second = (torch.load(tmp_path / f"dropout{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first if "lora" in key)
 
@@ -182,8 +179,6 @@ def test_start_and_errors(mesh):
     assert layer.lora_A is first and not torch.equal(whole(first), before)
     with pytest.raises(TypeError, match="x must be a DTensor beside a sharded weight, got a Tensor"):
         layer(torch.randn(5, WIDTH))
-    with pytest.raises(ValueError, match=r"that only its Linear can read"):
-        layer.merge()
     two = init_device_mesh("cpu", (1, 1))
     with pytest.raises(ValueError, match=r"linear's weight must be replicated or cut .* on 2 dimensions"):
         slk.LoRALinear.from_linear(cut(two, Shard(0), Replicate()))

@@ -18,6 +18,7 @@ from stablelora_kernels import dispatch
 from stablelora_kernels.dispatch import Call, Device
 from stablelora_kernels.ops.lora_linear import (
     NAMESPACE,
+    as_matrix,
     draw_keep,
     draw_seed,
     expanded,
@@ -195,8 +196,9 @@ def lora_branch_op(
     rows = x.numel() // x.shape[-1]
     if backend == "torch" and dropout_p == 0 and base.dtype == x.dtype and is_few(rows):
         # Plain operators under ordinary autograd, as in lora_linear_op.
-        s = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
-        return _add(base.reshape(-1, base.shape[-1]), s, lora_B.to(x.dtype), scaling).view(base.shape)
+        s = torch.nn.functional.linear(as_matrix(x), lora_A.to(x.dtype))
+        y = _add(as_matrix(base), s, lora_B.to(x.dtype), scaling)
+        return y if base.dim() == 2 else y.view(base.shape)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (base, x, lora_A, lora_B)):
         return _LoRABranch.apply(base, x, lora_A, lora_B, scaling, dropout_p, backend)
     if backend == "torch":

@@ -154,6 +154,12 @@ def is_few(rows: int) -> bool:
     return not torch.compiler.is_compiling() and rows < FEW_ROWS
 
 
+def as_matrix(x: Tensor) -> Tensor:
+    """[..., K] as [M, K]."""
+    # Of a matrix not even a view: a view is a node of the graph too, and costs a third of a small product.
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def torch_thin(x: Tensor, lora_A: Tensor, keep: Tensor | None) -> Tensor:
     """(X ∘ keep) A^T, of one dtype."""
     dropped = x if keep is None else x * _as_float(keep, x.dtype)
@@ -326,10 +332,11 @@ def lora_linear_op(
     rows = x.numel() // x.shape[-1]
     # Autograd would hold a dequantised weight.
     if backend == "torch" and dropout_p == 0 and not (quantised and wanted) and is_few(rows):
-        s = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
-        y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), _in_full(weight, x.dtype), bias)
+        flat = as_matrix(x)
+        s = torch.nn.functional.linear(flat, lora_A.to(x.dtype))
+        y = torch.nn.functional.linear(flat, _in_full(weight, x.dtype), bias)
         y = torch.addmm(y, s, lora_B.to(x.dtype).t(), alpha=scaling)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
     if wanted:
         rest = (bias, lora_A, lora_B, scaling, dropout_p, backend)
         if isinstance(weight, Stored):
