@@ -43,6 +43,8 @@ html_title = f"stablelora-kernels {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+# The search finds names; the index of two columns outgrows a phone.
+html_use_index = html_domain_indices = False
 html_show_sphinx = html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
 
