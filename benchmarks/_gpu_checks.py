@@ -11,7 +11,7 @@ from torch import Tensor
 from stablelora_kernels.dispatch import Call, check_possible
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.reference import lora_linear_grads_ref, lora_linear_ref, philox_ref
-from stablelora_kernels.testing import EPS, assert_no_worse, make_inputs
+from stablelora_kernels.testing import assert_no_worse, error_and_bound, make_inputs, seed_of
 
 SCALING = 1.7
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -80,18 +80,6 @@ def call(inputs: Inputs, x: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor:
     return lora_linear(x, inputs["weight"], inputs.get("bias"), a, b, SCALING, p)
 
 
-def seed_of(y: Tensor) -> Tensor:
-    """Dropout's seed, an int64 tensor of one element, from what the layer keeps for its backward pass."""
-    node = y.grad_fn
-    while node is not None:
-        for saved in getattr(node, "saved_tensors", ()):
-            if saved is not None and saved.dtype == torch.int64 and saved.numel() == 1:
-                return saved
-        # Past the views that autograd put around it.
-        node = node.next_functions[0][0] if node.next_functions else None
-    raise LookupError("no seed among the tensors that the layer keeps for backward")
-
-
 def run(inputs: Inputs, p: float) -> tuple[dict[str, Tensor], int | None]:
     """Y, dX, dA and dB of the library, and dropout's seed."""
     x, a, b = leaves(inputs)
@@ -139,8 +127,8 @@ def compare(inputs: Inputs, out: dict[str, Tensor], keep: Tensor | None, p: floa
         assert_no_worse(value, ref[name], base[name], dtype=dtype, name=name)
         wanted = dtype if name in ("Y", "dX") else inputs["lora_A"].dtype
         assert value.dtype == wanted, f"{name} is {value.dtype}, expected {wanted}"
-        bound = 2 * (base[name].double() - ref[name]).abs().max().item() + EPS[dtype] * ref[name].abs().max().item()
-        share = (value.double() - ref[name]).abs().max().item() / bound if bound else 0.0
+        error, bound = error_and_bound(value, ref[name], base[name], dtype)
+        share = error / bound if bound else 0.0
         if share >= worst:
             worst, which = share, name
     return worst, which

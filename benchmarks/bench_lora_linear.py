@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
-import stablelora_kernels as slk
 from benchmarks._harness import environment, interleave, summarize
+from stablelora_kernels.cli._arguments import DTYPES
+from stablelora_kernels.cli.bench import forward_backward, layer_arms
 
 # (rows, in_features, out_features, rank). The first two are the issue's targets.
 SHAPES = [
@@ -30,31 +30,13 @@ SHAPES = [
     (128, 2048, 2048, 16),
     (1, 2048, 2048, 16),
 ]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class EagerLoRA(nn.Module):
-    """LoRA as one writes it by hand: every product and sum an operator of its own."""
-
-    def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> None:
-        super().__init__()
-        self.base, self.scaling, self.dropout = base, scaling, nn.Dropout(dropout)
-        self.lora_A, self.lora_B = nn.Parameter(lora_A.clone()), nn.Parameter(lora_B.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.dropout(x) @ self.lora_A.t() @ self.lora_B.t() * self.scaling
 
 
 def build_arms(
     k: int, n: int, r: int, dropout: float, dtype: torch.dtype, device: torch.device
 ) -> dict[str, nn.Module]:
     """The arms over one frozen weight, with equal A and non-zero B, all in ``dtype``."""
-    torch.manual_seed(0)
-    frozen = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    ours = slk.LoRALinear.from_linear(frozen, r=r, lora_alpha=2 * r, lora_dropout=dropout, lora_dtype=dtype)
-    with torch.no_grad():
-        ours.lora_B.normal_(std=0.02)
-    eager = EagerLoRA(frozen, ours.lora_A.detach(), ours.lora_B.detach(), ours.scaling, dropout)
+    frozen, eager, ours = layer_arms(k, n, r, dropout, dtype, device)
     holder = nn.Sequential(nn.Linear(k, n, bias=False, device=device, dtype=dtype))
     holder[0].weight = nn.Parameter(frozen.weight.detach(), requires_grad=False)
     config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["0"])
@@ -64,18 +46,6 @@ def build_arms(
             if "lora_" in name:
                 parameter.copy_(ours.lora_A if "lora_A" in name else ours.lora_B)
     return {"frozen": frozen, "eager": eager, "peft": peft.base_model.model[0], "ours": ours}
-
-
-def forward_backward(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-
-    def run() -> None:
-        x.grad = None
-        for parameter in parameters:
-            parameter.grad = None
-        module(x).backward(grad)
-
-    return run
 
 
 def measure(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks._harness import environment, interleave, summarize
+from stablelora_kernels.cli.bench import make_pairs
 from stablelora_kernels.optim import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 
@@ -42,20 +43,6 @@ class NaiveStableAdamW:
                 else:
                     self.stable[i] = True
         self.optimizer.step()
-
-
-def make_pairs(count: int, r: int, width: int, device: str, latched: bool) -> list[LoRAPair]:
-    """Pairs with gradients; B is zero, so that A shrinks for long, or so large that all latch at the first step."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for i in range(count):
-        a = torch.randn(r, width, generator=generator) / width**0.5
-        b = torch.full((width, r), 1.0 if latched else 0.0)
-        pair = LoRAPair(f"layer{i}", *(x.to(device).requires_grad_() for x in (a, b)))
-        for p in (pair.A, pair.B):
-            p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device)
-        pairs.append(pair)
-    return pairs
 
 
 def measure(

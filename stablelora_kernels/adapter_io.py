@@ -26,6 +26,8 @@ from stablelora_kernels.plan import SkippedModule, list_some, plan_lora
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# PEFT's default for lora_alpha, which a file may leave out; ours is another.
+PEFT_ALPHA = 8
 
 # Fields of PEFT's file that say where an adapter comes from, or how it was started or trained. They don't change what it
 # computes. Every field that is neither here nor LoRAConfig's is refused unless it is empty.
@@ -50,7 +52,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the model has no LoRA layers, or some that one PEFT config cannot describe; or ``path`` is a file.
         ImportError: safetensors is not installed.
     """
-    safetensors = _import_safetensors()
+    safetensors = import_safetensors()
     model = _unwrap(model)
     layers = lora_layers(model)
     if not layers:
@@ -114,9 +116,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
             wanted and what was found; the weights are a pickle; or the model is merged. Nothing is changed.
         ImportError: safetensors is not installed.
     """
-    safetensors = _import_safetensors()
+    safetensors = import_safetensors()
     model = _unwrap(model)
-    config_file, weights_file = _find_files(path)
+    config_file, weights_file = find_files(path)
     try:
         tensors = safetensors.load_file(weights_file)
     except Exception as error:  # SafetensorError, which derives from Exception alone, or an OSError
@@ -184,7 +186,7 @@ def _copy(tensor: Any, value: Tensor) -> None:
     tensor.copy_(value)
 
 
-def _import_safetensors() -> Any:
+def import_safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError:
@@ -283,7 +285,8 @@ def _warn_of_places(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
             )
 
 
-def _find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+def find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The config and the weights in the directory ``path``, or ValueError with what is there instead."""
     directory = Path(path)
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing there"
@@ -302,17 +305,28 @@ def _find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     return config, weights
 
 
-def _read_config(file: Path, tensors: Mapping[str, Tensor]) -> LoRAConfig:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, or ValueError with what is wrong about it."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} must be JSON, got text that is not: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def beyond_plain_lora(content: Mapping[str, Any]) -> list[str]:
+    """The fields of a PEFT config, as "use_dora=True", by which an adapter is more than A and B beside a frozen weight."""
+    known = {field.name for field in fields(LoRAConfig)} | _HARMLESS
+    return [f"{key}={value!r}" for key, value in content.items() if key not in known and value]
+
+
+def _read_config(file: Path, tensors: Mapping[str, Tensor]) -> LoRAConfig:
+    content = read_json(file)
     if content.get("peft_type") != "LORA":
         raise ValueError(f"peft_type in {file} must be 'LORA', got {content.get('peft_type')!r}")
-    # PEFT's default, where the file leaves it out; ours is another.
-    content.setdefault("lora_alpha", 8)
+    content.setdefault("lora_alpha", PEFT_ALPHA)
     if content.pop("layers_to_transform", None) is not None:
         # Which layers these are, the file's keys say.
         content.pop("layers_pattern", None)
@@ -320,9 +334,9 @@ def _read_config(file: Path, tensors: Mapping[str, Tensor]) -> LoRAConfig:
     init = content.get("init_lora_weights")
     if init is None or init in _INITS_OF_AB_ONLY:
         content["init_lora_weights"] = True
-    known = {field.name for field in fields(LoRAConfig)}
-    if unknown := [f"{key}={value!r}" for key, value in content.items() if key not in known | _HARMLESS and value]:
+    if unknown := beyond_plain_lora(content):
         raise ValueError(f"{file} must use plain LoRA, got {', '.join(unknown)}, which is not supported")
+    known = {field.name for field in fields(LoRAConfig)}
     try:
         return LoRAConfig(**{key: value for key, value in content.items() if key in known})
     except (TypeError, ValueError) as error:

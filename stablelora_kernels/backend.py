@@ -112,3 +112,25 @@ def resolve_backend(device: torch.device) -> str:
             "Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"
         )
     return "triton"
+
+
+def explain_backend(device: torch.device) -> tuple[str, str]:
+    """What :func:`resolve_backend` answers, and why, in words. It warns of nothing.
+
+    Raises:
+        RuntimeError: as it does.
+    """
+    name = get_backend()
+    if name == "torch":
+        return "torch", "it was asked for"
+    if name == "auto" and device.type == "cuda" and TRITON_PROBLEM is not None:
+        return "torch", f"{TRITON_PROBLEM}, so this GPU runs PyTorch's operators, with more launches and memory traffic"
+    chosen = resolve_backend(device)
+    if name == "triton":
+        return chosen, "it was asked for" + ("" if device.type == "cuda" else ", and Triton's interpreter is on")
+    if chosen == "triton":
+        return chosen, "'auto' takes the Triton kernels on a GPU"
+    return (
+        chosen,
+        f"'auto' takes PyTorch's operators on a device of type {device.type!r}; the Triton kernels want a GPU",
+    )

@@ -105,11 +105,11 @@ class LoRAConfig:
 
     def rank_of(self, name: str) -> int:
         """The rank of a layer, by its dotted name: ``rank_pattern``'s or ``r``."""
-        return _lookup(self.rank_pattern, name, self.r)
+        return lookup_pattern(self.rank_pattern, name, self.r)
 
     def alpha_of(self, name: str) -> float:
         """The alpha of a layer, by its dotted name: ``alpha_pattern``'s or ``lora_alpha``."""
-        return _lookup(self.alpha_pattern, name, self.lora_alpha)
+        return lookup_pattern(self.alpha_pattern, name, self.lora_alpha)
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
@@ -117,7 +117,8 @@ def pattern_matches(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def _lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+def lookup_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first key of ``rank_pattern`` or ``alpha_pattern`` that matches ``name``, or ``default``."""
     return next((value for key, value in patterns.items() if pattern_matches(key, name)), default)
 
 

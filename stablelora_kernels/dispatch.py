@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,9 +84,12 @@ def device_of(device: torch.device) -> Device:
     index = torch.cuda.current_device() if device.index is None else device.index
     properties = torch.cuda.get_device_properties(index)
     limits = triton.runtime.driver.active.utils.get_device_properties(index)
-    nvidia = f"sm_{properties.major}{properties.minor}"
-    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else nvidia
-    return Device(arch, properties.multi_processor_count, limits["max_shared_mem"])
+    return Device(arch_of(properties), properties.multi_processor_count, limits["max_shared_mem"])
+
+
+def arch_of(properties: Any) -> str:
+    """``"sm_90"`` or ``"gfx942"``, of what ``torch.cuda.get_device_properties`` gives."""
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
 class Call(NamedTuple):

@@ -1,0 +1,95 @@
+"""Timing arms fairly on a machine that drifts, and saying which machine it was."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+PACKAGES = ("torch", "triton", "peft", "transformers")
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if this process has used one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def shuffled(arms: Sequence[T], turn: int) -> list[T]:
+    """``arms`` in an order of their own for each turn, the same every time.
+
+    A rotation would not do: each arm would always run after the same other one, in the caches and the heap that it leaves.
+    """
+    return random.Random(turn).sample(list(arms), len(arms))
+
+
+def interleave(arms: dict[str, Callable[[], None]], *, warmup: int, iters: int) -> dict[str, list[float]]:
+    """Seconds per call of each arm, ``iters`` samples each, after ``warmup`` untimed rounds.
+
+    The arms alternate call by call in shuffled order, so that whatever the machine does meanwhile hits all alike.
+    """
+    if iters < 1 or warmup < 0:
+        raise ValueError(f"iters must be at least 1 and warmup at least 0, got {iters} and {warmup}")
+    names = list(arms)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warmup, iters):
+        for name in shuffled(names, turn):
+            synchronize()
+            start = time.perf_counter()
+            arms[name]()
+            synchronize()
+            if turn >= 0:
+                samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def summarize(samples: Sequence[float]) -> dict[str, float]:
+    """The median and the quartiles: what a shared machine's outliers leave alone."""
+    if not samples:
+        raise ValueError("samples must not be empty")
+    if len(samples) == 1:
+        return dict.fromkeys(("median", "q1", "q3"), float(samples[0]))
+    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """What a figure needs beside it to mean anything: machine, versions, date and how busy the machine was."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{package: version_of(package) for package in PACKAGES},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }

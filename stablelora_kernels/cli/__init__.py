@@ -1,0 +1,65 @@
+"""The command line, ``stablelora-kernels``: one module a command. ``import stablelora_kernels`` imports none of it."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from stablelora_kernels._version import __version__
+from stablelora_kernels.cli import bench, doctor, inspect, merge
+from stablelora_kernels.cli._output import CommandError, Paragraphs
+
+PROGRAM = "stablelora-kernels"
+# Each has HELP, DESCRIPTION, add_arguments(parser) and run(args) -> exit status.
+COMMANDS: dict[str, ModuleType] = {"doctor": doctor, "inspect": inspect, "merge": merge, "bench": bench}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Fused LoRA layers and the Stable-LoRA optimizer: checks, adapters and timings from the command line.",
+        epilog=f"'{PROGRAM} COMMAND --help' has a command's options. "
+        "Exit status: 0 done, 1 tried and failed, 2 can't be tried, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            formatter_class=Paragraphs,
+        )
+        module.add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv``, the process's own unless given, and return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that knows no ‖ gets a question mark.
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(errors="replace")
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as exit_:
+        # --help, --version or a usage error, which argparse has told.
+        return int(exit_.code or 0)
+    try:
+        status: int = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+        return status
+    except CommandError as error:
+        print(f"{PROGRAM} {args.command}: error: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read this has enough, as "| head" has. Python would complain again as it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,319 @@
+"""``inspect``: what an adapter's files hold, pair by pair, and where each pair stands by Stable-LoRA's condition."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.adapter_io import PEFT_ALPHA, PREFIX, beyond_plain_lora, import_safetensors, read_json
+from stablelora_kernels.cli._arguments import positive
+from stablelora_kernels.cli._files import adapter_files
+from stablelora_kernels.cli._output import (
+    CommandError,
+    print_json,
+    print_pairs,
+    print_table,
+    shorten,
+    size,
+    width,
+    wrapped,
+)
+from stablelora_kernels.config import lookup_pattern
+from stablelora_kernels.pairs import split_lora_name
+
+HELP = "what an adapter holds: ranks, norms, stability and size of every pair"
+DESCRIPTION = """\
+Lists what an adapter in PEFT's format holds. For each pair of A [r, n] and B [m, r]: rank, sizes, dtype, scaling, the norms
+‖A‖ and ‖B‖ (Frobenius), bytes, and whether it is stable: ‖A‖/n ≤ ‖B‖/m, where Stable-LoRA stops shrinking A. Other tensors
+(modules_to_save, biases, DoRA's magnitudes) and whatever goes beyond plain LoRA are named.
+
+The file is read tensor by tensor; nothing in it is run, and pickles (.bin) are refused.
+
+Exit status: 0 nothing wrong; 1 values that are not finite, halves of pairs, or ranks that contradict the config; 2 the
+adapter can't be read."""
+
+# So many elements at a time are looked at in float64.
+_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One A [r, n] and B [m, r]. ``a_norm`` is ‖A‖/n, ``b_norm`` ‖B‖/m; ``scaling`` is None where no config tells."""
+
+    name: str
+    r: int
+    in_features: int
+    out_features: int
+    dtype: str
+    scaling: float | None
+    a_frobenius: float
+    b_frobenius: float
+    a_norm: float
+    b_norm: float
+    # None where a norm is not finite.
+    stable: bool | None
+    bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """‖A‖/n over ‖B‖/m: above 1 the pair is unstable. A B of zeros makes it infinite."""
+        return self.a_norm / self.b_norm if self.b_norm else math.inf
+
+
+@dataclass(frozen=True)
+class OtherTensor:
+    key: str
+    shape: list[int]
+    dtype: str
+    bytes: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A tensor's figures, the tensor itself being gone."""
+
+    shape: list[int]
+    dtype: str
+    bytes: int
+    norm: float
+    # How many elements are infinite or no number.
+    wrong: int
+
+
+# By the words of --sort. Figures come largest first.
+SORTS: dict[str, Callable[[Pair], Any]] = {
+    "name": lambda p: _natural(p.name),
+    "rank": lambda p: -p.r,
+    "a": lambda p: -p.a_norm,
+    "b": lambda p: -p.b_norm,
+    "ratio": lambda p: -p.ratio,
+    "scaling": lambda p: -(p.scaling or 0.0),
+    "bytes": lambda p: -p.bytes,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="a directory, an adapter_model.safetensors, or a hub id")
+    order = f"{', '.join(SORTS)}: by name, or the largest first (a: ‖A‖/n, b: ‖B‖/m, ratio: a over b)"
+    parser.add_argument("--sort", choices=SORTS, default="name", metavar="ORDER", help=order)
+    parser.add_argument("--limit", type=positive, metavar="N", help="list so many pairs and other tensors")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    config_file, weights = adapter_files(args.adapter)
+    try:
+        config = read_json(config_file) if config_file else {}
+        seen = _look_at(weights)
+        pairs, others, problems = _sort_out(seen, config)
+    except (ValueError, ImportError, re.error) as error:
+        raise CommandError(str(error)) from None
+    problems = [f"{key} holds {s.wrong:,} values that are not finite" for key, s in seen.items() if s.wrong] + problems
+    finite = [pair for pair in pairs if pair.stable is not None]
+    totals = {
+        "pairs": len(pairs),
+        "stable": sum(pair.stable is True for pair in finite),
+        "parameters": sum(math.prod(s.shape) for s in seen.values()),
+        "tensors": len(seen),
+        "bytes": sum(s.bytes for s in seen.values()),
+        "file_bytes": weights.stat().st_size,
+    }
+    # A key with NaN in it would leave the list in no order at all.
+    finite.sort(key=SORTS[args.sort])
+    pairs = [pair for pair in pairs if pair.stable is None] + finite
+    report = {
+        "weights": str(weights),
+        "config": config if config_file else None,
+        "beyond_plain_lora": beyond_plain_lora(config) + _beyond(others),
+        "totals": totals,
+        "problems": problems,
+        "pairs": [asdict(pair) for pair in pairs[: args.limit]],
+        "other_tensors": [asdict(other) for other in others[: args.limit]],
+    }
+    if args.json:
+        print_json(report)
+    else:
+        _print(report, pairs, others, args.limit)
+    return 1 if problems else 0
+
+
+def _look_at(weights: Path) -> dict[str, Seen]:
+    """Every tensor of the file, one in memory at a time."""
+    import_safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return {key: _figures(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118, it is no dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{weights} must be a safetensors file, got one that cannot be read: {error}") from None
+
+
+def _figures(tensor: Tensor) -> Seen:
+    squares, wrong = 0.0, 0
+    if tensor.is_floating_point():
+        for part in tensor.reshape(-1).split(_ELEMENTS):
+            values = part.double()
+            squares += values.square().sum().item()
+            wrong += int((~torch.isfinite(values)).sum())
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Seen(list(tensor.shape), dtype, tensor.numel() * tensor.element_size(), math.sqrt(squares), wrong)
+
+
+def _sort_out(seen: Mapping[str, Seen], config: Mapping[str, Any]) -> tuple[list[Pair], list[OtherTensor], list[str]]:
+    """The pairs, what else is there, and what is wrong."""
+    halves: dict[str, dict[str, Seen]] = {}
+    others, problems = [], []
+    for key, s in seen.items():
+        split = split_lora_name(key.removeprefix(PREFIX))
+        if split is not None and len(s.shape) == 2:
+            halves.setdefault(split[0], {})[split[1]] = s
+        else:
+            others.append(OtherTensor(key.removeprefix(PREFIX), s.shape, s.dtype, s.bytes, _kind(key, s.shape)))
+    pairs = []
+    for name, half in halves.items():
+        if len(half) == 1:
+            (role,) = half
+            problems.append(f"{name} has lora_{role} {half[role].shape}, but no lora_{'B' if role == 'A' else 'A'}")
+            continue
+        a, b = half["A"], half["B"]
+        if a.shape[0] != b.shape[1]:
+            problems.append(f"{name} must have A [r, n] and B [m, r] of one r, got A {a.shape} and B {b.shape}")
+            continue
+        pairs.append(_pair(name, a, b, _scaling(name, a.shape[0], config, problems)))
+    return pairs, sorted(others, key=lambda other: _natural(other.key)), problems
+
+
+def _pair(name: str, a: Seen, b: Seen, scaling: float | None) -> Pair:
+    (r, n), m = a.shape, b.shape[0]
+    a_norm, b_norm = a.norm / max(n, 1), b.norm / max(m, 1)
+    stable = a_norm <= b_norm if math.isfinite(a_norm) and math.isfinite(b_norm) else None
+    dtype = "/".join(dict.fromkeys((a.dtype, b.dtype)))
+    return Pair(name, r, n, m, dtype, scaling, a.norm, b.norm, a_norm, b_norm, stable, a.bytes + b.bytes)
+
+
+def _scaling(name: str, r: int, config: Mapping[str, Any], problems: list[str]) -> float | None:
+    """As PEFT scales this pair by its config; a rank that is not the file's is a problem."""
+    if config.get("peft_type") != "LORA" or r < 1:
+        return None
+    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    if not isinstance(ranks, dict) or not isinstance(alphas, dict):
+        raise ValueError(f"rank_pattern and alpha_pattern must be objects, got {ranks!r} and {alphas!r}")
+    rank = lookup_pattern(ranks, name, config.get("r", r))
+    if rank != r:
+        problems.append(f"{name} has rank {r}, but its config says {rank}")
+    alpha = lookup_pattern(alphas, name, config.get("lora_alpha", PEFT_ALPHA))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ValueError(f"lora_alpha of {name} must be a number, got {alpha!r}")
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def _kind(key: str, shape: list[int]) -> str:
+    if "lora_magnitude_vector" in key:
+        return "DoRA's magnitudes"
+    if "lora_embedding_" in key:
+        return "LoRA on an embedding"
+    if ".lora_A." in key or ".lora_B." in key:
+        return "LoRA's own bias" if key.endswith(".bias") else f"LoRA of {len(shape)} dimensions (a convolution)"
+    if ".lora_" in key:
+        return "a kin of LoRA"
+    return "a bias" if key.endswith("bias") else "saved whole"
+
+
+def _beyond(others: Iterable[OtherTensor]) -> list[str]:
+    """What tensors say that a config need not."""
+    return list(dict.fromkeys(other.kind for other in others if other.kind not in ("a bias", "saved whole")))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Numbers within a name go by value: layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _print(report: Mapping[str, Any], pairs: list[Pair], others: list[OtherTensor], limit: int | None) -> None:
+    totals, config = report["totals"], report["config"]
+    print(shorten(report["weights"], width()))
+    about = {"file": f"{size(totals['file_bytes'])}, {totals['tensors']} tensors, {totals['parameters']:,} parameters"}
+    if config is None:
+        about["config"] = "none beside the file, so scalings are not known"
+    else:
+        about["config"] = _describe(config)
+        about["base model"] = str(config.get("base_model_name_or_path") or "not said")
+    if report["beyond_plain_lora"]:
+        about["beyond plain LoRA"] = "; ".join(report["beyond_plain_lora"])
+    # What is the same for all pairs is said once.
+    same = {name: text for name, text in _COLUMNS.items() if len({text(pair) for pair in pairs}) == 1}
+    alike = "".join(f", {name} {text(pairs[0])}" for name, text in same.items())
+    about["pairs"] = f"{totals['pairs']}{alike}" if pairs else "none"
+    about["stable"] = f"{totals['stable']} of {totals['pairs']} (‖A‖/n ≤ ‖B‖/m, for A [r, n] and B [m, r])"
+    print_pairs(about)
+    if pairs:
+        print()
+        varying = {name: text for name, text in _COLUMNS.items() if name not in same} | _FIGURES
+        shared = _shared([pair.name for pair in pairs])
+        rows = [[pair.name[len(shared) :], *(text(pair) for text in varying.values())] for pair in pairs[:limit]]
+        print_table((f"{shared}…" if shared else "pair", *varying), rows, left=(0, len(varying)))
+        _print_rest(len(pairs), limit, "pairs")
+    if others:
+        print("\nOther tensors")
+        rows = [[o.key, str(o.shape), o.dtype, size(o.bytes), o.kind] for o in others[:limit]]
+        print_table(("key", "shape", "dtype", "bytes", "what it is"), rows, left=(0, 4))
+        _print_rest(len(others), limit, "others")
+    if report["problems"]:
+        print("\nProblems")
+        for problem in report["problems"]:
+            print(wrapped(f"  {problem}", 4))
+
+
+_COLUMNS: dict[str, Callable[[Pair], str]] = {
+    "r": lambda p: str(p.r),
+    "scaling": lambda p: "?" if p.scaling is None else f"{p.scaling:.4g}",
+    "dtype": lambda p: p.dtype,
+}
+_FIGURES: dict[str, Callable[[Pair], str]] = {
+    "n": lambda p: str(p.in_features),
+    "m": lambda p: str(p.out_features),
+    "‖A‖": lambda p: f"{p.a_frobenius:.3g}",
+    "‖B‖": lambda p: f"{p.b_frobenius:.3g}",
+    "‖A‖/n": lambda p: f"{p.a_norm:.3g}",
+    "‖B‖/m": lambda p: f"{p.b_norm:.3g}",
+    "bytes": lambda p: size(p.bytes),
+    "": lambda p: "NOT FINITE" if p.stable is None else "stable" if p.stable else "unstable",
+}
+
+
+def _shared(names: list[str]) -> str:
+    """The modules that all names begin with, with the dot behind them: said once they leave room for what differs."""
+    if len(names) < 2:
+        return ""
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{level[0]}." for level in takewhile(lambda level: len({*level}) == 1, levels))
+
+
+def _print_rest(count: int, limit: int | None, what: str) -> None:
+    if limit is not None and count > limit:
+        print(f"  … and {count - limit} {what} more")
+
+
+def _describe(config: Mapping[str, Any]) -> str:
+    """The fields that bear on A and B, in a line."""
+    if config.get("peft_type") != "LORA":
+        return f"peft_type {config.get('peft_type')!r}, not LoRA"
+    targets = config.get("target_modules")
+    said = f"r {config.get('r')}, alpha {config.get('lora_alpha', PEFT_ALPHA)}"
+    said += ", rank-stabilised" if config.get("use_rslora") else ""
+    said += f", on {', '.join(targets) if isinstance(targets, list) else targets}"
+    said += f", bias {config.get('bias')}" if config.get("bias") not in (None, "none") else ""
+    for key in ("modules_to_save", "rank_pattern", "alpha_pattern"):
+        said += f", {key} {config[key]}" if config.get(key) else ""
+    return said

@@ -1,0 +1,245 @@
+"""``merge``: an adapter folded into its model, written as a directory that transformers loads."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stablelora_kernels.adapter_io import load_adapter, read_json
+from stablelora_kernels.cli._arguments import DTYPES
+from stablelora_kernels.cli._files import adapter_files, from_hub
+from stablelora_kernels.cli._output import CommandError, print_json, print_pairs, size, wrapped
+from stablelora_kernels.model import MergeReport, lora_layers, merge_lora, remove_lora
+from stablelora_kernels.plan import list_some
+
+HELP = "fold an adapter into its model, with the rounding error stated"
+DESCRIPTION = """\
+Adds each pair's scaling · B A to the weight it belongs to, in float32, rounds once to the dtype that is stored, and writes a
+model directory that transformers loads without an adapter: safetensors, config and tokenizer. Says how much of each
+layer's change rounding lost.
+
+The directory appears whole or not at all. Refused are values that are not finite and quantised models, whose sums would
+have to be quantised anew. No code of the model's own is run.
+
+Exit status: 0 written; 1 tried and refused or failed, nothing being written; 2 can't be tried."""
+
+# What transformers may want beside weights and config, which save_pretrained writes.
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
+)  # fmt: skip
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+# So many elements at a time are looked at.
+_ELEMENTS = 1 << 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="an adapter's directory in PEFT's format, or a hub id")
+    parser.add_argument("--into", required=True, metavar="MODEL", help="a transformers model's directory, or a hub id")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the merged model goes")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype to store (default: the model's); takes float32's memory")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is there and not empty")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    out = args.out.resolve()
+    if out.exists() and not out.is_dir():
+        raise CommandError(f"--out must be a directory, got the file {str(args.out)!r}")
+    if out.is_dir() and any(out.iterdir()) and not args.overwrite:
+        raise CommandError(f"--out must be empty or not there, got {str(args.out)!r} with files in it; or --overwrite")
+    if Path(args.adapter).is_file():
+        raise CommandError(f"ADAPTER must be a directory, got the file {args.adapter!r}")
+    _, weights = adapter_files(args.adapter)
+    source = Path(args.into) if Path(args.into).exists() else from_hub("--into", args.into, MODEL_FILES)
+    for name, path in (("ADAPTER", weights), ("--into", source / "config.json")):
+        if path.resolve().is_relative_to(out):
+            raise CommandError(f"--out must not hold {name}, got {str(args.out)!r} with {str(path)!r} in it")
+
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    architecture = _architecture(source)
+    model = _load(architecture, source, dtype)
+    tied = _tied(model)
+    try:
+        loaded = load_adapter(model, weights.parent)
+        report = _merge(model, dtype)
+    except (ValueError, TypeError, ImportError) as error:
+        raise CommandError(str(error), status=1) from None
+    if untied := tied and not _tied(model):
+        _untie(model)
+    if dtype is not None:
+        # The layers that were merged have it already.
+        model.to(dtype)
+    _check_finite(model)
+    try:
+        with _appearing(out) as directory:
+            model.save_pretrained(directory)
+            copied = _copy_tokenizer(source, directory)
+    except Exception as error:  # A full disk has another class for each writer.
+        raise CommandError(f"--out {str(args.out)!r} could not be written: {error}", status=1) from None
+    found = {
+        "out": str(args.out),
+        "bytes": sum(file.stat().st_size for file in out.iterdir()),
+        "architecture": architecture.__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "merged": len(report.errors),
+        "worst": report.worst,
+        "errors": {
+            name: {"largest_error": e.largest_error, "largest_delta": e.largest_delta, "relative": e.relative}
+            for name, e in report.errors.items()
+        },
+        "untied": untied,
+        "copied": copied,
+        "notes": list(loaded.notes),
+    }
+    print_json(found) if args.json else _print(found, report)
+    return 0
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise CommandError("merge needs: pip install 'stablelora-kernels[cli]'") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _architecture(source: Path) -> Any:
+    """The class of transformers that the model's config names."""
+    file = source / "config.json"
+    if not file.is_file():
+        raise CommandError(f"--into must be a model's directory with config.json, got {str(source)!r} without it")
+    try:
+        config = read_json(file)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    if (quantised := config.get("quantization_config")) is not None:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise CommandError(
+            f"--into must be a model in full precision, got one that is quantised ({method}): the sum would have to be "
+            "quantised anew, which loses more than most adapters add; merge into the model it was made from"
+        )
+    names = config.get("architectures") or [None]
+    found = getattr(_import_transformers(), str(names[0]), None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        custom = ", and code of its own (auto_map) is not run" if config.get("auto_map") else ""
+        raise CommandError(f"architectures in {file} must name a class of transformers, got {names[0]!r}{custom}")
+    return found
+
+
+def _load(architecture: Any, source: Path, dtype: torch.dtype | None) -> Any:
+    """The model, in its own dtype; or in float32 where it is to be stored in another, so that the sum is rounded once."""
+    wanted = "auto" if dtype is None else torch.float32
+    # The keyword had another name before transformers 4.56.
+    keyword = "dtype" if _version(_import_transformers()) >= (4, 56) else "torch_dtype"
+    try:
+        model, info = architecture.from_pretrained(
+            source, **{keyword: wanted}, output_loading_info=True, local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:  # Whatever transformers finds wrong with the files, in dozens of classes.
+        raise CommandError(f"--into {str(source)!r} can't be loaded: {error}", status=1) from None
+    # transformers draws what is not in the files at random.
+    for what in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info[what])):
+            raise CommandError(
+                f"--into must hold all weights of {architecture.__name__}, got {list_some(keys)} {what[:-5]}", 1
+            )
+    return model
+
+
+def _version(package: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in package.__version__.split(".")[:2])
+
+
+def _merge(model: nn.Module, dtype: torch.dtype | None) -> MergeReport:
+    """Merge and take LoRA off; the errors are those of the weights as they will be stored."""
+    merged = merge_lora(model)
+    if dtype is not None:
+        for layer in lora_layers(model).values():
+            layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+    return MergeReport(remove_lora(model).errors, merged.untied)
+
+
+def _tied(model: Any) -> bool:
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = getattr(outputs, "weight", None)
+    return weight is not None and weight is getattr(inputs, "weight", None)
+
+
+def _untie(model: Any) -> None:
+    """An adapter changed one of two tied weights: without this, loading would tie them again and lose it."""
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        for part in tensor.reshape(-1).split(_ELEMENTS) if tensor.is_floating_point() else ():
+            if not bool(torch.isfinite(part).all()):
+                raise CommandError(
+                    f"the merged model must be finite, got {name} in {str(tensor.dtype).removeprefix('torch.')} with values "
+                    "that are not",
+                    status=1,
+                )
+
+
+def _copy_tokenizer(source: Path, directory: Path) -> list[str]:
+    names = {file.name for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}
+    for name in sorted(names):
+        shutil.copyfile(source / name, directory / name)
+    return sorted(names)
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A directory beside ``out`` that takes its place once the body is done; if that fails, ``out`` is as it was."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, so that moving is a rename within one file system.
+    new, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old"))
+    new.mkdir()
+    try:
+        yield new
+        try:
+            if out.exists():
+                os.replace(out, old)
+            os.replace(new, out)
+        except BaseException:
+            if old.exists():
+                os.replace(old, out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _print(found: Mapping[str, Any], report: MergeReport) -> None:
+    print(f"{found['merged']} layers merged into {found['architecture']}, {found['dtype']}: {found['out']}")
+    pairs = {"size": size(found["bytes"])}
+    if report.worst is not None:
+        shares = sorted(error.relative for error in report.errors.values())
+        worst = report.errors[report.worst]
+        pairs["rounding"] = (
+            f"lost {_percent(shares[len(shares) // 2])} of a layer's largest change (median), {_percent(worst.relative)} at "
+            f"most: {worst.largest_error:.3g} of {worst.largest_delta:.3g} in {report.worst}"
+        )
+    pairs["copied"] = ", ".join(found["copied"]) or "no tokenizer files, since --into has none"
+    if found["untied"]:
+        pairs["untied"] = "input and output embeddings, which the adapter made different"
+    print_pairs(pairs)
+    for note in found["notes"]:
+        print(wrapped(f"  note: {note}"))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
