@@ -12,8 +12,9 @@ from torch import nn
 
 from stablelora_kernels import sharing
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.nn import LoRALinear, MergeError, alike, compute_together
+from stablelora_kernels.nn import LoRALinear, alike, compute_together
 from stablelora_kernels.nn_bases import LoRABranchLinear
+from stablelora_kernels.nn_merge import MergeError
 from stablelora_kernels.nn_quantised import LoRAQuantisedLinear
 from stablelora_kernels.plan import Plan, SkippedModule, list_some, plan_lora
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.nn import LoRALinear, MergeError
+from stablelora_kernels.nn import LoRALinear
+from stablelora_kernels.nn_merge import MergeError
 
 
 def check_shards(weight: Any) -> None:
