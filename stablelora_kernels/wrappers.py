@@ -29,11 +29,16 @@ def unwrap(model: nn.Module) -> nn.Module:
                 f"model must be sharded by fully_shard (FSDP2), got {type(module).__name__} around "
                 f"{repr(name) if name else 'it'}, whose flat parameters hold no A and B"
             )
-    while (inner := _inner(model)) is not None:
-        model = inner
+    model = innermost(model)
     for name, module in model.named_modules():
         if _is_data_parallel(module):
             raise ValueError(f"model must be in {type(module).__name__} as a whole, got its part {name!r} in one")
+    return model
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    while (inner := _inner(model)) is not None:
+        model = inner
     return model
 
 
@@ -63,6 +68,11 @@ def _is_data_parallel(module: nn.Module) -> bool:
 def clean(name: str) -> str:
     """A dotted name without the parts that wrappers within the model have put into it."""
     return ".".join(part for part in name.split(".") if part not in _INNER)
+
+
+def same_anywhere(name: str) -> str:
+    """A parameter's dotted name with and without data parallelism and the other wrappers."""
+    return clean(name).removeprefix("module.")
 
 
 def wrapped_parts(model: nn.Module) -> list[str]:
