@@ -195,6 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     slk.save_adapter(model, args.out / "adapter")
     say(f"adapter in {args.out / 'adapter'}")
     if dist.is_initialized():
+        # Until rank 0 has written it.
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -202,6 +204,15 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
         main()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, checkpoint.CheckpointException) as error:
+        # Interrupted while it was saving: that checkpoint has no .metadata, and the one before it counts.
+        causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+        if not isinstance(causes[0], KeyboardInterrupt):
+            raise
         print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    if "RANK" in os.environ:
+        # gloo's threads, which torch's caches keep after FSDP2, may abort an interpreter that comes to its end under them
+        # (github.com/pytorch/pytorch/pull/179291): end without it.
+        sys.stdout.flush()
+        os._exit(0)

@@ -10,6 +10,7 @@ SFTTrainer takes the same two.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
             max_steps=args.steps,
             save_steps=args.save_every,
             logging_steps=min(10, args.steps),
+            # Not by evaluate() before train(), after which the Trainer would not put a model in DDP any more.
+            eval_on_start=last is None,
             per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=args.batch_size,
             gradient_accumulation_steps=args.gradient_accumulation,
@@ -100,8 +103,6 @@ def main(argv: list[str] | None = None) -> None:
             {"lr": args.lr, "shrink_ratio": args.shrink_ratio, "seed": args.seed},
         ),
     )
-    if last is None:
-        print(f"held-out loss {trainer.evaluate()['eval_loss']:.3f}")
     trainer.train(resume_from_checkpoint=last)
     stable = [pair.stable for pair in trainer.optimizer.optimizer.stability()]
     print(f"held-out loss {trainer.evaluate()['eval_loss']:.3f}, {sum(stable)} of {len(stable)} pairs stable")
@@ -116,3 +117,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    if "RANK" in os.environ:
+        # As in finetune.py: gloo's threads may abort an interpreter that comes to its end under them.
+        sys.stdout.flush()
+        os._exit(0)
