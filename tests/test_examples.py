@@ -261,8 +261,8 @@ def test_a_run_is_not_mixed_with_another(files: list[str], alone: Path, monkeypa
 @pytest.mark.parametrize(
     ("example", "arguments"),
     [
-        ("finetune", ["--batch-size", "2", "--bf16"]),
-        ("peft_trainer", ["--batch-size", "2", "--bf16"]),
+        ("finetune", ["--batch-size", "2", "--bf16", "--length", "32"]),
+        ("peft_trainer", ["--batch-size", "2", "--bf16", "--length", "32"]),
         ("replace_linear", ["--batch-size", "8"]),
     ],
 )
