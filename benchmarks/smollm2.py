@@ -9,7 +9,7 @@ import torch
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
-    from transformers import LlamaModel, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 # GGUF's names of what transformers calls model.layers.N.<value>.weight
 _LAYER_NAMES = {
@@ -57,6 +57,18 @@ def load_smollm2(path: Path) -> tuple[LlamaModel, PreTrainedTokenizerFast]:
     model.rotary_emb = type(model.rotary_emb)(config)
     model.load_state_dict(_weights(reader, heads, kv_heads), assign=True)
     return model.requires_grad_(False), _tokenizer(reader)
+
+
+def load_smollm2_lm(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """The same with its language-model head."""
+    from transformers import LlamaForCausalLM
+
+    backbone, tokenizer = load_smollm2(path)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(backbone.config)
+    model.model = backbone
+    model.lm_head.weight = backbone.embed_tokens.weight
+    return model, tokenizer
 
 
 def _field(reader: GGUFReader, name: str) -> Any:

@@ -8,7 +8,8 @@ from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.dispatch import get_kernel, set_kernel, use_kernel
 from stablelora_kernels.explain import Explanation, explain
 from stablelora_kernels.model import LoRAReport, MergeReport, apply_lora, merge_lora, remove_lora, unmerge_lora
-from stablelora_kernels.nn import LoRALinear, MergeError
+from stablelora_kernels.nn import LoRALinear
+from stablelora_kernels.nn_merge import MergeError
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
 from stablelora_kernels.peft import accelerate_peft, restore_peft

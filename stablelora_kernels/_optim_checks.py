@@ -15,6 +15,7 @@ from .ops.stable_adamw_settings import check_patterns
 from .ops.stable_adamw_shards import check_shards, is_sharded, local, part_for
 from .ops.stable_adamw_storage import Storage, converted_moment
 from .pairs import LoRAPair, lora_pairs, split_lora_name
+from .wrappers import same_anywhere
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HYPER = (
@@ -260,7 +261,8 @@ def check_grads(grads: Sequence[torch.Tensor | None]) -> bool:
 
 
 def _same_name(name: str) -> Any:
-    """What identifies a parameter in a checkpoint: its pair and role, or else its name."""
+    """What identifies a parameter in a checkpoint: its pair and role, or else its name, whatever the model is wrapped in."""
+    name = same_anywhere(name)
     return split_lora_name(name) or name
 
 

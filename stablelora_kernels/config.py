@@ -27,8 +27,9 @@ class LoRAConfig:
         exclude_modules: names or a regular expression, as above, of modules to leave alone.
         use_rslora: rank-stabilised scaling.
         init_lora_weights: True, False or "gaussian", see :class:`~stablelora_kernels.LoRALinear`.
-        rank_pattern, alpha_pattern: a rank or alpha of its own for some layers. A key is a regular expression for the
-            whole dotted name or the end of it after a dot; the first that matches counts.
+        rank_pattern: a rank of its own for some layers. A key is a regular expression for the whole dotted name or the end
+            of it after a dot; the first that matches counts.
+        alpha_pattern: likewise an alpha.
         bias: which biases are trained and saved as well: "none", "all" of the model's, or "lora_only", those of the
             layers that have a branch.
         modules_to_save: ends of names of modules that are trained whole and saved with the adapter.
@@ -103,9 +104,11 @@ class LoRAConfig:
         return any(name.endswith(end) for end in self.modules_to_save or ())
 
     def rank_of(self, name: str) -> int:
+        """The rank of a layer, by its dotted name: ``rank_pattern``'s or ``r``."""
         return lookup_pattern(self.rank_pattern, name, self.r)
 
     def alpha_of(self, name: str) -> float:
+        """The alpha of a layer, by its dotted name: ``alpha_pattern``'s or ``lora_alpha``."""
         return lookup_pattern(self.alpha_pattern, name, self.lora_alpha)
 
 

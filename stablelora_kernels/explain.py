@@ -16,28 +16,43 @@ from stablelora_kernels.quantised import FP8Weight, NF4Weight
 
 
 class Step(NamedTuple):
-    """One launch."""
+    """One launch.
 
-    # "lora_linear_tma", "lora_shrink"; "vendor" for the vendor's product.
+    Attributes:
+        kernel: "lora_linear_tma", "lora_shrink", ...; "vendor" for the vendor's product.
+        variant: what the kernel does here and its tile, in words.
+        reason: why that tile.
+        grid: programs. Empty for the vendor's product, which chooses this, warps and stages for itself.
+        num_warps: warps a program, or None.
+        num_stages: steps of the main loop that are on their way at once, or None.
+    """
+
     kernel: str
-    # What the kernel does here and its tile, in words, and why that tile.
     variant: str
     reason: str
-    # Empty for the vendor's product, which chooses for itself.
     grid: tuple[int, ...]
     num_warps: int | None
     num_stages: int | None
 
 
 class Explanation(NamedTuple):
-    """What :func:`explain` found. ``str()`` of it is made for reading."""
+    """What :func:`~stablelora_kernels.explain` found. ``str()`` of it is made for reading.
 
-    # "triton" or "torch", and on which GPU: "sm_90". Empty on the PyTorch backend.
+    Attributes:
+        backend: "triton" or "torch".
+        arch: the GPU, as "sm_90"; empty on the PyTorch backend.
+        forward_kernel: "fused", "split" or "vendor"; "torch" on the PyTorch backend. With a quantised weight "in_loop", or
+            "dequantise, " before one of the others. Of projections that share x, "together: " or "apart: " and each. Of the
+            branch alone "fused" where S, or dS, is computed within its launch, and "split" otherwise.
+        forward_reason: why.
+        forward: its launches, a :class:`~stablelora_kernels.explain.Step` each; empty on the PyTorch backend.
+        backward_kernel: likewise for dX, dA and dB.
+        backward_reason: why.
+        backward: its launches.
+    """
+
     backend: str
     arch: str
-    # "fused", "split" or "vendor", for the forward and for dX; "torch" on the PyTorch backend. With a quantised weight
-    # "in_loop", or "dequantise, " before one of the others. Of projections that share x, "together: " or "apart: " and each.
-    # Of the branch alone "fused" where S, or dS, is computed within its launch, and "split" otherwise.
     forward_kernel: str
     forward_reason: str
     forward: tuple[Step, ...]
@@ -78,10 +93,13 @@ def explain(
     autotuning is on the table's answer is given, and the reasons say that a measurement may replace it.
 
     Args:
-        M, N, K, r: rows, output features, input features, rank. Several N are projections that share x, as
-            ``fuse_projections`` computes them.
-        dtype: of x and the weight. lora_dtype: of lora_A and lora_B, float32 unless given (as for :class:`LoRALinear`).
+        M: rows of x, its leading sizes flattened.
+        N: output features. Several are projections that share x, as ``fuse_projections`` computes them.
+        K: input features.
+        r: rank.
+        dtype: of x and the weight.
         dropout_p: the probability of dropping an element, in [0, 1).
+        lora_dtype: of lora_A and lora_B, float32 unless given, as for :class:`~stablelora_kernels.LoRALinear`.
         quantised: None, ``"nf4"`` (blocks of 64 with nested scales, bitsandbytes' usual) or ``"fp8"``.
         branch_only: of the branch alone, for which no weight is read.
         device: a torch device, or the name of a GPU that need not be there: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``, ... The

@@ -16,6 +16,7 @@ from stablelora_kernels.quantised import FP8Weight, NF4Weight
 
 __all__ = ["FLOAT_DTYPES", "FP8Weight", "NF4Weight", "lora_branch", "lora_linear", "lora_linear_group"]
 
+#: The dtypes that x may have; float64 on the PyTorch backend only.
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -39,7 +40,8 @@ def lora_linear(
             of memory that are free again after the call. PyTorch's backend takes that memory at each call and, where x's
             gradient is wanted, again in backward, and some 50 MB beside it.
         bias: [N] of x's dtype, or None.
-        lora_A: [r, K]. lora_B: [N, r]. Both of x's dtype or both float32; products are in x's dtype, sums in float32.
+        lora_A: [r, K], of x's dtype or float32; products are in x's dtype, sums in float32.
+        lora_B: [N, r], of lora_A's dtype.
         scaling: s, a number.
         dropout_p: probability of dropping an element, in [0, 1). The mask comes from torch's generator of x's device.
         training: dropout happens only if true.
@@ -81,14 +83,21 @@ def lora_linear_group(
     one; only their gradients of x are added up as they are stored.
 
     Args:
-        x, dropout_p, training: as in :func:`lora_linear`.
-        weights, biases, lora_As, lora_Bs, scalings: those of each projection; sizes and ranks may differ, dtypes may not.
+        x: [..., K], as in :func:`lora_linear`.
+        weights: [N, K] of each projection; N may differ, dtypes may not.
+        biases: [N] or None of each.
+        lora_As: [r, K] of each; ranks may differ, dtypes may not.
+        lora_Bs: [N, r] of each.
+        scalings: s of each.
+        dropout_p: as in :func:`lora_linear`; each projection draws its own mask.
+        training: as in :func:`lora_linear`.
 
     Returns:
         A [..., N] for each projection.
 
     Raises:
-        As :func:`lora_linear`; ValueError too unless every sequence has the same length of 1 to 3.
+        ValueError: the sequences have not one length of 1 to 3.
+        ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
     """
     lengths = [len(given) for given in (weights, biases, lora_As, lora_Bs, scalings)]
     if len({*lengths}) != 1 or not 1 <= lengths[0] <= MAX_GROUP:
@@ -126,15 +135,19 @@ def lora_branch(
 
     Args:
         base_out: [..., N], with x's leading sizes, in any of x's dtypes, which need not be x's own.
-        x, lora_A, lora_B, scaling, dropout_p, training: as in :func:`lora_linear`. Under ``torch.autocast``, x is cast to
-            its dtype first.
+        x: [..., K], as in :func:`lora_linear`. Under ``torch.autocast``, x is cast to its dtype first.
+        lora_A: [r, K], as in :func:`lora_linear`.
+        lora_B: [N, r], as in :func:`lora_linear`.
+        scaling: s, a number.
+        dropout_p: as in :func:`lora_linear`.
+        training: as in :func:`lora_linear`.
 
     Returns:
-        [..., N], in base_out's dtype: products in x's dtype, sums and the addition in float32. Gradients flow to every
+        [..., N], in base_out's dtype. Products are in x's dtype, sums and the addition in float32. Gradients flow to every
         argument tensor that requires them, and no others are computed.
 
     Raises:
-        As :func:`lora_linear`.
+        ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
     """
     if (dtype := _autocast_dtype(x)) is not None:
         x = x.to(dtype)

@@ -12,8 +12,9 @@ from torch import nn
 
 from stablelora_kernels import sharing
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.nn import LoRALinear, MergeError, alike, compute_together
+from stablelora_kernels.nn import LoRALinear, alike, compute_together
 from stablelora_kernels.nn_bases import LoRABranchLinear
+from stablelora_kernels.nn_merge import MergeError
 from stablelora_kernels.nn_quantised import LoRAQuantisedLinear
 from stablelora_kernels.plan import Plan, SkippedModule, list_some, plan_lora
 
@@ -27,7 +28,17 @@ _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_f
 
 @dataclass(frozen=True)
 class ReplacedModule:
-    """One layer that has a LoRA branch now. ``name`` is its first dotted name in the model."""
+    """One layer that has a LoRA branch now.
+
+    Attributes:
+        name: its first dotted name in the model.
+        in_features: K.
+        out_features: N.
+        r: the branch's rank.
+        lora_alpha: the numerator of the scaling.
+        scaling: what the branch is multiplied by.
+        adapter: the adapter's name in a PEFT layer, which may hold several and has a row for each; None in this library's.
+    """
 
     name: str
     in_features: int
@@ -35,15 +46,19 @@ class ReplacedModule:
     r: int
     lora_alpha: float
     scaling: float
-    # PEFT's layers hold several, by name, and have a row for each.
     adapter: str | None = None
 
 
 @dataclass(frozen=True)
 class LoRAReport:
-    """What was done to a model: every replaced module, every skipped match with its reason, and parameter counts.
+    """What was done to a model. ``print(report)`` sums up.
 
-    ``notes`` holds what else one might not expect, such as a pattern that matched nothing. ``print(report)`` sums up.
+    Attributes:
+        replaced: every layer that has a branch now.
+        skipped: every match that was left as it was, with the reason.
+        trainable: how many numbers train.
+        total: how many numbers the model's parameters hold.
+        notes: what else one might not expect, such as a pattern that matched nothing.
     """
 
     replaced: tuple[ReplacedModule, ...]
@@ -72,10 +87,11 @@ class LoRAReport:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging a model's layers rounded away, by the layer's name, and which modules no longer share a layer's weight.
+    """What merging a model's layers rounded away, and which modules no longer share a layer's weight. ``print(report)`` sums up.
 
-    ``untied`` has, by layer, the names of the parameters that were the layer's weight before and are the frozen one still.
-    ``print(report)`` sums up.
+    Attributes:
+        errors: the rounding error by the layer's name.
+        untied: by the layer's name, the names of the parameters that were its weight before and are the frozen one still.
     """
 
     errors: Mapping[str, MergeError]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from stablelora_kernels._checks import check_float, check_int
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear, lora_linear_group
+from stablelora_kernels.nn_merge import Mergeable
 from stablelora_kernels.sharing import ATTRIBUTE
 
 INITS = (True, False, "gaussian")
@@ -28,39 +28,16 @@ def sizes_of(base: Any) -> tuple[int, int]:
     return (base.nx, base.nf) if hasattr(base, "nf") else (base.in_features, base.out_features)
 
 
-# So many elements at a time are added, which bounds the float32 copies that merging takes beside the result.
-_MERGE_ELEMENTS = 1 << 22
-
-
-@dataclass(frozen=True)
-class MergeError:
-    """What a merged weight, as it is stored, lacks to ``W + scaling · B A``.
-
-    ``largest_error`` is the largest difference of an element, ``largest_delta`` the largest element of ``scaling · B A``.
-    """
-
-    largest_error: float
-    largest_delta: float
-
-    @property
-    def relative(self) -> float:
-        """The error as a share of the change: 1 where the largest change was rounded away whole, 0 where nothing was."""
-        if self.largest_delta == 0:
-            return math.inf if self.largest_error else 0.0
-        return self.largest_error / self.largest_delta
-
-    def __str__(self) -> str:
-        return f"largest error {self.largest_error:.3g}, {self.relative:.3g} of the largest change {self.largest_delta:.3g}"
-
-
-class LoRALinear(nn.Module):
+class LoRALinear(Mergeable):
     """A frozen linear layer with a trainable low-rank branch: ``y = x W^T + bias + scaling · D(x) A^T B^T``.
 
     ``D`` is inverted dropout, on the branch only and in training mode only. ``scaling`` is ``lora_alpha / r``, or
     ``lora_alpha / sqrt(r)`` with ``use_rslora``.
 
     Args:
-        in_features, out_features, bias: as in ``nn.Linear``.
+        in_features: K, as in ``nn.Linear``.
+        out_features: N, as in ``nn.Linear``.
+        bias: whether there is a bias, which is frozen too.
         r: rank of the branch, at least 1.
         lora_alpha: numerator of the scaling.
         lora_dropout: probability of dropping an element of the branch's input, in [0, 1).
@@ -69,21 +46,22 @@ class LoRALinear(nn.Module):
             zero B; False for both kaiming-uniform, so that the branch is not zero at the start (PEFT's meanings).
         lora_dtype: dtype of A and B: float32, or the same as the weight's. A float32 A and B beside a bfloat16 or float16
             weight are cast as they are used; no float32 copy of the activations is made.
-        device, dtype: of the frozen weight and bias; A and B are on the same device.
+        device: of all parameters.
+        dtype: of the frozen weight and bias. Beside float64 A and B are float64 too.
 
     Attributes:
-        weight [out_features, in_features], bias [out_features] or None: frozen.
-        lora_A [r, in_features], lora_B [out_features, r]: trainable.
-        scaling: float. merged: bool.
+        weight: [out_features, in_features], frozen.
+        bias: [out_features], frozen, or None.
+        lora_A: [r, in_features], trainable.
+        lora_B: [out_features, r], trainable.
+        scaling: s, a float.
+        merged: whether the weight holds the branch.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind, naming it and its value.
     """
 
-    weight: nn.Parameter
     bias: nn.Parameter | None
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
 
     def __init__(
         self,
@@ -164,9 +142,7 @@ class LoRALinear(nn.Module):
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
         self.use_rslora = use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.merged = False
-        # While merged: the Parameter that merge() replaced. Not registered, so state_dict and parameters() do not list it.
-        self.__dict__["_unmerged_weight"] = None
+        self._start_unmerged()
         for frozen in base.parameters():
             frozen.requires_grad_(False)
         self._hold(base)
@@ -205,7 +181,12 @@ class LoRALinear(nn.Module):
             nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in_features] to [..., out_features], in x's dtype (autocast's where that is on)."""
+        """``x`` [..., in_features] to [..., out_features], in x's dtype (autocast's where that is on).
+
+        Raises:
+            RuntimeError: the layer is merged, in training mode with gradients on, where A and B would get none.
+            ValueError, TypeError, RuntimeError: as :func:`~stablelora_kernels.functional.lora_linear`.
+        """
         if (group := self.__dict__.get(ATTRIBUTE)) is not None and (y := group.output(self, x)) is not None:
             return y
         if self.merged:
@@ -221,121 +202,6 @@ class LoRALinear(nn.Module):
     def _matrix(self) -> Tensor:
         """The weight as [out_features, in_features]."""
         return self.weight
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """``scaling · B A`` [out_features, in_features] in float32 (float64 for a float64 layer)."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        with torch.autocast(self.lora_A.device.type, enabled=False):
-            return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
-
-    @torch.no_grad()
-    def merge(self) -> MergeError:
-        """Fold the branch into the weight: ``W + scaling · B A``, added in float32 and rounded once to the weight's dtype.
-
-        The merged weight is a new Parameter, so that a module that shares the frozen one (a tied embedding) keeps that: the
-        two are untied until :meth:`unmerge`, which gives the frozen one back bit for bit. Keeping it costs one weight's memory
-        until then. ``state_dict`` holds the frozen one all the while, beside A and B.
-
-        Returns:
-            The error that rounding made, as :meth:`merge_error` gives it.
-
-        Raises:
-            RuntimeError: the layer is merged already.
-            ValueError: the merged weight would not be finite; nothing is changed.
-        """
-        if self.merged:
-            raise RuntimeError("this LoRALinear is merged already")
-        merged, delta = torch.empty_like(self.weight), self._stored_delta()
-        for out, weight, change in self._merge_rows(merged, self.weight, delta):
-            out.copy_(weight.to(delta.dtype) + change)
-        if not self._all_finite(merged):
-            raise ValueError(
-                "merging would give a weight that is not finite; check lora_A, lora_B and weight for nan or inf"
-            )
-        self.__dict__["_unmerged_weight"] = self.weight
-        self.weight = nn.Parameter(merged, requires_grad=False)
-        self.merged = True
-        return self._merge_error(delta)
-
-    def merge_error(self) -> MergeError:
-        """How far the merged weight, as it is now, is from ``W + scaling · B A`` with W, A and B as they are now.
-
-        The differences are against the exact sum of W and ``scaling · B A`` rounded to float32 (to float64 for a float64
-        layer), so that a change too small for a float32 weight shows too.
-
-        Raises:
-            RuntimeError: the layer is not merged.
-        """
-        if not self.merged:
-            raise RuntimeError("this LoRALinear is not merged")
-        return self._merge_error(self._stored_delta())
-
-    def _all_finite(self, matrix: Tensor) -> bool:
-        return bool(torch.isfinite(matrix).all())
-
-    def _merge_error(self, delta: Tensor) -> MergeError:
-        return MergeError(*(value.item() for value in self._merge_error_of(delta)))
-
-    @torch.no_grad()
-    def _merge_error_of(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest error and the largest change, as scalars on the device."""
-        largest_error = delta.new_zeros(())
-        for stored, weight, change in self._merge_rows(self.weight, self.frozen_weight, delta):
-            stored, weight = stored.to(delta.dtype), weight.to(delta.dtype)
-            # What the addition itself rounds away, exactly (Knuth's TwoSum).
-            total = weight + change
-            back = total - weight
-            lost = (weight - (total - back)) + (change - back)
-            largest_error = torch.maximum(largest_error, ((stored - total) - lost).abs().max())
-        return largest_error, delta.abs().max()
-
-    @property
-    def frozen_weight(self) -> nn.Parameter:
-        """W: ``weight``, and while the layer is merged the Parameter that :meth:`unmerge` will give back."""
-        return self.__dict__["_unmerged_weight"] if self.merged else self.weight
-
-    def _stored_delta(self) -> Tensor:
-        """:meth:`delta_weight` in the layout that the weight is stored in."""
-        return self.delta_weight()
-
-    def _merge_rows(self, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Matrices of the weight's shape, some rows at a time."""
-        rows = max(1, _MERGE_ELEMENTS // max(1, matrices[0].shape[1]))
-        return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
-
-    def unmerge(self) -> None:
-        """Undo :meth:`merge` exactly.
-
-        Raises:
-            RuntimeError: the layer is not merged.
-        """
-        if not self.merged:
-            raise RuntimeError("this LoRALinear is not merged")
-        self.weight = self.frozen_weight
-        self.__dict__["_unmerged_weight"] = None
-        self.merged = False
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
-        # .to(), .half() and their kin must move the weight that unmerge() will give back as well.
-        super()._apply(fn, recurse)
-        if self.merged:
-            with torch.no_grad():
-                self.frozen_weight.data = fn(self.frozen_weight.data)
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # A merged weight beside A and B would apply the branch twice wherever it is loaded.
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            destination[prefix + "weight"] = self.frozen_weight if keep_vars else self.frozen_weight.detach()
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local: Any, strict: bool, missing: Any,
-                              unexpected: Any, errors: list[str]) -> None:  # fmt: skip
-        if self.merged:
-            errors.append(f"{prefix.rstrip('.') or 'this LoRALinear'} is merged; unmerge() before loading into it")
-            return
-        super()._load_from_state_dict(state_dict, prefix, local, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={self.r}"

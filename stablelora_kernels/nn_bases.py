@@ -60,7 +60,7 @@ def _has_other_scales(weight: Any) -> bool:
 
 
 class LoRAConv1D(LoRALinear):
-    """A :class:`LoRALinear` over transformers' ``Conv1D``, whose ``weight`` is [in_features, out_features].
+    """A :class:`~stablelora_kernels.LoRALinear` over transformers' ``Conv1D``, whose ``weight`` is [in_features, out_features].
 
     The kernels read it as it lies. Merging adds ``(scaling · B A)^T``.
     """

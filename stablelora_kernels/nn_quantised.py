@@ -13,7 +13,7 @@ from stablelora_kernels.quantised import NF4Weight, read
 
 
 class LoRAQuantisedLinear(LoRALinear):
-    """A :class:`LoRALinear` whose ``weight`` is bitsandbytes' ``Params4bit`` or torchao's ``Float8Tensor``.
+    """A :class:`~stablelora_kernels.LoRALinear` whose ``weight`` is bitsandbytes' ``Params4bit`` or torchao's ``Float8Tensor``.
 
     ``LoRALinear.from_linear`` makes it. ``weight`` and ``bias`` are the given layer's own, and move as they do. The layer
     computes in what ``Linear4bit`` was told to (``compute_dtype``; where it was not told, in its input's dtype), and

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.nn import LoRALinear, MergeError
+from stablelora_kernels.nn import LoRALinear
+from stablelora_kernels.nn_merge import MergeError
 
 
 def check_shards(weight: Any) -> None:
@@ -40,15 +41,17 @@ def follow(weight: DTensor, lora_A: Tensor, lora_B: Tensor, **source: Any) -> tu
 
 
 class LoRAShardedLinear(LoRALinear):
-    """A :class:`LoRALinear` whose weight is a DTensor, as ``ColwiseParallel`` and ``RowwiseParallel`` make it.
+    """A :class:`~stablelora_kernels.LoRALinear` over a DTensor, as ``ColwiseParallel`` and ``RowwiseParallel`` make it.
 
     ``y = x W^T + bias + scaling · D(x) A^T B^T``, in DTensors of one mesh: B [N, r] is cut as the rows of the weight [N, K] are,
     A [r, K] as its columns. Each process computes base product and branch of its part in one op. Of columns that are cut the
     product is a sum over processes, and so is the branch, so that neither direction communicates more than the frozen layer
     does, but for the gradients of what all processes hold (A beside cut rows, B beside cut columns).
 
-    ``LoRALinear.from_linear`` and ``apply_lora`` make it of a layer that is cut; :class:`LoRAColwiseParallel` and
-    :class:`LoRARowwiseParallel` of a LoRALinear. A and B are drawn by the mesh's first process.
+    ``LoRALinear.from_linear`` and ``apply_lora`` make it of a layer that is cut;
+    :class:`~stablelora_kernels.tensor_parallel.LoRAColwiseParallel` and
+    :class:`~stablelora_kernels.tensor_parallel.LoRARowwiseParallel` of a LoRALinear. A and B are drawn by the mesh's first
+    process.
 
     Where processes hold one x, they draw one dropout mask as long as they seed torch alike; where each holds a part of x, the
     masks of the parts are independent all the same. The seed of the latter comes from torch's generator of the CPU.

@@ -21,6 +21,7 @@ from .ops.stable_adamw_settings import Member, build_key, members_and_settings
 from .ops.stable_adamw_shards import ShardSums, is_sharded, local, local_grad, whole_like
 from .pairs import LoRAPair
 from .stability import PairStability, finite_norms
+from .wrappers import clean, innermost
 
 # What a parameter's state holds beside tensors of its shape.
 COUNTERS = ("step", "latched_at")
@@ -150,10 +151,13 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     @classmethod
     def from_model(cls, model: nn.Module, **kwargs: Any) -> StableLoRAAdamW:
-        """The optimizer of every trainable parameter of ``model``; its LoRA pairs may be this library's or PEFT's."""
+        """The optimizer of every trainable parameter of ``model``; its LoRA pairs may be this library's or PEFT's.
+
+        Names are those without DistributedDataParallel, torch.compile and checkpoint_wrapper around the model or its parts.
+        """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        return cls(model.named_parameters(), **kwargs)
+        return cls(((clean(name), p) for name, p in innermost(model).named_parameters()), **kwargs)
 
     @property
     def pairs(self) -> list[LoRAPair]:

@@ -15,9 +15,15 @@ _LORA_NAME = re.compile(r"^(?:(?P<prefix>.+)\.)?lora_(?P<role>[AB])(?:\.(?P<adap
 
 @dataclass(frozen=True, eq=False)
 class LoRAPair:
-    """One LoRA branch: W = W0 + s·B·A, with A [r, in_features] and B [out_features, r].
+    """One LoRA branch: W = W0 + s·B·A.
 
-    ``name`` is the layer's dotted name, followed by the adapter's where the layer holds named adapters (PEFT's do).
+    Attributes:
+        name: the layer's dotted name, followed by the adapter's where the layer holds named adapters (PEFT's do).
+        A: [r, in_features].
+        B: [out_features, r].
+
+    Raises:
+        ValueError: A and B are not two matrices of one rank.
     """
 
     name: str
@@ -33,6 +39,7 @@ class LoRAPair:
 
     @property
     def r(self) -> int:
+        """The rank."""
         return self.A.shape[0]
 
 

@@ -32,8 +32,8 @@ def accelerate_peft(model: nn.Module, *, strict: bool = False, fuse_projections:
             :func:`~stablelora_kernels.apply_lora` says. Each such layer holds on to its group then.
 
     Returns:
-        The report: a row for each layer and adapter that runs on the ops, and, as skipped, each that PEFT's own forward
-        computes, with the reason (DoRA and other variants, embeddings, convolutions, ...).
+        The report. It has a row for each layer and adapter that runs on the ops, and, as skipped, each that PEFT's own
+        forward computes, with the reason (DoRA and other variants, embeddings, convolutions, ...).
 
     Raises:
         ImportError: peft is not installed, or is older than 0.16.

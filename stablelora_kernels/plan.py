@@ -12,6 +12,7 @@ from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.nn import LoRALinear
 from stablelora_kernels.nn_bases import LoRABranchLinear, class_for, is_conv1d
 from stablelora_kernels.quantised import is_quantised, read
+from stablelora_kernels.wrappers import check_not_in_ddp
 
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -23,7 +24,12 @@ _STATE_HOOKS = (
 
 @dataclass(frozen=True)
 class SkippedModule:
-    """One module that was asked for and left as it was, and why."""
+    """One module that was asked for and left as it was.
+
+    Attributes:
+        name: its dotted name in the model.
+        reason: why, in words.
+    """
 
     name: str
     reason: str
@@ -46,6 +52,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
+    check_not_in_ddp(model)
     linears: dict[str, Any] = {}
     skipped: list[SkippedModule] = []
     names: dict[nn.Module, str] = {}

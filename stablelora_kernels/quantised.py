@@ -86,7 +86,11 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class NF4Weight:
-    """A frozen weight [N, K] in 4 bits an element; the module's docstring has the layout.
+    """A frozen weight [N, K] in 4 bits an element: ``code[index] · absmax``, as bitsandbytes stores it.
+
+    Elements are counted row after row, in blocks of ``blocksize`` that need not end with a row. An index is 4 bits, two of
+    them in a byte, the first in the upper half. Nested ("double quantisation", QLoRA, arXiv 2305.14314), the absmax is
+    ``nested_code[absmax] · nested_absmax + offset``, in blocks of ``nested_blocksize``.
 
     Args:
         packed: uint8 [ceil(N K / 2)].
@@ -94,8 +98,10 @@ class NF4Weight:
         code: float32 [16], the values that the 4 bits stand for.
         shape: (N, K).
         blocksize: elements that share an absmax, a power of two.
-        nested_absmax: float32 [ceil(absmax's / nested_blocksize)], nested_code: float32 [256], offset: float32, one number,
-            nested_blocksize: a power of two. All of them or none.
+        nested_absmax: float32 [ceil(absmax's / nested_blocksize)]. This and the next three are given all or not at all.
+        nested_code: float32 [256], the values that the 8 bits of an absmax stand for.
+        offset: float32, one number, added to every absmax.
+        nested_blocksize: absmax that share a nested_absmax, a power of two.
 
     Raises:
         ValueError, TypeError: what does not fit, naming it and both values.
@@ -188,7 +194,8 @@ class FP8Weight:
     """A frozen weight [N, K] in float8 with a scale a row: ``data[n, k] · scale[n]``.
 
     Args:
-        data: float8_e4m3fn [N, K], contiguous. scale: float32 [N].
+        data: float8_e4m3fn [N, K], contiguous.
+        scale: float32 [N].
 
     Raises:
         ValueError, TypeError: what does not fit, naming it and both values.
@@ -226,6 +233,7 @@ class FP8Weight:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(N, K)."""
         n, k = self.data.shape
         return n, k
 

@@ -1,6 +1,6 @@
 """The mathematics in plain PyTorch, written to be read: the oracle of every test, and of no use for speed.
 
-Everything computes in the dtype it is given. Tests give float64.
+Everything computes in the dtype it is given. Tests give float64. ::
 
     forward   S  = D(X) A^T                 [M, r]
               Y  = X W^T + bias + s·S B^T   [M, N]

@@ -22,7 +22,7 @@ def shrink_ref(
 ) -> tuple[torch.Tensor, bool]:
     """Algorithm 1 on one pair, before its update: ``(A, latched)``.
 
-    A [r, n] becomes (1 - lambda) A as long as ||A||_F / n > ||B||_F / m, B being [m, r]. The first time it is not, the
+    A [r, n] becomes (1 - lambda) A as long as ``||A||_F / n > ||B||_F / m``, B being [m, r]. The first time it is not, the
     pair latches and A is left alone for good. A norm that is not finite decides nothing: neither a shrink nor the latch.
     With ``stop_condition`` "never" A shrinks whatever the norms are, so long as they are finite.
     """
@@ -59,9 +59,11 @@ def adamw_ref(
 ) -> torch.Tensor:
     """One step of AdamW on ``p``, which is returned new; ``state`` is advanced in place.
 
-    p <- (1 - lr wd) p
-    m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
-    p <- p - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+    ::
+
+        p <- (1 - lr wd) p
+        m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
+        p <- p - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
     With ``amsgrad`` the last line has the largest v so far instead of v.
     """
@@ -123,6 +125,7 @@ class StableAdamWRef:
 
     @torch.no_grad()
     def step(self, grads: dict[torch.Tensor, torch.Tensor]) -> None:
+        """One step, with the gradient of each tensor that has one."""
         coefficient = clip_coefficient_ref(list(grads.values()), self.max_grad_norm)
         # A step whose gradients' norm is not finite is not taken.
         if coefficient is None:
@@ -189,7 +192,7 @@ def stochastic_round_ref(x: float, dtype: torch.dtype, noise: int) -> float:
     """``x``, a float32 value, rounded to bfloat16 or float16 up or down at random, so that the mean is ``x``.
 
     With q the distance of the two neighbours that ``dtype`` has around ``x``, the magnitude becomes
-    q floor(|x| / q) or one q more, the latter with probability equal to the fraction lost.
+    ``q floor(abs(x) / q)`` or one q more, the latter with probability equal to the fraction lost.
     """
     if not math.isfinite(x) or x == 0:
         return x

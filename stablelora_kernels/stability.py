@@ -14,10 +14,14 @@ from .pairs import LoRAPair
 
 @dataclass(frozen=True)
 class PairStability:
-    """Where one pair stands: ``a_norm`` = ||A||_F / n, ``b_norm`` = ||B||_F / m, for W [m, n].
+    """Where one pair stands, for W [m, n].
 
-    ``stable`` says whether the pair has latched, so that A shrinks no more, and ``latched_at`` at which step of A, counted
-    from one, or None.
+    Attributes:
+        name: the pair's, as :class:`~stablelora_kernels.LoRAPair` has it.
+        a_norm: ``||A||_F / n``.
+        b_norm: ``||B||_F / m``.
+        stable: whether the pair has latched, so that A shrinks no more.
+        latched_at: the step of A, counted from one, at which it latched, or None.
     """
 
     name: str

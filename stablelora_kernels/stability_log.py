@@ -24,14 +24,15 @@ class StabilityLogger:
         with slk.StabilityLogger(optimizer, "stability.csv", every=50):
             trainer.train()
 
-    Each time it reads the device (:meth:`StableLoRAAdamW.stability`), which waits for it: choose ``every`` accordingly.
+    Each time it reads the device (:meth:`~stablelora_kernels.StableLoRAAdamW.stability`), which waits for it: choose ``every``
+    accordingly.
 
     Args:
         optimizer: the one to watch, not a trainer's or accelerate's wrapper of it.
-        target: the path of a CSV file with the columns step, pair, a_norm (||A||_F/n), b_norm (||B||_F/m), stable (0 or 1) and
-            latched_at (a step, or empty); an existing one is continued, as after a resume. Or a TensorBoard ``SummaryWriter``,
-            or anything else with its ``add_scalar(tag, value, step)``: tags are ``stability/<pair>/a_norm``, ``.../b_norm`` and
-            ``stability/latched``, the number of pairs that have stopped shrinking.
+        target: the path of a CSV file with the columns step, pair, a_norm (``||A||_F/n``), b_norm (``||B||_F/m``), stable (0
+            or 1) and latched_at (a step, or empty); an existing one is continued, as after a resume. Or a TensorBoard
+            ``SummaryWriter``, or anything else with its ``add_scalar(tag, value, step)``: tags are ``stability/<pair>/a_norm``,
+            ``.../b_norm`` and ``stability/latched``, the number of pairs that have stopped shrinking.
         every: optimizer steps between two records.
 
     Raises:
@@ -115,13 +116,16 @@ def _open(path: Path) -> Any:
 def plot_stability(path: str | Path, out: str | Path | None = None, pairs: Iterable[str] | None = None) -> Figure:
     """Plot a CSV file of :class:`StabilityLogger`; needs matplotlib.
 
-    Left: each pair's way through ||B||_F/m and ||A||_F/n, which begins above the diagonal and stops shrinking once it is on or
-    below it. Right: the ratio of the two over the steps, with a mark where the pair latched.
+    Left: each pair's way through ``||B||_F/m`` and ``||A||_F/n``, which begins above the diagonal and stops shrinking once it
+    is on or below it. Right: the ratio of the two over the steps, with a mark where the pair latched.
 
     Args:
         path: the CSV file. Of a step that was written twice, as around a resume, the later record counts.
         out: where to save the figure, if anywhere.
         pairs: the names of the pairs to plot; all unless given.
+
+    Returns:
+        The figure, which belongs to no window.
 
     Raises:
         ValueError: the file holds no records, or not those of one of ``pairs``.

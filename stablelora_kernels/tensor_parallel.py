@@ -49,7 +49,7 @@ class LoRARowwiseParallel(RowwiseParallel):
     mesh. The output is summed once, base product and branch together.
 
     Raises:
-        As :class:`LoRAColwiseParallel`.
+        NotImplementedError, ValueError: as :class:`LoRAColwiseParallel`.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 
 from stablelora_kernels.quantised import FP8Weight, NF4Weight
 
-# One unit in the last place of 1.0.
+#: By dtype, one unit in the last place of 1.0.
 EPS = {d: torch.finfo(d).eps for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -112,7 +112,7 @@ def assert_no_worse(
     dtype: torch.dtype | None = None,
     name: str = "result",
 ) -> None:
-    """Fail unless ``|out - ref| <= 2 max|baseline - ref| + atol`` everywhere.
+    """Raise AssertionError unless ``|out - ref| <= 2 max|baseline - ref| + atol`` everywhere, and ``out`` is finite.
 
     ``ref`` is the float64 oracle and ``baseline`` what plain PyTorch computes, so that the bound is the error a user already
     has. ``atol``, for where that happens to be nothing, is one unit in the last place of ref's largest element in ``dtype``,

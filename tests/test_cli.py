@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -275,6 +276,22 @@ def test_missing_packages_and_set_variables_are_named(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "  STABLELORA_KERNEL=split\n" in out
     assert "  peft             missing  accelerate_peft\n" in out
+
+
+def test_gpus_are_named_with_their_kind(monkeypatch):
+    known, new = (SimpleNamespace(name=f"GPU of sm_{m}0", major=m, minor=0, gcnArchName="") for m in (9, 7))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", [known, new].__getitem__)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert doctor._versions()["GPU"] == "GPU of sm_90, sm_90"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert doctor._versions()["GPU 1"] == "GPU of sm_70, sm_70, for which the dispatch tables were not made"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert doctor._versions()["GPU"] == "no GPU that this torch could use"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert doctor._versions()["GPU"] == "no GPU that this torch sees"
 
 
 @pytest.mark.parametrize("name", backend.BACKENDS)

@@ -35,7 +35,6 @@ def train(rank: int, world: int, dtype: torch.dtype, max_grad_norm: float | None
     model.to(dtype)
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
-    # DDP puts "module." in front of every name.
     optimizer = slk.StableLoRAAdamW.from_model(model, max_grad_norm=max_grad_norm, **SETTINGS)
     share = ROWS // world
     for ids, targets in zip(*batches(), strict=True):

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from stablelora_kernels.backend import use_backend
+from stablelora_kernels.model import apply_lora
 from stablelora_kernels.optim import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from tests.optimizers import SHAPES, all_equal, halves, make_pairs, set_grads, snapshot
+from tests.small_models import Model, lora_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,3 +125,24 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
             optimizer.load_state_dict(state)
     assert all_equal(snapshot(optimizer), before)
     assert optimizer.state_dict()["param_groups"] == groups
+
+
+def test_wrappers_around_a_model_do_not_matter() -> None:
+    """A state saved with one wrapper around the model loads with another, and without; pairs have one name in all."""
+    model = Model()
+    apply_lora(model, lora_config())
+    plain = StableLoRAAdamW.from_model(model, lr=0.25)
+    set_grads([p for group in plain.param_groups for p in group["params"]], 0)
+    plain.step()
+    wrapped = torch.nn.DataParallel(torch.compile(model, backend="eager"))
+    model.layers[0] = torch.compile(model.layers[0], backend="eager")
+    named = list(wrapped.named_parameters())
+    assert "module._orig_mod.layers.0._orig_mod.q_proj.lora_A" in dict(named)
+    by_model, by_name = StableLoRAAdamW.from_model(wrapped), StableLoRAAdamW(named)
+    assert [pair.name for pair in by_model.pairs] == [pair.name for pair in plain.pairs]
+    for optimizer in (by_model, by_name):
+        optimizer.load_state_dict(plain.state_dict())
+        assert all_equal(snapshot(optimizer), snapshot(plain))
+    plain.param_groups[0]["lr"] = 0.5
+    plain.load_state_dict(by_name.state_dict())
+    assert plain.param_groups[0]["lr"] == 0.25

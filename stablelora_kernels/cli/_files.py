@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from stablelora_kernels.adapter_io import CONFIG_NAME, WEIGHTS_NAME, find_files
+from stablelora_kernels._adapter_files import CONFIG_NAME, WEIGHTS_NAME, find_files
 from stablelora_kernels.cli._output import CommandError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -109,7 +109,8 @@ def _versions() -> dict[str, str]:
         arch = arch_of(properties)
         known = "" if arch in DEVICES else ", for which the dispatch tables were not made"
         found["GPU" if gpus == 1 else f"GPU {index}"] = f"{properties.name}, {arch}{known}"
-    return found if gpus else found | {"GPU": "no GPU"}
+    built_for = torch.version.cuda or torch.version.hip
+    return found if gpus else found | {"GPU": f"no GPU that this torch {'sees' if built_for else 'could use'}"}
 
 
 def _self_tests(device: torch.device, name: str | None, interpret: bool) -> Iterator[tuple[str, Iterator[Result]]]:

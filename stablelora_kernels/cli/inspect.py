@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablelora_kernels.adapter_io import PEFT_ALPHA, PREFIX, beyond_plain_lora, import_safetensors, read_json
+from stablelora_kernels._adapter_files import PEFT_ALPHA, PREFIX, beyond_plain_lora, import_safetensors, read_json
 from stablelora_kernels.cli._arguments import positive
 from stablelora_kernels.cli._files import adapter_files
 from stablelora_kernels.cli._output import (

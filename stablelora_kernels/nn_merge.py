@@ -1,0 +1,166 @@
+"""Merging a LoRA layer's branch into its weight, stating the error, and undoing it bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# So many elements at a time are added, which bounds the float32 copies that merging takes beside the result.
+_MERGE_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class MergeError:
+    """What a merged weight, as it is stored, lacks to ``W + scaling · B A``.
+
+    Attributes:
+        largest_error: the largest difference of an element.
+        largest_delta: the largest element of ``scaling · B A``, by magnitude.
+    """
+
+    largest_error: float
+    largest_delta: float
+
+    @property
+    def relative(self) -> float:
+        """``largest_error / largest_delta``, which is 1 where the largest change was rounded away whole, 0 where nothing was."""
+        if self.largest_delta == 0:
+            return math.inf if self.largest_error else 0.0
+        return self.largest_error / self.largest_delta
+
+    def __str__(self) -> str:
+        return f"largest error {self.largest_error:.3g}, {self.relative:.3g} of the largest change {self.largest_delta:.3g}"
+
+
+class Mergeable(nn.Module):
+    """What :class:`~stablelora_kernels.LoRALinear` can do with its weight."""
+
+    weight: nn.Parameter
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scaling: float
+
+    def _start_unmerged(self) -> None:
+        self.merged = False
+        # While merged: the Parameter that merge() replaced. Not registered, so state_dict and parameters() do not list it.
+        self.__dict__["_unmerged_weight"] = None
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """``scaling · B A`` [out_features, in_features] in float32 (float64 for a float64 layer)."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
+    @torch.no_grad()
+    def merge(self) -> MergeError:
+        """Fold the branch into the weight: ``W + scaling · B A``, added in float32 and rounded once to the weight's dtype.
+
+        The merged weight is a new Parameter, so that a module that shares the frozen one (a tied embedding) keeps that: the
+        two are untied until :meth:`unmerge`, which gives the frozen one back bit for bit. Keeping it costs one weight's memory
+        until then. ``state_dict`` holds the frozen one all the while, beside A and B.
+
+        Returns:
+            The error that rounding made, as :meth:`merge_error` gives it.
+
+        Raises:
+            RuntimeError: the layer is merged already.
+            ValueError: the merged weight would not be finite; nothing is changed.
+        """
+        if self.merged:
+            raise RuntimeError("this LoRALinear is merged already")
+        merged, delta = torch.empty_like(self.weight), self._stored_delta()
+        for out, weight, change in self._merge_rows(merged, self.weight, delta):
+            out.copy_(weight.to(delta.dtype) + change)
+        if not self._all_finite(merged):
+            raise ValueError(
+                "merging would give a weight that is not finite; check lora_A, lora_B and weight for nan or inf"
+            )
+        self.__dict__["_unmerged_weight"] = self.weight
+        self.weight = nn.Parameter(merged, requires_grad=False)
+        self.merged = True
+        return self._merge_error(delta)
+
+    def merge_error(self) -> MergeError:
+        """How far the merged weight, as it is now, is from ``W + scaling · B A`` with W, A and B as they are now.
+
+        The differences are against the exact sum of W and ``scaling · B A`` rounded to float32 (to float64 for a float64
+        layer), so that a change too small for a float32 weight shows too.
+
+        Raises:
+            RuntimeError: the layer is not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("this LoRALinear is not merged")
+        return self._merge_error(self._stored_delta())
+
+    def _all_finite(self, matrix: Tensor) -> bool:
+        return bool(torch.isfinite(matrix).all())
+
+    def _merge_error(self, delta: Tensor) -> MergeError:
+        return MergeError(*(value.item() for value in self._merge_error_of(delta)))
+
+    @torch.no_grad()
+    def _merge_error_of(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest error and the largest change, as scalars on the device."""
+        largest_error = delta.new_zeros(())
+        for stored, weight, change in self._merge_rows(self.weight, self.frozen_weight, delta):
+            stored, weight = stored.to(delta.dtype), weight.to(delta.dtype)
+            # What the addition itself rounds away, exactly (Knuth's TwoSum).
+            total = weight + change
+            back = total - weight
+            lost = (weight - (total - back)) + (change - back)
+            largest_error = torch.maximum(largest_error, ((stored - total) - lost).abs().max())
+        return largest_error, delta.abs().max()
+
+    @property
+    def frozen_weight(self) -> nn.Parameter:
+        """The frozen W. It is ``weight``, and while the layer is merged the Parameter that :meth:`unmerge` will give back."""
+        return self.__dict__["_unmerged_weight"] if self.merged else self.weight
+
+    def _stored_delta(self) -> Tensor:
+        """:meth:`delta_weight` in the layout that the weight is stored in."""
+        return self.delta_weight()
+
+    def _merge_rows(self, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Matrices of the weight's shape, some rows at a time."""
+        rows = max(1, _MERGE_ELEMENTS // max(1, matrices[0].shape[1]))
+        return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge` exactly.
+
+        Raises:
+            RuntimeError: the layer is not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("this LoRALinear is not merged")
+        self.weight = self.frozen_weight
+        self.__dict__["_unmerged_weight"] = None
+        self.merged = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Mergeable:
+        # .to(), .half() and their kin must move the weight that unmerge() will give back as well.
+        super()._apply(fn, recurse)
+        if self.merged:
+            with torch.no_grad():
+                self.frozen_weight.data = fn(self.frozen_weight.data)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # A merged weight beside A and B would apply the branch twice wherever it is loaded.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[prefix + "weight"] = self.frozen_weight if keep_vars else self.frozen_weight.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local: Any, strict: bool, missing: Any,
+                              unexpected: Any, errors: list[str]) -> None:  # fmt: skip
+        if self.merged:
+            errors.append(f"{prefix.rstrip('.') or 'this LoRALinear'} is merged; unmerge() before loading into it")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local, strict, missing, unexpected, errors)
