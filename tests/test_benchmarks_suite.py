@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from benchmarks import _suite, _suite_table
 from benchmarks._harness import summarize
 from benchmarks._suite import Case, Outcome, Parts
+from benchmarks.conftest import Entry
 from benchmarks.layers import LayerCase, choose_backend, compiled
 from benchmarks.optimizers import Unavailable
 from benchmarks.test_optimizer import OptimizerCase
@@ -110,9 +112,11 @@ def test_a_tiny_case_through_pytest_benchmark(tmp_path: Path) -> None:
         "benchmarks/test_layer.py", f"--benchmark-compare={path}", "--benchmark-group-by=param:arm", "-k", "loralib",
         plugin=plugin, tmp_path=tmp_path,
     )  # fmt: skip
-    assert (status == 0 and "benchmark 'arm=loralib'" in printed.replace("-", "")) or "arm=loralib" in printed, printed
+    # Each of the three phases, now and before.
+    assert status == 0 and "benchmark 'arm=loralib': 6 tests" in printed, printed
+    assert printed.count("(NOW)") >= 3 and "Comparing against benchmarks from" in printed
     # What loralib is compared with was sampled too.
-    assert "Comparing against benchmarks from" in printed and "PEFT" in printed
+    assert "PEFT" in printed and "eager LoRA" not in printed.partition("sampled in turns")[2]
 
 
 def test_an_arm_that_raises_is_an_error_and_the_others_are_measured(tmp_path: Path) -> None:
@@ -158,6 +162,13 @@ def test_what_fails_between_rounds_fails_every_arm(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Fake, "close", broken)
     outcome = _suite.sample(Fake(), Fake.arms, iters=2)
     assert set(outcome.errors) == set(Fake.arms) and not outcome.samples
+
+
+def test_an_arm_whose_base_did_not_run_is_an_error() -> None:
+    benchmark = SimpleNamespace(disabled=False)
+    entry = Entry(Fake(), "all", "mine", Outcome(samples={"mine": SAMPLES["mine"]}, skipped={"base": "no base here"}))
+    with pytest.raises(RuntimeError, match="'base', which 'mine' is compared with, did not run"):
+        entry.record(benchmark)
 
 
 def test_comparisons_are_paired() -> None:
