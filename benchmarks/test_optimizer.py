@@ -16,9 +16,9 @@ from stablelora_kernels.cli._arguments import DTYPES
 from stablelora_kernels.cli.bench import LR, make_pairs
 from stablelora_kernels.pairs import LoRAPair
 
-# Pairs, rank, width.
-QUICK = [(64, 8, 2048)]
-FULL = [*QUICK, (14, 16, 512), (224, 16, 2048)]
+# Pairs, rank, width. torchao compiles its step for all of them together, which takes a minute for 64 pairs.
+QUICK = [(16, 8, 2048)]
+FULL = [*QUICK, (64, 8, 2048), (14, 16, 512)]
 STATES = ("shrinking", "latched")
 
 
