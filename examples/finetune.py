@@ -150,9 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     @torch.no_grad()
     def held_out_loss() -> float:
         model.eval()
-        losses = [loss_of(rows).item() for rows in held_out.split(1)]
+        losses = [len(rows) * loss_of(rows).item() for rows in held_out.split(8)]
         model.train()
-        return sum(losses) / len(losses)
+        return sum(losses) / len(held_out)
 
     def state() -> dict:
         parameters, moments = get_state_dict(model, optimizer, options=TRAINABLE)

@@ -99,7 +99,11 @@ def test_finetune_killed_and_resumed(files: list[str], tmp_path: Path) -> None:
 
     # So many steps that it cannot end before it is killed; the schedule is then another.
     long = [*(a if a != "6" else "100000" for a in arguments), "--out", killed]
-    process = subprocess.Popen(command("finetune", long), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command("finetune", long), stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        # A shell's background jobs ignore interrupts, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         wait_for(lambda: (killed / "step-000003" / ".metadata").exists(), process)
         process.send_signal(signal.SIGINT)
@@ -262,7 +266,8 @@ def test_a_run_is_not_mixed_with_another(files: list[str], alone: Path, monkeypa
     ("example", "arguments"),
     [
         ("finetune", ["--batch-size", "2", "--bf16", "--length", "32"]),
-        ("peft_trainer", ["--batch-size", "2", "--bf16", "--length", "32"]),
+        # Of a text that takes no half minute to be cut into tokens, as the plays do above.
+        ("peft_trainer", ["--batch-size", "2", "--bf16", "--length", "32", "--text", str(ROOT / "README.md")]),
         ("replace_linear", ["--batch-size", "8"]),
     ],
 )
