@@ -100,7 +100,7 @@ def suite(directory: Path) -> Iterator[Section]:
             if info.get("ours") and over and over["q1"] > 1:
                 losses.append(f"{case}: {info['arm']} takes {spread(over)} of {info['rival']}'s time")
         parts = [markdown(cells, 2)]
-        if reasons := _reasons(found.get("skipped", {})):
+        if reasons := _reasons(found["skipped"]):
             parts.append(f"Skipped: {'; '.join(reasons)}.")
         command = f"python -m pytest benchmarks --benchmark-json={file.name}"
         environment = found["machine_info"]["stablelora_kernels"]
@@ -325,9 +325,8 @@ def page(results: Path, plots: Path | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _reasons(skipped: Any) -> list[str]:
-    entries = skipped.items() if isinstance(skipped, dict) else [(e["arm"], e["reason"]) for e in skipped]
-    return list(dict.fromkeys(f"{name} ({reason})" for name, reason in entries))
+def _reasons(skipped: Sequence[dict[str, str]]) -> list[str]:
+    return list(dict.fromkeys(f"{arm['arm']} ({arm['reason']})" for arm in skipped))
 
 
 def _read(file: Path) -> Any:

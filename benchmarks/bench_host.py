@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import stablelora_kernels as slk
-from benchmarks._harness import environment, interleave, summarize
+from benchmarks._harness import environment, interleave, store, summarize
 from benchmarks.bench_lora_linear import build_arms
 from benchmarks.report import aligned
 
@@ -171,9 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     found["dispatch"] = measure_dispatch(args.iters)
     for name, value in found["dispatch"].items():
         print(f"{name:30} {value['median']:6.2f} ({value['q1']:.2f}-{value['q3']:.2f})")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    store(args.json, found)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ over PEFT's: below 1 we add less.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from benchmarks._harness import environment, interleave, summarize
+from benchmarks._harness import environment, interleave, store, summarize
 from stablelora_kernels.cli._arguments import DTYPES
 from stablelora_kernels.cli.bench import forward_backward, layer_arms
 
@@ -106,9 +105,7 @@ def main() -> None:
                     f"{ours['overhead_median']:8.2f} {spread:>15} {ratio:9.2f}",
                     flush=True,
                 )
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"environment": machine, "results": rows}, indent=1) + "\n")
+    store(args.json, {"environment": machine, "results": rows})
 
 
 if __name__ == "__main__":

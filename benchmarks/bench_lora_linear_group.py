@@ -10,7 +10,6 @@ together over that one by one.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
-from benchmarks._harness import environment, interleave, summarize
+from benchmarks._harness import environment, interleave, store, summarize
 from stablelora_kernels.cli._arguments import DTYPES
 from stablelora_kernels.functional import lora_linear_group
 
@@ -124,9 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"{together['to_apart_median']:10.2f} {spread}",
                     flush=True,
                 )
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"environment": machine, "results": rows}, indent=1) + "\n")
+    store(args.json, {"environment": machine, "results": rows})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ arm's on the same batch; forward and backward of two arms with equal layers diff
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks import optimizers
-from benchmarks._harness import environment, shuffled, summarize, synchronize
+from benchmarks._harness import environment, shuffled, store, summarize, synchronize
 from benchmarks.arms import PEFT, STABLE, Recipe, build_arm
 from benchmarks.data import load_dataset, training_batches
 from benchmarks.finetune import autocast, to_device
@@ -181,11 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     for name, reason in skipped.items():
         print(f"not run: {name}: {reason}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        found = {"environment": machine, "settings": settings, "rows": rows, "skipped": skipped}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    settings = {key: value for key, value in vars(args).items() if key != "json"}
+    store(args.json, {"environment": machine, "settings": settings, "rows": rows, "skipped": skipped})
 
 
 if __name__ == "__main__":

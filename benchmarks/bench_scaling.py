@@ -12,7 +12,6 @@ the larger half of an axis, with a 95 % interval from the residuals.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks._harness import environment, interleave, summarize
+from benchmarks._harness import environment, interleave, store, summarize
 from benchmarks.bench_lora_linear import build_arms
 from benchmarks.bench_stable_adamw_scale import halves
 from benchmarks.footprint import saved_for_backward
@@ -77,9 +76,9 @@ def layer_floors(m: int, k: int, n: int, r: int, machine: Machine) -> dict[str, 
 
 def layer_row(m: int, width: int, r: int, machine: Machine, iters: int, device: torch.device) -> dict[str, Any]:
     """Milliseconds and saved bytes of each arm."""
-    modules: dict[str, nn.Module] = {
-        name: build_arms(width, width, r, 0.0, torch.float32, device)[name] for name in LAYER_ARMS
-    }
+    # Built once: all arms have one W, or each would find it in the cache or not by what the others left there.
+    built = build_arms(width, width, r, 0.0, torch.float32, device)
+    modules: dict[str, nn.Module] = {name: built[name] for name in LAYER_ARMS}
     x = torch.randn(m, width, device=device, requires_grad=True)
     grad = torch.randn(m, width, device=device)
     arms = {name: forward_backward(module, x, grad) for name, module in modules.items()}
@@ -199,9 +198,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{table(found['axes'][name])}\n",
             flush=True,
         )
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    store(args.json, found)
 
 
 if __name__ == "__main__":

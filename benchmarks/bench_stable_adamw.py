@@ -9,14 +9,13 @@ shrinks, and after all have latched. On a GPU times include the wait for it, and
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks._harness import environment, interleave, summarize
+from benchmarks._harness import environment, interleave, store, summarize
 from benchmarks.optimizers import SHRINK_RATIO, NaiveStableAdamW
 from stablelora_kernels.cli.bench import make_pairs
 from stablelora_kernels.optim import StableLoRAAdamW
@@ -73,8 +72,7 @@ def main() -> None:
         for name, row in rows.items():
             print(f"{name:38} {row['median']:8.3f} {row['q1']:8.3f} {row['q3']:8.3f}   {row['median'] / ours:6.2f}")
     print("\n" + ", ".join(f"{key} {value}" for key, value in report["environment"].items()))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    store(args.json, report)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ moments, against AdamW's step counters; ``allocated`` counts as CUDA's caching a
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ if not torch.cuda.is_available():
     # The launch is left out, yet the backend has to be one that could run here.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from benchmarks._harness import environment, interleave, summarize
+from benchmarks._harness import environment, interleave, store, summarize
 from benchmarks.optimizers import SHRINK_RATIO
 from stablelora_kernels.backend import use_backend
 from stablelora_kernels.cli.bench import make_pairs
@@ -192,8 +191,7 @@ def main() -> None:
     show("Memory beyond AdamW's, % of the parameters' bytes", memory, {**columns, **beyond})
     report |= {"time_by_pairs": by_pairs, "host": host, "memory": memory}
     print("\n" + ", ".join(f"{key} {value}" for key, value in report["environment"].items()))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    store(args.json, report)
 
 
 if __name__ == "__main__":

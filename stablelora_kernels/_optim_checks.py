@@ -12,10 +12,10 @@ import torch
 from ._checks import check_float, check_int
 from .ops.stable_adamw import moment_names
 from .ops.stable_adamw_settings import check_patterns
-from .ops.stable_adamw_shards import check_shards, is_sharded, local, part_for
+from .ops.stable_adamw_shards import check_shards, local, part_for
 from .ops.stable_adamw_storage import Storage, converted_moment
 from .pairs import LoRAPair, lora_pairs, split_lora_name
-from .wrappers import same_anywhere
+from .wrappers import is_sharded, same_anywhere
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HYPER = (

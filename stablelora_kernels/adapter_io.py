@@ -36,7 +36,7 @@ from stablelora_kernels.wrappers import (
     copy,
     in_ddp,
     is_first_rank,
-    is_parted,
+    is_sharded,
     reshard,
     unwrap,
     whole,
@@ -81,7 +81,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_not_meta(tensors)
     _warn_of_places(model, layers)
 
-    if (in_ddp(given) or any(map(is_parted, tensors.values()))) and not is_first_rank():
+    if (in_ddp(given) or any(map(is_sharded, tensors.values()))) and not is_first_rank():
         for tensor in tensors.values():
             whole(tensor)
         return

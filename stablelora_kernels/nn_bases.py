@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch
 from stablelora_kernels.nn import LoRALinear
 from stablelora_kernels.quantised import is_quantised, read
+from stablelora_kernels.wrappers import is_sharded
 
 
 def is_conv1d(module: Any) -> bool:
@@ -34,7 +35,7 @@ def class_for(base: Any) -> type[LoRALinear]:
         raise ValueError(
             f"linear must give its input a gradient, which a layer that quantises it does not, got act_quant_kwargs {kwargs}"
         )
-    if type(base.weight).__name__ == "DTensor":
+    if is_sharded(base.weight):
         from stablelora_kernels.nn_sharded import LoRAShardedLinear, check_shards
 
         check_shards(base.weight)

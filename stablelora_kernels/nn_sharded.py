@@ -114,14 +114,12 @@ class LoRAShardedLinear(LoRALinear):
             lora_A.to_local(grad_placements=partial if rows or cut.is_shard(0) else lora_A.placements),
             lora_B.to_local(grad_placements=partial if rows or cut.is_shard(1) else lora_B.placements),
         )
-        with _own_masks(mesh.get_local_rank(), x.device, self._drops and has.is_shard()):
+        drops = self.training and self.lora_dropout > 0
+        with _own_masks(mesh.get_local_rank(), x.device, drops and has.is_shard()):
             y = lora_linear(*operands, self.scaling, self.lora_dropout, self.training)
         shape = torch.Size((*x.shape[:-1], self.out_features))
-        return DTensor.from_local(y, mesh, [gives], run_check=False, shape=shape, stride=_contiguous(shape))
-
-    @property
-    def _drops(self) -> bool:
-        return self.training and self.lora_dropout > 0
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(y, mesh, [gives], run_check=False, shape=shape, stride=stride)
 
     def _local_bias(self, rows: bool) -> Tensor | None:
         """This process's part of the bias; where results are summed over processes, the first one adds it for all."""
@@ -174,13 +172,6 @@ def _like(weight: DTensor, local: Tensor) -> DTensor:
     return DTensor.from_local(
         local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )
-
-
-def _contiguous(shape: torch.Size) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * max(size, 1))
-    return tuple(reversed(strides))
 
 
 @contextmanager

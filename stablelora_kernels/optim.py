@@ -18,10 +18,10 @@ from .ops import stable_adamw_staging as staging
 from .ops.stable_adamw import Pair, TorchStep, work_dtype
 from .ops.stable_adamw_gradients import look_at
 from .ops.stable_adamw_settings import Member, build_key, members_and_settings
-from .ops.stable_adamw_shards import ShardSums, is_sharded, local, local_grad, whole_like
+from .ops.stable_adamw_shards import ShardSums, local, local_grad, whole_like
 from .pairs import LoRAPair
 from .stability import PairStability, finite_norms
-from .wrappers import clean, innermost
+from .wrappers import clean, innermost, is_sharded
 
 # What a parameter's state holds beside tensors of its shape.
 COUNTERS = ("step", "latched_at")

@@ -12,7 +12,7 @@ from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.nn import LoRALinear
 from stablelora_kernels.nn_bases import LoRABranchLinear, class_for, is_conv1d
 from stablelora_kernels.quantised import is_quantised, read
-from stablelora_kernels.wrappers import check_not_in_ddp
+from stablelora_kernels.wrappers import check_not_in_ddp, is_sharded
 
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -159,7 +159,7 @@ def _reason_to_skip(model: nn.Module, name: str, module: Any) -> str | None:
         return "its forward was replaced (as accelerate's hooks do)"
     if set(module._parameters) != {"weight", "bias"} or module._modules:
         return "it holds other parameters or modules than weight and bias"
-    if type(module.weight).__name__ == "DTensor" and any(map(_is_fully_sharded, parents)):
+    if is_sharded(module.weight) and any(map(_is_fully_sharded, parents)):
         return "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it"
     try:
         layer = class_for(module)

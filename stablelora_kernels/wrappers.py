@@ -93,20 +93,20 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
-def is_parted(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor, of which a process holds a part."""
-    return hasattr(tensor, "full_tensor")
+def is_sharded(tensor: Any) -> bool:
+    """Whether ``tensor`` is a DTensor, be it sharded or replicated; asked without importing DTensor, which takes a while."""
+    return hasattr(tensor, "device_mesh")
 
 
 def whole(tensor: Any) -> Tensor:
     """A DTensor's parts put together, by all processes of its mesh; anything else as it is."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if is_parted(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def copy(tensor: Any, value: Tensor) -> None:
     """Write the whole ``value`` to ``tensor``; to each process's part of a DTensor."""
-    if is_parted(tensor):
+    if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements)

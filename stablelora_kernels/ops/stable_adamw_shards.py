@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..wrappers import is_sharded
 from . import stable_adamw_staging as staging
 from .stable_adamw_rounding import upload
 
@@ -31,11 +32,6 @@ class Place(NamedTuple):
         if self.columns:
             own = own // self.columns * self.pitch + own % self.columns
         return own + self.base
-
-
-def is_sharded(t: Any) -> bool:
-    """Whether ``t`` is a DTensor, be it sharded or replicated."""
-    return hasattr(t, "device_mesh")
 
 
 def local(t: Any) -> torch.Tensor:
