@@ -212,10 +212,11 @@ def _layer_cells(axis: dict[str, Any]) -> Cells:
     head = [axis["axis"], "frozen, ms", "floor", "PEFT adds", "ours adds", "floor", "ours / PEFT"]
     cells = [[*head, "saved by PEFT, MB", "by ours"]]
     for row in axis["rows"]:
-        peft, ours = (row[arm]["over_ms"]["median"] for arm in ("peft", "ours"))
-        times = [row["frozen"]["ms"]["median"], row["floor"]["frozen"], peft, ours, row["floor"]["overhead"]]
+        over = [row[arm]["over_ms"] for arm in ("peft", "ours")]
+        frozen = [f"{t:.2f}" for t in (row["frozen"]["ms"]["median"], row["floor"]["frozen"])]
+        added = [*map(spread, over), f"{row['floor']['overhead']:.2f}", f"{over[1]['median'] / over[0]['median']:.2f}"]
         saved = [f"{row[arm]['saved_bytes'] / 1e6:.2f}" for arm in ("peft", "ours")]
-        cells.append([f"{row['size']:,}", *(f"{t:.2f}" for t in times), f"{ours / peft:.2f}", *saved])
+        cells.append([f"{row['size']:,}", *frozen, *added, *saved])
     return cells
 
 
