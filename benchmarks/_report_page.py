@@ -112,6 +112,8 @@ def overhead(directory: Path) -> Iterator[Section]:
     for file in sorted(directory.glob("optimizer_overhead*.json")):
         found = _read(file)
         settings, losses = found["settings"], []
+        targets = settings["targets"]
+        what = f"{settings['model']}, {targets}, {settings['dtype']}"
         cells = [
             [
                 "over PEFT with fused AdamW, %",
@@ -130,16 +132,17 @@ def overhead(directory: Path) -> Iterator[Section]:
             # Layers that are the base's differ by noise alone; by the optimizer's part, then.
             over = row["step_percent" if name == OURS_WHOLE else "optimizer_percent"]["median"]
             if OURS in name + OURS * (name == OURS_WHOLE) and over > WANTED_PERCENT:
-                losses.append(
-                    f"{settings['model']}, {name}: {over:+.2f} % of a step, where at most +{WANTED_PERCENT} was wanted"
-                )
+                losses.append(f"{what}, {name}: {over:+.2f} % of a step, where at most +{WANTED_PERCENT} was wanted")
         text = (
-            f"{settings['model']}, batch {settings['batch_size']}, r {settings['r']}, {settings['dtype']}, "
+            f"{settings['model']}, {targets}, batch {settings['batch_size']}, r {settings['r']}, {settings['dtype']}, "
             f"lr {settings['lr']:g}, {settings['steps']} steps. The paper's column is training time over AdamW's, "
             "of a model of 0.5 billion parameters on its authors' machine."
         )
-        question = f"What does each optimizer add to a training step of a real model? ({settings['model']})"
-        command = f"python -m benchmarks.bench_optimizer_overhead --model {settings['model']} --json FILE"
+        question = f"What does each optimizer add to a training step of a real model? ({what})"
+        command = (
+            f"python -m benchmarks.bench_optimizer_overhead --model {settings['model']} --targets {targets} "
+            f"--dtype {settings['dtype']} --json FILE"
+        )
         yield Section(question, command, found["environment"], [text, markdown(cells)], losses)
 
 

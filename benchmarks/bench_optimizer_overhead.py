@@ -1,6 +1,6 @@
 """What each optimizer adds to a training step of a real model: the paper's overhead table, and this library's row in it.
 
-    python -m benchmarks.bench_optimizer_overhead [--model smollm2] [--steps 40] [--json FILE]
+    python -m benchmarks.bench_optimizer_overhead [--model smollm2] [--targets all-linear] [--steps 40] [--json FILE]
 
 Every arm trains adapters of its own over the same frozen weights, on the same batches, one step each in turn and in shuffled
 order. The first arm is what one runs today: PEFT's layers and torch's fused AdamW. "Step" is an arm's whole step over the first
@@ -27,7 +27,7 @@ from benchmarks._harness import environment, shuffled, store, summarize, synchro
 from benchmarks.arms import PEFT, STABLE, Recipe, build_arm
 from benchmarks.data import load_dataset, training_batches
 from benchmarks.finetune import autocast, to_device
-from benchmarks.models import load_model, query_value_names
+from benchmarks.models import linear_names, load_model, query_value_names
 from benchmarks.report import aligned
 from stablelora_kernels.optim import StableLoRAAdamW
 
@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"), help="of autocast")
     parser.add_argument("--steps", type=int, default=40, help=f"timed steps, after {SETTLING_STEPS} that are not")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--targets", default="query-value", choices=("query-value", "all-linear"))
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument(
         "--lr", type=float, default=1e-4, help="so low that pairs go on shrinking, where the method costs most"
@@ -162,7 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     backbone, tokenizer = load_model(args.model)
     backbone.to(device)
     steps = args.steps + SETTLING_STEPS
-    recipe = Recipe(query_value_names(backbone), r=args.r, lr=args.lr, steps=steps)
+    targets = linear_names(backbone) if args.targets == "all-linear" else query_value_names(backbone)
+    recipe = Recipe(targets, r=args.r, lr=args.lr, steps=steps)
     batches = training_batches(dataset, tokenizer, batch_size=args.batch_size, seed=0)
     running, skipped = {}, {}
     for name, (layers, optimizer) in ARMS.items():
@@ -175,8 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = summary(running)
     pairs = len(running[OURS_WHOLE].optimizer.stability())
     print(
-        f"{machine}\n{args.model}, {pairs} pairs of r {args.r}, batch {args.batch_size}, {args.dtype}, lr {args.lr:g}, "
-        f"{args.steps} steps; percent, medians (quartiles), taken step by step\n\n{table(rows)}"
+        f"{machine}\n{args.model}, {args.targets}, {pairs} pairs of r {args.r}, batch {args.batch_size}, {args.dtype}, "
+        f"lr {args.lr:g}, {args.steps} steps; percent, medians (quartiles), taken step by step\n\n{table(rows)}"
     )
     for name, reason in skipped.items():
         print(f"not run: {name}: {reason}")

@@ -71,18 +71,25 @@ def share(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+def linear_names(model: nn.Module) -> tuple[str, ...]:
+    """What ``model``, a backbone without a head, calls its linear layers."""
+    return tuple(
+        sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    )
+
+
 def query_value_names(model: nn.Module) -> tuple[str, ...]:
     """What ``model`` calls its query and value projections.
 
     Raises:
         ValueError: it has none under a known name.
     """
-    present = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    present = linear_names(model)
     for names in _QUERY_VALUE:
-        if present.issuperset(names):
+        if {*names} <= {*present}:
             return names
     known = ", ".join("/".join(names) for names in _QUERY_VALUE)
     raise ValueError(
         f"{type(model).__name__} has no nn.Linear layers named {known}; name the layers to adapt with --target-modules "
-        f"(it has {', '.join(sorted(present)) or 'none'})"
+        f"(it has {', '.join(present) or 'none'})"
     )

@@ -154,7 +154,15 @@ def fill(directory):
         },
         "optimizer_overhead_small.json": {
             "environment": {**ENVIRONMENT, "load_average": 3.0},
-            "settings": {"model": "small", "batch_size": 2, "r": 8, "dtype": "fp32", "lr": 1e-4, "steps": 5},
+            "settings": {
+                "model": "small",
+                "targets": "query-value",
+                "batch_size": 2,
+                "r": 8,
+                "dtype": "fp32",
+                "lr": 1e-4,
+                "steps": 5,
+            },
             "rows": overheads,
             "skipped": {},
         },

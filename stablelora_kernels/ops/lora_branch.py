@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from stablelora_kernels import dispatch
 from stablelora_kernels.dispatch import Call, Device
-from stablelora_kernels.ops.lora_linear import (
-    NAMESPACE,
+from stablelora_kernels.ops.lora_linear import NAMESPACE, draw_seed
+from stablelora_kernels.ops.lora_linear_torch import (
+    as_float,
     as_matrix,
     draw_keep,
-    draw_seed,
     expanded,
     is_few,
     torch_bwd,
@@ -193,10 +193,13 @@ def lora_branch_op(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
 ) -> Tensor:
     """``functional.lora_branch`` with arguments that were checked and a backend that was chosen."""
-    rows = x.numel() // x.shape[-1]
-    if backend == "torch" and dropout_p == 0 and base.dtype == x.dtype and is_few(rows):
+    if backend == "torch" and base.dtype == x.dtype and is_few(x):
         # Plain operators under ordinary autograd, as in lora_linear_op.
-        s = torch.nn.functional.linear(as_matrix(x), lora_A.to(x.dtype))
+        dropped = as_matrix(x)
+        if dropout_p:
+            keep, dropout_p = draw_keep(dropped, dropout_p)
+            dropped, scaling = dropped * as_float(keep, x.dtype), scaling / (1 - dropout_p)
+        s = torch.nn.functional.linear(dropped, lora_A.to(x.dtype))
         y = _add(as_matrix(base), s, lora_B.to(x.dtype), scaling)
         return y if base.dim() == 2 else y.view(base.shape)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (base, x, lora_A, lora_B)):

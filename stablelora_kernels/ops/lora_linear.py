@@ -1,8 +1,8 @@
 """``lora_linear`` with its gradients: on the Triton kernels, as torch.library ops, or on PyTorch's own operators.
 
-Both paths follow the formulas in ``kernels/lora_linear.py``. Backward needs X, which the graph around mostly holds anyway, S,
-and, on the PyTorch path, dropout's mask as bool; the kernels draw theirs again from a seed. Of a quantised weight it holds what
-is stored, never W in full, which the PyTorch path dequantises once more in backward.
+Both paths follow the formulas in ``kernels/lora_linear.py``; PyTorch's operators are in ``lora_linear_torch.py``. Backward needs
+X, which the graph around mostly holds anyway, S, and, on the PyTorch path, dropout's mask as bool; the kernels draw theirs again
+from a seed. Of a quantised weight it holds what is stored, never W in full, which the PyTorch path dequantises once more.
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ from torch.autograd.function import once_differentiable
 from stablelora_kernels import dispatch, tuning
 from stablelora_kernels.dispatch import Call, Choice, Device
 from stablelora_kernels.ops.lora_linear_quantised import NAMESPACE
+from stablelora_kernels.ops.lora_linear_torch import (
+    as_float,
+    as_matrix,
+    draw_keep,
+    expanded,
+    is_few,
+    torch_bwd,
+    torch_fwd,
+)
 from stablelora_kernels.quantised import Layout, Stored
 
 # The Triton kernels as ops. Their scaling is s' = scaling / (1 - p).
@@ -120,102 +129,6 @@ def backward_launches(
     return launch.backward_launches(device, product, gradients, choice or dispatch.choose(device, call))
 
 
-# PyTorch's own operators.
-
-
-def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
-    """A keep-mask of x's shape, bool, from torch's generator, and the probability of dropping that it really has."""
-    if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout_p), dropout_p
-    # bernoulli_ draws a double an element, one after another. Sixteen bits an element, four elements a word, are
-    # several times as fast; the probability is rounded to 1/65536, and the scale follows the rounded one, so no bias is left.
-    dropped = round(dropout_p * 65536)
-    count = -(-x.numel() // 4)
-    if torch.compiler.is_compiling():
-        # torch.compile takes no random_(). The same bits: what randint adds to a word turns its highest bit around.
-        words = torch.randint(-(2**63), 2**63 - 1, (count,)) ^ -(2**63)
-    else:
-        words = torch.empty(count, dtype=torch.int64).random_(-(2**63), None)
-    keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
-    return keep, dropped / 65536
-
-
-def _as_float(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    # From uint8, the conversion is vectorised; from bool, it is not.
-    return keep.view(torch.uint8).to(dtype)
-
-
-# Below this many rows a call is a matter of microseconds, of which a Python autograd function would be the most.
-FEW_ROWS = 64
-
-
-def is_few(rows: int) -> bool:
-    # A graph is for any number of rows, and has no Python in it.
-    return not torch.compiler.is_compiling() and rows < FEW_ROWS
-
-
-def as_matrix(x: Tensor) -> Tensor:
-    """[..., K] as [M, K]."""
-    # Of a matrix not even a view: a view is a node of the graph too, and costs a third of a small product.
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def torch_thin(x: Tensor, lora_A: Tensor, keep: Tensor | None) -> Tensor:
-    """(X ∘ keep) A^T, of one dtype."""
-    dropped = x if keep is None else x * _as_float(keep, x.dtype)
-    # Of the two ways to write a thin product, oneDNN's bfloat16 one is faster with the small side first, MKL's float32 one
-    # with the tall side first.
-    tall_first = x.dtype in (torch.float32, torch.float64)
-    return torch.mm(dropped, lora_A.t()) if tall_first else torch.mm(lora_A, dropped.t()).t()
-
-
-def _torch_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, keep: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Y and S = (X ∘ keep) A^T, which is not scaled here: the scaling is the second product's alpha. One dtype."""
-    # S before the wide product, which finds X in the cache then.
-    s = torch_thin(x, lora_A, keep)
-    y = torch.nn.functional.linear(x, weight, bias)
-    # In place, so that the branch costs no second activation.
-    y.addmm_(s, lora_B.t(), alpha=scaling)
-    return y, s
-
-
-def expanded(grad: Tensor) -> Tensor:
-    """A broadcast gradient, as of sum(), with memory of its own: each product would expand it anew."""
-    # Older compilers know no strides.
-    return grad.contiguous() if not torch.compiler.is_compiling() and 0 in grad.stride() else grad
-
-
-def torch_bwd(
-    grad: Tensor, x: Any, weight: Any, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, keep: Tensor | None,
-    scaling: float, lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dX, and dA and dB in ``lora_dtype``; the arguments are of one dtype. Without a weight, the branch's dX alone."""
-    dx = da = db = None
-    mask = None if keep is None else _as_float(keep, grad.dtype)
-    # What reads dY alone goes before the wide product, while dY is in the cache; small sides first, dS^T and S^T being rows.
-    if need_x or need_a:
-        dst = torch.mm(lora_B.t(), grad.t()).mul_(scaling)
-    if need_b:
-        assert s is not None
-        db = torch.mm(s.t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
-        db.mul_(scaling)
-    if need_x and weight is None:
-        dx = torch.mm(dst.t(), lora_A)
-        if mask is not None:
-            dx.mul_(mask)
-    elif need_x:
-        dx = torch.mm(grad, weight)
-        if mask is None:
-            dx.addmm_(dst.t(), lora_A)
-        else:
-            dx.addcmul_(torch.mm(dst.t(), lora_A), mask)
-    if need_a:
-        da = torch.mm(dst, x if mask is None else x * mask).to(lora_dtype)
-    return dx, da, db
-
-
 # Both, under autograd.
 
 
@@ -242,7 +155,7 @@ def _forward(
     if dropout_p:
         keep, dropout_p = draw_keep(x, dropout_p)
         scaling /= 1 - dropout_p
-    y, s = _torch_fwd(x, _in_full(weight, x.dtype), bias, lora_A, lora_B, scaling, keep)
+    y, s = torch_fwd(x, _in_full(weight, x.dtype), bias, lora_A, lora_B, scaling, keep)
     return y, s, keep, scaling
 
 
@@ -329,11 +242,13 @@ def lora_linear_op(
     quantised = isinstance(weight, Stored)
     tensors = (x, weight if isinstance(weight, Tensor) else None, bias, lora_A, lora_B)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    rows = x.numel() // x.shape[-1]
     # Autograd would hold a dequantised weight.
-    if backend == "torch" and dropout_p == 0 and not (quantised and wanted) and is_few(rows):
-        flat = as_matrix(x)
-        s = torch.nn.functional.linear(flat, lora_A.to(x.dtype))
+    if backend == "torch" and not (quantised and wanted) and is_few(x, weight if isinstance(weight, Tensor) else None):
+        flat = dropped = as_matrix(x)
+        if dropout_p:
+            keep, dropout_p = draw_keep(flat, dropout_p)
+            dropped, scaling = flat * as_float(keep, x.dtype), scaling / (1 - dropout_p)
+        s = torch.nn.functional.linear(dropped, lora_A.to(x.dtype))
         y = torch.nn.functional.linear(flat, _in_full(weight, x.dtype), bias)
         y = torch.addmm(y, s, lora_B.to(x.dtype).t(), alpha=scaling)
         return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])

@@ -19,16 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from stablelora_kernels import dispatch
 from stablelora_kernels.dispatch import Call, Choice, Device
-from stablelora_kernels.ops.lora_linear import (
-    NAMESPACE,
-    _as_float,
-    draw_keep,
-    draw_seed,
-    expanded,
-    is_few,
-    lora_linear_op,
-    torch_thin,
-)
+from stablelora_kernels.ops.lora_linear import NAMESPACE, draw_seed, lora_linear_op
+from stablelora_kernels.ops.lora_linear_torch import as_float, draw_keep, expanded, is_few, torch_thin
+from stablelora_kernels.ops.products import add_wide_product, product, wide_product
 
 MAX_GROUP = 3
 
@@ -151,7 +144,7 @@ def _torch_fwd(
         parts = [*torch_thin(x, torch.cat([*lora_As]), None).split([a.shape[0] for a in lora_As], 1)]
     ys = []
     for w, bias, b, scaling, s in zip(weights, biases, lora_Bs, scalings, parts, strict=True):
-        y = torch.nn.functional.linear(x, w, bias)
+        y = wide_product(x, w.t(), bias)
         ys.append(y.addmm_(s, b.t(), alpha=scaling))
     return ys, parts
 
@@ -161,25 +154,25 @@ def _torch_bwd(
     lora_Bs: Sequence[Tensor], s: Sequence[Tensor], keeps: Sequence[Tensor], scalings: Sequence[float],
     lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
-    """dX, and the dA's and dB's in ``lora_dtype``, as ``torch_bwd`` of ``ops.lora_linear`` computes them."""
+    """dX, and the dA's and dB's in ``lora_dtype``, as ``torch_bwd`` of ``lora_linear_torch`` computes them."""
     dx, das, dbs, dsts = None, [], [], []
-    masks = [_as_float(keep, grads[0].dtype) for keep in keeps]
+    masks = [as_float(keep, grads[0].dtype) for keep in keeps]
     for i, (grad, b, scaling) in enumerate(zip(grads, lora_Bs, scalings, strict=True)):
         if need_x or need_a:
-            dsts.append(torch.mm(b.t(), grad.t()).mul_(scaling))
+            dsts.append(product(b.t(), grad.t()).mul_(scaling))
         if need_b:
-            db = torch.mm(s[i].t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
+            db = product(s[i].t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
             dbs.append(db.mul_(scaling))
         if need_x:
-            dx = torch.mm(grad, weights[i]) if dx is None else dx.addmm_(grad, weights[i])
+            dx = wide_product(grad, weights[i]) if dx is None else add_wide_product(dx, grad, weights[i])
             if masks:
-                dx.addcmul_(torch.mm(dsts[i].t(), lora_As[i]), masks[i])
+                dx.addcmul_(product(dsts[i].t(), lora_As[i]), masks[i])
     if dx is not None and not masks:
         dx.addmm_(torch.cat(dsts).t(), torch.cat([*lora_As]))
     if need_a:
         assert x is not None
         for i, dst in enumerate(dsts):
-            das.append(torch.mm(dst, x * masks[i] if masks else x).to(lora_dtype))
+            das.append(product(dst, x * masks[i] if masks else x).to(lora_dtype))
     return dx, das, dbs
 
 
@@ -277,7 +270,7 @@ def lora_linear_group_op(
     lora_Bs: Sequence[Tensor], scalings: Sequence[float], dropout_p: float, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``functional.lora_linear_group`` with arguments that were checked and a backend that was chosen."""
-    few = backend == "torch" and is_few(x.numel() // x.shape[-1])
+    few = backend == "torch" and is_few(x, *weights)
     uniform = all(len({t.requires_grad for t in tensors}) == 1 for tensors in (lora_As, lora_Bs))
     if few or len(weights) == 1 or not uniform:
         members = zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)
