@@ -16,10 +16,13 @@ from benchmarks.bench_lora_linear import build_arms
 from benchmarks.optimizers import Unavailable
 from stablelora_kernels import backend
 from stablelora_kernels.cli._arguments import DTYPES
+from stablelora_kernels.ops import products
 
 AUTOCAST = "bf16-autocast"
 DTYPE_NAMES = ("fp32", "bf16", AUTOCAST)
 FROZEN, EAGER, PEFT, PEFT_COMPILED, LORALIB = "frozen nn.Linear", "eager LoRA", "PEFT", "PEFT compiled", "loralib"
+# What the branch itself costs ours, where the base product is not the library's that PyTorch takes.
+FROZEN_ONEDNN = "frozen, by oneDNN"
 OURS_TORCH, OURS_TRITON, OURS_COMPILED = "ours, PyTorch", "ours, Triton", "ours compiled"
 ACCELERATED = "accelerated PEFT"
 
@@ -65,7 +68,7 @@ class LayerCase(Case):
     base: ClassVar[str] = FROZEN
     rival: ClassVar[str] = PEFT
     ours: ClassVar[tuple[str, ...]] = (OURS_TORCH, OURS_TRITON, OURS_COMPILED, ACCELERATED)
-    arms: ClassVar[tuple[str, ...]] = (FROZEN, EAGER, PEFT, PEFT_COMPILED, LORALIB, *ours)
+    arms: ClassVar[tuple[str, ...]] = (FROZEN, FROZEN_ONEDNN, EAGER, PEFT, PEFT_COMPILED, LORALIB, *ours)
     phases: ClassVar[dict[str, tuple[str, ...]]] = {
         "forward": ("forward",),
         "backward": ("backward",),
@@ -115,9 +118,10 @@ class LayerCase(Case):
         modules = self._shared["modules"]
         module: nn.Module = {
             FROZEN: lambda: modules["frozen"],
+            FROZEN_ONEDNN: lambda: FrozenByOneDNN(modules["frozen"].weight, self.dtype),
             EAGER: lambda: modules["eager"],
             LORALIB: lambda: _loralib(modules["ours"], self.dropout),
-            ACCELERATED: lambda: _accelerated(self._modules()["peft"]),
+            ACCELERATED: lambda: _accelerated(self._modules()["peft"], modules["frozen"].weight),
         }.get(arm, lambda: modules["peft" if arm in (PEFT, PEFT_COMPILED) else "ours"])()
         call = compiled(module) if arm in (PEFT_COMPILED, OURS_COMPILED) else module
         return self._parts(call, [p for p in module.parameters() if p.requires_grad], use)
@@ -152,6 +156,32 @@ def _loralib(ours: slk.LoRALinear, dropout: float) -> nn.Module:
     return layer
 
 
-def _accelerated(peft: nn.Module) -> nn.Module:
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return products.wide_product(x, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return products.wide_product(grad, *ctx.saved_tensors), None
+
+
+class FrozenByOneDNN(nn.Module):
+    """The frozen layer, its two products computed as ours computes them."""
+
+    def __init__(self, weight: Tensor, dtype: str) -> None:
+        super().__init__()
+        if dtype != "fp32" or not products.by_onednn(weight.dtype, weight.device):
+            raise Unavailable("the base product is PyTorch's own there: as the frozen nn.Linear")
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self.weight)
+
+
+def _accelerated(peft: Any, weight: nn.Parameter) -> nn.Module:
+    # The weight that all arms share, lest the cache decide.
+    peft.base_layer.weight = weight
     slk.accelerate_peft(nn.Sequential(peft), strict=True)
     return peft
