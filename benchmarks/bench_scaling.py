@@ -12,7 +12,6 @@ the larger half of an axis, with a 95 % interval from the residuals.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks._harness import environment, interleave, store, summarize
+from benchmarks._statistics import log_slope
 from benchmarks.bench_lora_linear import build_arms
 from benchmarks.bench_stable_adamw_scale import halves
 from benchmarks.footprint import saved_for_backward
@@ -115,18 +115,9 @@ def step_row(pairs: int, machine: Machine, iters: int, device: torch.device) -> 
 
 def exponent(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, float] | None:
     """The slope of log time against log size over the larger half, and half the width of its 95 % interval."""
-    points = [(math.log(a), math.log(b)) for a, b in zip(sizes, times, strict=True) if b > 0]
+    points = [(a, b) for a, b in zip(sizes, times, strict=True) if b > 0]
     points = points[len(points) // 2 :] if len(points) > 5 else points[-3:]
-    count = len(points)
-    if count < 3:
-        return None
-    mean_x, mean_y = sum(x for x, _ in points) / count, sum(y for _, y in points) / count
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
-    rest = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in points)
-    # Student's t for as many degrees of freedom, 0.975.
-    student = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}[count - 2]
-    return slope, student * math.sqrt(rest / (count - 2) / spread)
+    return log_slope([size for size, _ in points], [time for _, time in points])
 
 
 def axis(name: str, largest: int | None, iters: int, device: torch.device) -> dict[str, Any]:

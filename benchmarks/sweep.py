@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks._statistics import interval
 from benchmarks.report import Result, aligned, flat_summary, write_csv, write_text
 
-# Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _METRICS = ("accuracy", "difference", "loss", "train_loss", "shrinks_mean", "a_factor", "step_overhead_percent_median")
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95% interval (nan for a single value)."""
-    if len(values) < 2:
-        return statistics.fmean(values), math.nan
-    degrees = len(values) - 1
-    # Beyond the table the expansion is right to three digits.
-    quantile = _T95[degrees - 1] if degrees <= len(_T95) else 1.96 + 2.4 / degrees
-    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def sweep_rows(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -22,9 +22,10 @@ from stablelora_kernels.ops.lora_linear_torch import (
     as_matrix,
     draw_keep,
     expanded,
+    few_rows,
     is_few,
     torch_bwd,
-    torch_thin,
+    torch_s,
 )
 
 torch.library.define(
@@ -124,7 +125,7 @@ def _forward(
     if dropout_p:
         keep, dropout_p = draw_keep(x, dropout_p)
         scaling /= 1 - dropout_p
-    s = torch_thin(x, lora_A, keep)
+    s = torch_s(x, lora_A, keep)
     return _add(base, s, lora_B, scaling), s, keep, scaling
 
 
@@ -193,7 +194,7 @@ def lora_branch_op(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
 ) -> Tensor:
     """``functional.lora_branch`` with arguments that were checked and a backend that was chosen."""
-    if backend == "torch" and base.dtype == x.dtype and is_few(x):
+    if backend == "torch" and base.dtype == x.dtype and is_few(x, limit=few_rows(x, dropout_p)):
         # Plain operators under ordinary autograd, as in lora_linear_op.
         dropped = as_matrix(x)
         if dropout_p:

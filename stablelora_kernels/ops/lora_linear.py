@@ -22,6 +22,7 @@ from stablelora_kernels.ops.lora_linear_torch import (
     as_matrix,
     draw_keep,
     expanded,
+    few_rows,
     is_few,
     torch_bwd,
     torch_fwd,
@@ -242,8 +243,9 @@ def lora_linear_op(
     quantised = isinstance(weight, Stored)
     tensors = (x, weight if isinstance(weight, Tensor) else None, bias, lora_A, lora_B)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    plain = weight if isinstance(weight, Tensor) else None
     # Autograd would hold a dequantised weight.
-    if backend == "torch" and not (quantised and wanted) and is_few(x, weight if isinstance(weight, Tensor) else None):
+    if backend == "torch" and not (quantised and wanted) and is_few(x, plain, limit=few_rows(x, dropout_p)):
         flat = dropped = as_matrix(x)
         if dropout_p:
             keep, dropout_p = draw_keep(flat, dropout_p)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from stablelora_kernels import dispatch
 from stablelora_kernels.dispatch import Call, Choice, Device
 from stablelora_kernels.ops.lora_linear import NAMESPACE, draw_seed, lora_linear_op
-from stablelora_kernels.ops.lora_linear_torch import as_float, draw_keep, expanded, is_few, torch_thin
+from stablelora_kernels.ops.lora_linear_torch import as_float, draw_keep, expanded, is_few, torch_db, torch_ds, torch_s
 from stablelora_kernels.ops.products import add_wide_product, product, wide_product
 
 MAX_GROUP = 3
@@ -139,9 +139,9 @@ def _torch_fwd(
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The Y's, and the S's, which are not scaled; of one dtype."""
     if keeps:
-        parts = [torch_thin(x, a, keep) for a, keep in zip(lora_As, keeps, strict=True)]
+        parts = [torch_s(x, a, keep) for a, keep in zip(lora_As, keeps, strict=True)]
     else:
-        parts = [*torch_thin(x, torch.cat([*lora_As]), None).split([a.shape[0] for a in lora_As], 1)]
+        parts = [*torch_s(x, torch.cat([*lora_As]), None).split([a.shape[0] for a in lora_As], 1)]
     ys = []
     for w, bias, b, scaling, s in zip(weights, biases, lora_Bs, scalings, parts, strict=True):
         y = wide_product(x, w.t(), bias)
@@ -155,24 +155,23 @@ def _torch_bwd(
     lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
     """dX, and the dA's and dB's in ``lora_dtype``, as ``torch_bwd`` of ``lora_linear_torch`` computes them."""
-    dx, das, dbs, dsts = None, [], [], []
+    dx, das, dbs, every_ds = None, [], [], []
     masks = [as_float(keep, grads[0].dtype) for keep in keeps]
     for i, (grad, b, scaling) in enumerate(zip(grads, lora_Bs, scalings, strict=True)):
         if need_x or need_a:
-            dsts.append(product(b.t(), grad.t()).mul_(scaling))
+            every_ds.append(torch_ds(grad, b, scaling))
         if need_b:
-            db = product(s[i].t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
-            dbs.append(db.mul_(scaling))
+            dbs.append(torch_db(grad, s[i], scaling, lora_dtype))
         if need_x:
             dx = wide_product(grad, weights[i]) if dx is None else add_wide_product(dx, grad, weights[i])
             if masks:
-                dx.addcmul_(product(dsts[i].t(), lora_As[i]), masks[i])
+                dx.addcmul_(product(every_ds[i], lora_As[i]), masks[i])
     if dx is not None and not masks:
-        dx.addmm_(torch.cat(dsts).t(), torch.cat([*lora_As]))
+        dx.addmm_(torch.cat(every_ds, 1), torch.cat([*lora_As]))
     if need_a:
         assert x is not None
-        for i, dst in enumerate(dsts):
-            das.append(product(dst, x * masks[i] if masks else x).to(lora_dtype))
+        for i, ds in enumerate(every_ds):
+            das.append(product(ds.t(), x * masks[i] if masks else x).to(lora_dtype))
     return dx, das, dbs
 
 

@@ -33,16 +33,22 @@ def as_float(keep: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # Below this many rows a call is a matter of microseconds, of which a Python autograd function would be the most, unless the
-# weight is wide and oneDNN's product, which autograd does not know, saves more than that.
-FEW_ROWS = 64
+# weight is wide and oneDNN's product, which autograd does not know, saves more than that. In 16 bits and without a mask the
+# function's in-place products gain so little that it is the slower way up to some hundred rows.
+FEW_ROWS, FEW_ROWS_IN_16_BITS = 64, 512
 
 
-def is_few(x: Tensor, *weights: Tensor | None) -> bool:
+def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
     """Whether a call on x [..., K] is best made of plain operators under ordinary autograd."""
     # A graph is for any number of rows, and has no Python in it.
-    if torch.compiler.is_compiling() or x.numel() // x.shape[-1] >= FEW_ROWS:
+    if torch.compiler.is_compiling() or x.numel() // x.shape[-1] >= limit:
         return False
     return not any(w is not None and pays(x, w) for w in weights)
+
+
+def few_rows(x: Tensor, dropout_p: float) -> int:
+    """What ``limit`` is of a call by itself."""
+    return FEW_ROWS_IN_16_BITS if x.dtype in (torch.bfloat16, torch.float16) and not dropout_p else FEW_ROWS
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -51,13 +57,33 @@ def as_matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def torch_thin(x: Tensor, lora_A: Tensor, keep: Tensor | None) -> Tensor:
-    """(X ∘ keep) A^T, of one dtype."""
-    dropped = x if keep is None else x * as_float(keep, x.dtype)
-    # Of the two ways to write a thin product, oneDNN's bfloat16 one is faster with the small side first, MKL's float32 one
-    # with the tall side first.
-    tall_first = x.dtype in (torch.float32, torch.float64)
-    return product(dropped, lora_A.t()) if tall_first else product(lora_A, dropped.t()).t()
+def torch_s(x: Tensor, lora_A: Tensor, keep: Tensor | None) -> Tensor:
+    """S = (X ∘ keep) A^T, [M, r], of one dtype; not scaled."""
+    return product(x if keep is None else x * as_float(keep, x.dtype), lora_A.t())
+
+
+# A thin product can be written with the small side first or with the tall one. In backward the float32 libraries are faster with
+# the small one, up to several times; oneDNN's bfloat16 with the tall one, where rows are few enough to notice.
+
+
+def _small_first(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float64)
+
+
+def torch_ds(grad: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """dS = s' dY B, [M, r], of one dtype."""
+    if _small_first(grad.dtype):
+        return product(lora_B.t(), grad.t()).mul_(scaling).t()
+    return product(grad, lora_B).mul_(scaling)
+
+
+def torch_db(grad: Tensor, s: Tensor, scaling: float, lora_dtype: torch.dtype) -> Tensor:
+    """dB = s' dY^T S, [N, r], in ``lora_dtype``."""
+    if _small_first(grad.dtype):
+        db = product(s.t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
+    else:
+        db = product(grad.t(), s).to(lora_dtype)
+    return db.mul_(scaling)
 
 
 def torch_fwd(
@@ -65,7 +91,7 @@ def torch_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Y and S = (X ∘ keep) A^T, which is not scaled here: the scaling is the second product's alpha. One dtype."""
     # S before the wide product, which finds X in the cache then.
-    s = torch_thin(x, lora_A, keep)
+    s = torch_s(x, lora_A, keep)
     y = wide_product(x, weight.t(), bias)
     # In place, so that the branch costs no second activation.
     y.addmm_(s, lora_B.t(), alpha=scaling)
@@ -85,23 +111,22 @@ def torch_bwd(
     """dX, and dA and dB in ``lora_dtype``; the arguments are of one dtype. Without a weight, the branch's dX alone."""
     dx = da = db = None
     mask = None if keep is None else as_float(keep, grad.dtype)
-    # What reads dY alone goes before the wide product, while dY is in the cache; small sides first, dS^T and S^T being rows.
+    # What reads dY alone goes before the wide product, while dY is in the cache.
     if need_x or need_a:
-        dst = product(lora_B.t(), grad.t()).mul_(scaling)
+        ds = torch_ds(grad, lora_B, scaling)
     if need_b:
         assert s is not None
-        db = product(s.t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
-        db.mul_(scaling)
+        db = torch_db(grad, s, scaling, lora_dtype)
     if need_x and weight is None:
-        dx = product(dst.t(), lora_A)
+        dx = product(ds, lora_A)
         if mask is not None:
             dx.mul_(mask)
     elif need_x:
         dx = wide_product(grad, weight)
         if mask is None:
-            dx.addmm_(dst.t(), lora_A)
+            dx.addmm_(ds, lora_A)
         else:
-            dx.addcmul_(product(dst.t(), lora_A), mask)
+            dx.addcmul_(product(ds, lora_A), mask)
     if need_a:
-        da = product(dst, x if mask is None else x * mask).to(lora_dtype)
+        da = product(ds.t(), x if mask is None else x * mask).to(lora_dtype)
     return dx, da, db

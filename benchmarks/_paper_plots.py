@@ -1,0 +1,58 @@
+"""Plots of ``benchmarks.paper``'s runs: score against learning rate, and differences from AdamW."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks._paper_report import Records, Setting, headline, plain, rates, settings
+from benchmarks._paper_runs import ADAMW, LORA_PLUS, RIEMANNIAN, RITE, STABLE
+from benchmarks.plots import STYLE, plt, save
+
+COLOURS = {ADAMW: "#2a6fbb", LORA_PLUS: "#3d8f5f", RIEMANNIAN: "#8a8f98", RITE: "#9467bd"}
+_SHADES = ("#f0a202", "#e07a3f", "#d1495b", "#7a1f3d")
+
+
+def draw(records: Records, out: Path, screening: int) -> list[Path]:
+    paths = []
+    for setting in settings(records):
+        if mine := plain(records, setting):
+            name = "_".join(map(str, setting))
+            with plt.rc_context(STYLE):
+                paths.append(save(_figure(mine, setting, screening), out / f"{name}.png"))
+    return paths
+
+
+def _colour(arm: str, stable: list[str]) -> str:
+    return COLOURS.get(arm) or _SHADES[stable.index(arm) % len(_SHADES)]
+
+
+def _figure(records: Records, setting: Setting, screening: int) -> Any:
+    loss = setting.task == "plays"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(1.5, 1))
+    title = f"{setting.model} on {setting.task}, {setting.dtype}, {setting.steps} steps: LoRA r 8 on query and value"
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    rows = rates(records)
+    stable = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm.startswith(STABLE)]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row for row in rows if row["arm"] == arm]
+        values = [-row["test"] if loss else 100 * row["test"] for row in mine]
+        left.plot([row["lr"] for row in mine], values, "o-", markersize=4, color=_colour(arm, stable), label=arm)
+    left.set(xscale="log", xlabel="learning rate", ylabel="test loss, nats a token" if loss else "test accuracy, %")
+    left.set_title("every learning rate, means over seeds", fontsize=9)
+    left.legend(fontsize=7)
+    found = [row for row in headline(records, screening) if "difference" in row]
+    factor = -1 if loss else 100
+    for place, row in enumerate(found):
+        arm = f"{row['optimizer']} {row['shrink_ratio']:g}" if row["optimizer"] == STABLE else row["optimizer"]
+        half = abs(factor) * row["difference_95"]
+        right.errorbar(factor * row["difference"], place, xerr=half, fmt="o", capsize=4, color=_colour(arm, stable))
+    names = [f"{row['optimizer']}\nlr {row['lr']:g}, {row['pairs']} seeds" for row in found]
+    right.set_yticks(range(len(found)), names, fontsize=8)
+    right.axvline(0, color="#333333", linewidth=0.8)
+    right.set(
+        xlabel="loss less AdamW's (left is better)" if loss else "accuracy less AdamW's, points",
+        ylim=(-0.6, len(found) - 0.4),
+    )
+    right.set_title("each at its best, seed by seed, 95 %", fontsize=9)
+    return figure

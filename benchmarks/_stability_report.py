@@ -1,0 +1,177 @@
+"""Tables, CSV files and plots of ``benchmarks.stability``'s runs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks._stability_runs import ARMS, BATCH, DELTAS, LAWS, RATIOS, STABLE
+from benchmarks._statistics import interval, log_slope
+from benchmarks.report import aligned, write_csv, write_text
+
+Found = dict[str, Any]
+Records = Sequence[dict[str, Any]]
+# Exponents in n that the theory gives for a learning rate of n^-c: of delta_1 at the first step, where A is what it was drawn as,
+# and later, where it is what the steps have made of it. delta_2 and delta_3 are 1 - 2c throughout.
+FIRST = {name: -law.power for name, law in LAWS.items()}
+LATER = {name: max(-law.power, 1 - 2 * law.power) for name, law in LAWS.items()}
+
+
+def steps_of(deltas: Records) -> list[int]:
+    return sorted({record["step"] for record in deltas})
+
+
+def gamma(deltas: Records, arm: str, law: str, step: int, part: str) -> tuple[float, float] | None:
+    """The exponent of a part's size in n, over widths and seeds."""
+    rows = [row for row in deltas if (row["arm"], row["law"], row["step"]) == (arm, law, step)]
+    return log_slope([row["width"] for row in rows], [row[part] for row in rows])
+
+
+def shown(value: tuple[float, float] | None) -> str:
+    return "-" if value is None else f"{value[0]:+.2f} ± {value[1]:.2f}"
+
+
+def gamma_rows(deltas: Records, step: int) -> list[dict[str, Any]]:
+    rows = []
+    for law in LAWS:
+        for arm in ARMS:
+            row: dict[str, Any] = {"law": law, "arm": arm.name, "step": step}
+            for part in (*DELTAS, "a_z"):
+                found = gamma(deltas, arm.name, law, step, part)
+                row[part], row[f"{part}_95"] = found if found else (None, None)
+            rows.append(row)
+    return rows
+
+
+def gamma_table(deltas: Records, step: int) -> list[str]:
+    cells = [["lr", "arm", "delta_1", "delta_2", "delta_3", "whole", "A Z"]]
+    for law in LAWS:
+        for arm in ARMS:
+            found = [
+                gamma(deltas, arm.name, law, step, part) for part in ("delta_1", "delta_2", "delta_3", "delta", "a_z")
+            ]
+            cells.append([law, arm.name, *map(shown, found)])
+    return aligned(cells, left=2)
+
+
+def best_lrs(runs: Records) -> list[dict[str, Any]]:
+    """For each arm and width the learning rate of the grid with the least held-out loss, in the mean of its logarithm."""
+    losses: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run["law"] == "grid":
+            # JSON has no infinity that others read; a run that diverged counts as one that learned nothing.
+            losses[run["arm"], run["width"]][run["lr"]].append(math.log(min(max(run["loss"], 1e-12), 10.0)))
+    rows = []
+    for (arm, width), by_lr in losses.items():
+        lr = min(by_lr, key=lambda lr: statistics.fmean(by_lr[lr]))
+        mean, half = interval(by_lr[lr])
+        rows.append(
+            {"arm": arm, "width": width, "lr": lr, "log_loss": mean, "log_loss_95": half, "seeds": len(by_lr[lr])}
+        )
+    return rows
+
+
+def best_table(runs: Records) -> list[str]:
+    rows = best_lrs(runs)
+    widths = sorted({row["width"] for row in rows})
+    cells = [["arm", *(f"n {width}" for width in widths), "exponent"]]
+    for arm in ARMS:
+        mine = {row["width"]: row for row in rows if row["arm"] == arm.name}
+        found = log_slope(widths, [mine[width]["lr"] for width in widths])
+        cells.append(
+            [arm.name, *(f"{mine[w]['lr']:g}: {math.exp(mine[w]['log_loss']):.1e}" for w in widths), shown(found)]
+        )
+    return aligned(cells)
+
+
+def regime_rows(runs: Records, steps: int) -> list[dict[str, Any]]:
+    """Where the latch comes and what shrinking has done by then, for each ratio, learning rate and width of the grid."""
+    rows = []
+    for arm in STABLE:
+        for width in sorted({run["width"] for run in runs}):
+            for lr in sorted({run["lr"] for run in runs if run["law"] == "grid"}):
+                mine = [r for r in runs if (r["arm"], r["width"], r["lr"], r["law"]) == (arm.name, width, lr, "grid")]
+                if mine:
+                    shrinks = statistics.median(run["shrinks"] for run in mine)
+                    rows.append(
+                        {
+                            "ratio": arm.shrink_ratio,
+                            "width": width,
+                            "lr": lr,
+                            # The least number of steps that B needs, from PEFT's start.
+                            "bound": 1 / (math.sqrt(3 * width) * lr),
+                            "shrinks": shrinks,
+                            "latched": sum(run["latched_at"] is not None for run in mine),
+                            "seeds": len(mine),
+                            "a_left": (1 - arm.shrink_ratio) ** shrinks,
+                            "steps": steps,
+                        }
+                    )
+    return rows
+
+
+def regime_table(rows: Records) -> list[str]:
+    ratio = max(row["ratio"] for row in rows)
+    mine = [row for row in rows if row["ratio"] == ratio]
+    lrs = sorted({row["lr"] for row in mine})
+    cells = [["width", *(f"lr {lr:g}" for lr in lrs)]]
+    for width in sorted({row["width"] for row in mine}):
+        of_width = {row["lr"]: row for row in mine if row["width"] == width}
+        texts = []
+        for lr in lrs:
+            row = of_width[lr]
+            more = "" if row["latched"] == row["seeds"] else "+"
+            texts.append(f"{row['shrinks']:g}{more} ({row['bound']:.0f}) {100 * row['a_left']:.0f} %")
+        cells.append([f"{width}", *texts])
+    return aligned(cells)
+
+
+def table(found: Found) -> str:
+    deltas, runs, steps = found["deltas"], found["runs"], found["steps"]
+    last = [step for step in steps_of(deltas) if step <= steps][-1]
+    seeds, widths = sorted({run["seed"] for run in runs}), sorted({run["width"] for run in runs})
+    rows = regime_rows(runs, steps)
+    first = [["lr", "delta_1, first step", "delta_1, later", "delta_2, delta_3"]]
+    first += [[law, f"{FIRST[law]:+.2f}", f"{LATER[law]:+.2f}", f"{1 - 2 * LAWS[law].power:+.2f}"] for law in LAWS]
+    lines = [
+        f"planted task, widths {widths[0]} to {widths[-1]}, {len(seeds)} seeds, {steps} steps of {BATCH}, r 8",
+        "",
+        "Exponents in n that the theory gives",
+        *aligned(first),
+    ]
+    for step in dict.fromkeys((1, last)):
+        lines += [
+            "",
+            f"Exponents found at step {step}, with 95 % intervals over widths and seeds",
+            *gamma_table(deltas, step),
+        ]
+    lines += [
+        "",
+        f"Shrinking steps until the latch (least by the bound), and what they left of A; lambda {max(RATIOS):g}; + where some "
+        "seed never latched",
+        *regime_table(rows),
+        "",
+        "Best learning rate of the grid: held-out loss there (1 is no learning), and how it goes with n",
+        *best_table(runs),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(found: Found, out: Path) -> list[Path]:
+    paths = [out / name for name in ("table.txt", "exponents.csv", "runs.csv", "latch.csv", "best_lr.csv")]
+    write_text(paths[0], table(found))
+    write_csv(paths[1], [row for step in steps_of(found["deltas"]) for row in gamma_rows(found["deltas"], step)])
+    write_csv(paths[2], [{name: short(value) for name, value in run.items()} for run in found["runs"]])
+    write_csv(paths[3], regime_rows(found["runs"], found["steps"]))
+    write_csv(paths[4], best_lrs(found["runs"]))
+    from benchmarks import _stability_plots
+
+    return paths + _stability_plots.draw(found, out)
+
+
+def short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value

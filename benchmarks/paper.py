@@ -1,0 +1,193 @@
+"""Fine-tuning real models with the paper's optimizers: accuracy across learning rates, and differences from AdamW seed by seed.
+
+    python -m benchmarks.paper [--preset quick|minilm|smollm2|ablations] [--out DIR] [--processes 2] [--minutes M]
+
+A preset screens every optimizer, shrink ratio and learning rate with a few seeds, chooses on validation examples, and spends
+further seeds on what was chosen. Each run is a file in DIR/runs, and is not run again; with --minutes no run is started after
+that time, and the next call goes on. Presets share DIR. ``--report`` only makes the tables and plots anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import _paper_report, _paper_runs
+from benchmarks._harness import environment, store
+from benchmarks._paper_report import Setting
+from benchmarks._paper_runs import ADAMW, OPTIMIZERS, STABLE, Run
+
+RATIOS = (5e-4, 1e-3, 2e-3, 5e-3)
+LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model on a task: what is screened, and how many seeds what was chosen gets."""
+
+    model: str
+    task: str
+    steps: int
+    dtype: str = "bf16"
+    lrs: tuple[float, ...] = LRS
+    ratios: tuple[float, ...] = RATIOS
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    screening: int = 2
+    seeds: int = 5
+    # Of AdamW and Stable-LoRA, whose difference is the paper's claim.
+    headline_seeds: int = 10
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.model, self.task, self.dtype, self.steps)
+
+    def screen(self) -> list[Run]:
+        arms = [(name, ratio) for name in self.optimizers for ratio in (self.ratios if name == STABLE else (0.0,))]
+        # A seed for all arms before the next: an interrupted screening compares like with like.
+        return [
+            Run(self.model, self.task, name, lr, ratio, seed, self.steps, dtype=self.dtype)
+            for seed in range(self.screening)
+            for lr in self.lrs
+            for name, ratio in arms
+        ]
+
+    def decide(self, records: list[dict[str, Any]]) -> list[Run]:
+        """The further seeds of what the screening has chosen."""
+        chosen = _paper_report.best(_paper_report.plain(records, self.setting), self.screening)
+        last = {name: self.headline_seeds if name in (ADAMW, STABLE) else self.seeds for name in chosen}
+        return [
+            Run(self.model, self.task, name, lr, ratio, seed, self.steps, dtype=self.dtype)
+            for seed in range(self.screening, max(last.values(), default=0))
+            for name, (lr, ratio) in chosen.items()
+            if seed < last[name]
+        ]
+
+
+def ablations(study: Study, records: list[dict[str, Any]], seeds: int) -> list[Run]:
+    """AdamW's and Stable-LoRA's best with one thing changed at a time."""
+    chosen = _paper_report.best(_paper_report.plain(records, study.setting), study.screening)
+    runs = []
+    for seed in range(seeds):
+        for name in (ADAMW, STABLE):
+            if name not in chosen:
+                continue
+            lr, ratio = chosen[name]
+            base = Run(study.model, study.task, name, lr, ratio, seed, study.steps, dtype=study.dtype)
+            runs += [replace(base, r=r) for r in (1, 4, 16, 64)]
+            runs += [replace(base, targets=targets) for targets in _paper_runs.TARGETS[1:]]
+            if name == STABLE:
+                runs.append(replace(base, stop_condition="never"))
+                runs += [replace(base, adapters="bf16", rounding=rounding) for rounding in ("stochastic", "nearest")]
+    return runs
+
+
+MINILM = (Study("minilm", "sarcasm", 300), Study("minilm", "reuters-52", 300))
+SMOLLM2 = (Study("smollm2", "sarcasm", 150), Study("smollm2", "reuters-52", 150), Study("smollm2", "plays", 100))
+PRESETS: dict[str, tuple[Study, ...]] = {
+    "tiny": (
+        Study(
+            "minilm", "sarcasm", 3, lrs=(1e-3,), ratios=(5e-3,), optimizers=(ADAMW, STABLE), seeds=2, headline_seeds=2
+        ),
+    ),
+    "quick": (
+        Study(
+            "minilm",
+            "sarcasm",
+            150,
+            lrs=(3e-4, 3e-3),
+            ratios=(5e-4, 5e-3),
+            optimizers=(ADAMW, STABLE),
+            seeds=3,
+            headline_seeds=3,
+        ),
+    ),
+    "minilm": MINILM,
+    "smollm2": SMOLLM2,
+    "ablations": MINILM[:1],
+}
+ABLATION_SEEDS = 3
+
+
+def missing(preset: str, records: list[dict[str, Any]]) -> list[Run]:
+    """What is to be run next: nothing of a study's second part before its first is whole."""
+    done = {_paper_report.run_of(record) for record in records}
+    wanted: list[Run] = []
+    for study in PRESETS[preset]:
+        screening = [run for run in study.screen() if run not in done]
+        wanted += screening or study.decide(records)
+        if not screening and preset == "ablations":
+            wanted += ablations(study, records, ABLATION_SEEDS)
+    return [run for run in dict.fromkeys(wanted) if run not in done]
+
+
+def work(run: Run, directory: Path) -> None:
+    """In a process of its own, which keeps the model it has loaded: a thread each."""
+    torch.set_num_threads(1)
+    record = _paper_runs.execute(run)
+    unfinished = directory / f"{run.file_name}.part"
+    store(unfinished, {"environment": environment(), **record})
+    unfinished.replace(directory / run.file_name)
+
+
+def load(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(directory.glob("*.json"))]
+
+
+def train_all(preset: str, directory: Path, processes: int, minutes: float | None) -> bool:
+    """Whether everything of the preset is done."""
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool, tqdm(unit="run") as bar:
+        while runs := missing(preset, load(directory)):
+            bar.total = bar.n + len(runs)
+            bar.refresh()
+            queue, under_way = list(runs), set[Future[None]]()
+            while queue or under_way:
+                late = deadline is not None and time.monotonic() > deadline
+                while queue and len(under_way) < processes and not late:
+                    under_way.add(pool.submit(work, queue.pop(0), directory))
+                if late and not under_way:
+                    return False
+                finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                    bar.update()
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="quick", help="quick takes 10 minutes, the others hours")
+    parser.add_argument("--out", type=Path, default=Path("results/paper"), metavar="DIR")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=float, metavar="M", help="start no run after so many minutes")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    args = parser.parse_args(argv)
+    if args.processes < 1:
+        parser.error(f"--processes must be at least 1, got {args.processes}")
+    directory = args.out / "runs"
+    directory.mkdir(parents=True, exist_ok=True)
+    done = args.report or train_all(args.preset, directory, args.processes, args.minutes)
+    if not (records := load(directory)):
+        parser.error(f"{directory} holds no runs")
+    for path in _paper_report.write(records, args.out, PRESETS[args.preset][0].screening):
+        print(path)
+    print((args.out / "table.txt").read_text(encoding="utf-8"))
+    if not done:
+        print("Not finished: run the same command again to go on.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,126 @@
+"""Is feature learning stable across widths? The parts of each step's output change, the latch, and which learning rate is best.
+
+    python -m benchmarks.stability [--preset quick|full] [--out DIR] [--processes 2]
+
+Every optimizer trains the same adapter on the planted task (``_planted.py``) at widths 64 to 4096, from the same start on the
+same batches. A unit of work is a width and a seed; what is finished lies in DIR/units and is not run again. ``--report`` only
+makes the tables and plots anew from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import _stability_report, _stability_runs
+from benchmarks._harness import environment, store
+
+
+@dataclass(frozen=True)
+class Preset:
+    widths: tuple[int, ...]
+    seeds: int
+    lrs: tuple[float, ...]
+    steps: int
+
+
+PRESETS = {
+    "tiny": Preset((16, 32, 64), 2, (1e-3, 1e-2), 5),
+    "quick": Preset((64, 128, 256, 512, 1024), 3, (1e-4, 1e-3, 1e-2), 300),
+    "full": Preset((64, 128, 256, 512, 1024, 2048, 4096), 10, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 300),
+}
+
+
+def run_unit(width: int, seed: int, lrs: tuple[float, ...], steps: int, file: Path) -> Path:
+    """In a process of its own: a thread each, so that processes do not fight for the cores."""
+    torch.set_num_threads(1)
+    runs, deltas = [], []
+    for run, records in _stability_runs.unit(width, seed, lrs, steps):
+        runs.append(run)
+        deltas += records
+    unfinished = file.with_suffix(".part")
+    store(unfinished, {"environment": environment(), "steps": steps, "lrs": lrs, "runs": runs, "deltas": deltas})
+    return unfinished.replace(file)
+
+
+def unit_file(out: Path, width: int, seed: int) -> Path:
+    return out / "units" / f"width{width}_seed{seed}.json"
+
+
+def is_done(file: Path, preset: Preset) -> bool:
+    """Whether ``file`` is this preset's unit.
+
+    Raises:
+        ValueError: it is another's.
+    """
+    if not file.exists():
+        return False
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("steps", "lrs"):
+        wanted = json.loads(json.dumps(getattr(preset, name)))
+        if found[name] != wanted:
+            raise ValueError(f"{file} was made with {name} {found[name]}, not {wanted}; give another --out")
+    return True
+
+
+def run(preset: Preset, out: Path, processes: int) -> None:
+    # The wide ones take longest, and go first.
+    units = [(width, seed) for width in sorted(preset.widths, reverse=True) for seed in range(preset.seeds)]
+    missing = [unit for unit in units if not is_done(unit_file(out, *unit), preset)]
+    print(f"{len(units)} units (a width and a seed), {len(units) - len(missing)} done already", flush=True)
+    # Not forked: a fork of a process that has used several threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool, tqdm(total=len(missing), unit="unit") as bar:
+        futures = [pool.submit(run_unit, *unit, preset.lrs, preset.steps, unit_file(out, *unit)) for unit in missing]
+        for future in as_completed(futures):
+            future.result()
+            bar.update()
+
+
+def collect(files: Iterable[Path]) -> dict[str, Any]:
+    found: dict[str, Any] = {"runs": [], "deltas": []}
+    for file in files:
+        part = json.loads(file.read_text(encoding="utf-8"))
+        found["environment"], found["steps"] = part["environment"], part["steps"]
+        for name in ("runs", "deltas"):
+            found[name] += part[name]
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stability", description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="quick", help="quick takes minutes, full about an hour")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where files go (default: results/stability-PRESET)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    args = parser.parse_args(argv)
+    if args.processes < 1:
+        parser.error(f"--processes must be at least 1, got {args.processes}")
+    preset, out = PRESETS[args.preset], args.out or Path("results") / f"stability-{args.preset}"
+    if not args.report:
+        try:
+            run(preset, out, args.processes)
+        except ValueError as error:
+            parser.error(str(error))
+    files = [unit_file(out, width, seed) for width in preset.widths for seed in range(preset.seeds)]
+    files = [file for file in files if file.exists()]
+    if not files:
+        parser.error(f"{out} holds no units of this preset")
+    for path in _stability_report.write(collect(files), out):
+        print(path)
+    print((out / "table.txt").read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

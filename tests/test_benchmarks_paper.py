@@ -1,0 +1,195 @@
+"""The paper's benchmark: what it plans, chooses and concludes from given runs, and real runs of tiny models."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import _paper_report, _paper_runs, _paper_tasks, paper
+from benchmarks._paper_runs import ADAMW, LORA_PLUS, RIEMANNIAN, RITE, STABLE, Run
+from benchmarks.data import Dataset
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STUDY = paper.Study(
+    "m",
+    "sarcasm",
+    9,
+    lrs=(1e-3, 1e-2),
+    ratios=(5e-4, 5e-3),
+    optimizers=(ADAMW, LORA_PLUS, STABLE),
+    seeds=3,
+    headline_seeds=4,
+)
+
+
+def record(run, test=0.5, validation=0.5, **more):
+    return {
+        "run": asdict(run), "diverged": False, "train_loss": [1.0], "seconds": 1.0, "optimizer_ms": 2.0, "state_bytes": 1024,
+        "a_over_start": 1.0, "b_norm": 1.0, "validation": {"accuracy": validation, "loss": 1.0},
+        "test": {"accuracy": test, "loss": 1.0},
+    } | more  # fmt: skip
+
+
+def screened(validation):
+    """Records of the study's screening, with ``validation(run)`` as accuracy."""
+    return [record(run, validation=validation(run)) for run in STUDY.screen()]
+
+
+def test_the_screening_has_every_arm_rate_and_first_seed():
+    runs = STUDY.screen()
+    assert len(runs) == len(set(runs)) == 2 * 2 * (2 + 2)
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert {run.arm for run in runs} == {ADAMW, LORA_PLUS, f"{STABLE} 0.0005", f"{STABLE} 0.005"}
+    assert len({run.file_name for run in runs}) == len(runs)
+
+
+def test_further_seeds_go_to_what_validation_examples_chose(monkeypatch):
+    def validation(run):
+        return {ADAMW: 0.9 if run.lr == 1e-3 else 0.8, STABLE: 0.8 + run.shrink_ratio + run.lr}.get(
+            run.optimizer, run.lr
+        )
+
+    records = screened(validation)
+    assert _paper_report.best(records, 2) == {ADAMW: (1e-3, 0.0), LORA_PLUS: (1e-2, 0.0), STABLE: (1e-2, 5e-3)}
+    runs = STUDY.decide(records)
+    assert [(run.optimizer, run.seed) for run in runs] == [
+        (ADAMW, 2), (LORA_PLUS, 2), (STABLE, 2), (ADAMW, 3), (STABLE, 3)
+    ]  # fmt: skip
+    monkeypatch.setitem(paper.PRESETS, "test", (STUDY,))
+    # A screening that is not whole decides nothing.
+    assert paper.missing("test", records[:-1]) == [STUDY.screen()[-1]]
+    assert paper.missing("test", records) == runs
+    assert paper.missing("test", records + [record(run) for run in runs]) == []
+
+
+def test_a_run_that_diverged_is_never_the_best():
+    records = screened(lambda run: 0.5)
+    for found in records:
+        if found["run"]["lr"] == 1e-3:
+            found.update(diverged=True, validation=None, test=None)
+    assert {lr for lr, _ in _paper_report.best(records, 2).values()} == {1e-2}
+    text = "\n".join(_paper_report.rate_table(records, loss=False))
+    assert "0.0" in text and "50.0" in text
+
+
+def test_ablations_change_one_thing_each():
+    runs = paper.ablations(STUDY, screened(lambda run: run.lr), 1)
+    plain = {ADAMW: Run("m", "sarcasm", ADAMW, 1e-2, steps=9), STABLE: Run("m", "sarcasm", STABLE, 1e-2, 5e-4, steps=9)}
+    for run in runs:
+        changed = {key for key, value in asdict(run).items() if value != asdict(plain[run.optimizer])[key]}
+        assert changed in ({"r"}, {"targets"}, {"stop_condition"}, {"adapters"}, {"adapters", "rounding"})
+    # Rounded bfloat16 and a missing stop are Stable-LoRA's questions only.
+    assert len(runs) == 2 * (4 + 2) + 3
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [((1.0, 1.0, 1.0), 2 / 8), ((1.0, -1.0), 1.0), ((0.0, 0.0, 0.0), 1.0), ((3, 1, 1, 1), 2 / 16)],
+)
+def test_sign_flips(differences, expected):
+    assert _paper_report.sign_flip(differences) == pytest.approx(expected)
+
+
+def test_differences_are_taken_seed_by_seed(tmp_path):
+    base = replace(STUDY.screen()[0], lr=1e-3)
+    records = [record(replace(base, seed=seed), test=0.6 + 0.1 * seed) for seed in range(3)]
+    stable = replace(base, optimizer=STABLE, shrink_ratio=5e-3)
+    more = {"shrinks": 5.0, "a_left": 0.975}
+    records += [record(replace(stable, seed=seed), test=0.62 + 0.1 * seed, **more) for seed in range(3)]
+    _, row = _paper_report.headline(records, 2)
+    assert row["difference"] == pytest.approx(0.02) and row["difference_95"] == pytest.approx(0, abs=1e-9)
+    assert (row["p"], row["pairs"], row["a_left"]) == (pytest.approx(2 / 8), 3, 0.975)
+    records.append(record(replace(stable, stop_condition="never"), test=0.7))
+    for path in _paper_report.write(records, tmp_path, 2):
+        assert path.stat().st_size > 100
+    text = (tmp_path / "table.txt").read_text()
+    assert "+2.00 ± 0.00" in text and "stop_condition never" in text and "0.250 (3)" in text
+    assert len(list(csv.DictReader((tmp_path / "runs.csv").open()))) == 7
+
+
+class Letters:
+    """A tokenizer: a letter is a token, and so are the answers."""
+
+    pad_token_id = 0
+
+    def __call__(self, text, add_special_tokens=True, max_length=None, **kwargs):
+        if isinstance(text, str):
+            return {"input_ids": [60] if text == " yes" else [61] if text == " no" else [ord(c) % 50 + 1 for c in text]}
+        rows = [torch.tensor(self(one)["input_ids"][:max_length]) for one in text]
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return {"input_ids": padded, "attention_mask": (padded > 0).long()}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        use_cache=False,
+    )  # fmt: skip
+    backbone, tokenizer = transformers.LlamaModel(config).requires_grad_(False), Letters()
+    examples = tuple((f"headline {word * (1 + i % 3)}", label) for i in range(40) for label, word in enumerate("ab"))
+    dataset = Dataset("sarcasm", ("no", "yes"), examples[:60], examples[60:], 40)
+    parts = {"train": dataset.train, "validation": dataset.test[:10], "test": dataset.test[10:]}
+    blocks = tuple(torch.randint(1, 60, (12, 20)))
+    tasks = {
+        "sarcasm": _paper_tasks.MultipleChoice(
+            "sarcasm", tokenizer, **parts, batch_size=8, dataset=dataset, template="{} Answer:", answers=(" no", " yes")
+        ),
+        "reuters-52": _paper_tasks.Classification("reuters-52", tokenizer, **parts, batch_size=8, dataset=dataset),
+        "plays": _paper_tasks.LanguageModelling("plays", tokenizer, blocks[:8], blocks[8:10], blocks[10:], 2),
+    }
+    monkeypatch.setattr(_paper_runs, "_loaded", lambda model: (backbone, tokenizer))
+    monkeypatch.setattr(_paper_runs, "_task", lambda model, task: tasks[task])
+    return tasks
+
+
+@pytest.mark.parametrize("task", ["sarcasm", "reuters-52", "plays"])
+def test_runs_learn_repeat_and_say_what_happened(task, tiny):
+    run = Run("tiny", task, STABLE, 1e-2, 5e-3, steps=60, dtype="fp32")
+    found, again = _paper_runs.execute(run), _paper_runs.execute(run)
+    assert found["train_loss"][-1] < found["train_loss"][0]
+    for key in ("validation", "test", "train_loss", "shrinks", "a_over_start"):
+        assert found[key] == again[key]
+    assert found["pairs"] == 4 and 0 < found["shrinks"] <= 60 and 0.995**60 <= found["a_left"] < 1
+    assert (found["test"]["accuracy"] is None) == (task == "plays")
+    assert found["state_bytes"] == 4 * 2 * 8 * sum((16 + 16, 16 + 8)) * 2
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, LORA_PLUS, RIEMANNIAN, RITE])
+def test_every_optimizer_runs(optimizer, tiny):
+    found = _paper_runs.execute(Run("tiny", "sarcasm", optimizer, 1e-3, steps=12, dtype="fp32"))
+    assert not found["diverged"] and "shrinks" not in found
+    assert found["a_over_start"] != 1.0 and found["b_norm"] > 0
+
+
+def test_bfloat16_adapters_shrink_only_by_random_rounding(tiny):
+    run = Run("tiny", "sarcasm", STABLE, 1e-6, 5e-4, steps=40, adapters="bf16")
+    left = {
+        rounding: _paper_runs.execute(replace(run, rounding=rounding))["a_over_start"]
+        for rounding in ("stochastic", "nearest")
+    }
+    assert left["nearest"] == 1.0
+    assert left["stochastic"] == pytest.approx((1 - 5e-4) ** 40, abs=2e-3)
+
+
+def test_the_answers_are_one_token_each(tiny):
+    task = tiny["sarcasm"]
+    assert task.train[0][0].endswith(" Answer:")
+    assert task._tokens.tolist() == [61, 60]
+    with pytest.raises(ValueError, match="one token each"):
+        replace(task, answers=(" no", " never"))
+
+
+def test_targets_are_those_layers(tiny):
+    for targets, count in (("query-value", 4), ("attention", 8), ("all-linear", 14)):
+        _, _, pairs, every = _paper_runs.build(Run("tiny", "reuters-52", ADAMW, 1e-3, targets=targets))
+        assert len(pairs) == count and len(every) == 2

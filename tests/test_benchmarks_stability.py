@@ -1,0 +1,115 @@
+"""The stability benchmark: the planted task, a step's parts, exponents of known power laws, and the command on tiny widths."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import _planted, _stability_report, _stability_runs, stability
+from benchmarks._stability_runs import LAWS, NEAR_ZERO, STABLE
+from benchmarks._statistics import interval, log_slope, student95
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("width", [16, 200])
+def test_the_planted_task_starts_at_one_and_can_be_learned(width):
+    task = _planted.plant(width, seed=1, samples=256, held_out=64)
+    everything, held_out = slice(None), slice(256, None)
+    a, b = _planted.start(width, seed=1)
+    assert task.loss(a, b, everything).item() == pytest.approx(1.0, rel=1e-4)
+    assert a.std().item() == pytest.approx((3 * width) ** -0.5, rel=0.2)
+    run, records = _stability_runs.train(task, 1, STABLE[0], 3e-3, 150, probe=False)
+    assert run["loss"] < 0.2 and not records
+    assert task.loss(a, b, held_out).item() > 0.5
+
+
+def test_a_steps_parts_add_up_to_its_change():
+    generator = torch.Generator().manual_seed(0)
+    z, a, b, d_a, d_b = (
+        torch.randn(*size, generator=generator, dtype=torch.float64)
+        for size in ((7, 12), (3, 12), (9, 3), (3, 12), (9, 3))
+    )
+    shrunk = 0.9 * a
+    found = _stability_runs.parts(z, (a, b), shrunk, (shrunk + d_a, b + d_b))
+    whole = found.pop("delta")
+    torch.testing.assert_close(sum(found.values()), whole)
+    torch.testing.assert_close(whole, _planted.SCALING * z @ ((b + d_b) @ (shrunk + d_a) - b @ a).t())
+    assert all(part.abs().max() > 0 for part in found.values())
+
+
+def test_a_pair_that_has_not_latched_shrank_and_one_that_has_did_not():
+    task = _planted.plant(64, seed=0, samples=128, held_out=64)
+    # So large a ratio that the latch comes soon.
+    arm = replace(STABLE[-1], shrink_ratio=0.2)
+    run, records = _stability_runs.train(task, 0, arm, 1e-2, 60, probe=True)
+    assert 2 < run["latched_at"] <= 50 and run["shrinks"] == run["latched_at"] - 1
+    assert run["a_left"] == pytest.approx(0.8 ** run["shrinks"])
+    for record in records:
+        assert record["stable"] == (record["step"] >= run["latched_at"])
+        # B is zero at the first step, of which there is nothing to shrink the product of.
+        assert (record["delta_shrink"] > 0) == (1 < record["step"] < run["latched_at"])
+    start = _stability_runs.train(task, 0, NEAR_ZERO, 1e-3, 1, probe=True)[1][0]["a_z"]
+    assert start == pytest.approx(1e-3 * records[0]["a_z"], rel=1e-4)
+
+
+def test_slopes_and_intervals():
+    sizes = [8, 16, 32, 64]
+    slope, half = log_slope(sizes, [3 * size**-1.25 for size in sizes])
+    assert slope == pytest.approx(-1.25) and half == pytest.approx(0, abs=1e-6)
+    assert log_slope(sizes, [0.0, 1.0, 2.0, 0.0]) is None
+    assert interval([1.0, 3.0]) == pytest.approx((2.0, 12.706))
+    assert student95(30) == pytest.approx(2.042, abs=0.002)
+
+
+def power_law(**powers):
+    """Records of parts that go with n exactly so, with a seed's factor that is the same at every width."""
+    return [
+        {"width": n, "seed": seed, "arm": arm.name, "law": law, "step": step, "stable": 0, "a_norm": 1.0, "b_norm": 1.0}
+        | {name: (1 + seed / 10) * n**power for name, power in powers.items()}
+        for n in (64, 128, 256) for seed in (0, 1) for arm in _stability_runs.ARMS for law in LAWS for step in (1, 100)
+    ]  # fmt: skip
+
+
+def test_exponents_of_exact_power_laws():
+    powers = {"delta_1": -0.5, "delta_2": 0.0, "delta_3": 0.25, "delta_shrink": -1.0, "delta": 1.0, "a_z": 0.5}
+    for row in _stability_report.gamma_rows(power_law(**powers), 100):
+        for name, power in powers.items():
+            assert row[name] == pytest.approx(power, abs=0.05)
+            assert 0 < row[f"{name}_95"] < 0.3
+    law = LAWS["n^-1/2"]
+    assert law.at(256) == pytest.approx(law.at(64) / 2)
+    assert (_stability_report.FIRST["n^-1/2"], _stability_report.LATER["n^-1/2"]) == (-0.5, 0.0)
+
+
+def test_the_command_goes_on_from_units_and_reports(tmp_path, monkeypatch, capsys):
+    preset = stability.Preset((16, 32, 64), 2, (1e-3, 1e-2), 5)
+    monkeypatch.setitem(stability.PRESETS, "tiny", preset)
+    threads = torch.get_num_threads()
+    for width in preset.widths:
+        for seed in range(preset.seeds):
+            file = stability.unit_file(tmp_path, width, seed)
+            stability.run_unit(width, seed, preset.lrs, preset.steps, file)
+            assert stability.is_done(file, preset)
+    torch.set_num_threads(threads)
+    # All is there, so nothing is run: a pool would be a surprise.
+    monkeypatch.setattr(stability.ProcessPoolExecutor, "submit", None)
+    assert stability.main(["--preset", "tiny", "--out", str(tmp_path), "--processes", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "6 done already" in shown and "Exponents found at step 5" in shown
+    runs = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert len(runs) == 3 * 2 * len(_stability_runs.ARMS) * (len(LAWS) + 2)
+    for name in ("latch", "exponents", "sizes", "norms", "learning_rates"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    found = json.loads(stability.unit_file(tmp_path, 16, 0).read_text())
+    assert found["environment"]["torch"] and len(found["deltas"]) == len(_stability_runs.ARMS) * len(LAWS) * 3
+    with pytest.raises(SystemExit):
+        stability.main(["--out", str(tmp_path / "empty"), "--report"])
+    monkeypatch.setitem(stability.PRESETS, "tiny", stability.Preset((16,), 1, (1e-3,), 5))
+    with pytest.raises(SystemExit):
+        stability.main(["--preset", "tiny", "--out", str(tmp_path)])
+    assert "was made with lrs [0.001, 0.01], not [0.001]" in capsys.readouterr().err
