@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,16 +119,22 @@ PRESETS: dict[str, tuple[Study, ...]] = {
 ABLATION_SEEDS = 3
 
 
+def parts(study: Study, records: list[dict[str, Any]], with_ablations: bool) -> Iterator[list[Run]]:
+    """The screening; what that has chosen; and, of that, the ablations."""
+    yield study.screen()
+    yield study.decide(records)
+    if with_ablations:
+        yield ablations(study, records, ABLATION_SEEDS)
+
+
 def missing(preset: str, records: list[dict[str, Any]]) -> list[Run]:
-    """What is to be run next: nothing of a study's second part before its first is whole."""
+    """What is to be run next: nothing of a part before the one in front of it is whole."""
     done = {_paper_report.run_of(record) for record in records}
-    wanted: list[Run] = []
     for study in PRESETS[preset]:
-        screening = [run for run in study.screen() if run not in done]
-        wanted += screening or study.decide(records)
-        if not screening and preset == "ablations":
-            wanted += ablations(study, records, ABLATION_SEEDS)
-    return [run for run in dict.fromkeys(wanted) if run not in done]
+        for part in parts(study, records, preset == "ablations"):
+            if wanted := [run for run in part if run not in done]:
+                return wanted
+    return []
 
 
 def work(run: Run, directory: Path) -> None:
