@@ -7,8 +7,20 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks._stability_report import FIRST, LATER, Found, Records, best_lrs, gamma, regime_rows, steps_of
-from benchmarks._stability_runs import ADAMW, ARMS, LAWS, LORA_PLUS, NEAR_ZERO, RATIOS, STABLE
+from benchmarks._stability_report import (
+    FIRST,
+    LATER,
+    TASKS,
+    Found,
+    Records,
+    best_lrs,
+    gamma,
+    laws_of,
+    present,
+    regime_rows,
+    steps_of,
+)
+from benchmarks._stability_runs import ADAMW, ARMS, LORA_PLUS, NEAR_ZERO, STABLE
 from benchmarks.plots import STYLE, plt, save
 
 COLOURS = dict(
@@ -31,6 +43,9 @@ def draw(found: Found, out: Path) -> list[Path]:
         "norms": _norms(found["deltas"]),
         "learning_rates": _learning_rates(found["runs"]),
     }
+    task = TASKS[found["family"]][0]
+    for figure in plots.values():
+        figure.supxlabel(f"{task}, r 8. {figure.get_supxlabel()}", fontsize=7.5, color="#666666")
     return [save(figure, out / f"{name}.png") for name, figure in plots.items()]
 
 
@@ -41,7 +56,7 @@ def _figure(rows: int, columns: int, title: str, note: str, height: float = 3.2,
             sharey=share_y,
         )  # fmt: skip
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    figure.supxlabel(f"planted task, r 8. {note}", fontsize=7.5, color="#666666")
+    figure.supxlabel(note)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -55,13 +70,14 @@ def _shades(count: int) -> list[Any]:
 def _latch(found: Found) -> Any:
     """Latch step and what is left of A against the learning rate, a line a width, a column a ratio."""
     rows, steps = regime_rows(found["runs"], found["steps"]), found["steps"]
+    ratios = sorted({row["ratio"] for row in rows})
     widths = sorted({row["width"] for row in rows})
     figure, axes = _figure(
-        2, len(RATIOS), "When shrinking stops, and what it has done by then",
+        2, len(ratios), "When shrinking stops, and what it has done by then",
         f"Medians over seeds; dots at {steps} steps had not latched. Dotted: the least steps that B needs, 1 / (lr sqrt(3n)).",
         2.8, share_y=False,
     )  # fmt: skip
-    for column, ratio in enumerate(RATIOS):
+    for column, ratio in enumerate(ratios):
         top, bottom = axes[0][column], axes[1][column]
         for width, colour in zip(widths, _shades(len(widths)), strict=True):
             mine = [row for row in rows if row["ratio"] == ratio and row["width"] == width]
@@ -84,13 +100,13 @@ def _latch(found: Found) -> Any:
 
 def _exponents(deltas: Records) -> Any:
     """Exponents over training, a column a law, a row a part."""
-    names = ("delta_1", "delta_2", "delta")
+    names, laws = ("delta_1", "delta_2", "delta"), laws_of(deltas)
     figure, axes = _figure(
-        len(names), len(LAWS), "How each part of an output change goes with width: the exponent γ in n, over training",
+        len(names), len(laws), "How each part of an output change goes with width: the exponent γ in n, over training",
         "Bands: 95 % over widths and seeds. Dotted: what the theory gives (δ1: at the first step, and later). Stable is 0.", 2.5,
     )  # fmt: skip
     steps = steps_of(deltas)
-    for column, (law, rate) in enumerate(LAWS.items()):
+    for column, (law, rate) in enumerate(laws.items()):
         for row, part in enumerate(names):
             axis = axes[row][column]
             for arm in SHOWN:
@@ -119,14 +135,14 @@ def _exponents(deltas: Records) -> Any:
 
 def _sizes(deltas: Records) -> Any:
     """The parts' sizes against width late in training, a row an arm, a column a law."""
-    step = [step for step in steps_of(deltas) if step <= 100][-1]
+    step, laws = [step for step in steps_of(deltas) if step <= 100][-1], laws_of(deltas)
     figure, axes = _figure(
-        len(SHOWN), len(LAWS), f"The parts of the output change at step {step}", "Root mean squares; log means over seeds.",
+        len(SHOWN), len(laws), f"The parts of the output change at step {step}", "Root mean squares; log means over seeds.",
         2.3,
     )  # fmt: skip
     shades = ("#2a6fbb", "#d1495b", "#f0a202", "#333333")
     for row, arm in enumerate(SHOWN):
-        for column, law in enumerate(LAWS):
+        for column, law in enumerate(laws):
             axis = axes[row][column]
             mine = [r for r in deltas if (r["arm"], r["law"], r["step"]) == (arm.name, law, step)]
             widths = sorted({r["width"] for r in mine})
@@ -152,15 +168,16 @@ def _log_mean(values: list[float]) -> float:
 
 def _norms(deltas: Records) -> Any:
     """||A||/n and ||B||/m over training for the widest network."""
-    width = max(row["width"] for row in deltas)
+    width, laws = max(row["width"] for row in deltas), laws_of(deltas)
+    arms = [arm for arm in (ADAMW, LORA_PLUS, STABLE[0], STABLE[-1]) if arm in present(deltas)]
     figure, axes = _figure(
-        1, len(LAWS), f"The pair's norms over training, n = m = {width}",
+        1, len(laws), f"The pair's norms over training, n = m = {width}",
         "Solid ||A||/n, dashed ||B||/m: log means over seeds. Crosses: Stable-LoRA pairs that had latched by then.",
         3.4,
     )  # fmt: skip
-    for column, law in enumerate(LAWS):
+    for column, law in enumerate(laws):
         axis = axes[0][column]
-        for arm in (ADAMW, LORA_PLUS, STABLE[0], STABLE[-1]):
+        for arm in arms:
             mine = [r for r in deltas if (r["arm"], r["law"], r["width"]) == (arm.name, law, width)]
             steps = steps_of(mine)
             for name, style in (("a_norm", "-"), ("b_norm", "--")):

@@ -9,10 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._stability_runs import ARMS, BATCH, DELTAS, LAWS, RATIOS, STABLE
+from benchmarks._stability_runs import ARMS, DELTAS, LAWS, RATIOS, Arm, Law
 from benchmarks._statistics import interval, log_slope
 from benchmarks.report import aligned, write_csv, write_text
 
+PLANTED, TRANSFORMERS = "planted", "transformers"
+# A task in words, and what its losses are.
+TASKS = {
+    PLANTED: ("planted task", "held-out loss there (1 is no learning)"),
+    TRANSFORMERS: ("2-layer Transformers over characters, plays to headlines", "held-out loss there, nats a character"),
+}
 Found = dict[str, Any]
 Records = Sequence[dict[str, Any]]
 # Exponents in n that the theory gives for a learning rate of n^-c: of delta_1 at the first step, where A is what it was drawn as,
@@ -35,10 +41,20 @@ def shown(value: tuple[float, float] | None) -> str:
     return "-" if value is None else f"{value[0]:+.2f} ± {value[1]:.2f}"
 
 
+def present(records: Records) -> list[Arm]:
+    names = {record["arm"] for record in records}
+    return [arm for arm in ARMS if arm.name in names]
+
+
+def laws_of(records: Records) -> dict[str, Law]:
+    names = {record["law"] for record in records}
+    return {name: law for name, law in LAWS.items() if name in names}
+
+
 def gamma_rows(deltas: Records, step: int) -> list[dict[str, Any]]:
     rows = []
-    for law in LAWS:
-        for arm in ARMS:
+    for law in laws_of(deltas):
+        for arm in present(deltas):
             row: dict[str, Any] = {"law": law, "arm": arm.name, "step": step}
             for part in (*DELTAS, "a_z"):
                 found = gamma(deltas, arm.name, law, step, part)
@@ -79,11 +95,11 @@ def best_table(runs: Records) -> list[str]:
     rows = best_lrs(runs)
     widths = sorted({row["width"] for row in rows})
     cells = [["arm", *(f"n {width}" for width in widths), "exponent"]]
-    for arm in ARMS:
+    for arm in present(runs):
         mine = {row["width"]: row for row in rows if row["arm"] == arm.name}
         found = log_slope(widths, [mine[width]["lr"] for width in widths])
         cells.append(
-            [arm.name, *(f"{mine[w]['lr']:g}: {math.exp(mine[w]['log_loss']):.1e}" for w in widths), shown(found)]
+            [arm.name, *(f"{mine[w]['lr']:g}: {math.exp(mine[w]['log_loss']):.3g}" for w in widths), shown(found)]
         )
     return aligned(cells)
 
@@ -91,7 +107,9 @@ def best_table(runs: Records) -> list[str]:
 def regime_rows(runs: Records, steps: int) -> list[dict[str, Any]]:
     """Where the latch comes and what shrinking has done by then, for each ratio, learning rate and width of the grid."""
     rows = []
-    for arm in STABLE:
+    for arm in present(runs):
+        if not arm.shrink_ratio:
+            continue
         for width in sorted({run["width"] for run in runs}):
             for lr in sorted({run["lr"] for run in runs if run["law"] == "grid"}):
                 mine = [r for r in runs if (r["arm"], r["width"], r["lr"], r["law"]) == (arm.name, width, lr, "grid")]
@@ -136,9 +154,12 @@ def table(found: Found) -> str:
     seeds, widths = sorted({run["seed"] for run in runs}), sorted({run["width"] for run in runs})
     rows = regime_rows(runs, steps)
     first = [["lr", "delta_1, first step", "delta_1, later", "delta_2, delta_3"]]
-    first += [[law, f"{FIRST[law]:+.2f}", f"{LATER[law]:+.2f}", f"{1 - 2 * LAWS[law].power:+.2f}"] for law in LAWS]
+    first += [
+        [name, f"{FIRST[name]:+.2f}", f"{LATER[name]:+.2f}", f"{1 - 2 * law.power:+.2f}"]
+        for name, law in laws_of(deltas).items()
+    ]
     lines = [
-        f"planted task, widths {widths[0]} to {widths[-1]}, {len(seeds)} seeds, {steps} steps of {BATCH}, r 8",
+        f"{TASKS[found['family']][0]}, widths {widths[0]} to {widths[-1]}, {len(seeds)} seeds, {steps} steps, r 8",
         "",
         "Exponents in n that the theory gives",
         *aligned(first),
@@ -155,7 +176,7 @@ def table(found: Found) -> str:
         "seed never latched",
         *regime_table(rows),
         "",
-        "Best learning rate of the grid: held-out loss there (1 is no learning), and how it goes with n",
+        f"Best learning rate of the grid: {TASKS[found['family']][1]}, and how it goes with n",
         *best_table(runs),
     ]
     return "\n".join(lines) + "\n"

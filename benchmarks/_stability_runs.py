@@ -10,7 +10,8 @@ with A' = A (1 - lambda) where the pair shrank, A elsewhere, and dA = A_{t+1} - 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +37,9 @@ class Arm:
     start: float = 1.0
     shrink_ratio: float = 0.0
 
-    def build(self, pair: LoRAPair, lr: float) -> Any:
+    def build(self, pairs: Sequence[LoRAPair], lr: float) -> Any:
         options = {"shrink_ratio": self.shrink_ratio} if self.optimizer == optimizers.OURS else {}
-        return optimizers.build(self.optimizer, [pair], lr=lr, **options)
+        return optimizers.build(self.optimizer, pairs, lr=lr, **options)
 
 
 ADAMW, NEAR_ZERO, LORA_PLUS = Arm("AdamW"), Arm("AdamW, A near zero", start=1e-3), Arm("LoRA+", optimizers.LORA_PLUS)
@@ -84,7 +85,7 @@ def train(task: Planted, seed: int, arm: Arm, lr: float, steps: int, probe: bool
     """The run's record and, with ``probe``, one for each step of ``PROBES``."""
     width = task.width
     a, b = (nn.Parameter(half) for half in _planted.start(width, seed, arm.start))
-    optimizer = arm.build(LoRAPair("planted", a, b), lr)
+    optimizer = arm.build([LoRAPair("planted", a, b)], lr)
     count = len(task.z) - task.held_out
     held_out, records = slice(count, None), []
     z = task.z[held_out][:BATCH]
@@ -110,17 +111,19 @@ def train(task: Planted, seed: int, arm: Arm, lr: float, steps: int, probe: bool
             records.append(record)
     with torch.no_grad():
         loss = task.loss(a, b, held_out).item()
-    latched = optimizer.stability()[0].latched_at if arm.shrink_ratio else None
-    shrinks = 0 if not arm.shrink_ratio else steps if latched is None else latched - 1
-    run = {
+    return summary(loss, arm, optimizer, steps) | {"a_over_start": a.norm().item() / initial}, records
+
+
+def summary(loss: float, arm: Arm, optimizer: Any, steps: int) -> dict[str, Any]:
+    """A run's loss, and what shrinking has done: the median over its pairs."""
+    latched = [pair.latched_at for pair in optimizer.stability()] if arm.shrink_ratio else []
+    shrinks = statistics.median([steps if at is None else at - 1 for at in latched] or [0])
+    return {
         "loss": loss if math.isfinite(loss) else math.inf,
-        "latched_at": latched,
+        "latched_at": shrinks + 1 if latched and None not in latched else None,
         "shrinks": shrinks,
         "a_left": (1 - arm.shrink_ratio) ** shrinks,
-        "a_over_start": a.norm().item() / initial,
-        "b_norm": b.norm().item(),
     }
-    return run, records
 
 
 def unit(width: int, seed: int, lrs: tuple[float, ...], steps: int) -> Iterator[tuple[dict[str, Any], list[Any]]]:

@@ -1,10 +1,11 @@
 """Is feature learning stable across widths? The parts of each step's output change, the latch, and which learning rate is best.
 
-    python -m benchmarks.stability [--preset quick|full] [--out DIR] [--processes 2]
+    python -m benchmarks.stability [--preset quick|full|transformers] [--out DIR] [--processes 2]
 
-Every optimizer trains the same adapter on the planted task (``_planted.py``) at widths 64 to 4096, from the same start on the
-same batches. A unit of work is a width and a seed; what is finished lies in DIR/units and is not run again. ``--report`` only
-makes the tables and plots anew from there.
+Every optimizer trains the same adapters at every width, from the same start on the same batches: on the planted task
+(``_planted.py``) at widths 64 to 4096, and with ``--preset transformers`` small Transformers (``_small_transformers.py``). A unit
+of work is a width and a seed; what is finished lies in DIR/units and is not run again. ``--report`` only makes the tables and
+plots anew from there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from benchmarks import _stability_report, _stability_runs
 from benchmarks._harness import environment, store
+from benchmarks._stability_report import PLANTED, TRANSFORMERS
 
 
 @dataclass(frozen=True)
@@ -32,24 +34,47 @@ class Preset:
     seeds: int
     lrs: tuple[float, ...]
     steps: int
+    family: str = PLANTED
 
 
 PRESETS = {
     "tiny": Preset((16, 32, 64), 2, (1e-3, 1e-2), 5),
     "quick": Preset((64, 128, 256, 512, 1024), 3, (1e-4, 1e-3, 1e-2), 300),
     "full": Preset((64, 128, 256, 512, 1024, 2048, 4096), 10, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 300),
+    "transformers": Preset((64, 128, 256, 512), 5, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 100, TRANSFORMERS),
 }
 
 
-def run_unit(width: int, seed: int, lrs: tuple[float, ...], steps: int, file: Path) -> Path:
+def runs_of(preset: Preset, width: int, seed: int, out: Path) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    if preset.family == PLANTED:
+        return _stability_runs.unit(width, seed, preset.lrs, preset.steps)
+    from benchmarks import _small_transformers
+
+    # Of the ratios the largest, which does most in so few steps.
+    arms = (_stability_runs.ADAMW, _stability_runs.NEAR_ZERO, _stability_runs.LORA_PLUS, _stability_runs.STABLE[-1])
+    laws = {name: _stability_runs.LAWS[name] for name in ("fixed", "n^-1/2")}
+    return _small_transformers.unit(width, seed, arms, laws, preset.lrs, preset.steps, out / "bases")
+
+
+def prepare(width: int, out: Path) -> None:
+    """The base that all seeds of a width share."""
+    from benchmarks import _small_transformers
+
+    torch.set_num_threads(1)
+    _small_transformers.base(width, out / "bases")
+
+
+def run_unit(preset: Preset, width: int, seed: int, out: Path) -> Path:
     """In a process of its own: a thread each, so that processes do not fight for the cores."""
     torch.set_num_threads(1)
     runs, deltas = [], []
-    for run, records in _stability_runs.unit(width, seed, lrs, steps):
+    for run, records in runs_of(preset, width, seed, out):
         runs.append(run)
         deltas += records
+    file = unit_file(out, width, seed)
     unfinished = file.with_suffix(".part")
-    store(unfinished, {"environment": environment(), "steps": steps, "lrs": lrs, "runs": runs, "deltas": deltas})
+    found = {"environment": environment(), "family": preset.family, "steps": preset.steps, "lrs": preset.lrs}
+    store(unfinished, found | {"runs": runs, "deltas": deltas})
     return unfinished.replace(file)
 
 
@@ -66,9 +91,9 @@ def is_done(file: Path, preset: Preset) -> bool:
     if not file.exists():
         return False
     found = json.loads(file.read_text(encoding="utf-8"))
-    for name in ("steps", "lrs"):
+    for name in ("family", "steps", "lrs"):
         wanted = json.loads(json.dumps(getattr(preset, name)))
-        if found[name] != wanted:
+        if found.get(name, PLANTED) != wanted:
             raise ValueError(f"{file} was made with {name} {found[name]}, not {wanted}; give another --out")
     return True
 
@@ -81,7 +106,12 @@ def run(preset: Preset, out: Path, processes: int) -> None:
     # Not forked: a fork of a process that has used several threads may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool, tqdm(total=len(missing), unit="unit") as bar:
-        futures = [pool.submit(run_unit, *unit, preset.lrs, preset.steps, unit_file(out, *unit)) for unit in missing]
+        if preset.family == TRANSFORMERS:
+            for future in [
+                pool.submit(prepare, width, out) for width in sorted({width for width, _ in missing}, reverse=True)
+            ]:
+                future.result()
+        futures = [pool.submit(run_unit, preset, *unit, out) for unit in missing]
         for future in as_completed(futures):
             future.result()
             bar.update()
@@ -91,7 +121,8 @@ def collect(files: Iterable[Path]) -> dict[str, Any]:
     found: dict[str, Any] = {"runs": [], "deltas": []}
     for file in files:
         part = json.loads(file.read_text(encoding="utf-8"))
-        found["environment"], found["steps"] = part["environment"], part["steps"]
+        found |= {name: part[name] for name in ("environment", "steps")}
+        found["family"] = part.get("family", PLANTED)
         for name in ("runs", "deltas"):
             found[name] += part[name]
     return found

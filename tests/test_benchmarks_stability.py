@@ -93,7 +93,7 @@ def test_the_command_goes_on_from_units_and_reports(tmp_path, monkeypatch, capsy
     for width in preset.widths:
         for seed in range(preset.seeds):
             file = stability.unit_file(tmp_path, width, seed)
-            stability.run_unit(width, seed, preset.lrs, preset.steps, file)
+            assert stability.run_unit(preset, width, seed, tmp_path) == file
             assert stability.is_done(file, preset)
     torch.set_num_threads(threads)
     # All is there, so nothing is run: a pool would be a surprise.
@@ -113,3 +113,25 @@ def test_the_command_goes_on_from_units_and_reports(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         stability.main(["--preset", "tiny", "--out", str(tmp_path)])
     assert "was made with lrs [0.001, 0.01], not [0.001]" in capsys.readouterr().err
+
+
+def test_small_transformers(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from benchmarks import _small_transformers as family
+
+    text = "the quick brown fox jumps over the lazy dog. " * 60
+    monkeypatch.setattr(family.assets, "plays", lambda: [text])
+    monkeypatch.setattr(family, "headlines", lambda: (family.blocks(text), family.blocks(text)[:8]))
+    monkeypatch.setattr(family, "PRETRAINING_STEPS", 3)
+    model = family.base(32, tmp_path, 3)
+    family.base.cache_clear()
+    # Read again, not trained again.
+    for name, value in family.base(32, tmp_path, 3).state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    arm = replace(STABLE[-1], shrink_ratio=0.2)
+    run, records = family.train(model, 32, 0, arm, 1e-2, 40, probe=True)
+    assert run["shrinks"] < 40 and run["loss"] < family.loss_of(model, family.blocks(text)[:8]).item()
+    assert [record["step"] for record in records] == [1, 2, 5, 10, 20]
+    assert records[0]["delta"] > 0 and records[0]["delta_shrink"] == 0 < records[1]["delta_shrink"]
+    # The base is shared and stays as it was.
+    assert not any("lora" in name for name, _ in model.named_parameters())

@@ -1,0 +1,179 @@
+"""A family of small Transformers over characters, scaled in width: pretrained on the 42 plays, adapted to headlines.
+
+Two Llama layers of width n, heads of 32; everything else is the same at every width. The base is trained once a width, by AdamW
+at a learning rate of n^-1/2, and kept; a seed draws the adapters and the order of the headlines.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import stablelora_kernels as slk
+from benchmarks import _planted, assets
+from benchmarks._stability_runs import Arm, Law, parts, rms, summary
+from benchmarks.data import load_dataset
+from benchmarks.models import share
+
+CHARACTERS, LENGTH, LAYERS, HEAD = 128, 64, 2, 32
+BATCH, PRETRAINING_STEPS = 16, 500
+PROBES = (1, 2, 5, 10, 20, 50, 100)
+TARGETS = ["q_proj", "v_proj"]
+
+
+def blocks(text: str) -> Tensor:
+    """[blocks, LENGTH] of characters; what is not ASCII is a question mark."""
+    ids = torch.tensor(list(text.encode("ascii", errors="replace")))
+    return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+@cache
+def headlines() -> tuple[Tensor, Tensor]:
+    """Blocks to train on, and held out."""
+    found = load_dataset("sarcasm", seed=0, held_out=1000)
+    train, test = ("\n".join(text for text, _ in part) for part in (found.train, found.test))
+    return blocks(train), blocks(test)[:128]
+
+
+def batches(data: Tensor, seed: int) -> Iterator[Tensor]:
+    rng = random.Random(seed)
+    while True:
+        order = rng.sample(range(len(data)), len(data))
+        for start in range(0, len(order) - BATCH + 1, BATCH):
+            yield data[order[start : start + BATCH]]
+
+
+def loss_of(model: Any, ids: Tensor) -> Tensor:
+    """Nats a character."""
+    logits = model(input_ids=ids).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def new_model(width: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = width // HEAD
+    config = LlamaConfig(
+        vocab_size=CHARACTERS, hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=LAYERS,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=LENGTH, use_cache=False,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+
+@cache
+def base(width: int, directory: Path, steps: int = PRETRAINING_STEPS) -> Any:
+    """The frozen base, pretrained where ``directory`` does not hold it yet."""
+    file = directory / f"base{width}_{steps}.pt"
+    model = new_model(width)
+    if file.exists():
+        model.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3 * (64 / width) ** 0.5, fused=True)
+        data = batches(torch.cat([blocks(text) for text in assets.plays()]), 0)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3 * (64 / width) ** 0.5 * min(1.0, (step + 1) / 20) * (1 - step / steps)
+            loss_of(model, next(data)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".part")
+        torch.save(model.state_dict(), unfinished)
+        unfinished.replace(file)
+    return model.requires_grad_(False).eval()
+
+
+class Inputs:
+    """What the adapted layers get, in the order of the pairs."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.seen: dict[str, Tensor] = {}
+        modules = dict(model.named_modules())
+        for name in names:
+            modules[name].register_forward_pre_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Any:
+        def keep(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            self.seen[name] = given[0].detach().flatten(0, -2)
+
+        return keep
+
+
+def train(
+    base_model: Any, width: int, seed: int, arm: Arm, lr: float, steps: int, probe: bool
+) -> tuple[dict[str, Any], list[Any]]:
+    """As ``_stability_runs.train``; sizes are root mean squares over the pairs."""
+    model = share(base_model)
+    torch.manual_seed(1000 + seed)
+    slk.apply_lora(
+        model, slk.LoRAConfig(r=_planted.R, lora_alpha=_planted.SCALING * _planted.R, target_modules=TARGETS)
+    )
+    pairs = slk.lora_pairs(model)
+    with torch.no_grad():
+        for pair in pairs:
+            pair.A.mul_(arm.start)
+    optimizer = arm.build(pairs, lr)
+    inputs = Inputs(model, [pair.name for pair in pairs])
+    data, held_out = headlines()
+    stream, records = batches(data, seed), []
+    initial = rms(torch.cat([pair.A.detach().flatten() for pair in pairs]))
+    for step in range(1, steps + 1):
+        looked_at = probe and step in PROBES
+        if looked_at:
+            with torch.no_grad():
+                model(input_ids=held_out[:4])
+            zs = [inputs.seen[pair.name] for pair in pairs]
+            before = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(model, next(stream)).backward()
+        optimizer.step()
+        if looked_at:
+            records.append({"step": step, **_record(zs, before, pairs, arm, optimizer)})
+    with torch.no_grad():
+        loss = sum(loss_of(model, part).item() for part in held_out.split(32)) / len(held_out.split(32))
+    after = rms(torch.cat([pair.A.detach().flatten() for pair in pairs]))
+    return summary(loss, arm, optimizer, steps) | {"a_over_start": after / initial}, records
+
+
+def _record(
+    zs: list[Tensor], before: list[tuple[Tensor, Tensor]], pairs: list[slk.LoRAPair], arm: Arm, optimizer: Any
+) -> dict[str, float]:
+    stable = [True] * len(pairs) if not arm.shrink_ratio else [found.stable for found in optimizer.stability()]
+    squares: dict[str, list[float]] = {}
+    for z, (a, b), pair, latched in zip(zs, before, pairs, stable, strict=True):
+        shrunk = a if latched else a * (1 - arm.shrink_ratio)
+        found = {
+            name: rms(change) for name, change in parts(z, (a, b), shrunk, (pair.A.detach(), pair.B.detach())).items()
+        }
+        found |= {"a_z": rms(z @ a.t()), "a_norm": a.norm().item(), "b_norm": b.norm().item()}
+        for name, value in found.items():
+            squares.setdefault(name, []).append(value**2)
+    return {name: (sum(values) / len(values)) ** 0.5 for name, values in squares.items()} | {"stable": int(all(stable))}
+
+
+def unit(
+    width: int,
+    seed: int,
+    arms: tuple[Arm, ...],
+    laws: dict[str, Law],
+    lrs: tuple[float, ...],
+    steps: int,
+    directory: Path,
+) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    """As ``_stability_runs.unit``."""
+    model = base(width, directory)
+    for arm in arms:
+        for law, lr in [(name, law.at(width)) for name, law in laws.items()] + [("grid", lr) for lr in lrs]:
+            key = {"width": width, "seed": seed, "arm": arm.name, "law": law, "lr": lr}
+            run, records = train(model, width, seed, arm, lr, steps, probe=law != "grid")
+            yield key | run, [key | record for record in records]
