@@ -263,19 +263,15 @@ def draw_axis(axis: dict[str, Any], directory: Path) -> Path:
             lines[label] = [row[arm]["ms"]["median"] for row in axis["rows"]]
         floor = [row["floor"]["step"] for row in axis["rows"]]
     else:
-        lines["frozen layer"] = [row["frozen"]["ms"]["median"] for row in axis["rows"]]
-        lines["PEFT adds"] = [row["peft"]["over_ms"]["median"] for row in axis["rows"]]
-        lines["ours adds"] = [row["ours"]["over_ms"]["median"] for row in axis["rows"]]
-        floor = [row["floor"]["overhead"] for row in axis["rows"]]
+        for arm, label in (("frozen", "frozen nn.Linear"), ("peft", "PEFT"), ("ours", "ours")):
+            lines[label] = [row[arm]["ms"]["median"] for row in axis["rows"]]
+        floor = [sum(row["floor"].values()) for row in axis["rows"]]
     colours = ["#8a8f98", "#2a6fbb", "#d1495b"] if not step_axis else ["#2a6fbb", "#d1495b", "#e07a3f"]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
         for (label, values), colour in zip(lines.items(), colours, strict=True):
-            shown = [(size, value) for size, value in zip(sizes, values, strict=True) if value > 0]
-            axes.plot(*zip(*shown, strict=True), marker="o", markersize=4, label=label, color=colour)
-        axes.plot(
-            sizes, floor, linestyle=":", color="#333333", label="floor" if step_axis else "floor of what LoRA adds"
-        )
+            axes.plot(sizes, values, marker="o", markersize=4, label=label, color=colour)
+        axes.plot(sizes, floor, linestyle=":", color="#333333", label="floor" if step_axis else "floor of a LoRA layer")
         axes.set(xscale="log", yscale="log", xlabel=f"{axis['axis']} ({axis['still']})", ylabel="milliseconds")
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
