@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import math
 import statistics
 from collections import defaultdict
@@ -9,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._stability_runs import ARMS, DELTAS, LAWS, RATIOS, Arm, Law
+from benchmarks._stability_runs import ADAMW, ARMS, DELTAS, LAWS, RATIOS, Arm, Law
 from benchmarks._statistics import interval, log_slope
 from benchmarks.report import aligned, write_csv, write_text
 
@@ -74,21 +77,53 @@ def gamma_table(deltas: Records, step: int) -> list[str]:
     return aligned(cells, left=2)
 
 
-def best_lrs(runs: Records) -> list[dict[str, Any]]:
-    """For each arm and width the learning rate of the grid with the least held-out loss, in the mean of its logarithm."""
-    losses: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+def _log_losses(runs: Records) -> dict[tuple[str, int], dict[float, dict[int, float]]]:
+    """Of each arm and width, learning rate and seed of the grid."""
+    found: dict[tuple[str, int], dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         if run["law"] == "grid":
-            # JSON has no infinity that others read; a run that diverged counts as one that learned nothing.
-            losses[run["arm"], run["width"]][run["lr"]].append(math.log(min(max(run["loss"], 1e-12), 10.0)))
-    rows = []
-    for (arm, width), by_lr in losses.items():
-        lr = min(by_lr, key=lambda lr: statistics.fmean(by_lr[lr]))
-        mean, half = interval(by_lr[lr])
-        rows.append(
-            {"arm": arm, "width": width, "lr": lr, "log_loss": mean, "log_loss_95": half, "seeds": len(by_lr[lr])}
-        )
+            # A run that diverged counts as one that is ten times as bad as one that learned nothing.
+            found[run["arm"], run["width"]][run["lr"]][run["seed"]] = math.log(min(max(run["loss"], 1e-12), 10.0))
+    return found
+
+
+def best_lrs(runs: Records) -> list[dict[str, Any]]:
+    """For each arm and width the learning rate of the grid with the least held-out loss, in the mean of its logarithm; and the
+    ratio of that loss to AdamW's at AdamW's best, seed by seed."""
+    losses, rows = _log_losses(runs), []
+    best = {key: min(by_lr, key=lambda lr: statistics.fmean(by_lr[lr].values())) for key, by_lr in losses.items()}
+    for (arm, width), lr in best.items():
+        mine = losses[arm, width][lr]
+        mean, half = interval([*mine.values()])
+        row: dict[str, Any] = {
+            "arm": arm,
+            "width": width,
+            "lr": lr,
+            "log_loss": mean,
+            "log_loss_95": half,
+            "seeds": len(mine),
+        }
+        base = losses[ADAMW.name, width][best[ADAMW.name, width]] if arm != ADAMW.name else {}
+        if len(shared := [seed for seed in mine if seed in base]) > 1:
+            row["log_ratio"], row["log_ratio_95"] = interval([mine[seed] - base[seed] for seed in shared])
+        rows.append(row)
     return rows
+
+
+def ratio_table(runs: Records) -> list[str]:
+    rows = best_lrs(runs)
+    widths = sorted({row["width"] for row in rows})
+    cells = [["arm", *(f"n {width}" for width in widths)]]
+    for arm in present(runs):
+        mine = {row["width"]: row for row in rows if row["arm"] == arm.name}
+        if all("log_ratio" in row for row in mine.values()):
+            cells.append([arm.name, *(_ratio(mine[width]) for width in widths)])
+    return aligned(cells)
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    low, middle, high = (math.exp(row["log_ratio"] + sign * row["log_ratio_95"]) for sign in (-1, 0, 1))
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 def best_table(runs: Records) -> list[str]:
@@ -150,7 +185,7 @@ def regime_table(rows: Records) -> list[str]:
 
 def table(found: Found) -> str:
     deltas, runs, steps = found["deltas"], found["runs"], found["steps"]
-    last = [step for step in steps_of(deltas) if step <= steps][-1]
+    last = max(steps_of(deltas))
     seeds, widths = sorted({run["seed"] for run in runs}), sorted({run["width"] for run in runs})
     rows = regime_rows(runs, steps)
     first = [["lr", "delta_1, first step", "delta_1, later", "delta_2, delta_3"]]
@@ -164,7 +199,9 @@ def table(found: Found) -> str:
         "Exponents in n that the theory gives",
         *aligned(first),
     ]
-    for step in dict.fromkeys((1, last)):
+    probed = steps_of(deltas)
+    middle = [step for step in probed if step <= 20][-1]
+    for step in dict.fromkeys((1, middle, last)):
         lines += [
             "",
             f"Exponents found at step {step}, with 95 % intervals over widths and seeds",
@@ -178,6 +215,9 @@ def table(found: Found) -> str:
         "",
         f"Best learning rate of the grid: {TASKS[found['family']][1]}, and how it goes with n",
         *best_table(runs),
+        "",
+        "That loss over AdamW's at its best: geometric means over seeds, 95 % intervals",
+        *ratio_table(runs),
     ]
     return "\n".join(lines) + "\n"
 
@@ -187,6 +227,7 @@ def write(found: Found, out: Path) -> list[Path]:
     write_text(paths[0], table(found))
     write_csv(paths[1], [row for step in steps_of(found["deltas"]) for row in gamma_rows(found["deltas"], step)])
     write_csv(paths[2], [{name: short(value) for name, value in run.items()} for run in found["runs"]])
+    paths.append(_write_zipped(out / "deltas.csv.gz", found["deltas"]))
     write_csv(paths[3], regime_rows(found["runs"], found["steps"]))
     write_csv(paths[4], best_lrs(found["runs"]))
     from benchmarks import _stability_plots
@@ -194,5 +235,15 @@ def write(found: Found, out: Path) -> list[Path]:
     return paths + _stability_plots.draw(found, out)
 
 
-def short(value: Any) -> Any:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+def _write_zipped(path: Path, rows: Records) -> Path:
+    """The steps' parts as they were measured, to four digits; the same bytes for the same rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*rows[0]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: short(value, 4) for name, value in row.items()} for row in rows)
+    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    return path
+
+
+def short(value: Any, digits: int = 5) -> Any:
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
