@@ -191,7 +191,7 @@ def test_the_page_has_what_is_stored_and_says_where_it_loses(tmp_path, monkeypat
     for loss in (
         "layer 1 x 2 x 3, 4, fp32, 0.1: adds 1.50 of what PEFT adds",
         "step of 64 pairs, shrinking: 2.00 times AdamW fused",
-        "small, PEFT, StableLoRAAdamW: +2.00 % of a step, where at most +0.2 was wanted",
+        "small, query-value, fp32, PEFT, StableLoRAAdamW: +2.00 % of a step, where at most +0.2 was wanted",
         "training, step: ours takes 2.00 (1.90 to 2.10) of PEFT's time",
         "layer, width 256 (r 16): adds 1.50 of what PEFT adds",
     ):

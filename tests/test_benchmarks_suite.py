@@ -18,10 +18,11 @@ from benchmarks import _suite, _suite_table
 from benchmarks._harness import summarize
 from benchmarks._suite import Case, Outcome, Parts
 from benchmarks.conftest import Entry
-from benchmarks.layers import LayerCase, choose_backend, compiled
+from benchmarks.layers import FROZEN_ONEDNN, LayerCase, choose_backend, compiled
 from benchmarks.optimizers import Unavailable
 from benchmarks.test_optimizer import OptimizerCase
 from stablelora_kernels import get_backend
+from stablelora_kernels.ops import products
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -223,6 +224,10 @@ def test_the_layers_arms_compute_the_same() -> None:
         for arm in LayerCase.arms:
             if "compiled" in arm or arm == "ours, Triton":
                 continue
+            if arm == FROZEN_ONEDNN and not products.by_onednn(torch.float32, CPU):
+                with pytest.raises(Unavailable, match="PyTorch's own"):
+                    case.build(arm)
+                continue
             seen: list[torch.Tensor] = []
             x = case._shared["x"]
             parts = case.build(arm)
@@ -236,6 +241,8 @@ def test_the_layers_arms_compute_the_same() -> None:
     assert get_backend() == before
     frozen, eager = outs.pop("frozen nn.Linear"), outs["eager LoRA"]
     assert not torch.allclose(frozen[0], eager[0], atol=1e-3)
+    if FROZEN_ONEDNN in outs:
+        torch.testing.assert_close(outs.pop(FROZEN_ONEDNN), frozen)
     for arm, values in outs.items():
         torch.testing.assert_close(values, eager, rtol=1e-4, atol=1e-5, msg=arm)
 
