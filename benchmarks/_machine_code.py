@@ -18,6 +18,7 @@ keeps; registers, spills and matrix instructions are read from the machine code.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -242,6 +243,13 @@ def compile_launch(launch: Any, arch: str) -> Any:
     """``launch``'s kernel, compiled as Triton would to launch it on ``arch``."""
     built = ASTSource(launch.kernel, *source(launch, arch))
     return triton.compile(built, target=target(arch), options={"enable_fp_fusion": True, **launch.options})
+
+
+def digest(launch: Any, arch: str) -> str:
+    """Of all that :func:`compile_launch` would compile: the same one, the same code."""
+    built = ASTSource(launch.kernel, *source(launch, arch))
+    words = f"{triton.__version__} {arch} {sorted(launch.options.items())} {built.hash()}"
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def cuobjdump(cubin: bytes) -> str:

@@ -3,7 +3,8 @@
     python -m benchmarks.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--json FILE] [--csv FILE]
     python -m benchmarks.compile_report --write     compile all and renew the committed report
     python -m benchmarks.compile_report --check     compile all, compare with it, and exit with 1 if something got worse
-        --quick: of most GPUs only a sample
+        --quick: of most GPUs only a sample, and of what has not changed since it was last recorded
+    python -m benchmarks.compile_report --check --quick --record        record what passed as unchanged
 
 The committed report is benchmarks/results/compile_report.csv. Its rows are from one release of Triton, and are compared
 only under that. Columns: registers a thread; spills, bytes of local memory a thread; bytes of shared memory a program and the
@@ -39,10 +40,13 @@ from stablelora_kernels.dispatch import DEVICES
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 REPORT = Path(__file__).parent / "results" / "compile_report.csv"
+# Rows that were compiled and kept the report, with the digest of what was compiled.
+DIGESTS = REPORT.with_name("compile_report_digests.json")
 # The release that the committed report was made with.
 TRITON = "3.9"
-# --quick compiles all rows of this one, and one in so many of each other, not the same ones of each.
-FULL, EVERY = "sm_90", 40
+# --quick compiles all rows of this one, but of those with their recorded digest one in EVERY_KEPT, and one in EVERY of each other
+# GPU, not the same ones of each.
+FULL, EVERY, EVERY_KEPT = "sm_90", 40, 8
 
 Row = dict[str, Any]
 _TYPES: dict[str, Callable[[str], Any]] = {
@@ -248,7 +252,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--arch", action="append", choices=DEVICES, help="only this GPU; may be repeated")
     add("--kernel", default="", metavar="PREFIX", help="only kernels whose names begin so")
-    add("--quick", action="store_true", help=f"all rows of {FULL}, a fixed one in {EVERY} of the others")
+    add(
+        "--quick",
+        action="store_true",
+        help=f"all rows of {FULL}, one in {EVERY_KEPT} where nothing changed, and a fixed one in {EVERY} of the others",
+    )
     add("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     add("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
     add(
@@ -261,7 +269,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="compare them with the committed report; exit with 1 if something got worse",
     )
+    add(
+        "--record",
+        action="store_true",
+        help=f"with --check, if nothing got worse: note in {DIGESTS.name} what was compiled",
+    )
     args = parser.parse_args(argv)
+    if args.record and not args.check:
+        parser.error("--record notes what --check has found unchanged; give both")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
     if args.write and (args.arch or args.kernel or args.quick):
@@ -273,8 +288,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _in_sample(arch: str, place: int) -> bool:
-    return arch == FULL or (place + 5 * list(DEVICES).index(arch)) % EVERY == 0
+def read_digests() -> dict[str, str]:
+    return json.loads(DIGESTS.read_text(encoding="utf-8")) if DIGESTS.exists() else {}
+
+
+def _name(job: Job) -> str:
+    return " | ".join(job.label)
+
+
+def _in_sample(arch: str, place: int, kept: dict[str, str]) -> bool:
+    if arch != FULL:
+        return (place + 5 * list(DEVICES).index(arch)) % EVERY == 0
+    job = jobs(arch)[place]
+    return place % EVERY_KEPT == 0 or kept.get(_name(job)) != machine_code.digest(job.launch, arch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -283,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     archs = [arch for arch in DEVICES if not args.arch or arch in args.arch]
     wanted = [(arch, i) for arch in archs for i, job in enumerate(jobs(arch)) if job.label[0].startswith(args.kernel)]
     labels = [jobs(arch)[i].label for arch, i in wanted]
-    tasks = [task for task in wanted if not args.quick or _in_sample(*task)]
+    kept = read_digests() if args.quick else {}
+    tasks = [task for task in wanted if not args.quick or _in_sample(*task, kept)]
     rows, failures = [], []
     started = time.perf_counter()
     for number, ((arch, place), result) in enumerate(compile_all(tasks, os.cpu_count() or 1), start=1):
@@ -305,6 +332,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for title, listed in (("Not compiled", failures), ("Worse than the committed report", lines)):
         if listed:
             print(f"\n{title}:\n" + "\n".join(listed), file=sys.stderr)
+    if args.record and not failures and not lines:
+        done = {_name(jobs(arch)[place]): machine_code.digest(jobs(arch)[place].launch, arch) for arch, place in tasks}
+        now = {_name(job) for arch in DEVICES for job in jobs(arch)}
+        found = {name: value for name, value in (read_digests() | done).items() if name in now}
+        DIGESTS.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
     if args.write and not failures:
         write_csv(REPORT, rows)
         print(f"wrote {REPORT}", file=sys.stderr)

@@ -373,8 +373,37 @@ print(json.dumps(found))
     not triton.__version__.startswith(f"{report.TRITON}."), reason=f"the report is of Triton {report.TRITON}'s compiler"
 )
 def test_kernels_keep_the_report() -> None:
-    """All rows of sm_90 and a sample of the others; ``python -m benchmarks.compile_report --check`` compiles all."""
+    """All rows of sm_90 that differ from what was recorded, and a sample of the rest; without ``--quick`` all are compiled."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.compile_report", "--quick", "--check"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
+
+
+# In a process of its own, where Triton compiles.
+DIGESTS = """
+from benchmarks import compile_report as report
+from benchmarks._machine_code import digest
+jobs = report.jobs(report.FULL)
+places = range(len(jobs))
+kept = {report._name(job): digest(job.launch, report.FULL) for job in jobs}
+kept[report._name(jobs[1])] = "another"
+chosen = [place for place in places if report._in_sample(report.FULL, place, kept)]
+assert chosen == [place for place in places if place % report.EVERY_KEPT == 0 or place == 1], chosen
+assert all(report._in_sample(report.FULL, place, {}) for place in places)
+launch = jobs[1].launch
+name = next(name for name, value in launch.constants.items() if type(value) is int)
+other = launch._replace(constants=launch.constants | {name: launch.constants[name] + 1})
+warps = launch._replace(options=launch.options | {"num_warps": 2 * launch.options["num_warps"]})
+found = [digest(each, report.FULL) for each in (launch, launch, other, warps)] + [digest(launch, "sm_80")]
+assert found[0] == found[1] and len(set(found)) == 4, found
+"""
+
+
+@pytest.mark.skipif(
+    not triton.__version__.startswith(f"{report.TRITON}."), reason=f"the report is of Triton {report.TRITON}'s compiler"
+)
+def test_what_has_not_changed_is_sampled_and_what_has_is_compiled() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", DIGESTS], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-8000:]
