@@ -15,12 +15,6 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """pytest -n keeps tests of one ``xdist_group`` on one worker: their module's fixture takes long, and is made once."""
-    if getattr(config.option, "dist", None) == "load":
-        config.option.dist = "loadgroup"
-
-
 @pytest.fixture
 def poisoned_outputs():
     """Memory that an operator allocates and does not write holds NaN."""
