@@ -16,8 +16,6 @@ for module in ("transformers", "peft", "accelerate", "trl", "datasets"):
 from tests import trainer_runs  # noqa: E402
 from tests.trainer_runs import CASES, STEPS  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("trainers_resume")
-
 
 @pytest.fixture(scope="module")
 def runs(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], dict[Any, Any], Path]:
