@@ -11,8 +11,12 @@ import torch
 # Triton reads this as it is imported, so it must be set before any test module imports a kernel.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-# Processes of tests, of which pytest -n starts several, must not fight for the cores.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+# Processes of tests, of which pytest -n starts several, must not fight for the cores; nor those that tests start themselves.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tests.test_optim_shards import spawn
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
 )
-WIDTH, HIDDEN, STEPS = 12, 20, 5
+WIDTH, HIDDEN, STEPS = 12, 20, 8
 NAMES = ["up", "down"]
 
 
@@ -62,7 +62,9 @@ def train(world: int, backend: str, r: int, bias: bool, dropout: float = 0.0) ->
                 value = torch.randn(p.shape, generator=generator) * 0.3
                 p.copy_(distribute_tensor(value, p.device_mesh, p.placements) if world > 1 else value)
     found: dict[str, Any] = {}
-    optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.1, shrink_ratio=0.1, seed=7)
+    # Sums are in another order on several processes: with PyTorch's eps AdamW would make up to a whole step of that where a
+    # gradient is next to nothing, and steps much longer than these make the model amplify it.
+    optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.01, eps=1e-2, shrink_ratio=0.1, seed=7)
     with slk.use_backend(backend):
         for step in range(STEPS):
             x = torch.randn(3, 5, WIDTH, generator=generator, requires_grad=True)
@@ -129,8 +131,7 @@ def test_column_and_row_wise(tmp_path: Path) -> None:
             assert got.keys() == alone.keys() and got["latches"] == alone["latches"]
             for key, value in alone.items():
                 if key != "latches":
-                    # Sums are in another order, of which AdamW makes up to a whole step where a gradient is next to nothing.
-                    atol = (1e-3 if "lora" in key and key[0] != "d" else 1e-5) * value.abs().max().item()
+                    atol = 1e-5 * value.abs().max().item()
                     torch.testing.assert_close(got[key], value, rtol=1e-5, atol=atol, msg=lambda t, k=key: f"{k}: {t}")
     first, second = (torch.load(tmp_path / f"dropout{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first if "lora" in key)

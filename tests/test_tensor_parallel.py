@@ -49,7 +49,8 @@ def train(backend: str, group: Any = None, cut: Any = None, steps: int = STEPS) 
     model = lora_model(bias="lora_only" if backend == "torch" else "none")
     if cut is not None:
         cut(model)
-    optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.1, shrink_ratio=0.1, seed=7)
+    # As in test_nn_sharded.py: what makes sums in another order matter less.
+    optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.01, eps=1e-2, shrink_ratio=0.1, seed=7)
     generator = torch.Generator().manual_seed(1)
     parts, part = group or (1, 0)
     rows = slice(part * ROWS // parts, (part + 1) * ROWS // parts)
@@ -169,9 +170,7 @@ def close(got: dict[str, Any], alone: dict[str, Any], outputs: slice = slice(Non
     assert got.keys() == alone.keys() and got["latches"] == alone["latches"]
     for key, value in alone.items():
         if key != "latches":
-            # As in test_nn_sharded.py: AdamW makes up to a whole step of a gradient that is next to nothing.
-            trained = key != "y" and key[0] != "d"
-            near(key, got[key], value[outputs] if key == "y" else value, 1e-3 if trained else 1e-5)
+            near(key, got[key], value[outputs] if key == "y" else value, 1e-5)
 
 
 def near(name: str, got: torch.Tensor, expected: torch.Tensor, share: float) -> None:
