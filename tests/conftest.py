@@ -8,9 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.interpreter import patch_language_once_a_launch
+
 # Triton reads this as it is imported, so it must be set before any test module imports a kernel.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    patch_language_once_a_launch()
 # Processes of tests, of which pytest -n starts several, must not fight for the cores; nor those that tests start themselves.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

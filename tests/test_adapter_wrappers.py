@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 import stablelora_kernels as slk
 from stablelora_kernels.adapter_io import CONFIG_NAME, WEIGHTS_NAME
 from stablelora_kernels.model import lora_layers
+from tests.processes import spawn
 from tests.small_models import IDS, Model, assert_untouched, lora_config, snapshot
-from tests.test_optim_shards import spawn
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 pytestmark = pytest.mark.skipif(

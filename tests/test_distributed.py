@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import stablelora_kernels as slk
+from tests.processes import spawn
 from tests.small_models import Model, lora_config
 
 pytestmark = pytest.mark.skipif(
@@ -47,12 +48,8 @@ def train(rank: int, world: int, dtype: torch.dtype, max_grad_norm: float | None
     return {"adapters": adapters, "latches": [pair.latched_at for pair in optimizer.stability()]}
 
 
-def one_rank(rank: int, world: int, place: str, dtype: torch.dtype, max_grad_norm: float | None) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=world)
-    torch.save(train(rank, world, dtype, max_grad_norm), f"{place}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+def one_rank(rank: int, world: int, place: Path, dtype: torch.dtype, max_grad_norm: float | None) -> None:
+    torch.save(train(rank, world, dtype, max_grad_norm), place / f"{rank}.pt")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +58,7 @@ def one_rank(rank: int, world: int, place: str, dtype: torch.dtype, max_grad_nor
     ids=["2 ranks", "4 ranks, clipped", "2 ranks, bf16"],
 )
 def test_ddp(tmp_path, world, dtype, max_grad_norm):
-    mp.spawn(one_rank, (world, str(tmp_path), dtype, max_grad_norm), nprocs=world)
+    spawn(one_rank, world, tmp_path, dtype, max_grad_norm)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     alone = train(0, 1, dtype, max_grad_norm)
     for rank in ranks:

@@ -19,8 +19,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import stablelora_kernels as slk
 from stablelora_kernels.model import lora_layers
 from stablelora_kernels.nn_sharded import LoRAShardedLinear
+from tests.processes import spawn
 from tests.small_models import reasons
-from tests.test_optim_shards import spawn
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"

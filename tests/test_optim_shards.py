@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 import stablelora_kernels as slk
 from stablelora_kernels.ops.stable_adamw import TorchStep
 from tests.optimizers import set_grads
+from tests.processes import spawn
 from tests.small_models import Model, lora_config
 
 pytestmark = pytest.mark.skipif(
@@ -43,6 +44,8 @@ PLACEMENTS = {
     "fsdp and row-wise": ([Shard(0), Shard(1)], [Shard(0), Replicate()]),
     "fsdp and column-wise": ([Shard(0), Replicate()], [Shard(1), Shard(0)]),
 }
+# Every process has all of it; PyTorch 2.6 sends it nonetheless.
+NO_SCATTER = {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
 STEPS = 9
 SETTINGS: dict[str, Any] = {"lr": 0.08, "shrink_ratio": 0.1, "weight_decay": 0.1, "seed": 7}
 
@@ -72,7 +75,9 @@ def train(named: list[tuple[str, torch.Tensor]], steps: int, **settings: Any) ->
         set_grads(whole, step)
         for (_, p), w in zip(named, whole, strict=True):
             p.grad = (
-                distribute_tensor(w.grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else w.grad.clone()
+                distribute_tensor(w.grad, p.device_mesh, p.placements, **NO_SCATTER)
+                if isinstance(p, DTensor)
+                else w.grad.clone()
             )
         calls.append(0)
         dist.all_reduce = counted
@@ -100,20 +105,6 @@ def distributed(named: list[tuple[str, torch.Tensor]], world: int, way: str) -> 
             p = distribute_tensor(p, mesh, a_way if "lora_A" in name else b_way)
         placed.append((name, p.requires_grad_()))
     return placed
-
-
-def spawn(target: Callable[..., None], world: int, place: Path, *args: Any) -> None:
-    mp.spawn(_one_rank, (target, world, str(place), args), nprocs=world)
-
-
-def _one_rank(rank: int, target: Callable[..., None], world: int, place: str, args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{place}/meet{world}{target.__name__}", rank=rank, world_size=world
-    )
-    target(rank, world, Path(place), *args)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 # Placements
@@ -165,19 +156,6 @@ FEW = ("float32", "bfloat16", "bfloat16 kernel", "clipped kernel", "on the devic
 WAYS = {2: list(PLACEMENTS)[:4], 4: ["fsdp and row-wise", "fsdp and column-wise", "hsdp", "fsdp"]}
 
 
-@pytest.fixture(scope="module")
-def found_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[tuple[str, str], Any]]]:
-    """What every process of so many has found, in one run for all tests."""
-
-    @functools.cache
-    def run(world: int) -> list[dict[tuple[str, str], Any]]:
-        place = tmp_path_factory.mktemp("placements")
-        spawn(run_placements, world, place)
-        return [torch.load(place / f"{rank}.pt") for rank in range(world)]
-
-    return run
-
-
 @functools.cache
 def in_one_process(name: str) -> dict[str, Any]:
     dtype, backend, settings = CASES[name]
@@ -185,23 +163,24 @@ def in_one_process(name: str) -> dict[str, Any]:
         return train([(n, p.requires_grad_()) for n, p in named_parameters(dtype)], STEPS, **settings)
 
 
-@pytest.mark.parametrize(("world", "way"), [(world, way) for world, ways in WAYS.items() for way in ways])
-def test_equal_to_one_process(found_on: Callable[[int], Any], world: int, way: str) -> None:
-    ranks = found_on(world)
-    names = [name for name, its_way in ranks[0] if its_way == way]
-    assert set(names) == set(CASES if way == WAYS[world][0] else FEW)
-    for name in names:
+@pytest.mark.parametrize("world", WAYS)
+def test_equal_to_one_process(tmp_path: Path, world: int) -> None:
+    spawn(run_placements, world, tmp_path)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    assert set(ranks[0]) == {(name, way) for way in WAYS[world] for name in (CASES if way == WAYS[world][0] else FEW)}
+    for name, way in ranks[0]:
+        what = f"{name}, {way}"
         alone, others = in_one_process(name), [found[name, way] for found in ranks]
         latches = [latched for *_, latched in alone["stability"]]
         for other in others:
-            assert [latched for *_, latched in other["stability"]] == latches, name
+            assert [latched for *_, latched in other["stability"]] == latches, what
             for (a, b, _), (x, y, _) in zip(alone["stability"], other["stability"], strict=True):
-                assert (x, y) == pytest.approx((a, b), rel=1e-6 if CASES[name][0] is not BF16 else 1e-3)
+                assert (x, y) == pytest.approx((a, b), rel=1e-6 if CASES[name][0] is not BF16 else 1e-3), what
             for parameter, p in alone["params"].items():
-                equal_enough(p, other["params"][parameter], name, parameter)
+                equal_enough(p, other["params"][parameter], name, f"{way}, {parameter}")
                 for key, value in alone["state"][parameter].items():
-                    equal_enough(value, other["state"][parameter][key], name, parameter)
-            assert other["calls"] == others[0]["calls"]
+                    equal_enough(value, other["state"][parameter][key], name, f"{way}, {parameter}, {key}")
+            assert other["calls"] == others[0]["calls"], what
         check_collectives(name, way, latches, others[0]["calls"])
 
 
@@ -223,12 +202,13 @@ def equal_enough(expected: torch.Tensor, got: torch.Tensor, name: str, parameter
 
 def check_collectives(name: str, way: str, latches: list[int | None], calls: list[int]) -> None:
     """One for each dimension of the mesh that shards pairs, until all have latched, and one more a step for clipping."""
-    assert all(latches) == (name != "never")
+    what = f"{name}, {way}"
+    assert all(latches) == (name != "never"), what
     dimensions = 2 if way.startswith("fsdp and") else 1
     clipping = dimensions if "clipped" in name else 0
     last = max((latch for latch in latches if latch), default=len(calls))
     assert last > 1
-    assert calls == [dimensions + clipping if step <= last else clipping for step in range(1, len(calls) + 1)], name
+    assert calls == [dimensions + clipping if step <= last else clipping for step in range(1, len(calls) + 1)], what
 
 
 # FSDP2

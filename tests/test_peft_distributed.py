@@ -15,8 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import stablelora_kernels as slk
+from tests.processes import spawn
 from tests.small_models import Model
-from tests.test_optim_shards import compare, fit, results_of, spawn
+from tests.test_optim_shards import compare, fit, results_of
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytestmark = pytest.mark.skipif(

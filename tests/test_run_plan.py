@@ -22,7 +22,7 @@ import stablelora_kernels as slk
 from benchmarks import run_plan
 from benchmarks.footprint import saved_for_backward
 from stablelora_kernels.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
-from tests.test_optim_shards import spawn
+from tests.processes import spawn
 
 transformers = pytest.importorskip("transformers", reason="the bench extra brings it")
 distributed = pytest.mark.skipif(

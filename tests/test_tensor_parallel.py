@@ -19,8 +19,8 @@ import stablelora_kernels as slk
 from stablelora_kernels.model import lora_layers
 from stablelora_kernels.nn_sharded import LoRAShardedLinear
 from stablelora_kernels.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
+from tests.processes import spawn
 from tests.test_nn_sharded import NAMES, WIDTH, Block, mesh, whole  # noqa: F401
-from tests.test_optim_shards import spawn
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
