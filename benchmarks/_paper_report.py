@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks._paper_runs import ADAMW, OPTIMIZERS, STABLE, Run
 from benchmarks._statistics import interval
-from benchmarks.report import aligned, write_csv, write_text
+from benchmarks.report import aligned, write_csv, write_text, write_zipped
 
 Records = Sequence[dict[str, Any]]
+# Every run's record, from which the command can go on elsewhere.
+RECORDS = "records.jsonl.gz"
 # What the fields that ablations change are by default.
 PLAIN = {"r": 8, "targets": "query-value", "stop_condition": "norm", "adapters": "fp32", "rounding": "stochastic"}
 
@@ -178,23 +182,53 @@ def settings(records: Records) -> list[Setting]:
 
 
 def ablation_rows(records: Records) -> list[dict[str, Any]]:
-    """Runs with a field of PLAIN changed, grouped by all but the seed; with the difference from AdamW's of equal settings."""
-    groups: dict[Run, list[dict[str, Any]]] = defaultdict(list)
+    """Runs with a field of PLAIN changed, grouped by all but the seed, each after what it was changed from, over the same seeds;
+    with the difference from that seed by seed."""
+    groups: dict[Run, dict[int, dict[str, Any]]] = defaultdict(dict)
     for record in records:
         run = run_of(record)
-        if any(getattr(run, name) != value for name, value in PLAIN.items()):
-            groups[Run(**{**record["run"], "seed": 0})].append(record)
+        groups[replace(run, seed=0)][run.seed] = record
+    changed = {run: {name: getattr(run, name) for name in PLAIN if getattr(run, name) != PLAIN[name]} for run in groups}
     rows = []
-    for run, mine in groups.items():
-        mean, half = interval([score(r, "test") for r in mine])
-        changed = {name: getattr(run, name) for name, value in PLAIN.items() if getattr(run, name) != value}
-        row: dict[str, Any] = {"model": run.model, "task": run.task, "arm": run.arm, "lr": run.lr, **changed}
-        row |= {"seeds": len(mine), "test": mean, "test_95": half}
-        for key in ("shrinks", "a_left", "a_over_start"):
-            values = [r[key] for r in mine if key in r]
-            row[key] = statistics.fmean(values) if values else None
-        rows.append(row)
+    for plain_run in dict.fromkeys(replace(run, **PLAIN) for run in groups if changed[run]):
+        mine = [run for run in groups if replace(run, **PLAIN) == plain_run and changed[run]]
+        seeds = sorted({seed for run in mine for seed in groups[run]})
+        base = {seed: groups[plain_run][seed] for seed in seeds if seed in groups.get(plain_run, {})}
+        rows += [_ablation_row(plain_run, base, {}, {})] if base else []
+        rows += [_ablation_row(run, groups[run], base, changed[run]) for run in mine]
     return rows
+
+
+def _ablation_row(
+    run: Run, mine: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], changed: dict[str, Any]
+) -> dict[str, Any]:
+    mean, half = interval([score(record, "test") for record in mine.values()])
+    row: dict[str, Any] = {"model": run.model, "task": run.task, "arm": run.arm, "lr": run.lr}
+    row |= {name: changed.get(name) for name in PLAIN} | {"seeds": len(mine), "test": mean, "test_95": half}
+    shared = [seed for seed in mine if seed in base]
+    differences = [score(mine[seed], "test") - score(base[seed], "test") for seed in shared]
+    row["difference"], row["difference_95"] = interval(differences) if len(shared) > 1 else (None, None)
+    for key in ("shrinks", "a_left", "a_over_start", "optimizer_ms", "seconds", "state_bytes"):
+        values = [record[key] for record in mine.values() if key in record]
+        row[key] = statistics.fmean(values) if values else None
+    return row
+
+
+def ablation_table(rows: Records) -> list[str]:
+    cells = [["model, task", "arm", "lr", "changed", "seeds", "test", "minus unchanged", "||A|| / start", "state, KiB"]]
+    for row in rows:
+        loss = row["task"] == "plays"
+        difference = "-"
+        if row["difference"] is not None:
+            size = _points(-row["difference_95"] if loss else row["difference_95"], loss, ".2f")
+            difference = f"{_points(row['difference'], loss, '+.2f')} ± {size}"
+        half = "" if math.isnan(row["test_95"]) else f" ± {_points(-row['test_95'] if loss else row['test_95'], loss)}"
+        cells.append(
+            [f"{row['model']}, {row['task']}", row["arm"], f"{row['lr']:g}",
+             ", ".join(f"{name} {row[name]}" for name in PLAIN if row[name] is not None) or "nothing", str(row["seeds"]),
+             _points(row["test"], loss) + half, difference, f"{row['a_over_start']:.3f}", f"{row['state_bytes'] / 1024:,.0f}"]
+        )  # fmt: skip
+    return aligned(cells, left=2)
 
 
 def table(records: Records, screening: int) -> str:
@@ -217,18 +251,10 @@ def table(records: Records, screening: int) -> str:
             "",
         ]
     if rows := ablation_rows(records):
-        cells = [["model, task", "arm", "lr", "changed", "seeds", "test", "||A|| / start"]]
-        for row in rows:
-            loss = row["task"] == "plays"
-            changed = ", ".join(f"{name} {row[name]}" for name in PLAIN if name in row)
-            half = (
-                "" if math.isnan(row["test_95"]) else f" ± {_points(-row['test_95'] if loss else row['test_95'], loss)}"
-            )
-            cells.append(
-                [f"{row['model']}, {row['task']}", row["arm"], f"{row['lr']:g}", changed, str(row["seeds"]),
-                 _points(row["test"], loss) + half, f"{row['a_over_start']:.3f}"]
-            )  # fmt: skip
-        lines += ["Ablations", *aligned(cells, left=2)]
+        lines += [
+            "One thing changed at a time, learning rate and lambda as chosen above; differences seed by seed",
+            *ablation_table(rows),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -266,6 +292,7 @@ def write(records: Records, out: Path, screening: int) -> list[Path]:
     write_csv(out / "runs.csv", flat(records))
     write_csv(out / "headline.csv", rows)
     write_csv(out / "ablations.csv", ablation_rows(records))
-    return [out / name for name in ("table.txt", "runs.csv", "headline.csv", "ablations.csv")] + _paper_plots.draw(
-        records, out, screening
-    )
+    lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
+    write_zipped(out / RECORDS, "".join(lines))
+    names = ("table.txt", "runs.csv", "headline.csv", "ablations.csv", RECORDS)
+    return [out / name for name in names] + _paper_plots.draw(records, out, screening)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import math
 import statistics
@@ -14,7 +13,7 @@ from typing import Any
 
 from benchmarks._stability_runs import ADAMW, ARMS, DELTAS, LAWS, RATIOS, Arm, Law
 from benchmarks._statistics import interval, log_slope
-from benchmarks.report import aligned, write_csv, write_text
+from benchmarks.report import aligned, write_csv, write_text, write_zipped
 
 PLANTED, TRANSFORMERS = "planted", "transformers"
 # A task in words, and what its losses are.
@@ -68,8 +67,8 @@ def gamma_rows(deltas: Records, step: int) -> list[dict[str, Any]]:
 
 def gamma_table(deltas: Records, step: int) -> list[str]:
     cells = [["lr", "arm", "delta_1", "delta_2", "delta_3", "whole", "A Z"]]
-    for law in LAWS:
-        for arm in ARMS:
+    for law in laws_of(deltas):
+        for arm in present(deltas):
             found = [
                 gamma(deltas, arm.name, law, step, part) for part in ("delta_1", "delta_2", "delta_3", "delta", "a_z")
             ]
@@ -227,7 +226,7 @@ def write(found: Found, out: Path) -> list[Path]:
     write_text(paths[0], table(found))
     write_csv(paths[1], [row for step in steps_of(found["deltas"]) for row in gamma_rows(found["deltas"], step)])
     write_csv(paths[2], [{name: short(value) for name, value in run.items()} for run in found["runs"]])
-    paths.append(_write_zipped(out / "deltas.csv.gz", found["deltas"]))
+    paths.append(_write_deltas(out / "deltas.csv.gz", found["deltas"]))
     write_csv(paths[3], regime_rows(found["runs"], found["steps"]))
     write_csv(paths[4], best_lrs(found["runs"]))
     from benchmarks import _stability_plots
@@ -235,13 +234,13 @@ def write(found: Found, out: Path) -> list[Path]:
     return paths + _stability_plots.draw(found, out)
 
 
-def _write_zipped(path: Path, rows: Records) -> Path:
-    """The steps' parts as they were measured, to four digits; the same bytes for the same rows."""
+def _write_deltas(path: Path, rows: Records) -> Path:
+    """The steps' parts as they were measured, to four digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [*rows[0]], lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: short(value, 4) for name, value in row.items()} for row in rows)
-    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    write_zipped(path, text.getvalue())
     return path
 
 

@@ -1,15 +1,17 @@
 """Fine-tuning real models with the paper's optimizers: accuracy across learning rates, and differences from AdamW seed by seed.
 
-    python -m benchmarks.paper [--preset quick|minilm|smollm2|ablations] [--out DIR] [--processes 2] [--minutes M]
+    python -m benchmarks.paper [--preset quick|minilm|smollm2|ablations] [--out DIR] [--minutes M] [--records FILE]
 
 A preset screens every optimizer, shrink ratio and learning rate with a few seeds, chooses on validation examples, and spends
 further seeds on what was chosen. Each run is a file in DIR/runs, and is not run again; with --minutes no run is started after
-that time, and the next call goes on. Presets share DIR. ``--report`` only makes the tables and plots anew.
+that time, and the next call goes on. Presets share DIR. ``--records FILE`` goes on from another call's runs, as from those in
+``benchmarks/results/``; ``--report`` only makes the tables and plots anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import multiprocessing
 import os
@@ -150,6 +152,15 @@ def load(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(directory.glob("*.json"))]
 
 
+def unpack(file: Path, directory: Path) -> None:
+    """The runs of another call's records, where ``directory`` does not hold them yet."""
+    for line in gzip.decompress(file.read_bytes()).decode().splitlines():
+        record = json.loads(line)
+        path = directory / _paper_report.run_of(record).file_name
+        if not path.exists():
+            store(path, record)
+
+
 def train_all(preset: str, directory: Path, processes: int, minutes: float | None) -> bool:
     """Whether everything of the preset is done."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
@@ -178,12 +189,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/paper"), metavar="DIR")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, metavar="M", help="start no run after so many minutes")
+    parser.add_argument(
+        "--records",
+        type=Path,
+        metavar="FILE",
+        help=f"go on from a {_paper_report.RECORDS} of another call, as stored ones are",
+    )
     parser.add_argument("--report", action="store_true", help="run nothing")
     args = parser.parse_args(argv)
     if args.processes < 1:
         parser.error(f"--processes must be at least 1, got {args.processes}")
     directory = args.out / "runs"
     directory.mkdir(parents=True, exist_ok=True)
+    if args.records:
+        if not args.records.exists():
+            parser.error(f"--records: there is no {args.records}")
+        unpack(args.records, directory)
     done = args.report or train_all(args.preset, directory, args.processes, args.minutes)
     if not (records := load(directory)):
         parser.error(f"{directory} holds no runs")

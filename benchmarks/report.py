@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gzip
 import json
 import math
 import os
@@ -227,6 +228,11 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_zipped(path: Path, text: str) -> None:
+    """The same bytes for the same text."""
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -114,6 +114,36 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     assert len(list(csv.DictReader((tmp_path / "runs.csv").open()))) == 7
 
 
+def test_an_ablation_is_beside_what_it_changed(tmp_path):
+    base = replace(STUDY.screen()[0], lr=1e-3)
+    records = [record(replace(base, seed=seed), test=0.6 + 0.1 * seed) for seed in range(4)]
+    assert _paper_report.ablation_rows(records) == []
+    records += [record(replace(base, seed=seed, r=64), test=0.5 + 0.1 * seed, a_over_start=2.0) for seed in range(3)]
+    unchanged, rank = _paper_report.ablation_rows(records)
+    assert (unchanged["seeds"], unchanged["test"], unchanged["r"]) == (3, pytest.approx(0.7), None)
+    assert (rank["seeds"], rank["r"], rank["a_over_start"]) == (3, 64, 2.0)
+    assert rank["difference"] == pytest.approx(-0.1) and rank["difference_95"] == pytest.approx(0, abs=1e-9)
+    assert "-10.00 ± 0.00" in "\n".join(_paper_report.ablation_table([unchanged, rank]))
+
+
+def test_a_call_goes_on_from_the_records_of_another(tmp_path, monkeypatch, capsys):
+    records = [record(run) for run in STUDY.screen()]
+    (tmp_path / "before").mkdir()
+    _paper_report.write(records, tmp_path / "before", 2)
+    monkeypatch.setitem(paper.PRESETS, "quick", (STUDY,))
+    file, out = tmp_path / "before" / _paper_report.RECORDS, tmp_path / "after"
+    assert paper.main(["--records", str(file), "--out", str(out), "--report"]) == 0
+    assert paper.missing("quick", paper.load(out / "runs")) == STUDY.decide(records)
+    # What is there already stays.
+    kept = out / "runs" / STUDY.screen()[0].file_name
+    kept.write_text(json.dumps(record(STUDY.screen()[0], test=0.9)))
+    paper.unpack(file, out / "runs")
+    assert json.loads(kept.read_text())["test"]["accuracy"] == 0.9
+    with pytest.raises(SystemExit):
+        paper.main(["--records", str(tmp_path / "none.gz"), "--out", str(out)])
+    assert f"there is no {tmp_path / 'none.gz'}" in capsys.readouterr().err
+
+
 class Letters:
     """A tokenizer: a letter is a token, and so are the answers."""
 
