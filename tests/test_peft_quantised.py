@@ -7,12 +7,12 @@ import gc
 
 import pytest
 import torch
-from test_peft import BF16, FP16, FP32, calls, config
 from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels import quantised
 from stablelora_kernels.testing import EPS, assert_no_worse
+from tests.peft_models import BF16, FP16, FP32, calls, config
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*")
