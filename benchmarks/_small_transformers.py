@@ -23,7 +23,8 @@ from benchmarks.data import load_dataset
 from benchmarks.models import share
 
 CHARACTERS, LENGTH, LAYERS, HEAD = 128, 64, 2, 32
-BATCH, PRETRAINING_STEPS = 16, 500
+# Blocks a step; a step of pretraining has PRETRAINING_BATCH.
+BATCH, PRETRAINING_BATCH, PRETRAINING_STEPS = 8, 16, 500
 PROBES = (1, 2, 5, 10, 20, 50, 100)
 TARGETS = ["q_proj", "v_proj"]
 
@@ -42,12 +43,12 @@ def headlines() -> tuple[Tensor, Tensor]:
     return blocks(train), blocks(test)[:128]
 
 
-def batches(data: Tensor, seed: int) -> Iterator[Tensor]:
+def batches(data: Tensor, seed: int, size: int) -> Iterator[Tensor]:
     rng = random.Random(seed)
     while True:
         order = rng.sample(range(len(data)), len(data))
-        for start in range(0, len(order) - BATCH + 1, BATCH):
-            yield data[order[start : start + BATCH]]
+        for start in range(0, len(order) - size + 1, size):
+            yield data[order[start : start + size]]
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def base(width: int, directory: Path, steps: int = PRETRAINING_STEPS) -> Any:
         model.load_state_dict(torch.load(file, weights_only=True))
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3 * (64 / width) ** 0.5, fused=True)
-        data = batches(torch.cat([blocks(text) for text in assets.plays()]), 0)
+        data = batches(torch.cat([blocks(text) for text in assets.plays()]), 0, PRETRAINING_BATCH)
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = 3e-3 * (64 / width) ** 0.5 * min(1.0, (step + 1) / 20) * (1 - step / steps)
@@ -125,7 +126,7 @@ def train(
     optimizer = arm.build(pairs, lr)
     inputs = Inputs(model, [pair.name for pair in pairs])
     data, held_out = headlines()
-    stream, records = batches(data, seed), []
+    stream, records = batches(data, seed, BATCH), []
     initial = rms(torch.cat([pair.A.detach().flatten() for pair in pairs]))
     for step in range(1, steps + 1):
         looked_at = probe and step in PROBES

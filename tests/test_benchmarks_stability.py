@@ -122,7 +122,6 @@ def test_small_transformers(tmp_path, monkeypatch):
     text = "the quick brown fox jumps over the lazy dog. " * 60
     monkeypatch.setattr(family.assets, "plays", lambda: [text])
     monkeypatch.setattr(family, "headlines", lambda: (family.blocks(text), family.blocks(text)[:8]))
-    monkeypatch.setattr(family, "PRETRAINING_STEPS", 3)
     model = family.base(32, tmp_path, 3)
     family.base.cache_clear()
     # Read again, not trained again.
@@ -135,3 +134,24 @@ def test_small_transformers(tmp_path, monkeypatch):
     assert records[0]["delta"] > 0 and records[0]["delta_shrink"] == 0 < records[1]["delta_shrink"]
     # The base is shared and stays as it was.
     assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_transformers_are_reported_with_what_was_run_of_them(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from benchmarks import _small_transformers as family
+
+    data = family.blocks("the quick brown fox jumps over the lazy dog. " * 60)
+    monkeypatch.setattr(family, "headlines", lambda: (data, data[:32]))
+    monkeypatch.setattr(family, "base", lambda width, _: family.new_model(width).requires_grad_(False).eval())
+    preset = stability.Preset((32, 64, 96), 2, (1e-3, 1e-2), 2, stability.TRANSFORMERS)
+    monkeypatch.setitem(stability.PRESETS, "tiny", preset)
+    threads = torch.get_num_threads()
+    for width in preset.widths:
+        for seed in range(preset.seeds):
+            stability.run_unit(preset, width, seed, tmp_path)
+    torch.set_num_threads(threads)
+    assert stability.main(["--preset", "tiny", "--out", str(tmp_path), "--report"]) == 0
+    shown = capsys.readouterr().out
+    assert "nats a character" in shown and "n^-5/4" not in shown and "Stable-LoRA 0.0005" not in shown
+    runs = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert len(runs) == 3 * 2 * 4 * (2 + 2) and {run["law"] for run in runs} == {"fixed", "n^-1/2", "grid"}
