@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks._paper_report import Records, Setting, headline, plain, rates, settings
+from benchmarks._paper_report import Records, Setting, headline, plain, rates, same_rate, settings
 from benchmarks._paper_runs import ADAMW, LORA_PLUS, RIEMANNIAN, RITE, STABLE
 from benchmarks.plots import STYLE, plt, save
 
@@ -29,7 +29,9 @@ def _colour(arm: str, stable: list[str]) -> str:
 
 def _figure(records: Records, setting: Setting, screening: int) -> Any:
     loss = setting.task == "plays"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(1.5, 1))
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(14, 4.4), layout="constrained", width_ratios=(1.2, 1.2, 1)
+    )
     title = f"{setting.model} on {setting.task}, {setting.dtype}, {setting.steps} steps: LoRA r 8 on query and value"
     figure.suptitle(title, fontsize=12, fontweight="bold")
     rows = rates(records)
@@ -41,8 +43,18 @@ def _figure(records: Records, setting: Setting, screening: int) -> Any:
     left.set(xscale="log", xlabel="learning rate", ylabel="test loss, nats a token" if loss else "test accuracy, %")
     left.set_title("every learning rate, means over seeds", fontsize=9)
     left.legend(fontsize=7)
-    found = [row for row in headline(records, screening) if "difference" in row]
     factor = -1 if loss else 100
+    beside = same_rate(records)
+    for arm in dict.fromkeys(row["arm"] for row in beside):
+        mine = [row for row in beside if row["arm"] == arm]
+        values = [factor * row["difference"] for row in mine]
+        middle.plot([row["lr"] for row in mine], values, "o-", markersize=4, color=_colour(arm, stable))
+    middle.axhline(0, color="#333333", linewidth=0.8)
+    middle.set(xscale="log", xlabel="learning rate", ylabel=f"less AdamW's, {'nats a token' if loss else 'points'}")
+    # Runs that fell to one class are off by tens of points; what happens among the others would be a line.
+    middle.set_ylim(*((-0.2, 0.2) if loss else (-8, 8)))
+    middle.set_title("less AdamW's at the same learning rate (what is cut off: in the table)", fontsize=9)
+    found = [row for row in headline(records, screening) if "difference" in row]
     for place, row in enumerate(found):
         arm = f"{row['optimizer']} {row['shrink_ratio']:g}" if row["optimizer"] == STABLE else row["optimizer"]
         half = abs(factor) * row["difference_95"]

@@ -137,6 +137,22 @@ def rates(records: Records) -> list[dict[str, Any]]:
     return rows
 
 
+def same_rate(records: Records) -> list[dict[str, Any]]:
+    """Every arm less AdamW at the same learning rate, seed by seed."""
+    scores: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
+    for record in records:
+        run = run_of(record)
+        scores[run.arm, run.lr][run.seed] = score(record, "test")
+    rows = []
+    for (arm, lr), mine in sorted(scores.items()):
+        base = scores.get((ADAMW, lr), {})
+        shared = [seed for seed in mine if seed in base]
+        if arm != ADAMW and shared:
+            difference, half = interval([mine[seed] - base[seed] for seed in shared])
+            rows.append({"arm": arm, "lr": lr, "seeds": len(shared), "difference": difference, "difference_95": half})
+    return rows
+
+
 def _points(value: float, loss: bool, spec: str = ".1f") -> str:
     return format(-value, "+.3f" if spec.startswith("+") else ".3f") if loss else format(100 * value, spec)
 
@@ -156,6 +172,16 @@ def rate_table(records: Records, loss: bool) -> list[str]:
             shrunk = "" if row["a_left"] is None else f" ({100 * row['a_left']:.0f} % of A)"
             texts.append(f"{_points(row['test'], loss)}{shrunk}")
         cells.append([arm, *texts])
+    return aligned(cells)
+
+
+def same_rate_table(records: Records, loss: bool) -> list[str]:
+    rows = same_rate(records)
+    lrs = sorted({row["lr"] for row in rows})
+    cells = [["minus AdamW at the same rate", *(f"lr {lr:g}" for lr in lrs)]]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = {row["lr"]: row for row in rows if row["arm"] == arm}
+        cells.append([arm, *(_points(mine[lr]["difference"], loss, "+.1f") if lr in mine else "-" for lr in lrs)])
     return aligned(cells)
 
 
@@ -244,6 +270,8 @@ def table(records: Records, screening: int) -> str:
             "",
             f"Every arm and learning rate, means over seeds (the first {screening}, more where it was chosen)",
             *rate_table(mine, loss),
+            "",
+            *same_rate_table(mine, loss),
             "",
             f"Learning rate and lambda chosen on validation examples, {screening} seeds; differences seed by seed, 95 % "
             "intervals, p by sign flips",

@@ -103,6 +103,11 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     stable = replace(base, optimizer=STABLE, shrink_ratio=5e-3)
     more = {"shrinks": 5.0, "a_left": 0.975}
     records += [record(replace(stable, seed=seed), test=0.62 + 0.1 * seed, **more) for seed in range(3)]
+    # A rate that AdamW has not been run at has nothing to be compared with.
+    records.append(record(replace(stable, lr=1e-2), test=0.9, **more))
+    (same,) = _paper_report.same_rate(records)
+    assert (same["arm"], same["lr"], same["seeds"]) == ("Stable-LoRA 0.005", 1e-3, 3)
+    assert same["difference"] == pytest.approx(0.02)
     _, row = _paper_report.headline(records, 2)
     assert row["difference"] == pytest.approx(0.02) and row["difference_95"] == pytest.approx(0, abs=1e-9)
     assert (row["p"], row["pairs"], row["a_left"]) == (pytest.approx(2 / 8), 3, 0.975)
@@ -111,7 +116,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
         assert path.stat().st_size > 100
     text = (tmp_path / "table.txt").read_text()
     assert "+2.00 ± 0.00" in text and "stop_condition never" in text and "0.250 (3)" in text
-    assert len(list(csv.DictReader((tmp_path / "runs.csv").open()))) == 7
+    assert len(list(csv.DictReader((tmp_path / "runs.csv").open()))) == 8
 
 
 def test_an_ablation_is_beside_what_it_changed(tmp_path):
