@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def draw(found: Found, out: Path) -> list[Path]:
     }
     task = TASKS[found["family"]][0]
     for figure in plots.values():
-        figure.supxlabel(f"{task}, r 8. {figure.get_supxlabel()}", fontsize=7.5, color="#666666")
+        note = textwrap.fill(f"{task}, r 8. {figure.get_supxlabel()}", int(18 * figure.get_figwidth()))
+        figure.supxlabel(note, fontsize=7.5, color="#666666")
     return [save(figure, out / f"{name}.png") for name, figure in plots.items()]
 
 
@@ -55,7 +57,7 @@ def _figure(rows: int, columns: int, title: str, note: str, height: float = 3.2,
             rows, columns, figsize=(3.4 * columns + 1, height * rows + 0.9), layout="constrained", squeeze=False,
             sharey=share_y,
         )  # fmt: skip
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.suptitle(textwrap.fill(title, int(9 * figure.get_figwidth())), fontsize=12, fontweight="bold")
     figure.supxlabel(note)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
@@ -201,7 +203,7 @@ def _learning_rates(runs: Records) -> Any:
     widths = sorted({run["width"] for run in grid})
     best = {(row["arm"], row["width"]): row["lr"] for row in best_lrs(runs)}
     figure, axes = _figure(
-        1, len(arms), "Does the best learning rate stay?", "Held-out loss, 1 where nothing is learned; stars: the best.", 3.4
+        1, len(arms), "Does the best learning rate stay?", "Held-out loss; stars: the best.", 3.4
     )  # fmt: skip
     for axis, arm in zip(axes[0], arms, strict=True):
         for width, colour in zip(widths, _shades(len(widths)), strict=True):

@@ -26,10 +26,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def log_slope(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float] | None:
     """The slope of log value against log size by least squares, and half the width of its 95 % interval.
 
-    Points that are not above zero are left out; None where fewer than three are left.
+    Points that are not above zero are left out; None where fewer than three are left, or all of one size.
     """
     points = [(math.log(a), math.log(b)) for a, b in zip(sizes, values, strict=True) if b > 0]
-    if (count := len(points)) < 3:
+    if (count := len(points)) < 3 or len({x for x, _ in points}) == 1:
         return None
     mean_x, mean_y = (statistics.fmean(axis) for axis in zip(*points, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in points)

@@ -62,6 +62,7 @@ def test_slopes_and_intervals():
     slope, half = log_slope(sizes, [3 * size**-1.25 for size in sizes])
     assert slope == pytest.approx(-1.25) and half == pytest.approx(0, abs=1e-6)
     assert log_slope(sizes, [0.0, 1.0, 2.0, 0.0]) is None
+    assert log_slope([8, 8, 8, 16], [1.0, 2.0, 3.0, 0.0]) is None
     assert interval([1.0, 3.0]) == pytest.approx((2.0, 12.706))
     assert student95(30) == pytest.approx(2.042, abs=0.002)
 
