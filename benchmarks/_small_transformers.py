@@ -7,6 +7,7 @@ at a learning rate of n^-1/2, and kept; a seed draws the adapters and the order 
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import stablelora_kernels as slk
 from benchmarks import _planted, assets
-from benchmarks._stability_runs import Arm, Law, parts, rms, summary
+from benchmarks._stability_runs import Arm, finite, fit
 from benchmarks.data import load_dataset
 from benchmarks.models import share
 
@@ -111,9 +112,9 @@ class Inputs:
 
 
 def train(
-    base_model: Any, width: int, seed: int, arm: Arm, lr: float, steps: int, probe: bool
-) -> tuple[dict[str, Any], list[Any]]:
-    """As ``_stability_runs.train``; sizes are root mean squares over the pairs."""
+    base_model: Any, seed: int, arm: Arm, lr: float, steps: int, probe: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """As ``_stability_runs.train``."""
     model = share(base_model)
     torch.manual_seed(1000 + seed)
     slk.apply_lora(
@@ -123,58 +124,16 @@ def train(
     with torch.no_grad():
         for pair in pairs:
             pair.A.mul_(arm.start)
-    optimizer = arm.build(pairs, lr)
-    inputs = Inputs(model, [pair.name for pair in pairs])
+    seen = Inputs(model, [pair.name for pair in pairs]).seen
     data, held_out = headlines()
-    stream, records = batches(data, seed, BATCH), []
-    initial = rms(torch.cat([pair.A.detach().flatten() for pair in pairs]))
-    for step in range(1, steps + 1):
-        looked_at = probe and step in PROBES
-        if looked_at:
-            with torch.no_grad():
-                model(input_ids=held_out[:4])
-            zs = [inputs.seen[pair.name] for pair in pairs]
-            before = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
-        optimizer.zero_grad(set_to_none=True)
-        loss_of(model, next(stream)).backward()
-        optimizer.step()
-        if looked_at:
-            records.append({"step": step, **_record(zs, before, pairs, arm, optimizer)})
+    stream = batches(data, seed, BATCH)
+
+    @torch.no_grad()
+    def inputs() -> list[Tensor]:
+        model(input_ids=held_out[:4])
+        return [seen[pair.name] for pair in pairs]
+
+    found, records = fit(pairs, lambda: loss_of(model, next(stream)), inputs, arm, lr, steps, probe)
     with torch.no_grad():
-        loss = sum(loss_of(model, part).item() for part in held_out.split(32)) / len(held_out.split(32))
-    after = rms(torch.cat([pair.A.detach().flatten() for pair in pairs]))
-    return summary(loss, arm, optimizer, steps) | {"a_over_start": after / initial}, records
-
-
-def _record(
-    zs: list[Tensor], before: list[tuple[Tensor, Tensor]], pairs: list[slk.LoRAPair], arm: Arm, optimizer: Any
-) -> dict[str, float]:
-    stable = [True] * len(pairs) if not arm.shrink_ratio else [found.stable for found in optimizer.stability()]
-    squares: dict[str, list[float]] = {}
-    for z, (a, b), pair, latched in zip(zs, before, pairs, stable, strict=True):
-        shrunk = a if latched else a * (1 - arm.shrink_ratio)
-        found = {
-            name: rms(change) for name, change in parts(z, (a, b), shrunk, (pair.A.detach(), pair.B.detach())).items()
-        }
-        found |= {"a_z": rms(z @ a.t()), "a_norm": a.norm().item(), "b_norm": b.norm().item()}
-        for name, value in found.items():
-            squares.setdefault(name, []).append(value**2)
-    return {name: (sum(values) / len(values)) ** 0.5 for name, values in squares.items()} | {"stable": int(all(stable))}
-
-
-def unit(
-    width: int,
-    seed: int,
-    arms: tuple[Arm, ...],
-    laws: dict[str, Law],
-    lrs: tuple[float, ...],
-    steps: int,
-    directory: Path,
-) -> Iterator[tuple[dict[str, Any], list[Any]]]:
-    """As ``_stability_runs.unit``."""
-    model = base(width, directory)
-    for arm in arms:
-        for law, lr in [(name, law.at(width)) for name, law in laws.items()] + [("grid", lr) for lr in lrs]:
-            key = {"width": width, "seed": seed, "arm": arm.name, "law": law, "lr": lr}
-            run, records = train(model, width, seed, arm, lr, steps, probe=law != "grid")
-            yield key | run, [key | record for record in records]
+        loss = statistics.fmean(loss_of(model, part).item() for part in held_out.split(32))
+    return {"loss": finite(loss), **found}, records

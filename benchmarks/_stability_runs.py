@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -62,6 +64,10 @@ class Law:
 LAWS = {"fixed": Law(1e-3, 0.0), "n^-1/2": Law(1e-2, 0.5), "n^-5/4": Law(3e-2, 1.25)}
 
 
+# A run of an arm at a learning rate, with probes or without: its record and those of its steps.
+Train = Callable[[Arm, float, bool], tuple[dict[str, Any], list[dict[str, Any]]]]
+
+
 def rms(values: Tensor) -> float:
     return values.square().mean().sqrt().item()
 
@@ -81,56 +87,81 @@ def parts(z: Tensor, before: tuple[Tensor, Tensor], shrunk: Tensor, after: tuple
     return {name: _planted.SCALING * change for name, change in changes.items()}
 
 
-def train(task: Planted, seed: int, arm: Arm, lr: float, steps: int, probe: bool) -> tuple[dict[str, Any], list[Any]]:
-    """The run's record and, with ``probe``, one for each step of ``PROBES``."""
-    width = task.width
-    a, b = (nn.Parameter(half) for half in _planted.start(width, seed, arm.start))
-    optimizer = arm.build([LoRAPair("planted", a, b)], lr)
-    count = len(task.z) - task.held_out
-    held_out, records = slice(count, None), []
-    z = task.z[held_out][:BATCH]
-    initial = a.norm().item()
+def fit(
+    pairs: Sequence[LoRAPair], step_loss: Callable[[], Tensor], inputs: Callable[[], Sequence[Tensor]],
+    arm: Arm, lr: float, steps: int, probe: bool,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    """Train the pairs: what shrinking has done and, with ``probe``, a record for each step of ``PROBES``.
+
+    Args:
+        step_loss: the loss of the next batch.
+        inputs: what each pair's layer gets of held-out examples, [samples, n], with the adapters as they are.
+    """
+    optimizer, records = arm.build(pairs, lr), []
+    start = math.hypot(*(pair.A.norm().item() for pair in pairs))
     for step in range(1, steps + 1):
-        first = (step - 1) * BATCH % count
-        optimizer.zero_grad(set_to_none=True)
-        task.loss(a, b, slice(first, first + BATCH)).backward()
         looked_at = probe and step in PROBES
-        before = (a.detach().clone(), b.detach().clone()) if looked_at else None
+        if looked_at:
+            zs, before = inputs(), [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
+        optimizer.zero_grad(set_to_none=True)
+        step_loss().backward()
         optimizer.step()
-        if before is not None:
-            stable = not arm.shrink_ratio or optimizer.stability()[0].stable
-            shrunk = before[0] if stable else before[0] * (1 - arm.shrink_ratio)
-            changes = parts(z, before, shrunk, (a.detach(), b.detach()))
-            record = {"step": step, **{name: rms(change) for name, change in changes.items()}}
-            record |= {
-                "a_z": rms(z @ before[0].t()),
-                "a_norm": before[0].norm().item(),
-                "b_norm": before[1].norm().item(),
-                "stable": int(stable),
-            }
-            records.append(record)
-    with torch.no_grad():
-        loss = task.loss(a, b, held_out).item()
-    return summary(loss, arm, optimizer, steps) | {"a_over_start": a.norm().item() / initial}, records
-
-
-def summary(loss: float, arm: Arm, optimizer: Any, steps: int) -> dict[str, Any]:
-    """A run's loss, and what shrinking has done: the median over its pairs."""
+        if looked_at:
+            records.append({"step": step, **_record(zs, before, pairs, arm, optimizer)})
     latched = [pair.latched_at for pair in optimizer.stability()] if arm.shrink_ratio else []
     shrinks = statistics.median([steps if at is None else at - 1 for at in latched] or [0])
-    return {
-        "loss": loss if math.isfinite(loss) else math.inf,
+    found = {
         "latched_at": shrinks + 1 if latched and None not in latched else None,
         "shrinks": shrinks,
         "a_left": (1 - arm.shrink_ratio) ** shrinks,
+        "a_over_start": math.hypot(*(pair.A.norm().item() for pair in pairs)) / start,
     }
+    return found, records
 
 
-def unit(width: int, seed: int, lrs: tuple[float, ...], steps: int) -> Iterator[tuple[dict[str, Any], list[Any]]]:
-    """All runs of one width and seed, on one task: every arm at every law and learning rate."""
-    task = _planted.plant(width, seed)
-    for arm in ARMS:
-        for law, lr in [(name, law.at(width)) for name, law in LAWS.items()] + [("grid", lr) for lr in lrs]:
-            key = {"width": width, "seed": seed, "arm": arm.name, "law": law, "lr": lr}
-            run, records = train(task, seed, arm, lr, steps, probe=law != "grid")
-            yield key | run, [key | record for record in records]
+def _record(
+    zs: Sequence[Tensor], before: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[LoRAPair], arm: Arm, optimizer: Any
+) -> dict[str, float]:
+    """Sizes of a step's parts and of what they are made of: root mean squares over the pairs."""
+    stable = [found.stable for found in optimizer.stability()] if arm.shrink_ratio else [True] * len(pairs)
+    sizes: dict[str, list[float]] = defaultdict(list)
+    for z, (a, b), pair, latched in zip(zs, before, pairs, stable, strict=True):
+        shrunk = a if latched else a * (1 - arm.shrink_ratio)
+        for name, change in parts(z, (a, b), shrunk, (pair.A.detach(), pair.B.detach())).items():
+            sizes[name].append(rms(change))
+        for name, size in (("a_z", rms(z @ a.t())), ("a_norm", a.norm().item()), ("b_norm", b.norm().item())):
+            sizes[name].append(size)
+    means = {name: math.hypot(*values) / math.sqrt(len(values)) for name, values in sizes.items()}
+    return means | {"stable": int(all(stable))}
+
+
+def train(task: Planted, seed: int, arm: Arm, lr: float, steps: int, probe: bool) -> tuple[dict[str, Any], list[Any]]:
+    """A run on the planted task: its record and, with ``probe``, those of its steps."""
+    a, b = (nn.Parameter(half) for half in _planted.start(task.width, seed, arm.start))
+    count = len(task.z) - task.held_out
+    starts = cycle(range(0, count, BATCH))
+
+    def step_loss() -> Tensor:
+        first = next(starts)
+        return task.loss(a, b, slice(first, first + BATCH))
+
+    z = task.z[count:][:BATCH]
+    found, records = fit([LoRAPair("planted", a, b)], step_loss, lambda: [z], arm, lr, steps, probe)
+    with torch.no_grad():
+        loss = task.loss(a, b, slice(count, None)).item()
+    return {"loss": finite(loss), **found}, records
+
+
+def finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def unit(
+    width: int, seed: int, arms: Sequence[Arm], laws: dict[str, Law], lrs: Sequence[float], run: Train
+) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    """All runs of one width and seed: every arm at every law and learning rate."""
+    for arm in arms:
+        for law, lr in [(name, law.at(width)) for name, law in laws.items()] + [("grid", lr) for lr in lrs]:
+            mine = {"width": width, "seed": seed, "arm": arm.name, "law": law, "lr": lr}
+            found, records = run(arm, lr, law != "grid")
+            yield mine | found, [mine | record for record in records]

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import _stability_report, _stability_runs
+from benchmarks import _planted, _stability_report, _stability_runs
 from benchmarks._harness import environment, store
 from benchmarks._stability_report import PLANTED, TRANSFORMERS
+from benchmarks._stability_runs import Arm
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,24 @@ PRESETS = {
 
 
 def runs_of(preset: Preset, width: int, seed: int, out: Path) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    arms, laws = _stability_runs.ARMS, _stability_runs.LAWS
     if preset.family == PLANTED:
-        return _stability_runs.unit(width, seed, preset.lrs, preset.steps)
-    from benchmarks import _small_transformers
+        task = _planted.plant(width, seed)
 
-    # Of the ratios the largest, which does most in so few steps.
-    arms = (_stability_runs.ADAMW, _stability_runs.NEAR_ZERO, _stability_runs.LORA_PLUS, _stability_runs.STABLE[-1])
-    laws = {name: _stability_runs.LAWS[name] for name in ("fixed", "n^-1/2")}
-    return _small_transformers.unit(width, seed, arms, laws, preset.lrs, preset.steps, out / "bases")
+        def train(arm: Arm, lr: float, probe: bool) -> tuple[dict[str, Any], list[Any]]:
+            return _stability_runs.train(task, seed, arm, lr, preset.steps, probe)
+    else:
+        from benchmarks import _small_transformers
+
+        # Of the ratios the largest, which does most in so few steps.
+        arms = (*(arm for arm in arms if not arm.shrink_ratio), _stability_runs.STABLE[-1])
+        laws = {name: laws[name] for name in ("fixed", "n^-1/2")}
+        model = _small_transformers.base(width, out / "bases")
+
+        def train(arm: Arm, lr: float, probe: bool) -> tuple[dict[str, Any], list[Any]]:
+            return _small_transformers.train(model, seed, arm, lr, preset.steps, probe)
+
+    return _stability_runs.unit(width, seed, arms, laws, preset.lrs, train)
 
 
 def prepare(width: int, out: Path) -> None:

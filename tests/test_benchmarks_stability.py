@@ -129,7 +129,7 @@ def test_small_transformers(tmp_path, monkeypatch):
     for name, value in family.base(32, tmp_path, 3).state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
     arm = replace(STABLE[-1], shrink_ratio=0.2)
-    run, records = family.train(model, 32, 0, arm, 1e-2, 40, probe=True)
+    run, records = family.train(model, 0, arm, 1e-2, 40, probe=True)
     assert run["shrinks"] < 40 and run["loss"] < family.loss_of(model, family.blocks(text)[:8]).item()
     assert [record["step"] for record in records] == [1, 2, 5, 10, 20]
     assert records[0]["delta"] > 0 and records[0]["delta_shrink"] == 0 < records[1]["delta_shrink"]
