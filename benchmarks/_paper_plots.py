@@ -56,10 +56,11 @@ def _figure(records: Records, setting: Setting, screening: int) -> Any:
     middle.set_title("less AdamW's at the same learning rate (what is cut off: in the table)", fontsize=9)
     found = [row for row in headline(records, screening) if "difference" in row]
     for place, row in enumerate(found):
-        arm = f"{row['optimizer']} {row['shrink_ratio']:g}" if row["optimizer"] == STABLE else row["optimizer"]
         half = abs(factor) * row["difference_95"]
-        right.errorbar(factor * row["difference"], place, xerr=half, fmt="o", capsize=4, color=_colour(arm, stable))
-    names = [f"{row['optimizer']}\nlr {row['lr']:g}, {row['pairs']} seeds" for row in found]
+        right.errorbar(
+            factor * row["difference"], place, xerr=half, fmt="o", capsize=4, color=_colour(row["arm"], stable)
+        )
+    names = [f"{row['arm']}\nlr {row['lr']:g}, {row['pairs']} seeds" for row in found]
     right.set_yticks(range(len(found)), names, fontsize=8)
     right.axvline(0, color="#333333", linewidth=0.8)
     right.set(

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks._paper_runs import ADAMW, OPTIMIZERS, STABLE, Run
+from benchmarks._paper_runs import ADAMW, OPTIMIZERS, Run
 from benchmarks._statistics import interval
 from benchmarks.report import aligned, write_csv, write_text, write_zipped
 
 Records = Sequence[dict[str, Any]]
 # Every run's record, from which the command can go on elsewhere.
 RECORDS = "records.jsonl.gz"
+COSTS = ("optimizer_ms", "seconds", "state_bytes")
 # What the fields that ablations change are by default.
 PLAIN = {"r": 8, "targets": "query-value", "stop_condition": "norm", "adapters": "fp32", "rounding": "stochastic"}
 
@@ -85,6 +87,12 @@ def sign_flip(differences: Sequence[float]) -> float:
     )
 
 
+def means(records: Iterable[dict[str, Any]], *keys: str) -> dict[str, float | None]:
+    """Over the records that have it; None where none has."""
+    values = {key: [record[key] for record in records if key in record] for key in keys}
+    return {key: statistics.fmean(found) if found else None for key, found in values.items()}
+
+
 def headline(records: Records, screening: int) -> list[dict[str, Any]]:
     """Each optimizer at its best, and its difference from AdamW at AdamW's best, seed by seed."""
     chosen = best(records, screening)
@@ -102,6 +110,7 @@ def headline(records: Records, screening: int) -> list[dict[str, Any]]:
         mean, half = interval([score(r, "test") for r in mine.values()])
         row: dict[str, Any] = {
             "optimizer": name,
+            "arm": Run("", "", name, lr, ratio).arm,
             "lr": lr,
             "shrink_ratio": ratio,
             "seeds": len(mine),
@@ -113,9 +122,7 @@ def headline(records: Records, screening: int) -> list[dict[str, Any]]:
             differences = [score(mine[seed], "test") - score(scores[ADAMW][seed], "test") for seed in shared]
             row["difference"], row["difference_95"] = interval(differences)
             row["pairs"], row["p"] = len(shared), sign_flip(differences)
-        for key in ("shrinks", "a_left", "a_over_start", "b_norm", "optimizer_ms", "seconds", "state_bytes"):
-            values = [r[key] for r in mine.values() if key in r]
-            row[key] = statistics.fmean(values) if values else None
+        row |= means(mine.values(), "shrinks", "a_left", "a_over_start", "b_norm", *COSTS)
         rows.append(row)
     return rows
 
@@ -130,10 +137,7 @@ def rates(records: Records) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"arm": arm, "lr": lr, "seeds": len(mine), "diverged": sum(r["diverged"] for r in mine)}
         for split in ("validation", "test"):
             row[split], row[f"{split}_95"] = interval([score(r, split) for r in mine])
-        for key in ("shrinks", "a_left", "a_over_start"):
-            values = [r[key] for r in mine if key in r]
-            row[key] = statistics.fmean(values) if values else None
-        rows.append(row)
+        rows.append(row | means(mine, "shrinks", "a_left", "a_over_start"))
     return rows
 
 
@@ -155,6 +159,12 @@ def same_rate(records: Records) -> list[dict[str, Any]]:
 
 def _points(value: float, loss: bool, spec: str = ".1f") -> str:
     return format(-value, "+.3f" if spec.startswith("+") else ".3f") if loss else format(100 * value, spec)
+
+
+def _interval(value: float, half: float, loss: bool, spec: str = ".1f") -> str:
+    """With half the width of its interval, where there is one."""
+    size = "" if math.isnan(half) else f" ± {_points(-half if loss else half, loss, spec.lstrip('+'))}"
+    return _points(value, loss, spec) + size
 
 
 def rate_table(records: Records, loss: bool) -> list[str]:
@@ -188,16 +198,13 @@ def same_rate_table(records: Records, loss: bool) -> list[str]:
 def headline_table(rows: Records, loss: bool) -> list[str]:
     cells = [["optimizer at its best", "lr", "seeds", "test", "minus AdamW's", "p", "A left", "step, ms", "state, KiB"]]
     for row in rows:
-        name = f"{row['optimizer']} {row['shrink_ratio']:g}" if row["optimizer"] == STABLE else row["optimizer"]
-        half = "" if math.isnan(row["test_95"]) else f" ± {_points(-row['test_95'] if loss else row['test_95'], loss)}"
         difference = p = "-"
         if "difference" in row:
-            size = _points(-row["difference_95"] if loss else row["difference_95"], loss, ".2f")
-            difference = f"{_points(row['difference'], loss, '+.2f')} ± {size}"
+            difference = _interval(row["difference"], row["difference_95"], loss, "+.2f")
             p = f"{row['p']:.3f} ({row['pairs']})"
         left = "-" if row["a_left"] is None else f"{100 * row['a_left']:.0f} %"
         cells.append(
-            [name, f"{row['lr']:g}", str(row["seeds"]), _points(row["test"], loss) + half, difference, p, left,
+            [row["arm"], f"{row['lr']:g}", str(row["seeds"]), _interval(row["test"], row["test_95"], loss), difference, p, left,
              f"{row['optimizer_ms']:.2f}", f"{row['state_bytes'] / 1024:,.0f}"]
         )  # fmt: skip
     return aligned(cells)
@@ -234,25 +241,21 @@ def _ablation_row(
     shared = [seed for seed in mine if seed in base]
     differences = [score(mine[seed], "test") - score(base[seed], "test") for seed in shared]
     row["difference"], row["difference_95"] = interval(differences) if len(shared) > 1 else (None, None)
-    for key in ("shrinks", "a_left", "a_over_start", "optimizer_ms", "seconds", "state_bytes"):
-        values = [record[key] for record in mine.values() if key in record]
-        row[key] = statistics.fmean(values) if values else None
-    return row
+    return row | means(mine.values(), "shrinks", "a_left", "a_over_start", *COSTS)
 
 
 def ablation_table(rows: Records) -> list[str]:
     cells = [["model, task", "arm", "lr", "changed", "seeds", "test", "minus unchanged", "||A|| / start", "state, KiB"]]
     for row in rows:
         loss = row["task"] == "plays"
+        changed = ", ".join(f"{name} {row[name]}" for name in PLAIN if row[name] is not None) or "nothing"
         difference = "-"
         if row["difference"] is not None:
-            size = _points(-row["difference_95"] if loss else row["difference_95"], loss, ".2f")
-            difference = f"{_points(row['difference'], loss, '+.2f')} ± {size}"
-        half = "" if math.isnan(row["test_95"]) else f" ± {_points(-row['test_95'] if loss else row['test_95'], loss)}"
+            difference = _interval(row["difference"], row["difference_95"], loss, "+.2f")
         cells.append(
-            [f"{row['model']}, {row['task']}", row["arm"], f"{row['lr']:g}",
-             ", ".join(f"{name} {row[name]}" for name in PLAIN if row[name] is not None) or "nothing", str(row["seeds"]),
-             _points(row["test"], loss) + half, difference, f"{row['a_over_start']:.3f}", f"{row['state_bytes'] / 1024:,.0f}"]
+            [f"{row['model']}, {row['task']}", row["arm"], f"{row['lr']:g}", changed, str(row["seeds"]),
+             _interval(row["test"], row["test_95"], loss), difference, f"{row['a_over_start']:.3f}",
+             f"{row['state_bytes'] / 1024:,.0f}"]
         )  # fmt: skip
     return aligned(cells, left=2)
 
@@ -289,10 +292,9 @@ def table(records: Records, screening: int) -> str:
 def flat(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for record in records:
-        row = dict(record["run"]) | {"diverged": record["diverged"]}
+        row = asdict(run_of(record)) | {"diverged": record["diverged"]}
         for split in ("validation", "test"):
-            found = record[split] or {"accuracy": None, "loss": None}
-            row |= {f"{split}_{name}": value for name, value in found.items()}
+            row |= {f"{split}_{name}": (record[split] or {}).get(name) for name in ("loss", "accuracy")}
         row["train_loss"] = record["train_loss"][-1] if record["train_loss"] else None
         for key in (
             "shrinks",
@@ -320,7 +322,10 @@ def write(records: Records, out: Path, screening: int) -> list[Path]:
     write_csv(out / "runs.csv", flat(records))
     write_csv(out / "headline.csv", rows)
     write_csv(out / "ablations.csv", ablation_rows(records))
-    lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
-    write_zipped(out / RECORDS, "".join(lines))
+    write_zipped(out / RECORDS, "".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
     names = ("table.txt", "runs.csv", "headline.csv", "ablations.csv", RECORDS)
     return [out / name for name in names] + _paper_plots.draw(records, out, screening)
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()]

@@ -11,7 +11,6 @@ that time, and the next call goes on. Presets share DIR. ``--records FILE`` goes
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import multiprocessing
 import os
@@ -154,8 +153,7 @@ def load(directory: Path) -> list[dict[str, Any]]:
 
 def unpack(file: Path, directory: Path) -> None:
     """The runs of another call's records, where ``directory`` does not hold them yet."""
-    for line in gzip.decompress(file.read_bytes()).decode().splitlines():
-        record = json.loads(line)
+    for record in _paper_report.read_records(file):
         path = directory / _paper_report.run_of(record).file_name
         if not path.exists():
             store(path, record)

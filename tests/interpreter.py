@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from typing import Any
 
@@ -12,6 +13,8 @@ def patch_language_once_a_launch() -> None:
     Triton's interpreter puts its own functions into ``triton.language`` as a kernel starts, and takes them out as it ends. It
     does so anew, in a millisecond, for every call of a function *within* a kernel, where all of it is in place already.
     """
+    if importlib.util.find_spec("triton") is None:
+        return
     from triton import language as tl
     from triton.runtime import interpreter
 

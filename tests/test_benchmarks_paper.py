@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,6 +148,14 @@ def test_a_call_goes_on_from_the_records_of_another(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         paper.main(["--records", str(tmp_path / "none.gz"), "--out", str(out)])
     assert f"there is no {tmp_path / 'none.gz'}" in capsys.readouterr().err
+
+
+def test_the_stored_table_is_that_of_the_stored_runs(tmp_path):
+    place = Path(_paper_report.__file__).parent / "results" / "epyc-avx512-2core" / "paper"
+    records = _paper_report.read_records(place / _paper_report.RECORDS)
+    _paper_report.write(records, tmp_path, paper.MINILM[0].screening)
+    for name in ("table.txt", "runs.csv", "headline.csv", _paper_report.RECORDS):
+        assert (tmp_path / name).read_bytes() == (place / name).read_bytes(), name
 
 
 class Letters:

@@ -18,10 +18,10 @@ from tests.peft_models import (
     make,
     make_base,
     one_layer,
+    peft,
 )
 from tests.small_models import IDS, output
 
-peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 lora = peft.tuners.lora
 
 

@@ -9,8 +9,6 @@ import stablelora_kernels as slk
 from stablelora_kernels.testing import assert_no_worse
 from tests.peft_models import BF16, FP16, FP32, calls, one_layer
 
-peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-
 
 class Copies(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts float32 tensors of at least so many elements that an operator makes."""

@@ -21,11 +21,11 @@ from tests.peft_models import (
     llama,
     make,
     make_base,
+    peft,
+    transformers,
 )
 from tests.small_models import Model, assert_untouched, output, reasons, snapshot
 
-peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
 lora = peft.tuners.lora
 
 
