@@ -5,21 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks._paper_report import Records, Setting, headline, plain, rates, same_rate, settings
+from benchmarks import _paper_ablations
 from benchmarks._paper_runs import ADAMW, LORA_PLUS, RIEMANNIAN, RITE, STABLE
+from benchmarks._paper_scores import PLAIN, Records, Setting, headline, plain, rates, same_rate, setting_of, settings
 from benchmarks.plots import STYLE, plt, save
 
 COLOURS = {ADAMW: "#2a6fbb", LORA_PLUS: "#3d8f5f", RIEMANNIAN: "#8a8f98", RITE: "#9467bd"}
 _SHADES = ("#f0a202", "#e07a3f", "#d1495b", "#7a1f3d")
 
 
-def draw(records: Records, out: Path, screening: int) -> list[Path]:
+def draw(records: Records, out: Path) -> list[Path]:
     paths = []
     for setting in settings(records):
-        if mine := plain(records, setting):
-            name = "_".join(map(str, setting))
-            with plt.rc_context(STYLE):
-                paths.append(save(_figure(mine, setting, screening), out / f"{name}.png"))
+        name = "_".join(map(str, setting))
+        mine = plain(records, setting)
+        ablated = _paper_ablations.rows([record for record in records if setting_of(record) == setting])
+        with plt.rc_context(STYLE):
+            # Of a single rate, as the edge has it, the table says all.
+            if len({record["run"]["lr"] for record in mine}) > 1:
+                paths.append(save(_figure(mine, setting), out / f"{name}.png"))
+            if ablated:
+                paths.append(save(_ablations(ablated, setting), out / f"{name}_ablations.png"))
     return paths
 
 
@@ -27,7 +33,7 @@ def _colour(arm: str, stable: list[str]) -> str:
     return COLOURS.get(arm) or _SHADES[stable.index(arm) % len(_SHADES)]
 
 
-def _figure(records: Records, setting: Setting, screening: int) -> Any:
+def _figure(records: Records, setting: Setting) -> Any:
     loss = setting.task == "plays"
     figure, (left, middle, right) = plt.subplots(
         1, 3, figsize=(14, 4.4), layout="constrained", width_ratios=(1.2, 1.2, 1)
@@ -54,7 +60,7 @@ def _figure(records: Records, setting: Setting, screening: int) -> Any:
     # Runs that fell to one class are off by tens of points; what happens among the others would be a line.
     middle.set_ylim(*((-0.2, 0.2) if loss else (-8, 8)))
     middle.set_title("less AdamW's at the same learning rate (what is cut off: in the table)", fontsize=9)
-    found = [row for row in headline(records, screening) if "difference" in row]
+    found = [row for row in headline(records) if "difference" in row]
     for place, row in enumerate(found):
         half = abs(factor) * row["difference_95"]
         right.errorbar(
@@ -68,4 +74,44 @@ def _figure(records: Records, setting: Setting, screening: int) -> Any:
         ylim=(-0.6, len(found) - 0.4),
     )
     right.set_title("each at its best, seed by seed, 95 %", fontsize=9)
+    return figure
+
+
+def _ablations(rows: Records, setting: Setting) -> Any:
+    """Score against rank for every optimizer, and Stable-LoRA less AdamW under each change."""
+    loss = setting.task == "plays"
+    factor = -1 if loss else 100
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=(1, 1.1))
+    title = (
+        f"{setting.model} on {setting.task}, {setting.dtype}, {setting.steps} steps: each optimizer at its best for r 8"
+    )
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    stable = list(dict.fromkeys(row["arm"] for row in rows if row["arm"].startswith(STABLE)))
+    others = [name for name in PLAIN if name != "r"]
+    ranks = [row for row in rows if all(row[name] is None for name in others)]
+    for place, arm in enumerate(arms := list(dict.fromkeys(row["arm"] for row in ranks))):
+        mine = sorted(
+            (row["r"] or PLAIN["r"], factor * row["test"], abs(factor) * row["test_95"])
+            for row in ranks
+            if row["arm"] == arm
+        )
+        # Side by side, or the intervals would hide each other.
+        shift = 1.06 ** (place - (len(arms) - 1) / 2)
+        left.errorbar([r * shift for r, *_ in mine], [y for _, y, _ in mine], yerr=[e for *_, e in mine], fmt="o-", markersize=4,
+                      capsize=2, linewidth=1, color=_colour(arm, stable), label=arm)  # fmt: skip
+    left.set(xscale="log", xlabel="rank", ylabel="test loss, nats a token" if loss else "test accuracy, %")
+    left.set_xticks(ticks := sorted({row["r"] or PLAIN["r"] for row in ranks}), [str(r) for r in ticks])
+    left.minorticks_off()
+    left.set_title("against rank, means and 95 % intervals over seeds", fontsize=9)
+    left.legend(fontsize=8)
+    found = [row for row in rows if row["arm"] in stable and row["minus_adamw"] is not None][::-1]
+    for place, row in enumerate(found):
+        right.errorbar(factor * row["minus_adamw"], place, xerr=abs(factor) * row["minus_adamw_95"], fmt="o", capsize=4,
+                       color=_colour(row["arm"], stable))  # fmt: skip
+    right.set_yticks(
+        range(len(found)), [f"{_paper_ablations.change(row)}\n{row['seeds']} seeds" for row in found], fontsize=8
+    )
+    right.axvline(0, color="#333333", linewidth=0.8)
+    right.set(xlabel=f"Stable-LoRA less AdamW, {'nats a token' if loss else 'points'}", ylim=(-0.6, len(found) - 0.4))
+    right.set_title("with the same thing changed in both, seed by seed, 95 %", fontsize=9)
     return figure

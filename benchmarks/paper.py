@@ -1,11 +1,12 @@
 """Fine-tuning real models with the paper's optimizers: accuracy across learning rates, and differences from AdamW seed by seed.
 
-    python -m benchmarks.paper [--preset quick|minilm|smollm2|ablations] [--out DIR] [--minutes M] [--records FILE]
+    python -m benchmarks.paper [--preset quick|minilm|smollm2|ablations|edge] [--out DIR] [--minutes M] [--records FILE]
 
 A preset screens every optimizer, shrink ratio and learning rate with a few seeds, chooses on validation examples, and spends
-further seeds on what was chosen. Each run is a file in DIR/runs, and is not run again; with --minutes no run is started after
-that time, and the next call goes on. Presets share DIR. ``--records FILE`` goes on from another call's runs, as from those in
-``benchmarks/results/``; ``--report`` only makes the tables and plots anew.
+further seeds on what was chosen; ``ablations`` changes one thing at a time of that, and ``edge`` spends seeds on the highest
+learning rate, where training breaks for some. Each run is a file in DIR/runs, and is not run again; with --minutes no run is
+started after that time, and the next call goes on. Presets share DIR. ``--records FILE`` goes on from another call's runs, as
+from those in ``benchmarks/results/``; ``--report`` only makes the tables and plots anew.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import _paper_report, _paper_runs
+from benchmarks import _paper_report, _paper_runs, _paper_scores
 from benchmarks._harness import environment, store
-from benchmarks._paper_report import Setting
 from benchmarks._paper_runs import ADAMW, OPTIMIZERS, STABLE, Run
+from benchmarks._paper_scores import SCREENING, Setting
 
 RATIOS = (5e-4, 1e-3, 2e-3, 5e-3)
 LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -44,10 +45,10 @@ class Study:
     lrs: tuple[float, ...] = LRS
     ratios: tuple[float, ...] = RATIOS
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
-    screening: int = 2
     seeds: int = 5
     # Of AdamW and Stable-LoRA, whose difference is the paper's claim.
     headline_seeds: int = 10
+    edge_seeds: int = 0
 
     @property
     def setting(self) -> Setting:
@@ -58,43 +59,58 @@ class Study:
         # A seed for all arms before the next: an interrupted screening compares like with like.
         return [
             Run(self.model, self.task, name, lr, ratio, seed, self.steps, dtype=self.dtype)
-            for seed in range(self.screening)
+            for seed in range(SCREENING)
             for lr in self.lrs
             for name, ratio in arms
         ]
 
     def decide(self, records: list[dict[str, Any]]) -> list[Run]:
         """The further seeds of what the screening has chosen."""
-        chosen = _paper_report.best(_paper_report.plain(records, self.setting), self.screening)
+        chosen = _paper_scores.best(_paper_scores.plain(records, self.setting))
         last = {name: self.headline_seeds if name in (ADAMW, STABLE) else self.seeds for name in chosen}
         return [
             Run(self.model, self.task, name, lr, ratio, seed, self.steps, dtype=self.dtype)
-            for seed in range(self.screening, max(last.values(), default=0))
+            for seed in range(SCREENING, max(last.values(), default=0))
             for name, (lr, ratio) in chosen.items()
             if seed < last[name]
         ]
 
 
 def ablations(study: Study, records: list[dict[str, Any]], seeds: int) -> list[Run]:
-    """AdamW's and Stable-LoRA's best with one thing changed at a time."""
-    chosen = _paper_report.best(_paper_report.plain(records, study.setting), study.screening)
+    """Every optimizer's best at other ranks; AdamW's and Stable-LoRA's with one other thing changed at a time."""
+    chosen = _paper_scores.best(_paper_scores.plain(records, study.setting))
     runs = []
     for seed in range(seeds):
-        for name in (ADAMW, STABLE):
-            if name not in chosen:
-                continue
-            lr, ratio = chosen[name]
+        for name, (lr, ratio) in chosen.items():
             base = Run(study.model, study.task, name, lr, ratio, seed, study.steps, dtype=study.dtype)
             runs += [replace(base, r=r) for r in (1, 4, 16, 64)]
-            runs += [replace(base, targets=targets) for targets in _paper_runs.TARGETS[1:]]
+            if name in (ADAMW, STABLE):
+                runs += [replace(base, targets=targets) for targets in _paper_runs.TARGETS[1:]]
             if name == STABLE:
                 runs.append(replace(base, stop_condition="never"))
                 runs += [replace(base, adapters="bf16", rounding=rounding) for rounding in ("stochastic", "nearest")]
     return runs
 
 
-MINILM = (Study("minilm", "sarcasm", 300), Study("minilm", "reuters-52", 300))
-SMOLLM2 = (Study("smollm2", "sarcasm", 150), Study("smollm2", "reuters-52", 150), Study("smollm2", "plays", 100))
+def edge(study: Study) -> list[Run]:
+    """AdamW and the extremes of Stable-LoRA at the highest learning rate, in both dtypes, with ``edge_seeds`` seeds."""
+    arms = [(ADAMW, 0.0), (STABLE, min(study.ratios)), (STABLE, max(study.ratios))]
+    return [
+        Run(study.model, study.task, name, max(study.lrs), ratio, seed, study.steps, dtype=dtype)
+        for dtype in ("bf16", "fp32")
+        for seed in range(study.edge_seeds)
+        for name, ratio in arms
+    ]
+
+
+MINILM = (Study("minilm", "sarcasm", 300, edge_seeds=10), Study("minilm", "reuters-52", 300))
+# A run takes three times as long: the smallest and the largest ratio only.
+_EXTREMES = (5e-4, 5e-3)
+SMOLLM2 = (
+    Study("smollm2", "sarcasm", 150, ratios=_EXTREMES, edge_seeds=3),
+    Study("smollm2", "plays", 100, ratios=_EXTREMES),
+    Study("smollm2", "reuters-52", 150, ratios=_EXTREMES),
+)
 PRESETS: dict[str, tuple[Study, ...]] = {
     "tiny": (
         Study(
@@ -116,23 +132,27 @@ PRESETS: dict[str, tuple[Study, ...]] = {
     "minilm": MINILM,
     "smollm2": SMOLLM2,
     "ablations": MINILM[:1],
+    "edge": (MINILM[0], SMOLLM2[0]),
 }
 ABLATION_SEEDS = 3
 
 
-def parts(study: Study, records: list[dict[str, Any]], with_ablations: bool) -> Iterator[list[Run]]:
-    """The screening; what that has chosen; and, of that, the ablations."""
+def parts(preset: str, study: Study, records: list[dict[str, Any]]) -> Iterator[list[Run]]:
+    """The screening; what that has chosen; and, of that, the ablations. The edge asks for none of these."""
+    if preset == "edge":
+        yield edge(study)
+        return
     yield study.screen()
     yield study.decide(records)
-    if with_ablations:
+    if preset == "ablations":
         yield ablations(study, records, ABLATION_SEEDS)
 
 
 def missing(preset: str, records: list[dict[str, Any]]) -> list[Run]:
     """What is to be run next: nothing of a part before the one in front of it is whole."""
-    done = {_paper_report.run_of(record) for record in records}
+    done = {_paper_scores.run_of(record) for record in records}
     for study in PRESETS[preset]:
-        for part in parts(study, records, preset == "ablations"):
+        for part in parts(preset, study, records):
             if wanted := [run for run in part if run not in done]:
                 return wanted
     return []
@@ -154,7 +174,7 @@ def load(directory: Path) -> list[dict[str, Any]]:
 def unpack(file: Path, directory: Path) -> None:
     """The runs of another call's records, where ``directory`` does not hold them yet."""
     for record in _paper_report.read_records(file):
-        path = directory / _paper_report.run_of(record).file_name
+        path = directory / _paper_scores.run_of(record).file_name
         if not path.exists():
             store(path, record)
 
@@ -206,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = args.report or train_all(args.preset, directory, args.processes, args.minutes)
     if not (records := load(directory)):
         parser.error(f"{directory} holds no runs")
-    for path in _paper_report.write(records, args.out, PRESETS[args.preset][0].screening):
+    for path in _paper_report.write(records, args.out):
         print(path)
     print((args.out / "table.txt").read_text(encoding="utf-8"))
     if not done:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import _paper_report, _paper_runs, _paper_tasks, paper
+from benchmarks import _paper_ablations, _paper_report, _paper_runs, _paper_scores, _paper_tasks, paper
 from benchmarks._paper_runs import ADAMW, LORA_PLUS, RIEMANNIAN, RITE, STABLE, Run
 from benchmarks.data import Dataset
 
@@ -58,7 +58,7 @@ def test_further_seeds_go_to_what_validation_examples_chose(monkeypatch):
         )
 
     records = screened(validation)
-    assert _paper_report.best(records, 2) == {ADAMW: (1e-3, 0.0), LORA_PLUS: (1e-2, 0.0), STABLE: (1e-2, 5e-3)}
+    assert _paper_scores.best(records) == {ADAMW: (1e-3, 0.0), LORA_PLUS: (1e-2, 0.0), STABLE: (1e-2, 5e-3)}
     runs = STUDY.decide(records)
     assert [(run.optimizer, run.seed) for run in runs] == [
         (ADAMW, 2), (LORA_PLUS, 2), (STABLE, 2), (ADAMW, 3), (STABLE, 3)
@@ -75,19 +75,41 @@ def test_a_run_that_diverged_is_never_the_best():
     for found in records:
         if found["run"]["lr"] == 1e-3:
             found.update(diverged=True, validation=None, test=None)
-    assert {lr for lr, _ in _paper_report.best(records, 2).values()} == {1e-2}
+    assert {lr for lr, _ in _paper_scores.best(records).values()} == {1e-2}
     text = "\n".join(_paper_report.rate_table(records, loss=False))
     assert "0.0" in text and "50.0" in text
 
 
+def test_runs_that_fell_are_counted_apart():
+    runs = [run for run in STUDY.screen() if run.optimizer == ADAMW]
+    records = [record(run, test=0.8) for run in runs]
+    assert _paper_report.fallen_table(records) == []
+    records += [record(replace(runs[-1], seed=seed), test=test) for seed, test in ((2, 0.495), (3, 0.86))]
+    header, _, row = _paper_report.fallen_table(records)
+    # Of the rate at which none fell, nothing is said.
+    assert "lr 0.01" in header and "lr 0.001 " not in header
+    assert row.split() == [ADAMW, "1", "of", "4,", "82.0", "±", "8.6"]
+    assert "1 of 4, 82.0" in _paper_report.table(records)
+
+
+def test_the_edge_is_the_highest_rate_in_both_dtypes():
+    runs = paper.edge(replace(STUDY, edge_seeds=3))
+    assert {run.lr for run in runs} == {1e-2} and {run.seed for run in runs} == {0, 1, 2}
+    arms = [(run.dtype, run.arm) for run in runs[:3] + runs[9:12]]
+    expected = [ADAMW, f"{STABLE} 0.0005", f"{STABLE} 0.005"]
+    assert arms == [("bf16", arm) for arm in expected] + [("fp32", arm) for arm in expected]
+    assert len(set(runs)) == 18
+
+
 def test_ablations_change_one_thing_each():
     runs = paper.ablations(STUDY, screened(lambda run: run.lr), 1)
-    plain = {ADAMW: Run("m", "sarcasm", ADAMW, 1e-2, steps=9), STABLE: Run("m", "sarcasm", STABLE, 1e-2, 5e-4, steps=9)}
+    plain = {name: Run("m", "sarcasm", name, 1e-2, steps=9) for name in (ADAMW, LORA_PLUS)}
+    plain[STABLE] = Run("m", "sarcasm", STABLE, 1e-2, 5e-4, steps=9)
     for run in runs:
         changed = {key for key, value in asdict(run).items() if value != asdict(plain[run.optimizer])[key]}
         assert changed in ({"r"}, {"targets"}, {"stop_condition"}, {"adapters"}, {"adapters", "rounding"})
-    # Rounded bfloat16 and a missing stop are Stable-LoRA's questions only.
-    assert len(runs) == 2 * (4 + 2) + 3
+    # Rounded bfloat16 and a missing stop are Stable-LoRA's questions only, and of the rivals it is the rank.
+    assert len(runs) == 3 * 4 + 2 * 2 + 3
 
 
 @pytest.mark.parametrize(
@@ -95,7 +117,7 @@ def test_ablations_change_one_thing_each():
     [((1.0, 1.0, 1.0), 2 / 8), ((1.0, -1.0), 1.0), ((0.0, 0.0, 0.0), 1.0), ((3, 1, 1, 1), 2 / 16)],
 )
 def test_sign_flips(differences, expected):
-    assert _paper_report.sign_flip(differences) == pytest.approx(expected)
+    assert _paper_scores.sign_flip(differences) == pytest.approx(expected)
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path):
@@ -106,14 +128,14 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     records += [record(replace(stable, seed=seed), test=0.62 + 0.1 * seed, **more) for seed in range(3)]
     # A rate that AdamW has not been run at has nothing to be compared with.
     records.append(record(replace(stable, lr=1e-2), test=0.9, **more))
-    (same,) = _paper_report.same_rate(records)
+    (same,) = _paper_scores.same_rate(records)
     assert (same["arm"], same["lr"], same["seeds"]) == ("Stable-LoRA 0.005", 1e-3, 3)
     assert same["difference"] == pytest.approx(0.02)
-    _, row = _paper_report.headline(records, 2)
+    _, row = _paper_scores.headline(records)
     assert row["difference"] == pytest.approx(0.02) and row["difference_95"] == pytest.approx(0, abs=1e-9)
     assert (row["p"], row["pairs"], row["a_left"]) == (pytest.approx(2 / 8), 3, 0.975)
     records.append(record(replace(stable, stop_condition="never"), test=0.7))
-    for path in _paper_report.write(records, tmp_path, 2):
+    for path in _paper_report.write(records, tmp_path):
         assert path.stat().st_size > 100
     text = (tmp_path / "table.txt").read_text()
     assert "+2.00 ± 0.00" in text and "stop_condition never" in text and "0.250 (3)" in text
@@ -123,19 +145,23 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
 def test_an_ablation_is_beside_what_it_changed(tmp_path):
     base = replace(STUDY.screen()[0], lr=1e-3)
     records = [record(replace(base, seed=seed), test=0.6 + 0.1 * seed) for seed in range(4)]
-    assert _paper_report.ablation_rows(records) == []
+    assert _paper_ablations.rows(records) == []
     records += [record(replace(base, seed=seed, r=64), test=0.5 + 0.1 * seed, a_over_start=2.0) for seed in range(3)]
-    unchanged, rank = _paper_report.ablation_rows(records)
+    unchanged, rank = _paper_ablations.rows(records)
     assert (unchanged["seeds"], unchanged["test"], unchanged["r"]) == (3, pytest.approx(0.7), None)
     assert (rank["seeds"], rank["r"], rank["a_over_start"]) == (3, 64, 2.0)
     assert rank["difference"] == pytest.approx(-0.1) and rank["difference_95"] == pytest.approx(0, abs=1e-9)
+    stable = [replace(found, optimizer=STABLE, shrink_ratio=5e-3, lr=1e-2) for found in (base, replace(base, r=64))]
+    records += [record(replace(run, seed=seed), test=0.52 + 0.1 * seed) for run in stable for seed in range(3)]
+    against = [row["minus_adamw"] for row in _paper_ablations.rows(records)]
+    assert against == [None, None, pytest.approx(-0.08), pytest.approx(0.02)]
     assert "-10.00 ± 0.00" in "\n".join(_paper_report.ablation_table([unchanged, rank]))
 
 
 def test_a_call_goes_on_from_the_records_of_another(tmp_path, monkeypatch, capsys):
     records = [record(run) for run in STUDY.screen()]
     (tmp_path / "before").mkdir()
-    _paper_report.write(records, tmp_path / "before", 2)
+    _paper_report.write(records, tmp_path / "before")
     monkeypatch.setitem(paper.PRESETS, "quick", (STUDY,))
     file, out = tmp_path / "before" / _paper_report.RECORDS, tmp_path / "after"
     assert paper.main(["--records", str(file), "--out", str(out), "--report"]) == 0
@@ -153,7 +179,7 @@ def test_a_call_goes_on_from_the_records_of_another(tmp_path, monkeypatch, capsy
 def test_the_stored_table_is_that_of_the_stored_runs(tmp_path):
     place = Path(_paper_report.__file__).parent / "results" / "epyc-avx512-2core" / "paper"
     records = _paper_report.read_records(place / _paper_report.RECORDS)
-    _paper_report.write(records, tmp_path, paper.MINILM[0].screening)
+    _paper_report.write(records, tmp_path)
     # What is rounded; the last digits of the others are Python's and zlib's, whatever their version.
     for name in ("table.txt", "runs.csv"):
         assert (tmp_path / name).read_bytes() == (place / name).read_bytes(), name
