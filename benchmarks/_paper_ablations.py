@@ -24,7 +24,10 @@ def rows(records: Records) -> list[dict[str, Any]]:
     changed = [run for run in groups if run != replace(run, **PLAIN)]
     found = []
     for plain_run in dict.fromkeys(replace(run, **PLAIN) for run in changed):
-        mine = [run for run in changed if replace(run, **PLAIN) == plain_run]
+        mine = sorted(
+            (run for run in changed if replace(run, **PLAIN) == plain_run),
+            key=lambda run: [(getattr(run, name) != PLAIN[name], getattr(run, name)) for name in reversed(PLAIN)],
+        )
         seeds = {seed for run in mine for seed in groups[run]}
         base = {seed: record for seed, record in groups.get(plain_run, {}).items() if seed in seeds}
         for run in [plain_run, *mine] if base else mine:

@@ -29,6 +29,7 @@ OPTIMIZERS = {
     STABLE: optimizers.OURS,
 }
 TARGETS = ("query-value", "attention", "all-linear")
+ROUNDINGS = ("stochastic", "nearest")
 # The head is the same in all runs, so that a learning rate is the adapters' alone.
 HEAD_LR, WARMUP, LOSS_EVERY = 3e-3, 10, 10
 
