@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from benchmarks import _paper_report, _paper_runs, _paper_scores
+from benchmarks import _paper_report, _paper_runs, _paper_scores, _workers
 from benchmarks._harness import environment, store
 from benchmarks._paper_runs import ADAMW, OPTIMIZERS, STABLE, Run
 from benchmarks._paper_scores import SCREENING, Setting
@@ -173,8 +171,7 @@ def missing(preset: str, records: list[dict[str, Any]]) -> list[Run]:
 
 
 def work(run: Run, directory: Path) -> None:
-    """In a process of its own, which keeps the model it has loaded: a thread each."""
-    torch.set_num_threads(1)
+    """In a worker, which keeps the model it has loaded."""
     record = _paper_runs.execute(run)
     unfinished = directory / f"{run.file_name}.part"
     store(unfinished, {"environment": environment(), **record})
@@ -196,8 +193,7 @@ def unpack(file: Path, directory: Path) -> None:
 def train_all(preset: str, directory: Path, processes: int, minutes: float | None) -> bool:
     """Whether everything of the preset is done."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool, tqdm(unit="run") as bar:
+    with _workers.pool(processes) as pool, tqdm(unit="run") as bar:
         while runs := missing(preset, load(directory)):
             bar.total = bar.n + len(runs)
             bar.refresh()

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from benchmarks import _planted, _stability_report, _stability_runs
+from benchmarks import _planted, _stability_report, _stability_runs, _workers
 from benchmarks._harness import environment, store
 from benchmarks._stability_report import PLANTED, TRANSFORMERS
 from benchmarks._stability_runs import Arm
@@ -71,13 +69,10 @@ def prepare(width: int, out: Path) -> None:
     """The base that all seeds of a width share."""
     from benchmarks import _small_transformers
 
-    torch.set_num_threads(1)
     _small_transformers.base(width, out / "bases")
 
 
 def run_unit(preset: Preset, width: int, seed: int, out: Path) -> Path:
-    """In a process of its own: a thread each, so that processes do not fight for the cores."""
-    torch.set_num_threads(1)
     runs, deltas = [], []
     for run, records in runs_of(preset, width, seed, out):
         runs.append(run)
@@ -114,9 +109,7 @@ def run(preset: Preset, out: Path, processes: int) -> None:
     units = [(width, seed) for width in sorted(preset.widths, reverse=True) for seed in range(preset.seeds)]
     missing = [unit for unit in units if not is_done(unit_file(out, *unit), preset)]
     print(f"{len(units)} units (a width and a seed), {len(units) - len(missing)} done already", flush=True)
-    # Not forked: a fork of a process that has used several threads may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool, tqdm(total=len(missing), unit="unit") as bar:
+    with _workers.pool(processes) as pool, tqdm(total=len(missing), unit="unit") as bar:
         if preset.family == TRANSFORMERS:
             for future in [
                 pool.submit(prepare, width, out) for width in sorted({width for width, _ in missing}, reverse=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import _planted, _stability_report, _stability_runs, stability
+from benchmarks import _planted, _stability_report, _stability_runs, _workers, stability
 from benchmarks._stability_runs import LAWS, NEAR_ZERO, STABLE
 from benchmarks._statistics import interval, log_slope, student95
 
@@ -90,15 +90,13 @@ def test_exponents_of_exact_power_laws():
 def test_the_command_goes_on_from_units_and_reports(tmp_path, monkeypatch, capsys):
     preset = stability.Preset((16, 32, 64), 2, (1e-3, 1e-2), 5)
     monkeypatch.setitem(stability.PRESETS, "tiny", preset)
-    threads = torch.get_num_threads()
     for width in preset.widths:
         for seed in range(preset.seeds):
             file = stability.unit_file(tmp_path, width, seed)
             assert stability.run_unit(preset, width, seed, tmp_path) == file
             assert stability.is_done(file, preset)
-    torch.set_num_threads(threads)
     # All is there, so nothing is run: a pool would be a surprise.
-    monkeypatch.setattr(stability.ProcessPoolExecutor, "submit", None)
+    monkeypatch.setattr(_workers.ProcessPoolExecutor, "submit", None)
     assert stability.main(["--preset", "tiny", "--out", str(tmp_path), "--processes", "1"]) == 0
     shown = capsys.readouterr().out
     assert "6 done already" in shown and "Exponents found at step 5" in shown
@@ -146,11 +144,9 @@ def test_transformers_are_reported_with_what_was_run_of_them(tmp_path, monkeypat
     monkeypatch.setattr(family, "base", lambda width, _: family.new_model(width).requires_grad_(False).eval())
     preset = stability.Preset((32, 64, 96), 2, (1e-3, 1e-2), 2, stability.TRANSFORMERS)
     monkeypatch.setitem(stability.PRESETS, "tiny", preset)
-    threads = torch.get_num_threads()
     for width in preset.widths:
         for seed in range(preset.seeds):
             stability.run_unit(preset, width, seed, tmp_path)
-    torch.set_num_threads(threads)
     assert stability.main(["--preset", "tiny", "--out", str(tmp_path), "--report"]) == 0
     shown = capsys.readouterr().out
     assert "nats a character" in shown and "n^-5/4" not in shown and "Stable-LoRA 0.0005" not in shown
