@@ -1,12 +1,12 @@
 """Fine-tuning real models with the paper's optimizers: accuracy across learning rates, and differences from AdamW seed by seed.
 
-    python -m benchmarks.paper [--preset quick|minilm|smollm2|ablations|edge] [--out DIR] [--minutes M] [--records FILE]
+    python -m benchmarks.paper [--preset quick|minilm|smollm2|ablations|edge|long] [--out DIR] [--minutes M] [--records FILE]
 
 A preset screens every optimizer, shrink ratio and learning rate with a few seeds, chooses on validation examples, and spends
-further seeds on what was chosen; ``ablations`` changes one thing at a time of that, and ``edge`` spends seeds on the highest
-learning rate, where training breaks for some. Each run is a file in DIR/runs, and is not run again; with --minutes no run is
-started after that time, and the next call goes on. Presets share DIR. ``--records FILE`` goes on from another call's runs, as
-from those in ``benchmarks/results/``; ``--report`` only makes the tables and plots anew.
+further seeds on what was chosen; ``ablations`` changes one thing at a time of that, ``edge`` spends seeds on the highest learning
+rate, where training breaks for some, and ``long`` gives small rates time to converge. Each run is a file in DIR/runs, and is not
+run again; with --minutes no run is started after that time, and the next call goes on. Presets share DIR. ``--records FILE`` goes
+on from another call's runs, as from those in ``benchmarks/results/``; ``--report`` only makes the tables and plots anew.
 """
 
 from __future__ import annotations
@@ -145,6 +145,18 @@ PRESETS: dict[str, tuple[Study, ...]] = {
     "smollm2": SMOLLM2,
     "ablations": MINILM[:1],
     "edge": (MINILM[0], SMOLLM2[0]),
+    # Nearly two epochs: rates at which the method acts, and time for them to converge.
+    "long": (
+        Study(
+            "minilm",
+            "sarcasm",
+            1500,
+            lrs=(1e-4, 3e-4, 1e-3),
+            ratios=(5e-4, 5e-3),
+            optimizers=(ADAMW, STABLE),
+            headline_seeds=5,
+        ),
+    ),
 }
 ABLATION_SEEDS = 3
 
