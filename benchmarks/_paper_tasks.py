@@ -206,7 +206,8 @@ def make_task(name: str, tokenizer: Any, generative: bool) -> Task:
     found = replace(found, train=train, test=test)
     parts = {"train": train, "validation": validation, "test": test}
     if generative and name == "sarcasm":
-        template = "Headline: {}\nIs this headline sarcastic? Answer yes or no:"
+        # Six tokens beside the fourteen of a headline: a longer question takes longer, on a CPU in proportion.
+        template = "{}\nIs this sarcastic?"
         return MultipleChoice(
             name, tokenizer, **parts, batch_size=16, dataset=found, template=template, answers=(" no", " yes")
         )
