@@ -30,9 +30,12 @@ def rows(records: Records) -> list[dict[str, Any]]:
         )
         seeds = {seed for run in mine for seed in groups[run]}
         base = {seed: record for seed, record in groups.get(plain_run, {}).items() if seed in seeds}
-        for run in [plain_run, *mine] if base else mine:
-            runs = base if run is plain_run else groups[run]
-            found.append(_row(run, runs, {} if run is plain_run else base, _adamw(run, changed, groups)))
+        adamw = {run: _adamw(run, changed, groups) for run in mine}
+        if base:
+            # Beside AdamW's own best only where something else is: not where, say, a small learning rate was given.
+            beside = _adamw(plain_run, changed, groups) if any(adamw.values()) else {}
+            found.append(_row(plain_run, base, {}, beside))
+        found += [_row(run, groups[run], base, adamw[run]) for run in mine]
     return found
 
 

@@ -162,6 +162,10 @@ def test_an_ablation_is_beside_what_it_changed(tmp_path):
     records += [record(replace(run, seed=seed), test=0.52 + 0.1 * seed) for run in stable for seed in range(3)]
     against = [row["minus_adamw"] for row in _paper_ablations.rows(records)]
     assert against == [None, None, pytest.approx(-0.08), pytest.approx(0.02)]
+    # Not of a change that AdamW has no part in.
+    records = [found for found in records if found["run"]["optimizer"] == ADAMW or found["run"]["r"] == 8]
+    records += [record(replace(stable[0], seed=seed, stop_condition="never"), test=0.5) for seed in range(3)]
+    assert [row["minus_adamw"] for row in _paper_ablations.rows(records)] == [None] * 4
     assert "-10.00 ± 0.00" in "\n".join(_paper_report.ablation_table([unchanged, rank]))
 
 
