@@ -151,11 +151,14 @@ def table(records: Records) -> str:
             *same_rate_table(mine, loss),
             "",
             *([*fallen, ""] if (fallen := fallen_table(mine)) else []),
-            f"Learning rate and lambda chosen on validation examples, {SCREENING} seeds; differences seed by seed, 95 % "
-            "intervals, p by sign flips",
-            *headline_table(headline(mine), loss),
-            "",
         ]
+        if chosen := headline(mine):
+            lines += [
+                f"Learning rate and lambda chosen on validation examples, {SCREENING} seeds; differences seed by seed, 95 % "
+                "intervals, p by sign flips",
+                *headline_table(chosen, loss),
+                "",
+            ]
     if rows := _paper_ablations.rows(records):
         lines += [
             "One thing changed at a time, learning rate and lambda as chosen above; differences seed by seed",

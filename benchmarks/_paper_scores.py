@@ -94,7 +94,10 @@ def means(records: Iterable[dict[str, Any]], *keys: str) -> dict[str, float | No
 
 
 def headline(records: Records) -> list[dict[str, Any]]:
-    """Each optimizer at its best, and its difference from AdamW at AdamW's best, seed by seed."""
+    """Each optimizer at its best, and its difference from AdamW at AdamW's best, seed by seed. Nothing of a single rate: none was
+    chosen."""
+    if len({record["run"]["lr"] for record in records}) < 2:
+        return []
     chosen = best(records)
     scores = {
         name: {
