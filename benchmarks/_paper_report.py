@@ -16,6 +16,7 @@ from benchmarks._paper_scores import (
     FALLEN,
     SCREENING,
     Records,
+    fallen,
     headline,
     plain,
     rates,
@@ -75,7 +76,7 @@ def fallen_table(records: Records) -> list[str]:
     for record in records:
         groups[run_of(record).arm, run_of(record).lr].append(score(record, "test"))
     bound = FALLEN.get(records[0]["run"]["task"], -math.inf)
-    lrs = sorted({lr for (_, lr), scores in groups.items() if min(scores) < bound})
+    lrs = sorted({lr for _, lr in fallen(records)})
     cells = [[f"runs below {100 * bound:.0f} %, and the others", *(f"lr {lr:g}" for lr in lrs)]]
     for arm in sorted({arm for arm, _ in groups}):
         texts = []
@@ -150,7 +151,7 @@ def table(records: Records) -> str:
             "",
             *same_rate_table(mine, loss),
             "",
-            *([*fallen, ""] if (fallen := fallen_table(mine)) else []),
+            *([*broken, ""] if (broken := fallen_table(mine)) else []),
         ]
         if chosen := headline(mine):
             lines += [

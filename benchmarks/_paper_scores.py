@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -158,3 +159,9 @@ def same_rate(records: Records) -> list[dict[str, Any]]:
             difference, half = interval([mine[seed] - base[seed] for seed in shared])
             rows.append({"arm": arm, "lr": lr, "seeds": len(shared), "difference": difference, "difference_95": half})
     return rows
+
+
+def fallen(records: Records) -> set[tuple[str, float]]:
+    """The arms and learning rates of which a run fell to one class."""
+    runs = [(run_of(record), score(record, "test")) for record in records]
+    return {(run.arm, run.lr) for run, value in runs if value < FALLEN.get(run.task, -math.inf)}

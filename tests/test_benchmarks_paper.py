@@ -85,6 +85,7 @@ def test_runs_that_fell_are_counted_apart():
     records = [record(run, test=0.8) for run in runs]
     assert _paper_report.fallen_table(records) == []
     records += [record(replace(runs[-1], seed=seed), test=test) for seed, test in ((2, 0.495), (3, 0.86))]
+    assert _paper_scores.fallen(records) == {(ADAMW, 1e-2)}
     header, _, row = _paper_report.fallen_table(records)
     # Of the rate at which none fell, nothing is said.
     assert "lr 0.01" in header and "lr 0.001 " not in header
