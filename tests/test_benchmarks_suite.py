@@ -32,7 +32,9 @@ LAYER = "layer 8x16x24 r2 fp32"
 def run(*options: str, plugin: str = "", tmp_path: Path) -> tuple[int, str]:
     """``pytest benchmarks`` in a process of its own, as a user runs it, without the slow arms unless asked for."""
     # Under pytest -n, whose variables a child inherits, pytest-benchmark would time nothing.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_XDIST", "PYTEST_ADDOPTS"))
+    }
     environment = {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     environment.pop("TRITON_INTERPRET", None)
     if plugin:
