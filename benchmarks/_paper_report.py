@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _paper_ablations
+from benchmarks._paper_runs import ADAMW
 from benchmarks._paper_scores import (
     FALLEN,
     SCREENING,
     Records,
     fallen,
+    fisher,
     headline,
     plain,
     rates,
@@ -71,13 +73,16 @@ def same_rate_table(records: Records, loss: bool) -> list[str]:
 
 
 def fallen_table(records: Records) -> list[str]:
-    """Where training broke: in how many runs, and what the others reached. Empty where it never did."""
+    """Where training broke: in how many runs, by Fisher's test against AdamW's, and what the others reached. Empty where it never
+    did."""
     groups: dict[tuple[str, float], list[float]] = defaultdict(list)
     for record in records:
         groups[run_of(record).arm, run_of(record).lr].append(score(record, "test"))
     bound = FALLEN.get(records[0]["run"]["task"], -math.inf)
     lrs = sorted({lr for _, lr in fallen(records)})
-    cells = [[f"runs below {100 * bound:.0f} %, and the others", *(f"lr {lr:g}" for lr in lrs)]]
+    cells = [
+        [f"runs below {100 * bound:.0f} %, Fisher's p against AdamW's, and the others", *(f"lr {lr:g}" for lr in lrs)]
+    ]
     for arm in sorted({arm for arm, _ in groups}):
         texts = []
         for lr in lrs:
@@ -86,7 +91,12 @@ def fallen_table(records: Records) -> list[str]:
             # Of two runs an interval is wider than the scale.
             mean, half = interval(others) if len(others) > 2 else (sum(others) / max(1, len(others)), math.nan)
             reached = f", {_interval(mean, half, loss=False)}" if others else ""
-            texts.append(f"{len(scores) - len(others)} of {len(scores)}{reached}" if scores else "-")
+            beside = groups[ADAMW, lr]
+            chance = ""
+            if arm != ADAMW and scores and beside:
+                broke = sum(score < bound for score in beside)
+                chance = f" (p {fisher(len(scores) - len(others), len(scores), broke, len(beside)):.2f})"
+            texts.append(f"{len(scores) - len(others)} of {len(scores)}{chance}{reached}" if scores else "-")
         cells.append([arm, *texts])
     return aligned(cells) if lrs else []
 

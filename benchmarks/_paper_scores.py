@@ -88,6 +88,16 @@ def sign_flip(differences: Sequence[float]) -> float:
     )
 
 
+def fisher(some: int, of: int, others: int, of_others: int) -> float:
+    """Fisher's exact two-sided p of two counts as far apart, were the chance the same."""
+    total, hits = of + of_others, some + others
+    ways = [
+        math.comb(of, k) * math.comb(of_others, hits - k) for k in range(max(0, hits - of_others), min(of, hits) + 1)
+    ]
+    mine = math.comb(of, some) * math.comb(of_others, others)
+    return sum(way for way in ways if way <= mine) / math.comb(total, hits)
+
+
 def means(records: Iterable[dict[str, Any]], *keys: str) -> dict[str, float | None]:
     """Over the records that have it; None where none has."""
     values = {key: [record[key] for record in records if key in record] for key in keys}

@@ -131,6 +131,14 @@ def test_sign_flips(differences, expected):
     assert _paper_scores.sign_flip(differences) == pytest.approx(expected)
 
 
+def test_fishers_exact_test():
+    # 2 (210 * 45 + 252 * 10 + 210) / C(20, 6)
+    assert _paper_scores.fisher(4, 10, 2, 10) == pytest.approx(24360 / 38760)
+    assert _paper_scores.fisher(2, 10, 4, 10) == pytest.approx(24360 / 38760)
+    assert _paper_scores.fisher(3, 3, 0, 3) == pytest.approx(2 / 20)
+    assert _paper_scores.fisher(0, 5, 0, 7) == 1.0
+
+
 def test_differences_are_taken_seed_by_seed(tmp_path):
     base = replace(STUDY.screen()[0], lr=1e-3)
     records = [record(replace(base, seed=seed), test=0.6 + 0.1 * seed) for seed in range(3)]

@@ -31,7 +31,7 @@ LAYER = "layer 8x16x24 r2 fp32"
 
 def run(*options: str, plugin: str = "", tmp_path: Path) -> tuple[int, str]:
     """``pytest benchmarks`` in a process of its own, as a user runs it, without the slow arms unless asked for."""
-    # Under pytest -n, whose variables a child inherits, pytest-benchmark would time nothing.
+    # Under pytest -n, whose variables a child inherits, pytest-benchmark would time nothing; nor are our own options the child's.
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_XDIST", "PYTEST_ADDOPTS"))
     }
