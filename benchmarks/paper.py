@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,6 +115,35 @@ def edge(study: Study) -> list[Run]:
     ]
 
 
+Part = list[Run]
+
+
+def accuracy(study: Study, records: list[dict[str, Any]]) -> Iterator[Part]:
+    """The screening, and further seeds of what that has chosen."""
+    yield study.screen()
+    yield study.decide(records)
+
+
+def one_change(study: Study, records: list[dict[str, Any]]) -> Iterator[Part]:
+    """The ablations of what :func:`accuracy` has found best."""
+    yield from accuracy(study, records)
+    yield ablations(study, records, ABLATION_SEEDS)
+
+
+def highest_rate(study: Study, records: list[dict[str, Any]]) -> Iterator[Part]:
+    """Needs nothing chosen."""
+    yield edge(study)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Studies, one after the other, and the parts of each: no part is begun before the one in front of it is whole."""
+
+    studies: tuple[Study, ...]
+    parts: Callable[[Study, list[dict[str, Any]]], Iterator[Part]] = accuracy
+
+
+ABLATION_SEEDS = 3
 MINILM = (Study("minilm", "sarcasm", 300, edge_seeds=10), Study("minilm", "reuters-52", 300))
 # A run takes three times as long: the smallest and the largest ratio only.
 _EXTREMES = (5e-4, 5e-3)
@@ -123,60 +152,25 @@ SMOLLM2 = (
     Study("smollm2", "plays", 100, ratios=_EXTREMES),
     Study("smollm2", "reuters-52", 150, ratios=_EXTREMES),
 )
-PRESETS: dict[str, tuple[Study, ...]] = {
-    "tiny": (
-        Study(
-            "minilm", "sarcasm", 3, lrs=(1e-3,), ratios=(5e-3,), optimizers=(ADAMW, STABLE), seeds=2, headline_seeds=2
-        ),
-    ),
-    "quick": (
-        Study(
-            "minilm",
-            "sarcasm",
-            150,
-            lrs=(3e-4, 3e-3),
-            ratios=(5e-4, 5e-3),
-            optimizers=(ADAMW, STABLE),
-            seeds=3,
-            headline_seeds=3,
-        ),
-    ),
-    "minilm": MINILM,
-    "smollm2": SMOLLM2,
-    "ablations": MINILM[:1],
-    "edge": (MINILM[0], SMOLLM2[0]),
+# AdamW and Stable-LoRA only.
+_TWO = Study("minilm", "sarcasm", 0, ratios=_EXTREMES, optimizers=(ADAMW, STABLE))
+PRESETS = {
+    "tiny": Preset((replace(_TWO, steps=3, lrs=(1e-3,), ratios=(5e-3,), seeds=2, headline_seeds=2),)),
+    "quick": Preset((replace(_TWO, steps=150, lrs=(3e-4, 3e-3), seeds=3, headline_seeds=3),)),
+    "minilm": Preset(MINILM),
+    "smollm2": Preset(SMOLLM2),
+    "ablations": Preset(MINILM[:1], one_change),
+    "edge": Preset((MINILM[0], SMOLLM2[0]), highest_rate),
     # Nearly two epochs: rates at which the method acts, and time for them to converge.
-    "long": (
-        Study(
-            "minilm",
-            "sarcasm",
-            1500,
-            lrs=(1e-4, 3e-4, 1e-3),
-            ratios=(5e-4, 5e-3),
-            optimizers=(ADAMW, STABLE),
-            headline_seeds=5,
-        ),
-    ),
+    "long": Preset((replace(_TWO, steps=1500, lrs=(1e-4, 3e-4, 1e-3), headline_seeds=5),)),
 }
-ABLATION_SEEDS = 3
-
-
-def parts(preset: str, study: Study, records: list[dict[str, Any]]) -> Iterator[list[Run]]:
-    """The screening; what that has chosen; and, of that, the ablations. The edge asks for none of these."""
-    if preset == "edge":
-        yield edge(study)
-        return
-    yield study.screen()
-    yield study.decide(records)
-    if preset == "ablations":
-        yield ablations(study, records, ABLATION_SEEDS)
 
 
 def missing(preset: str, records: list[dict[str, Any]]) -> list[Run]:
-    """What is to be run next: nothing of a part before the one in front of it is whole."""
+    """What is to be run next."""
     done = {_paper_scores.run_of(record) for record in records}
-    for study in PRESETS[preset]:
-        for part in parts(preset, study, records):
+    for study in PRESETS[preset].studies:
+        for part in PRESETS[preset].parts(study, records):
             if wanted := [run for run in part if run not in done]:
                 return wanted
     return []

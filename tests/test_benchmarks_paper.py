@@ -63,11 +63,23 @@ def test_further_seeds_go_to_what_validation_examples_chose(monkeypatch):
     assert [(run.optimizer, run.seed) for run in runs] == [
         (ADAMW, 2), (LORA_PLUS, 2), (STABLE, 2), (ADAMW, 3), (STABLE, 3)
     ]  # fmt: skip
-    monkeypatch.setitem(paper.PRESETS, "test", (STUDY,))
+    monkeypatch.setitem(paper.PRESETS, "test", paper.Preset((STUDY,)))
     # A screening that is not whole decides nothing.
     assert paper.missing("test", records[:-1]) == [STUDY.screen()[-1]]
     assert paper.missing("test", records) == runs
     assert paper.missing("test", records + [record(run) for run in runs]) == []
+
+
+def test_presets_have_their_parts_in_order(monkeypatch):
+    study = replace(STUDY, edge_seeds=3)
+    for parts in (paper.one_change, paper.highest_rate):
+        monkeypatch.setitem(paper.PRESETS, parts.__name__, paper.Preset((study,), parts))
+    assert paper.missing("highest_rate", []) == paper.edge(study)
+    records = screened(lambda run: run.lr)
+    assert paper.missing("one_change", []) == study.screen()
+    assert paper.missing("one_change", records) == study.decide(records)
+    records += [record(run) for run in study.decide(records)]
+    assert paper.missing("one_change", records) == paper.ablations(study, records, paper.ABLATION_SEEDS)
 
 
 def test_a_run_that_diverged_is_never_the_best():
@@ -185,7 +197,7 @@ def test_a_call_goes_on_from_the_records_of_another(tmp_path, monkeypatch, capsy
     records = [record(run) for run in STUDY.screen()]
     (tmp_path / "before").mkdir()
     _paper_report.write(records, tmp_path / "before")
-    monkeypatch.setitem(paper.PRESETS, "quick", (STUDY,))
+    monkeypatch.setitem(paper.PRESETS, "quick", paper.Preset((STUDY,)))
     file, out = tmp_path / "before" / _paper_report.RECORDS, tmp_path / "after"
     assert paper.main(["--records", str(file), "--out", str(out), "--report"]) == 0
     assert paper.missing("quick", paper.load(out / "runs")) == STUDY.decide(records)
