@@ -74,9 +74,11 @@ def _figure(records: Records, setting: Setting) -> Any:
         xscale="log",
         xlim=left.get_xlim(),
         xlabel="learning rate",
-        ylabel=f"less AdamW's, {'nats a token' if loss else 'points'}",
+        ylabel=f"minus AdamW's, {'nats a token' if loss else 'points'}",
     )
-    middle.set_title(f"less AdamW's at the same rate{', where no run fell to one class' if broken else ''}", fontsize=9)
+    middle.set_title(
+        f"minus AdamW's at the same rate{', where no run fell to one class' if broken else ''}", fontsize=9
+    )
     found = [row for row in headline(records) if "difference" in row]
     for place, row in enumerate(found):
         half = abs(factor) * row["difference_95"]
@@ -87,7 +89,7 @@ def _figure(records: Records, setting: Setting) -> Any:
     right.set_yticks(range(len(found)), names, fontsize=8)
     right.axvline(0, color="#333333", linewidth=0.8)
     right.set(
-        xlabel="loss less AdamW's (left is better)" if loss else "accuracy less AdamW's, points",
+        xlabel="loss minus AdamW's (left is better)" if loss else "accuracy minus AdamW's, points",
         ylim=(-0.6, len(found) - 0.4),
     )
     right.set_title("each at its best, seed by seed, 95 %", fontsize=9)
@@ -95,7 +97,7 @@ def _figure(records: Records, setting: Setting) -> Any:
 
 
 def _ablations(rows: Records, setting: Setting) -> Any:
-    """Score against rank for every optimizer, and Stable-LoRA less AdamW under each change."""
+    """Score against rank for every optimizer, and Stable-LoRA minus AdamW under each change."""
     loss = setting.task == "plays"
     factor = -1 if loss else 100
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=(1, 1.1))
@@ -113,7 +115,7 @@ def _ablations(rows: Records, setting: Setting) -> Any:
         range(len(found)), [f"{_paper_ablations.change(row)}\n{row['seeds']} seeds" for row in found], fontsize=8
     )
     right.axvline(0, color="#333333", linewidth=0.8)
-    right.set(xlabel=f"Stable-LoRA less AdamW, {'nats a token' if loss else 'points'}", ylim=(-0.6, len(found) - 0.4))
+    right.set(xlabel=f"Stable-LoRA minus AdamW, {'nats a token' if loss else 'points'}", ylim=(-0.6, len(found) - 0.4))
     right.set_title("with the same thing changed in both, seed by seed, 95 %", fontsize=9)
     return figure
 

@@ -40,7 +40,7 @@ def setting_of(record: dict[str, Any]) -> Setting:
 
 
 def settings(records: Records) -> list[Setting]:
-    return list(dict.fromkeys(map(setting_of, records)))
+    return sorted(set(map(setting_of, records)))
 
 
 def plain(records: Records, setting: Setting) -> list[dict[str, Any]]:
@@ -156,7 +156,7 @@ def rates(records: Records) -> list[dict[str, Any]]:
 
 
 def same_rate(records: Records) -> list[dict[str, Any]]:
-    """Every arm less AdamW at the same learning rate, seed by seed."""
+    """Every arm minus AdamW at the same learning rate, seed by seed."""
     scores: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
     for record in records:
         run = run_of(record)
