@@ -44,6 +44,13 @@ def _interval(value: float, half: float, loss: bool, spec: str = ".1f") -> str:
     return _points(value, loss, spec) + size
 
 
+def _seeds(records: Records) -> str:
+    counts = [row["seeds"] for row in rates(records)]
+    few, many = min(counts), max(counts)
+    numbers = str(few) if few == many else f"{few} to {many}"
+    return f"{numbers} seed{'s' if many > 1 else ''}"
+
+
 def rate_table(records: Records, loss: bool) -> list[str]:
     rows = rates(records)
     lrs = sorted({row["lr"] for row in rows})
@@ -156,7 +163,7 @@ def table(records: Records) -> str:
             f"{setting.model} on {setting.task}, {setting.dtype}, {setting.steps} steps, r 8, query and value: "
             f"{what} on test examples",
             "",
-            f"Every arm and learning rate, means over seeds (the first {SCREENING}, more where it was chosen or near the edge)",
+            f"Every arm and learning rate, means over {_seeds(mine)}",
             *rate_table(mine, loss),
             "",
             *same_rate_table(mine, loss),

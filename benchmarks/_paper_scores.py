@@ -172,6 +172,14 @@ def same_rate(records: Records) -> list[dict[str, Any]]:
 
 
 def fallen(records: Records) -> set[tuple[str, float]]:
-    """The arms and learning rates of which a run fell to one class."""
+    """The arms and learning rates of which a run fell to one class. Below an arm's best rate it has not learned yet instead."""
+    best_of: dict[str, dict[str, Any]] = {}
+    for row in rates(records):
+        best_of[row["arm"]] = max(best_of.get(row["arm"], row), row, key=lambda row: row["validation"])
+    several = len({record["run"]["lr"] for record in records}) > 1
     runs = [(run_of(record), score(record, "test")) for record in records]
-    return {(run.arm, run.lr) for run, value in runs if value < FALLEN.get(run.task, -math.inf)}
+    return {
+        (run.arm, run.lr)
+        for run, value in runs
+        if value < FALLEN.get(run.task, -math.inf) and (run.lr > best_of[run.arm]["lr"] or not several)
+    }
