@@ -17,6 +17,7 @@ from benchmarks._paper_scores import (
     plain,
     rates,
     same_rate,
+    seeds,
     setting_of,
     settings,
 )
@@ -47,8 +48,11 @@ def _colour(arm: str, stable: list[str]) -> str:
 
 def _figure(records: Records, setting: Setting) -> Any:
     loss = setting.task == "plays"
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(14, 4.4), layout="constrained", width_ratios=(1.2, 1.2, 1)
+    found = [row for row in headline(records) if "difference" in row]
+    # With too few seeds to choose a best rate there is no third.
+    widths = (1.2, 1.2, 1) if found else (1.2, 1.2)
+    figure, (left, middle, *rest) = plt.subplots(
+        1, len(widths), figsize=(14 * sum(widths) / 3.4, 4.7), layout="constrained", width_ratios=widths
     )
     title = f"{setting.model} on {setting.task}, {setting.dtype}, {setting.steps} steps: LoRA r 8 on query and value"
     figure.suptitle(title, fontsize=12, fontweight="bold")
@@ -59,8 +63,8 @@ def _figure(records: Records, setting: Setting) -> Any:
         values = [-row["test"] if loss else 100 * row["test"] for row in mine]
         left.plot([row["lr"] for row in mine], values, "o-", markersize=4, color=_colour(arm, stable), label=arm)
     left.set(xscale="log", xlabel="learning rate", ylabel="test loss, nats a token" if loss else "test accuracy, %")
-    left.set_title("every learning rate, means over seeds", fontsize=9)
-    left.legend(fontsize=7)
+    left.set_title(f"every learning rate, means over {seeds(records)}", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=8, fontsize=8)
     factor = -1 if loss else 100
     beside = same_rate(records)
     # A run that fell to one class is off by tens of points, and a mean with it says how many did, not how good the others are.
@@ -76,24 +80,27 @@ def _figure(records: Records, setting: Setting) -> Any:
         xlabel="learning rate",
         ylabel=f"minus AdamW's, {'nats a token' if loss else 'points'}",
     )
-    middle.set_title(
-        f"minus AdamW's at the same rate{', where no run fell to one class' if broken else ''}", fontsize=9
-    )
-    found = [row for row in headline(records) if "difference" in row]
+    middle.set_title(f"minus AdamW's at the same rate{', where no run broke' if broken else ''}", fontsize=9)
+    if found:
+        _at_their_best(rest[0], found, stable, loss)
+    return figure
+
+
+def _at_their_best(axes: Any, found: Records, stable: list[str], loss: bool) -> None:
+    factor = -1 if loss else 100
     for place, row in enumerate(found):
         half = abs(factor) * row["difference_95"]
-        right.errorbar(
+        axes.errorbar(
             factor * row["difference"], place, xerr=half, fmt="o", capsize=4, color=_colour(row["arm"], stable)
         )
     names = [f"{row['arm']}\nlr {row['lr']:g}, {row['pairs']} seeds" for row in found]
-    right.set_yticks(range(len(found)), names, fontsize=8)
-    right.axvline(0, color="#333333", linewidth=0.8)
-    right.set(
+    axes.set_yticks(range(len(found)), names, fontsize=8)
+    axes.axvline(0, color="#333333", linewidth=0.8)
+    axes.set(
         xlabel="loss minus AdamW's (left is better)" if loss else "accuracy minus AdamW's, points",
         ylim=(-0.6, len(found) - 0.4),
     )
-    right.set_title("each at its best, seed by seed, 95 %", fontsize=9)
-    return figure
+    axes.set_title("each at its best, seed by seed, 95 %", fontsize=9)
 
 
 def _ablations(rows: Records, setting: Setting) -> Any:

@@ -25,6 +25,7 @@ from benchmarks._paper_scores import (
     run_of,
     same_rate,
     score,
+    seeds,
     settings,
 )
 from benchmarks._statistics import interval
@@ -42,13 +43,6 @@ def _interval(value: float, half: float, loss: bool, spec: str = ".1f") -> str:
     """With half the width of its interval, where there is one."""
     size = "" if math.isnan(half) else f" ± {_points(-half if loss else half, loss, spec.lstrip('+'))}"
     return _points(value, loss, spec) + size
-
-
-def _seeds(records: Records) -> str:
-    counts = [row["seeds"] for row in rates(records)]
-    few, many = min(counts), max(counts)
-    numbers = str(few) if few == many else f"{few} to {many}"
-    return f"{numbers} seed{'s' if many > 1 else ''}"
 
 
 def rate_table(records: Records, loss: bool) -> list[str]:
@@ -163,7 +157,7 @@ def table(records: Records) -> str:
             f"{setting.model} on {setting.task}, {setting.dtype}, {setting.steps} steps, r 8, query and value: "
             f"{what} on test examples",
             "",
-            f"Every arm and learning rate, means over {_seeds(mine)}",
+            f"Every arm and learning rate, means over {seeds(mine)}",
             *rate_table(mine, loss),
             "",
             *same_rate_table(mine, loss),

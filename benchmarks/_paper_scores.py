@@ -155,6 +155,13 @@ def rates(records: Records) -> list[dict[str, Any]]:
     return rows
 
 
+def seeds(records: Records) -> str:
+    """How many the arms and learning rates have, as ``"2 to 10 seeds"``."""
+    counts = [row["seeds"] for row in rates(records)]
+    few, many = min(counts), max(counts)
+    return f"{few if few == many else f'{few} to {many}'} seed{'s' if many > 1 else ''}"
+
+
 def same_rate(records: Records) -> list[dict[str, Any]]:
     """Every arm minus AdamW at the same learning rate, seed by seed."""
     scores: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
@@ -172,7 +179,7 @@ def same_rate(records: Records) -> list[dict[str, Any]]:
 
 
 def fallen(records: Records) -> set[tuple[str, float]]:
-    """The arms and learning rates of which a run fell to one class. Below an arm's best rate it has not learned yet instead."""
+    """The arms and learning rates at which a run broke. Below an arm's best rate, as few right answers are not learned yet."""
     best_of: dict[str, dict[str, Any]] = {}
     for row in rates(records):
         best_of[row["arm"]] = max(best_of.get(row["arm"], row), row, key=lambda row: row["validation"])

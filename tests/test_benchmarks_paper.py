@@ -102,6 +102,7 @@ def test_runs_that_fell_are_counted_apart():
     # Of the rate at which none fell, nothing is said.
     assert "lr 0.01" in header and "lr 0.001 " not in header
     assert row.split() == [ADAMW, "1", "of", "4,", "82.0", "±", "8.6"]
+    assert _paper_scores.seeds(records) == "2 to 4 seeds" and _paper_scores.seeds(records[:1]) == "1 seed"
     # At a rate below the best, so few right answers are not a fall.
     slow = [record(replace(run, lr=1e-4), test=0.55, validation=0.4) for run in runs]
     assert _paper_scores.fallen(records + slow) == {(ADAMW, 1e-2)}
