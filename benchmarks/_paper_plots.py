@@ -50,9 +50,9 @@ def _figure(records: Records, setting: Setting) -> Any:
     loss = setting.task == "plays"
     found = [row for row in headline(records) if "difference" in row]
     # With too few seeds to choose a best rate there is no third.
-    widths = (1.2, 1.2, 1) if found else (1.2, 1.2)
+    size, widths = ((14, 4.7), (1.2, 1.2, 1)) if found else ((10, 4.7), (1.2, 1.2))
     figure, (left, middle, *rest) = plt.subplots(
-        1, len(widths), figsize=(14 * sum(widths) / 3.4, 4.7), layout="constrained", width_ratios=widths
+        1, len(widths), figsize=size, layout="constrained", width_ratios=widths
     )
     title = f"{setting.model} on {setting.task}, {setting.dtype}, {setting.steps} steps: LoRA r 8 on query and value"
     figure.suptitle(title, fontsize=12, fontweight="bold")

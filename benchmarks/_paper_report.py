@@ -92,12 +92,11 @@ def fallen_table(records: Records) -> list[str]:
             # Of two runs an interval is wider than the scale.
             mean, half = interval(others) if len(others) > 2 else (sum(others) / max(1, len(others)), math.nan)
             reached = f", {_interval(mean, half, loss=False)}" if others else ""
-            beside = groups[ADAMW, lr]
+            fell, beside = len(scores) - len(others), groups[ADAMW, lr]
             chance = ""
             if arm != ADAMW and scores and beside:
-                broke = sum(score < bound for score in beside)
-                chance = f" (p {fisher(len(scores) - len(others), len(scores), broke, len(beside)):.2f})"
-            texts.append(f"{len(scores) - len(others)} of {len(scores)}{chance}{reached}" if scores else "-")
+                chance = f" (p {fisher(fell, len(scores), sum(score < bound for score in beside), len(beside)):.2f})"
+            texts.append(f"{fell} of {len(scores)}{chance}{reached}" if scores else "-")
         cells.append([arm, *texts])
     return aligned(cells) if lrs else []
 
@@ -206,12 +205,14 @@ def write(records: Records, out: Path) -> list[Path]:
     from benchmarks import _paper_plots
 
     rows = [setting._asdict() | row for setting in settings(records) for row in headline(plain(records, setting))]
+    at_rates = [setting._asdict() | row for setting in settings(records) for row in rates(plain(records, setting))]
     write_text(out / "table.txt", table(records))
     write_csv(out / "runs.csv", flat(records))
+    write_csv(out / "rates.csv", at_rates)
     write_csv(out / "headline.csv", rows)
     write_csv(out / "ablations.csv", _paper_ablations.rows(records))
     write_zipped(out / RECORDS, "".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
-    names = ("table.txt", "runs.csv", "headline.csv", "ablations.csv", RECORDS)
+    names = ("table.txt", "runs.csv", "rates.csv", "headline.csv", "ablations.csv", RECORDS)
     return [out / name for name in names] + _paper_plots.draw(records, out)
 
 

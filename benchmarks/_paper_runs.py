@@ -67,7 +67,7 @@ class Run:
 def _loaded(model: str) -> tuple[Any, Any]:
     backbone, tokenizer = load_model(model)
     if model == "smollm2":
-        # On a CPU, with this few tokens, the fused attention's backward makes a step a fifth longer.
+        # On a CPU, with this few tokens, the fused attention's backward is slower than the plain one's.
         backbone.set_attn_implementation("eager")
     return backbone, tokenizer
 

@@ -151,7 +151,7 @@ def rates(records: Records) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"arm": arm, "lr": lr, "seeds": len(mine), "diverged": sum(r["diverged"] for r in mine)}
         for split in ("validation", "test"):
             row[split], row[f"{split}_95"] = interval([score(r, split) for r in mine])
-        rows.append(row | means(mine, "shrinks", "a_left", "a_over_start"))
+        rows.append(row | means(mine, "shrinks", "latched", "a_left", "a_over_start"))
     return rows
 
 
@@ -180,13 +180,14 @@ def same_rate(records: Records) -> list[dict[str, Any]]:
 
 def fallen(records: Records) -> set[tuple[str, float]]:
     """The arms and learning rates at which a run broke. Below an arm's best rate, as few right answers are not learned yet."""
-    best_of: dict[str, dict[str, Any]] = {}
+    highest: dict[str, float] = {}
+    best_lr: dict[str, float] = {}
     for row in rates(records):
-        best_of[row["arm"]] = max(best_of.get(row["arm"], row), row, key=lambda row: row["validation"])
-    several = len({record["run"]["lr"] for record in records}) > 1
+        if row["validation"] > highest.get(row["arm"], -math.inf):
+            highest[row["arm"]], best_lr[row["arm"]] = row["validation"], row["lr"]
     runs = [(run_of(record), score(record, "test")) for record in records]
     return {
         (run.arm, run.lr)
         for run, value in runs
-        if value < FALLEN.get(run.task, -math.inf) and (run.lr > best_of[run.arm]["lr"] or not several)
+        if value < FALLEN.get(run.task, -math.inf) and run.lr >= best_lr[run.arm]
     }

@@ -145,7 +145,7 @@ class Preset:
 
 ABLATION_SEEDS = 3
 MINILM = (Study("minilm", "sarcasm", 300, edge_seeds=10), Study("minilm", "reuters-52", 300))
-# A run takes three times as long: the smallest and the largest ratio only.
+# Where time is short: the smallest and the largest ratio only.
 _EXTREMES = (5e-4, 5e-3)
 SMOLLM2 = (
     Study("smollm2", "sarcasm", 150, ratios=_EXTREMES, edge_seeds=3),
