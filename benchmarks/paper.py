@@ -3,8 +3,8 @@
     python -m benchmarks.paper [--preset quick|minilm|smollm2|ablations|edge|long] [--out DIR] [--minutes M] [--records FILE]
 
 A preset screens every optimizer, shrink ratio and learning rate with a few seeds, chooses on validation examples, and spends
-further seeds on what was chosen; ``ablations`` changes one thing at a time of that, ``edge`` spends seeds on the highest learning
-rate, where training breaks for some, and ``long`` gives small rates time to converge. Each run is a file in DIR/runs, and is not
+further seeds on what was chosen; ``ablations`` changes one thing at a time of that, ``edge`` spends seeds on the high learning
+rates, where training breaks for some, and ``long`` gives small rates time to converge. Each run is a file in DIR/runs, and is not
 run again; with --minutes no run is started after that time, and the next call goes on. Presets share DIR. ``--records FILE`` goes
 on from another call's runs, as from those in ``benchmarks/results/``; ``--report`` only makes the tables and plots anew.
 """
@@ -48,6 +48,8 @@ class Study:
     seeds: int = 5
     # Of AdamW and Stable-LoRA, whose difference is the paper's claim.
     headline_seeds: int = 10
+    # The rates at which training breaks for some, and how many seeds tell whether it does more often for others.
+    edge_lrs: tuple[float, ...] = LRS[-1:]
     edge_seeds: int = 0
 
     @property
@@ -105,12 +107,14 @@ def ablations(study: Study, records: list[dict[str, Any]], seeds: int) -> list[R
 
 
 def edge(study: Study) -> list[Run]:
-    """AdamW and the extremes of Stable-LoRA at the highest learning rate, in both dtypes, with ``edge_seeds`` seeds."""
+    """AdamW and the extremes of Stable-LoRA at the rates where training breaks, and at the highest of them in float32 too, with
+    ``edge_seeds`` seeds."""
     arms = [(ADAMW, 0.0), (STABLE, min(study.ratios)), (STABLE, max(study.ratios))]
     return [
-        Run(study.model, study.task, name, max(study.lrs), ratio, seed, study.steps, dtype=dtype)
-        for dtype in ("bf16", "fp32")
+        Run(study.model, study.task, name, lr, ratio, seed, study.steps, dtype=dtype)
+        for dtype, lrs in (("bf16", study.edge_lrs), ("fp32", (max(study.edge_lrs),)))
         for seed in range(study.edge_seeds)
+        for lr in lrs
         for name, ratio in arms
     ]
 
@@ -130,7 +134,7 @@ def one_change(study: Study, records: list[dict[str, Any]]) -> Iterator[Part]:
     yield ablations(study, records, ABLATION_SEEDS)
 
 
-def highest_rate(study: Study, records: list[dict[str, Any]]) -> Iterator[Part]:
+def high_rates(study: Study, records: list[dict[str, Any]]) -> Iterator[Part]:
     """Needs nothing chosen."""
     yield edge(study)
 
@@ -148,7 +152,7 @@ MINILM = (Study("minilm", "sarcasm", 300, edge_seeds=10), Study("minilm", "reute
 # Where time is short: the smallest and the largest ratio only.
 _EXTREMES = (5e-4, 5e-3)
 SMOLLM2 = (
-    Study("smollm2", "sarcasm", 150, ratios=_EXTREMES, edge_seeds=3),
+    Study("smollm2", "sarcasm", 150, ratios=_EXTREMES, edge_lrs=LRS[-2:], edge_seeds=5),
     Study("smollm2", "plays", 100, ratios=_EXTREMES),
     Study("smollm2", "reuters-52", 150, ratios=_EXTREMES),
 )
@@ -160,7 +164,7 @@ PRESETS = {
     "minilm": Preset(MINILM),
     "smollm2": Preset(SMOLLM2),
     "ablations": Preset(MINILM[:1], one_change),
-    "edge": Preset((MINILM[0], SMOLLM2[0]), highest_rate),
+    "edge": Preset((MINILM[0], SMOLLM2[0]), high_rates),
     # Nearly two epochs: rates at which the method acts, and time for them to converge.
     "long": Preset((replace(_TWO, steps=1500, lrs=(1e-4, 3e-4, 1e-3), headline_seeds=5),)),
 }

@@ -72,9 +72,9 @@ def test_further_seeds_go_to_what_validation_examples_chose(monkeypatch):
 
 def test_presets_have_their_parts_in_order(monkeypatch):
     study = replace(STUDY, edge_seeds=3)
-    for parts in (paper.one_change, paper.highest_rate):
+    for parts in (paper.one_change, paper.high_rates):
         monkeypatch.setitem(paper.PRESETS, parts.__name__, paper.Preset((study,), parts))
-    assert paper.missing("highest_rate", []) == paper.edge(study)
+    assert paper.missing("high_rates", []) == paper.edge(study)
     records = screened(lambda run: run.lr)
     assert paper.missing("one_change", []) == study.screen()
     assert paper.missing("one_change", records) == study.decide(records)
@@ -112,13 +112,18 @@ def test_runs_that_fell_are_counted_apart():
     assert "at its best" not in _paper_report.table([found for found in records if found["run"]["lr"] == 1e-2])
 
 
-def test_the_edge_is_the_highest_rate_in_both_dtypes():
-    runs = paper.edge(replace(STUDY, edge_seeds=3))
-    assert {run.lr for run in runs} == {1e-2} and {run.seed for run in runs} == {0, 1, 2}
-    arms = [(run.dtype, run.arm) for run in runs[:3] + runs[9:12]]
+def test_the_edge_is_the_high_rates_and_the_highest_in_float32_too():
+    runs = paper.edge(replace(STUDY, edge_lrs=(3e-3, 1e-2), edge_seeds=2))
     expected = [ADAMW, f"{STABLE} 0.0005", f"{STABLE} 0.005"]
-    assert arms == [("bf16", arm) for arm in expected] + [("fp32", arm) for arm in expected]
-    assert len(set(runs)) == 18
+    assert [(run.dtype, run.seed, run.lr, run.arm) for run in runs] == [
+        (dtype, seed, lr, arm)
+        for dtype, lrs in (("bf16", (3e-3, 1e-2)), ("fp32", (1e-2,)))
+        for seed in (0, 1)
+        for lr in lrs
+        for arm in expected
+    ]
+    # Where a study says nothing else.
+    assert {run.lr for run in paper.edge(replace(STUDY, edge_seeds=1))} == {1e-2}
 
 
 def test_ablations_change_one_thing_each():
