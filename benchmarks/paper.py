@@ -48,7 +48,7 @@ class Study:
     seeds: int = 5
     # Of AdamW and Stable-LoRA, whose difference is the paper's claim.
     headline_seeds: int = 10
-    # The rates at which training breaks for some, and how many seeds tell whether it does more often for others.
+    # Rates at which training breaks for some, and how many seeds are to tell for whom.
     edge_lrs: tuple[float, ...] = LRS[-1:]
     edge_seeds: int = 0
 
