@@ -35,14 +35,15 @@ from benchmarks.report import aligned, write_csv, write_text, write_zipped
 RECORDS = "records.jsonl.gz"
 
 
-def _points(value: float, loss: bool, spec: str = ".1f") -> str:
-    return format(-value, "+.3f" if spec.startswith("+") else ".3f") if loss else format(100 * value, spec)
+def _points(value: float, loss: bool, decimals: int = 1, sign: str = "") -> str:
+    """Points of accuracy; a loss is the score turned around, in nats, and has two decimals more."""
+    return format(-value if loss else 100 * value, f"{sign}.{decimals + 2 * loss}f")
 
 
-def _interval(value: float, half: float, loss: bool, spec: str = ".1f") -> str:
+def _interval(value: float, half: float, loss: bool, decimals: int = 1, sign: str = "") -> str:
     """With half the width of its interval, where there is one."""
-    size = "" if math.isnan(half) else f" ± {_points(-half if loss else half, loss, spec.lstrip('+'))}"
-    return _points(value, loss, spec) + size
+    size = "" if math.isnan(half) else f" ± {_points(-half if loss else half, loss, decimals)}"
+    return _points(value, loss, decimals, sign) + size
 
 
 def rate_table(records: Records, loss: bool) -> list[str]:
@@ -69,7 +70,7 @@ def same_rate_table(records: Records, loss: bool) -> list[str]:
     cells = [["minus AdamW at the same rate", *(f"lr {lr:g}" for lr in lrs)]]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = {row["lr"]: row for row in rows if row["arm"] == arm}
-        cells.append([arm, *(_points(mine[lr]["difference"], loss, "+.1f") if lr in mine else "-" for lr in lrs)])
+        cells.append([arm, *(_points(mine[lr]["difference"], loss, sign="+") if lr in mine else "-" for lr in lrs)])
     return aligned(cells)
 
 
@@ -106,7 +107,7 @@ def headline_table(rows: Records, loss: bool) -> list[str]:
     for row in rows:
         difference = p = "-"
         if "difference" in row:
-            difference = _interval(row["difference"], row["difference_95"], loss, "+.2f")
+            difference = _interval(row["difference"], row["difference_95"], loss, 2, "+")
             p = f"{row['p']:.3f} ({row['pairs']})"
         left = "-" if row["a_left"] is None else f"{100 * row['a_left']:.0f} %"
         cells.append(
@@ -134,7 +135,7 @@ def ablation_table(rows: Records) -> list[str]:
     for row in rows:
         loss = row["task"] == "plays"
         differences = [
-            "-" if row[key] is None else _interval(row[key], row[f"{key}_95"], loss, "+.2f")
+            "-" if row[key] is None else _interval(row[key], row[f"{key}_95"], loss, 2, "+")
             for key in ("difference", "minus_adamw")
         ]
         cells.append(
@@ -151,7 +152,7 @@ def table(records: Records) -> str:
         mine, loss = plain(records, setting), setting.task == "plays"
         if not mine:
             continue
-        what = "held-out loss, nats a token" if loss else "accuracy, %"
+        what = "loss, nats a token (less is better)," if loss else "accuracy, %"
         lines += [
             f"{setting.model} on {setting.task}, {setting.dtype}, {setting.steps} steps, r 8, query and value: "
             f"{what} on test examples",

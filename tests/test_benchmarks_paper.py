@@ -182,6 +182,26 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     assert len(list(csv.DictReader((tmp_path / "runs.csv").open()))) == 8
 
 
+def test_of_language_modelling_the_lowest_loss_is_best(tmp_path):
+    study = replace(STUDY, task="plays")
+
+    def loss(run):
+        return 3.0 + 0.1 * run.seed + (0.5 if run.lr == 1e-3 else 0.0) - (0.0123 if run.optimizer == STABLE else 0.0)
+
+    runs = [run for run in study.screen() if run.optimizer in (ADAMW, STABLE)]
+    records = []
+    for run in runs:
+        found = {"accuracy": None, "loss": loss(run)}
+        records.append(record(run) | {"validation": found, "test": found})
+    assert _paper_scores.best(records)[ADAMW] == (1e-2, 0.0)
+    header, *lines = _paper_report.table(records).splitlines()
+    assert "loss, nats a token (less is better)" in header
+    text = "\n".join(lines)
+    # Below AdamW's is minus; a size has no sign.
+    assert "3.050 ± 0.635" in text and "-0.0123 ± 0.0000" in text and "-0.012 " in text and "runs below" not in text
+    assert tmp_path / "m_plays_bf16_9.png" in _paper_report.write(records, tmp_path)
+
+
 def test_an_ablation_is_beside_what_it_changed(tmp_path):
     base = replace(STUDY.screen()[0], lr=1e-3)
     records = [record(replace(base, seed=seed), test=0.6 + 0.1 * seed) for seed in range(4)]
