@@ -74,7 +74,7 @@ def same_rate_table(records: Records, loss: bool) -> list[str]:
     return aligned(cells)
 
 
-def fallen_table(records: Records) -> list[str]:
+def fallen_table(records: Records, loss: bool) -> list[str]:
     """Where training broke: in how many runs, by Fisher's test against AdamW's, and what the others reached. Empty where it never
     did."""
     groups: dict[tuple[str, float], list[float]] = defaultdict(list)
@@ -82,9 +82,8 @@ def fallen_table(records: Records) -> list[str]:
         groups[run_of(record).arm, run_of(record).lr].append(score(record, "test"))
     bound = FALLEN.get(records[0]["run"]["task"], -math.inf)
     lrs = sorted({lr for _, lr in fallen(records)})
-    cells = [
-        [f"runs below {100 * bound:.0f} %, Fisher's p against AdamW's, and the others", *(f"lr {lr:g}" for lr in lrs)]
-    ]
+    broken = f"above {-bound:g} nats" if loss else f"below {100 * bound:.0f} %"
+    cells = [[f"runs {broken}, Fisher's p against AdamW's, and the others", *(f"lr {lr:g}" for lr in lrs)]]
     for arm in sorted({arm for arm, _ in groups}):
         texts = []
         for lr in lrs:
@@ -92,7 +91,7 @@ def fallen_table(records: Records) -> list[str]:
             others = [score for score in scores if score >= bound]
             # Of two runs an interval is wider than the scale.
             mean, half = interval(others) if len(others) > 2 else (sum(others) / max(1, len(others)), math.nan)
-            reached = f", {_interval(mean, half, loss=False)}" if others else ""
+            reached = f", {_interval(mean, half, loss)}" if others else ""
             fell, beside = len(scores) - len(others), groups[ADAMW, lr]
             chance = ""
             if arm != ADAMW and scores and beside:
@@ -162,7 +161,7 @@ def table(records: Records) -> str:
             "",
             *same_rate_table(mine, loss),
             "",
-            *([*broken, ""] if (broken := fallen_table(mine)) else []),
+            *([*broken, ""] if (broken := fallen_table(mine, loss)) else []),
         ]
         if chosen := headline(mine):
             lines += [

@@ -95,10 +95,10 @@ def test_a_run_that_diverged_is_never_the_best():
 def test_runs_that_fell_are_counted_apart():
     runs = [run for run in STUDY.screen() if run.optimizer == ADAMW]
     records = [record(run, test=0.8) for run in runs]
-    assert _paper_report.fallen_table(records) == []
+    assert _paper_report.fallen_table(records, loss=False) == []
     records += [record(replace(runs[-1], seed=seed), test=test) for seed, test in ((2, 0.495), (3, 0.86))]
     assert _paper_scores.fallen(records) == {(ADAMW, 1e-2)}
-    header, _, row = _paper_report.fallen_table(records)
+    header, _, row = _paper_report.fallen_table(records, loss=False)
     # Of the rate at which none fell, nothing is said.
     assert "lr 0.01" in header and "lr 0.001 " not in header
     assert row.split() == [ADAMW, "1", "of", "4,", "82.0", "±", "8.6"]
@@ -199,6 +199,11 @@ def test_of_language_modelling_the_lowest_loss_is_best(tmp_path):
     text = "\n".join(lines)
     # Below AdamW's is minus; a size has no sign.
     assert "3.050 ± 0.635" in text and "-0.0123 ± 0.0000" in text and "-0.012 " in text and "runs below" not in text
+    # Worse than before training, at the highest rate, is broken.
+    worse = {"accuracy": None, "loss": 5.0}
+    records += [record(replace(runs[-1], seed=2, lr=0.1)) | {"validation": worse, "test": worse}]
+    header, _, adamw, *_, fell = _paper_report.fallen_table(records, loss=True)
+    assert header.startswith("runs above 4.086 nats,") and "1 of 1" in fell and "of" not in adamw
     assert tmp_path / "m_plays_bf16_9.png" in _paper_report.write(records, tmp_path)
 
 
