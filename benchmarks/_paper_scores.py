@@ -62,7 +62,8 @@ def score(record: dict[str, Any], split: str) -> float:
 
 
 def best(records: Records) -> dict[str, tuple[float, float]]:
-    """For each optimizer the learning rate and shrink ratio that are best on validation examples, over the first seeds."""
+    """For each optimizer the learning rate and shrink ratio that are best on validation examples, over the first seeds; none
+    before its screening is whole."""
     groups: dict[tuple[str, float, float], list[float]] = defaultdict(list)
     for record in records:
         run = run_of(record)
@@ -70,13 +71,10 @@ def best(records: Records) -> dict[str, tuple[float, float]]:
             groups[run.optimizer, run.lr, run.shrink_ratio].append(score(record, "validation"))
     found: dict[str, tuple[float, float]] = {}
     for name in OPTIMIZERS:
-        mine = {
-            key[1:]: statistics.fmean(values)
-            for key, values in groups.items()
-            if key[0] == name and len(values) == SCREENING
-        }
-        if mine:
-            found[name] = max(mine, key=lambda key: mine[key])
+        mine = {key[1:]: values for key, values in groups.items() if key[0] == name}
+        # Half-way through a screening the rates that already have their seeds are not to be chosen among.
+        if mine and all(len(values) == SCREENING for values in mine.values()):
+            found[name] = max(mine, key=lambda key: statistics.fmean(mine[key]))
     return found
 
 

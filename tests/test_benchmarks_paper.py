@@ -66,6 +66,7 @@ def test_further_seeds_go_to_what_validation_examples_chose(monkeypatch):
     monkeypatch.setitem(paper.PRESETS, "test", paper.Preset((STUDY,)))
     # A screening that is not whole decides nothing.
     assert paper.missing("test", records[:-1]) == [STUDY.screen()[-1]]
+    assert STABLE not in _paper_scores.best(records[:-1]) and ADAMW in _paper_scores.best(records[:-1])
     assert paper.missing("test", records) == runs
     assert paper.missing("test", records + [record(run) for run in runs]) == []
 
@@ -167,7 +168,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     more = {"shrinks": 5.0, "a_left": 0.975}
     records += [record(replace(stable, seed=seed), test=0.62 + 0.1 * seed, **more) for seed in range(3)]
     # A rate that AdamW has not been run at has nothing to be compared with.
-    records.append(record(replace(stable, lr=1e-2), test=0.9, **more))
+    records += [record(replace(stable, lr=1e-2, seed=seed), test=0.9, validation=0.4, **more) for seed in range(2)]
     (same,) = _paper_scores.same_rate(records)
     assert (same["arm"], same["lr"], same["seeds"]) == ("Stable-LoRA 0.005", 1e-3, 3)
     assert same["difference"] == pytest.approx(0.02)
@@ -179,7 +180,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
         assert path.stat().st_size > 100
     text = (tmp_path / "table.txt").read_text()
     assert "+2.00 ± 0.00" in text and "stop_condition never" in text and "0.250 (3)" in text
-    assert len(list(csv.DictReader((tmp_path / "runs.csv").open()))) == 8
+    assert len(list(csv.DictReader((tmp_path / "runs.csv").open()))) == 9
 
 
 def test_of_language_modelling_the_lowest_loss_is_best(tmp_path):
