@@ -69,10 +69,10 @@ def _figure(records: Records, setting: Setting) -> Any:
     beside = same_rate(records)
     # A run that fell to one class is off by tens of points, and a mean with it says how many did, not how good the others are.
     broken = fallen(records)
-    if loss:
-        # Which has no upper end: what broke would make a line of all the others.
-        kept = [-row["test"] for row in rows if (row["arm"], row["lr"]) not in broken]
-        margin = 0.05 * (max(kept) - min(kept))
+    kept = [-row["test"] for row in rows if (row["arm"], row["lr"]) not in broken]
+    if loss and kept:
+        # A loss has no upper end: with what broke in view, all others would be one line.
+        margin = 0.05 * (max(kept) - min(kept) or 1)
         left.set_ylim(min(kept) - margin, max(kept) + margin)
     for arm in dict.fromkeys(row["arm"] for row in beside):
         mine = [row for row in beside if row["arm"] == arm and not {(arm, row["lr"]), (ADAMW, row["lr"])} & broken]

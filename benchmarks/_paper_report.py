@@ -33,6 +33,8 @@ from benchmarks.report import aligned, write_csv, write_text, write_zipped
 
 # Every run's record, from which the command can go on elsewhere.
 RECORDS = "records.jsonl.gz"
+# Of no more runs than this an interval is wider than the scale.
+FEW = 2
 
 
 def _points(value: float, loss: bool, decimals: int = 1, sign: str = "") -> str:
@@ -70,7 +72,12 @@ def same_rate_table(records: Records, loss: bool) -> list[str]:
     cells = [["minus AdamW at the same rate", *(f"lr {lr:g}" for lr in lrs)]]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = {row["lr"]: row for row in rows if row["arm"] == arm}
-        cells.append([arm, *(_points(mine[lr]["difference"], loss, sign="+") if lr in mine else "-" for lr in lrs)])
+        texts = []
+        for lr in lrs:
+            row = mine.get(lr)
+            half = row["difference_95"] if row and row["seeds"] > FEW else math.nan
+            texts.append(_interval(row["difference"], half, loss, sign="+") if row else "-")
+        cells.append([arm, *texts])
     return aligned(cells)
 
 
@@ -89,8 +96,7 @@ def fallen_table(records: Records, loss: bool) -> list[str]:
         for lr in lrs:
             scores = groups[arm, lr]
             others = [score for score in scores if score >= bound]
-            # Of two runs an interval is wider than the scale.
-            mean, half = interval(others) if len(others) > 2 else (sum(others) / max(1, len(others)), math.nan)
+            mean, half = interval(others) if len(others) > FEW else (sum(others) / max(1, len(others)), math.nan)
             reached = f", {_interval(mean, half, loss)}" if others else ""
             fell, beside = len(scores) - len(others), groups[ADAMW, lr]
             chance = ""

@@ -17,7 +17,7 @@ Records = Sequence[dict[str, Any]]
 SCREENING = 2
 COSTS = ("optimizer_ms", "seconds", "state_bytes")
 # A score below this says that training has broken: an accuracy that one class alone gives (42 to 50 %), or hardly more; of the
-# plays a loss above SmolLM2's before any training.
+# plays a loss above SmolLM2's before any training, which is that of a run of one step at a learning rate of zero.
 FALLEN = {"sarcasm": 0.6, "reuters-52": 0.5, "plays": -4.086}
 # What the fields that ablations change are by default.
 PLAIN = {"r": 8, "targets": "query-value", "stop_condition": "norm", "adapters": "fp32", "rounding": "stochastic"}

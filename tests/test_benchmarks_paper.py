@@ -172,6 +172,9 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     (same,) = _paper_scores.same_rate(records)
     assert (same["arm"], same["lr"], same["seeds"]) == ("Stable-LoRA 0.005", 1e-3, 3)
     assert same["difference"] == pytest.approx(0.02)
+    # Of two seeds an interval says nothing.
+    assert "+2.0 ± 0.0" in "\n".join(_paper_report.same_rate_table(records, loss=False))
+    assert "±" not in "\n".join(_paper_report.same_rate_table([r for r in records if r["run"]["seed"] < 2], loss=False))
     _, row = _paper_scores.headline(records)
     assert row["difference"] == pytest.approx(0.02) and row["difference_95"] == pytest.approx(0, abs=1e-9)
     assert (row["p"], row["pairs"], row["a_left"]) == (pytest.approx(2 / 8), 3, 0.975)
