@@ -54,7 +54,7 @@ def _figure(records: Records, setting: Setting) -> Any:
     figure, (left, middle, *rest) = plt.subplots(
         1, len(widths), figsize=size, layout="constrained", width_ratios=widths
     )
-    title = f"{setting.model} on {setting.task}, {setting.dtype}, {setting.steps} steps: LoRA r 8 on query and value"
+    title = f"{setting}: LoRA r 8 on query and value"
     figure.suptitle(title, fontsize=12, fontweight="bold")
     rows = rates(records)
     stable = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm.startswith(STABLE)]
@@ -113,10 +113,7 @@ def _ablations(rows: Records, setting: Setting) -> Any:
     loss = setting.task == "plays"
     factor = -1 if loss else 100
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=(1, 1.1))
-    title = (
-        f"{setting.model} on {setting.task}, {setting.dtype}, {setting.steps} steps: each optimizer at its best for r 8"
-    )
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.suptitle(f"{setting}: each optimizer at its best for r 8", fontsize=12, fontweight="bold")
     stable = list(dict.fromkeys(row["arm"] for row in rows if row["arm"].startswith(STABLE)))
     _against_rank(left, rows, stable, loss)
     found = [row for row in rows if row["arm"] in stable and row["minus_adamw"] is not None][::-1]

@@ -159,8 +159,7 @@ def table(records: Records) -> str:
             continue
         what = "loss, nats a token (less is better)," if loss else "accuracy, %"
         lines += [
-            f"{setting.model} on {setting.task}, {setting.dtype}, {setting.steps} steps, r 8, query and value: "
-            f"{what} on test examples",
+            f"{setting}, r 8, query and value: {what} on test examples",
             "",
             f"Every arm and learning rate, means over {seeds(mine)}",
             *rate_table(mine, loss),

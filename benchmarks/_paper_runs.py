@@ -34,17 +34,22 @@ ROUNDINGS = ("stochastic", "nearest")
 HEAD_LR, WARMUP, LOSS_EVERY = 3e-3, 10, 10
 
 
+def arm_of(optimizer: str, shrink_ratio: float) -> str:
+    return f"{optimizer} {shrink_ratio:g}" if optimizer == STABLE else optimizer
+
+
 @dataclass(frozen=True)
 class Run:
     """What identifies a run; its file's name is made of it."""
 
     model: str
     task: str
+    steps: int
+    batch_size: int
     optimizer: str
     lr: float
     shrink_ratio: float = 0.0
     seed: int = 0
-    steps: int = 200
     r: int = 8
     targets: str = "query-value"
     dtype: str = "bf16"
@@ -54,7 +59,7 @@ class Run:
 
     @property
     def arm(self) -> str:
-        return f"{self.optimizer} {self.shrink_ratio:g}" if self.optimizer == STABLE else self.optimizer
+        return arm_of(self.optimizer, self.shrink_ratio)
 
     @property
     def file_name(self) -> str:
@@ -131,7 +136,7 @@ def execute(run: Run) -> dict[str, Any]:
         start = [pair.A.float().norm().item() for pair in pairs]
     losses, seconds, curve = [], [], []
     began = time.perf_counter()
-    batches = task.batches(run.seed)
+    batches = task.batches(run.batch_size, run.seed)
     for step in range(run.steps):
         for each, initial in zip(every, rates, strict=True):
             for group, lr in zip(each.param_groups, initial, strict=True):

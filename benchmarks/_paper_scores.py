@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from benchmarks._paper_runs import ADAMW, OPTIMIZERS, Run
+from benchmarks._paper_runs import ADAMW, OPTIMIZERS, Run, arm_of
 from benchmarks._statistics import interval
 
 Records = Sequence[dict[str, Any]]
@@ -34,6 +34,10 @@ class Setting(NamedTuple):
     task: str
     dtype: str
     steps: int
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.model} on {self.task}, {self.dtype}, {self.steps} steps, batch {self.batch_size}"
 
 
 def setting_of(record: dict[str, Any]) -> Setting:
@@ -123,7 +127,7 @@ def headline(records: Records) -> list[dict[str, Any]]:
         mean, half = interval([score(r, "test") for r in mine.values()])
         row: dict[str, Any] = {
             "optimizer": name,
-            "arm": Run("", "", name, lr, ratio).arm,
+            "arm": arm_of(name, ratio),
             "lr": lr,
             "shrink_ratio": ratio,
             "seeds": len(mine),

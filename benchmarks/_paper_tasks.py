@@ -40,13 +40,12 @@ class Task:
     train: tuple[Any, ...]
     validation: tuple[Any, ...]
     test: tuple[Any, ...]
-    batch_size: int
 
     def model(self, backbone: Any, seed: int) -> nn.Module:
         """The backbone with what is on top of it; what of that is to be trained requires gradients."""
         raise NotImplementedError
 
-    def batches(self, seed: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -65,8 +64,8 @@ class Classification(Task):
     def model(self, backbone: Any, seed: int) -> nn.Module:
         return Classifier(backbone, backbone.config.hidden_size, len(self.dataset.classes), seed)
 
-    def batches(self, seed: int) -> Iterator[Batch]:
-        return training_batches(self.dataset, self.tokenizer, batch_size=self.batch_size, seed=seed)
+    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        return training_batches(self.dataset, self.tokenizer, batch_size=batch_size, seed=seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(self._logits(model, batch), batch["labels"])
@@ -155,12 +154,12 @@ class LanguageModelling(Task):
     def model(self, backbone: Any, seed: int) -> nn.Module:
         return _NextToken(backbone)
 
-    def batches(self, seed: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         rng = random.Random(seed)
         while True:
             order = rng.sample(self.train, len(self.train))
-            for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
-                yield {"input_ids": torch.stack(order[start : start + self.batch_size])}
+            for start in range(0, len(order) - batch_size + 1, batch_size):
+                yield {"input_ids": torch.stack(order[start : start + batch_size])}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = model(batch["input_ids"]).float()
@@ -195,7 +194,7 @@ def _plays(tokenizer: Any, length: int = 128, held_out_blocks: int = 60) -> dict
 def make_task(name: str, tokenizer: Any, generative: bool) -> Task:
     """``"sarcasm"`` (a question if ``generative``), ``"reuters-52"`` or ``"plays"``."""
     if name == "plays":
-        return LanguageModelling(name, tokenizer, **_plays(tokenizer), batch_size=4)
+        return LanguageModelling(name, tokenizer, **_plays(tokenizer))
     held_out = TEST + VALIDATION if name == "sarcasm" else TEST
     found = load_dataset(name, seed=0, held_out=held_out)
     test, train = found.test[:TEST], found.train
@@ -208,8 +207,5 @@ def make_task(name: str, tokenizer: Any, generative: bool) -> Task:
     if generative and name == "sarcasm":
         # Six tokens beside the fourteen of a headline: a longer question takes longer, on a CPU in proportion.
         template = "{}\nIs this sarcastic?"
-        return MultipleChoice(
-            name, tokenizer, **parts, batch_size=16, dataset=found, template=template, answers=(" no", " yes")
-        )
-    # Reuters-52's texts are several times as long as headlines: batches half as large, or the study takes eight hours.
-    return Classification(name, tokenizer, **parts, batch_size=32 if name == "sarcasm" else 16, dataset=found)
+        return MultipleChoice(name, tokenizer, **parts, dataset=found, template=template, answers=(" no", " yes"))
+    return Classification(name, tokenizer, **parts, dataset=found)

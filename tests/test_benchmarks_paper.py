@@ -22,6 +22,7 @@ STUDY = paper.Study(
     "m",
     "sarcasm",
     9,
+    4,
     lrs=(1e-3, 1e-2),
     ratios=(5e-4, 5e-3),
     optimizers=(ADAMW, LORA_PLUS, STABLE),
@@ -83,6 +84,17 @@ def test_presets_have_their_parts_in_order(monkeypatch):
     assert paper.missing("one_change", records) == paper.ablations(study, records, paper.ABLATION_SEEDS)
 
 
+def test_runs_of_two_batch_sizes_are_never_compared():
+    records = screened(lambda run: run.lr)
+    others = [record(replace(run, batch_size=8), test=0.9) for run in STUDY.screen()]
+    assert not {run.file_name for run in STUDY.screen()} & {_paper_scores.run_of(found).file_name for found in others}
+    assert _paper_scores.plain(records + others, STUDY.setting) == records
+    assert replace(STUDY, batch_size=8).decide(records) == []
+    text = _paper_report.table(records + others)
+    assert "m on sarcasm, bf16, 9 steps, batch 4," in text and "m on sarcasm, bf16, 9 steps, batch 8," in text
+    assert "50.0" in text and "90.0" in text and "70.0" not in text
+
+
 def test_a_run_that_diverged_is_never_the_best():
     records = screened(lambda run: 0.5)
     for found in records:
@@ -129,8 +141,8 @@ def test_the_edge_is_the_high_rates_and_the_highest_in_float32_too():
 
 def test_ablations_change_one_thing_each():
     runs = paper.ablations(STUDY, screened(lambda run: run.lr), 1)
-    plain = {name: Run("m", "sarcasm", name, 1e-2, steps=9) for name in (ADAMW, LORA_PLUS)}
-    plain[STABLE] = Run("m", "sarcasm", STABLE, 1e-2, 5e-4, steps=9)
+    plain = {name: Run("m", "sarcasm", 9, 4, name, 1e-2) for name in (ADAMW, LORA_PLUS)}
+    plain[STABLE] = Run("m", "sarcasm", 9, 4, STABLE, 1e-2, 5e-4)
     # bfloat16 at a ratio that it rounds away is beside another run of the screening.
     vanishing = [run for run in runs if run.shrink_ratio == paper.VANISHING]
     assert {(run.lr, run.adapters, run.rounding, run.seed) for run in vanishing} == {
@@ -208,7 +220,7 @@ def test_of_language_modelling_the_lowest_loss_is_best(tmp_path):
     records += [record(replace(runs[-1], seed=2, lr=0.1)) | {"validation": worse, "test": worse}]
     header, _, adamw, *_, fell = _paper_report.fallen_table(records, loss=True)
     assert header.startswith("runs above 4.086 nats,") and "1 of 1" in fell and "of" not in adamw
-    assert tmp_path / "m_plays_bf16_9.png" in _paper_report.write(records, tmp_path)
+    assert tmp_path / "m_plays_bf16_9_4.png" in _paper_report.write(records, tmp_path)
 
 
 def test_an_ablation_is_beside_what_it_changed(tmp_path):
@@ -286,10 +298,10 @@ def tiny(monkeypatch):
     blocks = tuple(torch.randint(1, 60, (12, 20)))
     tasks = {
         "sarcasm": _paper_tasks.MultipleChoice(
-            "sarcasm", tokenizer, **parts, batch_size=8, dataset=dataset, template="{} Answer:", answers=(" no", " yes")
+            "sarcasm", tokenizer, **parts, dataset=dataset, template="{} Answer:", answers=(" no", " yes")
         ),
-        "reuters-52": _paper_tasks.Classification("reuters-52", tokenizer, **parts, batch_size=8, dataset=dataset),
-        "plays": _paper_tasks.LanguageModelling("plays", tokenizer, blocks[:8], blocks[8:10], blocks[10:], 2),
+        "reuters-52": _paper_tasks.Classification("reuters-52", tokenizer, **parts, dataset=dataset),
+        "plays": _paper_tasks.LanguageModelling("plays", tokenizer, blocks[:8], blocks[8:10], blocks[10:]),
     }
     monkeypatch.setattr(_paper_runs, "_loaded", lambda model: (backbone, tokenizer))
     monkeypatch.setattr(_paper_runs, "_task", lambda model, task: tasks[task])
@@ -298,7 +310,7 @@ def tiny(monkeypatch):
 
 @pytest.mark.parametrize("task", ["sarcasm", "reuters-52", "plays"])
 def test_runs_learn_repeat_and_say_what_happened(task, tiny):
-    run = Run("tiny", task, STABLE, 1e-2, 5e-3, steps=60, dtype="fp32")
+    run = Run("tiny", task, 60, 2 if task == "plays" else 8, STABLE, 1e-2, 5e-3, dtype="fp32")
     found, again = _paper_runs.execute(run), _paper_runs.execute(run)
     assert found["train_loss"][-1] < found["train_loss"][0]
     for key in ("validation", "test", "train_loss", "shrinks", "a_over_start"):
@@ -309,15 +321,30 @@ def test_runs_learn_repeat_and_say_what_happened(task, tiny):
     json.dumps(found)
 
 
+@pytest.mark.parametrize("task", ["sarcasm", "reuters-52", "plays"])
+def test_a_run_has_batches_of_its_size(task, tiny, monkeypatch):
+    sizes, loss = [], tiny[task].loss
+
+    def spy(model, batch):
+        sizes.append(len(batch["input_ids"]))
+        return loss(model, batch)
+
+    monkeypatch.setattr(tiny[task], "loss", spy)
+    monkeypatch.setattr(tiny[task], "evaluate", lambda model, examples: _paper_tasks.Result(1.0, None))
+    for size in (1, 3):
+        _paper_runs.execute(Run("tiny", task, 4, size, ADAMW, 1e-3, dtype="fp32"))
+    assert sizes == [1] * 4 + [3] * 4
+
+
 @pytest.mark.parametrize("optimizer", [ADAMW, LORA_PLUS, RIEMANNIAN, RITE])
 def test_every_optimizer_runs(optimizer, tiny):
-    found = _paper_runs.execute(Run("tiny", "sarcasm", optimizer, 1e-3, steps=12, dtype="fp32"))
+    found = _paper_runs.execute(Run("tiny", "sarcasm", 12, 8, optimizer, 1e-3, dtype="fp32"))
     assert not found["diverged"] and "shrinks" not in found
     assert found["a_over_start"] != 1.0 and found["b_norm"] > 0
 
 
 def test_bfloat16_adapters_shrink_only_by_random_rounding(tiny):
-    run = Run("tiny", "sarcasm", STABLE, 1e-6, 5e-4, steps=40, adapters="bf16")
+    run = Run("tiny", "sarcasm", 40, 8, STABLE, 1e-6, 5e-4, adapters="bf16")
     left = {
         rounding: _paper_runs.execute(replace(run, rounding=rounding))["a_over_start"]
         for rounding in ("stochastic", "nearest")
@@ -336,5 +363,5 @@ def test_the_answers_are_one_token_each(tiny):
 
 def test_targets_are_those_layers(tiny):
     for targets, count in (("query-value", 4), ("attention", 8), ("all-linear", 14)):
-        _, _, pairs, every = _paper_runs.build(Run("tiny", "reuters-52", ADAMW, 1e-3, targets=targets))
+        _, _, pairs, every = _paper_runs.build(Run("tiny", "reuters-52", 1, 8, ADAMW, 1e-3, targets=targets))
         assert len(pairs) == count and len(every) == 2
