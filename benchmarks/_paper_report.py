@@ -78,7 +78,7 @@ def same_rate_table(records: Records, loss: bool) -> list[str]:
             half = row["difference_95"] if row and row["seeds"] > FEW else math.nan
             texts.append(_interval(row["difference"], half, loss, sign="+") if row else "-")
         cells.append([arm, *texts])
-    return aligned(cells)
+    return aligned(cells) if rows else []
 
 
 def fallen_table(records: Records, loss: bool) -> list[str]:
@@ -164,8 +164,7 @@ def table(records: Records) -> str:
             f"Every arm and learning rate, means over {seeds(mine)}",
             *rate_table(mine, loss),
             "",
-            *same_rate_table(mine, loss),
-            "",
+            *([*beside, ""] if (beside := same_rate_table(mine, loss)) else []),
             *([*broken, ""] if (broken := fallen_table(mine, loss)) else []),
         ]
         if chosen := headline(mine):

@@ -17,7 +17,7 @@ Records = Sequence[dict[str, Any]]
 SCREENING = 2
 COSTS = ("optimizer_ms", "seconds", "state_bytes")
 # A score below this says that training has broken: an accuracy that one class alone gives (42 to 50 %), or hardly more; of the
-# plays a loss above SmolLM2's before any training, which is that of a run of one step at a learning rate of zero.
+# plays a loss above SmolLM2's before any training (``--preset untrained``).
 FALLEN = {"sarcasm": 0.6, "reuters-52": 0.5, "plays": -4.086}
 # What the fields that ablations change are by default.
 PLAIN = {"r": 8, "targets": "query-value", "stop_condition": "norm", "adapters": "fp32", "rounding": "stochastic"}
@@ -37,7 +37,7 @@ class Setting(NamedTuple):
     batch_size: int
 
     def __str__(self) -> str:
-        return f"{self.model} on {self.task}, {self.dtype}, {self.steps} steps, batch {self.batch_size}"
+        return f"{self.model} on {self.task}, {self.dtype}, {self.steps} step{'s' * (self.steps > 1)}, batch {self.batch_size}"
 
 
 def setting_of(record: dict[str, Any]) -> Setting:
@@ -182,7 +182,8 @@ def same_rate(records: Records) -> list[dict[str, Any]]:
 
 
 def fallen(records: Records) -> set[tuple[str, float]]:
-    """The arms and learning rates at which a run broke. Below an arm's best rate, as few right answers are not learned yet."""
+    """The arms and learning rates at which a run broke. Below an arm's best rate, as few right answers are not learned yet; at
+    a rate of zero nothing is."""
     highest: dict[str, float] = {}
     best_lr: dict[str, float] = {}
     for row in rates(records):
@@ -192,5 +193,5 @@ def fallen(records: Records) -> set[tuple[str, float]]:
     return {
         (run.arm, run.lr)
         for run, value in runs
-        if value < FALLEN.get(run.task, -math.inf) and run.lr >= best_lr[run.arm]
+        if value < FALLEN.get(run.task, -math.inf) and run.lr >= best_lr[run.arm] and run.lr > 0
     }

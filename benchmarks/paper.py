@@ -1,12 +1,13 @@
 """Fine-tuning real models with the paper's optimizers: accuracy across learning rates, and differences from AdamW seed by seed.
 
-    python -m benchmarks.paper [--preset quick|minilm|smollm2|ablations|edge|long] [--out DIR] [--minutes M] [--records FILE]
+    python -m benchmarks.paper [--preset PRESET] [--out DIR] [--minutes M] [--records FILE]
 
 A preset screens every optimizer, shrink ratio and learning rate with a few seeds, chooses on validation examples, and spends
-further seeds on what was chosen; ``ablations`` changes one thing at a time of that, ``edge`` spends seeds on the high learning
-rates, where training breaks for some, and ``long`` gives small rates time to converge. Each run is a file in DIR/runs, and is not
-run again; with --minutes no run is started after that time, and the next call goes on. Presets share DIR. ``--records FILE`` goes
-on from another call's runs, as from those in ``benchmarks/results/``; ``--report`` only makes the tables and plots anew.
+further seeds on what was chosen: ``quick`` is small, ``minilm`` and ``smollm2`` are whole. ``ablations`` changes one thing at a
+time of that, ``edge`` spends seeds on the high learning rates, where training breaks for some, ``long`` gives small rates time
+to converge, and ``untrained`` says what the language model has before any training. Each run is a file in DIR/runs, and is not
+run again; with --minutes no run is started after that time, and the next call goes on. Presets share DIR. ``--records FILE``
+goes on from another call's runs, as from those in ``benchmarks/results/``; ``--report`` only makes the tables and plots anew.
 """
 
 from __future__ import annotations
@@ -166,6 +167,12 @@ PRESETS = {
     "edge": Preset((MINILM[0], SMOLLM2[0]), high_rates),
     # Nearly two epochs: rates at which the method acts, and time for them to converge.
     "long": Preset((replace(_TWO, steps=1500, lrs=(1e-4, 3e-4, 1e-3), headline_seeds=5),)),
+    # A step at a learning rate of zero. The same with every seed: the language model has no head that is drawn.
+    "untrained": Preset(
+        tuple(
+            replace(study, steps=1, lrs=(0.0,), optimizers=(ADAMW,), seeds=0, headline_seeds=0) for study in SMOLLM2[:2]
+        )
+    ),
 }
 
 

@@ -84,6 +84,19 @@ def test_presets_have_their_parts_in_order(monkeypatch):
     assert paper.missing("one_change", records) == paper.ablations(study, records, paper.ABLATION_SEEDS)
 
 
+def test_the_untrained_are_two_runs_a_task_and_never_fell():
+    runs = paper.missing("untrained", [])
+    assert {run.lr for run in runs} == {0.0} and {run.model for run in runs} == {"smollm2"}
+    records = [record(run, test=0.4) for run in runs]
+    plays = paper.missing("untrained", records)
+    assert [run.task for run in runs + plays] == ["sarcasm"] * 2 + ["plays"] * 2
+    records += [record(run) | {"test": {"accuracy": None, "loss": 4.1}} for run in plays]
+    assert paper.missing("untrained", records) == []
+    assert not _paper_scores.fallen(records[:2]) and not _paper_scores.fallen(records[2:])
+    text = _paper_report.table(records)
+    assert "1 step, batch 16" in text and "40.0" in text and "4.100" in text and "minus AdamW" not in text
+
+
 def test_runs_of_two_batch_sizes_are_never_compared():
     records = screened(lambda run: run.lr)
     others = [record(replace(run, batch_size=8), test=0.9) for run in STUDY.screen()]
@@ -269,6 +282,10 @@ def test_the_stored_table_is_that_of_the_stored_runs(tmp_path):
     for name in ("table.txt", "runs.csv"):
         assert (tmp_path / name).read_bytes() == (place / name).read_bytes(), name
     assert _paper_report.read_records(tmp_path / _paper_report.RECORDS) == records
+    (untrained,) = {
+        found["test"]["loss"] for found in records if found["run"]["lr"] == 0 and found["test"]["accuracy"] is None
+    }
+    assert -_paper_scores.FALLEN["plays"] == pytest.approx(untrained, abs=5e-4)
 
 
 class Letters:
