@@ -155,6 +155,8 @@ class LanguageModelling(Task):
         return _NextToken(backbone)
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        if batch_size > len(self.train):
+            raise ValueError(f"batch_size must be at most the {len(self.train)} training blocks, got {batch_size}")
         rng = random.Random(seed)
         while True:
             order = rng.sample(self.train, len(self.train))

@@ -134,6 +134,11 @@ def test_runs_that_fell_are_counted_apart():
     assert _paper_scores.fallen(records + slow) == {(ADAMW, 1e-2)}
     text = _paper_report.table(records)
     assert "1 of 4, 82.0" in text and "at its best" in text
+    # Of few runs there is a p where one could be small: one of one beside four can't, three of three can.
+    for seeds, chance in ((1, ""), (3, " (p 0.14)")):
+        beside = [record(replace(runs[-1], optimizer=LORA_PLUS, seed=seed), test=0.495) for seed in range(seeds)]
+        *_, row = _paper_report.fallen_table(records + beside, loss=False)
+        assert row.split(maxsplit=1) == [LORA_PLUS, f"{seeds} of {seeds}{chance}"]
     # Of a single rate, as the edge has it in float32, none was chosen.
     assert "at its best" not in _paper_report.table([found for found in records if found["run"]["lr"] == 1e-2])
 
@@ -336,6 +341,13 @@ def test_runs_learn_repeat_and_say_what_happened(task, tiny):
     assert (found["test"]["accuracy"] is None) == (task == "plays")
     assert found["state_bytes"] == 4 * 2 * 8 * sum((16 + 16, 16 + 8)) * 2
     json.dumps(found)
+
+
+@pytest.mark.parametrize(("task", "examples"), [("sarcasm", 60), ("reuters-52", 60), ("plays", 8)])
+def test_a_batch_is_no_larger_than_the_examples(task, examples, tiny):
+    run = Run("tiny", task, 1, examples + 1, ADAMW, 1e-3, 0.0)
+    with pytest.raises(ValueError, match=f"batch_size must be at most the {examples} training .*, got {examples + 1}"):
+        _paper_runs.execute(run)
 
 
 @pytest.mark.parametrize("task", ["sarcasm", "reuters-52", "plays"])
