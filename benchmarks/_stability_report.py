@@ -113,16 +113,19 @@ def ratio_table(runs: Records) -> list[str]:
     rows = best_lrs(runs)
     widths = sorted({row["width"] for row in rows})
     cells = [["arm", *(f"n {width}" for width in widths)]]
+    # Where all lie within a percent of 1, two digits would show 1.00 alone.
+    far = max((abs(row["log_ratio"]) for row in rows if "log_ratio" in row), default=0.0)
+    digits = 2 if far > 0.01 else 4
     for arm in present(runs):
         mine = {row["width"]: row for row in rows if row["arm"] == arm.name}
         if all("log_ratio" in row for row in mine.values()):
-            cells.append([arm.name, *(_ratio(mine[width]) for width in widths)])
+            cells.append([arm.name, *(_ratio(mine[width], digits) for width in widths)])
     return aligned(cells)
 
 
-def _ratio(row: dict[str, Any]) -> str:
+def _ratio(row: dict[str, Any], digits: int) -> str:
     low, middle, high = (math.exp(row["log_ratio"] + sign * row["log_ratio_95"]) for sign in (-1, 0, 1))
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def best_table(runs: Records) -> list[str]:

@@ -45,7 +45,7 @@ PRESETS = {
 
 
 def runs_of(preset: Preset, width: int, seed: int, out: Path) -> Iterator[tuple[dict[str, Any], list[Any]]]:
-    arms, laws = _stability_runs.ARMS, _stability_runs.LAWS
+    laws = _stability_runs.LAWS
     if preset.family == PLANTED:
         task = _planted.plant(width, seed)
 
@@ -54,15 +54,13 @@ def runs_of(preset: Preset, width: int, seed: int, out: Path) -> Iterator[tuple[
     else:
         from benchmarks import _small_transformers
 
-        # Of the ratios the largest, which does most in so few steps.
-        arms = (*(arm for arm in arms if not arm.shrink_ratio), _stability_runs.STABLE[-1])
         laws = {name: laws[name] for name in ("fixed", "n^-1/2")}
         model = _small_transformers.base(width, out / "bases")
 
         def train(arm: Arm, lr: float, probe: bool) -> tuple[dict[str, Any], list[Any]]:
             return _small_transformers.train(model, seed, arm, lr, preset.steps, probe)
 
-    return _stability_runs.unit(width, seed, arms, laws, preset.lrs, train)
+    return _stability_runs.unit(width, seed, _stability_runs.ARMS, laws, preset.lrs, train)
 
 
 def prepare(width: int, out: Path) -> None:
@@ -79,9 +77,14 @@ def run_unit(preset: Preset, width: int, seed: int, out: Path) -> Path:
         deltas += records
     file = unit_file(out, width, seed)
     unfinished = file.with_suffix(".part")
-    found = {"environment": environment(), "family": preset.family, "steps": preset.steps, "lrs": preset.lrs}
-    store(unfinished, found | {"runs": runs, "deltas": deltas})
+    store(unfinished, {"environment": environment(), **made_with(preset), "runs": runs, "deltas": deltas})
     return unfinished.replace(file)
+
+
+def made_with(preset: Preset) -> dict[str, Any]:
+    """What must be the same for a unit to be this preset's."""
+    arms = [arm.name for arm in _stability_runs.ARMS]
+    return {"family": preset.family, "steps": preset.steps, "lrs": list(preset.lrs), "arms": arms}
 
 
 def unit_file(out: Path, width: int, seed: int) -> Path:
@@ -97,10 +100,9 @@ def is_done(file: Path, preset: Preset) -> bool:
     if not file.exists():
         return False
     found = json.loads(file.read_text(encoding="utf-8"))
-    for name in ("family", "steps", "lrs"):
-        wanted = json.loads(json.dumps(getattr(preset, name)))
-        if found.get(name, PLANTED) != wanted:
-            raise ValueError(f"{file} was made with {name} {found[name]}, not {wanted}; give another --out")
+    for name, wanted in made_with(preset).items():
+        if found.get(name) != wanted:
+            raise ValueError(f"{file} was made with {name} {found.get(name)}, not {wanted}; give another --out")
     return True
 
 
@@ -125,8 +127,7 @@ def collect(files: Iterable[Path]) -> dict[str, Any]:
     found: dict[str, Any] = {"runs": [], "deltas": []}
     for file in files:
         part = json.loads(file.read_text(encoding="utf-8"))
-        found |= {name: part[name] for name in ("environment", "steps")}
-        found["family"] = part.get("family", PLANTED)
+        found |= {name: part[name] for name in ("environment", "steps", "family")}
         for name in ("runs", "deltas"):
             found[name] += part[name]
     return found

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import _planted, _stability_report, _stability_runs, _workers, stability
-from benchmarks._stability_runs import LAWS, NEAR_ZERO, STABLE
+from benchmarks._stability_runs import ADAMW, LAWS, NEAR_ZERO, STABLE
 from benchmarks._statistics import interval, log_slope, student95
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,6 +112,21 @@ def test_the_command_goes_on_from_units_and_reports(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         stability.main(["--preset", "tiny", "--out", str(tmp_path)])
     assert "was made with lrs [0.001, 0.01], not [0.001]" in capsys.readouterr().err
+    monkeypatch.setitem(stability.PRESETS, "tiny", preset)
+    monkeypatch.setattr(_stability_runs, "ARMS", _stability_runs.ARMS[:-1])
+    with pytest.raises(SystemExit):
+        stability.main(["--preset", "tiny", "--out", str(tmp_path)])
+    assert "was made with arms ['AdamW', " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("factor", "text"), [(1.003, "1.0030 (1.0030-1.0030)"), (0.9, "0.90 (0.90-0.90)")])
+def test_ratios_near_one_have_more_digits(factor, text):
+    runs = [
+        {"width": 64, "seed": seed, "arm": arm.name, "law": "grid", "lr": 1e-3, "loss": (2 + seed) * size}
+        for seed in (0, 1) for arm, size in ((ADAMW, 1.0), (NEAR_ZERO, factor))
+    ]  # fmt: skip
+    *_, row = _stability_report.ratio_table(runs)
+    assert row.split(maxsplit=4)[4] == text
 
 
 def test_small_transformers(tmp_path, monkeypatch):
@@ -149,6 +164,7 @@ def test_transformers_are_reported_with_what_was_run_of_them(tmp_path, monkeypat
             stability.run_unit(preset, width, seed, tmp_path)
     assert stability.main(["--preset", "tiny", "--out", str(tmp_path), "--report"]) == 0
     shown = capsys.readouterr().out
-    assert "nats a character" in shown and "n^-5/4" not in shown and "Stable-LoRA 0.0005" not in shown
+    assert "nats a character" in shown and "n^-5/4" not in shown and all(arm.name in shown for arm in STABLE)
     runs = list(csv.DictReader((tmp_path / "runs.csv").open()))
-    assert len(runs) == 3 * 2 * 4 * (2 + 2) and {run["law"] for run in runs} == {"fixed", "n^-1/2", "grid"}
+    assert len(runs) == 3 * 2 * len(_stability_runs.ARMS) * (2 + 2)
+    assert {run["law"] for run in runs} == {"fixed", "n^-1/2", "grid"}
