@@ -157,10 +157,10 @@ def finite(loss: float) -> float:
 
 
 def unit(
-    width: int, seed: int, arms: Sequence[Arm], laws: dict[str, Law], lrs: Sequence[float], run: Train
+    width: int, seed: int, laws: dict[str, Law], lrs: Sequence[float], run: Train
 ) -> Iterator[tuple[dict[str, Any], list[Any]]]:
     """All runs of one width and seed: every arm at every law and learning rate."""
-    for arm in arms:
+    for arm in ARMS:
         for law, lr in [(name, law.at(width)) for name, law in laws.items()] + [("grid", lr) for lr in lrs]:
             mine = {"width": width, "seed": seed, "arm": arm.name, "law": law, "lr": lr}
             found, records = run(arm, lr, law != "grid")

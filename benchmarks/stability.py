@@ -60,7 +60,7 @@ def runs_of(preset: Preset, width: int, seed: int, out: Path) -> Iterator[tuple[
         def train(arm: Arm, lr: float, probe: bool) -> tuple[dict[str, Any], list[Any]]:
             return _small_transformers.train(model, seed, arm, lr, preset.steps, probe)
 
-    return _stability_runs.unit(width, seed, _stability_runs.ARMS, laws, preset.lrs, train)
+    return _stability_runs.unit(width, seed, laws, preset.lrs, train)
 
 
 def prepare(width: int, out: Path) -> None:
@@ -135,7 +135,9 @@ def collect(files: Iterable[Path]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stability", description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", choices=PRESETS, default="quick", help="quick takes minutes, full about an hour")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="quick", help="quick and full take minutes, transformers more than an hour"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where files go (default: results/stability-PRESET)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--report", action="store_true", help="run nothing")
