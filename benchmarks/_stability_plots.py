@@ -42,7 +42,7 @@ def draw(found: Found, out: Path) -> list[Path]:
         "exponents": _exponents(found["deltas"]),
         "sizes": _sizes(found["deltas"]),
         "norms": _norms(found["deltas"]),
-        "learning_rates": _learning_rates(found["runs"]),
+        "learning_rates": _learning_rates(found),
     }
     task = TASKS[found["family"]][0]
     for figure in plots.values():
@@ -196,14 +196,15 @@ def _norms(deltas: Records) -> Any:
     return figure
 
 
-def _learning_rates(runs: Records) -> Any:
+def _learning_rates(found: Found) -> Any:
     """Held-out loss against the learning rate, a line a width, a column an arm; the best is marked."""
-    arms = SHOWN
+    arms, runs = SHOWN, found["runs"]
     grid = [run for run in runs if run["law"] == "grid"]
     widths = sorted({run["width"] for run in grid})
     best = {(row["arm"], row["width"]): row["lr"] for row in best_lrs(runs)}
     figure, axes = _figure(
-        1, len(arms), "Does the best learning rate stay?", "Held-out loss; stars: the best.", 3.4
+        1, len(arms), "Does the best learning rate stay?",
+        f"Held-out loss ({TASKS[found['family']][1]}); stars: the best.", 3.4,
     )  # fmt: skip
     for axis, arm in zip(axes[0], arms, strict=True):
         for width, colour in zip(widths, _shades(len(widths)), strict=True):
@@ -213,7 +214,10 @@ def _learning_rates(runs: Records) -> Any:
             axis.plot(lrs, losses, "o-", markersize=3, color=colour, label=f"n {width}")
             star = lrs.index(best[arm.name, width])
             axis.plot(lrs[star], losses[star], "*", color=colour, markersize=11)
-        axis.set(xscale="log", yscale="log", title=arm.name, xlabel="learning rate")
+        axis.set(xscale="log", title=arm.name, xlabel="learning rate")
+    low, high = axes[0][0].get_ylim()  # of all panels, which share it
+    if high > 10 * low:
+        axes[0][0].set_yscale("log")
     axes[0][0].set_ylabel("held-out loss")
     axes[0][-1].legend(fontsize=7, frameon=False)
     return figure

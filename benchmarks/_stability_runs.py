@@ -24,7 +24,6 @@ from benchmarks import _planted, optimizers
 from benchmarks._planted import Planted
 from stablelora_kernels.pairs import LoRAPair
 
-RATIOS = (5e-4, 1e-3, 2e-3, 5e-3)
 BATCH = 64
 PROBES = (1, 2, 5, 10, 20, 50, 100, 200, 300)
 DELTAS = ("delta_1", "delta_2", "delta_3", "delta_shrink", "delta")
@@ -45,7 +44,7 @@ class Arm:
 
 
 ADAMW, NEAR_ZERO, LORA_PLUS = Arm("AdamW"), Arm("AdamW, A near zero", start=1e-3), Arm("LoRA+", optimizers.LORA_PLUS)
-STABLE = tuple(Arm(f"Stable-LoRA {ratio:g}", optimizers.OURS, shrink_ratio=ratio) for ratio in RATIOS)
+STABLE = tuple(Arm(f"Stable-LoRA {ratio:g}", optimizers.OURS, shrink_ratio=ratio) for ratio in optimizers.SHRINK_RATIOS)
 ARMS = (ADAMW, NEAR_ZERO, LORA_PLUS, *STABLE)
 
 

@@ -18,7 +18,9 @@ from benchmarks.lora_rite import LoRARITE
 from stablelora_kernels.optim import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 
-SHRINK_RATIO = 5e-4
+# The paper's, of which the library's default is the smallest.
+SHRINK_RATIOS = (5e-4, 1e-3, 2e-3, 5e-3)
+SHRINK_RATIO = SHRINK_RATIOS[0]
 # The ratio of learning rates that LoRA+'s authors recommend (arXiv 2402.12354).
 LORA_PLUS_RATIO = 16.0
 

@@ -136,7 +136,7 @@ def collect(files: Iterable[Path]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stability", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--preset", choices=PRESETS, default="quick", help="quick and full take minutes, transformers more than an hour"
+        "--preset", choices=PRESETS, default="quick", help="quick and full take minutes, transformers an hour"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where files go (default: results/stability-PRESET)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
