@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _paper_ablations
-from benchmarks._paper_runs import ADAMW, LORA_PLUS, RIEMANNIAN, RITE, STABLE
+from benchmarks._paper_runs import ADAMW, LORA_PLUS, RIEMANNIAN, RITE, STABLE, arm_of
 from benchmarks._paper_scores import (
     PLAIN,
     Records,
@@ -21,10 +21,14 @@ from benchmarks._paper_scores import (
     setting_of,
     settings,
 )
+from benchmarks.optimizers import SHRINK_RATIOS
 from benchmarks.plots import STYLE, plt, save
 
-COLOURS = {ADAMW: "#2a6fbb", LORA_PLUS: "#3d8f5f", RIEMANNIAN: "#8a8f98", RITE: "#9467bd"}
-_SHADES = ("#f0a202", "#e07a3f", "#d1495b", "#7a1f3d")
+# The same in all plots, whichever of the ratios they have.
+COLOURS = {ADAMW: "#2a6fbb", LORA_PLUS: "#3d8f5f", RIEMANNIAN: "#8a8f98", RITE: "#9467bd"} | {
+    arm_of(STABLE, ratio): colour
+    for ratio, colour in zip(SHRINK_RATIOS, ("#f0a202", "#e07a3f", "#d1495b", "#7a1f3d"), strict=True)
+}
 
 
 def draw(records: Records, out: Path) -> list[Path]:
@@ -42,10 +46,6 @@ def draw(records: Records, out: Path) -> list[Path]:
     return paths
 
 
-def _colour(arm: str, stable: list[str]) -> str:
-    return COLOURS.get(arm) or _SHADES[stable.index(arm) % len(_SHADES)]
-
-
 def _figure(records: Records, setting: Setting) -> Any:
     loss = setting.task == "plays"
     found = [row for row in headline(records) if "difference" in row]
@@ -57,11 +57,10 @@ def _figure(records: Records, setting: Setting) -> Any:
     title = f"{setting}: LoRA r 8 on query and value"
     figure.suptitle(title, fontsize=12, fontweight="bold")
     rows = rates(records)
-    stable = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm.startswith(STABLE)]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
         values = [-row["test"] if loss else 100 * row["test"] for row in mine]
-        left.plot([row["lr"] for row in mine], values, "o-", markersize=4, color=_colour(arm, stable), label=arm)
+        left.plot([row["lr"] for row in mine], values, "o-", markersize=4, color=COLOURS[arm], label=arm)
     left.set(xscale="log", xlabel="learning rate", ylabel="test loss, nats a token" if loss else "test accuracy, %")
     left.set_title(f"every learning rate, means over {seeds(records)}", fontsize=9)
     figure.legend(loc="outside lower center", ncols=8, fontsize=8)
@@ -77,7 +76,7 @@ def _figure(records: Records, setting: Setting) -> Any:
     for arm in dict.fromkeys(row["arm"] for row in beside):
         mine = [row for row in beside if row["arm"] == arm and not {(arm, row["lr"]), (ADAMW, row["lr"])} & broken]
         values = [factor * row["difference"] for row in mine]
-        middle.plot([row["lr"] for row in mine], values, "o-", markersize=4, color=_colour(arm, stable))
+        middle.plot([row["lr"] for row in mine], values, "o-", markersize=4, color=COLOURS[arm])
     middle.axhline(0, color="#333333", linewidth=0.8)
     middle.set(
         xscale="log",
@@ -86,18 +85,19 @@ def _figure(records: Records, setting: Setting) -> Any:
         ylabel=f"minus AdamW's, {'nats a token' if loss else 'points'}",
     )
     middle.set_title(f"minus AdamW's at the same rate{', where no run broke' if broken else ''}", fontsize=9)
+    for axes in (left, middle):
+        axes.set_xticks(ticks := sorted({row["lr"] for row in rows}), [f"{lr:g}" for lr in ticks])
+        axes.minorticks_off()
     if found:
-        _at_their_best(rest[0], found, stable, loss)
+        _at_their_best(rest[0], found, loss)
     return figure
 
 
-def _at_their_best(axes: Any, found: Records, stable: list[str], loss: bool) -> None:
+def _at_their_best(axes: Any, found: Records, loss: bool) -> None:
     factor = -1 if loss else 100
     for place, row in enumerate(found):
         half = abs(factor) * row["difference_95"]
-        axes.errorbar(
-            factor * row["difference"], place, xerr=half, fmt="o", capsize=4, color=_colour(row["arm"], stable)
-        )
+        axes.errorbar(factor * row["difference"], place, xerr=half, fmt="o", capsize=4, color=COLOURS[row["arm"]])
     names = [f"{row['arm']}\nlr {row['lr']:g}, {row['pairs']} seeds" for row in found]
     axes.set_yticks(range(len(found)), names, fontsize=8)
     axes.axvline(0, color="#333333", linewidth=0.8)
@@ -114,12 +114,11 @@ def _ablations(rows: Records, setting: Setting) -> Any:
     factor = -1 if loss else 100
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=(1, 1.1))
     figure.suptitle(f"{setting}: each optimizer at its best for r 8", fontsize=12, fontweight="bold")
-    stable = list(dict.fromkeys(row["arm"] for row in rows if row["arm"].startswith(STABLE)))
-    _against_rank(left, rows, stable, loss)
-    found = [row for row in rows if row["arm"] in stable and row["minus_adamw"] is not None][::-1]
+    _against_rank(left, rows, loss)
+    found = [row for row in rows if row["arm"].startswith(STABLE) and row["minus_adamw"] is not None][::-1]
     for place, row in enumerate(found):
         right.errorbar(factor * row["minus_adamw"], place, xerr=abs(factor) * row["minus_adamw_95"], fmt="o", capsize=4,
-                       color=_colour(row["arm"], stable))  # fmt: skip
+                       color=COLOURS[row["arm"]])  # fmt: skip
     right.set_yticks(
         range(len(found)), [f"{_paper_ablations.change(row)}\n{row['seeds']} seeds" for row in found], fontsize=8
     )
@@ -129,7 +128,7 @@ def _ablations(rows: Records, setting: Setting) -> Any:
     return figure
 
 
-def _against_rank(axes: Any, rows: Records, stable: list[str], loss: bool) -> None:
+def _against_rank(axes: Any, rows: Records, loss: bool) -> None:
     factor = -1 if loss else 100
     others = [name for name in PLAIN if name != "r"]
     ranked = {row["arm"] for row in rows if row["r"] is not None}
@@ -146,7 +145,7 @@ def _against_rank(axes: Any, rows: Records, stable: list[str], loss: bool) -> No
         # Side by side, or the intervals would hide each other.
         shift = 1.06 ** (place - (len(arms) - 1) / 2)
         axes.errorbar([r * shift for r, *_ in mine], [y for _, y, _ in mine], yerr=[e for *_, e in mine], fmt="o-", markersize=4,
-                      capsize=2, linewidth=1, color=_colour(arm, stable), label=arm)  # fmt: skip
+                      capsize=2, linewidth=1, color=COLOURS[arm], label=arm)  # fmt: skip
     axes.set(xscale="log", xlabel="rank", ylabel="test loss, nats a token" if loss else "test accuracy, %")
     axes.set_xticks(ticks := sorted({row["r"] or PLAIN["r"] for row in ranks}), [str(r) for r in ticks])
     axes.minorticks_off()
