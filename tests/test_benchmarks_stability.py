@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +119,26 @@ def test_the_command_goes_on_from_units_and_reports(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         stability.main(["--preset", "tiny", "--out", str(tmp_path)])
     assert "was made with arms ['AdamW', " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folder", "family"),
+    [("stability", _stability_report.PLANTED), ("stability-transformers", _stability_report.TRANSFORMERS)],
+)
+def test_the_stored_table_is_that_of_the_stored_runs(folder, family):
+    place = Path(_stability_report.__file__).parent / "results" / "epyc-avx512-2core" / folder
+
+    def read(lines):
+        return [
+            {name: text if name in ("arm", "law") else json.loads(text or "null") for name, text in row.items()}
+            for row in csv.DictReader(lines)
+        ]
+
+    runs = read((place / "runs.csv").read_text().splitlines())
+    deltas = read(gzip.decompress((place / "deltas.csv.gz").read_bytes()).decode().splitlines())
+    (steps,) = {row["steps"] for row in read((place / "latch.csv").read_text().splitlines())}
+    found = {"runs": runs, "deltas": deltas, "steps": steps, "family": family}
+    assert _stability_report.table(found) == (place / "table.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("factor", "text"), [(1.003, "1.0030 (1.0030-1.0030)"), (0.9, "0.90 (0.90-0.90)")])
