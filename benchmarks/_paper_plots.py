@@ -22,12 +22,11 @@ from benchmarks._paper_scores import (
     settings,
 )
 from benchmarks.optimizers import SHRINK_RATIOS
-from benchmarks.plots import STYLE, plt, save
+from benchmarks.plots import BLUE, GREEN, GREY, RATIO_SHADES, STYLE, plt, save
 
 # The same in all plots, whichever of the ratios they have.
-COLOURS = {ADAMW: "#2a6fbb", LORA_PLUS: "#3d8f5f", RIEMANNIAN: "#8a8f98", RITE: "#9467bd"} | {
-    arm_of(STABLE, ratio): colour
-    for ratio, colour in zip(SHRINK_RATIOS, ("#f0a202", "#e07a3f", "#d1495b", "#7a1f3d"), strict=True)
+COLOURS = {ADAMW: BLUE, LORA_PLUS: GREEN, RIEMANNIAN: GREY, RITE: "#9467bd"} | {
+    arm_of(STABLE, ratio): shade for ratio, shade in zip(SHRINK_RATIOS, RATIO_SHADES, strict=True)
 }
 
 

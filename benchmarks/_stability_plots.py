@@ -22,15 +22,9 @@ from benchmarks._stability_report import (
     steps_of,
 )
 from benchmarks._stability_runs import ADAMW, ARMS, LORA_PLUS, NEAR_ZERO, STABLE
-from benchmarks.plots import STYLE, plt, save
+from benchmarks.plots import BLUE, GREEN, GREY, RATIO_SHADES, STYLE, plt, save
 
-COLOURS = dict(
-    zip(
-        (arm.name for arm in ARMS),
-        ("#2a6fbb", "#8a8f98", "#3d8f5f", "#f0a202", "#e07a3f", "#d1495b", "#7a1f3d"),
-        strict=True,
-    )
-)
+COLOURS = dict(zip((arm.name for arm in ARMS), (BLUE, GREY, GREEN, *RATIO_SHADES), strict=True))
 # Of Stable-LoRA the largest ratio, which does most.
 SHOWN = (ADAMW, NEAR_ZERO, LORA_PLUS, STABLE[-1])
 PARTS = {"delta_1": "δ1 = s dB A Z", "delta_2": "δ2 = s B dA Z", "delta_3": "δ3 = s dB dA Z", "delta": "whole change"}
@@ -215,9 +209,9 @@ def _learning_rates(found: Found) -> Any:
             star = lrs.index(best[arm.name, width])
             axis.plot(lrs[star], losses[star], "*", color=colour, markersize=11)
         axis.set(xscale="log", title=arm.name, xlabel="learning rate")
-    low, high = axes[0][0].get_ylim()  # of all panels, which share it
-    if high > 10 * low:
-        axes[0][0].set_yscale("log")
+    drawn = [loss for axis in axes[0] for line in axis.lines for loss in line.get_ydata()]
+    if max(drawn) > 10 * min(drawn):
+        axes[0][0].set_yscale("log")  # of all panels, which share it
     axes[0][0].set_ylabel("held-out loss")
     axes[0][-1].legend(fontsize=7, frameon=False)
     return figure

@@ -15,7 +15,9 @@ from benchmarks._harness import summarize
 from benchmarks.finetune import PHASES
 from benchmarks.report import Result, overhead, step_times
 
-_GREY, _BLUE = "#8a8f98", "#2a6fbb"
+GREY, BLUE, GREEN = "#8a8f98", "#2a6fbb", "#3d8f5f"
+# Of the paper's ratios in the plots of its claims, from the smallest to the largest.
+RATIO_SHADES = ("#f0a202", "#e07a3f", "#d1495b", "#7a1f3d")
 # Shades of one hue for the shrink ratios, so that the library's arms read as one family beside the two rivals.
 _STABLE = ("#d1495b", "#e07a3f", "#b5338a", "#7a1f3d", "#f0a202")
 _PHASE_SHADES = (1.0, 0.65, 0.35)
@@ -33,7 +35,7 @@ STYLE: Any = {
 
 def colours(names: list[str]) -> dict[str, str]:
     stable = iter(_STABLE * len(names))
-    return {name: {"frozen": _GREY, "peft": _BLUE}.get(name) or next(stable) for name in names}
+    return {name: {"frozen": GREY, "peft": BLUE}.get(name) or next(stable) for name in names}
 
 
 def draw(result: Result, directory: Path) -> list[Path]:
