@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
@@ -11,12 +12,15 @@ import torch
 
 
 def pool(processes: int) -> ProcessPoolExecutor:
-    """``processes`` workers of one thread each, so that they do not fight for the cores; they end when this process does."""
+    """``processes`` workers of one thread each, so that they do not fight for the cores; they end when this process does, and
+    with Ctrl-C."""
     # Not forked: a fork of a process that has used several threads may hang.
     return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
 
 
 def _start() -> None:
+    # Python would raise KeyboardInterrupt in the work, call it failed and go on to what is queued, of which the pool awaits all.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -43,6 +43,36 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
         time.sleep(0.05)
 
 
+INTERRUPTED = """
+import time
+from benchmarks import _workers
+with _workers.pool(1) as pool:
+    pool.submit(int).result()
+    queued = [pool.submit(time.sleep, 600) for _ in range(3)]
+    print("begun", flush=True)
+    queued[0].result()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX's")
+def test_an_interrupt_ends_the_work_and_what_is_queued() -> None:
+    """As Ctrl-C sends it: to the parent and its workers."""
+    command = [sys.executable, "-c", INTERRUPTED]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"begun\n"
+        time.sleep(0.5)  # until the worker is at it
+        os.killpg(parent.pid, signal.SIGINT)
+        try:
+            _, error = parent.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(parent.pid, signal.SIGKILL)
+            raise
+    assert parent.returncode != 0 and b"KeyboardInterrupt" in error
+
+
 def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)
