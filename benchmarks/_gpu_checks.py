@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from stablelora_kernels.dispatch import Call, check_possible
+from stablelora_kernels.dispatch.problem import Call
+from stablelora_kernels.dispatch.rules import check_possible
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.reference import lora_linear_grads_ref, lora_linear_ref, philox_ref
 from stablelora_kernels.testing import assert_no_worse, error_and_bound, make_inputs, seed_of

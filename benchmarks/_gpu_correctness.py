@@ -30,7 +30,7 @@ from benchmarks._gpu_checks import (
 )
 from benchmarks._gpu_device import Device
 from benchmarks._gpu_section import Clock, Row, Unit
-from stablelora_kernels.dispatch import KERNELS
+from stablelora_kernels.dispatch.rules import KERNELS
 from stablelora_kernels.reference import dropout_keep_ref
 
 COLUMNS = ("check", "kernel", "case", "status", "figure", "bound", "seconds", "note", "dry")

@@ -27,7 +27,7 @@ from benchmarks._gpu_checks import (
 )
 from benchmarks._gpu_device import Device
 from benchmarks._gpu_section import SKIPPED, Row
-from stablelora_kernels.dispatch import KERNELS
+from stablelora_kernels.dispatch.rules import KERNELS
 
 Check = Callable[[Device], Iterator[Row]]
 SPREAD = ("x", "weight", "lora_A", "lora_B", "grad")

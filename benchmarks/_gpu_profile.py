@@ -1,4 +1,4 @@
-"""What the profiler and other tools count: launches, synchronisations, peak memory, bytes from memory, bad accesses and races."""
+"""What the profiler and other tools count: launches, synchronizations, peak memory, bytes from memory, bad accesses and races."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def trace(device: Device, run: Callable[[], Any]) -> dict[str, Counter[str]]:
 @cache
 def nothing(device: Device) -> dict[str, Counter[str]]:
     """What a trace of nothing has: the profiler's own waits."""
-    # The first one also initialises the profiler.
+    # The first one also initializes the profiler.
     trace(device, lambda: None)
     return trace(device, lambda: None)
 
@@ -77,7 +77,7 @@ def named(counter: Counter[str]) -> str:
 
 def check_launches(device: Device, s: Shape, direction: str) -> Iterator[Row]:
     """Kernels that ran, against the launches that explain() lists, and what launch_counts counted, against the same."""
-    from stablelora_kernels.kernels._common import launch_counts
+    from stablelora_kernels.launch.base import launch_counts
 
     x, grad, arms, _ = layer.build(s, device)
     run = layer.runs(arms["ours"], x, grad, direction)
@@ -119,7 +119,7 @@ def check_step(device: Device) -> Iterator[Row]:
     optimizer = slk.StableLoRAAdamW(mine, lr=step.LR, shrink_ratio=step.SHRINK_RATIO)
     for _ in range(2):
         optimizer.step()
-    from stablelora_kernels.kernels._common import launch_counts
+    from stablelora_kernels.launch.base import launch_counts
 
     before = launch_counts.copy()
     found = profiled(device, optimizer.step)

@@ -16,7 +16,8 @@ from benchmarks._gpu_layer import SECONDS, P, _rank, known_gpu, shapes
 from benchmarks._gpu_section import FAILED, Clock, Row, Unit, note_of
 from benchmarks._harness import summarize
 from benchmarks.model import Shape
-from stablelora_kernels.dispatch import Call, choose, device_of
+from stablelora_kernels.dispatch.problem import Call, device_of
+from stablelora_kernels.dispatch.rules import choose
 
 COLUMNS = (
     "m", "n", "k", "r", "dropout", "direction", "kernel", "chosen", "fastest", "status", "us", "q1_us", "q3_us", "samples",

@@ -82,7 +82,7 @@ def targets(results: dict[str, list[Row]]) -> list[Verdict]:
             "{:.3f} ms",
         )
     )
-    for what, words, right in (("kernels", "one launch", 1), ("syncs", "no synchronisation", 0)):
+    for what, words, right in (("kernels", "one launch", 1), ("syncs", "no synchronization", 0)):
         counted = _counted(profile, what, "step of 448 tensors")
         found.append(verdict(f"448-tensor step: {words}", counted, 1, partial(operator.eq, right), "{:g}"))
     return found

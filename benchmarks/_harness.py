@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from stablelora_kernels._timing import interleave, interleave_parts, machine, shuffled, summarize, synchronize
+from stablelora_kernels.utils.timing import interleave, interleave_parts, machine, shuffled, summarize, synchronize
 
 __all__ = ["commit", "environment", "interleave", "interleave_parts", "shuffled", "store", "summarize", "synchronize"]
 
@@ -23,7 +23,7 @@ def commit() -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """:func:`~stablelora_kernels._timing.machine`, and the commit."""
+    """:func:`~stablelora_kernels.utils.timing.machine`, and the commit."""
     return machine() | {"commit": commit()}
 
 

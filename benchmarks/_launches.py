@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from stablelora_kernels.dispatch import MAX_FUSED_R, Choice, Device
-from stablelora_kernels.explain import branch_launches, call_launches, group_launches, quantised_launches
-from stablelora_kernels.ops.lora_linear import forward_launches
+from stablelora_kernels.dispatch.problem import MAX_FUSED_R, Device
+from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.launch.dry_run import branch_launches, call_launches, group_launches, quantized_launches
+from stablelora_kernels.launch.lora_linear import forward_launches
 
 # One of each kind that the tables tell apart, in M, (N, K) and r.
 ROWS = (8, 64, 512, 16384)
@@ -56,15 +57,15 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
             torch.set_float32_matmul_precision(before)
 
 
-def quantised_lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
-    """(dtypes in words, launch) for the kernels that read a quantised weight; the others of such a call are above."""
+def quantized_lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
+    """(dtypes in words, launch) for the kernels that read a quantized weight; the others of such a call are above."""
     calls = [("bf16/fp32", m, 4096, r, kind) for m, r, kind in product((8, 64, 256, 4096), (16, 64), ("nf4", "fp8"))]
     calls += [("fp32", 8, 4096, 16, kind) for kind in ("nf4", "fp8")]
     # Bytes and blocks that lie across rows.
     calls += [("bf16/fp32", 64, 4113, 16, kind) for kind in ("nf4", "fp8")]
     for (name, m, k, r, kind), p in product(calls, (0.0, 0.1)):
         dtype, lora = DTYPES[name][:2]
-        for launches in quantised_launches(device, m, 4096, k, r, dtype, lora, p, kind):
+        for launches in quantized_launches(device, m, 4096, k, r, dtype, lora, p, kind):
             yield from (
                 (name, launch) for launch in launches if hasattr(launch, "kernel") and "NF4" in launch.constants
             )

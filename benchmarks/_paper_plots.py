@@ -25,7 +25,7 @@ from benchmarks.optimizers import SHRINK_RATIOS
 from benchmarks.plots import BLUE, GREEN, GREY, RATIO_SHADES, STYLE, plt, save
 
 # The same in all plots, whichever of the ratios they have.
-COLOURS = {ADAMW: BLUE, LORA_PLUS: GREEN, RIEMANNIAN: GREY, RITE: "#9467bd"} | {
+COLORS = {ADAMW: BLUE, LORA_PLUS: GREEN, RIEMANNIAN: GREY, RITE: "#9467bd"} | {
     arm_of(STABLE, ratio): shade for ratio, shade in zip(SHRINK_RATIOS, RATIO_SHADES, strict=True)
 }
 
@@ -59,7 +59,7 @@ def _figure(records: Records, setting: Setting) -> Any:
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
         values = [-row["test"] if loss else 100 * row["test"] for row in mine]
-        left.plot([row["lr"] for row in mine], values, "o-", markersize=4, color=COLOURS[arm], label=arm)
+        left.plot([row["lr"] for row in mine], values, "o-", markersize=4, color=COLORS[arm], label=arm)
     left.set(xscale="log", xlabel="learning rate", ylabel="test loss, nats a token" if loss else "test accuracy, %")
     left.set_title(f"every learning rate, means over {seeds(records)}", fontsize=9)
     figure.legend(loc="outside lower center", ncols=8, fontsize=8)
@@ -75,7 +75,7 @@ def _figure(records: Records, setting: Setting) -> Any:
     for arm in dict.fromkeys(row["arm"] for row in beside):
         mine = [row for row in beside if row["arm"] == arm and not {(arm, row["lr"]), (ADAMW, row["lr"])} & broken]
         values = [factor * row["difference"] for row in mine]
-        middle.plot([row["lr"] for row in mine], values, "o-", markersize=4, color=COLOURS[arm])
+        middle.plot([row["lr"] for row in mine], values, "o-", markersize=4, color=COLORS[arm])
     middle.axhline(0, color="#333333", linewidth=0.8)
     middle.set(
         xscale="log",
@@ -96,7 +96,7 @@ def _at_their_best(axes: Any, found: Records, loss: bool) -> None:
     factor = -1 if loss else 100
     for place, row in enumerate(found):
         half = abs(factor) * row["difference_95"]
-        axes.errorbar(factor * row["difference"], place, xerr=half, fmt="o", capsize=4, color=COLOURS[row["arm"]])
+        axes.errorbar(factor * row["difference"], place, xerr=half, fmt="o", capsize=4, color=COLORS[row["arm"]])
     names = [f"{row['arm']}\nlr {row['lr']:g}, {row['pairs']} seeds" for row in found]
     axes.set_yticks(range(len(found)), names, fontsize=8)
     axes.axvline(0, color="#333333", linewidth=0.8)
@@ -117,7 +117,7 @@ def _ablations(rows: Records, setting: Setting) -> Any:
     found = [row for row in rows if row["arm"].startswith(STABLE) and row["minus_adamw"] is not None][::-1]
     for place, row in enumerate(found):
         right.errorbar(factor * row["minus_adamw"], place, xerr=abs(factor) * row["minus_adamw_95"], fmt="o", capsize=4,
-                       color=COLOURS[row["arm"]])  # fmt: skip
+                       color=COLORS[row["arm"]])  # fmt: skip
     right.set_yticks(
         range(len(found)), [f"{_paper_ablations.change(row)}\n{row['seeds']} seeds" for row in found], fontsize=8
     )
@@ -144,7 +144,7 @@ def _against_rank(axes: Any, rows: Records, loss: bool) -> None:
         # Side by side, or the intervals would hide each other.
         shift = 1.06 ** (place - (len(arms) - 1) / 2)
         axes.errorbar([r * shift for r, *_ in mine], [y for _, y, _ in mine], yerr=[e for *_, e in mine], fmt="o-", markersize=4,
-                      capsize=2, linewidth=1, color=COLOURS[arm], label=arm)  # fmt: skip
+                      capsize=2, linewidth=1, color=COLORS[arm], label=arm)  # fmt: skip
     axes.set(xscale="log", xlabel="rank", ylabel="test loss, nats a token" if loss else "test accuracy, %")
     axes.set_xticks(ticks := sorted({row["r"] or PLAIN["r"] for row in ranks}), [str(r) for r in ticks])
     axes.minorticks_off()

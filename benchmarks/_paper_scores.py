@@ -58,7 +58,7 @@ def plain(records: Records, setting: Setting) -> list[dict[str, Any]]:
 
 
 def score(record: dict[str, Any], split: str) -> float:
-    """Accuracy; of language modelling, the loss turned around, so that more is better. A run that diverged has the worst."""
+    """Accuracy; of language modeling, the loss turned around, so that more is better. A run that diverged has the worst."""
     found = record[split]
     if found is None:
         return 0.0 if record["run"]["task"] != "plays" else -20.0

@@ -25,7 +25,7 @@ TEST = 1000
 
 @dataclass(frozen=True)
 class Result:
-    """On held-out examples; of language modelling only the loss, in nats a token."""
+    """On held-out examples; of language modeling only the loss, in nats a token."""
 
     loss: float
     accuracy: float | None

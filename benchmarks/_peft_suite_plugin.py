@@ -39,7 +39,7 @@ def _accelerate_every_model() -> None:
     from peft.tuners.tuners_utils import BaseTuner
 
     import stablelora_kernels as slk
-    from stablelora_kernels import peft_layers
+    from stablelora_kernels.integrations import peft_layers
 
     inject_adapter = BaseTuner.inject_adapter
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.bench_optimizer_overhead import BASE, OURS_WHOLE
 from benchmarks.optimizers import OURS
-from stablelora_kernels._timing import PACKAGES
+from stablelora_kernels.utils.timing import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -266,11 +266,11 @@ def draw_axis(axis: dict[str, Any], directory: Path) -> Path:
         for arm, label in (("frozen", "frozen nn.Linear"), ("peft", "PEFT"), ("ours", "ours")):
             lines[label] = [row[arm]["ms"]["median"] for row in axis["rows"]]
         floor = [sum(row["floor"].values()) for row in axis["rows"]]
-    colours = ["#8a8f98", "#2a6fbb", "#d1495b"] if not step_axis else ["#2a6fbb", "#d1495b", "#e07a3f"]
+    colors = ["#8a8f98", "#2a6fbb", "#d1495b"] if not step_axis else ["#2a6fbb", "#d1495b", "#e07a3f"]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-        for (label, values), colour in zip(lines.items(), colours, strict=True):
-            axes.plot(sizes, values, marker="o", markersize=4, label=label, color=colour)
+        for (label, values), color in zip(lines.items(), colors, strict=True):
+            axes.plot(sizes, values, marker="o", markersize=4, label=label, color=color)
         axes.plot(sizes, floor, linestyle=":", color="#333333", label="floor" if step_axis else "floor of a LoRA layer")
         axes.set(xscale="log", yscale="log", xlabel=f"{axis['axis']} ({axis['still']})", ylabel="milliseconds")
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])

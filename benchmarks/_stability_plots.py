@@ -24,7 +24,7 @@ from benchmarks._stability_report import (
 from benchmarks._stability_runs import ADAMW, ARMS, LORA_PLUS, NEAR_ZERO, STABLE
 from benchmarks.plots import BLUE, GREEN, GREY, RATIO_SHADES, STYLE, plt, save
 
-COLOURS = dict(zip((arm.name for arm in ARMS), (BLUE, GREY, GREEN, *RATIO_SHADES), strict=True))
+COLORS = dict(zip((arm.name for arm in ARMS), (BLUE, GREY, GREEN, *RATIO_SHADES), strict=True))
 # Of Stable-LoRA the largest ratio, which does most.
 SHOWN = (ADAMW, NEAR_ZERO, LORA_PLUS, STABLE[-1])
 PARTS = {"delta_1": "δ1 = s dB A Z", "delta_2": "δ2 = s B dA Z", "delta_3": "δ3 = s dB dA Z", "delta": "whole change"}
@@ -75,14 +75,14 @@ def _latch(found: Found) -> Any:
     )  # fmt: skip
     for column, ratio in enumerate(ratios):
         top, bottom = axes[0][column], axes[1][column]
-        for width, colour in zip(widths, _shades(len(widths)), strict=True):
+        for width, color in zip(widths, _shades(len(widths)), strict=True):
             mine = [row for row in rows if row["ratio"] == ratio and row["width"] == width]
             lrs = [row["lr"] for row in mine]
             top.plot(
-                lrs, [max(row["shrinks"], 0.5) for row in mine], "o-", markersize=3, color=colour, label=f"n {width}"
+                lrs, [max(row["shrinks"], 0.5) for row in mine], "o-", markersize=3, color=color, label=f"n {width}"
             )
-            top.plot(lrs, [min(row["bound"], steps) for row in mine], ":", color=colour, linewidth=0.9)
-            bottom.plot(lrs, [100 * row["a_left"] for row in mine], "o-", markersize=3, color=colour)
+            top.plot(lrs, [min(row["bound"], steps) for row in mine], ":", color=color, linewidth=0.9)
+            bottom.plot(lrs, [100 * row["a_left"] for row in mine], "o-", markersize=3, color=color)
         top.set(xscale="log", yscale="log", title=f"λ {ratio:g}")
         bottom.set(xscale="log", xlabel="learning rate", ylim=(0, 103))
         if column:
@@ -111,9 +111,9 @@ def _exponents(deltas: Records) -> Any:
                 if not points:
                     continue
                 xs, means, halves = zip(*points, strict=True)
-                axis.plot(xs, means, "o-", markersize=3, color=COLOURS[arm.name], label=arm.name)
+                axis.plot(xs, means, "o-", markersize=3, color=COLORS[arm.name], label=arm.name)
                 low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
-                axis.fill_between(xs, low, high, color=COLOURS[arm.name], alpha=0.15, linewidth=0)
+                axis.fill_between(xs, low, high, color=COLORS[arm.name], alpha=0.15, linewidth=0)
             expected = {"delta_1": (FIRST[law], LATER[law]), "delta_2": (1 - 2 * rate.power,)}.get(part, (LATER[law],))
             for value in expected:
                 axis.axhline(value, linestyle=":", color="#333333", linewidth=1)
@@ -142,9 +142,9 @@ def _sizes(deltas: Records) -> Any:
             axis = axes[row][column]
             mine = [r for r in deltas if (r["arm"], r["law"], r["step"]) == (arm.name, law, step)]
             widths = sorted({r["width"] for r in mine})
-            for part, colour in zip(PARTS, shades, strict=True):
+            for part, color in zip(PARTS, shades, strict=True):
                 values = [_log_mean([r[part] for r in mine if r["width"] == width]) for width in widths]
-                axis.plot(widths, values, "o-", markersize=3, color=colour, label=PARTS[part])
+                axis.plot(widths, values, "o-", markersize=3, color=color, label=PARTS[part])
             axis.set(xscale="log", yscale="log")
             axis.set_xticks(widths[::2], [str(width) for width in widths[::2]])
             axis.minorticks_off()
@@ -179,11 +179,11 @@ def _norms(deltas: Records) -> Any:
             for name, style in (("a_norm", "-"), ("b_norm", "--")):
                 values = [_log_mean([r[name] for r in mine if r["step"] == step]) / width for step in steps]
                 label = arm.name if name == "a_norm" else None
-                axis.plot(steps, values, style, color=COLOURS[arm.name], linewidth=1.4, label=label)
+                axis.plot(steps, values, style, color=COLORS[arm.name], linewidth=1.4, label=label)
                 if name == "a_norm" and arm in STABLE:
                     latched = [s for s in steps if all(r["stable"] for r in mine if r["step"] == s)]
                     marked = [v for s, v in zip(steps, values, strict=True) if s in latched]
-                    axis.plot(latched, marked, "x", color=COLOURS[arm.name], markersize=5)
+                    axis.plot(latched, marked, "x", color=COLORS[arm.name], markersize=5)
         axis.set(xscale="log", yscale="log", title=f"lr {law}", xlabel="step")
     axes[0][0].set_ylabel("norm over width")
     axes[0][-1].legend(fontsize=7, frameon=False)
@@ -201,13 +201,13 @@ def _learning_rates(found: Found) -> Any:
         f"Held-out loss ({TASKS[found['family']][1]}); stars: the best.", 3.4,
     )  # fmt: skip
     for axis, arm in zip(axes[0], arms, strict=True):
-        for width, colour in zip(widths, _shades(len(widths)), strict=True):
+        for width, color in zip(widths, _shades(len(widths)), strict=True):
             mine = [run for run in grid if (run["arm"], run["width"]) == (arm.name, width)]
             lrs = sorted({run["lr"] for run in mine})
             losses = [_log_mean([min(r["loss"], 10.0) for r in mine if r["lr"] == lr]) for lr in lrs]
-            axis.plot(lrs, losses, "o-", markersize=3, color=colour, label=f"n {width}")
+            axis.plot(lrs, losses, "o-", markersize=3, color=color, label=f"n {width}")
             star = lrs.index(best[arm.name, width])
-            axis.plot(lrs[star], losses[star], "*", color=colour, markersize=11)
+            axis.plot(lrs[star], losses[star], "*", color=color, markersize=11)
         axis.set(xscale="log", title=arm.name, xlabel="learning rate")
     drawn = [loss for axis in axes[0] for line in axis.lines for loss in line.get_ydata()]
     if max(drawn) > 10 * min(drawn):

@@ -31,7 +31,7 @@ from benchmarks._traffic_formula import (
     optimizer_formula,
     total,
 )
-from stablelora_kernels import backend
+from stablelora_kernels.dispatch import backend
 
 __all__ = [
     "Counted",
@@ -131,7 +131,7 @@ def counted(**labels: Sequence[Tensor]) -> Iterator[list[Counted]]:
         raise RuntimeError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
     from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
-    from stablelora_kernels.kernels.lora_linear_launch import VendorProduct
+    from stablelora_kernels.launch.lora_common import VendorProduct
 
     found: list[Counted] = []
     current: list[_Recorder] = []

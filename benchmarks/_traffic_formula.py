@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.stable_adamw import Pair
-from stablelora_kernels.ops.stable_adamw_triton import TritonStep
+from stablelora_kernels.optim.state import Pair
+from stablelora_kernels.optim.triton_engine import TritonStep
 
 
 class Traffic(NamedTuple):
@@ -202,7 +202,7 @@ def _linear(t: _Account, c: dict[str, Any]) -> None:
 
 
 def _weight(t: _Account, c: dict[str, Any], n: int, k: int, rows: int, cols: int, times: int) -> None:
-    """A quantised W, stored as [n, k], dequantised ``times`` times over in tiles of ``rows`` by ``cols``.
+    """A quantized W, stored as [n, k], dequantized ``times`` times over in tiles of ``rows`` by ``cols``.
 
     Every value of a code is taken to occur.
     """
@@ -229,8 +229,8 @@ def _weight(t: _Account, c: dict[str, Any], n: int, k: int, rows: int, cols: int
         t.look_up("offset", tiles)
 
 
-def _quantised(t: _Account, c: dict[str, Any]) -> None:
-    """The product that dequantises W in its loop."""
+def _quantized(t: _Account, c: dict[str, Any]) -> None:
+    """The product that dequantizes W in its loop."""
     tiles_m, tiles_n = _tiles(c["M"], c["BLOCK_M"]), _tiles(c["N"], c["BLOCK_N"])
     t.read("x", tiles_n)
     stored = (
@@ -247,7 +247,7 @@ def _quantised(t: _Account, c: dict[str, Any]) -> None:
     t.write("y")
 
 
-def _dequantise(t: _Account, c: dict[str, Any]) -> None:
+def _dequantize(t: _Account, c: dict[str, Any]) -> None:
     _weight(t, c, c["N"], c["K"], c["BLOCK_N"], c["BLOCK_K"], times=1)
     t.write("w")
 
@@ -318,15 +318,15 @@ def _grads_group(t: _Account, c: dict[str, Any]) -> None:
 
 _FORMULAS = {
     "_lora_shrink_group_kernel": _shrink_group,
-    "_lora_linear_grads_group_kernel": _grads_group,
+    "_lora_weight_grads_group_kernel": _grads_group,
     "_lora_shrink_kernel": _shrink,
     "_lora_linear_kernel": _linear,
-    "_lora_linear_small_kernel": _linear,
+    "_lora_linear_split_k_kernel": _linear,
     "_lora_linear_tma_kernel": _linear,
-    "_lora_linear_quantised_kernel": _quantised,
-    "_dequantise_kernel": _dequantise,
-    "_lora_linear_branch_kernel": _branch,
-    "_lora_linear_grads_kernel": _grads,
+    "_lora_linear_quantized_kernel": _quantized,
+    "_dequantize_kernel": _dequantize,
+    "_lora_expand_kernel": _branch,
+    "_lora_weight_grads_kernel": _grads,
 }
 
 
@@ -359,7 +359,7 @@ def _floor(read: int, written: int) -> Traffic:
 def floor_frozen_forward(
     m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, weight: int | None = None
 ) -> Traffic:
-    """Y = X W^T + bias: X, W and bias read, Y written. ``weight``: bytes of W, where it is quantised."""
+    """Y = X W^T + bias: X, W and bias read, Y written. ``weight``: bytes of W, where it is quantized."""
     weight = n * k * dtype.itemsize if weight is None else weight
     return _floor((m * k + n * bias) * dtype.itemsize + weight, m * n * dtype.itemsize)
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import _traffic as t
-from stablelora_kernels.dispatch import Device
-from stablelora_kernels.explain import call_launches, group_launches
-from stablelora_kernels.ops import lora_linear_group
+from stablelora_kernels.dispatch.problem import Device
+from stablelora_kernels.launch import lora_linear_group
+from stablelora_kernels.launch.dry_run import call_launches, group_launches
 
 Row = dict[str, Any]
 BF16, FP32 = torch.bfloat16, torch.float32

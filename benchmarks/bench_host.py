@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stablelora_kernels.launch import base
+
 # Before Triton is imported: only its interpreter takes tensors of a CPU, and it is never run here.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -45,14 +47,13 @@ PHASES = ("forward, no gradient", "forward", "forward and backward")
 @contextmanager
 def without_launches() -> Iterator[None]:
     """Triton is not asked to launch; outputs stay as they were allocated."""
-    from stablelora_kernels.kernels import _common
 
-    real = _common.launch
-    _common.launch = lambda *args, **meta: None  # type: ignore[assignment]
+    real = base.launch
+    base.launch = lambda *args, **meta: None  # type: ignore[assignment]
     try:
         yield
     finally:
-        _common.launch = real
+        base.launch = real
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from benchmarks._harness import environment, interleave, store, summarize
-from stablelora_kernels.cli._arguments import DTYPES
+from stablelora_kernels.cli.arguments import DTYPES
 from stablelora_kernels.cli.bench import forward_backward, layer_arms
 
 # (rows, in_features, out_features, rank). The first two are the targets.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import stablelora_kernels as slk
 from benchmarks._harness import environment, interleave, store, summarize
-from stablelora_kernels.cli._arguments import DTYPES
+from stablelora_kernels.cli.arguments import DTYPES
 from stablelora_kernels.functional import lora_linear_group
 
 # (rows, in_features, out_features of each, rank): q, k, v and gate, up of SmolLM2-135M, and of something wider.

@@ -29,7 +29,7 @@ from benchmarks.data import load_dataset, training_batches
 from benchmarks.finetune import autocast, to_device
 from benchmarks.models import linear_names, load_model, query_value_names
 from benchmarks.report import aligned
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 
 # Percent over AdamW's training time, 0.5B parameters, as the paper gives it (arXiv 2603.05204).
 PAPER = {

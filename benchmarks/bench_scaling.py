@@ -27,8 +27,8 @@ from benchmarks.footprint import saved_for_backward
 from benchmarks.optimizers import SHRINK_RATIO
 from benchmarks.report import aligned
 from stablelora_kernels.cli.bench import forward_backward, make_pairs
-from stablelora_kernels.ops import products
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.ops import matmul
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 
 LAYER_ARMS = ("frozen", "peft", "ours")
 STEP_ARMS = ("AdamW fused", "shrinking", "latched")
@@ -59,7 +59,7 @@ def measure_machine(device: torch.device, iters: int = 7) -> Machine:
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     source, target = (torch.zeros(length, device=device) for _ in range(2))
     samples = interleave(
-        {"product": lambda: products.product(a, b), "copy": lambda: target.copy_(source)},  # type: ignore[arg-type,return-value]
+        {"product": lambda: matmul.product(a, b), "copy": lambda: target.copy_(source)},  # type: ignore[arg-type,return-value]
         warmup=2,
         iters=iters,
     )

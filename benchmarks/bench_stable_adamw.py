@@ -18,7 +18,7 @@ import torch
 from benchmarks._harness import environment, interleave, store, summarize
 from benchmarks.optimizers import SHRINK_RATIO, NaiveStableAdamW
 from stablelora_kernels.cli.bench import make_pairs
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 
 OURS, FUSED = "StableLoRAAdamW", "AdamW fused, no Algorithm 1"

@@ -27,9 +27,9 @@ if not torch.cuda.is_available():
 
 from benchmarks._harness import environment, interleave, store, summarize
 from benchmarks.optimizers import SHRINK_RATIO
-from stablelora_kernels.backend import use_backend
 from stablelora_kernels.cli.bench import make_pairs
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.dispatch.backend import use_backend
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 
 PARAMETERS = (100_000, 1_000_000, 10_000_000, 100_000_000)
@@ -63,14 +63,15 @@ def time_of(count: int, parameters: int, device: str, latched: bool, iters: int)
 @contextmanager
 def nothing_launched() -> Iterator[None]:
     """Neither arm gets to the device."""
-    from stablelora_kernels.kernels import stable_adamw, stable_adamw_sums
+    from stablelora_kernels.kernels.stable_adamw import norms
+    from stablelora_kernels.kernels.stable_adamw import step as stable_adamw
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
 
     with (
         mock.patch.object(stable_adamw, "launch", nothing),
-        mock.patch.object(stable_adamw_sums, "launch", nothing),
+        mock.patch.object(norms, "launch", nothing),
         mock.patch.object(torch, "_fused_adamw_", nothing),
         # Of the fused step's counters, a launch or two of its own on a GPU.
         mock.patch.object(torch, "_foreach_add_", nothing),

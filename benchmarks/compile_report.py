@@ -36,7 +36,7 @@ import triton
 from benchmarks import _machine_code as machine_code
 from benchmarks._occupancy import occupancy
 from benchmarks.report import aligned
-from stablelora_kernels.dispatch import DEVICES
+from stablelora_kernels.dispatch.problem import DEVICES
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 REPORT = Path(__file__).parent / "results" / "compile_report.csv"
@@ -73,13 +73,9 @@ def kernel_name(launch: Any) -> str:
 
 def _launches(arch: str) -> Iterator[tuple[str, str, Any]]:
     """(variant, dtype, launch) of all kernels."""
-    from benchmarks._launches import (
-        lora_linear_group_launches,
-        lora_linear_launches,
-        quantised_lora_linear_launches,
-    )
+    from benchmarks._launches import lora_linear_group_launches, lora_linear_launches, quantized_lora_linear_launches
 
-    for make in (lora_linear_launches, lora_linear_group_launches, quantised_lora_linear_launches):
+    for make in (lora_linear_launches, lora_linear_group_launches, quantized_lora_linear_launches):
         made = make(DEVICES[arch])
         for dtype, launch in made:
             yield launch.variant, dtype, launch
@@ -89,11 +85,11 @@ def _launches(arch: str) -> Iterator[tuple[str, str, Any]]:
 
 def _stable_adamw_launches() -> Iterator[tuple[str, Any]]:
     """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain, sharded, with AMP."""
-    from stablelora_kernels.kernels import stable_adamw as kernels
-    from stablelora_kernels.kernels import stable_adamw_tables as tables
-    from stablelora_kernels.kernels._common import Launch
-    from stablelora_kernels.kernels.stable_adamw_sums import _square_sums_kernel
-    from stablelora_kernels.ops.stable_adamw_triton import TritonStep
+    from stablelora_kernels.kernels.stable_adamw import step as kernels
+    from stablelora_kernels.kernels.stable_adamw import tables
+    from stablelora_kernels.kernels.stable_adamw.norms import _square_sums_kernel
+    from stablelora_kernels.launch.base import Launch
+    from stablelora_kernels.optim.triton_engine import TritonStep
 
     int8, int32, int64, floats = (
         torch.empty(64, dtype=d, device="meta") for d in (torch.int8, torch.int32, torch.int64, torch.float32)

@@ -18,8 +18,8 @@ import torch
 from benchmarks import _suite, _suite_table
 from benchmarks._harness import environment
 from benchmarks._suite import Case, Outcome
-from stablelora_kernels.cli._arguments import device_of
-from stablelora_kernels.cli._output import CommandError
+from stablelora_kernels.cli.arguments import device_of
+from stablelora_kernels.cli.output import CommandError
 
 SUITES = ("quick", "full", "tiny")
 ITERS = {"quick": 15, "full": 50, "tiny": 3}

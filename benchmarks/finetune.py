@@ -17,7 +17,7 @@ from benchmarks.data import Batch
 
 PHASES = ("forward", "backward", "optimizer")
 NORMS_EVERY = 2
-# L2 penalty on the probe's weights, over standardised features.
+# L2 penalty on the probe's weights, over standardized features.
 _PROBE_PENALTY = 1e-2
 
 

@@ -14,9 +14,9 @@ import stablelora_kernels as slk
 from benchmarks._suite import Case, Parts, size
 from benchmarks.bench_lora_linear import build_arms
 from benchmarks.optimizers import Unavailable
-from stablelora_kernels import backend
-from stablelora_kernels.cli._arguments import DTYPES
-from stablelora_kernels.ops import products
+from stablelora_kernels.cli.arguments import DTYPES
+from stablelora_kernels.dispatch import backend
+from stablelora_kernels.ops import matmul
 
 AUTOCAST = "bf16-autocast"
 DTYPE_NAMES = ("fp32", "bf16", AUTOCAST)
@@ -160,11 +160,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return products.wide_product(x, weight.t())
+        return matmul.wide_product(x, weight.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return products.wide_product(grad, *ctx.saved_tensors), None
+        return matmul.wide_product(grad, *ctx.saved_tensors), None
 
 
 class FrozenByOneDNN(nn.Module):
@@ -172,7 +172,7 @@ class FrozenByOneDNN(nn.Module):
 
     def __init__(self, weight: Tensor, dtype: str) -> None:
         super().__init__()
-        if dtype != "fp32" or not products.by_onednn(weight.dtype, weight.device):
+        if dtype != "fp32" or not matmul.by_onednn(weight.dtype, weight.device):
             raise Unavailable("the base product is PyTorch's own there: as the frozen nn.Linear")
         self.weight = weight
 

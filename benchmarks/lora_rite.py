@@ -1,6 +1,6 @@
 """LoRA-RITE (Yen et al., arXiv 2410.20625), written from the paper's algorithm as a rival in accuracy and time.
 
-Two factorisations of one product, Z = B A = (B R^-1) (R A), train alike: each factor's step is taken in an orthonormal basis
+Two factorizations of one product, Z = B A = (B R^-1) (R A), train alike: each factor's step is taken in an orthonormal basis
 of the *other* factor's span, and that basis does not depend on R.
 
 The paper writes its sums without forgetting. As in Adam, and as its authors do in practice, beta2 forgets second moment and

@@ -24,8 +24,9 @@ import torch
 from benchmarks._sequences import RIVALS, WITHOUT_DROPOUT, Shape, Work
 from benchmarks._traffic import formula
 from benchmarks.report import aligned
-from stablelora_kernels.dispatch import DEVICES, KERNELS, Call, Choice, check_possible, choose
-from stablelora_kernels.explain import call_launches
+from stablelora_kernels.dispatch.problem import DEVICES, Call
+from stablelora_kernels.dispatch.rules import KERNELS, Choice, check_possible, choose
+from stablelora_kernels.launch.dry_run import call_launches
 
 GPUS = Path(__file__).parent / "gpus"
 # Where benchmarks.gpu leaves what it measured, in a directory named after the GPU.
@@ -84,7 +85,7 @@ def matrix_operations(launch: Any, gpu: Gpu) -> float:
     def ranks_of(block: int) -> int:
         return up(r, block) // block * max(block, gpu.narrow_columns)
 
-    if name == "_lora_linear_grads_kernel":
+    if name == "_lora_weight_grads_kernel":
         programs_b = launch.grid[0] - v["PROGRAMS_A"]
         columns = up(k, v["BLOCK_C"]) * (v["PROGRAMS_A"] > 0) + up(n, v["BLOCK_C"]) * (programs_b > 0)
         return 2.0 * columns * m * ranks_of(v["BLOCK_R"])
@@ -94,7 +95,7 @@ def matrix_operations(launch: Any, gpu: Gpu) -> float:
         return 2.0 * rows * k * ranks_of(v["BLOCK_R"]) + beside
     columns = up(n, v["BLOCK_N"])
     branch = 2.0 * rows * columns * up(r, v["BLOCK_R"])
-    if name == "_lora_linear_branch_kernel":
+    if name == "_lora_expand_kernel":
         return branch + (0.0 if v["LOAD_S"] else 2.0 * rows * k * ranks_of(v["BLOCK_R"]) * launch.grid[1])
     s = 0.0 if v.get("LOAD_S", True) else 2.0 * rows * k * ranks_of(v["BLOCK_R"]) * columns / v["BLOCK_N"]
     beside = 2.0 * columns * m * ranks_of(v["GRAD_R"]) if v.get("HAS_GRAD") else 0.0

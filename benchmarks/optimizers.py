@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.lora_rite import LoRARITE
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 
 # The paper's, of which the library's default is the smallest.

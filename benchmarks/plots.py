@@ -33,7 +33,7 @@ STYLE: Any = {
 }
 
 
-def colours(names: list[str]) -> dict[str, str]:
+def colors(names: list[str]) -> dict[str, str]:
     stable = iter(_STABLE * len(names))
     return {name: {"frozen": GREY, "peft": BLUE}.get(name) or next(stable) for name in names}
 
@@ -99,12 +99,12 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 def _loss(result: Result) -> Any:
     figure, axis = _figure(result, "Training loss")
-    for name, colour in colours(list(result["arms"])).items():
+    for name, color in colors(list(result["arms"])).items():
         record = result["arms"][name]
         loss = record["series"]["loss"]
         steps = range(1, len(loss) + 1)
-        axis.plot(steps, loss, color=colour, alpha=0.15, linewidth=0.8)
-        axis.plot(steps, _smooth(loss), color=colour, label=record["label"], **_line(name))
+        axis.plot(steps, loss, color=color, alpha=0.15, linewidth=0.8)
+        axis.plot(steps, _smooth(loss), color=color, label=record["label"], **_line(name))
     axis.set(xlabel="step", ylabel="cross entropy (line: running mean)")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend()
@@ -113,7 +113,7 @@ def _loss(result: Result) -> Any:
 
 def _norms(result: Result) -> Any:
     figure, (left, right) = _figure(result, "Norms of the adapters, mean over pairs", columns=2, width=10)
-    palette = colours(list(result["arms"]))
+    palette = colors(list(result["arms"]))
     for axis, key, title in ((left, "a_norm", r"$\|A\|_F$"), (right, "b_norm", r"$\|B\|_F$")):
         for name, record in result["arms"].items():
             norms = record["series"]["norms"]
@@ -138,16 +138,16 @@ def _step_time(result: Result) -> Any:
     figure, axis = _figure(
         result, "A training step: median of each part, arms interleaved", height=1.6 + 0.62 * len(result["arms"])
     )
-    palette = colours(list(result["arms"]))
+    palette = colors(list(result["arms"]))
     for row, (name, record) in enumerate(result["arms"].items()):
         left = 0.0
         for phase, shade in zip(PHASES, _PHASE_SHADES, strict=True):
             width = summarize(step_times(record, (phase,)))["median"]
             axis.barh(row, width, left=left, color=palette[name], alpha=shade, height=0.62)
             if width > 0.06 * summarize(step_times(record))["median"]:
-                colour = "white" if shade > 0.5 else "black"
+                color = "white" if shade > 0.5 else "black"
                 axis.text(
-                    left + width / 2, row, f"{phase} {width:.0f}", ha="center", va="center", fontsize=8, color=colour
+                    left + width / 2, row, f"{phase} {width:.0f}", ha="center", va="center", fontsize=8, color=color
                 )
             left += width
         total = f"{summarize(step_times(record))['median']:.0f} ms"
@@ -165,12 +165,12 @@ def _step_time(result: Result) -> Any:
 
 def _accuracy(result: Result) -> Any:
     figure, axis = _figure(result, f"Held-out accuracy on {result['data']['test']} texts, with standard error")
-    palette = colours(list(result["arms"]))
+    palette = colors(list(result["arms"]))
     bars = [(record["label"], record["test"], palette[name]) for name, record in result["arms"].items()]
     if "probe" in result:
         bars.insert(1, ("frozen, probe\nto convergence", result["probe"], "#b9bec6"))
-    for position, (_, test, colour) in enumerate(bars):
-        axis.bar(position, 100 * test["accuracy"], yerr=100 * test["accuracy_se"], color=colour, width=0.62, capsize=4)
+    for position, (_, test, color) in enumerate(bars):
+        axis.bar(position, 100 * test["accuracy"], yerr=100 * test["accuracy_se"], color=color, width=0.62, capsize=4)
         top = 100 * (test["accuracy"] + test["accuracy_se"])
         axis.text(position, top + 0.4, f"{100 * test['accuracy']:.1f}", ha="center", va="bottom", fontsize=10)
     majority = 100 * result["data"]["majority"]

@@ -89,11 +89,11 @@ def write_sweep(results: Sequence[Result], directory: Path) -> list[Path]:
 
 def draw_sweep(results: Sequence[Result], directory: Path) -> list[Path]:
     """Accuracy minus PEFT's for each shrink ratio, a group a learning rate."""
-    from benchmarks.plots import STYLE, colours, plt, save
+    from benchmarks.plots import STYLE, colors, plt, save
 
     rows = [row for row in sweep_rows(results) if row["difference"] is not None]
     lrs = list(dict.fromkeys(row["lr"] for row in rows))
-    palette = colours(list(results[0]["arms"]))
+    palette = colors(list(results[0]["arms"]))
     names = list(dict.fromkeys(row["arm"] for row in rows))
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")

@@ -12,7 +12,7 @@ import torch
 from benchmarks import optimizers
 from benchmarks._suite import Case, Parts
 from benchmarks.conftest import Entry
-from stablelora_kernels.cli._arguments import DTYPES
+from stablelora_kernels.cli.arguments import DTYPES
 from stablelora_kernels.cli.bench import LR, make_pairs
 from stablelora_kernels.pairs import LoRAPair
 

@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.dispatch import DEVICES, Choice, Device
-from stablelora_kernels.quantised import FP8Weight, NF4Weight
+from stablelora_kernels.dispatch.problem import DEVICES, Device
+from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -55,20 +56,20 @@ class Case(NamedTuple):
     lora_dtype: torch.dtype = FP32
     kernel: str = ""
     # "nf4", in blocks of 64 with nested scales, or "fp8"; the kernels are then dispatch's.
-    quantised: str = ""
+    quantized: str = ""
 
     @property
     def dtypes(self) -> str:
         dtypes = "/".join(dict.fromkeys((SHORT[self.dtype], SHORT[self.lora_dtype])))
-        return f"{dtypes} {self.quantised}".rstrip()
+        return f"{dtypes} {self.quantized}".rstrip()
 
     @property
     def weight(self) -> int | None:
-        """Bytes of a quantised weight, its scales included."""
-        if not self.quantised:
+        """Bytes of a quantized weight, its scales included."""
+        if not self.quantized:
             return None
         blocks, elements = -(-self.n * self.k // 64), self.n * self.k
-        return elements + 4 * self.n if self.quantised == "fp8" else -(-elements // 2) + blocks + 4 * -(-blocks // 256)
+        return elements + 4 * self.n if self.quantized == "fp8" else -(-elements // 2) + blocks + 4 * -(-blocks // 256)
 
     @property
     def columns(self) -> Row:
@@ -90,18 +91,18 @@ SMALL = (
     Case(72, 136, 200, 64, 0.1, dtype=FP32),
     Case(200, 264, 136, 16, 0.1, kernel="vendor"),
 )
-SMALL_QUANTISED = (
-    Case(9, 328, 960, 16, quantised="nf4"),
-    Case(70, 264, 320, 16, 0.1, quantised="nf4"),
-    Case(300, 136, 192, 16, quantised="nf4"),
-    Case(9, 329, 75, 16, quantised="nf4"),
-    Case(70, 264, 320, 16, 0.1, quantised="fp8"),
+SMALL_QUANTIZED = (
+    Case(9, 328, 960, 16, quantized="nf4"),
+    Case(70, 264, 320, 16, 0.1, quantized="nf4"),
+    Case(300, 136, 192, 16, quantized="nf4"),
+    Case(9, 329, 75, 16, quantized="nf4"),
+    Case(70, 264, 320, 16, 0.1, quantized="fp8"),
 )
 ROWS = (1, 16, 64, 512, 2048, 8192)
 SIZES = ((4096, 4096), (14336, 4096))
 REAL = tuple(Case(m, n, k, r, p) for (n, k), r, p, m in product(SIZES, (16, 64), (0.0, 0.1), ROWS))
-REAL_QUANTISED = tuple(
-    Case(m, 4096, 4096, 16, quantised=kind) for kind, m in product(("nf4", "fp8"), (1, 16, 64, 256, 512, 2048, 8192))
+REAL_QUANTIZED = tuple(
+    Case(m, 4096, 4096, 16, quantized=kind) for kind, m in product(("nf4", "fp8"), (1, 16, 64, 256, 512, 2048, 8192))
 )
 TARGET = Case(8192, 4096, 4096, 16, 0.1)
 
@@ -134,19 +135,19 @@ SETS = (
 
 def launches(device: Device, case: Case) -> tuple[list[Any], list[Any]]:
     """The forward's and the backward's launches of ``case`` on CPU tensors, as ``device`` would make them."""
-    from stablelora_kernels.ops import lora_linear_quantised
-    from stablelora_kernels.ops.lora_linear import backward_launches, forward_launches
+    from stablelora_kernels.launch import lora_linear_quantized
+    from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
 
-    m, n, k, r, p, dtype, lora_dtype, kernel, quantised = case
+    m, n, k, r, p, dtype, lora_dtype, kernel, quantized = case
     x, w, bias, y = (torch.zeros(size, dtype=dtype) for size in ((m, k), (n, k), (n,), (m, n)))
     dx, dy, s = torch.zeros_like(x), torch.zeros_like(y), torch.zeros(m, r, dtype=dtype)
     a, b = torch.zeros(r, k, dtype=lora_dtype), torch.zeros(n, r, dtype=lora_dtype)
     seed = torch.zeros(1, dtype=torch.int64) if p else None
     da, db = torch.zeros_like(a), torch.zeros_like(b)
-    if quantised:
-        weight = quantised_weight(n, k, quantised).stored
-        forward = lora_linear_quantised.forward_launches(device, x, weight, bias, a, b, s, y, seed, 1.0, p)
-        return forward, lora_linear_quantised.backward_launches(
+    if quantized:
+        weight = quantized_weight(n, k, quantized).stored
+        forward = lora_linear_quantized.forward_launches(device, x, weight, bias, a, b, s, y, seed, 1.0, p)
+        return forward, lora_linear_quantized.backward_launches(
             device, x, dy, weight, a, b, s, seed, dx, da, db, 1.0, p
         )
     choice = Choice(kernel, "") if kernel else None
@@ -156,7 +157,7 @@ def launches(device: Device, case: Case) -> tuple[list[Any], list[Any]]:
     )
 
 
-def quantised_weight(n: int, k: int, kind: str) -> NF4Weight | FP8Weight:
+def quantized_weight(n: int, k: int, kind: str) -> NF4Weight | FP8Weight:
     """A weight in which every value of a code occurs, where it has as many elements and scales."""
     if kind == "fp8":
         return FP8Weight(torch.zeros(n, k).to(torch.float8_e4m3fn), torch.ones(n))
@@ -168,10 +169,10 @@ def quantised_weight(n: int, k: int, kind: str) -> NF4Weight | FP8Weight:
 
 def formula_launches(device: Device, case: Case) -> tuple[list[Any], list[Any]]:
     """Those launches on tensors without memory."""
-    from stablelora_kernels.explain import call_launches, quantised_launches
+    from stablelora_kernels.launch.dry_run import call_launches, quantized_launches
 
-    if case.quantised:
-        return quantised_launches(device, *case[:4], case.dtype, case.lora_dtype, case.p, case.quantised)
+    if case.quantized:
+        return quantized_launches(device, *case[:4], case.dtype, case.lora_dtype, case.p, case.quantized)
     choice = Choice(case.kernel, "") if case.kernel else None
     return call_launches(device, *case[:4], case.dtype, case.lora_dtype, case.p, choice, choice)
 
@@ -194,7 +195,7 @@ def case_rows(device: Device, case: Case, count: bool) -> list[Row]:
         tensors = [launch.tensors for launch in found]
     else:
         tensors = [t.formula_by_tensor(launch) for _, launch in listed]
-    operation = "lora_linear_quantised" if case.quantised else "lora_linear"
+    operation = "lora_linear_quantized" if case.quantized else "lora_linear"
     common = {"source": "counted" if count else "formula", "device": device.arch, "operation": operation}
     rows: list[Row] = []
     for number, ((word, launch), by_name) in enumerate(zip(listed, tensors, strict=True), 1):
@@ -224,9 +225,9 @@ def case_rows(device: Device, case: Case, count: bool) -> list[Row]:
 def optimizer_rows(tensors: Set) -> list[Row]:
     """A step counted, after the first, which measures sums that later ones have; and the same by formula."""
     from benchmarks import _traffic as t
-    from stablelora_kernels.backend import use_backend
-    from stablelora_kernels.ops.stable_adamw import Pair
-    from stablelora_kernels.optim import StableLoRAAdamW
+    from stablelora_kernels.dispatch.backend import use_backend
+    from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+    from stablelora_kernels.optim.state import Pair
 
     generator = torch.Generator().manual_seed(0)
     named = []
@@ -356,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=RESULT, help=f"where to write all rows (default: {RESULT})")
     parser.add_argument("--device", choices=sorted(DEVICES), default="sm_90", help="the GPU whose launches are made")
     arguments = parser.parse_args(argv)
-    from stablelora_kernels import backend
+    from stablelora_kernels.dispatch import backend
 
     if not backend.INTERPRETING:
         # Triton reads it as it is imported.
@@ -375,13 +376,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return [row for case in cases for row in case_rows(device, case, count)]
 
     counted, formula, real = rows(SMALL, count=True), rows(SMALL), rows(REAL)
-    counted_quantised, formula_quantised = rows(SMALL_QUANTISED, count=True), rows(SMALL_QUANTISED)
-    real_quantised = rows(REAL_QUANTISED)
+    counted_quantized, formula_quantized = rows(SMALL_QUANTIZED, count=True), rows(SMALL_QUANTIZED)
+    real_quantized = rows(REAL_QUANTIZED)
     optimizer = [row for tensors in SETS for row in optimizer_rows(tensors)]
-    cases = [row for row in (*real, *real_quantised) if row["kernel"] == "all"]
+    cases = [row for row in (*real, *real_quantized) if row["kernel"] == "all"]
     print(
         f"Counted in the interpreter, launches as on {device.arch}, bytes:",
-        *_counted_table([*counted, *counted_quantised], [*formula, *formula_quantised]),
+        *_counted_table([*counted, *counted_quantized], [*formula, *formula_quantized]),
         sep="\n",
     )
     print(f"\nBy formula, forward and backward, launches as on {device.arch}:", *_formula_table(cases), sep="\n")
@@ -391,8 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("", *checks(optimizer, cases), sep="\n")
     # What the vendor's product moves was not counted.
     counted = [row for row in counted if row["kernel"] != "vendor"]
-    quantised = [*counted_quantised, *formula_quantised, *real_quantised]
-    write_csv(arguments.csv, [*counted, *formula, *real, *quantised, *shared, *optimizer])
+    quantized = [*counted_quantized, *formula_quantized, *real_quantized]
+    write_csv(arguments.csv, [*counted, *formula, *real, *quantized, *shared, *optimizer])
     print(f"All rows are in {arguments.csv}.")
     return 0
 

@@ -51,10 +51,10 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 # Classes that LoRALinear.from_linear makes: their constructor, which is LoRALinear's, is not how one gets them.
 MADE = (
-    "nn_quantised.LoRAQuantisedLinear",
-    "nn_bases.LoRAConv1D",
-    "nn_bases.LoRABranchLinear",
-    "nn_sharded.LoRAShardedLinear",
+    "nn.LoRAQuantizedLinear",
+    "nn.LoRAConv1D",
+    "nn.LoRABranchLinear",
+    "nn.LoRAShardedLinear",
 )
 
 

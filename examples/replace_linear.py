@@ -3,7 +3,7 @@
 python -m examples.replace_linear --out run               MiniLM (22.7M parameters) on the plays of Shakespeare
 python -m examples.replace_linear --out run --resume      go on from the last checkpoint
 
-The model learns which of 32 passages follows which: neighbours are to have like vectors.
+The model learns which of 32 passages follows which: neighbors are to have like vectors.
 """
 
 from __future__ import annotations

@@ -2,20 +2,34 @@
 
 from stablelora_kernels import functional, reference
 from stablelora_kernels._version import __version__
-from stablelora_kernels.adapter_io import load_adapter, save_adapter
-from stablelora_kernels.backend import get_backend, set_backend, use_backend
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.dispatch import get_kernel, set_kernel, use_kernel
-from stablelora_kernels.explain import Explanation, explain
-from stablelora_kernels.model import LoRAReport, MergeReport, apply_lora, merge_lora, remove_lora, unmerge_lora
-from stablelora_kernels.nn import LoRALinear
-from stablelora_kernels.nn_merge import MergeError
-from stablelora_kernels.optim import PairStability, StableLoRAAdamW
+from stablelora_kernels.dispatch import (
+    get_autotune,
+    get_backend,
+    get_kernel,
+    set_autotune,
+    set_backend,
+    set_kernel,
+    use_autotune,
+    use_backend,
+    use_kernel,
+)
+from stablelora_kernels.explanation import Explanation, explain
+from stablelora_kernels.integrations.hf_trainer import StableLoRAAdamWFactory
+from stablelora_kernels.integrations.peft import accelerate_peft, restore_peft
+from stablelora_kernels.model import (
+    LoRAReport,
+    MergeReport,
+    apply_lora,
+    load_adapter,
+    merge_lora,
+    remove_lora,
+    save_adapter,
+    unmerge_lora,
+)
+from stablelora_kernels.nn import LoRALinear, MergeError
+from stablelora_kernels.optim import PairStability, StabilityLogger, StableLoRAAdamW, plot_stability
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
-from stablelora_kernels.peft import accelerate_peft, restore_peft
-from stablelora_kernels.stability_log import StabilityLogger, plot_stability
-from stablelora_kernels.trainers import StableLoRAAdamWFactory
-from stablelora_kernels.tuning import get_autotune, set_autotune, use_autotune
 
 __all__ = [
     "Explanation",

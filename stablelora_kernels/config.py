@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stablelora_kernels._checks import check_float, check_int
+from stablelora_kernels.utils.validation import check_float, check_int
 
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
@@ -25,7 +25,7 @@ class LoRAConfig:
             "all-linear", every ``nn.Linear`` but the output head; or any other string, a regular expression for the
             whole dotted name. It has to be given: PEFT's table of defaults per architecture is not carried over.
         exclude_modules: names or a regular expression, as above, of modules to leave alone.
-        use_rslora: rank-stabilised scaling.
+        use_rslora: rank-stabilized scaling.
         init_lora_weights: True, False or "gaussian", see :class:`~stablelora_kernels.LoRALinear`.
         rank_pattern: a rank of its own for some layers. A key is a regular expression for the whole dotted name or the end
             of it after a dot; the first that matches counts.

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stablelora_kernels._checks import check_float
-from stablelora_kernels.backend import resolve_backend
+from stablelora_kernels.dispatch.backend import resolve_backend
+from stablelora_kernels.dispatch.problem import MAX_GROUP
 from stablelora_kernels.ops.lora_branch import lora_branch_op
 from stablelora_kernels.ops.lora_linear import lora_linear_op
-from stablelora_kernels.ops.lora_linear_group import MAX_GROUP, lora_linear_group_op
-from stablelora_kernels.quantised import FP8Weight, NF4Weight
+from stablelora_kernels.ops.lora_linear_group import lora_linear_group_op
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.utils.validation import check_float
 
 __all__ = ["FLOAT_DTYPES", "FP8Weight", "NF4Weight", "lora_branch", "lora_linear", "lora_linear_group"]
 
@@ -36,7 +37,7 @@ def lora_linear(
         x: [..., K], any leading sizes and any strides, in bfloat16, float16, float32, or float64 (PyTorch backend only).
             Under ``torch.autocast``, x, weight and bias are cast to its dtype first, as for ``nn.functional.linear``.
         weight: [N, K], x's dtype; or an :class:`NF4Weight` or :class:`FP8Weight`, which is computed with as if it were
-            dequantised to x's dtype. On a GPU that happens inside the product's loop, or, where rows are many, into N K elements
+            dequantized to x's dtype. On a GPU that happens inside the product's loop, or, where rows are many, into N K elements
             of memory that are free again after the call. PyTorch's backend takes that memory at each call and, where x's
             gradient is wanted, again in backward, and some 50 MB beside it.
         bias: [N] of x's dtype, or None.
@@ -128,7 +129,7 @@ def lora_branch(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """``base_out + scaling · D(x) A^T B^T``: the LoRA branch on the output of any layer, quantised, sharded or transposed.
+    """``base_out + scaling · D(x) A^T B^T``: the LoRA branch on the output of any layer, quantized, sharded or transposed.
 
     ``base_out`` is not changed. Its gradient is the result's; x's is the branch's alone, to which autograd adds what comes
     through the layer that made ``base_out``.

@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from stablelora_kernels.nn import LoRALinear
-from stablelora_kernels.nn_sharded import LoRAShardedLinear, follow
-from stablelora_kernels.sharing import ATTRIBUTE
+from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.nn.projection_group import ATTRIBUTE
+from stablelora_kernels.nn.sharded import LoRAShardedLinear, follow
 
 __all__ = ["LoRAColwiseParallel", "LoRARowwiseParallel"]
 
@@ -31,7 +31,7 @@ class LoRAColwiseParallel(ColwiseParallel):
     """torch's ``ColwiseParallel``, for a :class:`~stablelora_kernels.LoRALinear` too.
 
     W [N, K], bias and B [N, r] are cut by rows. A [r, K] is whole in every process; its gradient is summed over the mesh.
-    The layer becomes a :class:`~stablelora_kernels.nn_sharded.LoRAShardedLinear` in place, under its name in the model.
+    The layer becomes a :class:`~stablelora_kernels.nn.sharded.LoRAShardedLinear` in place, under its name in the model.
 
     Raises:
         NotImplementedError: a LoRA layer over another weight than a plain one, or cut already.

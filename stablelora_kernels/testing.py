@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stablelora_kernels.quantised import FP8Weight, NF4Weight
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
 
 #: By dtype, one unit in the last place of 1.0.
 EPS = {d: torch.finfo(d).eps for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}

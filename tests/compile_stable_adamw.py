@@ -13,10 +13,10 @@ import sys
 from collections import Counter
 from typing import Any
 
-from stablelora_kernels.kernels import stable_adamw as kernels
-from stablelora_kernels.kernels import stable_adamw_tables as tables
-from stablelora_kernels.kernels.stable_adamw_sums import _square_sums_kernel
-from stablelora_kernels.ops.stable_adamw_triton import TritonStep
+from stablelora_kernels.kernels.stable_adamw import step as kernels
+from stablelora_kernels.kernels.stable_adamw import tables
+from stablelora_kernels.kernels.stable_adamw.norms import _square_sums_kernel
+from stablelora_kernels.optim.triton_engine import TritonStep
 from tests.compiling import compile_kernel, resources, target
 
 TYPES = {

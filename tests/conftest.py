@@ -44,7 +44,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both backends in turn, each in force during the test."""
-    from stablelora_kernels.backend import use_backend
+    from stablelora_kernels.dispatch.backend import use_backend
 
     with use_backend(request.param):
         yield request.param
@@ -53,8 +53,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=["torch", "triton", "torch as on a GPU"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The optimizer's three ways: both backends, and PyTorch's with all decisions on the device, wherever that is."""
-    from stablelora_kernels.backend import use_backend
-    from stablelora_kernels.ops.stable_adamw import TorchStep
+    from stablelora_kernels.dispatch.backend import use_backend
+    from stablelora_kernels.optim.torch_engine import TorchStep
 
     original = TorchStep.__init__
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

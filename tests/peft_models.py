@@ -33,7 +33,7 @@ def make(*adapters, model=None, **kwargs):
 
 def calls(monkeypatch):
     """Counts the calls of the two ops that the layers make."""
-    from stablelora_kernels import peft_layers
+    from stablelora_kernels.integrations import peft_layers
 
     count: Counter[str] = Counter()
     for name in ("lora_linear", "lora_branch"):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.model import lora_layers
+from stablelora_kernels.model.modules import lora_layers
 
 
 class Block(nn.Module):

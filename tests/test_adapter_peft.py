@@ -10,10 +10,11 @@ import torch
 from small_models import Model, fill_b, output, trainable
 from torch import nn
 
-from stablelora_kernels.adapter_io import CONFIG_NAME, load_adapter, save_adapter
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.model import apply_lora, lora_layers
-from stablelora_kernels.nn import LoRALinear
+from stablelora_kernels.model.apply import apply_lora
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.model.save_load import CONFIG_NAME, load_adapter, save_adapter
+from stablelora_kernels.nn.linear import LoRALinear
 
 pytest.importorskip("safetensors.torch", reason="safetensors is not installed (pip install .[test])")
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import stablelora_kernels as slk
-from stablelora_kernels.adapter_io import CONFIG_NAME, WEIGHTS_NAME
-from stablelora_kernels.model import lora_layers
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.model.save_load import CONFIG_NAME, WEIGHTS_NAME
 from tests.processes import spawn
 from tests.small_models import IDS, Model, assert_untouched, lora_config, snapshot
 

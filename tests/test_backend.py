@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels import backend
+from stablelora_kernels.dispatch import backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 
+from stablelora_kernels.launch import base
+
 pytest.importorskip("peft", reason="an arm of the benchmark; the bench extra brings it")
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import stablelora_kernels as slk
 from benchmarks import bench_host
-from stablelora_kernels import backend
-from stablelora_kernels.kernels import _common
+from stablelora_kernels.dispatch import backend
 
 
 def test_the_table_and_the_figures(tmp_path, capsys):
@@ -39,10 +40,10 @@ def test_the_table_and_the_figures(tmp_path, capsys):
 def test_nothing_is_launched_within():
     layer = slk.LoRALinear(16, 16, r=3)
     x = torch.randn(2, 16)
-    before = _common.launch_counts.total()
+    before = base.launch_counts.total()
     with slk.use_backend("triton"):
         with bench_host.without_launches():
             layer(x)
-        assert _common.launch_counts.total() == before
+        assert base.launch_counts.total() == before
         layer(x)
-    assert _common.launch_counts.total() > before
+    assert base.launch_counts.total() > before

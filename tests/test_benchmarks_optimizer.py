@@ -30,7 +30,7 @@ def test_memory_beyond_adamw_is_a_thousandth_of_the_parameters(r: int) -> None:
 
 
 def test_host_time_leaves_the_launch_out() -> None:
-    from stablelora_kernels.kernels._common import launch_counts
+    from stablelora_kernels.launch.base import launch_counts
 
     before = launch_counts.copy()
     row = bench_stable_adamw_scale.host_time_of(4, "cpu", 2)

@@ -216,7 +216,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     assert len(list(csv.DictReader((tmp_path / "runs.csv").open()))) == 9
 
 
-def test_of_language_modelling_the_lowest_loss_is_best(tmp_path):
+def test_of_language_modeling_the_lowest_loss_is_best(tmp_path):
     study = replace(STUDY, task="plays")
 
     def loss(run):

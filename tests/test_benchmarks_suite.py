@@ -22,7 +22,7 @@ from benchmarks.layers import FROZEN_ONEDNN, LayerCase, choose_backend, compiled
 from benchmarks.optimizers import Unavailable
 from benchmarks.test_optimizer import OptimizerCase
 from stablelora_kernels import get_backend
-from stablelora_kernels.ops import products
+from stablelora_kernels.ops import matmul
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -226,7 +226,7 @@ def test_the_layers_arms_compute_the_same() -> None:
         for arm in LayerCase.arms:
             if "compiled" in arm or arm == "ours, Triton":
                 continue
-            if arm == FROZEN_ONEDNN and not products.by_onednn(torch.float32, CPU):
+            if arm == FROZEN_ONEDNN and not matmul.by_onednn(torch.float32, CPU):
                 with pytest.raises(Unavailable, match="PyTorch's own"):
                     case.build(arm)
                 continue

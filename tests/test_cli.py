@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels import backend
-from stablelora_kernels.cli import _output, doctor, main, selftest
+from stablelora_kernels.cli import doctor, main, output, selftest
+from stablelora_kernels.dispatch import backend
 from stablelora_kernels.testing import error_and_bound
 
 CPU = torch.device("cpu")
@@ -104,14 +104,14 @@ def test_a_wrong_environment_variable_is_one_line():
 
 def test_tables_fit_the_terminal_and_shorten_names_in_the_middle(capsys, monkeypatch):
     rows = [("model.layers.10.self_attn.q_proj", "1.5"), ("head", "12")]
-    _output.print_table(("name", "norm"), rows)
+    output.print_table(("name", "norm"), rows)
     assert capsys.readouterr().out.splitlines() == [
         "  name                              norm",
         "  model.layers.10.self_attn.q_proj   1.5",
         "  head                                12",
     ]
     monkeypatch.setenv("COLUMNS", "24")
-    _output.print_table(("name", "norm"), rows)
+    output.print_table(("name", "norm"), rows)
     assert capsys.readouterr().out.splitlines() == [
         "  name              norm",
         "  model.l…n.q_proj   1.5",
@@ -120,7 +120,7 @@ def test_tables_fit_the_terminal_and_shorten_names_in_the_middle(capsys, monkeyp
 
 
 def test_json_has_no_infinities(capsys):
-    _output.print_json({"a": [float("inf"), {"b": float("nan"), "c": 1.5}]})
+    output.print_json({"a": [float("inf"), {"b": float("nan"), "c": 1.5}]})
     assert json.loads(capsys.readouterr().out) == {"a": ["inf", {"b": "nan", "c": 1.5}]}
 
 
@@ -129,7 +129,7 @@ def test_json_has_no_infinities(capsys):
     [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (2_359_296, "2.25 MiB"), (1023 << 20, "1023 MiB")],
 )
 def test_sizes(count, text):
-    assert _output.size(count) == text
+    assert output.size(count) == text
 
 
 # doctor
@@ -151,7 +151,7 @@ def test_doctor_on_pytorchs_path(capsys):
     assert tested["on"] == "PyTorch's operators on cpu"
     families = {check["family"] for check in tested["checks"]}
     assert families == {
-        "lora_linear", "dropout's mask", "lora_linear_group", "lora_linear_quantised", "lora_branch", "stable_adamw",
+        "lora_linear", "dropout's mask", "lora_linear_group", "lora_linear_quantized", "lora_branch", "stable_adamw",
     }  # fmt: skip
     for check in tested["checks"]:
         assert check["passed"] and check["error"] <= check["bound"] and not check["kernels"]
@@ -167,8 +167,8 @@ def test_doctor_on_the_triton_kernels(capsys):
     assert report["ok"] and tested["on"] == "the Triton kernels in Triton's interpreter"
     launched = {kernel for check in tested["checks"] for kernel in check["kernels"]}
     assert launched == {
-        "lora_linear", "lora_linear_branch", "lora_linear_grads", "lora_linear_grads_group", "lora_linear_quantised",
-        "lora_linear_small", "lora_linear_tma", "lora_shrink", "lora_shrink_group", "square_sums", "stable_adamw",
+        "lora_linear", "lora_expand", "lora_weight_grads", "lora_weight_grads_group", "lora_linear_quantized",
+        "lora_linear_split_k", "lora_linear_tma", "lora_shrink", "lora_shrink_group", "square_sums", "stable_adamw",
     }  # fmt: skip
 
 

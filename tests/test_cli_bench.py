@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels import backend
 from stablelora_kernels.cli import bench, main
+from stablelora_kernels.dispatch import backend
 from tests.test_cli import fails
 
 pytestmark = pytest.mark.usefixtures("one_thread")

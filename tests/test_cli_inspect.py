@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import stablelora_kernels as slk
-from stablelora_kernels.cli import _files, main
+from stablelora_kernels.cli import files, main
 from tests.small_models import Model, fill_b, lora_config
 from tests.test_cli import fails
 
@@ -180,7 +180,7 @@ def test_it_fits_the_terminal(adapter, columns, capsys, monkeypatch):
     assert main(["inspect", str(adapter[0])]) == 0
     out = capsys.readouterr().out
     assert max(len(line) for line in out.splitlines()) <= columns
-    assert "4 of 4" in out and "rank-stabilised" in out and "layers.…" in out and "lm_head.weight" in out
+    assert "4 of 4" in out and "rank-stabilized" in out and "layers.…" in out and "lm_head.weight" in out
 
 
 def test_a_peft_adapter(tmp_path, capsys):
@@ -241,5 +241,5 @@ def test_the_hub(tmp_path, capsys, monkeypatch):
     assert "'someone/an-adapter' is no path on this machine, and the hub did not give it: no route" in error
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install 'stablelora-kernels[cli]'" in fails(capsys, "inspect", "someone/an-adapter")
-    with pytest.raises(_files.CommandError, match="got 'a/b/c'"):
-        _files.from_hub("ADAPTER", "a/b/c", ())
+    with pytest.raises(files.CommandError, match="got 'a/b/c'"):
+        files.from_hub("ADAPTER", "a/b/c", ())

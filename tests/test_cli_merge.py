@@ -243,7 +243,7 @@ def test_what_can_not_be_tried_is_refused(tmp_path, capsys, monkeypatch):
         return error
 
     error = refused(quantization_config={"quant_method": "bitsandbytes"})
-    assert "quantised (bitsandbytes): the sum would have to be quantised anew" in error
+    assert "quantized (bitsandbytes): the sum would have to be quantized anew" in error
     error = refused(architectures=["NoSuchModel"], auto_map={"AutoModel": "x.y"})
     assert "must name a class of transformers, got 'NoSuchModel', and code of its own (auto_map) is not run" in error
     assert "got None" in refused(architectures=None)

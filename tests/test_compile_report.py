@@ -21,7 +21,7 @@ from benchmarks import compile_report as report
 from benchmarks._assembly import GCN_THREAD, PTX_THREAD, parse_gcn, parse_ptx
 from benchmarks._machine_code import gcn_resources, hot_bits, loops, products, sass_resources, varying
 from benchmarks._occupancy import occupancy
-from stablelora_kernels.dispatch import DEVICES
+from stablelora_kernels.dispatch.problem import DEVICES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -303,11 +303,11 @@ def test_the_report_is_whole(rows: list[report.Row]) -> None:
     for arch in DEVICES:
         kernels = {row["kernel"] for row in rows if row["arch"] == arch}
         expected = {
-            "lora_linear_small",
+            "lora_linear_split_k",
             "lora_shrink",
-            "lora_linear_grads",
-            "lora_linear_quantised",
-            "dequantise",
+            "lora_weight_grads",
+            "lora_linear_quantized",
+            "dequantize",
             "stable_adamw",
         }
         assert expected <= kernels, arch
@@ -337,7 +337,7 @@ def test_the_report_has_wide_loads(rows: list[report.Row]) -> None:
     # Of the kernel with pointers, whose programs have twice as many threads, A's tile for 16 ranks is 64 bits a thread.
     # Values of NF4 are looked up one by one; how the weight itself is loaded is below.
     # So are A's and dS's of a group, where masks leave room for a small tile only.
-    least = {"lora_linear": 64, "lora_linear_quantised": 32, "lora_shrink_group": 64, "lora_linear_grads_group": 64}
+    least = {"lora_linear": 64, "lora_linear_quantized": 32, "lora_shrink_group": 64, "lora_weight_grads_group": 64}
     nvidia = [row for row in lora if is_nvidia(row)]
     assert not broken(nvidia, lambda row: row["load_bits"] >= least.get(row["kernel"], 128))
     # On AMD's GPUs some threads load the same block's nested scale, a byte, for each of its elements.
@@ -347,14 +347,14 @@ def test_the_report_has_wide_loads(rows: list[report.Row]) -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_quantised_weights_are_loaded_16_bytes_at_a_time(arch: str) -> None:
+def test_quantized_weights_are_loaded_16_bytes_at_a_time(arch: str) -> None:
     """In the main loop, asynchronously: the other copies there are of 4 bytes, the nested scales of a block."""
     code = """
 import json, re, sys
 from benchmarks import _launches, _machine_code
-from stablelora_kernels.dispatch import DEVICES
+from stablelora_kernels.dispatch.rules import DEVICES
 found = {}
-for dtype, launch in _launches.quantised_lora_linear_launches(DEVICES[sys.argv[1]]):
+for dtype, launch in _launches.quantized_lora_linear_launches(DEVICES[sys.argv[1]]):
     if dtype == "bf16/fp32" and "nf4" in launch.variant and "TRANS_W" in launch.constants and launch.variant not in found:
         ptx = _machine_code.compile_launch(launch, sys.argv[1]).asm["ptx"]
         found[launch.variant] = re.findall(r"cp\\.async\\.c[ag]\\.shared\\.global \\[[^]]*\\], \\[[^]]*\\], (0x\\w+)", ptx)

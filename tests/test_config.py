@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from small_models import Model, lora_config
 
-from stablelora_kernels.model import apply_lora
+from stablelora_kernels.model.apply import apply_lora
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import triton
 
-from benchmarks import compile_report, model, model_quantised
+from benchmarks import compile_report, model, model_quantized
 from benchmarks._machine_code import sass_counts
 from benchmarks._sequences import RIVALS, Shape
-from stablelora_kernels import backend
-from stablelora_kernels.dispatch import DEVICES
+from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch.problem import DEVICES
 
 H100 = model.load_gpu("h100")
 
@@ -134,29 +134,29 @@ def test_predictions_are_compared_with_what_was_measured(tmp_path):
     assert mine.endswith("M 8192 N 4096 K 4096 r 16 dropout 0.1")
 
 
-@pytest.mark.parametrize(("n", "k"), model_quantised.SIZES)
-@pytest.mark.parametrize("kind", model_quantised.KINDS)
-def test_the_quantised_tables_crossovers_are_the_models(kind, n, k, monkeypatch):
-    """Nowhere is the other way faster, whether dequantising runs beside the products or takes turns with them; and where that
+@pytest.mark.parametrize(("n", "k"), model_quantized.SIZES)
+@pytest.mark.parametrize("kind", model_quantized.KINDS)
+def test_the_quantized_tables_crossovers_are_the_models(kind, n, k, monkeypatch):
+    """Nowhere is the other way faster, whether dequantizing runs beside the products or takes turns with them; and where that
     decides, the choice is the one that can cost less."""
     monkeypatch.setattr(backend, "INTERPRETING", False)
-    for m, (place, direction) in itertools.product(model_quantised.ROWS, enumerate(model_quantised.DIRECTIONS)):
+    for m, (place, direction) in itertools.product(model_quantized.ROWS, enumerate(model_quantized.DIRECTIONS)):
         s = Shape(m, n, k, 16, False)
-        first = model_quantised.seconds(H100, s, kind, "dequantise")[place]
-        loops = [model_quantised.seconds(H100, s, kind, "in_loop", overlap)[place] for overlap in (True, False)]
-        chosen = model_quantised.chosen(H100, s, kind, direction)
+        first = model_quantized.seconds(H100, s, kind, "dequantize")[place]
+        loops = [model_quantized.seconds(H100, s, kind, "in_loop", overlap)[place] for overlap in (True, False)]
+        chosen = model_quantized.chosen(H100, s, kind, direction)
         assert chosen == "in_loop" or max(loops) > first, (m, direction)
-        assert chosen == "dequantise" or min(loops) < first, (m, direction)
+        assert chosen == "dequantize" or min(loops) < first, (m, direction)
         if chosen == "in_loop":
             assert max(loops) / first - 1 < 0.16, (m, direction)
-        assert model_quantised.seconds(H100, s, kind)[place] in (first, loops[0])
+        assert model_quantized.seconds(H100, s, kind)[place] in (first, loops[0])
 
 
 def test_few_rows_of_4_bits_are_no_slower_than_plain_ones_and_far_from_their_bytes(monkeypatch):
     """A quarter of the bytes, but an element's instructions take as long as its bytes in 16 bits."""
     monkeypatch.setattr(backend, "INTERPRETING", False)
     s = Shape(1, 4096, 4096, 16, False)
-    plain, low = model.ours(H100, s)[0], model_quantised.seconds(H100, s, "nf4")[0]
+    plain, low = model.ours(H100, s)[0], model_quantized.seconds(H100, s, "nf4")[0]
     assert 0.7 * plain < low < plain
 
 
@@ -166,12 +166,12 @@ def test_few_rows_of_4_bits_are_no_slower_than_plain_ones_and_far_from_their_byt
 )
 def test_the_instructions_are_those_of_the_machine_code():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.model_quantised", "--count"]
+    command = [sys.executable, "-m", "benchmarks.model_quantized", "--count"]
     done = subprocess.run(
         command, cwd=Path(model.__file__).parent.parent, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-8000:]
-    assert ast.literal_eval("{" + done.stdout + "}") == model_quantised.COUNTS
+    assert ast.literal_eval("{" + done.stdout + "}") == model_quantized.COUNTS
 
 
 def test_counting_instructions():
@@ -194,13 +194,13 @@ def test_counting_instructions():
     assert sass_counts(text.replace("HGMMA", "FFMA").replace("HMMA", "FADD")) == (10, 3)
 
 
-def test_quantised_command(capsys, monkeypatch):
-    monkeypatch.setattr(model_quantised, "SIZES", ((4096, 4096),))
-    monkeypatch.setattr(model_quantised, "ROWS", (1, 8192))
-    model_quantised.main([])
+def test_quantized_command(capsys, monkeypatch):
+    monkeypatch.setattr(model_quantized, "SIZES", ((4096, 4096),))
+    monkeypatch.setattr(model_quantized, "ROWS", (1, 8192))
+    model_quantized.main([])
     printed = capsys.readouterr().out
     assert printed.startswith("All times are PREDICTED for an H100 SXM in bf16, r 16, us; none is measured.")
-    assert printed.count("dequantised first is faster from") == 4
+    assert printed.count("dequantized first is faster from") == 4
 
 
 def test_command(tmp_path, capsys, monkeypatch):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import DEVICES, Call, choose
+from stablelora_kernels.dispatch.problem import DEVICES, Call
+from stablelora_kernels.dispatch.rules import choose
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing import make_inputs
 
@@ -77,7 +78,7 @@ def test_force_refuses_what_it_cannot_do():
 
 def test_force_refuses_in_a_real_call_before_anything_ran():
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    from stablelora_kernels.kernels._common import launch_counts
+    from stablelora_kernels.launch.base import launch_counts
 
     inputs = make_inputs((5, 24), 20, 6)
     args = [inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
@@ -113,7 +114,7 @@ def test_explain_reads_well():
         assert f"{step.kernel} [{step.variant}], grid {step.grid}" in text and step.reason in text
     with slk.use_kernel("vendor"):
         forced = slk.explain(8192, 4096, 4096, 16, device="sm_90")
-    assert [step.kernel for step in forced.forward] == ["vendor", "lora_linear_branch"]
+    assert [step.kernel for step in forced.forward] == ["vendor", "lora_expand"]
     assert forced.forward_reason == "asked for"
 
 

@@ -36,7 +36,7 @@ from benchmarks._gpu_checks import Case, keep_rows
 from benchmarks._gpu_process import Progress, run_section
 from benchmarks._gpu_section import SECTIONS, Clock, Unit, module, run_units
 from benchmarks.model import Shape
-from stablelora_kernels import backend
+from stablelora_kernels.dispatch import backend
 from stablelora_kernels.reference import dropout_keep_ref
 
 # On a GPU the command itself is the test; a dry run hides the GPU from its processes, this process can't.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import stablelora_kernels as slk
+from stablelora_kernels.dispatch import problem
 from stablelora_kernels.functional import lora_branch, lora_linear
 from stablelora_kernels.ops import lora_linear as linear_ops
 from stablelora_kernels.reference import dropout_keep_ref, lora_branch_grads_ref, lora_branch_ref
@@ -146,7 +147,7 @@ def test_only_the_gradients_asked_for(rows, p, backend):
 
 
 def launches(inputs: dict[str, Tensor], p: float = 0.0) -> tuple[list[str], list[str]]:
-    from stablelora_kernels.kernels._common import launch_counts
+    from stablelora_kernels.launch.base import launch_counts
 
     leaves = [inputs[name].detach().requires_grad_() for name in NAMES]
     made = []
@@ -162,7 +163,7 @@ def launches(inputs: dict[str, Tensor], p: float = 0.0) -> tuple[list[str], list
 
 def test_launches():
     """One forward; backward two for few rows, and three for many, where dB goes with dS."""
-    branch, shrink, grads = "_lora_linear_branch_kernel", "_lora_shrink_kernel", "_lora_linear_grads_kernel"
+    branch, shrink, grads = "_lora_expand_kernel", "_lora_shrink_kernel", "_lora_weight_grads_kernel"
     assert launches(make((5, 24), 20, 6)) == ([branch], sorted([branch, grads]))
     assert launches(make((70, 24), 20, 6)) == ([branch], sorted([shrink, branch, grads]))
     assert launches(make((70, 24), 20, 80)) == (sorted([shrink, branch]), sorted([shrink, branch, grads]))
@@ -288,10 +289,10 @@ def test_float64_does_not_fall_back_silently():
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_what_explain_says_is_what_runs(arch, monkeypatch):
-    from stablelora_kernels import dispatch
-    from stablelora_kernels.kernels._common import launch_counts
+    from stablelora_kernels.dispatch import rules
+    from stablelora_kernels.launch.base import launch_counts
 
-    monkeypatch.setattr(dispatch, "device_of", lambda _: dispatch.DEVICES[arch])
+    monkeypatch.setattr(rules, "device_of", lambda _: problem.DEVICES[arch])
     for m, r, p in [
         (8, 16, 0.0),
         (8, 16, 0.1),
@@ -313,18 +314,18 @@ def test_what_explain_says_is_what_runs(arch, monkeypatch):
 
 def test_explaining_the_branch_alone():
     few, high = (slk.explain(8, 4096, 4096, r, branch_only=True, device="sm_90") for r in (16, 128))
-    assert [step.kernel for step in few.forward] == ["lora_linear_branch"]
-    assert [step.kernel for step in few.backward] == ["lora_linear_branch", "lora_linear_grads"]
+    assert [step.kernel for step in few.forward] == ["lora_expand"]
+    assert [step.kernel for step in few.backward] == ["lora_expand", "lora_weight_grads"]
     assert "rank above 64" in high.forward_reason and "dS with dB" in high.backward_reason
     dropped = slk.explain(8, 4096, 4096, 16, dropout_p=0.1, branch_only=True, device="sm_90")
-    assert [step.kernel for step in dropped.forward] == ["lora_shrink", "lora_linear_branch"]
+    assert [step.kernel for step in dropped.forward] == ["lora_shrink", "lora_expand"]
     assert "draw the mask anew" in dropped.forward_reason
     # Nothing is measured, and no kernel can be forced.
     with slk.use_kernel("vendor"):
         assert slk.explain(8, 4096, 4096, 16, branch_only=True, device="sm_90") == few
     none = slk.explain(0, 64, 64, 4, branch_only=True, device="sm_90")
-    assert none.forward == () and [step.kernel for step in none.backward] == ["lora_linear_grads"]
+    assert none.forward == () and [step.kernel for step in none.backward] == ["lora_weight_grads"]
     with slk.use_backend("torch"):
         assert slk.explain(8, 64, 64, 4, branch_only=True, device="cpu").backend == "torch"
-    with pytest.raises(ValueError, match=r"quantised must be None where branch_only is true, .* got 'nf4'"):
-        slk.explain(8, 64, 64, 4, branch_only=True, quantised="nf4", device="sm_90")
+    with pytest.raises(ValueError, match=r"quantized must be None where branch_only is true, .* got 'nf4'"):
+        slk.explain(8, 64, 64, 4, branch_only=True, quantized="nf4", device="sm_90")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import stablelora_kernels as slk
-from stablelora_kernels import dispatch
+from stablelora_kernels.dispatch import problem, rules
 from stablelora_kernels.functional import lora_linear, lora_linear_group
 from stablelora_kernels.reference import lora_linear_grads_ref, lora_linear_ref
 from stablelora_kernels.testing import assert_no_worse
@@ -109,7 +109,7 @@ def test_every_kernel_on_every_kind_of_gpu(kernel, p, arch, monkeypatch):
     """Rows of 16 bytes' multiples, which descriptors want; sums that several programs share."""
     if kernel == "fused" and p:
         pytest.skip("the fused kernel has no dropout")
-    monkeypatch.setattr(dispatch, "device_of", lambda device: dispatch.DEVICES[arch])
+    monkeypatch.setattr(rules, "device_of", lambda device: problem.DEVICES[arch])
     group = Group((136, 264), (72, 40, 40), (16, 8, 20), BF16, FP32)
     with slk.use_backend("triton"), slk.use_kernel(kernel):
         found, apart = group.run(p=p), group.run(together=False, p=p)
@@ -198,7 +198,7 @@ def test_trainable_weights_and_biases_get_theirs(backend):
 
 
 def launched(group, p=0.0):
-    from stablelora_kernels.kernels._common import launch_counts
+    from stablelora_kernels.launch.base import launch_counts
 
     before = launch_counts.copy()
     group.run(p=p)
@@ -210,10 +210,10 @@ def test_launches():
     with slk.use_backend("triton"):
         group = Group((70, 24), (20, 12, 12), (6, 3, 3), BF16)
         assert launched(group) == {
-            "lora_shrink_group": 1, "lora_linear": 6, "lora_shrink": 3, "lora_linear_grads_group": 1
+            "lora_shrink_group": 1, "lora_linear": 6, "lora_shrink": 3, "lora_weight_grads_group": 1
         }  # fmt: skip
         assert launched(group, 0.2) == launched(group)
-        assert launched(Group((9, 24), (20, 12), (6, 3), BF16)) == {"lora_linear_small": 4, "lora_shrink": 2}
+        assert launched(Group((9, 24), (20, 12), (6, 3), BF16)) == {"lora_linear_split_k": 4, "lora_shrink": 2}
         # A rank above a block.
         assert launched(Group((70, 24), (20, 12), (80, 3), BF16)) == {"lora_linear": 4, "lora_shrink": 4}
 
@@ -222,7 +222,7 @@ def test_explain_lists_what_is_launched():
     found = slk.explain(8192, (4096, 1024, 1024), 4096, 16, device="sm_90")
     assert [step.kernel for step in found.forward] == ["lora_shrink_group"] + ["lora_linear_tma"] * 3
     assert [step.kernel for step in found.backward] == ["lora_shrink", "lora_linear_tma"] * 3 + [
-        "lora_linear_grads_group"
+        "lora_weight_grads_group"
     ]
     assert found.forward_kernel == "together: split, split, split" and "one read of X" in found.forward_reason
     assert sum("add" in step.variant for step in found.backward) == 2
@@ -232,8 +232,8 @@ def test_explain_lists_what_is_launched():
         slk.explain(8, (4096,), 4096, 16, device="sm_90")
     with pytest.raises(ValueError, match=r"N must be .* 1, got 0"):
         slk.explain(8, (4096, 0), 4096, 16, device="sm_90")
-    with pytest.raises(ValueError, match=r"quantised must be None for several N, got 'nf4'"):
-        slk.explain(8, (4096, 4096), 4096, 16, device="sm_90", quantised="nf4")
+    with pytest.raises(ValueError, match=r"quantized must be None for several N, got 'nf4'"):
+        slk.explain(8, (4096, 4096), 4096, 16, device="sm_90", quantized="nf4")
 
 
 @pytest.mark.parametrize("rows", [5, 70])

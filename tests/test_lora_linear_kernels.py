@@ -11,19 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from stablelora_kernels.dispatch import tiles
+from stablelora_kernels.launch import lora_common
+
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import triton
 import triton.language as tl
 
 import stablelora_kernels as slk
-from stablelora_kernels import dispatch
-from stablelora_kernels.dispatch import DEVICES, Call, Choice, Tile, TileRule
+from stablelora_kernels.dispatch import rules
+from stablelora_kernels.dispatch.problem import DEVICES, Call
+from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.dispatch.tiles import Tile, TileRule
 from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.kernels import _counters
-from stablelora_kernels.kernels import lora_linear_launch as launches
-from stablelora_kernels.kernels._common import keep_mask, launch_counts
-from stablelora_kernels.ops.lora_linear import backward_launches, forward_launches
+from stablelora_kernels.kernels.common import keep_mask
+from stablelora_kernels.launch import counters as _counters
+from stablelora_kernels.launch.base import launch_counts
+from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
 from stablelora_kernels.reference import dropout_keep_ref, lora_linear_ref, philox_ref
 from stablelora_kernels.testing import assert_no_worse, make_inputs
 from tests.test_lora_linear import BF16, DEVICE, FP16, FP32, SCALING, check, eager, leaves, oracle, run
@@ -38,16 +43,16 @@ ARCHES = ("sm_80", "sm_90")
 @pytest.fixture(params=ARCHES)
 def arch(request, monkeypatch):
     """The interpreter stands in for this GPU: sm_90 reads through descriptors where strides allow, sm_80 never does."""
-    monkeypatch.setattr(dispatch, "device_of", lambda device: DEVICES[request.param])
+    monkeypatch.setattr(rules, "device_of", lambda device: DEVICES[request.param])
     return request.param
 
 
 @pytest.fixture
 def tiny_tiles(monkeypatch):
     """Many tiles in both directions, ragged edges, and several blocks of ranks at small sizes."""
-    for name in ("TMA_TILES", "LINEAR_TILES", "SHRINK_TILES", "BRANCH_TILES", "GRADS_TILES"):
-        monkeypatch.setattr(dispatch, name, (TileRule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
-    monkeypatch.setattr(dispatch, "MAX_FUSED_R", 32)
+    for name in ("TMA_TILES", "LINEAR_TILES", "SHRINK_TILES", "EXPAND_TILES", "WEIGHT_GRADS_TILES"):
+        monkeypatch.setattr(rules, name, (TileRule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
+    monkeypatch.setattr(rules, "MAX_FUSED_R", 32)
 
 
 def seeded_keep(inputs: dict[str, Tensor | None], p: float, kernel: str) -> tuple[dict[str, Tensor], Tensor]:
@@ -87,11 +92,11 @@ def test_each_kernel_drops_by_the_reference_mask(kernel, shape, n, r, dtype, arc
 @pytest.mark.parametrize("r", [3, 16, 33])
 def test_masked_gradients(r, dtype, lora_dtype, arch, monkeypatch):
     """Dropout's mask on the branch, with dS beside dX and before it; few rows and many at the tables' own tiles."""
-    original = dispatch.choose
+    original = rules.choose
     for rows, kernel in itertools.product((9, 70), ("fused", "split")):
         # Forward has no fused kernel with dropout, so that fused can't be forced on both.
         monkeypatch.setattr(
-            dispatch, "choose", lambda d, c, k=kernel: Choice(k, "") if c.direction == "backward" else original(d, c)
+            rules, "choose", lambda d, c, k=kernel: Choice(k, "") if c.direction == "backward" else original(d, c)
         )
         inputs = make_inputs((rows, 72), 80, r, dtype=dtype, lora_dtype=lora_dtype, device=DEVICE)
         before = launch_counts.copy()
@@ -104,8 +109,8 @@ def test_masked_gradients(r, dtype, lora_dtype, arch, monkeypatch):
 @pytest.mark.parametrize("r", [8, 40])
 def test_masked_tiles_in_parts(width, r, monkeypatch):
     """Two, four and eight parts of 16 or 32 columns, in their order, with edges inside a part and between parts."""
-    monkeypatch.setattr(dispatch, "device_of", lambda device: DEVICES["sm_90"])
-    monkeypatch.setattr(dispatch, "TMA_TILES", (TileRule(lambda d, c: True, Tile(16, width, 16, 4, 2), "a test"),))
+    monkeypatch.setattr(rules, "device_of", lambda device: DEVICES["sm_90"])
+    monkeypatch.setattr(rules, "TMA_TILES", (TileRule(lambda d, c: True, Tile(16, width, 16, 4, 2), "a test"),))
     inputs = make_inputs((66, 2 * width - 24), 48, r, dtype=BF16, lora_dtype=FP32, device=DEVICE)
     before = launch_counts.copy()
     out, keep = seeded_keep(inputs, 0.3, "auto")
@@ -116,7 +121,7 @@ def test_masked_tiles_in_parts(width, r, monkeypatch):
 @pytest.mark.parametrize("r", [1, 3, 17, 31, 64, 65, 100, 200, 256, 257, 512])
 @pytest.mark.parametrize("rows", [4, 70])
 def test_any_rank(r, rows, monkeypatch):
-    monkeypatch.setattr(dispatch, "device_of", lambda device: DEVICES["sm_90" if r % 2 else "sm_80"])
+    monkeypatch.setattr(rules, "device_of", lambda device: DEVICES["sm_90" if r % 2 else "sm_80"])
     inputs = make_inputs((rows, 40), 48, r, dtype=BF16, lora_dtype=FP32, device=DEVICE)
     check(inputs, run(inputs, "triton"))
 
@@ -126,7 +131,7 @@ def names(before: Counter[str]) -> list[str]:
 
 
 def test_descriptors_are_used_where_they_can_be(monkeypatch):
-    monkeypatch.setattr(dispatch, "device_of", lambda device: DEVICES["sm_90"])
+    monkeypatch.setattr(rules, "device_of", lambda device: DEVICES["sm_90"])
     for shape, n, expected in (((70, 64), 48, "_lora_linear_tma_kernel"), ((70, 63), 48, "_lora_linear_kernel")):
         before = launch_counts.copy()
         run(make_inputs(shape, n, 16, dtype=BF16, device=DEVICE), "triton")
@@ -137,7 +142,7 @@ def test_descriptors_are_used_where_they_can_be(monkeypatch):
 def test_what_explain_says_is_what_runs(arch_name, monkeypatch):
     """The launches listed are counted one by one in a real call, on each kind of GPU, in each regime."""
     device = DEVICES[arch_name]
-    monkeypatch.setattr(dispatch, "device_of", lambda _: device)
+    monkeypatch.setattr(rules, "device_of", lambda _: device)
     cases = [(8, 16, 0.0), (8, 48, 0.0), (70, 16, 0.0), (70, 32, 0.0), (70, 16, 0.1), (70, 128, 0.1)]
     for (m, r, p), (dtype, lora_dtype) in ((c, d) for c in cases for d in ((BF16, FP32), (FP32, FP32))):
         before = launch_counts.copy()
@@ -220,7 +225,7 @@ def test_shared_sums_of_few_rows(rows, r, p, dtype, lora_dtype):
     """K and N long enough that programs share them, in parts that do not come out even."""
     inputs = make_inputs((rows, 1300), 1200, r, dtype=dtype, lora_dtype=lora_dtype, device=DEVICE)
     found = shared_sums(inputs, p)
-    assert found["_lora_linear_small_kernel"] > 1
+    assert found["_lora_linear_split_k_kernel"] > 1
     assert found.get("_lora_shrink_kernel", 2) > 1
     out, keep = (run(inputs, "triton"), None) if p == 0 else seeded_keep(inputs, p, "auto")
     check(inputs, out, keep, p)
@@ -234,7 +239,7 @@ def test_shared_sums_of_many_rows(r, p):
     assert found["dA"] > 1 and found["dB"] > 1
     for kernel in ("auto", "vendor"):
         with slk.use_kernel(kernel):
-            assert kernel == "auto" or shared_sums(inputs, p)["_lora_linear_grads_kernel"] > 1
+            assert kernel == "auto" or shared_sums(inputs, p)["_lora_weight_grads_kernel"] > 1
             out, keep = (run(inputs, "triton"), None) if p == 0 else seeded_keep(inputs, p, kernel)
         check(inputs, out, keep, p)
 
@@ -363,7 +368,7 @@ def test_tiles_fit_into_shared_memory_by_their_own_arithmetic():
     for device in DEVICES.values():
         spare = 0 if device.tma else 1
         for stage in (10_000, 50_000, 200_000):
-            stages = dispatch.fit(tile, device, stage).num_stages
+            stages = tiles.fit(tile, device, stage).num_stages
             assert 2 <= stages <= 4
             assert stages == 2 or (stages - spare) * stage <= device.shared_limit
             assert stages == 4 or (stages + 1 - spare) * stage > device.shared_limit
@@ -373,15 +378,15 @@ def test_no_rows_launch_nothing_but_the_gradients_zeros(arch):
     inputs = make_inputs((0, 40), 24, 8, dtype=BF16, device=DEVICE)
     before = launch_counts.copy()
     out = run(inputs, "triton")
-    assert names(before) == ["_lora_linear_grads_kernel"]
+    assert names(before) == ["_lora_weight_grads_kernel"]
     assert not out["dA"].any() and not out["dB"].any()
 
 
 def test_vendor_branch_in_one_launch_and_two_with_repeated_masks():
     call = Call("forward", 64 * 132, 256, 256, 16, BF16, BF16, True)
     for m, expected in (
-        (call.m, ["_lora_linear_branch_kernel"]),
-        (64, ["_lora_shrink_kernel", "_lora_linear_branch_kernel"]),
+        (call.m, ["_lora_expand_kernel"]),
+        (64, ["_lora_shrink_kernel", "_lora_expand_kernel"]),
     ):
         x, w, a, b = (
             torch.empty(size, dtype=BF16, device="meta") for size in ((m, 256), (256, 256), (16, 256), (256, 16))
@@ -390,5 +395,5 @@ def test_vendor_branch_in_one_launch_and_two_with_repeated_masks():
         found = forward_launches(
             DEVICES["sm_90"], x, w, None, a, b, None, x.new_empty(m, 256), seed, 1.0, 0.1, Choice("vendor", "")
         )
-        assert isinstance(found[0], launches.VendorProduct)
+        assert isinstance(found[0], lora_common.VendorProduct)
         assert [launch.kernel.__name__ for launch in found[1:]] == expected

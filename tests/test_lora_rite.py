@@ -39,7 +39,7 @@ def train(of: LoRAPair, optimizer: LoRARITE, steps: int, first: int = 0) -> list
 
 @pytest.mark.parametrize("b_scale", [1.0, 0.0], ids=["both filled", "B zero"])
 @pytest.mark.parametrize("kind", ["scale", "rotation", "any"])
-def test_the_product_does_not_depend_on_the_factorisation(kind: str, b_scale: float) -> None:
+def test_the_product_does_not_depend_on_the_factorization(kind: str, b_scale: float) -> None:
     transform = {
         "scale": 1e3 * torch.eye(R, dtype=torch.float64),
         "rotation": torch.linalg.qr(draw(R, R, seed=5))[0],

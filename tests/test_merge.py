@@ -12,8 +12,8 @@ from small_models import Model, fill_b, lora_config
 from torch import nn
 
 import stablelora_kernels as slk
-from stablelora_kernels import nn_merge
-from stablelora_kernels.model import lora_layers
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.nn import merging
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -36,7 +36,7 @@ def lora_model(tied: bool = False, **kwargs) -> Model:
 @pytest.mark.parametrize("elements", [1 << 22, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_error_is_the_distance_to_the_exact_sum(dtype, elements, monkeypatch):
-    monkeypatch.setattr(nn_merge, "_MERGE_ELEMENTS", elements)
+    monkeypatch.setattr(merging, "_MERGE_ELEMENTS", elements)
     made = layer(dtype)
     frozen, delta = made.weight.detach().double(), made.delta_weight().double()
     error = made.merge()

@@ -10,8 +10,10 @@ from small_models import IDS, Model, fill_b, lora_config, reasons, snapshot, tra
 from torch import nn
 
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.model import apply_lora, lora_layers, merge_lora, remove_lora, unmerge_lora
-from stablelora_kernels.nn import LoRALinear
+from stablelora_kernels.model.apply import apply_lora
+from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.nn.linear import LoRALinear
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_no_bias_and_low_precision():
     assert slk.LoRALinear(24, 20, dtype=torch.float64).lora_A.dtype == torch.float64
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(1)
     default = slk.LoRALinear(1000, 50, r=8)
     bound = 1 / math.sqrt(1000)

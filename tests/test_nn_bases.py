@@ -7,15 +7,16 @@ import pickle
 
 import pytest
 import torch
-from quantised_weights import fp8_linear, fp8_weight
+from quantized_weights import fp8_linear, fp8_weight
 from small_models import IDS, Model, fill_b, lora_config, output, reasons
-from test_peft_quantised import bnb_8bit, torchao, torchao_int8
+from test_peft_quantized import bnb_8bit, torchao, torchao_int8
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.functional import lora_branch
-from stablelora_kernels.model import lora_layers
-from stablelora_kernels.nn_bases import LoRABranchLinear, LoRAConv1D
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.nn.branch import LoRABranchLinear
+from stablelora_kernels.nn.conv1d import LoRAConv1D
 from stablelora_kernels.testing import EPS, assert_no_worse
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -342,7 +343,7 @@ def test_a_layer_that_gives_its_input_no_gradient():
     model = nn.Sequential(quiet, nn.Linear(N, 8))
     report = slk.apply_lora(model, lora_config(target_modules="all-linear"))
     assert reasons(report)["0"].startswith(
-        "linear must give its input a gradient, which a layer that quantises it does not"
+        "linear must give its input a gradient, which a layer that quantizes it does not"
     )
     with pytest.raises(ValueError, match="linear must give its input a gradient"):
         slk.LoRALinear.from_linear(quiet)
@@ -377,7 +378,7 @@ def test_lora_dtypes_and_hooks_of_weights():
 
 def test_float8_with_other_scales_without_torchao():
     linear = fp8_linear(fp8_weight(20, 64), BF16)
-    assert type(over(linear)).__name__ == "LoRAQuantisedLinear"
+    assert type(over(linear)).__name__ == "LoRAQuantizedLinear"
     linear.weight.scale = torch.ones(())
     assert type(over(linear)) is LoRABranchLinear
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import stablelora_kernels as slk
-from stablelora_kernels.model import lora_layers
-from stablelora_kernels.nn_sharded import LoRAShardedLinear
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.nn.sharded import LoRAShardedLinear
 from tests.processes import spawn
 from tests.small_models import reasons
 

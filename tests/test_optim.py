@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from stablelora_kernels.optim import StableLoRAAdamW
-from stablelora_kernels.reference_optim import StableAdamWRef
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.reference import StableAdamWRef
 from tests.optimizers import DEVICE, halves, in_float64, make_pairs, set_grads
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,17 +9,18 @@ import re
 import pytest
 import torch
 
-from stablelora_kernels.ops.stable_adamw_storage import BLOCK, decode8, encode8
-from stablelora_kernels.optim import StableLoRAAdamW
-from stablelora_kernels.reference_optim import StableAdamWRef, moment8_ref
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.optim.state import BLOCK, decode8, encode8
+from stablelora_kernels.reference import StableAdamWRef
+from stablelora_kernels.reference.optimizer import moment8_ref
 from tests.optimizers import DEVICE, halves, in_float64, make_pairs, set_grads, snapshot
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from stablelora_kernels.backend import use_backend  # noqa: E402
-from stablelora_kernels.kernels._common import launch_counts  # noqa: E402
-from stablelora_kernels.kernels.stable_adamw_moments import load8, store8  # noqa: E402
+from stablelora_kernels.dispatch.backend import use_backend  # noqa: E402
+from stablelora_kernels.kernels.stable_adamw.moments_8bit import load8, store8  # noqa: E402
+from stablelora_kernels.launch.base import launch_counts  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,12 +12,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stablelora_kernels.launch import base
+
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from stablelora_kernels.backend import use_backend
-from stablelora_kernels.kernels import _common, stable_adamw, stable_adamw_sums
-from stablelora_kernels.ops import stable_adamw_staging as staging
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.dispatch.backend import use_backend
+from stablelora_kernels.kernels.stable_adamw import norms
+from stablelora_kernels.kernels.stable_adamw import step as stable_adamw
+from stablelora_kernels.optim import graph_capture as staging
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.optimizers import DEVICE, all_equal, make_pairs, set_grads, snapshot
 
 pytestmark = [
@@ -39,13 +42,13 @@ class Graph:
         self.launches: list[tuple[Any, ...]] = []
         with monkeypatch.context() as patch:
             patch.setattr(staging, "capturing", lambda: True)
-            for module in (stable_adamw, stable_adamw_sums):
+            for module in (stable_adamw, norms):
                 patch.setattr(module, "launch", lambda *args, **meta: self.launches.append((args, meta)))
             step()
 
     def replay(self) -> None:
         for args, meta in self.launches:
-            _common.launch(*args, **meta)
+            base.launch(*args, **meta)
 
 
 def optimizers(dtype: torch.dtype, **settings: Any) -> list[StableLoRAAdamW]:
@@ -234,7 +237,7 @@ def test_a_step_is_its_launches_and_nothing_else(monkeypatch: pytest.MonkeyPatch
         fill_grads(optimizer, step)
         optimizer.step()
     optimizer.param_groups[0]["lr"].fill_(1e-3)
-    for module in (stable_adamw, stable_adamw_sums):
+    for module in (stable_adamw, norms):
         monkeypatch.setattr(module, "launch", lambda *args, **meta: None)
     with Operators() as operators:
         optimizer.step()

@@ -9,8 +9,8 @@ import warnings
 import pytest
 import torch
 
-from stablelora_kernels.optim import StableLoRAAdamW
-from stablelora_kernels.reference_optim import StableAdamWRef
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.reference import StableAdamWRef
 from tests.optimizers import DEVICE, SHAPES, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("chunk", [64, 4096])
 def test_two_launches_from_the_first_step_on(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     pytest.importorskip("triton")
-    from stablelora_kernels.backend import use_backend
-    from stablelora_kernels.kernels._common import launch_counts
-    from stablelora_kernels.ops.stable_adamw_triton import TritonStep
+    from stablelora_kernels.dispatch.backend import use_backend
+    from stablelora_kernels.launch.base import launch_counts
+    from stablelora_kernels.optim.triton_engine import TritonStep
 
     monkeypatch.setattr(TritonStep, "CHUNK", chunk)
     pairs = make_pairs()

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from stablelora_kernels.backend import use_backend
-from stablelora_kernels.ops import stable_adamw as ops
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.dispatch.backend import use_backend
+from stablelora_kernels.optim import torch_engine as ops
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.reference_optim import StableAdamWRef
+from stablelora_kernels.reference import StableAdamWRef
 from tests.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.optimizers import DEVICE, all_equal, make_pairs, set_grads
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from stablelora_kernels.ops import stable_adamw_staging as staging
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.optim import graph_capture as staging
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.reference_optim import StableAdamWRef
+from stablelora_kernels.reference import StableAdamWRef
 from tests.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import stablelora_kernels as slk
-from stablelora_kernels.ops.stable_adamw import TorchStep
+from stablelora_kernels.optim.torch_engine import TorchStep
 from tests.optimizers import set_grads
 from tests.processes import spawn
 from tests.small_models import Model, lora_config

@@ -11,9 +11,9 @@ import re
 import pytest
 import torch
 
-from stablelora_kernels.backend import use_backend
-from stablelora_kernels.model import apply_lora
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.dispatch.backend import use_backend
+from stablelora_kernels.model.apply import apply_lora
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from tests.optimizers import SHAPES, all_equal, halves, make_pairs, set_grads, snapshot
 from tests.small_models import Model, lora_config

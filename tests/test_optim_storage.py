@@ -10,12 +10,13 @@ import re
 import pytest
 import torch
 
-from stablelora_kernels.ops.stable_adamw_rounding import seed_word
-from stablelora_kernels.ops.stable_adamw_shards import Place
-from stablelora_kernels.ops.stable_adamw_storage import keep_moments
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.optim.sharding import Place
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.optim.state import keep_moments
+from stablelora_kernels.optim.stochastic_rounding import seed_word
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.reference_optim import StableAdamWRef, moment_noise_ref, stochastic_round_ref
+from stablelora_kernels.reference import StableAdamWRef, stochastic_round_ref
+from stablelora_kernels.reference.optimizer import moment_noise_ref
 from tests.optimizers import DEVICE, SHAPES, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,8 +52,8 @@ def test_a_master_takes_the_steps_of_a_float64_run(path: str, dtype: torch.dtype
 
 def test_a_master_and_its_shadow_are_one_launch() -> None:
     pytest.importorskip("triton")
-    from stablelora_kernels.backend import use_backend
-    from stablelora_kernels.kernels._common import launch_counts
+    from stablelora_kernels.dispatch.backend import use_backend
+    from stablelora_kernels.launch.base import launch_counts
 
     pairs = make_pairs(dtype=BF16)
     optimizer = StableLoRAAdamW(pairs, master_weights=True, moments_dtype=BF16)

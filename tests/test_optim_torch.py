@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.reference_optim import StableAdamWRef
+from stablelora_kernels.reference import StableAdamWRef
 from tests.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest (pip install expecttest)")

@@ -8,18 +8,7 @@ from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.testing import EPS
-from tests.peft_models import (
-    FP32,
-    assert_equal_to_pefts,
-    calls,
-    config,
-    grads,
-    llama,
-    make,
-    make_base,
-    one_layer,
-    peft,
-)
+from tests.peft_models import FP32, assert_equal_to_pefts, calls, config, grads, llama, make, make_base, one_layer, peft
 from tests.small_models import IDS, output
 
 lora = peft.tuners.lora

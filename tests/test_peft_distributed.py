@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def train(rank: int, world: int) -> dict[str, Any]:
-    from stablelora_kernels import peft_layers
+    from stablelora_kernels.integrations import peft_layers
 
     torch.manual_seed(0)
     model = peft.get_peft_model(Model(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

@@ -13,17 +13,7 @@ import torch
 from torch import nn
 
 import stablelora_kernels as slk
-from tests.peft_models import (
-    assert_equal_to_pefts,
-    calls,
-    config,
-    grads,
-    llama,
-    make,
-    make_base,
-    peft,
-    transformers,
-)
+from tests.peft_models import assert_equal_to_pefts, calls, config, grads, llama, make, make_base, peft, transformers
 from tests.small_models import Model, assert_untouched, output, reasons, snapshot
 
 lora = peft.tuners.lora
@@ -40,7 +30,7 @@ def test_state_is_untouched_and_restore_is_exact():
     assert [dict(m.__dict__) for m in model.modules()] == slots
     assert all(isinstance(m, kind) for m, kind in zip(model.modules(), classes, strict=True))
     assert repr(model) == text
-    assert sum(type(m).__module__ == "stablelora_kernels.peft_layers" for m in model.modules()) == 4
+    assert sum(type(m).__module__ == "stablelora_kernels.integrations.peft_layers" for m in model.modules()) == 4
     slk.restore_peft(model)
     assert [type(m) for m in model.modules()] == classes and repr(model) == text
     assert_untouched(model, before)

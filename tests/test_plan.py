@@ -8,8 +8,8 @@ from small_models import Model, assert_untouched, fill_b, lora_config, reasons, 
 from torch import nn
 from torch.nn.utils import prune
 
-from stablelora_kernels.model import apply_lora
-from stablelora_kernels.nn import LoRALinear
+from stablelora_kernels.model.apply import apply_lora
+from stablelora_kernels.nn.linear import LoRALinear
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stablelora_kernels as slk
 from stablelora_kernels import functional
-from stablelora_kernels.ops import lora_linear_torch, products
+from stablelora_kernels.ops import matmul, torch_path
 from stablelora_kernels.testing import assert_no_worse, make_inputs
 from tests.test_lora_linear import SCALING, SHAPES, check, leaves, run
 
@@ -33,9 +33,9 @@ class Seen(TorchDispatchMode):
 def onednn(monkeypatch):
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(products, "ONEDNN_HELPS", True)
-    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
-    monkeypatch.setattr(products, "FUNCTION_FROM", 1)
+    monkeypatch.setattr(matmul, "ONEDNN_HELPS", True)
+    monkeypatch.setattr(matmul, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(matmul, "FUNCTION_FROM", 1)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -49,9 +49,9 @@ def test_any_strides_are_no_worse_than_mkls(size, bias, onednn):
         for right in (b, b.t().contiguous().t(), torch.stack((b, b), 1)[:, 0], torch.stack((b, b), -1)[..., 0]):
             expected = a.double() @ b.double() + (0 if added is None else added.double())
             baseline = a @ b + (0 if added is None else added)
-            assert_no_worse(products.wide_product(left, right, added), expected, baseline)
+            assert_no_worse(matmul.wide_product(left, right, added), expected, baseline)
     to = torch.ones(m, n)
-    found = products.add_wide_product(to, a, b)
+    found = matmul.add_wide_product(to, a, b)
     assert found is to
     assert_no_worse(found, a.double() @ b.double() + 1, a @ b + 1)
 
@@ -67,7 +67,7 @@ def test_dropout(onednn):
     torch.manual_seed(5)
     out = run(inputs, "torch", 0.3)
     torch.manual_seed(5)
-    check(inputs, out, *lora_linear_torch.draw_keep(inputs["x"], 0.3))
+    check(inputs, out, *torch_path.draw_keep(inputs["x"], 0.3))
 
 
 def test_projections_of_one_input(onednn):
@@ -103,17 +103,17 @@ def test_which_library(onednn, monkeypatch):
         assert products_of(inputs) == MKL
     assert products_of(make_inputs((70, 24), 20, 6, dtype=torch.float64)) == MKL
     assert products_of(make_inputs((70, 24), 20, 6, dtype=torch.bfloat16)) == MKL
-    monkeypatch.setattr(products, "ONEDNN_FROM", 70 * 24 * 20 + 1)
+    monkeypatch.setattr(matmul, "ONEDNN_FROM", 70 * 24 * 20 + 1)
     assert products_of(inputs) == MKL
-    monkeypatch.setattr(products, "ONEDNN_HELPS", False)
-    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(matmul, "ONEDNN_HELPS", False)
+    monkeypatch.setattr(matmul, "ONEDNN_FROM", 1)
     assert products_of(inputs) == MKL
 
 
 def test_few_rows_take_it_where_it_saves_more_than_a_function_costs(onednn, monkeypatch):
     inputs = make_inputs((5, 24), 20, 6)
     assert products_of(inputs) == ONEDNN
-    monkeypatch.setattr(products, "FUNCTION_FROM", 5 * 24 * 20 + 1)
+    monkeypatch.setattr(matmul, "FUNCTION_FROM", 5 * 24 * 20 + 1)
     assert products_of(inputs) == MKL
 
 

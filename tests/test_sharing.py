@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
-from stablelora_kernels import sharing
-from stablelora_kernels.sharing import ATTRIBUTE
+from stablelora_kernels.nn import projection_group
+from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from tests.small_models import Model, fill_b, lora_config, trainable
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -72,8 +72,8 @@ def assert_same(found, expected):
 @pytest.fixture
 def calls(monkeypatch):
     """How many projections each call of the group's op computed."""
-    from stablelora_kernels import nn as ours_module
-    from stablelora_kernels import peft_layers
+    from stablelora_kernels.integrations import peft_layers
+    from stablelora_kernels.nn import linear as ours_module
 
     counts: list[int] = []
     original = ours_module.lora_linear_group
@@ -350,7 +350,7 @@ def test_threads_get_their_own_outputs():
     layer, _ = attention()
     inputs = [torch.randn(70, 16) for _ in range(4)]
     plain = copy.deepcopy(layer)
-    sharing.unfuse(plain.modules())
+    projection_group.unfuse(plain.modules())
     wrong = []
 
     def work(x):

@@ -12,27 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablelora_kernels.backend import use_backend
-from stablelora_kernels.ops import stable_adamw as ops
-from stablelora_kernels.ops import stable_adamw_rounding as rounding
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.dispatch.backend import use_backend
+from stablelora_kernels.optim import stochastic_rounding as rounding
+from stablelora_kernels.optim import torch_engine as ops
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.reference_optim import (
-    StableAdamWRef,
-    mix32,
-    rounding_key_ref,
-    rounding_noise_ref,
-    stochastic_round_ref,
-)
+from stablelora_kernels.reference import StableAdamWRef, stochastic_round_ref
+from stablelora_kernels.reference.optimizer import mix32, rounding_key_ref, rounding_noise_ref
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from stablelora_kernels.kernels import stable_adamw_tables as tables  # noqa: E402
-from stablelora_kernels.kernels._common import launch_counts  # noqa: E402
-from stablelora_kernels.kernels.stable_adamw_pieces import stochastic_round  # noqa: E402
-from stablelora_kernels.kernels.stable_adamw_sums import square_sums  # noqa: E402
-from stablelora_kernels.ops.stable_adamw_triton import TritonStep  # noqa: E402
+from stablelora_kernels.kernels.stable_adamw import tables  # noqa: E402
+from stablelora_kernels.kernels.stable_adamw.elementwise import stochastic_round  # noqa: E402
+from stablelora_kernels.launch.base import launch_counts  # noqa: E402
+from stablelora_kernels.launch.stable_adamw import square_sums  # noqa: E402
+from stablelora_kernels.optim.triton_engine import TritonStep  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = [torch.bfloat16, torch.float16]

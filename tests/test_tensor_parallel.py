@@ -16,8 +16,8 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import stablelora_kernels as slk
-from stablelora_kernels.model import lora_layers
-from stablelora_kernels.nn_sharded import LoRAShardedLinear
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.nn.sharded import LoRAShardedLinear
 from stablelora_kernels.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
 from tests.processes import spawn
 from tests.test_nn_sharded import NAMES, WIDTH, Block, mesh, whole  # noqa: F401

@@ -20,9 +20,11 @@ import triton.language as tl
 from benchmarks import _traffic as t
 from benchmarks import _traffic_group, traffic
 from benchmarks.traffic import BF16, FP16, FP32, Case, Set
-from stablelora_kernels import backend, dispatch
-from stablelora_kernels.dispatch import DEVICES, Choice, Tile, TileRule
-from stablelora_kernels.kernels.lora_linear_launch import VendorProduct
+from stablelora_kernels.dispatch import backend, rules
+from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.dispatch.tiles import Tile, TileRule
+from stablelora_kernels.launch.lora_common import VendorProduct
 
 pytestmark = pytest.mark.skipif(not backend.INTERPRETING, reason="bytes are counted in the interpreter only")
 CPU = torch.device("cpu")
@@ -41,10 +43,10 @@ def one_thread():
 @pytest.fixture
 def tiny_tiles(monkeypatch):
     """Many tiles in both directions, ragged edges, and several blocks of ranks at small sizes."""
-    for name in ("TMA_TILES", "LINEAR_TILES", "SHRINK_TILES", "BRANCH_TILES", "GRADS_TILES"):
-        monkeypatch.setattr(dispatch, name, (TileRule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
-    monkeypatch.setattr(dispatch, "MAX_FUSED_R", 32)
-    monkeypatch.setattr(dispatch, "SMALL_M", 16)
+    for name in ("TMA_TILES", "LINEAR_TILES", "SHRINK_TILES", "EXPAND_TILES", "WEIGHT_GRADS_TILES"):
+        monkeypatch.setattr(rules, name, (TileRule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
+    monkeypatch.setattr(rules, "MAX_FUSED_R", 32)
+    monkeypatch.setattr(rules, "SMALL_M", 16)
 
 
 def compare(arch: str, case: Case) -> list[str]:
@@ -74,7 +76,7 @@ def test_the_formula_counts_right_at_tiny_tiles(m, n, k, r, dtypes, kernel, p, a
 def test_the_formula_counts_loops_over_ranks(kernel, arch, tiny_tiles):
     """Three blocks of 32 ranks, the last one partly there."""
     names = compare(arch, Case(35, 56, 40, 75, 0.3, kernel=kernel))
-    expected = {"split": "lora_linear_tma" if arch == "sm_90" else "lora_linear", "vendor": "lora_linear_branch"}
+    expected = {"split": "lora_linear_tma" if arch == "sm_90" else "lora_linear", "vendor": "lora_expand"}
     assert names.count(expected[kernel]) == 2 and names.count("lora_shrink") == 2
 
 
@@ -141,7 +143,7 @@ def test_the_cases_above_share_sums():
 
 
 def test_few_of_the_gradients_and_no_rows():
-    from stablelora_kernels.ops.lora_linear import backward_launches
+    from stablelora_kernels.launch.lora_linear import backward_launches
 
     x, dy, w = torch.zeros(40, 24, dtype=BF16), torch.zeros(40, 20, dtype=BF16), torch.zeros(20, 24, dtype=BF16)
     a, b, s = torch.zeros(8, 24), torch.zeros(20, 8), torch.zeros(40, 8, dtype=BF16)
@@ -168,7 +170,7 @@ def test_few_of_the_gradients_and_no_rows():
 @pytest.mark.parametrize(("m", "r"), [(20, 8), (70, 8), (70, 80)])
 def test_the_branch_alone(m, r, p):
     """Its base is read where it is, and its dX reads none."""
-    from stablelora_kernels.ops import lora_branch
+    from stablelora_kernels.launch import lora_branch
 
     x, y, base, dx = (torch.zeros(m, columns, dtype=BF16) for columns in (40, 56, 56, 40))
     a, b, s, seed = torch.zeros(r, 40), torch.zeros(56, r), torch.zeros(m, r, dtype=BF16), torch.tensor([3])
@@ -196,17 +198,17 @@ def test_the_branch_alone(m, r, p):
         (70, 136, 96, 32, True, FP16),
         (200, 136, 192, 64, True, BF16),
         (9, 72, 256, 64, True, FP32),
-        # Dequantised first, and so for want of alignment.
+        # Dequantized first, and so for want of alignment.
         (300, 72, 256, 64, True, BF16),
         (9, 31, 75, 64, True, BF16),
         (9, 31, 75, 64, False, BF16),
     ],
 )
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])
-def test_quantised_weights(kind, m, n, k, blocksize, nested, dtype, p):
-    from quantised_weights import fp8_weight, nf4_weight
+def test_quantized_weights(kind, m, n, k, blocksize, nested, dtype, p):
+    from quantized_weights import fp8_weight, nf4_weight
 
-    from stablelora_kernels.ops import lora_linear_quantised as ops
+    from stablelora_kernels.launch import lora_linear_quantized as launch
 
     weight = nf4_weight(n, k, blocksize, nested) if kind == "nf4" else fp8_weight(n, k)
     if kind == "nf4":
@@ -219,8 +221,8 @@ def test_quantised_weights(kind, m, n, k, blocksize, nested, dtype, p):
     da, db, seed = torch.zeros_like(a), torch.zeros_like(b), torch.tensor([3]) if p else None
     device = DEVICES["sm_90"]
     launches = [
-        *ops.forward_launches(device, x, weight.stored, bias, a, b, s, y, seed, 1.0, p),
-        *ops.backward_launches(device, x, dy, weight.stored, a, b, s, seed, dx, da, db, 1.0, p),
+        *launch.forward_launches(device, x, weight.stored, bias, a, b, s, y, seed, 1.0, p),
+        *launch.backward_launches(device, x, dy, weight.stored, a, b, s, seed, dx, da, db, 1.0, p),
     ]
     with t.counted() as found:
         for launch in launches:
@@ -234,12 +236,12 @@ def test_quantised_weights(kind, m, n, k, blocksize, nested, dtype, p):
                     tensors["nested_code"] = tensors["nested_code"]._replace(read_unique=0)
         assert seen.tensors == expected, (seen.kernel, launch.variant)
     kernels = [seen.kernel for seen in found]
-    first = "_dequantise_kernel" if m > 256 or k == 75 or (dtype == FP32 and m > 16) else "_lora_shrink_kernel"
+    first = "_dequantize_kernel" if m > 256 or k == 75 or (dtype == FP32 and m > 16) else "_lora_shrink_kernel"
     assert kernels[0] == first
 
 
 def test_a_broadcast_operand_is_unique_once():
-    from stablelora_kernels.ops.lora_linear import forward_launches
+    from stablelora_kernels.launch.lora_linear import forward_launches
 
     x, w, y = (
         torch.zeros(1, 64, dtype=BF16).expand(70, 64),
@@ -256,7 +258,7 @@ def test_a_broadcast_operand_is_unique_once():
 
 
 def test_meta_and_real_tensors_give_one_formula():
-    for case in (*traffic.SMALL, *traffic.SMALL_QUANTISED):
+    for case in (*traffic.SMALL, *traffic.SMALL_QUANTIZED):
         real, meta = (make(DEVICES["sm_90"], case) for make in (traffic.launches, traffic.formula_launches))
         for one, other in zip((*real[0], *real[1]), (*meta[0], *meta[1]), strict=True):
             assert t.formula_by_tensor(one) == t.formula_by_tensor(other)
@@ -409,7 +411,7 @@ def test_the_command_sets_the_interpreter_and_writes_all_rows(tmp_path):
     """With one case of each table, as the whole takes half a minute."""
     code = (
         "import sys; from benchmarks import traffic as b; b.SMALL, b.REAL, b.SETS = b.SMALL[7:8], (b.TARGET,), b.SETS[:1]; "
-        "b.SMALL_QUANTISED, b.REAL_QUANTISED = b.SMALL_QUANTISED[:1], b.REAL_QUANTISED[:1]; "
+        "b.SMALL_QUANTIZED, b.REAL_QUANTIZED = b.SMALL_QUANTIZED[:1], b.REAL_QUANTIZED[:1]; "
         "sys.exit(b.main(sys.argv[1:]))"
     )
     path = tmp_path / "traffic.csv"
@@ -424,11 +426,11 @@ def test_the_command_sets_the_interpreter_and_writes_all_rows(tmp_path):
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["source"] for row in rows} == {"counted", "formula"}
-    operations = {"lora_linear", "lora_linear_group", "lora_linear_quantised", "stable_adamw"}
+    operations = {"lora_linear", "lora_linear_group", "lora_linear_quantized", "stable_adamw"}
     assert {row["operation"] for row in rows} == operations
     # A small case counted and by formula, a real one by formula; a set of the optimizer's both ways; the groups by formula.
     totals = Counter(row["operation"] for row in rows if row["kernel"] == "all")
-    layers = {"lora_linear": 3, "lora_linear_quantised": 3, "lora_linear_group": len(_traffic_group.REAL)}
+    layers = {"lora_linear": 3, "lora_linear_quantized": 3, "lora_linear_group": len(_traffic_group.REAL)}
     assert totals == layers | {"stable_adamw": 2}
 
 
@@ -453,7 +455,7 @@ def test_the_committed_table_is_of_this_code():
             row for row in csv.DictReader(file) if row["source"] == "formula" and row["operation"] != "stable_adamw"
         ]
     device = DEVICES[rows[0]["device"]]
-    cases = (*traffic.SMALL, *traffic.REAL, *traffic.SMALL_QUANTISED, *traffic.REAL_QUANTISED)
+    cases = (*traffic.SMALL, *traffic.REAL, *traffic.SMALL_QUANTIZED, *traffic.REAL_QUANTIZED)
     made = [row for case in cases for row in traffic.case_rows(device, case, count=False)]
     made += traffic.group_rows(device)[0]
     keys = ("M", "N", "K", "r", "dtypes", "pass", "kernel", "launches", *traffic.MOVED)

@@ -15,18 +15,19 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels import dispatch, tuning
-from stablelora_kernels.dispatch import Call, Choice
+from stablelora_kernels.dispatch import autotune, problem, rules
+from stablelora_kernels.dispatch.problem import Call
+from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.kernels._common import Launch
-from stablelora_kernels.kernels.lora_linear_launch import VendorProduct
+from stablelora_kernels.launch.base import Launch
+from stablelora_kernels.launch.lora_common import VendorProduct
 from stablelora_kernels.reference import lora_linear_grads_ref, lora_linear_ref
 from stablelora_kernels.testing import assert_no_worse, make_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP32 = torch.bfloat16, torch.float32
 SCALING = 1.7
-GPU = dispatch.device_of(torch.device(DEVICE))
+GPU = problem.device_of(torch.device(DEVICE))
 
 
 def words(launches) -> str:
@@ -57,19 +58,19 @@ class Timer:
 
 def forget():
     """As in a new process."""
-    tuning._answers.clear()
-    tuning._warned.clear()
-    tuning._made_for.cache_clear()
+    autotune._answers.clear()
+    autotune._warned.clear()
+    autotune._made_for.cache_clear()
 
 
 @pytest.fixture
 def timer(monkeypatch, tmp_path):
     """Tuning is on, with an empty cache and a timer that is set by hand."""
     fake = Timer()
-    monkeypatch.setattr(tuning, "measure", fake)
+    monkeypatch.setattr(autotune, "measure", fake)
     monkeypatch.setenv("STABLELORA_CACHE", str(tmp_path))
     forget()
-    with slk.use_backend("triton"), dispatch.use_kernel("auto"), tuning.use_autotune(True):
+    with slk.use_backend("triton"), rules.use_kernel("auto"), autotune.use_autotune(True):
         yield fake
     forget()
 
@@ -77,7 +78,7 @@ def timer(monkeypatch, tmp_path):
 @pytest.fixture
 def few(monkeypatch):
     """Three candidates instead of a dozen, where the test is about what is kept."""
-    monkeypatch.setattr(tuning, "_tiles", lambda device, call: [])
+    monkeypatch.setattr(autotune, "_tiles", lambda device, call: [])
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def check_all(inputs):
 
 
 def files() -> list[Path]:
-    return sorted(tuning.cache_dir().glob("*.json"))
+    return sorted(autotune.cache_dir().glob("*.json"))
 
 
 def entries(path: Path | None = None) -> dict[str, dict]:
@@ -131,7 +132,7 @@ def entries(path: Path | None = None) -> dict[str, dict]:
 @pytest.mark.parametrize(
     ("fast", "kernel", "launches"),
     [
-        ("^vendor", "vendor", ["vendor", "lora_linear_branch"]),
+        ("^vendor", "vendor", ["vendor", "lora_expand"]),
         ("^lora_linear.* 64x256x64", "fused", ["lora_linear.* 64x256x64"]),
         ("^lora_shrink.* 64x256x64", "split", ["lora_shrink", "lora_linear.* 64x256x64"]),
     ],
@@ -144,7 +145,7 @@ def test_the_fastest_is_taken_and_right(timer, launched, fast, kernel, launches)
     launched.clear()
     check_all(inputs)
     # S, or dS, on its own takes dB along, and dX dA.
-    expected = [*launches, *launches, *([] if kernel == "split" else ["lora_linear_grads"])]
+    expected = [*launches, *launches, *([] if kernel == "split" else ["lora_weight_grads"])]
     assert len(launched) == len(expected) and all(map(re.match, expected, launched))
 
 
@@ -155,14 +156,14 @@ def test_every_candidate_gives_the_right_result(timer, dtype, rows):
     check_all(inputs)
     for entry in entries().values():
         assert len(entry["microseconds"]) >= 7 and not entry["skipped"]
-    keys = list(tuning._answers)
+    keys = list(autotune._answers)
     both = [
-        tuning.candidates(GPU, Call(direction, rows, n, k, 8, dtype, dtype, False))
+        autotune.candidates(GPU, Call(direction, rows, n, k, 8, dtype, dtype, False))
         for direction, n, k in (("forward", 80, 64), ("backward", 64, 80))
     ]
     # The first is the table's, which was checked above.
     for pair in list(zip(*both, strict=True))[1:]:
-        tuning._answers.update(zip(keys, pair, strict=True))
+        autotune._answers.update(zip(keys, pair, strict=True))
         check_all(inputs)
 
 
@@ -173,7 +174,7 @@ def test_the_reason_has_both_times(timer):
     (entry,) = entries().values()
     assert entry["reason"] == "measured: 4.1 us against the table's 10.0 us"
     assert entry["microseconds"]["vendor"] == 4.1 and len(entry["microseconds"]) == len(timer.measured)
-    (choice,) = tuning._answers.values()
+    (choice,) = autotune._answers.values()
     assert choice == Choice("vendor", entry["reason"])
 
 
@@ -193,7 +194,7 @@ def test_nothing_is_measured_twice(timer):
     forward(inputs)
     seen = [(words(launches), [getattr(launch, "options", 0) for launch in launches]) for launches in timer.measured]
     assert all(one not in seen[:i] for i, one in enumerate(seen))
-    assert len(seen) < len(tuning.candidates(GPU, Call("forward", 70, 80, 64, 8, BF16, BF16, False)))
+    assert len(seen) < len(autotune.candidates(GPU, Call("forward", 70, 80, 64, 8, BF16, BF16, False)))
     forward(inputs_of(rows=100))
     assert len(timer.measured) == len(seen)
 
@@ -215,13 +216,13 @@ def test_backward_measures_all_that_it_launches(timer):
 
 
 def test_candidates():
-    for device in dispatch.DEVICES.values():
+    for device in problem.DEVICES.values():
         for m in (1, 64, 65, 4096):
             for r, p, direction in ((8, False, "forward"), (8, True, "forward"), (100, True, "backward")):
                 for dtype in (BF16, FP32):
                     call = Call(direction, m, 512, 512, r, dtype, FP32, p)
-                    found = tuning.candidates(device, call)
-                    assert found[0] == dispatch.choose(device, call)
+                    found = autotune.candidates(device, call)
+                    assert found[0] == rules.choose(device, call)
                     kernels = {choice.kernel for choice in found}
                     assert kernels == {"split", "vendor"} | ({"fused"} if r == 8 and not p else set())
                     wide = any(c.tile and c.tile.BLOCK_M * c.tile.BLOCK_N > 128 * 128 for c in found)
@@ -281,12 +282,12 @@ def test_where_the_table_cannot_be_measured_it_is_asked(timer, monkeypatch):
         calls.append(run)
         raise torch.OutOfMemoryError("no room for the timer's buffer")
 
-    monkeypatch.setattr(tuning, "measure", out_of_memory)
+    monkeypatch.setattr(autotune, "measure", out_of_memory)
     inputs = inputs_of()
     y = forward(inputs)
     assert len(calls) == 1 and not files()
     assert torch.equal(forward(inputs), y) and len(calls) == 1
-    with tuning.use_autotune(False):
+    with autotune.use_autotune(False):
         assert torch.equal(forward(inputs), y)
 
 
@@ -294,7 +295,7 @@ def test_where_the_table_cannot_be_measured_it_is_asked(timer, monkeypatch):
 
 
 def test_off_unless_asked_for(timer, few):
-    with tuning.use_autotune(False):
+    with autotune.use_autotune(False):
         check_all(inputs_of())
     assert not timer.measured and not files()
 
@@ -305,7 +306,7 @@ def test_a_forced_kernel_is_not_tuned(timer, few, launched, kernel):
     forward(inputs_of())
     launched.clear()
     measured = len(timer.measured)
-    with dispatch.use_kernel(kernel):
+    with rules.use_kernel(kernel):
         forward(inputs_of())
         forward(inputs_of(rows=5))
     assert len(timer.measured) == measured
@@ -332,13 +333,13 @@ def test_determinism_is_not_left_to_a_clock(timer, few, launched):
 
 def test_while_a_graph_captures_only_what_is_known_is_taken(timer, few, monkeypatch, launched):
     timer.fast = {"^vendor": 1e-6}
-    monkeypatch.setattr(tuning, "_capturing", lambda y: True)
+    monkeypatch.setattr(autotune, "_capturing", lambda y: True)
     forward(inputs_of())
     assert not timer.measured and not files() and len(launched) == 2
-    monkeypatch.setattr(tuning, "_capturing", lambda y: False)
+    monkeypatch.setattr(autotune, "_capturing", lambda y: False)
     forward(inputs_of())
     # In memory, and on disk.
-    monkeypatch.setattr(tuning, "_capturing", lambda y: True)
+    monkeypatch.setattr(autotune, "_capturing", lambda y: True)
     for _ in range(2):
         launched.clear()
         forward(inputs_of())
@@ -348,8 +349,8 @@ def test_while_a_graph_captures_only_what_is_known_is_taken(timer, few, monkeypa
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU, whose times mean something")
 def test_the_interpreter_is_not_timed(timer, monkeypatch):
-    monkeypatch.setattr(tuning, "measure", tuning.time_on_gpu)
-    monkeypatch.setattr(tuning, "_measure_all", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(autotune, "measure", autotune.time_on_gpu)
+    monkeypatch.setattr(autotune, "_measure_all", lambda *_: pytest.fail("measured"))
     forward(inputs_of())
     assert not files()
 
@@ -365,7 +366,7 @@ def test_nothing_to_compute_is_nothing_to_measure(timer):
 def key_of(inputs, direction="forward", dropout=False):
     x, w = inputs["x"], inputs["weight"]
     call = Call(direction, *x.shape[:1], *w.shape, inputs["lora_A"].shape[0], x.dtype, inputs["lora_A"].dtype, dropout)
-    return tuning.entry_key(call, x, w, inputs["bias"])
+    return autotune.entry_key(call, x, w, inputs["bias"])
 
 
 def test_what_an_answer_holds_for():
@@ -373,7 +374,7 @@ def test_what_an_answer_holds_for():
     assert key_of(base) == "forward m<=128 n=80 k=64 r=8, bfloat16, lora bfloat16, bias"
     assert key_of(inputs_of(rows=65)) == key_of(inputs_of(rows=128)) == key_of(base)
     # No answer for few rows holds for many, whose tiles are others.
-    assert dispatch.SMALL_M.bit_count() == 1
+    assert problem.SMALL_M.bit_count() == 1
     x, w = base["x"], base["weight"]
     others = [
         key_of(base, "backward"),
@@ -444,10 +445,10 @@ def test_other_versions_and_gpus_are_measured_anew(timer, few, monkeypatch, what
     assert len(timer.measured) == measured and len(files()) == 1
     forget()
     if what == "gpu":
-        monkeypatch.setattr(dispatch, "device_of", lambda device: GPU._replace(processors=1))
+        monkeypatch.setattr(rules, "device_of", lambda device: GPU._replace(processors=1))
     else:
         owner, name = {
-            "ours": (tuning, "__version__"),
+            "ours": (autotune, "__version__"),
             "torch": (torch, "__version__"),
             "triton": (triton, "__version__"),
             "cuda": (torch.version, "cuda"),
@@ -501,7 +502,7 @@ def test_where_nothing_can_be_written_tuning_goes_on_in_memory(timer, few, monke
     with pytest.warns(RuntimeWarning, match="can't be kept") as caught:
         check_all(inputs_of())
     assert len(caught) == 1 and str(tmp_path / "file" / "tuning") in str(caught[0].message)
-    assert [choice.kernel for choice in tuning._answers.values()] == ["vendor", "vendor"]
+    assert [choice.kernel for choice in autotune._answers.values()] == ["vendor", "vendor"]
     measured = len(timer.measured)
     check_all(inputs_of())
     assert len(timer.measured) == measured
@@ -511,8 +512,8 @@ def test_writers_keep_each_others_entries(tmp_path):
     path, entry = tmp_path / "tuning" / "gpu.json", {"kernel": "split", "tile": None, "reason": ""}
     made_for = {"device": "some GPU"}
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: tuning._write(path, made_for, f"key {i}", {**entry, "reason": str(i)}), range(60)))
-    assert tuning._read(path, made_for) == {f"key {i}": {**entry, "reason": str(i)} for i in range(60)}
+        list(pool.map(lambda i: autotune._write(path, made_for, f"key {i}", {**entry, "reason": str(i)}), range(60)))
+    assert autotune._read(path, made_for) == {f"key {i}": {**entry, "reason": str(i)} for i in range(60)}
     assert not list(path.parent.glob("*.tmp"))
 
 
@@ -521,7 +522,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
     path.mkdir()
     forget()
     with pytest.warns(RuntimeWarning) as caught:
-        tuning._write(path, {}, "key", {"kernel": "split", "tile": None, "reason": ""})
+        autotune._write(path, {}, "key", {"kernel": "split", "tile": None, "reason": ""})
     assert f"can't be kept in {path}" in str(caught[-1].message)
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -538,7 +539,7 @@ def test_what_another_process_wrote_meanwhile_is_kept_and_used(timer, few):
     measured = len(timer.measured)
     forward(inputs_of(rows=5))
     assert len(timer.measured) == measured
-    assert list(tuning._answers.values())[-1] == Choice("vendor", "theirs")
+    assert list(autotune._answers.values())[-1] == Choice("vendor", "theirs")
 
 
 # The switch and the timer.
@@ -553,27 +554,27 @@ def python(code: str, **env: str) -> str:
 
 def test_environment_variable_sets_the_start_value(monkeypatch):
     monkeypatch.delenv("STABLELORA_AUTOTUNE", raising=False)
-    assert tuning._from_environment() is False
+    assert autotune._from_environment() is False
     for value, on in (("1", True), ("0", False)):
         monkeypatch.setenv("STABLELORA_AUTOTUNE", value)
-        assert tuning._from_environment() is on
+        assert autotune._from_environment() is on
     message = "ValueError: the environment variable STABLELORA_AUTOTUNE must be '0' or '1', got 'yes'"
-    assert message in python("import stablelora_kernels.tuning", STABLELORA_AUTOTUNE="yes")
+    assert message in python("import stablelora_kernels.dispatch.autotune", STABLELORA_AUTOTUNE="yes")
 
 
 def test_the_switch():
-    before = tuning.get_autotune()
-    for call in (tuning.set_autotune, lambda on: tuning.use_autotune(on).__enter__()):
+    before = autotune.get_autotune()
+    for call in (autotune.set_autotune, lambda on: autotune.use_autotune(on).__enter__()):
         with pytest.raises(TypeError, match="autotune must be True or False, got '0'"):
             call("0")
     try:
-        tuning.set_autotune(True)
-        with pytest.raises(KeyError), tuning.use_autotune(False):
-            assert not tuning.get_autotune()
+        autotune.set_autotune(True)
+        with pytest.raises(KeyError), autotune.use_autotune(False):
+            assert not autotune.get_autotune()
             raise KeyError
-        assert tuning.get_autotune()
+        assert autotune.get_autotune()
     finally:
-        tuning.set_autotune(before)
+        autotune.set_autotune(before)
 
 
 def test_the_cache_is_where_downloads_are(monkeypatch, tmp_path):
@@ -581,7 +582,7 @@ def test_the_cache_is_where_downloads_are(monkeypatch, tmp_path):
 
     for value in (str(tmp_path), ""):
         monkeypatch.setenv("STABLELORA_CACHE", value)
-        assert tuning.cache_dir() == cache_dir() / "tuning"
+        assert autotune.cache_dir() == cache_dir() / "tuning"
 
 
 def test_the_timer_gives_the_median_in_seconds(monkeypatch):
@@ -594,11 +595,11 @@ def test_the_timer_gives_the_median_in_seconds(monkeypatch):
         return {"median": 2.0}[return_mode]
 
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
-    assert tuning.time_on_gpu(lambda: ran.append(1)) == pytest.approx(2e-3) and ran
+    assert autotune.time_on_gpu(lambda: ran.append(1)) == pytest.approx(2e-3) and ran
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="times a GPU, and there is none")
 def test_a_gpu_is_timed():
     x = torch.randn(2048, 2048, device=DEVICE)
-    once, often = (tuning.time_on_gpu(lambda n=n: [x @ x for _ in range(n)]) for n in (1, 20))
+    once, often = (autotune.time_on_gpu(lambda n=n: [x @ x for _ in range(n)]) for n in (1, 20))
     assert 1e-6 < once < often / 4

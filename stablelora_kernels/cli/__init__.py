@@ -11,7 +11,7 @@ from types import ModuleType
 
 from stablelora_kernels._version import __version__
 from stablelora_kernels.cli import bench, doctor, inspect, merge
-from stablelora_kernels.cli._output import CommandError, Paragraphs
+from stablelora_kernels.cli.output import CommandError, Paragraphs
 
 PROGRAM = "stablelora-kernels"
 # Each has HELP, DESCRIPTION, add_arguments(parser) and run(args) -> exit status.

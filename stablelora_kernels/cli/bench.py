@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels import backend
-from stablelora_kernels._timing import interleave, machine, summarize
-from stablelora_kernels.cli._arguments import DTYPES, device_of, dropout, positive
-from stablelora_kernels.cli._output import CommandError, print_json, print_table, wrapped
-from stablelora_kernels.nn import LoRALinear
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.cli.arguments import DTYPES, device_of, dropout, positive
+from stablelora_kernels.cli.output import CommandError, print_json, print_table, wrapped
+from stablelora_kernels.dispatch import backend
+from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.utils.timing import interleave, machine, summarize
 
 HELP = "time the fused layer and the optimizer's step on this machine"
 DESCRIPTION = """\

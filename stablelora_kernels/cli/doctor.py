@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from stablelora_kernels import backend
-from stablelora_kernels._timing import version_of
 from stablelora_kernels._version import __version__
-from stablelora_kernels.cli._arguments import device_of
-from stablelora_kernels.cli._output import CommandError, print_json, print_pairs, print_table, wrapped
+from stablelora_kernels.cli.arguments import device_of
+from stablelora_kernels.cli.output import CommandError, print_json, print_pairs, print_table, wrapped
 from stablelora_kernels.cli.selftest import Result, run_checks
-from stablelora_kernels.dispatch import DEVICES, arch_of
+from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch.problem import DEVICES, arch_of
+from stablelora_kernels.utils.timing import version_of
 
 HELP = "which backend runs here and why, versions, and a self-test of every kernel family"
 DESCRIPTION = """\

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablelora_kernels._adapter_files import PEFT_ALPHA, PREFIX, beyond_plain_lora, import_safetensors, read_json
-from stablelora_kernels.cli._arguments import positive
-from stablelora_kernels.cli._files import adapter_files
-from stablelora_kernels.cli._output import (
+from stablelora_kernels.cli.arguments import positive
+from stablelora_kernels.cli.files import adapter_files
+from stablelora_kernels.cli.output import (
     CommandError,
     print_json,
     print_pairs,
@@ -28,6 +27,7 @@ from stablelora_kernels.cli._output import (
     wrapped,
 )
 from stablelora_kernels.config import lookup_pattern
+from stablelora_kernels.model.peft_format import PEFT_ALPHA, PREFIX, beyond_plain_lora, import_safetensors, read_json
 from stablelora_kernels.pairs import split_lora_name
 
 HELP = "what an adapter holds: ranks, norms, stability and size of every pair"
@@ -311,7 +311,7 @@ def _describe(config: Mapping[str, Any]) -> str:
         return f"peft_type {config.get('peft_type')!r}, not LoRA"
     targets = config.get("target_modules")
     said = f"r {config.get('r')}, alpha {config.get('lora_alpha', PEFT_ALPHA)}"
-    said += ", rank-stabilised" if config.get("use_rslora") else ""
+    said += ", rank-stabilized" if config.get("use_rslora") else ""
     said += f", on {', '.join(targets) if isinstance(targets, list) else targets}"
     said += f", bias {config.get('bias')}" if config.get("bias") not in (None, "none") else ""
     for key in ("modules_to_save", "rank_pattern", "alpha_pattern"):

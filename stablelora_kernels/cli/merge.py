@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from stablelora_kernels._adapter_files import read_json
-from stablelora_kernels.adapter_io import load_adapter
-from stablelora_kernels.cli._arguments import DTYPES
-from stablelora_kernels.cli._files import adapter_files, from_hub
-from stablelora_kernels.cli._output import CommandError, print_json, print_pairs, size, wrapped
-from stablelora_kernels.model import MergeReport, lora_layers, merge_lora, remove_lora
-from stablelora_kernels.plan import list_some
+from stablelora_kernels.cli.arguments import DTYPES
+from stablelora_kernels.cli.files import adapter_files, from_hub
+from stablelora_kernels.cli.output import CommandError, print_json, print_pairs, size, wrapped
+from stablelora_kernels.model.merge import merge_lora, remove_lora
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.model.peft_format import read_json
+from stablelora_kernels.model.reports import MergeReport, list_some
+from stablelora_kernels.model.save_load import load_adapter
 
 HELP = "fold an adapter into its model, with the rounding error stated"
 DESCRIPTION = """\
@@ -28,8 +29,8 @@ Adds each pair's scaling · B A to the weight it belongs to, in float32, rounds 
 model directory that transformers loads without an adapter: safetensors, config and tokenizer. Says how much of each
 layer's change rounding lost.
 
-The directory appears whole or not at all. Refused are values that are not finite and quantised models, whose sums would
-have to be quantised anew. No code of the model's own is run.
+The directory appears whole or not at all. Refused are values that are not finite and quantized models, whose sums would
+have to be quantized anew. No code of the model's own is run.
 
 Exit status: 0 written; 1 tried and refused or failed, nothing being written; 2 can't be tried."""
 
@@ -125,11 +126,11 @@ def _architecture(source: Path) -> Any:
         config = read_json(file)
     except ValueError as error:
         raise CommandError(str(error)) from None
-    if (quantised := config.get("quantization_config")) is not None:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+    if (quantized := config.get("quantization_config")) is not None:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise CommandError(
-            f"--into must be a model in full precision, got one that is quantised ({method}): the sum would have to be "
-            "quantised anew, which loses more than most adapters add; merge into the model it was made from"
+            f"--into must be a model in full precision, got one that is quantized ({method}): the sum would have to be "
+            "quantized anew, which loses more than most adapters add; merge into the model it was made from"
         )
     names = config.get("architectures") or [None]
     found = getattr(_import_transformers(), str(names[0]), None)

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels import backend
-from stablelora_kernels.dispatch import use_kernel
+from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch.autotune import use_autotune
+from stablelora_kernels.dispatch.rules import use_kernel
 from stablelora_kernels.functional import FP8Weight, NF4Weight, lora_branch, lora_linear, lora_linear_group
-from stablelora_kernels.optim import StableLoRAAdamW
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import (
     StableAdamWRef,
@@ -31,15 +32,7 @@ from stablelora_kernels.reference import (
     lora_linear_ref,
     nf4_ref,
 )
-from stablelora_kernels.testing import (
-    error_and_bound,
-    fp8_weight,
-    kept_for_backward,
-    make_inputs,
-    nf4_weight,
-    seed_of,
-)
-from stablelora_kernels.tuning import use_autotune
+from stablelora_kernels.testing import error_and_bound, fp8_weight, kept_for_backward, make_inputs, nf4_weight, seed_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SCALING = 1.7
@@ -86,8 +79,8 @@ def checks() -> list[tuple[str, str, Check]]:
         ("lora_linear", "dropout, bf16", partial(check_linear, 70, 72, 48, 8, p=DROPOUT)),
         ("dropout's mask", "forward and backward", check_mask),
         ("lora_linear_group", "3 projections, bf16", check_group),
-        ("lora_linear_quantised", "NF4, nested scales", partial(check_quantised, nf4_weight(72, 128, 64, nested=True))),
-        ("lora_linear_quantised", "float8", partial(check_quantised, fp8_weight(72, 128))),
+        ("lora_linear_quantized", "NF4, nested scales", partial(check_quantized, nf4_weight(72, 128, 64, nested=True))),
+        ("lora_linear_quantized", "float8", partial(check_quantized, fp8_weight(72, 128))),
         ("lora_branch", "bf16", check_branch),
         ("stable_adamw", "3 steps, fp32", partial(check_step, dtype=FP32)),
         ("stable_adamw", "3 steps, bf16", partial(check_step, dtype=BF16)),
@@ -120,7 +113,7 @@ def run_checks(device: torch.device) -> Iterator[Result]:
 def _launched(on_triton: bool) -> dict[str, int]:
     if not on_triton:
         return {}
-    from stablelora_kernels.kernels._common import launch_counts
+    from stablelora_kernels.launch.base import launch_counts
 
     counts = {name.removeprefix("_").removesuffix("_kernel"): count for name, count in launch_counts.items()}
     # The vendor's products are counted with them.
@@ -231,8 +224,8 @@ def check_group(device: torch.device) -> Measured:
     return nearest_to_bound(out, ref, base, BF16)
 
 
-def check_quantised(weight: NF4Weight | FP8Weight, device: torch.device) -> Measured:
-    """``lora_linear`` on a weight in 4 or 8 bits; the oracle's is dequantised in float64, eager's in bfloat16."""
+def check_quantized(weight: NF4Weight | FP8Weight, device: torch.device) -> Measured:
+    """``lora_linear`` on a weight in 4 or 8 bits; the oracle's is dequantized in float64, eager's in bfloat16."""
     (n, k), parts = weight.shape, vars(weight)
     full = fp8_ref(**parts) if isinstance(weight, FP8Weight) else nf4_ref(**parts)
     moved: dict[str, Any] = {
@@ -243,7 +236,7 @@ def check_quantised(weight: NF4Weight | FP8Weight, device: torch.device) -> Meas
     x, a, b = leaves = leaves_of(inputs, ("x", "lora_A", "lora_B"))
     out = with_grads(lora_linear(x, weight, inputs["bias"], a, b, SCALING), leaves, inputs["grad"])
     ref = linear_oracle(inputs | {"weight": full.to(device)})
-    return nearest_to_bound(out, ref, eager_linear(inputs | {"weight": weight.dequantise(BF16)}), BF16)
+    return nearest_to_bound(out, ref, eager_linear(inputs | {"weight": weight.dequantize(BF16)}), BF16)
 
 
 def check_branch(device: torch.device) -> Measured:

@@ -1,0 +1,1 @@
+"""PyTorch operators, their autograd and their PyTorch path."""

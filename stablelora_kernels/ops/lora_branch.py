@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stablelora_kernels import dispatch
-from stablelora_kernels.dispatch import Call, Device
+from stablelora_kernels.dispatch import problem
 from stablelora_kernels.ops.lora_linear import NAMESPACE, draw_seed
-from stablelora_kernels.ops.lora_linear_torch import (
+from stablelora_kernels.ops.torch_path import (
     as_float,
     as_matrix,
     draw_keep,
@@ -50,27 +49,14 @@ def _fwd(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None, scaling: float, dropout_p: float,
     save_s: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from stablelora_kernels.launch.lora_branch import forward_launches
+
     y, s = _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s)
     kept = s if save_s else None
-    device = dispatch.device_of(x.device)
+    device = problem.device_of(x.device)
     for launch in forward_launches(device, base, x, lora_A, lora_B, kept, y, seed, scaling, dropout_p):
         launch.run(x.device)
     return y, s
-
-
-def forward_launches(
-    device: Device, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, y: Tensor,
-    seed: Tensor | None, scaling: float, dropout_p: float,
-) -> list[Any]:  # fmt: skip
-    """What a forward launches on ``device``."""
-    from stablelora_kernels.kernels.lora_branch_launch import branch_launches
-    from stablelora_kernels.kernels.lora_linear_launch import Product
-
-    (m, k), (n, r) = x.shape, lora_B.shape
-    call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
-    product = Product(call, x, base, None, lora_A, lora_B, s, y, seed, scaling, dropout_p)
-    # The kernel reads base at the places of y.
-    return branch_launches(device, product, base.contiguous())
 
 
 @torch.library.register_fake(f"{NAMESPACE}::lora_branch_bwd")
@@ -87,29 +73,14 @@ def _bwd(
     x: Tensor | None, grad: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, seed: Tensor | None,
     scaling: float, dropout_p: float, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from stablelora_kernels.launch.lora_branch import backward_launches
+
     outputs = _bwd_fake(x, grad, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b)
     dx, da, db = (out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True))
-    device = dispatch.device_of(grad.device)
+    device = problem.device_of(grad.device)
     for launch in backward_launches(device, x, grad, lora_A, lora_B, s, seed, dx, da, db, scaling, dropout_p):
         launch.run(grad.device)
     return outputs
-
-
-def backward_launches(
-    device: Device, x: Tensor | None, grad: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor | None,
-    seed: Tensor | None, dx: Tensor | None, da: Tensor | None, db: Tensor | None, scaling: float, dropout_p: float,
-) -> list[Any]:  # fmt: skip
-    """What a backward launches on ``device`` for those of dX, dA and dB that are not None."""
-    from stablelora_kernels.kernels.lora_branch_launch import branch_backward_launches
-    from stablelora_kernels.kernels.lora_linear_launch import Gradients, Product
-
-    (m, n), (r, k) = grad.shape, lora_A.shape
-    call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
-    ds = grad.new_empty(m, r)
-    y = grad if dx is None else dx
-    product = Product(call, grad, grad, None, lora_B.t(), lora_A.t(), ds, y, seed, scaling, dropout_p)
-    gradients = Gradients(call, x, s, ds, grad, da, db, seed, dropout_p)
-    return branch_backward_launches(device, product, gradients, dx is not None)
 
 
 def _forward(

@@ -2,7 +2,7 @@
 
 Both paths follow the formulas in ``kernels/lora_linear.py``; PyTorch's operators are in ``lora_linear_torch.py``. Backward needs
 X, which the graph around mostly holds anyway, S, and, on the PyTorch path, dropout's mask as bool; the kernels draw theirs again
-from a seed. Of a quantised weight it holds what is stored, never W in full, which the PyTorch path dequantises once more.
+from a seed. Of a quantized weight it holds what is stored, never W in full, which the PyTorch path dequantizes once more.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stablelora_kernels import dispatch, tuning
-from stablelora_kernels.dispatch import Call, Choice, Device
-from stablelora_kernels.ops.lora_linear_quantised import NAMESPACE
-from stablelora_kernels.ops.lora_linear_torch import (
+from stablelora_kernels.dispatch import autotune, problem
+from stablelora_kernels.dispatch.problem import Call
+from stablelora_kernels.ops.library import NAMESPACE
+from stablelora_kernels.ops.torch_path import (
     as_float,
     as_matrix,
     draw_keep,
@@ -27,7 +27,7 @@ from stablelora_kernels.ops.lora_linear_torch import (
     torch_bwd,
     torch_fwd,
 )
-from stablelora_kernels.quantised import Layout, Stored
+from stablelora_kernels.quantized import Layout, Stored
 
 # The Triton kernels as ops. Their scaling is s' = scaling / (1 - p).
 
@@ -53,31 +53,20 @@ def _fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
     scaling: float, dropout_p: float, save_s: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from stablelora_kernels.launch.lora_linear import forward_launches
+
     y, s = _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
-    device = dispatch.device_of(x.device)
+    device = problem.device_of(x.device)
     kept = s if save_s else None
     build = partial(forward_launches, device, x, weight, bias, lora_A, lora_B, kept, y, seed, scaling, dropout_p)
     choice = None
-    if tuning.get_autotune():
+    if autotune.get_autotune():
         (m, k), n, r = x.shape, weight.shape[0], lora_A.shape[0]
         call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
-        choice = tuning.choose(device, call, build, y, x, weight, bias)
+        choice = autotune.choose(device, call, build, y, x, weight, bias)
     for launch in build(choice=choice):
         launch.run(x.device)
     return y, s
-
-
-def forward_launches(
-    device: Device, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor | None,
-    y: Tensor, seed: Tensor | None, scaling: float, dropout_p: float, choice: Choice | None = None,
-) -> list[Any]:  # fmt: skip
-    """What a forward launches on ``device``, by the kernel that dispatch chooses unless it is given."""
-    from stablelora_kernels.kernels.lora_linear_launch import Product, product_launches
-
-    (m, k), n, r = x.shape, weight.shape[0], lora_A.shape[0]
-    call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
-    product = Product(call, x, weight, bias, lora_A, lora_B, s, y, seed, scaling, dropout_p)
-    return product_launches(device, product, choice or dispatch.choose(device, call))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::lora_linear_bwd")
@@ -94,40 +83,22 @@ def _bwd(
     x: Tensor | None, grad: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor | None,
     seed: Tensor | None, scaling: float, dropout_p: float, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from stablelora_kernels.launch.lora_linear import backward_launches
+
     outputs = _bwd_fake(x, grad, weight, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b)
     wanted = [out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True)]
-    device = dispatch.device_of(grad.device)
+    device = problem.device_of(grad.device)
     given = (x, grad, weight, lora_A, lora_B, s, seed)
     build = partial(backward_launches, device, *given, *wanted, scaling=scaling, dropout_p=dropout_p)  # type: ignore[arg-type]
     choice = None
-    if tuning.get_autotune() and need_x and weight is not None:
+    if autotune.get_autotune() and need_x and weight is not None:
         (m, n), (r, k), dx = grad.shape, lora_A.shape, outputs[0]
         call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
         # With dA and dB, which some kernels compute beside dX.
-        choice = tuning.choose(device, call, build, dx, grad, weight, None)
+        choice = autotune.choose(device, call, build, dx, grad, weight, None)
     for launch in build(choice=choice):
         launch.run(grad.device)
     return outputs
-
-
-def backward_launches(
-    device: Device, x: Tensor | None, grad: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    s: Tensor | None, seed: Tensor | None, dx: Tensor | None, da: Tensor | None, db: Tensor | None, *, scaling: float,
-    dropout_p: float, choice: Choice | None = None,
-) -> list[Any]:  # fmt: skip
-    """What a backward launches on ``device`` for those of dX, dA and dB that are not None."""
-    from stablelora_kernels.kernels import lora_linear_launch as launch
-
-    (m, n), (r, k) = grad.shape, lora_A.shape
-    # The forward's formula with every matrix transposed gives dX, and dS on the way.
-    call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
-    ds = grad.new_empty(m, r) if da is not None else None
-    gradients = launch.Gradients(call, x, s, ds, grad, da, db, seed, dropout_p)
-    if dx is None or weight is None:
-        product = launch.Product(call, grad, grad, None, lora_B.t(), lora_A.t(), ds, grad, seed, scaling, dropout_p)
-        return launch.backward_launches(device, product, gradients, None)
-    product = launch.Product(call, grad, weight.t(), None, lora_B.t(), lora_A.t(), ds, dx, seed, scaling, dropout_p)
-    return launch.backward_launches(device, product, gradients, choice or dispatch.choose(device, call))
 
 
 # Both, under autograd.
@@ -148,7 +119,7 @@ def _forward(
         scaling /= 1 - dropout_p
         rest = (bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
         if isinstance(weight, Stored):
-            y, s = torch.ops.stablelora_kernels.lora_linear_quantised_fwd(x, *weight, *rest)
+            y, s = torch.ops.stablelora_kernels.lora_linear_quantized_fwd(x, *weight, *rest)
         else:
             y, s = torch.ops.stablelora_kernels.lora_linear_fwd(x, weight, *rest)
         return y, s, seed, scaling
@@ -161,13 +132,13 @@ def _forward(
 
 
 def _in_full(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor:
-    return weight.dequantise(dtype) if isinstance(weight, Stored) else weight
+    return weight.dequantize(dtype) if isinstance(weight, Stored) else weight
 
 
 class _LoRALinear(torch.autograd.Function):
     """Gradients of x, A and B by the formulas above; those of weight and bias, where wanted, by plain products.
 
-    A quantised weight comes as the three parts of :class:`Stored`: ``weight`` is its data, and ``layout`` is None of a plain one.
+    A quantized weight comes as the three parts of :class:`Stored`: ``weight`` is its data, and ``layout`` is None of a plain one.
     """
 
     @staticmethod
@@ -214,7 +185,7 @@ class _LoRALinear(torch.autograd.Function):
                     rows, grad, weight, *rest, need_x, need_a, need_b
                 )
             else:
-                dx, da, db = torch.ops.stablelora_kernels.lora_linear_quantised_bwd(
+                dx, da, db = torch.ops.stablelora_kernels.lora_linear_quantized_bwd(
                     rows, grad, *stored, *rest, need_a, need_b
                 )
         else:
@@ -240,12 +211,12 @@ def lora_linear_op(
     dropout_p: float, backend: str,
 ) -> Tensor:  # fmt: skip
     """``functional.lora_linear`` with arguments that were checked and a backend that was chosen."""
-    quantised = isinstance(weight, Stored)
+    quantized = isinstance(weight, Stored)
     tensors = (x, weight if isinstance(weight, Tensor) else None, bias, lora_A, lora_B)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     plain = weight if isinstance(weight, Tensor) else None
-    # Autograd would hold a dequantised weight.
-    if backend == "torch" and not (quantised and wanted) and is_few(x, plain, limit=few_rows(x, dropout_p)):
+    # Autograd would hold a dequantized weight.
+    if backend == "torch" and not (quantized and wanted) and is_few(x, plain, limit=few_rows(x, dropout_p)):
         flat = dropped = as_matrix(x)
         if dropout_p:
             keep, dropout_p = draw_keep(flat, dropout_p)

@@ -17,13 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stablelora_kernels import dispatch
-from stablelora_kernels.dispatch import Call, Choice, Device
+from stablelora_kernels.dispatch import problem
 from stablelora_kernels.ops.lora_linear import NAMESPACE, draw_seed, lora_linear_op
-from stablelora_kernels.ops.lora_linear_torch import as_float, draw_keep, expanded, is_few, torch_db, torch_ds, torch_s
-from stablelora_kernels.ops.products import add_wide_product, product, wide_product
-
-MAX_GROUP = 3
+from stablelora_kernels.ops.matmul import add_wide_product, product, wide_product
+from stablelora_kernels.ops.torch_path import as_float, draw_keep, expanded, is_few, torch_db, torch_ds, torch_s
 
 torch.library.define(
     f"{NAMESPACE}::lora_linear_group_fwd",
@@ -37,11 +34,6 @@ torch.library.define(
 )
 
 
-def columns(s: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    """Each projection's S [M, r], of the matrix that holds them side by side."""
-    return [*s.split([*ranks], 1)]
-
-
 @torch.library.register_fake(f"{NAMESPACE}::lora_linear_group_fwd")
 def _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p):  # type: ignore[no-untyped-def]
     m, ranks = x.shape[0], [a.shape[0] for a in lora_As]
@@ -53,31 +45,14 @@ def _fwd(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    from stablelora_kernels.launch.lora_linear_group import forward_launches
+
     ys, s = _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p)
-    device = dispatch.device_of(x.device)
+    device = problem.device_of(x.device)
     launches = forward_launches(device, x, weights, biases, lora_As, lora_Bs, s, ys, seeds, scalings, dropout_p)
     for launch in launches:
         launch.run(x.device)
     return ys, s
-
-
-def forward_launches(
-    device: Device, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor], s: Tensor, ys: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float],
-    dropout_p: float,
-) -> list[Any]:  # fmt: skip
-    """What a forward launches on ``device``; ``s`` holds all S, side by side; ``seeds`` is empty without dropout."""
-    from stablelora_kernels.kernels.lora_linear_group_launch import product_launches
-    from stablelora_kernels.kernels.lora_linear_launch import Product
-
-    members, (m, k) = [], x.shape
-    parts = columns(s, [a.shape[0] for a in lora_As])
-    for i, (w, a) in enumerate(zip(weights, lora_As, strict=True)):
-        call = Call("forward", m, w.shape[0], k, a.shape[0], x.dtype, a.dtype, dropout_p > 0)
-        seed = seeds[i] if seeds else None
-        a = a.contiguous()
-        members.append(Product(call, x, w, biases[i], a, lora_Bs[i], parts[i], ys[i], seed, scalings[i], dropout_p))
-    return product_launches(device, members, s, [dispatch.choose(device, p.call) for p in members])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::lora_linear_group_bwd")
@@ -95,39 +70,14 @@ def _bwd(
     lora_Bs: Sequence[Tensor], s: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
     need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    from stablelora_kernels.launch.lora_linear_group import backward_launches
+
     given = (x, grads, weights, lora_As, lora_Bs, s, seeds, scalings, dropout_p)
     dx, das, dbs = _bwd_fake(*given, need_x, need_a, need_b)
-    device = dispatch.device_of(grads[0].device)
+    device = problem.device_of(grads[0].device)
     for launch in backward_launches(device, *given, dx if need_x else None, das, dbs):
         launch.run(grads[0].device)
     return dx, das, dbs
-
-
-def backward_launches(
-    device: Device, x: Tensor | None, grads: Sequence[Tensor], weights: Sequence[Tensor], lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor], s: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
-    dx: Tensor | None, das: Sequence[Tensor], dbs: Sequence[Tensor],
-) -> list[Any]:  # fmt: skip
-    """What a backward launches on ``device``; ``s`` is each projection's S; das and dbs are empty where they are not wanted."""
-    from stablelora_kernels.kernels import lora_linear_group_launch as launch
-    from stablelora_kernels.kernels.lora_linear_launch import Gradients, Product
-
-    m, k = grads[0].shape[0], lora_As[0].shape[1]
-    ranks = [a.shape[0] for a in lora_As]
-    every_ds = grads[0].new_empty(m, sum(ranks))
-    parts = columns(every_ds, ranks)
-    members, gradients = [], []
-    choices: list[Choice | None] = []
-    for i, (grad, a, b) in enumerate(zip(grads, lora_As, lora_Bs, strict=True)):
-        call = Call("backward", m, k, grad.shape[1], ranks[i], grad.dtype, a.dtype, dropout_p > 0)
-        seed, ds = seeds[i] if seeds else None, parts[i] if das else None
-        # Without dX neither it nor the weight is looked at, and any tensor will do.
-        w, y = (grad, grad) if dx is None else (weights[i].t(), dx)
-        members.append(Product(call, grad, w, None, b.t(), a.t(), ds, y, seed, scalings[i], dropout_p))
-        da, db = das[i] if das else None, dbs[i] if dbs else None
-        gradients.append(Gradients(call, x, s[i] if dbs else None, ds, grad, da, db, seed, dropout_p))
-        choices.append(None if dx is None else dispatch.choose(device, call))
-    return launch.backward_launches(device, members, gradients, every_ds, choices)
 
 
 # PyTorch's own operators.
@@ -190,7 +140,7 @@ def _forward(
         ys, s = torch.ops.stablelora_kernels.lora_linear_group_fwd(
             x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p
         )
-        return ys, columns(s, [a.shape[0] for a in lora_As]), seeds, scalings
+        return ys, [*s.split([a.shape[0] for a in lora_As], dim=1)], seeds, scalings
     keeps = []
     if dropout_p:
         drawn = [draw_keep(x, dropout_p) for _ in lora_As]

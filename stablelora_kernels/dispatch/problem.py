@@ -1,0 +1,119 @@
+"""What the tables ask about: a GPU and a call of an op, as plain sizes."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Device(NamedTuple):
+    """What the tables ask about a GPU."""
+
+    # "sm_90", "gfx942"
+    arch: str
+    # Streaming multiprocessors, or compute units.
+    processors: int
+    # Bytes of shared memory that one program may have.
+    shared_limit: int
+
+    @property
+    def nvidia(self) -> bool:
+        return self.arch.startswith("sm_")
+
+    @property
+    def generation(self) -> int:
+        """NVIDIA's compute capability times ten, 0 for other makers."""
+        return _generation(self.arch)
+
+    @property
+    def tma(self) -> bool:
+        """Whether the descriptors' kernel pays: matrix instructions that read shared memory behind the loads."""
+        return self.shared_limit >= 200_000 and self.generation >= 90
+
+    @property
+    def tf32(self) -> bool:
+        """Whether there are TensorFloat-32 products."""
+        return self.generation >= 80 or self.arch == "gfx942"
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launch may begin before the one ahead of it has ended (programmatic dependent launch)."""
+        return self.generation >= 90
+
+
+@cache
+def _generation(arch: str) -> int:
+    # Asked for ten times in a call.
+    return int(arch[3:]) if arch.startswith("sm_") else 0
+
+
+# One of each kind that the kernels are compiled for; processors as on the model named.
+DEVICES = {
+    d.arch: d
+    for d in (
+        Device("sm_80", 108, 166_912),  # A100
+        Device("sm_86", 84, 101_376),  # A40
+        Device("sm_89", 142, 101_376),  # L40S
+        Device("sm_90", 132, 232_448),  # H100
+        Device("sm_100", 148, 232_448),  # B200
+        Device("sm_120", 170, 101_376),  # RTX 5090
+        Device("gfx90a", 104, 65_536),  # MI250X, one of its two dies
+        Device("gfx942", 304, 65_536),  # MI300X
+    )
+}
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """The GPU behind ``device``; an H100 where the interpreter stands in for one."""
+    if device.type != "cuda":
+        return DEVICES["sm_90"]
+    import triton
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = torch.cuda.get_device_properties(index)
+    limits = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Device(arch_of(properties), properties.multi_processor_count, limits["max_shared_mem"])
+
+
+def arch_of(properties: Any) -> str:
+    """``"sm_90"`` or ``"gfx942"``, of what ``torch.cuda.get_device_properties`` gives."""
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+class Call(NamedTuple):
+    """A product with its LoRA branch: the forward's, [M, K] by [N, K]^T, or dX's, where K and N have changed places."""
+
+    # "forward" or "backward".
+    direction: str
+    m: int
+    n: int
+    k: int
+    r: int
+    dtype: torch.dtype
+    lora_dtype: torch.dtype
+    dropout: bool
+    # Whether the result is added to what is there: dX of the second and further projections of one X.
+    add: bool = False
+
+    @property
+    def masked(self) -> bool:
+        """Whether dropout's mask falls on the branch's result (backward), not on X (forward)."""
+        return self.dropout and self.direction == "backward"
+
+
+# Up to here a product is bound by reading W, whatever is computed beside it.
+SMALL_M = 64
+
+
+# Most projections that share one read of X: q, k and v.
+MAX_GROUP = 3
+# What a fused kernel's S can be: one block of ranks in registers.
+MAX_FUSED_R = 64
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own, made for kernels too, takes 5 times as long, and a call needs a dozen."""
+    return -(-a // b)

@@ -1,0 +1,1 @@
+"""Our layers and optimizer inside other libraries: PEFT, the Hugging Face Trainer."""

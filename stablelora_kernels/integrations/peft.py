@@ -1,0 +1,127 @@
+"""``accelerate_peft``: a real PEFT model on this library's kernels; ``restore_peft`` gives it back. Importing needs no peft."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from stablelora_kernels.model.reports import LoRAReport, ReplacedModule, SkippedModule, count_parameters, list_some
+from stablelora_kernels.nn import projection_group
+
+
+def accelerate_peft(model: nn.Module, *, strict: bool = False, fuse_projections: bool = False) -> LoRAReport:
+    """Run the LoRA layers of a PEFT model on this library's ops, in place and per instance.
+
+    Parameters, names, adapters, checkpoints and everything that PEFT does with them stay PEFT's; only the forward of
+    the layers found now is another one. It looks at its layer anew at each call, so adapters may be added, switched,
+    scaled, disabled, merged and deleted afterwards, and what it does not understand it leaves to PEFT's own forward.
+    Layers that PEFT adds later are PEFT's until this is called again; calling it twice changes nothing.
+
+    On a plain ``nn.Linear`` the base product and the first adapter are one op, and on Triton so they are on bitsandbytes' 4 bits
+    and torchao's float8; on any other base layer (quantized otherwise, transformers' Conv1D, with hooks) the base layer computes
+    its product itself, and each adapter's branch is one op on it.
+    Products are in x's dtype (autocast's where that is on), also beside float32 adapters, which PEFT would copy x for.
+
+    Args:
+        model: a ``PeftModel``, or any module with PEFT's LoRA layers in it.
+        strict: raise unless every adapter of every PEFT layer runs on this library's ops.
+        fuse_projections: compute layers that share their input by their names (q, k and v; gate and up) together, as
+            :func:`~stablelora_kernels.apply_lora` says. Each such layer holds on to its group then.
+
+    Returns:
+        The report. It has a row for each layer and adapter that runs on the ops, and, as skipped, each that PEFT's own
+        forward computes, with the reason (DoRA and other variants, embeddings, convolutions, ...).
+
+    Raises:
+        ImportError: peft is not installed, or is older than 0.16.
+        TypeError: ``model`` is no module.
+        ValueError: it has no PEFT LoRA layers; or ``strict``, and something would be skipped. Nothing is changed.
+    """
+    layers = _layers()
+    found, replaced, skipped = [], [], []
+    for name, module in _tuner_layers(model, layers):
+        reason = _reason_to_skip(model, name, module, layers)
+        if reason is not None:
+            skipped.append(SkippedModule(name, reason))
+            continue
+        rows = []
+        for adapter in module.lora_A:
+            if (reason := layers.reason_against(module, adapter)) is not None:
+                skipped.append(SkippedModule(name, reason))
+            else:
+                sizes = module.in_features, module.out_features, module.r[adapter]
+                rows.append(ReplacedModule(name, *sizes, module.lora_alpha[adapter], module.scaling[adapter], adapter))
+        if rows:
+            found.append(module)
+            replaced += rows
+    if strict and skipped:
+        text = list_some([f"{module.name} ({module.reason})" for module in skipped])
+        raise ValueError(f"strict=True, but PEFT's own forward would go on computing {text}")
+    for module in found:
+        module.__class__ = layers.KNOWN.get(type(module), type(module))
+    projection_group.unfuse(model.modules())
+    notes = []
+    if fuse_projections:
+        named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
+        notes.append(projection_group.fuse(model, named, layers.alike, layers.compute_together))
+    return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes))
+
+
+def restore_peft(model: nn.Module) -> None:
+    """Undo :func:`accelerate_peft` exactly: every layer is of PEFT's own class again. A model without such layers stays as it is.
+
+    Raises:
+        ImportError, TypeError: as :func:`accelerate_peft`.
+    """
+    layers = _layers()
+    _check_module(model)
+    projection_group.unfuse(model.modules())
+    for module in model.modules():
+        if type(module) in layers.ORIGINAL:
+            module.__class__ = layers.ORIGINAL[type(module)]
+
+
+def _layers() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("peft is not installed, whose models this is for: pip install 'peft>=0.16'") from error
+    if tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 16):
+        raise ImportError(f"peft must be 0.16 or newer, whose layers tell their variants, got {peft.__version__}")
+    from stablelora_kernels.integrations import peft_layers
+
+    return peft_layers
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def _tuner_layers(model: nn.Module, layers: ModuleType) -> list[tuple[str, Any]]:
+    """The PEFT layers of ``model``, of which one at least must be LoRA's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    _check_module(model)
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if not any(isinstance(module, layers.lora.LoraLayer) for _, module in found):
+        raise ValueError(f"model must have PEFT LoRA layers, got a {type(model).__name__} without any")
+    return found
+
+
+def _reason_to_skip(model: nn.Module, name: str, module: Any, layers: ModuleType) -> str | None:
+    """Why no adapter of a PEFT layer can run on the ops, or None."""
+    kind = type(module).__name__
+    if not isinstance(module, layers.lora.LoraLayer):
+        return f"{kind} is not a LoRA layer"
+    if type(module) not in layers.KNOWN and type(module) not in layers.ORIGINAL:
+        return f"lora.{kind} is not a layer that the ops are known to fit"
+    if "forward" in module.__dict__:
+        return "its forward was replaced (as accelerate's hooks do)"
+    path = name.split(".")
+    for i in range(len(path)):
+        if isinstance(model.get_submodule(".".join(path[:i])), nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight instead of calling it"
+    return None if len(module.lora_A) else "it holds no adapter"

@@ -1,0 +1,87 @@
+"""Pieces that every kernel shares."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from stablelora_kernels.dispatch import backend
+
+INTERPRETING: tl.constexpr = tl.constexpr(backend.INTERPRETING)
+
+
+@triton.jit
+def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    """acc + a b, in float32."""
+    # The interpreter keeps bfloat16 as raw 16-bit integers and would multiply those.
+    if INTERPRETING:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x as ``dtype``; float32 is rounded to nearest even."""
+    if x.dtype == dtype:
+        return x
+    # The interpreter truncates to bfloat16 where a GPU rounds.
+    elif INTERPRETING and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def keep_mask(seed, rows, col0, n_cols, threshold, BLOCK_C: tl.constexpr):
+    """Dropout's mask for rows × [col0, col0 + BLOCK_C), int1; its definition is ``reference.dropout_keep_ref``.
+
+    One Philox call serves four neighbors in a row; col0 must be a multiple of 4.
+    """
+    groups = col0 // 4 + tl.arange(0, BLOCK_C // 4)
+    counter = rows[:, None].to(tl.int64) * tl.cdiv(n_cols, 4) + groups[None, :]
+    w0, w1, w2, w3 = tl.randint4x(seed, counter)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return (words.to(tl.uint32) >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of the pid-th tile: groups of GROUP_M row tiles, column after column, share operands in L2."""
+    group = pid // (GROUP_M * tiles_n)
+    group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    inside = pid % (GROUP_M * tiles_n)
+    return group * GROUP_M + inside % group_m, inside // group_m
+
+
+@triton.jit
+def arrives_last(counter_ptr, n):
+    """Whether this is the last of the n programs that share a counter, which may then read what the others stored.
+
+    The counter is an int32 of 0 before and again afterwards. Which program is last is chance; what it reads is not.
+    """
+    # All threads' stores come before the barrier, and the barrier before the atomic that publishes them.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == n - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def shared_sum(part, parts_ptr, counter_ptr, split, n):
+    """The sum of n programs' ``part`` and whether this program has it: the last to arrive adds up all of them in order."""
+    ROWS: tl.constexpr = part.shape[0]
+    COLUMNS: tl.constexpr = part.shape[1]
+    ptrs = parts_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    last = n == 1
+    if n > 1:
+        tl.store(ptrs + split * (ROWS * COLUMNS), part)
+        last = arrives_last(counter_ptr, n)
+        if last:
+            part = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+            for i in range(n):
+                part += tl.load(ptrs + i * (ROWS * COLUMNS), cache_modifier=".cg")
+    return part, last

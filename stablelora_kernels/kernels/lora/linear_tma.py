@@ -1,0 +1,114 @@
+"""Y on Hopper and data-center Blackwell, through tensor descriptors; the formulas are in ``lora_linear``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from stablelora_kernels.kernels.common import cast, dot, tile_of
+from stablelora_kernels.kernels.lora.linear import add_branch, grad_beside
+
+
+@triton.jit(do_not_specialize=["M", "PRODUCTS", "GRAD_SPLITS", "threshold"])
+def _lora_linear_tma_kernel(
+    x_desc, w_desc, bias_ptr, a_ptr_or_desc, b_ptr, s_ptr, y_desc, seed_ptr, z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
+    M, N, K, R, PRODUCTS, GRAD_SPLITS,
+    stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_zm, stride_zn,
+    scaling, threshold,
+    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
+    PARTS: tl.constexpr, TRANS_W: tl.constexpr, DESCRIBED_A: tl.constexpr, TRANS_A: tl.constexpr, WAIT: tl.constexpr,
+    SPECIALIZE: tl.constexpr, ADD: tl.constexpr, HAS_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
+
+    As ``_lora_linear_kernel``, with X, W (W^T [K, N] where TRANS_W), Y and, where DESCRIBED_A, A (A^T [K, R] where TRANS_A)
+    behind descriptors, and programs that stay: each takes tile after tile. SPECIALIZE gives loading, multiplying and storing
+    to warps of their own. Where HAS_GRAD, the programs from PRODUCTS on compute grad = S^T (Z ∘ keep), as those of
+    the product leave a processor to them.
+    """
+    program = tl.program_id(0)
+    if HAS_GRAD:  # noqa: SIM102, since only one of the two is known to the compiler
+        if program >= PRODUCTS:
+            grad_beside(
+                program - PRODUCTS, z_ptr, s_ptr, grad_ptr, seed_ptr, grad_partial_ptr, grad_counter_ptr, M, N, R, GRAD_SPLITS,
+                stride_zm, stride_zn, stride_sm, threshold, MASK_BRANCH, WAIT, GRAD_M, GRAD_C, GRAD_R, GRAD_STAGES,
+                GRAD_PRECISION,
+            )  # fmt: skip
+            return
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    # Flattening this loop into the inner one crashes the compiler for sm_100, where a product follows the inner loop.
+    for tile in tl.range(program, tiles_m * tiles_n, PRODUCTS, flatten=False, warp_specialize=SPECIALIZE):
+        pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        ks = tl.arange(0, BLOCK_K).to(tl.int64)
+        rs = tl.arange(0, BLOCK_R).to(tl.int64)
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            x = x_desc.load([pid_m * BLOCK_M, k0])
+            if TRANS_W:  # noqa: SIM108, since Triton wants both arms of a ternary to be of one shape
+                w = w_desc.load([k0, pid_n * BLOCK_N])
+            else:
+                w = tl.trans(w_desc.load([pid_n * BLOCK_N, k0]))
+            acc = dot(x, w, acc, INPUT_PRECISION)
+            if not LOAD_S:
+                if not DESCRIBED_A:
+                    a_ptrs = a_ptr_or_desc + rs[None, :] * stride_ar + (k0 + ks[:, None]) * stride_ak
+                    a = tl.load(a_ptrs, mask=(k0 + ks[:, None] < K) & (rs[None, :] < R), other=0.0)
+                elif TRANS_A:
+                    a = a_ptr_or_desc.load([k0, 0])
+                else:
+                    a = tl.trans(a_ptr_or_desc.load([0, k0]))
+                s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
+
+        if PARTS == 1:
+            # The compiler for sm_100 cannot yet split a tile between specialized warps.
+            _finish(
+                acc, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, R, stride_bn,
+                stride_br, stride_sm, scaling, threshold, HAS_BIAS, LOAD_S, STORE_S, MASK_BRANCH, WAIT, ADD, BLOCK_M,
+                BLOCK_N, BLOCK_R, INPUT_PRECISION,
+            )  # fmt: skip
+        else:
+            # A part of the tile at a time: the masked branch takes fewer registers, and Y's way out less shared memory.
+            PART: tl.constexpr = BLOCK_N // PARTS
+            parts = _halves(acc)
+            if PARTS > 2:
+                parts = _halves(parts[0]) + _halves(parts[1])
+            if PARTS > 4:
+                parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
+            for i in tl.static_range(PARTS):
+                _finish(
+                    parts[i], s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, pid_m * BLOCK_M,
+                    pid_n * BLOCK_N + i * PART, M, N, R, stride_bn, stride_br, stride_sm, scaling, threshold, HAS_BIAS,
+                    LOAD_S, STORE_S and i == 0, MASK_BRANCH, WAIT, ADD, BLOCK_M, PART, BLOCK_R, INPUT_PRECISION,
+                )  # fmt: skip
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(
+    acc, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, row0, col0, M, N, R, stride_bn, stride_br, stride_sm, scaling, threshold,
+    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr, WAIT: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y's tile at (row0, col0) from its product ``acc``: bias and branch added, rounded, stored."""
+    rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
+    cols = col0.to(tl.int64) + tl.arange(0, BLOCK_N)
+    acc = add_branch(
+        acc, s, s_ptr, b_ptr, seed_ptr, rows, cols, col0, STORE_S & (col0 == 0), M, N, R, stride_sm, stride_bn, stride_br,
+        scaling, threshold, LOAD_S, MASK_BRANCH, WAIT, BLOCK_N, BLOCK_R, INPUT_PRECISION,
+    )  # fmt: skip
+    # After the branch: before it, specialized warps would hand the tile to and fro.
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if ADD:
+        acc += y_desc.load([row0, col0]).to(tl.float32)
+    y_desc.store([row0, col0], cast(acc, y_desc.dtype))

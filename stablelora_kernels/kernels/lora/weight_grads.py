@@ -1,0 +1,78 @@
+"""dA and dB, in a launch of their own or as programs of another's; the formulas are in ``lora_linear``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from stablelora_kernels.kernels.common import cast, dot, keep_mask, shared_sum
+
+
+@triton.jit
+def weight_grad(
+    program, z_ptr, t_ptr, out_ptr, seed_ptr, partial_ptr, counter_ptr, M, C, R, SPLITS, stride_zm, stride_zc, stride_tm,
+    stride_oc, stride_or, threshold,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r];  Z [M, C], T [M, R]; what the ``program``-th of its programs does.
+
+    Programs: SPLITS parts of M one after another, in each the tiles of out. The last to finish of those that share a tile adds
+    up all its parts in order. No float is added atomically, nothing is zeroed first, and the sum is cast as it is stored.
+    """
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    tiles = tl.cdiv(C, BLOCK_C) * tiles_r
+    tile, split = program % tiles, program // tiles
+    c0 = tile // tiles_r * BLOCK_C
+    cs = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
+    rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+    c_mask, r_mask = cs < C, rs < R
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    share = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLITS) * BLOCK_M
+    acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
+    for m0 in tl.range(split * share, tl.minimum(split * share + share, M), BLOCK_M, num_stages=STAGES):
+        rows = m0 + tl.arange(0, BLOCK_M).to(tl.int64)
+        z_mask, t_mask = (rows[:, None] < M) & c_mask[None, :], (rows[:, None] < M) & r_mask[None, :]
+        z = tl.load(z_ptr + rows[:, None] * stride_zm + cs[None, :] * stride_zc, mask=z_mask, other=0.0)
+        t = tl.load(t_ptr + rows[:, None] * stride_tm + rs[None, :], mask=t_mask, other=0.0)
+        if DROPOUT:
+            z = tl.where(keep_mask(seed, rows, c0, C, threshold, BLOCK_C), z, 0.0)
+        acc = dot(tl.trans(z), t, acc, INPUT_PRECISION)
+
+    parts_ptr = partial_ptr + tile.to(tl.int64) * SPLITS * (BLOCK_C * BLOCK_R)
+    acc, last = shared_sum(acc, parts_ptr, counter_ptr + tile, split, SPLITS)
+    if last:
+        out_ptrs = out_ptr + cs[:, None] * stride_oc + rs[None, :] * stride_or
+        tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=c_mask[:, None] & r_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "PROGRAMS_A", "SPLITS", "threshold"])
+def _lora_weight_grads_kernel(
+    x_ptr, s_ptr, ds_ptr, dy_ptr, da_ptr, db_ptr, seed_ptr, partial_ptr, counter_ptr,
+    M, N, K, R, PROGRAMS_A, SPLITS,
+    stride_xm, stride_xk, stride_sm, stride_dsm, stride_ym, stride_yn,
+    threshold,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dA = dS^T (X ∘ keep), dB = dY^T S;  X [M, K], S and dS [M, R], dY [M, N], dA [R, K], dB [N, R].
+
+    Programs: PROGRAMS_A for dA, the others for dB.
+    """
+    program = tl.program_id(0)
+    if program < PROGRAMS_A:
+        weight_grad(
+            program, x_ptr, ds_ptr, da_ptr, seed_ptr, partial_ptr, counter_ptr, M, K, R, SPLITS, stride_xm, stride_xk,
+            stride_dsm, 1, K, threshold, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R, STAGES, INPUT_PRECISION,
+        )  # fmt: skip
+    else:
+        # Behind dA's sums and counters, which are as many for each tile.
+        tiles_a = PROGRAMS_A // SPLITS
+        weight_grad(
+            program - PROGRAMS_A, dy_ptr, s_ptr, db_ptr, seed_ptr,
+            partial_ptr + tiles_a.to(tl.int64) * SPLITS * (BLOCK_C * BLOCK_R), counter_ptr + tiles_a, M, N, R, SPLITS,
+            stride_ym, stride_yn, stride_sm, R, 1, threshold, False, BLOCK_M, BLOCK_C, BLOCK_R, STAGES, INPUT_PRECISION,
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""From a call of an op to its kernel launches. The only importer of the kernels."""

@@ -1,0 +1,130 @@
+"""The launches of a call that is not made: the launchers run on the meta device, which has no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from stablelora_kernels.dispatch.problem import Device
+from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.launch import lora_branch, lora_linear_group, lora_linear_quantized
+from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
+
+
+def call_launches(
+    device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
+    forward_choice: Choice | None = None, backward_choice: Choice | None = None,
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    """The forward's and the backward's launches for a call with a bias, on the meta device, which has no memory."""
+    t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p)
+    w = _empty(n, k, of=dtype)
+    forward = forward_launches(device, t.x, w, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p, forward_choice)
+    backward = backward_launches(
+        device,
+        t.x,
+        t.y,
+        w,
+        t.a,
+        t.b,
+        t.s,
+        t.seed,
+        *t.gradients(),
+        scaling=1.0,
+        dropout_p=dropout_p,
+        choice=backward_choice,
+    )
+    return forward, backward
+
+
+def group_launches(
+    device: Device,
+    m: int,
+    ns: Sequence[int],
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    dropout_p: float,
+) -> tuple[list[Any], list[Any]]:
+    """:func:`call_launches` for projections of ``ns`` output features that share X."""
+    t = [_call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p) for n in ns]
+    weights, lora_As, lora_Bs = [_empty(n, k, of=dtype) for n in ns], [part.a for part in t], [part.b for part in t]
+    seeds = [part.seed for part in t if part.seed is not None]
+    scalings, x, ys = [1.0] * len(ns), t[0].x, [part.y for part in t]
+    s = _empty(m, r * len(ns), of=dtype)
+    forward = lora_linear_group.forward_launches(
+        device, x, weights, [part.bias for part in t], lora_As, lora_Bs, s, ys, seeds, scalings, dropout_p
+    )
+    parts = lora_linear_group.columns(s, [r] * len(ns))
+    gradients = (torch.empty_like(x), [torch.empty_like(a) for a in lora_As], [torch.empty_like(b) for b in lora_Bs])
+    backward = lora_linear_group.backward_launches(
+        device, x, ys, weights, lora_As, lora_Bs, parts, seeds, scalings, dropout_p, *gradients
+    )
+    return forward, backward
+
+
+def branch_launches(
+    device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float
+) -> tuple[list[Any], list[Any]]:
+    """:func:`call_launches` for the branch alone."""
+    t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p)
+    base = torch.empty_like(t.y)
+    forward = lora_branch.forward_launches(device, base, t.x, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p)
+    backward = lora_branch.backward_launches(
+        device, t.x, t.y, t.a, t.b, t.s, t.seed, *t.gradients(), scaling=1.0, dropout_p=dropout_p
+    )
+    return forward, backward
+
+
+def quantized_launches(
+    device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
+    quantized: str, choice: Choice | None = None,
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    """:func:`call_launches` for a weight in ``"nf4"``, nested in bitsandbytes' usual blocks, or ``"fp8"``."""
+    t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p)
+    weight: NF4Weight | FP8Weight
+    if quantized == "fp8":
+        weight = FP8Weight(_empty(n, k, of=torch.float8_e4m3fn), _empty(n))
+    else:
+        blocks = -(-n * k // 64)
+        packed, absmax = (_empty(size, of=torch.uint8) for size in (-(-n * k // 2), blocks))
+        nested = (_empty(-(-blocks // 256)), _empty(256), _empty(), 256)
+        weight = NF4Weight(packed, absmax, _empty(16), (n, k), 64, *nested)
+    forward = lora_linear_quantized.forward_launches(
+        device, t.x, weight.stored, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p, choice
+    )
+    backward = lora_linear_quantized.backward_launches(
+        device, t.x, t.y, weight.stored, t.a, t.b, t.s, t.seed, *t.gradients(), 1.0, dropout_p, choice
+    )
+    return forward, backward
+
+
+class _CallTensors(NamedTuple):
+    """A call's tensors but for the weight."""
+
+    x: torch.Tensor
+    bias: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    s: torch.Tensor
+    y: torch.Tensor
+    seed: torch.Tensor | None
+
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tensors for dX, dA and dB, which are not those that are read: who counts bytes goes by that."""
+        return torch.empty_like(self.x), torch.empty_like(self.a), torch.empty_like(self.b)
+
+
+def _empty(*size: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(size, dtype=of, device="meta")
+
+
+def _call_tensors(
+    m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float
+) -> _CallTensors:
+    x, bias, s, y = _empty(m, k, of=dtype), _empty(n, of=dtype), _empty(m, r, of=dtype), _empty(m, n, of=dtype)
+    a, b = _empty(r, k, of=lora_dtype), _empty(n, r, of=lora_dtype)
+    return _CallTensors(x, bias, a, b, s, y, _empty(1, of=torch.int64) if dropout_p else None)

@@ -1,0 +1,19 @@
+"""LoRA for a whole model: put on, merge, remove, save, load."""
+
+from stablelora_kernels.model.apply import apply_lora
+from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
+from stablelora_kernels.model.reports import LoRAReport, MergeReport, ReplacedModule, SkippedModule
+from stablelora_kernels.model.save_load import load_adapter, save_adapter
+
+__all__ = [
+    "LoRAReport",
+    "MergeReport",
+    "ReplacedModule",
+    "SkippedModule",
+    "apply_lora",
+    "load_adapter",
+    "merge_lora",
+    "remove_lora",
+    "save_adapter",
+    "unmerge_lora",
+]

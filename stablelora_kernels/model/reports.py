@@ -1,0 +1,139 @@
+"""What ``apply_lora``, ``merge_lora`` and ``load_adapter`` say they did."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.nn.merging import MergeError
+
+
+@dataclass(frozen=True)
+class ReplacedModule:
+    """One layer that has a LoRA branch now.
+
+    Attributes:
+        name: its first dotted name in the model.
+        in_features: K.
+        out_features: N.
+        r: the branch's rank.
+        lora_alpha: the numerator of the scaling.
+        scaling: what the branch is multiplied by.
+        adapter: the adapter's name in a PEFT layer, which may hold several and has a row for each; None in this library's.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    r: int
+    lora_alpha: float
+    scaling: float
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class LoRAReport:
+    """What was done to a model. ``print(report)`` sums up.
+
+    Attributes:
+        replaced: every layer that has a branch now.
+        skipped: every match that was left as it was, with the reason.
+        trainable: how many numbers train.
+        total: how many numbers the model's parameters hold.
+        notes: what else one might not expect, such as a pattern that matched nothing.
+    """
+
+    replaced: tuple[ReplacedModule, ...]
+    skipped: tuple[SkippedModule, ...]
+    trainable: int
+    total: int
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        share = self.trainable / self.total if self.total else 0.0
+        modules = len({module.name for module in self.replaced})
+        lines = [f"LoRA on {modules} modules; {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"]
+        kinds = Counter(
+            (m.name.rpartition(".")[2], m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling, m.adapter)
+            for m in self.replaced
+        )
+        for (name, k, n, r, alpha, scaling, adapter), count in kinds.items():
+            named = "" if adapter is None else f", adapter {adapter!r}"
+            lines.append(f"  {count} x {name}: {k} -> {n}, r {r}, alpha {alpha:g}, scaling {scaling:g}{named}")
+        reasons: dict[str, list[str]] = {}
+        for module in self.skipped:
+            reasons.setdefault(module.reason, []).append(module.name)
+        lines += [f"  skipped {list_some(names)}: {reason}" for reason, names in reasons.items()]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging a model's layers rounded away, and which modules no longer share a layer's weight. ``print(report)`` sums up.
+
+    Attributes:
+        errors: the rounding error by the layer's name.
+        untied: by the layer's name, the names of the parameters that were its weight before and are the frozen one still.
+    """
+
+    errors: Mapping[str, MergeError]
+    untied: Mapping[str, tuple[str, ...]]
+
+    @property
+    def worst(self) -> str | None:
+        """The name of the layer that lost the largest share of its change, or None where no layer was merged."""
+        return max(self.errors, key=lambda name: self.errors[name].relative, default=None)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.errors)} modules merged"]
+        if self.worst is not None:
+            lines.append(f"  worst {self.worst}: {self.errors[self.worst]}")
+        lines += [f"  {name}.weight is no longer tied to {list_some([*names])}" for name, names in self.untied.items()]
+        return "\n".join(lines)
+
+
+def report_on(
+    model: nn.Module,
+    layers: Mapping[str, LoRALinear],
+    skipped: tuple[SkippedModule, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> LoRAReport:
+    """The report on a model whose ``layers`` have LoRA now."""
+    replaced = tuple(
+        ReplacedModule(name, layer.in_features, layer.out_features, layer.r, layer.lora_alpha, layer.scaling)
+        for name, layer in layers.items()
+    )
+    return LoRAReport(replaced, skipped, *count_parameters(model), notes)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many numbers train, and how many there are."""
+    parameters = list(model.parameters())
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    # Of 4 bits, elements and not the bytes that hold them.
+    shapes = [getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in parameters]
+    return trainable, sum(math.prod(shape) for shape in shapes)
+
+
+@dataclass(frozen=True)
+class SkippedModule:
+    """One module that was asked for and left as it was.
+
+    Attributes:
+        name: its dotted name in the model.
+        reason: why, in words.
+    """
+
+    name: str
+    reason: str
+
+
+def list_some(names: list[str], limit: int = 5) -> str:
+    """``a, b and 7 more``."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

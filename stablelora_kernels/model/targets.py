@@ -1,0 +1,179 @@
+"""What ``apply_lora`` will replace, what it will not and why: found without changing anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from stablelora_kernels.config import LoRAConfig, pattern_matches
+from stablelora_kernels.functional import FLOAT_DTYPES
+from stablelora_kernels.model.reports import SkippedModule, list_some
+from stablelora_kernels.nn.branch import LoRABranchLinear
+from stablelora_kernels.nn.factory import class_for, is_conv1d
+from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.quantized import is_quantized, read
+from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.utils.wrappers import check_not_in_ddp
+
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`apply_lora` is about to do, found without changing anything."""
+
+    # nn.Linear and its quantized kin, and transformers' Conv1D.
+    linears: dict[str, Any]
+    skipped: tuple[SkippedModule, ...]
+    saved: dict[str, nn.Module]
+    notes: tuple[str, ...]
+
+
+def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
+    """The first half of :func:`apply_lora`: match and check everything, change nothing."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
+    check_not_in_ddp(model)
+    linears: dict[str, Any] = {}
+    skipped: list[SkippedModule] = []
+    names: dict[nn.Module, str] = {}
+    heads = _output_heads(model) if config.all_linear else {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = names.setdefault(module, name)
+        if not name or not config.targets(name) or (config.all_linear and not _looks_linear(module)):
+            continue
+        if first != name:
+            if not config.targets(first):
+                skipped.append(SkippedModule(name, f"it is the same module as {first!r}, which is not matched"))
+            continue
+        reason = config.reason_to_exclude(name) or heads.get(module) or _reason_to_skip(model, name, module)
+        if reason is not None:
+            skipped.append(SkippedModule(name, reason))
+        else:
+            linears[name] = module
+    if not linears:
+        raise ValueError(_nothing_matched(model, config, skipped))
+
+    saved = {name: module for name, module in model.named_modules() if name and config.saves(name)}
+    if config.modules_to_save and not saved:
+        raise ValueError(
+            f"modules_to_save must name modules of the model, got {config.modules_to_save}, which match nothing"
+        )
+    for name, module in saved.items():
+        for key, parameter in module.named_parameters(prefix=name):
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"modules_to_save names {name!r}, but {key!r} holds {parameter.dtype}, which cannot be trained"
+                )
+
+    unmatched = [end for end in config.modules_to_save or () if not any(name.endswith(end) for name in saved)]
+    notes = [f"modules_to_save {end!r} matches nothing" for end in unmatched]
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field)
+        notes += [
+            f"{field} {key!r} matches nothing" for key in patterns if not any(pattern_matches(key, n) for n in linears)
+        ]
+    if config.exclude_modules and not any(module.reason.startswith("exclude_modules") for module in skipped):
+        notes.append(f"exclude_modules {config.exclude_modules!r} matches nothing that target_modules does")
+    transposed = [name for name, module in linears.items() if is_conv1d(module)]
+    if config.fan_in_fan_out and len(transposed) < len(linears):
+        others = [name for name in linears if name not in transposed]
+        notes.append(f"fan_in_fan_out is True, but {list_some(others)} hold [out, in], and are taken so")
+    if not config.fan_in_fan_out and transposed:
+        notes.append(f"fan_in_fan_out is False, but {list_some(transposed)} hold [in, out], and are taken so")
+    return Plan(linears, tuple(skipped), saved, tuple(notes))
+
+
+def _looks_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" has to account for a module: replace it or say why not."""
+    kind = type(module).__name__
+    return isinstance(module, (nn.Linear, LoRALinear)) or (
+        hasattr(module, "weight") and ("Linear" in kind or kind == "Conv1D")
+    )
+
+
+def _output_heads(model: nn.Module) -> dict[nn.Module, str]:
+    """The layers that "all-linear" leaves out, with the reason."""
+    heads: dict[nn.Module, str] = {}
+    embeddings = {m.weight: name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight in embeddings:
+            heads[module] = f'its weight is tied to {embeddings[module.weight]!r}, so "all-linear" leaves it out'
+        # transformers' models have this method; a wrapped one counts too.
+        if callable(find := getattr(module, "get_output_embeddings", None)):
+            try:
+                head = find()
+            except (AttributeError, NotImplementedError):
+                continue
+            if isinstance(head, nn.Module):
+                heads[head] = 'it is the output head, which "all-linear" leaves out'
+    return heads
+
+
+def _reason_to_skip(model: nn.Module, name: str, module: Any) -> str | None:
+    """Why a matched module cannot be replaced, or None."""
+    kind = type(module).__name__
+    if isinstance(module, LoRALinear):
+        return "it is a LoRALinear already"
+    path = name.split(".")
+    parents = [model.get_submodule(".".join(path[:i])) for i in range(len(path))]
+    if isinstance(parents[-1], LoRALinear):
+        return "it is the base layer of a LoRALinear"
+    if any("base_layer" in parent._modules for parent in [*parents, module]):
+        return "it is part of a PEFT layer; accelerate_peft runs those"
+    conv1d = is_conv1d(module)
+    if not isinstance(module, nn.Linear) and not conv1d:
+        return f"{kind} is not an nn.Linear"
+    quantized = is_quantized(module.weight)
+    known = type(module) is nn.Linear or conv1d or (kind == "Linear4bit" and quantized) or kind == "Linear8bitLt"
+    if not known:
+        return f"{kind} is a subclass of nn.Linear, whose users may not call it as one"
+    if isinstance(parents[-1], nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer reads its weight instead of calling it in inference"
+    if "forward" in module.__dict__:
+        return "its forward was replaced (as accelerate's hooks do)"
+    if set(module._parameters) != {"weight", "bias"} or module._modules:
+        return "it holds other parameters or modules than weight and bias"
+    if is_sharded(module.weight) and any(map(_is_fully_sharded, parents)):
+        return "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it"
+    try:
+        layer = class_for(module)
+        if quantized and not issubclass(layer, LoRABranchLinear):
+            read(module.weight)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    if not issubclass(layer, LoRABranchLinear):
+        for part in (None if quantized else module.weight, module.bias):
+            if part is not None and part.dtype not in FLOAT_DTYPES:
+                return f"it holds a {type(part).__name__} of {part.dtype}, not a plain floating-point Parameter"
+        # A layer that is called, as it is for LoRABranchLinear, keeps its own.
+        if any(getattr(module, attribute, None) for attribute in _STATE_HOOKS):
+            return "it has state_dict hooks"
+    if 0 in module.weight.shape:
+        return f"its weight is empty, {list(module.weight.shape)}"
+    return None
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``module`` is FSDP2's."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: list[SkippedModule]) -> str:
+    text = f"target_modules must match an nn.Linear of the model, got {config.target_modules!r}, which matches none"
+    if skipped:
+        text += f"; skipped {list_some([f'{module.name} ({module.reason})' for module in skipped])}"
+    elif isinstance(config.target_modules, str):
+        text += "; a string is a regular expression for the whole dotted name, a list holds ends of names"
+    named = [(repr(name), module) for name, module in model.named_modules() if name]
+    candidates = [name for name, module in named if type(module) is nn.Linear or is_conv1d(module)]
+    return text + f". Its linear layers: {list_some(candidates) or 'none'}"

@@ -1,0 +1,68 @@
+"""LoRA on a layer that computes its own product."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+
+from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch
+from stablelora_kernels.nn.linear import LoRALinear
+
+
+class LoRABranchLinear(LoRALinear):
+    """LoRA on a frozen layer that computes its own product: ``y = base_layer(x) + scaling · D(x) A^T B^T``.
+
+    ``LoRALinear.from_linear`` makes it, over bitsandbytes' ``Linear8bitLt`` and an ``nn.Linear`` whose weight is a tensor of its
+    own kind, as torchao's are. ``base_layer`` is that very layer, a submodule, as in PEFT; ``weight`` and ``bias`` are its own.
+    The branch is one launch on the product (two above rank 64), :func:`~stablelora_kernels.functional.lora_branch`.
+
+    It can't be merged. ``remove_lora(model, merge=False)`` gives the layer back.
+    """
+
+    base_layer: nn.Linear
+
+    def _hold(self, base: Any) -> None:
+        self.base_layer = base
+
+    @staticmethod
+    def _dtype_of(base: Any) -> torch.dtype:
+        return base.weight.dtype if base.weight.dtype in FLOAT_DTYPES else torch.float32
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        return cast(nn.Parameter, self.base_layer.weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self.base_layer.bias
+
+    def to_linear(self) -> nn.Module:
+        """The very layer that this one was made of."""
+        return self.base_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in_features] to [..., out_features], in the dtype that the base layer returns.
+
+        Raises:
+            RuntimeError: ``x`` requires a gradient, and the base layer's result gives it none.
+        """
+        base_out = self.base_layer(x)
+        if torch.is_grad_enabled() and x.requires_grad and not base_out.requires_grad:
+            raise RuntimeError(
+                f"base_layer must give its input a gradient, got a result without one from a {type(self.base_layer).__name__} "
+                f"with a {type(self.weight).__name__}; the layers before it would train on the branch's gradient alone"
+            )
+        return lora_branch(base_out, x, self.lora_A, self.lora_B, self.scaling, self.lora_dropout, self.training)
+
+    def merge(self) -> NoReturn:
+        """Not possible.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"the weight is a {type(self.weight).__name__} that only its {type(self.base_layer).__name__} can read, so nothing "
+            "can be added to it; keep the branch, or remove_lora(model, merge=False)"
+        )

@@ -1,0 +1,5 @@
+"""The namespace of the torch.library ops."""
+
+from __future__ import annotations
+
+NAMESPACE = "stablelora_kernels"

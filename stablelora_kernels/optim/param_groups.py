@@ -1,0 +1,259 @@
+"""What StableLoRAAdamW accepts: parameters with names, hyper-parameters in range, a state that fits. Nothing is changed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from stablelora_kernels.optim.hyperparameters import check_patterns
+from stablelora_kernels.optim.sharding import check_shards
+from stablelora_kernels.optim.state import Storage
+from stablelora_kernels.pairs import LoRAPair, lora_pairs, split_lora_name
+from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.utils.validation import check_float, check_int
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HYPER = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "shrink_ratio",
+    "shrink_pattern",
+    "stop_condition",
+    "lr_ratio_B",
+    "maximize",
+    "amsgrad",
+    "capturable",
+    "seed",
+)
+# Those that a state saved by an earlier version may lack.
+LATER = ("shrink_pattern", "stop_condition", "lr_ratio_B", "amsgrad")
+STOP_CONDITIONS = ("norm", "never")
+_NAMES_NEEDED = (
+    "pairs are found by name, so give (name, parameter) tuples, as model.named_parameters() does, or LoRAPairs, or use "
+    "StableLoRAAdamW.from_model(model)"
+)
+
+
+def _check_number(name: str, value: Any, high: float = math.inf) -> float | torch.Tensor:
+    """A number in [0, high), or a tensor of one, which is kept: it may change, and one on a GPU is not read."""
+    if not isinstance(value, torch.Tensor):
+        return check_float(name, value, low=0.0, high=high)
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(
+            f"{name} as a tensor must be a 0-d floating-point one, got {list(value.shape)} of {value.dtype}"
+        )
+    if value.device.type == "cpu":
+        check_float(name, value.item(), low=0.0, high=high)
+    # A view, so that whoever changes the tensor changes this.
+    return value.reshape(())
+
+
+def _check_beta(name: str, beta: Any) -> float:
+    if isinstance(beta, torch.Tensor):
+        if beta.numel() != 1 or not beta.is_floating_point() or beta.device.type != "cpu":
+            raise ValueError(
+                f"{name} as a tensor must be a 0-d floating-point one on the CPU, got {list(beta.shape)} of "
+                f"{beta.dtype} on {beta.device}"
+            )
+        beta = beta.item()
+    return check_float(name, beta, low=0.0, high=1.0)
+
+
+def _check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def _check_shrink_pattern(name: str, patterns: Any) -> dict[str, float]:
+    if patterns is None:
+        return {}
+    if not isinstance(patterns, Mapping) or not all(isinstance(key, str) for key in patterns):
+        raise TypeError(f"{name} must be a dict of patterns and shrink ratios, got {patterns!r}")
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"{name} {key!r} is no regular expression: {error}") from error
+    return {key: check_float(f"{name}[{key!r}]", ratio, low=0.0, high=1.0) for key, ratio in patterns.items()}
+
+
+def _check_stop_condition(name: str, value: Any) -> str:
+    if value not in STOP_CONDITIONS:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, STOP_CONDITIONS))}, got {value!r}")
+    return value
+
+
+def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
+    """The hyper-parameters among ``hyper``, normalized; ``where`` is put before the names in messages."""
+    betas = hyper["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{where}betas must be two numbers, got {betas!r}")
+    seed = check_int(f"{where}seed", hyper["seed"], minimum=0)
+    if seed >= 2**63:
+        raise ValueError(f"{where}seed must be below 2**63, got {seed}")
+    return {
+        "lr": _check_number(f"{where}lr", hyper["lr"]),
+        "betas": tuple(_check_beta(f"{where}betas[{i}]", beta) for i, beta in enumerate(betas)),
+        "eps": check_float(f"{where}eps", hyper["eps"], low=0.0),
+        "weight_decay": _check_number(f"{where}weight_decay", hyper["weight_decay"]),
+        "shrink_ratio": _check_number(f"{where}shrink_ratio", hyper["shrink_ratio"], high=1.0),
+        "shrink_pattern": _check_shrink_pattern(f"{where}shrink_pattern", hyper["shrink_pattern"]),
+        "stop_condition": _check_stop_condition(f"{where}stop_condition", hyper["stop_condition"]),
+        "lr_ratio_B": check_float(f"{where}lr_ratio_B", hyper["lr_ratio_B"], low=0.0, low_open=True),
+        "maximize": _check_bool(f"{where}maximize", hyper["maximize"]),
+        "amsgrad": _check_bool(f"{where}amsgrad", hyper["amsgrad"]),
+        "capturable": _check_bool(f"{where}capturable", hyper["capturable"]),
+        "seed": seed,
+    }
+
+
+def check_storage(moments_dtype: Any, master_weights: Any) -> Storage:
+    if moments_dtype not in (torch.float32, torch.bfloat16, torch.uint8):
+        raise ValueError(
+            f"moments_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8 bits by blocks), got {moments_dtype!r}"
+        )
+    return Storage(moments_dtype, _check_bool("master_weights", master_weights))
+
+
+def check_amsgrad(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
+    if storage.moments_dtype is not torch.float32 and any(group["amsgrad"] for group in groups):
+        raise ValueError(f"amsgrad=True needs moments_dtype=torch.float32, got {storage.moments_dtype}")
+
+
+def check_storage_fits(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
+    """Whether the parameters and settings of ``groups`` can be kept in that way."""
+    check_amsgrad(groups, storage)
+    if storage.moments_dtype is torch.uint8:
+        for group in groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if is_sharded(p):
+                    raise ValueError(
+                        f"parameter {name!r} is a DTensor, whose moments cannot be in 8 bits: their blocks would be those of one "
+                        "number of processes; use moments_dtype=torch.bfloat16, got torch.uint8"
+                    )
+
+
+def check_max_grad_norm(value: Any) -> float:
+    if isinstance(value, float) and value == math.inf:
+        return value
+    return check_float("max_grad_norm", value, low=0.0, low_open=True)
+
+
+def check_parameter(name: str, p: torch.Tensor) -> None:
+    """Whether the optimizer can update ``p``: a dense tensor, or a DTensor of dense parts, of a floating-point type it knows."""
+    if p.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {p.dtype}")
+    if is_sharded(p):
+        check_shards(name, p)
+    elif p.layout is not torch.strided or torch.empty_like(p, device="meta").stride() != p.stride():
+        raise ValueError(f"{name} must be dense in memory, got {p.layout}, shape {list(p.shape)}, strides {p.stride()}")
+
+
+def as_groups(params: Any) -> list[dict[str, Any]]:
+    """``params`` as a list of group dicts."""
+    if isinstance(params, torch.Tensor):
+        raise TypeError(f"params must be named parameters, got a single tensor; {_NAMES_NEEDED}")
+    if isinstance(params, dict):
+        raise TypeError(f"params must be an iterable or a list of group dicts, got one dict; {_NAMES_NEEDED}")
+    items = list(params)
+    if not items or not isinstance(items[0], dict):
+        return [{"params": items}]
+    return items
+
+
+def _named(items: Iterable[Any]) -> list[tuple[str, torch.Tensor]]:
+    named: list[tuple[str, torch.Tensor]] = []
+    for item in items:
+        if isinstance(item, LoRAPair):
+            prefix = f"{item.name}." if item.name else ""
+            named += [(f"{prefix}lora_A", item.A), (f"{prefix}lora_B", item.B)]
+        elif (
+            isinstance(item, tuple)
+            and len(item) == 2
+            and isinstance(item[0], str)
+            and isinstance(item[1], torch.Tensor)
+        ):
+            named.append(item)
+        elif isinstance(item, torch.Tensor):
+            raise TypeError(f"params holds a tensor of shape {list(item.shape)} without a name; {_NAMES_NEEDED}")
+        else:
+            raise TypeError(f"params holds a {type(item).__name__}; {_NAMES_NEEDED}")
+    return named
+
+
+def check_group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    """A new group dict: tensors under ``params``, names under ``param_names``, hyper-parameters checked, frozen ones out."""
+    if not isinstance(group, dict):
+        raise TypeError(f"a parameter group must be a dict, got {type(group).__name__}")
+    if "params" not in group:
+        raise ValueError(f"a parameter group must have 'params', got the keys {sorted(group)}")
+    items = group["params"]
+    if isinstance(items, (torch.Tensor, set)):
+        raise TypeError(f"params of a group is a {type(items).__name__}; {_NAMES_NEEDED}")
+    items = list(items)
+    names = group.get("param_names")
+    if names is not None and all(isinstance(item, torch.Tensor) for item in items):
+        if len(names) != len(items):
+            raise ValueError(f"a group has {len(items)} params and {len(names)} param_names")
+        items = list(zip(names, items, strict=True))
+    named = _named(items)
+    for name, p in named:
+        if p.requires_grad:
+            check_parameter(f"parameter {name!r}", p)
+            if not (p.is_leaf or p.retains_grad):
+                raise ValueError(f"parameter {name!r} must be a leaf tensor, got the result of {p.grad_fn}")
+    frozen = {split_lora_name(name) for name, p in named if not p.requires_grad}
+    for name, p in named:
+        split = split_lora_name(name)
+        if split is not None and p.requires_grad and p.dim() == 2:
+            other = "B" if split[1] == "A" else "A"
+            if (split[0], other) in frozen:
+                raise ValueError(
+                    f"pair {split[0]!r}: lora_{split[1]} is trainable but lora_{other} is frozen (requires_grad=False)"
+                )
+    trainable = [(name, p) for name, p in named if p.requires_grad]
+    return {
+        **group,
+        **check_hyper({**defaults, **group}, "a group's " if set(HYPER) & set(group) else ""),
+        "params": [p for _, p in trainable],
+        "param_names": [name for name, _ in trainable],
+    }
+
+
+def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
+    """The pairs across all groups; an A without its B, a name or a tensor given twice, or no pair is a ValueError."""
+    named = [item for group in groups for item in zip(group["param_names"], group["params"], strict=True)]
+    names: set[str] = set()
+    owners: dict[int, str] = {}
+    for name, p in named:
+        if name in names:
+            raise ValueError(f"two parameters are named {name!r}")
+        if id(p) in owners:
+            raise ValueError(f"one tensor is given as {owners[id(p)]!r} and as {name!r}")
+        names.add(name)
+        owners[id(p)] = name
+    pairs = lora_pairs(named)
+    check_patterns(groups, pairs)
+    if not pairs:
+        shown = ", ".join(repr(name) for name, _ in named[:3]) or "none"
+        raise ValueError(
+            f"no LoRA pair (lora_A with lora_B) among the {len(named)} trainable parameters ({shown}); "
+            "without one this would be plain AdamW, for which there is torch.optim.AdamW"
+        )
+    return pairs
+
+
+def check_grads(grads: Sequence[torch.Tensor | None]) -> bool:
+    """Whether there is any gradient; all must be dense."""
+    layouts = [g.layout for g in grads if g is not None]
+    for layout in layouts:
+        if layout is not torch.strided:
+            raise RuntimeError(f"gradients must be dense tensors, got {layout}")
+    return bool(layouts)

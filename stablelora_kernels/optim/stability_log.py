@@ -1,0 +1,199 @@
+"""How ||A||_F/n and ||B||_F/m of every pair move in training: to a CSV file or TensorBoard, and as a plot."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.utils.validation import check_int
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = ("step", "pair", "a_norm", "b_norm", "stable", "latched_at")
+
+
+class StabilityLogger:
+    """Writes where every pair stands each so many steps of ``optimizer``, by itself once it is made.
+
+    It hooks into the optimizer, so it works in any training loop or trainer::
+
+        with slk.StabilityLogger(optimizer, "stability.csv", every=50):
+            trainer.train()
+
+    Each time it reads the device (:meth:`~stablelora_kernels.StableLoRAAdamW.stability`), which waits for it: choose ``every``
+    accordingly.
+
+    Args:
+        optimizer: the one to watch, not a trainer's or accelerate's wrapper of it.
+        target: the path of a CSV file with the columns step, pair, a_norm (``||A||_F/n``), b_norm (``||B||_F/m``), stable (0
+            or 1) and latched_at (a step, or empty); an existing one is continued, as after a resume. Or a TensorBoard
+            ``SummaryWriter``, or anything else with its ``add_scalar(tag, value, step)``: tags are ``stability/<pair>/a_norm``,
+            ``.../b_norm`` and ``stability/latched``, the number of pairs that have stopped shrinking.
+        every: optimizer steps between two records.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: ``every`` below 1, or a file that is there and holds something else.
+    """
+
+    def __init__(self, optimizer: StableLoRAAdamW, target: Any, *, every: int = 10) -> None:
+        if not isinstance(optimizer, StableLoRAAdamW):
+            raise TypeError(f"optimizer must be a StableLoRAAdamW, got {type(optimizer).__name__}")
+        check_int("every", every, minimum=1)
+        if not (isinstance(target, (str, Path)) or callable(getattr(target, "add_scalar", None))):
+            raise TypeError(f"target must be a path or have add_scalar, got {type(target).__name__}")
+        self.optimizer, self.every, self._calls = optimizer, every, 0
+        self._writer = None if isinstance(target, (str, Path)) else target
+        self._file = None if self._writer is not None else _open(Path(target))
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._calls += 1
+        if self._calls % self.every == 0:
+            self.log()
+
+    def log(self) -> None:
+        """Write a record now."""
+        pairs = self.optimizer.pairs
+        found = self.optimizer.stability()
+        steps = [
+            int(self.optimizer.state[pair.A].get("step", 0)) if pair.A in self.optimizer.state else 0 for pair in pairs
+        ]
+        if self._writer is not None:
+            for step, pair in zip(steps, found, strict=True):
+                self._writer.add_scalar(f"stability/{pair.name}/a_norm", pair.a_norm, step)
+                self._writer.add_scalar(f"stability/{pair.name}/b_norm", pair.b_norm, step)
+            self._writer.add_scalar("stability/latched", sum(pair.stable for pair in found), max(steps))
+        elif self._file is not None:
+            writer = csv.writer(self._file, lineterminator="\n")
+            for step, pair in zip(steps, found, strict=True):
+                latched = "" if pair.latched_at is None else pair.latched_at
+                writer.writerow(
+                    [step, pair.name, f"{pair.a_norm:.9g}", f"{pair.b_norm:.9g}", int(pair.stable), latched]
+                )
+            self._file.flush()
+        else:
+            raise ValueError("this StabilityLogger is closed")
+
+    def close(self) -> None:
+        """Stop watching the optimizer, and close the file; a TensorBoard writer stays open."""
+        self._handle.remove()
+        self._writer = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> StabilityLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _open(path: Path) -> Any:
+    """The CSV file to append to, with its header."""
+    header = ",".join(COLUMNS)
+    begun = path.exists() and path.stat().st_size > 0
+    if begun:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline().rstrip("\n")
+        if first != header:
+            raise ValueError(
+                f"target {path} is no stability log: its first line must be {header!r}, got {first[:100]!r}"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", newline="", encoding="utf-8")
+    if not begun:
+        file.write(f"{header}\n")
+        file.flush()
+    return file
+
+
+def plot_stability(path: str | Path, out: str | Path | None = None, pairs: Iterable[str] | None = None) -> Figure:
+    """Plot a CSV file of :class:`StabilityLogger`; needs matplotlib.
+
+    Left: each pair's way through ``||B||_F/m`` and ``||A||_F/n``, which begins above the diagonal and stops shrinking once it
+    is on or below it. Right: the ratio of the two over the steps, with a mark where the pair latched.
+
+    Args:
+        path: the CSV file. Of a step that was written twice, as around a resume, the later record counts.
+        out: where to save the figure, if anywhere.
+        pairs: the names of the pairs to plot; all unless given.
+
+    Returns:
+        The figure, which belongs to no window.
+
+    Raises:
+        ValueError: the file holds no records, or not those of one of ``pairs``.
+        ImportError: matplotlib is not installed.
+    """
+    series = _read(Path(path))
+    if pairs is not None:
+        wanted = list(pairs)
+        missing = [name for name in wanted if name not in series]
+        if missing:
+            raise ValueError(f"{path} has no pair {missing[0]!r}; it has {', '.join(map(repr, series))}")
+        series = {name: series[name] for name in wanted}
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot_stability needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    plane, ratio = figure.subplots(1, 2)
+    few = len(series) <= 8
+    for name, records in series.items():
+        steps = sorted(records)
+        a, b = [records[step][0] for step in steps], [records[step][1] for step in steps]
+        style = {"linewidth": 1.4, "label": name} if few else {"linewidth": 0.8, "alpha": 0.5}
+        (line,) = plane.plot(b, a, marker="." if few else None, markersize=4, **style)
+        over = [y / x if x else float("nan") for x, y in zip(a, b, strict=True)]
+        ratio.plot(steps, over, color=line.get_color(), **style)
+        latched = next((records[step][2] for step in reversed(steps) if records[step][2] is not None), None)
+        if latched is not None:
+            # The last record before the latch may be some steps away from it: on the line that is drawn, at its step.
+            ratio.plot([latched], [_at(latched, steps, over)], "v", color=line.get_color(), markersize=6)
+    top = max(max(record[:2]) for records in series.values() for record in records.values())
+    plane.plot([0, top], [0, top], color="#444444", linewidth=0.8, linestyle="--")
+    plane.set_xlabel("||B|| / m")
+    plane.set_ylabel("||A|| / n")
+    plane.set_title("A shrinks above the dashed line", fontsize=10)
+    ratio.axhline(1, color="#444444", linewidth=0.8, linestyle="--")
+    ratio.set_xlabel("step")
+    ratio.set_ylabel("(||B|| / m) / (||A|| / n)")
+    count = sum(any(record[2] is not None for record in records.values()) for records in series.values())
+    ratio.set_title(f"{count} of {len(series)} pairs have latched (triangles)", fontsize=10)
+    if few:
+        plane.legend(fontsize=7)
+    for axes in (plane, ratio):
+        axes.grid(alpha=0.25)
+    if out is not None:
+        figure.savefig(out, dpi=130)
+    return figure
+
+
+def _read(path: Path) -> dict[str, dict[int, tuple[float, float, int | None]]]:
+    """||A||/n, ||B||/m and the latch of every pair, by step."""
+    series: dict[str, dict[int, tuple[float, float, int | None]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            latched = int(row["latched_at"]) if row["latched_at"] else None
+            record = float(row["a_norm"]), float(row["b_norm"]), latched
+            series.setdefault(row["pair"], {})[int(row["step"])] = record
+    if not series:
+        raise ValueError(f"{path} holds no records")
+    return series
+
+
+def _at(step: int, steps: list[int], values: list[float]) -> float:
+    """The value at ``step``, on straight lines between those that are known, and the nearest one outside."""
+    if step <= steps[0]:
+        return values[0]
+    for i in range(1, len(steps)):
+        if step <= steps[i]:
+            part = (step - steps[i - 1]) / (steps[i] - steps[i - 1])
+            return values[i - 1] + part * (values[i] - values[i - 1])
+    return values[-1]

@@ -1,0 +1,167 @@
+"""The LoRA layer's mathematics. ::
+
+    forward   S  = D(X) A^T                 [M, r]
+              Y  = X W^T + bias + s·S B^T   [M, N]
+    backward  dS = s·dY B                   [M, r]
+              dX = dY W + D'(dS A)          [M, K]
+              dA = dS^T D(X)                [r, K]
+              dB = s·dY^T S                 [N, r]
+
+D is inverted dropout on the LoRA branch alone: D(X) = X ∘ keep / (1 - p), and D' multiplies by the same keep / (1 - p).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _dropout(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
+    return x if keep is None else x * keep.to(x.dtype) / (1.0 - dropout_p)
+
+
+def lora_branch_ref(
+    base_out: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``base_out`` [..., N] with the branch of x [..., K], lora_A [r, K] and lora_B [N, r] added; keep [..., K] is D's mask."""
+    s = _dropout(x, keep, dropout_p) @ lora_A.T
+    return base_out + scaling * (s @ lora_B.T)
+
+
+def lora_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``Y`` [..., N] of x [..., K], weight [N, K], bias [N], lora_A [r, K], lora_B [N, r]; keep [..., K] is D's mask."""
+    y = x @ weight.T
+    if bias is not None:
+        y = y + bias
+    return lora_branch_ref(y, x, lora_A, lora_B, scaling, keep, dropout_p)
+
+
+def lora_linear_grads_ref(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> dict[str, Tensor]:
+    """The four gradients, by name: dS [M, r], dX (x's shape), dA [r, K], dB [N, r], for an incoming grad [..., N]."""
+    grads = lora_branch_grads_ref(grad, x, lora_A, lora_B, scaling, keep, dropout_p)
+    return grads | {"dX": grad @ weight + grads["dX"]}
+
+
+def lora_branch_grads_ref(
+    grad: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> dict[str, Tensor]:
+    """As :func:`lora_linear_grads_ref`, dX being the branch's alone; base_out's gradient is ``grad`` itself."""
+    dropped = _dropout(x, keep, dropout_p).reshape(-1, x.shape[-1])
+    dy = grad.reshape(-1, grad.shape[-1])
+    s = dropped @ lora_A.T
+    ds = scaling * (dy @ lora_B)
+    branch = (ds @ lora_A).reshape(x.shape)
+    return {
+        "dS": ds,
+        "dX": _dropout(branch, keep, dropout_p),
+        "dA": ds.T @ dropped,
+        "dB": scaling * (dy.T @ s),
+    }
+
+
+def nf4_ref(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    shape: tuple[int, int],
+    blocksize: int,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    offset: Tensor | None = None,
+    nested_blocksize: int = 0,
+) -> Tensor:
+    """W [N, K] in float64: ``code[index] · absmax``, from what :class:`stablelora_kernels.quantized.NF4Weight` holds.
+
+    Element e, counted row after row, has the upper half of byte e / 2 for its index where e is even and else the lower half,
+    and the absmax of block e div blocksize; that is ``nested_code[absmax] · nested_absmax + offset`` where nested.
+    """
+    element = torch.arange(shape[0] * shape[1])
+    byte = packed.long()[element // 2]
+    index = torch.where(element % 2 == 0, byte // 16, byte % 16)
+    block = element // blocksize
+    scale = absmax[block].double()
+    if nested_absmax is not None and nested_code is not None and offset is not None:
+        scale = (
+            nested_code.double()[absmax[block].long()] * nested_absmax.double()[block // nested_blocksize]
+            + offset.double()
+        )
+    return (code.double()[index] * scale).reshape(shape)
+
+
+def fp8_ref(data: Tensor, scale: Tensor) -> Tensor:
+    """W [N, K] in float64 from the bits of float8_e4m3fn data [N, K] and scale [N].
+
+    A byte is a sign, 4 bits of exponent e and 3 of fraction f: ``(1 + f/8) 2^(e - 7)``, or ``f/8 · 2^-6`` where e is 0;
+    all ones but the sign is not a number.
+    """
+    bits = data.view(torch.uint8).long()
+    exponent, fraction = (bits >> 3) & 15, (bits & 7).double() / 8
+    value = torch.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * torch.exp2(exponent.double() - 7))
+    value = torch.where(bits & 127 == 127, torch.nan, value)
+    return torch.where(bits >= 128, -value, value) * scale.double()[:, None]
+
+
+def philox_ref(seed: int, counter: Tensor) -> Tensor:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, as int64 [..., 4], for each int64 counter [...].
+
+    The counter's low and high halves are the first two counter words, the other two are zero; the key is the seed's
+    halves. These are the words that Triton's ``tl.randint4x(seed, counter)`` gives.
+    """
+    mask = 0xFFFFFFFF
+
+    def mulhilo(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
+        # The 64-bit product in two halves of the word: int64 would overflow on the whole one.
+        low, high = constant * (word & 0xFFFF), constant * (word >> 16)
+        middle = (low >> 16) + high
+        return middle >> 16, ((middle << 16) | (low & 0xFFFF)) & mask
+
+    c0, c1 = counter & mask, (counter >> 32) & mask
+    c2 = c3 = torch.zeros_like(counter)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        high_a, low_a = mulhilo(0xD2511F53, c0)
+        high_b, low_b = mulhilo(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def dropout_keep_ref(rows: int, columns: int, dropout_p: float, seed: int) -> Tensor:
+    """The Triton kernels' keep-mask, bool [rows, columns], bit for bit.
+
+    Element (i, j) takes word j mod 4 of the Philox counter i·ceil(columns / 4) + j div 4, and is kept if the word's upper
+    31 bits are at least round(p·2^31).
+    """
+    groups = -(-columns // 4)
+    words = philox_ref(seed, torch.arange(rows * groups, dtype=torch.int64)).reshape(rows, groups * 4)[:, :columns]
+    return (words >> 1) >= round(dropout_p * 2**31)

@@ -1,0 +1,229 @@
+"""The optimizer step in plain PyTorch, written to be read: Algorithm 1, decoupled AdamW, stochastic rounding.
+
+Everything here runs in the dtype of its arguments, so that in float64 it is the oracle of the tests. Nothing is fast and
+everything may be read on the host. Sources: Stable-LoRA, arXiv 2603.05204, Algorithm 1; AdamW, arXiv 1711.05101.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from stablelora_kernels.pairs import LoRAPair
+
+_WORD = 0xFFFFFFFF
+
+
+def shrink_ref(
+    A: torch.Tensor, B: torch.Tensor, latched: bool, shrink_ratio: float, stop_condition: str = "norm"
+) -> tuple[torch.Tensor, bool]:
+    """Algorithm 1 on one pair, before its update: ``(A, latched)``.
+
+    A [r, n] becomes (1 - lambda) A as long as ``||A||_F / n > ||B||_F / m``, B being [m, r]. The first time it is not, the
+    pair latches and A is left alone for good. A norm that is not finite decides nothing: neither a shrink nor the latch.
+    With ``stop_condition`` "never" A shrinks whatever the norms are, so long as they are finite.
+    """
+    a_norm = A.norm().item() / max(A.shape[1], 1)
+    b_norm = B.norm().item() / max(B.shape[0], 1)
+    if latched or not (math.isfinite(a_norm) and math.isfinite(b_norm)):
+        return A, latched
+    if a_norm > b_norm or stop_condition == "never":
+        return A * (1 - shrink_ratio), False
+    return A, True
+
+
+@dataclass
+class AdamWState:
+    """The moments of one parameter, in its shape, and the number of steps it has taken."""
+
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    step: int = 0
+    max_exp_avg_sq: torch.Tensor | None = None
+
+
+def adamw_ref(
+    p: torch.Tensor,
+    grad: torch.Tensor,
+    state: AdamWState,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    amsgrad: bool = False,
+) -> torch.Tensor:
+    """One step of AdamW on ``p``, which is returned new; ``state`` is advanced in place.
+
+    ::
+
+        p <- (1 - lr wd) p
+        m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
+        p <- p - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+    With ``amsgrad`` the last line has the largest v so far instead of v.
+    """
+    beta1, beta2 = betas
+    g = -grad if maximize else grad
+    state.step += 1
+    state.exp_avg = beta1 * state.exp_avg + (1 - beta1) * g
+    state.exp_avg_sq = beta2 * state.exp_avg_sq + (1 - beta2) * g * g
+    largest = state.exp_avg_sq
+    if amsgrad:
+        if state.max_exp_avg_sq is not None:
+            largest = torch.maximum(state.max_exp_avg_sq, largest)
+        state.max_exp_avg_sq = largest
+    m = state.exp_avg / (1 - beta1**state.step)
+    v = largest / (1 - beta2**state.step)
+    return (1 - lr * weight_decay) * p - lr * m / (v.sqrt() + eps)
+
+
+def clip_coefficient_ref(grads: list[torch.Tensor], max_grad_norm: float | None) -> float | None:
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies every gradient by; None where their norm is not finite."""
+    if max_grad_norm is None:
+        return 1.0
+    total = math.sqrt(sum(g.square().sum().item() for g in grads))
+    if not math.isfinite(total):
+        return None
+    return min(max_grad_norm / (total + 1e-6), 1.0)
+
+
+@dataclass
+class StableAdamWRef:
+    """The whole optimizer over pairs and lone parameters of one group.
+
+    ``step`` takes the gradients by tensor (a missing one is None) and changes the tensors in place. A pair whose A has no
+    gradient is left alone: B alone is then updated as AdamW would.
+    """
+
+    pairs: list[LoRAPair]
+    lone: list[torch.Tensor] = field(default_factory=list)
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    shrink_ratio: float | Callable[[int], float] = 5e-4
+    # By pair name, for those that differ.
+    shrink_ratios: dict[str, float] = field(default_factory=dict)
+    stop_condition: str = "norm"
+    # B's learning rate is so many times lr.
+    lr_ratio_B: float = 1.0
+    maximize: bool = False
+    amsgrad: bool = False
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        self.params = [p for pair in self.pairs for p in (pair.A, pair.B)] + self.lone
+        self.state = {p: AdamWState(torch.zeros_like(p), torch.zeros_like(p)) for p in self.params}
+        self.steps = 0
+        # By pair name: the step of A, counted from one, at which the pair latched.
+        self.latched_at: dict[str, int | None] = {pair.name: None for pair in self.pairs}
+
+    @torch.no_grad()
+    def step(self, grads: dict[torch.Tensor, torch.Tensor]) -> None:
+        """One step, with the gradient of each tensor that has one."""
+        coefficient = clip_coefficient_ref(list(grads.values()), self.max_grad_norm)
+        # A step whose gradients' norm is not finite is not taken.
+        if coefficient is None:
+            return
+        self.steps += 1
+        ratio = self.shrink_ratio(self.steps) if callable(self.shrink_ratio) else self.shrink_ratio
+        for pair in self.pairs:
+            if pair.A in grads:
+                before = self.latched_at[pair.name] is not None
+                shrunk, latched = shrink_ref(
+                    pair.A, pair.B, before, self.shrink_ratios.get(pair.name, ratio), self.stop_condition
+                )
+                pair.A.copy_(shrunk)
+                if latched and not before:
+                    self.latched_at[pair.name] = self.state[pair.A].step + 1
+        bs = {pair.B for pair in self.pairs}
+        for p in self.params:
+            if p in grads:
+                new = adamw_ref(
+                    p,
+                    grads[p] * coefficient,
+                    self.state[p],
+                    lr=self.lr * (self.lr_ratio_B if p in bs else 1.0),
+                    betas=self.betas,
+                    eps=self.eps,
+                    weight_decay=self.weight_decay,
+                    maximize=self.maximize,
+                    amsgrad=self.amsgrad,
+                )
+                p.copy_(new)
+
+
+def mix32(x: int) -> int:
+    """A bijection of 32-bit words in which every bit of the argument flips about half the bits of the result.
+
+    A multiply-xorshift finalizer with the constants that Chris Wellons found by search (public domain, "lowbias32",
+    https://nullprogram.com/blog/2018/07/31/).
+    """
+    x &= _WORD
+    x ^= x >> 16
+    x = x * 0x7FEB352D & _WORD
+    x ^= x >> 15
+    x = x * 0x846CA68B & _WORD
+    return x ^ x >> 16
+
+
+def rounding_key_ref(seed: int, step: int) -> int:
+    """The key of one parameter's rounding at its ``step``: both halves of the 63-bit seed and the step, mixed."""
+    return mix32(step + mix32(mix32(seed) ^ (seed >> 32)))
+
+
+def rounding_noise_ref(seed: int, step: int, index: int) -> int:
+    """The 32 random bits that round element ``index`` of the concatenation of all parameters at ``step``."""
+    return mix32(index ^ rounding_key_ref(seed, step))
+
+
+def moment_noise_ref(seed: int, step: int, index: int) -> tuple[int, int]:
+    """The random bits, 16 each, that round the two moments of an element where they are kept in bfloat16."""
+    word = mix32(rounding_noise_ref(seed, step, index) + 0x9E3779B9)
+    return word & 0xFFFF, word >> 16
+
+
+def stochastic_round_ref(x: float, dtype: torch.dtype, noise: int) -> float:
+    """``x``, a float32 value, rounded to bfloat16 or float16 up or down at random, so that the mean is ``x``.
+
+    With q the distance of the two neighbors that ``dtype`` has around ``x``, the magnitude becomes
+    ``q floor(abs(x) / q)`` or one q more, the latter with probability equal to the fraction lost.
+    """
+    if not math.isfinite(x) or x == 0:
+        return x
+    digits, smallest = {torch.bfloat16: (8, -133), torch.float16: (11, -24)}[dtype]
+    exponent = math.frexp(x)[1] - digits
+    quantum = 2.0 ** max(exponent, smallest)
+    whole = math.floor(abs(x) / quantum)
+    lost = abs(x) / quantum - whole
+    # As many random bits as the float32 significand has beyond the result's; where float16 is subnormal, 24 of them.
+    bits = 24 if dtype is torch.float16 and exponent < smallest else 24 - digits
+    up = lost * 2**bits + noise % 2**bits >= 2**bits
+    return math.copysign((whole + up) * quantum, x)
+
+
+def moment8_ref(values: list[float], noises: list[int], signed: bool) -> tuple[list[float], float]:
+    """A block of a moment as 8 bits keep it: what its codes mean once multiplied by the scale, and the scale.
+
+    The scale makes the largest magnitude 1.875. The others are rounded at random to a sign bit (the first moment's), 4
+    exponent bits (5 without a sign) and 3 fraction bits: from 2^-14 (2^-30) on in steps of an eighth of their power of
+    two, below in steps of 2^-17 (2^-33).
+    """
+    scale = max(map(abs, values)) / 1.875
+    smallest = -14 if signed else -30
+    result = []
+    for x, noise in zip(values, noises, strict=True):
+        y = abs(x) / scale if scale else 0.0
+        normal = y >= 2.0**smallest
+        quantum = 2.0 ** ((math.frexp(y)[1] - 1 if normal else smallest) - 3)
+        whole = math.floor(y / quantum)
+        lost = y / quantum - whole
+        # 20 bits of noise from below, or 24 from above.
+        up = lost * 2**20 + noise % 2**20 >= 2**20 if normal else lost > (noise >> 8) / 2**24
+        result.append(math.copysign((whole + up) * quantum * scale, x))
+    return result, scale

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of LoRA kernels: validation, timing, tensors and modules behind wrappers."""

@@ -1,0 +1,92 @@
+"""What is put around models (data parallelism, torch.compile, checkpointing), and the parts that ``fully_shard`` makes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# Under these names torch.compile and torch's checkpoint_wrapper hold the module that they are around.
+_INNER = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module itself, out of the wrappers around it, which would prefix every name.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: something is in FullyShardedDataParallel, whose flat parameters hold no A and B; or a part of the model
+            and not the whole is in data parallelism.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if "_fsdp_wrapped_module" in module._modules:
+            raise ValueError(
+                f"model must be sharded by fully_shard (FSDP2), got {type(module).__name__} around "
+                f"{repr(name) if name else 'it'}, whose flat parameters hold no A and B"
+            )
+    model = innermost(model)
+    for name, module in model.named_modules():
+        if _is_data_parallel(module):
+            raise ValueError(f"model must be in {type(module).__name__} as a whole, got its part {name!r} in one")
+    return model
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    while (inner := _inner(model)) is not None:
+        model = inner
+    return model
+
+
+def in_ddp(model: nn.Module) -> bool:
+    """Whether ``model`` or a part of it is in DistributedDataParallel."""
+    return any(isinstance(module, DistributedDataParallel) for module in model.modules())
+
+
+def check_not_in_ddp(model: nn.Module) -> None:
+    """Raise ValueError where a model that is about to get parameters is in DistributedDataParallel."""
+    if in_ddp(model):
+        raise ValueError(
+            "model must be given LoRA before DistributedDataParallel is around it, which would not average the gradients of "
+            "parameters that come later, got one around it"
+        )
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    names = ("module",) if _is_data_parallel(module) else _INNER
+    return next((module._modules[name] for name in names if module._modules.get(name) is not None), None)
+
+
+def _is_data_parallel(module: nn.Module) -> bool:
+    return isinstance(module, (nn.DataParallel, DistributedDataParallel))
+
+
+def clean(name: str) -> str:
+    """A dotted name without the parts that wrappers within the model have put into it."""
+    return ".".join(part for part in name.split(".") if part not in _INNER)
+
+
+def same_anywhere(name: str) -> str:
+    """A parameter's dotted name with and without data parallelism and the other wrappers."""
+    return clean(name).removeprefix("module.")
+
+
+def wrapped_parts(model: nn.Module) -> list[str]:
+    """The names of the parts of ``model`` that have a wrapper of their own."""
+    return [clean(name) for name, module in model.named_modules() if name and _inner(module) is not None]
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the parts of ``fully_shard``'s parameters back in their places, where a forward has left whole ones behind.
+
+    These would be dropped at the next reshard, with what was written to them.
+    """
+    # Where it was not imported, nothing is sharded by it.
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if hasattr(fsdp, "FSDPModule"):
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()

@@ -1,0 +1,79 @@
+"""Random weights in 4 and 8 bits, and the oracle's word on what they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.reference import fp8_ref, nf4_ref
+from stablelora_kernels.testing import fp8_weight, nf4_weight
+
+__all__ = ["NF4_FIELDS", "Linear4bit", "fp8_linear", "fp8_weight", "nf4_weight", "reference"]
+
+NF4_FIELDS = tuple(field.name for field in fields(NF4Weight))
+
+
+def reference(weight: NF4Weight | FP8Weight) -> Tensor:
+    """W in float64."""
+    if isinstance(weight, FP8Weight):
+        return fp8_ref(weight.data, weight.scale)
+    return nf4_ref(**{name: getattr(weight, name) for name in NF4_FIELDS})
+
+
+# Layers as bitsandbytes and torchao make them, for where these are not installed: only what the library looks at.
+
+
+class QuantState(SimpleNamespace):
+    """A class of its own, so that it can be referred to weakly."""
+
+
+class Params4bit(nn.Parameter):
+    def __new__(cls, weight: NF4Weight) -> Params4bit:
+        self = Tensor._make_subclass(cls, weight.packed[:, None], False)
+        inner = SimpleNamespace(absmax=weight.nested_absmax, code=weight.nested_code, blocksize=weight.nested_blocksize)
+        state = {
+            "absmax": weight.absmax,
+            "code": weight.code,
+            "shape": torch.Size(weight.shape),
+            "nested": bool(inner.blocksize),
+        }
+        self.quant_state = QuantState(**state, blocksize=weight.blocksize, state2=inner, offset=weight.offset)
+        self.quant_state.as_dict = lambda packed: {"absmax": weight.absmax, "quant_map": weight.code}
+        return self
+
+    def __deepcopy__(self, memo: dict) -> Params4bit:
+        return type(self)(NF4Weight.from_bitsandbytes(self))
+
+
+class Linear4bit(nn.Linear):
+    def __init__(self, weight: NF4Weight, bias: bool, compute_dtype: torch.dtype | None) -> None:
+        super().__init__(*reversed(weight.shape), bias)
+        self.weight, self.compute_dtype = Params4bit(weight), compute_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype or x.dtype
+        weight = NF4Weight.from_bitsandbytes(self.weight).dequantize(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
+
+
+class Float8Tensor(Tensor):
+    def __new__(cls, weight: FP8Weight, dtype: torch.dtype) -> Float8Tensor:
+        self = Tensor._make_subclass(cls, torch.empty(weight.shape, dtype=dtype))
+        self.qdata, self.scale, self.act_quant_kwargs = weight.data, weight.scale[:, None], None
+        return self
+
+    def detach(self) -> Float8Tensor:
+        return type(self)(FP8Weight(self.qdata, self.scale[:, 0]), self.dtype)
+
+    __deepcopy__ = lambda self, memo: nn.Parameter(self.detach(), self.requires_grad)  # noqa: E731
+
+
+def fp8_linear(weight: FP8Weight, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(*reversed(weight.shape), dtype=dtype)
+    linear.weight = nn.Parameter(Float8Tensor(weight, dtype), requires_grad=False)
+    return linear
