@@ -160,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from benchmarks.assets import AssetError
-    from benchmarks.experiment import Settings
+    from benchmarks.common.assets import AssetError
+    from benchmarks.finetuning.experiment import Settings
 
     runs = [
         Settings(
@@ -197,7 +197,7 @@ def _single(settings: Any, out: Path) -> int:
 
 
 def _sweep(runs: list[Any], out: Path) -> int:
-    from benchmarks.sweep import draw_sweep, sweep_table, write_sweep
+    from benchmarks.finetuning.sweep import draw_sweep, sweep_table, write_sweep
 
     results = []
     for number, settings in enumerate(runs, start=1):
@@ -221,9 +221,9 @@ def _sweep(runs: list[Any], out: Path) -> int:
 
 
 def _run(settings: Any, directory: Path, started: float) -> tuple[dict[str, Any], list[Path]]:
-    from benchmarks.experiment import run
-    from benchmarks.plots import draw
-    from benchmarks.report import write_result
+    from benchmarks.finetuning.experiment import run
+    from benchmarks.finetuning.plots import draw
+    from benchmarks.finetuning.result import write_result
 
     paths: list[Path] = []
 
@@ -245,7 +245,7 @@ def _done(settings: Any, directory: Path) -> dict[str, Any] | None:
 
 
 def _table(result: dict[str, Any]) -> str:
-    from benchmarks.report import table
+    from benchmarks.finetuning.result import table
 
     return table(result) if "arms" in result else "Nothing was measured."
 

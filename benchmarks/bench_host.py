@@ -27,9 +27,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import stablelora_kernels as slk
-from benchmarks._harness import environment, interleave, store, summarize
 from benchmarks.bench_lora_linear import build_arms
-from benchmarks.report import aligned
+from benchmarks.common.measure import environment, interleave, store, summarize
+from benchmarks.common.tables import aligned
 
 WIDTH = 16
 # So many calls are timed at once, since one is as short as reading the clock twice.

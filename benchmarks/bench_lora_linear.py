@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from benchmarks._harness import environment, interleave, store, summarize
+from benchmarks.common.measure import environment, interleave, store, summarize
 from stablelora_kernels.cli.arguments import DTYPES
 from stablelora_kernels.cli.bench import forward_backward, layer_arms
 

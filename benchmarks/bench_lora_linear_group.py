@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
-from benchmarks._harness import environment, interleave, store, summarize
+from benchmarks.common.measure import environment, interleave, store, summarize
 from stablelora_kernels.cli.arguments import DTYPES
 from stablelora_kernels.functional import lora_linear_group
 

@@ -22,13 +22,13 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks import optimizers
-from benchmarks._harness import environment, shuffled, store, summarize, synchronize
-from benchmarks.arms import PEFT, STABLE, Recipe, build_arm
-from benchmarks.data import load_dataset, training_batches
-from benchmarks.finetune import autocast, to_device
-from benchmarks.models import linear_names, load_model, query_value_names
-from benchmarks.report import aligned
+from benchmarks.common import optimizers
+from benchmarks.common.data import load_dataset, training_batches
+from benchmarks.common.measure import environment, shuffled, store, summarize, synchronize
+from benchmarks.common.models import autocast, linear_names, load_model, query_value_names
+from benchmarks.common.tables import aligned
+from benchmarks.finetuning.arms import PEFT, STABLE, Recipe, build_arm
+from benchmarks.finetuning.train import to_device
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 
 # Percent over AdamW's training time, 0.5B parameters, as the paper gives it (arXiv 2603.05204).

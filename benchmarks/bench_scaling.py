@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks._harness import environment, interleave, store, summarize
-from benchmarks._statistics import log_slope
 from benchmarks.bench_lora_linear import build_arms
 from benchmarks.bench_stable_adamw_scale import halves
-from benchmarks.footprint import saved_for_backward
-from benchmarks.optimizers import SHRINK_RATIO
-from benchmarks.report import aligned
+from benchmarks.common.intervals import log_slope
+from benchmarks.common.measure import environment, interleave, store, summarize
+from benchmarks.common.memory import saved_for_backward
+from benchmarks.common.optimizers import SHRINK_RATIO
+from benchmarks.common.tables import aligned
 from stablelora_kernels.cli.bench import forward_backward, make_pairs
 from stablelora_kernels.ops import matmul
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW

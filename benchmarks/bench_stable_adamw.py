@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks._harness import environment, interleave, store, summarize
-from benchmarks.optimizers import SHRINK_RATIO, NaiveStableAdamW
+from benchmarks.common.measure import environment, interleave, store, summarize
+from benchmarks.common.optimizers import SHRINK_RATIO, NaiveStableAdamW
 from stablelora_kernels.cli.bench import make_pairs
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair

@@ -25,8 +25,8 @@ if not torch.cuda.is_available():
     # The launch is left out, yet the backend has to be one that could run here.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from benchmarks._harness import environment, interleave, store, summarize
-from benchmarks.optimizers import SHRINK_RATIO
+from benchmarks.common.measure import environment, interleave, store, summarize
+from benchmarks.common.optimizers import SHRINK_RATIO
 from stablelora_kernels.cli.bench import make_pairs
 from stablelora_kernels.dispatch.backend import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import _suite, _suite_table
-from benchmarks._harness import environment
-from benchmarks._suite import Case, Outcome
+from benchmarks.common.measure import environment
+from benchmarks.suite import rivals, table
+from benchmarks.suite.rivals import Case, Outcome
 from stablelora_kernels.cli.arguments import device_of
 from stablelora_kernels.cli.output import CommandError
 
@@ -92,7 +92,7 @@ class Entry:
         benchmark.extra_info.update(
             self.case.facts(), case=self.case.name, phase=self.phase, arm=self.arm, ours=self.arm in self.case.ours
         )
-        benchmark.extra_info.update(_suite.compare(self.case, self.outcome, self.phase, self.arm))
+        benchmark.extra_info.update(rivals.compare(self.case, self.outcome, self.phase, self.arm))
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def entry(request: pytest.FixtureRequest, benchmark: Any, case: str, phase: str,
             if isinstance(item, pytest.Function) and item.callspec.params.get("case") == case
         }
         rounds = config.getoption("rounds") or ITERS[config.getoption("suite")]
-        outcomes[case] = _suite.sample(which, asked, 0 if benchmark.disabled else rounds)
+        outcomes[case] = rivals.sample(which, asked, 0 if benchmark.disabled else rounds)
     yield Entry(which, phase, arm, outcomes[case])
 
 
@@ -127,4 +127,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     sampled = [(cases[name], outcome) for name, outcome in outcomes.items() if outcome.samples]
     if sampled:
         terminalreporter.section("arms, sampled in turns")
-        _suite_table.write(terminalreporter.write_line, sampled, config.stash[LOAD])
+        table.write(terminalreporter.write_line, sampled, config.stash[LOAD])

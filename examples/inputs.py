@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import assets, smollm2
+from benchmarks.common import assets, smollm2
 
 
 def load_model(name: str, auto: Any) -> tuple[Any, Any]:

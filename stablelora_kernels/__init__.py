@@ -1,6 +1,5 @@
 """Fused LoRA layers and the Stable-LoRA optimizer for PyTorch, in Triton."""
 
-from stablelora_kernels import functional, reference
 from stablelora_kernels._version import __version__
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.dispatch import (

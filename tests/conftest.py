@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.interpreter import patch_language_once_a_launch
+from tests.helpers.interpreter import patch_language_once_a_launch
 
 # Triton reads this as it is imported, so it must be set before any test module imports a kernel.
 if not torch.cuda.is_available():

@@ -1,0 +1,57 @@
+"""What a step holds in memory, and counts of operators."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+MIB = 1 << 20
+
+
+def saved_for_backward(run: Callable[[], torch.Tensor], exclude: list[torch.Tensor]) -> int:
+    """Bytes of the distinct storages that ``run``'s graph keeps, besides the storages of ``exclude``."""
+    known = {tensor.untyped_storage()._cdata for tensor in exclude}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        # The storage itself, not its address: tensors without memory have none.
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run()
+    # The graph, and so every counted storage, is alive until here: none was counted twice.
+    del loss
+    return sum(kept.values())
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts ATen operators that compute: neither views nor allocations. On a GPU each would be about one launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and not name.startswith(("empty", "new_empty", "detach")):
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def status_mib(field: str) -> float | None:
+    """A size in /proc/self/status, in MiB."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,101 @@
+"""The models that are fine-tuned: a pretrained backbone, pooled, with a linear head."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import assets
+from benchmarks.common.smollm2 import load_smollm2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The attention's query and value projections, under the names that model families give them.
+_QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("query_proj", "value_proj"))
+
+
+class Classifier(nn.Module):
+    """A backbone whose last hidden states are averaged over the text, and a linear head on the average."""
+
+    def __init__(self, backbone: nn.Module, hidden_size: int, classes: int, seed: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(hidden_size, classes)
+        # Every arm's head starts alike, whatever its backbone has drawn.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.head.reset_parameters()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits [batch, classes] and the features [batch, hidden] under them, in fp32."""
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            mask = attention_mask.unsqueeze(-1)
+            features = (hidden.float() * mask).sum(1) / mask.sum(1)
+            return self.head(features), features
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen fp32 backbone and the tokenizer of ``"smollm2"``, ``"minilm"``, a local directory or a hub id.
+
+    Raises:
+        AssetError: the model can't be had.
+    """
+    if name == "smollm2":
+        model, tokenizer = load_smollm2(assets.smollm2_gguf())
+    else:
+        from transformers import AutoModel, AutoTokenizer
+
+        source = str(assets.minilm_dir() if name == "minilm" else Path(name).expanduser())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            kind = "local directory" if Path(source).is_dir() else "hub id (and no local directory)"
+            reason = str(error).strip().splitlines()[0]
+            raise assets.AssetError(f"could not load model {name!r}, a {kind}: {reason}") from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    model.config.use_cache = False
+    return model.requires_grad_(False), tokenizer
+
+
+def share(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules of ``model`` over the same frozen weights: an arm of its own for no memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def linear_names(model: nn.Module) -> tuple[str, ...]:
+    """What ``model``, a backbone without a head, calls its linear layers."""
+    return tuple(
+        sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    )
+
+
+def query_value_names(model: nn.Module) -> tuple[str, ...]:
+    """What ``model`` calls its query and value projections.
+
+    Raises:
+        ValueError: it has none under a known name.
+    """
+    present = linear_names(model)
+    for names in _QUERY_VALUE:
+        if {*names} <= {*present}:
+            return names
+    known = ", ".join("/".join(names) for names in _QUERY_VALUE)
+    raise ValueError(
+        f"{type(model).__name__} has no nn.Linear layers named {known}; name the layers to adapt with --target-modules "
+        f"(it has {', '.join(present) or 'none'})"
+    )
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Mixed precision as trainers of PEFT models do it: frozen weights and adapters in fp32, autocast around them."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,1 @@
+"""``python -m benchmarks``: LoRA fine-tuning side by side."""

@@ -1,0 +1,143 @@
+"""What one arm's step takes besides time: bytes saved for backward, peak memory, operators or launches.
+
+Run as ``python -m benchmarks.finetuning.footprint '<json>'`` it measures one arm in a process of its own, since peak memory is a
+property of a process, and prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common.data import Batch
+from benchmarks.common.measure import synchronize
+from benchmarks.common.memory import MIB, CountOperators, saved_for_backward, status_mib
+from benchmarks.finetuning.arms import Arm, Recipe, build_arm
+from benchmarks.finetuning.train import PHASES, forward
+
+
+def _phases(arm: Arm, batch: Batch, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    state: dict[str, torch.Tensor] = {}
+
+    def run_forward() -> None:
+        state["loss"] = forward(arm, batch, dtype)[0]
+
+    def run_backward() -> None:
+        state.pop("loss").backward()
+
+    def run_optimizer() -> None:
+        arm.optimizer.step()
+        arm.optimizer.zero_grad(set_to_none=True)
+
+    return dict(zip(PHASES, (run_forward, run_backward, run_optimizer), strict=True))
+
+
+def count_operators(arm: Arm, batch: Batch, dtype: torch.dtype) -> dict[str, int]:
+    """Operators a phase calls, on a CPU."""
+    counts = {}
+    for phase, run in _phases(arm, batch, dtype).items():
+        with CountOperators() as counter:
+            run()
+        counts[phase] = counter.counts.total()
+    return counts
+
+
+def count_launches(arm: Arm, batch: Batch, dtype: torch.dtype) -> dict[str, int]:
+    """Kernels a phase launches, on a GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    counts = {}
+    for phase, run in _phases(arm, batch, dtype).items():
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run()
+            synchronize()
+        events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        counts[phase] = sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
+    return counts
+
+
+def _return_freed_memory() -> None:
+    """Have the C library give back what was freed, or the process would seem to hold it."""
+    # glibc's alone; elsewhere the figure above the idle process is a little low.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_memory(arm: Arm, batch: Batch, dtype: torch.dtype, device: torch.device, steps: int = 2) -> dict[str, Any]:
+    """The peak over whole steps, and how far above what the process holds between steps it is, in MiB."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / MIB
+    else:
+        try:
+            # Linux: makes the high-water mark start from now, and not from loading the model.
+            _return_freed_memory()
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return {"peak_mib": None, "step_mib": None}
+        before = status_mib("VmRSS") or 0.0
+    for _ in range(steps):
+        for run in _phases(arm, batch, dtype).values():
+            run()
+    peak = torch.cuda.max_memory_allocated() / MIB if device.type == "cuda" else status_mib("VmHWM")
+    if peak is None:
+        return {"peak_mib": None, "step_mib": None}
+    return {"peak_mib": round(peak, 1), "step_mib": round(peak - before, 1)}
+
+
+def footprint(arm: Arm, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
+    """All of it, for an arm alone in this process."""
+    device = batch["input_ids"].device
+    arm.model.train()
+    for run in _phases(arm, batch, dtype).values():
+        run()
+    result: dict[str, Any] = peak_memory(arm, batch, dtype, device)
+    owned = [*arm.model.parameters(), *arm.model.buffers(), *batch.values()]
+    result["saved_mib"] = round(saved_for_backward(lambda: forward(arm, batch, dtype)[0], owned) / MIB, 2)
+    count = count_launches if device.type == "cuda" else count_operators
+    result["launches" if device.type == "cuda" else "operators"] = count(arm, batch, dtype)
+    result["tokens"] = batch["input_ids"].numel()
+    return result
+
+
+def measure_in_subprocess(
+    arm: str, model: str, classes: int, recipe: Recipe, batch: Batch, **where: str
+) -> dict[str, Any]:
+    """:func:`footprint` of one arm on one batch, by a new process; ``where`` is its device and dtype."""
+    job = {"arm": arm, "model": model, "classes": classes, "recipe": asdict(recipe), **where}
+    job["batch"] = {name: tensor.tolist() for name, tensor in batch.items()}
+    command = [sys.executable, "-m", "benchmarks.finetuning.footprint"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, cwd=root)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return {"error": lines[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measure the job read from standard input."""
+    from benchmarks.common.models import load_model
+
+    job = json.load(sys.stdin)
+    job["recipe"]["target_modules"] = tuple(job["recipe"]["target_modules"])
+    device = torch.device(job["device"])
+    backbone, _ = load_model(job["model"])
+    arm = build_arm(job["arm"], backbone.to(device), job["classes"], Recipe(**job["recipe"]), device)
+    batch = {name: torch.tensor(values, device=device) for name, values in job["batch"].items()}
+    print(json.dumps(footprint(arm, batch, getattr(torch, job["dtype"]))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Many runs put together: mean and 95% interval over seeds, for each learning rate and arm."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.intervals import interval
+from benchmarks.common.tables import aligned, write_csv, write_text
+from benchmarks.finetuning.result import Result, flat_summary
+
+_METRICS = ("accuracy", "difference", "loss", "train_loss", "shrinks_mean", "a_factor", "step_overhead_percent_median")
+
+
+def sweep_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One record a learning rate and arm. Differences are taken run by run, against PEFT on the same seed."""
+    rows = []
+    for lr in dict.fromkeys(result["recipe"]["lr"] for result in results):
+        runs = [result for result in results if result["recipe"]["lr"] == lr]
+        for name in runs[0]["arms"]:
+            flat = [flat_summary(run, name) for run in runs]
+            row: dict[str, Any] = {"lr": lr, "arm": name, "label": flat[0]["label"], "runs": len(flat)}
+            for metric in _METRICS:
+                values = [record[metric] for record in flat if record[metric] is not None]
+                row[metric], row[f"{metric}_95"] = interval(values) if values else (None, None)
+            rows.append(row)
+    return rows
+
+
+def sweep_table(results: Sequence[Result]) -> str:
+    rows = sweep_rows(results)
+    header = [
+        "lr",
+        "arm",
+        "runs",
+        "accuracy, %",
+        "minus PEFT's",
+        "held-out loss",
+        "shrinking steps",
+        "||A|| left, %",
+        "over frozen, %",
+    ]
+    cells = [header]
+    for row in rows:
+        cells.append(
+            [
+                f"{row['lr']:g}",
+                row["label"],
+                str(row["runs"]),
+                _mean(row, "accuracy", 100),
+                _mean(row, "difference", 100, "+.2f"),
+                _mean(row, "loss", spec=".3f"),
+                _mean(row, "shrinks_mean", spec=".1f"),
+                _mean(row, "a_factor", 100),
+                _mean(row, "step_overhead_percent_median", spec="+.1f"),
+            ]
+        )
+    settings = results[0]["settings"]
+    seeds = sorted({result["settings"]["seed"] for result in results})
+    return "\n".join(
+        [
+            *aligned(cells, left=2),
+            "",
+            f"{settings['model']} on {settings['data']}, {settings['steps']} steps of {settings['batch_size']}, "
+            f"{settings['dtype']}, seeds {', '.join(map(str, seeds))}: means ± half the 95% interval over seeds.",
+            "A difference whose interval holds 0 shows nothing.",
+        ]
+    )
+
+
+def _mean(row: dict[str, Any], metric: str, factor: float = 1, spec: str = ".2f") -> str:
+    value, half = row[metric], row[f"{metric}_95"]
+    if value is None:
+        return "-"
+    text = format(factor * value, spec)
+    return text if math.isnan(half) else f"{text} ± {format(factor * half, spec.lstrip('+'))}"
+
+
+def write_sweep(results: Sequence[Result], directory: Path) -> list[Path]:
+    paths = [directory / "sweep.csv", directory / "sweep.json", directory / "sweep.txt"]
+    rows = sweep_rows(results)
+    write_csv(paths[0], rows)
+    write_text(paths[1], json.dumps({"environment": results[-1]["environment"], "rows": rows}, indent=1) + "\n")
+    write_text(paths[2], sweep_table(results) + "\n")
+    return paths
+
+
+def draw_sweep(results: Sequence[Result], directory: Path) -> list[Path]:
+    """Accuracy minus PEFT's for each shrink ratio, a group a learning rate."""
+    from benchmarks.common.plot_style import STYLE, colors, save
+    from benchmarks.finetuning.plots import plt
+
+    rows = [row for row in sweep_rows(results) if row["difference"] is not None]
+    lrs = list(dict.fromkeys(row["lr"] for row in rows))
+    palette = colors(list(results[0]["arms"]))
+    names = list(dict.fromkeys(row["arm"] for row in rows))
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+        for place, name in enumerate(names):
+            mine = [row for row in rows if row["arm"] == name]
+            x = [lrs.index(row["lr"]) + 0.8 * ((place + 0.5) / len(names) - 0.5) for row in mine]
+            y = [100 * row["difference"] for row in mine]
+            half = [0.0 if math.isnan(row["difference_95"]) else 100 * row["difference_95"] for row in mine]
+            axis.errorbar(x, y, yerr=half, fmt="o", color=palette[name], capsize=3, label=mine[0]["label"])
+        axis.axhline(0, color="black", linewidth=0.9)
+        axis.set_xticks(range(len(lrs)), [f"lr {lr:g}" for lr in lrs])
+        axis.set_xlim(-0.5, len(lrs) - 0.5)
+        axis.margins(y=0.2)
+        axis.set_ylabel("held-out accuracy minus PEFT's, points")
+        axis.set_title("Against vanilla LoRA on the same seeds, mean and 95% interval", fontsize=12, fontweight="bold")
+        axis.legend(ncols=2, fontsize=8)
+        return [save(figure, directory / "sweep.png")]

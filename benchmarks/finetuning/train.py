@@ -1,0 +1,164 @@
+"""Fine-tuning all arms in lockstep: one batch, every arm in turn, each part of its step timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.common.data import Batch
+from benchmarks.common.measure import shuffled, synchronize
+from benchmarks.common.models import autocast
+from benchmarks.finetuning.arms import Arm, Recipe
+
+PHASES = ("forward", "backward", "optimizer")
+NORMS_EVERY = 2
+# L2 penalty on the probe's weights, over standardized features.
+_PROBE_PENALTY = 1e-2
+
+
+@dataclass
+class Series:
+    """What one arm's training left behind, step by step."""
+
+    loss: list[float] = field(default_factory=list)
+    forward_ms: list[float] = field(default_factory=list)
+    backward_ms: list[float] = field(default_factory=list)
+    optimizer_ms: list[float] = field(default_factory=list)
+    # One record each NORMS_EVERY steps: step, a_norm, b_norm, latched.
+    norms: list[dict[str, float]] = field(default_factory=list)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def forward(arm: Arm, batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss and the features under the head."""
+    with autocast(batch["input_ids"].device, dtype):
+        logits, features = arm.model(batch["input_ids"], batch["attention_mask"])
+    return F.cross_entropy(logits, batch["labels"]), features.detach()
+
+
+def rehearse(arms: list[Arm], batches: list[Batch], dtype: torch.dtype) -> float:
+    """Seconds a step takes all arms together, from forward and backward passes that train nothing.
+
+    It also does what is slow only once (choosing kernels, compiling them, filling allocators) before anything is timed.
+    """
+    for arm in arms:
+        arm.model.train()
+    seconds = 0.0
+    for batch in batches:
+        start = time.perf_counter()
+        for arm in arms:
+            forward(arm, batch, dtype)[0].backward()
+            arm.optimizer.zero_grad(set_to_none=True)
+        synchronize()
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def train(
+    arms: list[Arm],
+    batches: Iterator[Batch],
+    recipe: Recipe,
+    dtype: torch.dtype,
+    series: dict[str, Series],
+    features: list[tuple[torch.Tensor, torch.Tensor]],
+    after_step: Callable[[int], bool],
+) -> None:
+    """Take ``recipe.steps`` steps, adding to ``series`` as it goes, so that an interrupt loses one step at most.
+
+    ``after_step`` says whether to go on. ``features`` gets the first arm's features and the labels of every batch, for
+    :func:`probe`.
+    """
+    device = next(arms[0].model.parameters()).device
+    _record_norms(arms, series, 0)
+    for step in range(recipe.steps):
+        batch = to_device(next(batches), device)
+        for arm in shuffled(arms, step):
+            # Where a backbone has dropout of its own, all arms draw the same masks.
+            torch.manual_seed(recipe.seed * 1_000_003 + step)
+            loss, pooled = _timed_step(arm, batch, dtype, series[arm.name])
+            series[arm.name].loss.append(loss)
+            if arm is arms[0]:
+                features.append((pooled, batch["labels"]))
+            arm.scheduler.step()
+        if (step + 1) % NORMS_EVERY == 0 or step + 1 == recipe.steps:
+            _record_norms(arms, series, step + 1)
+        if not after_step(step):
+            break
+
+
+def _timed_step(arm: Arm, batch: Batch, dtype: torch.dtype, series: Series) -> tuple[float, torch.Tensor]:
+    synchronize()
+    start = time.perf_counter()
+    loss, pooled = forward(arm, batch, dtype)
+    synchronize()
+    forward_end = time.perf_counter()
+    loss.backward()
+    synchronize()
+    backward_end = time.perf_counter()
+    arm.optimizer.step()
+    arm.optimizer.zero_grad(set_to_none=True)
+    synchronize()
+    end = time.perf_counter()
+    series.forward_ms.append(1e3 * (forward_end - start))
+    series.backward_ms.append(1e3 * (backward_end - forward_end))
+    series.optimizer_ms.append(1e3 * (end - backward_end))
+    return loss.item(), pooled
+
+
+def _record_norms(arms: list[Arm], series: dict[str, Series], step: int) -> None:
+    for arm in arms:
+        if arm.pairs:
+            series[arm.name].norms.append({"step": step, **arm.norms()})
+
+
+@torch.no_grad()
+def evaluate(
+    arm: Arm, batches: Iterable[Batch], dtype: torch.dtype, after_batch: Callable[[int], None]
+) -> dict[str, torch.Tensor]:
+    """Per held-out example, on the CPU: ``correct``, ``loss``, and the ``features`` and ``labels``."""
+    arm.model.eval()
+    device = next(arm.model.parameters()).device
+    parts: dict[str, list[torch.Tensor]] = {"correct": [], "loss": [], "features": [], "labels": []}
+    for batch in batches:
+        batch = to_device(batch, device)
+        with autocast(device, dtype):
+            logits, features = arm.model(batch["input_ids"], batch["attention_mask"])
+        labels = batch["labels"]
+        parts["correct"].append(logits.argmax(1) == labels)
+        parts["loss"].append(F.cross_entropy(logits, labels, reduction="none"))
+        parts["features"].append(features)
+        parts["labels"].append(labels)
+        after_batch(len(labels))
+    arm.model.train()
+    return {name: torch.cat(values).cpu() for name, values in parts.items()}
+
+
+def probe(
+    train_features: torch.Tensor, train_labels: torch.Tensor, features: torch.Tensor, labels: torch.Tensor, classes: int
+) -> torch.Tensor:
+    """Which examples a logistic regression, fitted to convergence on frozen features, gets right.
+
+    It is the most that the frozen model's features give a linear head with the training examples the arms have seen.
+    """
+    mean, std = train_features.mean(0), train_features.std(0) + 1e-6
+    inputs = ((train_features - mean) / std).double()
+    weight = torch.zeros(classes, inputs.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(inputs, weight, bias), train_labels) + _PROBE_PENALTY * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    with torch.no_grad():
+        return F.linear(((features - mean) / std).double(), weight, bias).argmax(1) == labels

@@ -1,0 +1,131 @@
+"""What the compiler makes of every kernel and config that dispatch can pick, for GPUs that need not be there.
+
+    python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--json FILE] [--csv FILE]
+    python -m benchmarks.lab.compile_report --write     compile all and renew the committed report
+    python -m benchmarks.lab.compile_report --check     compile all, compare with it, and exit with 1 if something got worse
+        --quick: of most GPUs only a sample, and of what has not changed since it was last recorded
+    python -m benchmarks.lab.compile_report --check --quick --record        record what passed as unchanged
+
+The committed report is benchmarks/results/compile_report.csv. Its rows are from one release of Triton, and are compared
+only under that. Columns: registers a thread; spills, bytes of local memory a thread; bytes of shared memory a program and the
+limit; the matrix instructions; the narrowest hot load and store in bits, defined in benchmarks/_machine_code.py; occupancy,
+the share of a processor's warps that are resident. What can't be compiled is listed at the end, and the exit status is 1. A
+row takes about 1.2 s of one core, 0.5 s once Triton has it in its cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import triton
+
+from benchmarks.lab.compile_report import machine_code
+from benchmarks.lab.compile_report.report import (
+    DIGESTS,
+    EVERY,
+    EVERY_KEPT,
+    FULL,
+    REPORT,
+    TRITON,
+    _in_sample,
+    _name,
+    compare,
+    compile_all,
+    jobs,
+    read_csv,
+    read_digests,
+    table,
+    write_csv,
+)
+from stablelora_kernels.dispatch.problem import DEVICES
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.lab.compile_report", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--arch", action="append", choices=DEVICES, help="only this GPU; may be repeated")
+    add("--kernel", default="", metavar="PREFIX", help="only kernels whose names begin so")
+    add(
+        "--quick",
+        action="store_true",
+        help=f"all rows of {FULL}, one in {EVERY_KEPT} where nothing changed, and a fixed one in {EVERY} of the others",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    add("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
+    add(
+        "--write",
+        action="store_true",
+        help=f"write them to {REPORT.relative_to(REPORT.parents[2])}, the committed report",
+    )
+    add(
+        "--check",
+        action="store_true",
+        help="compare them with the committed report; exit with 1 if something got worse",
+    )
+    add(
+        "--record",
+        action="store_true",
+        help=f"with --check, if nothing got worse: note in {DIGESTS.name} what was compiled",
+    )
+    args = parser.parse_args(argv)
+    if args.record and not args.check:
+        parser.error("--record notes what --check has found unchanged; give both")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
+    if args.write and (args.arch or args.kernel or args.quick):
+        parser.error("--write replaces the whole report, so it takes no --arch, --kernel or --quick")
+    if (args.write or args.check) and not triton.__version__.startswith(f"{TRITON}."):
+        parser.error(f"the committed report is from Triton {TRITON}, this is {triton.__version__}")
+    if args.check and not REPORT.exists():
+        parser.error(f"there is no {REPORT}; make it with --write")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for; the exit status."""
+    args = parse(argv)
+    archs = [arch for arch in DEVICES if not args.arch or arch in args.arch]
+    wanted = [(arch, i) for arch in archs for i, job in enumerate(jobs(arch)) if job.label[0].startswith(args.kernel)]
+    labels = [jobs(arch)[i].label for arch, i in wanted]
+    kept = read_digests() if args.quick else {}
+    tasks = [task for task in wanted if not args.quick or _in_sample(*task, kept)]
+    rows, failures = [], []
+    started = time.perf_counter()
+    for number, ((arch, place), result) in enumerate(compile_all(tasks, os.cpu_count() or 1), start=1):
+        if isinstance(result, str):
+            failures.append(f"{' | '.join(jobs(arch)[place].label)}: {result}")
+        else:
+            rows.append(result)
+        if number % 50 == 0 or number == len(tasks):
+            print(f"{number} of {len(tasks)}, {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.csv:
+        write_csv(args.csv, rows)
+    lines = []
+    if args.check:
+        old = [row for row in read_csv(REPORT) if row["arch"] in archs and row["kernel"].startswith(args.kernel)]
+        lines = compare(old, rows, labels)
+    for title, listed in (("Not compiled", failures), ("Worse than the committed report", lines)):
+        if listed:
+            print(f"\n{title}:\n" + "\n".join(listed), file=sys.stderr)
+    if args.record and not failures and not lines:
+        done = {_name(jobs(arch)[place]): machine_code.digest(jobs(arch)[place].launch, arch) for arch, place in tasks}
+        now = {_name(job) for arch in DEVICES for job in jobs(arch)}
+        found = {name: value for name, value in (read_digests() | done).items() if name in now}
+        DIGESTS.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
+    if args.write and not failures:
+        write_csv(REPORT, rows)
+        print(f"wrote {REPORT}", file=sys.stderr)
+    return 1 if failures or lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""The rows of the compile report: compile every launch that dispatch can make, and read the machine code."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.common.tables import RESULTS, aligned
+from benchmarks.lab.compile_report import machine_code
+from benchmarks.lab.compile_report.occupancy import occupancy
+from stablelora_kernels.dispatch.problem import DEVICES
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+REPORT = RESULTS / "compile_report.csv"
+# Rows that were compiled and kept the report, with the digest of what was compiled.
+DIGESTS = REPORT.with_name("compile_report_digests.json")
+# The release that the committed report was made with.
+TRITON = "3.9"
+# --quick compiles all rows of this one, but of those with their recorded digest one in EVERY_KEPT, and one in EVERY of each other
+# GPU, not the same ones of each.
+FULL, EVERY, EVERY_KEPT = "sm_90", 40, 8
+
+Row = dict[str, Any]
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "kernel": str, "variant": str, "arch": str, "dtype": str, "registers": int, "spills": int, "shared_bytes": int,
+    "shared_limit": int, "mma": str, "load_bits": int, "store_bits": int, "occupancy": float,
+}  # fmt: skip
+KEYS = tuple(_TYPES)
+LABEL = KEYS[:4]
+# More registers than this are worse even at the same occupancy: it is the step they are given out in, and compilers' noise.
+REGISTERS = 8
+
+
+class Job(NamedTuple):
+    """A row to be: its first columns, and the launch that it is about."""
+
+    label: tuple[str, str, str, str]
+    launch: Any
+
+
+def kernel_name(launch: Any) -> str:
+    name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+    return "stable_adamw_square_sums" if name == "square_sums" else name
+
+
+def _launches(arch: str) -> Iterator[tuple[str, str, Any]]:
+    """(variant, dtype, launch) of all kernels."""
+    from benchmarks.lab.compile_report.launches import (
+        lora_linear_group_launches,
+        lora_linear_launches,
+        quantized_lora_linear_launches,
+    )
+
+    for make in (lora_linear_launches, lora_linear_group_launches, quantized_lora_linear_launches):
+        made = make(DEVICES[arch])
+        for dtype, launch in made:
+            yield launch.variant, dtype, launch
+    for dtype, launch in _stable_adamw_launches():
+        yield launch.variant, dtype, launch
+
+
+def _stable_adamw_launches() -> Iterator[tuple[str, Any]]:
+    """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain, sharded, with AMP."""
+    from stablelora_kernels.kernels.stable_adamw import step as kernels
+    from stablelora_kernels.kernels.stable_adamw import tables
+    from stablelora_kernels.kernels.stable_adamw.norms import _square_sums_kernel
+    from stablelora_kernels.launch.base import Launch
+    from stablelora_kernels.optim.triton_engine import TritonStep
+
+    int8, int32, int64, floats = (
+        torch.empty(64, dtype=d, device="meta") for d in (torch.int8, torch.int32, torch.int64, torch.float32)
+    )
+    # As the launchers pass them.
+    step = (int64, int64, int32, floats, int64, floats, int8, int32, floats, int32, *[floats] * 3, 64, 64, 1.0)
+    sums = (int64, int64, int32, floats, floats, 64, 64)
+
+    def built(kernel: Any, variant: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+        options = {"num_warps": tables.NUM_WARPS}
+        return Launch(kernel, variant, reason="", grid=(64,), args=args, constants=constants, options=options)
+
+    for kind, dtype in enumerate(tables.KINDS):
+        for wide in (True, False):
+            words = "aligned" if wide else "unaligned"
+            constants = {"VARIANTS": 1 << (2 * kind + wide), "CHUNK": TritonStep.CHUNK}
+            yield DTYPES[dtype], built(_square_sums_kernel, words, sums, constants | {"FLAGS": 0})
+            for amp in (False, True):
+                flags = dict.fromkeys(("HAS_SCALE", "HAS_INF", "CLIP"), amp) | {
+                    "FLAGS": 0,
+                    "GRAD_SUMS": tables.MAX_GRAD_SUMS,
+                }
+                variant = f"{words} amp clip" if amp else words
+                yield DTYPES[dtype], built(kernels._stable_adamw_kernel, variant, step, constants | flags)
+                if wide and not amp:
+                    sharded = constants | flags | {"FLAGS": tables.FLAG_SHARDED | tables.FLAG_CUT}
+                    yield DTYPES[dtype], built(kernels._stable_adamw_kernel, f"{words} sharded", step, sharded)
+
+
+@cache
+def jobs(arch: str) -> tuple[Job, ...]:
+    """One job for each piece of code. Where one variant stands for several, the arguments that tell them apart follow it."""
+    found: dict[tuple[str, str, str], list[tuple[Any, dict[str, str]]]] = defaultdict(list)
+    for variant, dtype, launch in _launches(arch):
+        alike, values = found[kernel_name(launch), variant, dtype], machine_code.values(launch, arch)
+        if values not in (other for _, other in alike):
+            alike.append((launch, values))
+    result = []
+    for (kernel, variant, dtype), alike in found.items():
+        names = {name: None for _, values in alike for name in values}
+        telling = [name for name in names if len({values.get(name) for _, values in alike}) > 1]
+        for launch, values in alike:
+            words = [variant, *(values[name] for name in telling if name in values)]
+            result.append(Job((kernel, " ".join(words), arch, dtype), launch))
+    return tuple(result)
+
+
+def make_row(job: Job) -> Row:
+    """Compile one launch and read what came out."""
+    arch = job.label[2]
+    compiled = machine_code.compile_launch(job.launch, arch)
+    facts, metadata = machine_code.read(compiled), compiled.metadata
+    columns = getattr(metadata, "tmem_size", 0) or 0
+    row = dict(zip(LABEL, job.label, strict=True)) | facts
+    row["shared_bytes"], row["shared_limit"] = metadata.shared, DEVICES[arch].shared_limit
+    row["occupancy"] = occupancy(arch, facts["registers"], metadata.shared, metadata.num_warps, columns)
+    return {key: row[key] for key in KEYS}
+
+
+def _work(arch: str, place: int) -> Row | str:
+    """In another process, which enumerates for itself: a launch can't be sent. A problem comes back in words."""
+    try:
+        return make_row(jobs(arch)[place])
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        text = str(getattr(cause, "error_message", None) or cause).strip() or "no message"
+        return f"{type(cause).__name__}: {text.splitlines()[-1]}"[:300]
+
+
+def _silence() -> None:
+    """Triton prints a failing kernel, thousands of lines, from C++ too."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+
+
+def compile_all(tasks: Sequence[tuple[str, int]], workers: int) -> Iterator[tuple[tuple[str, int], Row | str]]:
+    """(task, row or problem) as they are done; a compiler that crashes loses its own row only."""
+    left, now = list(tasks), workers
+    while left:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(now, context, _silence) as pool:
+            futures = [pool.submit(_work, *task) for task in left]
+            done = 0
+            try:
+                for task, future in zip(left, futures, strict=True):
+                    yield task, future.result()
+                    done += 1
+            except BrokenProcessPool:
+                # A lone worker takes tasks in order, so it is known which one it died of.
+                if now == 1:
+                    yield left[done], "the compiler crashed"
+                    done += 1
+                now = 1 if now > 1 else workers
+        left = left[done:]
+
+
+def worse(old: Row, new: Row) -> list[str]:
+    """What is worse in ``new``, a row that was ``old``, in words."""
+    found = [
+        f"{key} {old[key]} -> {new[key]}"
+        for key, bad in (
+            ("registers", new["registers"] > old["registers"] + REGISTERS),
+            ("spills", new["spills"] > old["spills"]),
+            ("mma", not set(old["mma"].split()) <= set(new["mma"].split())),
+            ("load_bits", new["load_bits"] < old["load_bits"]),
+            ("store_bits", new["store_bits"] < old["store_bits"]),
+            ("occupancy", new["occupancy"] < old["occupancy"]),
+        )
+        if bad
+    ]
+    if new["shared_bytes"] > new["shared_limit"]:
+        found.append(f"shared_bytes {new['shared_bytes']} > {new['shared_limit']}")
+    return found
+
+
+def label_of(row: Row) -> tuple[str, ...]:
+    return tuple(row[key] for key in LABEL)
+
+
+def compare(old: Sequence[Row], new: Sequence[Row], labels: Sequence[tuple[str, ...]]) -> list[str]:
+    """A line for each row of ``new`` that is worse than in ``old``, and for each of ``labels`` that one side lacks.
+
+    ``labels`` are all that there are now, of which ``new`` may be some.
+    """
+    before, now = {label_of(row): row for row in old}, set(labels)
+    lines = [f"{' | '.join(label)}: vanished" for label in before if label not in now]
+    lines += [f"{' | '.join(label)}: not in the committed report" for label in labels if label not in before]
+    for row in new:
+        label = label_of(row)
+        if label in before and (problems := worse(before[label], row)):
+            lines.append(f"{' | '.join(label)}: {', '.join(problems)}")
+    return lines
+
+
+def read_csv(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: _TYPES[key](value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, KEYS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(rows: Sequence[Row]) -> str:
+    return "\n".join(aligned([list(KEYS), *([str(row[key]) for key in KEYS] for row in rows)], left=len(LABEL)))
+
+
+def read_digests() -> dict[str, str]:
+    return json.loads(DIGESTS.read_text(encoding="utf-8")) if DIGESTS.exists() else {}
+
+
+def _name(job: Job) -> str:
+    return " | ".join(job.label)
+
+
+def _in_sample(arch: str, place: int, kept: dict[str, str]) -> bool:
+    if arch != FULL:
+        return (place + 5 * list(DEVICES).index(arch)) % EVERY == 0
+    job = jobs(arch)[place]
+    return place % EVERY_KEPT == 0 or kept.get(_name(job)) != machine_code.digest(job.launch, arch)

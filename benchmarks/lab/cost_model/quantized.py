@@ -1,0 +1,172 @@
+"""Predicted times of a LoRA layer on a weight in 4 or 8 bits: dequantized in the product's loop, or first. Nothing is measured.
+
+    python -m benchmarks.lab.cost_model.quantized [--gpu h100] [--count]
+
+As ``benchmarks.lab.cost_model``, with one more ceiling: a weight's element takes so many instructions each time that it is
+dequantized, and so many of them go to memory, which takes a quarter as many a clock. Both are counted in sm_90's machine code,
+in which ``--count`` counts them anew. Whether they run beside the matrix instructions or take turns with them only a GPU can tell, so
+both are given. Values of a code are taken to be found in the first cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.common.tables import aligned
+from benchmarks.lab.cost_model import predict
+from benchmarks.lab.cost_model.predict import Gpu
+from benchmarks.lab.cost_model.rivals import Shape
+from benchmarks.lab.traffic.counter import formula_by_tensor, total
+from stablelora_kernels.dispatch.problem import DEVICES, Call
+from stablelora_kernels.dispatch.rules import Choice, choose_quantized
+from stablelora_kernels.launch.dry_run import quantized_launches
+
+KINDS = ("nf4", "fp8")
+DIRECTIONS = ("forward", "backward")
+ROWS = (1, 16, 64, 128, 192, 256, 320, 384, 512, 1024, 2048, 8192)
+SIZES = ((4096, 4096), (14336, 4096))
+# Instructions for an element of W, and those of them to memory, by what computes it and the rows of its tile.
+COUNTS: dict[str, tuple[float, float]] = {
+    "y nf4 16": (13.8, 3.0),
+    "dx nf4 16": (14.9, 4.0),
+    "y nf4 64": (17.4, 5.3),
+    "dx nf4 64": (9.9, 1.7),
+    "y nf4 128": (13.4, 2.8),
+    "dx nf4 128": (18.7, 6.5),
+    "dequantize nf4": (14.0, 1.8),
+    "y fp8 16": (15.2, 0.5),
+    "dx fp8 16": (16.7, 1.6),
+    "y fp8 64": (14.6, 0.4),
+    "dx fp8 64": (15.2, 0.5),
+    "y fp8 128": (16.1, 0.6),
+    "dx fp8 128": (16.9, 0.7),
+    "dequantize fp8": (17.3, 0.6),
+}
+
+
+def name_of(launch: Any) -> str | None:
+    """The key in COUNTS of a launch that dequantizes."""
+    c = launch.constants if hasattr(launch, "kernel") else {}
+    if "NF4" not in c:
+        return None
+    kind = "nf4" if c["NF4"] else "fp8"
+    return f"{'dx' if c['TRANS_W'] else 'y'} {kind} {c['BLOCK_M']}" if "TRANS_W" in c else f"dequantize {kind}"
+
+
+def counts() -> dict[str, tuple[float, float]]:
+    """COUNTS, by compiling."""
+    from benchmarks.lab.compile_report.machine_code import compile_launch, cuobjdump, sass_counts
+
+    found: dict[str, tuple[float, float]] = {}
+    for kind in KINDS:
+        for m, kernel in ((16, "in_loop"), (64, "in_loop"), (256, "in_loop"), (256, "dequantize")):
+            call = DEVICES["sm_90"], m, 4096, 4096, 16, torch.bfloat16, torch.float32, 0.0, kind
+            for launches in quantized_launches(*call, Choice(kernel, "")):
+                for launch in launches:
+                    name = name_of(launch)
+                    if name is not None and name not in found:
+                        elements = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"]
+                        elements /= 32 * launch.options["num_warps"]
+                        one = sass_counts(cuobjdump(compile_launch(launch, "sm_90").asm["cubin"]))
+                        found[name] = (round(one[0] / elements, 1), round(one[1] / elements, 1))
+    return found
+
+
+def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
+    """One launch, the one that dequantizes with its instructions beside its products, or before them."""
+    name = name_of(launch)
+    if name is None:
+        return predict.launch_seconds(gpu, launch)
+    v = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
+    found = formula_by_tensor(launch)
+    moved = total(traffic for tensor, traffic in found.items() if tensor not in ("code", "nested_code"))
+    product = not name.startswith("dequantize")
+    times = -(-v["M"] // v["BLOCK_M"]) if product else 1
+    instructions, to_memory = COUNTS[name]
+    values = v["N"] * v["K"] * times * max(instructions, 4 * to_memory) / gpu.issue_rate
+    products = predict.matrix_operations(launch, gpu) / gpu.matrix_rate["bf16"] if product else 0.0
+    gap = 0.0 if launch.options.get("launch_pdl") else gpu.launch
+    return gap + max(
+        moved.unique / gpu.bandwidth,
+        moved.issued / gpu.l2_bandwidth,
+        max(values, products) if overlap else values + products,
+    )
+
+
+def seconds(gpu: Gpu, s: Shape, kind: str, kernel: str | None = None, overlap: bool = True) -> tuple[float, float]:
+    """Forward and backward by ``kernel``, "in_loop" or "dequantize", or by dispatch's choice."""
+    choice = None if kernel is None else Choice(kernel, "")
+    bf16, p = torch.bfloat16, 0.1 if s.dropout else 0.0
+    made = quantized_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, bf16, bf16, p, kind, choice)
+    first, second = (sum(launch_seconds(gpu, launch, overlap) for launch in launches) for launches in made)
+    return first, second
+
+
+def chosen(gpu: Gpu, s: Shape, kind: str, direction: str) -> str:
+    """What dispatch takes."""
+    sizes = (s.n, s.k) if direction == "forward" else (s.k, s.n)
+    call = Call(direction, s.m, *sizes, s.r, torch.bfloat16, torch.bfloat16, s.dropout)
+    return choose_quantized(DEVICES[gpu.arch], call, 4 if kind == "nf4" else 8).kernel
+
+
+def table(gpu: Gpu, n: int, k: int, kind: str) -> list[str]:
+    """Microseconds of forward and of backward, and what dispatch takes."""
+    ways = ("plain W", "in loop", "in turns", "first", "taken")
+    cells = [["M", *(f"{direction}: {ways[0]}" if way is ways[0] else way for direction in DIRECTIONS for way in ways)]]
+    for m in ROWS:
+        s, row = Shape(m, n, k, 16, False), [f"{m}"]
+        for place, direction in enumerate(DIRECTIONS):
+            times = [predict.ours(gpu, s), *(seconds(gpu, s, kind, "in_loop", overlap) for overlap in (True, False))]
+            times.append(seconds(gpu, s, kind, "dequantize"))
+            row += [*(f"{1e6 * time[place]:.1f}" for time in times), chosen(gpu, s, kind, direction)]
+        cells.append(row)
+    return aligned(cells, left=0)
+
+
+def crossover(gpu: Gpu, n: int, k: int, kind: str, direction: str, overlap: bool) -> int:
+    """The fewest rows, in steps of 32, that are predicted to be faster dequantized first."""
+    place = DIRECTIONS.index(direction)
+    for m in range(32, 2049, 32):
+        s = Shape(m, n, k, 16, False)
+        if seconds(gpu, s, kind, "dequantize")[place] < seconds(gpu, s, kind, "in_loop", overlap)[place]:
+            return m
+    raise ValueError(f"no crossover up to 2048 rows for {n} x {k}, {kind}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lab.cost_model.quantized",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--gpu", default="h100", help="a file's name in benchmarks/lab/cost_model/gpus (default: %(default)s)"
+    )
+    parser.add_argument("--count", action="store_true", help="count the instructions anew and print them, nothing else")
+    options = parser.parse_args(arguments)
+    if options.count:
+        for name, (instructions, to_memory) in counts().items():
+            print(f'    "{name}": ({instructions}, {to_memory}),')
+        return
+    gpu = predict.load_gpu(options.gpu)
+    print(f"All times are PREDICTED for an {gpu.name} in bf16, r 16, us; none is measured.")
+    for kind in KINDS:
+        for n, k in SIZES:
+            print(
+                f'\n{kind}, N {n}, K {k}; "in turns": dequantizing and products take turns',
+                *table(gpu, n, k, kind),
+                sep="\n",
+            )
+            for direction in DIRECTIONS:
+                found = [crossover(gpu, n, k, kind, direction, overlap) for overlap in (True, False)]
+                print(
+                    f"{direction}: dequantized first is faster from {found[0]} rows, from {found[1]} if they take turns"
+                )
+
+
+if __name__ == "__main__":
+    main()

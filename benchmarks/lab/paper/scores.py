@@ -1,0 +1,197 @@
+"""What the records of ``benchmarks.lab.paper``'s runs say: scores, choices, and differences seed by seed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from benchmarks.common.intervals import interval
+from benchmarks.lab.paper.training import ADAMW, OPTIMIZERS, Run, arm_of
+
+Records = Sequence[dict[str, Any]]
+# So many seeds of everything choose what gets more.
+SCREENING = 2
+COSTS = ("optimizer_ms", "seconds", "state_bytes")
+# A score below this says that training has broken: an accuracy that one class alone gives (42 to 50 %), or hardly more; of the
+# plays a loss above SmolLM2's before any training (``--preset untrained``).
+FALLEN = {"sarcasm": 0.6, "reuters-52": 0.5, "plays": -4.086}
+# What the fields that ablations change are by default.
+PLAIN = {"r": 8, "targets": "query-value", "stop_condition": "norm", "adapters": "fp32", "rounding": "stochastic"}
+
+
+def run_of(record: dict[str, Any]) -> Run:
+    return Run(**record["run"])
+
+
+class Setting(NamedTuple):
+    """What runs have in common that are compared with each other."""
+
+    model: str
+    task: str
+    dtype: str
+    steps: int
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.model} on {self.task}, {self.dtype}, {self.steps} step{'s' * (self.steps > 1)}, batch {self.batch_size}"
+
+
+def setting_of(record: dict[str, Any]) -> Setting:
+    return Setting(*(record["run"][name] for name in Setting._fields))
+
+
+def settings(records: Records) -> list[Setting]:
+    return sorted(set(map(setting_of, records)))
+
+
+def plain(records: Records, setting: Setting) -> list[dict[str, Any]]:
+    """The runs of a setting that no ablation has changed."""
+    return [
+        record
+        for record in records
+        if setting_of(record) == setting and all(record["run"][name] == value for name, value in PLAIN.items())
+    ]
+
+
+def score(record: dict[str, Any], split: str) -> float:
+    """Accuracy; of language modeling, the loss turned around, so that more is better. A run that diverged has the worst."""
+    found = record[split]
+    if found is None:
+        return 0.0 if record["run"]["task"] != "plays" else -20.0
+    return found["accuracy"] if found["accuracy"] is not None else -found["loss"]
+
+
+def best(records: Records) -> dict[str, tuple[float, float]]:
+    """For each optimizer the learning rate and shrink ratio that are best on validation examples, over the first seeds; none
+    before its screening is whole."""
+    groups: dict[tuple[str, float, float], list[float]] = defaultdict(list)
+    for record in records:
+        run = run_of(record)
+        if run.seed < SCREENING:
+            groups[run.optimizer, run.lr, run.shrink_ratio].append(score(record, "validation"))
+    found: dict[str, tuple[float, float]] = {}
+    for name in OPTIMIZERS:
+        mine = {key[1:]: values for key, values in groups.items() if key[0] == name}
+        # Half-way through a screening the rates that already have their seeds are not to be chosen among.
+        if mine and all(len(values) == SCREENING for values in mine.values()):
+            found[name] = max(mine, key=lambda key: statistics.fmean(mine[key]))
+    return found
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+    """The exact two-sided p of a mean as large, were every difference as likely of either sign."""
+    size = abs(sum(differences))
+    signs = product((1, -1), repeat=len(differences))
+    return statistics.fmean(
+        abs(sum(s * d for s, d in zip(row, differences, strict=True))) >= size - 1e-12 for row in signs
+    )
+
+
+def fisher(some: int, of: int, others: int, of_others: int) -> float:
+    """Fisher's exact two-sided p of two counts as far apart, were the chance the same."""
+    total, hits = of + of_others, some + others
+    ways = [
+        math.comb(of, k) * math.comb(of_others, hits - k) for k in range(max(0, hits - of_others), min(of, hits) + 1)
+    ]
+    mine = math.comb(of, some) * math.comb(of_others, others)
+    return sum(way for way in ways if way <= mine) / math.comb(total, hits)
+
+
+def means(records: Iterable[dict[str, Any]], *keys: str) -> dict[str, float | None]:
+    """Over the records that have it; None where none has."""
+    values = {key: [record[key] for record in records if key in record] for key in keys}
+    return {key: statistics.fmean(found) if found else None for key, found in values.items()}
+
+
+def headline(records: Records) -> list[dict[str, Any]]:
+    """Each optimizer at its best, and its difference from AdamW at AdamW's best, seed by seed. Nothing of a single rate: none was
+    chosen."""
+    if len({record["run"]["lr"] for record in records}) < 2:
+        return []
+    chosen = best(records)
+    scores = {
+        name: {
+            run_of(r).seed: r
+            for r in records
+            if (run_of(r).optimizer, run_of(r).lr, run_of(r).shrink_ratio) == (name, *key)
+        }
+        for name, key in chosen.items()
+    }
+    rows = []
+    for name, (lr, ratio) in chosen.items():
+        mine = scores[name]
+        mean, half = interval([score(r, "test") for r in mine.values()])
+        row: dict[str, Any] = {
+            "optimizer": name,
+            "arm": arm_of(name, ratio),
+            "lr": lr,
+            "shrink_ratio": ratio,
+            "seeds": len(mine),
+            "test": mean,
+            "test_95": half,
+        }
+        shared = [seed for seed in mine if seed in scores.get(ADAMW, {})]
+        if name != ADAMW and len(shared) > 1:
+            differences = [score(mine[seed], "test") - score(scores[ADAMW][seed], "test") for seed in shared]
+            row["difference"], row["difference_95"] = interval(differences)
+            row["pairs"], row["p"] = len(shared), sign_flip(differences)
+        row |= means(mine.values(), "shrinks", "a_left", "a_over_start", "b_norm", *COSTS)
+        rows.append(row)
+    return rows
+
+
+def rates(records: Records) -> list[dict[str, Any]]:
+    """Validation and test score of every arm and learning rate."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        groups[run_of(record).arm, run_of(record).lr].append(record)
+    rows = []
+    for (arm, lr), mine in sorted(groups.items()):
+        row: dict[str, Any] = {"arm": arm, "lr": lr, "seeds": len(mine), "diverged": sum(r["diverged"] for r in mine)}
+        for split in ("validation", "test"):
+            row[split], row[f"{split}_95"] = interval([score(r, split) for r in mine])
+        rows.append(row | means(mine, "shrinks", "latched", "a_left", "a_over_start"))
+    return rows
+
+
+def seeds(records: Records) -> str:
+    """How many the arms and learning rates have, as ``"2 to 10 seeds"``."""
+    counts = [row["seeds"] for row in rates(records)]
+    few, many = min(counts), max(counts)
+    return f"{few if few == many else f'{few} to {many}'} seed{'s' if many > 1 else ''}"
+
+
+def same_rate(records: Records) -> list[dict[str, Any]]:
+    """Every arm minus AdamW at the same learning rate, seed by seed."""
+    scores: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
+    for record in records:
+        run = run_of(record)
+        scores[run.arm, run.lr][run.seed] = score(record, "test")
+    rows = []
+    for (arm, lr), mine in sorted(scores.items()):
+        base = scores.get((ADAMW, lr), {})
+        shared = [seed for seed in mine if seed in base]
+        if arm != ADAMW and shared:
+            difference, half = interval([mine[seed] - base[seed] for seed in shared])
+            rows.append({"arm": arm, "lr": lr, "seeds": len(shared), "difference": difference, "difference_95": half})
+    return rows
+
+
+def fallen(records: Records) -> set[tuple[str, float]]:
+    """The arms and learning rates at which a run broke. Below an arm's best rate, as few right answers are not learned yet; at
+    a rate of zero nothing is."""
+    highest: dict[str, float] = {}
+    best_lr: dict[str, float] = {}
+    for row in rates(records):
+        if row["validation"] > highest.get(row["arm"], -math.inf):
+            highest[row["arm"]], best_lr[row["arm"]] = row["validation"], row["lr"]
+    runs = [(run_of(record), score(record, "test")) for record in records]
+    return {
+        (run.arm, run.lr)
+        for run, value in runs
+        if value < FALLEN.get(run.task, -math.inf) and run.lr >= best_lr[run.arm] and run.lr > 0
+    }

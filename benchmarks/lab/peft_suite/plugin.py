@@ -1,0 +1,83 @@
+"""What ``benchmarks.lab.peft_suite`` adds to a run of PEFT's own tests: acceleration from the harness, and a record of outcomes.
+
+It is pytest's plugin in that process alone (``-p benchmarks.lab.peft_suite.plugin``) and is told what to do by the environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+OUTCOMES, ACCELERATE = "STABLELORA_SUITE_OUTCOMES", "STABLELORA_SUITE_ACCELERATE"
+_outcomes: dict[str, str] = {}
+_counts: Counter[str] = Counter()
+
+
+class _Always(dict[str, int]):
+    """PEFT's record of the models that were downloaded before: all of them, so that no test goes to the hub."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def pytest_configure() -> None:
+    if os.environ.get(ACCELERATE) == "1":
+        _accelerate_every_model()
+
+
+def _accelerate_every_model() -> None:
+    """After PEFT has put an adapter into a model, whichever way, ``accelerate_peft`` is called on that model."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTuner
+
+    import stablelora_kernels as slk
+    from stablelora_kernels.integrations import peft_layers
+
+    inject_adapter = BaseTuner.inject_adapter
+
+    @functools.wraps(inject_adapter)
+    def injected_and_accelerated(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = inject_adapter(self, model, *args, **kwargs)
+        if any(isinstance(module, LoraLayer) for module in model.modules()):
+            _counts["accelerated rows of reports"] += len(slk.accelerate_peft(model).replaced)
+        return result
+
+    BaseTuner.inject_adapter = injected_and_accelerated
+    for name in ("lora_linear", "lora_branch"):
+        setattr(peft_layers, name, _counted(name, getattr(peft_layers, name)))
+
+
+def _counted(name: str, op: Any) -> Any:
+    # With its name: these models are pickled.
+    @functools.wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _counts[f"calls of {name}"] += 1
+        return op(*args, **kwargs)
+
+    return call
+
+
+def pytest_collection_finish() -> None:
+    if (utilities := sys.modules.get("tests.testing_utils")) is not None:
+        utilities._HUB_MODEL_ACCESSES = _Always()
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        outcome = report.outcome if report.when == "call" or report.outcome == "skipped" else "error"
+        if hasattr(report, "wasxfail"):
+            outcome = f"x{outcome}"
+        _outcomes[report.nodeid] = outcome
+
+
+def pytest_sessionfinish() -> None:
+    content = {"outcomes": _outcomes, "counts": _counts}
+    Path(os.environ[OUTCOMES]).write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,100 @@
+"""How many bytes the kernels move and how often they are launched: counted, by formula, and against the least possible.
+
+    python -m benchmarks.lab.traffic [--csv FILE] [--device sm_90]
+
+Three tables. At small shapes, one case for each regime, every load and store is counted in Triton's interpreter, launch by
+launch, beside the formula of ``_traffic_formula``. At real shapes the formula alone. The optimizer's steady step is counted.
+All go to a CSV file, a row a launch or a case (kernel "all"), whose ``source`` is "counted" or "formula".
+
+What a figure means:
+
+- *Issued* are the bytes that programs ask for. *Unique* are those that a launch touches, each once: what memory must deliver
+  if a cache holds all else during a launch, and nothing from one launch to the next. Real traffic is in between.
+- *Floor* is the least for the operation as a whole: operands read once in forward and once in backward, results written once.
+- *Passes* over an activation beyond the frozen layer = (unique bytes of all launches of forward and backward, less those of the
+  frozen layer's forward, which reads X, W and bias and writes Y, and backward, which reads dY and W and writes dX) / (bytes
+  of X, which is [M, K]). All tensors count, also A, B, S, dS, dA, dB, seeds and the sums that programs share.
+- *X, Y passes* = the same with X, Y, dY and dX alone in both terms of the difference.
+
+The product of the vendor's library can't be looked into; it counts as reading X, W and bias once and writing Y once. Not in the
+list is the launch that draws dropout's seed, of 8 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.lab.traffic.report import (
+    REAL,
+    REAL_QUANTIZED,
+    RESULT,
+    SETS,
+    SMALL,
+    SMALL_QUANTIZED,
+    Case,
+    Row,
+    _counted_table,
+    _formula_table,
+    _optimizer_table,
+    case_rows,
+    checks,
+    group_rows,
+    optimizer_rows,
+)
+from stablelora_kernels.dispatch.problem import DEVICES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lab.traffic", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--csv", type=Path, default=RESULT, help=f"where to write all rows (default: {RESULT})")
+    parser.add_argument("--device", choices=sorted(DEVICES), default="sm_90", help="the GPU whose launches are made")
+    arguments = parser.parse_args(argv)
+    from stablelora_kernels.dispatch import backend
+
+    if not backend.INTERPRETING:
+        # Triton reads it as it is imported.
+        given = sys.argv[1:] if argv is None else list(argv)
+        sys.stdout.flush()
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "benchmarks.lab.traffic", *given],
+            {**os.environ, "TRITON_INTERPRET": "1"},
+        )
+    from benchmarks.common.tables import write_csv
+
+    device = DEVICES[arguments.device]
+
+    def rows(cases: Sequence[Case], count: bool = False) -> list[Row]:
+        return [row for case in cases for row in case_rows(device, case, count)]
+
+    counted, formula, real = rows(SMALL, count=True), rows(SMALL), rows(REAL)
+    counted_quantized, formula_quantized = rows(SMALL_QUANTIZED, count=True), rows(SMALL_QUANTIZED)
+    real_quantized = rows(REAL_QUANTIZED)
+    optimizer = [row for tensors in SETS for row in optimizer_rows(tensors)]
+    cases = [row for row in (*real, *real_quantized) if row["kernel"] == "all"]
+    print(
+        f"Counted in the interpreter, launches as on {device.arch}, bytes:",
+        *_counted_table([*counted, *counted_quantized], [*formula, *formula_quantized]),
+        sep="\n",
+    )
+    print(f"\nBy formula, forward and backward, launches as on {device.arch}:", *_formula_table(cases), sep="\n")
+    shared, shared_table = group_rows(device)
+    print("\nProjections of one X, one by one -> together, by formula:", *shared_table, sep="\n")
+    print("\nThe optimizer's step, bytes:", *_optimizer_table(optimizer), sep="\n")
+    print("", *checks(optimizer, cases), sep="\n")
+    # What the vendor's product moves was not counted.
+    counted = [row for row in counted if row["kernel"] != "vendor"]
+    quantized = [*counted_quantized, *formula_quantized, *real_quantized]
+    write_csv(arguments.csv, [*counted, *formula, *real, *quantized, *shared, *optimizer])
+    print(f"All rows are in {arguments.csv}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""``pytest benchmarks``: the one way to measure a layer, an optimizer step, a training step and adapter files."""

@@ -1,0 +1,117 @@
+"""A whole training step of a small Llama: forward with its loss, backward, optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import stablelora_kernels as slk
+from benchmarks.common import optimizers
+from benchmarks.conftest import Entry
+from benchmarks.finetuning.arms import let_gradients_reach
+from benchmarks.suite.layers import (
+    ACCELERATED,
+    AUTOCAST,
+    DTYPE_NAMES,
+    PEFT,
+    PEFT_COMPILED,
+    autocast,
+    compiled,
+    stored_dtype,
+)
+from benchmarks.suite.llama import TARGETS, Sizes, fill, llama, our_model, peft_model
+from benchmarks.suite.rivals import Case, Parts
+
+FROZEN, OURS, OURS_COMPILED, OURS_FUSED = "frozen", "ours", "ours compiled", "ours, projections fused"
+
+
+@dataclass(frozen=True)
+class TrainingCase(Case):
+    base: ClassVar[str] = FROZEN
+    rival: ClassVar[str] = PEFT
+    ours: ClassVar[tuple[str, ...]] = (OURS, OURS_FUSED, OURS_COMPILED, ACCELERATED)
+    arms: ClassVar[tuple[str, ...]] = (FROZEN, PEFT, PEFT_COMPILED, *ours)
+    phases: ClassVar[dict[str, tuple[str, ...]]] = {"step": ("forward", "backward", "optimizer")}
+
+    sizes: Sizes
+    batch: int
+    length: int
+    r: int
+    dtype: str
+    device: torch.device
+    _shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"training {self.sizes} batch {self.batch}x{self.length} r{self.r} {self.dtype}"
+
+    def facts(self) -> dict[str, Any]:
+        shape = {**self.sizes._asdict(), "batch": self.batch, "length": self.length, "r": self.r}
+        return {"shape": shape, "dtype": self.dtype, "device": str(self.device), "targets": TARGETS}
+
+    def open(self) -> None:
+        torch._dynamo.reset()
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.sizes.vocabulary, (self.batch, self.length), generator=generator)
+        self._shared["ids"] = ids.to(self.device)
+
+    def close(self) -> None:
+        self._shared.clear()
+
+    def build(self, arm: str) -> Parts:
+        model = llama(self.sizes, self.device, stored_dtype(self.dtype))
+        optimizer: Any = None
+        if arm == FROZEN:
+            let_gradients_reach(model, TARGETS)
+        else:
+            model = self._adapted(arm, model)
+            fill(model)
+            ours = arm in self.ours
+            name = optimizers.OURS if ours else optimizers.ADAMW_FUSED
+            optimizer = optimizers.build(name, slk.lora_pairs(model), lr=1e-5)
+        return self._parts(
+            compiled(model) if arm in (PEFT_COMPILED, OURS_COMPILED) else model, model.train(), optimizer
+        )
+
+    def _adapted(self, arm: str, model: nn.Module) -> nn.Module:
+        if arm in (OURS, OURS_COMPILED, OURS_FUSED):
+            return our_model(model, self.r, fuse_projections=arm == OURS_FUSED)
+        model = peft_model(model, self.r)
+        if arm == ACCELERATED:
+            slk.accelerate_peft(model, strict=True)
+        return model
+
+    def _parts(self, call: Any, model: nn.Module, optimizer: Any) -> Parts:
+        ids, loss = self._shared["ids"], []
+        trained = [p for p in model.parameters() if p.requires_grad]
+
+        def prepare() -> None:
+            loss.clear()
+            for parameter in trained:
+                parameter.grad = None
+
+        def forward() -> None:
+            with autocast(self.device, self.dtype):
+                logits = call(ids).logits
+            loss.append(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
+
+        step = optimizer.step if optimizer else lambda: None
+        return {"prepare": prepare, "forward": forward, "backward": lambda: loss[0].backward(), "optimizer": step}
+
+
+def cases(suite: str, device: torch.device) -> list[TrainingCase]:
+    if suite == "tiny":
+        return [TrainingCase(Sizes(1, 32, 64), 2, 8, 2, "fp32", device)]
+    quick = [TrainingCase(Sizes(2, 512), 4, 128, 8, dtype, device) for dtype in ("fp32", AUTOCAST)]
+    if suite == "quick":
+        return quick
+    full = [TrainingCase(Sizes(4, 768), 4, 128, r, dtype, device) for r in (8, 64) for dtype in DTYPE_NAMES]
+    return quick + full
+
+
+def test_training(entry: Entry, benchmark: pytest.FixtureRequest) -> None:
+    entry.record(benchmark)

@@ -1,0 +1,411 @@
+"""Reading machine code, on small texts; what the committed report promises; and that today's kernels keep it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.lab.compile_report import __main__
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+import triton
+
+from benchmarks.lab.compile_report import report
+from benchmarks.lab.compile_report.assembly import GCN_THREAD, PTX_THREAD, parse_gcn, parse_ptx
+from benchmarks.lab.compile_report.machine_code import gcn_resources, hot_bits, loops, products, sass_resources, varying
+from benchmarks.lab.compile_report.occupancy import occupancy
+from stablelora_kernels.dispatch.problem import DEVICES
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# %rd2 differs between threads, %rd1 does not. {inside} is in the loop of the products.
+PTX = """
+	ld.param.b64 	%rd1, [kernel_param_0];
+	ld.global.b64 	%rd9, [%rd1];
+	mov.u32 	%r1, %tid.x;
+	mad.wide.u32 	%rd2, %r1, 16, %rd1;
+{before}
+$L__BB0_1:                              // =>This Inner Loop Header: Depth=1
+	// begin inline asm
+	wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{%r20,%r21}}, %rd5, %rd6, %p1, 1, 1, 0, 0;
+	// end inline asm
+	cp.async.cg.shared.global [ %r5 + 0 ], [ %rd2 + 0 ], 0x10, %r6;
+{inside}
+	setp.lt.s32 	%p2, %r7, 64;
+	@%p2 bra 	$L__BB0_1;
+	@%p3 st.global.v4.b32 [ %rd2 + 0 ], {{ %r10, %r11, %r12, %r13 }};
+	st.global.b32 	[%rd1], %r10;
+	ret;
+"""
+NARROW = "	ld.global.b16 	%rs1, [%rd2+8];"
+WIDE = "	@%p4 ld.global.v4.b32 	{%r30, %r31, %r32, %r33}, [%rd2+64];"
+TMA = "	@%p5 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r8], [%rd7, {%r3, %r4}], [%r9];"
+SASS = """
+ Function _kernel:
+  REG:168 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:648 TEXTURE:0 SURFACE:0 SAMPLER:0
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                  /* 0x00000a00ff017b82 */
+        /*27e0*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR20], R24 ;
+        /*2990*/                   HGMMA.64x16x16.F32.BF16 R152, gdesc[UR20], R152, gsb0 ;
+        /*29f0*/                   FFMA R3, R4, R5, R6 ;
+"""
+GCN = """
+_kernel:
+	s_load_dwordx4 s[4:7], s[0:1], 0x0
+	v_lshlrev_b32_e32 v1, 4, v0
+	v_mov_b32_e32 v0, 0
+	global_load_dword v2, v0, s[6:7]
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+	buffer_load_dwordx4 v[4:7], v1, s[4:7], 0 offen
+	v_mfma_f32_32x32x8_bf16 v[16:31], v[4:5], v[6:7], v[16:31]
+	s_cbranch_scc1 .LBB0_1
+	buffer_store_dwordx2 v[16:17], v1, s[8:11], 0 offen
+	global_store_short v0, v2, s[6:7]
+	s_endpgm
+    .private_segment_fixed_size: 24
+    .vgpr_count:     152
+"""
+
+
+def ptx_bits(before: str = "", inside: str = "") -> tuple[int, int]:
+    code = parse_ptx(PTX.format(before=before, inside=inside))
+    return hot_bits(code, PTX_THREAD, products("HGMMA.64x64x16.F32.BF16", code)[1])
+
+
+def test_the_narrowest_hot_access() -> None:
+    assert ptx_bits() == (128, 128)
+    assert ptx_bits(inside=NARROW) == (16, 128)
+    # Before the loop, or the same address for all threads, or a small share of the bytes.
+    assert ptx_bits(before=NARROW) == (128, 128)
+    assert ptx_bits(inside="	ld.global.b16 	%rs1, [%rd1];") == (128, 128)
+    assert ptx_bits(inside="\n".join([*[WIDE] * 3, NARROW])) == (128, 128)
+    assert ptx_bits(inside=TMA) == (128, 128)
+    # A predicated write leaves what was there; a certain one does not.
+    assert ptx_bits(before="	@%p1 mov.b64 	%rd2, %rd1;", inside=NARROW) == (16, 128)
+    assert ptx_bits(before="	mov.b64 	%rd2, %rd1;", inside=NARROW) == (0, 0)
+
+
+def test_loops_that_move_little_are_not_hot() -> None:
+    small = f"$L__BB0_0:\n	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{%r40}};\n{NARROW}\n	@%p1 bra 	$L__BB0_0;"
+    assert ptx_bits(before=small) == (128, 128)
+    assert ptx_bits(before=small.replace(NARROW, "\n".join([NARROW] * 8))) == (16, 128)
+
+
+def test_hot_accesses_without_products() -> None:
+    tile = f"	mov.u32 	%r1, %tid.x;\n	add.s64 	%rd2, %rd1, %r1;\n{WIDE}\n"
+    loop = f"$L__BB0_1:\n{NARROW}\n	@%p1 bra 	$L__BB0_1;\n"
+    assert hot_bits(parse_ptx(tile + loop), PTX_THREAD, []) == (128, 0)
+    assert hot_bits(parse_ptx(tile.replace(WIDE, "") + loop), PTX_THREAD, []) == (16, 0)
+
+
+def test_loops_of_nested_and_waiting_code() -> None:
+    code = parse_ptx("""
+	mov.b32 	%r1, 0;
+$L__BB0_1:
+	add.s32 	%r1, %r1, 1;
+$L__BB0_2:
+	wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r20}, %rd5, %rd6;
+	@%p1 bra 	$L__BB0_2;
+	@%p2 bra 	$L__BB0_1;
+	@!%p3 bra 	$L__BB0_4;
+	ret;
+$L__BB0_4:
+	@!%p3 bra 	$L__BB0_4;
+	ret;
+""")
+    assert sorted(sorted(loop.body) for loop in loops(code)) == [[1, 2, 3, 4], [2, 3], [7]]
+    assert [sorted(loop.body) for loop in products("HGMMA.64x64x16", code)[1]] == [[2, 3]]
+
+
+def test_products_by_their_names() -> None:
+    code = parse_ptx(PTX.format(before="", inside="	fma.rn.f32 	%r50, %r51, %r52, %r50;"))
+    assert products(SASS, code)[0] == "HGMMA.64x16x16 HGMMA.64x256x16"
+    assert products("HMMA.16816.F32.BF16 R4, R8", code)[0] == "HMMA.16816"
+    assert products("@P0 UTCHMMA gdesc[UR4], gdesc[UR6]", code)[0] == "UTCHMMA"
+    assert products("FFMA R3, R4, R5, R6 ; FFMA2 R4, R6, R8", code)[0] == "FFMA FFMA2"
+    # FFMA outside loops is no product: such a kernel is an empty one.
+    assert products("FFMA R3, R4, R5, R6", parse_ptx("	fma.rn.f32 	%r50, %r51, %r52, %r50;\n	ret;")) == (
+        "",
+        [],
+    )
+
+
+def test_amds_assembly() -> None:
+    code = parse_gcn(GCN)
+    name, inner = products(GCN, code)
+    assert name == "v_mfma_f32_32x32x8"
+    assert hot_bits(code, GCN_THREAD, inner) == (128, 64)
+    # v0 was overwritten before it was an address.
+    assert [code[i].op for i, varies in enumerate(varying(code, GCN_THREAD)) if varies] == [
+        "buffer_load_dwordx4",
+        "buffer_store_dwordx2",
+    ]
+    to_shared = GCN.replace(
+        "buffer_load_dwordx4 v[4:7], v1, s[4:7], 0 offen", "buffer_load_dword v1, s[4:7], 0 offen lds"
+    )
+    assert hot_bits(parse_gcn(to_shared), GCN_THREAD, inner) == (32, 64)
+
+
+def test_resources() -> None:
+    # A stack that no instruction uses is not one of spills.
+    assert sass_resources(SASS) == {"registers": 168, "spills": 0}
+    assert sass_resources(SASS + "        /*2a00*/    @P0 STL [R1+0x8], R3 ;") == {"registers": 168, "spills": 16}
+    assert gcn_resources(GCN) == {"registers": 152, "spills": 24}
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "columns", "expected"),
+    [
+        ("sm_80", 32, 0, 8, 0, 1.0),
+        # 255 registers are given out as 256: two warps fit into each part, so one program of eight.
+        ("sm_80", 255, 0, 8, 0, 0.125),
+        ("sm_90", 168, 65_536, 4, 0, 0.188),
+        ("sm_90", 32, 0, 1, 0, 0.5),
+        # Two programs of 48 KiB and the system's 1 KiB each.
+        ("sm_86", 32, 49_152, 4, 0, 0.167),
+        ("sm_90", 32, 232_448, 8, 0, 0.125),
+        ("sm_90", 32, 240_000, 8, 0, 0.0),
+        # Half of the tensor memory each.
+        ("sm_100", 32, 0, 4, 256, 0.125),
+        ("gfx942", 128, 0, 4, 0, 0.5),
+        ("gfx942", 64, 0, 4, 0, 1.0),
+        ("gfx90a", 64, 32_768, 4, 0, 0.25),
+        ("gfx942", 32, 0, 1, 0, 1.0),
+    ],
+)  # fmt: skip
+def test_occupancy(arch: str, registers: int, shared: int, warps: int, columns: int, expected: float) -> None:
+    assert occupancy(arch, registers, shared, warps, columns) == expected
+
+
+def row(**changes: object) -> report.Row:
+    start = {
+        "kernel": "lora_shrink", "variant": "r16", "arch": "sm_90", "dtype": "bf16", "registers": 96, "spills": 0,
+        "shared_bytes": 65_536, "shared_limit": 232_448, "mma": "HGMMA.64x16x16 HGMMA.64x64x16", "load_bits": 128,
+        "store_bits": 64, "occupancy": 0.25,
+    }  # fmt: skip
+    assert changes.keys() <= start.keys()
+    return start | changes
+
+
+def compare(old: report.Row, new: report.Row) -> list[str]:
+    return report.compare([old], [new], [report.label_of(new)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"registers": 105},
+        {"spills": 4},
+        {"shared_bytes": 232_449},
+        {"mma": "HGMMA.64x64x16"},
+        {"mma": ""},
+        {"load_bits": 64},
+        {"store_bits": 32},
+        {"occupancy": 0.188},
+    ],
+)
+def test_a_worse_row_is_found(change: dict[str, object]) -> None:
+    (line,) = compare(row(), row(**change))
+    assert line.startswith("lora_shrink | r16 | sm_90 | bf16: ") and next(iter(change)) in line
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"registers": 104},
+        {"registers": 40, "occupancy": 0.5},
+        {"shared_bytes": 232_448},
+        {"mma": "HGMMA.64x128x16 HGMMA.64x16x16 HGMMA.64x64x16"},
+        {"store_bits": 128},
+    ],
+)
+def test_a_row_that_is_not_worse_is_not_found(change: dict[str, object]) -> None:
+    assert compare(row(), row(**change)) == []
+
+
+def test_rows_that_vanish_and_appear_are_found() -> None:
+    assert report.compare([row()], [], []) == ["lora_shrink | r16 | sm_90 | bf16: vanished"]
+    labels = [report.label_of(row()), report.label_of(row(variant="r32"))]
+    assert report.compare([row()], [], labels) == ["lora_shrink | r32 | sm_90 | bf16: not in the committed report"]
+
+
+def test_a_csv_gives_the_rows_back(tmp_path: Path) -> None:
+    rows = [row(), row(variant='r32, "odd"', mma="")]
+    report.write_csv(tmp_path / "report.csv", rows)
+    assert report.read_csv(tmp_path / "report.csv") == rows
+
+
+def test_kernels_names() -> None:
+    def name(function: str) -> str:
+        return report.kernel_name(SimpleNamespace(kernel=SimpleNamespace(__name__=function)))
+
+    assert name("_lora_linear_tma_kernel") == "lora_linear_tma"
+    assert name("_stable_adamw_kernel") == "stable_adamw"
+    assert name("_square_sums_kernel") == "stable_adamw_square_sums"
+
+
+@pytest.mark.parametrize(
+    ("interpret", "arguments", "message"),
+    [
+        ("1", [], "TRITON_INTERPRET is set"),
+        ("0", ["--write", "--arch", "sm_90"], "takes no --arch"),
+        ("", ["--arch", "sm_70"], "invalid choice"),
+    ],
+)
+def test_what_the_command_line_refuses(
+    interpret: str,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    with pytest.raises(SystemExit) as exit_:
+        __main__.parse(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# The committed report.
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[report.Row]:
+    return report.read_csv(report.REPORT)
+
+
+def broken(rows: list[report.Row], rule: Callable[[report.Row], bool]) -> list[report.Row]:
+    return [row for row in rows if not rule(row)]
+
+
+def is_nvidia(row: report.Row) -> bool:
+    return row["arch"].startswith("sm_")
+
+
+def is_low(row: report.Row) -> bool:
+    return row["dtype"].startswith(("bf16", "fp16"))
+
+
+def test_the_report_is_whole(rows: list[report.Row]) -> None:
+    assert report.KEYS == (
+        "kernel", "variant", "arch", "dtype", "registers", "spills", "shared_bytes", "shared_limit", "mma", "load_bits",
+        "store_bits", "occupancy",
+    )  # fmt: skip
+    assert report.REPORT.read_text(encoding="utf-8").splitlines()[0] == ",".join(report.KEYS)
+    assert len({report.label_of(row) for row in rows}) == len(rows)
+    for arch in DEVICES:
+        kernels = {row["kernel"] for row in rows if row["arch"] == arch}
+        expected = {
+            "lora_linear_split_k",
+            "lora_shrink",
+            "lora_weight_grads",
+            "lora_linear_quantized",
+            "dequantize",
+            "stable_adamw",
+        }
+        assert expected <= kernels, arch
+    assert not broken(rows, lambda row: row["shared_bytes"] <= row["shared_limit"] == DEVICES[row["arch"]].shared_limit)
+    assert not broken(rows, lambda row: row["occupancy"] > 0)
+
+
+def test_the_report_has_matrix_instructions(rows: list[report.Row]) -> None:
+    # Without any, a kernel is one that the compiler gave up on without a word, as it does when accumulators outgrow
+    # Blackwell's tensor memory. Exact products of float32 have no matrix instruction on NVIDIA's GPUs.
+    lora = [row for row in rows if row["kernel"].startswith("lora")]
+    assert not broken(lora, lambda row: re.search("MMA|mfma|FFMA", row["mma"]) is not None)
+    low = [row for row in lora if is_low(row) or not is_nvidia(row)]
+    assert not broken(low, lambda row: re.search(r"\bFFMA", row["mma"]) is None)
+    hopper = [row for row in lora if is_low(row) and row["arch"] == "sm_90" and not row["variant"].startswith("small")]
+    assert hopper
+    assert not broken(hopper, lambda row: "HGMMA" in row["mma"])
+
+
+def test_the_report_has_no_spills_that_matter(rows: list[report.Row]) -> None:
+    # A few bytes around the epilogue are harmless; a spill inside the main loop is hundreds.
+    assert not broken(rows, lambda row: row["spills"] <= (0 if row["arch"] == "sm_90" else 64))
+
+
+def test_the_report_has_wide_loads(rows: list[report.Row]) -> None:
+    lora = [row for row in rows if row["kernel"].startswith("lora")]
+    # Of the kernel with pointers, whose programs have twice as many threads, A's tile for 16 ranks is 64 bits a thread.
+    # Values of NF4 are looked up one by one; how the weight itself is loaded is below.
+    # So are A's and dS's of a group, where masks leave room for a small tile only.
+    least = {"lora_linear": 64, "lora_linear_quantized": 32, "lora_shrink_group": 64, "lora_weight_grads_group": 64}
+    nvidia = [row for row in lora if is_nvidia(row)]
+    assert not broken(nvidia, lambda row: row["load_bits"] >= least.get(row["kernel"], 128))
+    # On AMD's GPUs some threads load the same block's nested scale, a byte, for each of its elements.
+    assert not broken(lora, lambda row: row["load_bits"] >= (8 if " nf4 " in row["variant"] else 32))
+    adamw = [row for row in rows if row["kernel"].startswith("stable_adamw") and not row["variant"].startswith("un")]
+    assert not broken(adamw, lambda row: row["load_bits"] == 128 and row["store_bits"] in (0, 128))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_quantized_weights_are_loaded_16_bytes_at_a_time(arch: str) -> None:
+    """In the main loop, asynchronously: the other copies there are of 4 bytes, the nested scales of a block."""
+    code = """
+import json, re, sys
+from benchmarks import _launches, _machine_code
+from stablelora_kernels.dispatch.rules import DEVICES
+found = {}
+for dtype, launch in _launches.quantized_lora_linear_launches(DEVICES[sys.argv[1]]):
+    if dtype == "bf16/fp32" and "nf4" in launch.variant and "TRANS_W" in launch.constants and launch.variant not in found:
+        ptx = _machine_code.compile_launch(launch, sys.argv[1]).asm["ptx"]
+        found[launch.variant] = re.findall(r"cp\\.async\\.c[ag]\\.shared\\.global \\[[^]]*\\], \\[[^]]*\\], (0x\\w+)", ptx)
+print(json.dumps(found))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code, arch], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
+    found = json.loads(done.stdout)
+    assert len(found) >= 12
+    for variant, sizes in found.items():
+        assert set(sizes) == {"0x10", "0x4"} and sizes.count("0x10") > sizes.count("0x4"), (variant, sizes)
+
+
+@pytest.mark.skipif(
+    not triton.__version__.startswith(f"{report.TRITON}."), reason=f"the report is of Triton {report.TRITON}'s compiler"
+)
+def test_kernels_keep_the_report() -> None:
+    """All rows of sm_90 that differ from what was recorded, and a sample of the rest; without ``--quick`` all are compiled."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.lab.compile_report", "--quick", "--check"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
+
+
+# In a process of its own, where Triton compiles.
+DIGESTS = """
+from benchmarks import compile_report as report
+from benchmarks.lab.compile_report.machine_code import digest
+jobs = report.jobs(report.FULL)
+places = range(len(jobs))
+kept = {report._name(job): digest(job.launch, report.FULL) for job in jobs}
+kept[report._name(jobs[1])] = "another"
+chosen = [place for place in places if report._in_sample(report.FULL, place, kept)]
+assert chosen == [place for place in places if place % report.EVERY_KEPT == 0 or place == 1], chosen
+assert all(report._in_sample(report.FULL, place, {}) for place in places)
+launch = jobs[1].launch
+name = next(name for name, value in launch.constants.items() if type(value) is int)
+other = launch._replace(constants=launch.constants | {name: launch.constants[name] + 1})
+warps = launch._replace(options=launch.options | {"num_warps": 2 * launch.options["num_warps"]})
+found = [digest(each, report.FULL) for each in (launch, launch, other, warps)] + [digest(launch, "sm_80")]
+assert found[0] == found[1] and len(set(found)) == 4, found
+"""
+
+
+@pytest.mark.skipif(
+    not triton.__version__.startswith(f"{report.TRITON}."), reason=f"the report is of Triton {report.TRITON}'s compiler"
+)
+def test_what_has_not_changed_is_sampled_and_what_has_is_compiled() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", DIGESTS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]

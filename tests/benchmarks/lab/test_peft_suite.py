@@ -1,0 +1,108 @@
+"""The judge itself: what it would run, that its harness accelerates and notices a difference, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import pytest
+
+from benchmarks.lab.peft_suite import __main__
+
+pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+
+from benchmarks.lab.peft_suite import hub
+from benchmarks.lab.peft_suite import judge as suite
+
+# One test that does not know of acceleration, one that does, one that fails anyway, and one that nobody asks for.
+TESTS = """
+import peft, pytest, torch
+
+def layer():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+
+def test_lora_forward():
+    model = layer()
+    x = torch.randn(3, 4)
+    with model.disable_adapter():
+        base = model(x)
+    assert not torch.allclose(model(x), base)
+
+def test_lora_class():
+    assert type(layer().base_model.model[0]) is peft.tuners.lora.Linear
+
+@pytest.mark.parametrize("x", [1, 2])
+def test_lora_download(x):
+    if x == 2:
+        pytest.skip("2")
+    raise OSError("no network")
+
+def test_vblora():
+    raise AssertionError("not LoRA")
+"""
+
+
+def sdist(path):
+    with tarfile.open(path, "w:gz") as file:
+        info = tarfile.TarInfo("peft-1.0/tests/test_mixed.py")
+        info.size = len(TESTS)
+        file.addfile(info, io.BytesIO(TESTS.encode()))
+    return path
+
+
+def test_the_harness_accelerates_and_a_difference_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "MODELS", {})
+    (tmp_path / "run").mkdir()
+    suite.unpack(sdist(tmp_path / "peft.tar.gz"), tmp_path / "run")
+    off, on = suite.run_both(tmp_path / "run", ["test_mixed"], suite.LORA, "torch")
+    test = "tests/test_mixed.py::test_lora_"
+    assert off["outcomes"] == {
+        f"{test}forward": "passed",
+        f"{test}class": "passed",
+        f"{test}download[1]": "failed",
+        f"{test}download[2]": "skipped",
+    }
+    assert off["counts"] == {} and on["counts"] == {"accelerated rows of reports": 2, "calls of lora_linear": 1}
+    assert suite.differences(off["outcomes"], on["outcomes"]) == [(f"{test}class", "passed", "failed")]
+    (row,) = suite.rows(off["outcomes"], on["outcomes"])
+    assert row == {
+        "file": "test_mixed", "passed": "2/1", "failed": "1/2", "error": "0/0", "skipped": "1/1", "xfailed": "0/0",
+        "xskipped": "0/0", "xpassed": "0/0", "different": 1,
+    }  # fmt: skip
+
+
+def test_a_run_that_breaks_is_no_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "MODELS", {})
+    (tmp_path / "run").mkdir()
+    suite.unpack(sdist(tmp_path / "peft.tar.gz"), tmp_path / "run")
+    monkeypatch.setattr(suite, "command", lambda files, keyword: [suite.sys.executable, "-c", "print('broken')"])
+    with pytest.raises(RuntimeError, match=r"did not run \(pytest's exit status 0\):\nbroken"):
+        suite.run_both(tmp_path / "run", ["test_mixed"], suite.LORA, "torch")
+
+
+def test_dry_says_what_would_run(capsys):
+    assert __main__.main(["--dry", "--quick"]) == 0
+    words = capsys.readouterr().out
+    assert "tests/test_custom_models.py" in words and "tests/test_decoder_models.py" not in words
+    assert __main__.main(["--dry"]) == 0
+    assert "tests/test_decoder_models.py" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(suite, "NEEDED", ("torch", "no_such_module"))
+    assert __main__.main(["--quick"]) == 2
+    assert "import no_such_module: pip install -e '.[peft-suite]'" in capsys.readouterr().err
+    monkeypatch.setattr(suite, "NEEDED", ())
+    monkeypatch.setattr(suite.metadata, "version", lambda name: "0.1")
+    assert __main__.main(["--quick"]) == 2
+    assert "peft 0.1 is installed, but the hash" in capsys.readouterr().err
+
+
+def test_models_stand_in_for_the_hubs(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    name = "peft-internal-testing/tiny-random-OPTForCausalLM"
+    monkeypatch.setattr(hub, "MODELS", {name: hub.MODELS[name]})
+    hub.build(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
+    assert type(model) is transformers.OPTForCausalLM

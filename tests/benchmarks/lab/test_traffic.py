@@ -1,0 +1,465 @@
+"""Counting bytes in the interpreter, and the formulas that say the same without running anything."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.lab.traffic import __main__
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+import triton
+import triton.language as tl
+
+from benchmarks.lab.traffic import counter as t
+from benchmarks.lab.traffic import group as _traffic_group
+from benchmarks.lab.traffic import report
+from benchmarks.lab.traffic.report import BF16, FP16, FP32, Case, Set
+from stablelora_kernels.dispatch import backend, rules
+from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.dispatch.tiles import Tile, TileRule
+from stablelora_kernels.launch.lora_common import VendorProduct
+
+pytestmark = pytest.mark.skipif(not backend.INTERPRETING, reason="bytes are counted in the interpreter only")
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The interpreter's arrays are too small to share, and waiting threads cost more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch):
+    """Many tiles in both directions, ragged edges, and several blocks of ranks at small sizes."""
+    for name in ("TMA_TILES", "LINEAR_TILES", "SHRINK_TILES", "EXPAND_TILES", "WEIGHT_GRADS_TILES"):
+        monkeypatch.setattr(rules, name, (TileRule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
+    monkeypatch.setattr(rules, "MAX_FUSED_R", 32)
+    monkeypatch.setattr(rules, "SMALL_M", 16)
+
+
+def compare(arch: str, case: Case) -> list[str]:
+    """Runs a case's launches; each must move what the formula says, tensor by tensor. The kernels' names."""
+    forward, backward = report.launches(DEVICES[arch], case)
+    with t.counted() as found:
+        for launch in (*forward, *backward):
+            launch.run(CPU)
+    for launch, seen in zip((*forward, *backward), found, strict=True):
+        assert seen.tensors == t.formula_by_tensor(launch), seen.kernel
+        assert seen.traffic == t.formula(launch), seen.kernel
+    return [seen.kernel.removeprefix("_").removesuffix("_kernel") for seen in found]
+
+
+@pytest.mark.parametrize(("kernel", "p"), [("fused", 0.0), ("split", 0.3), ("vendor", 0.0), ("vendor", 0.3)])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r", "dtypes"),
+    [(35, 53, 39, 20, (BF16, FP32)), (34, 48, 72, 32, (FP16, FP16)), (33, 40, 56, 1, (FP32, FP32))],
+)
+def test_the_formula_counts_right_at_tiny_tiles(m, n, k, r, dtypes, kernel, p, arch, tiny_tiles):
+    compare(arch, Case(m, n, k, r, p, *dtypes, kernel=kernel))
+
+
+@pytest.mark.parametrize("kernel", ["split", "vendor"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_formula_counts_loops_over_ranks(kernel, arch, tiny_tiles):
+    """Three blocks of 32 ranks, the last one partly there."""
+    names = compare(arch, Case(35, 56, 40, 75, 0.3, kernel=kernel))
+    expected = {"split": "lora_linear_tma" if arch == "sm_90" else "lora_linear", "vendor": "lora_expand"}
+    assert names.count(expected[kernel]) == 2 and names.count("lora_shrink") == 2
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("group", _traffic_group.SMALL, ids=lambda group: f"{group.m} r{group.r} p{group.p}")
+def test_the_formula_counts_projections_that_share_x(group, arch):
+    made = [launch for way in _traffic_group.launches(DEVICES[arch], group) for launch in way]
+    with t.counted() as found:
+        for launch in made:
+            launch.run(CPU)
+    for launch, seen in zip(made, found, strict=True):
+        assert seen.tensors == t.formula_by_tensor(launch), seen.kernel
+
+
+def test_sharing_x_saves_its_reads_and_the_sums_of_its_gradients():
+    """Three projections: two reads of X for S, two for dA; of dX five passes are left of nine. Rows in bfloat16."""
+    device = DEVICES["sm_90"]
+    row = _traffic_group.group_row(device, _traffic_group.Group(8192, (4096, 1024, 1024), 4096, 16))
+    assert (row["launches_apart"], row["launches"]) == (14, 11)
+    assert row["activation_passes_apart"] - row["activation_passes"] == 8
+    assert row["unique"] < 0.7 * row["unique_apart"]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (Case(5, 330, 1300, 3), "small shrink small"),
+        (Case(17, 100, 1100, 40, 0.3), "shrink small shrink small"),
+        (Case(17, 100, 1100, 80), "shrink small shrink small"),
+        (Case(70, 264, 136, 16), "shrink linear shrink linear"),
+        (Case(70, 136, 264, 16, 0.1, lora_dtype=BF16), "shrink linear shrink linear"),
+        (Case(136, 200, 136, 64), "shrink linear shrink linear"),
+        (Case(70, 137, 75, 128, 0.1), "shrink linear shrink linear"),
+        (Case(40, 100, 136, 16, dtype=FP32), "vendor branch vendor branch grads"),
+        (Case(550, 24, 40, 80, 0.1), "shrink linear shrink linear"),
+        (Case(550, 24, 40, 80, 0.1, kernel="vendor"), "vendor shrink branch vendor shrink branch grads"),
+    ],
+)
+def test_the_formula_counts_right_at_the_tables_tiles(case, expected, arch):
+    names = [name.removeprefix("lora_").removeprefix("linear_").removesuffix("_tma") for name in compare(arch, case)]
+    assert " ".join("linear" if name == "tma" else name for name in names) == expected
+
+
+def test_the_cases_above_share_sums():
+    """Else the formula for shared sums would not have been tried."""
+    for case, kernels in (
+        (Case(5, 330, 1300, 3), "small"),
+        (Case(17, 100, 1100, 40, 0.3), "small shrink"),
+        (Case(550, 24, 40, 80), "dB dA"),
+        (Case(550, 24, 40, 80, kernel="vendor"), "grads"),
+    ):
+        shared = set()
+        for launch in (launch for made in report.formula_launches(DEVICES["sm_90"], case) for launch in made):
+            if not hasattr(launch, "kernel"):
+                continue
+            arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+            name = launch.kernel.__name__.removeprefix("_lora_").removeprefix("linear_").removesuffix("_kernel")
+            if arguments.get("SPLITS", 1) > 1:
+                shared.add(name)
+            if arguments.get("GRAD_SPLITS", 1) > 1:
+                shared.add("dB" if name == "shrink" else "dA")
+        assert set(kernels.split()) <= shared
+
+
+def test_few_of_the_gradients_and_no_rows():
+    from stablelora_kernels.launch.lora_linear import backward_launches
+
+    x, dy, w = torch.zeros(40, 24, dtype=BF16), torch.zeros(40, 20, dtype=BF16), torch.zeros(20, 24, dtype=BF16)
+    a, b, s = torch.zeros(8, 24), torch.zeros(20, 8), torch.zeros(40, 8, dtype=BF16)
+    for rows in (40, 0):
+        for need_a, need_b in ((True, False), (False, True), (True, True)):
+            made = backward_launches(
+                DEVICES["sm_90"], x[:rows] if need_a else None, dy[:rows], w, a, b, s[:rows] if need_b else None, None, None,
+                a.clone() if need_a else None, b.clone() if need_b else None, scaling=1.0, dropout_p=0.0,
+            )  # fmt: skip
+            with t.counted() as found:
+                for launch in made:
+                    launch.run(CPU)
+            assert [seen.tensors for seen in found] == [t.formula_by_tensor(launch) for launch in made]
+            results = [
+                report.written_issued
+                for seen in found
+                for name, report in seen.tensors.items()
+                if {"da", "db", "grad"} & set(name.split("="))
+            ]
+            assert sum(results) == 4 * (8 * 24 * need_a + 20 * 8 * need_b)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("m", "r"), [(20, 8), (70, 8), (70, 80)])
+def test_the_branch_alone(m, r, p):
+    """Its base is read where it is, and its dX reads none."""
+    from stablelora_kernels.launch import lora_branch
+
+    x, y, base, dx = (torch.zeros(m, columns, dtype=BF16) for columns in (40, 56, 56, 40))
+    a, b, s, seed = torch.zeros(r, 40), torch.zeros(56, r), torch.zeros(m, r, dtype=BF16), torch.tensor([3])
+    seed = seed if p else None
+    da, db, dy = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(y)
+    forward = lora_branch.forward_launches(DEVICES["sm_90"], base, x, a, b, s, y, seed, 1.0, p)
+    backward = lora_branch.backward_launches(DEVICES["sm_90"], x, dy, a, b, s, seed, dx, da, db, 1.0, p)
+    with t.counted() as found:
+        for launch in (*forward, *backward):
+            launch.run(CPU)
+    assert [seen.tensors for seen in found] == [t.formula_by_tensor(launch) for launch in (*forward, *backward)]
+    by_name = found[len(forward) - 1].tensors
+    assert by_name["base"] == (m * 56 * 2, 0, m * 56 * 2, 0) and by_name["y"] == (0, m * 56 * 2, 0, m * 56 * 2)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "blocksize", "nested", "dtype"),
+    [
+        (9, 72, 256, 64, True, BF16),
+        (9, 72, 256, 64, False, BF16),
+        (70, 200, 320, 64, True, BF16),
+        # Two programs' blocks to a scale, a tile of two scales, and edges in both directions.
+        (70, 136, 512, 256, True, BF16),
+        (70, 136, 96, 32, True, FP16),
+        (200, 136, 192, 64, True, BF16),
+        (9, 72, 256, 64, True, FP32),
+        # Dequantized first, and so for want of alignment.
+        (300, 72, 256, 64, True, BF16),
+        (9, 31, 75, 64, True, BF16),
+        (9, 31, 75, 64, False, BF16),
+    ],
+)
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_quantized_weights(kind, m, n, k, blocksize, nested, dtype, p):
+    from stablelora_kernels.launch import lora_linear_quantized as launch
+    from tests.helpers.quantized_weights import fp8_weight, nf4_weight
+
+    weight = nf4_weight(n, k, blocksize, nested) if kind == "nf4" else fp8_weight(n, k)
+    if kind == "nf4":
+        # Every value of both codes: all bytes, over and over.
+        for part in (weight.packed, weight.absmax):
+            if part.dtype == torch.uint8:
+                part.copy_((torch.arange(part.numel()) % 256).to(torch.uint8))
+    x, y, dx, dy = (torch.zeros(m, columns, dtype=dtype) for columns in (k, n, k, n))
+    a, b, s, bias = torch.zeros(8, k), torch.zeros(n, 8), torch.zeros(m, 8, dtype=dtype), torch.zeros(n, dtype=dtype)
+    da, db, seed = torch.zeros_like(a), torch.zeros_like(b), torch.tensor([3]) if p else None
+    device = DEVICES["sm_90"]
+    launches = [
+        *launch.forward_launches(device, x, weight.stored, bias, a, b, s, y, seed, 1.0, p),
+        *launch.backward_launches(device, x, dy, weight.stored, a, b, s, seed, dx, da, db, 1.0, p),
+    ]
+    with t.counted() as found:
+        for launch in launches:
+            launch.run(CPU)
+    for launch, seen in zip(launches, found, strict=True):
+        expected = t.formula_by_tensor(launch)
+        if weight.shape[0] * weight.shape[1] < 256 * blocksize:
+            # Too few scales for all values of their code.
+            for tensors in (seen.tensors, expected):
+                if "nested_code" in tensors:
+                    tensors["nested_code"] = tensors["nested_code"]._replace(read_unique=0)
+        assert seen.tensors == expected, (seen.kernel, launch.variant)
+    kernels = [seen.kernel for seen in found]
+    first = "_dequantize_kernel" if m > 256 or k == 75 or (dtype == FP32 and m > 16) else "_lora_shrink_kernel"
+    assert kernels[0] == first
+
+
+def test_a_broadcast_operand_is_unique_once():
+    from stablelora_kernels.launch.lora_linear import forward_launches
+
+    x, w, y = (
+        torch.zeros(1, 64, dtype=BF16).expand(70, 64),
+        torch.zeros(48, 64, dtype=BF16),
+        torch.zeros(70, 48, dtype=BF16),
+    )
+    a, b = torch.zeros(8, 64), torch.zeros(48, 8)
+    choice = Choice("fused", "")
+    (launch,) = forward_launches(DEVICES["sm_90"], x, w, None, a, b, None, y, None, 1.0, 0.0, choice)
+    with t.counted() as found:
+        launch.run(CPU)
+    assert found[0].tensors == t.formula_by_tensor(launch)
+    assert found[0].tensors["x"] == (70 * 64 * 2, 0, 64 * 2, 0)
+
+
+def test_meta_and_real_tensors_give_one_formula():
+    for case in (*report.SMALL, *report.SMALL_QUANTIZED):
+        real, meta = (make(DEVICES["sm_90"], case) for make in (report.launches, report.formula_launches))
+        for one, other in zip((*real[0], *real[1]), (*meta[0], *meta[1]), strict=True):
+            assert t.formula_by_tensor(one) == t.formula_by_tensor(other)
+
+
+# Counting.
+
+
+@triton.jit
+def _tiny_kernel(x_ptr, y_ptr, table_ptr, counter_ptr, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * 4 + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < N, other=0.0)
+    hidden = tl.load(table_ptr).to(tl.pointer_type(tl.float16))
+    x += tl.load(hidden + tl.arange(0, BLOCK)).to(tl.float32)
+    tl.atomic_add(counter_ptr, 1)
+    tl.store(y_ptr + at, x.to(tl.bfloat16), mask=at < N)
+
+
+def run_tiny(kernel=_tiny_kernel):
+    x, y, hidden = torch.zeros(11), torch.zeros(11, dtype=BF16), torch.zeros(8, dtype=FP16)
+    table, counter = torch.tensor([hidden.data_ptr()]), torch.zeros(1, dtype=torch.int32)
+    kernel[(2,)](x, y, table, counter, 11, BLOCK=8)
+    return hidden
+
+
+def test_a_kernel_counted_by_hand():
+    """Two programs over 0-7 and 4-10 (11 is masked off): 15 elements of which 11 are distinct."""
+    with t.counted() as found:
+        run_tiny()
+        run_tiny()
+    expected = {
+        "x": (15 * 4, 0, 11 * 4, 0),
+        "table": (2 * 8, 0, 8, 0),
+        "elsewhere": (2 * 16, 0, 16, 0),
+        "counter": (8, 8, 4, 4),
+        "y": (0, 15 * 2, 0, 11 * 2),
+    }
+    assert [seen.kernel for seen in found] == ["_tiny_kernel"] * 2
+    for seen in found:
+        assert seen.tensors == expected
+        assert seen.traffic == (60 + 16 + 32 + 8, 30 + 8, 44 + 8 + 16 + 4, 22 + 4)
+        assert (seen.traffic.issued, seen.traffic.unique, seen.ideal) == (154, 98, False)
+
+
+def test_addresses_from_tables_have_the_names_they_are_given():
+    x, y, hidden = torch.zeros(11), torch.zeros(11, dtype=BF16), torch.zeros(8, dtype=FP16)
+    with t.counted(hidden=[hidden]) as found:
+        _tiny_kernel[(1,)](x, y, torch.tensor([hidden.data_ptr()]), torch.zeros(1, dtype=torch.int32), 11, BLOCK=8)
+    assert found[0].tensors["hidden"] == (16, 0, 16, 0)
+    assert "elsewhere" not in found[0].tensors
+
+
+@triton.jit
+def _broken_kernel(x_ptr, y_ptr, table_ptr, counter_ptr, N, BLOCK: tl.constexpr):
+    tl.load(x_ptr)
+    tl.load(N)
+
+
+def test_everything_is_restored_also_after_an_error():
+    from triton.runtime.interpreter import GridExecutor, interpreter_builder
+
+    wrapped = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas")
+
+    def state() -> tuple[object, ...]:
+        return (dict(vars(interpreter_builder)).keys() & set(wrapped), GridExecutor.__call__, VendorProduct.run)
+
+    before = state()
+    with t.counted() as found:
+        assert state() != before
+        with pytest.raises(Exception, match="ptr"):
+            run_tiny(_broken_kernel)
+        # Not in the list, and what comes after it is counted afresh.
+        assert found == []
+        run_tiny()
+        with t.counted() as inner:
+            run_tiny()
+        assert inner == found[1:] == found[:1]
+    assert state() == before
+    with pytest.raises(KeyError), t.counted():
+        raise KeyError
+    assert state() == before
+    run_tiny()
+    assert len(found) == 2
+
+
+def test_counting_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), t.counted():
+        pass
+
+
+# Floors and targets.
+
+
+def test_floors_by_hand():
+    assert t.floor_frozen_forward(2, 3, 5, BF16) == (2 * (10 + 15 + 3), 12, 2 * (10 + 15 + 3), 12)
+    assert t.floor_frozen_forward(2, 3, 5, BF16, bias=False).read_unique == 2 * (10 + 15)
+    assert t.floor_frozen_backward(2, 3, 5, BF16)[:2] == (2 * (6 + 15), 20)
+    forward, backward = t.floor_lora(2, 3, 5, 1, BF16, FP32, dropout=True)
+    assert forward[:2] == (2 * (10 + 15 + 3) + 4 * 8 + 8, 12)
+    assert backward[:2] == (2 * (6 + 15 + 10) + 4 * 8 + 8, 20 + 4 * 8)
+    assert t.floor_optimizer([3, 5], [2, 4])[:2] == (2 * (6 + 20) + 8 * 8, 26 + 8 * 8)
+
+
+@pytest.mark.parametrize("case", [Case(200, 136, 136, 16, 0.1), Case(70, 137, 75, 8)])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_no_launch_touches_less_than_the_floor(case, arch):
+    row = report.case_rows(DEVICES[arch], case, count=True)[-1]
+    assert row["launches"] == 4
+    assert row["read_unique"] + row["written_unique"] > row["floor"] > row["floor_frozen"]
+    assert 1 < row["unique_to_floor"] < row["issued_to_floor"]
+    # Forward's S, dS with dB, and dA.
+    expected = 2 + case.n / case.k
+    assert row["extra_activation_passes"] == pytest.approx(expected, abs=1e-4)
+    assert row["extra_passes"] > row["extra_activation_passes"]
+
+
+def test_activation_passes_at_the_target_do_not_grow():
+    """The figure for all tensors, with S and the shared sums, is a little above; the benchmark prints both."""
+    row = report.case_rows(DEVICES["sm_90"], report.TARGET, count=False)[-1]
+    assert row["extra_activation_passes"] <= report.PASSES_TARGET
+    assert row["extra_passes"] < report.PASSES_TARGET + 0.27
+    assert row["launches"] == 4
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        Set(4, 16, 2048),
+        Set(2, 16, 2048, latched=True),
+        Set(2, 16, 2048, BF16),
+        # Sizes that fit no chunk.
+        Set(1, 3, 2777, FP16, others=(1, 5000)),
+    ],
+)
+def test_the_optimizer_is_close_to_its_floor(tensors):
+    counted, formula = report.optimizer_rows(tensors)
+    assert {key: counted[key] for key in report.MOVED} == {key: formula[key] for key in report.MOVED}
+    assert counted["launches"] == 1
+    assert 1 < counted["unique_to_floor"] <= counted["issued_to_floor"] <= report.OPTIMIZER_TARGET
+    elements = 2 * tensors.pairs * tensors.r * tensors.width + sum(tensors.others)
+    touched = dict(part.split(":") for part in counted["unique_by_tensor"].split())
+    size = tensors.dtype.itemsize
+    for name, one_byte in (("p", 2 * size), ("g", size), ("m", 8), ("v", 8)):
+        assert int(touched[name]) == one_byte * elements
+    assert "elsewhere" not in touched
+
+
+def test_the_command_sets_the_interpreter_and_writes_all_rows(tmp_path):
+    """With one case of each table, as the whole takes half a minute."""
+    code = (
+        "import sys; from benchmarks import traffic as b; b.SMALL, b.REAL, b.SETS = b.SMALL[7:8], (b.TARGET,), b.SETS[:1]; "
+        "b.SMALL_QUANTIZED, b.REAL_QUANTIZED = b.SMALL_QUANTIZED[:1], b.REAL_QUANTIZED[:1]; "
+        "sys.exit(b.main(sys.argv[1:]))"
+    )
+    path = tmp_path / "traffic.csv"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--csv", str(path), "--device", "sm_80"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "DIFFERENT" not in done.stdout and "equal" in done.stdout
+    assert "target at most 1.02: met" in done.stdout and "target at most 3" in done.stdout
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["source"] for row in rows} == {"counted", "formula"}
+    operations = {"lora_linear", "lora_linear_group", "lora_linear_quantized", "stable_adamw"}
+    assert {row["operation"] for row in rows} == operations
+    # A small case counted and by formula, a real one by formula; a set of the optimizer's both ways; the groups by formula.
+    totals = Counter(row["operation"] for row in rows if row["kernel"] == "all")
+    layers = {"lora_linear": 3, "lora_linear_quantized": 3, "lora_linear_group": len(_traffic_group.REAL)}
+    assert totals == layers | {"stable_adamw": 2}
+
+
+def test_without_the_interpreter_the_command_starts_again_with_it(monkeypatch):
+    seen = []
+
+    def replaced(path, arguments, environment):
+        seen.append((path, arguments, environment["TRITON_INTERPRET"]))
+        raise SystemExit
+
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    monkeypatch.setattr(os, "execve", replaced)
+    with pytest.raises(SystemExit):
+        __main__.main(["--device", "sm_80"])
+    assert seen == [(sys.executable, [sys.executable, "-m", "benchmarks.lab.traffic", "--device", "sm_80"], "1")]
+
+
+def test_the_committed_table_is_of_this_code():
+    """Its formula rows; what is counted is compared with the formula above."""
+    with report.RESULT.open(newline="", encoding="utf-8") as file:
+        rows = [
+            row for row in csv.DictReader(file) if row["source"] == "formula" and row["operation"] != "stable_adamw"
+        ]
+    device = DEVICES[rows[0]["device"]]
+    cases = (*report.SMALL, *report.REAL, *report.SMALL_QUANTIZED, *report.REAL_QUANTIZED)
+    made = [row for case in cases for row in report.case_rows(device, case, count=False)]
+    made += report.group_rows(device)[0]
+    keys = ("M", "N", "K", "r", "dtypes", "pass", "kernel", "launches", *report.MOVED)
+    keys += ("launches_apart", "unique", "unique_apart", "activation_passes", "activation_passes_apart", "saved")
+    assert [[row[key] for key in keys] for row in rows] == [[str(row.get(key, "")) for key in keys] for row in made]

@@ -1,0 +1,116 @@
+"""``bench`` runs small, reports what it measured, tells where this library loses, and refuses what can't be timed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import stablelora_kernels as slk
+from stablelora_kernels.cli import bench, main
+from stablelora_kernels.dispatch import backend
+from tests.cli.test_cli import fails
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = [
+    "--device",
+    "cpu",
+    "--M",
+    "8",
+    "--N",
+    "12",
+    "--K",
+    "16",
+    "--r",
+    "2",
+    "--pairs",
+    "2",
+    "--iters",
+    "3",
+    "--backend",
+    "torch",
+]
+
+
+def test_it_times_every_arm(capsys):
+    before = slk.get_backend()
+    assert main(["bench", *SMALL, "--json", "--dtype", "bf16", "--dropout", "0.25"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert slk.get_backend() == before
+    assert report["settings"] == {
+        "M": 8, "N": 12, "K": 16, "r": 2, "pairs": 2, "iters": 3, "dtype": "bf16", "dropout": 0.25, "device": "cpu",
+        "backend": "torch",
+    }  # fmt: skip
+    assert list(report["layer"]) == [bench.FROZEN, bench.EAGER, bench.FUSED_LAYER]
+    assert list(report["optimizer"]) == [bench.ADAMW, bench.SHRINKING, bench.LATCHED]
+    for arm in (*report["layer"].values(), *report["optimizer"].values()):
+        assert 0 < arm["ms"]["q1"] <= arm["ms"]["median"] <= arm["ms"]["q3"]
+    assert report["layer"][bench.FROZEN]["over_base"] == {"median": 1, "q1": 1, "q3": 1}
+    assert report["machine"]["torch"] and report["machine"]["cores"] >= 1
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_fits_the_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["bench", *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    assert "8 x 16 -> 12, r 2, fp32" in out and "/ frozen" in out and "The layer" in out
+
+
+def test_the_arms_compute_the_same():
+    frozen, eager, ours = bench.layer_arms(16, 12, 2, 0.0, torch.float64, torch.device("cpu"))
+    x, results = torch.randn(8, 16, dtype=torch.float64, requires_grad=True), []
+    for arm in (eager, ours):
+        bench.forward_backward(arm, x, torch.ones(8, 12, dtype=torch.float64))()
+        results.append((arm(x).detach(), x.grad, arm.lora_A.grad, arm.lora_B.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    assert (results[0][0] - frozen(x)).abs().max() > 1e-3
+
+
+def test_ratios_are_taken_round_by_round():
+    samples = {bench.FROZEN: [1.0, 2.0, 3.0], bench.EAGER: [2.0, 4.0, 9.0], bench.FUSED_LAYER: [1.0, 6.0, 9.0]}
+    found = bench.summarize_arms(samples, bench.FROZEN)
+    assert found[bench.EAGER]["ms"]["median"] == 4000 and found[bench.EAGER]["over_base"]["median"] == 2
+    assert found[bench.FUSED_LAYER]["over_eager"] == {"median": 1.0, "q1": 0.75, "q3": 1.25}
+
+
+@pytest.mark.parametrize(
+    ("quartiles", "word"),
+    [((0.5, 0.6, 0.9), "FASTER"), ((1.1, 1.2, 3.0), "SLOWER"), ((0.9, 1.2, 1.3), "can't be told")],
+)
+def test_it_says_where_it_loses(quartiles, word):
+    said = bench.verdict("The layer", dict(zip(("q1", "median", "q3"), quartiles, strict=True)), "eager LoRA")
+    assert word in said and "quartiles" in said
+
+
+def test_pairs_that_latch_within_the_measurement_are_no_result(capsys, monkeypatch):
+    made = bench.make_pairs
+    monkeypatch.setattr(bench, "make_pairs", lambda *args, **kw: made(*args[:4], True, **kw))
+    assert "were to stay so throughout" in fails(capsys, "bench", *SMALL, status=1)
+
+
+def test_what_is_refused(capsys, monkeypatch):
+    for option, value in (
+        ("--M", "0"),
+        ("--iters", "-3"),
+        ("--r", "x"),
+        ("--dropout", "1"),
+        ("--dropout", "x"),
+        ("--dtype", "int8"),
+    ):
+        assert main(["bench", option, value]) == 2
+        assert f"'{value}'" in capsys.readouterr().err
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    assert "TRITON_INTERPRET=1" in fails(capsys, "bench", "--device", "cpu", "--backend", "triton")
+    monkeypatch.setattr(backend, "INTERPRETING", True)
+    monkeypatch.setattr(backend, "TRITON_PROBLEM", None)
+    assert "tell nothing of the kernels" in fails(capsys, "bench", "--device", "cpu", "--backend", "triton")
+
+    def too_large(*args):
+        raise RuntimeError("can't allocate memory: you tried\nto allocate 1 bytes")
+
+    monkeypatch.setattr(bench, "_layer_samples", too_large)
+    assert "the run failed: can't allocate memory: you tried to" in fails(capsys, "bench", *SMALL, status=1)

@@ -1,0 +1,177 @@
+"""The documentation: its Python runs, and its reference has every public name."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import stablelora_kernels
+from stablelora_kernels import functional, reference
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A block is run unless this is in the line before it.
+NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
+PRINTED = re.compile(r"^It prints\n\n```text\n(.*?)^```$", re.M | re.S)
+
+
+class Block(NamedTuple):
+    # Counted from one, the line of its first statement.
+    line: int
+    code: str
+    run: bool
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The Python blocks of a page."""
+    blocks, begun = [], 0
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        if begun and line == "```":
+            run = begun < 3 or NOT_RUN.fullmatch(lines[begun - 3]) is None
+            blocks.append(Block(begun, "\n".join(lines[begun - 1 : number - 1]), run))
+            begun = 0
+        elif not begun and line.lstrip() == "```python":
+            assert line == "```python", f"{page.name}:{number}: a block that is indented is not run"
+            begun = number + 1
+    assert not begun, f"{page.name}:{begun}: a block that does not end"
+    return blocks
+
+
+def write_code(page: Path, directory: Path) -> Path:
+    """The blocks of a page as one file, in which they are at their lines of the page; those not to be run are only parsed."""
+    lines = [""] * len(page.read_text(encoding="utf-8").splitlines())
+    for block in blocks_of(page):
+        ast.parse(block.code, filename=f"{page.name}:{block.line}")
+        if block.run:
+            code = block.code.splitlines()
+            lines[block.line - 1 : block.line - 1 + len(code)] = code
+    # A file, since Triton reads its kernels' source.
+    file = directory / f"{page.stem.replace('-', '_')}_page.py"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+def test_blocks_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    marked, unmarked = "<!-- not run: a reason -->", "<!-- not run: -->"
+    page.write_text(f"```python\na = 1\n```\n{marked}\n```python\nb\nc\n```\n{unmarked}\n```python\nd\n```\n")
+    assert blocks_of(page) == [Block(2, "a = 1", True), Block(6, "b\nc", False), Block(11, "d", True)]
+    page.write_text("- item\n\n  ```python\n  a\n  ```\n")
+    with pytest.raises(AssertionError, match=r"page.md:3: a block that is indented"):
+        blocks_of(page)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
+def test_python_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All blocks of a page run one after another, then the tests that they define. What it says is printed is printed."""
+    content = page.read_text(encoding="utf-8")
+    file = write_code(page, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    defined = runpy.run_path(str(file))
+    for name, function in defined.items():
+        if name.startswith("test_"):
+            function()
+    out = capsys.readouterr().out
+    for text in PRINTED.findall(content):
+        assert text in out
+    assert content.count("It prints\n") == len(PRINTED.findall(content))
+
+
+def machine_code_of(page: str, directory: Path) -> Any:
+    """What the page's ``machine_code`` gives, in a process that compiles: Triton decides at import whether it interprets."""
+    file = write_code(ROOT / "docs" / page, directory)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{directory}:{ROOT}"
+    code = f"import json, {file.stem} as page; print(json.dumps(page.machine_code()))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_example_kernel_compiles(tmp_path: Path) -> None:
+    facts = machine_code_of("adding-a-kernel.md", tmp_path)
+    assert {key: facts[key] for key in ("spills", "load_bits", "store_bits", "wide_loads")} == {
+        "spills": 0,
+        "load_bits": 16,
+        "store_bits": 128,
+        "wide_loads": 2,
+    }
+
+
+def test_the_tensor_that_is_followed_meets_these_instructions(tmp_path: Path) -> None:
+    s, y, ds, dx = machine_code_of("architecture.md", tmp_path)
+    assert [launch["programs"] for launch in (s, y, ds, dx)] == [256, 132, 768, 260]
+    shrink, linear = "_lora_shrink_kernel", "_lora_linear_tma_kernel"
+    assert [launch["kernel"] for launch in (s, y, ds, dx)] == [shrink, linear, shrink, linear]
+    named = {
+        "shrink": ("PREEXIT", "LDGSTS.E.BYPASS.128", "HGMMA.64x16x16", "ATOMG"),
+        "y": ("UTMALDG.2D", "HGMMA.64x256x16", "ACQBULK", "HGMMA.64x128x16", "UTMASTG.2D"),
+        "dx": ("LDGSTS", "HGMMA.64x16x16"),
+    }
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## One tensor, followed")[1]
+    for launch, keys in ((s, ["shrink"]), (y, ["y"]), (ds, ["shrink"]), (dx, ["y", "dx"])):
+        for name in (name for key in keys for name in named[key]):
+            assert any(found.startswith(name) for found in launch["instructions"]), (launch["kernel"], name)
+            assert f"`{name}`" in text
+
+
+def documented_names() -> set[str]:
+    """The full names that the reference documents."""
+    names: set[str] = set()
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        module = ""
+        for directive, name in re.findall(
+            r"^\.\. (automodule|currentmodule|auto\w+):: (\S+)$", page.read_text(encoding="utf-8"), re.M
+        ):
+            if directive in ("automodule", "currentmodule"):
+                module = name
+            names.add(name if "." in name else f"{module}.{name}")
+    return names
+
+
+def test_reference_has_every_public_name() -> None:
+    public = {f"stablelora_kernels.{name}" for name in stablelora_kernels.__all__}
+    public -= {f"stablelora_kernels.{name}" for name in ("functional", "reference", "__version__")}
+    for module in (functional, reference):
+        public |= {f"{module.__name__}.{name}" for name in module.__all__}
+    public |= {f"stablelora_kernels.testing.{name}" for name in ("make_inputs", "assert_no_worse")}
+    public |= {f"stablelora_kernels.tensor_parallel.{name}" for name in ("LoRAColwiseParallel", "LoRARowwiseParallel")}
+    assert public - documented_names() == set()
+
+
+def messages() -> list[str]:
+    """The package's strings, values in them replaced by "…"."""
+    found = []
+    for file in sorted((ROOT / "stablelora_kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_messages_are_the_codes() -> None:
+    """The last code span of every row of unsupported.md is a message of the code, where it is one and not a name."""
+    rows = [
+        line for line in (ROOT / "docs" / "unsupported.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "
+    ]
+    quoted = [span for row in rows for span in re.findall(r"`([^`]+)`", row.split(" | ", 1)[1]) if span.count(" ") > 2]
+    assert len(quoted) > 60
+    known = messages()
+    # "…" at an end stands for any text.
+    missing = [text for text in quoted if not any(text.strip("… ") in message for message in known)]
+    assert missing == []

@@ -1,0 +1,276 @@
+"""Every example as a user runs it, in processes of its own: interrupted and resumed, on other numbers of processes, misused."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+for module in ("transformers", "peft", "accelerate", "safetensors", "tqdm"):
+    pytest.importorskip(module, reason="the test extra brings what examples import")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from examples import finetune, peft_trainer, replace_linear  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+distributed = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
+)
+# 336 numbers train; at this rate pairs latch on both sides of the checkpoint.
+SMALL = ["--steps", "6", "--save-every", "3", "--rank", "3", "--lr", "0.1"]
+LANGUAGE = [*SMALL, "--length", "16", "--batch-size", "8", "--shrink-ratio", "0.2"]
+TRAINER = [*LANGUAGE, "--batch-size", "4", "--gradient-accumulation", "2", "--dropout", "0"]
+PASSAGES = [*SMALL, "--batch-size", "4", "--target-modules", "q_proj", "v_proj"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments that name a tiny random Llama with a tokenizer of bytes, and a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    place = tmp_path_factory.mktemp("files")
+    marks = ["<pad>", "<s>", "</s>"]
+    words = {word: i for i, word in enumerate([*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens = dict(zip(("pad_token", "bos_token", "eos_token"), marks, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(place / "model")
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(place / "model")
+    lines = [f"{word} and {word} and {other}, said the {other}.\n" for word in "abcdefghij" for other in "klmnopqrst"]
+    (place / "text").write_text("".join(lines))
+    return ["--model", str(place / "model"), "--text", str(place / "text")]
+
+
+def command(example: str, arguments: list[Any], processes: int = 0) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes else []
+    return [sys.executable, *launcher, "-m", f"examples.{example}", *map(str, arguments)]
+
+
+def run(example: str, arguments: list[Any], processes: int = 0) -> str:
+    done = subprocess.run(command(example, arguments, processes), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-12000:]
+    return done.stdout
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_file(one: Path, other: Path) -> None:
+    name = "adapter/adapter_model.safetensors"
+    assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert any(value.any() for key, value in adapter(one).items() if "lora_B" in key)
+
+
+def cut_off(whole: Path, out: Path, *kept: str) -> Path:
+    """What a run would have left if it had been interrupted behind its first checkpoint."""
+    out.mkdir()
+    for name in kept:
+        copy = shutil.copytree if (whole / name).is_dir() else shutil.copy
+        copy(whole / name, out / name)
+    return out
+
+
+# One process: to the bit
+
+
+def test_finetune_killed_and_resumed(files: list[str], tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = [*files, *LANGUAGE, "--dropout", "0.1"]
+    printed = run("finetune", [*arguments, "--out", whole])
+    assert printed.startswith("LoRA on 4 modules; 336 of ") and "step 0: held-out loss 5." in printed
+    assert "step 6: held-out loss 5." in printed and "4 of 4 pairs stable" in printed
+
+    # So many steps that it cannot end before it is killed; the schedule is then another.
+    long = [*(a if a != "6" else "100000" for a in arguments), "--out", killed]
+    process = subprocess.Popen(
+        command("finetune", long), stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        # A shell's background jobs ignore interrupts, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        wait_for(lambda: (killed / "step-000003" / ".metadata").exists(), process)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors[-3000:]
+    assert errors.rstrip().endswith("interrupted; --resume goes on from the last checkpoint")
+
+    out = cut_off(whole, tmp_path / "cut", "step-000003", "settings.json")
+    # A checkpoint without its .metadata was interrupted while it was written.
+    (out / "step-000006").mkdir()
+    printed = run("finetune", [*arguments, "--out", out, "--resume"])
+    assert "step 3: held-out loss" in printed and "step 0:" not in printed
+    assert_same_file(out, whole)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[1][-4000:]
+        time.sleep(0.05)
+
+
+def test_peft_trainer_resumes(files: list[str], tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    printed = run("peft_trainer", [*files, *TRAINER, "--out", whole])
+    assert "4 of 4 pairs stable" in printed and "'eval_loss': '5." in printed
+    out = cut_off(whole, tmp_path / "cut", "checkpoint-3")
+    run("peft_trainer", [*files, *TRAINER, "--out", out, "--resume"])
+    assert_same_file(out, whole)
+    if dist.is_available() and dist.is_gloo_available() and sys.platform == "linux":
+        # Two processes take at once what one has taken in two parts; the Trainer puts the model in DDP.
+        two = tmp_path / "two"
+        run("peft_trainer", [*files, *TRAINER, "--gradient-accumulation", "1", "--out", two], processes=2)
+        for name, value in adapter(whole).items():
+            torch.testing.assert_close(adapter(two)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_replace_linear_resumes_and_merges(files: list[str], tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    whole, out = tmp_path / "whole", tmp_path / "cut"
+    printed = run("replace_linear", [*files, *PASSAGES, "--out", whole])
+    assert "4 modules merged" in printed and "unmerged, the outputs are the same to the bit" in printed
+    assert float(printed.split("differ by at most ")[1].split()[0]) < 1e-5
+    merged = AutoModel.from_pretrained(whole / "merged").state_dict()
+    assert not any("lora" in name for name in merged)
+    # Its checkpoint is one file, which a longer run has left behind.
+    shorter = ["3" if a == "6" else a for a in PASSAGES]
+    run("replace_linear", [*files, *shorter, "--out", out])
+    run("replace_linear", [*files, *PASSAGES, "--out", out, "--resume"])
+    assert_same_file(out, whole)
+
+
+# Many processes: equal to one, whichever engine and number of processes wrote the checkpoint
+
+
+@pytest.fixture(scope="module")
+def alone(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone")
+    run("finetune", [*files, *LANGUAGE, "--out", out])
+    return out
+
+
+@distributed
+@pytest.mark.parametrize(("first", "then"), [("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_finetune_on_two_processes_resumed_on_four(
+    files: list[str], alone: Path, tmp_path: Path, first: str, then: str
+) -> None:
+    two = tmp_path / "two"
+    arguments = [*files, *LANGUAGE, "--checkpointing", "--gradient-accumulation", "2"]
+    printed = run("finetune", [*arguments, "--out", two, "--distributed", first], processes=2)
+    assert printed.count("held-out loss") == 2
+    four = cut_off(two, tmp_path / "four", "step-000003", "settings.json")
+    run("finetune", [*arguments, "--out", four, "--distributed", then, "--resume"], processes=4)
+    expected = adapter(alone)
+    for out in (two, four):
+        found = adapter(out)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            # Gradients are averaged in another order.
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+        assert latches(out) == latches(alone)
+    assert len(set(latches(alone).values())) > 1
+
+
+def latches(out: Path) -> dict[str, int]:
+    """The step at which each pair latched, from a checkpoint, whoever wrote it."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(out / "step-000006", out / "step-000006.pt")
+    state = torch.load(out / "step-000006.pt", weights_only=False)["optimizer"]["state"]
+    return {name: int(entry["latched_at"]) for name, entry in state.items() if "latched_at" in entry}
+
+
+# Misuse: one line that says what is wrong, before anything is written
+
+
+LANGUAGE_ERRORS: list[tuple[list[str], str]] = [
+    (["--steps", "0"], "--steps must be at least 1, got 0"),
+    (["--length", "1"], "--length must be from 2 to a twentieth of the text's"),
+    (["--length", "9999"], "--length must be from 2 to a twentieth of the text's"),
+    (["--model", "tests"], "--model must be smollm2, minilm, a local directory or a hub id, got tests: "),
+    (["--text", "nowhere.txt"], "--text must be a text file, got nowhere.txt"),
+    (["--target-modules", "nothing"], "nothing"),
+    (["--resume"], "--resume needs a checkpoint in --out"),
+]
+FINETUNE_ERRORS = [
+    (["--batch-size", "3", "--gradient-accumulation", "2"], "a multiple of 1 processes x 2 parts, got 3"),
+    (["--distributed", "fsdp"], "--distributed fsdp needs torchrun --nproc-per-node N"),
+    (["--distributed", "tpu"], "invalid choice: 'tpu'"),
+]
+PASSAGE_ERRORS = [
+    (["--batch-size", "1"], "--batch-size must be at least 2, got 1"),
+    (["--batch-size", "99"], "--text must have 396 passages of 4 lines, got 25"),
+    (["--model", "tests"], "--model must be smollm2, minilm, a local directory or a hub id, got tests: "),
+    (["--text", "nowhere.txt"], "--text must be a text file, got nowhere.txt"),
+    (["--target-modules", "nothing"], "--target-modules: target_modules must match an nn.Linear of the model"),
+    (["--resume"], "has none: leave --resume out"),
+]
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments", "message"),
+    [
+        *((finetune, *error) for error in [*LANGUAGE_ERRORS, *FINETUNE_ERRORS]),
+        *((peft_trainer, *error) for error in LANGUAGE_ERRORS),
+        *((replace_linear, *error) for error in PASSAGE_ERRORS),
+    ],
+    ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else str(value)[:40],
+)
+def test_misuse(example, arguments, message, files, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    small = PASSAGES if example is replace_linear else LANGUAGE
+    with pytest.raises(SystemExit) as error:
+        example.main([*files, *small, "--out", str(tmp_path / "out"), *arguments])
+    text = capsys.readouterr().err if error.value.code == 2 else str(error.value.code)
+    assert error.value.code != 0 and message in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_mixed_with_another(files: list[str], alone: Path, monkeypatch) -> None:
+    before = sorted(alone.iterdir())
+    for arguments, message in (
+        ([], "holds step-000006 of another run: --resume it, or name another directory"),
+        (["--resume", "--lr", "0.2"], "--lr was 0.1 in .*, got 0.2"),
+        (["--resume", "--rank", "4"], "--rank was 3 in .*, got 4"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            finetune.main([*files, *LANGUAGE, "--out", str(alone), *arguments])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        finetune.main([*files, *LANGUAGE, "--out", str(alone), "--resume"])
+    assert sorted(alone.iterdir()) == before
+
+
+@pytest.mark.download
+@pytest.mark.parametrize(
+    ("example", "arguments"),
+    [
+        ("finetune", ["--batch-size", "2", "--bf16", "--length", "32"]),
+        # Of a text that takes no half minute to be cut into tokens, as the plays do above.
+        ("peft_trainer", ["--batch-size", "2", "--bf16", "--length", "32", "--text", str(ROOT / "README.md")]),
+        ("replace_linear", ["--batch-size", "8"]),
+    ],
+)
+def test_with_the_real_model(example: str, arguments: list[str], tmp_path: Path) -> None:
+    printed = run(example, [*arguments, "--steps", "2", "--save-every", "1", "--out", tmp_path / "out"])
+    assert f"adapter in {tmp_path / 'out' / 'adapter'}" in printed

@@ -1,0 +1,104 @@
+"""Small PEFT models, and accelerate_peft's layers against PEFT's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import stablelora_kernels as slk
+from stablelora_kernels.testing import EPS
+from tests.helpers.small_models import IDS, Model, output
+
+peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+QV = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+
+
+def config(**kwargs):
+    return peft.LoraConfig(**QV | kwargs)
+
+
+def make(*adapters, model=None, **kwargs):
+    """The small model with one adapter of ``kwargs``, and more by name; no branch is zero."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model or Model(), config(**kwargs))
+    for name, more in adapters:
+        model.add_adapter(name, config(**more))
+    return model.eval()
+
+
+def calls(monkeypatch):
+    """Counts the calls of the two ops that the layers make."""
+    from stablelora_kernels.integrations import peft_layers
+
+    count: Counter[str] = Counter()
+    for name in ("lora_linear", "lora_branch"):
+        op = getattr(peft_layers, name)
+
+        def counted(*args, name=name, op=op, **kwargs):
+            count[name] += 1
+            return op(*args, **kwargs)
+
+        monkeypatch.setattr(peft_layers, name, counted)
+    return count
+
+
+def grads(model, out=None):
+    """The gradient of every parameter that trains, of a loss that weighs every output differently."""
+    model.zero_grad()
+    out = model(IDS) if out is None else out
+    out = getattr(out, "logits", out)
+    (out.double() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def assert_equal_to_pefts(model):
+    """The accelerated model's output and gradients against PEFT's own, of the same model, up to rounding of the largest."""
+    slk.restore_peft(model)
+    expected = {"Y": output(model)} | grads(model)
+    slk.accelerate_peft(model)
+    found = {"Y": output(model)} | grads(model)
+    assert found.keys() == expected.keys() and len(found) > 1
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype and value.any(), name
+        atol = 16 * EPS[value.dtype] * expected[name].abs().max().item()
+        torch.testing.assert_close(
+            value, expected[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def llama():
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def make_base():
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+def low_precision(model, dtype):
+    """The base in ``dtype`` beside float32 adapters, as PEFT leaves a model that was loaded so."""
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def one_layer(dtype, lora_dtype=FP32, rows=96, width=80, **kwargs):
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Linear(width, width))
+    model = low_precision(peft.get_peft_model(linear, config(target_modules=["0"], r=8, **kwargs)), dtype)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(lora_dtype)
+    return model, torch.randn(rows, width).to(dtype).requires_grad_()

@@ -1,0 +1,56 @@
+"""An accelerated PEFT model under FSDP2 and the sharded optimizer: equal to one process, on the ops in every call."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import stablelora_kernels as slk
+from tests.helpers.processes import spawn
+from tests.helpers.small_models import Model
+from tests.optim.test_sharding import compare, fit, results_of
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
+)
+
+
+def train(rank: int, world: int) -> dict[str, Any]:
+    from stablelora_kernels.integrations import peft_layers
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Model(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    report = slk.accelerate_peft(model, strict=True)
+    assert len(report.replaced) == 4
+    if world > 1:
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in model.base_model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.1, shrink_ratio=0.1, seed=7)
+    assert all(isinstance(p, DTensor) == (world > 1) for p in optimizer.param_groups[0]["params"])
+    with mock.patch.object(peft_layers, "lora_linear", side_effect=peft_layers.lora_linear) as called:
+        fit(model, optimizer, rank, world, range(6))
+    assert called.call_count == 6 * 4
+    return results_of(model, optimizer)
+
+
+def one_rank(rank: int, world: int, place: Path) -> None:
+    torch.save(train(rank, world), place / f"{rank}.pt")
+
+
+def test_fsdp2(tmp_path: Path) -> None:
+    spawn(one_rank, 2, tmp_path)
+    alone = train(0, 1)
+    for rank in range(2):
+        compare(torch.load(tmp_path / f"{rank}.pt"), alone)

@@ -1,0 +1,84 @@
+"""accelerate_peft with half-precision weights, adapters and autocast: no worse than PEFT's own against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import stablelora_kernels as slk
+from stablelora_kernels.testing import assert_no_worse
+from tests.helpers.peft_models import BF16, FP16, FP32, calls, one_layer
+
+
+class Copies(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts float32 tensors of at least so many elements that an operator makes."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.count = elements, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and out.dtype == FP32 and out.numel() >= self.elements:
+            self.count += 1
+        return out
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_float32_adapters_without_a_float32_copy_of_the_activations(dtype, backend):
+    model, x = one_layer(dtype)
+    with Copies(x.numel()) as pefts:
+        model(x)
+    slk.accelerate_peft(model)
+    with Copies(x.numel()) as ours:
+        y = model(x)
+    assert y.dtype == dtype
+    # In the interpreter, some of what the kernels do runs on PyTorch's operators.
+    assert pefts.count > 0 and ours.count == 0
+    y.sum().backward()
+    assert x.grad.dtype == dtype
+    assert model.base_model.model[0].lora_A["default"].weight.grad.dtype == FP32
+
+
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_error_against_float64_is_pefts(dtypes, autocast, backend):
+    """Of PEFT's own forward in the dtype of the products: where PEFT computes the branch in float32, that is autocast."""
+    if autocast and dtypes[0] == FP16:
+        pytest.skip("autocast is tried to bfloat16")
+    model, x = one_layer(*dtypes)
+    low = BF16 if autocast else dtypes[0]
+    layer = model.base_model.model[0]
+    grad = torch.randn(x.shape).to(low)
+
+    def run(model, x, lower=False):
+        model.zero_grad()
+        with torch.autocast("cpu", low, enabled=autocast or lower):
+            y = model(x)
+        weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        return y, *torch.autograd.grad(y, (x, *weights), grad.to(y.dtype))
+
+    eager = run(model, x, lower=low != FP32 and dtypes[1] == FP32)
+    slk.accelerate_peft(model)
+    found = run(model, x)
+    a, b = (layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double())
+    w, bias = layer.base_layer.weight.double(), layer.base_layer.bias.double()
+    ref = slk.reference.lora_linear_grads_ref(grad.double(), x.double(), w, a, b, layer.scaling["default"])
+    y = slk.reference.lora_linear_ref(x.double(), w, bias, a, b, layer.scaling["default"])
+    for name, mine, theirs, exact in zip(
+        ("Y", "dX", "dA", "dB"), found, eager, (y, ref["dX"], ref["dA"], ref["dB"]), strict=True
+    ):
+        assert_no_worse(mine.detach(), exact.detach(), theirs.detach(), dtype=low, name=name)
+    assert found[0].dtype == (low if autocast else dtypes[0])
+
+
+def test_adapters_that_do_not_fit_are_pefts_own(monkeypatch):
+    """bfloat16 adapters beside float32 activations: PEFT casts the activations."""
+    model, x = one_layer(FP32, BF16)
+    expected = model(x)
+    slk.accelerate_peft(model)
+    count = calls(monkeypatch)
+    assert torch.equal(model(x), expected) and not count
+    with torch.autocast("cpu", BF16):
+        assert model(x).dtype == BF16
+    assert count == {"lora_linear": 1}

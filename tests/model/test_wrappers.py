@@ -1,0 +1,168 @@
+"""save_adapter and load_adapter under FSDP2, DistributedDataParallel, torch.compile and checkpoint_wrapper: one file for all."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import stablelora_kernels as slk
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.model.save_load import CONFIG_NAME, WEIGHTS_NAME
+from tests.helpers.processes import spawn
+from tests.helpers.small_models import IDS, Model, assert_untouched, lora_config, snapshot
+
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
+)
+# A saved module, trained biases and an odd rank: every kind of tensor that a file holds, cut unevenly.
+CONFIG = {"r": 3, "modules_to_save": ["lm_head"], "bias": "lora_only"}
+
+
+def make(seed: int = 0, **config) -> Model:
+    """A model of one base and of adapters that go by the seed."""
+    torch.manual_seed(0)
+    model = Model()
+    slk.apply_lora(model, lora_config(**CONFIG | config))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model
+
+
+def files(path: Path) -> tuple[bytes, bytes]:
+    return (path / WEIGHTS_NAME).read_bytes(), (path / CONFIG_NAME).read_bytes()
+
+
+def compile_(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+def with_parts(model: Model, wrap) -> Model:
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = wrap(layer)
+    return model
+
+
+def shard(model: Model, blocks: bool) -> Model:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.layers if blocks else ():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+# What a user may have around a model, in processes that are in contact.
+AROUND = {
+    "ddp": DistributedDataParallel,
+    "compiled ddp": lambda model: compile_(DistributedDataParallel(model)),
+    "ddp of compiled parts": lambda model: DistributedDataParallel(with_parts(model, compile_)),
+    "fsdp": lambda model: shard(model, blocks=True),
+    # A forward leaves the root's parameters whole.
+    "fsdp of the root alone": lambda model: shard(model, blocks=False),
+    "compiled fsdp of checkpointed parts": lambda model: compile_(shard(with_parts(model, checkpoint_wrapper), True)),
+}
+
+
+def save_and_load(rank: int, world: int, place: Path) -> None:
+    for name, around in AROUND.items():
+        model = around(make(seed=1))
+        with torch.no_grad():
+            model(IDS)
+        slk.save_adapter(model, place / name)
+        # The others don't wait for the one that writes.
+        dist.barrier()
+        assert not list(place.glob(".*.tmp")), name
+        other = around(make(seed=2))
+        with torch.no_grad():
+            different = other(IDS)
+            expected = model(IDS)
+        assert not torch.allclose(different, expected)
+        report = slk.load_adapter(other, place / name)
+        assert [row.name for row in report.replaced] == [f"layers.{i}.{p}_proj" for i in range(2) for p in "qv"]
+        if "fsdp" in name:
+            assert all(isinstance(layer.lora_A, DTensor) for layer in lora_layers(other).values())
+        with torch.no_grad():
+            assert torch.equal(other(IDS), expected), name
+
+
+def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
+    slk.save_adapter(make(seed=1), tmp_path / "alone")
+    spawn(save_and_load, 2, tmp_path)
+    for name in AROUND:
+        assert files(tmp_path / name) == files(tmp_path / "alone"), name
+
+
+@pytest.mark.parametrize("wrap", [compile_, checkpoint_wrapper], ids=["compiled", "checkpointed"])
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+def test_in_one_process(tmp_path: Path, wrap, parts: bool) -> None:
+    slk.save_adapter(make(seed=1), tmp_path / "alone")
+    first, second = (with_parts(make(seed), wrap) if parts else wrap(make(seed)) for seed in (1, 2))
+    slk.save_adapter(first, tmp_path / "wrapped")
+    assert files(tmp_path / "wrapped") == files(tmp_path / "alone")
+    slk.load_adapter(second, tmp_path / "alone")
+    assert torch.equal(second(IDS), first(IDS))
+    plain = Model()
+    plain.load_state_dict({k: v for k, v in make(seed=3).state_dict().items() if "lora" not in k})
+    slk.load_adapter(plain, tmp_path / "wrapped")
+    assert torch.equal(plain(IDS), first(IDS))
+
+
+def test_a_saved_module_that_is_wrapped_itself(tmp_path: Path) -> None:
+    slk.save_adapter(make(seed=1), tmp_path / "alone")
+    model = make(seed=1)
+    model.lm_head = compile_(model.lm_head)
+    slk.save_adapter(model, tmp_path / "wrapped")
+    assert files(tmp_path / "wrapped") == files(tmp_path / "alone")
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_lora_comes_before_what_would_not_know_it(tmp_path: Path, group_of_one) -> None:
+    slk.save_adapter(make(), tmp_path)
+    data_parallel, parts, sharded = Model(), with_parts(Model(), compile_), shard(Model(), blocks=True)
+    for model, message in (
+        (DistributedDataParallel(data_parallel), "LoRA before DistributedDataParallel is around it"),
+        (parts, r"LoRA before parts of it are compiled or wrapped, got layers.0, layers.1 wrapped"),
+        (sharded, "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it"),
+    ):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=message):
+            slk.load_adapter(model, tmp_path)
+        assert_untouched(model, before)
+    with pytest.raises(ValueError, match="LoRA before DistributedDataParallel is around it"):
+        slk.apply_lora(DistributedDataParallel(data_parallel), lora_config())
+
+
+def test_what_is_refused(tmp_path: Path, group_of_one) -> None:
+    slk.save_adapter(make(), tmp_path / "adapter")
+    flat = FullyShardedDataParallel(make(bias="none"), use_orig_params=True, device_id=torch.device("cpu"))
+    part = make()
+    part.layers[0] = DistributedDataParallel(part.layers[0])
+    for model, message in (
+        (flat, r"sharded by fully_shard \(FSDP2\), got FullyShardedDataParallel around it, whose flat parameters"),
+        (part, "in DistributedDataParallel as a whole, got its part 'layers.0' in one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            slk.save_adapter(model, tmp_path / "other")
+        with pytest.raises(ValueError, match=message):
+            slk.load_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,298 @@
+"""``lora_linear`` with a quantized weight against the float64 oracle, bounded by eager PyTorch's error on the weight in full."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import stablelora_kernels as slk
+from stablelora_kernels.dispatch import rules
+from stablelora_kernels.dispatch.problem import DEVICES, Call
+from stablelora_kernels.dispatch.rules import QUANTIZED_RULES, QuantizedRule
+from stablelora_kernels.dispatch.tiles import Tile, TileRule
+from stablelora_kernels.functional import lora_linear
+from stablelora_kernels.launch.base import launch_counts
+from stablelora_kernels.launch.dry_run import quantized_launches
+from stablelora_kernels.ops import lora_linear as ops
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.reference import dropout_keep_ref
+from stablelora_kernels.testing import assert_no_worse, make_inputs
+from tests.helpers.quantized_weights import fp8_weight, nf4_weight, reference
+from tests.ops.test_lora_linear import (
+    BACKENDS,
+    BF16,
+    DEVICE,
+    DTYPES,
+    FP16,
+    FP32,
+    SCALING,
+    bytes_held,
+    check_compiled,
+    eager,
+    leaves,
+    oracle,
+    run,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
+FORMATS = {
+    "nf4": lambda n, k: nf4_weight(n, k, 64, nested=False),
+    "nf4 nested": lambda n, k: nf4_weight(n, k, 64, nested=True),
+    "nf4 128 nested": lambda n, k: nf4_weight(n, k, 128, nested=True),
+    "fp8": fp8_weight,
+}
+# x's shape, out_features, r: blocks and bytes within rows and across them, odd, single and empty.
+SHAPES = [
+    ((1, 1), 1, 1),
+    ((5, 128), 53, 3),
+    ((2, 3, 37), 17, 20),
+    ((0, 64), 8, 4),
+    ((70, 192), 40, 20),
+    ((67, 100), 71, 3),
+]
+
+
+def inputs_for(weight: NF4Weight | FP8Weight, shape, r: int, dtype=BF16, lora_dtype=FP32) -> dict[str, Tensor | None]:
+    inputs = make_inputs(shape, weight.shape[0], r, dtype=dtype, lora_dtype=lora_dtype, device=DEVICE, bias=r != 3)
+    return inputs | {"weight": weight}
+
+
+def check(inputs, out: dict[str, Tensor], keep: Tensor | None = None, p: float = 0.0) -> None:
+    weight, dtype = inputs["weight"], inputs["x"].dtype
+    ref = oracle(inputs | {"weight": reference(weight)}, keep, p)
+    base = eager(inputs | {"weight": weight.dequantize(dtype)}, keep, p)
+    for name, value in out.items():
+        assert_no_worse(value, ref[name], base[name], dtype=dtype, name=name)
+    assert out["Y"].dtype == out["dX"].dtype == dtype
+    assert out["dA"].dtype == out["dB"].dtype == inputs["lora_A"].dtype
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Makes dispatch choose one of the two ways for every call."""
+
+    def choose(kernel: str) -> None:
+        monkeypatch.setattr(rules, "QUANTIZED_RULES", (QuantizedRule(lambda d, c, bits: True, kernel, "a test"),))
+
+    return choose
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "lora_dtype"), DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(("shape", "n", "r"), SHAPES, ids=str)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_matches_the_oracle(kind, shape, n, r, dtype, lora_dtype, backend):
+    inputs = inputs_for(FORMATS[kind](n, shape[-1]), shape, r, dtype, lora_dtype)
+    check(inputs, run(inputs, backend))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("kernel", ["in_loop", "dequantize"])
+@pytest.mark.parametrize(("rows", "k", "n"), [(3, 128, 96), (150, 192, 128), (20, 100, 53)])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_both_ways_on_each_kind_of_gpu(kind, rows, k, n, kernel, arch, force, monkeypatch):
+    monkeypatch.setattr(rules, "device_of", lambda device: DEVICES[arch])
+    force(kernel)
+    inputs = inputs_for(FORMATS[kind](n, k), (rows, k), 6)
+    check(inputs, run(inputs, "triton"))
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 32, 16, 4, 2), Tile(16, 128, 256, 4, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_blocks_narrower_and_wider_than_tiles(kind, tile, dtype, force, monkeypatch):
+    """With several blocks in a tile and several tiles in a block, in both directions, whose last tiles stand out."""
+    monkeypatch.setattr(rules, "QUANTIZED_TILES", (TileRule(lambda d, c: True, tile, "a test"),))
+    force("in_loop")
+    inputs = inputs_for(FORMATS[kind](72, 384), (37, 384), 20, dtype)
+    check(inputs, run(inputs, "triton"))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_programs_that_share_a_sum(kind):
+    """Few tiles and a long sum: the launcher gives a tile to two programs, forward and backward."""
+    size = 17 * 64
+    for launches in quantized_launches(DEVICES["sm_90"], 5, size, size, 6, BF16, FP32, 0.0, kind.split()[0]):
+        assert [launch.grid for launch in launches if "quantized" in launch.kernel.__name__] == [(17 * 2,)]
+    inputs = inputs_for(FORMATS[kind](size, size), (5, size), 6)
+    first, second = run(inputs, "triton"), run(inputs, "triton")
+    check(inputs, first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kernel", ["in_loop", "dequantize"])
+@pytest.mark.parametrize(("shape", "n", "r"), [((5, 37), 53, 3), ((70, 128), 96, 20)])
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_dropout_in_the_kernels_is_the_reference_mask(kind, shape, n, r, dtype, kernel, force):
+    force(kernel)
+    inputs = inputs_for(FORMATS[kind](n, shape[-1]), shape, r, dtype)
+    torch.manual_seed(11)
+    out = run(inputs, "triton", 0.3)
+    torch.manual_seed(11)
+    seed = int(torch.randint(2**63 - 1, (1,), device=DEVICE))
+    check(inputs, out, dropout_keep_ref(*shape, 0.3, seed), 0.3)
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+def test_dropout_on_pytorch_uses_one_mask_in_both_directions(rows):
+    inputs = inputs_for(nf4_weight(20, 64, 64, nested=True), (rows, 64), 6)
+    torch.manual_seed(11)
+    out = run(inputs, "torch", 0.3)
+    torch.manual_seed(11)
+    keep, p = ops.draw_keep(inputs["x"], 0.3)
+    check(inputs, out, keep, p)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", ["x", "A", "B", "bias", "xAB"])
+def test_only_the_gradients_that_are_asked_for(wanted, backend):
+    inputs = inputs_for(nf4_weight(20, 64, 64, nested=False), (70, 64), 6, FP32)
+    full = run(inputs, backend)
+    named = dict(zip("xAB", leaves(inputs), strict=True)) | {"bias": inputs["bias"].detach()}
+    asked = [named[name] for name in (["x", "A", "B"] if wanted == "xAB" else [wanted])]
+    for name, tensor in named.items():
+        tensor.requires_grad_(name in wanted if wanted != "bias" else name == "bias")
+    with slk.use_backend(backend):
+        y = lora_linear(named["x"], inputs["weight"], named["bias"], named["A"], named["B"], SCALING)
+    grads = torch.autograd.grad(y, asked, inputs["grad"])
+    if wanted == "bias":
+        torch.testing.assert_close(grads[0], inputs["grad"].sum(0))
+    for name, grad in zip(wanted if wanted != "bias" else "", grads, strict=False):
+        torch.testing.assert_close(grad, full[f"d{name.upper()}"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.0), (300, 0.25)])
+def test_the_graph_never_holds_the_weight_in_full(rows, p, backend):
+    n, k, r = 96, 128, 4
+    inputs = inputs_for(nf4_weight(n, k, 64, nested=True), (rows, k), r, FP32)
+    x, a, b = leaves(inputs)
+    with slk.use_backend(backend):
+        held = bytes_held(
+            lambda: lora_linear(x, inputs["weight"], inputs["bias"], a, b, SCALING, p),
+            (x, a, b, *inputs["weight"].stored.scales),
+        )
+    mask = 0 if not p else 8 if backend == "triton" else rows * k
+    assert held == rows * r * 4 + n * k // 2 + mask
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.3)])
+@pytest.mark.parametrize("kind", ["nf4 nested", "fp8"])
+def test_torch_compile_has_no_graph_break(kind, rows, p, backend):
+    check_compiled(inputs_for(FORMATS[kind](20, 64), (rows, 64), 6, FP32), backend, p)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_ops_pass_opcheck(kind):
+    stored = FORMATS[kind](20, 64).stored
+    inputs = inputs_for(FORMATS[kind](20, 64), (9, 64), 6, FP32)
+    x, bias, a, b, grad = (inputs[n] for n in ("x", "bias", "lora_A", "lora_B", "grad"))
+    seed, s = torch.tensor([3], device=DEVICE), torch.randn(9, 6, device=DEVICE)
+    library = torch.ops.stablelora_kernels
+    for p, random in ((0.0, None), (0.3, seed)):
+        for save_s in (True, False):
+            args = (x, *stored, bias, a, b, random, SCALING, p, save_s)
+            torch.library.opcheck(library.lora_linear_quantized_fwd.default, args)
+        for need in ((True, True), (True, False), (False, True), (False, False)):
+            args = (x, grad, *stored, a, b, s, random, SCALING, p, *need)
+            torch.library.opcheck(library.lora_linear_quantized_bwd.default, args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_and_double_precision(backend):
+    weight = nf4_weight(20, 64, 64, nested=True)
+    inputs = inputs_for(weight, (70, 64), 6, FP32)
+    args = [inputs[name] for name in ("bias", "lora_A", "lora_B")]
+    with slk.use_backend(backend):
+        with torch.autocast(DEVICE, BF16):
+            y = lora_linear(inputs["x"], weight, *args, SCALING)
+        assert torch.equal(y, lora_linear(inputs["x"].to(BF16), weight, args[0].to(BF16), *args[1:], SCALING))
+    double = make_inputs((70, 64), 20, 6, dtype=torch.float64) | {"weight": weight}
+    if backend == "torch":
+        out = run(double, backend)
+        ref = oracle(double | {"weight": reference(weight)})
+        for name, value in out.items():
+            torch.testing.assert_close(value, ref[name], rtol=1e-12, atol=1e-12)
+    else:
+        with pytest.raises(TypeError, match=r"x is torch\.float64"):
+            run(double, backend)
+
+
+def test_errors_name_both_values():
+    weight = fp8_weight(20, 64)
+    inputs = inputs_for(weight, (5, 64), 6, FP32)
+    args = [inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
+    with pytest.raises(ValueError, match=r"x must be \[..., 64\] to fit weight \[20, 64\], got \[5, 63\]"):
+        lora_linear(args[0][:, :63], *args[1:], SCALING)
+    with pytest.raises(TypeError, match=r"bias must have x's dtype torch\.float32, got torch\.bfloat16"):
+        lora_linear(*args[:2], args[2].to(BF16), *args[3:], SCALING)
+    meta = FP8Weight(weight.data.to("meta"), weight.scale.to("meta"))
+    with pytest.raises(ValueError, match="weight must be on x's device cpu, got meta"):
+        lora_linear(args[0], meta, *args[2:], SCALING)
+
+
+# Which way, and what explain says.
+
+
+@pytest.mark.parametrize(
+    ("direction", "m", "bits", "dtype", "kernel"),
+    [
+        ("forward", 1, 4, BF16, "in_loop"),
+        ("forward", 256, 4, BF16, "in_loop"),
+        ("forward", 257, 8, FP16, "dequantize"),
+        ("forward", 16, 4, FP32, "in_loop"),
+        ("forward", 17, 4, FP32, "dequantize"),
+        ("backward", 128, 4, BF16, "in_loop"),
+        ("backward", 129, 4, BF16, "dequantize"),
+        ("backward", 256, 8, BF16, "in_loop"),
+        ("backward", 257, 8, BF16, "dequantize"),
+    ],
+)
+def test_the_table(direction, m, bits, dtype, kernel):
+    call = Call(direction, m, 4096, 4096, 16, dtype, FP32, False)
+    choice = rules.choose_quantized(DEVICES["sm_90"], call, bits)
+    assert choice.kernel == kernel
+    assert choice.reason in [rule.reason for rule in QUANTIZED_RULES]
+    with slk.use_kernel("split"):
+        forced = rules.choose_quantized(DEVICES["sm_90"], call, bits)
+    assert forced.kernel == "dequantize" and "'split' was asked for" in forced.reason
+
+
+@pytest.mark.parametrize(("weight", "kernel"), [
+    (nf4_weight(8, 128, 64, nested=True), "in_loop"),
+    (nf4_weight(8, 64, 128, nested=True), "dequantize"),
+    (nf4_weight(8, 37, 64, nested=False), "dequantize"),
+    (fp8_weight(8, 48), "in_loop"),
+    (fp8_weight(8, 40), "dequantize"),
+])  # fmt: skip
+def test_rows_that_begin_anywhere_are_dequantized_first(weight, kernel):
+    call = Call("forward", 1, *weight.shape, 4, BF16, FP32, False)
+    layout = weight.stored.layout
+    assert rules.choose_quantized(DEVICES["sm_90"], call, layout.bits, layout.aligned).kernel == kernel
+    inputs = inputs_for(weight, (1, weight.shape[1]), 4)
+    before = launch_counts.copy()
+    check(inputs, run(inputs, "triton"))
+    assert launch_counts["_dequantize_kernel"] - before["_dequantize_kernel"] == (2 if kernel == "dequantize" else 0)
+
+
+@pytest.mark.parametrize("quantized", ["nf4", "fp8"])
+def test_explain_tells_what_runs(quantized):
+    few = slk.explain(8, 4096, 4096, 16, quantized=quantized, device="sm_90")
+    assert (few.forward_kernel, few.backward_kernel) == ("in_loop", "in_loop")
+    assert [step.kernel for step in few.forward] == ["lora_shrink", "lora_linear_quantized"]
+    assert [step.kernel for step in few.backward] == ["lora_shrink", "lora_linear_quantized", "lora_weight_grads"]
+    assert QUANTIZED_RULES[-1].reason in str(few)
+    many = slk.explain(4096, 4096, 4096, 16, quantized=quantized, device="sm_90")
+    assert (many.forward_kernel, many.backward_kernel) == ("dequantize, split", "dequantize, split")
+    assert [step.kernel for step in many.forward] == ["dequantize", "lora_shrink", "lora_linear_tma"]
+    assert [step.kernel for step in many.backward] == ["dequantize", "lora_shrink", "lora_linear_tma"]
+    assert QUANTIZED_RULES[1].reason in str(many)
+
+
+def test_explain_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="quantized must be 'nf4', 'fp8' or None, got 'int8'"):
+        slk.explain(8, 64, 64, 16, quantized="int8", device="sm_90")

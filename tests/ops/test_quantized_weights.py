@@ -1,0 +1,184 @@
+"""Weights in 4 and 8 bits stand for what bitsandbytes and torchao say they do, and are refused where they don't fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stablelora_kernels import quantized
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.reference import fp8_ref
+from tests.helpers.quantized_weights import NF4_FIELDS, nf4_weight, reference
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "helpers" / "golden" / "quantized.json").read_text(encoding="utf-8"))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def golden_nf4(case: dict[str, Any]) -> NF4Weight:
+    kinds = {"packed": torch.uint8, "absmax": torch.uint8 if case["nested_blocksize"] else torch.float32}
+    given = {name: case[name] for name in NF4_FIELDS}
+    for name, value in given.items():
+        if name != "shape" and isinstance(value, (list, float)):
+            given[name] = torch.tensor(value, dtype=kinds.get(name, torch.float32))
+    return NF4Weight(**given | {"shape": tuple(case["shape"])})
+
+
+def check(weight: NF4Weight | FP8Weight, dtype: torch.dtype, theirs: torch.Tensor) -> None:
+    """Theirs is ours bit for bit, and both are what the oracle rounds to, but for the float32 they are computed in."""
+    ours = weight.dequantize(dtype)
+    assert ours.dtype == theirs.dtype == dtype and torch.equal(ours, theirs)
+    exact = reference(weight)
+    assert torch.equal(weight.dequantize(torch.float64), exact)
+    assert ((ours.double() - exact).abs() <= torch.finfo(dtype).eps * (exact.abs() + 2**-24)).all()
+    assert exact.abs().max() > 0
+
+
+@pytest.mark.parametrize("elements", [1 << 22, 128])
+@pytest.mark.parametrize("case", GOLDEN["nf4"], ids=lambda c: f"{c['shape']} {c['blocksize']} {c['nested_blocksize']}")
+def test_nf4_is_what_bitsandbytes_made_of_it(case, elements, monkeypatch):
+    monkeypatch.setattr(quantized, "_ELEMENTS", elements)
+    dtype = getattr(torch, case["dtype"])
+    check(golden_nf4(case), dtype, torch.tensor(case["dequantized"]).view(case["shape"]).to(dtype))
+
+
+def test_nf4_has_the_papers_values():
+    """QLoRA, appendix E, to the digits printed there."""
+    printed = [-1.0, -0.6961928, -0.5250731, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
+    printed += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+    for case in GOLDEN["nf4"]:
+        assert case["code"] == pytest.approx(printed, abs=2e-7)
+
+
+@pytest.mark.parametrize("elements", [1 << 22, 50])
+@pytest.mark.parametrize("case", GOLDEN["fp8"], ids=lambda c: str(c["shape"]))
+def test_fp8_is_what_torchao_made_of_it(case, elements, monkeypatch):
+    monkeypatch.setattr(quantized, "_ELEMENTS", elements)
+    data = torch.tensor(case["data"], dtype=torch.uint8).view(torch.float8_e4m3fn).view(case["shape"])
+    weight = FP8Weight(data, torch.tensor(case["scale"]))
+    check(weight, torch.bfloat16, torch.tensor(case["dequantized"]).view(case["shape"]).to(torch.bfloat16))
+
+
+def test_fp8_reference_has_all_256_values():
+    data = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
+    scale = torch.rand(16) + 0.5
+    expected = data.double() * scale.double()[:, None]
+    assert expected.isnan().sum() == 2
+    assert torch.equal(fp8_ref(data, scale).nan_to_num(7e7), expected.nan_to_num(7e7))
+
+
+# Against the packages themselves.
+
+
+def bitsandbytes() -> Any:
+    return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k", "blocksize"), [(48, 64, 64), (53, 37, 64), (30, 100, 128), (1, 1, 64), (65, 512, 256)]
+)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes(kind, n, k, blocksize, nested, dtype):
+    bnb = bitsandbytes()
+    torch.manual_seed(n)
+    packed, state = bnb.functional.quantize_4bit(
+        torch.randn(n, k, dtype=dtype), blocksize=blocksize, compress_statistics=nested, quant_type=kind
+    )
+    parameter = bnb.nn.Params4bit(packed, quant_state=state, bnb_quantized=True)
+    weight = NF4Weight.from_bitsandbytes(parameter)
+    assert weight.packed.data_ptr() == parameter.data_ptr()
+    check(weight, dtype, bnb.functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_bitsandbytes_storage(storage):
+    bnb = bitsandbytes()
+    layer = bnb.nn.Linear4bit(64, 48, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=storage)
+    with pytest.raises(TypeError, match=r"weight must be a quantized Params4bit of two dimensions, got Params4bit"):
+        NF4Weight.from_bitsandbytes(layer.weight)
+    layer.to("cpu")
+    assert layer.weight.dtype == storage
+    theirs = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert torch.equal(NF4Weight.from_bitsandbytes(layer.weight).dequantize(theirs.dtype), theirs)
+
+
+def test_bitsandbytes_packing_for_cpus_is_refused():
+    bnb = bitsandbytes()
+    layer = bnb.nn.Linear4bit(64, 48, quant_type="nf4").to("cpu")
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(
+        ValueError, match="weight must be in bitsandbytes' usual packing, got the one that it makes on a CPU"
+    ):
+        NF4Weight.from_bitsandbytes(layer.weight)
+
+
+def test_torchao():
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed (pip install torchao)")
+    model = torch.nn.Sequential(torch.nn.Linear(37, 53, dtype=torch.bfloat16), torch.nn.Linear(16, 16))
+    torchao.quantize_(model[0], torchao.Float8WeightOnlyConfig())
+    torchao.quantize_(model[1], torchao.Int8WeightOnlyConfig())
+    check(FP8Weight.from_torchao(model[0].weight), torch.bfloat16, model[0].weight.dequantize())
+    with pytest.raises(
+        (TypeError, ValueError), match=r"weight must be torchao's Float8Tensor|data must be torch\.float8"
+    ):
+        FP8Weight.from_torchao(model[1].weight)
+
+
+# What does not fit.
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"shape": (0, 37)}, ValueError, r"shape\[0\] must be at least 1, got 0"),
+        ({"shape": (6, 37)}, ValueError, r"packed must be \[111\], got \[93\]"),
+        ({"blocksize": 48}, ValueError, "blocksize must be a power of two, got 48"),
+        ({"blocksize": 32}, ValueError, r"absmax must be \[6\], got \[3\]"),
+        ({"packed": torch.zeros(93)}, TypeError, "packed must be torch.uint8, got torch.float32"),
+        ({"absmax": torch.zeros(3)}, TypeError, "absmax must be torch.uint8, got torch.float32"),
+        ({"code": torch.zeros(8)}, ValueError, r"code must be \[16\], got \[8\]"),
+        ({"code": torch.zeros(32)[::2]}, ValueError, r"code must be contiguous, got strides \[2\]"),
+        (
+            {"code": torch.zeros(16, device="meta")},
+            ValueError,
+            "code must be on the device of the others, cpu, got meta",
+        ),
+        ({"offset": None}, ValueError, "must be given all or not at all, got"),
+        ({"nested_blocksize": 2}, ValueError, r"nested_absmax must be \[2\], got \[1\]"),
+    ],
+)
+def test_nf4_errors(changes, error, message):
+    weight = nf4_weight(5, 37, 64, nested=True)
+    fields = {name: getattr(weight, name) for name in NF4_FIELDS}
+    NF4Weight(**fields)
+    with pytest.raises(error, match=message):
+        NF4Weight(**fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("data", "scale", "error", "message"),
+    [
+        (torch.zeros(4, 8), torch.ones(4), TypeError, "data must be torch.float8_e4m3fn, got torch.float32"),
+        (torch.zeros(4).to(torch.float8_e4m3fn), torch.ones(4), ValueError, r"data must be \[N, K\], .* got \[4\]"),
+        (torch.zeros(4, 8).to(torch.float8_e4m3fn).t(), torch.ones(8), ValueError, "data must be contiguous"),
+        (torch.zeros(4, 8).to(torch.float8_e4m3fn), torch.ones(8), ValueError, r"scale must be \[4\], got \[8\]"),
+        (torch.zeros(4, 8).to(torch.float8_e4m3fn), torch.ones(4).double(), TypeError, "scale must be torch.float32"),
+    ],
+)
+def test_fp8_errors(data, scale, error, message):
+    with pytest.raises(error, match=message):
+        FP8Weight(data, scale)
+
+
+def test_what_is_not_a_quantized_weight():
+    with pytest.raises(
+        TypeError, match=r"weight must be a quantized Params4bit of two dimensions, got Tensor of shape \[2, 2\]"
+    ):
+        NF4Weight.from_bitsandbytes(torch.ones(2, 2))
+    with pytest.raises(TypeError, match="weight must be torchao's Float8Tensor, got Tensor"):
+        FP8Weight.from_torchao(torch.ones(2, 2))

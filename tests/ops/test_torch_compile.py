@@ -1,0 +1,164 @@
+"""torch.compile and torch.export: layers and whole models, training and inference, changing shapes, without a graph break."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import stablelora_kernels as slk
+from tests.helpers.small_models import fill_b
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+# Below and above the rows up to which calls are made of plain operators.
+LENGTHS = (40, 33, 7, 90)
+
+
+def llama(fuse_projections=False, lora_dropout=0.0):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    lora = slk.LoRAConfig(r=4, target_modules="all-linear", lora_dropout=lora_dropout)
+    slk.apply_lora(model, lora, fuse_projections=fuse_projections)
+    fill_b(model)
+    return model
+
+
+def layer(dropout=0.0, bias=True):
+    torch.manual_seed(0)
+    made = slk.LoRALinear(24, 20, bias, r=6, lora_dropout=dropout)
+    nn.init.normal_(made.lora_B)
+    return made
+
+
+def results(call, module, x, training):
+    """The output, and in training the gradients of x and of what trains."""
+    module.train(training)
+    torch.manual_seed(3)
+    if not training:
+        with torch.no_grad():
+            return [call(x)]
+    x = x.clone().requires_grad_()
+    y = call(x)
+    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
+    return [y, *torch.autograd.grad(y.float().square().sum(), wanted)]
+
+
+def assert_close(found, expected):
+    for out, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(out, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_layer_of_changing_shapes(dropout, backend):
+    module = layer(dropout)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for rows in (70, 65, 3, 200, 5):
+        for training in (True, False):
+            x = torch.randn(2, rows, 24)
+            assert_close(results(compiled, module, x, training), results(module, module, x, training))
+    # Training and inference; not one for each number of rows.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("fuse_projections", [False, True])
+def test_a_model_of_changing_shapes(fuse_projections, backend):
+    model = llama(fuse_projections)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for length in LENGTHS:
+        ids = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(length))
+        losses = []
+        for call in (compiled, model):
+            model.zero_grad()
+            loss = call(ids, labels=ids).loss
+            loss.backward()
+            losses.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        assert_close(*losses)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's code for CPUs wants a C++ compiler")
+def test_inductor(backend):
+    module = layer()
+    compiled = torch.compile(module, fullgraph=True)
+    for training in (True, False):
+        x = torch.randn(70, 24)
+        assert_close(results(compiled, module, x, training), results(module, module, x, training))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's code for CPUs wants a C++ compiler")
+def test_inductors_masks_are_the_same_in_both_directions(backend):
+    """Inductor draws random numbers of its own. For a given mask Y is linear in x, so that <x, dX> = <dY, Y> tells."""
+    module = layer(0.3, bias=False)
+    compiled = torch.compile(module, fullgraph=True)
+    outputs = []
+    for _ in range(2):
+        x, grad = torch.randn(70, 24, requires_grad=True), torch.randn(70, 20)
+        y = compiled(x)
+        (dx,) = torch.autograd.grad(y, x, grad)
+        torch.testing.assert_close((x * dx).sum(), (grad * y).sum(), rtol=1e-4, atol=1e-3)
+        outputs.append(compiled(torch.ones(70, 24)))
+    # Drawn anew at each call.
+    assert not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_export_with_a_dynamic_batch(merged, backend):
+    module = nn.Sequential(layer()).eval()
+    expected = module(torch.ones(5, 24)).detach()
+    if merged:
+        slk.merge_lora(module)
+    batch = torch.export.Dim("batch", min=1)
+    for rows in (3, 70):
+        exported = torch.export.export(module, (torch.randn(rows, 24),), dynamic_shapes=({0: batch},))
+        torch.testing.assert_close(exported.module()(torch.ones(5, 24)), expected, rtol=1e-4, atol=1e-5)
+        names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+        assert ("stablelora_kernels.lora_linear_fwd.default" in names) == (backend == "triton" and not merged)
+
+
+def test_export_of_a_model(backend):
+    for fuse_projections in (False, True):
+        model = llama(fuse_projections).eval()
+        ids = torch.randint(50, (2, 40))
+        exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": False})
+        with torch.no_grad():
+            expected = model(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(exported.module()(input_ids=ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+def test_functionalisation(rows, backend):
+    """In-place work inside is not seen from outside."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    module = layer().eval()
+
+    def function(x):
+        with torch.no_grad():
+            return module(x * 1)
+
+    x = torch.randn(rows, 24)
+    graph = make_fx(torch.func.functionalize(function))(x)
+    assert not [
+        node.target for node in graph.graph.nodes if str(node.target).split(".")[-2:-1] and "_." in str(node.target)
+    ]
+    torch.testing.assert_close(graph(x), function(x))

@@ -1,0 +1,245 @@
+"""What a CUDA graph does to the optimizer's step, without one: its launches are recorded, and made again as a replay would.
+
+``benchmarks.lab.gpu`` compares real graphs with eager steps where there is a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stablelora_kernels.launch import base
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from stablelora_kernels.dispatch.backend import use_backend
+from stablelora_kernels.kernels.stable_adamw import norms
+from stablelora_kernels.kernels.stable_adamw import step as stable_adamw
+from stablelora_kernels.optim import graph_capture as staging
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, set_grads, snapshot
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "on_triton"),
+    pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has graphs of its own: python -m benchmarks.lab.gpu"),
+]
+
+
+@pytest.fixture
+def on_triton():
+    with use_backend("triton"):
+        yield
+
+
+class Graph:
+    """The launches of one step, which capture does not run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: Callable[[], Any]) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(staging, "capturing", lambda: True)
+            for module in (stable_adamw, norms):
+                patch.setattr(module, "launch", lambda *args, **meta: self.launches.append((args, meta)))
+            step()
+
+    def replay(self) -> None:
+        for args, meta in self.launches:
+            base.launch(*args, **meta)
+
+
+def optimizers(dtype: torch.dtype, **settings: Any) -> list[StableLoRAAdamW]:
+    """Two alike."""
+    settings = {"shrink_ratio": 0.05, "capturable": True, "seed": 3, **settings}
+    return [StableLoRAAdamW(make_pairs(dtype=dtype), lr=torch.tensor(3e-2), **settings) for _ in range(2)]
+
+
+def params_of(optimizer: StableLoRAAdamW) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def fill_grads(optimizer: StableLoRAAdamW, seed: int, scale: float = 1e-2) -> None:
+    """New values in the gradients that are there."""
+    kept = [p.grad for p in params_of(optimizer)]
+    set_grads(params_of(optimizer), seed, scale)
+    for p, grad in zip(params_of(optimizer), kept, strict=True):
+        if grad is not None:
+            p.grad = grad.copy_(p.grad)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"max_grad_norm": 0.1},
+    "masters": {"master_weights": True},
+    "8 bits": {"moments_dtype": torch.uint8},
+    "tensors": {"weight_decay": torch.tensor(0.1), "lr_ratio_B": 4.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_replays_are_steps(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
+    """New gradients each time, another lr halfway, verdicts of a GradScaler, and pairs that latch meanwhile."""
+    eager, captured = optimizers(dtype, **SETTINGS[name])
+    verdicts = [torch.zeros(1) for _ in range(2)]
+    for optimizer, verdict in zip((eager, captured), verdicts, strict=True):
+        optimizer.grad_scale, optimizer.found_inf = torch.full((1,), 2.0), verdict
+        fill_grads(optimizer, 0)
+        optimizer.step()
+    graph = Graph(monkeypatch, captured.step)
+    assert len(graph.launches) == (2 if name == "clipped" else 1)
+    for turn in range(1, 9):
+        for optimizer, verdict in zip((eager, captured), verdicts, strict=True):
+            fill_grads(optimizer, turn)
+            verdict.fill_(float(turn == 3))
+            if turn == 5:
+                optimizer.param_groups[0]["lr"].fill_(0.2)
+        eager.step()
+        graph.replay()
+        assert all_equal(snapshot(eager), snapshot(captured)), turn
+    latched = [s.latched_at for s in captured.stability()]
+    assert latched == [s.latched_at for s in eager.stability()]
+    assert any(latch is not None and latch > 1 for latch in latched)
+
+
+def test_gradients_of_the_graphs_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward pass that is captured too puts gradients elsewhere, so the step copies a table within the graph."""
+    eager, captured = optimizers(torch.float32)
+    for optimizer in (eager, captured):
+        fill_grads(optimizer, 0)
+        optimizer.step()
+    outside = [p.grad for p in params_of(captured)]
+    inside = [torch.empty_like(grad) for grad in outside]
+    for p, grad in zip(params_of(captured), inside, strict=True):
+        p.grad = grad
+    before = snapshot(captured)
+    graph = Graph(monkeypatch, captured.step)
+    assert all_equal(before, snapshot(captured))
+    ((_, engine),) = captured._engines
+    assert len(engine.staging.captured) == 1
+    table = engine.staging.captured[0].clone()
+    for turn in range(1, 4):
+        for optimizer in (eager, captured):
+            fill_grads(optimizer, turn)
+        eager.step()
+        graph.replay()
+    # An eager step between replays, on gradients of its own.
+    for p, grad in zip(params_of(captured), outside, strict=True):
+        p.grad = grad
+    for optimizer in (eager, captured):
+        fill_grads(optimizer, 4)
+        optimizer.step()
+    for p, grad in zip(params_of(captured), inside, strict=True):
+        p.grad = grad
+    for optimizer in (eager, captured):
+        fill_grads(optimizer, 5)
+    eager.step()
+    graph.replay()
+    assert all_equal(snapshot(eager), snapshot(captured))
+    # What a replay copies from is still there as it was, and nobody else's.
+    assert torch.equal(engine.staging.captured[0], table)
+    assert engine.staging.captured[0].data_ptr() not in [spare.data_ptr() for spare in engine.staging.spares]
+
+
+@pytest.mark.parametrize("what", ["gradients", "parameters", "hyper-parameters"])
+def test_a_step_does_not_count_on_what_was_only_captured(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """A graph that is never replayed has copied no table and measured no norm."""
+    eager, captured = optimizers(torch.float32)
+    for optimizer in (eager, captured):
+        fill_grads(optimizer, 0)
+        optimizer.step()
+        if what == "gradients":
+            for p in params_of(optimizer):
+                p.grad = p.grad.clone()
+        elif what == "parameters":
+            with torch.no_grad():
+                params_of(optimizer)[1].fill_(10.0)
+        else:
+            optimizer.param_groups[0]["betas"] = (0.5, 0.6)
+    ((_, engine),) = captured._engines
+    before = {name: getattr(engine, name) for name in ("addresses", "hyper", "words")}
+    graph = Graph(monkeypatch, captured.step)
+    # A replay measures what changed from outside before each step.
+    assert len(graph.launches) == (2 if what == "parameters" else 1)
+    # Tables that were only captured hold nothing yet.
+    renewed = [name for name, table in before.items() if getattr(engine, name) is not table]
+    assert renewed == {"gradients": ["addresses"], "parameters": [], "hyper-parameters": ["hyper", "words"]}[what]
+    for name in renewed:
+        getattr(engine, name).zero_()
+    for optimizer in (eager, captured):
+        optimizer.step()
+    assert all_equal(snapshot(eager), snapshot(captured))
+    assert any(s.latched_at for s in captured.stability()) == (what == "parameters")
+
+
+def test_memory_is_set_aside_for_some_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, _ = optimizers(torch.float32)
+
+    def capture_new_gradients() -> None:
+        for p in params_of(optimizer):
+            p.grad = torch.zeros_like(p)
+        Graph(monkeypatch, optimizer.step)
+
+    fill_grads(optimizer, 0)
+    optimizer.step()
+    kept = []
+    for _ in range(6):
+        capture_new_gradients()
+        # They must not come back to the same addresses.
+        kept += [p.grad for p in params_of(optimizer)]
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"no memory is set aside for their table\. Run a step between captures"):
+        for _ in range(staging.Staging.SPARES + 1):
+            capture_new_gradients()
+            kept += [p.grad for p in params_of(optimizer)]
+
+
+def test_without_capturable_a_new_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, _ = optimizers(torch.float32, capturable=False)
+    fill_grads(optimizer, 0)
+    optimizer.step()
+    kept = [p.grad for p in params_of(optimizer)]
+    for p in params_of(optimizer):
+        p.grad = p.grad.clone()
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="Pass capturable=True when the optimizer is made"):
+        Graph(monkeypatch, optimizer.step)
+    assert all_equal(before, snapshot(optimizer)) and kept
+
+
+def test_the_first_step_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, _ = optimizers(torch.float32)
+    fill_grads(optimizer, 0)
+    with pytest.raises(RuntimeError, match=r"run step\(\) once before capturing it in a CUDA graph"):
+        Graph(monkeypatch, optimizer.step)
+
+
+class Operators(TorchDispatchMode):
+    """The names of PyTorch's operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_is_its_launches_and_nothing_else(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """No copy to or from the device, no allocation, no operator: nothing that a graph could not hold or a host wait for."""
+    optimizer, _ = optimizers(torch.float32, **SETTINGS[name])
+    for step in range(2):
+        fill_grads(optimizer, step)
+        optimizer.step()
+    optimizer.param_groups[0]["lr"].fill_(1e-3)
+    for module in (stable_adamw, norms):
+        monkeypatch.setattr(module, "launch", lambda *args, **meta: None)
+    with Operators() as operators:
+        optimizer.step()
+    # Those that mark a step for profilers.
+    assert [each for each in operators.names if "record_function" not in each] == []

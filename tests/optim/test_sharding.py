@@ -1,0 +1,396 @@
+"""Sharded A and B (DTensor): FSDP2 and tensor parallelism over gloo, equal to one process; checkpoints for other numbers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+import stablelora_kernels as slk
+from stablelora_kernels.optim.torch_engine import TorchStep
+from tests.helpers.optimizers import set_grads
+from tests.helpers.processes import spawn
+from tests.helpers.small_models import Model, lora_config
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
+)
+# Of (r, m, n): A's rows are fewer than four ranks, divide by two and not, and widths are odd.
+SHAPES = {"q": (8, 24, 40), "v": (3, 15, 31), "o": (1, 7, 13)}
+# Tensor-parallel and FSDP's placements of A [r, n] and B [m, r] on a mesh of one dimension or of two.
+PLACEMENTS = {
+    "fsdp": ([Shard(0)], [Shard(0)]),
+    "column-wise": ([Replicate()], [Shard(0)]),
+    "row-wise": ([Shard(1)], [Replicate()]),
+    "mixed": ([Shard(1)], [Shard(1)]),
+    "hsdp": ([Replicate(), Shard(0)], [Replicate(), Shard(0)]),
+    "fsdp and row-wise": ([Shard(0), Shard(1)], [Shard(0), Replicate()]),
+    "fsdp and column-wise": ([Shard(0), Replicate()], [Shard(1), Shard(0)]),
+}
+# Every process has all of it; PyTorch 2.6 sends it nonetheless.
+NO_SCATTER = {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
+STEPS = 9
+SETTINGS: dict[str, Any] = {"lr": 0.08, "shrink_ratio": 0.1, "weight_decay": 0.1, "seed": 7}
+
+
+def named_parameters(dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    named = []
+    for name, (r, m, n) in SHAPES.items():
+        named.append((f"{name}.lora_A", torch.randn(r, n, generator=generator) / n**0.5))
+        named.append((f"{name}.lora_B", torch.zeros(m, r)))
+        named.append((f"{name}.bias", torch.randn(m, generator=generator)))
+    return [(name, p.to(dtype)) for name, p in named]
+
+
+def train(named: list[tuple[str, torch.Tensor]], steps: int, **settings: Any) -> dict[str, Any]:
+    """Everything after some steps, whole, and the collectives of each step."""
+    optimizer = slk.StableLoRAAdamW(named, **settings)
+    whole = [torch.empty(p.shape, dtype=p.dtype) for _, p in named]
+    calls: list[int] = []
+    reduce = dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[-1] += 1
+        return reduce(*args, **kwargs)
+
+    for step in range(steps):
+        set_grads(whole, step)
+        for (_, p), w in zip(named, whole, strict=True):
+            p.grad = (
+                distribute_tensor(w.grad, p.device_mesh, p.placements, **NO_SCATTER)
+                if isinstance(p, DTensor)
+                else w.grad.clone()
+            )
+        calls.append(0)
+        dist.all_reduce = counted
+        optimizer.step()
+        dist.all_reduce = reduce
+    state = {name: {key: gather(value) for key, value in optimizer.state[p].items()} for name, p in named}
+    stability = [(s.a_norm, s.b_norm, s.latched_at) for s in optimizer.stability()]
+    return {"params": {n: gather(p) for n, p in named}, "state": state, "stability": stability, "calls": calls}
+
+
+def gather(t: torch.Tensor) -> torch.Tensor:
+    t = t.detach()
+    return (t.full_tensor() if isinstance(t, DTensor) else t).clone()
+
+
+def distributed(named: list[tuple[str, torch.Tensor]], world: int, way: str) -> list[tuple[str, torch.Tensor]]:
+    """The pairs as DTensors; biases stay as they are, so that both kinds meet in one optimizer."""
+    a_way, b_way = PLACEMENTS[way]
+    mesh = init_device_mesh(
+        "cpu", (world,) if len(a_way) == 1 else (2, world // 2), mesh_dim_names=("x", "y")[: len(a_way)]
+    )
+    placed = []
+    for name, p in named:
+        if "lora" in name:
+            p = distribute_tensor(p, mesh, a_way if "lora_A" in name else b_way)
+        placed.append((name, p.requires_grad_()))
+    return placed
+
+
+# Placements
+
+
+def run_placements(rank: int, world: int, place: Path) -> None:
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, (dtype, backend, settings) in CASES.items():
+        if name.startswith("on the device"):
+            # The last cases.
+            decide_on_device(TorchStep)
+        for way in WAYS[world]:
+            if name in (*FEW, *(CASES if way == WAYS[world][0] else ())):
+                with slk.use_backend(backend):
+                    found[name, way] = train(distributed(named_parameters(dtype), world, way), STEPS, **settings)
+    torch.save(found, place / f"{rank}.pt")
+
+
+def decide_on_device(engine: Any) -> None:
+    """What the PyTorch path does on a GPU, in a process that ends with it."""
+    original = engine.__init__
+
+    def never_on_host(self: Any, *args: Any) -> None:
+        original(self, *args)
+        self.on_host = False
+
+    engine.__init__ = never_on_host
+
+
+BF16 = torch.bfloat16
+# Of each: parameters' dtype, backend, settings.
+CASES: dict[str, tuple[torch.dtype, str, dict[str, Any]]] = {
+    "float32": (torch.float32, "torch", SETTINGS),
+    "float64": (torch.float64, "torch", SETTINGS),
+    "clipped": (torch.float32, "torch", {**SETTINGS, "max_grad_norm": 0.05}),
+    "kernel": (torch.float32, "triton", SETTINGS),
+    "clipped kernel": (torch.float32, "triton", {**SETTINGS, "max_grad_norm": 0.05}),
+    "bfloat16": (BF16, "torch", SETTINGS),
+    "bfloat16 kernel": (BF16, "triton", SETTINGS),
+    "master kernel": (BF16, "triton", {**SETTINGS, "master_weights": True}),
+    "bfloat16 moments": (BF16, "torch", {**SETTINGS, "moments_dtype": BF16}),
+    "bfloat16 moments kernel": (BF16, "triton", {**SETTINGS, "moments_dtype": BF16}),
+    "never": (torch.float32, "torch", {**SETTINGS, "stop_condition": "never"}),
+    "on the device": (torch.float32, "torch", SETTINGS),
+    "on the device, clipped": (torch.float32, "torch", {**SETTINGS, "max_grad_norm": 0.05}),
+}
+# All of them for the first way of each number of processes, these for every way.
+FEW = ("float32", "bfloat16", "bfloat16 kernel", "clipped kernel", "on the device")
+WAYS = {2: list(PLACEMENTS)[:4], 4: ["fsdp and row-wise", "fsdp and column-wise", "hsdp", "fsdp"]}
+
+
+@functools.cache
+def in_one_process(name: str) -> dict[str, Any]:
+    dtype, backend, settings = CASES[name]
+    with slk.use_backend(backend):
+        return train([(n, p.requires_grad_()) for n, p in named_parameters(dtype)], STEPS, **settings)
+
+
+@pytest.mark.parametrize("world", WAYS)
+def test_equal_to_one_process(tmp_path: Path, world: int) -> None:
+    spawn(run_placements, world, tmp_path)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    assert set(ranks[0]) == {(name, way) for way in WAYS[world] for name in (CASES if way == WAYS[world][0] else FEW)}
+    for name, way in ranks[0]:
+        what = f"{name}, {way}"
+        alone, others = in_one_process(name), [found[name, way] for found in ranks]
+        latches = [latched for *_, latched in alone["stability"]]
+        for other in others:
+            assert [latched for *_, latched in other["stability"]] == latches, what
+            for (a, b, _), (x, y, _) in zip(alone["stability"], other["stability"], strict=True):
+                assert (x, y) == pytest.approx((a, b), rel=1e-6 if CASES[name][0] is not BF16 else 1e-3), what
+            for parameter, p in alone["params"].items():
+                equal_enough(p, other["params"][parameter], name, f"{way}, {parameter}")
+                for key, value in alone["state"][parameter].items():
+                    equal_enough(value, other["state"][parameter][key], name, f"{way}, {parameter}, {key}")
+            assert other["calls"] == others[0]["calls"], what
+        check_collectives(name, way, latches, others[0]["calls"])
+
+
+def equal_enough(expected: torch.Tensor, got: torch.Tensor, name: str, parameter: str) -> None:
+    assert expected.dtype == got.dtype and expected.shape == got.shape
+    what = f"{name}, {parameter}: "
+    if "kernel" in name and "clipped" not in name:
+        # Every element is computed as in one process, its random rounding too.
+        assert torch.equal(expected, got), what
+    elif expected.dtype is BF16:
+        # PyTorch computes the last few elements of a tensor in other instructions: rarely, that rounds one to the other side.
+        assert (expected != got).double().mean() < 0.02, what
+        torch.testing.assert_close(got, expected, rtol=2**-6, atol=1e-6, msg=lambda m: what + m)
+    else:
+        # That difference, and the clipped norm's, which is added up in another order.
+        bound = 1e-12 if expected.dtype is torch.float64 else 1e-5
+        torch.testing.assert_close(got, expected, rtol=bound, atol=bound / 100, msg=lambda m: what + m)
+
+
+def check_collectives(name: str, way: str, latches: list[int | None], calls: list[int]) -> None:
+    """One for each dimension of the mesh that shards pairs, until all have latched, and one more a step for clipping."""
+    what = f"{name}, {way}"
+    assert all(latches) == (name != "never"), what
+    dimensions = 2 if way.startswith("fsdp and") else 1
+    clipping = dimensions if "clipped" in name else 0
+    last = max((latch for latch in latches if latch), default=len(calls))
+    assert last > 1
+    assert calls == [dimensions + clipping if step <= last else clipping for step in range(1, len(calls) + 1)], what
+
+
+# FSDP2
+
+
+def batches() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    ids, targets = (torch.randint(11, (6, 8, 5), generator=generator) for _ in range(2))
+    return ids, targets
+
+
+def make_model(world: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = Model()
+    slk.apply_lora(model, lora_config())
+    if world > 1:
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def fit(model: torch.nn.Module, optimizer: slk.StableLoRAAdamW, rank: int, world: int, steps: range) -> None:
+    ids, targets = batches()
+    share = ids.shape[1] // world
+    for step in steps:
+        mine = slice(rank * share, (rank + 1) * share)
+        loss = torch.nn.functional.cross_entropy(model(ids[step, mine]).flatten(0, 1), targets[step, mine].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def results_of(model: torch.nn.Module, optimizer: slk.StableLoRAAdamW) -> dict[str, Any]:
+    trained = {name: gather(p) for name, p in model.named_parameters() if p.requires_grad}
+    return {"params": trained, "latches": [s.latched_at for s in optimizer.stability()]}
+
+
+TRAINING: dict[str, Any] = {"lr": 0.1, "shrink_ratio": 0.1, "seed": 7}
+
+
+def run_fsdp(rank: int, world: int, place: Path) -> None:
+    model = make_model(world)
+    optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
+    assert any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    fit(model, optimizer, rank, world, range(6))
+    torch.save(results_of(model, optimizer), place / f"{rank}.pt")
+
+
+def alone(steps: range = range(6)) -> dict[str, Any]:
+    model = make_model(1)
+    optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
+    fit(model, optimizer, 0, 1, steps)
+    return results_of(model, optimizer)
+
+
+def compare(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert got["latches"] == expected["latches"] and any(got["latches"])
+    assert got["params"].keys() == expected["params"].keys()
+    for name, value in expected["params"].items():
+        # Gradients are averaged in another order.
+        torch.testing.assert_close(got["params"][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_fsdp(tmp_path: Path, world: int) -> None:
+    spawn(run_fsdp, world, tmp_path)
+    expected = alone()
+    for rank in range(world):
+        compare(torch.load(tmp_path / f"{rank}.pt"), expected)
+
+
+# Checkpoints
+
+
+def save(rank: int, world: int, place: Path) -> None:
+    model = make_model(world)
+    optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
+    fit(model, optimizer, rank, world, range(3))
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    checkpoint.save(state, checkpoint_id=str(place / "checkpoint"))
+
+
+def resume(rank: int, world: int, place: Path) -> None:
+    model = make_model(world)
+    optimizer = slk.StableLoRAAdamW.from_model(model, **{**TRAINING, "lr": 1.0, "seed": 1})
+    before = {name: gather(p) for name, p in model.named_parameters()}
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    # That took a step of the optimizer to have a state to fill.
+    for name, p in model.named_parameters():
+        assert torch.equal(before[name], gather(p)), name
+    checkpoint.load(state, checkpoint_id=str(place / "checkpoint"))
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    assert optimizer.param_groups[0]["lr"] == TRAINING["lr"] and optimizer.param_groups[0]["seed"] == TRAINING["seed"]
+    fit(model, optimizer, rank, world, range(3, 6))
+    torch.save(results_of(model, optimizer), place / f"{world}-{rank}.pt")
+
+
+@pytest.mark.parametrize(("saved_on", "resumed_on"), [(2, 4), (4, 2)])
+def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path, saved_on: int, resumed_on: int) -> None:
+    spawn(save, saved_on, tmp_path)
+    spawn(resume, resumed_on, tmp_path)
+    expected = alone()
+    for rank in range(resumed_on):
+        compare(torch.load(tmp_path / f"{resumed_on}-{rank}.pt"), expected)
+
+
+# In one process
+
+
+@pytest.fixture
+def mesh_of_one() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def pair_on(mesh: DeviceMesh, a_way: Placement, b_way: Placement) -> list[tuple[str, torch.Tensor]]:
+    a, b = torch.randn(4, 6), torch.zeros(5, 4)
+    return [
+        ("q.lora_A", DTensor.from_local(a, mesh, [a_way], run_check=False).requires_grad_()),
+        ("q.lora_B", DTensor.from_local(b, mesh, [b_way], run_check=False).requires_grad_()),
+    ]
+
+
+def test_what_is_refused(mesh_of_one: DeviceMesh) -> None:
+    named = pair_on(mesh_of_one, Partial(), Shard(0))
+    with pytest.raises(
+        TypeError, match=r"parameter 'q.lora_A' must be sharded or replicated, got the placements \(Partial"
+    ):
+        slk.StableLoRAAdamW(named)
+    named = pair_on(mesh_of_one, Shard(0), Shard(0))
+    with pytest.raises(ValueError, match=r"parameter 'q.lora_A' is a DTensor, whose moments cannot be in 8 bits"):
+        slk.StableLoRAAdamW(named, moments_dtype=torch.uint8)
+    strided = DTensor.from_local(torch.randn(6, 4).t(), mesh_of_one, [Shard(0)], run_check=False).requires_grad_()
+    with pytest.raises(
+        ValueError, match=r"parameter 'q.lora_A' is sharded, so its parts must be contiguous, got the strides"
+    ):
+        slk.StableLoRAAdamW([("q.lora_A", strided), named[1]])
+
+
+def test_a_gradient_of_other_placements_is_brought_to_the_parameters(mesh_of_one: DeviceMesh) -> None:
+    named = pair_on(mesh_of_one, Shard(0), Shard(0))
+    plain = [(name, p.detach().full_tensor().clone().requires_grad_()) for name, p in named]
+    optimizers = [slk.StableLoRAAdamW(each, lr=0.1) for each in (named, plain)]
+    for (_, p), (_, q) in zip(named, plain, strict=True):
+        q.grad = torch.randn(q.shape)
+        p.grad = DTensor.from_local(q.grad, mesh_of_one, [Partial()], run_check=False)
+    for optimizer in optimizers:
+        optimizer.step()
+    for (_, p), (_, q) in zip(named, plain, strict=True):
+        assert torch.equal(p.full_tensor(), q)
+
+
+def test_parameters_that_a_trainer_exchanges_are_found(mesh_of_one: DeviceMesh) -> None:
+    """As accelerate does when it shards a model after the optimizer was made."""
+    named = pair_on(mesh_of_one, Shard(0), Shard(0))
+    plain = [(name, p.detach().full_tensor().clone().requires_grad_()) for name, p in named]
+    optimizer = slk.StableLoRAAdamW(plain, lr=0.1, shrink_ratio=0.5, weight_decay=0.0)
+    optimizer.param_groups[0]["params"] = [p for _, p in named]
+    for _, p in named:
+        p.grad = torch.zeros_like(p)
+    before = named[0][1].full_tensor().clone()
+    optimizer.step()
+    assert torch.equal(named[0][1].full_tensor(), 0.5 * before)
+    assert optimizer.pairs[0].A is named[0][1]
+
+
+def test_a_whole_state_loads_into_parts(mesh_of_one: DeviceMesh) -> None:
+    named = pair_on(mesh_of_one, Shard(0), Shard(0))
+    plain = [(name, p.detach().full_tensor().clone().requires_grad_()) for name, p in named]
+    one, other = slk.StableLoRAAdamW(plain, lr=0.1), slk.StableLoRAAdamW(named, lr=0.2)
+    for _, p in plain:
+        p.grad = torch.randn(p.shape)
+    one.step()
+    other.load_state_dict(one.state_dict())
+    for (_, p), (_, q) in zip(named, plain, strict=True):
+        assert isinstance(other.state[p]["exp_avg"], DTensor)
+        assert torch.equal(other.state[p]["exp_avg"].full_tensor(), one.state[q]["exp_avg"])
+    back = slk.StableLoRAAdamW(plain, lr=0.3)
+    back.load_state_dict(other.state_dict())
+    for _, q in plain:
+        assert torch.equal(back.state[q]["exp_avg"], one.state[q]["exp_avg"])

@@ -1,0 +1,143 @@
+"""torch's own inputs for AdamW's tests, run on StableLoRAAdamW: equal to AdamW without shrink, to the reference with it.
+
+They come from ``torch.testing._internal.common_optimizers``, from which ``test/test_optim.py`` of PyTorch takes them.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.reference import StableAdamWRef
+from tests.helpers.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
+
+pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest (pip install expecttest)")
+from torch.testing._internal.common_optimizers import optim_db
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+(ADAMW,) = (info for info in optim_db if info.optim_cls is torch.optim.AdamW)
+# Those for a GPU have capturable and tensors beside, which ours takes everywhere.
+INPUTS = ADAMW.optim_inputs_func(device="cuda")
+SCHEDULERS = [make for makes in ADAMW.scheduler_inputs for make in makes]
+
+
+def by_description(inputs: list[Any]) -> list[Any]:
+    return [pytest.param(copy.deepcopy(item.kwargs), id=item.desc.replace(" ", "-")) for item in inputs]
+
+
+def on_any_device(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments that ``torch.optim.AdamW`` takes for CPU parameters too, meaning the same."""
+    plain = {key: value for key, value in copy.deepcopy(kwargs).items() if key != "capturable"}
+    if "betas" in plain:
+        plain["betas"] = tuple(float(beta) for beta in plain["betas"])
+    if "lr" in plain:
+        plain["lr"] = float(plain["lr"])
+    return plain
+
+
+def test_the_inputs_are_there() -> None:
+    asked = {key for item in INPUTS for key in item.kwargs}
+    assert {"lr", "betas", "weight_decay", "maximize", "amsgrad", "capturable"} <= asked
+    assert any(isinstance(item.kwargs.get("lr"), torch.Tensor) for item in INPUTS)
+
+
+@pytest.mark.parametrize("kwargs", by_description(INPUTS))
+def test_equal_to_adamw_without_shrink(backend: str, kwargs: dict[str, Any]) -> None:
+    # AdamW's default learning rate is not ours.
+    kwargs = {"lr": 1e-3, **kwargs}
+    pairs = make_pairs()
+    exact, plain = ([p.detach().to(d).clone().requires_grad_() for p in halves(pairs)] for d in (torch.float64, None))
+    optimizer = StableLoRAAdamW(pairs, shrink_ratio=0.0, **copy.deepcopy(kwargs))
+    others = [torch.optim.AdamW(params, **on_any_device(kwargs)) for params in (exact, plain)]
+    for step in range(9):
+        # Smaller and smaller, so that the largest second moment is not the latest.
+        set_grads(halves(pairs), step, scale=0.3**step)
+        for p, q, s in zip(halves(pairs), exact, plain, strict=True):
+            q.grad, s.grad = p.grad.double(), p.grad.clone()
+        optimizer.step()
+        for other in others:
+            other.step()
+    for p, q, s in zip(halves(pairs), exact, plain, strict=True):
+        error, theirs = (p - q).abs().max().item(), (s - q).abs().max().item()
+        assert error <= 2 * theirs + 2e-7, f"off by {error}, AdamW in float32 by {theirs}"
+
+
+@pytest.mark.parametrize("kwargs", by_description(INPUTS))
+def test_equal_to_the_reference_with_shrink(backend: str, kwargs: dict[str, Any]) -> None:
+    kwargs = {"lr": 5e-2, **kwargs}
+    pairs = make_pairs()
+    oracle = StableAdamWRef(in_float64(pairs), shrink_ratio=0.02, **on_any_device(kwargs))
+    optimizer = StableLoRAAdamW(pairs, shrink_ratio=0.02, **copy.deepcopy(kwargs))
+    for step in range(12):
+        set_grads(halves(pairs), step, scale=0.5**step)
+        oracle.step({q: p.grad.double() for p, q in zip(halves(pairs), halves(oracle.pairs), strict=True)})
+        optimizer.step()
+    assert {s.name: s.latched_at for s in optimizer.stability()} == oracle.latched_at
+    for p, q in zip(halves(pairs), halves(oracle.pairs), strict=True):
+        torch.testing.assert_close(p.detach().double(), q, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kwargs", by_description(INPUTS))
+def test_state_dict_resumes_and_deepcopies(backend: str, kwargs: dict[str, Any]) -> None:
+    pairs = make_pairs()
+    optimizer = StableLoRAAdamW(pairs, **copy.deepcopy(kwargs))
+    set_grads(halves(pairs), 0)
+    optimizer.step()
+    twins = [LoRAPair(p.name, *(t.detach().clone().requires_grad_() for t in (p.A, p.B))) for p in pairs]
+    resumed = StableLoRAAdamW(twins, **copy.deepcopy(kwargs))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (optimizer, resumed, copied := copy.deepcopy(optimizer)):
+        set_grads([p for group in each.param_groups for p in group["params"]], 1)
+        each.step()
+    assert all_equal(snapshot(optimizer), snapshot(resumed)) and all_equal(snapshot(optimizer), snapshot(copied))
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("number", range(len(SCHEDULERS)))
+def test_their_schedulers_lower_a_loss(backend: str, number: int, tensor_lr: bool) -> None:
+    """As PyTorch's test_forloop_goes_right_direction_with_lrsched does."""
+    (pair,) = make_pairs([(4, 9, 7)])
+    optimizer = StableLoRAAdamW([pair], lr=torch.tensor(1e-2) if tensor_lr else 1e-2)
+    scheduler = SCHEDULERS[number](optimizer)
+    x = torch.randn(16, 7, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (x @ pair.A.t() @ pair.B.t() - 1).square().mean()
+        loss.backward()
+        return loss
+
+    first = closure().item()
+    for _ in range(20):
+        loss = optimizer.step(closure)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler.step(loss)
+        else:
+            scheduler.step()
+    assert closure().item() < 0.9 * first
+    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) == tensor_lr
+
+
+def error_inputs() -> list[Any]:
+    # "foreach" is an option that ours does not have, and lone betas as tensors it takes.
+    found = ADAMW.optim_error_inputs_func(device="cpu", dtype=torch.float32)
+    return [item for item in found if "betas must be either" not in item.error_regex]
+
+
+@pytest.mark.parametrize(
+    "item", [pytest.param(i, id=i.optimizer_error_input.desc.replace(" ", "-")) for i in error_inputs()]
+)
+def test_their_bad_inputs_are_refused(item: Any) -> None:
+    given = item.optimizer_error_input
+    params = halves(make_pairs()) if given.params is None else given.params
+    named = list(zip(("q.lora_A", "q.lora_B"), params, strict=False)) if given.params is None else params
+    with warnings.catch_warnings(), pytest.raises((TypeError, ValueError)):
+        warnings.simplefilter("error")
+        StableLoRAAdamW(named, **given.kwargs)
