@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.tables import aligned
+from benchmarks.common.tables import RESULTS, aligned
 from benchmarks.lab.cost_model.predict import (
     RANKS,
-    RESULTS,
     ROWS,
     SIZES,
     Gpu,
