@@ -4,8 +4,8 @@
 
 As ``benchmarks.lab.cost_model``, with one more ceiling: a weight's element takes so many instructions each time that it is
 dequantized, and so many of them go to memory, which takes a quarter as many a clock. Both are counted in sm_90's machine code,
-in which ``--count`` counts them anew. Whether they run beside the matrix instructions or take turns with them only a GPU can tell, so
-both are given. Values of a code are taken to be found in the first cache.
+in which ``--count`` counts them anew. Only a GPU can tell whether they run beside the matrix instructions or take turns with
+them, so both are given. Values of a code are taken to be found in the first cache.
 """
 
 from __future__ import annotations
