@@ -55,7 +55,7 @@ def run_module(name: str, *args: str) -> Any:
     """The JSON that ``python -m tests.<name> <args>`` prints, run without the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.{name}", *args], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", f"tests.helpers.{name}", *args], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from test_peft_quantized import bnb_8bit, torchao, torchao_int8
+from tests.integrations.test_peft_quantized import bnb_8bit, torchao, torchao_int8
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
