@@ -1,6 +1,6 @@
 """Writes quantized.json beside this file: small weights as bitsandbytes and torchao store and dequantize them.
 
-    pip install bitsandbytes==0.50.2 torchao==0.18.0 && python tests/golden/make_quantized.py
+    pip install bitsandbytes==0.50.2 torchao==0.18.0 && python tests/helpers/golden/make_quantized.py
 
 bfloat16 and float16 results are written as float32, which holds them exactly.
 """
