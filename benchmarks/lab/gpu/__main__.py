@@ -25,15 +25,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.gpu import report
 from benchmarks.lab.gpu.plots import draw
 from benchmarks.lab.gpu.report import Outcome
-from benchmarks.lab.gpu.section import FAILED, NOTE_LENGTH, Row
+from benchmarks.lab.gpu.section import FAILED, NOTE_LENGTH, ROOT, Row
 
-ROOT = Path(__file__).resolve().parents[3]
 # The most important first: the order in which they run, and the share of the time of each.
 SECTIONS = {"correctness": 0.26, "layer": 0.33, "regret": 0.14, "step": 0.09, "profile": 0.18}
 # torch's import, the GPU's start and two short measurements.
@@ -176,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(given)
     if options.budget <= 0:
         parser().error(f"--budget must be above 0, got {options.budget:g}")
-    dry = options.dry_run
+    dry, out = options.dry_run, options.out
+    if dry and out and out.resolve().is_relative_to(RESULTS.resolve()):
+        parser().error(f"--out must lie outside {RESULTS} in a dry run, got {out}")
     # A time limit sends SIGTERM; treat it as an interrupt. A shell starts background processes with SIGINT ignored.
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, interrupt)
@@ -194,9 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.commit:
         found["commit"] = options.commit
     sections = [name for name in SECTIONS if options.only is None or name in options.only]
-    out = options.out or (Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if dry else RESULTS / slug(found["gpu"]))
-    if dry and out.resolve().is_relative_to(RESULTS.resolve()):
-        parser().error(f"--out must lie outside {RESULTS} in a dry run, got {out}")
+    if out is None:
+        out = Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if dry else RESULTS / slug(found["gpu"])
     out.mkdir(parents=True, exist_ok=True)
     outcomes, interrupted = run(sections, out, options.budget, begun, dry)
     # The report takes seconds. Another interrupt must not lose it.

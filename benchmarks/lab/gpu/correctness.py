@@ -1,4 +1,4 @@
-"""The first section: ``pytest tests/gpu``, with a row for each test as it ends. This module is also the plugin that adds the rows."""
+"""The first section: ``pytest tests/gpu``. This module is also its plugin, which adds a row for each test as it ends."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lab.gpu.section import FAILED, NOT_REACHED, NOTE_LENGTH, OK, SKIPPED, Clock, Row, Table, parse
+from benchmarks.lab.gpu.section import FAILED, NOT_REACHED, NOTE_LENGTH, OK, ROOT, SKIPPED, Clock, Row, Table, parse
 
 COLUMNS = ("check", "case", "status", "figure", "bound", "seconds", "note", "dry")
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def workers() -> int:

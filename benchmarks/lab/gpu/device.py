@@ -33,9 +33,7 @@ class CudaDevice:
         self.device = torch.device("cuda", index)
         self.stream = torch.cuda.Stream()
         torch.cuda.set_stream(self.stream)
-        properties = torch.cuda.get_device_properties(index)
-        self.name, self.arch = properties.name, f"sm_{properties.major}{properties.minor}"
-        cache = getattr(properties, "L2_cache_size", 0) or 2**26
+        cache = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0) or 2**26
         self._flush = torch.empty(max(4 * cache, 2**27) // 4, dtype=torch.float32, device=self.device)
 
     def synchronize(self) -> None:
@@ -131,11 +129,7 @@ class DryDevice:
     """A CPU, on which the kernels run in Triton's interpreter. None of its figures is a measurement."""
 
     dry = True
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        # Dispatch treats the interpreter as this GPU.
-        self.name, self.arch = "H100, pretended", "sm_90"
+    device = torch.device("cpu")
 
     def synchronize(self) -> None:
         pass

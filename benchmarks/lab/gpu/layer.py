@@ -25,7 +25,7 @@ from benchmarks.lab.gpu.section import FAILED, SKIPPED, Clock, Row, Unit, note_o
 
 COLUMNS = (
     "m", "n", "k", "r", "dropout", "mode", "direction", "arm", "status", "us", "q1_us", "q3_us", "samples", "over_frozen",
-    "eager_over", "gb_s", "tflop_s", "predicted_us", "error_pct", "note", "dry",
+    "eager_over", "gb_s", "tflop_s", "note", "dry",
 )  # fmt: skip
 DIRECTIONS = ("forward", "backward", "both")
 # "eager" starts on an idle device and includes the host's launches. "graph" is the device alone.
@@ -190,24 +190,7 @@ def least(s: Shape, direction: str, lora: bool) -> tuple[float, float]:
     return moved + 2.0 * m * k + 2 * factors, flops + 2 * branch
 
 
-def known_gpu(device: Device) -> predict.Gpu | None:
-    """Return the GPU of benchmarks/lab/cost_model/gpus with this device's name and architecture, if there is one."""
-    for path in sorted(predict.GPUS.glob("*.json")):
-        gpu = predict.load_gpu(path.stem)
-        if path.stem in device.name.lower() and gpu.arch == device.arch:
-            return gpu
-    return None
-
-
-def prediction_columns(expected: float | None, seconds: float) -> Row:
-    if expected is None:
-        return {}
-    return {"predicted_us": round(expected * 1e6, 3), "error_pct": round(100 * (expected / seconds - 1), 1)}
-
-
-def measure(
-    device: Device, s: Shape, gpu: predict.Gpu | None, compiler: Compiler, modes: tuple[str, ...]
-) -> Iterator[Row]:
+def measure(device: Device, s: Shape, compiler: Compiler, modes: tuple[str, ...]) -> Iterator[Row]:
     layers = Layers(s, device)
     if "peft" in layers.arms:
         try:
@@ -228,12 +211,10 @@ def measure(
                 status = FAILED if name == "ours" else SKIPPED
                 yield {"mode": mode, "direction": direction, "arm": name, "status": status, "note": note_of(error)}
         samples = device.time(timed, SECONDS, queued=mode == "graph")
-        yield from rows(s, gpu, direction, mode, samples)
+        yield from rows(s, direction, mode, samples)
 
 
-def rows(
-    s: Shape, gpu: predict.Gpu | None, direction: str, mode: str, samples: dict[str, list[float]]
-) -> Iterator[Row]:
+def rows(s: Shape, direction: str, mode: str, samples: dict[str, list[float]]) -> Iterator[Row]:
     columns = {name: time_columns(values) for name, values in samples.items()}
     for name, times in columns.items():
         seconds = times["us"] * 1e-6
@@ -244,25 +225,16 @@ def rows(
             row["over_frozen"] = round(times["us"] / columns["frozen"]["us"], 4)
         if "eager" in columns:
             row["eager_over"] = round(columns["eager"]["us"] / times["us"], 4)
-        try:
-            row |= prediction_columns(None if gpu is None else predict.predicted(gpu, s, direction, name), seconds)
-        except Exception as error:
-            # A measurement that the model cannot predict is still a measurement.
-            print(f"no prediction: {error!r}")
         yield row
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:
-    gpu, compiler = known_gpu(device), Compiler(device, COMPILE_SHARE * clock.left())
-    # One rank is enough for eager times.
-    return [
-        Unit(
-            key_of(s),
-            partial(measure, device, s, gpu, compiler, MODES if device.dry or s.r == TARGET_R else MODES[:1]),
-            3.0,
-        )
-        for s in shapes(device.dry)
-    ]
+    compiler, found = Compiler(device, COMPILE_SHARE * clock.left()), []
+    for s in shapes(device.dry):
+        # Eager times at one rank are enough.
+        modes = MODES if device.dry or s.r == TARGET_R else MODES[:1]
+        found.append(Unit(key_of(s), partial(measure, device, s, compiler, modes), 3.0))
+    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two plots of a GPU's results: times over the frozen layer's, by M and r; and regret, and predicted against measured."""
+"""Two plots of a GPU's results: times over the frozen layer's by M and r, and the regret of the tables' choices."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def draw(rows: dict[str, list[Row]], machine: Row, out: Path, dry: bool) -> list
     with plt.rc_context(STYLE):
         if layer:
             paths.append(save(times(plt, layer, title), out / "times.png"))
-        if regret or any("error_pct" in row for row in layer):
-            paths.append(save(choices(plt, layer, regret, title), out / "choices.png"))
+        if regret:
+            paths.append(save(choices(plt, regret, title), out / "choices.png"))
     return paths
 
 
@@ -57,24 +57,13 @@ def times(plt: Any, layer: Sequence[Row], title: str) -> Any:
     return figure
 
 
-def choices(plt: Any, layer: Sequence[Row], regret: Sequence[Row], title: str) -> Any:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+def choices(plt: Any, regret: Sequence[Row], title: str) -> Any:
+    figure, ax = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for direction, shade in (("forward", "#2a6fbb"), ("backward", "#d1495b")):
         timed = pick(regret, direction=direction)
         chosen = sorted(100 * row["regret"] for row in timed if row["kernel"] == row["chosen"])
-        left.plot(range(1, len(chosen) + 1), chosen, marker="o", markersize=3, color=shade, label=direction)
-    left.set(xlabel="calls, by regret", ylabel="tables' choice over the best kernel, % longer")
-    left.legend()
-    points = [row for row in layer if "predicted_us" in row]
-    for arm, shade in {"frozen": "#444444", **SHADES}.items():
-        own = pick(points, arm=arm)
-        if own:
-            right.scatter([row["us"] for row in own], [row["predicted_us"] for row in own], s=8, color=shade, label=arm)
-    if points:
-        ends = [min(row["us"] for row in points), max(row["us"] for row in points)]
-        right.plot(ends, ends, color="#444444", linewidth=0.8)
-        right.set(xscale="log", yscale="log")
-        right.legend()
-    right.set(xlabel="measured, us", ylabel="predicted, us")
+        ax.plot(range(1, len(chosen) + 1), chosen, marker="o", markersize=3, color=shade, label=direction)
+    ax.set(xlabel="calls, by regret", ylabel="tables' choice over the best kernel, % longer")
+    ax.legend()
     figure.suptitle(title, fontsize=10)
     return figure

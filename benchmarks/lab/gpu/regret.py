@@ -14,14 +14,14 @@ from benchmarks.lab.cost_model import predict
 from benchmarks.lab.cost_model.predict import Shape
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Arms, Device
-from benchmarks.lab.gpu.layer import SECONDS, Layers, key_of, known_gpu, prediction_columns, priority, shapes
+from benchmarks.lab.gpu.layer import SECONDS, Layers, key_of, priority, shapes
 from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_columns
 from stablelora_kernels.dispatch.problem import Call, device_of
 from stablelora_kernels.dispatch.rules import choose
 
 COLUMNS = (
     "m", "n", "k", "r", "dropout", "direction", "kernel", "chosen", "fastest", "status", "us", "q1_us", "q3_us", "samples",
-    "regret", "predicted_us", "error_pct", "note", "dry",
+    "regret", "note", "dry",
 )  # fmt: skip
 
 
@@ -40,16 +40,7 @@ def table_choice(s: Shape, direction: str, device: torch.device) -> str:
     return choose(device_of(device), call, "auto").kernel
 
 
-def predictions(gpu: predict.Gpu | None, s: Shape, direction: str) -> dict[str, float]:
-    """Return seconds by kernel, or nothing if the model does not know the GPU or cannot predict the call."""
-    try:
-        return {} if gpu is None else predict.best(gpu, s, direction)
-    except Exception as error:
-        print(f"no prediction: {error!r}")
-        return {}
-
-
-def measure(device: Device, s: Shape, direction: str, gpu: predict.Gpu | None) -> Iterator[Row]:
+def measure(device: Device, s: Shape, direction: str) -> Iterator[Row]:
     run = Layers(s, device, rivals=False).call("ours", direction)
     chosen = table_choice(s, direction, device.device)
     arms: Arms = {}
@@ -60,19 +51,16 @@ def measure(device: Device, s: Shape, direction: str, gpu: predict.Gpu | None) -
             yield {"kernel": kernel, "chosen": chosen, "status": FAILED, "note": note_of(error)}
     columns = {name: time_columns(values) for name, values in device.time(arms, SECONDS, queued=True).items()}
     fastest = min(columns, key=lambda name: columns[name]["us"])
-    expected = predictions(gpu, s, direction)
     for kernel, times in columns.items():
-        row: Row = {"kernel": kernel, "chosen": chosen, "fastest": fastest, **times}
-        row["regret"] = round(times["us"] / columns[fastest]["us"] - 1, 4)
-        yield row | prediction_columns(expected.get(kernel), times["us"] * 1e-6)
+        ratio = round(times["us"] / columns[fastest]["us"] - 1, 4)
+        yield {"kernel": kernel, "chosen": chosen, "fastest": fastest, **times, "regret": ratio}
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:
     """Return the layer's shapes in their order, except that ranks come before sizes: the tables' edges are in M and r."""
-    gpu = known_gpu(device)
     ordered = sorted(shapes(device.dry), key=lambda s: (max(s.n, s.k) > 4096 or s.n < 4096, *priority(s)))
     return [
-        Unit({**key_of(s), "direction": direction}, partial(measure, device, s, direction, gpu), 2.0)
+        Unit({**key_of(s), "direction": direction}, partial(measure, device, s, direction), 2.0)
         for s, direction in product(ordered, ("forward", "backward"))
     ]
 

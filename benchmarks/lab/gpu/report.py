@@ -112,14 +112,6 @@ def regrets(rows: Sequence[Row]) -> dict[str, tuple[int, float, float]]:
     return found
 
 
-def model_error(rows: Sequence[Row]) -> str:
-    """Return how far the predictions are from the measurements."""
-    errors = [row["error_pct"] for row in pick(rows) if "error_pct" in row]
-    if not errors:
-        return "nothing predicted"
-    return f"median {statistics.median(errors):+.0f} %, from {min(errors):+.0f} to {max(errors):+.0f} %, {len(errors)} times"
-
-
 def status_table(outcomes: dict[str, Outcome]) -> list[str]:
     cells = [["section", "rows", "failed", "skipped", "not reached", "seconds", ""]]
     for name, (rows, seconds, problem) in outcomes.items():
@@ -160,9 +152,6 @@ class Summary:
             f"- {name}: {count} calls, mean {mean:.1%}, worst {worst:.1%}"
             for name, (count, mean, worst) in regrets(self.rows.get("regret", [])).items()
         ] or ["- not measured"]
-        self.errors = [
-            f"- {name}: {model_error(self.rows[name])}" for name in ("layer", "regret") if name in self.rows
-        ] or ["- not measured"]
         # A dry run's tiny shapes are not the targets', but its counts and names could be mistaken for figures.
         self.verdicts = [
             f"- {UNKNOWN} (dry): {words}" if dry else f"- {result}: {words}{': ' + figures if figures else ''}"
@@ -188,7 +177,7 @@ class Summary:
             ("Failed", self.failed or ["- nothing"]),
             (f"Where we lose ({len(self.lost)} timings){self.dry_note}", self.lost or ["- none among the measured"]),
             (f"The tables' choice against the best kernel (regret){self.dry_note}", self.regret),
-            (f"Predicted over measured{self.dry_note}", self.errors),
+            ("Predictions", ["`python -m benchmarks.lab.cost_model` compares its predictions with layer.csv."]),
             ("Machine", facts),
             ("Command", [f"`{command}`", "", f"{seconds:.0f} s. Plots: {', '.join(plots) or 'none'}."]),
         ]
@@ -205,7 +194,6 @@ class Summary:
         return [
             f"Where we lose ({len(self.lost)} timings){self.dry_note}:", *short(self.lost or ["- none among the measured"]),
             f"Regret of the tables' choice{self.dry_note}:", *self.regret,
-            f"Predicted over measured{self.dry_note}:", *self.errors,
             f"Failed ({len(self.failed)}):", *short(self.failed or ["- nothing"]),
             *self.status,
             "Targets:", *self.verdicts,

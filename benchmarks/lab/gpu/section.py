@@ -19,6 +19,7 @@ import torch
 from benchmarks.common.measure import summarize
 from benchmarks.lab.gpu.device import CudaDevice, Device, DryDevice
 
+ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, Any]
 OK, FAILED, SKIPPED, DRY, NOT_REACHED = "ok", "failed", "skipped", "dry", "not reached"
 # A row of a dry run for a figure that only a GPU has.

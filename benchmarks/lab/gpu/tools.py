@@ -25,11 +25,10 @@ from benchmarks.lab.cost_model.predict import Shape
 from benchmarks.lab.gpu import step
 from benchmarks.lab.gpu.device import CudaDevice, Device
 from benchmarks.lab.gpu.layer import SCALING, TARGET_R, TARGET_SIZE, Layers
-from benchmarks.lab.gpu.section import FAILED, NO_GPU, NOTE_LENGTH, OK, SKIPPED, Clock, Row
+from benchmarks.lab.gpu.section import FAILED, NO_GPU, NOTE_LENGTH, OK, ROOT, SKIPPED, Clock, Row
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing import make_inputs
 
-ROOT = Path(__file__).resolve().parents[3]
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 # CUDA's installers put the tools here.
 PLACES = (
