@@ -1,6 +1,6 @@
 """What a CUDA graph does to the optimizer's step, without one: its launches are recorded, and made again as a replay would.
 
-``benchmarks.lab.gpu`` compares real graphs with eager steps where there is a GPU.
+On a GPU, tests/gpu/test_cuda_graphs.py compares real graphs with eager steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, set_grads, s
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "on_triton"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has graphs of its own: python -m benchmarks.lab.gpu"),
+    pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_cuda_graphs.py"),
 ]
 
 

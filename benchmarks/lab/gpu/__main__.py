@@ -1,63 +1,73 @@
-"""Measure this library on an NVIDIA GPU: is it right there, how fast against rivals, what does it launch and wait for.
+"""Measure this library on an NVIDIA GPU: its correctness, its speed against rivals, its launches and its waits.
 
     python -m benchmarks.lab.gpu [--budget 520] [--only SECTION ...] [--out DIRECTORY]
     python -m benchmarks.lab.gpu --dry-run
 
-Rows are written to CSV files as they come, and an interrupt keeps them. Sections share the time out, the most important first;
-what is not reached is said. ``--dry-run`` goes through the same code in Triton's interpreter on a CPU at tiny sizes, writes
-nothing beside the repository's results, and measures nothing. The exit status is 1 if a check failed, 130 after an interrupt.
+The first section is ``pytest tests/gpu``. Sections share the time, the most important first. Each is a process of its own, so a
+crash or a hang loses only that section. Rows go to CSV files as they come; an interrupt keeps them, and the summary lists
+what was not reached. ``--dry-run`` executes the same code in Triton's interpreter on a CPU at tiny sizes: it writes nothing into
+the repository's results, and measures nothing. The exit status is 1 if a check failed, 130 after an interrupt.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
 
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.gpu import report
-from benchmarks.lab.gpu.process import Progress, machine, run_section
-from benchmarks.lab.gpu.section import FAILED, SECTIONS, Row, module, run_child
+from benchmarks.lab.gpu.plots import draw
+from benchmarks.lab.gpu.report import Outcome
+from benchmarks.lab.gpu.section import FAILED, NOTE_LENGTH, ROOT, Row
 
-# What looking at the machine may take: torch's import, the device's start and two short measurements.
+# The most important first: the order in which they run, and the share of the time of each.
+SECTIONS = {"correctness": 0.26, "layer": 0.33, "regret": 0.14, "step": 0.09, "profile": 0.18}
+# torch's import, the GPU's start and two short measurements.
 MACHINE_SECONDS = 60.0
+# A section begins no unit that would end late. One that still runs this long after its time hangs, or is far too slow.
+GRACE = 20.0
 
 
-class Table:
-    """A section's CSV file, written row by row, and its rows."""
+def environment(dry: bool) -> dict[str, str]:
+    """Return the environment of our processes: without our own settings, and in a dry run without a GPU."""
+    ours = ("STABLELORA_", "SLK_", "TRITON_INTERPRET")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return kept | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else kept
 
-    def __init__(self, path: Path, columns: Sequence[str], dry: bool) -> None:
-        self.columns, self.dry, self.rows = columns, dry, list[Row]()
-        self._file: TextIO = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
-        self._writer.writeheader()
-        self._file.flush()
 
-    def add(self, row: Row) -> None:
-        # A run on a GPU is not to end over a column that nobody foresaw.
-        unforeseen = {key: row.pop(key) for key in set(row) - set(self.columns)}
-        if unforeseen:
-            row["note"] = f"{row.get('note', '')} {unforeseen}".strip()
-        row = {**row, "dry": "dry" if self.dry else ""}
-        self.rows.append(row)
-        self._writer.writerow(row)
-        self._file.flush()
+def machine(dry: bool) -> Row:
+    """Describe the machine, in a process of its own: this one must not occupy the GPU.
 
-    def close(self) -> None:
-        self._file.close()
+    Raises:
+        RuntimeError: the process failed, or ran out of time.
+    """
+    command = [sys.executable, "-m", "benchmarks.lab.gpu.device"]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(dry), capture_output=True, text=True, timeout=MACHINE_SECONDS
+        )
+        done.check_returncode()
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"the GPU did not answer within {MACHINE_SECONDS:g} s") from error
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"could not describe the machine: {error.stderr.strip()[-NOTE_LENGTH:]}") from error
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def deadlines(sections: Sequence[str], budget: float) -> dict[str, float]:
-    """Seconds from the start by which each section has to end: its share, and what those before it left over."""
+    """Return the seconds from the start by which each section ends: its share, and what earlier sections left over."""
     total, passed, ends = sum(SECTIONS[name] for name in sections), 0.0, {}
     for name in sections:
         passed += SECTIONS[name]
@@ -65,66 +75,96 @@ def deadlines(sections: Sequence[str], budget: float) -> dict[str, float]:
     return ends
 
 
-def workers(section: str, dry: bool) -> int:
-    """Processes for a section: checks share a GPU, and their kernels compile side by side; what is timed runs alone."""
-    if section != "correctness" or dry:
-        return 1
-    return max(1, min(8, (os.cpu_count() or 1) // 2))
+def number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def read(path: Path) -> list[Row]:
+    """Return the rows of a section's file, numbers as numbers and without empty cells."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: number(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def run_section(name: str, path: Path, seconds: float, dry: bool) -> str:
+    """Run a section, which writes its rows to ``path``. Return why it ended, if by a crash or a hang, otherwise nothing."""
+    until = f"{time.monotonic() + seconds:.3f}"
+    command = [sys.executable, "-m", f"benchmarks.lab.gpu.{name}", str(path.resolve()), "--until", until]
+    with tempfile.TemporaryFile() as errors:
+        # Progress goes to the terminal. The session is for killpg.
+        process = subprocess.Popen(
+            [*command, "--dry-run"] if dry else command,
+            cwd=ROOT, env=environment(dry), stdin=subprocess.DEVNULL, stdout=2, stderr=errors, start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(seconds + GRACE)
+            problem = f"exit status {status}" if status else ""
+        except subprocess.TimeoutExpired:
+            problem = f"stopped {GRACE:g} s after its time"
+        finally:
+            # The section's own processes (pytest's workers, ncu) must not outlive it.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        errors.seek(max(0, errors.seek(0, os.SEEK_END) - NOTE_LENGTH))
+        last_words = errors.read().decode(errors="replace").strip()
+    return f"the process ended: {problem}\n{last_words}" if problem else ""
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(sections: Sequence[str], out: Path, budget: float, begun: float, dry: bool) -> tuple[dict[str, Any], bool]:
-    """Tables and progress of every section, and whether it was interrupted."""
-    tables = {name: Table(out / f"{name}.csv", module(name).COLUMNS, dry) for name in sections}
-    progress = {name: Progress() for name in sections}
-    interrupted = False
+def run(sections: Sequence[str], out: Path, budget: float, begun: float, dry: bool) -> tuple[dict[str, Outcome], bool]:
+    """Run the sections. Return what each has, and whether an interrupt came."""
+    outcomes = {name: Outcome([], 0.0, "not reached") for name in sections}
+    paths = {name: out / f"{name}.csv" for name in sections}
+    for path in paths.values():
+        # An earlier run's rows must not pass for this one's.
+        path.unlink(missing_ok=True)
     try:
         for name, end in deadlines(sections, budget).items():
-            seconds = begun + end - time.monotonic()
+            start, problem = time.monotonic(), "interrupted"
+            seconds = begun + end - start
             if seconds <= 0:
                 say(f"{name}: not reached, time is up")
                 continue
-            # A row for a process that dies outside any unit.
-            first = {module(name).COLUMNS[0]: "the section's process"}
             say(f"{name}: begins, {seconds:.0f} s")
-            run_section(
-                name, seconds, workers(name, dry), dry, tables[name].add, say, fatal_key=first, progress=progress[name]
-            )
+            try:
+                problem = run_section(name, paths[name], seconds, dry)
+            finally:
+                outcomes[name] = Outcome(read(paths[name]), time.monotonic() - start, problem)
+            if problem:
+                outcomes[name].rows.append({"what": "the section's process", "status": FAILED, "note": problem})
     except KeyboardInterrupt:
-        interrupted = True
-        say("interrupted: writing what there is")
-    finally:
-        for table in tables.values():
-            table.close()
-    return {name: (tables[name].rows, progress[name]) for name in sections}, interrupted
+        say("interrupted: the rows so far are kept")
+        return outcomes, True
+    return outcomes, False
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        prog="python -m benchmarks.lab.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m benchmarks.lab.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--budget", type=float, default=520.0, help="seconds for all sections (default: %(default)g)")
-    found.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="these sections alone")
+    found.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="run only these sections")
     found.add_argument("--out", type=Path, help="where to write (default: benchmarks/results/<the GPU's name>)")
-    found.add_argument("--commit", help="the commit that is measured, where this is no git checkout")
+    found.add_argument("--commit", help="the commit that is measured, if this is not a git checkout")
     found.add_argument(
-        "--dry-run", action="store_true", help="the same code in the interpreter on a CPU, at tiny sizes"
+        "--dry-run", action="store_true", help="run the same code in the interpreter on a CPU, at tiny sizes"
     )
-    for name, kind in (("--child", str), ("--part", str), ("--skip", int), ("--until", float), ("--pipe", int)):
-        found.add_argument(name, type=kind, help=argparse.SUPPRESS)
     return found
 
 
@@ -132,18 +172,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser().parse_args(given)
-    if options.child:
-        number, count = map(int, options.part.split("/"))
-        run_child(options.child, (number, count), options.skip, options.until, options.pipe, options.dry_run)
-        return 0
     if options.budget <= 0:
         parser().error(f"--budget must be above 0, got {options.budget:g}")
-    dry = options.dry_run
-    # A stop by a time limit is an interrupt, too; and of what a shell began in the background, SIGINT is ignored until here.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    dry, out = options.dry_run, options.out
+    if dry and out and out.resolve().is_relative_to(RESULTS.resolve()):
+        parser().error(f"--out must lie outside {RESULTS} in a dry run, got {out}")
+    # A time limit sends SIGTERM; treat it as an interrupt. A shell starts background processes with SIGINT ignored.
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, interrupt)
     try:
-        found = machine(dry, MACHINE_SECONDS)
+        found = machine(dry)
     except KeyboardInterrupt:
         say("interrupted before anything was measured")
         return 130
@@ -151,26 +189,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(str(error))
         return 2
     if not dry and found["gpu"] is None:
-        say("There is no NVIDIA GPU here that torch can use. --dry-run runs the same code in Triton's interpreter.")
+        say("torch finds no NVIDIA GPU here. --dry-run runs the same code in Triton's interpreter.")
         return 2
     if options.commit:
         found["commit"] = options.commit
     sections = [name for name in SECTIONS if options.only is None or name in options.only]
-    out = options.out or (Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if dry else RESULTS / slug(found["gpu"]))
-    if dry and out.resolve().is_relative_to(RESULTS.resolve()):
-        parser().error(f"--out must lie outside {RESULTS} in a dry run, got {out}")
+    if out is None:
+        out = Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if dry else RESULTS / slug(found["gpu"])
     out.mkdir(parents=True, exist_ok=True)
-    results, interrupted = run(sections, out, options.budget, begun, dry)
-    # What is there is written whatever comes: the report takes seconds.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    command = "python -m benchmarks.lab.gpu " + " ".join(given)
-    lines = report.write(out, results, found, command, dry, interrupted, time.monotonic() - begun)
-    print("\n".join(lines), flush=True)
+    outcomes, interrupted = run(sections, out, options.budget, begun, dry)
+    # The report takes seconds. Another interrupt must not lose it.
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.SIG_IGN)
+    summary = report.Summary(outcomes, found, dry, interrupted)
+    try:
+        plots = [path.name for path in draw(summary.rows, found, out, dry)]
+    except Exception as error:
+        # The figures matter more than their plots.
+        plots = [f"none: {type(error).__name__}: {error}"]
+    command, seconds = "python -m benchmarks.lab.gpu " + " ".join(given), time.monotonic() - begun
+    (out / "summary.md").write_text(summary.page(command, seconds, plots), encoding="utf-8")
+    print("\n".join([*summary.printed(), f"{summary.headline()} {seconds:.0f} s, files in {out}"]), flush=True)
     if interrupted:
         return 130
-    # A process that crashed left a failed row; one that ran out of time is no failure.
-    return int(any(row.get("status") == FAILED for rows, _ in results.values() for row in rows))
+    return int(any(row.get("status") == FAILED for outcome in outcomes.values() for row in outcome.rows))
 
 
 if __name__ == "__main__":

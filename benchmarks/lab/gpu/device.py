@@ -1,35 +1,30 @@
-"""What ``benchmarks.lab.gpu`` asks of a device: times, CUDA graphs, memory. One class for a GPU, and one that stands in on a CPU.
+"""What ``benchmarks.lab.gpu`` needs from a device: times, CUDA graphs, peak memory. A GPU, and a CPU that stands in for it.
 
-Both have the same methods, so that a dry run goes through the code that measures. The stand-in's times are a host clock's, its
-graphs call the function again, and what has no meaning without a GPU is None.
+Both classes have the same methods, so a dry run executes the code that measures. On the CPU times come from the host clock,
+a "graph" calls the function again, and figures without a meaning there are None. ``python -m benchmarks.lab.gpu.device``
+prints, as JSON, what the machine is and what its GPU reaches.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.common.measure import shuffled
+from benchmarks.common.measure import environment, shuffled
 
 Arms = dict[str, Callable[[], Any]]
-# Calls of an arm before it is timed: kernels are compiled, libraries choose, the allocator has its blocks.
+# Untimed calls of each arm: kernels compile, libraries choose their algorithms, the allocator gets its blocks.
 WARMUP = 2
 
 
-class Captured:
-    """A captured function: ``replay()`` runs it on what its input tensors hold then, into ``outputs``, the same tensors."""
-
-    def __init__(self, replay: Callable[[], None], outputs: Any = None) -> None:
-        self.replay, self.outputs = replay, outputs
-
-
 class CudaDevice:
-    """One NVIDIA GPU. All work is on one stream that is not the default one, which could not be captured."""
+    """One NVIDIA GPU. All work is on one stream of its own, because the default stream cannot be captured."""
 
     dry = False
 
@@ -38,31 +33,25 @@ class CudaDevice:
         self.device = torch.device("cuda", index)
         self.stream = torch.cuda.Stream()
         torch.cuda.set_stream(self.stream)
-        properties = torch.cuda.get_device_properties(index)
-        self.name, self.arch = properties.name, f"sm_{properties.major}{properties.minor}"
-        cache = getattr(properties, "L2_cache_size", 0) or 2**26
+        cache = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0) or 2**26
         self._flush = torch.empty(max(4 * cache, 2**27) // 4, dtype=torch.float32, device=self.device)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def free_bytes(self) -> int:
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]
-
     def flush(self) -> None:
-        """Put something else into L2: written, and then read, so that a timed region doesn't pay for writing it back."""
+        """Fill L2 with other data. Write it and then read it, so that a timed region does not pay for the write-back."""
         self._flush.zero_()
         self._flush.sum()
 
     def time(
         self, arms: Arms, seconds: float, *, queued: bool, least: int = 5, most: int = 40
     ) -> dict[str, list[float]]:
-        """Seconds a call on the device's clock, by arm; L2 flushed before each, arms in shuffled order, call by call.
+        """Return seconds per call on the device's clock, by arm. Flush L2 before each call, and shuffle the arms.
 
-        ``queued``: launches are queued behind the flush, so that the device waits for no host (for graphs). Otherwise every
-        call starts on an idle device, and the host's time between launches counts where the device has to wait for it.
-        At least ``least`` and at most ``most`` rounds, of which about as many as ``seconds`` hold.
+        ``queued`` queues a call behind the flush, so that the device never waits for the host (for graphs). Otherwise each call
+        starts on an idle device, and includes any host time between launches that the device waits for. There are at least
+        ``least`` and at most ``most`` rounds, about as many as fit into ``seconds``.
         """
         names = list(arms)
         events = {name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in names}
@@ -89,7 +78,7 @@ class CudaDevice:
         return samples
 
     def host_seconds(self, run: Callable[[], Any], times: int = 20) -> list[float]:
-        """Seconds until the call returns, on a device that is idle when it starts; it is not waited for inside."""
+        """Return seconds until the call returns. The device is idle at its start, and nothing waits for it."""
         samples = []
         for _ in range(times):
             self.synchronize()
@@ -99,18 +88,21 @@ class CudaDevice:
         self.synchronize()
         return samples
 
-    def capture(self, run: Callable[[], Any], warmup: int = WARMUP) -> Captured:
-        """``run`` in a CUDA graph, after ``warmup`` calls outside it. Its tensors must have been made on the current stream."""
+    def capture(self, run: Callable[[], Any], warmup: int = WARMUP) -> Callable[[], None]:
+        """Capture ``run`` in a CUDA graph, after ``warmup`` calls outside it, and return the replay.
+
+        The tensors of ``run`` must have been made on the current stream.
+        """
         for _ in range(warmup):
             run()
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
-            outputs = run()
-        return Captured(graph.replay, outputs)
+            run()
+        return graph.replay
 
     def peak_bytes(self, run: Callable[[], Any]) -> int:
-        """The most memory that ``run`` holds at once beyond what is held already; what it returns is let go."""
+        """Return the most memory that ``run`` holds at once, beyond what was allocated before it."""
         run()
         self.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -120,13 +112,13 @@ class CudaDevice:
         return torch.cuda.max_memory_allocated() - before
 
     def ceilings(self) -> dict[str, float]:
-        """What this GPU reaches: a copy's bytes a second, read and written, and a large bf16 product's operations a second."""
+        """Return what the GPU reaches: bytes a second of a copy, read and written, and operations a second in bf16."""
         source = torch.empty(2**30, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         size = 8192
         a, b = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         arms: Arms = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
-        # The clocks rise first.
+        # Let the clocks rise first.
         self.time(arms, 0.5, queued=True, most=100)
         found = self.time(arms, 0.3, queued=True)
         seconds = {name: statistics.median(values) for name, values in found.items()}
@@ -134,20 +126,13 @@ class CudaDevice:
 
 
 class DryDevice:
-    """A CPU, on which the kernels run in Triton's interpreter. Nothing that it says is a measurement."""
+    """A CPU, on which the kernels run in Triton's interpreter. None of its figures is a measurement."""
 
     dry = True
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        # What dispatch takes the interpreter for.
-        self.name, self.arch = "H100, pretended", "sm_90"
+    device = torch.device("cpu")
 
     def synchronize(self) -> None:
         pass
-
-    def free_bytes(self) -> int:
-        return 2**62
 
     def flush(self) -> None:
         pass
@@ -155,49 +140,50 @@ class DryDevice:
     def time(
         self, arms: Arms, seconds: float, *, queued: bool, least: int = 5, most: int = 40
     ) -> dict[str, list[float]]:
-        """One call of each arm, whatever is asked for."""
-        samples: dict[str, list[float]] = {}
-        for name in shuffled(list(arms), 0):
-            start = time.perf_counter()
-            arms[name]()
-            samples[name] = [time.perf_counter() - start]
-        return samples
+        """Call each arm once, whatever the arguments say."""
+        return {name: self.host_seconds(arms[name]) for name in shuffled(list(arms), 0)}
 
     def host_seconds(self, run: Callable[[], Any], times: int = 20) -> list[float]:
         start = time.perf_counter()
         run()
         return [time.perf_counter() - start]
 
-    def capture(self, run: Callable[[], Any], warmup: int = 0) -> Captured:
-        """As a capture, this computes nothing; ``outputs`` are there after the first replay."""
-        for _ in range(warmup):
-            run()
-        captured = Captured(lambda: None)
-
-        def replay() -> None:
-            new = run()
-            if captured.outputs is None:
-                captured.outputs = new
-            else:
-                _copy(captured.outputs, new)
-
-        captured.replay = replay
-        return captured
+    def capture(self, run: Callable[[], Any], warmup: int = WARMUP) -> Callable[[], None]:
+        return run
 
     def peak_bytes(self, run: Callable[[], Any]) -> None:
         run()
-
-    def ceilings(self) -> dict[str, float]:
-        return {}
 
 
 Device = CudaDevice | DryDevice
 
 
-def _copy(old: Any, new: Any) -> None:
-    if isinstance(old, Tensor):
-        with torch.no_grad():
-            old.copy_(new)
-    elif isinstance(old, (tuple, list)):
-        for one, other in zip(old, new, strict=True):
-            _copy(one, other)
+def driver() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown ({error})"
+    return done.stdout.split("\n")[0].strip()
+
+
+def machine() -> dict[str, Any]:
+    """Return the machine, its versions, and its GPU (None without one) with what that reaches."""
+    found = environment()
+    if not torch.cuda.is_available():
+        return found | {"gpu": None}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    found |= {
+        "gpu": properties.name,
+        "arch": f"sm_{properties.major}{properties.minor}",
+        "processors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "l2": getattr(properties, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+        "driver": driver(),
+    }
+    return found | CudaDevice().ceilings()
+
+
+if __name__ == "__main__":
+    print(json.dumps(machine()))

@@ -1,4 +1,4 @@
-"""Two plots of a GPU's results: times against M and r over the frozen layer's; regret, and predicted against measured."""
+"""Two plots of a GPU's results: times over the frozen layer's by M and r, and the regret of the tables' choices."""
 
 from __future__ import annotations
 
@@ -6,34 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lab.gpu.report import pick
 from benchmarks.lab.gpu.section import Row
 
 SHADES = {"eager": "#8a8f98", "peft": "#2a6fbb", "compiled": "#5b9aa0", "ours": "#d1495b"}
 
 
 def draw(rows: dict[str, list[Row]], machine: Row, out: Path, dry: bool) -> list[Path]:
-    """Those for which there are rows."""
+    """Draw the plots for which there are rows."""
     import matplotlib.pyplot as plt
 
     from benchmarks.common.plot_style import STYLE, save
 
-    where = (
-        "DRY RUN, not a measurement"
-        if dry
-        else f"{machine.get('gpu')}, bf16, CUDA graphs, commit {machine.get('commit')}"
-    )
+    title = f"{machine.get('gpu')}, bf16, CUDA graphs, commit {machine.get('commit')}"
+    if dry:
+        title = "DRY RUN, not a measurement"
+    layer, regret = pick(rows.get("layer", []), mode="graph"), pick(rows.get("regret", []))
     paths = []
-    layer = [row for row in rows.get("layer", []) if row.get("status") == "ok" and row.get("mode") == "graph"]
     with plt.rc_context(STYLE):
         if layer:
-            paths.append(save(_times(plt, layer, where), out / "times.png"))
-        if any("error_pct" in row for row in layer) or rows.get("regret"):
-            paths.append(save(_choices(plt, layer, rows.get("regret", []), where), out / "choices.png"))
+            paths.append(save(times(plt, layer, title), out / "times.png"))
+        if regret:
+            paths.append(save(choices(plt, regret, title), out / "choices.png"))
     return paths
 
 
-def _times(plt: Any, layer: Sequence[Row], where: str) -> Any:
-    """Forward and backward over the frozen layer's, against M at one rank and against the rank at one M."""
+def times(plt: Any, layer: Sequence[Row], title: str) -> Any:
+    """Plot forward and backward over the frozen layer, against M at one rank and against the rank at one M."""
     sizes = {(row["n"], row["k"]) for row in layer}
     n, k = (4096, 4096) if (4096, 4096) in sizes else min(sizes)
     ranks, rows = {row["r"] for row in layer}, {row["m"] for row in layer}
@@ -41,49 +40,30 @@ def _times(plt: Any, layer: Sequence[Row], where: str) -> Any:
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained", squeeze=False)
     for line, p in zip(axes, (0.1, 0.0), strict=True):
         for ax, (axis, fixed, value) in zip(line, (("m", "r", r), ("r", "m", m)), strict=True):
+            chosen = pick(layer, n=n, k=k, dropout=p, direction="both", **{fixed: value})
             for arm, shade in SHADES.items():
                 points = sorted(
-                    (row[axis], row["over_frozen"])
-                    for row in layer
-                    if (row["n"], row["k"], row["dropout"], row[fixed]) == (n, k, p, value)
-                    and (row["arm"], row["direction"]) == (arm, "both")
-                    and "over_frozen" in row
+                    (row[axis], row["over_frozen"]) for row in pick(chosen, arm=arm) if "over_frozen" in row
                 )
                 if points:
                     ax.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=shade, label=arm)
+            if ax.lines:
+                ax.legend()
             ax.axhline(1, color="#444444", linewidth=0.8)
             ax.set_xscale("log", base=2)
-            ax.set(
-                xlabel=f"{axis} ({fixed} = {value}, {n}x{k}, dropout {p:g})", ylabel="forward + backward over frozen"
-            )
-            if ax.lines[:-1]:
-                ax.legend()
-    figure.suptitle(where, fontsize=10)
+            ax.set_xlabel(f"{axis} ({fixed} = {value}, {n}x{k}, dropout {p:g})")
+            ax.set_ylabel("forward + backward over frozen")
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
-def _choices(plt: Any, layer: Sequence[Row], regret: Sequence[Row], where: str) -> Any:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+def choices(plt: Any, regret: Sequence[Row], title: str) -> Any:
+    figure, ax = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for direction, shade in (("forward", "#2a6fbb"), ("backward", "#d1495b")):
-        chosen = sorted(
-            100 * row["regret"]
-            for row in regret
-            if row.get("status") == "ok" and row["direction"] == direction and row["kernel"] == row["chosen"]
-        )
-        left.plot(range(1, len(chosen) + 1), chosen, marker="o", markersize=3, color=shade, label=direction)
-    left.set(xlabel="calls, by regret", ylabel="table's choice over the best kernel, % longer")
-    left.legend()
-    points = [row for row in layer if "predicted_us" in row]
-    for arm, shade in {"frozen": "#444444", **SHADES}.items():
-        xs = [row["us"] for row in points if row["arm"] == arm]
-        ys = [row["predicted_us"] for row in points if row["arm"] == arm]
-        if xs:
-            right.scatter(xs, ys, s=8, color=shade, label=arm)
-    if points:
-        ends = [min(row["us"] for row in points), max(row["us"] for row in points)]
-        right.plot(ends, ends, color="#444444", linewidth=0.8)
-        right.set(xscale="log", yscale="log")
-        right.legend()
-    right.set(xlabel="measured, us", ylabel="predicted, us")
-    figure.suptitle(where, fontsize=10)
+        timed = pick(regret, direction=direction)
+        chosen = sorted(100 * row["regret"] for row in timed if row["kernel"] == row["chosen"])
+        ax.plot(range(1, len(chosen) + 1), chosen, marker="o", markersize=3, color=shade, label=direction)
+    ax.set(xlabel="calls, by regret", ylabel="tables' choice over the best kernel, % longer")
+    ax.legend()
+    figure.suptitle(title, fontsize=10)
     return figure

@@ -1,51 +1,45 @@
-"""Sections of ``benchmarks.lab.gpu``: what they are made of, and the process that runs one.
+"""A section of ``benchmarks.lab.gpu``: a list of units, whose rows go to a CSV file as they come.
 
-A section is a list of units, each with the columns that name it and a function that yields rows. Sections run in processes of
-their own, since an error on a GPU (an illegal address, say) leaves its process unable to go on: the command then starts
-another one behind the unit that failed. Rows go to the command through a pipe, as lines of JSON.
+Each section runs in a process of its own, ``python -m benchmarks.lab.gpu.SECTION FILE --until SECONDS [--dry-run]``, because an
+error on a GPU (an illegal address, for example) makes the GPU unusable for the whole process.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
+import argparse
+import csv
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.common.measure import summarize
 from benchmarks.lab.gpu.device import CudaDevice, Device, DryDevice
 
+ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, Any]
-OK, FAILED, SKIPPED, DRY = "ok", "failed", "skipped", "dry"
-NEEDS_GPU = "dry: needs a GPU"
-# Most important first: the order in which they run, and each one's share of the time.
-SECTIONS = {"correctness": 0.26, "layer": 0.33, "regret": 0.14, "step": 0.09, "profile": 0.18}
-# A unit that says nothing for this long beyond three times its guess is taken to hang.
-SILENCE = 60.0
-# Of a message or a traceback, the end of which says what happened.
+OK, FAILED, SKIPPED, DRY, NOT_REACHED = "ok", "failed", "skipped", "dry", "not reached"
+# A row of a dry run for a figure that only a GPU has.
+NO_GPU: Row = {"status": DRY, "note": "dry: needs a GPU"}
+# Keep this many characters of a message, from its end, which says what happened.
 NOTE_LENGTH = 1500
 
 
 class Unit(NamedTuple):
-    """A piece of a section that succeeds or fails by itself."""
+    """A part of a section that succeeds or fails by itself."""
 
-    # The columns that name it; a failure's row has these.
+    # The columns that name the unit.
     key: Row
     run: Callable[[], Iterator[Row]]
-    # About how many seconds it takes: it is not begun with less left.
+    # An estimate. The unit does not begin if the section has less time left.
     seconds: float = 1.0
-
-    @property
-    def name(self) -> str:
-        return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in self.key.values())
 
 
 class Clock:
-    """What is left of a section's time: ``until`` is on the monotonic clock, which all processes of a machine share."""
+    """The time a section has left. ``until`` is on the monotonic clock, which all processes of a machine share."""
 
     def __init__(self, until: float) -> None:
         self._until = until
@@ -54,95 +48,65 @@ class Clock:
         return self._until - time.monotonic()
 
 
-def module(section: str) -> Any:
-    """The module of a section: it has COLUMNS, and ``units(device, clock, part)``, where a part is (number, of how many)."""
-    return importlib.import_module(f"benchmarks._gpu_{section}")
+class Table:
+    """A CSV file that holds every row as soon as it is added."""
+
+    def __init__(self, path: Path, columns: Sequence[str], dry: bool) -> None:
+        self._columns, self._dry = columns, dry
+        # Closed by the end of the process, whatever ends it.
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
+        self._writer.writeheader()
+        self._file.flush()
+
+    def add(self, row: Row) -> None:
+        self._writer.writerow({**row, "dry": "dry" if self._dry else ""})
+        self._file.flush()
 
 
 def note_of(error: BaseException) -> str:
-    text = "".join(traceback.format_exception(error))
-    return text[-NOTE_LENGTH:]
+    return "".join(traceback.format_exception(error))[-NOTE_LENGTH:]
 
 
-def run_units(
-    units: list[Unit], send: Callable[[Row], None], clock: Clock, skip: int, alive: Callable[[], None]
-) -> None:
-    """Run units from the ``skip``-th on while there is time, and send what comes of them.
+def time_columns(samples: Sequence[float], median: str = "us") -> Row:
+    """Return the columns for seconds per call: the median in microseconds, the quartiles and the number of samples."""
+    found = summarize(samples)
+    named = {median: found["median"], "q1_us": found["q1"], "q3_us": found["q3"]}
+    return {name: round(seconds * 1e6, 3) for name, seconds in named.items()} | {"samples": len(samples)}
 
-    ``alive`` raises if the device can't be used any more, which ends this: whoever reads starts another process.
-    """
-    send({"plan": len(units)})
-    for number, unit in enumerate(units):
-        if number < skip:
-            continue
+
+def run_units(units: list[Unit], add: Callable[[Row], None], clock: Clock, synchronize: Callable[[], None]) -> None:
+    """Run every unit for which there is time. ``synchronize`` raises if the GPU is unusable, and so ends the section."""
+    for number, unit in enumerate(units, start=1):
         if clock.left() < unit.seconds:
-            send({"late": number, "name": unit.name})
+            add({**unit.key, "status": NOT_REACHED})
             continue
-        send({"start": number, "name": unit.name, "key": unit.key, "limit": SILENCE + 3 * unit.seconds})
-        begun = time.perf_counter()
         try:
             for row in unit.run():
-                send({"row": {**unit.key, "status": OK, **row}})
+                add({**unit.key, "status": OK, **row})
         except Exception as error:
-            send({"row": {**unit.key, "status": FAILED, "note": note_of(error)}})
-        send({"done": number, "seconds": time.perf_counter() - begun})
-        alive()
-    send({"end": True})
+            add({**unit.key, "status": FAILED, "note": note_of(error)})
+        print(f"  {number} of {len(units)}, {max(0.0, clock.left()):.0f} s left", flush=True)
+        synchronize()
 
 
-def run_child(section: str, part: tuple[int, int], skip: int, until: float, pipe: int, dry: bool) -> None:
-    """One section, or a part of it, in this process. ``pipe`` is a file descriptor to write to."""
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="one section of python -m benchmarks.lab.gpu")
+    parser.add_argument("file", type=Path, help="the CSV file to write")
+    parser.add_argument("--until", type=float, required=True, help="when to end, on the monotonic clock")
+    parser.add_argument("--dry-run", action="store_true")
+    return parser.parse_args()
+
+
+def main(columns: Sequence[str], units: Callable[[Device, Clock], list[Unit]]) -> None:
+    """Run a section in this process, as its arguments say."""
     import stablelora_kernels as slk
 
-    clock = Clock(until)
-    with os.fdopen(pipe, "w", buffering=1) as file:
-
-        def send(message: Row) -> None:
-            file.write(json.dumps(message, default=str) + "\n")
-
-        if section == "machine":
-            send({"row": machine(dry)})
-            send({"end": True})
-            return
-        device: Device
-        if dry:
-            # The interpreter's arrays are too small to share, and waiting threads cost more than they do.
-            torch.set_num_threads(1)
-            device = DryDevice()
-        else:
-            device = CudaDevice()
-        with slk.use_backend("triton"):
-            run_units(module(section).units(device, clock, part), send, clock, skip, device.synchronize)
-
-
-def machine(dry: bool) -> Row:
-    """The device, the versions, and what the device reaches."""
-    import platform
-    import subprocess
-
-    import triton
-
-    from benchmarks.common.measure import environment
-
-    found: Row = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    found |= {key: value for key, value in environment().items() if key not in found}
-    if dry:
-        return found | {"gpu": None}
-    if not torch.cuda.is_available():
-        return found | {"gpu": None}
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    found |= {
-        "gpu": properties.name,
-        "arch": f"sm_{properties.major}{properties.minor}",
-        "processors": properties.multi_processor_count,
-        "memory": properties.total_memory,
-        "l2": getattr(properties, "L2_cache_size", None),
-        "cuda": torch.version.cuda,
-    }
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        found["driver"] = done.stdout.split("\n")[0].strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        found["driver"] = f"unknown ({error})"
-    return found | CudaDevice().ceilings()
+    options = parse()
+    table, clock = Table(options.file, columns, options.dry_run), Clock(options.until)
+    if options.dry_run:
+        # The interpreter's arrays are so small that more threads make it slower.
+        torch.set_num_threads(1)
+    device: Device = DryDevice() if options.dry_run else CudaDevice()
+    with slk.use_backend("triton"):
+        run_units(units(device, clock), table.add, clock, device.synchronize)

@@ -1,7 +1,7 @@
-"""Programs of NVIDIA's that watch another program: ``ncu`` for bytes from memory, ``compute-sanitizer`` for bad accesses.
+"""NVIDIA's tools that watch a program: ``ncu`` for bytes from memory, ``compute-sanitizer`` for bad accesses and races.
 
-They run ``benchmarks.lab.gpu.target`` in a process of its own, with a limit of time. Where one is not there, or may not read the
-counters, a row says so.
+They run ``python -m benchmarks.lab.gpu.tools dram|small`` with a time limit. If a tool is missing or may not read the counters,
+a row says so.
 """
 
 from __future__ import annotations
@@ -15,60 +15,119 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
+import torch
+
+import stablelora_kernels as slk
 from benchmarks.lab.cost_model.predict import Shape
-from benchmarks.lab.gpu import target
-from benchmarks.lab.gpu.device import Device
-from benchmarks.lab.gpu.process import ROOT, environment
-from benchmarks.lab.gpu.section import DRY, FAILED, NEEDS_GPU, NOTE_LENGTH, OK, SKIPPED, Clock, Row
+from benchmarks.lab.gpu import step
+from benchmarks.lab.gpu.device import CudaDevice, Device
+from benchmarks.lab.gpu.layer import SCALING, TARGET_R, TARGET_SIZE, Layers
+from benchmarks.lab.gpu.section import FAILED, NO_GPU, NOTE_LENGTH, OK, ROOT, SKIPPED, Clock, Row
+from stablelora_kernels.functional import lora_linear
+from stablelora_kernels.testing import make_inputs
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
-ELSEWHERE = (
+# CUDA's installers put the tools here.
+PLACES = (
     "/usr/local/cuda/bin",
     "/usr/local/cuda*/bin",
     "/opt/nvidia/nsight-compute/*",
     "/usr/local/cuda/compute-sanitizer",
 )
-# Seconds that a tool may take, and that are left for what comes after it.
+# A tool takes at most this many seconds, and leaves this many to the section.
 MOST, SPARE = 110.0, 3.0
+ARMS = ("frozen", "eager", "ours")
+# A kernel with this name, which nothing else here launches, precedes each arm's kernels.
+MARKER = "erfinv"
+FINISHED = "the small run has finished"
+SUMMARY = {
+    "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),
+    "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazard"),
+}
+
+
+# The programs that the tools watch.
+
+
+def run_arms(device: Device, s: Shape) -> None:
+    """Run forward and backward of each arm once, in a region of its own that is profiled."""
+    layers = Layers(s, device)
+    marker = torch.zeros(1, device=device.device)
+    for name in ARMS:
+        run = layers.call(name, "both")
+        for _ in range(2):
+            run()
+        device.flush()
+        device.synchronize()
+        if not device.dry:
+            torch.cuda.profiler.start()
+        torch.erfinv(marker)
+        run()
+        device.synchronize()
+        if not device.dry:
+            torch.cuda.profiler.stop()
+
+
+def run_small(device: Device) -> None:
+    """Run every kernel once or twice on small ragged and aligned shapes, and steps of the optimizer."""
+    shapes = ((9, 40, 24, 8),) if device.dry else ((9, 264, 200, 16), (131, 71, 67, 20), (260, 264, 520, 16))
+    kernels = ("auto",) if device.dry else ("auto", "split", "vendor")
+    for (m, n, k, r), p, kernel in product(shapes, (0.0, 0.1), kernels):
+        made = make_inputs((m, k), n, r, dtype=torch.bfloat16, lora_dtype=torch.float32, device=device.device)
+        x, a, b = (made[name].requires_grad_() for name in ("x", "lora_A", "lora_B"))
+        with slk.use_kernel(kernel):
+            y = lora_linear(x, made["weight"], made["bias"], a, b, SCALING, p)
+            torch.autograd.grad(y, (x, a, b), made["grad"])
+    pairs = step.pairs(step.Set("uniform", 4, 4, 64 if device.dry else 2048, torch.float32), device, latched=False)
+    optimizer = slk.StableLoRAAdamW(pairs, lr=step.LR)
+    for _ in range(2):
+        optimizer.step()
+    device.synchronize()
+
+
+def main() -> None:
+    device = CudaDevice()
+    with slk.use_backend("triton"):
+        if sys.argv[1] == "dram":
+            run_arms(device, Shape(8192, *TARGET_SIZE, TARGET_R, True))
+        else:
+            run_small(device)
+    print(FINISHED, flush=True)
+
+
+# The tools.
 
 
 def find(program: str) -> str | None:
-    """Its path, on PATH or where CUDA's installers put it."""
-    paths = [shutil.which(program), *(path for place in ELSEWHERE for path in sorted(glob.glob(f"{place}/{program}")))]
+    """Return the program's path, on PATH or where CUDA's installers put it."""
+    paths = [shutil.which(program), *(path for place in PLACES for path in sorted(glob.glob(f"{place}/{program}")))]
     return next((path for path in paths if path and os.access(path, os.X_OK)), None)
 
 
-def watch(command: list[str], seconds: float, **variables: str) -> tuple[int | None, str]:
-    """Exit status, None where time was up, and what was printed."""
+def watch(command: list[str], program: str, seconds: float, **variables: str) -> tuple[int | None, str]:
+    """Let a tool watch a program. Return its exit status, None if it ran out of time, and its output."""
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**environment(False), **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        status: int | None
         try:
-            status = process.wait(timeout=seconds)
+            status: int | None = subprocess.run(
+                [*command, sys.executable, "-m", "benchmarks.lab.gpu.tools", program],
+                cwd=ROOT, env={**os.environ, **variables}, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, timeout=seconds,
+            ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
-            # In the session's process group, which the command kills whole; the tool takes its program with it here.
-            process.terminate()
-            try:
-                process.wait(timeout=3)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
             status = None
         output.seek(0)
         return status, output.read().decode(errors="replace")
 
 
+def skipped(what: str, why: str, details: str = "") -> Row:
+    return {"what": what, "status": SKIPPED, "note": f"{why}\n{details[-NOTE_LENGTH:]}".strip()}
+
+
 def parse_ncu(text: str) -> list[tuple[str, float]]:
-    """Kernels and the bytes that each moved from and to memory, in order, from ncu's raw CSV in base units."""
+    """Return kernels in order, each with the bytes that it moved from and to memory, from ncu's raw CSV in base units."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -83,93 +142,77 @@ def parse_ncu(text: str) -> list[tuple[str, float]]:
 
 
 def by_arm(kernels: list[tuple[str, float]]) -> dict[str, list[tuple[str, float]]]:
-    """Each arm's kernels: those behind its marker.
+    """Return each arm's kernels: those after its marker.
 
     Raises:
-        ValueError: there are not as many markers as arms.
+        ValueError: the number of markers is not the number of arms.
     """
     groups: list[list[tuple[str, float]]] = []
     for name, moved in kernels:
-        if target.MARKER in name:
+        if MARKER in name:
             groups.append([])
         elif groups:
             groups[-1].append((name, moved))
-    if len(groups) != len(target.ARMS):
-        raise ValueError(f"ncu saw {len(groups)} markers among {len(kernels)} kernels, expected {len(target.ARMS)}")
-    return dict(zip(target.ARMS, groups, strict=True))
+    if len(groups) != len(ARMS):
+        raise ValueError(f"ncu saw {len(groups)} markers among {len(kernels)} kernels, expected {len(ARMS)}")
+    return dict(zip(ARMS, groups, strict=True))
 
 
 def check_dram(device: Device, s: Shape, clock: Clock) -> Iterator[Row]:
-    """GiB from and to memory in forward and backward, by arm."""
+    """Return the GiB that forward and backward move from and to memory, by arm."""
     if device.dry:
-        target.dram(device, s)
-        for name in target.ARMS:
-            yield {"what": name, "status": DRY, "note": NEEDS_GPU}
+        run_arms(device, s)
+        yield from ({"what": name, **NO_GPU} for name in ARMS)
         return
-    program = find("ncu")
-    if program is None:
-        yield {"what": "ncu", "status": SKIPPED, "note": "there is no ncu on PATH or where CUDA installs it"}
+    ncu = find("ncu")
+    if ncu is None:
+        yield skipped("ncu", "ncu is neither on PATH nor where CUDA installs it")
         return
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "ncu.csv"
-        command = [program, "--csv", "--page", "raw", "--print-units", "base", "--metrics", f"{READ},{WRITTEN}"]
-        # Whole names, in which the marker is to be found. The card's settings stay as they are, and L2 as the program leaves it.
-        command += [
-            "--print-kernel-base",
-            "demangled",
-            "--clock-control",
-            "none",
-            "--cache-control",
-            "none",
-            "--profile-from-start",
-            "off",
-        ]
-        command += ["--log-file", str(log), sys.executable, "-m", "benchmarks.lab.gpu.target", "dram"]
-        status, printed = watch(command, min(MOST, clock.left() - SPARE))
+        command = [ncu, "--csv", "--page", "raw", "--print-units", "base", "--metrics", f"{READ},{WRITTEN}"]
+        # The marker is part of a demangled name. The card's clocks stay as they are, and L2 as the program leaves it.
+        command += ["--print-kernel-base", "demangled", "--clock-control", "none", "--cache-control", "none"]
+        command += ["--profile-from-start", "off", "--log-file", str(log)]
+        status, printed = watch(command, "dram", min(MOST, clock.left() - SPARE))
         text = log.read_text(errors="replace") if log.exists() else ""
     kernels = parse_ncu(text)
     if status != 0 or not kernels:
         why = "time was up" if status is None else f"ncu ended with status {status} and {len(kernels)} kernels"
-        yield {"what": "ncu", "status": SKIPPED, "note": f"{why}\n{(printed + text)[-NOTE_LENGTH:]}"}
+        yield skipped("ncu", why, printed + text)
         return
     try:
         arms = by_arm(kernels)
     except ValueError as error:
-        yield {"what": "ncu", "status": SKIPPED, "note": f"{error}: {kernels}"[:NOTE_LENGTH]}
+        yield skipped("ncu", str(error), str(kernels))
         return
     for name, own in arms.items():
         note = "GiB, ncu: " + "; ".join(f"{kernel[:40]} {moved / 2**30:.3f}" for kernel, moved in own)
         yield {"what": name, "figure": round(sum(moved for _, moved in own) / 2**30, 4), "note": note[:NOTE_LENGTH]}
 
 
-SUMMARY = {
-    "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),
-    "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazard"),
-}
-
-
 def check_sanitizer(device: Device, tool: str, clock: Clock) -> Iterator[Row]:
-    """Errors or hazards that the tool finds in a small run of all kernels."""
+    """Return how many errors or hazards the tool finds in a small run of all kernels."""
     if device.dry:
-        target.small(device)
-        yield {"what": tool, "status": DRY, "note": NEEDS_GPU}
+        run_small(device)
+        yield {"what": tool, **NO_GPU}
         return
-    program = find("compute-sanitizer")
-    if program is None:
-        yield {
-            "what": tool,
-            "status": SKIPPED,
-            "note": "there is no compute-sanitizer on PATH or where CUDA installs it",
-        }
+    sanitizer = find("compute-sanitizer")
+    if sanitizer is None:
+        yield skipped(tool, "compute-sanitizer is neither on PATH nor where CUDA installs it")
         return
-    command = [program, "--tool", tool, sys.executable, "-m", "benchmarks.lab.gpu.target", "small"]
-    # Every tensor an allocation of its own, so that what lies beyond it is out of bounds.
-    status, printed = watch(command, min(MOST, clock.left() - SPARE), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    # Without the caching allocator each tensor is an allocation of its own, and memory beyond it is out of bounds.
+    seconds = min(MOST, clock.left() - SPARE)
+    status, printed = watch([sanitizer, "--tool", tool], "small", seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     match = SUMMARY[tool].search(printed)
-    if match is None or target.FINISHED not in printed:
+    if match is None or FINISHED not in printed:
         why = "time was up" if status is None else f"it ended with status {status} and no summary of a finished run"
-        yield {"what": tool, "status": SKIPPED, "note": f"{why}\n{printed[-NOTE_LENGTH:]}"}
+        yield skipped(tool, why, printed)
         return
     found = int(match[1])
     note = "errors or hazards found" if not found else printed[:NOTE_LENGTH]
-    yield {"what": tool, "status": OK if found == 0 else FAILED, "figure": found, "expected": 0, "note": note}
+    yield {"what": tool, "status": FAILED if found else OK, "figure": found, "expected": 0, "note": note}
+
+
+if __name__ == "__main__":
+    main()

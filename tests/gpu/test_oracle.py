@@ -1,0 +1,67 @@
+"""Forward and backward of every kernel against float64, bounded by eager PyTorch's own error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+
+from stablelora_kernels.dispatch.rules import KERNELS
+from tests.helpers.gpu_checks import BF16, DEVICE, FP16, FP32, SMALL, Case, compare, directions, keep_rows, run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
+
+DTYPES = ((BF16, FP32), (FP16, FP16), (FP32, FP32))
+# Few rows; sizes that tensor descriptors take (rows of multiples of 16 bytes); sizes that they do not take.
+CORE = ((9, 264, 200, 3), (257, 520, 1032, 16), (131, 71, 67, 20))
+UGLY = (
+    (1, 1, 1, 1), (1, 4096, 4096, 16), (64, 512, 256, 1), (65, 509, 251, 3), (1031, 264, 520, 128), (97, 89, 83, 64),
+    (600, 1024, 1024, 64), (67, 40, 48, 200),
+)  # fmt: skip
+# The shapes and dtypes that benchmarks.lab.gpu times later. Checking them also fills Triton's cache on disk.
+TIMED = [
+    Case(m, 4096, 4096, r, p, BF16, BF16) for r, p, m in product((16, 64, 128, 8), (0.1, 0.0), (8192, 64, 2048, 16))
+]
+if SMALL:
+    DTYPES, CORE, UGLY = DTYPES[:1], ((9, 40, 24, 3), (70, 48, 40, 16)), ((1, 1, 1, 1), (67, 40, 33, 128))
+    TIMED = [Case(16, 64, 32, 8, 0.1, BF16, BF16)]
+
+
+def by_kernel(cases: list[Case]) -> list[object]:
+    """Return each case with each kernel that can compute one of its directions."""
+    return [
+        pytest.param(case, kernel, id=f"{kernel}-{case}")
+        for case, kernel in product(cases, KERNELS)
+        if directions(case, kernel)
+    ]
+
+
+def check(case: Case, kernel: str, record_property: Callable[[str, object], None]) -> None:
+    inputs = case.inputs()
+    out, seed = run(case, inputs, kernel)
+    keep = None if seed is None else keep_rows(torch.arange(case.m, device=DEVICE), case.k, case.p, seed)
+    worst, which = compare(inputs, out, keep, case.p)
+    record_property("figure", worst)
+    record_property("bound", 1.0)
+    by_this_kernel = " and ".join(directions(case, kernel))
+    record_property("note", f"largest error over its bound, of {which}; {by_this_kernel} by this kernel")
+
+
+CORE_CASES = [Case(*shape, p, *dtypes) for shape, dtypes, p in product(CORE, DTYPES, (0.0, 0.1))]
+
+
+@pytest.mark.parametrize(("case", "kernel"), by_kernel(CORE_CASES))
+def test_every_kernel_matches_float64(case, kernel, record_property):
+    check(case, kernel, record_property)
+
+
+@pytest.mark.parametrize("case", [Case(*shape, p) for shape, p in product(UGLY, (0.0, 0.1))], ids=str)
+def test_ugly_shapes_match_float64(case, record_property):
+    check(case, "auto", record_property)
+
+
+@pytest.mark.parametrize(("case", "kernel"), by_kernel(TIMED))
+def test_timed_shapes_match_float64(case, kernel, record_property):
+    check(case, kernel, record_property)

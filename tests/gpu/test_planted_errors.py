@@ -1,0 +1,98 @@
+"""The GPU tests fail on planted errors. This runs without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stablelora_kernels.reference import dropout_keep_ref
+from tests.gpu import test_cuda_graphs, test_large_offsets, test_oracle, test_repeats_and_masks
+from tests.helpers import gpu_checks
+from tests.helpers.gpu_checks import FP32, Captured, Case, keep_rows
+
+pytestmark = pytest.mark.skipif(not gpu_checks.SMALL, reason="runs at small sizes, in the interpreter")
+
+
+def ignore(name: str, value: object) -> None:
+    """Stand in for pytest's ``record_property``."""
+
+
+def test_a_wrong_result_fails(monkeypatch, poisoned_outputs):
+    case = Case(9, 40, 24, 3)
+    right = gpu_checks.lora_linear
+    test_oracle.check(case, "auto", ignore)
+    monkeypatch.setattr(gpu_checks, "lora_linear", lambda *arguments: right(*arguments) * 1.05)
+    with pytest.raises(AssertionError, match="Y is off"):
+        test_oracle.check(case, "auto", ignore)
+
+
+def test_another_mask_than_the_reference_fails(monkeypatch):
+    wrong = lambda m, n, p, seed: dropout_keep_ref(m, n, p, seed + 1)  # noqa: E731
+    monkeypatch.setattr(test_repeats_and_masks, "dropout_keep_ref", wrong)
+    with pytest.raises(AssertionError, match="elements of the mask differ"):
+        test_repeats_and_masks.test_kernels_draw_the_reference_mask(9, 32, "split")
+
+
+def test_results_that_change_from_run_to_run_fail(monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
+    with pytest.raises(AssertionError, match="differs in"):
+        test_repeats_and_masks.test_repeated_runs_give_the_same_bits(Case(9, 48, 40, 16, 0.5), "auto")
+
+
+SHAPE = test_cuda_graphs.SIZES[0]
+GRAPHS = {
+    "forward": lambda: test_cuda_graphs.test_forward(SHAPE),
+    "both": lambda: test_cuda_graphs.test_forward_and_backward_in_one_graph(SHAPE),
+    "backward": lambda: test_cuda_graphs.test_backward_of_an_earlier_forward(SHAPE),
+    "dropout": lambda: test_cuda_graphs.test_each_replay_draws_its_own_dropout_mask(SHAPE, ignore),
+    "step": lambda: test_cuda_graphs.test_optimizer_step(FP32, ignore),
+    "training": lambda: test_cuda_graphs.test_whole_training_step(FP32, ignore),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_that_computes_only_once_fails(name, monkeypatch):
+    right = gpu_checks.capture
+
+    def stale(function, warmup=2):
+        captured = right(function, warmup)
+        captured.replay()
+        return Captured(lambda: None, captured.outputs)
+
+    monkeypatch.setattr(test_cuda_graphs, "capture", stale)
+    with pytest.raises(AssertionError):
+        GRAPHS[name]()
+
+
+def test_rows_out_of_place_fail(monkeypatch):
+    right = test_large_offsets.spread
+
+    def shifted(inputs):
+        wide, memory = right(inputs)
+        wide["x"] = wide["x"].flip(0)
+        return wide, memory
+
+    monkeypatch.setattr(test_large_offsets, "spread", shifted)
+    with pytest.raises(AssertionError, match="differs in"):
+        test_large_offsets.test_spread_rows(40, "auto")
+
+
+def test_a_capture_on_a_cpu_computes_at_replays_into_the_same_tensors():
+    x, calls = torch.ones(3), []
+
+    def double():
+        calls.append(1)
+        return (x * 2,)
+
+    captured = gpu_checks.capture(double, warmup=0)
+    assert not calls
+    captured.replay()
+    (first,) = captured.outputs
+    x.fill_(5)
+    captured.replay()
+    assert captured.outputs[0] is first and first.tolist() == [10, 10, 10]
+
+
+def test_keep_rows_are_rows_of_the_reference_mask():
+    rows = torch.tensor([0, 3, 6])
+    assert torch.equal(keep_rows(rows, 13, 0.3, 99), dropout_keep_ref(7, 13, 0.3, 99)[rows])
