@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
-from stablelora_kernels.nn.sharded import LoRAShardedLinear, follow
+from stablelora_kernels.nn.sharded import LoRAShardedLinear, shard_pair
 
 __all__ = ["LoRAColwiseParallel", "LoRARowwiseParallel"]
 
@@ -76,7 +76,7 @@ def _parallelize(
     linear = module.to_linear()
     apply(linear, mesh)
     source = {} if (rank := getattr(style, "src_data_rank", 0)) == 0 else {"src_data_rank": rank}
-    pair = follow(cast(DTensor, linear.weight), module.lora_A, module.lora_B, **source)
+    pair = shard_pair(cast(DTensor, linear.weight), module.lora_A, module.lora_B, **source)
     module.weight = cast(nn.Parameter, linear.weight)
     module.register_parameter("bias", cast("nn.Parameter | None", linear.bias))
     for half, cut in zip(("lora_A", "lora_B"), pair, strict=True):

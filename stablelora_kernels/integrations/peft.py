@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from stablelora_kernels.model.reports import LoRAReport, ReplacedModule, SkippedModule, count_parameters, list_some
-from stablelora_kernels.nn import projection_group
+from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 
 
 def accelerate_peft(model: nn.Module, *, strict: bool = False, fuse_projections: bool = False) -> LoRAReport:
@@ -61,11 +61,11 @@ def accelerate_peft(model: nn.Module, *, strict: bool = False, fuse_projections:
         raise ValueError(f"strict=True, but PEFT's own forward would go on computing {text}")
     for module in found:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
-    projection_group.unfuse(model.modules())
+    remove_projection_groups(model.modules())
     notes = []
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
-        notes.append(projection_group.fuse(model, named, layers.alike, layers.compute_together))
+        notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes))
 
 
@@ -77,7 +77,7 @@ def restore_peft(model: nn.Module) -> None:
     """
     layers = _layers()
     _check_module(model)
-    projection_group.unfuse(model.modules())
+    remove_projection_groups(model.modules())
     for module in model.modules():
         if type(module) in layers.ORIGINAL:
             module.__class__ = layers.ORIGINAL[type(module)]

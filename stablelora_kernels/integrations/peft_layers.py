@@ -244,7 +244,7 @@ class Accelerated:
         return ORIGINAL[type(self)].__name__
 
 
-def compute_together(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
+def compute_projection_group(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
     """The outputs of layers with one input, in one op; None where each has to compute its own."""
     firsts, rests = [], []
     tensors: list[tuple[Any, ...]] = []
@@ -271,7 +271,7 @@ def compute_together(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
     return results
 
 
-def alike(layer: Any) -> tuple[Any, ...]:
+def projection_group_key(layer: Any) -> tuple[Any, ...]:
     """What layers must have in common to be computed together; the rest is looked at in each call."""
     base = layer.base_layer
     # One that is no plain layer is like no other.
