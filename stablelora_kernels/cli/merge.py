@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from stablelora_kernels.cli.arguments import DTYPES
 from stablelora_kernels.cli.files import adapter_files, from_hub
 from stablelora_kernels.cli.output import CommandError, print_json, print_pairs, size, wrapped
 from stablelora_kernels.model.merge import merge_lora, remove_lora
@@ -22,6 +21,7 @@ from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.peft_format import read_json
 from stablelora_kernels.model.reports import MergeReport, list_some
 from stablelora_kernels.model.save_load import load_adapter
+from stablelora_kernels.testing import DTYPES
 
 HELP = "fold an adapter into its model, with the rounding error stated"
 DESCRIPTION = """\

@@ -15,7 +15,7 @@ from benchmarks.common.optimizers import SHRINK_RATIO, NaiveStableAdamW
 from benchmarks.lab.gpu.device import Arms, Device
 from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of
 from stablelora_kernels import LoRAPair, StableLoRAAdamW
-from stablelora_kernels.cli.bench import make_pairs
+from stablelora_kernels.testing import make_pairs
 
 COLUMNS = (
     "set", "tensors", "dtype", "state", "arm", "status", "device_us", "q1_us", "q3_us", "samples", "host_us",
