@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import rules
+from stablelora_kernels.dispatch import problem, rules
 from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import QUANTIZED_RULES, QuantizedRule
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
