@@ -147,7 +147,7 @@ def torch_device(name: str | None) -> torch.device:
         raise ValueError(f"device must be of type cpu or cuda, got {name!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device must be available, got {name!r}, but PyTorch sees {count} GPUs")
+        raise ValueError(f"device must be available, got {name!r} where PyTorch sees {count} GPUs")
     return device
 
 
