@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import problem, rules
+from stablelora_kernels.dispatch import problem, rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import QUANTIZED_RULES, QuantizedRule
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
@@ -104,7 +104,7 @@ def test_both_ways_on_each_kind_of_gpu(kind, rows, k, n, kernel, arch, force, mo
 @pytest.mark.parametrize("kind", FORMATS)
 def test_blocks_narrower_and_wider_than_tiles(kind, tile, dtype, force, monkeypatch):
     """With several blocks in a tile and several tiles in a block, in both directions, whose last tiles stand out."""
-    monkeypatch.setattr(rules, "QUANTIZED_TILES", (TileRule(lambda d, c: True, tile, "a test"),))
+    monkeypatch.setattr(tiles, "QUANTIZED_TILES", (TileRule(lambda d, c: True, tile, "a test"),))
     force("in_loop")
     inputs = inputs_for(FORMATS[kind](72, 384), (37, 384), 20, dtype)
     check(inputs, run(inputs, "triton"))
