@@ -17,8 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from benchmarks.common.measure import environment, interleave, store, summarize
-from stablelora_kernels.cli.arguments import DTYPES
-from stablelora_kernels.cli.bench import forward_backward, layer_arms
+from stablelora_kernels.testing import DTYPES, forward_backward, layer_arms
 
 # (rows, in_features, out_features, rank). The first two are the targets.
 SHAPES = [

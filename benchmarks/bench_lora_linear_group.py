@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import stablelora_kernels as slk
 from benchmarks.common.measure import environment, interleave, store, summarize
-from stablelora_kernels.cli.arguments import DTYPES
 from stablelora_kernels.functional import lora_linear_group
+from stablelora_kernels.testing import DTYPES
 
 # (rows, in_features, out_features of each, rank): q, k, v and gate, up of SmolLM2-135M, and of something wider.
 SHAPES = [

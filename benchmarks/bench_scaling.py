@@ -26,9 +26,9 @@ from benchmarks.common.measure import environment, interleave, store, summarize
 from benchmarks.common.memory import saved_for_backward
 from benchmarks.common.optimizers import SHRINK_RATIO
 from benchmarks.common.tables import aligned
-from stablelora_kernels.cli.bench import forward_backward, make_pairs
 from stablelora_kernels.ops import matmul
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.testing import forward_backward, make_pairs
 
 LAYER_ARMS = ("frozen", "peft", "ours")
 STEP_ARMS = ("AdamW fused", "shrinking", "latched")

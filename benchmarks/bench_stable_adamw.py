@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.common.measure import environment, interleave, store, summarize
 from benchmarks.common.optimizers import SHRINK_RATIO, NaiveStableAdamW
-from stablelora_kernels.cli.bench import make_pairs
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.testing import make_pairs
 
 OURS, FUSED = "StableLoRAAdamW", "AdamW fused, no Algorithm 1"
 NAIVE = ("naive Algorithm 1 over AdamW", "naive Algorithm 1 over AdamW foreach")

@@ -27,10 +27,10 @@ if not torch.cuda.is_available():
 
 from benchmarks.common.measure import environment, interleave, store, summarize
 from benchmarks.common.optimizers import SHRINK_RATIO
-from stablelora_kernels.cli.bench import make_pairs
 from stablelora_kernels.dispatch.backend import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.testing import make_pairs
 
 PARAMETERS = (100_000, 1_000_000, 10_000_000, 100_000_000)
 PAIRS = (8, 32, 128, 512, 2000)

@@ -18,8 +18,7 @@ import torch
 from benchmarks.common.measure import environment
 from benchmarks.suite import rivals, table
 from benchmarks.suite.rivals import Case, Outcome
-from stablelora_kernels.cli.arguments import device_of
-from stablelora_kernels.cli.output import CommandError
+from stablelora_kernels.testing import torch_device
 
 SUITES = ("quick", "full", "tiny")
 ITERS = {"quick": 15, "full": 50, "tiny": 3}
@@ -48,9 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[CASES], config.stash[OUTCOMES] = {}, {}
     config.stash[LOAD] = os.getloadavg()[0]
     try:
-        config.stash[DEVICE] = device_of(config.getoption("device"))
-    except CommandError as error:
-        raise pytest.UsageError(str(error)) from None
+        config.stash[DEVICE] = torch_device(config.getoption("device"))
+    except ValueError as error:
+        raise pytest.UsageError(f"--{error}") from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,4 +1,4 @@
-"""``lora_linear``, ``lora_linear_group`` and ``lora_branch``: arguments are checked once, here, and handed to the op."""
+"""``lora_linear``, ``lora_linear_group`` and ``lora_branch``. They check their arguments once and call the op."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stablelora_kernels.utils.validation import check_float
 
 __all__ = ["FLOAT_DTYPES", "FP8Weight", "NF4Weight", "lora_branch", "lora_linear", "lora_linear_group"]
 
-#: The dtypes that x may have; float64 on the PyTorch backend only.
+#: The dtypes of x. Only the PyTorch backend computes in float64.
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -31,29 +31,29 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """``y = x W^T + bias + scaling · D(x) A^T B^T``, with D inverted dropout on the LoRA branch only.
+    """``y = x W^T + bias + scaling · D(x) A^T B^T``. D is inverted dropout, on the LoRA branch only.
 
     Args:
-        x: [..., K], any leading sizes and any strides, in bfloat16, float16, float32, or float64 (PyTorch backend only).
-            Under ``torch.autocast``, x, weight and bias are cast to its dtype first, as for ``nn.functional.linear``.
-        weight: [N, K], x's dtype; or an :class:`NF4Weight` or :class:`FP8Weight`, which is computed with as if it were
-            dequantized to x's dtype. On a GPU that happens inside the product's loop, or, where rows are many, into N K elements
-            of memory that are free again after the call. PyTorch's backend takes that memory at each call and, where x's
-            gradient is wanted, again in backward, and some 50 MB beside it.
+        x: [..., K] with any leading sizes and strides, in bfloat16, float16, float32, or float64 (PyTorch backend only). Under
+            ``torch.autocast``, x, weight and bias are first cast to its dtype, as for ``nn.functional.linear``.
+        weight: [N, K] of x's dtype; or an :class:`NF4Weight` or :class:`FP8Weight`, which counts as dequantized to x's dtype.
+            On a GPU, the product's loop dequantizes it; with many rows, a kernel dequantizes it into N K elements that are free
+            after the call. The PyTorch backend takes that memory and about 50 MB more at each call, and again in backward if
+            x requires a gradient.
         bias: [N] of x's dtype, or None.
-        lora_A: [r, K], of x's dtype or float32; products are in x's dtype, sums in float32.
-        lora_B: [N, r], of lora_A's dtype.
+        lora_A: [r, K] of x's dtype or float32. Products are in x's dtype, sums in float32.
+        lora_B: [N, r] of lora_A's dtype.
         scaling: s, a number.
         dropout_p: probability of dropping an element, in [0, 1). The mask comes from torch's generator of x's device.
-        training: dropout happens only if true.
+        training: whether to apply dropout.
 
     Returns:
-        [..., N], in x's dtype. Gradients flow to every argument tensor that requires them, and no others are computed.
+        [..., N] in x's dtype. Only requested gradients are computed.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or a dropout_p outside [0, 1).
-        TypeError: dtypes that do not fit.
-        RuntimeError: the Triton backend was forced where it can't run.
+        ValueError: shapes or devices do not fit, or dropout_p is outside [0, 1).
+        TypeError: dtypes do not fit.
+        RuntimeError: the Triton backend is forced but can't run.
     """
     if (dtype := _autocast_dtype(x)) is not None:
         x = x.to(dtype)
@@ -76,28 +76,28 @@ def lora_linear_group(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> tuple[Tensor, ...]:
-    """:func:`lora_linear` for two or three projections of one x: q, k and v, or gate and up.
+    """:func:`lora_linear` for a projection group: up to three projections of one x, such as q, k and v, or gate and up.
 
-    Equal to as many calls of :func:`lora_linear` in this order up to rounding, masks included: x's gradient is summed before it
-    is rounded where the calls' gradients are rounded and summed then. x is read once for all the A's, forward and backward, and
-    the projections' gradients of x are not stored apart. Up to 64 rows, and above rank 64, the projections are computed one by
-    one; only their gradients of x are added up as they are stored.
+    It equals separate calls of :func:`lora_linear` in this order, masks included, up to rounding: it sums x's gradients before
+    rounding them, where separate calls round first. All projections share one read of x, forward and backward, and their
+    gradients of x are not stored separately. Up to 64 rows, and above rank 64, the projections are computed one by one; only
+    their gradients of x are accumulated in place.
 
     Args:
         x: [..., K], as in :func:`lora_linear`.
-        weights: [N, K] of each projection; N may differ, dtypes may not.
-        biases: [N] or None of each.
-        lora_As: [r, K] of each; ranks may differ, dtypes may not.
-        lora_Bs: [N, r] of each.
-        scalings: s of each.
+        weights: [N, K] for each projection. N may differ, dtypes may not.
+        biases: [N] or None for each projection.
+        lora_As: [r, K] for each projection. Ranks may differ, dtypes may not.
+        lora_Bs: [N, r] for each projection.
+        scalings: s for each projection.
         dropout_p: as in :func:`lora_linear`; each projection draws its own mask.
         training: as in :func:`lora_linear`.
 
     Returns:
-        A [..., N] for each projection.
+        [..., N] for each projection.
 
     Raises:
-        ValueError: the sequences have not one length of 1 to 3.
+        ValueError: the sequences do not have one length of 1 to 3.
         ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
     """
     lengths = [len(given) for given in (weights, biases, lora_As, lora_Bs, scalings)]
@@ -129,14 +129,14 @@ def lora_branch(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """``base_out + scaling · D(x) A^T B^T``: the LoRA branch on the output of any layer, quantized, sharded or transposed.
+    """``base_out + scaling · D(x) A^T B^T``: add the LoRA branch to the output of any layer, quantized, sharded or transposed.
 
-    ``base_out`` is not changed. Its gradient is the result's; x's is the branch's alone, to which autograd adds what comes
-    through the layer that made ``base_out``.
+    ``base_out`` is not changed, and its gradient is the result's. The gradient of x is that of the branch; autograd adds the
+    gradient through the layer that computed ``base_out``.
 
     Args:
-        base_out: [..., N], with x's leading sizes, in any of x's dtypes, which need not be x's own.
-        x: [..., K], as in :func:`lora_linear`. Under ``torch.autocast``, x is cast to its dtype first.
+        base_out: [..., N] with x's leading sizes, in any of the dtypes of x, not necessarily the same.
+        x: [..., K], as in :func:`lora_linear`. Under ``torch.autocast``, x is first cast to its dtype.
         lora_A: [r, K], as in :func:`lora_linear`.
         lora_B: [N, r], as in :func:`lora_linear`.
         scaling: s, a number.
@@ -144,8 +144,8 @@ def lora_branch(
         training: as in :func:`lora_linear`.
 
     Returns:
-        [..., N], in base_out's dtype. Products are in x's dtype, sums and the addition in float32. Gradients flow to every
-        argument tensor that requires them, and no others are computed.
+        [..., N] in base_out's dtype. Products are in x's dtype, sums and the addition in float32. Only requested gradients are
+        computed.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
@@ -166,14 +166,14 @@ def lora_branch(
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast would have x cast to, or None: a custom op is not known to autocast."""
+    """The dtype to cast x to, or None. Autocast does not know custom ops, so the caller has to cast."""
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return None
 
 
 def _autocast_pair(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # Float32 ones are cast as they are used.
+    # The op casts float32 A and B on the fly.
     return (lora_A, lora_B) if lora_A.dtype == torch.float32 else (lora_A.to(dtype), lora_B.to(dtype))
 
 
@@ -208,13 +208,13 @@ def _check(
     _check_devices(x, weight=data, bias=bias, lora_A=lora_A, lora_B=lora_B)
 
 
-def _check_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, k: int, beside: str) -> None:
-    """A and B against the sizes of what is named ``beside``, and their dtypes against x's."""
+def _check_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, k: int, other: str) -> None:
+    """Check that A and B fit N and K, which come from the tensor that ``other`` names, and that their dtypes fit x's."""
     if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
-        raise ValueError(f"lora_A must be [r, {k}] with r >= 1 to fit {beside}, got {list(lora_A.shape)}")
+        raise ValueError(f"lora_A must be [r, {k}] with r >= 1 to fit {other}, got {list(lora_A.shape)}")
     if lora_B.dim() != 2 or lora_B.shape[0] != n or lora_B.shape[1] != lora_A.shape[0]:
         raise ValueError(
-            f"lora_B must be {[n, lora_A.shape[0]]} to fit {beside} and lora_A {list(lora_A.shape)}, "
+            f"lora_B must be {[n, lora_A.shape[0]]} to fit {other} and lora_A {list(lora_A.shape)}, "
             f"got {list(lora_B.shape)}"
         )
     if x.dtype not in FLOAT_DTYPES:

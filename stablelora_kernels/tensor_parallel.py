@@ -5,8 +5,8 @@
 
     parallelize_module(block, mesh, {"q_proj": LoRAColwiseParallel(), "o_proj": LoRARowwiseParallel()})
 
-They take the arguments of torch's ``ColwiseParallel`` and ``RowwiseParallel`` and do to any other module what these do, so that
-one plan serves a model whose LoRA layers are some of its linear layers.
+They take the arguments of torch's ``ColwiseParallel`` and ``RowwiseParallel`` and treat any other module as these do. So one plan
+serves a model in which only some linear layers have LoRA.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
-from stablelora_kernels.nn.sharded import LoRAShardedLinear, follow
+from stablelora_kernels.nn.sharded import LoRAShardedLinear, shard_pair
 
 __all__ = ["LoRAColwiseParallel", "LoRARowwiseParallel"]
 
 
 class LoRAColwiseParallel(ColwiseParallel):
-    """torch's ``ColwiseParallel``, for a :class:`~stablelora_kernels.LoRALinear` too.
+    """torch's ``ColwiseParallel``, extended to :class:`~stablelora_kernels.LoRALinear`.
 
-    W [N, K], bias and B [N, r] are cut by rows. A [r, K] is whole in every process; its gradient is summed over the mesh.
-    The layer becomes a :class:`~stablelora_kernels.nn.sharded.LoRAShardedLinear` in place, under its name in the model.
+    It shards the rows of W [N, K], bias [N] and B [N, r] and replicates A [r, K], whose gradient is summed over the mesh. The
+    layer becomes a :class:`~stablelora_kernels.nn.sharded.LoRAShardedLinear` in place and keeps its name in the model.
 
     Raises:
-        NotImplementedError: a LoRA layer over another weight than a plain one, or cut already.
+        NotImplementedError: the LoRA layer's weight is not a plain one, or is already sharded.
         ValueError: the layer is merged.
     """
 
@@ -43,10 +43,10 @@ class LoRAColwiseParallel(ColwiseParallel):
 
 
 class LoRARowwiseParallel(RowwiseParallel):
-    """torch's ``RowwiseParallel``, for a :class:`~stablelora_kernels.LoRALinear` too.
+    """torch's ``RowwiseParallel``, extended to :class:`~stablelora_kernels.LoRALinear`.
 
-    W [N, K] and A [r, K] are cut by columns. B [N, r] and the bias are whole in every process; B's gradient is summed over the
-    mesh. The output is summed once, base product and branch together.
+    It shards the columns of W [N, K] and A [r, K] and replicates B [N, r], whose gradient is summed over the mesh, and the bias.
+    The base product and the branch are summed over the mesh together, once.
 
     Raises:
         NotImplementedError, ValueError: as :class:`LoRAColwiseParallel`.
@@ -61,26 +61,26 @@ def _parallelize(
 ) -> nn.Module:
     if not isinstance(module, LoRALinear):
         return apply(module, mesh)
-    name = type(style).__name__
+    style_name = type(style).__name__
     if type(module) is not LoRALinear:
-        raise NotImplementedError(f"{name} cuts a LoRALinear over a plain weight, got a {type(module).__name__}")
+        raise NotImplementedError(f"{style_name} cuts a LoRALinear over a plain weight, got a {type(module).__name__}")
     if module.merged:
-        raise ValueError(f"{name} cuts a LoRALinear that is not merged, got a merged one; unmerge() first")
+        raise ValueError(f"{style_name} cuts a LoRALinear that is not merged, got a merged one; unmerge() first")
     if module.__dict__.pop(ATTRIBUTE, None) is not None:
         warnings.warn(
             "fuse_projections does not reach layers that tensor parallelism has cut; they are computed one by one",
             RuntimeWarning,
             stacklevel=2,
         )
-    # torch cuts weight and bias, on a layer of its own kind; from there they and the hooks that it has put there are moved.
+    # torch shards the weight and bias of an nn.Linear and adds its hooks. Move all of these to the LoRA layer.
     linear = module.to_linear()
     apply(linear, mesh)
     source = {} if (rank := getattr(style, "src_data_rank", 0)) == 0 else {"src_data_rank": rank}
-    pair = follow(cast(DTensor, linear.weight), module.lora_A, module.lora_B, **source)
+    pair = shard_pair(cast(DTensor, linear.weight), module.lora_A, module.lora_B, **source)
     module.weight = cast(nn.Parameter, linear.weight)
     module.register_parameter("bias", cast("nn.Parameter | None", linear.bias))
-    for half, cut in zip(("lora_A", "lora_B"), pair, strict=True):
-        module.register_parameter(half, nn.Parameter(cut, requires_grad=getattr(module, half).requires_grad))
+    for name, sharded in zip(("lora_A", "lora_B"), pair, strict=True):
+        module.register_parameter(name, nn.Parameter(sharded, requires_grad=getattr(module, name).requires_grad))
     module._forward_pre_hooks.update(linear._forward_pre_hooks)
     module._forward_hooks.update(linear._forward_hooks)
     module.__class__ = LoRAShardedLinear

@@ -1,12 +1,19 @@
-"""Helpers for tests and benchmarks: inputs that hurt, and a bound that comes from the baseline's own error."""
+"""Helpers for tests and benchmarks: inputs, an error bound that comes from a baseline's own error, and baselines to time."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
+import torch
+from torch import Tensor, nn
+
+from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 
-#: By dtype, one unit in the last place of 1.0.
+#: The dtypes of a layer by their short names.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: One unit in the last place of 1.0, by dtype.
 EPS = {d: torch.finfo(d).eps for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -20,16 +27,16 @@ def make_inputs(
     bias: bool = True,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> dict[str, torch.Tensor | None]:
-    """Random arguments of :func:`stablelora_kernels.functional.lora_linear`, by name, with an incoming gradient ``grad``.
+) -> dict[str, Tensor | None]:
+    """Random arguments of :func:`stablelora_kernels.functional.lora_linear` by name, and an incoming gradient ``grad``.
 
-    ``shape`` is x's, its last size being in_features. Values are scaled so that the base product and the LoRA branch are
-    both of order one; B is not zero, since a zero B would make every gradient of A vanish.
+    ``shape`` is x's; its last size is in_features. The values are scaled so that the base product and the LoRA branch are both
+    of order one. B is not zero: with a zero B, every gradient of A would vanish.
     """
     generator = torch.Generator().manual_seed(seed)
     k, n = shape[-1], out_features
 
-    def normal(*size: int, std: float = 1.0, to: torch.dtype = dtype) -> torch.Tensor:
+    def normal(*size: int, std: float = 1.0, to: torch.dtype = dtype) -> Tensor:
         return (torch.randn(*size, generator=generator, dtype=torch.float64) * std).to(device=device, dtype=to)
 
     lora = lora_dtype or dtype
@@ -44,13 +51,13 @@ def make_inputs(
 
 
 def nf4_weight(n: int, k: int, blocksize: int, nested: bool) -> NF4Weight:
-    """A random weight in 4 bits, on the CPU: any bits are one. Elements make a product with it of order one."""
+    """A random 4-bit weight on the CPU, scaled so that its products are of order one."""
     generator = torch.Generator().manual_seed(n * k)
 
-    def integers(size: int) -> torch.Tensor:
+    def integers(size: int) -> Tensor:
         return torch.randint(256, (size,), dtype=torch.uint8, generator=generator)
 
-    def positive(size: int) -> torch.Tensor:
+    def positive(size: int) -> Tensor:
         return (torch.rand(size, generator=generator) + 0.5) * k**-0.5
 
     blocks = -(-n * k // blocksize)
@@ -65,37 +72,37 @@ def nf4_weight(n: int, k: int, blocksize: int, nested: bool) -> NF4Weight:
 
 
 def fp8_weight(n: int, k: int) -> FP8Weight:
-    """A random weight in float8 with a scale a row, on the CPU."""
+    """A random float8 weight with one scale a row, on the CPU."""
     generator = torch.Generator().manual_seed(n * k)
-    # Small ones are subnormal numbers in eight bits.
+    # The small values are subnormal in float8.
     values = torch.randn(n, k, generator=generator) * torch.logspace(-3, 1, k)
     return FP8Weight(values.to(torch.float8_e4m3fn), (torch.rand(n, generator=generator) + 0.5) * k**-0.5)
 
 
-def kept_for_backward(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """The first tensor of ``dtype`` that the node which made ``y`` keeps: dropout's seed is int64, its stored mask is bool."""
+def kept_for_backward(y: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The first tensor of ``dtype`` that the op of ``y`` saved for backward. Dropout's seed is int64, its mask bool."""
     node = y.grad_fn
     while node is not None:
         for saved in getattr(node, "saved_tensors", ()):
             if saved is not None and saved.dtype == dtype:
                 return saved
-        # Past the views that autograd put around it.
+        # Skip the views that autograd recorded after the op.
         node = node.next_functions[0][0] if node.next_functions else None
     return None
 
 
-def seed_of(y: torch.Tensor) -> torch.Tensor:
-    """Dropout's seed, an int64 tensor of one element, from what the layer keeps for its backward pass on Triton."""
+def seed_of(y: Tensor) -> Tensor:
+    """Dropout's seed, an int64 tensor of one element, that the op of ``y`` saved for backward on Triton."""
     seed = kept_for_backward(y, torch.int64)
     if seed is None:
-        raise LookupError("no seed among the tensors that the layer keeps for backward")
+        raise LookupError("the op saved no seed for backward")
     return seed
 
 
 def error_and_bound(
-    out: torch.Tensor, ref: torch.Tensor, baseline: torch.Tensor, dtype: torch.dtype | None = None
+    out: Tensor, ref: Tensor, baseline: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[float, float]:
-    """``max|out - ref|``, and what is allowed: ``2 max|baseline - ref| + atol``, as :func:`assert_no_worse` says."""
+    """``max|out - ref|`` and its bound ``2 max|baseline - ref| + atol``; see :func:`assert_no_worse`."""
     if not out.numel():
         return 0.0, 0.0
     ref = ref.double()
@@ -105,18 +112,18 @@ def error_and_bound(
 
 
 def assert_no_worse(
-    out: torch.Tensor,
-    ref: torch.Tensor,
-    baseline: torch.Tensor,
+    out: Tensor,
+    ref: Tensor,
+    baseline: Tensor,
     *,
     dtype: torch.dtype | None = None,
     name: str = "result",
 ) -> None:
     """Raise AssertionError unless ``|out - ref| <= 2 max|baseline - ref| + atol`` everywhere, and ``out`` is finite.
 
-    ``ref`` is the float64 oracle and ``baseline`` what plain PyTorch computes, so that the bound is the error a user already
-    has. ``atol``, for where that happens to be nothing, is one unit in the last place of ref's largest element in ``dtype``,
-    the dtype of the arithmetic: out's unless given.
+    ``ref`` is the float64 oracle and ``baseline`` is plain PyTorch's result, so the bound is twice the error that a user already
+    has. ``atol`` covers a baseline that happens to be exact: one unit in the last place of ref's largest element in ``dtype``,
+    the dtype of the arithmetic, which is out's unless given.
     """
     assert out.shape == ref.shape, f"{name} has shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
     if not out.numel():
@@ -124,3 +131,78 @@ def assert_no_worse(
     assert bool(torch.isfinite(out).all()), f"{name} holds values that are not finite"
     error, bound = error_and_bound(out, ref, baseline, dtype)
     assert error <= bound, f"{name} is off by {error:.3e}, allowed {bound:.3e}"
+
+
+def torch_device(name: str | None) -> torch.device:
+    """The device ``name``; if None, the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: the device is neither the CPU nor an available GPU.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device must be a torch device, got {name!r}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be of type cpu or cuda, got {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device must be available, got {name!r} where PyTorch sees {count} GPUs")
+    return device
+
+
+class EagerLoRA(nn.Module):
+    """LoRA written by hand: every product and sum is an operator of its own."""
+
+    def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.base, self.scaling, self.dropout = base, scaling, nn.Dropout(dropout)
+        self.lora_A, self.lora_B = nn.Parameter(lora_A.clone()), nn.Parameter(lora_B.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.dropout(x) @ self.lora_A.t() @ self.lora_B.t() * self.scaling
+
+
+def layer_arms(
+    k: int, n: int, r: int, dropout: float, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Linear, EagerLoRA, LoRALinear]:
+    """The frozen layer, eager LoRA and our layer over one frozen weight, with equal A and non-zero B, all in ``dtype``."""
+    torch.manual_seed(0)
+    frozen = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    ours = LoRALinear.from_linear(frozen, r=r, lora_alpha=2 * r, lora_dropout=dropout, lora_dtype=dtype)
+    with torch.no_grad():
+        ours.lora_B.normal_(std=0.02)
+    eager = EagerLoRA(frozen, ours.lora_A.detach(), ours.lora_B.detach(), ours.scaling, dropout)
+    return frozen, eager, ours
+
+
+def forward_backward(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    """A function that runs forward and backward once. It first drops the gradients of the last run."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def run() -> None:
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        module(x).backward(grad)
+
+    return run
+
+
+def make_pairs(
+    count: int, r: int, n: int, device: torch.device | str, latched: bool, m: int | None = None
+) -> list[LoRAPair]:
+    """Pairs of A [r, n] and B [m, r] with gradients; m is n unless given.
+
+    With ``latched``, B is so large that every pair latches at the first step. Otherwise B is zero, so A keeps shrinking.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for i in range(count):
+        a = torch.randn(r, n, generator=generator) / n**0.5
+        b = torch.full((m or n, r), 1.0 if latched else 0.0)
+        pair = LoRAPair(f"layer{i}", *(nn.Parameter(x.to(device)) for x in (a, b)))
+        for p in (pair.A, pair.B):
+            p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device)
+        pairs.append(pair)
+    return pairs

@@ -14,9 +14,9 @@ import stablelora_kernels as slk
 from benchmarks.bench_lora_linear import build_arms
 from benchmarks.common.optimizers import Unavailable
 from benchmarks.suite.rivals import Case, Parts, size
-from stablelora_kernels.cli.arguments import DTYPES
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.ops import matmul
+from stablelora_kernels.testing import DTYPES
 
 AUTOCAST = "bf16-autocast"
 DTYPE_NAMES = ("fp32", "bf16", AUTOCAST)

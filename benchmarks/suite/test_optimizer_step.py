@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from benchmarks.common import optimizers
+from benchmarks.common.optimizers import LR
 from benchmarks.conftest import Entry
 from benchmarks.suite.rivals import Case, Parts
-from stablelora_kernels.cli.arguments import DTYPES
-from stablelora_kernels.cli.bench import LR, make_pairs
 from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.testing import DTYPES, make_pairs
 
 # Pairs, rank, width. torchao compiles its step for all of them together, which takes a minute for 64 pairs.
 QUICK = [(16, 8, 2048)]

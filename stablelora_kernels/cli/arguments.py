@@ -1,4 +1,4 @@
-"""What arguments of several commands may be."""
+"""Argument types and options that several commands share."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import argparse
 import torch
 
 from stablelora_kernels.cli.output import CommandError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from stablelora_kernels.testing import torch_device
 
 
 def positive(text: str) -> int:
-    """An argument's value as an int of at least 1."""
+    """Parse an int of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def dropout(text: str) -> float:
-    """An argument's value as a probability in [0, 1)."""
+    """Parse a probability in [0, 1)."""
     try:
         value = float(text)
     except ValueError:
@@ -30,14 +29,8 @@ def dropout(text: str) -> float:
 
 
 def device_of(given: str | None) -> torch.device:
-    """What ``--device`` names, or the GPU, or the CPU where there is none."""
+    """The device that ``--device`` names; without it, the GPU if there is one, else the CPU."""
     try:
-        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise CommandError(f"--device must be a torch device, got {given!r}: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise CommandError(f"--device must be of type cpu or cuda, got {given!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise CommandError(f"--device must be there, got {given!r} where PyTorch sees {count} GPUs")
-    return device
+        return torch_device(given)
+    except ValueError as error:
+        raise CommandError(f"--{error}") from None

@@ -1,4 +1,4 @@
-"""``bench``: what the fused layer and the optimizer's step cost on this machine, beside what one would use instead."""
+"""``bench``: time the fused layer and the optimizer step on this machine against their alternatives."""
 
 from __future__ import annotations
 
@@ -7,93 +7,36 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from stablelora_kernels.cli.arguments import DTYPES, device_of, dropout, positive
+from stablelora_kernels.cli.arguments import device_of, dropout, positive
 from stablelora_kernels.cli.output import CommandError, print_json, print_table, wrapped
 from stablelora_kernels.dispatch import backend
-from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.testing import DTYPES, forward_backward, layer_arms, make_pairs
 from stablelora_kernels.utils.timing import interleave, machine, summarize
 
 HELP = "time the fused layer and the optimizer's step on this machine"
 DESCRIPTION = """\
-Times one layer, forward and backward: the frozen nn.Linear, LoRA on it written operator by operator, and this library's.
-Then one optimizer step: torch.optim.AdamW(fused=True), and StableLoRAAdamW while every pair shrinks and after all have
-latched, over float32 pairs of A [r, K] and B [N, r].
+Times one layer, forward and backward: the frozen nn.Linear, LoRA written with PyTorch's operators, and this library's layer.
+Then times one optimizer step over float32 pairs of A [r, K] and B [N, r]: torch.optim.AdamW(fused=True), and StableLoRAAdamW
+while every pair shrinks and after every pair has latched.
 
-Arms alternate call by call in one process, in shuffled order. Figures are medians with quartiles, ratios are taken round by
-round. Where this library is slower, the last lines say so.
+Arms alternate call by call in one process, in shuffled order. The figures are medians with quartiles; ratios are taken round
+by round. The last lines say where this library is slower.
 
-Exit status: 0 timed; 1 a run failed, as when memory is short; 2 a bad argument, or a backend that can't run here."""
+Exit status: 0 timed; 1 a run failed, for example out of memory; 2 a bad argument, or a backend that can't run here."""
 
 FROZEN, EAGER, FUSED_LAYER = "frozen nn.Linear", "eager LoRA", "this library"
 ADAMW, SHRINKING, LATCHED = "AdamW fused, no Algorithm 1", "StableLoRAAdamW, shrinking", "StableLoRAAdamW, latched"
 WARMUP = 10
-# So small that no pair latches within the measurement.
+# Small enough that no pair latches during the measurement.
 LR, SHRINK_RATIO = 1e-6, 5e-4
 Summary = dict[str, float]
 
 
-class EagerLoRA(nn.Module):
-    """LoRA as one writes it by hand: every product and sum an operator of its own."""
-
-    def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> None:
-        super().__init__()
-        self.base, self.scaling, self.dropout = base, scaling, nn.Dropout(dropout)
-        self.lora_A, self.lora_B = nn.Parameter(lora_A.clone()), nn.Parameter(lora_B.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.dropout(x) @ self.lora_A.t() @ self.lora_B.t() * self.scaling
-
-
-def layer_arms(
-    k: int, n: int, r: int, dropout: float, dtype: torch.dtype, device: torch.device
-) -> tuple[nn.Linear, EagerLoRA, LoRALinear]:
-    """The arms over one frozen weight, with equal A and non-zero B, all in ``dtype``."""
-    torch.manual_seed(0)
-    frozen = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    ours = LoRALinear.from_linear(frozen, r=r, lora_alpha=2 * r, lora_dropout=dropout, lora_dtype=dtype)
-    with torch.no_grad():
-        ours.lora_B.normal_(std=0.02)
-    eager = EagerLoRA(frozen, ours.lora_A.detach(), ours.lora_B.detach(), ours.scaling, dropout)
-    return frozen, eager, ours
-
-
-def forward_backward(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-
-    def run() -> None:
-        x.grad = None
-        for parameter in parameters:
-            parameter.grad = None
-        module(x).backward(grad)
-
-    return run
-
-
-def make_pairs(
-    count: int, r: int, n: int, device: torch.device | str, latched: bool, m: int | None = None
-) -> list[LoRAPair]:
-    """Pairs of A [r, n] and B [m, r] with gradients, m being n unless given.
-
-    B is zero, so that A shrinks for long, or so large that all latch at the first step.
-    """
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for i in range(count):
-        a = torch.randn(r, n, generator=generator) / n**0.5
-        b = torch.full((m or n, r), 1.0 if latched else 0.0)
-        pair = LoRAPair(f"layer{i}", *(nn.Parameter(x.to(device)) for x in (a, b)))
-        for p in (pair.A, pair.B):
-            p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device)
-        pairs.append(pair)
-    return pairs
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, default, what in (
+    for name, default, text in (
         ("--M", 512, "rows of the layer's input"),
         ("--N", 1024, "output features"),
         ("--K", 1024, "input features"),
@@ -101,58 +44,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--pairs", 32, "pairs in the optimizer's step"),
         ("--iters", 50, "timed rounds"),
     ):
-        parser.add_argument(name, type=positive, default=default, help=f"{what} (default: {default})")
+        parser.add_argument(name, type=positive, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the layer (default: fp32)")
     parser.add_argument("--dropout", type=dropout, default=0.0, metavar="P", help="of the LoRA branch (default: 0)")
-    now = backend.get_backend()
+    current = backend.get_backend()
     parser.add_argument(
         "--backend",
         choices=backend.BACKENDS,
-        default=now,
+        default=current,
         metavar="NAME",
-        help=f"{', '.join(backend.BACKENDS)} (default: {now})",
+        help=f"{', '.join(backend.BACKENDS)} (default: {current})",
     )
     parser.add_argument("--device", help="a torch device (default: the GPU if there is one, else the CPU)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(args: argparse.Namespace) -> int:
-    where = device_of(args.device)
+    device = device_of(args.device)
     with backend.use_backend(args.backend):
         try:
-            name = backend.resolve_backend(where)
+            name = backend.resolve_backend(device)
         except RuntimeError as error:
             raise CommandError(str(error)) from None
         if name == "triton" and backend.INTERPRETING:
             raise CommandError("TRITON_INTERPRET is set, and times in Triton's interpreter tell nothing of the kernels")
         try:
-            layer = summarize_arms(_layer_samples(args, where), FROZEN)
-            step = summarize_arms(_step_samples(args, where), ADAMW)
+            layer = summarize_arms(_layer_samples(args, device), FROZEN)
+            step = summarize_arms(_step_samples(args, device), ADAMW)
         except RuntimeError as error:
             raise CommandError(f"the run failed: {error}", status=1) from None
     settings = {key: getattr(args, key) for key in ("M", "N", "K", "r", "pairs", "iters", "dtype", "dropout")}
-    report = {"machine": machine(), "settings": settings | {"device": str(where), "backend": name}}
+    report = {"machine": machine(), "settings": settings | {"device": str(device), "backend": name}}
     report |= {"layer": layer, "optimizer": step}
     print_json(report) if args.json else _print(report)
     return 0
 
 
-def _layer_samples(args: argparse.Namespace, where: torch.device) -> dict[str, list[float]]:
+def _layer_samples(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
     dtype = DTYPES[args.dtype]
-    arms = layer_arms(args.K, args.N, args.r, args.dropout, dtype, where)
-    x = torch.randn(args.M, args.K, device=where, dtype=dtype, requires_grad=True)
-    grad = torch.randn(args.M, args.N, device=where, dtype=dtype)
+    arms = layer_arms(args.K, args.N, args.r, args.dropout, dtype, device)
+    x = torch.randn(args.M, args.K, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(args.M, args.N, device=device, dtype=dtype)
     named = zip((FROZEN, EAGER, FUSED_LAYER), arms, strict=True)
     return interleave({name: forward_backward(arm, x, grad) for name, arm in named}, warmup=WARMUP, iters=args.iters)
 
 
-def _step_samples(args: argparse.Namespace, where: torch.device) -> dict[str, list[float]]:
-    def fresh(latched: bool) -> list[LoRAPair]:
-        return make_pairs(args.pairs, args.r, args.K, where, latched, m=args.N)
+def _step_samples(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    def new_pairs(latched: bool) -> list[LoRAPair]:
+        return make_pairs(args.pairs, args.r, args.K, device, latched, m=args.N)
 
-    plain = torch.optim.AdamW([p for pair in fresh(False) for p in (pair.A, pair.B)], lr=LR, fused=True)
+    plain = torch.optim.AdamW([p for pair in new_pairs(False) for p in (pair.A, pair.B)], lr=LR, fused=True)
     ours = {
-        name: StableLoRAAdamW(fresh(name == LATCHED), lr=LR, shrink_ratio=SHRINK_RATIO) for name in (SHRINKING, LATCHED)
+        name: StableLoRAAdamW(new_pairs(name == LATCHED), lr=LR, shrink_ratio=SHRINK_RATIO)
+        for name in (SHRINKING, LATCHED)
     }
     arms: dict[str, Callable[[], Any]] = {ADAMW: plain.step} | {
         name: optimizer.step for name, optimizer in ours.items()
@@ -160,18 +104,18 @@ def _step_samples(args: argparse.Namespace, where: torch.device) -> dict[str, li
     samples = interleave(arms, warmup=WARMUP, iters=args.iters)
     for name, optimizer in ours.items():
         if {pair.stable for pair in optimizer.stability()} != {name == LATCHED}:
-            raise RuntimeError(f"all pairs of {name!r} were to stay so throughout")
+            raise RuntimeError(f"all pairs of {name!r} must keep their state during the measurement")
     return samples
 
 
 def summarize_arms(samples: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, Summary]]:
-    """Each arm's milliseconds, and its time over each other arm's, round by round."""
-    found = {}
+    """Each arm's milliseconds and its ratios to other arms, taken round by round."""
+    summaries = {}
     for name, seconds in samples.items():
-        found[name] = {"ms": summarize([1e3 * s for s in seconds]), "over_base": _ratio(seconds, samples[base])}
+        summaries[name] = {"ms": summarize([1e3 * s for s in seconds]), "over_base": _ratio(seconds, samples[base])}
     if EAGER in samples:
-        found[FUSED_LAYER]["over_eager"] = _ratio(samples[FUSED_LAYER], samples[EAGER])
-    return found
+        summaries[FUSED_LAYER]["over_eager"] = _ratio(samples[FUSED_LAYER], samples[EAGER])
+    return summaries
 
 
 def _ratio(seconds: Sequence[float], others: Sequence[float]) -> Summary:
@@ -184,12 +128,12 @@ def _print(report: Mapping[str, Any]) -> None:
     on = m["gpu"] if gpu else f"{m['cpu']}, {m['cores']} cores, {m['torch_threads']} threads"
     print(wrapped(f"{on}, torch {m['torch']}, load {m['load_average']}"))
     if not gpu and (m["load_average"] or 0) > m["cores"]:
-        print(wrapped("The machine is BUSY with more than its cores can do: times are longer than they need be."))
-    what = (
+        print(wrapped("The machine is BUSY with more than its cores can do: times are longer than on an idle machine."))
+    settings = (
         f"{s['M']} x {s['K']} -> {s['N']}, r {s['r']}, {s['dtype']}, dropout {s['dropout']:g}, backend {s['backend']}"
     )
     print()
-    print(wrapped(f"Layer, forward and backward, ms: {what}"))
+    print(wrapped(f"Layer, forward and backward, ms: {settings}"))
     _print_arms(report["layer"], "/ frozen")
     print()
     print(wrapped(f"Optimizer step, ms: {s['pairs']} float32 pairs of A [{s['r']}, {s['K']}], B [{s['N']}, {s['r']}]"))
@@ -212,11 +156,11 @@ def _print_arms(arms: Mapping[str, Mapping[str, Summary]], over: str) -> None:
     print_table(("", "median", "q1", "q3", over, "q1", "q3"), rows)
 
 
-def verdict(what: str, ratio: Summary, other: str) -> str:
-    """Faster or slower only where three of four rounds say so."""
+def verdict(subject: str, ratio: Summary, other: str) -> str:
+    """A sentence on the ratio. It says faster or slower only if three of four rounds do."""
     spread = f"{ratio['median']:.2f} of its time (quartiles {ratio['q1']:.2f} to {ratio['q3']:.2f})"
     if ratio["q3"] < 1:
-        return f"{what} is FASTER than {other} here: {spread}."
+        return f"{subject} is FASTER than {other} here: {spread}."
     if ratio["q1"] > 1:
-        return f"{what} is SLOWER than {other} here: {spread}."
-    return f"{what} and {other} can't be told apart in this run: {spread}."
+        return f"{subject} is SLOWER than {other} here: {spread}."
+    return f"{subject} and {other} can't be told apart in this run: {spread}."

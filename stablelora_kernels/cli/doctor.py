@@ -1,4 +1,4 @@
-"""``doctor``: what would run here and why, in which versions, and whether it computes what it should."""
+"""``doctor``: report the backend and why it runs, list versions, and test every kernel family."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from stablelora_kernels.utils.timing import version_of
 
 HELP = "which backend runs here and why, versions, and a self-test of every kernel family"
 DESCRIPTION = """\
-Says which backend runs on this machine and why, names the versions that matter, and tests every kernel family on small
-inputs: its error against a float64 computation must be within twice the error that plain PyTorch makes (its bound).
+Says which backend runs on this machine and why, lists versions, and tests every kernel family on small inputs. The error
+against a float64 computation must be at most twice the error of plain PyTorch (the bound).
 
-On a GPU the Triton kernels are tested there, on a CPU PyTorch's path is. With --interpret the Triton kernels run as well,
-on the CPU, in Triton's interpreter.
+On a GPU it tests the Triton kernels, on a CPU the PyTorch path. With --interpret it also tests the Triton kernels on the CPU,
+in Triton's interpreter.
 
-Exit status: 0 all is well; 1 a self-test failed, or the backend that was set can't run here; 2 a bad argument."""
+Exit status: 0 all tests passed; 1 a test failed, or the chosen backend can't run here; 2 a bad argument."""
 
-# What each optional package is for.
+# Optional packages and the features that need them.
 OPTIONAL = {
     "safetensors": "save_adapter, load_adapter, inspect, merge",
     "peft": "accelerate_peft",
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _backend(device: torch.device) -> dict[str, Any]:
-    """The name is None where the backend that was set can't run."""
+    """The backend and its reason. Its name is None if the chosen backend can't run."""
     try:
         name, reason = backend.explain_backend(device)
     except RuntimeError as error:
@@ -114,29 +114,29 @@ def _versions() -> dict[str, str]:
 
 
 def _self_tests(device: torch.device, name: str | None, interpret: bool) -> Iterator[tuple[str, Iterator[Result]]]:
-    """What is tested, and its results as they come."""
+    """The title and the results of each self-test; results come as the checks run."""
     if name is not None:
-        how = "PyTorch's operators" if name == "torch" else "the Triton kernels"
-        where = "in Triton's interpreter" if name == "triton" and backend.INTERPRETING else f"on {device}"
-        yield f"{how} {where}", run_checks(device)
+        subject = "PyTorch's operators" if name == "torch" else "the Triton kernels"
+        place = "in Triton's interpreter" if name == "triton" and backend.INTERPRETING else f"on {device}"
+        yield f"{subject} {place}", run_checks(device)
     if interpret and not (name == "triton" and backend.INTERPRETING):
         yield "the Triton kernels in Triton's interpreter", _interpreted()
 
 
 def _interpreted() -> Iterator[Result]:
-    """The checks from a process that was started with the interpreter on."""
+    """The results of a subprocess that runs the checks with Triton's interpreter on."""
     command = [sys.executable, "-m", "stablelora_kernels.cli.selftest", "--device", "cpu", "--backend", "triton"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True)
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
         try:
             for line in process.stdout:
                 row = json.loads(line)
                 yield Result(**row | {"kernels": tuple(row["kernels"])})
             if process.wait():
-                said.seek(0)
-                last = (said.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+                errors.seek(0)
+                last = (errors.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
                 yield Result("the interpreter's process", "", None, None, "", (), 0.0, f"it ended early: {last}")
         finally:
             process.kill()

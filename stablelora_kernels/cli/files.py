@@ -1,4 +1,4 @@
-"""From what a user names to files on this machine: adapters and models, by path or by hub id."""
+"""Find the files of adapters and models that a user names by path or by hub id."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def adapter_files(given: str) -> tuple[Path | None, Path]:
-    """The config and the weights of the adapter that ``given`` names; a lone weights file need not have a config beside it."""
+    """The config and the weights file of an adapter. The config is None for a weights file without one in its directory."""
     path = Path(given)
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -21,8 +21,8 @@ def adapter_files(given: str) -> tuple[Path | None, Path]:
                 ": a pickle can run code, so it is refused" if path.suffix in (".bin", ".pt", ".pth", ".pkl") else ""
             )
             raise CommandError(f"ADAPTER must be a directory or a safetensors file, got {given!r}{pickled}")
-        beside = path.with_name(CONFIG_NAME)
-        return (beside if beside.is_file() else None), path
+        config = path.with_name(CONFIG_NAME)
+        return (config if config.is_file() else None), path
     if not path.exists():
         path = from_hub("ADAPTER", given, (CONFIG_NAME, WEIGHTS_NAME))
     try:
@@ -32,7 +32,7 @@ def adapter_files(given: str) -> tuple[Path | None, Path]:
 
 
 def from_hub(argument: str, given: str, patterns: Sequence[str]) -> Path:
-    """The directory of a hub's repository on this machine, with those of its files that ``patterns`` match."""
+    """Download the files of a hub repository that match ``patterns``, and return their directory."""
     if not _HUB_ID.fullmatch(given):
         raise CommandError(f"{argument} must be a path or a hub id like 'owner/name', got {given!r} (nothing there)")
     try:
@@ -43,8 +43,8 @@ def from_hub(argument: str, given: str, patterns: Sequence[str]) -> Path:
         ) from None
     try:
         return Path(snapshot_download(given, allow_patterns=list(patterns)))
-    except Exception as error:  # The hub's client has dozens, without a base class.
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
+    except Exception as error:  # The hub's client raises dozens of classes without a common base.
+        message = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CommandError(
-            f"{argument} {given!r} is no path on this machine, and the hub did not give it: {said}"
+            f"{argument} {given!r} is no path on this machine, and the hub did not give it: {message}"
         ) from None

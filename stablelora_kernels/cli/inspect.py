@@ -1,4 +1,4 @@
-"""``inspect``: what an adapter's files hold, pair by pair, and where each pair stands by Stable-LoRA's condition."""
+"""``inspect``: list the pairs in an adapter's files, and whether each is stable by Stable-LoRA's condition."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from stablelora_kernels.pairs import split_lora_name
 
 HELP = "what an adapter holds: ranks, norms, stability and size of every pair"
 DESCRIPTION = """\
-Lists what an adapter in PEFT's format holds. For each pair of A [r, n] and B [m, r]: rank, sizes, dtype, scaling, the norms
-‖A‖ and ‖B‖ (Frobenius), bytes, and whether it is stable: ‖A‖/n ≤ ‖B‖/m, where Stable-LoRA stops shrinking A. Other tensors
-(modules_to_save, biases, DoRA's magnitudes) and whatever goes beyond plain LoRA are named.
+Lists the contents of an adapter in PEFT's format. For each pair of A [r, n] and B [m, r] it shows rank, sizes, dtype, scaling,
+the Frobenius norms ‖A‖ and ‖B‖, bytes, and whether the pair is stable: ‖A‖/n ≤ ‖B‖/m, where Stable-LoRA stops shrinking A. It
+also names other tensors (modules_to_save, biases, DoRA's magnitudes) and everything beyond plain LoRA.
 
-The file is read tensor by tensor; nothing in it is run, and pickles (.bin) are refused.
+It reads the file tensor by tensor, runs no code in it and refuses pickles (.bin).
 
-Exit status: 0 nothing wrong; 1 values that are not finite, halves of pairs, or ranks that contradict the config; 2 the
-adapter can't be read."""
+Exit status: 0 no problems; 1 values that are not finite, halves of pairs, or ranks that contradict the config; 2 the adapter
+can't be read."""
 
-# So many elements at a time are looked at in float64.
+# Elements to convert to float64 at a time.
 _ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One A [r, n] and B [m, r]. ``a_norm`` is ‖A‖/n, ``b_norm`` ‖B‖/m; ``scaling`` is None where no config tells."""
+    """One A [r, n] and B [m, r]. ``a_norm`` is ‖A‖/n, ``b_norm`` ‖B‖/m; ``scaling`` is None without a config."""
 
     name: str
     r: int
@@ -59,13 +59,13 @@ class Pair:
     b_frobenius: float
     a_norm: float
     b_norm: float
-    # None where a norm is not finite.
+    # None if a norm is not finite.
     stable: bool | None
     bytes: int
 
     @property
     def ratio(self) -> float:
-        """‖A‖/n over ‖B‖/m: above 1 the pair is unstable. A B of zeros makes it infinite."""
+        """(‖A‖/n) / (‖B‖/m); the pair is unstable above 1. It is infinite if B is zero."""
         return self.a_norm / self.b_norm if self.b_norm else math.inf
 
 
@@ -79,18 +79,18 @@ class OtherTensor:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A tensor's figures, the tensor itself being gone."""
+class Figures:
+    """A tensor's figures, without the tensor."""
 
     shape: list[int]
     dtype: str
     bytes: int
     norm: float
-    # How many elements are infinite or no number.
-    wrong: int
+    # The number of elements that are infinite or NaN.
+    non_finite: int
 
 
-# By the words of --sort. Figures come largest first.
+# The sort keys of --sort. Figures are sorted from the largest.
 SORTS: dict[str, Callable[[Pair], Any]] = {
     "name": lambda p: _natural(p.name),
     "rank": lambda p: -p.r,
@@ -114,21 +114,22 @@ def run(args: argparse.Namespace) -> int:
     config_file, weights = adapter_files(args.adapter)
     try:
         config = read_json(config_file) if config_file else {}
-        seen = _look_at(weights)
-        pairs, others, problems = _sort_out(seen, config)
+        tensors = _read_figures(weights)
+        pairs, others, problems = _sort_tensors(tensors, config)
     except (ValueError, ImportError, re.error) as error:
         raise CommandError(str(error)) from None
-    problems = [f"{key} holds {s.wrong:,} values that are not finite" for key, s in seen.items() if s.wrong] + problems
+    non_finite = {key: figures.non_finite for key, figures in tensors.items() if figures.non_finite}
+    problems = [f"{key} holds {count:,} values that are not finite" for key, count in non_finite.items()] + problems
     finite = [pair for pair in pairs if pair.stable is not None]
     totals = {
         "pairs": len(pairs),
         "stable": sum(pair.stable is True for pair in finite),
-        "parameters": sum(math.prod(s.shape) for s in seen.values()),
-        "tensors": len(seen),
-        "bytes": sum(s.bytes for s in seen.values()),
+        "parameters": sum(math.prod(s.shape) for s in tensors.values()),
+        "tensors": len(tensors),
+        "bytes": sum(s.bytes for s in tensors.values()),
         "file_bytes": weights.stat().st_size,
     }
-    # A key with NaN in it would leave the list in no order at all.
+    # List pairs with NaN first: a NaN key would break the sort.
     finite.sort(key=SORTS[args.sort])
     pairs = [pair for pair in pairs if pair.stable is None] + finite
     report = {
@@ -147,34 +148,36 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _look_at(weights: Path) -> dict[str, Seen]:
-    """Every tensor of the file, one in memory at a time."""
+def _read_figures(weights: Path) -> dict[str, Figures]:
+    """The figures of every tensor in the file. Only one tensor is in memory at a time."""
     import_safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(weights, framework="pt") as file:
-            return {key: _figures(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118, it is no dict
+            return {key: _figures(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights} must be a safetensors file, got one that cannot be read: {error}") from None
 
 
-def _figures(tensor: Tensor) -> Seen:
-    squares, wrong = 0.0, 0
+def _figures(tensor: Tensor) -> Figures:
+    squares, non_finite = 0.0, 0
     if tensor.is_floating_point():
         for part in tensor.reshape(-1).split(_ELEMENTS):
             values = part.double()
             squares += values.square().sum().item()
-            wrong += int((~torch.isfinite(values)).sum())
+            non_finite += int((~torch.isfinite(values)).sum())
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return Seen(list(tensor.shape), dtype, tensor.numel() * tensor.element_size(), math.sqrt(squares), wrong)
+    return Figures(list(tensor.shape), dtype, tensor.numel() * tensor.element_size(), math.sqrt(squares), non_finite)
 
 
-def _sort_out(seen: Mapping[str, Seen], config: Mapping[str, Any]) -> tuple[list[Pair], list[OtherTensor], list[str]]:
-    """The pairs, what else is there, and what is wrong."""
-    halves: dict[str, dict[str, Seen]] = {}
+def _sort_tensors(
+    tensors: Mapping[str, Figures], config: Mapping[str, Any]
+) -> tuple[list[Pair], list[OtherTensor], list[str]]:
+    """The pairs, the other tensors and the problems."""
+    halves: dict[str, dict[str, Figures]] = {}
     others, problems = [], []
-    for key, s in seen.items():
+    for key, s in tensors.items():
         split = split_lora_name(key.removeprefix(PREFIX))
         if split is not None and len(s.shape) == 2:
             halves.setdefault(split[0], {})[split[1]] = s
@@ -194,7 +197,7 @@ def _sort_out(seen: Mapping[str, Seen], config: Mapping[str, Any]) -> tuple[list
     return pairs, sorted(others, key=lambda other: _natural(other.key)), problems
 
 
-def _pair(name: str, a: Seen, b: Seen, scaling: float | None) -> Pair:
+def _pair(name: str, a: Figures, b: Figures, scaling: float | None) -> Pair:
     (r, n), m = a.shape, b.shape[0]
     a_norm, b_norm = a.norm / max(n, 1), b.norm / max(m, 1)
     stable = a_norm <= b_norm if math.isfinite(a_norm) and math.isfinite(b_norm) else None
@@ -203,7 +206,7 @@ def _pair(name: str, a: Seen, b: Seen, scaling: float | None) -> Pair:
 
 
 def _scaling(name: str, r: int, config: Mapping[str, Any], problems: list[str]) -> float | None:
-    """As PEFT scales this pair by its config; a rank that is not the file's is a problem."""
+    """The scaling that PEFT uses with this config. A rank that differs from the file's is a problem."""
     if config.get("peft_type") != "LORA" or r < 1:
         return None
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
@@ -231,12 +234,12 @@ def _kind(key: str, shape: list[int]) -> str:
 
 
 def _beyond(others: Iterable[OtherTensor]) -> list[str]:
-    """What tensors say that a config need not."""
+    """Kinds of tensors that plain LoRA does not have."""
     return list(dict.fromkeys(other.kind for other in others if other.kind not in ("a bias", "saved whole")))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Numbers within a name go by value: layers.2 before layers.10."""
+    """A sort key that orders numbers in a name by value: layers.2 before layers.10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -251,18 +254,18 @@ def _print(report: Mapping[str, Any], pairs: list[Pair], others: list[OtherTenso
         about["base model"] = str(config.get("base_model_name_or_path") or "not said")
     if report["beyond_plain_lora"]:
         about["beyond plain LoRA"] = "; ".join(report["beyond_plain_lora"])
-    # What is the same for all pairs is said once.
+    # Print values that all pairs share only once.
     same = {name: text for name, text in _COLUMNS.items() if len({text(pair) for pair in pairs}) == 1}
-    alike = "".join(f", {name} {text(pairs[0])}" for name, text in same.items())
-    about["pairs"] = f"{totals['pairs']}{alike}" if pairs else "none"
+    same_text = "".join(f", {name} {text(pairs[0])}" for name, text in same.items())
+    about["pairs"] = f"{totals['pairs']}{same_text}" if pairs else "none"
     about["stable"] = f"{totals['stable']} of {totals['pairs']} (‖A‖/n ≤ ‖B‖/m, for A [r, n] and B [m, r])"
     print_pairs(about)
     if pairs:
         print()
         varying = {name: text for name, text in _COLUMNS.items() if name not in same} | _FIGURES
-        shared = _shared([pair.name for pair in pairs])
-        rows = [[pair.name[len(shared) :], *(text(pair) for text in varying.values())] for pair in pairs[:limit]]
-        print_table((f"{shared}…" if shared else "pair", *varying), rows, left=(0, len(varying)))
+        prefix = _common_prefix([pair.name for pair in pairs])
+        rows = [[pair.name[len(prefix) :], *(text(pair) for text in varying.values())] for pair in pairs[:limit]]
+        print_table((f"{prefix}…" if prefix else "pair", *varying), rows, left=(0, len(varying)))
         _print_rest(len(pairs), limit, "pairs")
     if others:
         print("\nOther tensors")
@@ -292,28 +295,28 @@ _FIGURES: dict[str, Callable[[Pair], str]] = {
 }
 
 
-def _shared(names: list[str]) -> str:
-    """The modules that all names begin with, with the dot behind them: said once they leave room for what differs."""
+def _common_prefix(names: list[str]) -> str:
+    """The modules that all names begin with, with a trailing dot. Printed once, they leave room for the rest."""
     if len(names) < 2:
         return ""
     levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
     return "".join(f"{level[0]}." for level in takewhile(lambda level: len({*level}) == 1, levels))
 
 
-def _print_rest(count: int, limit: int | None, what: str) -> None:
+def _print_rest(count: int, limit: int | None, noun: str) -> None:
     if limit is not None and count > limit:
-        print(f"  … and {count - limit} {what} more")
+        print(f"  … and {count - limit} {noun} more")
 
 
 def _describe(config: Mapping[str, Any]) -> str:
-    """The fields that bear on A and B, in a line."""
+    """The config's fields about A and B, in one line."""
     if config.get("peft_type") != "LORA":
         return f"peft_type {config.get('peft_type')!r}, not LoRA"
     targets = config.get("target_modules")
-    said = f"r {config.get('r')}, alpha {config.get('lora_alpha', PEFT_ALPHA)}"
-    said += ", rank-stabilized" if config.get("use_rslora") else ""
-    said += f", on {', '.join(targets) if isinstance(targets, list) else targets}"
-    said += f", bias {config.get('bias')}" if config.get("bias") not in (None, "none") else ""
+    text = f"r {config.get('r')}, alpha {config.get('lora_alpha', PEFT_ALPHA)}"
+    text += ", rank-stabilized" if config.get("use_rslora") else ""
+    text += f", on {', '.join(targets) if isinstance(targets, list) else targets}"
+    text += f", bias {config.get('bias')}" if config.get("bias") not in (None, "none") else ""
     for key in ("modules_to_save", "rank_pattern", "alpha_pattern"):
-        said += f", {key} {config[key]}" if config.get(key) else ""
-    return said
+        text += f", {key} {config[key]}" if config.get(key) else ""
+    return text

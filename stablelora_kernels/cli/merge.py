@@ -1,4 +1,4 @@
-"""``merge``: an adapter folded into its model, written as a directory that transformers loads."""
+"""``merge``: merge an adapter into its model and write a directory that transformers loads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from stablelora_kernels.cli.arguments import DTYPES
 from stablelora_kernels.cli.files import adapter_files, from_hub
 from stablelora_kernels.cli.output import CommandError, print_json, print_pairs, size, wrapped
 from stablelora_kernels.model.merge import merge_lora, remove_lora
@@ -22,25 +21,26 @@ from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.peft_format import read_json
 from stablelora_kernels.model.reports import MergeReport, list_some
 from stablelora_kernels.model.save_load import load_adapter
+from stablelora_kernels.testing import DTYPES
 
 HELP = "fold an adapter into its model, with the rounding error stated"
 DESCRIPTION = """\
-Adds each pair's scaling · B A to the weight it belongs to, in float32, rounds once to the dtype that is stored, and writes a
-model directory that transformers loads without an adapter: safetensors, config and tokenizer. Says how much of each
-layer's change rounding lost.
+Adds each pair's scaling · B A to its weight in float32, rounds once to the stored dtype, and writes a model directory
+(safetensors, config and tokenizer) that transformers loads without an adapter. Says how much of each layer's change was
+rounded away.
 
-The directory appears whole or not at all. Refused are values that are not finite and quantized models, whose sums would
+The directory appears whole or not at all. Values that are not finite are refused, and so are quantized models, whose sums would
 have to be quantized anew. No code of the model's own is run.
 
-Exit status: 0 written; 1 tried and refused or failed, nothing being written; 2 can't be tried."""
+Exit status: 0 written; 1 the merge was refused or failed, and nothing is written; 2 the merge could not start."""
 
-# What transformers may want beside weights and config, which save_pretrained writes.
+# Files that transformers may need besides the weights and the config, which save_pretrained writes.
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
 )  # fmt: skip
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
-# So many elements at a time are looked at.
+# Elements to check at a time.
 _ELEMENTS = 1 << 24
 
 
@@ -79,16 +79,16 @@ def run(args: argparse.Namespace) -> int:
     if untied := tied and not _tied(model):
         _untie(model)
     if dtype is not None:
-        # The layers that were merged have it already.
+        # The merged layers already have it.
         model.to(dtype)
     _check_finite(model)
     try:
         with _appearing(out) as directory:
             model.save_pretrained(directory)
             copied = _copy_tokenizer(source, directory)
-    except Exception as error:  # A full disk has another class for each writer.
+    except Exception as error:  # Each writer raises its own class, for example when the disk is full.
         raise CommandError(f"--out {str(args.out)!r} could not be written: {error}", status=1) from None
-    found = {
+    summary = {
         "out": str(args.out),
         "bytes": sum(file.stat().st_size for file in out.iterdir()),
         "architecture": architecture.__name__,
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         "copied": copied,
         "notes": list(loaded.notes),
     }
-    print_json(found) if args.json else _print(found, report)
+    print_json(summary) if args.json else _print(summary, report)
     return 0
 
 
@@ -118,7 +118,7 @@ def _import_transformers() -> Any:
 
 
 def _architecture(source: Path) -> Any:
-    """The class of transformers that the model's config names."""
+    """The transformers class that the model's config names."""
     file = source / "config.json"
     if not file.is_file():
         raise CommandError(f"--into must be a model's directory with config.json, got {str(source)!r} without it")
@@ -141,21 +141,21 @@ def _architecture(source: Path) -> Any:
 
 
 def _load(architecture: Any, source: Path, dtype: torch.dtype | None) -> Any:
-    """The model, in its own dtype; or in float32 where it is to be stored in another, so that the sum is rounded once."""
-    wanted = "auto" if dtype is None else torch.float32
-    # The keyword had another name before transformers 4.56.
+    """The model in its own dtype, or in float32 if ``dtype`` is given: then the sum is rounded only once."""
+    load_dtype = "auto" if dtype is None else torch.float32
+    # transformers 4.56 renamed the keyword.
     keyword = "dtype" if _version(_import_transformers()) >= (4, 56) else "torch_dtype"
     try:
         model, info = architecture.from_pretrained(
-            source, **{keyword: wanted}, output_loading_info=True, local_files_only=True, use_safetensors=True
+            source, **{keyword: load_dtype}, output_loading_info=True, local_files_only=True, use_safetensors=True
         )
-    except Exception as error:  # Whatever transformers finds wrong with the files, in dozens of classes.
+    except Exception as error:  # transformers raises dozens of classes for bad files.
         raise CommandError(f"--into {str(source)!r} can't be loaded: {error}", status=1) from None
-    # transformers draws what is not in the files at random.
-    for what in ("missing_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info[what])):
+    # transformers initializes missing weights randomly.
+    for problem in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info[problem])):
             raise CommandError(
-                f"--into must hold all weights of {architecture.__name__}, got {list_some(keys)} {what[:-5]}", 1
+                f"--into must hold all weights of {architecture.__name__}, got {list_some(keys)} {problem[:-5]}", 1
             )
     return model
 
@@ -165,7 +165,7 @@ def _version(package: Any) -> tuple[int, ...]:
 
 
 def _merge(model: nn.Module, dtype: torch.dtype | None) -> MergeReport:
-    """Merge and take LoRA off; the errors are those of the weights as they will be stored."""
+    """Merge and remove LoRA. The reported errors are those of the weights in the stored dtype."""
     merged = merge_lora(model)
     if dtype is not None:
         for layer in lora_layers(model).values():
@@ -180,7 +180,7 @@ def _tied(model: Any) -> bool:
 
 
 def _untie(model: Any) -> None:
-    """An adapter changed one of two tied weights: without this, loading would tie them again and lose it."""
+    """Mark tied weights as untied after the adapter changed one of them. Otherwise loading would tie them and lose the change."""
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False
 
@@ -205,9 +205,9 @@ def _copy_tokenizer(source: Path, directory: Path) -> list[str]:
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A directory beside ``out`` that takes its place once the body is done; if that fails, ``out`` is as it was."""
+    """Yield a new directory that replaces ``out`` when the body is done. If the body fails, ``out`` stays unchanged."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, so that moving is a rename within one file system.
+    # In the same file system, so that moving is a rename.
     new, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old"))
     new.mkdir()
     try:
@@ -225,9 +225,9 @@ def _appearing(out: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _print(found: Mapping[str, Any], report: MergeReport) -> None:
-    print(f"{found['merged']} layers merged into {found['architecture']}, {found['dtype']}: {found['out']}")
-    pairs = {"size": size(found["bytes"])}
+def _print(summary: Mapping[str, Any], report: MergeReport) -> None:
+    print(f"{summary['merged']} layers merged into {summary['architecture']}, {summary['dtype']}: {summary['out']}")
+    pairs = {"size": size(summary["bytes"])}
     if report.worst is not None:
         shares = sorted(error.relative for error in report.errors.values())
         worst = report.errors[report.worst]
@@ -235,11 +235,11 @@ def _print(found: Mapping[str, Any], report: MergeReport) -> None:
             f"lost {_percent(shares[len(shares) // 2])} of a layer's largest change (median), {_percent(worst.relative)} at "
             f"most: {worst.largest_error:.3g} of {worst.largest_delta:.3g} in {report.worst}"
         )
-    pairs["copied"] = ", ".join(found["copied"]) or "no tokenizer files, since --into has none"
-    if found["untied"]:
+    pairs["copied"] = ", ".join(summary["copied"]) or "no tokenizer files, since --into has none"
+    if summary["untied"]:
         pairs["untied"] = "input and output embeddings, which the adapter made different"
     print_pairs(pairs)
-    for note in found["notes"]:
+    for note in summary["notes"]:
         print(wrapped(f"  note: {note}"))
 
 

@@ -1,4 +1,4 @@
-"""How every command speaks: tables that fit the terminal, JSON, and errors of one line."""
+"""Output of every command: tables that fit the terminal, JSON, and one-line errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# What a file or a pipe gets, whose lines nobody has to fit on a screen.
+# The line width for files and pipes, which need no wrapping.
 NO_TERMINAL = 10_000
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
 
@@ -21,7 +21,7 @@ _UNITS = ("KiB", "MiB", "GiB", "TiB")
 class CommandError(Exception):
     """Ends a command with one line on stderr.
 
-    Status 2: what was asked for can't be tried (a bad argument, a missing file or package). 1: it was tried and failed.
+    Status 2: the command could not start (a bad argument, a missing file or package). Status 1: it started and failed.
     """
 
     def __init__(self, message: str, status: int = 2) -> None:
@@ -30,7 +30,7 @@ class CommandError(Exception):
 
 
 class Paragraphs(argparse.HelpFormatter):
-    """Help whose description is paragraphs, each broken to the terminal's width."""
+    """A help formatter that wraps each paragraph of a description to the terminal's width."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = text.strip().split("\n\n")
@@ -43,7 +43,7 @@ def width() -> int:
 
 
 def print_json(value: Any) -> None:
-    # Neither infinity nor NaN is JSON.
+    # JSON has neither infinity nor NaN.
     print(json.dumps(_finite(value), indent=1, allow_nan=False))
 
 
@@ -58,7 +58,7 @@ def _finite(value: Any) -> Any:
 
 
 def print_pairs(pairs: Mapping[str, str], indent: str = "  ") -> None:
-    """A name and a text a line; a long text goes on below itself."""
+    """Print one name and text per line. A long text continues below its first line."""
     column = max(map(len, pairs), default=0) + 2
     for name, text in pairs.items():
         lead = f"{indent}{name:{column}}"
@@ -66,13 +66,13 @@ def print_pairs(pairs: Mapping[str, str], indent: str = "  ") -> None:
 
 
 def wrapped(text: str, hang: int = 2) -> str:
-    """``text`` broken to the terminal's width, lines after the first indented by ``hang``."""
+    """Wrap ``text`` to the terminal's width and indent later lines by ``hang``."""
     return textwrap.fill(text, max(width(), 40), subsequent_indent=" " * hang, break_on_hyphens=False,
                          break_long_words=False, drop_whitespace=True)  # fmt: skip
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> None:
-    """Columns as wide as they must be, those in ``left`` aligned left. The first gives way where the terminal is narrow."""
+    """Print columns of minimal width; those in ``left`` are left-aligned. In a narrow terminal, the first column shrinks."""
     columns = [[title, *(row[i] for row in rows)] for i, title in enumerate(titles)]
     widths = [max(map(len, column)) for column in columns]
     widths[0] = min(widths[0], max(width() - sum(w + 2 for w in widths[1:]) - 2, len(titles[0]), 12))
@@ -83,7 +83,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], left: Sequ
 
 
 def shorten(text: str, length: int) -> str:
-    """``text`` without its middle where it is too long: of a module's name the layer's number and the end tell most."""
+    """Cut the middle out of a text that is too long. A module's name tells most at its layer number and its end."""
     if len(text) <= length:
         return text
     tail = (length + 1) // 2
@@ -91,7 +91,7 @@ def shorten(text: str, length: int) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes, as a person reads them."""
+    """A number of bytes with a binary unit."""
     if count < 1024:
         return f"{count} B"
     power = min(int(math.log(count, 1024)), 4)

@@ -1,7 +1,7 @@
-"""Every kernel family on small inputs against a float64 oracle, on one device: what ``doctor`` runs.
+"""The checks of ``doctor``: every kernel family on small inputs against a float64 oracle, on one device.
 
-``python -m stablelora_kernels.cli.selftest`` prints a line of JSON a check. ``doctor --interpret`` starts it in a process of its
-own, since Triton reads TRITON_INTERPRET as it is imported.
+``python -m stablelora_kernels.cli.selftest`` prints one line of JSON per check. ``doctor --interpret`` runs it in a subprocess,
+because Triton reads TRITON_INTERPRET when it is imported.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from stablelora_kernels.testing import error_and_bound, fp8_weight, kept_for_bac
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SCALING = 1.7
-# 16 bits hold it exactly, so that PyTorch's path on a CPU, which draws so many an element, does not round it.
+# Exact in 16 bits: the PyTorch path on a CPU draws 16 bits per element and would round another probability.
 DROPOUT = 0.125
 Tensors = dict[str, Tensor]
 
 
 class Measured(NamedTuple):
-    """The largest error of a result, what is allowed for that result, and which one it is: the one nearest to its bound."""
+    """The largest error, the bound and the name of the result that comes nearest to its bound."""
 
     error: float
     bound: float
@@ -50,7 +50,7 @@ class Measured(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a check found. ``kernels``: those of Triton that it launched. ``problem``: why it failed, or None."""
+    """The result of a check, with the Triton ``kernels`` that it launched. ``problem`` says why it failed, or is None."""
 
     family: str
     case: str
@@ -70,7 +70,7 @@ Check = Callable[[torch.device], Measured]
 
 
 def checks() -> list[tuple[str, str, Check]]:
-    """Every check by family and case. On Hopper and Blackwell the sizes make dispatch take the kernel that is named."""
+    """Every check by family and case. The sizes make dispatch choose the named kernel on Hopper and Blackwell."""
     return [
         ("lora_linear", "few rows, bf16", partial(check_linear, 9, 72, 48, 8)),
         ("lora_linear", "many rows, bf16", partial(check_linear, 70, 136, 96, 16)),
@@ -88,19 +88,19 @@ def checks() -> list[tuple[str, str, Check]]:
 
 
 def run_checks(device: torch.device) -> Iterator[Result]:
-    """Each check's result as it is there, on the backend in force, whichever kernel or tuning was set from outside."""
+    """Yield each check's result, on the current backend. A forced kernel and autotuning are turned off meanwhile."""
     on_triton = backend.resolve_backend(device) == "triton"
     gpus = [device] if device.type == "cuda" else []
     for family, case, check in checks():
         begun, before, measured, problem = time.perf_counter(), _launched(on_triton), None, None
         try:
-            # The same masks each time, and the caller's generators as they were.
+            # The same masks at each run. The caller's generators keep their states.
             with use_kernel("auto"), use_autotune(False), torch.random.fork_rng(gpus):
                 torch.manual_seed(0)
                 measured = check(device)
             if not measured.error <= measured.bound:
                 problem = f"{measured.of} is off by {measured.error:.3g}, allowed {measured.bound:.3g}"
-        except Exception as error:  # Whatever it is, it is what a doctor has to tell.
+        except Exception as error:  # doctor reports any failure.
             problem = " ".join(f"{type(error).__name__}: {error}".split())
         kernels = tuple(sorted(name for name, n in _launched(on_triton).items() if n != before.get(name, 0)))
         if on_triton and not kernels and problem is None:
@@ -116,12 +116,12 @@ def _launched(on_triton: bool) -> dict[str, int]:
     from stablelora_kernels.launch.base import launch_counts
 
     counts = {name.removeprefix("_").removesuffix("_kernel"): count for name, count in launch_counts.items()}
-    # The vendor's products are counted with them.
+    # The counts include the vendor library's products.
     return {name: count for name, count in counts.items() if name != "vendor"}
 
 
 def nearest_to_bound(out: Tensors, ref: Tensors, base: Tensors, dtype: torch.dtype) -> Measured:
-    """Of all results the one whose error is the largest share of its bound. A value that is not finite is infinitely far off."""
+    """The result whose error is the largest share of its bound. A non-finite value has an infinite error."""
     found = []
     for name, value in out.items():
         if value.shape != ref[name].shape:
@@ -143,7 +143,7 @@ def with_grads(y: Tensor, leaves: list[Tensor], grad: Tensor) -> Tensors:
 
 
 def eager_linear(inputs: Tensors, keep: Tensor | None = None, p: float = 0.0) -> Tensors:
-    """What one writes by hand, operator by operator in x's dtype; its error is the measure."""
+    """LoRA written with PyTorch's operators in x's dtype. Its error sets the bound."""
     x, a, b = leaves = leaves_of(inputs, ("x", "lora_A", "lora_B"))
     dropped = x if keep is None else x * keep.to(x.dtype) / (1 - p)
     y = torch.nn.functional.linear(x, inputs["weight"], inputs["bias"])
@@ -158,7 +158,7 @@ def linear_oracle(inputs: Tensors, keep: Tensor | None = None, p: float = 0.0) -
 
 
 def keep_of(y: Tensor, x: Tensor, p: float) -> Tensor:
-    """The mask behind ``y``: on PyTorch's path what is kept for backward, on Triton what the reference draws from the seed."""
+    """The dropout mask of ``y``: saved for backward on the PyTorch path, drawn by the reference from the saved seed on Triton."""
     if (mask := kept_for_backward(y, torch.bool)) is not None:
         return mask.view(x.shape)
     rows, columns = x.shape
@@ -178,9 +178,9 @@ def check_linear(
 
 
 def check_mask(device: torch.device) -> Measured:
-    """The mask of forward, that of backward and the one the op stands for, element by element.
+    """Compare the masks of forward, backward and the reference element by element.
 
-    With no weight and A and B the identity, Y is X's mask times a constant, and so is dX for dY = 1.
+    With a zero weight and identities as A and B, Y is the mask times a constant for X = 1, and so is dX for dY = 1.
     """
     m, k = 70, 64
     x = torch.ones(m, k, dtype=BF16, device=device).requires_grad_()
@@ -197,7 +197,7 @@ def check_mask(device: torch.device) -> Measured:
 
 
 def check_group(device: torch.device) -> Measured:
-    """Three projections of one x in one call: each has an output and its A's and B's gradients, x has one gradient."""
+    """A projection group of three: an output, dA and dB for each projection, and one dX."""
     m, k, rank = 70, 96, (8, 4, 4)
     made: list[Any] = [
         make_inputs((m, k), n, r, dtype=BF16, lora_dtype=FP32, device=device, seed=i)
@@ -212,20 +212,20 @@ def check_group(device: torch.device) -> Measured:
     leaves = [x, *(half for pair in pairs for half in pair)]
     dx, *halves = torch.autograd.grad(ys, leaves, [inputs["grad"] for inputs in made])
 
-    def together(parts: list[Tensors]) -> Tensors:
-        """One projection's results have its number; those of x add up."""
+    def combine(parts: list[Tensors]) -> Tensors:
+        """Number the results by projection, and add up dX."""
         named = {f"{name}{i}": part[name] for i, part in enumerate(parts) for name in ("Y", "dA", "dB")}
         named["dX"] = sum((part["dX"] for part in parts[1:]), start=parts[0]["dX"])
         return named
 
     out = {f"Y{i}": y.detach() for i, y in enumerate(ys)} | {"dX": dx}
     out |= {f"d{'AB'[i % 2]}{i // 2}": half for i, half in enumerate(halves)}
-    ref, base = together([linear_oracle(i) for i in made]), together([eager_linear(i) for i in made])
+    ref, base = combine([linear_oracle(i) for i in made]), combine([eager_linear(i) for i in made])
     return nearest_to_bound(out, ref, base, BF16)
 
 
 def check_quantized(weight: NF4Weight | FP8Weight, device: torch.device) -> Measured:
-    """``lora_linear`` on a weight in 4 or 8 bits; the oracle's is dequantized in float64, eager's in bfloat16."""
+    """``lora_linear`` on a 4-bit or float8 weight. The oracle dequantizes it in float64, eager LoRA in bfloat16."""
     (n, k), parts = weight.shape, vars(weight)
     full = fp8_ref(**parts) if isinstance(weight, FP8Weight) else nf4_ref(**parts)
     moved: dict[str, Any] = {
@@ -240,7 +240,7 @@ def check_quantized(weight: NF4Weight | FP8Weight, device: torch.device) -> Meas
 
 
 def check_branch(device: torch.device) -> Measured:
-    """``lora_branch``: the branch alone, on the output of some other layer."""
+    """``lora_branch`` on the output of another layer."""
     inputs: Any = make_inputs((70, 48), 72, 8, dtype=BF16, lora_dtype=FP32, device=device)
     base_out = torch.nn.functional.linear(inputs["x"], inputs["weight"])
     x, a, b = leaves = leaves_of(inputs, ("x", "lora_A", "lora_B"))
@@ -254,7 +254,7 @@ def check_branch(device: torch.device) -> Measured:
 
 
 def check_step(device: torch.device, *, dtype: torch.dtype) -> Measured:
-    """Three steps over a pair that shrinks, one that latches at once and a lone parameter; the latches must be the oracle's."""
+    """Three steps over a shrinking pair, one that latches at once and a lone parameter; the latch steps must be the oracle's."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -275,7 +275,7 @@ def check_step(device: torch.device, *, dtype: torch.dtype) -> Measured:
         optimizer.step()
 
     def plain(kind: torch.dtype) -> tuple[Tensors, dict[str, int | None]]:
-        """Algorithm 1 operator by operator, in ``kind``."""
+        """Algorithm 1 operator by operator in the dtype ``kind``: the parameters and the latch steps."""
         named = {name: tensor.to(kind, copy=True) for name, tensor in start.items()}
         pairs = [LoRAPair(p, named[f"{p}.lora_A"], named[f"{p}.lora_B"]) for p in ("shrinks", "latches")]
         reference = StableAdamWRef(pairs, [named["lone"]], **settings)

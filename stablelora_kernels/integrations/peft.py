@@ -1,4 +1,4 @@
-"""``accelerate_peft``: a real PEFT model on this library's kernels; ``restore_peft`` gives it back. Importing needs no peft."""
+"""``accelerate_peft`` runs a PEFT model on this library's kernels; ``restore_peft`` undoes it. Importing needs no peft."""
 
 from __future__ import annotations
 
@@ -8,39 +8,40 @@ from typing import Any
 from torch import nn
 
 from stablelora_kernels.model.reports import LoRAReport, ReplacedModule, SkippedModule, count_parameters, list_some
-from stablelora_kernels.nn import projection_group
+from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 
 
 def accelerate_peft(model: nn.Module, *, strict: bool = False, fuse_projections: bool = False) -> LoRAReport:
     """Run the LoRA layers of a PEFT model on this library's ops, in place and per instance.
 
-    Parameters, names, adapters, checkpoints and everything that PEFT does with them stay PEFT's; only the forward of
-    the layers found now is another one. It looks at its layer anew at each call, so adapters may be added, switched,
-    scaled, disabled, merged and deleted afterwards, and what it does not understand it leaves to PEFT's own forward.
-    Layers that PEFT adds later are PEFT's until this is called again; calling it twice changes nothing.
+    Parameters, names, adapters and checkpoints stay PEFT's; only the forward of the current layers changes. It reads the layer's
+    state at each call, so adapters may be added, switched, scaled, disabled, merged and deleted afterwards. Calls that it
+    does not support run PEFT's own forward. Layers that PEFT adds later are not accelerated until this is called again; calling
+    it twice changes nothing.
 
-    On a plain ``nn.Linear`` the base product and the first adapter are one op, and on Triton so they are on bitsandbytes' 4 bits
-    and torchao's float8; on any other base layer (quantized otherwise, transformers' Conv1D, with hooks) the base layer computes
-    its product itself, and each adapter's branch is one op on it.
-    Products are in x's dtype (autocast's where that is on), also beside float32 adapters, which PEFT would copy x for.
+    On a plain ``nn.Linear``, the base product and the first adapter are one op. On Triton this also holds for bitsandbytes' 4-bit
+    and torchao's float8 weights. Any other base layer (otherwise quantized, transformers' Conv1D, with hooks) computes its own
+    product, and one op per adapter adds the branch. Products are in x's dtype, or autocast's. Float32 adapters do not change
+    that: PEFT would copy x to float32, this library does not.
 
     Args:
-        model: a ``PeftModel``, or any module with PEFT's LoRA layers in it.
+        model: a ``PeftModel``, or any module that contains PEFT's LoRA layers.
         strict: raise unless every adapter of every PEFT layer runs on this library's ops.
-        fuse_projections: compute layers that share their input by their names (q, k and v; gate and up) together, as
-            :func:`~stablelora_kernels.apply_lora` says. Each such layer holds on to its group then.
+        fuse_projections: compute projection groups together, as :func:`~stablelora_kernels.apply_lora` does. Each of their layers
+            then holds a reference to its group.
 
     Returns:
-        The report. It has a row for each layer and adapter that runs on the ops, and, as skipped, each that PEFT's own
-        forward computes, with the reason (DoRA and other variants, embeddings, convolutions, ...).
+        The report. It has one row for each layer and adapter that runs on the ops. It lists as skipped, with the reason, those
+        that PEFT's own forward computes (DoRA and other variants, embeddings, convolutions, ...).
 
     Raises:
         ImportError: peft is not installed, or is older than 0.16.
-        TypeError: ``model`` is no module.
-        ValueError: it has no PEFT LoRA layers; or ``strict``, and something would be skipped. Nothing is changed.
+        TypeError: ``model`` is not a module.
+        ValueError: the model has no PEFT LoRA layers; or ``strict`` is set and something would be skipped. Nothing is changed
+            then.
     """
     layers = _layers()
-    found, replaced, skipped = [], [], []
+    accelerated, replaced, skipped = [], [], []
     for name, module in _tuner_layers(model, layers):
         reason = _reason_to_skip(model, name, module, layers)
         if reason is not None:
@@ -54,30 +55,30 @@ def accelerate_peft(model: nn.Module, *, strict: bool = False, fuse_projections:
                 sizes = module.in_features, module.out_features, module.r[adapter]
                 rows.append(ReplacedModule(name, *sizes, module.lora_alpha[adapter], module.scaling[adapter], adapter))
         if rows:
-            found.append(module)
+            accelerated.append(module)
             replaced += rows
     if strict and skipped:
         text = list_some([f"{module.name} ({module.reason})" for module in skipped])
         raise ValueError(f"strict=True, but PEFT's own forward would go on computing {text}")
-    for module in found:
+    for module in accelerated:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
-    projection_group.unfuse(model.modules())
+    remove_projection_groups(model.modules())
     notes = []
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
-        notes.append(projection_group.fuse(model, named, layers.alike, layers.compute_together))
+        notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes))
 
 
 def restore_peft(model: nn.Module) -> None:
-    """Undo :func:`accelerate_peft` exactly: every layer is of PEFT's own class again. A model without such layers stays as it is.
+    """Undo :func:`accelerate_peft` exactly: every layer gets PEFT's own class back. A model without such layers stays unchanged.
 
     Raises:
         ImportError, TypeError: as :func:`accelerate_peft`.
     """
     layers = _layers()
     _check_module(model)
-    projection_group.unfuse(model.modules())
+    remove_projection_groups(model.modules())
     for module in model.modules():
         if type(module) in layers.ORIGINAL:
             module.__class__ = layers.ORIGINAL[type(module)]
@@ -101,18 +102,18 @@ def _check_module(model: Any) -> None:
 
 
 def _tuner_layers(model: nn.Module, layers: ModuleType) -> list[tuple[str, Any]]:
-    """The PEFT layers of ``model``, of which one at least must be LoRA's."""
+    """The PEFT layers of ``model``; raises ValueError if none is a LoRA layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     _check_module(model)
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    if not any(isinstance(module, layers.lora.LoraLayer) for _, module in found):
+    tuner_layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if not any(isinstance(module, layers.lora.LoraLayer) for _, module in tuner_layers):
         raise ValueError(f"model must have PEFT LoRA layers, got a {type(model).__name__} without any")
-    return found
+    return tuner_layers
 
 
 def _reason_to_skip(model: nn.Module, name: str, module: Any, layers: ModuleType) -> str | None:
-    """Why no adapter of a PEFT layer can run on the ops, or None."""
+    """Why no adapter of a PEFT layer can run on the ops, or None if some can."""
     kind = type(module).__name__
     if not isinstance(module, layers.lora.LoraLayer):
         return f"{kind} is not a LoRA layer"

@@ -1,10 +1,9 @@
-"""PEFT's LoRA layers with their forward on this library's ops. It imports peft, so ``peft.py`` imports it when it is needed.
+"""PEFT's LoRA layers with a forward on this library's ops. This module imports peft, so ``peft.py`` imports it lazily.
 
-An instance is accelerated by its ``__class__``, which becomes one that derives from the PEFT class it had and overrides the
-forward. Nothing is stored in it, but for its group where ``fuse_projections`` was asked for. So all that is done to it goes
-on as before: copies, pickles and replicas are accelerated too, and adapters are added, switched, merged, deleted, saved and
-loaded by PEFT's own code. Everything is looked up when it is called: adapters, scaling, dropout's probability and mode, merged
-or disabled or not.
+Accelerating an instance changes only its ``__class__``, to a subclass of its PEFT class that overrides the forward. It stores
+nothing in the instance except its projection group, if ``fuse_projections`` is set. So copies, pickles and replicas are
+accelerated too, and PEFT's own code adds, switches, merges, deletes, saves and loads adapters as before. Each call reads the
+current adapters, scaling, dropout, training mode, and whether the layer is merged or disabled.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from stablelora_kernels.model.modules import HOOKS
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
 
-# What PEFT's layers take out of the arguments for themselves; the rest is the base layer's.
+# The keyword arguments that PEFT's layers consume. The base layer gets the others.
 _OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))
 
 
 class Base(NamedTuple):
-    """What ``lora_linear`` takes of a base layer, whose product it is to compute in ``dtype``."""
+    """The base layer's operands of ``lora_linear``, which computes the base product in ``dtype``."""
 
     weight: Tensor | NF4Weight | FP8Weight
     bias: Tensor | None
@@ -38,7 +37,7 @@ class Base(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """What one adapter adds: scaling · (D(x) A^T B^T + bias)."""
+    """One adapter's part of the output: scaling · (D(x) A^T B^T + bias)."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -46,7 +45,7 @@ class Branch(NamedTuple):
     scaling: float
     dropout_p: float
 
-    def onto(self, base_out: Tensor, x: Tensor) -> Tensor:
+    def add_to(self, base_out: Tensor, x: Tensor) -> Tensor:
         if self.bias is not None:
             base_out = base_out + (self.scaling * self.bias).to(base_out.dtype)
         return lora_branch(base_out, x, self.lora_A, self.lora_B, self.scaling, self.dropout_p)
@@ -56,7 +55,7 @@ class Branch(NamedTuple):
         return lora_linear(x, *self.tensors_with(base), self.scaling, self.dropout_p)
 
     def tensors_with(self, base: Base) -> tuple[Any, Tensor | None, Tensor, Tensor]:
-        """The weight, the bias, A and B of the two."""
+        """Weight, combined bias, A and B."""
         bias = base.bias
         if self.bias is not None:
             bias = self.scaling * self.bias if bias is None else bias + self.scaling * self.bias
@@ -65,7 +64,7 @@ class Branch(NamedTuple):
 
 
 def reason_against(layer: Any, adapter: str) -> str | None:
-    """Why PEFT's own forward has to compute an adapter of a layer, or None."""
+    """Why PEFT's own forward must compute an adapter of a layer, or None."""
     if adapter in layer.lora_variant:
         return f"adapter {adapter!r} is a variant of LoRA ({type(layer.lora_variant[adapter]).__name__})"
     a, b, dropout = _parts_of(layer, adapter)
@@ -84,7 +83,7 @@ def reason_against(layer: Any, adapter: str) -> str | None:
     return None
 
 
-# All of this happens at every call of every layer, so it goes around nn.Module's __getattr__, which is slow.
+# The following code runs at every call of every layer, so it avoids nn.Module's slow __getattr__.
 
 
 def _parts_of(layer: Any, adapter: str) -> tuple[Any, Any, Any]:
@@ -100,17 +99,17 @@ def _tensors_of(linear: Any) -> tuple[Any, Any]:
     try:
         return own["weight"], own["bias"]
     except KeyError:
-        # FSDP has plain attributes instead, for a forward.
+        # During a forward, FSDP replaces the parameters by plain attributes.
         return linear.weight, linear.bias
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` may do more than its class's forward."""
-    own = module.__dict__
+    """Whether calling ``module`` may do more than run its class's forward."""
+    attributes = module.__dict__
     for name in HOOKS:
-        if own[name]:
+        if attributes[name]:
             return True
-    return "forward" in own
+    return "forward" in attributes
 
 
 def _is_plain(weight: Tensor, bias: Tensor | None) -> bool:
@@ -118,13 +117,13 @@ def _is_plain(weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is a linear layer that may be computed from its weight without calling it."""
+    """Whether ``module`` can be computed from its weight and bias without calling it."""
     return type(module) is nn.Linear and not _is_hooked(module) and _is_plain(*_tensors_of(module))
 
 
 def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | None:
-    """The branches of those adapters that the layer has, or None where PEFT's own forward has to compute them."""
-    # Someone watches every module, or the input is not cast to the adapter's dtype on purpose.
+    """The layer's branches for ``adapters``, or None if PEFT's own forward must compute them."""
+    # Global hooks and tracing must see every module's call. PEFT can also be told not to cast the input.
     if _has_any_global_hook() or torch.jit.is_tracing() or not getattr(layer, "cast_input_dtype_enabled", True):
         return None
     found = []
@@ -143,10 +142,10 @@ def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | 
 
 
 def _fits(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether the ops take ``x`` beside the adapter: PEFT casts x to its dtype, and where sizes differ the error is PEFT's."""
+    """Whether the ops accept ``x`` with the adapter. Otherwise PEFT casts x to the adapter's dtype, or raises its own error."""
     if x.dtype not in FLOAT_DTYPES or x.device != lora_A.device:
         return False
-    # Not among the reasons above: as long as a model is sharded, its parameters have other shapes.
+    # Not part of reason_against: in a sharded model, parameters have other shapes between calls.
     if x.shape[-1:] != lora_A.shape[1:] or lora_A.shape[:1] != lora_B.shape[1:]:
         return False
     if torch.float64 in (x.dtype, lora_A.dtype):
@@ -154,14 +153,14 @@ def _fits(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     return lora_A.dtype in (torch.float32, x.dtype) or torch.is_autocast_enabled(x.device.type)
 
 
-def _one_op(base: nn.Module, x: Tensor) -> Base | None:
-    """The base layer as an operand, where its product and a branch may be one op, or None."""
-    if type(base) not in _READ or _is_hooked(base):
+def _base_operand(base: nn.Module, x: Tensor) -> Base | None:
+    """The base layer's operands if one op can compute its product and a branch, or None."""
+    if type(base) not in _READABLE or _is_hooked(base):
         return None
     weight, bias = _tensors_of(base)
-    # A quantized or sharded weight is of another type. FSDP puts plain tensors in the parameters' places for a forward.
+    # Quantized and sharded weights have other types. During a forward, FSDP replaces parameters by plain tensors.
     if type(base) is not nn.Linear or not _is_plain(weight, bias):
-        return _quantized(base, weight, bias, x) if is_quantized(weight) else None
+        return _quantized_operand(base, weight, bias, x) if is_quantized(weight) else None
     other = weight if bias is None else bias
     if weight.device != x.device or other.device != x.device:
         return None
@@ -172,11 +171,9 @@ def _one_op(base: nn.Module, x: Tensor) -> Base | None:
     return None
 
 
-def _quantized(base: Any, weight: Any, bias: Tensor | None, x: Tensor) -> Base | None:
-    """As :func:`_one_op`, of a base layer in 4 or 8 bits: where the kernels compute its product as it does itself.
-
-    PyTorch's backend would dequantize the weight in Python, which the layer does better.
-    """
+def _quantized_operand(base: Any, weight: Any, bias: Tensor | None, x: Tensor) -> Base | None:
+    """As :func:`_base_operand` for a 4-bit or float8 base layer, if the kernels compute the same product as the layer."""
+    # The PyTorch backend would dequantize the weight in Python; the layer's own product is faster.
     if resolve_backend(x.device) != "triton":
         return None
     kind = x.device.type
@@ -184,8 +181,7 @@ def _quantized(base: Any, weight: Any, bias: Tensor | None, x: Tensor) -> Base |
     if type(base) is nn.Linear:
         fits = weight.dtype == x.dtype == dtype
     else:
-        # bitsandbytes casts x, autocast or not. In its first call it may choose in what it computes, and it casts the bias
-        # for good.
+        # bitsandbytes casts x with or without autocast. Its first call may choose the compute dtype and cast the bias in place.
         fits = base.compute_type_is_set and base.compute_dtype == dtype
     if not fits or (bias is not None and (bias.dtype != dtype or bias.device != x.device)):
         return None
@@ -193,17 +189,17 @@ def _quantized(base: Any, weight: Any, bias: Tensor | None, x: Tensor) -> Base |
         stored = read(weight)
     except (TypeError, ValueError):
         return None
-    # bitsandbytes' weights may be quantized as [K, N].
+    # bitsandbytes may have quantized the weight as [K, N].
     if stored.shape != (base.out_features, base.in_features) or stored.stored.data.device != x.device:
         return None
     return Base(stored, bias, dtype)
 
 
 class Accelerated:
-    """Put before a PEFT class. What it does not understand it leaves to that class."""
+    """A mixin in front of a PEFT class. Calls that it does not support run that class's forward."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's forward: base_layer(x) and the active adapters' branches, in the base layer's dtype."""
+        """PEFT's forward: base_layer(x) plus the active adapters' branches, in the base layer's dtype."""
         plain = not self.disable_adapters and not self.merged and kwargs.get("adapter_names") is None
         group = self.__dict__.get(ATTRIBUTE)
         if group is not None and plain and not args and not kwargs and (y := group.output(self, x)) is not None:
@@ -213,45 +209,45 @@ class Accelerated:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         kwargs = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         base = self._modules["base_layer"]
-        operand = None if args or kwargs else _one_op(base, x)
+        operand = None if args or kwargs else _base_operand(base, x)
         if operand is not None:
             result = branches.pop(0).with_base(operand, x)
             if not isinstance(operand.weight, Tensor):
-                # Under autocast too, these layers return x's dtype.
+                # Quantized base layers return x's dtype, even under autocast.
                 result = result.to(x.dtype)
         else:
             result = base(x, *args, **kwargs)
         for branch in branches:
-            result = branch.onto(result, x)
+            result = branch.add_to(result, x)
         return result
 
     def _mixed_batch_forward(self: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """Each row with the branch of the adapter that is named for it; PEFT's forward has checked the names."""
+        """Apply to each row the branch of its adapter. PEFT's forward has checked the names."""
         branches = {name: _branches(self, [name], x) for name in dict.fromkeys(adapter_names)}
         if None in branches.values():
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[misc]
         kwargs = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         result = self.base_layer(x, *args, **kwargs)
         for name, found in branches.items():
-            # None for "__base__", nor for an adapter that this layer does not have.
+            # There is no branch for "__base__", nor for an adapter that this layer does not have.
             for branch in found or ():
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-                result[rows] = branch.onto(result[rows], x[rows])
+                result[rows] = branch.add_to(result[rows], x[rows])
         return result
 
     def _get_name(self) -> str:
-        # What a model prints stays as it was.
+        # A printed model must look the same.
         return ORIGINAL[type(self)].__name__
 
 
-def compute_together(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
-    """The outputs of layers with one input, in one op; None where each has to compute its own."""
+def compute_projection_group(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
+    """The outputs of layers that share the input ``x``, from one op; None if each layer must compute its own."""
     firsts, rests = [], []
     tensors: list[tuple[Any, ...]] = []
     for layer in layers:
         plain = not layer.disable_adapters and not layer.merged
         branches = _branches(layer, layer.active_adapters, x) if plain else None
-        operand = _one_op(layer._modules["base_layer"], x) if branches else None
+        operand = _base_operand(layer._modules["base_layer"], x) if branches else None
         if not branches or operand is None or not isinstance(operand.weight, Tensor):
             return None
         first, *rest = branches
@@ -266,34 +262,34 @@ def compute_together(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
     results = []
     for result, rest in zip(outputs, rests, strict=True):
         for branch in rest:
-            result = branch.onto(result, x)
+            result = branch.add_to(result, x)
         results.append(result)
     return results
 
 
-def alike(layer: Any) -> tuple[Any, ...]:
-    """What layers must have in common to be computed together; the rest is looked at in each call."""
+def projection_group_key(layer: Any) -> tuple[Any, ...]:
+    """Layers can form a projection group if their keys are equal. :func:`compute_projection_group` checks the rest."""
     base = layer.base_layer
-    # One that is no plain layer is like no other.
+    # A layer of another type gets a key of its own.
     return (layer.in_features, base.weight.dtype) if type(base) is nn.Linear else (id(layer),)
 
 
 class AcceleratedLinear(Accelerated, lora.Linear):
-    """``peft.tuners.lora.Linear``: on nn.Linear and its subclasses, and transformers' Conv1D."""
+    """``peft.tuners.lora.Linear``, over nn.Linear, its subclasses and transformers' Conv1D."""
 
 
 class AcceleratedTorchaoLoraLinear(Accelerated, TorchaoLoraLinear):
-    """torchao's quantized weights."""
+    """``TorchaoLoraLinear``, over torchao's quantized weights."""
 
 
-# Base layers whose weight may be read instead of calling them.
-_READ: tuple[type, ...] = (nn.Linear,)
+# Base layers that can be computed from their weight without calling them.
+_READABLE: tuple[type, ...] = (nn.Linear,)
 KNOWN: dict[type, type] = {lora.Linear: AcceleratedLinear, TorchaoLoraLinear: AcceleratedTorchaoLoraLinear}
 
 if hasattr(lora, "Linear8bitLt"):
 
     class AcceleratedLinear8bitLt(Accelerated, lora.Linear8bitLt):
-        """bitsandbytes' 8-bit layers."""
+        """``peft.tuners.lora.Linear8bitLt``, over bitsandbytes' 8-bit layers."""
 
     KNOWN[lora.Linear8bitLt] = AcceleratedLinear8bitLt
 
@@ -301,9 +297,9 @@ if hasattr(lora, "Linear4bit"):
     from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
 
     class AcceleratedLinear4bit(Accelerated, lora.Linear4bit):
-        """bitsandbytes' 4-bit layers."""
+        """``peft.tuners.lora.Linear4bit``, over bitsandbytes' 4-bit layers."""
 
     KNOWN[lora.Linear4bit] = AcceleratedLinear4bit
-    _READ = (nn.Linear, Linear4bit, LinearNF4, LinearFP4)
+    _READABLE = (nn.Linear, Linear4bit, LinearNF4, LinearFP4)
 
 ORIGINAL = {accelerated: original for original, accelerated in KNOWN.items()}

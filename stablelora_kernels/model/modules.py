@@ -1,4 +1,4 @@
-"""A model's LoRA layers: find them, put modules in others' places."""
+"""Find a model's LoRA layers and replace modules in it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from torch import nn
 
 from stablelora_kernels.nn.linear import LoRALinear
 
-# The attribute of a model that remembers the config its layers were made from; save_adapter writes it.
+# The attribute of a model that holds the config of its LoRA layers. save_adapter writes it.
 CONFIG_ATTRIBUTE = "_stablelora_config"
-
-
-# What nn.Module.__call__ looks up.
+# The hooks that nn.Module.__call__ runs.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
@@ -25,7 +21,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def _some_lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def require_lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """As :func:`lora_layers`; raises ValueError if there are none."""
     if layers := lora_layers(model):
         return layers
     raise ValueError(
@@ -33,27 +30,27 @@ def _some_lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     )
 
 
-def _swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Counter[nn.Module]:
-    """Put ``new``'s values where its keys are, wherever these are registered, with their hooks. Counts the places."""
-    places = [
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Counter[nn.Module]:
+    """Replace each key of ``new`` by its value wherever it is registered, and move its hooks. Count its registrations."""
+    registrations = [
         (parent, key, old) for parent in model.modules() for key, old in parent._modules.items() if old and old in new
     ]
     for old, module in new.items():
-        # The dicts themselves, not copies: the handles that remove hooks hold on to them. The old module may be called yet,
-        # by the one around it.
+        # Move the dicts themselves: handles that remove hooks refer to them. The old module gets empty ones, because the new
+        # module may call it.
         for attribute in (*HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook"):
             hooks = getattr(old, attribute)
             setattr(module, attribute, hooks)
             setattr(old, attribute, None if attribute == "_is_full_backward_hook" else type(hooks)())
-    for parent, key, old in places:
+    for parent, key, old in registrations:
         parent.register_module(key, new[old])
-    return Counter(old for _, _, old in places)
+    return Counter(old for _, _, old in registrations)
 
 
-def _untie(model: nn.Module, name: str, module: nn.Module) -> list[str]:
-    """Give ``module`` its own copy of the parameters that modules outside it hold too; the names of these.
+def untie(model: nn.Module, name: str, module: nn.Module) -> list[str]:
+    """Give ``module`` its own copies of parameters that it shares with modules outside it. Return their names.
 
-    Training a tied weight would train the frozen module it is tied to; and PEFT trains, saves and loads a copy.
+    Training a tied weight would also train the frozen module. PEFT, too, trains, saves and loads a copy.
     """
     inside = set(module.modules())
     outside = {

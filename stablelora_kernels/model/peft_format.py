@@ -1,4 +1,4 @@
-"""An adapter's two files, found, read and checked."""
+"""PEFT's adapter format: find, read and check the two files of an adapter."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from stablelora_kernels.model.reports import SkippedModule, list_some
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# PEFT's default for lora_alpha, which a file may leave out; ours is another.
+# PEFT's default for lora_alpha, which a file may omit. It differs from ours.
 PEFT_ALPHA = 8
 
-# Fields of PEFT's file that say where an adapter comes from, or how it was started or trained. They don't change what it
-# computes. Every field that is neither here nor LoRAConfig's is refused unless it is empty.
+# Fields of PEFT's config about an adapter's origin, initialization or training. They don't change what the adapter computes.
+# Fields that are neither here nor in LoRAConfig must be empty.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
     "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "task_type",
 }  # fmt: skip
-# The others of PEFT's initializations change the frozen weights, which the file does not hold.
+# PEFT's other initializations also change the frozen weights, which the file does not hold.
 _INITS_OF_AB_ONLY = ("eva", "orthogonal")
 
 
@@ -42,7 +42,7 @@ def import_safetensors() -> Any:
 
 
 def find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The config and the weights in the directory ``path``, or ValueError with what is there instead."""
+    """The config and the weights file in the directory ``path``; raises ValueError if one is missing."""
     directory = Path(path)
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing there"
@@ -62,7 +62,7 @@ def find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, or ValueError with what is wrong about it."""
+    """The object in a JSON file; raises ValueError if it holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -73,7 +73,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def beyond_plain_lora(content: Mapping[str, Any]) -> list[str]:
-    """The fields of a PEFT config, as "use_dora=True", by which an adapter is more than A and B beside a frozen weight."""
+    """The fields of a PEFT config, such as "use_dora=True", that plain LoRA does not have."""
     known = {field.name for field in fields(LoRAConfig)} | _HARMLESS
     return [f"{key}={value!r}" for key, value in content.items() if key not in known and value]
 
@@ -84,7 +84,7 @@ def read_config(file: Path, tensors: Mapping[str, Tensor]) -> LoRAConfig:
         raise ValueError(f"peft_type in {file} must be 'LORA', got {content.get('peft_type')!r}")
     content.setdefault("lora_alpha", PEFT_ALPHA)
     if content.pop("layers_to_transform", None) is not None:
-        # Which layers these are, the file's keys say.
+        # The keys of the weights file name the layers.
         content.pop("layers_pattern", None)
         content["target_modules"] = sorted({key.rpartition(".lora_A.")[0] for key in tensors if ".lora_A." in key})
     init = content.get("init_lora_weights")
@@ -105,9 +105,11 @@ def check_tensors(
     if missing := [key for key in shapes if key not in tensors]:
         raise ValueError(f"{file} must hold {list_some(missing)}, got {len(tensors)} tensors without them")
     if unexpected := [key for key in tensors if key not in shapes]:
-        why = [f"; {module.name}: {module.reason}" for module in skipped if unexpected[0].startswith(f"{module.name}.")]
+        reasons = [
+            f"; {module.name}: {module.reason}" for module in skipped if unexpected[0].startswith(f"{module.name}.")
+        ]
         raise ValueError(
-            f"{file} must hold what its config and the model call for, got {list_some(unexpected)} beyond that{''.join(why)}"
+            f"{file} must hold what its config and the model call for, got {list_some(unexpected)} beyond that{''.join(reasons)}"
         )
     for key, shape in shapes.items():
         if tensors[key].shape != shape:

@@ -1,4 +1,4 @@
-"""What ``apply_lora``, ``merge_lora`` and ``load_adapter`` say they did."""
+"""The reports that ``apply_lora``, ``load_adapter``, ``accelerate_peft`` and ``merge_lora`` return."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stablelora_kernels.nn.merging import MergeError
 
 @dataclass(frozen=True)
 class ReplacedModule:
-    """One layer that has a LoRA branch now.
+    """One layer that now has a LoRA branch.
 
     Attributes:
         name: its first dotted name in the model.
@@ -23,8 +23,8 @@ class ReplacedModule:
         out_features: N.
         r: the branch's rank.
         lora_alpha: the numerator of the scaling.
-        scaling: what the branch is multiplied by.
-        adapter: the adapter's name in a PEFT layer, which may hold several and has a row for each; None in this library's.
+        scaling: the factor of the branch.
+        adapter: the adapter's name in a PEFT layer, which has a row for each adapter; None for this library's layers.
     """
 
     name: str
@@ -37,15 +37,28 @@ class ReplacedModule:
 
 
 @dataclass(frozen=True)
-class LoRAReport:
-    """What was done to a model. ``print(report)`` sums up.
+class SkippedModule:
+    """One module that was matched but left unchanged.
 
     Attributes:
-        replaced: every layer that has a branch now.
-        skipped: every match that was left as it was, with the reason.
-        trainable: how many numbers train.
-        total: how many numbers the model's parameters hold.
-        notes: what else one might not expect, such as a pattern that matched nothing.
+        name: its dotted name in the model.
+        reason: why it was left unchanged.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LoRAReport:
+    """The changes to a model. ``print(report)`` prints a summary.
+
+    Attributes:
+        replaced: every layer that now has a branch.
+        skipped: every match that was left unchanged, with the reason.
+        trainable: the number of trainable parameter elements.
+        total: the number of all parameter elements.
+        notes: other surprises, such as a pattern that matched nothing.
     """
 
     replaced: tuple[ReplacedModule, ...]
@@ -74,11 +87,11 @@ class LoRAReport:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging a model's layers rounded away, and which modules no longer share a layer's weight. ``print(report)`` sums up.
+    """The rounding errors of a merge, and the weights that it untied. ``print(report)`` prints a summary.
 
     Attributes:
         errors: the rounding error by the layer's name.
-        untied: by the layer's name, the names of the parameters that were its weight before and are the frozen one still.
+        untied: by the layer's name, the names of parameters that shared its weight and still hold the frozen one.
     """
 
     errors: Mapping[str, MergeError]
@@ -86,7 +99,7 @@ class MergeReport:
 
     @property
     def worst(self) -> str | None:
-        """The name of the layer that lost the largest share of its change, or None where no layer was merged."""
+        """The name of the layer with the largest relative error, or None if no layer was merged."""
         return max(self.errors, key=lambda name: self.errors[name].relative, default=None)
 
     def __str__(self) -> str:
@@ -103,7 +116,7 @@ def report_on(
     skipped: tuple[SkippedModule, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> LoRAReport:
-    """The report on a model whose ``layers`` have LoRA now."""
+    """The report on a model whose ``layers`` now have LoRA."""
     replaced = tuple(
         ReplacedModule(name, layer.in_features, layer.out_features, layer.r, layer.lora_alpha, layer.scaling)
         for name, layer in layers.items()
@@ -112,28 +125,15 @@ def report_on(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many numbers train, and how many there are."""
+    """The number of trainable and of all parameter elements."""
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    # Of 4 bits, elements and not the bytes that hold them.
+    # For 4-bit weights, count elements, not storage bytes.
     shapes = [getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in parameters]
     return trainable, sum(math.prod(shape) for shape in shapes)
 
 
-@dataclass(frozen=True)
-class SkippedModule:
-    """One module that was asked for and left as it was.
-
-    Attributes:
-        name: its dotted name in the model.
-        reason: why, in words.
-    """
-
-    name: str
-    reason: str
-
-
 def list_some(names: list[str], limit: int = 5) -> str:
-    """``a, b and 7 more``."""
+    """The first names, as ``a, b and 7 more``."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

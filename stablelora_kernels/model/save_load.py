@@ -1,4 +1,4 @@
-"""Adapters as files, in PEFT's directory format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Save and load adapters in PEFT's directory format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.model.apply import commit
-from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, lora_layers
+from stablelora_kernels.model.apply import apply_plan
+from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, lora_layers, require_lora_layers
 from stablelora_kernels.model.peft_format import (
     CONFIG_NAME,
     PREFIX,
@@ -37,29 +37,26 @@ from stablelora_kernels.utils.wrappers import check_not_in_ddp, clean, in_ddp, r
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the model's LoRA to the directory ``path``, for :func:`load_adapter` and for the ``peft`` package alike.
+    """Write the model's LoRA to the directory ``path``, for :func:`load_adapter` and for the ``peft`` package.
 
-    Written are A and B, in their dtypes, merged or not, and what ``bias`` and ``modules_to_save`` of the model's config
-    name. The same adapter gives the same bytes, and names are the base model's, whatever is around the model
-    (DistributedDataParallel, torch.compile, checkpoint_wrapper) or, of the latter two, around parts of it. A directory that is
-    not there yet appears whole or not at all; in one that is, each file is replaced whole.
+    It writes A and B in their dtypes, whether merged or not, and the tensors that ``bias`` and ``modules_to_save`` of the model's
+    config name. The same adapter gives the same bytes. Names are those of the base model: DistributedDataParallel,
+    torch.compile and checkpoint_wrapper around the model do not change them, nor do the latter two around its parts. A new
+    directory appears whole or not at all; in an existing one, each file is replaced whole.
 
-    Of a model with DTensors (``fully_shard``, tensor parallelism) every process has to call it, since all hold parts; of one in
-    DistributedDataParallel all may. In both cases the process of rank 0 writes, and the others do not wait for it.
+    If the model has DTensors (``fully_shard``, tensor parallelism), every process must call it, because each holds a shard. In
+    DistributedDataParallel, all processes may call it. In both cases rank 0 writes, and the other processes do not wait.
 
     Raises:
-        ValueError: the model has no LoRA layers, or some that one PEFT config cannot describe, or is in FSDP1's
+        ValueError: the model has no LoRA layers, or layers that one PEFT config cannot describe, or it is in FSDP1's
             FullyShardedDataParallel; or ``path`` is a file.
         ImportError: safetensors is not installed.
     """
     safetensors = import_safetensors()
     given, model = model, unwrap(model)
     reshard(model)
+    require_lora_layers(model)
     layers = _layers(model)
-    if not layers:
-        raise ValueError(
-            f"model must have LoRALinear layers (apply_lora makes them), got a {type(model).__name__} without any"
-        )
     if "" in layers:
         raise ValueError(
             "model must be a module that contains LoRALinear layers, got a LoRALinear, which has no name in a file"
@@ -71,13 +68,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = {key: tensor for name, layer in layers.items() for key, tensor in _lora_tensors(name, layer).items()}
     tensors.update(_other_tensors(model, config, layers))
     check_not_meta(tensors)
-    _warn_of_places(model, layers)
+    _warn_of_shared_layers(model, layers)
 
     if (in_ddp(given) or any(map(is_sharded, tensors.values()))) and not is_first_rank():
         for tensor in tensors.values():
             whole(tensor)
         return
-    # Copies, since safetensors refuses tensors that share memory, as tied ones do.
+    # Copy: safetensors refuses tensors that share memory, as tied weights do.
     tensors = {PREFIX + key: whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     origin = getattr(getattr(model, "config", None), "_name_or_path", None)
     content = asdict(config) | {
@@ -87,7 +84,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "task_type": None,
     }
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the directory, so that moving is a rename within one file system.
+    # In the same file system, so that moving is a rename.
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
     try:
@@ -103,22 +100,24 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_projections: bool = False) -> LoRAReport:
-    """Load what :func:`save_adapter` or the ``peft`` package wrote to the directory ``path``.
+    """Load an adapter that :func:`save_adapter` or the ``peft`` package wrote to the directory ``path``.
 
-    A model without LoRA is given it first, as :func:`~stablelora_kernels.apply_lora` does, by the config in the file; A
-    and B get the file's dtype where that is float32 or the layer's own, float32 otherwise. Into a model that has LoRA the
-    values are copied, in the dtypes that are there; its ranks, scalings, bias and modules_to_save have to be the file's.
-    ``fuse_projections`` is handed to :func:`~stablelora_kernels.apply_lora`; a model that has LoRA stays as it is.
-    Wrappers are seen through, as by :func:`save_adapter`, but for a model without LoRA: DistributedDataParallel and
-    ``fully_shard`` would not know its A and B. Of a model with DTensors every process has to call it, and takes its parts of
-    the values that rank 0 has read.
+    A model without LoRA first gets it, as by :func:`~stablelora_kernels.apply_lora` with the file's config. A and B get the
+    file's dtype if that is float32 or the layer's, and float32 otherwise. ``fuse_projections`` is passed on.
+
+    If the model already has LoRA, the values are copied into its layers, in their dtypes; ranks, scalings, ``bias`` and
+    ``modules_to_save`` must be the file's, and ``fuse_projections`` has no effect.
+
+    Wrappers are handled as by :func:`save_adapter`, with one exception: a model without LoRA must not be in
+    DistributedDataParallel or ``fully_shard``, which would not know A and B. If the model has DTensors, every process must call
+    it, and takes its shards of the values that rank 0 has read.
 
     Returns:
         The report on the layers that hold the adapter.
 
     Raises:
-        ValueError, TypeError: the directory, a file in it, its config, its keys or its shapes do not fit, naming what was
-            wanted and what was found; the weights are a pickle; or the model is merged. Nothing is changed.
+        ValueError, TypeError: the directory, one of its files, the config, the keys or the shapes do not fit, the weights are
+            pickled, or the model is merged. The message names the expected and the actual value. Nothing is changed then.
         ImportError: safetensors is not installed.
     """
     safetensors = import_safetensors()
@@ -127,32 +126,32 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
     config_file, weights_file = find_files(path)
     try:
         tensors = safetensors.load_file(weights_file)
-    except Exception as error:  # SafetensorError, which derives from Exception alone, or an OSError
+    except Exception as error:  # an OSError, or SafetensorError, which derives from Exception
         raise ValueError(f"{weights_file} must be a safetensors file, got one that cannot be read: {error}") from None
-    if alien := [key for key in tensors if not key.startswith(PREFIX)]:
-        raise ValueError(f"keys in {weights_file} must start with {PREFIX!r}, got {list_some(alien)}")
+    if foreign := [key for key in tensors if not key.startswith(PREFIX)]:
+        raise ValueError(f"keys in {weights_file} must start with {PREFIX!r}, got {list_some(foreign)}")
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     config = read_config(config_file, tensors)
 
     layers = _layers(model)
     if layers:
         _check_fits(model, config, layers, config_file)
-        wanted = {key: tensor for name, layer in layers.items() for key, tensor in _lora_tensors(name, layer).items()}
-        shapes = {key: tensor.shape for key, tensor in wanted.items()}
+        targets = {key: tensor for name, layer in layers.items() for key, tensor in _lora_tensors(name, layer).items()}
+        shapes = {key: tensor.shape for key, tensor in targets.items()}
         skipped: tuple[SkippedModule, ...] = ()
     else:
         _check_may_get_lora(given, model)
         plan = plan_lora(model, config)
         skipped = plan.skipped
-        wanted = {f"{name}.weight": linear.weight for name, linear in plan.linears.items()}
+        targets = {f"{name}.weight": target.layer.weight for name, target in plan.targets.items()}
         shapes = {}
-        for name, linear in plan.linears.items():
-            in_features, out_features = sizes_of(linear)
+        for name, target in plan.targets.items():
+            in_features, out_features = sizes_of(target.layer)
             shapes[f"{name}.lora_A.weight"] = torch.Size((config.rank_of(name), in_features))
             shapes[f"{name}.lora_B.weight"] = torch.Size((out_features, config.rank_of(name)))
-    others = _other_tensors(model, config, layers or plan.linears)
-    check_not_meta(wanted | others)
-    # With bias="all", PEFT's files hold the biases of its own wrappers around modules_to_save as well.
+    others = _other_tensors(model, config, layers or plan.targets)
+    check_not_meta(targets | others)
+    # With bias="all", PEFT also saves the biases of its wrappers around modules_to_save.
     wrapped = tuple(
         f"{name}.{part}." for name in _saved(model, config) for part in ("original_module", "modules_to_save")
     )
@@ -164,23 +163,23 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
         report = report_on(model, layers)
     else:
         dtypes = {}
-        for name, linear in plan.linears.items():
-            found = torch.promote_types(tensors[f"{name}.lora_A.weight"].dtype, tensors[f"{name}.lora_B.weight"].dtype)
-            dtypes[name] = linear.weight.dtype if found == linear.weight.dtype else torch.float32
-        report = commit(model, config, plan, dtypes, fuse_projections)
+        for name, target in plan.targets.items():
+            saved = torch.promote_types(tensors[f"{name}.lora_A.weight"].dtype, tensors[f"{name}.lora_B.weight"].dtype)
+            dtypes[name] = saved if saved == target.layer.weight.dtype else torch.float32
+        report = apply_plan(model, config, plan, dtypes, fuse_projections)
         layers = _layers(model)
     with torch.no_grad():
         for name, layer in layers.items():
             for key, tensor in _lora_tensors(name, layer).items():
                 copy(tensor, tensors[key])
-        # Looked up again: apply_lora unties what modules_to_save shares with others.
+        # Find them again: apply_plan has untied modules_to_save.
         for key, tensor in _other_tensors(model, config, layers).items():
             copy(tensor, tensors[key])
     return report
 
 
 def _layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The model's LoRALinear layers, by the names they have without the wrappers in between."""
+    """The model's LoRALinear layers, by their names without wrappers."""
     return {clean(name): layer for name, layer in lora_layers(model).items()}
 
 
@@ -189,13 +188,13 @@ def _lora_tensors(name: str, layer: LoRALinear) -> dict[str, Tensor]:
 
 
 def _other_tensors(model: nn.Module, config: LoRAConfig, lora_names: Iterable[str]) -> dict[str, Tensor]:
-    """What an adapter holds besides A and B, by PEFT's names: the trained biases, the state of modules_to_save."""
+    """An adapter's tensors besides A and B, by PEFT's names: trained biases and the state of modules_to_save."""
     others: dict[str, Tensor] = {}
     lora_names = set(lora_names)
     for path, parameter in model.named_parameters(remove_duplicate=False):
         name = clean(path)
         module, _, kind = name.rpartition(".")
-        # As a LoRABranchLinear names what it holds, and PEFT's files every layer's.
+        # A LoRABranchLinear holds its bias in base_layer, and PEFT's files name every bias so.
         module = module.removesuffix(".base_layer")
         if kind == "bias" and module in lora_names and config.bias != "none":
             others[f"{module}.base_layer.bias"] = parameter
@@ -208,15 +207,15 @@ def _other_tensors(model: nn.Module, config: LoRAConfig, lora_names: Iterable[st
 
 
 def _saved(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    # Of a wrapper and what it is around, which have one name, the latter comes last.
+    # A wrapper and its module have the same name; the module comes last and stays.
     named = ((clean(path), module) for path, module in model.named_modules())
     return {name: module for name, module in named if name and config.saves(name)}
 
 
 def _config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
-    """The config by which PEFT makes just these layers out of the base model: what is there, not what was asked for.
+    """The config with which PEFT makes exactly these layers from the base model.
 
-    Close to the config that apply_lora was given, if it was; layers may have been skipped, added or changed since.
+    It starts from the config that apply_lora got, if any. Layers may have been skipped, added or changed since.
     """
     first = next(iter(layers.values()))
     config = getattr(model, CONFIG_ATTRIBUTE, None)
@@ -243,31 +242,31 @@ def _config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig
         }
         config = replace(config, alpha_pattern=alphas)
 
-    # Other programs read a short list of names best, and PEFT can read each of these. The last one always fits.
-    everything = (clean(path) for path, _ in model.named_modules())
-    names = [name for name in everything if name and name.removesuffix(".base_layer") not in layers]
+    # Take the first list of target names that fits: other programs read a short one best. The regular expression always fits.
+    every_name = (clean(path) for path, _ in model.named_modules())
+    names = [name for name in every_name if name and name.removesuffix(".base_layer") not in layers]
     names += layers
     choices: list[list[str] | str] = [] if config.all_linear else [config.target_modules or []]
     choices += [sorted({name.rpartition(".")[2] for name in layers}), list(layers)]
     for choice in choices:
-        tried = replace(config, target_modules=choice)
-        if {name for name in names if tried.targets(name) and not tried.reason_to_exclude(name)} == set(layers):
-            return tried
+        candidate = replace(config, target_modules=choice)
+        if {name for name in names if candidate.targets(name) and not candidate.reason_to_exclude(name)} == set(layers):
+            return candidate
     return replace(config, target_modules="|".join(map(re.escape, layers)), exclude_modules=None)
 
 
-def _warn_of_places(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+def _warn_of_shared_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     for name, layer in layers.items():
-        places = sum(child is layer for module in model.modules() for child in module._modules.values())
-        if places > 1:
+        count = sum(child is layer for module in model.modules() for child in module._modules.values())
+        if count > 1:
             warnings.warn(
-                f"{name!r} is registered in {places} places; load_adapter adapts them all, peft only the first",
+                f"{name!r} is registered in {count} places; load_adapter adapts them all, peft only the first",
                 stacklevel=3,
             )
 
 
 def _check_may_get_lora(given: nn.Module, model: nn.Module) -> None:
-    """Whether ``model``, without the wrappers of ``given``, may be given LoRA as it is now."""
+    """Raise ValueError if ``model``, the unwrapped ``given``, must not get LoRA in its current wrappers."""
     check_not_in_ddp(given)
     if parts := wrapped_parts(model):
         raise ValueError(
@@ -277,7 +276,7 @@ def _check_may_get_lora(given: nn.Module, model: nn.Module) -> None:
 
 
 def _check_fits(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinear], file: Path) -> None:
-    """Whether an adapter's config is that of the layers that a model has."""
+    """Raise ValueError if an adapter's config differs from that of the model's layers."""
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise ValueError(
             f"model must not be merged while an adapter is loaded, got {list_some(merged)} merged; unmerge_lora it"

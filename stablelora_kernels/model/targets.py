@@ -1,49 +1,45 @@
-"""What ``apply_lora`` will replace, what it will not and why: found without changing anything."""
+"""Plans ``apply_lora``: which layers it replaces, which it skips, and why. Planning changes nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from stablelora_kernels.config import LoRAConfig, pattern_matches
-from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.model.reports import SkippedModule, list_some
-from stablelora_kernels.nn.branch import LoRABranchLinear
-from stablelora_kernels.nn.factory import class_for, is_conv1d
+from stablelora_kernels.nn.factory import is_conv1d, replacement_class
 from stablelora_kernels.nn.linear import LoRALinear
-from stablelora_kernels.quantized import is_quantized, read
 from stablelora_kernels.utils.dtensor import is_sharded
 from stablelora_kernels.utils.wrappers import check_not_in_ddp
 
-_STATE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+
+class Target(NamedTuple):
+    """A layer to replace, and the class that replaces it."""
+
+    layer: Any
+    layer_class: type[LoRALinear]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`apply_lora` is about to do, found without changing anything."""
+    """The changes that :func:`~stablelora_kernels.apply_lora` will make, by dotted name."""
 
-    # nn.Linear and its quantized kin, and transformers' Conv1D.
-    linears: dict[str, Any]
+    targets: dict[str, Target]
     skipped: tuple[SkippedModule, ...]
-    saved: dict[str, nn.Module]
+    modules_to_save: dict[str, nn.Module]
     notes: tuple[str, ...]
 
 
 def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
-    """The first half of :func:`apply_lora`: match and check everything, change nothing."""
+    """The first half of :func:`~stablelora_kernels.apply_lora`: match and check everything, change nothing."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
     check_not_in_ddp(model)
-    linears: dict[str, Any] = {}
+    targets: dict[str, Target] = {}
     skipped: list[SkippedModule] = []
     names: dict[nn.Module, str] = {}
     heads = _output_heads(model) if config.all_linear else {}
@@ -55,12 +51,15 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
             if not config.targets(first):
                 skipped.append(SkippedModule(name, f"it is the same module as {first!r}, which is not matched"))
             continue
-        reason = config.reason_to_exclude(name) or heads.get(module) or _reason_to_skip(model, name, module)
+        reason = config.reason_to_exclude(name) or heads.get(module) or _reason_by_position(model, name, module)
         if reason is not None:
             skipped.append(SkippedModule(name, reason))
-        else:
-            linears[name] = module
-    if not linears:
+            continue
+        try:
+            targets[name] = Target(module, replacement_class(module))
+        except (TypeError, ValueError) as error:
+            skipped.append(SkippedModule(name, str(error)))
+    if not targets:
         raise ValueError(_nothing_matched(model, config, skipped))
 
     saved = {name: module for name, module in model.named_modules() if name and config.saves(name)}
@@ -80,21 +79,21 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
         notes += [
-            f"{field} {key!r} matches nothing" for key in patterns if not any(pattern_matches(key, n) for n in linears)
+            f"{field} {key!r} matches nothing" for key in patterns if not any(pattern_matches(key, n) for n in targets)
         ]
     if config.exclude_modules and not any(module.reason.startswith("exclude_modules") for module in skipped):
         notes.append(f"exclude_modules {config.exclude_modules!r} matches nothing that target_modules does")
-    transposed = [name for name, module in linears.items() if is_conv1d(module)]
-    if config.fan_in_fan_out and len(transposed) < len(linears):
-        others = [name for name in linears if name not in transposed]
+    transposed = [name for name, target in targets.items() if is_conv1d(target.layer)]
+    if config.fan_in_fan_out and len(transposed) < len(targets):
+        others = [name for name in targets if name not in transposed]
         notes.append(f"fan_in_fan_out is True, but {list_some(others)} hold [out, in], and are taken so")
     if not config.fan_in_fan_out and transposed:
         notes.append(f"fan_in_fan_out is False, but {list_some(transposed)} hold [in, out], and are taken so")
-    return Plan(linears, tuple(skipped), saved, tuple(notes))
+    return Plan(targets, tuple(skipped), saved, tuple(notes))
 
 
 def _looks_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" has to account for a module: replace it or say why not."""
+    """Whether "all-linear" must either replace a module or report why not."""
     kind = type(module).__name__
     return isinstance(module, (nn.Linear, LoRALinear)) or (
         hasattr(module, "weight") and ("Linear" in kind or kind == "Conv1D")
@@ -102,13 +101,13 @@ def _looks_linear(module: nn.Module) -> bool:
 
 
 def _output_heads(model: nn.Module) -> dict[nn.Module, str]:
-    """The layers that "all-linear" leaves out, with the reason."""
+    """The layers that "all-linear" leaves out, with their reasons."""
     heads: dict[nn.Module, str] = {}
     embeddings = {m.weight: name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
         if type(module) is nn.Linear and module.weight in embeddings:
             heads[module] = f'its weight is tied to {embeddings[module.weight]!r}, so "all-linear" leaves it out'
-        # transformers' models have this method; a wrapped one counts too.
+        # transformers' models have this method. The model may contain one.
         if callable(find := getattr(module, "get_output_embeddings", None)):
             try:
                 head = find()
@@ -119,9 +118,8 @@ def _output_heads(model: nn.Module) -> dict[nn.Module, str]:
     return heads
 
 
-def _reason_to_skip(model: nn.Module, name: str, module: Any) -> str | None:
-    """Why a matched module cannot be replaced, or None."""
-    kind = type(module).__name__
+def _reason_by_position(model: nn.Module, name: str, module: Any) -> str | None:
+    """Why a matched module cannot be replaced in this model, or None. The factory knows the reasons in the module itself."""
     if isinstance(module, LoRALinear):
         return "it is a LoRALinear already"
     path = name.split(".")
@@ -130,41 +128,17 @@ def _reason_to_skip(model: nn.Module, name: str, module: Any) -> str | None:
         return "it is the base layer of a LoRALinear"
     if any("base_layer" in parent._modules for parent in [*parents, module]):
         return "it is part of a PEFT layer; accelerate_peft runs those"
-    conv1d = is_conv1d(module)
-    if not isinstance(module, nn.Linear) and not conv1d:
-        return f"{kind} is not an nn.Linear"
-    quantized = is_quantized(module.weight)
-    known = type(module) is nn.Linear or conv1d or (kind == "Linear4bit" and quantized) or kind == "Linear8bitLt"
-    if not known:
-        return f"{kind} is a subclass of nn.Linear, whose users may not call it as one"
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return None
     if isinstance(parents[-1], nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer reads its weight instead of calling it in inference"
-    if "forward" in module.__dict__:
-        return "its forward was replaced (as accelerate's hooks do)"
-    if set(module._parameters) != {"weight", "bias"} or module._modules:
-        return "it holds other parameters or modules than weight and bias"
     if is_sharded(module.weight) and any(map(_is_fully_sharded, parents)):
         return "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it"
-    try:
-        layer = class_for(module)
-        if quantized and not issubclass(layer, LoRABranchLinear):
-            read(module.weight)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    if not issubclass(layer, LoRABranchLinear):
-        for part in (None if quantized else module.weight, module.bias):
-            if part is not None and part.dtype not in FLOAT_DTYPES:
-                return f"it holds a {type(part).__name__} of {part.dtype}, not a plain floating-point Parameter"
-        # A layer that is called, as it is for LoRABranchLinear, keeps its own.
-        if any(getattr(module, attribute, None) for attribute in _STATE_HOOKS):
-            return "it has state_dict hooks"
-    if 0 in module.weight.shape:
-        return f"its weight is empty, {list(module.weight.shape)}"
     return None
 
 
 def _is_fully_sharded(module: nn.Module) -> bool:
-    """Whether ``module`` is FSDP2's."""
+    """Whether ``fully_shard`` (FSDP2) has sharded ``module``."""
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 

@@ -1,6 +1,6 @@
-"""The layers, and the factory that chooses one for a module.
+"""The LoRA layers. The factory decides which of them goes over a layer, in the order in which they are registered here.
 
-``LoRAShardedLinear`` is imported at first use: ``torch.distributed.tensor`` takes long to import.
+``LoRAShardedLinear`` is imported at first use, because ``torch.distributed.tensor`` takes long to import.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from typing import Any
 
 from stablelora_kernels.nn.branch import LoRABranchLinear
 from stablelora_kernels.nn.conv1d import LoRAConv1D
-from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.nn.factory import is_conv1d, register
+from stablelora_kernels.nn.linear import LoRALinear, is_plain
 from stablelora_kernels.nn.merging import MergeError
-from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
+from stablelora_kernels.nn.quantized import LoRAQuantizedLinear, is_kernel_format
+from stablelora_kernels.utils.dtensor import is_sharded
 
 __all__ = [
     "LoRABranchLinear",
@@ -23,13 +25,25 @@ __all__ = [
     "MergeError",
 ]
 
-# The British spelling, by which it was known first.
+# The earlier, British spelling.
 LoRAQuantisedLinear = LoRAQuantizedLinear
+
+
+def _load_sharded() -> type[LoRALinear]:
+    from stablelora_kernels.nn.sharded import LoRAShardedLinear
+
+    return LoRAShardedLinear
 
 
 def __getattr__(name: str) -> Any:
     if name == "LoRAShardedLinear":
-        from stablelora_kernels.nn.sharded import LoRAShardedLinear
-
-        return LoRAShardedLinear
+        return _load_sharded()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register(is_conv1d, lambda: LoRAConv1D)
+register(lambda base: is_sharded(base.weight), _load_sharded)
+register(lambda base: is_kernel_format(base.weight), lambda: LoRAQuantizedLinear)
+register(is_plain, lambda: LoRALinear)
+# Any other layer computes its own product.
+register(lambda base: True, lambda: LoRABranchLinear)

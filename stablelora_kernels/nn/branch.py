@@ -1,4 +1,4 @@
-"""LoRA on a layer that computes its own product."""
+"""``LoRABranchLinear``: LoRA on a layer that computes its own product."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from stablelora_kernels.nn.linear import LoRALinear
 class LoRABranchLinear(LoRALinear):
     """LoRA on a frozen layer that computes its own product: ``y = base_layer(x) + scaling · D(x) A^T B^T``.
 
-    ``LoRALinear.from_linear`` makes it, over bitsandbytes' ``Linear8bitLt`` and an ``nn.Linear`` whose weight is a tensor of its
-    own kind, as torchao's are. ``base_layer`` is that very layer, a submodule, as in PEFT; ``weight`` and ``bias`` are its own.
-    The branch is one launch on the product (two above rank 64), :func:`~stablelora_kernels.functional.lora_branch`.
+    ``LoRALinear.from_linear`` makes it over bitsandbytes' ``Linear8bitLt`` and over an ``nn.Linear`` whose weight is a tensor
+    subclass, such as torchao's. ``base_layer`` is the original layer, a submodule as in PEFT; ``weight`` and ``bias`` are its
+    own. :func:`~stablelora_kernels.functional.lora_branch` adds the branch in one launch (two above rank 64).
 
-    It can't be merged. ``remove_lora(model, merge=False)`` gives the layer back.
+    It can't be merged. ``remove_lora(model, merge=False)`` returns the original layer.
     """
 
     base_layer: nn.Linear
+    calls_base = True
 
-    def _hold(self, base: Any) -> None:
+    def _attach(self, base: Any) -> None:
         self.base_layer = base
 
     @staticmethod
-    def _dtype_of(base: Any) -> torch.dtype:
+    def _compute_dtype(base: Any) -> torch.dtype:
         return base.weight.dtype if base.weight.dtype in FLOAT_DTYPES else torch.float32
 
     @property
@@ -39,14 +40,14 @@ class LoRABranchLinear(LoRALinear):
         return self.base_layer.bias
 
     def to_linear(self) -> nn.Module:
-        """The very layer that this one was made of."""
+        """The original layer."""
         return self.base_layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in_features] to [..., out_features], in the dtype that the base layer returns.
+        """Map ``x`` [..., in_features] to [..., out_features], in the dtype that the base layer returns.
 
         Raises:
-            RuntimeError: ``x`` requires a gradient, and the base layer's result gives it none.
+            RuntimeError: ``x`` requires a gradient, but the base layer's result does not.
         """
         base_out = self.base_layer(x)
         if torch.is_grad_enabled() and x.requires_grad and not base_out.requires_grad:

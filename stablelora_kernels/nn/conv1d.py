@@ -1,10 +1,8 @@
-"""LoRA on transformers' ``Conv1D``."""
+"""``LoRAConv1D``: LoRA on transformers' ``Conv1D``."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from stablelora_kernels.nn.linear import LoRALinear
 
@@ -12,20 +10,10 @@ from stablelora_kernels.nn.linear import LoRALinear
 class LoRAConv1D(LoRALinear):
     """A :class:`~stablelora_kernels.LoRALinear` over transformers' ``Conv1D``, whose ``weight`` is [in_features, out_features].
 
-    The kernels read it as it lies. Merging adds ``(scaling · B A)^T``.
+    The kernels read the weight through its strides. Merging adds ``(scaling · B A)^T``.
     """
 
-    def _hold(self, base: Any) -> None:
-        super()._hold(base)
-        # Unregistered; it is for to_linear() alone.
-        self.__dict__["_base"] = base
-
-    def to_linear(self) -> nn.Module:
-        """The very ``Conv1D`` that the layer was made of, with the weight, merged or not, and the bias."""
-        base: nn.Module = self.__dict__["_base"]
-        base.weight = self.weight
-        base.register_parameter("bias", self.bias)
-        return base.train(self.training)
+    keeps_base = True
 
     def _matrix(self) -> Tensor:
         return self.weight.t()

@@ -1,60 +1,85 @@
-"""LoRA on layers that hold no plain [out, in] weight: ``LoRAConv1D``, ``LoRABranchLinear``, and which class a layer takes."""
+"""Decides which LoRA layer goes over a layer, or why none can.
+
+``nn/__init__.py`` registers the LoRA layers, so this module imports none of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from stablelora_kernels.nn.branch import LoRABranchLinear
-from stablelora_kernels.nn.conv1d import LoRAConv1D
-from stablelora_kernels.nn.linear import LoRALinear
-from stablelora_kernels.quantized import is_quantized, read
-from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.functional import FLOAT_DTYPES
+from stablelora_kernels.quantized import is_quantized
+
+_STATE_DICT_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_registry: list[tuple[Callable[[Any], bool], Callable[[], type[Any]]]] = []
 
 
-def is_conv1d(module: Any) -> bool:
-    """Whether ``module`` is transformers' ``Conv1D``, which needs no transformers to find out."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
+def register(fits: Callable[[Any], bool], load: Callable[[], type[Any]]) -> None:
+    """Use the class that ``load()`` returns for every layer that ``fits`` accepts. The first registration that fits wins."""
+    _registry.append((fits, load))
 
 
-def class_for(base: Any) -> type[LoRALinear]:
+def class_for(base: Any) -> type[Any]:
     """The class of the LoRA layer over ``base``.
 
     Raises:
-        TypeError: there is none.
-        ValueError: ``base`` gives its input no gradient, or is sharded in a way that none can follow.
+        TypeError: ``base`` is neither an ``nn.Linear`` nor a ``Conv1D``.
+        ValueError: ``base`` gives its input no gradient, or its weight cannot be read or is sharded in an unsupported way.
     """
-    if is_conv1d(base):
-        return LoRAConv1D
-    if not isinstance(base, nn.Linear):
+    if not isinstance(base, nn.Linear) and not is_conv1d(base):
         raise TypeError(f"linear must be an nn.Linear or transformers' Conv1D, got {type(base).__name__}")
-    # As torchao's weights for products in 8 bits have it.
+    # torchao sets this attribute if it also quantizes the input.
     if (kwargs := getattr(base.weight, "act_quant_kwargs", None)) is not None:
         raise ValueError(
             f"linear must give its input a gradient, which a layer that quantizes it does not, got act_quant_kwargs {kwargs}"
         )
-    if is_sharded(base.weight):
-        from stablelora_kernels.nn.sharded import LoRAShardedLinear, check_shards
-
-        check_shards(base.weight)
-        return LoRAShardedLinear
-    if is_quantized(base.weight) and not _has_other_scales(base.weight):
-        from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
-
-        return LoRAQuantizedLinear
-    parts = [part for part in (base.weight, base.bias) if part is not None]
-    plain = all(type(part) is nn.Parameter for part in parts) and type(base).__name__ != "Linear8bitLt"
-    return LoRALinear if plain else LoRABranchLinear
+    layer_class = next(load() for fits, load in _registry if fits(base))
+    layer_class.check_base(base)
+    return layer_class
 
 
-def _has_other_scales(weight: Any) -> bool:
-    """Whether ``weight`` is torchao's float8 with other scales than one a row."""
-    if type(weight).__name__ != "Float8Tensor":
-        return False
-    try:
-        read(weight)
-    except ValueError:
-        return True
-    return False
+def replacement_class(module: Any) -> type[Any]:
+    """The class of the LoRA layer that can stand in a model in place of ``module``.
+
+    Stricter than :func:`class_for`: the model may rely on everything that ``module`` has beyond a weight and a bias.
+
+    Raises:
+        ValueError, TypeError: ``module`` must stay as it is; the message is the reason.
+    """
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear):
+        is_bitsandbytes = kind == "Linear8bitLt" or (kind == "Linear4bit" and is_quantized(module.weight))
+        if type(module) is not nn.Linear and not is_bitsandbytes:
+            raise TypeError(f"{kind} is a subclass of nn.Linear, whose users may not call it as one")
+    elif not is_conv1d(module):
+        raise TypeError(f"{kind} is not an nn.Linear")
+    if "forward" in module.__dict__:
+        raise ValueError("its forward was replaced (as accelerate's hooks do)")
+    if set(module._parameters) != {"weight", "bias"} or module._modules:
+        raise ValueError("it holds other parameters or modules than weight and bias")
+    layer_class = class_for(module)
+    if not layer_class.calls_base:
+        for part in (None if is_quantized(module.weight) else module.weight, module.bias):
+            if part is not None and part.dtype not in FLOAT_DTYPES:
+                raise TypeError(
+                    f"it holds a {type(part).__name__} of {part.dtype}, not a plain floating-point Parameter"
+                )
+        if any(getattr(module, attribute, None) for attribute in _STATE_DICT_HOOKS):
+            raise ValueError("it has state_dict hooks")
+    if 0 in module.weight.shape:
+        raise ValueError(f"its weight is empty, {list(module.weight.shape)}")
+    return layer_class
+
+
+def is_conv1d(module: Any) -> bool:
+    """Whether ``module`` is transformers' ``Conv1D``. The check needs no transformers."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"

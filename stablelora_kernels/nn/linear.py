@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear, lora_linear_group
+from stablelora_kernels.nn.factory import class_for
 from stablelora_kernels.nn.merging import Mergeable
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from stablelora_kernels.utils.validation import check_float, check_int
@@ -18,13 +19,13 @@ INITS = (True, False, "gaussian")
 
 
 def _check_init(init_lora_weights: Any) -> None:
-    # By identity: 0 and 1 equal False and True, and would not be treated as such.
+    # isinstance, not "in INITS": 0 and 1 equal False and True.
     if not (isinstance(init_lora_weights, bool) or init_lora_weights == "gaussian"):
         raise ValueError(f"init_lora_weights must be one of {INITS}, got {init_lora_weights!r}")
 
 
 def sizes_of(base: Any) -> tuple[int, int]:
-    """Input and output features of an ``nn.Linear`` or a ``Conv1D``."""
+    """The input and output features of an ``nn.Linear`` or a ``Conv1D``."""
     return (base.nx, base.nf) if hasattr(base, "nf") else (base.in_features, base.out_features)
 
 
@@ -37,17 +38,17 @@ class LoRALinear(Mergeable):
     Args:
         in_features: K, as in ``nn.Linear``.
         out_features: N, as in ``nn.Linear``.
-        bias: whether there is a bias, which is frozen too.
+        bias: whether to add a bias, which is frozen too.
         r: rank of the branch, at least 1.
         lora_alpha: numerator of the scaling.
         lora_dropout: probability of dropping an element of the branch's input, in [0, 1).
         use_rslora: rank-stabilized scaling.
-        init_lora_weights: True for kaiming-uniform A and zero B; "gaussian" for A normal with standard deviation 1/r and
-            zero B; False for both kaiming-uniform, so that the branch is not zero at the start (PEFT's meanings).
-        lora_dtype: dtype of A and B: float32, or the same as the weight's. A float32 A and B beside a bfloat16 or float16
-            weight are cast as they are used; no float32 copy of the activations is made.
-        device: of all parameters.
-        dtype: of the frozen weight and bias. Beside float64 A and B are float64 too.
+        init_lora_weights: how to initialize A and B, as in PEFT. True: A kaiming-uniform, B zero. "gaussian": A normal with
+            standard deviation 1/r, B zero. False: both kaiming-uniform, so the branch starts non-zero.
+        lora_dtype: dtype of A and B: float32 or the weight's. With a bfloat16 or float16 weight, the kernels cast float32 A
+            and B on the fly; no float32 copy of the activations is made.
+        device: device of all parameters.
+        dtype: dtype of the frozen weight and bias. If it is float64, A and B are float64 too.
 
     Attributes:
         weight: [out_features, in_features], frozen.
@@ -55,13 +56,17 @@ class LoRALinear(Mergeable):
         lora_A: [r, in_features], trainable.
         lora_B: [out_features, r], trainable.
         scaling: s, a float.
-        merged: whether the weight holds the branch.
+        merged: whether the weight contains the branch.
 
     Raises:
-        ValueError, TypeError: an argument out of range or of the wrong kind, naming it and its value.
+        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it and its value.
     """
 
     bias: nn.Parameter | None
+    # True if the layer calls its base layer for the product; False if it reads the weight.
+    calls_base: ClassVar[bool] = False
+    # True if to_linear() returns the original layer; False if it builds an nn.Linear around the weight.
+    keeps_base: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -95,25 +100,33 @@ class LoRALinear(Mergeable):
         init_lora_weights: bool | str = True,
         lora_dtype: torch.dtype = torch.float32,
     ) -> LoRALinear:
-        """A LoRALinear over an existing layer. It shares the layer's weight and bias, which it freezes; nothing is copied.
+        """Put a LoRA branch on an existing layer. The new layer shares and freezes its weight and bias; nothing is copied.
 
-        Over a layer of bitsandbytes in 4 bits, or one whose weight torchao keeps in float8 with a scale a row, it is a
-        :class:`~stablelora_kernels.nn.quantized.LoRAQuantizedLinear`; over transformers' ``Conv1D`` a
-        :class:`~stablelora_kernels.nn.conv1d.LoRAConv1D`; over bitsandbytes' ``Linear8bitLt`` and weights of any other kind of
-        tensor a :class:`~stablelora_kernels.nn.branch.LoRABranchLinear`, which has the layer compute its own product.
+        The class depends on the layer:
+
+        - :class:`~stablelora_kernels.nn.quantized.LoRAQuantizedLinear` for bitsandbytes' 4-bit layers and torchao's float8
+          weights with one scale a row;
+        - :class:`~stablelora_kernels.nn.conv1d.LoRAConv1D` for transformers' ``Conv1D``;
+        - :class:`~stablelora_kernels.nn.sharded.LoRAShardedLinear` for a DTensor weight;
+        - :class:`~stablelora_kernels.nn.branch.LoRABranchLinear`, which calls the layer for its product, for bitsandbytes'
+          ``Linear8bitLt`` and weights of any other tensor type;
+        - :class:`LoRALinear` for a plain ``nn.Linear``.
 
         Raises:
             TypeError: ``linear`` is none of these.
-            ValueError: it gives its input no gradient.
-            ValueError, TypeError: as the constructor's, before the layer is frozen.
+            ValueError: ``linear`` gives its input no gradient.
+            ValueError, TypeError: as the constructor. The layer is not frozen then.
         """
-        from stablelora_kernels.nn.factory import class_for
-
-        cls = class_for(linear)
-        self = cls.__new__(cls)
-        self._setup(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype)
-        self.train(linear.training)
-        return self
+        return make_layer(
+            class_for(linear),
+            linear,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            lora_dtype=lora_dtype,
+        )
 
     def _setup(
         self,
@@ -129,13 +142,13 @@ class LoRALinear(Mergeable):
         check_float("lora_alpha", lora_alpha)
         check_float("lora_dropout", lora_dropout, low=0.0, high=1.0)
         _check_init(init_lora_weights)
-        dtype = self._dtype_of(base)
+        dtype = self._compute_dtype(base)
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"weight must be of a floating-point dtype, got {dtype}")
         if lora_dtype not in (torch.float32, dtype):
             raise TypeError(f"lora_dtype must be torch.float32 or the weight's {dtype}, got {lora_dtype}")
         if dtype == torch.float64:
-            # A float32 branch would throw away what someone chose float64 for.
+            # A float32 branch would lose the precision that float64 was chosen for.
             lora_dtype = torch.float64
         super().__init__()
         self.in_features, self.out_features = sizes_of(base)
@@ -145,31 +158,41 @@ class LoRALinear(Mergeable):
         self._start_unmerged()
         for frozen in base.parameters():
             frozen.requires_grad_(False)
-        self._hold(base)
+        self._attach(base)
         factory: dict[str, Any] = {"device": base.weight.device, "dtype": lora_dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
         self.reset_lora_parameters(init_lora_weights)
 
-    def _hold(self, base: Any) -> None:
-        self.weight = cast(nn.Parameter, base.weight)
-        self.register_parameter("bias", base.bias)
+    @staticmethod
+    def check_base(base: Any) -> None:
+        """Raise ValueError or TypeError if this class cannot use the weight of ``base``."""
 
     @staticmethod
-    def _dtype_of(base: Any) -> torch.dtype:
-        """The dtype that a layer computes in."""
+    def _compute_dtype(base: Any) -> torch.dtype:
+        """The dtype that ``base`` computes in."""
         return base.weight.dtype
 
+    def _attach(self, base: Any) -> None:
+        """Share the frozen parameters of ``base``."""
+        self.weight = cast(nn.Parameter, base.weight)
+        self.register_parameter("bias", base.bias)
+        if self.keeps_base:
+            # Not registered as a submodule, so its weight does not follow moves to another device.
+            self.__dict__["_base"] = base
+
     def to_linear(self) -> nn.Module:
-        """A layer without the branch that holds the weight, merged or not, and the bias; they are shared."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = self.weight
-        linear.register_parameter("bias", self.bias)
-        return linear.train(self.training)
+        """A layer without the branch that shares the weight, merged or not, and the bias."""
+        base: Any = self.__dict__.get("_base")
+        if base is None:
+            base = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        base.weight = self.weight
+        base.register_parameter("bias", self.bias)
+        return base.train(self.training)
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
-        """Draw A and B anew; ``init_lora_weights`` as in the constructor."""
+        """Initialize A and B again; ``init_lora_weights`` is as in the constructor."""
         _check_init(init_lora_weights)
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
@@ -181,10 +204,10 @@ class LoRALinear(Mergeable):
             nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in_features] to [..., out_features], in x's dtype (autocast's where that is on).
+        """Map ``x`` [..., in_features] to [..., out_features], in x's dtype or, under autocast, in autocast's.
 
         Raises:
-            RuntimeError: the layer is merged, in training mode with gradients on, where A and B would get none.
+            RuntimeError: the layer is merged and in training mode with gradients enabled, so A and B would get no gradient.
             ValueError, TypeError, RuntimeError: as :func:`~stablelora_kernels.functional.lora_linear`.
         """
         if (group := self.__dict__.get(ATTRIBUTE)) is not None and (y := group.output(self, x)) is not None:
@@ -211,13 +234,26 @@ class LoRALinear(Mergeable):
         return text + (", merged" if self.merged else "")
 
 
-def compute_together(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...] | None:
-    """The outputs of layers with one input, in one op; None where each has to compute, or to complain, by itself."""
+def make_layer(layer_class: type[LoRALinear], base: nn.Module, **settings: Any) -> LoRALinear:
+    """A layer of a class that :func:`~stablelora_kernels.nn.factory.class_for` chose; ``settings`` as in ``from_linear``."""
+    layer = layer_class.__new__(layer_class)
+    layer._setup(base, **settings)
+    return layer.train(base.training)
+
+
+def is_plain(base: Any) -> bool:
+    """Whether ``base`` computes its product from plain parameters, so :class:`LoRALinear` can read them."""
+    parameters = [parameter for parameter in (base.weight, base.bias) if parameter is not None]
+    return all(type(parameter) is nn.Parameter for parameter in parameters) and type(base).__name__ != "Linear8bitLt"
+
+
+def compute_projection_group(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...] | None:
+    """The outputs of layers that share the input ``x``, from one op; None if each layer must compute or raise by itself."""
     autocast = torch.is_autocast_enabled(x.device.type)
     first = layers[0]
     for layer in layers:
         tensors = (layer.weight, layer.lora_A, layer.lora_B, *(() if layer.bias is None else (layer.bias,)))
-        # As long as FSDP has not gathered them, they are DTensors.
+        # FSDP parameters are DTensors until FSDP gathers them.
         if any(type(t) not in (nn.Parameter, Tensor) or t.device != x.device for t in tensors):
             return None
         if layer.merged or layer.training != first.training or layer.lora_dropout != first.lora_dropout:
@@ -236,6 +272,6 @@ def compute_together(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, .
     )
 
 
-def alike(layer: LoRALinear) -> tuple[Any, ...]:
-    """What layers must have in common to be computed together."""
+def projection_group_key(layer: LoRALinear) -> tuple[Any, ...]:
+    """Layers can form a projection group if their keys are equal."""
     return (layer.in_features, layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout)

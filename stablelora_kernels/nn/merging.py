@@ -1,4 +1,4 @@
-"""Merging a LoRA layer's branch into its weight, stating the error, and undoing it bit for bit."""
+"""``Mergeable``: merge a LoRA branch into its weight, measure the rounding error, and undo it bit for bit."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# So many elements at a time are added, which bounds the float32 copies that merging takes beside the result.
+# Elements to add at a time, which bounds the float32 copies.
 _MERGE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
 class MergeError:
-    """What a merged weight, as it is stored, lacks to ``W + scaling · B A``.
+    """The difference between a merged weight, as stored, and ``W + scaling · B A``.
 
     Attributes:
-        largest_error: the largest difference of an element.
-        largest_delta: the largest element of ``scaling · B A``, by magnitude.
+        largest_error: the largest absolute difference of an element.
+        largest_delta: the largest absolute element of ``scaling · B A``.
     """
 
     largest_error: float
@@ -28,7 +28,7 @@ class MergeError:
 
     @property
     def relative(self) -> float:
-        """``largest_error / largest_delta``, which is 1 where the largest change was rounded away whole, 0 where nothing was."""
+        """``largest_error / largest_delta``: 0 if nothing was rounded away, 1 if the whole largest change was."""
         if self.largest_delta == 0:
             return math.inf if self.largest_error else 0.0
         return self.largest_error / self.largest_delta
@@ -38,7 +38,7 @@ class MergeError:
 
 
 class Mergeable(nn.Module):
-    """What :class:`~stablelora_kernels.LoRALinear` can do with its weight."""
+    """The merging half of :class:`~stablelora_kernels.LoRALinear`."""
 
     weight: nn.Parameter
     lora_A: nn.Parameter
@@ -47,7 +47,7 @@ class Mergeable(nn.Module):
 
     def _start_unmerged(self) -> None:
         self.merged = False
-        # While merged: the Parameter that merge() replaced. Not registered, so state_dict and parameters() do not list it.
+        # While merged, the Parameter that merge() replaced. It is not registered: state_dict and parameters() must not list it.
         self.__dict__["_unmerged_weight"] = None
 
     @torch.no_grad()
@@ -59,18 +59,18 @@ class Mergeable(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> MergeError:
-        """Fold the branch into the weight: ``W + scaling · B A``, added in float32 and rounded once to the weight's dtype.
+        """Add the branch to the weight: ``W + scaling · B A``, in float32, rounded once to the weight's dtype.
 
-        The merged weight is a new Parameter, so that a module that shares the frozen one (a tied embedding) keeps that: the
-        two are untied until :meth:`unmerge`, which gives the frozen one back bit for bit. Keeping it costs one weight's memory
-        until then. ``state_dict`` holds the frozen one all the while, beside A and B.
+        The merged weight is a new Parameter. A module that shares the frozen one, such as a tied embedding, keeps it; the two
+        are untied until :meth:`unmerge` restores the frozen one bit for bit. Keeping it takes one weight's memory until then.
+        ``state_dict`` holds the frozen weight, A and B all the time.
 
         Returns:
-            The error that rounding made, as :meth:`merge_error` gives it.
+            The rounding error, as :meth:`merge_error`.
 
         Raises:
-            RuntimeError: the layer is merged already.
-            ValueError: the merged weight would not be finite; nothing is changed.
+            RuntimeError: the layer is already merged.
+            ValueError: the merged weight would not be finite. Nothing is changed then.
         """
         if self.merged:
             raise RuntimeError("this LoRALinear is merged already")
@@ -87,10 +87,10 @@ class Mergeable(nn.Module):
         return self._merge_error(delta)
 
     def merge_error(self) -> MergeError:
-        """How far the merged weight, as it is now, is from ``W + scaling · B A`` with W, A and B as they are now.
+        """The difference between the current merged weight and ``W + scaling · B A`` with the current W, A and B.
 
-        The differences are against the exact sum of W and ``scaling · B A`` rounded to float32 (to float64 for a float64
-        layer), so that a change too small for a float32 weight shows too.
+        It is measured against the exact sum of W and ``scaling · B A``, the latter rounded to float32 (float64 for a float64
+        layer). So it shows even a change that is too small for a float32 weight.
 
         Raises:
             RuntimeError: the layer is not merged.
@@ -107,11 +107,11 @@ class Mergeable(nn.Module):
 
     @torch.no_grad()
     def _merge_error_of(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest error and the largest change, as scalars on the device."""
+        """The largest error and the largest change, as device scalars."""
         largest_error = delta.new_zeros(())
         for stored, weight, change in self._merge_rows(self.weight, self.frozen_weight, delta):
             stored, weight = stored.to(delta.dtype), weight.to(delta.dtype)
-            # What the addition itself rounds away, exactly (Knuth's TwoSum).
+            # The exact rounding error of the addition itself (Knuth's TwoSum).
             total = weight + change
             back = total - weight
             lost = (weight - (total - back)) + (change - back)
@@ -120,15 +120,15 @@ class Mergeable(nn.Module):
 
     @property
     def frozen_weight(self) -> nn.Parameter:
-        """The frozen W. It is ``weight``, and while the layer is merged the Parameter that :meth:`unmerge` will give back."""
+        """The frozen W: ``weight``, or the Parameter that :meth:`unmerge` will restore while the layer is merged."""
         return self.__dict__["_unmerged_weight"] if self.merged else self.weight
 
     def _stored_delta(self) -> Tensor:
-        """:meth:`delta_weight` in the layout that the weight is stored in."""
+        """:meth:`delta_weight` in the weight's storage layout."""
         return self.delta_weight()
 
     def _merge_rows(self, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Matrices of the weight's shape, some rows at a time."""
+        """Split matrices of the weight's shape into blocks of rows."""
         rows = max(1, _MERGE_ELEMENTS // max(1, matrices[0].shape[1]))
         return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
@@ -145,7 +145,7 @@ class Mergeable(nn.Module):
         self.merged = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> Mergeable:
-        # .to(), .half() and their kin must move the weight that unmerge() will give back as well.
+        # .to(), .half() and the like must also move the weight that unmerge() will restore.
         super()._apply(fn, recurse)
         if self.merged:
             with torch.no_grad():
@@ -153,7 +153,7 @@ class Mergeable(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # A merged weight beside A and B would apply the branch twice wherever it is loaded.
+        # Loading a merged weight together with A and B would apply the branch twice.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[prefix + "weight"] = self.frozen_weight if keep_vars else self.frozen_weight.detach()

@@ -1,9 +1,9 @@
-"""``fuse_projections``: layers that are called with one tensor, one after another, computed together at the first call.
+"""``fuse_projections``: compute layers that share an input, such as q, k and v, in one op.
 
-An attention calls its q, k and v by name, each for itself; so the first of them computes all three in one op and keeps the
-others' outputs until they are asked for. That they are called with one tensor is told from their names and checked at every
-call: an output is handed out for that very tensor only, unchanged since, and where it never is the layers go back to being
-computed one by one, with a warning.
+An attention module calls its q, k and v one after another. The first call computes the outputs of the whole projection group;
+the group keeps the other outputs until their layers are called. Layers are grouped by their names. Each call checks that the
+input really is the same tensor, unchanged. If it is not, the group turns itself off with a warning and each layer computes its
+own output.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Names that children of one module have which are called with one tensor, in the order in which they are called.
-SIBLINGS = (
+# Names of projections that a module calls with one tensor, in the order of the calls.
+PROJECTION_NAMES = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
@@ -27,33 +27,25 @@ SIBLINGS = (
     ("wi_0", "wi_1"),
     ("w1", "w3"),
 )
-# What modules are called, by models in transformers and diffusers, whose queries come from elsewhere than keys and values.
-CROSS = ("cross", "encdec", "encoder_attn", "encoder_decoder")
-# Where a layer keeps its group, in its __dict__: it is no part of state_dict.
+# Words in the names of cross-attention modules in transformers and diffusers, whose queries have another input.
+CROSS_ATTENTION_WORDS = ("cross", "encdec", "encoder_attn", "encoder_decoder")
+# The key of a layer's __dict__ that holds its group. It is not part of state_dict.
 ATTRIBUTE = "_stablelora_group"
 
 
-class _Round(NamedTuple):
-    """What was computed at one call: for this tensor, in this state, the outputs that are still to be asked for."""
+class _Pending(NamedTuple):
+    """The outputs for ``x``, by the layer's index, that their layers have not asked for yet."""
 
     x: Tensor
     state: tuple[Any, ...]
     outputs: dict[int, Any]
 
 
-def _state(x: Tensor) -> tuple[Any, ...]:
-    """What must not change between the calls of a round."""
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    # Tensors of inference mode have no version, and neither have those that torch.compile traces with.
-    version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-    return (version, torch.is_grad_enabled(), autocast)
-
-
 class ProjectionGroup:
-    """Layers with one input. ``compute(layers, x)`` gives the output of each, or None where each must compute its own.
+    """Layers that share an input.
 
-    Each layer asks :meth:`output`, and computes by itself where it gets None.
+    ``compute(layers, x)`` returns the output of each layer, or None if each layer must compute its own. A layer's forward calls
+    :meth:`output` and computes by itself if that returns None.
     """
 
     def __init__(
@@ -61,45 +53,45 @@ class ProjectionGroup:
     ):
         self.names, self.layers, self.compute = tuple(names), list(layers), compute
         self.on = True
-        # How many rounds on end have left outputs that nobody asked for.
+        # The number of consecutive rounds with outputs that no layer asked for.
         self._wasted = 0
-        self._round: _Round | None = None
+        self._pending: _Pending | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles have no part in a round that is not over.
-        return self.__dict__ | {"_round": None}
+        # Copies and pickles must not hold pending outputs.
+        return self.__dict__ | {"_pending": None}
 
     def output(self, layer: nn.Module, x: Tensor) -> Any:
-        """The layer's output for ``x``, computed with the others', or None."""
-        # By identity; a replica of a layer (DataParallel's) is none of them.
-        number = next((i for i, other in enumerate(self.layers) if other is layer), None)
-        if number is None or not self.on:
+        """The layer's output for ``x``, computed together with the other layers', or None."""
+        # By identity: a replica of a layer (DataParallel makes them) is not in the group.
+        index = next((i for i, other in enumerate(self.layers) if other is layer), None)
+        if index is None or not self.on:
             return None
-        state, current = _state(x), self._round
-        if current is not None:
-            if current.x is x and current.state == state:
-                if number in current.outputs:
-                    # Read and removed at once: another thread may have begun a round of its own.
-                    output = current.outputs.pop(number, None)
-                    if not current.outputs:
-                        self._round, self._wasted = None, 0
+        state, pending = _call_state(x), self._pending
+        if pending is not None:
+            if pending.x is x and pending.state == state:
+                if index in pending.outputs:
+                    # One pop reads and removes it: another thread may have replaced the pending outputs.
+                    output = pending.outputs.pop(index, None)
+                    if not pending.outputs:
+                        self._pending, self._wasted = None, 0
                     return output
-            elif number in current.outputs and current.x is not x:
-                return self._give_up(f"{self.names[number]!r} was called with another tensor than those before it")
+            elif index in pending.outputs and pending.x is not x:
+                return self._turn_off(f"{self.names[index]!r} was called with another tensor than those before it")
             self._wasted += 1
             if self._wasted > 1:
-                return self._give_up("not all of them are called")
+                return self._turn_off("not all of them are called")
         outputs = self.compute(self.layers, x)
         if outputs is None:
-            self._round = None
+            self._pending = None
             return None
-        waiting = dict(enumerate(outputs))
-        output = waiting.pop(number)
-        self._round = _Round(x, state, waiting)
+        others = dict(enumerate(outputs))
+        output = others.pop(index)
+        self._pending = _Pending(x, state, others)
         return output
 
-    def _give_up(self, reason: str) -> None:
-        self.on, self._round = False, None
+    def _turn_off(self, reason: str) -> None:
+        self.on, self._pending = False, None
         warnings.warn(
             f"fuse_projections: {reason}, so {', '.join(map(repr, self.names))} are computed one by one from here on.",
             RuntimeWarning,
@@ -107,50 +99,61 @@ class ProjectionGroup:
         )
 
 
-def find_siblings(
-    model: nn.Module, layers: Mapping[str, Any], alike: Callable[[Any], tuple[Any, ...]]
-) -> list[tuple[str, ...]]:
-    """Groups of names of ``layers`` that one parent calls with one tensor, two or three, of layers that are ``alike``."""
-    parents: dict[str, set[str]] = {}
-    for name in layers:
-        parent, _, child = name.rpartition(".")
-        parents.setdefault(parent, set()).add(child)
-    found = []
-    for parent, children in parents.items():
-        for siblings in SIBLINGS:
-            last = parent.rpartition(".")[2].lower()
-            kind = type(model.get_submodule(parent)).__name__.lower()
-            crossed = len(siblings) > 2 and any(word in text for word in CROSS for text in (last, kind))
-            names = [f"{parent}.{child}".lstrip(".") for child in siblings[crossed:] if child in children]
-            if len(names) > 1 and len({alike(layers[name]) for name in names}) == 1:
-                found.append(tuple(names))
-    return found
-
-
-def fuse(
+def make_projection_groups(
     model: nn.Module,
     layers: Mapping[str, Any],
-    alike: Callable[[Any], tuple[Any, ...]],
+    key: Callable[[Any], tuple[Any, ...]],
     compute: Callable[[Sequence[Any], Tensor], Any],
 ) -> str:
-    """Put those of ``layers`` that share an input into groups; what was done, in words. Groups that were there are replaced."""
-    groups = find_siblings(model, layers, alike)
-    unfuse(layers.values())
-    kinds: dict[str, int] = {}
+    """Put those of ``layers`` that share an input into groups, replace existing groups, and return a note for the report."""
+    groups = _find_projection_groups(model, layers, key)
+    remove_projection_groups(layers.values())
+    counts: dict[str, int] = {}
     for names in groups:
         group = ProjectionGroup(names, [layers[name] for name in names], compute)
         for layer in group.layers:
             layer.__dict__[ATTRIBUTE] = group
         kind = ", ".join(name.rpartition(".")[2] for name in names)
-        kinds[kind] = kinds.get(kind, 0) + 1
-    if not kinds:
+        counts[kind] = counts.get(kind, 0) + 1
+    if not counts:
         return "fuse_projections found no layers that share an input"
     return "computed together from one read of their input: " + "; ".join(
-        f"{count} x ({kind})" for kind, count in kinds.items()
+        f"{count} x ({kind})" for kind, count in counts.items()
     )
 
 
-def unfuse(layers: Iterable[Any]) -> None:
+def remove_projection_groups(layers: Iterable[Any]) -> None:
     """Take layers out of their groups."""
     for layer in layers:
         layer.__dict__.pop(ATTRIBUTE, None)
+
+
+def _find_projection_groups(
+    model: nn.Module, layers: Mapping[str, Any], key: Callable[[Any], tuple[Any, ...]]
+) -> list[tuple[str, ...]]:
+    """Find two or three names of ``layers`` under one parent that share an input and whose layers have equal keys."""
+    parents: dict[str, set[str]] = {}
+    for name in layers:
+        parent, _, child = name.rpartition(".")
+        parents.setdefault(parent, set()).add(child)
+    groups = []
+    for parent, children in parents.items():
+        parent_name = parent.rpartition(".")[2].lower()
+        parent_type = type(model.get_submodule(parent)).__name__.lower()
+        is_cross = any(word in text for word in CROSS_ATTENTION_WORDS for text in (parent_name, parent_type))
+        for projections in PROJECTION_NAMES:
+            # Cross-attention: the query has another input than key and value.
+            candidates = projections[1:] if is_cross and len(projections) > 2 else projections
+            names = [f"{parent}.{child}".lstrip(".") for child in candidates if child in children]
+            if len(names) > 1 and len({key(layers[name]) for name in names}) == 1:
+                groups.append(tuple(names))
+    return groups
+
+
+def _call_state(x: Tensor) -> tuple[Any, ...]:
+    """The state that must be the same in all calls of a round."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    # Tensors of inference mode and of torch.compile's tracing have no version.
+    version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+    return (version, torch.is_grad_enabled(), autocast)

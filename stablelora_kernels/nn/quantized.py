@@ -1,49 +1,43 @@
-"""``LoRAQuantizedLinear``: LoRA on a frozen layer in 4 or 8 bits, whose weight is never kept in full."""
+"""``LoRAQuantizedLinear``: LoRA on a frozen 4-bit or float8 layer. The kernels read the quantized weight."""
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.nn.linear import LoRALinear
-from stablelora_kernels.quantized import NF4Weight, read
+from stablelora_kernels.quantized import NF4Weight, is_quantized, read
 
 
 class LoRAQuantizedLinear(LoRALinear):
     """A :class:`~stablelora_kernels.LoRALinear` whose ``weight`` is bitsandbytes' ``Params4bit`` or torchao's ``Float8Tensor``.
 
-    ``LoRALinear.from_linear`` makes it. ``weight`` and ``bias`` are the given layer's own, and move as they do. The layer
-    computes in what ``Linear4bit`` was told to (``compute_dtype``; where it was not told, in its input's dtype), and
-    returns its input's. A and B are float32 or of that dtype.
+    ``LoRALinear.from_linear`` makes it. ``weight`` and ``bias`` belong to the given layer and move as they do there. The layer
+    computes in the ``compute_dtype`` of ``Linear4bit``, or in its input's dtype if that is not set, and returns its input's
+    dtype. A and B are float32 or of the compute dtype.
 
-    It can't be merged: the sum would have to be quantized anew, which loses more than most branches add. ``remove_lora(model,
-    merge=False)`` gives the layer back. ``state_dict`` holds A and B and what the layer's own would hold; of bitsandbytes'
-    that loads as little as it does without LoRA.
+    It can't be merged: the sum would have to be quantized again, which loses more than most branches add. ``remove_lora(model,
+    merge=False)`` returns the original layer. ``state_dict`` holds A, B and everything that the original layer saves;
+    bitsandbytes' entries load with the same limits as without LoRA.
     """
 
-    def _hold(self, base: nn.Linear) -> None:
-        super()._hold(base)
-        # Unregistered; it is for to_linear() alone, and its weight is what it was before a move to another device.
-        self.__dict__["_base"] = base
+    keeps_base = True
 
     @staticmethod
-    def _dtype_of(base: nn.Linear) -> torch.dtype:
-        # Refuses what can't be read.
+    def check_base(base: Any) -> None:
+        read(base.weight)
+
+    @staticmethod
+    def _compute_dtype(base: Any) -> torch.dtype:
         if isinstance(read(base.weight), NF4Weight):
             return getattr(base, "compute_dtype", None) or torch.float32
         return base.weight.dtype
 
-    def to_linear(self) -> nn.Linear:
-        base: nn.Linear = self.__dict__["_base"]
-        base.weight = self.weight
-        base.register_parameter("bias", self.bias)
-        return base.train(self.training)
-
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in_features] to [..., out_features], in x's dtype (autocast's where that is on)."""
+        """Map ``x`` [..., in_features] to [..., out_features], in x's dtype or, under autocast, in autocast's."""
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = x.dtype if autocast else getattr(self.__dict__["_base"], "compute_dtype", None) or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -74,9 +68,20 @@ class LoRAQuantizedLinear(LoRALinear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         state = getattr(self.weight, "quant_state", None)
         if state is not None:
-            # As Linear4bit does.
+            # Linear4bit saves its quant_state the same way.
             for key, value in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {type(self.weight).__name__}"
+
+
+def is_kernel_format(weight: Any) -> bool:
+    """Whether ``weight`` is bitsandbytes' 4-bit parameter, or torchao's float8 tensor with one scale a row."""
+    if type(weight).__name__ != "Float8Tensor":
+        return is_quantized(weight)
+    try:
+        read(weight)
+    except ValueError:
+        return False
+    return True

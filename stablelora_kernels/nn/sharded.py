@@ -1,4 +1,4 @@
-"""``LoRAShardedLinear``: LoRA on a linear layer that tensor parallelism has cut, each process running the op on its part."""
+"""``LoRAShardedLinear``: LoRA on a tensor-parallel linear layer. Each process runs the op on its shard."""
 
 from __future__ import annotations
 
@@ -16,72 +16,74 @@ from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
 
 
-def check_shards(weight: Any) -> None:
-    """Raise ValueError unless ``weight`` is sharded as :class:`LoRAShardedLinear` can follow."""
-    kind = weight.placements[0]
-    if weight.device_mesh.ndim != 1 or not (kind.is_replicate() or type(kind) is Shard):
-        raise ValueError(
-            f"linear's weight must be replicated or cut along one of its sides, on a mesh of one dimension, got placements "
-            f"{weight.placements} on {weight.device_mesh.ndim} dimensions"
-        )
+def shard_pair(weight: DTensor, lora_A: Tensor, lora_B: Tensor, **source: Any) -> tuple[DTensor, DTensor]:
+    """Shard A [r, K] like the columns of the weight [N, K], and B [N, r] like its rows.
 
-
-def follow(weight: DTensor, lora_A: Tensor, lora_B: Tensor, **source: Any) -> tuple[DTensor, DTensor]:
-    """A [r, K] cut as the columns of the weight [N, K] are, and B [N, r] as its rows.
-
-    The values are those of the mesh's first process, or as ``distribute_tensor``'s ``src_data_rank`` in ``source`` has it.
+    The values are those of the mesh's first process, or of ``src_data_rank`` if ``source`` gives it to ``distribute_tensor``.
     """
-    cut = weight.placements[0]
+    placement = weight.placements[0]
 
-    def cut_along(whole: Tensor, side: int) -> DTensor:
-        placements = [cut if cut.is_shard(side) else Replicate()]
+    def shard_along(whole: Tensor, dim: int) -> DTensor:
+        placements = [placement if placement.is_shard(dim) else Replicate()]
         return distribute_tensor(whole.detach(), weight.device_mesh, placements, **source)
 
-    return cut_along(lora_A, 1), cut_along(lora_B, 0)
+    return shard_along(lora_A, 1), shard_along(lora_B, 0)
 
 
 class LoRAShardedLinear(LoRALinear):
-    """A :class:`~stablelora_kernels.LoRALinear` over a DTensor, as ``ColwiseParallel`` and ``RowwiseParallel`` make it.
+    """A :class:`~stablelora_kernels.LoRALinear` over a DTensor weight, as ``ColwiseParallel`` and ``RowwiseParallel`` make it.
 
-    ``y = x W^T + bias + scaling · D(x) A^T B^T``, in DTensors of one mesh: B [N, r] is cut as the rows of the weight [N, K] are,
-    A [r, K] as its columns. Each process computes base product and branch of its part in one op. Of columns that are cut the
-    product is a sum over processes, and so is the branch, so that neither direction communicates more than the frozen layer
-    does, but for the gradients of what all processes hold (A beside cut rows, B beside cut columns).
+    ``y = x W^T + bias + scaling · D(x) A^T B^T``, in DTensors of one mesh. B [N, r] is sharded like the rows of the weight
+    [N, K], A [r, K] like its columns. Each process computes the base product and the branch of its shard in one op. If the
+    weight's columns are sharded, both are summed over the processes together. So the layer communicates no more than the
+    frozen one, except for the gradients of replicated tensors (A if rows are sharded, B if columns are).
 
-    ``LoRALinear.from_linear`` and ``apply_lora`` make it of a layer that is cut;
+    ``LoRALinear.from_linear`` and ``apply_lora`` make it from a sharded layer;
     :class:`~stablelora_kernels.tensor_parallel.LoRAColwiseParallel` and
-    :class:`~stablelora_kernels.tensor_parallel.LoRARowwiseParallel` of a LoRALinear. A and B are drawn by the mesh's first
-    process.
+    :class:`~stablelora_kernels.tensor_parallel.LoRARowwiseParallel` make it from a LoRALinear. The mesh's first process
+    initializes A and B.
 
-    Where processes hold one x, they draw one dropout mask as long as they seed torch alike; where each holds a part of x, the
-    masks of the parts are independent all the same. The seed of the latter comes from torch's generator of the CPU.
+    Processes that hold the same x draw the same dropout mask if torch is seeded alike on them. Processes that hold different
+    parts of x draw independent masks; their seeds come from torch's CPU generator.
     """
 
+    @staticmethod
+    def check_base(base: Any) -> None:
+        weight = base.weight
+        placement = weight.placements[0]
+        if weight.device_mesh.ndim != 1 or not (placement.is_replicate() or type(placement) is Shard):
+            raise ValueError(
+                "linear's weight must be replicated or cut along one of its sides, on a mesh of one dimension, got placements "
+                f"{weight.placements} on {weight.device_mesh.ndim} dimensions"
+            )
+
     @property
-    def _cut(self) -> Placement:
-        """How the weight is cut."""
+    def _placement(self) -> Placement:
+        """The placement of the weight."""
         return cast(DTensor, self.weight).placements[0]
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
-        """Draw A and B anew, as a whole; ``init_lora_weights`` as in the constructor."""
-        mine = self.lora_A, self.lora_B
+        """Initialize the whole A and B again, then shard them; ``init_lora_weights`` is as in the constructor."""
+        old_A, old_B = self.lora_A, self.lora_B
         device = torch.device(cast(DTensor, self.weight).device_mesh.device_type)
-        self.lora_A, self.lora_B = (nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device)) for p in mine)
+        self.lora_A, self.lora_B = (
+            nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device)) for p in (old_A, old_B)
+        )
         super().reset_lora_parameters(init_lora_weights)
-        drawn = follow(cast(DTensor, self.weight), self.lora_A, self.lora_B)
-        if isinstance(mine[0], DTensor):
-            self.lora_A, self.lora_B = mine
-            self.lora_A.copy_(drawn[0])
-            self.lora_B.copy_(drawn[1])
+        new_A, new_B = shard_pair(cast(DTensor, self.weight), self.lora_A, self.lora_B)
+        if isinstance(old_A, DTensor):
+            self.lora_A, self.lora_B = old_A, old_B
+            self.lora_A.copy_(new_A)
+            self.lora_B.copy_(new_B)
         else:
-            self.lora_A, self.lora_B = map(nn.Parameter, drawn)
+            self.lora_A, self.lora_B = nn.Parameter(new_A), nn.Parameter(new_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in_features] to [..., out_features], both DTensors, as the layer's own hooks make them.
+        """Map ``x`` [..., in_features] to [..., out_features]. Both are DTensors; the layer's own hooks make them.
 
         Raises:
-            TypeError: ``x`` is none.
+            TypeError: ``x`` is not a DTensor.
         """
         if not isinstance(x, DTensor):
             raise TypeError(
@@ -90,58 +92,60 @@ class LoRAShardedLinear(LoRALinear):
             )
         if self.merged:
             return super().forward(x)
-        last, cut = x.ndim - 1, self._cut
-        split: Placement = Shard(last)
-        # Of x and the result: what a process has of each. All have one x where the rows of W are cut; where its columns are, the
-        # result is a sum over processes.
-        if cut.is_shard():
-            has, gives = (split, Partial()) if cut.is_shard(1) else (Replicate(), split)
+        placement = self._placement
+        rows_sharded, columns_sharded = placement.is_shard(0), placement.is_shard(1)
+        last = Shard(x.ndim - 1)
+        in_placement: Placement
+        out_placement: Placement
+        if columns_sharded:
+            in_placement, out_placement = last, Partial()
+        elif rows_sharded:
+            in_placement, out_placement = Replicate(), last
         else:
-            has = gives = (
-                x.placements[0] if x.placements[0].is_shard() and not x.placements[0].is_shard(last) else Replicate()
-            )
-        x = x.redistribute(placements=[has])
-        # Where a process holds a part of the rows of x, of what all hold it computes a part of the gradient; likewise where it
-        # computes columns of the result of the x that all hold.
-        rows = has.is_shard() and not cut.is_shard()
+            given = x.placements[0]
+            in_placement = out_placement = given if given.is_shard() and not given.is_shard(last.dim) else Replicate()
+        x = x.redistribute(placements=[in_placement])
+        # Each process computes a part of a replicated tensor's gradient if it holds only some rows of x, or computes only some
+        # columns of the result.
+        batch_sharded = in_placement.is_shard() and not columns_sharded
         weight, lora_A, lora_B = (cast(DTensor, p) for p in (self.weight, self.lora_A, self.lora_B))
         mesh = weight.device_mesh
         partial = [Partial()]
         operands = (
-            x.to_local(grad_placements=partial if cut.is_shard(0) else [has]),
+            x.to_local(grad_placements=partial if rows_sharded else [in_placement]),
             weight.to_local(),
-            self._local_bias(rows),
-            lora_A.to_local(grad_placements=partial if rows or cut.is_shard(0) else lora_A.placements),
-            lora_B.to_local(grad_placements=partial if rows or cut.is_shard(1) else lora_B.placements),
+            self._local_bias(batch_sharded),
+            lora_A.to_local(grad_placements=partial if batch_sharded or rows_sharded else lora_A.placements),
+            lora_B.to_local(grad_placements=partial if batch_sharded or columns_sharded else lora_B.placements),
         )
         drops = self.training and self.lora_dropout > 0
-        with _own_masks(mesh.get_local_rank(), x.device, drops and has.is_shard()):
+        with _seeded_by_process(mesh.get_local_rank(), x.device, drops and in_placement.is_shard()):
             y = lora_linear(*operands, self.scaling, self.lora_dropout, self.training)
         shape = torch.Size((*x.shape[:-1], self.out_features))
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(y, mesh, [gives], run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(y, mesh, [out_placement], run_check=False, shape=shape, stride=stride)
 
-    def _local_bias(self, rows: bool) -> Tensor | None:
-        """This process's part of the bias; where results are summed over processes, the first one adds it for all."""
+    def _local_bias(self, batch_sharded: bool) -> Tensor | None:
+        """This process's part of the bias. If results are summed over processes, only the first process adds it."""
         if (bias := self.bias) is None:
             return None
-        cut = self._cut
+        placement = self._placement
         if not isinstance(bias, DTensor):
             raise TypeError(f"bias must be a DTensor beside a sharded weight, got a {type(bias).__name__}")
-        part = bias.redistribute(placements=[Shard(0) if cut.is_shard(0) else Replicate()])
-        if not cut.is_shard(1):
-            return part.to_local(grad_placements=[Partial()] if rows else part.placements)
-        first = part.device_mesh.get_local_rank() == 0
+        part = bias.redistribute(placements=[Shard(0) if placement.is_shard(0) else Replicate()])
+        if not placement.is_shard(1):
+            return part.to_local(grad_placements=[Partial()] if batch_sharded else part.placements)
+        is_first = part.device_mesh.get_local_rank() == 0
         if not part.requires_grad:
-            return part.to_local() if first else None
-        # Every process takes part in the gradient's sum.
-        return part.to_local(grad_placements=[Partial()]) * float(first)
+            return part.to_local() if is_first else None
+        # Every process must take part in the all-reduce of the bias's gradient.
+        return part.to_local(grad_placements=[Partial()]) * float(is_first)
 
-    # Merging: of each part the same part of B A is to be added, and the errors are the largest of all parts'.
+    # Merging adds each shard of B A to the same shard of the weight; errors are maxima over all shards.
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """``scaling · B A`` [out_features, in_features] in float32 (float64 for a float64 layer), cut as the weight is."""
+        """``scaling · B A`` [out_features, in_features] in float32 (float64 for a float64 layer), sharded like the weight."""
         weight, lora_A, lora_B = (cast(DTensor, p) for p in (self.weight, self.lora_A, self.lora_B))
         dtype = torch.promote_types(lora_A.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
@@ -156,13 +160,13 @@ class LoRAShardedLinear(LoRALinear):
         return not self._largest((~finite).float())
 
     def _merge_error(self, delta: Tensor) -> MergeError:
-        mine = cast(DTensor, delta).to_local()
-        # Processes without a part of a small weight take part in the collective.
-        found = self._merge_error_of(mine) if mine.numel() else mine.new_zeros(2)
-        return MergeError(*(self._largest(value) for value in found))
+        local = cast(DTensor, delta).to_local()
+        # A process whose shard is empty must still take part in the all-reduce.
+        errors = self._merge_error_of(local) if local.numel() else local.new_zeros(2)
+        return MergeError(*(self._largest(value) for value in errors))
 
     def _largest(self, value: Tensor) -> float:
-        """The largest of the processes' values."""
+        """The maximum over all processes."""
         value = value.clone()
         dist.all_reduce(value, dist.ReduceOp.MAX, group=cast(DTensor, self.weight).device_mesh.get_group())
         return value.item()
@@ -175,9 +179,9 @@ def _like(weight: DTensor, local: Tensor) -> DTensor:
 
 
 @contextmanager
-def _own_masks(process: int, device: torch.device, wanted: bool) -> Iterator[None]:
-    """Torch's generators seeded for this process while the context lasts; as if one number had been drawn afterwards."""
-    if not wanted:
+def _seeded_by_process(process: int, device: torch.device, enabled: bool) -> Iterator[None]:
+    """Seed torch's generators differently on each process. Afterwards the CPU generator has advanced by one draw."""
+    if not enabled:
         yield
         return
     seed = int(torch.randint(1 << 62, ()))

@@ -1,9 +1,9 @@
-"""``lora_branch`` with its gradients: ``lora_linear`` without the base product, which somebody else has computed.
+"""``lora_branch`` with its gradients: ``lora_linear`` on a base product that another layer has computed.
 
     forward   Y = BASE + S B^T          S = s' (X ∘ keep) A^T
     backward  dBASE = dY                dX = (dS A) ∘ keep, dA and dB as in ``lora_linear``
 
-BASE is read and never written: it may be what another backward needs, and out of place the traffic is the same.
+The op does not write to BASE: another backward may need it, and the traffic is the same out of place.
 """
 
 from __future__ import annotations
@@ -15,40 +15,35 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stablelora_kernels.dispatch import problem
-from stablelora_kernels.ops.lora_linear import NAMESPACE, draw_seed
+from stablelora_kernels.ops.library import define_op, empty_gradients
+from stablelora_kernels.ops.lora_linear import draw_seed
 from stablelora_kernels.ops.torch_path import (
-    as_float,
     as_matrix,
-    draw_keep,
+    draw_dropout,
     expanded,
     few_rows,
     is_few,
+    plain_branch,
     torch_bwd,
     torch_s,
 )
 
-torch.library.define(
-    f"{NAMESPACE}::lora_branch_fwd",
-    "(Tensor base, Tensor x, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, float dropout_p, bool save_s) "
-    "-> (Tensor, Tensor)",
-)
-torch.library.define(
-    f"{NAMESPACE}::lora_branch_bwd",
-    "(Tensor? x, Tensor grad, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? seed, float scaling, float dropout_p, "
-    "bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
-)
 
-
-@torch.library.register_fake(f"{NAMESPACE}::lora_branch_fwd")
 def _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # type: ignore[no-untyped-def]
     return base.new_empty(base.shape), x.new_empty(x.shape[0] if save_s else 0, lora_A.shape[0])
 
 
-@torch.library.impl(f"{NAMESPACE}::lora_branch_fwd", ("cpu", "cuda"))
-def _fwd(
+@define_op(
+    "lora_branch_fwd",
+    "(Tensor base, Tensor x, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, float dropout_p, bool save_s) "
+    "-> (Tensor, Tensor)",
+    _fwd_fake,
+)
+def lora_branch_fwd(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None, scaling: float, dropout_p: float,
     save_s: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Y and S; ``scaling`` is s' = scaling / (1 - p)."""
     from stablelora_kernels.launch.lora_branch import forward_launches
 
     y, s = _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s)
@@ -59,23 +54,24 @@ def _fwd(
     return y, s
 
 
-@torch.library.register_fake(f"{NAMESPACE}::lora_branch_bwd")
 def _bwd_fake(x, grad, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b):  # type: ignore[no-untyped-def]
-    return (
-        grad.new_empty((grad.shape[0] if need_x else 0, lora_A.shape[1])),
-        lora_A.new_empty((lora_A.shape[0] if need_a else 0, lora_A.shape[1])),
-        lora_B.new_empty((lora_B.shape[0] if need_b else 0, lora_B.shape[1])),
-    )
+    return empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
 
 
-@torch.library.impl(f"{NAMESPACE}::lora_branch_bwd", ("cpu", "cuda"))
-def _bwd(
+@define_op(
+    "lora_branch_bwd",
+    "(Tensor? x, Tensor grad, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? seed, float scaling, float dropout_p, "
+    "bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+def lora_branch_bwd(
     x: Tensor | None, grad: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, seed: Tensor | None,
     scaling: float, dropout_p: float, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dX, dA and dB; those that are not needed are empty."""
     from stablelora_kernels.launch.lora_branch import backward_launches
 
-    outputs = _bwd_fake(x, grad, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b)
+    outputs = empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
     dx, da, db = (out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True))
     device = problem.device_of(grad.device)
     for launch in backward_launches(device, x, grad, lora_A, lora_B, s, seed, dx, da, db, scaling, dropout_p):
@@ -86,25 +82,19 @@ def _bwd(
 def _forward(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str, save_s: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:  # fmt: skip
-    """Y, S, dropout's seed or mask, and s'; base [M, N], x [M, K]."""
+    """Y, S, dropout's seed or mask, and s' for base [M, N] and x [M, K]."""
     if backend == "triton":
         seed = draw_seed(x, dropout_p)
         scaling /= 1 - dropout_p
-        y, s = torch.ops.stablelora_kernels.lora_branch_fwd(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s)
+        y, s = lora_branch_fwd(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s)
         return y, s, seed, scaling
-    keep = None
-    if dropout_p:
-        keep, dropout_p = draw_keep(x, dropout_p)
-        scaling /= 1 - dropout_p
+    keep, scaling = draw_dropout(x, dropout_p, scaling)
     s = torch_s(x, lora_A, keep)
-    return _add(base, s, lora_B, scaling), s, keep, scaling
-
-
-def _add(base: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """base + scaling · S B^T, in base's dtype."""
     if base.dtype == s.dtype:
-        return torch.addmm(base, s, lora_B.t(), alpha=scaling)
-    return base.add(torch.mm(s, lora_B.t()), alpha=scaling).to(base.dtype)
+        y = torch.addmm(base, s, lora_B.t(), alpha=scaling)
+    else:
+        y = base.add(torch.mm(s, lora_B.t()), alpha=scaling).to(base.dtype)
+    return y, s, keep, scaling
 
 
 class _LoRABranch(torch.autograd.Function):
@@ -120,7 +110,7 @@ class _LoRABranch(torch.autograd.Function):
         y, s, random, scaling = _forward(
             base.reshape(-1, base.shape[-1]), rows, lora_A, lora_B, scaling, dropout_p, backend, need_b
         )
-        # What a gradient reads that nobody asked for is not kept; base is read by none.
+        # Save only what the required gradients read. None reads base.
         ctx.save_for_backward(
             x if need_a else None,
             lora_A,
@@ -143,9 +133,7 @@ class _LoRABranch(torch.autograd.Function):
             dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
             rows = None if x is None else x.reshape(-1, x.shape[-1])
             if ctx.backend == "triton":
-                dx, da, db = torch.ops.stablelora_kernels.lora_branch_bwd(
-                    rows, dy, lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p, *need
-                )
+                dx, da, db = lora_branch_bwd(rows, dy, lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p, *need)
             else:
                 dx, da, db = torch_bwd(
                     expanded(dy), rows, None, lora_A, lora_B, s, random, ctx.scaling, ctx.lora_dtype, *need
@@ -164,15 +152,9 @@ class _LoRABranch(torch.autograd.Function):
 def lora_branch_op(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
 ) -> Tensor:
-    """``functional.lora_branch`` with arguments that were checked and a backend that was chosen."""
+    """``functional.lora_branch`` with checked arguments and a chosen backend."""
     if backend == "torch" and base.dtype == x.dtype and is_few(x, limit=few_rows(x, dropout_p)):
-        # Plain operators under ordinary autograd, as in lora_linear_op.
-        dropped = as_matrix(x)
-        if dropout_p:
-            keep, dropout_p = draw_keep(dropped, dropout_p)
-            dropped, scaling = dropped * as_float(keep, x.dtype), scaling / (1 - dropout_p)
-        s = torch.nn.functional.linear(dropped, lora_A.to(x.dtype))
-        y = _add(as_matrix(base), s, lora_B.to(x.dtype), scaling)
+        y = plain_branch(as_matrix(base), as_matrix(x), lora_A, lora_B, scaling, dropout_p)
         return y if base.dim() == 2 else y.view(base.shape)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (base, x, lora_A, lora_B)):
         return _LoRABranch.apply(base, x, lora_A, lora_B, scaling, dropout_p, backend)

@@ -1,8 +1,9 @@
-"""``lora_linear`` with its gradients: on the Triton kernels, as torch.library ops, or on PyTorch's own operators.
+"""``lora_linear`` with its gradients: the Triton kernels as torch.library ops, the PyTorch path, and autograd around both.
 
-Both paths follow the formulas in ``kernels/lora_linear.py``; PyTorch's operators are in ``lora_linear_torch.py``. Backward needs
-X, which the graph around mostly holds anyway, S, and, on the PyTorch path, dropout's mask as bool; the kernels draw theirs again
-from a seed. Of a quantized weight it holds what is stored, never W in full, which the PyTorch path dequantizes once more.
+The formulas are in ``kernels/lora/linear.py``; ``torch_path.py`` has them on PyTorch's operators. Autograd saves X, which the
+surrounding graph usually holds anyway, and S. For dropout it saves a seed on Triton, whose backward draws the mask again, and
+the bool mask on the PyTorch path. For a quantized weight it saves the stored form, never the whole W; the PyTorch path
+dequantizes it again in backward.
 """
 
 from __future__ import annotations
@@ -16,43 +17,36 @@ from torch.autograd.function import once_differentiable
 
 from stablelora_kernels.dispatch import autotune, problem
 from stablelora_kernels.dispatch.problem import Call
-from stablelora_kernels.ops.library import NAMESPACE
+from stablelora_kernels.ops.library import define_op, empty_gradients
+from stablelora_kernels.ops.lora_linear_quantized import lora_linear_quantized_bwd, lora_linear_quantized_fwd
 from stablelora_kernels.ops.torch_path import (
-    as_float,
     as_matrix,
-    draw_keep,
+    draw_dropout,
     expanded,
     few_rows,
     is_few,
+    plain_branch,
     torch_bwd,
     torch_fwd,
 )
 from stablelora_kernels.quantized import Layout, Stored
 
-# The Triton kernels as ops. Their scaling is s' = scaling / (1 - p).
 
-torch.library.define(
-    f"{NAMESPACE}::lora_linear_fwd",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, float dropout_p, "
-    "bool save_s) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    f"{NAMESPACE}::lora_linear_bwd",
-    "(Tensor? x, Tensor grad, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? seed, float scaling, "
-    "float dropout_p, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::lora_linear_fwd")
 def _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0] if save_s else 0, lora_A.shape[0])
 
 
-@torch.library.impl(f"{NAMESPACE}::lora_linear_fwd", ("cpu", "cuda"))
-def _fwd(
+@define_op(
+    "lora_linear_fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, float dropout_p, "
+    "bool save_s) -> (Tensor, Tensor)",
+    _fwd_fake,
+)
+def lora_linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
     scaling: float, dropout_p: float, save_s: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Y and S; ``scaling`` is s' = scaling / (1 - p)."""
     from stablelora_kernels.launch.lora_linear import forward_launches
 
     y, s = _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
@@ -69,23 +63,24 @@ def _fwd(
     return y, s
 
 
-@torch.library.register_fake(f"{NAMESPACE}::lora_linear_bwd")
 def _bwd_fake(x, grad, weight, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b):  # type: ignore[no-untyped-def]
-    return (
-        grad.new_empty((grad.shape[0] if need_x else 0, lora_A.shape[1])),
-        lora_A.new_empty((lora_A.shape[0] if need_a else 0, lora_A.shape[1])),
-        lora_B.new_empty((lora_B.shape[0] if need_b else 0, lora_B.shape[1])),
-    )
+    return empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
 
 
-@torch.library.impl(f"{NAMESPACE}::lora_linear_bwd", ("cpu", "cuda"))
-def _bwd(
+@define_op(
+    "lora_linear_bwd",
+    "(Tensor? x, Tensor grad, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? seed, float scaling, "
+    "float dropout_p, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+def lora_linear_bwd(
     x: Tensor | None, grad: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor | None,
     seed: Tensor | None, scaling: float, dropout_p: float, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dX, dA and dB; those that are not needed are empty."""
     from stablelora_kernels.launch.lora_linear import backward_launches
 
-    outputs = _bwd_fake(x, grad, weight, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b)
+    outputs = empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
     wanted = [out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True)]
     device = problem.device_of(grad.device)
     given = (x, grad, weight, lora_A, lora_B, s, seed)
@@ -94,18 +89,16 @@ def _bwd(
     if autotune.get_autotune() and need_x and weight is not None:
         (m, n), (r, k), dx = grad.shape, lora_A.shape, outputs[0]
         call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
-        # With dA and dB, which some kernels compute beside dX.
+        # Time it with dA and dB: some kernels compute them in the same launch as dX.
         choice = autotune.choose(device, call, build, dx, grad, weight, None)
     for launch in build(choice=choice):
         launch.run(grad.device)
     return outputs
 
 
-# Both, under autograd.
-
-
 def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
-    # It stays on the device: no wait for it, and a CUDA graph draws a new one at each replay.
+    """The seed of dropout's mask, None without dropout."""
+    # It stays on the device: there is no synchronization, and a CUDA graph draws a new one at each replay.
     return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p else None
 
 
@@ -113,32 +106,30 @@ def _forward(
     x: Tensor, weight: Tensor | Stored, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
     dropout_p: float, backend: str, save_s: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:  # fmt: skip
-    """Y, S, dropout's seed or mask, and s'; x [M, K]."""
+    """Y, S, dropout's seed or mask, and s' for x [M, K]."""
     if backend == "triton":
         seed = draw_seed(x, dropout_p)
         scaling /= 1 - dropout_p
         rest = (bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
         if isinstance(weight, Stored):
-            y, s = torch.ops.stablelora_kernels.lora_linear_quantized_fwd(x, *weight, *rest)
+            y, s = lora_linear_quantized_fwd(x, *weight, *rest)
         else:
-            y, s = torch.ops.stablelora_kernels.lora_linear_fwd(x, weight, *rest)
+            y, s = lora_linear_fwd(x, weight, *rest)
         return y, s, seed, scaling
-    keep = None
-    if dropout_p:
-        keep, dropout_p = draw_keep(x, dropout_p)
-        scaling /= 1 - dropout_p
-    y, s = torch_fwd(x, _in_full(weight, x.dtype), bias, lora_A, lora_B, scaling, keep)
+    keep, scaling = draw_dropout(x, dropout_p, scaling)
+    y, s = torch_fwd(x, _dequantized(weight, x.dtype), bias, lora_A, lora_B, scaling, keep)
     return y, s, keep, scaling
 
 
-def _in_full(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor:
+def _dequantized(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor:
     return weight.dequantize(dtype) if isinstance(weight, Stored) else weight
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Gradients of x, A and B by the formulas above; those of weight and bias, where wanted, by plain products.
+    """Gradients of x, A and B by the formulas; gradients of weight and bias, if required, by plain products.
 
-    A quantized weight comes as the three parts of :class:`Stored`: ``weight`` is its data, and ``layout`` is None of a plain one.
+    A quantized weight comes as the three parts of :class:`Stored`, with its data as ``weight``. For a plain weight, ``layout``
+    is None.
     """
 
     @staticmethod
@@ -149,12 +140,12 @@ class _LoRALinear(torch.autograd.Function):
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.lora_dtype = lora_A.dtype
         if backend == "torch":
-            # The kernels cast in registers; here backward uses the casts that forward made.
+            # Cast once for forward and backward. The kernels cast in registers.
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         given = weight if layout is None else Stored(weight, scales, layout)
         y, s, random, scaling = _forward(rows, given, bias, lora_A, lora_B, scaling, dropout_p, backend, need_b)
-        # Of the activations only what will be read; x as it came, since the graph around holds that very tensor.
+        # Save only what backward reads. Save x itself, not its rows: the surrounding graph already holds it.
         ctx.save_for_backward(
             x if need_w or need_a else None,
             weight if need_x else None,
@@ -165,7 +156,7 @@ class _LoRALinear(torch.autograd.Function):
             *(scales if need_x else ()),
         )
         ctx.scaling, ctx.dropout_p, ctx.backend, ctx.x_shape = scaling, dropout_p, backend, x.shape
-        ctx.layout, ctx.optional = layout, 0 if layout is None else 1 + len(scales)
+        ctx.layout, ctx.optional_args = layout, 0 if layout is None else 1 + len(scales)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -175,22 +166,18 @@ class _LoRALinear(torch.autograd.Function):
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         grad = grad.reshape(-1, grad.shape[-1])
         rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
-        # Without dX the weight is not read, and any is as good as another.
+        # Only dX reads the weight, so without it the plain op serves a quantized weight too.
         stored = Stored(weight, tuple(scales), ctx.layout) if ctx.layout is not None and need_x else None
         dx = da = db = None
         if ctx.backend == "triton":
             rest = (lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p)
             if stored is None:
-                dx, da, db = torch.ops.stablelora_kernels.lora_linear_bwd(
-                    rows, grad, weight, *rest, need_x, need_a, need_b
-                )
+                dx, da, db = lora_linear_bwd(rows, grad, weight, *rest, need_x, need_a, need_b)
             else:
-                dx, da, db = torch.ops.stablelora_kernels.lora_linear_quantized_bwd(
-                    rows, grad, *stored, *rest, need_a, need_b
-                )
+                dx, da, db = lora_linear_quantized_bwd(rows, grad, *stored, *rest, need_a, need_b)
         else:
             grad = expanded(grad)
-            weight = _in_full(stored or weight, grad.dtype)
+            weight = _dequantized(stored or weight, grad.dtype)
             dx, da, db = torch_bwd(
                 grad, rows, weight, lora_A, lora_B, s, random, ctx.scaling, ctx.lora_dtype, need_x, need_a, need_b
             )
@@ -202,7 +189,7 @@ class _LoRALinear(torch.autograd.Function):
             dbias,
             da if need_a else None,
             db if need_b else None,
-            *[None] * (3 + ctx.optional),
+            *[None] * (3 + ctx.optional_args),
         )
 
 
@@ -210,22 +197,18 @@ def lora_linear_op(
     x: Tensor, weight: Tensor | Stored, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
     dropout_p: float, backend: str,
 ) -> Tensor:  # fmt: skip
-    """``functional.lora_linear`` with arguments that were checked and a backend that was chosen."""
-    quantized = isinstance(weight, Stored)
-    tensors = (x, weight if isinstance(weight, Tensor) else None, bias, lora_A, lora_B)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    plain = weight if isinstance(weight, Tensor) else None
-    # Autograd would hold a dequantized weight.
-    if backend == "torch" and not (quantized and wanted) and is_few(x, plain, limit=few_rows(x, dropout_p)):
-        flat = dropped = as_matrix(x)
-        if dropout_p:
-            keep, dropout_p = draw_keep(flat, dropout_p)
-            dropped, scaling = flat * as_float(keep, x.dtype), scaling / (1 - dropout_p)
-        s = torch.nn.functional.linear(dropped, lora_A.to(x.dtype))
-        y = torch.nn.functional.linear(flat, _in_full(weight, x.dtype), bias)
-        y = torch.addmm(y, s, lora_B.to(x.dtype).t(), alpha=scaling)
-        return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
-    if wanted:
+    """``functional.lora_linear`` with checked arguments and a chosen backend."""
+    plain_weight = None if isinstance(weight, Stored) else weight
+    tensors = (x, plain_weight, bias, lora_A, lora_B)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # Ordinary autograd would save a dequantized weight.
+    saves_weight = plain_weight is None and needs_grad
+    if backend == "torch" and not saves_weight and is_few(x, plain_weight, limit=few_rows(x, dropout_p)):
+        rows = as_matrix(x)
+        y = torch.nn.functional.linear(rows, _dequantized(weight, x.dtype), bias)
+        y = plain_branch(y, rows, lora_A, lora_B, scaling, dropout_p)
+        return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
+    if needs_grad:
         rest = (bias, lora_A, lora_B, scaling, dropout_p, backend)
         if isinstance(weight, Stored):
             return _LoRALinear.apply(x, weight.data, *rest, weight.layout, *weight.scales)

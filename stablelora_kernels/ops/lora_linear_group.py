@@ -1,11 +1,11 @@
-"""``lora_linear`` for up to three projections of one X, with their gradients: q, k and v, or gate and up.
+"""``lora_linear`` for a projection group, up to three projections of one X (q, k and v; gate and up), with its gradients.
 
     forward   S_g  = s'_g (X ∘ keep_g) A_g^T           Y_g = X W_g^T + bias_g + S_g B_g^T
     backward  dS_g = s'_g dY_g B_g                     dX  = Σ_g dY_g W_g + (dS_g A_g) ∘ keep_g
               dA_g = dS_g^T (X ∘ keep_g)               dB_g = dY_g^T S_g
 
-What it saves: reads of X for S and for dA, which are one each instead of one a projection, and the sums of the projections' dX,
-of which each adds to what the one before has stored. Masks are those of the projections computed one by one.
+Compared with separate projections, it reads X once for all S and once for all dA, and each projection adds its dX to the stored
+sum. The masks are those of projections computed one by one.
 """
 
 from __future__ import annotations
@@ -18,33 +18,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stablelora_kernels.dispatch import problem
-from stablelora_kernels.ops.lora_linear import NAMESPACE, draw_seed, lora_linear_op
+from stablelora_kernels.ops.library import define_op
+from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op
 from stablelora_kernels.ops.matmul import add_wide_product, product, wide_product
-from stablelora_kernels.ops.torch_path import as_float, draw_keep, expanded, is_few, torch_db, torch_ds, torch_s
-
-torch.library.define(
-    f"{NAMESPACE}::lora_linear_group_fwd",
-    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] seeds, float[] scalings, "
-    "float dropout_p) -> (Tensor[], Tensor)",
-)
-torch.library.define(
-    f"{NAMESPACE}::lora_linear_group_bwd",
-    "(Tensor? x, Tensor[] grads, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] s, Tensor[] seeds, "
-    "float[] scalings, float dropout_p, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor[], Tensor[])",
-)
+from stablelora_kernels.ops.torch_path import as_float, draw_dropout, expanded, is_few, torch_db, torch_ds, torch_s
 
 
-@torch.library.register_fake(f"{NAMESPACE}::lora_linear_group_fwd")
 def _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p):  # type: ignore[no-untyped-def]
     m, ranks = x.shape[0], [a.shape[0] for a in lora_As]
     return [x.new_empty(m, weight.shape[0]) for weight in weights], x.new_empty(m, sum(ranks))
 
 
-@torch.library.impl(f"{NAMESPACE}::lora_linear_group_fwd", ("cpu", "cuda"))
-def _fwd(
+@define_op(
+    "lora_linear_group_fwd",
+    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] seeds, float[] scalings, "
+    "float dropout_p) -> (Tensor[], Tensor)",
+    _fwd_fake,
+)
+def lora_linear_group_fwd(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """The Y's, and the S's side by side; ``scalings`` are s' = scaling / (1 - p)."""
     from stablelora_kernels.launch.lora_linear_group import forward_launches
 
     ys, s = _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p)
@@ -55,7 +50,6 @@ def _fwd(
     return ys, s
 
 
-@torch.library.register_fake(f"{NAMESPACE}::lora_linear_group_bwd")
 def _bwd_fake(x, grads, weights, lora_As, lora_Bs, s, seeds, scalings, dropout_p, need_x, need_a, need_b):  # type: ignore[no-untyped-def]
     return (
         grads[0].new_empty((grads[0].shape[0] if need_x else 0, lora_As[0].shape[1])),
@@ -64,12 +58,18 @@ def _bwd_fake(x, grads, weights, lora_As, lora_Bs, s, seeds, scalings, dropout_p
     )
 
 
-@torch.library.impl(f"{NAMESPACE}::lora_linear_group_bwd", ("cpu", "cuda"))
-def _bwd(
+@define_op(
+    "lora_linear_group_bwd",
+    "(Tensor? x, Tensor[] grads, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] s, Tensor[] seeds, "
+    "float[] scalings, float dropout_p, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor[], Tensor[])",
+    _bwd_fake,
+)
+def lora_linear_group_bwd(
     x: Tensor | None, grads: Sequence[Tensor], weights: Sequence[Tensor], lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor], s: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
     need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """dX, the dA's and the dB's; those that are not needed are empty."""
     from stablelora_kernels.launch.lora_linear_group import backward_launches
 
     given = (x, grads, weights, lora_As, lora_Bs, s, seeds, scalings, dropout_p)
@@ -80,14 +80,11 @@ def _bwd(
     return dx, das, dbs
 
 
-# PyTorch's own operators.
-
-
 def _torch_fwd(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor], scalings: Sequence[float], keeps: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """The Y's, and the S's, which are not scaled; of one dtype."""
+    """The Y's and the unscaled S's. All tensors have one dtype."""
     if keeps:
         parts = [torch_s(x, a, keep) for a, keep in zip(lora_As, keeps, strict=True)]
     else:
@@ -104,7 +101,7 @@ def _torch_bwd(
     lora_Bs: Sequence[Tensor], s: Sequence[Tensor], keeps: Sequence[Tensor], scalings: Sequence[float],
     lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
-    """dX, and the dA's and dB's in ``lora_dtype``, as ``torch_bwd`` of ``lora_linear_torch`` computes them."""
+    """dX, and the dA's and dB's in ``lora_dtype``, by the formulas of ``torch_path.torch_bwd``."""
     dx, das, dbs, every_ds = None, [], [], []
     masks = [as_float(keep, grads[0].dtype) for keep in keeps]
     for i, (grad, b, scaling) in enumerate(zip(grads, lora_Bs, scalings, strict=True)):
@@ -125,33 +122,26 @@ def _torch_bwd(
     return dx, das, dbs
 
 
-# Both, under autograd.
-
-
 def _forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor], scalings: Sequence[float], dropout_p: float, backend: str,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:  # fmt: skip
-    """The Y's, the S's, dropout's seeds or masks, and the s'; x [M, K]."""
+    """The Y's, the S's, dropout's seeds or masks, and the s' for x [M, K]."""
     if backend == "triton":
-        # One by one, as projections by themselves draw theirs.
+        # One by one, in the order in which separate projections draw theirs.
         seeds: Any = [draw_seed(x, dropout_p) for _ in lora_As] if dropout_p else []
         scalings = [scaling / (1 - dropout_p) for scaling in scalings]
-        ys, s = torch.ops.stablelora_kernels.lora_linear_group_fwd(
-            x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p
-        )
+        ys, s = lora_linear_group_fwd(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p)
         return ys, [*s.split([a.shape[0] for a in lora_As], dim=1)], seeds, scalings
-    keeps = []
-    if dropout_p:
-        drawn = [draw_keep(x, dropout_p) for _ in lora_As]
-        keeps, dropout_p = [keep for keep, _ in drawn], drawn[0][1]
-        scalings = [scaling / (1 - dropout_p) for scaling in scalings]
+    drawn = [draw_dropout(x, dropout_p, scaling) for scaling in scalings]
+    keeps = [keep for keep, _ in drawn if keep is not None]
+    scalings = [scaling for _, scaling in drawn]
     ys, parts = _torch_fwd(x, weights, biases, lora_As, lora_Bs, scalings, keeps)
-    return ys, parts, keeps, [*scalings]
+    return ys, parts, keeps, scalings
 
 
 class _LoRALinearGroup(torch.autograd.Function):
-    """``tensors``: the weights, then the biases, the A's and the B's. Of A's and B's all want gradients or none does."""
+    """``tensors`` are the weights, the biases, the A's and the B's. Either all A's require gradients or none; so do the B's."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -186,17 +176,17 @@ class _LoRALinearGroup(torch.autograd.Function):
         g, needs = len(given), ctx.needs_input_grad[4:]
         x, *saved = ctx.saved_tensors
         lists = [saved[i * g : i * g + g] for i in range(5)]
-        # A projection whose output nobody used has no part in this.
-        there = [i for i, grad in enumerate(given) if grad is not None]
-        weights, lora_As, lora_Bs, s, random = ([tensors[i] for i in there if tensors] for tensors in lists)
+        # Skip projections whose outputs were not used.
+        used = [i for i, grad in enumerate(given) if grad is not None]
+        weights, lora_As, lora_Bs, s, random = ([tensors[i] for i in used if tensors] for tensors in lists)
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in given if grad is not None]
         rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
-        scalings = [ctx.scalings[i] for i in there]
+        scalings = [ctx.scalings[i] for i in used]
         need_x, need_a, need_b = ctx.needs
         dx, das, dbs = None, [], []
-        if there and any(ctx.needs):
+        if used and any(ctx.needs):
             if ctx.backend == "triton":
-                dx, das, dbs = torch.ops.stablelora_kernels.lora_linear_group_bwd(
+                dx, das, dbs = lora_linear_group_bwd(
                     rows, grads, weights if need_x else [], lora_As, lora_Bs, s if need_b else [], random, scalings,
                     ctx.dropout_p, need_x, need_a, need_b,
                 )  # fmt: skip
@@ -205,12 +195,12 @@ class _LoRALinearGroup(torch.autograd.Function):
                 dx, das, dbs = _torch_bwd(
                     rows, grads, weights, lora_As, lora_Bs, s, random, scalings, ctx.lora_dtype, need_x, need_a, need_b
                 )
-        dws = [grad.t() @ rows if needs[i] else None for i, grad in zip(there, grads, strict=True)]
-        dbiases = [grad.sum(0) if needs[g + i] else None for i, grad in zip(there, grads, strict=True)]
+        dws = [grad.t() @ rows if needs[i] else None for i, grad in zip(used, grads, strict=True)]
+        dbiases = [grad.sum(0) if needs[g + i] else None for i, grad in zip(used, grads, strict=True)]
         results: list[Tensor | None] = []
         for wanted, found in zip((True, True, need_a, need_b), (dws, dbiases, das, dbs), strict=True):
-            by_place = dict(zip(there, found, strict=True)) if wanted else {}
-            results += [by_place.get(i) for i in range(g)]
+            by_index = dict(zip(used, found, strict=True)) if wanted else {}
+            results += [by_index.get(i) for i in range(g)]
         return dx.view(ctx.x_shape) if need_x and dx is not None else None, None, None, None, *results
 
 
@@ -218,7 +208,7 @@ def lora_linear_group_op(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor], scalings: Sequence[float], dropout_p: float, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """``functional.lora_linear_group`` with arguments that were checked and a backend that was chosen."""
+    """``functional.lora_linear_group`` with checked arguments and a chosen backend."""
     few = backend == "torch" and is_few(x, *weights)
     uniform = all(len({t.requires_grad for t in tensors}) == 1 for tensors in (lora_As, lora_Bs))
     if few or len(weights) == 1 or not uniform:

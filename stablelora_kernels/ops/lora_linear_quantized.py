@@ -1,4 +1,4 @@
-"""The Triton kernels of ``lora_linear`` for a quantized weight, as torch.library ops; ``ops.lora_linear`` calls them.
+"""The Triton kernels of ``lora_linear`` for a quantized weight, as torch.library ops. ``ops/lora_linear.py`` calls them.
 
 Their scaling is s' = scaling / (1 - p). ``layout`` is a ``quantized.Layout``.
 """
@@ -7,32 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch import problem
-from stablelora_kernels.ops.library import NAMESPACE
+from stablelora_kernels.ops.library import define_op, empty_gradients
 from stablelora_kernels.quantized import Layout, Stored
 
-torch.library.define(
-    f"{NAMESPACE}::lora_linear_quantized_fwd",
-    "(Tensor x, Tensor data, Tensor[] scales, int[] layout, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? seed, "
-    "float scaling, float dropout_p, bool save_s) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    f"{NAMESPACE}::lora_linear_quantized_bwd",
-    "(Tensor? x, Tensor grad, Tensor data, Tensor[] scales, int[] layout, Tensor lora_A, Tensor lora_B, Tensor? s, "
-    "Tensor? seed, float scaling, float dropout_p, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
-)
 
-
-@torch.library.register_fake(f"{NAMESPACE}::lora_linear_quantized_fwd")
 def _fwd_fake(x, data, scales, layout, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], Layout(*layout).n), x.new_empty(x.shape[0] if save_s else 0, lora_A.shape[0])
 
 
-@torch.library.impl(f"{NAMESPACE}::lora_linear_quantized_fwd", ("cpu", "cuda"))
-def _fwd(
+@define_op(
+    "lora_linear_quantized_fwd",
+    "(Tensor x, Tensor data, Tensor[] scales, int[] layout, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? seed, "
+    "float scaling, float dropout_p, bool save_s) -> (Tensor, Tensor)",
+    _fwd_fake,
+)
+def lora_linear_quantized_fwd(
     x: Tensor, data: Tensor, scales: Sequence[Tensor], layout: Sequence[int], bias: Tensor | None, lora_A: Tensor,
     lora_B: Tensor, seed: Tensor | None, scaling: float, dropout_p: float, save_s: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -47,23 +39,23 @@ def _fwd(
     return y, s
 
 
-@torch.library.register_fake(f"{NAMESPACE}::lora_linear_quantized_bwd")
 def _bwd_fake(x, grad, data, scales, layout, lora_A, lora_B, s, seed, scaling, dropout_p, need_a, need_b):  # type: ignore[no-untyped-def]
-    return (
-        grad.new_empty(grad.shape[0], lora_A.shape[1]),
-        lora_A.new_empty(lora_A.shape[0] if need_a else 0, lora_A.shape[1]),
-        lora_B.new_empty(lora_B.shape[0] if need_b else 0, lora_B.shape[1]),
-    )
+    return empty_gradients(grad, lora_A, lora_B, True, need_a, need_b)
 
 
-@torch.library.impl(f"{NAMESPACE}::lora_linear_quantized_bwd", ("cpu", "cuda"))
-def _bwd(
+@define_op(
+    "lora_linear_quantized_bwd",
+    "(Tensor? x, Tensor grad, Tensor data, Tensor[] scales, int[] layout, Tensor lora_A, Tensor lora_B, Tensor? s, "
+    "Tensor? seed, float scaling, float dropout_p, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+def lora_linear_quantized_bwd(
     x: Tensor | None, grad: Tensor, data: Tensor, scales: Sequence[Tensor], layout: Sequence[int], lora_A: Tensor,
     lora_B: Tensor, s: Tensor | None, seed: Tensor | None, scaling: float, dropout_p: float, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from stablelora_kernels.launch.lora_linear_quantized import backward_launches
 
-    dx, da, db = _bwd_fake(x, grad, data, scales, layout, lora_A, lora_B, s, seed, scaling, dropout_p, need_a, need_b)
+    dx, da, db = empty_gradients(grad, lora_A, lora_B, True, need_a, need_b)
     weight = Stored(data, tuple(scales), Layout(*layout))
     wanted = (dx, da if need_a else None, db if need_b else None)
     device = problem.device_of(grad.device)

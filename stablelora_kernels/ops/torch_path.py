@@ -1,4 +1,4 @@
-"""``lora_linear`` on PyTorch's own operators: the formulas, and dropout's mask. ``lora_branch`` and the group share them."""
+"""The PyTorch path of the ops: the formulas on PyTorch's own operators, and dropout's mask."""
 
 from __future__ import annotations
 
@@ -9,17 +9,41 @@ from torch import Tensor
 
 from stablelora_kernels.ops.matmul import pays, product, wide_product
 
+# Below this many rows, call plain operators under ordinary autograd: a Python autograd function would take most of the time. In
+# 16 bits and without a mask, the function's in-place products gain so little that it pays only from more rows on.
+FEW_ROWS, FEW_ROWS_IN_16_BITS = 64, 512
+
+
+def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
+    """Whether a call on x [..., K] is fastest as plain operators under ordinary autograd."""
+    # A compiled graph serves any number of rows and has no Python overhead.
+    if torch.compiler.is_compiling() or x.numel() // x.shape[-1] >= limit:
+        return False
+    # oneDNN's product saves more time than the autograd function costs, and autograd does not support it.
+    return not any(w is not None and pays(x, w) for w in weights)
+
+
+def few_rows(x: Tensor, dropout_p: float) -> int:
+    """The ``limit`` of :func:`is_few` for a single projection."""
+    return FEW_ROWS_IN_16_BITS if x.dtype in (torch.bfloat16, torch.float16) and not dropout_p else FEW_ROWS
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """View [..., K] as [M, K]."""
+    # Return a matrix itself: a view would be a node of the autograd graph and cost a third of a small product.
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
 
 def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
-    """A keep-mask of x's shape, bool, from torch's generator, and the probability of dropping that it really has."""
+    """Draw a bool keep-mask of x's shape from torch's generator. Return it with its exact dropout probability."""
     if x.device.type != "cpu":
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout_p), dropout_p
-    # bernoulli_ draws a double an element, one after another. Sixteen bits an element, four elements a word, are
-    # several times as fast; the probability is rounded to 1/65536, and the scale follows the rounded one, so no bias is left.
+    # On a CPU, bernoulli_ draws one double per element sequentially. 16 bits per element, four elements per int64 word, are
+    # several times faster. That rounds the probability to 1/65536; the scale uses the rounded one, so the result is unbiased.
     dropped = round(dropout_p * 65536)
     count = -(-x.numel() // 4)
     if torch.compiler.is_compiling():
-        # torch.compile takes no random_(). The same bits: what randint adds to a word turns its highest bit around.
+        # torch.compile does not support random_(). These are the same bits: randint's offset flips a word's highest bit.
         words = torch.randint(-(2**63), 2**63 - 1, (count,)) ^ -(2**63)
     else:
         words = torch.empty(count, dtype=torch.int64).random_(-(2**63), None)
@@ -27,51 +51,46 @@ def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
     return keep, dropped / 65536
 
 
+def draw_dropout(x: Tensor, dropout_p: float, scaling: float) -> tuple[Tensor | None, float]:
+    """The keep-mask, None without dropout, and s' = scaling / (1 - p)."""
+    if not dropout_p:
+        return None, scaling
+    keep, dropout_p = draw_keep(x, dropout_p)
+    return keep, scaling / (1 - dropout_p)
+
+
 def as_float(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    # From uint8, the conversion is vectorized; from bool, it is not.
+    # PyTorch vectorizes the conversion from uint8, but not from bool.
     return keep.view(torch.uint8).to(dtype)
 
 
-# Below this many rows a call is a matter of microseconds, of which a Python autograd function would be the most, unless the
-# weight is wide and oneDNN's product, which autograd does not know, saves more than that. In 16 bits and without a mask the
-# function's in-place products gain so little that it is the slower way up to some hundred rows.
-FEW_ROWS, FEW_ROWS_IN_16_BITS = 64, 512
+def masked(x: Tensor, keep: Tensor | None) -> Tensor:
+    """X ∘ keep."""
+    return x if keep is None else x * as_float(keep, x.dtype)
 
 
-def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
-    """Whether a call on x [..., K] is best made of plain operators under ordinary autograd."""
-    # A graph is for any number of rows, and has no Python in it.
-    if torch.compiler.is_compiling() or x.numel() // x.shape[-1] >= limit:
-        return False
-    return not any(w is not None and pays(x, w) for w in weights)
-
-
-def few_rows(x: Tensor, dropout_p: float) -> int:
-    """What ``limit`` is of a call by itself."""
-    return FEW_ROWS_IN_16_BITS if x.dtype in (torch.bfloat16, torch.float16) and not dropout_p else FEW_ROWS
-
-
-def as_matrix(x: Tensor) -> Tensor:
-    """[..., K] as [M, K]."""
-    # Of a matrix not even a view: a view is a node of the graph too, and costs a third of a small product.
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+def plain_branch(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float) -> Tensor:
+    """``base + s' (X ∘ keep) A^T B^T`` of matrices, on plain operators under ordinary autograd."""
+    keep, scaling = draw_dropout(x, dropout_p, scaling)
+    s = torch.nn.functional.linear(masked(x, keep), lora_A.to(x.dtype))
+    return torch.addmm(base, s, lora_B.to(x.dtype).t(), alpha=scaling)
 
 
 def torch_s(x: Tensor, lora_A: Tensor, keep: Tensor | None) -> Tensor:
-    """S = (X ∘ keep) A^T, [M, r], of one dtype; not scaled."""
-    return product(x if keep is None else x * as_float(keep, x.dtype), lora_A.t())
-
-
-# A thin product can be written with the small side first or with the tall one. In backward the float32 libraries are faster with
-# the small one, up to several times; oneDNN's bfloat16 with the tall one, where rows are few enough to notice.
+    """S = (X ∘ keep) A^T, [M, r], unscaled. All tensors have one dtype."""
+    return product(masked(x, keep), lora_A.t())
 
 
 def _small_first(dtype: torch.dtype) -> bool:
+    """Whether backward should write a thin product with its small operand first.
+
+    Float32 libraries are up to several times faster so. oneDNN's bfloat16 is faster with the tall operand first.
+    """
     return dtype in (torch.float32, torch.float64)
 
 
 def torch_ds(grad: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """dS = s' dY B, [M, r], of one dtype."""
+    """dS = s' dY B, [M, r]. All tensors have one dtype."""
     if _small_first(grad.dtype):
         return product(lora_B.t(), grad.t()).mul_(scaling).t()
     return product(grad, lora_B).mul_(scaling)
@@ -89,18 +108,18 @@ def torch_db(grad: Tensor, s: Tensor, scaling: float, lora_dtype: torch.dtype) -
 def torch_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Y and S = (X ∘ keep) A^T, which is not scaled here: the scaling is the second product's alpha. One dtype."""
-    # S before the wide product, which finds X in the cache then.
+    """Y and the unscaled S = (X ∘ keep) A^T. All tensors have one dtype."""
+    # S first: then X is in the cache for the wide product.
     s = torch_s(x, lora_A, keep)
     y = wide_product(x, weight.t(), bias)
-    # In place, so that the branch costs no second activation.
+    # In place: the branch needs no second activation.
     y.addmm_(s, lora_B.t(), alpha=scaling)
     return y, s
 
 
 def expanded(grad: Tensor) -> Tensor:
-    """A broadcast gradient, as of sum(), with memory of its own: each product would expand it anew."""
-    # Older compilers know no strides.
+    """Give a broadcast gradient, such as sum()'s, its own memory; otherwise each product would expand it again."""
+    # Older versions of torch.compile cannot ask for strides.
     return grad.contiguous() if not torch.compiler.is_compiling() and 0 in grad.stride() else grad
 
 
@@ -108,10 +127,10 @@ def torch_bwd(
     grad: Tensor, x: Any, weight: Any, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, keep: Tensor | None,
     scaling: float, lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dX, and dA and dB in ``lora_dtype``; the arguments are of one dtype. Without a weight, the branch's dX alone."""
+    """dX, and dA and dB in ``lora_dtype``. All tensors have one dtype. Without a weight, dX is the branch's part alone."""
     dx = da = db = None
     mask = None if keep is None else as_float(keep, grad.dtype)
-    # What reads dY alone goes before the wide product, while dY is in the cache.
+    # Products that read only dY come before the wide product, while dY is in the cache.
     if need_x or need_a:
         ds = torch_ds(grad, lora_B, scaling)
     if need_b:

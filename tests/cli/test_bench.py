@@ -89,7 +89,7 @@ def test_it_says_where_it_loses(quartiles, word):
 def test_pairs_that_latch_within_the_measurement_are_no_result(capsys, monkeypatch):
     made = bench.make_pairs
     monkeypatch.setattr(bench, "make_pairs", lambda *args, **kw: made(*args[:4], True, **kw))
-    assert "were to stay so throughout" in fails(capsys, "bench", *SMALL, status=1)
+    assert "must keep their state" in fails(capsys, "bench", *SMALL, status=1)
 
 
 def test_what_is_refused(capsys, monkeypatch):

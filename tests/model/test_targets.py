@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from stablelora_kernels.model import apply
 from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.nn.linear import LoRALinear
 from tests.helpers.small_models import Model, assert_untouched, fill_b, lora_config, reasons, snapshot
@@ -196,14 +197,14 @@ def test_modules_to_save_must_be_trainable(model):
 def test_failure_while_layers_are_made_leaves_the_model_alone(model, monkeypatch):
     made = []
 
-    def from_linear(linear, **kwargs):
+    def make_layer(layer_class, linear, **settings):
         if made:
             raise MemoryError
         made.append(LoRALinear(8, 8))
         linear.requires_grad_(False)
         return made[0]
 
-    monkeypatch.setattr(LoRALinear, "from_linear", from_linear)
+    monkeypatch.setattr(apply, "make_layer", make_layer)
     before = snapshot(model)
     with pytest.raises(MemoryError):
         apply_lora(model, lora_config())

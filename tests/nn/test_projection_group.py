@@ -106,7 +106,7 @@ def test_a_model_trains_as_without(make, dropout, backend, calls):
     assert "2 x (q_proj, k_proj, v_proj); 2 x (gate_proj, up_proj)" in report.notes[-1]
     # Once more, and what is left in no layer.
     assert_same(step(model), expected)
-    assert all(layer.__dict__[ATTRIBUTE]._round is None for layer in model.modules() if ATTRIBUTE in layer.__dict__)
+    assert all(layer.__dict__[ATTRIBUTE]._pending is None for layer in model.modules() if ATTRIBUTE in layer.__dict__)
 
 
 @pytest.mark.parametrize("make", [ours, theirs])
@@ -350,7 +350,7 @@ def test_threads_get_their_own_outputs():
     layer, _ = attention()
     inputs = [torch.randn(70, 16) for _ in range(4)]
     plain = copy.deepcopy(layer)
-    projection_group.unfuse(plain.modules())
+    projection_group.remove_projection_groups(plain.modules())
     wrong = []
 
     def work(x):

@@ -9,7 +9,7 @@ from torch import Tensor
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.functional import lora_branch, lora_linear
-from stablelora_kernels.ops import lora_linear as linear_ops
+from stablelora_kernels.ops import torch_path
 from stablelora_kernels.reference import dropout_keep_ref, lora_branch_grads_ref, lora_branch_ref
 from stablelora_kernels.testing import assert_no_worse, make_inputs
 
@@ -121,7 +121,7 @@ def test_dropout_is_one_mask_in_both_directions(shape, n, r, dtypes, p, backend)
         seed = int(torch.randint(2**63 - 1, (1,), device=DEVICE))
         keep = dropout_keep_ref(*rows.shape, p, seed).to(DEVICE)
     else:
-        keep, p = linear_ops.draw_keep(rows, p)
+        keep, p = torch_path.draw_keep(rows, p)
     check(inputs, out, keep.view(shape), p)
 
 
@@ -289,10 +289,9 @@ def test_float64_does_not_fall_back_silently():
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_what_explain_says_is_what_runs(arch, monkeypatch):
-    from stablelora_kernels.dispatch import rules
     from stablelora_kernels.launch.base import launch_counts
 
-    monkeypatch.setattr(rules, "device_of", lambda _: problem.DEVICES[arch])
+    monkeypatch.setattr(problem, "device_of", lambda _: problem.DEVICES[arch])
     for m, r, p in [
         (8, 16, 0.0),
         (8, 16, 0.1),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import stablelora_kernels as slk
 from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.ops import lora_linear as ops
+from stablelora_kernels.ops import torch_path
 from stablelora_kernels.reference import dropout_keep_ref, lora_linear_grads_ref, lora_linear_ref
 from stablelora_kernels.testing import assert_no_worse, make_inputs
 
@@ -201,7 +201,7 @@ def test_dropout_on_pytorch_uses_one_mask_in_both_directions(shape, n, r, dtype)
     torch.manual_seed(11)
     out = run(inputs, "torch", 0.3)
     torch.manual_seed(11)
-    keep, p = ops.draw_keep(inputs["x"].reshape(-1, shape[-1]), 0.3)
+    keep, p = torch_path.draw_keep(inputs["x"].reshape(-1, shape[-1]), 0.3)
     check(inputs, out, keep.view(shape), p)
 
 
@@ -209,7 +209,7 @@ def test_dropout_keeps_the_right_share_everywhere():
     """Each of the four lanes of a 64-bit word, and every column, within five standard errors."""
     x = torch.empty(2000, 64)
     for p in (0.1, 0.5, 0.9):
-        keep, real = ops.draw_keep(x, p)
+        keep, real = torch_path.draw_keep(x, p)
         assert abs(real - p) <= 2**-17
         assert abs(keep.double().mean() - (1 - p)) < 5 * (p * (1 - p) / keep.numel()) ** 0.5
         assert (keep.double().mean(0) - (1 - p)).abs().max() < 5 * (p * (1 - p) / 2000) ** 0.5

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import problem, rules
+from stablelora_kernels.dispatch import problem
 from stablelora_kernels.functional import lora_linear, lora_linear_group
 from stablelora_kernels.reference import lora_linear_grads_ref, lora_linear_ref
 from stablelora_kernels.testing import assert_no_worse
@@ -109,7 +109,7 @@ def test_every_kernel_on_every_kind_of_gpu(kernel, p, arch, monkeypatch):
     """Rows of 16 bytes' multiples, which descriptors want; sums that several programs share."""
     if kernel == "fused" and p:
         pytest.skip("the fused kernel has no dropout")
-    monkeypatch.setattr(rules, "device_of", lambda device: problem.DEVICES[arch])
+    monkeypatch.setattr(problem, "device_of", lambda device: problem.DEVICES[arch])
     group = Group((136, 264), (72, 40, 40), (16, 8, 20), BF16, FP32)
     with slk.use_backend("triton"), slk.use_kernel(kernel):
         found, apart = group.run(p=p), group.run(together=False, p=p)

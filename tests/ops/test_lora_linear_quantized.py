@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import rules
+from stablelora_kernels.dispatch import problem, rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import QUANTIZED_RULES, QuantizedRule
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.launch.base import launch_counts
 from stablelora_kernels.launch.dry_run import quantized_launches
-from stablelora_kernels.ops import lora_linear as ops
+from stablelora_kernels.ops import torch_path
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.testing import assert_no_worse, make_inputs
@@ -93,7 +93,7 @@ def test_matches_the_oracle(kind, shape, n, r, dtype, lora_dtype, backend):
 @pytest.mark.parametrize(("rows", "k", "n"), [(3, 128, 96), (150, 192, 128), (20, 100, 53)])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_both_ways_on_each_kind_of_gpu(kind, rows, k, n, kernel, arch, force, monkeypatch):
-    monkeypatch.setattr(rules, "device_of", lambda device: DEVICES[arch])
+    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES[arch])
     force(kernel)
     inputs = inputs_for(FORMATS[kind](n, k), (rows, k), 6)
     check(inputs, run(inputs, "triton"))
@@ -104,7 +104,7 @@ def test_both_ways_on_each_kind_of_gpu(kind, rows, k, n, kernel, arch, force, mo
 @pytest.mark.parametrize("kind", FORMATS)
 def test_blocks_narrower_and_wider_than_tiles(kind, tile, dtype, force, monkeypatch):
     """With several blocks in a tile and several tiles in a block, in both directions, whose last tiles stand out."""
-    monkeypatch.setattr(rules, "QUANTIZED_TILES", (TileRule(lambda d, c: True, tile, "a test"),))
+    monkeypatch.setattr(tiles, "QUANTIZED_TILES", (TileRule(lambda d, c: True, tile, "a test"),))
     force("in_loop")
     inputs = inputs_for(FORMATS[kind](72, 384), (37, 384), 20, dtype)
     check(inputs, run(inputs, "triton"))
@@ -142,7 +142,7 @@ def test_dropout_on_pytorch_uses_one_mask_in_both_directions(rows):
     torch.manual_seed(11)
     out = run(inputs, "torch", 0.3)
     torch.manual_seed(11)
-    keep, p = ops.draw_keep(inputs["x"], 0.3)
+    keep, p = torch_path.draw_keep(inputs["x"], 0.3)
     check(inputs, out, keep, p)
 
 

@@ -1,0 +1,83 @@
+"""Every public name can be imported from where README and docs show it, and from the modules that users imported before."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import stablelora_kernels as slk
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+AUTODOC = re.compile(r"^\.\. auto\w+:: (stablelora_kernels[\w.]*)", re.MULTILINE)
+ALIAS = re.compile(r"\bslk\.(\w+(?:\.\w+)*)")
+# Modules that were single files before they became packages, with their public names.
+FORMER_MODULES = {
+    "stablelora_kernels.functional": "FLOAT_DTYPES FP8Weight NF4Weight lora_branch lora_linear lora_linear_group",
+    "stablelora_kernels.model": (
+        "LoRAReport MergeReport ReplacedModule SkippedModule apply_lora load_adapter merge_lora remove_lora save_adapter "
+        "unmerge_lora"
+    ),
+    "stablelora_kernels.nn": (
+        "LoRABranchLinear LoRAConv1D LoRALinear LoRAQuantisedLinear LoRAQuantizedLinear LoRAShardedLinear MergeError"
+    ),
+    "stablelora_kernels.optim": "PairStability StabilityLogger StableLoRAAdamW plot_stability",
+    "stablelora_kernels.reference": (
+        "StableAdamWRef adamw_ref dropout_keep_ref fp8_ref lora_branch_grads_ref lora_branch_ref lora_linear_grads_ref "
+        "lora_linear_ref nf4_ref philox_ref shrink_ref stochastic_round_ref"
+    ),
+    "stablelora_kernels.tensor_parallel": "LoRAColwiseParallel LoRARowwiseParallel",
+    "stablelora_kernels.testing": (
+        "EPS assert_no_worse error_and_bound fp8_weight kept_for_backward make_inputs nf4_weight seed_of"
+    ),
+}
+
+
+def names_in_pages() -> list[str]:
+    names = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        names |= set(AUTODOC.findall(text))
+        names |= {f"stablelora_kernels.{name}" for name in ALIAS.findall(text)}
+    return sorted(names)
+
+
+def resolve(name: str) -> object:
+    """The object of a dotted name: a module, or attributes of the longest module in it."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+@pytest.mark.parametrize("name", names_in_pages())
+def test_names_in_the_docs_resolve(name):
+    assert resolve(name) is not None
+
+
+@pytest.mark.parametrize("module", FORMER_MODULES)
+def test_former_modules_keep_their_names(module):
+    for name in FORMER_MODULES[module].split():
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+def test_every_exported_name_exists():
+    for name in slk.__all__:
+        assert resolve(f"stablelora_kernels.{name}") is not None
+
+
+def test_british_names_are_aliases():
+    assert slk.nn.LoRAQuantisedLinear is slk.nn.LoRAQuantizedLinear
+    for weight in (slk.functional.NF4Weight, slk.functional.FP8Weight):
+        assert weight.dequantise is weight.dequantize
+    sizes = (64, 128, 128, 8)
+    assert slk.explain(*sizes, quantised="nf4", device="sm_90") == slk.explain(*sizes, quantized="nf4", device="sm_90")
