@@ -1,4 +1,4 @@
-"""Sums of squares of parameters and gradients, which some steps need before."""
+"""Sums of squares of parameters and gradients, measured before the steps that need them."""
 
 # "and" does not stop at its first false operand in a kernel, so conditions are nested.
 # ruff: noqa: SIM102
@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels.stable_adamw.elementwise import element_mask, element_pointers
-from stablelora_kernels.kernels.stable_adamw.tables import COLUMNS, MASTER, N_VARIANTS
+from stablelora_kernels.kernels.stable_adamw.tables import (
+    ADDRESS_VARIANT,
+    MASTER,
+    N_ADDRESS_COLUMNS,
+    N_TENSOR_COLUMNS,
+    N_VARIANTS,
+    TENSOR_FIRST_CHUNK,
+    TENSOR_MASTER,
+    TENSOR_NUMEL,
+    TENSOR_PARAM,
+)
 
 
 @triton.jit(do_not_specialize=["n_chunks", "n_squares"])
@@ -25,29 +35,34 @@ def _square_sums_kernel(
     VARIANTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """squares[i] = the sum of squares in chunk i of the parameters, by the first ``n_squares`` programs, one a chunk or none;
+    """squares[i] = the sum of squares of the parameters' chunk i;  grad_squares[j] = the same of chunks j, j + J, ... of the
+    gradients.
 
-    grad_squares[i] = the same of the gradients in chunks i, i + programs, ..., by the other programs.
+    The first ``n_squares`` programs (all of the chunks or none) write squares, the other J programs write grad_squares.
+    The tables and constants are those of :func:`~stablelora_kernels.kernels.stable_adamw.step._stable_adamw_kernel`.
     """
     program = tl.program_id(0)
     programs = n_squares
-    values_ptr, stride, sums_ptr = tensors_ptr, COLUMNS + 0, squares_ptr
+    values_ptr, stride, sums_ptr = tensors_ptr + TENSOR_PARAM, N_TENSOR_COLUMNS + 0, squares_ptr
     if program >= n_squares:
         program -= n_squares
         programs = tl.num_programs(0) - n_squares
-        values_ptr, stride, sums_ptr = addresses_ptr, 2, grad_squares_ptr
+        # The first column is the gradient's address.
+        values_ptr, stride, sums_ptr = addresses_ptr, N_ADDRESS_COLUMNS + 0, grad_squares_ptr
     offsets = tl.arange(0, CHUNK)
     total = tl.full((), 0.0, tl.float32)
     for chunk in range(program, n_chunks, programs):
         tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
-        start = (chunk - tl.load(tensors_ptr + tensor * COLUMNS + 19)) * CHUNK
+        row = tensors_ptr + tensor * N_TENSOR_COLUMNS
+        start = (chunk - tl.load(row + TENSOR_FIRST_CHUNK)) * CHUNK
         value = tl.load(values_ptr + tensor * stride)
-        numel = tl.load(tensors_ptr + tensor * COLUMNS + 3)
-        variant = tl.load(addresses_ptr + 2 * tensor + 1)
+        numel = tl.load(row + TENSOR_NUMEL)
+        variant = tl.load(addresses_ptr + N_ADDRESS_COLUMNS * tensor + ADDRESS_VARIANT)
         if MASTER & FLAGS:
-            master = tl.load(tensors_ptr + tensor * COLUMNS + 14)
+            master = tl.load(row + TENSOR_MASTER)
             if (master != 0) & (tl.program_id(0) < n_squares):
                 value = master
+                # A master is float32.
                 variant = variant % 2
         if value != 0:
             for code in tl.static_range(N_VARIANTS):
