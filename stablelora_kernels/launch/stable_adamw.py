@@ -37,16 +37,8 @@ def stable_adamw(
     """
     clip = max_grad_norm is not None
     if (measure or clip) and not flags & tables.FLAG_SHARDED:
-        square_sums(
-            tensors,
-            addresses,
-            chunks,
-            squares[0] if measure else None,
-            grad_squares if clip else None,
-            flags,
-            variants,
-            chunk,
-        )
+        sums = squares[0] if measure else None, grad_squares if clip else None
+        square_sums(tensors, addresses, chunks, *sums, flags, variants, chunk)
     launch(
         _stable_adamw_kernel,
         (chunks.shape[0],),

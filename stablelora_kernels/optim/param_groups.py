@@ -11,7 +11,7 @@ import torch
 from stablelora_kernels.optim.hyperparameters import check_patterns_match
 from stablelora_kernels.optim.sharding import check_shards
 from stablelora_kernels.optim.state import Storage
-from stablelora_kernels.pairs import LoRAPair, lora_pairs, split_lora_name
+from stablelora_kernels.pairs import LoRAPair, is_named_parameter, lora_pairs, split_lora_name
 from stablelora_kernels.utils.dtensor import is_sharded
 from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int, check_patterns
 
@@ -160,12 +160,7 @@ def _named(items: Iterable[Any]) -> list[tuple[str, torch.Tensor]]:
         if isinstance(item, LoRAPair):
             prefix = f"{item.name}." if item.name else ""
             named += [(f"{prefix}lora_A", item.A), (f"{prefix}lora_B", item.B)]
-        elif (
-            isinstance(item, tuple)
-            and len(item) == 2
-            and isinstance(item[0], str)
-            and isinstance(item[1], torch.Tensor)
-        ):
+        elif is_named_parameter(item):
             named.append(item)
         elif isinstance(item, torch.Tensor):
             raise TypeError(f"params holds a tensor of shape {list(item.shape)} without a name; {_NAMES_NEEDED}")
@@ -239,7 +234,7 @@ def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
         shown = ", ".join(repr(name) for name, _ in named[:3]) or "none"
         raise ValueError(
             f"no LoRA pair (lora_A with lora_B) among the {len(named)} trainable parameters ({shown}); "
-            "without one this would be plain AdamW; use torch.optim.AdamW"
+            "without one this would be plain AdamW, for which there is torch.optim.AdamW"
         )
     return pairs
 

@@ -247,7 +247,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                     own_layout = GradientLayout(
                         [layout.addresses[i] for i in indices], [layout.dtypes[i] for i in indices]
                     )
-            engine(own_grads, scale, inf, self.max_grad_norm, own_layout)
+            engine.step(own_grads, scale, inf, self.max_grad_norm, own_layout)
 
     def _is_state_init_step(self, grads: list[torch.Tensor | None]) -> bool:
         """Whether the first step has zero gradients and lr=0.

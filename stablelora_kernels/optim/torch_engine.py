@@ -124,7 +124,7 @@ class TorchStep:
                     self.work[i] = view
         self.mixed = len({w.dtype for w in self.work}) > 1
 
-    def __call__(
+    def step(
         self,
         grads: Sequence[torch.Tensor | None],
         grad_scale: torch.Tensor | None,

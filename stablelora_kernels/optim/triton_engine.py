@@ -164,7 +164,7 @@ class TritonStep:
             values = (row.param, row.exp_avg, row.exp_avg_sq, row.numel, row.max_exp_avg_sq, row.master)
             self.variant_of.append(2 * tables.KINDS.index(p.dtype) + (not any(map(_misaligned, values))))
 
-    def __call__(
+    def step(
         self,
         grads: Sequence[Tensor | None],
         grad_scale: Tensor | None,
@@ -172,7 +172,7 @@ class TritonStep:
         max_grad_norm: float | None,
         layout: GradientLayout | None,
     ) -> None:
-        """Take one step; arguments as :meth:`~stablelora_kernels.optim.torch_engine.TorchStep.__call__`."""
+        """Take one step; arguments as :meth:`~stablelora_kernels.optim.torch_engine.TorchStep.step`."""
         uploads = len(self.staging.captured)
         ready = grads if layout is not None and layout == self.layout else self._take_gradients(grads, layout)
         self._upload_hyper()

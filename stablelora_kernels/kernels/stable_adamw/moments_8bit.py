@@ -42,9 +42,9 @@ def encode8(y, noise, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _pointers(address, scales, start, offsets, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+def _pointers(codes, scales, start, offsets, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
     """Pointers to a chunk's codes and to its blocks' scales."""
-    code_ptrs = address.to(tl.pointer_type(tl.uint8))
+    code_ptrs = codes.to(tl.pointer_type(tl.uint8))
     if ALIGNED:
         code_ptrs = tl.multiple_of(code_ptrs, 16)
     scale_ptrs = scales.to(tl.pointer_type(tl.float32)) + start // BLOCK + tl.arange(0, CHUNK // BLOCK)
@@ -52,24 +52,22 @@ def _pointers(address, scales, start, offsets, ALIGNED: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
-def load8(
-    address, scales, start, left, offsets, mask, SIGNED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
-):
+def load8(codes, scales, start, left, offsets, mask, SIGNED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
     """Load the chunk of a moment that begins at element ``start``, as float32.
 
-    ``address`` and ``scales`` are the codes' and the scales' addresses; ``left`` is the number of elements from ``start`` on.
+    ``codes`` and ``scales`` are addresses; ``left`` is the number of elements from ``start`` on.
     """
-    code_ptrs, scale_ptrs = _pointers(address, scales, start, offsets, ALIGNED, CHUNK)
-    codes = tl.load(code_ptrs, mask=mask, other=0).to(tl.int32)
+    code_ptrs, scale_ptrs = _pointers(codes, scales, start, offsets, ALIGNED, CHUNK)
+    values = tl.load(code_ptrs, mask=mask, other=0).to(tl.int32)
     scale = tl.load(scale_ptrs, mask=tl.arange(0, CHUNK // BLOCK) * BLOCK < left, other=0.0)
-    return decode8(codes, SIGNED) * tl.reshape(tl.broadcast_to(scale[:, None], (CHUNK // BLOCK, BLOCK)), (CHUNK,))
+    return decode8(values, SIGNED) * tl.reshape(tl.broadcast_to(scale[:, None], (CHUNK // BLOCK, BLOCK)), (CHUNK,))
 
 
 @triton.jit
 def store8(
     x,
     noise,
-    address,
+    codes,
     scales,
     start,
     left,
@@ -80,12 +78,12 @@ def store8(
     CHUNK: tl.constexpr,
 ):
     """Round float32 ``x`` by uint32 ``noise`` and store it as a chunk; the other arguments are those of :func:`load8`."""
-    code_ptrs, scale_ptrs = _pointers(address, scales, start, offsets, ALIGNED, CHUNK)
+    code_ptrs, scale_ptrs = _pointers(codes, scales, start, offsets, ALIGNED, CHUNK)
     rows = tl.reshape(tl.where(mask, x, 0.0), (CHUNK // BLOCK, BLOCK))
     # rows * 0 sums to 0, or to NaN where a value is not finite: the whole block then becomes NaN.
     scale = (tl.max(tl.abs(rows), 1) + tl.sum(rows * 0.0, 1)) / 1.875
     y = rows / tl.where(scale > 0, scale, 1.0)[:, None]
     y = tl.minimum(tl.maximum(y, -1.875), 1.875)
-    codes = encode8(tl.reshape(y, (CHUNK,)), noise, SIGNED)
-    tl.store(code_ptrs, codes.to(tl.uint8), mask=mask)
+    values = encode8(tl.reshape(y, (CHUNK,)), noise, SIGNED)
+    tl.store(code_ptrs, values.to(tl.uint8), mask=mask)
     tl.store(scale_ptrs, scale, mask=tl.arange(0, CHUNK // BLOCK) * BLOCK < left)

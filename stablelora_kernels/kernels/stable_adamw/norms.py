@@ -10,40 +10,28 @@ import triton.language as tl
 
 from stablelora_kernels.kernels.stable_adamw.elementwise import element_mask, element_pointers
 from stablelora_kernels.kernels.stable_adamw.tables import (
-    ADDRESS_VARIANT,
+    ADDRESS,
     MASTER,
     N_ADDRESS_COLUMNS,
     N_TENSOR_COLUMNS,
     N_VARIANTS,
-    TENSOR_FIRST_CHUNK,
-    TENSOR_MASTER,
-    TENSOR_NUMEL,
-    TENSOR_PARAM,
+    TENSOR,
 )
 
 
 @triton.jit(do_not_specialize=["n_chunks", "n_squares"])
 def _square_sums_kernel(
-    tensors_ptr,
-    addresses_ptr,
-    chunks_ptr,
-    squares_ptr,
-    grad_squares_ptr,
-    n_chunks,
-    n_squares,
-    FLAGS: tl.constexpr,
-    VARIANTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """squares[i] = the sum of squares of the parameters' chunk i;  grad_squares[j] = the same of chunks j, j + J, ... of the
-    gradients.
+    tensors_ptr, addresses_ptr, chunks_ptr, squares_ptr, grad_squares_ptr, n_chunks, n_squares,
+    FLAGS: tl.constexpr, VARIANTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """squares[i] = the sum of squares of the parameters' chunk i;  grad_squares[j] = that of the gradients' chunks j, j + J, ...
 
     The first ``n_squares`` programs (all of the chunks or none) write squares, the other J programs write grad_squares.
     The tables and constants are those of :func:`~stablelora_kernels.kernels.stable_adamw.step._stable_adamw_kernel`.
     """
     program = tl.program_id(0)
     programs = n_squares
-    values_ptr, stride, sums_ptr = tensors_ptr + TENSOR_PARAM, N_TENSOR_COLUMNS + 0, squares_ptr
+    values_ptr, stride, sums_ptr = tensors_ptr + TENSOR.value.param, N_TENSOR_COLUMNS + 0, squares_ptr
     if program >= n_squares:
         program -= n_squares
         programs = tl.num_programs(0) - n_squares
@@ -54,12 +42,12 @@ def _square_sums_kernel(
     for chunk in range(program, n_chunks, programs):
         tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
         row = tensors_ptr + tensor * N_TENSOR_COLUMNS
-        start = (chunk - tl.load(row + TENSOR_FIRST_CHUNK)) * CHUNK
+        start = (chunk - tl.load(row + TENSOR.value.first_chunk)) * CHUNK
         value = tl.load(values_ptr + tensor * stride)
-        numel = tl.load(row + TENSOR_NUMEL)
-        variant = tl.load(addresses_ptr + N_ADDRESS_COLUMNS * tensor + ADDRESS_VARIANT)
+        numel = tl.load(row + TENSOR.value.numel)
+        variant = tl.load(addresses_ptr + N_ADDRESS_COLUMNS * tensor + ADDRESS.value.variant)
         if MASTER & FLAGS:
-            master = tl.load(row + TENSOR_MASTER)
+            master = tl.load(row + TENSOR.value.master)
             if (master != 0) & (tl.program_id(0) < n_squares):
                 value = master
                 # A master is float32.

@@ -19,22 +19,12 @@ from stablelora_kernels.kernels.stable_adamw.elementwise import (
 )
 from stablelora_kernels.kernels.stable_adamw.moments_8bit import load8, store8
 from stablelora_kernels.kernels.stable_adamw.tables import (
-    ADDRESS_VARIANT,
+    ADDRESS,
     AMSGRAD,
     CUT,
     DYNAMIC,
     EIGHT_BITS,
-    HYPER_BETA1,
-    HYPER_BETA2,
-    HYPER_EPS,
-    HYPER_LOG_BETA1,
-    HYPER_LOG_BETA2,
-    HYPER_LR_RATIO,
-    HYPER_ONE_MINUS_BETA1,
-    HYPER_ONE_MINUS_BETA2,
-    HYPER_SHRINK_RATIO,
-    HYPER_SIGN,
-    HYPER_WEIGHT_DECAY,
+    HYPER,
     LATCHING_A,
     LOW_MOMENTS,
     MASTER,
@@ -46,51 +36,16 @@ from stablelora_kernels.kernels.stable_adamw.tables import (
     NEVER,
     NEVER_LATCHING_A,
     SHARDED,
-    TENSOR_A_COUNT,
-    TENSOR_A_FIRST,
-    TENSOR_B_COUNT,
-    TENSOR_B_FIRST,
-    TENSOR_BASE,
-    TENSOR_EXP_AVG,
-    TENSOR_EXP_AVG_SCALE,
-    TENSOR_EXP_AVG_SQ,
-    TENSOR_EXP_AVG_SQ_SCALE,
-    TENSOR_FIRST_CHUNK,
-    TENSOR_M,
-    TENSOR_MASTER,
-    TENSOR_MAX_EXP_AVG_SQ,
-    TENSOR_N,
-    TENSOR_NUMEL,
-    TENSOR_PARAM,
-    TENSOR_ROLE,
-    TENSOR_SETTING,
-    TENSOR_SHARD_COLUMNS,
-    TENSOR_SHARD_PITCH,
-    WORD_LR,
-    WORD_SEED,
-    WORD_SHRINK_RATIO,
-    WORD_WEIGHT_DECAY,
+    TENSOR,
+    WORD,
 )
 
 
 @triton.jit
 def _update(
-    row,
-    grad,
-    start,
-    hyper,
-    lr,
-    decay_ptr,
-    step,
-    ratio,
-    scale,
-    key,
-    base,
-    KIND: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    FLAGS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    row, grad, start, hyper, lr, decay_ptr, step, ratio, scale, key, base,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, FLAGS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """AdamW on one chunk, A's shrink included; returns the sum of squares of the stored values.
 
     Args:
@@ -106,72 +61,54 @@ def _update(
         ALIGNED: whether every address and size is a multiple of 16.
     """
     offsets = tl.arange(0, CHUNK)
-    mask = element_mask(start, tl.load(row + TENSOR_NUMEL), offsets, ALIGNED)
-    p_ptrs = element_pointers(tl.load(row + TENSOR_PARAM), start, offsets, KIND, ALIGNED)
+    mask = element_mask(start, tl.load(row + TENSOR.value.numel), offsets, ALIGNED)
+    p_ptrs = element_pointers(tl.load(row + TENSOR.value.param), start, offsets, KIND, ALIGNED)
     # bfloat16 is kind 1.
     M_KIND: tl.constexpr = 1 if LOW_MOMENTS & FLAGS else 0
-    m_ptrs = element_pointers(tl.load(row + TENSOR_EXP_AVG), start, offsets, M_KIND, ALIGNED)
-    v_ptrs = element_pointers(tl.load(row + TENSOR_EXP_AVG_SQ), start, offsets, M_KIND, ALIGNED)
+    m_ptrs = element_pointers(tl.load(row + TENSOR.value.exp_avg), start, offsets, M_KIND, ALIGNED)
+    v_ptrs = element_pointers(tl.load(row + TENSOR.value.exp_avg_sq), start, offsets, M_KIND, ALIGNED)
     g = tl.load(element_pointers(grad, start, offsets, KIND, ALIGNED), mask=mask, other=0.0).to(tl.float32)
     from_ptrs = p_ptrs
     if MASTER & FLAGS:
         if KIND != 0:
-            from_ptrs = element_pointers(tl.load(row + TENSOR_MASTER), start, offsets, 0, ALIGNED)
+            from_ptrs = element_pointers(tl.load(row + TENSOR.value.master), start, offsets, 0, ALIGNED)
     p = tl.load(from_ptrs, mask=mask, other=0.0).to(tl.float32)
     if EIGHT_BITS & FLAGS:
-        left = tl.load(row + TENSOR_NUMEL) - start
-        m = load8(
-            address=tl.load(row + TENSOR_EXP_AVG),
-            scales=tl.load(row + TENSOR_EXP_AVG_SCALE),
-            start=start,
-            left=left,
-            offsets=offsets,
-            mask=mask,
-            SIGNED=True,
-            ALIGNED=ALIGNED,
-            CHUNK=CHUNK,
-        )
-        v = load8(
-            address=tl.load(row + TENSOR_EXP_AVG_SQ),
-            scales=tl.load(row + TENSOR_EXP_AVG_SQ_SCALE),
-            start=start,
-            left=left,
-            offsets=offsets,
-            mask=mask,
-            SIGNED=False,
-            ALIGNED=ALIGNED,
-            CHUNK=CHUNK,
-        )
+        left = tl.load(row + TENSOR.value.numel) - start
+        codes, scales = tl.load(row + TENSOR.value.exp_avg), tl.load(row + TENSOR.value.exp_avg_scale)
+        m = load8(codes, scales, start, left, offsets, mask, SIGNED=True, ALIGNED=ALIGNED, CHUNK=CHUNK)
+        codes, scales = tl.load(row + TENSOR.value.exp_avg_sq), tl.load(row + TENSOR.value.exp_avg_sq_scale)
+        v = load8(codes, scales, start, left, offsets, mask, SIGNED=False, ALIGNED=ALIGNED, CHUNK=CHUNK)
     else:
         m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
 
     g *= scale
-    m = tl.load(hyper + HYPER_BETA1) * m + tl.load(hyper + HYPER_ONE_MINUS_BETA1) * g
-    v = tl.load(hyper + HYPER_BETA2) * v + tl.load(hyper + HYPER_ONE_MINUS_BETA2) * g * g
+    m = tl.load(hyper + HYPER.value.beta1) * m + tl.load(hyper + HYPER.value.one_minus_beta1) * g
+    v = tl.load(hyper + HYPER.value.beta2) * v + tl.load(hyper + HYPER.value.one_minus_beta2) * g * g
     # (1 - ratio)(1 - lr wd) p as a small difference from p: the product of two roundings near one would drift.
     decay = lr * tl.load(decay_ptr)
     p -= (ratio + decay - ratio * decay) * p
-    size = lr / one_minus_exp(step * tl.load(hyper + HYPER_LOG_BETA1))
-    root = tl.sqrt(one_minus_exp(step * tl.load(hyper + HYPER_LOG_BETA2)))
+    size = lr / one_minus_exp(step * tl.load(hyper + HYPER.value.log_beta1))
+    root = tl.sqrt(one_minus_exp(step * tl.load(hyper + HYPER.value.log_beta2)))
     largest = v
     if AMSGRAD & FLAGS:
-        address = tl.load(row + TENSOR_MAX_EXP_AVG_SQ)
+        address = tl.load(row + TENSOR.value.max_exp_avg_sq)
         if address != 0:
             x_ptrs = element_pointers(address, start, offsets, 0, ALIGNED)
             largest = tl.maximum(tl.load(x_ptrs, mask=mask, other=0.0), v, propagate_nan=tl.PropagateNan.ALL)
             tl.store(x_ptrs, largest, mask=mask)
-    p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + HYPER_EPS))
+    p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + HYPER.value.eps))
     if KIND != 0 or (LOW_MOMENTS | EIGHT_BITS) & FLAGS:
         # Indices are modulo 2^32. Add the scalars first, so that only the sum is a vector of int64.
         index = (base + start + offsets).to(tl.uint32)
         if CUT & FLAGS:
-            columns = tl.load(row + TENSOR_SHARD_COLUMNS).to(tl.uint32)
+            columns = tl.load(row + TENSOR.value.shard_columns).to(tl.uint32)
             if columns != 0:
                 own = start.to(tl.uint32) + offsets.to(tl.uint32)
                 index = (
                     base.to(tl.uint32)
-                    + own // columns * tl.load(row + TENSOR_SHARD_PITCH).to(tl.uint32)
+                    + own // columns * tl.load(row + TENSOR.value.shard_pitch).to(tl.uint32)
                     + own % columns
                 )
         noise = mix(index ^ key)
@@ -189,33 +126,11 @@ def _update(
         tl.store(p_ptrs, p.to(p_ptrs.dtype.element_ty), mask=mask)
     if EIGHT_BITS & FLAGS:
         word = mix(noise + 0x9E3779B9)
-        store8(
-            x=m,
-            noise=word,
-            address=tl.load(row + TENSOR_EXP_AVG),
-            scales=tl.load(row + TENSOR_EXP_AVG_SCALE),
-            start=start,
-            left=left,
-            offsets=offsets,
-            mask=mask,
-            SIGNED=True,
-            ALIGNED=ALIGNED,
-            CHUNK=CHUNK,
-        )
+        codes, scales = tl.load(row + TENSOR.value.exp_avg), tl.load(row + TENSOR.value.exp_avg_scale)
+        store8(m, word, codes, scales, start, left, offsets, mask, SIGNED=True, ALIGNED=ALIGNED, CHUNK=CHUNK)
         word = mix(word + 0x9E3779B9)
-        store8(
-            x=v,
-            noise=word,
-            address=tl.load(row + TENSOR_EXP_AVG_SQ),
-            scales=tl.load(row + TENSOR_EXP_AVG_SQ_SCALE),
-            start=start,
-            left=left,
-            offsets=offsets,
-            mask=mask,
-            SIGNED=False,
-            ALIGNED=ALIGNED,
-            CHUNK=CHUNK,
-        )
+        codes, scales = tl.load(row + TENSOR.value.exp_avg_sq), tl.load(row + TENSOR.value.exp_avg_sq_scale)
+        store8(v, word, codes, scales, start, left, offsets, mask, SIGNED=False, ALIGNED=ALIGNED, CHUNK=CHUNK)
     else:
         tl.store(m_ptrs, m.to(m_ptrs.dtype.element_ty), mask=mask)
         tl.store(v_ptrs, v.to(v_ptrs.dtype.element_ty), mask=mask)
@@ -224,30 +139,12 @@ def _update(
 
 @triton.jit(do_not_specialize=["n_chunks", "n_grad_squares", "max_grad_norm"])
 def _stable_adamw_kernel(
-    tensors_ptr,
-    addresses_ptr,
-    chunks_ptr,
-    hyper_ptr,
-    words_ptr,
-    steps_ptr,
-    turns_ptr,
-    latched_ptr,
-    squares_ptr,
-    skipped_ptr,
-    grad_scale_ptr,
-    found_inf_ptr,
-    grad_squares_ptr,
-    n_chunks,
-    n_grad_squares,
-    max_grad_norm,
-    HAS_SCALE: tl.constexpr,
-    HAS_INF: tl.constexpr,
-    CLIP: tl.constexpr,
-    FLAGS: tl.constexpr,
-    VARIANTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    GRAD_SUMS: tl.constexpr,
-):
+    tensors_ptr, addresses_ptr, chunks_ptr, hyper_ptr, words_ptr,
+    steps_ptr, turns_ptr, latched_ptr, squares_ptr, skipped_ptr, grad_scale_ptr, found_inf_ptr, grad_squares_ptr,
+    n_chunks, n_grad_squares, max_grad_norm,
+    HAS_SCALE: tl.constexpr, HAS_INF: tl.constexpr, CLIP: tl.constexpr,
+    FLAGS: tl.constexpr, VARIANTS: tl.constexpr, CHUNK: tl.constexpr, GRAD_SUMS: tl.constexpr,
+):  # fmt: skip
     """A <- (1 - lambda) A unless latched, then AdamW, for every parameter; one program a chunk of CHUNK elements.
 
     Every counter exists once a chunk, so no program reads what another writes in the same launch. All chunks of A reach the
@@ -285,10 +182,10 @@ def _stable_adamw_kernel(
             return
     tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
     row = tensors_ptr + tensor * N_TENSOR_COLUMNS
-    start = (chunk - tl.load(row + TENSOR_FIRST_CHUNK)) * CHUNK
+    start = (chunk - tl.load(row + TENSOR.value.first_chunk)) * CHUNK
     # The row's first column is the gradient's address.
     grad = tl.load(addresses_ptr + N_ADDRESS_COLUMNS * tensor)
-    variant = tl.load(addresses_ptr + N_ADDRESS_COLUMNS * tensor + ADDRESS_VARIANT)
+    variant = tl.load(addresses_ptr + N_ADDRESS_COLUMNS * tensor + ADDRESS.value.variant)
     turn = tl.load(turns_ptr + chunk).to(tl.int32)
     tl.store(turns_ptr + chunk, 1 - turn)
     before_ptr = squares_ptr + turn * n_chunks
@@ -297,69 +194,61 @@ def _stable_adamw_kernel(
     if grad == 0:
         tl.store(after_ptr + chunk, tl.load(before_ptr + chunk))
     else:
-        setting = tl.load(row + TENSOR_SETTING)
+        setting = tl.load(row + TENSOR.value.setting)
         hyper = hyper_ptr + setting * N_HYPER_COLUMNS
         step = tl.load(steps_ptr + chunk) + 1
         tl.store(steps_ptr + chunk, step)
         # The latch rule: A shrinks while ||A||_F / n > ||B||_F / m, then latches for good.
         ratio = tl.full((), 0.0, tl.float32)
-        role = tl.load(row + TENSOR_ROLE)
+        role = tl.load(row + TENSOR.value.role)
         is_a = role == LATCHING_A
         if NEVER & FLAGS:
             is_a = is_a | (role == NEVER_LATCHING_A)
         if is_a:
             if tl.load(latched_ptr + chunk) == 0:
                 if SHARDED & FLAGS:
-                    a = tl.load(tl.load(row + TENSOR_A_FIRST).to(tl.pointer_type(tl.float32)))
-                    b = tl.load(tl.load(row + TENSOR_B_FIRST).to(tl.pointer_type(tl.float32)))
+                    a = tl.load(tl.load(row + TENSOR.value.a_first).to(tl.pointer_type(tl.float32)))
+                    b = tl.load(tl.load(row + TENSOR.value.b_first).to(tl.pointer_type(tl.float32)))
                 else:
-                    a = span_sum(before_ptr, tl.load(row + TENSOR_A_FIRST), tl.load(row + TENSOR_A_COUNT), 64)
-                    b = span_sum(before_ptr, tl.load(row + TENSOR_B_FIRST), tl.load(row + TENSOR_B_COUNT), 64)
+                    a = span_sum(
+                        before_ptr, tl.load(row + TENSOR.value.a_first), tl.load(row + TENSOR.value.a_count), 64
+                    )
+                    b = span_sum(
+                        before_ptr, tl.load(row + TENSOR.value.b_first), tl.load(row + TENSOR.value.b_count), 64
+                    )
                 # A sum that is not finite compares false: such a pair neither shrinks nor latches.
                 if (a < float("inf")) & (b < float("inf")):
-                    shrinks = tl.sqrt(a) / tl.load(row + TENSOR_N) > tl.sqrt(b) / tl.load(row + TENSOR_M)
+                    shrinks = tl.sqrt(a) / tl.load(row + TENSOR.value.n) > tl.sqrt(b) / tl.load(row + TENSOR.value.m)
                     if NEVER & FLAGS:
                         shrinks = shrinks | (role == NEVER_LATCHING_A)
                     if shrinks:
-                        ratio_ptr = hyper + HYPER_SHRINK_RATIO
+                        ratio_ptr = hyper + HYPER.value.shrink_ratio
                         if DYNAMIC & FLAGS:
-                            ratio_word = words_ptr + setting * N_WORD_COLUMNS + WORD_SHRINK_RATIO
+                            ratio_word = words_ptr + setting * N_WORD_COLUMNS + WORD.value.shrink_ratio
                             ratio_ptr = tl.load(ratio_word).to(tl.pointer_type(tl.float32))
                         ratio = tl.load(ratio_ptr)
                     else:
                         tl.store(latched_ptr + chunk, step.to(tl.int32))
-        scale = tl.load(hyper + HYPER_SIGN)
+        scale = tl.load(hyper + HYPER.value.sign)
         if HAS_SCALE:
             scale /= tl.load(grad_scale_ptr)
         if CLIP:
             scale *= tl.minimum(max_grad_norm / (total + 1e-6), 1.0)
         words = words_ptr + setting * N_WORD_COLUMNS
-        lr = tl.load(tl.load(words + WORD_LR).to(tl.pointer_type(tl.float32)))
-        decay_ptr = hyper + HYPER_WEIGHT_DECAY
+        lr = tl.load(tl.load(words + WORD.value.lr).to(tl.pointer_type(tl.float32)))
+        decay_ptr = hyper + HYPER.value.weight_decay
         if DYNAMIC & FLAGS:
-            lr *= tl.load(hyper + HYPER_LR_RATIO)
-            decay_ptr = tl.load(words + WORD_WEIGHT_DECAY).to(tl.pointer_type(tl.float32))
-        key = mix(step.to(tl.uint32) + tl.load(words + WORD_SEED).to(tl.uint32))
-        base = tl.load(row + TENSOR_BASE)
+            lr *= tl.load(hyper + HYPER.value.lr_ratio)
+            decay_ptr = tl.load(words + WORD.value.weight_decay).to(tl.pointer_type(tl.float32))
+        key = mix(step.to(tl.uint32) + tl.load(words + WORD.value.seed).to(tl.uint32))
+        base = tl.load(row + TENSOR.value.base)
         square = tl.full((), 0.0, tl.float32)
         for code in tl.static_range(N_VARIANTS):
             if (VARIANTS >> code) & 1:
                 if variant == code:
                     square = _update(
-                        row=row,
-                        grad=grad,
-                        start=start,
-                        hyper=hyper,
-                        lr=lr,
-                        decay_ptr=decay_ptr,
-                        step=step,
-                        ratio=ratio,
-                        scale=scale,
-                        key=key,
-                        base=base,
-                        KIND=code // 2,
-                        ALIGNED=code % 2 == 1,
-                        FLAGS=FLAGS,
-                        CHUNK=CHUNK,
-                    )
+                        row=row, grad=grad, start=start, hyper=hyper, lr=lr, decay_ptr=decay_ptr, step=step,
+                        ratio=ratio, scale=scale, key=key, base=base,
+                        KIND=code // 2, ALIGNED=code % 2 == 1, FLAGS=FLAGS, CHUNK=CHUNK,
+                    )  # fmt: skip
         tl.store(after_ptr + chunk, square)

@@ -1,8 +1,7 @@
 """The optimizer kernels' tables: rows, column offsets, codes and flags.
 
-The host builds each row as a :class:`TensorRow`, :class:`HyperRow` or :class:`WordRow`. A kernel reads a column at the row's
-address plus the column's offset, named below. Kernels import these names one by one: Triton's cache key covers globals that a
-kernel names, but not attributes of a module.
+The host builds each row as one of the named tuples below. A kernel reads a column at the row's address plus the column's
+offset. Kernels import the names that they use, not this module: Triton's cache key covers globals, not a module's attributes.
 """
 
 from __future__ import annotations
@@ -82,53 +81,25 @@ class WordRow(NamedTuple):
     shrink_ratio: int
 
 
-# The fourth table, int64: the address of each parameter's gradient, 0 for none, and the variant of the code for its chunks.
-ADDRESS_COLUMNS = ("grad", "variant")
+class AddressRow(NamedTuple):
+    """The gradient of one parameter, int64: its address, 0 for none, and the variant of the code for the parameter's chunks."""
+
+    grad: int
+    variant: int
+
+
 TENSOR_COLUMNS, HYPER_COLUMNS, WORD_COLUMNS = TensorRow._fields, HyperRow._fields, WordRow._fields
+ADDRESS_COLUMNS = AddressRow._fields
 N_TENSOR_COLUMNS = tl.constexpr(len(TENSOR_COLUMNS))
 N_HYPER_COLUMNS = tl.constexpr(len(HYPER_COLUMNS))
 N_WORD_COLUMNS = tl.constexpr(len(WORD_COLUMNS))
 N_ADDRESS_COLUMNS = tl.constexpr(len(ADDRESS_COLUMNS))
-
-TENSOR_PARAM = tl.constexpr(TENSOR_COLUMNS.index("param"))
-TENSOR_EXP_AVG = tl.constexpr(TENSOR_COLUMNS.index("exp_avg"))
-TENSOR_EXP_AVG_SQ = tl.constexpr(TENSOR_COLUMNS.index("exp_avg_sq"))
-TENSOR_NUMEL = tl.constexpr(TENSOR_COLUMNS.index("numel"))
-TENSOR_SETTING = tl.constexpr(TENSOR_COLUMNS.index("setting"))
-TENSOR_ROLE = tl.constexpr(TENSOR_COLUMNS.index("role"))
-TENSOR_BASE = tl.constexpr(TENSOR_COLUMNS.index("base"))
-TENSOR_A_FIRST = tl.constexpr(TENSOR_COLUMNS.index("a_first"))
-TENSOR_A_COUNT = tl.constexpr(TENSOR_COLUMNS.index("a_count"))
-TENSOR_B_FIRST = tl.constexpr(TENSOR_COLUMNS.index("b_first"))
-TENSOR_B_COUNT = tl.constexpr(TENSOR_COLUMNS.index("b_count"))
-TENSOR_N = tl.constexpr(TENSOR_COLUMNS.index("n"))
-TENSOR_M = tl.constexpr(TENSOR_COLUMNS.index("m"))
-TENSOR_MAX_EXP_AVG_SQ = tl.constexpr(TENSOR_COLUMNS.index("max_exp_avg_sq"))
-TENSOR_MASTER = tl.constexpr(TENSOR_COLUMNS.index("master"))
-TENSOR_EXP_AVG_SCALE = tl.constexpr(TENSOR_COLUMNS.index("exp_avg_scale"))
-TENSOR_EXP_AVG_SQ_SCALE = tl.constexpr(TENSOR_COLUMNS.index("exp_avg_sq_scale"))
-TENSOR_SHARD_COLUMNS = tl.constexpr(TENSOR_COLUMNS.index("shard_columns"))
-TENSOR_SHARD_PITCH = tl.constexpr(TENSOR_COLUMNS.index("shard_pitch"))
-TENSOR_FIRST_CHUNK = tl.constexpr(TENSOR_COLUMNS.index("first_chunk"))
-
-HYPER_BETA1 = tl.constexpr(HYPER_COLUMNS.index("beta1"))
-HYPER_ONE_MINUS_BETA1 = tl.constexpr(HYPER_COLUMNS.index("one_minus_beta1"))
-HYPER_BETA2 = tl.constexpr(HYPER_COLUMNS.index("beta2"))
-HYPER_ONE_MINUS_BETA2 = tl.constexpr(HYPER_COLUMNS.index("one_minus_beta2"))
-HYPER_EPS = tl.constexpr(HYPER_COLUMNS.index("eps"))
-HYPER_WEIGHT_DECAY = tl.constexpr(HYPER_COLUMNS.index("weight_decay"))
-HYPER_SHRINK_RATIO = tl.constexpr(HYPER_COLUMNS.index("shrink_ratio"))
-HYPER_SIGN = tl.constexpr(HYPER_COLUMNS.index("sign"))
-HYPER_LOG_BETA1 = tl.constexpr(HYPER_COLUMNS.index("log_beta1"))
-HYPER_LOG_BETA2 = tl.constexpr(HYPER_COLUMNS.index("log_beta2"))
-HYPER_LR_RATIO = tl.constexpr(HYPER_COLUMNS.index("lr_ratio"))
-
-WORD_LR = tl.constexpr(WORD_COLUMNS.index("lr"))
-WORD_SEED = tl.constexpr(WORD_COLUMNS.index("seed"))
-WORD_WEIGHT_DECAY = tl.constexpr(WORD_COLUMNS.index("weight_decay"))
-WORD_SHRINK_RATIO = tl.constexpr(WORD_COLUMNS.index("shrink_ratio"))
-
-ADDRESS_VARIANT = tl.constexpr(ADDRESS_COLUMNS.index("variant"))
+# Column offsets: a kernel reads ``row + TENSOR.value.numel``. Only the compiler, not the interpreter, unwraps a constexpr,
+# hence ``.value``.
+TENSOR = tl.constexpr(TensorRow(*range(len(TENSOR_COLUMNS))))
+HYPER = tl.constexpr(HyperRow(*range(len(HYPER_COLUMNS))))
+WORD = tl.constexpr(WordRow(*range(len(WORD_COLUMNS))))
+ADDRESS = tl.constexpr(AddressRow(*range(len(ADDRESS_COLUMNS))))
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 # Variants of a chunk's code: twice the kind, plus one where every address and size is a multiple of 16.
