@@ -86,7 +86,7 @@ class TritonStep:
         self.fixed_flags |= tables.FLAG_SHARDED * self.sharded
         self.fixed_flags |= tables.FLAG_CUT * any(member.shard.columns for member in members)
         capturable = any(setting["capturable"] for setting in settings)
-        setting_bytes = max(4 * len(tables.HYPER_COLUMNS), 8 * len(tables.WORD_COLUMNS))
+        setting_bytes = max(4 * len(tables.HyperRow._fields), 8 * len(tables.WordRow._fields))
         size = max(16 * len(members), setting_bytes * len(settings))
         self.staging = graph_capture.Staging(self.device, size, capturable)
         # Members whose versions tell that someone else wrote to them. Versions only rise, so their sum tells it too.
@@ -290,12 +290,11 @@ class TritonStep:
         self.hyper = self.staging.upload(rows, torch.float32)
         # The table of words holds the addresses of these.
         self.hyper_values = values
-        words = []
+        words, hyper_columns = [], tables.HyperRow._fields
         for i, (setting, row) in enumerate(zip(self.settings, values, strict=True)):
+            own = self.hyper[i].data_ptr()
             address = {
-                name: (
-                    value if isinstance(value, Tensor) else self.hyper[i, tables.HYPER_COLUMNS.index(name)]
-                ).data_ptr()
+                name: value.data_ptr() if isinstance(value, Tensor) else own + 4 * hyper_columns.index(name)
                 for name, value in zip(_TENSOR_HYPERPARAMETERS, row, strict=True)
             }
             words.append(tables.WordRow(seed=seed_word(setting["seed"]), **address))

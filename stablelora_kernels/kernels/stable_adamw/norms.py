@@ -12,8 +12,6 @@ from stablelora_kernels.kernels.stable_adamw.elementwise import element_mask, el
 from stablelora_kernels.kernels.stable_adamw.tables import (
     ADDRESS,
     MASTER,
-    N_ADDRESS_COLUMNS,
-    N_TENSOR_COLUMNS,
     N_VARIANTS,
     TENSOR,
 )
@@ -31,21 +29,21 @@ def _square_sums_kernel(
     """
     program = tl.program_id(0)
     programs = n_squares
-    values_ptr, stride, sums_ptr = tensors_ptr + TENSOR.value.param, N_TENSOR_COLUMNS + 0, squares_ptr
+    values_ptr, stride, sums_ptr = tensors_ptr + TENSOR.value.param, len(TENSOR.value), squares_ptr
     if program >= n_squares:
         program -= n_squares
         programs = tl.num_programs(0) - n_squares
         # The first column is the gradient's address.
-        values_ptr, stride, sums_ptr = addresses_ptr, N_ADDRESS_COLUMNS + 0, grad_squares_ptr
+        values_ptr, stride, sums_ptr = addresses_ptr, len(ADDRESS.value), grad_squares_ptr
     offsets = tl.arange(0, CHUNK)
     total = tl.full((), 0.0, tl.float32)
     for chunk in range(program, n_chunks, programs):
         tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
-        row = tensors_ptr + tensor * N_TENSOR_COLUMNS
+        row = tensors_ptr + tensor * len(TENSOR.value)
         start = (chunk - tl.load(row + TENSOR.value.first_chunk)) * CHUNK
         value = tl.load(values_ptr + tensor * stride)
         numel = tl.load(row + TENSOR.value.numel)
-        variant = tl.load(addresses_ptr + N_ADDRESS_COLUMNS * tensor + ADDRESS.value.variant)
+        variant = tl.load(addresses_ptr + len(ADDRESS.value) * tensor + ADDRESS.value.variant)
         if MASTER & FLAGS:
             master = tl.load(row + TENSOR.value.master)
             if (master != 0) & (tl.program_id(0) < n_squares):

@@ -28,11 +28,7 @@ from stablelora_kernels.kernels.stable_adamw.tables import (
     LATCHING_A,
     LOW_MOMENTS,
     MASTER,
-    N_ADDRESS_COLUMNS,
-    N_HYPER_COLUMNS,
-    N_TENSOR_COLUMNS,
     N_VARIANTS,
-    N_WORD_COLUMNS,
     NEVER,
     NEVER_LATCHING_A,
     SHARDED,
@@ -181,11 +177,11 @@ def _stable_adamw_kernel(
                 tl.store(skipped_ptr, tl.load(skipped_ptr) + 1)
             return
     tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
-    row = tensors_ptr + tensor * N_TENSOR_COLUMNS
+    row = tensors_ptr + tensor * len(TENSOR.value)
     start = (chunk - tl.load(row + TENSOR.value.first_chunk)) * CHUNK
     # The row's first column is the gradient's address.
-    grad = tl.load(addresses_ptr + N_ADDRESS_COLUMNS * tensor)
-    variant = tl.load(addresses_ptr + N_ADDRESS_COLUMNS * tensor + ADDRESS.value.variant)
+    grad = tl.load(addresses_ptr + len(ADDRESS.value) * tensor)
+    variant = tl.load(addresses_ptr + len(ADDRESS.value) * tensor + ADDRESS.value.variant)
     turn = tl.load(turns_ptr + chunk).to(tl.int32)
     tl.store(turns_ptr + chunk, 1 - turn)
     before_ptr = squares_ptr + turn * n_chunks
@@ -195,7 +191,7 @@ def _stable_adamw_kernel(
         tl.store(after_ptr + chunk, tl.load(before_ptr + chunk))
     else:
         setting = tl.load(row + TENSOR.value.setting)
-        hyper = hyper_ptr + setting * N_HYPER_COLUMNS
+        hyper = hyper_ptr + setting * len(HYPER.value)
         step = tl.load(steps_ptr + chunk) + 1
         tl.store(steps_ptr + chunk, step)
         # The latch rule: A shrinks while ||A||_F / n > ||B||_F / m, then latches for good.
@@ -224,7 +220,7 @@ def _stable_adamw_kernel(
                     if shrinks:
                         ratio_ptr = hyper + HYPER.value.shrink_ratio
                         if DYNAMIC & FLAGS:
-                            ratio_word = words_ptr + setting * N_WORD_COLUMNS + WORD.value.shrink_ratio
+                            ratio_word = words_ptr + setting * len(WORD.value) + WORD.value.shrink_ratio
                             ratio_ptr = tl.load(ratio_word).to(tl.pointer_type(tl.float32))
                         ratio = tl.load(ratio_ptr)
                     else:
@@ -234,7 +230,7 @@ def _stable_adamw_kernel(
             scale /= tl.load(grad_scale_ptr)
         if CLIP:
             scale *= tl.minimum(max_grad_norm / (total + 1e-6), 1.0)
-        words = words_ptr + setting * N_WORD_COLUMNS
+        words = words_ptr + setting * len(WORD.value)
         lr = tl.load(tl.load(words + WORD.value.lr).to(tl.pointer_type(tl.float32)))
         decay_ptr = hyper + HYPER.value.weight_decay
         if DYNAMIC & FLAGS:

@@ -88,18 +88,12 @@ class AddressRow(NamedTuple):
     variant: int
 
 
-TENSOR_COLUMNS, HYPER_COLUMNS, WORD_COLUMNS = TensorRow._fields, HyperRow._fields, WordRow._fields
-ADDRESS_COLUMNS = AddressRow._fields
-N_TENSOR_COLUMNS = tl.constexpr(len(TENSOR_COLUMNS))
-N_HYPER_COLUMNS = tl.constexpr(len(HYPER_COLUMNS))
-N_WORD_COLUMNS = tl.constexpr(len(WORD_COLUMNS))
-N_ADDRESS_COLUMNS = tl.constexpr(len(ADDRESS_COLUMNS))
 # Column offsets: a kernel reads ``row + TENSOR.value.numel``. Only the compiler, not the interpreter, unwraps a constexpr,
 # hence ``.value``.
-TENSOR = tl.constexpr(TensorRow(*range(len(TENSOR_COLUMNS))))
-HYPER = tl.constexpr(HyperRow(*range(len(HYPER_COLUMNS))))
-WORD = tl.constexpr(WordRow(*range(len(WORD_COLUMNS))))
-ADDRESS = tl.constexpr(AddressRow(*range(len(ADDRESS_COLUMNS))))
+TENSOR = tl.constexpr(TensorRow(*range(len(TensorRow._fields))))
+HYPER = tl.constexpr(HyperRow(*range(len(HyperRow._fields))))
+WORD = tl.constexpr(WordRow(*range(len(WordRow._fields))))
+ADDRESS = tl.constexpr(AddressRow(*range(len(AddressRow._fields))))
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 # Variants of a chunk's code: twice the kind, plus one where every address and size is a multiple of 16.
