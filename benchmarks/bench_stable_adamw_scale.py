@@ -128,7 +128,7 @@ def memory_of(count: int, r: int, width: int) -> dict[str, Any]:
     }
     tensors = {
         value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-        for value in [*vars(engine).values(), engine.unlatched.places]
+        for value in [*vars(engine).values(), engine.latch_monitor.indices]
         if isinstance(value, torch.Tensor) and value.numel() and value.data_ptr() not in theirs
     }
     parameters = sum(p.nbytes for p in halves(pairs))

@@ -1,4 +1,4 @@
-"""``LoRAConfig``: which layers get a LoRA branch, and what kind. The field names and their meaning are PEFT's."""
+"""``LoRAConfig``: which layers get a LoRA branch, and of which kind. Fields have PEFT's names and meaning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stablelora_kernels.utils.validation import check_float, check_int
+from stablelora_kernels.utils.validation import (
+    check_bool,
+    check_choice,
+    check_float,
+    check_int,
+    check_patterns,
+    check_regex,
+)
 
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
@@ -15,29 +22,32 @@ BIASES = ("none", "all", "lora_only")
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """What :func:`~stablelora_kernels.apply_lora` does to a model. Fields, and how they match names, are PEFT's.
+    """The settings of :func:`~stablelora_kernels.apply_lora`. Fields have PEFT's names and match module names as PEFT's do.
 
     Args:
         r: rank, at least 1.
         lora_alpha: the branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
         lora_dropout: probability of dropping an element of the branch's input, in [0, 1).
-        target_modules: a list of names, each meant as a module's whole dotted name or the end of it after a dot; or
-            "all-linear", every ``nn.Linear`` but the output head; or any other string, a regular expression for the
-            whole dotted name. It has to be given: PEFT's table of defaults per architecture is not carried over.
-        exclude_modules: names or a regular expression, as above, of modules to leave alone.
+        target_modules: required, since PEFT's defaults per architecture are not carried over. One of:
+
+            - a list of names; each matches a module's whole dotted name or its end after a dot;
+            - "all-linear": every ``nn.Linear`` but the output head;
+            - any other string: a regular expression for the whole dotted name.
+        exclude_modules: names or a regular expression, as above, of modules to leave unchanged.
         use_rslora: rank-stabilized scaling.
         init_lora_weights: True, False or "gaussian", see :class:`~stablelora_kernels.LoRALinear`.
-        rank_pattern: a rank of its own for some layers. A key is a regular expression for the whole dotted name or the end
-            of it after a dot; the first that matches counts.
-        alpha_pattern: likewise an alpha.
-        bias: which biases are trained and saved as well: "none", "all" of the model's, or "lora_only", those of the
-            layers that have a branch.
+        rank_pattern: ranks of some layers. A key is a regular expression for the whole dotted name or its end after a dot; the
+            first key that matches counts.
+        alpha_pattern: alphas of some layers, likewise.
+        bias: which biases are also trained and saved: "none", "all" of the model's, or "lora_only", those of layers with a
+            branch.
         modules_to_save: ends of names of modules that are trained whole and saved with the adapter.
-        fan_in_fan_out: whether weights are stored as [in, out], as transformers' ``Conv1D`` does. As in PEFT a layer's own kind
-            decides, and the report says where that is not what was given here.
+        fan_in_fan_out: whether weights are stored as [in, out], as in transformers' ``Conv1D``. As in PEFT the layer's type
+            decides; the report names layers whose type contradicts this field.
 
     Raises:
-        ValueError, TypeError: a field out of range or of the wrong kind, naming it and its value.
+        ValueError: a field is out of range.
+        TypeError: a field has the wrong type.
     """
 
     r: int = 8
@@ -57,25 +67,24 @@ class LoRAConfig:
         check_int("r", self.r, minimum=1)
         check_float("lora_alpha", self.lora_alpha)
         check_float("lora_dropout", self.lora_dropout, low=0.0, high=1.0)
-        _check_bool("use_rslora", self.use_rslora)
-        _check_bool("fan_in_fan_out", self.fan_in_fan_out)
+        check_bool("use_rslora", self.use_rslora)
+        check_bool("fan_in_fan_out", self.fan_in_fan_out)
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
             raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}")
-        if self.bias not in BIASES:
-            raise ValueError(f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}")
+        check_choice("bias", self.bias, BIASES)
         if self.target_modules is None:
             raise ValueError("target_modules must be a list of names, 'all-linear' or a regular expression, got None")
         if self.modules_to_save is not None and isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save must be a list of names or None, got the string {self.modules_to_save!r}")
-        # Copies, so that a caller's list that changes later does not change what was checked.
+        # Copy, so that a list that its owner changes later stays as it was checked.
         set_field = object.__setattr__
         set_field(self, "target_modules", _check_names("target_modules", self.target_modules))
         set_field(self, "exclude_modules", _check_names("exclude_modules", self.exclude_modules) or None)
         set_field(self, "modules_to_save", _check_names("modules_to_save", self.modules_to_save) or None)
         if not self.target_modules:
             raise ValueError(f"target_modules must name at least one module, got {self.target_modules!r}")
-        set_field(self, "rank_pattern", _check_pattern("rank_pattern", self.rank_pattern))
-        set_field(self, "alpha_pattern", _check_pattern("alpha_pattern", self.alpha_pattern))
+        set_field(self, "rank_pattern", check_patterns("rank_pattern", self.rank_pattern))
+        set_field(self, "alpha_pattern", check_patterns("alpha_pattern", self.alpha_pattern))
         for key, rank in self.rank_pattern.items():
             check_int(f"rank_pattern[{key!r}]", rank, minimum=1)
         for key, alpha in self.alpha_pattern.items():
@@ -83,7 +92,7 @@ class LoRAConfig:
 
     @property
     def all_linear(self) -> bool:
-        """Whether ``target_modules`` is "all-linear", in any case."""
+        """Whether ``target_modules`` is "all-linear", upper or lower case."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
 
     def targets(self, name: str) -> bool:
@@ -91,7 +100,7 @@ class LoRAConfig:
         return self.all_linear or _matches(self.target_modules, name)
 
     def reason_to_exclude(self, name: str) -> str | None:
-        """Why a module that ``target_modules`` matches is left alone, or None."""
+        """Why a module that ``target_modules`` matches is left unchanged, or None."""
         if self.exclude_modules and _matches(self.exclude_modules, name):
             return "exclude_modules matches it"
         parents = name.split(".")
@@ -100,20 +109,20 @@ class LoRAConfig:
         return None
 
     def saves(self, name: str) -> bool:
-        """Whether ``modules_to_save`` names this module. As in PEFT "head" names "lm_head" too: no dot is needed."""
+        """Whether ``modules_to_save`` names this module. As in PEFT, "head" also names "lm_head": no dot is needed."""
         return any(name.endswith(end) for end in self.modules_to_save or ())
 
     def rank_of(self, name: str) -> int:
-        """The rank of a layer, by its dotted name: ``rank_pattern``'s or ``r``."""
+        """The rank of the layer of this dotted name: from ``rank_pattern``, else ``r``."""
         return lookup_pattern(self.rank_pattern, name, self.r)
 
     def alpha_of(self, name: str) -> float:
-        """The alpha of a layer, by its dotted name: ``alpha_pattern``'s or ``lora_alpha``."""
+        """The alpha of the layer of this dotted name: from ``alpha_pattern``, else ``lora_alpha``."""
         return lookup_pattern(self.alpha_pattern, name, self.lora_alpha)
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches a dotted name; "^" pins it to the name's start."""
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches a dotted name; "^" anchors it to the name's start."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
@@ -128,37 +137,14 @@ def _matches(names: list[str] | str | None, name: str) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in names or ())
 
 
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def _check_regex(name: str, value: str) -> None:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{name} must be a regular expression, got {value!r}: {error}") from None
-
-
 def _check_names(name: str, value: Any) -> Any:
-    """A regular expression as it is, any collection of names as a list."""
+    """A regular expression unchanged; any collection of names as a list."""
     if value is None:
         return None
     if isinstance(value, str):
-        _check_regex(name, value)
-        return value
+        return check_regex(name, value)
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(
         isinstance(item, str) and item for item in value
     ):
         raise TypeError(f"{name} must be a string or a list of names, got {value!r}")
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
-
-
-def _check_pattern(name: str, value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise TypeError(f"{name} must be a dict of name patterns, got {value!r}")
-    for key in value:
-        _check_regex(name, key)
-    return dict(value)

@@ -1,15 +1,16 @@
-"""Finding the (A, B) pairs of LoRA by the names of their parameters, in this library's layers and in PEFT's."""
+"""Find LoRA's (A, B) pairs by parameter names, in this library's layers and in PEFT's."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-# "q_proj.lora_A" is ours, "q_proj.lora_A.default.weight" PEFT's, "q_proj.lora_A.weight" a PEFT file's.
+# Matches our "q_proj.lora_A", PEFT's "q_proj.lora_A.default.weight" and a PEFT file's "q_proj.lora_A.weight".
 _LORA_NAME = re.compile(r"^(?:(?P<prefix>.+)\.)?lora_(?P<role>[AB])(?:\.(?P<adapter>[^.]+))??(?:\.weight)?$")
 
 
@@ -18,12 +19,12 @@ class LoRAPair:
     """One LoRA branch: W = W0 + s·B·A.
 
     Attributes:
-        name: the layer's dotted name, followed by the adapter's where the layer holds named adapters (PEFT's do).
+        name: the layer's dotted name, then the adapter's name if the layer has named adapters, as in PEFT.
         A: [r, in_features].
         B: [out_features, r].
 
     Raises:
-        ValueError: A and B are not two matrices of one rank.
+        ValueError: A and B are not two matrices of the same rank.
     """
 
     name: str
@@ -44,7 +45,7 @@ class LoRAPair:
 
 
 def split_lora_name(name: str) -> tuple[str, str] | None:
-    """``(pair name, "A" or "B")`` of a parameter's dotted name, or None for a parameter that is no LoRA matrix."""
+    """``(pair name, "A" or "B")`` of a LoRA matrix's dotted name; None for any other name."""
     match = _LORA_NAME.match(name)
     if match is None:
         return None
@@ -53,30 +54,32 @@ def split_lora_name(name: str) -> tuple[str, str] | None:
 
 
 def layer_name(name: str) -> str:
-    """The dotted name of the layer that a LoRA matrix belongs to, without the adapter's that PEFT has behind it."""
+    """The dotted name of a LoRA matrix's layer, without PEFT's adapter; any other name unchanged."""
     match = _LORA_NAME.match(name)
     return name if match is None else match["prefix"] or ""
 
 
+def is_named_parameter(item: Any) -> bool:
+    """Whether ``item`` is a tuple (name, tensor)."""
+    if not isinstance(item, tuple) or len(item) != 2:
+        return False
+    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
+
+
 def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[LoRAPair]:
-    """The LoRA pairs of a model or of named parameters, in the order of their A's.
+    """The LoRA pairs of a model or of named parameters, in the order of the parameters.
 
     Works on models made by :func:`~stablelora_kernels.apply_lora` and on PEFT models. LoRA on embeddings
     (``lora_embedding_A``) and on convolutions (4-dimensional A) is outside the method and is not listed.
 
     Raises:
-        ValueError: an A without its B, a B without its A, or shapes that do not fit.
-        TypeError: ``source`` gives something other than (name, tensor).
+        ValueError: an A has no B, a B has no A, or their shapes do not fit.
+        TypeError: ``source`` yields something other than (name, tensor).
     """
     named = source.named_parameters() if isinstance(source, nn.Module) else source
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for item in named:
-        if not (
-            isinstance(item, tuple)
-            and len(item) == 2
-            and isinstance(item[0], str)
-            and isinstance(item[1], torch.Tensor)
-        ):
+        if not is_named_parameter(item):
             raise TypeError(
                 f"source must be a module or give (name, parameter) tuples, got an item of type {type(item).__name__}"
             )

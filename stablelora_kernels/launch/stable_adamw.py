@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from stablelora_kernels.kernels.stable_adamw import tables
 from stablelora_kernels.kernels.stable_adamw.norms import _square_sums_kernel
 from stablelora_kernels.kernels.stable_adamw.step import _stable_adamw_kernel
-from stablelora_kernels.kernels.stable_adamw.tables import FLAG_MASTER, FLAG_SHARDED, MAX_GRAD_SUMS, NUM_WARPS
 from stablelora_kernels.launch.base import launch
 
 
@@ -30,12 +30,14 @@ def stable_adamw(
     variants: int,
     chunk: int,
 ) -> None:
-    """One step: one launch, or two where gradients are clipped or the parameters' norms must be measured before.
+    """One step: one launch, or two if gradients are clipped or ``measure`` asks for the parameters' sums of squares.
 
-    Sharded parameters' sums, those of their gradients too, are in place before.
+    With FLAG_SHARDED the caller has filled the totals and ``grad_squares`` already. The tensors are those of
+    :func:`~stablelora_kernels.kernels.stable_adamw.step._stable_adamw_kernel`.
     """
-    if (measure or max_grad_norm is not None) and not flags & FLAG_SHARDED:
-        sums = squares[0] if measure else None, None if max_grad_norm is None else grad_squares
+    clip = max_grad_norm is not None
+    if (measure or clip) and not flags & tables.FLAG_SHARDED:
+        sums = squares[0] if measure else None, grad_squares if clip else None
         square_sums(tensors, addresses, chunks, *sums, flags, variants, chunk)
     launch(
         _stable_adamw_kernel,
@@ -51,6 +53,7 @@ def stable_adamw(
         latched,
         squares,
         skipped,
+        # The kernel does not read the tensor that stands for None.
         steps if grad_scale is None else grad_scale,
         steps if found_inf is None else found_inf,
         grad_squares,
@@ -59,12 +62,12 @@ def stable_adamw(
         1.0 if max_grad_norm is None else max_grad_norm,
         HAS_SCALE=grad_scale is not None,
         HAS_INF=found_inf is not None,
-        CLIP=max_grad_norm is not None,
+        CLIP=clip,
         FLAGS=flags,
         VARIANTS=variants,
         CHUNK=chunk,
-        GRAD_SUMS=MAX_GRAD_SUMS,
-        num_warps=NUM_WARPS,
+        GRAD_SUMS=tables.MAX_GRAD_SUMS,
+        num_warps=tables.NUM_WARPS,
     )
 
 
@@ -78,10 +81,14 @@ def square_sums(
     variants: int,
     chunk: int,
 ) -> None:
-    """Fill ``squares``, one for each chunk of the parameters, and ``grad_squares``, any number that share the gradients."""
+    """Fill ``squares``, one sum a chunk of the parameters, and ``grad_squares``, any number of sums that share the gradients.
+
+    Either may be None, but not both.
+    """
     n_squares = 0 if squares is None else squares.numel()
-    anything = squares if grad_squares is None else grad_squares
-    assert anything is not None
+    # The kernel does not write to the tensor that stands for None.
+    either = squares if grad_squares is None else grad_squares
+    assert either is not None
     launch(
         _square_sums_kernel,
         (n_squares + (0 if grad_squares is None else grad_squares.numel()),),
@@ -89,13 +96,13 @@ def square_sums(
         tensors,
         addresses,
         chunks,
-        anything if squares is None else squares,
-        anything,
+        either if squares is None else squares,
+        either,
         chunks.shape[0],
         n_squares,
-        FLAGS=flags & FLAG_MASTER,
-        # Masters are float32.
-        VARIANTS=variants | (variants >> 2 | variants >> 4) & 3 if flags & FLAG_MASTER else variants,
+        FLAGS=flags & tables.FLAG_MASTER,
+        # A master is float32, so its chunks need float32's variants.
+        VARIANTS=variants | (variants >> 2 | variants >> 4) & 3 if flags & tables.FLAG_MASTER else variants,
         CHUNK=chunk,
-        num_warps=NUM_WARPS,
+        num_warps=tables.NUM_WARPS,
     )

@@ -1,27 +1,32 @@
-"""Checks of a state dict before the optimizer loads it."""
+"""Load a state dict: check it against the optimizer, and copy it into the optimizer's dtypes, strides and shards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 
 from stablelora_kernels.optim.param_groups import HYPER, LATER, check_hyper
-from stablelora_kernels.optim.state import Storage, converted_moment, moment_names
+from stablelora_kernels.optim.state import Storage, as_dtensors, convert_moment, moment_names
 from stablelora_kernels.pairs import LoRAPair, split_lora_name
-from stablelora_kernels.utils.dtensor import local, part_for
+from stablelora_kernels.utils.dtensor import local, local_like
 from stablelora_kernels.utils.wrappers import same_anywhere
 
 
-def _same_name(name: str) -> Any:
-    """What identifies a parameter in a checkpoint: its pair and role, or else its name, whatever the model is wrapped in."""
+def _identity(name: str) -> Any:
+    """What identifies a parameter in a checkpoint, whatever wraps the model: its pair and role, else its name."""
     name = same_anywhere(name)
     return split_lora_name(name) or name
 
 
 def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups of ``state_dict``, which must have the parameters and kinds of hyper-parameters of ``groups``."""
+    """The groups of ``state_dict``, checked, with defaults for hyperparameters that an earlier version did not save.
+
+    Raises:
+        ValueError: the state is not this optimizer's, or its parameters differ from those of ``groups``.
+    """
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
         raise ValueError("state_dict must be a dict with 'state' and 'param_groups'")
     saved = state_dict["param_groups"]
@@ -38,24 +43,38 @@ def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> lis
             raise ValueError(
                 f"group {i} of state_dict has {len(theirs['params'])} parameters, the optimizer's {len(ours['params'])}"
             )
-        for their_name, our_name in zip(
-            theirs.get("param_names", ours["param_names"]), ours["param_names"], strict=True
-        ):
-            if _same_name(their_name) != _same_name(our_name):
+        their_names = theirs.get("param_names", ours["param_names"])
+        for their_name, our_name in zip(their_names, ours["param_names"], strict=True):
+            if _identity(their_name) != _identity(our_name):
                 raise ValueError(f"group {i} of state_dict has {their_name!r} where the optimizer has {our_name!r}")
-        whole = {**{key: ours[key] for key in LATER}, **theirs}
-        checked.append({**whole, **check_hyper(whole, f"state_dict's group {i}: ")})
+        complete = {**{key: ours[key] for key in LATER}, **theirs}
+        checked.append({**complete, **check_hyper(complete, f"state_dict's group {i}: ")})
     return checked
 
 
-def check_state(
+def restore_groups(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """Write copies of the saved hyperparameters into ``groups``; tensors stay on the device of those that they replace."""
+    for saved, group in zip(saved_groups, groups, strict=True):
+        for key, value in saved.items():
+            if key not in ("params", "param_names"):
+                old, new = group.get(key), deepcopy(value)
+                if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+                    new = new.to(old.device)
+                group[key] = new
+
+
+def load_state(
     state_dict: dict[str, Any],
     saved_groups: Sequence[dict[str, Any]],
     groups: Sequence[dict[str, Any]],
     pairs: Sequence[LoRAPair],
     storage: Storage,
 ) -> dict[torch.Tensor, dict[str, Any]]:
-    """Copies of the saved state by parameter, on its device, moments in its strides, all in the dtypes of ``storage``."""
+    """Copies of the saved state by parameter: on its device, in its strides and placements, in the dtypes of ``storage``.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape than its parameter.
+    """
     owners = {id(pair.A) for pair in pairs}
     result: dict[torch.Tensor, dict[str, Any]] = {}
     for saved, group in zip(saved_groups, groups, strict=True):
@@ -63,10 +82,11 @@ def check_state(
             if key not in state_dict["state"]:
                 continue
             entry = state_dict["state"][key]
-            names = moment_names(saved)
+            moments = moment_names(saved)
             masters = ("master",) if storage.has_master(p) and "master" in entry else ()
-            for field in ("step", *names, *masters, *["latched_at"] * (id(p) in owners)):
-                shape = p.shape if field in names or field in masters else torch.Size([])
+            counters = {"step": torch.float32} | ({"latched_at": torch.int32} if id(p) in owners else {})
+            for field in (*counters, *moments, *masters):
+                shape = torch.Size([]) if field in counters else p.shape
                 value = entry.get(field)
                 if not isinstance(value, torch.Tensor):
                     raise ValueError(f"state_dict has no {field!r} tensor for {name!r}")
@@ -74,15 +94,12 @@ def check_state(
                     raise ValueError(
                         f"state_dict's {field!r} of {name!r} must be {list(shape)}, got {list(value.shape)}"
                     )
-            part = local(p.detach())
-            moments: dict[str, torch.Tensor] = {}
-            entry = {**entry, **{field: part_for(entry[field], p) for field in (*names, *masters)}}
-            for field in names:
-                moments |= converted_moment(entry, field, part, storage)
-            counters = {"step": entry["step"].detach().to(p.device, torch.float32, copy=True)}
-            if id(p) in owners:
-                counters["latched_at"] = entry["latched_at"].detach().to(p.device, torch.int32, copy=True)
-            if storage.has_master(p) and "master" in entry:
-                moments["master"] = torch.empty_like(part, dtype=torch.float32).copy_(entry["master"])
-            result[p] = {**counters, **moments}
+            shard = local(p.detach())
+            entry = {**entry, **{field: local_like(entry[field], p) for field in (*moments, *masters)}}
+            copied = {field: entry[field].detach().to(p.device, dtype, copy=True) for field, dtype in counters.items()}
+            for field in moments:
+                copied |= convert_moment(entry, field, shard, storage)
+            for field in masters:
+                copied[field] = torch.empty_like(shard, dtype=torch.float32).copy_(entry[field])
+            result[p] = as_dtensors(copied, p)
     return result

@@ -1,4 +1,4 @@
-"""How tables get to the device, also while a CUDA graph is being captured."""
+"""Upload tables to the device, also while a CUDA graph is being captured."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ from typing import Any
 
 import torch
 
-from stablelora_kernels.optim.stochastic_rounding import upload
-
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-class Staging:
-    """Uploads tables. In a capture it copies from memory that was set aside for it.
+def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``values`` as a tensor on ``device``. A GPU copies from fresh pinned memory, so the host does not wait for it."""
+    host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
-    A graph copies anew at each replay, from the same host memory: that may be neither freed nor written again, and pinned memory
-    cannot be had in the middle of a capture. So some of it waits here, and what a capture has used stays with it.
+
+class Staging:
+    """Uploads tables; during a capture, from host memory reserved beforehand.
+
+    A graph repeats its copies at each replay from the same host memory, so that memory may be neither freed nor rewritten.
+    Pinned memory cannot be allocated during a capture. So some is reserved, and a capture keeps the part that it uses.
     """
 
-    # A step has at most four tables, so four captures without a step between them.
+    # A step uploads at most four tables, so this is enough for four captures without a step between them.
     SPARES = 16
 
     def __init__(self, device: torch.device, size: int, capturable: bool) -> None:
-        """``size``: of the largest table, in bytes."""
+        """``size``: the bytes of the largest table."""
         self.device, self.size = device, max(size, 1)
         self.wanted = self.SPARES if capturable else 0
         self.spares: list[torch.Tensor] = []
@@ -33,22 +37,27 @@ class Staging:
         self.refill()
 
     def refill(self) -> None:
-        """Set memory aside again, outside of a capture."""
+        """Replace the reserved memory that captures have used. Call it outside of a capture."""
         while len(self.spares) < self.wanted:
             pinned = self.device.type == "cuda"
             self.spares.append(torch.empty(self.size, dtype=torch.uint8, pin_memory=pinned))
 
     def upload(self, values: Any, dtype: torch.dtype) -> torch.Tensor:
+        """``values`` as a tensor on the device.
+
+        Raises:
+            RuntimeError: during a capture, if no reserved memory is left.
+        """
         if not capturing():
             return upload(values, dtype, self.device)
         if not self.spares:
             raise RuntimeError(
-                "this step cannot be captured in a CUDA graph: gradients or hyper-parameters are not those of the step before, "
-                "and no memory is set aside for their table. "
-                + ("Run a step between captures" if self.wanted else "Pass capturable=True when the optimizer is made")
+                "this step cannot be captured in a CUDA graph: its gradients or hyperparameters differ from the last step's, and "
+                "no memory is reserved for their table. "
+                + ("Run a step between captures" if self.wanted else "Pass capturable=True to the optimizer")
             )
         table = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
         host = self.spares.pop()
         self.captured.append(host)
-        held = host[: table.nbytes].view(dtype).view(table.shape).copy_(table)
-        return torch.empty_like(held, device=self.device).copy_(held, non_blocking=True)
+        staged = host[: table.nbytes].view(dtype).view(table.shape).copy_(table)
+        return torch.empty_like(staged, device=self.device).copy_(staged, non_blocking=True)

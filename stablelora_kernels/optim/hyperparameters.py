@@ -1,4 +1,4 @@
-"""Which hyper-parameters each parameter takes its step with: its group's, but for B's learning rate and some pairs' ratios."""
+"""The hyperparameters of each parameter: those of its group, except B's learning rate and some pairs' shrink ratios."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Any, NamedTuple
 import torch
 
 from stablelora_kernels.config import pattern_matches
-from stablelora_kernels.optim.sharding import Place, place_of
+from stablelora_kernels.optim.sharding import Shard, shard_of
 from stablelora_kernels.pairs import LoRAPair, layer_name
 from stablelora_kernels.utils.dtensor import local
 
 
 class Member(NamedTuple):
-    """One trainable parameter as an engine sees it: this process's part, its setting's number, its place, and the whole."""
+    """One trainable parameter as an engine sees it."""
 
+    # This process's part of ``owner``, or ``owner`` itself if it is no DTensor.
     param: torch.Tensor
-    group: int
-    place: Place
+    # The index of the parameter's setting.
+    setting_index: int
+    shard: Shard
     owner: torch.Tensor
 
 
 class Setting:
-    """The hyper-parameters of some members, read from their group whenever they are asked for."""
+    """The hyperparameters of some members, read from their group at each access."""
 
     def __init__(self, group: dict[str, Any], is_b: bool, own_ratio: float | None) -> None:
         self.group, self.is_b, self.own_ratio = group, is_b, own_ratio
@@ -35,42 +37,42 @@ class Setting:
 
     @property
     def lr_ratio(self) -> float:
-        """What the group's learning rate is multiplied by."""
+        """The factor of the group's learning rate."""
         return self.group["lr_ratio_B"] if self.is_b else 1.0
 
 
 def build_key(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """The hyper-parameters that tables are built from: another value needs other tables."""
+    """The hyperparameters that an engine is built from: if one changes, the engine is rebuilt."""
     return [(group["amsgrad"], group["stop_condition"], group["lr_ratio_B"] != 1.0) for group in groups]
 
 
 def members_and_settings(
     groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]
 ) -> tuple[list[Member], list[Setting]]:
-    """Every parameter in order, and the different settings that there are."""
+    """Every parameter in order, and the distinct settings of all."""
     bs, pair_of_a = {id(pair.B) for pair in pairs}, {id(pair.A): pair for pair in pairs}
     members: list[Member] = []
-    places: dict[tuple[int, bool, float | None], int] = {}
+    setting_indices: dict[tuple[int, bool, float | None], int] = {}
     base = 0
-    for index, group in enumerate(groups):
+    for group_index, group in enumerate(groups):
         for name, p in zip(group["param_names"], group["params"], strict=True):
             is_b = group["lr_ratio_B"] != 1.0 and id(p) in bs
             pair = pair_of_a.get(id(p))
-            own = None if pair is None else own_ratio(group["shrink_pattern"], pair.name, name)
-            place = places.setdefault((index, is_b, own), len(places))
-            members.append(Member(local(p), place, place_of(f"parameter {name!r}", p, base), p))
+            ratio = None if pair is None else own_ratio(group["shrink_pattern"], pair.name, name)
+            setting_index = setting_indices.setdefault((group_index, is_b, ratio), len(setting_indices))
+            members.append(Member(local(p), setting_index, shard_of(f"parameter {name!r}", p, base), p))
             base += p.numel()
-    return members, [Setting(groups[index], is_b, own) for index, is_b, own in places]
+    return members, [Setting(groups[index], is_b, ratio) for index, is_b, ratio in setting_indices]
 
 
 def own_ratio(patterns: dict[str, float], pair: str, parameter: str) -> float | None:
-    """The shrink ratio of the first pattern that matches the pair's name or its layer's, or None."""
+    """The shrink ratio of the first pattern that matches the name of the pair or of its layer, or None."""
     names = {pair, layer_name(parameter)}
     return next((ratio for key, ratio in patterns.items() if any(pattern_matches(key, name) for name in names)), None)
 
 
-def check_patterns(groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]) -> None:
-    """ValueError for a key of a ``shrink_pattern`` that matches no pair of the groups that have it."""
+def check_patterns_match(groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]) -> None:
+    """Raise ValueError for a key of a ``shrink_pattern`` that matches no pair of the groups that have the key."""
     owners = {id(pair.A): pair.name for pair in pairs}
     patterns = {key for group in groups for key in group["shrink_pattern"]}
     matched = {

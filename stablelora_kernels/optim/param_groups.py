@@ -1,20 +1,19 @@
-"""What StableLoRAAdamW accepts: parameters with names, hyper-parameters in range, a state that fits. Nothing is changed."""
+"""Checks of StableLoRAAdamW's arguments: named parameters, pairs, hyperparameters, storage. None changes its argument."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from stablelora_kernels.optim.hyperparameters import check_patterns
+from stablelora_kernels.optim.hyperparameters import check_patterns_match
 from stablelora_kernels.optim.sharding import check_shards
 from stablelora_kernels.optim.state import Storage
-from stablelora_kernels.pairs import LoRAPair, lora_pairs, split_lora_name
+from stablelora_kernels.pairs import LoRAPair, is_named_parameter, lora_pairs, split_lora_name
 from stablelora_kernels.utils.dtensor import is_sharded
-from stablelora_kernels.utils.validation import check_float, check_int
+from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int, check_patterns
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HYPER = (
@@ -31,7 +30,7 @@ HYPER = (
     "capturable",
     "seed",
 )
-# Those that a state saved by an earlier version may lack.
+# A state that an earlier version saved may lack these.
 LATER = ("shrink_pattern", "stop_condition", "lr_ratio_B", "amsgrad")
 STOP_CONDITIONS = ("norm", "never")
 _NAMES_NEEDED = (
@@ -41,7 +40,7 @@ _NAMES_NEEDED = (
 
 
 def _check_number(name: str, value: Any, high: float = math.inf) -> float | torch.Tensor:
-    """A number in [0, high), or a tensor of one, which is kept: it may change, and one on a GPU is not read."""
+    """A number in [0, high), or a tensor of one element. Keep the tensor, since its value may change; do not read it on a GPU."""
     if not isinstance(value, torch.Tensor):
         return check_float(name, value, low=0.0, high=high)
     if value.numel() != 1 or not value.is_floating_point():
@@ -50,7 +49,7 @@ def _check_number(name: str, value: Any, high: float = math.inf) -> float | torc
         )
     if value.device.type == "cpu":
         check_float(name, value.item(), low=0.0, high=high)
-    # A view, so that whoever changes the tensor changes this.
+    # A view shares later writes to the tensor.
     return value.reshape(())
 
 
@@ -65,33 +64,13 @@ def _check_beta(name: str, beta: Any) -> float:
     return check_float(name, beta, low=0.0, high=1.0)
 
 
-def _check_bool(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
-    return value
-
-
-def _check_shrink_pattern(name: str, patterns: Any) -> dict[str, float]:
-    if patterns is None:
-        return {}
-    if not isinstance(patterns, Mapping) or not all(isinstance(key, str) for key in patterns):
-        raise TypeError(f"{name} must be a dict of patterns and shrink ratios, got {patterns!r}")
-    for key in patterns:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise ValueError(f"{name} {key!r} is no regular expression: {error}") from error
+def _check_shrink_pattern(name: str, value: Any) -> dict[str, float]:
+    patterns = check_patterns(name, value)
     return {key: check_float(f"{name}[{key!r}]", ratio, low=0.0, high=1.0) for key, ratio in patterns.items()}
 
 
-def _check_stop_condition(name: str, value: Any) -> str:
-    if value not in STOP_CONDITIONS:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, STOP_CONDITIONS))}, got {value!r}")
-    return value
-
-
 def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
-    """The hyper-parameters among ``hyper``, normalized; ``where`` is put before the names in messages."""
+    """The hyperparameters among ``hyper``, checked and normalized; messages put ``where`` before a name."""
     betas = hyper["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"{where}betas must be two numbers, got {betas!r}")
@@ -105,49 +84,55 @@ def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
         "weight_decay": _check_number(f"{where}weight_decay", hyper["weight_decay"]),
         "shrink_ratio": _check_number(f"{where}shrink_ratio", hyper["shrink_ratio"], high=1.0),
         "shrink_pattern": _check_shrink_pattern(f"{where}shrink_pattern", hyper["shrink_pattern"]),
-        "stop_condition": _check_stop_condition(f"{where}stop_condition", hyper["stop_condition"]),
+        "stop_condition": check_choice(f"{where}stop_condition", hyper["stop_condition"], STOP_CONDITIONS),
         "lr_ratio_B": check_float(f"{where}lr_ratio_B", hyper["lr_ratio_B"], low=0.0, low_open=True),
-        "maximize": _check_bool(f"{where}maximize", hyper["maximize"]),
-        "amsgrad": _check_bool(f"{where}amsgrad", hyper["amsgrad"]),
-        "capturable": _check_bool(f"{where}capturable", hyper["capturable"]),
+        "maximize": check_bool(f"{where}maximize", hyper["maximize"]),
+        "amsgrad": check_bool(f"{where}amsgrad", hyper["amsgrad"]),
+        "capturable": check_bool(f"{where}capturable", hyper["capturable"]),
         "seed": seed,
     }
 
 
 def check_storage(moments_dtype: Any, master_weights: Any) -> Storage:
+    """The two arguments as a :class:`~stablelora_kernels.optim.state.Storage`."""
     if moments_dtype not in (torch.float32, torch.bfloat16, torch.uint8):
         raise ValueError(
             f"moments_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8 bits by blocks), got {moments_dtype!r}"
         )
-    return Storage(moments_dtype, _check_bool("master_weights", master_weights))
+    return Storage(moments_dtype, check_bool("master_weights", master_weights))
 
 
 def check_amsgrad(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
+    """Raise ValueError if a group has ``amsgrad`` with moments in few bits."""
     if storage.moments_dtype is not torch.float32 and any(group["amsgrad"] for group in groups):
         raise ValueError(f"amsgrad=True needs moments_dtype=torch.float32, got {storage.moments_dtype}")
 
 
 def check_storage_fits(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
-    """Whether the parameters and settings of ``groups`` can be kept in that way."""
+    """Raise ValueError if ``storage`` cannot hold the state of a parameter of ``groups``."""
     check_amsgrad(groups, storage)
     if storage.moments_dtype is torch.uint8:
         for group in groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if is_sharded(p):
                     raise ValueError(
-                        f"parameter {name!r} is a DTensor, whose moments cannot be in 8 bits: their blocks would be those of one "
+                        f"parameter {name!r} is a DTensor, whose moments cannot be in 8 bits: their blocks would depend on the "
                         "number of processes; use moments_dtype=torch.bfloat16, got torch.uint8"
                     )
 
 
 def check_max_grad_norm(value: Any) -> float:
+    """``value`` as a positive float; infinity is allowed."""
     if isinstance(value, float) and value == math.inf:
         return value
     return check_float("max_grad_norm", value, low=0.0, low_open=True)
 
 
 def check_parameter(name: str, p: torch.Tensor) -> None:
-    """Whether the optimizer can update ``p``: a dense tensor, or a DTensor of dense parts, of a floating-point type it knows."""
+    """Raise TypeError or ValueError unless the optimizer can update ``p``.
+
+    That takes one of DTYPES, and a dense tensor or a DTensor of contiguous shards.
+    """
     if p.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {p.dtype}")
     if is_sharded(p):
@@ -169,17 +154,13 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
 
 
 def _named(items: Iterable[Any]) -> list[tuple[str, torch.Tensor]]:
+    """(name, parameter) of every item, a tuple of them or a LoRAPair."""
     named: list[tuple[str, torch.Tensor]] = []
     for item in items:
         if isinstance(item, LoRAPair):
             prefix = f"{item.name}." if item.name else ""
             named += [(f"{prefix}lora_A", item.A), (f"{prefix}lora_B", item.B)]
-        elif (
-            isinstance(item, tuple)
-            and len(item) == 2
-            and isinstance(item[0], str)
-            and isinstance(item[1], torch.Tensor)
-        ):
+        elif is_named_parameter(item):
             named.append(item)
         elif isinstance(item, torch.Tensor):
             raise TypeError(f"params holds a tensor of shape {list(item.shape)} without a name; {_NAMES_NEEDED}")
@@ -189,7 +170,11 @@ def _named(items: Iterable[Any]) -> list[tuple[str, torch.Tensor]]:
 
 
 def check_group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    """A new group dict: tensors under ``params``, names under ``param_names``, hyper-parameters checked, frozen ones out."""
+    """A new group dict with checked hyperparameters, without frozen parameters.
+
+    The tensors are under ``params`` and their names under ``param_names``. Hyperparameters that ``group`` lacks come from
+    ``defaults``.
+    """
     if not isinstance(group, dict):
         raise TypeError(f"a parameter group must be a dict, got {type(group).__name__}")
     if "params" not in group:
@@ -228,7 +213,11 @@ def check_group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
-    """The pairs across all groups; an A without its B, a name or a tensor given twice, or no pair is a ValueError."""
+    """The pairs across all groups.
+
+    Raises:
+        ValueError: an A without its B, a name or a tensor given twice, a ``shrink_pattern`` that matches no pair, or no pair.
+    """
     named = [item for group in groups for item in zip(group["param_names"], group["params"], strict=True)]
     names: set[str] = set()
     owners: dict[int, str] = {}
@@ -240,7 +229,7 @@ def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
         names.add(name)
         owners[id(p)] = name
     pairs = lora_pairs(named)
-    check_patterns(groups, pairs)
+    check_patterns_match(groups, pairs)
     if not pairs:
         shown = ", ".join(repr(name) for name, _ in named[:3]) or "none"
         raise ValueError(
@@ -251,7 +240,11 @@ def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
 
 
 def check_grads(grads: Sequence[torch.Tensor | None]) -> bool:
-    """Whether there is any gradient; all must be dense."""
+    """Whether there is any gradient.
+
+    Raises:
+        RuntimeError: a gradient is not dense.
+    """
     layouts = [g.layout for g in grads if g is not None]
     for layout in layouts:
         if layout is not torch.strided:

@@ -1,6 +1,6 @@
-"""Parameters of which every process holds a part (DTensor): the part, its place in the whole, and sums over the processes.
+"""DTensor parameters: the elements of this process's shard, sums over all processes, and when those may stop.
 
-Nothing here imports ``torch.distributed`` unless there is such a parameter, whose makers have imported it.
+Nothing here imports ``torch.distributed`` unless a parameter is a DTensor, whose maker has imported it already.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.optim import graph_capture as staging
-from stablelora_kernels.optim.stochastic_rounding import upload
-from stablelora_kernels.utils.dtensor import _extent, is_sharded, local
+from stablelora_kernels.optim import graph_capture
+from stablelora_kernels.optim.graph_capture import upload
+from stablelora_kernels.utils.dtensor import is_sharded, local, shard_extent
 
 
-class Place(NamedTuple):
-    """Which elements of the whole a part holds: its i-th in memory is ``base + i // columns * pitch + i % columns``.
+class Shard(NamedTuple):
+    """Which elements a shard holds: its i-th in memory has the index ``base + i // columns * pitch + i % columns``.
 
-    Without ``columns`` it is ``base + i``: whole parameters, and rows of them.
+    Indices count the elements of all parameters; they key the random rounding. If ``columns`` is 0 the index is ``base + i``:
+    so it is for whole parameters and for shards of whole rows.
     """
 
     base: int
     columns: int = 0
     pitch: int = 0
 
-    def numbers(self, count: int, device: torch.device) -> torch.Tensor:
-        """The numbers of the first ``count`` elements, int64."""
+    def element_indices(self, count: int, device: torch.device) -> torch.Tensor:
+        """int64 [count]: the indices of the shard's first ``count`` elements."""
         own = torch.arange(count, device=device)
         if self.columns:
             own = own // self.columns * self.pitch + own % self.columns
@@ -35,36 +36,36 @@ class Place(NamedTuple):
 
 
 def check_shards(name: str, p: Any) -> None:
-    """TypeError or ValueError for a DTensor that the optimizer cannot update part by part."""
+    """Raise TypeError or ValueError for a DTensor that the optimizer cannot update shard by shard."""
     if any(placement.is_partial() for placement in p.placements):
         raise TypeError(f"{name} must be sharded or replicated, got the placements {p.placements}")
     if not local(p).is_contiguous():
-        raise ValueError(f"{name} is sharded, so its parts must be contiguous, got the strides {local(p).stride()}")
-    place_of(name, p, 0)
+        raise ValueError(f"{name} is sharded, so its shards must be contiguous, got the strides {local(p).stride()}")
+    shard_of(name, p, 0)
 
 
-def place_of(name: str, p: Any, base: int) -> Place:
-    """Where this process's part of ``p`` lies in all parameters, if the first element of ``p`` is number ``base`` of them.
+def shard_of(name: str, p: Any, base: int) -> Shard:
+    """This process's shard of ``p``, whose first element has the index ``base``.
 
     Raises:
-        ValueError: it is cut along two dimensions that are not the first.
+        ValueError: ``p`` is sharded along two dimensions after its first.
     """
     if not is_sharded(p):
-        return Place(base)
-    sizes, offsets = _extent(p)
+        return Shard(base)
+    sizes, offsets = shard_extent(p)
     pitches = [math.prod(p.shape[dim + 1 :]) for dim in range(p.dim())]
     base += sum(offset * pitch for offset, pitch in zip(offsets, pitches, strict=True))
     cut = [dim for dim in range(1, p.dim()) if sizes[dim] != p.shape[dim]]
     if not cut or 0 in sizes:
-        return Place(base)
+        return Shard(base)
     if len(cut) > 1:
         raise ValueError(f"{name} may be sharded along its first dimension and one more, got {p.placements}")
     (dim,) = cut
-    return Place(base, math.prod(sizes[dim:]), math.prod(p.shape[dim:]))
+    return Shard(base, math.prod(sizes[dim:]), math.prod(p.shape[dim:]))
 
 
 def shard_groups(p: Any) -> dict[str, Any]:
-    """The process groups that share ``p`` out among them, by name; those that hold copies of it do not count."""
+    """The process groups over which ``p`` is sharded, by name; groups that hold replicas do not count."""
     if not is_sharded(p):
         return {}
     groups = [
@@ -76,77 +77,78 @@ def shard_groups(p: Any) -> dict[str, Any]:
 
 
 class ShardSums:
-    """Adds up, over the processes, values of which each process has those of its parts.
+    """All-reduces values, one a parameter, over the processes that share the parameter.
 
-    Every group of processes makes one collective, whatever the number of values. All see the same sums, since a reduction
-    hands out one result.
+    Each process group makes one collective, whatever the number of values. All ranks get the same sums, since a reduction
+    hands out one result. False if no parameter is sharded, so no collective is needed.
     """
 
     def __init__(self, owners: Sequence[torch.Tensor]) -> None:
-        """``owners``: for each value the parameter over which it is a sum."""
+        """``owners``: the parameter that each value is a sum over."""
         device = owners[0].device if owners else torch.device("cpu")
         groups: dict[str, Any] = {}
-        at: dict[str, list[int]] = {}
+        indices: dict[str, list[int]] = {}
         for i, owner in enumerate(owners):
             for name, group in shard_groups(owner).items():
                 groups[name] = group
-                at.setdefault(name, []).append(i)
+                indices.setdefault(name, []).append(i)
         self.parts = [
-            (groups[name], None if len(places) == len(owners) else upload(places, torch.int64, device))
-            for name, places in at.items()
+            (groups[name], None if len(index) == len(owners) else upload(index, torch.int64, device))
+            for name, index in indices.items()
         ]
 
     def __bool__(self) -> bool:
         return bool(self.parts)
 
-    def add_up_(self, values: torch.Tensor) -> torch.Tensor:
-        """``values``, one for each owner, made the sums over all processes."""
-        for group, at in self.parts:
-            mine = values if at is None else values[at]
+    def all_reduce_sum_(self, values: torch.Tensor) -> torch.Tensor:
+        """Make ``values``, one an owner, the sums over all processes, in place."""
+        for group, index in self.parts:
+            mine = values if index is None else values[index]
             torch.distributed.all_reduce(mine, group=group)
-            if at is not None:
-                values[at] = mine
+            if index is not None:
+                values[index] = mine
         return values
 
-    def agree_(self, verdict: torch.Tensor) -> torch.Tensor:
-        """The largest ``verdict`` of all processes."""
+    def all_reduce_max_(self, value: torch.Tensor) -> torch.Tensor:
+        """Make ``value`` the largest of all processes, in place."""
         for group, _ in self.parts:
-            torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MAX, group=group)
-        return verdict
+            torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=group)
+        return value
 
 
-class Unlatched:
-    """Whether some pair may still shrink, as far as the host knows without waiting for the device.
+class LatchMonitor:
+    """Tells the host whether some pair may still shrink, without waiting for the device.
 
-    Processes that share pairs out must make the same collectives, so all must stop at the same step: each looks at what the
-    device said ``LAG`` steps before, when that has long been there.
+    Processes that share pairs must make the same collectives, so all must stop at the same step. Each reads the count that
+    the device recorded ``LAG`` steps before, which has long arrived.
     """
 
     LAG = 4
 
-    def __init__(self, latched: torch.Tensor, places: Sequence[int]) -> None:
-        """``latched``: counters of which those at ``places`` belong to the pairs."""
-        self.latched, self.places = latched, upload(list(places), torch.int64, latched.device)
-        self.known = bool(places)
-        self.said: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+    def __init__(self, latched: torch.Tensor, indices: Sequence[int]) -> None:
+        """``latched``: int32 counters; those at ``indices`` belong to the pairs."""
+        self.latched, self.indices = latched, upload(list(indices), torch.int64, latched.device)
+        self.unlatched = bool(indices)
+        self.pending: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
-    def __bool__(self) -> bool:
-        if self.known and len(self.said) >= self.LAG and not staging.capturing():
-            count, event = self.said.pop(0)
+    def any_unlatched(self) -> bool:
+        """Whether some pair had not latched in the last record that has to be known by now."""
+        if self.unlatched and len(self.pending) >= self.LAG and not graph_capture.capturing():
+            count, event = self.pending.pop(0)
             event.synchronize()
-            self.known = bool(count.item())
-        return self.known
+            self.unlatched = bool(count.item())
+        return self.unlatched
 
-    def look(self) -> None:
-        """To be called after every step, but for those that a CUDA graph captures: it would repeat its collectives anyway."""
-        if not self.known or staging.capturing():
+    def record(self) -> None:
+        """Record the count after a step. A step that a CUDA graph captures records nothing: it repeats its collectives."""
+        if not self.unlatched or graph_capture.capturing():
             return
-        shrinking = (self.latched[self.places] == 0).sum()
+        shrinking = (self.latched[self.indices] == 0).sum()
         if self.latched.device.type != "cuda":
-            self.known = bool(shrinking)
+            self.unlatched = bool(shrinking)
             return
         count = torch.empty((), dtype=torch.int64, pin_memory=True)
         count.copy_(shrinking, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.latched.device))
-        self.said.append((count, event))
+        self.pending.append((count, event))

@@ -1,4 +1,4 @@
-"""Where pairs stand: their norms over their widths, and whether they have latched."""
+"""How stable each pair is: its norms over its widths, and whether it has latched."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from stablelora_kernels.utils.dtensor import local
 
 @dataclass(frozen=True)
 class PairStability:
-    """Where one pair stands, for W [m, n].
+    """The stability of one pair A [r, n], B [m, r].
 
     Attributes:
-        name: the pair's, as :class:`~stablelora_kernels.LoRAPair` has it.
+        name: the name of its :class:`~stablelora_kernels.LoRAPair`.
         a_norm: ``||A||_F / n``.
         b_norm: ``||B||_F / m``.
         stable: whether the pair has latched, so that A shrinks no more.
-        latched_at: the step of A, counted from one, at which it latched, or None.
+        latched_at: A's step, counted from one, at which the pair latched, or None.
     """
 
     name: str
@@ -32,21 +32,25 @@ class PairStability:
     latched_at: int | None
 
 
-def finite_norms(pairs: Sequence[LoRAPair], here: bool = False) -> list[tuple[float, float]]:
-    """||A||_F and ||B||_F of every pair, in float64, or RuntimeError for one that is not finite.
+def finite_norms(pairs: Sequence[LoRAPair], local_only: bool = False) -> list[tuple[float, float]]:
+    """||A||_F and ||B||_F of every pair, computed in float64.
 
-    Of sharded pairs the norms over all processes, which all must ask for together; or, ``here``, of this one's parts.
+    The norms of sharded pairs take a collective, so all ranks must call this together; ``local_only`` takes those of this
+    process's shards instead.
+
+    Raises:
+        RuntimeError: a norm is not finite.
     """
     halves = [p for pair in pairs for p in (pair.A, pair.B)]
-    norms_there = [local(p.detach()).norm(dtype=torch.float64) for p in halves]
-    sums = ShardSums([] if here else halves)
+    norms_on_device = [local(p.detach()).norm(dtype=torch.float64) for p in halves]
+    sums = ShardSums([] if local_only else halves)
     if sums:
-        norms_there = list(sums.add_up_(torch.stack(norms_there).square_()).sqrt_())
-    norms = torch.stack([norm.cpu() for norm in norms_there]).view(-1, 2).tolist()
+        norms_on_device = list(sums.all_reduce_sum_(torch.stack(norms_on_device).square_()).sqrt_())
+    norms = torch.stack([norm.cpu() for norm in norms_on_device]).view(-1, 2).tolist()
     for pair, (a, b) in zip(pairs, norms, strict=True):
         if not (math.isfinite(a) and math.isfinite(b)):
             raise RuntimeError(
                 f"pair {pair.name!r} holds values that are not finite: ||A||_F = {a}, ||B||_F = {b}. "
-                "It has not been shrunk or latched since; training has diverged before this point"
+                "It has not shrunk or latched since; training diverged earlier"
             )
     return norms

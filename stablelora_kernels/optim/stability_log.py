@@ -1,4 +1,4 @@
-"""How ||A||_F/n and ||B||_F/m of every pair move in training: to a CSV file or TensorBoard, and as a plot."""
+"""Log ||A||_F / n and ||B||_F / m of every pair to a CSV file or TensorBoard, and plot such a file."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ COLUMNS = ("step", "pair", "a_norm", "b_norm", "stable", "latched_at")
 
 
 class StabilityLogger:
-    """Writes where every pair stands each so many steps of ``optimizer``, by itself once it is made.
+    """Logs the stability of every pair at every ``every``-th step of ``optimizer``.
 
     It hooks into the optimizer, so it works in any training loop or trainer::
 
         with slk.StabilityLogger(optimizer, "stability.csv", every=50):
             trainer.train()
 
-    Each time it reads the device (:meth:`~stablelora_kernels.StableLoRAAdamW.stability`), which waits for it: choose ``every``
-    accordingly.
+    Each record waits for the device (:meth:`~stablelora_kernels.StableLoRAAdamW.stability`): choose ``every`` accordingly.
 
     Args:
-        optimizer: the one to watch, not a trainer's or accelerate's wrapper of it.
-        target: the path of a CSV file with the columns step, pair, a_norm (``||A||_F/n``), b_norm (``||B||_F/m``), stable (0
-            or 1) and latched_at (a step, or empty); an existing one is continued, as after a resume. Or a TensorBoard
-            ``SummaryWriter``, or anything else with its ``add_scalar(tag, value, step)``: tags are ``stability/<pair>/a_norm``,
-            ``.../b_norm`` and ``stability/latched``, the number of pairs that have stopped shrinking.
+        optimizer: the optimizer itself, not a trainer's or accelerate's wrapper of it.
+        target: one of:
+
+            - the path of a CSV file with the columns step, pair, a_norm (``||A||_F/n``), b_norm (``||B||_F/m``), stable (0 or
+              1) and latched_at (a step, or empty); records are appended to an existing file, as after a resume;
+            - a TensorBoard ``SummaryWriter`` or any object with ``add_scalar(tag, value, step)``; the tags are
+              ``stability/<pair>/a_norm``, ``stability/<pair>/b_norm`` and ``stability/latched``, the number of latched pairs.
         every: optimizer steps between two records.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: ``every`` below 1, or a file that is there and holds something else.
+        TypeError: an argument has the wrong type.
+        ValueError: ``every`` is below 1, or the file exists and is no stability log.
     """
 
     def __init__(self, optimizer: StableLoRAAdamW, target: Any, *, every: int = 10) -> None:
@@ -57,7 +58,11 @@ class StabilityLogger:
             self.log()
 
     def log(self) -> None:
-        """Write a record now."""
+        """Write a record now.
+
+        Raises:
+            ValueError: the logger is closed.
+        """
         pairs = self.optimizer.pairs
         found = self.optimizer.stability()
         steps = [
@@ -80,7 +85,7 @@ class StabilityLogger:
             raise ValueError("this StabilityLogger is closed")
 
     def close(self) -> None:
-        """Stop watching the optimizer, and close the file; a TensorBoard writer stays open."""
+        """Stop logging and close the file; a TensorBoard writer stays open."""
         self._handle.remove()
         self._writer = None
         if self._file is not None:
@@ -95,10 +100,10 @@ class StabilityLogger:
 
 
 def _open(path: Path) -> Any:
-    """The CSV file to append to, with its header."""
+    """Open the CSV file to append to; a new one gets its header."""
     header = ",".join(COLUMNS)
-    begun = path.exists() and path.stat().st_size > 0
-    if begun:
+    exists = path.exists() and path.stat().st_size > 0
+    if exists:
         with path.open(encoding="utf-8") as file:
             first = file.readline().rstrip("\n")
         if first != header:
@@ -107,7 +112,7 @@ def _open(path: Path) -> Any:
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a", newline="", encoding="utf-8")
-    if not begun:
+    if not exists:
         file.write(f"{header}\n")
         file.flush()
     return file
@@ -116,19 +121,19 @@ def _open(path: Path) -> Any:
 def plot_stability(path: str | Path, out: str | Path | None = None, pairs: Iterable[str] | None = None) -> Figure:
     """Plot a CSV file of :class:`StabilityLogger`; needs matplotlib.
 
-    Left: each pair's way through ``||B||_F/m`` and ``||A||_F/n``, which begins above the diagonal and stops shrinking once it
-    is on or below it. Right: the ratio of the two over the steps, with a mark where the pair latched.
+    The left panel plots each pair's ``||A||_F/n`` against ``||B||_F/m``. A pair starts above the diagonal and stops shrinking
+    on or below it. The right panel plots the ratio of the two over the steps, with a mark at the latch.
 
     Args:
-        path: the CSV file. Of a step that was written twice, as around a resume, the later record counts.
-        out: where to save the figure, if anywhere.
-        pairs: the names of the pairs to plot; all unless given.
+        path: the CSV file. If it holds a step twice, as around a resume, the later record counts.
+        out: the path to save the figure to, or None.
+        pairs: the names of the pairs to plot; default: all.
 
     Returns:
-        The figure, which belongs to no window.
+        The figure, in no window.
 
     Raises:
-        ValueError: the file holds no records, or not those of one of ``pairs``.
+        ValueError: the file holds no records, or none of one of ``pairs``.
         ImportError: matplotlib is not installed.
     """
     series = _read(Path(path))
@@ -139,6 +144,7 @@ def plot_stability(path: str | Path, out: str | Path | None = None, pairs: Itera
             raise ValueError(f"{path} has no pair {missing[0]!r}; it has {', '.join(map(repr, series))}")
         series = {name: series[name] for name in wanted}
     try:
+        import numpy as np
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot_stability needs matplotlib: pip install matplotlib") from error
@@ -154,8 +160,8 @@ def plot_stability(path: str | Path, out: str | Path | None = None, pairs: Itera
         ratio.plot(steps, over, color=line.get_color(), **style)
         latched = next((records[step][2] for step in reversed(steps) if records[step][2] is not None), None)
         if latched is not None:
-            # The last record before the latch may be some steps away from it: on the line that is drawn, at its step.
-            ratio.plot([latched], [_at(latched, steps, over)], "v", color=line.get_color(), markersize=6)
+            # No record need fall on the latch's step: put the mark on the drawn line.
+            ratio.plot([latched], [np.interp(latched, steps, over)], "v", color=line.get_color(), markersize=6)
     top = max(max(record[:2]) for records in series.values() for record in records.values())
     plane.plot([0, top], [0, top], color="#444444", linewidth=0.8, linestyle="--")
     plane.set_xlabel("||B|| / m")
@@ -176,7 +182,7 @@ def plot_stability(path: str | Path, out: str | Path | None = None, pairs: Itera
 
 
 def _read(path: Path) -> dict[str, dict[int, tuple[float, float, int | None]]]:
-    """||A||/n, ||B||/m and the latch of every pair, by step."""
+    """Of every pair, by step: ||A||_F / n, ||B||_F / m and the latch."""
     series: dict[str, dict[int, tuple[float, float, int | None]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -186,14 +192,3 @@ def _read(path: Path) -> dict[str, dict[int, tuple[float, float, int | None]]]:
     if not series:
         raise ValueError(f"{path} holds no records")
     return series
-
-
-def _at(step: int, steps: list[int], values: list[float]) -> float:
-    """The value at ``step``, on straight lines between those that are known, and the nearest one outside."""
-    if step <= steps[0]:
-        return values[0]
-    for i in range(1, len(steps)):
-        if step <= steps[i]:
-            part = (step - steps[i - 1]) / (steps[i] - steps[i - 1])
-            return values[i - 1] + part * (values[i] - values[i - 1])
-    return values[-1]

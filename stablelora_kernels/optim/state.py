@@ -1,4 +1,4 @@
-"""How parameters and moments are kept in few bits: float32 masters, and moments in bfloat16 or in 8 bits by blocks."""
+"""A parameter's state: counters, moments in float32, bfloat16 or 8 bits by blocks, and float32 masters."""
 
 from __future__ import annotations
 
@@ -8,21 +8,32 @@ from typing import Any, NamedTuple
 import torch
 
 from stablelora_kernels.optim.hyperparameters import Member, Setting
-from stablelora_kernels.optim.sharding import Place
+from stablelora_kernels.optim.sharding import Shard
 from stablelora_kernels.optim.stochastic_rounding import LOW_PRECISION, mix_, stochastic_round
+from stablelora_kernels.utils.dtensor import from_local, local
 
-# What is added to the word that rounds an element of a parameter to get the word that rounds its moments.
+# Scalars of a parameter's state; its other tensors have the parameter's shape.
+COUNTERS = ("step", "latched_at")
+# Added to the word that rounds a parameter's element to get the word that rounds its moments.
 MOMENT_WORD = 0x9E3779B9
-# Elements, in the order of memory, that share a scale where moments are kept in 8 bits.
+# Elements, in memory order, that share a scale in 8-bit moments.
 BLOCK = 256
-# Rounds to nearest.
+# The noise with which stochastic rounding rounds to nearest.
 _HALF = 0x80080000 - 2**32
 
 
-class Storage(NamedTuple):
-    """The dtype of moments, where the parameter is not float64, and whether low-precision parameters have a master.
+class Pair(NamedTuple):
+    """The indices of a pair's A and B in an engine's list of members."""
 
-    torch.uint8 stands for 8 bits by blocks: codes in the parameter's shape, and float32 scales under the name with "_scale".
+    a: int
+    b: int
+
+
+class Storage(NamedTuple):
+    """How state is kept: the moments' dtype, and whether bfloat16 and float16 parameters have a float32 master.
+
+    float64 parameters have float64 moments. torch.uint8 stands for 8 bits by blocks: codes in the parameter's shape, and
+    float32 scales in a second tensor named with "_scale".
     """
 
     moments_dtype: torch.dtype = torch.float32
@@ -35,27 +46,66 @@ class Storage(NamedTuple):
         return self.master_weights and p.dtype in LOW_PRECISION
 
 
-def new_moment(entry: dict[str, Any], name: str, p: torch.Tensor, storage: Storage) -> None:
-    """Put a moment of zeros of the shape and strides of ``p`` into its state."""
-    dtype = storage.moment_dtype(p)
-    entry[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-    if dtype is torch.uint8:
-        entry[f"{name}_scale"] = torch.zeros(-(-p.numel() // BLOCK), dtype=torch.float32, device=p.device)
+def work_dtype(p: torch.Tensor) -> torch.dtype:
+    """The dtype of the arithmetic on ``p``: float64 for float64, else float32."""
+    return torch.float64 if p.dtype is torch.float64 else torch.float32
 
 
-def converted_moment(entry: dict[str, Any], name: str, p: torch.Tensor, storage: Storage) -> dict[str, torch.Tensor]:
-    """A saved moment as ``storage`` keeps it, for ``p``, under its name, with its scales where it has any; rounded to nearest.
+def flat(t: torch.Tensor) -> torch.Tensor:
+    """A 1-d view of a dense tensor's elements in memory order."""
+    return t.as_strided((t.numel(),), (1,), t.storage_offset())
+
+
+def local_state(entry: dict[str, Any], member: Member) -> dict[str, Any]:
+    """The state that an engine fills and changes: ``entry``, the parameter's own, or this process's shards of it."""
+    return entry if member.param is member.owner else {key: local(value) for key, value in entry.items()}
+
+
+def as_dtensors(entry: dict[str, Any], p: torch.Tensor) -> dict[str, Any]:
+    """The state of this process's shard of ``p`` as the state of ``p``, over the same memory."""
+    return {key: value if key in COUNTERS else from_local(value, p) for key, value in entry.items()}
+
+
+def stack_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The 0-d counters ``values`` as one new tensor [len(values)], None as zero; the host reads nothing."""
+    if not values:
+        return torch.zeros(0, dtype=dtype, device=device)
+    zero = torch.zeros((), dtype=dtype, device=device)
+    return torch.stack([zero if v is None else torch.as_tensor(v).to(device, dtype) for v in values])
+
+
+def moment_names(group: Setting | dict[str, Any]) -> tuple[str, ...]:
+    """The names of the moments that a parameter of ``group`` has in the optimizer's state."""
+    return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+
+
+def init_moments(
+    state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member], settings: Sequence[Setting], storage: Storage
+) -> None:
+    """Give every member the moments that it lacks: zeros of its shape and strides."""
+    for p, setting_index, *_ in members:
+        for name in moment_names(settings[setting_index]):
+            if name not in state[p]:
+                dtype = storage.moment_dtype(p)
+                state[p][name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                if dtype is torch.uint8:
+                    scales = torch.zeros(-(-p.numel() // BLOCK), dtype=torch.float32, device=p.device)
+                    state[p][f"{name}_scale"] = scales
+
+
+def convert_moment(entry: dict[str, Any], name: str, p: torch.Tensor, storage: Storage) -> dict[str, torch.Tensor]:
+    """Copy the saved moment ``name`` of ``p`` in the dtype of ``storage``, rounded to nearest, with scales if it has any.
 
     Raises:
-        ValueError: 8-bit codes without their scales, or in other strides than those of ``p``, of which blocks are made.
+        ValueError: 8-bit codes without their scales, or in strides other than those of ``p``, which define the blocks.
     """
     saved, dtype, scale_name = entry[name], storage.moment_dtype(p), f"{name}_scale"
     scales = entry.get(scale_name)
     if saved.dtype is torch.uint8:
-        wanted = torch.Size([-(-p.numel() // BLOCK)])
-        if not isinstance(scales, torch.Tensor) or scales.shape != wanted or saved.stride() != p.stride():
+        expected = torch.Size([-(-p.numel() // BLOCK)])
+        if not isinstance(scales, torch.Tensor) or scales.shape != expected or saved.stride() != p.stride():
             raise ValueError(
-                f"state_dict's {name!r} is in 8 bits, so {scale_name!r} must be {list(wanted)} and its strides {p.stride()}, "
+                f"state_dict's {name!r} is in 8 bits, so {scale_name!r} must be {list(expected)} and its strides {p.stride()}, "
                 f"got {'none' if scales is None else list(scales.shape)} and {saved.stride()}"
             )
         codes, scales = saved.detach().to(p.device, copy=True), scales.detach().to(p.device, torch.float32, copy=True)
@@ -67,18 +117,66 @@ def converted_moment(entry: dict[str, Any], name: str, p: torch.Tensor, storage:
     value = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(saved)
     noise = torch.full((p.numel(),), _HALF, dtype=torch.int32, device=p.device)
     codes = torch.empty_like(p, dtype=torch.uint8, requires_grad=False)
-    written, scales = encode8(flat(value), noise, name == "exp_avg")
-    flat(codes).copy_(written)
+    new_codes, scales = encode8(flat(value), noise, name == "exp_avg")
+    flat(codes).copy_(new_codes)
     return {name: codes, scale_name: scales}
 
 
+def load_moment(entry: dict[str, Any], name: str, dtype: torch.dtype) -> torch.Tensor:
+    """The moment ``name`` of a parameter's state in ``dtype``, that of its arithmetic; the stored tensor if it has that."""
+    if entry[name].dtype is torch.uint8:
+        return decode8(entry[name], entry[f"{name}_scale"], name == "exp_avg")
+    return entry[name].to(dtype)
+
+
+def store_moments(
+    entry: dict[str, Any],
+    values: Sequence[torch.Tensor],
+    shard: Shard,
+    step: torch.Tensor,
+    seed: torch.Tensor,
+    found_inf: torch.Tensor | None = None,
+) -> None:
+    """Round both moments at random into a parameter's state, by the noise of ``reference.optimizer.moment_noise_ref``.
+
+    Args:
+        entry: the parameter's state, moments in bfloat16 or 8 bits.
+        values: exp_avg and exp_avg_sq in float32, in the parameter's shape and strides.
+        shard: gives the indices of the parameter's elements.
+        step, seed: int32 scalars.
+        found_inf: float32 scalar; nothing changes if it is not 0.
+    """
+    # Indices are modulo 2^32.
+    indices = shard.element_indices(values[0].numel(), step.device).to(torch.int32)
+    words = mix_(indices ^ mix_((step + seed).reshape(1)))
+    words = mix_(words.add_(MOMENT_WORD - 2**32))
+    in_8_bits = entry["exp_avg"].dtype is torch.uint8
+    for name, value in zip(("exp_avg", "exp_avg_sq"), values, strict=True):
+        kept = entry[name]
+        if in_8_bits:
+            targets = [flat(kept), entry[f"{name}_scale"]]
+            rounded = list(encode8(flat(value), words, name == "exp_avg"))
+            words = mix_(words.add_(MOMENT_WORD - 2**32))
+        else:
+            targets = [flat(kept)]
+            rounded = [stochastic_round(flat(value), kept.dtype, words)]
+            words = words >> 16
+        for old, new in zip(targets, rounded, strict=True):
+            if found_inf is not None:
+                new = torch.where(found_inf.reshape(()) == 0, new, old)
+            old.copy_(new)
+
+
 def _format(signed: bool) -> tuple[int, float]:
-    """What is added to a code to have float32's exponent and leading bits, and the step of the smallest values."""
+    """The number that gives a code float32's exponent and leading bits when added, and the step of subnormal values."""
     return (896, 2.0**-17) if signed else (768, 2.0**-33)
 
 
 def decode8(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Tensor:
-    """float32 values of 8-bit codes, in their shape and strides; :func:`~stablelora_kernels.reference.optimizer.moment8_ref`."""
+    """float32 values of uint8 ``codes``, in their shape and strides; ``scales`` is float32, one a block.
+
+    Source of the format: :func:`~stablelora_kernels.reference.optimizer.moment8_ref`.
+    """
     shift, step = _format(signed)
     whole = flat(codes).int()
     magnitude = whole & 127 if signed else whole
@@ -91,10 +189,10 @@ def decode8(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Te
 
 
 def encode8(x: torch.Tensor, noise: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat float32 ``x`` as codes and their blocks' scales, rounded at random by int32 words of ``noise``."""
+    """uint8 codes [n] and float32 scales [ceil(n / BLOCK)] of float32 ``x`` [n], rounded at random by int32 ``noise`` [n]."""
     shift, step = _format(signed)
     rows = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
-    # The sum is 0, or NaN where a value is not finite, which makes its block NaN.
+    # rows * 0 sums to 0, or to NaN where a value is not finite: the whole block then becomes NaN.
     scales = (rows.abs().amax(1) + (rows * 0.0).sum(1)) / 1.875
     y = (rows / torch.where(scales > 0, scales, 1.0)[:, None]).clamp_(-1.875, 1.875).flatten()[: x.numel()]
     size = y.abs()
@@ -108,8 +206,8 @@ def encode8(x: torch.Tensor, noise: torch.Tensor, signed: bool) -> tuple[torch.T
     return (codes & 255).to(torch.uint8), scales
 
 
-def make_masters(state: dict[torch.Tensor, dict[str, Any]], params: Sequence[torch.Tensor], storage: Storage) -> None:
-    """Give every parameter that needs one its float32 master, and take away those that are left from elsewhere."""
+def init_masters(state: dict[torch.Tensor, dict[str, Any]], params: Sequence[torch.Tensor], storage: Storage) -> None:
+    """Give every parameter that needs a float32 master one; drop masters that a loaded state left over."""
     for p in params:
         if not storage.has_master(p):
             state[p].pop("master", None)
@@ -117,80 +215,7 @@ def make_masters(state: dict[torch.Tensor, dict[str, Any]], params: Sequence[tor
             state[p]["master"] = p.detach().float()
 
 
-def follow_parameters(masters: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> None:
-    """Where a parameter is not its master's rounding, someone else has written to it: the master becomes the parameter."""
+def refresh_masters(masters: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> None:
+    """Set a master to its parameter wherever the parameter is not its rounding: someone else has written to it."""
     for master, p in zip(masters, params, strict=True):
         torch.where(master.to(p.dtype) == p, master, p.float(), out=master)
-
-
-def flat(t: torch.Tensor) -> torch.Tensor:
-    """The elements of a dense tensor in the order of memory, as a view."""
-    return t.as_strided((t.numel(),), (1,), t.storage_offset())
-
-
-def keep_moments(
-    entry: dict[str, Any],
-    values: Sequence[torch.Tensor],
-    place: Place,
-    step: torch.Tensor,
-    seed: torch.Tensor,
-    found_inf: torch.Tensor | None = None,
-) -> None:
-    """Round the two moments ``values``, float32, at random into a parameter's state; ``step`` and ``seed`` are int32.
-
-    ``place`` tells the numbers of the parameter's elements. Elementwise by
-    :func:`~stablelora_kernels.reference.optimizer.moment_noise_ref`. Nothing changes where ``found_inf`` is not 0.
-    """
-    # Indices are taken modulo 2^32.
-    index = place.numbers(values[0].numel(), step.device).to(torch.int32)
-    words = mix_(index ^ mix_((step + seed).reshape(1)))
-    words = mix_(words.add_(MOMENT_WORD - 2**32))
-    first = entry["exp_avg"].dtype
-    for name, value in zip(("exp_avg", "exp_avg_sq"), values, strict=True):
-        kept = entry[name]
-        if first is torch.uint8:
-            new = list(encode8(flat(value), words, name == "exp_avg"))
-            words = mix_(words.add_(MOMENT_WORD - 2**32))
-        else:
-            new = [stochastic_round(flat(value), kept.dtype, words)]
-            words = words >> 16
-        targets = [flat(kept), *([entry[f"{name}_scale"]] if len(new) > 1 else [])]
-        for old, fresh in zip(targets, new, strict=True):
-            if found_inf is not None:
-                fresh = torch.where(found_inf.reshape(()) == 0, fresh, old)
-            old.copy_(fresh)
-
-
-class Pair(NamedTuple):
-    """The places of a pair's A and B in an engine's list of members."""
-
-    a: int
-    b: int
-
-
-def work_dtype(p: torch.Tensor) -> torch.dtype:
-    """The dtype of the arithmetic on ``p`` and of its moments: float32, or float64 for float64."""
-    return torch.float64 if p.dtype is torch.float64 else torch.float32
-
-
-def take_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The state's 0-d counters, None being zero, as one new tensor; nothing is read on the host."""
-    if not values:
-        return torch.zeros(0, dtype=dtype, device=device)
-    zero = torch.zeros((), dtype=dtype, device=device)
-    return torch.stack([zero if v is None else torch.as_tensor(v).to(device, dtype) for v in values])
-
-
-def init_moments(
-    state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member], groups: Sequence[Setting], storage: Storage
-) -> None:
-    """Give every member the moments of its group, zeros of its shape and strides, where it has none yet."""
-    for p, group, *_ in members:
-        for key in moment_names(groups[group]):
-            if key not in state[p]:
-                new_moment(state[p], key, p, storage)
-
-
-def moment_names(group: Setting | dict[str, Any]) -> tuple[str, ...]:
-    """What a parameter of ``group`` has in the optimizer's state besides its counters."""
-    return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))

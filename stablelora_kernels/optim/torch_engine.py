@@ -1,4 +1,4 @@
-"""The whole optimizer step on PyTorch's own fused and foreach operators: the CPU path, and a GPU's without Triton."""
+"""The whole optimizer step on PyTorch's fused and foreach operators: the CPU path, and a GPU's without Triton."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.optim.gradients import Seen, readable
+from stablelora_kernels.optim.gradients import GradientLayout, convert_gradients
+from stablelora_kernels.optim.graph_capture import upload
 from stablelora_kernels.optim.hyperparameters import Member, Setting
-from stablelora_kernels.optim.sharding import ShardSums, Unlatched
+from stablelora_kernels.optim.sharding import LatchMonitor, ShardSums
 from stablelora_kernels.optim.state import (
     Pair,
     Storage,
-    decode8,
-    follow_parameters,
+    init_masters,
     init_moments,
-    keep_moments,
-    make_masters,
-    take_counters,
+    load_moment,
+    refresh_masters,
+    stack_counters,
+    store_moments,
     work_dtype,
 )
-from stablelora_kernels.optim.stochastic_rounding import LOW_PRECISION, Scratch, seed_word, upload
+from stablelora_kernels.optim.stochastic_rounding import LOW_PRECISION, Scratch, seed_word
 
 
 class _Bucket(NamedTuple):
-    """Parameters that one call of the fused operator updates: one group, one dtype, all shrunk or none."""
+    """Members that one call of the fused operator updates: same setting, same dtype, all shrink or none."""
 
-    group: int
+    setting: Setting
     shrinks: bool
-    places: list[int]
+    indices: list[int]
     params: list[torch.Tensor]
     exp_avgs: list[torch.Tensor]
     exp_avg_sqs: list[torch.Tensor]
@@ -39,252 +40,291 @@ class _Bucket(NamedTuple):
 
 
 class TorchStep:
-    """The step on one device. Counters live in one tensor each, whose 0-d views are the optimizer's state.
+    """The step of all parameters on one device.
 
-    On a CPU the latch is decided on the host, which costs nothing there, and a pair's norms are taken only until it
-    latches. On a GPU everything stays on the device.
+    On a CPU the host decides the latch, and takes a pair's norms only until it latches. On a GPU everything stays on the
+    device. Counters of one kind share a tensor; the optimizer's state holds 0-d views of it.
     """
 
     def __init__(
         self,
         members: Sequence[Member],
         pairs: Sequence[Pair],
-        groups: Sequence[Setting],
+        settings: Sequence[Setting],
         state: dict[torch.Tensor, dict[str, Any]],
         skipped: torch.Tensor,
         storage: Storage,
     ) -> None:
-        """``skipped`` counts, on the device, the steps that were not taken since the gradients' norm was not finite."""
-        self.members, self.pairs, self.groups, self.state, self.skipped = members, pairs, groups, state, skipped
+        """Complete ``state`` and make the working copies.
+
+        Args:
+            members: the parameters, all on one device.
+            pairs: the pairs among them.
+            settings: the settings that ``members`` refer to.
+            state: the optimizer's state of each member's ``param``. Missing entries are filled; counters become views.
+            skipped: int32 scalar on the device, counts steps not taken because the gradients' norm was not finite.
+            storage: how moments and masters are kept.
+        """
+        self.members, self.pairs, self.settings, self.state, self.skipped = members, pairs, settings, state, skipped
         self.device = members[0].param.device
         self.on_host = self.device.type == "cpu"
-        init_moments(state, members, groups, storage)
-        make_masters(state, [m.param for m in members], storage)
+        init_moments(state, members, settings, storage)
+        init_masters(state, [m.param for m in members], storage)
         self.low_moments = storage.moments_dtype is not torch.float32
-        self.steps = take_counters([state[m.param].get("step") for m in members], torch.float32, self.device)
-        self.step_views = list(self.steps.unbind())
-        for (p, *_), view in zip(members, self.step_views, strict=True):
-            state[p]["step"] = view
-        owners = [members[pair.a].param for pair in pairs]
-        self.latched = take_counters([state[a].get("latched_at") for a in owners], torch.int32, self.device)
-        for a, view in zip(owners, self.latched.unbind(), strict=True):
-            state[a]["latched_at"] = view
-        self.low_at = [i for i, m in enumerate(members) if storage.has_master(m.param)]
-        self.low = [members[i].param for i in self.low_at]
-        self.masters = [state[p]["master"] for p in self.low]
-        self.versions: list[int] | None = None
-        rounded = () if storage.master_weights else LOW_PRECISION
-        low = {d: [i for i, m in enumerate(members) if m.param.dtype is d] for d in rounded}
-        self.scratch = [
-            Scratch(
-                d,
-                [members[i].param for i in places],
-                [members[i].place.numbers(members[i].param.numel(), self.device) for i in places],
-                places,
-            )
-            for d, places in low.items()
-            if places
-        ]
-        # What the arithmetic runs on: the parameters themselves, their float32 masters or copies.
-        self.work = [state[m.param].get("master", m.param) for m in members]
-        for scratch in self.scratch:
-            for i, view in zip(scratch.places, scratch.views, strict=True):
-                self.work[i] = view
-        # Where the last gradients lay, if all were read there.
-        self.seen: Seen | None = None
-        self.mixed = len({w.dtype for w in self.work}) > 1
-        self.everyone = [True] * len(members)
-        # ||A||_F / n and ||B||_F / m, as factors of the norms.
+        self._make_counters()
+        self._make_working_copies(storage)
+        self.all_present = [True] * len(members)
+        self.seeds = upload([seed_word(settings[m.setting_index]["seed"]) for m in members], torch.int32, self.device)
+        self.a_indices = upload([pair.a for pair in pairs], torch.int64, self.device)
+        # [2, pairs]: multiplied by these, ||A||_F and ||B||_F become ||A||_F / n and ||B||_F / m.
         per_n = [1 / max(members[pair.a].owner.shape[1], 1) for pair in pairs]
         per_m = [1 / max(members[pair.b].owner.shape[0], 1) for pair in pairs]
-        self.seeds = upload([seed_word(groups[m.group]["seed"]) for m in members], torch.int32, self.device)
-        self.a_at = upload([pair.a for pair in pairs], torch.int64, self.device)
         self.inverse_widths = upload([per_n, per_m], torch.float64, self.device)
-        # The pairs that shrink whatever the norms are, so long as those are finite.
-        self.never = [groups[members[pair.a].group]["stop_condition"] == "never" for pair in pairs]
-        self.never_there = upload(self.never, torch.bool, self.device)
-        self.pair_sums = ShardSums([members[at].owner for half in zip(*pairs, strict=True) for at in half])
+        # Pairs that shrink at every step with finite norms.
+        self.never_latches = [self._a_setting(pair)["stop_condition"] == "never" for pair in pairs]
+        self.never_latches_on_device = upload(self.never_latches, torch.bool, self.device)
+        self.pair_sums = ShardSums([members[i].owner for half in zip(*pairs, strict=True) for i in half])
         self.grad_sums = ShardSums([member.owner for member in members])
-        self.unlatched = Unlatched(self.latched, range(len(pairs)))
+        self.latch_monitor = LatchMonitor(self.latched, range(len(pairs)))
         self.ratios: list[Any] = []
-        self.plan_key: tuple[list[bool], list[int]] | None = None
-        self.plan: list[_Bucket] = []
+        # The layout of the last gradients, if the step could read all of them without a copy.
+        self.layout: GradientLayout | None = None
+        self.bucket_key: tuple[list[bool], list[int]] | None = None
+        self.buckets: list[_Bucket] = []
 
-    def __call__(
+    def _make_counters(self) -> None:
+        """One tensor of steps, one a member, and one of latches, one a pair; the state gets views of them."""
+        params = [m.param for m in self.members]
+        owners = [params[pair.a] for pair in self.pairs]
+        self.steps = stack_counters([self.state[p].get("step") for p in params], torch.float32, self.device)
+        self.latched = stack_counters([self.state[a].get("latched_at") for a in owners], torch.int32, self.device)
+        self.step_views = list(self.steps.unbind())
+        for p, view in zip(params, self.step_views, strict=True):
+            self.state[p]["step"] = view
+        for a, view in zip(owners, self.latched.unbind(), strict=True):
+            self.state[a]["latched_at"] = view
+
+    def _make_working_copies(self, storage: Storage) -> None:
+        """``work``: the tensors that the arithmetic runs on: parameters, their float32 masters or float32 copies."""
+        params = [m.param for m in self.members]
+        self.master_indices = [i for i, p in enumerate(params) if storage.has_master(p)]
+        self.mastered = [params[i] for i in self.master_indices]
+        self.masters = [self.state[p]["master"] for p in self.mastered]
+        # The versions of the mastered parameters after the last step; None to refresh all masters.
+        self.versions: list[int] | None = None
+        self.work = [self.state[p].get("master", p) for p in params]
+        self.scratch: list[Scratch] = []
+        for dtype in () if storage.master_weights else LOW_PRECISION:
+            indices = [i for i, p in enumerate(params) if p.dtype is dtype]
+            if indices:
+                elements = [self.members[i].shard.element_indices(params[i].numel(), self.device) for i in indices]
+                scratch = Scratch(dtype, [params[i] for i in indices], elements, indices)
+                self.scratch.append(scratch)
+                for i, view in zip(indices, scratch.views, strict=True):
+                    self.work[i] = view
+        self.mixed = len({w.dtype for w in self.work}) > 1
+
+    def step(
         self,
         grads: Sequence[torch.Tensor | None],
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
         max_grad_norm: float | None,
-        seen: Seen | None,
+        layout: GradientLayout | None,
     ) -> None:
-        """``seen``: what ``look_at`` says of the gradients."""
+        """Take one step.
+
+        Args:
+            grads: one a member, None for none.
+            grad_scale: float32 scalar that the gradients are to be divided by.
+            found_inf: float32 scalar; if it is not 0, nothing changes.
+            max_grad_norm: clip the gradients to this norm.
+            layout: the :func:`~stablelora_kernels.optim.gradients.gradient_layout` of ``grads``.
+        """
         if found_inf is not None and self.grad_sums:
-            found_inf = self.grad_sums.agree_(found_inf.clone())
+            found_inf = self.grad_sums.all_reduce_max_(found_inf.clone())
         if self.on_host and found_inf is not None:
             if found_inf.item():
                 return
             found_inf = None
-        present, ready = self.everyone, grads
-        if seen is None or seen != self.seen:
+        present, ready = self.all_present, grads
+        if layout is None or layout != self.layout:
             present = [g is not None for g in grads]
             if all(present):
-                present = self.everyone
-            ready, direct = readable(self.work, grads)
-            self.seen = seen if direct else None
+                present = self.all_present
+            ready, direct = convert_gradients(self.work, grads)
+            self.layout = layout if direct else None
         if max_grad_norm is not None:
-            total, grad_scale = self._clipping(ready, present, grad_scale, max_grad_norm)
-            unknown = total.isfinite().logical_not_()
+            norm, grad_scale = self._norm_and_clip_scale(ready, present, grad_scale, max_grad_norm)
+            nonfinite = norm.isfinite().logical_not_()
             if self.on_host:
-                if unknown.item():
+                if nonfinite.item():
                     self.skipped += 1
                     return
             else:
-                if found_inf is not None:
-                    self.skipped += unknown & (found_inf.reshape(()) == 0)
-                    unknown |= found_inf.reshape(()) != 0
-                else:
-                    self.skipped += unknown
-                found_inf = unknown.float()
-        if self.versions != [p._version for p in self.low]:
-            follow_parameters(self.masters, self.low)
+                found_inf = self._skip_nonfinite(nonfinite, found_inf)
+        if self.versions != [p._version for p in self.mastered]:
+            refresh_masters(self.masters, self.mastered)
         for scratch in self.scratch:
             scratch.load()
-        shrinking: list[int] = []
-        if self.on_host:
-            shrinking = self._decide_on_host(present)
+        shrinking = self._latch_and_shrink(present, found_inf)
+        self._adamw(present, shrinking, ready, grad_scale, found_inf)
+        self._write_back(present)
+
+    def _skip_nonfinite(self, nonfinite: torch.Tensor, found_inf: torch.Tensor | None) -> torch.Tensor:
+        """Count a step whose gradients' norm is not finite, and return the ``found_inf`` that skips it."""
+        if found_inf is None:
+            self.skipped += nonfinite
         else:
-            self._shrink_on_device(present, found_inf)
-        self._update(present, shrinking, ready, grad_scale, found_inf)
+            self.skipped += nonfinite & (found_inf.reshape(()) == 0)
+            nonfinite |= found_inf.reshape(()) != 0
+        return nonfinite.float()
+
+    def _write_back(self, present: list[bool]) -> None:
+        """Round the working copies into the parameters."""
         for scratch in self.scratch:
             scratch.store(self.steps.int(), self.seeds, present)
-        shadowed = [k for k, i in enumerate(self.low_at) if present[i]]
-        if shadowed:
-            torch._foreach_copy_([self.low[k] for k in shadowed], [self.masters[k] for k in shadowed])
-        # So that a backward pass through what has been overwritten is noticed: the fused operator does not say so.
+        written = [k for k, i in enumerate(self.master_indices) if present[i]]
+        if written:
+            torch._foreach_copy_([self.mastered[k] for k in written], [self.masters[k] for k in written])
+        # The fused operator leaves versions alone. With them a backward pass through overwritten values is noticed.
         torch.autograd.graph.increment_version(
-            [m.owner for m, there in zip(self.members, present, strict=True) if there]
+            [m.owner for m, is_present in zip(self.members, present, strict=True) if is_present]
         )
-        self.versions = [p._version for p in self.low]
+        self.versions = [p._version for p in self.mastered]
 
     def _one_dtype(self, norms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """``norms``, in float64 if there are float64 parameters among others."""
         return [x.double() for x in norms] if self.mixed else list(norms)
 
-    def _clipping(
+    def _norm_and_clip_scale(
         self,
         grads: Sequence[torch.Tensor | None],
         present: list[bool],
         grad_scale: torch.Tensor | None,
         max_grad_norm: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The unscaled gradients' norm, and what the fused operator must divide by to unscale and clip: float32 scalars."""
+        """The norm of the unscaled gradients, and the divisor that unscales and clips them: float32 scalars."""
         norms = torch.stack(self._one_dtype(torch._foreach_norm([g for g in grads if g is not None]))).float()
         if self.grad_sums:
-            # By places: a mask would have the host wait for a GPU to count it.
-            places = upload([i for i, there in enumerate(present) if there], torch.int64, self.device)
-            squares = torch.zeros(len(grads), device=self.device).index_copy_(0, places, norms.square())
-            norms = self.grad_sums.add_up_(squares).sqrt()
+            # Indices, not a mask: the host would wait for a GPU to count a mask.
+            indices = upload([i for i, is_present in enumerate(present) if is_present], torch.int64, self.device)
+            squares = torch.zeros(len(grads), device=self.device).index_copy_(0, indices, norms.square())
+            norms = self.grad_sums.all_reduce_sum_(squares).sqrt()
         scale = torch.ones((), device=self.device) if grad_scale is None else grad_scale.reshape(())
         total = torch.linalg.vector_norm(norms) / scale
         return total, scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
 
-    def _scaled_norms(self, live: list[int]) -> torch.Tensor:
-        """[2, pairs]: ||A||_F / n and ||B||_F / m of the pairs ``live``, over all processes, in float64."""
-        every = len(live) == len(self.pairs)
-        halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
-        if self.pair_sums:
-            # In float64 throughout: a second look at a close call would be a second collective.
-            norms = torch.stack(torch._foreach_norm(halves, 2, torch.float64)).view(2, -1)
-            squares = norms.square()
-            if not every:
-                squares = torch.zeros(2, len(self.pairs), dtype=torch.float64, device=self.device)
-                squares[:, live] = norms.square()
-            norms = self.pair_sums.add_up_(squares.view(-1)).view(2, -1).sqrt()
-            norms = norms if every else norms[:, live]
-        else:
-            norms = torch.stack(self._one_dtype(torch._foreach_norm(halves))).double().view(2, -1)
-        return norms * (self.inverse_widths if every else self.inverse_widths[:, live])
+    def _latch_and_shrink(self, present: list[bool], found_inf: torch.Tensor | None) -> list[int]:
+        """The latch rule, on the values before the update: shrink A if ||A||_F / n > ||B||_F / m, else latch the pair.
 
-    def _decide_on_host(self, present: list[bool]) -> list[int]:
-        """The places of the A's that shrink in this step; pairs whose time has come are latched."""
+        Returns the member indices of A's that the update has yet to shrink. On a GPU they are shrunk here.
+        """
+        if self.on_host:
+            return self._latch_on_host(present)
+        self._latch_and_shrink_on_device(present, found_inf)
+        return []
+
+    def _latch_on_host(self, present: list[bool]) -> list[int]:
         latched = self.latched.tolist()
         live = [k for k, pair in enumerate(self.pairs) if not latched[k] and present[pair.a]]
         if not live:
             return []
         scaled = self._scaled_norms(live)
-        # Most steps leave no doubt about any pair. A NaN fails the first comparison, an infinity the second.
+        # In most steps all pairs shrink clearly. A NaN fails the first comparison, an infinity the second.
         if bool((scaled[0] * 0.999 > scaled[1]).all()) and bool(scaled.sum() < math.inf):
             return [self.pairs[k].a for k in live]
         shrinking = []
         inverse_n, inverse_m = self.inverse_widths.tolist()
         for k, a_norm, b_norm in zip(live, *scaled.tolist(), strict=True):
             if abs(a_norm - b_norm) <= 1e-3 * a_norm and not self.pair_sums:
-                # PyTorch's float32 norm of millions of elements is off by 1e-4: a close call is taken in float64.
+                # PyTorch's float32 norm of millions of elements is off by 1e-4, so decide a close call in float64.
                 pair = self.pairs[k]
                 a_norm = self.work[pair.a].double().norm().item() * inverse_n[k]
                 b_norm = self.work[pair.b].double().norm().item() * inverse_m[k]
             if not (math.isfinite(a_norm) and math.isfinite(b_norm)):
                 continue
-            if a_norm > b_norm or self.never[k]:
+            if a_norm > b_norm or self.never_latches[k]:
                 shrinking.append(self.pairs[k].a)
             else:
                 self.latched[k] = int(self.step_views[self.pairs[k].a].item()) + 1
         return shrinking
 
-    def _shrink_on_device(self, present: list[bool], found_inf: torch.Tensor | None) -> None:
-        """Algorithm 1 without a look from the host: factors and latches stay on the device."""
+    def _latch_and_shrink_on_device(self, present: list[bool], found_inf: torch.Tensor | None) -> None:
         self._plan(present, [])
-        if self.pair_sums and not self.unlatched:
+        if self.pair_sums and not self.latch_monitor.any_unlatched():
             return
-        ratios = [self._number(self.groups[self.members[pair.a].group]["shrink_ratio"]) for pair in self.pairs]
+        ratios = [self._scalar(self._a_setting(pair)["shrink_ratio"]) for pair in self.pairs]
         if any(isinstance(ratio, torch.Tensor) for ratio in ratios):
             self.ratios = []
-            self.ratios_there = take_counters(ratios, torch.float64, self.device)
+            self.ratios_on_device = stack_counters(ratios, torch.float64, self.device)
         elif ratios != self.ratios:
-            self.ratios, self.ratios_there = ratios, upload(ratios, torch.float64, self.device)
+            self.ratios, self.ratios_on_device = ratios, upload(ratios, torch.float64, self.device)
         a_works = [self.work[pair.a] for pair in self.pairs]
         a_norms, b_norms = self._scaled_norms(list(range(len(self.pairs))))
-        undecided = (self.latched == 0) & self.present_there[self.a_at] & a_norms.isfinite() & b_norms.isfinite()
+        undecided = (self.latched == 0) & self.present_on_device[self.a_indices]
+        undecided = undecided & a_norms.isfinite() & b_norms.isfinite()
         if found_inf is not None:
             undecided &= found_inf.reshape(()) == 0
-        shrink = undecided & ((a_norms > b_norms) | self.never_there)
-        factors = 1 - self.ratios_there * shrink
+        shrink = undecided & ((a_norms > b_norms) | self.never_latches_on_device)
+        factors = 1 - self.ratios_on_device * shrink
         torch._foreach_mul_(a_works, [f.to(w.dtype) for f, w in zip(factors.unbind(), a_works, strict=True)])
-        now = self.steps[self.a_at].int() + 1
+        now = self.steps[self.a_indices].int() + 1
         self.latched.copy_(torch.where(undecided & ~shrink, now, self.latched))
         if self.pair_sums:
-            self.unlatched.look()
+            self.latch_monitor.record()
+
+    def _a_setting(self, pair: Pair) -> Setting:
+        return self.settings[self.members[pair.a].setting_index]
+
+    def _scaled_norms(self, live: list[int]) -> torch.Tensor:
+        """float64 [2, len(live)]: ||A||_F / n and ||B||_F / m of the pairs ``live``, over all processes."""
+        every = len(live) == len(self.pairs)
+        halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
+        if self.pair_sums:
+            # In float64 throughout, since deciding a close call anew would take a second collective.
+            norms = torch.stack(torch._foreach_norm(halves, 2, torch.float64)).view(2, -1)
+            squares = norms.square()
+            if not every:
+                squares = torch.zeros(2, len(self.pairs), dtype=torch.float64, device=self.device)
+                squares[:, live] = norms.square()
+            norms = self.pair_sums.all_reduce_sum_(squares.view(-1)).view(2, -1).sqrt()
+            norms = norms if every else norms[:, live]
+        else:
+            norms = torch.stack(self._one_dtype(torch._foreach_norm(halves))).double().view(2, -1)
+        return norms * (self.inverse_widths if every else self.inverse_widths[:, live])
 
     def _plan(self, present: list[bool], shrinking: list[int]) -> list[_Bucket]:
-        """The buckets of this step, kept from the step before if the same gradients are there and the same A's shrink."""
+        """The buckets of this step, reused if the same gradients are present and the same A's shrink as before."""
         key = (present, shrinking)
-        if key != self.plan_key:
+        if key != self.bucket_key:
             shrinks_at = set(shrinking)
             buckets: dict[tuple[int, bool, torch.dtype], list[int]] = {}
-            for i, (p, group, *_) in enumerate(self.members):
+            for i, (p, setting_index, *_) in enumerate(self.members):
                 if present[i]:
-                    buckets.setdefault((group, i in shrinks_at, work_dtype(p)), []).append(i)
-            self.plan = [
-                _Bucket(
-                    group,
-                    shrinks,
-                    places,
-                    [self.work[i] for i in places],
-                    [self.state[self.members[i].param]["exp_avg"] for i in places],
-                    [self.state[self.members[i].param]["exp_avg_sq"] for i in places],
-                    [self.state[self.members[i].param]["max_exp_avg_sq"] for i in places]
-                    if self.groups[group]["amsgrad"]
-                    else [],
-                    [self.step_views[i] for i in places],
-                )
-                for (group, shrinks, _), places in buckets.items()
+                    buckets.setdefault((setting_index, i in shrinks_at, work_dtype(p)), []).append(i)
+            self.buckets = [
+                self._bucket(self.settings[setting_index], shrinks, indices)
+                for (setting_index, shrinks, _), indices in buckets.items()
             ]
-            self.present_there = upload(present, torch.bool, self.device)
-            self.plan_key = key
-        return self.plan
+            self.present_on_device = upload(present, torch.bool, self.device)
+            self.bucket_key = key
+        return self.buckets
 
-    def _update(
+    def _bucket(self, setting: Setting, shrinks: bool, indices: list[int]) -> _Bucket:
+        entries = [self.state[self.members[i].param] for i in indices]
+        return _Bucket(
+            setting,
+            shrinks,
+            indices,
+            params=[self.work[i] for i in indices],
+            exp_avgs=[entry["exp_avg"] for entry in entries],
+            exp_avg_sqs=[entry["exp_avg_sq"] for entry in entries],
+            max_exp_avg_sqs=[entry["max_exp_avg_sq"] for entry in entries] if setting["amsgrad"] else [],
+            steps=[self.step_views[i] for i in indices],
+        )
+
+    def _adamw(
         self,
         present: list[bool],
         shrinking: list[int],
@@ -292,14 +332,17 @@ class TorchStep:
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
     ) -> None:
-        plan = self._plan(present, shrinking)
-        if present is self.everyone:
+        """Weight decay, the shrink of the members ``shrinking`` and AdamW, one call of the fused operator a bucket."""
+        buckets = self._plan(present, shrinking)
+        if present is self.all_present:
             self.steps.add_(1)
         else:
-            torch._foreach_add_([view for view, there in zip(self.step_views, present, strict=True) if there], 1)
-        for bucket in plan:
-            group = self.groups[bucket.group]
-            lr, decay = self._number(group["lr"]) * group.lr_ratio, self._number(group["weight_decay"])
+            torch._foreach_add_(
+                [view for view, is_present in zip(self.step_views, present, strict=True) if is_present], 1
+            )
+        for bucket in buckets:
+            setting = bucket.setting
+            lr, decay = self._scalar(setting["lr"]) * setting.lr_ratio, self._scalar(setting["weight_decay"])
             if isinstance(decay, torch.Tensor):
                 # The fused operator takes the decay as a number only.
                 kept = 1 - lr * decay
@@ -308,56 +351,50 @@ class TorchStep:
                 torch._foreach_mul_(bucket.params, kept)
                 decay = 0.0
             if bucket.shrinks:
-                lam = self._number(group["shrink_ratio"])
+                ratio = self._scalar(setting["shrink_ratio"])
                 if isinstance(lr, float) and lr > 1e-12:
-                    # The shrink and the decay are one multiplication: (1 - lam)(1 - lr wd) = 1 - lr wd'.
-                    decay = decay + lam / lr - lam * decay
+                    # Shrink and decay are one multiplication: (1 - ratio)(1 - lr wd) = 1 - lr wd'.
+                    decay = decay + ratio / lr - ratio * decay
                 else:
-                    torch._foreach_mul_(bucket.params, 1 - lam)
+                    torch._foreach_mul_(bucket.params, 1 - ratio)
             moments = bucket.exp_avgs, bucket.exp_avg_sqs
             if self.low_moments:
-                moments = self._moments(bucket, "exp_avg"), self._moments(bucket, "exp_avg_sq")
+                moments = self._load_moments(bucket, "exp_avg"), self._load_moments(bucket, "exp_avg_sq")
             torch._fused_adamw_(
                 bucket.params,
-                [grads[i] for i in bucket.places],
+                [grads[i] for i in bucket.indices],
                 *moments,
                 bucket.max_exp_avg_sqs,
                 bucket.steps,
                 lr=lr,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
+                beta1=setting["betas"][0],
+                beta2=setting["betas"][1],
                 weight_decay=decay,
-                eps=group["eps"],
-                amsgrad=group["amsgrad"],
-                maximize=group["maximize"],
+                eps=setting["eps"],
+                amsgrad=setting["amsgrad"],
+                maximize=setting["maximize"],
                 grad_scale=grad_scale,
                 found_inf=found_inf,
             )
             if self.low_moments:
-                self._keep_moments(bucket, moments, found_inf)
+                self._store_moments(bucket, moments, found_inf)
         if found_inf is not None:
-            self.steps.sub_(found_inf.reshape(()) * self.present_there)
+            self.steps.sub_(found_inf.reshape(()) * self.present_on_device)
 
-    def _moments(self, bucket: _Bucket, name: str) -> list[torch.Tensor]:
-        """One moment of all, in float32; of float64 parameters the one that is kept."""
-        entries = [self.state[self.members[i].param] for i in bucket.places]
-        return [
-            decode8(entry[name], entry[f"{name}_scale"], name == "exp_avg")
-            if entry[name].dtype is torch.uint8
-            else entry[name].to(p.dtype)
-            for entry, p in zip(entries, bucket.params, strict=True)
-        ]
+    def _load_moments(self, bucket: _Bucket, name: str) -> list[torch.Tensor]:
+        entries = [self.state[self.members[i].param] for i in bucket.indices]
+        return [load_moment(entry, name, p.dtype) for entry, p in zip(entries, bucket.params, strict=True)]
 
-    def _keep_moments(
+    def _store_moments(
         self, bucket: _Bucket, moments: tuple[list[torch.Tensor], list[torch.Tensor]], found_inf: torch.Tensor | None
     ) -> None:
-        for i, *values in zip(bucket.places, *moments, strict=True):
+        for i, *values in zip(bucket.indices, *moments, strict=True):
             entry = self.state[self.members[i].param]
             if entry["exp_avg"].dtype is not torch.float64:
-                keep_moments(entry, values, self.members[i].place, self.steps[i].int(), self.seeds[i], found_inf)
+                store_moments(entry, values, self.members[i].shard, self.steps[i].int(), self.seeds[i], found_inf)
 
-    def _number(self, value: float | torch.Tensor) -> Any:
-        """A hyper-parameter as a float, or as a scalar on a GPU, which is not read on the host."""
+    def _scalar(self, value: float | torch.Tensor) -> Any:
+        """A hyperparameter as a float, or as a float32 scalar on the GPU if the host must not read it."""
         if not isinstance(value, torch.Tensor):
             return value
         if self.on_host or value.device.type == "cpu" != self.device.type:

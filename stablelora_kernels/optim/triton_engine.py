@@ -1,46 +1,45 @@
-"""The optimizer step as one Triton launch, and the tables on the device that it reads."""
+"""The whole optimizer step as one Triton launch, and the tables on the device that it reads."""
 
 from __future__ import annotations
 
 import math
 from array import array
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.kernels.stable_adamw import tables
-from stablelora_kernels.launch import stable_adamw
-from stablelora_kernels.optim import graph_capture as staging
-from stablelora_kernels.optim.gradients import Seen, readable
+from stablelora_kernels.optim import graph_capture
+from stablelora_kernels.optim.gradients import GradientLayout, convert_gradients
+from stablelora_kernels.optim.graph_capture import upload
 from stablelora_kernels.optim.hyperparameters import Member, Setting
-from stablelora_kernels.optim.sharding import ShardSums, Unlatched
+from stablelora_kernels.optim.sharding import LatchMonitor, ShardSums
 from stablelora_kernels.optim.state import (
     Pair,
     Storage,
-    follow_parameters,
+    init_masters,
     init_moments,
-    make_masters,
     moment_names,
-    take_counters,
+    refresh_masters,
+    stack_counters,
 )
-from stablelora_kernels.optim.stochastic_rounding import seed_word, upload
+from stablelora_kernels.optim.stochastic_rounding import seed_word
 
 _version = attrgetter("_version")
-# Whether an address is no multiple of 16.
-_off_16 = (15).__and__
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+# Nonzero for an address that is no multiple of 16.
+_misaligned = (15).__and__
+_TENSOR_HYPERPARAMETERS = ("lr", "weight_decay", "shrink_ratio")
 
 
 class TritonStep:
-    """The step on one device, with the interface of :class:`~stablelora_kernels.optim.torch_engine.TorchStep`.
+    """The step of all parameters on one device, with the interface of :class:`~stablelora_kernels.optim.torch_engine.TorchStep`.
 
-    All members are in the tables, with a gradient or without: a step in which other gradients are missing only uploads
-    other addresses. The sums of squares that the latch is decided by are measured anew when the tables are built and when
-    a parameter's version shows that someone else wrote to it.
+    The tables hold all members, with a gradient or without, so a step with other missing gradients only uploads other
+    addresses. The sums of squares that decide the latch are measured when the tables are built, and again when a
+    parameter's version shows that someone else wrote to it.
     """
 
     # Elements that one program updates.
@@ -50,130 +49,146 @@ class TritonStep:
         self,
         members: Sequence[Member],
         pairs: Sequence[Pair],
-        groups: Sequence[Setting],
+        settings: Sequence[Setting],
         state: dict[Tensor, dict[str, Any]],
         skipped: Tensor,
         storage: Storage,
     ) -> None:
-        self.members, self.pairs, self.groups, self.skipped = members, pairs, groups, skipped
+        """As :class:`~stablelora_kernels.optim.torch_engine.TorchStep`."""
+        # Triton is optional, so nothing imports a launcher before it is used.
+        from stablelora_kernels.launch import stable_adamw as launcher
+
+        self.launcher, tables = launcher, launcher.tables
+        self.members, self.pairs, self.settings, self.skipped = members, pairs, settings, skipped
         self.params = [member.param for member in members]
         self.device = self.params[0].device
-        init_moments(state, members, groups, storage)
-        make_masters(state, self.params, storage)
-        self.low = [p for p in self.params if storage.has_master(p)]
-        self.masters = [state[p]["master"] for p in self.low]
-        self.storage_flags = tables.FLAG_MASTER * bool(self.low)
-        self.storage_flags |= tables.FLAG_LOW_MOMENTS * (storage.moments_dtype is torch.bfloat16)
-        self.storage_flags |= tables.FLAG_8BIT_MOMENTS * (storage.moments_dtype is torch.uint8)
-        # In the order of the moments.
-        self.scales = [
-            [state[p][f"{key}_scale"] for key in _MOMENTS if f"{key}_scale" in state[p]] for p in self.params
-        ]
-        self.moments = [[state[p][key] for key in moment_names(groups[group])] for p, group, *_ in members]
+        init_moments(state, members, settings, storage)
+        init_masters(state, self.params, storage)
+        self.mastered = [p for p in self.params if storage.has_master(p)]
+        self.masters = [state[p]["master"] for p in self.mastered]
         # An empty tensor has one chunk too, for its counters.
-        counts = [max(1, -(-p.numel() // self.CHUNK)) for p in self.params]
-        self.firsts = _starts(counts)
-        halves = [place for half in zip(*pairs, strict=True) for place in half]
-        self.pair_sums = ShardSums([members[place].owner for place in halves])
+        self.counts = [max(1, -(-p.numel() // self.CHUNK)) for p in self.params]
+        self.first_chunks = list(accumulate(self.counts, initial=0))[:-1]
+        # All A's, then all B's.
+        halves = [i for half in zip(*pairs, strict=True) for i in half]
+        self.halves = [state[self.params[i]].get("master", self.params[i]) for i in halves]
+        self.totals = torch.zeros(len(halves), dtype=torch.float32, device=self.device)
+        self.pair_sums = ShardSums([members[i].owner for i in halves])
         self.grad_sums = ShardSums([member.owner for member in members])
         self.sharded = bool(self.grad_sums)
-        self.halves = [state[self.params[place]].get("master", self.params[place]) for place in halves]
-        self.totals = torch.zeros(len(halves), dtype=torch.float32, device=self.device)
-        self._make_counters(state, counts)
-        self.unlatched = Unlatched(self.latched, [self.firsts[pair.a] for pair in pairs])
-        self._make_tables(counts)
-        capturable = any(group["capturable"] for group in groups)
-        size = max(16 * len(members), max(4 * len(tables.HYPER_COLUMNS), 8 * len(tables.WORD_COLUMNS)) * len(groups))
-        self.staging = staging.Staging(self.device, size, capturable)
-        # Whose versions tell that someone else wrote to them. Versions only rise, so their sum tells it too.
-        self.watched_at = [i for i, m in enumerate(members) if i in set(halves) or storage.has_master(m.param)]
-        self.watched = [self.params[i] for i in self.watched_at]
+        self._make_counters(state)
+        self.latch_monitor = LatchMonitor(self.latched, [self.first_chunks[pair.a] for pair in pairs])
+        self.never_latch = {pair.a for pair in pairs if self._setting(pair.a)["stop_condition"] == "never"}
+        self._make_tables(state)
+        self.fixed_flags = tables.FLAG_NEVER * bool(self.never_latch) | tables.FLAG_MASTER * bool(self.mastered)
+        self.fixed_flags |= tables.FLAG_LOW_MOMENTS * (storage.moments_dtype is torch.bfloat16)
+        self.fixed_flags |= tables.FLAG_8BIT_MOMENTS * (storage.moments_dtype is torch.uint8)
+        self.fixed_flags |= tables.FLAG_SHARDED * self.sharded
+        self.fixed_flags |= tables.FLAG_CUT * any(member.shard.columns for member in members)
+        capturable = any(setting["capturable"] for setting in settings)
+        setting_bytes = max(4 * len(tables.HyperRow._fields), 8 * len(tables.WordRow._fields))
+        size = max(16 * len(members), setting_bytes * len(settings))
+        self.staging = graph_capture.Staging(self.device, size, capturable)
+        # Members whose versions tell that someone else wrote to them. Versions only rise, so their sum tells it too.
+        self.watched_indices = [i for i, m in enumerate(members) if i in set(halves) or storage.has_master(m.param)]
+        self.watched = [self.params[i] for i in self.watched_indices]
         self.versions: int | None = None
         self.dtypes = [p.dtype for p in self.params]
         self.contiguous = all(p.is_contiguous() for p in self.params)
-        # Where the gradients in the table lie, if all are read there and not from copies.
-        self.seen: Seen | None = None
+        # The layout of the gradients in the table, if the step reads all of them without a copy.
+        self.layout: GradientLayout | None = None
         self.address_key: tuple[list[int], list[int]] | None = None
         self.present_key: list[int] | None = None
         self.hyper_key: list[tuple[Any, ...]] | None = None
         self.cells: dict[tuple[int, str], Tensor] = {}
 
-    def _make_counters(self, state: dict[Tensor, dict[str, Any]], counts: list[int]) -> None:
-        """The counters of every chunk, from the state, whose entries become views of the first chunks' counters."""
-        total, repeats = sum(counts), upload(counts, torch.int64, self.device)
-        old_steps = take_counters([state[p].get("step") for p in self.params], torch.float32, self.device)
-        old_latched = take_counters([state[p].get("latched_at") for p in self.params], torch.int32, self.device)
+    def _setting(self, index: int) -> Setting:
+        """The setting of the member ``index``."""
+        return self.settings[self.members[index].setting_index]
+
+    def _make_counters(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """One of each counter a chunk; entries of ``state`` become views of the counters of first chunks."""
+        total, repeats = sum(self.counts), upload(self.counts, torch.int64, self.device)
+        old_steps = stack_counters([state[p].get("step") for p in self.params], torch.float32, self.device)
+        old_latched = stack_counters([state[p].get("latched_at") for p in self.params], torch.int32, self.device)
         self.steps = torch.repeat_interleave(old_steps, repeats, output_size=total)
         self.latched = torch.repeat_interleave(old_latched, repeats, output_size=total)
         self.turns = torch.zeros(total, dtype=torch.int8, device=self.device)
         self.squares = torch.zeros(2, total, dtype=torch.float32, device=self.device)
-        sums = 1 if self.sharded else min(total, tables.MAX_GRAD_SUMS)
+        sums = 1 if self.sharded else min(total, self.launcher.tables.MAX_GRAD_SUMS)
         self.grad_squares = torch.zeros(sums, dtype=torch.float32, device=self.device)
-        for p, first in zip(self.params, self.firsts, strict=True):
+        for p, first in zip(self.params, self.first_chunks, strict=True):
             state[p]["step"] = self.steps[first]
         for pair in self.pairs:
-            state[self.params[pair.a]]["latched_at"] = self.latched[self.firsts[pair.a]]
+            state[self.params[pair.a]]["latched_at"] = self.latched[self.first_chunks[pair.a]]
 
-    def _make_tables(self, counts: list[int]) -> None:
-        never = {pair.a for pair in self.pairs if self.groups[self.members[pair.a].group]["stop_condition"] == "never"}
-        self.has_never = bool(never)
-        roles = {pair.a: tables.ROLE_A_NEVER if pair.a in never else tables.ROLE_A for pair in self.pairs}
-        roles |= {pair.b: tables.ROLE_B for pair in self.pairs}
-        partners = {place: (k, pair) for k, pair in enumerate(self.pairs) for place in pair}
-        masters = {id(p): master.data_ptr() for p, master in zip(self.low, self.masters, strict=True)}
-        # All A's first, then all B's, 4 bytes each.
-        totals_at = [self.totals.data_ptr() + 4 * k for k in range(self.totals.numel())]
+    def _make_tables(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Upload the table of tensors and the map from chunks to tensors."""
+        tables = self.launcher.tables
+        pair_columns: dict[int, dict[str, int]] = {}
+        for k, (a, b) in enumerate(self.pairs):
+            columns = {
+                "a_first": self.first_chunks[a],
+                "a_count": self.counts[a],
+                "b_first": self.first_chunks[b],
+                "b_count": self.counts[b],
+                "n": max(self.members[a].owner.shape[1], 1),
+                "m": max(self.members[b].owner.shape[0], 1),
+            }
+            if self.sharded:
+                # Of 4 bytes each.
+                columns["a_first"] = self.totals.data_ptr() + 4 * k
+                columns["b_first"] = self.totals.data_ptr() + 4 * (len(self.pairs) + k)
+            pair_columns[a] = columns | {"role": tables.ROLE_A_NEVER if a in self.never_latch else tables.ROLE_A}
+            pair_columns[b] = columns | {"role": tables.ROLE_B}
+        # The table holds the addresses of these.
+        self.moments: list[list[Tensor]] = []
         rows = []
-        for i, (p, group, place, _) in enumerate(self.members):
-            addresses = [moment.data_ptr() for moment in self.moments[i]]
-            row = [p.data_ptr(), *addresses[:2], p.numel(), group, roles.get(i, tables.ROLE_LONE), place.base]
-            if i in partners:
-                k, (a, b) = partners[i]
-                if self.sharded:
-                    row += [totals_at[k], 1, totals_at[len(self.pairs) + k], 1]
-                else:
-                    row += [self.firsts[a], counts[a], self.firsts[b], counts[b]]
-                row += [max(self.members[a].owner.shape[1], 1), max(self.members[b].owner.shape[0], 1)]
-            else:
-                row += [0] * 6
-            row += [*(addresses[2:] or [0]), masters.get(id(p), 0)]
-            row += [scale.data_ptr() for scale in self.scales[i]] or [0, 0]
-            rows.append([*row, place.columns, place.pitch, self.firsts[i], 0])
+        for i, (p, setting_index, shard, _) in enumerate(self.members):
+            names = moment_names(self.settings[setting_index])
+            held = {name: state[p][name] for name in (*names, "exp_avg_scale", "exp_avg_sq_scale") if name in state[p]}
+            self.moments.append(list(held.values()))
+            columns = {"param": p.data_ptr(), "numel": p.numel(), "setting": setting_index, "base": shard.base}
+            columns |= {name: tensor.data_ptr() for name, tensor in held.items()}
+            if "master" in state[p]:
+                columns["master"] = state[p]["master"].data_ptr()
+            columns |= {"shard_columns": shard.columns, "shard_pitch": shard.pitch}
+            columns["first_chunk"] = self.first_chunks[i]
+            rows.append(tables.TensorRow(**columns, **pair_columns.get(i, {})))
         self.tensors = upload(rows, torch.int64, self.device)
-        chunks = [i for i, count in enumerate(counts) for _ in range(count)]
+        chunks = [i for i, count in enumerate(self.counts) for _ in range(count)]
         self.chunks = upload(chunks, torch.int32, self.device)
         # The variant of each tensor's code, if its gradient is aligned.
-        self.codes = [
-            2 * tables.KINDS.index(p.dtype) + (not any(value % 16 for value in (*row[:4], *row[13:15])))
-            for p, row in zip(self.params, rows, strict=True)
-        ]
-        self.storage_flags |= tables.FLAG_SHARDED * self.sharded
-        self.storage_flags |= tables.FLAG_CUT * any(member.place.columns for member in self.members)
+        self.variant_of = []
+        for p, row in zip(self.params, rows, strict=True):
+            values = (row.param, row.exp_avg, row.exp_avg_sq, row.numel, row.max_exp_avg_sq, row.master)
+            self.variant_of.append(2 * tables.KINDS.index(p.dtype) + (not any(map(_misaligned, values))))
 
-    def __call__(
+    def step(
         self,
         grads: Sequence[Tensor | None],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         max_grad_norm: float | None,
-        seen: Seen | None,
+        layout: GradientLayout | None,
     ) -> None:
+        """Take one step; arguments as :meth:`~stablelora_kernels.optim.torch_engine.TorchStep.step`."""
         uploads = len(self.staging.captured)
-        ready = grads if seen is not None and seen == self.seen else self._take_gradients(grads, seen)
+        ready = grads if layout is not None and layout == self.layout else self._take_gradients(grads, layout)
         self._upload_hyper()
         versions = sum(map(_version, self.watched))
         changed = versions != self.versions
         if changed:
-            # The step then reads the first half of the sums.
+            # The step then reads the first half of the sums, which the launcher measures.
             self.turns.zero_()
-            follow_parameters(self.masters, self.low)
+            refresh_masters(self.masters, self.mastered)
         if self.sharded:
             if found_inf is not None:
-                found_inf = self.grad_sums.agree_(found_inf.clone())
+                found_inf = self.grad_sums.all_reduce_max_(found_inf.clone())
             self._sum_over_processes(ready, max_grad_norm)
-        # No operator of torch.library's: its lists of tensors cost the host more than anything else here, and who would trace it
-        # (step() is left out of graphs) could not run it on copies, as the tables hold addresses.
-        stable_adamw.stable_adamw(
+        # Not a torch.library operator: its lists of tensors would cost more host time than all else here. Nor could a tracer
+        # run it on copies, since the tables hold addresses.
+        self.launcher.stable_adamw(
             self.steps,
             self.turns,
             self.latched,
@@ -193,129 +208,134 @@ class TritonStep:
             self.variants,
             self.CHUNK,
         )
-        # So that a backward pass through what has been overwritten is noticed.
+        # With new versions a backward pass through overwritten values is noticed.
         torch.autograd.graph.increment_version(self.written)
         self.versions = versions + self.watched_written
         if self.sharded:
-            self.unlatched.look()
-        if not staging.capturing():
+            self.latch_monitor.record()
+        if not graph_capture.capturing():
             self.staging.refill()
             return
-        # What a graph copies and measures is there when it has been replayed: the next step may not count on it.
+        # A graph's copies and measurements exist only once it is replayed: the next step may not count on them.
         if len(self.staging.captured) > uploads:
-            self.address_key = self.hyper_key = self.seen = None
+            self.address_key = self.hyper_key = self.layout = None
         if changed:
             self.versions = None
 
-    def _take_gradients(self, grads: Sequence[Tensor | None], seen: Seen | None) -> Sequence[Tensor | None]:
-        """Put the address of every gradient into the table, 0 where there is none, and the variant of its tensor's code.
+    def _take_gradients(self, grads: Sequence[Tensor | None], layout: GradientLayout | None) -> Sequence[Tensor | None]:
+        """Upload each gradient's address, 0 for none, and the variant of its tensor's code.
 
-        Returns the gradients that are to be read, which are those given or copies in the parameters' dtypes and strides.
+        Returns the gradients to read: those given, or copies in the parameters' dtypes and strides.
         """
-        # An empty tensor's address is 0 as well, yet its step counts.
-        if seen is not None and self.contiguous and seen[1] == self.dtypes:
-            ready, at, direct = grads, [address or 16 for address in seen[0]], True
+        # An empty tensor's address is 0 too, yet its step counts: hence 16.
+        if layout is not None and self.contiguous and layout.dtypes == self.dtypes:
+            ready, addresses, direct = grads, [address or 16 for address in layout.addresses], True
         else:
-            ready, direct = readable(self.params, grads)
-            at = [0 if g is None else g.data_ptr() or 16 for g in ready]
-        codes = self.codes
-        if any(map(_off_16, at)):
-            codes = [code - (code & 1 and address & 15 != 0) for code, address in zip(codes, at, strict=True)]
-        if (at, codes) != self.address_key:
-            present = [i for i, address in enumerate(at) if address]
-            table = torch.tensor(array("q", chain(at, codes)), dtype=torch.int64).view(2, -1).t().contiguous()
+            ready, direct = convert_gradients(self.params, grads)
+            addresses = [0 if g is None else g.data_ptr() or 16 for g in ready]
+        variants = self.variant_of
+        if any(map(_misaligned, addresses)):
+            variants = [
+                variant - (variant & 1 and address & 15 != 0)
+                for variant, address in zip(variants, addresses, strict=True)
+            ]
+        if (addresses, variants) != self.address_key:
+            present = [i for i, address in enumerate(addresses) if address]
+            table = torch.tensor(array("q", chain(addresses, variants)), dtype=torch.int64).view(2, -1).t().contiguous()
             self.addresses = self.staging.upload(table, torch.int64)
             if present != self.present_key or self.address_key is None:
                 self.present_key = present
                 if self.sharded:
                     self.present = self.staging.upload(present, torch.int64)
                 self.written = [self.members[i].owner for i in present]
-                # This process's part of a sharded parameter has a version of its own, which a step leaves alone.
+                # A shard has a version of its own, which a step leaves alone.
                 written = {i for i in present if self.members[i].owner is self.params[i]}
-                self.watched_written = sum(i in written for i in self.watched_at)
-            self.variants = sum(1 << code for code in set(codes))
-            self.address_key = at, codes
-        self.seen = seen if direct else None
+                self.watched_written = sum(i in written for i in self.watched_indices)
+            self.variants = sum(1 << variant for variant in set(variants))
+            self.address_key = addresses, variants
+        self.layout = layout if direct else None
         return ready
 
     def _sum_over_processes(self, grads: Sequence[Tensor | None], max_grad_norm: float | None) -> None:
-        """The pairs' sums of squares over all processes while some pair may shrink, and that of the gradients for clipping."""
-        if self.unlatched:
+        """All-reduce the pairs' sums of squares while some pair may shrink, and the gradients' sum of squares for clipping."""
+        if self.latch_monitor.any_unlatched():
             norms = torch.stack(torch._foreach_norm(self.halves, 2, torch.float64))
-            self.totals.copy_(self.pair_sums.add_up_(norms.square_()))
+            self.totals.copy_(self.pair_sums.all_reduce_sum_(norms.square_()))
         if max_grad_norm is not None:
             norms = torch.stack(torch._foreach_norm([g for g in grads if g is not None], 2, torch.float64))
             squares = torch.zeros(len(grads), dtype=torch.float64, device=self.device)
             squares[self.present] = norms.square_()
-            self.grad_squares.copy_(self.grad_sums.add_up_(squares).sum())
+            self.grad_squares.copy_(self.grad_sums.all_reduce_sum_(squares).sum())
 
     def _upload_hyper(self) -> None:
-        """The hyper-parameters of every group, when one of them has changed."""
-        living = [
-            [self._living(i, name) for name in ("lr", "weight_decay", "shrink_ratio")] for i in range(len(self.groups))
-        ]
+        """Upload the hyperparameters of every setting if one has changed, and work out the launch's flags."""
+        # Of each setting: lr, weight decay and shrink ratio.
+        values = [[self._hyper_value(i, name) for name in _TENSOR_HYPERPARAMETERS] for i in range(len(self.settings))]
         key = [
             (
-                *group["betas"],
-                group["eps"],
-                group.lr_ratio,
-                group["maximize"],
-                group["seed"],
-                *(value.data_ptr() if isinstance(value, Tensor) else value for value in values),
-                any(isinstance(value, Tensor) for value in values),
+                *setting["betas"],
+                setting["eps"],
+                setting.lr_ratio,
+                setting["maximize"],
+                setting["seed"],
+                *(value.data_ptr() if isinstance(value, Tensor) else value for value in row),
+                any(isinstance(value, Tensor) for value in row),
             )
-            for group, values in zip(self.groups, living, strict=True)
+            for setting, row in zip(self.settings, values, strict=True)
         ]
         if key == self.hyper_key:
             return
-        rows = []
-        for group, values in zip(self.groups, living, strict=True):
-            beta1, beta2 = group["betas"]
-            logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
-            sign = -1.0 if group["maximize"] else 1.0
-            lr, decay, ratio = (0.0 if isinstance(value, Tensor) else value for value in values)
-            row = [beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], decay, ratio, sign]
-            # The kernel multiplies by the ratio only where the learning rate is a tensor.
-            rows.append(
-                [*row, *logs, lr * group.lr_ratio, group.lr_ratio if isinstance(values[0], Tensor) else 1.0, 0.0]
-            )
+        tables = self.launcher.tables
+        rows = [self._hyper_row(setting, *row) for setting, row in zip(self.settings, values, strict=True)]
         self.hyper = self.staging.upload(rows, torch.float32)
-        # The tensors whose addresses are in the table.
-        self.living = living
-        words = []
-        for i, (group, values) in enumerate(zip(self.groups, living, strict=True)):
-            own = [self.hyper[i, tables.HYPER_COLUMNS.index(name)] for name in ("lr", "decay", "ratio")]
-            lr, decay, ratio = (
-                (value if isinstance(value, Tensor) else mine).data_ptr()
-                for value, mine in zip(values, own, strict=True)
-            )
-            words.append([lr, seed_word(group["seed"]), decay, ratio])
+        # The table of words holds the addresses of these.
+        self.hyper_values = values
+        words, hyper_columns = [], tables.HyperRow._fields
+        for i, (setting, row) in enumerate(zip(self.settings, values, strict=True)):
+            own = self.hyper[i].data_ptr()
+            address = {
+                name: value.data_ptr() if isinstance(value, Tensor) else own + 4 * hyper_columns.index(name)
+                for name, value in zip(_TENSOR_HYPERPARAMETERS, row, strict=True)
+            }
+            words.append(tables.WordRow(seed=seed_word(setting["seed"]), **address))
         self.words = self.staging.upload(words, torch.int64)
-        self.flags = self.storage_flags | tables.FLAG_AMSGRAD * any(group["amsgrad"] for group in self.groups)
-        self.flags |= tables.FLAG_NEVER * self.has_never
+        self.flags = self.fixed_flags | tables.FLAG_AMSGRAD * any(setting["amsgrad"] for setting in self.settings)
         self.flags |= tables.FLAG_DYNAMIC * any(
-            isinstance(decay, Tensor) or isinstance(ratio, Tensor) or (isinstance(lr, Tensor) and group.lr_ratio != 1)
-            for (lr, decay, ratio), group in zip(living, self.groups, strict=True)
+            isinstance(decay, Tensor) or isinstance(ratio, Tensor) or (isinstance(lr, Tensor) and setting.lr_ratio != 1)
+            for (lr, decay, ratio), setting in zip(values, self.settings, strict=True)
         )
         self.hyper_key = key
 
-    def _living(self, group: int, name: str) -> float | Tensor:
-        """A hyper-parameter as a float, or as a float32 scalar on the device that keeps its address."""
-        value = self.groups[group][name]
+    def _hyper_row(
+        self, setting: Setting, lr: float | Tensor, weight_decay: float | Tensor, shrink_ratio: float | Tensor
+    ) -> Any:
+        """The setting's row of the table of hyperparameters, with 0 for a value that is a tensor."""
+        beta1, beta2 = setting["betas"]
+        return self.launcher.tables.HyperRow(
+            beta1=beta1,
+            one_minus_beta1=1 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1 - beta2,
+            eps=setting["eps"],
+            weight_decay=0.0 if isinstance(weight_decay, Tensor) else weight_decay,
+            shrink_ratio=0.0 if isinstance(shrink_ratio, Tensor) else shrink_ratio,
+            sign=-1.0 if setting["maximize"] else 1.0,
+            log_beta1=math.log(beta1) if beta1 > 0 else -math.inf,
+            log_beta2=math.log(beta2) if beta2 > 0 else -math.inf,
+            lr=0.0 if isinstance(lr, Tensor) else lr * setting.lr_ratio,
+            # The kernel multiplies by the ratio only a learning rate that is a tensor.
+            lr_ratio=setting.lr_ratio if isinstance(lr, Tensor) else 1.0,
+        )
+
+    def _hyper_value(self, setting_index: int, name: str) -> float | Tensor:
+        """A hyperparameter as a float, or as a float32 scalar on the device that keeps its address."""
+        value = self.settings[setting_index][name]
         if not isinstance(value, Tensor):
             return value
         if value.device.type == "cpu" != self.device.type:
             return value.item()
         if value.device == self.device and value.dtype is torch.float32:
             return value
-        cell = self.cells.setdefault((group, name), torch.empty((), dtype=torch.float32, device=self.device))
+        key = setting_index, name
+        cell = self.cells.setdefault(key, torch.empty((), dtype=torch.float32, device=self.device))
         return cell.copy_(value, non_blocking=True)
-
-
-def _starts(counts: list[int]) -> list[int]:
-    """The sum of all counts before each."""
-    starts, total = [], 0
-    for count in counts:
-        starts.append(total)
-        total += count
-    return starts

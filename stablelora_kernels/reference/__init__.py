@@ -1,7 +1,7 @@
-"""The mathematics in plain PyTorch, written to be read: the oracle of every test, and not for speed.
+"""The mathematics in plain PyTorch, written for reading: the oracle of every test.
 
-Everything computes in the dtype it is given. Tests give float64. The layer is in ``lora``; the optimizer (Algorithm 1, AdamW,
-stochastic rounding) is in ``optimizer``.
+Everything computes in the dtype of its arguments; tests pass float64. ``lora`` has the layer, ``optimizer`` has Algorithm 1,
+AdamW and stochastic rounding.
 """
 
 from stablelora_kernels.reference.lora import (

@@ -61,7 +61,7 @@ def lora_linear_grads_ref(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> dict[str, Tensor]:
-    """The four gradients, by name: dS [M, r], dX (x's shape), dA [r, K], dB [N, r], for an incoming grad [..., N]."""
+    """Gradients by name for an incoming grad [..., N]: dS [M, r], dX in x's shape, dA [r, K], dB [N, r]."""
     grads = lora_branch_grads_ref(grad, x, lora_A, lora_B, scaling, keep, dropout_p)
     return grads | {"dX": grad @ weight + grads["dX"]}
 
@@ -75,7 +75,7 @@ def lora_branch_grads_ref(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> dict[str, Tensor]:
-    """As :func:`lora_linear_grads_ref`, dX being the branch's alone; base_out's gradient is ``grad`` itself."""
+    """As :func:`lora_linear_grads_ref`, but dX is the branch's alone; the gradient of base_out is ``grad`` itself."""
     dropped = _dropout(x, keep, dropout_p).reshape(-1, x.shape[-1])
     dy = grad.reshape(-1, grad.shape[-1])
     s = dropped @ lora_A.T
@@ -100,10 +100,10 @@ def nf4_ref(
     offset: Tensor | None = None,
     nested_blocksize: int = 0,
 ) -> Tensor:
-    """W [N, K] in float64: ``code[index] · absmax``, from what :class:`stablelora_kernels.quantized.NF4Weight` holds.
+    """W [N, K] in float64 = ``code[index] · absmax``, from the tensors of :class:`stablelora_kernels.quantized.NF4Weight`.
 
-    Element e, counted row after row, has the upper half of byte e / 2 for its index where e is even and else the lower half,
-    and the absmax of block e div blocksize; that is ``nested_code[absmax] · nested_absmax + offset`` where nested.
+    Count elements row after row. The index of element e is the upper half of byte e div 2 if e is even, else the lower half.
+    Its absmax is that of block e div blocksize; if nested, that is ``nested_code[absmax] · nested_absmax + offset``.
     """
     element = torch.arange(shape[0] * shape[1])
     byte = packed.long()[element // 2]
@@ -121,8 +121,8 @@ def nf4_ref(
 def fp8_ref(data: Tensor, scale: Tensor) -> Tensor:
     """W [N, K] in float64 from the bits of float8_e4m3fn data [N, K] and scale [N].
 
-    A byte is a sign, 4 bits of exponent e and 3 of fraction f: ``(1 + f/8) 2^(e - 7)``, or ``f/8 · 2^-6`` where e is 0;
-    all ones but the sign is not a number.
+    A byte holds a sign, a 4-bit exponent e and a 3-bit fraction f. Its value is ``(1 + f/8) 2^(e - 7)``, or ``f/8 · 2^-6`` if e
+    is 0. With all of e and f set it is NaN.
     """
     bits = data.view(torch.uint8).long()
     exponent, fraction = (bits >> 3) & 15, (bits & 7).double() / 8
@@ -134,13 +134,13 @@ def fp8_ref(data: Tensor, scale: Tensor) -> Tensor:
 def philox_ref(seed: int, counter: Tensor) -> Tensor:
     """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, as int64 [..., 4], for each int64 counter [...].
 
-    The counter's low and high halves are the first two counter words, the other two are zero; the key is the seed's
-    halves. These are the words that Triton's ``tl.randint4x(seed, counter)`` gives.
+    The counter's low and high halves are the first two counter words; the other two are zero. The key is the seed's halves.
+    Triton's ``tl.randint4x(seed, counter)`` gives the same words.
     """
     mask = 0xFFFFFFFF
 
     def mulhilo(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-        # The 64-bit product in two halves of the word: int64 would overflow on the whole one.
+        # Multiply by the two halves of the word: int64 would overflow on the whole product.
         low, high = constant * (word & 0xFFFF), constant * (word >> 16)
         middle = (low >> 16) + high
         return middle >> 16, ((middle << 16) | (low & 0xFFFF)) & mask
@@ -159,8 +159,8 @@ def philox_ref(seed: int, counter: Tensor) -> Tensor:
 def dropout_keep_ref(rows: int, columns: int, dropout_p: float, seed: int) -> Tensor:
     """The Triton kernels' keep-mask, bool [rows, columns], bit for bit.
 
-    Element (i, j) takes word j mod 4 of the Philox counter i·ceil(columns / 4) + j div 4, and is kept if the word's upper
-    31 bits are at least round(p·2^31).
+    Element (i, j) takes word j mod 4 of the Philox counter i·ceil(columns / 4) + j div 4. It is kept if the word's upper 31
+    bits are at least round(p·2^31).
     """
     groups = -(-columns // 4)
     words = philox_ref(seed, torch.arange(rows * groups, dtype=torch.int64)).reshape(rows, groups * 4)[:, :columns]

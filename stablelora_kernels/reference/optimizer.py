@@ -1,7 +1,7 @@
-"""The optimizer step in plain PyTorch, written to be read: Algorithm 1, decoupled AdamW, stochastic rounding.
+"""The optimizer step in plain PyTorch, written for reading: Algorithm 1, decoupled AdamW, stochastic rounding.
 
-Everything here runs in the dtype of its arguments, so that in float64 it is the oracle of the tests. Nothing is fast and
-everything may be read on the host. Sources: Stable-LoRA, arXiv 2603.05204, Algorithm 1; AdamW, arXiv 1711.05101.
+Everything computes in the dtype of its arguments; in float64 it is the oracle of the tests. Nothing is fast, and the host may
+read every value. Sources: Stable-LoRA, arXiv 2603.05204, Algorithm 1; AdamW, arXiv 1711.05101.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _WORD = 0xFFFFFFFF
 def shrink_ref(
     A: torch.Tensor, B: torch.Tensor, latched: bool, shrink_ratio: float, stop_condition: str = "norm"
 ) -> tuple[torch.Tensor, bool]:
-    """Algorithm 1 on one pair, before its update: ``(A, latched)``.
+    """Algorithm 1 on one pair A [r, n], B [m, r], before its update: ``(A, latched)``.
 
-    A [r, n] becomes (1 - lambda) A as long as ``||A||_F / n > ||B||_F / m``, B being [m, r]. The first time it is not, the
-    pair latches and A is left alone for good. A norm that is not finite decides nothing: neither a shrink nor the latch.
-    With ``stop_condition`` "never" A shrinks whatever the norms are, so long as they are finite.
+    A becomes (1 - shrink_ratio) A while ``||A||_F / n > ||B||_F / m``. The first time the test fails the pair latches, and A
+    never shrinks again. With a norm that is not finite the pair neither shrinks nor latches. With ``stop_condition`` "never"
+    A shrinks at any finite norms.
     """
     a_norm = A.norm().item() / max(A.shape[1], 1)
     b_norm = B.norm().item() / max(B.shape[0], 1)
@@ -57,7 +57,7 @@ def adamw_ref(
     maximize: bool = False,
     amsgrad: bool = False,
 ) -> torch.Tensor:
-    """One step of AdamW on ``p``, which is returned new; ``state`` is advanced in place.
+    """The value of ``p`` after one step of AdamW; ``state`` advances in place.
 
     ::
 
@@ -65,7 +65,7 @@ def adamw_ref(
         m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
         p <- p - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-    With ``amsgrad`` the last line has the largest v so far instead of v.
+    With ``amsgrad`` the last line has the largest v so far in place of v.
     """
     beta1, beta2 = betas
     g = -grad if maximize else grad
@@ -83,7 +83,7 @@ def adamw_ref(
 
 
 def clip_coefficient_ref(grads: list[torch.Tensor], max_grad_norm: float | None) -> float | None:
-    """What ``torch.nn.utils.clip_grad_norm_`` multiplies every gradient by; None where their norm is not finite."""
+    """The factor by which ``torch.nn.utils.clip_grad_norm_`` multiplies gradients; None if their norm is not finite."""
     if max_grad_norm is None:
         return 1.0
     total = math.sqrt(sum(g.square().sum().item() for g in grads))
@@ -96,8 +96,8 @@ def clip_coefficient_ref(grads: list[torch.Tensor], max_grad_norm: float | None)
 class StableAdamWRef:
     """The whole optimizer over pairs and lone parameters of one group.
 
-    ``step`` takes the gradients by tensor (a missing one is None) and changes the tensors in place. A pair whose A has no
-    gradient is left alone: B alone is then updated as AdamW would.
+    ``step`` changes the tensors in place. A pair whose A has no gradient neither shrinks nor latches; its B still takes AdamW's
+    step.
     """
 
     pairs: list[LoRAPair]
@@ -107,10 +107,10 @@ class StableAdamWRef:
     eps: float = 1e-8
     weight_decay: float = 1e-2
     shrink_ratio: float | Callable[[int], float] = 5e-4
-    # By pair name, for those that differ.
+    # Ratios of single pairs, by pair name.
     shrink_ratios: dict[str, float] = field(default_factory=dict)
     stop_condition: str = "norm"
-    # B's learning rate is so many times lr.
+    # B's learning rate is this multiple of lr.
     lr_ratio_B: float = 1.0
     maximize: bool = False
     amsgrad: bool = False
@@ -125,9 +125,9 @@ class StableAdamWRef:
 
     @torch.no_grad()
     def step(self, grads: dict[torch.Tensor, torch.Tensor]) -> None:
-        """One step, with the gradient of each tensor that has one."""
+        """One step; ``grads`` holds the gradient of each tensor that has one."""
         coefficient = clip_coefficient_ref(list(grads.values()), self.max_grad_norm)
-        # A step whose gradients' norm is not finite is not taken.
+        # Skip a step whose gradients have a norm that is not finite.
         if coefficient is None:
             return
         self.steps += 1
@@ -159,7 +159,7 @@ class StableAdamWRef:
 
 
 def mix32(x: int) -> int:
-    """A bijection of 32-bit words in which every bit of the argument flips about half the bits of the result.
+    """A bijection of 32-bit words: each bit of the argument flips about half the bits of the result.
 
     A multiply-xorshift finalizer with the constants that Chris Wellons found by search (public domain, "lowbias32",
     https://nullprogram.com/blog/2018/07/31/).
@@ -173,7 +173,7 @@ def mix32(x: int) -> int:
 
 
 def rounding_key_ref(seed: int, step: int) -> int:
-    """The key of one parameter's rounding at its ``step``: both halves of the 63-bit seed and the step, mixed."""
+    """The rounding key of one parameter at its ``step``: both halves of the 63-bit seed and the step, mixed."""
     return mix32(step + mix32(mix32(seed) ^ (seed >> 32)))
 
 
@@ -183,16 +183,16 @@ def rounding_noise_ref(seed: int, step: int, index: int) -> int:
 
 
 def moment_noise_ref(seed: int, step: int, index: int) -> tuple[int, int]:
-    """The random bits, 16 each, that round the two moments of an element where they are kept in bfloat16."""
+    """The random bits, 16 each, that round an element's two bfloat16 moments."""
     word = mix32(rounding_noise_ref(seed, step, index) + 0x9E3779B9)
     return word & 0xFFFF, word >> 16
 
 
 def stochastic_round_ref(x: float, dtype: torch.dtype, noise: int) -> float:
-    """``x``, a float32 value, rounded to bfloat16 or float16 up or down at random, so that the mean is ``x``.
+    """The float32 value ``x`` rounded up or down at random to bfloat16 or float16, so that the mean is ``x``.
 
-    With q the distance of the two neighbors that ``dtype`` has around ``x``, the magnitude becomes
-    ``q floor(abs(x) / q)`` or one q more, the latter with probability equal to the fraction lost.
+    Let q be the distance of the two values of ``dtype`` around ``x``. The magnitude becomes ``q floor(abs(x) / q)``, or one q
+    more with the probability of the fraction lost.
     """
     if not math.isfinite(x) or x == 0:
         return x
@@ -201,18 +201,18 @@ def stochastic_round_ref(x: float, dtype: torch.dtype, noise: int) -> float:
     quantum = 2.0 ** max(exponent, smallest)
     whole = math.floor(abs(x) / quantum)
     lost = abs(x) / quantum - whole
-    # As many random bits as the float32 significand has beyond the result's; where float16 is subnormal, 24 of them.
+    # As many random bits as float32's significand has beyond the result's, but 24 if float16 is subnormal.
     bits = 24 if dtype is torch.float16 and exponent < smallest else 24 - digits
     up = lost * 2**bits + noise % 2**bits >= 2**bits
     return math.copysign((whole + up) * quantum, x)
 
 
 def moment8_ref(values: list[float], noises: list[int], signed: bool) -> tuple[list[float], float]:
-    """A block of a moment as 8 bits keep it: what its codes mean once multiplied by the scale, and the scale.
+    """A block of a moment rounded to 8 bits: the decoded values, multiplied by the scale, and the scale.
 
-    The scale makes the largest magnitude 1.875. The others are rounded at random to a sign bit (the first moment's), 4
-    exponent bits (5 without a sign) and 3 fraction bits: from 2^-14 (2^-30) on in steps of an eighth of their power of
-    two, below in steps of 2^-17 (2^-33).
+    The scale makes the largest magnitude 1.875. Values are rounded at random to a sign bit, 4 exponent bits and 3 fraction
+    bits. Without a sign (the second moment) there are 5 exponent bits. From 2^-14 (unsigned: 2^-30) on, steps are an eighth of
+    the value's power of two; below they are 2^-17 (2^-33).
     """
     scale = max(map(abs, values)) / 1.875
     smallest = -14 if signed else -30
@@ -223,7 +223,7 @@ def moment8_ref(values: list[float], noises: list[int], signed: bool) -> tuple[l
         quantum = 2.0 ** ((math.frexp(y)[1] - 1 if normal else smallest) - 3)
         whole = math.floor(y / quantum)
         lost = y / quantum - whole
-        # 20 bits of noise from below, or 24 from above.
+        # The lower 20 bits of noise, or the upper 24.
         up = lost * 2**20 + noise % 2**20 >= 2**20 if normal else lost > (noise >> 8) / 2**24
         result.append(math.copysign((whole + up) * quantum * scale, x))
     return result, scale

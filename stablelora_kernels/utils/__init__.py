@@ -1,1 +1,1 @@
-"""Helpers that know nothing of LoRA kernels: validation, timing, tensors and modules behind wrappers."""
+"""Helpers without LoRA kernels: validation, timing, DTensors and model wrappers."""

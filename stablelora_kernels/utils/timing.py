@@ -1,4 +1,4 @@
-"""Timing arms fairly on a machine that drifts, and saying which machine it was."""
+"""Time several arms fairly on a machine that drifts, and describe the machine."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def synchronize() -> None:
 
 
 def shuffled(arms: Sequence[T], turn: int) -> list[T]:
-    """``arms`` in an order of their own for each turn, the same every time.
+    """``arms`` in an order that depends on ``turn`` alone.
 
-    A rotation would not do: each arm would always run after the same other one, in the caches and the heap that it leaves.
+    Not a rotation, in which each arm would always run after the same other arm, with its caches and its heap.
     """
     return random.Random(turn).sample(list(arms), len(arms))
 
@@ -36,7 +36,7 @@ def shuffled(arms: Sequence[T], turn: int) -> list[T]:
 def interleave(arms: dict[str, Callable[[], None]], *, warmup: int, iters: int) -> dict[str, list[float]]:
     """Seconds per call of each arm, ``iters`` samples each, after ``warmup`` untimed rounds.
 
-    The arms alternate call by call in shuffled order, so that whatever the machine does meanwhile hits all alike.
+    The arms alternate call by call in shuffled order, so that a drift of the machine hits all of them alike.
     """
     samples = interleave_parts({name: {"call": arm} for name, arm in arms.items()}, warmup=warmup, iters=iters)
     return {name: parts["call"] for name, parts in samples.items()}
@@ -62,7 +62,7 @@ def interleave_parts(
 
 
 def summarize(samples: Sequence[float]) -> dict[str, float]:
-    """The median and the quartiles: what a shared machine's outliers leave alone."""
+    """The median and the quartiles, which a shared machine's outliers hardly move."""
     if not samples:
         raise ValueError("samples must not be empty")
     if len(samples) == 1:
@@ -82,7 +82,7 @@ def _cpu_model() -> str:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version, or None."""
+    """The installed version of ``package``, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -90,7 +90,7 @@ def version_of(package: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure needs beside it to mean anything: machine, versions, date and how busy the machine was."""
+    """The conditions of a measurement: machine, versions, date and load."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

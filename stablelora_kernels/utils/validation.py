@@ -1,10 +1,19 @@
-"""Checks of arguments. Each raises before anything was changed, and names the argument and the values."""
+"""Argument checks. Each raises an error that names the argument and its value, before anything changes."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """``value`` as a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
+    return value
 
 
 def check_int(name: str, value: Any, *, minimum: int) -> int:
@@ -31,9 +40,34 @@ def check_float(
     number = float(value)
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
-    # Not math.isfinite, which torch.compile cannot ask of a number that it has made a variable.
+    # Not math.isfinite: torch.compile cannot trace it for a number that it has made symbolic.
     if not (-math.inf < number < math.inf and above and below):
         left = "(" if low_open or low == -math.inf else "["
         right = ")" if high_open or high == math.inf else "]"
         raise ValueError(f"{name} must be a finite number in {left}{low:g}, {high:g}{right}, got {value}")
     return number
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """``value``, which must be one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_regex(name: str, value: str) -> str:
+    """``value``, which must be a regular expression."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name} must be a regular expression, got {value!r}: {error}") from None
+    return value
+
+
+def check_patterns(name: str, value: Any) -> dict[str, Any]:
+    """A copy of the dict ``value``, whose keys must be regular expressions; None gives an empty one."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name} must be a dict of name patterns, got {value!r}")
+    return {check_regex(name, key): item for key, item in value.items()}

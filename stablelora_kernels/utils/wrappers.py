@@ -1,4 +1,4 @@
-"""What is put around models (data parallelism, torch.compile, checkpointing), and the parts that ``fully_shard`` makes."""
+"""Wrappers of models: data parallelism, torch.compile, checkpointing and ``fully_shard``."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Under these names torch.compile and torch's checkpoint_wrapper hold the module that they are around.
+# The attributes in which torch.compile and torch's checkpoint_wrapper hold the wrapped module.
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself, out of the wrappers around it, which would prefix every name.
+    """The module inside its wrappers, which would prefix every name.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: something is in FullyShardedDataParallel, whose flat parameters hold no A and B; or a part of the model
-            and not the whole is in data parallelism.
+        ValueError: a module is in FullyShardedDataParallel, whose flat parameters hold no A and B; or data parallelism wraps a
+            part of the model and not the whole.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -36,6 +36,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def innermost(model: nn.Module) -> nn.Module:
+    """The module inside its wrappers, without the checks of :func:`unwrap`."""
     while (inner := _inner(model)) is not None:
         model = inner
     return model
@@ -47,7 +48,7 @@ def in_ddp(model: nn.Module) -> bool:
 
 
 def check_not_in_ddp(model: nn.Module) -> None:
-    """Raise ValueError where a model that is about to get parameters is in DistributedDataParallel."""
+    """Raise ValueError if a model that is about to get parameters is in DistributedDataParallel."""
     if in_ddp(model):
         raise ValueError(
             "model must be given LoRA before DistributedDataParallel is around it, which would not average the gradients of "
@@ -56,6 +57,7 @@ def check_not_in_ddp(model: nn.Module) -> None:
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
+    """The module that ``module`` wraps, or None."""
     names = ("module",) if _is_data_parallel(module) else _INNER
     return next((module._modules[name] for name in names if module._modules.get(name) is not None), None)
 
@@ -65,26 +67,26 @@ def _is_data_parallel(module: nn.Module) -> bool:
 
 
 def clean(name: str) -> str:
-    """A dotted name without the parts that wrappers within the model have put into it."""
+    """A dotted name without the parts that wrappers inside the model add."""
     return ".".join(part for part in name.split(".") if part not in _INNER)
 
 
 def same_anywhere(name: str) -> str:
-    """A parameter's dotted name with and without data parallelism and the other wrappers."""
+    """A parameter's dotted name, the same with data parallelism or other wrappers and without."""
     return clean(name).removeprefix("module.")
 
 
 def wrapped_parts(model: nn.Module) -> list[str]:
-    """The names of the parts of ``model`` that have a wrapper of their own."""
+    """The names of the submodules of ``model`` that have their own wrapper."""
     return [clean(name) for name, module in model.named_modules() if name and _inner(module) is not None]
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the parts of ``fully_shard``'s parameters back in their places, where a forward has left whole ones behind.
+    """Reshard ``fully_shard``'s parameters after a forward that left them gathered.
 
-    These would be dropped at the next reshard, with what was written to them.
+    The next reshard would drop gathered parameters and everything written to them.
     """
-    # Where it was not imported, nothing is sharded by it.
+    # Unless FSDP has been imported, nothing is sharded by it.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if hasattr(fsdp, "FSDPModule"):
         for module in model.modules():

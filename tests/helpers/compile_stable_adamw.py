@@ -1,8 +1,9 @@
-"""Compile the optimizer's kernels for absent GPUs: ``python -m tests.helpers.compile_stable_adamw cuda:90/2``, the
-number after the slash being the kernel's VARIANTS. A second one are its FLAGS; it is then compiled without AMP and clipping.
+"""Compile the optimizer's kernels for absent GPUs: ``python -m tests.helpers.compile_stable_adamw cuda:90/2``.
 
-Run by test_stable_adamw.py in a process without the interpreter. Prints a JSON object for each argument: for NVIDIA's GPUs
-the number of vector loads and stores of global memory by their bits, registers a thread and bytes spilled.
+The number after the slash is the kernel's VARIANTS. A second number is its FLAGS; the kernel then has neither AMP nor clipping.
+tests/kernels/test_stable_adamw_kernel.py runs this in a process without the interpreter. It prints a JSON object for each
+argument: for NVIDIA's GPUs the number of vector loads and stores of global memory by their bits, registers a thread and bytes
+spilled.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from tests.helpers.small_models import Model, lora_config
             "modules_to_save must be a list of names or None, got the string 'head'",
         ),
         ({"modules_to_save": [""]}, TypeError, r"modules_to_save must be a string or a list of names, got \[''\]"),
-        ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
+        ({"use_rslora": 1}, TypeError, "use_rslora must be a bool, got 1 of type int"),
         (
             {"init_lora_weights": "pissa"},
             ValueError,
@@ -47,7 +47,7 @@ from tests.helpers.small_models import Model, lora_config
             ValueError,
             r"alpha_pattern\['q'\] must be a finite number in .*, got inf",
         ),
-        ({"fan_in_fan_out": 1}, TypeError, "fan_in_fan_out must be True or False, got 1"),
+        ({"fan_in_fan_out": 1}, TypeError, "fan_in_fan_out must be a bool, got 1 of type int"),
     ],
 )
 def test_config_refuses(kwargs, error, message):

@@ -79,7 +79,7 @@ def test_a_step_without_a_finite_norm_is_not_taken(path: str, value: float, plac
     assert optimizer.nonfinite_steps == 3 and other.nonfinite_steps == 0
     assert all_equal(snapshot(optimizer), snapshot(other))
     with pytest.warns(
-        RuntimeWarning, match=re.escape("3 steps were not taken, as the norm of their gradients was not finite")
+        RuntimeWarning, match=re.escape("3 steps were skipped because the norm of their gradients was not finite")
     ):
         assert any(s.latched_at for s in optimizer.stability())
     # Reported once.

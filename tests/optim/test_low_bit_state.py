@@ -10,9 +10,9 @@ import re
 import pytest
 import torch
 
-from stablelora_kernels.optim.sharding import Place
+from stablelora_kernels.optim.sharding import Shard
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.optim.state import keep_moments
+from stablelora_kernels.optim.state import store_moments
 from stablelora_kernels.optim.stochastic_rounding import seed_word
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef, stochastic_round_ref
@@ -104,7 +104,7 @@ def test_moments_are_rounded_by_the_references_noise() -> None:
     kept = [torch.empty_like(v, dtype=BF16) for v in values]
     word = torch.tensor(seed_word(seed), dtype=torch.int32)
     entry = dict(zip(("exp_avg", "exp_avg_sq"), kept, strict=True))
-    keep_moments(entry, values, Place(base), torch.tensor(step, dtype=torch.int32), word)
+    store_moments(entry, values, Shard(base), torch.tensor(step, dtype=torch.int32), word)
     for which, (k, value) in enumerate(zip(kept, values, strict=True)):
         flat = value.t().flatten().tolist()
         noise = [moment_noise_ref(seed, step, (base + i) % 2**32)[which] for i in range(12)]

@@ -347,7 +347,7 @@ def test_what_is_refused(mesh_of_one: DeviceMesh) -> None:
         slk.StableLoRAAdamW(named, moments_dtype=torch.uint8)
     strided = DTensor.from_local(torch.randn(6, 4).t(), mesh_of_one, [Shard(0)], run_check=False).requires_grad_()
     with pytest.raises(
-        ValueError, match=r"parameter 'q.lora_A' is sharded, so its parts must be contiguous, got the strides"
+        ValueError, match=r"parameter 'q.lora_A' is sharded, so its shards must be contiguous, got the strides"
     ):
         slk.StableLoRAAdamW([("q.lora_A", strided), named[1]])
 

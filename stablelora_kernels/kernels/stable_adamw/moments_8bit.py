@@ -1,6 +1,6 @@
-"""Moments in 8 bits: a small floating-point number for each element, and a float32 scale for each block of 256.
+"""8-bit moments: one small floating-point code an element and one float32 scale a block of 256 elements.
 
-The format is that of ``reference_optim.moment8_ref``.
+The format is that of ``reference.optimizer.moment8_ref``. SIGNED is true for the first moment, false for the second.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCK: tl.constexpr = tl.constexpr(256)
+# Elements that share a scale, as optim.state.BLOCK.
+BLOCK = tl.constexpr(256)
 
 
 @triton.jit
 def decode8(codes, SIGNED: tl.constexpr):
-    """int32 codes as float32 values of at most 1.875."""
+    """Decode int32 codes to float32 values of magnitude at most 1.875."""
     magnitude = codes & 127 if SIGNED else codes
     normal = ((magnitude + (896 if SIGNED else 768)) << 20).to(tl.float32, bitcast=True)
     # 2^-17 and 2^-33
@@ -24,7 +25,7 @@ def decode8(codes, SIGNED: tl.constexpr):
 
 @triton.jit
 def encode8(y, noise, SIGNED: tl.constexpr):
-    """float32 values of at most 1.875 as int32 codes, rounded at random by uint32 ``noise``."""
+    """Encode float32 values of magnitude at most 1.875 as int32 codes, rounded at random by uint32 ``noise``."""
     size = tl.abs(y)
     bits = size.to(tl.uint32, bitcast=True)
     normal = ((bits + (noise & 0xFFFFF)) >> 20).to(tl.int32) - (896 if SIGNED else 768)
@@ -41,8 +42,9 @@ def encode8(y, noise, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _places(address, scales, start, offsets, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
-    code_ptrs = address.to(tl.pointer_type(tl.uint8))
+def _pointers(codes, scales, start, offsets, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+    """Pointers to a chunk's codes and to its blocks' scales."""
+    code_ptrs = codes.to(tl.pointer_type(tl.uint8))
     if ALIGNED:
         code_ptrs = tl.multiple_of(code_ptrs, 16)
     scale_ptrs = scales.to(tl.pointer_type(tl.float32)) + start // BLOCK + tl.arange(0, CHUNK // BLOCK)
@@ -50,21 +52,22 @@ def _places(address, scales, start, offsets, ALIGNED: tl.constexpr, CHUNK: tl.co
 
 
 @triton.jit
-def load8(
-    address, scales, start, left, offsets, mask, SIGNED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
-):
-    """A chunk of a moment, of whose elements from ``start`` on ``left`` are there."""
-    code_ptrs, scale_ptrs = _places(address, scales, start, offsets, ALIGNED, CHUNK)
-    codes = tl.load(code_ptrs, mask=mask, other=0).to(tl.int32)
+def load8(codes, scales, start, left, offsets, mask, SIGNED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+    """Load the chunk of a moment that begins at element ``start``, as float32.
+
+    ``codes`` and ``scales`` are addresses; ``left`` is the number of elements from ``start`` on.
+    """
+    code_ptrs, scale_ptrs = _pointers(codes, scales, start, offsets, ALIGNED, CHUNK)
+    values = tl.load(code_ptrs, mask=mask, other=0).to(tl.int32)
     scale = tl.load(scale_ptrs, mask=tl.arange(0, CHUNK // BLOCK) * BLOCK < left, other=0.0)
-    return decode8(codes, SIGNED) * tl.reshape(tl.broadcast_to(scale[:, None], (CHUNK // BLOCK, BLOCK)), (CHUNK,))
+    return decode8(values, SIGNED) * tl.reshape(tl.broadcast_to(scale[:, None], (CHUNK // BLOCK, BLOCK)), (CHUNK,))
 
 
 @triton.jit
 def store8(
     x,
     noise,
-    address,
+    codes,
     scales,
     start,
     left,
@@ -74,12 +77,13 @@ def store8(
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    code_ptrs, scale_ptrs = _places(address, scales, start, offsets, ALIGNED, CHUNK)
+    """Round float32 ``x`` by uint32 ``noise`` and store it as a chunk; the other arguments are those of :func:`load8`."""
+    code_ptrs, scale_ptrs = _pointers(codes, scales, start, offsets, ALIGNED, CHUNK)
     rows = tl.reshape(tl.where(mask, x, 0.0), (CHUNK // BLOCK, BLOCK))
-    # The sum is 0, or NaN where a value is not finite, which makes its block NaN.
+    # rows * 0 sums to 0, or to NaN where a value is not finite: the whole block then becomes NaN.
     scale = (tl.max(tl.abs(rows), 1) + tl.sum(rows * 0.0, 1)) / 1.875
     y = rows / tl.where(scale > 0, scale, 1.0)[:, None]
     y = tl.minimum(tl.maximum(y, -1.875), 1.875)
-    codes = encode8(tl.reshape(y, (CHUNK,)), noise, SIGNED)
-    tl.store(code_ptrs, codes.to(tl.uint8), mask=mask)
+    values = encode8(tl.reshape(y, (CHUNK,)), noise, SIGNED)
+    tl.store(code_ptrs, values.to(tl.uint8), mask=mask)
     tl.store(scale_ptrs, scale, mask=tl.arange(0, CHUNK // BLOCK) * BLOCK < left)

@@ -1,4 +1,4 @@
-"""Sums of squares of parameters and gradients, which some steps need before."""
+"""Sums of squares of parameters and gradients, measured before the steps that need them."""
 
 # "and" does not stop at its first false operand in a kernel, so conditions are nested.
 # ruff: noqa: SIM102
@@ -9,45 +9,46 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels.stable_adamw.elementwise import element_mask, element_pointers
-from stablelora_kernels.kernels.stable_adamw.tables import COLUMNS, MASTER, N_VARIANTS
+from stablelora_kernels.kernels.stable_adamw.tables import (
+    ADDRESS,
+    MASTER,
+    N_VARIANTS,
+    TENSOR,
+)
 
 
 @triton.jit(do_not_specialize=["n_chunks", "n_squares"])
 def _square_sums_kernel(
-    tensors_ptr,
-    addresses_ptr,
-    chunks_ptr,
-    squares_ptr,
-    grad_squares_ptr,
-    n_chunks,
-    n_squares,
-    FLAGS: tl.constexpr,
-    VARIANTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """squares[i] = the sum of squares in chunk i of the parameters, by the first ``n_squares`` programs, one a chunk or none;
+    tensors_ptr, addresses_ptr, chunks_ptr, squares_ptr, grad_squares_ptr, n_chunks, n_squares,
+    FLAGS: tl.constexpr, VARIANTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """squares[i] = the sum of squares of the parameters' chunk i;  grad_squares[j] = that of the gradients' chunks j, j + J, ...
 
-    grad_squares[i] = the same of the gradients in chunks i, i + programs, ..., by the other programs.
+    The first ``n_squares`` programs (all of the chunks or none) write squares, the other J programs write grad_squares.
+    The tables and constants are those of :func:`~stablelora_kernels.kernels.stable_adamw.step._stable_adamw_kernel`.
     """
     program = tl.program_id(0)
     programs = n_squares
-    values_ptr, stride, sums_ptr = tensors_ptr, COLUMNS + 0, squares_ptr
+    values_ptr, stride, sums_ptr = tensors_ptr + TENSOR.value.param, len(TENSOR.value), squares_ptr
     if program >= n_squares:
         program -= n_squares
         programs = tl.num_programs(0) - n_squares
-        values_ptr, stride, sums_ptr = addresses_ptr, 2, grad_squares_ptr
+        # The first column is the gradient's address.
+        values_ptr, stride, sums_ptr = addresses_ptr, len(ADDRESS.value), grad_squares_ptr
     offsets = tl.arange(0, CHUNK)
     total = tl.full((), 0.0, tl.float32)
     for chunk in range(program, n_chunks, programs):
         tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
-        start = (chunk - tl.load(tensors_ptr + tensor * COLUMNS + 19)) * CHUNK
+        row = tensors_ptr + tensor * len(TENSOR.value)
+        start = (chunk - tl.load(row + TENSOR.value.first_chunk)) * CHUNK
         value = tl.load(values_ptr + tensor * stride)
-        numel = tl.load(tensors_ptr + tensor * COLUMNS + 3)
-        variant = tl.load(addresses_ptr + 2 * tensor + 1)
+        numel = tl.load(row + TENSOR.value.numel)
+        variant = tl.load(addresses_ptr + len(ADDRESS.value) * tensor + ADDRESS.value.variant)
         if MASTER & FLAGS:
-            master = tl.load(tensors_ptr + tensor * COLUMNS + 14)
+            master = tl.load(row + TENSOR.value.master)
             if (master != 0) & (tl.program_id(0) < n_squares):
                 value = master
+                # A master is float32.
                 variant = variant % 2
         if value != 0:
             for code in tl.static_range(N_VARIANTS):

@@ -1,4 +1,4 @@
-"""The whole optimizer step as one kernel over tables of addresses."""
+"""The whole optimizer step, clipping and latch rule included, as one kernel over tables of addresses."""
 
 # "and" does not stop at its first false operand in a kernel, so conditions are nested.
 # ruff: noqa: SIM102
@@ -19,90 +19,97 @@ from stablelora_kernels.kernels.stable_adamw.elementwise import (
 )
 from stablelora_kernels.kernels.stable_adamw.moments_8bit import load8, store8
 from stablelora_kernels.kernels.stable_adamw.tables import (
-    A_NEVER,
+    ADDRESS,
     AMSGRAD,
-    COLUMNS,
     CUT,
     DYNAMIC,
     EIGHT_BITS,
-    HYPERS,
+    HYPER,
+    LATCHING_A,
     LOW_MOMENTS,
     MASTER,
     N_VARIANTS,
     NEVER,
+    NEVER_LATCHING_A,
     SHARDED,
-    WORDS,
-    A,
+    TENSOR,
+    WORD,
 )
 
 
 @triton.jit
 def _update(
-    row,
-    grad,
-    start,
-    hyper,
-    lr,
-    decay_ptr,
-    step,
-    ratio,
-    scale,
-    key,
-    base,
-    KIND: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    FLAGS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """AdamW on one chunk, A's shrink included; returns the sum of squares of what was stored."""
+    row, grad, start, hyper, lr, decay_ptr, step, ratio, scale, key, base,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, FLAGS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """AdamW on one chunk, A's shrink included; returns the sum of squares of the stored values.
+
+    Args:
+        grad: the gradient's address.
+        start: the chunk's first element within the parameter.
+        decay_ptr: where the weight decay is.
+        step: this step, counted from one.
+        ratio: the shrink ratio of this step, 0 for none.
+        scale: multiplies the gradient: unscaling, clipping and the sign of ``maximize``.
+        key: the rounding key of seed and step.
+        base: the number of the parameter's first element among all, which the random rounding is keyed by.
+        KIND: index of the parameter's dtype in ``tables.KINDS``.
+        ALIGNED: whether every address and size is a multiple of 16.
+    """
     offsets = tl.arange(0, CHUNK)
-    mask = element_mask(start, tl.load(row + 3), offsets, ALIGNED)
-    p_ptrs = element_pointers(tl.load(row), start, offsets, KIND, ALIGNED)
+    mask = element_mask(start, tl.load(row + TENSOR.value.numel), offsets, ALIGNED)
+    p_ptrs = element_pointers(tl.load(row + TENSOR.value.param), start, offsets, KIND, ALIGNED)
     # bfloat16 is kind 1.
     M_KIND: tl.constexpr = 1 if LOW_MOMENTS & FLAGS else 0
-    m_ptrs = element_pointers(tl.load(row + 1), start, offsets, M_KIND, ALIGNED)
-    v_ptrs = element_pointers(tl.load(row + 2), start, offsets, M_KIND, ALIGNED)
+    m_ptrs = element_pointers(tl.load(row + TENSOR.value.exp_avg), start, offsets, M_KIND, ALIGNED)
+    v_ptrs = element_pointers(tl.load(row + TENSOR.value.exp_avg_sq), start, offsets, M_KIND, ALIGNED)
     g = tl.load(element_pointers(grad, start, offsets, KIND, ALIGNED), mask=mask, other=0.0).to(tl.float32)
     from_ptrs = p_ptrs
     if MASTER & FLAGS:
         if KIND != 0:
-            from_ptrs = element_pointers(tl.load(row + 14), start, offsets, 0, ALIGNED)
+            from_ptrs = element_pointers(tl.load(row + TENSOR.value.master), start, offsets, 0, ALIGNED)
     p = tl.load(from_ptrs, mask=mask, other=0.0).to(tl.float32)
     if EIGHT_BITS & FLAGS:
-        left = tl.load(row + 3) - start
-        m = load8(tl.load(row + 1), tl.load(row + 15), start, left, offsets, mask, True, ALIGNED, CHUNK)
-        v = load8(tl.load(row + 2), tl.load(row + 16), start, left, offsets, mask, False, ALIGNED, CHUNK)
+        left = tl.load(row + TENSOR.value.numel) - start
+        codes, scales = tl.load(row + TENSOR.value.exp_avg), tl.load(row + TENSOR.value.exp_avg_scale)
+        m = load8(codes, scales, start, left, offsets, mask, SIGNED=True, ALIGNED=ALIGNED, CHUNK=CHUNK)
+        codes, scales = tl.load(row + TENSOR.value.exp_avg_sq), tl.load(row + TENSOR.value.exp_avg_sq_scale)
+        v = load8(codes, scales, start, left, offsets, mask, SIGNED=False, ALIGNED=ALIGNED, CHUNK=CHUNK)
     else:
         m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
 
     g *= scale
-    m = tl.load(hyper) * m + tl.load(hyper + 1) * g
-    v = tl.load(hyper + 2) * v + tl.load(hyper + 3) * g * g
-    # (1 - ratio)(1 - lr wd) p, as a small difference from p: the product of two roundings near one would drift.
+    m = tl.load(hyper + HYPER.value.beta1) * m + tl.load(hyper + HYPER.value.one_minus_beta1) * g
+    v = tl.load(hyper + HYPER.value.beta2) * v + tl.load(hyper + HYPER.value.one_minus_beta2) * g * g
+    # (1 - ratio)(1 - lr wd) p as a small difference from p: the product of two roundings near one would drift.
     decay = lr * tl.load(decay_ptr)
     p -= (ratio + decay - ratio * decay) * p
-    size = lr / one_minus_exp(step * tl.load(hyper + 8))
-    root = tl.sqrt(one_minus_exp(step * tl.load(hyper + 9)))
+    size = lr / one_minus_exp(step * tl.load(hyper + HYPER.value.log_beta1))
+    root = tl.sqrt(one_minus_exp(step * tl.load(hyper + HYPER.value.log_beta2)))
     largest = v
     if AMSGRAD & FLAGS:
-        address = tl.load(row + 13)
+        address = tl.load(row + TENSOR.value.max_exp_avg_sq)
         if address != 0:
             x_ptrs = element_pointers(address, start, offsets, 0, ALIGNED)
             largest = tl.maximum(tl.load(x_ptrs, mask=mask, other=0.0), v, propagate_nan=tl.PropagateNan.ALL)
             tl.store(x_ptrs, largest, mask=mask)
-    p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + 4))
+    p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + HYPER.value.eps))
     if KIND != 0 or (LOW_MOMENTS | EIGHT_BITS) & FLAGS:
-        # Modulo 2^32; the scalars first, so that no more than the sum is a vector of int64.
+        # Indices are modulo 2^32. Add the scalars first, so that only the sum is a vector of int64.
         index = (base + start + offsets).to(tl.uint32)
         if CUT & FLAGS:
-            columns = tl.load(row + 17).to(tl.uint32)
+            columns = tl.load(row + TENSOR.value.shard_columns).to(tl.uint32)
             if columns != 0:
                 own = start.to(tl.uint32) + offsets.to(tl.uint32)
-                index = base.to(tl.uint32) + own // columns * tl.load(row + 18).to(tl.uint32) + own % columns
+                index = (
+                    base.to(tl.uint32)
+                    + own // columns * tl.load(row + TENSOR.value.shard_pitch).to(tl.uint32)
+                    + own % columns
+                )
         noise = mix(index ^ key)
     if LOW_MOMENTS & FLAGS:
-        # reference_optim.moment_noise_ref
+        # As reference.optimizer.moment_noise_ref.
         word = mix(noise + 0x9E3779B9)
         m = stochastic_round(m, word, 1)
         v = stochastic_round(v, word >> 16, 1)
@@ -115,9 +122,11 @@ def _update(
         tl.store(p_ptrs, p.to(p_ptrs.dtype.element_ty), mask=mask)
     if EIGHT_BITS & FLAGS:
         word = mix(noise + 0x9E3779B9)
-        store8(m, word, tl.load(row + 1), tl.load(row + 15), start, left, offsets, mask, True, ALIGNED, CHUNK)
+        codes, scales = tl.load(row + TENSOR.value.exp_avg), tl.load(row + TENSOR.value.exp_avg_scale)
+        store8(m, word, codes, scales, start, left, offsets, mask, SIGNED=True, ALIGNED=ALIGNED, CHUNK=CHUNK)
         word = mix(word + 0x9E3779B9)
-        store8(v, word, tl.load(row + 2), tl.load(row + 16), start, left, offsets, mask, False, ALIGNED, CHUNK)
+        codes, scales = tl.load(row + TENSOR.value.exp_avg_sq), tl.load(row + TENSOR.value.exp_avg_sq_scale)
+        store8(v, word, codes, scales, start, left, offsets, mask, SIGNED=False, ALIGNED=ALIGNED, CHUNK=CHUNK)
     else:
         tl.store(m_ptrs, m.to(m_ptrs.dtype.element_ty), mask=mask)
         tl.store(v_ptrs, v.to(v_ptrs.dtype.element_ty), mask=mask)
@@ -126,36 +135,32 @@ def _update(
 
 @triton.jit(do_not_specialize=["n_chunks", "n_grad_squares", "max_grad_norm"])
 def _stable_adamw_kernel(
-    tensors_ptr,
-    addresses_ptr,
-    chunks_ptr,
-    hyper_ptr,
-    words_ptr,
-    steps_ptr,
-    turns_ptr,
-    latched_ptr,
-    squares_ptr,
-    skipped_ptr,
-    grad_scale_ptr,
-    found_inf_ptr,
-    grad_squares_ptr,
-    n_chunks,
-    n_grad_squares,
-    max_grad_norm,
-    HAS_SCALE: tl.constexpr,
-    HAS_INF: tl.constexpr,
-    CLIP: tl.constexpr,
-    FLAGS: tl.constexpr,
-    VARIANTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    GRAD_SUMS: tl.constexpr,
-):
+    tensors_ptr, addresses_ptr, chunks_ptr, hyper_ptr, words_ptr,
+    steps_ptr, turns_ptr, latched_ptr, squares_ptr, skipped_ptr, grad_scale_ptr, found_inf_ptr, grad_squares_ptr,
+    n_chunks, n_grad_squares, max_grad_norm,
+    HAS_SCALE: tl.constexpr, HAS_INF: tl.constexpr, CLIP: tl.constexpr,
+    FLAGS: tl.constexpr, VARIANTS: tl.constexpr, CHUNK: tl.constexpr, GRAD_SUMS: tl.constexpr,
+):  # fmt: skip
     """A <- (1 - lambda) A unless latched, then AdamW, for every parameter; one program a chunk of CHUNK elements.
 
-    Everything that changes is kept once for each chunk: the parameter's ``step``, the ``turn`` (0 or 1: launches since the sums
-    were measured) and A's ``latched`` step. So no program reads what another writes in the same launch, and all of A's
-    reach the same decision from the sums of squares that the launch before left. ``squares`` [2, n_chunks] is read and
-    written in turn; taking turns on the device lets a CUDA graph replay and found_inf skip a step.
+    Every counter exists once a chunk, so no program reads what another writes in the same launch. All chunks of A reach the
+    same decision from the sums of squares that the launch before left. The halves of ``squares`` swap roles at each launch;
+    swapping on the device lets a CUDA graph replay and found_inf skip a step.
+
+    Args:
+        tensors_ptr, addresses_ptr, hyper_ptr, words_ptr: the tables of :mod:`~stablelora_kernels.kernels.stable_adamw.tables`.
+        chunks_ptr: int32 [n_chunks], each chunk's row in the table of tensors.
+        steps_ptr: float32 [n_chunks], the steps that the parameter has taken.
+        turns_ptr: int8 [n_chunks], the half of ``squares`` (0 or 1) to read: launches since it was measured, modulo 2.
+        latched_ptr: int32 [n_chunks], the step at which A latched, 0 for not yet.
+        squares_ptr: float32 [2, n_chunks], the sums of squares of the chunks' values.
+        skipped_ptr: int32 [], the steps not taken because the gradients' norm was not finite.
+        grad_scale_ptr, found_inf_ptr: float32 [], torch.amp's scale and verdict.
+        grad_squares_ptr: float32 [n_grad_squares], partial sums of squares of all gradients, for clipping.
+        HAS_SCALE, HAS_INF, CLIP: whether to read grad_scale, found_inf and grad_squares.
+        FLAGS: the options in use, a sum of ``tables.FLAG_*``.
+        VARIANTS: bit i is set if some tensor needs variant i of a chunk's code.
+        GRAD_SUMS: the block in which grad_squares is summed, at least one.
     """
     chunk = tl.program_id(0)
     if HAS_INF:
@@ -166,16 +171,17 @@ def _stable_adamw_kernel(
         total = tl.sqrt(span_sum(grad_squares_ptr, 0, n_grad_squares, GRAD_SUMS))
         if HAS_SCALE:
             total /= tl.load(grad_scale_ptr)
-        # Gradients of no finite norm, a NaN's included: nothing changes, but it is counted.
+        # A norm that is infinite or NaN: change nothing but the count of such steps.
         if (total < float("inf")) == 0:
             if chunk == 0:
                 tl.store(skipped_ptr, tl.load(skipped_ptr) + 1)
             return
     tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
-    row = tensors_ptr + tensor * COLUMNS
-    start = (chunk - tl.load(row + 19)) * CHUNK
-    grad = tl.load(addresses_ptr + 2 * tensor)
-    variant = tl.load(addresses_ptr + 2 * tensor + 1)
+    row = tensors_ptr + tensor * len(TENSOR.value)
+    start = (chunk - tl.load(row + TENSOR.value.first_chunk)) * CHUNK
+    # The row's first column is the gradient's address.
+    grad = tl.load(addresses_ptr + len(ADDRESS.value) * tensor)
+    variant = tl.load(addresses_ptr + len(ADDRESS.value) * tensor + ADDRESS.value.variant)
     turn = tl.load(turns_ptr + chunk).to(tl.int32)
     tl.store(turns_ptr + chunk, 1 - turn)
     before_ptr = squares_ptr + turn * n_chunks
@@ -184,67 +190,61 @@ def _stable_adamw_kernel(
     if grad == 0:
         tl.store(after_ptr + chunk, tl.load(before_ptr + chunk))
     else:
-        group = tl.load(row + 4)
-        hyper = hyper_ptr + group * HYPERS
+        setting = tl.load(row + TENSOR.value.setting)
+        hyper = hyper_ptr + setting * len(HYPER.value)
         step = tl.load(steps_ptr + chunk) + 1
         tl.store(steps_ptr + chunk, step)
+        # The latch rule: A shrinks while ||A||_F / n > ||B||_F / m, then latches for good.
         ratio = tl.full((), 0.0, tl.float32)
-        role = tl.load(row + 5)
-        is_a = role == A
+        role = tl.load(row + TENSOR.value.role)
+        is_a = role == LATCHING_A
         if NEVER & FLAGS:
-            is_a = is_a | (role == A_NEVER)
+            is_a = is_a | (role == NEVER_LATCHING_A)
         if is_a:
             if tl.load(latched_ptr + chunk) == 0:
                 if SHARDED & FLAGS:
-                    a = tl.load(tl.load(row + 7).to(tl.pointer_type(tl.float32)))
-                    b = tl.load(tl.load(row + 9).to(tl.pointer_type(tl.float32)))
+                    a = tl.load(tl.load(row + TENSOR.value.a_first).to(tl.pointer_type(tl.float32)))
+                    b = tl.load(tl.load(row + TENSOR.value.b_first).to(tl.pointer_type(tl.float32)))
                 else:
-                    a = span_sum(before_ptr, tl.load(row + 7), tl.load(row + 8), 64)
-                    b = span_sum(before_ptr, tl.load(row + 9), tl.load(row + 10), 64)
-                # Sums that are not finite compare false: such a pair neither shrinks nor latches.
+                    a = span_sum(
+                        before_ptr, tl.load(row + TENSOR.value.a_first), tl.load(row + TENSOR.value.a_count), 64
+                    )
+                    b = span_sum(
+                        before_ptr, tl.load(row + TENSOR.value.b_first), tl.load(row + TENSOR.value.b_count), 64
+                    )
+                # A sum that is not finite compares false: such a pair neither shrinks nor latches.
                 if (a < float("inf")) & (b < float("inf")):
-                    shrinks = tl.sqrt(a) / tl.load(row + 11) > tl.sqrt(b) / tl.load(row + 12)
+                    shrinks = tl.sqrt(a) / tl.load(row + TENSOR.value.n) > tl.sqrt(b) / tl.load(row + TENSOR.value.m)
                     if NEVER & FLAGS:
-                        shrinks = shrinks | (role == A_NEVER)
+                        shrinks = shrinks | (role == NEVER_LATCHING_A)
                     if shrinks:
-                        ratio_ptr = hyper + 6
+                        ratio_ptr = hyper + HYPER.value.shrink_ratio
                         if DYNAMIC & FLAGS:
-                            ratio_ptr = tl.load(words_ptr + group * WORDS + 3).to(tl.pointer_type(tl.float32))
+                            ratio_word = words_ptr + setting * len(WORD.value) + WORD.value.shrink_ratio
+                            ratio_ptr = tl.load(ratio_word).to(tl.pointer_type(tl.float32))
                         ratio = tl.load(ratio_ptr)
                     else:
                         tl.store(latched_ptr + chunk, step.to(tl.int32))
-        scale = tl.load(hyper + 7)
+        scale = tl.load(hyper + HYPER.value.sign)
         if HAS_SCALE:
             scale /= tl.load(grad_scale_ptr)
         if CLIP:
             scale *= tl.minimum(max_grad_norm / (total + 1e-6), 1.0)
-        words = words_ptr + group * WORDS
-        lr = tl.load(tl.load(words).to(tl.pointer_type(tl.float32)))
-        decay_ptr = hyper + 5
+        words = words_ptr + setting * len(WORD.value)
+        lr = tl.load(tl.load(words + WORD.value.lr).to(tl.pointer_type(tl.float32)))
+        decay_ptr = hyper + HYPER.value.weight_decay
         if DYNAMIC & FLAGS:
-            lr *= tl.load(hyper + 11)
-            decay_ptr = tl.load(words + 2).to(tl.pointer_type(tl.float32))
-        key = mix(step.to(tl.uint32) + tl.load(words + 1).to(tl.uint32))
-        base = tl.load(row + 6)
+            lr *= tl.load(hyper + HYPER.value.lr_ratio)
+            decay_ptr = tl.load(words + WORD.value.weight_decay).to(tl.pointer_type(tl.float32))
+        key = mix(step.to(tl.uint32) + tl.load(words + WORD.value.seed).to(tl.uint32))
+        base = tl.load(row + TENSOR.value.base)
         square = tl.full((), 0.0, tl.float32)
         for code in tl.static_range(N_VARIANTS):
             if (VARIANTS >> code) & 1:
                 if variant == code:
                     square = _update(
-                        row,
-                        grad,
-                        start,
-                        hyper,
-                        lr,
-                        decay_ptr,
-                        step,
-                        ratio,
-                        scale,
-                        key,
-                        base,
-                        code // 2,
-                        code % 2 == 1,
-                        FLAGS,
-                        CHUNK,
-                    )
+                        row=row, grad=grad, start=start, hyper=hyper, lr=lr, decay_ptr=decay_ptr, step=step,
+                        ratio=ratio, scale=scale, key=key, base=base,
+                        KIND=code // 2, ALIGNED=code % 2 == 1, FLAGS=FLAGS, CHUNK=CHUNK,
+                    )  # fmt: skip
         tl.store(after_ptr + chunk, square)

@@ -1,79 +1,125 @@
-"""The tables that the optimizer's kernels read: their columns, and the codes and flags in them."""
+"""The optimizer kernels' tables: rows, column offsets, codes and flags.
+
+The host builds each row as one of the named tuples below. A kernel reads a column at the row's address plus the column's
+offset. Kernels import the names that they use, not this module: Triton's cache key covers globals, not a module's attributes.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 
-# Columns of the table of tensors (int64), one row each, of an odd number for the reason below.
-TENSOR_COLUMNS = (
-    "param",
-    "exp_avg",
-    "exp_avg_sq",
-    "numel",
-    "group",
-    "role",
-    "base",
-    "a_at",
-    "a_n",
-    "b_at",
-    "b_n",
-    "n",
-    "m",
-    "max_exp_avg_sq",
-    "master",
-    "exp_avg_scale",
-    "exp_avg_sq_scale",
-    "columns",
-    "pitch",
-    "first",
-    "unused",
-)
-COLUMNS: tl.constexpr = tl.constexpr(len(TENSOR_COLUMNS))
-# Columns of the table of hyper-parameters (float32), one row a group. Rows of an odd number: with 12, which is 48 bytes, the
-# compiler loads several at once and holds them, which costs bfloat16 and float16 ten registers on some GPUs.
-HYPER_COLUMNS = (
-    "beta1",
-    "rest1",
-    "beta2",
-    "rest2",
-    "eps",
-    "decay",
-    "ratio",
-    "sign",
-    "log1",
-    "log2",
-    "lr",
-    "lr_ratio",
-    "unused",
-)
-HYPERS: tl.constexpr = tl.constexpr(len(HYPER_COLUMNS))
-# Columns of the table of words (int64), one row a group: the address of the learning rate, the seed's part of the rounding
-# key, and the addresses of the weight decay and the shrink ratio, which are used where one of them is a tensor.
-WORD_COLUMNS = ("lr", "seed", "decay", "ratio")
-WORDS: tl.constexpr = tl.constexpr(len(WORD_COLUMNS))
+
+class TensorRow(NamedTuple):
+    """One parameter, int64. A column named after a tensor holds its address, 0 for none.
+
+    The number of columns is odd for the reason that HyperRow gives.
+    """
+
+    param: int
+    exp_avg: int
+    exp_avg_sq: int
+    numel: int
+    # The parameter's row in the other two tables.
+    setting: int
+    role: int = 0
+    # ``base``, ``shard_columns`` and ``shard_pitch`` number the elements: see stablelora_kernels.optim.sharding.Shard.
+    base: int = 0
+    # The first and the number of A's and of B's chunks in the sums of squares. FLAG_SHARDED: the addresses of their totals.
+    a_first: int = 0
+    a_count: int = 0
+    b_first: int = 0
+    b_count: int = 0
+    # The pair's W is [m, n].
+    n: int = 0
+    m: int = 0
+    max_exp_avg_sq: int = 0
+    master: int = 0
+    exp_avg_scale: int = 0
+    exp_avg_sq_scale: int = 0
+    shard_columns: int = 0
+    shard_pitch: int = 0
+    # The parameter's first chunk.
+    first_chunk: int = 0
+    unused: int = 0
+
+
+class HyperRow(NamedTuple):
+    """The hyperparameters of one setting, float32.
+
+    13 columns, since rows of 12 (48 bytes) let the compiler load several columns at once and hold them. That costs bfloat16
+    and float16 ten registers on some GPUs.
+    """
+
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    eps: float
+    weight_decay: float
+    shrink_ratio: float
+    # -1 to maximize, else 1.
+    sign: float
+    log_beta1: float
+    log_beta2: float
+    lr: float
+    # Multiplies the learning rate under FLAG_DYNAMIC.
+    lr_ratio: float
+    unused: float = 0.0
+
+
+class WordRow(NamedTuple):
+    """The addresses of one setting's scalars and its seed, int64. The addresses point into HyperRow or at a user's tensor."""
+
+    lr: int
+    # The seed's part of the rounding key.
+    seed: int
+    # The kernel reads these two addresses only under FLAG_DYNAMIC.
+    weight_decay: int
+    shrink_ratio: int
+
+
+class AddressRow(NamedTuple):
+    """The gradient of one parameter, int64: its address, 0 for none, and the variant of the code for the parameter's chunks."""
+
+    grad: int
+    variant: int
+
+
+# Column offsets: a kernel reads ``row + TENSOR.value.numel``. Only the compiler, not the interpreter, unwraps a constexpr,
+# hence ``.value``.
+TENSOR = tl.constexpr(TensorRow(*range(len(TensorRow._fields))))
+HYPER = tl.constexpr(HyperRow(*range(len(HyperRow._fields))))
+WORD = tl.constexpr(WordRow(*range(len(WordRow._fields))))
+ADDRESS = tl.constexpr(AddressRow(*range(len(AddressRow._fields))))
+
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
-# Variants of the code for one chunk: twice the kind, plus one where every address and size is a multiple of 16.
-N_VARIANTS: tl.constexpr = tl.constexpr(2 * len(KINDS))
-# An A of ROLE_A_NEVER never latches.
+# Variants of a chunk's code: twice the kind, plus one where every address and size is a multiple of 16.
+N_VARIANTS = tl.constexpr(2 * len(KINDS))
+
+# An A of ROLE_A_NEVER shrinks at every step and never latches.
 ROLE_LONE, ROLE_A, ROLE_B, ROLE_A_NEVER = 0, 1, 2, 3
-A: tl.constexpr = tl.constexpr(ROLE_A)
-A_NEVER: tl.constexpr = tl.constexpr(ROLE_A_NEVER)
-# FLAGS of a launch: what some tensor or group asks for beyond the plain step.
+LATCHING_A = tl.constexpr(ROLE_A)
+NEVER_LATCHING_A = tl.constexpr(ROLE_A_NEVER)
+
+# FLAGS of a launch: options that some tensor or setting needs beyond the plain step.
+# DYNAMIC: weight decay or shrink ratio is a tensor, or a tensor learning rate has an lr_ratio.
+# LOW_MOMENTS: bfloat16 moments. 8BIT_MOMENTS: codes, with one scale a block of 256.
+# SHARDED: the host has summed the pairs' squares over all processes.
+# CUT: some shard is not one run of its parameter's elements.
 FLAG_AMSGRAD, FLAG_DYNAMIC, FLAG_NEVER, FLAG_MASTER = 1, 2, 4, 8
-# Moments in bfloat16, or in 8 bits with a scale for each block of MOMENT_BLOCK.
-FLAG_LOW_MOMENTS, FLAG_8BIT_MOMENTS = 16, 32
-# SHARDED: the pairs' squares have been summed over all processes; a_at and b_at are the addresses of these sums.
-# CUT: some parts are not a run of their parameter's elements, which "columns" and "pitch" tell (ops.stable_adamw_shards.Place).
-FLAG_SHARDED, FLAG_CUT = 64, 128
-AMSGRAD: tl.constexpr = tl.constexpr(FLAG_AMSGRAD)
-DYNAMIC: tl.constexpr = tl.constexpr(FLAG_DYNAMIC)
-NEVER: tl.constexpr = tl.constexpr(FLAG_NEVER)
-MASTER: tl.constexpr = tl.constexpr(FLAG_MASTER)
-LOW_MOMENTS: tl.constexpr = tl.constexpr(FLAG_LOW_MOMENTS)
-EIGHT_BITS: tl.constexpr = tl.constexpr(FLAG_8BIT_MOMENTS)
-SHARDED: tl.constexpr = tl.constexpr(FLAG_SHARDED)
-CUT: tl.constexpr = tl.constexpr(FLAG_CUT)
-# The norm of all gradients is the sum of at most this many partial sums, each the work of one program.
+FLAG_LOW_MOMENTS, FLAG_8BIT_MOMENTS, FLAG_SHARDED, FLAG_CUT = 16, 32, 64, 128
+AMSGRAD = tl.constexpr(FLAG_AMSGRAD)
+DYNAMIC = tl.constexpr(FLAG_DYNAMIC)
+NEVER = tl.constexpr(FLAG_NEVER)
+MASTER = tl.constexpr(FLAG_MASTER)
+LOW_MOMENTS = tl.constexpr(FLAG_LOW_MOMENTS)
+EIGHT_BITS = tl.constexpr(FLAG_8BIT_MOMENTS)
+SHARDED = tl.constexpr(FLAG_SHARDED)
+CUT = tl.constexpr(FLAG_CUT)
+
+# The most partial sums of the gradients' squares; each is the work of one program.
 MAX_GRAD_SUMS = 512
 NUM_WARPS = 8
