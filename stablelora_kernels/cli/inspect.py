@@ -30,7 +30,7 @@ from stablelora_kernels.config import lookup_pattern
 from stablelora_kernels.model.peft_format import PEFT_ALPHA, PREFIX, beyond_plain_lora, import_safetensors, read_json
 from stablelora_kernels.pairs import split_lora_name
 
-HELP = "what an adapter holds: ranks, norms, stability and size of every pair"
+HELP = "list every pair of an adapter: rank, norms, stability and size"
 DESCRIPTION = """\
 Lists the contents of an adapter in PEFT's format. For each pair of A [r, n] and B [m, r] it shows rank, sizes, dtype, scaling,
 the Frobenius norms ‖A‖ and ‖B‖, bytes, and whether the pair is stable: ‖A‖/n ≤ ‖B‖/m, where Stable-LoRA stops shrinking A. It
@@ -229,7 +229,7 @@ def _kind(key: str, shape: list[int]) -> str:
     if ".lora_A." in key or ".lora_B." in key:
         return "LoRA's own bias" if key.endswith(".bias") else f"LoRA of {len(shape)} dimensions (a convolution)"
     if ".lora_" in key:
-        return "a kin of LoRA"
+        return "a variant of LoRA"
     return "a bias" if key.endswith("bias") else "saved whole"
 
 
@@ -248,10 +248,10 @@ def _print(report: Mapping[str, Any], pairs: list[Pair], others: list[OtherTenso
     print(shorten(report["weights"], width()))
     about = {"file": f"{size(totals['file_bytes'])}, {totals['tensors']} tensors, {totals['parameters']:,} parameters"}
     if config is None:
-        about["config"] = "none beside the file, so scalings are not known"
+        about["config"] = "none with the file, so scalings are not known"
     else:
         about["config"] = _describe(config)
-        about["base model"] = str(config.get("base_model_name_or_path") or "not said")
+        about["base model"] = str(config.get("base_model_name_or_path") or "not given")
     if report["beyond_plain_lora"]:
         about["beyond plain LoRA"] = "; ".join(report["beyond_plain_lora"])
     # Print values that all pairs share only once.

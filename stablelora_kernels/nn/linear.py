@@ -117,16 +117,8 @@ class LoRALinear(Mergeable):
             ValueError: ``linear`` gives its input no gradient.
             ValueError, TypeError: as the constructor. The layer is not frozen then.
         """
-        return make_layer(
-            class_for(linear),
-            linear,
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights,
-            lora_dtype=lora_dtype,
-        )
+        settings = (r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype)
+        return make_layer(class_for(linear), linear, *settings)
 
     def _setup(
         self,
@@ -234,10 +226,10 @@ class LoRALinear(Mergeable):
         return text + (", merged" if self.merged else "")
 
 
-def make_layer(layer_class: type[LoRALinear], base: nn.Module, **settings: Any) -> LoRALinear:
-    """A layer of a class that :func:`~stablelora_kernels.nn.factory.class_for` chose; ``settings`` as in ``from_linear``."""
+def make_layer(layer_class: type[LoRALinear], base: nn.Module, *args: Any, **kwargs: Any) -> LoRALinear:
+    """A layer of the class that the factory chose for ``base``. The other arguments are those of ``from_linear``."""
     layer = layer_class.__new__(layer_class)
-    layer._setup(base, **settings)
+    layer._setup(base, *args, **kwargs)
     return layer.train(base.training)
 
 
