@@ -151,13 +151,16 @@ def choose_form(device: Device, call: Call, described: bool) -> str:
 
 def choose_expand(device: Device, call: Call) -> Choice:
     """Whether the launch that adds the branch onto a finished product computes S itself ("fused") or reads it ("split")."""
+    fused = Choice("fused", f"up to rank {problem.MAX_FUSED_R}, S is computed within the launch that adds the branch")
+    if call.m == 0:
+        return fused
     if call.r > problem.MAX_FUSED_R:
         return Choice("split", f"a rank above {problem.MAX_FUSED_R}: S first, in a launch of its own")
     if call.dropout and not call.masked and tiles.expand_plan(device, call).splits > 1:
         return Choice(
             "split", "dropout: S first, or every program that shares a row's columns would draw the mask anew"
         )
-    return Choice("fused", f"up to rank {problem.MAX_FUSED_R}, S is computed within the launch that adds the branch")
+    return fused
 
 
 def choose_branch_backward(call: Call) -> Choice:
