@@ -1,4 +1,4 @@
-"""Which launches a call of ``lora_linear`` or ``lora_branch`` takes, and why, without making it."""
+"""The launches that a call of ``lora_linear`` or ``lora_branch`` takes, and the reasons, without the call."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.dispatch import autotune, backend, problem, rules
+from stablelora_kernels.dispatch import problem, rules
+from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device
+from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel
 from stablelora_kernels.utils.validation import check_float, check_int
 
 
@@ -17,11 +19,11 @@ class Step(NamedTuple):
 
     Attributes:
         kernel: "lora_linear_tma", "lora_shrink", ...; "vendor" for the vendor's product.
-        variant: what the kernel does here and its tile, in words.
-        reason: why that tile.
-        grid: programs. Empty for the vendor's product, which chooses this, warps and stages for itself.
+        variant: the kernel's variant and its tile, in words.
+        reason: the reason for the tile.
+        grid: programs. Empty for the vendor's product, which chooses grid, warps and stages itself.
         num_warps: warps a program, or None.
-        num_stages: steps of the main loop that are on their way at once, or None.
+        num_stages: depth of the main loop's pipeline, or None.
     """
 
     kernel: str
@@ -33,18 +35,18 @@ class Step(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What :func:`~stablelora_kernels.explain` found. ``str()`` of it is made for reading.
+    """The answer of :func:`~stablelora_kernels.explain`. ``str()`` of it is for reading.
 
     Attributes:
         backend: "triton" or "torch".
         arch: the GPU, as "sm_90"; empty on the PyTorch backend.
-        forward_kernel: "fused", "split" or "vendor"; "torch" on the PyTorch backend. With a quantized weight "in_loop", or
-            "dequantize, " before one of the others. Of projections that share x, "together: " or "apart: " and each. Of the
-            branch alone "fused" where S, or dS, is computed within its launch, and "split" otherwise.
-        forward_reason: why.
-        forward: its launches, a :class:`~stablelora_kernels.explain.Step` each; empty on the PyTorch backend.
+        forward_kernel: "fused", "split" or "vendor"; "torch" on the PyTorch backend. With a quantized weight, "in_loop", or
+            "dequantize, " and one of the others. For a projection group, "together: " or "apart: " and each member's. For the
+            branch alone, "fused" if its launch computes S, or dS, itself, else "split".
+        forward_reason: the reason for that kernel.
+        forward: its launches, a :class:`~stablelora_kernels.explanation.Step` each; empty on the PyTorch backend.
         backward_kernel: likewise for dX, dA and dB.
-        backward_reason: why.
+        backward_reason: the reason for that kernel.
         backward: its launches.
     """
 
@@ -83,32 +85,32 @@ def explain(
 ) -> Explanation:
     """The launches of ``lora_linear`` on [M, K] rows with a [N, K] weight, forward and backward with all three gradients.
 
-    With ``branch_only`` those of ``lora_branch``: on a product that some other layer has computed, whose own launches are
-    not listed. Neither autotuning nor a kernel that is forced bears on these.
+    With ``branch_only``, those of ``lora_branch``: onto a product that another layer has computed, whose launches are not
+    listed. Autotuning and forced kernels do not affect these.
 
-    The list is made by the code that launches, on tensors without memory; nothing runs and no GPU is needed. It holds for
-    contiguous tensors at addresses that are multiples of 16 bytes; others take the kernels that read through pointers. Where
-    autotuning is on the table's answer is given, and the reasons say that a measurement may replace it.
+    The launching code makes the list, on tensors without memory; nothing runs and no GPU is needed. The list holds for
+    contiguous tensors at addresses that are multiples of 16 bytes; others take the kernels that read through pointers. With
+    autotuning on, you get the table's answer, and the reasons say that a measurement may replace it.
 
     Args:
         M: rows of x, its leading sizes flattened.
-        N: output features. Several are projections that share x, as ``fuse_projections`` computes them.
+        N: output features. Several sizes are a projection group, as ``fuse_projections`` computes it.
         K: input features.
         r: rank.
         dtype: of x and the weight.
         dropout_p: the probability of dropping an element, in [0, 1).
-        lora_dtype: of lora_A and lora_B, float32 unless given, as for :class:`~stablelora_kernels.LoRALinear`.
-        quantized: None, ``"nf4"`` (blocks of 64 with nested scales, bitsandbytes' usual) or ``"fp8"``.
-        branch_only: of the branch alone, for which no weight is read.
-        device: a torch device, or the name of a GPU that need not be there: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``, ... The
-            current GPU unless given, and the CPU where there is none.
+        lora_dtype: of lora_A and lora_B; float32 by default, as for :class:`~stablelora_kernels.LoRALinear`.
+        quantized: None, ``"nf4"`` (blocks of 64 with nested scales, bitsandbytes' default) or ``"fp8"``.
+        branch_only: the branch alone, which reads no weight.
+        device: a torch device, or the name of any GPU, present or not: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``, ... By default
+            the current GPU, or the CPU if there is none.
         quantised: another spelling of ``quantized``.
 
     Raises:
-        ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown GPU, a kernel that is forced and can't do
-            this call, or ``quantized`` beside ``branch_only``.
-        TypeError: sizes that are no ints, or dtypes that the kernels do not compute in.
-        RuntimeError: the Triton backend was forced where it can't run.
+        ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown GPU, a forced kernel that can't do this
+            call, or ``quantized`` together with ``branch_only``.
+        TypeError: a size that is no int, or a dtype that the kernels do not compute in.
+        RuntimeError: the Triton backend is forced and can't run.
     """
     quantized = quantized if quantized is not None else quantised
     several = isinstance(N, Sequence)
@@ -132,60 +134,46 @@ def explain(
         raise ValueError(f"quantized must be None where branch_only is true, which reads no weight, got {quantized!r}")
     gpu = _gpu(device)
     if gpu is None:
-        why = f"the backend is {backend.get_backend()!r}, which on a CPU means PyTorch's operators"
+        why = f"the backend is {get_backend()!r}, which on a CPU means PyTorch's operators"
         return Explanation("torch", "", "torch", why, (), "torch", why, ())
-    if several:
-        return _explain_group(gpu, M, ns, K, r, dtype, lora_dtype, dropout_p)
-    from stablelora_kernels.launch.dry_run import branch_launches, call_launches, quantized_launches
+    from stablelora_kernels.launch import dry_run
 
-    (n,) = ns
-    calls = _calls(M, n, K, r, dtype, lora_dtype, dropout_p)
-    if quantized is not None:
-        forward, backward = quantized_launches(gpu, M, n, K, r, dtype, lora_dtype, dropout_p, quantized)
-        (y, y_reason), (dx, dx_reason) = (_quantized_choice(gpu, call, quantized) for call in calls)
-        return Explanation("triton", gpu.arch, y, y_reason, _steps(forward), dx, dx_reason, _steps(backward))
-    if branch_only:
-        forward, backward = branch_launches(gpu, M, n, K, r, dtype, lora_dtype, dropout_p)
-        (y, y_reason), (dx, dx_reason) = _branch_reasons(forward, calls)
-        return Explanation("triton", gpu.arch, y, y_reason, _steps(forward), dx, dx_reason, _steps(backward))
-    forward, backward = call_launches(gpu, M, n, K, r, dtype, lora_dtype, dropout_p)
-    # A kernel that is forced is not measured against others.
-    tuned = autotune.get_autotune() and rules.get_kernel() == "auto"
-    note = "; autotuning is on and may replace this by what it measures" if tuned else ""
-    (y, y_reason, _), (dx, dx_reason, _) = (rules.choose(gpu, call) for call in calls)
-    return Explanation("triton", gpu.arch, y, y_reason + note, _steps(forward), dx, dx_reason + note, _steps(backward))
+    sizes = (r, dtype, lora_dtype, dropout_p)
+    members = [_calls(M, n, K, *sizes) for n in ns]
+    (forward_call, backward_call), n = members[0], ns[0]
+    if several:
+        forward, backward = dry_run.group_launches(gpu, M, ns, K, *sizes)
+        reasons = [_group_choice(gpu, calls) for calls in zip(*members, strict=True)]
+    elif quantized is not None:
+        forward, backward = dry_run.quantized_launches(gpu, M, n, K, *sizes, quantized)
+        reasons = [_quantized_choice(gpu, call, quantized) for call in members[0]]
+    elif branch_only:
+        forward, backward = dry_run.branch_launches(gpu, M, n, K, *sizes)
+        reasons = [rules.choose_expand(gpu, forward_call)[:2], rules.choose_branch_backward(backward_call)[:2]]
+    else:
+        forward, backward = dry_run.call_launches(gpu, M, n, K, *sizes)
+        # A forced kernel is not measured against others.
+        tuned = get_autotune() and get_kernel() == "auto"
+        note = "; autotuning is on and may replace this by what it measures" if tuned else ""
+        choices = [rules.choose(gpu, call) for call in members[0]]
+        reasons = [(choice.kernel, choice.reason + note) for choice in choices]
+    return Explanation("triton", gpu.arch, *reasons[0], _steps(forward), *reasons[1], _steps(backward))
 
 
 def _calls(
     m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float
 ) -> tuple[Call, Call]:
-    """The forward's and the backward's."""
+    """The forward's and the backward's call."""
     rest = (r, dtype, lora_dtype, dropout_p > 0)
     return Call("forward", m, n, k, *rest), Call("backward", m, k, n, *rest)
 
 
-def _explain_group(
-    gpu: Device,
-    m: int,
-    ns: Sequence[int],
-    k: int,
-    r: int,
-    dtype: torch.dtype,
-    lora_dtype: torch.dtype,
-    dropout_p: float,
-) -> Explanation:
-    """The launches for projections that share x."""
-    from stablelora_kernels.launch.dry_run import group_launches
-
-    launches = group_launches(gpu, m, ns, k, r, dtype, lora_dtype, dropout_p)
-    members = [_calls(m, n, k, r, dtype, lora_dtype, dropout_p) for n in ns]
-    words: list[Any] = []
-    for calls, made in zip(zip(*members, strict=True), launches, strict=True):
-        choices = [rules.choose(gpu, call) for call in calls]
-        sharing = rules.choose_group(calls, choices)
-        kernels = ", ".join(choice.kernel for choice in choices)
-        words += [f"{'together' if sharing.shared else 'apart'}: {kernels}", sharing.reason, _steps(made)]
-    return Explanation("triton", gpu.arch, *words)
+def _group_choice(gpu: Device, calls: Sequence[Call]) -> tuple[str, str]:
+    """The kernels and the reason for a projection group's forward or backward."""
+    choices = [rules.choose(gpu, call) for call in calls]
+    sharing = rules.choose_group(calls, choices)
+    kernels = ", ".join(choice.kernel for choice in choices)
+    return f"{'together' if sharing.shared else 'apart'}: {kernels}", sharing.reason
 
 
 def _quantized_choice(gpu: Device, call: Call, quantized: str) -> tuple[str, str]:
@@ -197,24 +185,8 @@ def _quantized_choice(gpu: Device, call: Call, quantized: str) -> tuple[str, str
     return f"{choice.kernel}, {then.kernel}", f"{choice.reason}; then {then.reason}"
 
 
-def _branch_reasons(forward: list[Any], calls: Sequence[Call]) -> tuple[tuple[str, str], tuple[str, str]]:
-    """What the branch's forward and backward are called, and why."""
-    most = problem.MAX_FUSED_R
-    if len(forward) < 2:
-        y = "fused", f"up to rank {most}, S is computed within the launch that adds the branch"
-    elif calls[0].r > most:
-        y = "split", f"a rank above {most}: S first, in a launch of its own"
-    else:
-        y = "split", "dropout: S first, or every program that shares a row's columns would draw the mask anew"
-    if rules.branch_fuses(calls[1]):
-        dx = "fused", f"up to {problem.SMALL_M} rows and rank {most}: dS within dX's launch, then dA and dB in one"
-    else:
-        dx = "split", "many rows or a high rank: dS with dB, in one pass over dY, then dX, then dA"
-    return y, dx
-
-
 def _gpu(device: torch.device | str | None) -> Device | None:
-    """The GPU that is meant, or None where PyTorch's operators would run."""
+    """The GPU for ``device``, or None if PyTorch's operators would run."""
     if isinstance(device, str) and device.startswith(("sm_", "gfx")):
         if device not in problem.DEVICES:
             raise ValueError(f"device must be a torch device or one of {', '.join(problem.DEVICES)}, got {device!r}")
@@ -222,7 +194,7 @@ def _gpu(device: torch.device | str | None) -> Device | None:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    return problem.device_of(device) if backend.resolve_backend(device) == "triton" else None
+    return problem.device_of(device) if resolve_backend(device) == "triton" else None
 
 
 def _steps(launches: list[Any]) -> tuple[Step, ...]:

@@ -1,13 +1,13 @@
-"""Frozen weights in 4 and 8 bits: how they are stored, where they come from, and what they stand for.
+"""Frozen weights in 4 and 8 bits: their storage, their sources and their values.
 
-NF4 (QLoRA, arXiv 2305.14314, with bitsandbytes' layout): the elements of W [N, K], row after row, in blocks of ``blocksize``
-that need not end with a row. An element is ``code[index] · absmax``, the index being 4 bits, two of them in a byte, the first in
-the upper half; ``absmax`` is its block's. Nested ("double quantization"): the absmax are 8 bits themselves,
-``nested_code[absmax] · nested_absmax + offset`` in blocks of ``nested_blocksize``.
+NF4 (QLoRA, arXiv 2305.14314, in bitsandbytes' layout): blocks of ``blocksize`` elements of W [N, K], row by row; a block need
+not end with a row. An element is ``code[index] · absmax``. The index has 4 bits; a byte holds two, the first in the upper half.
+A block has one ``absmax``. Nested ("double quantization"), an absmax is itself 8 bits, which mean
+``nested_code[absmax] · nested_absmax + offset``, in blocks of ``nested_blocksize``.
 
-FP8 (torchao's float8 weights): an element is float8_e4m3fn times its row's float32 scale.
+FP8 (torchao's float8 weights): an element is a float8_e4m3fn times the float32 scale of its row.
 
-``reference.nf4_ref`` and ``reference.fp8_ref`` have both formulas in float64.
+``reference.nf4_ref`` and ``reference.fp8_ref`` are both formulas in float64.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from torch import Tensor
 
 from stablelora_kernels.utils.validation import check_int
 
-# So many elements at a time are dequantized in PyTorch, which bounds the float32 values and indices beside the result.
+# PyTorch dequantizes so many elements at a time, to bound the memory for float32 values and indices.
 _ELEMENTS = 1 << 22
 
 
 class Layout(NamedTuple):
-    """How the numbers of a weight [n, k] lie in memory: what kernels are compiled for. All are ints, as an op wants them."""
+    """The memory layout of a weight [n, k], for which kernels are compiled. Ints, because ops take ints."""
 
     # 4: NF4, 8: FP8.
     bits: int
     n: int
     k: int
-    # Elements that share a scale, and scales that share a nested one; 0 where these are float32.
+    # Elements that share a scale, and scales that share a nested one (0 if scales are float32).
     blocksize: int
     nested_blocksize: int
 
     @property
     def aligned(self) -> bool:
-        """Whether rows begin at multiples of 16 bytes, and no block lies across two of them."""
+        """Whether rows begin at multiples of 16 bytes, and no block lies across two rows."""
         return self.k % self.blocksize == 0 and self.k * self.bits % 128 == 0
 
 
 class Stored(NamedTuple):
-    """A quantized weight in pieces, as the ops take it: its bytes in uint8, and scales.
+    """A quantized weight in the parts that the ops take: its bytes in uint8, its scales and its layout.
 
-    Scales of 4 bits: absmax, code and, where nested, nested_absmax, nested_code, offset. Of 8 bits: scale.
+    Scales for 4 bits: absmax, code and, if nested, nested_absmax, nested_code, offset. For 8 bits: scale.
     """
 
     data: Tensor
@@ -53,7 +53,7 @@ class Stored(NamedTuple):
     layout: Layout
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """W [n, k] by PyTorch's operators: computed in float32 and rounded once (float64: not rounded)."""
+        """W [n, k] by PyTorch's operators, computed in float32 and rounded once; float64 is not rounded."""
         n, k = self.layout.n, self.layout.k
         work = torch.promote_types(dtype, torch.float32)
         if self.layout.bits == 8:
@@ -67,11 +67,11 @@ class Stored(NamedTuple):
             nested_absmax, nested_code, offset = (t.to(work) for t in self.scales[2:])
             outer = nested_absmax.repeat_interleave(self.layout.nested_blocksize)[: absmax.numel()]
             absmax = nested_code.index_select(0, absmax.int()) * outer + offset
-        # Both elements of a byte by one look-up.
+        # One look-up gives both elements of a byte.
         index = torch.arange(256, device=code.device)
         pairs = code.to(work)[torch.stack((index >> 4, index & 15), 1)]
         out = torch.empty(2 * self.data.numel(), dtype=dtype, device=self.data.device)
-        # A whole number of blocks, and of bytes.
+        # A multiple of blocks and of bytes.
         step = max(_ELEMENTS, self.layout.blocksize)
         scales = absmax.to(work).split(step // self.layout.blocksize)
         for part, packed, scale in zip(out.split(step), self.data.split(step // 2), scales, strict=True):
@@ -88,23 +88,23 @@ class Stored(NamedTuple):
 class NF4Weight:
     """A frozen weight [N, K] in 4 bits an element: ``code[index] · absmax``, as bitsandbytes stores it.
 
-    Elements are counted row after row, in blocks of ``blocksize`` that need not end with a row. An index is 4 bits, two of
-    them in a byte, the first in the upper half. Nested ("double quantization", QLoRA, arXiv 2305.14314), the absmax is
+    Blocks of ``blocksize`` elements run row by row and need not end with a row. An index has 4 bits; a byte holds two, the
+    first in the upper half. Nested ("double quantization", QLoRA, arXiv 2305.14314), an absmax is
     ``nested_code[absmax] · nested_absmax + offset``, in blocks of ``nested_blocksize``.
 
     Args:
         packed: uint8 [ceil(N K / 2)].
-        absmax: float32, or uint8 where nested, [ceil(N K / blocksize)].
-        code: float32 [16], the values that the 4 bits stand for.
+        absmax: float32, or uint8 if nested, [ceil(N K / blocksize)].
+        code: float32 [16], the values of an index.
         shape: (N, K).
         blocksize: elements that share an absmax, a power of two.
-        nested_absmax: float32 [ceil(absmax's / nested_blocksize)]. This and the next three are given all or not at all.
-        nested_code: float32 [256], the values that the 8 bits of an absmax stand for.
-        offset: float32, one number, added to every absmax.
-        nested_blocksize: absmax that share a nested_absmax, a power of two.
+        nested_absmax: float32 [ceil(absmax's / nested_blocksize)]. Give this and the next three all or not at all.
+        nested_code: float32 [256], the values of an 8-bit absmax.
+        offset: one float32, added to every absmax.
+        nested_blocksize: number of absmax that share a nested_absmax, a power of two.
 
     Raises:
-        ValueError, TypeError: what does not fit, naming it and both values.
+        ValueError, TypeError: an argument does not fit; the message names it and both values.
     """
 
     packed: Tensor
@@ -143,11 +143,11 @@ class NF4Weight:
 
     @classmethod
     def from_bitsandbytes(cls, weight: Any) -> NF4Weight:
-        """What a ``bitsandbytes.nn.Params4bit`` holds, of any storage dtype, quantized as NF4 or FP4; nothing is copied.
+        """The weight of a ``bitsandbytes.nn.Params4bit``, NF4 or FP4 in any storage dtype, without a copy.
 
         Raises:
-            TypeError: it is no quantized Params4bit (one is quantized as it is moved to a device).
-            ValueError: its packing is the one that bitsandbytes makes on a CPU for inference.
+            TypeError: ``weight`` is no quantized Params4bit (moving one to a device quantizes it).
+            ValueError: ``weight`` has bitsandbytes' packing for inference on a CPU.
         """
         state = getattr(weight, "quant_state", None)
         if state is None or len(getattr(state, "shape", ())) != 2:
@@ -160,7 +160,7 @@ class NF4Weight:
                 "weight must be in bitsandbytes' usual packing, got the one that it makes on a CPU in eval mode; make the "
                 "weight's layer compute in train mode, or move it to a GPU, before its first call"
             )
-        # Out of the parameter's class, which would see every operator in Python.
+        # Leave the parameter's class, which would run Python code at every operator.
         with torch._C.DisableTorchFunctionSubclass():
             packed = weight.detach().view(torch.uint8).reshape(-1)
         inner = state.state2 if state.nested else _NOT_NESTED
@@ -188,7 +188,7 @@ class NF4Weight:
         """W [N, K], computed in float32 and rounded once to ``dtype``."""
         return self.stored.dequantize(dtype)
 
-    # The British spelling, by which it was known first.
+    # The old name.
     dequantise = dequantize
 
 
@@ -201,7 +201,7 @@ class FP8Weight:
         scale: float32 [N].
 
     Raises:
-        ValueError, TypeError: what does not fit, naming it and both values.
+        ValueError, TypeError: an argument does not fit; the message names it and both values.
     """
 
     data: Tensor
@@ -215,11 +215,11 @@ class FP8Weight:
 
     @classmethod
     def from_torchao(cls, weight: Any) -> FP8Weight:
-        """What torchao's ``Float8Tensor`` holds, as ``Float8WeightOnlyConfig`` makes it; nothing is copied.
+        """The weight of torchao's ``Float8Tensor`` from ``Float8WeightOnlyConfig``, without a copy.
 
         Raises:
-            TypeError: it is something else.
-            ValueError: its scales are not one a row, or its activations are to be quantized too.
+            TypeError: ``weight`` is something else.
+            ValueError: ``weight`` has no scale per row, or quantizes activations too.
         """
         data, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
         if not isinstance(data, Tensor) or not isinstance(scale, Tensor):
@@ -248,7 +248,7 @@ class FP8Weight:
         """W [N, K], computed in float32 and rounded once to ``dtype``."""
         return self.stored.dequantize(dtype)
 
-    # The British spelling, by which it was known first.
+    # The old name.
     dequantise = dequantize
 
 
@@ -261,8 +261,8 @@ class _NotNested(NamedTuple):
 _NOT_NESTED = _NotNested()
 _NF4_FIELDS = tuple(field.name for field in fields(NF4Weight))
 
-# A layer's weight is read at each call, half of which was checking it. So a quant_state's parts that were found right are
-# remembered, by identity and weakly: what is read is always what the state holds now, also after a move.
+# Every call reads its layer's weight, and checking took half of that time. So remember the parts of a quant_state that passed,
+# by identity and weakly. A read still returns the state's present parts, also after a move.
 _checked: dict[int, tuple[Any, list[Any], tuple[Any, ...]]] = {}
 
 
@@ -286,7 +286,7 @@ def is_quantized(weight: Any) -> bool:
 
 
 def read(weight: Any) -> NF4Weight | FP8Weight:
-    """What a parameter for which :func:`is_quantized` holds stands for; nothing is copied.
+    """The weight of a parameter for which :func:`is_quantized` holds, without a copy.
 
     Raises:
         TypeError, ValueError: as :meth:`NF4Weight.from_bitsandbytes` and :meth:`FP8Weight.from_torchao`.
@@ -300,7 +300,7 @@ def _check_power(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a power of two, got {value}")
 
 
-def _check_tensor(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], beside: Tensor) -> None:
+def _check_tensor(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], other: Tensor) -> None:
     assert tensor is not None
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
@@ -308,5 +308,5 @@ def _check_tensor(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: t
         raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
-    if tensor.device != beside.device:
-        raise ValueError(f"{name} must be on the device of the others, {beside.device}, got {tensor.device}")
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on the device of the others, {other.device}, got {tensor.device}")

@@ -12,6 +12,7 @@ from types import ModuleType
 from stablelora_kernels._version import __version__
 from stablelora_kernels.cli import bench, doctor, inspect, merge
 from stablelora_kernels.cli.output import CommandError, Paragraphs
+from stablelora_kernels.dispatch.settings import check_environment
 
 PROGRAM = "stablelora-kernels"
 # Each has HELP, DESCRIPTION, add_arguments(parser) and run(args) -> exit status.
@@ -44,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminal that knows no ‖ gets a question mark.
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
             stream.reconfigure(errors="replace")
+    try:
+        check_environment()
+    except ValueError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
     try:
         args = _parser().parse_args(argv)
     except SystemExit as exit_:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch import backend
-from stablelora_kernels.dispatch.autotune import use_autotune
-from stablelora_kernels.dispatch.rules import use_kernel
+from stablelora_kernels.dispatch.settings import BACKENDS, check_environment, use_autotune, use_backend, use_kernel
 from stablelora_kernels.functional import FP8Weight, NF4Weight, lora_branch, lora_linear, lora_linear_group
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
@@ -293,9 +292,10 @@ def check_step(device: torch.device, *, dtype: torch.dtype) -> Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stablelora_kernels.cli.selftest", description=__doc__)
     parser.add_argument("--device", default="cpu", help="a torch device")
-    parser.add_argument("--backend", default="auto", choices=backend.BACKENDS)
+    parser.add_argument("--backend", default="auto", choices=BACKENDS)
     args = parser.parse_args()
-    with backend.use_backend(args.backend):
+    check_environment()
+    with use_backend(args.backend):
         for result in run_checks(torch.device(args.device)):
             print(json.dumps(result._asdict()), flush=True)
 

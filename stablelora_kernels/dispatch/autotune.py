@@ -1,7 +1,7 @@
-"""Autotuning, off unless asked for: the kernel and tile of a call of ``lora_linear``, measured once and kept on disk.
+"""Autotuning, off by default: it measures kernels and tiles for a call of ``lora_linear`` once and keeps the answer on disk.
 
-Each candidate runs on the call's own tensors. That is safe, since a list of launches overwrites its result, and the call runs
-the winner once more at the end.
+Each candidate runs on the call's own tensors. That is safe: launches overwrite their result, and the call runs the winner
+once more at the end.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,99 +24,48 @@ from stablelora_kernels._version import __version__
 from stablelora_kernels.dispatch import backend, problem, rules
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.dispatch.settings import KERNELS, get_autotune, get_kernel
 from stablelora_kernels.dispatch.tiles import Tile
 
 logger = logging.getLogger("stablelora_kernels")
 
 
-def _from_environment() -> bool:
-    value = os.environ.get("STABLELORA_AUTOTUNE", "0")
-    if value not in ("0", "1"):
-        raise ValueError(f"the environment variable STABLELORA_AUTOTUNE must be '0' or '1', got {value!r}")
-    return value == "1"
-
-
-_on = _from_environment()
-
-
-def get_autotune() -> bool:
-    """Whether calls are tuned."""
-    return _on
-
-
-def set_autotune(on: bool) -> None:
-    """Tune every call that runs on Triton from here on, process-wide, or leave the choice to the table again.
-
-    The first call of a size measures every kernel that can do it, which takes seconds, most of them the compiler's. The
-    answer is kept under ``~/.cache/stablelora-kernels`` (or the environment's ``STABLELORA_CACHE``) for this GPU and these
-    versions. The start value is the environment variable ``STABLELORA_AUTOTUNE``, ``0`` or ``1``, or off.
-
-    The table is asked all the same where results must not depend on a clock (``torch.use_deterministic_algorithms``), where a
-    kernel is forced, and while a CUDA graph captures a size that was not measured before.
-
-    Raises:
-        TypeError: ``on`` is not a bool.
-    """
-    global _on
-    if not isinstance(on, bool):
-        raise TypeError(f"autotune must be True or False, got {on!r}")
-    _on = on
-
-
-@contextmanager
-def use_autotune(on: bool) -> Iterator[None]:
-    """Like :func:`set_autotune`, for the body of a ``with`` statement. It holds for the whole process, threads included."""
-    before = get_autotune()
-    set_autotune(on)
-    try:
-        yield
-    finally:
-        set_autotune(before)
-
-
 def time_on_gpu(run: Callable[[], None]) -> float:
-    """Seconds that ``run`` takes on the current GPU: the median, with a cold L2 cache, as between a model's layers."""
+    """Median seconds of ``run`` on the current GPU, with a cold L2 cache, as between a model's layers."""
     import triton.testing
 
     return triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median") * 1e-3
 
 
-# What measures; tests put another in its place.
+# Tests replace it.
 measure: Callable[[Callable[[], None]], float] = time_on_gpu
 
-# The table keeps its place unless a candidate is faster by more than this: less is noise, and would differ from run to run.
+# A candidate must beat the table's choice by more than this. Less is noise, which would make answers differ from run to run.
 TIE = 0.02
 
 
-# What is measured.
-
-
 def _tiles(device: Device, call: Call) -> list[Tile]:
-    """Tiles worth trying beside the table's."""
+    """Tiles worth trying besides the table's."""
     size = call.dtype.itemsize
     if call.m <= problem.SMALL_M:
-        # 8 to 32 KiB of W a stage: less leaves the memory idle, more leaves no room for stages. BLOCK_M follows from M.
+        # 8 to 32 KiB of W a stage: less leaves the memory idle, more leaves no room for stages. The plan sets BLOCK_M.
         sizes = [(n, k) for n in (32, 64, 128) for k in (64, 128, 256) if 8 <= n * k * size / 1024 <= 32]
         return [Tile(16, n, k, 4, 4) for n, k in sizes]
     if size == 4:
         return [Tile(32, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3)]
     tiles = [Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(128, 64, 64, 4, 4)]
     if 100 <= device.generation < 120:
-        # Wider ones outgrow tensor memory there.
+        # Wider ones outgrow tensor memory.
         return tiles
     tiles.append(Tile(64, 256, 64, 8, 3))
-    # Without descriptors this is too wide for the registers.
+    # Without descriptors, this tile is too wide for the registers.
     return [*tiles, Tile(128, 256, 64, 8, 3)] if device.tma else tiles
 
 
 def candidates(device: Device, call: Call) -> list[Choice]:
     """The table's choice, then every kernel that can do ``call``, with the table's tile and with others."""
     found = [rules.choose(device, call)]
-    for kernel in rules.KERNELS[1:]:
-        try:
-            rules.check_possible(call, kernel)
-        except ValueError:
-            continue
+    for kernel in rules.possible_kernels(call):
         tiles = [] if kernel == "vendor" else _tiles(device, call)
         found += [Choice(kernel, "", tile) for tile in (None, *tiles)]
     return found
@@ -133,7 +81,7 @@ def _name(choice: Choice) -> str:
 
 
 def _layout(t: Tensor) -> str:
-    """How a matrix lies in memory, empty for the usual: whether its tiles can come in wide loads or through descriptors."""
+    """A matrix's layout in words, "" for the usual one. It decides on wide loads and descriptors."""
     if 0 in t.stride() or 1 not in t.stride():
         return "strided"
     unaligned = (t.data_ptr() | max(t.stride()) * t.element_size()) % 16
@@ -141,19 +89,18 @@ def _layout(t: Tensor) -> str:
 
 
 def entry_key(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> str:
-    """What an answer holds for, in words.
+    """The calls that share an answer, in words.
 
-    M is rounded up to a power of two: batches of any size share few answers, none of them across a limit of the table's
-    kernels, which are powers of two. Left out is what hardly costs time: dropout's probability, A's and B's strides, whether
-    dA and dB are wanted beside dX, and whether S is kept, so that a checkpointed layer takes the same kernel when its forward
-    is computed again.
+    M is rounded up to a power of two, so that batches of any size share few answers. The table's limits on M are powers of two
+    as well. The key leaves out what hardly costs time: dropout's probability, the strides of A and B, and whether dA, dB and S
+    are wanted. A checkpointed layer thus takes the same kernel when its forward runs again.
     """
     m = 1 << (call.m - 1).bit_length()
     words = [f"{call.direction} m<={m} n={call.n} k={call.k} r={call.r}", str(call.dtype), f"lora {call.lora_dtype}"]
     if call.dtype == torch.float32:
-        # Whether TensorFloat-32 is allowed.
+        # This says whether TensorFloat-32 is allowed.
         words.append(torch.get_float32_matmul_precision())
-    # The mask's random numbers, and the vendor's other entry point.
+    # Dropout draws random numbers; a bias takes the vendor's other entry point.
     words += [word for word, on in (("dropout", call.dropout), ("bias", bias is not None)) if on]
     words += [f"{name} {layout}" for name, layout in (("x", _layout(x)), ("w", _layout(w))) if layout]
     return ", ".join(words).replace("torch.", "")
@@ -177,12 +124,12 @@ def _close(out: Tensor, expected: Tensor) -> bool:
 def _measure_all(
     device: Device, call: Call, build: Callable[..., list[Any]], y: Tensor, key: str
 ) -> dict[str, Any] | None:
-    """The entry for ``key``: the fastest choice, everyone's times, and why others were skipped; None if the table's was."""
+    """The entry for ``key``: the fastest choice, all times, and why candidates failed. None if the table's choice failed."""
     times: dict[str, float] = {}
     skipped: dict[str, str] = {}
     chosen: dict[str, Choice] = {}
     seen: set[str] = set()
-    # Compilers were seen to give an empty kernel without an error, the fastest of all: results are compared, on some rows.
+    # Compare results on some rows: a compiler may emit an empty kernel without an error, which would be the fastest.
     sample = y[:: max(1, call.m // 64)]
     expected: Tensor | None = None
     for choice in candidates(device, call):
@@ -200,7 +147,7 @@ def _measure_all(
             elif not _close(sample, expected):
                 raise RuntimeError("its result is not the table's")
             times[name], chosen[name] = measure(run), choice
-        # Whatever the compiler and the driver raise.
+        # The compiler and the driver raise many kinds.
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             logger.debug("%s: %s is skipped: %s", key, name, reason)
@@ -224,25 +171,29 @@ def _measure_all(
     }
 
 
-# Where it is kept: a file for each GPU and set of versions.
+# The cache has one file for each GPU and set of versions.
 
 SCHEMA = 1
 _warned: set[tuple[str, Path]] = set()
 
 
 def cache_dir() -> Path:
-    """Where answers are kept: ``tuning`` in the environment's ``STABLELORA_CACHE``, or in ``~/.cache/stablelora-kernels``."""
+    """The directory of answers: ``tuning`` in the environment's ``STABLELORA_CACHE``, or in ``~/.cache/stablelora-kernels``."""
     # Unlike Path's, this expanduser never raises.
     cache = os.path.expanduser(os.environ.get("STABLELORA_CACHE") or "~/.cache/stablelora-kernels")
     return Path(cache).absolute() / "tuning"
 
 
 @cache
-def _made_for(device: Device, where: torch.device) -> tuple[str, dict[str, Any]]:
-    """The name of the file for this GPU and these versions, and what it stands for."""
+def _made_for(device: Device, torch_device: torch.device) -> tuple[str, dict[str, Any]]:
+    """The cache file's name for this GPU and these versions, and the GPU and versions themselves."""
     import triton
 
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"interpreter on {where.type}"
+    name = (
+        torch.cuda.get_device_name(torch_device)
+        if torch_device.type == "cuda"
+        else f"interpreter on {torch_device.type}"
+    )
     made_for = {
         "device": name,
         "arch": device.arch,
@@ -257,22 +208,22 @@ def _made_for(device: Device, where: torch.device) -> tuple[str, dict[str, Any]]
     return f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{digest}.json", made_for
 
 
-def _warn_once(what: str, path: Path, error: Exception) -> None:
-    if (what, path) not in _warned:
-        _warned.add((what, path))
-        warnings.warn(f"{what} {path}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+def _warn_once(message: str, path: Path, error: Exception) -> None:
+    if (message, path) not in _warned:
+        _warned.add((message, path))
+        warnings.warn(f"{message} {path}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
 
 
 def _to_choice(entry: dict[str, Any]) -> Choice:
     kernel, tile = entry["kernel"], entry["tile"]
-    if kernel not in rules.KERNELS[1:]:
+    if kernel not in KERNELS[1:]:
         raise ValueError(f"there is no kernel {kernel!r}")
     sizes = None if tile is None else {name: int(size) for name, size in tile.items()}
     return Choice(kernel, entry["reason"], None if sizes is None else Tile(**sizes))
 
 
 def _read(path: Path, made_for: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a file, none if it is not there or not what it should be."""
+    """The entries of a file; none if it is missing or unusable."""
     try:
         content = json.loads(path.read_text())
         for name, wanted in (("schema", SCHEMA), ("made_for", made_for)):
@@ -284,13 +235,13 @@ def _read(path: Path, made_for: dict[str, Any]) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        _warn_once("lora_linear is tuned anew, since this file can't be used:", path, error)
+        _warn_once("lora_linear is tuned again, because this file can't be used:", path, error)
         return {}
 
 
 def _write(path: Path, made_for: dict[str, Any], key: str, entry: dict[str, Any]) -> None:
-    """Add an entry to a file, beside what other processes have written in the meantime."""
-    # PyTorch's own dependency.
+    """Add an entry to a file, and keep the entries that other processes have written in the meantime."""
+    # A dependency of PyTorch.
     from filelock import FileLock
 
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -301,16 +252,16 @@ def _write(path: Path, made_for: dict[str, Any], key: str, entry: dict[str, Any]
             content = {"schema": SCHEMA, "made_for": made_for, "entries": entries}
             try:
                 scratch.write_text(json.dumps(content, indent=2) + "\n")
-                # The file is whole at any moment, for those that read it without the lock.
+                # Atomic, because other processes read without the lock.
                 os.replace(scratch, path)
             finally:
                 scratch.unlink(missing_ok=True)
-    # The latter comes from file systems without locks.
+    # File systems without locks raise NotImplementedError.
     except (OSError, NotImplementedError) as error:
-        _warn_once("what was measured for lora_linear can't be kept in", path, error)
+        _warn_once("measurements of lora_linear can't be kept in", path, error)
 
 
-# What was found in this process; None where the table's own choice can't be measured.
+# This process's answers; None where the table's own choice can't be measured.
 _answers: dict[tuple[str, str], Choice | None] = {}
 
 
@@ -321,13 +272,15 @@ def _capturing(y: Tensor) -> bool:
 def choose(
     device: Device, call: Call, build: Callable[..., list[Any]], y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None
 ) -> Choice | None:
-    """The fastest choice for a call, or None where the table is to be asked. Whether tuning is on is the caller's question.
+    """The fastest choice for a call, or None if the table decides.
 
-    ``build(choice=...)`` makes the launches, which write all of ``y`` from ``x``, ``w`` and ``bias``.
+    ``build(choice=...)`` returns launches that write all of ``y`` from ``x``, ``w`` and ``bias``.
     """
-    if not y.numel() or torch.are_deterministic_algorithms_enabled() or rules.get_kernel() != "auto":
+    if not get_autotune() or get_kernel() != "auto":
         return None
-    # The interpreter's times say nothing about a GPU.
+    if not y.numel() or torch.are_deterministic_algorithms_enabled():
+        return None
+    # Times of the interpreter say nothing about a GPU.
     if measure is time_on_gpu and (backend.INTERPRETING or not y.is_cuda):
         return None
     name, made_for = _made_for(device, y.device)

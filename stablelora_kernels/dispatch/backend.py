@@ -1,4 +1,4 @@
-"""The one place that decides whether a call runs on Triton kernels or on PyTorch's own operators."""
+"""Decides whether a call runs on the Triton kernels or on PyTorch's own operators."""
 
 from __future__ import annotations
 
@@ -6,24 +6,33 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 
 import torch
 
-BACKENDS = ("auto", "triton", "torch")
+from stablelora_kernels.dispatch.settings import BACKENDS, get_backend, set_backend, use_backend
+
+__all__ = [
+    "BACKENDS",
+    "INTERPRETING",
+    "TRITON_PROBLEM",
+    "explain_backend",
+    "get_backend",
+    "resolve_backend",
+    "set_backend",
+    "use_backend",
+]
 MIN_TRITON = (3, 6)
 
 
 def _triton_problem() -> str | None:
-    """Why the kernels can't run whatever the device, or None. Triton is looked for, not imported."""
+    """Why the kernels can't run on any device, or None. This looks for Triton without importing it."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
         version = metadata.version("triton")
     except metadata.PackageNotFoundError:
-        # Built from source or repackaged under another name (pytorch-triton-rocm): its owner knows.
+        # Built from source, or repackaged under another name (pytorch-triton-rocm): trust it.
         return None
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MIN_TRITON:
         return f"Triton {version} is installed, but the kernels need {'.'.join(map(str, MIN_TRITON))} or newer"
@@ -31,48 +40,11 @@ def _triton_problem() -> str | None:
 
 
 TRITON_PROBLEM = _triton_problem()
-# Whether Triton's interpreter was asked for, which runs the kernels on CPU tensors. Triton reads it once, as this does.
+# Whether Triton's interpreter is on, which runs the kernels on CPU tensors. Triton, too, reads the variable once.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-def _check(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    return name
-
-
-# Plain module state, which torch.compile guards on; a context variable would break its graph.
-_backend = _check(os.environ.get("STABLELORA_BACKEND", "auto"), "the environment variable STABLELORA_BACKEND")
 _warned = False
-
-
-def get_backend() -> str:
-    """The backend in force: ``"auto"``, ``"triton"`` or ``"torch"``."""
-    return _backend
-
-
-def set_backend(name: str) -> None:
-    """Set the process-wide backend.
-
-    ``"auto"`` takes the Triton kernels for tensors on a GPU and PyTorch's fused operators on a CPU; ``"triton"`` and
-    ``"torch"`` force one. The start value is the environment variable ``STABLELORA_BACKEND``, or ``"auto"``.
-
-    Raises:
-        ValueError: ``name`` is not one of the three.
-    """
-    global _backend
-    _backend = _check(name, "backend")
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Like :func:`set_backend`, for the body of a ``with`` statement. It holds for the whole process, threads included."""
-    before = get_backend()
-    set_backend(name)
-    try:
-        yield
-    finally:
-        set_backend(before)
 
 
 def _warn_no_triton() -> None:
@@ -89,10 +61,10 @@ def _warn_no_triton() -> None:
 
 
 def resolve_backend(device: torch.device) -> str:
-    """``"triton"`` or ``"torch"``: what a call on tensors of ``device`` runs on.
+    """``"triton"`` or ``"torch"``: the backend for a call on tensors of ``device``.
 
     Raises:
-        RuntimeError: Triton was asked for and can't run there.
+        RuntimeError: ``"triton"`` is forced and can't run there.
     """
     name = get_backend()
     if name == "torch":
@@ -115,10 +87,10 @@ def resolve_backend(device: torch.device) -> str:
 
 
 def explain_backend(device: torch.device) -> tuple[str, str]:
-    """What :func:`resolve_backend` answers, and why, in words. It warns of nothing.
+    """The answer of :func:`resolve_backend` and its reason in words, without a warning.
 
     Raises:
-        RuntimeError: as it does.
+        RuntimeError: as :func:`resolve_backend`.
     """
     name = get_backend()
     if name == "torch":

@@ -1,4 +1,4 @@
-"""What the tables ask about: a GPU and a call of an op, as plain sizes."""
+"""A GPU and a call of an op as plain sizes: all that the tables ask about."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 class Device(NamedTuple):
-    """What the tables ask about a GPU."""
+    """The properties of a GPU that the tables ask about."""
 
     # "sm_90", "gfx942"
     arch: str
     # Streaming multiprocessors, or compute units.
     processors: int
-    # Bytes of shared memory that one program may have.
+    # Bytes of shared memory that one program may use.
     shared_limit: int
 
     @property
@@ -29,27 +29,27 @@ class Device(NamedTuple):
 
     @property
     def tma(self) -> bool:
-        """Whether the descriptors' kernel pays: matrix instructions that read shared memory behind the loads."""
+        """Whether the kernel with tensor descriptors pays: matrix instructions read shared memory while loads fill it."""
         return self.shared_limit >= 200_000 and self.generation >= 90
 
     @property
     def tf32(self) -> bool:
-        """Whether there are TensorFloat-32 products."""
+        """Whether the GPU has TensorFloat-32 products."""
         return self.generation >= 80 or self.arch == "gfx942"
 
     @property
     def overlaps(self) -> bool:
-        """Whether a launch may begin before the one ahead of it has ended (programmatic dependent launch)."""
+        """Whether a launch may begin before the one ahead of it ends (programmatic dependent launch)."""
         return self.generation >= 90
 
 
 @cache
 def _generation(arch: str) -> int:
-    # Asked for ten times in a call.
+    # Cached: a call asks ten times.
     return int(arch[3:]) if arch.startswith("sm_") else 0
 
 
-# One of each kind that the kernels are compiled for; processors as on the model named.
+# One of each kind that the kernels are compiled for, with the processors of the model named.
 DEVICES = {
     d.arch: d
     for d in (
@@ -79,12 +79,12 @@ def device_of(device: torch.device) -> Device:
 
 
 def arch_of(properties: Any) -> str:
-    """``"sm_90"`` or ``"gfx942"``, of what ``torch.cuda.get_device_properties`` gives."""
+    """``"sm_90"`` or ``"gfx942"``, from the answer of ``torch.cuda.get_device_properties``."""
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
 class Call(NamedTuple):
-    """A product with its LoRA branch: the forward's, [M, K] by [N, K]^T, or dX's, where K and N have changed places."""
+    """A product with its LoRA branch: the forward's, [M, K] by [N, K]^T, or dX's, with K and N swapped."""
 
     # "forward" or "backward".
     direction: str
@@ -95,25 +95,23 @@ class Call(NamedTuple):
     dtype: torch.dtype
     lora_dtype: torch.dtype
     dropout: bool
-    # Whether the result is added to what is there: dX of the second and further projections of one X.
+    # Whether the kernel adds to Y's earlier values: dX of the second and third projection of one X.
     add: bool = False
 
     @property
     def masked(self) -> bool:
-        """Whether dropout's mask falls on the branch's result (backward), not on X (forward)."""
+        """Whether dropout masks the branch's result (backward) rather than X (forward)."""
         return self.dropout and self.direction == "backward"
 
 
-# Up to here a product is bound by reading W, whatever is computed beside it.
+# Up to so many rows, reading W bounds a product, with or without S.
 SMALL_M = 64
-
-
 # Most projections that share one read of X: q, k and v.
 MAX_GROUP = 3
-# What a fused kernel's S can be: one block of ranks in registers.
+# Largest rank of a fused kernel, which keeps S in registers as one block.
 MAX_FUSED_R = 64
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own, made for kernels too, takes 5 times as long, and a call needs a dozen."""
+    """a / b, rounded up. Triton's cdiv takes 5 times as long, and a call needs a dozen."""
     return -(-a // b)

@@ -1,25 +1,26 @@
-"""Which kernels a call of ``lora_linear`` takes, and their tiles: two tables, each row with its reason. Needs no Triton.
+"""Which kernels a call takes: tables, each row with its reason. Needs no Triton.
 
-No row has been timed on a GPU yet. They come from counting bytes and operations, and from what the compiler makes of them.
+No row has been timed on a GPU yet. The rows follow from counts of bytes and operations, and from the compiled code.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from stablelora_kernels.dispatch import backend, problem, tiles
 from stablelora_kernels.dispatch.problem import MAX_FUSED_R, SMALL_M, Call, Device
+from stablelora_kernels.dispatch.settings import KERNELS, get_kernel
 from stablelora_kernels.dispatch.tiles import Tile
 
-# "auto" asks the table.
-KERNELS = ("auto", "fused", "split", "vendor")
 
-
-# Which kernel.
+class Choice(NamedTuple):
+    kernel: str
+    reason: str
+    # A measured tile, or None for the table's.
+    tile: Tile | None = None
 
 
 class Rule(NamedTuple):
@@ -28,7 +29,7 @@ class Rule(NamedTuple):
     reason: str
 
 
-# The first row that applies is taken.
+# The first row that applies is taken, here and below.
 RULES = (
     Rule(
         lambda d, c: c.dtype == torch.float32 and c.m > 16,
@@ -46,7 +47,7 @@ RULES = (
         "dropout: the mask is drawn once an element, not again for every column tile",
     ),
     Rule(
-        lambda d, c: c.m <= SMALL_M and c.r <= MAX_FUSED_R,
+        lambda d, c: c.m <= problem.SMALL_M and c.r <= problem.MAX_FUSED_R,
         "fused",
         f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: bound by reading W, S costs little beside it, and saves a launch",
     ),
@@ -60,13 +61,13 @@ RULES = (
 
 
 class QuantizedRule(NamedTuple):
-    # The last argument: 4 or 8, the bits of an element of W.
+    # The last argument is the number of bits of an element of W, 4 or 8.
     applies: Callable[[Device, Call, int], bool]
     kernel: str
     reason: str
 
 
-# W in 4 or 8 bits: dequantized in the product's own loop, or by a launch before it, for one of the kernels above.
+# W in 4 or 8 bits: dequantized in the product's own loop, or by a launch before one of the kernels above.
 QUANTIZED_RULES = (
     QuantizedRule(
         lambda d, c, bits: c.dtype == torch.float32 and c.m > 16,
@@ -92,20 +93,36 @@ QUANTIZED_RULES = (
 )
 
 
-class Choice(NamedTuple):
-    kernel: str
+class FormRule(NamedTuple):
+    # The last argument says whether tensor descriptors can hold X, W and Y.
+    applies: Callable[[Device, Call, bool], bool]
+    form: str
     reason: str
-    # None: the table's.
-    tile: Tile | None = None
+
+
+# The kernel behind "fused" and "split".
+FORM_RULES = (
+    FormRule(
+        lambda d, c, described: c.m <= problem.SMALL_M,
+        "split_k",
+        "few rows: bound by reading W, so programs share a tile's K until all of the GPU reads",
+    ),
+    FormRule(
+        lambda d, c, described: described and d.tma and c.dtype != torch.float32 and c.k > 0,
+        "tma",
+        "descriptors copy whole tiles, which frees registers and threads for the matrix instructions",
+    ),
+    FormRule(lambda d, c, described: True, "pointers", "any GPU, any strides, any dtype"),
+)
 
 
 def choose(device: Device, call: Call, forced: str | None = None) -> Choice:
-    """The kernel for ``call``: the table's, or ``forced``, or what :func:`use_kernel` forces.
+    """The kernel for ``call``: the table's, or ``forced``, or the one that :func:`use_kernel` forces.
 
     Raises:
-        ValueError: the kernel that is forced can't do this call.
+        ValueError: the forced kernel can't do this call.
     """
-    forced = forced or _kernel
+    forced = forced or get_kernel()
     if forced == "auto":
         return next(Choice(rule.kernel, rule.reason) for rule in RULES if rule.applies(device, call))
     check_possible(call, forced)
@@ -113,17 +130,48 @@ def choose(device: Device, call: Call, forced: str | None = None) -> Choice:
 
 
 def choose_quantized(device: Device, call: Call, bits: int, aligned: bool = True) -> Choice:
-    """``"in_loop"`` or ``"dequantize"`` for a call with a W of 4 or 8 bits; a kernel that is forced takes W in full.
+    """``"in_loop"`` or ``"dequantize"`` for a call with a W of 4 or 8 bits; a forced kernel takes W in full.
 
-    ``aligned``: whether rows of W begin at multiples of 16 bytes, and none of its blocks lies across two of them.
+    ``aligned``: rows of W begin at multiples of 16 bytes, and no block of W lies across two rows.
     """
-    if _kernel != "auto":
-        return Choice("dequantize", f"kernel {_kernel!r} was asked for, which reads a plain W")
+    forced = get_kernel()
+    if forced != "auto":
+        return Choice("dequantize", f"kernel {forced!r} was asked for, which reads a plain W")
     if not aligned:
         return Choice(
             "dequantize", "rows of W that begin anywhere: single bytes and a scale an element outgrow a pipeline"
         )
     return next(Choice(rule.kernel, rule.reason) for rule in QUANTIZED_RULES if rule.applies(device, call, bits))
+
+
+def choose_form(device: Device, call: Call, described: bool) -> str:
+    """``"split_k"``, ``"tma"`` or ``"pointers"``; ``described``: tensor descriptors can hold X, W and Y."""
+    return next(rule.form for rule in FORM_RULES if rule.applies(device, call, described))
+
+
+def choose_expand(device: Device, call: Call) -> Choice:
+    """Whether the launch that adds the branch onto a finished product computes S itself ("fused") or reads it ("split")."""
+    fused = Choice("fused", f"up to rank {problem.MAX_FUSED_R}, S is computed within the launch that adds the branch")
+    if call.m == 0:
+        return fused
+    if call.r > problem.MAX_FUSED_R:
+        return Choice("split", f"a rank above {problem.MAX_FUSED_R}: S first, in a launch of its own")
+    if call.dropout and not call.masked and tiles.expand_plan(device, call).splits > 1:
+        return Choice(
+            "split", "dropout: S first, or every program that shares a row's columns would draw the mask anew"
+        )
+    return fused
+
+
+def choose_branch_backward(call: Call) -> Choice:
+    """Whether the lone branch's backward computes dS within dX's launch ("fused") or in a launch with dB ("split").
+
+    "fused" saves a launch where rows are few. It reads dY once more, which costs more than a launch where rows are many.
+    """
+    if call.m <= problem.SMALL_M and call.r <= problem.MAX_FUSED_R:
+        limits = f"up to {problem.SMALL_M} rows and rank {problem.MAX_FUSED_R}"
+        return Choice("fused", f"{limits}: dS within dX's launch, then dA and dB in one")
+    return Choice("split", "many rows or a high rank: dS with dB, in one pass over dY, then dX, then dA")
 
 
 class Sharing(NamedTuple):
@@ -135,69 +183,47 @@ def choose_group(calls: Sequence[Call], choices: Sequence[Choice | None]) -> Sha
     """Whether projections of one X get their S (and dA) from one read of it, in a launch of its own, or each by itself."""
     if any(choice is not None and choice.kernel == "fused" for choice in choices):
         return Sharing(False, "S is computed beside a product, which saves its launch")
-    if calls[0].m <= SMALL_M:
-        return Sharing(False, f"up to {SMALL_M} rows: X stays in L2, whoever reads it")
-    if max(call.r for call in calls) > MAX_FUSED_R:
-        return Sharing(False, f"a rank above {MAX_FUSED_R}: the sums of several projections outgrow the registers")
+    if calls[0].m <= problem.SMALL_M:
+        return Sharing(False, f"up to {problem.SMALL_M} rows: X stays in L2, whoever reads it")
+    if max(call.r for call in calls) > problem.MAX_FUSED_R:
+        return Sharing(
+            False, f"a rank above {problem.MAX_FUSED_R}: the sums of several projections outgrow the registers"
+        )
     return Sharing(True, "one read of X for all projections")
-
-
-def branch_fuses(call: Call) -> bool:
-    """Whether the branch's own backward computes dS within dX's launch, and not in one of its own with dB.
-
-    That saves a launch where rows are few, and reads dY once more, which costs more than a launch where they are many.
-    """
-    return call.m <= SMALL_M and call.r <= MAX_FUSED_R
 
 
 def check_possible(call: Call, kernel: str) -> None:
     """Raise ValueError if ``kernel`` can't do ``call``."""
     if kernel == "fused" and call.direction == "forward" and call.dropout:
         raise ValueError("kernel 'fused' was asked for, but it has no dropout; 'split' and 'vendor' have")
-    if kernel == "fused" and call.r > MAX_FUSED_R:
-        raise ValueError(f"kernel 'fused' was asked for, but it takes ranks up to {MAX_FUSED_R}, got {call.r}")
+    if kernel == "fused" and call.r > problem.MAX_FUSED_R:
+        limit = problem.MAX_FUSED_R
+        raise ValueError(f"kernel 'fused' was asked for, but it takes ranks up to {limit}, got {call.r}")
 
 
-_kernel = "auto"
+def possible_kernels(call: Call) -> list[str]:
+    """Every kernel that can do ``call``."""
+    found = []
+    for kernel in KERNELS[1:]:
+        try:
+            check_possible(call, kernel)
+        except ValueError:
+            continue
+        found.append(kernel)
+    return found
 
 
-def _check(name: str, source: str) -> str:
-    if name not in KERNELS:
-        raise ValueError(f"{source} must be one of {', '.join(map(repr, KERNELS))}, got {name!r}")
-    return name
+def overlaps(device: Device) -> bool:
+    """Whether the launch behind S may begin before S's launch ends (programmatic dependent launch)."""
+    return device.overlaps and not backend.INTERPRETING
 
 
-_kernel = _check(os.environ.get("STABLELORA_KERNEL", "auto"), "the environment variable STABLELORA_KERNEL")
+def input_precision(device: Device, dtype: torch.dtype, transposed: bool = False) -> str:
+    """Precision of float32 products: PyTorch's setting, so exact unless TensorFloat-32 is allowed and the GPU has it.
 
-
-def get_kernel() -> str:
-    """The kernel in force: ``"auto"`` or the one that was forced."""
-    return _kernel
-
-
-def set_kernel(name: str) -> None:
-    """Force one kernel on every call that runs on Triton, process-wide, or give the choice back with ``"auto"``.
-
-    ``"fused"``: S beside the product, one launch. ``"split"``: S first, then the product with the branch. ``"vendor"``: the
-    product by the vendor's library, then the branch onto it. The start value is the environment variable
-    ``STABLELORA_KERNEL``, or ``"auto"``. A call that the forced kernel can't do raises.
-
-    Raises:
-        ValueError: ``name`` is none of these.
+    ``transposed``: the operand is contiguous across the sum. TensorFloat-32's instructions want it contiguous along the sum,
+    and would load it 4 bytes at a time. Loads bound these products, so they stay exact instead.
     """
-    global _kernel
-    _kernel = _check(name, "kernel")
-
-
-@contextmanager
-def use_kernel(name: str) -> Iterator[None]:
-    """Like :func:`set_kernel`, for the body of a ``with`` statement. It holds for the whole process, threads included."""
-    before = get_kernel()
-    set_kernel(name)
-    try:
-        yield
-    finally:
-        set_kernel(before)
-
-
-# Which tiles.
+    if dtype != torch.float32 or transposed or not device.tf32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"

@@ -1,4 +1,7 @@
-"""Which tile a kernel takes: one table a kernel, each row with its reason."""
+"""Which tile a kernel takes, and how many programs share its sum.
+
+One table a kernel, each row with its reason; then one plan a kernel, which fits the tile to the device and the call.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from stablelora_kernels.dispatch.problem import SMALL_M, Call, Device, cdiv
+from stablelora_kernels.dispatch import problem
+from stablelora_kernels.dispatch.problem import Call, Device, cdiv
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a program's step; for dA and dB, their columns and the rows that are summed over."""
+    """Rows, columns and depth of a program's step; for dA and dB, their columns and the rows of the sum."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -24,11 +28,6 @@ class TileRule(NamedTuple):
     applies: Callable[[Device, Call], bool]
     tile: Tile
     reason: str
-
-
-def rank_block(r: int, limit: int) -> int:
-    """The rank padded to what a matrix instruction takes, a power of two of at least 16; ``limit`` where it is looped over."""
-    return min(max(16, 1 << (r - 1).bit_length()), limit)
 
 
 # Y's tiles read through descriptors (lora_linear_tma).
@@ -55,7 +54,6 @@ TMA_TILES = (
     ),
 )
 
-
 # Y's tiles read through pointers (lora_linear).
 LINEAR_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 3), "float32: products are in registers"),
@@ -67,25 +65,25 @@ LINEAR_TILES = (
     TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "the usual tile"),
 )
 
-
-# Y for few rows (lora_linear_split_k): BLOCK_M is 16 or 64, whichever M fits.
+# Y for few rows (lora_linear_split_k); linear_split_k_plan sets BLOCK_M.
 SPLIT_K_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 64, 4, 3), "float32: twice the bytes an element"),
     TileRule(lambda d, c: d.shared_limit < 100_000, Tile(16, 64, 64, 4, 3), "little shared memory"),
     TileRule(lambda d, c: True, Tile(16, 64, 128, 4, 4), "many bytes of W on their way at once, in narrow tiles"),
 )
 
-
-# Y with a quantized W (lora_linear_quantized): BLOCK_M is 16 or 64 where M fits.
+# Y with a quantized W (lora_linear_quantized); linear_quantized_plan lowers BLOCK_M for few rows.
 QUANTIZED_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 32, 8, 2), "float32: products are in registers"),
     TileRule(lambda d, c: not d.nvidia, Tile(64, 64, 64, 4, 2), "wider tiles of W, dequantized in registers, spill"),
     TileRule(lambda d, c: c.m <= 16, Tile(16, 64, 128, 4, 3), "many bytes of W on their way at once, in narrow tiles"),
     TileRule(lambda d, c: d.shared_limit < 150_000, Tile(64, 64, 64, 4, 3), "little shared memory"),
-    TileRule(lambda d, c: c.m <= SMALL_M, Tile(64, 128, 64, 4, 3), "rows of one wide matrix instruction"),
+    TileRule(lambda d, c: c.m <= problem.SMALL_M, Tile(64, 128, 64, 4, 3), "rows of one wide matrix instruction"),
     TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "each element of W is dequantized for as many rows as fit"),
 )
 
+# W in full from 4 or 8 bits (dequantize): BLOCK_N rows and BLOCK_K columns.
+DEQUANTIZE_TILES = (TileRule(lambda d, c: True, Tile(1, 16, 256, 4, 1), "16 bytes of W for each thread"),)
 
 # S (lora_shrink): rows, ranks and K; BLOCK_N is the rank's block.
 SHRINK_TILES = (
@@ -96,8 +94,7 @@ SHRINK_TILES = (
     TileRule(lambda d, c: True, Tile(64, 64, 128, 4, 3), "rows of one wide matrix instruction, X read in long runs"),
 )
 
-
-# S of several projections (lora_shrink_group), likewise; r is the largest rank's block.
+# S of several projections (lora_shrink_group), likewise; r is the block of the largest rank.
 SHRINK_GROUP_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 8, 3), "float32: products are in registers"),
     TileRule(
@@ -113,21 +110,18 @@ SHRINK_GROUP_TILES = (
     ),
 )
 
-
 # The branch onto a finished product (lora_expand).
 EXPAND_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 2), "float32: products are in registers"),
     TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 3), "rows of one wide matrix instruction"),
 )
 
-
-# dA and dB (lora_weight_grads): BLOCK_M columns of the result, BLOCK_N ranks, BLOCK_K rows that are summed over.
+# dA and dB (lora_weight_grads): BLOCK_M columns of the result, BLOCK_N ranks, BLOCK_K rows of the sum.
 WEIGHT_GRADS_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: products are in registers"),
     TileRule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so that X and dY are read once"),
     TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "rows of one wide matrix instruction"),
 )
-
 
 # dA of several projections (lora_weight_grads_group), likewise.
 WEIGHT_GRADS_GROUP_TILES = (
@@ -138,37 +132,193 @@ WEIGHT_GRADS_GROUP_TILES = (
 )
 
 
+class Plan(NamedTuple):
+    """A kernel's tile, whose pipeline fits into shared memory, and the programs that compute with it."""
+
+    tile: Tile
+    reason: str
+    # Ranks in a block, padded.
+    block_r: int
+    # Tiles of the result.
+    tiles: int
+    # Programs that share a tile: the split-K factor.
+    splits: int = 1
+
+
+# Most sums that programs may share in one launch: a sum has a counter. More tiles than this fill any GPU without sharing.
+MAX_SHARED_SUMS = 2048
+
+
 def pick_tile(
     rules: tuple[TileRule, ...], device: Device, call: Call, measured: Tile | None = None
 ) -> tuple[Tile, str]:
-    """The tile of the first rule that applies, or the one that was measured to be faster, and the reason for it.
-
-    It is still to be fitted into shared memory.
-    """
+    """The tile of the first rule that applies, or the ``measured`` one, and its reason. :func:`fit` comes next."""
     if measured is not None:
         return measured, "measured to be the fastest"
     return next((rule.tile, rule.reason) for rule in rules if rule.applies(device, call))
 
 
-def fit(tile: Tile, device: Device, bytes_a_stage: int, bytes_beside: int = 0) -> Tile:
-    """``tile`` with the deepest pipeline of at most its own, and at least 2, whose buffers fit into shared memory."""
-    # Matrix units that read shared memory while it is being filled need a buffer more.
+def fit(tile: Tile, device: Device, bytes_a_stage: int, other_bytes: int = 0) -> Tile:
+    """``tile`` with as many stages, at least 2 and at most its own, as fit into shared memory with ``other_bytes``."""
+    # Matrix units that read shared memory while loads fill it need one buffer more.
     spare = 0 if device.tma else 1
     stages = tile.num_stages
-    while stages > 2 and (stages - spare) * bytes_a_stage + bytes_beside > device.shared_limit:
+    while stages > 2 and (stages - spare) * bytes_a_stage + other_bytes > device.shared_limit:
         stages -= 1
     return tile._replace(num_stages=stages)
 
 
-def splits(device: Device, tiles: int, steps: int, programs: int = 2, least_steps: int = 4, most: int = 16) -> int:
-    """How many programs share a tile's sum: enough for ``programs`` on every processor, each with ``least_steps`` steps."""
-    return max(1, min(programs * device.processors // max(tiles, 1), steps // least_steps, most))
+def rank_block(r: int, limit: int) -> int:
+    """The rank padded to a power of two of at least 16, for matrix instructions; ``limit`` where the kernel loops over it."""
+    return min(max(16, 1 << (r - 1).bit_length()), limit)
 
 
-def chunks(rows: int, block_r: int, steps: int) -> int:
-    """Into how many chunks of rows dB's sum is cut beside dS, so that what one of the two has read is in L2 for the other.
+def plan_split_k(device: Device, tiles: int, steps: int, programs: int = 2, sums: int = 1) -> int:
+    """Programs that share a tile's ``sums``: enough for ``programs`` on every processor, each with at least 4 steps."""
+    if tiles * sums > MAX_SHARED_SUMS:
+        return 1
+    return max(1, min(programs * device.processors // max(tiles, 1), steps // 4, 16))
 
-    A chunk's part of dB, stored and read again in float32, is an eighth of the chunk of dY that it sums up. Of ``steps`` of the
-    sum, a chunk has at least 4.
-    """
-    return max(1, min(cdiv(rows, 32 * block_r), steps // 4))
+
+def _shrink_stage(call: Call, tile: Tile, ranks: int) -> int:
+    """Bytes of shared memory for a step of S = X A^T."""
+    return tile.BLOCK_K * (tile.BLOCK_M * call.dtype.itemsize + ranks * call.lora_dtype.itemsize)
+
+
+def _linear_stage(call: Call, tile: Tile, block_r: int, load_s: bool) -> int:
+    """Bytes of shared memory for a step of Y's main loop, which computes S as well unless it is read."""
+    a = 0 if load_s else block_r * call.lora_dtype.itemsize
+    return tile.BLOCK_K * ((tile.BLOCK_M + tile.BLOCK_N) * call.dtype.itemsize + a)
+
+
+def shrink_plan(device: Device, call: Call) -> Plan:
+    tile, reason = pick_tile(SHRINK_TILES, device, call)
+    block_r = rank_block(call.r, tile.BLOCK_N)
+    tile = fit(tile, device, _shrink_stage(call, tile, block_r))
+    tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.r, block_r)
+    return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K)))
+
+
+def shrink_group_plan(device: Device, call: Call, ranks: list[int]) -> Plan:
+    block_r = rank_block(max(ranks), problem.MAX_FUSED_R)
+    tile, reason = pick_tile(SHRINK_GROUP_TILES, device, call._replace(r=block_r))
+    tile = fit(tile, device, _shrink_stage(call, tile, len(ranks) * block_r))
+    tiles, steps = cdiv(call.m, tile.BLOCK_M), cdiv(call.k, tile.BLOCK_K)
+    return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, steps, sums=len(ranks)))
+
+
+def linear_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> Plan:
+    tile, reason = pick_tile(LINEAR_TILES, device, call, measured)
+    block_r = rank_block(call.r, problem.MAX_FUSED_R)
+    # The branch's operands need shared memory too.
+    branch = block_r * (tile.BLOCK_M * call.dtype.itemsize + tile.BLOCK_N * call.lora_dtype.itemsize)
+    tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), branch)
+    return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N))
+
+
+def linear_split_k_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> Plan:
+    tile, reason = pick_tile(SPLIT_K_TILES, device, call, measured)
+    # All rows are in one tile.
+    tile = tile._replace(BLOCK_M=16 if call.m <= 16 else 64)
+    block_r = rank_block(call.r, problem.MAX_FUSED_R)
+    tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s))
+    tiles, steps = cdiv(call.n, tile.BLOCK_N), cdiv(call.k, tile.BLOCK_K)
+    # Partial sums of 64 rows are as large as what a program reads of W in a few steps: one program a processor is enough.
+    return Plan(
+        tile, reason, block_r, tiles, plan_split_k(device, tiles, steps, programs=2 if tile.BLOCK_M == 16 else 1)
+    )
+
+
+class TMAPlan(NamedTuple):
+    plan: Plan
+    # Whether loading, multiplying and storing get warps of their own.
+    specialize: bool
+    # Parts of a tile's columns, which are finished one after another.
+    parts: int
+    # Programs that stay, each taking tile after tile.
+    programs: int
+
+
+def linear_tma_plan(
+    device: Device, call: Call, load_s: bool, can_specialize: bool, measured: Tile | None = None
+) -> TMAPlan:
+    """``can_specialize``: the compiler can specialize warps of a kernel with a dot after the main loop."""
+    tile, reason = pick_tile(TMA_TILES, device, call, measured)
+    block_r = rank_block(call.r, problem.MAX_FUSED_R)
+    # Specialized warps change nothing on Hopper. With Y's earlier values they outgrow shared memory.
+    plain = load_s and not call.masked and not call.add
+    specialize = can_specialize and 100 <= device.generation < 120 and plain and tile.BLOCK_N <= 128
+    # The mask's random numbers take many registers, hence narrow parts.
+    parts = 1 if specialize else max(2, tile.BLOCK_N // 32) if call.masked else 2
+    part = tile.BLOCK_N // parts
+    # The stored part of Y and the branch's operands need shared memory too.
+    finish = call.dtype.itemsize * (tile.BLOCK_M * part + block_r * (tile.BLOCK_M + part))
+    tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), finish)
+    tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
+    return TMAPlan(Plan(tile, reason, block_r, tiles), specialize, parts, min(tiles, device.processors))
+
+
+def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:
+    tile, reason = pick_tile(QUANTIZED_TILES, device, call)
+    rows = 16 if call.m <= 16 else 64 if call.m <= problem.SMALL_M else 128
+    tile = tile._replace(BLOCK_M=min(tile.BLOCK_M, rows))
+    block_r = rank_block(call.r, problem.MAX_FUSED_R)
+    # In shared memory: every stage's X and stored W; W once in float32 and once in X's dtype; the branch's operands.
+    stage = tile.BLOCK_K * (tile.BLOCK_M * call.dtype.itemsize + tile.BLOCK_N * bits // 8)
+    weight = tile.BLOCK_K * tile.BLOCK_N * (4 + call.dtype.itemsize)
+    branch = block_r * (tile.BLOCK_M * call.dtype.itemsize + tile.BLOCK_N * call.lora_dtype.itemsize)
+    tile = fit(tile, device, stage, weight + branch)
+    tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
+    return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K)))
+
+
+def expand_plan(device: Device, call: Call) -> Plan:
+    """A tile of this plan is a block of rows, whose columns ``splits`` programs share."""
+    tile, reason = pick_tile(EXPAND_TILES, device, call)
+    block_r = rank_block(call.r, problem.MAX_FUSED_R)
+    row_tiles, col_tiles = cdiv(call.m, tile.BLOCK_M), cdiv(call.n, tile.BLOCK_N)
+    # Few blocks of rows do not fill the GPU.
+    splits = max(1, min(device.processors // row_tiles, col_tiles))
+    columns = tile.BLOCK_N * (tile.BLOCK_M * call.dtype.itemsize + block_r * call.lora_dtype.itemsize)
+    tile = fit(tile, device, max(_shrink_stage(call, tile, block_r), columns))
+    return Plan(tile, reason, block_r, row_tiles, splits)
+
+
+def weight_grads_plan(device: Device, call: Call, need_a: bool, need_b: bool) -> tuple[Plan, int]:
+    """The plan for dA and dB in a launch of their own, and how many of its tiles are dA's."""
+    tile, reason = pick_tile(WEIGHT_GRADS_TILES, device, call)
+    block_r = rank_block(call.r, tile.BLOCK_N)
+    tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + block_r) * call.dtype.itemsize)
+    # The backward's n is K, and its k is N.
+    tiles_a, tiles_b = (cdiv(size, tile.BLOCK_M) * cdiv(call.r, block_r) for size in (call.n, call.k))
+    tiles_a, tiles_b = tiles_a if need_a else 0, tiles_b if need_b else 0
+    splits = plan_split_k(device, tiles_a + tiles_b, cdiv(call.m, tile.BLOCK_K))
+    return Plan(tile, reason, block_r, tiles_a + tiles_b, splits), tiles_a
+
+
+def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -> Plan:
+    """For dA, or dB if ``of_b``, by programs of another launch, which has ``warps`` warps a program."""
+    tile, reason = pick_tile(WEIGHT_GRADS_TILES, device, call)
+    # A wider block of ranks beside the other kernel's accumulators would spill registers.
+    block_r = rank_block(call.r, min(tile.BLOCK_N, 128))
+    masked = call.dropout and not of_b
+    # A matrix instruction has 64 rows for each four warps. But the mask's random numbers take registers.
+    columns = tile.BLOCK_M if masked and block_r == 32 else max(tile.BLOCK_M, 16 * warps)
+    tile = tile._replace(BLOCK_M=columns, BLOCK_K=32 if masked else tile.BLOCK_K)
+    tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + block_r) * call.dtype.itemsize)
+    tiles = cdiv(call.k if of_b else call.n, tile.BLOCK_M) * cdiv(call.r, block_r)
+    steps = cdiv(call.m, tile.BLOCK_K)
+    splits = plan_split_k(device, tiles, steps, programs=1)
+    if of_b and tiles <= MAX_SHARED_SUMS:
+        # Chunks of rows, so that what dS's programs or dB's have read is still in L2 for the others. A chunk's part of dB,
+        # stored and read again in float32, is an eighth of the chunk of dY that it sums up.
+        splits = max(splits, min(cdiv(call.m, 32 * block_r), steps // 4))
+    return Plan(tile, reason, block_r, tiles, splits)
+
+
+def weight_grads_group_plan(device: Device, call: Call, ranks: list[int]) -> Plan:
+    block_r = rank_block(max(ranks), problem.MAX_FUSED_R)
+    tile, reason = pick_tile(WEIGHT_GRADS_GROUP_TILES, device, call._replace(r=block_r))
+    tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + len(ranks) * block_r) * call.dtype.itemsize)
+    tiles, steps = cdiv(call.n, tile.BLOCK_M), cdiv(call.m, tile.BLOCK_K)
+    return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, steps, sums=len(ranks)))

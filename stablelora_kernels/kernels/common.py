@@ -1,4 +1,4 @@
-"""Pieces that every kernel shares."""
+"""Device functions that the kernels share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INTERPRETING: tl.constexpr = tl.constexpr(backend.INTERPRETING)
 @triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     """acc + a b, in float32."""
-    # The interpreter keeps bfloat16 as raw 16-bit integers and would multiply those.
+    # The interpreter keeps bfloat16 as raw 16-bit integers and would multiply the integers.
     if INTERPRETING:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
@@ -22,10 +22,10 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x as ``dtype``; float32 is rounded to nearest even."""
+    """x as ``dtype``, rounded to nearest even."""
     if x.dtype == dtype:
         return x
-    # The interpreter truncates to bfloat16 where a GPU rounds.
+    # The interpreter truncates to bfloat16; a GPU rounds.
     elif INTERPRETING and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -36,9 +36,9 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def keep_mask(seed, rows, col0, n_cols, threshold, BLOCK_C: tl.constexpr):
-    """Dropout's mask for rows × [col0, col0 + BLOCK_C), int1; its definition is ``reference.dropout_keep_ref``.
+    """Dropout's mask for rows × [col0, col0 + BLOCK_C), int1, as ``reference.dropout_keep_ref`` defines it.
 
-    One Philox call serves four neighbors in a row; col0 must be a multiple of 4.
+    One Philox call serves four neighbors in a row, so col0 must be a multiple of 4.
     """
     groups = col0 // 4 + tl.arange(0, BLOCK_C // 4)
     counter = rows[:, None].to(tl.int64) * tl.cdiv(n_cols, 4) + groups[None, :]
@@ -49,7 +49,7 @@ def keep_mask(seed, rows, col0, n_cols, threshold, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(row, column) of the pid-th tile: groups of GROUP_M row tiles, column after column, share operands in L2."""
+    """(row, column) of the pid-th tile. Tiles of GROUP_M rows run column by column, to share operands in L2."""
     group = pid // (GROUP_M * tiles_n)
     group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     inside = pid % (GROUP_M * tiles_n)
@@ -58,11 +58,11 @@ def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def arrives_last(counter_ptr, n):
-    """Whether this is the last of the n programs that share a counter, which may then read what the others stored.
+    """Whether this is the last of n programs that share a counter. The last one may read what the others stored.
 
-    The counter is an int32 of 0 before and again afterwards. Which program is last is chance; what it reads is not.
+    The counter is an int32, 0 before and after. Chance decides which program is last, but not what it reads.
     """
-    # All threads' stores come before the barrier, and the barrier before the atomic that publishes them.
+    # Order: all threads' stores, the barrier, the atomic that publishes them.
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == n - 1
     if last:
@@ -72,7 +72,7 @@ def arrives_last(counter_ptr, n):
 
 @triton.jit
 def shared_sum(part, parts_ptr, counter_ptr, split, n):
-    """The sum of n programs' ``part`` and whether this program has it: the last to arrive adds up all of them in order."""
+    """The sum of n programs' ``part``, and whether this program has it: the last to arrive adds up all parts in order."""
     ROWS: tl.constexpr = part.shape[0]
     COLUMNS: tl.constexpr = part.shape[1]
     ptrs = parts_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]

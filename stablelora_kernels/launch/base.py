@@ -1,4 +1,4 @@
-"""One launch of a kernel: what it needs, and how it is run and counted."""
+"""One launch of a kernel: everything it needs, and how it runs and is counted."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.dispatch.problem import Device
+from stablelora_kernels.dispatch.tiles import Tile
 
 
 class Launch(NamedTuple):
-    """A kernel and all that its launch needs, not launched yet."""
+    """A kernel with everything that its launch needs."""
 
     kernel: Any
-    # The kernel's variant, in words, and the reason for its tile.
+    # The kernel's variant in words, and the reason for its tile.
     variant: str
     reason: str
     grid: tuple[int, ...]
-    # Arguments in the kernel's order, then those that are compile-time constants, then Triton's options.
+    # Arguments in the kernel's order, its compile-time constants, Triton's options.
     args: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
@@ -35,19 +35,23 @@ launch_counts: Counter[str] = Counter()
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
     """Run ``kernel`` once on ``device``'s current stream."""
     launch_counts[kernel.__name__] += 1
-    # Triton launches on the current device, which need not be the tensors'.
+    # Triton launches on the current device, which may be another than the tensors'.
     guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with guard:
-        # Said outright: Triton 3.10 changes the default, which would change results.
+        # Explicit, because Triton 3.10 changes the default, which would change results.
         kernel[grid](*args, enable_fp_fusion=True, **meta)
 
 
-def input_precision(device: Device, dtype: torch.dtype, transposed: bool = False) -> str:
-    """What float32 products are computed in: as PyTorch's own, exact unless TensorFloat-32 was allowed and is there.
+def tile_options(tile: Tile) -> dict[str, Any]:
+    """Triton's options for a launch with ``tile``."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
-    ``transposed``: the operand is contiguous across the sum. TensorFloat-32's instructions want it along the sum, for which it
-    would be loaded 4 bytes at a time; products that are bound by loading stay exact instead.
-    """
-    if dtype != torch.float32 or transposed or not device.tf32 or torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
+
+def tile_blocks(tile: Tile) -> dict[str, int]:
+    """The constants BLOCK_M, BLOCK_N and BLOCK_K."""
+    return {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K}
+
+
+def flag_words(**flags: bool) -> str:
+    """The names of the flags that are on, each behind a space."""
+    return "".join(f" {name}" for name, on in flags.items() if on)

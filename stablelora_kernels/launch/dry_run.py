@@ -1,4 +1,4 @@
-"""The launches of a call that is not made: the launchers run on the meta device, which has no memory."""
+"""The launches of a call without the call: the launchers run on tensors of the meta device, which have no memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.launch import lora_branch, lora_linear_group, lora_linear_quantized
-from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
+from stablelora_kernels.launch import lora_branch, lora_linear, lora_linear_group, lora_linear_quantized
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 
 
@@ -18,45 +17,29 @@ def call_launches(
     device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
     forward_choice: Choice | None = None, backward_choice: Choice | None = None,
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
-    """The forward's and the backward's launches for a call with a bias, on the meta device, which has no memory."""
+    """The forward's and the backward's launches of a call with a bias."""
     t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p)
     w = _empty(n, k, of=dtype)
-    forward = forward_launches(device, t.x, w, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p, forward_choice)
-    backward = backward_launches(
-        device,
-        t.x,
-        t.y,
-        w,
-        t.a,
-        t.b,
-        t.s,
-        t.seed,
-        *t.gradients(),
-        scaling=1.0,
-        dropout_p=dropout_p,
-        choice=backward_choice,
+    forward = lora_linear.forward_launches(
+        device, t.x, w, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p, forward_choice
     )
+    backward = lora_linear.backward_launches(
+        device, t.x, t.y, w, t.a, t.b, t.s, t.seed, *t.gradients(), scaling=1.0, dropout_p=dropout_p, choice=backward_choice
+    )  # fmt: skip
     return forward, backward
 
 
 def group_launches(
-    device: Device,
-    m: int,
-    ns: Sequence[int],
-    k: int,
-    r: int,
-    dtype: torch.dtype,
-    lora_dtype: torch.dtype,
-    dropout_p: float,
-) -> tuple[list[Any], list[Any]]:
-    """:func:`call_launches` for projections of ``ns`` output features that share X."""
+    device: Device, m: int, ns: Sequence[int], k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    """:func:`call_launches` for a projection group with ``ns`` output features."""
     t = [_call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p) for n in ns]
-    weights, lora_As, lora_Bs = [_empty(n, k, of=dtype) for n in ns], [part.a for part in t], [part.b for part in t]
-    seeds = [part.seed for part in t if part.seed is not None]
-    scalings, x, ys = [1.0] * len(ns), t[0].x, [part.y for part in t]
+    weights, lora_As, lora_Bs = [_empty(n, k, of=dtype) for n in ns], [each.a for each in t], [each.b for each in t]
+    seeds = [each.seed for each in t if each.seed is not None]
+    scalings, x, ys = [1.0] * len(ns), t[0].x, [each.y for each in t]
     s = _empty(m, r * len(ns), of=dtype)
     forward = lora_linear_group.forward_launches(
-        device, x, weights, [part.bias for part in t], lora_As, lora_Bs, s, ys, seeds, scalings, dropout_p
+        device, x, weights, [each.bias for each in t], lora_As, lora_Bs, s, ys, seeds, scalings, dropout_p
     )
     parts = lora_linear_group.columns(s, [r] * len(ns))
     gradients = (torch.empty_like(x), [torch.empty_like(a) for a in lora_As], [torch.empty_like(b) for b in lora_Bs])
@@ -103,7 +86,7 @@ def quantized_launches(
 
 
 class _CallTensors(NamedTuple):
-    """A call's tensors but for the weight."""
+    """A call's tensors except the weight."""
 
     x: torch.Tensor
     bias: torch.Tensor
@@ -114,7 +97,7 @@ class _CallTensors(NamedTuple):
     seed: torch.Tensor | None
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tensors for dX, dA and dB, which are not those that are read: who counts bytes goes by that."""
+        """New tensors for dX, dA and dB. Byte counts tell read tensors from written ones."""
         return torch.empty_like(self.x), torch.empty_like(self.a), torch.empty_like(self.b)
 
 

@@ -14,6 +14,7 @@ import torch
 import stablelora_kernels as slk
 from stablelora_kernels.cli import doctor, main, output, selftest
 from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch.settings import check_environment
 from stablelora_kernels.testing import error_and_bound
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 2) -> st
 
 def command(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
     """The console script's function in a process of its own."""
-    code = "import sys; from stablelora_kernels_command import main; sys.exit(main())"
+    code = "import sys; from stablelora_kernels.cli import main; sys.exit(main())"
     environment = {k: v for k, v in os.environ.items() if k not in ("STABLELORA_BACKEND", "TRITON_INTERPRET")} | env
     return subprocess.run([sys.executable, "-c", code, *argv], env=environment, capture_output=True, text=True)
 
@@ -185,6 +186,8 @@ def test_doctor_interprets_in_a_process_of_its_own(capsys, monkeypatch):
 
 
 def test_an_interpreter_that_cannot_start_fails_the_self_test(capsys, monkeypatch):
+    # This process has read its environment, a new one has not.
+    check_environment()
     monkeypatch.setenv("STABLELORA_KERNEL", "best")
     monkeypatch.setattr(doctor, "run_checks", lambda device: iter(()))
     report = doctor_json(capsys, "--interpret", status=1)
@@ -271,6 +274,8 @@ def test_what_doctor_refuses(capsys, monkeypatch):
 def test_missing_packages_and_set_variables_are_named(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "version_of", lambda package: None if package == "peft" else "1.0")
     monkeypatch.setattr(doctor, "run_checks", lambda device: iter(()))
+    # Read before, so that no other test runs with "split".
+    check_environment()
     monkeypatch.setenv("STABLELORA_KERNEL", "split")
     assert main(["doctor", "--device", "cpu"]) == 1  # nothing was checked
     out = capsys.readouterr().out

@@ -19,7 +19,7 @@ from tests.helpers.small_models import Model, lora_config
 pytest.importorskip("safetensors")
 pytest.importorskip("setuptools", minversion="77", reason="builds the wheel without a network")
 ROOT = Path(__file__).resolve().parents[2]
-BUILT_FROM = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE", "stablelora_kernels_command.py")
+BUILT_FROM = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,7 @@ def installed(tmp_path_factory) -> Path:
     (wheel,) = base.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.partition("/")[0] for name in archive.namelist()}
-    assert {name for name in tops if not name.endswith(".dist-info")} == {
-        "stablelora_kernels",
-        "stablelora_kernels_command.py",
-    }
+    assert {name for name in tops if not name.endswith(".dist-info")} == {"stablelora_kernels"}
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", target, wheel], check=True)
     return target
 

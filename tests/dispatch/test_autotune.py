@@ -70,7 +70,7 @@ def timer(monkeypatch, tmp_path):
     monkeypatch.setattr(autotune, "measure", fake)
     monkeypatch.setenv("STABLELORA_CACHE", str(tmp_path))
     forget()
-    with slk.use_backend("triton"), rules.use_kernel("auto"), autotune.use_autotune(True):
+    with slk.use_backend("triton"), slk.use_kernel("auto"), slk.use_autotune(True):
         yield fake
     forget()
 
@@ -287,7 +287,7 @@ def test_where_the_table_cannot_be_measured_it_is_asked(timer, monkeypatch):
     y = forward(inputs)
     assert len(calls) == 1 and not files()
     assert torch.equal(forward(inputs), y) and len(calls) == 1
-    with autotune.use_autotune(False):
+    with slk.use_autotune(False):
         assert torch.equal(forward(inputs), y)
 
 
@@ -295,7 +295,7 @@ def test_where_the_table_cannot_be_measured_it_is_asked(timer, monkeypatch):
 
 
 def test_off_unless_asked_for(timer, few):
-    with autotune.use_autotune(False):
+    with slk.use_autotune(False):
         check_all(inputs_of())
     assert not timer.measured and not files()
 
@@ -306,7 +306,7 @@ def test_a_forced_kernel_is_not_tuned(timer, few, launched, kernel):
     forward(inputs_of())
     launched.clear()
     measured = len(timer.measured)
-    with rules.use_kernel(kernel):
+    with slk.use_kernel(kernel):
         forward(inputs_of())
         forward(inputs_of(rows=5))
     assert len(timer.measured) == measured
@@ -412,17 +412,17 @@ def test_a_second_process_reads_the_first_ones_answer(timer, few, tmp_path):
     code = """
 import torch
 import stablelora_kernels as slk
-from stablelora_kernels import tuning
+from stablelora_kernels.dispatch import autotune
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing import make_inputs
 measured = []
-tuning.measure = lambda run: measured.append(run) or 1.0
+autotune.measure = lambda run: measured.append(run) or 1.0
 device = "cuda" if torch.cuda.is_available() else "cpu"
 slk.set_backend("triton")
 for rows in (70, 5):
     inputs = make_inputs((rows, 64), 80, 8, dtype=torch.bfloat16, device=device)
     lora_linear(*(inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), 1.7)
-    print([choice.kernel for choice in tuning._answers.values()], len(measured) > 0)
+    print([choice.kernel for choice in autotune._answers.values()], len(measured) > 0)
 """
     assert python(code, STABLELORA_CACHE=str(tmp_path), STABLELORA_AUTOTUNE="1").splitlines() == [
         "['vendor'] False",
@@ -445,7 +445,7 @@ def test_other_versions_and_gpus_are_measured_anew(timer, few, monkeypatch, what
     assert len(timer.measured) == measured and len(files()) == 1
     forget()
     if what == "gpu":
-        monkeypatch.setattr(rules, "device_of", lambda device: GPU._replace(processors=1))
+        monkeypatch.setattr(problem, "device_of", lambda device: GPU._replace(processors=1))
     else:
         owner, name = {
             "ours": (autotune, "__version__"),
@@ -552,29 +552,28 @@ def python(code: str, **env: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else done.stderr
 
 
-def test_environment_variable_sets_the_start_value(monkeypatch):
-    monkeypatch.delenv("STABLELORA_AUTOTUNE", raising=False)
-    assert autotune._from_environment() is False
-    for value, on in (("1", True), ("0", False)):
-        monkeypatch.setenv("STABLELORA_AUTOTUNE", value)
-        assert autotune._from_environment() is on
-    message = "ValueError: the environment variable STABLELORA_AUTOTUNE must be '0' or '1', got 'yes'"
-    assert message in python("import stablelora_kernels.dispatch.autotune", STABLELORA_AUTOTUNE="yes")
+def test_environment_variable_sets_the_start_value():
+    code = "import stablelora_kernels as slk; print(slk.get_autotune())"
+    assert python(code) == "False"
+    assert python(code, STABLELORA_AUTOTUNE="1") == "True"
+    assert python(code, STABLELORA_AUTOTUNE="0") == "False"
+    message = "ValueError: the environment variable STABLELORA_AUTOTUNE must be one of '0', '1', got 'yes'"
+    assert message in python(code, STABLELORA_AUTOTUNE="yes")
 
 
 def test_the_switch():
-    before = autotune.get_autotune()
-    for call in (autotune.set_autotune, lambda on: autotune.use_autotune(on).__enter__()):
+    before = slk.get_autotune()
+    for call in (slk.set_autotune, lambda on: slk.use_autotune(on).__enter__()):
         with pytest.raises(TypeError, match="autotune must be True or False, got '0'"):
             call("0")
     try:
-        autotune.set_autotune(True)
-        with pytest.raises(KeyError), autotune.use_autotune(False):
-            assert not autotune.get_autotune()
+        slk.set_autotune(True)
+        with pytest.raises(KeyError), slk.use_autotune(False):
+            assert not slk.get_autotune()
             raise KeyError
-        assert autotune.get_autotune()
+        assert slk.get_autotune()
     finally:
-        autotune.set_autotune(before)
+        slk.set_autotune(before)
 
 
 def test_the_cache_is_where_downloads_are(monkeypatch, tmp_path):

@@ -1,1 +1,1 @@
-"""The kernels of the LoRA layer."""
+"""The kernels of the LoRA layer; ``linear`` has the formulas."""

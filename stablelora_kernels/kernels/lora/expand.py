@@ -1,4 +1,4 @@
-"""The LoRA branch added to a product that is there already, or alone; the formulas are in ``lora_linear``."""
+"""The LoRA branch onto a finished product, or alone; formulas and arguments are in ``linear``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stablelora_kernels.kernels.common import cast, dot, keep_mask
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_expand_kernel(
     x_ptr, a_ptr, b_ptr, s_ptr, base_ptr, y_ptr, seed_ptr,
-    M, N, K, R, SHARE,
+    M, N, K, R, COLUMNS,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
     scaling, threshold,
     HAS_BASE: tl.constexpr, IN_PLACE: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_X: tl.constexpr,
@@ -21,9 +21,8 @@ def _lora_expand_kernel(
 ):  # fmt: skip
     """Y = BASE + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], A [R, K], B [N, R], S [M, R], BASE and Y [M, N].
 
-    BASE is Y itself where IN_PLACE, has Y's strides otherwise, and is left out unless HAS_BASE. A program computes (or, where
-    LOAD_S, reads) S for its rows and goes through SHARE columns of Y. keep is of X's shape where MASK_X, which is the
-    forward's use, and applied to X; of Y's where MASK_BRANCH, the backward's.
+    BASE is Y itself (IN_PLACE), a tensor with Y's strides, or zero (not HAS_BASE). A program computes S for its rows, or
+    reads it with LOAD_S, and goes through COLUMNS columns of Y.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
@@ -50,8 +49,8 @@ def _lora_expand_kernel(
             s_ptrs = s_ptr + rows[:, None] * stride_sm + rs[None, :]
             tl.store(s_ptrs, s_low, mask=row_mask[:, None] & (rs[None, :] < R))
 
-    first = tl.program_id(1) * SHARE
-    for n0 in range(first, tl.minimum(first + SHARE, N), BLOCK_N):
+    first = tl.program_id(1) * COLUMNS
+    for n0 in range(first, tl.minimum(first + COLUMNS, N), BLOCK_N):
         cols = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
         y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
         y_mask = row_mask[:, None] & (cols[None, :] < N)

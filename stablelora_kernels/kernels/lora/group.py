@@ -1,7 +1,7 @@
-"""S and dA of up to three projections of one X, each from one read of it; the formulas are in ``lora_linear``.
+"""S and dA of up to three projections of one X, with one read of X; formulas and arguments are in ``linear``.
 
-The projections' S lie side by side in one matrix, and so do their dS. Each has its own mask, which is why their A's are not
-simply one A of more ranks: X is loaded once, and masked and multiplied for each.
+The projections' S lie side by side in one matrix, and so do their dS. Each projection has its own mask, so their A can't be
+one A of a higher rank: the kernels load X once, then mask and multiply it for each projection.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ def _lora_shrink_group_kernel(
     M, K, R0, R1, R2, COLUMN1, COLUMN2, SPLITS,
     stride_xm, stride_xk, stride_sm,
     scaling0, scaling1, scaling2, threshold,
-    MEMBERS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, LEAD: tl.constexpr,
+    MEMBERS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, TRIGGERS_DEPENDENTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S_g = s'_g (X ∘ keep_g) A_g^T for MEMBERS g;  X [M, K], A_g [R_g, K] contiguous, S_g [M, R_g] from S's COLUMN_g on.
 
-    SPLITS programs share a tile of rows, each with a part of K; the last of them to finish adds up all parts in order.
+    SPLITS programs share a tile of rows, each with a part of K; the last one to finish adds up all parts in order.
     """
-    if LEAD:
-        # The wide product that follows needs S at its end only: it may take what room is left on the GPU from here on.
+    if TRIGGERS_DEPENDENTS:
+        # The wide product that follows needs S only at its end. It may fill idle processors from here on.
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     tile, split = program // SPLITS, program % SPLITS
@@ -45,36 +45,36 @@ def _lora_shrink_group_kernel(
         if not EVEN_K:
             x_mask &= k0 + ks[None, :] < K
         x = tl.load(x_ptr + rows[:, None] * stride_xm + (k0 + ks[None, :]) * stride_xk, mask=x_mask, other=0.0)
-        s0 = _thin(x, a0_ptr, seed0, s0, rows, k0, K, R0, threshold, DROPOUT, EVEN_K, BLOCK_K, BLOCK_R, INPUT_PRECISION)
-        s1 = _thin(x, a1_ptr, seed1, s1, rows, k0, K, R1, threshold, DROPOUT, EVEN_K, BLOCK_K, BLOCK_R, INPUT_PRECISION)
+        s0 = _thin(
+            x=x, a_ptr=a0_ptr, seed=seed0, s=s0, rows=rows, k0=k0, K=K, R=R0, threshold=threshold, DROPOUT=DROPOUT,
+            EVEN_K=EVEN_K, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+        )  # fmt: skip
+        s1 = _thin(
+            x=x, a_ptr=a1_ptr, seed=seed1, s=s1, rows=rows, k0=k0, K=K, R=R1, threshold=threshold, DROPOUT=DROPOUT,
+            EVEN_K=EVEN_K, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+        )  # fmt: skip
         if MEMBERS > 2:
             s2 = _thin(
-                x, a2_ptr, seed2, s2, rows, k0, K, R2, threshold, DROPOUT, EVEN_K, BLOCK_K, BLOCK_R, INPUT_PRECISION
-            )
+                x=x, a_ptr=a2_ptr, seed=seed2, s=s2, rows=rows, k0=k0, K=K, R=R2, threshold=threshold, DROPOUT=DROPOUT,
+                EVEN_K=EVEN_K, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+            )  # fmt: skip
 
-    # A projection's parts and counter follow those of the one before it.
+    # Each projection has its parts and its counter, one behind the other.
     PART: tl.constexpr = BLOCK_M * BLOCK_R
     parts_ptr = partial_ptr + tile.to(tl.int64) * MEMBERS * SPLITS * PART
     counter_ptr += tile * MEMBERS
-    _store(s0, s_ptr, parts_ptr, counter_ptr, split, SPLITS, rows, M, R0, stride_sm, scaling0, BLOCK_R)
     _store(
-        s1,
-        s_ptr + COLUMN1,
-        parts_ptr + SPLITS * PART,
-        counter_ptr + 1,
-        split,
-        SPLITS,
-        rows,
-        M,
-        R1,
-        stride_sm,
-        scaling1,
-        BLOCK_R,
-    )
+        s=s0, s_ptr=s_ptr, parts_ptr=parts_ptr, counter_ptr=counter_ptr, split=split, SPLITS=SPLITS, rows=rows, M=M, R=R0,
+        stride_sm=stride_sm, scaling=scaling0, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
+    _store(
+        s=s1, s_ptr=s_ptr + COLUMN1, parts_ptr=parts_ptr + SPLITS * PART, counter_ptr=counter_ptr + 1, split=split,
+        SPLITS=SPLITS, rows=rows, M=M, R=R1, stride_sm=stride_sm, scaling=scaling1, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
     if MEMBERS > 2:
         _store(
-            s2, s_ptr + COLUMN2, parts_ptr + 2 * SPLITS * PART, counter_ptr + 2, split, SPLITS, rows, M, R2, stride_sm, scaling2,
-            BLOCK_R,
+            s=s2, s_ptr=s_ptr + COLUMN2, parts_ptr=parts_ptr + 2 * SPLITS * PART, counter_ptr=counter_ptr + 2, split=split,
+            SPLITS=SPLITS, rows=rows, M=M, R=R2, stride_sm=stride_sm, scaling=scaling2, BLOCK_R=BLOCK_R,
         )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def _thin(
     x, a_ptr, seed, s, rows, k0, K, R, threshold,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """s + (X ∘ keep) A^T for a step of K."""
+    """s + (X ∘ keep) A^T for one step of K."""
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     a_mask = rs[None, :] < R
@@ -112,7 +112,7 @@ def _thin(
 
 @triton.jit
 def _store(s, s_ptr, parts_ptr, counter_ptr, split, SPLITS, rows, M, R, stride_sm, scaling, BLOCK_R: tl.constexpr):
-    """The sum of all programs' ``s``, scaled, rounded and stored by the last of them."""
+    """Add up all programs' ``s``; the last program scales, rounds and stores the sum."""
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     s, last = shared_sum(s, parts_ptr, counter_ptr, split, SPLITS)
     if last:
@@ -147,39 +147,35 @@ def _lora_weight_grads_group_kernel(
         x_mask = (rows[:, None] < M) & (cs[None, :] < K)
         x = tl.load(x_ptr + rows[:, None] * stride_xm + cs[None, :] * stride_xk, mask=x_mask, other=0.0)
         acc0 = _outer(
-            x,
-            ds_ptr,
-            seed0,
-            acc0,
-            rows,
-            c0,
-            M,
-            K,
-            R0,
-            stride_dsm,
-            threshold,
-            DROPOUT,
-            BLOCK_C,
-            BLOCK_R,
-            INPUT_PRECISION,
-        )
+            x=x, ds_ptr=ds_ptr, seed=seed0, acc=acc0, rows=rows, c0=c0, M=M, K=K, R=R0, stride_dsm=stride_dsm,
+            threshold=threshold, DROPOUT=DROPOUT, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+        )  # fmt: skip
         acc1 = _outer(
-            x, ds_ptr + COLUMN1, seed1, acc1, rows, c0, M, K, R1, stride_dsm, threshold, DROPOUT, BLOCK_C, BLOCK_R,
-            INPUT_PRECISION,
+            x=x, ds_ptr=ds_ptr + COLUMN1, seed=seed1, acc=acc1, rows=rows, c0=c0, M=M, K=K, R=R1, stride_dsm=stride_dsm,
+            threshold=threshold, DROPOUT=DROPOUT, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
         if MEMBERS > 2:
             acc2 = _outer(
-                x, ds_ptr + COLUMN2, seed2, acc2, rows, c0, M, K, R2, stride_dsm, threshold, DROPOUT, BLOCK_C, BLOCK_R,
-                INPUT_PRECISION,
+                x=x, ds_ptr=ds_ptr + COLUMN2, seed=seed2, acc=acc2, rows=rows, c0=c0, M=M, K=K, R=R2, stride_dsm=stride_dsm,
+                threshold=threshold, DROPOUT=DROPOUT, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
             )  # fmt: skip
 
     PART: tl.constexpr = BLOCK_C * BLOCK_R
     parts_ptr = partial_ptr + tile.to(tl.int64) * MEMBERS * SPLITS * PART
     counter_ptr += tile * MEMBERS
-    _store_grad(acc0, da0_ptr, parts_ptr, counter_ptr, split, SPLITS, cs, K, R0, BLOCK_R)
-    _store_grad(acc1, da1_ptr, parts_ptr + SPLITS * PART, counter_ptr + 1, split, SPLITS, cs, K, R1, BLOCK_R)
+    _store_grad(
+        acc=acc0, da_ptr=da0_ptr, parts_ptr=parts_ptr, counter_ptr=counter_ptr, split=split, SPLITS=SPLITS, cs=cs, K=K, R=R0,
+        BLOCK_R=BLOCK_R,
+    )  # fmt: skip
+    _store_grad(
+        acc=acc1, da_ptr=da1_ptr, parts_ptr=parts_ptr + SPLITS * PART, counter_ptr=counter_ptr + 1, split=split,
+        SPLITS=SPLITS, cs=cs, K=K, R=R1, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
     if MEMBERS > 2:
-        _store_grad(acc2, da2_ptr, parts_ptr + 2 * SPLITS * PART, counter_ptr + 2, split, SPLITS, cs, K, R2, BLOCK_R)
+        _store_grad(
+            acc=acc2, da_ptr=da2_ptr, parts_ptr=parts_ptr + 2 * SPLITS * PART, counter_ptr=counter_ptr + 2, split=split,
+            SPLITS=SPLITS, cs=cs, K=K, R=R2, BLOCK_R=BLOCK_R,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -187,7 +183,7 @@ def _outer(
     x, ds_ptr, seed, acc, rows, c0, M, K, R, stride_dsm, threshold,
     DROPOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + (X ∘ keep)^T dS for a step of M."""
+    """acc + (X ∘ keep)^T dS for one step of M."""
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     ds = tl.load(
         ds_ptr + rows[:, None] * stride_dsm + rs[None, :], mask=(rows[:, None] < M) & (rs[None, :] < R), other=0.0
@@ -199,7 +195,7 @@ def _outer(
 
 @triton.jit
 def _store_grad(acc, da_ptr, parts_ptr, counter_ptr, split, SPLITS, cs, K, R, BLOCK_R: tl.constexpr):
-    """The sum of all programs' ``acc``, rounded and stored by the last of them."""
+    """Add up all programs' ``acc``; the last program rounds and stores the sum."""
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     acc, last = shared_sum(acc, parts_ptr, counter_ptr, split, SPLITS)
     if last:

@@ -1,14 +1,34 @@
-"""The kernels of ``lora_linear``. With s' = scaling / (1 - p) and a keep-mask of zeros and ones:
+"""Y, and dX by the same formula, from tiles read through pointers: any GPU, any strides.
+
+All kernels of this directory, with s' = scaling / (1 - p) and a keep-mask of zeros and ones:
 
     forward   S  = s' (X ∘ keep) A^T             Y  = X W^T + bias + S B^T
     backward  dS = s' dY B                       dX = dY W + (dS A) ∘ keep
               dA = dS^T (X ∘ keep)               dB = dY^T S
 
 S and dS are scaled in float32 and rounded once. dX is the forward's formula with W, A and B read through swapped strides, so
-one kernel serves both. Here are S (``_lora_shrink_kernel``) and Y from tiles read through pointers, on any GPU and at any
-strides; ``lora_linear_split_k`` has Y for few rows, ``lora_linear_tma`` Y through Hopper's tensor descriptors,
-``lora_expand`` the branch onto a finished product, ``lora_weight_grads`` dA and dB. Those mostly take no launch of their
-own: programs for dB go with those for dS, both reading dY, and programs for dA with those for dX.
+one kernel serves both. ``shrink`` has S; ``linear``, ``linear_split_k``, ``linear_tma`` and ``linear_quantized`` have Y for
+any GPU, few rows, Hopper and a quantized W; ``expand`` adds the branch onto a finished product; ``weight_grads`` has dA and
+dB; ``group`` has S and dA of projections that share X. Mostly, dA and dB take no launch of their own: programs for dB run
+with those for dS, since both read dY, and programs for dA run with those for dX.
+
+Arguments that several kernels take:
+
+    M, N, K, R            rows of X, columns of Y, columns of X, rank
+    seed_ptr, threshold   dropout: Philox's seed, and the number below which 31 random bits drop an element
+    SPLITS                programs that share a tile's sum, through partial_ptr (float32 scratch) and counter_ptr (int32 zeros)
+    PRODUCTS              programs of the product; those of the co-scheduled gradient follow
+    HAS_GRAD, GRAD_*      the co-scheduled dA or dB: its programs, and the arguments of its ``weight_grad``
+    LOAD_S, STORE_S       read S; store the S that this kernel computes
+    MASK_X, MASK_BRANCH   dropout masks X (forward); dropout masks the branch's result (backward)
+    ADD                   add to Y's earlier values
+    EVEN_K                BLOCK_K divides K, so that loads along K need no mask
+    GROUP_M               row tiles of a group, see ``tile_of``
+    TRIGGERS_DEPENDENTS   let the next launch begin before this one ends (programmatic dependent launch)
+    WAITS_FOR_PRIMARY     wait for the launch before, which computes S, before reading S
+    INPUT_PRECISION       of float32 products, see ``dispatch.rules.input_precision``
+
+``do_not_specialize``: otherwise Triton recompiles for M = 1, for multiples of 16 and for the rest.
 """
 
 from __future__ import annotations
@@ -16,106 +36,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import cast, dot, keep_mask, shared_sum, tile_of
+from stablelora_kernels.kernels.common import cast, dot, keep_mask, tile_of
 from stablelora_kernels.kernels.lora.weight_grads import weight_grad
-
-
-# Without do_not_specialize every batch size would be compiled anew: for 1, for multiples of 16 and for the rest.
-@triton.jit(do_not_specialize=["M", "SPLITS", "GRAD_PROGRAMS", "GRAD_SPLITS", "threshold"])
-def _lora_shrink_kernel(
-    x_ptr, a_ptr, s_ptr, seed_ptr, partial_ptr, counter_ptr, t_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
-    M, K, R, SPLITS, GRAD_PROGRAMS, GRAD_SPLITS,
-    stride_xm, stride_xk, stride_ar, stride_ak, stride_sm, stride_tm,
-    scaling, threshold,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, LEAD: tl.constexpr, HAS_GRAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """S = s' (X ∘ keep) A^T, and grad = X^T T where HAS_GRAD;  X [M, K], A [R, K], S and T [M, R], grad [K, R].
-
-    Programs of S: tiles of rows, in each blocks of ranks, in each SPLITS parts of K, the last of which to finish adds up all of
-    them in order. Programs of grad are strewn among them evenly: both go through the rows of X at one pace, so that the second
-    to read a row finds it in L2.
-    """
-    if LEAD:
-        # The wide product that follows needs S at its end only: it may take what room is left on the GPU from here on.
-        tl.extra.cuda.gdc_launch_dependents()
-    program = tl.program_id(0)
-    if HAS_GRAD:
-        # How many of the programs before this one, and before the next, are grad's.
-        grads = (program.to(tl.int64) * GRAD_PROGRAMS // tl.num_programs(0)).to(tl.int32)
-        grads_next = ((program + 1).to(tl.int64) * GRAD_PROGRAMS // tl.num_programs(0)).to(tl.int32)
-        if grads_next > grads:
-            weight_grad(
-                grads, x_ptr, t_ptr, grad_ptr, seed_ptr, grad_partial_ptr, grad_counter_ptr, M, K, R, GRAD_SPLITS, stride_xm,
-                stride_xk, stride_tm, R, 1, threshold, False, GRAD_M, GRAD_C, GRAD_R, GRAD_STAGES, GRAD_PRECISION,
-            )  # fmt: skip
-        else:
-            _shrink(
-                program - grads, x_ptr, a_ptr, s_ptr, seed_ptr, partial_ptr, counter_ptr, M, K, R, SPLITS, stride_xm, stride_xk,
-                stride_ar, stride_ak, stride_sm, scaling, threshold, DROPOUT, EVEN_K, BLOCK_M, BLOCK_K, BLOCK_R,
-                INPUT_PRECISION,
-            )  # fmt: skip
-    else:
-        _shrink(
-            program, x_ptr, a_ptr, s_ptr, seed_ptr, partial_ptr, counter_ptr, M, K, R, SPLITS, stride_xm, stride_xk, stride_ar,
-            stride_ak, stride_sm, scaling, threshold, DROPOUT, EVEN_K, BLOCK_M, BLOCK_K, BLOCK_R, INPUT_PRECISION,
-        )  # fmt: skip
-
-
-@triton.jit
-def _shrink(
-    program, x_ptr, a_ptr, s_ptr, seed_ptr, partial_ptr, counter_ptr, M, K, R, SPLITS, stride_xm, stride_xk, stride_ar,
-    stride_ak, stride_sm, scaling, threshold,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the ``program``-th of S's programs does."""
-    tiles_r = tl.cdiv(R, BLOCK_R)
-    tile, split = program // SPLITS, program % SPLITS
-    rows = (tile // tiles_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-    ks = tl.arange(0, BLOCK_K).to(tl.int64)
-    row_mask, r_mask = rows < M, rs < R
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-
-    share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
-    s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k0 in range(split * share, tl.minimum(split * share + share, K), BLOCK_K):
-        x_mask, a_mask = row_mask[:, None], r_mask[None, :]
-        if not EVEN_K:
-            x_mask &= k0 + ks[None, :] < K
-            a_mask &= k0 + ks[:, None] < K
-        x = tl.load(x_ptr + rows[:, None] * stride_xm + (k0 + ks[None, :]) * stride_xk, mask=x_mask, other=0.0)
-        a = tl.load(a_ptr + rs[None, :] * stride_ar + (k0 + ks[:, None]) * stride_ak, mask=a_mask, other=0.0)
-        if DROPOUT:
-            # After the load, so that the load itself stays asynchronous.
-            x = tl.where(keep_mask(seed, rows, k0, K, threshold, BLOCK_K), x, 0.0)
-        s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
-
-    parts_ptr = partial_ptr + tile.to(tl.int64) * SPLITS * (BLOCK_M * BLOCK_R)
-    s, last = shared_sum(s, parts_ptr, counter_ptr + tile, split, SPLITS)
-    if last:
-        s_ptrs = s_ptr + rows[:, None] * stride_sm + rs[None, :]
-        tl.store(s_ptrs, cast(scaling * s, s_ptr.dtype.element_ty), mask=row_mask[:, None] & r_mask[None, :])
 
 
 @triton.jit
 def add_branch(
     acc, s, s_ptr, b_ptr, seed_ptr, rows, cols, col0, store_s, M, N, R, stride_sm, stride_bn, stride_br, scaling, threshold,
-    LOAD_S: tl.constexpr, MASK_BRANCH: tl.constexpr, WAIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    LOAD_S: tl.constexpr, MASK_BRANCH: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + (S B^T) ∘ keep for a tile, with S read where LOAD_S, and else ``s`` scaled and rounded, and stored if ``store_s``."""
+    """acc + (S B^T) ∘ keep for a tile, where S is read (LOAD_S) or ``s``, scaled, rounded and, if ``store_s``, stored."""
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
-    if WAIT:
-        # This launch may have begun before the one that computes S has ended.
+    if WAITS_FOR_PRIMARY:
+        # This launch may begin before the one that computes S ends.
         tl.extra.cuda.gdc_wait()
     if MASK_BRANCH:
         keep = keep_mask(tl.load(seed_ptr), rows, col0, N, threshold, BLOCK_N)
-    # Not pipelined: that would take the main loop's shared memory.
+    # One stage, because a pipeline would take the main loop's shared memory.
     for r0 in tl.range(0, R if LOAD_S else BLOCK_R, BLOCK_R, num_stages=1):
         s_mask = (rows[:, None] < M) & (r0 + rs[None, :] < R)
         s_ptrs = s_ptr + rows[:, None] * stride_sm + (r0 + rs[None, :])
@@ -132,24 +70,26 @@ def add_branch(
             branch = dot(s_low, b, tl.zeros(acc.shape, dtype=tl.float32), INPUT_PRECISION)
             acc += tl.where(keep, branch, 0.0)
         else:
-            # Onto the base product's own accumulator: a second one of its size would not fit the registers.
+            # Into the product's own accumulator: registers have no room for a second one.
             acc = dot(s_low, b, acc, INPUT_PRECISION)
     return acc
 
 
 @triton.jit
-def grad_beside(
+def co_scheduled_grad(
     program, z_ptr, s_ptr, grad_ptr, seed_ptr, partial_ptr, counter_ptr, M, N, R, SPLITS, stride_zm, stride_zn, stride_sm,
     threshold,
-    DROPOUT: tl.constexpr, WAIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad = S^T (Z ∘ keep), [R, N], by programs of a product's launch; S is the launch before's."""
-    if WAIT:
+    """grad = S^T (Z ∘ keep), [R, N], by programs of a product's launch; the launch before stores S."""
+    if WAITS_FOR_PRIMARY:
         tl.extra.cuda.gdc_wait()
     weight_grad(
-        program, z_ptr, s_ptr, grad_ptr, seed_ptr, partial_ptr, counter_ptr, M, N, R, SPLITS, stride_zm, stride_zn, stride_sm,
-        1, N, threshold, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R, STAGES, INPUT_PRECISION,
+        program=program, z_ptr=z_ptr, t_ptr=s_ptr, out_ptr=grad_ptr, seed_ptr=seed_ptr, partial_ptr=partial_ptr,
+        counter_ptr=counter_ptr, M=M, C=N, R=R, SPLITS=SPLITS, stride_zm=stride_zm, stride_zc=stride_zn, stride_tm=stride_sm,
+        stride_oc=1, stride_or=N, threshold=threshold, DROPOUT=DROPOUT, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R,
+        STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
     )  # fmt: skip
 
 
@@ -161,24 +101,25 @@ def _lora_linear_kernel(
     stride_zm, stride_zn,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    ADD: tl.constexpr, EVEN_K: tl.constexpr, WAIT: tl.constexpr, HAS_GRAD: tl.constexpr,
+    ADD: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
 
-    S is accumulated beside the base product, and R is at most BLOCK_R then, or read where LOAD_S. keep, of Y's shape, is all
-    ones unless MASK_BRANCH. Where ADD, all this is added to what Y holds. Where HAS_GRAD, the programs from PRODUCTS on compute
-    grad = S^T (Z ∘ keep), Z [M, N], grad [R, N].
+    The main loop computes S with the product, for R <= BLOCK_R, unless LOAD_S. keep, of Y's shape, is all ones unless
+    MASK_BRANCH. With HAS_GRAD, the programs from PRODUCTS on compute grad = S^T (Z ∘ keep), Z [M, N], grad [R, N].
     """
     program = tl.program_id(0)
-    if HAS_GRAD:  # noqa: SIM102, since only one of the two is known to the compiler
+    if HAS_GRAD:  # noqa: SIM102 - only one of the two is a constant for the compiler
         if program >= PRODUCTS:
-            grad_beside(
-                program - PRODUCTS, z_ptr, s_ptr, grad_ptr, seed_ptr, grad_partial_ptr, grad_counter_ptr, M, N, R, GRAD_SPLITS,
-                stride_zm, stride_zn, stride_sm, threshold, MASK_BRANCH, WAIT, GRAD_M, GRAD_C, GRAD_R, GRAD_STAGES,
-                GRAD_PRECISION,
+            co_scheduled_grad(
+                program=program - PRODUCTS, z_ptr=z_ptr, s_ptr=s_ptr, grad_ptr=grad_ptr, seed_ptr=seed_ptr,
+                partial_ptr=grad_partial_ptr, counter_ptr=grad_counter_ptr, M=M, N=N, R=R, SPLITS=GRAD_SPLITS,
+                stride_zm=stride_zm, stride_zn=stride_zn, stride_sm=stride_sm, threshold=threshold, DROPOUT=MASK_BRANCH,
+                WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES,
+                INPUT_PRECISION=GRAD_PRECISION,
             )  # fmt: skip
             return
     pid_m, pid_n = tile_of(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -213,8 +154,10 @@ def _lora_linear_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     acc = add_branch(
-        acc, s, s_ptr, b_ptr, seed_ptr, rows, cols, pid_n * BLOCK_N, STORE_S & (pid_n == 0), M, N, R, stride_sm, stride_bn,
-        stride_br, scaling, threshold, LOAD_S, MASK_BRANCH, WAIT, BLOCK_N, BLOCK_R, INPUT_PRECISION,
+        acc=acc, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=pid_n * BLOCK_N,
+        store_s=STORE_S & (pid_n == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
+        scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY,
+        BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
     )  # fmt: skip
     y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
     if ADD:

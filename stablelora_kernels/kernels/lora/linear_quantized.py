@@ -1,7 +1,11 @@
-"""Y and dX from a quantized W, which is dequantized inside the main loop; the formulas are in ``lora_linear``.
+"""Y and dX from a quantized W, which the main loop dequantizes; formulas and arguments are in ``linear``.
 
-What a stored W means is written down in ``reference.nf4_ref`` and ``reference.fp8_ref``. A dequantized element is rounded to
-X's dtype before it is multiplied, as it would be were W dequantized first: which of the two is done changes nothing but time.
+``reference.nf4_ref`` and ``reference.fp8_ref`` define what a stored W means. The loop rounds a dequantized element to X's
+dtype before it multiplies, so results equal those of a W that was dequantized first.
+
+Arguments: q_ptr the stored bytes, rows of stride_q bytes; scale_ptr the absmax (NF4) or scales (FP8); code_ptr, nested_scale_ptr,
+nested_code_ptr and offset_ptr as in ``quantized.NF4Weight``. BLOCKSIZE elements share a scale, and NESTED scales a nested
+one, 0 if scales are float32.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from stablelora_kernels.kernels.lora.linear import add_branch
 
 @triton.jit
 def _nf4_scale(block, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED: tl.constexpr):
-    """The largest absolute value of a block of W, in float32; with NESTED a byte that is a code of 8 bits itself."""
+    """The absmax of a block of W in float32; with NESTED > 0, it is stored as an 8-bit code."""
     scale = tl.load(absmax_ptr + block, mask=mask, other=0)
     if NESTED > 0:
         outer = tl.load(nested_absmax_ptr + block // NESTED, mask=mask, other=0.0)
@@ -31,7 +35,7 @@ def _nf4_tile(
     """W[rows, col0 : col0 + COLS] in float32 from two elements a byte, the first in the upper half.
 
     ALIGNED: no byte and no block lies across two rows, and blocks divide COLS or COLS divides them. Otherwise each element
-    looks for its own byte and scale, which a pipelined loop has no room for.
+    loads its own byte and scale, for which a pipelined loop has no room.
     """
     row_mask = rows[:, None] < N
     if ALIGNED:
@@ -42,8 +46,8 @@ def _nf4_tile(
         pair = tl.load(q_ptr + rows[:, None] * stride_q + bytes_[None, :], mask=mask, other=0).to(tl.int32)
         index = tl.interleave(pair >> 4, pair & 15)
         value = tl.zeros(index.shape, dtype=tl.float32)
-        # True always, which the compiler can't know: it would copy each look-up to shared memory on its own, as the main
-        # loop's other loads, ahead of time. They are hits in the first cache, 16 values side by side.
+        # Always true, which the compiler can't know. Without the condition it would pipeline each look-up through shared
+        # memory like the main loop's other loads. The 16 values lie side by side and hit the L1 cache.
         if stride_q > 0:
             value = tl.load(code_ptr + index)
         block = col0 // BLOCKSIZE + tl.arange(0, SCALES)
@@ -70,12 +74,12 @@ def _nf4_tile(
 
 @triton.jit
 def _fp8_tile(q_ptr, scale_ptr, rows, col0, N, K, stride_q, COLS: tl.constexpr):
-    """W[rows, col0 : col0 + COLS] in float32 from e4m3 without infinities (1 sign, 4 exponent, 3 fraction bits) as bytes."""
+    """W[rows, col0 : col0 + COLS] in float32 from bytes of e4m3 (1 sign, 4 exponent, 3 fraction bits, no infinities)."""
     cols = col0 + tl.arange(0, COLS).to(tl.int64)
     row_mask = rows < N
     mask = row_mask[:, None] & (cols[None, :] < K)
     bits = tl.load(q_ptr + rows[:, None] * stride_q + cols[None, :], mask=mask, other=0).to(tl.int16)
-    # As float16, which has a bit of exponent more, they are 2^8 too small, subnormal ones included.
+    # Read as float16, which has one exponent bit more, they are 2^8 too small, subnormal ones included.
     half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
     value = tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
     return value * tl.load(scale_ptr + rows, mask=row_mask, other=0.0)[:, None]
@@ -86,11 +90,12 @@ def _weight_tile(
     q_ptr, scale_ptr, code_ptr, nested_scale_ptr, nested_code_ptr, offset_ptr, rows, col0, N, K, stride_q,
     NF4: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """W[rows, col0 : col0 + COLS] in float32; W is [N, K]. Beyond its edges are numbers of no meaning."""
+    """W[rows, col0 : col0 + COLS] in float32; W is [N, K]. Elements beyond its edges are undefined."""
     if NF4:
         return _nf4_tile(
-            q_ptr, scale_ptr, code_ptr, nested_scale_ptr, nested_code_ptr, offset_ptr, rows, col0, N, K, stride_q, BLOCKSIZE,
-            NESTED, ALIGNED, COLS,
+            q_ptr=q_ptr, absmax_ptr=scale_ptr, code_ptr=code_ptr, nested_absmax_ptr=nested_scale_ptr,
+            nested_code_ptr=nested_code_ptr, offset_ptr=offset_ptr, rows=rows, col0=col0, N=N, K=K, stride_q=stride_q,
+            BLOCKSIZE=BLOCKSIZE, NESTED=NESTED, ALIGNED=ALIGNED, COLS=COLS,
         )  # fmt: skip
     else:
         return _fp8_tile(q_ptr, scale_ptr, rows, col0, N, K, stride_q, COLS)
@@ -104,14 +109,14 @@ def _lora_linear_quantized_kernel(
     stride_xm, stride_xk, stride_q, stride_bn, stride_br, stride_sm, stride_ym,
     threshold,
     NF4: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, TRANS_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASK_BRANCH: tl.constexpr, EVEN_K: tl.constexpr, WAIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK_BRANCH: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y = X W^T + bias + (S B^T) ∘ keep;  X [M, K], W [N, K] (its transpose where TRANS_W), B [N, R], S [M, R], Y [M, N].
+    """Y = X W^T + bias + (S B^T) ∘ keep;  X [M, K], W [N, K] (stored as [K, N] with TRANS_W), B [N, R], S [M, R], Y [M, N].
 
-    No block of W lies across two of the rows that it is stored in.
-    SPLITS programs share a tile's K; the last of them to finish adds up all parts in order.
+    No block of W lies across two stored rows. SPLITS programs share a tile's K; the last one to finish adds up all parts in
+    order.
     """
     tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     pid_m, pid_n = tile_of(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -127,17 +132,19 @@ def _lora_linear_quantized_kernel(
         if not EVEN_K:
             x_mask &= k0 + ks[None, :] < K
         x = tl.load(x_ptr + rows[:, None] * stride_xm + (k0 + ks[None, :]) * stride_xk, mask=x_mask, other=0.0)
-        # What is stored is [N, K] for Y and [K, N] for dX, its rows contiguous in both.
+        # W is stored as [N, K] for Y and [K, N] for dX, with contiguous rows in both.
         if TRANS_W:
             w = _weight_tile(
-                q_ptr, scale_ptr, code_ptr, nested_scale_ptr, nested_code_ptr, offset_ptr, k0 + ks, pid_n * BLOCK_N, K, N,
-                stride_q, NF4, BLOCKSIZE, NESTED, True, BLOCK_N,
+                q_ptr=q_ptr, scale_ptr=scale_ptr, code_ptr=code_ptr, nested_scale_ptr=nested_scale_ptr,
+                nested_code_ptr=nested_code_ptr, offset_ptr=offset_ptr, rows=k0 + ks, col0=pid_n * BLOCK_N, N=K, K=N,
+                stride_q=stride_q, NF4=NF4, BLOCKSIZE=BLOCKSIZE, NESTED=NESTED, ALIGNED=True, COLS=BLOCK_N,
             )  # fmt: skip
             acc = dot(x, cast(w, x.dtype), acc, INPUT_PRECISION)
         else:
             w = _weight_tile(
-                q_ptr, scale_ptr, code_ptr, nested_scale_ptr, nested_code_ptr, offset_ptr, cols, k0, N, K, stride_q, NF4,
-                BLOCKSIZE, NESTED, True, BLOCK_K,
+                q_ptr=q_ptr, scale_ptr=scale_ptr, code_ptr=code_ptr, nested_scale_ptr=nested_scale_ptr,
+                nested_code_ptr=nested_code_ptr, offset_ptr=offset_ptr, rows=cols, col0=k0, N=N, K=K, stride_q=stride_q,
+                NF4=NF4, BLOCKSIZE=BLOCKSIZE, NESTED=NESTED, ALIGNED=True, COLS=BLOCK_K,
             )  # fmt: skip
             acc = dot(x, tl.trans(cast(w, x.dtype)), acc, INPUT_PRECISION)
 
@@ -147,8 +154,10 @@ def _lora_linear_quantized_kernel(
         if HAS_BIAS:
             acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
         acc = add_branch(
-            acc, acc, s_ptr, b_ptr, seed_ptr, rows, cols, pid_n * BLOCK_N, False, M, N, R, stride_sm, stride_bn, stride_br, 1.0,
-            threshold, True, MASK_BRANCH, WAIT, BLOCK_N, BLOCK_R, INPUT_PRECISION,
+            acc=acc, s=acc, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=pid_n * BLOCK_N,
+            store_s=False, M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br, scaling=1.0,
+            threshold=threshold, LOAD_S=True, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_N=BLOCK_N,
+            BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
         y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
         tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
@@ -160,13 +169,14 @@ def _dequantize_kernel(
     NF4: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """W [N, K] from what is stored, rounded once."""
+    """W [N, K] from the stored bytes, rounded once."""
     tiles_k = tl.cdiv(K, BLOCK_K)
     rows = (tl.program_id(0) // tiles_k).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col0 = tl.program_id(0) % tiles_k * BLOCK_K
     w = _weight_tile(
-        q_ptr, scale_ptr, code_ptr, nested_scale_ptr, nested_code_ptr, offset_ptr, rows, col0, N, K, stride_q, NF4, BLOCKSIZE,
-        NESTED, ALIGNED, BLOCK_K,
+        q_ptr=q_ptr, scale_ptr=scale_ptr, code_ptr=code_ptr, nested_scale_ptr=nested_scale_ptr,
+        nested_code_ptr=nested_code_ptr, offset_ptr=offset_ptr, rows=rows, col0=col0, N=N, K=K, stride_q=stride_q, NF4=NF4,
+        BLOCKSIZE=BLOCKSIZE, NESTED=NESTED, ALIGNED=ALIGNED, COLS=BLOCK_K,
     )  # fmt: skip
     cols = col0 + tl.arange(0, BLOCK_K)
     mask = (rows[:, None] < N) & (cols[None, :] < K)

@@ -1,4 +1,4 @@
-"""Y on Hopper and data-center Blackwell, through tensor descriptors; the formulas are in ``lora_linear``."""
+"""Y on Hopper and data-center Blackwell, through tensor descriptors; formulas and arguments are in ``linear``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels.common import cast, dot, tile_of
-from stablelora_kernels.kernels.lora.linear import add_branch, grad_beside
+from stablelora_kernels.kernels.lora.linear import add_branch, co_scheduled_grad
 
 
 @triton.jit(do_not_specialize=["M", "PRODUCTS", "GRAD_SPLITS", "threshold"])
@@ -16,7 +16,7 @@ def _lora_linear_tma_kernel(
     stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_zm, stride_zn,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    PARTS: tl.constexpr, TRANS_W: tl.constexpr, DESCRIBED_A: tl.constexpr, TRANS_A: tl.constexpr, WAIT: tl.constexpr,
+    PARTS: tl.constexpr, TRANS_W: tl.constexpr, DESCRIBED_A: tl.constexpr, TRANS_A: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
     SPECIALIZE: tl.constexpr, ADD: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
@@ -24,22 +24,24 @@ def _lora_linear_tma_kernel(
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
 
-    As ``_lora_linear_kernel``, with X, W (W^T [K, N] where TRANS_W), Y and, where DESCRIBED_A, A (A^T [K, R] where TRANS_A)
-    behind descriptors, and programs that stay: each takes tile after tile. SPECIALIZE gives loading, multiplying and storing
-    to warps of their own. Where HAS_GRAD, the programs from PRODUCTS on compute grad = S^T (Z ∘ keep), as those of
-    the product leave a processor to them.
+    As ``_lora_linear_kernel``, but persistent: each program takes tile after tile and finishes it in PARTS parts of its
+    columns. Descriptors hold X, Y, W (W^T [K, N] with TRANS_W) and, with DESCRIBED_A, A (A^T [K, R] with TRANS_A). SPECIALIZE
+    gives loading, multiplying and storing warps of their own. The programs of grad run as those of the product free a
+    processor.
     """
     program = tl.program_id(0)
-    if HAS_GRAD:  # noqa: SIM102, since only one of the two is known to the compiler
+    if HAS_GRAD:  # noqa: SIM102 - only one of the two is a constant for the compiler
         if program >= PRODUCTS:
-            grad_beside(
-                program - PRODUCTS, z_ptr, s_ptr, grad_ptr, seed_ptr, grad_partial_ptr, grad_counter_ptr, M, N, R, GRAD_SPLITS,
-                stride_zm, stride_zn, stride_sm, threshold, MASK_BRANCH, WAIT, GRAD_M, GRAD_C, GRAD_R, GRAD_STAGES,
-                GRAD_PRECISION,
+            co_scheduled_grad(
+                program=program - PRODUCTS, z_ptr=z_ptr, s_ptr=s_ptr, grad_ptr=grad_ptr, seed_ptr=seed_ptr,
+                partial_ptr=grad_partial_ptr, counter_ptr=grad_counter_ptr, M=M, N=N, R=R, SPLITS=GRAD_SPLITS,
+                stride_zm=stride_zm, stride_zn=stride_zn, stride_sm=stride_sm, threshold=threshold, DROPOUT=MASK_BRANCH,
+                WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES,
+                INPUT_PRECISION=GRAD_PRECISION,
             )  # fmt: skip
             return
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    # Flattening this loop into the inner one crashes the compiler for sm_100, where a product follows the inner loop.
+    # Flattening this loop into the inner one crashes the compiler for sm_100 if a dot follows the inner loop.
     for tile in tl.range(program, tiles_m * tiles_n, PRODUCTS, flatten=False, warp_specialize=SPECIALIZE):
         pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         ks = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -49,7 +51,7 @@ def _lora_linear_tma_kernel(
         s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k0 in range(0, K, BLOCK_K):
             x = x_desc.load([pid_m * BLOCK_M, k0])
-            if TRANS_W:  # noqa: SIM108, since Triton wants both arms of a ternary to be of one shape
+            if TRANS_W:  # noqa: SIM108 - the arms of a ternary must have one shape
                 w = w_desc.load([k0, pid_n * BLOCK_N])
             else:
                 w = tl.trans(w_desc.load([pid_n * BLOCK_N, k0]))
@@ -65,14 +67,16 @@ def _lora_linear_tma_kernel(
                 s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
 
         if PARTS == 1:
-            # The compiler for sm_100 cannot yet split a tile between specialized warps.
+            # The compiler for sm_100 can't split a tile between specialized warps yet.
             _finish(
-                acc, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, R, stride_bn,
-                stride_br, stride_sm, scaling, threshold, HAS_BIAS, LOAD_S, STORE_S, MASK_BRANCH, WAIT, ADD, BLOCK_M,
-                BLOCK_N, BLOCK_R, INPUT_PRECISION,
+                acc=acc, s=s, bias_ptr=bias_ptr, b_ptr=b_ptr, s_ptr=s_ptr, y_desc=y_desc, seed_ptr=seed_ptr,
+                row0=pid_m * BLOCK_M, col0=pid_n * BLOCK_N, M=M, N=N, R=R, stride_bn=stride_bn, stride_br=stride_br,
+                stride_sm=stride_sm, scaling=scaling, threshold=threshold, HAS_BIAS=HAS_BIAS, LOAD_S=LOAD_S, STORE_S=STORE_S,
+                MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, ADD=ADD, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+                BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
             )  # fmt: skip
         else:
-            # A part of the tile at a time: the masked branch takes fewer registers, and Y's way out less shared memory.
+            # One part at a time: the masked branch takes fewer registers, and the store of Y less shared memory.
             PART: tl.constexpr = BLOCK_N // PARTS
             parts = _halves(acc)
             if PARTS > 2:
@@ -81,9 +85,11 @@ def _lora_linear_tma_kernel(
                 parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
             for i in tl.static_range(PARTS):
                 _finish(
-                    parts[i], s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, pid_m * BLOCK_M,
-                    pid_n * BLOCK_N + i * PART, M, N, R, stride_bn, stride_br, stride_sm, scaling, threshold, HAS_BIAS,
-                    LOAD_S, STORE_S and i == 0, MASK_BRANCH, WAIT, ADD, BLOCK_M, PART, BLOCK_R, INPUT_PRECISION,
+                    acc=parts[i], s=s, bias_ptr=bias_ptr, b_ptr=b_ptr, s_ptr=s_ptr, y_desc=y_desc, seed_ptr=seed_ptr,
+                    row0=pid_m * BLOCK_M, col0=pid_n * BLOCK_N + i * PART, M=M, N=N, R=R, stride_bn=stride_bn,
+                    stride_br=stride_br, stride_sm=stride_sm, scaling=scaling, threshold=threshold, HAS_BIAS=HAS_BIAS,
+                    LOAD_S=LOAD_S, STORE_S=STORE_S and i == 0, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY,
+                    ADD=ADD, BLOCK_M=BLOCK_M, BLOCK_N=PART, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
                 )  # fmt: skip
 
 
@@ -96,17 +102,20 @@ def _halves(tile):
 @triton.jit
 def _finish(
     acc, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, row0, col0, M, N, R, stride_bn, stride_br, stride_sm, scaling, threshold,
-    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr, WAIT: tl.constexpr,
-    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
+    WAITS_FOR_PRIMARY: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y's tile at (row0, col0) from its product ``acc``: bias and branch added, rounded, stored."""
     rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
     cols = col0.to(tl.int64) + tl.arange(0, BLOCK_N)
     acc = add_branch(
-        acc, s, s_ptr, b_ptr, seed_ptr, rows, cols, col0, STORE_S & (col0 == 0), M, N, R, stride_sm, stride_bn, stride_br,
-        scaling, threshold, LOAD_S, MASK_BRANCH, WAIT, BLOCK_N, BLOCK_R, INPUT_PRECISION,
+        acc=acc, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=col0,
+        store_s=STORE_S & (col0 == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
+        scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY,
+        BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
     )  # fmt: skip
-    # After the branch: before it, specialized warps would hand the tile to and fro.
+    # After the branch. Before it, specialized warps would pass the tile back and forth.
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     if ADD:

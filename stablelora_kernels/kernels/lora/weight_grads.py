@@ -1,4 +1,4 @@
-"""dA and dB, in a launch of their own or as programs of another's; the formulas are in ``lora_linear``."""
+"""dA and dB, in their own launch or by programs of another one; formulas and arguments are in ``linear``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def weight_grad(
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r];  Z [M, C], T [M, R]; what the ``program``-th of its programs does.
+    """out[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r];  Z [M, C], T [M, R]; the ``program``-th program.
 
-    Programs: SPLITS parts of M one after another, in each the tiles of out. The last to finish of those that share a tile adds
-    up all its parts in order. No float is added atomically, nothing is zeroed first, and the sum is cast as it is stored.
+    Programs: SPLITS parts of M one after another, in each the tiles of out. The last program of a tile to finish adds up the
+    tile's parts in order. No float is added atomically, nothing is zeroed first, and the store casts the sum.
     """
     tiles_r = tl.cdiv(R, BLOCK_R)
     tiles = tl.cdiv(C, BLOCK_C) * tiles_r
@@ -65,14 +65,18 @@ def _lora_weight_grads_kernel(
     program = tl.program_id(0)
     if program < PROGRAMS_A:
         weight_grad(
-            program, x_ptr, ds_ptr, da_ptr, seed_ptr, partial_ptr, counter_ptr, M, K, R, SPLITS, stride_xm, stride_xk,
-            stride_dsm, 1, K, threshold, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R, STAGES, INPUT_PRECISION,
+            program=program, z_ptr=x_ptr, t_ptr=ds_ptr, out_ptr=da_ptr, seed_ptr=seed_ptr, partial_ptr=partial_ptr,
+            counter_ptr=counter_ptr, M=M, C=K, R=R, SPLITS=SPLITS, stride_zm=stride_xm, stride_zc=stride_xk,
+            stride_tm=stride_dsm, stride_oc=1, stride_or=K, threshold=threshold, DROPOUT=DROPOUT, BLOCK_M=BLOCK_M,
+            BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
     else:
-        # Behind dA's sums and counters, which are as many for each tile.
+        # Scratch and counters follow those of dA's tiles.
         tiles_a = PROGRAMS_A // SPLITS
         weight_grad(
-            program - PROGRAMS_A, dy_ptr, s_ptr, db_ptr, seed_ptr,
-            partial_ptr + tiles_a.to(tl.int64) * SPLITS * (BLOCK_C * BLOCK_R), counter_ptr + tiles_a, M, N, R, SPLITS,
-            stride_ym, stride_yn, stride_sm, R, 1, threshold, False, BLOCK_M, BLOCK_C, BLOCK_R, STAGES, INPUT_PRECISION,
+            program=program - PROGRAMS_A, z_ptr=dy_ptr, t_ptr=s_ptr, out_ptr=db_ptr, seed_ptr=seed_ptr,
+            partial_ptr=partial_ptr + tiles_a.to(tl.int64) * SPLITS * (BLOCK_C * BLOCK_R), counter_ptr=counter_ptr + tiles_a,
+            M=M, C=N, R=R, SPLITS=SPLITS, stride_zm=stride_ym, stride_zc=stride_yn, stride_tm=stride_sm, stride_oc=R,
+            stride_or=1, threshold=threshold, DROPOUT=False, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, STAGES=STAGES,
+            INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip

@@ -1,0 +1,155 @@
+"""The process-wide settings: backend, kernel and autotune.
+
+An environment variable gives each its start value. It is read at first use, so that importing the package never raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class _Setting(Generic[T]):
+    """One setting; ``values`` maps what the environment variable may say to values, the default first."""
+
+    def __init__(self, name: str, values: dict[str, T]) -> None:
+        self.name = name
+        self.values = values
+        # None: the environment's. A plain attribute, which torch.compile guards on; a context variable would break its graph.
+        self.value: T | None = None
+
+    def get(self) -> T:
+        return _start_value(self.name) if self.value is None else self.value
+
+    def set(self, value: T) -> None:
+        if value not in self.values.values():
+            raise ValueError(f"{self.name} must be one of {', '.join(map(repr, self.values.values()))}, got {value!r}")
+        self.value = value
+
+    @contextmanager
+    def use(self, value: T) -> Iterator[None]:
+        before = self.value
+        self.set(value)
+        try:
+            yield
+        finally:
+            self.value = before
+
+
+BACKENDS = ("auto", "triton", "torch")
+# "auto" asks the table of rules.
+KERNELS = ("auto", "fused", "split", "vendor")
+
+_backend = _Setting("backend", dict(zip(BACKENDS, BACKENDS, strict=True)))
+_kernel = _Setting("kernel", dict(zip(KERNELS, KERNELS, strict=True)))
+_autotune = _Setting("autotune", {"0": False, "1": True})
+_SETTINGS: dict[str, _Setting[Any]] = {setting.name: setting for setting in (_backend, _kernel, _autotune)}
+_start_values: dict[str, Any] = {}
+
+
+def _start_value(name: str) -> Any:
+    if name not in _start_values:
+        values, variable = _SETTINGS[name].values, f"STABLELORA_{name.upper()}"
+        word = os.environ.get(variable, next(iter(values)))
+        if word not in values:
+            options = ", ".join(map(repr, values))
+            raise ValueError(f"the environment variable {variable} must be one of {options}, got {word!r}")
+        _start_values[name] = values[word]
+    return _start_values[name]
+
+
+# torch.compile then calls it while tracing and keeps the result, which never changes: each variable is read once. The flag is
+# that of torch.compiler.assume_constant_result, which would import torch._dynamo and so take seconds.
+_start_value._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check_environment() -> None:
+    """Read the environment variables now.
+
+    Raises:
+        ValueError: one of them has a value that its setting does not take.
+    """
+    for name in _SETTINGS:
+        _start_value(name)
+
+
+def get_backend() -> str:
+    """The backend in force: ``"auto"``, ``"triton"`` or ``"torch"``."""
+    return _backend.get()
+
+
+def set_backend(name: str) -> None:
+    """Set the process-wide backend.
+
+    ``"auto"`` takes the Triton kernels for tensors on a GPU and PyTorch's fused operators on a CPU; ``"triton"`` and
+    ``"torch"`` force one. The start value is the environment variable ``STABLELORA_BACKEND``, or ``"auto"``.
+
+    Raises:
+        ValueError: ``name`` is not one of the three.
+    """
+    _backend.set(name)
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """Like :func:`set_backend`, for the body of a ``with`` statement. It holds for the whole process, threads included."""
+    return _backend.use(name)
+
+
+def get_kernel() -> str:
+    """The kernel in force: ``"auto"`` or the one that was forced."""
+    return _kernel.get()
+
+
+def set_kernel(name: str) -> None:
+    """Force one kernel on every call that runs on Triton, process-wide, or give the choice back with ``"auto"``.
+
+    ``"fused"``: S is computed with the product, in one launch. ``"split"``: S first, then the product with the branch.
+    ``"vendor"``: the product by the vendor's library, then the branch onto it. The start value is the environment variable
+    ``STABLELORA_KERNEL``, or ``"auto"``. A call that the forced kernel can't do raises.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+    _kernel.set(name)
+
+
+def use_kernel(name: str) -> AbstractContextManager[None]:
+    """Like :func:`set_kernel`, for the body of a ``with`` statement. It holds for the whole process, threads included."""
+    return _kernel.use(name)
+
+
+def get_autotune() -> bool:
+    """Whether calls are tuned."""
+    return _autotune.get()
+
+
+def set_autotune(on: bool) -> None:
+    """Tune every later call that runs on Triton, process-wide, or leave the choice to the table again.
+
+    The first call of a size measures every kernel that can do it. That takes seconds, most of them in the compiler. The
+    answer is kept under ``~/.cache/stablelora-kernels`` (or the environment's ``STABLELORA_CACHE``) for this GPU and these
+    versions. The start value is the environment variable ``STABLELORA_AUTOTUNE``, ``0`` or ``1``, or off.
+
+    The table still decides where results must not depend on a clock (``torch.use_deterministic_algorithms``), where a kernel
+    is forced, and while a CUDA graph captures a size that was not measured before.
+
+    Raises:
+        TypeError: ``on`` is not a bool.
+    """
+    _check_autotune(on)
+    _autotune.set(on)
+
+
+def use_autotune(on: bool) -> AbstractContextManager[None]:
+    """Like :func:`set_autotune`, for the body of a ``with`` statement. It holds for the whole process, threads included."""
+    _check_autotune(on)
+    return _autotune.use(on)
+
+
+def _check_autotune(on: bool) -> None:
+    if not isinstance(on, bool):
+        raise TypeError(f"autotune must be True or False, got {on!r}")
