@@ -100,62 +100,6 @@ def test_environment_variable_is_checked():
     assert "STABLELORA_KERNEL must be one of 'auto', 'fused', 'split', 'vendor', got 'best'" in wrong.stderr
 
 
-def test_explain_reads_well():
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    said = slk.explain(8192, 4096, 4096, 16, dropout_p=0.1, device="sm_90")
-    assert (said.forward_kernel, said.backward_kernel) == ("split", "split")
-    for steps in (said.forward, said.backward):
-        assert [step.kernel for step in steps] == ["lora_shrink", "lora_linear_tma"]
-    for step, beside in zip(said.backward, ("dB", "dA"), strict=True):
-        assert beside in step.variant.split()
-    text = str(said)
-    assert text.startswith("backend triton on sm_90\nforward: split (dropout: the mask is drawn once an element")
-    for step in (*said.forward, *said.backward):
-        assert f"{step.kernel} [{step.variant}], grid {step.grid}" in text and step.reason in text
-    with slk.use_kernel("vendor"):
-        forced = slk.explain(8192, 4096, 4096, 16, device="sm_90")
-    assert [step.kernel for step in forced.forward] == ["vendor", "lora_expand"]
-    assert forced.forward_reason == "asked for"
-
-
-def test_explain_says_when_a_measurement_may_replace_the_table():
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    assert "autotuning" not in str(slk.explain(8, 64, 64, 8, device="sm_90"))
-    with slk.use_autotune(True):
-        assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason.endswith("may replace this by what it measures")
-        with slk.use_kernel("split"):
-            assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason == "asked for"
-
-
-def test_explain_says_when_pytorch_runs():
-    with slk.use_backend("torch"):
-        said = slk.explain(8, 16, 16, 4, device="cpu")
-    assert (said.backend, said.forward, said.backward) == ("torch", (), ())
-    assert "PyTorch's operators" in str(said)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"M": -1}, ValueError, "M must be at least 0, got -1"),
-        ({"r": 0}, ValueError, "r must be at least 1, got 0"),
-        ({"K": 2.5}, TypeError, "K must be an int, got 2.5"),
-        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a finite number in \[0, 1\), got 1.0"),
-        ({"device": "sm_75"}, ValueError, "one of sm_80, .*, got 'sm_75'"),
-        ({"dtype": torch.float64}, TypeError, "dtype must be .*got torch.float64"),
-        (
-            {"lora_dtype": torch.float16},
-            TypeError,
-            "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16",
-        ),
-    ],
-)
-def test_explain_checks_its_arguments(change, error, message):
-    good = {"M": 8, "N": 16, "K": 16, "r": 4, "device": "sm_90"}
-    with pytest.raises(error, match=message):
-        slk.explain(**good | change)
-
-
 def test_every_device_has_the_limits_of_its_kind():
     for arch, device in DEVICES.items():
         assert device.arch == arch

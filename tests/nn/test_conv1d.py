@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-from tests.integrations.test_peft_quantized import bnb_8bit, torchao, torchao_int8
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
@@ -18,6 +17,7 @@ from stablelora_kernels.nn.conv1d import LoRAConv1D
 from stablelora_kernels.testing import EPS, assert_no_worse
 from tests.helpers.quantized_weights import fp8_linear, fp8_weight
 from tests.helpers.small_models import IDS, Model, fill_b, lora_config, output, reasons
+from tests.integrations.test_peft_quantized import bnb_8bit, torchao, torchao_int8
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 N, K = 96, 64
