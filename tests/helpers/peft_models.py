@@ -14,7 +14,6 @@ from tests.helpers.small_models import IDS, Model, output
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 QV = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 
@@ -94,7 +93,7 @@ def low_precision(model, dtype):
     return model
 
 
-def one_layer(dtype, lora_dtype=FP32, rows=96, width=80, **kwargs):
+def one_layer(dtype, lora_dtype=torch.float32, rows=96, width=80, **kwargs):
     torch.manual_seed(0)
     linear = nn.Sequential(nn.Linear(width, width))
     model = low_precision(peft.get_peft_model(linear, config(target_modules=["0"], r=8, **kwargs)), dtype)

@@ -7,6 +7,7 @@ from torch import nn
 
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.nn.linear import LoRALinear
 
 
 class Block(nn.Module):
@@ -50,6 +51,13 @@ def fill_b(model):
     with torch.no_grad():
         for layer in lora_layers(model).values():
             layer.lora_B.normal_()
+
+
+def lora_over(base, **kwargs):
+    """The LoRA layer over ``base``, with a branch that is not zero."""
+    layer = LoRALinear.from_linear(base, **{"r": 3, "lora_alpha": 6} | kwargs)
+    nn.init.normal_(layer.lora_B, std=layer.r**-0.5)
+    return layer
 
 
 def trainable(model):

@@ -12,7 +12,8 @@ import torch
 from stablelora_kernels import quantized
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.reference import fp8_ref
-from tests.helpers.quantized_weights import NF4_FIELDS, nf4_weight, reference
+from stablelora_kernels.testing import dequantized_ref, nf4_weight
+from tests.helpers.quantized_weights import NF4_FIELDS
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "helpers" / "golden" / "quantized.json").read_text(encoding="utf-8"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,7 +32,7 @@ def check(weight: NF4Weight | FP8Weight, dtype: torch.dtype, theirs: torch.Tenso
     """Theirs is ours bit for bit, and both are what the oracle rounds to, but for the float32 they are computed in."""
     ours = weight.dequantize(dtype)
     assert ours.dtype == theirs.dtype == dtype and torch.equal(ours, theirs)
-    exact = reference(weight)
+    exact = dequantized_ref(weight)
     assert torch.equal(weight.dequantize(torch.float64), exact)
     assert ((ours.double() - exact).abs() <= torch.finfo(dtype).eps * (exact.abs() + 2**-24)).all()
     assert exact.abs().max() > 0
