@@ -54,15 +54,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The optimizer's three ways: both backends, and PyTorch's with all decisions on the device, wherever that is."""
     from stablelora_kernels.dispatch.backend import use_backend
-    from stablelora_kernels.optim.torch_engine import TorchStep
-
-    original = TorchStep.__init__
-
-    def never_on_host(self, *args) -> None:
-        original(self, *args)
-        self.on_host = False
+    from tests.helpers.optimizers import decide_on_device
 
     if request.param == "torch as on a GPU":
-        monkeypatch.setattr(TorchStep, "__init__", never_on_host)
+        decide_on_device(monkeypatch)
     with use_backend(request.param.split()[0]):
         yield request.param

@@ -21,7 +21,7 @@ from stablelora_kernels.kernels.stable_adamw import norms
 from stablelora_kernels.kernels.stable_adamw import step as stable_adamw
 from stablelora_kernels.optim import graph_capture as staging
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, set_grads, snapshot
+from tests.helpers.optimizers import DEVICE, all_equal, latches, make_pairs, params_of, set_grads, snapshot
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "on_triton"),
@@ -55,10 +55,6 @@ def optimizers(dtype: torch.dtype, **settings: Any) -> list[StableLoRAAdamW]:
     """Two alike."""
     settings = {"shrink_ratio": 0.05, "capturable": True, "seed": 3, **settings}
     return [StableLoRAAdamW(make_pairs(dtype=dtype), lr=torch.tensor(3e-2), **settings) for _ in range(2)]
-
-
-def params_of(optimizer: StableLoRAAdamW) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def fill_grads(optimizer: StableLoRAAdamW, seed: int, scale: float = 1e-2) -> None:
@@ -100,9 +96,8 @@ def test_replays_are_steps(monkeypatch: pytest.MonkeyPatch, name: str, dtype: to
         eager.step()
         graph.replay()
         assert all_equal(snapshot(eager), snapshot(captured)), turn
-    latched = [s.latched_at for s in captured.stability()]
-    assert latched == [s.latched_at for s in eager.stability()]
-    assert any(latch is not None and latch > 1 for latch in latched)
+    assert latches(captured) == latches(eager)
+    assert any(latch is not None and latch > 1 for latch in latches(captured).values())
 
 
 def test_gradients_of_the_graphs_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:

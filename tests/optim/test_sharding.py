@@ -24,8 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import stablelora_kernels as slk
-from stablelora_kernels.optim.torch_engine import TorchStep
-from tests.helpers.optimizers import set_grads
+from tests.helpers.optimizers import decide_on_device, set_grads
 from tests.helpers.processes import spawn
 from tests.helpers.small_models import Model, lora_config
 
@@ -114,24 +113,13 @@ def run_placements(rank: int, world: int, place: Path) -> None:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for name, (dtype, backend, settings) in CASES.items():
         if name.startswith("on the device"):
-            # The last cases.
-            decide_on_device(TorchStep)
+            # The last cases, in a process that ends with them.
+            decide_on_device()
         for way in WAYS[world]:
             if name in (*FEW, *(CASES if way == WAYS[world][0] else ())):
                 with slk.use_backend(backend):
                     found[name, way] = train(distributed(named_parameters(dtype), world, way), STEPS, **settings)
     torch.save(found, place / f"{rank}.pt")
-
-
-def decide_on_device(engine: Any) -> None:
-    """What the PyTorch path does on a GPU, in a process that ends with it."""
-    original = engine.__init__
-
-    def never_on_host(self: Any, *args: Any) -> None:
-        original(self, *args)
-        self.on_host = False
-
-    engine.__init__ = never_on_host
 
 
 BF16 = torch.bfloat16
