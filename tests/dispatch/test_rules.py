@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -14,6 +10,8 @@ from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import choose
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing import make_inputs
+from tests.helpers.launches import count_launches
+from tests.helpers.processes import printed
 
 BF16, FP32 = torch.bfloat16, torch.float32
 H100 = DEVICES["sm_90"]
@@ -78,26 +76,19 @@ def test_force_refuses_what_it_cannot_do():
 
 def test_force_refuses_in_a_real_call_before_anything_ran():
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    from stablelora_kernels.launch.base import launch_counts
-
     inputs = make_inputs((5, 24), 20, 6)
     args = [inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
-    before = launch_counts.total()
-    with slk.use_backend("triton"), slk.use_kernel("fused"), pytest.raises(ValueError, match="no dropout"):
+    fused = slk.use_kernel("fused")
+    with count_launches() as made, slk.use_backend("triton"), fused, pytest.raises(ValueError, match="no dropout"):
         lora_linear(*args, 1.0, 0.5)
-    assert launch_counts.total() == before
+    assert not made
 
 
 def test_environment_variable_is_checked():
-    def start(value: str) -> subprocess.CompletedProcess[str]:
-        command = "import stablelora_kernels as slk; print(slk.get_kernel())"
-        environment = os.environ | {"STABLELORA_KERNEL": value}
-        return subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
-
-    assert start("split").stdout.strip() == "split"
-    wrong = start("best")
-    assert wrong.returncode != 0
-    assert "STABLELORA_KERNEL must be one of 'auto', 'fused', 'split', 'vendor', got 'best'" in wrong.stderr
+    code = "import stablelora_kernels as slk; print(slk.get_kernel())"
+    assert printed(code, STABLELORA_KERNEL="split") == "split"
+    message = "STABLELORA_KERNEL must be one of 'auto', 'fused', 'split', 'vendor', got 'best'"
+    assert message in printed(code, STABLELORA_KERNEL="best")
 
 
 def test_every_device_has_the_limits_of_its_kind():

@@ -13,7 +13,6 @@ from stablelora_kernels.testing import EPS
 from tests.helpers.small_models import IDS, Model, output
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
 QV = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 
@@ -68,15 +67,6 @@ def assert_equal_to_pefts(model):
         torch.testing.assert_close(
             value, expected[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
-
-
-def llama():
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        )
-    )  # fmt: skip
 
 
 def make_base():

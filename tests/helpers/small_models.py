@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -40,6 +41,16 @@ class Model(nn.Module):
 
 
 IDS = torch.arange(10).view(2, 5)
+
+
+def llama(**changes):
+    """A Llama of two layers, of which ``changes`` replace settings; its values go by torch's seed."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    settings = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | changes))
 
 
 def lora_config(**kwargs):

@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 
 from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.nn.linear import LoRALinear
-from tests.helpers.small_models import Model, assert_untouched, fill_b, lora_config, reasons, snapshot
+from tests.helpers.small_models import Model, assert_untouched, fill_b, llama, lora_config, reasons, snapshot
 
 
 @pytest.fixture
@@ -143,16 +143,7 @@ def test_all_linear_leaves_a_tied_head_out():
 
 
 def test_all_linear_on_transformers():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    report = apply_lora(transformers.LlamaForCausalLM(config), lora_config(target_modules="all-linear"))
+    report = apply_lora(llama(num_hidden_layers=1), lora_config(target_modules="all-linear"))
     assert [m.name.rpartition(".")[2] for m in report.replaced] == [
         f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
     ]
