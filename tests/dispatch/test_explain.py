@@ -96,13 +96,9 @@ def test_explain_says_when_pytorch_runs():
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a finite number in \[0, 1\), got 1.0"),
         ({"device": "sm_75"}, ValueError, "one of sm_80, .*, got 'sm_75'"),
         ({"dtype": torch.float64}, TypeError, "dtype must be .*got torch.float64"),
-        (
-            {"lora_dtype": torch.float16},
-            TypeError,
-            "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16",
-        ),
+        ({"lora_dtype": torch.float16}, TypeError, "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16"),
     ],
-)
+)  # fmt: skip
 def test_explain_checks_its_arguments(change, error, message):
     good = {"M": 8, "N": 16, "K": 16, "r": 4, "device": "sm_90"}
     with pytest.raises(error, match=message):

@@ -284,12 +284,9 @@ def test_a_config_that_does_not_fit(saved, model, has_lora, changes, message):
         ({"lora_alpha": 8}, "lora_alpha of 'layers.0.q_proj' is 16 in the model, got 8 in "),
         ({"use_rslora": True}, "use_rslora of 'layers.0.q_proj' is False in the model, got True in "),
         ({"bias": "all"}, "bias is 'none' in the model, got 'all' in "),
-        (
-            {"modules_to_save": ["norm"]},
-            r"modules_to_save is \[\] in the model, got \['layers.0.norm', 'layers.1.norm'\] in",
-        ),
+        ({"modules_to_save": ["norm"]}, r"modules_to_save is \[\] in the model, got \['layers.0.norm', 'layers.1.norm'\] in"),
     ],
-)
+)  # fmt: skip
 def test_a_config_that_is_not_the_models(saved, model, changes, message):
     edit_config(saved, **changes)
     before = snapshot(model)

@@ -159,14 +159,11 @@ def test_all_linear_on_transformers():
             r"Its linear layers: 'layers.0.q_proj', .*, 'lm_head'$",
         ),
         ({"target_modules": "q_proj"}, "got 'q_proj', .*; a string is a regular expression for the whole dotted name"),
-        (
-            {"target_modules": ["norm"]},
-            r"which matches none; skipped layers.0.norm \(LayerNorm is not an nn.Linear\), ",
-        ),
+        ({"target_modules": ["norm"]}, r"which matches none; skipped layers.0.norm \(LayerNorm is not an nn.Linear\), "),
         ({"exclude_modules": ".*"}, r"skipped layers.0.q_proj \(exclude_modules matches it\)"),
         ({"modules_to_save": ["score"]}, r"modules_to_save must name modules of the model, got \['score'\]"),
     ],
-)
+)  # fmt: skip
 def test_refused_before_anything_changes(model, kwargs, message):
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):

@@ -176,11 +176,7 @@ def test_ops_pass_opcheck():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (
-            {"base_out": torch.zeros(4, 4)},
-            ValueError,
-            r"base_out must be \[..., N\] .* fit x \[5, 6\], got \[4, 4\]",
-        ),
+        ({"base_out": torch.zeros(4, 4)}, ValueError, r"base_out must be \[..., N\] .* fit x \[5, 6\], got \[4, 4\]"),
         ({"base_out": torch.zeros(())}, ValueError, r"base_out must be .* got \[\]"),
         ({"x": torch.zeros(())}, ValueError, r"base_out must be .* fit x \[\], got \[5, 4\]"),
         ({"lora_A": torch.zeros(2, 5)}, ValueError, r"lora_A must be \[r, 6\] .* base_out \[5, 4\], got \[2, 5\]"),

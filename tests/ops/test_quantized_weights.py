@@ -144,15 +144,11 @@ def test_torchao():
         ({"absmax": torch.zeros(3)}, TypeError, "absmax must be torch.uint8, got torch.float32"),
         ({"code": torch.zeros(8)}, ValueError, r"code must be \[16\], got \[8\]"),
         ({"code": torch.zeros(32)[::2]}, ValueError, r"code must be contiguous, got strides \[2\]"),
-        (
-            {"code": torch.zeros(16, device="meta")},
-            ValueError,
-            "code must be on the device of the others, cpu, got meta",
-        ),
+        ({"code": torch.zeros(16, device="meta")}, ValueError, "code must be on the device of the others, cpu, got meta"),
         ({"offset": None}, ValueError, "must be given all or not at all, got"),
         ({"nested_blocksize": 2}, ValueError, r"nested_absmax must be \[2\], got \[1\]"),
     ],
-)
+)  # fmt: skip
 def test_nf4_errors(changes, error, message):
     weight = nf4_weight(5, 37, 64, nested=True)
     fields = {name: getattr(weight, name) for name in NF4_FIELDS}
