@@ -64,7 +64,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The optimizer's three ways: both backends, and PyTorch's with all decisions on the device, wherever that is."""
     from stablelora_kernels.dispatch.backend import use_backend
-    from tests.helpers.optimizers import decide_on_device
+    from tests.helpers.steps import decide_on_device
 
     if request.param == "torch as on a GPU":
         decide_on_device(monkeypatch)

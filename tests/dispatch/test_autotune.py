@@ -14,7 +14,7 @@ from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.launch.base import Launch
 from tests.helpers.autotuning import GPU, check_all, entries, files, forget, forward, inputs_of, words
-from tests.helpers.oracle import BF16, DEVICE, FP32
+from tests.helpers.inputs import BF16, DEVICE, FP32
 from tests.helpers.processes import printed
 
 

@@ -9,8 +9,9 @@ import stablelora_kernels as slk
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import QUANTIZED_RULES
+from tests.helpers.inputs import BF16, DEVICE, FP32, make_branch_inputs, make_inputs
 from tests.helpers.launches import count_launches
-from tests.helpers.oracle import BF16, DEVICE, FP32, make_branch_inputs, make_inputs, run
+from tests.helpers.oracle import run
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 another_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than this machine's is pretended")

@@ -11,7 +11,7 @@ import torch
 from stablelora_kernels.dispatch import autotune, problem
 from stablelora_kernels.functional import lora_linear
 from tests.helpers import oracle
-from tests.helpers.oracle import BF16, DEVICE, SCALING
+from tests.helpers.inputs import BF16, DEVICE, SCALING, make_inputs
 
 GPU = problem.device_of(torch.device(DEVICE))
 
@@ -50,7 +50,7 @@ def forget():
 
 
 def inputs_of(rows=70, k=64, n=80, r=8, **options):
-    return oracle.make_inputs((rows, k), n, r, **{"dtype": BF16, **options})
+    return make_inputs((rows, k), n, r, **{"dtype": BF16, **options})
 
 
 def forward(inputs, dropout_p=0.0):

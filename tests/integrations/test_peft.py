@@ -8,17 +8,8 @@ from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.testing import EPS
-from tests.helpers.peft_models import (
-    FP32,
-    assert_equal_to_pefts,
-    calls,
-    config,
-    grads,
-    make,
-    make_base,
-    one_layer,
-    peft,
-)
+from tests.helpers.inputs import FP32
+from tests.helpers.peft_models import assert_equal_to_pefts, calls, config, grads, make, make_base, one_layer, peft
 from tests.helpers.small_models import IDS, llama, output
 
 lora = peft.tuners.lora

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from tests.helpers.oracle import BF16, DTYPES, FP16, FP32, check_all, layer_oracle, run_layer
+from tests.helpers.inputs import BF16, DTYPES, FP16, FP32
+from tests.helpers.oracle import check_all, layer_oracle, run_layer
 from tests.helpers.peft_models import calls, one_layer
 
 

@@ -13,7 +13,8 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels import quantized
 from stablelora_kernels.testing import EPS
-from tests.helpers.oracle import BF16, FP16, FP32, check_all, layer_oracle, run_layer
+from tests.helpers.inputs import BF16, FP16, FP32
+from tests.helpers.oracle import check_all, layer_oracle, run_layer
 from tests.helpers.peft_models import calls, config
 from tests.helpers.quantized_weights import K, N, bnb_4bit, bnb_8bit, torchao, torchao_int8
 

@@ -25,22 +25,9 @@ from stablelora_kernels.launch import counters, lora_common
 from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
 from stablelora_kernels.reference import philox_ref
 from stablelora_kernels.testing import assert_no_worse
+from tests.helpers.inputs import BF16, DEVICE, FP16, FP32, SCALING, make_inputs
 from tests.helpers.launches import count_launches
-from tests.helpers.oracle import (
-    BF16,
-    DEVICE,
-    FP16,
-    FP32,
-    SCALING,
-    call,
-    check,
-    eager,
-    leaves,
-    make_inputs,
-    oracle,
-    run,
-    run_dropped,
-)
+from tests.helpers.oracle import call, check, eager, leaves, oracle, run, run_dropped
 
 pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended"),

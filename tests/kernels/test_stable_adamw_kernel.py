@@ -15,8 +15,8 @@ from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef, stochastic_round_ref
 from stablelora_kernels.reference.optimizer import mix32, rounding_key_ref, rounding_noise_ref
 from tests.helpers.launches import count_launches
-from tests.helpers.optimizers import decide_on_device, latches
 from tests.helpers.processes import printed
+from tests.helpers.steps import decide_on_device, latches
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

@@ -13,7 +13,8 @@ import stablelora_kernels as slk
 from stablelora_kernels.functional import lora_branch
 from stablelora_kernels.nn.branch import LoRABranchLinear
 from stablelora_kernels.testing import EPS, fp8_weight
-from tests.helpers.oracle import BF16, FP32, run_layer
+from tests.helpers.inputs import BF16, FP32
+from tests.helpers.oracle import run_layer
 from tests.helpers.quantized_weights import K, N, bnb_8bit, fp8_linear, torchao, torchao_int8
 from tests.helpers.small_models import fill_b, lora_config, lora_over, reasons
 

@@ -13,7 +13,8 @@ import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn.conv1d import LoRAConv1D
 from stablelora_kernels.testing import EPS
-from tests.helpers.oracle import BF16, FP16, FP32, check_all, layer_oracle, run_layer
+from tests.helpers.inputs import BF16, FP16, FP32
+from tests.helpers.oracle import check_all, layer_oracle, run_layer
 from tests.helpers.quantized_weights import K, N
 from tests.helpers.small_models import IDS, Model, fill_b, lora_config, lora_over, output, reasons
 

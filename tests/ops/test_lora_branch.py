@@ -8,23 +8,9 @@ from torch import Tensor
 
 import stablelora_kernels as slk
 from stablelora_kernels.functional import lora_branch
+from tests.helpers.inputs import BF16, DEVICE, FP16, FP32, SCALING, SHAPES, make_branch_inputs, make_inputs
 from tests.helpers.launches import count_launches
-from tests.helpers.oracle import (
-    BF16,
-    DEVICE,
-    FP16,
-    FP32,
-    SCALING,
-    SHAPES,
-    call,
-    check,
-    check_compiled,
-    leaves,
-    make_branch_inputs,
-    make_inputs,
-    run,
-    run_dropped,
-)
+from tests.helpers.oracle import call, check, check_compiled, leaves, run, run_dropped
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 NAMES = ("base_out", "x", "lora_A", "lora_B")

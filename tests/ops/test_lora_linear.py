@@ -11,23 +11,8 @@ from stablelora_kernels import testing
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference import dropout_keep_ref
-from tests.helpers.oracle import (
-    BF16,
-    DEVICE,
-    DTYPES,
-    FP16,
-    FP32,
-    SCALING,
-    SHAPES,
-    bytes_held,
-    call,
-    check,
-    check_compiled,
-    leaves,
-    make_inputs,
-    run,
-    run_dropped,
-)
+from tests.helpers.inputs import BF16, DEVICE, DTYPES, FP16, FP32, SCALING, SHAPES, make_inputs
+from tests.helpers.oracle import bytes_held, call, check, check_compiled, leaves, run, run_dropped
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 few_and_many_rows = pytest.mark.parametrize("rows", [5, 70])

@@ -12,8 +12,9 @@ from stablelora_kernels import testing
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.functional import lora_linear, lora_linear_group
 from stablelora_kernels.testing import group_results
+from tests.helpers.inputs import BF16, DEVICE, FP16, FP32, make_inputs
 from tests.helpers.launches import count_launches
-from tests.helpers.oracle import BF16, DEVICE, FP16, FP32, check_all, check_compiled, make_inputs
+from tests.helpers.oracle import check_all, check_compiled
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 # x's shape, out_features, ranks: two and three projections, odd, prime, single, empty, different ranks, above a block of ranks.

@@ -15,24 +15,9 @@ from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.launch.dry_run import quantized_launches
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.testing import fp8_weight, nf4_weight
+from tests.helpers.inputs import BF16, DEVICE, DTYPES, FP16, FP32, SCALING, make_inputs
 from tests.helpers.launches import count_launches
-from tests.helpers.oracle import (
-    BF16,
-    DEVICE,
-    DTYPES,
-    FP16,
-    FP32,
-    SCALING,
-    bytes_held,
-    call,
-    check,
-    check_compiled,
-    leaves,
-    make_inputs,
-    oracle,
-    run,
-    run_dropped,
-)
+from tests.helpers.oracle import bytes_held, call, check, check_compiled, leaves, oracle, run, run_dropped
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 

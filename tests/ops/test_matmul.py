@@ -10,7 +10,8 @@ import stablelora_kernels as slk
 from stablelora_kernels import functional
 from stablelora_kernels.ops import matmul
 from stablelora_kernels.testing import assert_no_worse, make_inputs
-from tests.helpers.oracle import SCALING, SHAPES, check, run, run_dropped
+from tests.helpers.inputs import SCALING, SHAPES
+from tests.helpers.oracle import check, run, run_dropped
 
 ONEDNN = {"mkldnn._linear_pointwise.default"}
 MKL = {"aten.mm.default", "aten.addmm.default"}

@@ -14,7 +14,8 @@ from stablelora_kernels.optim.state import BLOCK, decode8, encode8
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.reference.optimizer import moment8_ref
 from tests.helpers.launches import count_launches
-from tests.helpers.optimizers import DEVICE, halves, in_float64, make_pairs, snapshot, take_step, take_step_with
+from tests.helpers.optimizers import DEVICE, halves, in_float64, make_pairs, snapshot
+from tests.helpers.steps import take_step, take_step_with
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

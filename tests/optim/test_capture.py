@@ -21,7 +21,8 @@ from stablelora_kernels.kernels.stable_adamw import norms
 from stablelora_kernels.kernels.stable_adamw import step as stable_adamw
 from stablelora_kernels.optim import graph_capture as staging
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from tests.helpers.optimizers import DEVICE, all_equal, latches, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.steps import latches
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "on_triton"),

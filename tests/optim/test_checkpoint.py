@@ -14,18 +14,9 @@ from stablelora_kernels.dispatch.backend import use_backend
 from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
-from tests.helpers.optimizers import (
-    SHAPES,
-    all_equal,
-    assert_all_close,
-    halves,
-    latches,
-    make_pairs,
-    saved_and_loaded,
-    snapshot,
-    take_step,
-)
+from tests.helpers.optimizers import SHAPES, all_equal, halves, make_pairs, snapshot
 from tests.helpers.small_models import Model, lora_config
+from tests.helpers.steps import assert_all_close, latches, saved_and_loaded, take_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,20 +13,8 @@ from stablelora_kernels.dispatch.backend import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.reference import StableAdamWRef
 from tests.helpers.launches import count_launches
-from tests.helpers.optimizers import (
-    DEVICE,
-    SHAPES,
-    all_equal,
-    assert_all_close,
-    assert_close_to,
-    halves,
-    in_float64,
-    make_pairs,
-    set_grads,
-    snapshot,
-    take_step,
-    take_step_with,
-)
+from tests.helpers.optimizers import DEVICE, SHAPES, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
+from tests.helpers.steps import assert_all_close, assert_close_to, take_step, take_step_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,20 +18,8 @@ from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef, stochastic_round_ref
 from stablelora_kernels.reference.optimizer import moment_noise_ref
 from tests.helpers.launches import count_launches
-from tests.helpers.optimizers import (
-    DEVICE,
-    SHAPES,
-    all_equal,
-    halves,
-    in_float64,
-    latches,
-    make_pairs,
-    saved_and_loaded,
-    set_grads,
-    snapshot,
-    take_step,
-    take_step_with,
-)
+from tests.helpers.optimizers import DEVICE, SHAPES, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
+from tests.helpers.steps import latches, saved_and_loaded, take_step, take_step_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

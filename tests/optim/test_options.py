@@ -15,20 +15,8 @@ from stablelora_kernels.optim import graph_capture as staging
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef
-from tests.helpers.optimizers import (
-    DEVICE,
-    all_equal,
-    assert_all_close,
-    assert_close_to,
-    halves,
-    in_float64,
-    make_pairs,
-    saved_and_loaded,
-    set_grads,
-    snapshot,
-    take_step,
-    take_step_with,
-)
+from tests.helpers.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
+from tests.helpers.steps import assert_all_close, assert_close_to, saved_and_loaded, take_step, take_step_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

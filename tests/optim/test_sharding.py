@@ -22,9 +22,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import stablelora_kernels as slk
-from tests.helpers.optimizers import decide_on_device, set_grads
+from tests.helpers.optimizers import set_grads
 from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import Model, lora_config
+from tests.helpers.steps import decide_on_device
 
 pytestmark = needs_gloo
 # Of (r, m, n): A's rows are fewer than four ranks, divide by two and not, and widths are odd.

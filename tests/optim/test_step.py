@@ -9,17 +9,8 @@ import torch
 
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.reference import StableAdamWRef
-from tests.helpers.optimizers import (
-    DEVICE,
-    assert_all_close,
-    assert_close_to,
-    halves,
-    in_float64,
-    make_pairs,
-    set_grads,
-    take_step,
-    take_step_with,
-)
+from tests.helpers.optimizers import DEVICE, halves, in_float64, make_pairs, set_grads
+from tests.helpers.steps import assert_all_close, assert_close_to, take_step, take_step_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,22 +13,8 @@ from stablelora_kernels.dispatch.backend import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef
-from tests.helpers.optimizers import (
-    DEVICE,
-    all_equal,
-    assert_all_close,
-    assert_close_to,
-    decide_on_device,
-    halves,
-    in_float64,
-    latches,
-    make_pairs,
-    params_of,
-    set_grads,
-    snapshot,
-    take_step,
-    take_step_with,
-)
+from tests.helpers.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.steps import assert_all_close, assert_close_to, decide_on_device, latches, take_step, take_step_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,18 +15,8 @@ import torch
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef
-from tests.helpers.optimizers import (
-    DEVICE,
-    all_equal,
-    assert_close_to,
-    halves,
-    in_float64,
-    make_pairs,
-    set_grads,
-    snapshot,
-    take_step,
-    take_step_with,
-)
+from tests.helpers.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
+from tests.helpers.steps import assert_close_to, take_step, take_step_with
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest (pip install expecttest)")
 from torch.testing._internal.common_optimizers import optim_db
