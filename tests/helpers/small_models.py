@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +91,15 @@ def assert_untouched(model, before):
     assert modules == before[0]
     assert [(name, id(p), flag) for name, p, flag, _ in parameters] == [(n, id(p), f) for n, p, f, _ in before[1]]
     assert all(torch.equal(now[3], then[3]) for now, then in zip(parameters, before[1], strict=True))
+
+
+@contextmanager
+def refused(model, error, match):
+    """The block raises ``error``, and leaves ``model`` as it was."""
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        yield
+    assert_untouched(model, before)
 
 
 def reasons(report):

@@ -67,6 +67,11 @@ def fill_grads(optimizer: StableLoRAAdamW, seed: int, scale: float = 1e-2) -> No
             p.grad = grad.copy_(p.grad)
 
 
+def assign_grads(optimizer: StableLoRAAdamW, grads: list[torch.Tensor]) -> None:
+    for p, grad in zip(params_of(optimizer), grads, strict=True):
+        p.grad = grad
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"max_grad_norm": 0.1},
@@ -109,8 +114,7 @@ def test_gradients_of_the_graphs_own_memory(monkeypatch: pytest.MonkeyPatch) -> 
         optimizer.step()
     outside = [p.grad for p in params_of(captured)]
     inside = [torch.empty_like(grad) for grad in outside]
-    for p, grad in zip(params_of(captured), inside, strict=True):
-        p.grad = grad
+    assign_grads(captured, inside)
     before = snapshot(captured)
     graph = Graph(monkeypatch, captured.step)
     assert all_equal(before, snapshot(captured))
@@ -123,13 +127,11 @@ def test_gradients_of_the_graphs_own_memory(monkeypatch: pytest.MonkeyPatch) -> 
         eager.step()
         graph.replay()
     # An eager step between replays, on gradients of its own.
-    for p, grad in zip(params_of(captured), outside, strict=True):
-        p.grad = grad
+    assign_grads(captured, outside)
     for optimizer in (eager, captured):
         fill_grads(optimizer, 4)
         optimizer.step()
-    for p, grad in zip(params_of(captured), inside, strict=True):
-        p.grad = grad
+    assign_grads(captured, inside)
     for optimizer in (eager, captured):
         fill_grads(optimizer, 5)
     eager.step()
