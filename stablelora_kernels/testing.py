@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
+
+import torch
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +14,17 @@ from torch import Tensor, nn
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.reference import (
+    fp8_ref,
+    lora_branch_grads_ref,
+    lora_branch_ref,
+    lora_linear_grads_ref,
+    lora_linear_ref,
+    nf4_ref,
+)
+
+#: The inputs that get gradients, and the gradients' names.
+GRADIENTS = {"base_out": "dBASE", "x": "dX", "lora_A": "dA", "lora_B": "dB"}
 
 #: The dtypes of a layer by their short names.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,8 +94,60 @@ def fp8_weight(n: int, k: int) -> FP8Weight:
     return FP8Weight(values.to(torch.float8_e4m3fn), (torch.rand(n, generator=generator) + 0.5) * k**-0.5)
 
 
-def kept_for_backward(y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The first tensor of ``dtype`` that the op of ``y`` saved for backward. Dropout's seed is int64, its mask bool."""
+def dequantized_ref(weight: NF4Weight | FP8Weight) -> torch.Tensor:
+    """A quantized weight in float64, by the oracle."""
+    parts = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
+    return fp8_ref(**parts) if isinstance(weight, FP8Weight) else nf4_ref(**parts)
+
+
+def run(call: Callable[[dict[str, Any]], torch.Tensor], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Y and the gradients dX, dA and dB of ``call(inputs)``, whose ``grad`` comes in; dBASE too if there is a ``base_out``."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in GRADIENTS if name in inputs}
+    y = call(inputs | leaves)
+    grads = torch.autograd.grad(y, list(leaves.values()), inputs["grad"])
+    return {"Y": y.detach(), **dict(zip((GRADIENTS[name] for name in leaves), grads, strict=True))}
+
+
+def eager(
+    inputs: dict[str, Any], scaling: float, keep: torch.Tensor | None = None, p: float = 0.0
+) -> dict[str, torch.Tensor]:
+    """The baseline: what a user writes by hand, operator by operator in x's dtype. A ``base_out`` replaces the product."""
+
+    def call(given: dict[str, Any]) -> torch.Tensor:
+        x, base = given["x"], given.get("base_out")
+        dropped = x if keep is None else x * keep.to(x.dtype) / (1 - p)
+        branch = dropped @ given["lora_A"].to(x.dtype).T @ given["lora_B"].to(x.dtype).T
+        if base is None:
+            weight = given["weight"]
+            weight = weight if isinstance(weight, torch.Tensor) else weight.dequantize(x.dtype)
+            base = torch.nn.functional.linear(x, weight, given["bias"])
+        return (base + branch * scaling).to(base.dtype)
+
+    return run(call, inputs)
+
+
+def oracle(
+    inputs: dict[str, Any], scaling: float, keep: torch.Tensor | None = None, p: float = 0.0
+) -> dict[str, torch.Tensor]:
+    """The same results by the reference in float64, from the values of ``inputs``."""
+    if isinstance(inputs.get("weight"), (FP8Weight, NF4Weight)):
+        inputs = inputs | {"weight": dequantized_ref(inputs["weight"]).to(inputs["x"].device)}
+    d: dict[str, Any] = {name: t if t is None else t.detach().double() for name, t in inputs.items()}
+    pair: tuple[Any, ...] = (d["lora_A"], d["lora_B"], scaling, keep, p)
+    if "base_out" in d:
+        return {"Y": lora_branch_ref(d["base_out"], d["x"], *pair), **lora_branch_grads_ref(d["grad"], d["x"], *pair)}
+    y = lora_linear_ref(d["x"], d["weight"], d["bias"], *pair)
+    return {"Y": y, **lora_linear_grads_ref(d["grad"], d["x"], d["weight"], *pair)}
+
+
+def group_results(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The results of projections of one x: each projection's have its number, and the gradients of x add up to dX."""
+    named = {f"{name}{i}": part[name] for i, part in enumerate(parts) for name in ("Y", "dA", "dB")}
+    return named | {"dX": sum((part["dX"] for part in parts[1:]), start=parts[0]["dX"])}
+
+
+def kept_for_backward(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """The first tensor of ``dtype`` that the node which made ``y`` keeps: dropout's seed is int64, its stored mask is bool."""
     node = y.grad_fn
     while node is not None:
         for saved in getattr(node, "saved_tensors", ()):

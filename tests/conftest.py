@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tests.helpers.interpreter import patch_language_once_a_launch
 
@@ -32,6 +34,14 @@ def poisoned_outputs():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """PyTorch's fused AdamW starts its threads for every tensor, however small, and waits for a busy machine to run them."""
@@ -54,15 +64,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The optimizer's three ways: both backends, and PyTorch's with all decisions on the device, wherever that is."""
     from stablelora_kernels.dispatch.backend import use_backend
-    from stablelora_kernels.optim.torch_engine import TorchStep
-
-    original = TorchStep.__init__
-
-    def never_on_host(self, *args) -> None:
-        original(self, *args)
-        self.on_host = False
+    from tests.helpers.steps import decide_on_device
 
     if request.param == "torch as on a GPU":
-        monkeypatch.setattr(TorchStep, "__init__", never_on_host)
+        decide_on_device(monkeypatch)
     with use_backend(request.param.split()[0]):
         yield request.param

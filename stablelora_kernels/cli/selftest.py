@@ -21,17 +21,19 @@ from stablelora_kernels.dispatch.settings import BACKENDS, check_environment, us
 from stablelora_kernels.functional import FP8Weight, NF4Weight, lora_branch, lora_linear, lora_linear_group
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.reference import (
-    StableAdamWRef,
-    dropout_keep_ref,
-    fp8_ref,
-    lora_branch_grads_ref,
-    lora_branch_ref,
-    lora_linear_grads_ref,
-    lora_linear_ref,
-    nf4_ref,
+from stablelora_kernels.reference import StableAdamWRef, dropout_keep_ref
+from stablelora_kernels.testing import (
+    eager,
+    error_and_bound,
+    fp8_weight,
+    group_results,
+    kept_for_backward,
+    make_inputs,
+    nf4_weight,
+    oracle,
+    run,
+    seed_of,
 )
-from stablelora_kernels.testing import error_and_bound, fp8_weight, kept_for_backward, make_inputs, nf4_weight, seed_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SCALING = 1.7
@@ -132,30 +134,6 @@ def nearest_to_bound(out: Tensors, ref: Tensors, base: Tensors, dtype: torch.dty
     return max(found, key=lambda m: m.error / m.bound if m.bound else float(m.error > 0))
 
 
-def leaves_of(inputs: Tensors, names: tuple[str, ...]) -> list[Tensor]:
-    return [inputs[name].detach().requires_grad_() for name in names]
-
-
-def with_grads(y: Tensor, leaves: list[Tensor], grad: Tensor) -> Tensors:
-    grads = torch.autograd.grad(y, leaves, grad)
-    return {"Y": y.detach(), **dict(zip(("dX", "dA", "dB"), grads, strict=True))}
-
-
-def eager_linear(inputs: Tensors, keep: Tensor | None = None, p: float = 0.0) -> Tensors:
-    """LoRA written with PyTorch's operators in x's dtype. Its error sets the bound."""
-    x, a, b = leaves = leaves_of(inputs, ("x", "lora_A", "lora_B"))
-    dropped = x if keep is None else x * keep.to(x.dtype) / (1 - p)
-    y = torch.nn.functional.linear(x, inputs["weight"], inputs["bias"])
-    return with_grads(y + (dropped @ a.to(x.dtype).T @ b.to(x.dtype).T) * SCALING, leaves, inputs["grad"])
-
-
-def linear_oracle(inputs: Tensors, keep: Tensor | None = None, p: float = 0.0) -> Tensors:
-    d = {name: tensor.double() for name, tensor in inputs.items()}
-    y = lora_linear_ref(d["x"], d["weight"], d["bias"], d["lora_A"], d["lora_B"], SCALING, keep, p)
-    grads = lora_linear_grads_ref(d["grad"], d["x"], d["weight"], d["lora_A"], d["lora_B"], SCALING, keep, p)
-    return {"Y": y} | {name: grads[name] for name in ("dX", "dA", "dB")}
-
-
 def keep_of(y: Tensor, x: Tensor, p: float) -> Tensor:
     """The dropout mask of ``y``: saved for backward on the PyTorch path, drawn by the reference from the saved seed on Triton."""
     if (mask := kept_for_backward(y, torch.bool)) is not None:
@@ -168,12 +146,17 @@ def check_linear(
     m: int, n: int, k: int, r: int, device: torch.device, *, p: float = 0.0, dtype: torch.dtype = BF16
 ) -> Measured:
     """``lora_linear`` forward and backward."""
-    inputs: Any = make_inputs((m, k), n, r, dtype=dtype, lora_dtype=FP32, device=device)
-    x, a, b = leaves = leaves_of(inputs, ("x", "lora_A", "lora_B"))
-    y = lora_linear(x, inputs["weight"], inputs["bias"], a, b, SCALING, p)
-    keep = keep_of(y, x, p) if p else None
-    out = with_grads(y, leaves, inputs["grad"])
-    return nearest_to_bound(out, linear_oracle(inputs, keep, p), eager_linear(inputs, keep, p), dtype)
+    inputs = make_inputs((m, k), n, r, dtype=dtype, lora_dtype=FP32, device=device)
+    keep = None
+
+    def call(given: dict[str, Any]) -> Tensor:
+        nonlocal keep
+        x, weight, bias, a, b = (given[name] for name in ("x", "weight", "bias", "lora_A", "lora_B"))
+        y = lora_linear(x, weight, bias, a, b, SCALING, p)
+        keep = keep_of(y, x, p) if p else None
+        return y
+
+    return nearest_to_bound(run(call, inputs), oracle(inputs, SCALING, keep, p), eager(inputs, SCALING, keep, p), dtype)
 
 
 def check_mask(device: torch.device) -> Measured:
@@ -205,51 +188,46 @@ def check_group(device: torch.device) -> Measured:
     for inputs in made[1:]:
         inputs["x"] = made[0]["x"]
     x = made[0]["x"].detach().requires_grad_()
-    pairs = [leaves_of(inputs, ("lora_A", "lora_B")) for inputs in made]
+    pairs = [[inputs[name].detach().requires_grad_() for name in ("lora_A", "lora_B")] for inputs in made]
     weights, biases = ([inputs[name] for inputs in made] for name in ("weight", "bias"))
     ys = lora_linear_group(x, weights, biases, [a for a, _ in pairs], [b for _, b in pairs], [SCALING] * len(made))
     leaves = [x, *(half for pair in pairs for half in pair)]
     dx, *halves = torch.autograd.grad(ys, leaves, [inputs["grad"] for inputs in made])
 
-    def combine(parts: list[Tensors]) -> Tensors:
-        """Number the results by projection, and add up dX."""
-        named = {f"{name}{i}": part[name] for i, part in enumerate(parts) for name in ("Y", "dA", "dB")}
-        named["dX"] = sum((part["dX"] for part in parts[1:]), start=parts[0]["dX"])
-        return named
-
     out = {f"Y{i}": y.detach() for i, y in enumerate(ys)} | {"dX": dx}
     out |= {f"d{'AB'[i % 2]}{i // 2}": half for i, half in enumerate(halves)}
-    ref, base = combine([linear_oracle(i) for i in made]), combine([eager_linear(i) for i in made])
+    ref, base = (group_results([results(i, SCALING) for i in made]) for results in (oracle, eager))
     return nearest_to_bound(out, ref, base, BF16)
 
 
 def check_quantized(weight: NF4Weight | FP8Weight, device: torch.device) -> Measured:
-    """``lora_linear`` on a 4-bit or float8 weight. The oracle dequantizes it in float64, eager LoRA in bfloat16."""
-    (n, k), parts = weight.shape, vars(weight)
-    full = fp8_ref(**parts) if isinstance(weight, FP8Weight) else nf4_ref(**parts)
+    """``lora_linear`` on a weight in 4 or 8 bits; the oracle's is dequantized in float64, eager's in bfloat16."""
+    n, k = weight.shape
     moved: dict[str, Any] = {
-        name: part.to(device) if isinstance(part, Tensor) else part for name, part in parts.items()
+        name: part.to(device) if isinstance(part, Tensor) else part for name, part in vars(weight).items()
     }
-    weight = type(weight)(**moved)
-    inputs: Any = make_inputs((37, k), n, 8, dtype=BF16, lora_dtype=FP32, device=device)
-    x, a, b = leaves = leaves_of(inputs, ("x", "lora_A", "lora_B"))
-    out = with_grads(lora_linear(x, weight, inputs["bias"], a, b, SCALING), leaves, inputs["grad"])
-    ref = linear_oracle(inputs | {"weight": full.to(device)})
-    return nearest_to_bound(out, ref, eager_linear(inputs | {"weight": weight.dequantize(BF16)}), BF16)
+    inputs: dict[str, Any] = make_inputs((37, k), n, 8, dtype=BF16, lora_dtype=FP32, device=device)
+    inputs["weight"] = type(weight)(**moved)
+
+    def call(given: dict[str, Any]) -> Tensor:
+        x, weight, bias, a, b = (given[name] for name in ("x", "weight", "bias", "lora_A", "lora_B"))
+        return lora_linear(x, weight, bias, a, b, SCALING)
+
+    return nearest_to_bound(run(call, inputs), oracle(inputs, SCALING), eager(inputs, SCALING), BF16)
 
 
 def check_branch(device: torch.device) -> Measured:
-    """``lora_branch`` on the output of another layer."""
-    inputs: Any = make_inputs((70, 48), 72, 8, dtype=BF16, lora_dtype=FP32, device=device)
-    base_out = torch.nn.functional.linear(inputs["x"], inputs["weight"])
-    x, a, b = leaves = leaves_of(inputs, ("x", "lora_A", "lora_B"))
-    out = with_grads(lora_branch(base_out, x, a, b, SCALING), leaves, inputs["grad"])
-    x, a, b = leaves = leaves_of(inputs, ("x", "lora_A", "lora_B"))
-    eager = with_grads(base_out + (x @ a.to(BF16).T @ b.to(BF16).T) * SCALING, leaves, inputs["grad"])
-    d = {name: tensor.double() for name, tensor in inputs.items()}
-    ref = lora_branch_grads_ref(d["grad"], d["x"], d["lora_A"], d["lora_B"], SCALING)
-    ref["Y"] = lora_branch_ref(base_out.double(), d["x"], d["lora_A"], d["lora_B"], SCALING)
-    return nearest_to_bound(out, ref, eager, BF16)
+    """``lora_branch``: the branch alone, on the output of some other layer."""
+    inputs: dict[str, Any] = make_inputs((70, 48), 72, 8, dtype=BF16, lora_dtype=FP32, device=device)
+    inputs["base_out"] = torch.nn.functional.linear(inputs["x"], inputs.pop("weight"), inputs.pop("bias"))
+
+    def call(given: dict[str, Any]) -> Tensor:
+        base_out, x, a, b = (given[name] for name in ("base_out", "x", "lora_A", "lora_B"))
+        return lora_branch(base_out, x, a, b, SCALING)
+
+    # dY is base_out's gradient as it is.
+    ref = oracle(inputs, SCALING) | {"dBASE": inputs["grad"]}
+    return nearest_to_bound(run(call, inputs), ref, eager(inputs, SCALING), BF16)
 
 
 def check_step(device: torch.device, *, dtype: torch.dtype) -> Measured:

@@ -14,23 +14,8 @@ from tests.cli.test_cli import fails
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
-    "--device",
-    "cpu",
-    "--M",
-    "8",
-    "--N",
-    "12",
-    "--K",
-    "16",
-    "--r",
-    "2",
-    "--pairs",
-    "2",
-    "--iters",
-    "3",
-    "--backend",
-    "torch",
-]
+    "--device", "cpu", "--backend", "torch", "--M", "8", "--N", "12", "--K", "16", "--r", "2", "--pairs", "2", "--iters", "3",
+]  # fmt: skip
 
 
 def test_it_times_every_arm(capsys):

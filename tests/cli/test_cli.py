@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from stablelora_kernels.cli import doctor, main, output, selftest
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import check_environment
 from stablelora_kernels.testing import error_and_bound
+from tests.helpers.processes import printed, python
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,13 +27,6 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 2) -> st
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1, (out, err)
     return err
-
-
-def command(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """The console script's function in a process of its own."""
-    code = "import sys; from stablelora_kernels.cli import main; sys.exit(main())"
-    environment = {k: v for k, v in os.environ.items() if k not in ("STABLELORA_BACKEND", "TRITON_INTERPRET")} | env
-    return subprocess.run([sys.executable, "-c", code, *argv], env=environment, capture_output=True, text=True)
 
 
 # The command line
@@ -89,12 +82,12 @@ def test_a_reader_that_leaves_is_no_error():
 
 def test_importing_the_package_imports_no_command():
     code = "import sys, stablelora_kernels; print([m for m in sys.modules if m.startswith('stablelora_kernels.cli')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "[]\n"
+    assert printed(code) == "[]"
 
 
 def test_a_wrong_environment_variable_is_one_line():
-    done = command("doctor", STABLELORA_BACKEND="gpu")
+    code = "import sys; from stablelora_kernels_command import main; sys.exit(main(['doctor']))"
+    done = python(code, STABLELORA_BACKEND="gpu")
     assert (done.returncode, done.stdout) == (2, "")
     wanted = "the environment variable STABLELORA_BACKEND must be one of 'auto', 'triton', 'torch', got 'gpu'"
     assert done.stderr == f"stablelora-kernels: error: {wanted}\n"

@@ -74,13 +74,7 @@ def test_every_figure(adapter, capsys):
     assert totals["bytes"] == 4 * totals["parameters"] == sum(r["bytes"] for r in report["pairs"]) + 4 * 11 * 8
     assert totals["file_bytes"] == (path / "adapter_model.safetensors").stat().st_size
     (other,) = report["other_tensors"]
-    assert other == {
-        "key": "lm_head.weight",
-        "shape": [11, 8],
-        "dtype": "float32",
-        "bytes": 352,
-        "kind": "saved whole",
-    }
+    assert other == {"key": "lm_head.weight", "shape": [11, 8], "dtype": "float32", "bytes": 352, "kind": "saved whole"}
     assert report["problems"] == report["beyond_plain_lora"] == []
 
 

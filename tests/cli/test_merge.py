@@ -14,23 +14,19 @@ import stablelora_kernels as slk
 from stablelora_kernels.cli import main
 from stablelora_kernels.cli import merge as command
 from tests.cli.test_cli import fails
-from tests.helpers.small_models import fill_b, lora_config
+from tests.helpers.small_models import fill_b, llama, lora_config
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 # What the tests themselves save is no part of a command's stderr.
 transformers.logging.disable_progress_bar()
 IDS = torch.arange(12).view(2, 6)
-SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 WEIGHT = "model.layers.1.self_attn.q_proj"
 
 
-def llama(tied=False, **kwargs):
+def make_llama(tied=False):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        **SIZES, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, **kwargs
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return llama(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied).eval()
 
 
 def logits(model):
@@ -58,15 +54,8 @@ def prepare(tmp_path, model, **config):
 
 
 def argv(tmp_path, *more):
-    return [
-        "merge",
-        str(tmp_path / "adapter"),
-        "--into",
-        str(tmp_path / "model"),
-        "--out",
-        str(tmp_path / "out"),
-        *more,
-    ]
+    adapter, model, out = (str(tmp_path / name) for name in ("adapter", "model", "out"))
+    return ["merge", adapter, "--into", model, "--out", out, *more]
 
 
 def content(directory):
@@ -74,13 +63,13 @@ def content(directory):
 
 
 def test_what_is_written_is_the_merged_model(tmp_path, capsys):
-    adapted = prepare(tmp_path, llama())
+    adapted = prepare(tmp_path, make_llama())
     expected = logits(adapted)
     assert main(argv(tmp_path, "--json")) == 0
     report = json.loads(capsys.readouterr().out)
     merged = reload(tmp_path / "out")
     torch.testing.assert_close(logits(merged), expected)
-    assert (logits(llama()) - expected).abs().max() > 1e-3
+    assert (logits(make_llama()) - expected).abs().max() > 1e-3
     # The library's own merge, to the bit, and its own error.
     errors = slk.merge_lora(adapted).errors
     assert torch.equal(merged.get_submodule(WEIGHT).weight, adapted.get_submodule(WEIGHT).weight)
@@ -96,7 +85,7 @@ def test_what_is_written_is_the_merged_model(tmp_path, capsys):
 
 @pytest.mark.parametrize(("stored", "wanted"), [("float32", "bf16"), ("bfloat16", "fp32"), ("bfloat16", None)])
 def test_dtypes_are_rounded_to_once_and_the_error_is_the_stored_weights(tmp_path, capsys, stored, wanted):
-    adapted = prepare(tmp_path, llama().to(getattr(torch, stored)))
+    adapted = prepare(tmp_path, make_llama().to(getattr(torch, stored)))
     layer = adapted.get_submodule(WEIGHT)
     exact = layer.weight.double() + layer.delta_weight().double()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: torch.bfloat16}[wanted]
@@ -113,7 +102,7 @@ def test_dtypes_are_rounded_to_once_and_the_error_is_the_stored_weights(tmp_path
 @pytest.mark.parametrize("how", ["target_modules", "modules_to_save"])
 def test_a_head_that_was_tied_stays_apart(tmp_path, capsys, how):
     config = {"target_modules": ["q_proj", "lm_head"]} if how == "target_modules" else {"modules_to_save": ["lm_head"]}
-    adapted = prepare(tmp_path, llama(tied=True), **config)
+    adapted = prepare(tmp_path, make_llama(tied=True), **config)
     if how == "modules_to_save":
         with torch.no_grad():
             adapted.lm_head.weight.mul_(2)
@@ -127,7 +116,7 @@ def test_a_head_that_was_tied_stays_apart(tmp_path, capsys, how):
 
 
 def test_a_tied_model_whose_embeddings_stay_is_stored_tied(tmp_path, capsys):
-    adapted = prepare(tmp_path, llama(tied=True))
+    adapted = prepare(tmp_path, make_llama(tied=True))
     assert main(argv(tmp_path)) == 0
     assert "untied" not in capsys.readouterr().out
     merged = reload(tmp_path / "out")
@@ -151,7 +140,7 @@ def test_a_peft_adapter_into_gpt2(tmp_path):
 
 
 def test_an_existing_directory_is_replaced_only_when_told_to(tmp_path, capsys):
-    adapted = prepare(tmp_path, llama())
+    adapted = prepare(tmp_path, make_llama())
     out = tmp_path / "out"
     out.mkdir()
     assert main(argv(tmp_path)) == 0  # an empty one may be used
@@ -169,7 +158,7 @@ def test_an_existing_directory_is_replaced_only_when_told_to(tmp_path, capsys):
 @pytest.mark.parametrize(("raised", "status"), [(OSError("No space left on device"), 1), (KeyboardInterrupt(), 130)])
 @pytest.mark.parametrize("there", [False, True])
 def test_a_run_that_fails_leaves_everything_as_it_was(tmp_path, capsys, monkeypatch, raised, status, there):
-    prepare(tmp_path, llama())
+    prepare(tmp_path, make_llama())
     out = tmp_path / "out"
     if there:
         out.mkdir()
@@ -209,7 +198,7 @@ def change(path, **values):
 
 
 def test_what_is_not_finite_is_refused(tmp_path, capsys):
-    prepare(tmp_path, llama(), modules_to_save=["lm_head"])
+    prepare(tmp_path, make_llama(), modules_to_save=["lm_head"])
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     good = safetensors.load_file(file)
 
@@ -231,7 +220,7 @@ def test_what_is_not_finite_is_refused(tmp_path, capsys):
 
 
 def test_what_can_not_be_tried_is_refused(tmp_path, capsys, monkeypatch):
-    prepare(tmp_path, llama())
+    prepare(tmp_path, make_llama())
     model, config = tmp_path / "model", tmp_path / "model" / "config.json"
     adapter, good = str(tmp_path / "adapter"), config.read_text()
     out = str(tmp_path / "out")
@@ -268,7 +257,7 @@ def test_what_can_not_be_tried_is_refused(tmp_path, capsys, monkeypatch):
 
 
 def test_an_adapter_or_weights_that_do_not_fit_are_refused(tmp_path, capsys):
-    prepare(tmp_path, llama())
+    prepare(tmp_path, make_llama())
     weights = tmp_path / "model" / "model.safetensors"
     tensors = safetensors.load_file(weights)
     change(tmp_path / "adapter" / "adapter_config.json", use_dora=True)

@@ -1,15 +1,9 @@
-"""Autotuning with a timer that the tests set: what is measured, what is taken, and what is kept on disk."""
+"""Autotuning with a timer that the tests set: what is measured, what is taken, and when it is off."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,115 +12,10 @@ import stablelora_kernels as slk
 from stablelora_kernels.dispatch import autotune, problem, rules
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.launch.base import Launch
-from stablelora_kernels.launch.lora_common import VendorProduct
-from stablelora_kernels.reference import lora_linear_grads_ref, lora_linear_ref
-from stablelora_kernels.testing import assert_no_worse, make_inputs
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BF16, FP32 = torch.bfloat16, torch.float32
-SCALING = 1.7
-GPU = problem.device_of(torch.device(DEVICE))
-
-
-def words(launches) -> str:
-    """The launches' kernels and tiles: "lora_shrink 64x128 + lora_linear_tma 128x128x64", "vendor + ..."."""
-    found = []
-    for launch in launches:
-        if hasattr(launch, "kernel"):
-            sizes = [str(launch.constants[f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in launch.constants]
-            name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-            found.append(f"{name} {'x'.join(sizes)}")
-        else:
-            found.append("vendor")
-    return " + ".join(found)
-
-
-class Timer:
-    """A timer's place: 10 us for everything but what the patterns in ``fast`` match."""
-
-    def __init__(self):
-        self.fast: dict[str, float] = {}
-        self.measured: list[list] = []
-
-    def __call__(self, run) -> float:
-        self.measured.append(run.args[0])
-        text = words(run.args[0])
-        return next((seconds for pattern, seconds in self.fast.items() if re.search(pattern, text)), 10e-6)
-
-
-def forget():
-    """As in a new process."""
-    autotune._answers.clear()
-    autotune._warned.clear()
-    autotune._made_for.cache_clear()
-
-
-@pytest.fixture
-def timer(monkeypatch, tmp_path):
-    """Tuning is on, with an empty cache and a timer that is set by hand."""
-    fake = Timer()
-    monkeypatch.setattr(autotune, "measure", fake)
-    monkeypatch.setenv("STABLELORA_CACHE", str(tmp_path))
-    forget()
-    with slk.use_backend("triton"), slk.use_kernel("auto"), slk.use_autotune(True):
-        yield fake
-    forget()
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """Three candidates instead of a dozen, where the test is about what is kept."""
-    monkeypatch.setattr(autotune, "_tiles", lambda device, call: [])
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """What ran, in words."""
-    ran: list[str] = []
-    for kind in (Launch, VendorProduct):
-
-        def run(self, device, original=kind.run):
-            ran.append(words([self]))
-            original(self, device)
-
-        monkeypatch.setattr(kind, "run", run)
-    return ran
-
-
-def inputs_of(rows=70, k=64, n=80, r=8, **options):
-    return make_inputs((rows, k), n, r, device=DEVICE, **{"dtype": BF16, **options})
-
-
-def forward(inputs, dropout_p=0.0):
-    return lora_linear(*(inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), SCALING, dropout_p)
-
-
-def check_all(inputs):
-    """Y and the three gradients against the oracle, with eager PyTorch's own error as the bound."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in ("x", "lora_A", "lora_B")}
-    y = forward({**inputs, **leaves})
-    out = (y, *torch.autograd.grad(y, tuple(leaves.values()), inputs["grad"]))
-    x, a, b = (t.detach().requires_grad_() for t in leaves.values())
-    eager = torch.nn.functional.linear(x, inputs["weight"], inputs["bias"]) + (x @ a.to(x).T @ b.to(x).T) * SCALING
-    base = (eager, *torch.autograd.grad(eager, (x, a, b), inputs["grad"]))
-    d = {name: None if t is None else t.detach().double() for name, t in inputs.items()}
-    ref = {"Y": lora_linear_ref(d["x"], d["weight"], d["bias"], d["lora_A"], d["lora_B"], SCALING)}
-    ref |= lora_linear_grads_ref(d["grad"], d["x"], d["weight"], d["lora_A"], d["lora_B"], SCALING)
-    for name, value, baseline in zip(("Y", "dX", "dA", "dB"), out, base, strict=True):
-        assert_no_worse(value, ref[name], baseline, dtype=x.dtype, name=name)
-
-
-def files() -> list[Path]:
-    return sorted(autotune.cache_dir().glob("*.json"))
-
-
-def entries(path: Path | None = None) -> dict[str, dict]:
-    return json.loads((path or files()[0]).read_text())["entries"]
-
-
-# What is measured and taken.
+from tests.helpers.autotuning import GPU, check_all, entries, files, forget, forward, inputs_of, words
+from tests.helpers.inputs import BF16, DEVICE, FP32
+from tests.helpers.processes import printed
 
 
 @pytest.mark.parametrize(
@@ -360,205 +249,17 @@ def test_nothing_to_compute_is_nothing_to_measure(timer):
     assert not timer.measured
 
 
-# What is kept.
-
-
-def key_of(inputs, direction="forward", dropout=False):
-    x, w = inputs["x"], inputs["weight"]
-    call = Call(direction, *x.shape[:1], *w.shape, inputs["lora_A"].shape[0], x.dtype, inputs["lora_A"].dtype, dropout)
-    return autotune.entry_key(call, x, w, inputs["bias"])
-
-
-def test_what_an_answer_holds_for():
-    base = inputs_of()
-    assert key_of(base) == "forward m<=128 n=80 k=64 r=8, bfloat16, lora bfloat16, bias"
-    assert key_of(inputs_of(rows=65)) == key_of(inputs_of(rows=128)) == key_of(base)
-    # No answer for few rows holds for many, whose tiles are others.
-    assert problem.SMALL_M.bit_count() == 1
-    x, w = base["x"], base["weight"]
-    others = [
-        key_of(base, "backward"),
-        key_of(base, dropout=True),
-        *(key_of(inputs_of(**{name: size})) for name, size in {"rows": 129, "k": 72, "n": 72, "r": 9}.items()),
-        key_of(inputs_of(rows=64)),
-        key_of(inputs_of(lora_dtype=FP32)),
-        key_of(inputs_of(dtype=FP32)),
-        key_of({**base, "bias": None}),
-        key_of({**base, "x": x[:1].expand(70, 64)}),
-        key_of({**base, "x": x.t().contiguous().t()}),
-        key_of({**base, "x": torch.cat((x, x[:, :2]), 1)[:, :64]}),
-        key_of({**base, "x": torch.cat((x[0], x.flatten()))[1 : 1 + x.numel()].view(x.shape)}),
-        key_of({**base, "weight": w.t().contiguous().t()}),
-    ]
-    # Of the x's, the two that are not aligned are alike.
-    assert key_of(base) not in others and len(set(others)) == len(others) - 1
-
-
-def test_tensor_float_32_is_measured_for_itself():
-    before = torch.get_float32_matmul_precision()
-    try:
-        keys = set()
-        for precision in ("highest", "high"):
-            torch.set_float32_matmul_precision(precision)
-            keys.add((key_of(inputs_of(dtype=FP32)), key_of(inputs_of())))
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert len({fp32 for fp32, _ in keys}) == 2 and len({bf16 for _, bf16 in keys}) == 1
-
-
-def test_a_second_process_reads_the_first_ones_answer(timer, few, tmp_path):
-    timer.fast = {"^vendor": 1e-6}
-    forward(inputs_of())
-    code = """
-import torch
-import stablelora_kernels as slk
-from stablelora_kernels.dispatch import autotune
-from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.testing import make_inputs
-measured = []
-autotune.measure = lambda run: measured.append(run) or 1.0
-device = "cuda" if torch.cuda.is_available() else "cpu"
-slk.set_backend("triton")
-for rows in (70, 5):
-    inputs = make_inputs((rows, 64), 80, 8, dtype=torch.bfloat16, device=device)
-    lora_linear(*(inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), 1.7)
-    print([choice.kernel for choice in autotune._answers.values()], len(measured) > 0)
-"""
-    assert python(code, STABLELORA_CACHE=str(tmp_path), STABLELORA_AUTOTUNE="1").splitlines() == [
-        "['vendor'] False",
-        "['vendor', 'fused'] True",
-    ]
-    assert {key.split()[1]: entry["kernel"] for key, entry in entries().items()} == {
-        "m<=128": "vendor",
-        "m<=8": "fused",
-    }
-
-
-@pytest.mark.parametrize("what", ["ours", "torch", "triton", "cuda", "gpu"])
-def test_other_versions_and_gpus_are_measured_anew(timer, few, monkeypatch, what):
-    import triton
-
-    forward(inputs_of())
-    measured = len(timer.measured)
-    forget()
-    forward(inputs_of())
-    assert len(timer.measured) == measured and len(files()) == 1
-    forget()
-    if what == "gpu":
-        monkeypatch.setattr(problem, "device_of", lambda device: GPU._replace(processors=1))
-    else:
-        owner, name = {
-            "ours": (autotune, "__version__"),
-            "torch": (torch, "__version__"),
-            "triton": (triton, "__version__"),
-            "cuda": (torch.version, "cuda"),
-        }[what]
-        monkeypatch.setattr(owner, name, "99.0")
-    forward(inputs_of())
-    assert len(timer.measured) == 2 * measured and len(files()) == 2
-
-
-def content(**changes) -> str:
-    """The file's text with other values in it."""
-    return json.dumps({**json.loads(files()[0].read_text()), **changes})
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda: "{ not JSON",
-        lambda: "",
-        lambda: "\x80",
-        lambda: "[]",
-        lambda: "{}",
-        lambda: content(schema=99),
-        lambda: content(made_for={}),
-        lambda: content(entries=[]),
-        lambda: content(entries={"some key": {"kernel": "magic", "tile": None, "reason": ""}}),
-        lambda: content(entries={"some key": {"kernel": "split", "tile": {"BLOCK_M": 1}, "reason": ""}}),
-        lambda: content(entries={"some key": {"kernel": "split", "tile": [1, 2], "reason": ""}}),
-    ],
-)
-def test_a_spoilt_file_is_warned_of_once_and_rewritten(timer, few, spoil):
-    forward(inputs_of())
-    measured = len(timer.measured)
-    (path,) = files()
-    good = path.read_text()
-    path.write_text(spoil(), encoding="latin-1")
-    forget()
-    with pytest.warns(RuntimeWarning) as caught:
-        forward(inputs_of())
-        forward(inputs_of(rows=5))
-    assert len(caught) == 1 and str(path) in str(caught[0].message)
-    assert len(timer.measured) == 3 * measured
-    assert len(entries(path)) == 2
-    assert json.loads(good)["entries"].items() <= entries(path).items()
-
-
-def test_where_nothing_can_be_written_tuning_goes_on_in_memory(timer, few, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("STABLELORA_CACHE", str(tmp_path / "file"))
-    timer.fast = {"^vendor": 1e-6}
-    with pytest.warns(RuntimeWarning, match="can't be kept") as caught:
-        check_all(inputs_of())
-    assert len(caught) == 1 and str(tmp_path / "file" / "tuning") in str(caught[0].message)
-    assert [choice.kernel for choice in autotune._answers.values()] == ["vendor", "vendor"]
-    measured = len(timer.measured)
-    check_all(inputs_of())
-    assert len(timer.measured) == measured
-
-
-def test_writers_keep_each_others_entries(tmp_path):
-    path, entry = tmp_path / "tuning" / "gpu.json", {"kernel": "split", "tile": None, "reason": ""}
-    made_for = {"device": "some GPU"}
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: autotune._write(path, made_for, f"key {i}", {**entry, "reason": str(i)}), range(60)))
-    assert autotune._read(path, made_for) == {f"key {i}": {**entry, "reason": str(i)} for i in range(60)}
-    assert not list(path.parent.glob("*.tmp"))
-
-
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "gpu.json"
-    path.mkdir()
-    forget()
-    with pytest.warns(RuntimeWarning) as caught:
-        autotune._write(path, {}, "key", {"kernel": "split", "tile": None, "reason": ""})
-    assert f"can't be kept in {path}" in str(caught[-1].message)
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_what_another_process_wrote_meanwhile_is_kept_and_used(timer, few):
-    forward(inputs_of())
-    (path,) = files()
-    # The other one's answer for a size that this process did not see when it read the file.
-    few = key_of(inputs_of(rows=5))
-    theirs = {"kernel": "vendor", "tile": None, "reason": "theirs", "microseconds": {}, "skipped": {}}
-    path.write_text(content(entries={**entries(path), few: theirs}))
-    forward(inputs_of(rows=200))
-    assert len(entries(path)) == 3 and entries(path)[few] == theirs
-    measured = len(timer.measured)
-    forward(inputs_of(rows=5))
-    assert len(timer.measured) == measured
-    assert list(autotune._answers.values())[-1] == Choice("vendor", "theirs")
-
-
 # The switch and the timer.
 
 
-def python(code: str, **env: str) -> str:
-    """What ``code`` prints in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if name != "STABLELORA_AUTOTUNE"}
-    done = subprocess.run([sys.executable, "-c", code], env={**environment, **env}, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else done.stderr
-
-
-def test_environment_variable_sets_the_start_value():
-    code = "import stablelora_kernels as slk; print(slk.get_autotune())"
-    assert python(code) == "False"
-    assert python(code, STABLELORA_AUTOTUNE="1") == "True"
-    assert python(code, STABLELORA_AUTOTUNE="0") == "False"
-    message = "ValueError: the environment variable STABLELORA_AUTOTUNE must be one of '0', '1', got 'yes'"
-    assert message in python(code, STABLELORA_AUTOTUNE="yes")
+def test_environment_variable_sets_the_start_value(monkeypatch):
+    monkeypatch.delenv("STABLELORA_AUTOTUNE", raising=False)
+    assert autotune._from_environment() is False
+    for value, on in (("1", True), ("0", False)):
+        monkeypatch.setenv("STABLELORA_AUTOTUNE", value)
+        assert autotune._from_environment() is on
+    message = "ValueError: the environment variable STABLELORA_AUTOTUNE must be '0' or '1', got 'yes'"
+    assert message in printed("import stablelora_kernels.dispatch.autotune", STABLELORA_AUTOTUNE="yes")
 
 
 def test_the_switch():

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import backend
+from tests.helpers.processes import printed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-def python(code: str, **env: str) -> str:
-    """What ``code`` prints in a process of its own."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("STABLELORA_BACKEND", "TRITON_INTERPRET")
-    }
-    done = subprocess.run([sys.executable, "-c", code], env={**environment, **env}, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else done.stderr
 
 
 def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(monkeypatch):
@@ -84,9 +72,9 @@ def test_names():
 
 def test_environment_variable_sets_the_start_value():
     code = "import stablelora_kernels as slk; print(slk.get_backend())"
-    assert python(code) == "auto"
-    assert python(code, STABLELORA_BACKEND="torch") == "torch"
-    assert "STABLELORA_BACKEND must be one of 'auto', 'triton', 'torch', got 'gpu'" in python(
+    assert printed(code) == "auto"
+    assert printed(code, STABLELORA_BACKEND="torch") == "torch"
+    assert "STABLELORA_BACKEND must be one of 'auto', 'triton', 'torch', got 'gpu'" in printed(
         code, STABLELORA_BACKEND="gpu"
     )
 
@@ -144,4 +132,4 @@ assert layer.lora_B.grad.abs().sum() > 0
 print(seconds)
 """
     # A generous bound: the design's half second on a loaded machine.
-    assert float(python(code)) < 0.5
+    assert float(printed(code)) < 0.5

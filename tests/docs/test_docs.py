@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +13,8 @@ import pytest
 
 import stablelora_kernels
 from stablelora_kernels import functional, reference
+from tests.helpers.processes import ROOT, printed
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A block is run unless this is in the line before it.
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
@@ -92,22 +89,13 @@ def test_python_blocks_run(
 def machine_code_of(page: str, directory: Path) -> Any:
     """What the page's ``machine_code`` gives, in a process that compiles: Triton decides at import whether it interprets."""
     file = write_code(ROOT / "docs" / page, directory)
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = f"{directory}:{ROOT}"
     code = f"import json, {file.stem} as page; print(json.dumps(page.machine_code()))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(printed(code, PYTHONPATH=f"{directory}:{ROOT}"))
 
 
 def test_the_example_kernel_compiles(tmp_path: Path) -> None:
     facts = machine_code_of("adding-a-kernel.md", tmp_path)
-    assert {key: facts[key] for key in ("spills", "load_bits", "store_bits", "wide_loads")} == {
-        "spills": 0,
-        "load_bits": 16,
-        "store_bits": 128,
-        "wide_loads": 2,
-    }
+    assert facts.items() >= {"spills": 0, "load_bits": 16, "store_bits": 128, "wide_loads": 2}.items()
 
 
 def test_the_tensor_that_is_followed_meets_these_instructions(tmp_path: Path) -> None:

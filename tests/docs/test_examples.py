@@ -21,11 +21,8 @@ for module in ("transformers", "peft", "accelerate", "safetensors", "tqdm"):
 from safetensors.torch import load_file  # noqa: E402
 
 from examples import finetune, peft_trainer, replace_linear  # noqa: E402
+from tests.helpers.processes import ROOT, needs_gloo  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
-distributed = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
-)
 # 336 numbers train; at this rate pairs latch on both sides of the checkpoint.
 SMALL = ["--steps", "6", "--save-every", "3", "--rank", "3", "--lr", "0.1"]
 LANGUAGE = [*SMALL, "--length", "16", "--batch-size", "8", "--shrink-ratio", "0.2"]
@@ -169,7 +166,7 @@ def alone(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@distributed
+@needs_gloo
 @pytest.mark.parametrize(("first", "then"), [("ddp", "fsdp"), ("fsdp", "ddp")])
 def test_finetune_on_two_processes_resumed_on_four(
     files: list[str], alone: Path, tmp_path: Path, first: str, then: str

@@ -1,4 +1,4 @@
-"""Small pairs with gradients, and looks at all that a step may change, for the optimizer's tests."""
+"""Small pairs with gradients, and everything that a step may change."""
 
 from __future__ import annotations
 
@@ -41,9 +41,13 @@ def set_grads(params: list[torch.Tensor], seed: int, scale: float = 1e-2) -> Non
         p.grad = (scale * (torch.randn(p.shape, generator=generator) + 0.5)).to(p.device, p.dtype)
 
 
+def params_of(optimizer: StableLoRAAdamW) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def snapshot(optimizer: StableLoRAAdamW) -> list[torch.Tensor]:
     """Copies of everything that a step may change."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = params_of(optimizer)
     state = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state[p])]
     return [t.detach().clone() for t in [*params, *state]]
 

@@ -13,8 +13,6 @@ from stablelora_kernels.testing import EPS
 from tests.helpers.small_models import IDS, Model, output
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 QV = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 
@@ -71,15 +69,6 @@ def assert_equal_to_pefts(model):
         )
 
 
-def llama():
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        )
-    )  # fmt: skip
-
-
 def make_base():
     torch.manual_seed(0)
     return Model().eval()
@@ -94,7 +83,7 @@ def low_precision(model, dtype):
     return model
 
 
-def one_layer(dtype, lora_dtype=FP32, rows=96, width=80, **kwargs):
+def one_layer(dtype, lora_dtype=torch.float32, rows=96, width=80, **kwargs):
     torch.manual_seed(0)
     linear = nn.Sequential(nn.Linear(width, width))
     model = low_precision(peft.get_peft_model(linear, config(target_modules=["0"], r=8, **kwargs)), dtype)

@@ -1,31 +1,58 @@
-"""Tests over several processes, which talk over gloo."""
+"""Processes of tests: several that talk over gloo, one that is this test's alone, and fresh ones that run Python code."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.helpers.interpreter import patch_language_once_a_launch
 
+ROOT = Path(__file__).resolve().parents[2]
+needs_gloo = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
+)
 
-def spawn(target: Callable[..., None], world: int, place: Path, *args: Any) -> None:
-    """``target(rank, world, place, *args)`` in ``world`` processes, forked from one that has imported much and run nothing."""
+
+def spawn(target: Callable[..., Any], world: int, directory: Path, *args: Any) -> list[Any]:
+    """What ``target(rank, world, directory, *args)`` returns in each of ``world`` processes.
+
+    They are forked from one that has imported much and run nothing.
+    """
     multiprocessing.set_forkserver_preload([__name__, "torch.distributed.fsdp", "stablelora_kernels"])
-    mp.start_processes(_one_rank, (target, world, str(place), args), nprocs=world, start_method="forkserver")
+    mp.start_processes(_one_rank, (target, world, str(directory), args), nprocs=world, start_method="forkserver")
+    return [torch.load(directory / f"result{rank}of{world}.pt", weights_only=False) for rank in range(world)]
 
 
-def _one_rank(rank: int, target: Callable[..., None], world: int, place: str, args: tuple[Any, ...]) -> None:
+def _one_rank(rank: int, target: Callable[..., Any], world: int, directory: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     patch_language_once_a_launch()
     dist.init_process_group(
-        "gloo", init_method=f"file://{place}/meet{world}{target.__name__}", rank=rank, world_size=world
+        "gloo", init_method=f"file://{directory}/meet{world}{target.__name__}", rank=rank, world_size=world
     )
-    target(rank, world, Path(place), *args)
+    result = target(rank, world, Path(directory), *args)
+    torch.save(result, Path(directory) / f"result{rank}of{world}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """``code`` in a fresh process, which gets none of this one's settings but ``env``."""
+    settings = ("STABLELORA_BACKEND", "STABLELORA_KERNEL", "STABLELORA_AUTOTUNE", "TRITON_INTERPRET")
+    environment = {name: value for name, value in os.environ.items() if name not in settings} | env
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def printed(code: str, **env: str) -> str:
+    """What ``code`` prints in a fresh process, or why it failed."""
+    done = python(code, **env)
+    return done.stdout.strip() if done.returncode == 0 else done.stderr

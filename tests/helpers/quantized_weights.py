@@ -1,30 +1,46 @@
-"""Random weights in 4 and 8 bits, and the oracle's word on what they stand for."""
+"""Layers with weights in 4 and 8 bits: as bitsandbytes and torchao make them, and stand-ins where these are not installed."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
-from stablelora_kernels.reference import fp8_ref, nf4_ref
-from stablelora_kernels.testing import fp8_weight, nf4_weight
-
-__all__ = ["NF4_FIELDS", "Linear4bit", "fp8_linear", "fp8_weight", "nf4_weight", "reference"]
 
 NF4_FIELDS = tuple(field.name for field in fields(NF4Weight))
+N, K = 96, 64
 
 
-def reference(weight: NF4Weight | FP8Weight) -> Tensor:
-    """W in float64."""
-    if isinstance(weight, FP8Weight):
-        return fp8_ref(weight.data, weight.scale)
-    return nf4_ref(**{name: getattr(weight, name) for name in NF4_FIELDS})
+def bnb_4bit(linear: nn.Linear, compute_dtype: torch.dtype | None = torch.float32, **options) -> nn.Linear:
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    options = {"quant_type": "nf4", "compute_dtype": compute_dtype, "bias": linear.bias is not None} | options
+    layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **options)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
 
 
-# Layers as bitsandbytes and torchao make them, for where these are not installed: only what the library looks at.
+def bnb_8bit(linear: nn.Linear) -> nn.Linear:
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def torchao(linear: nn.Linear, config: str) -> nn.Linear:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    quantization.quantize_(linear, getattr(quantization, config)())
+    return linear
+
+
+def torchao_int8(linear: nn.Linear) -> nn.Linear:
+    return torchao(linear, "Int8WeightOnlyConfig")
+
+
+# Stand-ins, with only what the library reads.
 
 
 class QuantState(SimpleNamespace):

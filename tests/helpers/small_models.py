@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch import nn
 
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.nn.linear import LoRALinear
 
 
 class Block(nn.Module):
@@ -41,6 +45,16 @@ class Model(nn.Module):
 IDS = torch.arange(10).view(2, 5)
 
 
+def llama(**changes):
+    """A Llama of two layers, of which ``changes`` replace settings; its values go by torch's seed."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    settings = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | changes))
+
+
 def lora_config(**kwargs):
     return LoRAConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"]} | kwargs)
 
@@ -50,6 +64,13 @@ def fill_b(model):
     with torch.no_grad():
         for layer in lora_layers(model).values():
             layer.lora_B.normal_()
+
+
+def lora_over(base, **kwargs):
+    """The LoRA layer over ``base``, with a branch that is not zero."""
+    layer = LoRALinear.from_linear(base, **{"r": 3, "lora_alpha": 6} | kwargs)
+    nn.init.normal_(layer.lora_B, std=layer.r**-0.5)
+    return layer
 
 
 def trainable(model):
@@ -70,6 +91,15 @@ def assert_untouched(model, before):
     assert modules == before[0]
     assert [(name, id(p), flag) for name, p, flag, _ in parameters] == [(n, id(p), f) for n, p, f, _ in before[1]]
     assert all(torch.equal(now[3], then[3]) for now, then in zip(parameters, before[1], strict=True))
+
+
+@contextmanager
+def refused(model, error, match):
+    """The block raises ``error``, and leaves ``model`` as it was."""
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        yield
+    assert_untouched(model, before)
 
 
 def reasons(report):

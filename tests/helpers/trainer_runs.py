@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import stablelora_kernels as slk
+from tests.helpers import small_models
 
 STEPS = 6
 ROWS, LENGTH, WORDS = 24, 7, 32
@@ -32,11 +33,7 @@ CASES: list[Case] = [
 def llama(kind: str, base_seed: int, adapter_seed: int) -> torch.nn.Module:
     """A tiny Llama with dropout everywhere, and adapters of random A and zero B on q_proj and v_proj."""
     torch.manual_seed(base_seed)
-    config = transformers.LlamaConfig(
-        vocab_size=WORDS, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, attention_dropout=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
+    model = small_models.llama(vocab_size=WORDS, attention_dropout=0.1, pad_token_id=0)
     torch.manual_seed(adapter_seed)
     lora = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
     if kind == "ours":

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
+from tests.helpers.small_models import llama
 
 transformers = pytest.importorskip("transformers", reason="the bench extra brings the trainers")
 accelerate = pytest.importorskip("accelerate", reason="the bench extra brings the trainers")
@@ -14,18 +15,10 @@ peft = pytest.importorskip("peft", reason="the bench extra brings the trainers")
 SHRINK, STEPS = 0.05, 6
 
 
-def llama(kind: str, seed: int = 0) -> torch.nn.Module:
+def adapted(kind: str, seed: int = 0) -> torch.nn.Module:
     """A tiny Llama with adapters on q_proj and v_proj: PEFT's or ours."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model = transformers.LlamaForCausalLM(config)
+    model = llama()
     if kind == "peft":
         return peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
     slk.apply_lora(model, slk.LoRAConfig(r=3, target_modules=["q_proj", "v_proj"]))
@@ -61,18 +54,31 @@ def adapters(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def inner(optimizer) -> slk.StableLoRAAdamW:
+    """Ours, without what a trainer has put around it."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def assert_resumed(optimizer, model, resumed, again) -> None:
+    """The same bits and latches as the run that was not interrupted."""
+    ours, theirs = adapters(model), adapters(again)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    latched = [pair.latched_at for pair in inner(optimizer).stability()]
+    assert latched == [pair.latched_at for pair in inner(resumed).stability()] and any(latched)
+
+
 @pytest.mark.parametrize("via", ["optimizers", "optimizer_cls_and_kwargs"])
 @pytest.mark.parametrize("kind", ["peft", "ours"])
 def test_trainer_shrinks(tmp_path, kind, via):
     """At a learning rate of zero nothing but shrinking changes A, and B stays zero, so that no pair latches."""
-    model = llama(kind)
+    model = adapted(kind)
     before = adapters(model)
     assert len(before) == 8
     trainer = trained(tmp_path, model, {"lr": 0.0, "shrink_ratio": SHRINK}, via)
     for name, after in adapters(model).items():
         expected = before[name] * (1 - SHRINK) ** STEPS
         assert torch.allclose(after, expected, rtol=1e-5, atol=0), name
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = inner(trainer.optimizer)
     assert isinstance(optimizer, slk.StableLoRAAdamW) and len(optimizer.pairs) == 4
 
 
@@ -80,7 +86,7 @@ def test_trainer_shrinks(tmp_path, kind, via):
 def test_trainer_trains_as_a_plain_loop(tmp_path, kind):
     """The very steps of a loop by hand over the Trainer's own batches, learning rates of its schedule included."""
     settings = {"lr": 1e-2, "shrink_ratio": SHRINK}
-    model, by_hand = llama(kind), llama(kind)
+    model, by_hand = adapted(kind), adapted(kind)
     trainer = trained(tmp_path, model, settings, "optimizer_cls_and_kwargs", lr_scheduler_type="linear")
     optimizer = slk.StableLoRAAdamW.from_model(by_hand, **settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
@@ -92,7 +98,7 @@ def test_trainer_trains_as_a_plain_loop(tmp_path, kind):
         optimizer.zero_grad()
     ours, theirs = adapters(by_hand), adapters(model)
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-7) for name in ours)
-    plain = llama(kind)
+    plain = adapted(kind)
     trained(tmp_path, plain, {"lr": 1e-2, "shrink_ratio": 0.0}, "optimizers", lr_scheduler_type="linear")
     norms = [sum(p.norm() for name, p in adapters(m).items() if "lora_A" in name) for m in (model, plain)]
     assert norms[0] < 0.9 * norms[1]
@@ -103,12 +109,12 @@ def test_trainer_resumes_exactly(tmp_path, kind):
     """Stopped after half of its steps and begun again from the checkpoint: the bits, moments and latches of one run."""
     # At this rate pairs latch before and behind the checkpoint.
     settings = {"lr": 0.1, "shrink_ratio": SHRINK}
-    whole = llama(kind)
+    whole = adapted(kind)
     one = trained(
         tmp_path / "a", whole, settings, "optimizer_cls_and_kwargs", save_strategy="steps", save_steps=STEPS // 2
     )
-    again = llama(kind, seed=9)
-    start = {name: value for name, value in llama(kind).state_dict().items() if "lora_" not in name}
+    again = adapted(kind, seed=9)
+    start = {name: value for name, value in adapted(kind).state_dict().items() if "lora_" not in name}
     again.load_state_dict(start, strict=False)
     trainer = transformers.Trainer(
         model=again,
@@ -117,27 +123,21 @@ def test_trainer_resumes_exactly(tmp_path, kind):
         optimizer_cls_and_kwargs=(slk.StableLoRAAdamWFactory, settings),
     )
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{STEPS // 2}"))
-    ours, theirs = adapters(whole), adapters(again)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    first, second = (getattr(t.optimizer, "optimizer", t.optimizer) for t in (one, trainer))
-    latched = [pair.latched_at for pair in first.stability()]
-    assert latched == [pair.latched_at for pair in second.stability()] and any(latched)
+    assert_resumed(one.optimizer, whole, trainer.optimizer, again)
 
 
 def test_names_that_were_lost_are_an_error(tmp_path):
     """The Trainer gives a class unnamed groups: that is refused, and so is a factory used as a class."""
-    model = llama("peft")
+    model = adapted("peft")
     before = adapters(model)
-    for cls, message in ((slk.StableLoRAAdamW, "without a name"), (slk.StableLoRAAdamWFactory, "optimizers=")):
-        if cls is slk.StableLoRAAdamWFactory:
-            with pytest.raises(TypeError, match=message):
-                cls([{"params": list(model.parameters())}], lr=1e-3)
-            continue
-        trainer = transformers.Trainer(
-            model=model, args=arguments(tmp_path), train_dataset=texts(), optimizer_cls_and_kwargs=(cls, {"lr": 1e-3})
-        )
-        with pytest.raises(TypeError, match=message):
-            trainer.train()
+    with pytest.raises(TypeError, match="optimizers="):
+        slk.StableLoRAAdamWFactory([{"params": list(model.parameters())}], lr=1e-3)
+    given = (slk.StableLoRAAdamW, {"lr": 1e-3})
+    trainer = transformers.Trainer(
+        model=model, args=arguments(tmp_path), train_dataset=texts(), optimizer_cls_and_kwargs=given
+    )
+    with pytest.raises(TypeError, match="without a name"):
+        trainer.train()
     assert all(torch.equal(before[name], after) for name, after in adapters(model).items())
 
 
@@ -152,7 +152,7 @@ def test_accelerate(tmp_path, kind):
 
     def prepared(seed: int):
         accelerator = accelerate.Accelerator(cpu=True)
-        model = llama(kind, seed)
+        model = adapted(kind, seed)
         optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.1, shrink_ratio=SHRINK)
         return (accelerator, *accelerator.prepare(model, optimizer))
 
@@ -173,15 +173,12 @@ def test_accelerate(tmp_path, kind):
     other, again, resumed = prepared(5)
     other.load_state(str(tmp_path))
     steps(other, again, resumed, rows[3:])
-    ours, theirs = adapters(model), adapters(again)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    latched = [pair.latched_at for pair in optimizer.optimizer.stability()]
-    assert latched == [pair.latched_at for pair in resumed.optimizer.stability()] and any(latched)
+    assert_resumed(optimizer, model, resumed, again)
 
 
 def test_accelerate_shrinks():
     accelerator = accelerate.Accelerator(cpu=True)
-    model = llama("peft")
+    model = adapted("peft")
     before = adapters(model)
     model, optimizer = accelerator.prepare(model, slk.StableLoRAAdamW.from_model(model, lr=0.0, shrink_ratio=SHRINK))
     for row in texts()[:3]:

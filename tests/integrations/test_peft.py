@@ -8,19 +8,9 @@ from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.testing import EPS
-from tests.helpers.peft_models import (
-    FP32,
-    assert_equal_to_pefts,
-    calls,
-    config,
-    grads,
-    llama,
-    make,
-    make_base,
-    one_layer,
-    peft,
-)
-from tests.helpers.small_models import IDS, output
+from tests.helpers.inputs import FP32
+from tests.helpers.peft_models import assert_equal_to_pefts, calls, config, grads, make, make_base, one_layer, peft
+from tests.helpers.small_models import IDS, llama, output
 
 lora = peft.tuners.lora
 
@@ -174,7 +164,7 @@ def test_scaling_is_read_at_each_call(backend):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_gradient_checkpointing(reentrant, p, backend):
-    model = make(model=llama(), lora_dropout=p).train()
+    model = make(model=llama(pad_token_id=0), lora_dropout=p).train()
     model.enable_input_require_grads()
     slk.accelerate_peft(model)
     ids = torch.arange(12).view(2, 6)
@@ -191,7 +181,7 @@ def test_gradient_checkpointing(reentrant, p, backend):
 
 
 def test_generate(backend, monkeypatch):
-    model = make(("more", {}), model=llama())
+    model = make(("more", {}), model=llama(pad_token_id=0))
     ids = torch.tensor([[1, 5, 7], [1, 9, 3]])
     options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
     modes = ({}, {"num_beams": 2}, {"adapter_names": ["more", "__base__"]})

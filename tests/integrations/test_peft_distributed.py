@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import stablelora_kernels as slk
-from tests.helpers.processes import spawn
+from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import Model
 from tests.optim.test_sharding import compare, fit, results_of
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
-)
+pytestmark = needs_gloo
 
 
-def train(rank: int, world: int) -> dict[str, Any]:
+def train(rank: int, world: int, place: Path | None = None) -> dict[str, Any]:
     from stablelora_kernels.integrations import peft_layers
 
     torch.manual_seed(0)
@@ -45,12 +41,7 @@ def train(rank: int, world: int) -> dict[str, Any]:
     return results_of(model, optimizer)
 
 
-def one_rank(rank: int, world: int, place: Path) -> None:
-    torch.save(train(rank, world), place / f"{rank}.pt")
-
-
 def test_fsdp2(tmp_path: Path) -> None:
-    spawn(one_rank, 2, tmp_path)
     alone = train(0, 1)
-    for rank in range(2):
-        compare(torch.load(tmp_path / f"{rank}.pt"), alone)
+    for found in spawn(train, 2, tmp_path):
+        compare(found, alone)

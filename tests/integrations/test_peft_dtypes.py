@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.testing import assert_no_worse
-from tests.helpers.peft_models import BF16, FP16, FP32, calls, one_layer
+from tests.helpers.inputs import BF16, DTYPES, FP16, FP32
+from tests.helpers.oracle import check_all, layer_oracle, run_layer
+from tests.helpers.peft_models import calls, one_layer
 
 
 class Copies(torch.utils._python_dispatch.TorchDispatchMode):
@@ -40,7 +41,7 @@ def test_float32_adapters_without_a_float32_copy_of_the_activations(dtype, backe
     assert model.base_model.model[0].lora_A["default"].weight.grad.dtype == FP32
 
 
-@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16)], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_error_against_float64_is_pefts(dtypes, autocast, backend):
     """Of PEFT's own forward in the dtype of the products: where PEFT computes the branch in float32, that is autocast."""
@@ -49,27 +50,15 @@ def test_error_against_float64_is_pefts(dtypes, autocast, backend):
     model, x = one_layer(*dtypes)
     low = BF16 if autocast else dtypes[0]
     layer = model.base_model.model[0]
+    pair, base = (layer.lora_A["default"].weight, layer.lora_B["default"].weight), layer.base_layer
     grad = torch.randn(x.shape).to(low)
-
-    def run(model, x, lower=False):
-        model.zero_grad()
-        with torch.autocast("cpu", low, enabled=autocast or lower):
-            y = model(x)
-        weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-        return y, *torch.autograd.grad(y, (x, *weights), grad.to(y.dtype))
-
-    eager = run(model, x, lower=low != FP32 and dtypes[1] == FP32)
+    lower = low != FP32 and dtypes[1] == FP32
+    eager = run_layer(torch.autocast("cpu", low, enabled=autocast or lower)(model), x, pair, grad)
     slk.accelerate_peft(model)
-    found = run(model, x)
-    a, b = (layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double())
-    w, bias = layer.base_layer.weight.double(), layer.base_layer.bias.double()
-    ref = slk.reference.lora_linear_grads_ref(grad.double(), x.double(), w, a, b, layer.scaling["default"])
-    y = slk.reference.lora_linear_ref(x.double(), w, bias, a, b, layer.scaling["default"])
-    for name, mine, theirs, exact in zip(
-        ("Y", "dX", "dA", "dB"), found, eager, (y, ref["dX"], ref["dA"], ref["dB"]), strict=True
-    ):
-        assert_no_worse(mine.detach(), exact.detach(), theirs.detach(), dtype=low, name=name)
-    assert found[0].dtype == (low if autocast else dtypes[0])
+    found = run_layer(torch.autocast("cpu", low, enabled=autocast)(model), x, pair, grad)
+    ref = layer_oracle(x, base.weight, base.bias, pair, grad, layer.scaling["default"])
+    check_all(found, ref, eager, low)
+    assert found["Y"].dtype == (low if autocast else dtypes[0])
 
 
 def test_adapters_that_do_not_fit_are_pefts_own(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -11,41 +12,14 @@ from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels import quantized
-from stablelora_kernels.testing import EPS, assert_no_worse
-from tests.helpers.peft_models import BF16, FP16, FP32, calls, config
+from stablelora_kernels.testing import EPS
+from tests.helpers.inputs import BF16, FP16, FP32
+from tests.helpers.oracle import check_all, layer_oracle, run_layer
+from tests.helpers.peft_models import calls, config
+from tests.helpers.quantized_weights import K, N, bnb_4bit, bnb_8bit, torchao, torchao_int8
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*")
-N, K = 96, 64
-
-
-def bnb_4bit(linear, compute_dtype=FP32, **kwargs):
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    kwargs = {"quant_type": "nf4", "compute_dtype": compute_dtype, "bias": linear.bias is not None} | kwargs
-    layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **kwargs)
-    layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")
-
-
-def bnb_8bit(linear):
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
-    layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")
-
-
-def torchao(linear, config):
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    quantization.quantize_(linear, getattr(quantization, config)())
-    return linear
-
-
-def torchao_int8(linear):
-    return torchao(linear, "Int8WeightOnlyConfig")
-
-
-def torchao_fp8(linear):
-    return torchao(linear, "Float8WeightOnlyConfig")
 
 
 def wrap(base, **kwargs):
@@ -63,39 +37,26 @@ def make(quantize=bnb_4bit, dtype=FP32, bias=True, r=3, lora=None, **kwargs):
     return model, model.base_model.model[0]
 
 
-def bf16_4bit(**kwargs):
-    """bitsandbytes casts its bias in the first call, and that call is its own."""
-    model, layer = make(compute_dtype=BF16, dtype=BF16, **kwargs)
-    return model, layer
-
-
-def run(model, x, grad, autocast=None, names=("A", "B")):
-    """Y, dX, dA and dB of one adapter."""
-    layer = model.base_model.model[0]
-    weights = [getattr(layer, f"lora_{half}")["default"].weight for half in names]
-    with torch.autocast("cpu", autocast or BF16, enabled=autocast is not None):
-        y = model(x)
-    return [y.detach(), *torch.autograd.grad(y, (x, *weights), grad.to(y.dtype))]
+def assert_close(found, expected, dtype=FP32):
+    """Up to rounding of the largest element."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=16 * EPS[dtype] * expected.abs().max().item())
 
 
 def assert_no_worse_than_peft(model, layer, x, low, autocast=None, lower=False):
     """Against float64, with PEFT's own error as the bound; ``lower``: of PEFT under autocast to ``low``."""
     grad = torch.randn(*x.shape[:-1], N).to(low)
+    pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+
+    def run(dtype):
+        return run_layer(torch.autocast("cpu", dtype or BF16, enabled=dtype is not None)(model), x, pair, grad)
+
     slk.restore_peft(model)
-    eager = run(model, x, grad, low if lower else autocast)
+    eager = run(low if lower else autocast)
     slk.accelerate_peft(model, strict=True)
-    found = run(model, x, grad, autocast)
-    w = quantized.read(layer.base_layer.weight).dequantize(torch.float64)
-    a, b = (getattr(layer, f"lora_{half}")["default"].weight.double() for half in "AB")
-    bias = None if layer.base_layer.bias is None else layer.base_layer.bias.double()
-    s = layer.scaling["default"]
-    y = slk.reference.lora_linear_ref(x.double(), w, bias, a, b, s)
-    ref = slk.reference.lora_linear_grads_ref(grad.double(), x.double(), w, a, b, s)
-    for name, mine, theirs, exact in zip(
-        ("Y", "dX", "dA", "dB"), found, eager, (y, ref["dX"], ref["dA"], ref["dB"]), strict=True
-    ):
-        assert mine.dtype == theirs.dtype or lower
-        assert_no_worse(mine, exact.detach(), theirs, dtype=low, name=name)
+    found = run(autocast)
+    weight = quantized.read(layer.base_layer.weight).dequantize(torch.float64)
+    check_all(found, layer_oracle(x, weight, layer.base_layer.bias, pair, grad, layer.scaling["default"]), eager, low)
+    assert lower or all(value.dtype == eager[name].dtype for name, value in found.items())
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -124,7 +85,7 @@ def test_rows_so_many_that_the_weight_is_dequantized_first(dtype):
 @pytest.mark.parametrize("x_dtype", [FP32, BF16])
 def test_autocast_to_what_the_layer_computes_in(x_dtype, backend, monkeypatch):
     """As Hugging Face's trainer has it: float32 activations, compute_dtype bfloat16. The layer returns x's dtype."""
-    model, layer = bf16_4bit()
+    model, layer = make(compute_dtype=BF16, dtype=BF16)
     x = torch.randn(37, K).to(x_dtype).requires_grad_()
     model(x)
     assert_no_worse_than_peft(model, layer, x, BF16, autocast=BF16)
@@ -137,7 +98,7 @@ def test_autocast_to_what_the_layer_computes_in(x_dtype, backend, monkeypatch):
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("bias", [True, False])
 def test_float8_is_read_by_the_kernels(bias, dtype, backend, monkeypatch):
-    model, layer = make(torchao_fp8, dtype, bias)
+    model, layer = make(partial(torchao, config="Float8WeightOnlyConfig"), dtype, bias)
     x = torch.randn(37, K).to(dtype).requires_grad_()
     assert_no_worse_than_peft(model, layer, x, dtype, lower=dtype != FP32)
     count = calls(monkeypatch)
@@ -189,11 +150,10 @@ def test_what_only_the_layer_itself_computes(case, backend, monkeypatch):
     count = calls(monkeypatch)
     found = model(x)
     assert count == {"lora_branch": 1} and found.dtype == expected.dtype
-    atol = 16 * EPS[FP32] * expected.abs().max().item()
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    assert_close(found, expected)
     if case in ("compute_dtype not chosen yet", "bias in another dtype") and backend == "triton":
         # The layer has made up its mind now.
-        torch.testing.assert_close(model(x), expected, rtol=0, atol=atol)
+        assert_close(model(x), expected)
         assert count == {"lora_branch": 1, "lora_linear": 1}
 
 
@@ -227,7 +187,7 @@ def test_several_adapters_lora_bias_disabled_and_merged(backend, monkeypatch):
         slk.restore_peft(model)
         expected = model(x)
         slk.accelerate_peft(model)
-        torch.testing.assert_close(found, expected, rtol=0, atol=16 * EPS[FP32] * expected.abs().max().item())
+        assert_close(found, expected)
     assert count == ({"lora_linear": 4, "lora_branch": 2} if backend == "triton" else {"lora_branch": 6})
     before = sum(count.values())
     with model.disable_adapter():
@@ -249,7 +209,7 @@ def test_merging_replaces_what_is_read(backend):
     found = model(x)
     slk.restore_peft(model)
     expected = model(x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=16 * EPS[FP32] * expected.abs().max().item())
+    assert_close(found, expected)
     assert not torch.equal(found, first)
 
 
@@ -310,20 +270,13 @@ def test_quantized_otherwise_the_base_computes_its_product(quantize, dtype, back
     model, layer = make(quantize, dtype, r=2, lora={"lora_dropout": 0.1})
     model.eval()
     x = torch.randn(70, K).to(dtype).requires_grad_()
-    names = [f"0.lora_{half}.default.weight" for half in "AB"]
-    weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-
-    def gradients():
-        y = model(x)
-        return dict(zip(("Y", "dX", *names), (y.detach(), *torch.autograd.grad(y.sum(), (x, *weights))), strict=True))
-
-    expected = gradients()
+    pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    expected = run_layer(model, x, pair, torch.ones(70, N))
     count = calls(monkeypatch)
     assert [m.adapter for m in slk.accelerate_peft(model, strict=True).replaced] == ["default"]
-    for name, value in gradients().items():
+    for name, value in run_layer(model, x, pair, torch.ones(70, N)).items():
         assert value.dtype == expected[name].dtype
-        atol = 16 * EPS[dtype] * expected[name].abs().max().item()
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=atol)
+        assert_close(value, expected[name], dtype)
     assert count == {"lora_branch": 1}
 
 
@@ -338,7 +291,7 @@ def test_mixed_batches(quantize, dtype, backend, monkeypatch):
         mixed = model.eval()(x, adapter_names=names)
         slk.accelerate_peft(model)
         found = model(x, adapter_names=names)
-    torch.testing.assert_close(found, mixed, rtol=0, atol=16 * EPS[dtype] * mixed.abs().max().item())
+    assert_close(found, mixed, dtype)
     assert count == {"lora_branch": 1}
     twin = copy.deepcopy(model)
     slk.restore_peft(model)

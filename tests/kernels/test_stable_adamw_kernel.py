@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from stablelora_kernels.dispatch.backend import use_backend
 from stablelora_kernels.optim import stochastic_rounding as rounding
-from stablelora_kernels.optim import torch_engine as ops
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef, stochastic_round_ref
 from stablelora_kernels.reference.optimizer import mix32, rounding_key_ref, rounding_noise_ref
+from tests.helpers.launches import count_launches
+from tests.helpers.processes import printed
+from tests.helpers.steps import decide_on_device, latches
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from stablelora_kernels.kernels.stable_adamw import tables  # noqa: E402
 from stablelora_kernels.kernels.stable_adamw.elementwise import stochastic_round  # noqa: E402
-from stablelora_kernels.launch.base import launch_counts  # noqa: E402
 from stablelora_kernels.launch.stable_adamw import square_sums  # noqa: E402
 from stablelora_kernels.optim.triton_engine import TritonStep  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = [torch.bfloat16, torch.float16]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,10 +171,9 @@ def test_mixed_parameters_in_one_launch(monkeypatch: pytest.MonkeyPatch, chunk: 
         for step in range(3):
             set_grads(params, step)
             oracle.step({exact[name]: p.grad.double() for name, p in named})
-            before = launch_counts.copy()
-            optimizer.step()
-            if step:
-                assert launch_counts - before == {"_stable_adamw_kernel": 1}
+            with count_launches() as made:
+                optimizer.step()
+            assert not step or made == {"_stable_adamw_kernel": 1}
     for name, p in named:
         got, ref = p.detach().double(), exact[name]
         eps = torch.finfo(p.dtype).eps
@@ -187,7 +182,7 @@ def test_mixed_parameters_in_one_launch(monkeypatch: pytest.MonkeyPatch, chunk: 
         assert got.numel() == 0 or (got - ref).abs().max().item() <= bound, name
         assert got.numel() == 0 or not torch.equal(ref, start[name])
         assert optimizer.state[p]["step"].item() == 3
-    assert {s.name: s.latched_at for s in optimizer.stability()} == oracle.latched_at
+    assert latches(optimizer) == oracle.latched_at
     assert None in oracle.latched_at.values() and 1 in oracle.latched_at.values()
 
 
@@ -220,10 +215,9 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = StableLoRAAdamW(named, lr=1e-3)
 
     def launches() -> dict[str, int]:
-        before = launch_counts.copy()
-        with use_backend("triton"):
+        with use_backend("triton"), count_launches() as made:
             optimizer.step()
-        return dict(launch_counts - before)
+        return made
 
     step, sums = {"_stable_adamw_kernel": 1}, {"_square_sums_kernel": 1}
     set_grads(params, 0)
@@ -269,17 +263,11 @@ def test_sums_kept_from_the_step_before_are_those_measured(monkeypatch: pytest.M
 
 
 def test_the_device_side_of_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the PyTorch path does on a GPU, where it may not look: here on whatever device there is."""
-    original = ops.TorchStep.__init__
-
-    def never_on_host(self, *args) -> None:
-        original(self, *args)
-        self.on_host = False
-
+    """The PyTorch path as on a GPU, where it must not wait for a value: here on whatever device there is."""
     results = []
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(ops.TorchStep, "__init__", never_on_host)
+            decide_on_device(monkeypatch)
         named = mixed_parameters()
         params = [p for _, p in named]
         optimizer = StableLoRAAdamW(named, lr=4e-2, shrink_ratio=0.01, max_grad_norm=2.0, seed=1)
@@ -296,8 +284,7 @@ def test_the_device_side_of_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> N
                     del optimizer.grad_scale, optimizer.found_inf
         results.append((optimizer, params))
     (host, host_params), (device, device_params) = results
-    latched = [s.latched_at for s in host.stability()]
-    assert latched == [s.latched_at for s in device.stability()] and any(latched)
+    assert latches(host) == latches(device) and any(latches(host).values())
     for p, q in zip(host_params, device_params, strict=True):
         eps = torch.finfo(p.dtype).eps
         torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6 if p.dtype is torch.float32 else 8 * eps)
@@ -307,30 +294,19 @@ def test_the_device_side_of_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> N
 # Machine code
 
 
-def without_interpreter() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-
-
 def test_compiles_for_gpus_that_are_not_here() -> None:
     # The common case, float32 alone and aligned, everywhere, and bfloat16 and all variants at once for the H100.
     float32, bfloat16, everything = 2, 8, 63
     wanted = [("cuda:80", float32), ("cuda:100", float32), ("hip:gfx942", float32)]
     wanted += [("cuda:90", variants) for variants in (float32, bfloat16, everything)]
-    command = [
-        sys.executable,
-        "-m",
-        "tests.helpers.compile_stable_adamw",
-        *(f"{name}/{variants}" for name, variants in wanted),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=without_interpreter(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = dict(zip(wanted, map(json.loads, done.stdout.splitlines()), strict=True))
+    code = f"from tests.helpers.compile_stable_adamw import main\nfor each in {wanted}: main(*each)"
+    results = dict(zip(wanted, map(json.loads, printed(code).splitlines()), strict=True))
     assert "hsaco" in results["hip:gfx942", float32]["kinds"]
     # 4096 elements by 256 threads are four 16-byte vectors of float32 a thread; p, g, m and v are read, all but g written.
     for arch in ("cuda:80", "cuda:90", "cuda:100"):
-        assert results[arch, float32]["step"].items() >= {"ld128": 16, "st128": 12, "spilled": 0}.items()
+        assert results[arch, float32]["step"].items() >= {"ld128": 16, "st128": 12, "spills": False}.items()
         assert results[arch, float32]["sums"] == {"ld128": 4}
-    assert results["cuda:90", bfloat16]["step"].items() >= {"ld128": 12, "st128": 10, "spilled": 0}.items()
+    assert results["cuda:90", bfloat16]["step"].items() >= {"ld128": 12, "st128": 10, "spills": False}.items()
 
 
 def test_the_optimizer_works_without_triton() -> None:
@@ -344,8 +320,6 @@ optimizer = optim.StableLoRAAdamW([("q.lora_A", A), ("q.lora_B", B)], lr=0.0, sh
 A.grad = torch.ones_like(A)
 optimizer.step()
 assert A.eq(0.5).all(), A
+print("done")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=without_interpreter(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    assert printed(code) == "done"

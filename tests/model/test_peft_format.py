@@ -14,7 +14,7 @@ from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.save_load import CONFIG_NAME, load_adapter, save_adapter
 from stablelora_kernels.nn.linear import LoRALinear
-from tests.helpers.small_models import Model, fill_b, output, trainable
+from tests.helpers.small_models import Model, fill_b, llama, output, trainable
 
 pytest.importorskip("safetensors.torch", reason="safetensors is not installed (pip install .[test])")
 
@@ -30,22 +30,11 @@ class Small(Model):
         return self.score(super().forward(ids).flatten(0, -2))
 
 
-def llama(tied: bool = False):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
-    config = transformers.LlamaConfig(
-        vocab_size=16,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attention_bias=True,
-        tie_word_embeddings=tied,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-MODELS = {"torch": Small, "llama": llama, "tied llama": lambda: llama(tied=True)}
+MODELS = {
+    "torch": Small,
+    "llama": lambda: llama(attention_bias=True),
+    "tied llama": lambda: llama(attention_bias=True, tie_word_embeddings=True),
+}
 
 
 def make(kind):

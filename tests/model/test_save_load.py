@@ -17,7 +17,7 @@ from stablelora_kernels.model.merge import merge_lora, remove_lora
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.save_load import CONFIG_NAME, WEIGHTS_NAME, load_adapter, save_adapter
 from stablelora_kernels.nn.linear import LoRALinear
-from tests.helpers.small_models import Model, assert_untouched, fill_b, lora_config, output, snapshot
+from tests.helpers.small_models import Model, fill_b, lora_config, output, refused
 
 safetensors_torch = pytest.importorskip(
     "safetensors.torch", reason="safetensors is not installed (pip install .[test])"
@@ -260,10 +260,8 @@ CONFIG_ERRORS = [
 def test_tensors_that_do_not_fit(saved, model, has_lora, change, message):
     edit_tensors(saved, change)
     target = model if has_lora else fresh()
-    before = snapshot(target)
-    with pytest.raises(ValueError, match=message):
+    with refused(target, ValueError, message):
         load_adapter(target, saved)
-    assert_untouched(target, before)
 
 
 @pytest.mark.parametrize("has_lora", [False, True])
@@ -271,10 +269,8 @@ def test_tensors_that_do_not_fit(saved, model, has_lora, change, message):
 def test_a_config_that_does_not_fit(saved, model, has_lora, changes, message):
     edit_config(saved, **changes)
     target = model if has_lora else fresh()
-    before = snapshot(target)
-    with pytest.raises(ValueError, match=message):
+    with refused(target, ValueError, message):
         load_adapter(target, saved)
-    assert_untouched(target, before)
 
 
 @pytest.mark.parametrize(
@@ -284,18 +280,13 @@ def test_a_config_that_does_not_fit(saved, model, has_lora, changes, message):
         ({"lora_alpha": 8}, "lora_alpha of 'layers.0.q_proj' is 16 in the model, got 8 in "),
         ({"use_rslora": True}, "use_rslora of 'layers.0.q_proj' is False in the model, got True in "),
         ({"bias": "all"}, "bias is 'none' in the model, got 'all' in "),
-        (
-            {"modules_to_save": ["norm"]},
-            r"modules_to_save is \[\] in the model, got \['layers.0.norm', 'layers.1.norm'\] in",
-        ),
+        ({"modules_to_save": ["norm"]}, r"modules_to_save is \[\] in the model, got \['layers.0.norm', 'layers.1.norm'\] in"),
     ],
-)
+)  # fmt: skip
 def test_a_config_that_is_not_the_models(saved, model, changes, message):
     edit_config(saved, **changes)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=message):
+    with refused(model, ValueError, message):
         load_adapter(model, saved)
-    assert_untouched(model, before)
 
 
 def test_a_config_that_names_other_layers(saved):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.save_load import CONFIG_NAME, WEIGHTS_NAME
-from tests.helpers.processes import spawn
-from tests.helpers.small_models import IDS, Model, assert_untouched, lora_config, snapshot
+from tests.helpers.processes import needs_gloo, spawn
+from tests.helpers.small_models import IDS, Model, lora_config, refused
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
-)
+pytestmark = needs_gloo
 # A saved module, trained biases and an odd rank: every kind of tensor that a file holds, cut unevenly.
 CONFIG = {"r": 3, "modules_to_save": ["lm_head"], "bias": "lora_only"}
 
@@ -129,14 +125,7 @@ def test_a_saved_module_that_is_wrapped_itself(tmp_path: Path) -> None:
     assert files(tmp_path / "wrapped") == files(tmp_path / "alone")
 
 
-@pytest.fixture
-def group_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_lora_comes_before_what_would_not_know_it(tmp_path: Path, group_of_one) -> None:
+def test_lora_comes_before_what_would_not_know_it(tmp_path: Path, mesh) -> None:
     slk.save_adapter(make(), tmp_path)
     data_parallel, parts, sharded = Model(), with_parts(Model(), compile_), shard(Model(), blocks=True)
     for model, message in (
@@ -144,15 +133,13 @@ def test_lora_comes_before_what_would_not_know_it(tmp_path: Path, group_of_one) 
         (parts, r"LoRA before parts of it are compiled or wrapped, got layers.0, layers.1 wrapped"),
         (sharded, "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it"),
     ):
-        before = snapshot(model)
-        with pytest.raises(ValueError, match=message):
+        with refused(model, ValueError, message):
             slk.load_adapter(model, tmp_path)
-        assert_untouched(model, before)
     with pytest.raises(ValueError, match="LoRA before DistributedDataParallel is around it"):
         slk.apply_lora(DistributedDataParallel(data_parallel), lora_config())
 
 
-def test_what_is_refused(tmp_path: Path, group_of_one) -> None:
+def test_what_is_refused(tmp_path: Path, mesh) -> None:
     slk.save_adapter(make(), tmp_path / "adapter")
     flat = FullyShardedDataParallel(make(bias="none"), use_orig_params=True, device_id=torch.device("cpu"))
     part = make()

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import stablelora_kernels as slk
 from stablelora_kernels.nn import projection_group
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
-from tests.helpers.small_models import Model, fill_b, lora_config, trainable
+from tests.helpers.oracle import bytes_held
+from tests.helpers.small_models import Model, fill_b, llama, lora_config, trainable
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
 # Above 64 tokens, below which projections are computed one by one.
@@ -25,31 +25,24 @@ IDS = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def llama():
+def make_llama():
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=50, attn_implementation="eager",
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def ours(fused, dropout=0.0, **kwargs):
-    model = llama()
+    model = llama(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=50)
     torch.manual_seed(1)
-    report = slk.apply_lora(
-        model, slk.LoRAConfig(r=4, target_modules=TARGETS, lora_dropout=dropout, **kwargs), fuse_projections=fused
-    )
-    torch.manual_seed(2)
+    return model
+
+
+def ours(fused, dropout=0.0):
+    model = make_llama()
+    config = slk.LoRAConfig(r=4, target_modules=TARGETS, lora_dropout=dropout)
+    report = slk.apply_lora(model, config, fuse_projections=fused)
     fill_b(model)
     return model.train(), report
 
 
-def theirs(fused, dropout=0.0, **kwargs):
-    model = llama()
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, target_modules=TARGETS, lora_dropout=dropout, init_lora_weights=False, **kwargs)
-    model = peft.get_peft_model(model, config)
+def theirs(fused, dropout=0.0):
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, lora_dropout=dropout, init_lora_weights=False)
+    model = peft.get_peft_model(make_llama(), config)
     return model.train(), slk.accelerate_peft(model, fuse_projections=fused)
 
 
@@ -237,7 +230,7 @@ def test_several_adapters_disabling_and_restoring(calls):
 def test_load_adapter_fuses_too(tmp_path, calls):
     model = ours(False)[0]
     slk.save_adapter(model, tmp_path)
-    other = llama()
+    other = make_llama()
     report = slk.load_adapter(other, tmp_path, fuse_projections=True)
     assert "2 x (q_proj, k_proj, v_proj)" in report.notes[-1]
     assert_same(step(other.train()), step(model))
@@ -381,27 +374,17 @@ def test_errors_are_the_layers_own():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_no_more_is_saved_for_backward(dropout, backend):
-    """What autograd keeps, counted by storage: X once, each S, seeds or masks; as without."""
-    from benchmarks.lab.traffic.group import Group, saved
+    """The bytes that autograd keeps, by storage: X once, each S, seeds or masks; as without."""
 
     def kept(fused):
         torch.manual_seed(0)
         model = nn.ModuleDict({"self_attn": Attention()})
         config = slk.LoRAConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=dropout)
         slk.apply_lora(model, config, fuse_projections=fused)
-        model.train()
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        storages = {}
-
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = model["self_attn"](torch.randn(70, 16, requires_grad=True))
-        assert len(outputs) == 3
-        return sum(size for pointer, size in storages.items() if pointer not in own)
+        x = torch.randn(70, 16, requires_grad=True)
+        return bytes_held(lambda: model.train()["self_attn"](x), model.parameters())
 
     assert kept(True) == kept(False)
     if backend == "triton":
-        assert kept(True) == saved(Group(70, (24, 8, 8), 16, 2, dropout, torch.float32))
+        # X and three S in float32, and a seed for each mask.
+        assert kept(True) == 4 * 70 * (16 + 3 * 2) + (3 * 8 if dropout else 0)

@@ -13,7 +13,9 @@ from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.quantized import is_quantized, read
-from tests.helpers.quantized_weights import Linear4bit, fp8_linear, fp8_weight, nf4_weight
+from stablelora_kernels.testing import fp8_weight, nf4_weight
+from tests.helpers.oracle import run_layer
+from tests.helpers.quantized_weights import Linear4bit, bnb_4bit, fp8_linear, torchao
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LAYERS = {
@@ -59,20 +61,17 @@ def test_from_linear_shares_freezes_and_starts_at_the_base(kind):
     assert type(base.weight).__name__ in repr(layer)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_forward_and_gradients_are_the_functions(kind, backend):
     _, layer = lora(kind)
     inputs, compute = dtype_of(kind), FP32 if kind == "nf4 in the input's dtype" else BF16
     x = torch.randn(70, 64, dtype=inputs, requires_grad=True)
     args = (read(layer.weight), None if layer.bias is None else layer.bias.to(compute), layer.lora_A, layer.lora_B)
-    wanted = (x, layer.lora_A, layer.lora_B)
-    with slk.use_backend(backend):
-        ours, expected = layer(x), lora_linear(x.to(compute), *args, layer.scaling)
-    assert ours.dtype == inputs and torch.equal(ours, expected.to(inputs))
-    grad = torch.randn_like(ours)
-    grads, others = torch.autograd.grad(ours, wanted, grad), torch.autograd.grad(expected, wanted, grad.to(compute))
-    assert all(torch.equal(one, other) and bool(one.any()) for one, other in zip(grads, others, strict=True))
+    pair, grad = (layer.lora_A, layer.lora_B), torch.randn(70, 20, dtype=inputs)
+    found = run_layer(layer, x, pair, grad)
+    expected = run_layer(lambda x: lora_linear(x.to(compute), *args, layer.scaling), x, pair, grad)
+    assert found["Y"].dtype == inputs and torch.equal(found["Y"], expected["Y"].to(inputs))
+    assert all(torch.equal(found[name], expected[name]) and bool(found[name].any()) for name in ("dX", "dA", "dB"))
 
 
 def test_autocast_decides_where_it_is_on():
@@ -173,9 +172,8 @@ def test_what_can_not_be_read_is_skipped_with_the_reason():
 
 
 def bnb_layer(compute_dtype: torch.dtype | None = BF16) -> nn.Linear:
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
     torch.manual_seed(0)
-    return bnb.nn.Linear4bit(64, 48, compute_dtype=compute_dtype, quant_type="nf4").to("cpu").train()
+    return bnb_4bit(nn.Linear(64, 48), compute_dtype).train()
 
 
 @pytest.mark.parametrize("compute_dtype", [BF16, FP32], ids=str)
@@ -192,17 +190,12 @@ def test_pefts_layer_over_bitsandbytes_gives_the_same(compute_dtype):
         nn.init.normal_(pair[1], std=0.1)
         ours.lora_A.copy_(pair[0])
         ours.lora_B.copy_(pair[1])
-    x = torch.randn(70, 64, requires_grad=True)
-    y, expected = ours(x), theirs(x)
-    bound = {"rtol": 2e-2, "atol": 2e-2} if compute_dtype == BF16 else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(y, expected, **bound)
-    grad = torch.randn_like(y)
-    for one, other in zip(
-        torch.autograd.grad(y, (x, ours.lora_A, ours.lora_B), grad),
-        torch.autograd.grad(expected, (x, *pair), grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=bound["rtol"], atol=bound["atol"] * other.abs().max().item())
+    x, grad = torch.randn(70, 64, requires_grad=True), torch.randn(70, 48)
+    found, expected = run_layer(ours, x, (ours.lora_A, ours.lora_B), grad), run_layer(theirs, x, pair, grad)
+    bound = 2e-2 if compute_dtype == BF16 else 1e-5
+    for name, value in found.items():
+        scale = 1.0 if name == "Y" else expected[name].abs().max().item()
+        torch.testing.assert_close(value, expected[name], rtol=bound, atol=bound * scale)
 
 
 def test_a_model_of_bitsandbytes_from_apply_to_remove():
@@ -220,10 +213,9 @@ def test_a_model_of_bitsandbytes_from_apply_to_remove():
 
 
 def test_a_layer_of_torchao():
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed (pip install torchao)")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 48, dtype=BF16), nn.Linear(48, 8, dtype=BF16))
-    torchao.quantize_(model, torchao.Float8WeightOnlyConfig(), lambda module, name: name == "0")
+    torchao(model[0], "Float8WeightOnlyConfig")
     x = torch.randn(5, 64, dtype=BF16)
     expected = model(x)
     report = slk.apply_lora(model, slk.LoRAConfig(r=4, target_modules=["0", "1"]))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,12 +17,10 @@ import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn.sharded import LoRAShardedLinear
 from stablelora_kernels.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
-from tests.helpers.processes import spawn
-from tests.nn.test_sharded import NAMES, WIDTH, Block, mesh, whole  # noqa: F401
+from tests.helpers.processes import needs_gloo, spawn
+from tests.nn.test_sharded import NAMES, WIDTH, Block, close, near, whole
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
-)
+pytestmark = needs_gloo
 STEPS, ROWS, LENGTH = 4, 4, 6
 
 
@@ -114,7 +110,7 @@ def masks(rank: int, backend: str) -> dict[str, torch.Tensor]:
     return {"up": y.detach().clone(), "kept": kept.detach()[:, :2].clone(), "next": torch.rand(3)}
 
 
-def two(rank: int, world: int, place: Path) -> None:
+def two(rank: int, world: int, place: Path) -> dict[str, Any]:
     found: dict[str, Any] = {backend: train(backend, cut=cut_in_two) for backend in ("torch", "triton")}
     found["sequence"] = sequence_parallel(rank)
     found["masks"] = {backend: masks(rank, backend) for backend in ("torch", "triton")}
@@ -143,10 +139,10 @@ def two(rank: int, world: int, place: Path) -> None:
     with pytest.raises(ValueError, match="would give a weight that is not finite"):
         layer.merge()
     assert not layer.merged
-    torch.save(found, place / f"{rank}.pt")
+    return found
 
 
-def four(rank: int, world: int, place: Path) -> None:
+def four(rank: int, world: int, place: Path) -> dict[str, Any]:
     both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
 
     def cut(model: nn.Module) -> None:
@@ -162,26 +158,11 @@ def four(rank: int, world: int, place: Path) -> None:
 
     found = {backend: train(backend, (2, both.get_local_rank("data")), cut) for backend in ("torch", "triton")}
     # Every process has its own part of the batch.
-    found["copies"] = train("torch", (4, rank), copies_of_shards)
-    torch.save(found, place / f"{rank}.pt")
-
-
-def close(got: dict[str, Any], alone: dict[str, Any], outputs: slice = slice(None)) -> None:
-    assert got.keys() == alone.keys() and got["latches"] == alone["latches"]
-    for key, value in alone.items():
-        if key != "latches":
-            near(key, got[key], value[outputs] if key == "y" else value, 1e-5)
-
-
-def near(name: str, got: torch.Tensor, expected: torch.Tensor, share: float) -> None:
-    """Sums are in another order: a share of the largest element is allowed."""
-    atol = share * expected.abs().max().item()
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=atol, msg=lambda text: f"{name}: {text}")
+    return found | {"copies": train("torch", (4, rank), copies_of_shards)}
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    spawn(two, 2, tmp_path)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = spawn(two, 2, tmp_path)
     for backend in ("torch", "triton"):
         alone = train(backend)
         assert any(alone["latches"])
@@ -198,7 +179,7 @@ def test_two_processes(tmp_path: Path) -> None:
     for name, p in block.named_parameters():
         if p.requires_grad:
             for part in parts:
-                near(name, part[name], p.grad, 1e-5)
+                near(name, part[name], p.grad)
 
     for backend in ("torch", "triton"):
         first, second = (rank["masks"][backend] for rank in ranks)
@@ -226,19 +207,16 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 def test_four_processes_in_two_dimensions(tmp_path: Path) -> None:
-    spawn(four, 4, tmp_path)
-    for backend in ("torch", "triton"):
-        alone = train(backend)
-        for rank in range(4):
+    alone = {backend: train(backend) for backend in ("torch", "triton")}
+    for rank, found in enumerate(spawn(four, 4, tmp_path)):
+        for backend in alone:
             part = rank // 2 * ROWS // 2
-            close(torch.load(tmp_path / f"{rank}.pt")[backend], alone, slice(part, part + ROWS // 2))
-    alone = train("torch")
-    for rank in range(4):
+            close(found[backend], alone[backend], slice(part, part + ROWS // 2))
         part = rank * ROWS // 4
-        close(torch.load(tmp_path / f"{rank}.pt")["copies"], alone, slice(part, part + ROWS // 4))
+        close(found["copies"], alone["torch"], slice(part, part + ROWS // 4))
 
 
-def test_other_modules_and_hooks(mesh: DeviceMesh) -> None:  # noqa: F811
+def test_other_modules_and_hooks(mesh: DeviceMesh) -> None:
     """What torch's own styles do for a module without LoRA; and the layer's hooks stay."""
     model = lora_model()
     plain = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
@@ -260,7 +238,7 @@ def test_other_modules_and_hooks(mesh: DeviceMesh) -> None:  # noqa: F811
         parallelize_module(model[0], mesh, plan())
 
 
-def test_projections_that_were_computed_together(mesh: DeviceMesh) -> None:  # noqa: F811
+def test_projections_that_were_computed_together(mesh: DeviceMesh) -> None:
     model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj")})
     slk.apply_lora(model, slk.LoRAConfig(target_modules="all-linear"), fuse_projections=True)
     with pytest.warns(RuntimeWarning, match="fuse_projections does not reach layers that tensor parallelism has cut"):

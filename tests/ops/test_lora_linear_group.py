@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from torch import Tensor
 
 import stablelora_kernels as slk
+from stablelora_kernels import testing
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.functional import lora_linear, lora_linear_group
-from stablelora_kernels.reference import lora_linear_grads_ref, lora_linear_ref
-from stablelora_kernels.testing import assert_no_worse
+from stablelora_kernels.testing import group_results
+from tests.helpers.inputs import BF16, DEVICE, FP16, FP32, make_inputs
+from tests.helpers.launches import count_launches
+from tests.helpers.oracle import check_all, check_compiled
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # x's shape, out_features, ranks: two and three projections, odd, prime, single, empty, different ranks, above a block of ranks.
 SHAPES = [
     ((1, 1), (1, 1), (1, 1)),
@@ -30,69 +32,61 @@ DTYPES = [(FP32, FP32), (BF16, FP32), (FP16, FP16)]
 
 
 class Group:
-    """The arguments of a call, and the gradients that come in."""
+    """The arguments of a call, the gradients that come in, and the names of those that go out."""
 
-    def __init__(self, shape, ns, rs, dtype=FP32, lora_dtype=FP32, seed=0):
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, shape, ns, rs, dtype=FP32, lora_dtype=FP32):
+        parts = [
+            make_inputs(shape, n, r, dtype=dtype, lora_dtype=lora_dtype, seed=i)
+            for i, (n, r) in enumerate(zip(ns, rs, strict=True))
+        ]
+        parts[-1]["bias"] = None
+        self.x = parts[0]["x"]
+        names = ("weight", "bias", "lora_A", "lora_B", "grad")
+        self.weights, self.biases, self.lora_As, self.lora_Bs, self.grads = ([p[name] for p in parts] for name in names)
+        numbers = range(len(ns))
+        self.scalings = [0.5 + i for i in numbers]
+        self.wanted = ["dX", *(f"dA{i}" for i in numbers), *(f"dB{i}" for i in numbers)]
 
-        def normal(*size, std=1.0, to=dtype):
-            return (torch.randn(*size, generator=generator, dtype=torch.float64) * std).to(DEVICE, to)
+    def leaves(self, wanted=None):
+        """Copies of x, the A's and the B's, of which those whose gradients are ``wanted`` require them."""
+        tensors = zip(self.wanted, (self.x, *self.lora_As, *self.lora_Bs), strict=True)
+        return [t.detach().clone().requires_grad_(wanted is None or name in wanted) for name, t in tensors]
 
-        k = shape[-1]
-        self.x = normal(*shape)
-        self.weights = [normal(n, k, std=k**-0.5) for n in ns]
-        self.biases: list[Tensor | None] = [normal(n) for n in ns[:-1]] + [None]
-        self.lora_As = [normal(r, k, std=k**-0.5, to=lora_dtype) for r in rs]
-        self.lora_Bs = [normal(n, r, std=r**-0.5, to=lora_dtype) for n, r in zip(ns, rs, strict=True)]
-        self.scalings = [0.5 + i for i in range(len(ns))]
-        self.grads = [normal(*shape[:-1], n) for n in ns]
+    def call(self, x, *pairs, p=0.0):
+        count = len(self.weights)
+        return lora_linear_group(x, self.weights, self.biases, pairs[:count], pairs[count:], self.scalings, p)
 
-    def leaves(self):
-        return [t.detach().clone().requires_grad_() for t in (self.x, *self.lora_As, *self.lora_Bs)]
+    def call_apart(self, x, *pairs, p=0.0):
+        count = len(self.weights)
+        members = zip(self.weights, self.biases, pairs[:count], pairs[count:], self.scalings, strict=True)
+        return [lora_linear(x, *member, p) for member in members]
 
-    def run(self, together=True, p=0.0, seed=3):
-        """The outputs and the gradients of x, the A's and the B's."""
-        x, *pairs = leaves = self.leaves()
-        g = len(self.weights)
+    def run(self, call=None, p=0.0, seed=3):
+        """The outputs and the gradients by name, of one call or of separate ones."""
+        leaves = self.leaves()
         torch.manual_seed(seed)
-        if together:
-            ys = lora_linear_group(x, self.weights, self.biases, pairs[:g], pairs[g:], self.scalings, p)
-        else:
-            members = zip(self.weights, self.biases, pairs[:g], pairs[g:], self.scalings, strict=True)
-            ys = [lora_linear(x, *member, p) for member in members]
-        return [y.detach() for y in ys], torch.autograd.grad(ys, leaves, self.grads)
+        ys = (call or self.call)(*leaves, p=p)
+        grads = torch.autograd.grad(ys, leaves, self.grads)
+        return {f"Y{i}": y.detach() for i, y in enumerate(ys)} | dict(zip(self.wanted, grads, strict=True))
 
-    def eager(self):
-        x, *pairs = leaves = self.leaves()
-        g, ys = len(self.weights), []
-        for w, bias, a, b, s in zip(self.weights, self.biases, pairs[:g], pairs[g:], self.scalings, strict=True):
-            branch = x @ a.to(x.dtype).T @ b.to(x.dtype).T
-            ys.append(torch.nn.functional.linear(x, w, bias) + s * branch)
-        return [y.detach() for y in ys], torch.autograd.grad(ys, leaves, self.grads)
-
-    def oracle(self):
-        x, dx, ys, das, dbs = self.x.double(), 0, [], [], []
-        everything = (self.weights, self.biases, self.lora_As, self.lora_Bs, self.scalings, self.grads)
-        for w, bias, a, b, s, grad in zip(*everything, strict=True):
-            w, a, b, grad = (t.double() for t in (w, a, b, grad))
-            ys.append(lora_linear_ref(x, w, None if bias is None else bias.double(), a, b, s))
-            grads = lora_linear_grads_ref(grad, x, w, a, b, s)
-            dx = dx + grads["dX"]
-            das.append(grads["dA"])
-            dbs.append(grads["dB"])
-        return ys, [dx, *das, *dbs]
-
-
-def names(group):
-    g = range(len(group.weights))
-    return [f"Y{i}" for i in g] + ["dX"] + [f"dA{i}" for i in g] + [f"dB{i}" for i in g]
+    def by_parts(self, results):
+        """What ``results``, of one projection's inputs and scaling, make of each projection."""
+        names = ("weight", "bias", "lora_A", "lora_B", "grad")
+        parts = zip(self.weights, self.biases, self.lora_As, self.lora_Bs, self.grads, strict=True)
+        inputs = [{"x": self.x, **dict(zip(names, part, strict=True))} for part in parts]
+        return group_results([results(*each) for each in zip(inputs, self.scalings, strict=True)])
 
 
 def check(group, found):
-    expected, baseline = group.oracle(), group.eager()
-    everything = ([*ys, *grads] for ys, grads in (found, expected, baseline))
-    for name, out, ref, base in zip(names(group), *everything, strict=True):
-        assert_no_worse(out, ref, base, dtype=group.x.dtype, name=name)
+    check_all(found, group.by_parts(testing.oracle), group.by_parts(testing.eager), group.x.dtype)
+
+
+def assert_close(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, out in found.items():
+        torch.testing.assert_close(
+            out, expected[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
@@ -112,9 +106,8 @@ def test_every_kernel_on_every_kind_of_gpu(kernel, p, arch, monkeypatch):
     monkeypatch.setattr(problem, "device_of", lambda device: problem.DEVICES[arch])
     group = Group((136, 264), (72, 40, 40), (16, 8, 20), BF16, FP32)
     with slk.use_backend("triton"), slk.use_kernel(kernel):
-        found, apart = group.run(p=p), group.run(together=False, p=p)
-    for name, out, other in zip(names(group), *([*ys, *grads] for ys, grads in (found, apart)), strict=True):
-        torch.testing.assert_close(out, other, rtol=2e-2, atol=2e-2, msg=lambda text, name=name: f"{name}: {text}")
+        found = group.run(p=p)
+        assert_close(found, group.run(group.call_apart, p), 2e-2)
     if not p:
         check(group, found)
 
@@ -125,12 +118,10 @@ def test_every_kernel_on_every_kind_of_gpu(kernel, p, arch, monkeypatch):
 def test_dropout_draws_the_masks_of_separate_calls(shape, ns, rs, dtype, p, backend):
     """A projection's own each: with one for all, or others than separate calls draw, outputs would be far off."""
     group = Group(shape, ns, rs, dtype)
-    (ys, grads), (separate_ys, separate_grads) = group.run(p=p), group.run(together=False, p=p)
+    found = group.run(p=p)
     # A mask that differs moves results by about their own size.
-    tolerance = {"rtol": 3e-2, "atol": 3e-2} if dtype == BF16 else {"rtol": 1e-5, "atol": 1e-5}
-    for name, out, other in zip(names(group), (*ys, *grads), (*separate_ys, *separate_grads), strict=True):
-        torch.testing.assert_close(out, other, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
-    assert not torch.equal(ys[0], group.run(p=p, seed=4)[0][0])
+    assert_close(found, group.run(group.call_apart, p), 3e-2 if dtype == BF16 else 1e-5)
+    assert not torch.equal(found["Y0"], group.run(p=p, seed=4)["Y0"])
 
 
 @pytest.mark.parametrize("rows", [5, 70])
@@ -148,21 +139,18 @@ def test_any_strides(rows, backend):
 
 @pytest.mark.parametrize("rows", [5, 70])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_only_the_gradients_asked_for(rows, p, backend):
+def test_only_requested_gradients(rows, p, backend):
     group = Group((rows, 24), (20, 12, 12), (6, 3, 3))
-    every = dict(zip(names(group)[3:], group.run(p=p)[1], strict=True))
-    order = ["dX", "dA0", "dA1", "dA2", "dB0", "dB1", "dB2"]
+    every, order = group.run(p=p), group.wanted
     for wanted in (["dX"], order[1:4], order[4:], order[1:], ["dX", *order[4:]], ["dA1"], ["dX", "dA0", "dB2"]):
-        tensors = (group.x, *group.lora_As, *group.lora_Bs)
-        leaves = [t.detach().clone().requires_grad_(name in wanted) for name, t in zip(order, tensors, strict=True)]
+        leaves = group.leaves(wanted)
         torch.manual_seed(3)
-        ys = lora_linear_group(leaves[0], group.weights, group.biases, leaves[1:4], leaves[4:], group.scalings, p)
-        used = [(y, grad) for y, grad in zip(ys, group.grads, strict=True) if y.requires_grad]
+        used = [(y, grad) for y, grad in zip(group.call(*leaves, p=p), group.grads, strict=True) if y.requires_grad]
         torch.autograd.backward(*zip(*used, strict=True))
-        assert [name for name, leaf in zip(order, leaves, strict=True) if leaf.grad is not None] == wanted
-        for name, leaf in zip(order, leaves, strict=True):
-            if leaf.grad is not None:
-                torch.testing.assert_close(leaf.grad, every[name])
+        found = {name: leaf.grad for name, leaf in zip(order, leaves, strict=True) if leaf.grad is not None}
+        assert list(found) == wanted
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, every[name])
 
 
 @pytest.mark.parametrize("rows", [5, 70])
@@ -171,15 +159,11 @@ def test_outputs_that_nobody_uses(rows, backend):
     group = Group((rows, 24), (20, 12, 12), (6, 3, 3))
     for used in ((0,), (2,), (0, 2), (1, 2)):
         results = []
-        for together in (True, False):
-            x, *pairs = leaves = group.leaves()
-            if together:
-                ys = lora_linear_group(x, group.weights, group.biases, pairs[:3], pairs[3:], group.scalings)
-            else:
-                members = zip(group.weights, group.biases, pairs[:3], pairs[3:], group.scalings, strict=True)
-                ys = [lora_linear(x, *member) for member in members]
-            wanted = [ys[i] for i in used]
-            results.append(torch.autograd.grad(wanted, leaves, [group.grads[i] for i in used], allow_unused=True))
+        for call in (group.call, group.call_apart):
+            leaves = group.leaves()
+            ys = call(*leaves)
+            wanted, grads = [ys[i] for i in used], [group.grads[i] for i in used]
+            results.append(torch.autograd.grad(wanted, leaves, grads, allow_unused=True))
         for grad, other in zip(*results, strict=True):
             assert (grad is None) == (other is None)
             if grad is not None:
@@ -198,11 +182,9 @@ def test_trainable_weights_and_biases_get_theirs(backend):
 
 
 def launched(group, p=0.0):
-    from stablelora_kernels.launch.base import launch_counts
-
-    before = launch_counts.copy()
-    group.run(p=p)
-    return {name.removeprefix("_").removesuffix("_kernel"): n for name, n in (launch_counts - before).items()}
+    with count_launches() as made:
+        group.run(p=p)
+    return {name.removeprefix("_").removesuffix("_kernel"): n for name, n in made.items()}
 
 
 def test_launches():
@@ -218,36 +200,16 @@ def test_launches():
         assert launched(Group((70, 24), (20, 12), (80, 3), BF16)) == {"lora_linear": 4, "lora_shrink": 4}
 
 
-def test_explain_lists_what_is_launched():
-    found = slk.explain(8192, (4096, 1024, 1024), 4096, 16, device="sm_90")
-    assert [step.kernel for step in found.forward] == ["lora_shrink_group"] + ["lora_linear_tma"] * 3
-    assert [step.kernel for step in found.backward] == ["lora_shrink", "lora_linear_tma"] * 3 + [
-        "lora_weight_grads_group"
-    ]
-    assert found.forward_kernel == "together: split, split, split" and "one read of X" in found.forward_reason
-    assert sum("add" in step.variant for step in found.backward) == 2
-    few = slk.explain(8, [4096, 1024], 4096, 16, device="sm_90")
-    assert few.forward_kernel == "apart: fused, fused" and "saves its launch" in few.forward_reason
-    with pytest.raises(ValueError, match=r"N must be one size or 2 to 3, got \(4096,\)"):
-        slk.explain(8, (4096,), 4096, 16, device="sm_90")
-    with pytest.raises(ValueError, match=r"N must be .* 1, got 0"):
-        slk.explain(8, (4096, 0), 4096, 16, device="sm_90")
-    with pytest.raises(ValueError, match=r"quantized must be None for several N, got 'nf4'"):
-        slk.explain(8, (4096, 4096), 4096, 16, device="sm_90", quantized="nf4")
-
-
 @pytest.mark.parametrize("rows", [5, 70])
 def test_autocast(rows, backend):
     group = Group((rows, 24), (20, 12), (6, 3))
-    x = group.x.clone().requires_grad_()
+    leaves = group.leaves()
     with torch.autocast(DEVICE, BF16):
-        ys = lora_linear_group(x, group.weights, group.biases, group.lora_As, group.lora_Bs, group.scalings)
-        members = zip(group.weights, group.biases, group.lora_As, group.lora_Bs, group.scalings, strict=True)
-        separate = [lora_linear(x, *member) for member in members]
+        ys, separate = group.call(*leaves), group.call_apart(*leaves)
     for y, other in zip(ys, separate, strict=True):
         assert y.dtype == BF16
         torch.testing.assert_close(y, other)
-    assert torch.autograd.grad(sum(y.sum() for y in ys), x)[0].dtype == FP32
+    assert torch.autograd.grad(sum(y.sum() for y in ys), leaves[0])[0].dtype == FP32
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
@@ -255,9 +217,9 @@ def test_autocast(rows, backend):
 def test_gradcheck_in_float64(p, rows):
     group = Group((rows, 3), (2, 3), (2, 1), torch.float64, torch.float64)
 
-    def function(x, *pairs):
+    def function(*leaves):
         torch.manual_seed(0)
-        return lora_linear_group(x, group.weights, group.biases, pairs[:2], pairs[2:], group.scalings, p)
+        return group.call(*leaves, p=p)
 
     assert torch.autograd.gradcheck(function, group.leaves())
 
@@ -265,20 +227,7 @@ def test_gradcheck_in_float64(p, rows):
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.3)])
 def test_torch_compile_has_no_graph_break(rows, p, backend):
     group = Group((rows, 24), (20, 12, 12), (6, 3, 3))
-
-    def function(x, *pairs):
-        return lora_linear_group(x, group.weights, group.biases, pairs[:3], pairs[3:], group.scalings, p)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    results = []
-    for call in (function, compiled):
-        leaves = group.leaves()
-        torch.manual_seed(7)
-        ys = call(*leaves)
-        results.append([*ys, *torch.autograd.grad(ys, leaves, group.grads)])
-    for plain, other in zip(*results, strict=True):
-        torch.testing.assert_close(plain, other, rtol=1e-5, atol=1e-5)
+    check_compiled(partial(group.call, p=p), group.leaves(), group.grads)
 
 
 def test_ops_pass_opcheck():

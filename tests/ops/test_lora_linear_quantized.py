@@ -12,28 +12,12 @@ from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import QUANTIZED_RULES, QuantizedRule
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
 from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.launch.base import launch_counts
 from stablelora_kernels.launch.dry_run import quantized_launches
-from stablelora_kernels.ops import torch_path
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
-from stablelora_kernels.reference import dropout_keep_ref
-from stablelora_kernels.testing import assert_no_worse, make_inputs
-from tests.helpers.quantized_weights import fp8_weight, nf4_weight, reference
-from tests.ops.test_lora_linear import (
-    BACKENDS,
-    BF16,
-    DEVICE,
-    DTYPES,
-    FP16,
-    FP32,
-    SCALING,
-    bytes_held,
-    check_compiled,
-    eager,
-    leaves,
-    oracle,
-    run,
-)
+from stablelora_kernels.testing import fp8_weight, nf4_weight
+from tests.helpers.inputs import BF16, DEVICE, DTYPES, FP16, FP32, SCALING, make_inputs
+from tests.helpers.launches import count_launches
+from tests.helpers.oracle import bytes_held, call, check, check_compiled, leaves, oracle, run, run_dropped
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -55,18 +39,8 @@ SHAPES = [
 
 
 def inputs_for(weight: NF4Weight | FP8Weight, shape, r: int, dtype=BF16, lora_dtype=FP32) -> dict[str, Tensor | None]:
-    inputs = make_inputs(shape, weight.shape[0], r, dtype=dtype, lora_dtype=lora_dtype, device=DEVICE, bias=r != 3)
+    inputs = make_inputs(shape, weight.shape[0], r, dtype=dtype, lora_dtype=lora_dtype, bias=r != 3)
     return inputs | {"weight": weight}
-
-
-def check(inputs, out: dict[str, Tensor], keep: Tensor | None = None, p: float = 0.0) -> None:
-    weight, dtype = inputs["weight"], inputs["x"].dtype
-    ref = oracle(inputs | {"weight": reference(weight)}, keep, p)
-    base = eager(inputs | {"weight": weight.dequantize(dtype)}, keep, p)
-    for name, value in out.items():
-        assert_no_worse(value, ref[name], base[name], dtype=dtype, name=name)
-    assert out["Y"].dtype == out["dX"].dtype == dtype
-    assert out["dA"].dtype == out["dB"].dtype == inputs["lora_A"].dtype
 
 
 @pytest.fixture
@@ -79,7 +53,6 @@ def force(monkeypatch):
     return choose
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "lora_dtype"), DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(("shape", "n", "r"), SHAPES, ids=str)
 @pytest.mark.parametrize("kind", FORMATS)
@@ -129,61 +102,48 @@ def test_programs_that_share_a_sum(kind):
 def test_dropout_in_the_kernels_is_the_reference_mask(kind, shape, n, r, dtype, kernel, force):
     force(kernel)
     inputs = inputs_for(FORMATS[kind](n, shape[-1]), shape, r, dtype)
-    torch.manual_seed(11)
-    out = run(inputs, "triton", 0.3)
-    torch.manual_seed(11)
-    seed = int(torch.randint(2**63 - 1, (1,), device=DEVICE))
-    check(inputs, out, dropout_keep_ref(*shape, 0.3, seed), 0.3)
+    check(inputs, *run_dropped(inputs, "triton", 0.3))
 
 
 @pytest.mark.parametrize("rows", [5, 70])
 def test_dropout_on_pytorch_uses_one_mask_in_both_directions(rows):
     inputs = inputs_for(nf4_weight(20, 64, 64, nested=True), (rows, 64), 6)
-    torch.manual_seed(11)
-    out = run(inputs, "torch", 0.3)
-    torch.manual_seed(11)
-    keep, p = torch_path.draw_keep(inputs["x"], 0.3)
-    check(inputs, out, keep, p)
+    check(inputs, *run_dropped(inputs, "torch", 0.3))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("wanted", ["x", "A", "B", "bias", "xAB"])
-def test_only_the_gradients_that_are_asked_for(wanted, backend):
+WANTED = {"x": ["x"], "A": ["lora_A"], "B": ["lora_B"], "bias": ["bias"], "xAB": ["x", "lora_A", "lora_B"]}
+
+
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
+def test_only_requested_gradients(wanted, backend):
     inputs = inputs_for(nf4_weight(20, 64, 64, nested=False), (70, 64), 6, FP32)
     full = run(inputs, backend)
-    named = dict(zip("xAB", leaves(inputs), strict=True)) | {"bias": inputs["bias"].detach()}
-    asked = [named[name] for name in (["x", "A", "B"] if wanted == "xAB" else [wanted])]
-    for name, tensor in named.items():
-        tensor.requires_grad_(name in wanted if wanted != "bias" else name == "bias")
-    with slk.use_backend(backend):
-        y = lora_linear(named["x"], inputs["weight"], named["bias"], named["A"], named["B"], SCALING)
-    grads = torch.autograd.grad(y, asked, inputs["grad"])
-    if wanted == "bias":
-        torch.testing.assert_close(grads[0], inputs["grad"].sum(0))
-    for name, grad in zip(wanted if wanted != "bias" else "", grads, strict=False):
-        torch.testing.assert_close(grad, full[f"d{name.upper()}"])
+    every = {"x": full["dX"], "lora_A": full["dA"], "lora_B": full["dB"], "bias": inputs["grad"].sum(0)}
+    given = leaves(inputs, wanted)
+    grads = torch.autograd.grad(call(given), [given[name] for name in wanted], inputs["grad"])
+    for name, grad in zip(wanted, grads, strict=True):
+        torch.testing.assert_close(grad, every[name])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.0), (300, 0.25)])
 def test_the_graph_never_holds_the_weight_in_full(rows, p, backend):
     n, k, r = 96, 128, 4
-    inputs = inputs_for(nf4_weight(n, k, 64, nested=True), (rows, k), r, FP32)
-    x, a, b = leaves(inputs)
-    with slk.use_backend(backend):
-        held = bytes_held(
-            lambda: lora_linear(x, inputs["weight"], inputs["bias"], a, b, SCALING, p),
-            (x, a, b, *inputs["weight"].stored.scales),
-        )
+    given = leaves(inputs_for(nf4_weight(n, k, 64, nested=True), (rows, k), r, FP32))
+    arguments = [given[name] for name in ("x", "lora_A", "lora_B")]
+    held = bytes_held(lambda: call(given, p), (*arguments, *given["weight"].stored.scales))
     mask = 0 if not p else 8 if backend == "triton" else rows * k
     assert held == rows * r * 4 + n * k // 2 + mask
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.3)])
 @pytest.mark.parametrize("kind", ["nf4 nested", "fp8"])
 def test_torch_compile_has_no_graph_break(kind, rows, p, backend):
-    check_compiled(inputs_for(FORMATS[kind](20, 64), (rows, 64), 6, FP32), backend, p)
+    inputs = inputs_for(FORMATS[kind](20, 64), (rows, 64), 6, FP32)
+
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora_linear(x, inputs["weight"], inputs["bias"], a, b, SCALING, p)
+
+    check_compiled(function, [inputs[name] for name in ("x", "lora_A", "lora_B")], inputs["grad"])
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -202,24 +162,20 @@ def test_ops_pass_opcheck(kind):
             torch.library.opcheck(library.lora_linear_quantized_bwd.default, args)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_and_double_precision(backend):
     weight = nf4_weight(20, 64, 64, nested=True)
     inputs = inputs_for(weight, (70, 64), 6, FP32)
-    args = [inputs[name] for name in ("bias", "lora_A", "lora_B")]
-    with slk.use_backend(backend):
-        with torch.autocast(DEVICE, BF16):
-            y = lora_linear(inputs["x"], weight, *args, SCALING)
-        assert torch.equal(y, lora_linear(inputs["x"].to(BF16), weight, args[0].to(BF16), *args[1:], SCALING))
+    with torch.autocast(DEVICE, BF16):
+        y = call(inputs)
+    assert torch.equal(y, call(inputs | {name: inputs[name].to(BF16) for name in ("x", "bias")}))
     double = make_inputs((70, 64), 20, 6, dtype=torch.float64) | {"weight": weight}
     if backend == "torch":
-        out = run(double, backend)
-        ref = oracle(double | {"weight": reference(weight)})
-        for name, value in out.items():
+        ref = oracle(double)
+        for name, value in run(double).items():
             torch.testing.assert_close(value, ref[name], rtol=1e-12, atol=1e-12)
     else:
         with pytest.raises(TypeError, match=r"x is torch\.float64"):
-            run(double, backend)
+            run(double)
 
 
 def test_errors_name_both_values():
@@ -235,7 +191,7 @@ def test_errors_name_both_values():
         lora_linear(args[0], meta, *args[2:], SCALING)
 
 
-# Which way, and what explain says.
+# Which way.
 
 
 @pytest.mark.parametrize(
@@ -274,25 +230,6 @@ def test_rows_that_begin_anywhere_are_dequantized_first(weight, kernel):
     layout = weight.stored.layout
     assert rules.choose_quantized(DEVICES["sm_90"], call, layout.bits, layout.aligned).kernel == kernel
     inputs = inputs_for(weight, (1, weight.shape[1]), 4)
-    before = launch_counts.copy()
-    check(inputs, run(inputs, "triton"))
-    assert launch_counts["_dequantize_kernel"] - before["_dequantize_kernel"] == (2 if kernel == "dequantize" else 0)
-
-
-@pytest.mark.parametrize("quantized", ["nf4", "fp8"])
-def test_explain_tells_what_runs(quantized):
-    few = slk.explain(8, 4096, 4096, 16, quantized=quantized, device="sm_90")
-    assert (few.forward_kernel, few.backward_kernel) == ("in_loop", "in_loop")
-    assert [step.kernel for step in few.forward] == ["lora_shrink", "lora_linear_quantized"]
-    assert [step.kernel for step in few.backward] == ["lora_shrink", "lora_linear_quantized", "lora_weight_grads"]
-    assert QUANTIZED_RULES[-1].reason in str(few)
-    many = slk.explain(4096, 4096, 4096, 16, quantized=quantized, device="sm_90")
-    assert (many.forward_kernel, many.backward_kernel) == ("dequantize, split", "dequantize, split")
-    assert [step.kernel for step in many.forward] == ["dequantize", "lora_shrink", "lora_linear_tma"]
-    assert [step.kernel for step in many.backward] == ["dequantize", "lora_shrink", "lora_linear_tma"]
-    assert QUANTIZED_RULES[1].reason in str(many)
-
-
-def test_explain_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="quantized must be 'nf4', 'fp8' or None, got 'int8'"):
-        slk.explain(8, 64, 64, 16, quantized="int8", device="sm_90")
+    with count_launches() as made:
+        check(inputs, run(inputs, "triton"))
+    assert made["_dequantize_kernel"] == (2 if kernel == "dequantize" else 0)

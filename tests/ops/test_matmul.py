@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stablelora_kernels as slk
 from stablelora_kernels import functional
-from stablelora_kernels.ops import matmul, torch_path
+from stablelora_kernels.ops import matmul
 from stablelora_kernels.testing import assert_no_worse, make_inputs
-from tests.ops.test_lora_linear import SCALING, SHAPES, check, leaves, run
+from tests.helpers.inputs import SCALING, SHAPES
+from tests.helpers.oracle import check, run, run_dropped
 
-FP32 = torch.float32
 ONEDNN = {"mkldnn._linear_pointwise.default"}
 MKL = {"aten.mm.default", "aten.addmm.default"}
 
@@ -64,10 +64,7 @@ def test_layers_match_the_oracle(shape, n, r, onednn):
 
 def test_dropout(onednn):
     inputs = make_inputs((70, 24), 20, 6)
-    torch.manual_seed(5)
-    out = run(inputs, "torch", 0.3)
-    torch.manual_seed(5)
-    check(inputs, out, *torch_path.draw_keep(inputs["x"], 0.3))
+    check(inputs, *run_dropped(inputs, "torch", 0.3))
 
 
 def test_projections_of_one_input(onednn):
@@ -88,11 +85,9 @@ def test_projections_of_one_input(onednn):
     torch.testing.assert_close(dx, alone[0]["dX"] + alone[1]["dX"])
 
 
-def products_of(inputs, call=functional.lora_linear):
-    x, a, b = leaves(inputs)
+def products_of(inputs):
     with Seen() as seen:
-        y = call(x, inputs["weight"], inputs["bias"], a, b, SCALING)
-        torch.autograd.grad(y, (x, a, b), inputs["grad"].to(y.dtype))
+        run(inputs)
     return seen.names
 
 

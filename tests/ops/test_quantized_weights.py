@@ -12,7 +12,8 @@ import torch
 from stablelora_kernels import quantized
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.reference import fp8_ref
-from tests.helpers.quantized_weights import NF4_FIELDS, nf4_weight, reference
+from stablelora_kernels.testing import dequantized_ref, nf4_weight
+from tests.helpers.quantized_weights import NF4_FIELDS
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "helpers" / "golden" / "quantized.json").read_text(encoding="utf-8"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,7 +32,7 @@ def check(weight: NF4Weight | FP8Weight, dtype: torch.dtype, theirs: torch.Tenso
     """Theirs is ours bit for bit, and both are what the oracle rounds to, but for the float32 they are computed in."""
     ours = weight.dequantize(dtype)
     assert ours.dtype == theirs.dtype == dtype and torch.equal(ours, theirs)
-    exact = reference(weight)
+    exact = dequantized_ref(weight)
     assert torch.equal(weight.dequantize(torch.float64), exact)
     assert ((ours.double() - exact).abs() <= torch.finfo(dtype).eps * (exact.abs() + 2**-24)).all()
     assert exact.abs().max() > 0
@@ -143,15 +144,11 @@ def test_torchao():
         ({"absmax": torch.zeros(3)}, TypeError, "absmax must be torch.uint8, got torch.float32"),
         ({"code": torch.zeros(8)}, ValueError, r"code must be \[16\], got \[8\]"),
         ({"code": torch.zeros(32)[::2]}, ValueError, r"code must be contiguous, got strides \[2\]"),
-        (
-            {"code": torch.zeros(16, device="meta")},
-            ValueError,
-            "code must be on the device of the others, cpu, got meta",
-        ),
+        ({"code": torch.zeros(16, device="meta")}, ValueError, "code must be on the device of the others, cpu, got meta"),
         ({"offset": None}, ValueError, "must be given all or not at all, got"),
         ({"nested_blocksize": 2}, ValueError, r"nested_absmax must be \[2\], got \[1\]"),
     ],
-)
+)  # fmt: skip
 def test_nf4_errors(changes, error, message):
     weight = nf4_weight(5, 37, 64, nested=True)
     fields = {name: getattr(weight, name) for name in NF4_FIELDS}

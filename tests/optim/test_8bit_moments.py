@@ -13,14 +13,15 @@ from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import BLOCK, decode8, encode8
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.reference.optimizer import moment8_ref
-from tests.helpers.optimizers import DEVICE, halves, in_float64, make_pairs, set_grads, snapshot
+from tests.helpers.launches import count_launches
+from tests.helpers.optimizers import DEVICE, halves, in_float64, make_pairs, snapshot
+from tests.helpers.steps import take_step, take_step_with
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from stablelora_kernels.dispatch.backend import use_backend  # noqa: E402
 from stablelora_kernels.kernels.stable_adamw.moments_8bit import load8, store8  # noqa: E402
-from stablelora_kernels.launch.base import launch_counts  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,9 +137,7 @@ def test_8_bits_follow_a_float64_run(path: str) -> None:
     optimizer = StableLoRAAdamW(pairs, lr=1e-2, shrink_ratio=5e-3, moments_dtype=torch.uint8, seed=3)
     start = [q.clone() for q in halves(oracle.pairs)]
     for step in range(25):
-        set_grads(halves(pairs), step)
-        oracle.step({q: p.grad.double() for p, q in zip(halves(pairs), halves(oracle.pairs), strict=True)})
-        optimizer.step()
+        take_step_with(oracle, optimizer, step)
     for p, q, s in zip(halves(pairs), halves(oracle.pairs), start, strict=True):
         assert optimizer.state[p]["exp_avg"].dtype is torch.uint8
         error, moved = (p.detach().double() - q).norm().item(), (q - s).norm().item()
@@ -151,8 +150,7 @@ def test_8_bits_decay_on_average(path: str) -> None:
     """beta2 = 0.999 changes a moment by a hundredth of a step: rounded to nearest it would never decay."""
     (pair,) = make_pairs([(16, 16, 512)])
     optimizer = StableLoRAAdamW([pair], lr=0.0, moments_dtype=torch.uint8, seed=2)
-    set_grads(halves([pair]), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     state = optimizer.state[pair.A]
 
     def total() -> float:
@@ -170,11 +168,10 @@ def test_one_launch_and_two_bytes_an_element() -> None:
     pairs = make_pairs([(8, 512, 512)] * 3)
     optimizer = StableLoRAAdamW(pairs, moments_dtype=torch.uint8)
     with use_backend("triton"):
-        for step in range(2):
-            set_grads(halves(pairs), step)
-            before = launch_counts.copy()
-            optimizer.step()
-    assert launch_counts - before == {"_stable_adamw_kernel": 1}
+        take_step(0, optimizer)
+        with count_launches() as made:
+            take_step(1, optimizer)
+    assert made == {"_stable_adamw_kernel": 1}
     elements = sum(p.numel() for p in halves(pairs))
     kept = sum(
         t.numel() * t.element_size() for s in optimizer.state.values() for key, t in s.items() if key.startswith("exp")
@@ -186,10 +183,8 @@ def test_one_launch_and_two_bytes_an_element() -> None:
 def test_states_are_converted(path: str, way: str) -> None:
     pairs, twins = make_pairs(), make_pairs()
     optimizer, small = StableLoRAAdamW(pairs), StableLoRAAdamW(twins, moments_dtype=torch.uint8)
-    for each, params in ((optimizer, halves(pairs)), (small, halves(twins))):
-        set_grads(params, 0)
-        each.step()
-    source, target, params = (optimizer, small, twins) if way == "to 8 bits" else (small, optimizer, pairs)
+    take_step(0, optimizer, small)
+    source, target = (optimizer, small) if way == "to 8 bits" else (small, optimizer)
     target.load_state_dict(copy.deepcopy(source.state_dict()))
     for p, q in zip(halves(pairs), halves(twins), strict=True):
         for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
@@ -198,16 +193,14 @@ def test_states_are_converted(path: str, way: str) -> None:
             close = 1 / 16 if way == "to 8 bits" else 0.0
             error = (optimizer.state[p][key] - decoded).abs()
             assert (error <= close * decoded.abs() + 2e-5 * decoded.abs().max() * (close > 0)).all()
-    set_grads(halves(params), 1)
-    target.step()
-    assert target.state[params[0].A]["step"].item() == 2
+    take_step(1, target)
+    assert all(state["step"].item() == 2 for state in target.state.values())
 
 
 def test_codes_without_scales_change_nothing() -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, moments_dtype=torch.uint8)
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     before = snapshot(optimizer)
     broken = copy.deepcopy(optimizer.state_dict())
     del broken["state"][0]["exp_avg_scale"]

@@ -20,7 +20,8 @@ from stablelora_kernels.dispatch.backend import use_backend
 from stablelora_kernels.launch import stable_adamw as launcher
 from stablelora_kernels.optim import graph_capture
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, set_grads, snapshot
+from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.steps import latches
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "on_triton"),
@@ -55,10 +56,6 @@ def optimizers(dtype: torch.dtype, **settings: Any) -> list[StableLoRAAdamW]:
     return [StableLoRAAdamW(make_pairs(dtype=dtype), lr=torch.tensor(3e-2), **settings) for _ in range(2)]
 
 
-def params_of(optimizer: StableLoRAAdamW) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def fill_grads(optimizer: StableLoRAAdamW, seed: int, scale: float = 1e-2) -> None:
     """New values in the gradients that are there."""
     kept = [p.grad for p in params_of(optimizer)]
@@ -66,6 +63,11 @@ def fill_grads(optimizer: StableLoRAAdamW, seed: int, scale: float = 1e-2) -> No
     for p, grad in zip(params_of(optimizer), kept, strict=True):
         if grad is not None:
             p.grad = grad.copy_(p.grad)
+
+
+def assign_grads(optimizer: StableLoRAAdamW, grads: list[torch.Tensor]) -> None:
+    for p, grad in zip(params_of(optimizer), grads, strict=True):
+        p.grad = grad
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -98,9 +100,8 @@ def test_replays_are_steps(monkeypatch: pytest.MonkeyPatch, name: str, dtype: to
         eager.step()
         graph.replay()
         assert all_equal(snapshot(eager), snapshot(captured)), turn
-    latched = [s.latched_at for s in captured.stability()]
-    assert latched == [s.latched_at for s in eager.stability()]
-    assert any(latch is not None and latch > 1 for latch in latched)
+    assert latches(captured) == latches(eager)
+    assert any(latch is not None and latch > 1 for latch in latches(captured).values())
 
 
 def test_gradients_of_the_graphs_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,8 +112,7 @@ def test_gradients_of_the_graphs_own_memory(monkeypatch: pytest.MonkeyPatch) -> 
         optimizer.step()
     outside = [p.grad for p in params_of(captured)]
     inside = [torch.empty_like(grad) for grad in outside]
-    for p, grad in zip(params_of(captured), inside, strict=True):
-        p.grad = grad
+    assign_grads(captured, inside)
     before = snapshot(captured)
     graph = Graph(monkeypatch, captured.step)
     assert all_equal(before, snapshot(captured))
@@ -125,13 +125,11 @@ def test_gradients_of_the_graphs_own_memory(monkeypatch: pytest.MonkeyPatch) -> 
         eager.step()
         graph.replay()
     # An eager step between replays, on gradients of its own.
-    for p, grad in zip(params_of(captured), outside, strict=True):
-        p.grad = grad
+    assign_grads(captured, outside)
     for optimizer in (eager, captured):
         fill_grads(optimizer, 4)
         optimizer.step()
-    for p, grad in zip(params_of(captured), inside, strict=True):
-        p.grad = grad
+    assign_grads(captured, inside)
     for optimizer in (eager, captured):
         fill_grads(optimizer, 5)
     eager.step()

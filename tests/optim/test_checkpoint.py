@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 import re
@@ -15,8 +14,9 @@ from stablelora_kernels.dispatch.backend import use_backend
 from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
-from tests.helpers.optimizers import SHAPES, all_equal, halves, make_pairs, set_grads, snapshot
+from tests.helpers.optimizers import SHAPES, all_equal, halves, make_pairs, snapshot
 from tests.helpers.small_models import Model, lora_config
+from tests.helpers.steps import assert_all_close, latches, saved_and_loaded, take_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,29 +28,20 @@ def test_resuming_is_bit_exact(backend: str, dtype: torch.dtype) -> None:
     straight = StableLoRAAdamW(whole, lr=lr, shrink_ratio=ratio, seed=5)
     optimizer = StableLoRAAdamW(cut, lr=lr, shrink_ratio=ratio, seed=5)
     for step in range(20):
-        for params in (halves(whole), halves(cut)):
-            set_grads(params, step)
-        straight.step()
-        optimizer.step()
-    file = io.BytesIO()
-    torch.save({"optimizer": optimizer.state_dict(), "params": [p.detach() for p in halves(cut)]}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+        take_step(step, straight, optimizer)
+    state, values = saved_and_loaded([optimizer.state_dict(), [p.detach() for p in halves(cut)]])
     cut = make_pairs(dtype=dtype, seed=9)
     with torch.no_grad():
-        for p, value in zip(halves(cut), saved["params"], strict=True):
+        for p, value in zip(halves(cut), values, strict=True):
             p.copy_(value)
     optimizer = StableLoRAAdamW(cut, lr=1.0, shrink_ratio=0.5, seed=6)
-    optimizer.load_state_dict(saved["optimizer"])
+    optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["shrink_ratio"] == ratio and optimizer.param_groups[0]["seed"] == 5
     for p in halves(cut):
         assert optimizer.state[p]["exp_avg"].dtype is torch.float32
     for step in range(20, 26):
-        for params in (halves(whole), halves(cut)):
-            set_grads(params, step)
-        straight.step()
-        optimizer.step()
-    latched = [s.latched_at for s in straight.stability()]
+        take_step(step, straight, optimizer)
+    latched = latches(straight).values()
     assert any(latched) and None in latched
     assert all_equal(snapshot(straight), snapshot(optimizer))
 
@@ -59,28 +50,23 @@ def test_the_backend_can_change_between_steps() -> None:
     pairs, twins = make_pairs(), make_pairs()
     switching, steady = StableLoRAAdamW(pairs, lr=2e-2), StableLoRAAdamW(twins, lr=2e-2)
     for step in range(8):
-        for params in (halves(pairs), halves(twins)):
-            set_grads(params, step)
         with use_backend("triton" if step % 4 < 2 else "torch"):
-            switching.step()
+            take_step(step, switching)
         with use_backend("torch"):
-            steady.step()
-    assert [s.latched_at for s in switching.stability()] == [s.latched_at for s in steady.stability()]
-    for p, q in zip(halves(pairs), halves(twins), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
-        assert switching.state[p]["step"].item() == 8
+            take_step(step, steady)
+    assert latches(switching) == latches(steady)
+    assert_all_close(halves(pairs), halves(twins), rtol=1e-5, atol=1e-7)
+    assert all(state["step"].item() == 8 for state in switching.state.values())
 
 
 def test_deepcopy_and_pickle_go_on_alike(backend: str) -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, lr=1e-2, max_grad_norm=1.0)
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
     for o in [optimizer, *copies]:
         assert o.max_grad_norm == 1.0
-        set_grads([p for group in o.param_groups for p in group["params"]], 1)
-        o.step()
+        take_step(1, o)
     for other in copies:
         assert other.state.keys().isdisjoint(optimizer.state)
         assert all_equal(snapshot(other), snapshot(optimizer))
@@ -91,22 +77,20 @@ def test_state_before_the_first_step_loads() -> None:
     optimizer = StableLoRAAdamW(pairs)
     optimizer.load_state_dict(StableLoRAAdamW(make_pairs(), lr=0.5).state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.5
-    assert [s.latched_at for s in optimizer.stability()] == [None] * len(pairs)
+    assert list(latches(optimizer).values()) == [None] * len(pairs)
 
 
 def test_a_state_that_does_not_fit_changes_nothing() -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs)
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     before, groups = snapshot(optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"])
     twins = make_pairs()
     adamw = torch.optim.AdamW(halves(twins))
     renamed = StableLoRAAdamW([LoRAPair(f"other{i}", pair.A, pair.B) for i, pair in enumerate(twins)])
     fewer = StableLoRAAdamW(twins[:2])
     wider = StableLoRAAdamW(make_pairs([(8, 24, 41), *SHAPES[1:]]))
-    set_grads([p for group in wider.param_groups for p in group["params"]], 0)
-    wider.step()
+    take_step(0, wider)
     incomplete = copy.deepcopy(optimizer.state_dict())
     del incomplete["state"][0]["latched_at"]
     broken = copy.deepcopy(optimizer.state_dict())
@@ -132,8 +116,7 @@ def test_wrappers_around_a_model_do_not_matter() -> None:
     model = Model()
     apply_lora(model, lora_config())
     plain = StableLoRAAdamW.from_model(model, lr=0.25)
-    set_grads([p for group in plain.param_groups for p in group["params"]], 0)
-    plain.step()
+    take_step(0, plain)
     wrapped = torch.nn.DataParallel(torch.compile(model, backend="eager"))
     model.layers[0] = torch.compile(model.layers[0], backend="eager")
     named = list(wrapped.named_parameters())

@@ -9,9 +9,12 @@ import warnings
 import pytest
 import torch
 
+from stablelora_kernels.dispatch.backend import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.reference import StableAdamWRef
+from tests.helpers.launches import count_launches
 from tests.helpers.optimizers import DEVICE, SHAPES, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
+from tests.helpers.steps import assert_all_close, assert_close_to, take_step, take_step_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,8 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("chunk", [64, 4096])
 def test_two_launches_from_the_first_step_on(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     pytest.importorskip("triton")
-    from stablelora_kernels.dispatch.backend import use_backend
-    from stablelora_kernels.launch.base import launch_counts
     from stablelora_kernels.optim.triton_engine import TritonStep
 
     monkeypatch.setattr(TritonStep, "CHUNK", chunk)
@@ -28,16 +29,11 @@ def test_two_launches_from_the_first_step_on(monkeypatch: pytest.MonkeyPatch, ch
     oracle = StableAdamWRef(in_float64(pairs), lr=2e-2, shrink_ratio=0.01, max_grad_norm=0.1)
     optimizer = StableLoRAAdamW(pairs, lr=2e-2, shrink_ratio=0.01, max_grad_norm=0.1)
     for step in range(4):
-        set_grads(halves(pairs), step)
-        oracle.step({q: p.grad.double() for p, q in zip(halves(pairs), halves(oracle.pairs), strict=True)})
-        before = launch_counts.copy()
-        with use_backend("triton"):
-            optimizer.step()
+        with use_backend("triton"), count_launches() as made:
+            take_step_with(oracle, optimizer, step)
         # The first step needs the parameters' norms as well: the same launch takes them.
-        assert launch_counts - before == {"_square_sums_kernel": 1, "_stable_adamw_kernel": 1}
-    assert {s.name: s.latched_at for s in optimizer.stability()} == oracle.latched_at
-    for p, q in zip(halves(pairs), halves(oracle.pairs), strict=True):
-        torch.testing.assert_close(p.detach().double(), q, rtol=2e-5, atol=2e-6)
+        assert made == {"_square_sums_kernel": 1, "_stable_adamw_kernel": 1}
+    assert_close_to(oracle, optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,8 +51,7 @@ def test_equal_to_clip_grad_norm_and_step(path: str, dtype: torch.dtype, missing
         optimizer.step()
         other.step()
     bound = {torch.float32: {"rtol": 1e-5, "atol": 1e-7}, torch.bfloat16: {"rtol": 0.05, "atol": 3e-3}}[dtype]
-    for p, q in zip(halves(pairs), halves(twins), strict=True):
-        torch.testing.assert_close(p, q, **bound)
+    assert_all_close(halves(pairs), halves(twins), **bound)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -73,9 +68,7 @@ def test_a_step_without_a_finite_norm_is_not_taken(path: str, value: float, plac
             after = snapshot(optimizer) if step else [p.detach() for p in halves(pairs)]
             assert all_equal(before, after)
         else:
-            for each, params in ((optimizer, halves(pairs)), (other, halves(twins))):
-                set_grads(params, step)
-                each.step()
+            take_step(step, optimizer, other)
     assert optimizer.nonfinite_steps == 3 and other.nonfinite_steps == 0
     assert all_equal(snapshot(optimizer), snapshot(other))
     with pytest.warns(
@@ -101,8 +94,7 @@ def test_scaled_gradients_and_a_verdict(path: str) -> None:
             set_grads(halves(twins), step, scale=0.5)
             other.step()
         optimizer.step()
-    for p, q in zip(halves(pairs), halves(twins), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+    assert_all_close(halves(pairs), halves(twins), rtol=1e-6, atol=1e-8)
     # GradScaler's skips are its own to count.
     assert optimizer.nonfinite_steps == 0
 
@@ -110,10 +102,7 @@ def test_scaled_gradients_and_a_verdict(path: str) -> None:
 def test_an_infinite_bound_clips_nothing_but_skips(path: str) -> None:
     pairs, twins = make_pairs(), make_pairs()
     optimizer, other = StableLoRAAdamW(pairs, lr=1e-2, max_grad_norm=math.inf), StableLoRAAdamW(twins, lr=1e-2)
-    for params in (halves(pairs), halves(twins)):
-        set_grads(params, 0, scale=100.0)
-    optimizer.step()
-    other.step()
+    take_step(0, optimizer, other, scale=100.0)
     assert all_equal(snapshot(optimizer), snapshot(other))
     pairs[1].B.grad.fill_(math.nan)
     optimizer.step()
@@ -130,8 +119,7 @@ def test_without_clipping_a_bad_gradient_ends_its_pairs_decisions(path: str) -> 
     optimizer.step()
     assert bad.B.isnan().sum().item() == 1 and good.B.isfinite().all()
     norm = bad.A.detach().norm().item()
-    set_grads(halves([good, bad]), 1)
-    optimizer.step()
+    take_step(1, optimizer)
     assert bad.A.detach().norm().item() > 0.9 * norm
     assert optimizer.state[bad.A]["latched_at"].item() == 0
     with pytest.raises(RuntimeError, match="pair 'layer1' holds values that are not finite"):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import stablelora_kernels as slk
-from tests.helpers.processes import spawn
+from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import Model, lora_config
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
-)
+pytestmark = needs_gloo
 STEPS, ROWS = 6, 8
 # At this rate the pairs latch on the way, not all at once.
 SETTINGS = {"lr": 0.1, "shrink_ratio": 0.1, "seed": 7}
@@ -27,7 +23,9 @@ def batches() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, targets
 
 
-def train(rank: int, world: int, dtype: torch.dtype, max_grad_norm: float | None) -> dict[str, object]:
+def train(
+    rank: int, world: int, place: Path | None, dtype: torch.dtype, max_grad_norm: float | None
+) -> dict[str, object]:
     """Adapters and latches after training on this rank's part of every batch."""
     torch.manual_seed(0)
     whole = model = Model()
@@ -48,19 +46,14 @@ def train(rank: int, world: int, dtype: torch.dtype, max_grad_norm: float | None
     return {"adapters": adapters, "latches": [pair.latched_at for pair in optimizer.stability()]}
 
 
-def one_rank(rank: int, world: int, place: Path, dtype: torch.dtype, max_grad_norm: float | None) -> None:
-    torch.save(train(rank, world, dtype, max_grad_norm), place / f"{rank}.pt")
-
-
 @pytest.mark.parametrize(
     ("world", "dtype", "max_grad_norm"),
     [(2, torch.float32, None), (4, torch.float32, 0.05), (2, torch.bfloat16, None)],
     ids=["2 ranks", "4 ranks, clipped", "2 ranks, bf16"],
 )
 def test_ddp(tmp_path, world, dtype, max_grad_norm):
-    spawn(one_rank, world, tmp_path, dtype, max_grad_norm)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
-    alone = train(0, 1, dtype, max_grad_norm)
+    ranks = spawn(train, world, tmp_path, dtype, max_grad_norm)
+    alone = train(0, 1, None, dtype, max_grad_norm)
     for rank in ranks:
         assert rank["latches"] == ranks[0]["latches"]
         for name, value in rank["adapters"].items():

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import re
 
 import pytest
 import torch
 
-from stablelora_kernels.optim.sharding import Shard
+from stablelora_kernels.dispatch.backend import use_backend
+from stablelora_kernels.optim.sharding import Place
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import store_moments
 from stablelora_kernels.optim.stochastic_rounding import seed_word
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef, stochastic_round_ref
 from stablelora_kernels.reference.optimizer import moment_noise_ref
+from tests.helpers.launches import count_launches
 from tests.helpers.optimizers import DEVICE, SHAPES, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
+from tests.helpers.steps import latches, saved_and_loaded, take_step, take_step_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,10 +39,8 @@ def test_a_master_takes_the_steps_of_a_float64_run(path: str, dtype: torch.dtype
     named = [*pairs, ("lone", lone)]
     optimizer = StableLoRAAdamW(named, lr=4e-2, shrink_ratio=5e-3, master_weights=True)
     for step in range(20):
-        set_grads(params, step)
-        oracle.step({q: p.grad.double() for p, q in zip(params, oracle.params, strict=True)})
-        optimizer.step()
-    assert {s.name: s.latched_at for s in optimizer.stability()} == oracle.latched_at
+        take_step_with(oracle, optimizer, step)
+    assert latches(optimizer) == oracle.latched_at
     assert any(oracle.latched_at.values())
     for p, q in zip(params, oracle.params, strict=True):
         master = optimizer.state[p].get("master", p)
@@ -52,24 +52,19 @@ def test_a_master_takes_the_steps_of_a_float64_run(path: str, dtype: torch.dtype
 
 def test_a_master_and_its_shadow_are_one_launch() -> None:
     pytest.importorskip("triton")
-    from stablelora_kernels.dispatch.backend import use_backend
-    from stablelora_kernels.launch.base import launch_counts
-
-    pairs = make_pairs(dtype=BF16)
-    optimizer = StableLoRAAdamW(pairs, master_weights=True, moments_dtype=BF16)
+    optimizer = StableLoRAAdamW(make_pairs(dtype=BF16), master_weights=True, moments_dtype=BF16)
     with use_backend("triton"):
-        for step in range(3):
-            set_grads(halves(pairs), step)
-            before = launch_counts.copy()
-            optimizer.step()
-    assert launch_counts - before == {"_stable_adamw_kernel": 1}
+        for step in range(2):
+            take_step(step, optimizer)
+        with count_launches() as made:
+            take_step(2, optimizer)
+    assert made == {"_stable_adamw_kernel": 1}
 
 
 def test_a_parameter_that_someone_else_wrote_to_is_its_own_master(path: str) -> None:
     pairs = make_pairs(dtype=BF16)
     optimizer = StableLoRAAdamW(pairs, lr=1e-3, master_weights=True)
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     a, b = pairs[0].A, pairs[0].B
     kept = optimizer.state[a]["master"].clone()
     with torch.no_grad():
@@ -121,10 +116,7 @@ def test_bfloat16_moments_follow_float32_ones(path: str, dtype: torch.dtype, mas
     exact = StableLoRAAdamW(twins, lr=1e-2, master_weights=master, seed=1)
     start = [p.detach().double() for p in halves(pairs)]
     for step in range(20):
-        for params in (halves(pairs), halves(twins)):
-            set_grads(params, step)
-        optimizer.step()
-        exact.step()
+        take_step(step, optimizer, exact)
     for p, q, s in zip(halves(pairs), halves(twins), start, strict=True):
         assert {optimizer.state[p][key].dtype for key in ("exp_avg", "exp_avg_sq")} == {BF16}
         moved, error = (q.double() - s).norm().item(), (p.double() - q.double()).norm().item()
@@ -136,8 +128,7 @@ def test_bfloat16_moments_decay_on_average(path: str) -> None:
     """beta2 = 0.999 changes a moment by less than half of bfloat16's step: rounded to nearest it would never decay."""
     (pair,) = make_pairs([(16, 16, 512)])
     optimizer = StableLoRAAdamW([pair], lr=0.0, moments_dtype=BF16, seed=2)
-    set_grads(halves([pair]), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     v = optimizer.state[pair.A]["exp_avg_sq"]
     before = v.double()
     for p in halves([pair]):
@@ -154,9 +145,7 @@ def test_float64_parameters_keep_float64_moments() -> None:
     pairs = [LoRAPair(p.name, *(t.detach().double().requires_grad_() for t in (p.A, p.B))) for p in make_pairs()]
     twins = [LoRAPair(p.name, *(t.detach().clone().requires_grad_() for t in (p.A, p.B))) for p in pairs]
     optimizers = StableLoRAAdamW(pairs, moments_dtype=BF16, master_weights=True), StableLoRAAdamW(twins)
-    for optimizer, params in zip(optimizers, (halves(pairs), halves(twins)), strict=True):
-        set_grads(params, 0)
-        optimizer.step()
+    take_step(0, *optimizers)
     assert all_equal(snapshot(optimizers[0]), snapshot(optimizers[1]))
 
 
@@ -170,15 +159,9 @@ def test_resuming_is_bit_exact(path: str, moments: torch.dtype, master: bool) ->
     whole, cut = make_pairs(dtype=BF16), make_pairs(dtype=BF16)
     straight, optimizer = (StableLoRAAdamW(pairs, lr=4e-2, seed=5, **options) for pairs in (whole, cut))
     for step in range(9):
-        for params in (halves(whole), halves(cut)):
-            set_grads(params, step)
-        straight.step()
-        optimizer.step()
+        take_step(step, straight, optimizer)
         if step == 4:
-            file = io.BytesIO()
-            torch.save([optimizer.state_dict(), [p.detach() for p in halves(cut)]], file)
-            file.seek(0)
-            state, values = torch.load(file, weights_only=True)
+            state, values = saved_and_loaded([optimizer.state_dict(), [p.detach() for p in halves(cut)]])
             cut = make_pairs(dtype=BF16, seed=8)
             with torch.no_grad():
                 for p, value in zip(halves(cut), values, strict=True):
@@ -193,9 +176,7 @@ def test_a_state_is_converted_to_what_the_optimizer_keeps(path: str) -> None:
     pairs, twins = make_pairs(dtype=BF16), make_pairs(dtype=BF16)
     small = StableLoRAAdamW(pairs, moments_dtype=BF16, master_weights=True)
     plain = StableLoRAAdamW(twins)
-    for optimizer, params in ((small, halves(pairs)), (plain, halves(twins))):
-        set_grads(params, 0)
-        optimizer.step()
+    take_step(0, small, plain)
     states = copy.deepcopy((small.state_dict(), plain.state_dict()))
     plain.load_state_dict(states[0])
     small.load_state_dict(states[1])
@@ -203,9 +184,7 @@ def test_a_state_is_converted_to_what_the_optimizer_keeps(path: str) -> None:
     assert plain.state[b]["exp_avg"].dtype is torch.float32 and "master" not in plain.state[b]
     assert torch.equal(plain.state[b]["exp_avg"], states[0]["state"][0]["exp_avg"].float())
     assert small.state[a]["exp_avg"].dtype is BF16
-    for optimizer, params in ((small, halves(pairs)), (plain, halves(twins))):
-        set_grads(params, 1)
-        optimizer.step()
+    take_step(1, small, plain)
     assert small.state[a]["step"].item() == 2 and small.state[a]["master"].dtype is torch.float32
 
 
@@ -213,8 +192,7 @@ def test_a_state_is_converted_to_what_the_optimizer_keeps(path: str) -> None:
 def test_found_inf_touches_neither_masters_nor_moments(path: str, moments: torch.dtype) -> None:
     pairs = make_pairs(dtype=BF16)
     optimizer = StableLoRAAdamW(pairs, moments_dtype=moments, master_weights=True)
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     before = snapshot(optimizer)
     pairs[0].A.grad.fill_(math.inf)
     optimizer.grad_scale = torch.tensor(2.0, device=DEVICE)
@@ -252,8 +230,7 @@ def test_bad_storage(change: dict, error: type[Exception], message: str) -> None
 def test_amsgrad_switched_on_later_is_refused_before_anything_changes(path: str) -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, moments_dtype=BF16)
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     before = snapshot(optimizer)
     optimizer.param_groups[0]["amsgrad"] = True
     with pytest.raises(ValueError, match="amsgrad=True needs"):

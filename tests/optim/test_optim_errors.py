@@ -25,11 +25,7 @@ def lora(a: tuple[int, ...] = (2, 4), b: tuple[int, ...] = (4, 2)) -> list[tuple
         ({"lr": math.nan}, ValueError, "lr must be a finite number in [0, inf), got nan"),
         ({"lr": -1e-3}, ValueError, "lr must be a finite number in [0, inf), got -0.001"),
         ({"lr": "1e-3"}, TypeError, "lr must be a number, got '1e-3' of type str"),
-        (
-            {"lr": torch.zeros(2)},
-            ValueError,
-            "lr as a tensor must be a 0-d floating-point one, got [2] of torch.float32",
-        ),
+        ({"lr": torch.zeros(2)}, ValueError, "lr as a tensor must be a 0-d floating-point one, got [2] of torch.float32"),
         ({"lr": torch.tensor(math.nan)}, ValueError, "lr must be a finite number in [0, inf), got nan"),
         ({"betas": (0.9, 1.0)}, ValueError, "betas[1] must be a finite number in [0, 1), got 1.0"),
         ({"betas": 0.9}, TypeError, "betas must be two numbers, got 0.9"),
@@ -44,7 +40,7 @@ def lora(a: tuple[int, ...] = (2, 4), b: tuple[int, ...] = (4, 2)) -> list[tuple
         ({"seed": 2**63}, ValueError, f"seed must be below 2**63, got {2**63}"),
         ({"seed": 1.5}, TypeError, "seed must be an int, got 1.5 of type float"),
     ],
-)
+)  # fmt: skip
 def test_bad_hyper_parameters(change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         StableLoRAAdamW(lora(), **change)
@@ -81,11 +77,7 @@ SHARED = torch.ones(2, requires_grad=True)
         (lora()[:1], ValueError, "pair 'q' has lora_A [2, 4] but no lora_B"),
         (lora()[1:], ValueError, "pair 'q' has lora_B [4, 2] but no lora_A"),
         (frozen(lora(), 0), ValueError, "pair 'q': lora_B is trainable but lora_A is frozen (requires_grad=False)"),
-        (
-            lora(b=(4, 3)),
-            ValueError,
-            "pair 'q': A must be [r, in] and B [out, r] with one r, got A [2, 4] and B [4, 3]",
-        ),
+        (lora(b=(4, 3)), ValueError, "pair 'q': A must be [r, in] and B [out, r] with one r, got A [2, 4] and B [4, 3]"),
         ([*lora(), *lora()[:1]], ValueError, "two parameters are named 'q.lora_A'"),
         ([*lora(), ("v", SHARED), ("w", SHARED)], ValueError, "one tensor is given as 'v' and as 'w'"),
         (
@@ -97,7 +89,7 @@ SHARED = torch.ones(2, requires_grad=True)
         ([*lora(), ("z", torch.ones(4)[::2].requires_grad_())], ValueError, "'z' must be dense in memory"),
         ([{"params": [SHARED], "param_names": ["a", "b"]}], ValueError, "a group has 1 params and 2 param_names"),
     ],
-)
+)  # fmt: skip
 def test_bad_parameters(params: object, error: type[Exception], message: str) -> None:
     pattern = re.escape(message).replace(re.escape(".*"), ".*")
     with pytest.raises(error, match=pattern):

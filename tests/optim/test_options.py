@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 import re
@@ -17,6 +16,7 @@ from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef
 from tests.helpers.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
+from tests.helpers.steps import assert_all_close, assert_close_to, saved_and_loaded, take_step, take_step_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,14 +55,8 @@ def test_an_option_is_the_references(path: str, name: str) -> None:
     oracle = StableAdamWRef(in_float64(pairs), **{**common, **meant})
     optimizer = StableLoRAAdamW(pairs, **{**common, **copy.deepcopy(given)})
     for step in range(14):
-        set_grads(halves(pairs), step)
-        oracle.step({q: p.grad.double() for p, q in zip(halves(pairs), halves(oracle.pairs), strict=True)})
-        optimizer.step()
-    latched = {s.name: s.latched_at for s in optimizer.stability()}
-    assert latched == oracle.latched_at
-
-    for p, q in zip(halves(pairs), halves(oracle.pairs), strict=True):
-        torch.testing.assert_close(p.detach().double(), q, rtol=4e-5, atol=4e-6)
+        take_step_with(oracle, optimizer, step)
+    assert_close_to(oracle, optimizer, rtol=4e-5, atol=4e-6)
 
 
 def test_never_stopping_spares_a_norm_that_is_not_finite(path: str) -> None:
@@ -72,8 +66,7 @@ def test_never_stopping_spares_a_norm_that_is_not_finite(path: str) -> None:
         good.B.fill_(100.0)
         bad.B[0, 0] = math.inf
     before = [pair.A.detach().clone() for pair in (good, bad)]
-    set_grads(halves([good, bad]), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     torch.testing.assert_close(good.A.detach(), before[0] / 2, rtol=1e-6, atol=0)
     assert torch.equal(bad.A, before[1])
     assert optimizer.state[good.A]["latched_at"].item() == 0
@@ -84,8 +77,7 @@ def test_the_stop_condition_may_change_and_a_latch_stays(path: str) -> None:
     with torch.no_grad():
         latched.B.fill_(100.0)
     optimizer = StableLoRAAdamW([latched, live], lr=0.0, shrink_ratio=0.5, weight_decay=0.0)
-    set_grads(halves([latched, live]), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     optimizer.param_groups[0]["stop_condition"] = "never"
     with torch.no_grad():
         live.B.fill_(100.0)
@@ -102,11 +94,11 @@ def test_lora_plus_is_for_b_alone_and_for_one_group(path: str) -> None:
     groups.append({"params": [("b.lora_A", second.A), ("b.lora_B", second.B)]})
     optimizer = StableLoRAAdamW(groups, lr=1e-3, eps=0.0, weight_decay=0.0, shrink_ratio=0.0)
     before = [p.detach().clone() for p in (*halves([first, second]), lone)]
-    set_grads([*halves([first, second]), lone], 0)
-    optimizer.step()
+    take_step(0, optimizer)
     # Adam's first step moves every element by lr.
-    for p, start, lr in zip((*halves([first, second]), lone), before, (1e-3, 8e-3, 1e-3, 1e-3, 1e-3), strict=True):
-        torch.testing.assert_close((p.detach() - start).abs(), torch.full_like(start, lr), rtol=1e-3, atol=0)
+    moved = [(p.detach() - start).abs() for p, start in zip((*halves([first, second]), lone), before, strict=True)]
+    expected = [torch.full_like(p, lr) for p, lr in zip(before, (1e-3, 8e-3, 1e-3, 1e-3, 1e-3), strict=True)]
+    assert_all_close(moved, expected, rtol=1e-3, atol=0)
     # A scheduler's lr is followed.
     optimizer.param_groups[0]["lr"] = 0.0
     held = first.B.detach().clone()
@@ -125,8 +117,7 @@ def test_patterns_match_layers_of_peft_and_whole_names(path: str) -> None:
     patterns = {"m.1.q_proj.default": 0.75, "q_proj": 0.5, "^m.1.k_proj": 0.25}
     optimizer = StableLoRAAdamW(named, lr=0.0, shrink_ratio=0.125, weight_decay=0.0, shrink_pattern=patterns)
     before = [pair.A.detach().clone() for pair in pairs]
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     for pair, start, kept in zip(pairs, before, (0.5, 0.875, 0.25, 0.75), strict=True):
         torch.testing.assert_close(pair.A.detach(), start * kept, rtol=1e-6, atol=0)
 
@@ -144,16 +135,11 @@ def test_the_schedule_counts_steps_and_resumes(path: str) -> None:
     # No gradient: no step.
     optimizer.step()
     for step in range(8):
-        for params in (halves(whole), halves(cut)):
-            set_grads(params, step)
-        straight.step()
-        optimizer.step()
+        take_step(step, straight, optimizer)
         if step == 2:
-            file = io.BytesIO()
-            torch.save(optimizer.state_dict(), file)
-            file.seek(0)
+            state = saved_and_loaded(optimizer.state_dict())
             optimizer = StableLoRAAdamW(cut, lr=0.5, shrink_schedule=noted)
-            optimizer.load_state_dict(torch.load(file, weights_only=True))
+            optimizer.load_state_dict(state)
     assert seen == list(range(1, 9))
     assert optimizer.param_groups[0]["shrink_ratio"] == schedule(8)
     assert all_equal(snapshot(straight), snapshot(optimizer))
@@ -168,9 +154,7 @@ def test_options_are_in_the_state(path: str) -> None:
     resumed = StableLoRAAdamW(twins, seed=2)
     resumed.load_state_dict(optimizer.state_dict())
     assert {key: resumed.param_groups[0][key] for key in options} == options
-    for each, params in ((optimizer, halves(pairs)), (resumed, halves(twins))):
-        set_grads(params, 0)
-        each.step()
+    take_step(0, optimizer, resumed)
     assert all_equal(snapshot(optimizer), snapshot(resumed))
     # A state from before these options keeps the optimizer's own.
     old = copy.deepcopy(optimizer.state_dict())
@@ -186,8 +170,7 @@ def test_a_ratio_as_a_tensor_changes_in_place(path: str) -> None:
     ratio = torch.tensor(0.5, device=DEVICE)
     optimizer = StableLoRAAdamW([pair], lr=0.0, weight_decay=0.0, shrink_ratio=ratio)
     start = pair.A.detach().clone()
-    set_grads(halves([pair]), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     ratio.fill_(0.25)
     optimizer.step()
     torch.testing.assert_close(pair.A.detach(), start * 0.375, rtol=1e-6, atol=0)
@@ -207,8 +190,7 @@ def test_a_schedule_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_schedule_out_of_range_changes_nothing(backend: str) -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, shrink_schedule=lambda step: 0.1 if step == 1 else 1.5)
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match=re.escape("shrink_schedule(2) must be a finite number in [0, 1), got 1.5")):
         optimizer.step()
@@ -223,42 +205,18 @@ def test_a_schedule_out_of_range_changes_nothing(backend: str) -> None:
         ({"lr_ratio_B": "16"}, TypeError, "lr_ratio_B must be a number, got '16' of type str"),
         ({"stop_condition": "norms"}, ValueError, "stop_condition must be one of 'norm', 'never', got 'norms'"),
         ({"stop_condition": []}, ValueError, "stop_condition must be one of 'norm', 'never', got []"),
-        (
-            {"shrink_pattern": {"layer9": 0.1}},
-            ValueError,
-            "shrink_pattern 'layer9' matches none of the 4 pairs ('layer0', ",
-        ),
-        (
-            {"shrink_pattern": {"layer0": 1.0}},
-            ValueError,
-            "shrink_pattern['layer0'] must be a finite number in [0, 1), got 1.0",
-        ),
-        ({"shrink_pattern": {"(": 0.1}}, ValueError, "shrink_pattern must be a regular expression, got '('"),
-        (
-            {"shrink_pattern": [("layer0", 0.1)]},
-            TypeError,
-            "shrink_pattern must be a dict of name patterns, got [(",
-        ),
-        (
-            {"shrink_pattern": {0: 0.1}},
-            TypeError,
-            "shrink_pattern must be a dict of name patterns, got {0",
-        ),
+        ({"shrink_pattern": {"layer9": 0.1}}, ValueError, "shrink_pattern 'layer9' matches none of the 4 pairs ('layer0', "),
+        ({"shrink_pattern": {"layer0": 1.0}}, ValueError, "shrink_pattern['layer0'] must be a finite number in [0, 1), got 1.0"),
+        ({"shrink_pattern": {"(": 0.1}}, ValueError, "shrink_pattern '(' is no regular expression"),
+        ({"shrink_pattern": [("layer0", 0.1)]}, TypeError, "shrink_pattern must be a dict of patterns and shrink ratios, got [("),
+        ({"shrink_pattern": {0: 0.1}}, TypeError, "shrink_pattern must be a dict of patterns and shrink ratios, got {0"),
         ({"shrink_schedule": 0.1}, TypeError, "shrink_schedule must be a function of the step, got 0.1"),
         ({"shrink_ratio": torch.tensor(1.0)}, ValueError, "shrink_ratio must be a finite number in [0, 1), got 1.0"),
         ({"amsgrad": 1}, TypeError, "amsgrad must be a bool, got 1 of type int"),
-        (
-            {"weight_decay": torch.zeros(2)},
-            ValueError,
-            "weight_decay as a tensor must be a 0-d floating-point one, got [2]",
-        ),
-        (
-            {"betas": (0.9, torch.zeros(2))},
-            ValueError,
-            "betas[1] as a tensor must be a 0-d floating-point one on the CPU",
-        ),
+        ({"weight_decay": torch.zeros(2)}, ValueError, "weight_decay as a tensor must be a 0-d floating-point one, got [2]"),
+        ({"betas": (0.9, torch.zeros(2))}, ValueError, "betas[1] as a tensor must be a 0-d floating-point one on the CPU"),
     ],
-)
+)  # fmt: skip
 def test_bad_options(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         StableLoRAAdamW(make_pairs(), **change)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +22,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import stablelora_kernels as slk
-from stablelora_kernels.optim.torch_engine import TorchStep
 from tests.helpers.optimizers import set_grads
-from tests.helpers.processes import spawn
+from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import Model, lora_config
+from tests.helpers.steps import decide_on_device
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
-)
+pytestmark = needs_gloo
 # Of (r, m, n): A's rows are fewer than four ranks, divide by two and not, and widths are odd.
 SHAPES = {"q": (8, 24, 40), "v": (3, 15, 31), "o": (1, 7, 13)}
 # Tensor-parallel and FSDP's placements of A [r, n] and B [m, r] on a mesh of one dimension or of two.
@@ -110,28 +106,17 @@ def distributed(named: list[tuple[str, torch.Tensor]], world: int, way: str) -> 
 # Placements
 
 
-def run_placements(rank: int, world: int, place: Path) -> None:
+def run_placements(rank: int, world: int, place: Path) -> dict[tuple[str, str], dict[str, Any]]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for name, (dtype, backend, settings) in CASES.items():
         if name.startswith("on the device"):
-            # The last cases.
-            decide_on_device(TorchStep)
+            # The last cases, in a process that ends with them.
+            decide_on_device()
         for way in WAYS[world]:
             if name in (*FEW, *(CASES if way == WAYS[world][0] else ())):
                 with slk.use_backend(backend):
                     found[name, way] = train(distributed(named_parameters(dtype), world, way), STEPS, **settings)
-    torch.save(found, place / f"{rank}.pt")
-
-
-def decide_on_device(engine: Any) -> None:
-    """What the PyTorch path does on a GPU, in a process that ends with it."""
-    original = engine.__init__
-
-    def never_on_host(self: Any, *args: Any) -> None:
-        original(self, *args)
-        self.on_host = False
-
-    engine.__init__ = never_on_host
+    return found
 
 
 BF16 = torch.bfloat16
@@ -165,8 +150,7 @@ def in_one_process(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world", WAYS)
 def test_equal_to_one_process(tmp_path: Path, world: int) -> None:
-    spawn(run_placements, world, tmp_path)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    ranks = spawn(run_placements, world, tmp_path)
     assert set(ranks[0]) == {(name, way) for way in WAYS[world] for name in (CASES if way == WAYS[world][0] else FEW)}
     for name, way in ranks[0]:
         what = f"{name}, {way}"
@@ -251,12 +235,12 @@ def results_of(model: torch.nn.Module, optimizer: slk.StableLoRAAdamW) -> dict[s
 TRAINING: dict[str, Any] = {"lr": 0.1, "shrink_ratio": 0.1, "seed": 7}
 
 
-def run_fsdp(rank: int, world: int, place: Path) -> None:
+def run_fsdp(rank: int, world: int, place: Path) -> dict[str, Any]:
     model = make_model(world)
     optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
     assert any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
     fit(model, optimizer, rank, world, range(6))
-    torch.save(results_of(model, optimizer), place / f"{rank}.pt")
+    return results_of(model, optimizer)
 
 
 def alone(steps: range = range(6)) -> dict[str, Any]:
@@ -276,10 +260,9 @@ def compare(got: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_fsdp(tmp_path: Path, world: int) -> None:
-    spawn(run_fsdp, world, tmp_path)
     expected = alone()
-    for rank in range(world):
-        compare(torch.load(tmp_path / f"{rank}.pt"), expected)
+    for found in spawn(run_fsdp, world, tmp_path):
+        compare(found, expected)
 
 
 # Checkpoints
@@ -293,7 +276,7 @@ def save(rank: int, world: int, place: Path) -> None:
     checkpoint.save(state, checkpoint_id=str(place / "checkpoint"))
 
 
-def resume(rank: int, world: int, place: Path) -> None:
+def resume(rank: int, world: int, place: Path) -> dict[str, Any]:
     model = make_model(world)
     optimizer = slk.StableLoRAAdamW.from_model(model, **{**TRAINING, "lr": 1.0, "seed": 1})
     before = {name: gather(p) for name, p in model.named_parameters()}
@@ -306,26 +289,18 @@ def resume(rank: int, world: int, place: Path) -> None:
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     assert optimizer.param_groups[0]["lr"] == TRAINING["lr"] and optimizer.param_groups[0]["seed"] == TRAINING["seed"]
     fit(model, optimizer, rank, world, range(3, 6))
-    torch.save(results_of(model, optimizer), place / f"{world}-{rank}.pt")
+    return results_of(model, optimizer)
 
 
 @pytest.mark.parametrize(("saved_on", "resumed_on"), [(2, 4), (4, 2)])
 def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path, saved_on: int, resumed_on: int) -> None:
     spawn(save, saved_on, tmp_path)
-    spawn(resume, resumed_on, tmp_path)
     expected = alone()
-    for rank in range(resumed_on):
-        compare(torch.load(tmp_path / f"{resumed_on}-{rank}.pt"), expected)
+    for found in spawn(resume, resumed_on, tmp_path):
+        compare(found, expected)
 
 
 # In one process
-
-
-@pytest.fixture
-def mesh_of_one() -> Iterator[DeviceMesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def pair_on(mesh: DeviceMesh, a_way: Placement, b_way: Placement) -> list[tuple[str, torch.Tensor]]:
@@ -336,39 +311,43 @@ def pair_on(mesh: DeviceMesh, a_way: Placement, b_way: Placement) -> list[tuple[
     ]
 
 
-def test_what_is_refused(mesh_of_one: DeviceMesh) -> None:
-    named = pair_on(mesh_of_one, Partial(), Shard(0))
+def whole(named: list[tuple[str, DTensor]]) -> list[tuple[str, torch.Tensor]]:
+    return [(name, p.detach().full_tensor().clone().requires_grad_()) for name, p in named]
+
+
+def test_what_is_refused(mesh: DeviceMesh) -> None:
+    named = pair_on(mesh, Partial(), Shard(0))
     with pytest.raises(
         TypeError, match=r"parameter 'q.lora_A' must be sharded or replicated, got the placements \(Partial"
     ):
         slk.StableLoRAAdamW(named)
-    named = pair_on(mesh_of_one, Shard(0), Shard(0))
+    named = pair_on(mesh, Shard(0), Shard(0))
     with pytest.raises(ValueError, match=r"parameter 'q.lora_A' is a DTensor, whose moments cannot be in 8 bits"):
         slk.StableLoRAAdamW(named, moments_dtype=torch.uint8)
-    strided = DTensor.from_local(torch.randn(6, 4).t(), mesh_of_one, [Shard(0)], run_check=False).requires_grad_()
+    strided = DTensor.from_local(torch.randn(6, 4).t(), mesh, [Shard(0)], run_check=False).requires_grad_()
     with pytest.raises(
         ValueError, match=r"parameter 'q.lora_A' is sharded, so its shards must be contiguous, got the strides"
     ):
         slk.StableLoRAAdamW([("q.lora_A", strided), named[1]])
 
 
-def test_a_gradient_of_other_placements_is_brought_to_the_parameters(mesh_of_one: DeviceMesh) -> None:
-    named = pair_on(mesh_of_one, Shard(0), Shard(0))
-    plain = [(name, p.detach().full_tensor().clone().requires_grad_()) for name, p in named]
+def test_a_gradient_of_other_placements_is_brought_to_the_parameters(mesh: DeviceMesh) -> None:
+    named = pair_on(mesh, Shard(0), Shard(0))
+    plain = whole(named)
     optimizers = [slk.StableLoRAAdamW(each, lr=0.1) for each in (named, plain)]
     for (_, p), (_, q) in zip(named, plain, strict=True):
         q.grad = torch.randn(q.shape)
-        p.grad = DTensor.from_local(q.grad, mesh_of_one, [Partial()], run_check=False)
+        p.grad = DTensor.from_local(q.grad, mesh, [Partial()], run_check=False)
     for optimizer in optimizers:
         optimizer.step()
     for (_, p), (_, q) in zip(named, plain, strict=True):
         assert torch.equal(p.full_tensor(), q)
 
 
-def test_parameters_that_a_trainer_exchanges_are_found(mesh_of_one: DeviceMesh) -> None:
+def test_parameters_that_a_trainer_exchanges_are_found(mesh: DeviceMesh) -> None:
     """As accelerate does when it shards a model after the optimizer was made."""
-    named = pair_on(mesh_of_one, Shard(0), Shard(0))
-    plain = [(name, p.detach().full_tensor().clone().requires_grad_()) for name, p in named]
+    named = pair_on(mesh, Shard(0), Shard(0))
+    plain = whole(named)
     optimizer = slk.StableLoRAAdamW(plain, lr=0.1, shrink_ratio=0.5, weight_decay=0.0)
     optimizer.param_groups[0]["params"] = [p for _, p in named]
     for _, p in named:
@@ -379,9 +358,9 @@ def test_parameters_that_a_trainer_exchanges_are_found(mesh_of_one: DeviceMesh) 
     assert optimizer.pairs[0].A is named[0][1]
 
 
-def test_a_whole_state_loads_into_parts(mesh_of_one: DeviceMesh) -> None:
-    named = pair_on(mesh_of_one, Shard(0), Shard(0))
-    plain = [(name, p.detach().full_tensor().clone().requires_grad_()) for name, p in named]
+def test_a_whole_state_loads_into_parts(mesh: DeviceMesh) -> None:
+    named = pair_on(mesh, Shard(0), Shard(0))
+    plain = whole(named)
     one, other = slk.StableLoRAAdamW(plain, lr=0.1), slk.StableLoRAAdamW(named, lr=0.2)
     for _, p in plain:
         p.grad = torch.randn(p.shape)

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from stablelora_kernels.dispatch.backend import use_backend
-from stablelora_kernels.optim import torch_engine as ops
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef
-from tests.helpers.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
+from tests.helpers.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.steps import assert_all_close, assert_close_to, decide_on_device, latches, take_step, take_step_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,8 +26,7 @@ def test_found_inf_changes_nothing(backend: str) -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, lr=1e-2, shrink_ratio=0.1)
     for step in range(2):
-        set_grads(halves(pairs), step)
-        optimizer.step()
+        take_step(step, optimizer)
     before = snapshot(optimizer)
     optimizer.grad_scale = torch.tensor(4.0, device=DEVICE)
     optimizer.found_inf = torch.tensor(1.0, device=DEVICE)
@@ -37,10 +36,8 @@ def test_found_inf_changes_nothing(backend: str) -> None:
     # The step after it is the one that would have come, from the same sums of squares.
     optimizer.found_inf.zero_()
     twins = copy.deepcopy(optimizer)
-    for o, scale in ((optimizer, 4.0), (twins, 1.0)):
-        params = [p for group in o.param_groups for p in group["params"]]
-        set_grads(params, 7, scale=1e-2 * scale)
-        o.step()
+    take_step(7, optimizer, scale=4e-2)
+    take_step(7, twins)
     # The scale is a power of two.
     assert all_equal(snapshot(optimizer), snapshot(twins))
 
@@ -62,8 +59,7 @@ def test_grad_scaler_hands_over_scale_and_verdict(backend: str) -> None:
         scaler.update()
         optimizer.zero_grad()
     assert scaler.get_scale() == 4.0
-    for p, q in zip(halves(pairs), halves(twins), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+    assert_all_close(halves(pairs), halves(twins), rtol=1e-6, atol=1e-8)
 
 
 # PyTorch's contracts
@@ -74,7 +70,7 @@ def test_gradients_of_a_step_that_failed_are_looked_at_again(backend: str) -> No
     ratios = {1: 0.1, 2: 2.0, 3: 0.1}
     optimizer = StableLoRAAdamW(make_pairs(), lr=1e-2, shrink_schedule=lambda step: ratios[step])
     steady = StableLoRAAdamW(make_pairs(), lr=1e-2, shrink_ratio=0.1)
-    params = [[p for group in each.param_groups for p in group["params"]] for each in (optimizer, steady)]
+    params = [params_of(each) for each in (optimizer, steady)]
     kept = []
     for seed in (0, 1):
         for each in params:
@@ -122,11 +118,9 @@ def test_a_module_cast_after_construction(backend: str) -> None:
     (pair,) = make_pairs([(4, 8, 8)])
     model.lora_A, model.lora_B = nn.Parameter(pair.A.detach()), nn.Parameter(pair.B.detach())
     optimizer = StableLoRAAdamW.from_model(model, lr=1e-2)
-    set_grads(list(model.parameters()), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     model.bfloat16()
-    set_grads(list(model.parameters()), 1)
-    optimizer.step()
+    take_step(1, optimizer)
     assert model.lora_A.dtype is torch.bfloat16
     assert optimizer.state[model.lora_A]["step"].item() == 2
     assert optimizer.state[model.lora_A]["exp_avg"].dtype is torch.float32
@@ -145,15 +139,13 @@ def test_backward_through_overwritten_parameters_is_noticed(backend: str) -> Non
 def test_add_param_group_pairs_anew(backend: str) -> None:
     first, second = make_pairs([(4, 8, 8), (4, 8, 8)])
     optimizer = StableLoRAAdamW([first], lr=1e-2)
-    set_grads(halves([first]), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     optimizer.add_param_group({"params": [second], "lr": 0.0, "weight_decay": 0.0, "shrink_ratio": 0.5})
     before = second.A.detach().clone()
-    set_grads(halves([first, second]), 1)
-    optimizer.step()
+    take_step(1, optimizer)
     torch.testing.assert_close(second.A.detach(), before / 2, rtol=1e-6, atol=0)
     assert optimizer.state[first.A]["step"].item() == 2
-    assert [s.name for s in optimizer.stability()] == ["layer0", "layer1"]
+    assert list(latches(optimizer)) == ["layer0", "layer1"]
     with pytest.raises(ValueError, match=r"pair 'z' has lora_A .* but no lora_B"):
         optimizer.add_param_group({"params": [("z.lora_A", torch.zeros(2, 3, requires_grad=True))]})
     assert len(optimizer.param_groups) == 2
@@ -177,11 +169,8 @@ def test_float64_parameters_take_float64_steps() -> None:
     oracle = StableAdamWRef(in_float64(pairs), lr=1e-2)
     optimizer = StableLoRAAdamW(pairs, lr=1e-2)
     for step in range(5):
-        set_grads(halves(pairs), step)
-        oracle.step({q: p.grad for p, q in zip(halves(pairs), halves(oracle.pairs), strict=True)})
-        optimizer.step()
-    for p, q in zip(halves(pairs), halves(oracle.pairs), strict=True):
-        torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-14)
+        take_step_with(oracle, optimizer, step)
+    assert_close_to(oracle, optimizer, rtol=1e-12, atol=1e-14)
     with use_backend("triton"), pytest.raises(TypeError, match="no float64 optimizer step"):
         optimizer.step()
 
@@ -197,39 +186,27 @@ def test_hyper_parameters_as_tensors_change_in_place(
     optimizer = StableLoRAAdamW(pairs, shrink_ratio=0.01, **{"lr": 1e-2, name: value})
     other = StableLoRAAdamW(twins, shrink_ratio=0.01, **{"lr": 1e-2, name: 0.1})
     for step in range(4):
-        for params in (halves(pairs), halves(twins)):
-            set_grads(params, step)
-        optimizer.step()
-        other.step()
+        take_step(step, optimizer, other)
         value.mul_(0.5)
         other.param_groups[0][name] *= 0.5
-    for p, q in zip(halves(pairs), halves(twins), strict=True):
-        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
+    assert_all_close(halves(pairs), halves(twins), rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
 def test_a_weight_decay_that_stays_on_the_device(monkeypatch: pytest.MonkeyPatch, found_inf: float | None) -> None:
     """What the PyTorch path does on a GPU, which its fused operator does not."""
-    original = ops.TorchStep.__init__
-
-    def never_on_host(self, *args) -> None:
-        original(self, *args)
-        self.on_host = False
-
-    monkeypatch.setattr(ops.TorchStep, "__init__", never_on_host)
+    decide_on_device(monkeypatch)
     pairs, twins = make_pairs(), make_pairs()
     optimizer = StableLoRAAdamW(pairs, lr=1e-2, weight_decay=torch.tensor(0.25, device=DEVICE))
     other = StableLoRAAdamW(twins, lr=1e-2, weight_decay=0.25)
     before = [p.detach().clone() for p in halves(pairs)]
     with use_backend("torch"):
-        for each, params in ((optimizer, halves(pairs)), (other, halves(twins))):
-            set_grads(params, 0)
+        for each in (optimizer, other):
             if found_inf is not None:
                 each.grad_scale = torch.tensor(1.0, device=DEVICE)
                 each.found_inf = torch.tensor(found_inf, device=DEVICE)
-            each.step()
-    for p, q in zip(halves(pairs), halves(twins), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+            take_step(0, each)
+    assert_all_close(halves(pairs), halves(twins), rtol=1e-6, atol=1e-8)
     assert all_equal(before, [p.detach() for p in halves(pairs)]) == bool(found_inf)
 
 
@@ -237,12 +214,10 @@ def test_amsgrad_switched_on_later_and_in_one_group(backend: str) -> None:
     first, second = make_pairs([(4, 8, 8), (4, 8, 8)])
     groups = [{"params": [first], "amsgrad": True}, {"params": [second]}]
     optimizer = StableLoRAAdamW(groups, lr=1e-2)
-    set_grads(halves([first, second]), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     assert "max_exp_avg_sq" in optimizer.state[first.A] and "max_exp_avg_sq" not in optimizer.state[second.A]
     optimizer.param_groups[1]["amsgrad"] = True
-    set_grads(halves([first, second]), 1, scale=1e-5)
-    optimizer.step()
+    take_step(1, optimizer, scale=1e-5)
     state = optimizer.state[first.A]
     assert (state["max_exp_avg_sq"] > state["exp_avg_sq"]).all()
     # It had no maximum before: the one of the step itself.
@@ -253,8 +228,7 @@ def test_amsgrad_switched_on_later_and_in_one_group(backend: str) -> None:
 def test_zero_grad(backend: str, set_to_none: bool) -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, lr=1e-2)
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     optimizer.zero_grad(set_to_none=set_to_none)
     assert all((p.grad is None) if set_to_none else not p.grad.any() for p in halves(pairs))
     before = [p.detach().clone() for p in halves(pairs)]
@@ -271,9 +245,8 @@ def test_a_schedule_of_betas_and_a_restart(backend: str) -> None:
     schedulers = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=2e-2, total_steps=12) for o in optimizers]
     seen = set()
     for step in range(8):
-        for o, scheduler, params in zip(optimizers, schedulers, (halves(pairs), halves(twins)), strict=True):
-            set_grads(params, step)
-            o.step()
+        take_step(step, *optimizers)
+        for scheduler in schedulers:
             scheduler.step()
         seen.add(optimizers[0].param_groups[0]["betas"])
         if step == 3:
@@ -294,8 +267,7 @@ def test_hooks_of_state_dicts(backend: str) -> None:
     optimizer.register_state_dict_post_hook(lambda o, state: {**state, "extra": 1})
     optimizer.register_load_state_dict_pre_hook(lambda o, state: seen.append(f"load {state['extra']}"))
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     optimizer.load_state_dict(optimizer.state_dict())
     assert seen == ["pre", "load 1", "loaded"]
 
@@ -304,8 +276,7 @@ def test_a_state_of_other_dtypes_loads(backend: str) -> None:
     """A run in float32 goes on in bfloat16, and a checkpoint of half the size in float32."""
     pairs, low = make_pairs(), make_pairs(dtype=torch.bfloat16)
     optimizer = StableLoRAAdamW(pairs, lr=1e-2)
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     other = StableLoRAAdamW(low)
     other.load_state_dict(optimizer.state_dict())
     for p, q in zip(halves(pairs), halves(low), strict=True):
@@ -315,8 +286,7 @@ def test_a_state_of_other_dtypes_loads(backend: str) -> None:
         entry["exp_avg"] = entry["exp_avg"].bfloat16()
         entry["step"] = entry["step"].double()
     optimizer.load_state_dict(halved)
-    set_grads(halves(pairs), 1)
-    optimizer.step()
+    take_step(1, optimizer)
     assert optimizer.state[pairs[0].A]["exp_avg"].dtype is torch.float32
     assert optimizer.state[pairs[0].A]["step"].item() == 2
 
@@ -325,13 +295,11 @@ def test_a_state_of_other_dtypes_loads(backend: str) -> None:
 def test_a_state_of_another_device_loads() -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, lr=1e-2)
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     moved = [LoRAPair(p.name, *(t.detach().cpu().requires_grad_() for t in (p.A, p.B))) for p in pairs]
     other = StableLoRAAdamW(moved)
     other.load_state_dict(optimizer.state_dict())
-    set_grads(halves(moved), 1)
-    other.step()
+    take_step(1, other)
     assert other.state[moved[0].A]["step"].item() == 2
 
 
@@ -341,8 +309,7 @@ def test_a_compiled_step_runs_as_it_is(backend: str) -> None:
     optimizer, other = StableLoRAAdamW(pairs, lr=1e-2), StableLoRAAdamW(twins, lr=1e-2)
     compiled = torch.compile(optimizer.step, backend="eager")
     for step in range(2):
-        for params in (halves(pairs), halves(twins)):
-            set_grads(params, step)
+        set_grads(halves(pairs), step)
         compiled()
-        other.step()
+        take_step(step, other)
     assert all_equal(snapshot(optimizer), snapshot(other))

@@ -16,6 +16,7 @@ from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef
 from tests.helpers.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
+from tests.helpers.steps import assert_close_to, take_step, take_step_with
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest (pip install expecttest)")
 from torch.testing._internal.common_optimizers import optim_db
@@ -76,26 +77,19 @@ def test_equal_to_the_reference_with_shrink(backend: str, kwargs: dict[str, Any]
     oracle = StableAdamWRef(in_float64(pairs), shrink_ratio=0.02, **on_any_device(kwargs))
     optimizer = StableLoRAAdamW(pairs, shrink_ratio=0.02, **copy.deepcopy(kwargs))
     for step in range(12):
-        set_grads(halves(pairs), step, scale=0.5**step)
-        oracle.step({q: p.grad.double() for p, q in zip(halves(pairs), halves(oracle.pairs), strict=True)})
-        optimizer.step()
-    assert {s.name: s.latched_at for s in optimizer.stability()} == oracle.latched_at
-    for p, q in zip(halves(pairs), halves(oracle.pairs), strict=True):
-        torch.testing.assert_close(p.detach().double(), q, rtol=2e-5, atol=2e-6)
+        take_step_with(oracle, optimizer, step, scale=0.5**step)
+    assert_close_to(oracle, optimizer)
 
 
 @pytest.mark.parametrize("kwargs", by_description(INPUTS))
 def test_state_dict_resumes_and_deepcopies(backend: str, kwargs: dict[str, Any]) -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, **copy.deepcopy(kwargs))
-    set_grads(halves(pairs), 0)
-    optimizer.step()
+    take_step(0, optimizer)
     twins = [LoRAPair(p.name, *(t.detach().clone().requires_grad_() for t in (p.A, p.B))) for p in pairs]
     resumed = StableLoRAAdamW(twins, **copy.deepcopy(kwargs))
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for each in (optimizer, resumed, copied := copy.deepcopy(optimizer)):
-        set_grads([p for group in each.param_groups for p in group["params"]], 1)
-        each.step()
+    take_step(1, optimizer, resumed, copied := copy.deepcopy(optimizer))
     assert all_equal(snapshot(optimizer), snapshot(resumed)) and all_equal(snapshot(optimizer), snapshot(copied))
 
 

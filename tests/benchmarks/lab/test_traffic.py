@@ -210,7 +210,7 @@ def test_the_branch_alone(m, r, p):
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])
 def test_quantized_weights(kind, m, n, k, blocksize, nested, dtype, p):
     from stablelora_kernels.launch import lora_linear_quantized as launch
-    from tests.helpers.quantized_weights import fp8_weight, nf4_weight
+    from stablelora_kernels.testing import fp8_weight, nf4_weight
 
     weight = nf4_weight(n, k, blocksize, nested) if kind == "nf4" else fp8_weight(n, k)
     if kind == "nf4":

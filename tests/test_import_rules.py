@@ -1,0 +1,262 @@
+"""The rules of imports that docs/architecture.md draws: each file's imports are read, none is run."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "stablelora_kernels"
+# From the ground up. A file imports only floors below its own, and its own package; "" is the package's __init__.
+FLOORS = (
+    {"_version", "utils"},
+    {"config", "pairs", "quantized"},
+    {"reference", "dispatch"},
+    {"kernels"},
+    {"launch"},
+    {"ops", "optim"},
+    {"functional", "explanation"},
+    {"nn"},
+    {"model", "tensor_parallel", "testing"},
+    {"integrations"},
+    {""},
+    {"cli"},
+    {"__main__"},
+)
+FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
+
+
+class Import(NamedTuple):
+    """One import of ``target``. ``lazy``: inside a function, so that importing the file does not run it."""
+
+    path: str
+    line: int
+    importer: str
+    target: str
+    lazy: bool
+    relative: bool
+
+
+def within(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def ours(*parts: str) -> tuple[str, ...]:
+    return tuple(f"{PACKAGE}.{part}" for part in parts)
+
+
+def part_of(module: str) -> str | None:
+    """The part of the package that ``module`` belongs to, or None outside of the package."""
+    return [*module.split("."), ""][1] if within(module, PACKAGE) else None
+
+
+def breaks_floors(i: Import) -> bool:
+    above, below = part_of(i.importer), part_of(i.target)
+    if above is None or below is None or above == below:
+        return False
+    return above not in FLOOR_OF or below not in FLOOR_OF or FLOOR_OF[above] <= FLOOR_OF[below]
+
+
+# By a rule's words, whether an import breaks it. Tests and the laboratory may take kernels and launches apart.
+RULES: dict[str, Callable[[Import], bool]] = {
+    "imports are absolute": lambda i: i.relative,
+    "a part of the package imports only parts on lower floors": breaks_floors,
+    "only launch/ imports kernels/": lambda i: (
+        within(i.target, *ours("kernels"))
+        and not within(i.importer, *ours("kernels", "launch"), "tests", "benchmarks.lab")
+    ),
+    "launch/ and kernels/ are imported inside functions, since Triton is optional": lambda i: (
+        within(i.target, *ours("kernels", "launch"))
+        and not i.lazy
+        and within(i.importer, PACKAGE)
+        and not within(i.importer, *ours("kernels", "launch"))
+    ),
+    "kernels/ imports nothing of the package but kernels/ and dispatch.backend": lambda i: (
+        within(i.importer, *ours("kernels"))
+        and within(i.target, PACKAGE, "benchmarks", "tests")
+        and not within(i.target, *ours("kernels", "dispatch.backend"))
+    ),
+    "dispatch/ imports neither launch/ nor ops/, and Triton only inside functions": lambda i: (
+        within(i.importer, *ours("dispatch"))
+        and (within(i.target, *ours("launch", "ops")) or (within(i.target, "triton") and not i.lazy))
+    ),
+    "nn/ and optim/ do not import each other": lambda i: {part_of(i.importer), part_of(i.target)} == {"nn", "optim"},
+    "only tests, testing.py and cli/selftest.py import reference/": lambda i: (
+        within(i.target, *ours("reference"))
+        and not within(i.importer, *ours("reference", "testing", "cli.selftest"), "tests")
+        and i.importer != PACKAGE
+    ),
+    "only tests import cli/": lambda i: (
+        within(i.target, *ours("cli")) and not within(i.importer, *ours("cli", "__main__"), "tests")
+    ),
+    "only the laboratory and its tests import benchmarks.lab": lambda i: (
+        within(i.target, "benchmarks.lab") and not within(i.importer, "benchmarks.lab", "tests.benchmarks.lab")
+    ),
+    "only tests import tests": lambda i: within(i.target, "tests") and not within(i.importer, "tests"),
+}
+NO_CIRCLE = "modules import each other in no circle"
+
+
+def module_of(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def statements(node: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """The import statements below ``node`` that run, each with whether it stands inside a function."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child, lazy
+        elif isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in child.orelse:
+                yield from statements(other, lazy)
+        else:
+            yield from statements(child, lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+
+def imports_of(path: str, source: str, modules: set[str]) -> Iterator[Import]:
+    """``from package import name`` imports the module of that name, or the package itself where there is none."""
+    importer = module_of(path)
+    for node, lazy in statements(ast.parse(source, path)):
+        relative = isinstance(node, ast.ImportFrom) and node.level > 0
+        if isinstance(node, ast.Import):
+            targets = {alias.name for alias in node.names}
+        else:
+            base = node.module or ""
+            if relative:
+                package = importer if path.endswith("__init__.py") else importer.rpartition(".")[0]
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *filter(None, [base])])
+            targets = {f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names}
+        for target in sorted(targets):
+            yield Import(path, node.lineno, importer, target, lazy, relative)
+
+
+def find_circle(edges: Mapping[str, Mapping[str, Import]]) -> list[Import] | None:
+    """A shortest circle of imports, or None."""
+    shortest: list[Import] | None = None
+    for start in edges:
+        ways: dict[str, list[Import]] = {start: []}
+        for module in (queue := [start]):
+            for target, found in edges.get(module, {}).items():
+                if target == start and (shortest is None or len(ways[module]) + 1 < len(shortest)):
+                    shortest = [*ways[module], found]
+                if target not in ways:
+                    ways[target] = [*ways[module], found]
+                    queue.append(target)
+    return shortest
+
+
+def circles(imports: list[Import], modules: set[str]) -> Iterator[str]:
+    """One circle after another, each broken at its first import so that the next one shows."""
+    edges: dict[str, dict[str, Import]] = {}
+    for i in imports:
+        if i.target in modules and i.target != i.importer:
+            edges.setdefault(i.importer, {}).setdefault(i.target, i)
+    while circle := find_circle(edges):
+        where = ", ".join(f"{i.path}:{i.line}" for i in circle[1:])
+        chain = " -> ".join([circle[0].importer, *(i.target for i in circle)])
+        yield f"{circle[0].path}:{circle[0].line}: {NO_CIRCLE}: {chain} (then {where})"
+        del edges[circle[0].importer][circle[0].target]
+
+
+def violations(files: Mapping[str, str]) -> list[str]:
+    """Of sources by path, every import that breaks a rule: its file, its line and the rule."""
+    modules = {module_of(path) for path in files}
+    imports = [i for path, source in files.items() for i in imports_of(path, source, modules)]
+    broken = [
+        f"{i.path}:{i.line}: {rule}: {i.importer} imports {i.target}"
+        for i in imports
+        for rule, breaks in RULES.items()
+        if breaks(i)
+    ]
+    return [*broken, *circles(imports, modules)]
+
+
+def test_every_file_keeps_the_rules():
+    trees = (ROOT / tree for tree in (PACKAGE, "benchmarks", "tests", "examples"))
+    paths = sorted(path for tree in trees for path in tree.rglob("*.py"))
+    files = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    assert len(files) > 150
+    assert not (found := violations(files)), "\n".join(found)
+
+
+# A path, the only line that is wrong in it, and the rule that it breaks.
+PLANTED = [
+    ("benchmarks/suite/layers.py", "from . import rivals", "imports are absolute"),
+    ("tests/nn/test_linear.py", "from ..helpers import oracle", "imports are absolute"),
+    ("stablelora_kernels/utils/dtensor.py", "from stablelora_kernels.config import LoRAConfig", "lower floors"),
+    ("stablelora_kernels/model/apply.py", "from stablelora_kernels.testing import make_inputs", "lower floors"),
+    ("stablelora_kernels/nn/linear.py", "from stablelora_kernels import LoRAConfig", "lower floors"),
+    ("stablelora_kernels/nn/linear.py", "import stablelora_kernels.unheard_of", "lower floors"),
+    ("stablelora_kernels/ops/matmul.py", "def f():\n    from stablelora_kernels.kernels import common", "only launch/"),
+    ("benchmarks/suite/rivals.py", "import stablelora_kernels.kernels.lora.linear", "only launch/"),
+    ("stablelora_kernels/ops/lora_linear.py", "from stablelora_kernels.launch import base", "inside functions"),
+    ("stablelora_kernels/nn/linear.py", "class C:\n    import stablelora_kernels.launch.base", "inside functions"),
+    ("stablelora_kernels/kernels/common.py", "import stablelora_kernels.dispatch.rules", "kernels/ imports nothing"),
+    ("stablelora_kernels/dispatch/rules.py", "import triton", "Triton only inside functions"),
+    ("stablelora_kernels/dispatch/rules.py", "def f():\n    import stablelora_kernels.ops.matmul", "launch/ nor ops/"),
+    ("stablelora_kernels/nn/linear.py", "from stablelora_kernels.optim import StableLoRAAdamW", "do not import each other"),
+    ("stablelora_kernels/optim/state.py", "def f():\n    import stablelora_kernels.nn.linear", "do not import each other"),
+    ("stablelora_kernels/optim/state.py", "from stablelora_kernels.reference import mix32", "import reference/"),
+    ("benchmarks/common/models.py", "from stablelora_kernels import reference", "import reference/"),
+    ("stablelora_kernels/testing.py", "from stablelora_kernels.cli.bench import layer_arms", "only tests import cli/"),
+    ("benchmarks/common/models.py", "def f():\n    import stablelora_kernels.cli.bench", "only tests import cli/"),
+    ("benchmarks/suite/layers.py", "from benchmarks.lab.traffic import formula", "the laboratory and its tests"),
+    ("tests/benchmarks/test_suite.py", "import benchmarks.lab.page.page", "the laboratory and its tests"),
+    ("benchmarks/suite/layers.py", "from tests.helpers.oracle import check", "only tests import tests"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "wrong", "rule"), PLANTED, ids=[f"{path}, {rule}" for path, _, rule in PLANTED])
+def test_a_planted_import_is_found(path, wrong, rule):
+    known = ["kernels/common", "launch/base", "dispatch/rules", "reference/__init__", "optim/__init__"]
+    files = dict.fromkeys((f"stablelora_kernels/{name}.py" for name in known), "")
+    files |= dict.fromkeys(("benchmarks/lab/traffic/formula.py", "tests/helpers/oracle.py"), "")
+    found = violations(files | {path: f'"""What it does."""\n\n{wrong}\n'})
+    line = 3 + wrong.count("\n")
+    assert any(text.startswith(f"{path}:{line}: ") and rule in text for text in found), found
+
+
+def test_every_rule_has_a_planted_import():
+    assert all(any(planted in rule for _, _, planted in PLANTED) for rule in RULES)
+
+
+@pytest.mark.parametrize(
+    ("files", "chain"),
+    [
+        ({"a": "import benchmarks.b", "b": "import benchmarks.a"}, "benchmarks.a -> benchmarks.b -> benchmarks.a"),
+        ({"a": "from benchmarks import b", "b": "def f():\n  import benchmarks.a"}, "a -> benchmarks.b -> benchmarks.a"),
+        # A name from a package is its __init__'s.
+        ({"__init__": "from benchmarks.a import x", "a": "from benchmarks import y"}, "benchmarks -> benchmarks.a ->"),
+        ({"a": "import benchmarks.b", "b": "import benchmarks.c", "c": "from benchmarks.a import x"}, "b -> benchmarks.c"),
+    ],
+)  # fmt: skip
+def test_a_planted_circle_is_found(files, chain):
+    (found,) = violations({f"benchmarks/{name}.py": source for name, source in files.items()})
+    assert NO_CIRCLE in found and chain in found and found.startswith(f"benchmarks/{next(iter(files))}.py:1: ")
+    assert all(f"benchmarks/{name}.py:" in found for name in files)
+
+
+def test_two_circles_are_two_messages():
+    pairs = (("a", "b"), ("b", "a"), ("c", "d"), ("d", "c"))
+    assert len(violations({f"benchmarks/{name}.py": f"import benchmarks.{other}" for name, other in pairs})) == 2
+
+
+def test_what_is_allowed_is_not_reported():
+    allowed = {
+        "stablelora_kernels/__init__.py": "from stablelora_kernels import reference\nfrom stablelora_kernels.nn import x",
+        "stablelora_kernels/reference/__init__.py": "from stablelora_kernels.pairs import LoRAPair",
+        "stablelora_kernels/pairs.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import benchmarks.lab.x",
+        "stablelora_kernels/nn/__init__.py": "from stablelora_kernels.utils import wrappers",
+        "stablelora_kernels/ops/matmul.py": "def f():\n    from stablelora_kernels.launch import base",
+        "stablelora_kernels/launch/base.py": "from stablelora_kernels.kernels import common",
+        "stablelora_kernels/kernels/common.py": "from stablelora_kernels.dispatch.backend import INTERPRETING",
+        "stablelora_kernels/dispatch/backend.py": "def f():\n    import triton",
+        "tests/kernels/test_x.py": "from stablelora_kernels.kernels import common",
+        "tests/benchmarks/lab/test_x.py": "import benchmarks.lab.x",
+    }  # fmt: skip
+    assert violations(allowed) == []
