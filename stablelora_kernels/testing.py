@@ -7,8 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.nn.linear import LoRALinear

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from stablelora_kernels.dispatch import autotune, problem
 from stablelora_kernels.dispatch.problem import Call
-from stablelora_kernels.ops import lora_linear_quantized  # noqa: F401 - registers the ops that are called below
-from stablelora_kernels.ops.library import NAMESPACE
+from stablelora_kernels.ops.library import define_op, empty_gradients
+from stablelora_kernels.ops.lora_linear_quantized import lora_linear_quantized_bwd, lora_linear_quantized_fwd
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
     draw_dropout,

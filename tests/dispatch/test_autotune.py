@@ -252,14 +252,13 @@ def test_nothing_to_compute_is_nothing_to_measure(timer):
 # The switch and the timer.
 
 
-def test_environment_variable_sets_the_start_value(monkeypatch):
-    monkeypatch.delenv("STABLELORA_AUTOTUNE", raising=False)
-    assert autotune._from_environment() is False
-    for value, on in (("1", True), ("0", False)):
-        monkeypatch.setenv("STABLELORA_AUTOTUNE", value)
-        assert autotune._from_environment() is on
-    message = "ValueError: the environment variable STABLELORA_AUTOTUNE must be '0' or '1', got 'yes'"
-    assert message in printed("import stablelora_kernels.dispatch.autotune", STABLELORA_AUTOTUNE="yes")
+def test_environment_variable_sets_the_start_value():
+    code = "import stablelora_kernels as slk; print(slk.get_autotune())"
+    for value, on in (("1", "True"), ("0", "False")):
+        assert printed(code, STABLELORA_AUTOTUNE=value).strip() == on
+    assert printed(code).strip() == "False"
+    message = "ValueError: the environment variable STABLELORA_AUTOTUNE must be one of '0', '1', got 'yes'"
+    assert message in printed(code, STABLELORA_AUTOTUNE="yes")
 
 
 def test_the_switch():

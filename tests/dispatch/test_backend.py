@@ -94,7 +94,7 @@ slk.set_kernel("split")
 print(slk.get_kernel())
 """
     wrong = {f"STABLELORA_{name}": "best" for name in ("BACKEND", "KERNEL", "AUTOTUNE")}
-    found = python(code, **wrong).splitlines()
+    found = printed(code, **wrong).splitlines()
     assert found[-1] == "split"
     expected = [name for name in wrong for _ in range(2)]
     assert [line.split()[3] for line in found[:-1]] == expected
@@ -113,7 +113,7 @@ with slk.use_backend("auto"):
     print(call(zero).item())
 print(call(zero).item(), compiled())
 """
-    assert python(code, STABLELORA_BACKEND="torch").split() == ["1.0", "1.0", "torch", "1.0", "1", "0.0", "1.0", "2"]
+    assert printed(code, STABLELORA_BACKEND="torch").split() == ["1.0", "1.0", "torch", "1.0", "1", "0.0", "1.0", "2"]
 
 
 def test_import_needs_no_triton_and_probes_no_device():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stablelora_kernels.dispatch.backend import use_backend
-from stablelora_kernels.optim.sharding import Place
+from stablelora_kernels.optim.sharding import Shard
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import store_moments
 from stablelora_kernels.optim.stochastic_rounding import seed_word
