@@ -5,15 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from benchmarks.common.plot_style import STYLE, colors, save
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-
 from benchmarks.common.measure import summarize
+from benchmarks.common.plot_style import STYLE, colors, plt, save
 from benchmarks.finetuning.result import Result, overhead, step_times
 from benchmarks.finetuning.train import PHASES
 

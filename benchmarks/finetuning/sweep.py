@@ -90,8 +90,7 @@ def write_sweep(results: Sequence[Result], directory: Path) -> list[Path]:
 
 def draw_sweep(results: Sequence[Result], directory: Path) -> list[Path]:
     """Accuracy minus PEFT's for each shrink ratio, a group a learning rate."""
-    from benchmarks.common.plot_style import STYLE, colors, save
-    from benchmarks.finetuning.plots import plt
+    from benchmarks.common.plot_style import STYLE, colors, plt, save
 
     rows = [row for row in sweep_rows(results) if row["difference"] is not None]
     lrs = list(dict.fromkeys(row["lr"] for row in rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import multiprocessing
 import os
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.common import tables
 from benchmarks.common.tables import RESULTS, aligned
 from benchmarks.lab.compile_report import machine_code
 from benchmarks.lab.compile_report.occupancy import occupancy
@@ -215,15 +215,7 @@ def compare(old: Sequence[Row], new: Sequence[Row], labels: Sequence[tuple[str, 
 
 
 def read_csv(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: _TYPES[key](value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, KEYS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    return [{key: _TYPES[key](value) for key, value in row.items()} for row in tables.read_csv(path)]
 
 
 def table(rows: Sequence[Row]) -> str:

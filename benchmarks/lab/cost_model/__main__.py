@@ -12,13 +12,12 @@ products are assumed to reach, which only a GPU can tell.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.tables import RESULTS, aligned
+from benchmarks.common.tables import RESULTS, aligned, read_csv, write_csv
 from benchmarks.lab.cost_model.predict import (
     RANKS,
     ROWS,
@@ -40,16 +39,15 @@ def against_measured(gpu: Gpu, name: str, results: Path = RESULTS) -> list[str]:
     for path in sorted(results.glob("*/layer.csv")):
         if name not in path.parent.name.split("-"):
             continue
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row["status"] != "ok" or row["dry"] or row["mode"] != "graph":
-                    continue
-                m, n, k, r = (int(row[key]) for key in ("m", "n", "k", "r"))
-                seconds = predicted(gpu, Shape(m, n, k, r, float(row["dropout"]) > 0), row["direction"], row["arm"])
-                if seconds is not None:
-                    error = seconds * 1e6 / float(row["us"]) - 1
-                    shape = f"M {m} N {n} K {k} r {r} dropout {row['dropout']}"
-                    errors.setdefault((row["arm"], row["direction"]), []).append((error, shape))
+        for row in read_csv(path):
+            if row["status"] != "ok" or row["dry"] or row["mode"] != "graph":
+                continue
+            m, n, k, r = (int(row[key]) for key in ("m", "n", "k", "r"))
+            seconds = predicted(gpu, Shape(m, n, k, r, float(row["dropout"]) > 0), row["direction"], row["arm"])
+            if seconds is not None:
+                error = seconds * 1e6 / float(row["us"]) - 1
+                shape = f"M {m} N {n} K {k} r {r} dropout {row['dropout']}"
+                errors.setdefault((row["arm"], row["direction"]), []).append((error, shape))
     if not errors:
         return [f"No measurements of an {gpu.name} to compare with: python -m benchmarks.lab.gpu makes them."]
     cells = [["arm", "direction", "shapes", "predicted over measured, median", "worst", "at"]]
@@ -137,9 +135,8 @@ def worst_case(gpu: Gpu, rows: list[dict[str, Any]]) -> list[str]:
 
 def plot(rows: list[dict[str, Any]], gpu: Gpu, directory: Path) -> list[Path]:
     """Predicted time over the frozen layer's against M and against r."""
-    import matplotlib.pyplot as plt
 
-    from benchmarks.common.plot_style import STYLE, save
+    from benchmarks.common.plot_style import STYLE, plt, save
 
     n, k = 4096, 4096
     mine = [row for row in rows if (row["n"], row["k"]) == (n, k)]
@@ -180,13 +177,6 @@ def plot(rows: list[dict[str, Any]], gpu: Gpu, directory: Path) -> list[Path]:
     return paths
 
 
-def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.lab.cost_model",
@@ -224,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"predicted_dropout_{options.dropout:g}.csv"
-        write_csv(rows, path)
+        write_csv(path, rows)
         for written in (path, *plot(rows, gpu, options.out)):
             print(f"wrote {written}")
 

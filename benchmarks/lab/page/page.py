@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its plots, out of the results that are stored in benchmarks/results, and of nothing else."""
+"""docs/benchmarks.md, from the results stored in benchmarks/results and nothing else."""
 
 from __future__ import annotations
 
@@ -8,35 +8,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_optimizer_overhead import BASE, OURS_WHOLE
 from benchmarks.common.optimizers import OURS
+from benchmarks.common.tables import RESULTS, markdown
+from benchmarks.suite.pretrained import BASE, OURS_WHOLE
 from stablelora_kernels.utils.timing import PACKAGES
 
-ROOT = Path(__file__).resolve().parents[3]
-RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
-# What we wanted: of a real training step, over torch's fused AdamW; and of a step that shrinks, as a ratio.
+PAGE = RESULTS.parents[1] / "docs" / "benchmarks.md"
+# Our targets: at most this many percent of a real training step over torch's fused AdamW; a step that shrinks, as a ratio.
 WANTED_PERCENT, WANTED_RATIO = 0.2, 1.25
 Cells = list[list[str]]
 
 
 @dataclass
 class Section:
-    """An answer: a question, what was run, where and when, and the figures."""
+    """An answer: a question, the command, where and when it ran, and the figures."""
 
     question: str
     command: str
     environment: dict[str, Any]
     parts: list[str]
-    # Sentences on where this library is slower or larger.
+    # Sentences that say where this library is slower or larger.
     losses: list[str] = field(default_factory=list)
-
-
-def markdown(cells: Cells, left: int = 1) -> str:
-    """A table; the ``left`` first columns flush left, the others right."""
-    head, *rows = cells
-    rule = ["---" if i < left else "---:" for i in range(len(head))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+    # The script that made the stored figures, if the suite's command has replaced it.
+    replaced: str = ""
 
 
 def spread(value: dict[str, float], spec: str = ".2f") -> str:
@@ -49,25 +43,17 @@ def where(environment: dict[str, Any]) -> str:
     """The machine, the versions and the day, in a sentence."""
     machine = environment.get("gpu") or f"{environment['cpu']}, {environment['cores']} cores"
     versions = ", ".join(f"{key} {environment[key]}" for key in PACKAGES if environment.get(key))
-    return (
-        f"{machine}, load {load(environment)} at the start; Python {environment['python']}, {versions}; "
+    load = environment.get("load_average_at_start", environment.get("load_average")) or 0.0
+    text = (
+        f"{machine}, load {load} at the start; Python {environment['python']}, {versions}; "
         f"commit {environment.get('commit')}, {environment['date'][:10]}."
     )
-
-
-def load(environment: dict[str, Any]) -> float:
-    """Programs that ran or wanted to when the benchmark began."""
-    return environment.get("load_average_at_start", environment.get("load_average")) or 0.0
-
-
-def busy(environment: dict[str, Any]) -> str:
-    if load(environment) <= environment["cores"] / 2:
-        return ""
-    return " **Other programs ran beside this one: compare within the table, and trust no small difference.**"
+    if load > environment["cores"] / 2:
+        text += " **Other programs ran beside this one: compare within the table, and trust no small difference.**"
+    return text
 
 
 def layer(directory: Path) -> Iterator[Section]:
-    """``bench_lora_linear``."""
     if (found := _read(directory / "lora_linear.json")) is None:
         return
     cells, losses = (
@@ -82,33 +68,35 @@ def layer(directory: Path) -> Iterator[Section]:
         if ratio > 1:
             losses.append(f"layer {label}, {kind}: adds {ratio:.2f} of what PEFT adds")
     question = "What does one layer add to the frozen layer, forward and backward?"
-    command = "python -m benchmarks.bench_lora_linear --dtype fp32 bf16 --dropout 0 0.1 --json FILE"
-    yield Section(question, command, found["environment"], [markdown(cells, 2)], losses)
+    command = "python -m pytest benchmarks --suite full -k layer --benchmark-json=FILE"
+    yield Section(question, command, found["environment"], [markdown(cells, 2)], losses, "bench_lora_linear")
 
 
 def suite(directory: Path) -> Iterator[Section]:
     """``pytest benchmarks``, one section a file."""
     for file in sorted(directory.glob("suite*.json")):
         found = _read(file)
-        cells, losses = [["case", "arm", "ms", "over its base", "overhead, of the rival's"]], []
+        cells, losses, reasons = [["case", "arm", "ms", "over its base", "overhead, of the rival's"]], [], []
         for entry in found["benchmarks"]:
-            info, over = entry["extra_info"], entry["extra_info"].get("over_rival")
-            case, ms = f"{info['case']}, {info['phase']}", f"{1e3 * entry['stats']['median']:.2f}"
-            share = info.get("overhead_over_rival")
-            shown = "" if share is None or info["arm"] == info["base"] else f"{share:.2f}"
-            cells.append([case, info["arm"], ms, spread(info["over_base"]), shown])
-            if info.get("ours") and over and over["q1"] > 1:
-                losses.append(f"{case}: {info['arm']} takes {spread(over)} of {info['rival']}'s time")
+            info = entry["extra_info"]
+            case = f"{info['case']}, {info['phase']}"
+            reasons += [f"{arm} ({reason})" for arm, reason in info["skipped"].items()]
+            for arm, figures in info["arms"].items():
+                share, over = figures.get("overhead_over_rival"), figures.get("over_rival")
+                shown = "" if share is None or arm == info["base"] else f"{share:.2f}"
+                cells.append([case, arm, f"{figures['ms']['median']:.2f}", spread(figures["over_base"]), shown])
+                if figures["ours"] and over and over["q1"] > 1:
+                    losses.append(f"{case}: {arm} takes {spread(over)} of {info['rival']}'s time")
         parts = [markdown(cells, 2)]
-        if reasons := _reasons(found["skipped"]):
-            parts.append(f"Skipped: {'; '.join(reasons)}.")
+        if reasons:
+            parts.append(f"Skipped: {'; '.join(dict.fromkeys(reasons))}.")
         command = f"python -m pytest benchmarks --benchmark-json={file.name}"
         environment = found["machine_info"]["stablelora_kernels"]
         yield Section(f"The suite: every arm in turns ({file.stem})", command, environment, parts, losses)
 
 
 def overhead(directory: Path) -> Iterator[Section]:
-    """``bench_optimizer_overhead``: the paper's table and ours."""
+    """The paper's table and ours."""
     for file in sorted(directory.glob("optimizer_overhead*.json")):
         found = _read(file)
         settings, losses = found["settings"], []
@@ -139,15 +127,14 @@ def overhead(directory: Path) -> Iterator[Section]:
             "of a model of 0.5 billion parameters on its authors' machine."
         )
         question = f"What does each optimizer add to a training step of a real model? ({what})"
-        command = (
-            f"python -m benchmarks.bench_optimizer_overhead --model {settings['model']} --targets {targets} "
-            f"--dtype {settings['dtype']} --json FILE"
-        )
-        yield Section(question, command, found["environment"], [text, markdown(cells)], losses)
+        dtype = "bf16-autocast" if settings["dtype"] == "bf16" else settings["dtype"]
+        words = f"{targets} and {dtype}"
+        command = f'python -m pytest benchmarks -m pretrained -k "{words}" --rounds 25 --benchmark-json=FILE'
+        shown = [text, markdown(cells)]
+        yield Section(question, command, found["environment"], shown, losses, "bench_optimizer_overhead")
 
 
 def step(directory: Path) -> Iterator[Section]:
-    """``bench_stable_adamw``."""
     if (found := _read(directory / "stable_adamw.json")) is None:
         return
     settings, states = found["settings"], found["milliseconds"]
@@ -158,12 +145,11 @@ def step(directory: Path) -> Iterator[Section]:
             if (ratio := times[OURS]["median"] / times[arm]["median"]) > 1:
                 losses.append(f"step of {settings['pairs']} pairs, {state}: {ratio:.2f} times {arm}")
     question = f"What does a step take? ({settings['pairs']} pairs, r {settings['r']}, width {settings['width']})"
-    command = "python -m benchmarks.bench_stable_adamw --json FILE"
-    yield Section(question, command, found["environment"], [markdown(cells)], losses)
+    command = "python -m pytest benchmarks --suite full -k 'optimizer and 64' --benchmark-json=FILE"
+    yield Section(question, command, found["environment"], [markdown(cells)], losses, "bench_stable_adamw")
 
 
 def host(directory: Path) -> Iterator[Section]:
-    """``bench_host``."""
     if (found := _read(directory / "host.json")) is None:
         return
     arms = {
@@ -183,13 +169,16 @@ def host(directory: Path) -> Iterator[Section]:
                     losses.append(f"the host's time, {rows} rows, {phase}: {arms[arm]} takes {ratio:.2f} of PEFT's")
     text = "Of layers so small that nothing but Python is left. Triton's column stops where Triton is asked to launch."
     question = "What does a call cost on the host?"
-    yield Section(
-        question, "python -m benchmarks.bench_host --json FILE", found["environment"], [markdown(cells), text], losses
-    )
+    command = "TRITON_INTERPRET=1 python -m pytest benchmarks -m host --rounds 200 --benchmark-json=FILE"
+    yield Section(question, command, found["environment"], [markdown(cells), text], losses, "bench_host")
 
 
-def scaling(directory: Path, plots: Path | None) -> Iterator[Section]:
-    """``bench_scaling``, with its plots."""
+def plot_of(directory: Path, axis: str) -> str:
+    """The plot of an axis, relative to the page."""
+    return f"_static/benchmarks/{directory.name}/scaling_{axis}.png"
+
+
+def scaling(directory: Path) -> Iterator[Section]:
     if (found := _read(directory / "scaling.json")) is None:
         return
     parts, losses = [], []
@@ -200,15 +189,15 @@ def scaling(directory: Path, plots: Path | None) -> Iterator[Section]:
         rates = f"{machine['flops'] / 1e9:.0f} GFLOP/s and {machine['bandwidth'] / 1e9:.0f} GB/s"
         parts += [f"**Against {name}** ({axis['still']}; float32; floor at {rates}):", markdown(cells)]
         parts.append(f"Exponents over the larger half, with 95 % intervals: {fits}.")
-        if plots is not None:
-            parts.append(f"![time against {name}]({draw_axis(axis, plots).relative_to(PAGE.parent).as_posix()})")
+        parts.append(f"![time against {name}]({plot_of(directory, name)})")
         losses += _axis_losses(name, axis)
     parts.append(
         "The floor is the longer of operations over the rate of a large product and bytes over the rate of a large copy. "
         "What fits a cache can be faster than the second."
     )
     question = "How do time and memory grow?"
-    yield Section(question, "python -m benchmarks.bench_scaling --json FILE", found["environment"], parts, losses)
+    command = "python -m pytest benchmarks -m scaling --rounds 7 --benchmark-json=FILE"
+    yield Section(question, command, found["environment"], parts, losses, "bench_scaling")
 
 
 def _layer_cells(axis: dict[str, Any]) -> Cells:
@@ -247,40 +236,6 @@ def _axis_losses(name: str, axis: dict[str, Any]) -> list[str]:
     return losses
 
 
-def draw_axis(axis: dict[str, Any], directory: Path) -> Path:
-    """Times against a size on logarithmic axes, the floor drawn in."""
-    from benchmarks.common.plot_style import STYLE, save
-    from benchmarks.finetuning.plots import plt
-
-    sizes = [row["size"] for row in axis["rows"]]
-    step_axis = axis["axis"] == "pairs"
-    lines: dict[str, list[float]] = {}
-    if step_axis:
-        for arm, label in (
-            ("AdamW fused", "AdamW fused"),
-            ("shrinking", "ours, shrinking"),
-            ("latched", "ours, latched"),
-        ):
-            lines[label] = [row[arm]["ms"]["median"] for row in axis["rows"]]
-        floor = [row["floor"]["step"] for row in axis["rows"]]
-    else:
-        for arm, label in (("frozen", "frozen nn.Linear"), ("peft", "PEFT"), ("ours", "ours")):
-            lines[label] = [row[arm]["ms"]["median"] for row in axis["rows"]]
-        floor = [sum(row["floor"].values()) for row in axis["rows"]]
-    colors = ["#8a8f98", "#2a6fbb", "#d1495b"] if not step_axis else ["#2a6fbb", "#d1495b", "#e07a3f"]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-        for (label, values), color in zip(lines.items(), colors, strict=True):
-            axes.plot(sizes, values, marker="o", markersize=4, label=label, color=color)
-        axes.plot(sizes, floor, linestyle=":", color="#333333", label="floor" if step_axis else "floor of a LoRA layer")
-        axes.set(xscale="log", yscale="log", xlabel=f"{axis['axis']} ({axis['still']})", ylabel="milliseconds")
-        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        axes.minorticks_off()
-        axes.legend()
-        directory.mkdir(parents=True, exist_ok=True)
-        return save(figure, directory / f"scaling_{axis['axis']}.png")
-
-
 def finetune(directory: Path) -> Iterator[Section]:
     """``python -m benchmarks``."""
     if (found := _read(directory / "quick" / "result.json")) is None:
@@ -290,44 +245,39 @@ def finetune(directory: Path) -> Iterator[Section]:
     yield Section(question, "python -m benchmarks", found["environment"], [f"```text\n{text}\n```"])
 
 
-def sections(directory: Path, plots: Path | None) -> list[Section]:
-    """All that is stored of a machine."""
-    makers: Sequence[Callable[[Path], Iterator[Section]]] = (layer, suite, step, overhead, host)
-    made = [section for maker in makers for section in maker(directory)]
-    return [*made, *scaling(directory, plots), *finetune(directory)]
+def sections(directory: Path) -> list[Section]:
+    """Everything stored of a machine."""
+    makers: Sequence[Callable[[Path], Iterator[Section]]] = (layer, suite, step, overhead, host, scaling, finetune)
+    return [section for maker in makers for section in maker(directory)]
 
 
-def page(results: Path, plots: Path | None) -> str:
-    """The page's text; ``plots`` is where plots go, below docs/."""
+def page(results: Path) -> str:
+    """The page's text."""
     lines = [
         "# Benchmarks",
         "",
-        "<!-- Written by python -m benchmarks.lab.page; what is changed here is lost. -->",
+        "<!-- Written by python -m benchmarks.lab.page, which overwrites every change made here. -->",
         "",
-        "Every figure here is a stored result's (`benchmarks/results/`), and each section has the command that measured it.",
-        "Arms take turns in one process; figures are medians, in brackets quartiles; ratios are taken round by round. How:",
-        "[Benchmarking](benchmarking.md). What was counted and predicted for GPUs: [here](measured.md).",
+        "Every figure here comes from a stored result (`benchmarks/results/`). Each section has the command that measures it.",
+        "Arms take turns in one process. Figures are medians, with quartiles in brackets; ratios are taken round by round. See",
+        "[Benchmarking](benchmarking.md) for the method, and [here](measured.md) for what was counted and predicted for GPUs.",
     ]
-    machines = [d for d in sorted(results.iterdir()) if d.is_dir() and sections(d, None)]
+    machines = {d: found for d in sorted(results.iterdir()) if d.is_dir() and (found := sections(d))}
     if not machines:
         raise ValueError(f"results must hold a machine's directory with something measured, got {results} without one")
-    if not any(section.environment.get("gpu") for d in machines for section in sections(d, None)):
+    if not any(section.environment.get("gpu") for made in machines.values() for section in made):
         lines += ["", "**No GPU has measured anything yet.** All of this is from CPUs, on PyTorch's operators."]
-    for directory in machines:
-        made = sections(directory, None if plots is None else plots / directory.name)
+    for directory, made in machines.items():
         lines += ["", f"## {directory.name}", "", "### Where it loses", ""]
-        losses = [f"- {loss}" for section in made for loss in section.losses]
-        lines += losses or ["Nowhere in what is stored."]
+        lines += [f"- {loss}" for section in made for loss in section.losses] or ["Nowhere in what is stored."]
         for section in made:
             lines += ["", f"### {section.question}", "", "```bash", section.command, "```", ""]
-            lines += [where(section.environment) + busy(section.environment)]
+            if section.replaced:
+                lines += [f"Measured by `benchmarks.{section.replaced}`, which this command has replaced since.", ""]
+            lines.append(where(section.environment))
             for part in section.parts:
                 lines += ["", part]
     return "\n".join(lines) + "\n"
-
-
-def _reasons(skipped: Sequence[dict[str, str]]) -> list[str]:
-    return list(dict.fromkeys(f"{arm['arm']} ({arm['reason']})" for arm in skipped))
 
 
 def _read(file: Path) -> Any:

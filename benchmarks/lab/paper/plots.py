@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.optimizers import SHRINK_RATIOS
-from benchmarks.common.plot_style import BLUE, GREEN, GREY, RATIO_SHADES, STYLE, save
-from benchmarks.finetuning.plots import plt
+from benchmarks.common.plot_style import BLUE, GREEN, GREY, RATIO_SHADES, STYLE, plt, save
 from benchmarks.lab.paper import ablations
 from benchmarks.lab.paper.scores import (
     PLAIN,

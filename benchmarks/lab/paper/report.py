@@ -1,4 +1,4 @@
-"""Tables, CSV and plots of ``benchmarks.lab.paper``'s runs."""
+"""Tables and CSV files of ``benchmarks.lab.paper``'s runs."""
 
 from __future__ import annotations
 
@@ -208,8 +208,6 @@ def flat(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write(records: Records, out: Path) -> list[Path]:
-    from benchmarks.lab.paper import plots
-
     rows = [setting._asdict() | row for setting in settings(records) for row in headline(plain(records, setting))]
     at_rates = [setting._asdict() | row for setting in settings(records) for row in rates(plain(records, setting))]
     write_text(out / "table.txt", table(records))
@@ -219,7 +217,7 @@ def write(records: Records, out: Path) -> list[Path]:
     write_csv(out / "ablations.csv", ablations.rows(records))
     write_zipped(out / RECORDS, "".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
     names = ("table.txt", "runs.csv", "rates.csv", "headline.csv", "ablations.csv", RECORDS)
-    return [out / name for name in names] + plots.draw(records, out)
+    return [out / name for name in names]
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:

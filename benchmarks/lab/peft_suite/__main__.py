@@ -14,7 +14,6 @@ The exit status is 1 if a test's outcome differs between them. It takes the ``pe
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.common.assets import Asset, AssetError, fetch_archive
+from benchmarks.common.tables import write_csv
 from benchmarks.lab.peft_suite.judge import (
     FILES,
     LORA,
@@ -74,10 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("with acceleration: " + ", ".join(f"{count} {name}" for name, count in on["counts"].items()))
     print(f"{len(found)} tests differ" + "".join(f"\n  {test}: {before}/{after}" for test, before, after in found))
     if not (args.quick or args.files or args.keyword != LORA or args.backend != "torch"):
-        with RESULTS.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        write_csv(RESULTS, table)
     return 1 if found else 0
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.lab.stability import report
+from benchmarks.lab.stability import plots, report
 from benchmarks.lab.stability.study import PRESETS, collect, run, unit_file
 
 
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = [file for file in files if file.exists()]
     if not files:
         parser.error(f"{out} holds no units of this preset")
-    for path in report.write(collect(files), out):
+    found = collect(files)
+    for path in (*report.write(found, out), *plots.draw(found, out)):
         print(path)
     print((out / "table.txt").read_text(encoding="utf-8"))
     return 0

@@ -8,8 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.plot_style import BLUE, GREEN, GREY, RATIO_SHADES, STYLE, save
-from benchmarks.finetuning.plots import plt
+from benchmarks.common.plot_style import BLUE, GREEN, GREY, RATIO_SHADES, STYLE, plt, save
 from benchmarks.lab.stability.report import (
     FIRST,
     LATER,

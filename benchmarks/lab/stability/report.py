@@ -1,9 +1,7 @@
-"""Tables, CSV files and plots of ``benchmarks.lab.stability``'s runs."""
+"""Tables and CSV files of ``benchmarks.lab.stability``'s runs."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections import defaultdict
@@ -13,7 +11,7 @@ from typing import Any
 
 from benchmarks.common.intervals import interval, log_slope
 from benchmarks.common.optimizers import SHRINK_RATIOS
-from benchmarks.common.tables import aligned, write_csv, write_text, write_zipped
+from benchmarks.common.tables import aligned, csv_text, write_csv, write_text, write_zipped
 from benchmarks.lab.stability.training import ADAMW, ARMS, DELTAS, LAWS, Arm, Law
 
 PLANTED, TRANSFORMERS = "planted", "transformers"
@@ -231,22 +229,13 @@ def write(found: Found, out: Path) -> list[Path]:
     write_csv(paths[1], [row for step in steps_of(found["deltas"]) for row in gamma_rows(found["deltas"], step)])
     # Losses differ by less than a part in a thousand: all digits that float32 has.
     write_csv(paths[2], [{name: short(value, 8) for name, value in run.items()} for run in found["runs"]])
-    paths.append(_write_deltas(out / "deltas.csv.gz", found["deltas"]))
+    # The steps' parts as measured, to four digits.
+    paths.append(out / "deltas.csv.gz")
+    deltas = [{name: short(value, 4) for name, value in row.items()} for row in found["deltas"]]
+    write_zipped(paths[-1], csv_text(deltas))
     write_csv(paths[3], regime_rows(found["runs"], found["steps"]))
     write_csv(paths[4], best_lrs(found["runs"]))
-    from benchmarks.lab.stability import plots
-
-    return paths + plots.draw(found, out)
-
-
-def _write_deltas(path: Path, rows: Records) -> Path:
-    """The steps' parts as they were measured, to four digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*rows[0]], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: short(value, 4) for name, value in row.items()} for row in rows)
-    write_zipped(path, text.getvalue())
-    return path
+    return paths
 
 
 def short(value: Any, digits: int) -> Any:

@@ -1,7 +1,4 @@
-"""Bytes that the kernels move by formula, without running them, and the least that is possible.
-
-What is counted how is said in ``_traffic``, which counts the same in the interpreter.
-"""
+"""Bytes that each kernel moves, by formula: ``counter`` counts the same in Triton's interpreter and explains the terms."""
 
 from __future__ import annotations
 
