@@ -10,13 +10,10 @@ import pytest
 
 from benchmarks.lab.page import __main__
 
-pytest.importorskip("peft", reason="an arm of the benchmarks; the bench extra brings it")
 pytest.importorskip("matplotlib", reason="draws the plots; the bench extra brings it")
 
-from benchmarks.common import optimizers
 from benchmarks.lab.page import page as report_page
 from benchmarks.lab.page import plots
-from benchmarks.suite import pretrained
 
 ENVIRONMENT = {
     "cpu": "A CPU", "cores": 2, "gpu": None, "python": "3.11", "torch": "2", "commit": "abc", "date": "2026-01-02T03:04:05",
@@ -25,64 +22,25 @@ ENVIRONMENT = {
 
 
 def fill(directory):
-    """What every benchmark would have stored, in small."""
+    """A suite's file with an axis, and sections from before the suite."""
     times = {"median": 2.0, "q1": 1.9, "q3": 2.1}
-    quick = {"median": 1.0, "q1": 0.9, "q3": 1.1}
-    over = {f"overhead_{key}": value for key, value in times.items()}
-    layer = {"shape": [1, 2, 3, 4], "dtype": "fp32", "dropout": 0.1, "ours_over_peft": 1.5}
-    layer["ms"] = {arm: {**times, **over} for arm in ("frozen", "eager", "peft", "ours")}
-    states = {state: {optimizers.OURS: times, "AdamW fused": quick} for state in ("shrinking", "latched")}
-    row = {"step_percent": times, "optimizer_percent": times, "optimizer_ms": times, "state_bytes": 2048}
-    zero = dict.fromkeys(times, 0.0)
-    overheads = {
-        pretrained.BASE: {**row, "step_percent": zero, "optimizer_percent": zero, "paper_percent": 0.0},
-        f"PEFT, {optimizers.OURS}": {**row, "paper_percent": 0.6},
-    }
-    cell = {"ms": times, "over_ms": times, "saved_bytes": 1e6}
-    width = {
-        "axis": "width", "still": "r 16", "machine": {"flops": 1e11, "bandwidth": 1e10}, "exponents": {"ours": [2.0, 0.1]},
-        "rows": [
-            {"size": size, "floor": {"frozen": 1.0, "overhead": 0.5}, "frozen": cell, "peft": cell,
-             "ours": {**cell, "over_ms": {**times, "median": 3.0}}}
-            for size in (256, 512)
-        ],
-    }  # fmt: skip
-    base = {"ours": False, "ms": quick, "over_base": dict.fromkeys(times, 1.0)}
+    base = {"ours": False, "ms": times, "over_base": dict.fromkeys(times, 1.0)}
     ours = {"ours": True, "ms": times, "over_base": times, "over_rival": times, "overhead_over_rival": 0.5}
-    info = {
-        "case": "training", "phase": "step", "base": "frozen", "rival": "PEFT", "arms": {"frozen": base, "ours": ours},
-        "skipped": {"ours, Triton": "there is no GPU"},
-    }  # fmt: skip
-    stored = {
-        "lora_linear.json": {"environment": ENVIRONMENT, "results": [layer]},
-        "stable_adamw.json": {
-            "environment": ENVIRONMENT,
-            "settings": {"pairs": 64, "r": 8, "width": 16},
-            "milliseconds": states,
-        },
-        "optimizer_overhead_small.json": {
-            "environment": {**ENVIRONMENT, "load_average": 3.0},
-            "settings": {
-                "model": "small",
-                "targets": "query-value",
-                "batch_size": 2,
-                "r": 8,
-                "dtype": "fp32",
-                "lr": 1e-4,
-                "steps": 5,
-            },
-            "rows": overheads,
-            "skipped": {},
-        },
-        "scaling.json": {"environment": ENVIRONMENT, "axes": {"width": width}},
-        "suite.json": {
-            "machine_info": {"stablelora_kernels": ENVIRONMENT},
-            "benchmarks": [{"extra_info": info}] * 2,
-        },
+    info = {"base": "frozen", "rival": "PEFT", "arms": {"frozen": base, "ours": ours}}
+    step = info | {"case": "training", "phase": "step", "skipped": {"ours, Triton": "there is no GPU"}}
+    points = [
+        info | {"case": f"layer {size}", "phase": "both", "skipped": {}, "axis": {"name": "rank, fp32", "size": size},
+                "floor_ms": {"frozen": 1.0}}
+        for size in (1, 2, 4)
+    ]  # fmt: skip
+    suite = {
+        "machine_info": {"stablelora_kernels": {**ENVIRONMENT, "load_average": 3.0}},
+        "benchmarks": [{"extra_info": report} for report in (step, step, *points)],
+        "exponents": {"rank, fp32": {"ours": [2.0, 0.1]}},
     }
     directory.mkdir(parents=True)
-    for name, content in stored.items():
-        (directory / name).write_text(json.dumps(content))
+    (directory / "suite.json").write_text(json.dumps(suite))
+    (directory / report_page.BEFORE).write_text("- once 1.50 times as long\n\n### What was asked before?\n\nA table.\n")
 
 
 def test_the_page_has_what_is_stored_and_says_where_it_loses(tmp_path, monkeypatch):
@@ -94,21 +52,15 @@ def test_the_page_has_what_is_stored_and_says_where_it_loses(tmp_path, monkeypat
     monkeypatch.setattr(plots, "PAGE", page_file)
     assert __main__.main([]) == 0
     text = page_file.read_text()
-    assert "No GPU has measured anything yet" in text and "A CPU, 2 cores, load 0.1 at the start" in text
+    assert "No GPU has measured anything yet" in text and "A CPU, 2 cores, load 3.0 at the start" in text
     losses = text.split("### Where it loses")[1].split("###")[0]
-    for loss in (
-        "layer 1 x 2 x 3, 4, fp32, 0.1: adds 1.50 of what PEFT adds",
-        "step of 64 pairs, shrinking: 2.00 times AdamW fused",
-        "small, query-value, fp32, PEFT, StableLoRAAdamW: +2.00 % of a step, where at most +0.2 was wanted",
-        "training, step: ours takes 2.00 (1.90 to 2.10) of PEFT's time",
-        "layer, width 256 (r 16): adds 1.50 of what PEFT adds",
-    ):
+    for loss in ("training, step: ours takes 2.00 (1.90 to 2.10) of PEFT's time", "once 1.50 times as long"):
         assert f"- {loss}\n" in losses, loss
-    assert "| PEFT, StableLoRAAdamW | +0.6 | +2.00 (+1.90 to +2.10) |" in text
     assert text.count("Other programs ran beside this one") == 1
     assert text.count("ours, Triton (there is no GPU)") == 1
     assert "| training, step | ours | 2.00 | 2.00 (1.90 to 2.10) | 0.50 |" in text
-    assert "Measured by `benchmarks.bench_scaling`, which this command has replaced since." in text
+    assert "Time against rank, fp32, exponents over the larger half, with 95 % intervals: ours 2.00 ± 0.10." in text
+    assert text.endswith("### What was asked before?\n\nA table.\n")
     (plot,) = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert (page_file.parent / plot).stat().st_size > 1000
 
