@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def aligned(cells: list[list[str]], left: int = 1) -> list[str]:
-    """Rows of equally many cells as lines, a rule under the first; the ``left`` first columns flush left, the others right."""
+    """Rows of equal length as lines, with a rule under the first; the first ``left`` columns are flush left, the others right."""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
 
     def line(row: list[str]) -> str:
@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_zipped(path: Path, text: str) -> None:
-    """The same bytes for the same text."""
+    """Write compressed text; equal texts give equal bytes."""
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 

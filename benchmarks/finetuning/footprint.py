@@ -74,14 +74,14 @@ def _return_freed_memory() -> None:
 
 
 def peak_memory(arm: Arm, batch: Batch, dtype: torch.dtype, device: torch.device, steps: int = 2) -> dict[str, Any]:
-    """The peak over whole steps, and how far above what the process holds between steps it is, in MiB."""
+    """The peak over whole steps, and how far it is above the memory held between steps, in MiB."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / MIB
     else:
         try:
-            # Linux: makes the high-water mark start from now, and not from loading the model.
+            # Linux: reset the high-water mark, which loading the model has raised.
             _return_freed_memory()
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
@@ -97,7 +97,7 @@ def peak_memory(arm: Arm, batch: Batch, dtype: torch.dtype, device: torch.device
 
 
 def footprint(arm: Arm, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
-    """All of it, for an arm alone in this process."""
+    """Memory and counts of an arm that is alone in this process."""
     device = batch["input_ids"].device
     arm.model.train()
     for run in _phases(arm, batch, dtype).values():

@@ -119,8 +119,7 @@ class HostLayerCase(HostCase):
         return f"host layer {self.rows} rows"
 
     def facts(self) -> dict[str, Any]:
-        shape = {"rows": self.rows, "in_features": WIDTH, "out_features": WIDTH, "r": R}
-        return {"shape": shape, "calls": CALLS}
+        return super().facts() | {"calls": CALLS}
 
     def build(self, arm: str) -> Parts:
         if arm == OURS_TRITON:
@@ -172,10 +171,6 @@ class HostStepCase(HostCase):
     @property
     def name(self) -> str:
         return f"host step {2 * self.pairs} tensors r{self.r} width {self.width}, gradients {self.gradients}"
-
-    def facts(self) -> dict[str, Any]:
-        shape = {"pairs": self.pairs, "r": self.r, "width": self.width}
-        return {"shape": shape, "gradients": self.gradients}
 
     def notes(self, arm: str) -> dict[str, Any]:
         return memory_beyond_adamw(self._pairs()) if arm == optimizers.OURS else {}

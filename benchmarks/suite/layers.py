@@ -109,10 +109,6 @@ class LayerCase(Case):
         dropout = f" dropout {self.dropout:g}" if self.dropout else ""
         return f"layer {size(self.rows, self.k, self.n)} r{self.r} {self.dtype}{dropout}"
 
-    def facts(self) -> dict[str, Any]:
-        sizes = {"rows": self.rows, "in_features": self.k, "out_features": self.n, "r": self.r}
-        return {"shape": sizes, "dropout": self.dropout}
-
     def open(self) -> None:
         # Dynamo gives up on code that it has compiled too often.
         torch._dynamo.reset()

@@ -57,10 +57,6 @@ class PretrainedCase(Case):
     def name(self) -> str:
         return f"training {self.model} {self.targets} batch {BATCH} r{R} {self.dtype}"
 
-    def facts(self) -> dict[str, Any]:
-        shape = {"model": self.model, "targets": self.targets, "batch": BATCH, "r": R}
-        return {"shape": shape}
-
     def open(self) -> None:
         if self.model == "random":
             backbone, batches = _random_llama(), _random_batches()

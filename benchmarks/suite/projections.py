@@ -37,10 +37,6 @@ class ProjectionsCase(Case):
     def name(self) -> str:
         return f"projections {size(self.rows, self.k)}x{'+'.join(map(str, self.ns))} r{self.r} {self.dtype}"
 
-    def facts(self) -> dict[str, Any]:
-        sizes = {"rows": self.rows, "in_features": self.k, "out_features": list(self.ns), "r": self.r}
-        return {"shape": sizes, "dropout": self.dropout}
-
     def open(self) -> None:
         torch.manual_seed(0)
         options: dict[str, Any] = {"device": self.device, "dtype": DTYPES[self.dtype]}

@@ -6,7 +6,7 @@ import gc
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import count
 from typing import Any, ClassVar
 
@@ -43,9 +43,10 @@ class Case(ABC):
     @abstractmethod
     def name(self) -> str: ...
 
-    @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Shape and whatever else explains a figure, besides dtype and device."""
+        """Sizes and whatever else explains a figure, besides dtype and device."""
+        names = [field.name for field in fields(self) if field.name not in ("dtype", "device", "shared")]
+        return {"shape": {name: getattr(self, name) for name in names}}
 
     @abstractmethod
     def build(self, arm: str) -> Parts:

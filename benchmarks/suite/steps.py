@@ -40,10 +40,6 @@ class OptimizerCase(Case):
     def name(self) -> str:
         return f"optimizer {self.pairs} pairs r{self.r} width {self.width} {self.dtype} {self.state}"
 
-    def facts(self) -> dict[str, Any]:
-        shape = {"pairs": self.pairs, "r": self.r, "width": self.width}
-        return {"shape": shape, "state": self.state}
-
     def build(self, arm: str) -> Parts:
         made = make_pairs(self.pairs, self.r, self.width, self.device, self.state == "latched")
         pairs = [self._cast(pair) for pair in made]
@@ -131,9 +127,6 @@ class StorageCase(Case):
     @property
     def name(self) -> str:
         return f"storage width {self.width} r{self.r}, {self.steps} steps"
-
-    def facts(self) -> dict[str, Any]:
-        return {"shape": {"width": self.width, "r": self.r}, "steps": self.steps}
 
     def build(self, arm: str) -> Parts:
         pair, optimizer = self._start(arm, seed=0)

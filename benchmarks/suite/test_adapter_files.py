@@ -37,9 +37,6 @@ class AdapterCase(Case):
     def name(self) -> str:
         return f"adapter {self.sizes} r{self.r} fp32"
 
-    def facts(self) -> dict[str, Any]:
-        return {"shape": {**self.sizes._asdict(), "r": self.r}}
-
     def open(self) -> None:
         directory = Path(tempfile.mkdtemp(prefix="adapter-"))
         self.shared.update(directory=directory, base=llama(self.sizes, self.device, torch.float32))

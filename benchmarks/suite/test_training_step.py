@@ -48,10 +48,6 @@ class TrainingCase(Case):
     def name(self) -> str:
         return f"training {self.sizes} batch {self.batch}x{self.length} r{self.r} {self.dtype}"
 
-    def facts(self) -> dict[str, Any]:
-        shape = {**self.sizes._asdict(), "batch": self.batch, "length": self.length, "r": self.r}
-        return {"shape": shape, "targets": TARGETS}
-
     def open(self) -> None:
         torch._dynamo.reset()
         generator = torch.Generator().manual_seed(0)

@@ -8,15 +8,17 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from benchmarks import conftest
 from benchmarks.common import optimizers
 from benchmarks.common.measure import shuffled, summarize
 from benchmarks.common.optimizers import Unavailable
-from benchmarks.suite import pretrained, scaling, table
+from benchmarks.suite import pretrained, scaling, table, test_optimizer_step
 from benchmarks.suite.layers import FROZEN_ONEDNN, LayerCase, ScalingLayerCase, choose_backend, compiled
 from benchmarks.suite.pretrained import PretrainedCase
 from benchmarks.suite.projections import ProjectionsCase
@@ -56,6 +58,7 @@ class Fake(Case):
     ours = ("mine",)
     arms = ("base", "rival", "mine", "other")
     phases: ClassVar = {"one": ("one",), "all": ("one", "two")}
+    device: torch.device = CPU
     fails: tuple[str, ...] = ()
     misses: tuple[str, ...] = ()
     calls: list[tuple[str, str]] = field(default_factory=list)
@@ -63,9 +66,6 @@ class Fake(Case):
     @property
     def name(self) -> str:
         return "fake"
-
-    def facts(self) -> dict[str, Any]:
-        return {}
 
     def build(self, arm: str) -> Parts:
         if arm in self.misses:
@@ -164,12 +164,27 @@ def test_nothing_is_timed_if_benchmarks_are_disabled(tmp_path: Path) -> None:
     assert status == 0 and "3 passed" in printed and "timed in turns" not in printed, printed
 
 
-def test_marked_cases_run_only_if_m_names_them(tmp_path: Path) -> None:
-    """``--suite quick`` after ``tiny`` wins."""
-    shown = ("--suite", "quick", "--collect-only", "-q", "benchmarks/suite/test_optimizer_step.py")
-    assert "host" not in run(*shown, tmp_path=tmp_path)[1].partition("skipped")[0]
-    printed = run(*shown, "-m", "host", tmp_path=tmp_path)[1]
-    assert "host step 448 tensors" in printed and "pairs: optimizer" not in printed
+@pytest.mark.parametrize(
+    ("markexpr", "suite", "marks"),
+    [
+        ("", "quick", {""}),
+        ("host", "quick", {"", "host"}),
+        ("", "tiny", {"", "host", "scaling", "storage"}),
+    ],
+)
+def test_marked_cases_run_only_if_m_names_them(markexpr: str, suite: str, marks: set[str]) -> None:
+    config = SimpleNamespace(
+        getoption=lambda name: suite,
+        option=SimpleNamespace(markexpr=markexpr),
+        stash={conftest.CASES: {}, conftest.DEVICE: CPU},
+    )
+    made: list[Any] = []
+    metafunc = SimpleNamespace(
+        config=config, module=test_optimizer_step, parametrize=lambda names, rows, scope: made.extend(rows)
+    )
+    conftest.pytest_generate_tests(metafunc)
+    assert {case.mark for case in config.stash[conftest.CASES].values()} == marks
+    assert {mark.name for row in made for mark in row.marks} == marks - {""} <= {*conftest.MARKS}
 
 
 def test_every_arm_runs_once_in_every_round() -> None:

@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel and config that dispatch can pick, for GPUs that need not be there.
+"""Machine code of every kernel and config that dispatch can pick, compiled for GPUs that need not be present.
 
     python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--json FILE] [--csv FILE]
     python -m benchmarks.lab.compile_report --write     compile all and renew the committed report
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for; the exit status."""
+    """Run the command; return the exit status."""
     args = parse(argv)
     archs = [arch for arch in DEVICES if not args.arch or arch in args.arch]
     wanted = [(arch, i) for arch in archs for i, job in enumerate(jobs(arch)) if job.label[0].startswith(args.kernel)]
