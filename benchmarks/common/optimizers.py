@@ -21,6 +21,8 @@ from stablelora_kernels.pairs import LoRAPair
 # The paper's ratios. The smallest is the library's default.
 SHRINK_RATIOS = (5e-4, 1e-3, 2e-3, 5e-3)
 SHRINK_RATIO = SHRINK_RATIOS[0]
+# Small enough that no pair latches during a measurement.
+LR = 1e-6
 # The ratio of learning rates that LoRA+'s authors recommend (arXiv 2402.12354).
 LORA_PLUS_RATIO = 16.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -79,23 +80,32 @@ def train(
             break
 
 
+def phases(arm: Arm, batch: Batch, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The parts of a step, to be called in order: forward (the loss and the features), backward, optimizer."""
+    outcome: list[torch.Tensor] = []
+
+    def run_forward() -> tuple[torch.Tensor, torch.Tensor]:
+        loss, features = forward(arm, batch, dtype)
+        outcome.append(loss)
+        return loss.detach(), features
+
+    def run_optimizer() -> None:
+        arm.optimizer.step()
+        arm.optimizer.zero_grad(set_to_none=True)
+
+    return zip(PHASES, (run_forward, lambda: outcome.pop().backward(), run_optimizer), strict=True)
+
+
 def _timed_step(arm: Arm, batch: Batch, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+    results = {}
     synchronize()
-    start = time.perf_counter()
-    loss, pooled = forward(arm, batch, dtype)
-    synchronize()
-    forward_end = time.perf_counter()
-    loss.backward()
-    synchronize()
-    backward_end = time.perf_counter()
-    arm.optimizer.step()
-    arm.optimizer.zero_grad(set_to_none=True)
-    synchronize()
-    end = time.perf_counter()
-    arm.series.forward_ms.append(1e3 * (forward_end - start))
-    arm.series.backward_ms.append(1e3 * (backward_end - forward_end))
-    arm.series.optimizer_ms.append(1e3 * (end - backward_end))
-    return loss.item(), pooled
+    for phase, run in phases(arm, batch, dtype):
+        start = time.perf_counter()
+        results[phase] = run()
+        synchronize()
+        getattr(arm.series, f"{phase}_ms").append(1e3 * (time.perf_counter() - start))
+    loss, features = results["forward"]
+    return loss.item(), features
 
 
 def _record_norms(arms: list[Arm], step: int) -> None:

@@ -183,7 +183,7 @@ class HostStepCase(HostCase):
             _check_triton(self.device)
         pairs = self._pairs()
         params = halves(pairs)
-        step = optimizers.build(arm, pairs, lr=1e-6).step
+        step = optimizers.build(arm, pairs, lr=optimizers.LR).step
         # Two sets in turn: neither lies where the other does.
         sets = [[torch.zeros_like(p) for p in params] for _ in range(2 if self.gradients == "moved" else 1)]
 

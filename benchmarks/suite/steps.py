@@ -13,7 +13,7 @@ from benchmarks.common import optimizers
 from benchmarks.suite import scaling
 from benchmarks.suite.rivals import Case, Parts
 from stablelora_kernels.cli.arguments import DTYPES
-from stablelora_kernels.cli.bench import LR, make_pairs
+from stablelora_kernels.cli.bench import make_pairs
 from stablelora_kernels.pairs import LoRAPair
 
 FP32, BF16, UINT8 = torch.float32, torch.bfloat16, torch.uint8
@@ -45,7 +45,7 @@ class OptimizerCase(Case):
         pairs = [self._cast(pair) for pair in made]
         halves = [half for pair in pairs for half in (pair.A, pair.B)]
         grads = [half.grad.clone() for half in halves if half.grad is not None]
-        optimizer = self.shared[arm] = optimizers.build(arm, pairs, lr=LR)
+        optimizer = self.shared[arm] = optimizers.build(arm, pairs, lr=optimizers.LR)
 
         def prepare() -> None:
             # Riemannian preconditioning multiplies gradients in place; and training has just written all of them.

@@ -23,7 +23,7 @@ from benchmarks.lab.traffic import counter as t
 from benchmarks.lab.traffic import formula, report
 from benchmarks.lab.traffic import group as _traffic_group
 from benchmarks.lab.traffic.report import BF16, FP16, FP32, Case, Set
-from stablelora_kernels.dispatch import backend, rules
+from stablelora_kernels.dispatch import backend, problem, rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
@@ -47,8 +47,10 @@ def one_thread():
 def tiny_tiles(monkeypatch):
     """Many tiles in both directions, ragged edges, and several blocks of ranks at small sizes."""
     for name in ("TMA_TILES", "LINEAR_TILES", "SHRINK_TILES", "EXPAND_TILES", "WEIGHT_GRADS_TILES"):
-        monkeypatch.setattr(rules, name, (TileRule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
+        monkeypatch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
+    monkeypatch.setattr(problem, "MAX_FUSED_R", 32)
     monkeypatch.setattr(rules, "MAX_FUSED_R", 32)
+    monkeypatch.setattr(problem, "SMALL_M", 16)
     monkeypatch.setattr(rules, "SMALL_M", 16)
 
 
