@@ -1,1 +1,1 @@
-"""The benchmarks: ``python -m benchmarks`` fine-tunes a real model, the ``bench_*`` modules time single operations."""
+"""``python -m benchmarks`` fine-tunes a real model; ``pytest benchmarks`` times single operations; ``lab`` has our own tools."""

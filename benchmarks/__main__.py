@@ -24,7 +24,7 @@ _NEEDED = ("gguf", "matplotlib", "numpy", "peft", "safetensors", "tokenizers", "
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset leaves for the command line to change."""
+    """A preset's values; the command line can change each."""
 
     steps: int
     lrs: tuple[float, ...]
@@ -35,15 +35,15 @@ class Preset:
 
 
 PRESETS = {
-    # 0.005 is the largest of the paper's ratios: in a run as short as this, a smaller one would show less of the method.
+    # 0.005 is the paper's largest ratio: a smaller one would show little in such a short run.
     "quick": Preset(120, (3e-3,), (5e-3,), 1, 600, 335.0),
-    # Ratio 0 is this library's layer and optimizer with nothing shrunk: what is the method's, and what the kernels', parts there.
+    # Ratio 0 is our layer and optimizer without shrinking: it separates the method's effect from the kernels'.
     "full": Preset(400, (3e-4, 1e-3, 3e-3), (0.0, 5e-4, 1e-3, 2e-3, 5e-3), 5, 2000, None),
 }
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The checked arguments; anything wrong ends the program with a message, before a download or a heavy import."""
+    """The checked arguments. A wrong one ends the program with a message, before any download or heavy import."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks", "python -m benchmarks [options]", description=__doc__.split(": ", 1)[1].capitalize()
     )
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--target-modules", nargs="+", default=(), help="layers to adapt (default: query and value projections)")
     args = parser.parse_args(argv)
     preset = PRESETS[args.preset]
-    # Steps that were asked for are taken; the preset's bend to the machine.
+    # --steps is exact; the preset's steps adapt to the machine.
     args.time_limit_s = preset.time_limit_s if args.steps is None else None
     args.steps = preset.steps if args.steps is None else args.steps
     args.lrs = tuple(dict.fromkeys(args.lr or preset.lrs))
@@ -154,9 +154,9 @@ def _cpu_has_bf16() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; the exit status."""
+    """Run the command; return the exit status."""
     args = parse(argv)
-    # One warning of transformers' a step would tear the progress bar apart.
+    # transformers would warn once a step and break up the progress bar.
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -213,7 +213,7 @@ def _sweep(runs: list[Any], out: Path) -> int:
         if left := len(runs) - number:
             hours = left * sum(done["wall_s"] for done in results) / len(results) / 3600
             print(f"About {hours:.1f} hours for the {left} runs after this one.", file=sys.stderr)
-        # After every run, so that a sweep that is stopped has its tables.
+        # After every run: a stopped sweep then has its tables.
         paths = [*write_sweep(results, out), *draw_sweep(results, out)]
     if results:
         _finish(sweep_table(results), [*paths, out / "runs"])

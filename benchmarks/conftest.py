@@ -1,40 +1,47 @@
-"""``pytest benchmarks``: cases of interleaved arms as pytest-benchmark's entries, and a table of who is faster where.
-
-pytest-benchmark times one function after the other, minutes apart on a machine that drifts by more than the arms differ. So
-all arms of a case are sampled in turns the first time that one of them is asked for, and each entry is handed its samples.
-"""
+"""``pytest benchmarks``: each entry of pytest-benchmark is one phase of a case, timed against its rivals round by round."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.common.measure import environment
-from benchmarks.suite import rivals, table
-from benchmarks.suite.rivals import Case, Outcome
+from benchmarks.suite import scaling, table
+from benchmarks.suite.rivals import Case, Race
 from stablelora_kernels.testing import torch_device
 
-SUITES = ("quick", "full", "tiny")
-ITERS = {"quick": 15, "full": 50, "tiny": 3}
+ROUNDS = {"quick": 15, "full": 50, "tiny": 3}
+MARKS = {
+    "host": "the Python of a call, without its launches; TRITON_INTERPRET=1 adds Triton's on a machine without a GPU",
+    "pretrained": "a training step of SmolLM2-135M with every optimizer; downloads the model and data",
+    "scaling": "time and memory against width, rank, tokens, pairs and parameters",
+    "storage": "the optimizer with fewer bits for moments and parameters: time, bytes, losses",
+}
 CASES = pytest.StashKey[dict[str, Case]]()
-OUTCOMES = pytest.StashKey[dict[str, Outcome]]()
+REPORTS = pytest.StashKey[list[dict[str, Any]]]()
 LOAD = pytest.StashKey[float]()
 DEVICE = pytest.StashKey[torch.device]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("stablelora-kernels")
-    group.addoption("--suite", choices=SUITES, default="quick", help="how many cases; tiny only shows that all runs")
     group.addoption(
-        "--rounds", type=_rounds, help=f"samples of each arm (default: {ITERS['quick']}, full {ITERS['full']})"
+        "--suite", choices=ROUNDS, default="quick", help="how many cases; tiny only shows that all of them run"
     )
-    group.addoption("--device", help="a torch device (default: the GPU if there is one, else the CPU)")
+    group.addoption("--rounds", type=_rounds, help="timed rounds of a case (default: 15, full 50)")
+    group.addoption("--device", help="cpu or cuda (default: the GPU if there is one)")
+    group.addoption(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="besides base, rival and ours run only this arm; may be repeated",
+    )
 
 
 def _rounds(text: str) -> int:
@@ -44,69 +51,64 @@ def _rounds(text: str) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[CASES], config.stash[OUTCOMES] = {}, {}
+    config.stash[CASES], config.stash[REPORTS] = {}, []
     config.stash[LOAD] = os.getloadavg()[0]
     try:
         config.stash[DEVICE] = torch_device(config.getoption("device"))
     except ValueError as error:
         raise pytest.UsageError(f"--{error}") from None
+    for mark, words in MARKS.items():
+        config.addinivalue_line("markers", f"{mark}: {words}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "entry" not in metafunc.fixturenames:
-        return
-    config = metafunc.config
-    found = metafunc.module.cases(config.getoption("suite"), config.stash[DEVICE])
+    config, suite = metafunc.config, metafunc.config.getoption("suite")
+    found = [
+        case
+        for case in metafunc.module.cases(suite, config.stash[DEVICE])
+        if not case.mark or suite == "tiny" or case.mark in config.option.markexpr
+    ]
     config.stash[CASES].update({case.name: case for case in found})
-    # Names, not objects, so that --benchmark-group-by=param:case and the JSON can tell them.
-    rows = [(case.name, phase, arm) for case in found for phase in case.phases for arm in case.arms]
-    metafunc.parametrize(("case", "phase", "arm"), rows, ids=[" - ".join(row) for row in rows])
-
-
-@dataclass
-class Entry:
-    """One arm's time for one phase of a case."""
-
-    case: Case
-    phase: str
-    arm: str
-    outcome: Outcome
-
-    def record(self, benchmark: Any) -> None:
-        """Hand the samples to pytest-benchmark, or say why there are none."""
-        # Set first: a fixture that was not used is warned of. The module's docstring says why it isn't called.
-        benchmark._mode = "interleaved"
-        if error := self.outcome.errors.get(self.arm):
-            raise error
-        if reason := self.outcome.skipped.get(self.arm):
-            pytest.skip(f"{self.arm}: {reason}")
-        if benchmark.disabled:
-            return
-        if self.case.base not in self.outcome.samples:
-            raise RuntimeError(f"{self.case.base!r}, which {self.arm!r} is compared with, did not run")
-        benchmark.group = f"{self.case.name}, {self.phase}"
-        stats = benchmark._make_stats(iterations=1)
-        for seconds in self.outcome.seconds(self.case, self.phase, self.arm):
-            stats.update(seconds)
-        benchmark.extra_info.update(
-            self.case.facts(), case=self.case.name, phase=self.phase, arm=self.arm, ours=self.arm in self.case.ours
+    # Names, not objects: --benchmark-group-by=param:case and the JSON show them.
+    rows = [
+        pytest.param(
+            case.name, phase, marks=[getattr(pytest.mark, case.mark)] if case.mark else [], id=f"{case.name} - {phase}"
         )
-        benchmark.extra_info.update(rivals.compare(self.case, self.outcome, self.phase, self.arm))
+        for case in found
+        for phase in case.phases
+    ]
+    metafunc.parametrize(("case", "phase"), rows, scope="module")
+
+
+@pytest.fixture(scope="module")
+def race(request: pytest.FixtureRequest, case: str) -> Iterator[Race]:
+    """The arms of a case, built once for all of its phases."""
+    config = request.config
+    made = Race(config.stash[CASES][case], config.getoption("arm"))
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def entry(request: pytest.FixtureRequest, benchmark: Any, case: str, phase: str, arm: str) -> Iterator[Entry]:
-    config, which = request.config, request.config.stash[CASES][case]
-    outcomes = config.stash[OUTCOMES]
-    if case not in outcomes:
-        asked = {
-            item.callspec.params["arm"]
-            for item in request.session.items
-            if isinstance(item, pytest.Function) and item.callspec.params.get("case") == case
-        }
-        rounds = config.getoption("rounds") or ITERS[config.getoption("suite")]
-        outcomes[case] = rivals.sample(which, asked, 0 if benchmark.disabled else rounds)
-    yield Entry(which, phase, arm, outcomes[case])
+def compare(request: pytest.FixtureRequest, benchmark: Any, race: Race, phase: str) -> Callable[[], None]:
+    """Time a phase. Fails for an arm that failed, after the others were timed."""
+    config, case = request.config, race.case
+
+    def run() -> None:
+        if race.target is None and not race.failed.keys() & {*case.ours}:
+            pytest.skip("; ".join(f"{arm}: {race.skipped[arm]}" for arm in case.ours))
+        if race.target is not None and case.base in race.arms:
+            rounds = config.getoption("rounds") or ROUNDS[config.getoption("suite")]
+            if report := race.measure(benchmark, phase, rounds):
+                benchmark.extra_info.update(report)
+                config.stash[REPORTS].append(report)
+            case.check()
+        for error in race.failed.values():
+            raise error
+        if case.base not in race.arms:
+            raise RuntimeError(f"{case.base!r}, the base of {case.name!r}, did not run: {race.skipped[case.base]}")
+
+    return run
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -114,16 +116,13 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    output_json["skipped"] = [
-        {"case": case, "arm": arm, "reason": reason}
-        for case, outcome in config.stash[OUTCOMES].items()
-        for arm, reason in outcome.skipped.items()
-    ]
+    """Keep medians and quartiles, not every round."""
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)
+    output_json["exponents"] = scaling.exponents(config.stash[REPORTS])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    cases, outcomes = config.stash[CASES], config.stash[OUTCOMES]
-    sampled = [(cases[name], outcome) for name, outcome in outcomes.items() if outcome.samples]
-    if sampled:
-        terminalreporter.section("arms, sampled in turns")
-        table.write(terminalreporter.write_line, sampled, config.stash[LOAD])
+    if config.stash[REPORTS]:
+        terminalreporter.section("arms, timed in turns")
+        table.write(terminalreporter.write_line, config.stash[REPORTS], config.stash[LOAD])

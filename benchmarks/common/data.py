@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DATASETS = ("sarcasm", "reuters-52")
-# Sorting windows of this many batches by length cuts padding by about a third and leaves batches random.
+# Sorting windows of this many batches by length removes about a third of the padding and keeps batches random.
 _WINDOW = 8
 
 Example = tuple[str, int]
@@ -55,7 +55,7 @@ def _sarcasm(seed: int, held_out: int) -> Dataset:
     with assets.sarcasm_file().open(encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
-            # Duplicates go before the split, or the same headline could be on both sides of it.
+            # Remove duplicates before the split; otherwise one headline could be on both sides.
             examples.setdefault(record["input"][-1]["content"].strip(), int(record["ideal"]))
     return Dataset("sarcasm", ("sincere", "sarcastic"), *_split(list(examples.items()), seed, held_out), max_tokens=64)
 
@@ -65,7 +65,7 @@ def _reuters(seed: int, held_out: int) -> Dataset:
     train, test = _read_tab(train_file), _read_tab(test_file)
     classes = tuple(sorted({label for _, label in train}))
     index = {label: number for number, label in enumerate(classes)}
-    # The split is the official one: texts of the test file that are also in the training file leave the latter.
+    # Keep the official split. Training drops texts that are also in the test file.
     unseen = {text: index[label] for text, label in test if label in index}
     seen = {text: index[label] for text, label in train if text not in unseen}
     kept = _shuffled(list(unseen.items()), seed)[:held_out]
@@ -75,12 +75,12 @@ def _reuters(seed: int, held_out: int) -> Dataset:
 def _read_tab(path: Any) -> list[tuple[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t"))
-    # Orange's format has three header rows (names, types, roles), and these files blank ones here and there.
+    # Orange's format has three header rows (names, types, roles); these files also have blank rows.
     return [(row[1].strip(), row[0]) for row in rows[3:] if len(row) == 2 and row[0]]
 
 
 def _shuffled(examples: list[Example], seed: int) -> list[Example]:
-    # By text first, so that the order depends on the seed alone and not on the file's.
+    # Sort first, so that the order depends on the seed alone, not on the file.
     return random.Random(seed).sample(sorted(examples), len(examples))
 
 
@@ -108,7 +108,7 @@ def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max
 def training_batches(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, seed: int
 ) -> Iterator[Batch]:
-    """Batches without end, a new shuffle each epoch, texts of like length together."""
+    """Endless batches: a new shuffle each epoch, texts of similar length together."""
     if batch_size > len(dataset.train):
         raise ValueError(f"batch_size must be at most the {len(dataset.train)} training examples, got {batch_size}")
     rng = random.Random(seed)
@@ -119,13 +119,13 @@ def training_batches(
             batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
             rng.shuffle(batches)
             for examples in batches:
-                # The last window of an epoch may end in a short batch, whose step time would not compare.
+                # Skip a short last batch: its step time does not compare.
                 if len(examples) == batch_size:
                     yield collate(examples, tokenizer, dataset.max_tokens)
 
 
 def test_batches(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> Iterator[Batch]:
-    """The held-out examples once, in order of length: fewer pads, and the same order for every arm."""
+    """The held-out examples once, sorted by length: fewer pads, and the same order for every arm."""
     order = sorted(dataset.test, key=lambda example: (len(example[0]), example[0]))
     for start in range(0, len(order), batch_size):
         yield collate(order[start : start + batch_size], tokenizer, dataset.max_tokens)

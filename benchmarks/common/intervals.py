@@ -11,8 +11,8 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def student95(degrees: int) -> float:
-    """The quantile of Student's t that 97.5 % lie below."""
-    # Beyond the table the expansion is right to three digits.
+    """The 97.5 % quantile of Student's t."""
+    # Beyond the table this expansion has three correct digits.
     return _T95[degrees - 1] if degrees <= len(_T95) else 1.96 + 2.4 / degrees
 
 
@@ -26,7 +26,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def log_slope(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float] | None:
     """The slope of log value against log size by least squares, and half the width of its 95 % interval.
 
-    Points that are not above zero are left out; None where fewer than three are left, or all of one size.
+    Points at or below zero are left out. None if fewer than three remain, or all have one size.
     """
     points = [(math.log(a), math.log(b)) for a, b in zip(sizes, values, strict=True) if b > 0]
     if (count := len(points)) < 3 or len({x for x, _ in points}) == 1:

@@ -53,7 +53,7 @@ class LoRARITE(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for a, b in zip(group["params"][::2], group["params"][1::2], strict=True):
-                # Both steps go by the values before either.
+                # Compute both steps from the values before either.
                 steps = [self._step_of(a, a.t(), b, False, group), self._step_of(b, b, a.t(), True, group)]
                 for half, step in zip((a, b), steps, strict=True):
                     if step is not None:
@@ -63,7 +63,7 @@ class LoRARITE(torch.optim.Optimizer):
     def _step_of(
         self, parameter: Tensor, tall: Tensor, other: Tensor, is_b: bool, group: dict[str, Any]
     ) -> Tensor | None:
-        """What lr times is subtracted from ``parameter``, whose tall view is X [rows, r]; ``other`` is Y [columns, r]."""
+        """``parameter``'s step before the factor lr; its tall view is X [rows, r], and ``other`` is Y [columns, r]."""
         if parameter.grad is None:
             return None
         state = self.state[parameter]
@@ -78,7 +78,7 @@ class LoRARITE(torch.optim.Optimizer):
         t = state["step"].item()
         beta1, beta2 = (beta * (1 - beta ** (t - 1)) / (1 - beta**t) for beta in group["betas"])
 
-        # Y = basis core. A zero or rank-deficient Y, as B at the start, gives X nothing to step along: hence pinv.
+        # Y = basis core. pinv: X has no direction to step along if Y is zero or rank-deficient, as B is at the start.
         basis, core = torch.linalg.qr(other)
         unmagnify = torch.linalg.pinv(core)
         grad = (parameter.grad if is_b else parameter.grad.t()) @ unmagnify

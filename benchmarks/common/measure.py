@@ -1,4 +1,4 @@
-"""What benchmarks need to time fairly and to say which machine, versions and commit it was."""
+"""Fair timing, and the machine, versions and commit of a measurement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["commit", "environment", "interleave", "interleave_parts", "shuffled"
 
 
 def commit() -> str | None:
-    """The checked-out commit, with ``-dirty`` where tracked files differ from it, or None outside a git checkout."""
+    """The checked-out commit, with ``-dirty`` if tracked files differ from it, or None outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
 
 
 def store(file: Path | None, found: Any) -> None:
-    """Write a benchmark's figures as JSON, making the directory; nothing where ``--json`` was not given."""
+    """Write a benchmark's figures as JSON, and create the directory."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a step holds in memory, and counts of operators."""
+"""Memory that a step holds, and counts of operators."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ MIB = 1 << 20
 
 
 def saved_for_backward(run: Callable[[], torch.Tensor], exclude: list[torch.Tensor]) -> int:
-    """Bytes of the distinct storages that ``run``'s graph keeps, besides the storages of ``exclude``."""
+    """Bytes of the distinct storages that ``run``'s graph keeps, without the storages of ``exclude``."""
     known = {tensor.untyped_storage()._cdata for tensor in exclude}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        # The storage itself, not its address: tensors without memory have none.
+        # Identify storages by themselves, not by address: tensors without memory have no address.
         if storage._cdata not in known:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = run()
-    # The graph, and so every counted storage, is alive until here: none was counted twice.
+    # The graph keeps every counted storage alive until here, so none was counted twice.
     del loss
     return sum(kept.values())
 

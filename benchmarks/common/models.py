@@ -1,4 +1,4 @@
-"""The models that are fine-tuned: a pretrained backbone, pooled, with a linear head."""
+"""Models to fine-tune: a pretrained backbone, pooled, with a linear head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.common.smollm2 import load_smollm2
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The attention's query and value projections, under the names that model families give them.
+# Names of the query and value projections in different model families.
 _QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("query_proj", "value_proj"))
 
 
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(hidden_size, classes)
-        # Every arm's head starts alike, whatever its backbone has drawn.
+        # Every arm's head has the same start, whatever random numbers its backbone drew.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head.reset_parameters()
@@ -67,20 +67,20 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules of ``model`` over the same frozen weights: an arm of its own for no memory."""
+    """A copy of ``model``'s modules over the same frozen weights, which takes no memory."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def linear_names(model: nn.Module) -> tuple[str, ...]:
-    """What ``model``, a backbone without a head, calls its linear layers."""
+    """The names of the linear layers of ``model``, a backbone without a head."""
     return tuple(
         sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
     )
 
 
 def query_value_names(model: nn.Module) -> tuple[str, ...]:
-    """What ``model`` calls its query and value projections.
+    """The names of ``model``'s query and value projections.
 
     Raises:
         ValueError: it has none under a known name.
@@ -97,5 +97,5 @@ def query_value_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision as trainers of PEFT models do it: frozen weights and adapters in fp32, autocast around them."""
+    """Mixed precision as in trainers of PEFT models: autocast around frozen weights and adapters in fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -1,4 +1,4 @@
-"""Every optimizer that trains LoRA's pairs here, by name: one place for benchmarks of speed and of accuracy.
+"""Every optimizer for LoRA pairs, by name, for benchmarks of speed and of accuracy.
 
     optimizer = build("LoRA+ (PEFT), AdamW fused", pairs, lr=1e-4)
 
@@ -18,7 +18,7 @@ from benchmarks.common.lora_rite import LoRARITE
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 
-# The paper's, of which the library's default is the smallest.
+# The paper's ratios. The smallest is the library's default.
 SHRINK_RATIOS = (5e-4, 1e-3, 2e-3, 5e-3)
 SHRINK_RATIO = SHRINK_RATIOS[0]
 # Small enough that no pair latches during a measurement.
@@ -34,11 +34,11 @@ OURS = "StableLoRAAdamW"
 
 
 class Unavailable(RuntimeError):
-    """An arm that can't run here, and why: reported as skipped, never left out silently."""
+    """An arm can't run here, for the given reason. Benchmarks report it as skipped."""
 
 
 class NaiveStableAdamW(torch.optim.AdamW):
-    """Algorithm 1 as one would first write it: two norms, a comparison read on the host and a product for each pair."""
+    """Algorithm 1 in its simplest form: two norms, a comparison on the host and a product for each pair."""
 
     def __init__(
         self, pairs: Sequence[LoRAPair], lr: float, *, shrink_ratio: float = SHRINK_RATIO, **kwargs: Any
@@ -96,7 +96,7 @@ def _lora_plus(pairs: Sequence[LoRAPair], *, weight_decay: float, **options: Any
 
 
 def _riemannian(pairs: Sequence[LoRAPair], **options: Any) -> torch.optim.Optimizer:
-    """Its step multiplies the gradients in place, so they have to be new ones at every step."""
+    """Its step multiplies the gradients in place, so every step needs new ones."""
     create = _peft("create_riemannian_optimizer")
     return create(_as_peft_model(pairs), torch.optim.AdamW, **({"fused": True} | options))
 
@@ -114,14 +114,14 @@ def _eight_bits(package: str, module: str) -> Callable[..., torch.optim.Optimize
 
 
 def _rehearse(package: str, optimizer: Any, pair: LoRAPair, options: dict[str, Any]) -> None:
-    """Whether 8 bits run on this device is known for sure only after a step, which copies take."""
+    """Take a step with copies: only that shows whether 8 bits run on this device."""
     halves = [nn.Parameter(half.detach().clone()) for half in (pair.A, pair.B)]
     for half in halves:
         half.grad = torch.zeros_like(half)
     try:
         optimizer(halves, **options).step()
     except Exception as error:
-        # Packages fail here in ways of their own: a missing kernel, a compiler that is not there, an unknown device.
+        # Each package fails in its own way: a missing kernel, a missing compiler, an unknown device.
         raise Unavailable(f"{package} can't step on {pair.A.device}: {_line(error)}") from error
 
 
@@ -133,7 +133,7 @@ def _peft(name: str) -> Any:
 
 
 def _as_peft_model(pairs: Sequence[LoRAPair]) -> nn.Module:
-    """What PEFT's optimizers look at of a model: its adapters, under PEFT's names, and here nothing else."""
+    """A model with nothing but adapters, under the names that PEFT's optimizers look for."""
     layers = []
     for pair in pairs:
         if not all(isinstance(half, nn.Parameter) for half in (pair.A, pair.B)):
@@ -161,7 +161,7 @@ def _line(error: BaseException) -> str:
 _BUILDERS: dict[str, Callable[..., Any]] = {
     ADAMW_FUSED: _adamw(fused=True),
     ADAMW_FOREACH: _adamw(foreach=True),
-    # Given neither, AdamW takes foreach on a GPU.
+    # Without an argument AdamW takes foreach on a GPU.
     ADAMW_LOOP: _adamw(foreach=False),
     NAIVE: _naive(foreach=False),
     NAIVE_FOREACH: _naive(foreach=True),

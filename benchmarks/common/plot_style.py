@@ -1,23 +1,21 @@
-"""How every plot looks: colors, style, saving."""
+"""The look of every plot: colors, style, saving. Plots are drawn without a display."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+
 import matplotlib.pyplot as plt
 
 GREY, BLUE, GREEN = "#8a8f98", "#2a6fbb", "#3d8f5f"
-
-
-# Of the paper's ratios in the plots of its claims, from the smallest to the largest.
+# The paper's shrink ratios, from the smallest to the largest.
 RATIO_SHADES = ("#f0a202", "#e07a3f", "#d1495b", "#7a1f3d")
-
-
-# Shades of one hue for the shrink ratios, so that the library's arms read as one family beside the two rivals.
+# The arms of a fine-tuning run: shades of one hue, so that they read as one family beside the two rivals.
 _STABLE = ("#d1495b", "#e07a3f", "#b5338a", "#7a1f3d", "#f0a202")
-
-
 STYLE: Any = {
     "figure.dpi": 130,
     "font.size": 10,

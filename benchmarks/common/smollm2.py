@@ -1,4 +1,4 @@
-"""SmolLM2 from its GGUF file: a Llama of transformers and its tokenizer, without a hub and without a copy on disk."""
+"""SmolLM2 from its GGUF file: a Llama of transformers and its tokenizer, without a hub or a copy on disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
-# GGUF's names of what transformers calls model.layers.N.<value>.weight
+# GGUF's names, and transformers' for the same weight: model.layers.N.<value>.weight.
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -24,12 +24,12 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _TOP_NAMES = {"token_embd.weight": "embed_tokens.weight", "output_norm.weight": "norm.weight"}
-# GGUF's mark of a token that stands for itself and is never split.
+# GGUF's mark of a token that is never split.
 _CONTROL_TOKEN = 3
 
 
 def load_smollm2(path: Path) -> tuple[LlamaModel, PreTrainedTokenizerFast]:
-    """The decoder (without its language-model head, which is the embedding again) in fp32, and the tokenizer."""
+    """The decoder in fp32, and the tokenizer. The language-model head is left out: it is the embedding."""
     from gguf import GGUFReader
     from transformers import LlamaConfig, LlamaModel
 
@@ -50,8 +50,8 @@ def load_smollm2(path: Path) -> tuple[LlamaModel, PreTrainedTokenizerFast]:
         pad_token_id=_field(reader, "tokenizer.ggml.padding_token_id"),
         tie_word_embeddings=True,
     )
-    # No memory and no random numbers for weights that are about to be replaced. The rotary tables are not in the file:
-    # they are the one thing computed from the config, so they are rebuilt off the meta device.
+    # Use no memory and no random numbers for weights that the next lines replace. The rotary tables are not in the file
+    # but computed from the config, so build them again off the meta device.
     with torch.device("meta"):
         model = LlamaModel(config)
     model.rotary_emb = type(model.rotary_emb)(config)
@@ -94,7 +94,7 @@ def _weights(reader: GGUFReader, heads: int, kv_heads: int) -> dict[str, torch.T
 
 
 def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """From GGUF's rows, where a rotary pair is adjacent, to transformers', where it is half a head apart."""
+    """Reorder rows: a rotary pair is adjacent in GGUF, and half a head apart in transformers."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
@@ -106,7 +106,7 @@ def _tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
     tokens = _field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    # What GGUF calls the "smollm" pre-tokenizer: every digit is a token of its own, then GPT-2's byte-level splitting.
+    # GGUF's "smollm" pre-tokenizer makes every digit a token, then splits as GPT-2 does.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

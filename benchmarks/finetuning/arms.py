@@ -1,4 +1,4 @@
-"""The arms that are compared: the frozen model, the ``peft`` package with torch's AdamW, and this library."""
+"""The compared arms: the frozen model, the ``peft`` package with torch's AdamW, and this library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FROZEN, PEFT, STABLE = "frozen", "peft", "stable"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all arms have in common."""
+    """Hyperparameters that all arms share."""
 
     target_modules: tuple[str, ...]
     r: int = 8
@@ -40,6 +40,18 @@ class Recipe:
 
 
 @dataclass
+class Series:
+    """An arm's training, step by step."""
+
+    loss: list[float] = field(default_factory=list)
+    forward_ms: list[float] = field(default_factory=list)
+    backward_ms: list[float] = field(default_factory=list)
+    optimizer_ms: list[float] = field(default_factory=list)
+    # One record every NORMS_EVERY steps: step, a_norm, b_norm, latched.
+    norms: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
 class Arm:
     """One model with its own optimizer and schedule."""
 
@@ -51,10 +63,10 @@ class Arm:
     pairs: list[slk.LoRAPair]
     shrink_ratio: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    series: Series = field(default_factory=Series)
 
     def norms(self) -> dict[str, float]:
-        """||A||_F and ||B||_F, means over the pairs, and the number of pairs that have stopped shrinking (reads the
-        device: not for a timed region)."""
+        """The pairs' mean ||A||_F and ||B||_F, and how many stopped shrinking. It synchronizes with the device."""
         if not self.pairs:
             return {}
         with torch.no_grad():
@@ -72,7 +84,7 @@ def build_arm(name: str, backbone: PreTrainedModel, classes: int, recipe: Recipe
     hidden = backbone.config.hidden_size
     own = share(backbone)
     shrink_ratio = None
-    # The adapters' start is drawn here; build_arms then makes it the same in all arms.
+    # build_arms copies the first arm's A to the others.
     torch.manual_seed(recipe.seed)
     if name == FROZEN:
         label = "frozen"
@@ -110,9 +122,9 @@ def build_arms(
 
 
 def let_gradients_reach(model: nn.Module, targets: Sequence[str]) -> None:
-    """Make the frozen model's backward pass go exactly as deep as LoRA's, so that what LoRA adds is LoRA's own.
+    """Make the frozen model's backward pass as deep as LoRA's, so that the difference is LoRA's own cost.
 
-    LoRA needs the gradient of every adapted layer's output. In the frozen model nothing asks for the first one's.
+    LoRA needs the gradient of every adapted layer's output; the frozen model alone would not compute the first one's.
     """
 
     def ask(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
@@ -134,7 +146,7 @@ def _optimizer(
         return slk.StableLoRAAdamW(named, shrink_ratio=shrink_ratio, **common), notes
     parameters = [p for _, p in named]
     try:
-        # The rival at its best: one fused call where this build of torch has it for the device.
+        # The rival at its best: one fused call, if this build of torch has it for the device.
         notes["fused"] = True
         return torch.optim.AdamW(parameters, fused=True, **common), notes
     except RuntimeError:
@@ -143,7 +155,7 @@ def _optimizer(
 
 
 def shrinkage(latched_at: Sequence[int | None], shrink_ratio: float, steps: int) -> dict[str, float]:
-    """How many steps of shrinking took place before the latch came, and what is left of ||A|| by them alone."""
+    """How many steps shrank A before the latch, and the share of ||A|| that they alone left."""
     counts = [steps if at is None else at - 1 for at in latched_at]
     mean = sum(counts) / len(counts)
     factor = sum((1 - shrink_ratio) ** count for count in counts) / len(counts)
@@ -157,7 +169,7 @@ def shrinkage(latched_at: Sequence[int | None], shrink_ratio: float, steps: int)
 
 
 def earliest_latch(pairs: Sequence[slk.LoRAPair], lr: float) -> int:
-    """The step before which the latch can hardly come, at the full learning rate and PEFT's start (median over pairs).
+    """About the first step at which a latch is possible, at the full learning rate and PEFT's start (median over pairs).
 
     ||B||_F / m grows by at most about lr·sqrt(r / m) a step and meets ||A0||_F / n = sqrt(r / 3) / n.
     """

@@ -1,4 +1,4 @@
-"""One run: settings in, a JSON-able result out, whatever was measured on disk even if it is interrupted."""
+"""One run: settings in, a JSON-able result out. An interrupted run leaves what it measured on disk."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.data import Batch, Dataset, load_dataset, test_batches, training_batches
+from benchmarks.common.data import Batch, load_dataset, test_batches, training_batches
 from benchmarks.common.measure import environment
 from benchmarks.common.memory import status_mib
 from benchmarks.common.models import load_model, query_value_names
-from benchmarks.finetuning import arms as arms_module
-from benchmarks.finetuning.arms import FROZEN, PEFT, Arm, Recipe, build_arms, earliest_latch, shrinkage
+from benchmarks.finetuning.arms import FROZEN, PEFT, Arm, Recipe, arm_name, build_arms, earliest_latch, shrinkage
 from benchmarks.finetuning.footprint import measure_in_subprocess
-from benchmarks.finetuning.train import Series, evaluate, probe, rehearse, to_device, train
+from benchmarks.finetuning.train import evaluate, probe, rehearse, to_device, train
 
 FEWEST_STEPS = 40
 _LEAST_BEFORE_STOP = 10
@@ -29,7 +28,7 @@ _TEST_BATCH = 64
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run's numbers, besides the machine."""
+    """Everything that decides a run's numbers, but for the machine."""
 
     model: str
     data: str
@@ -42,13 +41,13 @@ class Settings:
     held_out: int
     shrink_ratios: tuple[float, ...]
     target_modules: tuple[str, ...] = ()
-    # Fewer steps are taken where the machine would need longer than this for the whole; None: as long as it takes.
+    # The run takes fewer steps if it would need longer than this in all; None: no limit.
     time_limit_s: float | None = None
     footprint: bool = True
 
     @property
     def arms(self) -> list[str]:
-        return [FROZEN, PEFT, *(arms_module.arm_name(ratio) for ratio in self.shrink_ratios)]
+        return [FROZEN, PEFT, *(arm_name(ratio) for ratio in self.shrink_ratios)]
 
 
 def run(settings: Settings, started: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -88,16 +87,12 @@ def _run(settings: Settings, started: float, result: dict[str, Any], save: Calla
     first = [to_device(batch, device) for batch in islice(batches(), _REHEARSALS)]
     round_s = rehearse(arms, first, dtype)
     deadline = _training_deadline(settings, started, round_s, loading)
-    steps = (
-        min(settings.steps, max(FEWEST_STEPS, int((deadline - time.perf_counter()) / round_s)))
-        if deadline
-        else recipe.steps
-    )
-    if steps != recipe.steps:
-        _say(f"{steps} steps of {settings.steps} fit the time limit here ({round_s:.1f} s a step for all arms).")
-        recipe = replace(recipe, steps=steps)
-        arms = build_arms(settings.arms, backbone, classes, recipe, device)
-    series = {arm.name: Series() for arm in arms}
+    if deadline:
+        steps = min(settings.steps, max(FEWEST_STEPS, int((deadline - time.perf_counter()) / round_s)))
+        if steps != recipe.steps:
+            _say(f"{steps} steps of {settings.steps} fit the time limit here ({round_s:.1f} s a step for all arms).")
+            recipe = replace(recipe, steps=steps)
+            arms = build_arms(settings.arms, backbone, classes, recipe, device)
     result.update(
         data={
             "name": dataset.name,
@@ -107,10 +102,15 @@ def _run(settings: Settings, started: float, result: dict[str, Any], save: Calla
             "majority": dataset.majority,
         },
         recipe=asdict(recipe),
-        arms={arm.name: _describe(arm, series[arm.name]) for arm in arms},
+        # Share the dict of each arm's series: the result then has every appended value at once.
+        arms={
+            arm.name: {"label": arm.label, "shrink_ratio": arm.shrink_ratio, **arm.notes, "series": vars(arm.series)}
+            for arm in arms
+        },
     )
-    features = _train(arms, batches(), recipe, dtype, series, result, save, deadline)
-    _evaluate(arms, dataset, tokenizer, dtype, features, result)
+    features = _train(arms, batches(), recipe, dtype, deadline, result, save)
+    held_out = list(test_batches(dataset, tokenizer, batch_size=_TEST_BATCH))
+    _evaluate(arms, held_out, dtype, features, result)
     save(result)
     if settings.footprint:
         longest = max(first, key=lambda batch: batch["input_ids"].numel())
@@ -118,77 +118,58 @@ def _run(settings: Settings, started: float, result: dict[str, Any], save: Calla
 
 
 def _train(
-    arms: list[Arm],
-    batches: Any,
-    recipe: Recipe,
-    dtype: torch.dtype,
-    series: dict[str, Series],
-    result: dict[str, Any],
+    arms: list[Arm], batches: Any, recipe: Recipe, dtype: torch.dtype, deadline: float | None, result: dict[str, Any],
     save: Callable[[dict[str, Any]], None],
-    deadline: float | None,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+) -> list[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """Train; return the frozen arm's features and labels, also of an interrupted run's steps."""
     features: list[tuple[torch.Tensor, torch.Tensor]] = []
     with tqdm(total=recipe.steps, desc="fine-tuning", unit="step", dynamic_ncols=True) as bar:
 
         def after_step(step: int) -> bool:
-            recent = {arm.label: series[arm.name].loss[-10:] for arm in arms}
+            recent = {arm.label: arm.series.loss[-10:] for arm in arms}
             bar.set_postfix({label: f"{sum(loss) / len(loss):.3f}" for label, loss in recent.items()}, refresh=False)
             bar.update()
             if (step + 1) % 25 == 0:
                 save(result)
-            # A machine that got slower since the rehearsal.
+            # The machine may have become slower since the rehearsal.
             return deadline is None or step + 1 < _LEAST_BEFORE_STOP or time.perf_counter() < deadline
 
         wall, cpu = time.perf_counter(), time.process_time()
         try:
-            train(arms, batches, recipe, dtype, series, features, after_step)
+            train(arms, batches, recipe, dtype, features, after_step)
         finally:
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             result["cpu_share"] = round(cpu / wall / torch.get_num_threads(), 3)
-            _add_latches(arms, recipe, series, result)
+            for arm in arms:
+                if arm.shrink_ratio is not None:
+                    result["arms"][arm.name]["latch"] = _latch(arm, recipe.lr)
     return features
 
 
-def _describe(arm: Arm, series: Series) -> dict[str, Any]:
-    # The series is the live object's own dict: what training appends is in the result at once.
-    return {"label": arm.label, "shrink_ratio": arm.shrink_ratio, **arm.notes, "series": vars(series)}
-
-
-def _add_latches(arms: list[Arm], recipe: Recipe, series: dict[str, Series], result: dict[str, Any]) -> None:
-    for arm in arms:
-        if arm.shrink_ratio is None:
-            continue
-        latched_at = [item.latched_at for item in arm.optimizer.stability()]  # type: ignore[attr-defined]
-        result["arms"][arm.name]["latch"] = {
-            "earliest": earliest_latch(arm.pairs, recipe.lr),
-            "latched_at": latched_at,
-            **shrinkage(latched_at, arm.shrink_ratio, len(series[arm.name].loss)),
-        }
+def _latch(arm: Arm, lr: float) -> dict[str, Any]:
+    latched_at = [item.latched_at for item in arm.optimizer.stability()]  # type: ignore[attr-defined]
+    shrunk = shrinkage(latched_at, arm.shrink_ratio, len(arm.series.loss))
+    return {"earliest": earliest_latch(arm.pairs, lr), "latched_at": latched_at, **shrunk}
 
 
 def _evaluate(
-    arms: list[Arm],
-    dataset: Dataset,
-    tokenizer: Any,
-    dtype: torch.dtype,
-    features: list[tuple[torch.Tensor, torch.Tensor]],
+    arms: list[Arm], held_out: list[Batch], dtype: torch.dtype, features: list[tuple[torch.Tensor, torch.Tensor]],
     result: dict[str, Any],
-) -> None:
-    held_out: list[Batch] = list(test_batches(dataset, tokenizer, batch_size=_TEST_BATCH))
-    outcomes: dict[str, dict[str, torch.Tensor]] = {}
-    with tqdm(total=len(dataset.test) * len(arms), desc="held out", unit="text", dynamic_ncols=True) as bar:
+) -> None:  # fmt: skip
+    data, outcomes = result["data"], {}
+    with tqdm(total=data["test"] * len(arms), desc="held out", unit="text", dynamic_ncols=True) as bar:
         for arm in arms:
             outcomes[arm.name] = evaluate(arm, held_out, dtype, bar.update)
     for name, outcome in outcomes.items():
         correct = outcome["correct"].double()
         test = {**_mean_and_error(correct, "accuracy"), **_mean_and_error(outcome["loss"].double(), "loss")}
         if name not in (FROZEN, PEFT):
-            # The same texts for both: the error of the difference is much smaller than the two errors together.
+            # Both arms see the same texts: the error of the difference is much smaller than the two errors together.
             test |= _mean_and_error(correct - outcomes[PEFT]["correct"].double(), "difference")
         result["arms"][name]["test"] = test
     frozen = outcomes[FROZEN]
     pooled, labels = (torch.cat(parts).cpu() for parts in zip(*features, strict=True))
-    hits = probe(pooled, labels, frozen["features"], frozen["labels"], len(dataset.classes))
+    hits = probe(pooled, labels, frozen["features"], frozen["labels"], data["classes"])
     result["probe"] = {"examples": len(labels), **_mean_and_error(hits.double(), "accuracy")}
 
 
@@ -210,7 +191,7 @@ def _footprint(
 
 
 def _training_deadline(settings: Settings, started: float, round_s: float, loading: float) -> float | None:
-    """When training must end to leave time for evaluation and the memory measurements, judged by what all took so far."""
+    """When training must end to leave time for evaluation and the memory measurements, estimated from the rehearsal."""
     if settings.time_limit_s is None:
         return None
     # A held-out text costs about a third of a training text: no backward pass, and larger batches.
@@ -221,7 +202,7 @@ def _training_deadline(settings: Settings, started: float, round_s: float, loadi
 
 
 def _peak_rss_mib() -> float | None:
-    """The most memory the job has held: this process's peak, or what it holds now and the largest child's peak."""
+    """The job's peak memory: this process's peak, or its memory now plus the largest child's peak."""
     try:
         import resource
     except ImportError:

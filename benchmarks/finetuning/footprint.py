@@ -1,4 +1,4 @@
-"""What one arm's step takes besides time: bytes saved for backward, peak memory, operators or launches.
+"""The cost of one arm's step besides time: bytes saved for backward, peak memory, operators or launches.
 
 Run as ``python -m benchmarks.finetuning.footprint '<json>'`` it measures one arm in a process of its own, since peak memory is a
 property of a process, and prints one line of JSON.
@@ -12,7 +12,6 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,29 +22,13 @@ from benchmarks.common.data import Batch
 from benchmarks.common.measure import synchronize
 from benchmarks.common.memory import MIB, CountOperators, saved_for_backward, status_mib
 from benchmarks.finetuning.arms import Arm, Recipe, build_arm
-from benchmarks.finetuning.train import PHASES, forward
-
-
-def _phases(arm: Arm, batch: Batch, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    state: dict[str, torch.Tensor] = {}
-
-    def run_forward() -> None:
-        state["loss"] = forward(arm, batch, dtype)[0]
-
-    def run_backward() -> None:
-        state.pop("loss").backward()
-
-    def run_optimizer() -> None:
-        arm.optimizer.step()
-        arm.optimizer.zero_grad(set_to_none=True)
-
-    return dict(zip(PHASES, (run_forward, run_backward, run_optimizer), strict=True))
+from benchmarks.finetuning.train import forward, phases
 
 
 def count_operators(arm: Arm, batch: Batch, dtype: torch.dtype) -> dict[str, int]:
     """Operators a phase calls, on a CPU."""
     counts = {}
-    for phase, run in _phases(arm, batch, dtype).items():
+    for phase, run in phases(arm, batch, dtype):
         with CountOperators() as counter:
             run()
         counts[phase] = counter.counts.total()
@@ -57,7 +40,7 @@ def count_launches(arm: Arm, batch: Batch, dtype: torch.dtype) -> dict[str, int]
     from torch.profiler import ProfilerActivity, profile
 
     counts = {}
-    for phase, run in _phases(arm, batch, dtype).items():
+    for phase, run in phases(arm, batch, dtype):
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run()
             synchronize()
@@ -74,21 +57,21 @@ def _return_freed_memory() -> None:
 
 
 def peak_memory(arm: Arm, batch: Batch, dtype: torch.dtype, device: torch.device, steps: int = 2) -> dict[str, Any]:
-    """The peak over whole steps, and how far above what the process holds between steps it is, in MiB."""
+    """The peak over whole steps, and how far it is above the memory held between steps, in MiB."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / MIB
     else:
         try:
-            # Linux: makes the high-water mark start from now, and not from loading the model.
+            # Linux: reset the high-water mark, which loading the model has raised.
             _return_freed_memory()
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             return {"peak_mib": None, "step_mib": None}
         before = status_mib("VmRSS") or 0.0
     for _ in range(steps):
-        for run in _phases(arm, batch, dtype).values():
+        for _, run in phases(arm, batch, dtype):
             run()
     peak = torch.cuda.max_memory_allocated() / MIB if device.type == "cuda" else status_mib("VmHWM")
     if peak is None:
@@ -97,10 +80,10 @@ def peak_memory(arm: Arm, batch: Batch, dtype: torch.dtype, device: torch.device
 
 
 def footprint(arm: Arm, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
-    """All of it, for an arm alone in this process."""
+    """Memory and counts of an arm that is alone in this process."""
     device = batch["input_ids"].device
     arm.model.train()
-    for run in _phases(arm, batch, dtype).values():
+    for _, run in phases(arm, batch, dtype):
         run()
     result: dict[str, Any] = peak_memory(arm, batch, dtype, device)
     owned = [*arm.model.parameters(), *arm.model.buffers(), *batch.values()]

@@ -5,15 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from benchmarks.common.plot_style import STYLE, colors, save
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-
 from benchmarks.common.measure import summarize
+from benchmarks.common.plot_style import STYLE, colors, plt, save
 from benchmarks.finetuning.result import Result, overhead, step_times
 from benchmarks.finetuning.train import PHASES
 
@@ -21,7 +14,7 @@ _PHASE_SHADES = (1.0, 0.65, 0.35)
 
 
 def draw(result: Result, directory: Path) -> list[Path]:
-    """All plots for which something was measured."""
+    """Draw all plots whose figures were measured."""
     arms = result["arms"]
     paths = []
     with plt.rc_context(STYLE):
@@ -58,14 +51,14 @@ def _figure(result: Result, title: str, columns: int = 1, width: float = 7.5, he
 
 
 def _line(name: str) -> dict[str, Any]:
-    # The library's arms lie on PEFT's where they agree: dashes on a wider line let both be seen.
+    # Our arms often coincide with PEFT's; dashes on a wider line show both.
     return (
         {"linewidth": 1.6, "linestyle": (0, (4, 2))} if name.startswith("stable") else {"linewidth": 2.4, "alpha": 0.8}
     )
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential mean with its start corrected, as Adam does it."""
+    """An exponential mean with Adam's bias correction."""
     mean, smoothed = 0.0, []
     for step, value in enumerate(values, start=1):
         mean = weight * mean + (1 - weight) * value
@@ -153,7 +146,7 @@ def _accuracy(result: Result) -> Any:
     axis.axhline(majority, color="black", linestyle="--", linewidth=0.9, label=f"largest class, {majority:.1f}")
     axis.legend(loc="upper left")
     low = min([majority, *(100 * test["accuracy"] for _, test, _ in bars)])
-    # Bars have a zero; this axis has not, and says so.
+    # The axis does not start at zero, and its label says so.
     axis.set_ylim(max(0, low - 5), min(100, 8 + max(100 * test["accuracy"] for _, test, _ in bars)))
     axis.set_ylabel("accuracy, % (axis does not start at 0)")
     axis.set_xticks(range(len(bars)), [label for label, _, _ in bars])

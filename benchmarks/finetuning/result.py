@@ -1,4 +1,4 @@
-"""From a fine-tuning result to what is read: an aligned table, CSV and JSON files."""
+"""A fine-tuning result as an aligned table, CSV and JSON files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.common.measure import summarize
 from benchmarks.common.tables import aligned, write_csv, write_text
 from benchmarks.finetuning.train import PHASES
 
-# The first steps allocate optimizer state and warm caches: they are in the files, not in the medians.
+# The first steps allocate optimizer state and warm caches. Files have them, medians do not.
 SETTLING_STEPS = 3
 _LAST_LOSSES = 20
 _NOTHING = "-"
@@ -39,7 +39,7 @@ def overhead(record: Record, frozen: Record, phases: Sequence[str] = PHASES) -> 
 
 
 def flat_summary(result: Result, name: str) -> dict[str, Any]:
-    """One arm's figures as one flat record, with None for what was not measured: a row of summary.csv."""
+    """One arm's figures as a flat record, a row of summary.csv; None if not measured."""
     record, frozen = result["arms"][name], result["arms"].get("frozen")
     series, test = record["series"], record.get("test", {})
     latch, footprint = record.get("latch", {}), record.get("footprint", {})
@@ -71,7 +71,7 @@ def flat_summary(result: Result, name: str) -> dict[str, Any]:
 
 
 def table(result: Result) -> str:
-    """The run's figures, a column an arm, with what it takes to read them underneath."""
+    """The run's figures, a column for each arm, with notes underneath."""
     rows = {name: flat_summary(result, name) for name in result["arms"]}
     pairs = max((len(record.get("latch", {}).get("latched_at", [])) for record in result["arms"].values()), default=0)
     launches = any("launches" in record.get("footprint", {}) for record in result["arms"].values())
@@ -199,9 +199,9 @@ def _shrinks(row: Record) -> str:
 
 
 def write_result(result: Result, directory: Path) -> list[Path]:
-    """result.json (everything), summary.csv (a row an arm), steps.csv and norms.csv (rows over time), table.txt."""
+    """Write result.json (everything), summary.csv (a row for each arm), steps.csv and norms.csv (over time), table.txt."""
     arms = result["arms"]
-    # One writer may be a step ahead in one list when an interrupt came; rows stop where the shortest list does.
+    # After an interrupt one list may be a step ahead; rows stop with the shortest list.
     steps = [
         {"arm": name, "step": step, "loss": loss, **{f"{p}_ms": t for p, t in zip(PHASES, times, strict=True)}}
         for name, record in arms.items()

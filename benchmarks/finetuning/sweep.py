@@ -1,4 +1,4 @@
-"""Many runs put together: mean and 95% interval over seeds, for each learning rate and arm."""
+"""Many runs together: mean and 95 % interval over seeds, for each learning rate and arm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _METRICS = ("accuracy", "difference", "loss", "train_loss", "shrinks_mean", "a_f
 
 
 def sweep_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One record a learning rate and arm. Differences are taken run by run, against PEFT on the same seed."""
+    """A record for each learning rate and arm. Differences are taken run by run, against PEFT on the same seed."""
     rows = []
     for lr in dict.fromkeys(result["recipe"]["lr"] for result in results):
         runs = [result for result in results if result["recipe"]["lr"] == lr]
@@ -32,32 +32,15 @@ def sweep_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def sweep_table(results: Sequence[Result]) -> str:
     rows = sweep_rows(results)
-    header = [
-        "lr",
-        "arm",
-        "runs",
-        "accuracy, %",
-        "minus PEFT's",
-        "held-out loss",
-        "shrinking steps",
-        "||A|| left, %",
-        "over frozen, %",
-    ]
-    cells = [header]
+    heads = ["lr", "arm", "runs", "accuracy, %", "minus PEFT's", "held-out loss", "shrinking steps", "||A|| left, %"]
+    cells = [[*heads, "over frozen, %"]]
     for row in rows:
-        cells.append(
-            [
-                f"{row['lr']:g}",
-                row["label"],
-                str(row["runs"]),
-                _mean(row, "accuracy", 100),
-                _mean(row, "difference", 100, "+.2f"),
-                _mean(row, "loss", spec=".3f"),
-                _mean(row, "shrinks_mean", spec=".1f"),
-                _mean(row, "a_factor", 100),
-                _mean(row, "step_overhead_percent_median", spec="+.1f"),
-            ]
-        )
+        figures = [
+            _mean(row, "accuracy", 100), _mean(row, "difference", 100, "+.2f"), _mean(row, "loss", spec=".3f"),
+            _mean(row, "shrinks_mean", spec=".1f"), _mean(row, "a_factor", 100),
+            _mean(row, "step_overhead_percent_median", spec="+.1f"),
+        ]  # fmt: skip
+        cells.append([f"{row['lr']:g}", row["label"], str(row["runs"]), *figures])
     settings = results[0]["settings"]
     seeds = sorted({result["settings"]["seed"] for result in results})
     return "\n".join(
@@ -89,9 +72,8 @@ def write_sweep(results: Sequence[Result], directory: Path) -> list[Path]:
 
 
 def draw_sweep(results: Sequence[Result], directory: Path) -> list[Path]:
-    """Accuracy minus PEFT's for each shrink ratio, a group a learning rate."""
-    from benchmarks.common.plot_style import STYLE, colors, save
-    from benchmarks.finetuning.plots import plt
+    """Accuracy minus PEFT's for each shrink ratio, grouped by learning rate."""
+    from benchmarks.common.plot_style import STYLE, colors, plt, save
 
     rows = [row for row in sweep_rows(results) if row["difference"] is not None]
     lrs = list(dict.fromkeys(row["lr"] for row in rows))
@@ -99,9 +81,9 @@ def draw_sweep(results: Sequence[Result], directory: Path) -> list[Path]:
     names = list(dict.fromkeys(row["arm"] for row in rows))
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             mine = [row for row in rows if row["arm"] == name]
-            x = [lrs.index(row["lr"]) + 0.8 * ((place + 0.5) / len(names) - 0.5) for row in mine]
+            x = [lrs.index(row["lr"]) + 0.8 * ((index + 0.5) / len(names) - 0.5) for row in mine]
             y = [100 * row["difference"] for row in mine]
             half = [0.0 if math.isnan(row["difference_95"]) else 100 * row["difference_95"] for row in mine]
             axis.errorbar(x, y, yerr=half, fmt="o", color=palette[name], capsize=3, label=mine[0]["label"])

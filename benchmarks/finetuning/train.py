@@ -1,10 +1,10 @@
-"""Fine-tuning all arms in lockstep: one batch, every arm in turn, each part of its step timed."""
+"""Fine-tuning of all arms in lockstep: each batch goes to every arm in turn, and each part of a step is timed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -20,18 +20,6 @@ NORMS_EVERY = 2
 _PROBE_PENALTY = 1e-2
 
 
-@dataclass
-class Series:
-    """What one arm's training left behind, step by step."""
-
-    loss: list[float] = field(default_factory=list)
-    forward_ms: list[float] = field(default_factory=list)
-    backward_ms: list[float] = field(default_factory=list)
-    optimizer_ms: list[float] = field(default_factory=list)
-    # One record each NORMS_EVERY steps: step, a_norm, b_norm, latched.
-    norms: list[dict[str, float]] = field(default_factory=list)
-
-
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -44,9 +32,9 @@ def forward(arm: Arm, batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, t
 
 
 def rehearse(arms: list[Arm], batches: list[Batch], dtype: torch.dtype) -> float:
-    """Seconds a step takes all arms together, from forward and backward passes that train nothing.
+    """The seconds of a step of all arms together, measured on forward and backward passes that train nothing.
 
-    It also does what is slow only once (choosing kernels, compiling them, filling allocators) before anything is timed.
+    This also gets one-time costs (choosing and compiling kernels, filling allocators) out of the timed steps.
     """
     for arm in arms:
         arm.model.train()
@@ -66,56 +54,64 @@ def train(
     batches: Iterator[Batch],
     recipe: Recipe,
     dtype: torch.dtype,
-    series: dict[str, Series],
     features: list[tuple[torch.Tensor, torch.Tensor]],
     after_step: Callable[[int], bool],
 ) -> None:
-    """Take ``recipe.steps`` steps, adding to ``series`` as it goes, so that an interrupt loses one step at most.
+    """Take ``recipe.steps`` steps, each recorded in the arms' ``series``, so that an interrupt loses one step at most.
 
-    ``after_step`` says whether to go on. ``features`` gets the first arm's features and the labels of every batch, for
+    ``after_step`` returns whether to go on. ``features`` collects the first arm's features and the labels of every batch, for
     :func:`probe`.
     """
     device = next(arms[0].model.parameters()).device
-    _record_norms(arms, series, 0)
+    _record_norms(arms, 0)
     for step in range(recipe.steps):
         batch = to_device(next(batches), device)
         for arm in shuffled(arms, step):
-            # Where a backbone has dropout of its own, all arms draw the same masks.
+            # All arms draw the same masks if the backbone has dropout.
             torch.manual_seed(recipe.seed * 1_000_003 + step)
-            loss, pooled = _timed_step(arm, batch, dtype, series[arm.name])
-            series[arm.name].loss.append(loss)
+            loss, pooled = _timed_step(arm, batch, dtype)
+            arm.series.loss.append(loss)
             if arm is arms[0]:
                 features.append((pooled, batch["labels"]))
             arm.scheduler.step()
         if (step + 1) % NORMS_EVERY == 0 or step + 1 == recipe.steps:
-            _record_norms(arms, series, step + 1)
+            _record_norms(arms, step + 1)
         if not after_step(step):
             break
 
 
-def _timed_step(arm: Arm, batch: Batch, dtype: torch.dtype, series: Series) -> tuple[float, torch.Tensor]:
-    synchronize()
-    start = time.perf_counter()
-    loss, pooled = forward(arm, batch, dtype)
-    synchronize()
-    forward_end = time.perf_counter()
-    loss.backward()
-    synchronize()
-    backward_end = time.perf_counter()
-    arm.optimizer.step()
-    arm.optimizer.zero_grad(set_to_none=True)
-    synchronize()
-    end = time.perf_counter()
-    series.forward_ms.append(1e3 * (forward_end - start))
-    series.backward_ms.append(1e3 * (backward_end - forward_end))
-    series.optimizer_ms.append(1e3 * (end - backward_end))
-    return loss.item(), pooled
+def phases(arm: Arm, batch: Batch, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The parts of a step, to be called in order: forward (the loss and the features), backward, optimizer."""
+    outcome: list[torch.Tensor] = []
+
+    def run_forward() -> tuple[torch.Tensor, torch.Tensor]:
+        loss, features = forward(arm, batch, dtype)
+        outcome.append(loss)
+        return loss.detach(), features
+
+    def run_optimizer() -> None:
+        arm.optimizer.step()
+        arm.optimizer.zero_grad(set_to_none=True)
+
+    return zip(PHASES, (run_forward, lambda: outcome.pop().backward(), run_optimizer), strict=True)
 
 
-def _record_norms(arms: list[Arm], series: dict[str, Series], step: int) -> None:
+def _timed_step(arm: Arm, batch: Batch, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+    results = {}
+    synchronize()
+    for phase, run in phases(arm, batch, dtype):
+        start = time.perf_counter()
+        results[phase] = run()
+        synchronize()
+        getattr(arm.series, f"{phase}_ms").append(1e3 * (time.perf_counter() - start))
+    loss, features = results["forward"]
+    return loss.item(), features
+
+
+def _record_norms(arms: list[Arm], step: int) -> None:
     for arm in arms:
         if arm.pairs:
-            series[arm.name].norms.append({"step": step, **arm.norms()})
+            arm.series.norms.append({"step": step, **arm.norms()})
 
 
 @torch.no_grad()
@@ -143,9 +139,9 @@ def evaluate(
 def probe(
     train_features: torch.Tensor, train_labels: torch.Tensor, features: torch.Tensor, labels: torch.Tensor, classes: int
 ) -> torch.Tensor:
-    """Which examples a logistic regression, fitted to convergence on frozen features, gets right.
+    """Which examples a logistic regression gets right, fitted to convergence on frozen features.
 
-    It is the most that the frozen model's features give a linear head with the training examples the arms have seen.
+    It is the best that a linear head can do with the frozen model's features and the training examples the arms have seen.
     """
     mean, std = train_features.mean(0), train_features.std(0) + 1e-6
     inputs = ((train_features - mean) / std).double()

@@ -1,34 +1,52 @@
-"""The layer's arms for the suite: one frozen weight, equal A and non-zero B, forward and backward timed apart."""
+"""A layer and its rivals over one frozen weight, with equal A and nonzero B."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
-from benchmarks.bench_lora_linear import build_arms
+from benchmarks.common.memory import saved_for_backward
 from benchmarks.common.optimizers import Unavailable
+from benchmarks.suite import scaling
 from benchmarks.suite.rivals import Case, Parts, size
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.ops import matmul
-from stablelora_kernels.testing import DTYPES
+from stablelora_kernels.testing import DTYPES, layer_arms
 
 AUTOCAST = "bf16-autocast"
 DTYPE_NAMES = ("fp32", "bf16", AUTOCAST)
 FROZEN, EAGER, PEFT, PEFT_COMPILED, LORALIB = "frozen nn.Linear", "eager LoRA", "PEFT", "PEFT compiled", "loralib"
-# What the branch itself costs ours, where the base product is not the library's that PyTorch takes.
+# The frozen layer by the library that our base product uses: shows what the branch alone costs us.
 FROZEN_ONEDNN = "frozen, by oneDNN"
 OURS_TORCH, OURS_TRITON, OURS_COMPILED = "ours, PyTorch", "ours, Triton", "ours compiled"
 ACCELERATED = "accelerated PEFT"
 
 
+def build_arms(
+    k: int, n: int, r: int, dropout: float, dtype: torch.dtype, device: torch.device
+) -> dict[str, nn.Module]:
+    """The uncompiled arms, all in ``dtype``."""
+    frozen, eager, ours = layer_arms(k, n, r, dropout, dtype, device)
+    holder = nn.Sequential(nn.Linear(k, n, bias=False, device=device, dtype=dtype))
+    holder[0].weight = nn.Parameter(frozen.weight.detach(), requires_grad=False)
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["0"])
+    peft = get_peft_model(holder, config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(ours.lora_A if "lora_A" in name else ours.lora_B)
+    return {"frozen": frozen, "eager": eager, "peft": peft.base_model.model[0], "ours": ours}
+
+
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
-    """Mixed precision around float32 weights and adapters, for the dtype that asks for it."""
+    """Autocast to bfloat16 around float32 weights and adapters if ``dtype`` is ``AUTOCAST``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == AUTOCAST)
 
 
@@ -37,7 +55,7 @@ def stored_dtype(dtype: str) -> torch.dtype:
 
 
 def compiled(module: Callable[..., Any]) -> Callable[..., Any]:
-    """``module`` under torch.compile; what the compiler can't do is the reason why the arm is not there."""
+    """``module`` under torch.compile; raises :class:`Unavailable` if the compiler fails."""
     from torch._dynamo.exc import TorchDynamoException
 
     run = torch.compile(module, dynamic=False)
@@ -52,9 +70,9 @@ def compiled(module: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def choose_backend(name: str, device: torch.device) -> None:
-    """Raises :class:`Unavailable` where ``name`` is Triton and there is no GPU."""
+    """Raises :class:`Unavailable` if ``name`` is Triton and there is no GPU."""
     if name == "triton" and device.type == "cpu":
-        raise Unavailable("Triton's kernels need a GPU, and times in its interpreter tell nothing of them")
+        raise Unavailable("Triton's kernels need a GPU; times in its interpreter say nothing about them")
     with backend.use_backend(name):
         try:
             backend.resolve_backend(device)
@@ -65,11 +83,13 @@ def choose_backend(name: str, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class LayerCase(Case):
-    base: ClassVar[str] = FROZEN
-    rival: ClassVar[str] = PEFT
-    ours: ClassVar[tuple[str, ...]] = (OURS_TORCH, OURS_TRITON, OURS_COMPILED, ACCELERATED)
-    arms: ClassVar[tuple[str, ...]] = (FROZEN, FROZEN_ONEDNN, EAGER, PEFT, PEFT_COMPILED, LORALIB, *ours)
-    phases: ClassVar[dict[str, tuple[str, ...]]] = {
+    base = FROZEN
+    rival = PEFT
+    ours = (OURS_TRITON, OURS_TORCH, OURS_COMPILED, ACCELERATED)
+    arms = (
+        FROZEN, FROZEN_ONEDNN, EAGER, PEFT, PEFT_COMPILED, LORALIB, OURS_TORCH, OURS_TRITON, OURS_COMPILED, ACCELERATED,
+    )  # fmt: skip
+    phases: ClassVar = {
         "forward": ("forward",),
         "backward": ("backward",),
         "both": ("forward", "backward"),
@@ -82,19 +102,14 @@ class LayerCase(Case):
     dtype: str
     device: torch.device
     dropout: float = 0.0
-    _shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
         dropout = f" dropout {self.dropout:g}" if self.dropout else ""
         return f"layer {size(self.rows, self.k, self.n)} r{self.r} {self.dtype}{dropout}"
 
-    def facts(self) -> dict[str, Any]:
-        sizes = {"rows": self.rows, "in_features": self.k, "out_features": self.n, "r": self.r}
-        return {"shape": sizes, "dtype": self.dtype, "dropout": self.dropout, "device": str(self.device)}
-
     def open(self) -> None:
-        # Graphs of the case before are not this one's, and Dynamo gives up on code that it has compiled too often.
+        # Dynamo gives up on code that it has compiled too often.
         torch._dynamo.reset()
         generator = torch.Generator(self.device).manual_seed(1)
         stored = stored_dtype(self.dtype)
@@ -103,11 +118,11 @@ class LayerCase(Case):
             torch.randn(self.rows, width, generator=generator, device=self.device, dtype=dtype)
             for width, dtype in ((self.k, stored), (self.n, out))
         )
-        self._shared.update(backend=slk.get_backend(), x=x.requires_grad_(), grad=grad, modules=self._modules())
+        self.shared.update(backend=slk.get_backend(), x=x.requires_grad_(), grad=grad, modules=self._modules())
 
     def close(self) -> None:
-        slk.set_backend(self._shared["backend"])
-        self._shared.clear()
+        slk.set_backend(self.shared["backend"])
+        super().close()
 
     def _modules(self) -> dict[str, Any]:
         return build_arms(self.k, self.n, self.r, self.dropout, stored_dtype(self.dtype), self.device)
@@ -115,7 +130,7 @@ class LayerCase(Case):
     def build(self, arm: str) -> Parts:
         use = "triton" if arm == OURS_TRITON else "torch" if arm == OURS_TORCH else "auto"
         choose_backend(use, self.device)
-        modules = self._shared["modules"]
+        modules = self.shared["modules"]
         module: nn.Module = {
             FROZEN: lambda: modules["frozen"],
             FROZEN_ONEDNN: lambda: FrozenByOneDNN(modules["frozen"].weight, self.dtype),
@@ -127,7 +142,7 @@ class LayerCase(Case):
         return self._parts(call, [p for p in module.parameters() if p.requires_grad], use)
 
     def _parts(self, call: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], use: str) -> Parts:
-        x, grad = self._shared["x"], self._shared["grad"]
+        x, grad = self.shared["x"], self.shared["grad"]
         out: list[Tensor] = []
 
         def prepare() -> None:
@@ -141,6 +156,32 @@ class LayerCase(Case):
                 out.append(call(x))
 
         return {"prepare": prepare, "forward": forward, "backward": lambda: out[0].backward(grad)}
+
+
+@dataclass(frozen=True)
+class ScalingLayerCase(LayerCase):
+    """One point of an axis: time and saved bytes, and the least time on this machine."""
+
+    ours = (OURS_TRITON, OURS_TORCH)
+    arms = (FROZEN, PEFT, OURS_TORCH, OURS_TRITON)
+    phases: ClassVar = {"both": ("forward", "backward")}
+    mark = "scaling"
+
+    axis: str = "width"
+
+    @property
+    def name(self) -> str:
+        return f"{self.axis}: {super().name}"
+
+    def facts(self) -> dict[str, Any]:
+        sizes = {"width": self.k, "rank": self.r, "tokens": self.rows}
+        floors = scaling.layer_floors(self.rows, self.k, self.n, self.r, scaling.machine(self.device))
+        return super().facts() | {"axis": {"name": self.axis, "size": sizes[self.axis]}, "floor_ms": floors}
+
+    def notes(self, arm: str) -> dict[str, Any]:
+        module = self.shared["modules"][{FROZEN: "frozen", PEFT: "peft"}.get(arm, "ours")]
+        x = self.shared["x"]
+        return {"saved_bytes": saved_for_backward(lambda: module(x), [x, *module.parameters()])}
 
 
 def _loralib(ours: slk.LoRALinear, dropout: float) -> nn.Module:
@@ -168,12 +209,12 @@ class _Product(torch.autograd.Function):
 
 
 class FrozenByOneDNN(nn.Module):
-    """The frozen layer, its two products computed as ours computes them."""
+    """The frozen layer with our two products."""
 
     def __init__(self, weight: Tensor, dtype: str) -> None:
         super().__init__()
         if dtype != "fp32" or not matmul.by_onednn(weight.dtype, weight.device):
-            raise Unavailable("the base product is PyTorch's own there: as the frozen nn.Linear")
+            raise Unavailable("our base product is PyTorch's own here: the same as the frozen nn.Linear's")
         self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,7 +222,7 @@ class FrozenByOneDNN(nn.Module):
 
 
 def _accelerated(peft: Any, weight: nn.Parameter) -> nn.Module:
-    # The weight that all arms share, lest the cache decide.
+    # All arms share one weight; otherwise the cache decides.
     peft.base_layer.weight = weight
     slk.accelerate_peft(nn.Sequential(peft), strict=True)
     return peft

@@ -1,4 +1,4 @@
-"""A small Llama, not pretrained, and its adapters: what a whole training step and an adapter's files are measured on."""
+"""A small Llama with random weights, and its adapters, for training steps and adapter files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def llama(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> LlamaForCau
 
 
 def peft_model(base: nn.Module, r: int) -> nn.Module:
-    """Both have adapters in float32, whatever the model's dtype: PEFT's default and ours."""
+    """Adapters are float32 for any dtype of the model: PEFT's default and ours."""
     return get_peft_model(base, LoraConfig(r=r, lora_alpha=2 * r, target_modules=TARGETS))
 
 
@@ -53,7 +53,7 @@ def our_model(base: nn.Module, r: int, fuse_projections: bool = False) -> nn.Mod
 
 
 def fill(model: nn.Module) -> None:
-    """Equal numbers in all arms' adapters, and no zero B, of whose product an operator might know."""
+    """Fill all arms' adapters with equal numbers; a zero B would make gradients zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for pair in slk.lora_pairs(model):

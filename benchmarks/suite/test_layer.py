@@ -1,29 +1,55 @@
-"""One layer: forward, backward and both, over shapes, ranks and dtypes."""
+"""One layer, and projections that share x: forward, backward and both, over shapes, ranks and dtypes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
-import pytest
 import torch
 
-from benchmarks.conftest import Entry
-from benchmarks.suite.layers import DTYPE_NAMES, LayerCase
+from benchmarks.suite.host import HostLayerCase
+from benchmarks.suite.layers import DTYPE_NAMES, LayerCase, ScalingLayerCase
+from benchmarks.suite.projections import ProjectionsCase
+from benchmarks.suite.rivals import Case
 
-# Rows, in_features, out_features, rank: the targets' two, and where rows are few.
+# Rows, in_features, out_features, rank. The first two are our targets.
 QUICK = [(1024, 1024, 1024, 8), (512, 2048, 2048, 16), (16, 2048, 2048, 16)]
-FULL = [*QUICK, (2048, 576, 576, 8), (1024, 576, 192, 8), (1024, 1024, 1024, 64), (1, 2048, 2048, 16)]
+FULL = [
+    *QUICK, (2048, 576, 576, 8), (1024, 576, 192, 8), (128, 2048, 2048, 16), (1024, 1024, 1024, 64), (1, 2048, 2048, 16),
+]  # fmt: skip
+# q, k, v and gate, up of SmolLM2-135M, and of a wider model.
+PROJECTIONS = [
+    (2048, 576, (576, 192, 192), 8),
+    (2048, 576, (1536, 1536), 8),
+    (512, 2048, (2048, 512, 512), 16),
+    (128, 2048, (2048, 512, 512), 16),
+    (8, 2048, (2048, 512, 512), 16),
+]
+WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
 
-def cases(suite: str, device: torch.device) -> list[LayerCase]:
+def cases(suite: str, device: torch.device) -> list[Case]:
     if suite == "tiny":
-        return [LayerCase(8, 16, 24, 2, "fp32", device)]
-    found = [
+        return [
+            LayerCase(8, 16, 24, 2, "fp32", device),
+            ProjectionsCase(8, 16, (24, 8), 2, "fp32", device),
+            HostLayerCase(1, device),
+            *(ScalingLayerCase(8, width, width, 2, "fp32", device) for width in (16, 32, 64)),
+        ]
+    found: list[Case] = [
         LayerCase(*shape, dtype, device) for shape, dtype in product(QUICK if suite == "quick" else FULL, DTYPE_NAMES)
     ]
-    dropout = [LayerCase(*shape, dtype, device, 0.1) for shape, dtype in product(FULL, DTYPE_NAMES)]
-    return found if suite == "quick" else found + dropout
+    found += [HostLayerCase(rows, device) for rows in (1, 256)]
+    found += [ScalingLayerCase(512, width, width, 16, "fp32", device, axis="width") for width in WIDTHS]
+    found += [ScalingLayerCase(512, 2048, 2048, r, "fp32", device, axis="rank") for r in RANKS]
+    found += [ScalingLayerCase(rows, 1024, 1024, 16, "fp32", device, axis="tokens") for rows in TOKENS]
+    if suite == "full":
+        found += [LayerCase(*shape, dtype, device, 0.1) for shape, dtype in product(FULL, DTYPE_NAMES)]
+        found += [ProjectionsCase(*shape, dtype, device) for shape, dtype in product(PROJECTIONS, ("fp32", "bf16"))]
+    return found
 
 
-def test_layer(entry: Entry, benchmark: pytest.FixtureRequest) -> None:
-    entry.record(benchmark)
+def test_layer(compare: Callable[[], None]) -> None:
+    compare()

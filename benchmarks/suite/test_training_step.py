@@ -1,17 +1,16 @@
-"""A whole training step of a small Llama: forward with its loss, backward, optimizer."""
+"""A whole training step: forward with its loss, backward, optimizer. The ``pretrained`` case takes every optimizer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import pytest
 import torch
 from torch import nn
 
 import stablelora_kernels as slk
 from benchmarks.common import optimizers
-from benchmarks.conftest import Entry
 from benchmarks.finetuning.arms import let_gradients_reach
 from benchmarks.suite.layers import (
     ACCELERATED,
@@ -24,6 +23,7 @@ from benchmarks.suite.layers import (
     stored_dtype,
 )
 from benchmarks.suite.llama import TARGETS, Sizes, fill, llama, our_model, peft_model
+from benchmarks.suite.pretrained import PretrainedCase
 from benchmarks.suite.rivals import Case, Parts
 
 FROZEN, OURS, OURS_COMPILED, OURS_FUSED = "frozen", "ours", "ours compiled", "ours, projections fused"
@@ -31,11 +31,11 @@ FROZEN, OURS, OURS_COMPILED, OURS_FUSED = "frozen", "ours", "ours compiled", "ou
 
 @dataclass(frozen=True)
 class TrainingCase(Case):
-    base: ClassVar[str] = FROZEN
-    rival: ClassVar[str] = PEFT
-    ours: ClassVar[tuple[str, ...]] = (OURS, OURS_FUSED, OURS_COMPILED, ACCELERATED)
-    arms: ClassVar[tuple[str, ...]] = (FROZEN, PEFT, PEFT_COMPILED, *ours)
-    phases: ClassVar[dict[str, tuple[str, ...]]] = {"step": ("forward", "backward", "optimizer")}
+    base = FROZEN
+    rival = PEFT
+    ours = (OURS, OURS_FUSED, OURS_COMPILED, ACCELERATED)
+    arms = (FROZEN, PEFT, PEFT_COMPILED, *ours)
+    phases: ClassVar = {"step": ("forward", "backward", "optimizer")}
 
     sizes: Sizes
     batch: int
@@ -43,24 +43,16 @@ class TrainingCase(Case):
     r: int
     dtype: str
     device: torch.device
-    _shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
         return f"training {self.sizes} batch {self.batch}x{self.length} r{self.r} {self.dtype}"
 
-    def facts(self) -> dict[str, Any]:
-        shape = {**self.sizes._asdict(), "batch": self.batch, "length": self.length, "r": self.r}
-        return {"shape": shape, "dtype": self.dtype, "device": str(self.device), "targets": TARGETS}
-
     def open(self) -> None:
         torch._dynamo.reset()
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self.sizes.vocabulary, (self.batch, self.length), generator=generator)
-        self._shared["ids"] = ids.to(self.device)
-
-    def close(self) -> None:
-        self._shared.clear()
+        self.shared["ids"] = ids.to(self.device)
 
     def build(self, arm: str) -> Parts:
         model = llama(self.sizes, self.device, stored_dtype(self.dtype))
@@ -86,7 +78,7 @@ class TrainingCase(Case):
         return model
 
     def _parts(self, call: Any, model: nn.Module, optimizer: Any) -> Parts:
-        ids, loss = self._shared["ids"], []
+        ids, loss = self.shared["ids"], []
         trained = [p for p in model.parameters() if p.requires_grad]
 
         def prepare() -> None:
@@ -103,15 +95,21 @@ class TrainingCase(Case):
         return {"prepare": prepare, "forward": forward, "backward": lambda: loss[0].backward(), "optimizer": step}
 
 
-def cases(suite: str, device: torch.device) -> list[TrainingCase]:
+def cases(suite: str, device: torch.device) -> list[Case]:
     if suite == "tiny":
-        return [TrainingCase(Sizes(1, 32, 64), 2, 8, 2, "fp32", device)]
+        return [
+            TrainingCase(Sizes(1, 32, 64), 2, 8, 2, "fp32", device),
+            PretrainedCase("random", "query-value", "fp32", device),
+        ]
     quick = [TrainingCase(Sizes(2, 512), 4, 128, 8, dtype, device) for dtype in ("fp32", AUTOCAST)]
-    if suite == "quick":
-        return quick
+    pretrained = [
+        PretrainedCase("smollm2", targets, dtype, device)
+        for targets in ("query-value", "all-linear")
+        for dtype in ("fp32", AUTOCAST)
+    ]
     full = [TrainingCase(Sizes(4, 768), 4, 128, r, dtype, device) for r in (8, 64) for dtype in DTYPE_NAMES]
-    return quick + full
+    return [*quick, *pretrained, *(full if suite == "full" else [])]
 
 
-def test_training(entry: Entry, benchmark: pytest.FixtureRequest) -> None:
-    entry.record(benchmark)
+def test_training(compare: Callable[[], None]) -> None:
+    compare()

@@ -1,4 +1,4 @@
-"""The benchmark suite: a tiny case through pytest-benchmark, and what happens to arms that fail, are skipped or lose."""
+"""The benchmark suite: a tiny case through pytest-benchmark, arms that fail, are skipped or lose, and each kind of case."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from benchmarks.common.measure import summarize
+from benchmarks import conftest
+from benchmarks.common import optimizers
+from benchmarks.common.measure import shuffled, summarize
 from benchmarks.common.optimizers import Unavailable
-from benchmarks.conftest import Entry
-from benchmarks.suite import rivals, table
-from benchmarks.suite.layers import FROZEN_ONEDNN, LayerCase, choose_backend, compiled
-from benchmarks.suite.rivals import Case, Outcome, Parts
-from benchmarks.suite.test_optimizer_step import OptimizerCase
+from benchmarks.suite import pretrained, scaling, table, test_optimizer_step
+from benchmarks.suite.layers import FROZEN_ONEDNN, LayerCase, ScalingLayerCase, choose_backend, compiled
+from benchmarks.suite.pretrained import PretrainedCase
+from benchmarks.suite.projections import ProjectionsCase
+from benchmarks.suite.rivals import WARMUP, Case, Parts, Race
+from benchmarks.suite.steps import OptimizerCase, ScalingStepCase, StorageCase
 from stablelora_kernels import get_backend
 from stablelora_kernels.ops import matmul
 
@@ -30,8 +33,8 @@ LAYER = "layer 8x16x24 r2 fp32"
 
 
 def run(*options: str, plugin: str = "", tmp_path: Path) -> tuple[int, str]:
-    """``pytest benchmarks`` in a process of its own, as a user runs it, without the slow arms unless asked for."""
-    # Under pytest -n, whose variables a child inherits, pytest-benchmark would time nothing; nor are our own options the child's.
+    """``pytest benchmarks`` in a process of its own, as a user runs it."""
+    # A child of pytest -n inherits variables that would disable pytest-benchmark, and our own options.
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_XDIST", "PYTEST_ADDOPTS"))
     }
@@ -50,11 +53,12 @@ def run(*options: str, plugin: str = "", tmp_path: Path) -> tuple[int, str]:
 class Fake(Case):
     """Arms whose parts only count."""
 
-    base: ClassVar[str] = "base"
-    rival: ClassVar[str] = "rival"
-    ours: ClassVar[tuple[str, ...]] = ("mine",)
-    arms: ClassVar[tuple[str, ...]] = ("base", "rival", "mine", "other")
-    phases: ClassVar[dict[str, tuple[str, ...]]] = {"one": ("one",), "all": ("one", "two")}
+    base = "base"
+    rival = "rival"
+    ours = ("mine",)
+    arms = ("base", "rival", "mine", "other")
+    phases: ClassVar = {"one": ("one",), "all": ("one", "two")}
+    device: torch.device = CPU
     fails: tuple[str, ...] = ()
     misses: tuple[str, ...] = ()
     calls: list[tuple[str, str]] = field(default_factory=list)
@@ -62,9 +66,6 @@ class Fake(Case):
     @property
     def name(self) -> str:
         return "fake"
-
-    def facts(self) -> dict[str, Any]:
-        return {}
 
     def build(self, arm: str) -> Parts:
         if arm in self.misses:
@@ -78,126 +79,164 @@ class Fake(Case):
         return {name: lambda name=name: part(name) for name in ("prepare", "one", "two")}
 
 
+class Benchmark:
+    """As much of pytest-benchmark's fixture as the suite uses."""
+
+    def __init__(self, disabled: bool = False) -> None:
+        self.disabled = disabled
+
+    def pedantic(self, target: Any, setup: Any, rounds: int, warmup_rounds: int) -> None:
+        for _ in range(1 if self.disabled else rounds + warmup_rounds):
+            setup()
+            target()
+
+
 SAMPLES = {
-    "base": {"prepare": [9.0] * 4, "one": [1.0, 2.0, 4.0, 1.0], "two": [1.0] * 4},
-    "rival": {"prepare": [9.0] * 4, "one": [2.0, 4.0, 8.0, 2.0], "two": [3.0] * 4},
-    "mine": {"prepare": [9.0] * 4, "one": [1.5, 3.0, 6.0, 1.5], "two": [4.0] * 4},
+    "base": [{"one": one, "two": 1.0} for one in (1.0, 2.0, 4.0, 1.0)],
+    "rival": [{"one": one, "two": 3.0} for one in (2.0, 4.0, 8.0, 2.0)],
+    "mine": [{"one": one, "two": 4.0} for one in (1.5, 3.0, 6.0, 1.5)],
 }
+
+
+def report_of(samples: dict[str, Any], phase: str = "all") -> dict[str, Any]:
+    race = Race(Fake(misses=("other",)))
+    return race._report(phase, samples)
+
+
+def measured(case: Case, rounds: int = 2, only: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """The reports of a case's phases."""
+    race = Race(case, only)
+    assert not race.failed
+    try:
+        reports = {phase: race.measure(Benchmark(), phase, rounds) for phase in case.phases}
+        case.check()
+    finally:
+        race.close()
+    return reports
 
 
 def test_a_tiny_case_through_pytest_benchmark(tmp_path: Path) -> None:
     path = tmp_path / "suite.json"
-    # Compiling takes most of a minute; a plugin leaves those two arms out.
-    plugin = (
-        "from benchmarks.suite.layers import LayerCase as L\nL.arms = tuple(a for a in L.arms if 'compiled' not in a)\n"
-    )
-    status, printed = run("benchmarks/test_layer.py", f"--benchmark-json={path}", plugin=plugin, tmp_path=tmp_path)
+    # "ours compiled" and "PEFT compiled" take most of a minute.
+    arms = ("frozen nn.Linear", "eager LoRA", "PEFT", "loralib", "ours, PyTorch")
+    options = [word for arm in ("eager LoRA", "loralib", "ours, PyTorch", "ours, Triton") for word in ("--arm", arm)]
+    files = ("benchmarks/suite/test_layer.py", "-k", "8x16x24")
+    status, printed = run(*files, *options, f"--benchmark-json={path}", tmp_path=tmp_path)
     assert status == 0, printed
     report = json.loads(path.read_text())
-    arms = [arm for arm in LayerCase.arms if "compiled" not in arm and arm != "ours, Triton"]
-    found = {(entry["extra_info"]["phase"], entry["extra_info"]["arm"]): entry for entry in report["benchmarks"]}
-    assert list(found) == [(phase, arm) for phase in ("forward", "backward", "both") for arm in arms]
-    for (phase, arm), entry in found.items():
-        info, seconds = entry["extra_info"], entry["stats"]["data"]
-        assert entry["params"] == {"case": LAYER, "phase": phase, "arm": arm} and len(seconds) == 3
+    assert [entry["params"] for entry in report["benchmarks"]] == [
+        {"case": case, "phase": phase}
+        for case, phase in [(LAYER, phase) for phase in LayerCase.phases] + [("projections 8x16x24+8 r2 fp32", "both")]
+    ]
+    for entry in report["benchmarks"][:3]:
+        info, stats = entry["extra_info"], entry["stats"]
+        assert tuple(info["arms"]) == arms and info["target"] == "ours, PyTorch"
         assert (info["dtype"], info["shape"]["r"], info["device"]) == ("fp32", 2, "cpu")
-        base, peft = (found[phase, name]["stats"]["data"] for name in ("frozen nn.Linear", "PEFT"))
-        # Ratios are those of rounds, not of medians.
-        assert info["over_base"] == pytest.approx(summarize([s / b for s, b in zip(seconds, base, strict=True)]))
-        assert info["over_rival"] == pytest.approx(summarize([s / p for s, p in zip(seconds, peft, strict=True)]))
-        overhead = summarize([1e3 * (s - b) for s, b in zip(seconds, base, strict=True)])
-        assert info["overhead_ms"] == pytest.approx(overhead)
-    for arm in arms:
-        forward, backward, both = (found[phase, arm]["stats"]["data"] for phase in ("forward", "backward", "both"))
-        assert both == pytest.approx([f + b for f, b in zip(forward, backward, strict=True)])
-    assert [(entry["case"], entry["arm"]) for entry in report["skipped"]] == [(LAYER, "ours, Triton")]
-    assert "need a GPU" in report["skipped"][0]["reason"] and "SKIPPED" in printed
+        assert "need a GPU" in info["skipped"]["ours, Triton"]
+        # Medians and quartiles, no rounds; and pytest-benchmark's own median is of the same runs.
+        assert "data" not in stats and stats["rounds"] == 3
+        assert 1e3 * stats["median"] == pytest.approx(info["arms"]["ours, PyTorch"]["ms"]["median"], rel=0.5, abs=0.1)
+        assert info["arms"]["frozen nn.Linear"]["over_base"] == dict.fromkeys(("median", "q1", "q3"), 1.0)
     assert report["machine_info"]["stablelora_kernels"]["torch"] == torch.__version__
-    assert f"{LAYER}, both, ms" in printed and "/ PEFT's" in printed
+    assert f"{LAYER}, both, ms" in printed and "/ PEFT's" in printed and "skipped: ours, Triton" in printed
 
-    status, printed = run(
-        "benchmarks/test_layer.py", f"--benchmark-compare={path}", "--benchmark-group-by=param:arm", "-k", "loralib",
-        plugin=plugin, tmp_path=tmp_path,
-    )  # fmt: skip
-    # Each of the three phases, now and before.
-    assert status == 0 and "benchmark 'arm=loralib': 6 tests" in printed, printed
-    assert printed.count("(NOW)") >= 3 and "Comparing against benchmarks from" in printed
-    # What loralib is compared with was sampled too.
-    assert "PEFT" in printed and "eager LoRA" not in printed.partition("sampled in turns")[2]
+    status, printed = run(*files, "--arm", "loralib", f"--benchmark-compare={path}", tmp_path=tmp_path)
+    assert status == 0 and printed.count("(NOW)") >= 3 and "Comparing against benchmarks from" in printed, printed
+    shown = printed.partition("timed in turns")[2]
+    assert "loralib" in shown and "PEFT" in shown and "eager LoRA" not in shown
 
 
-def test_an_arm_that_raises_is_an_error_and_the_others_are_measured(tmp_path: Path) -> None:
+def test_an_arm_that_raises_is_a_failure_and_the_others_are_measured(tmp_path: Path) -> None:
     plugin = (
-        "from benchmarks import layers\n"
-        "layers.LayerCase.arms = ('frozen nn.Linear', 'PEFT', 'loralib')\n"
+        "from benchmarks.suite import layers\n"
         "def broken(*args): raise ArithmeticError('loralib is broken')\n"
         "layers._loralib = broken\n"
     )
-    status, printed = run("benchmarks/test_layer.py", plugin=plugin, tmp_path=tmp_path)
-    assert status == 1 and "3 failed, 6 passed" in printed, printed
-    assert "FAILED: loralib: ArithmeticError: loralib is broken" in printed
+    files = ("benchmarks/suite/test_layer.py", "-k", "8x16x24 and not projections", "--arm", "loralib")
+    status, printed = run(*files, plugin=plugin, tmp_path=tmp_path)
+    assert status == 1 and "3 failed" in printed, printed
+    assert "FAILED: loralib: ArithmeticError: loralib is broken" in printed and "ours, PyTorch" in printed
 
 
-def test_nothing_is_timed_where_benchmarks_are_disabled(tmp_path: Path) -> None:
-    plugin = "from benchmarks import layers\nlayers.LayerCase.arms = ('frozen nn.Linear', 'PEFT')\n"
-    status, printed = run("benchmarks/test_layer.py", "--benchmark-disable", plugin=plugin, tmp_path=tmp_path)
-    assert status == 0 and "6 passed" in printed and "sampled in turns" not in printed, printed
+def test_nothing_is_timed_if_benchmarks_are_disabled(tmp_path: Path) -> None:
+    files = ("benchmarks/suite/test_layer.py", "-k", "8x16x24 and not projections", "--arm", "PEFT")
+    status, printed = run(*files, "--benchmark-disable", tmp_path=tmp_path)
+    assert status == 0 and "3 passed" in printed and "timed in turns" not in printed, printed
 
 
-def test_sampling_takes_every_arm_each_round_and_only_what_is_asked_for() -> None:
+@pytest.mark.parametrize(
+    ("markexpr", "suite", "marks"),
+    [
+        ("", "quick", {""}),
+        ("host", "quick", {"", "host"}),
+        ("", "tiny", {"", "host", "scaling", "storage"}),
+    ],
+)
+def test_marked_cases_run_only_if_m_names_them(markexpr: str, suite: str, marks: set[str]) -> None:
+    config = SimpleNamespace(
+        getoption=lambda name: suite,
+        option=SimpleNamespace(markexpr=markexpr),
+        stash={conftest.CASES: {}, conftest.DEVICE: CPU},
+    )
+    made: list[Any] = []
+    metafunc = SimpleNamespace(
+        config=config, module=test_optimizer_step, parametrize=lambda names, rows, scope: made.extend(rows)
+    )
+    conftest.pytest_generate_tests(metafunc)
+    assert {case.mark for case in config.stash[conftest.CASES].values()} == marks
+    assert {mark.name for row in made for mark in row.marks} == marks - {""} <= {*conftest.MARKS}
+
+
+def test_every_arm_runs_once_in_every_round() -> None:
     case = Fake()
-    outcome = rivals.sample(case, {"mine"}, iters=5)
-    assert set(outcome.samples) == {"base", "rival", "mine"} and not outcome.errors and not outcome.skipped
-    # The first call of each, the warm-up, and the rounds; parts in their order.
-    assert len(case.calls) == 3 * 3 * (1 + rivals.WARMUP + 5)
-    assert [part for _, part in case.calls] == ["prepare", "one", "two"] * (len(case.calls) // 3)
-    for turn in range(0, len(case.calls), 9):
-        assert {arm for arm, _ in case.calls[turn : turn + 9]} == {"base", "rival", "mine"}
-    assert all(len(times) == 5 for parts in outcome.samples.values() for times in parts.values())
+    race = Race(case)
+    # The first run of each arm compiles.
+    first, case.calls[:] = len(case.calls), []
+    assert first == 4 * 3
+    report = race.measure(Benchmark(), "all", rounds=5)
+    # The last round is completed after pytest-benchmark's last run.
+    order = [arm for turn in range(-WARMUP, 5) for arm in shuffled([*Fake.arms], turn)]
+    assert [arm for arm, part in case.calls if part == "two"] == order[: 4 * (WARMUP + 5)]
+    timed = [(arm, part) for arm, part in case.calls if part != "prepare"]
+    assert timed == [(arm, part) for arm in order for part in ("one", "two")]
+    assert set(report["arms"]) == set(Fake.arms) and report["target"] == "mine"
+    case.calls.clear()
+    assert race.measure(Benchmark(disabled=True), "one", rounds=5) is None
+    # A phase ends with its last part.
+    assert {part for _, part in case.calls} == {"prepare", "one"}
+
+
+def test_only_the_wanted_arms_run() -> None:
+    assert set(Race(Fake(), ["base"]).arms) == {"base", "rival", "mine"}
+    assert set(Race(Fake(), ["other"]).arms) == {"base", "rival", "mine", "other"}
 
 
 def test_failing_and_missing_arms_leave_the_others_alone() -> None:
-    outcome = rivals.sample(Fake(fails=("other",), misses=("mine",)), Fake.arms, iters=2)
-    assert set(outcome.samples) == {"base", "rival"} and outcome.skipped == {"mine": "no mine here"}
-    assert isinstance(outcome.errors["other"], ZeroDivisionError)
-
-
-def test_what_fails_between_rounds_fails_every_arm(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Fake) -> None:
-        raise RuntimeError("not what they were to be")
-
-    monkeypatch.setattr(Fake, "close", broken)
-    outcome = rivals.sample(Fake(), Fake.arms, iters=2)
-    assert set(outcome.errors) == set(Fake.arms) and not outcome.samples
-
-
-def test_an_arm_whose_base_did_not_run_is_an_error() -> None:
-    benchmark = SimpleNamespace(disabled=False)
-    entry = Entry(Fake(), "all", "mine", Outcome(samples={"mine": SAMPLES["mine"]}, skipped={"base": "no base here"}))
-    with pytest.raises(RuntimeError, match="'base', which 'mine' is compared with, did not run"):
-        entry.record(benchmark)
+    race = Race(Fake(fails=("other",), misses=("mine",)))
+    assert set(race.arms) == {"base", "rival"} and race.skipped == {"mine": "no mine here"} and race.target is None
+    assert isinstance(race.failed["other"], ZeroDivisionError)
 
 
 def test_comparisons_are_paired() -> None:
-    found = rivals.compare(Fake(), Outcome(samples=SAMPLES), "all", "mine")
+    found = report_of(SAMPLES)["arms"]["mine"]
     assert found["over_base"] == summarize([5.5 / 2, 7 / 3, 10 / 5, 5.5 / 2])
     assert found["over_rival"] == summarize([5.5 / 5, 7 / 7, 10 / 11, 5.5 / 5])
     assert found["overhead_ms"] == summarize([3500.0, 4000.0, 5000.0, 3500.0])
     assert found["overhead_over_rival"] == pytest.approx(3750 / 3500)
-    assert found["parts_ms"] == {"one": 2250.0, "two": 4000.0}
-    assert "overhead_over_rival" in rivals.compare(Fake(), Outcome(samples=SAMPLES), "one", "mine")
+    assert [found["parts"][part]["ms"]["median"] for part in ("one", "two")] == [2250.0, 4000.0]
+    # A part's share is of the base's whole round.
+    assert found["parts"]["two"]["added_percent"] == summarize([100 * 3 / total for total in (2, 3, 5, 2)])
 
 
 def test_the_table_says_where_we_lose() -> None:
     lines: list[str] = []
-    slow = {**SAMPLES, "mine": {**SAMPLES["rival"], "two": [5.0] * 4}}
-    outcome = Outcome(samples=slow, skipped={"other": "no such thing"})
-    table.write(lines.append, [(Fake(), outcome)], 0.5)
+    slow = {**SAMPLES, "mine": [times | {"two": 5.0} for times in SAMPLES["rival"]]}
+    table.write(lines.append, [report_of(slow)], 0.5)
     text = "\n".join(lines)
-    assert text.count("SLOWER") == 1 and "skipped: other: no such thing" in text
-    assert "fake, all: mine takes 1.34" in text and "fake, one: mine" not in text
+    assert text.count("SLOWER") == 1 and "skipped: other: no other here" in text and "two adds, %" in text
+    assert "fake, all: mine takes 1.34" in text
     lines.clear()
-    table.write(lines.append, [(Fake(), Outcome(samples={**SAMPLES, "mine": SAMPLES["base"]}))], 0.5)
+    table.write(lines.append, [report_of({**SAMPLES, "mine": SAMPLES["base"]})], 0.5)
     assert lines[-1] == "Nowhere slower than the rival."
 
 
@@ -224,7 +263,7 @@ def test_the_layers_arms_compute_the_same() -> None:
     before, outs = get_backend(), {}
     case.open()
     try:
-        grad = case._shared["grad"]
+        grad = case.shared["grad"]
         for arm in LayerCase.arms:
             if "compiled" in arm or arm == "ours, Triton":
                 continue
@@ -233,7 +272,7 @@ def test_the_layers_arms_compute_the_same() -> None:
                     case.build(arm)
                 continue
             seen: list[torch.Tensor] = []
-            x = case._shared["x"]
+            x = case.shared["x"]
             parts = case.build(arm)
             hook = torch.nn.modules.module.register_module_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out))
             parts["prepare"](), parts["forward"](), parts["backward"]()
@@ -252,10 +291,100 @@ def test_the_layers_arms_compute_the_same() -> None:
 
 
 def test_the_optimizers_pairs_must_stay_in_their_state() -> None:
-    case = OptimizerCase(2, 2, 16, "shrinking", "fp32", CPU)
-    assert not rivals.sample(case, {"StableLoRAAdamW", "Algorithm 1 by hand, AdamW loop"}, iters=2).errors
+    arms = ("StableLoRAAdamW", "Algorithm 1 by hand, AdamW loop")
+    measured(OptimizerCase(2, 2, 16, "shrinking", "fp32", CPU), only=arms)
     latched = OptimizerCase(2, 2, 16, "latched", "fp32", CPU)
     latched.build("StableLoRAAdamW")["step"]()
     object.__setattr__(latched, "state", "shrinking")
-    with pytest.raises(RuntimeError, match="were to be shrinking throughout"):
-        latched.close()
+    with pytest.raises(RuntimeError, match="must stay shrinking"):
+        latched.check()
+
+
+def test_projections_together_compute_what_they_do_one_by_one() -> None:
+    case = ProjectionsCase(8, 16, (24, 8), 2, "fp32", CPU)
+    case.open()
+    grads = {}
+    for arm in ("ours, one by one", "ours, together"):
+        for part in case.build(arm).values():
+            part()
+        grads[arm] = case.shared["x"].grad
+    torch.testing.assert_close(*grads.values())
+
+
+def test_fewer_bits_take_fewer_bytes() -> None:
+    (report,) = measured(StorageCase(256, 4, 4, 2, CPU)).values()
+    found = {arm: figures["bytes_per_element"] for arm, figures in report["arms"].items()}
+    assert found["fp32, moments fp32"] == 12 and found["bf16, moments bf16"] == 6
+    assert found["fp32, moments 8 bits"] == pytest.approx(6, abs=0.05)
+    assert found["bf16, moments fp32, master"] == 14
+    assert all(len(figures["losses"]) == 2 for figures in report["arms"].values())
+
+
+# Scaling
+
+
+def test_exponents_of_known_powers() -> None:
+    sizes = [2.0**i for i in range(8)]
+    slope, half = scaling.exponent(sizes, [3 * size**1.5 for size in sizes])
+    assert slope == pytest.approx(1.5) and half == pytest.approx(0, abs=1e-6)
+    noisy = [size * (1.3 if i % 2 else 1.0) for i, size in enumerate(sizes)]
+    slope, half = scaling.exponent(sizes, noisy)
+    assert abs(slope - 1) < half
+    # An overhead below zero is noise, and has no logarithm.
+    assert scaling.exponent([1, 2, 4], [-1.0, -1.0, 1.0]) is None
+
+
+def test_floors_by_hand() -> None:
+    machine = scaling.Machine(flops=1e9, bandwidth=1e9)
+    # Many rows: operations take longer, 4 M N K.
+    floors = scaling.layer_floors(1000, 100, 100, 10, machine)
+    assert floors["frozen"] == pytest.approx(1e3 * 4 * 1000 * 100 * 100 / 1e9)
+    assert floors["overhead"] == pytest.approx(1e3 * 6 * 1000 * 10 * 200 / 1e9)
+    # A single row: bytes.
+    floors = scaling.layer_floors(1, 100, 100, 1, machine)
+    assert floors["frozen"] == pytest.approx(1e3 * 4 * (400 + 20_000) / 1e9)
+    assert floors["overhead"] == pytest.approx(1e3 * 4 * (200 + 600) / 1e9)
+    assert scaling.step_floor(100, machine)["step"] == pytest.approx(1e3 * 28 * 100 / 1e9)
+
+
+def test_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "machine", lambda device: scaling.Machine(1e11, 1e10))
+    layers: list[Case] = [ScalingLayerCase(rows, 16, 16, 2, "fp32", CPU, axis="tokens") for rows in (8, 16, 32)]
+    steps: list[Case] = [ScalingStepCase(pairs, 2, 16, "latched", "fp32", CPU) for pairs in (1, 2, 3)]
+    reports = [report for case in (*layers, *steps) for report in measured(case).values()]
+    for report, rows in zip(reports[:3], (8, 16, 32), strict=True):
+        # x is the caller's; besides it a layer keeps S.
+        saved = {arm: figures["saved_bytes"] for arm, figures in report["arms"].items()}
+        assert saved == {"frozen nn.Linear": 0, "PEFT": 4 * rows * 2, "ours, PyTorch": 4 * rows * 2}
+        assert report["axis"] == {"name": "tokens", "size": rows} and report["floor_ms"]["frozen"] > 0
+    found = scaling.exponents(reports)
+    assert set(found) == {"tokens", "pairs, latched"} and set(found["pairs, latched"]) == set(ScalingStepCase.arms)
+    lines: list[str] = []
+    table.write(lines.append, reports, 0.0)
+    assert "Time against tokens, exponents" in "\n".join(lines)
+
+
+# Optimizers over a pretrained model, here a random one
+
+
+def test_every_arm_trains_its_own_pairs_and_no_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = {}
+    real = pretrained.build_arm
+    monkeypatch.setattr(
+        pretrained, "build_arm", lambda layers, *rest: built.setdefault(len(built), real(layers, *rest))
+    )
+    case = PretrainedCase("random", "query-value", "fp32", CPU)
+    race = Race(case)
+    assert not race.failed and not race.skipped
+    before = [[p.detach().clone() for p in arm.model.parameters()] for arm in built.values()]
+    report = race.measure(Benchmark(), "step", 2)
+    for arm, old in zip(built.values(), before, strict=True):
+        named = zip(arm.model.named_parameters(), old, strict=True)
+        changed = {key for (key, p), start in named if not torch.equal(p, start)}
+        assert changed == {key for key, _ in arm.model.named_parameters() if "lora_" in key}
+    base, ours = (report["arms"][arm] for arm in (pretrained.BASE, f"PEFT, {optimizers.OURS}"))
+    assert base["parts"]["optimizer"]["added_percent"] == dict.fromkeys(("median", "q1", "q3"), 0.0)
+    # Two moments of every A and B.
+    trained = sum(p.numel() for p in built[0].model.parameters() if p.requires_grad)
+    assert base["state_bytes"] == ours["state_bytes"] == 8 * trained and ours["paper_percent"] == 0.6
+    race.close()

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # The worker sleeps on; what the parent prints is its number.
 PARENT = """
 import os, time
-from benchmarks import _workers
-with _workers.pool(1) as pool:
+from benchmarks.common import workers
+with workers.pool(1) as pool:
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 600).result()
 """
@@ -45,8 +45,8 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
 
 INTERRUPTED = """
 import time
-from benchmarks import _workers
-with _workers.pool(1) as pool:
+from benchmarks.common import workers
+with workers.pool(1) as pool:
     pool.submit(int).result()
     queued = [pool.submit(time.sleep, 600) for _ in range(3)]
     print("begun", flush=True)

@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel and config that dispatch can pick, for GPUs that need not be there.
+"""Machine code of every kernel and config that dispatch can pick, compiled for GPUs that need not be present.
 
     python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--json FILE] [--csv FILE]
     python -m benchmarks.lab.compile_report --write     compile all and renew the committed report
@@ -8,7 +8,7 @@
 
 The committed report is benchmarks/results/compile_report.csv. Its rows are from one release of Triton, and are compared
 only under that. Columns: registers a thread; spills, bytes of local memory a thread; bytes of shared memory a program and the
-limit; the matrix instructions; the narrowest hot load and store in bits, defined in benchmarks/_machine_code.py; occupancy,
+limit; the matrix instructions; the narrowest hot load and store in bits, defined in machine_code.py; occupancy,
 the share of a processor's warps that are resident. What can't be compiled is listed at the end, and the exit status is 1. A
 row takes about 1.2 s of one core, 0.5 s once Triton has it in its cache.
 """
@@ -25,12 +25,14 @@ from pathlib import Path
 
 import triton
 
+from benchmarks.common.tables import write_csv
 from benchmarks.lab.compile_report import machine_code
 from benchmarks.lab.compile_report.report import (
     DIGESTS,
     EVERY,
     EVERY_KEPT,
     FULL,
+    KEYS,
     REPORT,
     TRITON,
     _in_sample,
@@ -41,7 +43,6 @@ from benchmarks.lab.compile_report.report import (
     read_csv,
     read_digests,
     table,
-    write_csv,
 )
 from stablelora_kernels.dispatch.problem import DEVICES
 
@@ -88,7 +89,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for; the exit status."""
+    """Run the command; return the exit status."""
     args = parse(argv)
     archs = [arch for arch in DEVICES if not args.arch or arch in args.arch]
     wanted = [(arch, i) for arch in archs for i, job in enumerate(jobs(arch)) if job.label[0].startswith(args.kernel)]
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.csv:
-        write_csv(args.csv, rows)
+        write_csv(args.csv, rows, KEYS)
     lines = []
     if args.check:
         old = [row for row in read_csv(REPORT) if row["arch"] in archs and row["kernel"].startswith(args.kernel)]
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = {name: value for name, value in (read_digests() | done).items() if name in now}
         DIGESTS.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
     if args.write and not failures:
-        write_csv(REPORT, rows)
+        write_csv(REPORT, rows, KEYS)
         print(f"wrote {REPORT}", file=sys.stderr)
     return 1 if failures or lines else 0
 

@@ -1,4 +1,4 @@
-"""PTX and AMD's assembly as lists of instructions: what each reads and writes, and where it may jump to."""
+"""PTX and AMD's assembly as lists of instructions, with the registers each reads and writes, and its jump targets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Access(NamedTuple):
-    """Of global memory. ``address``: the registers that hold it; none where the whole program names one address."""
+    """An access to global memory. ``address``: the registers that hold it, empty if the whole program has one address."""
 
     store: bool
     bits: int
@@ -21,7 +21,7 @@ class Instruction(NamedTuple):
     reads: tuple[str, ...]
     # A predicated instruction may leave its result as it was.
     certain: bool
-    # Where it may jump to, by place in the list, and whether the next one may follow it.
+    # The index of its jump target, and whether the next instruction may follow it.
     target: int | None
     continues: bool
     access: Access | None
@@ -30,7 +30,7 @@ class Instruction(NamedTuple):
 Code = list[Instruction]
 
 
-# NVIDIA's, from PTX: it has the widths of the machine code, and loops as they were written, not unrolled.
+# NVIDIA's, from PTX: its widths are the machine code's, and its loops are not unrolled.
 
 _PTX = re.compile(r"\s*(?:(\$\w+):|\{?\s*(?:@!?(%\w+)\s+)?([a-z][\w.:]*)\s*([^;]*);)")
 _PTX_REGISTER = re.compile(r"%(?:[a-z]+\d+|tid\.x|laneid)")
@@ -38,7 +38,7 @@ _PTX_ACCESS = re.compile(r"(ld|st)\.(?:\w+\.)*global[\w.:]*?(?:\.v(\d))?\.[a-z]+
 # Copies from global to shared memory, through a thread's own address and of whole tiles.
 _PTX_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global")
 _PTX_TILE = re.compile(r"cp\.(?:reduce\.)?async\.bulk\.(?!prefetch)[\w.:]*?(shared::\w+|global)\b")
-# Where a thread's number comes from.
+# Sources of a thread's number.
 PTX_THREAD = ("%tid.x", "%laneid")
 
 
@@ -56,7 +56,7 @@ def parse_ptx(text: str) -> Code:
 
 
 def _ptx(predicate: str | None, op: str, text: str, places: dict[str, int]) -> Instruction:
-    # A memory operand in first place is written to, but no register.
+    # A memory operand in first position writes no register.
     first, rest = ("", text) if text.startswith("[") else _first_operand(text)
     writes, reads = _PTX_REGISTER.findall(first), _PTX_REGISTER.findall(rest)
     access = None
@@ -128,7 +128,7 @@ def _gcn(op: str, text: str, places: dict[str, int]) -> Instruction:
         # One lane's value, the same for all.
         reads = []
     elif "mbcnt" in op or op.startswith("scratch_load"):
-        # The lane's number, and what was spilled and may be anything.
+        # The lane's number, or a spilled register of unknown value.
         reads.append(LANES)
     target = places.get(operands[0]) if branch else None
     return Instruction(op, tuple(writes), tuple(reads), True, target, op not in ("s_branch", "s_endpgm"), access)

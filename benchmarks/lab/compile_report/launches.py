@@ -35,7 +35,7 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
         torch.set_float32_matmul_precision(precision)
         try:
             for m, (n, k), r, p in product(ROWS, SIZES, ranks, (0.0, 0.1)):
-                # What a table picks, and, of many rows, what is brought on by force or by measuring only.
+                # The table's choice; for many rows also the kernels that only force or autotuning selects.
                 pairs: list[tuple[Choice | None, Choice | None]] = [(None, None)]
                 if m == ROWS[-1]:
                     pairs.append((Choice("vendor", ""), Choice("vendor", "")))
@@ -72,7 +72,7 @@ def quantized_lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
 
 
 def lora_linear_group_launches(device: Device) -> Iterator[tuple[str, Any]]:
-    """(dtypes in words, launch) for projections that share X: those launches that single ones do not have."""
+    """(dtypes in words, launch) for projections that share X: the launches that single projections lack."""
     before = torch.get_float32_matmul_precision()
     for name, (dtype, lora, precision, ranks) in DTYPES.items():
         torch.set_float32_matmul_precision(precision)

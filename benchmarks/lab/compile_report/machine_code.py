@@ -1,6 +1,6 @@
-"""Compiling one launch for a GPU that need not be there, and reading the machine code that came out.
+"""Compiling one launch for a GPU that need not be present, and reading the resulting machine code.
 
-What counts as a *hot* access, of which the report gives the narrowest:
+The report gives the narrowest *hot* access. An access is hot if:
 
 - It reaches global memory, and its address differs between the threads of a program. That leaves out what all threads read
   alike: table entries, seeds, counters, hyper-parameters. It is found by following the thread's number from register to
@@ -108,7 +108,7 @@ def varying(code: Code, thread: Iterable[str]) -> list[bool]:
     start = mask(thread)
     writes = [mask(instruction.writes) for instruction in code]
     reads = [mask(instruction.reads) for instruction in code]
-    # A register that nothing writes holds its value in code, too, to which no way was found.
+    # A register that nothing writes keeps its value in unreachable code, too.
     fixed = start & ~mask(name for instruction in code for name in instruction.writes)
     known = [start, *[fixed] * (len(code) - 1)]
     seen = [False] * len(code)
@@ -134,7 +134,7 @@ def varying(code: Code, thread: Iterable[str]) -> list[bool]:
     ]
 
 
-# As they are called in machine code, and what they are in PTX.
+# Names in machine code, and in PTX.
 _MATRIX = re.compile(r"\b(?:(?:[HI]MMA|[HIQ]GMMA)\.\w+|UTC\w*MMA|v_mfma_[a-z]+\d+_\d+x\d+x\d+)")
 _FMA = re.compile(r"\b(?:FFMA2?|v_(?:pk_)?fmac?_f32|v_dot\w+)")
 _MATRIX_OPS = re.compile(r"wgmma\.mma|mma\.sync|tcgen05\.mma|v_mfma")
@@ -142,7 +142,7 @@ _FMA_OPS = re.compile(r"fma\.rn\.f32|v_(?:pk_)?fmac?_f32|v_dot")
 
 
 def products(machine: str, code: Code) -> tuple[str, list[Loop]]:
-    """What computes the matrix products of a kernel that has some, and the innermost loops that do.
+    """The instructions that compute a kernel's matrix products, and the innermost loops with them.
 
     Names have the shape and not the types, ``HGMMA.64x256x16``; where there are no matrix instructions, FFMA or the like.
     """
@@ -200,7 +200,7 @@ def _narrowest(accesses: Iterable[Access]) -> int:
 
 
 class Source(NamedTuple):
-    """What Triton compiles for a launch: the same for launches that share a kernel."""
+    """The input of Triton's compiler for a launch: equal for launches that share a kernel."""
 
     signature: dict[str, str]
     constants: dict[str, Any]
@@ -212,7 +212,7 @@ def target(arch: str) -> GPUTarget:
 
 
 def source(launch: Any, arch: str) -> Source:
-    """The types of the arguments, and what Triton would know of their values, when ``launch`` ran on ``arch``."""
+    """The types of the arguments, and Triton's knowledge of their values, if ``launch`` ran on ``arch``."""
     backend, kernel = make_backend(target(arch)), launch.kernel
     given = dict(zip((p.name for p in kernel.params if not p.is_constexpr), launch.args, strict=True))
     result = Source({}, {}, {})
@@ -230,7 +230,7 @@ def source(launch: Any, arch: str) -> Source:
 
 
 def values(launch: Any, arch: str) -> dict[str, str]:
-    """All that the code of ``launch`` depends on besides the kernel, in words: ``stride=1``, ``M: i32 of 16``."""
+    """Everything but the kernel that the code of ``launch`` depends on, in words: ``stride=1``, ``M: i32 of 16``."""
     found = source(launch, arch)
     words = {}
     for place, (name, kind) in enumerate(found.signature.items()):
@@ -246,7 +246,7 @@ def compile_launch(launch: Any, arch: str) -> Any:
 
 
 def digest(launch: Any, arch: str) -> str:
-    """Of all that :func:`compile_launch` would compile: the same one, the same code."""
+    """A digest of the input of :func:`compile_launch`: equal digests mean equal code."""
     built = ASTSource(launch.kernel, *source(launch, arch))
     words = f"{triton.__version__} {arch} {sorted(launch.options.items())} {built.hash()}"
     return hashlib.sha256(words.encode()).hexdigest()[:16]
@@ -295,7 +295,7 @@ def gcn_resources(text: str) -> dict[str, int]:
 
 
 def read(compiled: Any) -> dict[str, Any]:
-    """The report's columns that the code tells."""
+    """The report's columns that come from the code."""
     if "cubin" in compiled.asm:
         machine = cuobjdump(compiled.asm["cubin"])
         code, thread, resources = parse_ptx(compiled.asm["ptx"]), PTX_THREAD, sass_resources(machine)

@@ -35,7 +35,7 @@ PROCESSORS = {
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
 }
-# Of Blackwell's tensor memory.
+# Columns of Blackwell's tensor memory.
 TENSOR_COLUMNS = 512
 _PARTS = 4
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import multiprocessing
 import os
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.common import tables
 from benchmarks.common.tables import RESULTS, aligned
 from benchmarks.lab.compile_report import machine_code
 from benchmarks.lab.compile_report.occupancy import occupancy
@@ -23,9 +23,9 @@ from stablelora_kernels.dispatch.problem import DEVICES
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 REPORT = RESULTS / "compile_report.csv"
-# Rows that were compiled and kept the report, with the digest of what was compiled.
+# Rows that passed the check, with the digest of their compiler input.
 DIGESTS = REPORT.with_name("compile_report_digests.json")
-# The release that the committed report was made with.
+# The Triton release of the committed report.
 TRITON = "3.9"
 # --quick compiles all rows of this one, but of those with their recorded digest one in EVERY_KEPT, and one in EVERY of each other
 # GPU, not the same ones of each.
@@ -43,7 +43,7 @@ REGISTERS = 8
 
 
 class Job(NamedTuple):
-    """A row to be: its first columns, and the launch that it is about."""
+    """A future row: its first columns, and its launch."""
 
     label: tuple[str, str, str, str]
     launch: Any
@@ -108,7 +108,7 @@ def _stable_adamw_launches() -> Iterator[tuple[str, Any]]:
 
 @cache
 def jobs(arch: str) -> tuple[Job, ...]:
-    """One job for each piece of code. Where one variant stands for several, the arguments that tell them apart follow it."""
+    """One job for each piece of code. If several pieces share a variant, the arguments that differ follow its name."""
     found: dict[tuple[str, str, str], list[tuple[Any, dict[str, str]]]] = defaultdict(list)
     for variant, dtype, launch in _launches(arch):
         alike, values = found[kernel_name(launch), variant, dtype], machine_code.values(launch, arch)
@@ -137,7 +137,7 @@ def make_row(job: Job) -> Row:
 
 
 def _work(arch: str, place: int) -> Row | str:
-    """In another process, which enumerates for itself: a launch can't be sent. A problem comes back in words."""
+    """Runs in a worker, which enumerates launches itself because they can't be pickled. Returns an error in words."""
     try:
         return make_row(jobs(arch)[place])
     except Exception as error:
@@ -149,14 +149,14 @@ def _work(arch: str, place: int) -> Row | str:
 
 
 def _silence() -> None:
-    """Triton prints a failing kernel, thousands of lines, from C++ too."""
+    """Suppress output: Triton prints a failing kernel, thousands of lines, also from C++."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
 
 
 def compile_all(tasks: Sequence[tuple[str, int]], workers: int) -> Iterator[tuple[tuple[str, int], Row | str]]:
-    """(task, row or problem) as they are done; a compiler that crashes loses its own row only."""
+    """(task, row or problem) in order; a compiler that crashes loses only its own row."""
     left, now = list(tasks), workers
     while left:
         context = multiprocessing.get_context("spawn")
@@ -168,7 +168,7 @@ def compile_all(tasks: Sequence[tuple[str, int]], workers: int) -> Iterator[tupl
                     yield task, future.result()
                     done += 1
             except BrokenProcessPool:
-                # A lone worker takes tasks in order, so it is known which one it died of.
+                # A single worker takes tasks in order, so the crashing task is known.
                 if now == 1:
                     yield left[done], "the compiler crashed"
                     done += 1
@@ -177,7 +177,7 @@ def compile_all(tasks: Sequence[tuple[str, int]], workers: int) -> Iterator[tupl
 
 
 def worse(old: Row, new: Row) -> list[str]:
-    """What is worse in ``new``, a row that was ``old``, in words."""
+    """The columns in which ``new`` is worse than ``old``, in words."""
     found = [
         f"{key} {old[key]} -> {new[key]}"
         for key, bad in (
@@ -215,15 +215,7 @@ def compare(old: Sequence[Row], new: Sequence[Row], labels: Sequence[tuple[str, 
 
 
 def read_csv(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: _TYPES[key](value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, KEYS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    return [{key: _TYPES[key](value) for key, value in row.items()} for row in tables.read_csv(path)]
 
 
 def table(rows: Sequence[Row]) -> str:

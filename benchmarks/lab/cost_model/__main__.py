@@ -12,13 +12,13 @@ products are assumed to reach, which only a GPU can tell.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.tables import RESULTS, aligned
+from benchmarks.common.tables import RESULTS, aligned, read_csv, write_csv
 from benchmarks.lab.cost_model.predict import (
     RANKS,
     ROWS,
@@ -35,21 +35,20 @@ from benchmarks.lab.cost_model.rivals import RIVALS, WITHOUT_DROPOUT, Shape
 
 
 def against_measured(gpu: Gpu, name: str, results: Path = RESULTS) -> list[str]:
-    """What ``benchmarks.lab.gpu`` measured on such a GPU, the device alone, and how far from it the predictions are."""
+    """How far predictions are from the device times that ``benchmarks.lab.gpu`` measured on such a GPU."""
     errors: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for path in sorted(results.glob("*/layer.csv")):
         if name not in path.parent.name.split("-"):
             continue
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row["status"] != "ok" or row["dry"] or row["mode"] != "graph":
-                    continue
-                m, n, k, r = (int(row[key]) for key in ("m", "n", "k", "r"))
-                seconds = predicted(gpu, Shape(m, n, k, r, float(row["dropout"]) > 0), row["direction"], row["arm"])
-                if seconds is not None:
-                    error = seconds * 1e6 / float(row["us"]) - 1
-                    shape = f"M {m} N {n} K {k} r {r} dropout {row['dropout']}"
-                    errors.setdefault((row["arm"], row["direction"]), []).append((error, shape))
+        for row in read_csv(path):
+            if row["status"] != "ok" or row["dry"] or row["mode"] != "graph":
+                continue
+            m, n, k, r = (int(row[key]) for key in ("m", "n", "k", "r"))
+            seconds = predicted(gpu, Shape(m, n, k, r, float(row["dropout"]) > 0), row["direction"], row["arm"])
+            if seconds is not None:
+                error = seconds * 1e6 / float(row["us"]) - 1
+                shape = f"M {m} N {n} K {k} r {r} dropout {row['dropout']}"
+                errors.setdefault((row["arm"], row["direction"]), []).append((error, shape))
     if not errors:
         return [f"No measurements of an {gpu.name} to compare with: python -m benchmarks.lab.gpu makes them."]
     cells = [["arm", "direction", "shapes", "predicted over measured, median", "worst", "at"]]
@@ -61,7 +60,7 @@ def against_measured(gpu: Gpu, name: str, results: Path = RESULTS) -> list[str]:
 
 
 def check_published(gpu: Gpu) -> list[str]:
-    """The published figure that the model must reproduce before it is believed, and what it says."""
+    """The prediction for a published figure, which the model must reproduce to be believed."""
     ratios = []
     for m in (2048, 4096, 8192, 16384):
         for n, k in ((4096, 4096), (14336, 4096), (4096, 14336)):
@@ -80,31 +79,26 @@ def check_published(gpu: Gpu) -> list[str]:
 
 
 def table(gpu: Gpu, dropout: bool, efficiency: float) -> list[dict[str, Any]]:
-    """A row for each shape: predicted microseconds of everyone, forward and backward."""
+    """A row for each shape: predicted microseconds of every arm, forward and backward."""
     rows = []
-    for n, k in SIZES:
-        for m in ROWS:
-            for r in RANKS:
-                s = Shape(m, n, k, r, dropout)
-                row: dict[str, Any] = {
-                    "gpu": gpu.name,
-                    "m": m,
-                    "n": n,
-                    "k": k,
-                    "r": r,
-                    "dropout": 0.1 if dropout else 0.0,
-                }
-                for name, sequence in RIVALS.items():
-                    if not (dropout and name in WITHOUT_DROPOUT):
-                        for direction, works in zip(("forward", "backward"), sequence(s), strict=True):
-                            row[f"{name} {direction}"] = round(rival_seconds(gpu, works) * 1e6, 2)
-                for direction, seconds in zip(("forward", "backward"), ours(gpu, s, efficiency), strict=True):
-                    chosen, fastest, more = regret(gpu, s, direction, efficiency)
-                    row[f"ours {direction}"] = round(seconds * 1e6, 2)
-                    row |= {f"{direction} kernel": chosen, f"{direction} fastest": fastest}
-                    row[f"{direction} regret"] = round(more, 3)
-                rows.append(row)
+    for (n, k), m, r in product(SIZES, ROWS, RANKS):
+        s = Shape(m, n, k, r, dropout)
+        row: dict[str, Any] = {"gpu": gpu.name, "m": m, "n": n, "k": k, "r": r, "dropout": 0.1 * dropout}
+        for name, sequence in RIVALS.items():
+            if not (dropout and name in WITHOUT_DROPOUT):
+                for direction, works in zip(("forward", "backward"), sequence(s), strict=True):
+                    row[f"{name} {direction}"] = round(rival_seconds(gpu, works) * 1e6, 2)
+        for direction, seconds in zip(("forward", "backward"), ours(gpu, s, efficiency), strict=True):
+            chosen, fastest, more = regret(gpu, s, direction, efficiency)
+            row[f"ours {direction}"] = round(seconds * 1e6, 2)
+            row |= {f"{direction} kernel": chosen, f"{direction} fastest": fastest}
+            row[f"{direction} regret"] = round(more, 3)
+        rows.append(row)
     return rows
+
+
+def _whole(row: dict[str, Any], name: str) -> float:
+    return row[f"{name} forward"] + row[f"{name} backward"]
 
 
 def show(rows: list[dict[str, Any]], n: int, k: int) -> list[str]:
@@ -113,7 +107,7 @@ def show(rows: list[dict[str, Any]], n: int, k: int) -> list[str]:
     cells = [["M", "r", "frozen, us", *(f"{name}, x" for name in names), "kernels", "regret, %"]]
     for row in rows:
         if (row["n"], row["k"]) == (n, k):
-            whole = {name: row[f"{name} forward"] + row[f"{name} backward"] for name in ("frozen", *names)}
+            whole = {name: _whole(row, name) for name in ("frozen", *names)}
             cells.append([
                 f"{row['m']}", f"{row['r']}", f"{whole['frozen']:.1f}",
                 *(f"{whole[name] / whole['frozen']:.2f}" for name in names),
@@ -124,50 +118,35 @@ def show(rows: list[dict[str, Any]], n: int, k: int) -> list[str]:
 
 
 def worst_case(gpu: Gpu, rows: list[dict[str, Any]]) -> list[str]:
-    """Where our time would be bound by products: as predicted, and without any overlap."""
+    """Our time for shapes bound by products, as predicted and without any overlap."""
     lines = []
     for row in rows:
         if (row["n"], row["k"], row["r"]) == (4096, 4096, 16) and row["m"] >= 2048:
-            frozen = row["frozen forward"] + row["frozen backward"]
+            frozen = _whole(row, "frozen")
             bare = without_overlap(gpu, Shape(row["m"], 4096, 4096, 16, row["dropout"] > 0)) * 1e6
-            planned = row["ours forward"] + row["ours backward"]
-            lines.append(f"M {row['m']}: {bare / frozen:.2f} instead of {planned / frozen:.2f}")
+            lines.append(f"M {row['m']}: {bare / frozen:.2f} instead of {_whole(row, 'ours') / frozen:.2f}")
     return lines
 
 
 def plot(rows: list[dict[str, Any]], gpu: Gpu, directory: Path) -> list[Path]:
     """Predicted time over the frozen layer's against M and against r."""
-    import matplotlib.pyplot as plt
 
-    from benchmarks.common.plot_style import STYLE, save
+    from benchmarks.common.plot_style import BLUE, GREY, STYLE, plt, save
 
     n, k = 4096, 4096
     mine = [row for row in rows if (row["n"], row["k"]) == (n, k)]
     names = [name for name in RIVALS if name != "frozen" and f"{name} forward" in mine[0]] + ["ours"]
-    shades = dict(zip(names, ("#8a8f98", "#2a6fbb", "#5b9aa0", "#e07a3f", "#d1495b"), strict=False)) | {
-        "ours": "#d1495b"
-    }
+    shades = dict(zip(names, (GREY, BLUE, "#5b9aa0", "#e07a3f"), strict=False)) | {"ours": "#d1495b"}
     paths = []
     with plt.rc_context(STYLE):
         for axis, fixed, label in (("m", ("r", 16), "rows"), ("r", ("m", 8192), "rank")):
             chosen = [row for row in mine if row[fixed[0]] == fixed[1]]
             figure, ax = plt.subplots(figsize=(7.2, 4), layout="constrained")
             for name in names:
-                over = [
-                    (row[f"{name} forward"] + row[f"{name} backward"])
-                    / (row["frozen forward"] + row["frozen backward"])
-                    for row in chosen
-                ]
+                over = [_whole(row, name) / _whole(row, "frozen") for row in chosen]
                 xs = [row[axis] for row in chosen]
-                ax.plot(
-                    xs,
-                    over,
-                    marker="o",
-                    markersize=3.5,
-                    color=shades[name],
-                    label=name,
-                    linewidth=2 if name == "ours" else 1.3,
-                )
+                width = 2 if name == "ours" else 1.3
+                ax.plot(xs, over, marker="o", markersize=3.5, color=shades[name], label=name, linewidth=width)
             ax.axhline(1, color="#444444", linewidth=0.8)
             ax.set_xscale("log", base=2)
             ax.set_xticks(xs, [f"{x // 1024}k" if x >= 1024 else f"{x}" for x in xs])
@@ -178,13 +157,6 @@ def plot(rows: list[dict[str, Any]], gpu: Gpu, directory: Path) -> list[Path]:
             ax.legend()
             paths.append(save(figure, directory / f"time_against_{label}_dropout_{p:g}.png"))
     return paths
-
-
-def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -224,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"predicted_dropout_{options.dropout:g}.csv"
-        write_csv(rows, path)
+        write_csv(path, rows)
         for written in (path, *plot(rows, gpu, options.out)):
             print(f"wrote {written}")
 

@@ -52,7 +52,7 @@ class Layer(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What is counted of a model that is cut in ``tensor`` parts."""
+    """Counts of a model that is cut in ``tensor`` parts."""
 
     hidden: int
     layers: int
@@ -112,7 +112,7 @@ def _layer(config: dict[str, int], r: int, targets: Any, tensor: int, tokens: in
             pairs = slk.lora_pairs(layer)
     finally:
         torch.set_default_dtype(before)
-    # The casts of A and B that the PyTorch path keeps, and Triton's kernels make in registers.
+    # The PyTorch path also saves casts of A and B; Triton's kernels make them in registers.
     adapters = sum(p.numel() for pair in pairs for p in (pair.A, pair.B))
     rows = ("o_proj", "down_proj")
     summed = sum(pair.B.numel() if pair.name.endswith(rows) else pair.A.numel() for pair in pairs)
@@ -139,17 +139,17 @@ def _memory(
 
 
 def gathers(model: Model) -> float:
-    """Bytes of what FSDP2 gathers in a step: each layer forward and backward, embedding and head once."""
+    """Bytes that FSDP2 gathers in a step: each layer forward and backward, embedding and head once."""
     layer = BF16 * model.layer.frozen + FP32 * model.layer.adapters
     return 2 * model.layers * layer + BF16 * model.rest
 
 
 def sums(model: Model, tokens: int, checkpointing: bool) -> float:
-    """Bytes of what tensor parallelism sums over its GPUs in a step.
+    """Bytes that tensor parallelism sums over its GPUs in a step.
 
-    For every layer the outputs of attention and MLP forward and their gradients of the input backward (but for the very first,
-    which nobody wants), and the gradients of A and B that all hold. Checkpointing repeats the attention's output; the MLP's is
-    the layer's last, and saved by nobody.
+    Each layer sums the outputs of attention and MLP forward, their input gradients backward (except the first layer's, which
+    nobody needs), and the gradients of A and B that all GPUs hold. Checkpointing repeats the attention's output, but not the
+    MLP's, which is the layer's last.
     """
     times = (4 + checkpointing) * model.layers - 1
     return times * BF16 * tokens * model.hidden + FP32 * model.layers * model.layer.whole_adapters
@@ -175,7 +175,7 @@ def tensor_inside(model: Model, nodes: int, gpus: int, tokens: int, checkpointin
     """Layers cut over a machine's GPUs, FSDP2 over machines; as many micro-steps as GPUs, which share each one's tokens."""
     layer = BF16 * model.layer.frozen + FP32 * model.layer.adapters
     gathered = 2 * layer + BF16 * model.rest
-    # Embedding and head are sharded over machines alone.
+    # Embedding and head are sharded over machines only.
     frozen = BF16 * (model.layers * model.layer.frozen + model.rest) / nodes
     memory = _memory(model, frozen, gathered, nodes, tokens, checkpointing)
     inside = gpus * 2 * sums(model, tokens, checkpointing) * (gpus - 1) / gpus

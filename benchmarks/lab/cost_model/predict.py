@@ -10,18 +10,17 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.lab.cost_model.rivals import RIVALS, Shape, Work
-from benchmarks.lab.traffic.counter import formula
+from benchmarks.lab.traffic.formula import formula
 from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import KERNELS, Choice, check_possible, choose
 from stablelora_kernels.launch.dry_run import call_launches
 
 GPUS = Path(__file__).parent / "gpus"
-# Where benchmarks.lab.gpu leaves what it measured, in a directory named after the GPU.
 # (N, K) of q_proj and of down_proj and gate_proj, in a model of 1 and one of 8 billion parameters.
 SIZES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192, 16384)
 RANKS = (8, 16, 64, 128)
-# Bytes take this long to come from memory, which says how many must be on their way.
+# Memory latency: it determines how many bytes must be in flight.
 LATENCY = 0.8e-6
 
 
@@ -89,7 +88,7 @@ def matrix_operations(launch: Any, gpu: Gpu) -> float:
 
 
 def _in_flight(launch: Any, gpu: Gpu) -> float:
-    """Bytes that the launch's programs keep on their way at once."""
+    """Bytes that the launch's programs keep in flight."""
     v = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
     inner = v.get("BLOCK_K", v["BLOCK_M"])
     across = v.get("BLOCK_C", v["BLOCK_M"] + v.get("BLOCK_N", 0))
@@ -105,10 +104,10 @@ def launch_seconds(gpu: Gpu, launch: Any, efficiency: float = 1.0) -> float:
     traffic = formula(launch)
     unique, issued = traffic.read_unique + traffic.written_unique, traffic.read_issued + traffic.written_issued
     if not hasattr(launch, "kernel"):
-        # The vendor's own tiles are unknown: as for rivals, each operand is read once.
+        # The vendor's tiles are unknown; each operand is read once, as for rivals.
         operations = 2.0 * launch.y.shape[0] * launch.y.shape[1] * launch.x.shape[1]
         return gpu.launch + max(unique / gpu.bandwidth, operations / gpu.matrix_rate["bf16"])
-    # A launch that may begin before the one ahead of it has ended costs no gap.
+    # Programmatic dependent launch: a launch that begins early costs no gap.
     gap = 0.0 if launch.options.get("launch_pdl") else gpu.launch
     return gap + max(
         unique / gpu.bandwidth,
@@ -130,9 +129,9 @@ def ours(
 
 
 def without_overlap(gpu: Gpu, s: Shape) -> float:
-    """Predicted seconds of forward and backward, both split, should nothing run beside or behind anything else.
+    """Predicted seconds of forward and backward, both split, if no work overlaps.
 
-    dY comes from memory for dS and again for dB, dA begins when dX is done, and no launch begins before the one ahead has ended.
+    dY comes from memory for dS and again for dB. dA begins after dX. No launch begins before the previous one ended.
     """
     bf16, p, split = torch.bfloat16, 0.1 if s.dropout else 0.0, Choice("split", "")
     forward, (thin, wide) = call_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, bf16, bf16, p, split, split)
@@ -171,7 +170,7 @@ def best(gpu: Gpu, s: Shape, direction: str, efficiency: float = 1.0) -> dict[st
 
 
 def regret(gpu: Gpu, s: Shape, direction: str, efficiency: float = 1.0) -> tuple[str, str, float]:
-    """The kernel that dispatch chooses, the one that is predicted to be fastest, and how much longer the choice takes."""
+    """Dispatch's kernel, the kernel predicted to be fastest, and how much longer dispatch's takes."""
     sizes = (s.n, s.k) if direction == "forward" else (s.k, s.n)
     call = Call(direction, s.m, *sizes, s.r, torch.bfloat16, torch.bfloat16, s.dropout)
     chosen, times = choose(DEVICES[gpu.arch], call).kernel, best(gpu, s, direction, efficiency)
@@ -186,6 +185,3 @@ def predicted(gpu: Gpu, s: Shape, direction: str, arm: str) -> float | None:
         return None
     times = ours(gpu, s) if arm == "ours" else [rival_seconds(gpu, works) for works in RIVALS[name](s)]
     return sum(times) if direction == "both" else times[direction == "backward"]
-
-
-# What is printed.

@@ -20,7 +20,7 @@ from benchmarks.common.tables import aligned
 from benchmarks.lab.cost_model import predict
 from benchmarks.lab.cost_model.predict import Gpu
 from benchmarks.lab.cost_model.rivals import Shape
-from benchmarks.lab.traffic.counter import formula_by_tensor, total
+from benchmarks.lab.traffic.formula import formula_by_tensor, total
 from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import Choice, choose_quantized
 from stablelora_kernels.launch.dry_run import quantized_launches
@@ -77,7 +77,7 @@ def counts() -> dict[str, tuple[float, float]]:
 
 
 def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
-    """One launch, the one that dequantizes with its instructions beside its products, or before them."""
+    """One launch. Dequantizing either overlaps with the products or takes turns with them."""
     name = name_of(launch)
     if name is None:
         return predict.launch_seconds(gpu, launch)
@@ -107,14 +107,14 @@ def seconds(gpu: Gpu, s: Shape, kind: str, kernel: str | None = None, overlap: b
 
 
 def chosen(gpu: Gpu, s: Shape, kind: str, direction: str) -> str:
-    """What dispatch takes."""
+    """Dispatch's choice."""
     sizes = (s.n, s.k) if direction == "forward" else (s.k, s.n)
     call = Call(direction, s.m, *sizes, s.r, torch.bfloat16, torch.bfloat16, s.dropout)
     return choose_quantized(DEVICES[gpu.arch], call, 4 if kind == "nf4" else 8).kernel
 
 
 def table(gpu: Gpu, n: int, k: int, kind: str) -> list[str]:
-    """Microseconds of forward and of backward, and what dispatch takes."""
+    """Microseconds of forward and backward, and dispatch's choice."""
     ways = ("plain W", "in loop", "in turns", "first", "taken")
     cells = [["M", *(f"{direction}: {ways[0]}" if way is ways[0] else way for direction in DIRECTIONS for way in ways)]]
     for m in ROWS:

@@ -1,4 +1,4 @@
-"""What each rival launches for one LoRA layer, forward and backward, as bytes and operations. Facts are from shared/peers.md.
+"""Each rival's launches for one LoRA layer, forward and backward, as bytes and operations. Facts are from shared/peers.md.
 
 An activation pass is a read or a write of one [M, K] or [M, N] matrix in 16 bits. The counts of passes beyond the frozen
 layer are peers.md's: 21 for PEFT with dropout, 10 for Unsloth, 9 for Axolotl, 6 for LoRAFusion.
@@ -46,7 +46,7 @@ def frozen(s: Shape) -> tuple[list[Work], list[Work]]:
 
 
 def eager(s: Shape) -> tuple[list[Work], list[Work]]:
-    """PEFT's operators in 16 bits, one launch each; without dropout its three launches and their passes fall away."""
+    """PEFT's operators in 16 bits, one launch each; without dropout it has three launches fewer."""
     m, n, k, r = s.m, s.n, s.k, s.r
     base_forward, base_backward = frozen(s)
     # The mask is a byte an element, half a pass.

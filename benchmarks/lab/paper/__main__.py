@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.lab.paper import report
+from benchmarks.lab.paper import plots, report
 from benchmarks.lab.paper.study import PRESETS, load, train_all, unpack
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = args.report or train_all(args.preset, directory, args.processes, args.minutes)
     if not (records := load(directory)):
         parser.error(f"{directory} holds no runs")
-    for path in report.write(records, args.out):
+    for path in (*report.write(records, args.out), *plots.draw(records, args.out)):
         print(path)
     print((args.out / "table.txt").read_text(encoding="utf-8"))
     if not done:

@@ -1,4 +1,4 @@
-"""What changing one thing at a time does in ``benchmarks.lab.paper``'s runs: rank, target modules, stop condition, rounding."""
+"""Effects of one change at a time in ``benchmarks.lab.paper``'s runs: rank, target modules, stop condition, rounding."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(records: Records) -> list[dict[str, Any]]:
         base = {seed: record for seed, record in groups.get(plain_run, {}).items() if seed in seeds}
         adamw = {run: _adamw(run, changed, groups) for run in mine}
         if base:
-            # Beside AdamW's own best only where something else is: not where, say, a small learning rate was given.
+            # Compare with AdamW's best only if a changed run is compared too.
             beside = _adamw(plain_run, changed, groups) if any(adamw.values()) else {}
             found.append(_row(plain_run, base, {}, beside))
         found += [_row(run, groups[run], base, adamw[run]) for run in mine]
@@ -40,7 +40,7 @@ def rows(records: Records) -> list[dict[str, Any]]:
 
 
 def _adamw(run: Run, changed: list[Run], groups: dict[Run, Seeds]) -> Seeds:
-    """The runs of AdamW with the same thing changed (or, as ``run``, nothing), at the learning rate of AdamW's ablations."""
+    """AdamW's runs with the same change as ``run``, at the learning rate of AdamW's ablations."""
     if run.optimizer == ADAMW:
         return {}
     for lr in dict.fromkeys(other.lr for other in changed if other.optimizer == ADAMW):
@@ -52,13 +52,7 @@ def _adamw(run: Run, changed: list[Run], groups: dict[Run, Seeds]) -> Seeds:
 
 def _row(run: Run, mine: Seeds, base: Seeds, adamw: Seeds) -> dict[str, Any]:
     mean, half = interval([score(record, "test") for record in mine.values()])
-    row: dict[str, Any] = {
-        "model": run.model,
-        "task": run.task,
-        "optimizer": run.optimizer,
-        "arm": run.arm,
-        "lr": run.lr,
-    }
+    row: dict[str, Any] = {name: getattr(run, name) for name in ("model", "task", "optimizer", "arm", "lr")}
     row |= {name: getattr(run, name) if getattr(run, name) != PLAIN[name] else None for name in PLAIN}
     row |= {"seeds": len(mine), "test": mean, "test_95": half}
     row["difference"], row["difference_95"] = _difference(mine, base)

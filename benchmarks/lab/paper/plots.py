@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.optimizers import SHRINK_RATIOS
-from benchmarks.common.plot_style import BLUE, GREEN, GREY, RATIO_SHADES, STYLE, save
-from benchmarks.finetuning.plots import plt
+from benchmarks.common.plot_style import BLUE, GREEN, GREY, RATIO_SHADES, STYLE, plt, save
 from benchmarks.lab.paper import ablations
 from benchmarks.lab.paper.scores import (
     PLAIN,
@@ -25,7 +24,7 @@ from benchmarks.lab.paper.scores import (
 )
 from benchmarks.lab.paper.training import ADAMW, LORA_PLUS, RIEMANNIAN, RITE, STABLE, arm_of
 
-# The same in all plots, whichever of the ratios they have.
+# The same color in all plots, whichever ratios they show.
 COLORS = {ADAMW: BLUE, LORA_PLUS: GREEN, RIEMANNIAN: GREY, RITE: "#9467bd"} | {
     arm_of(STABLE, ratio): shade for ratio, shade in zip(SHRINK_RATIOS, RATIO_SHADES, strict=True)
 }
@@ -38,7 +37,7 @@ def draw(records: Records, out: Path) -> list[Path]:
         mine = plain(records, setting)
         ablated = ablations.rows([record for record in records if setting_of(record) == setting])
         with plt.rc_context(STYLE):
-            # Of a single rate, as the edge has it, the table says all.
+            # A single rate, as of the edge, needs no plot.
             if len({record["run"]["lr"] for record in mine}) > 1:
                 paths.append(save(_figure(mine, setting), out / f"{name}.png"))
             if ablated:
@@ -49,7 +48,7 @@ def draw(records: Records, out: Path) -> list[Path]:
 def _figure(records: Records, setting: Setting) -> Any:
     loss = setting.task == "plays"
     found = [row for row in headline(records) if "difference" in row]
-    # With too few seeds to choose a best rate there is no third.
+    # Without enough seeds to choose a best rate there is no third panel.
     size, widths = ((14, 4.7), (1.2, 1.2, 1)) if found else ((10, 4.7), (1.2, 1.2))
     figure, (left, middle, *rest) = plt.subplots(
         1, len(widths), figsize=size, layout="constrained", width_ratios=widths
@@ -66,11 +65,11 @@ def _figure(records: Records, setting: Setting) -> Any:
     figure.legend(loc="outside lower center", ncols=8, fontsize=8)
     factor = -1 if loss else 100
     beside = same_rate(records)
-    # A run that fell to one class is off by tens of points, and a mean with it says how many did, not how good the others are.
+    # A run that fell to one class is off by tens of points; a mean with it would only show how many fell.
     broken = fallen(records)
     kept = [-row["test"] for row in rows if (row["arm"], row["lr"]) not in broken]
     if loss and kept:
-        # A loss has no upper end: with what broke in view, all others would be one line.
+        # A loss has no upper end: with broken runs in view, all others would be one line.
         margin = 0.05 * (max(kept) - min(kept) or 1)
         left.set_ylim(min(kept) - margin, max(kept) + margin)
     for arm in dict.fromkeys(row["arm"] for row in beside):
@@ -140,7 +139,7 @@ def _against_rank(axes: Any, rows: Records, loss: bool) -> None:
             for row in ranks
             if row["arm"] == arm
         )
-        # Side by side, or the intervals would hide each other.
+        # Shift arms sideways; otherwise intervals hide each other.
         shift = 1.06 ** (place - (len(arms) - 1) / 2)
         axes.errorbar([r * shift for r, *_ in mine], [y for _, y, _ in mine], yerr=[e for *_, e in mine], fmt="o-", markersize=4,
                       capsize=2, linewidth=1, color=COLORS[arm], label=arm)  # fmt: skip

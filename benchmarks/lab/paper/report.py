@@ -1,4 +1,4 @@
-"""Tables, CSV and plots of ``benchmarks.lab.paper``'s runs."""
+"""Tables and CSV files of ``benchmarks.lab.paper``'s runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,59 +31,52 @@ from benchmarks.lab.paper.scores import (
 )
 from benchmarks.lab.paper.training import ADAMW
 
-# Every run's record, from which the command can go on elsewhere.
+# Every run's record; the command can continue from it elsewhere.
 RECORDS = "records.jsonl.gz"
-# Of no more runs than this an interval is wider than the scale.
+# The interval of so few runs is wider than the scale.
 FEW = 2
 
 
 def _points(value: float, loss: bool, decimals: int = 1, sign: str = "") -> str:
-    """Points of accuracy; a loss is the score turned around, in nats, and has two decimals more."""
+    """Points of accuracy; or a loss in nats, the negated score, with two more decimals."""
     return format(-value if loss else 100 * value, f"{sign}.{decimals + 2 * loss}f")
 
 
 def _interval(value: float, half: float, loss: bool, decimals: int = 1, sign: str = "") -> str:
-    """With half the width of its interval, where there is one."""
+    """With half the width of its interval, unless that is nan."""
     size = "" if math.isnan(half) else f" ± {_points(-half if loss else half, loss, decimals)}"
     return _points(value, loss, decimals, sign) + size
 
 
-def rate_table(records: Records, loss: bool) -> list[str]:
-    rows = rates(records)
+def _by_rate(title: str, rows: Records, text: Callable[[dict[str, Any]], str]) -> list[str]:
+    """A table of rows with an arm and a learning rate: a line for each arm, a column for each rate."""
     lrs = sorted({row["lr"] for row in rows})
-    cells = [["arm", *(f"lr {lr:g}" for lr in lrs)]]
+    cells = [[title, *(f"lr {lr:g}" for lr in lrs)]]
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        mine = {row["lr"]: row for row in rows if row["arm"] == arm}
-        texts = []
-        for lr in lrs:
-            if lr not in mine:
-                texts.append("-")
-                continue
-            row = mine[lr]
-            shrunk = "" if row["a_left"] is None else f" ({100 * row['a_left']:.0f} % of A)"
-            texts.append(f"{_points(row['test'], loss)}{shrunk}")
-        cells.append([arm, *texts])
-    return aligned(cells)
-
-
-def same_rate_table(records: Records, loss: bool) -> list[str]:
-    rows = same_rate(records)
-    lrs = sorted({row["lr"] for row in rows})
-    cells = [["minus AdamW at the same rate", *(f"lr {lr:g}" for lr in lrs)]]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        mine = {row["lr"]: row for row in rows if row["arm"] == arm}
-        texts = []
-        for lr in lrs:
-            row = mine.get(lr)
-            half = row["difference_95"] if row and row["seeds"] > FEW else math.nan
-            texts.append(_interval(row["difference"], half, loss, sign="+") if row else "-")
-        cells.append([arm, *texts])
+        mine = {row["lr"]: text(row) for row in rows if row["arm"] == arm}
+        cells.append([arm, *(mine.get(lr, "-") for lr in lrs)])
     return aligned(cells) if rows else []
 
 
+def rate_table(records: Records, loss: bool) -> list[str]:
+    def text(row: dict[str, Any]) -> str:
+        shrunk = "" if row["a_left"] is None else f" ({100 * row['a_left']:.0f} % of A)"
+        return f"{_points(row['test'], loss)}{shrunk}"
+
+    return _by_rate("arm", rates(records), text)
+
+
+def same_rate_table(records: Records, loss: bool) -> list[str]:
+    def text(row: dict[str, Any]) -> str:
+        half = row["difference_95"] if row["seeds"] > FEW else math.nan
+        return _interval(row["difference"], half, loss, sign="+")
+
+    return _by_rate("minus AdamW at the same rate", same_rate(records), text)
+
+
 def fallen_table(records: Records, loss: bool) -> list[str]:
-    """Where training broke: in how many runs, by Fisher's test against AdamW's (left out of so few that no count of them could
-    pass it at 5 %), and what the others reached. Empty where it never did."""
+    """How many runs broke at each rate, Fisher's p against AdamW's (unless no count could pass at 5 %), and the others' score.
+    Empty if no run broke."""
     groups: dict[tuple[str, float], list[float]] = defaultdict(list)
     for record in records:
         groups[run_of(record).arm, run_of(record).lr].append(score(record, "test"))
@@ -125,20 +118,18 @@ def headline_table(rows: Records, loss: bool) -> list[str]:
 
 
 def ablation_table(rows: Records) -> list[str]:
-    cells = [
-        [
-            "model, task",
-            "arm",
-            "lr",
-            "changed",
-            "seeds",
-            "test",
-            "minus unchanged",
-            "minus AdamW's",
-            "||A|| / start",
-            "state, KiB",
-        ]
+    heads = [
+        "model, task",
+        "arm",
+        "lr",
+        "changed",
+        "seeds",
+        "test",
+        "minus unchanged",
+        "minus AdamW's",
+        "||A|| / start",
     ]
+    cells = [[*heads, "state, KiB"]]
     for row in rows:
         loss = row["task"] == "plays"
         differences = [
@@ -191,25 +182,13 @@ def flat(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         for split in ("validation", "test"):
             row |= {f"{split}_{name}": (record[split] or {}).get(name) for name in ("loss", "accuracy")}
         row["train_loss"] = record["train_loss"][-1] if record["train_loss"] else None
-        for key in (
-            "shrinks",
-            "a_left",
-            "a_over_start",
-            "b_norm",
-            "latched",
-            "pairs",
-            "seconds",
-            "optimizer_ms",
-            "state_bytes",
-        ):
-            row[key] = record.get(key)
+        row |= {key: record.get(key) for key in ("shrinks", "a_left", "a_over_start", "b_norm", "latched", "pairs")}
+        row |= {key: record.get(key) for key in ("seconds", "optimizer_ms", "state_bytes")}
         rows.append({name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in row.items()})
     return rows
 
 
 def write(records: Records, out: Path) -> list[Path]:
-    from benchmarks.lab.paper import plots
-
     rows = [setting._asdict() | row for setting in settings(records) for row in headline(plain(records, setting))]
     at_rates = [setting._asdict() | row for setting in settings(records) for row in rates(plain(records, setting))]
     write_text(out / "table.txt", table(records))
@@ -219,7 +198,7 @@ def write(records: Records, out: Path) -> list[Path]:
     write_csv(out / "ablations.csv", ablations.rows(records))
     write_zipped(out / RECORDS, "".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
     names = ("table.txt", "runs.csv", "rates.csv", "headline.csv", "ablations.csv", RECORDS)
-    return [out / name for name in names] + plots.draw(records, out)
+    return [out / name for name in names]
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:

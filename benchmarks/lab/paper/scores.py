@@ -1,4 +1,4 @@
-"""What the records of ``benchmarks.lab.paper``'s runs say: scores, choices, and differences seed by seed."""
+"""Scores, choices and differences, seed by seed, from the records of ``benchmarks.lab.paper``'s runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks.common.intervals import interval
 from benchmarks.lab.paper.training import ADAMW, OPTIMIZERS, Run, arm_of
 
 Records = Sequence[dict[str, Any]]
-# So many seeds of everything choose what gets more.
+# Seeds of the screening, which chooses what gets further seeds.
 SCREENING = 2
 COSTS = ("optimizer_ms", "seconds", "state_bytes")
-# A score below this says that training has broken: an accuracy that one class alone gives (42 to 50 %), or hardly more; of the
-# plays a loss above SmolLM2's before any training (``--preset untrained``).
+# Below this score training has broken: little more accuracy than always answering one class (42 to 50 %); for the plays, a loss
+# above SmolLM2's before any training (``--preset untrained``).
 FALLEN = {"sarcasm": 0.6, "reuters-52": 0.5, "plays": -4.086}
-# What the fields that ablations change are by default.
+# Defaults of the fields that ablations change.
 PLAIN = {"r": 8, "targets": "query-value", "stop_condition": "norm", "adapters": "fp32", "rounding": "stochastic"}
 
 
@@ -28,7 +28,7 @@ def run_of(record: dict[str, Any]) -> Run:
 
 
 class Setting(NamedTuple):
-    """What runs have in common that are compared with each other."""
+    """What all compared runs share."""
 
     model: str
     task: str
@@ -49,7 +49,7 @@ def settings(records: Records) -> list[Setting]:
 
 
 def plain(records: Records, setting: Setting) -> list[dict[str, Any]]:
-    """The runs of a setting that no ablation has changed."""
+    """The runs of a setting without ablations."""
     return [
         record
         for record in records
@@ -58,7 +58,7 @@ def plain(records: Records, setting: Setting) -> list[dict[str, Any]]:
 
 
 def score(record: dict[str, Any], split: str) -> float:
-    """Accuracy; of language modeling, the loss turned around, so that more is better. A run that diverged has the worst."""
+    """Accuracy, or the negated loss of language modeling: more is better. A run that diverged has the worst."""
     found = record[split]
     if found is None:
         return 0.0 if record["run"]["task"] != "plays" else -20.0
@@ -66,8 +66,8 @@ def score(record: dict[str, Any], split: str) -> float:
 
 
 def best(records: Records) -> dict[str, tuple[float, float]]:
-    """For each optimizer the learning rate and shrink ratio that are best on validation examples, over the first seeds; none
-    before its screening is whole."""
+    """Each optimizer's best learning rate and shrink ratio on validation examples, over the first seeds. Optimizers with an
+    incomplete screening are left out."""
     groups: dict[tuple[str, float, float], list[float]] = defaultdict(list)
     for record in records:
         run = run_of(record)
@@ -76,14 +76,14 @@ def best(records: Records) -> dict[str, tuple[float, float]]:
     found: dict[str, tuple[float, float]] = {}
     for name in OPTIMIZERS:
         mine = {key[1:]: values for key, values in groups.items() if key[0] == name}
-        # Half-way through a screening the rates that already have their seeds are not to be chosen among.
+        # Rates that already have their seeds must not win because others have none yet.
         if mine and all(len(values) == SCREENING for values in mine.values()):
             found[name] = max(mine, key=lambda key: statistics.fmean(mine[key]))
     return found
 
 
 def sign_flip(differences: Sequence[float]) -> float:
-    """The exact two-sided p of a mean as large, were every difference as likely of either sign."""
+    """The exact two-sided p value of the mean, if either sign of every difference is equally likely."""
     size = abs(sum(differences))
     signs = product((1, -1), repeat=len(differences))
     return statistics.fmean(
@@ -92,7 +92,7 @@ def sign_flip(differences: Sequence[float]) -> float:
 
 
 def fisher(some: int, of: int, others: int, of_others: int) -> float:
-    """Fisher's exact two-sided p of two counts as far apart, were the chance the same."""
+    """Fisher's exact two-sided p value of two counts, if the chance is the same."""
     total, hits = of + of_others, some + others
     ways = [
         math.comb(of, k) * math.comb(of_others, hits - k) for k in range(max(0, hits - of_others), min(of, hits) + 1)
@@ -102,7 +102,7 @@ def fisher(some: int, of: int, others: int, of_others: int) -> float:
 
 
 def means(records: Iterable[dict[str, Any]], *keys: str) -> dict[str, float | None]:
-    """Over the records that have it; None where none has."""
+    """Means over the records that have a key; None if no record has it."""
     values = {key: [record[key] for record in records if key in record] for key in keys}
     return {key: statistics.fmean(found) if found else None for key, found in values.items()}
 
@@ -125,15 +125,8 @@ def headline(records: Records) -> list[dict[str, Any]]:
     for name, (lr, ratio) in chosen.items():
         mine = scores[name]
         mean, half = interval([score(r, "test") for r in mine.values()])
-        row: dict[str, Any] = {
-            "optimizer": name,
-            "arm": arm_of(name, ratio),
-            "lr": lr,
-            "shrink_ratio": ratio,
-            "seeds": len(mine),
-            "test": mean,
-            "test_95": half,
-        }
+        row: dict[str, Any] = {"optimizer": name, "arm": arm_of(name, ratio), "lr": lr, "shrink_ratio": ratio}
+        row |= {"seeds": len(mine), "test": mean, "test_95": half}
         shared = [seed for seed in mine if seed in scores.get(ADAMW, {})]
         if name != ADAMW and len(shared) > 1:
             differences = [score(mine[seed], "test") - score(scores[ADAMW][seed], "test") for seed in shared]
@@ -159,7 +152,7 @@ def rates(records: Records) -> list[dict[str, Any]]:
 
 
 def seeds(records: Records) -> str:
-    """How many the arms and learning rates have, as ``"2 to 10 seeds"``."""
+    """The range of seeds over arms and learning rates, as ``"2 to 10 seeds"``."""
     counts = [row["seeds"] for row in rates(records)]
     few, many = min(counts), max(counts)
     return f"{few if few == many else f'{few} to {many}'} seed{'s' if many > 1 else ''}"

@@ -1,4 +1,4 @@
-"""The studies: which runs there are, training them, and loading what is stored."""
+"""The studies: planning runs, training them, and loading stored ones."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from benchmarks.lab.paper.scores import SCREENING, Setting
 from benchmarks.lab.paper.training import ADAMW, OPTIMIZERS, STABLE, Run
 
 LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-# The largest of the ratios that bfloat16 rounds away; seen best at the smallest learning rate, where A hardly grows.
+# The largest ratio that bfloat16 rounds away. It shows best at the smallest learning rate, at which A hardly grows.
 VANISHING = 1e-3
 
 
 @dataclass(frozen=True)
 class Study:
-    """A model on a task: what is screened, and how many seeds what was chosen gets."""
+    """A model on a task: the screened arms, and the seeds of the chosen ones."""
 
     model: str
     task: str
@@ -37,9 +37,9 @@ class Study:
     ratios: tuple[float, ...] = SHRINK_RATIOS
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
     seeds: int = 5
-    # Of AdamW and Stable-LoRA, whose difference is the paper's claim.
+    # Seeds of AdamW and Stable-LoRA, whose difference is the paper's claim.
     headline_seeds: int = 10
-    # Rates at which training breaks for some, and how many seeds are to tell for whom.
+    # Rates at which training breaks for some arms, and the seeds to find out which.
     edge_lrs: tuple[float, ...] = LRS[-1:]
     edge_seeds: int = 0
 
@@ -54,11 +54,11 @@ class Study:
 
     def screen(self) -> list[Run]:
         arms = [(name, ratio) for name in self.optimizers for ratio in (self.ratios if name == STABLE else (0.0,))]
-        # A seed for all arms before the next: an interrupted screening compares like with like.
+        # All arms get a seed before the next seed: an interrupted screening compares equals.
         return [self.run(name, lr, ratio, seed) for seed in range(SCREENING) for lr in self.lrs for name, ratio in arms]
 
     def decide(self, records: list[dict[str, Any]]) -> list[Run]:
-        """The further seeds of what the screening has chosen."""
+        """Further seeds of the arms that the screening chose."""
         chosen = scores.best(scores.plain(records, self.setting))
         last = {name: self.headline_seeds if name in (ADAMW, STABLE) else self.seeds for name in chosen}
         return [
@@ -83,7 +83,7 @@ def ablations(study: Study, records: list[dict[str, Any]], seeds: int) -> list[R
                 changed += [replace(base, adapters="bf16", rounding=rounding) for rounding in training.ROUNDINGS]
             runs += [replace(run, seed=seed) for run in changed]
     if STABLE in bases:
-        # What stopping is worth is a question of the paper's, and takes seeds to see.
+        # The effect of stopping, a claim of the paper, needs more seeds.
         runs += [replace(bases[STABLE], stop_condition="never", seed=seed) for seed in range(study.headline_seeds)]
         vanishing = replace(bases[STABLE], lr=min(study.lrs), shrink_ratio=VANISHING, adapters="bf16")
         runs += [
@@ -111,25 +111,25 @@ Part = list[Run]
 
 
 def accuracy(study: Study, records: list[dict[str, Any]]) -> Iterator[Part]:
-    """The screening, and further seeds of what that has chosen."""
+    """The screening, then further seeds of the chosen arms."""
     yield study.screen()
     yield study.decide(records)
 
 
 def one_change(study: Study, records: list[dict[str, Any]]) -> Iterator[Part]:
-    """The ablations of what :func:`accuracy` has found best."""
+    """Ablations of the best arms of :func:`accuracy`."""
     yield from accuracy(study, records)
     yield ablations(study, records, ABLATION_SEEDS)
 
 
 def high_rates(study: Study, records: list[dict[str, Any]]) -> Iterator[Part]:
-    """Needs nothing chosen."""
+    """The edge, which needs no screening."""
     yield edge(study)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Studies, one after the other, and the parts of each: no part is begun before the one in front of it is whole."""
+    """Studies in order, and the parts of each: a part begins after the one before it is complete."""
 
     studies: tuple[Study, ...]
     parts: Callable[[Study, list[dict[str, Any]]], Iterator[Part]] = accuracy
@@ -138,7 +138,7 @@ class Preset:
 ABLATION_SEEDS = 3
 # Reuters-52's texts are several times as long as headlines: with batches of 32 its study would take eight hours.
 MINILM = (Study("minilm", "sarcasm", 300, 32, edge_seeds=10), Study("minilm", "reuters-52", 300, 16))
-# Where time is short: the smallest and the largest ratio only.
+# The smallest and the largest ratio only, to save time.
 _EXTREMES = (5e-4, 5e-3)
 SMOLLM2 = (
     Study("smollm2", "sarcasm", 150, 16, ratios=_EXTREMES, edge_lrs=LRS[-2:], edge_seeds=5),
@@ -166,7 +166,7 @@ PRESETS = {
 
 
 def missing(preset: str, records: list[dict[str, Any]]) -> list[Run]:
-    """What is to be run next."""
+    """The runs to do next."""
     done = {scores.run_of(record) for record in records}
     for study in PRESETS[preset].studies:
         for part in PRESETS[preset].parts(study, records):
@@ -176,7 +176,7 @@ def missing(preset: str, records: list[dict[str, Any]]) -> list[Run]:
 
 
 def work(run: Run, directory: Path) -> None:
-    """In a worker, which keeps the model it has loaded."""
+    """Train in a worker, which keeps its loaded model."""
     record = training.execute(run)
     unfinished = directory / f"{run.file_name}.part"
     store(unfinished, {"environment": environment(), **record})
@@ -188,7 +188,7 @@ def load(directory: Path) -> list[dict[str, Any]]:
 
 
 def unpack(file: Path, directory: Path) -> None:
-    """The runs of another call's records, where ``directory`` does not hold them yet."""
+    """Write another call's records to ``directory``, but keep the runs that it holds."""
     for record in report.read_records(file):
         path = directory / scores.run_of(record).file_name
         if not path.exists():
@@ -196,7 +196,7 @@ def unpack(file: Path, directory: Path) -> None:
 
 
 def train_all(preset: str, directory: Path, processes: int, minutes: float | None) -> bool:
-    """Whether everything of the preset is done."""
+    """Train the preset's runs; return whether all are done."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     with workers.pool(processes) as pool, tqdm(unit="run") as bar:
         while runs := missing(preset, load(directory)):

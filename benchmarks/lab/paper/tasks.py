@@ -25,7 +25,7 @@ TEST = 1000
 
 @dataclass(frozen=True)
 class Result:
-    """On held-out examples; of language modeling only the loss, in nats a token."""
+    """Scores on held-out examples. Language modeling has only the loss, in nats per token."""
 
     loss: float
     accuracy: float | None
@@ -42,7 +42,7 @@ class Task:
     test: tuple[Any, ...]
 
     def model(self, backbone: Any, seed: int) -> nn.Module:
-        """The backbone with what is on top of it; what of that is to be trained requires gradients."""
+        """The backbone and its head. Parameters of the head require gradients if they are trained."""
         raise NotImplementedError
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
@@ -76,7 +76,7 @@ class Classification(Task):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, examples: tuple[Example, ...]) -> Result:
         loss, right = 0.0, 0
-        # By length: fewer pads.
+        # Sort by length: fewer pads.
         order = sorted(examples, key=lambda example: (len(example[0]), example[0]))
         for start in range(0, len(order), 64):
             batch = self._collate(order[start : start + 64])
@@ -104,7 +104,7 @@ class _LastToken(nn.Module):
 
 @dataclass
 class MultipleChoice(Classification):
-    """The question as text; trained to say the right answer's token, scored by the likeliest of the answers' tokens."""
+    """A question as text. Training teaches the right answer's token; the likeliest answer token scores."""
 
     template: str
     answers: tuple[str, ...]
@@ -120,7 +120,7 @@ class MultipleChoice(Classification):
         self.dataset = replace(self.dataset, train=self.train, max_tokens=self.dataset.max_tokens + longer)
 
     def _parts(self) -> tuple[Any, Any, Any]:
-        # A headline that were cut would lose the question, which comes last; there is hardly one.
+        # Cut long headlines here: the tokenizer would cut the question, which comes last. Hardly any is so long.
         limit = 6 * self.dataset.max_tokens
         return tuple(  # type: ignore[return-value]
             tuple((text[:limit], label) for text, label in part) for part in (self.train, self.validation, self.test)

@@ -1,4 +1,4 @@
-"""One fine-tuning run of ``benchmarks.lab.paper``: what identifies it, training, and its record."""
+"""One fine-tuning run of ``benchmarks.lab.paper``: its identity, training, and record."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIMIZERS = {
 }
 TARGETS = ("query-value", "attention", "all-linear")
 ROUNDINGS = ("stochastic", "nearest")
-# The head is the same in all runs, so that a learning rate is the adapters' alone.
+# All runs train the head alike, so that a learning rate is the adapters' alone.
 HEAD_LR, WARMUP, LOSS_EVERY = 3e-3, 10, 10
 
 
@@ -39,7 +39,7 @@ def arm_of(optimizer: str, shrink_ratio: float) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """What identifies a run; its file's name is made of it."""
+    """A run's identity, from which its file name is made."""
 
     model: str
     task: str
@@ -109,7 +109,7 @@ def build(run: Run) -> tuple[nn.Module, Any, list[slk.LoRAPair], list[torch.opti
         options |= {"shrink_ratio": run.shrink_ratio, "stop_condition": run.stop_condition, "seed": run.seed}
     name = OPTIMIZERS[run.optimizer]
     if run.rounding == "nearest":
-        # In the parameters' own dtype, which is what the authors' code does too.
+        # In the parameters' dtype, as the authors' code does.
         name, _ = optimizers.NAIVE_FOREACH, [options.pop(key, None) for key in ("stop_condition", "seed")]
     optimizer = optimizers.build(name, pairs, **options)
     head = [p for p in model.parameters() if p.requires_grad and id(p) not in halves]
@@ -123,12 +123,12 @@ def schedule(step: int, steps: int) -> float:
 
 
 def execute(run: Run) -> dict[str, Any]:
-    """Train and evaluate. What can't run here raises :class:`~benchmarks.common.optimizers.Unavailable`."""
+    """Train and evaluate. Raises :class:`~benchmarks.common.optimizers.Unavailable` if the optimizer can't run here."""
     task = _task(run.model, run.task)
     model, optimizer, pairs, every = build(run)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[run.dtype]
     rates = [[group["lr"] for group in each.param_groups] for each in every]
-    # Where a backbone has dropout of its own, all arms draw the same masks.
+    # All arms draw the same masks if the backbone has dropout.
     torch.manual_seed(run.seed)
     model.train()
     with torch.no_grad():

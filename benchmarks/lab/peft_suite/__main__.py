@@ -4,17 +4,16 @@
     python -m benchmarks.lab.peft_suite --quick    custom models and the low-level API, under 3 minutes; writes nothing
     python -m benchmarks.lab.peft_suite --dry      say what would be run
 
-The tests come from the source distribution on PyPI of the PEFT that is installed, which is downloaded once, checked against
+The tests come from the installed PEFT's source distribution on PyPI, which is downloaded once, checked against
 its SHA-256 and unpacked into a temporary directory. Both runs go on side by side, one thread each. In the second, the
-harness (``_peft_suite_plugin``) calls ``accelerate_peft`` on every model that PEFT has put an adapter into; the tests do not
-know. Where they ask the hub for a tiny model they get one of the same architecture, built here (``_peft_suite_hub``);
-nothing is downloaded, and what needs more than that (tokenizers, data, trained adapters) fails in both runs and is counted.
+harness (``plugin.py``) calls ``accelerate_peft`` on every model that PEFT has put an adapter into; the tests do not
+know. A test that asks the hub for a tiny model gets one of the same architecture (``hub.py``);
+nothing is downloaded. Tests that need more (tokenizers, data, trained adapters) fail in both runs and are counted.
 The exit status is 1 if a test's outcome differs between them. It takes the ``peft-suite`` extra.
 """
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.common.assets import Asset, AssetError, fetch_archive
+from benchmarks.common.tables import write_csv
 from benchmarks.lab.peft_suite.judge import (
     FILES,
     LORA,
@@ -74,10 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("with acceleration: " + ", ".join(f"{count} {name}" for name, count in on["counts"].items()))
     print(f"{len(found)} tests differ" + "".join(f"\n  {test}: {before}/{after}" for test, before, after in found))
     if not (args.quick or args.files or args.keyword != LORA or args.backend != "torch"):
-        with RESULTS.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        write_csv(RESULTS, table)
     return 1 if found else 0
 
 

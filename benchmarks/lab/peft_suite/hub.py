@@ -1,4 +1,4 @@
-"""Tiny models of random weights under the names by which PEFT's tests ask the hub for theirs, in the layout of its cache."""
+"""Tiny models with random weights, in a hub cache, under the names that PEFT's tests ask the hub for."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 _SMALL: dict[str, Any] = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-# Some tests combine adapters to a rank of 20, which every layer must have room for.
+# Some tests combine adapters to rank 20, so every layer must be larger.
 _LLAMA = _SMALL | {"intermediate_size": 64, "num_key_value_heads": 4, "max_position_embeddings": 128}
-# Some tests know that OPT's has 5 layers and 16 features.
+# Some tests expect OPT to have 5 layers and 16 features.
 _OPT = _SMALL | {
     "hidden_size": 16, "num_hidden_layers": 5, "ffn_dim": 64, "word_embed_proj_dim": 16, "max_position_embeddings": 128,
 }  # fmt: skip
@@ -24,56 +24,49 @@ _T5 = {
     "vocab_size": 1024, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0,
 }  # fmt: skip
 
-# Name on the hub: class of the model, of its config, and the config.
-MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", "OPTConfig", _OPT),
-    "peft-internal-testing/opt-125m": ("OPTForCausalLM", "OPTConfig", _OPT),
-    "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
-    "peft-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
-    "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
-    "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJForCausalLM", "GPTJConfig", _GPT2 | {"rotary_dim": 4}),
-    "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
-    "hf-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
-    "peft-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
-    "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _LLAMA),
-    "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralForCausalLM", "MistralConfig", _LLAMA),
-    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
-        "Gemma3ForCausalLM",
-        "Gemma3TextConfig",
-        _LLAMA | {"head_dim": 8},
+# Class of the model, class of its config, the config, and its names on the hub.
+FAMILIES: list[tuple[str, str, dict[str, Any], list[str]]] = [
+    ("OPTForCausalLM", "OPTConfig", _OPT, ["peft-internal-testing/tiny-random-OPTForCausalLM", "peft-internal-testing/opt-125m"]),
+    (
+        "GPT2LMHeadModel", "GPT2Config", _GPT2,
+        ["peft-internal-testing/tiny-random-GPT2LMHeadModel", "peft-internal-testing/tiny-random-gpt2",
+         "hf-internal-testing/tiny-random-gpt2"],
     ),
-    "peft-internal-testing/tiny-random-BertModel": ("BertModel", "BertConfig", _BERT),
-    "peft-internal-testing/tiny-random-RobertaModel": ("RobertaModel", "RobertaConfig", _BERT),
-    "peft-internal-testing/tiny-random-DebertaV2Model": ("DebertaV2Model", "DebertaV2Config", _BERT),
-    "peft-internal-testing/tiny-random-DebertaModel": ("DebertaModel", "DebertaConfig", _BERT),
-    "peft-internal-testing/tiny-random-BertForSequenceClassification": (
-        "BertForSequenceClassification",
-        "BertConfig",
-        _BERT,
+    ("GPTJForCausalLM", "GPTJConfig", _GPT2 | {"rotary_dim": 4}, ["peft-internal-testing/tiny-random-GPTJForCausalLM"]),
+    (
+        "LlamaForCausalLM", "LlamaConfig", _LLAMA,
+        [f"{owner}-internal-testing/tiny-random-LlamaForCausalLM" for owner in ("trl", "hf", "peft")],
     ),
-    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
-        "RobertaForSequenceClassification",
-        "RobertaConfig",
-        _BERT,
+    ("Qwen2ForCausalLM", "Qwen2Config", _LLAMA, ["peft-internal-testing/tiny-dummy-qwen2"]),
+    ("MistralForCausalLM", "MistralConfig", _LLAMA, ["hf-internal-testing/tiny-random-MistralForCausalLM"]),
+    (
+        "Gemma3ForCausalLM", "Gemma3TextConfig", _LLAMA | {"head_dim": 8},
+        ["hf-internal-testing/tiny-random-Gemma3ForCausalLM"],
     ),
-    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
-        "LlamaForSequenceClassification",
-        "LlamaConfig",
-        _LLAMA | {"pad_token_id": 0},
+    ("BertModel", "BertConfig", _BERT, ["peft-internal-testing/tiny-random-BertModel"]),
+    ("RobertaModel", "RobertaConfig", _BERT, ["peft-internal-testing/tiny-random-RobertaModel"]),
+    ("DebertaV2Model", "DebertaV2Config", _BERT, ["peft-internal-testing/tiny-random-DebertaV2Model"]),
+    ("DebertaModel", "DebertaConfig", _BERT, ["peft-internal-testing/tiny-random-DebertaModel"]),
+    *(
+        (f"{name}ForSequenceClassification", f"{name}Config", _BERT,
+         [f"peft-internal-testing/tiny-random-{name}ForSequenceClassification"])
+        for name in ("Bert", "Roberta")
     ),
-    "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
-        "BartForConditionalGeneration",
-        "BartConfig",
-        _BART,
+    (
+        "LlamaForSequenceClassification", "LlamaConfig", _LLAMA | {"pad_token_id": 0},
+        ["trl-internal-testing/tiny-LlamaForSequenceClassification-3.2"],
     ),
-    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
-        "T5ForConditionalGeneration",
-        "T5Config",
-        _T5,
+    (
+        "BartForConditionalGeneration", "BartConfig", _BART,
+        ["peft-internal-testing/tiny-random-BartForConditionalGeneration"],
     ),
-    "peft-internal-testing/tiny-random-t5": ("T5ForConditionalGeneration", "T5Config", _T5),
-    "peft-internal-testing/tiny-random-T5ForConditionalGeneration": ("T5ForConditionalGeneration", "T5Config", _T5),
-}
+    (
+        "T5ForConditionalGeneration", "T5Config", _T5,
+        ["peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated", "peft-internal-testing/tiny-random-t5",
+         "peft-internal-testing/tiny-random-T5ForConditionalGeneration"],
+    ),
+]  # fmt: skip
+MODELS = {name: (model, config, kwargs) for model, config, kwargs, names in FAMILIES for name in names}
 
 
 def build(cache: Path) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "peft_suite.csv"
 SHA256 = {"0.21.2": "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e"}
 NEEDED = ("datasets", "diffusers", "parameterized", "scipy", "attr", "transformers", "pytest")
-# Other methods with LoRA in their names are not ours to judge.
+# Leave out other methods with LoRA in their names.
 LORA = "lora and not (adalora or vblora or randlora or gralora or tinylora or delora or unilora or xlora)"
 QUICK = ("test_custom_models", "test_low_level_api", "test_lora_variants", "test_mixed")
 FILES = (
@@ -36,7 +36,7 @@ def unpack(archive: Path, directory: Path) -> Path:
     with tarfile.open(archive) as file:
         file.extractall(directory, filter="data")
     (source,) = directory.iterdir()
-    # Its modules import one another as a package's, whose __init__ was not shipped.
+    # Its modules import each other as a package, but the distribution lacks its __init__.
     (source / "tests" / "__init__.py").touch()
     return source
 

@@ -1,6 +1,6 @@
-"""What ``benchmarks.lab.peft_suite`` adds to a run of PEFT's own tests: acceleration from the harness, and a record of outcomes.
+"""A pytest plugin for runs of PEFT's own tests: it accelerates every model and records outcomes.
 
-It is pytest's plugin in that process alone (``-p benchmarks.lab.peft_suite.plugin``) and is told what to do by the environment.
+``benchmarks.lab.peft_suite`` loads it with ``-p benchmarks.lab.peft_suite.plugin`` and configures it through the environment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _counts: Counter[str] = Counter()
 
 
 class _Always(dict[str, int]):
-    """PEFT's record of the models that were downloaded before: all of them, so that no test goes to the hub."""
+    """Replaces PEFT's record of downloaded models; it contains every model, so no test contacts the hub."""
 
     def __contains__(self, key: object) -> bool:
         return True
@@ -34,7 +34,7 @@ def pytest_configure() -> None:
 
 
 def _accelerate_every_model() -> None:
-    """After PEFT has put an adapter into a model, whichever way, ``accelerate_peft`` is called on that model."""
+    """Call ``accelerate_peft`` on every model into which PEFT has put an adapter."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -56,7 +56,7 @@ def _accelerate_every_model() -> None:
 
 
 def _counted(name: str, op: Any) -> Any:
-    # With its name: these models are pickled.
+    # Keep its name: tests pickle these models.
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
         _counts[f"calls of {name}"] += 1

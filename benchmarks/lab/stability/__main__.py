@@ -3,9 +3,9 @@
     python -m benchmarks.lab.stability [--preset quick|full|transformers] [--out DIR] [--processes 2]
 
 Every optimizer trains the same adapters at every width, from the same start on the same batches: on the planted task
-(``_planted.py``) at widths 64 to 4096, and with ``--preset transformers`` small Transformers (``_small_transformers.py``). A unit
-of work is a width and a seed; what is finished lies in DIR/units and is not run again. ``--report`` only makes the tables and
-plots anew from there.
+(``planted_task.py``) at widths 64 to 4096, or with ``--preset transformers`` in small Transformers (``small_transformers.py``).
+A unit of work is a width and a seed. Finished units lie in DIR/units and are not run again. ``--report`` only makes tables and
+plots from them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.lab.stability import report
+from benchmarks.lab.stability import plots, report
 from benchmarks.lab.stability.study import PRESETS, collect, run, unit_file
 
 
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = [file for file in files if file.exists()]
     if not files:
         parser.error(f"{out} holds no units of this preset")
-    for path in report.write(collect(files), out):
+    found = collect(files)
+    for path in (*report.write(found, out), *plots.draw(found, out)):
         print(path)
     print((out / "table.txt").read_text(encoding="utf-8"))
     return 0

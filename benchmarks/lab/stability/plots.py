@@ -1,4 +1,4 @@
-"""Plots of ``benchmarks.lab.stability``'s runs, each to be read by itself."""
+"""Plots of ``benchmarks.lab.stability``'s runs; each stands alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.plot_style import BLUE, GREEN, GREY, RATIO_SHADES, STYLE, save
-from benchmarks.finetuning.plots import plt
+from benchmarks.common.plot_style import BLUE, GREEN, GREY, RATIO_SHADES, STYLE, plt, save
 from benchmarks.lab.stability.report import (
     FIRST,
     LATER,
@@ -26,7 +25,7 @@ from benchmarks.lab.stability.report import (
 from benchmarks.lab.stability.training import ADAMW, ARMS, LORA_PLUS, NEAR_ZERO, STABLE
 
 COLORS = dict(zip((arm.name for arm in ARMS), (BLUE, GREY, GREEN, *RATIO_SHADES), strict=True))
-# Of Stable-LoRA the largest ratio, which does most.
+# Stable-LoRA's largest ratio has the largest effect.
 SHOWN = (ADAMW, NEAR_ZERO, LORA_PLUS, STABLE[-1])
 PARTS = {"delta_1": "δ1 = s dB A Z", "delta_2": "δ2 = s B dA Z", "delta_3": "δ3 = s dB dA Z", "delta": "whole change"}
 

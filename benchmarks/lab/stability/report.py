@@ -1,9 +1,7 @@
-"""Tables, CSV files and plots of ``benchmarks.lab.stability``'s runs."""
+"""Tables and CSV files of ``benchmarks.lab.stability``'s runs."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections import defaultdict
@@ -13,7 +11,7 @@ from typing import Any
 
 from benchmarks.common.intervals import interval, log_slope
 from benchmarks.common.optimizers import SHRINK_RATIOS
-from benchmarks.common.tables import aligned, write_csv, write_text, write_zipped
+from benchmarks.common.tables import aligned, csv_text, write_csv, write_text, write_zipped
 from benchmarks.lab.stability.training import ADAMW, ARMS, DELTAS, LAWS, Arm, Law
 
 PLANTED, TRANSFORMERS = "planted", "transformers"
@@ -24,8 +22,8 @@ TASKS = {
 }
 Found = dict[str, Any]
 Records = Sequence[dict[str, Any]]
-# Exponents in n that the theory gives for a learning rate of n^-c: of delta_1 at the first step, where A is what it was drawn as,
-# and later, where it is what the steps have made of it. delta_2 and delta_3 are 1 - 2c throughout.
+# The theory's exponents in n for a learning rate of n^-c: of delta_1 at the first step, when A is as drawn, and later, when A is
+# what the steps made of it. delta_2 and delta_3 have 1 - 2c throughout.
 FIRST = {name: -law.power for name, law in LAWS.items()}
 LATER = {name: max(-law.power, 1 - 2 * law.power) for name, law in LAWS.items()}
 
@@ -40,8 +38,8 @@ def gamma(deltas: Records, arm: str, law: str, step: int, part: str) -> tuple[fl
     return log_slope([row["width"] for row in rows], [row[part] for row in rows])
 
 
-def shown(value: tuple[float, float] | None) -> str:
-    return "-" if value is None else f"{value[0]:+.2f} ± {value[1]:.2f}"
+def _shown(slope: float | None, half: float | None) -> str:
+    return "-" if slope is None else f"{slope:+.2f} ± {half:.2f}"
 
 
 def present(records: Records) -> list[Arm]:
@@ -60,49 +58,39 @@ def gamma_rows(deltas: Records, step: int) -> list[dict[str, Any]]:
         for arm in present(deltas):
             row: dict[str, Any] = {"law": law, "arm": arm.name, "step": step}
             for part in (*DELTAS, "a_z"):
-                found = gamma(deltas, arm.name, law, step, part)
-                row[part], row[f"{part}_95"] = found if found else (None, None)
+                row[part], row[f"{part}_95"] = gamma(deltas, arm.name, law, step, part) or (None, None)
             rows.append(row)
     return rows
 
 
 def gamma_table(deltas: Records, step: int) -> list[str]:
     cells = [["lr", "arm", "delta_1", "delta_2", "delta_3", "whole", "A Z"]]
-    for law in laws_of(deltas):
-        for arm in present(deltas):
-            found = [
-                gamma(deltas, arm.name, law, step, part) for part in ("delta_1", "delta_2", "delta_3", "delta", "a_z")
-            ]
-            cells.append([law, arm.name, *map(shown, found)])
+    for row in gamma_rows(deltas, step):
+        parts = ("delta_1", "delta_2", "delta_3", "delta", "a_z")
+        cells.append([row["law"], row["arm"], *(_shown(row[part], row[f"{part}_95"]) for part in parts)])
     return aligned(cells, left=2)
 
 
 def _log_losses(runs: Records) -> dict[tuple[str, int], dict[float, dict[int, float]]]:
-    """Of each arm and width, learning rate and seed of the grid."""
+    """By arm and width, learning rate and seed of the grid."""
     found: dict[tuple[str, int], dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         if run["law"] == "grid":
-            # A run that diverged counts as one that is ten times as bad as one that learned nothing.
+            # A run that diverged counts as ten times as bad as one that learned nothing.
             found[run["arm"], run["width"]][run["lr"]][run["seed"]] = math.log(min(max(run["loss"], 1e-12), 10.0))
     return found
 
 
 def best_lrs(runs: Records) -> list[dict[str, Any]]:
-    """For each arm and width the learning rate of the grid with the least held-out loss, in the mean of its logarithm; and the
-    ratio of that loss to AdamW's at AdamW's best, seed by seed."""
+    """Each arm's and width's learning rate with the least mean log loss on held-out examples, and the ratio of that loss to
+    AdamW's at AdamW's best, seed by seed."""
     losses, rows = _log_losses(runs), []
     best = {key: min(by_lr, key=lambda lr: statistics.fmean(by_lr[lr].values())) for key, by_lr in losses.items()}
     for (arm, width), lr in best.items():
         mine = losses[arm, width][lr]
         mean, half = interval([*mine.values()])
-        row: dict[str, Any] = {
-            "arm": arm,
-            "width": width,
-            "lr": lr,
-            "log_loss": mean,
-            "log_loss_95": half,
-            "seeds": len(mine),
-        }
+        row: dict[str, Any] = {"arm": arm, "width": width, "lr": lr}
+        row |= {"log_loss": mean, "log_loss_95": half, "seeds": len(mine)}
         base = losses[ADAMW.name, width][best[ADAMW.name, width]] if arm != ADAMW.name else {}
         if len(shared := [seed for seed in mine if seed in base]) > 1:
             row["log_ratio"], row["log_ratio_95"] = interval([mine[seed] - base[seed] for seed in shared])
@@ -114,7 +102,7 @@ def ratio_table(runs: Records) -> list[str]:
     rows = best_lrs(runs)
     widths = sorted({row["width"] for row in rows})
     cells = [["arm", *(f"n {width}" for width in widths)]]
-    # Where all lie within a percent of 1, two digits would show 1.00 alone.
+    # Ratios within a percent of 1 need more than two digits.
     far = max((abs(row["log_ratio"]) for row in rows if "log_ratio" in row), default=0.0)
     digits = 2 if far > 0.01 else 4
     for arm in present(runs):
@@ -135,38 +123,29 @@ def best_table(runs: Records) -> list[str]:
     cells = [["arm", *(f"n {width}" for width in widths), "exponent"]]
     for arm in present(runs):
         mine = {row["width"]: row for row in rows if row["arm"] == arm.name}
-        found = log_slope(widths, [mine[width]["lr"] for width in widths])
-        cells.append(
-            [arm.name, *(f"{mine[w]['lr']:g}: {math.exp(mine[w]['log_loss']):.3g}" for w in widths), shown(found)]
-        )
+        slope = log_slope(widths, [mine[width]["lr"] for width in widths]) or (None, None)
+        bests = [f"{mine[width]['lr']:g}: {math.exp(mine[width]['log_loss']):.3g}" for width in widths]
+        cells.append([arm.name, *bests, _shown(*slope)])
     return aligned(cells)
 
 
 def regime_rows(runs: Records, steps: int) -> list[dict[str, Any]]:
-    """Where the latch comes and what shrinking has done by then, for each ratio, learning rate and width of the grid."""
+    """When the latch comes and what shrinking has done by then, for each ratio, width and learning rate of the grid."""
+    groups: dict[tuple[str, int, float], list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        if run["law"] == "grid":
+            groups[run["arm"], run["width"], run["lr"]].append(run)
     rows = []
     for arm in present(runs):
-        if not arm.shrink_ratio:
-            continue
-        for width in sorted({run["width"] for run in runs}):
-            for lr in sorted({run["lr"] for run in runs if run["law"] == "grid"}):
-                mine = [r for r in runs if (r["arm"], r["width"], r["lr"], r["law"]) == (arm.name, width, lr, "grid")]
-                if mine:
-                    shrinks = statistics.median(run["shrinks"] for run in mine)
-                    rows.append(
-                        {
-                            "ratio": arm.shrink_ratio,
-                            "width": width,
-                            "lr": lr,
-                            # The least number of steps that B needs, from PEFT's start.
-                            "bound": 1 / (math.sqrt(3 * width) * lr),
-                            "shrinks": shrinks,
-                            "latched": sum(run["latched_at"] is not None for run in mine),
-                            "seeds": len(mine),
-                            "a_left": (1 - arm.shrink_ratio) ** shrinks,
-                            "steps": steps,
-                        }
-                    )
+        for (name, width, lr), mine in sorted(groups.items()):
+            if name != arm.name or not arm.shrink_ratio:
+                continue
+            shrinks = statistics.median(run["shrinks"] for run in mine)
+            row: dict[str, Any] = {"ratio": arm.shrink_ratio, "width": width, "lr": lr}
+            # The fewest steps that B needs, from PEFT's start.
+            row |= {"bound": 1 / (math.sqrt(3 * width) * lr), "shrinks": shrinks}
+            row |= {"latched": sum(run["latched_at"] is not None for run in mine), "seeds": len(mine)}
+            rows.append(row | {"a_left": (1 - arm.shrink_ratio) ** shrinks, "steps": steps})
     return rows
 
 
@@ -205,11 +184,8 @@ def table(found: Found) -> str:
     probed = steps_of(deltas)
     middle = [step for step in probed if step <= 20][-1]
     for step in dict.fromkeys((1, middle, last)):
-        lines += [
-            "",
-            f"Exponents found at step {step}, with 95 % intervals over widths and seeds",
-            *gamma_table(deltas, step),
-        ]
+        title = f"Exponents found at step {step}, with 95 % intervals over widths and seeds"
+        lines += ["", title, *gamma_table(deltas, step)]
     lines += [
         "",
         f"Shrinking steps until the latch (least by the bound), and what they left of A; lambda {max(SHRINK_RATIOS):g}; + where "
@@ -231,22 +207,13 @@ def write(found: Found, out: Path) -> list[Path]:
     write_csv(paths[1], [row for step in steps_of(found["deltas"]) for row in gamma_rows(found["deltas"], step)])
     # Losses differ by less than a part in a thousand: all digits that float32 has.
     write_csv(paths[2], [{name: short(value, 8) for name, value in run.items()} for run in found["runs"]])
-    paths.append(_write_deltas(out / "deltas.csv.gz", found["deltas"]))
+    # The steps' parts as measured, to four digits.
+    paths.append(out / "deltas.csv.gz")
+    deltas = [{name: short(value, 4) for name, value in row.items()} for row in found["deltas"]]
+    write_zipped(paths[-1], csv_text(deltas))
     write_csv(paths[3], regime_rows(found["runs"], found["steps"]))
     write_csv(paths[4], best_lrs(found["runs"]))
-    from benchmarks.lab.stability import plots
-
-    return paths + plots.draw(found, out)
-
-
-def _write_deltas(path: Path, rows: Records) -> Path:
-    """The steps' parts as they were measured, to four digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*rows[0]], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: short(value, 4) for name, value in row.items()} for row in rows)
-    write_zipped(path, text.getvalue())
-    return path
+    return paths
 
 
 def short(value: Any, digits: int) -> Any:

@@ -1,7 +1,7 @@
 """A family of small Transformers over characters, scaled in width: pretrained on the 42 plays, adapted to headlines.
 
-Two Llama layers of width n, heads of 32; everything else is the same at every width. The base is trained once a width, by AdamW
-at a learning rate of n^-1/2, and kept; a seed draws the adapters and the order of the headlines.
+Two Llama layers of width n with heads of 32; everything else is the same at every width. AdamW trains the base once for each
+width, at a learning rate of n^-1/2. A seed draws the adapters and the order of the headlines.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TARGETS = ["q_proj", "v_proj"]
 
 
 def blocks(text: str) -> Tensor:
-    """[blocks, LENGTH] of characters; what is not ASCII is a question mark."""
+    """[blocks, LENGTH] of characters; characters outside ASCII become question marks."""
     ids = torch.tensor(list(text.encode("ascii", errors="replace")))
     return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
@@ -75,7 +75,7 @@ def new_model(width: int) -> Any:
 
 @cache
 def base(width: int, directory: Path, steps: int = PRETRAINING_STEPS) -> Any:
-    """The frozen base, pretrained where ``directory`` does not hold it yet."""
+    """The frozen base, pretrained unless ``directory`` holds it."""
     file = directory / f"base{width}_{steps}.pt"
     model = new_model(width)
     if file.exists():
@@ -97,7 +97,7 @@ def base(width: int, directory: Path, steps: int = PRETRAINING_STEPS) -> Any:
 
 
 class Inputs:
-    """What the adapted layers get, in the order of the pairs."""
+    """The inputs of the adapted layers, by name."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         self.seen: dict[str, Tensor] = {}
@@ -115,7 +115,7 @@ class Inputs:
 def train(
     base_model: Any, seed: int, arm: Arm, lr: float, steps: int, probe: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """As ``_stability_runs.train``."""
+    """As :func:`benchmarks.lab.stability.training.train`."""
     model = share(base_model)
     torch.manual_seed(1000 + seed)
     slk.apply_lora(

@@ -1,4 +1,4 @@
-"""The presets' units of work, and running them."""
+"""The presets' units of work, and the code that runs them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run_unit(preset: Preset, width: int, seed: int, out: Path) -> Path:
 
 
 def made_with(preset: Preset) -> dict[str, Any]:
-    """What must be the same for a unit to be this preset's."""
+    """The settings that a unit of this preset was made with."""
     arms = [arm.name for arm in training.ARMS]
     return {"family": preset.family, "steps": preset.steps, "lrs": list(preset.lrs), "arms": arms}
 
@@ -98,7 +98,7 @@ def is_done(file: Path, preset: Preset) -> bool:
 
 
 def run(preset: Preset, out: Path, processes: int) -> None:
-    # The wide ones take longest, and go first.
+    # Wide ones take longest and go first.
     units = [(width, seed) for width in sorted(preset.widths, reverse=True) for seed in range(preset.seeds)]
     missing = [unit for unit in units if not is_done(unit_file(out, *unit), preset)]
     print(f"{len(units)} units (a width and a seed), {len(units) - len(missing)} done already", flush=True)

@@ -1,4 +1,4 @@
-"""Training the planted task, and what is measured on the way: the parts of each step's output change, norms and latches.
+"""Training of the planted task, with measurements: the parts of each step's output change, norms and latches.
 
 One step moves an adapted layer's output on fixed inputs Z by s (A_{t+1}, B_{t+1} against A_t, B_t), which is exactly
 
@@ -51,7 +51,7 @@ ARMS = (ADAMW, NEAR_ZERO, LORA_PLUS, *STABLE)
 
 @dataclass(frozen=True)
 class Law:
-    """How the learning rate goes with width: ``lr * (64 / n) ** power``."""
+    """The learning rate at a width: ``lr * (64 / n) ** power``."""
 
     lr: float
     power: float

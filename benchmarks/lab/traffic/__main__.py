@@ -1,9 +1,9 @@
-"""How many bytes the kernels move and how often they are launched: counted, by formula, and against the least possible.
+"""Bytes that the kernels move, and their launches: counted, by formula, and against the least possible.
 
     python -m benchmarks.lab.traffic [--csv FILE] [--device sm_90]
 
 Three tables. At small shapes, one case for each regime, every load and store is counted in Triton's interpreter, launch by
-launch, beside the formula of ``_traffic_formula``. At real shapes the formula alone. The optimizer's steady step is counted.
+launch, and compared with the formula. At real shapes the formula alone. The optimizer's steady step is counted.
 All go to a CSV file, a row a launch or a case (kernel "all"), whose ``source`` is "counted" or "formula".
 
 What a figure means:
@@ -16,8 +16,8 @@ What a figure means:
   of X, which is [M, K]). All tensors count, also A, B, S, dS, dA, dB, seeds and the sums that programs share.
 - *X, Y passes* = the same with X, Y, dY and dX alone in both terms of the difference.
 
-The product of the vendor's library can't be looked into; it counts as reading X, W and bias once and writing Y once. Not in the
-list is the launch that draws dropout's seed, of 8 bytes.
+The vendor's product counts as reading X, W and bias once and writing Y once: its code is not known. The launch that draws
+dropout's seed, of 8 bytes, is not in the list.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.common.tables import write_csv
 from benchmarks.lab.traffic.report import (
     REAL,
     REAL_QUANTIZED,
@@ -37,14 +38,15 @@ from benchmarks.lab.traffic.report import (
     SMALL_QUANTIZED,
     Case,
     Row,
-    _counted_table,
-    _formula_table,
-    _optimizer_table,
     case_rows,
     checks,
+    counted_table,
+    formula_table,
     group_rows,
     optimizer_rows,
+    optimizer_table,
 )
+from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES
 
 
@@ -55,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=RESULT, help=f"where to write all rows (default: {RESULT})")
     parser.add_argument("--device", choices=sorted(DEVICES), default="sm_90", help="the GPU whose launches are made")
     arguments = parser.parse_args(argv)
-    from stablelora_kernels.dispatch import backend
-
     if not backend.INTERPRETING:
         # Triton reads it as it is imported.
         given = sys.argv[1:] if argv is None else list(argv)
@@ -66,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             [sys.executable, "-m", "benchmarks.lab.traffic", *given],
             {**os.environ, "TRITON_INTERPRET": "1"},
         )
-    from benchmarks.common.tables import write_csv
-
     device = DEVICES[arguments.device]
 
     def rows(cases: Sequence[Case], count: bool = False) -> list[Row]:
@@ -80,13 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [row for row in (*real, *real_quantized) if row["kernel"] == "all"]
     print(
         f"Counted in the interpreter, launches as on {device.arch}, bytes:",
-        *_counted_table([*counted, *counted_quantized], [*formula, *formula_quantized]),
+        *counted_table([*counted, *counted_quantized], [*formula, *formula_quantized]),
         sep="\n",
     )
-    print(f"\nBy formula, forward and backward, launches as on {device.arch}:", *_formula_table(cases), sep="\n")
+    print(f"\nBy formula, forward and backward, launches as on {device.arch}:", *formula_table(cases), sep="\n")
     shared, shared_table = group_rows(device)
     print("\nProjections of one X, one by one -> together, by formula:", *shared_table, sep="\n")
-    print("\nThe optimizer's step, bytes:", *_optimizer_table(optimizer), sep="\n")
+    print("\nThe optimizer's step, bytes:", *optimizer_table(optimizer), sep="\n")
     print("", *checks(optimizer, cases), sep="\n")
     # What the vendor's product moves was not counted.
     counted = [row for row in counted if row["kernel"] != "vendor"]

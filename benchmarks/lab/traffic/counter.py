@@ -1,8 +1,8 @@
-"""Bytes that the kernels move: counted in Triton's interpreter, by formula, and the least that is possible.
+"""Bytes that the kernels move, counted in Triton's interpreter.
 
-A byte is *issued* each time that a program asks for it; elements that are masked off are not asked for. It is *unique* the
-first time in its launch: what memory must deliver where a cache keeps all else. Between launches nothing is kept. An atomic
-operation reads and writes. A descriptor's own 128 bytes, which the launch uploads, are not counted.
+A byte is *issued* each time that a program asks for it; nobody asks for masked elements. It is *unique* the first time in its
+launch: memory must deliver it even if a cache keeps everything else. Caches keep nothing between launches. An atomic operation
+reads and writes. The 128 bytes of a descriptor, which the launch uploads, are not counted.
 """
 
 from __future__ import annotations
@@ -17,41 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.lab.traffic.formula import (
-    Tensors,
-    Traffic,
-    activation_bytes,
-    floor_frozen_backward,
-    floor_frozen_forward,
-    floor_lora,
-    floor_optimizer,
-    formula,
-    formula_by_tensor,
-    named_tensors,
-    optimizer_formula,
-    total,
-)
+from benchmarks.lab.traffic.formula import Tensors, Traffic, formula_by_tensor, named_tensors, total
 from stablelora_kernels.dispatch import backend
-
-__all__ = [
-    "Counted",
-    "Tensors",
-    "Traffic",
-    "activation_bytes",
-    "counted",
-    "floor_frozen_backward",
-    "floor_frozen_forward",
-    "floor_lora",
-    "floor_optimizer",
-    "formula",
-    "formula_by_tensor",
-    "optimizer_formula",
-    "total",
-]
 
 
 class Counted(NamedTuple):
-    """One launch. ``ideal``: the vendor's product, which can't be looked into, so that its bytes are the least possible."""
+    """One launch. ``ideal``: the vendor's product; its bytes are the least possible, because its code is not known."""
 
     kernel: str
     traffic: Traffic
@@ -119,13 +90,13 @@ class _Recorder:
 
 @contextmanager
 def counted(**labels: Sequence[Tensor]) -> Iterator[list[Counted]]:
-    """Counts every launch in the body of the ``with`` statement; the list that it gives grows launch by launch.
+    """Count every launch in the body of the ``with`` statement, into the list that it gives.
 
-    ``labels`` name tensors that a kernel finds through a table of addresses; without, they are "elsewhere". A launch that
-    raises is not in the list. It holds for the whole process, threads included.
+    ``labels`` name tensors that a kernel finds through a table of addresses; without a label they are "elsewhere". A launch that
+    raises is not in the list. Counting covers the whole process, threads included.
 
     Raises:
-        RuntimeError: Triton's interpreter is not what runs the kernels.
+        RuntimeError: the kernels do not run in Triton's interpreter.
     """
     if not backend.INTERPRETING:
         raise RuntimeError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
@@ -136,30 +107,22 @@ def counted(**labels: Sequence[Tensor]) -> Iterator[list[Counted]]:
     found: list[Counted] = []
     current: list[_Recorder] = []
     others = [(name, tensor) for name, tensors in labels.items() for tensor in tensors]
-    load, store = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
-    update, swap = interpreter_builder.create_atomic_rmw, interpreter_builder.create_atomic_cas
     call, run = GridExecutor.__call__, VendorProduct.run
 
-    # The other loads and stores, descriptors' too, end in these. Their last arguments differ between releases of Triton.
-    def counting_load(pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        if current:
-            current[-1].add((current[-1].read,), pointers, mask)
-        return load(pointers, mask, *rest, **named)
+    def counting(name: str, *ways: str) -> Any:
+        """The interpreter's function ``name``, counting what it reads or writes at its pointers."""
+        real = getattr(interpreter_builder, name)
+        place = 1 if name.endswith("rmw") else 0
+        masks = {"create_masked_load": 1, "create_masked_store": 2, "create_atomic_rmw": 3}
 
-    def counting_store(pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        if current:
-            current[-1].add((current[-1].written,), pointers, mask)
-        return store(pointers, value, mask, *rest, **named)
+        # The last arguments differ between releases of Triton.
+        def wrapper(*args: Any, **named: Any) -> Any:
+            if current:
+                mask = args[masks[name]] if name in masks else None
+                current[-1].add([getattr(current[-1], way) for way in ways], args[place], mask)
+            return real(*args, **named)
 
-    def counting_update(op: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        if current:
-            current[-1].add((current[-1].read, current[-1].written), pointers, mask)
-        return update(op, pointers, value, mask, *rest, **named)
-
-    def counting_swap(pointers: Any, *rest: Any, **named: Any) -> Any:
-        if current:
-            current[-1].add((current[-1].read, current[-1].written), pointers, None)
-        return swap(pointers, *rest, **named)
+        return wrapper
 
     def counting_call(self: Any, *args: Any, **named: Any) -> Any:
         arguments = [*zip(self.arg_names, args, strict=False), *named.items()]
@@ -179,13 +142,14 @@ def counted(**labels: Sequence[Tensor]) -> Iterator[list[Counted]]:
         found.append(Counted("vendor", total(tensors.values()), tensors, ideal=True))
 
     with ExitStack() as stack:
-        for owner, name, replacement in (
-            (interpreter_builder, "create_masked_load", counting_load),
-            (interpreter_builder, "create_masked_store", counting_store),
-            (interpreter_builder, "create_atomic_rmw", counting_update),
-            (interpreter_builder, "create_atomic_cas", counting_swap),
-            (GridExecutor, "__call__", counting_call),
-            (VendorProduct, "run", counting_run),
+        # All loads and stores of kernels, descriptors' too, end in these.
+        for name, *ways in (
+            ("create_masked_load", "read"),
+            ("create_masked_store", "written"),
+            ("create_atomic_rmw", "read", "written"),
+            ("create_atomic_cas", "read", "written"),
         ):
-            stack.enter_context(patch.object(owner, name, replacement))
+            stack.enter_context(patch.object(interpreter_builder, name, counting(name, *ways)))
+        stack.enter_context(patch.object(GridExecutor, "__call__", counting_call))
+        stack.enter_context(patch.object(VendorProduct, "run", counting_run))
         yield found

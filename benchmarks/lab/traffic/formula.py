@@ -1,7 +1,4 @@
-"""Bytes that the kernels move by formula, without running them, and the least that is possible.
-
-What is counted how is said in ``_traffic``, which counts the same in the interpreter.
-"""
+"""Bytes that each kernel moves, by formula: ``counter`` counts the same in Triton's interpreter and explains the terms."""
 
 from __future__ import annotations
 
@@ -76,7 +73,7 @@ def _distinct(t: Tensor) -> int:
 
 
 class _Account:
-    """Adds up what a launch reads and writes: always a whole tensor, so many times."""
+    """Adds up a launch's reads and writes, each of a whole tensor a number of times."""
 
     def __init__(self, arguments: Iterable[tuple[str, Any]]) -> None:
         self.by_name = {name: (key, t) for key, t in named_tensors(arguments).items() for name in key.split("=")}
@@ -94,11 +91,11 @@ class _Account:
             self.tensors[key] = total((self.tensors.get(key, Traffic()), more))
 
     def read(self, name: str, times: int = 1, unique: bool = True) -> None:
-        """``unique`` False: the launch has counted it already."""
+        """``unique`` is False if the launch has counted the tensor already."""
         self._add(name, times, (True, False), unique)
 
     def look_up(self, name: str, elements: int) -> None:
-        """So many loads of single elements, which find every element of the tensor."""
+        """``elements`` loads of single elements, which reach every element of the tensor."""
         self._add(name, 1, (True, False), elements=elements)
 
     def write(self, name: str, times: int = 1) -> None:
@@ -135,7 +132,7 @@ class _Account:
 
 
 def formula_by_tensor(launch: Any) -> Tensors:
-    """What each tensor of a launch of ``lora_linear`` costs, without running it; tensors may be on the meta device."""
+    """The bytes of each tensor in a launch of ``lora_linear``, without running it; tensors may be on the meta device."""
     if not hasattr(launch, "kernel"):
         account = _Account(launch._asdict().items())
         for name in ("x", "w", *(() if launch.bias is None else ("bias",))):
@@ -152,7 +149,7 @@ def formula_by_tensor(launch: Any) -> Tensors:
 
 
 def formula(launch: Any) -> Traffic:
-    """What a launch of ``lora_linear`` costs, as :func:`counted` would count it, without running it."""
+    """The bytes of a launch of ``lora_linear``, without running it."""
     return total(formula_by_tensor(launch).values())
 
 
@@ -175,7 +172,7 @@ def _shrink(t: _Account, c: dict[str, Any]) -> None:
 def _linear(t: _Account, c: dict[str, Any]) -> None:
     """The product by any of the three kernels."""
     tiles_m, tiles_n = _tiles(c["M"], c["BLOCK_M"]), _tiles(c["N"], c["BLOCK_N"])
-    # The descriptors' kernel finishes a tile in parts, each of which reads S and the seed, also beyond N.
+    # The descriptors' kernel finishes a tile in parts. Each part reads S and the seed, also beyond N.
     parts = c["BLOCK_N"] // c["y_desc"].block_shape[1] if "y_desc" in c else 1
     t.read("x", tiles_n)
     t.read("w", tiles_m)
@@ -191,7 +188,7 @@ def _linear(t: _Account, c: dict[str, Any]) -> None:
         if c["STORE_S"]:
             t.write("s")
     if "SPLITS" in c:
-        # The room for S's sum stays empty where S is read, and that for rows beyond M always.
+        # The scratch for S's sum stays empty if S is read, and the scratch for rows beyond M always.
         columns = c["BLOCK_N"] + (0 if c["LOAD_S"] else c["BLOCK_R"])
         t.share(c["SPLITS"], c["M"] * columns / (c["BLOCK_M"] * (c["BLOCK_N"] + c["BLOCK_R"])))
     if c["ADD"]:
@@ -214,7 +211,7 @@ def _weight(t: _Account, c: dict[str, Any], n: int, k: int, rows: int, cols: int
         return
     if c["ALIGNED"]:
         t.read("q", times)
-        # A row of a tile has so many scales; those beyond k are not read, but their codes' values are looked up.
+        # A row of a tile has this many scales. Scales beyond k are not read, but their code values are looked up.
         in_tile = max(cols // c["BLOCKSIZE"], 1)
         scales = n * (k // c["BLOCKSIZE"] if cols >= c["BLOCKSIZE"] else tiles_k) * times
     else:
@@ -349,7 +346,7 @@ def optimizer_formula(numels: Sequence[int], itemsizes: Sequence[int], pairs: Se
     )
 
 
-# The least that is possible: every operand read once, every result written once.
+# Floors: every operand is read once, every result written once.
 
 
 def _floor(read: int, written: int) -> Traffic:

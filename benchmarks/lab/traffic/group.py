@@ -1,6 +1,6 @@
-"""Projections of one X, computed one by one and together: launches, bytes, and what is saved for backward.
+"""Projections of one X, computed one by one and together: launches, bytes, and bytes saved for backward.
 
-One by one, autograd adds up the projections' dX, each addition a launch that reads two of them and writes one.
+One by one, autograd adds up the projections' dX: each addition is a launch that reads two and writes one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.lab.traffic import counter as t
+from benchmarks.common.tables import aligned
+from benchmarks.lab.traffic import formula as t
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.launch import lora_linear_group
 from stablelora_kernels.launch.dry_run import call_launches, group_launches
@@ -33,7 +34,7 @@ class Group(NamedTuple):
         return "+".join(map(str, self.ns))
 
 
-# For the interpreter: descriptors and pointers, shared sums, ranks that fill no block, the vendor's products.
+# For the interpreter: descriptors and pointers, split-K sums, ranks that fill no block, the vendor's products.
 SMALL = (
     Group(70, (136, 72, 72), 200, 16),
     Group(70, (136, 72), 200, 3, 0.1),
@@ -83,7 +84,7 @@ def _totals(made: list[Any], additions: int, group: Group) -> tuple[int, int, in
 
 
 def saved(group: Group) -> int:
-    """Bytes of activations that are kept for backward, either way: X once, each S, and dropout's seeds."""
+    """Bytes saved for backward, the same either way: X once, each S, and dropout's seeds."""
     many = len(group.ns)
     return group.m * (group.k + group.r * many) * group.dtype.itemsize + 8 * many * (group.p > 0)
 
@@ -105,8 +106,6 @@ def group_row(device: Device, group: Group) -> Row:
 
 
 def group_table(rows: list[Row]) -> list[str]:
-    from benchmarks.common.tables import aligned
-
     cells = [["M x N x K", "r", "p", "launches", "unique MB", "X, Y passes", "saved MB, both", "unique, to apart"]]
     for row in rows:
         pairs = [

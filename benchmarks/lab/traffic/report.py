@@ -1,4 +1,4 @@
-"""The cases whose bytes are counted, and their rows."""
+"""The counted cases, their rows and tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common.tables import RESULTS
+from benchmarks.common.tables import RESULTS, aligned
+from benchmarks.lab.traffic import formula as t
+from benchmarks.lab.traffic import group
+from benchmarks.lab.traffic.counter import counted
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
@@ -22,7 +25,7 @@ Row = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """A call of ``lora_linear`` with a bias, forward and backward, the kernel that is forced for Y and dX, or W's storage."""
+    """A call of ``lora_linear`` with a bias, forward and backward; with a forced kernel for Y and dX, or a quantized W."""
 
     m: int
     n: int
@@ -53,7 +56,7 @@ class Case(NamedTuple):
         return {**dict(zip(("M", "N", "K", "r", "dropout"), self, strict=False)), "dtypes": self.dtypes}
 
 
-# One for each regime, in sizes that do not divide tiles; rows of 16 bytes' multiples, which descriptors want.
+# One case for each regime. Sizes do not divide tiles; rows are multiples of 16 bytes, as descriptors require.
 SMALL = (
     Case(1, 520, 1032, 16),
     Case(9, 328, 904, 64, 0.1),
@@ -85,7 +88,7 @@ TARGET = Case(8192, 4096, 4096, 16, 0.1)
 
 
 class Set(NamedTuple):
-    """Pairs that an optimizer holds, alike, and other parameters beside them."""
+    """An optimizer's parameters: equal pairs, and others outside pairs."""
 
     pairs: int
     r: int
@@ -135,7 +138,7 @@ def launches(device: Device, case: Case) -> tuple[list[Any], list[Any]]:
 
 
 def quantized_weight(n: int, k: int, kind: str) -> NF4Weight | FP8Weight:
-    """A weight in which every value of a code occurs, where it has as many elements and scales."""
+    """A weight with every value of a code, if it has enough elements and scales."""
     if kind == "fp8":
         return FP8Weight(torch.zeros(n, k).to(torch.float8_e4m3fn), torch.ones(n))
     blocks = -(-n * k // 64)
@@ -145,7 +148,7 @@ def quantized_weight(n: int, k: int, kind: str) -> NF4Weight | FP8Weight:
 
 
 def formula_launches(device: Device, case: Case) -> tuple[list[Any], list[Any]]:
-    """Those launches on tensors without memory."""
+    """The same launches on tensors without memory."""
     from stablelora_kernels.launch.dry_run import call_launches, quantized_launches
 
     if case.quantized:
@@ -160,13 +163,11 @@ def _name(launch: Any) -> str:
 
 
 def case_rows(device: Device, case: Case, count: bool) -> list[Row]:
-    """A row for each launch, then one for all; counted where ``count``, and else by formula."""
-    from benchmarks.lab.traffic import counter as t
-
+    """A row for each launch, then one for all, counted or by formula."""
     directions = launches(device, case) if count else formula_launches(device, case)
     listed = [(word, launch) for word, made in zip(("forward", "backward"), directions, strict=True) for launch in made]
     if count:
-        with t.counted() as found:
+        with counted() as found:
             for _, launch in listed:
                 launch.run(torch.device("cpu"))
         tensors = [launch.tensors for launch in found]
@@ -200,8 +201,7 @@ def case_rows(device: Device, case: Case, count: bool) -> list[Row]:
 
 
 def optimizer_rows(tensors: Set) -> list[Row]:
-    """A step counted, after the first, which measures sums that later ones have; and the same by formula."""
-    from benchmarks.lab.traffic import counter as t
+    """A row of a counted step, and one by formula. Counts the second step: the first also measures the sums."""
     from stablelora_kernels.dispatch.backend import use_backend
     from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
     from stablelora_kernels.optim.state import Pair
@@ -223,7 +223,7 @@ def optimizer_rows(tensors: Set) -> list[Row]:
         optimizer.step()
         state = optimizer.state
         moments = {name: [state[p][key] for p in params] for name, key in (("m", "exp_avg"), ("v", "exp_avg_sq"))}
-        with t.counted(p=params, g=[p.grad for p in params if p.grad is not None], **moments) as found:
+        with counted(p=params, g=[p.grad for p in params if p.grad is not None], **moments) as found:
             optimizer.step()
     sizes = [p.numel() for p in params], [p.element_size() for p in params]
     floor = t.floor_optimizer(*sizes)
@@ -251,22 +251,10 @@ def _case_cells(row: Row) -> list[str]:
     return [f"{row['M']}x{row['N']}x{row['K']}", str(row["r"]), f"{row['dropout']:g}", row["dtypes"]]
 
 
-def _counted_table(counted: Sequence[Row], formula: Sequence[Row]) -> list[str]:
-    from benchmarks.common.tables import aligned
-
-    cells = [
-        [
-            "M x N x K",
-            "r",
-            "p",
-            "dtypes",
-            "launch",
-            *(word.replace("_", " ") for word in MOVED),
-            "formula",
-            "unique/floor",
-        ]
-    ]
-    for row, other in zip(counted, formula, strict=True):
+def counted_table(rows: Sequence[Row], formula: Sequence[Row]) -> list[str]:
+    heads = ["M x N x K", "r", "p", "dtypes", "launch", *(word.replace("_", " ") for word in MOVED)]
+    cells = [[*heads, "formula", "unique/floor"]]
+    for row, other in zip(rows, formula, strict=True):
         same = "equal" if all(row[key] == other[key] for key in MOVED) else "DIFFERENT"
         name = f"{row['launches']} launches" if row["kernel"] == "all" else f"{row['pass']} {row['kernel']}"
         how = "ideal" if row["kernel"] == "vendor" else same
@@ -275,9 +263,7 @@ def _counted_table(counted: Sequence[Row], formula: Sequence[Row]) -> list[str]:
     return aligned(cells, 5)
 
 
-def _formula_table(rows: Sequence[Row]) -> list[str]:
-    from benchmarks.common.tables import aligned
-
+def formula_table(rows: Sequence[Row]) -> list[str]:
     heads = ["M x N x K", "r", "p", "dtypes", "launches"]
     cells = [[*heads, "issued MB", "unique MB", "floor MB", "unique/floor", "extra passes", "X, Y passes"]]
     for row in rows:
@@ -288,9 +274,7 @@ def _formula_table(rows: Sequence[Row]) -> list[str]:
     return aligned(cells, 4)
 
 
-def _optimizer_table(rows: Sequence[Row]) -> list[str]:
-    from benchmarks.common.tables import aligned
-
+def optimizer_table(rows: Sequence[Row]) -> list[str]:
     cells = [
         ["tensors", "launches", *(word.replace("_", " ") for word in MOVED), "unique/floor", "issued/floor", "formula"]
     ]
@@ -303,11 +287,8 @@ def _optimizer_table(rows: Sequence[Row]) -> list[str]:
 
 def group_rows(device: Device) -> tuple[list[Row], list[str]]:
     """Rows of projections that share X, one by one and together, and their table."""
-    from benchmarks.lab.traffic.group import REAL as groups
-    from benchmarks.lab.traffic.group import group_row, group_table
-
-    rows = [group_row(device, group) for group in groups]
-    return rows, group_table(rows)
+    rows = [group.group_row(device, each) for each in group.REAL]
+    return rows, group.group_table(rows)
 
 
 def _check(words: str, found: float, limit: float) -> str:
@@ -315,7 +296,7 @@ def _check(words: str, found: float, limit: float) -> str:
 
 
 def checks(optimizer: Sequence[Row], real: Sequence[Row]) -> list[str]:
-    """The targets, each with the figure found."""
+    """The targets, each with its figure."""
     counted = [row for row in optimizer if row["source"] == "counted"]
     target = next(row for row in real if all(row[key] == value for key, value in TARGET.columns.items()))
     shape = f"lora_linear {TARGET.m} x {TARGET.n} x {TARGET.k}, r {TARGET.r}, dropout {TARGET.p:g}"

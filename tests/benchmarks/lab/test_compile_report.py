@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.common.tables import write_csv
 from benchmarks.lab.compile_report import __main__
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
@@ -240,7 +241,7 @@ def test_rows_that_vanish_and_appear_are_found() -> None:
 
 def test_a_csv_gives_the_rows_back(tmp_path: Path) -> None:
     rows = [row(), row(variant='r32, "odd"', mma="")]
-    report.write_csv(tmp_path / "report.csv", rows)
+    write_csv(tmp_path / "report.csv", rows, report.KEYS)
     assert report.read_csv(tmp_path / "report.csv") == rows
 
 
@@ -353,12 +354,12 @@ def test_quantized_weights_are_loaded_16_bytes_at_a_time(arch: str) -> None:
     """In the main loop, asynchronously: the other copies there are of 4 bytes, the nested scales of a block."""
     code = """
 import json, re, sys
-from benchmarks import _launches, _machine_code
-from stablelora_kernels.dispatch.rules import DEVICES
+from benchmarks.lab.compile_report import launches, machine_code
+from stablelora_kernels.dispatch.problem import DEVICES
 found = {}
-for dtype, launch in _launches.quantized_lora_linear_launches(DEVICES[sys.argv[1]]):
+for dtype, launch in launches.quantized_lora_linear_launches(DEVICES[sys.argv[1]]):
     if dtype == "bf16/fp32" and "nf4" in launch.variant and "TRANS_W" in launch.constants and launch.variant not in found:
-        ptx = _machine_code.compile_launch(launch, sys.argv[1]).asm["ptx"]
+        ptx = machine_code.compile_launch(launch, sys.argv[1]).asm["ptx"]
         found[launch.variant] = re.findall(r"cp\\.async\\.c[ag]\\.shared\\.global \\[[^]]*\\], \\[[^]]*\\], (0x\\w+)", ptx)
 print(json.dumps(found))
 """
@@ -384,7 +385,7 @@ def test_kernels_keep_the_report() -> None:
 
 # In a process of its own, where Triton compiles.
 DIGESTS = """
-from benchmarks import compile_report as report
+from benchmarks.lab.compile_report import report
 from benchmarks.lab.compile_report.machine_code import digest
 jobs = report.jobs(report.FULL)
 places = range(len(jobs))

@@ -211,8 +211,8 @@ def test_quantized_command(capsys, monkeypatch):
 
 def test_command(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="plots need the bench extra")
-    monkeypatch.setattr(predict, "SIZES", ((4096, 4096),))
-    monkeypatch.setattr(predict, "ROWS", (64, 8192))
+    monkeypatch.setattr(__main__, "SIZES", ((4096, 4096),))
+    monkeypatch.setattr(__main__, "ROWS", (64, 8192))
     __main__.main(["--out", str(tmp_path), "--dropout", "0.1"])
     printed = capsys.readouterr().out
     assert printed.startswith("All times are PREDICTED for an H100 SXM in bf16, dropout 0.1; none is measured.")

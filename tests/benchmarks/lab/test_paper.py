@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.common.data import Dataset
 from benchmarks.common.tables import RESULTS
-from benchmarks.lab.paper import __main__, ablations, report, scores, training
+from benchmarks.lab.paper import __main__, ablations, plots, report, scores, training
 from benchmarks.lab.paper import study as paper
 from benchmarks.lab.paper import tasks as _paper_tasks
 from benchmarks.lab.paper.training import ADAMW, LORA_PLUS, RIEMANNIAN, RITE, STABLE, Run
@@ -211,7 +211,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     assert row["difference"] == pytest.approx(0.02) and row["difference_95"] == pytest.approx(0, abs=1e-9)
     assert (row["p"], row["pairs"], row["a_left"]) == (pytest.approx(2 / 8), 3, 0.975)
     records.append(record(replace(stable, stop_condition="never"), test=0.7))
-    for path in report.write(records, tmp_path):
+    for path in (*report.write(records, tmp_path), *plots.draw(records, tmp_path)):
         assert path.stat().st_size > 100
     text = (tmp_path / "table.txt").read_text()
     assert "+2.00 ± 0.00" in text and "stop_condition never" in text and "0.250 (3)" in text
@@ -240,7 +240,7 @@ def test_of_language_modeling_the_lowest_loss_is_best(tmp_path):
     records += [record(replace(runs[-1], seed=2, lr=0.1)) | {"validation": worse, "test": worse}]
     header, _, adamw, *_, fell = report.fallen_table(records, loss=True)
     assert header.startswith("runs above 4.086 nats,") and "1 of 1" in fell and "of" not in adamw
-    assert tmp_path / "m_plays_bf16_9_4.png" in report.write(records, tmp_path)
+    assert tmp_path / "m_plays_bf16_9_4.png" in plots.draw(records, tmp_path)
 
 
 def test_an_ablation_is_beside_what_it_changed(tmp_path):

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from benchmarks.lab.traffic import counter as t
+from benchmarks.lab.traffic import formula, report
 from benchmarks.lab.traffic import group as _traffic_group
-from benchmarks.lab.traffic import report
 from benchmarks.lab.traffic.report import BF16, FP16, FP32, Case, Set
 from stablelora_kernels.dispatch import backend, problem, tiles
 from stablelora_kernels.dispatch.problem import DEVICES
@@ -59,8 +59,8 @@ def compare(arch: str, case: Case) -> list[str]:
         for launch in (*forward, *backward):
             launch.run(CPU)
     for launch, seen in zip((*forward, *backward), found, strict=True):
-        assert seen.tensors == t.formula_by_tensor(launch), seen.kernel
-        assert seen.traffic == t.formula(launch), seen.kernel
+        assert seen.tensors == formula.formula_by_tensor(launch), seen.kernel
+        assert seen.traffic == formula.formula(launch), seen.kernel
     return [seen.kernel.removeprefix("_").removesuffix("_kernel") for seen in found]
 
 
@@ -91,7 +91,7 @@ def test_the_formula_counts_projections_that_share_x(group, arch):
         for launch in made:
             launch.run(CPU)
     for launch, seen in zip(made, found, strict=True):
-        assert seen.tensors == t.formula_by_tensor(launch), seen.kernel
+        assert seen.tensors == formula.formula_by_tensor(launch), seen.kernel
 
 
 def test_sharing_x_saves_its_reads_and_the_sums_of_its_gradients():
@@ -159,7 +159,7 @@ def test_few_of_the_gradients_and_no_rows():
             with t.counted() as found:
                 for launch in made:
                     launch.run(CPU)
-            assert [seen.tensors for seen in found] == [t.formula_by_tensor(launch) for launch in made]
+            assert [seen.tensors for seen in found] == [formula.formula_by_tensor(launch) for launch in made]
             results = [
                 report.written_issued
                 for seen in found
@@ -184,7 +184,7 @@ def test_the_branch_alone(m, r, p):
     with t.counted() as found:
         for launch in (*forward, *backward):
             launch.run(CPU)
-    assert [seen.tensors for seen in found] == [t.formula_by_tensor(launch) for launch in (*forward, *backward)]
+    assert [seen.tensors for seen in found] == [formula.formula_by_tensor(launch) for launch in (*forward, *backward)]
     by_name = found[len(forward) - 1].tensors
     assert by_name["base"] == (m * 56 * 2, 0, m * 56 * 2, 0) and by_name["y"] == (0, m * 56 * 2, 0, m * 56 * 2)
 
@@ -230,7 +230,7 @@ def test_quantized_weights(kind, m, n, k, blocksize, nested, dtype, p):
         for launch in launches:
             launch.run(CPU)
     for launch, seen in zip(launches, found, strict=True):
-        expected = t.formula_by_tensor(launch)
+        expected = formula.formula_by_tensor(launch)
         if weight.shape[0] * weight.shape[1] < 256 * blocksize:
             # Too few scales for all values of their code.
             for tensors in (seen.tensors, expected):
@@ -255,7 +255,7 @@ def test_a_broadcast_operand_is_unique_once():
     (launch,) = forward_launches(DEVICES["sm_90"], x, w, None, a, b, None, y, None, 1.0, 0.0, choice)
     with t.counted() as found:
         launch.run(CPU)
-    assert found[0].tensors == t.formula_by_tensor(launch)
+    assert found[0].tensors == formula.formula_by_tensor(launch)
     assert found[0].tensors["x"] == (70 * 64 * 2, 0, 64 * 2, 0)
 
 
@@ -263,7 +263,7 @@ def test_meta_and_real_tensors_give_one_formula():
     for case in (*report.SMALL, *report.SMALL_QUANTIZED):
         real, meta = (make(DEVICES["sm_90"], case) for make in (report.launches, report.formula_launches))
         for one, other in zip((*real[0], *real[1]), (*meta[0], *meta[1]), strict=True):
-            assert t.formula_by_tensor(one) == t.formula_by_tensor(other)
+            assert formula.formula_by_tensor(one) == formula.formula_by_tensor(other)
 
 
 # Counting.
@@ -356,13 +356,13 @@ def test_counting_needs_the_interpreter(monkeypatch):
 
 
 def test_floors_by_hand():
-    assert t.floor_frozen_forward(2, 3, 5, BF16) == (2 * (10 + 15 + 3), 12, 2 * (10 + 15 + 3), 12)
-    assert t.floor_frozen_forward(2, 3, 5, BF16, bias=False).read_unique == 2 * (10 + 15)
-    assert t.floor_frozen_backward(2, 3, 5, BF16)[:2] == (2 * (6 + 15), 20)
-    forward, backward = t.floor_lora(2, 3, 5, 1, BF16, FP32, dropout=True)
+    assert formula.floor_frozen_forward(2, 3, 5, BF16) == (2 * (10 + 15 + 3), 12, 2 * (10 + 15 + 3), 12)
+    assert formula.floor_frozen_forward(2, 3, 5, BF16, bias=False).read_unique == 2 * (10 + 15)
+    assert formula.floor_frozen_backward(2, 3, 5, BF16)[:2] == (2 * (6 + 15), 20)
+    forward, backward = formula.floor_lora(2, 3, 5, 1, BF16, FP32, dropout=True)
     assert forward[:2] == (2 * (10 + 15 + 3) + 4 * 8 + 8, 12)
     assert backward[:2] == (2 * (6 + 15 + 10) + 4 * 8 + 8, 20 + 4 * 8)
-    assert t.floor_optimizer([3, 5], [2, 4])[:2] == (2 * (6 + 20) + 8 * 8, 26 + 8 * 8)
+    assert formula.floor_optimizer([3, 5], [2, 4])[:2] == (2 * (6 + 20) + 8 * 8, 26 + 8 * 8)
 
 
 @pytest.mark.parametrize("case", [Case(200, 136, 136, 16, 0.1), Case(70, 137, 75, 8)])
@@ -412,7 +412,8 @@ def test_the_optimizer_is_close_to_its_floor(tensors):
 def test_the_command_sets_the_interpreter_and_writes_all_rows(tmp_path):
     """With one case of each table, as the whole takes half a minute."""
     code = (
-        "import sys; from benchmarks import traffic as b; b.SMALL, b.REAL, b.SETS = b.SMALL[7:8], (b.TARGET,), b.SETS[:1]; "
+        "import sys; from benchmarks.lab.traffic import __main__ as b, report; "
+        "b.SMALL, b.REAL, b.SETS = b.SMALL[7:8], (report.TARGET,), b.SETS[:1]; "
         "b.SMALL_QUANTIZED, b.REAL_QUANTIZED = b.SMALL_QUANTIZED[:1], b.REAL_QUANTIZED[:1]; "
         "sys.exit(b.main(sys.argv[1:]))"
     )
