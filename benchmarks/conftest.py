@@ -16,12 +16,6 @@ from benchmarks.suite.rivals import Case, Race
 from stablelora_kernels.testing import torch_device
 
 ROUNDS = {"quick": 15, "full": 50, "tiny": 3}
-MARKS = {
-    "host": "the Python of a call, without its launches; TRITON_INTERPRET=1 adds Triton's on a machine without a GPU",
-    "pretrained": "a training step of SmolLM2-135M with every optimizer; downloads the model and data",
-    "scaling": "time and memory against width, rank, tokens, pairs and parameters",
-    "storage": "the optimizer with fewer bits for moments and parameters: time, bytes, losses",
-}
 CASES = pytest.StashKey[dict[str, Case]]()
 REPORTS = pytest.StashKey[list[dict[str, Any]]]()
 LOAD = pytest.StashKey[float]()
@@ -57,8 +51,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[DEVICE] = torch_device(config.getoption("device"))
     except ValueError as error:
         raise pytest.UsageError(f"--{error}") from None
-    for mark, words in MARKS.items():
-        config.addinivalue_line("markers", f"{mark}: {words}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

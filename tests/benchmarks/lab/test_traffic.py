@@ -107,16 +107,16 @@ def test_sharing_x_saves_its_reads_and_the_sums_of_its_gradients():
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        (Case(5, 330, 1300, 3), "small shrink small"),
-        (Case(17, 100, 1100, 40, 0.3), "shrink small shrink small"),
-        (Case(17, 100, 1100, 80), "shrink small shrink small"),
+        (Case(5, 330, 1300, 3), "split_k shrink split_k"),
+        (Case(17, 100, 1100, 40, 0.3), "shrink split_k shrink split_k"),
+        (Case(17, 100, 1100, 80), "shrink split_k shrink split_k"),
         (Case(70, 264, 136, 16), "shrink linear shrink linear"),
         (Case(70, 136, 264, 16, 0.1, lora_dtype=BF16), "shrink linear shrink linear"),
         (Case(136, 200, 136, 64), "shrink linear shrink linear"),
         (Case(70, 137, 75, 128, 0.1), "shrink linear shrink linear"),
-        (Case(40, 100, 136, 16, dtype=FP32), "vendor branch vendor branch grads"),
+        (Case(40, 100, 136, 16, dtype=FP32), "vendor expand vendor expand weight_grads"),
         (Case(550, 24, 40, 80, 0.1), "shrink linear shrink linear"),
-        (Case(550, 24, 40, 80, 0.1, kernel="vendor"), "vendor shrink branch vendor shrink branch grads"),
+        (Case(550, 24, 40, 80, 0.1, kernel="vendor"), "vendor shrink expand vendor shrink expand weight_grads"),
     ],
 )
 def test_the_formula_counts_right_at_the_tables_tiles(case, expected, arch):
@@ -127,10 +127,10 @@ def test_the_formula_counts_right_at_the_tables_tiles(case, expected, arch):
 def test_the_cases_above_share_sums():
     """Else the formula for shared sums would not have been tried."""
     for case, kernels in (
-        (Case(5, 330, 1300, 3), "small"),
-        (Case(17, 100, 1100, 40, 0.3), "small shrink"),
+        (Case(5, 330, 1300, 3), "split_k"),
+        (Case(17, 100, 1100, 40, 0.3), "split_k shrink"),
         (Case(550, 24, 40, 80), "dB dA"),
-        (Case(550, 24, 40, 80, kernel="vendor"), "grads"),
+        (Case(550, 24, 40, 80, kernel="vendor"), "weight_grads"),
     ):
         shared = set()
         for launch in (launch for made in report.formula_launches(DEVICES["sm_90"], case) for launch in made):
