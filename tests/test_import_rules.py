@@ -1,4 +1,4 @@
-"""The rules of imports that docs/architecture.md draws: each file's imports are read, none is run."""
+"""The rules of imports that docs/internals/architecture.md draws: each file's imports are read, none is run."""
 
 from __future__ import annotations
 

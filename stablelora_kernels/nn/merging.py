@@ -120,7 +120,7 @@ class Mergeable(nn.Module):
 
     @property
     def frozen_weight(self) -> nn.Parameter:
-        """The frozen W: ``weight``, or the Parameter that :meth:`unmerge` will restore while the layer is merged."""
+        """``weight``; while the layer is merged, the Parameter that :meth:`unmerge` will restore."""
         return self.__dict__["_unmerged_weight"] if self.merged else self.weight
 
     def _stored_delta(self) -> Tensor:

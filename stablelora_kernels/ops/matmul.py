@@ -1,7 +1,7 @@
 """Matrix products on PyTorch's operators: the one place that chooses between PyTorch's CPU libraries.
 
 On x86, PyTorch uses MKL for float32 and oneDNN for bfloat16. On AMD processors with AVX-512, oneDNN takes half of MKL's time:
-MKL uses only AVX2 on processors that are not Intel's (docs/architecture.md). Inductor calls the same operator.
+MKL uses only AVX2 on processors that are not Intel's (docs/internals/architecture.md). Inductor calls the same operator.
 ``torch.backends.mkldnn.flags(enabled=False)`` turns oneDNN off here as everywhere in PyTorch.
 """
 

@@ -15,7 +15,7 @@ import stablelora_kernels
 from stablelora_kernels import functional, reference
 from tests.helpers.processes import ROOT, printed
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # A block is run unless this is in the line before it.
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 PRINTED = re.compile(r"^It prints\n\n```text\n(.*?)^```$", re.M | re.S)
@@ -94,12 +94,12 @@ def machine_code_of(page: str, directory: Path) -> Any:
 
 
 def test_the_example_kernel_compiles(tmp_path: Path) -> None:
-    facts = machine_code_of("adding-a-kernel.md", tmp_path)
+    facts = machine_code_of("internals/adding-a-kernel.md", tmp_path)
     assert facts.items() >= {"spills": 0, "load_bits": 16, "store_bits": 128, "wide_loads": 2}.items()
 
 
 def test_the_tensor_that_is_followed_meets_these_instructions(tmp_path: Path) -> None:
-    s, y, ds, dx = machine_code_of("kernels-walkthrough.md", tmp_path)
+    s, y, ds, dx = machine_code_of("internals/kernels-walkthrough.md", tmp_path)
     assert [launch["programs"] for launch in (s, y, ds, dx)] == [256, 132, 768, 260]
     shrink, linear = "_lora_shrink_kernel", "_lora_linear_tma_kernel"
     assert [launch["kernel"] for launch in (s, y, ds, dx)] == [shrink, linear, shrink, linear]
@@ -108,7 +108,7 @@ def test_the_tensor_that_is_followed_meets_these_instructions(tmp_path: Path) ->
         "y": ("UTMALDG.2D", "HGMMA.64x256x16", "ACQBULK", "HGMMA.64x128x16", "UTMASTG.2D"),
         "dx": ("LDGSTS", "HGMMA.64x16x16"),
     }
-    text = (ROOT / "docs" / "kernels-walkthrough.md").read_text(encoding="utf-8").split("## One tensor on the GPU")[1]
+    text = (ROOT / "docs" / "internals" / "kernels-walkthrough.md").read_text(encoding="utf-8").split("## One tensor on the GPU")[1]
     for launch, keys in ((s, ["shrink"]), (y, ["y"]), (ds, ["shrink"]), (dx, ["y", "dx"])):
         for name in (name for key in keys for name in named[key]):
             assert any(found.startswith(name) for found in launch["instructions"]), (launch["kernel"], name)
@@ -118,7 +118,7 @@ def test_the_tensor_that_is_followed_meets_these_instructions(tmp_path: Path) ->
 def documented_names() -> set[str]:
     """The full names that the reference documents."""
     names: set[str] = set()
-    for page in (ROOT / "docs" / "api").glob("*.md"):
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
         module = ""
         for directive, name in re.findall(
             r"^\.\. (automodule|currentmodule|auto\w+):: (\S+)$", page.read_text(encoding="utf-8"), re.M
@@ -153,9 +153,9 @@ def messages() -> list[str]:
 
 
 def test_messages_are_the_codes() -> None:
-    """The last code span of every row of unsupported.md is a message of the code, where it is one and not a name."""
+    """The last code span of every row of limitations.md is a message of the code, where it is one and not a name."""
     rows = [
-        line for line in (ROOT / "docs" / "unsupported.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "
+        line for line in (ROOT / "docs" / "limitations.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "
     ]
     quoted = [span for row in rows for span in re.findall(r"`([^`]+)`", row.split(" | ", 1)[1]) if span.count(" ") > 2]
     assert len(quoted) > 60

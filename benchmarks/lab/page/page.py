@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, from the results stored in benchmarks/results and nothing else."""
+"""docs/results/benchmarks.md, from the results stored in benchmarks/results and nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.common.tables import RESULTS, markdown
 from stablelora_kernels.utils.timing import PACKAGES
 
-PAGE = RESULTS.parents[1] / "docs" / "benchmarks.md"
+PAGE = RESULTS.parents[1] / "docs" / "results" / "benchmarks.md"
 # Sections as the page had them when single scripts measured, before the suite: losses, a blank line, the sections. The JSON files
 # beside it hold the same figures; no command makes such files any more.
 BEFORE = "before_the_suite.md"
@@ -76,7 +76,7 @@ def suite(file: Path) -> Section:
 
 def plot_of(file: Path, axis: str) -> str:
     """The plot of an axis of a suite's file, relative to the page."""
-    return f"_static/benchmarks/{file.parent.name}/{file.stem}_{axis.replace(', ', '_')}.png"
+    return f"../_static/benchmarks/{file.parent.name}/{file.stem}_{axis.replace(', ', '_')}.png"
 
 
 def sections(directory: Path) -> Iterator[Section]:
