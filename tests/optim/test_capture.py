@@ -17,9 +17,8 @@ from stablelora_kernels.launch import base
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from stablelora_kernels.dispatch.backend import use_backend
-from stablelora_kernels.kernels.stable_adamw import norms
-from stablelora_kernels.kernels.stable_adamw import step as stable_adamw
-from stablelora_kernels.optim import graph_capture as staging
+from stablelora_kernels.launch import stable_adamw as launcher
+from stablelora_kernels.optim import graph_capture
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.steps import latches
@@ -42,9 +41,8 @@ class Graph:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: Callable[[], Any]) -> None:
         self.launches: list[tuple[Any, ...]] = []
         with monkeypatch.context() as patch:
-            patch.setattr(staging, "capturing", lambda: True)
-            for module in (stable_adamw, norms):
-                patch.setattr(module, "launch", lambda *args, **meta: self.launches.append((args, meta)))
+            patch.setattr(graph_capture, "capturing", lambda: True)
+            patch.setattr(launcher, "launch", lambda *args, **meta: self.launches.append((args, meta)))
             step()
 
     def replay(self) -> None:
@@ -190,7 +188,7 @@ def test_memory_is_set_aside_for_some_captures(monkeypatch: pytest.MonkeyPatch) 
         kept += [p.grad for p in params_of(optimizer)]
         optimizer.step()
     with pytest.raises(RuntimeError, match=r"no memory is set aside for their table\. Run a step between captures"):
-        for _ in range(staging.Staging.SPARES + 1):
+        for _ in range(graph_capture.Staging.SPARES + 1):
             capture_new_gradients()
             kept += [p.grad for p in params_of(optimizer)]
 
@@ -235,8 +233,7 @@ def test_a_step_is_its_launches_and_nothing_else(monkeypatch: pytest.MonkeyPatch
         fill_grads(optimizer, step)
         optimizer.step()
     optimizer.param_groups[0]["lr"].fill_(1e-3)
-    for module in (stable_adamw, norms):
-        monkeypatch.setattr(module, "launch", lambda *args, **meta: None)
+    monkeypatch.setattr(launcher, "launch", lambda *args, **meta: None)
     with Operators() as operators:
         optimizer.step()
     # Those that mark a step for profilers.
