@@ -86,7 +86,7 @@ def test_importing_the_package_imports_no_command():
 
 
 def test_a_wrong_environment_variable_is_one_line():
-    code = "import sys; from stablelora_kernels_command import main; sys.argv = ['', 'doctor']; sys.exit(main())"
+    code = "import sys; from stablelora_kernels.cli import main; sys.argv = ['', 'doctor']; sys.exit(main())"
     done = python(code, STABLELORA_BACKEND="gpu")
     assert (done.returncode, done.stdout) == (2, "")
     wanted = "the environment variable STABLELORA_BACKEND must be one of 'auto', 'triton', 'torch', got 'gpu'"

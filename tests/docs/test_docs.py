@@ -108,7 +108,11 @@ def test_the_tensor_that_is_followed_meets_these_instructions(tmp_path: Path) ->
         "y": ("UTMALDG.2D", "HGMMA.64x256x16", "ACQBULK", "HGMMA.64x128x16", "UTMASTG.2D"),
         "dx": ("LDGSTS", "HGMMA.64x16x16"),
     }
-    text = (ROOT / "docs" / "internals" / "kernels-walkthrough.md").read_text(encoding="utf-8").split("## One tensor on the GPU")[1]
+    text = (
+        (ROOT / "docs" / "internals" / "kernels-walkthrough.md")
+        .read_text(encoding="utf-8")
+        .split("## One tensor on the GPU")[1]
+    )
     for launch, keys in ((s, ["shrink"]), (y, ["y"]), (ds, ["shrink"]), (dx, ["y", "dx"])):
         for name in (name for key in keys for name in named[key]):
             assert any(found.startswith(name) for found in launch["instructions"]), (launch["kernel"], name)

@@ -27,7 +27,7 @@ from tests.helpers.small_models import Model, lora_config
         ({"exclude_modules": 3}, TypeError, "exclude_modules must be a string or a list of names, got 3"),
         ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of names or None, got the string 'head'"),
         ({"modules_to_save": [""]}, TypeError, r"modules_to_save must be a string or a list of names, got \[''\]"),
-        ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
+        ({"use_rslora": 1}, TypeError, "use_rslora must be a bool, got 1 of type int"),
         ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights must be True, False or 'gaussian', got 'pissa'"),
         ({"init_lora_weights": None}, ValueError, "init_lora_weights must be True, False or 'gaussian', got None"),
         ({"bias": "some"}, ValueError, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
@@ -35,7 +35,7 @@ from tests.helpers.small_models import Model, lora_config
         ({"rank_pattern": {"(": 1}}, ValueError, r"rank_pattern must be a regular expression, got '\('"),
         ({"rank_pattern": [1]}, TypeError, r"rank_pattern must be a dict of name patterns, got \[1\]"),
         ({"alpha_pattern": {"q": float("inf")}}, ValueError, r"alpha_pattern\['q'\] must be a finite number in .*, got inf"),
-        ({"fan_in_fan_out": 1}, TypeError, "fan_in_fan_out must be True or False, got 1"),
+        ({"fan_in_fan_out": 1}, TypeError, "fan_in_fan_out must be a bool, got 1 of type int"),
     ],
 )  # fmt: skip
 def test_config_refuses(kwargs, error, message):

@@ -27,7 +27,14 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def make_llama():
     torch.manual_seed(0)
-    model = llama(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=50)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 50,
+    }
+    model = llama(**sizes, attn_implementation="eager")
     torch.manual_seed(1)
     return model
 
@@ -36,6 +43,7 @@ def ours(fused, dropout=0.0):
     model = make_llama()
     config = slk.LoRAConfig(r=4, target_modules=TARGETS, lora_dropout=dropout)
     report = slk.apply_lora(model, config, fuse_projections=fused)
+    torch.manual_seed(2)
     fill_b(model)
     return model.train(), report
 

@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     path, text = page.PAGE, page.page(page.RESULTS)
     if args.check:
         current = path.is_file() and path.read_text(encoding="utf-8") == text
-        missing = [name for name in re.findall(r"\]\((\.\./_static/[^)]*)\)", text) if not (path.parent / name).is_file()]
+        missing = [
+            name for name in re.findall(r"\]\((\.\./_static/[^)]*)\)", text) if not (path.parent / name).is_file()
+        ]
         print(f"{path} is {'' if current else 'not '}up to date; plots missing: {', '.join(missing) or 'none'}")
         return int(not current or bool(missing))
     write_text(path, text)

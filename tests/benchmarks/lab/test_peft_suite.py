@@ -90,11 +90,11 @@ def test_dry_says_what_would_run(capsys):
 
 
 def test_what_is_missing_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(suite, "NEEDED", ("torch", "no_such_module"))
+    monkeypatch.setattr(__main__, "NEEDED", ("torch", "no_such_module"))
     assert __main__.main(["--quick"]) == 2
     assert "import no_such_module: pip install -e '.[peft-suite]'" in capsys.readouterr().err
-    monkeypatch.setattr(suite, "NEEDED", ())
-    monkeypatch.setattr(suite.metadata, "version", lambda name: "0.1")
+    monkeypatch.setattr(__main__, "NEEDED", ())
+    monkeypatch.setattr(__main__.metadata, "version", lambda name: "0.1")
     assert __main__.main(["--quick"]) == 2
     assert "peft 0.1 is installed, but the hash" in capsys.readouterr().err
 
