@@ -46,7 +46,7 @@ def fill(directory):
 def test_the_page_has_what_is_stored_and_says_where_it_loses(tmp_path, monkeypatch):
     fill(tmp_path / "results" / "machine")
     page_file = tmp_path / "docs" / "results" / "benchmarks.md"
-    page_file.parent.mkdir()
+    page_file.parent.mkdir(parents=True)
     monkeypatch.setattr(report_page, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report_page, "PAGE", page_file)
     monkeypatch.setattr(plots, "PAGE", page_file)
