@@ -118,7 +118,7 @@ def eager(
         if base is None:
             weight = given["weight"]
             weight = weight if isinstance(weight, torch.Tensor) else weight.dequantize(x.dtype)
-            base = torch.nn.functional.linear(x, weight, given["bias"])
+            base = torch.nn.functional.linear(x, weight, given.get("bias"))
         return (base + branch * scaling).to(base.dtype)
 
     return run(call, inputs)
@@ -134,7 +134,7 @@ def oracle(
     pair: tuple[Any, ...] = (d["lora_A"], d["lora_B"], scaling, keep, p)
     if "base_out" in d:
         return {"Y": lora_branch_ref(d["base_out"], d["x"], *pair), **lora_branch_grads_ref(d["grad"], d["x"], *pair)}
-    y = lora_linear_ref(d["x"], d["weight"], d["bias"], *pair)
+    y = lora_linear_ref(d["x"], d["weight"], d.get("bias"), *pair)
     return {"Y": y, **lora_linear_grads_ref(d["grad"], d["x"], d["weight"], *pair)}
 
 

@@ -19,14 +19,12 @@ from tests.helpers.gpu_checks import (
     Case,
     Inputs,
     assert_equal_bits,
-    call,
     capture,
-    compare,
     keep_rows,
-    leaves,
     run,
     seed_of,
 )
+from tests.helpers.oracle import DIFFERENTIATED, call, check, leaves
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +39,10 @@ by_dtype = pytest.mark.parametrize("dtype", (FP32,) if SMALL else (FP32, BF16), 
 
 def named(outputs: tuple[Tensor, ...], names: tuple[str, ...] = RESULTS) -> dict[str, Tensor]:
     return dict(zip(names, outputs, strict=True))
+
+
+def differentiated(inputs: Inputs) -> list[Tensor]:
+    return [inputs[name] for name in DIFFERENTIATED]
 
 
 def fill(static: Inputs, source: Inputs) -> None:
@@ -58,7 +60,7 @@ def test_forward(shape):
 
     @torch.no_grad()
     def forward() -> tuple[Tensor, ...]:
-        return (call(static, static["x"], static["lora_A"], static["lora_B"], 0.0),)
+        return (call(static),)
 
     captured = capture(forward)
     for source in sources:
@@ -72,11 +74,11 @@ def test_forward_and_backward_in_one_graph(shape):
     case = Case(*shape)
     sources = [case.inputs(seed) for seed in range(REPLAYS)]
     static = {name: value.clone() for name, value in sources[0].items()}
-    x, a, b = leaves(static)
+    given = leaves(static)
 
     def both() -> tuple[Tensor, ...]:
-        y = call(static, x, a, b, 0.0)
-        return (y.detach(), *torch.autograd.grad(y, (x, a, b), static["grad"]))
+        y = call(given)
+        return (y.detach(), *torch.autograd.grad(y, differentiated(given), static["grad"]))
 
     captured = capture(both)
     for source in sources:
@@ -91,13 +93,13 @@ def test_backward_of_an_earlier_forward(shape):
     inputs = case.inputs()
     gradients = [case.inputs(seed)["grad"] for seed in range(REPLAYS)]
     static = gradients[0].clone()
-    x, a, b = leaves(inputs)
-    y = call(inputs, x, a, b, 0.0)
-    captured = capture(lambda: torch.autograd.grad(y, (x, a, b), static, retain_graph=True))
+    given = leaves(inputs)
+    y = call(given)
+    captured = capture(lambda: torch.autograd.grad(y, differentiated(given), static, retain_graph=True))
     for grad in gradients:
         static.copy_(grad)
         captured.replay()
-        expected = torch.autograd.grad(y, (x, a, b), grad, retain_graph=True)
+        expected = torch.autograd.grad(y, differentiated(given), grad, retain_graph=True)
         assert_equal_bits(named(expected, RESULTS[1:]), named(captured.outputs, RESULTS[1:]))
 
 
@@ -105,13 +107,13 @@ def test_backward_of_an_earlier_forward(shape):
 def test_each_replay_draws_its_own_dropout_mask(shape, record_property):
     case = Case(*shape, 0.1)
     static = case.inputs()
-    x, a, b = leaves(static)
+    given = leaves(static)
 
     def both() -> tuple[Tensor, ...]:
-        y = call(static, x, a, b, case.p)
+        y = call(given, case.p)
         # Read the seed first: backward frees the saved tensors.
         seed = seed_of(y)
-        return (y.detach(), *torch.autograd.grad(y, (x, a, b), static["grad"]), seed)
+        return (y.detach(), *torch.autograd.grad(y, differentiated(given), static["grad"]), seed)
 
     captured, seeds, worst = capture(both), set(), 0.0
     rows = torch.arange(case.m, device=DEVICE)
@@ -120,7 +122,7 @@ def test_each_replay_draws_its_own_dropout_mask(shape, record_property):
         *outputs, seed = captured.outputs
         seeds.add(int(seed))
         keep = keep_rows(rows, case.k, case.p, int(seed))
-        worst = max(worst, compare(static, named(tuple(outputs)), keep, case.p)[0])
+        worst = max(worst, check(static, named(tuple(outputs)), keep, case.p)[0])
     assert len(seeds) == REPLAYS, f"{REPLAYS} replays drew {len(seeds)} different seeds"
     record_property("figure", worst)
     record_property("bound", 1.0)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from stablelora_kernels.dispatch.rules import KERNELS
-from tests.helpers.gpu_checks import BF16, DEVICE, FP16, FP32, SMALL, Case, compare, directions, keep_rows, run
+from tests.helpers import oracle
+from tests.helpers.gpu_checks import BF16, DEVICE, FP16, FP32, SMALL, Case, directions, keep_rows, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 
@@ -42,7 +43,7 @@ def check(case: Case, kernel: str, record_property: Callable[[str, object], None
     inputs = case.inputs()
     out, seed = run(case, inputs, kernel)
     keep = None if seed is None else keep_rows(torch.arange(case.m, device=DEVICE), case.k, case.p, seed)
-    worst, which = compare(inputs, out, keep, case.p)
+    worst, which = oracle.check(inputs, out, keep, case.p)
     record_property("figure", worst)
     record_property("bound", 1.0)
     by_this_kernel = " and ".join(directions(case, kernel))

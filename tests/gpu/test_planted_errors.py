@@ -7,7 +7,7 @@ import torch
 
 from stablelora_kernels.reference import dropout_keep_ref
 from tests.gpu import test_cuda_graphs, test_large_offsets, test_oracle, test_repeats_and_masks
-from tests.helpers import gpu_checks
+from tests.helpers import gpu_checks, oracle
 from tests.helpers.gpu_checks import FP32, Captured, Case, keep_rows
 
 pytestmark = pytest.mark.skipif(not gpu_checks.SMALL, reason="runs at small sizes, in the interpreter")
@@ -19,9 +19,9 @@ def ignore(name: str, value: object) -> None:
 
 def test_a_wrong_result_fails(monkeypatch, poisoned_outputs):
     case = Case(9, 40, 24, 3)
-    right = gpu_checks.lora_linear
+    right = oracle.lora_linear
     test_oracle.check(case, "auto", ignore)
-    monkeypatch.setattr(gpu_checks, "lora_linear", lambda *arguments: right(*arguments) * 1.05)
+    monkeypatch.setattr(oracle, "lora_linear", lambda *arguments: right(*arguments) * 1.05)
     with pytest.raises(AssertionError, match="Y is off"):
         test_oracle.check(case, "auto", ignore)
 

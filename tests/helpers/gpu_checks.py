@@ -1,4 +1,4 @@
-"""What the tests in tests/gpu share: calls of ``lora_linear``, their float64 oracle and bounds, and CUDA graphs.
+"""Helpers of tests/gpu: cases, runs by a forced kernel, rows of dropout masks, CUDA graphs. The oracle is in ``oracle``.
 
 Without a CUDA GPU everything here works at small sizes on a CPU, where the kernels run in Triton's interpreter.
 """
@@ -14,14 +14,13 @@ from torch import Tensor
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import check_possible
-from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.reference import lora_linear_grads_ref, lora_linear_ref, philox_ref
-from stablelora_kernels.testing import assert_no_worse, error_and_bound, make_inputs, seed_of
+from stablelora_kernels.reference import philox_ref
+from stablelora_kernels.testing import make_inputs, seed_of
+from tests.helpers.inputs import BF16, FP16, FP32
+from tests.helpers.oracle import DIFFERENTIATED, call, leaves
 
 SMALL = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if SMALL else "cuda")
-SCALING = 1.7
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 RESULTS = ("Y", "dX", "dA", "dB")
 Inputs = dict[str, Tensor]
@@ -79,42 +78,16 @@ def directions(case: Case, kernel: str) -> list[str]:
     return found
 
 
-def leaves(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    x, a, b = (inputs[name].detach().requires_grad_() for name in ("x", "lora_A", "lora_B"))
-    return x, a, b
-
-
-def call(inputs: Inputs, x: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor:
-    return lora_linear(x, inputs["weight"], inputs.get("bias"), a, b, SCALING, p)
-
-
 def run(case: Case, inputs: Inputs, kernel: str = "auto") -> tuple[dict[str, Tensor], int | None]:
     """Return Y, dX, dA and dB, and the dropout seed. A direction that ``kernel`` cannot compute takes "auto"."""
     able = directions(case, kernel)
-    x, a, b = leaves(inputs)
+    given = leaves(inputs)
     with slk.use_kernel(kernel if "forward" in able else "auto"):
-        y = call(inputs, x, a, b, case.p)
+        y = call(given, case.p)
     seed = int(seed_of(y)) if case.p else None
     with slk.use_kernel(kernel if "backward" in able else "auto"):
-        grads = torch.autograd.grad(y, (x, a, b), inputs["grad"])
+        grads = torch.autograd.grad(y, [given[name] for name in DIFFERENTIATED], inputs["grad"])
     return dict(zip(RESULTS, (y.detach(), *grads), strict=True)), seed
-
-
-def eager(inputs: Inputs, keep: Tensor | None, p: float) -> dict[str, Tensor]:
-    """Compute the same in plain PyTorch: each operator in x's dtype, gradients by autograd."""
-    x, a, b = leaves(inputs)
-    dropped = x if keep is None else x * keep.to(x.dtype) / (1 - p)
-    base = torch.nn.functional.linear(x, inputs["weight"], inputs.get("bias"))
-    y = base + (dropped @ a.to(x.dtype).T @ b.to(x.dtype).T) * SCALING
-    grads = torch.autograd.grad(y, (x, a, b), inputs["grad"])
-    return dict(zip(RESULTS, (y.detach(), *grads), strict=True))
-
-
-def oracle(inputs: Inputs, keep: Tensor | None, p: float) -> dict[str, Tensor]:
-    d = {name: t.detach().double() for name, t in inputs.items()}
-    y = lora_linear_ref(d["x"], d["weight"], d.get("bias"), d["lora_A"], d["lora_B"], SCALING, keep, p)
-    grads = lora_linear_grads_ref(d["grad"], d["x"], d["weight"], d["lora_A"], d["lora_B"], SCALING, keep, p)
-    return {"Y": y, "dX": grads["dX"], "dA": grads["dA"], "dB": grads["dB"]}
 
 
 def keep_rows(rows: Tensor, columns: int, p: float, seed: int) -> Tensor:
@@ -123,26 +96,6 @@ def keep_rows(rows: Tensor, columns: int, p: float, seed: int) -> Tensor:
     counters = rows[:, None] * groups + torch.arange(groups, device=rows.device)
     words = philox_ref(seed, counters).reshape(len(rows), groups * 4)[:, :columns]
     return (words >> 1) >= round(p * 2**31)
-
-
-def compare(inputs: Inputs, out: dict[str, Tensor], keep: Tensor | None, p: float) -> tuple[float, str]:
-    """Return the largest error as a share of its bound, and the name of that result.
-
-    Raises:
-        AssertionError: a result exceeds its bound, is not finite, or has the wrong dtype.
-    """
-    ref, base = oracle(inputs, keep, p), eager(inputs, keep, p)
-    worst, which = 0.0, ""
-    dtype = inputs["x"].dtype
-    for name, value in out.items():
-        assert_no_worse(value, ref[name], base[name], dtype=dtype, name=name)
-        expected = dtype if name in ("Y", "dX") else inputs["lora_A"].dtype
-        assert value.dtype == expected, f"{name} is {value.dtype}, expected {expected}"
-        error, bound = error_and_bound(value, ref[name], base[name], dtype)
-        share = error / bound if bound else 0.0
-        if share >= worst:
-            worst, which = share, name
-    return worst, which
 
 
 def assert_equal_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

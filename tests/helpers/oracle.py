@@ -16,13 +16,14 @@ from stablelora_kernels import testing
 from stablelora_kernels.functional import lora_branch, lora_linear
 from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference import dropout_keep_ref
-from stablelora_kernels.testing import assert_no_worse
+from stablelora_kernels.testing import assert_no_worse, error_and_bound
 from tests.helpers.inputs import DEVICE, SCALING, Inputs
 
 Results = dict[str, Tensor]
+DIFFERENTIATED = ("x", "lora_A", "lora_B")
 
 
-def leaves(inputs: Inputs, wanted: Iterable[str] = ("x", "lora_A", "lora_B")) -> Inputs:
+def leaves(inputs: Inputs, wanted: Iterable[str] = DIFFERENTIATED) -> Inputs:
     """``inputs``, of which only those ``wanted`` require gradients, with the strides they came in."""
     return {
         name: value.detach().requires_grad_(name in wanted) if isinstance(value, Tensor) else value
@@ -32,11 +33,11 @@ def leaves(inputs: Inputs, wanted: Iterable[str] = ("x", "lora_A", "lora_B")) ->
 
 def call(inputs: Inputs, p: float = 0.0, backend: str | None = None) -> Tensor:
     """Ours: ``lora_linear``, or ``lora_branch`` where ``inputs`` have a ``base_out``."""
-    x, a, b = (inputs[name] for name in ("x", "lora_A", "lora_B"))
+    x, a, b = (inputs[name] for name in DIFFERENTIATED)
     with slk.use_backend(backend or slk.get_backend()):
         if "base_out" in inputs:
             return lora_branch(inputs["base_out"], x, a, b, SCALING, p)
-        return lora_linear(x, inputs["weight"], inputs["bias"], a, b, SCALING, p)
+        return lora_linear(x, inputs["weight"], inputs.get("bias"), a, b, SCALING, p)
 
 
 def run(inputs: Inputs, backend: str | None = None, p: float = 0.0) -> Results:
@@ -65,18 +66,25 @@ def oracle(inputs: Inputs, keep: Tensor | None = None, p: float = 0.0) -> Result
     return testing.oracle(inputs, SCALING, keep, p)
 
 
-def check(inputs: Inputs, out: Results, keep: Tensor | None = None, p: float = 0.0) -> None:
-    """No result of ``out``, which may be some of them, is worse than eager's, and each has its input's dtype."""
+def check(inputs: Inputs, out: Results, keep: Tensor | None = None, p: float = 0.0) -> tuple[float, str]:
+    """No result of ``out``, which may be some of them, is worse than eager's, and each has its input's dtype.
+
+    Returns the largest error as a share of its bound, and the name of that result.
+    """
     ref, base = oracle(inputs, keep, p), eager(inputs, keep, p)
     like = {"Y": inputs.get("base_out", inputs["x"]), "dX": inputs["x"], "dA": inputs["lora_A"], "dB": inputs["lora_B"]}
     if "dBASE" in out:
         # base_out is only added to.
         assert torch.equal(out["dBASE"], inputs["grad"])
+    largest = 0.0, ""
     for name, value in ((name, value) for name, value in out.items() if name != "dBASE"):
         assert value.dtype == like[name].dtype, name
         # Gradients are products in x's dtype; the output is rounded to base_out's.
         dtype = value.dtype if name == "Y" else inputs["x"].dtype
         assert_no_worse(value, ref[name], base[name], dtype=dtype, name=name)
+        error, bound = error_and_bound(value, ref[name], base[name], dtype)
+        largest = max(largest, (error / bound if bound else 0.0, name))
+    return largest
 
 
 def check_all(out: Results, ref: Results, base: Results, dtype: torch.dtype) -> None:

@@ -99,7 +99,8 @@ def page(results: Path) -> str:
         "",
         "Every figure here comes from a stored result (`benchmarks/results/`). Each section has the command that measures it.",
         "Arms take turns in one process. Figures are medians, with quartiles in brackets; ratios are taken round by round. See",
-        "[Benchmarking](../internals/lab.md) for the method, and [here](performance.md) for what was counted and predicted for GPUs.",
+        "[Benchmarking](../internals/lab.md) for the method, and [here](performance.md) for what was counted and predicted for "
+        "GPUs.",
     ]
     machines = {d: made for d in sorted(results.iterdir()) if d.is_dir() and (made := [*sections(d)])}
     if not machines:
