@@ -1,8 +1,6 @@
 """Fused LoRA layers and the Stable-LoRA optimizer for PyTorch, in Triton."""
 
-from importlib import import_module
-from types import ModuleType
-
+from stablelora_kernels import functional, reference
 from stablelora_kernels._version import __version__
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.dispatch import (
@@ -69,10 +67,3 @@ __all__ = [
     "use_backend",
     "use_kernel",
 ]
-
-
-def __getattr__(name: str) -> ModuleType:
-    # Only tests need the reference, so it is imported at first use.
-    if name == "reference":
-        return import_module("stablelora_kernels.reference")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

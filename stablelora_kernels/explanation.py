@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.dispatch import problem, rules
+from stablelora_kernels.dispatch import problem, rules, tiles
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device
 from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel
@@ -112,7 +112,11 @@ def explain(
         TypeError: a size that is no int, or a dtype that the kernels do not compute in.
         RuntimeError: the Triton backend is forced and can't run.
     """
-    quantized = quantized if quantized is not None else quantised
+    if quantized is not None and quantised is not None:
+        raise ValueError(
+            f"quantised is another spelling of quantized; give one of them, got {quantized!r} and {quantised!r}"
+        )
+    quantized = quantised if quantized is None else quantized
     several = isinstance(N, Sequence)
     ns = tuple(N) if isinstance(N, Sequence) else (N,)
     if several and not 2 <= len(ns) <= MAX_GROUP:
@@ -149,7 +153,8 @@ def explain(
         reasons = [_quantized_choice(gpu, call, quantized) for call in members[0]]
     elif branch_only:
         forward, backward = dry_run.branch_launches(gpu, M, n, K, *sizes)
-        reasons = [rules.choose_expand(gpu, forward_call)[:2], rules.choose_branch_backward(backward_call)[:2]]
+        splits = tiles.expand_plan(gpu, forward_call).splits
+        reasons = [rules.choose_expand(forward_call, splits)[:2], rules.choose_branch_backward(backward_call)[:2]]
     else:
         forward, backward = dry_run.call_launches(gpu, M, n, K, *sizes)
         # A forced kernel is not measured against others.

@@ -23,7 +23,7 @@ from benchmarks.common import optimizers
 from benchmarks.common.optimizers import Unavailable
 from benchmarks.suite.layers import EAGER, OURS_TORCH, OURS_TRITON, PEFT, build_arms
 from benchmarks.suite.rivals import Case, Parts
-from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch import backend, settings
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.testing import make_pairs
@@ -70,7 +70,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_triton(device: torch.device) -> None:
-    with backend.use_backend("triton"):
+    with settings.use_backend("triton"):
         try:
             backend.resolve_backend(device)
         except RuntimeError as error:
@@ -207,7 +207,7 @@ def memory_beyond_adamw(pairs: list[LoRAPair]) -> dict[str, float]:
     """Bytes of the Triton step's tables, counters and sums, and the percentage of the parameters' bytes by which they exceed
     AdamW's step counters: as they are, and as CUDA's allocator counts them."""
     optimizer, params = StableLoRAAdamW(pairs), halves(pairs)
-    with backend.use_backend("triton"), without_launches():
+    with settings.use_backend("triton"), without_launches():
         optimizer.step()
     ((_, engine),) = optimizer._engines
     theirs = {p.data_ptr() for p in params}

@@ -16,7 +16,7 @@ from benchmarks.common.memory import saved_for_backward
 from benchmarks.common.optimizers import Unavailable
 from benchmarks.suite import scaling
 from benchmarks.suite.rivals import Case, Parts, size
-from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch import backend, settings
 from stablelora_kernels.ops import matmul
 from stablelora_kernels.testing import DTYPES, layer_arms
 
@@ -73,7 +73,7 @@ def choose_backend(name: str, device: torch.device) -> None:
     """Raises :class:`Unavailable` if ``name`` is Triton and there is no GPU."""
     if name == "triton" and device.type == "cpu":
         raise Unavailable("Triton's kernels need a GPU; times in its interpreter say nothing about them")
-    with backend.use_backend(name):
+    with settings.use_backend(name):
         try:
             backend.resolve_backend(device)
         except RuntimeError as error:

@@ -11,6 +11,7 @@ import torch
 from stablelora_kernels.cli.arguments import device_of, dropout, positive
 from stablelora_kernels.cli.output import CommandError, print_json, print_table, wrapped
 from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch.settings import BACKENDS, get_backend, use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.testing import DTYPES, forward_backward, layer_arms, make_pairs
@@ -47,13 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=positive, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the layer (default: fp32)")
     parser.add_argument("--dropout", type=dropout, default=0.0, metavar="P", help="of the LoRA branch (default: 0)")
-    current = backend.get_backend()
+    current = get_backend()
     parser.add_argument(
         "--backend",
-        choices=backend.BACKENDS,
+        choices=BACKENDS,
         default=current,
         metavar="NAME",
-        help=f"{', '.join(backend.BACKENDS)} (default: {current})",
+        help=f"{', '.join(BACKENDS)} (default: {current})",
     )
     parser.add_argument("--device", help="a torch device (default: the GPU if there is one, else the CPU)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = device_of(args.device)
-    with backend.use_backend(args.backend):
+    with use_backend(args.backend):
         try:
             name = backend.resolve_backend(device)
         except RuntimeError as error:

@@ -19,7 +19,7 @@ from stablelora_kernels._version import __version__
 from stablelora_kernels.cli.arguments import device_of
 from stablelora_kernels.cli.output import CommandError, print_json, print_pairs, print_table, wrapped
 from stablelora_kernels.cli.selftest import Result, run_checks
-from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch import backend, settings
 from stablelora_kernels.dispatch.problem import DEVICES, arch_of
 from stablelora_kernels.utils.timing import version_of
 
@@ -85,8 +85,8 @@ def _backend(device: torch.device) -> dict[str, Any]:
     try:
         name, reason = backend.explain_backend(device)
     except RuntimeError as error:
-        return {"device": str(device), "set": backend.get_backend(), "name": None, "reason": str(error)}
-    return {"device": str(device), "set": backend.get_backend(), "name": name, "reason": reason}
+        return {"device": str(device), "set": settings.get_backend(), "name": None, "reason": str(error)}
+    return {"device": str(device), "set": settings.get_backend(), "name": name, "reason": reason}
 
 
 def _variables() -> dict[str, str]:

@@ -10,18 +10,8 @@ from importlib import metadata
 
 import torch
 
-from stablelora_kernels.dispatch.settings import BACKENDS, get_backend, set_backend, use_backend
+from stablelora_kernels.dispatch.settings import get_backend
 
-__all__ = [
-    "BACKENDS",
-    "INTERPRETING",
-    "TRITON_PROBLEM",
-    "explain_backend",
-    "get_backend",
-    "resolve_backend",
-    "set_backend",
-    "use_backend",
-]
 MIN_TRITON = (3, 6)
 
 

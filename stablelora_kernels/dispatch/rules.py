@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from stablelora_kernels.dispatch import backend, problem, tiles
+from stablelora_kernels.dispatch import backend, problem
 from stablelora_kernels.dispatch.problem import MAX_FUSED_R, SMALL_M, Call, Device
 from stablelora_kernels.dispatch.settings import KERNELS, get_kernel
 from stablelora_kernels.dispatch.tiles import Tile
@@ -149,18 +149,27 @@ def choose_form(device: Device, call: Call, described: bool) -> str:
     return next(rule.form for rule in FORM_RULES if rule.applies(device, call, described))
 
 
-def choose_expand(device: Device, call: Call) -> Choice:
-    """Whether the launch that adds the branch onto a finished product computes S itself ("fused") or reads it ("split")."""
-    fused = Choice("fused", f"up to rank {problem.MAX_FUSED_R}, S is computed within the launch that adds the branch")
-    if call.m == 0:
-        return fused
-    if call.r > problem.MAX_FUSED_R:
-        return Choice("split", f"a rank above {problem.MAX_FUSED_R}: S first, in a launch of its own")
-    if call.dropout and not call.masked and tiles.expand_plan(device, call).splits > 1:
-        return Choice(
-            "split", "dropout: S first, or every program that shares a row's columns would draw the mask anew"
-        )
-    return fused
+# The launch that adds the branch onto a finished product: it computes S itself, or reads it.
+_EXPAND_FUSED = Choice("fused", f"up to rank {MAX_FUSED_R}, S is computed within the launch that adds the branch")
+_EXPAND_HIGH_RANK = Choice("split", f"a rank above {MAX_FUSED_R}: S first, in a launch of its own")
+_EXPAND_DROPOUT = Choice(
+    "split", "dropout: S first, or every program that shares a row's columns would draw the mask anew"
+)
+
+
+def choose_expand(call: Call, splits: int) -> Choice:
+    """Whether that launch computes S ("fused") or reads it ("split"); ``splits`` programs share a row's columns."""
+    if call.m and call.r > problem.MAX_FUSED_R:
+        return _EXPAND_HIGH_RANK
+    if call.m and call.dropout and not call.masked and splits > 1:
+        return _EXPAND_DROPOUT
+    return _EXPAND_FUSED
+
+
+_BRANCH_FUSED = Choice(
+    "fused", f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: dS within dX's launch, then dA and dB in one"
+)
+_BRANCH_SPLIT = Choice("split", "many rows or a high rank: dS with dB, in one pass over dY, then dX, then dA")
 
 
 def choose_branch_backward(call: Call) -> Choice:
@@ -168,10 +177,7 @@ def choose_branch_backward(call: Call) -> Choice:
 
     "fused" saves a launch where rows are few. It reads dY once more, which costs more than a launch where rows are many.
     """
-    if call.m <= problem.SMALL_M and call.r <= problem.MAX_FUSED_R:
-        limits = f"up to {problem.SMALL_M} rows and rank {problem.MAX_FUSED_R}"
-        return Choice("fused", f"{limits}: dS within dX's launch, then dA and dB in one")
-    return Choice("split", "many rows or a high rank: dS with dB, in one pass over dY, then dX, then dA")
+    return _BRANCH_FUSED if call.m <= problem.SMALL_M and call.r <= problem.MAX_FUSED_R else _BRANCH_SPLIT
 
 
 class Sharing(NamedTuple):

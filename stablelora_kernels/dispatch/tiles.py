@@ -278,7 +278,7 @@ def expand_plan(device: Device, call: Call) -> Plan:
     block_r = rank_block(call.r, problem.MAX_FUSED_R)
     row_tiles, col_tiles = cdiv(call.m, tile.BLOCK_M), cdiv(call.n, tile.BLOCK_N)
     # Few blocks of rows do not fill the GPU.
-    splits = max(1, min(device.processors // row_tiles, col_tiles))
+    splits = max(1, min(device.processors // max(row_tiles, 1), col_tiles))
     columns = tile.BLOCK_N * (tile.BLOCK_M * call.dtype.itemsize + block_r * call.lora_dtype.itemsize)
     tile = fit(tile, device, max(_shrink_stage(call, tile, block_r), columns))
     return Plan(tile, reason, block_r, row_tiles, splits)

@@ -201,11 +201,11 @@ def expand(device: Device, p: Product, base: Tensor | None, s_ready: bool = Fals
     One launch, or S's launch before it, which ``s_ready`` leaves out: an earlier launch has filled ``p.s``.
     """
     c = p.call
-    load_s = s_ready or rules.choose_expand(device, c).kernel == "split"
-    p = with_s(p) if load_s else p
-    before = [shrink(device, p)] if load_s and not s_ready else []
     plan = tiles.expand_plan(device, c)
     tile = plan.tile
+    load_s = s_ready or rules.choose_expand(c, plan.splits).kernel == "split"
+    p = with_s(p) if load_s else p
+    before = [shrink(device, p)] if load_s and not s_ready else []
     columns = cdiv(cdiv(c.n, tile.BLOCK_N), plan.splits) * tile.BLOCK_N
     mask_x = c.dropout and not c.masked and not load_s
     s = p.y if p.s is None else p.s

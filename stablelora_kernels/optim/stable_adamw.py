@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stablelora_kernels.dispatch.backend import get_backend, resolve_backend
+from stablelora_kernels.dispatch.backend import resolve_backend
+from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.optim import graph_capture
 from stablelora_kernels.optim.checkpoint import check_state_groups, load_state, restore_groups
 from stablelora_kernels.optim.gradients import GradientLayout, gradient_layout

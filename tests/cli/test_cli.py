@@ -12,7 +12,7 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.cli import doctor, main, output, selftest
-from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch import backend, settings
 from stablelora_kernels.dispatch.settings import check_environment
 from stablelora_kernels.testing import error_and_bound
 from tests.helpers.processes import printed, python
@@ -292,7 +292,7 @@ def test_gpus_are_named_with_their_kind(monkeypatch):
     assert doctor._versions()["GPU"] == "no GPU that this torch sees"
 
 
-@pytest.mark.parametrize("name", backend.BACKENDS)
+@pytest.mark.parametrize("name", settings.BACKENDS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("problem", [None, "Triton is not installed"])
 def test_the_backends_explanation_is_its_answer(name, device, problem, monkeypatch, recwarn):

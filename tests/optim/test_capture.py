@@ -16,7 +16,7 @@ from stablelora_kernels.launch import base
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from stablelora_kernels.dispatch.backend import use_backend
+from stablelora_kernels.dispatch import use_backend
 from stablelora_kernels.launch import stable_adamw as launcher
 from stablelora_kernels.optim import graph_capture
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
