@@ -35,10 +35,10 @@ from benchmarks.lab.compile_report.report import (
     KEYS,
     REPORT,
     TRITON,
-    _in_sample,
-    _name,
     compare,
     compile_all,
+    in_sample,
+    job_name,
     jobs,
     read_csv,
     read_digests,
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = [(arch, i) for arch in archs for i, job in enumerate(jobs(arch)) if job.label[0].startswith(args.kernel)]
     labels = [jobs(arch)[i].label for arch, i in wanted]
     kept = read_digests() if args.quick else {}
-    tasks = [task for task in wanted if not args.quick or _in_sample(*task, kept)]
+    tasks = [task for task in wanted if not args.quick or in_sample(*task, kept)]
     rows, failures = [], []
     started = time.perf_counter()
     for number, ((arch, place), result) in enumerate(compile_all(tasks, os.cpu_count() or 1), start=1):
@@ -118,8 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if listed:
             print(f"\n{title}:\n" + "\n".join(listed), file=sys.stderr)
     if args.record and not failures and not lines:
-        done = {_name(jobs(arch)[place]): machine_code.digest(jobs(arch)[place].launch, arch) for arch, place in tasks}
-        now = {_name(job) for arch in DEVICES for job in jobs(arch)}
+        done = {
+            job_name(jobs(arch)[place]): machine_code.digest(jobs(arch)[place].launch, arch) for arch, place in tasks
+        }
+        now = {job_name(job) for arch in DEVICES for job in jobs(arch)}
         found = {name: value for name, value in (read_digests() | done).items() if name in now}
         DIGESTS.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
     if args.write and not failures:

@@ -226,12 +226,12 @@ def read_digests() -> dict[str, str]:
     return json.loads(DIGESTS.read_text(encoding="utf-8")) if DIGESTS.exists() else {}
 
 
-def _name(job: Job) -> str:
+def job_name(job: Job) -> str:
     return " | ".join(job.label)
 
 
-def _in_sample(arch: str, place: int, kept: dict[str, str]) -> bool:
+def in_sample(arch: str, place: int, kept: dict[str, str]) -> bool:
     if arch != FULL:
         return (place + 5 * list(DEVICES).index(arch)) % EVERY == 0
     job = jobs(arch)[place]
-    return place % EVERY_KEPT == 0 or kept.get(_name(job)) != machine_code.digest(job.launch, arch)
+    return place % EVERY_KEPT == 0 or kept.get(job_name(job)) != machine_code.digest(job.launch, arch)

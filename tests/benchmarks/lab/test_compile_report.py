@@ -389,11 +389,11 @@ from benchmarks.lab.compile_report import report
 from benchmarks.lab.compile_report.machine_code import digest
 jobs = report.jobs(report.FULL)
 places = range(len(jobs))
-kept = {report._name(job): digest(job.launch, report.FULL) for job in jobs}
-kept[report._name(jobs[1])] = "another"
-chosen = [place for place in places if report._in_sample(report.FULL, place, kept)]
+kept = {report.job_name(job): digest(job.launch, report.FULL) for job in jobs}
+kept[report.job_name(jobs[1])] = "another"
+chosen = [place for place in places if report.in_sample(report.FULL, place, kept)]
 assert chosen == [place for place in places if place % report.EVERY_KEPT == 0 or place == 1], chosen
-assert all(report._in_sample(report.FULL, place, {}) for place in places)
+assert all(report.in_sample(report.FULL, place, {}) for place in places)
 launch = jobs[1].launch
 name = next(name for name, value in launch.constants.items() if type(value) is int)
 other = launch._replace(constants=launch.constants | {name: launch.constants[name] + 1})
