@@ -13,6 +13,7 @@ from stablelora_kernels.ops.lora_branch import lora_branch_op
 from stablelora_kernels.ops.lora_linear import lora_linear_op
 from stablelora_kernels.ops.lora_linear_group import lora_linear_group_op
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.validation import check_float
 
 __all__ = ["FLOAT_DTYPES", "FP8Weight", "NF4Weight", "lora_branch", "lora_linear", "lora_linear_group"]
@@ -61,7 +62,7 @@ def lora_linear(
         bias = None if bias is None else bias.to(dtype)
         lora_A, lora_B = _autocast_pair(lora_A, lora_B, dtype)
     _check(x, weight, bias, lora_A, lora_B)
-    backend = _backend(dropout_p, x=x)
+    backend = _backend(dropout_p, [lora_A, lora_B], x=x)
     given = weight if isinstance(weight, Tensor) else weight.stored
     return lora_linear_op(x, given, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0, backend)
 
@@ -116,7 +117,7 @@ def lora_linear_group(
         _check(x, weight, bias, lora_A, lora_B)
         if lora_A.dtype != lora_As[0].dtype:
             raise TypeError(f"lora_As must have one dtype, got {lora_As[0].dtype} and {lora_A.dtype}")
-    backend = _backend(dropout_p, x=x)
+    backend = _backend(dropout_p, [*lora_As, *lora_Bs], x=x)
     return lora_linear_group_op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p if training else 0.0, backend)
 
 
@@ -161,15 +162,13 @@ def lora_branch(
     if base_out.dtype not in FLOAT_DTYPES:
         raise TypeError(f"base_out must be bfloat16, float16, float32 or float64, got {base_out.dtype}")
     _check_devices(x, base_out=base_out, lora_A=lora_A, lora_B=lora_B)
-    backend = _backend(dropout_p, x=x, base_out=base_out)
+    backend = _backend(dropout_p, [lora_A, lora_B], x=x, base_out=base_out)
     return lora_branch_op(base_out, x, lora_A, lora_B, scaling, dropout_p if training else 0.0, backend)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to cast x to, or None. Autocast does not know custom ops, so the caller has to cast."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return None
+    return autocast_dtype(x.device.type) if x.is_floating_point() and x.dtype != torch.float64 else None
 
 
 def _autocast_pair(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -177,7 +176,7 @@ def _autocast_pair(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[
     return (lora_A, lora_B) if lora_A.dtype == torch.float32 else (lora_A.to(dtype), lora_B.to(dtype))
 
 
-def _backend(dropout_p: float, **tensors: Tensor) -> str:
+def _backend(dropout_p: float, adapters: Sequence[Tensor], **tensors: Tensor) -> str:
     if dropout_p != 0.0:
         check_float("dropout_p", dropout_p, low=0.0, high=1.0)
     backend = resolve_backend(tensors["x"].device)
@@ -186,7 +185,8 @@ def _backend(dropout_p: float, **tensors: Tensor) -> str:
             raise TypeError(
                 f"{name} is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')"
             )
-    return backend
+    # Kernels need something to multiply: with K or N of 0, PyTorch's operators return the bias, or nothing.
+    return backend if all(adapter.numel() for adapter in adapters) else "torch"
 
 
 def _check(

@@ -57,7 +57,8 @@ def resolve_backend(device: torch.device) -> str:
         RuntimeError: ``"triton"`` is forced and can't run there.
     """
     name = get_backend()
-    if name == "torch":
+    # On the meta device nothing is computed, and PyTorch's operators give the shapes.
+    if name == "torch" or device.type == "meta":
         return "torch"
     if name == "auto":
         if device.type != "cuda":

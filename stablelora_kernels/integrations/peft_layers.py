@@ -23,6 +23,7 @@ from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear
 from stablelora_kernels.model.modules import HOOKS
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
+from stablelora_kernels.utils.autocast import autocast_dtype
 
 # The keyword arguments that PEFT's layers consume. The base layer gets the others.
 _OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))
@@ -150,7 +151,7 @@ def _fits(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
         return False
     if torch.float64 in (x.dtype, lora_A.dtype):
         return x.dtype == lora_A.dtype and resolve_backend(x.device) == "torch"
-    return lora_A.dtype in (torch.float32, x.dtype) or torch.is_autocast_enabled(x.device.type)
+    return lora_A.dtype in (torch.float32, x.dtype) or autocast_dtype(x.device.type) is not None
 
 
 def _base_operand(base: nn.Module, x: Tensor) -> Base | None:
@@ -166,7 +167,7 @@ def _base_operand(base: nn.Module, x: Tensor) -> Base | None:
         return None
     if weight.dtype == other.dtype == x.dtype:
         return Base(weight, bias, x.dtype)
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and autocast_dtype(x.device.type) is not None:
         return Base(weight, bias, weight.dtype)
     return None
 
@@ -176,8 +177,7 @@ def _quantized_operand(base: Any, weight: Any, bias: Tensor | None, x: Tensor) -
     # The PyTorch backend would dequantize the weight in Python; the layer's own product is faster.
     if resolve_backend(x.device) != "triton":
         return None
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = autocast_dtype(x.device.type) or x.dtype
     if type(base) is nn.Linear:
         fits = weight.dtype == x.dtype == dtype
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,8 @@ class Product(NamedTuple):
     """Y = X W^T + bias + (S B^T) ∘ keep with S = s' (X ∘ keep) A^T, where one of the two masks is all ones; or dX likewise.
 
     x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], or None if nobody wants it, and y [M, N] with unit column
-    stride; seed int64 [1]. ``call.masked`` says which mask drops. With ``call.add``, the kernels add to y.
+    stride; seed int64 [1]. ``call.masked`` says which mask drops. With ``call.add``, the kernels add to y. S is in units of
+    ``unit``, and ``scaling`` is s' divided by it.
     """
 
     call: Call
@@ -63,13 +65,14 @@ class Product(NamedTuple):
     seed: Tensor | None
     scaling: float
     dropout_p: float
+    unit: float = 1.0
 
 
 class Gradients(NamedTuple):
     """Operands and results of dA = dS^T (X ∘ keep) and dB = dY^T S; a result that nobody wants is None.
 
     x [M, K], dy [M, N]; s and ds [M, r] with unit column stride; da [r, K] and db [N, r] contiguous. ``call`` is the
-    backward's: its n is K and its k is N.
+    backward's: its n is K and its k is N. S is in units of ``unit``.
     """
 
     call: Call
@@ -81,6 +84,16 @@ class Gradients(NamedTuple):
     db: Tensor | None
     seed: Tensor | None
     dropout_p: float
+    unit: float = 1.0
+
+
+def s_unit(dtype: torch.dtype, scaling: float) -> float:
+    """What a stored 1 of S = ``scaling`` X A^T means: the power of two that keeps S no larger than X A^T in float16."""
+    if dtype != torch.float16 or not 1 < abs(scaling) < math.inf:
+        return 1.0
+    fraction, exponent = math.frexp(scaling)
+    # Far from float32's limits, where the kernels scale sums by it.
+    return 2.0 ** min(exponent - (abs(fraction) == 0.5), 64)
 
 
 def forward_product(
@@ -88,9 +101,12 @@ def forward_product(
     seed: Tensor | None, scaling: float, dropout_p: float,
 ) -> Product:  # fmt: skip
     """Y as a product. ``weight`` is None if no launch reads it."""
+    # Kernels take no stride for it.
+    bias = None if bias is None else bias.contiguous()
     (m, k), (n, r) = x.shape, lora_B.shape
-    call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
-    return Product(call, x, x if weight is None else weight, bias, lora_A, lora_B, s, y, seed, scaling, dropout_p)
+    call, unit = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0), s_unit(x.dtype, scaling)
+    w = x if weight is None else weight
+    return Product(call, x, w, bias, lora_A, lora_B, s, y, seed, scaling / unit, dropout_p, unit)
 
 
 def backward_product(
@@ -103,7 +119,7 @@ def backward_product(
     # Without dX or W, any tensor will do in its stead.
     y, w = grad if dx is None else dx, grad if weight is None else weight.t()
     product = Product(call, grad, w, None, lora_B.t(), lora_A.t(), ds, y, seed, scaling, dropout_p)
-    return product, Gradients(call, x, s, ds, grad, da, db, seed, dropout_p)
+    return product, Gradients(call, x, s, ds, grad, da, db, seed, dropout_p, s_unit(grad.dtype, scaling))
 
 
 def with_s(p: Product) -> Product:
@@ -187,8 +203,8 @@ def shrink(device: Device, p: Product, g: Gradients | None = None, triggers_depe
          grad.splits, *p.x.stride(), *p.a.stride(), s.stride(0), 0 if t is None else t.stride(0), p.scaling,
          dropout_threshold(p.dropout_p)),
         grad.constants | {
-         "DROPOUT": dropout, "EVEN_K": c.k % tile.BLOCK_K == 0, "TRIGGERS_DEPENDENTS": triggers_dependents,
-         "BLOCK_M": tile.BLOCK_M, "BLOCK_K": tile.BLOCK_K, "BLOCK_R": plan.block_r,
+         "GRAD_UNIT": 1.0 if g is None else g.unit, "DROPOUT": dropout, "EVEN_K": c.k % tile.BLOCK_K == 0,
+         "TRIGGERS_DEPENDENTS": triggers_dependents, "BLOCK_M": tile.BLOCK_M, "BLOCK_K": tile.BLOCK_K, "BLOCK_R": plan.block_r,
          # For dS, A is B^T, whose rows are not contiguous.
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         tile_options(tile),
@@ -221,7 +237,7 @@ def expand(device: Device, p: Product, base: Tensor | None, s_ready: bool = Fals
          *p.x.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, dropout_threshold(p.dropout_p)),
         tile_blocks(tile) | {
          "HAS_BASE": base is not None, "IN_PLACE": in_place, "LOAD_S": load_s, "STORE_S": p.s is not None and not load_s,
-         "MASK_X": mask_x, "MASK_BRANCH": c.masked, "EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_R": plan.block_r,
+         "S_UNIT": p.unit, "MASK_X": mask_x, "MASK_BRANCH": c.masked, "EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_R": plan.block_r,
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         tile_options(tile),
     )  # fmt: skip
@@ -247,7 +263,7 @@ def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
         (plan.tiles * plan.splits,),
         (x, s, ds, g.dy, da, db, g.seed if dropout else None, parts, count, c.m, c.k, c.n, c.r, tiles_a * plan.splits,
          plan.splits, *x.stride(), s.stride(0), ds.stride(0), *g.dy.stride(), dropout_threshold(g.dropout_p)),
-        {"DROPOUT": dropout, "BLOCK_M": tile.BLOCK_K, "BLOCK_C": tile.BLOCK_M, "BLOCK_R": plan.block_r,
+        {"S_UNIT": g.unit, "DROPOUT": dropout, "BLOCK_M": tile.BLOCK_K, "BLOCK_C": tile.BLOCK_M, "BLOCK_R": plan.block_r,
          "STAGES": tile.num_stages, "INPUT_PRECISION": input_precision(device, c.dtype, transposed=True)},
         tile_options(tile),
     )]  # fmt: skip

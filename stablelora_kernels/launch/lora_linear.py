@@ -114,6 +114,7 @@ def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool, g: Grad
         "HAS_BIAS": p.bias is not None,
         "LOAD_S": load_s,
         "STORE_S": p.s is not None and not load_s,
+        "S_UNIT": p.unit,
         "MASK_BRANCH": c.masked,
         "ADD": c.add,
         "WAITS_FOR_PRIMARY": waits,

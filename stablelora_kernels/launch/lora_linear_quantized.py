@@ -104,8 +104,8 @@ def _linear(device: Device, p: Product, weight: Stored) -> Launch:
         (p.x, *pointers, p.bias, p.b, p.s, p.y, p.seed if c.masked else None, parts, count, c.m, c.n, c.k, c.r, plan.splits,
          *p.x.stride(), row_bytes, *p.b.stride(), p.s.stride(0), p.y.stride(0), dropout_threshold(p.dropout_p)),
         constants | tile_blocks(tile) | {
-         "TRANS_W": trans, "HAS_BIAS": p.bias is not None, "MASK_BRANCH": c.masked, "EVEN_K": c.k % tile.BLOCK_K == 0,
-         "WAITS_FOR_PRIMARY": waits, "BLOCK_R": plan.block_r, "GROUP_M": 8,
+         "TRANS_W": trans, "HAS_BIAS": p.bias is not None, "S_UNIT": p.unit, "MASK_BRANCH": c.masked,
+         "EVEN_K": c.k % tile.BLOCK_K == 0, "WAITS_FOR_PRIMARY": waits, "BLOCK_R": plan.block_r, "GROUP_M": 8,
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=trans)},
         tile_options(tile) | ({"launch_pdl": True} if waits else {}),
     )  # fmt: skip

@@ -13,6 +13,7 @@ from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear, lora_linear
 from stablelora_kernels.nn.factory import class_for
 from stablelora_kernels.nn.merging import Mergeable
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
+from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.validation import check_float, check_int
 
 INITS = (True, False, "gaussian")
@@ -241,7 +242,7 @@ def is_plain(base: Any) -> bool:
 
 def compute_projection_group(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...] | None:
     """The outputs of layers that share the input ``x``, from one op; None if each layer must compute or raise by itself."""
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_dtype(x.device.type) is not None
     first = layers[0]
     for layer in layers:
         tensors = (layer.weight, layer.lora_A, layer.lora_B, *(() if layer.bias is None else (layer.bias,)))

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stablelora_kernels.utils.autocast import autocast_dtype
+
 # Names of projections that a module calls with one tensor, in the order of the calls.
 PROJECTION_NAMES = (
     ("q_proj", "k_proj", "v_proj"),
@@ -152,8 +154,6 @@ def _find_projection_groups(
 
 def _call_state(x: Tensor) -> tuple[Any, ...]:
     """The state that must be the same in all calls of a round."""
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     # Tensors of inference mode and of torch.compile's tracing have no version.
     version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-    return (version, torch.is_grad_enabled(), autocast)
+    return (version, torch.is_grad_enabled(), autocast_dtype(x.device.type))

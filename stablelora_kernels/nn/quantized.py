@@ -10,6 +10,7 @@ from torch import Tensor
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.quantized import NF4Weight, is_quantized, read
+from stablelora_kernels.utils.autocast import autocast_dtype
 
 
 class LoRAQuantizedLinear(LoRALinear):
@@ -38,7 +39,7 @@ class LoRAQuantizedLinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., in_features] to [..., out_features], in x's dtype or, under autocast, in autocast's."""
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = autocast_dtype(x.device.type) is not None
         dtype = x.dtype if autocast else getattr(self.__dict__["_base"], "compute_dtype", None) or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         y = lora_linear(

@@ -184,7 +184,7 @@ def _seeded_by_process(process: int, device: torch.device, enabled: bool) -> Ite
     if not enabled:
         yield
         return
-    seed = int(torch.randint(1 << 62, ()))
+    seed = int(torch.randint(1 << 62, (), device="cpu"))
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(seed + process)
         yield

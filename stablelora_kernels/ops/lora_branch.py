@@ -23,10 +23,13 @@ from stablelora_kernels.ops.torch_path import (
     expanded,
     few_rows,
     is_few,
+    like_rows_of,
     plain_branch,
     torch_bwd,
     torch_s,
+    with_branch,
 )
+from stablelora_kernels.utils.autocast import outside_autocast
 
 
 def _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # type: ignore[no-untyped-def]
@@ -91,7 +94,7 @@ def _forward(
     keep, scaling = draw_dropout(x, dropout_p, scaling)
     s = torch_s(x, lora_A, keep)
     if base.dtype == s.dtype:
-        y = torch.addmm(base, s, lora_B.t(), alpha=scaling)
+        y = with_branch(base, s, lora_B, scaling)
     else:
         y = base.add(torch.mm(s, lora_B.t()), alpha=scaling).to(base.dtype)
     return y, s, keep, scaling
@@ -106,10 +109,8 @@ class _LoRABranch(torch.autograd.Function):
         ctx.lora_dtype = lora_A.dtype
         if backend == "torch":
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        y, s, random, scaling = _forward(
-            base.reshape(-1, base.shape[-1]), rows, lora_A, lora_B, scaling, dropout_p, backend, need_b
-        )
+        rows = as_matrix(x)
+        y, s, random, scaling = _forward(as_matrix(base), rows, lora_A, lora_B, scaling, dropout_p, backend, need_b)
         # Save only what the required gradients read. None reads base.
         ctx.save_for_backward(
             x if need_a else None,
@@ -120,18 +121,19 @@ class _LoRABranch(torch.autograd.Function):
         )
         ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        return y.view(base.shape)
+        return like_rows_of(y, base)
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, lora_A, lora_B, s, random = ctx.saved_tensors
         need_base, *need = ctx.needs_input_grad[:4]
         need_x, need_a, need_b = need
         dx = da = db = None
         if any(need):
-            dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
-            rows = None if x is None else x.reshape(-1, x.shape[-1])
+            dy = as_matrix(grad).to(ctx.x_dtype)
+            rows = None if x is None else as_matrix(x)
             if ctx.backend == "triton":
                 dx, da, db = lora_branch_bwd(rows, dy, lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p, *need)
             else:
@@ -155,11 +157,11 @@ def lora_branch_op(
     """``functional.lora_branch`` with checked arguments and a chosen backend."""
     if backend == "torch" and base.dtype == x.dtype and is_few(x, limit=few_rows(x, dropout_p)):
         y = plain_branch(as_matrix(base), as_matrix(x), lora_A, lora_B, scaling, dropout_p)
-        return y if base.dim() == 2 else y.view(base.shape)
+        return like_rows_of(y, base)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (base, x, lora_A, lora_B)):
         return _LoRABranch.apply(base, x, lora_A, lora_B, scaling, dropout_p, backend)
     if backend == "torch":
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    y = _forward(base.reshape(-1, base.shape[-1]), flat, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
-    return y.view(base.shape)
+    flat = as_matrix(x)
+    y = _forward(as_matrix(base), flat, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
+    return like_rows_of(y, base)

@@ -25,11 +25,13 @@ from stablelora_kernels.ops.torch_path import (
     expanded,
     few_rows,
     is_few,
+    like_rows_of,
     plain_branch,
     torch_bwd,
     torch_fwd,
 )
 from stablelora_kernels.quantized import Layout, Stored
+from stablelora_kernels.utils.autocast import outside_autocast
 
 
 def _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # type: ignore[no-untyped-def]
@@ -142,7 +144,7 @@ class _LoRALinear(torch.autograd.Function):
         if backend == "torch":
             # Cast once for forward and backward. The kernels cast in registers.
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = as_matrix(x)
         given = weight if layout is None else Stored(weight, scales, layout)
         y, s, random, scaling = _forward(rows, given, bias, lora_A, lora_B, scaling, dropout_p, backend, need_b)
         # Save only what backward reads. Save x itself, not its rows: the surrounding graph already holds it.
@@ -157,15 +159,16 @@ class _LoRALinear(torch.autograd.Function):
         )
         ctx.scaling, ctx.dropout_p, ctx.backend, ctx.x_shape = scaling, dropout_p, backend, x.shape
         ctx.layout, ctx.optional_args = layout, 0 if layout is None else 1 + len(scales)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return like_rows_of(y, x)
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, lora_A, lora_B, s, random, *scales = ctx.saved_tensors
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        grad = grad.reshape(-1, grad.shape[-1])
-        rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
+        grad = as_matrix(grad)
+        rows: Any = None if x is None else as_matrix(x)
         # Only dX reads the weight, so without it the plain op serves a quantized weight too.
         stored = Stored(weight, tuple(scales), ctx.layout) if ctx.layout is not None and need_x else None
         dx = da = db = None
@@ -207,7 +210,7 @@ def lora_linear_op(
         rows = as_matrix(x)
         y = torch.nn.functional.linear(rows, _dequantized(weight, x.dtype), bias)
         y = plain_branch(y, rows, lora_A, lora_B, scaling, dropout_p)
-        return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
+        return like_rows_of(y, x)
     if needs_grad:
         rest = (bias, lora_A, lora_B, scaling, dropout_p, backend)
         if isinstance(weight, Stored):
@@ -215,5 +218,5 @@ def lora_linear_op(
         return _LoRALinear.apply(x, weight, *rest)
     if backend == "torch":
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    y = _forward(x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
-    return y.view(*x.shape[:-1], y.shape[-1])
+    y = _forward(as_matrix(x), weight, bias, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
+    return like_rows_of(y, x)

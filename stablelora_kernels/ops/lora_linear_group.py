@@ -21,7 +21,19 @@ from stablelora_kernels.dispatch import problem
 from stablelora_kernels.ops.library import define_op
 from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op
 from stablelora_kernels.ops.matmul import add_wide_product, product, wide_product
-from stablelora_kernels.ops.torch_path import as_float, draw_dropout, expanded, is_few, torch_db, torch_ds, torch_s
+from stablelora_kernels.ops.torch_path import (
+    add_branch,
+    as_float,
+    as_matrix,
+    draw_dropout,
+    expanded,
+    is_few,
+    like_rows_of,
+    torch_db,
+    torch_ds,
+    torch_s,
+)
+from stablelora_kernels.utils.autocast import outside_autocast
 
 
 def _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p):  # type: ignore[no-untyped-def]
@@ -92,7 +104,7 @@ def _torch_fwd(
     ys = []
     for w, bias, b, scaling, s in zip(weights, biases, lora_Bs, scalings, parts, strict=True):
         y = wide_product(x, w.t(), bias)
-        ys.append(y.addmm_(s, b.t(), alpha=scaling))
+        ys.append(add_branch(y, s, b, scaling))
     return ys, parts
 
 
@@ -154,7 +166,7 @@ class _LoRALinearGroup(torch.autograd.Function):
         ctx.lora_dtype = lora_As[0].dtype
         if backend == "torch":
             lora_As, lora_Bs = ([t.to(x.dtype) for t in given] for given in (lora_As, lora_Bs))  # type: ignore[assignment]
-        rows = x.reshape(-1, x.shape[-1])
+        rows = as_matrix(x)
         ys, s, random, scalings = _forward(rows, weights, biases, lora_As, lora_Bs, scalings, dropout_p, backend)
         nothing: list[None] = [None] * g
         ctx.save_for_backward(
@@ -168,10 +180,11 @@ class _LoRALinearGroup(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scalings, ctx.dropout_p, ctx.backend, ctx.x_shape = scalings, dropout_p, backend, x.shape
         ctx.needs = need_x, need_a, need_b
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        return tuple(like_rows_of(y, x) for y in ys)
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         g, needs = len(given), ctx.needs_input_grad[4:]
         x, *saved = ctx.saved_tensors
@@ -179,8 +192,8 @@ class _LoRALinearGroup(torch.autograd.Function):
         # Skip projections whose outputs were not used.
         used = [i for i, grad in enumerate(given) if grad is not None]
         weights, lora_As, lora_Bs, s, random = ([tensors[i] for i in used if tensors] for tensors in lists)
-        grads = [grad.reshape(-1, grad.shape[-1]) for grad in given if grad is not None]
-        rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
+        grads = [as_matrix(grad) for grad in given if grad is not None]
+        rows: Any = None if x is None else as_matrix(x)
         scalings = [ctx.scalings[i] for i in used]
         need_x, need_a, need_b = ctx.needs
         dx, das, dbs = None, [], []
@@ -220,6 +233,6 @@ def lora_linear_group_op(
         return _LoRALinearGroup.apply(x, tuple(scalings), dropout_p, backend, *weights, *biases, *lora_As, *lora_Bs)
     if backend == "torch":
         lora_As, lora_Bs = ([t.to(x.dtype) for t in given] for given in (lora_As, lora_Bs))
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_matrix(x)
     ys = _forward(rows, weights, biases, lora_As, lora_Bs, scalings, dropout_p, backend)[0]
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    return tuple(like_rows_of(y, x) for y in ys)

@@ -51,8 +51,12 @@ def by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN saves more on the product of x [..., K] and weight [N, K] than an autograd function costs."""
-    rows = x.numel() // x.shape[-1]
-    return rows * weight.numel() >= FUNCTION_FROM and by_onednn(x.dtype, x.device)
+    return row_count(x) * weight.numel() >= FUNCTION_FROM and by_onednn(x.dtype, x.device)
+
+
+def row_count(x: Tensor) -> int:
+    """M of x [..., K]."""
+    return x.shape[:-1].numel()
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,8 +68,18 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         and (a.shape[0] > 1 or b.stride(0) == 1)
         and by_onednn(a.dtype, a.device)
     ):
+        # oneDNN reads a bias without regard to its stride.
+        bias = None if bias is None else bias.contiguous()
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """``scaling · a b`` for a [M, K] and b [K, N] of one dtype. No gradients."""
+    if a.dtype == torch.float16 and scaling != 0:
+        # Scale the sum before it is rounded: what float16 holds as zero, or as infinity, may be an ordinary number after it.
+        return torch.addmm(a.new_empty(1, b.shape[1]), a, b, beta=0, alpha=scaling)
+    return product(a, b).mul_(scaling)
 
 
 def _wide_product_fake(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.matmul import pays, product, wide_product
+from stablelora_kernels.ops.matmul import pays, product, row_count, scaled_product, wide_product
 
 # Below this many rows, call plain operators under ordinary autograd: a Python autograd function would take most of the time. In
-# 16 bits and without a mask, the function's in-place products gain so little that it pays only from more rows on.
-FEW_ROWS, FEW_ROWS_IN_16_BITS = 64, 512
+# bfloat16 and without a mask, the function's in-place products gain so little that it pays only from more rows on.
+FEW_ROWS, FEW_ROWS_IN_BFLOAT16 = 64, 512
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
     """Whether a call on x [..., K] is fastest as plain operators under ordinary autograd."""
     # A compiled graph serves any number of rows and has no Python overhead.
-    if torch.compiler.is_compiling() or x.numel() // x.shape[-1] >= limit:
+    if torch.compiler.is_compiling() or row_count(x) >= limit:
         return False
     # oneDNN's product saves more time than the autograd function costs, and autograd does not support it.
     return not any(w is not None and pays(x, w) for w in weights)
@@ -25,13 +26,23 @@ def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
 
 def few_rows(x: Tensor, dropout_p: float) -> int:
     """The ``limit`` of :func:`is_few` for a single projection."""
-    return FEW_ROWS_IN_16_BITS if x.dtype in (torch.bfloat16, torch.float16) and not dropout_p else FEW_ROWS
+    if x.dtype == torch.float16:
+        # Autograd would round dY B and dY^T S before it scales them; in float16 that loses what scaled_product keeps.
+        return 0
+    return FEW_ROWS_IN_BFLOAT16 if x.dtype == torch.bfloat16 and not dropout_p else FEW_ROWS
 
 
 def as_matrix(x: Tensor) -> Tensor:
     """View [..., K] as [M, K]."""
     # Return a matrix itself: a view would be a node of the autograd graph and cost a third of a small product.
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    # Count the rows: PyTorch cannot infer them where K is 0.
+    return x if x.dim() == 2 else x.reshape(row_count(x), x.shape[-1])
+
+
+def like_rows_of(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` [M, N] with the leading sizes of x [..., K]: [..., N]."""
+    # Not a view to autograd, which forbids changing a custom function's view in place.
+    return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
@@ -44,9 +55,9 @@ def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
     count = -(-x.numel() // 4)
     if torch.compiler.is_compiling():
         # torch.compile does not support random_(). These are the same bits: randint's offset flips a word's highest bit.
-        words = torch.randint(-(2**63), 2**63 - 1, (count,)) ^ -(2**63)
+        words = torch.randint(-(2**63), 2**63 - 1, (count,), device="cpu") ^ -(2**63)
     else:
-        words = torch.empty(count, dtype=torch.int64).random_(-(2**63), None)
+        words = torch.empty(count, dtype=torch.int64, device="cpu").random_(-(2**63), None)
     keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
     return keep, dropped / 65536
 
@@ -73,7 +84,20 @@ def plain_branch(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
     """``base + s' (X ∘ keep) A^T B^T`` of matrices, on plain operators under ordinary autograd."""
     keep, scaling = draw_dropout(x, dropout_p, scaling)
     s = torch.nn.functional.linear(masked(x, keep), lora_A.to(x.dtype))
-    return torch.addmm(base, s, lora_B.to(x.dtype).t(), alpha=scaling)
+    return with_branch(base, s, lora_B.to(x.dtype), scaling)
+
+
+def with_branch(base: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """``base + scaling S B^T`` of matrices of one dtype."""
+    if scaling == 0:
+        # With alpha 0, BLAS does not read S and B, whatever they hold.
+        return base + torch.mm(s, lora_B.t()) * 0.0
+    return torch.addmm(base, s, lora_B.t(), alpha=scaling)
+
+
+def add_branch(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """:func:`with_branch` in place of ``y``: the branch needs no second activation. No gradients."""
+    return y.copy_(with_branch(y, s, lora_B, scaling)) if scaling == 0 else y.addmm_(s, lora_B.t(), alpha=scaling)
 
 
 def torch_s(x: Tensor, lora_A: Tensor, keep: Tensor | None) -> Tensor:
@@ -93,16 +117,15 @@ def torch_ds(grad: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """dS = s' dY B, [M, r]. All tensors have one dtype."""
     if _small_first(grad.dtype):
         return product(lora_B.t(), grad.t()).mul_(scaling).t()
-    return product(grad, lora_B).mul_(scaling)
+    return scaled_product(grad, lora_B, scaling)
 
 
 def torch_db(grad: Tensor, s: Tensor, scaling: float, lora_dtype: torch.dtype) -> Tensor:
     """dB = s' dY^T S, [N, r], in ``lora_dtype``."""
     if _small_first(grad.dtype):
         db = product(s.t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
-    else:
-        db = product(grad.t(), s).to(lora_dtype)
-    return db.mul_(scaling)
+        return db.mul_(scaling)
+    return scaled_product(grad.t(), s, scaling).to(lora_dtype)
 
 
 def torch_fwd(
@@ -111,10 +134,7 @@ def torch_fwd(
     """Y and the unscaled S = (X ∘ keep) A^T. All tensors have one dtype."""
     # S first: then X is in the cache for the wide product.
     s = torch_s(x, lora_A, keep)
-    y = wide_product(x, weight.t(), bias)
-    # In place: the branch needs no second activation.
-    y.addmm_(s, lora_B.t(), alpha=scaling)
-    return y, s
+    return add_branch(wide_product(x, weight.t(), bias), s, lora_B, scaling), s
 
 
 def expanded(grad: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ def _lora_expand_kernel(
     M, N, K, R, COLUMNS,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
     scaling, threshold,
-    HAS_BASE: tl.constexpr, IN_PLACE: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_X: tl.constexpr,
-    MASK_BRANCH: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_BASE: tl.constexpr, IN_PLACE: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr,
+    MASK_X: tl.constexpr, MASK_BRANCH: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -62,6 +62,8 @@ def _lora_expand_kernel(
             b_mask = (r0 + rs[:, None] < R) & (cols[None, :] < N)
             b = tl.load(b_ptr + cols[None, :] * stride_bn + (r0 + rs[:, None]) * stride_br, mask=b_mask, other=0.0)
             branch = dot(s_low, cast(b, s_low.dtype), branch, INPUT_PRECISION)
+        if S_UNIT != 1.0:
+            branch *= S_UNIT
         if MASK_BRANCH:
             branch = tl.where(keep_mask(seed, rows, n0, N, threshold, BLOCK_N), branch, 0.0)
         if IN_PLACE:

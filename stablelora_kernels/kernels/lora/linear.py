@@ -6,11 +6,12 @@ All kernels of this directory, with s' = scaling / (1 - p) and a keep-mask of ze
     backward  dS = s' dY B                       dX = dY W + (dS A) ∘ keep
               dA = dS^T (X ∘ keep)               dB = dY^T S
 
-S and dS are scaled in float32 and rounded once. dX is the forward's formula with W, A and B read through swapped strides, so
-one kernel serves both. ``shrink`` has S; ``linear``, ``linear_split_k``, ``linear_tma`` and ``linear_quantized`` have Y for
-any GPU, few rows, Hopper and a quantized W; ``expand`` adds the branch onto a finished product; ``weight_grads`` has dA and
-dB; ``group`` has S and dA of projections that share X. Mostly, dA and dB take no launch of their own: programs for dB run
-with those for dS, since both read dY, and programs for dA run with those for dX.
+S and dS are scaled in float32 and rounded once. In float16, s' > 1 could make S overflow where Y does not, so S is stored in
+units of a power of two, S_UNIT; what is computed from S is multiplied by it, exactly, in float32. dX is the forward's formula
+with W, A and B read through swapped strides, so one kernel serves both. ``shrink`` has S; ``linear``, ``linear_split_k``,
+``linear_tma`` and ``linear_quantized`` have Y for any GPU, few rows, Hopper and a quantized W; ``expand`` adds the branch onto
+a finished product; ``weight_grads`` has dA and dB; ``group`` has S and dA of projections that share X. Mostly, dA and dB take
+no launch of their own: programs for dB run with those for dS, since both read dY, and programs for dA run with those for dX.
 
 Arguments that several kernels take:
 
@@ -20,6 +21,7 @@ Arguments that several kernels take:
     PRODUCTS              programs of the product; those of the co-scheduled gradient follow
     HAS_GRAD, GRAD_*      the co-scheduled dA or dB: its programs, and the arguments of its ``weight_grad``
     LOAD_S, STORE_S       read S; store the S that this kernel computes
+    S_UNIT                what a stored 1 of S means; s' comes divided by it
     MASK_X, MASK_BRANCH   dropout masks X (forward); dropout masks the branch's result (backward)
     ADD                   add to Y's earlier values
     EVEN_K                BLOCK_K divides K, so that loads along K need no mask
@@ -43,7 +45,7 @@ from stablelora_kernels.kernels.lora.weight_grads import weight_grad
 @triton.jit
 def add_branch(
     acc, s, s_ptr, b_ptr, seed_ptr, rows, cols, col0, store_s, M, N, R, stride_sm, stride_bn, stride_br, scaling, threshold,
-    LOAD_S: tl.constexpr, MASK_BRANCH: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
+    LOAD_S: tl.constexpr, S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + (S B^T) ∘ keep for a tile, where S is read (LOAD_S) or ``s``, scaled, rounded and, if ``store_s``, stored."""
@@ -53,6 +55,8 @@ def add_branch(
         tl.extra.cuda.gdc_wait()
     if MASK_BRANCH:
         keep = keep_mask(tl.load(seed_ptr), rows, col0, N, threshold, BLOCK_N)
+    if S_UNIT != 1.0:
+        acc *= 1.0 / S_UNIT
     # One stage, because a pipeline would take the main loop's shared memory.
     for r0 in tl.range(0, R if LOAD_S else BLOCK_R, BLOCK_R, num_stages=1):
         s_mask = (rows[:, None] < M) & (r0 + rs[None, :] < R)
@@ -72,6 +76,8 @@ def add_branch(
         else:
             # Into the product's own accumulator: registers have no room for a second one.
             acc = dot(s_low, b, acc, INPUT_PRECISION)
+    if S_UNIT != 1.0:
+        acc *= S_UNIT
     return acc
 
 
@@ -88,8 +94,8 @@ def co_scheduled_grad(
     weight_grad(
         program=program, z_ptr=z_ptr, t_ptr=s_ptr, out_ptr=grad_ptr, seed_ptr=seed_ptr, partial_ptr=partial_ptr,
         counter_ptr=counter_ptr, M=M, C=N, R=R, SPLITS=SPLITS, stride_zm=stride_zm, stride_zc=stride_zn, stride_tm=stride_sm,
-        stride_oc=1, stride_or=N, threshold=threshold, DROPOUT=DROPOUT, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R,
-        STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
+        stride_oc=1, stride_or=N, threshold=threshold, T_UNIT=1.0, DROPOUT=DROPOUT, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C,
+        BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
     )  # fmt: skip
 
 
@@ -100,7 +106,7 @@ def _lora_linear_kernel(
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
     stride_zm, stride_zn,
     scaling, threshold,
-    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr,
     ADD: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
@@ -156,8 +162,8 @@ def _lora_linear_kernel(
     acc = add_branch(
         acc=acc, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=pid_n * BLOCK_N,
         store_s=STORE_S & (pid_n == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
-        scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY,
-        BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+        scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH,
+        WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
     )  # fmt: skip
     y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
     if ADD:

@@ -108,8 +108,8 @@ def _lora_linear_quantized_kernel(
     M, N, K, R, SPLITS,
     stride_xm, stride_xk, stride_q, stride_bn, stride_br, stride_sm, stride_ym,
     threshold,
-    NF4: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, TRANS_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASK_BRANCH: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
+    NF4: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, TRANS_W: tl.constexpr, HAS_BIAS: tl.constexpr,
+    S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -156,8 +156,8 @@ def _lora_linear_quantized_kernel(
         acc = add_branch(
             acc=acc, s=acc, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=pid_n * BLOCK_N,
             store_s=False, M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br, scaling=1.0,
-            threshold=threshold, LOAD_S=True, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_N=BLOCK_N,
-            BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+            threshold=threshold, LOAD_S=True, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY,
+            BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
         y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
         tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])

@@ -17,7 +17,7 @@ def _lora_linear_split_k_kernel(
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
     stride_zm, stride_zn,
     scaling, threshold,
-    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr,
     ADD: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
@@ -91,8 +91,8 @@ def _lora_linear_split_k_kernel(
         y = add_branch(
             acc=y, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=tile * BLOCK_N,
             store_s=STORE_S & (tile == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
-            scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY,
-            BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+            scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH,
+            WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
         y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
         if ADD:

@@ -15,7 +15,7 @@ def _lora_linear_tma_kernel(
     M, N, K, R, PRODUCTS, GRAD_SPLITS,
     stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_zm, stride_zn,
     scaling, threshold,
-    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr,
     PARTS: tl.constexpr, TRANS_W: tl.constexpr, DESCRIBED_A: tl.constexpr, TRANS_A: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
     SPECIALIZE: tl.constexpr, ADD: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
@@ -72,8 +72,8 @@ def _lora_linear_tma_kernel(
                 acc=acc, s=s, bias_ptr=bias_ptr, b_ptr=b_ptr, s_ptr=s_ptr, y_desc=y_desc, seed_ptr=seed_ptr,
                 row0=pid_m * BLOCK_M, col0=pid_n * BLOCK_N, M=M, N=N, R=R, stride_bn=stride_bn, stride_br=stride_br,
                 stride_sm=stride_sm, scaling=scaling, threshold=threshold, HAS_BIAS=HAS_BIAS, LOAD_S=LOAD_S, STORE_S=STORE_S,
-                MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, ADD=ADD, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-                BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+                S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, ADD=ADD, BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
             )  # fmt: skip
         else:
             # One part at a time: the masked branch takes fewer registers, and the store of Y less shared memory.
@@ -88,8 +88,9 @@ def _lora_linear_tma_kernel(
                     acc=parts[i], s=s, bias_ptr=bias_ptr, b_ptr=b_ptr, s_ptr=s_ptr, y_desc=y_desc, seed_ptr=seed_ptr,
                     row0=pid_m * BLOCK_M, col0=pid_n * BLOCK_N + i * PART, M=M, N=N, R=R, stride_bn=stride_bn,
                     stride_br=stride_br, stride_sm=stride_sm, scaling=scaling, threshold=threshold, HAS_BIAS=HAS_BIAS,
-                    LOAD_S=LOAD_S, STORE_S=STORE_S and i == 0, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY,
-                    ADD=ADD, BLOCK_M=BLOCK_M, BLOCK_N=PART, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+                    LOAD_S=LOAD_S, STORE_S=STORE_S and i == 0, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH,
+                    WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, ADD=ADD, BLOCK_M=BLOCK_M, BLOCK_N=PART, BLOCK_R=BLOCK_R,
+                    INPUT_PRECISION=INPUT_PRECISION,
                 )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def _halves(tile):
 @triton.jit
 def _finish(
     acc, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, row0, col0, M, N, R, stride_bn, stride_br, stride_sm, scaling, threshold,
-    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, MASK_BRANCH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr,
     WAITS_FOR_PRIMARY: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -112,8 +113,8 @@ def _finish(
     acc = add_branch(
         acc=acc, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=col0,
         store_s=STORE_S & (col0 == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
-        scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY,
-        BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+        scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH,
+        WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
     )  # fmt: skip
     # After the branch. Before it, specialized warps would pass the tile back and forth.
     if HAS_BIAS:

@@ -17,10 +17,12 @@ def _lora_shrink_kernel(
     scaling, threshold,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, TRIGGERS_DEPENDENTS: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
+    GRAD_UNIT: tl.constexpr, GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S = s' (X ∘ keep) A^T, and with HAS_GRAD grad = X^T T;  X [M, K], A [R, K], S and T [M, R], grad [K, R].
+
+    T is in units of GRAD_UNIT.
 
     Programs of S: tiles of rows, in each blocks of ranks, in each SPLITS parts of K. The last part to finish adds up all parts
     in order. The GRAD_PROGRAMS programs of grad are spread evenly among those of S: both walk down the rows of X at one pace,
@@ -38,8 +40,8 @@ def _lora_shrink_kernel(
             weight_grad(
                 program=grads, z_ptr=x_ptr, t_ptr=t_ptr, out_ptr=grad_ptr, seed_ptr=seed_ptr, partial_ptr=grad_partial_ptr,
                 counter_ptr=grad_counter_ptr, M=M, C=K, R=R, SPLITS=GRAD_SPLITS, stride_zm=stride_xm, stride_zc=stride_xk,
-                stride_tm=stride_tm, stride_oc=R, stride_or=1, threshold=threshold, DROPOUT=False, BLOCK_M=GRAD_M,
-                BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES, INPUT_PRECISION=GRAD_PRECISION,
+                stride_tm=stride_tm, stride_oc=R, stride_or=1, threshold=threshold, T_UNIT=GRAD_UNIT, DROPOUT=False,
+                BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES, INPUT_PRECISION=GRAD_PRECISION,
             )  # fmt: skip
         else:
             _shrink(

@@ -12,10 +12,10 @@ from stablelora_kernels.kernels.common import cast, dot, keep_mask, shared_sum
 def weight_grad(
     program, z_ptr, t_ptr, out_ptr, seed_ptr, partial_ptr, counter_ptr, M, C, R, SPLITS, stride_zm, stride_zc, stride_tm,
     stride_oc, stride_or, threshold,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    T_UNIT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r];  Z [M, C], T [M, R]; the ``program``-th program.
+    """out[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r];  Z [M, C], T [M, R] in units of T_UNIT; the ``program``-th program.
 
     Programs: SPLITS parts of M one after another, in each the tiles of out. The last program of a tile to finish adds up the
     tile's parts in order. No float is added atomically, nothing is zeroed first, and the store casts the sum.
@@ -45,6 +45,8 @@ def weight_grad(
     parts_ptr = partial_ptr + tile.to(tl.int64) * SPLITS * (BLOCK_C * BLOCK_R)
     acc, last = shared_sum(acc, parts_ptr, counter_ptr + tile, split, SPLITS)
     if last:
+        if T_UNIT != 1.0:
+            acc *= T_UNIT
         out_ptrs = out_ptr + cs[:, None] * stride_oc + rs[None, :] * stride_or
         tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=c_mask[:, None] & r_mask[None, :])
 
@@ -55,8 +57,8 @@ def _lora_weight_grads_kernel(
     M, N, K, R, PROGRAMS_A, SPLITS,
     stride_xm, stride_xk, stride_sm, stride_dsm, stride_ym, stride_yn,
     threshold,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    S_UNIT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA = dS^T (X ∘ keep), dB = dY^T S;  X [M, K], S and dS [M, R], dY [M, N], dA [R, K], dB [N, R].
 
@@ -67,7 +69,7 @@ def _lora_weight_grads_kernel(
         weight_grad(
             program=program, z_ptr=x_ptr, t_ptr=ds_ptr, out_ptr=da_ptr, seed_ptr=seed_ptr, partial_ptr=partial_ptr,
             counter_ptr=counter_ptr, M=M, C=K, R=R, SPLITS=SPLITS, stride_zm=stride_xm, stride_zc=stride_xk,
-            stride_tm=stride_dsm, stride_oc=1, stride_or=K, threshold=threshold, DROPOUT=DROPOUT, BLOCK_M=BLOCK_M,
+            stride_tm=stride_dsm, stride_oc=1, stride_or=K, threshold=threshold, T_UNIT=1.0, DROPOUT=DROPOUT, BLOCK_M=BLOCK_M,
             BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
     else:
@@ -77,6 +79,6 @@ def _lora_weight_grads_kernel(
             program=program - PROGRAMS_A, z_ptr=dy_ptr, t_ptr=s_ptr, out_ptr=db_ptr, seed_ptr=seed_ptr,
             partial_ptr=partial_ptr + tiles_a.to(tl.int64) * SPLITS * (BLOCK_C * BLOCK_R), counter_ptr=counter_ptr + tiles_a,
             M=M, C=N, R=R, SPLITS=SPLITS, stride_zm=stride_ym, stride_zc=stride_yn, stride_tm=stride_sm, stride_oc=R,
-            stride_or=1, threshold=threshold, DROPOUT=False, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, STAGES=STAGES,
-            INPUT_PRECISION=INPUT_PRECISION,
+            stride_or=1, threshold=threshold, T_UNIT=S_UNIT, DROPOUT=False, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R,
+            STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
