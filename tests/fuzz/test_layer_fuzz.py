@@ -1,4 +1,4 @@
-"""Random calls of the layer's ops against float64: layouts of every operand, dtypes, ranks, gradients, autocast, non-finite values.
+"""Random calls of the layer's ops against float64: layouts of every operand, dtypes, ranks, gradients, autocast, NaN, infinity.
 
 Between an operand's elements lies NaN, so that a kernel which assumes a stride reads it. The bound is twice eager PyTorch's own
 error, and one rounding of the sum of absolute values.
