@@ -15,6 +15,7 @@ from benchmarks.common.optimizers import SHRINK_RATIO, NaiveStableAdamW
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Arms, Device
 from benchmarks.lab.gpu.section import FAILED, SKIPPED, Clock, Row, Unit, note_of, time_columns
+from benchmarks.lab.traffic.formula import floor_optimizer
 from stablelora_kernels import LoRAPair, StableLoRAAdamW
 
 COLUMNS = (
@@ -78,11 +79,6 @@ def parameters(own: list[LoRAPair]) -> list[Tensor]:
     return [p for pair in own for p in (pair.A, pair.B)]
 
 
-def floor_bytes(own: list[LoRAPair]) -> int:
-    """Return the bytes of p, g, m and v read, and p, m and v written, with moments in float32."""
-    return sum(p.numel() * (3 * p.element_size() + 16) for p in parameters(own))
-
-
 def measure(device: Device, of: Set, latched: bool) -> Iterator[Row]:
     def fresh() -> list[LoRAPair]:
         """Each arm has its own parameters, gradients and moments."""
@@ -115,6 +111,8 @@ def measure(device: Device, of: Set, latched: bool) -> Iterator[Row]:
         except Exception as error:
             yield {"arm": f"{name}, graph", "status": status, "note": note_of(error)}
     samples |= device.time(graphs, SECONDS, queued=True)
+    halves = parameters(mine)
+    floor = floor_optimizer([p.numel() for p in halves], [p.element_size() for p in halves]).unique
     columns = {name: time_columns(values, "device_us") for name, values in samples.items()}
     for name, times in columns.items():
         baseline = columns["ours, graph" if name.endswith("graph") and "ours, graph" in columns else "ours"]
@@ -122,8 +120,8 @@ def measure(device: Device, of: Set, latched: bool) -> Iterator[Row]:
         if name in host:
             row["host_us"] = host[name]
         if name.startswith("ours"):
-            row["gb_s"] = round(floor_bytes(mine) / times["device_us"] / 1e3, 1)
-            row["note"] = f"floor {floor_bytes(mine) / 1e6:.1f} MB; first steps of all arms {first:.2f} s"
+            row["gb_s"] = round(floor / times["device_us"] / 1e3, 1)
+            row["note"] = f"floor {floor / 1e6:.1f} MB; first steps of all arms {first:.2f} s"
         yield row
 
 
