@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,10 +94,7 @@ def _in_flight(launch: Any, gpu: Gpu) -> float:
     v = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
     inner = v.get("BLOCK_K", v["BLOCK_M"])
     across = v.get("BLOCK_C", v["BLOCK_M"] + v.get("BLOCK_N", 0))
-    programs = 1
-    for size in launch.grid:
-        programs *= size
-    resident = min(programs, 2 * DEVICES[gpu.arch].processors)
+    resident = min(math.prod(launch.grid), 2 * DEVICES[gpu.arch].processors)
     return resident * (launch.options["num_stages"] - 1) * inner * across * 2.0
 
 

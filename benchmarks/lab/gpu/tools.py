@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 import stablelora_kernels as slk
+from benchmarks.common import optimizers
 from benchmarks.lab.cost_model.predict import Shape
 from benchmarks.lab.gpu import step
 from benchmarks.lab.gpu.device import CudaDevice, Device
@@ -82,7 +83,7 @@ def run_small(device: Device) -> None:
             y = lora_linear(x, made["weight"], made["bias"], a, b, 2.0, p)
             torch.autograd.grad(y, (x, a, b), made["grad"])
     pairs = step.pairs(step.Set("uniform", 4, 4, 64 if device.dry else 2048, torch.float32), device, latched=False)
-    optimizer = slk.StableLoRAAdamW(pairs, lr=step.LR)
+    optimizer = optimizers.build(optimizers.OURS, pairs, lr=optimizers.LR)
     for _ in range(2):
         optimizer.step()
     device.synchronize()
