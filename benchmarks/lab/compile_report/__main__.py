@@ -25,7 +25,7 @@ from pathlib import Path
 
 import triton
 
-from benchmarks.common.tables import write_csv
+from benchmarks.common.tables import csv_text, json_text, write_text
 from benchmarks.lab.compile_report import machine_code
 from benchmarks.lab.compile_report.report import (
     DIGESTS,
@@ -107,9 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{number} of {len(tasks)}, {time.perf_counter() - started:.0f} s", file=sys.stderr)
     print(table(rows))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_text(args.json, json_text(rows))
     if args.csv:
-        write_csv(args.csv, rows, KEYS)
+        write_text(args.csv, csv_text(rows, KEYS))
     lines = []
     if args.check:
         old = [row for row in read_csv(REPORT) if row["arch"] in archs and row["kernel"].startswith(args.kernel)]
@@ -123,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         now = {job_name(job) for arch in DEVICES for job in jobs(arch)}
         found = {name: value for name, value in (read_digests() | done).items() if name in now}
-        DIGESTS.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
+        write_text(DIGESTS, json.dumps(found, indent=0, sort_keys=True) + "\n")
     if args.write and not failures:
-        write_csv(REPORT, rows, KEYS)
+        write_text(REPORT, csv_text(rows, KEYS))
         print(f"wrote {REPORT}", file=sys.stderr)
     return 1 if failures or lines else 0
 
