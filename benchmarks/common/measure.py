@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from stablelora_kernels.utils.timing import interleave, interleave_parts, machine, shuffled, summarize, synchronize
+from stablelora_kernels.utils.timing import interleave, machine, shuffled, summarize, synchronize
 
-__all__ = ["commit", "environment", "interleave", "interleave_parts", "shuffled", "summarize", "synchronize"]
+__all__ = ["commit", "environment", "interleave", "shuffled", "summarize", "synchronize"]
 
 
 def commit() -> str | None:

@@ -1,6 +1,6 @@
 """Machine code of every kernel and config that dispatch can pick, compiled for GPUs that need not be present.
 
-    python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--json FILE] [--csv FILE]
+    python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--csv FILE]
     python -m benchmarks.lab.compile_report --write     compile all and renew the committed report
     python -m benchmarks.lab.compile_report --check     compile all, compare with it, and exit with 1 if something got worse
         --quick: of most GPUs only a sample, and of what has not changed since it was last recorded
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import triton
 
-from benchmarks.common.tables import csv_text, json_text, write_text
+from benchmarks.common.tables import csv_text, write_text
 from benchmarks.lab.compile_report import machine_code
 from benchmarks.lab.compile_report.report import (
     DIGESTS,
@@ -57,7 +57,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help=f"all rows of {FULL}, one in {EVERY_KEPT} where nothing changed, and a fixed one in {EVERY} of the others",
     )
-    add("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     add("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
     add(
         "--write",
@@ -106,8 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if number % 50 == 0 or number == len(tasks):
             print(f"{number} of {len(tasks)}, {time.perf_counter() - started:.0f} s", file=sys.stderr)
     print(table(rows))
-    if args.json:
-        write_text(args.json, json_text(rows))
     if args.csv:
         write_text(args.csv, csv_text(rows, KEYS))
     lines = []
