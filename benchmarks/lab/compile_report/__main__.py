@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{number} of {len(tasks)}, {time.perf_counter() - started:.0f} s", file=sys.stderr)
     print(table(rows))
     if args.csv:
-        write_text(args.csv, csv_text(rows, KEYS))
+        args.csv.write_text(csv_text(rows, KEYS), encoding="utf-8", newline="")
     lines = []
     if args.check:
         old = [row for row in read_csv(REPORT) if row["arch"] in archs and row["kernel"].startswith(args.kernel)]
