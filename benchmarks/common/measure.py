@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from stablelora_kernels.utils.timing import interleave, interleave_parts, machine, shuffled, summarize, synchronize
+from stablelora_kernels.utils.timing import interleave, machine, shuffled, summarize, synchronize
 
-__all__ = ["commit", "environment", "interleave", "interleave_parts", "shuffled", "store", "summarize", "synchronize"]
+__all__ = ["commit", "environment", "interleave", "shuffled", "summarize", "synchronize"]
 
 
 def commit() -> str | None:
@@ -25,10 +24,3 @@ def commit() -> str | None:
 def environment() -> dict[str, Any]:
     """:func:`~stablelora_kernels.utils.timing.machine`, and the commit."""
     return machine() | {"commit": commit()}
-
-
-def store(file: Path | None, found: Any) -> None:
-    """Write a benchmark's figures as JSON, and create the directory."""
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

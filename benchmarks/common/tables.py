@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,16 +35,22 @@ def markdown(cells: list[list[str]], left: int = 1) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def write_text(path: Path, text: str) -> Path:
+    """Write a file whole or not at all, and its directory; compressed if its name ends with .gz. Equal texts give equal bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    content = text.encode()
+    partial.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     os.replace(partial, path)
+    return path
 
 
-def write_zipped(path: Path, text: str) -> None:
-    """Write compressed text; equal texts give equal bytes."""
-    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+def write_files(directory: Path, texts: dict[str, str]) -> list[Path]:
+    return [write_text(directory / name, text) for name, text in texts.items()]
+
+
+def json_text(found: Any) -> str:
+    return json.dumps(found, indent=1) + "\n"
 
 
 def csv_text(rows: Sequence[dict[str, Any]], columns: Iterable[str] = ()) -> str:
@@ -57,8 +64,9 @@ def csv_text(rows: Sequence[dict[str, Any]], columns: Iterable[str] = ()) -> str
     return text.getvalue()
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Iterable[str] = ()) -> None:
-    path.write_text(csv_text(rows, columns), encoding="utf-8", newline="")
+def rounded(row: dict[str, Any], digits: int) -> dict[str, Any]:
+    """Floats to so many significant digits."""
+    return {name: float(f"{value:.{digits}g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

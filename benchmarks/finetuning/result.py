@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.measure import summarize
-from benchmarks.common.tables import aligned, write_csv, write_text
+from benchmarks.common.tables import aligned, csv_text, json_text, write_files
 from benchmarks.finetuning.train import PHASES
 
 # The first steps allocate optimizer state and warm caches. Files have them, medians do not.
@@ -211,9 +210,11 @@ def write_result(result: Result, directory: Path) -> list[Path]:
         )
     ]
     norms = [{"arm": name, **norm} for name, record in arms.items() for norm in record["series"]["norms"]]
-    write_text(directory / "result.json", json.dumps(result, indent=1) + "\n")
-    write_csv(directory / "summary.csv", [flat_summary(result, name) for name in arms])
-    write_csv(directory / "steps.csv", steps)
-    write_csv(directory / "norms.csv", norms)
-    write_text(directory / "table.txt", table(result) + "\n")
-    return [directory / name for name in ("result.json", "summary.csv", "steps.csv", "norms.csv", "table.txt")]
+    files = {
+        "result.json": json_text(result),
+        "summary.csv": csv_text([flat_summary(result, name) for name in arms]),
+        "steps.csv": csv_text(steps),
+        "norms.csv": csv_text(norms),
+        "table.txt": table(result) + "\n",
+    }
+    return write_files(directory, files)

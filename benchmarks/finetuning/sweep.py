@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.intervals import interval
-from benchmarks.common.tables import aligned, write_csv, write_text
+from benchmarks.common.tables import aligned, csv_text, json_text, write_files
 from benchmarks.finetuning.result import Result, flat_summary
 
 _METRICS = ("accuracy", "difference", "loss", "train_loss", "shrinks_mean", "a_factor", "step_overhead_percent_median")
@@ -63,12 +62,10 @@ def _mean(row: dict[str, Any], metric: str, factor: float = 1, spec: str = ".2f"
 
 
 def write_sweep(results: Sequence[Result], directory: Path) -> list[Path]:
-    paths = [directory / "sweep.csv", directory / "sweep.json", directory / "sweep.txt"]
     rows = sweep_rows(results)
-    write_csv(paths[0], rows)
-    write_text(paths[1], json.dumps({"environment": results[-1]["environment"], "rows": rows}, indent=1) + "\n")
-    write_text(paths[2], sweep_table(results) + "\n")
-    return paths
+    record = json_text({"environment": results[-1]["environment"], "rows": rows})
+    texts = {"sweep.csv": csv_text(rows), "sweep.json": record, "sweep.txt": sweep_table(results) + "\n"}
+    return write_files(directory, texts)
 
 
 def draw_sweep(results: Sequence[Result], directory: Path) -> list[Path]:

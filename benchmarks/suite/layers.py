@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
@@ -34,15 +33,23 @@ def build_arms(
 ) -> dict[str, nn.Module]:
     """The uncompiled arms, all in ``dtype``."""
     frozen, eager, ours = layer_arms(k, n, r, dropout, dtype, device)
-    holder = nn.Sequential(nn.Linear(k, n, bias=False, device=device, dtype=dtype))
-    holder[0].weight = nn.Parameter(frozen.weight.detach(), requires_grad=False)
+    return {"frozen": frozen, "eager": eager, "peft": peft_layer(ours, dropout), "ours": ours}
+
+
+def peft_layer(ours: slk.LoRALinear, dropout: float) -> nn.Module:
+    """PEFT's layer over the weight of ``ours``, with equal A and B."""
+    from peft import LoraConfig, get_peft_model
+
+    holder = nn.Sequential(nn.Linear(ours.in_features, ours.out_features, bias=False, device="meta"))
+    holder[0].weight = nn.Parameter(ours.weight.detach(), requires_grad=False)
+    r = ours.lora_A.shape[0]
     config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["0"])
     peft = get_peft_model(holder, config, autocast_adapter_dtype=False)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
                 parameter.copy_(ours.lora_A if "lora_A" in name else ours.lora_B)
-    return {"frozen": frozen, "eager": eager, "peft": peft.base_model.model[0], "ours": ours}
+    return peft.base_model.model[0]
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:

@@ -19,6 +19,7 @@ from benchmarks.common.models import linear_names, load_model, query_value_names
 from benchmarks.finetuning.arms import PEFT, STABLE, Recipe, build_arm
 from benchmarks.finetuning.train import forward, to_device
 from benchmarks.suite.layers import AUTOCAST
+from benchmarks.suite.llama import Sizes, llama
 from benchmarks.suite.rivals import Case, Parts
 
 # Percent over AdamW's training time for 0.5 billion parameters, from the paper (arXiv 2603.05204).
@@ -59,7 +60,7 @@ class PretrainedCase(Case):
 
     def open(self) -> None:
         if self.model == "random":
-            backbone, batches = _random_llama(), _random_batches()
+            backbone, batches = llama(Sizes(2, 32, 64), self.device, torch.float32).model, _random_batches()
         else:
             backbone, tokenizer = load_model(self.model)
             dataset = load_dataset("sarcasm", seed=0, held_out=600)
@@ -94,15 +95,6 @@ class PretrainedCase(Case):
         states = self.shared["optimizers"][arm].state.values()
         tensors = [t for state in states for t in state.values() if isinstance(t, torch.Tensor) and t.dim()]
         return {"state_bytes": sum(t.nbytes for t in tensors), "paper_percent": PAPER.get(ARMS[arm][1])}
-
-
-def _random_llama() -> Any:
-    from transformers import LlamaConfig, LlamaModel
-
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    model = LlamaModel(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=False))
-    return model.requires_grad_(False)
 
 
 def _random_batches() -> list[dict[str, torch.Tensor]]:

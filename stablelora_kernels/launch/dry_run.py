@@ -1,4 +1,4 @@
-"""The launches of a call without the call: the launchers run on tensors of the meta device, which have no memory."""
+"""The launches of a call without the call: the launchers run on the meta device's tensors, without memory, or on another's."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stablelora_kernels.quantized import FP8Weight, NF4Weight
 
 def call_launches(
     device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
-    forward_choice: Choice | None = None, backward_choice: Choice | None = None,
+    forward_choice: Choice | None = None, backward_choice: Choice | None = None, where: str = "meta",
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
     """The forward's and the backward's launches of a call with a bias."""
-    t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p)
-    w = _empty(n, k, of=dtype)
+    t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p, where)
+    w = _zeros(where, n, k, of=dtype)
     forward = lora_linear.forward_launches(
         device, t.x, w, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p, forward_choice
     )
@@ -30,14 +30,16 @@ def call_launches(
 
 
 def group_launches(
-    device: Device, m: int, ns: Sequence[int], k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float
+    device: Device, m: int, ns: Sequence[int], k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
+    where: str = "meta",
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
     """:func:`call_launches` for a projection group with ``ns`` output features."""
-    t = [_call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p) for n in ns]
-    weights, lora_As, lora_Bs = [_empty(n, k, of=dtype) for n in ns], [each.a for each in t], [each.b for each in t]
+    t = [_call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p, where) for n in ns]
+    weights = [_zeros(where, n, k, of=dtype) for n in ns]
+    lora_As, lora_Bs = [each.a for each in t], [each.b for each in t]
     seeds = [each.seed for each in t if each.seed is not None]
     scalings, x, ys = [1.0] * len(ns), t[0].x, [each.y for each in t]
-    s = _empty(m, r * len(ns), of=dtype)
+    s = _zeros(where, m, r * len(ns), of=dtype)
     forward = lora_linear_group.forward_launches(
         device, x, weights, [each.bias for each in t], lora_As, lora_Bs, s, ys, seeds, scalings, dropout_p
     )
@@ -53,7 +55,7 @@ def branch_launches(
     device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float
 ) -> tuple[list[Any], list[Any]]:
     """:func:`call_launches` for the branch alone."""
-    t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p)
+    t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p, "meta")
     base = torch.empty_like(t.y)
     forward = lora_branch.forward_launches(device, base, t.x, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p)
     backward = lora_branch.backward_launches(
@@ -64,18 +66,20 @@ def branch_launches(
 
 def quantized_launches(
     device: Device, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
-    quantized: str, choice: Choice | None = None,
+    quantized: str | NF4Weight | FP8Weight, choice: Choice | None = None, where: str = "meta",
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
-    """:func:`call_launches` for a weight in ``"nf4"``, nested in bitsandbytes' usual blocks, or ``"fp8"``."""
-    t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p)
+    """:func:`call_launches` for a weight, or one in ``"nf4"``, nested in bitsandbytes' usual blocks, or ``"fp8"``."""
+    t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p, where)
     weight: NF4Weight | FP8Weight
-    if quantized == "fp8":
-        weight = FP8Weight(_empty(n, k, of=torch.float8_e4m3fn), _empty(n))
+    if not isinstance(quantized, str):
+        weight = quantized
+    elif quantized == "fp8":
+        weight = FP8Weight(_zeros(where, n, k, of=torch.float8_e4m3fn), _zeros(where, n))
     else:
         blocks = -(-n * k // 64)
-        packed, absmax = (_empty(size, of=torch.uint8) for size in (-(-n * k // 2), blocks))
-        nested = (_empty(-(-blocks // 256)), _empty(256), _empty(), 256)
-        weight = NF4Weight(packed, absmax, _empty(16), (n, k), 64, *nested)
+        packed, absmax = (_zeros(where, size, of=torch.uint8) for size in (-(-n * k // 2), blocks))
+        nested = (_zeros(where, -(-blocks // 256)), _zeros(where, 256), _zeros(where), 256)
+        weight = NF4Weight(packed, absmax, _zeros(where, 16), (n, k), 64, *nested)
     forward = lora_linear_quantized.forward_launches(
         device, t.x, weight.stored, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p, choice
     )
@@ -101,13 +105,13 @@ class _CallTensors(NamedTuple):
         return torch.empty_like(self.x), torch.empty_like(self.a), torch.empty_like(self.b)
 
 
-def _empty(*size: int, of: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(size, dtype=of, device="meta")
+def _zeros(where: str, *size: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(size, dtype=of, device=where)
 
 
 def _call_tensors(
-    m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float
+    m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float, where: str
 ) -> _CallTensors:
-    x, bias, s, y = _empty(m, k, of=dtype), _empty(n, of=dtype), _empty(m, r, of=dtype), _empty(m, n, of=dtype)
-    a, b = _empty(r, k, of=lora_dtype), _empty(n, r, of=lora_dtype)
-    return _CallTensors(x, bias, a, b, s, y, _empty(1, of=torch.int64) if dropout_p else None)
+    x, bias, s, y = (_zeros(where, *size, of=dtype) for size in ((m, k), (n,), (m, r), (m, n)))
+    a, b = _zeros(where, r, k, of=lora_dtype), _zeros(where, n, r, of=lora_dtype)
+    return _CallTensors(x, bias, a, b, s, y, _zeros(where, 1, of=torch.int64) if dropout_p else None)

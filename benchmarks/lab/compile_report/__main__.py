@@ -1,6 +1,6 @@
 """Machine code of every kernel and config that dispatch can pick, compiled for GPUs that need not be present.
 
-    python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--json FILE] [--csv FILE]
+    python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--csv FILE]
     python -m benchmarks.lab.compile_report --write     compile all and renew the committed report
     python -m benchmarks.lab.compile_report --check     compile all, compare with it, and exit with 1 if something got worse
         --quick: of most GPUs only a sample, and of what has not changed since it was last recorded
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import triton
 
-from benchmarks.common.tables import write_csv
+from benchmarks.common.tables import csv_text, write_text
 from benchmarks.lab.compile_report import machine_code
 from benchmarks.lab.compile_report.report import (
     DIGESTS,
@@ -57,7 +57,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help=f"all rows of {FULL}, one in {EVERY_KEPT} where nothing changed, and a fixed one in {EVERY} of the others",
     )
-    add("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     add("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
     add(
         "--write",
@@ -106,10 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if number % 50 == 0 or number == len(tasks):
             print(f"{number} of {len(tasks)}, {time.perf_counter() - started:.0f} s", file=sys.stderr)
     print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.csv:
-        write_csv(args.csv, rows, KEYS)
+        args.csv.write_text(csv_text(rows, KEYS), encoding="utf-8", newline="")
     lines = []
     if args.check:
         old = [row for row in read_csv(REPORT) if row["arch"] in archs and row["kernel"].startswith(args.kernel)]
@@ -123,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         now = {job_name(job) for arch in DEVICES for job in jobs(arch)}
         found = {name: value for name, value in (read_digests() | done).items() if name in now}
-        DIGESTS.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
+        write_text(DIGESTS, json.dumps(found, indent=0, sort_keys=True) + "\n")
     if args.write and not failures:
-        write_csv(REPORT, rows, KEYS)
+        write_text(REPORT, csv_text(rows, KEYS))
         print(f"wrote {REPORT}", file=sys.stderr)
     return 1 if failures or lines else 0
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
 
 from stablelora_kernels.dispatch.problem import MAX_FUSED_R, Device
 from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.launch.dry_run import branch_launches, call_launches, group_launches, quantized_launches
 from stablelora_kernels.launch.lora_linear import forward_launches
+from stablelora_kernels.optim.triton_engine import TritonStep
 
 # One of each kind that the tables tell apart, in M, (N, K) and r.
 ROWS = (8, 64, 512, 16384)
 SIZES = ((4096, 4096), (512, 4096))
 RANKS = (16, 32, 64, 128, 256)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+WORDS = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 # The default dtypes at every rank, others at the one that is most used.
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype, str, tuple[int, ...]]] = {
     "bf16/fp32": (BF16, FP32, "highest", RANKS),
@@ -28,33 +31,49 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype, str, tuple[int, ...]]] = {
 }
 
 
+def every_launch(device: Device) -> Iterator[tuple[str, Any]]:
+    """(dtypes in words, launch) of all kernels."""
+    yield from lora_linear_launches(device)
+    yield from lora_linear_group_launches(device)
+    yield from quantized_lora_linear_launches(device)
+    yield from stable_adamw_launches()
+
+
 def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
     """(dtypes in words, launch) for every kernel and config, some of them more than once."""
+    for name, (dtype, lora, _, ranks) in _each_dtype():
+        for m, (n, k), r, p in product(ROWS, SIZES, ranks, (0.0, 0.1)):
+            # The table's choice; for many rows also the kernels that only force or autotuning selects.
+            pairs: list[tuple[Choice | None, Choice | None]] = [(None, None)]
+            if m == ROWS[-1]:
+                pairs.append((Choice("vendor", ""), Choice("vendor", "")))
+                if r <= MAX_FUSED_R and dtype != FP32:
+                    pairs.append((None if p else Choice("fused", ""), Choice("fused", "")))
+            for forward, backward in pairs:
+                for launch in chain(*call_launches(device, m, n, k, r, dtype, lora, p, forward, backward)):
+                    if hasattr(launch, "kernel"):
+                        yield _precise(name, launch), launch
+        for m, r, p in product((64, ROWS[-1]), ranks, (0.0, 0.1)):
+            for launch in chain(*branch_launches(device, m, 4096, 4096, r, dtype, lora, p)):
+                yield name, launch
+        if dtype != FP32:
+            yield from ((name, launch) for launch in _broadcast(device, dtype, lora))
+
+
+def _each_dtype() -> Iterator[tuple[str, tuple[torch.dtype, torch.dtype, str, tuple[int, ...]]]]:
+    """DTYPES, each under its precision."""
     before = torch.get_float32_matmul_precision()
-    for name, (dtype, lora, precision, ranks) in DTYPES.items():
-        torch.set_float32_matmul_precision(precision)
-        try:
-            for m, (n, k), r, p in product(ROWS, SIZES, ranks, (0.0, 0.1)):
-                # The table's choice; for many rows also the kernels that only force or autotuning selects.
-                pairs: list[tuple[Choice | None, Choice | None]] = [(None, None)]
-                if m == ROWS[-1]:
-                    pairs.append((Choice("vendor", ""), Choice("vendor", "")))
-                    if r <= MAX_FUSED_R and dtype != FP32:
-                        pairs.append((None if p else Choice("fused", ""), Choice("fused", "")))
-                for forward, backward in pairs:
-                    for launches in call_launches(device, m, n, k, r, dtype, lora, p, forward, backward):
-                        for launch in launches:
-                            if hasattr(launch, "kernel"):
-                                # Some products stay exact where TensorFloat-32 is allowed.
-                                exact = dtype == FP32 and launch.constants["INPUT_PRECISION"] == "ieee"
-                                yield "fp32" if exact else name, launch
-            for m, r, p in product((64, ROWS[-1]), ranks, (0.0, 0.1)):
-                for launches in branch_launches(device, m, 4096, 4096, r, dtype, lora, p):
-                    yield from ((name, launch) for launch in launches)
-            if dtype != FP32:
-                yield from ((name, launch) for launch in _broadcast(device, dtype, lora))
-        finally:
-            torch.set_float32_matmul_precision(before)
+    try:
+        for name, dtypes in DTYPES.items():
+            torch.set_float32_matmul_precision(dtypes[2])
+            yield name, dtypes
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _precise(name: str, launch: Any) -> str:
+    """The dtypes in words: some products stay exact where TensorFloat-32 is allowed."""
+    return "fp32" if name == "tf32" and launch.constants["INPUT_PRECISION"] == "ieee" else name
 
 
 def quantized_lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
@@ -65,28 +84,18 @@ def quantized_lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
     calls += [("bf16/fp32", 64, 4113, 16, kind) for kind in ("nf4", "fp8")]
     for (name, m, k, r, kind), p in product(calls, (0.0, 0.1)):
         dtype, lora = DTYPES[name][:2]
-        for launches in quantized_launches(device, m, 4096, k, r, dtype, lora, p, kind):
-            yield from (
-                (name, launch) for launch in launches if hasattr(launch, "kernel") and "NF4" in launch.constants
-            )
+        for launch in chain(*quantized_launches(device, m, 4096, k, r, dtype, lora, p, kind)):
+            if hasattr(launch, "kernel") and "NF4" in launch.constants:
+                yield name, launch
 
 
 def lora_linear_group_launches(device: Device) -> Iterator[tuple[str, Any]]:
     """(dtypes in words, launch) for projections that share X: the launches that single projections lack."""
-    before = torch.get_float32_matmul_precision()
-    for name, (dtype, lora, precision, ranks) in DTYPES.items():
-        torch.set_float32_matmul_precision(precision)
-        try:
-            for m, ns, r, p in product((64, 512, ROWS[-1]), ((4096, 1024, 1024), (14336, 14336)), ranks, (0.0, 0.1)):
-                for launches in group_launches(device, m, ns, 4096, r, dtype, lora, p):
-                    for launch in launches:
-                        if not hasattr(launch, "kernel"):
-                            continue
-                        if "MEMBERS" in launch.constants or launch.constants.get("ADD"):
-                            exact = dtype == FP32 and launch.constants["INPUT_PRECISION"] == "ieee"
-                            yield "fp32" if exact else name, launch
-        finally:
-            torch.set_float32_matmul_precision(before)
+    for name, (dtype, lora, _, ranks) in _each_dtype():
+        for m, ns, r, p in product((64, 512, ROWS[-1]), ((4096, 1024, 1024), (14336, 14336)), ranks, (0.0, 0.1)):
+            for launch in chain(*group_launches(device, m, ns, 4096, r, dtype, lora, p)):
+                if hasattr(launch, "kernel") and ("MEMBERS" in launch.constants or launch.constants.get("ADD")):
+                    yield _precise(name, launch), launch
 
 
 def _broadcast(device: Device, dtype: torch.dtype, lora_dtype: torch.dtype) -> Iterator[Any]:
@@ -102,3 +111,37 @@ def _broadcast(device: Device, dtype: torch.dtype, lora_dtype: torch.dtype) -> I
         launches = forward_launches(device, x, w, None, a, b, None, y, None, 1.0, 0.0, Choice(kernel, ""))
         if device.tma:
             yield launches[-1]._replace(variant=f"{launches[-1].variant} broadcast")
+
+
+def stable_adamw_launches() -> Iterator[tuple[str, Any]]:
+    """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain, sharded, with AMP."""
+    from stablelora_kernels.kernels.stable_adamw import step as kernels
+    from stablelora_kernels.kernels.stable_adamw import tables
+    from stablelora_kernels.kernels.stable_adamw.norms import _square_sums_kernel
+
+    int8, int32, int64, floats = (
+        torch.empty(64, dtype=d, device="meta") for d in (torch.int8, torch.int32, torch.int64, torch.float32)
+    )
+    # As the launchers pass them.
+    step = (int64, int64, int32, floats, int64, floats, int8, int32, floats, int32, *[floats] * 3, 64, 64, 1.0)
+    sums = (int64, int64, int32, floats, floats, 64, 64)
+
+    def built(kernel: Any, variant: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+        options = {"num_warps": tables.NUM_WARPS}
+        return Launch(kernel, variant, reason="", grid=(64,), args=args, constants=constants, options=options)
+
+    for kind, dtype in enumerate(tables.KINDS):
+        for wide in (True, False):
+            words = "aligned" if wide else "unaligned"
+            constants = {"VARIANTS": 1 << (2 * kind + wide), "CHUNK": TritonStep.CHUNK}
+            yield WORDS[dtype], built(_square_sums_kernel, words, sums, constants | {"FLAGS": 0})
+            for amp in (False, True):
+                flags = dict.fromkeys(("HAS_SCALE", "HAS_INF", "CLIP"), amp) | {
+                    "FLAGS": 0,
+                    "GRAD_SUMS": tables.MAX_GRAD_SUMS,
+                }
+                variant = f"{words} amp clip" if amp else words
+                yield WORDS[dtype], built(kernels._stable_adamw_kernel, variant, step, constants | flags)
+                if wide and not amp:
+                    sharded = constants | flags | {"FLAGS": tables.FLAG_SHARDED | tables.FLAG_CUT}
+                    yield WORDS[dtype], built(kernels._stable_adamw_kernel, f"{words} sharded", step, sharded)

@@ -13,15 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from benchmarks.common import tables
 from benchmarks.common.tables import RESULTS, aligned
 from benchmarks.lab.compile_report import machine_code
+from benchmarks.lab.compile_report.launches import every_launch
 from benchmarks.lab.compile_report.occupancy import occupancy
 from stablelora_kernels.dispatch.problem import DEVICES
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 REPORT = RESULTS / "compile_report.csv"
 # Rows that passed the check, with the digest of their compiler input.
 DIGESTS = REPORT.with_name("compile_report_digests.json")
@@ -54,64 +52,12 @@ def kernel_name(launch: Any) -> str:
     return "stable_adamw_square_sums" if name == "square_sums" else name
 
 
-def _launches(arch: str) -> Iterator[tuple[str, str, Any]]:
-    """(variant, dtype, launch) of all kernels."""
-    from benchmarks.lab.compile_report.launches import (
-        lora_linear_group_launches,
-        lora_linear_launches,
-        quantized_lora_linear_launches,
-    )
-
-    for make in (lora_linear_launches, lora_linear_group_launches, quantized_lora_linear_launches):
-        made = make(DEVICES[arch])
-        for dtype, launch in made:
-            yield launch.variant, dtype, launch
-    for dtype, launch in _stable_adamw_launches():
-        yield launch.variant, dtype, launch
-
-
-def _stable_adamw_launches() -> Iterator[tuple[str, Any]]:
-    """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain, sharded, with AMP."""
-    from stablelora_kernels.kernels.stable_adamw import step as kernels
-    from stablelora_kernels.kernels.stable_adamw import tables
-    from stablelora_kernels.kernels.stable_adamw.norms import _square_sums_kernel
-    from stablelora_kernels.launch.base import Launch
-    from stablelora_kernels.optim.triton_engine import TritonStep
-
-    int8, int32, int64, floats = (
-        torch.empty(64, dtype=d, device="meta") for d in (torch.int8, torch.int32, torch.int64, torch.float32)
-    )
-    # As the launchers pass them.
-    step = (int64, int64, int32, floats, int64, floats, int8, int32, floats, int32, *[floats] * 3, 64, 64, 1.0)
-    sums = (int64, int64, int32, floats, floats, 64, 64)
-
-    def built(kernel: Any, variant: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
-        options = {"num_warps": tables.NUM_WARPS}
-        return Launch(kernel, variant, reason="", grid=(64,), args=args, constants=constants, options=options)
-
-    for kind, dtype in enumerate(tables.KINDS):
-        for wide in (True, False):
-            words = "aligned" if wide else "unaligned"
-            constants = {"VARIANTS": 1 << (2 * kind + wide), "CHUNK": TritonStep.CHUNK}
-            yield DTYPES[dtype], built(_square_sums_kernel, words, sums, constants | {"FLAGS": 0})
-            for amp in (False, True):
-                flags = dict.fromkeys(("HAS_SCALE", "HAS_INF", "CLIP"), amp) | {
-                    "FLAGS": 0,
-                    "GRAD_SUMS": tables.MAX_GRAD_SUMS,
-                }
-                variant = f"{words} amp clip" if amp else words
-                yield DTYPES[dtype], built(kernels._stable_adamw_kernel, variant, step, constants | flags)
-                if wide and not amp:
-                    sharded = constants | flags | {"FLAGS": tables.FLAG_SHARDED | tables.FLAG_CUT}
-                    yield DTYPES[dtype], built(kernels._stable_adamw_kernel, f"{words} sharded", step, sharded)
-
-
 @cache
 def jobs(arch: str) -> tuple[Job, ...]:
     """One job for each piece of code. If several pieces share a variant, the arguments that differ follow its name."""
     found: dict[tuple[str, str, str], list[tuple[Any, dict[str, str]]]] = defaultdict(list)
-    for variant, dtype, launch in _launches(arch):
-        alike, values = found[kernel_name(launch), variant, dtype], machine_code.values(launch, arch)
+    for dtype, launch in every_launch(DEVICES[arch]):
+        alike, values = found[kernel_name(launch), launch.variant, dtype], machine_code.values(launch, arch)
         if values not in (other for _, other in alike):
             alike.append((launch, values))
     result = []

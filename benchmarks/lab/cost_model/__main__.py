@@ -18,7 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.tables import RESULTS, aligned, read_csv, write_csv
+from benchmarks.common.tables import RESULTS, aligned, csv_text, read_csv, write_text
 from benchmarks.lab.cost_model.predict import (
     RANKS,
     ROWS,
@@ -194,9 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{max(regrets):.1%} at worst, over {len(rows)} shapes"
     )
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"predicted_dropout_{options.dropout:g}.csv"
-        write_csv(path, rows)
+        write_text(path, csv_text(rows))
         for written in (path, *plot(rows, gpu, options.out)):
             print(f"wrote {written}")
 

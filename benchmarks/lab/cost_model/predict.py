@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 from benchmarks.lab.cost_model.rivals import RIVALS, Shape, Work
 from benchmarks.lab.traffic.formula import formula
 from stablelora_kernels.dispatch.problem import DEVICES, Call
-from stablelora_kernels.dispatch.rules import KERNELS, Choice, check_possible, choose
+from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
 from stablelora_kernels.launch.dry_run import call_launches
 
 GPUS = Path(__file__).parent / "gpus"
@@ -20,6 +21,7 @@ GPUS = Path(__file__).parent / "gpus"
 SIZES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192, 16384)
 RANKS = (8, 16, 64, 128)
+BF16 = torch.bfloat16
 # Memory latency: it determines how many bytes must be in flight.
 LATENCY = 0.8e-6
 
@@ -92,26 +94,22 @@ def _in_flight(launch: Any, gpu: Gpu) -> float:
     v = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
     inner = v.get("BLOCK_K", v["BLOCK_M"])
     across = v.get("BLOCK_C", v["BLOCK_M"] + v.get("BLOCK_N", 0))
-    programs = 1
-    for size in launch.grid:
-        programs *= size
-    resident = min(programs, 2 * DEVICES[gpu.arch].processors)
+    resident = min(math.prod(launch.grid), 2 * DEVICES[gpu.arch].processors)
     return resident * (launch.options["num_stages"] - 1) * inner * across * 2.0
 
 
 def launch_seconds(gpu: Gpu, launch: Any, efficiency: float = 1.0) -> float:
     """One of our launches, in bf16."""
     traffic = formula(launch)
-    unique, issued = traffic.read_unique + traffic.written_unique, traffic.read_issued + traffic.written_issued
     if not hasattr(launch, "kernel"):
         # The vendor's tiles are unknown; each operand is read once, as for rivals.
         operations = 2.0 * launch.y.shape[0] * launch.y.shape[1] * launch.x.shape[1]
-        return gpu.launch + max(unique / gpu.bandwidth, operations / gpu.matrix_rate["bf16"])
+        return gpu.launch + max(traffic.unique / gpu.bandwidth, operations / gpu.matrix_rate["bf16"])
     # Programmatic dependent launch: a launch that begins early costs no gap.
     gap = 0.0 if launch.options.get("launch_pdl") else gpu.launch
     return gap + max(
-        unique / gpu.bandwidth,
-        issued / gpu.l2_bandwidth,
+        traffic.unique / gpu.bandwidth,
+        traffic.issued / gpu.l2_bandwidth,
         matrix_operations(launch, gpu) / (gpu.matrix_rate["bf16"] * efficiency),
         traffic.read_unique * LATENCY / _in_flight(launch, gpu),
     )
@@ -121,9 +119,8 @@ def ours(
     gpu: Gpu, s: Shape, efficiency: float = 1.0, forward: str | None = None, backward: str | None = None
 ) -> tuple[float, float]:
     """Predicted seconds of forward and backward, by the kernels that dispatch chooses unless they are given."""
-    bf16, p = torch.bfloat16, 0.1 if s.dropout else 0.0
     choices = [None if kernel is None else Choice(kernel, "") for kernel in (forward, backward)]
-    found = call_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, bf16, bf16, p, *choices)
+    found = call_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, BF16, BF16, s.p, *choices)
     first, second = (sum(launch_seconds(gpu, launch, efficiency) for launch in launches) for launches in found)
     return first, second
 
@@ -133,12 +130,11 @@ def without_overlap(gpu: Gpu, s: Shape) -> float:
 
     dY comes from memory for dS and again for dB. dA begins after dX. No launch begins before the previous one ended.
     """
-    bf16, p, split = torch.bfloat16, 0.1 if s.dropout else 0.0, Choice("split", "")
-    forward, (thin, wide) = call_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, bf16, bf16, p, split, split)
+    split = Choice("split", "")
+    forward, (thin, wide) = call_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, BF16, BF16, s.p, split, split)
     alone = [launch._replace(options={**launch.options, "launch_pdl": False}) for launch in forward]
-    traffic = formula(thin)
     again, x = 2 * s.m * s.n, 2 * s.m * s.k
-    thin_seconds = gpu.launch + (traffic.read_unique + traffic.written_unique + again) / gpu.bandwidth
+    thin_seconds = gpu.launch + (formula(thin).unique + again) / gpu.bandwidth
     product = (
         matrix_operations(wide._replace(constants=wide.constants | {"HAS_GRAD": False}), gpu) / gpu.matrix_rate["bf16"]
     )
@@ -147,16 +143,10 @@ def without_overlap(gpu: Gpu, s: Shape) -> float:
     )
 
 
-def possible(s: Shape, direction: str) -> list[str]:
-    """The kernels that can do this call."""
-    kernels = []
-    for kernel in KERNELS[1:]:
-        try:
-            check_possible(Call(direction, s.m, s.n, s.k, s.r, torch.bfloat16, torch.bfloat16, s.dropout), kernel)
-        except ValueError:
-            continue
-        kernels.append(kernel)
-    return kernels
+def call_of(s: Shape, direction: str) -> Call:
+    """What dispatch is asked about one direction."""
+    sizes = (s.n, s.k) if direction == "forward" else (s.k, s.n)
+    return Call(direction, s.m, *sizes, s.r, BF16, BF16, s.dropout)
 
 
 def best(gpu: Gpu, s: Shape, direction: str, efficiency: float = 1.0) -> dict[str, float]:
@@ -165,15 +155,14 @@ def best(gpu: Gpu, s: Shape, direction: str, efficiency: float = 1.0) -> dict[st
     spare = "split"
     return {
         kernel: ours(gpu, s, efficiency, *((kernel, spare) if place == 0 else (spare, kernel)))[place]
-        for kernel in possible(s, direction)
+        for kernel in possible_kernels(call_of(s, direction))
     }
 
 
 def regret(gpu: Gpu, s: Shape, direction: str, efficiency: float = 1.0) -> tuple[str, str, float]:
     """Dispatch's kernel, the kernel predicted to be fastest, and how much longer dispatch's takes."""
-    sizes = (s.n, s.k) if direction == "forward" else (s.k, s.n)
-    call = Call(direction, s.m, *sizes, s.r, torch.bfloat16, torch.bfloat16, s.dropout)
-    chosen, times = choose(DEVICES[gpu.arch], call).kernel, best(gpu, s, direction, efficiency)
+    chosen = choose(DEVICES[gpu.arch], call_of(s, direction)).kernel
+    times = best(gpu, s, direction, efficiency)
     fastest = min(times, key=times.__getitem__)
     return chosen, fastest, times[chosen] / times[fastest] - 1
 

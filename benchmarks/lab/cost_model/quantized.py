@@ -18,10 +18,10 @@ import torch
 
 from benchmarks.common.tables import aligned
 from benchmarks.lab.cost_model import predict
-from benchmarks.lab.cost_model.predict import Gpu
+from benchmarks.lab.cost_model.predict import BF16, Gpu, call_of
 from benchmarks.lab.cost_model.rivals import Shape
 from benchmarks.lab.traffic.formula import formula_by_tensor, total
-from stablelora_kernels.dispatch.problem import DEVICES, Call
+from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice, choose_quantized
 from stablelora_kernels.launch.dry_run import quantized_launches
 
@@ -64,7 +64,7 @@ def counts() -> dict[str, tuple[float, float]]:
     found: dict[str, tuple[float, float]] = {}
     for kind in KINDS:
         for m, kernel in ((16, "in_loop"), (64, "in_loop"), (256, "in_loop"), (256, "dequantize")):
-            call = DEVICES["sm_90"], m, 4096, 4096, 16, torch.bfloat16, torch.float32, 0.0, kind
+            call = DEVICES["sm_90"], m, 4096, 4096, 16, BF16, torch.float32, 0.0, kind
             for launches in quantized_launches(*call, Choice(kernel, "")):
                 for launch in launches:
                     name = name_of(launch)
@@ -100,17 +100,14 @@ def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
 def seconds(gpu: Gpu, s: Shape, kind: str, kernel: str | None = None, overlap: bool = True) -> tuple[float, float]:
     """Forward and backward by ``kernel``, "in_loop" or "dequantize", or by dispatch's choice."""
     choice = None if kernel is None else Choice(kernel, "")
-    bf16, p = torch.bfloat16, 0.1 if s.dropout else 0.0
-    made = quantized_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, bf16, bf16, p, kind, choice)
+    made = quantized_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, BF16, BF16, s.p, kind, choice)
     first, second = (sum(launch_seconds(gpu, launch, overlap) for launch in launches) for launches in made)
     return first, second
 
 
 def chosen(gpu: Gpu, s: Shape, kind: str, direction: str) -> str:
     """Dispatch's choice."""
-    sizes = (s.n, s.k) if direction == "forward" else (s.k, s.n)
-    call = Call(direction, s.m, *sizes, s.r, torch.bfloat16, torch.bfloat16, s.dropout)
-    return choose_quantized(DEVICES[gpu.arch], call, 4 if kind == "nf4" else 8).kernel
+    return choose_quantized(DEVICES[gpu.arch], call_of(s, direction), 4 if kind == "nf4" else 8).kernel
 
 
 def table(gpu: Gpu, n: int, k: int, kind: str) -> list[str]:

@@ -26,6 +26,11 @@ class Shape(NamedTuple):
     r: int
     dropout: bool
 
+    @property
+    def p(self) -> float:
+        """Dropout's probability."""
+        return 0.1 if self.dropout else 0.0
+
 
 E = 2
 """Bytes of an element of an activation."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.common.tables import RESULTS
+from benchmarks.common.tables import RESULTS, read_csv
 from benchmarks.lab.gpu import report
 from benchmarks.lab.gpu.plots import draw
 from benchmarks.lab.gpu.report import Outcome
@@ -84,10 +83,8 @@ def number(text: str) -> int | float | str:
 
 def read(path: Path) -> list[Row]:
     """Return the rows of a section's file, numbers as numbers and without empty cells."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: number(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    rows = read_csv(path) if path.exists() else []
+    return [{key: number(value) for key, value in row.items() if value} for row in rows]
 
 
 def run_section(name: str, path: Path, seconds: float, dry: bool) -> str:

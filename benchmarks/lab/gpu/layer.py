@@ -1,7 +1,7 @@
 """The layer's times against its rivals': forward, backward alone, and both, eager and in CUDA graphs, by shape.
 
-The rivals are the frozen layer (``nn.functional.linear``), LoRA written by hand, PEFT's layer, and that layer compiled. All share
-the frozen weight, have equal A and B in bfloat16, and the same dropout probability. Backward alone repeats on one kept graph,
+The arms are the suite's: the frozen layer, LoRA written by hand, PEFT's layer, and that layer compiled. All share the frozen
+weight, have equal A and B in bfloat16, and the same dropout probability. Backward alone repeats on one kept graph,
 with gradients of x, A and B (of x only for the frozen layer).
 """
 
@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import stablelora_kernels as slk
 from benchmarks.lab.cost_model import predict
-from benchmarks.lab.cost_model.predict import Shape
+from benchmarks.lab.cost_model.predict import BF16, Shape
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Arms, Device
 from benchmarks.lab.gpu.section import FAILED, SKIPPED, Clock, Row, Unit, note_of, time_columns
+from benchmarks.lab.traffic.formula import floor_frozen_backward, floor_frozen_forward, floor_lora, total
+from benchmarks.suite.layers import peft_layer
+from stablelora_kernels.testing import layer_arms
 
 COLUMNS = (
     "m", "n", "k", "r", "dropout", "mode", "direction", "arm", "status", "us", "q1_us", "q3_us", "samples", "over_frozen",
@@ -30,8 +32,6 @@ COLUMNS = (
 DIRECTIONS = ("forward", "backward", "both")
 # "eager" starts on an idle device and includes the host's launches. "graph" is the device alone.
 MODES = ("graph", "eager")
-P = 0.1
-SCALING = 2.0
 # All arms together take this long, and at least five rounds.
 SECONDS = 0.12
 # The targets name this size and rank. Only for these is PEFT's layer compiled.
@@ -63,7 +63,7 @@ def priority(s: Shape) -> tuple[int, ...]:
 
 
 def key_of(s: Shape) -> Row:
-    return {"m": s.m, "n": s.n, "k": s.k, "r": s.r, "dropout": P if s.dropout else 0.0}
+    return {"m": s.m, "n": s.n, "k": s.k, "r": s.r, "dropout": s.p}
 
 
 class Arm(NamedTuple):
@@ -74,41 +74,25 @@ class Arm(NamedTuple):
 
 
 class Layers:
-    """x, an incoming gradient, the arms for a shape, and why an arm is missing."""
+    """x, an incoming gradient, the suite's arms for a shape, and why an arm is missing."""
 
     def __init__(self, s: Shape, device: Device, rivals: bool = True) -> None:
-        make: dict[str, Any] = {"device": device.device, "dtype": torch.bfloat16}
-        p = P if s.dropout else 0.0
+        make: dict[str, Any] = {"device": device.device, "dtype": BF16}
         self.x = torch.randn(s.m, s.k, **make).requires_grad_()
         self.grad = torch.randn(s.m, s.n, **make)
-        weight = nn.Parameter(torch.randn(s.n, s.k, **make) * s.k**-0.5, requires_grad=False)
-        a0, b0 = torch.randn(s.r, s.k, **make) * s.k**-0.5, torch.randn(s.n, s.r, **make) * s.r**-0.5
         self.missing: dict[str, str] = {}
-
-        frozen = nn.Linear(s.k, s.n, bias=False, device="meta", dtype=torch.bfloat16)
-        frozen.weight = weight
-        ours = slk.LoRALinear.from_linear(
-            frozen, r=s.r, lora_alpha=SCALING * s.r, lora_dropout=p, lora_dtype=torch.bfloat16
-        )
-        with torch.no_grad():
-            ours.lora_A.copy_(a0)
-            ours.lora_B.copy_(b0)
-        self.arms = {"ours": Arm(ours, (self.x, ours.lora_A, ours.lora_B))}
+        frozen, eager, ours = layer_arms(s.k, s.n, s.r, s.p, BF16, device.device)
+        self.arms = {"ours": self._arm(ours)}
         if not rivals:
             return
-        a, b = (t.clone().requires_grad_() for t in (a0, b0))
-
-        def by_hand(x: Tensor) -> Tensor:
-            dropped = nn.functional.dropout(x, p, True) if p else x
-            return nn.functional.linear(x, weight) + dropped @ a.t() @ b.t() * SCALING
-
-        self.arms["frozen"] = Arm(lambda x: nn.functional.linear(x, weight), (self.x,))
-        self.arms["eager"] = Arm(by_hand, (self.x, a, b))
+        self.arms |= {"frozen": self._arm(frozen), "eager": self._arm(eager)}
         try:
-            layer = peft_layer(weight, a0, b0, p)
-            self.arms["peft"] = Arm(layer, (self.x, *(q for q in layer.parameters() if q.requires_grad)))
+            self.arms["peft"] = self._arm(peft_layer(ours, s.p))
         except Exception as error:
             self.missing["peft"] = note_of(error)
+
+    def _arm(self, layer: nn.Module) -> Arm:
+        return Arm(layer, (self.x, *(p for p in layer.parameters() if p.requires_grad)))
 
     def call(self, name: str, direction: str) -> Callable[[], Any]:
         """Return the call that is timed."""
@@ -120,24 +104,6 @@ class Layers:
             return lambda: torch.autograd.grad(y, wanted, self.grad, retain_graph=True)
         # As in training, forward saves what backward needs.
         return lambda: layer(self.x).detach()
-
-
-def peft_layer(weight: nn.Parameter, a: Tensor, b: Tensor, p: float) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    holder = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype))
-    holder[0].weight = weight
-    r = a.shape[0]
-    config = LoraConfig(r=r, lora_alpha=int(SCALING * r), lora_dropout=p, target_modules=["0"])
-    wrapped = get_peft_model(holder, config, autocast_adapter_dtype=False).train()
-    with torch.no_grad():
-        for name, q in wrapped.named_parameters():
-            if "lora_" in name:
-                q.copy_(a if "lora_A" in name else b)
-    model: Any = wrapped.base_model.model
-    layer = model[0]
-    assert sum(q.requires_grad for q in layer.parameters()) == 2, "PEFT's layer should have two trainable parameters"
-    return layer
 
 
 class Compiler:
@@ -176,18 +142,18 @@ class Compiler:
 
 def least(s: Shape, direction: str, lora: bool) -> tuple[float, float]:
     """Return the fewest bytes and operations: each operand read once, each result written once, in 16 bits."""
-    if direction == "both":
-        (bytes1, flops1), (bytes2, flops2) = (least(s, one, lora) for one in ("forward", "backward"))
-        return bytes1 + bytes2, flops1 + flops2
-    m, n, k, r = s.m, s.n, s.k, s.r
-    moved, flops = 2.0 * (m * k + n * k + m * n), 2.0 * m * n * k
-    if not lora:
-        return moved, flops
-    branch, factors = 2.0 * m * r * (n + k), 2.0 * r * (n + k)
-    if direction == "forward":
-        return moved + factors, flops + branch
-    # dA also reads X. Backward reads A and B, and writes dA and dB.
-    return moved + 2.0 * m * k + 2 * factors, flops + 2 * branch
+    sizes = s.m, s.n, s.k
+    if lora:
+        floors = floor_lora(*sizes, s.r, BF16, BF16, bias=False)
+    else:
+        floors = floor_frozen_forward(*sizes, BF16, bias=False), floor_frozen_backward(*sizes, BF16)
+    product, branch = 2.0 * s.m * s.n * s.k, 2.0 * s.m * s.r * (s.n + s.k) * lora
+    found = {
+        "forward": (floors[0].unique, product + branch),
+        "backward": (floors[1].unique, product + 2 * branch),
+        "both": (total(floors).unique, 2 * product + 3 * branch),
+    }
+    return found[direction]
 
 
 def measure(device: Device, s: Shape, compiler: Compiler, modes: tuple[str, ...]) -> Iterator[Row]:

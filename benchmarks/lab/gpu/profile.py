@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 import stablelora_kernels as slk
-from benchmarks.common.optimizers import SHRINK_RATIO
-from benchmarks.lab.cost_model.predict import Shape
+from benchmarks.common import optimizers
+from benchmarks.lab.cost_model.predict import BF16, Shape
 from benchmarks.lab.gpu import section, step, tools
 from benchmarks.lab.gpu.device import Device
-from benchmarks.lab.gpu.layer import TARGET_R, TARGET_SIZE, Layers, P
+from benchmarks.lab.gpu.layer import TARGET_R, TARGET_SIZE, Layers
 from benchmarks.lab.gpu.section import FAILED, NO_GPU, OK, SKIPPED, Clock, Row, Unit
-from stablelora_kernels import StableLoRAAdamW
 from stablelora_kernels.launch.base import launch_counts
 
 COLUMNS = ("check", "what", "subject", "status", "figure", "expected", "note", "dry")
@@ -81,18 +80,17 @@ def expect(what: str, figure: int, expected: int, note: str) -> Row:
     return {"what": what, "figure": figure, "expected": expected, "status": status, "note": note}
 
 
-def optimizer_of_target(device: Device) -> StableLoRAAdamW:
-    """Return an optimizer of the target's 448 tensors, all shrinking."""
+def optimizer_of_target(device: Device) -> Any:
+    """Return our optimizer of the target's 448 tensors, all shrinking."""
     pairs = step.pairs(step.target_set(device), device, latched=False)
-    return StableLoRAAdamW(pairs, lr=step.LR, shrink_ratio=SHRINK_RATIO)
+    return optimizers.build(optimizers.OURS, pairs, lr=optimizers.LR)
 
 
 def check_launches(device: Device, s: Shape, direction: str) -> Iterator[Row]:
     """Compare the kernels that ran, and ``launch_counts``, with the launches that explain() lists."""
     run = Layers(s, device, rivals=False).call("ours", direction)
     run()
-    p = P if s.dropout else 0.0
-    explained = slk.explain(s.m, s.n, s.k, s.r, torch.bfloat16, p, lora_dtype=torch.bfloat16, device=device.device)
+    explained = slk.explain(s.m, s.n, s.k, s.r, BF16, s.p, lora_dtype=BF16, device=device.device)
     launches = getattr(explained, direction)
     own = sum(one.kernel != "vendor" for one in launches)
     before = launch_counts.copy()
@@ -159,7 +157,7 @@ def check_memory(device: Device, s: Shape) -> Iterator[Row]:
 
 
 def label(s: Shape) -> str:
-    return f"{s.m}x{s.n}x{s.k} r{s.r} p{P if s.dropout else 0:g}"
+    return f"{s.m}x{s.n}x{s.k} r{s.r} p{s.p:g}"
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:

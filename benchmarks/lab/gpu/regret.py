@@ -7,17 +7,14 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import torch
-
 import stablelora_kernels as slk
-from benchmarks.lab.cost_model import predict
-from benchmarks.lab.cost_model.predict import Shape
+from benchmarks.lab.cost_model.predict import Shape, call_of
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Arms, Device
 from benchmarks.lab.gpu.layer import SECONDS, Layers, key_of, priority, shapes
 from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_columns
-from stablelora_kernels.dispatch.problem import Call, device_of
-from stablelora_kernels.dispatch.rules import choose
+from stablelora_kernels.dispatch.problem import device_of
+from stablelora_kernels.dispatch.rules import choose, possible_kernels
 
 COLUMNS = (
     "m", "n", "k", "r", "dropout", "direction", "kernel", "chosen", "fastest", "status", "us", "q1_us", "q3_us", "samples",
@@ -33,18 +30,12 @@ def forced(kernel: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return with_kernel
 
 
-def table_choice(s: Shape, direction: str, device: torch.device) -> str:
-    """Return the kernel that the tables choose for this call on this device."""
-    sizes = (s.n, s.k) if direction == "forward" else (s.k, s.n)
-    call = Call(direction, s.m, *sizes, s.r, torch.bfloat16, torch.bfloat16, s.dropout)
-    return choose(device_of(device), call, "auto").kernel
-
-
 def measure(device: Device, s: Shape, direction: str) -> Iterator[Row]:
     run = Layers(s, device, rivals=False).call("ours", direction)
-    chosen = table_choice(s, direction, device.device)
+    call = call_of(s, direction)
+    chosen = choose(device_of(device.device), call, "auto").kernel
     arms: Arms = {}
-    for kernel in predict.possible(s, direction):
+    for kernel in possible_kernels(call):
         try:
             arms[kernel] = device.capture(forced(kernel, run))
         except Exception as error:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from benchmarks.common.optimizers import SHRINK_RATIO, NaiveStableAdamW
+from benchmarks.common import optimizers
+from benchmarks.common.optimizers import LR
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Arms, Device
 from benchmarks.lab.gpu.section import FAILED, SKIPPED, Clock, Row, Unit, note_of, time_columns
-from stablelora_kernels import LoRAPair, StableLoRAAdamW
+from benchmarks.lab.traffic.formula import floor_optimizer
+from stablelora_kernels import LoRAPair
 
 COLUMNS = (
     "set", "tensors", "dtype", "state", "arm", "status", "device_us", "q1_us", "q3_us", "samples", "host_us",
     "ours_over", "gb_s", "note", "dry",
 )  # fmt: skip
-# So small that no pair latches during the measurement.
-LR = 1e-6
+ARMS = {
+    "naive": optimizers.NAIVE_FOREACH,
+    "foreach": optimizers.ADAMW_FOREACH,
+    "fused": optimizers.ADAMW_FUSED,
+    "ours": optimizers.OURS,
+}
 SECONDS = 0.25
 # (out, in) of the seven linear layers in one of an 8B model's 32 blocks: 448 tensors, 41.9M parameters at r 16.
 BLOCK = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
@@ -74,28 +79,13 @@ def make_pair(
     return LoRAPair(name, a, b)
 
 
-def parameters(own: list[LoRAPair]) -> list[Tensor]:
-    return [p for pair in own for p in (pair.A, pair.B)]
-
-
-def floor_bytes(own: list[LoRAPair]) -> int:
-    """Return the bytes of p, g, m and v read, and p, m and v written, with moments in float32."""
-    return sum(p.numel() * (3 * p.element_size() + 16) for p in parameters(own))
-
-
 def measure(device: Device, of: Set, latched: bool) -> Iterator[Row]:
     def fresh() -> list[LoRAPair]:
         """Each arm has its own parameters, gradients and moments."""
         return pairs(of, device, latched)
 
-    mine = fresh()
-    ours = StableLoRAAdamW(mine, lr=LR, shrink_ratio=SHRINK_RATIO)
-    steps: dict[str, Callable[[], Any]] = {
-        "naive": NaiveStableAdamW(fresh(), LR, foreach=True).step,
-        "foreach": torch.optim.AdamW(parameters(fresh()), lr=LR, foreach=True).step,
-        "fused": torch.optim.AdamW(parameters(fresh()), lr=LR, fused=True).step,
-        "ours": ours.step,
-    }
+    built = {arm: optimizers.build(name, fresh(), lr=LR) for arm, name in ARMS.items()}
+    ours, steps = built["ours"], {arm: optimizer.step for arm, optimizer in built.items()}
     begun = time.perf_counter()
     # In its first step ours measures each pair's norms. The others create their moments.
     for step in steps.values():
@@ -107,7 +97,7 @@ def measure(device: Device, of: Set, latched: bool) -> Iterator[Row]:
     if {pair.stable for pair in ours.stability()} != {latched}:
         raise RuntimeError(f"every pair should stay {'latched' if latched else 'shrinking'} during the measurement")
     # Capture last: this is the same optimizer, without the host's part.
-    capturable = torch.optim.AdamW(parameters(fresh()), lr=LR, fused=True, capturable=not device.dry)
+    capturable = optimizers.build(optimizers.ADAMW_FUSED, fresh(), lr=LR, capturable=not device.dry)
     graphs: Arms = {}
     for name, step, status in (("ours", ours.step, FAILED), ("fused", capturable.step, SKIPPED)):
         try:
@@ -115,6 +105,8 @@ def measure(device: Device, of: Set, latched: bool) -> Iterator[Row]:
         except Exception as error:
             yield {"arm": f"{name}, graph", "status": status, "note": note_of(error)}
     samples |= device.time(graphs, SECONDS, queued=True)
+    halves = [half for group in ours.param_groups for half in group["params"]]
+    floor = floor_optimizer([p.numel() for p in halves], [p.element_size() for p in halves]).unique
     columns = {name: time_columns(values, "device_us") for name, values in samples.items()}
     for name, times in columns.items():
         baseline = columns["ours, graph" if name.endswith("graph") and "ours, graph" in columns else "ours"]
@@ -122,8 +114,8 @@ def measure(device: Device, of: Set, latched: bool) -> Iterator[Row]:
         if name in host:
             row["host_us"] = host[name]
         if name.startswith("ours"):
-            row["gb_s"] = round(floor_bytes(mine) / times["device_us"] / 1e3, 1)
-            row["note"] = f"floor {floor_bytes(mine) / 1e6:.1f} MB; first steps of all arms {first:.2f} s"
+            row["gb_s"] = round(floor / times["device_us"] / 1e3, 1)
+            row["note"] = f"floor {floor / 1e6:.1f} MB; first steps of all arms {first:.2f} s"
         yield row
 
 

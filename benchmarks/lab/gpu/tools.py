@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 import stablelora_kernels as slk
+from benchmarks.common import optimizers
 from benchmarks.lab.cost_model.predict import Shape
 from benchmarks.lab.gpu import step
 from benchmarks.lab.gpu.device import CudaDevice, Device
-from benchmarks.lab.gpu.layer import SCALING, TARGET_R, TARGET_SIZE, Layers
+from benchmarks.lab.gpu.layer import TARGET_R, TARGET_SIZE, Layers
 from benchmarks.lab.gpu.section import FAILED, NO_GPU, NOTE_LENGTH, OK, ROOT, SKIPPED, Clock, Row
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing import make_inputs
@@ -79,10 +80,10 @@ def run_small(device: Device) -> None:
         made = make_inputs((m, k), n, r, dtype=torch.bfloat16, lora_dtype=torch.float32, device=device.device)
         x, a, b = (made[name].requires_grad_() for name in ("x", "lora_A", "lora_B"))
         with slk.use_kernel(kernel):
-            y = lora_linear(x, made["weight"], made["bias"], a, b, SCALING, p)
+            y = lora_linear(x, made["weight"], made["bias"], a, b, 2.0, p)
             torch.autograd.grad(y, (x, a, b), made["grad"])
     pairs = step.pairs(step.Set("uniform", 4, 4, 64 if device.dry else 2048, torch.float32), device, latched=False)
-    optimizer = slk.StableLoRAAdamW(pairs, lr=step.LR)
+    optimizer = optimizers.build(optimizers.OURS, pairs, lr=optimizers.LR)
     for _ in range(2):
         optimizer.step()
     device.synchronize()

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
 from benchmarks.common.intervals import interval
-from benchmarks.lab.paper.scores import COSTS, PLAIN, Records, means, run_of, score
+from benchmarks.lab.paper.scores import COSTS, PLAIN, Records, Seeds, by_seed, differences, means, score
 from benchmarks.lab.paper.training import ADAMW, Run
-
-# A run's record by seed.
-Seeds = dict[int, dict[str, Any]]
 
 
 def rows(records: Records) -> list[dict[str, Any]]:
     """Runs with a field of PLAIN changed, grouped by all but the seed, each after what it was changed from, over the same seeds;
     with the differences from that, and from AdamW with the same thing changed, seed by seed."""
-    groups: dict[Run, Seeds] = defaultdict(dict)
-    for record in records:
-        run = run_of(record)
-        groups[replace(run, seed=0)][run.seed] = record
+    groups = by_seed(records, lambda run: replace(run, seed=0))
     changed = [run for run in groups if run != replace(run, **PLAIN)]
     found = []
     for plain_run in dict.fromkeys(replace(run, **PLAIN) for run in changed):
@@ -61,9 +54,8 @@ def _row(run: Run, mine: Seeds, base: Seeds, adamw: Seeds) -> dict[str, Any]:
 
 
 def _difference(mine: Seeds, base: Seeds) -> tuple[float | None, float | None]:
-    shared = [seed for seed in mine if seed in base]
-    differences = [score(mine[seed], "test") - score(base[seed], "test") for seed in shared]
-    return interval(differences) if len(shared) > 1 else (None, None)
+    found = differences(mine, base)
+    return interval(found) if len(found) > 1 else (None, None)
 
 
 def change(row: dict[str, Any]) -> str:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.intervals import interval
-from benchmarks.common.tables import aligned, write_csv, write_text, write_zipped
+from benchmarks.common.tables import aligned, csv_text, rounded, write_files
 from benchmarks.lab.paper import ablations
 from benchmarks.lab.paper.scores import (
     FALLEN,
     SCREENING,
     Records,
+    arm_and_rate,
+    by_seed,
     fallen,
     fisher,
     headline,
@@ -77,9 +78,9 @@ def same_rate_table(records: Records, loss: bool) -> list[str]:
 def fallen_table(records: Records, loss: bool) -> list[str]:
     """How many runs broke at each rate, Fisher's p against AdamW's (unless no count could pass at 5 %), and the others' score.
     Empty if no run broke."""
-    groups: dict[tuple[str, float], list[float]] = defaultdict(list)
-    for record in records:
-        groups[run_of(record).arm, run_of(record).lr].append(score(record, "test"))
+    groups: dict[tuple[str, float], list[float]] = {
+        key: [score(run, "test") for run in mine.values()] for key, mine in by_seed(records, arm_and_rate).items()
+    }
     bound = FALLEN.get(records[0]["run"]["task"], -math.inf)
     lrs = sorted({lr for _, lr in fallen(records)})
     broken = f"above {-bound:g} nats" if loss else f"below {100 * bound:.0f} %"
@@ -87,11 +88,11 @@ def fallen_table(records: Records, loss: bool) -> list[str]:
     for arm in sorted({arm for arm, _ in groups}):
         texts = []
         for lr in lrs:
-            scores = groups[arm, lr]
+            scores = groups.get((arm, lr), [])
             others = [score for score in scores if score >= bound]
             mean, half = interval(others) if len(others) > FEW else (sum(others) / max(1, len(others)), math.nan)
             reached = f", {_interval(mean, half, loss)}" if others else ""
-            fell, beside = len(scores) - len(others), groups[ADAMW, lr]
+            fell, beside = len(scores) - len(others), groups.get((ADAMW, lr), [])
             chance = ""
             if arm != ADAMW and fisher(len(scores), len(scores), 0, len(beside)) < 0.05:
                 chance = f" (p {fisher(fell, len(scores), sum(score < bound for score in beside), len(beside)):.2f})"
@@ -184,21 +185,22 @@ def flat(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         row["train_loss"] = record["train_loss"][-1] if record["train_loss"] else None
         row |= {key: record.get(key) for key in ("shrinks", "a_left", "a_over_start", "b_norm", "latched", "pairs")}
         row |= {key: record.get(key) for key in ("seconds", "optimizer_ms", "state_bytes")}
-        rows.append({name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in row.items()})
+        rows.append(rounded(row, 5))
     return rows
 
 
 def write(records: Records, out: Path) -> list[Path]:
     rows = [setting._asdict() | row for setting in settings(records) for row in headline(plain(records, setting))]
     at_rates = [setting._asdict() | row for setting in settings(records) for row in rates(plain(records, setting))]
-    write_text(out / "table.txt", table(records))
-    write_csv(out / "runs.csv", flat(records))
-    write_csv(out / "rates.csv", at_rates)
-    write_csv(out / "headline.csv", rows)
-    write_csv(out / "ablations.csv", ablations.rows(records))
-    write_zipped(out / RECORDS, "".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
-    names = ("table.txt", "runs.csv", "rates.csv", "headline.csv", "ablations.csv", RECORDS)
-    return [out / name for name in names]
+    files = {
+        "table.txt": table(records),
+        "runs.csv": csv_text(flat(records)),
+        "rates.csv": csv_text(at_rates),
+        "headline.csv": csv_text(rows),
+        "ablations.csv": csv_text(ablations.rows(records)),
+        RECORDS: "".join(json.dumps(record, sort_keys=True) + "\n" for record in records),
+    }
+    return write_files(out, files)
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.common.intervals import interval
 from benchmarks.lab.paper.training import ADAMW, OPTIMIZERS, Run, arm_of
 
+Key = TypeVar("Key")
 Records = Sequence[dict[str, Any]]
+# Runs that differ in nothing but the seed.
+Seeds = dict[int, dict[str, Any]]
 # Seeds of the screening, which chooses what gets further seeds.
 SCREENING = 2
 COSTS = ("optimizer_ms", "seconds", "state_bytes")
@@ -25,6 +29,19 @@ PLAIN = {"r": 8, "targets": "query-value", "stop_condition": "norm", "adapters":
 
 def run_of(record: dict[str, Any]) -> Run:
     return Run(**record["run"])
+
+
+def by_seed(records: Records, key: Callable[[Run], Key]) -> dict[Key, Seeds]:
+    """Groups of runs with equal keys, in the order of the keys' first runs."""
+    groups: dict[Key, Seeds] = defaultdict(dict)
+    for record in records:
+        run = run_of(record)
+        groups[key(run)][run.seed] = record
+    return groups
+
+
+def arm_and_rate(run: Run) -> tuple[str, float]:
+    return run.arm, run.lr
 
 
 class Setting(NamedTuple):
@@ -68,18 +85,23 @@ def score(record: dict[str, Any], split: str) -> float:
 def best(records: Records) -> dict[str, tuple[float, float]]:
     """Each optimizer's best learning rate and shrink ratio on validation examples, over the first seeds. Optimizers with an
     incomplete screening are left out."""
-    groups: dict[tuple[str, float, float], list[float]] = defaultdict(list)
-    for record in records:
-        run = run_of(record)
-        if run.seed < SCREENING:
-            groups[run.optimizer, run.lr, run.shrink_ratio].append(score(record, "validation"))
+    groups = by_seed([record for record in records if record["run"]["seed"] < SCREENING], chosen_by_screening)
     found: dict[str, tuple[float, float]] = {}
     for name in OPTIMIZERS:
-        mine = {key[1:]: values for key, values in groups.items() if key[0] == name}
+        mine = {key[1:]: [*group.values()] for key, group in groups.items() if key[0] == name}
         # Rates that already have their seeds must not win because others have none yet.
-        if mine and all(len(values) == SCREENING for values in mine.values()):
-            found[name] = max(mine, key=lambda key: statistics.fmean(mine[key]))
+        if mine and all(len(runs) == SCREENING for runs in mine.values()):
+            found[name] = max(mine, key=lambda key: statistics.fmean(score(run, "validation") for run in mine[key]))
     return found
+
+
+def chosen_by_screening(run: Run) -> tuple[str, float, float]:
+    return run.optimizer, run.lr, run.shrink_ratio
+
+
+def differences(mine: Seeds, base: Seeds) -> list[float]:
+    """Test scores minus the base's, over the seeds that both have."""
+    return [score(record, "test") - score(base[seed], "test") for seed, record in mine.items() if seed in base]
 
 
 def sign_flip(differences: Sequence[float]) -> float:
@@ -112,26 +134,16 @@ def headline(records: Records) -> list[dict[str, Any]]:
     chosen."""
     if len({record["run"]["lr"] for record in records}) < 2:
         return []
-    chosen = best(records)
-    scores = {
-        name: {
-            run_of(r).seed: r
-            for r in records
-            if (run_of(r).optimizer, run_of(r).lr, run_of(r).shrink_ratio) == (name, *key)
-        }
-        for name, key in chosen.items()
-    }
-    rows = []
+    groups, chosen, rows = by_seed(records, chosen_by_screening), best(records), []
     for name, (lr, ratio) in chosen.items():
-        mine = scores[name]
+        mine = groups[name, lr, ratio]
         mean, half = interval([score(r, "test") for r in mine.values()])
         row: dict[str, Any] = {"optimizer": name, "arm": arm_of(name, ratio), "lr": lr, "shrink_ratio": ratio}
         row |= {"seeds": len(mine), "test": mean, "test_95": half}
-        shared = [seed for seed in mine if seed in scores.get(ADAMW, {})]
-        if name != ADAMW and len(shared) > 1:
-            differences = [score(mine[seed], "test") - score(scores[ADAMW][seed], "test") for seed in shared]
-            row["difference"], row["difference_95"] = interval(differences)
-            row["pairs"], row["p"] = len(shared), sign_flip(differences)
+        base = groups[(ADAMW, *chosen[ADAMW])] if ADAMW in chosen else {}
+        if name != ADAMW and len(found := differences(mine, base)) > 1:
+            row["difference"], row["difference_95"] = interval(found)
+            row["pairs"], row["p"] = len(found), sign_flip(found)
         row |= means(mine.values(), "shrinks", "a_left", "a_over_start", "b_norm", *COSTS)
         rows.append(row)
     return rows
@@ -139,11 +151,9 @@ def headline(records: Records) -> list[dict[str, Any]]:
 
 def rates(records: Records) -> list[dict[str, Any]]:
     """Validation and test score of every arm and learning rate."""
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
-    for record in records:
-        groups[run_of(record).arm, run_of(record).lr].append(record)
     rows = []
-    for (arm, lr), mine in sorted(groups.items()):
+    for (arm, lr), group in sorted(by_seed(records, arm_and_rate).items(), key=itemgetter(0)):
+        mine = [*group.values()]
         row: dict[str, Any] = {"arm": arm, "lr": lr, "seeds": len(mine), "diverged": sum(r["diverged"] for r in mine)}
         for split in ("validation", "test"):
             row[split], row[f"{split}_95"] = interval([score(r, split) for r in mine])
@@ -160,17 +170,12 @@ def seeds(records: Records) -> str:
 
 def same_rate(records: Records) -> list[dict[str, Any]]:
     """Every arm minus AdamW at the same learning rate, seed by seed."""
-    scores: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
-    for record in records:
-        run = run_of(record)
-        scores[run.arm, run.lr][run.seed] = score(record, "test")
-    rows = []
-    for (arm, lr), mine in sorted(scores.items()):
-        base = scores.get((ADAMW, lr), {})
-        shared = [seed for seed in mine if seed in base]
-        if arm != ADAMW and shared:
-            difference, half = interval([mine[seed] - base[seed] for seed in shared])
-            rows.append({"arm": arm, "lr": lr, "seeds": len(shared), "difference": difference, "difference_95": half})
+    groups, rows = by_seed(records, arm_and_rate), []
+    for (arm, lr), mine in sorted(groups.items(), key=itemgetter(0)):
+        found = differences(mine, groups.get((ADAMW, lr), {}))
+        if arm != ADAMW and found:
+            difference, half = interval(found)
+            rows.append({"arm": arm, "lr": lr, "seeds": len(found), "difference": difference, "difference_95": half})
     return rows
 
 

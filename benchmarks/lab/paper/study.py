@@ -13,8 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.common import workers
-from benchmarks.common.measure import environment, store
+from benchmarks.common.measure import environment
 from benchmarks.common.optimizers import SHRINK_RATIOS
+from benchmarks.common.tables import json_text, write_text
 from benchmarks.lab.paper import report, scores, training
 from benchmarks.lab.paper.scores import SCREENING, Setting
 from benchmarks.lab.paper.training import ADAMW, OPTIMIZERS, STABLE, Run
@@ -177,10 +178,8 @@ def missing(preset: str, records: list[dict[str, Any]]) -> list[Run]:
 
 def work(run: Run, directory: Path) -> None:
     """Train in a worker, which keeps its loaded model."""
-    record = training.execute(run)
-    unfinished = directory / f"{run.file_name}.part"
-    store(unfinished, {"environment": environment(), **record})
-    unfinished.replace(directory / run.file_name)
+    record = {"environment": environment(), **training.execute(run)}
+    write_text(directory / run.file_name, json_text(record))
 
 
 def load(directory: Path) -> list[dict[str, Any]]:
@@ -192,7 +191,7 @@ def unpack(file: Path, directory: Path) -> None:
     for record in report.read_records(file):
         path = directory / scores.run_of(record).file_name
         if not path.exists():
-            store(path, record)
+            write_text(path, json_text(record))
 
 
 def train_all(preset: str, directory: Path, processes: int, minutes: float | None) -> bool:

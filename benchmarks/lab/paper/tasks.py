@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common import assets
-from benchmarks.common.data import Batch, Dataset, Example, collate, load_dataset, training_batches
+from benchmarks.common.data import Batch, Dataset, Example, load_dataset, test_batches, training_batches
 from benchmarks.common.models import Classifier
 
 VALIDATION = 600
@@ -76,17 +76,11 @@ class Classification(Task):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, examples: tuple[Example, ...]) -> Result:
         loss, right = 0.0, 0
-        # Sort by length: fewer pads.
-        order = sorted(examples, key=lambda example: (len(example[0]), example[0]))
-        for start in range(0, len(order), 64):
-            batch = self._collate(order[start : start + 64])
+        for batch in test_batches(replace(self.dataset, test=examples), self.tokenizer, batch_size=64):
             logits = self._logits(model, batch).float()
             loss += F.cross_entropy(logits, batch["labels"], reduction="sum").item()
             right += int((logits.argmax(1) == batch["labels"]).sum())
-        return Result(loss / len(order), right / len(order))
-
-    def _collate(self, examples: Any) -> Batch:
-        return collate(examples, self.tokenizer, self.dataset.max_tokens)
+        return Result(loss / len(examples), right / len(examples))
 
 
 class _LastToken(nn.Module):

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.common.assets import Asset, AssetError, fetch_archive
-from benchmarks.common.tables import write_csv
+from benchmarks.common.tables import csv_text, write_text
 from benchmarks.lab.peft_suite.judge import (
     FILES,
     LORA,
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("with acceleration: " + ", ".join(f"{count} {name}" for name, count in on["counts"].items()))
     print(f"{len(found)} tests differ" + "".join(f"\n  {test}: {before}/{after}" for test, before, after in found))
     if not (args.quick or args.files or args.keyword != LORA or args.backend != "torch"):
-        write_csv(RESULTS, table)
+        write_text(RESULTS, csv_text(table))
     return 1 if found else 0
 
 

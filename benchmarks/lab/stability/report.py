@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.common.intervals import interval, log_slope
 from benchmarks.common.optimizers import SHRINK_RATIOS
-from benchmarks.common.tables import aligned, csv_text, write_csv, write_text, write_zipped
+from benchmarks.common.tables import aligned, csv_text, rounded, write_files
 from benchmarks.lab.stability.training import ADAMW, ARMS, DELTAS, LAWS, Arm, Law
 
 PLANTED, TRANSFORMERS = "planted", "transformers"
@@ -202,19 +202,15 @@ def table(found: Found) -> str:
 
 
 def write(found: Found, out: Path) -> list[Path]:
-    paths = [out / name for name in ("table.txt", "exponents.csv", "runs.csv", "latch.csv", "best_lr.csv")]
-    write_text(paths[0], table(found))
-    write_csv(paths[1], [row for step in steps_of(found["deltas"]) for row in gamma_rows(found["deltas"], step)])
-    # Losses differ by less than a part in a thousand: all digits that float32 has.
-    write_csv(paths[2], [{name: short(value, 8) for name, value in run.items()} for run in found["runs"]])
-    # The steps' parts as measured, to four digits.
-    paths.append(out / "deltas.csv.gz")
-    deltas = [{name: short(value, 4) for name, value in row.items()} for row in found["deltas"]]
-    write_zipped(paths[-1], csv_text(deltas))
-    write_csv(paths[3], regime_rows(found["runs"], found["steps"]))
-    write_csv(paths[4], best_lrs(found["runs"]))
-    return paths
-
-
-def short(value: Any, digits: int) -> Any:
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+    deltas, runs = found["deltas"], found["runs"]
+    files = {
+        "table.txt": table(found),
+        "exponents.csv": csv_text([row for step in steps_of(deltas) for row in gamma_rows(deltas, step)]),
+        # Losses differ by less than a part in a thousand: all digits that float32 has.
+        "runs.csv": csv_text([rounded(run, 8) for run in runs]),
+        "latch.csv": csv_text(regime_rows(runs, found["steps"])),
+        "best_lr.csv": csv_text(best_lrs(runs)),
+        # The steps' parts as measured, to four digits.
+        "deltas.csv.gz": csv_text([rounded(row, 4) for row in deltas]),
+    }
+    return write_files(out, files)

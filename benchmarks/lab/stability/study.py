@@ -12,7 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.common import workers
-from benchmarks.common.measure import environment, store
+from benchmarks.common.measure import environment
+from benchmarks.common.tables import json_text, write_text
 from benchmarks.lab.stability import planted_task, training
 from benchmarks.lab.stability.report import PLANTED, TRANSFORMERS
 from benchmarks.lab.stability.training import Arm
@@ -66,10 +67,8 @@ def run_unit(preset: Preset, width: int, seed: int, out: Path) -> Path:
     for run, records in runs_of(preset, width, seed, out):
         runs.append(run)
         deltas += records
-    file = unit_file(out, width, seed)
-    unfinished = file.with_suffix(".part")
-    store(unfinished, {"environment": environment(), **made_with(preset), "runs": runs, "deltas": deltas})
-    return unfinished.replace(file)
+    found = {"environment": environment(), **made_with(preset), "runs": runs, "deltas": deltas}
+    return write_text(unit_file(out, width, seed), json_text(found))
 
 
 def made_with(preset: Preset) -> dict[str, Any]:

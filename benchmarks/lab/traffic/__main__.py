@@ -28,7 +28,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common.tables import write_csv
+from benchmarks.common.tables import csv_text
 from benchmarks.lab.traffic.report import (
     REAL,
     REAL_QUANTIZED,
@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What the vendor's product moves was not counted.
     counted = [row for row in counted if row["kernel"] != "vendor"]
     quantized = [*counted_quantized, *formula_quantized, *real_quantized]
-    write_csv(arguments.csv, [*counted, *formula, *real, *quantized, *shared, *optimizer])
+    everything = [*counted, *formula, *real, *quantized, *shared, *optimizer]
+    arguments.csv.write_text(csv_text(everything), encoding="utf-8", newline="")
     print(f"All rows are in {arguments.csv}.")
     return 0
 

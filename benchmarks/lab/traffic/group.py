@@ -12,7 +12,6 @@ import torch
 from benchmarks.common.tables import aligned
 from benchmarks.lab.traffic import formula as t
 from stablelora_kernels.dispatch.problem import Device
-from stablelora_kernels.launch import lora_linear_group
 from stablelora_kernels.launch.dry_run import call_launches, group_launches
 
 Row = dict[str, Any]
@@ -34,17 +33,6 @@ class Group(NamedTuple):
         return "+".join(map(str, self.ns))
 
 
-# For the interpreter: descriptors and pointers, split-K sums, ranks that fill no block, the vendor's products.
-SMALL = (
-    Group(70, (136, 72, 72), 200, 16),
-    Group(70, (136, 72), 200, 3, 0.1),
-    Group(200, (72, 40, 40), 264, 20, 0.1),
-    Group(72, (40, 40), 1032, 8),
-    Group(9, (72, 40, 40), 136, 16),
-    Group(40, (72, 40), 136, 16, 0.1),
-    Group(72, (40, 24, 24), 72, 80),
-    Group(72, (40, 24, 24), 136, 16, 0.1, FP32),
-)
 # An attention's q, k and v and an MLP's gate and up in Llama 3.1 8B.
 REAL = tuple(
     Group(m, ns, 4096, r, p)
@@ -53,25 +41,6 @@ REAL = tuple(
     for p in (0.0, 0.1)
     for m in (64, 512, 2048, 8192)
 )
-
-
-def launches(device: Device, group: Group) -> tuple[list[Any], list[Any]]:
-    """The forward's and the backward's launches of a group on CPU tensors, as ``device`` would make them."""
-    m, ns, k, r, p, dtype = group
-    x, s = torch.zeros(m, k, dtype=dtype), torch.zeros(m, r * len(ns), dtype=dtype)
-    weights, biases = [torch.zeros(n, k, dtype=dtype) for n in ns], [torch.zeros(n, dtype=dtype) for n in ns]
-    lora_As, lora_Bs = [torch.zeros(r, k) for _ in ns], [torch.zeros(n, r) for n in ns]
-    ys, grads = [torch.zeros(m, n, dtype=dtype) for n in ns], [torch.zeros(m, n, dtype=dtype) for n in ns]
-    seeds = [torch.zeros(1, dtype=torch.int64) for _ in ns] if p else []
-    scalings = [1.0] * len(ns)
-    forward = lora_linear_group.forward_launches(
-        device, x, weights, biases, lora_As, lora_Bs, s, ys, seeds, scalings, p
-    )
-    backward = lora_linear_group.backward_launches(
-        device, x, grads, weights, lora_As, lora_Bs, lora_linear_group.columns(s, [r] * len(ns)), seeds, scalings, p,
-        torch.zeros_like(x), [torch.zeros_like(a) for a in lora_As], [torch.zeros_like(b) for b in lora_Bs],
-    )  # fmt: skip
-    return forward, backward
 
 
 def _totals(made: list[Any], additions: int, group: Group) -> tuple[int, int, int]:

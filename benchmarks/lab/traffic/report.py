@@ -14,6 +14,7 @@ from benchmarks.lab.traffic import group
 from benchmarks.lab.traffic.counter import counted
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.launch.dry_run import call_launches, quantized_launches
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -113,28 +114,15 @@ SETS = (
 )
 
 
-def launches(device: Device, case: Case) -> tuple[list[Any], list[Any]]:
-    """The forward's and the backward's launches of ``case`` on CPU tensors, as ``device`` would make them."""
-    from stablelora_kernels.launch import lora_linear_quantized
-    from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
-
-    m, n, k, r, p, dtype, lora_dtype, kernel, quantized = case
-    x, w, bias, y = (torch.zeros(size, dtype=dtype) for size in ((m, k), (n, k), (n,), (m, n)))
-    dx, dy, s = torch.zeros_like(x), torch.zeros_like(y), torch.zeros(m, r, dtype=dtype)
-    a, b = torch.zeros(r, k, dtype=lora_dtype), torch.zeros(n, r, dtype=lora_dtype)
-    seed = torch.zeros(1, dtype=torch.int64) if p else None
-    da, db = torch.zeros_like(a), torch.zeros_like(b)
-    if quantized:
-        weight = quantized_weight(n, k, quantized).stored
-        forward = lora_linear_quantized.forward_launches(device, x, weight, bias, a, b, s, y, seed, 1.0, p)
-        return forward, lora_linear_quantized.backward_launches(
-            device, x, dy, weight, a, b, s, seed, dx, da, db, 1.0, p
-        )
-    choice = Choice(kernel, "") if kernel else None
-    forward = forward_launches(device, x, w, bias, a, b, s, y, seed, 1.0, p, choice)
-    return forward, backward_launches(
-        device, x, dy, w, a, b, s, seed, dx, da, db, scaling=1.0, dropout_p=p, choice=choice
-    )
+def launches(device: Device, case: Case, where: str = "meta") -> tuple[list[Any], list[Any]]:
+    """The forward's and the backward's launches of ``case``, as ``device`` would make them, on tensors without memory or, to
+    count them, on the CPU's."""
+    sizes = (*case[:4], case.dtype, case.lora_dtype, case.p)
+    if case.quantized:
+        weight = case.quantized if where == "meta" else quantized_weight(case.n, case.k, case.quantized)
+        return quantized_launches(device, *sizes, weight, where=where)
+    choice = Choice(case.kernel, "") if case.kernel else None
+    return call_launches(device, *sizes, choice, choice, where=where)
 
 
 def quantized_weight(n: int, k: int, kind: str) -> NF4Weight | FP8Weight:
@@ -147,16 +135,6 @@ def quantized_weight(n: int, k: int, kind: str) -> NF4Weight | FP8Weight:
     return NF4Weight(packed, absmax, torch.ones(16), (n, k), 64, *nested)
 
 
-def formula_launches(device: Device, case: Case) -> tuple[list[Any], list[Any]]:
-    """The same launches on tensors without memory."""
-    from stablelora_kernels.launch.dry_run import call_launches, quantized_launches
-
-    if case.quantized:
-        return quantized_launches(device, *case[:4], case.dtype, case.lora_dtype, case.p, case.quantized)
-    choice = Choice(case.kernel, "") if case.kernel else None
-    return call_launches(device, *case[:4], case.dtype, case.lora_dtype, case.p, choice, choice)
-
-
 def _name(launch: Any) -> str:
     kernel = launch.kernel.__name__ if hasattr(launch, "kernel") else "vendor"
     return str(kernel).removeprefix("_").removesuffix("_kernel")
@@ -164,7 +142,7 @@ def _name(launch: Any) -> str:
 
 def case_rows(device: Device, case: Case, count: bool) -> list[Row]:
     """A row for each launch, then one for all, counted or by formula."""
-    directions = launches(device, case) if count else formula_launches(device, case)
+    directions = launches(device, case, "cpu" if count else "meta")
     listed = [(word, launch) for word, made in zip(("forward", "backward"), directions, strict=True) for launch in made]
     if count:
         with counted() as found:

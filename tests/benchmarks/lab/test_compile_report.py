@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.common.tables import write_csv
+from benchmarks.common.tables import csv_text, write_text
 from benchmarks.lab.compile_report import __main__
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
@@ -241,7 +241,7 @@ def test_rows_that_vanish_and_appear_are_found() -> None:
 
 def test_a_csv_gives_the_rows_back(tmp_path: Path) -> None:
     rows = [row(), row(variant='r32, "odd"', mma="")]
-    write_csv(tmp_path / "report.csv", rows, report.KEYS)
+    write_text(tmp_path / "report.csv", csv_text(rows, report.KEYS))
     assert report.read_csv(tmp_path / "report.csv") == rows
 
 

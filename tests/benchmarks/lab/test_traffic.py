@@ -19,12 +19,13 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from benchmarks.lab.traffic import counter as t
 from benchmarks.lab.traffic import formula, report
-from benchmarks.lab.traffic import group as _traffic_group
+from benchmarks.lab.traffic.group import REAL, Group, group_row
 from benchmarks.lab.traffic.report import BF16, FP16, FP32, Case, Set
 from stablelora_kernels.dispatch import backend, problem, tiles
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
+from stablelora_kernels.launch.dry_run import group_launches
 
 pytestmark = [
     pytest.mark.skipif(not backend.INTERPRETING, reason="bytes are counted in the interpreter only"),
@@ -45,7 +46,7 @@ def tiny_tiles(monkeypatch):
 
 def compare(arch: str, case: Case) -> list[str]:
     """Runs a case's launches; each must move what the formula says, tensor by tensor. The kernels' names."""
-    forward, backward = report.launches(DEVICES[arch], case)
+    forward, backward = report.launches(DEVICES[arch], case, "cpu")
     with t.counted() as found:
         for launch in (*forward, *backward):
             launch.run(CPU)
@@ -74,10 +75,24 @@ def test_the_formula_counts_loops_over_ranks(kernel, arch, tiny_tiles):
     assert names.count(expected[kernel]) == 2 and names.count("lora_shrink") == 2
 
 
+# For the interpreter: descriptors and pointers, split-K sums, ranks that fill no block, the vendor's products.
+GROUPS = (
+    Group(70, (136, 72, 72), 200, 16),
+    Group(70, (136, 72), 200, 3, 0.1),
+    Group(200, (72, 40, 40), 264, 20, 0.1),
+    Group(72, (40, 40), 1032, 8),
+    Group(9, (72, 40, 40), 136, 16),
+    Group(40, (72, 40), 136, 16, 0.1),
+    Group(72, (40, 24, 24), 72, 80),
+    Group(72, (40, 24, 24), 136, 16, 0.1, FP32),
+)
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("group", _traffic_group.SMALL, ids=lambda group: f"{group.m} r{group.r} p{group.p}")
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group.m} r{group.r} p{group.p}")
 def test_the_formula_counts_projections_that_share_x(group, arch):
-    made = [launch for way in _traffic_group.launches(DEVICES[arch], group) for launch in way]
+    m, ns, k, r, p, dtype = group
+    made = [launch for way in group_launches(DEVICES[arch], m, ns, k, r, dtype, FP32, p, "cpu") for launch in way]
     with t.counted() as found:
         for launch in made:
             launch.run(CPU)
@@ -88,7 +103,7 @@ def test_the_formula_counts_projections_that_share_x(group, arch):
 def test_sharing_x_saves_its_reads_and_the_sums_of_its_gradients():
     """Three projections: two reads of X for S, two for dA; of dX five passes are left of nine. Rows in bfloat16."""
     device = DEVICES["sm_90"]
-    row = _traffic_group.group_row(device, _traffic_group.Group(8192, (4096, 1024, 1024), 4096, 16))
+    row = group_row(device, Group(8192, (4096, 1024, 1024), 4096, 16))
     assert (row["launches_apart"], row["launches"]) == (14, 11)
     assert row["activation_passes_apart"] - row["activation_passes"] == 8
     assert row["unique"] < 0.7 * row["unique_apart"]
@@ -124,7 +139,7 @@ def test_the_cases_above_share_sums():
         (Case(550, 24, 40, 80, kernel="vendor"), "weight_grads"),
     ):
         shared = set()
-        for launch in (launch for made in report.formula_launches(DEVICES["sm_90"], case) for launch in made):
+        for launch in (launch for made in report.launches(DEVICES["sm_90"], case) for launch in made):
             if not hasattr(launch, "kernel"):
                 continue
             arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
@@ -252,7 +267,7 @@ def test_a_broadcast_operand_is_unique_once():
 
 def test_meta_and_real_tensors_give_one_formula():
     for case in (*report.SMALL, *report.SMALL_QUANTIZED):
-        real, meta = (make(DEVICES["sm_90"], case) for make in (report.launches, report.formula_launches))
+        real, meta = (report.launches(DEVICES["sm_90"], case, where) for where in ("cpu", "meta"))
         for one, other in zip((*real[0], *real[1]), (*meta[0], *meta[1]), strict=True):
             assert formula.formula_by_tensor(one) == formula.formula_by_tensor(other)
 
@@ -338,7 +353,7 @@ def test_the_command_sets_the_interpreter_and_writes_all_rows(tmp_path):
     assert {row["operation"] for row in rows} == operations
     # A small case counted and by formula, a real one by formula; a set of the optimizer's both ways; the groups by formula.
     totals = Counter(row["operation"] for row in rows if row["kernel"] == "all")
-    layers = {"lora_linear": 3, "lora_linear_quantized": 3, "lora_linear_group": len(_traffic_group.REAL)}
+    layers = {"lora_linear": 3, "lora_linear_quantized": 3, "lora_linear_group": len(REAL)}
     assert totals == layers | {"stable_adamw": 2}
 
 
