@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tests.helpers.interpreter import patch_language_once_a_launch
+from tests.helpers.interpreter import speed_up_interpreter
 
 # Triton reads this as it is imported, so it must be set before any test module imports a kernel.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    patch_language_once_a_launch()
+    speed_up_interpreter()
 # Processes of tests, of which pytest -n starts several, must not fight for the cores; nor those that tests start themselves.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

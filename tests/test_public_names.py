@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import stablelora_kernels as slk
+from tests.helpers.processes import ROOT, printed
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 AUTODOC = re.compile(r"^\.\. auto\w+:: (stablelora_kernels[\w.]*)", re.MULTILINE)
 ALIAS = re.compile(r"\bslk\.(\w+(?:\.\w+)*)")
@@ -75,8 +72,7 @@ def test_former_modules_keep_their_names(module):
 def test_every_exported_name_is_an_attribute():
     """In a fresh process: here, other tests may have imported the modules already."""
     code = "import stablelora_kernels as slk; print([name for name in slk.__all__ if not hasattr(slk, name)])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed(code) == "[]"
 
 
 def test_british_names_are_aliases():

@@ -15,7 +15,6 @@ from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.launch.base import Launch
 from tests.helpers.autotuning import GPU, check_all, entries, files, forget, forward, inputs_of, words
 from tests.helpers.inputs import BF16, DEVICE, FP32
-from tests.helpers.processes import printed
 
 
 @pytest.mark.parametrize(
@@ -249,31 +248,7 @@ def test_nothing_to_compute_is_nothing_to_measure(timer):
     assert not timer.measured
 
 
-# The switch and the timer.
-
-
-def test_environment_variable_sets_the_start_value():
-    code = "import stablelora_kernels as slk; print(slk.get_autotune())"
-    for value, on in (("1", "True"), ("0", "False")):
-        assert printed(code, STABLELORA_AUTOTUNE=value).strip() == on
-    assert printed(code).strip() == "False"
-    message = "ValueError: the environment variable STABLELORA_AUTOTUNE must be one of '0', '1', got 'yes'"
-    assert message in printed(code, STABLELORA_AUTOTUNE="yes")
-
-
-def test_the_switch():
-    before = slk.get_autotune()
-    for call in (slk.set_autotune, lambda on: slk.use_autotune(on).__enter__()):
-        with pytest.raises(TypeError, match="autotune must be True or False, got '0'"):
-            call("0")
-    try:
-        slk.set_autotune(True)
-        with pytest.raises(KeyError), slk.use_autotune(False):
-            assert not slk.get_autotune()
-            raise KeyError
-        assert slk.get_autotune()
-    finally:
-        slk.set_autotune(before)
+# The timer.
 
 
 def test_the_cache_is_where_downloads_are(monkeypatch, tmp_path):

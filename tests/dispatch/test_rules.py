@@ -11,7 +11,6 @@ from stablelora_kernels.dispatch.rules import choose
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing import make_inputs
 from tests.helpers.launches import count_launches
-from tests.helpers.processes import printed
 
 BF16, FP32 = torch.bfloat16, torch.float32
 H100 = DEVICES["sm_90"]
@@ -48,24 +47,13 @@ def test_the_table(given, kernel, device):
 
 @pytest.mark.parametrize("kernel", ["fused", "split", "vendor"])
 def test_force(kernel):
-    assert slk.get_kernel() == "auto"
     with slk.use_kernel(kernel):
-        assert slk.get_kernel() == kernel
         assert choose(H100, call(r=8)).kernel == kernel
         with slk.use_kernel("auto"):
             assert choose(H100, call(m=1)).kernel == "fused"
-    assert slk.get_kernel() == "auto"
-    slk.set_kernel(kernel)
-    try:
-        assert choose(H100, call(r=8)).kernel == kernel
-    finally:
-        slk.set_kernel("auto")
 
 
 def test_force_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="kernel must be one of 'auto', 'fused', 'split', 'vendor', got 'triton'"):
-        slk.set_kernel("triton")
-    assert slk.get_kernel() == "auto"
     with slk.use_kernel("fused"):
         with pytest.raises(ValueError, match="'fused' was asked for, but it has no dropout"):
             choose(H100, call(dropout=True))
@@ -82,13 +70,6 @@ def test_force_refuses_in_a_real_call_before_anything_ran():
     with count_launches() as made, slk.use_backend("triton"), fused, pytest.raises(ValueError, match="no dropout"):
         lora_linear(*args, 1.0, 0.5)
     assert not made
-
-
-def test_environment_variable_is_checked():
-    code = "import stablelora_kernels as slk; print(slk.get_kernel())"
-    assert printed(code, STABLELORA_KERNEL="split") == "split"
-    message = "STABLELORA_KERNEL must be one of 'auto', 'fused', 'split', 'vendor', got 'best'"
-    assert message in printed(code, STABLELORA_KERNEL="best")
 
 
 def test_every_device_has_the_limits_of_its_kind():

@@ -262,8 +262,8 @@ def test_a_run_is_not_mixed_with_another(files: list[str], alone: Path, monkeypa
 @pytest.mark.parametrize(
     ("example", "arguments"),
     [
-        ("finetune", ["--batch-size", "2", "--bf16", "--length", "32"]),
-        # Of a text that takes no half minute to be cut into tokens, as the plays do above.
+        # A text that is cut into tokens and evaluated in less than minutes; replace_linear takes the plays, the default.
+        ("finetune", ["--batch-size", "2", "--bf16", "--length", "32", "--text", str(ROOT / "README.md")]),
         ("peft_trainer", ["--batch-size", "2", "--bf16", "--length", "32", "--text", str(ROOT / "README.md")]),
         ("replace_linear", ["--batch-size", "8"]),
     ],

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.helpers.interpreter import patch_language_once_a_launch
+from tests.helpers.interpreter import speed_up_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_gloo = pytest.mark.skipif(
@@ -35,7 +35,7 @@ def spawn(target: Callable[..., Any], world: int, directory: Path, *args: Any) -
 
 def _one_rank(rank: int, target: Callable[..., Any], world: int, directory: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    patch_language_once_a_launch()
+    speed_up_interpreter()
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/meet{world}{target.__name__}", rank=rank, world_size=world
     )

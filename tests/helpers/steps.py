@@ -36,6 +36,22 @@ def assert_close_to(oracle: StableAdamWRef, optimizer: StableLoRAAdamW, rtol: fl
     assert_all_close((p.detach().double() for p in params_of(optimizer)), oracle.params, rtol=rtol, atol=atol)
 
 
+def assert_no_worse_than_adamw(optimizer: StableLoRAAdamW, hyper: dict[str, Any], scales: Iterable[float]) -> None:
+    """Steps with gradients of these scales, against AdamW in float64: bounded by AdamW's own error in float32."""
+    params = params_of(optimizer)
+    exact, plain = ([p.detach().to(d).clone().requires_grad_() for p in params] for d in (torch.float64, None))
+    others = [torch.optim.AdamW(each, **hyper) for each in (exact, plain)]
+    for step, scale in enumerate(scales):
+        set_grads(params, step, scale)
+        for p, q, s in zip(params, exact, plain, strict=True):
+            q.grad, s.grad = p.grad.double(), p.grad.clone()
+        for each in (optimizer, *others):
+            each.step()
+    for p, q, s in zip(params, exact, plain, strict=True):
+        error, theirs = (p - q).abs().max().item(), (s - q).abs().max().item()
+        assert error <= 2 * theirs + 2e-7, f"off by {error}, AdamW in float32 by {theirs}"
+
+
 def latches(optimizer: StableLoRAAdamW) -> dict[str, int | None]:
     return {pair.name: pair.latched_at for pair in optimizer.stability()}
 

@@ -13,9 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import stablelora_kernels as slk
+from tests.helpers.distributed_training import TRAINING, compare, fit
 from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import Model
-from tests.optim.test_sharding import compare, fit, results_of
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytestmark = needs_gloo
@@ -33,12 +33,12 @@ def train(rank: int, world: int, place: Path | None = None) -> dict[str, Any]:
         for layer in model.base_model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.1, shrink_ratio=0.1, seed=7)
+    optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
     assert all(isinstance(p, DTensor) == (world > 1) for p in optimizer.param_groups[0]["params"])
     with mock.patch.object(peft_layers, "lora_linear", side_effect=peft_layers.lora_linear) as called:
-        fit(model, optimizer, rank, world, range(6))
+        found = fit(model, optimizer, rank, world)
     assert called.call_count == 6 * 4
-    return results_of(model, optimizer)
+    return found
 
 
 def test_fsdp2(tmp_path: Path) -> None:

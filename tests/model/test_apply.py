@@ -13,7 +13,7 @@ from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn.linear import LoRALinear
-from tests.helpers.small_models import IDS, Model, fill_b, lora_config, reasons, snapshot, trainable
+from tests.helpers.small_models import IDS, Model, fill_b, lora_config, reasons, refused, trainable
 
 
 @pytest.fixture
@@ -237,28 +237,14 @@ def test_remove_without_merge_gives_the_original_back(model, merged_before):
     apply_lora(model, lora_config())
 
 
-def test_merging_a_tied_head_leaves_the_embedding_alone():
-    model = Model(tied=True).eval()
-    apply_lora(model, lora_config(target_modules=["lm_head"]))
-    fill_b(model)
-    embedding, expected = model.embed.weight.detach().clone(), model(IDS)
-    remove_lora(model)
-    assert torch.equal(model.embed.weight, embedding)
-    torch.testing.assert_close(model(IDS), expected)
-
-
 @pytest.mark.parametrize("action", [merge_lora, remove_lora])
 def test_a_merge_that_is_not_finite_changes_nothing(model, action):
     apply_lora(model, lora_config())
     fill_b(model)
     with torch.no_grad():
         model.layers[1].v_proj.lora_B[3, 1] = float("inf")
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"'layers.1.v_proj': merging would give a weight that is not finite"):
+    with refused(model, ValueError, r"'layers.1.v_proj': merging would give a weight that is not finite"):
         action(model)
-    modules, parameters = snapshot(model)
-    assert modules == before[0]
-    assert [id(p) for _, p, _, _ in parameters] == [id(p) for _, p, _, _ in before[1]]
     assert not any(layer.merged for layer in lora_layers(model).values())
 
 

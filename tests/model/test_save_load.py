@@ -134,14 +134,6 @@ def test_a_merged_model_saves_the_same_adapter(model, saved):
     assert (saved / WEIGHTS_NAME).read_bytes() == (saved.parent / "merged" / WEIGHTS_NAME).read_bytes()
 
 
-def test_wrappers_are_seen_through(model, saved):
-    save_adapter(nn.DataParallel(model), saved.parent / "wrapped")
-    assert (saved / WEIGHTS_NAME).read_bytes() == (saved.parent / "wrapped" / WEIGHTS_NAME).read_bytes()
-    compiled = torch.compile(fresh(), backend="eager")
-    load_adapter(compiled, saved)
-    assert torch.equal(output(compiled._orig_mod), output(model))
-
-
 def test_names_that_a_list_cannot_tell_apart_become_a_regex(tmp_path):
     # As an end of a name, "fc" would name "x.fc" as well.
     def make():

@@ -102,8 +102,16 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
         assert files(tmp_path / name) == files(tmp_path / "alone"), name
 
 
-@pytest.mark.parametrize("wrap", [compile_, checkpoint_wrapper], ids=["compiled", "checkpointed"])
-@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize(
+    ("wrap", "parts"),
+    [
+        (compile_, False),
+        (compile_, True),
+        (checkpoint_wrapper, False),
+        (checkpoint_wrapper, True),
+        (nn.DataParallel, False),
+    ],
+)
 def test_in_one_process(tmp_path: Path, wrap, parts: bool) -> None:
     slk.save_adapter(make(seed=1), tmp_path / "alone")
     first, second = (with_parts(make(seed), wrap) if parts else wrap(make(seed)) for seed in (1, 2))

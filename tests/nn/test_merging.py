@@ -39,8 +39,11 @@ def test_the_error_is_the_distance_to_the_exact_sum(dtype, elements, monkeypatch
     monkeypatch.setattr(merging, "_MERGE_ELEMENTS", elements)
     made = layer(dtype)
     frozen, delta = made.weight.detach().double(), made.delta_weight().double()
+    torch.testing.assert_close(
+        delta, made.scaling * (made.lora_B.double() @ made.lora_A.double()), rtol=1e-6, atol=1e-7
+    )
     error = made.merge()
-    assert made.weight.dtype == dtype
+    assert made.merged and made.weight.dtype == dtype and not made.weight.requires_grad
     exact = (made.weight.double() - (frozen + delta)).abs().max().item()
     # In float32 and bfloat16 the difference itself is exact or off by a float32 rounding of so small a number.
     assert error.largest_error == pytest.approx(exact, rel=1e-6) and exact > 0
@@ -138,7 +141,7 @@ def test_two_layers_with_one_weight_are_merged_each_with_its_own_branch():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unmerge_is_exact_after_whatever_happened_while_merged(dtype):
     made = layer(dtype)
-    frozen = made.weight.detach().clone()
+    parameter, frozen = made.weight, made.weight.detach().clone()
     made.merge()
     file = io.BytesIO()
     torch.save(made, file)
@@ -146,11 +149,17 @@ def test_unmerge_is_exact_after_whatever_happened_while_merged(dtype):
     saved = torch.load(file, weights_only=False)
     loaded = layer(dtype)
     loaded.load_state_dict(made.state_dict())
+    moved = copy.deepcopy(made).to(torch.float64)
     # float32 and float64 hold every value of the others.
-    for other in (copy.deepcopy(made), saved, copy.deepcopy(saved).to(torch.float64).to(dtype)):
-        assert other.merged and torch.equal(other.weight, made.weight)
+    for other in (copy.deepcopy(made), saved, moved, copy.deepcopy(moved).to(dtype)):
+        assert other.merged and torch.equal(other.weight, made.weight.to(other.weight.dtype))
         other.unmerge()
-        assert torch.equal(other.weight, frozen) and not other.weight.requires_grad
+        assert torch.equal(other.weight, frozen.to(other.weight.dtype)) and not other.weight.requires_grad
+    assert moved.weight.dtype == torch.float64
     assert not loaded.merged and torch.equal(loaded.weight, frozen)
+    loaded.merge()
+    with pytest.raises(RuntimeError, match=r"is merged; unmerge\(\) before loading"):
+        loaded.load_state_dict(made.state_dict())
+    assert not torch.equal(made.weight, frozen) and torch.equal(parameter, frozen)
     made.unmerge()
-    assert torch.equal(made.weight, frozen)
+    assert made.weight is parameter and torch.equal(made.weight, frozen) and not made.merged

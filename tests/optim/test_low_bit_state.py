@@ -14,7 +14,6 @@ from stablelora_kernels.optim.sharding import Shard
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import store_moments
 from stablelora_kernels.optim.stochastic_rounding import seed_word
-from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef, stochastic_round_ref
 from stablelora_kernels.reference.optimizer import moment_noise_ref
 from tests.helpers.launches import count_launches
@@ -142,8 +141,7 @@ def test_bfloat16_moments_decay_on_average(path: str) -> None:
 
 
 def test_float64_parameters_keep_float64_moments() -> None:
-    pairs = [LoRAPair(p.name, *(t.detach().double().requires_grad_() for t in (p.A, p.B))) for p in make_pairs()]
-    twins = [LoRAPair(p.name, *(t.detach().clone().requires_grad_() for t in (p.A, p.B))) for p in pairs]
+    pairs, twins = make_pairs(dtype=torch.float64), make_pairs(dtype=torch.float64)
     optimizers = StableLoRAAdamW(pairs, moments_dtype=BF16, master_weights=True), StableLoRAAdamW(twins)
     take_step(0, *optimizers)
     assert all_equal(snapshot(optimizers[0]), snapshot(optimizers[1]))

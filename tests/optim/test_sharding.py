@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import stablelora_kernels as slk
+from tests.helpers.distributed_training import TRAINING, compare, fit, gather
 from tests.helpers.optimizers import set_grads
 from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import Model, lora_config
@@ -82,11 +83,6 @@ def train(named: list[tuple[str, torch.Tensor]], steps: int, **settings: Any) ->
     state = {name: {key: gather(value) for key, value in optimizer.state[p].items()} for name, p in named}
     stability = [(s.a_norm, s.b_norm, s.latched_at) for s in optimizer.stability()]
     return {"params": {n: gather(p) for n, p in named}, "state": state, "stability": stability, "calls": calls}
-
-
-def gather(t: torch.Tensor) -> torch.Tensor:
-    t = t.detach()
-    return (t.full_tensor() if isinstance(t, DTensor) else t).clone()
 
 
 def distributed(named: list[tuple[str, torch.Tensor]], world: int, way: str) -> list[tuple[str, torch.Tensor]]:
@@ -198,12 +194,6 @@ def check_collectives(name: str, way: str, latches: list[int | None], calls: lis
 # FSDP2
 
 
-def batches() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    ids, targets = (torch.randint(11, (6, 8, 5), generator=generator) for _ in range(2))
-    return ids, targets
-
-
 def make_model(world: int) -> torch.nn.Module:
     torch.manual_seed(0)
     model = Model()
@@ -216,46 +206,16 @@ def make_model(world: int) -> torch.nn.Module:
     return model
 
 
-def fit(model: torch.nn.Module, optimizer: slk.StableLoRAAdamW, rank: int, world: int, steps: range) -> None:
-    ids, targets = batches()
-    share = ids.shape[1] // world
-    for step in steps:
-        mine = slice(rank * share, (rank + 1) * share)
-        loss = torch.nn.functional.cross_entropy(model(ids[step, mine]).flatten(0, 1), targets[step, mine].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def results_of(model: torch.nn.Module, optimizer: slk.StableLoRAAdamW) -> dict[str, Any]:
-    trained = {name: gather(p) for name, p in model.named_parameters() if p.requires_grad}
-    return {"params": trained, "latches": [s.latched_at for s in optimizer.stability()]}
-
-
-TRAINING: dict[str, Any] = {"lr": 0.1, "shrink_ratio": 0.1, "seed": 7}
-
-
 def run_fsdp(rank: int, world: int, place: Path) -> dict[str, Any]:
     model = make_model(world)
     optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
     assert any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
-    fit(model, optimizer, rank, world, range(6))
-    return results_of(model, optimizer)
+    return fit(model, optimizer, rank, world)
 
 
-def alone(steps: range = range(6)) -> dict[str, Any]:
+def alone() -> dict[str, Any]:
     model = make_model(1)
-    optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
-    fit(model, optimizer, 0, 1, steps)
-    return results_of(model, optimizer)
-
-
-def compare(got: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert got["latches"] == expected["latches"] and any(got["latches"])
-    assert got["params"].keys() == expected["params"].keys()
-    for name, value in expected["params"].items():
-        # Gradients are averaged in another order.
-        torch.testing.assert_close(got["params"][name], value, rtol=1e-4, atol=1e-5)
+    return fit(model, slk.StableLoRAAdamW.from_model(model, **TRAINING), 0, 1)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -288,8 +248,7 @@ def resume(rank: int, world: int, place: Path) -> dict[str, Any]:
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     assert optimizer.param_groups[0]["lr"] == TRAINING["lr"] and optimizer.param_groups[0]["seed"] == TRAINING["seed"]
-    fit(model, optimizer, rank, world, range(3, 6))
-    return results_of(model, optimizer)
+    return fit(model, optimizer, rank, world, range(3, 6))
 
 
 @pytest.mark.parametrize(("saved_on", "resumed_on"), [(2, 4), (4, 2)])

@@ -8,16 +8,11 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.pairs import LoRAPair
+from tests.helpers.optimizers import make_pairs
 
 
 def make_optimizer(count: int = 3, **kwargs) -> slk.StableLoRAAdamW:
-    generator = torch.Generator().manual_seed(3)
-    pairs = []
-    for i in range(count):
-        a = torch.randn(2, 6, generator=generator).requires_grad_()
-        b = torch.zeros(4, 2).requires_grad_()
-        pairs.append(LoRAPair(f"layers.{i}.q_proj", a, b))
+    pairs = make_pairs([(2, 4, 6)] * count, seed=3)
     return slk.StableLoRAAdamW(pairs, **{"lr": 0.3, "shrink_ratio": 0.1, **kwargs})
 
 
@@ -116,13 +111,13 @@ def test_plot(tmp_path):
     assert ratio.get_title() == f"{sum(at is not None for at in latches)} of 3 pairs have latched (triangles)"
     marks = [line.get_xdata()[0] for line in ratio.lines if line.get_marker() == "v"]
     assert marks == [at for at in latches if at is not None] and marks
-    rows = [row for row in read(path) if row["pair"] == "layers.1.q_proj"]
-    (way,) = (line for line in plane.lines if line.get_label() == "layers.1.q_proj")
+    rows = [row for row in read(path) if row["pair"] == "layer1"]
+    (way,) = (line for line in plane.lines if line.get_label() == "layer1")
     assert list(way.get_xdata()) == [float(row["b_norm"]) for row in rows]
     assert list(way.get_ydata()) == [float(row["a_norm"]) for row in rows]
-    one = slk.plot_stability(path, pairs=["layers.2.q_proj"])
+    one = slk.plot_stability(path, pairs=["layer2"])
     assert one.axes[1].get_title().endswith("of 1 pairs have latched (triangles)")
-    with pytest.raises(ValueError, match=r"has no pair 'nothing'; it has 'layers.0.q_proj'"):
+    with pytest.raises(ValueError, match=r"has no pair 'nothing'; it has 'layer0'"):
         slk.plot_stability(path, pairs=["nothing"])
     path.write_text("step,pair,a_norm,b_norm,stable,latched_at\n")
     with pytest.raises(ValueError, match="holds no records"):

@@ -162,10 +162,7 @@ def test_frozen_parameters_are_ignored() -> None:
 
 
 def test_float64_parameters_take_float64_steps() -> None:
-    pairs = [
-        LoRAPair(p.name, p.A.detach().double().requires_grad_(), p.B.detach().double().requires_grad_())
-        for p in make_pairs()
-    ]
+    pairs = make_pairs(dtype=torch.float64)
     oracle = StableAdamWRef(in_float64(pairs), lr=1e-2)
     optimizer = StableLoRAAdamW(pairs, lr=1e-2)
     for step in range(5):

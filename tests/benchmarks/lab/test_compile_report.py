@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +22,11 @@ from benchmarks.lab.compile_report.assembly import GCN_THREAD, PTX_THREAD, parse
 from benchmarks.lab.compile_report.machine_code import gcn_resources, hot_bits, loops, products, sass_resources, varying
 from benchmarks.lab.compile_report.occupancy import occupancy
 from stablelora_kernels.dispatch.problem import DEVICES
+from tests.helpers.processes import printed, python
 
-ROOT = Path(__file__).resolve().parents[3]
+of_this_triton = pytest.mark.skipif(
+    not triton.__version__.startswith(f"{report.TRITON}."), reason=f"the report is of Triton {report.TRITON}'s compiler"
+)
 
 # %rd2 differs between threads, %rd1 does not. {inside} is in the loop of the products.
 PTX = """
@@ -262,13 +262,7 @@ def test_kernels_names() -> None:
         ("", ["--arch", "sm_70"], "invalid choice"),
     ],
 )
-def test_what_the_command_line_refuses(
-    interpret: str,
-    arguments: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_the_command_line_refuses(interpret, arguments, message, monkeypatch, capsys) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     with pytest.raises(SystemExit) as exit_:
         __main__.parse(arguments)
@@ -303,17 +297,10 @@ def test_the_report_is_whole(rows: list[report.Row]) -> None:
     )  # fmt: skip
     assert report.REPORT.read_text(encoding="utf-8").splitlines()[0] == ",".join(report.KEYS)
     assert len({report.label_of(row) for row in rows}) == len(rows)
+    lora = {f"lora_{name}" for name in ("linear_split_k", "shrink", "weight_grads", "linear_quantized")}
     for arch in DEVICES:
         kernels = {row["kernel"] for row in rows if row["arch"] == arch}
-        expected = {
-            "lora_linear_split_k",
-            "lora_shrink",
-            "lora_weight_grads",
-            "lora_linear_quantized",
-            "dequantize",
-            "stable_adamw",
-        }
-        assert expected <= kernels, arch
+        assert lora | {"dequantize", "stable_adamw"} <= kernels, arch
     assert not broken(rows, lambda row: row["shared_bytes"] <= row["shared_limit"] == DEVICES[row["arch"]].shared_limit)
     assert not broken(rows, lambda row: row["occupancy"] > 0)
 
@@ -349,41 +336,40 @@ def test_the_report_has_wide_loads(rows: list[report.Row]) -> None:
     assert not broken(adamw, lambda row: row["load_bits"] == 128 and row["store_bits"] in (0, 128))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_quantized_weights_are_loaded_16_bytes_at_a_time(arch: str) -> None:
+# Below, Triton compiles, in processes of their own.
+
+
+def test_quantized_weights_are_loaded_16_bytes_at_a_time() -> None:
     """In the main loop, asynchronously: the other copies there are of 4 bytes, the nested scales of a block."""
     code = """
-import json, re, sys
+import json, re
 from benchmarks.lab.compile_report import launches, machine_code
 from stablelora_kernels.dispatch.problem import DEVICES
-found = {}
-for dtype, launch in launches.quantized_lora_linear_launches(DEVICES[sys.argv[1]]):
-    if dtype == "bf16/fp32" and "nf4" in launch.variant and "TRANS_W" in launch.constants and launch.variant not in found:
-        ptx = machine_code.compile_launch(launch, sys.argv[1]).asm["ptx"]
-        found[launch.variant] = re.findall(r"cp\\.async\\.c[ag]\\.shared\\.global \\[[^]]*\\], \\[[^]]*\\], (0x\\w+)", ptx)
-print(json.dumps(found))
+for arch in ("sm_80", "sm_90", "sm_100"):
+    found = {}
+    for dtype, launch in launches.quantized_lora_linear_launches(DEVICES[arch]):
+        if dtype == "bf16/fp32" and "nf4" in launch.variant and "TRANS_W" in launch.constants and launch.variant not in found:
+            ptx = machine_code.compile_launch(launch, arch).asm["ptx"]
+            found[launch.variant] = re.findall(r"cp\\.async\\.c[ag]\\.shared\\.global \\[[^]]*\\], \\[[^]]*\\], (0x\\w+)", ptx)
+    print(json.dumps(found))
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code, arch], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-8000:]
-    found = json.loads(done.stdout)
-    assert len(found) >= 12
-    for variant, sizes in found.items():
-        assert set(sizes) == {"0x10", "0x4"} and sizes.count("0x10") > sizes.count("0x4"), (variant, sizes)
+    lines = printed(code).splitlines()
+    assert len(lines) == 3, lines
+    for found in map(json.loads, lines):
+        assert len(found) >= 12
+        for variant, sizes in found.items():
+            assert set(sizes) == {"0x10", "0x4"} and sizes.count("0x10") > sizes.count("0x4"), (variant, sizes)
 
 
-@pytest.mark.skipif(
-    not triton.__version__.startswith(f"{report.TRITON}."), reason=f"the report is of Triton {report.TRITON}'s compiler"
-)
+@of_this_triton
 def test_kernels_keep_the_report() -> None:
     """All rows of sm_90 that differ from what was recorded, and a sample of the rest; without ``--quick`` all are compiled."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.lab.compile_report", "--quick", "--check"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = python(
+        "from benchmarks.lab.compile_report.__main__ import main; raise SystemExit(main(['--quick', '--check']))"
+    )
     assert done.returncode == 0, done.stderr[-8000:]
 
 
-# In a process of its own, where Triton compiles.
 DIGESTS = """
 from benchmarks.lab.compile_report import report
 from benchmarks.lab.compile_report.machine_code import digest
@@ -403,10 +389,7 @@ assert found[0] == found[1] and len(set(found)) == 4, found
 """
 
 
-@pytest.mark.skipif(
-    not triton.__version__.startswith(f"{report.TRITON}."), reason=f"the report is of Triton {report.TRITON}'s compiler"
-)
+@of_this_triton
 def test_what_has_not_changed_is_sampled_and_what_has_is_compiled() -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", DIGESTS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = python(DIGESTS)
     assert done.returncode == 0, done.stderr[-8000:]

@@ -6,10 +6,6 @@ import ast
 import csv
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -25,6 +21,7 @@ from benchmarks.lab.cost_model import predict, quantized
 from benchmarks.lab.cost_model.rivals import RIVALS, Shape
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES
+from tests.helpers.processes import printed
 
 H100 = predict.load_gpu("h100")
 
@@ -171,13 +168,8 @@ def test_few_rows_of_4_bits_are_no_slower_than_plain_ones_and_far_from_their_byt
     reason="counted in the code of the report's compiler",
 )
 def test_the_instructions_are_those_of_the_machine_code():
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.lab.cost_model.quantized", "--count"]
-    done = subprocess.run(
-        command, cwd=Path(predict.__file__).parents[3], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
-    assert ast.literal_eval("{" + done.stdout + "}") == quantized.COUNTS
+    out = printed("from benchmarks.lab.cost_model.quantized import main; main(['--count'])")
+    assert ast.literal_eval("{" + out + "}") == quantized.COUNTS
 
 
 def test_counting_instructions():

@@ -189,9 +189,11 @@ def test_a_section_that_hangs_is_stopped_with_its_own_processes(monkeypatch, tmp
     monkeypatch.setattr(command, "GRACE", 2.0)
     problem = command.run_section("layer", path, 1.0, dry=True)
     assert "stopped 2 s after its time" in problem and command.read(path) == [{"m": 4, "status": "ok"}]
-    # A killed process may wait as a zombie for its new parent.
-    state = Path(f"/proc/{pid.read_text()}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    # The kernel takes a moment to end a killed process, which may then wait as a zombie for its new parent.
+    state, until = Path(f"/proc/{pid.read_text()}/stat"), time.monotonic() + 30
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until, state.read_text()
+        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -1,0 +1,83 @@
+"""The process-wide settings, backend, kernel and autotune: by their functions and by environment variables."""
+
+from __future__ import annotations
+
+import pytest
+
+import stablelora_kernels as slk
+from tests.helpers.processes import printed
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other", "wrong", "error", "message"),
+    [
+        ("backend", "torch", "triton", "cuda", ValueError, "must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+        ("kernel", "split", "fused", "cuda", ValueError, "must be one of 'auto', 'fused', 'split', 'vendor', got 'cuda'"),
+        ("autotune", True, False, "0", TypeError, "must be True or False, got '0'"),
+    ],
+)  # fmt: skip
+def test_a_setting_holds_for_good_or_for_a_block(name, value, other, wrong, error, message):
+    get, set_, use = (getattr(slk, f"{verb}_{name}") for verb in ("get", "set", "use"))
+    before = get()
+    for call in (set_, lambda given: use(given).__enter__()):
+        with pytest.raises(error, match=f"{name} {message}"):
+            call(wrong)
+    assert get() == before
+    try:
+        set_(value)
+        with pytest.raises(KeyError), use(other):
+            assert get() == other
+            raise KeyError
+        assert get() == value
+    finally:
+        set_(before)
+
+
+def test_environment_variables_set_the_start_values():
+    code = "import stablelora_kernels as slk; print(slk.get_backend(), slk.get_kernel(), slk.get_autotune())"
+    assert printed(code) == "auto auto False"
+    assert printed(code, STABLELORA_BACKEND="torch", STABLELORA_AUTOTUNE="0") == "torch auto False"
+    assert printed(code, STABLELORA_KERNEL="split", STABLELORA_AUTOTUNE="1") == "auto split True"
+
+
+def test_a_wrong_environment_raises_at_first_use_and_not_before():
+    code = """
+import stablelora_kernels as slk
+for use in (slk.get_backend, slk.get_kernel, slk.get_autotune):
+    for _ in range(2):
+        try:
+            use()
+        except ValueError as error:
+            print(error)
+with slk.use_backend("torch"):
+    slk.LoRALinear(4, 3)
+slk.set_kernel("split")
+print(slk.get_kernel())
+"""
+    known = {
+        "BACKEND": "'auto', 'triton', 'torch'",
+        "KERNEL": "'auto', 'fused', 'split', 'vendor'",
+        "AUTOTUNE": "'0', '1'",
+    }
+    expected = [
+        f"the environment variable STABLELORA_{name} must be one of {values}, got 'best'"
+        for name, values in known.items()
+        for _ in range(2)
+    ]
+    found = printed(code, **{f"STABLELORA_{name}": "best" for name in known})
+    assert found.splitlines() == [*expected, "split"]
+
+
+def test_compiled_code_reads_the_settings_without_compiling_again():
+    code = """
+import torch
+import stablelora_kernels as slk
+call = torch.compile(lambda x: x + (slk.get_backend() == "torch"), backend="aot_eager", fullgraph=True)
+def compiled(): return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+zero = torch.zeros(())
+print(call(zero).item(), call(zero).item(), slk.get_backend(), call(zero).item(), compiled())
+with slk.use_backend("auto"):
+    print(call(zero).item())
+print(call(zero).item(), compiled())
+"""
+    assert printed(code, STABLELORA_BACKEND="torch").split() == ["1.0", "1.0", "torch", "1.0", "1", "0.0", "1.0", "2"]
