@@ -191,7 +191,9 @@ def masks(c: dict[str, Any], x: Tensor, count: int) -> list[tuple[Tensor | None,
     return drawn
 
 
-def check_value(name: str, value: Tensor, ref: Tensor, eager: Tensor, absolute: Tensor, eps: float, broken: bool) -> None:
+def check_value(
+    name: str, value: Tensor, ref: Tensor, eager: Tensor, absolute: Tensor, eps: float, broken: bool
+) -> None:
     assert value.shape == ref.shape, (name, value.shape, ref.shape)
     if not value.numel():
         return
