@@ -224,6 +224,9 @@ def test_calls_are_no_worse_than_eager(c: dict[str, Any]) -> None:
     # Below some rows autograd calls plain operators, which a backward inside autocast runs in bfloat16.
     lowered = c["autocast"] or (c["backward_in_autocast"] and c["dtypes"][0] != FP64)
     eps = EPS[BF16 if lowered else c["dtypes"][0]]
+    if c["dtypes"][0] == FP64:
+        # The oracle rounds as well.
+        eps *= 4
     # All projections add to the gradient of the x that they share.
     total = [sum(each[i]["x"].double() for each in expected) for i in range(3)]
     for results, each in zip(found, expected, strict=True):

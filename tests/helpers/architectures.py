@@ -61,6 +61,8 @@ def build(model_type: str, model_class: type[nn.Module]) -> nn.Module:
     if isinstance(getattr(defaults, "layer_types", None), list):
         sizes["layer_types"] = ["full_attention"] * LAYERS
     config = type(defaults)(**sizes)
+    # The default for experts, a grouped product, has no float64.
+    config._experts_implementation = "eager"
     with torch.device("meta"):
         count = sum(p.numel() for p in model_class(config).parameters())
     if count > MAX_PARAMETERS:
