@@ -6,7 +6,6 @@ public interface, the parameter groups and the choice of the engine.
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.optim import graph_capture
 from stablelora_kernels.optim.checkpoint import check_state_groups, load_state, restore_groups
+from stablelora_kernels.optim.engines import build_engines
 from stablelora_kernels.optim.gradients import GradientLayout, gradient_layout
-from stablelora_kernels.optim.hyperparameters import Member, Setting, build_key, members_and_settings
+from stablelora_kernels.optim.hyperparameters import build_key
 from stablelora_kernels.optim.param_groups import (
     as_groups,
     check_amsgrad,
@@ -28,15 +27,13 @@ from stablelora_kernels.optim.param_groups import (
     check_group,
     check_hyper,
     check_max_grad_norm,
-    check_parameter,
     check_storage,
     check_storage_fits,
     find_pairs,
 )
 from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.stability import PairStability, finite_norms
-from stablelora_kernels.optim.state import Pair, as_dtensors, local_state, work_dtype
-from stablelora_kernels.optim.torch_engine import TorchStep
+from stablelora_kernels.optim.state import same_objects
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
 from stablelora_kernels.utils.validation import check_float
@@ -197,6 +194,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         # For each device the indices of its parameters, and the engine.
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
+        # The state that the engines were built on: someone may clear it or replace its tensors.
+        self._known_state: dict[torch.Tensor, dict[str, Any]] = {}
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -221,15 +220,21 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if not self.state and self._is_state_init_step(grads):
             self._build_engines()
             return loss
-        if self.shrink_schedule is not None:
-            self._follow_schedule(self.shrink_schedule)
         # A module that is moved or cast keeps its Parameter objects but not their memory.
         key = (list(map(torch.Tensor.data_ptr, params)), get_backend(), build_key(self.param_groups))
-        if key != self._engine_key:
+        if self.shrink_schedule is not None and graph_capture.capturing():
+            raise RuntimeError(
+                "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
+                "write to it between replays"
+            )
+        if key != self._engine_key or not same_objects(self.state, self._known_state):
             if graph_capture.capturing():
                 raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
+            self._engine_key = None
             self._build_engines()
             self._engine_key = key
+        if self.shrink_schedule is not None:
+            self._follow_schedule(self.shrink_schedule)
         self._run_engines(grads, layout)
         return loss
 
@@ -269,11 +274,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def _follow_schedule(self, schedule: Callable[[int], float]) -> None:
         """Write this step's shrink ratio into the groups."""
-        if graph_capture.capturing():
-            raise RuntimeError(
-                "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
-                "write to it between replays"
-            )
         step = self.param_groups[0].get("shrink_step", 0) + 1
         ratio = check_float(f"shrink_schedule({step})", schedule(step), low=0.0, high=1.0)
         for group in self.param_groups:
@@ -282,54 +282,15 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def _follow_param_groups(self) -> None:
         """Rebuild if the groups hold other parameters: trainers replace them when they shard a model late."""
-        now = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        if len(now) != len(self._params) or not all(map(operator.is_, now, self._params)):
+        if not same_objects(list(chain.from_iterable(group["params"] for group in self.param_groups)), self._params):
             self._rebuild()
 
     def _build_engines(self) -> None:
         """Make one engine for each device that holds parameters, and fill the state."""
-        check_storage_fits(self.param_groups, self.storage)
-        all_members, settings = members_and_settings(self.param_groups, self._pairs)
-        by_device: dict[torch.device, list[int]] = {}
-        for index, member in enumerate(all_members):
-            check_parameter("a parameter", member.owner)
-            by_device.setdefault(member.param.device, []).append(index)
-        if len(by_device) > 1 and self.max_grad_norm is not None:
-            raise ValueError(
-                f"max_grad_norm needs all parameters on one device, got {', '.join(map(str, by_device))}; "
-                "clip with torch.nn.utils.clip_grad_norm_ instead"
-            )
-        for pair in self._pairs:
-            if pair.A.device != pair.B.device:
-                raise ValueError(
-                    f"pair {pair.name!r}: A is on {pair.A.device} and B on {pair.B.device}; they must share one"
-                )
-        self._engines = [
-            (indices, self._build_engine(device, [all_members[i] for i in indices], settings))
-            for device, indices in by_device.items()
-        ]
-
-    def _build_engine(self, device: torch.device, members: list[Member], settings: list[Setting]) -> Any:
-        """The engine of the ``members``, all on ``device``, on the backend in force there."""
-        index_of = {id(member.owner): i for i, member in enumerate(members)}
-        pairs = [Pair(index_of[id(pair.A)], index_of[id(pair.B)]) for pair in self._pairs if pair.A.device == device]
-        engine: Any = TorchStep
-        if resolve_backend(device) == "triton":
-            doubles = any(work_dtype(member.param) is torch.float64 for member in members)
-            if doubles and get_backend() == "triton":
-                raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
-            if not doubles:
-                from stablelora_kernels.optim.triton_engine import TritonStep
-
-                engine = TritonStep
-        state = {member.param: local_state(self.state[member.owner], member) for member in members}
-        if device not in self._skipped_on_device:
-            self._skipped_on_device[device] = torch.zeros((), dtype=torch.int32, device=device)
-        built = engine(members, pairs, settings, state, self._skipped_on_device[device], self.storage)
-        for member in members:
-            if member.param is not member.owner:
-                self.state[member.owner] = as_dtensors(state[member.param], member.owner)
-        return built
+        self._engines = build_engines(
+            self.param_groups, self._pairs, self.state, self.storage, self.max_grad_norm, self._skipped_on_device
+        )
+        self._known_state = {p: dict(entry) for p, entry in self.state.items()}
 
     @property
     def nonfinite_steps(self) -> int:
