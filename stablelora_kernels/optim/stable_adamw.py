@@ -88,8 +88,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             ``nonfinite_steps``, and :meth:`stability` and :meth:`state_dict` warn of it. ``math.inf`` never clips but still
             skips such steps.
         master_weights: keep a float32 master of every bfloat16 or float16 parameter in ``state[p]["master"]``. The launch that
-            updates it writes its nearest rounding to the parameter; nothing is rounded at random. A write to the parameter from
-            outside replaces its master.
+            updates it writes its nearest rounding to the parameter; nothing is rounded at random. Elements that someone else
+            writes to the parameter replace their master; after an in-place write to ``p.data`` call :meth:`refresh`, or the
+            write is lost.
         moments_dtype: torch.float32; torch.bfloat16, which saves 4 bytes a parameter; or torch.uint8, which saves 6: 8-bit
             floating-point codes with a float32 scale for each block of 256, not for DTensors. The latter two are rounded at
             random. A loaded state is converted. With them the PyTorch path holds one group's moments in float32 during its
@@ -291,6 +292,19 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             self.param_groups, self._pairs, self.state, self.storage, self.max_grad_norm, self._skipped_on_device
         )
         self._known_state = {p: dict(entry) for p, entry in self.state.items()}
+
+    def refresh(self) -> None:
+        """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.
+
+        The next step then measures the norms anew, in one more launch on Triton, and takes over parameters that are no longer
+        their master's rounding. The step notices these writes by itself: in-place operations under ``torch.no_grad()`` or on
+        ``p.detach()``, ``load_state_dict`` and ``load_adapter``, and new memory by ``p.data = tensor``. It cannot notice in-place
+        writes to ``p.data``, to a NumPy view, or by another library's kernel or collective: these change no version counter.
+        Without ``refresh`` such a write is lost with ``master_weights``. Otherwise it counts, but on Triton the next step still
+        decides the latch by the norms from before it.
+        """
+        for _, engine in self._engines:
+            engine.versions = None
 
     @property
     def nonfinite_steps(self) -> int:
