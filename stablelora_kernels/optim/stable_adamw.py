@@ -7,7 +7,7 @@ public interface, the parameter groups and the choice of the engine.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,10 +16,17 @@ from torch import nn
 
 from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.optim import graph_capture
-from stablelora_kernels.optim.checkpoint import check_state_groups, load_state, restore_groups
+from stablelora_kernels.optim.checkpoint import (
+    check_state_groups,
+    from_adamw,
+    is_state_init_step,
+    load_state,
+    restore_groups,
+    warn_of_differences,
+)
 from stablelora_kernels.optim.engines import build_engines
 from stablelora_kernels.optim.gradients import GradientLayout, gradient_layout
-from stablelora_kernels.optim.hyperparameters import build_key
+from stablelora_kernels.optim.hyperparameters import CopiedSchedule, build_key
 from stablelora_kernels.optim.param_groups import (
     as_groups,
     check_amsgrad,
@@ -31,8 +38,7 @@ from stablelora_kernels.optim.param_groups import (
     check_storage_fits,
     find_pairs,
 )
-from stablelora_kernels.optim.sharding import ShardSums
-from stablelora_kernels.optim.stability import PairStability, finite_norms
+from stablelora_kernels.optim.stability import PairStability, finite_norms, warn_of_norms
 from stablelora_kernels.optim.state import same_objects
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
@@ -74,7 +80,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         shrink_schedule: a function from a step, counted from one, to the shrink ratio of all pairs without a pattern. The host
             calls it at each ``step()`` with a gradient and writes its value to every group's ``"shrink_ratio"``. A CUDA graph
             would replay one value, so capture is refused; instead pass ``shrink_ratio`` as a tensor and write to it between
-            replays. ``state_dict`` holds the count of steps but not the function.
+            replays. ``state_dict`` holds the count of steps but not the function. As with torch's LambdaLR, a lambda can be
+            copied but not pickled.
         stop_condition: "norm" is Algorithm 1. "never" shrinks at every step and latches no pair, for comparison; a latched
             pair stays latched.
         lr_ratio_B: B's learning rate is this multiple of ``lr``, as in LoRA+ (arXiv 2402.12354).
@@ -108,8 +115,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        *,
         lr: float | torch.Tensor = 1e-4,
+        *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -139,20 +146,19 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             "amsgrad": amsgrad,
             "capturable": capturable,
             "seed": torch.initial_seed() % 2**63 if seed is None else seed,
+            "max_grad_norm": max_grad_norm,
         }
         defaults.update(check_hyper(defaults, ""))
-        if max_grad_norm is not None:
-            max_grad_norm = check_max_grad_norm(max_grad_norm)
         if shrink_schedule is not None and not callable(shrink_schedule):
             raise TypeError(f"shrink_schedule must be a function of the step, got {shrink_schedule!r}")
         storage = check_storage(moments_dtype, master_weights)
+        defaults.update(storage._asdict())
         groups = [check_group(group, defaults) for group in as_groups(params)]
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
         find_pairs(groups)
         check_storage_fits(groups, storage)
         self.storage = storage
         super().__init__(groups, defaults)
-        self.max_grad_norm = max_grad_norm
         self.shrink_schedule = shrink_schedule
         self._rebuild()
 
@@ -170,6 +176,17 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         return cls(((clean(name), p) for name, p in innermost(model).named_parameters()), **kwargs)
 
     @property
+    def max_grad_norm(self) -> float | None:
+        """The norm that all gradients together are clipped to, or None. Setting it sets it in every group."""
+        return self.param_groups[0]["max_grad_norm"]
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        value = check_max_grad_norm("max_grad_norm", value)
+        for group in self.param_groups:
+            group["max_grad_norm"] = value
+
+    @property
     def pairs(self) -> list[LoRAPair]:
         """The pairs, in the order of their first parameter."""
         return list(self._pairs)
@@ -180,7 +197,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if constructed:
             param_group = check_group(param_group, self.defaults)
             find_pairs([*self.param_groups, param_group])
-            check_storage_fits([param_group], self.storage)
+            check_storage_fits([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
         super().add_param_group(param_group)
         if constructed:
             self._rebuild()
@@ -191,6 +208,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._any_sharded = any(map(is_sharded, self._params))
         self._reported: int = getattr(self, "_reported", 0)
+        # Counted by the optimizer that this one is a copy of, and by its own engines.
+        self._skipped_before: int = getattr(self, "_skipped_before", 0)
         self._skipped_on_device: dict[torch.device, torch.Tensor] = getattr(self, "_skipped_on_device", {})
         # For each device the indices of its parameters, and the engine.
         self._engines: list[tuple[list[int], Any]] = []
@@ -218,7 +237,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         layout = gradient_layout(grads)
         if layout is None and not check_grads(grads):
             return loss
-        if not self.state and self._is_state_init_step(grads):
+        if not self.state and is_state_init_step(self.param_groups, self._params, grads):
             self._build_engines()
             return loss
         # A module that is moved or cast keeps its Parameter objects but not their memory.
@@ -256,23 +275,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                     )
             engine.step(own_grads, scale, inf, self.max_grad_norm, own_layout)
 
-    def _is_state_init_step(self, grads: list[torch.Tensor | None]) -> bool:
-        """Whether the first step has zero gradients and lr=0.
-
-        torch.distributed.checkpoint calls step() like this to create state, and nothing else may change. Do not shrink or latch
-        then.
-        """
-        for group in self.param_groups:
-            lr = group["lr"]
-            if isinstance(lr, torch.Tensor) and lr.device.type != "cpu":
-                return False
-            if lr != 0:
-                return False
-        device = self._params[0].device
-        nonzero = torch.stack([g.any().to(device) for g in grads if g is not None]).any()
-        sums = ShardSums(self._params)
-        return not bool(sums.all_reduce_max_(nonzero.int()) if sums else nonzero)
-
     def _follow_schedule(self, schedule: Callable[[int], float]) -> None:
         """Write this step's shrink ratio into the groups."""
         step = self.param_groups[0].get("shrink_step", 0) + 1
@@ -298,7 +300,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
         The next step then measures the norms anew, in one more launch on Triton, and takes over parameters that are no longer
         their master's rounding. The step notices these writes by itself: in-place operations under ``torch.no_grad()`` or on
-        ``p.detach()``, ``load_state_dict`` and ``load_adapter``, and new memory by ``p.data = tensor``. It cannot notice in-place
+        ``p.detach()``, ``load_state_dict``, and new memory by ``p.data = tensor``. It cannot notice in-place
         writes to ``p.data``, to a NumPy view, or by another library's kernel or collective: these change no version counter.
         Without ``refresh`` such a write is lost with ``master_weights``. Otherwise it counts, but on Triton the next step still
         decides the latch by the norms from before it.
@@ -309,17 +311,23 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     @property
     def nonfinite_steps(self) -> int:
         """The number of steps that ``max_grad_norm`` skipped because the gradients' norm was not finite. Reads the device."""
-        return sum(int(skipped) for skipped in self._skipped_on_device.values())
+        return self._skipped_before + sum(int(skipped) for skipped in self._skipped_on_device.values())
 
     def _report_nonfinite_steps(self) -> None:
         found = self.nonfinite_steps
         if found > self._reported:
+            new = found - self._reported
+            steps, their = ("1 step was", "its") if new == 1 else (f"{new} steps were", "their")
             warnings.warn(
-                f"{found - self._reported} steps were skipped because the norm of their gradients was not finite",
+                f"{steps} skipped because the norm of {their} gradients was not finite",
                 RuntimeWarning,
                 stacklevel=4,
             )
             self._reported = found
+
+    def _report_norms(self, norms: Sequence[tuple[float, float]]) -> None:
+        if any(engine.float32_squares for _, engine in self._engines):
+            warn_of_norms(self._pairs, norms)
 
     @torch.no_grad()
     def stability(self) -> list[PairStability]:
@@ -330,6 +338,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """
         self._report_nonfinite_steps()
         norms = finite_norms(self._pairs)
+        self._report_norms(norms)
         result = []
         for pair, (a, b) in zip(self._pairs, norms, strict=True):
             latched = self.state[pair.A].get("latched_at") if pair.A in self.state else None
@@ -346,13 +355,17 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """
         self._report_nonfinite_steps()
         # Without a collective: perhaps not all ranks save.
-        finite_norms(self._pairs, local_only=True)
+        self._report_norms(finite_norms(self._pairs, local_only=True))
         return super().state_dict()
 
     @torch._disable_dynamo
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the result of :meth:`state_dict`. Moments keep their dtype, unlike in PyTorch's own loading.
+        """Load the result of :meth:`state_dict`, or that of ``torch.optim.AdamW`` to go on from there with Stable-LoRA.
+
+        Hyperparameters become the saved ones, ``max_grad_norm`` included. AdamW's state has none of Stable-LoRA's own, which
+        stay, and no pair has latched in it. ``moments_dtype`` and ``master_weights`` stay: the state is converted. A warning
+        says so, and another says if the saved ``max_grad_norm`` replaces one that this optimizer was given.
 
         Raises:
             ValueError: the state belongs to another optimizer or to other parameters; nothing has changed then.
@@ -360,9 +373,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
+        state_dict = from_adamw(state_dict, self.param_groups)
         groups = check_state_groups(state_dict, self.param_groups)
         state = load_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
         check_amsgrad(groups, self.storage)
+        warn_of_differences(groups[0], self.param_groups[0])
         restore_groups(groups, self.param_groups)
         self.state.clear()
         self.state.update(state)
@@ -371,9 +386,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("max_grad_norm", "shrink_schedule", "storage")}
-        return {**super().__getstate__(), **own}
+        own = {"storage": self.storage, "_reported": self._reported, "_skipped_before": self.nonfinite_steps}
+        return {**super().__getstate__(), **own, "shrink_schedule": CopiedSchedule(self.shrink_schedule)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.shrink_schedule = state["shrink_schedule"].schedule
         self._rebuild()

@@ -132,7 +132,7 @@ def stack_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.devi
     if not values:
         return torch.zeros(0, dtype=dtype, device=device)
     zero = torch.zeros((), dtype=dtype, device=device)
-    return torch.stack([zero if v is None else torch.as_tensor(v).to(device, dtype) for v in values])
+    return torch.stack([zero if v is None else torch.as_tensor(v, dtype=dtype, device=device) for v in values])
 
 
 def moment_names(group: Setting | dict[str, Any]) -> tuple[str, ...]:
