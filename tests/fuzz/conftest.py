@@ -1,4 +1,7 @@
-"""Hypothesis profiles: "ci" runs by default, the same few cases each time; ``SLK_FUZZ=nightly python -m pytest -m fuzz`` 20,000 new ones."""
+"""Hypothesis profiles: "ci", the default, runs the same few cases each time, "nightly" 20,000 new ones.
+
+``SLK_FUZZ=nightly python -m pytest -m fuzz`` runs the latter.
+"""
 
 from __future__ import annotations
 

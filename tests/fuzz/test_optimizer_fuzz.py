@@ -135,10 +135,9 @@ class Life(RuleBasedStateMachine):
         for a, b in ((0, 1), (2, 3)):
             if grads[a] is not None:
                 latched = found[a].latched_at > 0
-                shrunk, now = shrink_ref(
-                    # In float32 too the decision is float64's.
-                    found[a].value.double(), found[b].value.double(), latched, groups[a]["shrink_ratio"], groups[a]["stop_condition"]
-                )  # fmt: skip
+                # In float32 too the decision is float64's.
+                halves, own = (found[a].value.double(), found[b].value.double()), groups[a]
+                shrunk, now = shrink_ref(*halves, latched, own["shrink_ratio"], own["stop_condition"])
                 found[a].value = shrunk.to(dtype)
                 if now and not latched:
                     found[a].latched_at = found[a].state.step + 1
