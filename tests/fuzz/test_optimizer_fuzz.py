@@ -177,6 +177,9 @@ class Life(RuleBasedStateMachine):
             target = getattr(want.state, key)
             rest = target.abs() * {BF16: 2.0**-7, torch.uint8: 0.13}.get(entry[key].dtype, 0.0) + 1e-37
             if entry[key].dtype is torch.uint8:
+                if not target.isfinite().all():
+                    # A block with a value that is not finite is NaN as a whole.
+                    continue
                 rest = rest + target.abs().max() * 2.0**-15
             close(
                 f"{key} of {name}", found, target, getattr(plain.state, key), floor * moment_size(target, p, key) + rest
