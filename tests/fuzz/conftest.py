@@ -11,6 +11,6 @@ from hypothesis import HealthCheck, settings
 
 # The interpreter takes its time, and a busy machine more: no case is too slow.
 _SLOW = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("ci", derandomize=True, max_examples=40, stateful_step_count=10, database=None, **_SLOW)
+settings.register_profile("ci", derandomize=True, max_examples=30, stateful_step_count=10, database=None, **_SLOW)
 settings.register_profile("nightly", max_examples=20_000, stateful_step_count=20, print_blob=True, **_SLOW)
 settings.load_profile(os.environ.get("SLK_FUZZ", "ci"))

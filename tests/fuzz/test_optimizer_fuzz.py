@@ -121,11 +121,11 @@ class Life(RuleBasedStateMachine):
 
     def one_step(self, dtype: torch.dtype) -> list[tuple[Before, torch.Tensor] | None]:
         """The reference's step in ``dtype``: each parameter's values after it, and the size of what was added up, or None."""
-        dtype = FP64 if self.dtype is FP64 else dtype
+        counts, dtype = dtype is FP64, FP64 if self.dtype is FP64 else dtype
         grads = [None if p.grad is None else p.grad.to(dtype) for p in self.params]
         present = [g for g in grads if g is not None]
         coefficient = clip_coefficient_ref(present, self.options["max_grad_norm"]) if present else None
-        if dtype is not FP32 and coefficient is None and present:
+        if counts and coefficient is None and present:
             self.skipped += 1
         if coefficient is None:
             return [None] * len(grads)
@@ -214,6 +214,7 @@ class Life(RuleBasedStateMachine):
             state.pop(p, None)
         elif p in state:
             state[p].clear()
+        self.step(["normal"] * len(NAMES), which)
 
     @rule(
         which=WHICH,
@@ -231,6 +232,7 @@ class Life(RuleBasedStateMachine):
             entry[key] = torch.full_like(entry[key], seed % 5)
         elif entry[key].dtype is not torch.uint8:
             entry[key] = random(entry[key].shape, seed, 1e-2, entry[key].dtype).abs()
+        self.step(["normal"] * len(NAMES), seed)
 
     # Writes from outside
 
@@ -253,6 +255,7 @@ class Life(RuleBasedStateMachine):
         else:
             p.data.copy_(value)
             self.optimizer.refresh()
+        self.step(["normal"] * len(NAMES), seed)
 
     # Saves, loads, copies
 
