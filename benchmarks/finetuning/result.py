@@ -129,7 +129,7 @@ def _notes(result: Result) -> list[str]:
         if (latch := record.get("latch")) and record["shrink_ratio"]:
             notes.append(
                 f"Shrink ratio {record['shrink_ratio']:g}: at lr {recipe['lr']:g} and these widths the stop comes at about step "
-                f"{latch['earliest']} or later; it came after {latch['shrinks_mean']:.1f} shrinking steps on average, which "
+                f"{latch['earliest']} or later; {_stop(latch)}, which "
                 f"alone took {100 * (1 - latch['a_factor']):.1f}% off ||A||."
             )
         if record.get("fused") is not None and record["label"].startswith("PEFT"):
@@ -189,6 +189,16 @@ def _calls(row: Record) -> str:
     if None in parts:
         return "not counted"
     return f"{sum(parts):,} ({' + '.join(str(part) for part in parts)})"
+
+
+def _stop(latch: Record) -> str:
+    """How many shrinking steps the pairs took, and whether they stopped."""
+    stopped, pairs = sum(at is not None for at in latch["latched_at"]), len(latch["latched_at"])
+    if not stopped:
+        return f"none of the {pairs} pairs stopped: {latch['shrinks_mean']:.1f} shrinking steps on average"
+    if stopped < pairs:
+        return f"{stopped} of {pairs} pairs stopped: {latch['shrinks_mean']:.1f} shrinking steps on average"
+    return f"it came after {latch['shrinks_mean']:.1f} shrinking steps on average"
 
 
 def _shrinks(row: Record) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import Any
 
 from torch import nn
@@ -17,8 +19,8 @@ class StableLoRAAdamWFactory:
 
         Trainer(model, args, ..., optimizer_cls_and_kwargs=(slk.StableLoRAAdamWFactory, {"lr": 1e-4, "shrink_ratio": 5e-4}))
 
-    The keywords are those of :class:`StableLoRAAdamW`. From the trainer's own arguments it takes only the schedule, which scales
-    ``lr``.
+    The keywords are those of :class:`StableLoRAAdamW`. The trainer applies its own schedule, accumulation and clipping, but hands
+    no other arguments to a factory: give ``{"lr": args.learning_rate}``, and likewise ``weight_decay``, ``betas`` and ``eps``.
 
     Raises:
         TypeError: the class got arguments. Older Trainers do not know factories; give them
@@ -34,4 +36,13 @@ class StableLoRAAdamWFactory:
             )
 
     def __call__(self, model: nn.Module, **kwargs: Any) -> StableLoRAAdamW:
+        """The optimizer of ``model``'s trainable parameters. Without ``lr`` it warns that it takes its own default."""
+        if "lr" not in kwargs:
+            default = inspect.signature(StableLoRAAdamW).parameters["lr"].default
+            warnings.warn(
+                f"StableLoRAAdamWFactory was given no lr, so it is {default}, the optimizer's default: a trainer does not hand "
+                'TrainingArguments(learning_rate=...) to a factory. Give it {"lr": args.learning_rate, ...}',
+                UserWarning,
+                stacklevel=2,
+            )
         return StableLoRAAdamW.from_model(model, **kwargs)

@@ -70,7 +70,8 @@ class LoRAReport:
     def __str__(self) -> str:
         share = self.trainable / self.total if self.total else 0.0
         modules = len({module.name for module in self.replaced})
-        lines = [f"LoRA on {modules} modules; {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"]
+        where = f"LoRA on {modules} module{'s' if modules != 1 else ''}" if modules else "No module was replaced"
+        lines = [f"{where}; {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"]
         kinds = Counter(
             (m.name.rpartition(".")[2], m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling, m.adapter)
             for m in self.replaced

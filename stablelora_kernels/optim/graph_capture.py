@@ -14,7 +14,7 @@ def capturing() -> bool:
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """``values`` as a tensor on ``device``. A GPU copies from fresh pinned memory, so the host does not wait for it."""
-    host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
+    host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
@@ -40,7 +40,7 @@ class Staging:
         """Replace the reserved memory that captures have used. Call it outside of a capture."""
         while len(self.spares) < self.wanted:
             pinned = self.device.type == "cuda"
-            self.spares.append(torch.empty(self.size, dtype=torch.uint8, pin_memory=pinned))
+            self.spares.append(torch.empty(self.size, dtype=torch.uint8, device="cpu", pin_memory=pinned))
 
     def upload(self, values: Any, dtype: torch.dtype) -> torch.Tensor:
         """``values`` as a tensor on the device.
@@ -56,7 +56,7 @@ class Staging:
                 "no memory is reserved for their table. "
                 + ("Run a step between captures" if self.wanted else "Pass capturable=True to the optimizer")
             )
-        table = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
+        table = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
         host = self.spares.pop()
         self.captured.append(host)
         staged = host[: table.nbytes].view(dtype).view(table.shape).copy_(table)

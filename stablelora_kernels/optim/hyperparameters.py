@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -41,9 +43,39 @@ class Setting:
         return self.group["lr_ratio_B"] if self.is_b else 1.0
 
 
+class CopiedSchedule:
+    """A ``shrink_schedule`` in an optimizer's copy or pickle, which says so if the function cannot be pickled."""
+
+    def __init__(self, schedule: Callable[[int], float] | None) -> None:
+        self.schedule = schedule
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiedSchedule:
+        return CopiedSchedule(deepcopy(self.schedule, memo))
+
+    def __reduce__(self) -> Any:
+        try:
+            pickle.dumps(self.schedule)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise pickle.PicklingError(
+                f"shrink_schedule {self.schedule!r} cannot be pickled: make it a function of a module or a callable object, or "
+                "save state_dict(), which leaves it out, and give it to the new optimizer"
+            ) from error
+        return CopiedSchedule, (self.schedule,)
+
+
 def build_key(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """The hyperparameters that an engine is built from: if one changes, the engine is rebuilt."""
-    return [(group["amsgrad"], group["stop_condition"], group["lr_ratio_B"] != 1.0) for group in groups]
+    """What an engine is built from, or checked against as it is built: if one changes, the engine is rebuilt."""
+    return [
+        (
+            group["amsgrad"],
+            group["stop_condition"],
+            group["lr_ratio_B"] != 1.0,
+            group["max_grad_norm"],
+            group["moments_dtype"],
+            group["master_weights"],
+        )
+        for group in groups
+    ]
 
 
 def members_and_settings(

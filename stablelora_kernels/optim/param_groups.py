@@ -29,9 +29,12 @@ HYPER = (
     "amsgrad",
     "capturable",
     "seed",
+    "max_grad_norm",
 )
 # A state that an earlier version saved may lack these.
-LATER = ("shrink_pattern", "stop_condition", "lr_ratio_B", "amsgrad")
+LATER = ("shrink_pattern", "stop_condition", "lr_ratio_B", "amsgrad", "max_grad_norm")
+# The groups hold these so that a state dict and repr() tell them; they are the optimizer's own.
+STORAGE = Storage._fields
 STOP_CONDITIONS = ("norm", "never")
 _NAMES_NEEDED = (
     "pairs are found by name, so give (name, parameter) tuples, as model.named_parameters() does, or LoRAPairs, or use "
@@ -90,7 +93,27 @@ def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
         "amsgrad": check_bool(f"{where}amsgrad", hyper["amsgrad"]),
         "capturable": check_bool(f"{where}capturable", hyper["capturable"]),
         "seed": seed,
+        "max_grad_norm": check_max_grad_norm(f"{where}max_grad_norm", hyper["max_grad_norm"]),
     }
+
+
+def check_one_clip(groups: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError if groups differ in ``max_grad_norm``, which is of all gradients together."""
+    for group in groups:
+        if group["max_grad_norm"] != groups[0]["max_grad_norm"]:
+            raise ValueError(
+                f"max_grad_norm must be one value for all groups, got {groups[0]['max_grad_norm']} and "
+                f"{group['max_grad_norm']}; set optimizer.max_grad_norm to change it in all of them"
+            )
+
+
+def check_shared(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
+    """Raise ValueError if a group has a value of its own for what all groups share."""
+    check_one_clip(groups)
+    for group in groups:
+        for name, value in storage._asdict().items():
+            if group.get(name, value) != value:
+                raise ValueError(f"a group's {name} must be the optimizer's, {value}, got {group[name]}")
 
 
 def check_storage(moments_dtype: Any, master_weights: Any) -> Storage:
@@ -111,6 +134,7 @@ def check_amsgrad(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
 def check_storage_fits(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
     """Raise ValueError if ``storage`` cannot hold the state of a parameter of ``groups``."""
     check_amsgrad(groups, storage)
+    check_shared(groups, storage)
     if storage.moments_dtype is torch.uint8:
         for group in groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
@@ -121,11 +145,11 @@ def check_storage_fits(groups: Sequence[dict[str, Any]], storage: Storage) -> No
                     )
 
 
-def check_max_grad_norm(value: Any) -> float:
-    """``value`` as a positive float; infinity is allowed."""
-    if isinstance(value, float) and value == math.inf:
+def check_max_grad_norm(name: str, value: Any) -> float | None:
+    """``value`` as a positive float, infinity included, or None."""
+    if value is None or (isinstance(value, float) and value == math.inf):
         return value
-    return check_float("max_grad_norm", value, low=0.0, low_open=True)
+    return check_float(name, value, low=0.0, low_open=True)
 
 
 def check_parameter(name: str, p: torch.Tensor) -> None:

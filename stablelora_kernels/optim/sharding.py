@@ -29,7 +29,7 @@ class Shard(NamedTuple):
 
     def element_indices(self, count: int, device: torch.device) -> torch.Tensor:
         """int64 [count]: the indices of the shard's first ``count`` elements."""
-        own = torch.arange(count, device=device)
+        own = torch.arange(count, dtype=torch.int64, device=device)
         if self.columns:
             own = own // self.columns * self.pitch + own % self.columns
         return own + self.base
@@ -147,7 +147,7 @@ class LatchMonitor:
         if self.latched.device.type != "cuda":
             self.unlatched = bool(shrinking)
             return
-        count = torch.empty((), dtype=torch.int64, pin_memory=True)
+        count = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
         count.copy_(shrinking, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.latched.device))

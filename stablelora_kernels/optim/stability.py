@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,22 @@ class PairStability:
     b_norm: float
     stable: bool
     latched_at: int | None
+
+
+# Where float32 holds the squares that make a norm: a GPU decides the latch by sums of squares in float32.
+SMALLEST_NORM, LARGEST_NORM = 1e-15, 1e19
+
+
+def warn_of_norms(pairs: Sequence[LoRAPair], norms: Sequence[tuple[float, float]]) -> None:
+    """Warn of the pairs whose ``norms``, of A and B, have squares that float32 does not hold."""
+    for pair, (a, b) in zip(pairs, norms, strict=True):
+        if max(a, b) > LARGEST_NORM or 0 < a < SMALLEST_NORM:
+            warnings.warn(
+                f"pair {pair.name!r}: ||A||_F = {a:.3g} and ||B||_F = {b:.3g} are outside {SMALLEST_NORM:g} to {LARGEST_NORM:g}, "
+                "where float32 holds the sums of squares that decide the latch on a GPU: it may shrink or latch wrongly",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
 
 def finite_norms(pairs: Sequence[LoRAPair], local_only: bool = False) -> list[tuple[float, float]]:

@@ -6,21 +6,27 @@ public interface, the parameter groups and the choice of the engine.
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.optim import graph_capture
-from stablelora_kernels.optim.checkpoint import check_state_groups, load_state, restore_groups
+from stablelora_kernels.optim.checkpoint import (
+    check_state_groups,
+    from_adamw,
+    is_state_init_step,
+    load_state,
+    restore_groups,
+    warn_of_differences,
+)
+from stablelora_kernels.optim.engines import build_engines
 from stablelora_kernels.optim.gradients import GradientLayout, gradient_layout
-from stablelora_kernels.optim.hyperparameters import Member, Setting, build_key, members_and_settings
+from stablelora_kernels.optim.hyperparameters import CopiedSchedule, build_key
 from stablelora_kernels.optim.param_groups import (
     as_groups,
     check_amsgrad,
@@ -28,15 +34,12 @@ from stablelora_kernels.optim.param_groups import (
     check_group,
     check_hyper,
     check_max_grad_norm,
-    check_parameter,
     check_storage,
     check_storage_fits,
     find_pairs,
 )
-from stablelora_kernels.optim.sharding import ShardSums
-from stablelora_kernels.optim.stability import PairStability, finite_norms
-from stablelora_kernels.optim.state import Pair, as_dtensors, local_state, work_dtype
-from stablelora_kernels.optim.torch_engine import TorchStep
+from stablelora_kernels.optim.stability import PairStability, finite_norms, warn_of_norms
+from stablelora_kernels.optim.state import same_objects
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
 from stablelora_kernels.utils.validation import check_float
@@ -77,7 +80,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         shrink_schedule: a function from a step, counted from one, to the shrink ratio of all pairs without a pattern. The host
             calls it at each ``step()`` with a gradient and writes its value to every group's ``"shrink_ratio"``. A CUDA graph
             would replay one value, so capture is refused; instead pass ``shrink_ratio`` as a tensor and write to it between
-            replays. ``state_dict`` holds the count of steps but not the function.
+            replays. ``state_dict`` holds the count of steps but not the function. As with torch's LambdaLR, a lambda can be
+            copied but not pickled.
         stop_condition: "norm" is Algorithm 1. "never" shrinks at every step and latches no pair, for comparison; a latched
             pair stays latched.
         lr_ratio_B: B's learning rate is this multiple of ``lr``, as in LoRA+ (arXiv 2402.12354).
@@ -91,8 +95,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             ``nonfinite_steps``, and :meth:`stability` and :meth:`state_dict` warn of it. ``math.inf`` never clips but still
             skips such steps.
         master_weights: keep a float32 master of every bfloat16 or float16 parameter in ``state[p]["master"]``. The launch that
-            updates it writes its nearest rounding to the parameter; nothing is rounded at random. A write to the parameter from
-            outside replaces its master.
+            updates it writes its nearest rounding to the parameter; nothing is rounded at random. Elements that someone else
+            writes to the parameter replace their master; after an in-place write to ``p.data`` call :meth:`refresh`, or the
+            write is lost.
         moments_dtype: torch.float32; torch.bfloat16, which saves 4 bytes a parameter; or torch.uint8, which saves 6: 8-bit
             floating-point codes with a float32 scale for each block of 256, not for DTensors. The latter two are rounded at
             random. A loaded state is converted. With them the PyTorch path holds one group's moments in float32 during its
@@ -110,8 +115,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        *,
         lr: float | torch.Tensor = 1e-4,
+        *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -141,20 +146,19 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             "amsgrad": amsgrad,
             "capturable": capturable,
             "seed": torch.initial_seed() % 2**63 if seed is None else seed,
+            "max_grad_norm": max_grad_norm,
         }
         defaults.update(check_hyper(defaults, ""))
-        if max_grad_norm is not None:
-            max_grad_norm = check_max_grad_norm(max_grad_norm)
         if shrink_schedule is not None and not callable(shrink_schedule):
             raise TypeError(f"shrink_schedule must be a function of the step, got {shrink_schedule!r}")
         storage = check_storage(moments_dtype, master_weights)
+        defaults.update(storage._asdict())
         groups = [check_group(group, defaults) for group in as_groups(params)]
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
         find_pairs(groups)
         check_storage_fits(groups, storage)
         self.storage = storage
         super().__init__(groups, defaults)
-        self.max_grad_norm = max_grad_norm
         self.shrink_schedule = shrink_schedule
         self._rebuild()
 
@@ -172,6 +176,17 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         return cls(((clean(name), p) for name, p in innermost(model).named_parameters()), **kwargs)
 
     @property
+    def max_grad_norm(self) -> float | None:
+        """The norm that all gradients together are clipped to, or None. Setting it sets it in every group."""
+        return self.param_groups[0]["max_grad_norm"]
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        value = check_max_grad_norm("max_grad_norm", value)
+        for group in self.param_groups:
+            group["max_grad_norm"] = value
+
+    @property
     def pairs(self) -> list[LoRAPair]:
         """The pairs, in the order of their first parameter."""
         return list(self._pairs)
@@ -182,7 +197,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if constructed:
             param_group = check_group(param_group, self.defaults)
             find_pairs([*self.param_groups, param_group])
-            check_storage_fits([param_group], self.storage)
+            check_storage_fits([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
         super().add_param_group(param_group)
         if constructed:
             self._rebuild()
@@ -193,10 +208,14 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._any_sharded = any(map(is_sharded, self._params))
         self._reported: int = getattr(self, "_reported", 0)
+        # Counted by the optimizer that this one is a copy of, and by its own engines.
+        self._skipped_before: int = getattr(self, "_skipped_before", 0)
         self._skipped_on_device: dict[torch.device, torch.Tensor] = getattr(self, "_skipped_on_device", {})
         # For each device the indices of its parameters, and the engine.
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
+        # The state that the engines were built on: someone may clear it or replace its tensors.
+        self._known_state: dict[torch.Tensor, dict[str, Any]] = {}
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -218,18 +237,24 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         layout = gradient_layout(grads)
         if layout is None and not check_grads(grads):
             return loss
-        if not self.state and self._is_state_init_step(grads):
+        if not self.state and is_state_init_step(self.param_groups, self._params, grads):
             self._build_engines()
             return loss
-        if self.shrink_schedule is not None:
-            self._follow_schedule(self.shrink_schedule)
         # A module that is moved or cast keeps its Parameter objects but not their memory.
         key = (list(map(torch.Tensor.data_ptr, params)), get_backend(), build_key(self.param_groups))
-        if key != self._engine_key:
+        if self.shrink_schedule is not None and graph_capture.capturing():
+            raise RuntimeError(
+                "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
+                "write to it between replays"
+            )
+        if key != self._engine_key or not same_objects(self.state, self._known_state):
             if graph_capture.capturing():
                 raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
+            self._engine_key = None
             self._build_engines()
             self._engine_key = key
+        if self.shrink_schedule is not None:
+            self._follow_schedule(self.shrink_schedule)
         self._run_engines(grads, layout)
         return loss
 
@@ -250,30 +275,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                     )
             engine.step(own_grads, scale, inf, self.max_grad_norm, own_layout)
 
-    def _is_state_init_step(self, grads: list[torch.Tensor | None]) -> bool:
-        """Whether the first step has zero gradients and lr=0.
-
-        torch.distributed.checkpoint calls step() like this to create state, and nothing else may change. Do not shrink or latch
-        then.
-        """
-        for group in self.param_groups:
-            lr = group["lr"]
-            if isinstance(lr, torch.Tensor) and lr.device.type != "cpu":
-                return False
-            if lr != 0:
-                return False
-        device = self._params[0].device
-        nonzero = torch.stack([g.any().to(device) for g in grads if g is not None]).any()
-        sums = ShardSums(self._params)
-        return not bool(sums.all_reduce_max_(nonzero.int()) if sums else nonzero)
-
     def _follow_schedule(self, schedule: Callable[[int], float]) -> None:
         """Write this step's shrink ratio into the groups."""
-        if graph_capture.capturing():
-            raise RuntimeError(
-                "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
-                "write to it between replays"
-            )
         step = self.param_groups[0].get("shrink_step", 0) + 1
         ratio = check_float(f"shrink_schedule({step})", schedule(step), low=0.0, high=1.0)
         for group in self.param_groups:
@@ -282,69 +285,49 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def _follow_param_groups(self) -> None:
         """Rebuild if the groups hold other parameters: trainers replace them when they shard a model late."""
-        now = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        if len(now) != len(self._params) or not all(map(operator.is_, now, self._params)):
+        if not same_objects(list(chain.from_iterable(group["params"] for group in self.param_groups)), self._params):
             self._rebuild()
 
     def _build_engines(self) -> None:
         """Make one engine for each device that holds parameters, and fill the state."""
-        check_storage_fits(self.param_groups, self.storage)
-        all_members, settings = members_and_settings(self.param_groups, self._pairs)
-        by_device: dict[torch.device, list[int]] = {}
-        for index, member in enumerate(all_members):
-            check_parameter("a parameter", member.owner)
-            by_device.setdefault(member.param.device, []).append(index)
-        if len(by_device) > 1 and self.max_grad_norm is not None:
-            raise ValueError(
-                f"max_grad_norm needs all parameters on one device, got {', '.join(map(str, by_device))}; "
-                "clip with torch.nn.utils.clip_grad_norm_ instead"
-            )
-        for pair in self._pairs:
-            if pair.A.device != pair.B.device:
-                raise ValueError(
-                    f"pair {pair.name!r}: A is on {pair.A.device} and B on {pair.B.device}; they must share one"
-                )
-        self._engines = [
-            (indices, self._build_engine(device, [all_members[i] for i in indices], settings))
-            for device, indices in by_device.items()
-        ]
+        self._engines = build_engines(
+            self.param_groups, self._pairs, self.state, self.storage, self.max_grad_norm, self._skipped_on_device
+        )
+        self._known_state = {p: dict(entry) for p, entry in self.state.items()}
 
-    def _build_engine(self, device: torch.device, members: list[Member], settings: list[Setting]) -> Any:
-        """The engine of the ``members``, all on ``device``, on the backend in force there."""
-        index_of = {id(member.owner): i for i, member in enumerate(members)}
-        pairs = [Pair(index_of[id(pair.A)], index_of[id(pair.B)]) for pair in self._pairs if pair.A.device == device]
-        engine: Any = TorchStep
-        if resolve_backend(device) == "triton":
-            doubles = any(work_dtype(member.param) is torch.float64 for member in members)
-            if doubles and get_backend() == "triton":
-                raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
-            if not doubles:
-                from stablelora_kernels.optim.triton_engine import TritonStep
+    def refresh(self) -> None:
+        """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.
 
-                engine = TritonStep
-        state = {member.param: local_state(self.state[member.owner], member) for member in members}
-        if device not in self._skipped_on_device:
-            self._skipped_on_device[device] = torch.zeros((), dtype=torch.int32, device=device)
-        built = engine(members, pairs, settings, state, self._skipped_on_device[device], self.storage)
-        for member in members:
-            if member.param is not member.owner:
-                self.state[member.owner] = as_dtensors(state[member.param], member.owner)
-        return built
+        The next step then measures the norms anew, in one more launch on Triton, and takes over parameters that are no longer
+        their master's rounding. The step notices these writes by itself: in-place operations under ``torch.no_grad()`` or on
+        ``p.detach()``, ``load_state_dict``, and new memory by ``p.data = tensor``. It cannot notice in-place
+        writes to ``p.data``, to a NumPy view, or by another library's kernel or collective: these change no version counter.
+        Without ``refresh`` such a write is lost with ``master_weights``. Otherwise it counts, but on Triton the next step still
+        decides the latch by the norms from before it.
+        """
+        for _, engine in self._engines:
+            engine.versions = None
 
     @property
     def nonfinite_steps(self) -> int:
         """The number of steps that ``max_grad_norm`` skipped because the gradients' norm was not finite. Reads the device."""
-        return sum(int(skipped) for skipped in self._skipped_on_device.values())
+        return self._skipped_before + sum(int(skipped) for skipped in self._skipped_on_device.values())
 
     def _report_nonfinite_steps(self) -> None:
         found = self.nonfinite_steps
         if found > self._reported:
+            new = found - self._reported
+            steps, their = ("1 step was", "its") if new == 1 else (f"{new} steps were", "their")
             warnings.warn(
-                f"{found - self._reported} steps were skipped because the norm of their gradients was not finite",
+                f"{steps} skipped because the norm of {their} gradients was not finite",
                 RuntimeWarning,
                 stacklevel=4,
             )
             self._reported = found
+
+    def _report_norms(self, norms: Sequence[tuple[float, float]]) -> None:
+        if any(engine.float32_squares for _, engine in self._engines):
+            warn_of_norms(self._pairs, norms)
 
     @torch.no_grad()
     def stability(self) -> list[PairStability]:
@@ -355,6 +338,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """
         self._report_nonfinite_steps()
         norms = finite_norms(self._pairs)
+        self._report_norms(norms)
         result = []
         for pair, (a, b) in zip(self._pairs, norms, strict=True):
             latched = self.state[pair.A].get("latched_at") if pair.A in self.state else None
@@ -371,13 +355,17 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """
         self._report_nonfinite_steps()
         # Without a collective: perhaps not all ranks save.
-        finite_norms(self._pairs, local_only=True)
+        self._report_norms(finite_norms(self._pairs, local_only=True))
         return super().state_dict()
 
     @torch._disable_dynamo
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the result of :meth:`state_dict`. Moments keep their dtype, unlike in PyTorch's own loading.
+        """Load the result of :meth:`state_dict`, or that of ``torch.optim.AdamW`` to go on from there with Stable-LoRA.
+
+        Hyperparameters become the saved ones, ``max_grad_norm`` included. AdamW's state has none of Stable-LoRA's own, which
+        stay, and no pair has latched in it. ``moments_dtype`` and ``master_weights`` stay: the state is converted. A warning
+        says so, and another says if the saved ``max_grad_norm`` replaces one that this optimizer was given.
 
         Raises:
             ValueError: the state belongs to another optimizer or to other parameters; nothing has changed then.
@@ -385,9 +373,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
+        state_dict = from_adamw(state_dict, self.param_groups)
         groups = check_state_groups(state_dict, self.param_groups)
         state = load_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
         check_amsgrad(groups, self.storage)
+        warn_of_differences(groups[0], self.param_groups[0])
         restore_groups(groups, self.param_groups)
         self.state.clear()
         self.state.update(state)
@@ -396,9 +386,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("max_grad_norm", "shrink_schedule", "storage")}
-        return {**super().__getstate__(), **own}
+        own = {"storage": self.storage, "_reported": self._reported, "_skipped_before": self.nonfinite_steps}
+        return {**super().__getstate__(), **own, "shrink_schedule": CopiedSchedule(self.shrink_schedule)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.shrink_schedule = state["shrink_schedule"].schedule
         self._rebuild()

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
+from stablelora_kernels.optim.gradients import with_strides_of
 from stablelora_kernels.optim.hyperparameters import Member, Setting
 from stablelora_kernels.optim.sharding import Shard
 from stablelora_kernels.optim.stochastic_rounding import LOW_PRECISION, mix_, stochastic_round
@@ -56,6 +58,65 @@ def flat(t: torch.Tensor) -> torch.Tensor:
     return t.as_strided((t.numel(),), (1,), t.storage_offset())
 
 
+class _NoTensorsAreEqual(TorchFunctionMode):
+    """Answers ``==`` between tensors with False. Containers do not ask it about an element that both hold."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
+        return False
+
+
+_NO_TENSORS_ARE_EQUAL = _NoTensorsAreEqual()
+
+
+def same_objects(found: Any, known: Any) -> bool:
+    """Whether two lists or nested dicts hold the very same tensors in the same places.
+
+    Every step asks this, so all of the work is Python's own comparison of containers: two microseconds for 100 tensors.
+    """
+    with _NO_TENSORS_ARE_EQUAL:
+        return bool(found == known)
+
+
+def check_entry(entry: dict[str, Any], name: str, member: Member, setting: Setting, storage: Storage) -> None:
+    """Check the state that somebody may have put in the place of the engine's; missing tensors are made later.
+
+    Tensors in other strides than the parameter's are replaced by copies in its strides.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or device than the parameter asks for.
+    """
+    p = member.param
+    for counter in COUNTERS:
+        value = entry.get(counter, 0)
+        if not (isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.dim() == 0)):
+            raise ValueError(f"the state of {name!r}: {counter!r} must be a number or a 0-d tensor, got {value!r}")
+    expected = {moment: (storage.moment_dtype(p), p.shape) for moment in moment_names(setting)}
+    if storage.has_master(p):
+        expected["master"] = torch.float32, p.shape
+    if storage.moment_dtype(p) is torch.uint8:
+        scales = torch.float32, torch.Size([-(-p.numel() // BLOCK)])
+        expected |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), scales)
+    for key, (dtype, shape) in expected.items():
+        if key not in entry:
+            continue
+        value = entry[key]
+        fits = isinstance(value, torch.Tensor) and (value.dtype, value.shape, value.device) == (dtype, shape, p.device)
+        if not fits:
+            got = (
+                f"{value.dtype} {list(value.shape)} on {value.device}"
+                if isinstance(value, torch.Tensor)
+                else repr(value)
+            )
+            raise ValueError(f"the state of {name!r}: {key!r} must be {dtype} {list(shape)} on {p.device}, got {got}")
+        if shape == p.shape and value.stride() != p.stride():
+            if dtype is torch.uint8:
+                raise ValueError(
+                    f"the state of {name!r}: {key!r} is in 8 bits, so it must have the parameter's strides {p.stride()}, got "
+                    f"{value.stride()}"
+                )
+            entry[key] = with_strides_of(p, value)
+
+
 def local_state(entry: dict[str, Any], member: Member) -> dict[str, Any]:
     """The state that an engine fills and changes: ``entry``, the parameter's own, or this process's shards of it."""
     return entry if member.param is member.owner else {key: local(value) for key, value in entry.items()}
@@ -71,7 +132,7 @@ def stack_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.devi
     if not values:
         return torch.zeros(0, dtype=dtype, device=device)
     zero = torch.zeros((), dtype=dtype, device=device)
-    return torch.stack([zero if v is None else torch.as_tensor(v).to(device, dtype) for v in values])
+    return torch.stack([zero if v is None else torch.as_tensor(v, dtype=dtype, device=device) for v in values])
 
 
 def moment_names(group: Setting | dict[str, Any]) -> tuple[str, ...]:
@@ -84,13 +145,13 @@ def init_moments(
 ) -> None:
     """Give every member the moments that it lacks: zeros of its shape and strides."""
     for p, setting_index, *_ in members:
+        dtype = storage.moment_dtype(p)
         for name in moment_names(settings[setting_index]):
             if name not in state[p]:
-                dtype = storage.moment_dtype(p)
                 state[p][name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-                if dtype is torch.uint8:
-                    scales = torch.zeros(-(-p.numel() // BLOCK), dtype=torch.float32, device=p.device)
-                    state[p][f"{name}_scale"] = scales
+                state[p].pop(f"{name}_scale", None)
+            if dtype is torch.uint8 and f"{name}_scale" not in state[p]:
+                state[p][f"{name}_scale"] = torch.zeros(-(-p.numel() // BLOCK), dtype=torch.float32, device=p.device)
 
 
 def convert_moment(entry: dict[str, Any], name: str, p: torch.Tensor, storage: Storage) -> dict[str, torch.Tensor]:

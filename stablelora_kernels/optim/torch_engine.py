@@ -92,6 +92,11 @@ class TorchStep:
         self.bucket_key: tuple[list[bool], list[int]] | None = None
         self.buckets: list[_Bucket] = []
 
+    @property
+    def float32_squares(self) -> bool:
+        """Whether norms come from sums of squares in float32 alone."""
+        return not self.on_host and not self.pair_sums
+
     def _make_counters(self) -> None:
         """One tensor of steps, one a member, and one of latches, one a pair; the state gets views of them."""
         params = [m.param for m in self.members]
@@ -209,9 +214,13 @@ class TorchStep:
         if self.grad_sums:
             # Indices, not a mask: the host would wait for a GPU to count a mask.
             indices = upload([i for i, is_present in enumerate(present) if is_present], torch.int64, self.device)
-            squares = torch.zeros(len(grads), device=self.device).index_copy_(0, indices, norms.square())
+            squares = torch.zeros(len(grads), dtype=torch.float32, device=self.device).index_copy_(
+                0, indices, norms.square()
+            )
             norms = self.grad_sums.all_reduce_sum_(squares).sqrt()
-        scale = torch.ones((), device=self.device) if grad_scale is None else grad_scale.reshape(())
+        scale = (
+            torch.ones((), dtype=torch.float32, device=self.device) if grad_scale is None else grad_scale.reshape(())
+        )
         total = torch.linalg.vector_norm(norms) / scale
         return total, scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
 
@@ -231,14 +240,17 @@ class TorchStep:
         if not live:
             return []
         scaled = self._scaled_norms(live)
-        # In most steps all pairs shrink clearly. A NaN fails the first comparison, an infinity the second.
-        if bool((scaled[0] * 0.999 > scaled[1]).all()) and bool(scaled.sum() < math.inf):
+        # In most steps all pairs shrink clearly. A NaN fails the first comparison, an infinity the second. Below the minimum
+        # float32 loses some of the squares.
+        if bool((scaled[0] * 0.999 > scaled[1].clamp(min=1e-12)).all()) and bool(scaled.sum() < math.inf):
             return [self.pairs[k].a for k in live]
         shrinking = []
         inverse_n, inverse_m = self.inverse_widths.tolist()
         for k, a_norm, b_norm in zip(live, *scaled.tolist(), strict=True):
-            if abs(a_norm - b_norm) <= 1e-3 * a_norm and not self.pair_sums:
-                # PyTorch's float32 norm of millions of elements is off by 1e-4, so decide a close call in float64.
+            clear = abs(a_norm - b_norm) > 1e-3 * a_norm and 1e-12 < max(a_norm, b_norm) < math.inf
+            if not clear and not self.pair_sums:
+                # PyTorch's float32 norm of millions of elements is off by 1e-4, and its squares over- and underflow, so decide a
+                # close call and very large or small norms in float64.
                 pair = self.pairs[k]
                 a_norm = self.work[pair.a].double().norm().item() * inverse_n[k]
                 b_norm = self.work[pair.b].double().norm().item() * inverse_m[k]

@@ -44,6 +44,8 @@ class TritonStep:
 
     # Elements that one program updates.
     CHUNK = 4096
+    # Norms come from sums of squares in float32 alone.
+    float32_squares = True
 
     def __init__(
         self,
@@ -241,7 +243,8 @@ class TritonStep:
             ]
         if (addresses, variants) != self.address_key:
             present = [i for i, address in enumerate(addresses) if address]
-            table = torch.tensor(array("q", chain(addresses, variants)), dtype=torch.int64).view(2, -1).t().contiguous()
+            table = torch.tensor(array("q", chain(addresses, variants)), dtype=torch.int64, device="cpu")
+            table = table.view(2, -1).t().contiguous()
             self.addresses = self.staging.upload(table, torch.int64)
             if present != self.present_key or self.address_key is None:
                 self.present_key = present

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -209,6 +209,8 @@ def check_value(
     assert error <= allowed, f"{name} is off by {error:.3e}, allowed {allowed:.3e}"
 
 
+# A call takes a tenth of what a sequence of optimizer steps does.
+@settings(max_examples=max(150, settings.default.max_examples))
 @given(calls())
 def test_calls_are_no_worse_than_eager(c: dict[str, Any]) -> None:
     members = [inputs_of(c, i) for i in range(c["members"] if c["op"] == "group" else 1)]

@@ -86,7 +86,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     take_step(0, optimizer)
     before, groups = snapshot(optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"])
     twins = make_pairs()
-    adamw = torch.optim.AdamW(halves(twins))
+    sgd = torch.optim.SGD(halves(twins))
     renamed = StableLoRAAdamW([LoRAPair(f"other{i}", pair.A, pair.B) for i, pair in enumerate(twins)])
     fewer = StableLoRAAdamW(twins[:2])
     wider = StableLoRAAdamW(make_pairs([(8, 24, 41), *SHAPES[1:]]))
@@ -96,7 +96,10 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     broken = copy.deepcopy(optimizer.state_dict())
     broken["param_groups"][0]["lr"] = math.nan
     for state, message in [
-        (adamw.state_dict(), "not StableLoRAAdamW's: its group 0 has no 'shrink_ratio', 'seed'"),
+        (
+            sgd.state_dict(),
+            "not StableLoRAAdamW's: its group 0 has no 'betas', 'eps', 'shrink_ratio', 'capturable', 'seed'",
+        ),
         (renamed.state_dict(), "has 'other0.lora_A' where the optimizer has 'layer0.lora_A'"),
         (fewer.state_dict(), "has 4 parameters, the optimizer's 8"),
         (wider.state_dict(), "'exp_avg' of 'layer0.lora_A' must be [8, 40], got [8, 41]"),

@@ -332,3 +332,36 @@ def test_a_whole_state_loads_into_parts(mesh: DeviceMesh) -> None:
     back.load_state_dict(other.state_dict())
     for _, q in plain:
         assert torch.equal(back.state[q]["exp_avg"], one.state[q]["exp_avg"])
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_a_replaced_state_of_parts_is_noticed(mesh: DeviceMesh, name: str) -> None:
+    named = pair_on(mesh, Shard(0), Shard(0))
+    plain = whole(named)
+    one, other = slk.StableLoRAAdamW(plain, lr=0.1), slk.StableLoRAAdamW(named, lr=0.1)
+
+    def step() -> None:
+        for (_, p), (_, q) in zip(named, plain, strict=True):
+            q.grad = torch.randn(q.shape)
+            p.grad = DTensor.from_local(q.grad.clone(), mesh, [Shard(0)], run_check=False)
+        one.step()
+        other.step()
+
+    with slk.use_backend(name):
+        step()
+        one.state.clear()
+        other.state.clear()
+        step()
+        for (_, p), (_, q) in zip(named, plain, strict=True):
+            assert other.state[p]["step"].item() == 1
+            one.state[q]["exp_avg"] = torch.full_like(q, 0.5).detach()
+            other.state[p]["exp_avg"] = torch.full_like(p, 0.5).detach()
+        step()
+        for (_, p), (_, q) in zip(named, plain, strict=True):
+            assert torch.equal(other.state[p]["exp_avg"].full_tensor(), one.state[q]["exp_avg"])
+            torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-7)
+        other.state[named[0][1]]["exp_avg"] = torch.zeros(4, 7)
+        with pytest.raises(
+            ValueError, match=r"the state of 'q.lora_A': 'exp_avg' must be .* \[4, 6\] on cpu, got .* \[4, 7\]"
+        ):
+            step()

@@ -1,0 +1,192 @@
+"""No setting is lost silently: in repr, in copies, in a state dict and by the trainer's factory."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
+import warnings
+
+import pytest
+import torch
+
+import stablelora_kernels as slk
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from tests.helpers.optimizers import DEVICE, all_equal, halves, make_pairs, set_grads, snapshot
+from tests.helpers.small_models import Model, lora_config
+from tests.helpers.steps import saved_and_loaded, take_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_repr_tells_every_setting() -> None:
+    shown = repr(StableLoRAAdamW(make_pairs(), max_grad_norm=0.5, moments_dtype=torch.uint8, master_weights=True))
+    assert "max_grad_norm: 0.5" in shown and "moments_dtype: torch.uint8" in shown and "master_weights: True" in shown
+
+
+def test_clipping_goes_on_after_a_resume(backend: str) -> None:
+    pairs, twins = make_pairs(), make_pairs()
+    optimizer, resumed = StableLoRAAdamW(pairs, lr=1e-2, seed=1, max_grad_norm=0.05), StableLoRAAdamW(twins)
+    take_step(0, optimizer)
+    with torch.no_grad():
+        for p, q in zip(halves(pairs), halves(twins), strict=True):
+            q.copy_(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    assert resumed.max_grad_norm == 0.05
+    take_step(1, optimizer, resumed)
+    assert all_equal(snapshot(optimizer), snapshot(resumed))
+
+
+@pytest.mark.parametrize("saved", [None, 2.0])
+def test_a_clip_that_a_state_replaces_is_told(saved: float | None) -> None:
+    optimizer = StableLoRAAdamW(make_pairs(), max_grad_norm=1.0)
+    state = StableLoRAAdamW(make_pairs(), max_grad_norm=saved).state_dict()
+    with pytest.warns(UserWarning, match=f"max_grad_norm was 1.0 and is {saved} now"):
+        optimizer.load_state_dict(state)
+    assert optimizer.max_grad_norm == saved
+    optimizer.max_grad_norm = 1.0
+    assert all(group["max_grad_norm"] == 1.0 for group in optimizer.param_groups)
+
+
+def test_a_state_without_the_setting_keeps_ours() -> None:
+    """As an earlier version saved it."""
+    state = StableLoRAAdamW(make_pairs()).state_dict()
+    del state["param_groups"][0]["max_grad_norm"]
+    optimizer = StableLoRAAdamW(make_pairs(), max_grad_norm=1.0)
+    optimizer.load_state_dict(state)
+    assert optimizer.max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ({"moments_dtype": torch.uint8}, {}, "saved with moments_dtype=torch.float32; it was converted, since this"),
+        ({}, {"moments_dtype": torch.bfloat16}, "optimizer has moments_dtype=torch.float32"),
+        ({"master_weights": True}, {}, "saved with master_weights=False"),
+    ],
+)
+def test_a_state_of_another_storage_is_converted_and_told(ours: dict, theirs: dict, message: str) -> None:
+    optimizer, other = StableLoRAAdamW(make_pairs(), **ours), StableLoRAAdamW(make_pairs(), **theirs)
+    take_step(0, other)
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.storage == StableLoRAAdamW(make_pairs(), **ours).storage
+    assert optimizer.param_groups[0]["moments_dtype"] is optimizer.storage.moments_dtype
+    take_step(1, optimizer)
+    assert optimizer.state[optimizer.pairs[0].A]["exp_avg"].dtype is optimizer.storage.moments_dtype
+
+
+def test_the_clip_may_be_changed_between_steps(backend: str) -> None:
+    optimizer, other = StableLoRAAdamW(make_pairs(), seed=1), StableLoRAAdamW(make_pairs(), seed=1, max_grad_norm=0.1)
+    optimizer.max_grad_norm = 5.0
+    take_step(0, optimizer, other)
+    assert not all_equal(snapshot(optimizer), snapshot(other))
+    fresh = StableLoRAAdamW(make_pairs(), seed=1)
+    fresh.max_grad_norm = 5.0
+    take_step(0, fresh)
+    fresh.max_grad_norm = optimizer.max_grad_norm = None
+    take_step(1, fresh, optimizer)
+    assert all_equal(snapshot(fresh), snapshot(optimizer))
+    with pytest.raises(ValueError, match="max_grad_norm must be a finite number"):
+        optimizer.max_grad_norm = -1.0
+
+
+def test_values_that_all_groups_share(backend: str) -> None:
+    first, second = make_pairs([(4, 8, 8), (4, 8, 8)])
+    groups = [{"params": [first], "max_grad_norm": 1.0}, {"params": [second]}]
+    with pytest.raises(ValueError, match=r"max_grad_norm must be one value for all groups, got 1.0 and None"):
+        StableLoRAAdamW(groups)
+    with pytest.raises(
+        ValueError, match=r"a group's moments_dtype must be the optimizer's, torch.float32, got torch.uint8"
+    ):
+        StableLoRAAdamW([{"params": [first], "moments_dtype": torch.uint8}])
+    optimizer = StableLoRAAdamW([first], max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"max_grad_norm must be one value for all groups, got 1.0 and 2.0"):
+        optimizer.add_param_group({"params": [second], "max_grad_norm": 2.0})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [second]})
+    take_step(0, optimizer)
+    before = snapshot(optimizer)
+    optimizer.param_groups[1]["max_grad_norm"] = 2.0
+    with pytest.raises(ValueError, match="one value for all groups"):
+        optimizer.step()
+    optimizer.param_groups[1]["max_grad_norm"] = 1.0
+    optimizer.param_groups[0]["moments_dtype"] = torch.bfloat16
+    with pytest.raises(ValueError, match="a group's moments_dtype must be the optimizer's"):
+        optimizer.step()
+    assert all_equal(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_copies_keep_the_count_of_steps_that_were_not_taken(path: str, copied) -> None:
+    pairs = make_pairs()
+    optimizer = StableLoRAAdamW(pairs, max_grad_norm=1.0)
+    take_step(0, optimizer)
+    set_grads(halves(pairs), 1)
+    pairs[0].A.grad[0, 0] = math.inf
+    optimizer.step()
+    other = copied(optimizer)
+    assert (optimizer.nonfinite_steps, other.nonfinite_steps, other.max_grad_norm) == (1, 1, 1.0)
+    with pytest.warns(RuntimeWarning, match="1 step was skipped because the norm of its gradients was not finite"):
+        other.stability()
+    for p in halves(other.pairs):
+        p.grad = torch.full_like(p, math.nan)
+    other.step()
+    assert (optimizer.nonfinite_steps, other.nonfinite_steps) == (1, 2)
+    again = copied(other)
+    with pytest.warns(RuntimeWarning, match="1 step was skipped"):
+        again.stability()
+
+
+def test_the_factory_tells_that_it_was_given_no_learning_rate() -> None:
+    model = Model()
+    slk.apply_lora(model, lora_config())
+    with pytest.warns(UserWarning, match=re.escape("given no lr, so it is 0.0001")) as caught:
+        optimizer = slk.StableLoRAAdamWFactory()(model, shrink_ratio=0.1)
+    assert caught[0].filename == __file__ and "learning_rate" in str(caught[0].message)
+    assert optimizer.param_groups[0]["lr"] == 1e-4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert slk.StableLoRAAdamWFactory()(model, lr=3e-4).param_groups[0]["lr"] == 3e-4
+
+
+# torch's defaults
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 0.1}, {"moments_dtype": torch.uint8}, {"master_weights": True}]
+)
+@pytest.mark.parametrize("change", ["float64", "float16", "meta"])
+def test_torchs_defaults_do_not_matter(path: str, change: str, options: dict) -> None:
+    dtype = torch.bfloat16 if "master_weights" in options else torch.float32
+    optimizer, other = (StableLoRAAdamW(make_pairs(dtype=dtype), lr=1e-2, seed=1, **options) for _ in range(2))
+    grads = []
+    for step in range(3):
+        set_grads(halves(other.pairs), step)
+        # The step may leave clipped gradients in .grad.
+        grads.append([p.grad.clone() for p in halves(other.pairs)])
+        other.step()
+    kept = torch.get_default_dtype()
+    try:
+        if change == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(getattr(torch, change))
+        for step in range(3):
+            for p, g in zip(halves(optimizer.pairs), grads[step], strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+            if step == 1:
+                stability, state = optimizer.stability(), optimizer.state_dict()
+                assert optimizer.nonfinite_steps == 0
+                optimizer.load_state_dict(copy.deepcopy(state))
+                optimizer.state[optimizer.pairs[0].A].update(step=2, latched_at=0)
+                optimizer = copy.deepcopy(optimizer)
+    finally:
+        torch.set_default_dtype(kept)
+        torch.set_default_device(None)
+    assert all_equal(snapshot(optimizer), snapshot(other))
+    assert stability[0].a_norm > 0 and str(optimizer.pairs[0].A.device).startswith(DEVICE)
