@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from stablelora_kernels.cli.files import adapter_files, from_hub
+from stablelora_kernels.cli.files import adapter_directory, from_hub, load_files
 from stablelora_kernels.cli.output import CommandError, print_json, print_pairs, size, wrapped
+from stablelora_kernels.model.adapter_files import WEIGHTS_NAME, read_json
 from stablelora_kernels.model.merge import merge_lora, remove_lora
 from stablelora_kernels.model.modules import lora_layers
-from stablelora_kernels.model.peft_format import read_json
 from stablelora_kernels.model.reports import MergeReport, list_some
 from stablelora_kernels.model.save_load import load_adapter
 from stablelora_kernels.testing import DTYPES
@@ -59,11 +59,11 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--out must be a directory, got the file {str(args.out)!r}")
     if out.is_dir() and any(out.iterdir()) and not args.overwrite:
         raise CommandError(f"--out must be empty or not there, got {str(args.out)!r} with files in it; or --overwrite")
-    if Path(args.adapter).is_file():
-        raise CommandError(f"ADAPTER must be a directory, got the file {args.adapter!r}")
-    _, weights = adapter_files(args.adapter)
+    adapter = adapter_directory(args.adapter)
+    # Before the model, which takes longer, and with the status that a damaged file has everywhere.
+    load_files(str(adapter), lambda tensor: None)
     source = Path(args.into) if Path(args.into).exists() else from_hub("--into", args.into, MODEL_FILES)
-    for name, path in (("ADAPTER", weights), ("--into", source / "config.json")):
+    for name, path in (("ADAPTER", adapter / WEIGHTS_NAME), ("--into", source / "config.json")):
         if path.resolve().is_relative_to(out):
             raise CommandError(f"--out must not hold {name}, got {str(args.out)!r} with {str(path)!r} in it")
 
@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
     model = _load(architecture, source, dtype)
     tied = _tied(model)
     try:
-        loaded = load_adapter(model, weights.parent)
+        loaded = load_adapter(model, adapter)
         report = _merge(model, dtype)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise CommandError(str(error), status=1) from None
     if untied := tied and not _tied(model):
         _untie(model)

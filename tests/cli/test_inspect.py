@@ -207,7 +207,7 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "pattern", pair(), rank_pattern={"(": 1})
     assert "inspect: error: " in fails(capsys, "inspect", str(path))
     path = write(tmp_path / "list", pair(), alpha_pattern=[1])
-    assert "must be objects, got {} and [1]" in fails(capsys, "inspect", str(path))
+    assert "alpha_pattern must be a dict of name patterns, got [1]" in fails(capsys, "inspect", str(path))
     assert "must be a path or a hub id like 'owner/name', got './no'" in fails(capsys, "inspect", "./no")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)

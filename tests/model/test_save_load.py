@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from stablelora_kernels.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.model.merge import merge_lora, remove_lora
 from stablelora_kernels.model.modules import lora_layers
-from stablelora_kernels.model.save_load import CONFIG_NAME, WEIGHTS_NAME, load_adapter, save_adapter
+from stablelora_kernels.model.save_load import load_adapter, save_adapter
 from stablelora_kernels.nn.linear import LoRALinear
 from tests.helpers.small_models import Model, fill_b, lora_config, output, refused
 
