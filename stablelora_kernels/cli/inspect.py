@@ -28,6 +28,7 @@ from stablelora_kernels.cli.output import (
 from stablelora_kernels.config import lookup_pattern
 from stablelora_kernels.model.peft_format import PEFT_ALPHA, PREFIX, beyond_plain_lora
 from stablelora_kernels.pairs import split_lora_name
+from stablelora_kernels.utils.text import counted
 from stablelora_kernels.utils.validation import check_float, check_patterns, shown
 
 HELP = "list every pair of an adapter: rank, norms, stability and size"
@@ -118,7 +119,10 @@ def run(args: argparse.Namespace) -> int:
     except (TypeError, ValueError) as error:
         raise CommandError(f"{adapter.config_file}: {error}") from None
     non_finite = {key: figures.non_finite for key, figures in tensors.items() if figures.non_finite}
-    problems = [f"{key} holds {count:,} values that are not finite" for key, count in non_finite.items()] + problems
+    are = {key: "is" if count == 1 else "are" for key, count in non_finite.items()}
+    problems = [
+        f"{key} holds {counted(count, 'value')} that {are[key]} not finite" for key, count in non_finite.items()
+    ] + problems
     finite = [pair for pair in pairs if pair.stable is not None]
     totals = {
         "pairs": len(pairs),
@@ -229,7 +233,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _print(report: Mapping[str, Any], pairs: list[Pair], others: list[OtherTensor], limit: int | None) -> None:
     totals, config = report["totals"], report["config"]
     print(shorten(report["weights"], width()))
-    about = {"file": f"{size(totals['file_bytes'])}, {totals['tensors']} tensors, {totals['parameters']:,} parameters"}
+    about = {
+        "file": f"{size(totals['file_bytes'])}, {counted(totals['tensors'], 'tensor')}, "
+        f"{counted(totals['parameters'], 'parameter')}"
+    }
     if config is None:
         about["config"] = "none with the file, so scalings are not known"
     else:

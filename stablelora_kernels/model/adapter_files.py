@@ -40,6 +40,7 @@ class Adapter(NamedTuple):
 
     config_file: Path
     weights_file: Path
+    # None if the weights are alone.
     config: dict[str, Any] | None
     tensors: dict[str, Any]
 
@@ -220,6 +221,10 @@ def _write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[st
     metadata = {"format": "pt", STAMP: stamp}
     try:
         safetensors.save_file(tensors, weights, metadata=metadata)
+    except KeyError as error:
+        # Its table of dtypes.
+        names = [name for name, tensor in tensors.items() if str(tensor.dtype) in str(error)]
+        raise ValueError(f"{list_some(names)} must be of a dtype that safetensors can hold, got {error}") from None
     except Exception as error:
         # It reports a full disk so, too.
         if type(error).__name__ != "SafetensorError":

@@ -13,6 +13,7 @@ from torch import Tensor
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.model.reports import SkippedModule, list_some
+from stablelora_kernels.utils.text import counted
 
 PREFIX = "base_model.model."
 # PEFT's default for lora_alpha, which a file may omit. It differs from ours.
@@ -60,25 +61,51 @@ def read_config(content: Mapping[str, Any], source: object, tensors: Iterable[st
         raise type(error)(f"{source}: {error}") from None
 
 
+def config_from_peft(config: Any) -> LoRAConfig:
+    """A ``LoraConfig`` of the ``peft`` package, in our class."""
+    content = {key: getattr(value, "value", value) for key, value in config.to_dict().items()}
+    if content.get("layers_to_transform") is not None:
+        raise ValueError(
+            f"config must name its layers in target_modules, got layers_to_transform={content['layers_to_transform']!r}; "
+            "write them as a regular expression"
+        )
+    return read_config(content, f"the {type(config).__name__}")
+
+
 def check_tensors(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], skipped: Iterable[SkippedModule], file: Path
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]],
+    skipped: Iterable[SkippedModule],
+    file: Path,
 ) -> None:
-    if missing := [key for key in shapes if key not in tensors]:
-        raise ValueError(f"{file} must hold {list_some(missing)}, got {len(tensors)} tensors without them")
-    if unexpected := [key for key in tensors if key not in shapes]:
+    """Raise ValueError unless a file's tensors are those of ``targets``: of each its shape, and its dtype where one is given.
+
+    Another dtype of the same kind will do: values are cast.
+    """
+    if missing := [key for key in targets if key not in tensors]:
+        raise ValueError(f"{file} must hold {list_some(missing)}, got {counted(len(tensors), 'tensor')} without them")
+    if unexpected := [key for key in tensors if key not in targets]:
         reasons = [
             f"; {module.name}: {module.reason}" for module in skipped if unexpected[0].startswith(f"{module.name}.")
         ]
         raise ValueError(
             f"{file} must hold what its config and the model call for, got {list_some(unexpected)} beyond that{''.join(reasons)}"
         )
-    for key, shape in shapes.items():
-        if tensors[key].shape != shape:
+    for key, (shape, dtype) in targets.items():
+        if tuple(tensors[key].shape) != shape:
             raise ValueError(f"{key} in {file} must be {list(shape)}, got {list(tensors[key].shape)}")
+        if dtype is not None and _kind(dtype) != _kind(tensors[key].dtype):
+            raise ValueError(f"{key} in {file} must be {dtype} or alike, got {tensors[key].dtype}")
         if (".lora_A." in key or ".lora_B." in key) and tensors[key].dtype not in FLOAT_DTYPES:
             raise ValueError(
                 f"{key} in {file} must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {tensors[key].dtype}"
             )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_complex or dtype.is_floating_point:
+        return "complex" if dtype.is_complex else "floating point"
+    return "bool" if dtype == torch.bool else "integer"
 
 
 def check_not_meta(tensors: Mapping[str, Tensor]) -> None:

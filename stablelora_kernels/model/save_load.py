@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.model.adapter_files import import_safetensors, read_adapter, write_adapter
 from stablelora_kernels.model.apply import apply_plan
-from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, lora_layers, require_lora_layers
+from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, lora_layers, require_lora_layers, unchanged_on_error
 from stablelora_kernels.model.peft_format import PREFIX, check_not_meta, check_tensors, read_config
 from stablelora_kernels.model.reports import LoRAReport, SkippedModule, list_some, report_on
 from stablelora_kernels.model.targets import plan_lora
@@ -23,6 +23,9 @@ from stablelora_kernels.nn.conv1d import LoRAConv1D
 from stablelora_kernels.nn.linear import LoRALinear, sizes_of
 from stablelora_kernels.utils.dtensor import copy, is_first_rank, is_sharded, whole
 from stablelora_kernels.utils.wrappers import check_not_in_ddp, clean, in_ddp, reshard, unwrap, wrapped_parts
+
+# For each key of an adapter's file the shape and, unless any will do, the dtype that the model calls for.
+Needed = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -106,24 +109,24 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
     if foreign := [key for key in tensors if not key.startswith(PREFIX)]:
         raise ValueError(f"keys in {weights_file} must start with {PREFIX!r}, got {list_some(foreign)}")
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    config = read_config(content, config_file, tensors)
+    config = read_config(content or {}, config_file, tensors)
 
     layers = _layers(model)
     if layers:
         _check_fits(model, config, layers, config_file)
         targets = {key: tensor for name, layer in layers.items() for key, tensor in _lora_tensors(name, layer).items()}
-        shapes = {key: tensor.shape for key, tensor in targets.items()}
+        needed: Needed = {key: (tuple(tensor.shape), None) for key, tensor in targets.items()}
         skipped: tuple[SkippedModule, ...] = ()
     else:
         _check_may_get_lora(given, model)
         plan = plan_lora(model, config)
         skipped = plan.skipped
         targets = {f"{name}.weight": target.layer.weight for name, target in plan.targets.items()}
-        shapes = {}
+        needed = {}
         for name, target in plan.targets.items():
             in_features, out_features = sizes_of(target.layer)
-            shapes[f"{name}.lora_A.weight"] = torch.Size((config.rank_of(name), in_features))
-            shapes[f"{name}.lora_B.weight"] = torch.Size((out_features, config.rank_of(name)))
+            needed[f"{name}.lora_A.weight"] = (config.rank_of(name), in_features), None
+            needed[f"{name}.lora_B.weight"] = (out_features, config.rank_of(name)), None
     others = _other_tensors(model, config, layers or plan.targets)
     check_not_meta(targets | others)
     # With bias="all", PEFT also saves the biases of its wrappers around modules_to_save.
@@ -131,26 +134,38 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
         f"{name}.{part}." for name in _saved(model, config) for part in ("original_module", "modules_to_save")
     )
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(wrapped)}
-    shapes.update({key: tensor.shape for key, tensor in others.items()})
-    check_tensors(tensors, shapes, skipped, weights_file)
+    needed.update({key: (tuple(tensor.shape), tensor.dtype) for key, tensor in others.items()})
+    check_tensors(tensors, needed, skipped, weights_file)
 
-    if layers:
-        report = report_on(model, layers)
-    else:
-        dtypes = {}
-        for name, target in plan.targets.items():
-            saved = torch.promote_types(tensors[f"{name}.lora_A.weight"].dtype, tensors[f"{name}.lora_B.weight"].dtype)
-            dtypes[name] = saved if saved == target.layer.weight.dtype else torch.float32
-        report = apply_plan(model, config, plan, dtypes, fuse_projections)
-        layers = _layers(model)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            for key, tensor in _lora_tensors(name, layer).items():
-                copy(tensor, tensors[key])
-        # Find them again: apply_plan has untied modules_to_save.
-        for key, tensor in _other_tensors(model, config, layers).items():
-            copy(tensor, tensors[key])
+    with unchanged_on_error(model):
+        if layers:
+            report = report_on(model, layers)
+        else:
+            dtypes = {}
+            for name, target in plan.targets.items():
+                a, b = (tensors[f"{name}.lora_{part}.weight"].dtype for part in "AB")
+                saved = torch.promote_types(a, b)
+                dtypes[name] = saved if saved == target.layer.weight.dtype else torch.float32
+            report = apply_plan(model, config, plan, dtypes, fuse_projections)
+            layers = _layers(model)
+        targets = {key: tensor for name, layer in layers.items() for key, tensor in _lora_tensors(name, layer).items()}
+        # Found again: apply_plan has untied modules_to_save.
+        _copy_all(targets | _other_tensors(model, config, layers), tensors)
     return report
+
+
+@torch.no_grad()
+def _copy_all(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy all values, or none: if one cannot be copied, the earlier ones are taken back."""
+    done: list[tuple[Tensor, Tensor]] = []
+    try:
+        for key, tensor in targets.items():
+            done.append((tensor, tensor.detach().clone()))
+            copy(tensor, values[key])
+    except BaseException:
+        for tensor, before in done:
+            tensor.copy_(before)
+        raise
 
 
 def _origin(model: nn.Module) -> dict[str, object]:

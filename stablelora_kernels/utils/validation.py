@@ -44,7 +44,7 @@ def check_float(
         number = float(value)
     except OverflowError:
         # An int beyond the largest float.
-        number = math.inf if value > 0 else -math.inf
+        number = math.inf if value > 0 else -math.inf  # type: ignore[operator]
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
     # Not math.isfinite: torch.compile cannot trace it for a number that it has made symbolic.

@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are forked and killed")
 NOBODY = 65534
 
 
 def in_child(action: Callable[[], Any]) -> int:
-    """Run ``action`` in a forked process. Return the signal that killed it, or 0; raise what it raised."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(reading)
-            action()
-        except BaseException:
-            os.write(writing, traceback.format_exc().encode()[-60_000:])
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read().decode()
-    _, status = os.waitpid(child, 0)
+    """Run ``action``, which can be pickled, in another process. Return the signal that killed it, or 0; raise what it raised.
+
+    The process is forked from one that has imported much and run nothing: in a fork of this one, torch's threads would be
+    missing, and their locks held.
+    """
+    multiprocessing.set_forkserver_preload(["stablelora_kernels", "safetensors.torch", "tests.helpers.small_models"])
+    context = multiprocessing.get_context("forkserver")
+    reading, writing = context.Pipe(duplex=False)
+    # Bytes: multiprocessing would send tensors through shared memory.
+    child = context.Process(target=_run, args=(pickle.dumps(action), writing))
+    child.start()
+    writing.close()
+    try:
+        said = reading.recv()
+    except EOFError:
+        said = ""
+    child.join()
     assert not said, said
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    return -child.exitcode if child.exitcode < 0 else 0
+
+
+def _run(pickled: bytes, writing: Any) -> None:
+    try:
+        torch.set_num_threads(1)
+        pickle.loads(pickled)()
+        said = ""
+    except BaseException:
+        said = traceback.format_exc()
+    writing.send(said)
 
 
 def kills(action: Callable[[], Any], prepare: Callable[[], Any]) -> Iterator[int]:
@@ -41,17 +58,17 @@ def kills(action: Callable[[], Any], prepare: Callable[[], Any]) -> Iterator[int
     """
     for limit in range(1, 1000):
         prepare()
-
-        def doomed(limit: int = limit) -> None:
-            sys.addaudithook(_killer(limit))
-            action()
-
-        killed = in_child(doomed)
+        killed = in_child(partial(_doomed, limit, action))
         assert killed in (0, signal.SIGKILL)
         yield limit
         if not killed:
             return
     raise AssertionError("the action never ends")
+
+
+def _doomed(limit: int, action: Callable[[], Any]) -> None:
+    sys.addaudithook(_killer(limit))
+    action()
 
 
 def _killer(limit: int) -> Callable[[str, Any], None]:
@@ -69,11 +86,11 @@ def _killer(limit: int) -> Callable[[str, Any], None]:
 
 def as_nobody(action: Callable[[], Any]) -> None:
     """Run ``action`` in a process without root's right to read everything."""
+    assert in_child(partial(_humble, action)) == 0
 
-    def humble() -> None:
-        if os.getuid() == 0:
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-        action()
 
-    assert in_child(humble) == 0
+def _humble(action: Callable[[], Any]) -> None:
+    if os.getuid() == 0:
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    action()

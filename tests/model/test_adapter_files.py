@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import resource
@@ -11,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,8 +31,7 @@ from tests.helpers.small_models import Model, fill_b, lora_config, output, refus
 safetensors_torch = pytest.importorskip(
     "safetensors.torch", reason="safetensors is not installed (pip install .[test])"
 )
-# Python warns of a fork beside threads of others; the children call no more than the file system.
-pytestmark = [needs_fork, pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")]
+pytestmark = needs_fork
 
 
 def fresh():
@@ -132,7 +134,7 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, o
             shutil.copytree(template, directory)
 
     outcomes = set()
-    for _ in kills(lambda: save_adapter(written, directory), prepare):
+    for _ in kills(partial(save_adapter, written, directory), prepare):
         try:
             found = loaded(directory)
         except ValueError as error:
@@ -150,18 +152,19 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, o
     assert outcomes == {"old", "new"}
 
 
+def save_with_room(room, model, directory):
+    """Save while files may grow to ``room`` bytes only, beyond which the process is killed."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    save_adapter(model, directory)
+
+
 def test_a_save_that_is_killed_while_it_writes(tmp_path, old, new):
     save_adapter(old, tmp_path / "adapter")
     weights = (tmp_path / "adapter" / WEIGHTS_NAME).stat().st_size
     for room in (0, 1, 8, 100, weights // 2, weights - 1):
-
-        def doomed(room=room):
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            save_adapter(new, tmp_path / "adapter")
-
-        assert in_child(doomed) == signal.SIGXFSZ
+        assert in_child(partial(save_with_room, room, new, tmp_path / "adapter")) == signal.SIGXFSZ
         assert torch.equal(loaded(tmp_path / "adapter"), output(old))
     save_adapter(new, tmp_path / "adapter")
     assert sorted(os.listdir(tmp_path / "adapter")) == [CONFIG_NAME, WEIGHTS_NAME]
@@ -170,18 +173,20 @@ def test_a_save_that_is_killed_while_it_writes(tmp_path, old, new):
 # Full disks and missing rights
 
 
+def fail_to_save(model, directory):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+    with pytest.raises(OSError, match=rf"{WEIGHTS_NAME} could not be written: .*File too large"):
+        save_adapter(model, directory)
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_file_that_may_not_grow(tmp_path, old, new, exists):
     directory = tmp_path / "adapter"
     if exists:
         save_adapter(old, directory)
 
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
-        with pytest.raises(OSError, match=rf"{WEIGHTS_NAME} could not be written: .*File too large"):
-            save_adapter(new, directory)
-
-    assert in_child(limited) == 0
+    assert in_child(partial(fail_to_save, new, directory)) == 0
     assert os.listdir(tmp_path) == ["adapter"] * exists
     if exists:
         assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME]
@@ -230,19 +235,20 @@ def open_directory():
     shutil.rmtree(directory)
 
 
+def read_and_fail_to_write(directory, expected, model):
+    assert torch.equal(loaded(directory / "adapter"), expected)
+    for target in (directory / "adapter", directory / "new"):
+        with pytest.raises(PermissionError, match="Permission denied"):
+            save_adapter(model, target)
+
+
 def test_a_read_only_directory_is_read_and_not_written(open_directory, old, new):
     save_adapter(old, open_directory / "adapter")
     (open_directory / "adapter").chmod(0o555)
 
-    def read_and_fail():
-        assert torch.equal(loaded(open_directory / "adapter"), output(old))
-        for target in (open_directory / "adapter", open_directory / "new"):
-            with pytest.raises(PermissionError, match="Permission denied"):
-                save_adapter(new, target)
-
     if os.getuid() != 0:
         open_directory.chmod(0o555)
-    as_nobody(read_and_fail)
+    as_nobody(partial(read_and_fail_to_write, open_directory, output(old), new))
     open_directory.chmod(0o755)
     assert os.listdir(open_directory) == ["adapter"]
     assert sorted(os.listdir(open_directory / "adapter")) == [CONFIG_NAME, WEIGHTS_NAME]
@@ -255,49 +261,50 @@ def test_the_parent_of_an_existing_directory_need_not_be_writable(open_directory
             os.chown(path, NOBODY, NOBODY)
     else:
         open_directory.chmod(0o555)
-    as_nobody(lambda: save_adapter(new, open_directory / "adapter"))
+    as_nobody(partial(save_adapter, new, open_directory / "adapter"))
     open_directory.chmod(0o755)
     assert torch.equal(loaded(open_directory / "adapter"), output(new))
 
 
-@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, "."])
-def test_what_may_not_be_read_is_said_to_be_so(open_directory, old, capfd, name):
-    save_adapter(old, open_directory / "adapter")
-    (open_directory / "adapter" / name).chmod(0)
-
-    def read():
-        model = fresh()
-        with refused(model, PermissionError, f"Permission denied: .*{open_directory / 'adapter'}"):
-            load_adapter(model, open_directory / "adapter")
-        assert main(["inspect", str(open_directory / "adapter")]) == 2
-
-    as_nobody(read)
-    (open_directory / "adapter" / name).chmod(0o755)
-    error = capfd.readouterr().err
+def fail_to_read(directory):
+    model = fresh()
+    with refused(model, PermissionError, f"Permission denied: .*{directory}"):
+        load_adapter(model, directory)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert main(["inspect", str(directory)]) == 2
+    error = said.getvalue()
     assert error.count("\n") == 1 and "inspect: error: [Errno 13] Permission denied: " in error
 
 
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, "."])
+def test_what_may_not_be_read_is_said_to_be_so(open_directory, old, name):
+    save_adapter(old, open_directory / "adapter")
+    (open_directory / "adapter" / name).chmod(0)
+
+    as_nobody(partial(fail_to_read, open_directory / "adapter"))
+    (open_directory / "adapter" / name).chmod(0o755)
+
+
 # Several processes
+
+
+def save_repeatedly(rounds, model, directory):
+    for _ in range(rounds):
+        save_adapter(model, directory)
 
 
 def test_two_writers_and_a_reader(tmp_path, old, new):
     """Every load while two processes save, and the last one, is one of the two adapters."""
     directory = tmp_path / "adapter"
     rounds = 60
-    children = []
-    for model in (old, new):
-        child = os.fork()
-        if child == 0:
-            try:
-                for _ in range(rounds):
-                    save_adapter(model, directory)
-            finally:
-                os._exit(0)
-        children.append(child)
+    threads = [
+        threading.Thread(target=in_child, args=(partial(save_repeatedly, rounds, model, directory),))
+        for model in (old, new)
+    ]
+    for thread in threads:
+        thread.start()
     expected, loads, seen = (output(old), output(new)), 0, set()
-    running = list(children)
-    while running:
-        running = [child for child in running if os.waitpid(child, os.WNOHANG) == (0, 0)]
+    while any(thread.is_alive() for thread in threads):
         if directory.exists():
             found = loaded(directory)
             assert any(torch.equal(found, one) for one in expected)
@@ -307,6 +314,11 @@ def test_two_writers_and_a_reader(tmp_path, old, new):
     found = loaded(directory)
     assert any(torch.equal(found, one) and near(read_by_peft(directory), one) for one in expected)
     assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME] and os.listdir(tmp_path) == ["adapter"]
+
+
+def die_in_lock(path):
+    with locked(path):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
@@ -328,11 +340,7 @@ def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
         thread.join()
     assert most == 1 and os.listdir(tmp_path) == []
 
-    def dies():
-        with locked(tmp_path / "lock"):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    assert in_child(dies) == signal.SIGKILL
+    assert in_child(partial(die_in_lock, tmp_path / "lock")) == signal.SIGKILL
     assert os.listdir(tmp_path) == ["lock"]
     with locked(tmp_path / "lock") as held:
         assert held
