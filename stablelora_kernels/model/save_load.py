@@ -119,7 +119,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
         skipped: tuple[SkippedModule, ...] = ()
     else:
         _check_may_get_lora(given, model)
-        plan = plan_lora(model, config)
+        try:
+            plan = plan_lora(model, config)
+        except ValueError as error:
+            raise ValueError(f"{config_file}: {error}") from None
         skipped = plan.skipped
         targets = {f"{name}.weight": target.layer.weight for name, target in plan.targets.items()}
         needed = {}

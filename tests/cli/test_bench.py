@@ -87,8 +87,8 @@ def test_a_long_run_latches_no_pair(monkeypatch, capsys):
         return {name: [1.0] * iters for name in arms}
 
     monkeypatch.setattr(bench, "interleave", run)
-    monkeypatch.setattr(bench, "_layer_samples", lambda args, device: dict.fromkeys((bench.FROZEN, bench.EAGER), [1.0]) | {
-        bench.FUSED_LAYER: [1.0]})  # fmt: skip
+    layer = {name: [1.0] for name in (bench.FROZEN, bench.EAGER, bench.FUSED_LAYER)}
+    monkeypatch.setattr(bench, "_layer_samples", lambda args, device: layer)
     options = [
         "--N",
         "2",

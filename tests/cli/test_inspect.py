@@ -133,7 +133,7 @@ def test_what_is_wrong_is_flagged(tmp_path, capsys):
     assert bad["stable"] is None and bad["a_frobenius"] == "inf" and bad["b_norm"] == "nan"
     assert sorted(report["problems"]) == [
         f"{PREFIX}bad.lora_A.weight holds 10 values that are not finite",
-        f"{PREFIX}bad.lora_B.weight holds 1 values that are not finite",
+        f"{PREFIX}bad.lora_B.weight holds 1 value that is not finite",
         f"{PREFIX}head.weight holds 4 values that are not finite",
         "half has lora_A [2, 5], but no lora_B",
         "odd must have A [r, n] and B [m, r] of one r, got A [2, 5] and B [3, 4]",
@@ -252,7 +252,7 @@ def test_fields_beyond_all_bounds_are_refused_in_one_line(tmp_path, capsys, fiel
     path = write(tmp_path / "odd", pair(), **{field: value})
     error = fails(capsys, "inspect", str(path))
     assert message in error and "adapter_config.json: " in error and len(error) < 600
-    with pytest.raises((TypeError, ValueError), match="adapter_config.json: "):
+    with pytest.raises((TypeError, ValueError), match=r"adapter_config\.json: "):
         slk.load_adapter(nn.ModuleDict({"q": nn.Linear(5, 3)}), path)
 
 
