@@ -17,6 +17,9 @@ import torch
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are forked and killed")
 NOBODY = 65534
+# What actions import, once for all of them; what is not installed is left out.
+PRELOAD = ["stablelora_kernels", "safetensors.torch", "tests.helpers.small_models", "examples.finetune",
+           "examples.replace_linear"]  # fmt: skip
 
 
 def in_child(action: Callable[[], Any]) -> int:
@@ -25,7 +28,7 @@ def in_child(action: Callable[[], Any]) -> int:
     The process is forked from one that has imported much and run nothing: in a fork of this one, torch's threads would be
     missing, and their locks held.
     """
-    multiprocessing.set_forkserver_preload(["stablelora_kernels", "safetensors.torch", "tests.helpers.small_models"])
+    multiprocessing.set_forkserver_preload(PRELOAD)
     context = multiprocessing.get_context("forkserver")
     reading, writing = context.Pipe(duplex=False)
     # Bytes: multiprocessing would send tensors through shared memory.
