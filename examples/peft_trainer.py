@@ -10,6 +10,7 @@ SFTTrainer takes the same two.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from transformers.trainer_utils import get_last_checkpoint
 
 import stablelora_kernels as slk
 from examples.inputs import load_model, load_tokens
@@ -49,13 +49,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def last_checkpoint(out: Path) -> Path | None:
+    """The last checkpoint that is whole. One that was being written when its run was killed may lack any file."""
+    numbered = {int(path.name.removeprefix("checkpoint-")): path for path in out.glob("checkpoint-*[0-9]")}
+    for step in sorted(numbered, reverse=True):
+        try:
+            # The Trainer writes it last.
+            json.loads((numbered[step] / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            print(f"{numbered[step].name} is not whole and is passed over", file=sys.stderr)
+        else:
+            return numbered[step]
+    return None
+
+
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    last = get_last_checkpoint(args.out) if args.out.is_dir() else None
+    last = last_checkpoint(args.out)
     if args.resume and last is None:
         sys.exit(f"--resume needs a checkpoint in --out, got {args.out} without one")
     if last and not args.resume:
-        sys.exit(f"--out {args.out} holds {Path(last).name} of another run: --resume it, or name another directory")
+        sys.exit(f"--out {args.out} holds {last.name} of another run: --resume it, or name another directory")
 
     model, tokenizer = load_model(args.model, transformers.AutoModelForCausalLM)
     text, held_out = load_tokens(args.text, tokenizer, args.length)
@@ -103,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             {"lr": args.lr, "shrink_ratio": args.shrink_ratio, "seed": args.seed},
         ),
     )
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     stable = [pair.stable for pair in trainer.optimizer.optimizer.stability()]
     print(f"held-out loss {trainer.evaluate()['eval_loss']:.3f}, {sum(stable)} of {len(stable)} pairs stable")
     # PEFT's own files, as a checkpoint has them.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -46,6 +47,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     return args
+
+
+def save_checkpoint(state: dict[str, Any], file: Path) -> None:
+    """Write it under another name first, so that an interrupt leaves the old one."""
+    torch.save(state, file.with_suffix(".new"))
+    file.with_suffix(".new").replace(file)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,9 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             adapter = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
             state = {"adapter": adapter, "optimizer": optimizer.state_dict(), "step": step + 1}
-            # Under another name first, so that an interrupt leaves the old one.
-            torch.save(state, file.with_suffix(".new"))
-            file.with_suffix(".new").replace(file)
+            save_checkpoint(state, file)
 
     unmerged = outputs()
     right = (unmerged.argmax(1) == labels).sum().item()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from stablelora_kernels.utils.validation import (
+    PATTERN,
     check_bool,
     check_choice,
     check_float,
@@ -44,6 +45,8 @@ class LoRAConfig:
         modules_to_save: ends of names of modules that are trained whole and saved with the adapter.
         fan_in_fan_out: whether weights are stored as [in, out], as in transformers' ``Conv1D``. As in PEFT the layer's type
             decides; the report names layers whose type contradicts this field.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM", which ``save_adapter`` writes for PEFT's auto classes. None
+            stands for what the model's class says.
 
     Raises:
         ValueError: a field is out of range.
@@ -62,6 +65,7 @@ class LoRAConfig:
     bias: str = "none"
     modules_to_save: list[str] | None = None
     fan_in_fan_out: bool = False
+    task_type: str | None = None
 
     def __post_init__(self) -> None:
         check_int("r", self.r, minimum=1)
@@ -89,6 +93,12 @@ class LoRAConfig:
             check_int(f"rank_pattern[{key!r}]", rank, minimum=1)
         for key, alpha in self.alpha_pattern.items():
             check_float(f"alpha_pattern[{key!r}]", alpha)
+        if self.task_type is not None and not isinstance(self.task_type, str):
+            raise TypeError(f"task_type must be a string or None, got {self.task_type!r}")
+
+    def __hash__(self) -> int:
+        values = (getattr(self, item.name) for item in fields(self))
+        return hash(tuple(map(_hashable, values)))
 
     @property
     def all_linear(self) -> bool:
@@ -123,12 +133,18 @@ class LoRAConfig:
 
 def pattern_matches(pattern: str, name: str) -> bool:
     """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches a dotted name; "^" anchors it to the name's start."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return re.match(PATTERN.format(pattern), name) is not None
 
 
 def lookup_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first key of ``rank_pattern`` or ``alpha_pattern`` that matches ``name``, or ``default``."""
     return next((value for key, value in patterns.items() if pattern_matches(key, name)), default)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return frozenset(value.items())
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _matches(names: list[str] | str | None, name: str) -> bool:

@@ -42,8 +42,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``, the process's own unless given, and return the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that knows no ‖ gets a question mark.
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+        # A terminal that knows no ‖ gets a question mark, as do half characters in a file's names.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         check_environment()
@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM} {args.command}: interrupted", file=sys.stderr)
         return 130
+    except PermissionError as error:
+        print(f"{PROGRAM} {args.command}: error: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # Whoever read this has enough, as "| head" has. Python would complain again as it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

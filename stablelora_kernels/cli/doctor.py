@@ -21,6 +21,7 @@ from stablelora_kernels.cli.output import CommandError, print_json, print_pairs,
 from stablelora_kernels.cli.selftest import Result, run_checks
 from stablelora_kernels.dispatch import backend, settings
 from stablelora_kernels.dispatch.problem import DEVICES, arch_of
+from stablelora_kernels.utils.text import counted
 from stablelora_kernels.utils.timing import version_of
 
 HELP = "which backend runs here and why, versions, and a self-test of every kernel family"
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         for result in results:
             rows.append(result)
             if not args.json and sys.stderr.isatty():
-                print(f"\r\033[K  {len(rows)} checks done", end="", file=sys.stderr, flush=True)
+                print(f"\r\033[K  {counted(len(rows), 'check')} done", end="", file=sys.stderr, flush=True)
         if not args.json and sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         report["self_tests"].append({"on": title, "checks": [r._asdict() | {"passed": r.passed} for r in rows]})
@@ -170,10 +171,11 @@ def _print_results(title: str, results: list[Result]) -> None:
         if not r.passed:
             print(wrapped(f"  FAILED {r.family}, {r.case}: {r.problem}", 4))
     if launched := sorted({kernel for r in results for kernel in r.kernels}):
-        print(wrapped(f"  {len(launched)} kernels were launched: {', '.join(launched)}", 4))
+        were = "was" if len(launched) == 1 else "were"
+        print(wrapped(f"  {counted(len(launched), 'kernel')} {were} launched: {', '.join(launched)}", 4))
 
 
 def _verdict(report: dict[str, Any], checks: int, failed: int) -> str:
     if report["backend"]["name"] is None:
         return wrapped(f"The backend {report['backend']['set']!r} can't run here, so calls of this library will raise.")
-    return f"{failed} of {checks} checks FAILED." if failed else f"All {checks} checks passed."
+    return f"{failed} of {counted(checks, 'check')} FAILED." if failed else f"All {checks} checks passed."

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from stablelora_kernels.cli.output import CommandError
-from stablelora_kernels.model.peft_format import CONFIG_NAME, WEIGHTS_NAME, find_files
+from stablelora_kernels.model.adapter_files import CONFIG_NAME, PICKLES, WEIGHTS_NAME, Adapter, read_adapter, read_pair
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def adapter_files(given: str) -> tuple[Path | None, Path]:
-    """The config and the weights file of an adapter. The config is None for a weights file without one in its directory."""
+def adapter_directory(given: str) -> Path:
+    """The directory of an adapter."""
     path = Path(given)
     if path.is_file():
-        if path.suffix != ".safetensors":
-            pickled = (
-                ": a pickle can run code, so it is refused" if path.suffix in (".bin", ".pt", ".pth", ".pkl") else ""
-            )
-            raise CommandError(f"ADAPTER must be a directory or a safetensors file, got {given!r}{pickled}")
-        config = path.with_name(CONFIG_NAME)
-        return (config if config.is_file() else None), path
-    if not path.exists():
-        path = from_hub("ADAPTER", given, (CONFIG_NAME, WEIGHTS_NAME))
+        raise CommandError(f"ADAPTER must be a directory, got the file {given!r}")
+    return path if path.exists() else from_hub("ADAPTER", given, (CONFIG_NAME, WEIGHTS_NAME))
+
+
+def load_files(given: str, convert: Callable[[Tensor], Any]) -> Adapter:
+    """The adapter that a user names, read. ``convert`` gets one tensor at a time.
+
+    A weights file may be given alone; the config in its directory counts, if there is one. An adapter that cannot be read ends
+    every command alike, with status 2.
+    """
+    path = Path(given)
     try:
-        return find_files(path)
-    except ValueError as error:
+        if not path.is_file():
+            return read_adapter(adapter_directory(given), convert)
+        if path.suffix != ".safetensors":
+            pickled = ": a pickle can run code, so it is refused" if path.suffix in PICKLES else ""
+            raise CommandError(f"ADAPTER must be a directory or a safetensors file, got {given!r}{pickled}")
+        return read_pair(path.with_name(CONFIG_NAME), path, convert)
+    except (ValueError, ImportError, OSError) as error:
         raise CommandError(str(error).replace("path must", "ADAPTER must", 1)) from None
 
 

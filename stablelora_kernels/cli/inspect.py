@@ -8,14 +8,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.cli.arguments import positive
-from stablelora_kernels.cli.files import adapter_files
+from stablelora_kernels.cli.files import load_files
 from stablelora_kernels.cli.output import (
     CommandError,
     print_json,
@@ -27,8 +26,10 @@ from stablelora_kernels.cli.output import (
     wrapped,
 )
 from stablelora_kernels.config import lookup_pattern
-from stablelora_kernels.model.peft_format import PEFT_ALPHA, PREFIX, beyond_plain_lora, import_safetensors, read_json
+from stablelora_kernels.model.peft_format import PEFT_ALPHA, PREFIX, beyond_plain_lora
 from stablelora_kernels.pairs import split_lora_name
+from stablelora_kernels.utils.text import counted
+from stablelora_kernels.utils.validation import check_float, check_patterns, shown
 
 HELP = "list every pair of an adapter: rank, norms, stability and size"
 DESCRIPTION = """\
@@ -80,7 +81,7 @@ class OtherTensor:
 
 @dataclass(frozen=True)
 class Figures:
-    """A tensor's figures, without the tensor."""
+    """A tensor's figures, without the tensor: only one tensor is in memory at a time."""
 
     shape: list[int]
     dtype: str
@@ -111,15 +112,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config_file, weights = adapter_files(args.adapter)
+    adapter = load_files(args.adapter, _figures)
+    weights, tensors, config = adapter.weights_file, adapter.tensors, adapter.config or {}
     try:
-        config = read_json(config_file) if config_file else {}
-        tensors = _read_figures(weights)
         pairs, others, problems = _sort_tensors(tensors, config)
-    except (ValueError, ImportError, re.error) as error:
-        raise CommandError(str(error)) from None
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"{adapter.config_file}: {error}") from None
     non_finite = {key: figures.non_finite for key, figures in tensors.items() if figures.non_finite}
-    problems = [f"{key} holds {count:,} values that are not finite" for key, count in non_finite.items()] + problems
+    are = {key: "is" if count == 1 else "are" for key, count in non_finite.items()}
+    problems = [
+        f"{key} holds {counted(count, 'value')} that {are[key]} not finite" for key, count in non_finite.items()
+    ] + problems
     finite = [pair for pair in pairs if pair.stable is not None]
     totals = {
         "pairs": len(pairs),
@@ -134,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     pairs = [pair for pair in pairs if pair.stable is None] + finite
     report = {
         "weights": str(weights),
-        "config": config if config_file else None,
+        "config": adapter.config,
         "beyond_plain_lora": beyond_plain_lora(config) + _beyond(others),
         "totals": totals,
         "problems": problems,
@@ -146,18 +149,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(report, pairs, others, args.limit)
     return 1 if problems else 0
-
-
-def _read_figures(weights: Path) -> dict[str, Figures]:
-    """The figures of every tensor in the file. Only one tensor is in memory at a time."""
-    import_safetensors()
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(weights, framework="pt") as file:
-            return {key: _figures(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights} must be a safetensors file, got one that cannot be read: {error}") from None
 
 
 def _figures(tensor: Tensor) -> Figures:
@@ -209,15 +200,11 @@ def _scaling(name: str, r: int, config: Mapping[str, Any], problems: list[str]) 
     """The scaling that PEFT uses with this config. A rank that differs from the file's is a problem."""
     if config.get("peft_type") != "LORA" or r < 1:
         return None
-    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
-    if not isinstance(ranks, dict) or not isinstance(alphas, dict):
-        raise ValueError(f"rank_pattern and alpha_pattern must be objects, got {ranks!r} and {alphas!r}")
+    ranks, alphas = (check_patterns(key, config.get(key)) for key in ("rank_pattern", "alpha_pattern"))
     rank = lookup_pattern(ranks, name, config.get("r", r))
     if rank != r:
-        problems.append(f"{name} has rank {r}, but its config says {rank}")
-    alpha = lookup_pattern(alphas, name, config.get("lora_alpha", PEFT_ALPHA))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise ValueError(f"lora_alpha of {name} must be a number, got {alpha!r}")
+        problems.append(f"{name} has rank {r}, but its config says {shown(rank)}")
+    alpha = check_float(f"lora_alpha of {name}", lookup_pattern(alphas, name, config.get("lora_alpha", PEFT_ALPHA)))
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
@@ -246,7 +233,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _print(report: Mapping[str, Any], pairs: list[Pair], others: list[OtherTensor], limit: int | None) -> None:
     totals, config = report["totals"], report["config"]
     print(shorten(report["weights"], width()))
-    about = {"file": f"{size(totals['file_bytes'])}, {totals['tensors']} tensors, {totals['parameters']:,} parameters"}
+    about = {
+        "file": f"{size(totals['file_bytes'])}, {counted(totals['tensors'], 'tensor')}, "
+        f"{counted(totals['parameters'], 'parameter')}"
+    }
     if config is None:
         about["config"] = "none with the file, so scalings are not known"
     else:
@@ -313,9 +303,9 @@ def _describe(config: Mapping[str, Any]) -> str:
     if config.get("peft_type") != "LORA":
         return f"peft_type {config.get('peft_type')!r}, not LoRA"
     targets = config.get("target_modules")
-    text = f"r {config.get('r')}, alpha {config.get('lora_alpha', PEFT_ALPHA)}"
+    text = f"r {shown(config.get('r'))}, alpha {shown(config.get('lora_alpha', PEFT_ALPHA))}"
     text += ", rank-stabilized" if config.get("use_rslora") else ""
-    text += f", on {', '.join(targets) if isinstance(targets, list) else targets}"
+    text += f", on {', '.join(map(str, targets)) if isinstance(targets, list) else targets}"
     text += f", bias {config.get('bias')}" if config.get("bias") not in (None, "none") else ""
     for key in ("modules_to_save", "rank_pattern", "alpha_pattern"):
         text += f", {key} {config[key]}" if config.get(key) else ""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from stablelora_kernels.cli.files import adapter_files, from_hub
+from stablelora_kernels.cli.files import adapter_directory, from_hub, load_files
 from stablelora_kernels.cli.output import CommandError, print_json, print_pairs, size, wrapped
+from stablelora_kernels.model.adapter_files import WEIGHTS_NAME, read_json
 from stablelora_kernels.model.merge import merge_lora, remove_lora
+from stablelora_kernels.model.merged_saving import untie_in_config
 from stablelora_kernels.model.modules import lora_layers
-from stablelora_kernels.model.peft_format import read_json
 from stablelora_kernels.model.reports import MergeReport, list_some
 from stablelora_kernels.model.save_load import load_adapter
 from stablelora_kernels.testing import DTYPES
+from stablelora_kernels.utils.files import locked
+from stablelora_kernels.utils.text import counted
 
 HELP = "fold an adapter into its model, with the rounding error stated"
 DESCRIPTION = """\
@@ -29,10 +32,12 @@ Adds each pair's scaling · B A to its weight in float32, rounds once to the sto
 (safetensors, config and tokenizer) that transformers loads without an adapter. Says how much of each layer's change was
 rounded away.
 
-The directory appears whole or not at all. Values that are not finite are refused, and so are quantized models, whose sums would
+The directory appears whole or not at all. It replaces one only with --overwrite, and only one that this command wrote and that
+holds no other files. Values that are not finite are refused, and so are quantized models, whose sums would
 have to be quantized anew. No code of the model's own is run.
 
-Exit status: 0 written; 1 the merge was refused or failed, and nothing is written; 2 the merge could not start."""
+Exit status: 0 written; 1 the merge was refused or failed, and nothing is written; 2 the merge could not start, for example
+because the adapter can't be read."""
 
 # Files that transformers may need besides the weights and the config, which save_pretrained writes.
 TOKENIZER_FILES = (
@@ -40,6 +45,8 @@ TOKENIZER_FILES = (
     "chat_template*", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
 )  # fmt: skip
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+# What the command wrote, and of what. --overwrite removes no file that is not named there.
+RECORD = "stablelora_merge.json"
 # Elements to check at a time.
 _ELEMENTS = 1 << 24
 
@@ -49,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--into", required=True, metavar="MODEL", help="a transformers model's directory, or a hub id")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the merged model goes")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to store (default: the model's); takes float32's memory")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is there and not empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if this command wrote it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
@@ -59,25 +66,30 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--out must be a directory, got the file {str(args.out)!r}")
     if out.is_dir() and any(out.iterdir()) and not args.overwrite:
         raise CommandError(f"--out must be empty or not there, got {str(args.out)!r} with files in it; or --overwrite")
-    if Path(args.adapter).is_file():
-        raise CommandError(f"ADAPTER must be a directory, got the file {args.adapter!r}")
-    _, weights = adapter_files(args.adapter)
+    adapter = adapter_directory(args.adapter)
+    # Before the model, which takes longer, and with the status that a damaged file has everywhere.
+    load_files(str(adapter), lambda tensor: None)
     source = Path(args.into) if Path(args.into).exists() else from_hub("--into", args.into, MODEL_FILES)
-    for name, path in (("ADAPTER", weights), ("--into", source / "config.json")):
+    for name, path in (("ADAPTER", adapter / WEIGHTS_NAME), ("--into", source / "config.json")):
         if path.resolve().is_relative_to(out):
             raise CommandError(f"--out must not hold {name}, got {str(args.out)!r} with {str(path)!r} in it")
+
+    if out.is_dir() and (foreign := _not_ours(out)):
+        raise CommandError(
+            f"--overwrite replaces only what this command wrote, got {str(args.out)!r} with {list_some(foreign)}"
+        )
 
     dtype = DTYPES[args.dtype] if args.dtype else None
     architecture = _architecture(source)
     model = _load(architecture, source, dtype)
     tied = _tied(model)
     try:
-        loaded = load_adapter(model, weights.parent)
+        loaded = load_adapter(model, adapter)
         report = _merge(model, dtype)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise CommandError(str(error), status=1) from None
-    if untied := tied and not _tied(model):
-        _untie(model)
+    untied = tied and not _tied(model)
+    untie_in_config(model)
     if dtype is not None:
         # The merged layers already have it.
         model.to(dtype)
@@ -86,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
         with _appearing(out) as directory:
             model.save_pretrained(directory)
             copied = _copy_tokenizer(source, directory)
+            names = sorted(file.name for file in directory.iterdir())
+            record = {"adapter": args.adapter, "into": args.into, "files": [*names, RECORD]}
+            (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except Exception as error:  # Each writer raises its own class, for example when the disk is full.
         raise CommandError(f"--out {str(args.out)!r} could not be written: {error}", status=1) from None
     summary = {
@@ -179,12 +194,6 @@ def _tied(model: Any) -> bool:
     return weight is not None and weight is getattr(inputs, "weight", None)
 
 
-def _untie(model: Any) -> None:
-    """Mark tied weights as untied after the adapter changed one of them. Otherwise loading would tie them and lose the change."""
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        config.tie_word_embeddings = False
-
-
 def _check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         for part in tensor.reshape(-1).split(_ELEMENTS) if tensor.is_floating_point() else ():
@@ -203,30 +212,48 @@ def _copy_tokenizer(source: Path, directory: Path) -> list[str]:
     return sorted(names)
 
 
+def _not_ours(out: Path) -> list[str]:
+    """The files in ``out`` that this command did not write there."""
+    try:
+        named = read_json(out / RECORD).get("files")
+    except (OSError, ValueError):
+        named = None
+    ours = set(named) if isinstance(named, list) and all(isinstance(name, str) for name in named) else set()
+    return sorted(file.name for file in out.iterdir() if file.name not in ours or not file.is_file())
+
+
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """Yield a new directory that replaces ``out`` when the body is done. If the body fails, ``out`` stays unchanged."""
     out.parent.mkdir(parents=True, exist_ok=True)
     # In the same file system, so that moving is a rename.
-    new, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old"))
-    new.mkdir()
-    try:
-        yield new
+    lock, new, old = (out.with_name(f".{out.name}.{kind}") for kind in ("merge.lock", "merge.tmp", "merge.old"))
+    with locked(lock):
+        # A process that died has left them: a living one would hold the lock.
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir()
         try:
-            if out.exists():
-                os.replace(out, old)
-            os.replace(new, out)
-        except BaseException:
-            if old.exists():
-                os.replace(old, out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+            yield new
+            try:
+                if out.exists():
+                    os.replace(out, old)
+                os.replace(new, out)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, out)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def _print(summary: Mapping[str, Any], report: MergeReport) -> None:
-    print(f"{summary['merged']} layers merged into {summary['architecture']}, {summary['dtype']}: {summary['out']}")
+    print(
+        f"{counted(summary['merged'], 'layer')} merged into {summary['architecture']}, {summary['dtype']}: {summary['out']}"
+    )
     pairs = {"size": size(summary["bytes"])}
     if report.worst is not None:
         shares = sorted(error.relative for error in report.errors.values())

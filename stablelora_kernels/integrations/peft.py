@@ -9,6 +9,7 @@ from torch import nn
 
 from stablelora_kernels.model.reports import LoRAReport, ReplacedModule, SkippedModule, count_parameters, list_some
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
+from stablelora_kernels.utils.text import unmatched_names
 
 
 def accelerate_peft(model: nn.Module, *, strict: bool = False, fuse_projections: bool = False) -> LoRAReport:
@@ -63,11 +64,27 @@ def accelerate_peft(model: nn.Module, *, strict: bool = False, fuse_projections:
     for module in accelerated:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
     remove_projection_groups(model.modules())
-    notes = []
+    notes = _unmatched(model)
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
         notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes))
+
+
+def _unmatched(model: nn.Module) -> list[str]:
+    """A note on each adapter whose target_modules name something that matches no layer, of which PEFT says nothing."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    configs = {}
+    for module in model.modules():
+        found = module.__dict__.get("peft_config")
+        configs.update(found if isinstance(found, dict) else {})
+    names = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    notes = []
+    for adapter, config in configs.items():
+        if note := unmatched_names(getattr(config, "target_modules", None), names):
+            notes.append(f"{note} (adapter {adapter!r})")
+    return notes
 
 
 def restore_peft(model: nn.Module) -> None:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, HOOKS, lora_layers, replace_modules, untie
+from stablelora_kernels.model.modules import (
+    CONFIG_ATTRIBUTE,
+    HOOKS,
+    lora_layers,
+    replace_modules,
+    unchanged_on_error,
+    untie,
+)
+from stablelora_kernels.model.peft_format import config_from_peft
 from stablelora_kernels.model.reports import LoRAReport, report_on
 from stablelora_kernels.model.targets import Plan, plan_lora
 from stablelora_kernels.nn.branch import LoRABranchLinear
 from stablelora_kernels.nn.linear import LoRALinear, compute_projection_group, make_layer, projection_group_key
 from stablelora_kernels.nn.projection_group import make_projection_groups
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
+from stablelora_kernels.utils.text import counted
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig, *, fuse_projections: bool = False) -> LoRAReport:
+def apply_lora(model: nn.Module, config: LoRAConfig | Any, *, fuse_projections: bool = False) -> LoRAReport:
     """Give every linear layer that ``config`` matches a LoRA branch, in place, and freeze every other parameter.
 
     A new layer shares the old layer's weight, bias and hooks, its device and its training mode. A and B are float32, or
@@ -37,15 +48,29 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, fuse_projections: bool =
     are those of separate layers up to rounding. Each call checks that the layers really get the same tensor. If they do not,
     they are computed one by one and a warning says so. The report's notes list the groups.
 
+    Args:
+        model: any module.
+        config: a :class:`LoRAConfig`, or a ``LoraConfig`` of the ``peft`` package that asks for plain LoRA.
+        fuse_projections: compute layers that share an input together.
+
     Returns:
-        The report.
+        The report. Names of ``target_modules`` that match nothing, as a typo does, are in its notes and in a warning.
 
     Raises:
         ValueError: no layer matches, none of ``modules_to_save`` matches, or one of them holds parameters that cannot be
-            trained. Nothing is changed then.
+            trained; or a PEFT config asks for more than plain LoRA.
         TypeError: ``model`` or ``config`` has another type.
+
+    Whatever it raises, running out of memory included, the model is as it was.
     """
-    return apply_plan(model, config, plan_lora(model, config), fuse_projections=fuse_projections)
+    if not isinstance(config, LoRAConfig) and getattr(config, "peft_type", None) is not None:
+        config = config_from_peft(config)
+    plan = plan_lora(model, config)
+    report = apply_plan(model, config, plan, fuse_projections=fuse_projections)
+    if plan.unmatched:
+        matched = counted(len(report.replaced), "module")
+        warnings.warn(f"{plan.unmatched}, while other names match {matched}", stacklevel=2)
+    return report
 
 
 def apply_plan(
@@ -56,31 +81,34 @@ def apply_plan(
     fuse_projections: bool = False,
 ) -> LoRAReport:
     """The second half of :func:`apply_lora`. ``lora_dtypes`` gives the dtype of A and B by layer name, float32 unless given."""
-    was_trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        layers = {
-            name: make_layer(
-                target.layer_class,
-                target.layer,
-                r=config.rank_of(name),
-                lora_alpha=config.alpha_of(name),
-                lora_dropout=config.lora_dropout,
-                use_rslora=config.use_rslora,
-                init_lora_weights=config.init_lora_weights,
-                lora_dtype=(lora_dtypes or {}).get(name, torch.float32),
-            )
-            for name, target in plan.targets.items()
-        }
-    except BaseException:
-        # Most likely out of memory. The layers made so far have frozen parameters that they share with the model.
-        for parameter, flag in was_trainable.items():
-            parameter.requires_grad_(flag)
-        raise
+    with unchanged_on_error(model):
+        return _apply(model, config, plan, lora_dtypes or {}, fuse_projections)
 
+
+def _apply(
+    model: nn.Module,
+    config: LoRAConfig,
+    plan: Plan,
+    lora_dtypes: Mapping[str, torch.dtype],
+    fuse_projections: bool,
+) -> LoRAReport:
+    layers = {
+        name: make_layer(
+            target.layer_class,
+            target.layer,
+            r=config.rank_of(name),
+            lora_alpha=config.alpha_of(name),
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            init_lora_weights=config.init_lora_weights,
+            lora_dtype=lora_dtypes.get(name, torch.float32),
+        )
+        for name, target in plan.targets.items()
+    }
     notes = list(plan.notes)
     for name, target in plan.targets.items():
         if hooks := sum(len(getattr(target.layer, attribute)) for attribute in HOOKS):
-            notes.append(f"{hooks} hook(s) of {name!r} were moved to the new layer")
+            notes.append(f"{counted(hooks, 'hook')} of {name!r} moved to the new layer")
     counts = replace_modules(model, {target.layer: layers[name] for name, target in plan.targets.items()})
     for name, target in plan.targets.items():
         if counts[target.layer] > 1:
@@ -90,7 +118,8 @@ def apply_plan(
     lora = {id(parameter) for layer in lora_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)}
     for name, parameter in model.named_parameters():
         if id(parameter) not in lora:
-            parameter.requires_grad_(config.bias == "all" and (name == "bias" or name.endswith(".bias")))
+            # An assignment, not requires_grad_(), which a lazy module's parameters do not have.
+            parameter.requires_grad = config.bias == "all" and (name == "bias" or name.endswith(".bias"))
     for layer in lora_layers(model).values():
         if config.bias == "lora_only" and layer.bias is not None:
             layer.bias.requires_grad_(True)

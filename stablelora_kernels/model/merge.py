@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from stablelora_kernels.model.merged_saving import save_as_before, save_merged_from_now_on, untie_in_config
 from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, replace_modules, require_lora_layers
 from stablelora_kernels.model.reports import MergeReport
 from stablelora_kernels.nn.linear import LoRALinear
@@ -16,7 +17,8 @@ def merge_lora(model: nn.Module) -> MergeReport:
     """Merge every LoRA branch into its layer's weight, in float32, for inference. Merged layers stay merged.
 
     The frozen weights are kept, so :func:`unmerge_lora` is exact; they take their memory a second time. A weight that other
-    modules share, such as a tied embedding's, is untied: the other modules keep the frozen one.
+    modules share, such as a tied embedding's, is untied: the other modules keep the frozen one. ``state_dict()`` holds the
+    frozen weights beside A and B; ``save_pretrained`` of a transformers model writes the merged weights alone.
 
     Returns:
         The rounding error of every merged layer, and the weights that were untied.
@@ -41,6 +43,7 @@ def merge_lora(model: nn.Module) -> MergeReport:
                 raise ValueError(f"{name!r}: {error}") from None
             raise
         merged.append(layer)
+    save_merged_from_now_on(model)
     return MergeReport(errors, untied)
 
 
@@ -53,13 +56,15 @@ def unmerge_lora(model: nn.Module) -> None:
     for layer in require_lora_layers(model).values():
         if layer.merged:
             layer.unmerge()
+    save_as_before(model)
 
 
 def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
     """Turn every LoRALinear of ``model`` back into a layer of its original kind, in place.
 
     With ``merge`` the layer holds the merged weight; without, the Parameter that ``from_linear`` was given. Hooks and training
-    mode are kept. Parameters stay frozen or trainable as they are.
+    mode are kept. Parameters stay frozen or trainable as they are. If the merged output head is no longer tied to the
+    embedding, a transformers model's config says so from then on.
 
     Returns:
         The report of :func:`merge_lora`; an empty one without ``merge``.
@@ -79,6 +84,10 @@ def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
     else:
         unmerge_lora(model)
     replace_modules(model, {layer: layer.to_linear() for layer in layers.values()})
+    save_as_before(model)
+    if report.untied:
+        for module in model.modules():
+            untie_in_config(module)
     if hasattr(model, CONFIG_ATTRIBUTE):
         delattr(model, CONFIG_ATTRIBUTE)
     return report

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -14,6 +15,34 @@ CONFIG_ATTRIBUTE = "_stablelora_config"
 # The hooks that nn.Module.__call__ runs.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put modules, hooks, parameters and their flags back if the body raises. Values are not kept."""
+    names = (*HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook")
+    modules = [
+        (module, dict(module._modules), dict(module._parameters), {name: getattr(module, name) for name in names})
+        for module in model.modules()
+    ]
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    config = model.__dict__.get(CONFIG_ATTRIBUTE)
+    try:
+        yield
+    except BaseException:
+        for module, children, parameters, hooks in modules:
+            # In place, which keeps their order and who else refers to them.
+            module._modules.clear()
+            module._modules.update(children)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module.__dict__.update(hooks)
+        for parameter, flag in flags.items():
+            parameter.requires_grad = flag
+        model.__dict__.pop(CONFIG_ATTRIBUTE, None)
+        if config is not None:
+            model.__dict__[CONFIG_ATTRIBUTE] = config
+        raise
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

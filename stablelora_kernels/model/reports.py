@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
+from stablelora_kernels.utils.text import counted
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class LoRAReport:
     def __str__(self) -> str:
         share = self.trainable / self.total if self.total else 0.0
         modules = len({module.name for module in self.replaced})
-        where = f"LoRA on {modules} module{'s' if modules != 1 else ''}" if modules else "No module was replaced"
+        where = f"LoRA on {counted(modules, 'module')}" if modules else "No LoRA module runs on this library's ops"
         lines = [f"{where}; {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"]
         kinds = Counter(
             (m.name.rpartition(".")[2], m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling, m.adapter)
@@ -104,7 +106,7 @@ class MergeReport:
         return max(self.errors, key=lambda name: self.errors[name].relative, default=None)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.errors)} modules merged"]
+        lines = [f"{counted(len(self.errors), 'module')} merged"]
         if self.worst is not None:
             lines.append(f"  worst {self.worst}: {self.errors[self.worst]}")
         lines += [f"  {name}.weight is no longer tied to {list_some([*names])}" for name, names in self.untied.items()]
@@ -127,7 +129,8 @@ def report_on(
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """The number of trainable and of all parameter elements."""
-    parameters = list(model.parameters())
+    # A lazy module's have no shape yet.
+    parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     # For 4-bit weights, count elements, not storage bytes.
     shapes = [getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in parameters]

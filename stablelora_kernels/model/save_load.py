@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
-import uuid
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -16,18 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.config import LoRAConfig
+from stablelora_kernels.model.adapter_files import import_safetensors, read_adapter, write_adapter
 from stablelora_kernels.model.apply import apply_plan
-from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, lora_layers, require_lora_layers
-from stablelora_kernels.model.peft_format import (
-    CONFIG_NAME,
-    PREFIX,
-    WEIGHTS_NAME,
-    check_not_meta,
-    check_tensors,
-    find_files,
-    import_safetensors,
-    read_config,
-)
+from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, lora_layers, require_lora_layers, unchanged_on_error
+from stablelora_kernels.model.peft_format import PREFIX, check_not_meta, check_tensors, read_config
 from stablelora_kernels.model.reports import LoRAReport, SkippedModule, list_some, report_on
 from stablelora_kernels.model.targets import plan_lora
 from stablelora_kernels.nn.conv1d import LoRAConv1D
@@ -35,24 +24,32 @@ from stablelora_kernels.nn.linear import LoRALinear, sizes_of
 from stablelora_kernels.utils.dtensor import copy, is_first_rank, is_sharded, whole
 from stablelora_kernels.utils.wrappers import check_not_in_ddp, clean, in_ddp, reshard, unwrap, wrapped_parts
 
+# For each key of an adapter's file the shape and, unless any will do, the dtype that the model calls for.
+Needed = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
+
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the model's LoRA to the directory ``path``, for :func:`load_adapter` and for the ``peft`` package.
 
     It writes A and B in their dtypes, whether merged or not, and the tensors that ``bias`` and ``modules_to_save`` of the model's
     config name. The same adapter gives the same bytes. Names are those of the base model: DistributedDataParallel,
-    torch.compile and checkpoint_wrapper around the model do not change them, nor do the latter two around its parts. A new
-    directory appears whole or not at all; in an existing one, each file is replaced whole.
+    torch.compile and checkpoint_wrapper around the model do not change them, nor do the latter two around its parts.
+
+    The two files are one unit. A new directory appears whole or not at all. In an existing one they are replaced together:
+    wherever a save is killed, :func:`load_adapter` finds the old adapter or the new one, and PEFT finds one of them or none.
+    Processes that save to one directory take turns. What a killed save left there is removed by the next one. Other files
+    are not touched.
 
     If the model has DTensors (``fully_shard``, tensor parallelism), every process must call it, because each holds a shard. In
     DistributedDataParallel, all processes may call it. In both cases rank 0 writes, and the other processes do not wait.
 
     Raises:
         ValueError: the model has no LoRA layers, or layers that one PEFT config cannot describe, or it is in FSDP1's
-            FullyShardedDataParallel; or ``path`` is a file.
+            FullyShardedDataParallel; or ``path`` is a file. Nothing is written then.
+        OSError: the files could not be written, for example because the disk is full. An adapter that was there is intact.
         ImportError: safetensors is not installed.
     """
-    safetensors = import_safetensors()
+    import_safetensors()
     given, model = model, unwrap(model)
     reshard(model)
     require_lora_layers(model)
@@ -76,27 +73,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         return
     # Copy: safetensors refuses tensors that share memory, as tied weights do.
     tensors = {PREFIX + key: whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    origin = getattr(getattr(model, "config", None), "_name_or_path", None)
-    content = asdict(config) | {
-        "base_model_name_or_path": origin if isinstance(origin, str) and origin else None,
-        "inference_mode": True,
-        "peft_type": "LORA",
-        "task_type": None,
-    }
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # In the same file system, so that moving is a rename.
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
-    try:
-        safetensors.save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-        (temporary / CONFIG_NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if directory.exists():
-            for name in (WEIGHTS_NAME, CONFIG_NAME):
-                os.replace(temporary / name, directory / name)
-        else:
-            os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    content = asdict(config) | _origin(model) | {"inference_mode": True, "peft_type": "LORA"}
+    if config.task_type is None:
+        content["task_type"] = _task_of(model)
+    write_adapter(directory, content, tensors)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_projections: bool = False) -> LoRAReport:
@@ -116,39 +96,40 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
         The report on the layers that hold the adapter.
 
     Raises:
-        ValueError, TypeError: the directory, one of its files, the config, the keys or the shapes do not fit, the weights are
-            pickled, or the model is merged. The message names the expected and the actual value. Nothing is changed then.
+        ValueError, TypeError: the directory, one of its files, the config, the keys or the shapes do not fit, the files are of
+            two different saves, the weights are pickled, or the model is merged. The message names the expected and the actual
+            value. Nothing is changed then.
+        OSError: a file cannot be read, for example for lack of permission. Nothing is changed then.
         ImportError: safetensors is not installed.
     """
-    safetensors = import_safetensors()
+    import_safetensors()
     given, model = model, unwrap(model)
     reshard(model)
-    config_file, weights_file = find_files(path)
-    try:
-        tensors = safetensors.load_file(weights_file)
-    except Exception as error:  # an OSError, or SafetensorError, which derives from Exception
-        raise ValueError(f"{weights_file} must be a safetensors file, got one that cannot be read: {error}") from None
+    config_file, weights_file, content, tensors = read_adapter(path, lambda tensor: tensor)
     if foreign := [key for key in tensors if not key.startswith(PREFIX)]:
         raise ValueError(f"keys in {weights_file} must start with {PREFIX!r}, got {list_some(foreign)}")
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    config = read_config(config_file, tensors)
+    config = read_config(content or {}, config_file, tensors)
 
     layers = _layers(model)
     if layers:
         _check_fits(model, config, layers, config_file)
         targets = {key: tensor for name, layer in layers.items() for key, tensor in _lora_tensors(name, layer).items()}
-        shapes = {key: tensor.shape for key, tensor in targets.items()}
+        needed: Needed = {key: (tuple(tensor.shape), None) for key, tensor in targets.items()}
         skipped: tuple[SkippedModule, ...] = ()
     else:
         _check_may_get_lora(given, model)
-        plan = plan_lora(model, config)
+        try:
+            plan = plan_lora(model, config)
+        except ValueError as error:
+            raise ValueError(f"{config_file}: {error}") from None
         skipped = plan.skipped
         targets = {f"{name}.weight": target.layer.weight for name, target in plan.targets.items()}
-        shapes = {}
+        needed = {}
         for name, target in plan.targets.items():
             in_features, out_features = sizes_of(target.layer)
-            shapes[f"{name}.lora_A.weight"] = torch.Size((config.rank_of(name), in_features))
-            shapes[f"{name}.lora_B.weight"] = torch.Size((out_features, config.rank_of(name)))
+            needed[f"{name}.lora_A.weight"] = (config.rank_of(name), in_features), None
+            needed[f"{name}.lora_B.weight"] = (out_features, config.rank_of(name)), None
     others = _other_tensors(model, config, layers or plan.targets)
     check_not_meta(targets | others)
     # With bias="all", PEFT also saves the biases of its wrappers around modules_to_save.
@@ -156,26 +137,61 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
         f"{name}.{part}." for name in _saved(model, config) for part in ("original_module", "modules_to_save")
     )
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(wrapped)}
-    shapes.update({key: tensor.shape for key, tensor in others.items()})
-    check_tensors(tensors, shapes, skipped, weights_file)
+    needed.update({key: (tuple(tensor.shape), tensor.dtype) for key, tensor in others.items()})
+    check_tensors(tensors, needed, skipped, weights_file)
 
-    if layers:
-        report = report_on(model, layers)
-    else:
-        dtypes = {}
-        for name, target in plan.targets.items():
-            saved = torch.promote_types(tensors[f"{name}.lora_A.weight"].dtype, tensors[f"{name}.lora_B.weight"].dtype)
-            dtypes[name] = saved if saved == target.layer.weight.dtype else torch.float32
-        report = apply_plan(model, config, plan, dtypes, fuse_projections)
-        layers = _layers(model)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            for key, tensor in _lora_tensors(name, layer).items():
-                copy(tensor, tensors[key])
-        # Find them again: apply_plan has untied modules_to_save.
-        for key, tensor in _other_tensors(model, config, layers).items():
-            copy(tensor, tensors[key])
+    with unchanged_on_error(model):
+        if layers:
+            report = report_on(model, layers)
+        else:
+            dtypes = {}
+            for name, target in plan.targets.items():
+                a, b = (tensors[f"{name}.lora_{part}.weight"].dtype for part in "AB")
+                saved = torch.promote_types(a, b)
+                dtypes[name] = saved if saved == target.layer.weight.dtype else torch.float32
+            report = apply_plan(model, config, plan, dtypes, fuse_projections)
+            layers = _layers(model)
+        targets = {key: tensor for name, layer in layers.items() for key, tensor in _lora_tensors(name, layer).items()}
+        # Found again: apply_plan has untied modules_to_save.
+        _copy_all(targets | _other_tensors(model, config, layers), tensors)
     return report
+
+
+@torch.no_grad()
+def _copy_all(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy all values, or none: if one cannot be copied, the earlier ones are taken back."""
+    done: list[tuple[Tensor, Tensor]] = []
+    try:
+        for key, tensor in targets.items():
+            done.append((tensor, tensor.detach().clone()))
+            copy(tensor, values[key])
+    except BaseException:
+        for tensor, before in done:
+            tensor.copy_(before)
+        raise
+
+
+def _origin(model: nn.Module) -> dict[str, object]:
+    """The fields of PEFT's config that say which model the adapter is for."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    # fully_shard makes a class of its own.
+    kind = next((kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] != "torch"), type(model))
+    return {
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": name if isinstance(name, str) and name else None,
+    }
+
+
+def _task_of(model: nn.Module) -> str | None:
+    """PEFT's name for the task of a transformers model that generates text, without which its auto classes find no class."""
+    kinds = [kind.__name__ for kind in type(model).__mro__ if kind.__module__.partition(".")[0] == "transformers"]
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        return "CAUSAL_LM"
+    if any(kind.endswith("ForConditionalGeneration") for kind in kinds):
+        return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+    return None
 
 
 def _layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from stablelora_kernels.config import LoRAConfig, pattern_matches
 from stablelora_kernels.model.reports import SkippedModule, list_some
 from stablelora_kernels.nn.factory import is_conv1d, replacement_class
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.utils.text import unmatched_names
 from stablelora_kernels.utils.wrappers import check_not_in_ddp
 
 
@@ -30,6 +32,8 @@ class Plan:
     skipped: tuple[SkippedModule, ...]
     modules_to_save: dict[str, nn.Module]
     notes: tuple[str, ...]
+    # A message on names of target_modules that match no module, or an empty one.
+    unmatched: str = ""
 
 
 def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
@@ -37,7 +41,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(config, LoRAConfig):
-        raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
+        raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}; PEFT's LoraConfig will do, too")
     check_not_in_ddp(model)
     targets: dict[str, Target] = {}
     skipped: list[SkippedModule] = []
@@ -69,13 +73,19 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
         )
     for name, module in saved.items():
         for key, parameter in module.named_parameters(prefix=name):
+            if is_lazy(parameter):
+                raise ValueError(f"modules_to_save names {name!r}, but {key!r} has no shape before its first forward")
             if not parameter.is_floating_point():
                 raise ValueError(
                     f"modules_to_save names {name!r}, but {key!r} holds {parameter.dtype}, which cannot be trained"
                 )
 
-    unmatched = [end for end in config.modules_to_save or () if not any(name.endswith(end) for name in saved)]
-    notes = [f"modules_to_save {end!r} matches nothing" for end in unmatched]
+    missed = [end for end in config.modules_to_save or () if not any(name.endswith(end) for name in saved)]
+    unmatched = unmatched_names(
+        config.target_modules, (name for name, _ in model.named_modules(remove_duplicate=False))
+    )
+    notes = [unmatched] if unmatched else []
+    notes += [f"modules_to_save {end!r} matches nothing" for end in missed]
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
         notes += [
@@ -89,7 +99,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
         notes.append(f"fan_in_fan_out is True, but {list_some(others)} hold [out, in], and are taken so")
     if not config.fan_in_fan_out and transposed:
         notes.append(f"fan_in_fan_out is False, but {list_some(transposed)} hold [in, out], and are taken so")
-    return Plan(targets, tuple(skipped), saved, tuple(notes))
+    return Plan(targets, tuple(skipped), saved, tuple(notes), unmatched)
 
 
 def _looks_linear(module: nn.Module) -> bool:

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+# How the keys of rank_pattern and alpha_pattern are matched: as regular expressions for a dotted name or its end after a dot.
+PATTERN = r"(.*\.)?({})$"
+
 
 def check_bool(name: str, value: Any) -> bool:
     """``value`` as a bool."""
@@ -21,7 +24,7 @@ def check_int(name: str, value: Any, *, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
     if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        raise ValueError(f"{name} must be at least {minimum}, got {shown(value)}")
     return value
 
 
@@ -37,14 +40,18 @@ def check_float(
     """``value`` as a finite float in the interval from ``low`` to ``high``; an infinite end is no bound."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        # An int beyond the largest float.
+        number = math.inf if value > 0 else -math.inf  # type: ignore[operator]
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
     # Not math.isfinite: torch.compile cannot trace it for a number that it has made symbolic.
     if not (-math.inf < number < math.inf and above and below):
         left = "(" if low_open or low == -math.inf else "["
         right = ")" if high_open or high == math.inf else "]"
-        raise ValueError(f"{name} must be a finite number in {left}{low:g}, {high:g}{right}, got {value}")
+        raise ValueError(f"{name} must be a finite number in {left}{low:g}, {high:g}{right}, got {shown(value)}")
     return number
 
 
@@ -59,7 +66,7 @@ def check_regex(name: str, value: str) -> str:
     """``value``, which must be a regular expression."""
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{name} must be a regular expression, got {value!r}: {error}") from None
     return value
 
@@ -70,4 +77,18 @@ def check_patterns(name: str, value: Any) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"{name} must be a dict of name patterns, got {value!r}")
-    return {check_regex(name, key): item for key, item in value.items()}
+    for key in value:
+        # As it is matched: a flag like (?i) may only begin a whole expression.
+        check_regex(name, key)
+        check_regex(name, PATTERN.format(key))
+    return dict(value)
+
+
+def shown(value: Any) -> str:
+    """``value`` for a message; of a number with hundreds of digits the first."""
+    try:
+        text = str(value)
+    except ValueError:
+        # Python prints no int of more than 4,300 digits.
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:40]}… ({len(text)} characters)"

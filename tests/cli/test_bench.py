@@ -77,6 +77,38 @@ def test_pairs_that_latch_within_the_measurement_are_no_result(capsys, monkeypat
     assert "must keep their state" in fails(capsys, "bench", *SMALL, status=1)
 
 
+def test_a_long_run_latches_no_pair(monkeypatch, capsys):
+    """Without timing: as many steps as --iters 5000 takes, of sizes at which they latched before."""
+
+    def run(arms, warmup, iters):
+        for _ in range(warmup + iters):
+            for arm in arms.values():
+                arm()
+        return {name: [1.0] * iters for name in arms}
+
+    monkeypatch.setattr(bench, "interleave", run)
+    layer = {name: [1.0] for name in (bench.FROZEN, bench.EAGER, bench.FUSED_LAYER)}
+    monkeypatch.setattr(bench, "_layer_samples", lambda args, device: layer)
+    options = [
+        "--N",
+        "2",
+        "--K",
+        "512",
+        "--r",
+        "2",
+        "--pairs",
+        "1",
+        "--iters",
+        "5000",
+        "--device",
+        "cpu",
+        "--backend",
+        "torch",
+    ]
+    assert main(["bench", *options, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["optimizer"]) == [bench.ADAMW, bench.SHRINKING, bench.LATCHED]
+
+
 def test_what_is_refused(capsys, monkeypatch):
     for option, value in (
         ("--M", "0"),

@@ -133,7 +133,7 @@ def test_what_is_wrong_is_flagged(tmp_path, capsys):
     assert bad["stable"] is None and bad["a_frobenius"] == "inf" and bad["b_norm"] == "nan"
     assert sorted(report["problems"]) == [
         f"{PREFIX}bad.lora_A.weight holds 10 values that are not finite",
-        f"{PREFIX}bad.lora_B.weight holds 1 values that are not finite",
+        f"{PREFIX}bad.lora_B.weight holds 1 value that is not finite",
         f"{PREFIX}head.weight holds 4 values that are not finite",
         "half has lora_A [2, 5], but no lora_B",
         "odd must have A [r, n] and B [m, r] of one r, got A [2, 5] and B [3, 4]",
@@ -207,7 +207,7 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "pattern", pair(), rank_pattern={"(": 1})
     assert "inspect: error: " in fails(capsys, "inspect", str(path))
     path = write(tmp_path / "list", pair(), alpha_pattern=[1])
-    assert "must be objects, got {} and [1]" in fails(capsys, "inspect", str(path))
+    assert "alpha_pattern must be a dict of name patterns, got [1]" in fails(capsys, "inspect", str(path))
     assert "must be a path or a hub id like 'owner/name', got './no'" in fails(capsys, "inspect", "./no")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
@@ -237,3 +237,36 @@ def test_the_hub(tmp_path, capsys, monkeypatch):
     assert "pip install 'stablelora-kernels[cli]'" in fails(capsys, "inspect", "someone/an-adapter")
     with pytest.raises(files.CommandError, match="got 'a/b/c'"):
         files.from_hub("ADAPTER", "a/b/c", ())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("lora_alpha", 10**400, "lora_alpha of q must be a finite number in (-inf, inf), got 1000"),
+        ("lora_alpha", [6], "lora_alpha of q must be a number, got [6] of type list"),
+        ("rank_pattern", {"a{99999999999}": 1}, "rank_pattern must be a regular expression, got 'a{99999999999}'"),
+        ("rank_pattern", {"(?i)q": 1}, "rank_pattern must be a regular expression"),
+    ],
+)
+def test_fields_beyond_all_bounds_are_refused_in_one_line(tmp_path, capsys, field, value, message):
+    path = write(tmp_path / "odd", pair(), **{field: value})
+    error = fails(capsys, "inspect", str(path))
+    assert message in error and "adapter_config.json: " in error and len(error) < 600
+    with pytest.raises((TypeError, ValueError), match=r"adapter_config\.json: "):
+        slk.load_adapter(nn.ModuleDict({"q": nn.Linear(5, 3)}), path)
+
+
+def test_json_that_is_nested_too_deep_is_refused_in_one_line(tmp_path, capsys):
+    path = write(tmp_path / "deep", pair())
+    (path / "adapter_config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    assert "adapter_config.json must be JSON of a few levels, got it nested too deep to read" in fails(
+        capsys, "inspect", str(path)
+    )
+    with pytest.raises(ValueError, match="nested too deep to read"):
+        slk.load_adapter(nn.ModuleDict({"q": nn.Linear(5, 3)}), path)
+
+
+def test_odd_texts_in_a_config_are_printed(tmp_path, capsys):
+    path = write(tmp_path / "odd", pair(), target_modules=[1, None, "q"], base_model_name_or_path="\ud800", r="2")
+    assert main(["inspect", str(path)]) == 1
+    assert "on 1, None, q" in capsys.readouterr().out

@@ -171,7 +171,7 @@ def test_hooks_move_and_their_handles_still_work(model):
         layer.register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward")),
     ]
     report = apply_lora(model, lora_config())
-    assert report.notes == ("3 hook(s) of 'layers.0.q_proj' were moved to the new layer",)
+    assert report.notes == ("3 hooks of 'layers.0.q_proj' moved to the new layer",)
     model(IDS).sum().backward()
     assert calls == ["pre", "forward", "backward"]
     handles[0].remove()

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from stablelora_kernels.config import LoRAConfig
+from stablelora_kernels.model.adapter_files import CONFIG_NAME
 from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.model.modules import lora_layers
-from stablelora_kernels.model.save_load import CONFIG_NAME, load_adapter, save_adapter
+from stablelora_kernels.model.save_load import load_adapter, save_adapter
 from stablelora_kernels.nn.linear import LoRALinear
 from tests.helpers.small_models import Model, fill_b, llama, output, trainable
 

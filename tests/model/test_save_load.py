@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from stablelora_kernels.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.model.merge import merge_lora, remove_lora
 from stablelora_kernels.model.modules import lora_layers
-from stablelora_kernels.model.save_load import CONFIG_NAME, WEIGHTS_NAME, load_adapter, save_adapter
+from stablelora_kernels.model.save_load import load_adapter, save_adapter
 from stablelora_kernels.nn.linear import LoRALinear
-from tests.helpers.small_models import Model, fill_b, lora_config, output, refused
+from tests.helpers.small_models import Model, fill_b, llama, lora_config, output, refused
 
 safetensors_torch = pytest.importorskip(
     "safetensors.torch", reason="safetensors is not installed (pip install .[test])"
@@ -383,3 +384,54 @@ def test_without_safetensors(saved, model, monkeypatch):
     for call in (save_adapter, load_adapter):
         with pytest.raises(ImportError, match=r"pip install 'stablelora-kernels\[adapters\]'"):
             call(model, saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_modules_to_save_of_another_kind_are_refused(tmp_path, dtype, has_lora):
+    model = fresh()
+    apply_lora(model, lora_config(modules_to_save=["lm_head"]))
+    save_adapter(model, tmp_path)
+    edit_tensors(tmp_path, put("base_model.model.lm_head.weight", torch.ones(11, 8).to(dtype)))
+    target = model if has_lora else fresh()
+    with refused(target, ValueError, rf"lm_head.weight in .* must be torch.float32 or alike, got {dtype}"):
+        load_adapter(target, tmp_path)
+    edit_tensors(tmp_path, put("base_model.model.lm_head.weight", torch.ones(11, 8, dtype=torch.float16)))
+    load_adapter(target, tmp_path)
+    assert torch.equal(target.lm_head.weight, torch.ones(11, 8))
+
+
+def test_what_safetensors_cannot_hold_is_named(tmp_path):
+    model = fresh()
+    apply_lora(model, lora_config(modules_to_save=["lm_head"]))
+    model.lm_head.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
+    with pytest.raises(
+        ValueError, match=r"lm_head.phase must be of a dtype that safetensors can hold, got torch.complex128"
+    ):
+        save_adapter(model, tmp_path / "adapter")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_task_is_kept_and_peft_finds_the_class(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    apply_lora(model, lora_config())
+    fill_b(model)
+    save_adapter(model, tmp_path / "adapter")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(output(theirs), output(model))
+    # A task that a file or a config names stays, whatever the class.
+    edit_config(tmp_path / "adapter", task_type="FEATURE_EXTRACTION")
+    second = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    load_adapter(second, tmp_path / "adapter")
+    save_adapter(second, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / CONFIG_NAME).read_text())["task_type"] == "FEATURE_EXTRACTION"
+    plain = fresh()
+    apply_lora(plain, lora_config())
+    save_adapter(plain, tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / CONFIG_NAME).read_text())["task_type"] is None
+    with pytest.raises(TypeError, match="task_type must be a string or None, got 3"):
+        lora_config(task_type=3)

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import stablelora_kernels as slk
+from stablelora_kernels.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from stablelora_kernels.model.modules import lora_layers
-from stablelora_kernels.model.save_load import CONFIG_NAME, WEIGHTS_NAME
 from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import IDS, Model, lora_config, refused
 

@@ -115,7 +115,7 @@ def test_from_apply_to_remove(base, tmp_path):
     report = slk.apply_lora(model, lora_config(target_modules=["q_proj"], bias="lora_only"))
     kind = type(base).__name__ if type(base) is not nn.Linear else f"nn.Linear with {type(base.weight).__name__}"
     assert report.notes == (
-        "1 hook(s) of 'q_proj' were moved to the new layer",
+        "1 hook of 'q_proj' moved to the new layer",
         f"1 {kind} compute their own product, with the branch on it; these layers can't be merged",
     )
     layer = model.q_proj

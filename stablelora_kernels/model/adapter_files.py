@@ -1,0 +1,273 @@
+"""The two files of an adapter, as one unit: find, read and write them.
+
+A saver puts both new files into the directory ``PENDING`` first, and removes the old config next. From then on the adapter
+is what ``PENDING`` still holds, and the rest of the directory: a reader always finds the old pair or the new one. PEFT,
+which does not look into ``PENDING``, finds the old pair, no config, or the new pair. Both files carry a stamp, which a reader
+compares: it tells files of two saves apart even if something else has mixed them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from stablelora_kernels.model.reports import list_some
+from stablelora_kernels.utils.files import locked
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PENDING = ".adapter_save"
+# The key of the stamp in the metadata of the weights, and in the config's auto_mapping: of an unknown field, PEFT would warn.
+STAMP = "stablelora_kernels"
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
+# A reader begins again if a saver replaces the files meanwhile.
+_ATTEMPTS = 100
+
+T = TypeVar("T")
+
+
+class Adapter(NamedTuple):
+    """An adapter that was read: its files, the config's object and a value for each tensor."""
+
+    config_file: Path
+    weights_file: Path
+    # None if the weights are alone.
+    config: dict[str, Any] | None
+    tensors: dict[str, Any]
+
+
+def import_safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("adapters are safetensors files: pip install 'stablelora-kernels[adapters]'") from None
+    return safetensors.torch
+
+
+def find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The config and the weights file in the directory ``path``; raises ValueError if one is missing."""
+    directory = Path(path)
+    if not directory.is_dir():
+        found = "a file" if directory.exists() else "nothing there"
+        raise ValueError(f"path must be a directory on this machine with {CONFIG_NAME}, got {str(path)!r} ({found})")
+    weights, pending = directory / WEIGHTS_NAME, directory / PENDING
+    # Twice: a saver may move it from the second to the first place meanwhile.
+    places = (directory, pending, directory)
+    config = next((place / CONFIG_NAME for place in places if (place / CONFIG_NAME).is_file()), None)
+    if config is None:
+        raise ValueError(f"path must hold {CONFIG_NAME}, got {str(path)!r} without it")
+    if config.parent == pending and (pending / WEIGHTS_NAME).is_file():
+        # A save that was committed and is not finished.
+        weights = pending / WEIGHTS_NAME
+    if not weights.is_file():
+        if pickles := [file.name for file in sorted(directory.iterdir()) if file.suffix in PICKLES]:
+            raise ValueError(
+                f"path must hold {WEIGHTS_NAME}, got {list_some(pickles)}: a pickle can run code, so it is refused"
+            )
+        raise ValueError(f"path must hold {WEIGHTS_NAME}, got {str(path)!r} without it")
+    return config, weights
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ValueError if it holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON, got text that is not: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{file} must be JSON of a few levels, got it nested too deep to read") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def read_adapter(path: str | os.PathLike[str], convert: Callable[[Tensor], T]) -> Adapter:
+    """Read both files in the directory ``path``, of one save. ``convert`` gets one tensor at a time.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the two are of different saves.
+        OSError: a file cannot be read, for example for lack of permission.
+    """
+    missing: OSError | None = None
+    for _ in range(_ATTEMPTS):
+        config_file, weights_file = find_files(path)
+        before, damaged = _identity(config_file), None
+        try:
+            adapter = read_pair(config_file, weights_file, convert)
+        except FileNotFoundError as error:
+            # A saver has moved it.
+            missing = error
+            continue
+        except ValueError as error:
+            damaged = error
+        if before is not None and _identity(config_file) == before:
+            if damaged is not None:
+                raise damaged
+            return adapter
+    raise missing or ValueError(f"{str(path)!r} must stay one adapter while it is read, got saves to it all the time")
+
+
+def read_pair(config_file: Path, weights_file: Path, convert: Callable[[Tensor], T]) -> Adapter:
+    """Read these two files. The config may be missing."""
+    config = read_json(config_file) if config_file.is_file() else None
+    tensors, stamp = read_tensors(weights_file, convert)
+    _check_stamps(config_file, config or {}, weights_file, stamp)
+    return Adapter(config_file, weights_file, config, tensors)
+
+
+def read_tensors(file: Path, convert: Callable[[Tensor], T]) -> tuple[dict[str, T], str | None]:
+    """What ``convert`` makes of each tensor in a safetensors file, and the file's stamp."""
+    import_safetensors()
+    from safetensors import safe_open
+
+    # For the error: safetensors says "No such file" of whatever it cannot open.
+    with open(file, "rb"):
+        pass
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            return {key: convert(opened.get_tensor(key)) for key in opened.keys()}, metadata.get(STAMP)  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # SafetensorError, which derives from Exception, and what PyTorch makes of its dtypes.
+        raise ValueError(f"{file} must be a safetensors file, got one that cannot be read: {error}") from None
+
+
+def _identity(file: Path) -> tuple[int, ...] | None:
+    """Numbers that change when the file is replaced, or None if it is gone."""
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def stamp_of(config: Mapping[str, Any]) -> str:
+    """The stamp of a save with this config: the same for the same adapter, another for another scaling."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_stamps(config_file: Path, config: Mapping[str, Any], weights_file: Path, stamp: str | None) -> None:
+    """Raise ValueError if both files have a stamp, and not the same. A config that was edited keeps its stamp."""
+    mapping = config.get("auto_mapping")
+    own = mapping.get(STAMP) if isinstance(mapping, dict) else None
+    if own is not None and stamp is not None and own != stamp:
+        raise ValueError(
+            f"{config_file} and {weights_file} must be of one save, got a config of {own!r} and weights of {stamp!r}; save the "
+            f"adapter again, or, if they do belong together, remove {STAMP!r} from auto_mapping in the config"
+        )
+
+
+def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files to ``directory``; see the module's docstring. One process writes at a time, the others wait."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Work goes on inside of a directory that exists, whose parent need not be writable, and beside one that does not.
+    outside = directory.with_name(f".{directory.name}")
+    while not _write(directory, outside, config, tensors):
+        pass  # Another process has just made it.
+    # A process may have died just after it made the directory.
+    if _temporary(outside).exists() or _lock_file(outside).exists():
+        with contextlib.suppress(OSError), locked(_lock_file(outside)):
+            shutil.rmtree(_temporary(outside), ignore_errors=True)
+
+
+def _lock_file(base: Path) -> Path:
+    return base.with_name(f"{base.name}.lock")
+
+
+def _temporary(base: Path) -> Path:
+    return base.with_name(f"{base.name}.tmp")
+
+
+def _write(directory: Path, outside: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Write both files, or return False if the directory appeared or vanished meanwhile."""
+    exists = directory.is_dir()
+    base = directory / PENDING if exists else outside
+    with locked(_lock_file(base)) as alone:
+        if directory.is_dir() != exists:
+            return False
+        temporary = _temporary(base if alone else base.with_name(f"{base.name}.{uuid.uuid4().hex}"))
+        # A dead process has left it: a living one would hold the lock.
+        shutil.rmtree(temporary, ignore_errors=True)
+        if exists:
+            _finish(directory)
+        try:
+            # In the same file system as the directory, so that moving is a rename.
+            temporary.mkdir()
+            _write_files(temporary, config, tensors)
+            if exists:
+                _replace(directory, temporary)
+            else:
+                os.replace(temporary, directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return True
+
+
+def _write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    stamp = stamp_of(config)
+    content = dict(config) | {"auto_mapping": dict(config.get("auto_mapping") or {}) | {STAMP: stamp}}
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    weights, safetensors = directory / WEIGHTS_NAME, import_safetensors()
+    metadata = {"format": "pt", STAMP: stamp}
+    try:
+        safetensors.save_file(tensors, weights, metadata=metadata)
+    except KeyError as error:
+        # Its table of dtypes.
+        names = [name for name, tensor in tensors.items() if str(tensor.dtype) in str(error)]
+        raise ValueError(f"{list_some(names)} must be of a dtype that safetensors can hold, got {error}") from None
+    except Exception as error:
+        # It reports a full disk so, too.
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise OSError(f"{weights} could not be written: {error}") from None
+    _order_metadata(weights, metadata)
+    (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
+    # safetensors lets nobody but the owner read its file.
+    shutil.copymode(directory / CONFIG_NAME, weights)
+
+
+def _order_metadata(weights: Path, metadata: Mapping[str, str]) -> None:
+    """Give the metadata in the header its order. safetensors writes it in a random one; the same adapter gives the same bytes."""
+    ordered = f'{{"__metadata__":{json.dumps(metadata, separators=(",", ":"))}'.encode()
+    with open(weights, "r+b") as file:
+        # The header's length comes first.
+        file.seek(8)
+        if sorted(file.read(len(ordered))) == sorted(ordered):
+            file.seek(8)
+            file.write(ordered)
+
+
+def _replace(directory: Path, temporary: Path) -> None:
+    """Replace the files in ``directory`` by those in ``temporary``."""
+    config = directory / CONFIG_NAME
+    if config.is_file() and config.read_bytes() == (temporary / CONFIG_NAME).read_bytes():
+        # One file is one unit.
+        os.replace(temporary / WEIGHTS_NAME, directory / WEIGHTS_NAME)
+        return
+    os.replace(temporary, directory / PENDING)
+    try:
+        config.unlink(missing_ok=True)
+    except BaseException:
+        shutil.rmtree(directory / PENDING, ignore_errors=True)
+        raise
+    _finish(directory)
+
+
+def _finish(directory: Path) -> None:
+    """Finish a save that was committed, and drop one that was not."""
+    pending = directory / PENDING
+    if not (directory / CONFIG_NAME).exists() and (pending / CONFIG_NAME).exists():
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(pending / WEIGHTS_NAME, directory / WEIGHTS_NAME)
+        os.replace(pending / CONFIG_NAME, directory / CONFIG_NAME)
+    shutil.rmtree(pending, ignore_errors=True)

@@ -1,0 +1,96 @@
+"""``save_pretrained`` of a merged model, as of transformers: it writes the merged weights, as if LoRA had been removed.
+
+It saves ``state_dict()``, which holds a merged layer's frozen weight beside A and B. A directory of those would load as the
+model without LoRA, since transformers ignores A and B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from stablelora_kernels.nn.linear import LoRALinear
+
+_METHOD = "save_pretrained"
+
+
+def save_merged_from_now_on(model: nn.Module) -> None:
+    """Make ``save_pretrained`` of ``model`` and its parts write merged layers as plain ones."""
+    for module in model.modules():
+        if callable(getattr(type(module), _METHOD, None)) and _METHOD not in module.__dict__:
+            # A partial, not a closure: copies and pickles of the module have one that saves the copy.
+            module.__dict__[_METHOD] = partial(_save_pretrained, module)
+
+
+def save_as_before(model: nn.Module) -> None:
+    """Undo :func:`save_merged_from_now_on`."""
+    for module in model.modules():
+        method = module.__dict__.get(_METHOD)
+        if isinstance(method, partial) and method.func is _save_pretrained:
+            del module.__dict__[_METHOD]
+
+
+def untie_in_config(model: Any) -> list[Any]:
+    """Say in a transformers model's config that its head is not tied to its embeddings any more, if so.
+
+    Otherwise loading would tie them again and lose what LoRA changed. Return the configs that were changed.
+    """
+    if not callable(getattr(model, "get_input_embeddings", None)) or not hasattr(model, "config"):
+        return []
+    try:
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return []
+    weight = getattr(head, "weight", None)
+    if weight is None or weight is getattr(embeddings, "weight", None):
+        return []
+    configs = {id(config): config for config in (model.config, _text_config(model.config))}
+    changed = [config for config in configs.values() if getattr(config, "tie_word_embeddings", False)]
+    for config in changed:
+        config.tie_word_embeddings = False
+    return changed
+
+
+def _text_config(config: Any) -> Any:
+    find = getattr(config, "get_text_config", None)
+    return find() if callable(find) else config
+
+
+def _save_pretrained(module: Any, *args: Any, **kwargs: Any) -> Any:
+    # A caller such as the Trainer passes the model's state_dict(), whose frozen weights are not to be written.
+    kwargs.pop("state_dict", None)
+    with _plain_layers(module):
+        untied = untie_in_config(module)
+        try:
+            return getattr(type(module), _METHOD)(module, *args, **kwargs)
+        finally:
+            for config in untied:
+                config.tie_word_embeddings = True
+
+
+@contextmanager
+def _plain_layers(model: nn.Module) -> Iterator[None]:
+    """Put plain layers in the places of merged ones during the body."""
+    merged = [
+        (parent, key, child)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if isinstance(child, LoRALinear) and child.merged
+    ]
+    plain: dict[LoRALinear, Any] = {}
+    try:
+        for parent, key, layer in merged:
+            if layer not in plain:
+                plain[layer] = layer.to_linear()
+            parent._modules[key] = plain[layer]
+        yield
+    finally:
+        for parent, key, layer in merged:
+            parent._modules[key] = layer
+        for layer, base in plain.items():
+            # It may be the layer's own base layer.
+            base.weight = layer.frozen_weight
