@@ -240,8 +240,15 @@ def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
     """The pairs across all groups.
 
     Raises:
-        ValueError: an A without its B, a name or a tensor given twice, a ``shrink_pattern`` that matches no pair, or no pair.
+        ValueError: an A without its B, a name or a tensor given twice, params without names, a ``shrink_pattern`` that matches
+            no pair, or no pair.
     """
+    for i, group in enumerate(groups):
+        if len(group["params"]) != len(group["param_names"]):
+            raise ValueError(
+                f"group {i} has {len(group['params'])} params and {len(group['param_names'])} param_names: what is added to or "
+                "removed from one must be in the other"
+            )
     named = [item for group in groups for item in zip(group["param_names"], group["params"], strict=True)]
     names: set[str] = set()
     owners: dict[int, str] = {}

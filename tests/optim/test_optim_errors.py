@@ -113,3 +113,20 @@ def test_a_sparse_gradient_is_refused_before_anything_changes(backend: str) -> N
     with pytest.raises(RuntimeError, match=r"gradients must be dense tensors, got torch\.sparse_coo"):
         optimizer.step()
     assert all_equal(before, [p.detach() for p in (pair.A, pair.B, lone)])
+
+
+def test_a_parameter_removed_from_a_group_without_its_name() -> None:
+    (pair,) = make_pairs([(4, 8, 8)])
+    bias = torch.ones(3, device=DEVICE, requires_grad=True)
+    optimizer = StableLoRAAdamW([pair, ("bias", bias)])
+    set_grads([pair.A, pair.B, bias], 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in (pair.A, pair.B)]
+    group = optimizer.param_groups[0]
+    group["params"].pop()
+    with pytest.raises(ValueError, match="group 0 has 2 params and 3 param_names: what is added to or removed from one"):
+        optimizer.step()
+    assert all_equal(before, [p.detach() for p in (pair.A, pair.B)])
+    group["param_names"].pop()
+    optimizer.step()
+    assert not all_equal(before, [p.detach() for p in (pair.A, pair.B)])
