@@ -124,7 +124,9 @@ def test_a_parameter_removed_from_a_group_without_its_name() -> None:
     before = [p.detach().clone() for p in (pair.A, pair.B)]
     group = optimizer.param_groups[0]
     group["params"].pop()
-    with pytest.raises(ValueError, match="group 0 has 2 params and 3 param_names: what is added to or removed from one"):
+    with pytest.raises(
+        ValueError, match="group 0 has 2 params and 3 param_names: what is added to or removed from one"
+    ):
         optimizer.step()
     assert all_equal(before, [p.detach() for p in (pair.A, pair.B)])
     group["param_names"].pop()
