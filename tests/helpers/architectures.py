@@ -31,11 +31,10 @@ SIZES: dict[str, Any] = {
 # Larger models than this have a size by another name.
 MAX_PARAMETERS = 3_000_000
 IDS = torch.arange(3, 15).view(2, 6)
-Built = tuple[str, type[nn.Module]]
 
 
-def architectures() -> Iterator[Built]:
-    """The model type and class of each architecture: causal, else with an encoder and a decoder, else a classifier."""
+def architectures() -> Iterator[tuple[str, str]]:
+    """The type of each model and its class's name: causal, else with an encoder and a decoder, else a classifier."""
     seen = set()
     for names in (
         auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -43,17 +42,18 @@ def architectures() -> Iterator[Built]:
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ):
         for model_type, name in names.items():
-            if model_type not in seen and isinstance(name, str) and hasattr(transformers, name):
+            if model_type not in seen and isinstance(name, str):
                 seen.add(model_type)
-                yield model_type, getattr(transformers, name)
+                yield model_type, name
 
 
-def build(model_type: str, model_class: type[nn.Module]) -> nn.Module:
+def build(model_type: str, class_name: str) -> nn.Module:
     """The tiny model, in eval mode, of the same values at each call.
 
     Raises:
         ValueError: it is not tiny, or its output is not finite. Any error: the configuration does not allow these sizes.
     """
+    model_class = getattr(transformers, class_name)
     defaults = transformers.AutoConfig.for_model(model_type)
     # Falcon's head size is computed.
     computed = {name for name, value in vars(type(defaults)).items() if isinstance(value, property)}

@@ -116,9 +116,9 @@ def test_a_sample_on_triton_is_pefts(model_type, tmp_path):
 def test_every_architecture_is_pefts(tmp_path):
     """All that transformers builds at these sizes; those that it does not build are listed in the output."""
     not_built, differ, same = [], {}, []
-    for model_type, model_class in BY_TYPE.items():
+    for model_type, class_name in BY_TYPE.items():
         try:
-            base = build(model_type, model_class)
+            base = build(model_type, class_name)
             # PEFT itself cannot train all of them.
             results(adapted(base))
         except Exception as error:
