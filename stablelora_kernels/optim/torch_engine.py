@@ -39,8 +39,29 @@ class _Bucket(NamedTuple):
     steps: list[torch.Tensor]
 
 
+class _Update(NamedTuple):
+    """A bucket's hyperparameters in one step; its parameters are first multiplied by each of ``factors``."""
+
+    bucket: _Bucket
+    lr: Any
+    decay: float
+    factors: list[Any]
+
+
+class _Latching(NamedTuple):
+    """What a step decides about the pairs: new latches, A's that the update shrinks, and factors of A's on a device."""
+
+    latched: torch.Tensor | None = None
+    shrinking: Sequence[int] = ()
+    a_works: Sequence[torch.Tensor] = ()
+    a_factors: Sequence[torch.Tensor] = ()
+
+
 class TorchStep:
     """The step of all parameters on one device.
+
+    A step allocates first and writes then, so a step that runs out of memory has changed nothing. Moments in few bits are the
+    exception: each bucket's are loaded, updated and stored after those of the bucket before it.
 
     On a CPU the host decides the latch, and takes a pair's norms only until it latches. On a GPU everything stays on the
     device. Counters of one kind share a tensor; the optimizer's state holds 0-d views of it.
@@ -152,7 +173,7 @@ class TorchStep:
             if found_inf.item():
                 return
             found_inf = None
-        present, ready = self.all_present, grads
+        present, ready, skipped = self.all_present, grads, None
         if layout is None or layout != self.layout:
             present = [g is not None for g in grads]
             if all(present):
@@ -167,28 +188,43 @@ class TorchStep:
                     self.skipped += 1
                     return
             else:
-                found_inf = self._skip_nonfinite(nonfinite, found_inf)
+                found_inf, skipped = self._skip_nonfinite(nonfinite, found_inf)
         if self.versions != [p._version for p in self.mastered]:
             refresh_masters(self.masters, self.mastered)
         for scratch in self.scratch:
             scratch.load()
-        shrinking = self._latch_and_shrink(present, found_inf)
-        self._adamw(present, shrinking, ready, grad_scale, found_inf)
-        self._write_back(present)
+            scratch.prepare(self.steps.int() + 1, self.seeds)
+        latching = self._latch_on_host(present) if self.on_host else self._latch_on_device(present, found_inf)
+        updates = [self._update(bucket, found_inf) for bucket in self._plan(present, list(latching.shrinking))]
+        taken_back = None if found_inf is None else found_inf.reshape(()) * self.present_on_device
 
-    def _skip_nonfinite(self, nonfinite: torch.Tensor, found_inf: torch.Tensor | None) -> torch.Tensor:
-        """Count a step whose gradients' norm is not finite, and return the ``found_inf`` that skips it."""
+        # Nothing below allocates, but for moments in few bits.
+        if skipped is not None:
+            self.skipped += skipped
+        if latching.latched is not None:
+            self.latched.copy_(latching.latched)
+        if latching.a_works:
+            torch._foreach_mul_(latching.a_works, latching.a_factors)
+        self._adamw(updates, present, ready, grad_scale, found_inf)
+        if taken_back is not None:
+            self.steps.sub_(taken_back)
+        self._write_back(present)
+        if self.pair_sums and not self.on_host:
+            self.latch_monitor.record()
+
+    def _skip_nonfinite(
+        self, nonfinite: torch.Tensor, found_inf: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ``found_inf`` that skips a step whose gradients' norm is not finite, and what to add to the count of such steps."""
         if found_inf is None:
-            self.skipped += nonfinite
-        else:
-            self.skipped += nonfinite & (found_inf.reshape(()) == 0)
-            nonfinite |= found_inf.reshape(()) != 0
-        return nonfinite.float()
+            return nonfinite.float(), nonfinite
+        given = found_inf.reshape(()) != 0
+        return (nonfinite | given).float(), nonfinite & ~given
 
     def _write_back(self, present: list[bool]) -> None:
         """Round the working copies into the parameters."""
         for scratch in self.scratch:
-            scratch.store(self.steps.int(), self.seeds, present)
+            scratch.store(present)
         written = [k for k, i in enumerate(self.master_indices) if present[i]]
         if written:
             torch._foreach_copy_([self.mastered[k] for k in written], [self.masters[k] for k in written])
@@ -224,27 +260,18 @@ class TorchStep:
         total = torch.linalg.vector_norm(norms) / scale
         return total, scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
 
-    def _latch_and_shrink(self, present: list[bool], found_inf: torch.Tensor | None) -> list[int]:
-        """The latch rule, on the values before the update: shrink A if ||A||_F / n > ||B||_F / m, else latch the pair.
-
-        Returns the member indices of A's that the update has yet to shrink. On a GPU they are shrunk here.
-        """
-        if self.on_host:
-            return self._latch_on_host(present)
-        self._latch_and_shrink_on_device(present, found_inf)
-        return []
-
-    def _latch_on_host(self, present: list[bool]) -> list[int]:
+    def _latch_on_host(self, present: list[bool]) -> _Latching:
+        """The latch rule, on the values before the update: shrink A if ||A||_F / n > ||B||_F / m, else latch the pair."""
         latched = self.latched.tolist()
         live = [k for k, pair in enumerate(self.pairs) if not latched[k] and present[pair.a]]
         if not live:
-            return []
+            return _Latching()
         scaled = self._scaled_norms(live)
         # In most steps all pairs shrink clearly. A NaN fails the first comparison, an infinity the second. Below the minimum
         # float32 loses some of the squares.
         if bool((scaled[0] * 0.999 > scaled[1].clamp(min=1e-12)).all()) and bool(scaled.sum() < math.inf):
-            return [self.pairs[k].a for k in live]
-        shrinking = []
+            return _Latching(shrinking=[self.pairs[k].a for k in live])
+        shrinking, before = [], list(latched)
         inverse_n, inverse_m = self.inverse_widths.tolist()
         for k, a_norm, b_norm in zip(live, *scaled.tolist(), strict=True):
             clear = abs(a_norm - b_norm) > 1e-3 * a_norm and 1e-12 < max(a_norm, b_norm) < math.inf
@@ -259,13 +286,15 @@ class TorchStep:
             if a_norm > b_norm or self.never_latches[k]:
                 shrinking.append(self.pairs[k].a)
             else:
-                self.latched[k] = int(self.step_views[self.pairs[k].a].item()) + 1
-        return shrinking
+                latched[k] = int(self.step_views[self.pairs[k].a].item()) + 1
+        changed = None if latched == before else upload(latched, torch.int32, self.device)
+        return _Latching(changed, shrinking)
 
-    def _latch_and_shrink_on_device(self, present: list[bool], found_inf: torch.Tensor | None) -> None:
+    def _latch_on_device(self, present: list[bool], found_inf: torch.Tensor | None) -> _Latching:
+        """The latch rule, of which the host learns nothing; A's are shrunk by factors, of which some are 1."""
         self._plan(present, [])
         if self.pair_sums and not self.latch_monitor.any_unlatched():
-            return
+            return _Latching()
         ratios = [self._scalar(self._a_setting(pair)["shrink_ratio"]) for pair in self.pairs]
         if any(isinstance(ratio, torch.Tensor) for ratio in ratios):
             self.ratios = []
@@ -280,11 +309,9 @@ class TorchStep:
             undecided &= found_inf.reshape(()) == 0
         shrink = undecided & ((a_norms > b_norms) | self.never_latches_on_device)
         factors = 1 - self.ratios_on_device * shrink
-        torch._foreach_mul_(a_works, [f.to(w.dtype) for f, w in zip(factors.unbind(), a_works, strict=True)])
+        a_factors = [f.to(w.dtype) for f, w in zip(factors.unbind(), a_works, strict=True)]
         now = self.steps[self.a_indices].int() + 1
-        self.latched.copy_(torch.where(undecided & ~shrink, now, self.latched))
-        if self.pair_sums:
-            self.latch_monitor.record()
+        return _Latching(torch.where(undecided & ~shrink, now, self.latched), (), a_works, a_factors)
 
     def _a_setting(self, pair: Pair) -> Setting:
         return self.settings[self.members[pair.a].setting_index]
@@ -336,39 +363,43 @@ class TorchStep:
             steps=[self.step_views[i] for i in indices],
         )
 
+    def _update(self, bucket: _Bucket, found_inf: torch.Tensor | None) -> _Update:
+        """Work out the bucket's hyperparameters: weight decay and shrink in one where numbers allow it."""
+        setting, factors = bucket.setting, []
+        lr, decay = self._scalar(setting["lr"]) * setting.lr_ratio, self._scalar(setting["weight_decay"])
+        if isinstance(decay, torch.Tensor):
+            # The fused operator takes the decay as a number only.
+            kept = 1 - lr * decay
+            factors.append(kept if found_inf is None else kept.where(found_inf.reshape(()) == 0, 1.0))
+            decay = 0.0
+        if bucket.shrinks:
+            ratio = self._scalar(setting["shrink_ratio"])
+            if isinstance(lr, float) and lr > 1e-12:
+                # Shrink and decay are one multiplication: (1 - ratio)(1 - lr wd) = 1 - lr wd'.
+                decay = decay + ratio / lr - ratio * decay
+            else:
+                factors.append(1 - ratio)
+        return _Update(bucket, lr, decay, factors)
+
     def _adamw(
         self,
+        updates: list[_Update],
         present: list[bool],
-        shrinking: list[int],
         grads: Sequence[Any],
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
     ) -> None:
-        """Weight decay, the shrink of the members ``shrinking`` and AdamW, one call of the fused operator a bucket."""
-        buckets = self._plan(present, shrinking)
+        """Weight decay, the shrink and AdamW, one call of the fused operator a bucket."""
         if present is self.all_present:
             self.steps.add_(1)
         else:
             torch._foreach_add_(
                 [view for view, is_present in zip(self.step_views, present, strict=True) if is_present], 1
             )
-        for bucket in buckets:
+        for bucket, lr, decay, factors in updates:
             setting = bucket.setting
-            lr, decay = self._scalar(setting["lr"]) * setting.lr_ratio, self._scalar(setting["weight_decay"])
-            if isinstance(decay, torch.Tensor):
-                # The fused operator takes the decay as a number only.
-                kept = 1 - lr * decay
-                if found_inf is not None:
-                    kept = kept.where(found_inf.reshape(()) == 0, 1.0)
-                torch._foreach_mul_(bucket.params, kept)
-                decay = 0.0
-            if bucket.shrinks:
-                ratio = self._scalar(setting["shrink_ratio"])
-                if isinstance(lr, float) and lr > 1e-12:
-                    # Shrink and decay are one multiplication: (1 - ratio)(1 - lr wd) = 1 - lr wd'.
-                    decay = decay + ratio / lr - ratio * decay
-                else:
-                    torch._foreach_mul_(bucket.params, 1 - ratio)
+            for factor in factors:
+                torch._foreach_mul_(bucket.params, factor)
             moments = bucket.exp_avgs, bucket.exp_avg_sqs
             if self.low_moments:
                 moments = self._load_moments(bucket, "exp_avg"), self._load_moments(bucket, "exp_avg_sq")
@@ -390,8 +421,6 @@ class TorchStep:
             )
             if self.low_moments:
                 self._store_moments(bucket, moments, found_inf)
-        if found_inf is not None:
-            self.steps.sub_(found_inf.reshape(()) * self.present_on_device)
 
     def _load_moments(self, bucket: _Bucket, name: str) -> list[torch.Tensor]:
         entries = [self.state[self.members[i].param] for i in bucket.indices]
