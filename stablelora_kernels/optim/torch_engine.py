@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from stablelora_kernels.optim.gradients import GradientLayout, convert_gradients
 from stablelora_kernels.optim.graph_capture import upload
 from stablelora_kernels.optim.hyperparameters import Member, Setting
-from stablelora_kernels.optim.sharding import LatchMonitor, ShardSums
+from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.state import (
     Pair,
     Storage,
@@ -24,6 +23,7 @@ from stablelora_kernels.optim.state import (
     work_dtype,
 )
 from stablelora_kernels.optim.stochastic_rounding import LOW_PRECISION, Scratch, seed_word
+from stablelora_kernels.optim.torch_latch import LatchRule, one_dtype
 
 
 class _Bucket(NamedTuple):
@@ -46,15 +46,6 @@ class _Update(NamedTuple):
     lr: Any
     decay: float
     factors: list[Any]
-
-
-class _Latching(NamedTuple):
-    """What a step decides about the pairs: new latches, A's that the update shrinks, and factors of A's on a device."""
-
-    latched: torch.Tensor | None = None
-    shrinking: Sequence[int] = ()
-    a_works: Sequence[torch.Tensor] = ()
-    a_factors: Sequence[torch.Tensor] = ()
 
 
 class TorchStep:
@@ -96,18 +87,8 @@ class TorchStep:
         self._make_working_copies(storage)
         self.all_present = [True] * len(members)
         self.seeds = upload([seed_word(settings[m.setting_index]["seed"]) for m in members], torch.int32, self.device)
-        self.a_indices = upload([pair.a for pair in pairs], torch.int64, self.device)
-        # [2, pairs]: multiplied by these, ||A||_F and ||B||_F become ||A||_F / n and ||B||_F / m.
-        per_n = [1 / max(members[pair.a].owner.shape[1], 1) for pair in pairs]
-        per_m = [1 / max(members[pair.b].owner.shape[0], 1) for pair in pairs]
-        self.inverse_widths = upload([per_n, per_m], torch.float64, self.device)
-        # Pairs that shrink at every step with finite norms.
-        self.never_latches = [self._a_setting(pair)["stop_condition"] == "never" for pair in pairs]
-        self.never_latches_on_device = upload(self.never_latches, torch.bool, self.device)
-        self.pair_sums = ShardSums([members[i].owner for half in zip(*pairs, strict=True) for i in half])
         self.grad_sums = ShardSums([member.owner for member in members])
-        self.latch_monitor = LatchMonitor(self.latched, range(len(pairs)))
-        self.ratios: list[Any] = []
+        self.latch_rule = LatchRule(members, pairs, settings, self.work, self.steps, self.latched)
         # The layout of the last gradients, if the step could read all of them without a copy.
         self.layout: GradientLayout | None = None
         self.bucket_key: tuple[list[bool], list[int]] | None = None
@@ -116,7 +97,7 @@ class TorchStep:
     @property
     def float32_squares(self) -> bool:
         """Whether norms come from sums of squares in float32 alone."""
-        return not self.on_host and not self.pair_sums
+        return not self.on_host and not self.latch_rule.pair_sums
 
     def _make_counters(self) -> None:
         """One tensor of steps, one a member, and one of latches, one a pair; the state gets views of them."""
@@ -148,7 +129,6 @@ class TorchStep:
                 self.scratch.append(scratch)
                 for i, view in zip(indices, scratch.views, strict=True):
                     self.work[i] = view
-        self.mixed = len({w.dtype for w in self.work}) > 1
 
     def step(
         self,
@@ -194,7 +174,13 @@ class TorchStep:
         for scratch in self.scratch:
             scratch.load()
             scratch.prepare(self.steps.int() + 1, self.seeds)
-        latching = self._latch_on_host(present) if self.on_host else self._latch_on_device(present, found_inf)
+        if self.on_host:
+            latching = self.latch_rule.decide_on_host(present)
+        else:
+            # The plan of a device, where no A shrinks in the update, has the present members.
+            self._plan(present, [])
+            ratios = [self._scalar(setting["shrink_ratio"]) for setting in self.latch_rule.settings]
+            latching = self.latch_rule.decide_on_device(self.present_on_device, found_inf, ratios)
         updates = [self._update(bucket, found_inf) for bucket in self._plan(present, list(latching.shrinking))]
         taken_back = None if found_inf is None else found_inf.reshape(()) * self.present_on_device
 
@@ -209,8 +195,8 @@ class TorchStep:
         if taken_back is not None:
             self.steps.sub_(taken_back)
         self._write_back(present)
-        if self.pair_sums and not self.on_host:
-            self.latch_monitor.record()
+        if not self.on_host:
+            self.latch_rule.record()
 
     def _skip_nonfinite(
         self, nonfinite: torch.Tensor, found_inf: torch.Tensor | None
@@ -234,10 +220,6 @@ class TorchStep:
         )
         self.versions = [p._version for p in self.mastered]
 
-    def _one_dtype(self, norms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """``norms``, in float64 if there are float64 parameters among others."""
-        return [x.double() for x in norms] if self.mixed else list(norms)
-
     def _norm_and_clip_scale(
         self,
         grads: Sequence[torch.Tensor | None],
@@ -246,7 +228,8 @@ class TorchStep:
         max_grad_norm: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of the unscaled gradients, and the divisor that unscales and clips them: float32 scalars."""
-        norms = torch.stack(self._one_dtype(torch._foreach_norm([g for g in grads if g is not None]))).float()
+        norms = torch._foreach_norm([g for g in grads if g is not None])
+        norms = torch.stack(one_dtype(norms, self.latch_rule.mixed)).float()
         if self.grad_sums:
             # Indices, not a mask: the host would wait for a GPU to count a mask.
             indices = upload([i for i, is_present in enumerate(present) if is_present], torch.int64, self.device)
@@ -260,79 +243,6 @@ class TorchStep:
         total = torch.linalg.vector_norm(norms) / scale
         return total, scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
 
-    def _latch_on_host(self, present: list[bool]) -> _Latching:
-        """The latch rule, on the values before the update: shrink A if ||A||_F / n > ||B||_F / m, else latch the pair."""
-        latched = self.latched.tolist()
-        live = [k for k, pair in enumerate(self.pairs) if not latched[k] and present[pair.a]]
-        if not live:
-            return _Latching()
-        scaled = self._scaled_norms(live)
-        # In most steps all pairs shrink clearly. A NaN fails the first comparison, an infinity the second. Below the minimum
-        # float32 loses some of the squares.
-        if bool((scaled[0] * 0.999 > scaled[1].clamp(min=1e-12)).all()) and bool(scaled.sum() < math.inf):
-            return _Latching(shrinking=[self.pairs[k].a for k in live])
-        shrinking, before = [], list(latched)
-        inverse_n, inverse_m = self.inverse_widths.tolist()
-        for k, a_norm, b_norm in zip(live, *scaled.tolist(), strict=True):
-            clear = abs(a_norm - b_norm) > 1e-3 * a_norm and 1e-12 < max(a_norm, b_norm) < math.inf
-            if not clear and not self.pair_sums:
-                # PyTorch's float32 norm of millions of elements is off by 1e-4, and its squares over- and underflow, so decide a
-                # close call and very large or small norms in float64.
-                pair = self.pairs[k]
-                a_norm = self.work[pair.a].double().norm().item() * inverse_n[k]
-                b_norm = self.work[pair.b].double().norm().item() * inverse_m[k]
-            if not (math.isfinite(a_norm) and math.isfinite(b_norm)):
-                continue
-            if a_norm > b_norm or self.never_latches[k]:
-                shrinking.append(self.pairs[k].a)
-            else:
-                latched[k] = int(self.step_views[self.pairs[k].a].item()) + 1
-        changed = None if latched == before else upload(latched, torch.int32, self.device)
-        return _Latching(changed, shrinking)
-
-    def _latch_on_device(self, present: list[bool], found_inf: torch.Tensor | None) -> _Latching:
-        """The latch rule, of which the host learns nothing; A's are shrunk by factors, of which some are 1."""
-        self._plan(present, [])
-        if self.pair_sums and not self.latch_monitor.any_unlatched():
-            return _Latching()
-        ratios = [self._scalar(self._a_setting(pair)["shrink_ratio"]) for pair in self.pairs]
-        if any(isinstance(ratio, torch.Tensor) for ratio in ratios):
-            self.ratios = []
-            self.ratios_on_device = stack_counters(ratios, torch.float64, self.device)
-        elif ratios != self.ratios:
-            self.ratios, self.ratios_on_device = ratios, upload(ratios, torch.float64, self.device)
-        a_works = [self.work[pair.a] for pair in self.pairs]
-        a_norms, b_norms = self._scaled_norms(list(range(len(self.pairs))))
-        undecided = (self.latched == 0) & self.present_on_device[self.a_indices]
-        undecided = undecided & a_norms.isfinite() & b_norms.isfinite()
-        if found_inf is not None:
-            undecided &= found_inf.reshape(()) == 0
-        shrink = undecided & ((a_norms > b_norms) | self.never_latches_on_device)
-        factors = 1 - self.ratios_on_device * shrink
-        a_factors = [f.to(w.dtype) for f, w in zip(factors.unbind(), a_works, strict=True)]
-        now = self.steps[self.a_indices].int() + 1
-        return _Latching(torch.where(undecided & ~shrink, now, self.latched), (), a_works, a_factors)
-
-    def _a_setting(self, pair: Pair) -> Setting:
-        return self.settings[self.members[pair.a].setting_index]
-
-    def _scaled_norms(self, live: list[int]) -> torch.Tensor:
-        """float64 [2, len(live)]: ||A||_F / n and ||B||_F / m of the pairs ``live``, over all processes."""
-        every = len(live) == len(self.pairs)
-        halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
-        if self.pair_sums:
-            # In float64 throughout, since deciding a close call anew would take a second collective.
-            norms = torch.stack(torch._foreach_norm(halves, 2, torch.float64)).view(2, -1)
-            squares = norms.square()
-            if not every:
-                squares = torch.zeros(2, len(self.pairs), dtype=torch.float64, device=self.device)
-                squares[:, live] = norms.square()
-            norms = self.pair_sums.all_reduce_sum_(squares.view(-1)).view(2, -1).sqrt()
-            norms = norms if every else norms[:, live]
-        else:
-            norms = torch.stack(self._one_dtype(torch._foreach_norm(halves))).double().view(2, -1)
-        return norms * (self.inverse_widths if every else self.inverse_widths[:, live])
-
     def _plan(self, present: list[bool], shrinking: list[int]) -> list[_Bucket]:
         """The buckets of this step, reused if the same gradients are present and the same A's shrink as before."""
         key = (present, shrinking)
@@ -342,12 +252,13 @@ class TorchStep:
             for i, (p, setting_index, *_) in enumerate(self.members):
                 if present[i]:
                     buckets.setdefault((setting_index, i in shrinks_at, work_dtype(p)), []).append(i)
-            self.buckets = [
+            made = [
                 self._bucket(self.settings[setting_index], shrinks, indices)
                 for (setting_index, shrinks, _), indices in buckets.items()
             ]
             self.present_on_device = upload(present, torch.bool, self.device)
-            self.bucket_key = key
+            # After the last allocation: buckets of another key would be another step's.
+            self.buckets, self.bucket_key = made, key
         return self.buckets
 
     def _bucket(self, setting: Setting, shrinks: bool, indices: list[int]) -> _Bucket:

@@ -245,7 +245,7 @@ class TritonStep:
             present = [i for i, address in enumerate(addresses) if address]
             table = torch.tensor(array("q", chain(addresses, variants)), dtype=torch.int64, device="cpu")
             table = table.view(2, -1).t().contiguous()
-            self.addresses = self.staging.upload(table, torch.int64)
+            uploaded = self.staging.upload(table, torch.int64)
             if present != self.present_key or self.address_key is None:
                 if self.sharded:
                     self.present = self.staging.upload(present, torch.int64)
@@ -255,7 +255,8 @@ class TritonStep:
                 written = {i for i in present if self.members[i].owner is self.params[i]}
                 self.watched_written = sum(i in written for i in self.watched_indices)
             self.variants = sum(1 << variant for variant in set(variants))
-            self.address_key = addresses, variants
+            # After the last allocation: the table of another key would be another step's.
+            self.addresses, self.address_key = uploaded, (addresses, variants)
         self.layout = layout if direct else None
         return ready
 
