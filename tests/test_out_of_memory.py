@@ -140,16 +140,25 @@ STEPS: dict[str, tuple[dict[str, Any], torch.dtype, tuple[int, ...]]] = {
     "clipped": ({"max_grad_norm": 0.01}, FP32, ()),
     "amsgrad": ({"amsgrad": True}, FP32, ()),
     "LoRA+": ({"lr_ratio_B": 4.0}, FP32, ()),
-    "tensors": ({"lr": torch.tensor(2e-2), "weight_decay": torch.tensor(0.1), "shrink_ratio": torch.tensor(0.1)}, FP32, ()),
+    "tensors": ({"lr": torch.tensor(2e-4), "weight_decay": torch.tensor(0.1), "shrink_ratio": torch.tensor(0.1)}, FP32, ()),
     "masters": ({"master_weights": True}, BF16, ()),
     "bfloat16": ({"max_grad_norm": 0.01, "lr_ratio_B": 4.0}, BF16, (1,)),
     "float16": ({}, FP16, ()),
+    "moments in bfloat16": ({"moments_dtype": BF16, "lr_ratio_B": 4.0}, FP32, (2,)),
+    "moments in 8 bits, clipped": ({"moments_dtype": torch.uint8, "max_grad_norm": 0.01, "lr_ratio_B": 4.0}, BF16, ()),
+    "float64": ({"moments_dtype": BF16}, torch.float64, ()),
 }  # fmt: skip
-# The interpreter is slow.
+# The interpreter is slow, and rounding moments allocates a hundred times.
+SLOW = {
+    "torch": ["moments in 8 bits, clipped", "float64"],
+    "torch as on a GPU": ["moments in bfloat16", "moments in 8 bits, clipped", "float64"],
+    "triton": [name for name in STEPS if name not in ("missing gradients", "masters")],
+}
 PATHS = [
-    pytest.param(path, name, marks=nightly if path == "triton" and name not in ("missing gradients", "masters") else ())
-    for path in ("torch", "torch as on a GPU", "triton")
+    pytest.param(path, name, marks=nightly if name in SLOW[path] else ())
+    for path in SLOW
     for name in STEPS
+    if (path, name) != ("triton", "float64")
 ]
 
 
@@ -168,7 +177,7 @@ def two_optimizers(options: dict[str, Any], dtype: torch.dtype) -> list[StableLo
         with torch.no_grad():
             pairs[0].B.fill_(1.0)
         copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in options.items()}
-        made.append(StableLoRAAdamW(pairs, **{"lr": 2e-2, "shrink_ratio": 0.1, "seed": 1} | copied))
+        made.append(StableLoRAAdamW(pairs, **{"lr": 2e-4, "shrink_ratio": 0.1, "seed": 1} | copied))
     return made
 
 
@@ -197,36 +206,41 @@ def assert_same(optimizer: StableLoRAAdamW, reference: StableLoRAAdamW) -> None:
 def test_a_step_that_ran_out_of_memory_has_changed_nothing(
     path: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every step of a run fails once, at the next allocation, then it is repeated or its batch is left out."""
+    """One run: a step fails at the next allocation, and its batch is left out; another fails there, and is repeated."""
     if path == "torch as on a GPU":
         decide_on_device(monkeypatch)
     options, dtype, missing = STEPS[name]
     optimizer, reference = two_optimizers(options, dtype)
+    group = optimizer.param_groups[0]
 
     def attempt(at: int) -> Faults:
-        give_grads(optimizer, at, missing)
-        left_out, lr = at % 3 == 2, optimizer.param_groups[0]["lr"]
-        if left_out:
-            # Nothing that was prepared for this step may be taken for the next one's.
-            optimizer.param_groups[0]["lr"] = 3 * lr
-            faults = step_into(optimizer, at // 3)
-            if not faults.raised:
-                return faults
-            optimizer.param_groups[0]["lr"] = lr
-            unwritten = [torch.full((4, 16), torch.nan) for _ in range(64)]
-            give_grads(optimizer, at + 1, missing)
-            del unwritten
-        else:
-            faults = step_into(optimizer, at // 3)
-        if faults.raised:
+        lr = group["lr"]
+        give_grads(optimizer, 2 * at + 1, missing)
+        group["lr"] = 3 * lr
+        if not (faults := step_into(optimizer, at)).raised:
+            return faults
+        # Nothing that was prepared for this step may be taken for the next one's, nor memory be read that is free again.
+        group["lr"] = lr
+        unwritten = [torch.full((4, 16), torch.nan) for _ in range(64)]
+        del unwritten
+        give_grads(optimizer, 2 * at, missing)
+        if (faults := step_into(optimizer, at)).raised:
             optimizer.step()
-        give_grads(reference, at + left_out, missing)
+        give_grads(reference, 2 * at, missing)
         reference.step()
         assert_same(optimizer, reference)
+        # Other steps run with some gradients missing.
+        for each in (optimizer, reference) if at % 2 else ():
+            give_grads(each, 2 * at + 1, missing)
+            each.step()
         return faults
 
     with use_backend(path.split()[0]):
-        assert each_allocation(attempt) >= 9
+        # Builds the engines.
+        for each in (optimizer, reference):
+            give_grads(each, 100, missing)
+            each.step()
+        assert each_allocation(attempt) >= 3
 
 
 @pytest.mark.parametrize(("path", "name"), PATHS)
@@ -250,29 +264,4 @@ def test_a_first_step_that_ran_out_of_memory_has_changed_nothing(
     with use_backend(path.split()[0]):
         give_grads(reference, 1, missing)
         reference.step()
-        assert each_allocation(attempt) >= 9
-
-
-@pytest.mark.parametrize("moments_dtype", [BF16, torch.uint8], ids=["bfloat16", "8 bits"])
-def test_moments_in_few_bits_stay_usable(moments_dtype: torch.dtype) -> None:
-    """On PyTorch's operators such a step may end half-way; values stay finite, and the next steps move them."""
-    options = {"moments_dtype": moments_dtype, "lr_ratio_B": 4.0}
-
-    def attempt(at: int) -> Faults:
-        optimizer, _ = two_optimizers(options, FP32)
-        give_grads(optimizer, 1, ())
-        with fail(at) as faults:
-            try:
-                optimizer.step()
-            except torch.OutOfMemoryError:
-                assert faults.raised
-        for step in (2, 3):
-            before = [p.detach().clone() for p in params_of(optimizer)]
-            give_grads(optimizer, step, ())
-            optimizer.step()
-            for p, old in zip(params_of(optimizer), before, strict=True):
-                assert bool(p.isfinite().all()) and 0 < (p - old).abs().max() < 1
-        optimizer.load_state_dict(optimizer.state_dict())
-        return faults
-
-    assert each_allocation(attempt) >= 9
+        assert each_allocation(attempt) >= 3

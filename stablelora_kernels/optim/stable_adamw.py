@@ -224,8 +224,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse; nothing has changed then.
-            torch.OutOfMemoryError: nothing has changed then, unless PyTorch's operators keep ``moments_dtype`` in few bits, or
-                parameters are on several devices.
+            torch.OutOfMemoryError: nothing has changed then, unless parameters are on several devices.
         """
         loss = None
         if closure is not None:

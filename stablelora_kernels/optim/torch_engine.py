@@ -18,12 +18,12 @@ from stablelora_kernels.optim.state import (
     init_moments,
     load_moment,
     refresh_masters,
+    rounded_moments,
     stack_counters,
-    store_moments,
     work_dtype,
 )
 from stablelora_kernels.optim.stochastic_rounding import LOW_PRECISION, Scratch, seed_word
-from stablelora_kernels.optim.torch_latch import LatchRule, one_dtype
+from stablelora_kernels.optim.torch_latch import Latching, LatchRule, one_dtype
 
 
 class _Bucket(NamedTuple):
@@ -51,8 +51,7 @@ class _Update(NamedTuple):
 class TorchStep:
     """The step of all parameters on one device.
 
-    A step allocates first and writes then, so a step that runs out of memory has changed nothing. Moments in few bits are the
-    exception: each bucket's are loaded, updated and stored after those of the bucket before it.
+    A step allocates first and writes then, so a step that runs out of memory has changed nothing.
 
     On a CPU the host decides the latch, and takes a pair's norms only until it latches. On a GPU everything stays on the
     device. Counters of one kind share a tensor; the optimizer's state holds 0-d views of it.
@@ -183,15 +182,26 @@ class TorchStep:
             latching = self.latch_rule.decide_on_device(self.present_on_device, found_inf, ratios)
         updates = [self._update(bucket, found_inf) for bucket in self._plan(present, list(latching.shrinking))]
         taken_back = None if found_inf is None else found_inf.reshape(()) * self.present_on_device
+        copies = self._adamw_on_copies(updates, latching, ready, grad_scale, found_inf) if self.low_moments else []
 
-        # Nothing below allocates, but for moments in few bits.
+        # Nothing below allocates.
         if skipped is not None:
             self.skipped += skipped
         if latching.latched is not None:
             self.latched.copy_(latching.latched)
-        if latching.a_works:
-            torch._foreach_mul_(latching.a_works, latching.a_factors)
-        self._adamw(updates, present, ready, grad_scale, found_inf)
+        if present is self.all_present:
+            self.steps.add_(1)
+        else:
+            torch._foreach_add_(
+                [view for view, is_present in zip(self.step_views, present, strict=True) if is_present], 1
+            )
+        if self.low_moments:
+            for old, new in copies:
+                old.copy_(new)
+        else:
+            self._shrink_on_device(self.work, latching)
+            for update in updates:
+                self._adamw(update, ready, grad_scale, found_inf)
         if taken_back is not None:
             self.steps.sub_(taken_back)
         self._write_back(present)
@@ -292,58 +302,73 @@ class TorchStep:
                 factors.append(1 - ratio)
         return _Update(bucket, lr, decay, factors)
 
+    def _shrink_on_device(self, work: Sequence[torch.Tensor], latching: Latching) -> None:
+        if latching.a_factors:
+            torch._foreach_mul_([work[pair.a] for pair in self.pairs], latching.a_factors)
+
     def _adamw(
+        self, update: _Update, grads: Sequence[Any], grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
+    ) -> None:
+        """Weight decay, the shrink and AdamW of one bucket."""
+        bucket, setting = update.bucket, update.bucket.setting
+        for factor in update.factors:
+            torch._foreach_mul_(bucket.params, factor)
+        torch._fused_adamw_(
+            bucket.params,
+            [grads[i] for i in bucket.indices],
+            bucket.exp_avgs,
+            bucket.exp_avg_sqs,
+            bucket.max_exp_avg_sqs,
+            bucket.steps,
+            lr=update.lr,
+            beta1=setting["betas"][0],
+            beta2=setting["betas"][1],
+            weight_decay=update.decay,
+            eps=setting["eps"],
+            amsgrad=setting["amsgrad"],
+            maximize=setting["maximize"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+
+    def _adamw_on_copies(
         self,
         updates: list[_Update],
-        present: list[bool],
+        latching: Latching,
         grads: Sequence[Any],
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
-    ) -> None:
-        """Weight decay, the shrink and AdamW, one call of the fused operator a bucket."""
-        if present is self.all_present:
-            self.steps.add_(1)
-        else:
-            torch._foreach_add_(
-                [view for view, is_present in zip(self.step_views, present, strict=True) if is_present], 1
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """With moments in few bits: the tensors that the step changes, and their new values. Rounding moments allocates.
+
+        One bucket's moments are in float32 at a time.
+        """
+        work = [w.clone() for w in self.work]
+        self._shrink_on_device(work, latching)
+        if grad_scale is not None:
+            # The fused operator writes the unscaled gradients back.
+            grads = [g if g is None else g.clone() for g in grads]
+        changes = list(zip(self.work, work, strict=True))
+        for update in updates:
+            bucket = update.bucket
+            exp_avgs, exp_avg_sqs = (self._load_moments(bucket, name) for name in ("exp_avg", "exp_avg_sq"))
+            copied = bucket._replace(
+                params=[work[i] for i in bucket.indices],
+                exp_avgs=exp_avgs,
+                exp_avg_sqs=exp_avg_sqs,
+                steps=[step + 1 for step in bucket.steps],
             )
-        for bucket, lr, decay, factors in updates:
-            setting = bucket.setting
-            for factor in factors:
-                torch._foreach_mul_(bucket.params, factor)
-            moments = bucket.exp_avgs, bucket.exp_avg_sqs
-            if self.low_moments:
-                moments = self._load_moments(bucket, "exp_avg"), self._load_moments(bucket, "exp_avg_sq")
-            torch._fused_adamw_(
-                bucket.params,
-                [grads[i] for i in bucket.indices],
-                *moments,
-                bucket.max_exp_avg_sqs,
-                bucket.steps,
-                lr=lr,
-                beta1=setting["betas"][0],
-                beta2=setting["betas"][1],
-                weight_decay=decay,
-                eps=setting["eps"],
-                amsgrad=setting["amsgrad"],
-                maximize=setting["maximize"],
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-            )
-            if self.low_moments:
-                self._store_moments(bucket, moments, found_inf)
+            self._adamw(update._replace(bucket=copied), grads, grad_scale, found_inf)
+            for i, *values in zip(bucket.indices, exp_avgs, exp_avg_sqs, strict=True):
+                entry, step = self.state[self.members[i].param], self.steps[i].int() + 1
+                changes += rounded_moments(entry, values, self.members[i].shard, step, self.seeds[i], found_inf)
+        return changes
 
     def _load_moments(self, bucket: _Bucket, name: str) -> list[torch.Tensor]:
+        """Copies of moments, in the dtype of the arithmetic."""
         entries = [self.state[self.members[i].param] for i in bucket.indices]
-        return [load_moment(entry, name, p.dtype) for entry, p in zip(entries, bucket.params, strict=True)]
-
-    def _store_moments(
-        self, bucket: _Bucket, moments: tuple[list[torch.Tensor], list[torch.Tensor]], found_inf: torch.Tensor | None
-    ) -> None:
-        for i, *values in zip(bucket.indices, *moments, strict=True):
-            entry = self.state[self.members[i].param]
-            if entry["exp_avg"].dtype is not torch.float64:
-                store_moments(entry, values, self.members[i].shard, self.steps[i].int(), self.seeds[i], found_inf)
+        loaded = [load_moment(entry, name, p.dtype) for entry, p in zip(entries, bucket.params, strict=True)]
+        return [t.clone() if t is entry[name] else t for t, entry in zip(loaded, entries, strict=True)]
 
     def _scalar(self, value: float | torch.Tensor) -> Any:
         """A hyperparameter as a float, or as a float32 scalar on the GPU if the host must not read it."""

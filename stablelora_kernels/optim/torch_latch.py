@@ -15,11 +15,10 @@ from stablelora_kernels.optim.state import Pair, stack_counters
 
 
 class Latching(NamedTuple):
-    """What a step decides about the pairs: new latches, A's that the update shrinks, and factors of A's on a device."""
+    """What a step decides about the pairs: new latches, A's that the update shrinks; on a device factors of all A's."""
 
     latched: torch.Tensor | None = None
     shrinking: Sequence[int] = ()
-    a_works: Sequence[torch.Tensor] = ()
     a_factors: Sequence[torch.Tensor] = ()
 
 
@@ -125,7 +124,7 @@ class LatchRule:
         factors = 1 - self.ratios_on_device * shrink
         a_factors = [f.to(w.dtype) for f, w in zip(factors.unbind(), a_works, strict=True)]
         now = self.steps[self.a_indices].int() + 1
-        return Latching(torch.where(undecided & ~shrink, now, self.latched), (), a_works, a_factors)
+        return Latching(torch.where(undecided & ~shrink, now, self.latched), (), a_factors)
 
     def _scaled_norms(self, live: list[int]) -> torch.Tensor:
         """float64 [2, len(live)]: ||A||_F / n and ||B||_F / m of the pairs ``live``, over all processes."""
