@@ -45,7 +45,7 @@ STEPS = [
 ]
 SETTINGS: list[Any] = [*LAYERS, *GROUPS, *STEPS]
 # Some of every kind.
-FEW = [*LAYERS[::7], GROUPS[1], *STEPS[1::3]]
+FEW = [*LAYERS[::9], GROUPS[1], *STEPS[1::3]]
 
 
 # Soak
@@ -54,7 +54,7 @@ FEW = [*LAYERS[::7], GROUPS[1], *STEPS[1::3]]
 def flat_while(run: Callable[[int], None], warm_up: int, count: int, held: Callable[[], Any]) -> None:
     """``run(step)`` for ``warm_up`` and then ``count`` steps; what the process holds does not grow in the latter.
 
-    Traced memory may vary by a few objects. Resident memory is the allocator's: it may grow once, not with every step.
+    Traced memory may vary by a few objects, not by one a step in a long run. Resident memory is the allocator's: it may grow once, not with every step.
     """
     for step in range(warm_up):
         run(step)
@@ -71,7 +71,7 @@ def flat_while(run: Callable[[int], None], warm_up: int, count: int, held: Calla
         grown = tracemalloc.get_traced_memory()[0] - traced
     finally:
         tracemalloc.stop()
-    assert grown < 16 * 1024, f"traced memory has grown by {grown} bytes in {count // 2} steps"
+    assert grown < 64 * 1024, f"traced memory has grown by {grown} bytes in {count // 2} steps"
     assert endurance.resident() - resident < 8 * 2**20
     # A step more or less may be pending in them.
     for before, now in ((sizes, held()), (containers, endurance.containers())):
@@ -81,8 +81,8 @@ def flat_while(run: Callable[[int], None], warm_up: int, count: int, held: Calla
 @pytest.mark.parametrize(
     ("backend", "count"),
     [
-        ("torch", 300),
-        ("triton", 8),
+        ("torch", 100),
+        ("triton", 4),
         pytest.param("torch", 20_000, marks=nightly),
         # In the interpreter.
         pytest.param("triton", 2_000, marks=nightly),
@@ -113,8 +113,8 @@ def test_optimizer_steps_hold_no_more_memory(backend: str, count: int, low: bool
 @pytest.mark.parametrize(
     ("backend", "count"),
     [
-        ("torch", 100),
-        ("triton", 4),
+        ("torch", 60),
+        pytest.param("triton", 4, marks=nightly),
         pytest.param("torch", 5_000, marks=nightly),
         pytest.param("triton", 5_000, marks=nightly),
     ],

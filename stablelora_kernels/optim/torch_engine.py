@@ -238,8 +238,8 @@ class TorchStep:
         max_grad_norm: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of the unscaled gradients, and the divisor that unscales and clips them: float32 scalars."""
-        norms = torch._foreach_norm([g for g in grads if g is not None])
-        norms = torch.stack(one_dtype(norms, self.latch_rule.mixed)).float()
+        each = torch._foreach_norm([g for g in grads if g is not None])
+        norms = torch.stack(one_dtype(each, self.latch_rule.mixed)).float()
         if self.grad_sums:
             # Indices, not a mask: the host would wait for a GPU to count a mask.
             indices = upload([i for i, is_present in enumerate(present) if is_present], torch.int64, self.device)
@@ -304,7 +304,7 @@ class TorchStep:
 
     def _shrink_on_device(self, work: Sequence[torch.Tensor], latching: Latching) -> None:
         if latching.a_factors:
-            torch._foreach_mul_([work[pair.a] for pair in self.pairs], latching.a_factors)
+            torch._foreach_mul_([work[pair.a] for pair in self.pairs], list(latching.a_factors))
 
     def _adamw(
         self, update: _Update, grads: Sequence[Any], grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
