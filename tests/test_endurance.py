@@ -54,7 +54,8 @@ FEW = [*LAYERS[::9], GROUPS[1], *STEPS[1::3]]
 def flat_while(run: Callable[[int], None], warm_up: int, count: int, held: Callable[[], Any]) -> None:
     """``run(step)`` for ``warm_up`` and then ``count`` steps; what the process holds does not grow in the latter.
 
-    Traced memory may vary by a few objects, not by one a step in a long run. Resident memory is the allocator's: it may grow once, not with every step.
+    Traced memory may vary by a few objects, not by one a step in a long run.
+    Resident memory is the allocator's: it may grow once, not with every step.
     """
     for step in range(warm_up):
         run(step)
@@ -160,6 +161,8 @@ def test_the_same_bits_again_and_in_other_processes(settings: list[Any]) -> None
     calls = [(endurance.digests, (settings,)), *inference, *resumed]
     spawned = endurance.in_process("spawn", calls)
     # Here last, since it changes the optimizers.
+    differing = [settings[i] for i, (a, b) in enumerate(zip(spawned[0], first, strict=True)) if a != b]
+    assert not differing, differing
     assert spawned == [first, *(function(*args) for function, args in (*inference, *resumed))]
 
 

@@ -6,6 +6,7 @@ import functools
 import gc
 import hashlib
 import multiprocessing
+import pickle
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -121,7 +122,8 @@ def in_process(method: str, calls: list[tuple[Callable[..., Any], tuple[Any, ...
     """What ``calls`` return in one process that is started by ``method``: "fork" or "spawn"."""
     context = multiprocessing.get_context(method)
     reading, writing = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(calls, torch.get_num_threads(), writing))
+    # Bytes: multiprocessing would send tensors through shared memory, and the child would change the ones here.
+    child = context.Process(target=_answer, args=(pickle.dumps(calls), torch.get_num_threads(), writing))
     child.start()
     writing.close()
     try:
@@ -134,12 +136,12 @@ def in_process(method: str, calls: list[tuple[Callable[..., Any], tuple[Any, ...
     return found
 
 
-def _answer(calls: list[Any], threads: int, writing: Any) -> None:
+def _answer(pickled: bytes, threads: int, writing: Any) -> None:
     try:
         # As a worker of torch's DataLoader does.
         torch.set_num_threads(threads)
         speed_up_interpreter()
-        writing.send([function(*args) for function, args in calls])
+        writing.send([function(*args) for function, args in pickle.loads(pickled)])
     except BaseException as error:
         writing.send(f"{type(error).__name__}: {error}")
 
