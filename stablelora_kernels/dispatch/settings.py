@@ -6,11 +6,19 @@ An environment variable gives each its start value. It is read at first use, so 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+
+class _Scope(Generic[T]):
+    """The value of one block; compared by identity."""
+
+    def __init__(self, value: T | None) -> None:
+        self.value = value
 
 
 class _Setting(Generic[T]):
@@ -21,23 +29,36 @@ class _Setting(Generic[T]):
         self.values = values
         # None: the environment's. A plain attribute, which torch.compile guards on; a context variable would break its graph.
         self.value: T | None = None
+        # The process's value and those of the open blocks, the last one in force. Blocks of two threads may overlap, so each
+        # takes out its own.
+        self._scopes: list[_Scope[T]] = [_Scope(None)]
+        self._lock = threading.Lock()
 
     def get(self) -> T:
         return _start_value(self.name) if self.value is None else self.value
 
-    def set(self, value: T) -> None:
+    def _check(self, value: T) -> None:
         if value not in self.values.values():
             raise ValueError(f"{self.name} must be one of {', '.join(map(repr, self.values.values()))}, got {value!r}")
-        self.value = value
+
+    def set(self, value: T) -> None:
+        self._check(value)
+        with self._lock:
+            self._scopes[-1].value = self.value = value
 
     @contextmanager
     def use(self, value: T) -> Iterator[None]:
-        before = self.value
-        self.set(value)
+        self._check(value)
+        scope = _Scope(value)
+        with self._lock:
+            self._scopes.append(scope)
+            self.value = value
         try:
             yield
         finally:
-            self.value = before
+            with self._lock:
+                self._scopes.remove(scope)
+                self.value = self._scopes[-1].value
 
 
 BACKENDS = ("auto", "triton", "torch")
@@ -95,7 +116,10 @@ def set_backend(name: str) -> None:
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
-    """Like :func:`set_backend`, for the body of a ``with`` statement. It holds for the whole process, threads included."""
+    """Like :func:`set_backend`, for the body of a ``with`` statement. It holds for the whole process, threads included.
+
+    Of blocks that overlap in several threads, the last one entered is in force.
+    """
     return _backend.use(name)
 
 
@@ -118,7 +142,10 @@ def set_kernel(name: str) -> None:
 
 
 def use_kernel(name: str) -> AbstractContextManager[None]:
-    """Like :func:`set_kernel`, for the body of a ``with`` statement. It holds for the whole process, threads included."""
+    """Like :func:`set_kernel`, for the body of a ``with`` statement. It holds for the whole process, threads included.
+
+    Of blocks that overlap in several threads, the last one entered is in force.
+    """
     return _kernel.use(name)
 
 
@@ -145,7 +172,10 @@ def set_autotune(on: bool) -> None:
 
 
 def use_autotune(on: bool) -> AbstractContextManager[None]:
-    """Like :func:`set_autotune`, for the body of a ``with`` statement. It holds for the whole process, threads included."""
+    """Like :func:`set_autotune`, for the body of a ``with`` statement. It holds for the whole process, threads included.
+
+    Of blocks that overlap in several threads, the last one entered is in force.
+    """
     _check_autotune(on)
     return _autotune.use(on)
 

@@ -83,9 +83,10 @@ class ProjectionGroup:
             self._wasted += 1
             if self._wasted > 1:
                 return self._turn_off("not all of them are called")
+        # Before the next ones need their memory.
+        self._pending = pending = None
         outputs = self.compute(self.layers, x)
         if outputs is None:
-            self._pending = None
             return None
         others = dict(enumerate(outputs))
         output = others.pop(index)

@@ -100,8 +100,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             write is lost.
         moments_dtype: torch.float32; torch.bfloat16, which saves 4 bytes a parameter; or torch.uint8, which saves 6: 8-bit
             floating-point codes with a float32 scale for each block of 256, not for DTensors. The latter two are rounded at
-            random. A loaded state is converted. With them the PyTorch path holds one group's moments in float32 during its
-            step; Triton's does not.
+            random. A loaded state is converted. With them the PyTorch path holds one group's moments and
+            a copy of all parameters in float32 during its step; Triton's does not.
         seed: seed of the random rounding. Default: PyTorch's initial seed, which ``torch.manual_seed`` sets.
 
     Raises:
@@ -224,6 +224,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse; nothing has changed then.
+            torch.OutOfMemoryError: nothing has changed then, unless parameters are on several devices.
         """
         loss = None
         if closure is not None:
@@ -253,9 +254,13 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             self._engine_key = None
             self._build_engines()
             self._engine_key = key
-        if self.shrink_schedule is not None:
-            self._follow_schedule(self.shrink_schedule)
+        if self.shrink_schedule is None:
+            self._run_engines(grads, layout)
+            return loss
+        step = self._follow_schedule(self.shrink_schedule)
         self._run_engines(grads, layout)
+        # Last: a step that raised counts for nothing.
+        self.param_groups[0]["shrink_step"] = step
         return loss
 
     def _run_engines(self, grads: list[torch.Tensor | None], layout: GradientLayout | None) -> None:
@@ -275,13 +280,13 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                     )
             engine.step(own_grads, scale, inf, self.max_grad_norm, own_layout)
 
-    def _follow_schedule(self, schedule: Callable[[int], float]) -> None:
-        """Write this step's shrink ratio into the groups."""
+    def _follow_schedule(self, schedule: Callable[[int], float]) -> int:
+        """Write this step's shrink ratio into the groups, and return the step."""
         step = self.param_groups[0].get("shrink_step", 0) + 1
         ratio = check_float(f"shrink_schedule({step})", schedule(step), low=0.0, high=1.0)
         for group in self.param_groups:
             group["shrink_ratio"] = ratio
-        self.param_groups[0]["shrink_step"] = step
+        return step
 
     def _follow_param_groups(self) -> None:
         """Rebuild if the groups hold other parameters: trainers replace them when they shard a model late."""

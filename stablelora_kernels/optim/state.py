@@ -190,29 +190,36 @@ def load_moment(entry: dict[str, Any], name: str, dtype: torch.dtype) -> torch.T
     return entry[name].to(dtype)
 
 
-def store_moments(
+def rounded_moments(
     entry: dict[str, Any],
     values: Sequence[torch.Tensor],
     shard: Shard,
     step: torch.Tensor,
     seed: torch.Tensor,
     found_inf: torch.Tensor | None = None,
-) -> None:
-    """Round both moments at random into a parameter's state, by the noise of ``reference.optimizer.moment_noise_ref``.
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Both moments of a parameter, rounded at random by the noise of ``reference.optimizer.moment_noise_ref``.
 
     Args:
-        entry: the parameter's state, moments in bfloat16 or 8 bits.
-        values: exp_avg and exp_avg_sq in float32, in the parameter's shape and strides.
+        entry: the parameter's state; its moments are in bfloat16 or 8 bits, or in float64, which is not rounded.
+        values: exp_avg and exp_avg_sq in float32, or float64, in the parameter's shape and strides.
         shard: gives the indices of the parameter's elements.
         step, seed: int32 scalars.
         found_inf: float32 scalar; nothing changes if it is not 0.
+
+    Returns:
+        Views of the tensors of ``entry`` and their new values.
     """
+    names = ("exp_avg", "exp_avg_sq")
+    if entry["exp_avg"].dtype is torch.float64:
+        return [(entry[name], value) for name, value in zip(names, values, strict=True)]
     # Indices are modulo 2^32.
     indices = shard.element_indices(values[0].numel(), step.device).to(torch.int32)
     words = mix_(indices ^ mix_((step + seed).reshape(1)))
     words = mix_(words.add_(MOMENT_WORD - 2**32))
     in_8_bits = entry["exp_avg"].dtype is torch.uint8
-    for name, value in zip(("exp_avg", "exp_avg_sq"), values, strict=True):
+    changes = []
+    for name, value in zip(names, values, strict=True):
         kept = entry[name]
         if in_8_bits:
             targets = [flat(kept), entry[f"{name}_scale"]]
@@ -225,7 +232,8 @@ def store_moments(
         for old, new in zip(targets, rounded, strict=True):
             if found_inf is not None:
                 new = torch.where(found_inf.reshape(()) == 0, new, old)
-            old.copy_(new)
+            changes.append((old, new))
+    return changes
 
 
 def _format(signed: bool) -> tuple[int, float]:

@@ -45,22 +45,44 @@ def seed_word(seed: int) -> int:
     return as_int32(mix32(mix32(seed) ^ (seed >> 32)))
 
 
+class Rounding:
+    """Rounds float32 values up or down at random, in place. It allocates all of its memory as it is made."""
+
+    def __init__(self, noise: torch.Tensor, dtype: torch.dtype) -> None:
+        """``noise``: int32 words, one a value. ``dtype``: torch.bfloat16 or torch.float16."""
+        # Random bits added below the cut carry into the kept bits with the probability of the fraction cut off.
+        self.cut = 0xFFFF if dtype is torch.bfloat16 else 0x1FFF
+        self.noise = noise & self.cut
+        self.is_nan = torch.empty_like(noise, dtype=torch.bool)
+        self.has_subnormals = dtype is torch.float16
+        if self.has_subnormals:
+            self.thresholds = (2**24 - (noise & 0xFFFFFF)).float().mul_(2.0**-24)
+            self.whole, self.fraction = torch.empty_like(self.thresholds), torch.empty_like(self.thresholds)
+            self.is_small = torch.empty_like(self.is_nan)
+
+    def round_(self, x: torch.Tensor) -> torch.Tensor:
+        """Round ``x``, float32 of the noise's shape, to values of the dtype."""
+        torch.ne(x, x, out=self.is_nan)
+        if self.has_subnormals:
+            # Below 2^-14 float16 is subnormal: every step is 2^-24.
+            torch.abs(x, out=self.fraction)
+            torch.lt(self.fraction, 2.0**-14, out=self.is_small)
+            torch.floor(self.fraction.mul_(2.0**24), out=self.whole)
+            up = self.fraction.sub_(self.whole).ge_(self.thresholds)
+            torch.copysign(self.whole.add_(up).mul_(2.0**-24), x, out=self.whole)
+        x.view(torch.int32).add_(self.noise).bitwise_and_(~self.cut)
+        if self.has_subnormals:
+            torch.where(self.is_small, self.whole, x, out=x)
+        # Noise added to a NaN's bits could carry into its sign.
+        return x.masked_fill_(self.is_nan, torch.nan)
+
+
 def stochastic_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -> torch.Tensor:
     """Round float32 ``x`` up or down at random to ``dtype``, bfloat16 or float16; ``noise`` holds int32 words of its shape.
 
     The same bits as :func:`~stablelora_kernels.reference.optimizer.stochastic_round_ref` elementwise.
     """
-    # Random bits added below the cut carry into the kept bits with the probability of the fraction cut off.
-    cut = 0xFFFF if dtype is torch.bfloat16 else 0x1FFF
-    rounded = (x.view(torch.int32) + (noise & cut)).bitwise_and_(~cut).view(torch.float32)
-    if dtype is torch.float16:
-        # Below 2^-14 float16 is subnormal: every step is 2^-24.
-        scaled = x.abs() * 2.0**24
-        whole = scaled.floor()
-        up = (scaled - whole) >= (2**24 - (noise & 0xFFFFFF)).float() * 2.0**-24
-        rounded = torch.where(x.abs() < 2.0**-14, torch.copysign((whole + up) * 2.0**-24, x), rounded)
-    # Adding noise to a NaN's bits could carry into its sign.
-    return torch.where(x.isfinite(), rounded, x).to(dtype)
+    return Rounding(noise, dtype).round_(x.clone()).to(dtype)
 
 
 class Scratch:
@@ -102,12 +124,18 @@ class Scratch:
         """Copy the parameters into the buffer."""
         torch._foreach_copy_(self.views, self.params)
 
-    def store(self, steps: torch.Tensor, seeds: torch.Tensor, present: list[bool]) -> None:
-        """Round the copies of present members back; ``steps`` and ``seeds`` are int32, ``present`` bools, one a member."""
+    def prepare(self, steps: torch.Tensor, seeds: torch.Tensor) -> None:
+        """Allocate what :meth:`store` needs; ``steps`` and ``seeds`` are int32, one a member."""
         members = self.member_indices_on_device
         keys = mix_(steps[members] + seeds[members])
         noise = mix_(torch.repeat_interleave(keys, self.repeats, output_size=self.flat.numel()) ^ self.element_indices)
-        rounded = self._split(stochastic_round(self.flat, self.dtype, noise))
+        self.rounding: Rounding | None = Rounding(noise, self.dtype)
+
+    def store(self, present: list[bool]) -> None:
+        """Round the copies of present members back; ``present`` holds one bool a member."""
+        assert self.rounding is not None
+        self.rounding.round_(self.flat)
+        self.rounding = None
         kept = [k for k, i in enumerate(self.member_indices) if present[i]]
         if kept:
-            torch._foreach_copy_([self.params[k] for k in kept], [rounded[k] for k in kept])
+            torch._foreach_copy_([self.params[k] for k in kept], [self.views[k] for k in kept])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from stablelora_kernels.optim.gradients import GradientLayout, convert_gradients
 from stablelora_kernels.optim.graph_capture import upload
 from stablelora_kernels.optim.hyperparameters import Member, Setting
-from stablelora_kernels.optim.sharding import LatchMonitor, ShardSums
+from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.state import (
     Pair,
     Storage,
@@ -19,11 +18,12 @@ from stablelora_kernels.optim.state import (
     init_moments,
     load_moment,
     refresh_masters,
+    rounded_moments,
     stack_counters,
-    store_moments,
     work_dtype,
 )
 from stablelora_kernels.optim.stochastic_rounding import LOW_PRECISION, Scratch, seed_word
+from stablelora_kernels.optim.torch_latch import Latching, LatchRule, one_dtype
 
 
 class _Bucket(NamedTuple):
@@ -39,8 +39,19 @@ class _Bucket(NamedTuple):
     steps: list[torch.Tensor]
 
 
+class _Update(NamedTuple):
+    """A bucket's hyperparameters in one step; its parameters are first multiplied by each of ``factors``."""
+
+    bucket: _Bucket
+    lr: Any
+    decay: float
+    factors: list[Any]
+
+
 class TorchStep:
     """The step of all parameters on one device.
+
+    A step allocates first and writes then, so a step that runs out of memory has changed nothing.
 
     On a CPU the host decides the latch, and takes a pair's norms only until it latches. On a GPU everything stays on the
     device. Counters of one kind share a tensor; the optimizer's state holds 0-d views of it.
@@ -75,18 +86,8 @@ class TorchStep:
         self._make_working_copies(storage)
         self.all_present = [True] * len(members)
         self.seeds = upload([seed_word(settings[m.setting_index]["seed"]) for m in members], torch.int32, self.device)
-        self.a_indices = upload([pair.a for pair in pairs], torch.int64, self.device)
-        # [2, pairs]: multiplied by these, ||A||_F and ||B||_F become ||A||_F / n and ||B||_F / m.
-        per_n = [1 / max(members[pair.a].owner.shape[1], 1) for pair in pairs]
-        per_m = [1 / max(members[pair.b].owner.shape[0], 1) for pair in pairs]
-        self.inverse_widths = upload([per_n, per_m], torch.float64, self.device)
-        # Pairs that shrink at every step with finite norms.
-        self.never_latches = [self._a_setting(pair)["stop_condition"] == "never" for pair in pairs]
-        self.never_latches_on_device = upload(self.never_latches, torch.bool, self.device)
-        self.pair_sums = ShardSums([members[i].owner for half in zip(*pairs, strict=True) for i in half])
         self.grad_sums = ShardSums([member.owner for member in members])
-        self.latch_monitor = LatchMonitor(self.latched, range(len(pairs)))
-        self.ratios: list[Any] = []
+        self.latch_rule = LatchRule(members, pairs, settings, self.work, self.steps, self.latched)
         # The layout of the last gradients, if the step could read all of them without a copy.
         self.layout: GradientLayout | None = None
         self.bucket_key: tuple[list[bool], list[int]] | None = None
@@ -95,7 +96,7 @@ class TorchStep:
     @property
     def float32_squares(self) -> bool:
         """Whether norms come from sums of squares in float32 alone."""
-        return not self.on_host and not self.pair_sums
+        return not self.on_host and not self.latch_rule.pair_sums
 
     def _make_counters(self) -> None:
         """One tensor of steps, one a member, and one of latches, one a pair; the state gets views of them."""
@@ -127,7 +128,6 @@ class TorchStep:
                 self.scratch.append(scratch)
                 for i, view in zip(indices, scratch.views, strict=True):
                     self.work[i] = view
-        self.mixed = len({w.dtype for w in self.work}) > 1
 
     def step(
         self,
@@ -152,7 +152,7 @@ class TorchStep:
             if found_inf.item():
                 return
             found_inf = None
-        present, ready = self.all_present, grads
+        present, ready, skipped = self.all_present, grads, None
         if layout is None or layout != self.layout:
             present = [g is not None for g in grads]
             if all(present):
@@ -167,28 +167,60 @@ class TorchStep:
                     self.skipped += 1
                     return
             else:
-                found_inf = self._skip_nonfinite(nonfinite, found_inf)
+                found_inf, skipped = self._skip_nonfinite(nonfinite, found_inf)
         if self.versions != [p._version for p in self.mastered]:
             refresh_masters(self.masters, self.mastered)
         for scratch in self.scratch:
             scratch.load()
-        shrinking = self._latch_and_shrink(present, found_inf)
-        self._adamw(present, shrinking, ready, grad_scale, found_inf)
-        self._write_back(present)
-
-    def _skip_nonfinite(self, nonfinite: torch.Tensor, found_inf: torch.Tensor | None) -> torch.Tensor:
-        """Count a step whose gradients' norm is not finite, and return the ``found_inf`` that skips it."""
-        if found_inf is None:
-            self.skipped += nonfinite
+            scratch.prepare(self.steps.int() + 1, self.seeds)
+        if self.on_host:
+            latching = self.latch_rule.decide_on_host(present)
         else:
-            self.skipped += nonfinite & (found_inf.reshape(()) == 0)
-            nonfinite |= found_inf.reshape(()) != 0
-        return nonfinite.float()
+            # The plan of a device, where no A shrinks in the update, has the present members.
+            self._plan(present, [])
+            ratios = [self._scalar(setting["shrink_ratio"]) for setting in self.latch_rule.settings]
+            latching = self.latch_rule.decide_on_device(self.present_on_device, found_inf, ratios)
+        updates = [self._update(bucket, found_inf) for bucket in self._plan(present, list(latching.shrinking))]
+        taken_back = None if found_inf is None else found_inf.reshape(()) * self.present_on_device
+        copies = self._adamw_on_copies(updates, latching, ready, grad_scale, found_inf) if self.low_moments else []
+
+        # Nothing below allocates.
+        if skipped is not None:
+            self.skipped += skipped
+        if latching.latched is not None:
+            self.latched.copy_(latching.latched)
+        if present is self.all_present:
+            self.steps.add_(1)
+        else:
+            torch._foreach_add_(
+                [view for view, is_present in zip(self.step_views, present, strict=True) if is_present], 1
+            )
+        if self.low_moments:
+            for old, new in copies:
+                old.copy_(new)
+        else:
+            self._shrink_on_device(self.work, latching)
+            for update in updates:
+                self._adamw(update, ready, grad_scale, found_inf)
+        if taken_back is not None:
+            self.steps.sub_(taken_back)
+        self._write_back(present)
+        if not self.on_host:
+            self.latch_rule.record()
+
+    def _skip_nonfinite(
+        self, nonfinite: torch.Tensor, found_inf: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ``found_inf`` that skips a step whose gradients' norm is not finite, and what to add to the count of such steps."""
+        if found_inf is None:
+            return nonfinite.float(), nonfinite
+        given = found_inf.reshape(()) != 0
+        return (nonfinite | given).float(), nonfinite & ~given
 
     def _write_back(self, present: list[bool]) -> None:
         """Round the working copies into the parameters."""
         for scratch in self.scratch:
-            scratch.store(self.steps.int(), self.seeds, present)
+            scratch.store(present)
         written = [k for k, i in enumerate(self.master_indices) if present[i]]
         if written:
             torch._foreach_copy_([self.mastered[k] for k in written], [self.masters[k] for k in written])
@@ -198,10 +230,6 @@ class TorchStep:
         )
         self.versions = [p._version for p in self.mastered]
 
-    def _one_dtype(self, norms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """``norms``, in float64 if there are float64 parameters among others."""
-        return [x.double() for x in norms] if self.mixed else list(norms)
-
     def _norm_and_clip_scale(
         self,
         grads: Sequence[torch.Tensor | None],
@@ -210,7 +238,8 @@ class TorchStep:
         max_grad_norm: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of the unscaled gradients, and the divisor that unscales and clips them: float32 scalars."""
-        norms = torch.stack(self._one_dtype(torch._foreach_norm([g for g in grads if g is not None]))).float()
+        each = torch._foreach_norm([g for g in grads if g is not None])
+        norms = torch.stack(one_dtype(each, self.latch_rule.mixed)).float()
         if self.grad_sums:
             # Indices, not a mask: the host would wait for a GPU to count a mask.
             indices = upload([i for i, is_present in enumerate(present) if is_present], torch.int64, self.device)
@@ -224,88 +253,6 @@ class TorchStep:
         total = torch.linalg.vector_norm(norms) / scale
         return total, scale / (max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
 
-    def _latch_and_shrink(self, present: list[bool], found_inf: torch.Tensor | None) -> list[int]:
-        """The latch rule, on the values before the update: shrink A if ||A||_F / n > ||B||_F / m, else latch the pair.
-
-        Returns the member indices of A's that the update has yet to shrink. On a GPU they are shrunk here.
-        """
-        if self.on_host:
-            return self._latch_on_host(present)
-        self._latch_and_shrink_on_device(present, found_inf)
-        return []
-
-    def _latch_on_host(self, present: list[bool]) -> list[int]:
-        latched = self.latched.tolist()
-        live = [k for k, pair in enumerate(self.pairs) if not latched[k] and present[pair.a]]
-        if not live:
-            return []
-        scaled = self._scaled_norms(live)
-        # In most steps all pairs shrink clearly. A NaN fails the first comparison, an infinity the second. Below the minimum
-        # float32 loses some of the squares.
-        if bool((scaled[0] * 0.999 > scaled[1].clamp(min=1e-12)).all()) and bool(scaled.sum() < math.inf):
-            return [self.pairs[k].a for k in live]
-        shrinking = []
-        inverse_n, inverse_m = self.inverse_widths.tolist()
-        for k, a_norm, b_norm in zip(live, *scaled.tolist(), strict=True):
-            clear = abs(a_norm - b_norm) > 1e-3 * a_norm and 1e-12 < max(a_norm, b_norm) < math.inf
-            if not clear and not self.pair_sums:
-                # PyTorch's float32 norm of millions of elements is off by 1e-4, and its squares over- and underflow, so decide a
-                # close call and very large or small norms in float64.
-                pair = self.pairs[k]
-                a_norm = self.work[pair.a].double().norm().item() * inverse_n[k]
-                b_norm = self.work[pair.b].double().norm().item() * inverse_m[k]
-            if not (math.isfinite(a_norm) and math.isfinite(b_norm)):
-                continue
-            if a_norm > b_norm or self.never_latches[k]:
-                shrinking.append(self.pairs[k].a)
-            else:
-                self.latched[k] = int(self.step_views[self.pairs[k].a].item()) + 1
-        return shrinking
-
-    def _latch_and_shrink_on_device(self, present: list[bool], found_inf: torch.Tensor | None) -> None:
-        self._plan(present, [])
-        if self.pair_sums and not self.latch_monitor.any_unlatched():
-            return
-        ratios = [self._scalar(self._a_setting(pair)["shrink_ratio"]) for pair in self.pairs]
-        if any(isinstance(ratio, torch.Tensor) for ratio in ratios):
-            self.ratios = []
-            self.ratios_on_device = stack_counters(ratios, torch.float64, self.device)
-        elif ratios != self.ratios:
-            self.ratios, self.ratios_on_device = ratios, upload(ratios, torch.float64, self.device)
-        a_works = [self.work[pair.a] for pair in self.pairs]
-        a_norms, b_norms = self._scaled_norms(list(range(len(self.pairs))))
-        undecided = (self.latched == 0) & self.present_on_device[self.a_indices]
-        undecided = undecided & a_norms.isfinite() & b_norms.isfinite()
-        if found_inf is not None:
-            undecided &= found_inf.reshape(()) == 0
-        shrink = undecided & ((a_norms > b_norms) | self.never_latches_on_device)
-        factors = 1 - self.ratios_on_device * shrink
-        torch._foreach_mul_(a_works, [f.to(w.dtype) for f, w in zip(factors.unbind(), a_works, strict=True)])
-        now = self.steps[self.a_indices].int() + 1
-        self.latched.copy_(torch.where(undecided & ~shrink, now, self.latched))
-        if self.pair_sums:
-            self.latch_monitor.record()
-
-    def _a_setting(self, pair: Pair) -> Setting:
-        return self.settings[self.members[pair.a].setting_index]
-
-    def _scaled_norms(self, live: list[int]) -> torch.Tensor:
-        """float64 [2, len(live)]: ||A||_F / n and ||B||_F / m of the pairs ``live``, over all processes."""
-        every = len(live) == len(self.pairs)
-        halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
-        if self.pair_sums:
-            # In float64 throughout, since deciding a close call anew would take a second collective.
-            norms = torch.stack(torch._foreach_norm(halves, 2, torch.float64)).view(2, -1)
-            squares = norms.square()
-            if not every:
-                squares = torch.zeros(2, len(self.pairs), dtype=torch.float64, device=self.device)
-                squares[:, live] = norms.square()
-            norms = self.pair_sums.all_reduce_sum_(squares.view(-1)).view(2, -1).sqrt()
-            norms = norms if every else norms[:, live]
-        else:
-            norms = torch.stack(self._one_dtype(torch._foreach_norm(halves))).double().view(2, -1)
-        return norms * (self.inverse_widths if every else self.inverse_widths[:, live])
-
     def _plan(self, present: list[bool], shrinking: list[int]) -> list[_Bucket]:
         """The buckets of this step, reused if the same gradients are present and the same A's shrink as before."""
         key = (present, shrinking)
@@ -315,12 +262,13 @@ class TorchStep:
             for i, (p, setting_index, *_) in enumerate(self.members):
                 if present[i]:
                     buckets.setdefault((setting_index, i in shrinks_at, work_dtype(p)), []).append(i)
-            self.buckets = [
+            made = [
                 self._bucket(self.settings[setting_index], shrinks, indices)
                 for (setting_index, shrinks, _), indices in buckets.items()
             ]
             self.present_on_device = upload(present, torch.bool, self.device)
-            self.bucket_key = key
+            # After the last allocation: buckets of another key would be another step's.
+            self.buckets, self.bucket_key = made, key
         return self.buckets
 
     def _bucket(self, setting: Setting, shrinks: bool, indices: list[int]) -> _Bucket:
@@ -336,74 +284,91 @@ class TorchStep:
             steps=[self.step_views[i] for i in indices],
         )
 
+    def _update(self, bucket: _Bucket, found_inf: torch.Tensor | None) -> _Update:
+        """Work out the bucket's hyperparameters: weight decay and shrink in one where numbers allow it."""
+        setting, factors = bucket.setting, []
+        lr, decay = self._scalar(setting["lr"]) * setting.lr_ratio, self._scalar(setting["weight_decay"])
+        if isinstance(decay, torch.Tensor):
+            # The fused operator takes the decay as a number only.
+            kept = 1 - lr * decay
+            factors.append(kept if found_inf is None else kept.where(found_inf.reshape(()) == 0, 1.0))
+            decay = 0.0
+        if bucket.shrinks:
+            ratio = self._scalar(setting["shrink_ratio"])
+            if isinstance(lr, float) and lr > 1e-12:
+                # Shrink and decay are one multiplication: (1 - ratio)(1 - lr wd) = 1 - lr wd'.
+                decay = decay + ratio / lr - ratio * decay
+            else:
+                factors.append(1 - ratio)
+        return _Update(bucket, lr, decay, factors)
+
+    def _shrink_on_device(self, work: Sequence[torch.Tensor], latching: Latching) -> None:
+        if latching.a_factors:
+            torch._foreach_mul_([work[pair.a] for pair in self.pairs], list(latching.a_factors))
+
     def _adamw(
+        self, update: _Update, grads: Sequence[Any], grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
+    ) -> None:
+        """Weight decay, the shrink and AdamW of one bucket."""
+        bucket, setting = update.bucket, update.bucket.setting
+        for factor in update.factors:
+            torch._foreach_mul_(bucket.params, factor)
+        torch._fused_adamw_(
+            bucket.params,
+            [grads[i] for i in bucket.indices],
+            bucket.exp_avgs,
+            bucket.exp_avg_sqs,
+            bucket.max_exp_avg_sqs,
+            bucket.steps,
+            lr=update.lr,
+            beta1=setting["betas"][0],
+            beta2=setting["betas"][1],
+            weight_decay=update.decay,
+            eps=setting["eps"],
+            amsgrad=setting["amsgrad"],
+            maximize=setting["maximize"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+
+    def _adamw_on_copies(
         self,
-        present: list[bool],
-        shrinking: list[int],
+        updates: list[_Update],
+        latching: Latching,
         grads: Sequence[Any],
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
-    ) -> None:
-        """Weight decay, the shrink of the members ``shrinking`` and AdamW, one call of the fused operator a bucket."""
-        buckets = self._plan(present, shrinking)
-        if present is self.all_present:
-            self.steps.add_(1)
-        else:
-            torch._foreach_add_(
-                [view for view, is_present in zip(self.step_views, present, strict=True) if is_present], 1
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """With moments in few bits: the tensors that the step changes, and their new values. Rounding moments allocates.
+
+        One bucket's moments are in float32 at a time.
+        """
+        work = [w.clone() for w in self.work]
+        self._shrink_on_device(work, latching)
+        if grad_scale is not None:
+            # The fused operator writes the unscaled gradients back.
+            grads = [g if g is None else g.clone() for g in grads]
+        changes = list(zip(self.work, work, strict=True))
+        for update in updates:
+            bucket = update.bucket
+            exp_avgs, exp_avg_sqs = (self._load_moments(bucket, name) for name in ("exp_avg", "exp_avg_sq"))
+            copied = bucket._replace(
+                params=[work[i] for i in bucket.indices],
+                exp_avgs=exp_avgs,
+                exp_avg_sqs=exp_avg_sqs,
+                steps=[step + 1 for step in bucket.steps],
             )
-        for bucket in buckets:
-            setting = bucket.setting
-            lr, decay = self._scalar(setting["lr"]) * setting.lr_ratio, self._scalar(setting["weight_decay"])
-            if isinstance(decay, torch.Tensor):
-                # The fused operator takes the decay as a number only.
-                kept = 1 - lr * decay
-                if found_inf is not None:
-                    kept = kept.where(found_inf.reshape(()) == 0, 1.0)
-                torch._foreach_mul_(bucket.params, kept)
-                decay = 0.0
-            if bucket.shrinks:
-                ratio = self._scalar(setting["shrink_ratio"])
-                if isinstance(lr, float) and lr > 1e-12:
-                    # Shrink and decay are one multiplication: (1 - ratio)(1 - lr wd) = 1 - lr wd'.
-                    decay = decay + ratio / lr - ratio * decay
-                else:
-                    torch._foreach_mul_(bucket.params, 1 - ratio)
-            moments = bucket.exp_avgs, bucket.exp_avg_sqs
-            if self.low_moments:
-                moments = self._load_moments(bucket, "exp_avg"), self._load_moments(bucket, "exp_avg_sq")
-            torch._fused_adamw_(
-                bucket.params,
-                [grads[i] for i in bucket.indices],
-                *moments,
-                bucket.max_exp_avg_sqs,
-                bucket.steps,
-                lr=lr,
-                beta1=setting["betas"][0],
-                beta2=setting["betas"][1],
-                weight_decay=decay,
-                eps=setting["eps"],
-                amsgrad=setting["amsgrad"],
-                maximize=setting["maximize"],
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-            )
-            if self.low_moments:
-                self._store_moments(bucket, moments, found_inf)
-        if found_inf is not None:
-            self.steps.sub_(found_inf.reshape(()) * self.present_on_device)
+            self._adamw(update._replace(bucket=copied), grads, grad_scale, found_inf)
+            for i, *values in zip(bucket.indices, exp_avgs, exp_avg_sqs, strict=True):
+                entry, step = self.state[self.members[i].param], self.steps[i].int() + 1
+                changes += rounded_moments(entry, values, self.members[i].shard, step, self.seeds[i], found_inf)
+        return changes
 
     def _load_moments(self, bucket: _Bucket, name: str) -> list[torch.Tensor]:
+        """Copies of moments, in the dtype of the arithmetic."""
         entries = [self.state[self.members[i].param] for i in bucket.indices]
-        return [load_moment(entry, name, p.dtype) for entry, p in zip(entries, bucket.params, strict=True)]
-
-    def _store_moments(
-        self, bucket: _Bucket, moments: tuple[list[torch.Tensor], list[torch.Tensor]], found_inf: torch.Tensor | None
-    ) -> None:
-        for i, *values in zip(bucket.indices, *moments, strict=True):
-            entry = self.state[self.members[i].param]
-            if entry["exp_avg"].dtype is not torch.float64:
-                store_moments(entry, values, self.members[i].shard, self.steps[i].int(), self.seeds[i], found_inf)
+        loaded = [load_moment(entry, name, p.dtype) for entry, p in zip(entries, bucket.params, strict=True)]
+        return [t.clone() if t is entry[name] else t for t, entry in zip(loaded, entries, strict=True)]
 
     def _scalar(self, value: float | torch.Tensor) -> Any:
         """A hyperparameter as a float, or as a float32 scalar on the GPU if the host must not read it."""

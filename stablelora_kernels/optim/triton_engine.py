@@ -245,17 +245,18 @@ class TritonStep:
             present = [i for i, address in enumerate(addresses) if address]
             table = torch.tensor(array("q", chain(addresses, variants)), dtype=torch.int64, device="cpu")
             table = table.view(2, -1).t().contiguous()
-            self.addresses = self.staging.upload(table, torch.int64)
+            uploaded = self.staging.upload(table, torch.int64)
             if present != self.present_key or self.address_key is None:
-                self.present_key = present
                 if self.sharded:
                     self.present = self.staging.upload(present, torch.int64)
+                self.present_key = present
                 self.written = [self.members[i].owner for i in present]
                 # A shard has a version of its own, which a step leaves alone.
                 written = {i for i in present if self.members[i].owner is self.params[i]}
                 self.watched_written = sum(i in written for i in self.watched_indices)
             self.variants = sum(1 << variant for variant in set(variants))
-            self.address_key = addresses, variants
+            # After the last allocation: the table of another key would be another step's.
+            self.addresses, self.address_key = uploaded, (addresses, variants)
         self.layout = layout if direct else None
         return ready
 
@@ -290,18 +291,17 @@ class TritonStep:
             return
         tables = self.launcher.tables
         rows = [self._hyper_row(setting, *row) for setting, row in zip(self.settings, values, strict=True)]
-        self.hyper = self.staging.upload(rows, torch.float32)
-        # The table of words holds the addresses of these.
-        self.hyper_values = values
+        hyper = self.staging.upload(rows, torch.float32)
         words, hyper_columns = [], tables.HyperRow._fields
         for i, (setting, row) in enumerate(zip(self.settings, values, strict=True)):
-            own = self.hyper[i].data_ptr()
+            own = hyper[i].data_ptr()
             address = {
                 name: value.data_ptr() if isinstance(value, Tensor) else own + 4 * hyper_columns.index(name)
                 for name, value in zip(_TENSOR_HYPERPARAMETERS, row, strict=True)
             }
             words.append(tables.WordRow(seed=seed_word(setting["seed"]), **address))
-        self.words = self.staging.upload(words, torch.int64)
+        # After the last allocation: tables of two different steps would not fit together. The words hold these addresses.
+        self.words, self.hyper, self.hyper_values = self.staging.upload(words, torch.int64), hyper, values
         self.flags = self.fixed_flags | tables.FLAG_AMSGRAD * any(setting["amsgrad"] for setting in self.settings)
         self.flags |= tables.FLAG_DYNAMIC * any(
             isinstance(decay, Tensor) or isinstance(ratio, Tensor) or (isinstance(lr, Tensor) and setting.lr_ratio != 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 import stablelora_kernels as slk
@@ -81,3 +83,36 @@ with slk.use_backend("auto"):
 print(call(zero).item(), compiled())
 """
     assert printed(code, STABLELORA_BACKEND="torch").split() == ["1.0", "1.0", "torch", "1.0", "1", "0.0", "1.0", "2"]
+
+
+def test_overlapping_blocks_of_two_threads_leave_nothing_behind():
+    """Each block enters before the other ends: afterwards the setting is the one from before both."""
+    before, inside, left = slk.get_backend(), threading.Event(), threading.Event()
+    seen = []
+
+    def other() -> None:
+        with slk.use_backend("triton"):
+            inside.set()
+            assert left.wait(10)
+            seen.append(slk.get_backend())
+
+    thread = threading.Thread(target=other)
+    with slk.use_backend("torch"):
+        thread.start()
+        assert inside.wait(10)
+        # It holds for the whole process.
+        assert slk.get_backend() == "triton"
+    # The block that is still open keeps its value.
+    left.set()
+    thread.join(10)
+    assert seen == ["triton"] and slk.get_backend() == before
+
+
+def test_a_value_set_within_a_block_ends_with_it():
+    before = slk.get_kernel()
+    with slk.use_kernel("fused"):
+        slk.set_kernel("split")
+        with slk.use_kernel("vendor"):
+            assert slk.get_kernel() == "vendor"
+        assert slk.get_kernel() == "split"
+    assert slk.get_kernel() == before

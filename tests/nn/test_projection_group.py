@@ -396,3 +396,18 @@ def test_no_more_is_saved_for_backward(dropout, backend):
     if backend == "triton":
         # X and three S in float32, and a seed for each mask.
         assert kept(True) == 4 * 70 * (16 + 3 * 2) + (3 * 8 if dropout else 0)
+
+
+def test_outputs_that_nobody_fetched_are_freed_before_the_next_are_computed():
+    """After an error between q and k, such as out of memory, the group holds k's and v's outputs and their graph."""
+    held = []
+
+    def compute(layers, x):
+        held.append(group._pending is not None)
+        return [x.clone() for _ in layers]
+
+    layers = [nn.Identity(), nn.Identity()]
+    group = projection_group.ProjectionGroup(("q_proj", "k_proj"), layers, compute)
+    group.output(layers[0], torch.ones(2))
+    group.output(layers[0], torch.ones(2))
+    assert held == [False, False]

@@ -12,7 +12,7 @@ import torch
 from stablelora_kernels.dispatch import use_backend
 from stablelora_kernels.optim.sharding import Shard
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.optim.state import store_moments
+from stablelora_kernels.optim.state import rounded_moments
 from stablelora_kernels.optim.stochastic_rounding import seed_word
 from stablelora_kernels.reference import StableAdamWRef, stochastic_round_ref
 from stablelora_kernels.reference.optimizer import moment_noise_ref
@@ -98,7 +98,8 @@ def test_moments_are_rounded_by_the_references_noise() -> None:
     kept = [torch.empty_like(v, dtype=BF16) for v in values]
     word = torch.tensor(seed_word(seed), dtype=torch.int32)
     entry = dict(zip(("exp_avg", "exp_avg_sq"), kept, strict=True))
-    store_moments(entry, values, Shard(base), torch.tensor(step, dtype=torch.int32), word)
+    for old, new in rounded_moments(entry, values, Shard(base), torch.tensor(step, dtype=torch.int32), word):
+        old.copy_(new)
     for which, (k, value) in enumerate(zip(kept, values, strict=True)):
         flat = value.t().flatten().tolist()
         noise = [moment_noise_ref(seed, step, (base + i) % 2**32)[which] for i in range(12)]

@@ -1,0 +1,183 @@
+"""Layers and optimizers by settings that can be pickled, digests of all that they compute, and all that they hold."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import multiprocessing
+import pickle
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import stablelora_kernels as slk
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from tests.helpers.interpreter import speed_up_interpreter
+from tests.helpers.optimizers import DEVICE, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.small_models import fill_b
+
+
+class LayerSetting(NamedTuple):
+    backend: str
+    dtype: torch.dtype
+    r: int
+    p: float
+    rows: int
+    fused: bool = False
+
+
+class StepSetting(NamedTuple):
+    backend: str
+    dtype: torch.dtype
+    max_grad_norm: float | None
+    moments_dtype: torch.dtype
+    master_weights: bool = False
+
+
+class Attention(nn.Module):
+    """q, k and v of one input."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, out in (("q_proj", 24), ("k_proj", 16), ("v_proj", 16)):
+            setattr(self, name, nn.Linear(520, out, dtype=dtype, device=DEVICE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+
+
+def make_layers(s: LayerSetting) -> nn.Module:
+    torch.manual_seed(0)
+    model = Attention(s.dtype)
+    config = slk.LoRAConfig(r=s.r, lora_alpha=2 * s.r, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=s.p)
+    slk.apply_lora(model, config, fuse_projections=s.fused)
+    fill_b(model)
+    return model.train()
+
+
+def make_input(s: LayerSetting, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(s.rows, 520, generator=generator).to(DEVICE, s.dtype).requires_grad_()
+
+
+def train_layers(s: LayerSetting, model: nn.Module | None = None, seed: int = 1) -> list[Tensor]:
+    """Outputs and gradients of one call."""
+    model, x = model or make_layers(s), make_input(s, seed)
+    torch.manual_seed(seed)
+    y = model(x)
+    (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def make_optimizer(s: StepSetting) -> StableLoRAAdamW:
+    options = {"max_grad_norm": s.max_grad_norm, "moments_dtype": s.moments_dtype, "master_weights": s.master_weights}
+    return StableLoRAAdamW(make_pairs([(4, 24, 40), (1, 7, 13)], s.dtype), lr=1e-2, shrink_ratio=0.1, seed=3, **options)
+
+
+def take_steps(optimizer: StableLoRAAdamW, first: int, count: int) -> list[Tensor]:
+    for step in range(first, first + count):
+        set_grads(params_of(optimizer), step)
+        optimizer.step()
+    return snapshot(optimizer)
+
+
+def results(s: LayerSetting | StepSetting) -> list[Tensor]:
+    """All that a setting computes from the start."""
+    with slk.use_backend(s.backend):
+        return train_layers(s) if isinstance(s, LayerSetting) else take_steps(make_optimizer(s), 0, 4)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    found = hashlib.sha256()
+    for t in tensors:
+        found.update(f"{t.dtype} {tuple(t.shape)}".encode())
+        found.update(
+            t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if t.dim() else repr(t.item()).encode()
+        )
+    return found.hexdigest()
+
+
+def digests(settings: Iterable[LayerSetting | StepSetting]) -> list[str]:
+    return [digest(results(s)) for s in settings]
+
+
+def infer(s: LayerSetting, count: int) -> list[str]:
+    """A worker's part of a data loader: outputs without gradients."""
+    with slk.use_backend(s.backend), torch.no_grad():
+        model = make_layers(s)
+        return [digest([model(make_input(s, seed))]) for seed in range(count)]
+
+
+def go_on(optimizer: StableLoRAAdamW, backend: str) -> str:
+    with slk.use_backend(backend):
+        return digest(take_steps(optimizer, 4, 4))
+
+
+def in_process(method: str, calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], timeout: float = 300) -> list[Any]:
+    """What ``calls`` return in one process that is started by ``method``: "fork" or "spawn"."""
+    context = multiprocessing.get_context(method)
+    reading, writing = context.Pipe(duplex=False)
+    # Bytes: multiprocessing would send tensors through shared memory, and the child would change the ones here.
+    child = context.Process(target=_answer, args=(pickle.dumps(calls), torch.get_num_threads(), writing))
+    child.start()
+    writing.close()
+    try:
+        assert reading.poll(timeout), f"a process started by {method} hangs"
+        found = reading.recv()
+    finally:
+        child.kill()
+        child.join()
+    assert not isinstance(found, str), found
+    return found
+
+
+def _answer(pickled: bytes, threads: int, writing: Any) -> None:
+    try:
+        # As a worker of torch's DataLoader does.
+        torch.set_num_threads(threads)
+        speed_up_interpreter()
+        writing.send([function(*args) for function, args in pickle.loads(pickled)])
+    except BaseException as error:
+        writing.send(f"{type(error).__name__}: {error}")
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
+    return pages * 4096
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+def containers() -> dict[str, int]:
+    """The sizes of every container and cache of the package's modules: counters, caches, tables, registries."""
+    sizes = {}
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("stablelora_kernels"):
+            continue
+        for attribute, value in vars(module).items():
+            if isinstance(value, (dict, list, set)) and not attribute.startswith("__"):
+                sizes[f"{name}.{attribute}"] = len(value)
+            elif isinstance(value, functools._lru_cache_wrapper):
+                sizes[f"{name}.{attribute}"] = value.cache_info().currsize
+    return sizes
+
+
+def held_by(optimizer: StableLoRAAdamW) -> dict[str, int]:
+    """The sizes of what an optimizer and its engines hold: entries of containers, elements of tensors."""
+    sizes = {}
+    for owner in (optimizer, *(engine for _, engine in optimizer._engines)):
+        for name, value in vars(owner).items():
+            if isinstance(value, Tensor):
+                sizes[f"{type(owner).__name__}.{name}"] = value.numel()
+            elif isinstance(value, (dict, list, set)):
+                sizes[f"{type(owner).__name__}.{name}"] = len(value)
+    return sizes
