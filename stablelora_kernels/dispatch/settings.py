@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -41,22 +43,26 @@ class _Setting(Generic[T]):
         if value not in self.values.values():
             raise ValueError(f"{self.name} must be one of {', '.join(map(repr, self.values.values()))}, got {value!r}")
 
+    def _alone(self) -> AbstractContextManager[Any]:
+        # torch.compile cannot trace a lock, and traces in one thread.
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
+
     def set(self, value: T) -> None:
         self._check(value)
-        with self._lock:
+        with self._alone():
             self._scopes[-1].value = self.value = value
 
     @contextmanager
     def use(self, value: T) -> Iterator[None]:
         self._check(value)
         scope = _Scope(value)
-        with self._lock:
+        with self._alone():
             self._scopes.append(scope)
             self.value = value
         try:
             yield
         finally:
-            with self._lock:
+            with self._alone():
                 self._scopes.remove(scope)
                 self.value = self._scopes[-1].value
 

@@ -3,7 +3,7 @@
 A saver puts both new files into the directory ``PENDING`` first, and removes the old config next. From then on the adapter
 is what ``PENDING`` still holds, and the rest of the directory: a reader always finds the old pair or the new one. PEFT,
 which does not look into ``PENDING``, finds the old pair, no config, or the new pair. Both files carry a stamp, which a reader
-compares: it tells files of two saves apart even if something else has mixed them.
+compares: it tells a config from weights that were saved with another one, even if something else has mixed them.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ model without LoRA, since transformers ignores A and B.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,19 +18,34 @@ from stablelora_kernels.nn.linear import LoRALinear
 _METHOD = "save_pretrained"
 
 
+class _SaveMerged:
+    """``save_pretrained`` of one module, which it does not keep alive. Copies and pickles of the module save the copy."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _save_pretrained(self.module(), *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SaveMerged:
+        module: Any = self.module()
+        return _SaveMerged(memo.get(id(module), module))
+
+    def __reduce__(self) -> Any:
+        return _SaveMerged, (self.module(),)
+
+
 def save_merged_from_now_on(model: nn.Module) -> None:
     """Make ``save_pretrained`` of ``model`` and its parts write merged layers as plain ones."""
     for module in model.modules():
         if callable(getattr(type(module), _METHOD, None)) and _METHOD not in module.__dict__:
-            # A partial, not a closure: copies and pickles of the module have one that saves the copy.
-            module.__dict__[_METHOD] = partial(_save_pretrained, module)
+            module.__dict__[_METHOD] = _SaveMerged(module)
 
 
 def save_as_before(model: nn.Module) -> None:
     """Undo :func:`save_merged_from_now_on`."""
     for module in model.modules():
-        method = module.__dict__.get(_METHOD)
-        if isinstance(method, partial) and method.func is _save_pretrained:
+        if isinstance(module.__dict__.get(_METHOD), _SaveMerged):
             del module.__dict__[_METHOD]
 
 

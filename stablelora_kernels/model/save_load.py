@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -96,9 +96,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
         The report on the layers that hold the adapter.
 
     Raises:
-        ValueError, TypeError: the directory, one of its files, the config, the keys or the shapes do not fit, the files are of
-            two different saves, the weights are pickled, or the model is merged. The message names the expected and the actual
-            value. Nothing is changed then.
+        ValueError, TypeError: the directory, one of its files, the config, the keys or the shapes do not fit, the weights
+            were saved with another config or are pickled, or the model is merged. The message names the expected and the
+            actual value. Nothing is changed then.
         OSError: a file cannot be read, for example for lack of permission. Nothing is changed then.
         ImportError: safetensors is not installed.
     """
@@ -112,6 +112,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
     config = read_config(content or {}, config_file, tensors)
 
     layers = _layers(model)
+    had_layers = bool(layers)
     if layers:
         _check_fits(model, config, layers, config_file)
         targets = {key: tensor for name, layer in layers.items() for key, tensor in _lora_tensors(name, layer).items()}
@@ -153,17 +154,20 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
             layers = _layers(model)
         targets = {key: tensor for name, layer in layers.items() for key, tensor in _lora_tensors(name, layer).items()}
         # Found again: apply_plan has untied modules_to_save.
-        _copy_all(targets | _other_tensors(model, config, layers), tensors)
+        others = _other_tensors(model, config, layers)
+        # New layers go with their values.
+        _copy_all(targets | others, tensors, kept=targets | others if had_layers else others)
     return report
 
 
 @torch.no_grad()
-def _copy_all(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy all values, or none: if one cannot be copied, the earlier ones are taken back."""
+def _copy_all(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], kept: Collection[str]) -> None:
+    """Copy all values, or none: if one cannot be copied, those of ``kept`` that were are taken back."""
     done: list[tuple[Tensor, Tensor]] = []
     try:
         for key, tensor in targets.items():
-            done.append((tensor, tensor.detach().clone()))
+            if key in kept:
+                done.append((tensor, tensor.detach().clone()))
             copy(tensor, values[key])
     except BaseException:
         for tensor, before in done:
@@ -175,7 +179,8 @@ def _origin(model: nn.Module) -> dict[str, object]:
     """The fields of PEFT's config that say which model the adapter is for."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     # fully_shard makes a class of its own.
-    kind = next((kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] != "torch"), type(model))
+    own = (kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "builtins"))
+    kind = next(own, type(model))
     return {
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": name if isinstance(name, str) and name else None,

@@ -157,11 +157,11 @@ def lora_branch_op(
     """``functional.lora_branch`` with checked arguments and a chosen backend."""
     if backend == "torch" and base.dtype == x.dtype and is_few(x, limit=few_rows(x, dropout_p)):
         y = plain_branch(as_matrix(base), as_matrix(x), lora_A, lora_B, scaling, dropout_p)
-        return like_rows_of(y, base)
+        return y if base.dim() == 2 else y.view(base.shape)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (base, x, lora_A, lora_B)):
         return _LoRABranch.apply(base, x, lora_A, lora_B, scaling, dropout_p, backend)
     if backend == "torch":
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     flat = as_matrix(x)
     y = _forward(as_matrix(base), flat, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
-    return like_rows_of(y, base)
+    return y.view(base.shape)

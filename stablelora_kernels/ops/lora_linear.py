@@ -210,7 +210,7 @@ def lora_linear_op(
         rows = as_matrix(x)
         y = torch.nn.functional.linear(rows, _dequantized(weight, x.dtype), bias)
         y = plain_branch(y, rows, lora_A, lora_B, scaling, dropout_p)
-        return like_rows_of(y, x)
+        return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
     if needs_grad:
         rest = (bias, lora_A, lora_B, scaling, dropout_p, backend)
         if isinstance(weight, Stored):
@@ -219,4 +219,4 @@ def lora_linear_op(
     if backend == "torch":
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     y = _forward(as_matrix(x), weight, bias, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
-    return like_rows_of(y, x)
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -235,4 +235,4 @@ def lora_linear_group_op(
         lora_As, lora_Bs = ([t.to(x.dtype) for t in given] for given in (lora_As, lora_Bs))
     rows = as_matrix(x)
     ys = _forward(rows, weights, biases, lora_As, lora_Bs, scalings, dropout_p, backend)[0]
-    return tuple(like_rows_of(y, x) for y in ys)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)

@@ -7,6 +7,7 @@ MKL uses only AVX2 on processors that are not Intel's (docs/internals/architectu
 
 from __future__ import annotations
 
+import math
 import platform
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def pays(x: Tensor, weight: Tensor) -> bool:
 
 def row_count(x: Tensor) -> int:
     """M of x [..., K]."""
-    return x.shape[:-1].numel()
+    # Not Size.numel(), which turns symbolic sizes into numbers.
+    return math.prod(x.shape[:-1])
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,7 +80,8 @@ def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``scaling · a b`` for a [M, K] and b [K, N] of one dtype. No gradients."""
     if a.dtype == torch.float16 and scaling != 0:
         # Scale the sum before it is rounded: what float16 holds as zero, or as infinity, may be an ordinary number after it.
-        return torch.addmm(a.new_empty(1, b.shape[1]), a, b, beta=0, alpha=scaling)
+        # Zeros, although beta is 0: Inductor's addmm multiplies them by it.
+        return torch.addmm(a.new_zeros(1, b.shape[1]), a, b, beta=0, alpha=scaling)
     return product(a, b).mul_(scaling)
 
 

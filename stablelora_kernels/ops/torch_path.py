@@ -40,8 +40,8 @@ def as_matrix(x: Tensor) -> Tensor:
 
 
 def like_rows_of(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` [M, N] with the leading sizes of x [..., K]: [..., N]."""
-    # Not a view to autograd, which forbids changing a custom function's view in place.
+    """``y`` [M, N], of a custom autograd function, with the leading sizes of x [..., K]: [..., N]."""
+    # Not a view to autograd, which forbids changing such a function's views in place.
     return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
@@ -125,7 +125,12 @@ def torch_db(grad: Tensor, s: Tensor, scaling: float, lora_dtype: torch.dtype) -
     if _small_first(grad.dtype):
         db = product(s.t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
         return db.mul_(scaling)
-    return scaled_product(grad.t(), s, scaling).to(lora_dtype)
+    if grad.dtype != torch.float16:
+        return product(grad.t(), s).to(lora_dtype).mul_(scaling)
+    if lora_dtype == torch.float16:
+        return scaled_product(grad.t(), s, scaling)
+    # Sums over all rows may be beyond float16, which their dtype is not.
+    return product(grad.t().to(lora_dtype), s.to(lora_dtype)).mul_(scaling)
 
 
 def torch_fwd(

@@ -62,7 +62,7 @@ def from_adamw(state_dict: Any, groups: Sequence[dict[str, Any]]) -> Any:
     """``state_dict``; one of ``torch.optim.AdamW`` with what StableLoRAAdamW's has beyond it, from ``groups``.
 
     Raises:
-        ValueError: it is ``torch.optim.Adam``'s, with a weight decay that is not decoupled.
+        ValueError: it is ``torch.optim.Adam``'s, with a weight decay that is not decoupled; or its state is malformed.
     """
     saved = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
     if not (isinstance(saved, list) and len(saved) == len(groups) and all(isinstance(group, dict) for group in saved)):
@@ -80,12 +80,15 @@ def from_adamw(state_dict: Any, groups: Sequence[dict[str, Any]]) -> Any:
         {**{key: ours[key] for key in HYPER}, **{key: value for key, value in theirs.items() if key not in dropped}}
         for theirs, ours in zip(saved, groups, strict=True)
     ]
+    entries = state_dict.get("state", {})
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError("state_dict must have a dict 'state' with a dict for each parameter, got something else")
     zero = torch.zeros((), dtype=torch.int32, device="cpu")
     state = {
         key: {**entry, "step": torch.as_tensor(entry["step"], device="cpu"), "latched_at": zero}
         if "step" in entry
         else entry
-        for key, entry in state_dict.get("state", {}).items()
+        for key, entry in entries.items()
     }
     return {**state_dict, "state": state, "param_groups": completed}
 

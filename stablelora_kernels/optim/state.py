@@ -71,7 +71,7 @@ _NO_TENSORS_ARE_EQUAL = _NoTensorsAreEqual()
 def same_objects(found: Any, known: Any) -> bool:
     """Whether two lists or nested dicts hold the very same tensors in the same places.
 
-    Every step asks this, so all of the work is Python's own comparison of containers: two microseconds for 100 tensors.
+    Every step asks this, so all of the work is Python's own comparison of containers: a tenth of a microsecond a tensor.
     """
     with _NO_TENSORS_ARE_EQUAL:
         return bool(found == known)

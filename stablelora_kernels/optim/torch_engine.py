@@ -152,6 +152,9 @@ class TorchStep:
             if found_inf.item():
                 return
             found_inf = None
+        if found_inf is not None:
+            # GradScaler adds up those of several devices. The fused operator takes 1 alone.
+            found_inf = (found_inf != 0).float()
         present, ready, skipped = self.all_present, grads, None
         if layout is None or layout != self.layout:
             present = [g is not None for g in grads]
@@ -178,8 +181,7 @@ class TorchStep:
         else:
             # The plan of a device, where no A shrinks in the update, has the present members.
             self._plan(present, [])
-            ratios = [self._scalar(setting["shrink_ratio"]) for setting in self.latch_rule.settings]
-            latching = self.latch_rule.decide_on_device(self.present_on_device, found_inf, ratios)
+            latching = self.latch_rule.decide_on_device(self.present_on_device, found_inf, self._scalar)
         updates = [self._update(bucket, found_inf) for bucket in self._plan(present, list(latching.shrinking))]
         taken_back = None if found_inf is None else found_inf.reshape(()) * self.present_on_device
         copies = self._adamw_on_copies(updates, latching, ready, grad_scale, found_inf) if self.low_moments else []

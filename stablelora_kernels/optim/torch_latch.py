@@ -99,16 +99,17 @@ class LatchRule:
         changed = None if latched == before else upload(latched, torch.int32, self.device)
         return Latching(changed, shrinking)
 
-    def decide_on_device(self, present: torch.Tensor, found_inf: torch.Tensor | None, ratios: list[Any]) -> Latching:
+    def decide_on_device(self, present: torch.Tensor, found_inf: torch.Tensor | None, scalar: Any) -> Latching:
         """The latch rule, of which the host learns nothing; A's are shrunk by factors, of which some are 1.
 
         Args:
             present: bool on the device, one a member, whether it has a gradient.
             found_inf: float32 scalar; if it is not 0, nothing changes.
-            ratios: the shrink ratio of each pair.
+            scalar: the engine's function that reads a hyperparameter.
         """
         if self.pair_sums and not self.monitor.any_unlatched():
             return Latching()
+        ratios = [scalar(setting["shrink_ratio"]) for setting in self.settings]
         if any(isinstance(ratio, torch.Tensor) for ratio in ratios):
             self.ratios = []
             self.ratios_on_device = stack_counters(ratios, torch.float64, self.device)

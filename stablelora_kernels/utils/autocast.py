@@ -22,9 +22,11 @@ def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
-        device_type = next((grad.device.type for grad in grads if grad is not None), "meta")
         # A compiled backward is traced outside autocast.
-        if torch.compiler.is_compiling() or autocast_dtype(device_type) is None:
+        if torch.compiler.is_compiling():
+            return backward(ctx, *grads)
+        device_type = next((grad.device.type for grad in grads if grad is not None), "meta")
+        if autocast_dtype(device_type) is None:
             return backward(ctx, *grads)
         with torch.autocast(device_type, enabled=False):
             return backward(ctx, *grads)

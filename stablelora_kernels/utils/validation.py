@@ -80,7 +80,10 @@ def check_patterns(name: str, value: Any) -> dict[str, Any]:
     for key in value:
         # As it is matched: a flag like (?i) may only begin a whole expression.
         check_regex(name, key)
-        check_regex(name, PATTERN.format(key))
+        try:
+            re.compile(PATTERN.format(key))
+        except re.error as error:
+            raise ValueError(f"{name} must have keys that may follow other text, got {key!r}: {error}") from None
     return dict(value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 
 import stablelora_kernels as slk
 from tests.helpers.processes import printed
@@ -116,3 +117,15 @@ def test_a_value_set_within_a_block_ends_with_it():
             assert slk.get_kernel() == "vendor"
         assert slk.get_kernel() == "split"
     assert slk.get_kernel() == before
+
+
+def test_blocks_within_compiled_code():
+    torch._dynamo.reset()
+
+    def function(x):
+        with slk.use_backend("torch"):
+            return x + (slk.get_backend() == "torch")
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [2, 2]
+    assert slk.get_backend() == "auto"

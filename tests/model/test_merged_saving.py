@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -84,3 +86,15 @@ def test_a_head_that_remove_lora_unties_stays_so(tmp_path):
     remove_lora(model)
     torch.testing.assert_close(reload(model, tmp_path), expected)
     assert "save_pretrained" not in vars(model)
+
+
+def test_a_merged_model_is_freed_when_nobody_holds_it():
+    model = adapted()
+    merge_lora(model)
+    gc.disable()
+    try:
+        gone = weakref.ref(model.model.layers[0].self_attn.q_proj)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()

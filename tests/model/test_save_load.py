@@ -213,3 +213,11 @@ def test_the_task_is_kept_and_peft_finds_the_class(tmp_path):
     assert json.loads((tmp_path / "plain" / CONFIG_NAME).read_text())["task_type"] is None
     with pytest.raises(TypeError, match="task_type must be a string or None, got 3"):
         lora_config(task_type=3)
+
+
+def test_a_model_of_torchs_own_classes_says_so(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    apply_lora(model, lora_config(target_modules=["0"]))
+    save_adapter(model, tmp_path)
+    mapping = json.loads((tmp_path / CONFIG_NAME).read_text())["auto_mapping"]
+    assert mapping["base_model_class"] == "Sequential" and mapping["parent_library"].startswith("torch.")

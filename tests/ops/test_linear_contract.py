@@ -216,3 +216,13 @@ def test_tiny_gradients_in_float16_are_not_lost(rows, backend):
     found = testing.run(lambda g: lora_linear(g["x"], g["weight"], None, g["lora_A"], g["lora_B"], 64.0), inputs)
     for name, value in found.items():
         testing.assert_no_worse(value, ref[name], base[name], name=name)
+
+
+def test_db_may_be_beyond_float16(backend):
+    """A and B in float32 beside float16: a sum of 131,072 is theirs to hold."""
+    ones = {"x": torch.ones(64, 32), "weight": torch.zeros(8, 32), "lora_A": torch.ones(4, 32)}
+    x, weight, lora_A = (t.half().to(DEVICE) for t in ones.values())
+    lora_A, lora_B = lora_A.float(), torch.ones(8, 4, device=DEVICE, requires_grad=True)
+    y = lora_linear(x, weight, None, lora_A, lora_B, 1.0)
+    (db,) = torch.autograd.grad(y, lora_B, torch.full_like(y, 64))
+    assert db.tolist() == [[64.0 * 64 * 32] * 4] * 8

@@ -124,6 +124,36 @@ def test_export_with_a_dynamic_batch(merged, backend):
         assert ("stablelora_kernels.lora_linear_fwd.default" in names) == (backend == "triton" and not merged)
 
 
+def test_sizes_that_are_symbols(backend):
+    """Batch and length of a [batch, length, K] input stay free, however it is traced."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    module = layer().eval()
+    x, other = torch.randn(3, 5, 24), torch.randn(4, 40, 24)
+    sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("length", min=2)}
+    traced = [
+        torch.export.export(module, (x,), dynamic_shapes=(sizes,), strict=False).module(),
+        make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x),
+    ]
+    if backend == "torch":
+        traced.append(torch.jit.trace(module, x))
+    for function in traced:
+        torch.testing.assert_close(function(other), module(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+def test_inductors_float16(backend):
+    """Inductor multiplies what addmm adds to by beta, even if that is 0."""
+    torch._dynamo.reset()
+    module = layer().half()
+    compiled = torch.compile(module)
+    x = torch.randn(1, 24).half().requires_grad_()
+    found = torch.autograd.grad(compiled(x).float().sum(), (x, module.lora_A, module.lora_B))
+    expected = torch.autograd.grad(module(x).float().sum(), (x, module.lora_A, module.lora_B))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
 def test_export_of_a_model(backend):
     for fuse_projections in (False, True):
         model = lora_llama(fuse_projections).eval()

@@ -79,3 +79,20 @@ def test_a_schedule_is_copied_and_pickled_if_it_can_be() -> None:
                 pickle.PicklingError, match=r"shrink_schedule <function .* cannot be pickled: make it a"
             ):
                 pickle.dumps(optimizer)
+
+
+class _Trainer:
+    """Holds an optimizer whose schedule is its own method, so that pickling either leads to the other."""
+
+    def __init__(self) -> None:
+        self.optimizer = StableLoRAAdamW(make_pairs(), lr=1e-2, shrink_schedule=self.ratio)
+
+    def ratio(self, step: int) -> float:
+        return 0.1 / step
+
+
+def test_a_schedule_that_leads_back_to_the_optimizer_is_pickled() -> None:
+    again = pickle.loads(pickle.dumps(_Trainer()))
+    assert again.optimizer.shrink_schedule.__self__ is again
+    take_step(0, again.optimizer)
+    assert again.optimizer.param_groups[0]["shrink_ratio"] == 0.1
