@@ -100,8 +100,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             write is lost.
         moments_dtype: torch.float32; torch.bfloat16, which saves 4 bytes a parameter; or torch.uint8, which saves 6: 8-bit
             floating-point codes with a float32 scale for each block of 256, not for DTensors. The latter two are rounded at
-            random. A loaded state is converted. With them the PyTorch path holds one group's moments and
-            a copy of all parameters in float32 during its step; Triton's does not.
+            random. A loaded state is converted. With them the PyTorch path holds, during its step, the new moments and a float32
+            copy of all parameters, one group's moments in float32 and, if they are scaled or clipped, a copy of the gradients;
+            Triton's holds none of these.
         seed: seed of the random rounding. Default: PyTorch's initial seed, which ``torch.manual_seed`` sets.
 
     Raises:
