@@ -68,7 +68,8 @@ def flat_while(run: Callable[[int], None], warm_up: int, count: int, held: Calla
         traced, resident = tracemalloc.get_traced_memory()[0], endurance.resident()
         for step in range(warm_up + count // 2, warm_up + count):
             run(step)
-        assert endurance.live_tensors() == tensors
+        # Fewer if somebody else's have gone meanwhile.
+        assert endurance.live_tensors() <= tensors
         grown = tracemalloc.get_traced_memory()[0] - traced
     finally:
         tracemalloc.stop()

@@ -212,9 +212,12 @@ def test_a_step_that_ran_out_of_memory_has_changed_nothing(
     options, dtype, missing = STEPS[name]
     optimizer, reference = two_optimizers(options, dtype)
     group = optimizer.param_groups[0]
+    # Alive, so that no step finds its gradients where the last one's were, and spares itself a table of addresses.
+    held = []
 
     def attempt(at: int) -> Faults:
         lr = group["lr"]
+        held.append([p.grad for p in params_of(optimizer)])
         give_grads(optimizer, 2 * at + 1, missing)
         group["lr"] = 3 * lr
         if not (faults := step_into(optimizer, at)).raised:
