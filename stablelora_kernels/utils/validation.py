@@ -83,7 +83,9 @@ def check_patterns(name: str, value: Any) -> dict[str, Any]:
         try:
             re.compile(PATTERN.format(key))
         except re.error as error:
-            raise ValueError(f"{name} must be a regular expression that may follow other text, got {key!r}: {error}") from None
+            raise ValueError(
+                f"{name} must be a regular expression that may follow other text, got {key!r}: {error}"
+            ) from None
     return dict(value)
 
 
