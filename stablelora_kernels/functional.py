@@ -186,7 +186,7 @@ def _backend(dropout_p: float, adapters: Sequence[Tensor], **tensors: Tensor) ->
                 f"{name} is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')"
             )
     # Kernels need something to multiply: with K or N of 0, PyTorch's operators return the bias, or nothing.
-    return backend if all(adapter.numel() for adapter in adapters) else "torch"
+    return "torch" if backend == "triton" and not all(adapter.numel() for adapter in adapters) else backend
 
 
 def _check(

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``, the process's own unless given, and return the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that knows no ‖ gets a question mark, as do half characters in a file's names.
+        # A question mark in place of what the terminal does not know, such as ‖, and of lone surrogates in file names.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:

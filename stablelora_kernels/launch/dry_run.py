@@ -1,4 +1,4 @@
-"""The launches of a call without the call: the launchers run on the meta device's tensors, without memory, or on another's."""
+"""The launches of a call without the call: launchers get tensors of the meta device, without memory, or of another device."""
 
 from __future__ import annotations
 
