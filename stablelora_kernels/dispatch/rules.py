@@ -103,7 +103,7 @@ class FormRule(NamedTuple):
 # The kernel behind "fused" and "split".
 FORM_RULES = (
     FormRule(
-        lambda d, c, described: c.m <= problem.SMALL_M,
+        lambda d, c, described: c.m <= problem.SMALL_M and c.k > 0,
         "split_k",
         "few rows: bound by reading W, so programs share a tile's K until all of the GPU reads",
     ),

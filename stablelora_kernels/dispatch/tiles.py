@@ -177,7 +177,12 @@ def plan_split_k(device: Device, tiles: int, steps: int, programs: int = 2, sums
     """Programs that share a tile's ``sums``: enough for ``programs`` on every processor, each with at least 4 steps."""
     if tiles * sums > MAX_SHARED_SUMS:
         return 1
-    return max(1, min(programs * device.processors // max(tiles, 1), steps // 4, 16))
+    return without_empty_parts(steps, max(1, min(programs * device.processors // max(tiles, 1), steps // 4, 16)))
+
+
+def without_empty_parts(steps: int, splits: int) -> int:
+    """``splits`` less those whose part, of ceil(steps / splits) steps, would be empty; the others' parts stay as they are."""
+    return cdiv(steps, cdiv(steps, splits)) if steps else 1
 
 
 def _shrink_stage(call: Call, tile: Tile, ranks: int) -> int:
@@ -244,7 +249,9 @@ def linear_tma_plan(
 ) -> TMAPlan:
     """``can_specialize``: the compiler can specialize warps of a kernel with a dot after the main loop."""
     tile, reason = pick_tile(TMA_TILES, device, call, measured)
-    block_r = rank_block(call.r, problem.MAX_FUSED_R)
+    # A wider block of float32 ranks, which the kernel casts, would spill registers beside the widest accumulator.
+    narrow = load_s and tile.BLOCK_N > 128 and call.lora_dtype != call.dtype
+    block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
     # Specialized warps change nothing on Hopper. With Y's earlier values they outgrow shared memory.
     plain = load_s and not call.masked and not call.add
     specialize = can_specialize and 100 <= device.generation < 120 and plain and tile.BLOCK_N <= 128
@@ -312,7 +319,7 @@ def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -
     if of_b and tiles <= MAX_SHARED_SUMS:
         # Chunks of rows, so that what dS's programs or dB's have read is still in L2 for the others. A chunk's part of dB,
         # stored and read again in float32, is an eighth of the chunk of dY that it sums up.
-        splits = max(splits, min(cdiv(call.m, 32 * block_r), steps // 4))
+        splits = without_empty_parts(steps, max(splits, min(cdiv(call.m, 32 * block_r), steps // 4)))
     return Plan(tile, reason, block_r, tiles, splits)
 
 

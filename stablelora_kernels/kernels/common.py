@@ -56,6 +56,12 @@ def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return group * GROUP_M + inside % group_m, inside // group_m
 
 
+@tl.core.builtin
+def _targets_amd(_semantic=None):
+    """Whether the kernel is compiled for an AMD GPU, a constant."""
+    return tl.constexpr(_semantic.builder.options.backend_name == "hip")
+
+
 @triton.jit
 def arrives_last(counter_ptr, n):
     """Whether this is the last of n programs that share a counter. The last one may read what the others stored.
@@ -63,6 +69,12 @@ def arrives_last(counter_ptr, n):
     The counter is an int32, 0 before and after. Chance decides which program is last, but not what it reads.
     """
     # Order: all threads' stores, the barrier, the atomic that publishes them.
+    if not INTERPRETING:
+        if _targets_amd():
+            # AMD's barrier waits for waves, not for their stores, and the atomic waits for its own wave's stores alone.
+            tl.inline_asm_elementwise(
+                "s_waitcnt vmcnt(0)", "=v,0,~{memory}", [n], dtype=tl.int32, is_pure=False, pack=1
+            )
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == n - 1
     if last:

@@ -19,17 +19,20 @@ keeps; registers, spills and matrix instructions are read from the machine code.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
@@ -294,14 +297,63 @@ def gcn_resources(text: str) -> dict[str, int]:
     return {"registers": int(found["vgpr_count"]), "spills": int(found["private_segment_fixed_size"])}
 
 
+_SERIALIZED = re.compile(r"\((C\d+)\)[^\n]*serialized due to (.*?) in (?:the )?function")
+
+
+def serialized(ptx: str) -> str:
+    """Why ptxas lets each WGMMA wait for the one before it, or ``""``: Hopper's matrix units then idle between them."""
+    if "wgmma" not in ptx:
+        return ""
+    # As Triton calls it.
+    flags = ["--regAllocOptLevel=2"] if triton.__version__ >= "3.9" else []
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(90).path, "-lineinfo", "-v", *flags, "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return serialization(log)
+
+
+def serialization(log: str) -> str:
+    """The reasons in a log of ptxas, each with its code: ``"C7511 insufficient register resources"``."""
+    return "; ".join(sorted({f"{code} {reason}" for code, reason in _SERIALIZED.findall(log)}))
+
+
+_GCN_WAIT = re.compile(r"s_waitcnt\b.*\bvmcnt\(0\)")
+_GCN_STORE = re.compile(r"(?:buffer|global)_store_")
+
+
+def early_counts(gcn: str) -> int:
+    """Atomics that publish stores of the whole program, but behind a barrier before which waves do not wait for theirs."""
+    lines = [line.split(";")[0].strip() for line in gcn.splitlines()]
+    early = 0
+    for place, line in enumerate(lines):
+        if not line.startswith("global_atomic_add"):
+            continue
+        before = iter(lines[place::-1])
+        # Past the barriers, two in a row.
+        behind = dropwhile(lambda line: line != "s_barrier", before)
+        first = next((line for line in behind if _GCN_WAIT.match(line) or _GCN_STORE.match(line)), "")
+        early += bool(_GCN_STORE.match(first))
+    return early
+
+
 def read(compiled: Any) -> dict[str, Any]:
-    """The report's columns that come from the code."""
+    """The report's columns that come from the code.
+
+    Raises:
+        ValueError: AMD's code publishes what it has not stored yet.
+    """
+    reason = ""
     if "cubin" in compiled.asm:
+        reason = serialized(compiled.asm["ptx"])
         machine = cuobjdump(compiled.asm["cubin"])
         code, thread, resources = parse_ptx(compiled.asm["ptx"]), PTX_THREAD, sass_resources(machine)
     else:
         machine = compiled.asm["amdgcn"]
+        if early := early_counts(machine):
+            raise ValueError(f"{early} atomics publish stores that other waves have not waited for")
         code, thread, resources = parse_gcn(machine), GCN_THREAD, gcn_resources(machine)
     mma, inner = products(machine, code) if "tt.dot" in compiled.asm["ttir"] else ("", [])
     load_bits, store_bits = hot_bits(code, thread, inner)
-    return {**resources, "mma": mma, "load_bits": load_bits, "store_bits": store_bits}
+    return {**resources, "mma": mma, "serialized": reason, "load_bits": load_bits, "store_bits": store_bits}

@@ -32,7 +32,7 @@ FULL, EVERY, EVERY_KEPT = "sm_90", 40, 8
 Row = dict[str, Any]
 _TYPES: dict[str, Callable[[str], Any]] = {
     "kernel": str, "variant": str, "arch": str, "dtype": str, "registers": int, "spills": int, "shared_bytes": int,
-    "shared_limit": int, "mma": str, "load_bits": int, "store_bits": int, "occupancy": float,
+    "shared_limit": int, "mma": str, "serialized": str, "load_bits": int, "store_bits": int, "occupancy": float,
 }  # fmt: skip
 KEYS = tuple(_TYPES)
 LABEL = KEYS[:4]
@@ -125,11 +125,12 @@ def compile_all(tasks: Sequence[tuple[str, int]], workers: int) -> Iterator[tupl
 def worse(old: Row, new: Row) -> list[str]:
     """The columns in which ``new`` is worse than ``old``, in words."""
     found = [
-        f"{key} {old[key]} -> {new[key]}"
+        f"{key} {old[key] or 'no'} -> {new[key]}" if key == "serialized" else f"{key} {old[key]} -> {new[key]}"
         for key, bad in (
             ("registers", new["registers"] > old["registers"] + REGISTERS),
             ("spills", new["spills"] > old["spills"]),
             ("mma", not set(old["mma"].split()) <= set(new["mma"].split())),
+            ("serialized", bool(new["serialized"]) and not old["serialized"]),
             ("load_bits", new["load_bits"] < old["load_bits"]),
             ("store_bits", new["store_bits"] < old["store_bits"]),
             ("occupancy", new["occupancy"] < old["occupancy"]),

@@ -94,8 +94,8 @@ def co_scheduled_grad(
     weight_grad(
         program=program, z_ptr=z_ptr, t_ptr=s_ptr, out_ptr=grad_ptr, seed_ptr=seed_ptr, partial_ptr=partial_ptr,
         counter_ptr=counter_ptr, M=M, C=N, R=R, SPLITS=SPLITS, stride_zm=stride_zm, stride_zc=stride_zn, stride_tm=stride_sm,
-        stride_oc=1, stride_or=N, threshold=threshold, T_UNIT=1.0, DROPOUT=DROPOUT, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C,
-        BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
+        stride_oc=1, stride_or=N, threshold=threshold, T_UNIT=1.0, HAS_ROWS=True, DROPOUT=DROPOUT, BLOCK_M=BLOCK_M,
+        BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
     )  # fmt: skip
 
 

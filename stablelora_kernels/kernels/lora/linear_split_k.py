@@ -49,9 +49,12 @@ def _lora_linear_split_k_kernel(
     row_mask, col_mask = rows < M, cols < N
 
     share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
+    start, stop = split * share, tl.minimum(split * share + share, K)
+    # No part is empty. Zeros of an empty loop would make ptxas serialize the WGMMAs.
+    tl.assume(start < stop)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k0 in range(split * share, tl.minimum(split * share + share, K), BLOCK_K):
+    for k0 in range(start, stop, BLOCK_K):
         k = k0 + ks[None, :]
         x_mask, w_mask, a_mask = row_mask[:, None], col_mask[:, None], rs[None, :] < R
         if not EVEN_K:

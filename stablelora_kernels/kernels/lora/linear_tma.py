@@ -66,59 +66,46 @@ def _lora_linear_tma_kernel(
                     a = tl.trans(a_ptr_or_desc.load([0, k0]))
                 s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
 
-        if PARTS == 1:
-            # The compiler for sm_100 can't split a tile between specialized warps yet.
-            _finish(
-                acc=acc, s=s, bias_ptr=bias_ptr, b_ptr=b_ptr, s_ptr=s_ptr, y_desc=y_desc, seed_ptr=seed_ptr,
-                row0=pid_m * BLOCK_M, col0=pid_n * BLOCK_N, M=M, N=N, R=R, stride_bn=stride_bn, stride_br=stride_br,
-                stride_sm=stride_sm, scaling=scaling, threshold=threshold, HAS_BIAS=HAS_BIAS, LOAD_S=LOAD_S, STORE_S=STORE_S,
-                S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, ADD=ADD, BLOCK_M=BLOCK_M,
-                BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+        rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        if not MASK_BRANCH:
+            # Onto the whole accumulator: products onto parts of it make ptxas serialize the main loop's WGMMAs.
+            acc = add_branch(
+                acc=acc, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows,
+                cols=pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), col0=pid_n * BLOCK_N,
+                store_s=STORE_S & (pid_n == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
+                scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=False,
+                WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
             )  # fmt: skip
-        else:
-            # One part at a time: the masked branch takes fewer registers, and the store of Y less shared memory.
-            PART: tl.constexpr = BLOCK_N // PARTS
+        # One part at a time: the masked branch takes fewer registers, and the store of Y less shared memory. The compiler for
+        # sm_100 can't split a tile between specialized warps yet.
+        PART: tl.constexpr = BLOCK_N // PARTS
+        parts = (acc,)
+        if PARTS > 1:
             parts = _halves(acc)
-            if PARTS > 2:
-                parts = _halves(parts[0]) + _halves(parts[1])
-            if PARTS > 4:
-                parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
-            for i in tl.static_range(PARTS):
-                _finish(
-                    acc=parts[i], s=s, bias_ptr=bias_ptr, b_ptr=b_ptr, s_ptr=s_ptr, y_desc=y_desc, seed_ptr=seed_ptr,
-                    row0=pid_m * BLOCK_M, col0=pid_n * BLOCK_N + i * PART, M=M, N=N, R=R, stride_bn=stride_bn,
-                    stride_br=stride_br, stride_sm=stride_sm, scaling=scaling, threshold=threshold, HAS_BIAS=HAS_BIAS,
-                    LOAD_S=LOAD_S, STORE_S=STORE_S and i == 0, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH,
-                    WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, ADD=ADD, BLOCK_M=BLOCK_M, BLOCK_N=PART, BLOCK_R=BLOCK_R,
-                    INPUT_PRECISION=INPUT_PRECISION,
+        if PARTS > 2:
+            parts = _halves(parts[0]) + _halves(parts[1])
+        if PARTS > 4:
+            parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
+        for i in tl.static_range(PARTS):
+            y = parts[i]
+            col0 = pid_n * BLOCK_N + i * PART
+            cols = col0.to(tl.int64) + tl.arange(0, PART)
+            if MASK_BRANCH:
+                y = add_branch(
+                    acc=y, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=col0,
+                    store_s=STORE_S & (col0 == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn,
+                    stride_br=stride_br, scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=True,
+                    WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_N=PART, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
                 )  # fmt: skip
+            # After the branch. Before it, specialized warps would pass the tile back and forth.
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            if ADD:
+                y += y_desc.load([pid_m * BLOCK_M, col0]).to(tl.float32)
+            y_desc.store([pid_m * BLOCK_M, col0], cast(y, y_desc.dtype))
 
 
 @triton.jit
 def _halves(tile):
     """The left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _finish(
-    acc, s, bias_ptr, b_ptr, s_ptr, y_desc, seed_ptr, row0, col0, M, N, R, stride_bn, stride_br, stride_sm, scaling, threshold,
-    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    WAITS_FOR_PRIMARY: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Y's tile at (row0, col0) from its product ``acc``: bias and branch added, rounded, stored."""
-    rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
-    cols = col0.to(tl.int64) + tl.arange(0, BLOCK_N)
-    acc = add_branch(
-        acc=acc, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=col0,
-        store_s=STORE_S & (col0 == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
-        scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH,
-        WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
-    )  # fmt: skip
-    # After the branch. Before it, specialized warps would pass the tile back and forth.
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    if ADD:
-        acc += y_desc.load([row0, col0]).to(tl.float32)
-    y_desc.store([row0, col0], cast(acc, y_desc.dtype))

@@ -40,8 +40,9 @@ def _lora_shrink_kernel(
             weight_grad(
                 program=grads, z_ptr=x_ptr, t_ptr=t_ptr, out_ptr=grad_ptr, seed_ptr=seed_ptr, partial_ptr=grad_partial_ptr,
                 counter_ptr=grad_counter_ptr, M=M, C=K, R=R, SPLITS=GRAD_SPLITS, stride_zm=stride_xm, stride_zc=stride_xk,
-                stride_tm=stride_tm, stride_oc=R, stride_or=1, threshold=threshold, T_UNIT=GRAD_UNIT, DROPOUT=False,
-                BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES, INPUT_PRECISION=GRAD_PRECISION,
+                stride_tm=stride_tm, stride_oc=R, stride_or=1, threshold=threshold, T_UNIT=GRAD_UNIT, HAS_ROWS=True,
+                DROPOUT=False, BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES,
+                INPUT_PRECISION=GRAD_PRECISION,
             )  # fmt: skip
         else:
             _shrink(

@@ -12,13 +12,14 @@ from stablelora_kernels.kernels.common import cast, dot, keep_mask, shared_sum
 def weight_grad(
     program, z_ptr, t_ptr, out_ptr, seed_ptr, partial_ptr, counter_ptr, M, C, R, SPLITS, stride_zm, stride_zc, stride_tm,
     stride_oc, stride_or, threshold,
-    T_UNIT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    T_UNIT: tl.constexpr, HAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r];  Z [M, C], T [M, R] in units of T_UNIT; the ``program``-th program.
 
     Programs: SPLITS parts of M one after another, in each the tiles of out. The last program of a tile to finish adds up the
-    tile's parts in order. No float is added atomically, nothing is zeroed first, and the store casts the sum.
+    tile's parts in order. No float is added atomically, nothing is zeroed first, and the store casts the sum. HAS_ROWS: no
+    part of M is empty.
     """
     tiles_r = tl.cdiv(R, BLOCK_R)
     tiles = tl.cdiv(C, BLOCK_C) * tiles_r
@@ -32,8 +33,12 @@ def weight_grad(
         seed = tl.load(seed_ptr)
 
     share = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLITS) * BLOCK_M
+    start, stop = split * share, tl.minimum(split * share + share, M)
+    if HAS_ROWS:
+        # Zeros of an empty loop would make ptxas serialize every WGMMA of the launch, those of the product beside it included.
+        tl.assume(start < stop)
     acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
-    for m0 in tl.range(split * share, tl.minimum(split * share + share, M), BLOCK_M, num_stages=STAGES):
+    for m0 in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
         rows = m0 + tl.arange(0, BLOCK_M).to(tl.int64)
         z_mask, t_mask = (rows[:, None] < M) & c_mask[None, :], (rows[:, None] < M) & r_mask[None, :]
         z = tl.load(z_ptr + rows[:, None] * stride_zm + cs[None, :] * stride_zc, mask=z_mask, other=0.0)
@@ -69,8 +74,8 @@ def _lora_weight_grads_kernel(
         weight_grad(
             program=program, z_ptr=x_ptr, t_ptr=ds_ptr, out_ptr=da_ptr, seed_ptr=seed_ptr, partial_ptr=partial_ptr,
             counter_ptr=counter_ptr, M=M, C=K, R=R, SPLITS=SPLITS, stride_zm=stride_xm, stride_zc=stride_xk,
-            stride_tm=stride_dsm, stride_oc=1, stride_or=K, threshold=threshold, T_UNIT=1.0, DROPOUT=DROPOUT, BLOCK_M=BLOCK_M,
-            BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
+            stride_tm=stride_dsm, stride_oc=1, stride_or=K, threshold=threshold, T_UNIT=1.0, HAS_ROWS=False, DROPOUT=DROPOUT,
+            BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
     else:
         # Scratch and counters follow those of dA's tiles.
@@ -79,6 +84,6 @@ def _lora_weight_grads_kernel(
             program=program - PROGRAMS_A, z_ptr=dy_ptr, t_ptr=s_ptr, out_ptr=db_ptr, seed_ptr=seed_ptr,
             partial_ptr=partial_ptr + tiles_a.to(tl.int64) * SPLITS * (BLOCK_C * BLOCK_R), counter_ptr=counter_ptr + tiles_a,
             M=M, C=N, R=R, SPLITS=SPLITS, stride_zm=stride_ym, stride_zc=stride_yn, stride_tm=stride_sm, stride_oc=R,
-            stride_or=1, threshold=threshold, T_UNIT=S_UNIT, DROPOUT=False, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R,
-            STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
+            stride_or=1, threshold=threshold, T_UNIT=S_UNIT, HAS_ROWS=False, DROPOUT=False, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C,
+            BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
