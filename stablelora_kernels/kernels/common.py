@@ -69,7 +69,7 @@ def arrives_last(counter_ptr, n):
     The counter is an int32, 0 before and after. Chance decides which program is last, but not what it reads.
     """
     # Order: all threads' stores, the barrier, the atomic that publishes them.
-    if not INTERPRETING:
+    if not INTERPRETING:  # noqa: SIM102 - the interpreter does not know the other one
         if _targets_amd():
             # AMD's barrier waits for waves, not for their stores, and the atomic waits for its own wave's stores alone.
             tl.inline_asm_elementwise(

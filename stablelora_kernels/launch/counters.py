@@ -54,11 +54,15 @@ def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
 
 
 def _zeros(count: int, device: torch.device) -> list[Tensor]:
-    return list(torch.zeros(count, LANES * MAX_SHARED_SUMS, dtype=torch.int32, device=device))
+    """``count`` buffers, zero for every stream."""
+    made = torch.zeros(count, LANES * MAX_SHARED_SUMS, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return list(made)
 
 
 def _keep_ready(index: int | None) -> None:
-    """Fill up a GPU's buffers if few are left, with zeros that every stream sees.
+    """Fill up a GPU's buffers if few are left.
 
     A thread of its own allocates them. While torch.compile warms up or records a CUDA graph, what the calling thread allocates
     goes to the graph's memory pool, which must not hold memory that outlives the graph.
@@ -67,14 +71,8 @@ def _keep_ready(index: int | None) -> None:
     if len(ready) >= READY // 2:
         return
 
-    def make() -> list[Tensor]:
-        device = torch.device("cuda", index)
-        made = _zeros(READY, device)
-        torch.cuda.current_stream(device).synchronize()
-        return made
-
     with ThreadPoolExecutor(1) as pool:
-        ready += pool.submit(make).result()
+        ready += pool.submit(_zeros, READY, torch.device("cuda", index)).result()
 
 
 # A capture whose number the driver does not tell.

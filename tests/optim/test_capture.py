@@ -20,6 +20,7 @@ from stablelora_kernels.dispatch import use_backend
 from stablelora_kernels.launch import stable_adamw as launcher
 from stablelora_kernels.optim import graph_capture
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from tests.helpers.launches import specialization
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.steps import latches
 
@@ -77,6 +78,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8 bits": {"moments_dtype": torch.uint8},
     "tensors": {"weight_decay": torch.tensor(0.1), "lr_ratio_B": 4.0},
 }
+
+
+@pytest.mark.parametrize("options", ["plain", "clipped", "tensors"])
+def test_a_captured_step_compiles_nothing(options, monkeypatch):
+    """Each launch has what the steps before had of all that Triton specializes on."""
+    optimizer, _ = optimizers(torch.bfloat16, **SETTINGS[options])
+    fill_grads(optimizer, 1)
+    optimizer.step()
+    keys: list[Any] = []
+
+    def record(kernel, grid, device, *args, **meta):
+        keys.append((kernel.__name__, *map(specialization, args), tuple(sorted(meta.items()))))
+        return base.launch(kernel, grid, device, *args, **meta)
+
+    monkeypatch.setattr(launcher, "launch", record)
+    fill_grads(optimizer, 2)
+    optimizer.step()
+    warm = list(keys)
+    fill_grads(optimizer, 3)
+    monkeypatch.setattr(graph_capture, "capturing", lambda: True)
+    optimizer.step()
+    assert warm and keys[len(warm) :] == warm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -155,6 +155,37 @@ def test_amds_assembly() -> None:
     assert hot_bits(parse_gcn(to_shared), GCN_THREAD, inner) == (32, 64)
 
 
+def test_why_ptxas_serializes() -> None:
+    log = """
+ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient register \
+resources for the wgmma pipeline in the function '_kernel'
+ptxas info    : Used 200 registers, used 1 barriers
+""".replace("\\\n", "")
+    assert machine_code.serialization(log) == "C7511 insufficient register resources for the wgmma pipeline"
+    assert machine_code.serialization("ptxas info    : Used 200 registers") == ""
+    assert machine_code.serialized("no matrix instruction") == ""
+
+
+PUBLISHED = """
+    buffer_store_dwordx4 v[6:9], v10, s[52:55], 0 offen
+    WAIT
+    s_barrier
+    s_barrier
+    s_and_saveexec_b64 s[16:17], s[0:1]
+    s_cbranch_execz .LBB0_24
+    buffer_wbl2 sc1
+    s_waitcnt vmcnt(0)
+    global_atomic_add v11, v11, v13, s[14:15] sc0
+"""
+
+
+def test_stores_are_waited_for_before_they_are_published() -> None:
+    assert machine_code.early_counts(PUBLISHED.replace("WAIT", "s_waitcnt vmcnt(0)")) == 0
+    assert machine_code.early_counts(PUBLISHED.replace("WAIT", "s_waitcnt vmcnt(0) lgkmcnt(0)")) == 0
+    assert machine_code.early_counts(PUBLISHED.replace("WAIT", "s_waitcnt lgkmcnt(0)")) == 1
+    assert machine_code.early_counts(2 * PUBLISHED.replace("WAIT", "")) == 2
+
+
 def test_resources() -> None:
     # A stack that no instruction uses is not one of spills.
     assert sass_resources(SASS) == {"registers": 168, "spills": 0}
@@ -189,8 +220,8 @@ def test_occupancy(arch: str, registers: int, shared: int, warps: int, columns: 
 def row(**changes: object) -> report.Row:
     start = {
         "kernel": "lora_shrink", "variant": "r16", "arch": "sm_90", "dtype": "bf16", "registers": 96, "spills": 0,
-        "shared_bytes": 65_536, "shared_limit": 232_448, "mma": "HGMMA.64x16x16 HGMMA.64x64x16", "load_bits": 128,
-        "store_bits": 64, "occupancy": 0.25,
+        "shared_bytes": 65_536, "shared_limit": 232_448, "mma": "HGMMA.64x16x16 HGMMA.64x64x16", "serialized": "",
+        "load_bits": 128, "store_bits": 64, "occupancy": 0.25,
     }  # fmt: skip
     assert changes.keys() <= start.keys()
     return start | changes
@@ -208,6 +239,7 @@ def compare(old: report.Row, new: report.Row) -> list[str]:
         {"shared_bytes": 232_449},
         {"mma": "HGMMA.64x64x16"},
         {"mma": ""},
+        {"serialized": "C7511 insufficient register resources"},
         {"load_bits": 64},
         {"store_bits": 32},
         {"occupancy": 0.188},
@@ -292,8 +324,8 @@ def is_low(row: report.Row) -> bool:
 
 def test_the_report_is_whole(rows: list[report.Row]) -> None:
     assert report.KEYS == (
-        "kernel", "variant", "arch", "dtype", "registers", "spills", "shared_bytes", "shared_limit", "mma", "load_bits",
-        "store_bits", "occupancy",
+        "kernel", "variant", "arch", "dtype", "registers", "spills", "shared_bytes", "shared_limit", "mma", "serialized",
+        "load_bits", "store_bits", "occupancy",
     )  # fmt: skip
     assert report.REPORT.read_text(encoding="utf-8").splitlines()[0] == ",".join(report.KEYS)
     assert len({report.label_of(row) for row in rows}) == len(rows)
@@ -320,6 +352,10 @@ def test_the_report_has_matrix_instructions(rows: list[report.Row]) -> None:
 def test_the_report_has_no_spills_that_matter(rows: list[report.Row]) -> None:
     # A few bytes around the epilogue are harmless; a spill inside the main loop is hundreds.
     assert not broken(rows, lambda row: row["spills"] <= (0 if row["arch"] == "sm_90" else 64))
+
+
+def test_no_matrix_instruction_of_the_report_is_serialized(rows: list[report.Row]) -> None:
+    assert not broken(rows, lambda row: not row["serialized"])
 
 
 def test_the_report_has_wide_loads(rows: list[report.Row]) -> None:
