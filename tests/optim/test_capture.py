@@ -5,6 +5,7 @@ On a GPU, tests/gpu/test_cuda_graphs.py compares real graphs with eager steps.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,33 @@ class Graph:
     def replay(self) -> None:
         for args, meta in self.launches:
             base.launch(*args, **meta)
+
+
+def test_tables_that_a_graph_reads_outlive_later_steps(monkeypatch):
+    """A step with gradients elsewhere replaces the table of addresses. It used to free the one that the graph reads."""
+    optimizer, _ = optimizers(torch.float32)
+    fill_grads(optimizer, 1)
+    optimizer.step()
+    graph = Graph(monkeypatch, optimizer.step)
+    held = {
+        arg.data_ptr(): weakref.ref(arg) for args, _ in graph.launches for arg in args if isinstance(arg, torch.Tensor)
+    }
+    graph.launches.clear()
+    set_grads(params_of(optimizer), 2)
+    optimizer.param_groups[0]["eps"] = 1e-6
+    optimizer.step()
+    assert len(held) > 5 and all(ref() is not None for ref in held.values())
+
+
+def test_tables_wait_for_every_stream_that_read_them(monkeypatch):
+    optimizer, _ = optimizers(torch.float32)
+    stream, kept = [7], []
+    monkeypatch.setattr(graph_capture, "stream_of", lambda device: stream[0])
+    monkeypatch.setattr(graph_capture, "keep_for_stream", lambda tensors: kept.append((stream[0], len(list(tensors)))))
+    for stream[0] in (7, 7, 8, 8, 7):
+        fill_grads(optimizer, 1)
+        optimizer.step()
+    assert kept == [(7, 11), (8, 11), (7, 11)]
 
 
 def optimizers(dtype: torch.dtype, **settings: Any) -> list[StableLoRAAdamW]:

@@ -19,7 +19,17 @@ import triton
 
 from benchmarks.lab.compile_report import report
 from benchmarks.lab.compile_report.assembly import GCN_THREAD, PTX_THREAD, parse_gcn, parse_ptx
-from benchmarks.lab.compile_report.machine_code import gcn_resources, hot_bits, loops, products, sass_resources, varying
+from benchmarks.lab.compile_report.machine_code import (
+    early_counts,
+    gcn_resources,
+    hot_bits,
+    loops,
+    products,
+    sass_resources,
+    serialization,
+    serialized,
+    varying,
+)
 from benchmarks.lab.compile_report.occupancy import occupancy
 from stablelora_kernels.dispatch.problem import DEVICES
 from tests.helpers.processes import printed, python
@@ -161,9 +171,9 @@ ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions
 resources for the wgmma pipeline in the function '_kernel'
 ptxas info    : Used 200 registers, used 1 barriers
 """.replace("\\\n", "")
-    assert machine_code.serialization(log) == "C7511 insufficient register resources for the wgmma pipeline"
-    assert machine_code.serialization("ptxas info    : Used 200 registers") == ""
-    assert machine_code.serialized("no matrix instruction") == ""
+    assert serialization(log) == "C7511 insufficient register resources for the wgmma pipeline"
+    assert serialization("ptxas info    : Used 200 registers") == ""
+    assert serialized("no matrix instruction") == ""
 
 
 PUBLISHED = """
@@ -180,10 +190,10 @@ PUBLISHED = """
 
 
 def test_stores_are_waited_for_before_they_are_published() -> None:
-    assert machine_code.early_counts(PUBLISHED.replace("WAIT", "s_waitcnt vmcnt(0)")) == 0
-    assert machine_code.early_counts(PUBLISHED.replace("WAIT", "s_waitcnt vmcnt(0) lgkmcnt(0)")) == 0
-    assert machine_code.early_counts(PUBLISHED.replace("WAIT", "s_waitcnt lgkmcnt(0)")) == 1
-    assert machine_code.early_counts(2 * PUBLISHED.replace("WAIT", "")) == 2
+    assert early_counts(PUBLISHED.replace("WAIT", "s_waitcnt vmcnt(0)")) == 0
+    assert early_counts(PUBLISHED.replace("WAIT", "s_waitcnt vmcnt(0) lgkmcnt(0)")) == 0
+    assert early_counts(PUBLISHED.replace("WAIT", "s_waitcnt lgkmcnt(0)")) == 1
+    assert early_counts(2 * PUBLISHED.replace("WAIT", "")) == 2
 
 
 def test_resources() -> None:
