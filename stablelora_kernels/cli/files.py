@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stablelora_kernels.cli.output import CommandError
 from stablelora_kernels.model.adapter_files import CONFIG_NAME, PICKLES, WEIGHTS_NAME, Adapter, read_adapter, read_pair
+from stablelora_kernels.utils.extras import import_extra
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -46,13 +47,11 @@ def from_hub(argument: str, given: str, patterns: Sequence[str]) -> Path:
     if not _HUB_ID.fullmatch(given):
         raise CommandError(f"{argument} must be a path or a hub id like 'owner/name', got {given!r} (nothing there)")
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise CommandError(
-            f"{argument} {given!r} is no path on this machine; for a hub id: pip install 'stablelora-kernels[cli]'"
-        ) from None
+        hub = import_extra("huggingface_hub", "cli", "a hub id")
+    except ImportError as error:
+        raise CommandError(f"{argument} {given!r} is no path on this machine, and {error}") from None
     try:
-        return Path(snapshot_download(given, allow_patterns=list(patterns)))
+        return Path(hub.snapshot_download(given, allow_patterns=list(patterns)))
     except Exception as error:  # The hub's client raises dozens of classes without a common base.
         message = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CommandError(
