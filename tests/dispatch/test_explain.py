@@ -165,5 +165,5 @@ def test_explain_refuses_what_it_does_not_know():
 
 def test_a_named_gpu_needs_triton(monkeypatch):
     monkeypatch.setattr(backend, "TRITON_PROBLEM", "Triton is not installed")
-    with pytest.raises(RuntimeError, match="device='sm_90' asks for .* Triton kernels, but Triton is not installed"):
+    with pytest.raises(RuntimeError, match=r"device='sm_90' asks for .* Triton kernels, but Triton is not installed"):
         slk.explain(64, 64, 64, 8, device="sm_90")
