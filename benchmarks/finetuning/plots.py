@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.measure import summarize
 from benchmarks.common.plot_style import STYLE, colors, plt, save
-from benchmarks.finetuning.result import Result, overhead, step_times
+from benchmarks.finetuning.arms import FROZEN, PEFT, STABLE
+from benchmarks.finetuning.headline import headlines
+from benchmarks.finetuning.result import Record, Result, adapters, overhead, step_times, summary
 from benchmarks.finetuning.train import PHASES
 
 _PHASE_SHADES = (1.0, 0.65, 0.35)
@@ -20,6 +23,7 @@ def draw(result: Result, directory: Path) -> list[Path]:
     with plt.rc_context(STYLE):
         if all(len(record["series"]["loss"]) > 1 for record in arms.values()):
             paths += [
+                save(_summary(result), directory / "summary.png"),
                 save(_loss(result), directory / "loss.png"),
                 save(_step_time(result), directory / "step_time.png"),
             ]
@@ -38,8 +42,9 @@ def _subtitle(result: Result) -> str:
         else f"{environment['cpu']}, {environment['cores']} cores"
     )
     return (
-        f"{settings['model']} on {settings['data']}, batch {settings['batch_size']}, lr {recipe['lr']:g}, "
-        f"seed {settings['seed']}, {settings['dtype']}, {machine}, commit {environment['commit']}"
+        f"{settings['model']} on {settings['data']}, batch {settings['batch_size']}, {adapters(result)}, lr {recipe['lr']:g},\n"
+        f"seed {settings['seed']}, {settings['dtype']}, {machine}, torch {environment['torch']}, PEFT {environment['peft']}, "
+        f"commit {environment['commit']}"
     )
 
 
@@ -50,11 +55,58 @@ def _figure(result: Result, title: str, columns: int = 1, width: float = 7.5, he
     return figure, axes
 
 
+def _summary(result: Result) -> Any:
+    """Time and memory side by side, with the answer above and the conditions beneath."""
+    rows = summary(result)
+    measured = any(row["saved_mib"] for row in rows.values())
+    title = "\n".join(textwrap.wrap(next(iter(headlines(rows)), "A training step"), 100))
+    height = 2.1 + 0.55 * len(rows)
+    figure, axes = _figure(result, title, columns=3 if measured else 1, width=12 if measured else 8, height=height)
+    first, *memory = axes if measured else [axes]
+    palette = colors(list(rows))
+    for position, (name, row) in enumerate(rows.items()):
+        _bar(first, position, row, "step_ms_median", "ms", _time_against(row), palette[name])
+        spread = [[row["step_ms_median"] - row["step_ms_q1"]], [row["step_ms_q3"] - row["step_ms_median"]]]
+        first.errorbar(row["step_ms_median"], position - 0.22, xerr=spread, color="black", linewidth=0.8, capsize=2)
+        for axis, key in zip(memory, ("saved_mib", "peak_mib"), strict=False):
+            if row[key]:
+                base = rows.get(PEFT, {}).get(key)
+                against = (
+                    f"{100 * (row[key] / base - 1):+.1f}% of PEFT's" if base and name not in (FROZEN, PEFT) else ""
+                )
+                _bar(axis, position, row, key, "MiB", against, palette[name])
+        if memory and row["peak_mib"] and row["step_mib"] is not None:
+            held = row["peak_mib"] - row["step_mib"]
+            memory[1].barh(position, held, color="white", alpha=0.55, height=0.62)
+    first.set_title("Time of a training step (lower is better)")
+    for axis, head in zip(memory, ("Saved for backward", "Peak memory (pale: held between steps)"), strict=False):
+        axis.set_title(head)
+    for axis in (first, *memory):
+        axis.set_yticks(range(len(rows)), [row["label"] for row in rows.values()] if axis is first else [])
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.5 * max(patch.get_width() for patch in axis.patches))
+        axis.grid(visible=False)
+    return figure
+
+
+def _bar(axis: Any, position: int, row: Record, key: str, unit: str, against: str, color: str) -> None:
+    axis.barh(position, row[key], color=color, height=0.62)
+    text = f"{row[key]:,.0f} {unit}" + (f"\n{against}" if against else "")
+    axis.annotate(text, (row[key], position), (5, 0), textcoords="offset points", va="center", fontsize=9)
+
+
+def _time_against(row: Record) -> str:
+    parts = []
+    if row["step_overhead_percent_median"] is not None:
+        parts.append(f"{row['step_overhead_percent_median']:+.0f}% over frozen")
+    if row["arm"] not in (FROZEN, PEFT) and row["speedup_over_peft_median"] is not None:
+        parts.append(f"{row['speedup_over_peft_median']:.2f}x as fast as PEFT")
+    return "\n".join(parts)
+
+
 def _line(name: str) -> dict[str, Any]:
     # Our arms often coincide with PEFT's; dashes on a wider line show both.
-    return (
-        {"linewidth": 1.6, "linestyle": (0, (4, 2))} if name.startswith("stable") else {"linewidth": 2.4, "alpha": 0.8}
-    )
+    return {"linewidth": 2.4, "alpha": 0.8} if name in (FROZEN, PEFT) else {"linewidth": 1.6, "linestyle": (0, (4, 2))}
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
@@ -93,7 +145,7 @@ def _norms(result: Result) -> Any:
         axis.xaxis.get_major_locator().set_params(integer=True)
     for name, record in result["arms"].items():
         stops = sorted(at for at in record.get("latch", {}).get("latched_at", []) if at is not None)
-        if stops and record["shrink_ratio"]:
+        if stops and record["shrink_ratio"] and name.startswith(STABLE):
             for axis in (left, right):
                 axis.axvspan(stops[0], stops[-1], color=palette[name], alpha=0.10, linewidth=0)
                 axis.axvline(stops[len(stops) // 2], color=palette[name], linestyle=":", linewidth=1.2)
@@ -120,7 +172,7 @@ def _step_time(result: Result) -> Any:
                 )
             left += width
         total = f"{summarize(step_times(record))['median']:.0f} ms"
-        if name != "frozen" and "frozen" in result["arms"]:
+        if name != FROZEN and "frozen" in result["arms"]:
             over = overhead(record, result["arms"]["frozen"])
             total += f", {over['median']:+.1f}%" if over else ""
         axis.text(left, row, f"  {total}", va="center", fontsize=9).set_in_layout(False)

@@ -1,0 +1,55 @@
+"""The answer of a run in words: what this library saved or cost against PEFT, in time and in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.finetuning.arms import ACCELERATED, PEFT, STABLE
+
+# An arm's figures, as in result.json's "summary".
+Row = dict[str, Any]
+
+_CALLS = {ACCELERATED: "accelerate_peft", STABLE: "apply_lora"}
+_MEMORY = (("memory saved for backward", "saved_mib"), ("peak memory", "peak_mib"))
+# Smaller differences in memory are called none.
+_EQUAL_PERCENT = 0.5
+
+
+def headlines(summary: dict[str, Row]) -> list[str]:
+    """A sentence for ``accelerate_peft``, one for ``apply_lora`` at the same shrink ratio, and the figures behind the first.
+
+    ``summary`` has each arm's figures by its name. An arm without timed steps gets no sentence.
+    """
+    accelerated = [name for name in summary if name.startswith(f"{ACCELERATED}-")]
+    names = [*accelerated, *(name.replace(ACCELERATED, STABLE) for name in accelerated)]
+    timed = [name for name in names if name in summary and summary[name]["speedup_over_peft_median"] is not None]
+    lines = [f"{_CALLS[name.partition('-')[0]]}: {compare(summary[name], summary[PEFT])}" for name in timed]
+    return [*lines, _figures(_CALLS[timed[0].partition("-")[0]], summary[timed[0]], summary[PEFT])] if timed else []
+
+
+def compare(row: Row, peft: Row) -> str:
+    """A sentence on an arm's time and memory against PEFT's; gains and losses in the same words.
+
+    As in the suite, times differ only if three of four steps agree on the sign.
+    """
+    ratio, low, high = (row[f"speedup_over_peft_{part}"] for part in ("median", "q1", "q3"))
+    time = "about as much time as" if low <= 1 <= high else f"{_change(100 / ratio - 100)} time than"
+    text = f"a training step took {time} PEFT's ({ratio:.2f}x as fast, quartiles {low:.2f}x to {high:.2f}x)"
+    for title, key in _MEMORY:
+        if row[key] and peft[key]:
+            change = 100 * (row[key] / peft[key] - 1)
+            text += f", {'the same' if abs(change) < _EQUAL_PERCENT else _change(change)} {title}"
+    return f"{text}."
+
+
+def _change(percent: float) -> str:
+    size = abs(percent)
+    return f"{size:.{0 if size >= 9.95 else 1}f}% {'less' if percent < 0 else 'more'}"
+
+
+def _figures(call: str, row: Row, peft: Row) -> str:
+    parts = [f"a step took {row['step_ms_median']:,.0f} ms, PEFT's {peft['step_ms_median']:,.0f} ms"]
+    for title, key in _MEMORY:
+        if row[key] and peft[key]:
+            parts.append(f"{title} {row[key]:,.0f} MiB, PEFT's {peft[key]:,.0f} MiB")
+    return f"In figures, {call}: {'; '.join(parts)}."
