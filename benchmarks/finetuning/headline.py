@@ -10,7 +10,7 @@ from benchmarks.finetuning.arms import ACCELERATED, PEFT, STABLE
 Row = dict[str, Any]
 
 _CALLS = {ACCELERATED: "accelerate_peft", STABLE: "apply_lora"}
-_MEMORY = (("memory saved for backward", "saved_mib"), ("peak memory", "peak_mib"))
+_MEMORY = (("kept {} memory for backward", "saved_mib"), ("needed {} memory at its peak", "peak_mib"))
 # Smaller differences in memory are called none.
 _EQUAL_PERCENT = 0.5
 
@@ -33,23 +33,28 @@ def compare(row: Row, peft: Row) -> str:
     As in the suite, times differ only if three of four steps agree on the sign.
     """
     ratio, low, high = (row[f"speedup_over_peft_{part}"] for part in ("median", "q1", "q3"))
-    time = "about as much time as" if low <= 1 <= high else f"{_change(100 / ratio - 100)} time than"
+    time = "about as much time as" if low <= 1 <= high else f"{change(1 / ratio)} time than"
     text = f"a training step took {time} PEFT's ({ratio:.2f}x as fast, quartiles {low:.2f}x to {high:.2f}x)"
-    for title, key in _MEMORY:
-        if row[key] and peft[key]:
-            change = 100 * (row[key] / peft[key] - 1)
-            text += f", {'the same' if abs(change) < _EQUAL_PERCENT else _change(change)} {title}"
-    return f"{text}."
+    memory = [
+        phrase.format(
+            "the same" if abs(100 * row[key] / peft[key] - 100) < _EQUAL_PERCENT else change(row[key] / peft[key])
+        )
+        for phrase, key in _MEMORY
+        if row[key] and peft[key]
+    ]
+    return ", ".join([text, " and ".join(memory)] if memory else [text]) + "."
 
 
-def _change(percent: float) -> str:
+def change(ratio: float) -> str:
+    """A ratio to something as "25% less" or "2.0% more"."""
+    percent = 100 * ratio - 100
     size = abs(percent)
     return f"{size:.{0 if size >= 9.95 else 1}f}% {'less' if percent < 0 else 'more'}"
 
 
 def _figures(call: str, row: Row, peft: Row) -> str:
     parts = [f"a step took {row['step_ms_median']:,.0f} ms, PEFT's {peft['step_ms_median']:,.0f} ms"]
-    for title, key in _MEMORY:
+    for phrase, key in _MEMORY:
         if row[key] and peft[key]:
-            parts.append(f"{title} {row[key]:,.0f} MiB, PEFT's {peft[key]:,.0f} MiB")
+            parts.append(phrase.format(f"{row[key]:,.0f} MiB of") + f", PEFT's {peft[key]:,.0f} MiB")
     return f"In figures, {call}: {'; '.join(parts)}."

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.common.measure import summarize
 from benchmarks.common.plot_style import STYLE, colors, plt, save
 from benchmarks.finetuning.arms import FROZEN, PEFT, STABLE
-from benchmarks.finetuning.headline import headlines
+from benchmarks.finetuning.headline import change, headlines
 from benchmarks.finetuning.result import Record, Result, adapters, overhead, step_times, summary
 from benchmarks.finetuning.train import PHASES
 
@@ -41,72 +41,84 @@ def _subtitle(result: Result) -> str:
         if settings["device"].startswith("cuda")
         else f"{environment['cpu']}, {environment['cores']} cores"
     )
+    ratios = ", ".join(f"{ratio:g}" for ratio in sorted(_shrink_ratios(result)))
+    versions = f"torch {environment['torch']}, PEFT {environment['peft']}, commit {environment['commit']}"
     return (
-        f"{settings['model']} on {settings['data']}, batch {settings['batch_size']}, {adapters(result)}, lr {recipe['lr']:g},\n"
-        f"seed {settings['seed']}, {settings['dtype']}, {machine}, torch {environment['torch']}, PEFT {environment['peft']}, "
-        f"commit {environment['commit']}"
+        f"{settings['model']} on {settings['data']}, batch {settings['batch_size']}, {adapters(result)},\n"
+        f"lr {recipe['lr']:g}, λ {ratios}, seed {settings['seed']}, {settings['dtype']}, {machine}, {versions}"
     )
 
 
 def _figure(result: Result, title: str, columns: int = 1, width: float = 7.5, height: float = 4.2) -> tuple[Any, Any]:
     figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    figure.supxlabel(_subtitle(result), fontsize=7, color="#666666")
+    figure.supxlabel(_subtitle(result), fontsize=8, color="#555555")
     return figure, axes
 
 
 def _summary(result: Result) -> Any:
     """Time and memory side by side, with the answer above and the conditions beneath."""
     rows = summary(result)
-    measured = any(row["saved_mib"] for row in rows.values())
-    title = "\n".join(textwrap.wrap(next(iter(headlines(rows)), "A training step"), 100))
-    height = 2.1 + 0.55 * len(rows)
-    figure, axes = _figure(result, title, columns=3 if measured else 1, width=12 if measured else 8, height=height)
-    first, *memory = axes if measured else [axes]
+    panels = [("Time of a training step", "step_ms_median", "ms")]
+    if any(row["saved_mib"] for row in rows.values()):
+        panels += [
+            ("Memory kept for backward", "saved_mib", "MiB"),
+            ("Peak memory (pale: held between steps)", "peak_mib", "MiB"),
+        ]
+    width = 3 + 3.2 * len(panels)
+    title = "\n".join(textwrap.wrap(next(iter(headlines(rows)), "A training step"), int(9.4 * width)))
+    figure, axes = _figure(result, title, len(panels), width=width, height=2.1 + 0.55 * len(rows))
     palette = colors(list(rows))
-    for position, (name, row) in enumerate(rows.items()):
-        _bar(first, position, row, "step_ms_median", "ms", _time_against(row), palette[name])
-        spread = [[row["step_ms_median"] - row["step_ms_q1"]], [row["step_ms_q3"] - row["step_ms_median"]]]
-        first.errorbar(row["step_ms_median"], position - 0.22, xerr=spread, color="black", linewidth=0.8, capsize=2)
-        for axis, key in zip(memory, ("saved_mib", "peak_mib"), strict=False):
-            if row[key]:
-                base = rows.get(PEFT, {}).get(key)
-                against = (
-                    f"{100 * (row[key] / base - 1):+.1f}% of PEFT's" if base and name not in (FROZEN, PEFT) else ""
-                )
-                _bar(axis, position, row, key, "MiB", against, palette[name])
-        if memory and row["peak_mib"] and row["step_mib"] is not None:
-            held = row["peak_mib"] - row["step_mib"]
-            memory[1].barh(position, held, color="white", alpha=0.55, height=0.62)
-    first.set_title("Time of a training step (lower is better)")
-    for axis, head in zip(memory, ("Saved for backward", "Peak memory (pale: held between steps)"), strict=False):
-        axis.set_title(head)
-    for axis in (first, *memory):
-        axis.set_yticks(range(len(rows)), [row["label"] for row in rows.values()] if axis is first else [])
+    for axis, (head, key, unit) in zip([axes] if len(panels) == 1 else axes, panels, strict=True):
+        widest = max(row[key] or 0 for row in rows.values())
+        for position, (name, row) in enumerate(rows.items()):
+            if row[key] is None:
+                axis.text(0, position, " not measured", va="center", fontsize=9)
+                continue
+            axis.barh(position, row[key], color=palette[name], height=0.62)
+            if key == "peak_mib" and row["step_mib"] is not None:
+                axis.barh(position, row[key] - row["step_mib"], color="white", alpha=0.55, height=0.62)
+            # At a fixed place, so that the labels can be read as a column.
+            text = "\n".join([f"{row[key]:,.0f} {unit}", *_against(row, rows, key)])
+            axis.text(1.05 * widest, position, text, va="center", fontsize=9)
+        axis.set_title(head, fontsize=10.5, loc="left")
+        axis.set_yticks(range(len(rows)), _arm_labels(result) if axis is figure.axes[0] else [])
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.5 * max(patch.get_width() for patch in axis.patches))
+        axis.set_xlim(0, 1.75 * widest)
+        axis.set_xticks([])
+        axis.spines["bottom"].set_visible(False)
         axis.grid(visible=False)
     return figure
 
 
-def _bar(axis: Any, position: int, row: Record, key: str, unit: str, against: str, color: str) -> None:
-    axis.barh(position, row[key], color=color, height=0.62)
-    text = f"{row[key]:,.0f} {unit}" + (f"\n{against}" if against else "")
-    axis.annotate(text, (row[key], position), (5, 0), textcoords="offset points", va="center", fontsize=9)
-
-
-def _time_against(row: Record) -> str:
-    parts = []
+def _against(row: Record, rows: dict[str, Record], key: str) -> list[str]:
+    """What stands under a bar's figure: the same against the frozen model and against PEFT."""
+    ours, peft = row["arm"] not in (FROZEN, PEFT), rows.get(PEFT, {}).get(key)
+    if key != "step_ms_median":
+        return [f"{change(row[key] / peft)} than PEFT"] if ours and peft else []
+    lines = []
     if row["step_overhead_percent_median"] is not None:
-        parts.append(f"{row['step_overhead_percent_median']:+.0f}% over frozen")
-    if row["arm"] not in (FROZEN, PEFT) and row["speedup_over_peft_median"] is not None:
-        parts.append(f"{row['speedup_over_peft_median']:.2f}x as fast as PEFT")
-    return "\n".join(parts)
+        lines.append(f"{row['step_overhead_percent_median']:+.0f}% over frozen")
+    if ours and row["speedup_over_peft_median"] is not None:
+        lines.append(f"{row['speedup_over_peft_median']:.2f}x as fast as PEFT")
+    return lines
+
+
+def _arm_labels(result: Result) -> list[str]:
+    """The arms' labels; the shrink ratio stands beneath the plot if all have the same."""
+    labels = [record["label"] for record in result["arms"].values()]
+    return [label.partition(" λ")[0] for label in labels] if len(_shrink_ratios(result)) == 1 else labels
+
+
+def _shrink_ratios(result: Result) -> set[float]:
+    return {record["shrink_ratio"] for record in result["arms"].values() if record["shrink_ratio"] is not None}
 
 
 def _line(name: str) -> dict[str, Any]:
-    # Our arms often coincide with PEFT's; dashes on a wider line show both.
-    return {"linewidth": 2.4, "alpha": 0.8} if name in (FROZEN, PEFT) else {"linewidth": 1.6, "linestyle": (0, (4, 2))}
+    # Our arms often coincide with PEFT's and with each other; dots and dashes on a wider line show all.
+    if name in (FROZEN, PEFT):
+        return {"linewidth": 2.4, "alpha": 0.8}
+    return {"linewidth": 1.6, "linestyle": (0, (4, 2)) if name.startswith(STABLE) else (0, (1, 1.5))}
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
@@ -166,7 +178,7 @@ def _step_time(result: Result) -> Any:
             width = summarize(step_times(record, (phase,)))["median"]
             axis.barh(row, width, left=left, color=palette[name], alpha=shade, height=0.62)
             if width > 0.06 * summarize(step_times(record))["median"]:
-                color = "white" if shade > 0.5 else "black"
+                color = "white" if shade > 0.9 else "black"
                 axis.text(
                     left + width / 2, row, f"{phase} {width:.0f}", ha="center", va="center", fontsize=8, color=color
                 )
@@ -179,7 +191,7 @@ def _step_time(result: Result) -> Any:
     axis.set_yticks(range(len(result["arms"])), [record["label"] for record in result["arms"].values()])
     axis.invert_yaxis()
     axis.set_xlabel("milliseconds: forward, backward, optimizer")
-    axis.set_xlim(0, 1.22 * max(summarize(step_times(record))["median"] for record in result["arms"].values()))
+    axis.set_xlim(0, 1.36 * max(summarize(step_times(record))["median"] for record in result["arms"].values()))
     axis.grid(axis="y", visible=False)
     return figure
 

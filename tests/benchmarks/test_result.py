@@ -133,12 +133,14 @@ def with_times(peft_ms: float, ours_ms: float):
 def test_the_first_line_says_what_was_saved_or_lost(peft_ms, ours_ms, said):
     result = with_times(peft_ms, ours_ms)
     rows = report.table(result).splitlines()
-    memory = "25% less memory saved for backward, 5.0% less peak memory."
+    memory = "kept 25% less memory for backward and needed 5.0% less memory at its peak."
     assert rows[0] == f"accelerate_peft: {said}, {memory}"
-    assert rows[1].startswith(f"apply_lora: {said}, 38% less memory saved for backward, 10% less peak memory.")
+    assert rows[1].startswith(
+        f"apply_lora: {said}, kept 38% less memory for backward and needed 10% less memory at its peak."
+    )
     assert rows[2] == (
-        f"In figures, accelerate_peft: a step took {ours_ms:.0f} ms, PEFT's {peft_ms:.0f} ms; memory saved for backward 6 MiB, "
-        "PEFT's 8 MiB; peak memory 950 MiB, PEFT's 1,000 MiB."
+        f"In figures, accelerate_peft: a step took {ours_ms:.0f} ms, PEFT's {peft_ms:.0f} ms; kept 6 MiB of memory for backward, "
+        "PEFT's 8 MiB; needed 950 MiB of memory at its peak, PEFT's 1,000 MiB."
     )
 
 
@@ -146,7 +148,7 @@ def test_the_first_line_calls_more_memory_more_and_equal_memory_equal():
     result = with_times(140.0, 100.0)
     result["arms"]["accelerated-0.005"]["footprint"] |= {"saved_mib": 10.0, "peak_mib": 1001.0}
     first = report.table(result).splitlines()[0]
-    assert first.endswith("25% more memory saved for backward, the same peak memory.")
+    assert first.endswith("kept 25% more memory for backward and needed the same memory at its peak.")
 
 
 def test_a_spread_on_both_sides_of_one_is_no_difference():
