@@ -10,7 +10,7 @@ from benchmarks.common.measure import summarize
 from benchmarks.common.plot_style import STYLE, colors, plt, save
 from benchmarks.finetuning.arms import FROZEN, PEFT, STABLE
 from benchmarks.finetuning.headline import change, headlines
-from benchmarks.finetuning.result import Record, Result, adapters, overhead, step_times, summary
+from benchmarks.finetuning.result import Record, Result, adapters, disturbed, overhead, step_times, summary
 from benchmarks.finetuning.train import PHASES
 
 _PHASE_SHADES = (1.0, 0.65, 0.35)
@@ -42,9 +42,11 @@ def _subtitle(result: Result) -> str:
         else f"{environment['cpu']}, {environment['cores']} cores"
     )
     ratios = ", ".join(f"{ratio:g}" for ratio in sorted(_shrink_ratios(result)))
+    if disturbed(result):
+        machine += ", DISTURBED by other programs"
     versions = f"torch {environment['torch']}, PEFT {environment['peft']}, commit {environment['commit']}"
     return (
-        f"{settings['model']} on {settings['data']}, batch {settings['batch_size']}, {adapters(result)},\n"
+        f"{settings['model']} on {settings['data']}, batch {settings['batch_size']}, {adapters(result)}, "
         f"lr {recipe['lr']:g}, λ {ratios}, seed {settings['seed']}, {settings['dtype']}, {machine}, {versions}"
     )
 
@@ -52,7 +54,8 @@ def _subtitle(result: Result) -> str:
 def _figure(result: Result, title: str, columns: int = 1, width: float = 7.5, height: float = 4.2) -> tuple[Any, Any]:
     figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    figure.supxlabel(_subtitle(result), fontsize=8, color="#555555")
+    conditions = "\n".join(textwrap.wrap(_subtitle(result), int(14 * width)))
+    figure.supxlabel(conditions, fontsize=8, color="#555555")
     return figure, axes
 
 
@@ -83,7 +86,8 @@ def _summary(result: Result) -> Any:
             axis.text(1.05 * widest, position, text, va="center", fontsize=9)
         axis.set_title(head, fontsize=10.5, loc="left")
         axis.set_yticks(range(len(rows)), _arm_labels(result) if axis is figure.axes[0] else [])
-        axis.invert_yaxis()
+        # Also where a bar is missing.
+        axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.set_xlim(0, 1.75 * widest)
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)
@@ -197,9 +201,12 @@ def _step_time(result: Result) -> Any:
 
 
 def _accuracy(result: Result) -> Any:
-    figure, axis = _figure(result, f"Held-out accuracy on {result['data']['test']} texts, with standard error")
+    title = f"Held-out accuracy on {result['data']['test']} texts, with standard error"
+    figure, axis = _figure(result, title, width=max(7.5, 1.4 * (1 + len(result["arms"]))))
     palette = colors(list(result["arms"]))
-    bars = [(record["label"], record["test"], palette[name]) for name, record in result["arms"].items()]
+    bars = [
+        (record["label"].replace(" λ", "\nλ"), record["test"], palette[name]) for name, record in result["arms"].items()
+    ]
     if "probe" in result:
         bars.insert(1, ("frozen, probe\nto convergence", result["probe"], "#b9bec6"))
     for position, (_, test, color) in enumerate(bars):

@@ -175,13 +175,18 @@ def _notes(result: Result) -> list[str]:
     return notes
 
 
-def _disturbance(result: Result) -> list[str]:
+def disturbed(result: Result) -> bool:
+    """Whether other programs took much of this one's time while it trained, as far as can be told."""
     share = result.get("cpu_share")
-    if share is None or result["settings"]["device"] != "cpu" or share >= _QUIET_SHARE:
+    return share is not None and result["settings"]["device"] == "cpu" and share < _QUIET_SHARE
+
+
+def _disturbance(result: Result) -> list[str]:
+    if not disturbed(result):
         return []
     return [
-        f"Other programs ran beside this one, which had only {100 * share:.0f}% of its threads' time while training: "
-        "do not trust these times."
+        f"Other programs ran beside this one, which had only {100 * result['cpu_share']:.0f}% of its threads' time while "
+        "training: do not trust these times."
     ]
 
 
