@@ -65,9 +65,8 @@ RECIPES = {
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The checked arguments. A wrong one ends the program with a message, before any download or heavy import."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks", "python -m benchmarks [options]", description=__doc__.split(": ", 1)[1].capitalize()
-    )
+    description = "Fine-tune a real model with PEFT and with this library, side by side."
+    parser = argparse.ArgumentParser("python -m benchmarks", "python -m benchmarks [options]", description=description)
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default="all-linear", help="all-linear: all linear layers, r 16, alpha 32, dropout 0.05; "
         "paper: query and value projections, r 8, alpha 16, no dropout (default: all-linear)")  # fmt: skip

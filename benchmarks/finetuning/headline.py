@@ -9,7 +9,6 @@ from benchmarks.finetuning.arms import ACCELERATED, PEFT, STABLE
 # An arm's figures, as in result.json's "summary".
 Row = dict[str, Any]
 
-_CALLS = {ACCELERATED: "accelerate_peft", STABLE: "apply_lora"}
 _MEMORY = (("kept {} memory for backward", "saved_mib"), ("needed {} memory at its peak", "peak_mib"))
 # Smaller differences in memory are called none.
 _EQUAL_PERCENT = 0.5
@@ -21,10 +20,11 @@ def headlines(summary: dict[str, Row]) -> list[str]:
     ``summary`` has each arm's figures by its name. An arm without timed steps gets no sentence.
     """
     accelerated = [name for name in summary if name.startswith(f"{ACCELERATED}-")]
-    names = [*accelerated, *(name.replace(ACCELERATED, STABLE) for name in accelerated)]
-    timed = [name for name in names if name in summary and summary[name]["speedup_over_peft_median"] is not None]
-    lines = [f"{_CALLS[name.partition('-')[0]]}: {compare(summary[name], summary[PEFT])}" for name in timed]
-    return [*lines, _figures(_CALLS[timed[0].partition("-")[0]], summary[timed[0]], summary[PEFT])] if timed else []
+    calls = dict.fromkeys(accelerated, "accelerate_peft")
+    calls |= dict.fromkeys((name.replace(ACCELERATED, STABLE) for name in accelerated), "apply_lora")
+    timed = [name for name in calls if name in summary and summary[name]["speedup_over_peft_median"] is not None]
+    lines = [f"{calls[name]}: {compare(summary[name], summary[PEFT])}" for name in timed]
+    return [*lines, _figures(calls[timed[0]], summary[timed[0]], summary[PEFT])] if timed else []
 
 
 def compare(row: Row, peft: Row) -> str:
@@ -35,13 +35,11 @@ def compare(row: Row, peft: Row) -> str:
     ratio, low, high = (row[f"speedup_over_peft_{part}"] for part in ("median", "q1", "q3"))
     time = "about as much time as" if low <= 1 <= high else f"{change(1 / ratio)} time than"
     text = f"a training step took {time} PEFT's ({ratio:.2f}x as fast, quartiles {low:.2f}x to {high:.2f}x)"
-    memory = [
-        phrase.format(
-            "the same" if abs(100 * row[key] / peft[key] - 100) < _EQUAL_PERCENT else change(row[key] / peft[key])
-        )
-        for phrase, key in _MEMORY
-        if row[key] and peft[key]
-    ]
+    memory = []
+    for phrase, key in _MEMORY:
+        if row[key] and peft[key]:
+            ratio = row[key] / peft[key]
+            memory.append(phrase.format("the same" if abs(100 * ratio - 100) < _EQUAL_PERCENT else change(ratio)))
     return ", ".join([text, " and ".join(memory)] if memory else [text]) + "."
 
 
