@@ -86,8 +86,10 @@ def sections(directory: Path) -> Iterator[Section]:
     if (file := directory / "quick" / "result.json").is_file():
         text = file.with_name("table.txt").read_text(encoding="utf-8").rstrip()
         question = "Fine-tuning a real model: speed, memory and accuracy together"
-        environment = json.loads(file.read_text(encoding="utf-8"))["environment"]
-        yield Section(question, "python -m benchmarks", environment, [f"```text\n{text}\n```"])
+        found = json.loads(file.read_text(encoding="utf-8"))
+        # The last line has the first one's figures.
+        losses = [line for line in found.get("headlines", [])[:-1] if " more " in line]
+        yield Section(question, "python -m benchmarks", found["environment"], [f"```text\n{text}\n```"], losses)
 
 
 def page(results: Path) -> str:

@@ -75,6 +75,24 @@ def test_the_page_has_what_is_stored_and_says_where_it_loses(tmp_path, monkeypat
         __main__.main([])
 
 
+def test_a_fine_tuning_run_is_on_the_page_and_its_losses_are_in_the_list(tmp_path):
+    run = tmp_path / "machine" / "quick"
+    run.mkdir(parents=True)
+    (run / "table.txt").write_text("the table\n")
+    won, lost = ("accelerate_peft: a step took 9.0% less time", "apply_lora: a step took 2.0% more time")
+    result = {
+        "environment": ENVIRONMENT,
+        "headlines": [won, lost, "In figures, accelerate_peft: no more than figures."],
+    }
+    (run / "result.json").write_text(json.dumps(result))
+    text = report_page.page(tmp_path)
+    assert f"### Where it loses\n\n- {lost}\n\n### Fine-tuning a real model" in text and won not in text
+    assert "```text\nthe table\n```" in text
+    # Runs stored before there were headlines.
+    (run / "result.json").write_text(json.dumps({"environment": ENVIRONMENT}))
+    assert "Nowhere in what is stored." in report_page.page(tmp_path)
+
+
 def test_the_committed_page_is_of_the_committed_results(capsys):
     assert __main__.main(["--check"]) == 0, capsys.readouterr().out
     assert not re.search(r"\bnan\b", report_page.PAGE.read_text())
