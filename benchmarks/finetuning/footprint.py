@@ -111,6 +111,9 @@ def measure_in_subprocess(
 
 def main() -> None:
     """Measure the job read from standard input."""
+    # Every arm's process holds the same packages, so that peaks differ by the arms alone.
+    import peft  # noqa: F401
+
     from benchmarks.common.models import drop_pooler, load_model
 
     job = json.load(sys.stdin)
