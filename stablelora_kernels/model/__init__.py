@@ -1,6 +1,7 @@
 """LoRA for a whole model: put on, merge, remove, save, load."""
 
 from stablelora_kernels.model.apply import apply_lora
+from stablelora_kernels.model.disable import disable_lora
 from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
 from stablelora_kernels.model.reports import LoRAReport, MergeReport, ReplacedModule, SkippedModule
 from stablelora_kernels.model.save_load import load_adapter, save_adapter
@@ -11,6 +12,7 @@ __all__ = [
     "ReplacedModule",
     "SkippedModule",
     "apply_lora",
+    "disable_lora",
     "load_adapter",
     "merge_lora",
     "remove_lora",
