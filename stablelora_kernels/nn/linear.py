@@ -260,7 +260,12 @@ def compute_projection_group(layers: Sequence[LoRALinear], x: Tensor) -> tuple[T
         # FSDP parameters are DTensors until FSDP gathers them.
         if any(type(t) not in (nn.Parameter, Tensor) or t.device != x.device for t in tensors):
             return None
-        if layer.merged or layer._disabled or layer.training != first.training or layer.lora_dropout != first.lora_dropout:
+        if (
+            layer.merged
+            or layer._disabled
+            or layer.training != first.training
+            or layer.lora_dropout != first.lora_dropout
+        ):
             return None
         if x.shape[-1:] != layer.weight.shape[1:] or not (autocast or x.dtype == layer.weight.dtype):
             return None

@@ -158,7 +158,8 @@ def test_part_of_a_projection_group():
     with slk.disable_lora(attention.k_proj), slk.disable_lora(twin.model.layers[0].self_attn.k_proj):
         for _ in range(3):
             torch.testing.assert_close(output(model), output(twin))
-        assert not torch.allclose(output(model), active := output(copy.deepcopy(model)), atol=1e-3)
+        active = output(copy.deepcopy(model))
+        assert not torch.allclose(output(model), active, atol=1e-3)
     torch.testing.assert_close(output(model), active)
     assert attention.q_proj.__dict__[ATTRIBUTE].on
 
@@ -382,7 +383,7 @@ def test_wrappers_around_the_model():
 
 
 def test_what_is_refused():
-    with pytest.raises(TypeError, match="model must be an nn.Module, got str"), slk.disable_lora("model"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"), slk.disable_lora("model"):
         pass
     with pytest.raises(ValueError, match="got a Linear without any"), slk.disable_lora(nn.Linear(2, 2)):
         pass

@@ -60,7 +60,7 @@ def test_edges(capsys):
     # A lazy module has no shape yet.
     assert slk.count_parameters(nn.Sequential(nn.LazyLinear(4), nn.Linear(3, 2))) == (8, 8)
     for function in (slk.count_parameters, slk.print_trainable_parameters):
-        with pytest.raises(TypeError, match="model must be an nn.Module, got list"):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
             function([nn.Linear(2, 2)])
 
 
