@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.model.adapter_files import adapter_directory, import_safetensors, read_adapter, write_adapter
 from stablelora_kernels.model.apply import apply_plan
+from stablelora_kernels.model.merged_saving import save_merged_layers_plain
 from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, lora_layers, require_lora_layers, unchanged_on_error
 from stablelora_kernels.model.peft_format import PREFIX, check_not_meta, check_tensors, read_config
 from stablelora_kernels.model.reports import LoRAReport, SkippedModule, list_some, report_on
@@ -169,6 +170,7 @@ def load_adapter(
         others = _other_tensors(model, config, layers)
         # New layers go with their values.
         _copy_all(targets | others, tensors, kept=targets | others if had_layers else others)
+    save_merged_layers_plain(model)
     return report
 
 
