@@ -15,7 +15,7 @@ from stablelora_kernels.dispatch import (
     use_kernel,
 )
 from stablelora_kernels.explanation import Explanation, explain
-from stablelora_kernels.integrations.hf_trainer import StableLoRAAdamWFactory
+from stablelora_kernels.integrations.hf_trainer import StabilityCallback, StableLoRAAdamWFactory
 from stablelora_kernels.integrations.peft import accelerate_peft, restore_peft
 from stablelora_kernels.model import (
     LoRAReport,
@@ -43,6 +43,7 @@ __all__ = [
     "MergeError",
     "MergeReport",
     "PairStability",
+    "StabilityCallback",
     "StabilityLogger",
     "StableLoRAAdamW",
     "StableLoRAAdamWFactory",
