@@ -81,7 +81,8 @@ class StabilityCallback:
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StabilityCallback:
-        return object.__new__(_as_transformers_callback(cls))
+        kind: Any = cls
+        return object.__new__(_as_transformers_callback(kind))
 
     def __init__(self, trainer: Any) -> None:
         if not callable(getattr(trainer, "log", None)) or not hasattr(trainer, "optimizer"):

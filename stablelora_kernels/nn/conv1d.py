@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class LoRAConv1D(LoRALinear):
 
     def _base_output(self, x: Tensor) -> Tensor:
         # Conv1D's own operator, whose rounding differs from that of nn.functional.linear.
-        y = torch.addmm(self.bias, x.reshape(-1, self.in_features), self.frozen_weight)
+        y = torch.addmm(cast(Tensor, self.bias), x.reshape(-1, self.in_features), self.frozen_weight)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _matrix(self) -> Tensor:

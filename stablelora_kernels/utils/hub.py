@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -26,7 +27,7 @@ def from_hub(argument: str, repository: str, patterns: Sequence[str], revision: 
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ImportError(f"{given}; for a hub id: pip install 'stablelora-kernels[cli]'") from None
-    options = {} if revision is None else {"revision": revision}
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
     except Exception as error:  # The hub's client raises dozens of classes without a common base.
