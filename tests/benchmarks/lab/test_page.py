@@ -53,6 +53,10 @@ def test_the_page_has_what_is_stored_and_says_where_it_loses(tmp_path, monkeypat
     assert __main__.main([]) == 0
     text = page_file.read_text()
     assert "No GPU has measured anything yet" in text and "A CPU, 2 cores, load 3.0 at the start" in text
+    # The answers come before any machine's figures, and a loss is bold in them.
+    opening = text.split("## All figures")[0]
+    assert "| a whole training step | PEFT | **2.00 (2.00 to 2.00)** |  |  |" in opening
+    assert text.index("## In short") < text.index("A CPU")
     losses = text.split("### Where it loses")[1].split("###")[0]
     for loss in ("training, step: ours takes 2.00 (1.90 to 2.10) of PEFT's time", "once 1.50 times as long"):
         assert f"- {loss}\n" in losses, loss
