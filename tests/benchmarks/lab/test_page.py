@@ -82,3 +82,14 @@ def test_the_page_has_what_is_stored_and_says_where_it_loses(tmp_path, monkeypat
 def test_the_committed_page_is_of_the_committed_results(capsys):
     assert __main__.main(["--check"]) == 0, capsys.readouterr().out
     assert not re.search(r"\bnan\b", report_page.PAGE.read_text())
+
+
+def test_the_memory_table_of_the_peft_page_is_what_is_counted():
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from benchmarks.lab.page import memory
+
+    counts = {(arm, dropout): memory.saved_mib(arm, dropout) for arm in memory.ARMS for dropout in memory.DROPOUTS}
+    page = (report_page.PAGE.parents[1] / "guides" / "peft.md").read_text(encoding="utf-8")
+    assert memory.table(counts) in page
+    assert memory.PLOT.is_file()
