@@ -29,6 +29,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 import stablelora_kernels as slk
+
+# So that `python examples/finetune.py` finds the repository's packages.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples.inputs import load_model, load_tokens
 
 # The frozen weights are in the model's own files.

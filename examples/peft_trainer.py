@@ -20,6 +20,9 @@ import torch
 import transformers
 
 import stablelora_kernels as slk
+
+# So that `python examples/peft_trainer.py` finds the repository's packages.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples.inputs import load_model, load_tokens
 
 

@@ -19,6 +19,9 @@ from tqdm import tqdm
 from transformers import AutoModel
 
 import stablelora_kernels as slk
+
+# So that `python examples/replace_linear.py` finds the repository's packages.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples.inputs import load_model, load_text
 
 # Lines of text in a passage.

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from stablelora_kernels.model.reports import list_some
+from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.files import locked
 from stablelora_kernels.utils.hub import from_hub, is_hub_id
 
@@ -47,11 +48,7 @@ class Adapter(NamedTuple):
 
 
 def import_safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError("adapters are safetensors files: pip install 'stablelora-kernels[adapters]'") from None
-    return safetensors.torch
+    return import_extra("safetensors.torch", "adapters", "an adapter's file")
 
 
 def adapter_directory(
@@ -145,9 +142,7 @@ def read_pair(config_file: Path, weights_file: Path, convert: Callable[[Tensor],
 
 def read_tensors(file: Path, convert: Callable[[Tensor], T]) -> tuple[dict[str, T], str | None]:
     """What ``convert`` makes of each tensor in a safetensors file, and the file's stamp."""
-    import_safetensors()
-    from safetensors import safe_open
-
+    safe_open = import_safetensors().safe_open
     # For the error: safetensors says "No such file" of whatever it cannot open.
     with open(file, "rb"):
         pass

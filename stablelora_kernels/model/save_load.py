@@ -23,6 +23,7 @@ from stablelora_kernels.model.targets import plan_lora
 from stablelora_kernels.nn.conv1d import LoRAConv1D
 from stablelora_kernels.nn.linear import LoRALinear, sizes_of
 from stablelora_kernels.utils.dtensor import copy, is_first_rank, is_sharded, whole
+from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.wrappers import check_not_in_ddp, clean, in_ddp, reshard, unwrap, wrapped_parts
 
 # For each key of an adapter's file the shape and, unless any will do, the dtype that the model calls for.
@@ -48,9 +49,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the model has no LoRA layers, or layers that one PEFT config cannot describe, or it is in FSDP1's
             FullyShardedDataParallel; or ``path`` is a file. Nothing is written then.
         OSError: the files could not be written, for example because the disk is full. An adapter that was there is intact.
-        ImportError: safetensors is not installed.
+        ImportError: safetensors or NumPy is not installed. Nothing is written then.
     """
     import_safetensors()
+    # safetensors writes PyTorch's tensors through NumPy.
+    import_extra("numpy", "adapters", "save_adapter")
     given, model = model, unwrap(model)
     reshard(model)
     require_lora_layers(model)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stablelora_kernels.utils.extras import import_extra
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -24,12 +26,12 @@ def from_hub(argument: str, repository: str, patterns: Sequence[str], revision: 
     """
     given = f"{argument} {repository!r} is no path on this machine"
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ImportError(f"{given}; for a hub id: pip install 'stablelora-kernels[cli]'") from None
+        hub = import_extra("huggingface_hub", "cli", "a hub id")
+    except ImportError as error:
+        raise ImportError(f"{given}, and {error}") from None
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
+        return Path(hub.snapshot_download(repository, allow_patterns=list(patterns), **options))
     except Exception as error:  # The hub's client raises dozens of classes without a common base.
         message = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{given}, and the hub did not give it: {message}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -396,6 +397,22 @@ def test_a_run_is_not_mixed_with_another(files: list[str], alone: Path, monkeypa
     with pytest.raises(SystemExit):
         finetune.main([*files, *LANGUAGE, "--out", str(alone), "--resume"])
     assert sorted(alone.iterdir()) == before
+
+
+PROGRAMS = sorted(file for file in (ROOT / "examples").glob("*.py") if "__main__" in file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda file: file.stem)
+def test_by_its_path_from_any_directory(program: Path, tmp_path: Path) -> None:
+    """``python examples/finetune.py``, by a Python that does not see the repository. --help comes after all imports."""
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    (installed / "stablelora_kernels").symlink_to(ROOT / "stablelora_kernels")
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, program, "--help"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0 and f"usage: {program.stem}" in done.stdout, done.stderr
 
 
 @pytest.mark.download

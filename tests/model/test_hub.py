@@ -111,7 +111,11 @@ def test_a_hub_that_is_not_there(asked, monkeypatch):
     ):
         load_adapter(model, "org/an-adapter")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with refused(model, ImportError, r"path 'org/an-adapter' is no path on this machine; for a hub id: pip install"):
+    with refused(
+        model,
+        ImportError,
+        r"path 'org/an-adapter' is no path on this machine, and a hub id needs huggingface_hub: pip install",
+    ):
         load_adapter(model, "org/an-adapter")
 
 

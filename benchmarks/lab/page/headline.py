@@ -1,6 +1,6 @@
 """The README's figure: what LoRA adds to a training step, measured on a CPU, and to a layer, predicted for an H100.
 
-``python -m benchmarks.lab.page`` draws it from stored results alone: a main job with dropout, one without, and the cost model's CSV.
+``python -m benchmarks.lab.page`` draws it from stored results: a main job with dropout, one without, the cost model's CSV.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ RED = "#d1495b"
 # The machine and the directories of its two main jobs.
 MACHINE = "epyc-avx2-2core"
 JOBS = {"dropout 0.05": "main_job", "no dropout": "main_job_no_dropout"}
-ARMS = {"peft": ("PEFT", BLUE), "accelerated": ("+ accelerate_peft", RED), "stable": ("our layers (apply_lora)", "#e58a96")}
+ARMS = {
+    "peft": ("PEFT", BLUE),
+    "accelerated": ("+ accelerate_peft", RED),
+    "stable": ("our layers (apply_lora)", "#e58a96"),
+}
 # The predicted layer.
 SHAPE = {"m": "8192", "n": "4096", "k": "4096", "r": "16"}
 RIVALS = {"eager (PEFT)": BLUE, "Unsloth": "#5b9aa0", "Axolotl": "#8d7fb8", "LoRAFusion": GREY}
@@ -63,9 +67,9 @@ def conditions(jobs: dict[str, dict[str, Any]]) -> str:
     job = next(iter(jobs.values()))
     settings, recipe, environment = job["settings"], job["recipe"], job["environment"]
     return (
-        f"SmolLM2-135M, all linear layers, r {recipe['r']}, {settings['dtype']}, batch {settings['batch_size']}, arms interleaved "
-        f"step by step, medians and quartiles; {environment['cpu']}, {environment['cores']} cores, torch {environment['torch']}, "
-        f"PEFT {environment['peft']} with fused AdamW, commit {environment['commit']}"
+        f"SmolLM2-135M, all linear layers, r {recipe['r']}, {settings['dtype']}, batch {settings['batch_size']}, arms "
+        f"interleaved step by step, medians and quartiles; {environment['cpu']}, {environment['cores']} cores, "
+        f"torch {environment['torch']}, PEFT {environment['peft']} with fused AdamW, commit {environment['commit']}"
     )
 
 
@@ -99,7 +103,7 @@ def _predicted(axis: Any, directory: Path) -> None:
     axis.set_ylim(ticks[-1] + 0.6, -0.5)
     axis.set_xlim(0, 1.3 * widest)
     text = (
-        "Layer of 4096 x 4096, 8192 rows, r 16, bfloat16, forward and backward; from bytes and operations over an H100's ceilings. "
+        "Layer of 4096 x 4096, 8192 rows, r 16, bfloat16, forward and backward; bytes and operations over an H100's ceilings. "
         "Ours: its products reach 0.85 to 1.0 of the vendor's rate. Unsloth has no dropout. No GPU has run this library yet."
     )
     _head(axis, "PREDICTED for an H100: what LoRA adds to a layer,\n% of the frozen layer's time", text)
