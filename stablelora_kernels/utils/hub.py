@@ -24,14 +24,15 @@ def from_hub(argument: str, repository: str, patterns: Sequence[str], revision: 
         ImportError: huggingface_hub is not installed.
         ValueError: the hub did not give the files; the message has its reason.
     """
-    given = f"{argument} {repository!r} is no path on this machine"
     try:
         hub = import_extra("huggingface_hub", "cli", "a hub id")
     except ImportError as error:
-        raise ImportError(f"{given}, and {error}") from None
+        raise ImportError(f"{argument} {repository!r} is no path on this machine, and {error}") from None
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=list(patterns), **options))
     except Exception as error:  # The hub's client raises dozens of classes without a common base.
         message = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{given}, and the hub did not give it: {message}") from None
+        raise ValueError(
+            f"{argument} {repository!r} is no path on this machine, and the hub did not give it: {message}"
+        ) from None
