@@ -118,7 +118,9 @@ def _ablations(rows: Records, setting: Setting) -> Any:
     for place, row in enumerate(found):
         right.errorbar(factor * row["minus_adamw"], place, xerr=abs(factor) * row["minus_adamw_95"], fmt="o", capsize=4,
                        color=COLORS[row["arm"]])  # fmt: skip
-    right.set_yticks(range(len(found)), [f"{ablations.change(row)}\n{row['seeds']} seeds" for row in found], fontsize=10)
+    right.set_yticks(
+        range(len(found)), [f"{ablations.change(row)}\n{row['seeds']} seeds" for row in found], fontsize=10
+    )
     right.axvline(0, color="#333333", linewidth=0.8)
     right.set(xlabel=f"Stable-LoRA minus AdamW, {'nats a token' if loss else 'points'}", ylim=(-0.6, len(found) - 0.4))
     right.set_title("with the same thing changed in both, seed by seed, 95 %", fontsize=12)
