@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     right = (outputs().argmax(1) == labels).sum().item()
-    print(f"step {start}: {right} of {args.batch_size} held-out passages are likest to their next")
+    print(f"step {start}: {right} of {args.batch_size} held-out passages are closest to their next passage")
 
     for step in (bar := tqdm(range(start, args.steps), initial=start, total=args.steps)):
         # Batch and dropout go by the step, so that a resumed run is the uninterrupted one to the bit.
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
 
     unmerged = outputs()
     right = (unmerged.argmax(1) == labels).sum().item()
-    print(f"step {args.steps}: {right} of {args.batch_size} held-out passages are likest to their next")
+    print(f"step {args.steps}: {right} of {args.batch_size} held-out passages are closest to their next passage")
     slk.save_adapter(model, args.out / "adapter")
     print(f"adapter in {args.out / 'adapter'}")
 

@@ -137,7 +137,7 @@ def test_layer_calls_hold_no_more_memory(backend: str, count: int, fused: bool) 
             model.zero_grad()
 
         flat_while(run, 4, -(-count // 3), dict)
-    assert not any(bool(each.any()) for each in counters._by_stream.values())
+    assert not any(bool(each.any()) for each in counters._in_use.values())
 
 
 # Determinism

@@ -84,7 +84,7 @@ def a_call(
 
 
 def counters_are_zero() -> bool:
-    return not any(bool(each.any()) for each in counters._by_stream.values())
+    return not any(bool(each.any()) for each in counters._in_use.values())
 
 
 @pytest.mark.parametrize("name", sample(CALLS, CALLS_IN_CI))

@@ -10,6 +10,8 @@ from typing import Any
 
 from benchmarks.common.measure import summarize
 from benchmarks.common.tables import aligned, csv_text, json_text, write_files
+from benchmarks.finetuning.arms import FROZEN, PEFT
+from benchmarks.finetuning.headline import headlines
 from benchmarks.finetuning.train import PHASES
 
 # The first steps allocate optimizer state and warm caches. Files have them, medians do not.
@@ -37,9 +39,20 @@ def overhead(record: Record, frozen: Record, phases: Sequence[str] = PHASES) -> 
     return summarize(ratios) if ratios else None
 
 
+def speedup(record: Record, peft: Record) -> dict[str, float] | None:
+    """PEFT's time over this arm's on the same batch, step by step: median and quartiles."""
+    ratios = [theirs / mine for mine, theirs in zip(step_times(record), step_times(peft), strict=False)]
+    return summarize(ratios) if ratios else None
+
+
+def summary(result: Result) -> dict[str, Record]:
+    """The figures of all arms by name: what a figure or a headline is made from."""
+    return {name: flat_summary(result, name) for name in result["arms"]}
+
+
 def flat_summary(result: Result, name: str) -> dict[str, Any]:
     """One arm's figures as a flat record, a row of summary.csv; None if not measured."""
-    record, frozen = result["arms"][name], result["arms"].get("frozen")
+    record, frozen, peft = result["arms"][name], result["arms"].get(FROZEN), result["arms"].get(PEFT)
     series, test = record["series"], record.get("test", {})
     latch, footprint = record.get("latch", {}), record.get("footprint", {})
     losses = series["loss"][-_LAST_LOSSES:]
@@ -56,9 +69,11 @@ def flat_summary(result: Result, name: str) -> dict[str, Any]:
         for key, value in (summarize(times) if times else dict.fromkeys(("median", "q1", "q3"))).items():
             row[f"{part}_ms_{key}"] = value
     for part, phases in (("step", PHASES), ("layers", PHASES[:2])):
-        over = overhead(record, frozen, phases) if frozen and name != "frozen" else None
+        over = overhead(record, frozen, phases) if frozen and name != FROZEN else None
         for key in ("median", "q1", "q3"):
             row[f"{part}_overhead_percent_{key}"] = over[key] if over else None
+    faster = speedup(record, peft) if peft and name != PEFT else None
+    row |= {f"speedup_over_peft_{key}": faster[key] if faster else None for key in ("median", "q1", "q3")}
     counted = footprint.get("launches") or footprint.get("operators") or {}
     row |= {key: footprint.get(key) for key in ("saved_mib", "peak_mib", "step_mib")}
     row |= {f"{phase}_calls": counted.get(phase) for phase in PHASES}
@@ -70,8 +85,8 @@ def flat_summary(result: Result, name: str) -> dict[str, Any]:
 
 
 def table(result: Result) -> str:
-    """The run's figures, a column for each arm, with notes underneath."""
-    rows = {name: flat_summary(result, name) for name in result["arms"]}
+    """The answer in words, the run's figures with a column for each arm, and notes underneath."""
+    rows = summary(result)
     pairs = max((len(record.get("latch", {}).get("latched_at", [])) for record in result["arms"].values()), default=0)
     launches = any("launches" in record.get("footprint", {}) for record in result["arms"].values())
     calls = "kernel launches a step" if launches else "operators a step (not launches)"
@@ -85,6 +100,7 @@ def table(result: Result) -> str:
         *((f"  {phase}", lambda r, phase=phase: _quartiles(r, f"{phase}_ms")) for phase in PHASES),
         ("over the frozen model, %", lambda r: _quartiles(r, "step_overhead_percent", "+.1f")),
         ("  forward and backward alone", lambda r: _quartiles(r, "layers_overhead_percent", "+.1f")),
+        ("PEFT's time over this arm's", lambda r: _quartiles(r, "speedup_over_peft", ".2f")),
         ("saved for backward, MiB", lambda r: _number(r["saved_mib"], ".1f")),
         ("peak memory, MiB", lambda r: _number(r["peak_mib"], ".0f")),
         ("  of that, above the idle process", lambda r: _number(r["step_mib"], ".0f")),
@@ -97,7 +113,10 @@ def table(result: Result) -> str:
     ]
     cells = [["", *(row["label"] for row in rows.values())]]
     cells += [[title, *(render(row) for row in rows.values())] for title, render in lines]
-    return "\n".join([*aligned(cells), "", *_notes(result)])
+    answer = [*headlines(rows), *_disturbance(result)]
+    if answer:
+        answer.append("")
+    return "\n".join([*answer, *aligned(cells), "", *_notes(result)])
 
 
 def _notes(result: Result) -> list[str]:
@@ -106,7 +125,7 @@ def _notes(result: Result) -> list[str]:
     where = environment["gpu"] if settings["device"].startswith("cuda") else environment["cpu"]
     notes = [
         f"{settings['model']} on {data['name']}: {recipe['steps']} steps of {settings['batch_size']}, lr {recipe['lr']:g}, "
-        f"r {recipe['r']} on {'/'.join(recipe['target_modules'])}, {settings['dtype']}, seed {settings['seed']}; "
+        f"{adapters(result)}, {settings['dtype']}, seed {settings['seed']}; "
         f"{data['test']} texts held out, of which the largest class is {100 * data['majority']:.1f}%.",
     ]
     if "probe" in result:
@@ -122,19 +141,26 @@ def _notes(result: Result) -> list[str]:
         )
     notes += [
         "Accuracies are ± one standard error; times are medians [quartiles], the arms taking each batch in turn.",
-        *_disturbance(result),
         "The frozen model trains its head, and its backward pass goes exactly as deep as LoRA's.",
     ]
+    if recipe["lora_dropout"]:
+        notes.append(
+            "Each arm draws dropout masks of its own: losses and accuracies of equal methods agree only statistically, and "
+            "the standard errors leave this out."
+        )
     for record in result["arms"].values():
         if (latch := record.get("latch")) and record["shrink_ratio"]:
             notes.append(
-                f"Shrink ratio {record['shrink_ratio']:g}: at lr {recipe['lr']:g} and these widths the stop comes at about step "
+                f"{record['label']}: at lr {recipe['lr']:g} and these widths the stop comes at about step "
                 f"{latch['earliest']} or later; {_stop(latch)}, which "
                 f"alone took {100 * (1 - latch['a_factor']):.1f}% off ||A||."
             )
         if record.get("fused") is not None and record["label"].startswith("PEFT"):
             kind = "one fused call" if record["fused"] else "foreach, as fused=True is not available here"
             notes.append(f"torch.optim.AdamW ran as {kind}.")
+    tokens = [r["footprint"]["tokens"] for r in result["arms"].values() if "tokens" in r.get("footprint", {})]
+    if tokens:
+        notes.append(f"Memory is of a step of {tokens[0]} tokens, padding included, each arm in a process of its own.")
     errors = {r["label"]: r["footprint"]["error"] for r in result["arms"].values() if "error" in r.get("footprint", {})}
     notes += [f"Memory of {label} was not measured: {error}" for label, error in errors.items()]
     versions = ", ".join(
@@ -149,14 +175,26 @@ def _notes(result: Result) -> list[str]:
     return notes
 
 
-def _disturbance(result: Result) -> list[str]:
+def disturbed(result: Result) -> bool:
+    """Whether other programs took much of this one's time while it trained, as far as can be told."""
     share = result.get("cpu_share")
-    if share is None or result["settings"]["device"] != "cpu" or share >= _QUIET_SHARE:
+    return share is not None and result["settings"]["device"] == "cpu" and share < _QUIET_SHARE
+
+
+def _disturbance(result: Result) -> list[str]:
+    if not disturbed(result):
         return []
     return [
-        f"Other programs ran beside this one, which had only {100 * share:.0f}% of its threads' time while training: "
-        "the times above are not to be trusted."
+        f"Other programs ran beside this one, which had only {100 * result['cpu_share']:.0f}% of its threads' time while "
+        "training: do not trust these times."
     ]
+
+
+def adapters(result: Result) -> str:
+    """The recipe's adapters in words."""
+    recipe, targets = result["recipe"], result["settings"]["targets"]
+    layers = "all linear layers" if targets == "all-linear" else "/".join(recipe["target_modules"])
+    return f"r {recipe['r']}, alpha {recipe['lora_alpha']:g}, dropout {recipe['lora_dropout']:g} on {layers}"
 
 
 def _number(value: float | None, spec: str) -> str:
@@ -208,7 +246,10 @@ def _shrinks(row: Record) -> str:
 
 
 def write_result(result: Result, directory: Path) -> list[Path]:
-    """Write result.json (everything), summary.csv (a row for each arm), steps.csv and norms.csv (over time), table.txt."""
+    """Write result.json (``result`` with its summary and headlines), summary.csv, steps.csv, norms.csv and table.txt.
+
+    In summary.csv a row is an arm; steps.csv and norms.csv go over time.
+    """
     arms = result["arms"]
     # After an interrupt one list may be a step ahead; rows stop with the shortest list.
     steps = [
@@ -220,9 +261,10 @@ def write_result(result: Result, directory: Path) -> list[Path]:
         )
     ]
     norms = [{"arm": name, **norm} for name, record in arms.items() for norm in record["series"]["norms"]]
+    rows = summary(result)
     files = {
-        "result.json": json_text(result),
-        "summary.csv": csv_text([flat_summary(result, name) for name in arms]),
+        "result.json": json_text(result | {"summary": rows, "headlines": headlines(rows)}),
+        "summary.csv": csv_text([*rows.values()]),
         "steps.csv": csv_text(steps),
         "norms.csv": csv_text(norms),
         "table.txt": table(result) + "\n",

@@ -41,7 +41,7 @@ OPTIONAL = {
     "matplotlib": "plot_stability",
     "peft": "accelerate_peft",
     "transformers": "merge; its Trainer takes StableLoRAAdamW",
-    "huggingface_hub": "inspect and merge by a hub id",
+    "huggingface_hub": "adapters and models by a hub id",
     "bitsandbytes": "frozen weights in 4 and 8 bits",
     "torchao": "frozen weights in float8, int8 and int4",
 }

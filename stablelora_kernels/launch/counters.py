@@ -2,48 +2,111 @@
 
 from __future__ import annotations
 
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
 
 LANES = 4
-# For launches that a CUDA graph captures: a mebibyte for each device.
-_CAPTURE_COUNTERS = 1 << 18
+# Buffers of zeros that every GPU keeps ready: for further streams, and for captures, which cannot make their own.
+READY = 16
 
-# One buffer a stream: its launches run one after another, so no two of them count at once.
-_by_stream: dict[tuple[str, int | None, int], Tensor] = {}
-# A graph may be replayed on any stream, at any time: each captured launch owns its counters for good.
-_for_capture: dict[int, tuple[Tensor, int]] = {}
+
+class _Stream(NamedTuple):
+    """A stream whose launches run one after another, so that no two of them count at once.
+
+    ``capture`` is the number of the capture that records the stream, or 0. A graph may be replayed on any stream at any time,
+    so each capture counts in buffers of its own.
+    """
+
+    device_type: str
+    index: int | None
+    handle: int
+    capture: int
+
+
+_in_use: dict[_Stream, Tensor] = {}
+_ready: dict[int | None, list[Tensor]] = {}
 
 
 def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
-    """``n`` counters on ``device``'s current stream, n <= MAX_SHARED_SUMS.
+    """``n`` counters on ``device``'s current stream, n <= MAX_SHARED_SUMS, at an address that is a multiple of 16.
 
     Sums that may run at the same time, in one launch or in two that overlap, take different lanes below LANES.
     """
     if device.type == "meta":
         return torch.empty(n, dtype=torch.int32, device=device)
+    stream = _current_stream(device)
+    if stream.device_type == "cuda" and not stream.capture:
+        _keep_ready(stream.index)
+    if stream not in _in_use:
+        ready = _ready.get(stream.index)
+        if stream.capture and (not ready or stream.capture == _UNKNOWN):
+            # No launch came before the capture, or captures have taken all: the graph zeroes these at each replay.
+            return torch.zeros(n, dtype=torch.int32, device=device)
+        _in_use[stream] = ready.pop() if ready else _zeros(1, device)[0]
+    return _in_use[stream][lane * MAX_SHARED_SUMS : lane * MAX_SHARED_SUMS + n]
+
+
+def _zeros(count: int, device: torch.device) -> list[Tensor]:
+    """``count`` buffers, zero for every stream."""
+    made = torch.zeros(count, LANES * MAX_SHARED_SUMS, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return list(made)
+
+
+def _keep_ready(index: int | None) -> None:
+    """Fill up a GPU's buffers if few are left.
+
+    A thread of its own allocates them. While torch.compile warms up or records a CUDA graph, what the calling thread allocates
+    goes to the graph's memory pool, which must not hold memory that outlives the graph.
+    """
+    ready = _ready.setdefault(index, [])
+    if len(ready) >= READY // 2:
+        return
+
+    with ThreadPoolExecutor(1) as pool:
+        ready += pool.submit(_zeros, READY, torch.device("cuda", index)).result()
+
+
+# A capture whose number the driver does not tell.
+_UNKNOWN = -1
+
+
+def _current_stream(device: torch.device) -> _Stream:
     if device.type != "cuda":
-        key: tuple[str, int | None, int] = (device.type, device.index, 0)
-    else:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if torch.cuda.is_current_stream_capturing():
-            return _captured(n, index, device)
-        key = (device.type, index, torch.cuda.current_stream(index).cuda_stream)
-        if index not in _for_capture:
-            _for_capture[index] = (torch.zeros(_CAPTURE_COUNTERS, dtype=torch.int32, device=device), 0)
-            # They must be zero before any other stream captures.
-            torch.cuda.current_stream(index).synchronize()
-    if key not in _by_stream:
-        _by_stream[key] = torch.zeros(LANES * MAX_SHARED_SUMS, dtype=torch.int32, device=device)
-    return _by_stream[key][lane * MAX_SHARED_SUMS : lane * MAX_SHARED_SUMS + n]
+        return _Stream(device.type, device.index, 0, 0)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    handle = torch.cuda.current_stream(index).cuda_stream
+    capture = _capture_number(handle) if torch.cuda.is_current_stream_capturing() else 0
+    return _Stream(device.type, index, handle, capture)
 
 
-def _captured(n: int, index: int, device: torch.device) -> Tensor:
-    buffer, used = _for_capture.get(index, (None, 0))
-    if buffer is None or used + n > buffer.numel():
-        # The first launch is a captured one, or graphs have taken all of the buffer: the graph zeroes these at each replay.
-        return torch.zeros(n, dtype=torch.int32, device=device)
-    _for_capture[index] = (buffer, used + n)
-    return buffer[used : used + n]
+@cache
+def _capture_info() -> Any:
+    """The driver's function that tells about a capture (stream, status, number), or None."""
+    library, name = (
+        ("libamdhip64.so", "hipStreamGetCaptureInfo")
+        if torch.version.hip
+        else ("libcuda.so.1", "cuStreamGetCaptureInfo")
+    )
+    try:
+        function = getattr(ctypes.CDLL(library), name)
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_ulonglong)]
+    return function
+
+
+def _capture_number(handle: int) -> int:
+    """The number of the capture under way on a stream, which no other capture has, or ``_UNKNOWN``."""
+    function, status, number = _capture_info(), ctypes.c_int(), ctypes.c_ulonglong()
+    if function is None or function(handle, ctypes.byref(status), ctypes.byref(number)) or not number.value:
+        return _UNKNOWN
+    return number.value

@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from stablelora_kernels.model.reports import list_some
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.files import locked
+from stablelora_kernels.utils.hub import from_hub, is_hub_id
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -48,6 +49,24 @@ class Adapter(NamedTuple):
 
 def import_safetensors() -> Any:
     return import_extra("safetensors.torch", "adapters", "an adapter's file")
+
+
+def adapter_directory(
+    path: str | os.PathLike[str], revision: str | None = None, subfolder: str | None = None
+) -> str | os.PathLike[str]:
+    """The directory of an adapter: ``path``, or a download if nothing is there and ``path`` is a hub id. See ``load_adapter``."""
+    for name, value in (("revision", revision), ("subfolder", subfolder)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name} must be a string or None, got {type(value).__name__}")
+    if subfolder is not None and (PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts):
+        raise ValueError(f"subfolder must be a relative path inside of path, got {subfolder!r}")
+    if isinstance(path, str) and is_hub_id(path) and not Path(path).exists():
+        names = (CONFIG_NAME, WEIGHTS_NAME)
+        path = from_hub("path", path, [str(PurePosixPath(subfolder or "", name)) for name in names], revision)
+    elif revision is not None:
+        where = "a path on this machine" if Path(path).exists() else "which is none"
+        raise ValueError(f"revision is for hub ids, got {revision!r} with {str(path)!r}, {where}")
+    return path if subfolder is None else Path(path, subfolder)
 
 
 def find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from stablelora_kernels.model.merged_saving import save_as_before, save_merged_from_now_on, untie_in_config
+from stablelora_kernels.model.merged_saving import save_as_before, save_merged_layers_plain, untie_in_config
 from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, replace_modules, require_lora_layers
 from stablelora_kernels.model.reports import MergeReport
 from stablelora_kernels.nn.linear import LoRALinear
@@ -43,7 +43,7 @@ def merge_lora(model: nn.Module) -> MergeReport:
                 raise ValueError(f"{name!r}: {error}") from None
             raise
         merged.append(layer)
-    save_merged_from_now_on(model)
+    save_merged_layers_plain(model)
     return MergeReport(errors, untied)
 
 
@@ -56,7 +56,6 @@ def unmerge_lora(model: nn.Module) -> None:
     for layer in require_lora_layers(model).values():
         if layer.merged:
             layer.unmerge()
-    save_as_before(model)
 
 
 def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:

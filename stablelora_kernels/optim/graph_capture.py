@@ -1,7 +1,8 @@
-"""Upload tables to the device, also while a CUDA graph is being captured."""
+"""Upload tables to the device, also while a CUDA graph is being captured, and keep them for the streams that read them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tenso
     """``values`` as a tensor on ``device``. A GPU copies from fresh pinned memory, so the host does not wait for it."""
     host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of the device's current stream; 0 on a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def keep_for_stream(tensors: Iterable[torch.Tensor]) -> None:
+    """Once a tensor is freed, let the allocator wait with its memory for what its device's current stream does until then."""
+    for tensor in tensors:
+        # Recording a stream is no part of a graph. The engine keeps what captured launches read.
+        if tensor.device.type == "cuda" and not capturing():
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class Staging:

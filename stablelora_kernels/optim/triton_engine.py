@@ -103,6 +103,10 @@ class TritonStep:
         self.present_key: list[int] | None = None
         self.hyper_key: list[tuple[Any, ...]] | None = None
         self.cells: dict[tuple[int, str], Tensor] = {}
+        # The last step's.
+        self.stream: int | None = None
+        # Tables of captured steps.
+        self.captured: list[tuple[Tensor, ...]] = []
 
     def _setting(self, index: int) -> Setting:
         """The setting of the member ``index``."""
@@ -190,18 +194,15 @@ class TritonStep:
             self._sum_over_processes(ready, max_grad_norm)
         # Not a torch.library operator: its lists of tensors would cost more host time than all else here. Nor could a tracer
         # run it on copies, since the tables hold addresses.
+        counters = (self.steps, self.turns, self.latched, self.squares, self.grad_squares, self.skipped)
+        tables = (self.tensors, self.addresses, self.chunks, self.hyper, self.words)
+        if self.stream != (stream := graph_capture.stream_of(self.device)):
+            # Else the allocator would reuse a table, once a step on another stream replaces it, while this launch reads it.
+            graph_capture.keep_for_stream((*counters, *tables))
+            self.stream = stream
         self.launcher.stable_adamw(
-            self.steps,
-            self.turns,
-            self.latched,
-            self.squares,
-            self.grad_squares,
-            self.skipped,
-            self.tensors,
-            self.addresses,
-            self.chunks,
-            self.hyper,
-            self.words,
+            *counters,
+            *tables,
             grad_scale,
             found_inf,
             max_grad_norm,
@@ -218,6 +219,8 @@ class TritonStep:
         if not graph_capture.capturing():
             self.staging.refill()
             return
+        # The graph reads these at each replay, also when later steps have others.
+        self.captured.append(tables)
         # A graph's copies and measurements exist only once it is replayed: the next step may not count on them.
         if len(self.staging.captured) > uploads:
             self.address_key = self.hyper_key = self.layout = None

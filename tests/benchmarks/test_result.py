@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 
@@ -25,7 +26,7 @@ def stored_result():
     latch |= {"shrinks_mean": 6.0, "shrinks_min": 2, "shrinks_max": 10}
     operators = {"forward": 10, "backward": 20, "optimizer": 3}
     counted = {"saved_mib": 5.0, "peak_mib": 900.0, "step_mib": 9.0, "operators": operators}
-    stable = record("Stable-LoRA 0.005", 11.0, 0.4, latch=latch, footprint=counted)
+    stable = record("apply_lora λ=0.005", 11.0, 0.4, latch=latch, footprint=counted)
     stable["shrink_ratio"] = 0.005
     stable["series"]["norms"] = [{"step": 0, "a_norm": 2.0, "b_norm": 0.0}, {"step": 10, "a_norm": 1.5, "b_norm": 0.5}]
     stable["test"] = {"accuracy": 0.84, "accuracy_se": 0.012, "loss": 0.4, "difference": 0.01, "difference_se": 0.004}
@@ -46,15 +47,26 @@ def stored_result():
         "batch_size": 16,
         "seed": 0,
     }
+    accelerated = copy.deepcopy(stable) | {"label": "accelerate_peft λ=0.005"}
+    accelerated["footprint"] |= {"saved_mib": 6.0, "peak_mib": 950.0}
+    peft = record("PEFT + AdamW", 15.0, 0.4, footprint={"saved_mib": 8.0, "peak_mib": 1000.0, "step_mib": 60.0})
     return {
         "status": "complete",
         "environment": environment,
-        "settings": settings | {"steps": 10},
+        "settings": settings | {"steps": 10, "targets": "all-linear"},
         "data": {"name": "sarcasm", "classes": 2, "train": 10, "test": 1000, "majority": 0.52},
-        "recipe": {"steps": 10, "lr": 0.003, "r": 8, "target_modules": ["q_proj", "v_proj"]},
+        "recipe": {
+            "steps": 10,
+            "lr": 0.003,
+            "r": 8,
+            "lora_alpha": 16.0,
+            "lora_dropout": 0.05,
+            "target_modules": ["q_proj", "v_proj"],
+        },
         "arms": {
             "frozen": record("frozen", 10.0, 0.6),
-            "peft": record("PEFT + AdamW", 15.0, 0.4),
+            "peft": peft,
+            "accelerated-0.005": accelerated,
             "stable-0.005": stable,
         },
         "wall_s": 300.0,
@@ -93,7 +105,88 @@ def test_table_has_the_figures_and_says_what_is_missing():
     assert "6.0 (2-10)" in line(text, "shrinking steps") and "2.000 > 1.500" in line(text, "||A||_F, start")
     assert line(text, "pairs that stopped shrinking, of 2").endswith(" 1")
     assert "Some CPU, 2 cores" in text and "commit abc" in text
-    assert len({len(row) for row in text.splitlines()[2:20]}) == 1
+    rows = text.splitlines()
+    start = next(number for number, row in enumerate(rows) if row.startswith("---"))
+    figures = rows[start + 1 : rows.index("", start)]
+    assert len(figures) == 21 and len({len(row) for row in figures}) == 1
+
+
+def with_times(peft_ms: float, ours_ms: float):
+    """A result whose steps take PEFT and both our arms so long."""
+    result = stored_result()
+    for name, record in result["arms"].items():
+        record["series"]["optimizer_ms"] = [0.0] * 10
+        record["series"]["backward_ms"] = [0.0] * 10
+        record["series"]["forward_ms"] = [peft_ms if name == "peft" else ours_ms] * 10
+    return result
+
+
+@pytest.mark.parametrize(
+    ("peft_ms", "ours_ms", "said"),
+    [
+        (140.0, 100.0, "a training step took 29% less time than PEFT's (1.40x as fast, quartiles 1.40x to 1.40x)"),
+        (100.0, 125.0, "a training step took 25% more time than PEFT's (0.80x as fast, quartiles 0.80x to 0.80x)"),
+        (100.0, 102.0, "a training step took 2.0% more time than PEFT's (0.98x as fast, quartiles 0.98x to 0.98x)"),
+        (100.0, 100.0, "a training step took about as much time as PEFT's (1.00x as fast, quartiles 1.00x to 1.00x)"),
+    ],
+)
+def test_the_first_line_says_what_was_saved_or_lost(peft_ms, ours_ms, said):
+    result = with_times(peft_ms, ours_ms)
+    rows = report.table(result).splitlines()
+    memory = "kept 25% less memory for backward and needed 5.0% less memory at its peak."
+    assert rows[0] == f"accelerate_peft: {said}, {memory}"
+    assert rows[1].startswith(
+        f"apply_lora: {said}, kept 38% less memory for backward and needed 10% less memory at its peak."
+    )
+    assert rows[2] == (
+        f"In figures, accelerate_peft: a step took {ours_ms:.0f} ms, PEFT's {peft_ms:.0f} ms; kept 6 MiB of memory for backward, "
+        "PEFT's 8 MiB; needed 950 MiB of memory at its peak, PEFT's 1,000 MiB."
+    )
+
+
+def test_the_first_line_calls_more_memory_more_and_equal_memory_equal():
+    result = with_times(140.0, 100.0)
+    result["arms"]["accelerated-0.005"]["footprint"] |= {"saved_mib": 10.0, "peak_mib": 1001.0}
+    first = report.table(result).splitlines()[0]
+    assert first.endswith("kept 25% more memory for backward and needed the same memory at its peak.")
+
+
+def test_a_spread_on_both_sides_of_one_is_no_difference():
+    result = with_times(100.0, 100.0)
+    # Half of the steps 10% faster, the other half slower by less.
+    result["arms"]["accelerated-0.005"]["series"]["forward_ms"] = [90.0, 105.0] * 5
+    first = report.table(result).splitlines()[0]
+    assert first.startswith(
+        "accelerate_peft: a training step took about as much time as PEFT's (0.95x as fast, quartiles 0.95x to 1.11x)"
+    )
+
+
+def test_ratios_to_peft_are_taken_step_by_step():
+    result = with_times(140.0, 100.0)
+    for record in result["arms"].values():
+        record["series"]["forward_ms"][5:] = [3 * time for time in record["series"]["forward_ms"][5:]]
+    row = report.summary(result)["accelerated-0.005"]
+    assert [row[f"speedup_over_peft_{part}"] for part in ("q1", "median", "q3")] == pytest.approx([1.4] * 3)
+    assert report.summary(result)["peft"]["speedup_over_peft_median"] is None
+
+
+def test_without_timed_steps_there_is_no_headline_and_the_table_comes_first():
+    result = stored_result()
+    for record in result["arms"].values():
+        record["series"] = {key: [] for key in ("loss", "forward_ms", "backward_ms", "optimizer_ms", "norms")}
+    assert report.table(result).splitlines()[1].startswith("---")
+
+
+def test_a_disturbed_run_says_so_under_the_first_lines():
+    result = stored_result() | {"cpu_share": 0.5}
+    assert "Other programs ran beside this one" in report.table(result).splitlines()[3]
+
+
+def test_dropout_is_said_to_make_losses_equal_only_statistically():
+    result = stored_result()
+    assert "dropout masks of its own" in report.table(result)
+    result["recipe"]["lora_dropout"] = 0.0
+    assert "dropout masks of its own" not in report.table(result)
 
 
 def test_launches_are_called_launches():
@@ -106,14 +199,16 @@ def test_launches_are_called_launches():
 def test_files_are_written_and_read_back(tmp_path):
     result = stored_result()
     paths = report.write_result(result, tmp_path)
-    assert json.loads((tmp_path / "result.json").read_text()) == result
+    stored = json.loads((tmp_path / "result.json").read_text())
+    assert {key: stored[key] for key in result} == result
+    assert stored["summary"] == report.summary(result) and stored["headlines"]
     with (tmp_path / "summary.csv").open() as file:
         rows = {row["arm"]: row for row in csv.DictReader(file)}
     assert rows["stable-0.005"]["accuracy"] == "0.84" and rows["peft"]["accuracy"] == ""
     assert float(rows["peft"]["step_overhead_percent_median"]) == pytest.approx(100 * (46 / 31 - 1))
     assert all(path.exists() for path in paths)
     drawn = {path.name for path in plots.draw(result, tmp_path)}
-    assert drawn == {"loss.png", "step_time.png", "norms.png"}
+    assert drawn == {"summary.png", "loss.png", "step_time.png", "norms.png"}
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -124,10 +219,12 @@ def test_sweep_pairs_seeds_and_gives_students_interval(tmp_path):
         result["settings"]["seed"] = seed
         result["arms"]["stable-0.005"]["test"]["difference"] = difference
         results.append(result)
+    text = sweep.sweep_table(results)
+    assert text.startswith("accelerate_peft: a training step took 26% less time than PEFT's (1.35x as fast")
     row = sweep.sweep_rows(results)[-1]
     assert (row["arm"], row["runs"]) == ("stable-0.005", 3)
     assert row["difference"] == pytest.approx(0.02)
     # t(2 degrees, 97.5%) = 4.303, s = 0.01, n = 3
     assert row["difference_95"] == pytest.approx(4.303 * 0.01 / 3**0.5)
-    assert "+2.00 ± 2.48" in sweep.sweep_table(results)
+    assert "+2.00 ± 2.48" in text
     assert all(path.exists() for path in (*sweep.write_sweep(results, tmp_path), *sweep.draw_sweep(results, tmp_path)))

@@ -25,7 +25,7 @@ for module in ("transformers", "peft", "accelerate", "safetensors", "tqdm"):
 from safetensors.torch import load_file  # noqa: E402
 
 import stablelora_kernels as slk  # noqa: E402
-from examples import finetune, peft_trainer, replace_linear  # noqa: E402
+from examples import finetune, peft_trainer, replace_linear, tutorial  # noqa: E402
 from tests.helpers.dying import in_child, kills, needs_fork  # noqa: E402
 from tests.helpers.processes import ROOT, needs_gloo  # noqa: E402
 
@@ -314,6 +314,28 @@ def latches(out: Path) -> dict[str, int]:
     dcp_to_torch_save(out / "step-000006", out / "step-000006.pt")
     state = torch.load(out / "step-000006.pt", weights_only=False)["optimizer"]["state"]
     return {name: int(entry["latched_at"]) for name, entry in state.items() if "latched_at" in entry}
+
+
+def test_tutorial(files: list[str], tmp_path: Path) -> None:
+    """The program of docs/start/tutorial.md on a tiny model: it learns, and the saved adapter has the trained model's loss."""
+    pytest.importorskip("matplotlib", reason="draws the plots; the bench extra brings it")
+    out = tmp_path / "out"
+    printed = run("tutorial", [*files, "--out", out, "--steps", "8"])
+    losses = {
+        line.split(":")[0]: float(line.split("held-out loss ")[1][:5])
+        for line in printed.splitlines()
+        if "held-out" in line
+    }
+    assert losses["after"] < losses["before"]
+    assert losses["loaded"] == losses["merged"] == losses["after"]
+    assert "step 8: loss" in printed and "of 14 pairs have latched" in printed
+    assert len((out / "stability.csv").read_text().splitlines()) == 1 + 8 * 14
+    for name in ("stability.png", "latches.png"):
+        assert (out / name).stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        tutorial.main([*files, "--out", str(out)])
+    with pytest.raises(SystemExit):
+        tutorial.main([*files, "--out", str(tmp_path / "new"), "--steps", "0"])
 
 
 # Misuse: one line that says what is wrong, before anything is written

@@ -224,8 +224,8 @@ def test_shared_sums_do_not_depend_on_who_is_last(rows, monkeypatch):
     second = run(inputs, "triton")
     assert turned
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert counters._by_stream
-    assert all(not counter.any() for counter in counters._by_stream.values())
+    assert counters._in_use
+    assert all(not counter.any() for counter in counters._in_use.values())
 
 
 @pytest.mark.parametrize(("rows", "counted"), [(5, 2), (600, 3)])

@@ -149,9 +149,9 @@ def test_a_pickle_is_refused_whatever_its_name(saved, name):
 
 def test_directories_that_are_none(saved, tmp_path):
     with pytest.raises(
-        ValueError, match=r"path must be a directory on this machine .* got 'user/adapter' \(nothing there\)"
+        ValueError, match=r"path must be a directory on this machine .* got 'user/an/adapter' \(nothing there\)"
     ):
-        load_adapter(fresh(), "user/adapter")
+        load_adapter(fresh(), "user/an/adapter")
     with pytest.raises(ValueError, match=r"got '.*safetensors' \(a file\)"):
         load_adapter(fresh(), saved / WEIGHTS_NAME)
     with pytest.raises(ValueError, match=f"path must hold {CONFIG_NAME}, got .* without it"):

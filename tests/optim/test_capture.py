@@ -5,6 +5,7 @@ On a GPU, tests/gpu/test_cuda_graphs.py compares real graphs with eager steps.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from stablelora_kernels.dispatch import use_backend
 from stablelora_kernels.launch import stable_adamw as launcher
 from stablelora_kernels.optim import graph_capture
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from tests.helpers.launches import specialization
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.steps import latches
 
@@ -50,6 +52,33 @@ class Graph:
             base.launch(*args, **meta)
 
 
+def test_tables_that_a_graph_reads_outlive_later_steps(monkeypatch):
+    """A step with gradients elsewhere replaces the table of addresses. It used to free the one that the graph reads."""
+    optimizer, _ = optimizers(torch.float32)
+    fill_grads(optimizer, 1)
+    optimizer.step()
+    graph = Graph(monkeypatch, optimizer.step)
+    held = {
+        arg.data_ptr(): weakref.ref(arg) for args, _ in graph.launches for arg in args if isinstance(arg, torch.Tensor)
+    }
+    graph.launches.clear()
+    set_grads(params_of(optimizer), 2)
+    optimizer.param_groups[0]["eps"] = 1e-6
+    optimizer.step()
+    assert len(held) > 5 and all(ref() is not None for ref in held.values())
+
+
+def test_tables_wait_for_every_stream_that_read_them(monkeypatch):
+    optimizer, _ = optimizers(torch.float32)
+    stream, kept = [7], []
+    monkeypatch.setattr(graph_capture, "stream_of", lambda device: stream[0])
+    monkeypatch.setattr(graph_capture, "keep_for_stream", lambda tensors: kept.append((stream[0], len(list(tensors)))))
+    for stream[0] in (7, 7, 8, 8, 7):
+        fill_grads(optimizer, 1)
+        optimizer.step()
+    assert kept == [(7, 11), (8, 11), (7, 11)]
+
+
 def optimizers(dtype: torch.dtype, **settings: Any) -> list[StableLoRAAdamW]:
     """Two alike."""
     settings = {"shrink_ratio": 0.05, "capturable": True, "seed": 3, **settings}
@@ -77,6 +106,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8 bits": {"moments_dtype": torch.uint8},
     "tensors": {"weight_decay": torch.tensor(0.1), "lr_ratio_B": 4.0},
 }
+
+
+@pytest.mark.parametrize("options", ["plain", "clipped", "tensors"])
+def test_a_captured_step_compiles_nothing(options, monkeypatch):
+    """Each launch has what the steps before had of all that Triton specializes on."""
+    optimizer, _ = optimizers(torch.bfloat16, **SETTINGS[options])
+    fill_grads(optimizer, 1)
+    optimizer.step()
+    keys: list[Any] = []
+
+    def record(kernel, grid, device, *args, **meta):
+        keys.append((kernel.__name__, *map(specialization, args), tuple(sorted(meta.items()))))
+        return base.launch(kernel, grid, device, *args, **meta)
+
+    monkeypatch.setattr(launcher, "launch", record)
+    fill_grads(optimizer, 2)
+    optimizer.step()
+    warm = list(keys)
+    fill_grads(optimizer, 3)
+    monkeypatch.setattr(graph_capture, "capturing", lambda: True)
+    optimizer.step()
+    assert warm and keys[len(warm) :] == warm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

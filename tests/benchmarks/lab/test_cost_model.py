@@ -212,6 +212,18 @@ def test_command(tmp_path, capsys, monkeypatch):
     with (tmp_path / "predicted_dropout_0.1.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * len(predict.RANKS)
+    for row in rows:
+        fast, slow = __main__.band(
+            {
+                key: float(value)
+                for key, value in row.items()
+                if key.endswith(("ward", "(slow)")) and "fastest" not in key
+            }
+        )
+        # Few rows are bound by bytes; many by products, which take up to 1 / 0.85 of the time at the slow end.
+        assert slow == fast if row["m"] == "64" else 1.1 * fast < slow <= fast / 0.85
+        if row["r"] == "16":
+            assert f"{fast:.2f}-{slow:.2f}" in printed
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png"}
     with pytest.raises(SystemExit):
         __main__.main(["--efficiency", "0"])
