@@ -9,6 +9,7 @@ Needs the bench extra. The page shows this program piece by piece; tests compare
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, get_constant_schedule_with_warmup
 
 import stablelora_kernels as slk
+
+# So that `python examples/tutorial.py` finds the repository's packages.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples.inputs import load_model, load_tokens
 
 
