@@ -29,9 +29,12 @@ _HEAD = ["our time over the rival's", "the rival", "ours", "`accelerate_peft`", 
 def answers(directory: Path) -> list[str]:
     """Paragraphs that answer a buyer's questions from a machine's suite and fine-tuning run."""
     parts = [_table(file) for file in sorted(directory.glob("suite*.json"))]
-    if (file := directory / "quick" / "result.json").is_file():
-        parts.append(_fine_tuning(json.loads(file.read_text(encoding="utf-8"))))
-    return parts
+    return parts + [_fine_tuning(json.loads(file.read_text(encoding="utf-8"))) for file in main_jobs(directory)]
+
+
+def main_jobs(directory: Path) -> list[Path]:
+    """The results of ``python -m benchmarks`` that are stored for a machine."""
+    return sorted(directory.glob("quick*/result.json"))
 
 
 def _table(file: Path) -> str:
@@ -63,6 +66,10 @@ def _cell(ratios: list[float]) -> str:
 
 def _fine_tuning(result: Any) -> str:
     """A fine-tuning run in a few sentences."""
+    if headlines := result.get("headlines"):
+        settings = result["settings"]
+        about = f"{settings['model']}, {settings['targets']}, r {settings['r']}, dropout {settings['lora_dropout']:g}"
+        return "\n".join([f"Fine-tuning {about}, {settings['dtype']}:", "", *(f"- {line}" for line in headlines[:-1])])
     arms, recipe, settings = result["arms"], result["recipe"], result["settings"]
     ours = next((name for name in arms if name.startswith(STABLE)), None)
     if ours is None or PEFT not in arms:

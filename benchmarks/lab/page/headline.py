@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.plot_style import BLUE, GREY, STYLE, plt, save
-from benchmarks.common.tables import read_csv
+from benchmarks.common.tables import RESULTS, read_csv
 from benchmarks.lab.cost_model.__main__ import SLOW
 
+FIGURE = RESULTS.parents[1] / "docs" / "_static" / "headline.png"
 RED = "#d1495b"
 # The machine and the directories of its two main jobs.
 MACHINE = "epyc-avx2-2core"
-JOBS = {"dropout 0.05": "main_job", "no dropout": "main_job_no_dropout"}
+JOBS = {"dropout 0.05": "quick", "no dropout": "quick_no_dropout"}
 ARMS = {
     "peft": ("PEFT", BLUE),
     "accelerated": ("+ accelerate_peft", RED),

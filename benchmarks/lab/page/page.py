@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.tables import RESULTS, markdown
-from benchmarks.lab.page.answers import answers
+from benchmarks.lab.page.answers import answers, main_jobs
 from stablelora_kernels.utils.timing import PACKAGES
 
 PAGE = RESULTS.parents[1] / "docs" / "results" / "benchmarks.md"
@@ -99,13 +99,24 @@ def sections(directory: Path) -> Iterator[Section]:
     """Everything measured on a machine, but for ``BEFORE``."""
     for file in sorted(directory.glob("suite*.json")):
         yield suite(file)
-    if (file := directory / "quick" / "result.json").is_file():
+    for file in main_jobs(directory):
         text = file.with_name("table.txt").read_text(encoding="utf-8").rstrip()
-        question = "Fine-tuning a real model: speed, memory and accuracy together"
         found = json.loads(file.read_text(encoding="utf-8"))
+        command, conditions = _command_of(found.get("settings", {}))
+        question = f"Fine-tuning a real model{conditions}: speed, memory and accuracy together"
         # The last line has the first one's figures.
         losses = [line for line in found.get("headlines", [])[:-1] if " more " in line]
-        yield Section(question, "python -m benchmarks", found["environment"], [f"```text\n{text}\n```"], losses)
+        yield Section(question, command, found["environment"], [f"```text\n{text}\n```"], losses)
+
+
+def _command_of(settings: dict[str, Any]) -> tuple[str, str]:
+    """The main job's command for these settings, and what tells it from the default, in words."""
+    # Runs of before there were recipes.
+    if "target_modules" in settings:
+        return "python -m benchmarks --recipe paper --batch-size 16 --held-out 600", " by the paper's recipe"
+    if settings.get("lora_dropout") == 0:
+        return "python -m benchmarks --dropout 0", " without dropout"
+    return "python -m benchmarks", ""
 
 
 def page(results: Path) -> str:
@@ -137,7 +148,13 @@ def page(results: Path) -> str:
     for directory, made in machines.items():
         file = directory / BEFORE
         losses, _, before = file.read_text(encoding="utf-8").partition("\n\n") if file.is_file() else ("", "", "")
-        lines += ["", f"## All figures: {machine(made[0].environment)}", "", "### Where it loses", ""]
+        lines += [
+            "",
+            f"## All figures: {machine(made[0].environment)} ({directory.name})",
+            "",
+            "### Where it loses",
+            "",
+        ]
         found = [f"- {loss}" for section in made for loss in section.losses] + losses.splitlines()
         lines += found or ["Nowhere in what is stored."]
         for section in made:

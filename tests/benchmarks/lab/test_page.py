@@ -86,11 +86,14 @@ def test_a_fine_tuning_run_is_on_the_page_and_its_losses_are_in_the_list(tmp_pat
     won, lost = ("accelerate_peft: a step took 9.0% less time", "apply_lora: a step took 2.0% more time")
     result = {
         "environment": ENVIRONMENT,
+        "settings": {"model": "m", "targets": "all-linear", "r": 16, "lora_dropout": 0.0, "dtype": "float32"},
         "headlines": [won, lost, "In figures, accelerate_peft: no more than figures."],
     }
     (run / "result.json").write_text(json.dumps(result))
     text = report_page.page(tmp_path)
-    assert f"### Where it loses\n\n- {lost}\n\n### Fine-tuning a real model" in text and won not in text
+    assert f"Fine-tuning m, all-linear, r 16, dropout 0, float32:\n\n- {won}\n- {lost}\n" in text
+    assert f"### Where it loses\n\n- {lost}\n\n### Fine-tuning a real model without dropout" in text
+    assert "python -m benchmarks --dropout 0\n" in text
     assert "```text\nthe table\n```" in text
     # Runs stored before there were headlines.
     (run / "result.json").write_text(json.dumps({"environment": ENVIRONMENT}))
