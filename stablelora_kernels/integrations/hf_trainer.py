@@ -12,6 +12,7 @@ from torch import nn
 
 from stablelora_kernels.optim.stability import PairStability
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.utils.extras import import_extra
 
 
 class StableLoRAAdamWFactory:
@@ -116,13 +117,10 @@ class StabilityCallback:
 @functools.cache
 def _as_transformers_callback(cls: type[Any]) -> type[Any]:
     """``cls``, derived from transformers' ``TrainerCallback`` too, whose other events do nothing."""
-    try:
-        from transformers import TrainerCallback
-    except ImportError:
-        raise ImportError(
-            "StabilityCallback needs transformers, whose Trainer it is for: pip install transformers"
-        ) from None
-    return type(cls.__name__, (cls, TrainerCallback), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    transformers = import_extra("transformers", "peft", "StabilityCallback")
+    return type(
+        cls.__name__, (cls, transformers.TrainerCallback), {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    )
 
 
 def _stable_optimizer(optimizer: Any) -> StableLoRAAdamW:
