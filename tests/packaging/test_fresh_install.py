@@ -157,7 +157,9 @@ def test_the_quick_start(with_extras: Callable[[str], Environment], tmp_path: Pa
     from tests.docs.test_docs import write_code
 
     readme = ROOT / "README.md"
-    extras = re.search(r"pip install ['\"]?stablelora-kernels(?:\[([\w,-]+)\])?", readme.read_text(encoding="utf-8"))
+    extras = re.search(
+        r"pip install ['\"]?(?:stablelora-kernels|\.)(?:\[([\w,-]+)\])?", readme.read_text(encoding="utf-8")
+    )
     assert extras, "the README must have a pip line"
     file = write_code(readme, tmp_path)
     done = with_extras(extras[1]).run(str(file), cwd=tmp_path)
