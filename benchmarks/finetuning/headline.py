@@ -22,7 +22,7 @@ def headlines(summary: dict[str, Row]) -> list[str]:
     accelerated = [name for name in summary if name.startswith(f"{ACCELERATED}-")]
     calls = dict.fromkeys(accelerated, "accelerate_peft")
     calls |= dict.fromkeys((name.replace(ACCELERATED, STABLE) for name in accelerated), "apply_lora")
-    timed = [name for name in calls if name in summary and summary[name]["speedup_over_peft_median"] is not None]
+    timed = [name for name in calls if name in summary and summary[name]["speedup_over_peft"] is not None]
     lines = [f"{calls[name]}: {compare(summary[name], summary[PEFT])}" for name in timed]
     return [*lines, _figures(calls[timed[0]], summary[timed[0]], summary[PEFT])] if timed else []
 
@@ -30,11 +30,13 @@ def headlines(summary: dict[str, Row]) -> list[str]:
 def compare(row: Row, peft: Row) -> str:
     """A sentence on an arm's time and memory against PEFT's; gains and losses in the same words.
 
-    As in the suite, times differ only if three of four steps agree on the sign.
+    Times differ only if the 95 % interval of their ratio leaves out 1.
     """
-    ratio, low, high = (row[f"speedup_over_peft_{part}"] for part in ("median", "q1", "q3"))
-    time = "about as much time as" if low <= 1 <= high else f"{change(1 / ratio)} time than"
-    text = f"a training step took {time} PEFT's ({ratio:.2f}x as fast, quartiles {low:.2f}x to {high:.2f}x)"
+    ratio, half = row["speedup_over_peft"], row["speedup_over_peft_95"]
+    # Of a single step the interval is nan.
+    differ = abs(ratio - 1) > half
+    time = f"{change(1 / ratio)} time than" if differ else "about as much time as"
+    text = f"a training step took {time} PEFT's ({ratio:.2f}x as fast, 95% interval {ratio - half:.2f}x to {ratio + half:.2f}x)"
     memory = []
     for phrase, key in _MEMORY:
         if row[key] and peft[key]:

@@ -101,10 +101,10 @@ def _against(row: Record, rows: dict[str, Record], key: str) -> list[str]:
     if key != "step_ms_median":
         return [f"{change(row[key] / peft)} than PEFT"] if ours and peft else []
     lines = []
-    if row["step_overhead_percent_median"] is not None:
-        lines.append(f"{row['step_overhead_percent_median']:+.0f}% over frozen")
-    if ours and row["speedup_over_peft_median"] is not None:
-        lines.append(f"{row['speedup_over_peft_median']:.2f}x as fast as PEFT")
+    if row["step_overhead_percent"] is not None:
+        lines.append(f"{row['step_overhead_percent']:+.0f}% over frozen")
+    if ours and row["speedup_over_peft"] is not None:
+        lines.append(f"{row['speedup_over_peft']:.2f}x as fast as PEFT")
     return lines
 
 
@@ -190,7 +190,7 @@ def _step_time(result: Result) -> Any:
         total = f"{summarize(step_times(record))['median']:.0f} ms"
         if name != FROZEN and "frozen" in result["arms"]:
             over = overhead(record, result["arms"]["frozen"])
-            total += f", {over['median']:+.1f}%" if over else ""
+            total += f", {over[0]:+.1f}%" if over else ""
         axis.text(left, row, f"  {total}", va="center", fontsize=9).set_in_layout(False)
     axis.set_yticks(range(len(result["arms"])), [record["label"] for record in result["arms"].values()])
     axis.invert_yaxis()

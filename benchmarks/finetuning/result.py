@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.intervals import ratio_of_totals
 from benchmarks.common.measure import summarize
 from benchmarks.common.tables import aligned, csv_text, json_text, write_files
 from benchmarks.finetuning.arms import FROZEN, PEFT
@@ -19,7 +20,7 @@ SETTLING_STEPS = 3
 _LAST_LOSSES = 20
 _NOTHING = "-"
 # Alone on two cores, training keeps its threads busy for 93 to 99% of the time.
-_QUIET_SHARE = 0.9
+QUIET_SHARE = 0.9
 
 Result = dict[str, Any]
 Record = dict[str, Any]
@@ -27,22 +28,30 @@ Record = dict[str, Any]
 
 def step_times(record: Record, phases: Sequence[str] = PHASES) -> list[float]:
     """Milliseconds of each step's ``phases`` together, without the first steps."""
+    return _settled(_all_times(record, phases))
+
+
+def _all_times(record: Record, phases: Sequence[str]) -> list[float]:
     columns = [record["series"][f"{phase}_ms"] for phase in phases]
-    total = [sum(parts) for parts in zip(*columns, strict=False)]
-    return total[SETTLING_STEPS:] if len(total) > 2 * SETTLING_STEPS else total
+    return [sum(parts) for parts in zip(*columns, strict=False)]
 
 
-def overhead(record: Record, frozen: Record, phases: Sequence[str] = PHASES) -> dict[str, float] | None:
-    """Percent over the frozen model's time on the same batch, step by step: median and quartiles."""
-    pairs = zip(step_times(record, phases), step_times(frozen, phases), strict=False)
-    ratios = [100 * (mine / base - 1) for mine, base in pairs]
-    return summarize(ratios) if ratios else None
+def _settled(times: list[float]) -> list[float]:
+    return times[SETTLING_STEPS:] if len(times) > 2 * SETTLING_STEPS else times
 
 
-def speedup(record: Record, peft: Record) -> dict[str, float] | None:
-    """PEFT's time over this arm's on the same batch, step by step: median and quartiles."""
-    ratios = [theirs / mine for mine, theirs in zip(step_times(record), step_times(peft), strict=False)]
-    return summarize(ratios) if ratios else None
+def time_ratio(above: Record, below: Record, phases: Sequence[str] = PHASES) -> tuple[float, float] | None:
+    """The time of all steps of ``above`` over that of the same steps of ``below``, and half its 95 % interval."""
+    times = _all_times(above, phases), _all_times(below, phases)
+    # An interrupted step has times of some arms only.
+    common = min(map(len, times))
+    return ratio_of_totals(*(_settled(each[:common]) for each in times)) if common else None
+
+
+def overhead(record: Record, frozen: Record, phases: Sequence[str] = PHASES) -> tuple[float, float] | None:
+    """Percent over the frozen model's time on the same batches, and half its 95 % interval."""
+    ratio = time_ratio(record, frozen, phases)
+    return None if ratio is None else (100 * ratio[0] - 100, 100 * ratio[1])
 
 
 def summary(result: Result) -> dict[str, Record]:
@@ -70,10 +79,9 @@ def flat_summary(result: Result, name: str) -> dict[str, Any]:
             row[f"{part}_ms_{key}"] = value
     for part, phases in (("step", PHASES), ("layers", PHASES[:2])):
         over = overhead(record, frozen, phases) if frozen and name != FROZEN else None
-        for key in ("median", "q1", "q3"):
-            row[f"{part}_overhead_percent_{key}"] = over[key] if over else None
-    faster = speedup(record, peft) if peft and name != PEFT else None
-    row |= {f"speedup_over_peft_{key}": faster[key] if faster else None for key in ("median", "q1", "q3")}
+        row[f"{part}_overhead_percent"], row[f"{part}_overhead_percent_95"] = over or (None, None)
+    faster = time_ratio(peft, record) if peft and name != PEFT else None
+    row["speedup_over_peft"], row["speedup_over_peft_95"] = faster or (None, None)
     counted = footprint.get("launches") or footprint.get("operators") or {}
     row |= {key: footprint.get(key) for key in ("saved_mib", "peak_mib", "step_mib")}
     row |= {f"{phase}_calls": counted.get(phase) for phase in PHASES}
@@ -98,9 +106,9 @@ def table(result: Result) -> str:
         ("  minus PEFT's, points", lambda r: _with_error(r["difference"], r["difference_se"], "+.1f")),
         ("step, ms", lambda r: _quartiles(r, "step_ms")),
         *((f"  {phase}", lambda r, phase=phase: _quartiles(r, f"{phase}_ms")) for phase in PHASES),
-        ("over the frozen model, %", lambda r: _quartiles(r, "step_overhead_percent", "+.1f")),
-        ("  forward and backward alone", lambda r: _quartiles(r, "layers_overhead_percent", "+.1f")),
-        ("PEFT's time over this arm's", lambda r: _quartiles(r, "speedup_over_peft", ".2f")),
+        ("over the frozen model, %", lambda r: _with_interval(r, "step_overhead_percent", "+.1f")),
+        ("  forward and backward alone", lambda r: _with_interval(r, "layers_overhead_percent", "+.1f")),
+        ("PEFT's time over this arm's", lambda r: _with_interval(r, "speedup_over_peft", ".2f")),
         ("saved for backward, MiB", lambda r: _number(r["saved_mib"], ".1f")),
         ("peak memory, MiB", lambda r: _number(r["peak_mib"], ".0f")),
         ("  of that, above the idle process", lambda r: _number(r["step_mib"], ".0f")),
@@ -141,6 +149,7 @@ def _notes(result: Result) -> list[str]:
         )
     notes += [
         "Accuracies are ± one standard error; times are medians [quartiles], the arms taking each batch in turn.",
+        "Ratios of times are those of all steps together, ± half a 95% interval over steps.",
         "The frozen model trains its head, and its backward pass goes exactly as deep as LoRA's.",
     ]
     if recipe["lora_dropout"]:
@@ -178,7 +187,7 @@ def _notes(result: Result) -> list[str]:
 def disturbed(result: Result) -> bool:
     """Whether other programs took much of this one's time while it trained, as far as can be told."""
     share = result.get("cpu_share")
-    return share is not None and result["settings"]["device"] == "cpu" and share < _QUIET_SHARE
+    return share is not None and result["settings"]["device"] == "cpu" and share < QUIET_SHARE
 
 
 def _disturbance(result: Result) -> list[str]:
@@ -207,6 +216,10 @@ def _percent(value: float | None) -> float | None:
 
 def _with_error(value: float | None, error: float | None, spec: str = ".1f") -> str:
     return _NOTHING if value is None else f"{_number(_percent(value), spec)} ± {_number(_percent(error), '.1f')}"
+
+
+def _with_interval(row: Record, key: str, spec: str) -> str:
+    return _NOTHING if row[key] is None else f"{row[key]:{spec}} ± {row[f'{key}_95']:{spec.lstrip('+')}}"
 
 
 def _quartiles(row: Record, key: str, spec: str = ".1f") -> str:

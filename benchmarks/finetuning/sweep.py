@@ -20,8 +20,8 @@ _METRICS = (
     "train_loss",
     "shrinks_mean",
     "a_factor",
-    "step_overhead_percent_median",
-    "speedup_over_peft_median",
+    "step_overhead_percent",
+    "speedup_over_peft",
 )
 
 
@@ -41,14 +41,14 @@ def sweep_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def sweep_summary(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """Each arm's figures over all runs: the spread of the runs' median times, and the memory, which one run measures."""
+    """Each arm's figures over all runs: the mean of the runs' ratios, and the memory, which one run measures."""
     runs = [summary(result) for result in results]
     found = {}
     for name in runs[0]:
         rows = [run[name] for run in runs]
-        ratios = [row["speedup_over_peft_median"] for row in rows if row["speedup_over_peft_median"] is not None]
-        spread = summarize(ratios) if ratios else dict.fromkeys(("median", "q1", "q3"))
-        found[name] = {f"speedup_over_peft_{part}": value for part, value in spread.items()}
+        ratios = [row["speedup_over_peft"] for row in rows if row["speedup_over_peft"] is not None]
+        mean, half = interval(ratios) if ratios else (None, None)
+        found[name] = {"speedup_over_peft": mean, "speedup_over_peft_95": half}
         times = [row["step_ms_median"] for row in rows if row["step_ms_median"] is not None]
         found[name]["step_ms_median"] = summarize(times)["median"] if times else None
         for key in ("saved_mib", "peak_mib"):
@@ -64,14 +64,14 @@ def sweep_table(results: Sequence[Result]) -> str:
         figures = [
             _mean(row, "accuracy", 100), _mean(row, "difference", 100, "+.2f"), _mean(row, "loss", spec=".3f"),
             _mean(row, "shrinks_mean", spec=".1f"), _mean(row, "a_factor", 100),
-            _mean(row, "step_overhead_percent_median", spec="+.1f"), _mean(row, "speedup_over_peft_median"),
+            _mean(row, "step_overhead_percent", spec="+.1f"), _mean(row, "speedup_over_peft"),
         ]  # fmt: skip
         cells.append([f"{row['lr']:g}", row["label"], str(row["runs"]), *figures])
     settings = results[0]["settings"]
     seeds = sorted({result["settings"]["seed"] for result in results})
     answer = headlines(sweep_summary(results))
     if answer:
-        answer += [f"Medians and quartiles of the {len(results)} runs' medians; memory of the first run.", ""]
+        answer += [f"Means and 95% intervals over {len(results)} runs; memory of the first run.", ""]
     return "\n".join(
         [
             *answer,

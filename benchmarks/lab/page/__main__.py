@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{path} is {'' if current else 'not '}up to date; plots missing: {', '.join(missing) or 'none'}")
         return int(not current or bool(missing))
     write_text(path, text)
-    for written in (path, *plots.draw(page.RESULTS), headline.draw(page.RESULTS, headline.FIGURE)):
+    for written in (path, *plots.draw(page.RESULTS), *headline.draw(page.RESULTS)):
         print(f"wrote {written}")
     return 0
 

@@ -70,6 +70,8 @@ def _fine_tuning(result: Any) -> str:
         settings = result["settings"]
         about = f"{settings['model']}, {settings['targets']}, r {settings['r']}, dropout {settings['lora_dropout']:g}"
         return "\n".join([f"Fine-tuning {about}, {settings['dtype']}:", "", *(f"- {line}" for line in headlines[:-1])])
+    if "arms" not in result:
+        return ""
     arms, recipe, settings = result["arms"], result["recipe"], result["settings"]
     ours = next((name for name in arms if name.startswith(STABLE)), None)
     if ours is None or PEFT not in arms:
@@ -78,8 +80,8 @@ def _fine_tuning(result: Any) -> str:
     costs = {name: overhead(arms[name], arms[FROZEN]) for name in (PEFT, ours)} if FROZEN in arms else {}
     if all(costs.values()) and costs:
         sentences.append(
-            f"a step takes {costs[ours]['median']:+.1f} % over the frozen model's with this library and "
-            f"{costs[PEFT]['median']:+.1f} % with PEFT"
+            f"a step takes {costs[ours][0]:+.1f} % over the frozen model's with this library and "
+            f"{costs[PEFT][0]:+.1f} % with PEFT"
         )
     saved = {name: (arms[name].get("footprint") or {}).get("saved_mib") for name in (PEFT, ours)}
     if all(saved.values()):

@@ -29,17 +29,17 @@ SHAPE = {"m": "8192", "n": "4096", "k": "4096", "r": "16"}
 RIVALS = {"eager (PEFT)": BLUE, "Unsloth": "#5b9aa0", "Axolotl": "#8d7fb8", "LoRAFusion": GREY}
 
 
-def draw(results: Path, path: Path) -> Path:
-    """Draw the figure to ``path``; ``results`` is benchmarks/results."""
-    jobs = {
-        label: json.loads((results / MACHINE / job / "result.json").read_text(encoding="utf-8"))
-        for label, job in JOBS.items()
-    }
+def draw(results: Path, path: Path = FIGURE) -> list[Path]:
+    """Draw the figure to ``path``, if all of it is in ``results``, which is benchmarks/results."""
+    files = {label: results / MACHINE / job / "result.json" for label, job in JOBS.items()}
+    if not all(file.is_file() for file in files.values()):
+        return []
+    jobs = {label: json.loads(file.read_text(encoding="utf-8")) for label, file in files.items()}
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
         _measured(left, jobs)
         _predicted(right, results / "predicted-h100")
-    return save(figure, path)
+    return [save(figure, path)]
 
 
 def _measured(axis: Any, jobs: dict[str, dict[str, Any]]) -> None:
@@ -48,12 +48,12 @@ def _measured(axis: Any, jobs: dict[str, dict[str, Any]]) -> None:
         _group(axis, next(places), condition)
         for start, (label, color) in ARMS.items():
             row = next(row for name, row in job["summary"].items() if name.startswith(start))
-            low, middle, high = (row[f"step_overhead_percent_{part}"] for part in ("q1", "median", "q3"))
+            middle, half = row["step_overhead_percent"], row["step_overhead_percent_95"]
             place = next(places)
-            axis.barh(place, middle, color=color, height=0.7, xerr=[[middle - low], [high - middle]], ecolor="#444444")
-            faster = row["speedup_over_peft_median"]
+            axis.barh(place, middle, color=color, height=0.7, xerr=half, ecolor="#444444")
+            faster = row["speedup_over_peft"]
             text = f" {middle:+.0f} %" + (f"   {faster:.2f}x PEFT's speed" if faster else "")
-            axis.text(max(high, 0), place, text, va="center", fontsize=9)
+            axis.text(max(middle + half, 0), place, text, va="center", fontsize=9)
             labels.append(label)
             ticks.append(place)
     axis.set_yticks(ticks, labels)
@@ -67,10 +67,12 @@ def conditions(jobs: dict[str, dict[str, Any]]) -> str:
     """What a reader must know of the measured panel."""
     job = next(iter(jobs.values()))
     settings, recipe, environment = job["settings"], job["recipe"], job["environment"]
+    steps = " and ".join(str(min(row["steps"] for row in each["summary"].values())) for each in jobs.values())
+    commits = " and ".join(dict.fromkeys(each["environment"]["commit"][:7] for each in jobs.values()))
     return (
-        f"SmolLM2-135M, all linear layers, r {recipe['r']}, {settings['dtype']}, batch {settings['batch_size']}, arms "
-        f"interleaved step by step, medians and quartiles; {environment['cpu']}, {environment['cores']} cores, "
-        f"torch {environment['torch']}, PEFT {environment['peft']} with fused AdamW, commit {environment['commit']}"
+        f"SmolLM2-135M, all linear layers, r {recipe['r']}, {settings['dtype']}, batch {settings['batch_size']}; arms take turns "
+        f"on each batch, {steps} steps, 95 % intervals; {environment['cpu']}, {environment['cores']} cores without AVX-512, "
+        f"torch {environment['torch']}, PEFT {environment['peft']} with fused AdamW, commits {commits}"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.tables import RESULTS, markdown
+from benchmarks.finetuning.result import QUIET_SHARE
 from benchmarks.lab.page.answers import answers, main_jobs
 from stablelora_kernels.utils.timing import PACKAGES
 
@@ -40,6 +41,8 @@ class Section:
     parts: list[str]
     # Sentences that say where this library is slower or larger.
     losses: list[str] = field(default_factory=list)
+    # Whether other programs took time from this one; None if only the load tells.
+    disturbed: bool | None = None
 
 
 def spread(value: dict[str, float]) -> str:
@@ -51,7 +54,7 @@ def machine(environment: dict[str, Any]) -> str:
     return environment.get("gpu") or f"{environment['cpu']}, {environment['cores']} cores"
 
 
-def where(environment: dict[str, Any]) -> str:
+def where(environment: dict[str, Any], disturbed: bool | None = None) -> str:
     """The machine, the versions and the day, in a sentence."""
     versions = ", ".join(f"{key} {environment[key]}" for key in PACKAGES if environment.get(key))
     load = environment.get("load_average_at_start", environment.get("load_average")) or 0.0
@@ -59,7 +62,7 @@ def where(environment: dict[str, Any]) -> str:
         f"{machine(environment)}, load {load} at the start; Python {environment['python']}, {versions}; "
         f"commit {environment.get('commit')}, {environment['date'][:10]}."
     )
-    if load > environment["cores"] / 2:
+    if load > environment["cores"] / 2 if disturbed is None else disturbed:
         text += " **Other programs ran beside this one: compare within the table, and trust no small difference.**"
     return text
 
@@ -106,7 +109,9 @@ def sections(directory: Path) -> Iterator[Section]:
         question = f"Fine-tuning a real model{conditions}: speed, memory and accuracy together"
         # The last line has the first one's figures.
         losses = [line for line in found.get("headlines", [])[:-1] if " more " in line]
-        yield Section(question, command, found["environment"], [f"```text\n{text}\n```"], losses)
+        share = found.get("cpu_share")
+        disturbed = None if share is None else share < QUIET_SHARE
+        yield Section(question, command, found["environment"], [f"```text\n{text}\n```"], losses, disturbed)
 
 
 def _command_of(settings: dict[str, Any]) -> tuple[str, str]:
@@ -114,9 +119,11 @@ def _command_of(settings: dict[str, Any]) -> tuple[str, str]:
     # Runs of before there were recipes.
     if "target_modules" in settings:
         return "python -m benchmarks --recipe paper --batch-size 16 --held-out 600", " by the paper's recipe"
+    # The default is bfloat16 where the hardware has it.
+    command = "python -m benchmarks" + " --dtype fp32" * (settings.get("dtype") == "float32")
     if settings.get("lora_dropout") == 0:
-        return "python -m benchmarks --dropout 0", " without dropout"
-    return "python -m benchmarks", ""
+        return f"{command} --dropout 0", " without dropout"
+    return command, ""
 
 
 def page(results: Path) -> str:
@@ -166,7 +173,7 @@ def page(results: Path) -> str:
                 section.command,
                 "```",
                 "",
-                where(section.environment),
+                where(section.environment, section.disturbed),
             ]
             for part in section.parts:
                 lines += ["", part]

@@ -93,7 +93,7 @@ def test_a_fine_tuning_run_is_on_the_page_and_its_losses_are_in_the_list(tmp_pat
     text = report_page.page(tmp_path)
     assert f"Fine-tuning m, all-linear, r 16, dropout 0, float32:\n\n- {won}\n- {lost}\n" in text
     assert f"### Where it loses\n\n- {lost}\n\n### Fine-tuning a real model without dropout" in text
-    assert "python -m benchmarks --dropout 0\n" in text
+    assert "python -m benchmarks --dtype fp32 --dropout 0\n" in text
     assert "```text\nthe table\n```" in text
     # Runs stored before there were headlines.
     (run / "result.json").write_text(json.dumps({"environment": ENVIRONMENT}))
