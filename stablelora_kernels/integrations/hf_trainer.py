@@ -89,7 +89,13 @@ class StabilityCallback:
         if not callable(getattr(trainer, "log", None)) or not hasattr(trainer, "optimizer"):
             raise TypeError(f"trainer must be a Trainer of transformers, got {type(trainer).__name__}")
         self.trainer = trainer
+        # What takes the place of the trainer's log, and what a user had put there.
         self._log: Callable[..., None] | None = None
+        self._before: Callable[..., None] | None = None
+
+    def __reduce__(self) -> Any:
+        # Its class is made when it is called for.
+        return StabilityCallback, (self.trainer,)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the values into every training entry from here on. Callbacks that report run before a user's, so it is too late
@@ -98,10 +104,13 @@ class StabilityCallback:
         _stable_optimizer(self.trainer.optimizer)
         # A run that raised has not called on_train_end.
         self.on_train_end(args, state, control)
+        self._before = vars(self.trainer).get("log")
         log = self.trainer.log
 
         def log_with_stability(logs: dict[str, float], *more: Any, **options: Any) -> None:
-            if "loss" in logs:
+            # A run that raised leaves this behind, also if the callback is taken away then.
+            handler = getattr(self.trainer, "callback_handler", None)
+            if "loss" in logs and (handler is None or self in handler.callbacks):
                 logs = {**logs, **_summary(_stable_optimizer(self.trainer.optimizer).stability())}
             log(logs, *more, **options)
 
@@ -110,8 +119,11 @@ class StabilityCallback:
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the trainer its own ``log`` back."""
         if self._log is not None and vars(self.trainer).get("log") is self._log:
-            del self.trainer.log
-        self._log = None
+            if self._before is None:
+                del self.trainer.log
+            else:
+                self.trainer.log = self._before
+        self._log = self._before = None
 
 
 @functools.cache

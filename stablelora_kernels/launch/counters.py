@@ -15,6 +15,8 @@ from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
 LANES = 4
 # Buffers of zeros that every GPU keeps ready: for further streams, and for captures, which cannot make their own.
 READY = 16
+# Most streams and captures that get a buffer, of 32 KiB each, for good.
+MOST = 1024
 
 
 class _Stream(NamedTuple):
@@ -46,7 +48,7 @@ def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
         _keep_ready(stream.device_index)
     if stream not in _in_use:
         ready = _ready.get(stream.device_index)
-        if stream.capture and (not ready or stream.capture == _UNKNOWN):
+        if stream.capture and (not ready or stream.capture == _UNKNOWN or len(_in_use) >= MOST):
             # No launch came before the capture, or captures have taken all: the graph zeroes these at each replay.
             return torch.zeros(n, dtype=torch.int32, device=device)
         _in_use[stream] = ready.pop() if ready else _zeros(1, device)[0]

@@ -62,7 +62,12 @@ def adapter_directory(
         raise ValueError(f"subfolder must be a relative path inside of path, got {subfolder!r}")
     if isinstance(path, str) and is_hub_id(path) and not Path(path).exists():
         names = (CONFIG_NAME, WEIGHTS_NAME)
-        path = from_hub("path", path, [str(PurePosixPath(subfolder or "", name)) for name in names], revision)
+        wanted = [str(PurePosixPath(subfolder or "", name)) for name in names]
+        repository, path = path, from_hub("path", path, wanted, revision)
+        if missing := [name for name in wanted if not Path(path, name).is_file()]:
+            raise ValueError(
+                f"path must name a hub repository with safetensors, got {repository!r} without {', '.join(missing)}"
+            )
     elif revision is not None:
         where = "a path on this machine" if Path(path).exists() else "which is none"
         raise ValueError(f"revision is for hub ids, got {revision!r} with {str(path)!r}, {where}")

@@ -34,12 +34,14 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
     ``disable_adapter``. Unlike there, parameters keep their ``requires_grad``. PEFT unmerges a merged layer at its first call.
 
     Blocks may be nested, may overlap, and may be opened on a part of the model. The model is as before when the last one ends,
-    by an exception too. A block is in force in all threads that call the model, but not in copies of the model. A compiled model
-    is compiled once more, for the block; a block inside compiled code breaks its graph.
+    by an exception too, also in the ``requires_grad`` of PEFT's parameters. A block is in force in all threads that call the
+    model, but not in copies of this library's layers; copies of PEFT's layers made in a block stay disabled. A compiled model is
+    compiled once more, for the block; a block inside compiled code breaks its graph.
 
-    Call ``backward`` of a checkpointed forward in the same block as the forward, since it computes the forward again. After the
-    block, non-reentrant checkpointing raises ``CheckpointError``, but reentrant checkpointing computes with LoRA.
-    Under ``torch.no_grad()`` nothing is recomputed.
+    Call ``backward`` of a checkpointed forward on the same side of the block as the forward, since it computes the forward
+    again. Otherwise non-reentrant checkpointing mostly raises ``CheckpointError``, but reentrant checkpointing silently computes
+    the other forward: with LoRA after the block, or, for a forward before the block, without gradients of A and B. Under
+    ``torch.no_grad()`` nothing is recomputed.
 
     Args:
         model: any module with this library's LoRA layers or PEFT's, in any wrapper; or one such layer.
@@ -47,7 +49,7 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: ``model`` is no module.
         ValueError: the model has no LoRA layers; or ``apply_lora`` was told to train ``modules_to_save`` or biases, or PEFT to
-            train biases, whose base values are not kept.
+            train biases, whose base values are not kept. A part of the model is checked by its own layers' biases alone.
     """
     switches = _switches(model)
     trainable = {p: p.requires_grad for m, key in switches if key != _OURS for p in m.parameters()}
@@ -105,6 +107,8 @@ def _peft_classes() -> tuple[type, ...]:
 
 def _trained_in_place(module: nn.Module) -> str | None:
     """The setting, such as "bias='all'", by which a model trains more than A and B and keeps no original of it."""
+    if isinstance(module, LoRALinear) and module.bias is not None and module.bias.requires_grad:
+        return "a bias that trains"
     config: Any = module.__dict__.get(CONFIG_ATTRIBUTE)
     if config is not None and config.modules_to_save:
         return f"modules_to_save={config.modules_to_save}"

@@ -18,7 +18,8 @@ def merge_lora(model: nn.Module) -> MergeReport:
 
     The frozen weights are kept, so :func:`unmerge_lora` is exact; they take their memory a second time. A weight that other
     modules share, such as a tied embedding's, is untied: the other modules keep the frozen one. ``state_dict()`` holds the
-    frozen weights beside A and B; ``save_pretrained`` of a transformers model writes the merged weights alone.
+    frozen weights beside A and B. ``save_pretrained`` of ``model``, a transformers model, and of its parts writes the merged
+    weights alone; that of a model around it does not know of them.
 
     Returns:
         The rounding error of every merged layer, and the weights that were untied.

@@ -7,6 +7,7 @@ looks whether layers are merged when it is called.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +27,18 @@ class _SaveMerged:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
+        method = getattr(type(module), _METHOD)
+        self.__doc__ = method.__doc__
+        # Others look it up: diffusers' pipelines pass a part only the options that its method has.
+        own = inspect.signature(method)
+        self.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _save_pretrained(self.module(), *args, **kwargs)
+        if (module := self.module()) is None:
+            raise ReferenceError(
+                f"the model that this {_METHOD} saves is gone; call the method of a model that is there"
+            )
+        return _save_pretrained(module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _SaveMerged:
         module: Any = self.module()
@@ -88,8 +98,10 @@ def _save_pretrained(module: Any, *args: Any, **kwargs: Any) -> Any:
             f"model must be merged whole or not at all to be saved, got {list_some(merged)} merged and {list_some(unmerged)} "
             "not merged; merge_lora or unmerge_lora it"
         )
+    given = inspect.signature(getattr(type(module), _METHOD)).bind(module, *args, **kwargs)
     # A caller such as the Trainer passes the model's state_dict(), whose frozen weights are not to be written.
-    kwargs.pop("state_dict", None)
+    given.arguments.pop("state_dict", None)
+    args, kwargs = given.args[1:], given.kwargs
     with _plain_layers(module):
         untied = untie_in_config(module)
         try:

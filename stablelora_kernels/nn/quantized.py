@@ -59,7 +59,17 @@ class LoRAQuantizedLinear(LoRALinear):
     def _base_output(self, x: Tensor) -> Tensor:
         base = self.__dict__["_base"]
         # Moving this layer to another device gave it another weight or bias.
-        return (base if base.weight is self.weight and base.bias is self.bias else self.to_linear())(x)
+        base = base if base.weight is self.weight and base.bias is self.bias else self.to_linear()
+        # bitsandbytes' layer casts its bias in place, and takes its first input's dtype for good.
+        data = None if base.bias is None else base.bias.data
+        kept = {name: getattr(base, name) for name in ("compute_dtype", "compute_type_is_set") if hasattr(base, name)}
+        try:
+            return base(x)
+        finally:
+            for name, value in kept.items():
+                setattr(base, name, value)
+            if data is not None and base.bias.dtype != data.dtype:
+                base.bias.data = data
 
     def merge(self) -> NoReturn:
         """Not possible.

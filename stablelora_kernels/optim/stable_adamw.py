@@ -88,6 +88,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         maximize: climb instead of descend.
         amsgrad: divide by the root of the largest second moment so far, a third moment in the state.
         capturable: allow capturing :meth:`step` in a CUDA graph, alone or with the backward pass, after one step outside of it.
+            Capture again after ``load_state_dict`` and after a group has changed: the graph reads the old tables and state.
             Values that change between replays, such as ``lr`` or ``weight_decay``, must be tensors on the GPU. Do not write to
             parameters between replays: a replay does not notice.
         max_grad_norm: clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, with one more launch. The

@@ -169,6 +169,31 @@ def test_the_trainers_log_is_its_own_again(tmp_path):
     assert in_training(trainer) and not any(entry.keys() & KEYS for entry in in_training(trainer))
 
 
+def test_a_log_that_a_user_has_put_there_is_put_back(tmp_path):
+    trainer, _ = make_trainer(tmp_path)
+    own, seen = trainer.log, []
+
+    def mine(logs, *more):
+        seen.append(logs)
+        own(logs, *more)
+
+    trainer.log = mine
+    trainer.train()
+    assert vars(trainer)["log"] is mine and any("stability/ratio_mean" in logs for logs in seen)
+
+
+def test_after_a_run_that_raised_a_removed_callback_does_nothing(tmp_path):
+    trainer, _ = make_trainer(tmp_path)
+    trainer.training_step, step = (lambda *args, **kwargs: 1 / 0), trainer.training_step
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    trainer.training_step = step
+    trainer.pop_callback(slk.StabilityCallback)
+    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters())
+    trainer.log({"loss": 1.0})
+    assert trainer.state.log_history[-1]["loss"] == 1.0
+
+
 def test_what_is_refused(tmp_path):
     trainer, _ = make_trainer(tmp_path, callback=False)
     with pytest.raises(TypeError, match="trainer must be a Trainer of transformers, got TrainingArguments"):

@@ -397,3 +397,22 @@ def test_what_is_refused():
         pass
     with pytest.raises(ValueError, match="got bias='all'"), slk.disable_lora(make_peft(bias="all")):
         pass
+    part = nn.Sequential(nn.Linear(4, 4))
+    slk.apply_lora(part, slk.LoRAConfig(r=2, target_modules=["0"], bias="all"))
+    with pytest.raises(ValueError, match="got a bias that trains"), slk.disable_lora(part[0]):
+        pass
+
+
+@pytest.mark.skipif(Linear4bit is None, reason="bitsandbytes is not installed")
+def test_a_4_bit_layer_is_as_before():
+    """bitsandbytes' own forward casts its bias in place and takes its first input's dtype for good."""
+    base = bnb_4bit(nn.Linear(K, N), None)
+    base.bias.data = base.bias.data.float() + 1e-4
+    base.compute_dtype = None
+    layer = lora_over(base)
+    x = torch.randn(3, K)
+    bias, before = layer.bias.clone(), layer(x)
+    with slk.disable_lora(layer):
+        layer(x.bfloat16())
+    assert layer.bias.dtype == FP32 and torch.equal(layer.bias, bias)
+    assert base.compute_dtype is None and torch.equal(layer(x), before)

@@ -54,7 +54,7 @@ def asked(tmp_path, monkeypatch):
 def test_it_downloads_the_two_files(asked, options, folder):
     model = fresh()
     if folder is None:
-        with refused(model, ValueError, f"path must hold {CONFIG_NAME}, got .*cache/a' without it"):
+        with refused(model, ValueError, f"got 'org/an-adapter' without a/{CONFIG_NAME}, a/{WEIGHTS_NAME}"):
             load_adapter(model, "org/an-adapter", **options)
         return
     load_adapter(model, "org/an-adapter", **options)
@@ -97,6 +97,15 @@ def test_options_of_another_type(asked, name, value):
 def test_a_subfolder_stays_inside(asked, folder):
     with refused(model := fresh(), ValueError, "subfolder must be a relative path inside of path, got "):
         load_adapter(model, "org/an-adapter", subfolder=folder)
+
+
+def test_a_repository_without_safetensors_is_named(asked, monkeypatch, tmp_path):
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    (tmp_path / CONFIG_NAME).write_text("{}")
+    monkeypatch.setattr(hub, "snapshot_download", lambda repo_id, **kwargs: str(tmp_path))
+    match = "path must name a hub repository with safetensors, got 'org/an-adapter' without adapter_model.safetensors"
+    with refused(model := fresh(), ValueError, match):
+        load_adapter(model, "org/an-adapter")
 
 
 def test_a_hub_that_is_not_there(asked, monkeypatch):

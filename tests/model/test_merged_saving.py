@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
 import weakref
 
@@ -174,3 +175,29 @@ def test_a_merged_model_is_freed_when_nobody_holds_it():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_state_dict_by_position_is_not_written(tmp_path):
+    model = adapted()
+    merge_lora(model)
+    expected = output(model)
+    model.save_pretrained(tmp_path, True, model.state_dict())
+    assert torch.allclose(output(type(model).from_pretrained(tmp_path).eval()), expected, atol=1e-6)
+
+
+def test_it_has_the_signature_of_the_method_that_it_replaces():
+    model = adapted()
+    found, own = inspect.signature(model.save_pretrained), inspect.signature(type(model).save_pretrained)
+    assert list(found.parameters) == list(own.parameters)[1:] and model.save_pretrained.__doc__ == own_doc(model)
+    assert inspect.signature(copy.deepcopy(model).save_pretrained) == found
+
+
+def own_doc(model):
+    return type(model).save_pretrained.__doc__
+
+
+def test_a_method_whose_model_is_gone_says_so(tmp_path):
+    save = adapted().save_pretrained
+    gc.collect()
+    with pytest.raises(ReferenceError, match="the model that this save_pretrained saves is gone"):
+        save(tmp_path)

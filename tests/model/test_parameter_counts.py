@@ -83,3 +83,10 @@ def test_shards_count_whole(tmp_path):
     model = Model()
     slk.apply_lora(model, lora_config(r=3))
     assert spawn(sharded, 2, tmp_path) == [[slk.count_parameters(model)] * 2] * 2
+
+
+def test_parameters_that_zero_3_has_cut_count_whole():
+    model = torch.nn.Linear(4, 4, bias=False)
+    model.weight.ds_numel = 16
+    model.weight.data = torch.empty(0)
+    assert slk.count_parameters(model) == (16, 16)
