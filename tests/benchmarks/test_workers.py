@@ -70,7 +70,8 @@ def test_an_interrupt_ends_the_work_and_what_is_queued() -> None:
         except subprocess.TimeoutExpired:
             os.killpg(parent.pid, signal.SIGKILL)
             raise
-    assert parent.returncode != 0 and b"KeyboardInterrupt" in error
+    # The parent may hear of the worker's death before its own signal.
+    assert parent.returncode != 0 and (b"KeyboardInterrupt" in error or b"BrokenProcessPool" in error)
 
 
 def _runs(process: int) -> bool:
