@@ -36,9 +36,9 @@ class Preset:
 
 
 PRESETS = {
-    # 0.005 is the paper's largest ratio: a smaller one would show little in such a short run. So would a smaller learning rate:
-    # in 60 steps PEFT, all-linear, reached a held-out loss of 0.525 with 3e-3, where pairs latched, and 0.549 with 1e-3.
-    # Batches of 8 and few texts held out: four arms then take 40 steps and more in the time on two cores without AVX-512.
+    # 0.005 is the paper's largest ratio: a smaller one would show little in such a short run. So would a smaller learning rate,
+    # at which pairs latch later. Batches of 8 and few texts held out: two cores without AVX-512 then take some 30 steps in the
+    # time.
     "quick": Preset(120, 8, (3e-3,), (5e-3,), 1, 200, 335.0),
     # Ratio 0 is our layer and optimizer without shrinking: it separates the method's effect from the kernels'.
     "full": Preset(400, 16, (3e-4, 1e-3, 3e-3), (0.0, 5e-4, 1e-3, 2e-3, 5e-3), 5, 2000, None),

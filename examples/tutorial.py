@@ -1,4 +1,4 @@
-"""Fine-tune SmolLM2-135M on the plays of Shakespeare and plot its latch curve: the program of docs/start/tutorial.md.
+"""Fine-tune SmolLM2-135M on the plays of Shakespeare and plot its latch curve: the program of docs/getting-started/tutorial.md.
 
 python -m examples.tutorial --out run               SmolLM2-135M, 48 steps; minutes on a CPU
 python -m examples.tutorial --out run --steps 20    a shorter run

@@ -172,7 +172,7 @@ def test_messages_are_the_codes() -> None:
 def test_the_tutorials_blocks_are_the_programs() -> None:
     program = (ROOT / "examples" / "tutorial.py").read_text(encoding="utf-8")
     lines = [line.strip() for line in program.splitlines()]
-    blocks = blocks_of(ROOT / "docs" / "start" / "tutorial.md")
+    blocks = blocks_of(ROOT / "docs" / "getting-started" / "tutorial.md")
     assert len(blocks) == 7
     for block in blocks:
         # Inside main(), one level deeper.
