@@ -227,7 +227,7 @@ def latches(out: Path) -> dict[str, int]:
 
 
 def test_tutorial(files: list[str], tmp_path: Path) -> None:
-    """The program of docs/getting-started/tutorial.md on a tiny model: it learns, and the saved adapter has the trained model's loss."""
+    """The tutorial's program on a tiny model: it learns, and the saved adapter has the trained model's loss."""
     pytest.importorskip("matplotlib", reason="draws the plots; the bench extra brings it")
     out = tmp_path / "out"
     printed = run("tutorial", [*files, "--out", out, "--steps", "8"])
