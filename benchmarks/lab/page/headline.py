@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import textwrap
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.plot_style import BLUE, GREY, STYLE, plt, save
+from benchmarks.common.plot_style import BLUE, RED, RIVALS, STYLE, plt, save
 from benchmarks.common.tables import RESULTS, read_csv
 from benchmarks.lab.cost_model.__main__ import SLOW
 
 FIGURE = RESULTS.parents[1] / "docs" / "_static" / "headline.png"
-RED = "#d1495b"
 # The machine and the directories of its two main jobs.
 MACHINE = "epyc-avx2-2core"
 JOBS = {"dropout 0.05": "quick", "no dropout": "quick_no_dropout"}
@@ -26,7 +26,6 @@ ARMS = {
 }
 # The predicted layer.
 SHAPE = {"m": "8192", "n": "4096", "k": "4096", "r": "16"}
-RIVALS = {"eager (PEFT)": BLUE, "Unsloth": "#5b9aa0", "Axolotl": "#8d7fb8", "LoRAFusion": GREY}
 
 
 def draw(results: Path, path: Path = FIGURE) -> list[Path]:
@@ -43,7 +42,7 @@ def draw(results: Path, path: Path = FIGURE) -> list[Path]:
 
 
 def _measured(axis: Any, jobs: dict[str, dict[str, Any]]) -> None:
-    labels, places, ticks = [], iter(range(100)), []
+    labels, places, ticks = [], count(), []
     for condition, job in jobs.items():
         _group(axis, next(places), condition)
         for start, (label, color) in ARMS.items():
@@ -88,7 +87,7 @@ def _predicted(axis: Any, directory: Path) -> None:
         _group(axis, place, "no dropout" if dropout == "0" else f"dropout {dropout}")
         place += 1
         for name, color in RIVALS.items():
-            if f"{name} forward" in row:
+            if name != "ours" and f"{name} forward" in row:
                 added = 100 * (_time(row, name) / frozen - 1)
                 axis.barh(place, added, color=color, height=0.7)
                 axis.text(added, place, f" {added:+.0f} %", va="center", fontsize=9)

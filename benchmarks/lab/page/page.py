@@ -62,7 +62,9 @@ def where(environment: dict[str, Any], disturbed: bool | None = None) -> str:
         f"{machine(environment)}, load {load} at the start; Python {environment['python']}, {versions}; "
         f"commit {environment.get('commit')}, {environment['date'][:10]}."
     )
-    if load > environment["cores"] / 2 if disturbed is None else disturbed:
+    if disturbed is None:
+        disturbed = load > environment["cores"] / 2
+    if disturbed:
         text += " **Other programs ran beside this one: compare within the table, and trust no small difference.**"
     return text
 
