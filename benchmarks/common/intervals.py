@@ -1,4 +1,4 @@
-"""Means, slopes and their 95 % intervals by Student's t, without SciPy."""
+"""Means, ratios, slopes and their 95 % intervals by Student's t, without SciPy."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return statistics.fmean(values), math.nan
     return statistics.fmean(values), student95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def ratio_of_totals(above: Sequence[float], below: Sequence[float]) -> tuple[float, float]:
+    """sum(above) / sum(below) of pairs, and half the width of its 95 % interval (nan for a single pair)."""
+    ratio, count = sum(above) / sum(below), len(above)
+    if count < 2:
+        return ratio, math.nan
+    # How far each pair is from the ratio, in units of the mean below.
+    squares = sum((y - ratio * x) ** 2 for y, x in zip(above, below, strict=True))
+    return ratio, student95(count - 1) * math.sqrt(squares / (count - 1) / count) / statistics.fmean(below)
 
 
 def log_slope(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float] | None:

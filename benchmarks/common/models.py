@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,22 @@ def query_value_names(model: nn.Module) -> tuple[str, ...]:
         f"{type(model).__name__} has no nn.Linear layers named {known}; name the layers to adapt with --target-modules "
         f"(it has {', '.join(present) or 'none'})"
     )
+
+
+def check_linear_names(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless each of ``names`` is the last part of the name of a linear layer of ``model``."""
+    present = linear_names(model)
+    if unknown := [name for name in names if name not in present]:
+        raise ValueError(
+            f"--target-modules must name linear layers of {type(model).__name__} ({', '.join(present) or 'it has none'}), "
+            f"got {', '.join(unknown)}"
+        )
+
+
+def drop_pooler(model: PreTrainedModel) -> None:
+    """Take out a BERT's pooler: :class:`Classifier` averages the hidden states, so adapters there would get no gradient."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

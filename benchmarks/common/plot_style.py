@@ -11,11 +11,13 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-GREY, BLUE, GREEN = "#8a8f98", "#2a6fbb", "#3d8f5f"
+GREY, BLUE, GREEN, RED = "#8a8f98", "#2a6fbb", "#3d8f5f", "#d1495b"
+# One color for each of the cost model's rivals, and ours.
+RIVALS = {"eager (PEFT)": BLUE, "Unsloth": "#5b9aa0", "Axolotl": "#8d7fb8", "LoRAFusion": GREY, "ours": RED}
 # The paper's shrink ratios, from the smallest to the largest.
-RATIO_SHADES = ("#f0a202", "#e07a3f", "#d1495b", "#7a1f3d")
-# The arms of a fine-tuning run: shades of one hue, so that they read as one family beside the two rivals.
-_STABLE = ("#d1495b", "#e07a3f", "#b5338a", "#7a1f3d", "#f0a202")
+RATIO_SHADES = ("#f0a202", "#e07a3f", RED, "#7a1f3d")
+# Our arms of a fine-tuning run, as many as the full preset has: warm colors, so that they read as one family beside the rivals.
+_STABLE = (RED, "#e07a3f", "#b5338a", "#7a1f3d", "#f0a202", "#9c6b3f")
 STYLE: Any = {
     "figure.dpi": 130,
     "font.size": 10,

@@ -1,4 +1,8 @@
-"""The compared arms: the frozen model, the ``peft`` package with torch's AdamW, and this library."""
+"""The compared arms: the frozen model, the ``peft`` package with torch's AdamW, and this library in its two ways.
+
+This library's arms train with ``StableLoRAAdamW``. They differ in their layers: ``accelerate_peft`` runs PEFT's model on this
+library's ops, ``apply_lora`` puts this library's layers in.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from benchmarks.common.models import Classifier, share
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FROZEN, PEFT, STABLE = "frozen", "peft", "stable"
+FROZEN, PEFT, ACCELERATED, STABLE = "frozen", "peft", "accelerated", "stable"
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Recipe:
     target_modules: tuple[str, ...]
     r: int = 8
     lora_alpha: float = 16
+    lora_dropout: float = 0.0
     lr: float = 3e-3
     weight_decay: float = 1e-2
     steps: int = 100
@@ -75,37 +80,56 @@ class Arm:
         return {"a_norm": a, "b_norm": b, "latched": latched}
 
 
-def arm_name(shrink_ratio: float) -> str:
-    return f"{STABLE}-{shrink_ratio:g}"
+def arm_name(layers: str, shrink_ratio: float) -> str:
+    """The name of an arm of this library: ``layers`` is ``ACCELERATED`` or ``STABLE``."""
+    return f"{layers}-{shrink_ratio:g}"
 
 
 def build_arm(name: str, backbone: PreTrainedModel, classes: int, recipe: Recipe, device: torch.device) -> Arm:
-    """The arm ``"frozen"``, ``"peft"`` or ``"stable-<shrink ratio>"`` over the weights of ``backbone``."""
+    """An arm over the weights of ``backbone``: "frozen", "peft", "accelerated-<shrink ratio>" or "stable-<shrink ratio>"."""
     hidden = backbone.config.hidden_size
     own = share(backbone)
-    shrink_ratio = None
     # build_arms copies the first arm's A to the others.
     torch.manual_seed(recipe.seed)
+    layers, _, ratio = name.partition("-")
+    shrink_ratio = float(ratio) if ratio else None
     if name == FROZEN:
         label = "frozen"
         let_gradients_reach(own, recipe.target_modules)
     elif name == PEFT:
-        from peft import LoraConfig, get_peft_model
-
         label = "PEFT + AdamW"
-        targets = list(recipe.target_modules)
-        own = get_peft_model(own, LoraConfig(r=recipe.r, lora_alpha=recipe.lora_alpha, target_modules=targets))
-    elif name.startswith(f"{STABLE}-"):
-        shrink_ratio = float(name.removeprefix(f"{STABLE}-"))
-        label = f"Stable-LoRA {shrink_ratio:g}" if shrink_ratio else "fused + AdamW"
-        targets = list(recipe.target_modules)
-        slk.apply_lora(own, slk.LoRAConfig(r=recipe.r, lora_alpha=recipe.lora_alpha, target_modules=targets))
+        own = _peft_model(own, recipe)
+    elif layers == ACCELERATED and ratio:
+        label = f"accelerate_peft λ={ratio}"
+        own = _peft_model(own, recipe)
+        # Strict: the arm's name would be untrue of a layer that PEFT's own forward computes.
+        slk.accelerate_peft(own, strict=True)
+    elif layers == STABLE and ratio:
+        label = f"apply_lora λ={ratio}"
+        slk.apply_lora(own, slk.LoRAConfig(**_lora_fields(recipe)))
     else:
-        raise ValueError(f"arm must be {FROZEN!r}, {PEFT!r} or '{STABLE}-<shrink ratio>', got {name!r}")
+        known = f"{FROZEN!r}, {PEFT!r}, '{ACCELERATED}-<shrink ratio>' or '{STABLE}-<shrink ratio>'"
+        raise ValueError(f"arm must be {known}, got {name!r}")
     model = Classifier(own, hidden, classes, recipe.seed).to(device)
     optimizer, notes = _optimizer(model, recipe, shrink_ratio)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.schedule)
     return Arm(name, label, model, optimizer, scheduler, slk.lora_pairs(model), shrink_ratio, notes)
+
+
+def _lora_fields(recipe: Recipe) -> dict[str, Any]:
+    """What PEFT's config and ours both take."""
+    return {
+        "r": recipe.r,
+        "lora_alpha": recipe.lora_alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "target_modules": list(recipe.target_modules),
+    }
+
+
+def _peft_model(model: nn.Module, recipe: Recipe) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(**_lora_fields(recipe)))
 
 
 def build_arms(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -15,14 +16,29 @@ from tqdm import tqdm
 from benchmarks.common.data import Batch, load_dataset, test_batches, training_batches
 from benchmarks.common.measure import environment
 from benchmarks.common.memory import status_mib
-from benchmarks.common.models import load_model, query_value_names
-from benchmarks.finetuning.arms import FROZEN, PEFT, Arm, Recipe, arm_name, build_arms, earliest_latch, shrinkage
+from benchmarks.common.models import check_linear_names, drop_pooler, linear_names, load_model, query_value_names
+from benchmarks.finetuning.arms import (
+    ACCELERATED,
+    FROZEN,
+    PEFT,
+    STABLE,
+    Arm,
+    Recipe,
+    arm_name,
+    build_arms,
+    earliest_latch,
+    shrinkage,
+)
 from benchmarks.finetuning.footprint import measure_in_subprocess
 from benchmarks.finetuning.train import evaluate, probe, rehearse, to_device, train
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ALL_LINEAR, QUERY_VALUE = "all-linear", "query-value"
 FEWEST_STEPS = 40
 _LEAST_BEFORE_STOP = 10
-_REHEARSALS = 3
+_REHEARSALS = 4
 _TEST_BATCH = 64
 
 
@@ -40,14 +56,36 @@ class Settings:
     seed: int
     held_out: int
     shrink_ratios: tuple[float, ...]
-    target_modules: tuple[str, ...] = ()
+    # ALL_LINEAR, QUERY_VALUE or the last parts of the names of linear layers.
+    targets: tuple[str, ...] | str
+    r: int
+    lora_alpha: float
+    lora_dropout: float
     # The run takes fewer steps if it would need longer than this in all; None: no limit.
     time_limit_s: float | None = None
     footprint: bool = True
 
     @property
     def arms(self) -> list[str]:
-        return [FROZEN, PEFT, *(arm_name(ratio) for ratio in self.shrink_ratios)]
+        # accelerate_peft runs at the largest ratio alone: the ratio hardly changes the time of a step.
+        accelerated = arm_name(ACCELERATED, max(self.shrink_ratios))
+        return [FROZEN, PEFT, accelerated, *(arm_name(STABLE, ratio) for ratio in self.shrink_ratios)]
+
+    def recipe(self, backbone: PreTrainedModel) -> Recipe:
+        """What all arms share.
+
+        Raises:
+            ValueError: ``backbone`` has no layers of these names.
+        """
+        if self.targets == QUERY_VALUE:
+            targets = query_value_names(backbone)
+        elif self.targets == ALL_LINEAR:
+            targets = linear_names(backbone)
+        else:
+            targets = tuple(self.targets)
+        check_linear_names(backbone, targets)
+        adapters = {"r": self.r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+        return Recipe(targets, **adapters, lr=self.lr, steps=self.steps, seed=self.seed)
 
 
 def run(settings: Settings, started: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -76,8 +114,8 @@ def _run(settings: Settings, started: float, result: dict[str, Any], save: Calla
     backbone, tokenizer = load_model(settings.model)
     loading = time.perf_counter() - loading
     backbone.to(device)
-    targets = settings.target_modules or query_value_names(backbone)
-    recipe = Recipe(targets, lr=settings.lr, steps=settings.steps, seed=settings.seed)
+    drop_pooler(backbone)
+    recipe = settings.recipe(backbone)
     classes = len(dataset.classes)
 
     def batches() -> Any:
@@ -86,6 +124,9 @@ def _run(settings: Settings, started: float, result: dict[str, Any], save: Calla
     arms = build_arms(settings.arms, backbone, classes, recipe, device)
     first = [to_device(batch, device) for batch in islice(batches(), _REHEARSALS)]
     round_s = rehearse(arms, first, dtype)
+    if settings.time_limit_s is not None:
+        # Batches differ in length by a factor of two: estimate from the tokens of those that are to come.
+        round_s *= _mean_tokens(islice(batches(), settings.steps)) / _mean_tokens(first[1:])
     deadline = _training_deadline(settings, started, round_s, loading)
     if deadline:
         steps = min(settings.steps, max(FEWEST_STEPS, int((deadline - time.perf_counter()) / round_s)))
@@ -115,6 +156,10 @@ def _run(settings: Settings, started: float, result: dict[str, Any], save: Calla
     if settings.footprint:
         longest = max(first, key=lambda batch: batch["input_ids"].numel())
         _footprint(settings, classes, recipe, longest, result, started)
+
+
+def _mean_tokens(batches: Iterable[Batch]) -> float:
+    return statistics.fmean(batch["input_ids"].numel() for batch in batches)
 
 
 def _train(

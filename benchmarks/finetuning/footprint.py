@@ -111,12 +111,16 @@ def measure_in_subprocess(
 
 def main() -> None:
     """Measure the job read from standard input."""
-    from benchmarks.common.models import load_model
+    # Every arm's process holds the same packages, so that peaks differ by the arms alone.
+    import peft  # noqa: F401
+
+    from benchmarks.common.models import drop_pooler, load_model
 
     job = json.load(sys.stdin)
     job["recipe"]["target_modules"] = tuple(job["recipe"]["target_modules"])
     device = torch.device(job["device"])
     backbone, _ = load_model(job["model"])
+    drop_pooler(backbone)
     arm = build_arm(job["arm"], backbone.to(device), job["classes"], Recipe(**job["recipe"]), device)
     batch = {name: torch.tensor(values, device=device) for name, values in job["batch"].items()}
     print(json.dumps(footprint(arm, batch, getattr(torch, job["dtype"]))))

@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.intervals import ratio_of_totals
 from benchmarks.common.measure import summarize
 from benchmarks.common.tables import aligned, csv_text, json_text, write_files
+from benchmarks.finetuning.arms import FROZEN, PEFT
+from benchmarks.finetuning.headline import headlines
 from benchmarks.finetuning.train import PHASES
 
 # The first steps allocate optimizer state and warm caches. Files have them, medians do not.
@@ -17,7 +20,7 @@ SETTLING_STEPS = 3
 _LAST_LOSSES = 20
 _NOTHING = "-"
 # Alone on two cores, training keeps its threads busy for 93 to 99% of the time.
-_QUIET_SHARE = 0.9
+QUIET_SHARE = 0.9
 
 Result = dict[str, Any]
 Record = dict[str, Any]
@@ -25,21 +28,40 @@ Record = dict[str, Any]
 
 def step_times(record: Record, phases: Sequence[str] = PHASES) -> list[float]:
     """Milliseconds of each step's ``phases`` together, without the first steps."""
+    return _settled(_all_times(record, phases))
+
+
+def _all_times(record: Record, phases: Sequence[str]) -> list[float]:
     columns = [record["series"][f"{phase}_ms"] for phase in phases]
-    total = [sum(parts) for parts in zip(*columns, strict=False)]
-    return total[SETTLING_STEPS:] if len(total) > 2 * SETTLING_STEPS else total
+    return [sum(parts) for parts in zip(*columns, strict=False)]
 
 
-def overhead(record: Record, frozen: Record, phases: Sequence[str] = PHASES) -> dict[str, float] | None:
-    """Percent over the frozen model's time on the same batch, step by step: median and quartiles."""
-    pairs = zip(step_times(record, phases), step_times(frozen, phases), strict=False)
-    ratios = [100 * (mine / base - 1) for mine, base in pairs]
-    return summarize(ratios) if ratios else None
+def _settled(times: list[float]) -> list[float]:
+    return times[SETTLING_STEPS:] if len(times) > 2 * SETTLING_STEPS else times
+
+
+def time_ratio(above: Record, below: Record, phases: Sequence[str] = PHASES) -> tuple[float, float] | None:
+    """The time of all steps of ``above`` over that of the same steps of ``below``, and half its 95 % interval."""
+    times = _all_times(above, phases), _all_times(below, phases)
+    # An interrupted step has times of some arms only.
+    common = min(map(len, times))
+    return ratio_of_totals(*(_settled(each[:common]) for each in times)) if common else None
+
+
+def overhead(record: Record, frozen: Record, phases: Sequence[str] = PHASES) -> tuple[float, float] | None:
+    """Percent over the frozen model's time on the same batches, and half its 95 % interval."""
+    ratio = time_ratio(record, frozen, phases)
+    return None if ratio is None else (100 * ratio[0] - 100, 100 * ratio[1])
+
+
+def summary(result: Result) -> dict[str, Record]:
+    """The figures of all arms by name: what a figure or a headline is made from."""
+    return {name: flat_summary(result, name) for name in result["arms"]}
 
 
 def flat_summary(result: Result, name: str) -> dict[str, Any]:
     """One arm's figures as a flat record, a row of summary.csv; None if not measured."""
-    record, frozen = result["arms"][name], result["arms"].get("frozen")
+    record, frozen, peft = result["arms"][name], result["arms"].get(FROZEN), result["arms"].get(PEFT)
     series, test = record["series"], record.get("test", {})
     latch, footprint = record.get("latch", {}), record.get("footprint", {})
     losses = series["loss"][-_LAST_LOSSES:]
@@ -56,9 +78,10 @@ def flat_summary(result: Result, name: str) -> dict[str, Any]:
         for key, value in (summarize(times) if times else dict.fromkeys(("median", "q1", "q3"))).items():
             row[f"{part}_ms_{key}"] = value
     for part, phases in (("step", PHASES), ("layers", PHASES[:2])):
-        over = overhead(record, frozen, phases) if frozen and name != "frozen" else None
-        for key in ("median", "q1", "q3"):
-            row[f"{part}_overhead_percent_{key}"] = over[key] if over else None
+        over = overhead(record, frozen, phases) if frozen and name != FROZEN else None
+        row[f"{part}_overhead_percent"], row[f"{part}_overhead_percent_95"] = over or (None, None)
+    faster = time_ratio(peft, record) if peft and name != PEFT else None
+    row["speedup_over_peft"], row["speedup_over_peft_95"] = faster or (None, None)
     counted = footprint.get("launches") or footprint.get("operators") or {}
     row |= {key: footprint.get(key) for key in ("saved_mib", "peak_mib", "step_mib")}
     row |= {f"{phase}_calls": counted.get(phase) for phase in PHASES}
@@ -70,8 +93,8 @@ def flat_summary(result: Result, name: str) -> dict[str, Any]:
 
 
 def table(result: Result) -> str:
-    """The run's figures, a column for each arm, with notes underneath."""
-    rows = {name: flat_summary(result, name) for name in result["arms"]}
+    """The answer in words, the run's figures with a column for each arm, and notes underneath."""
+    rows = summary(result)
     pairs = max((len(record.get("latch", {}).get("latched_at", [])) for record in result["arms"].values()), default=0)
     launches = any("launches" in record.get("footprint", {}) for record in result["arms"].values())
     calls = "kernel launches a step" if launches else "operators a step (not launches)"
@@ -83,8 +106,9 @@ def table(result: Result) -> str:
         ("  minus PEFT's, points", lambda r: _with_error(r["difference"], r["difference_se"], "+.1f")),
         ("step, ms", lambda r: _quartiles(r, "step_ms")),
         *((f"  {phase}", lambda r, phase=phase: _quartiles(r, f"{phase}_ms")) for phase in PHASES),
-        ("over the frozen model, %", lambda r: _quartiles(r, "step_overhead_percent", "+.1f")),
-        ("  forward and backward alone", lambda r: _quartiles(r, "layers_overhead_percent", "+.1f")),
+        ("over the frozen model, %", lambda r: _with_interval(r, "step_overhead_percent", "+.1f")),
+        ("  forward and backward alone", lambda r: _with_interval(r, "layers_overhead_percent", "+.1f")),
+        ("PEFT's time over this arm's", lambda r: _with_interval(r, "speedup_over_peft", ".2f")),
         ("saved for backward, MiB", lambda r: _number(r["saved_mib"], ".1f")),
         ("peak memory, MiB", lambda r: _number(r["peak_mib"], ".0f")),
         ("  of that, above the idle process", lambda r: _number(r["step_mib"], ".0f")),
@@ -97,7 +121,10 @@ def table(result: Result) -> str:
     ]
     cells = [["", *(row["label"] for row in rows.values())]]
     cells += [[title, *(render(row) for row in rows.values())] for title, render in lines]
-    return "\n".join([*aligned(cells), "", *_notes(result)])
+    answer = [*headlines(rows), *_disturbance(result)]
+    if answer:
+        answer.append("")
+    return "\n".join([*answer, *aligned(cells), "", *_notes(result)])
 
 
 def _notes(result: Result) -> list[str]:
@@ -106,7 +133,7 @@ def _notes(result: Result) -> list[str]:
     where = environment["gpu"] if settings["device"].startswith("cuda") else environment["cpu"]
     notes = [
         f"{settings['model']} on {data['name']}: {recipe['steps']} steps of {settings['batch_size']}, lr {recipe['lr']:g}, "
-        f"r {recipe['r']} on {'/'.join(recipe['target_modules'])}, {settings['dtype']}, seed {settings['seed']}; "
+        f"{adapters(result)}, {settings['dtype']}, seed {settings['seed']}; "
         f"{data['test']} texts held out, of which the largest class is {100 * data['majority']:.1f}%.",
     ]
     if "probe" in result:
@@ -122,19 +149,27 @@ def _notes(result: Result) -> list[str]:
         )
     notes += [
         "Accuracies are ± one standard error; times are medians [quartiles], the arms taking each batch in turn.",
-        *_disturbance(result),
+        "Ratios of times are those of all steps together, ± half a 95% interval over steps.",
         "The frozen model trains its head, and its backward pass goes exactly as deep as LoRA's.",
     ]
+    if recipe["lora_dropout"]:
+        notes.append(
+            "Each arm draws dropout masks of its own: losses and accuracies of equal methods agree only statistically, and "
+            "the standard errors leave this out."
+        )
     for record in result["arms"].values():
         if (latch := record.get("latch")) and record["shrink_ratio"]:
             notes.append(
-                f"Shrink ratio {record['shrink_ratio']:g}: at lr {recipe['lr']:g} and these widths the stop comes at about step "
+                f"{record['label']}: at lr {recipe['lr']:g} and these widths the stop comes at about step "
                 f"{latch['earliest']} or later; {_stop(latch)}, which "
                 f"alone took {100 * (1 - latch['a_factor']):.1f}% off ||A||."
             )
         if record.get("fused") is not None and record["label"].startswith("PEFT"):
             kind = "one fused call" if record["fused"] else "foreach, as fused=True is not available here"
             notes.append(f"torch.optim.AdamW ran as {kind}.")
+    tokens = [r["footprint"]["tokens"] for r in result["arms"].values() if "tokens" in r.get("footprint", {})]
+    if tokens:
+        notes.append(f"Memory is of a step of {tokens[0]} tokens, padding included, each arm in a process of its own.")
     errors = {r["label"]: r["footprint"]["error"] for r in result["arms"].values() if "error" in r.get("footprint", {})}
     notes += [f"Memory of {label} was not measured: {error}" for label, error in errors.items()]
     versions = ", ".join(
@@ -149,14 +184,26 @@ def _notes(result: Result) -> list[str]:
     return notes
 
 
-def _disturbance(result: Result) -> list[str]:
+def disturbed(result: Result) -> bool:
+    """Whether other programs took much of this one's time while it trained, as far as can be told."""
     share = result.get("cpu_share")
-    if share is None or result["settings"]["device"] != "cpu" or share >= _QUIET_SHARE:
+    return share is not None and result["settings"]["device"] == "cpu" and share < QUIET_SHARE
+
+
+def _disturbance(result: Result) -> list[str]:
+    if not disturbed(result):
         return []
     return [
-        f"Other programs ran beside this one, which had only {100 * share:.0f}% of its threads' time while training: "
-        "the times above are not to be trusted."
+        f"Other programs ran beside this one, which had only {100 * result['cpu_share']:.0f}% of its threads' time while "
+        "training: do not trust these times."
     ]
+
+
+def adapters(result: Result) -> str:
+    """The recipe's adapters in words."""
+    recipe, targets = result["recipe"], result["settings"]["targets"]
+    layers = "all linear layers" if targets == "all-linear" else "/".join(recipe["target_modules"])
+    return f"r {recipe['r']}, alpha {recipe['lora_alpha']:g}, dropout {recipe['lora_dropout']:g} on {layers}"
 
 
 def _number(value: float | None, spec: str) -> str:
@@ -169,6 +216,10 @@ def _percent(value: float | None) -> float | None:
 
 def _with_error(value: float | None, error: float | None, spec: str = ".1f") -> str:
     return _NOTHING if value is None else f"{_number(_percent(value), spec)} ± {_number(_percent(error), '.1f')}"
+
+
+def _with_interval(row: Record, key: str, spec: str) -> str:
+    return _NOTHING if row[key] is None else f"{row[key]:{spec}} ± {row[f'{key}_95']:{spec.lstrip('+')}}"
 
 
 def _quartiles(row: Record, key: str, spec: str = ".1f") -> str:
@@ -208,7 +259,10 @@ def _shrinks(row: Record) -> str:
 
 
 def write_result(result: Result, directory: Path) -> list[Path]:
-    """Write result.json (everything), summary.csv (a row for each arm), steps.csv and norms.csv (over time), table.txt."""
+    """Write result.json (``result`` with its summary and headlines), summary.csv, steps.csv, norms.csv and table.txt.
+
+    In summary.csv a row is an arm; steps.csv and norms.csv go over time.
+    """
     arms = result["arms"]
     # After an interrupt one list may be a step ahead; rows stop with the shortest list.
     steps = [
@@ -220,9 +274,10 @@ def write_result(result: Result, directory: Path) -> list[Path]:
         )
     ]
     norms = [{"arm": name, **norm} for name, record in arms.items() for norm in record["series"]["norms"]]
+    rows = summary(result)
     files = {
-        "result.json": json_text(result),
-        "summary.csv": csv_text([flat_summary(result, name) for name in arms]),
+        "result.json": json_text(result | {"summary": rows, "headlines": headlines(rows)}),
+        "summary.csv": csv_text([*rows.values()]),
         "steps.csv": csv_text(steps),
         "norms.csv": csv_text(norms),
         "table.txt": table(result) + "\n",

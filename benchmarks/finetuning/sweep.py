@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.intervals import interval
+from benchmarks.common.measure import summarize
 from benchmarks.common.tables import aligned, csv_text, json_text, write_files
-from benchmarks.finetuning.result import Result, flat_summary
+from benchmarks.finetuning.headline import headlines
+from benchmarks.finetuning.result import Result, adapters, flat_summary, summary
 
-_METRICS = ("accuracy", "difference", "loss", "train_loss", "shrinks_mean", "a_factor", "step_overhead_percent_median")
+_METRICS = (
+    "accuracy",
+    "difference",
+    "loss",
+    "train_loss",
+    "shrinks_mean",
+    "a_factor",
+    "step_overhead_percent",
+    "speedup_over_peft",
+)
 
 
 def sweep_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -29,24 +40,45 @@ def sweep_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     return rows
 
 
+def sweep_summary(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """Each arm's figures over all runs: the mean of the runs' ratios, and the memory, which one run measures."""
+    runs = [summary(result) for result in results]
+    found = {}
+    for name in runs[0]:
+        rows = [run[name] for run in runs]
+        ratios = [row["speedup_over_peft"] for row in rows if row["speedup_over_peft"] is not None]
+        mean, half = interval(ratios) if ratios else (None, None)
+        found[name] = {"speedup_over_peft": mean, "speedup_over_peft_95": half}
+        times = [row["step_ms_median"] for row in rows if row["step_ms_median"] is not None]
+        found[name]["step_ms_median"] = summarize(times)["median"] if times else None
+        for key in ("saved_mib", "peak_mib"):
+            found[name][key] = next((row[key] for row in rows if row[key]), None)
+    return found
+
+
 def sweep_table(results: Sequence[Result]) -> str:
     rows = sweep_rows(results)
     heads = ["lr", "arm", "runs", "accuracy, %", "minus PEFT's", "held-out loss", "shrinking steps", "||A|| left, %"]
-    cells = [[*heads, "over frozen, %"]]
+    cells = [[*heads, "over frozen, %", "PEFT's time over its own"]]
     for row in rows:
         figures = [
             _mean(row, "accuracy", 100), _mean(row, "difference", 100, "+.2f"), _mean(row, "loss", spec=".3f"),
             _mean(row, "shrinks_mean", spec=".1f"), _mean(row, "a_factor", 100),
-            _mean(row, "step_overhead_percent_median", spec="+.1f"),
+            _mean(row, "step_overhead_percent", spec="+.1f"), _mean(row, "speedup_over_peft"),
         ]  # fmt: skip
         cells.append([f"{row['lr']:g}", row["label"], str(row["runs"]), *figures])
     settings = results[0]["settings"]
     seeds = sorted({result["settings"]["seed"] for result in results})
+    answer = headlines(sweep_summary(results))
+    if answer:
+        answer += [f"Means and 95% intervals over {len(results)} runs; memory of the first run.", ""]
     return "\n".join(
         [
+            *answer,
             *aligned(cells, left=2),
             "",
-            f"{settings['model']} on {settings['data']}, {settings['steps']} steps of {settings['batch_size']}, "
+            f"{settings['model']} on {settings['data']}, {adapters(results[0])}, {settings['steps']} steps of "
+            f"{settings['batch_size']}, "
             f"{settings['dtype']}, seeds {', '.join(map(str, seeds))}: means ± half the 95% interval over seeds.",
             "A difference whose interval holds 0 shows nothing.",
         ]
@@ -63,7 +95,15 @@ def _mean(row: dict[str, Any], metric: str, factor: float = 1, spec: str = ".2f"
 
 def write_sweep(results: Sequence[Result], directory: Path) -> list[Path]:
     rows = sweep_rows(results)
-    record = json_text({"environment": results[-1]["environment"], "rows": rows})
+    found = sweep_summary(results)
+    record = json_text(
+        {
+            "environment": results[-1]["environment"],
+            "rows": rows,
+            "summary": found,
+            "headlines": headlines(found),
+        }
+    )
     texts = {"sweep.csv": csv_text(rows), "sweep.json": record, "sweep.txt": sweep_table(results) + "\n"}
     return write_files(directory, texts)
 

@@ -32,21 +32,22 @@ def forward(arm: Arm, batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, t
 
 
 def rehearse(arms: list[Arm], batches: list[Batch], dtype: torch.dtype) -> float:
-    """The seconds of a step of all arms together, measured on forward and backward passes that train nothing.
+    """The mean seconds of a step of all arms together, measured on forward and backward passes that train nothing.
 
-    This also gets one-time costs (choosing and compiling kernels, filling allocators) out of the timed steps.
+    This also gets one-time costs (choosing and compiling kernels, filling allocators) out of the timed steps. They fall on the
+    first batch, which does not count.
     """
     for arm in arms:
         arm.model.train()
-    seconds = 0.0
-    for batch in batches:
-        start = time.perf_counter()
+    start = time.perf_counter()
+    for number, batch in enumerate(batches):
+        if number == 1:
+            start = time.perf_counter()
         for arm in arms:
             forward(arm, batch, dtype)[0].backward()
             arm.optimizer.zero_grad(set_to_none=True)
         synchronize()
-        seconds = time.perf_counter() - start
-    return seconds
+    return (time.perf_counter() - start) / max(1, len(batches) - 1)
 
 
 def train(
@@ -67,7 +68,7 @@ def train(
     for step in range(recipe.steps):
         batch = to_device(next(batches), device)
         for arm in shuffled(arms, step):
-            # All arms draw the same masks if the backbone has dropout.
+            # Equal masks in all arms if dropout is the backbone's alone. LoRA's own draws differ from arm to arm.
             torch.manual_seed(recipe.seed * 1_000_003 + step)
             loss, pooled = _timed_step(arm, batch, dtype)
             arm.series.loss.append(loss)

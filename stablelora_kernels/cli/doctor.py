@@ -37,9 +37,11 @@ Exit status: 0 all tests passed; 1 a test failed, or the chosen backend can't ru
 # Optional packages and the features that need them.
 OPTIONAL = {
     "safetensors": "save_adapter, load_adapter, inspect, merge",
+    "numpy": "save_adapter, plot_stability, doctor --interpret",
+    "matplotlib": "plot_stability",
     "peft": "accelerate_peft",
     "transformers": "merge; its Trainer takes StableLoRAAdamW",
-    "huggingface_hub": "inspect and merge by a hub id",
+    "huggingface_hub": "adapters and models by a hub id",
     "bitsandbytes": "frozen weights in 4 and 8 bits",
     "torchao": "frozen weights in float8, int8 and int4",
 }
@@ -54,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = device_of(args.device)
-    if args.interpret and backend.TRITON_PROBLEM is not None:
-        raise CommandError(f"--interpret needs Triton, but {backend.TRITON_PROBLEM}")
+    if args.interpret and (problem := backend.TRITON_PROBLEM or backend.interpreter_problem()):
+        raise CommandError(f"--interpret runs the kernels in Triton's interpreter, but {problem}")
     report: dict[str, Any] = {"version": __version__, "backend": _backend(device), "environment": _variables()}
     report |= {"versions": _versions(), "optional": {name: version_of(name) for name in OPTIONAL}, "self_tests": []}
     if not args.json:

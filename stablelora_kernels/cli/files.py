@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from stablelora_kernels.cli.output import CommandError
 from stablelora_kernels.model.adapter_files import CONFIG_NAME, PICKLES, WEIGHTS_NAME, Adapter, read_adapter, read_pair
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+from stablelora_kernels.utils import hub
 
 
 def adapter_directory(given: str) -> Path:
@@ -43,18 +41,9 @@ def load_files(given: str, convert: Callable[[Tensor], Any]) -> Adapter:
 
 def from_hub(argument: str, given: str, patterns: Sequence[str]) -> Path:
     """Download the files of a hub repository that match ``patterns``, and return their directory."""
-    if not _HUB_ID.fullmatch(given):
+    if not hub.is_hub_id(given):
         raise CommandError(f"{argument} must be a path or a hub id like 'owner/name', got {given!r} (nothing there)")
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise CommandError(
-            f"{argument} {given!r} is no path on this machine; for a hub id: pip install 'stablelora-kernels[cli]'"
-        ) from None
-    try:
-        return Path(snapshot_download(given, allow_patterns=list(patterns)))
-    except Exception as error:  # The hub's client raises dozens of classes without a common base.
-        message = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CommandError(
-            f"{argument} {given!r} is no path on this machine, and the hub did not give it: {message}"
-        ) from None
+        return hub.from_hub(argument, given, patterns)
+    except (ImportError, ValueError) as error:
+        raise CommandError(str(error)) from None

@@ -23,6 +23,7 @@ from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.reports import MergeReport, list_some
 from stablelora_kernels.model.save_load import load_adapter
 from stablelora_kernels.testing import DTYPES
+from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.files import locked
 from stablelora_kernels.utils.text import counted
 
@@ -124,9 +125,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _import_transformers() -> Any:
     try:
-        import transformers
-    except ImportError:
-        raise CommandError("merge needs: pip install 'stablelora-kernels[cli]'") from None
+        transformers = import_extra("transformers", "cli", "merge")
+    except ImportError as error:
+        raise CommandError(str(error)) from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers

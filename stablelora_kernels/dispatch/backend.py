@@ -24,14 +24,32 @@ def _triton_problem() -> str | None:
     except metadata.PackageNotFoundError:
         # Built from source, or repackaged under another name (pytorch-triton-rocm): trust it.
         return None
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MIN_TRITON:
+    if _release(version) < MIN_TRITON:
         return f"Triton {version} is installed, but the kernels need {'.'.join(map(str, MIN_TRITON))} or newer"
     return None
 
 
-TRITON_PROBLEM = _triton_problem()
+def interpreter_problem() -> str | None:
+    """Why Triton's interpreter can't run the kernels, or None. Triton must be installed."""
+    if importlib.util.find_spec("numpy") is None:
+        return "Triton's interpreter needs NumPy, which is not installed: pip install 'stablelora-kernels[cli]'"
+    try:
+        triton, numpy = metadata.version("triton"), metadata.version("numpy")
+    except metadata.PackageNotFoundError:
+        return None
+    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+        return f"the interpreter of Triton {triton} does not run with NumPy {numpy}: pip install 'numpy<2.4'"
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 # Whether Triton's interpreter is on, which runs the kernels on CPU tensors. Triton, too, reads the variable once.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+TRITON_PROBLEM = _triton_problem() or (interpreter_problem() if INTERPRETING else None)
 
 
 _warned = False

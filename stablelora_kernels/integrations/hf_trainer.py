@@ -1,14 +1,18 @@
-"""``StableLoRAAdamWFactory``: the optimizer inside Hugging Face's Trainer."""
+"""The optimizer and its stability log inside Hugging Face's Trainer. Importing this module needs no transformers."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
+from stablelora_kernels.optim.stability import PairStability
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.utils.extras import import_extra
 
 
 class StableLoRAAdamWFactory:
@@ -46,3 +50,105 @@ class StableLoRAAdamWFactory:
                 stacklevel=2,
             )
         return StableLoRAAdamW.from_model(model, **kwargs)
+
+
+class StabilityCallback:
+    """Adds the stability of the pairs to the log entries of Hugging Face's Trainer.
+
+    Whatever the Trainer reports to (TensorBoard, wandb, ...) gets the values in the entry of the loss, at the Trainer's
+    ``logging_steps``, and so does ``trainer.state.log_history``::
+
+        trainer.add_callback(slk.StabilityCallback(trainer))
+
+    With ``a_norm`` = ``||A||_F / n`` and ``b_norm`` = ``||B||_F / m`` of a pair A [r, n], B [m, r], the values are:
+
+    - ``stability/ratio_mean``, ``ratio_min`` and ``ratio_max``, of ``b_norm / a_norm`` over the pairs. A pair starts at 0 and
+      latches once its ratio reaches 1. Pairs whose A is zero have none.
+    - ``stability/latched_fraction``, the share of pairs that have latched.
+    - ``stability/a_norm`` and ``stability/b_norm``, the means over the pairs.
+
+    Each entry waits for the device. In a distributed run every process computes them, because the norms of sharded pairs take a
+    collective; the first one reports. The callback has no state of its own, so a resumed run goes on. It raises, as
+    :meth:`~stablelora_kernels.StableLoRAAdamW.stability` does, if a norm is not finite. It derives from transformers'
+    ``TrainerCallback``.
+
+    Args:
+        trainer: the trainer that the callback is added to, a ``Trainer`` or one derived from it, as TRL's. Its optimizer is a
+            :class:`StableLoRAAdamW`, by either way; accelerate's wrapper around it does not matter.
+
+    Raises:
+        TypeError: ``trainer`` is no trainer; or, when training starts, its optimizer is another one.
+        ImportError: transformers is not installed.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> StabilityCallback:
+        kind: Any = cls
+        return object.__new__(_as_transformers_callback(kind))
+
+    def __init__(self, trainer: Any) -> None:
+        if not callable(getattr(trainer, "log", None)) or not hasattr(trainer, "optimizer"):
+            raise TypeError(f"trainer must be a Trainer of transformers, got {type(trainer).__name__}")
+        self.trainer = trainer
+        # What takes the place of the trainer's log, and what a user had put there.
+        self._log: Callable[..., None] | None = None
+        self._before: Callable[..., None] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the values into every training entry from here on. Callbacks that report run before a user's, so it is too late
+        for ``on_log``.
+        """
+        _stable_optimizer(self.trainer.optimizer)
+        # A run that raised has not called on_train_end.
+        self.on_train_end(args, state, control)
+        self._before = vars(self.trainer).get("log")
+        log = self.trainer.log
+
+        def log_with_stability(logs: dict[str, float], *more: Any, **options: Any) -> None:
+            # A run that raised leaves this behind, also if the callback is taken away then.
+            handler = getattr(self.trainer, "callback_handler", None)
+            if "loss" in logs and (handler is None or self in handler.callbacks):
+                logs = {**logs, **_summary(_stable_optimizer(self.trainer.optimizer).stability())}
+            log(logs, *more, **options)
+
+        self.trainer.log = self._log = log_with_stability
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the trainer its own ``log`` back."""
+        if self._log is not None and vars(self.trainer).get("log") is self._log:
+            if self._before is None:
+                del self.trainer.log
+            else:
+                self.trainer.log = self._before
+        self._log = self._before = None
+
+
+@functools.cache
+def _as_transformers_callback(cls: type[Any]) -> type[Any]:
+    """``cls``, derived from transformers' ``TrainerCallback`` too, whose other events do nothing."""
+    transformers = import_extra("transformers", "peft", "StabilityCallback")
+    return type(
+        cls.__name__, (cls, transformers.TrainerCallback), {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    )
+
+
+def _stable_optimizer(optimizer: Any) -> StableLoRAAdamW:
+    """The optimizer inside a trainer's or accelerate's wrapper of it."""
+    inner = optimizer
+    while not isinstance(inner, StableLoRAAdamW) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, StableLoRAAdamW):
+        raise TypeError(
+            f"trainer must train with a StableLoRAAdamW, got {type(inner).__name__}: pass "
+            "optimizer_cls_and_kwargs=(StableLoRAAdamWFactory, {...}) or optimizers=(StableLoRAAdamW.from_model(...), None)"
+        )
+    return inner
+
+
+def _summary(pairs: Sequence[PairStability]) -> dict[str, float]:
+    """The values of one log entry."""
+    values = {"latched_fraction": sum(pair.stable for pair in pairs) / len(pairs)}
+    for name in ("a_norm", "b_norm"):
+        values[name] = sum(getattr(pair, name) for pair in pairs) / len(pairs)
+    if ratios := [pair.b_norm / pair.a_norm for pair in pairs if pair.a_norm]:
+        values |= {"ratio_mean": sum(ratios) / len(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+    return {f"stability/{name}": value for name, value in values.items()}

@@ -9,6 +9,7 @@ from torch import nn
 
 from stablelora_kernels.model.reports import LoRAReport, ReplacedModule, SkippedModule, count_parameters, list_some
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
+from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.text import unmatched_names
 
 
@@ -102,12 +103,12 @@ def restore_peft(model: nn.Module) -> None:
 
 
 def _layers() -> ModuleType:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("peft is not installed, whose models this is for: pip install 'peft>=0.16'") from error
+    peft = import_extra("peft", "peft", "accelerate_peft")
     if tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 16):
-        raise ImportError(f"peft must be 0.16 or newer, whose layers tell their variants, got {peft.__version__}")
+        raise ImportError(
+            f"peft must be 0.16 or newer, whose layers tell their variants, got {peft.__version__}: "
+            "pip install 'stablelora-kernels[peft]'"
+        )
     from stablelora_kernels.integrations import peft_layers
 
     return peft_layers

@@ -15,6 +15,8 @@ from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
 LANES = 4
 # Buffers of zeros that every GPU keeps ready: for further streams, and for captures, which cannot make their own.
 READY = 16
+# Most streams and captures that get a buffer, of 32 KiB each, for good.
+MOST = 1024
 
 
 class _Stream(NamedTuple):
@@ -25,13 +27,13 @@ class _Stream(NamedTuple):
     """
 
     device_type: str
-    index: int | None
+    device_index: int
     handle: int
     capture: int
 
 
 _in_use: dict[_Stream, Tensor] = {}
-_ready: dict[int | None, list[Tensor]] = {}
+_ready: dict[int, list[Tensor]] = {}
 
 
 def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
@@ -43,10 +45,10 @@ def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
         return torch.empty(n, dtype=torch.int32, device=device)
     stream = _current_stream(device)
     if stream.device_type == "cuda" and not stream.capture:
-        _keep_ready(stream.index)
+        _keep_ready(stream.device_index)
     if stream not in _in_use:
-        ready = _ready.get(stream.index)
-        if stream.capture and (not ready or stream.capture == _UNKNOWN):
+        ready = _ready.get(stream.device_index)
+        if stream.capture and (not ready or stream.capture == _UNKNOWN or len(_in_use) >= MOST):
             # No launch came before the capture, or captures have taken all: the graph zeroes these at each replay.
             return torch.zeros(n, dtype=torch.int32, device=device)
         _in_use[stream] = ready.pop() if ready else _zeros(1, device)[0]
@@ -61,7 +63,7 @@ def _zeros(count: int, device: torch.device) -> list[Tensor]:
     return list(made)
 
 
-def _keep_ready(index: int | None) -> None:
+def _keep_ready(index: int) -> None:
     """Fill up a GPU's buffers if few are left.
 
     A thread of its own allocates them. While torch.compile warms up or records a CUDA graph, what the calling thread allocates
@@ -81,7 +83,7 @@ _UNKNOWN = -1
 
 def _current_stream(device: torch.device) -> _Stream:
     if device.type != "cuda":
-        return _Stream(device.type, device.index, 0, 0)
+        return _Stream(device.type, -1 if device.index is None else device.index, 0, 0)
     index = torch.cuda.current_device() if device.index is None else device.index
     handle = torch.cuda.current_stream(index).cuda_stream
     capture = _capture_number(handle) if torch.cuda.is_current_stream_capturing() else 0

@@ -1,8 +1,16 @@
 """LoRA for a whole model: put on, merge, remove, save, load."""
 
 from stablelora_kernels.model.apply import apply_lora
+from stablelora_kernels.model.disable import disable_lora
 from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
-from stablelora_kernels.model.reports import LoRAReport, MergeReport, ReplacedModule, SkippedModule
+from stablelora_kernels.model.reports import (
+    LoRAReport,
+    MergeReport,
+    ReplacedModule,
+    SkippedModule,
+    count_parameters,
+    print_trainable_parameters,
+)
 from stablelora_kernels.model.save_load import load_adapter, save_adapter
 
 __all__ = [
@@ -11,8 +19,11 @@ __all__ = [
     "ReplacedModule",
     "SkippedModule",
     "apply_lora",
+    "count_parameters",
+    "disable_lora",
     "load_adapter",
     "merge_lora",
+    "print_trainable_parameters",
     "remove_lora",
     "save_adapter",
     "unmerge_lora",

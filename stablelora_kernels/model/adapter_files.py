@@ -15,13 +15,15 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from stablelora_kernels.model.reports import list_some
+from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.files import locked
+from stablelora_kernels.utils.hub import from_hub, is_hub_id
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -46,11 +48,30 @@ class Adapter(NamedTuple):
 
 
 def import_safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError("adapters are safetensors files: pip install 'stablelora-kernels[adapters]'") from None
-    return safetensors.torch
+    return import_extra("safetensors.torch", "adapters", "an adapter's file")
+
+
+def adapter_directory(
+    path: str | os.PathLike[str], revision: str | None = None, subfolder: str | None = None
+) -> str | os.PathLike[str]:
+    """The directory of an adapter: ``path``, or a download if nothing is there and ``path`` is a hub id. See ``load_adapter``."""
+    for name, value in (("revision", revision), ("subfolder", subfolder)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name} must be a string or None, got {type(value).__name__}")
+    if subfolder is not None and (PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts):
+        raise ValueError(f"subfolder must be a relative path inside of path, got {subfolder!r}")
+    if isinstance(path, str) and is_hub_id(path) and not Path(path).exists():
+        names = (CONFIG_NAME, WEIGHTS_NAME)
+        wanted = [str(PurePosixPath(subfolder or "", name)) for name in names]
+        repository, path = path, from_hub("path", path, wanted, revision)
+        if missing := [name for name in wanted if not Path(path, name).is_file()]:
+            raise ValueError(
+                f"path must name a hub repository with safetensors, got {repository!r} without {', '.join(missing)}"
+            )
+    elif revision is not None:
+        where = "a path on this machine" if Path(path).exists() else "which is none"
+        raise ValueError(f"revision is for hub ids, got {revision!r} with {str(path)!r}, {where}")
+    return path if subfolder is None else Path(path, subfolder)
 
 
 def find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -66,8 +87,8 @@ def find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     if config is None:
         raise ValueError(f"path must hold {CONFIG_NAME}, got {str(path)!r} without it")
     if config.parent == pending and (pending / WEIGHTS_NAME).is_file():
-        # A save that was committed and is not finished.
-        weights = pending / WEIGHTS_NAME
+        # A save that was committed and is not finished. Its saver may move them before they are read.
+        return config, pending / WEIGHTS_NAME
     if not weights.is_file():
         if pickles := [file.name for file in sorted(directory.iterdir()) if file.suffix in PICKLES]:
             raise ValueError(
@@ -126,9 +147,7 @@ def read_pair(config_file: Path, weights_file: Path, convert: Callable[[Tensor],
 
 def read_tensors(file: Path, convert: Callable[[Tensor], T]) -> tuple[dict[str, T], str | None]:
     """What ``convert`` makes of each tensor in a safetensors file, and the file's stamp."""
-    import_safetensors()
-    from safetensors import safe_open
-
+    safe_open = import_safetensors().safe_open
     # For the error: safetensors says "No such file" of whatever it cannot open.
     with open(file, "rb"):
         pass

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from stablelora_kernels.config import LoRAConfig
+from stablelora_kernels.model.merged_saving import save_merged_layers_plain
 from stablelora_kernels.model.modules import (
     CONFIG_ATTRIBUTE,
     HOOKS,
@@ -67,6 +68,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig | Any, *, fuse_projections: 
         config = config_from_peft(config)
     plan = plan_lora(model, config)
     report = apply_plan(model, config, plan, fuse_projections=fuse_projections)
+    save_merged_layers_plain(model)
     if plan.unmatched:
         matched = counted(len(report.replaced), "module")
         warnings.warn(f"{plan.unmatched}, while other names match {matched}", stacklevel=2)

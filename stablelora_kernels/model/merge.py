@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from stablelora_kernels.model.merged_saving import save_as_before, save_merged_from_now_on, untie_in_config
+from stablelora_kernels.model.merged_saving import save_as_before, save_merged_layers_plain, untie_in_config
 from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, replace_modules, require_lora_layers
 from stablelora_kernels.model.reports import MergeReport
 from stablelora_kernels.nn.linear import LoRALinear
@@ -18,7 +18,8 @@ def merge_lora(model: nn.Module) -> MergeReport:
 
     The frozen weights are kept, so :func:`unmerge_lora` is exact; they take their memory a second time. A weight that other
     modules share, such as a tied embedding's, is untied: the other modules keep the frozen one. ``state_dict()`` holds the
-    frozen weights beside A and B; ``save_pretrained`` of a transformers model writes the merged weights alone.
+    frozen weights beside A and B. ``save_pretrained`` of ``model``, a transformers model, and of its parts writes the merged
+    weights alone; that of a model around it does not know of them.
 
     Returns:
         The rounding error of every merged layer, and the weights that were untied.
@@ -43,7 +44,7 @@ def merge_lora(model: nn.Module) -> MergeReport:
                 raise ValueError(f"{name!r}: {error}") from None
             raise
         merged.append(layer)
-    save_merged_from_now_on(model)
+    save_merged_layers_plain(model)
     return MergeReport(errors, untied)
 
 
@@ -56,7 +57,6 @@ def unmerge_lora(model: nn.Module) -> None:
     for layer in require_lora_layers(model).values():
         if layer.merged:
             layer.unmerge()
-    save_as_before(model)
 
 
 def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:

@@ -1,11 +1,13 @@
 """``save_pretrained`` of a merged model, as of transformers: it writes the merged weights, as if LoRA had been removed.
 
 It saves ``state_dict()``, which holds a merged layer's frozen weight beside A and B. A directory of those would load as the
-model without LoRA, since transformers ignores A and B.
+model without LoRA, since transformers ignores A and B. A model with LoRA therefore gets a ``save_pretrained`` of its own, which
+looks whether layers are merged when it is called.
 """
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.model.reports import list_some
 from stablelora_kernels.nn.linear import LoRALinear
 
 _METHOD = "save_pretrained"
@@ -23,9 +27,18 @@ class _SaveMerged:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
+        method = getattr(type(module), _METHOD)
+        self.__doc__ = method.__doc__
+        # Others look it up: diffusers' pipelines pass a part only the options that its method has.
+        own = inspect.signature(method)
+        self.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _save_pretrained(self.module(), *args, **kwargs)
+        if (module := self.module()) is None:
+            raise ReferenceError(
+                f"the model that this {_METHOD} saves is gone; call the method of a model that is there"
+            )
+        return _save_pretrained(module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _SaveMerged:
         module: Any = self.module()
@@ -35,7 +48,7 @@ class _SaveMerged:
         return _SaveMerged, (self.module(),)
 
 
-def save_merged_from_now_on(model: nn.Module) -> None:
+def save_merged_layers_plain(model: nn.Module) -> None:
     """Make ``save_pretrained`` of ``model`` and its parts write merged layers as plain ones."""
     for module in model.modules():
         if callable(getattr(type(module), _METHOD, None)) and _METHOD not in module.__dict__:
@@ -43,7 +56,7 @@ def save_merged_from_now_on(model: nn.Module) -> None:
 
 
 def save_as_before(model: nn.Module) -> None:
-    """Undo :func:`save_merged_from_now_on`."""
+    """Undo :func:`save_merged_layers_plain`."""
     for module in model.modules():
         if isinstance(module.__dict__.get(_METHOD), _SaveMerged):
             del module.__dict__[_METHOD]
@@ -76,8 +89,19 @@ def _text_config(config: Any) -> Any:
 
 
 def _save_pretrained(module: Any, *args: Any, **kwargs: Any) -> Any:
+    layers = lora_layers(module)
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if not merged:
+        return getattr(type(module), _METHOD)(module, *args, **kwargs)
+    if unmerged := [name for name in layers if name not in merged]:
+        raise ValueError(
+            f"model must be merged whole or not at all to be saved, got {list_some(merged)} merged and {list_some(unmerged)} "
+            "not merged; merge_lora or unmerge_lora it"
+        )
+    given = inspect.signature(getattr(type(module), _METHOD)).bind(module, *args, **kwargs)
     # A caller such as the Trainer passes the model's state_dict(), whose frozen weights are not to be written.
-    kwargs.pop("state_dict", None)
+    given.arguments.pop("state_dict", None)
+    args, kwargs = given.args[1:], given.kwargs
     with _plain_layers(module):
         untied = untie_in_config(module)
         try:

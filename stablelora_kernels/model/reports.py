@@ -128,13 +128,38 @@ def report_on(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """The number of trainable and of all parameter elements."""
+    """The number of trainable and of all parameter elements, as PEFT's ``get_nb_trainable_parameters``.
+
+    A weight in 4 bits counts its elements, and a DTensor and a parameter cut by ZeRO-3 those of the full tensor. A parameter
+    in two places counts once. A lazy module's parameters, which have no shape yet, do not count.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     # A lazy module's have no shape yet.
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
-    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    trainable = sum(_elements(parameter) for parameter in parameters if parameter.requires_grad)
+    return trainable, sum(map(_elements, parameters))
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    # DeepSpeed's ZeRO-3 leaves a parameter empty while it is cut.
+    if (whole := getattr(parameter, "ds_numel", None)) is not None and not parameter.numel():
+        return whole
     # For 4-bit weights, count elements, not storage bytes.
-    shapes = [getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in parameters]
-    return trainable, sum(math.prod(shape) for shape in shapes)
+    return math.prod(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print the numbers of :func:`count_parameters` in PEFT's line, for any model.
+
+    ``trainable params: 884,736 || all params: 135,399,744 || trainable%: 0.6534``
+    """
+    trainable, total = count_parameters(model)
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
 
 def list_some(names: list[str], limit: int = 5) -> str:

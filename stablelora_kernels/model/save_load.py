@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.model.adapter_files import import_safetensors, read_adapter, write_adapter
+from stablelora_kernels.model.adapter_files import adapter_directory, import_safetensors, read_adapter, write_adapter
 from stablelora_kernels.model.apply import apply_plan
+from stablelora_kernels.model.merged_saving import save_merged_layers_plain
 from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, lora_layers, require_lora_layers, unchanged_on_error
 from stablelora_kernels.model.peft_format import PREFIX, check_not_meta, check_tensors, read_config
 from stablelora_kernels.model.reports import LoRAReport, SkippedModule, list_some, report_on
@@ -22,6 +23,7 @@ from stablelora_kernels.model.targets import plan_lora
 from stablelora_kernels.nn.conv1d import LoRAConv1D
 from stablelora_kernels.nn.linear import LoRALinear, sizes_of
 from stablelora_kernels.utils.dtensor import copy, is_first_rank, is_sharded, whole
+from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.wrappers import check_not_in_ddp, clean, in_ddp, reshard, unwrap, wrapped_parts
 
 # For each key of an adapter's file the shape and, unless any will do, the dtype that the model calls for.
@@ -47,9 +49,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the model has no LoRA layers, or layers that one PEFT config cannot describe, or it is in FSDP1's
             FullyShardedDataParallel; or ``path`` is a file. Nothing is written then.
         OSError: the files could not be written, for example because the disk is full. An adapter that was there is intact.
-        ImportError: safetensors is not installed.
+        ImportError: safetensors or NumPy is not installed. Nothing is written then.
     """
     import_safetensors()
+    # safetensors writes PyTorch's tensors through NumPy.
+    import_extra("numpy", "adapters", "save_adapter")
     given, model = model, unwrap(model)
     reshard(model)
     require_lora_layers(model)
@@ -79,8 +83,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write_adapter(directory, content, tensors)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_projections: bool = False) -> LoRAReport:
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    fuse_projections: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> LoRAReport:
     """Load an adapter that :func:`save_adapter` or the ``peft`` package wrote to the directory ``path``.
+
+    ``path`` may also be a hub id, such as "owner/name". If there is no such path on this machine, huggingface_hub downloads
+    the two files, at ``revision``. ``subfolder`` is the adapter's directory inside of ``path`` or of the hub's repository.
 
     A model without LoRA first gets it, as by :func:`~stablelora_kernels.apply_lora` with the file's config. A and B get the
     file's dtype if that is float32 or the layer's, and float32 otherwise. ``fuse_projections`` is passed on.
@@ -97,15 +111,17 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
 
     Raises:
         ValueError, TypeError: the directory, one of its files, the config, the keys or the shapes do not fit, the weights
-            were saved with another config or are pickled, or the model is merged. The message names the expected and the
+            were saved with another config or are pickled, the model is merged, the hub did not give the adapter, or
+            ``revision`` is given with a path on this machine. The message names the expected and the
             actual value. Nothing is changed then.
         OSError: a file cannot be read, for example for lack of permission. Nothing is changed then.
-        ImportError: safetensors is not installed.
+        ImportError: safetensors is not installed, or huggingface_hub is not and ``path`` is a hub id.
     """
     import_safetensors()
     given, model = model, unwrap(model)
     reshard(model)
-    config_file, weights_file, content, tensors = read_adapter(path, lambda tensor: tensor)
+    directory = adapter_directory(path, revision, subfolder)
+    config_file, weights_file, content, tensors = read_adapter(directory, lambda tensor: tensor)
     if foreign := [key for key in tensors if not key.startswith(PREFIX)]:
         raise ValueError(f"keys in {weights_file} must start with {PREFIX!r}, got {list_some(foreign)}")
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
@@ -157,6 +173,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, fuse_project
         others = _other_tensors(model, config, layers)
         # New layers go with their values.
         _copy_all(targets | others, tensors, kept=targets | others if had_layers else others)
+    save_merged_layers_plain(model)
     return report
 
 

@@ -49,6 +49,8 @@ class LoRABranchLinear(LoRALinear):
         Raises:
             RuntimeError: ``x`` requires a gradient, but the base layer's result does not.
         """
+        if self._disabled:
+            return self.base_layer(x)
         base_out = self.base_layer(x)
         if torch.is_grad_enabled() and x.requires_grad and not base_out.requires_grad:
             raise RuntimeError(

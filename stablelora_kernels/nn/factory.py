@@ -58,7 +58,7 @@ def replacement_class(module: Any) -> type[Any]:
     if isinstance(module, nn.Linear):
         is_bitsandbytes = kind == "Linear8bitLt" or (kind == "Linear4bit" and is_quantized(module.weight))
         if type(module) is not nn.Linear and not is_bitsandbytes:
-            raise TypeError(f"{kind} is a subclass of nn.Linear, whose users may not call it as one")
+            raise TypeError(f"{kind} is a subclass of nn.Linear that a model may use without calling it")
     elif not is_conv1d(module):
         raise TypeError(f"{kind} is not an nn.Linear")
     if "forward" in module.__dict__:

@@ -149,6 +149,7 @@ class LoRALinear(Mergeable):
         self.use_rslora = use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self._start_unmerged()
+        self._disabled = False
         for frozen in base.parameters():
             frozen.requires_grad_(False)
         self._attach(base)
@@ -203,6 +204,8 @@ class LoRALinear(Mergeable):
             RuntimeError: the layer is merged and in training mode with gradients enabled, so A and B would get no gradient.
             ValueError, TypeError, RuntimeError: as :func:`~stablelora_kernels.functional.lora_linear`.
         """
+        if self._disabled:
+            return self._base_output(x)
         if (group := self.__dict__.get(ATTRIBUTE)) is not None and (y := group.output(self, x)) is not None:
             return y
         if self.merged:
@@ -215,9 +218,17 @@ class LoRALinear(Mergeable):
             x, self._matrix(), self.bias, self.lora_A, self.lora_B, self.scaling, self.lora_dropout, self.training
         )
 
+    def _base_output(self, x: Tensor) -> Tensor:
+        """The output of the frozen layer, merged or not: that of ``forward`` in ``disable_lora``."""
+        return nn.functional.linear(x, self.frozen_weight, self.bias)
+
     def _matrix(self) -> Tensor:
         """The weight as [out_features, in_features]."""
         return self.weight
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy is not in the block of disable_lora that its original is in.
+        super().__setstate__({**state, "_disabled": False})
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={self.r}"
@@ -249,7 +260,12 @@ def compute_projection_group(layers: Sequence[LoRALinear], x: Tensor) -> tuple[T
         # FSDP parameters are DTensors until FSDP gathers them.
         if any(type(t) not in (nn.Parameter, Tensor) or t.device != x.device for t in tensors):
             return None
-        if layer.merged or layer.training != first.training or layer.lora_dropout != first.lora_dropout:
+        if (
+            layer.merged
+            or layer._disabled
+            or layer.training != first.training
+            or layer.lora_dropout != first.lora_dropout
+        ):
             return None
         if x.shape[-1:] != layer.weight.shape[1:] or not (autocast or x.dtype == layer.weight.dtype):
             return None

@@ -63,7 +63,9 @@ class Mergeable(nn.Module):
 
         The merged weight is a new Parameter. A module that shares the frozen one, such as a tied embedding, keeps it; the two
         are untied until :meth:`unmerge` restores the frozen one bit for bit. Keeping it takes one weight's memory until then.
-        ``state_dict`` holds the frozen weight, A and B all the time.
+        ``state_dict`` holds the frozen weight, A and B all the time. ``save_pretrained`` of a transformers model that
+        ``apply_lora`` or ``load_adapter`` gave its layers writes the merged weights if all layers are merged, and raises
+        ``ValueError`` if only some are. A model with layers put in by hand needs :func:`~stablelora_kernels.merge_lora` for that.
 
         Returns:
             The rounding error, as :meth:`merge_error`.

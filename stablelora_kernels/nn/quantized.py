@@ -39,6 +39,8 @@ class LoRAQuantizedLinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., in_features] to [..., out_features], in x's dtype or, under autocast, in autocast's."""
+        if self._disabled:
+            return self._base_output(x)
         autocast = autocast_dtype(x.device.type) is not None
         dtype = x.dtype if autocast else getattr(self.__dict__["_base"], "compute_dtype", None) or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -53,6 +55,21 @@ class LoRAQuantizedLinear(LoRALinear):
             self.training,
         )
         return y if autocast else y.to(x.dtype)
+
+    def _base_output(self, x: Tensor) -> Tensor:
+        base = self.__dict__["_base"]
+        # Moving this layer to another device gave it another weight or bias.
+        base = base if base.weight is self.weight and base.bias is self.bias else self.to_linear()
+        # bitsandbytes' layer casts its bias in place, and takes its first input's dtype for good.
+        data = None if base.bias is None else base.bias.data
+        kept = {name: getattr(base, name) for name in ("compute_dtype", "compute_type_is_set") if hasattr(base, name)}
+        try:
+            return base(x)
+        finally:
+            for name, value in kept.items():
+                setattr(base, name, value)
+            if data is not None and base.bias.dtype != data.dtype:
+                base.bias.data = data
 
     def merge(self) -> NoReturn:
         """Not possible.

@@ -90,7 +90,7 @@ class LoRAShardedLinear(LoRALinear):
                 f"x must be a DTensor beside a sharded weight, got a {type(x).__name__}; hooks that make it one must be this "
                 "layer's, where apply_lora moves them"
             )
-        if self.merged:
+        if self._disabled or self.merged:
             return super().forward(x)
         placement = self._placement
         rows_sharded, columns_sharded = placement.is_shard(0), placement.is_shard(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.validation import check_int
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _open(path: Path) -> Any:
 
 
 def plot_stability(path: str | Path, out: str | Path | None = None, pairs: Iterable[str] | None = None) -> Figure:
-    """Plot a CSV file of :class:`StabilityLogger`; needs matplotlib.
+    """Plot a CSV file of :class:`StabilityLogger`; needs the extra "plot" (matplotlib).
 
     The left panel plots each pair's ``||A||_F/n`` against ``||B||_F/m``. A pair starts above the diagonal and stops shrinking
     on or below it. The right panel plots the ratio of the two over the steps, with a mark at the latch.
@@ -143,12 +144,8 @@ def plot_stability(path: str | Path, out: str | Path | None = None, pairs: Itera
         if missing:
             raise ValueError(f"{path} has no pair {missing[0]!r}; it has {', '.join(map(repr, series))}")
         series = {name: series[name] for name in wanted}
-    try:
-        import numpy as np
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plot_stability needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    np = import_extra("numpy", "plot", "plot_stability")
+    figure = import_extra("matplotlib.figure", "plot", "plot_stability").Figure(figsize=(9, 4), layout="constrained")
     plane, ratio = figure.subplots(1, 2)
     few = len(series) <= 8
     for name, records in series.items():

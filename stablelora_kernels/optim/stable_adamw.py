@@ -88,8 +88,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         maximize: climb instead of descend.
         amsgrad: divide by the root of the largest second moment so far, a third moment in the state.
         capturable: allow capturing :meth:`step` in a CUDA graph, alone or with the backward pass, after one step outside of it.
-            Values that change between replays, such as ``lr`` or ``weight_decay``, must be tensors on the GPU. Do not write to
-            parameters between replays: a replay does not notice.
+            Capture again after ``load_state_dict`` and after a group has changed. Values that change between replays, such as
+            ``lr``, must be tensors on the GPU. Do not write to parameters between replays: a replay does not notice.
         max_grad_norm: clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, with one more launch. The
             step may leave clipped gradients in ``.grad``. A step whose norm is not finite changes nothing; it is counted in
             ``nonfinite_steps``, and :meth:`stability` and :meth:`state_dict` warn of it. ``math.inf`` never clips but still
@@ -100,9 +100,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             write is lost.
         moments_dtype: torch.float32; torch.bfloat16, which saves 4 bytes a parameter; or torch.uint8, which saves 6: 8-bit
             floating-point codes with a float32 scale for each block of 256, not for DTensors. The latter two are rounded at
-            random. A loaded state is converted. With them the PyTorch path holds, during its step, the new moments and a float32
-            copy of all parameters, one group's moments in float32 and, if they are scaled or clipped, a copy of the gradients;
-            Triton's holds none of these.
+            random. A loaded state is converted. During a step the PyTorch path, but not Triton's, holds the new moments and a
+            float32 copy of all parameters, one group's moments in float32, and a copy of gradients that are scaled or clipped.
         seed: seed of the random rounding. Default: PyTorch's initial seed, which ``torch.manual_seed`` sets.
 
     Raises:

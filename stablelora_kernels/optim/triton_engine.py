@@ -196,9 +196,10 @@ class TritonStep:
         # run it on copies, since the tables hold addresses.
         counters = (self.steps, self.turns, self.latched, self.squares, self.grad_squares, self.skipped)
         tables = (self.tensors, self.addresses, self.chunks, self.hyper, self.words)
+        read = (*tables, self.present) if self.sharded else tables
         if self.stream != (stream := graph_capture.stream_of(self.device)):
             # Else the allocator would reuse a table, once a step on another stream replaces it, while this launch reads it.
-            graph_capture.keep_for_stream((*counters, *tables))
+            graph_capture.keep_for_stream((*counters, *read))
             self.stream = stream
         self.launcher.stable_adamw(
             *counters,
@@ -219,8 +220,8 @@ class TritonStep:
         if not graph_capture.capturing():
             self.staging.refill()
             return
-        # The graph reads these at each replay, also when later steps have others.
-        self.captured.append(tables)
+        # The graph reads these at each replay, also when later steps of this engine have others.
+        self.captured.append(read)
         # A graph's copies and measurements exist only once it is replayed: the next step may not count on them.
         if len(self.staging.captured) > uploads:
             self.address_key = self.hyper_key = self.layout = None

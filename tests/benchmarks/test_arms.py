@@ -48,7 +48,7 @@ def small_llama():
 
 
 RECIPE = arms.Recipe(("q_proj", "v_proj"), r=4, steps=12, warmup_steps=4, lr=1e-2)
-NAMES = ["frozen", "peft", "stable-0.005"]
+NAMES = ["frozen", "peft", "accelerated-0.005", "stable-0.005"]
 
 
 def small_batch(rows: int = 4, length: int = 6):
@@ -65,23 +65,34 @@ def test_schedule_warms_up_and_decays_to_zero():
 
 def test_arms_share_the_frozen_weights_and_start_alike():
     backbone = small_llama()
-    frozen, peft, stable = arms.build_arms(NAMES, backbone, 2, RECIPE, CPU)
+    frozen, peft, accelerated, stable = arms.build_arms(NAMES, backbone, 2, RECIPE, CPU)
     base = backbone.layers[0].self_attn.q_proj.weight
-    wrapped = peft.model.backbone.base_model.model.layers[0].self_attn.q_proj.base_layer.weight
+    wrapped, ours = (arm.model.backbone.base_model.model.layers[0].self_attn.q_proj for arm in (peft, accelerated))
+    # PEFT's own layer in its arm, our forward on it in the other.
+    assert (
+        type(wrapped).__module__.startswith("peft.")
+        and isinstance(ours, type(wrapped))
+        and type(ours) is not type(wrapped)
+    )
+    assert isinstance(accelerated.optimizer, slk.StableLoRAAdamW) and isinstance(peft.optimizer, torch.optim.AdamW)
     fused = stable.model.backbone.layers[0].self_attn.q_proj
     assert isinstance(fused, slk.LoRALinear)
-    assert base.data_ptr() == wrapped.data_ptr() == fused.weight.data_ptr()
+    assert base.data_ptr() == wrapped.base_layer.weight.data_ptr() == fused.weight.data_ptr()
+    assert base.data_ptr() == ours.base_layer.weight.data_ptr()
     assert len(peft.pairs) == len(stable.pairs) == 4 and not frozen.pairs
-    for a, b in zip(peft.pairs, stable.pairs, strict=True):
-        assert torch.equal(a.A, b.A) and a.A.data_ptr() != b.A.data_ptr() and a.A.any()
-        assert not a.B.any() and not b.B.any()
-    losses = [train.forward(arm, small_batch(), torch.float32)[0] for arm in (frozen, peft, stable)]
+    for other in (accelerated, stable):
+        for a, b in zip(peft.pairs, other.pairs, strict=True):
+            assert torch.equal(a.A, b.A) and a.A.data_ptr() != b.A.data_ptr() and a.A.any()
+            assert not a.B.any() and not b.B.any()
+    losses = [train.forward(arm, small_batch(), torch.float32)[0] for arm in (frozen, peft, accelerated, stable)]
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(losses[1], losses[2])
+    torch.testing.assert_close(losses[2], losses[3])
 
 
-def test_ratio_zero_trains_as_peft_does():
-    peft, stable = arms.build_arms(["peft", "stable-0"], small_llama(), 2, RECIPE, CPU)
+@pytest.mark.parametrize("ours", ["accelerated-0", "stable-0"])
+def test_ratio_zero_trains_as_peft_does(ours):
+    peft, stable = arms.build_arms(["peft", ours], small_llama(), 2, RECIPE, CPU)
     batch = small_batch()
     for _ in range(6):
         for arm in (peft, stable):
@@ -93,6 +104,37 @@ def test_ratio_zero_trains_as_peft_does():
         assert theirs.B.any()
         torch.testing.assert_close(mine.B, theirs.B, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(mine.A, theirs.A, rtol=1e-3, atol=1e-5)
+
+
+def test_every_arm_has_the_recipes_rank_alpha_and_dropout():
+    recipe = replace(RECIPE, r=3, lora_alpha=12.0, lora_dropout=0.25)
+    _, peft, accelerated, stable = arms.build_arms(NAMES, small_llama(), 2, recipe, CPU)
+    for arm in (peft, accelerated):
+        layer = arm.model.backbone.base_model.model.layers[0].self_attn.q_proj
+        assert (layer.r["default"], layer.scaling["default"], layer.lora_dropout["default"].p) == (3, 4.0, 0.25)
+    layer = stable.model.backbone.layers[0].self_attn.q_proj
+    assert (layer.r, layer.scaling, layer.lora_dropout) == (3, 4.0, 0.25)
+
+
+def test_dropout_acts_in_training_alone_in_every_adapted_arm():
+    recipe = replace(RECIPE, lora_dropout=0.5)
+    adapted = arms.build_arms(NAMES, small_llama(), 2, recipe, CPU)[1:]
+    for arm in adapted:
+        with torch.no_grad():
+            for pair in arm.pairs:
+                pair.B.fill_(0.1)
+        arm.model.train()
+        first, second = (train.forward(arm, small_batch(), torch.float32)[0].item() for _ in range(2))
+        assert first != second
+        arm.model.eval()
+        first, second = (train.forward(arm, small_batch(), torch.float32)[0].item() for _ in range(2))
+        assert first == second
+
+
+@pytest.mark.parametrize("name", ["peft-0.005", "accelerated", "stable", "stable-", "frozen-1", "other-0.1"])
+def test_an_unknown_arm_is_refused(name):
+    with pytest.raises(ValueError, match=f"arm must be .*, got '{name}'"):
+        arms.build_arm(name, small_llama(), 2, RECIPE, CPU)
 
 
 def test_the_frozen_models_backward_pass_reaches_the_first_adapted_layer_and_no_weight():
@@ -117,6 +159,46 @@ def test_pooling_ignores_padding():
 def test_an_unknown_family_is_told_about_target_modules():
     with pytest.raises(ValueError, match=r"Sequential has no nn\.Linear layers named .*--target-modules"):
         models.query_value_names(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+def test_layers_named_by_hand_must_be_linear_layers_of_the_model(small_run):
+    settings, _ = small_run
+    for targets in (("q_proj", "q_porj"), ("q_porj",), ("self_attn.q_proj",), ("norm",)):
+        with pytest.raises(ValueError, match=rf"--target-modules must name linear .*q_proj.*, got {targets[-1]}$"):
+            replace(settings, targets=targets).recipe(small_llama())
+
+
+def test_all_linear_and_query_value_are_found_in_the_model(small_run):
+    settings, _ = small_run
+    linear = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    assert replace(settings, targets="all-linear").recipe(small_llama()).target_modules == linear
+    recipe = replace(settings, targets="query-value", r=3, lora_alpha=7.0, lora_dropout=0.2).recipe(small_llama())
+    assert recipe == arms.Recipe(("q_proj", "v_proj"), 3, 7.0, 0.2, lr=1e-2, steps=8, seed=0)
+
+
+def test_accelerate_peft_runs_at_the_largest_of_the_ratios(small_run):
+    settings, _ = small_run
+    names = replace(settings, shrink_ratios=(0.0, 0.005, 0.001)).arms
+    assert names == ["frozen", "peft", "accelerated-0.005", "stable-0", "stable-0.005", "stable-0.001"]
+
+
+def test_a_pooler_gets_no_adapters():
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    backbone = BertModel(config).requires_grad_(False)
+    models.drop_pooler(backbone)
+    recipe = replace(RECIPE, target_modules=models.linear_names(backbone))
+    for arm in arms.build_arms(NAMES[1:], backbone, 2, recipe, CPU):
+        train.forward(arm, small_batch(), torch.float32)[0].backward()
+        assert len(arm.pairs) == 6 and all(pair.B.grad is not None for pair in arm.pairs)
+
+
+def test_rehearsal_leaves_the_first_batch_out_of_the_mean(monkeypatch):
+    clock = iter([0.0, 10.0, 16.0])
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    arm = arms.build_arm("frozen", small_llama(), 2, RECIPE, CPU)
+    assert train.rehearse([arm], [small_batch()] * 4, torch.float32) == pytest.approx(2.0)
 
 
 def test_shrinkage_counts_the_steps_before_the_stop():
@@ -158,7 +240,21 @@ def small_run(tmp_path, monkeypatch):
     monkeypatch.setattr(assets, "sarcasm_file", lambda: file)
     monkeypatch.setattr(experiment, "load_model", lambda name: (small_llama(), WordTokenizer()))
     settings = experiment.Settings(
-        "small", "sarcasm", "cpu", "float32", 1e-2, 8, 4, 0, 20, (0.005,), ("q_proj", "v_proj"), footprint=False
+        "small",
+        "sarcasm",
+        "cpu",
+        "float32",
+        1e-2,
+        8,
+        4,
+        0,
+        20,
+        (0.005,),
+        ("q_proj", "v_proj"),
+        4,
+        8.0,
+        0.1,
+        footprint=False,
     )
     return settings, tmp_path / "out"
 
@@ -170,7 +266,7 @@ def test_a_run_leaves_tables_and_plots(small_run):
     assert result["status"] == "complete" and set(result["arms"]) == set(NAMES)
     assert {path.name for path in paths} == {
         "result.json", "summary.csv", "steps.csv", "norms.csv", "table.txt",
-        "loss.png", "step_time.png", "norms.png", "accuracy.png",
+        "summary.png", "loss.png", "step_time.png", "norms.png", "accuracy.png",
     }  # fmt: skip
     assert all(path.stat().st_size > 100 for path in paths)
     for record in result["arms"].values():
@@ -183,7 +279,7 @@ def test_a_run_leaves_tables_and_plots(small_run):
     assert norms[0]["b_norm"] == 0 and norms[-1]["b_norm"] > 0 and norms[-1]["step"] == 8
     assert len(result["arms"]["stable-0.005"]["latch"]["latched_at"]) == 4
     with (out / "steps.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 3 * 8
+        assert len(list(csv.DictReader(file))) == 4 * 8
     # A finished run with the same settings is not repeated, one with others is.
     assert command._done(settings, out)["status"] == "complete"
     assert command._done(replace(settings, lr=1e-3), out) is None
@@ -203,7 +299,7 @@ def test_an_interrupt_leaves_what_was_measured(small_run, monkeypatch):
     monkeypatch.setattr(train, "_timed_step", interrupted)
     result, paths = command._run(settings, out, 0.0)
     assert result["status"] == "interrupted"
-    assert sorted(len(record["series"]["loss"]) for record in result["arms"].values()) == [3, 3, 4]
+    assert sorted(len(record["series"]["loss"]) for record in result["arms"].values()) == [2, 2, 3, 3]
     assert "loss.png" in {path.name for path in paths} and "accuracy.png" not in {path.name for path in paths}
     assert "interrupted" in (out / "table.txt").read_text()
     assert json.loads((out / "result.json").read_text())["status"] == "interrupted"
@@ -223,5 +319,5 @@ def test_a_slow_machine_takes_fewer_steps(small_run, monkeypatch):
     monkeypatch.setattr(experiment, "_LEAST_BEFORE_STOP", 3)
     result, _ = command._run(replace(settings, time_limit_s=0.0), out, 0.0)
     assert result["status"] == "complete" and result["recipe"]["steps"] == 8
-    assert [len(record["series"]["loss"]) for record in result["arms"].values()] == [3, 3, 3]
+    assert [len(record["series"]["loss"]) for record in result["arms"].values()] == [3, 3, 3, 3]
     assert "Training stopped after 3 of 8 steps" in report.table(result)

@@ -138,6 +138,12 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         (["--lr", "nan"], "--lr must be a positive number, got nan"),
         (["--lr", "0.001", "0"], "--lr must be a positive number, got 0.0"),
         (["--shrink-ratio", "1"], r"--shrink-ratio must be in \[0, 1\), got 1.0"),
+        (["--recipe", "qlora"], "qlora"),
+        (["--rank", "0"], "--rank must be at least 1, got 0"),
+        (["--alpha", "0"], r"--alpha must be a positive number, got 0\.0"),
+        (["--alpha", "inf"], "--alpha must be a positive number, got inf"),
+        (["--dropout", "1"], r"--dropout must be in \[0, 1\), got 1\.0"),
+        (["--dropout", "nan"], r"--dropout must be in \[0, 1\), got nan"),
         (["--model", "./nowhere"], "'./nowhere' is no directory"),
     ],
 )
@@ -174,6 +180,23 @@ def test_presets_and_what_overrides_them(tmp_path):
     assert full.seeds[0] == 7 and len(full.seeds) > 2 and len(full.lrs) > 2
     # A number of steps that was asked for is not cut.
     assert command.parse(["--out", str(tmp_path), "--steps", "7"]).time_limit_s is None
+
+
+def adapters_of(*argv):
+    args = command.parse(argv)
+    return args.targets, args.rank, args.alpha, args.dropout
+
+
+def test_recipes_and_what_overrides_them(tmp_path):
+    out = ("--out", str(tmp_path))
+    assert adapters_of(*out) == ("all-linear", 16, 32.0, 0.05)
+    assert adapters_of(*out, "--recipe", "paper") == ("query-value", 8, 16.0, 0.0)
+    by_hand = ("--rank", "4", "--alpha", "5", "--dropout", "0", "--target-modules", "q_proj", "o_proj")
+    for recipe in ("all-linear", "paper"):
+        assert adapters_of(*out, "--recipe", recipe, *by_hand) == (("q_proj", "o_proj"), 4, 5.0, 0.0)
+    # What is not named stays the recipe's.
+    assert adapters_of(*out, "--rank", "4") == ("all-linear", 4, 32.0, 0.05)
+    assert adapters_of(*out, "--recipe", "paper", "--dropout", "0.1") == ("query-value", 8, 16.0, 0.1)
 
 
 # ---- data ----
@@ -231,7 +254,16 @@ def test_the_main_job_from_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["status"] == "complete" and len(result["arms"]["peft"]["series"]["loss"]) == 6
-    peft, stable = (result["arms"][name]["footprint"] for name in ("peft", "stable-0.005"))
-    assert stable["saved_mib"] <= peft["saved_mib"]
-    assert 0 < stable["operators"]["forward"] < peft["operators"]["forward"]
-    assert all(f"wrote {tmp_path / name}" in done.stdout for name in ("result.json", "summary.csv", "accuracy.png"))
+    names = ("peft", "accelerated-0.005", "stable-0.005")
+    peft, *ours = (result["arms"][name]["footprint"] for name in names)
+    for footprint in ours:
+        assert footprint["saved_mib"] <= peft["saved_mib"]
+        assert 0 < footprint["operators"]["forward"] < peft["operators"]["forward"]
+    # All linear layers but the pooler, whose adapters would get no gradient: six a block, of six blocks.
+    assert {len(result["arms"][name]["latch"]["latched_at"]) for name in names[1:]} == {36}
+    assert result["recipe"]["target_modules"] == ["dense", "key", "query", "value"]
+    assert done.stdout.lstrip().startswith("accelerate_peft: a training step took ")
+    assert all(
+        f"wrote {tmp_path / name}" in done.stdout
+        for name in ("result.json", "summary.csv", "summary.png", "accuracy.png")
+    )

@@ -59,8 +59,10 @@ def test_an_interrupt_ends_the_work_and_what_is_queued() -> None:
     """As Ctrl-C sends it: to the parent and its workers."""
     command = [sys.executable, "-c", INTERRUPTED]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    ) as parent:
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        # A shell's background jobs ignore interrupts, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as parent:  # fmt: skip
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"begun\n"
         time.sleep(0.5)  # until the worker is at it

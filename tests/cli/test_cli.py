@@ -261,7 +261,10 @@ def test_what_doctor_refuses(capsys, monkeypatch):
     assert "must be of type cpu or cuda, got 'meta'" in fails(capsys, "doctor", "--device", "meta")
     assert "got 'cuda:99' where PyTorch sees" in fails(capsys, "doctor", "--device", "cuda:99")
     monkeypatch.setattr(backend, "TRITON_PROBLEM", "Triton is not installed")
-    assert "--interpret needs Triton, but Triton is not installed" in fails(capsys, "doctor", "--interpret")
+    assert "interpreter, but Triton is not installed" in fails(capsys, "doctor", "--interpret")
+    monkeypatch.setattr(backend, "TRITON_PROBLEM", None)
+    monkeypatch.setattr(backend, "interpreter_problem", lambda: "it needs NumPy")
+    assert "interpreter, but it needs NumPy" in fails(capsys, "doctor", "--interpret")
 
 
 def test_missing_packages_and_set_variables_are_named(capsys, monkeypatch):

@@ -245,9 +245,12 @@ def test_the_hub(tmp_path, capsys, monkeypatch):
         ("lora_alpha", 10**400, "lora_alpha of q must be a finite number in (-inf, inf), got 1000"),
         ("lora_alpha", [6], "lora_alpha of q must be a number, got [6] of type list"),
         ("rank_pattern", {"a{99999999999}": 1}, "rank_pattern must be a regular expression, got 'a{99999999999}'"),
-        ("rank_pattern", {"(?i)q": 1}, "rank_pattern must be a regular expression"),
+        pytest.param(
+            "rank_pattern", {"(?i)q": 1}, "rank_pattern must be a regular expression",
+            marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 takes flags at any place"),
+        ),
     ],
-)
+)  # fmt: skip
 def test_fields_beyond_all_bounds_are_refused_in_one_line(tmp_path, capsys, field, value, message):
     path = write(tmp_path / "odd", pair(), **{field: value})
     error = fails(capsys, "inspect", str(path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,29 +14,22 @@ import torch
 
 import stablelora_kernels as slk
 from tests.helpers.small_models import Model, lora_config
+from tests.helpers.wheel import build_wheel
 
 pytest.importorskip("safetensors")
 pytest.importorskip("setuptools", minversion="77", reason="builds the wheel without a network")
-ROOT = Path(__file__).resolve().parents[2]
-BUILT_FROM = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """A directory that the wheel was installed to, and from which nothing of the repository is seen."""
     base = tmp_path_factory.mktemp("wheel")
-    source, target = base / "source", base / "target"
-    shutil.copytree(
-        ROOT / "stablelora_kernels", source / "stablelora_kernels", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    for name in BUILT_FROM:
-        shutil.copyfile(ROOT / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", base, source], check=True)
-    (wheel,) = base.glob("*.whl")
+    target = base / "target"
+    wheel = build_wheel(base, "--no-build-isolation")
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.partition("/")[0] for name in archive.namelist()}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"stablelora_kernels"}
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", target, wheel], check=True)
     return target
 

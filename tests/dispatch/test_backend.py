@@ -45,6 +45,27 @@ def test_triton_versions(monkeypatch, version, problem):
     assert backend._triton_problem() == problem
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "problem"),
+    [
+        ("3.6.0", "2.3.5", None),
+        ("3.6.0", "2.4.0", r"the interpreter of Triton 3.6.0 does not run with NumPy 2.4.0: pip install 'numpy<2.4'"),
+        ("3.7.1", "2.4.6", None),
+    ],
+)
+def test_the_interpreter_and_numpy(monkeypatch, triton, numpy, problem):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend.metadata, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    assert backend.interpreter_problem() == problem
+
+
+def test_the_interpreter_without_numpy(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None if name == "numpy" else object())
+    assert backend.interpreter_problem() == (
+        "Triton's interpreter needs NumPy, which is not installed: pip install 'stablelora-kernels[cli]'"
+    )
+
+
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.setattr(backend, "TRITON_PROBLEM", None)
     monkeypatch.setattr(backend, "INTERPRETING", False)

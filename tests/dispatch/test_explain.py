@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import problem
+from stablelora_kernels.dispatch import backend, problem
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import QUANTIZED_RULES
 from tests.helpers.inputs import BF16, DEVICE, FP32, make_branch_inputs, make_inputs
@@ -161,3 +161,9 @@ def test_explain_tells_what_runs(quantized):
 def test_explain_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="quantized must be 'nf4', 'fp8' or None, got 'int8'"):
         slk.explain(8, 64, 64, 16, quantized="int8", device="sm_90")
+
+
+def test_a_named_gpu_needs_triton(monkeypatch):
+    monkeypatch.setattr(backend, "TRITON_PROBLEM", "Triton is not installed")
+    with pytest.raises(RuntimeError, match=r"device='sm_90' asks for .* Triton kernels, but Triton is not installed"):
+        slk.explain(64, 64, 64, 8, device="sm_90")

@@ -167,3 +167,14 @@ def test_messages_are_the_codes() -> None:
     # "…" at an end stands for any text.
     missing = [text for text in quoted if not any(text.strip("… ") in message for message in known)]
     assert missing == []
+
+
+def test_the_tutorials_blocks_are_the_programs() -> None:
+    program = (ROOT / "examples" / "tutorial.py").read_text(encoding="utf-8")
+    lines = [line.strip() for line in program.splitlines()]
+    blocks = blocks_of(ROOT / "docs" / "getting-started" / "tutorial.md")
+    assert len(blocks) == 7
+    for block in blocks:
+        # Inside main(), one level deeper.
+        code = [line.strip() for line in block.code.splitlines()]
+        assert any(lines[i : i + len(code)] == code for i in range(len(lines))), block.code

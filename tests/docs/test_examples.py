@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import resource
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import checkpoint
 
 for module in ("transformers", "peft", "accelerate", "safetensors", "tqdm"):
     pytest.importorskip(module, reason="the test extra brings what examples import")
 
 from safetensors.torch import load_file  # noqa: E402
 
-import stablelora_kernels as slk  # noqa: E402
-from examples import finetune, peft_trainer, replace_linear  # noqa: E402
-from tests.helpers.dying import in_child, kills, needs_fork  # noqa: E402
+from examples import finetune, peft_trainer, replace_linear, tutorial  # noqa: E402
 from tests.helpers.processes import ROOT, needs_gloo  # noqa: E402
 
 # 336 numbers train; at this rate pairs latch on both sides of the checkpoint.
@@ -173,91 +169,6 @@ def test_peft_trainer_passes_over_a_half_written_checkpoint(lost: str, tmp_path:
     assert peft_trainer.last_checkpoint(tmp_path / "none") is None
 
 
-@needs_fork
-def test_replace_linear_killed_while_it_saves(tmp_path: Path) -> None:
-    file = tmp_path / "checkpoint.pt"
-    old, new = checkpoint_of(1), checkpoint_of(2)
-
-    def found() -> int:
-        saved = torch.load(file, weights_only=True)
-        optimizer = optimizer_of(saved["adapter"])
-        optimizer.load_state_dict(saved["optimizer"])
-        assert saved["step"] in (1, 2)
-        expected = (old, new)[saved["step"] - 1]
-        assert all(torch.equal(saved["adapter"][key], value) for key, value in expected["adapter"].items())
-        return saved["step"]
-
-    def prepare() -> None:
-        shutil.rmtree(tmp_path)
-        tmp_path.mkdir()
-        replace_linear.save_checkpoint(old, file)
-
-    steps = [found() for _ in kills(partial(replace_linear.save_checkpoint, new, file), prepare)]
-    assert steps == sorted(steps) and set(steps) == {1, 2}
-    for room in (0, 100, file.stat().st_size - 1):
-        prepare()
-        assert in_child(partial(save_with_room, room, new, file)) == signal.SIGXFSZ
-        assert found() == 1
-        # And a full disk, which raises.
-        assert in_child(partial(fail_to_save, room, new, file)) == 0
-        assert found() == 1
-
-
-@needs_fork
-def test_finetune_killed_while_it_saves(tmp_path: Path) -> None:
-    """By torch.distributed.checkpoint: what --resume chooses is whole."""
-    arguments = finetune.arguments(["--out", str(tmp_path / "run"), "--resume"])
-    old, new = checkpoint_of(1), checkpoint_of(2)
-
-    def prepare() -> None:
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "settings.json").write_text("{}")
-        checkpoint.save(old, checkpoint_id=tmp_path / "run" / "step-000001", no_dist=True)
-
-    action = partial(checkpoint.save, new, checkpoint_id=tmp_path / "run" / "step-000002", no_dist=True)
-    steps = []
-    for _ in kills(action, prepare):
-        last = finetune.checkpoint_to_resume(arguments, {})
-        saved = checkpoint_of(3)
-        checkpoint.load(saved, checkpoint_id=last, no_dist=True)
-        assert last.name == f"step-00000{saved['step']}"
-        expected = (old, new)[saved["step"] - 1]
-        assert all(torch.equal(saved["adapter"][key], value) for key, value in expected["adapter"].items())
-        steps.append(saved["step"])
-    assert steps == sorted(steps) and set(steps) == {1, 2}
-
-
-def optimizer_of(tensors: dict[str, torch.Tensor]) -> slk.StableLoRAAdamW:
-    return slk.StableLoRAAdamW([(name, torch.nn.Parameter(tensor.clone())) for name, tensor in tensors.items()])
-
-
-def checkpoint_of(step: int) -> dict[str, Any]:
-    """A checkpoint after one step of the optimizer, with values that tell which it is."""
-    adapter = {"q.lora_A": torch.full((2, 8), float(step)), "q.lora_B": torch.full((8, 2), 10.0 + step)}
-    optimizer = optimizer_of(adapter)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    return {"adapter": adapter, "optimizer": optimizer.state_dict(), "step": step}
-
-
-def save_with_room(room: int, state: dict[str, Any], file: Path) -> None:
-    """Save while files may grow to ``room`` bytes only, beyond which the process is killed."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-    replace_linear.save_checkpoint(state, file)
-
-
-def fail_to_save(room: int, state: dict[str, Any], file: Path) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-    with pytest.raises((OSError, RuntimeError)):
-        replace_linear.save_checkpoint(state, file)
-
-
 def test_replace_linear_resumes_and_merges(files: list[str], tmp_path: Path) -> None:
     from transformers import AutoModel
 
@@ -313,6 +224,28 @@ def latches(out: Path) -> dict[str, int]:
     dcp_to_torch_save(out / "step-000006", out / "step-000006.pt")
     state = torch.load(out / "step-000006.pt", weights_only=False)["optimizer"]["state"]
     return {name: int(entry["latched_at"]) for name, entry in state.items() if "latched_at" in entry}
+
+
+def test_tutorial(files: list[str], tmp_path: Path) -> None:
+    """The tutorial's program on a tiny model: it learns, and the saved adapter has the trained model's loss."""
+    pytest.importorskip("matplotlib", reason="draws the plots; the bench extra brings it")
+    out = tmp_path / "out"
+    printed = run("tutorial", [*files, "--out", out, "--steps", "8"])
+    losses = {
+        line.split(":")[0]: float(line.split("held-out loss ")[1][:5])
+        for line in printed.splitlines()
+        if "held-out" in line
+    }
+    assert losses["after"] < losses["before"]
+    assert losses["loaded"] == losses["merged"] == losses["after"]
+    assert "step 8: loss" in printed and "of 14 pairs have latched" in printed
+    assert len((out / "stability.csv").read_text().splitlines()) == 1 + 8 * 14
+    for name in ("stability.png", "latches.png"):
+        assert (out / name).stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        tutorial.main([*files, "--out", str(out)])
+    with pytest.raises(SystemExit):
+        tutorial.main([*files, "--out", str(tmp_path / "new"), "--steps", "0"])
 
 
 # Misuse: one line that says what is wrong, before anything is written
@@ -374,6 +307,22 @@ def test_a_run_is_not_mixed_with_another(files: list[str], alone: Path, monkeypa
     with pytest.raises(SystemExit):
         finetune.main([*files, *LANGUAGE, "--out", str(alone), "--resume"])
     assert sorted(alone.iterdir()) == before
+
+
+PROGRAMS = sorted(file for file in (ROOT / "examples").glob("*.py") if "__main__" in file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda file: file.stem)
+def test_by_its_path_from_any_directory(program: Path, tmp_path: Path) -> None:
+    """``python examples/finetune.py``, by a Python that does not see the repository. --help comes after all imports."""
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    (installed / "stablelora_kernels").symlink_to(ROOT / "stablelora_kernels")
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, program, "--help"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0 and f"usage: {program.stem}" in done.stdout, done.stderr
 
 
 @pytest.mark.download

@@ -288,9 +288,12 @@ def test_errors():
 def test_peft_is_imported_only_when_it_is_asked_for(monkeypatch):
     assert printed("import sys, stablelora_kernels; print('peft' in sys.modules)") == "False"
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match="peft is not installed"):
-        slk.accelerate_peft(Model())
+    for call in (slk.accelerate_peft, slk.restore_peft):
+        with pytest.raises(
+            ImportError, match=r"needs peft: pip install 'stablelora-kernels\[peft\]' \(import of peft halted"
+        ):
+            call(Model())
     monkeypatch.undo()
     monkeypatch.setattr(peft, "__version__", "0.15.2")
-    with pytest.raises(ImportError, match=r"peft must be 0\.16 or newer, .* got 0\.15\.2"):
+    with pytest.raises(ImportError, match=r"peft must be 0\.16 or newer, .* got 0\.15\.2: pip install .*\[peft\]"):
         slk.accelerate_peft(Model())

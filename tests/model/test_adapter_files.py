@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +163,27 @@ def test_two_writers_and_a_reader(tmp_path, old, new):
     assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME] and os.listdir(tmp_path) == ["adapter"]
 
 
+def test_weights_that_are_moved_while_a_reader_looks_are_found(tmp_path, old, new, monkeypatch):
+    """A saver finishes a committed save just after the reader has seen its weights in the pending directory."""
+    save_adapter(old, tmp_path / "adapter")
+    save_adapter(new, tmp_path / "next")
+    directory, pending = tmp_path / "adapter", tmp_path / "adapter" / PENDING
+    os.replace(tmp_path / "next", pending)
+    (directory / CONFIG_NAME).unlink()
+    is_file, moved = Path.is_file, []
+
+    def look(path):
+        there = is_file(path)
+        if path == pending / WEIGHTS_NAME and there:
+            os.replace(path, directory / WEIGHTS_NAME)
+            os.replace(pending / CONFIG_NAME, directory / CONFIG_NAME)
+            moved.append(path)
+        return there
+
+    monkeypatch.setattr(Path, "is_file", look)
+    assert torch.equal(loaded(directory), output(new)) and len(moved) == 1
+
+
 def die_in_lock(path):
     with locked(path):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -271,7 +293,9 @@ def test_a_damaged_file_is_an_error_at_once(tmp_path, old, monkeypatch):
     (tmp_path / WEIGHTS_NAME).write_bytes(b"nonsense")
     reads = []
     read = safetensors_torch.safe_open
-    monkeypatch.setattr("safetensors.safe_open", lambda *args, **kwargs: reads.append(1) or read(*args, **kwargs))
+    monkeypatch.setattr(
+        safetensors_torch, "safe_open", lambda *args, **kwargs: reads.append(1) or read(*args, **kwargs)
+    )
     with pytest.raises(ValueError, match="must be a safetensors file, got one that cannot be read"):
         load_adapter(fresh(), tmp_path)
     assert len(reads) == 1

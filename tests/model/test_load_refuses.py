@@ -149,9 +149,9 @@ def test_a_pickle_is_refused_whatever_its_name(saved, name):
 
 def test_directories_that_are_none(saved, tmp_path):
     with pytest.raises(
-        ValueError, match=r"path must be a directory on this machine .* got 'user/adapter' \(nothing there\)"
+        ValueError, match=r"path must be a directory on this machine .* got 'user/an/adapter' \(nothing there\)"
     ):
-        load_adapter(fresh(), "user/adapter")
+        load_adapter(fresh(), "user/an/adapter")
     with pytest.raises(ValueError, match=r"got '.*safetensors' \(a file\)"):
         load_adapter(fresh(), saved / WEIGHTS_NAME)
     with pytest.raises(ValueError, match=f"path must hold {CONFIG_NAME}, got .* without it"):
@@ -193,8 +193,16 @@ def test_files_that_are_broken(saved):
 def test_without_safetensors(saved, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for call in (save_adapter, load_adapter):
-        with pytest.raises(ImportError, match=r"pip install 'stablelora-kernels\[adapters\]'"):
+        with pytest.raises(ImportError, match=r"needs safetensors: pip install 'stablelora-kernels\[adapters\]'"):
             call(model, saved)
+
+
+def test_without_numpy_nothing_is_written(saved, model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(ImportError, match=r"save_adapter needs numpy: pip install 'stablelora-kernels\[adapters\]'"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    load_adapter(fresh(), saved)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])

@@ -1,9 +1,10 @@
-"""save_pretrained of a merged model writes the merged weights, and nothing of it stays after unmerging."""
+"""save_pretrained of a merged model writes the merged weights; of an unmerged one it is transformers' own."""
 
 from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
 import weakref
 
@@ -12,6 +13,9 @@ import torch
 
 from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.model.save_load import load_adapter, save_adapter
+from stablelora_kernels.nn.linear import LoRALinear
 from tests.helpers.small_models import fill_b, llama, lora_config, output
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
@@ -38,6 +42,17 @@ def reload(model, path, **kwargs):
     return output(loaded.eval())
 
 
+def assert_saved_as_it_is(model, path, state_dict=None):
+    """The very files of transformers' own method, which takes tensors out of the dict that it is given."""
+    other = path.with_name("transformers")
+    model.save_pretrained(path, state_dict=copy.copy(state_dict))
+    type(model).save_pretrained(model, other, state_dict=copy.copy(state_dict))
+    files = sorted(file.name for file in path.iterdir())
+    assert "model.safetensors" in files and files == sorted(file.name for file in other.iterdir())
+    for name in files:
+        assert (path / name).read_bytes() == (other / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(
     ("kind", "config"), [("llama", {}), ("gpt2", {}), ("tied", {"target_modules": ["q_proj", "lm_head"]}), ("tied", {})]
 )
@@ -52,7 +67,69 @@ def test_a_merged_model_is_saved_merged(tmp_path, kind, config):
     assert list(model.state_dict()) == keys and [name for name, _ in model.named_modules()] == names
     assert model.config.tie_word_embeddings == (kind in ("tied", "gpt2"))
     unmerge_lora(model)
-    assert "save_pretrained" not in vars(model) and torch.equal(output(model), expected)
+    assert torch.equal(output(model), expected)
+    assert_saved_as_it_is(model, tmp_path / "unmerged")
+
+
+def loaded_twin(path, twin):
+    """A model with the adapter of the first, by load_adapter."""
+    model = adapted()
+    save_adapter(model, path)
+    load_adapter(twin, path)
+    return twin
+
+
+@pytest.mark.parametrize("way", ["apply_lora", "load_adapter"])
+def test_layers_that_are_merged_one_by_one(tmp_path, way):
+    """All of them merged, the merged weights are written; some of them, the model is refused; none, it is saved as it is."""
+    torch.manual_seed(0)
+    model = adapted() if way == "apply_lora" else loaded_twin(tmp_path / "adapter", llama().eval())
+    layers = lora_layers(model)
+    expected = output(model)
+    assert_saved_as_it_is(model, tmp_path / "unmerged")
+    assert_saved_as_it_is(model, tmp_path / "given", {"lm_head.weight": torch.zeros(32, 16)})
+    first, *rest = layers.values()
+    first.merge()
+    message = (
+        r"model must be merged whole or not at all to be saved, got model\.layers\.0\.self_attn\.q_proj merged and "
+    )
+    with pytest.raises(ValueError, match=message + r"model\.layers\.0\.self_attn\.v_proj, .* not merged"):
+        model.save_pretrained(tmp_path / "some")
+    assert not (tmp_path / "some").exists()
+    for layer in rest:
+        layer.merge()
+    torch.testing.assert_close(reload(model, tmp_path / "merged"), expected)
+    # A part of the model that has LoRA layers of its own.
+    rest[-1].unmerge()
+    with pytest.raises(ValueError, match="merged whole or not at all"):
+        model.model.save_pretrained(tmp_path / "part")
+    remove_lora(model, merge=False)
+    assert "save_pretrained" not in vars(model) | vars(model.model)
+
+
+def test_layers_put_in_by_hand(tmp_path):
+    """merge_lora finds them."""
+    torch.manual_seed(0)
+    model = llama().eval()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = LoRALinear.from_linear(attention.q_proj, init_lora_weights=False)
+    expected = output(model)
+    merge_lora(model)
+    torch.testing.assert_close(reload(model, tmp_path), expected)
+
+
+def test_a_load_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    model = adapted()
+    save_adapter(model, tmp_path)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("stablelora_kernels.model.save_load._copy_all", fail)
+    twin = llama()
+    with pytest.raises(RuntimeError, match="no memory"):
+        load_adapter(twin, tmp_path)
+    assert "save_pretrained" not in vars(twin)
 
 
 def test_copies_and_pickles_save_themselves(tmp_path):
@@ -98,3 +175,29 @@ def test_a_merged_model_is_freed_when_nobody_holds_it():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_state_dict_by_position_is_not_written(tmp_path):
+    model = adapted()
+    merge_lora(model)
+    expected = output(model)
+    model.save_pretrained(tmp_path, True, model.state_dict())
+    assert torch.allclose(output(type(model).from_pretrained(tmp_path).eval()), expected, atol=1e-6)
+
+
+def test_it_has_the_signature_of_the_method_that_it_replaces():
+    model = adapted()
+    found, own = inspect.signature(model.save_pretrained), inspect.signature(type(model).save_pretrained)
+    assert list(found.parameters) == list(own.parameters)[1:] and model.save_pretrained.__doc__ == own_doc(model)
+    assert inspect.signature(copy.deepcopy(model).save_pretrained) == found
+
+
+def own_doc(model):
+    return type(model).save_pretrained.__doc__
+
+
+def test_a_method_whose_model_is_gone_says_so(tmp_path):
+    save = adapted().save_pretrained
+    gc.collect()
+    with pytest.raises(ReferenceError, match="the model that this save_pretrained saves is gone"):
+        save(tmp_path)

@@ -75,15 +75,15 @@ def odd_layers():
 
 SKIPPED_BY_ALL_LINEAR = {
     "lora": "it is a LoRALinear already",
-    "sub": "Linear4bit is a subclass of nn.Linear, whose users may not call it as one",
+    "sub": "Linear4bit is a subclass of nn.Linear that a model may use without calling it",
     "conv1d": "Conv1D is not an nn.Linear",
-    "attention.out_proj": "NonDynamicallyQuantizableLinear is a subclass of nn.Linear, whose users may not call it as one",
+    "attention.out_proj": "NonDynamicallyQuantizableLinear is a subclass of nn.Linear that a model may use without calling it",
     "encoder.self_attn.out_proj": (
-        "NonDynamicallyQuantizableLinear is a subclass of nn.Linear, whose users may not call it as one"
+        "NonDynamicallyQuantizableLinear is a subclass of nn.Linear that a model may use without calling it"
     ),
     "encoder.linear1": "nn.TransformerEncoderLayer reads its weight instead of calling it in inference",
     "encoder.linear2": "nn.TransformerEncoderLayer reads its weight instead of calling it in inference",
-    "normed": "ParametrizedLinear is a subclass of nn.Linear, whose users may not call it as one",
+    "normed": "ParametrizedLinear is a subclass of nn.Linear that a model may use without calling it",
     "pruned": "it holds other parameters or modules than weight and bias",
     "replaced_forward": "its forward was replaced (as accelerate's hooks do)",
     "integers": "it holds a Parameter of torch.int8, not a plain floating-point Parameter",

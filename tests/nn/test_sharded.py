@@ -189,3 +189,27 @@ def test_after_fully_shard_it_is_refused(mesh):
     assert reasons(report) == dict.fromkeys(
         ("0.up", "0.down"), "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it"
     )
+
+
+def disabled(rank: int, world: int, place: Path) -> None:
+    """disable_lora on sharded layers, merged and not: the output of the same layers before they got LoRA."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    mesh = init_device_mesh("cpu", (world,))
+    for block in model:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    x = torch.randn(5, WIDTH)
+    expected = model(x)
+    slk.apply_lora(model, slk.LoRAConfig(r=2, target_modules=NAMES, init_lora_weights=False))
+    active = model(x)
+    assert not torch.allclose(active, expected, atol=1e-3)
+    with slk.disable_lora(model):
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), active)
+    slk.merge_lora(model.eval())
+    with slk.disable_lora(model):
+        assert torch.equal(model(x), expected)
+
+
+def test_disable_lora(tmp_path):
+    spawn(disabled, 2, tmp_path)

@@ -5,8 +5,10 @@ On a GPU, tests/gpu/test_cuda_graphs.py compares real graphs with eager steps.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +68,24 @@ def test_tables_that_a_graph_reads_outlive_later_steps(monkeypatch):
     optimizer.param_groups[0]["eps"] = 1e-6
     optimizer.step()
     assert len(held) > 5 and all(ref() is not None for ref in held.values())
+
+
+def test_the_index_table_of_a_sharded_step_outlives_later_steps(monkeypatch):
+    """Its launches do not take it: the sums before them do."""
+    optimizer, _ = optimizers(torch.float32, max_grad_norm=1.0)
+    fill_grads(optimizer, 1)
+    optimizer.step()
+    ((_, engine),) = optimizer._engines
+    # One process sums as many do.
+    monkeypatch.setattr(engine, "sharded", True)
+    monkeypatch.setattr(engine, "_sum_over_processes", lambda *args: None)
+    monkeypatch.setattr(engine, "latch_monitor", SimpleNamespace(record=lambda: None))
+    engine.present = torch.arange(4)
+    held = weakref.ref(engine.present)
+    Graph(monkeypatch, optimizer.step)
+    engine.present = torch.arange(4)
+    gc.collect()
+    assert held() is not None
 
 
 def test_tables_wait_for_every_stream_that_read_them(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 
 import pytest
 import torch
@@ -99,8 +100,19 @@ def test_bad_arguments_change_nothing(tmp_path):
         log.log()
 
 
+@pytest.mark.parametrize("missing", ["numpy", "matplotlib.figure"])
+def test_without_matplotlib(missing, tmp_path, monkeypatch):
+    optimizer, path = make_optimizer(), tmp_path / "log.csv"
+    with slk.StabilityLogger(optimizer, path, every=1):
+        steps(optimizer, 1)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r"plot_stability needs .*: pip install 'stablelora-kernels\[plot\]'"):
+        slk.plot_stability(path, tmp_path / "plot.png")
+    assert not (tmp_path / "plot.png").exists()
+
+
 def test_plot(tmp_path):
-    pytest.importorskip("matplotlib", reason="the plot needs the bench extra")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install .[test])")
     optimizer, path = make_optimizer(), tmp_path / "log.csv"
     with slk.StabilityLogger(optimizer, path, every=1):
         steps(optimizer, 8)

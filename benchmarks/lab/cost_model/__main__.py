@@ -147,12 +147,12 @@ def worst_case(gpu: Gpu, rows: list[dict[str, Any]]) -> list[str]:
 def plot(rows: list[dict[str, Any]], gpu: Gpu, directory: Path) -> list[Path]:
     """Predicted time over the frozen layer's against M and against r."""
 
-    from benchmarks.common.plot_style import BLUE, GREY, STYLE, plt, save
+    from benchmarks.common.plot_style import RIVALS as COLORS
+    from benchmarks.common.plot_style import STYLE, plt, save
 
     n, k = 4096, 4096
     mine = [row for row in rows if (row["n"], row["k"]) == (n, k)]
     names = [name for name in RIVALS if name != "frozen" and f"{name} forward" in mine[0]] + ["ours"]
-    shades = dict(zip(names, (GREY, BLUE, "#5b9aa0", "#e07a3f"), strict=False)) | {"ours": "#d1495b"}
     paths = []
     with plt.rc_context(STYLE):
         for axis, fixed, label in (("m", ("r", 16), "rows"), ("r", ("m", 8192), "rank")):
@@ -162,8 +162,8 @@ def plot(rows: list[dict[str, Any]], gpu: Gpu, directory: Path) -> list[Path]:
                 over = [_whole(row, name) / _whole(row, "frozen") for row in chosen]
                 xs = [row[axis] for row in chosen]
                 width = 2 if name == "ours" else 1.3
-                ax.plot(xs, over, marker="o", markersize=3.5, color=shades[name], label=name, linewidth=width)
-            ax.fill_between(xs, *zip(*map(band, chosen), strict=True), color=shades["ours"], alpha=0.18, linewidth=0)
+                ax.plot(xs, over, marker="o", markersize=3.5, color=COLORS[name], label=name, linewidth=width)
+            ax.fill_between(xs, *zip(*map(band, chosen), strict=True), color=COLORS["ours"], alpha=0.18, linewidth=0)
             ax.axhline(1, color="#444444", linewidth=0.8)
             ax.set_xscale("log", base=2)
             ax.set_xticks(xs, [f"{x // 1024}k" if x >= 1024 else f"{x}" for x in xs])

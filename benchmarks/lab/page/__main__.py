@@ -1,4 +1,4 @@
-"""docs/results/benchmarks.md from the stored results.
+"""docs/results/benchmarks.md and the README's figure from the stored results.
 
     python -m benchmarks.lab.page [--check]
 
@@ -16,7 +16,7 @@ from benchmarks.common.tables import write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from benchmarks.lab.page import page, plots
+    from benchmarks.lab.page import headline, page, plots
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lab.page", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is not up to date")
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{path} is {'' if current else 'not '}up to date; plots missing: {', '.join(missing) or 'none'}")
         return int(not current or bool(missing))
     write_text(path, text)
-    for written in (path, *plots.draw(page.RESULTS)):
+    for written in (path, *plots.draw(page.RESULTS), *headline.draw(page.RESULTS)):
         print(f"wrote {written}")
     return 0
 

@@ -9,12 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.tables import RESULTS, markdown
+from benchmarks.finetuning.result import QUIET_SHARE
+from benchmarks.lab.page.answers import answers, main_jobs
 from stablelora_kernels.utils.timing import PACKAGES
 
 PAGE = RESULTS.parents[1] / "docs" / "results" / "benchmarks.md"
 # Sections as the page had them when single scripts measured, before the suite: losses, a blank line, the sections. The JSON files
 # beside it hold the same figures; no command makes such files any more.
 BEFORE = "before_the_suite.md"
+_HOW_TO_READ = """\
+Below 1 this library is faster. A cell is the median over the cases, with the lowest and the highest case in brackets. It is
+bold if a case is above 1. Cases that are slower in three of four rounds are listed under [Where it loses](#where-it-loses).
+In float32 on AMD's processors much of the gain is oneDNN's, which multiplies in place of MKL: compare the arm "frozen, by
+oneDNN".
+"""
+_METHOD = """\
+Every figure on this page comes from a stored result (`benchmarks/results/`), and each section has the command that measures
+it. Arms take turns in one process. Figures are medians, with quartiles in brackets; ratios are taken round by round.
+[Benchmarking](../internals/lab.md) explains the method. [Performance](performance.md) has what was counted and predicted for
+GPUs.
+"""
 
 
 @dataclass
@@ -27,6 +41,8 @@ class Section:
     parts: list[str]
     # Sentences that say where this library is slower or larger.
     losses: list[str] = field(default_factory=list)
+    # Whether other programs took time from this one; None if only the load tells.
+    disturbed: bool | None = None
 
 
 def spread(value: dict[str, float]) -> str:
@@ -34,16 +50,21 @@ def spread(value: dict[str, float]) -> str:
     return f"{value['median']:.2f} ({value['q1']:.2f} to {value['q3']:.2f})"
 
 
-def where(environment: dict[str, Any]) -> str:
+def machine(environment: dict[str, Any]) -> str:
+    return environment.get("gpu") or f"{environment['cpu']}, {environment['cores']} cores"
+
+
+def where(environment: dict[str, Any], disturbed: bool | None = None) -> str:
     """The machine, the versions and the day, in a sentence."""
-    machine = environment.get("gpu") or f"{environment['cpu']}, {environment['cores']} cores"
     versions = ", ".join(f"{key} {environment[key]}" for key in PACKAGES if environment.get(key))
     load = environment.get("load_average_at_start", environment.get("load_average")) or 0.0
     text = (
-        f"{machine}, load {load} at the start; Python {environment['python']}, {versions}; "
+        f"{machine(environment)}, load {load} at the start; Python {environment['python']}, {versions}; "
         f"commit {environment.get('commit')}, {environment['date'][:10]}."
     )
-    if load > environment["cores"] / 2:
+    if disturbed is None:
+        disturbed = load > environment["cores"] / 2
+    if disturbed:
         text += " **Other programs ran beside this one: compare within the table, and trust no small difference.**"
     return text
 
@@ -83,34 +104,66 @@ def sections(directory: Path) -> Iterator[Section]:
     """Everything measured on a machine, but for ``BEFORE``."""
     for file in sorted(directory.glob("suite*.json")):
         yield suite(file)
-    if (file := directory / "quick" / "result.json").is_file():
+    for file in main_jobs(directory):
         text = file.with_name("table.txt").read_text(encoding="utf-8").rstrip()
-        question = "Fine-tuning a real model: speed, memory and accuracy together"
-        environment = json.loads(file.read_text(encoding="utf-8"))["environment"]
-        yield Section(question, "python -m benchmarks", environment, [f"```text\n{text}\n```"])
+        found = json.loads(file.read_text(encoding="utf-8"))
+        command, conditions = _command_of(found.get("settings", {}))
+        question = f"Fine-tuning a real model{conditions}: speed, memory and accuracy together"
+        # The last line has the first one's figures.
+        losses = [line for line in found.get("headlines", [])[:-1] if " more " in line]
+        share = found.get("cpu_share")
+        disturbed = None if share is None else share < QUIET_SHARE
+        yield Section(question, command, found["environment"], [f"```text\n{text}\n```"], losses, disturbed)
+
+
+def _command_of(settings: dict[str, Any]) -> tuple[str, str]:
+    """The main job's command for these settings, and what tells it from the default, in words."""
+    # Runs of before there were recipes.
+    if "target_modules" in settings:
+        return "python -m benchmarks --recipe paper --batch-size 16 --held-out 600", " by the paper's recipe"
+    # The default is bfloat16 where the hardware has it.
+    command = "python -m benchmarks" + " --dtype fp32" * (settings.get("dtype") == "float32")
+    if settings.get("lora_dropout") == 0:
+        return f"{command} --dropout 0", " without dropout"
+    return command, ""
 
 
 def page(results: Path) -> str:
-    """The page's text."""
+    """The page's text: the answers first, then every stored figure."""
+    machines = {d: made for d in sorted(results.iterdir()) if d.is_dir() and (made := [*sections(d)])}
+    if not machines:
+        raise ValueError(f"results must hold a machine's directory with something measured, got {results} without one")
     lines = [
         "# Benchmarks",
         "",
         "<!-- Written by python -m benchmarks.lab.page, which overwrites every change made here. -->",
         "",
-        "Every figure here comes from a stored result (`benchmarks/results/`). Each section has the command that measures it.",
-        "Arms take turns in one process. Figures are medians, with quartiles in brackets; ratios are taken round by round. See",
-        "[Benchmarking](../internals/lab.md) for the method, and [here](performance.md) for what was counted and predicted for "
-        "GPUs.",
+        "## In short",
     ]
-    machines = {d: made for d in sorted(results.iterdir()) if d.is_dir() and (made := [*sections(d)])}
-    if not machines:
-        raise ValueError(f"results must hold a machine's directory with something measured, got {results} without one")
+    for directory, made in machines.items():
+        lines += ["", f"On {machine(made[0].environment)} (`{directory.name}`):"]
+        for part in filter(None, answers(directory)):
+            lines += ["", part]
+    lines += [
+        "",
+        *_HOW_TO_READ.splitlines(),
+    ]
     if not any(section.environment.get("gpu") for made in machines.values() for section in made):
         lines += ["", "**No GPU has measured anything yet.** All of this is from CPUs, on PyTorch's operators."]
+    lines += [
+        "",
+        *_METHOD.splitlines(),
+    ]
     for directory, made in machines.items():
         file = directory / BEFORE
         losses, _, before = file.read_text(encoding="utf-8").partition("\n\n") if file.is_file() else ("", "", "")
-        lines += ["", f"## {directory.name}", "", "### Where it loses", ""]
+        lines += [
+            "",
+            f"## All figures: {machine(made[0].environment)} ({directory.name})",
+            "",
+            "### Where it loses",
+            "",
+        ]
         found = [f"- {loss}" for section in made for loss in section.losses] + losses.splitlines()
         lines += found or ["Nowhere in what is stored."]
         for section in made:
@@ -122,7 +175,7 @@ def page(results: Path) -> str:
                 section.command,
                 "```",
                 "",
-                where(section.environment),
+                where(section.environment, section.disturbed),
             ]
             for part in section.parts:
                 lines += ["", part]

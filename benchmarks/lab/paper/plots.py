@@ -49,20 +49,20 @@ def _figure(records: Records, setting: Setting) -> Any:
     loss = setting.task == "plays"
     found = [row for row in headline(records) if "difference" in row]
     # Without enough seeds to choose a best rate there is no third panel.
-    size, widths = ((14, 4.7), (1.2, 1.2, 1)) if found else ((10, 4.7), (1.2, 1.2))
+    size, widths = ((14, 5.6), (1.2, 1.2, 1)) if found else ((10, 4.7), (1.2, 1.2))
     figure, (left, middle, *rest) = plt.subplots(
         1, len(widths), figsize=size, layout="constrained", width_ratios=widths
     )
     title = f"{setting}: LoRA r 8 on query and value"
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.suptitle(title, fontsize=14, fontweight="bold")
     rows = rates(records)
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
         values = [-row["test"] if loss else 100 * row["test"] for row in mine]
         left.plot([row["lr"] for row in mine], values, "o-", markersize=4, color=COLORS[arm], label=arm)
     left.set(xscale="log", xlabel="learning rate", ylabel="test loss, nats a token" if loss else "test accuracy, %")
-    left.set_title(f"every learning rate, means over {seeds(records)}", fontsize=9)
-    figure.legend(loc="outside lower center", ncols=8, fontsize=8)
+    left.set_title(f"every learning rate, means over {seeds(records)}", fontsize=12)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=13)
     factor = -1 if loss else 100
     beside = same_rate(records)
     # A run that fell to one class is off by tens of points; a mean with it would only show how many fell.
@@ -83,7 +83,7 @@ def _figure(records: Records, setting: Setting) -> Any:
         xlabel="learning rate",
         ylabel=f"minus AdamW's, {'nats a token' if loss else 'points'}",
     )
-    middle.set_title(f"minus AdamW's at the same rate{', where no run broke' if broken else ''}", fontsize=9)
+    middle.set_title(f"minus AdamW's at the same rate{', where no run broke' if broken else ''}", fontsize=12)
     for axes in (left, middle):
         axes.set_xticks(ticks := sorted({row["lr"] for row in rows}), [f"{lr:g}" for lr in ticks])
         axes.minorticks_off()
@@ -98,30 +98,32 @@ def _at_their_best(axes: Any, found: Records, loss: bool) -> None:
         half = abs(factor) * row["difference_95"]
         axes.errorbar(factor * row["difference"], place, xerr=half, fmt="o", capsize=4, color=COLORS[row["arm"]])
     names = [f"{row['arm']}\nlr {row['lr']:g}, {row['pairs']} seeds" for row in found]
-    axes.set_yticks(range(len(found)), names, fontsize=8)
+    axes.set_yticks(range(len(found)), names, fontsize=11)
     axes.axvline(0, color="#333333", linewidth=0.8)
     axes.set(
         xlabel="loss minus AdamW's (left is better)" if loss else "accuracy minus AdamW's, points",
         ylim=(-0.6, len(found) - 0.4),
     )
-    axes.set_title("each at its best, seed by seed, 95 %", fontsize=9)
+    axes.set_title("each at its best, seed by seed, 95 %", fontsize=12)
 
 
 def _ablations(rows: Records, setting: Setting) -> Any:
     """Score against rank for every optimizer, and Stable-LoRA minus AdamW under each change."""
     loss = setting.task == "plays"
     factor = -1 if loss else 100
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=(1, 1.1))
-    figure.suptitle(f"{setting}: each optimizer at its best for r 8", fontsize=12, fontweight="bold")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained", width_ratios=(1, 1.1))
+    figure.suptitle(f"{setting}: each optimizer at its best for r 8", fontsize=14, fontweight="bold")
     _against_rank(left, rows, loss)
     found = [row for row in rows if row["arm"].startswith(STABLE) and row["minus_adamw"] is not None][::-1]
     for place, row in enumerate(found):
         right.errorbar(factor * row["minus_adamw"], place, xerr=abs(factor) * row["minus_adamw_95"], fmt="o", capsize=4,
                        color=COLORS[row["arm"]])  # fmt: skip
-    right.set_yticks(range(len(found)), [f"{ablations.change(row)}\n{row['seeds']} seeds" for row in found], fontsize=8)
+    right.set_yticks(
+        range(len(found)), [f"{ablations.change(row)}\n{row['seeds']} seeds" for row in found], fontsize=10
+    )
     right.axvline(0, color="#333333", linewidth=0.8)
     right.set(xlabel=f"Stable-LoRA minus AdamW, {'nats a token' if loss else 'points'}", ylim=(-0.6, len(found) - 0.4))
-    right.set_title("with the same thing changed in both, seed by seed, 95 %", fontsize=9)
+    right.set_title("with the same thing changed in both, seed by seed, 95 %", fontsize=12)
     return figure
 
 
@@ -149,5 +151,5 @@ def _against_rank(axes: Any, rows: Records, loss: bool) -> None:
     # A run that fell to one class is off by tens of points.
     middle = statistics.median(factor * row["test"] for row in ranks)
     axes.set_ylim(*((middle - 0.2, middle + 0.2) if loss else (middle - 5, middle + 4)))
-    axes.set_title("against rank, means and 95 % intervals over seeds (what is cut off: in the table)", fontsize=9)
-    axes.legend(fontsize=8)
+    axes.set_title("against rank, means and 95 % intervals over seeds", fontsize=12)
+    axes.figure.legend(loc="outside lower center", ncols=5, fontsize=12, frameon=False)

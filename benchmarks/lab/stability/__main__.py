@@ -28,10 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where files go (default: results/stability-PRESET)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--stored", type=Path, metavar="DIR", help="run nothing; draw stored results into --out")
     args = parser.parse_args(argv)
     if args.processes < 1:
         parser.error(f"--processes must be at least 1, got {args.processes}")
     preset, out = PRESETS[args.preset], args.out or Path("results") / f"stability-{args.preset}"
+    if args.stored:
+        try:
+            found = report.read(args.stored)
+        except OSError as error:
+            parser.error(f"--stored must hold a study's CSV files, got {args.stored}: {error}")
+        out.mkdir(parents=True, exist_ok=True)
+        for path in plots.draw(found, out):
+            print(path)
+        return 0
     if not args.report:
         try:
             run(preset, out, args.processes)

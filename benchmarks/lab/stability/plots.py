@@ -40,18 +40,24 @@ def draw(found: Found, out: Path) -> list[Path]:
     }
     task = TASKS[found["family"]][0]
     for figure in plots.values():
-        note = textwrap.fill(f"{task}, r 8. {figure.get_supxlabel()}", int(18 * figure.get_figwidth()))
-        figure.supxlabel(note, fontsize=7.5, color="#666666")
+        note = textwrap.fill(f"{task}, r 8. {figure.get_supxlabel()}", int(13 * figure.get_figwidth()))
+        figure.supxlabel(note, fontsize=9, color="#666666")
     return [save(figure, out / f"{name}.png") for name, figure in plots.items()]
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    """One legend for all panels, beside them, in a size that a page can show."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=10, frameon=False)
 
 
 def _figure(rows: int, columns: int, title: str, note: str, height: float = 3.2, share_y: bool = True) -> Any:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            rows, columns, figsize=(3.4 * columns + 1, height * rows + 0.9), layout="constrained", squeeze=False,
+            rows, columns, figsize=(2.1 * columns + 2.4, height * rows + 0.9), layout="constrained", squeeze=False,
             sharey=share_y,
         )  # fmt: skip
-    figure.suptitle(textwrap.fill(title, int(9 * figure.get_figwidth())), fontsize=12, fontweight="bold")
+    figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontsize=12, fontweight="bold")
     figure.supxlabel(note)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
@@ -90,7 +96,7 @@ def _latch(found: Found) -> Any:
             bottom.tick_params(labelleft=False)
     axes[0][0].set_ylabel("shrinking steps")
     axes[1][0].set_ylabel("||A|| left by shrinking, %")
-    axes[0][-1].legend(fontsize=7, frameon=False)
+    _legend(figure, axes[0][-1])
     return figure
 
 
@@ -122,10 +128,10 @@ def _exponents(deltas: Records) -> Any:
             if row == 0:
                 axis.set_title(f"lr {law}")
             if column == 0:
-                axis.set_ylabel(f"γ of {PARTS[part]}", fontsize=8)
+                axis.set_ylabel(f"γ of {PARTS[part]}", fontsize=10)
             if row == len(names) - 1:
                 axis.set_xlabel("step")
-    axes[0][-1].legend(fontsize=7, frameon=False)
+    _legend(figure, axes[0][-1])
     return figure
 
 
@@ -152,8 +158,8 @@ def _sizes(deltas: Records) -> Any:
                 axis.set_title(f"lr {law}")
             if row == len(SHOWN) - 1:
                 axis.set_xlabel("n")
-        axes[row][0].set_ylabel(arm.name, fontsize=8)
-    axes[0][-1].legend(fontsize=6.5, frameon=False)
+        axes[row][0].set_ylabel(arm.name, fontsize=10)
+    _legend(figure, axes[0][-1])
     return figure
 
 
@@ -186,7 +192,7 @@ def _norms(deltas: Records) -> Any:
                     axis.plot(latched, marked, "x", color=COLORS[arm.name], markersize=5)
         axis.set(xscale="log", yscale="log", title=f"lr {law}", xlabel="step")
     axes[0][0].set_ylabel("norm over width")
-    axes[0][-1].legend(fontsize=7, frameon=False)
+    _legend(figure, axes[0][-1])
     return figure
 
 
@@ -213,5 +219,5 @@ def _learning_rates(found: Found) -> Any:
     if max(drawn) > 10 * min(drawn):
         axes[0][0].set_yscale("log")  # of all panels, which share it
     axes[0][0].set_ylabel("held-out loss")
-    axes[0][-1].legend(fontsize=7, frameon=False)
+    _legend(figure, axes[0][-1])
     return figure

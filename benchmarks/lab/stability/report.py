@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -214,3 +217,19 @@ def write(found: Found, out: Path) -> list[Path]:
         "deltas.csv.gz": csv_text([rounded(row, 4) for row in deltas]),
     }
     return write_files(out, files)
+
+
+def read(directory: Path) -> Found:
+    """What :func:`write` has stored in ``directory``, as runs and deltas again."""
+
+    def rows(text: str) -> list[dict[str, Any]]:
+        return [
+            {name: cell if name in ("arm", "law") else json.loads(cell or "null") for name, cell in row.items()}
+            for row in csv.DictReader(text.splitlines())
+        ]
+
+    deltas = rows(gzip.decompress((directory / "deltas.csv.gz").read_bytes()).decode())
+    runs, latch = (rows((directory / name).read_text(encoding="utf-8")) for name in ("runs.csv", "latch.csv"))
+    first = (directory / "table.txt").read_text(encoding="utf-8")
+    family = next(name for name, (task, _) in TASKS.items() if first.startswith(task))
+    return {"runs": runs, "deltas": deltas, "steps": latch[0]["steps"], "family": family}

@@ -53,6 +53,10 @@ def test_the_page_has_what_is_stored_and_says_where_it_loses(tmp_path, monkeypat
     assert __main__.main([]) == 0
     text = page_file.read_text()
     assert "No GPU has measured anything yet" in text and "A CPU, 2 cores, load 3.0 at the start" in text
+    # The answers come before any machine's figures, and a loss is bold in them.
+    opening = text.split("## All figures")[0]
+    assert "| a whole training step | PEFT | **2.00 (2.00 to 2.00)** |  |  |" in opening
+    assert text.index("## In short") < text.index("A CPU")
     losses = text.split("### Where it loses")[1].split("###")[0]
     for loss in ("training, step: ours takes 2.00 (1.90 to 2.10) of PEFT's time", "once 1.50 times as long"):
         assert f"- {loss}\n" in losses, loss
@@ -75,6 +79,38 @@ def test_the_page_has_what_is_stored_and_says_where_it_loses(tmp_path, monkeypat
         __main__.main([])
 
 
+def test_a_fine_tuning_run_is_on_the_page_and_its_losses_are_in_the_list(tmp_path):
+    run = tmp_path / "machine" / "quick"
+    run.mkdir(parents=True)
+    (run / "table.txt").write_text("the table\n")
+    won, lost = ("accelerate_peft: a step took 9.0% less time", "apply_lora: a step took 2.0% more time")
+    result = {
+        "environment": ENVIRONMENT,
+        "settings": {"model": "m", "targets": "all-linear", "r": 16, "lora_dropout": 0.0, "dtype": "float32"},
+        "headlines": [won, lost, "In figures, accelerate_peft: no more than figures."],
+    }
+    (run / "result.json").write_text(json.dumps(result))
+    text = report_page.page(tmp_path)
+    assert f"Fine-tuning m, all-linear, r 16, dropout 0, float32:\n\n- {won}\n- {lost}\n" in text
+    assert f"### Where it loses\n\n- {lost}\n\n### Fine-tuning a real model without dropout" in text
+    assert "python -m benchmarks --dtype fp32 --dropout 0\n" in text
+    assert "```text\nthe table\n```" in text
+    # Runs stored before there were headlines.
+    (run / "result.json").write_text(json.dumps({"environment": ENVIRONMENT}))
+    assert "Nowhere in what is stored." in report_page.page(tmp_path)
+
+
 def test_the_committed_page_is_of_the_committed_results(capsys):
     assert __main__.main(["--check"]) == 0, capsys.readouterr().out
     assert not re.search(r"\bnan\b", report_page.PAGE.read_text())
+
+
+def test_the_memory_table_of_the_peft_page_is_what_is_counted():
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from benchmarks.lab.page import memory
+
+    counts = {(arm, dropout): memory.saved_mib(arm, dropout) for arm in memory.ARMS for dropout in memory.DROPOUTS}
+    page = (report_page.PAGE.parents[1] / "guides" / "peft.md").read_text(encoding="utf-8")
+    assert memory.table(counts) in page
+    assert memory.PLOT.is_file()

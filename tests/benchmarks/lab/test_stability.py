@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 from dataclasses import replace
 
@@ -128,18 +127,20 @@ def test_the_command_goes_on_from_units_and_reports(tmp_path, monkeypatch, capsy
 )
 def test_the_stored_table_is_that_of_the_stored_runs(folder, family):
     place = RESULTS / "epyc-avx512-2core" / folder
-
-    def read(lines):
-        return [
-            {name: text if name in ("arm", "law") else json.loads(text or "null") for name, text in row.items()}
-            for row in csv.DictReader(lines)
-        ]
-
-    runs = read((place / "runs.csv").read_text().splitlines())
-    deltas = read(gzip.decompress((place / "deltas.csv.gz").read_bytes()).decode().splitlines())
-    (steps,) = {row["steps"] for row in read((place / "latch.csv").read_text().splitlines())}
-    found = {"runs": runs, "deltas": deltas, "steps": steps, "family": family}
+    found = report.read(place)
+    assert found["family"] == family
     assert report.table(found) == (place / "table.txt").read_text(encoding="utf-8")
+
+
+def test_stored_results_are_drawn_again(tmp_path, capsys):
+    place = RESULTS / "epyc-avx512-2core" / "stability-transformers"
+    assert __main__.main(["--stored", str(place), "--out", str(tmp_path / "plots")]) == 0
+    assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == sorted(
+        f"{name}.png" for name in ("latch", "exponents", "sizes", "norms", "learning_rates")
+    )
+    with pytest.raises(SystemExit):
+        __main__.main(["--stored", str(tmp_path)])
+    assert "--stored must hold a study's CSV files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("factor", "text"), [(1.003, "1.0030 (1.0030-1.0030)"), (0.9, "0.90 (0.90-0.90)")])

@@ -1,0 +1,166 @@
+"""The wheel in fresh environments, as a user installs it: each extra brings what it promises, and the quick start runs.
+
+SLK_WHEEL names a wheel to test; without it, one is built. pip needs a network, or a cache of what it installs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.processes import ROOT
+from tests.helpers.wheel import build_wheel
+
+pytestmark = pytest.mark.nightly
+
+# What an environment without extras can do, and what the features begin with.
+CORE = """
+import torch, stablelora_kernels as slk
+from torch.nn import Linear, ReLU, Sequential
+def make_model():
+    return Sequential(Linear(16, 16), ReLU(), Linear(16, 2))
+model = make_model()
+slk.apply_lora(model, slk.LoRAConfig(r=2, lora_alpha=4, target_modules=["0"], modules_to_save=["2"]))
+optimizer = slk.StableLoRAAdamW.from_model(model, lr=1e-3)
+with slk.StabilityLogger(optimizer, "stability.csv", every=1):
+    model(torch.randn(4, 16)).square().sum().backward()
+    optimizer.step()
+def command(*arguments):
+    from stablelora_kernels.cli import main
+    assert main(list(arguments)) == 0
+"""
+SAVE = 'slk.save_adapter(model, "adapter"); slk.load_adapter(make_model(), "adapter"); command("inspect", "adapter")'
+PLOT = 'slk.plot_stability("stability.csv", "stability.png")'
+ACCELERATE = """
+import peft
+base = Sequential(Linear(16, 16), ReLU())
+model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
+assert len(slk.accelerate_peft(model).replaced) == 1
+model(torch.randn(4, 16)).sum().backward()
+"""
+MERGE = """
+import transformers
+config = transformers.LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+)
+transformers.LlamaForCausalLM(config).save_pretrained("llama")
+llama = transformers.LlamaForCausalLM.from_pretrained("llama")
+slk.apply_lora(llama, slk.LoRAConfig(r=2, target_modules=["q_proj"]))
+slk.save_adapter(llama, "llama_adapter")
+command("merge", "llama_adapter", "--into", "llama", "--out", "merged")
+"""
+INTERPRET = 'command("doctor", "--interpret")'
+# The features that each extra promises.
+PROMISES = {
+    "adapters": (SAVE,),
+    "peft": (ACCELERATE,),
+    "plot": (PLOT,),
+    "cli": (SAVE, MERGE, INTERPRET),
+    "all": (SAVE, ACCELERATE, PLOT, MERGE),
+}
+# Without any extra. Of the others, the program itself imports what is missing.
+REFUSED = {"adapters": SAVE, "plot": PLOT, "peft": "slk.accelerate_peft(model)", "cli": INTERPRET}
+
+
+class Environment:
+    """A virtual environment that sees nothing of this repository."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.python = directory / "bin" / "python"
+
+    def install(self, *what: str) -> None:
+        done = self.run("-m", "pip", "install", "-q", "--disable-pip-version-check", *what)
+        assert done.returncode == 0, done.stderr
+        done = self.run("-m", "pip", "check")
+        assert done.returncode == 0, done.stdout
+
+    def run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "STABLELORA", "TRITON_", "VIRTUAL_ENV"))
+        }
+        return subprocess.run(
+            [str(self.python), *arguments], cwd=cwd or self.directory, env=environment, capture_output=True, text=True
+        )  # fmt: skip
+
+    def program(self, code: str, directory: Path) -> subprocess.CompletedProcess[str]:
+        file = directory / "program.py"
+        file.write_text(code, encoding="utf-8")
+        return self.run(str(file), cwd=directory)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if given := os.environ.get("SLK_WHEEL"):
+        return Path(given).resolve()
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def plain(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """The wheel without extras."""
+    directory = tmp_path_factory.mktemp("fresh") / "plain"
+    venv.create(directory, with_pip=True, symlinks=True)
+    environment = Environment(directory)
+    environment.install(str(wheel))
+    return environment
+
+
+@pytest.fixture(scope="module")
+def with_extras(plain: Environment, wheel: Path) -> Callable[[str], Environment]:
+    """Makes the environment of ``pip install 'stablelora-kernels[extras]'``: torch is linked, the extras are installed."""
+
+    def make(extras: str) -> Environment:
+        directory = plain.directory.with_name(extras.replace(",", "-"))
+        if directory.exists():
+            return Environment(directory)
+        shutil.copytree(plain.directory, directory, symlinks=True, copy_function=os.link)
+        environment = Environment(directory)
+        environment.install(f"{wheel}[{extras}]")
+        return environment
+
+    return make
+
+
+def test_the_package_alone(plain: Environment, wheel: Path, tmp_path: Path) -> None:
+    installed = plain.run("-m", "pip", "list", "--format=freeze").stdout
+    assert f"stablelora-kernels=={wheel.name.split('-')[1]}" in installed
+    assert not re.search("^(numpy|safetensors|peft|transformers|matplotlib)=", installed, re.M)
+    done = plain.program(f'{CORE}\ncommand("doctor")', tmp_path)
+    assert done.returncode == 0 and "checks passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("extra", REFUSED)
+def test_without_the_extra_its_pip_line_is_named(extra: str, plain: Environment, tmp_path: Path) -> None:
+    done = plain.program(CORE + REFUSED[extra], tmp_path)
+    assert done.returncode != 0 and f"pip install 'stablelora-kernels[{extra}]'" in done.stderr, done.stderr
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("extra", PROMISES)
+def test_an_extra_brings_what_it_promises(
+    extra: str, with_extras: Callable[[str], Environment], tmp_path: Path
+) -> None:
+    done = with_extras(extra).program("\n".join((CORE, *PROMISES[extra])), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_quick_start(with_extras: Callable[[str], Environment], tmp_path: Path) -> None:
+    """The README's Python blocks, with exactly the extras of its first pip line."""
+    from tests.docs.test_docs import write_code
+
+    readme = ROOT / "README.md"
+    extras = re.search(
+        r"pip install ['\"]?(?:stablelora-kernels|\.)(?:\[([\w,-]+)\])?", readme.read_text(encoding="utf-8")
+    )
+    assert extras, "the README must have a pip line"
+    file = write_code(readme, tmp_path)
+    done = with_extras(extras[1]).run(str(file), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
