@@ -202,6 +202,9 @@ def check_possible(call: Call, kernel: str) -> None:
     """Raise ValueError if ``kernel`` can't do ``call``."""
     if kernel == "fused" and call.direction == "forward" and call.dropout:
         raise ValueError("kernel 'fused' was asked for, but it has no dropout; 'split' and 'vendor' have")
+    if kernel == "chained" and call.r > problem.MAX_CHAINED_R:
+        limit = problem.MAX_CHAINED_R
+        raise ValueError(f"kernel 'chained' was asked for, but it takes ranks up to {limit}, got {call.r}")
     if kernel == "fused" and call.r > problem.MAX_FUSED_R:
         limit = problem.MAX_FUSED_R
         raise ValueError(f"kernel 'fused' was asked for, but it takes ranks up to {limit}, got {call.r}")

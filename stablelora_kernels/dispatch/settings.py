@@ -69,7 +69,7 @@ class _Setting(Generic[T]):
 
 BACKENDS = ("auto", "triton", "torch")
 # "auto" asks the table of rules.
-KERNELS = ("auto", "fused", "split", "vendor")
+KERNELS = ("auto", "fused", "chained", "split", "vendor")
 
 _backend = _Setting("backend", dict(zip(BACKENDS, BACKENDS, strict=True)))
 _kernel = _Setting("kernel", dict(zip(KERNELS, KERNELS, strict=True)))
