@@ -55,20 +55,20 @@ def s_program(
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The ``program``-th of ``programs`` for S and grad, as ``_lora_shrink_kernel`` says."""
-    # Programs of grad before this program, and before the next.
-    grads, grads_next = 0, 0
+    # Programs of grad before this one.
+    grads, is_grad = 0, False
     if HAS_GRAD:
         grads = (program.to(tl.int64) * GRAD_PROGRAMS // programs).to(tl.int32)
-        grads_next = ((program + 1).to(tl.int64) * GRAD_PROGRAMS // programs).to(tl.int32)
-    if grads_next > grads:
-        weight_grad(
-            program=grads, z_ptr=x_ptr, t_ptr=t_ptr, out_ptr=grad_ptr, seed_ptr=seed_ptr, partial_ptr=grad_partial_ptr,
-            counter_ptr=grad_counter_ptr, M=M, C=K, R=R, SPLITS=GRAD_SPLITS, stride_zm=stride_xm, stride_zc=stride_xk,
-            stride_tm=stride_tm, stride_oc=R, stride_or=1, threshold=threshold, T_UNIT=GRAD_UNIT, HAS_ROWS=True,
-            DROPOUT=False, BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES,
-            INPUT_PRECISION=GRAD_PRECISION,
-        )  # fmt: skip
-    else:
+        is_grad = ((program + 1).to(tl.int64) * GRAD_PROGRAMS // programs).to(tl.int32) > grads
+        if is_grad:
+            weight_grad(
+                program=grads, z_ptr=x_ptr, t_ptr=t_ptr, out_ptr=grad_ptr, seed_ptr=seed_ptr, partial_ptr=grad_partial_ptr,
+                counter_ptr=grad_counter_ptr, M=M, C=K, R=R, SPLITS=GRAD_SPLITS, stride_zm=stride_xm, stride_zc=stride_xk,
+                stride_tm=stride_tm, stride_oc=R, stride_or=1, threshold=threshold, T_UNIT=GRAD_UNIT, HAS_ROWS=True,
+                DROPOUT=False, BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES,
+                INPUT_PRECISION=GRAD_PRECISION,
+            )  # fmt: skip
+    if not is_grad:
         _shrink(
             program=program - grads, x_ptr=x_ptr, a_ptr=a_ptr, s_ptr=s_ptr, seed_ptr=seed_ptr, partial_ptr=partial_ptr,
             counter_ptr=counter_ptr, chain_ptr=chain_ptr, M=M, K=K, R=R, SPLITS=SPLITS, FLAG_M=FLAG_M, stride_xm=stride_xm,
