@@ -46,6 +46,7 @@ def wait_for_flag(chain_ptr, flag, M, R, FLAG_M, S_BLOCK_M: tl.constexpr, S_BLOC
 @triton.jit
 def leave(chain_ptr, M, FLAG_M):
     """Be done; the last program to be done sets the chain back."""
+    stores_done(M)
     done = tl.atomic_add(chain_ptr + 1, 1, sem="acq_rel", scope="gpu")
     if done == tl.num_programs(0) - 1:
         tl.store(chain_ptr, 0)
