@@ -51,7 +51,7 @@ class Product(NamedTuple):
 
     x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], or None if nobody wants it, and y [M, N] with unit column
     stride; seed int64 [1]. ``call.masked`` says which mask drops. With ``call.add``, the kernels add to y. S is in units of
-    ``unit``, and ``scaling`` is s' divided by it.
+    ``unit``, and ``scaling`` is s' divided by it. Without ``wanted`` nobody wants y, and any tensor stands for w and y.
     """
 
     call: Call
@@ -66,6 +66,7 @@ class Product(NamedTuple):
     scaling: float
     dropout_p: float
     unit: float = 1.0
+    wanted: bool = True
 
 
 class Gradients(NamedTuple):
@@ -117,8 +118,10 @@ def backward_product(
     (m, n), (r, k) = grad.shape, lora_A.shape
     call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
     # Without dX or W, any tensor will do in its stead.
-    y, w = grad if dx is None else dx, grad if weight is None else weight.t()
-    product = Product(call, grad, w, None, lora_B.t(), lora_A.t(), ds, y, seed, scaling, dropout_p)
+    y, w = grad if dx is None else dx, (grad if weight is None else weight).t()
+    product = Product(
+        call, grad, w, None, lora_B.t(), lora_A.t(), ds, y, seed, scaling, dropout_p, wanted=dx is not None
+    )
     return product, Gradients(call, x, s, ds, grad, da, db, seed, dropout_p, s_unit(grad.dtype, scaling))
 
 

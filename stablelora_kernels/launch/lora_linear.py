@@ -84,14 +84,17 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
 def product_backward_launches(
     device: Device, p: Product, g: Gradients, choice: Choice | None
 ) -> list[Launch | VendorProduct]:
-    """The launches for dX, ``p.y``, by the kernel of ``choice``, and for dA and dB. Without a choice, dX is left out.
+    """The launches for dX, ``p.y``, by the kernel of ``choice``, and for dA and dB. Without a choice, dX is left out, and only
+    the kernel "chained" is of use.
 
     dB goes with a separate dS, so that dY is read once, and dA with dX.
     """
     if p.call.m == 0 or (choice is None and g.da is None):
         return [*gradient_launches(device, g)]
     if choice is None:
-        return [shrink(device, p, g), *gradient_launches(device, g._replace(db=None))]
+        choice = rules.choose(device, p.call)
+        if choice.kernel != "chained":
+            return [shrink(device, p, g), *gradient_launches(device, g._replace(db=None))]
     rules.check_possible(p.call, choice.kernel)
     if choice.kernel in ("chained", "split"):
         return _by_s(device, p, choice, g)
@@ -155,14 +158,15 @@ def _pointers_linear(
     c = p.call
     plan = tiles.linear_plan(device, c, flags["LOAD_S"], tile)
     tile = plan.tile
+    products = plan.tiles * p.wanted
     z, grad = _co_scheduled_da(device, g, tile)
     before = chained_s(device, p, g, tile, chained)
     return Launch(
         _lora_linear_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
         plan.reason,
-        (before.programs + plan.tiles + grad.programs,),
-        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, z, *grad.pointers, *before.pointers, c.m, c.n, c.k, c.r, plan.tiles,
+        (before.programs + products + grad.programs,),
+        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, z, *grad.pointers, *before.pointers, c.m, c.n, c.k, c.r, products,
          grad.splits, *before.counts, *p.x.stride(), *p.w.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0),
          *_strides(z), before.stride, p.scaling, dropout_threshold(p.dropout_p)),
         flags | grad.constants | before.constants | tile_blocks(tile) | {
@@ -180,7 +184,7 @@ def _split_k_linear(
     plan = tiles.linear_split_k_plan(device, c, flags["LOAD_S"], tile)
     tile = plan.tile
     parts, count = split_k_buffers(plan, tile.BLOCK_M * (tile.BLOCK_N + plan.block_r), p.x, lane=1)
-    products = plan.tiles * plan.splits
+    products = plan.tiles * plan.splits * p.wanted
     z, grad = _co_scheduled_da(device, g, tile)
     before = chained_s(device, p, g, tile, chained)
     return Launch(
@@ -215,6 +219,7 @@ def _tma_linear(
     c = p.call
     plan, specialize, parts, programs = tiles.linear_tma_plan(device, c, flags["LOAD_S"], CAN_SPECIALIZE and not chained, tile)
     tile = plan.tile
+    programs *= p.wanted
     (w, trans_w), (a, trans_a) = _rows_contiguous(p.w), _rows_contiguous(p.a)
     w_block = (tile.BLOCK_K, tile.BLOCK_N) if trans_w else (tile.BLOCK_N, tile.BLOCK_K)
     a_block = (tile.BLOCK_K, plan.block_r) if trans_a else (plan.block_r, tile.BLOCK_K)
