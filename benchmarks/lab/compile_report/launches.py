@@ -43,10 +43,8 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
     """(dtypes in words, launch) for every kernel and config, some of them more than once."""
     for name, (dtype, lora, _, ranks) in _each_dtype():
         for m, (n, k), r, p in product(ROWS, SIZES, ranks, (0.0, 0.1)):
-            # The table's choice, and the kernels that only force or autotuning selects.
+            # The table's choice; for many rows also the kernels that only force or autotuning selects.
             pairs: list[tuple[Choice | None, Choice | None]] = [(None, None)]
-            if dtype != FP32 or m <= 16:
-                pairs.append((Choice("split", ""), Choice("split", "")))
             if m == ROWS[-1]:
                 pairs.append((Choice("vendor", ""), Choice("vendor", "")))
                 if r <= MAX_FUSED_R and dtype != FP32:
