@@ -13,7 +13,7 @@ import torch
 from stablelora_kernels.dispatch import backend, problem
 from stablelora_kernels.dispatch.problem import MAX_FUSED_R, SMALL_M, Call, Device
 from stablelora_kernels.dispatch.settings import KERNELS, get_kernel
-from stablelora_kernels.dispatch.tiles import Tile
+from stablelora_kernels.dispatch.tiles import Tile, filled
 
 
 class Choice(NamedTuple):
@@ -100,12 +100,23 @@ class FormRule(NamedTuple):
     reason: str
 
 
+def _idle(device: Device, call: Call) -> bool:
+    programs = problem.cdiv(call.m, 128) * problem.cdiv(call.n, 128)
+    return programs > 0 and filled(device, programs) < 0.6
+
+
 # The kernel behind "fused" and "split".
 FORM_RULES = (
     FormRule(
         lambda d, c, described: c.m <= problem.SMALL_M and c.k > 0,
         "split_k",
         "few rows: bound by reading W, so programs share a tile's K until all of the GPU reads",
+    ),
+    FormRule(
+        # A shorter sum is over before programs could share it.
+        lambda d, c, described: c.dtype != torch.float32 and c.k >= 1024 and _idle(d, c),
+        "split_k",
+        "tiles of 128 by 128 would leave two fifths of the GPU idle, so programs share a tile's K",
     ),
     FormRule(
         lambda d, c, described: described and d.tma and c.dtype != torch.float32 and c.k > 0,

@@ -1,4 +1,4 @@
-"""Y for few rows, where reading W bounds the product; formulas and arguments are in ``linear``."""
+"""Y for few rows or columns, whose tiles alone would leave processors idle; formulas and arguments are in ``linear``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _lora_linear_split_k_kernel(
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K] with M <= BLOCK_M, W [N, K], A [R, K], B [N, R], Y [M, N].
+    """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], Y [M, N].
 
     As ``_lora_linear_kernel``, with two differences that keep all of the GPU reading W. A program computes W X^T, so that
     W's rows are the long side of the matrix instruction and the few rows of X the short one. And SPLITS programs share a
@@ -40,10 +40,12 @@ def _lora_linear_split_k_kernel(
                 INPUT_PRECISION=GRAD_PRECISION,
             )  # fmt: skip
             return
-    tiles = tl.cdiv(N, BLOCK_N)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles = tl.cdiv(M, BLOCK_M) * tiles_n
     tile, split = program % tiles, program // tiles
-    rows = tl.arange(0, BLOCK_M).to(tl.int64)
-    cols = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid_m, pid_n = tile // tiles_n, tile % tiles_n
+    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     row_mask, col_mask = rows < M, cols < N
@@ -92,8 +94,8 @@ def _lora_linear_split_k_kernel(
         if HAS_BIAS:
             y += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
         y = add_branch(
-            acc=y, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=tile * BLOCK_N,
-            store_s=STORE_S & (tile == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
+            acc=y, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=pid_n * BLOCK_N,
+            store_s=STORE_S & (pid_n == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
             scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH,
             WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
