@@ -139,7 +139,8 @@ def few_rows_word(call: Call) -> str:
 def split_k_buffers(plan: Plan, part: int, like: Tensor, lane: int = 0, sums: int = 1) -> tuple[Tensor, Tensor]:
     """The float32 scratch for partial sums, each of ``part`` elements, and the counters of ``sums`` for each tile.
 
-    Sums that may run at the same time need different lanes: 0 and 1 for S and Y, 2 and 3 for co-scheduled dB and dA.
+    Sums that may run at the same time need different lanes: 0 and 1 for S and Y, 2 and 3 for co-scheduled dB and dA, and
+    4 for a chain.
     """
     shared = plan.tiles * sums if plan.splits > 1 else 0
     parts = torch.empty(plan.splits * shared * part, dtype=torch.float32, device=like.device)
@@ -205,6 +206,7 @@ def shrink(device: Device, p: Product, g: Gradients | None = None, triggers_depe
         grad.constants | {
          "GRAD_UNIT": 1.0 if g is None else g.unit, "DROPOUT": dropout, "EVEN_K": c.k % tile.BLOCK_K == 0,
          "TRIGGERS_DEPENDENTS": triggers_dependents, "BLOCK_M": tile.BLOCK_M, "BLOCK_K": tile.BLOCK_K, "BLOCK_R": plan.block_r,
+         "STAGES": tile.num_stages,
          # For dS, A is B^T, whose rows are not contiguous.
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         tile_options(tile),

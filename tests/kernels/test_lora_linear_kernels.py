@@ -58,7 +58,7 @@ def check_run(inputs: dict[str, Tensor | None], p: float, kernel: str = "auto") 
     check(inputs, *results)
 
 
-@pytest.mark.parametrize("kernel", ["fused", "split", "vendor"])
+@pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize(("dtype", "lora_dtype"), [(FP32, FP32), (BF16, FP32), (FP16, FP16)], ids=str)
 @pytest.mark.parametrize(
     # All but the first have rows of 16 bytes' multiples, which descriptors want.
@@ -70,7 +70,7 @@ def test_each_kernel_matches_the_oracle(kernel, shape, n, r, dtype, lora_dtype, 
     check_run(inputs, 0.0, kernel)
 
 
-@pytest.mark.parametrize("kernel", ["split", "vendor"])
+@pytest.mark.parametrize("kernel", ["chained", "split", "vendor"])
 @pytest.mark.parametrize(("shape", "n"), [((67, 39), 53), ((67, 40), 48), ((9, 40), 48)])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("r", [3, 75])
@@ -271,7 +271,7 @@ def spacious(tmp_path: Path):
     assert all(path.stat().st_blocks * 512 < 2**24 < path.stat().st_size for path in made)
 
 
-@pytest.mark.parametrize("kernel", ["fused", "split", "vendor"])
+@pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize("rows", [40, 72])
 def test_offsets_beyond_2_to_the_31(kernel, rows, arch, spacious):
     """x, the weight, A, B and dY with their last rows more than 2^31 elements behind their first."""
@@ -289,7 +289,7 @@ def test_offsets_beyond_2_to_the_31(kernel, rows, arch, spacious):
         assert torch.equal(close[name], far[name]), name
 
 
-@pytest.mark.parametrize("kernel", ["fused", "split", "vendor"])
+@pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize("rows", [40, 72])
 def test_results_beyond_2_to_the_31(kernel, rows, arch, spacious):
     """Y and S stored so far apart; the ops allocate them close together, so the launches are made here."""
