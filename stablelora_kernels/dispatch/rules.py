@@ -29,6 +29,15 @@ class Rule(NamedTuple):
     reason: str
 
 
+def _fusible(c: Call) -> bool:
+    return c.direction == "forward" and not c.dropout and c.r <= problem.MAX_FUSED_R
+
+
+def _a_is_small(c: Call) -> bool:
+    """Whether A has no more bytes than 64 rows of W. A fused kernel reads all of A for 64 columns, whose W it reads once."""
+    return c.r * c.lora_dtype.itemsize <= 64 * c.dtype.itemsize
+
+
 # The first row that applies is taken, here and below.
 RULES = (
     Rule(
@@ -37,9 +46,30 @@ RULES = (
         "float32, more than 16 rows: Triton's exact product has no matrix instruction, the vendor's is tuned by hand",
     ),
     Rule(
-        lambda d, c: c.direction == "forward" and not c.dropout and c.m <= problem.SMALL_M and c.r <= problem.MAX_FUSED_R,
+        lambda d, c: _fusible(c) and c.m <= problem.SMALL_M and (_a_is_small(c) or c.n * c.k <= 2**25),
         "fused",
-        f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: bound by reading W, S costs little beside it, and nobody waits for it",
+        f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: bound by reading W, S costs little beside it, and nobody waits for it; "
+        "where every 64 columns read more of A than of W, only in small layers, whose launch takes longer than that",
+    ),
+    Rule(
+        # A wider block of ranks would spill registers; a shorter sum is over before programs could share it.
+        lambda d, c: (
+            _fusible(c) and c.m <= 512 and c.k >= 1024 and c.m * c.n * c.k <= 2**32 and c.r <= (32 if d.tma else 16)
+        ),
+        "fused",
+        "a product of a few microseconds: S beside it takes less time than programs that compute S first and others that wait",
+    ),
+    Rule(
+        lambda d, c: d.generation >= 100 and d.tma and c.dtype != torch.float32 and c.m >= 1024,
+        "vendor",
+        "data-center Blackwell: the compiler has only tiles of 128 by 128, which L2 feeds at half the matrix rate",
+    ),
+    Rule(
+        # Without dropout, the launch that adds the branch reads A anew for every 64 rows, which takes long for few of them.
+        lambda d, c: c.direction == "forward" and c.k >= 2 * c.n and (c.m > CHAINED_M or (c.dropout and c.m >= 512)),
+        "vendor",
+        "a long sum for few columns: adding the branch to a finished product takes up to 5 % more time than a kernel of ours at "
+        "the vendor's rate, and 9 to 27 % less than one at 0.85 of it",
     ),
     Rule(
         lambda d, c: c.m <= problem.CHAINED_M and c.r <= problem.MAX_CHAINED_R,

@@ -78,7 +78,11 @@ LINEAR_TILES = (
 
 # Y for few rows or columns (lora_linear_split_k); up to 64 rows linear_split_k_plan sets BLOCK_M.
 SPLIT_K_TILES = (
-    TileRule(lambda d, c: c.m > 128, Tile(128, 128, 64, 8, 4), "many rows, few tiles: each operand is read for 128 of the other"),
+    TileRule(
+        lambda d, c: c.m > 128,
+        Tile(128, 128, 64, 8, 4),
+        "many rows, few tiles: each operand is read for 128 of the other",
+    ),
     TileRule(
         lambda d, c: c.m > problem.SMALL_M,
         Tile(128, 64, 64, 4, 4),
@@ -286,8 +290,10 @@ def linear_split_k_plan(device: Device, call: Call, load_s: bool, measured: Tile
     tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s))
     tiles, steps = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N), cdiv(call.k, tile.BLOCK_K)
     # Partial sums of 64 rows are as large as what a program reads of W in a few steps: one program a processor is enough.
-    splits = plan_split_k(device, tiles, steps, programs=2 if tile.BLOCK_M == 16 else 1) if few else (
-        fill_split_k(device, tiles, steps)
+    splits = (
+        plan_split_k(device, tiles, steps, programs=2 if tile.BLOCK_M == 16 else 1)
+        if few
+        else (fill_split_k(device, tiles, steps))
     )
     return Plan(tile, reason, block_r, tiles, splits)
 

@@ -11,6 +11,13 @@ from stablelora_kernels.dispatch.problem import DEVICES, Device
 GPUS = Path(__file__).parent / "gpus"
 
 
+class Rates(dict[str, float]):
+    """Operations a second by dtype; hashable, so that times can be cached by GPU."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items())))
+
+
 class Gpu(NamedTuple):
     """Ceilings of a GPU: bytes and operations a second, seconds a launch."""
 
@@ -22,7 +29,7 @@ class Gpu(NamedTuple):
     l2_range: tuple[float, float]
     # Into all processors together; each takes an equal share at most.
     port_bandwidth: float
-    matrix_rate: dict[str, float]
+    matrix_rate: Rates
     # A matrix instruction of fewer columns takes as long as one of these.
     narrow_columns: int
     # Instructions a second of all threads together; of those to memory, shared memory's included, a quarter.
@@ -48,6 +55,7 @@ def load_gpu(name: str) -> Gpu:
         known = ", ".join(sorted(p.stem for p in GPUS.glob("*.json")))
         raise SystemExit(f"--gpu must be one of {known}, got {name!r}")
     content = json.loads(path.read_text())
+    content |= {"matrix_rate": Rates(content["matrix_rate"]), "l2_range": tuple(content["l2_range"])}
     return Gpu(**{field: content[field] for field in Gpu._fields})
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.lab.cost_model.gpu import Gpu, band_ends
-from benchmarks.lab.cost_model.launch_time import chained_seconds, launch_seconds, vendor_seconds
+from benchmarks.lab.cost_model.launch_time import Facts, chained_seconds, facts, facts_seconds, vendor_seconds
 from benchmarks.lab.cost_model.rivals import RIVALS, Shape, Work
-from benchmarks.lab.traffic.formula import formula
-from stablelora_kernels.dispatch.problem import Call
+from benchmarks.lab.traffic.formula import Traffic, formula
+from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
 from stablelora_kernels.launch.dry_run import call_launches
 
@@ -44,22 +45,67 @@ def _rival_busy(gpu: Gpu, work: Work) -> float:
 # This library.
 
 
+class _Vendor(NamedTuple):
+    """The vendor's product [m, k] by [k, n], with bytes beyond its operands'."""
+
+    m: int
+    n: int
+    k: int
+    extra: float
+
+
+@cache
+def _launches(
+    device: Device, narrow_columns: int, s: Shape, kernel: str
+) -> tuple[list[Facts | _Vendor], list[Facts | _Vendor]]:
+    """The launches of forward and backward by ``kernel``, or by "split" for a direction that has no such kernel."""
+    choices = [
+        Choice(kernel if kernel in possible_kernels(call_of(s, direction)) else "split", "")
+        for direction in ("forward", "backward")
+    ]
+    found = call_launches(device, s.m, s.n, s.k, s.r, BF16, lora_dtype(s), s.p, *choices)
+    first, second = ([_facts(launch, narrow_columns) for launch in launches] for launches in found)
+    return first, second
+
+
+def _facts(launch: Any, narrow_columns: int) -> Facts | _Vendor:
+    if hasattr(launch, "kernel"):
+        return facts(launch, narrow_columns)
+    (m, n), k = launch.y.shape, launch.x.shape[1]
+    return _Vendor(m, n, k, formula(launch).unique - 2.0 * (m * k + k * n + m * n))
+
+
+def kernel_seconds(gpu: Gpu, s: Shape, direction: str, kernel: str, efficiency: float = 1.0) -> float:
+    """Predicted seconds of one direction by ``kernel``. "chained" is priced from the pair of launches that it joins."""
+    pair = "split" if kernel == "chained" else kernel
+    launches = _launches(gpu.device, gpu.narrow_columns, s, pair)[direction == "backward"]
+    if kernel == "chained":
+        shrink, linear = launches
+        assert isinstance(shrink, Facts) and isinstance(linear, Facts)
+        return chained_seconds(gpu, shrink, linear, efficiency)
+    return sum(
+        gpu.launch + vendor_seconds(gpu, *launch)
+        if isinstance(launch, _Vendor)
+        else facts_seconds(gpu, launch, efficiency)
+        for launch in launches
+    )
+
+
+def launch_seconds(gpu: Gpu, launch: Any, efficiency: float = 1.0) -> float:
+    """One of our launches, in bf16, or the vendor's product."""
+    found = _facts(launch, gpu.narrow_columns)
+    if isinstance(found, _Vendor):
+        return gpu.launch + vendor_seconds(gpu, *found)
+    return facts_seconds(gpu, found, efficiency)
+
+
 def ours(
     gpu: Gpu, s: Shape, efficiency: float = 1.0, forward: str | None = None, backward: str | None = None
 ) -> tuple[float, float]:
     """Predicted seconds of forward and backward, by the kernels that dispatch chooses unless they are given."""
-    kernels = [
-        kernel or choose(gpu.device, call_of(s, direction)).kernel
-        for kernel, direction in ((forward, "forward"), (backward, "backward"))
-    ]
-    # "chained" is priced from the pair of launches that it joins.
-    choices = [Choice("split" if kernel == "chained" else kernel, "") for kernel in kernels]
-    found = call_launches(gpu.device, s.m, s.n, s.k, s.r, BF16, lora_dtype(s), s.p, *choices)
     first, second = (
-        chained_seconds(gpu, *launches, efficiency)
-        if kernel == "chained"
-        else sum(launch_seconds(gpu, launch, efficiency) for launch in launches)
-        for kernel, launches in zip(kernels, found, strict=True)
+        kernel_seconds(gpu, s, direction, kernel or choose(gpu.device, call_of(s, direction)).kernel, efficiency)
+        for direction, kernel in (("forward", forward), ("backward", backward))
     )
     return first, second
 
@@ -69,21 +115,12 @@ def without_overlap(gpu: Gpu, s: Shape) -> float:
 
     dY comes from memory for dS and again for dB. dA begins after dX. No launch begins before the previous one ended.
     """
-    split = Choice("split", "")
-    forward, (thin, wide) = call_launches(gpu.device, s.m, s.n, s.k, s.r, BF16, lora_dtype(s), s.p, split, split)
-    # No launch begins early, and none fills what another leaves idle.
-    apart = [
-        launch._replace(
-            constants=launch.constants | {"TRIGGERS_DEPENDENTS": False}, options=launch.options | {"launch_pdl": False}
-        )
-        for launch in (*forward, wide._replace(constants=wide.constants | {"HAS_GRAD": False}))
-    ]
+    found = [f for launches in _launches(gpu.device, gpu.narrow_columns, s, "split") for f in launches]
+    apart = [f._replace(begins_early=False, ends_early=False) for f in found if isinstance(f, Facts)]
+    *forward, thin, wide = apart
     again, x = 2 * s.m * s.n, 2 * s.m * s.k
-    return (
-        sum(launch_seconds(gpu, launch) for launch in apart)
-        + gpu.launch
-        + (formula(thin).unique + again + x) / gpu.bandwidth
-    )
+    bare = wide._replace(grad_moved=Traffic(), grad_operations=0.0)
+    return sum(facts_seconds(gpu, f) for f in (*forward, thin, bare)) + (again + x) / gpu.bandwidth
 
 
 def call_of(s: Shape, direction: str) -> Call:
@@ -92,16 +129,10 @@ def call_of(s: Shape, direction: str) -> Call:
     return Call(direction, s.m, *sizes, s.r, BF16, lora_dtype(s), s.dropout)
 
 
-def best(
-    gpu: Gpu, s: Shape, direction: str, efficiency: float = 1.0, kernels: Sequence[str] | None = None
-) -> dict[str, float]:
-    """Predicted seconds of one direction by each of ``kernels``, or by each that can do it."""
-    place = ("forward", "backward").index(direction)
-    spare = "split"
-    return {
-        kernel: ours(gpu, s, efficiency, *((kernel, spare) if place == 0 else (spare, kernel)))[place]
-        for kernel in kernels or possible_kernels(call_of(s, direction))
-    }
+def best(gpu: Gpu, s: Shape, direction: str, efficiency: float = 1.0) -> dict[str, float]:
+    """Predicted seconds of one direction by each kernel that can do it."""
+    kernels = possible_kernels(call_of(s, direction))
+    return {kernel: kernel_seconds(gpu, s, direction, kernel, efficiency) for kernel in kernels}
 
 
 class Regret(NamedTuple):

@@ -124,7 +124,10 @@ def lorafusion(s: Shape) -> tuple[list[Work], list[Work]]:
         "Y with epilogue", base_forward[0].bytes + E * r * (m + n), base_forward[0].flops + 2.0 * m * n * r, (m, n, k)
     )
     fused_backward = Work(
-        "dX with epilogue", base_backward[0].bytes + E * r * (m + k), base_backward[0].flops + 2.0 * m * k * r, (m, k, n)
+        "dX with epilogue",
+        base_backward[0].bytes + E * r * (m + k),
+        base_backward[0].flops + 2.0 * m * k * r,
+        (m, k, n),
     )
     forward = [
         *([passes("dropout", m * k, 2)] if s.dropout else []),

@@ -11,7 +11,20 @@ from stablelora_kernels.kernels.lora.linear import add_branch, co_scheduled_grad
 from stablelora_kernels.kernels.lora.shrink import s_program
 
 
-@triton.jit(do_not_specialize=["M", "SPLITS", "PRODUCTS", "GRAD_SPLITS", "S_PROGRAMS", "S_SPLITS", "DB_PROGRAMS", "DB_SPLITS", "FLAG_M", "threshold"])
+@triton.jit(
+    do_not_specialize=[
+        "M",
+        "SPLITS",
+        "PRODUCTS",
+        "GRAD_SPLITS",
+        "S_PROGRAMS",
+        "S_SPLITS",
+        "DB_PROGRAMS",
+        "DB_SPLITS",
+        "FLAG_M",
+        "threshold",
+    ]
+)
 def _lora_linear_split_k_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr, partial_ptr, counter_ptr,
     z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
@@ -118,7 +131,7 @@ def _lora_linear_split_k_kernel(
         y = tl.trans(acc)
         if HAS_BIAS:
             y += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-        wait_for_s(chain_ptr, 0, M, R, FLAG_M, WAITS_FOR_PRIMARY, CHAINED, S_BLOCK_M, S_BLOCK_R)
+        wait_for_s(chain_ptr, pid_m * BLOCK_M, M, R, FLAG_M, WAITS_FOR_PRIMARY, CHAINED, S_BLOCK_M, S_BLOCK_R)
         y = add_branch(
             acc=y, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=pid_n * BLOCK_N,
             store_s=STORE_S & (pid_n == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
