@@ -3,9 +3,9 @@
     python -m benchmarks.lab.cost_model [--gpu h100] [--dropout 0.1] [--efficiency 0.85] [--out DIRECTORY]
 
 A launch is predicted to take its launch cost and the longest of: bytes from memory over the bandwidth, bytes issued over L2's,
-operations over the matrix units' rate, and bytes over what its programs can keep in flight; its busiest processor counts. Ceilings
-and their sources are in the files of gpus/. Our launches are the ones that dispatch picks, with their bytes by the formula that
-the traffic report tests; the rivals' are in rivals.py. Only a GPU can tell which share of the vendor's matrix rate Triton's
+operations over the matrix units' rate, and bytes over what its programs can keep in flight; its busiest processor counts.
+Ceilings and their sources are in the files of gpus/. Our launches are the ones that dispatch picks, with their bytes by the
+formula that the traffic report tests; the rivals' are in rivals.py. Only a GPU can tell which share of the vendor's matrix rate Triton's
 products reach, and sources differ about L2's rate. So times are a band: from all of the vendor's rate and the highest rate of
 L2 to ``--efficiency`` of the one and the lowest of the other. Regret is how much longer dispatch's kernel takes than the fastest.
 """
@@ -141,9 +141,11 @@ def regret_lines(rows: list[dict[str, Any]]) -> list[str]:
     worst = [max(row[f"{way} regret"], row[f"{way} regret{SLOW}"]) for row, way in ways]
     least = [row[f"{way} least regret"] for row, way in ways]
     at, way = ways[worst.index(max(worst))]
+    shape = f"{way} M {at['m']} N {at['n']} K {at['k']} r {at['r']}"
+    kernels = f"{at[f'{way} kernel']}, not {at[f'{way} minimax']}"
     return [
         f"Regret over the band, the worse end of each of {len(ways)} calls: {statistics.mean(worst):.1%} on average, "
-        f"{max(worst):.1%} at most ({way} M {at['m']} N {at['n']} K {at['k']} r {at['r']}, {at[f'{way} kernel']}, not {at[f'{way} minimax']})",
+        f"{max(worst):.1%} at most ({shape}: {kernels})",
         f"No table has less than {statistics.mean(least):.1%} on average and {max(least):.1%} at most: the ends disagree.",
     ]
 

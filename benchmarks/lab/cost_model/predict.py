@@ -13,7 +13,7 @@ from benchmarks.lab.cost_model.launch_time import Facts, chained_seconds, facts,
 from benchmarks.lab.cost_model.rivals import RIVALS, Shape, Work
 from benchmarks.lab.traffic.formula import Traffic, formula
 from stablelora_kernels.dispatch.problem import Call, Device
-from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
+from stablelora_kernels.dispatch.rules import Choice, choose, overlaps, possible_kernels
 from stablelora_kernels.launch.dry_run import call_launches
 
 # (N, K) of q_proj and of down_proj and gate_proj, in a model of 1 and one of 8 billion parameters.
@@ -54,9 +54,14 @@ class _Vendor(NamedTuple):
     extra: float
 
 
+def _launches(gpu: Gpu, s: Shape, kernel: str) -> tuple[list[Facts | _Vendor], list[Facts | _Vendor]]:
+    # Whether launches overlap depends on the interpreter, too.
+    return _cached_launches(gpu.device, overlaps(gpu.device), gpu.narrow_columns, s, kernel)
+
+
 @cache
-def _launches(
-    device: Device, narrow_columns: int, s: Shape, kernel: str
+def _cached_launches(
+    device: Device, overlapping: bool, narrow_columns: int, s: Shape, kernel: str
 ) -> tuple[list[Facts | _Vendor], list[Facts | _Vendor]]:
     """The launches of forward and backward by ``kernel``, or by "split" for a direction that has no such kernel."""
     choices = [
@@ -78,7 +83,7 @@ def _facts(launch: Any, narrow_columns: int) -> Facts | _Vendor:
 def kernel_seconds(gpu: Gpu, s: Shape, direction: str, kernel: str, efficiency: float = 1.0) -> float:
     """Predicted seconds of one direction by ``kernel``. "chained" is priced from the pair of launches that it joins."""
     pair = "split" if kernel == "chained" else kernel
-    launches = _launches(gpu.device, gpu.narrow_columns, s, pair)[direction == "backward"]
+    launches = _launches(gpu, s, pair)[direction == "backward"]
     if kernel == "chained":
         shrink, linear = launches
         assert isinstance(shrink, Facts) and isinstance(linear, Facts)
@@ -115,7 +120,7 @@ def without_overlap(gpu: Gpu, s: Shape) -> float:
 
     dY comes from memory for dS and again for dB. dA begins after dX. No launch begins before the previous one ended.
     """
-    found = [f for launches in _launches(gpu.device, gpu.narrow_columns, s, "split") for f in launches]
+    found = [f for launches in _launches(gpu, s, "split") for f in launches]
     apart = [f._replace(begins_early=False, ends_early=False) for f in found if isinstance(f, Facts)]
     *forward, thin, wide = apart
     again, x = 2 * s.m * s.n, 2 * s.m * s.k

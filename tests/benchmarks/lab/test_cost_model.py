@@ -178,7 +178,7 @@ def test_the_quantized_tables_crossovers_are_the_models(kind, n, k, monkeypatch)
         assert chosen == "in_loop" or max(loops) > first, (m, direction)
         assert chosen == "dequantize" or min(loops) < first, (m, direction)
         if chosen == "in_loop" and max(loops) > first:
-            assert max(loops) / first <= first / min(loops), (m, direction)
+            assert max(loops) / first <= 1.02 * first / min(loops), (m, direction)
         assert quantized.seconds(H100, s, kind)[place] in (first, loops[0])
 
 
