@@ -65,8 +65,12 @@ RULES = (
         "data-center Blackwell: the compiler has only tiles of 128 by 128, which L2 feeds at half the matrix rate",
     ),
     Rule(
-        # Without dropout, the launch that adds the branch reads A anew for every 64 rows, which takes long for few of them.
-        lambda d, c: c.direction == "forward" and c.k >= 2 * c.n and (c.m > CHAINED_M or (c.dropout and c.m >= 512)),
+        # Without dropout and up to rank 64, the launch that adds the branch reads A anew for every 64 rows: many reads for few.
+        lambda d, c: (
+            c.direction == "forward"
+            and c.k >= 2 * c.n
+            and (c.m > CHAINED_M or (c.m >= 512 and (c.dropout or c.r > MAX_FUSED_R)))
+        ),
         "vendor",
         "a long sum for few columns: adding the branch to a finished product takes up to 5 % more time than a kernel of ours at "
         "the vendor's rate, and 9 to 27 % less than one at 0.85 of it",
