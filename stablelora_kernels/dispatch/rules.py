@@ -13,7 +13,7 @@ import torch
 from stablelora_kernels.dispatch import backend, problem
 from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_FUSED_R, SMALL_M, Call, Device
 from stablelora_kernels.dispatch.settings import KERNELS, get_kernel
-from stablelora_kernels.dispatch.tiles import Tile
+from stablelora_kernels.dispatch.tiles import Tile, filled
 
 
 class Choice(NamedTuple):
@@ -29,6 +29,15 @@ class Rule(NamedTuple):
     reason: str
 
 
+def _fusible(c: Call) -> bool:
+    return c.direction == "forward" and not c.dropout and c.r <= problem.MAX_FUSED_R
+
+
+def _a_is_small(c: Call) -> bool:
+    """Whether A has no more bytes than 64 rows of W. A fused kernel reads all of A for 64 columns, whose W it reads once."""
+    return c.r * c.lora_dtype.itemsize <= 64 * c.dtype.itemsize
+
+
 # The first row that applies is taken, here and below.
 RULES = (
     Rule(
@@ -37,9 +46,34 @@ RULES = (
         "float32, more than 16 rows: Triton's exact product has no matrix instruction, the vendor's is tuned by hand",
     ),
     Rule(
-        lambda d, c: c.direction == "forward" and not c.dropout and c.m <= problem.SMALL_M and c.r <= problem.MAX_FUSED_R,
+        lambda d, c: _fusible(c) and c.m <= problem.SMALL_M and (_a_is_small(c) or c.n * c.k <= 2**25),
         "fused",
-        f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: bound by reading W, S costs little beside it, and nobody waits for it",
+        f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: bound by reading W, S costs little beside it, and nobody waits for it; "
+        "where every 64 columns read more of A than of W, only in small layers, whose launch takes longer than that",
+    ),
+    Rule(
+        # A wider block of ranks would spill registers; a shorter sum is over before programs could share it.
+        lambda d, c: (
+            _fusible(c) and c.m <= 512 and c.k >= 1024 and c.m * c.n * c.k <= 2**32 and c.r <= (32 if d.tma else 16)
+        ),
+        "fused",
+        "a product of a few microseconds: S beside it takes less time than programs that compute S first and others that wait",
+    ),
+    Rule(
+        lambda d, c: d.generation >= 100 and d.tma and c.dtype != torch.float32 and c.m >= 1024,
+        "vendor",
+        "data-center Blackwell: the compiler has only tiles of 128 by 128, which L2 feeds at half the matrix rate",
+    ),
+    Rule(
+        # Without dropout and up to rank 64, the launch that adds the branch reads A anew for every 64 rows: many reads for few.
+        lambda d, c: (
+            c.direction == "forward"
+            and c.k >= 2 * c.n
+            and (c.m > CHAINED_M or (c.m >= 512 and (c.dropout or c.r > MAX_FUSED_R)))
+        ),
+        "vendor",
+        "a long sum for few columns: adding the branch to a finished product takes up to 5 % more time than a kernel of ours at "
+        "the vendor's rate, and 9 to 27 % less than one at 0.85 of it",
     ),
     Rule(
         lambda d, c: c.m <= problem.CHAINED_M and c.r <= problem.MAX_CHAINED_R,
@@ -102,12 +136,23 @@ class FormRule(NamedTuple):
     reason: str
 
 
+def _idle(device: Device, call: Call) -> bool:
+    programs = problem.cdiv(call.m, 128) * problem.cdiv(call.n, 128)
+    return programs > 0 and filled(device, programs) < 0.6
+
+
 # The kernel behind "fused" and "split".
 FORM_RULES = (
     FormRule(
         lambda d, c, described: c.m <= problem.SMALL_M and c.k > 0,
         "split_k",
         "few rows: bound by reading W, so programs share a tile's K until all of the GPU reads",
+    ),
+    FormRule(
+        # A shorter sum is over before programs could share it.
+        lambda d, c, described: c.dtype != torch.float32 and c.k >= 1024 and _idle(d, c),
+        "split_k",
+        "tiles of 128 by 128 would leave two fifths of the GPU idle, so programs share a tile's K",
     ),
     FormRule(
         lambda d, c, described: described and d.tma and c.dtype != torch.float32 and c.k > 0,

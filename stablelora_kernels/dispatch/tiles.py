@@ -30,17 +30,28 @@ class TileRule(NamedTuple):
     reason: str
 
 
+def rounds(device: Device, call: Call, rows: int, columns: int) -> int:
+    """Tiles of Y that the busiest processor computes, one after another."""
+    return cdiv(cdiv(call.m, rows) * cdiv(call.n, columns), device.processors)
+
+
+def filled(device: Device, programs: int) -> float:
+    """The share of the processors that ``programs`` keep busy, until the last of them ends."""
+    return programs / (max(1, cdiv(programs, device.processors)) * device.processors)
+
+
 # Y's tiles read through descriptors (lora_linear_tma).
 TMA_TILES = (
     TileRule(
-        lambda d, c: c.n < 1024 or c.m < 1024,
+        # A tile of 128 x 256 takes twice as long as one of 128 x 128 by operations, 1.5 times by what it reads.
+        lambda d, c: 8 * rounds(d, c, 128, 256) > 5 * rounds(d, c, 128, 128),
         Tile(128, 128, 64, 8, 4),
-        "a small result needs more tiles to fill the GPU",
+        "wider tiles would leave more of the GPU idle in the last round than they save in reads",
     ),
     TileRule(
-        lambda d, c: c.masked and (c.r > 32 or c.add),
+        lambda d, c: c.masked and c.add,
         Tile(128, 128, 64, 8, 4),
-        "a rank block of 64, or Y's earlier values, beside the mask's random numbers spill registers in a wider tile",
+        "Y's earlier values beside the mask's random numbers spill registers in a wider tile",
     ),
     TileRule(
         lambda d, c: d.generation >= 100,
@@ -65,8 +76,18 @@ LINEAR_TILES = (
     TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "the usual tile"),
 )
 
-# Y for few rows (lora_linear_split_k); linear_split_k_plan sets BLOCK_M.
+# Y for few rows or columns (lora_linear_split_k); up to 64 rows linear_split_k_plan sets BLOCK_M.
 SPLIT_K_TILES = (
+    TileRule(
+        lambda d, c: c.m > 128,
+        Tile(128, 128, 64, 8, 4),
+        "many rows, few tiles: each operand is read for 128 of the other",
+    ),
+    TileRule(
+        lambda d, c: c.m > problem.SMALL_M,
+        Tile(128, 64, 64, 4, 4),
+        "all rows in one tile, so that W is read once, in narrow tiles: twice as many read it",
+    ),
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 64, 4, 3), "float32: twice the bytes an element"),
     TileRule(lambda d, c: d.shared_limit < 100_000, Tile(16, 64, 64, 4, 3), "little shared memory"),
     TileRule(lambda d, c: True, Tile(16, 64, 128, 4, 4), "many bytes of W on their way at once, in narrow tiles"),
@@ -180,6 +201,18 @@ def plan_split_k(device: Device, tiles: int, steps: int, programs: int = 2, sums
     return without_empty_parts(steps, max(1, min(programs * device.processors // max(tiles, 1), steps // 4, 16)))
 
 
+def fill_split_k(device: Device, tiles: int, steps: int) -> int:
+    """The fewest programs for a tile that keep seven tenths of the processors busy, or those that keep most of them busy.
+
+    Partial sums of many rows cost more than the few processors that stay idle.
+    """
+    if tiles > MAX_SHARED_SUMS:
+        return 1
+    found = [without_empty_parts(steps, splits) for splits in range(1, max(1, min(steps // 4, 16)) + 1)]
+    enough = (splits for splits in found if filled(device, tiles * splits) >= 0.7)
+    return next(enough, max(found, key=lambda splits: filled(device, tiles * splits)))
+
+
 def without_empty_parts(steps: int, splits: int) -> int:
     """``splits`` less those whose part, of ceil(steps / splits) steps, would be empty; the others' parts stay as they are."""
     return cdiv(steps, cdiv(steps, splits)) if steps else 1
@@ -249,15 +282,20 @@ def linear_plan(device: Device, call: Call, load_s: bool, measured: Tile | None 
 
 def linear_split_k_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> Plan:
     tile, reason = pick_tile(SPLIT_K_TILES, device, call, measured)
-    # All rows are in one tile.
-    tile = tile._replace(BLOCK_M=16 if call.m <= 16 else 64)
+    few = call.m <= problem.SMALL_M
+    if few:
+        # All rows are in one tile.
+        tile = tile._replace(BLOCK_M=16 if call.m <= 16 else 64)
     block_r = rank_block(call.r, problem.MAX_FUSED_R)
     tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s))
-    tiles, steps = cdiv(call.n, tile.BLOCK_N), cdiv(call.k, tile.BLOCK_K)
+    tiles, steps = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N), cdiv(call.k, tile.BLOCK_K)
     # Partial sums of 64 rows are as large as what a program reads of W in a few steps: one program a processor is enough.
-    return Plan(
-        tile, reason, block_r, tiles, plan_split_k(device, tiles, steps, programs=2 if tile.BLOCK_M == 16 else 1)
+    splits = (
+        plan_split_k(device, tiles, steps, programs=2 if tile.BLOCK_M == 16 else 1)
+        if few
+        else (fill_split_k(device, tiles, steps))
     )
+    return Plan(tile, reason, block_r, tiles, splits)
 
 
 class TMAPlan(NamedTuple):
@@ -275,8 +313,8 @@ def linear_tma_plan(
 ) -> TMAPlan:
     """``can_specialize``: the compiler can specialize warps of a kernel with a dot after the main loop."""
     tile, reason = pick_tile(TMA_TILES, device, call, measured)
-    # A wider block of float32 ranks, which the kernel casts, would spill registers beside the widest accumulator.
-    narrow = load_s and tile.BLOCK_N > 128 and call.lora_dtype != call.dtype
+    # A wider block of ranks would spill registers beside the widest accumulator and float32's casts or random numbers.
+    narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
     # Specialized warps change nothing on Hopper. With Y's earlier values they outgrow shared memory.
     plain = load_s and not call.masked and not call.add

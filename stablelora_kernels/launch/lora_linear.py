@@ -119,7 +119,7 @@ def _linear(
     """
     c = p.call
     # None where the kernel does not read it: the compiler tells None from a pointer.
-    p = p._replace(seed=p.seed if c.masked or chained and c.dropout else None)
+    p = p._replace(seed=p.seed if c.masked or (chained and c.dropout) else None)
     waits = load_s and not chained and rules.overlaps(device)
     # A pointer that the kernel never follows still needs a type.
     s = p.y if p.s is None else p.s
@@ -136,7 +136,14 @@ def _linear(
     build = {"split_k": _split_k_linear, "tma": _tma_linear, "pointers": _pointers_linear}[form]
     launch = build(device, p, s, tile, flags, g, chained)
     words = f"{few_rows_word(c)}{'dx' if c.direction == 'backward' else 'y'} r{launch.constants['BLOCK_R']}"
-    words += flag_words(fused=not load_s, chained=chained, masked=c.masked, add=c.add, dA=launch.constants["HAS_GRAD"], dB=launch.constants["HAS_DB"])
+    words += flag_words(
+        fused=not load_s,
+        chained=chained,
+        masked=c.masked,
+        add=c.add,
+        dA=launch.constants["HAS_GRAD"],
+        dB=launch.constants["HAS_DB"],
+    )
     options = launch.options | ({"launch_pdl": True} if waits else {})
     return launch._replace(variant=f"{words} {launch.variant}", options=options)
 
@@ -152,7 +159,12 @@ def _strides(z: Tensor | None) -> tuple[int, ...]:
 
 
 def _pointers_linear(
-    device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any], g: Gradients | None,
+    device: Device,
+    p: Product,
+    s: Tensor,
+    tile: Tile | None,
+    flags: dict[str, Any],
+    g: Gradients | None,
     chained: bool,
 ) -> Launch:
     c = p.call
@@ -177,7 +189,12 @@ def _pointers_linear(
 
 
 def _split_k_linear(
-    device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any], g: Gradients | None,
+    device: Device,
+    p: Product,
+    s: Tensor,
+    tile: Tile | None,
+    flags: dict[str, Any],
+    g: Gradients | None,
     chained: bool,
 ) -> Launch:
     c = p.call
@@ -213,11 +230,18 @@ def _rows_contiguous(t: Tensor) -> tuple[Tensor, bool]:
 
 
 def _tma_linear(
-    device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any], g: Gradients | None,
+    device: Device,
+    p: Product,
+    s: Tensor,
+    tile: Tile | None,
+    flags: dict[str, Any],
+    g: Gradients | None,
     chained: bool,
 ) -> Launch:
     c = p.call
-    plan, specialize, parts, programs = tiles.linear_tma_plan(device, c, flags["LOAD_S"], CAN_SPECIALIZE and not chained, tile)
+    plan, specialize, parts, programs = tiles.linear_tma_plan(
+        device, c, flags["LOAD_S"], CAN_SPECIALIZE and not chained, tile
+    )
     tile = plan.tile
     programs *= p.wanted
     (w, trans_w), (a, trans_a) = _rows_contiguous(p.w), _rows_contiguous(p.a)

@@ -25,8 +25,16 @@ def call(direction="forward", m=4096, n=4096, k=4096, r=16, dtype=BF16, dropout=
     [
         (call(m=1), "fused"),
         (call(m=64, r=64), "fused"),
+        # Every 64 columns would read more of A than of W.
+        (call(m=64, r=64, n=14336), "chained"),
+        (call(m=64, r=32, n=14336), "fused"),
         (call(m=64, r=65), "chained"),
-        (call(m=65, r=1), "chained"),
+        (call(m=65), "fused"),
+        (call(m=65, r=33), "chained"),
+        (call(m=512), "chained"),
+        (call(m=512, n=2048, k=2048), "fused"),
+        (call(m=513, n=2048, k=2048), "chained"),
+        (call(m=65, k=1000), "chained"),
         (call(m=8, dropout=True), "chained"),
         (call(m=4096, r=128, dropout=True), "chained"),
         (call(m=4097, dropout=True), "split"),
@@ -45,8 +53,17 @@ def call(direction="forward", m=4096, n=4096, k=4096, r=16, dtype=BF16, dropout=
 @pytest.mark.parametrize("device", DEVICES.values(), ids=list(DEVICES))
 def test_the_table(given, kernel, device):
     choice = choose(device, given)
-    assert choice.kernel == kernel
+    blackwell = device.arch == "sm_100" and given.m >= 1024
+    assert choice.kernel == ("vendor" if blackwell else kernel)
     assert len(choice.reason) > 20
+
+
+@pytest.mark.parametrize(("n", "kernel"), [(7168, "vendor"), (7169, "chained")])
+def test_a_long_sum_for_few_columns_is_the_vendors_where_the_band_says_so(n, kernel):
+    assert choose(H100, call(m=512, n=n, k=14336, dropout=True)).kernel == kernel
+    assert choose(H100, call(m=8192, n=n, k=14336)).kernel == kernel.replace("chained", "split")
+    assert choose(H100, call(m=4096, n=n, k=14336)).kernel == "chained"
+    assert choose(H100, call("backward", m=4096, n=n, k=14336, dropout=True)).kernel == "chained"
 
 
 @pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])

@@ -13,7 +13,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=list(DEVICES))
 def test_forms(device):
-    few, many = (Call("forward", m, 4096, 4096, 16, BF16, FP32, False) for m in (64, 65))
+    few, many = (Call("forward", m, 4096, 4096, 16, BF16, FP32, False) for m in (64, 4096))
     for described in (False, True):
         assert rules.choose_form(device, few, described) == "split_k"
     assert rules.choose_form(device, many, described=False) == "pointers"
@@ -21,6 +21,44 @@ def test_forms(device):
     for change in ({"dtype": FP32}, {"k": 0}):
         assert rules.choose_form(device, many._replace(**change), described=True) == "pointers"
     assert all(len(rule.reason) > 20 for rule in rules.FORM_RULES)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_65_to_400_rows_fill_the_gpu(arch, direction):
+    """At 4096 x 4096: programs share sums, or tiles of 128 x 128 fill as much as any tiles that read no more."""
+    device = DEVICES[arch]
+    for m in range(65, 401):
+        call = Call(direction, m, 4096, 4096, 16, BF16, FP32, False)
+        if rules.choose_form(device, call, described=True) == "split_k":
+            plan = tiles.linear_split_k_plan(device, call, load_s=True)
+            assert plan.splits > 1 and tiles.filled(device, plan.tiles * plan.splits) >= 0.7
+        elif device.tma:
+            assert tiles.linear_tma_plan(device, call, True, False).programs >= 0.7 * device.processors
+        else:
+            assert tiles.filled(device, tiles.linear_plan(device, call, True).tiles) >= 0.7
+    if arch == "sm_90":
+        # As many programs as powers of two allow.
+        for m in (65, 128, 129, 256):
+            plan = tiles.linear_split_k_plan(device, call._replace(m=m), load_s=True)
+            assert plan.tiles * plan.splits == 128
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "columns"),
+    [(512, 4096, 128), (512, 14336, 256), (256, 14336, 256), (1024, 2048, 128), (1024, 4096, 256)],
+)
+def test_wide_tiles_only_where_they_do_not_idle(m, n, columns):
+    call = Call("forward", m, n, 4096, 16, BF16, FP32, False)
+    assert columns == tiles.linear_tma_plan(DEVICES["sm_90"], call, True, False).plan.tile.BLOCK_N
+
+
+def test_programs_for_a_tile_are_the_fewest_that_keep_the_gpu_busy():
+    device = DEVICES["sm_90"]
+    assert [tiles.fill_split_k(device, count, 64) for count in (16, 32, 64, 96, 128, 132)] == [6, 3, 2, 1, 1, 1]
+    # A part has at least 4 steps, and none is empty.
+    assert tiles.fill_split_k(device, 8, 8) == 2 and tiles.fill_split_k(device, 8, 3) == 1
+    assert tiles.fill_split_k(device, tiles.MAX_SHARED_SUMS + 1, 64) == 1
 
 
 @pytest.mark.parametrize("n", [4096, 131_072, 262_144])

@@ -186,6 +186,18 @@ def test_shared_sums_of_few_rows(rows, r, p, dtype, lora_dtype):
     check_run(inputs, p)
 
 
+@pytest.mark.parametrize("kernel", ["fused", "chained", "split"])
+@pytest.mark.parametrize(("rows", "r", "p"), [(70, 40, 0.0), (150, 3, 0.0), (150, 40, 0.3)])
+def test_shared_sums_of_tiles_that_leave_the_gpu_idle(rows, r, p, kernel):
+    """More rows than a tile has, and parts that do not come out even."""
+    if kernel == "fused" and p:
+        pytest.skip("fused has no dropout")
+    inputs = make_inputs((rows, 1040), 1030, r, dtype=BF16, lora_dtype=FP32)
+    with slk.use_kernel(kernel):
+        assert shared_sums(inputs, p)["_lora_linear_split_k_kernel"] > 1
+    check_run(inputs, p, kernel)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("r", [3, 80])
 def test_shared_sums_of_many_rows(r, p):

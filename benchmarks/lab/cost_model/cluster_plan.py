@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common.memory import saved_for_backward
 from benchmarks.common.tables import aligned
-from benchmarks.lab.cost_model.predict import Gpu, load_gpu
+from benchmarks.lab.cost_model.gpu import Gpu, load_gpu
 
 # From the models' published config.json.
 MODELS: dict[str, dict[str, int]] = {

@@ -2,126 +2,116 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
-from pathlib import Path
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.lab.cost_model.gpu import Gpu, band_ends
+from benchmarks.lab.cost_model.launch_time import Facts, chained_seconds, facts, facts_seconds, vendor_seconds
 from benchmarks.lab.cost_model.rivals import RIVALS, Shape, Work
-from benchmarks.lab.traffic.formula import formula
-from stablelora_kernels.dispatch.problem import DEVICES, Call
-from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
+from benchmarks.lab.traffic.formula import Traffic, formula
+from stablelora_kernels.dispatch.problem import Call, Device
+from stablelora_kernels.dispatch.rules import Choice, choose, overlaps, possible_kernels
 from stablelora_kernels.launch.dry_run import call_launches
 
-GPUS = Path(__file__).parent / "gpus"
 # (N, K) of q_proj and of down_proj and gate_proj, in a model of 1 and one of 8 billion parameters.
 SIZES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192, 16384)
 RANKS = (8, 16, 64, 128)
 BF16 = torch.bfloat16
-# Memory latency: it determines how many bytes must be in flight.
-LATENCY = 0.8e-6
+# The slow end of the band: the least share of the vendor's matrix rate that Triton's products are taken to reach.
+SLOWEST = 0.85
 
 
-class Gpu(NamedTuple):
-    """Ceilings of a GPU: bytes and operations a second, seconds a launch."""
-
-    name: str
-    arch: str
-    bandwidth: float
-    l2_bandwidth: float
-    matrix_rate: dict[str, float]
-    # A matrix instruction of fewer columns takes as long as one of these.
-    narrow_columns: int
-    # Instructions a second of all threads together; of those to memory, shared memory's included, a quarter.
-    issue_rate: float
-    launch: float
-
-
-def load_gpu(name: str) -> Gpu:
-    """The GPU in benchmarks/lab/cost_model/gpus/<name>.json."""
-    path = GPUS / f"{name}.json"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in GPUS.glob("*.json")))
-        raise SystemExit(f"--gpu must be one of {known}, got {name!r}")
-    content = json.loads(path.read_text())
-    return Gpu(**{field: content[field] for field in Gpu._fields})
+def lora_dtype(s: Shape) -> torch.dtype:
+    return torch.float32 if s.wide_adapters else BF16
 
 
 def rival_seconds(gpu: Gpu, works: Sequence[Work]) -> float:
-    return sum(
-        gpu.launch + max(w.bytes / gpu.bandwidth, w.flops / gpu.matrix_rate["bf16"], w.l2_bytes / gpu.l2_bandwidth)
-        for w in works
-    )
+    return sum(gpu.launch + _rival_busy(gpu, work) for work in works)
+
+
+def _rival_busy(gpu: Gpu, work: Work) -> float:
+    if work.sizes is None:
+        return max(work.bytes / gpu.bandwidth, work.flops / gpu.matrix_rate["bf16"])
+    m, n, k = work.sizes
+    # The epilogue's operations take as long as those of a longer sum.
+    more = work.flops / (2.0 * m * n * k)
+    return more * vendor_seconds(gpu, m, n, k, extra=work.bytes - 2.0 * (m * k + k * n + m * n))
 
 
 # This library.
 
 
-def matrix_operations(launch: Any, gpu: Gpu) -> float:
-    """Operations on the matrix units, padding and narrow instructions included."""
-    v = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
-    m, n, k, r, name = v["M"], v.get("N", 0), v["K"], v["R"], launch.kernel.__name__
+class _Vendor(NamedTuple):
+    """The vendor's product [m, k] by [k, n], with bytes beyond its operands'."""
 
-    def up(size: int, block: int) -> int:
-        return -(-size // block) * block
-
-    def ranks_of(block: int) -> int:
-        return up(r, block) // block * max(block, gpu.narrow_columns)
-
-    if name == "_lora_weight_grads_kernel":
-        programs_b = launch.grid[0] - v["PROGRAMS_A"]
-        columns = up(k, v["BLOCK_C"]) * (v["PROGRAMS_A"] > 0) + up(n, v["BLOCK_C"]) * (programs_b > 0)
-        return 2.0 * columns * m * ranks_of(v["BLOCK_R"])
-    rows = up(m, v["BLOCK_M"])
-    if name == "_lora_shrink_kernel":
-        beside = 2.0 * up(k, v["GRAD_C"]) * m * ranks_of(v["GRAD_R"]) if v["HAS_GRAD"] else 0.0
-        return 2.0 * rows * k * ranks_of(v["BLOCK_R"]) + beside
-    columns = up(n, v["BLOCK_N"])
-    branch = 2.0 * rows * columns * up(r, v["BLOCK_R"])
-    if name == "_lora_expand_kernel":
-        return branch + (0.0 if v["LOAD_S"] else 2.0 * rows * k * ranks_of(v["BLOCK_R"]) * launch.grid[1])
-    s = 0.0 if v.get("LOAD_S", True) else 2.0 * rows * k * ranks_of(v["BLOCK_R"]) * columns / v["BLOCK_N"]
-    beside = 2.0 * columns * m * ranks_of(v["GRAD_R"]) if v.get("HAS_GRAD") else 0.0
-    return 2.0 * rows * columns * k + branch + s + beside
+    m: int
+    n: int
+    k: int
+    extra: float
 
 
-def _in_flight(launch: Any, gpu: Gpu) -> float:
-    """Bytes that the launch's programs keep in flight."""
-    v = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
-    inner = v.get("BLOCK_K", v["BLOCK_M"])
-    across = v.get("BLOCK_C", v["BLOCK_M"] + v.get("BLOCK_N", 0))
-    resident = min(math.prod(launch.grid), 2 * DEVICES[gpu.arch].processors)
-    return resident * (launch.options["num_stages"] - 1) * inner * across * 2.0
+def _launches(gpu: Gpu, s: Shape, kernel: str) -> tuple[list[Facts | _Vendor], list[Facts | _Vendor]]:
+    # Whether launches overlap depends on the interpreter, too.
+    return _cached_launches(gpu.device, overlaps(gpu.device), gpu.narrow_columns, s, kernel)
+
+
+@cache
+def _cached_launches(
+    device: Device, overlapping: bool, narrow_columns: int, s: Shape, kernel: str
+) -> tuple[list[Facts | _Vendor], list[Facts | _Vendor]]:
+    """The launches of forward and backward by ``kernel``, or by "split" for a direction that has no such kernel."""
+    choices = [
+        Choice(kernel if kernel in possible_kernels(call_of(s, direction)) else "split", "")
+        for direction in ("forward", "backward")
+    ]
+    found = call_launches(device, s.m, s.n, s.k, s.r, BF16, lora_dtype(s), s.p, *choices)
+    first, second = ([_facts(launch, narrow_columns) for launch in launches] for launches in found)
+    return first, second
+
+
+def _facts(launch: Any, narrow_columns: int) -> Facts | _Vendor:
+    if hasattr(launch, "kernel"):
+        return facts(launch, narrow_columns)
+    (m, n), k = launch.y.shape, launch.x.shape[1]
+    return _Vendor(m, n, k, formula(launch).unique - 2.0 * (m * k + k * n + m * n))
+
+
+def kernel_seconds(gpu: Gpu, s: Shape, direction: str, kernel: str, efficiency: float = 1.0) -> float:
+    """Predicted seconds of one direction by ``kernel``. "chained" is priced from the pair of launches that it joins."""
+    pair = "split" if kernel == "chained" else kernel
+    launches = _launches(gpu, s, pair)[direction == "backward"]
+    if kernel == "chained":
+        shrink, linear = launches
+        assert isinstance(shrink, Facts) and isinstance(linear, Facts)
+        return chained_seconds(gpu, shrink, linear, efficiency)
+    return sum(
+        gpu.launch + vendor_seconds(gpu, *launch)
+        if isinstance(launch, _Vendor)
+        else facts_seconds(gpu, launch, efficiency)
+        for launch in launches
+    )
 
 
 def launch_seconds(gpu: Gpu, launch: Any, efficiency: float = 1.0) -> float:
-    """One of our launches, in bf16."""
-    traffic = formula(launch)
-    if not hasattr(launch, "kernel"):
-        # The vendor's tiles are unknown; each operand is read once, as for rivals.
-        operations = 2.0 * launch.y.shape[0] * launch.y.shape[1] * launch.x.shape[1]
-        return gpu.launch + max(traffic.unique / gpu.bandwidth, operations / gpu.matrix_rate["bf16"])
-    # Programmatic dependent launch: a launch that begins early costs no gap.
-    gap = 0.0 if launch.options.get("launch_pdl") else gpu.launch
-    return gap + max(
-        traffic.unique / gpu.bandwidth,
-        traffic.issued / gpu.l2_bandwidth,
-        matrix_operations(launch, gpu) / (gpu.matrix_rate["bf16"] * efficiency),
-        traffic.read_unique * LATENCY / _in_flight(launch, gpu),
-    )
+    """One of our launches, in bf16, or the vendor's product."""
+    found = _facts(launch, gpu.narrow_columns)
+    if isinstance(found, _Vendor):
+        return gpu.launch + vendor_seconds(gpu, *found)
+    return facts_seconds(gpu, found, efficiency)
 
 
 def ours(
     gpu: Gpu, s: Shape, efficiency: float = 1.0, forward: str | None = None, backward: str | None = None
 ) -> tuple[float, float]:
     """Predicted seconds of forward and backward, by the kernels that dispatch chooses unless they are given."""
-    choices = [None if kernel is None else Choice(kernel, "") for kernel in (forward, backward)]
-    found = call_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, BF16, BF16, s.p, *choices)
-    first, second = (sum(launch_seconds(gpu, launch, efficiency) for launch in launches) for launches in found)
+    first, second = (
+        kernel_seconds(gpu, s, direction, kernel or choose(gpu.device, call_of(s, direction)).kernel, efficiency)
+        for direction, kernel in (("forward", forward), ("backward", backward))
+    )
     return first, second
 
 
@@ -130,41 +120,52 @@ def without_overlap(gpu: Gpu, s: Shape) -> float:
 
     dY comes from memory for dS and again for dB. dA begins after dX. No launch begins before the previous one ended.
     """
-    split = Choice("split", "")
-    forward, (thin, wide) = call_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, BF16, BF16, s.p, split, split)
-    alone = [launch._replace(options={**launch.options, "launch_pdl": False}) for launch in forward]
+    found = [f for launches in _launches(gpu, s, "split") for f in launches]
+    apart = [f._replace(begins_early=False, ends_early=False) for f in found if isinstance(f, Facts)]
+    *forward, thin, wide = apart
     again, x = 2 * s.m * s.n, 2 * s.m * s.k
-    thin_seconds = gpu.launch + (formula(thin).unique + again) / gpu.bandwidth
-    product = (
-        matrix_operations(wide._replace(constants=wide.constants | {"HAS_GRAD": False}), gpu) / gpu.matrix_rate["bf16"]
-    )
-    return (
-        sum(launch_seconds(gpu, launch) for launch in alone) + thin_seconds + gpu.launch + product + x / gpu.bandwidth
-    )
+    bare = wide._replace(grad_moved=Traffic(), grad_operations=0.0)
+    return sum(facts_seconds(gpu, f) for f in (*forward, thin, bare)) + (again + x) / gpu.bandwidth
 
 
 def call_of(s: Shape, direction: str) -> Call:
     """What dispatch is asked about one direction."""
     sizes = (s.n, s.k) if direction == "forward" else (s.k, s.n)
-    return Call(direction, s.m, *sizes, s.r, BF16, BF16, s.dropout)
+    return Call(direction, s.m, *sizes, s.r, BF16, lora_dtype(s), s.dropout)
 
 
 def best(gpu: Gpu, s: Shape, direction: str, efficiency: float = 1.0) -> dict[str, float]:
     """Predicted seconds of one direction by each kernel that can do it."""
-    place = ("forward", "backward").index(direction)
-    spare = "split"
-    return {
-        kernel: ours(gpu, s, efficiency, *((kernel, spare) if place == 0 else (spare, kernel)))[place]
-        for kernel in possible_kernels(call_of(s, direction))
+    kernels = possible_kernels(call_of(s, direction))
+    return {kernel: kernel_seconds(gpu, s, direction, kernel, efficiency) for kernel in kernels}
+
+
+class Regret(NamedTuple):
+    """Dispatch's kernel over the band: how much longer it takes than the fastest one, at the end where that is most."""
+
+    kernel: str
+    # The fastest kernel at each end, and by how much dispatch's takes longer.
+    fastest: tuple[str, ...]
+    at_ends: tuple[float, ...]
+    # The kernel whose worst regret is the least, and that regret.
+    minimax: str
+    least: float
+
+    @property
+    def worst(self) -> float:
+        return max(self.at_ends)
+
+
+def regret(gpu: Gpu, s: Shape, direction: str, efficiency: float = SLOWEST) -> Regret:
+    chosen = choose(gpu.device, call_of(s, direction)).kernel
+    times = [best(end.gpu, s, direction, end.efficiency) for end in band_ends(gpu, efficiency)]
+    fastest = [min(found, key=found.__getitem__) for found in times]
+    regrets = {
+        kernel: [found[kernel] / found[first] - 1 for found, first in zip(times, fastest, strict=True)]
+        for kernel in times[0]
     }
-
-
-def regret(gpu: Gpu, s: Shape, direction: str, efficiency: float = 1.0) -> tuple[str, str, float]:
-    """Dispatch's kernel, the kernel predicted to be fastest, and how much longer dispatch's takes."""
-    chosen = choose(DEVICES[gpu.arch], call_of(s, direction)).kernel
-    times = best(gpu, s, direction, efficiency)
-    fastest = min(times, key=times.__getitem__)
-    return chosen, fastest, times[chosen] / times[fastest] - 1
+    minimax = min(regrets, key=lambda kernel: max(regrets[kernel]))
+    return Regret(chosen, tuple(fastest), tuple(regrets[chosen]), minimax, max(regrets[minimax]))
 
 
 def predicted(gpu: Gpu, s: Shape, direction: str, arm: str) -> float | None:

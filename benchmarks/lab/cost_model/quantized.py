@@ -18,7 +18,9 @@ import torch
 
 from benchmarks.common.tables import aligned
 from benchmarks.lab.cost_model import predict
-from benchmarks.lab.cost_model.predict import BF16, Gpu, call_of
+from benchmarks.lab.cost_model.gpu import Gpu, load_gpu
+from benchmarks.lab.cost_model.launch_time import values, work
+from benchmarks.lab.cost_model.predict import BF16, call_of
 from benchmarks.lab.cost_model.rivals import Shape
 from benchmarks.lab.traffic.formula import formula_by_tensor, total
 from stablelora_kernels.dispatch.problem import DEVICES
@@ -81,19 +83,20 @@ def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
     name = name_of(launch)
     if name is None:
         return predict.launch_seconds(gpu, launch)
-    v = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
+    v = values(launch)
     found = formula_by_tensor(launch)
     moved = total(traffic for tensor, traffic in found.items() if tensor not in ("code", "nested_code"))
     product = not name.startswith("dequantize")
     times = -(-v["M"] // v["BLOCK_M"]) if product else 1
     instructions, to_memory = COUNTS[name]
-    values = v["N"] * v["K"] * times * max(instructions, 4 * to_memory) / gpu.issue_rate
-    products = predict.matrix_operations(launch, gpu) / gpu.matrix_rate["bf16"] if product else 0.0
-    gap = 0.0 if launch.options.get("launch_pdl") else gpu.launch
+    elements = v["N"] * v["K"] * times * max(instructions, 4 * to_memory) / gpu.issue_rate
+    units, operations, _ = work(launch, gpu.narrow_columns) if product else (0, 0.0, 0.0)
+    products = operations / gpu.matrix_rate["bf16"]
+    gap = gpu.overlapped_launch if launch.options.get("launch_pdl") else gpu.launch
     return gap + max(
         moved.unique / gpu.bandwidth,
         moved.issued / gpu.l2_bandwidth,
-        max(values, products) if overlap else values + products,
+        (max(elements, products) if overlap else elements + products) * gpu.share(units),
     )
 
 
@@ -149,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, (instructions, to_memory) in counts().items():
             print(f'    "{name}": ({instructions}, {to_memory}),')
         return
-    gpu = predict.load_gpu(options.gpu)
+    gpu = load_gpu(options.gpu)
     print(f"All times are PREDICTED for an {gpu.name} in bf16, r 16, us; none is measured.")
     for kind in KINDS:
         for n, k in SIZES:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 
 class Work(NamedTuple):
-    """One launch: bytes from and to memory, bytes through L2 where they are more, and matrix operations."""
+    """One launch: bytes from and to memory, matrix operations, and for a wide product [m, k] by [k, n] its sizes (m, n, k)."""
 
     name: str
     bytes: float
     flops: float = 0.0
-    l2_bytes: float = 0.0
+    sizes: tuple[int, int, int] | None = None
 
 
 class Shape(NamedTuple):
@@ -25,6 +25,8 @@ class Shape(NamedTuple):
     k: int
     r: int
     dropout: bool
+    # Of A and B, whose activations are in 16 bits: float32, as in PEFT, or 16 bits too.
+    wide_adapters: bool = True
 
     @property
     def p(self) -> float:
@@ -37,8 +39,13 @@ E = 2
 
 
 def product(name: str, m: int, n: int, k: int) -> Work:
-    """[m, k] by [k, n] by the vendor's library, each operand read once."""
+    """[m, k] by [k, n] by the vendor's library, each operand read once, where one of the sizes is a rank."""
     return Work(name, E * (m * k + k * n + m * n), 2.0 * m * n * k)
+
+
+def wide(name: str, m: int, n: int, k: int) -> Work:
+    """[m, k] by [k, n] with a frozen weight, whose time depends on how its tiles fill the GPU."""
+    return product(name, m, n, k)._replace(sizes=(m, n, k))
 
 
 def passes(name: str, elements: float, count: float) -> Work:
@@ -47,7 +54,7 @@ def passes(name: str, elements: float, count: float) -> Work:
 
 
 def frozen(s: Shape) -> tuple[list[Work], list[Work]]:
-    return [product("Y = X W^T", s.m, s.n, s.k)], [product("dX = dY W", s.m, s.k, s.n)]
+    return [wide("Y = X W^T", s.m, s.n, s.k)], [wide("dX = dY W", s.m, s.k, s.n)]
 
 
 def eager(s: Shape) -> tuple[list[Work], list[Work]]:
@@ -114,10 +121,13 @@ def lorafusion(s: Shape) -> tuple[list[Work], list[Work]]:
     m, n, k, r = s.m, s.n, s.k, s.r
     base_forward, base_backward = frozen(s)
     fused_forward = Work(
-        "Y with epilogue", base_forward[0].bytes + E * r * (m + n), base_forward[0].flops + 2.0 * m * n * r
+        "Y with epilogue", base_forward[0].bytes + E * r * (m + n), base_forward[0].flops + 2.0 * m * n * r, (m, n, k)
     )
     fused_backward = Work(
-        "dX with epilogue", base_backward[0].bytes + E * r * (m + k), base_backward[0].flops + 2.0 * m * k * r
+        "dX with epilogue",
+        base_backward[0].bytes + E * r * (m + k),
+        base_backward[0].flops + 2.0 * m * k * r,
+        (m, k, n),
     )
     forward = [
         *([passes("dropout", m * k, 2)] if s.dropout else []),

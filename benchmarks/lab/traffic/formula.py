@@ -190,7 +190,7 @@ def _linear(t: _Account, c: dict[str, Any]) -> None:
     if "SPLITS" in c:
         # The scratch for S's sum stays empty if S is read, and the scratch for rows beyond M always.
         columns = c["BLOCK_N"] + (0 if c["LOAD_S"] else c["BLOCK_R"])
-        t.share(c["SPLITS"], c["M"] * columns / (c["BLOCK_M"] * (c["BLOCK_N"] + c["BLOCK_R"])))
+        t.share(c["SPLITS"], c["M"] * columns / (tiles_m * c["BLOCK_M"] * (c["BLOCK_N"] + c["BLOCK_R"])))
     if c["ADD"]:
         t.read("y")
     t.write("y")

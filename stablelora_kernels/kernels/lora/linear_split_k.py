@@ -1,4 +1,4 @@
-"""Y for few rows, where reading W bounds the product; formulas and arguments are in ``linear``."""
+"""Y for few rows or columns, whose tiles alone would leave processors idle; formulas and arguments are in ``linear``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,20 @@ from stablelora_kernels.kernels.lora.linear import add_branch, co_scheduled_grad
 from stablelora_kernels.kernels.lora.shrink import s_program
 
 
-@triton.jit(do_not_specialize=["M", "SPLITS", "PRODUCTS", "GRAD_SPLITS", "S_PROGRAMS", "S_SPLITS", "DB_PROGRAMS", "DB_SPLITS", "FLAG_M", "threshold"])
+@triton.jit(
+    do_not_specialize=[
+        "M",
+        "SPLITS",
+        "PRODUCTS",
+        "GRAD_SPLITS",
+        "S_PROGRAMS",
+        "S_SPLITS",
+        "DB_PROGRAMS",
+        "DB_SPLITS",
+        "FLAG_M",
+        "threshold",
+    ]
+)
 def _lora_linear_split_k_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr, partial_ptr, counter_ptr,
     z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
@@ -30,7 +43,7 @@ def _lora_linear_split_k_kernel(
     DB_M: tl.constexpr, DB_C: tl.constexpr, DB_R: tl.constexpr, DB_STAGES: tl.constexpr,
     S_PRECISION: tl.constexpr, DB_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K] with M <= BLOCK_M, W [N, K], A [R, K], B [N, R], Y [M, N].
+    """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], Y [M, N].
 
     As ``_lora_linear_kernel``, with two differences that keep all of the GPU reading W. A program computes W X^T, so that
     W's rows are the long side of the matrix instruction and the few rows of X the short one. And SPLITS programs share a
@@ -65,10 +78,12 @@ def _lora_linear_split_k_kernel(
             if CHAINED:
                 leave(chain_ptr, M, FLAG_M)
             return
-    tiles = tl.cdiv(N, BLOCK_N)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles = tl.cdiv(M, BLOCK_M) * tiles_n
     tile, split = program % tiles, program // tiles
-    rows = tl.arange(0, BLOCK_M).to(tl.int64)
-    cols = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid_m, pid_n = tile // tiles_n, tile % tiles_n
+    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     row_mask, col_mask = rows < M, cols < N
@@ -116,10 +131,10 @@ def _lora_linear_split_k_kernel(
         y = tl.trans(acc)
         if HAS_BIAS:
             y += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-        wait_for_s(chain_ptr, 0, M, R, FLAG_M, WAITS_FOR_PRIMARY, CHAINED, S_BLOCK_M, S_BLOCK_R)
+        wait_for_s(chain_ptr, pid_m * BLOCK_M, M, R, FLAG_M, WAITS_FOR_PRIMARY, CHAINED, S_BLOCK_M, S_BLOCK_R)
         y = add_branch(
-            acc=y, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=tile * BLOCK_N,
-            store_s=STORE_S & (tile == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
+            acc=y, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=pid_n * BLOCK_N,
+            store_s=STORE_S & (pid_n == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
             scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH,
             BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip

@@ -17,13 +17,14 @@ import triton
 
 from benchmarks.lab.compile_report import report
 from benchmarks.lab.compile_report.machine_code import sass_counts
-from benchmarks.lab.cost_model import predict, quantized
+from benchmarks.lab.cost_model import gpu as gpus
+from benchmarks.lab.cost_model import launch_time, predict, quantized
 from benchmarks.lab.cost_model.rivals import RIVALS, Shape
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES
 from tests.helpers.processes import printed
 
-H100 = predict.load_gpu("h100")
+H100 = gpus.load_gpu("h100")
 
 
 @pytest.mark.parametrize(
@@ -46,16 +47,16 @@ def test_the_published_ratio_is_reproduced():
 
 @pytest.mark.parametrize("gpu", ["h100", "a100", "b200"])
 def test_every_gpu_file_is_whole(gpu):
-    loaded = predict.load_gpu(gpu)
+    loaded = gpus.load_gpu(gpu)
     assert loaded.arch in DEVICES
-    content = json.loads((predict.GPUS / f"{gpu}.json").read_text())
-    assert set(content) - {"sources"} == set(predict.Gpu._fields)
+    content = json.loads((gpus.GPUS / f"{gpu}.json").read_text())
+    assert set(content) - {"sources"} == set(gpus.Gpu._fields)
     assert {"bandwidth", "l2_bandwidth", "matrix_rate", "launch"} <= set(content["sources"])
 
 
 def test_unknown_gpu():
     with pytest.raises(SystemExit, match="--gpu must be one of a100, b200, h100, got 'h1000'"):
-        predict.load_gpu("h1000")
+        gpus.load_gpu("h1000")
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -70,26 +71,52 @@ def test_predictions_are_above_the_frozen_layer_and_grow(dropout):
             before = whole
 
 
-def test_choice_is_among_the_kernels_and_regret_is_its_distance():
-    for s in (Shape(8, 4096, 4096, 16, False), Shape(8192, 4096, 4096, 128, True)):
+def test_regret_is_the_distance_to_the_fastest_at_each_end(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    for s in (Shape(8, 4096, 4096, 16, False), Shape(8192, 4096, 14336, 64, False)):
         for direction in ("forward", "backward"):
-            times = predict.best(H100, s, direction)
-            chosen, fastest, more = predict.regret(H100, s, direction)
-            assert times[fastest] == min(times.values())
-            assert more == pytest.approx(times[chosen] / times[fastest] - 1) and more >= 0
+            found = predict.regret(H100, s, direction)
+            for end, fastest, more in zip(
+                gpus.band_ends(H100, predict.SLOWEST), found.fastest, found.at_ends, strict=True
+            ):
+                times = predict.best(end.gpu, s, direction, end.efficiency)
+                assert times[fastest] == min(times.values())
+                assert more == pytest.approx(times[found.kernel] / times[fastest] - 1) and more >= 0
+            assert found.worst >= found.least >= 0
     assert "fused" not in predict.best(H100, Shape(64, 64, 64, 16, True), "forward")
     assert "fused" not in predict.best(H100, Shape(64, 64, 64, 65, False), "backward")
 
 
+@pytest.mark.parametrize("wide_adapters", [False, True])
 @pytest.mark.parametrize("dropout", [False, True])
-def test_the_dispatch_tables_crossovers_are_the_models(dropout, monkeypatch):
-    """On the GPU that the tables are for, no other kernel is predicted to be faster by more than 1 %."""
+def test_the_tables_regret_over_the_band_is_bounded(dropout, wide_adapters, monkeypatch):
+    """On the GPU that the tables are for, at the worse end of each call."""
     # Nothing runs, and the interpreter's launches would not overlap.
     monkeypatch.setattr(backend, "INTERPRETING", False)
+    excess = []
     for n, k in predict.SIZES:
         for m, r, direction in itertools.product(predict.ROWS, predict.RANKS, ("forward", "backward")):
-            chosen, fastest, more = predict.regret(H100, Shape(m, n, k, r, dropout), direction)
-            assert more < 0.01, (m, n, k, r, direction, chosen, fastest)
+            found = predict.regret(H100, Shape(m, n, k, r, dropout, wide_adapters), direction)
+            assert found.worst < 0.26, (m, n, k, r, direction, found)
+            excess.append(found.worst - found.least)
+    # Beyond what no table can avoid, because the ends of the band disagree.
+    assert sum(excess) / len(excess) < 0.015
+
+
+def test_idle_processors_count():
+    """32 programs of 132 take four times as long as all of them would, in operations and in what one can read."""
+    s = Shape(128, 4096, 4096, 16, False)
+    assert [H100.share(units) for units in (32, 132, 133, 264)] == [132 / 32, 1, 2 * 132 / 133, 1]
+    assert predict.ours(H100, s)[0] < 1.3 * H100.launch + 1.6 * launch_time.vendor_seconds(H100, 128, 4096, 4096)
+
+
+def test_one_launch_costs_a_launch_less(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    for direction in ("forward", "backward"):
+        s = Shape(4096, 4096, 4096, 16, True)
+        pair, one = (predict.kernel_seconds(H100, s, direction, kernel) for kernel in ("split", "chained"))
+        # S's programs, one a processor instead of two, may have fewer bytes on their way.
+        assert 0 < pair - one <= 1.001 * H100.overlapped_launch
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -100,12 +127,12 @@ def test_without_overlap_it_takes_longer(dropout, monkeypatch):
         planned, bare = sum(predict.ours(H100, s)), predict.without_overlap(H100, s)
         # The second read of dY, dA's of X, and two launches' gaps.
         least = 2 * H100.launch + 2 * m * 4096 * 2 / H100.bandwidth
-        assert planned < bare < planned + 1.5 * least
+        assert planned < bare < planned + 2 * least
 
 
 def test_a_slower_triton_makes_the_vendor_win():
     s = Shape(8192, 4096, 4096, 16, False)
-    for efficiency, expected in ((1.0, "split"), (0.7, "vendor")):
+    for efficiency, expected in ((1.0, "chained"), (0.7, "vendor")):
         times = predict.best(H100, s, "forward", efficiency)
         assert min(times, key=times.__getitem__) == expected
 
@@ -150,8 +177,8 @@ def test_the_quantized_tables_crossovers_are_the_models(kind, n, k, monkeypatch)
         chosen = quantized.chosen(H100, s, kind, direction)
         assert chosen == "in_loop" or max(loops) > first, (m, direction)
         assert chosen == "dequantize" or min(loops) < first, (m, direction)
-        if chosen == "in_loop":
-            assert max(loops) / first - 1 < 0.16, (m, direction)
+        if chosen == "in_loop" and max(loops) > first:
+            assert max(loops) / first <= 1.02 * first / min(loops), (m, direction)
         assert quantized.seconds(H100, s, kind)[place] in (first, loops[0])
 
 

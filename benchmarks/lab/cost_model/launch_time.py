@@ -1,0 +1,189 @@
+"""Predicted seconds of one launch, ours or the vendor's, from its bytes, its operations and the programs that share them."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
+
+from benchmarks.lab.cost_model.gpu import Gpu
+from benchmarks.lab.traffic.formula import Traffic, formula
+
+# Memory latency: it determines how many bytes must be in flight.
+LATENCY = 0.8e-6
+# One way through L2 for what programs tell each other: twice the 130 ns that an idle H100's pointer chase takes.
+L2_LATENCY = 0.3e-6
+# Tiles of the vendor's products, rows by columns, and how many programs may share one.
+VENDOR_TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128))
+VENDOR_SPLITS = (1, 2, 4, 8, 16)
+
+
+def _up(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
+class Facts(NamedTuple):
+    """One of our launches, as far as its time depends on it."""
+
+    # Bytes without the co-scheduled dA, and what dA adds; what both read is counted in the first.
+    moved: Traffic
+    grad_moved: Traffic
+    # Equal pieces of work, and their operations on the matrix units, padding and narrow instructions included.
+    units: int
+    operations: float
+    grad_operations: float
+    programs: int
+    # Bytes that a program of the product, and one of dA, keeps in flight.
+    flight: float
+    grad_flight: float
+    # Programs that share a sum, and the bytes of each one's part.
+    splits: int
+    part: float
+    # Whether it may begin before the launch ahead of it ends, and whether the next may before this one ends.
+    begins_early: bool
+    ends_early: bool
+
+
+def values(launch: Any) -> dict[str, Any]:
+    """The arguments and constants of a launch, by name."""
+    return dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
+
+
+def facts(launch: Any, narrow_columns: int) -> Facts:
+    v = values(launch)
+    moved, grad_moved = _moved(launch)
+    units, operations, grad_operations = work(launch, narrow_columns)
+    inner = v.get("BLOCK_K", v["BLOCK_M"])
+    across = v.get("BLOCK_C", v["BLOCK_M"] + v.get("BLOCK_N", 0))
+    columns = v["BLOCK_N"] if "LOAD_S" in v else v.get("BLOCK_R", 0)
+    return Facts(
+        moved, grad_moved, units, operations, grad_operations, math.prod(launch.grid),
+        flight=(launch.options["num_stages"] - 1) * inner * across * 2.0,
+        grad_flight=(v["GRAD_STAGES"] - 1) * v["GRAD_M"] * v["GRAD_C"] * 2.0 if v.get("HAS_GRAD") else 0.0,
+        splits=v.get("SPLITS", 1),
+        part=4.0 * min(v["BLOCK_M"], v["M"]) * columns,
+        begins_early=bool(launch.options.get("launch_pdl")),
+        ends_early=bool(v.get("TRIGGERS_DEPENDENTS")),
+    )  # fmt: skip
+
+
+def _moved(launch: Any) -> tuple[Traffic, Traffic]:
+    whole = formula(launch)
+    if not launch.constants.get("HAS_GRAD") or "LOAD_S" not in launch.constants:
+        return whole, Traffic()
+    bare = formula(launch._replace(constants=launch.constants | {"HAS_GRAD": False}))
+    return bare, Traffic(*(a - b for a, b in zip(whole, bare, strict=True)))
+
+
+def work(launch: Any, narrow_columns: int) -> tuple[int, float, float]:
+    """The pieces of a launch's work, their operations, and those of the co-scheduled dA."""
+    v = values(launch)
+    m, n, k, r, name = v["M"], v.get("N", 0), v["K"], v["R"], launch.kernel.__name__
+    programs = math.prod(launch.grid)
+
+    def ranks_of(block: int) -> int:
+        return _up(r, block) // block * max(block, narrow_columns)
+
+    def grad(columns: int) -> float:
+        return 2.0 * _up(columns, v["GRAD_C"]) * m * ranks_of(v["GRAD_R"]) if v.get("HAS_GRAD") else 0.0
+
+    if name == "_lora_weight_grads_kernel":
+        programs_b = launch.grid[0] - v["PROGRAMS_A"]
+        columns = _up(k, v["BLOCK_C"]) * (v["PROGRAMS_A"] > 0) + _up(n, v["BLOCK_C"]) * (programs_b > 0)
+        return programs, 2.0 * columns * m * ranks_of(v["BLOCK_R"]), 0.0
+    rows = _up(m, v["BLOCK_M"])
+    s = 2.0 * rows * k * ranks_of(v["BLOCK_R"])
+    if name == "_lora_shrink_kernel":
+        # dB's programs are spread among those of dS.
+        return programs, s + grad(k), 0.0
+    columns = _up(n, v["BLOCK_N"])
+    branch = 2.0 * rows * columns * _up(r, v["BLOCK_R"])
+    if name == "_lora_expand_kernel":
+        return programs, branch + (0.0 if v["LOAD_S"] else s * launch.grid[1]), 0.0
+    s = 0.0 if v.get("LOAD_S", True) else s * columns / v["BLOCK_N"]
+    # Persistent programs take tile after tile; elsewhere a program is a piece.
+    units = max(rows // v["BLOCK_M"] * (columns // v["BLOCK_N"]), v.get("PRODUCTS", programs))
+    return units, 2.0 * rows * columns * k + branch + s, grad(n)
+
+
+def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:
+    """Seconds until the last of ``splits`` programs has stored and counted its part and read all, each of ``part`` bytes."""
+    if splits == 1:
+        return 0.0
+    return 2 * L2_LATENCY + (splits + 1) * part * gpu.device.processors / gpu.port_bandwidth
+
+
+def _grad_tail(gpu: Gpu, f: Facts, busy: float, efficiency: float) -> float:
+    """Seconds that dA's programs take after the product's, which last ``busy`` seconds.
+
+    Every program of the launch asks for the product's shared memory, so dA's programs run on processors that have no tile left.
+    """
+    if not f.grad_moved.issued:
+        return 0.0
+    processors = gpu.device.processors
+    # Bytes a second into one processor.
+    rate = min(gpu.port_bandwidth / processors, f.grad_flight / LATENCY)
+    alone = max(
+        f.grad_moved.unique / gpu.bandwidth,
+        f.grad_moved.issued / gpu.l2_bandwidth,
+        f.grad_moved.issued / rate / processors,
+        f.grad_operations / (gpu.matrix_rate["bf16"] * efficiency),
+    )
+    idle = busy * processors * (1 - 1 / gpu.share(f.units))
+    return alone * max(0.0, 1 - idle * rate / f.grad_moved.issued)
+
+
+def busy_seconds(gpu: Gpu, f: Facts, efficiency: float = 1.0, residents: int = 2) -> float:
+    """One of our launches in bf16, from its first program to its last, at most ``residents`` of them on a processor."""
+    # Where the next launch begins early, it fills the processors that this one leaves idle.
+    share = 1.0 if f.ends_early else gpu.share(f.units)
+    flight = min(f.programs, residents * gpu.device.processors) * f.flight
+    busy = max(
+        (f.moved.unique + f.grad_moved.unique) / gpu.bandwidth,
+        f.moved.issued / gpu.l2_bandwidth,
+        f.moved.issued * share / gpu.port_bandwidth,
+        f.operations * share / (gpu.matrix_rate["bf16"] * efficiency),
+        f.moved.read_unique * LATENCY / flight,
+    )
+    return busy + _shared_sum(gpu, f.splits, f.part) + _grad_tail(gpu, f, busy, efficiency)
+
+
+def facts_seconds(gpu: Gpu, f: Facts, efficiency: float = 1.0) -> float:
+    return (gpu.overlapped_launch if f.begins_early else gpu.launch) + busy_seconds(gpu, f, efficiency)
+
+
+def chained_seconds(gpu: Gpu, shrink: Facts, linear: Facts, efficiency: float = 1.0) -> float:
+    """The pair of ``split`` as one launch: S's programs first, then the product's, each of which waits for its rows' flag.
+
+    The same bytes and operations. S's programs are one a processor, since each takes the product's shared memory.
+    """
+    first = busy_seconds(gpu, shrink._replace(ends_early=True), efficiency, residents=1)
+    return gpu.launch + first + busy_seconds(gpu, linear, efficiency)
+
+
+@cache
+def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, extra: float = 0.0) -> float:
+    """[m, k] by [k, n] by the vendor's library: the best of its tiles, at the full matrix rate, without the launch.
+
+    ``extra``: further bytes. From Hopper on, two programs share the reads of a tile's columns (multicast).
+    """
+    unique = 2.0 * (m * k + k * n + m * n) + extra
+    pair = 2 if gpu.device.generation >= 90 else 1
+    found = []
+    for (rows, columns), splits in product(VENDOR_TILES, VENDOR_SPLITS):
+        if splits > 1 and k < 256 * splits:
+            continue
+        rows = min(rows, _up(m, 16))
+        tiles_m, tiles_n = -(-m // rows), -(-n // columns)
+        parts = 4.0 * m * n * splits * (splits > 1)
+        issued = 2.0 * (m * k * tiles_n + n * k * max(1, tiles_m / pair) + m * n) + 2 * parts
+        share = gpu.share(tiles_m * tiles_n * splits)
+        busy = max(
+            unique / gpu.bandwidth,
+            issued / gpu.l2_bandwidth,
+            issued * share / gpu.port_bandwidth,
+            2.0 * tiles_m * rows * tiles_n * columns * k * share / gpu.matrix_rate["bf16"],
+        )
+        found.append(busy + _shared_sum(gpu, splits, 4.0 * min(rows, m) * columns))
+    return min(found)
