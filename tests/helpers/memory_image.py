@@ -1,0 +1,105 @@
+"""The storages of some tensors as one array of bytes, an image, of which there can be many."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import TensorHandle
+
+
+class OutOfBounds(Exception):
+    """A program reads or writes outside of all tensors, or across two."""
+
+
+class Region(NamedTuple):
+    """One storage: its number, its address, its size, and where it lies in an image; by a tensor in it, its name and dtype."""
+
+    number: int
+    address: int
+    size: int
+    offset: int
+    name: str
+    storage: Any
+    dtype: torch.dtype
+
+    def moved(self, pointers: TensorHandle, image: Any) -> TensorHandle:
+        """``pointers`` into the storage as pointers into ``image``."""
+        delta = image.ctypes.data + self.offset - self.address
+        return TensorHandle(pointers.data + np.uint64(delta % 2**64), pointers.dtype)
+
+
+def _bytes(storage: Any) -> Any:
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+
+
+class Layout:
+    def __init__(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        storages: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in named:
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                storages.setdefault(storage.data_ptr(), (name, tensor))
+        self.regions: list[Region] = []
+        offset = 0
+        for address, (name, tensor) in sorted(storages.items()):
+            storage = tensor.untyped_storage()
+            size = storage.nbytes()
+            self.regions.append(Region(len(self.regions), address, size, offset, name, storage, tensor.dtype))
+            # Descriptors want multiples of 16.
+            offset += -(-size // 16) * 16
+        self.addresses = [region.address for region in self.regions]
+        self.offsets = [region.offset for region in self.regions]
+        self.initial = np.zeros(offset, np.uint8)
+        for region in self.regions:
+            self.initial[region.offset : region.offset + region.size] = _bytes(region.storage)
+
+    def image(self) -> Any:
+        return self.initial.copy()
+
+    def write_back(self, image: Any) -> None:
+        for region in self.regions:
+            _bytes(region.storage)[:] = image[region.offset : region.offset + region.size]
+
+    def locate(self, pointers: Any, size: int) -> tuple[Region, Any]:
+        """The region of ``pointers`` [n], which must be one, and the indices in an image of their bytes, [n, size]."""
+        first, last = int(pointers.min()), int(pointers.max()) + size
+        i = bisect_right(self.addresses, first) - 1
+        if i < 0 or last > self.addresses[i] + self.regions[i].size:
+            nearest = self.regions[max(i, 0)]
+            raise OutOfBounds(f"bytes {first - nearest.address} to {last - nearest.address} of {nearest.name}, {nearest.size}")
+        region = self.regions[i]
+        start = (pointers - np.uint64(region.address)).astype(np.int64) + region.offset
+        return region, start[:, None] + np.arange(size)
+
+    def region_at(self, index: int) -> Region:
+        """The region that has an image's byte ``index``."""
+        return self.regions[bisect_right(self.offsets, index) - 1]
+
+    def describe(self, index: int, value: bytes) -> str:
+        """The integer ``value`` from an image's byte ``index`` on, in words."""
+        region = self.region_at(index)
+        element = (index - region.offset) // len(value)
+        return f"{region.name}[{element}] = {np.frombuffer(value, f'i{len(value)}')[0]}"
+
+    def difference(self, found: Any, expected: Any) -> str | None:
+        """What differs in two images, in words."""
+        if np.array_equal(found, expected):
+            return None
+        texts = []
+        for region in self.regions:
+            span = slice(region.offset, region.offset + region.size)
+            if np.array_equal(found[span], expected[span]):
+                continue
+            ours, right = (
+                torch.from_numpy(image[span].copy()).view(region.dtype) for image in (found, expected)
+            )
+            bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[region.dtype.itemsize]
+            wrong = (ours.view(bits) != right.view(bits)).nonzero().flatten()
+            i = int(wrong[0])
+            texts.append(f"{region.name}: {len(wrong)} of {len(ours)} differ, [{i}] is {ours[i]:.6g}, not {right[i]:.6g}")
+        return "; ".join(texts)
