@@ -48,9 +48,10 @@ class Stuck(Exception):
 
 
 class Failure(NamedTuple):
-    """The first schedule, by its number, that leaves other bytes than the programs in their order, or does not end."""
+    """A schedule, by its number, that leaves other bytes than the programs in their order, or does not end."""
 
-    schedule: int
+    # None: the programs in their order, if a mutation breaks that too.
+    schedule: int | None
     what: str
 
 
@@ -124,10 +125,13 @@ class Interleaving:
         """Give the tensors what the launches leave."""
         self.layout.write_back(self.expected)
 
-    def first_failure(
-        self, schedules: Iterable[int], processors: int | None = None, mutation: Mutation | None = None
-    ) -> Failure | None:
-        """Run ``schedules`` up to the first that fails, if any does. ``processors``: of every schedule, instead of a random number."""
+    def failures(
+        self, schedules: Iterable[int | None], processors: int | None = None, mutation: Mutation | None = None
+    ) -> Iterator[Failure]:
+        """Run ``schedules``; those that fail. ``processors``: of every schedule, instead of a number of its own.
+
+        With a ``mutation`` the programs are mutated, but not what they must leave.
+        """
         trees = self.trees if mutation is None else Trees(self.launches, self.layout, self.written)
         with self._interpreting(trees, mutation):
             for number in schedules:
@@ -136,10 +140,17 @@ class Interleaving:
                 try:
                     found = _Run(self, trees, schedule).finish()
                 except (Stuck, OutOfBounds) as error:
-                    return Failure(number, str(error))
+                    yield Failure(number, str(error))
+                    continue
                 if difference := self.layout.difference(found, self.expected):
-                    return Failure(number, difference)
-        return None
+                    yield Failure(number, difference)
+
+    def first_failure(self, schedules: Iterable[int | None], **options: Any) -> Failure | None:
+        """The first of :meth:`failures`."""
+        failures = self.failures(schedules, **options)
+        first = next(failures, None)
+        failures.close()
+        return first
 
     @contextmanager
     def _interpreting(self, trees: Trees, mutation: Mutation | None = None) -> Iterator[None]:
@@ -152,7 +163,7 @@ class _Run:
 
     def __init__(self, interleaving: Interleaving, trees: Trees, schedule: Schedule) -> None:
         self.trees, self.schedule, self.layout = trees, schedule, interleaving.layout
-        self.limit = 50 * interleaving.steps + 10_000
+        self.limit = 20 * interleaving.steps + 1000
         self.memory = self.layout.image()
         self.launches = interleaving.launches
         priorities = iter(schedule.priorities)

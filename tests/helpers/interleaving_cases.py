@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -42,13 +43,23 @@ class Case(NamedTuple):
 
 
 def shrink_sizes(patch: pytest.MonkeyPatch) -> None:
-    """Tiny tiles, two programs for each sum, launches that may overlap, and new memory that holds NaN."""
+    """Tiny tiles, two programs for each sum, and launches that may overlap."""
     for name in dir(tiles):
         if name.endswith("_TILES"):
             patch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(8, 16, 8, 1, 2), "a test"),))
     patch.setattr(tiles, "plan_split_k", lambda device, tiles, steps, **_: 2 if steps > 1 else 1)
     patch.setattr(problem, "SMALL_M", FEW)
     patch.setattr(rules, "overlaps", lambda device: device.overlaps)
+
+
+@contextmanager
+def new_memory_is_poisoned() -> Iterator[None]:
+    """``torch.empty`` holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def _check(inputs: Inputs, found: dict[str, Tensor]) -> Callable[[], None]:

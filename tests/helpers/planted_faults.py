@@ -1,0 +1,110 @@
+"""Faults in the order of programs, planted in the kernels' sources, and the cases whose schedules must find them.
+
+``TRITON_INTERPRET=1 python -m tests.helpers.planted_faults`` prints the table of docs/internals/interleavings.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import pytest
+
+from stablelora_kernels.kernels.common import arrives_last
+from stablelora_kernels.kernels.lora.linear import add_branch, co_scheduled_grad
+from stablelora_kernels.kernels.stable_adamw.step import _stable_adamw_kernel
+from tests.helpers import one_launch_protocol as protocol
+from tests.helpers.interleaving import Interleaving
+from tests.helpers.interleaving_cases import CASES, Case, new_memory_is_poisoned, shrink_sizes
+from tests.helpers.mutations import Mutation
+
+PROTOCOL = "one launch, twice"
+EVERY_CASE: dict[str, Callable[[pytest.MonkeyPatch], Case]] = CASES | {PROTOCOL: lambda patch: protocol.case()}
+
+
+# Of each case in every test run.
+SCHEDULES = 200
+HEADER = "| fault | cases | seen in order | first | of 200 | in the hardest case |\n|---|---|---|---|---|---|"
+
+
+class Fault(NamedTuple):
+    what: str
+    mutation: Mutation
+    # The names of the cases that must find it.
+    cases: tuple[str, ...]
+    # A part of the failure's text.
+    looks_like: str = "differ"
+
+
+_SHARED_SUMS = tuple(name for name in CASES if name != "optimizer, two clipped steps")
+_READ_S = tuple(name for name in _SHARED_SUMS if name not in ("split-K, S beside Y", "dA and dB alone"))
+_WITH_DA = tuple(name for name in _READ_S if name.endswith("dX and dA"))
+_WAIT = "tl.extra.cuda.gdc_wait()"
+_PUBLISH = "tl.store(s_ptr + ticket, s)\n        _publish(flags_ptr + ticket // ROWS)"
+_PUBLISH_EARLY = "_publish(flags_ptr + ticket // ROWS)\n        tl.store(s_ptr + ticket, s)"
+
+
+def _protocol(what: str, function: str, text: str, by: str, looks_like: str = "differ") -> Fault:
+    return Fault(f"one launch: {what}", Mutation(getattr(protocol, function), text, by), (PROTOCOL,), looks_like)
+
+
+FAULTS = (
+    Fault("shared sum: no release", Mutation(arrives_last, '"acq_rel"', '"acquire"'), _SHARED_SUMS),
+    Fault("shared sum: no acquire", Mutation(arrives_last, '"acq_rel"', '"release"'), _SHARED_SUMS),
+    Fault("shared sum: release to its own program alone", Mutation(arrives_last, '"gpu"', '"cta"'), _SHARED_SUMS),
+    Fault("shared sum: no barrier before the release", Mutation(arrives_last, "tl.debug_barrier()", "pass"), _SHARED_SUMS),
+    Fault("shared sum: counter not reset", Mutation(arrives_last, "tl.store(counter_ptr, 0)", "pass"), _SHARED_SUMS),
+    Fault("shared sum: the last but one adds up", Mutation(arrives_last, "n - 1", "n - 2"), _SHARED_SUMS),
+    Fault("Y reads S without gdc_wait", Mutation(add_branch, _WAIT, "pass"), _READ_S),
+    Fault("dA reads dS without gdc_wait", Mutation(co_scheduled_grad, _WAIT, "pass"), _WITH_DA),
+    Fault(
+        "optimizer: one half of the sums for both steps",
+        Mutation(_stable_adamw_kernel, "squares_ptr + (1 - turn)", "squares_ptr + turn"),
+        ("optimizer, two clipped steps",),
+    ),
+    _protocol("no release", "_publish", '"release"', '"relaxed"'),
+    _protocol("no barrier before the release", "_publish", "tl.debug_barrier()", "pass"),
+    _protocol("no acquire", "_wait", '"acquire"', '"relaxed"'),
+    _protocol("wait left out", "_wait", "tl.load(flag_ptr, volatile=True) < n", "False"),
+    _protocol("wait for one program too few", "_wait", "< n", "< n - 1"),
+    _protocol("wait by a plain load", "_wait", ", volatile=True", "", "no end"),
+    _protocol("flag raised before the store", "_one_launch_kernel", _PUBLISH, _PUBLISH_EARLY),
+    _protocol("flags not reset", "_one_launch_kernel", "tl.store(flags_ptr + block, 0)", "pass"),
+    _protocol("ticket not reset", "_one_launch_kernel", "tl.store(ticket_ptr, 0)", "pass", "deadlock"),
+    _protocol("last but one resets", "_one_launch_kernel", "num_programs(0) - 1", "num_programs(0) - 2", "deadlock"),
+    _protocol(
+        "the program's id for its ticket", "_one_launch_kernel", 'tl.atomic_add(ticket_ptr, 1, sem="relaxed")',
+        "tl.program_id(0)", "deadlock",
+    ),
+)  # fmt: skip
+
+
+@contextmanager
+def interleaving(name: str) -> Iterator[tuple[Interleaving, Case]]:
+    """The case of this name, at tiny sizes, with its programs run in order once."""
+    with pytest.MonkeyPatch.context() as patch, new_memory_is_poisoned():
+        shrink_sizes(patch)
+        case = EVERY_CASE[name](patch)
+        yield Interleaving(case.launches, case.others), case
+
+
+def print_table() -> None:
+    """Each fault by its hardest case: the one in which the fewest schedules find it."""
+    print(HEADER)
+    with ExitStack() as stack:
+        runs = {name: stack.enter_context(interleaving(name))[0] for name in EVERY_CASE}
+        for fault in FAULTS:
+            found = {}
+            for name in fault.cases:
+                in_order = runs[name].first_failure([None], mutation=fault.mutation)
+                found[name] = in_order, list(runs[name].failures(range(SCHEDULES), mutation=fault.mutation))
+            name, (in_order, failures) = min(found.items(), key=lambda item: len(item[1][1]))
+            first = failures[0]
+            seen = "no" if in_order is None else "yes"
+            what = first.what.splitlines()[0].split(";")[0]
+            print(f"| {fault.what} | {len(found)} | {seen} | {first.schedule} | {len(failures)} | {name}: {what} |", flush=True)
+
+
+if __name__ == "__main__":
+    print_table()
