@@ -1,19 +1,20 @@
-"""Launches' programs, switched at every access of shared memory by a seeded schedule, on a model of a GPU's memory.
+"""Run the programs of launches under seeded schedules, on a model of a GPU's memory.
 
-The model is a GPU's in its least kind form:
+A schedule switches between programs at each access of memory that some program writes. The model is as unkind as a GPU may be:
 
-- A program has a view of memory: all of it as it was when the program began. A load reads the view. A store writes to the
-  view and is held back from memory. So a program sees its own stores, byte by byte.
-- An atomic acts on memory. With release semantics, it first publishes the stores that lie before a barrier: nothing but the barrier
-  orders the stores of the program's other threads. With acquire semantics, it then takes memory into the view.
-- A volatile load takes its own address from memory, and nothing else. ``.cg`` is a hint to the cache: such a load is a plain one.
-- ``gdc_wait`` waits until the launches before have ended, then takes memory into the view.
-- What a program has not published becomes visible as it ends or as its launch ends. The schedule tosses a coin for that, and for
-  single loads and stores that pass by the view, since a GPU holds none back for certain.
-- A launch begins once those before have ended; with ``launch_pdl``, once all programs of the one before have triggered or ended.
+- A program has a view of memory, copied when the program begins. Loads read the view. Stores write to the view and stay out of
+  memory, so a program sees its own stores, byte by byte.
+- An atomic acts on memory. Release semantics first publish the stores before the last barrier, because only a barrier orders the
+  stores of a program's other threads. Acquire semantics then copy memory into the view.
+- A volatile load copies its own address from memory, and nothing else. A ``.cg`` load is a plain load: ``.cg`` only hints at a cache.
+- ``gdc_wait`` waits until all earlier launches have ended, then copies memory into the view.
+- Unpublished stores reach memory when their program ends or when its launch ends; the schedule decides which. The schedule also
+  lets single loads read memory, and single stores reach it at once, because a GPU may do either.
+- A launch begins once all earlier launches have ended. With ``launch_pdl``, it begins once every program of the launch before it has
+  triggered or ended.
 
-The schedules are those of PCT (Burckhardt et al., 2010): random priorities, and a few random steps at which the running program
-falls behind all others. They find a fault that takes d ordered steps with probability 1 / (programs * steps^(d-1)) or more.
+Schedules follow PCT (Burckhardt et al., 2010): random priorities, and a few random steps at which the running program falls behind
+all others. One schedule finds a fault that takes d ordered steps with probability at least 1 / (programs * steps^(d-1)).
 """
 
 from __future__ import annotations
@@ -35,36 +36,37 @@ from tests.helpers.program_trees import Access, Trees, Walk, tensors_of
 
 RELEASES = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 ACQUIRES = (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
-# Bytes of a program's view: as in memory; held back; held back, and before a barrier.
+# The state of a byte in a program's view: not stored since it was published or copied; stored; stored before a barrier.
 CLEAN, STORED, BEHIND_BARRIER = 0, 1, 2
 # Change points of a schedule.
 DEPTH = 3
-# A program that reads one address so often in a row, and always the same, waits for it to change.
+# A program that reads the same value from one address this many times in a row waits for the value to change.
 SPINS = 3
 
 
 class Stuck(Exception):
-    """No program can go on, or some never end; the message has each program's state."""
+    """No program can go on, or some never end. The message has each program's state."""
 
 
 class Failure(NamedTuple):
-    """A schedule, by its number, that leaves other bytes than the programs in their order, or does not end."""
+    """A schedule that got stuck or left other bytes than the run in order."""
 
-    # None: the programs in their order, if a mutation breaks that too.
+    # None is the run in order.
     schedule: int | None
     what: str
 
 
 class Schedule:
-    """Every choice of a run, drawn from the schedule's number. Without one, programs run in order and hold nothing back."""
+    """Every choice of a run, drawn from the schedule's number. With None, programs run in order and see every store at once."""
 
     def __init__(self, number: int | None, programs: int, steps: int) -> None:
         self.rng = rng = random.Random(number)
         self.priorities = list(range(programs, 0, -1))
-        # Programs that run at a time, the others begin as these end; whether they begin in the grid's order.
+        # The most programs that run at a time, and whether programs begin in the grid's order.
         self.processors, self.in_order = programs, True
         self.change_points: set[int] = set()
-        # How often a load reads memory, a store is visible at once, and what an ended program held back is.
+        # The probabilities that a load reads memory, that a store reaches memory at once, and that all of a program's stores
+        # reach memory when the program ends.
         self.fresh = self.early = self.at_end = 1.0
         if number is not None:
             rng.shuffle(self.priorities)
@@ -81,18 +83,19 @@ class Program:
     launch: int
     index: tuple[int, ...]
     priority: int
-    # Once it has begun: its run, its view of memory, and the state of each byte of it.
+    # Once the program has begun: its run, its view of memory and the state of each byte of the view.
     walk: Walk | None = None
     view: Any = None
     state: Any = None
     triggered: bool = False
     done: bool = False
-    # The last read of a single address: the address, the value, and how often it came in a row.
+    # The last read of a single address: the address, the value, and how many times in a row.
     read_from: int = -1
     value: bytes = b""
     times: int = 0
 
     def has_read(self, place: Any, value: bytes) -> None:
+        """Count how many times in a row the program has read ``value`` from one address."""
         if len(place) > 1:
             self.times = 0
         elif self.times and place[0, 0] == self.read_from and value == self.value:
@@ -102,9 +105,9 @@ class Program:
 
 
 class Interleaving:
-    """``launches`` of one stream under any schedule. The run in order says which bytes all others must leave.
+    """``launches`` of one stream, to be run under any schedule. Every schedule must leave the bytes that the run in order leaves.
 
-    ``others`` are tensors that kernels reach by addresses in tables. Runs change no tensor; :meth:`write_back` does.
+    ``others`` are tensors that kernels reach through addresses in tables. Runs work on copies; :meth:`write_back` changes tensors.
     """
 
     def __init__(self, launches: Sequence[Launch], others: Iterable[Tensor] = ()) -> None:
@@ -117,20 +120,22 @@ class Interleaving:
         with self._interpreting(self.trees):
             run = _Run(self, self.trees, Schedule(None, self.programs, 0))
             self.expected = run.finish()
-        # Nobody sees when a storage is read to which nobody writes, so that no schedule need switch there.
+        # Reads of a storage that no program writes return the same at any time, so they are no steps.
         self.written, self.steps = run.written, sum(run.accesses.get(number, 0) for number in run.written)
         self.trees = Trees(self.launches, self.layout, self.written)
 
     def write_back(self) -> None:
-        """Give the tensors what the launches leave."""
+        """Copy what the launches leave into the tensors."""
         self.layout.write_back(self.expected)
 
     def failures(
         self, schedules: Iterable[int | None], processors: int | None = None, mutation: Mutation | None = None
     ) -> Iterator[Failure]:
-        """Run ``schedules``; those that fail. ``processors``: of every schedule, instead of a number of its own.
+        """Run ``schedules`` and yield those that fail.
 
-        With a ``mutation`` the programs are mutated, but not what they must leave.
+        Args:
+            processors: the most programs that run at a time; None draws a number for each schedule.
+            mutation: changes the programs, but not the bytes that they must leave.
         """
         trees = self.trees if mutation is None else Trees(self.launches, self.layout, self.written)
         with self._interpreting(trees, mutation):
@@ -174,12 +179,12 @@ class _Run:
             for made in self.of_launch:
                 schedule.rng.shuffle(made)
         self.running: list[Program] = []
-        # Storages that were written to, and accesses of each.
+        # The storages that programs have written, and the number of accesses of each storage.
         self.written: set[int] = set()
         self.accesses: dict[int, int] = {}
 
     def finish(self) -> Any:
-        """Run all programs to their ends; what they leave in memory."""
+        """Run all programs to their ends and return the memory."""
         try:
             self._schedule([program for made in self.of_launch for program in made])
         finally:
@@ -203,7 +208,7 @@ class _Run:
             step += 1
             program.walk.answer(self._perform(program))
             while (access := program.walk.access) and access.kind == "barrier":
-                # No other program sees it.
+                # No other program can see a barrier, so it is no step.
                 program.walk.answer(self._perform(program))
             if access is None:
                 self._end(program)
@@ -215,7 +220,7 @@ class _Run:
         return bool(self.launches[launch].options.get("launch_pdl")) and all(p.triggered or p.done for p in before)
 
     def _have_ended(self, count: int) -> bool:
-        """Whether the first ``count`` launches have."""
+        """Whether the first ``count`` launches have ended."""
         return all(program.done for made in self.of_launch[:count] for program in made)
 
     def _begin(self, program: Program) -> None:
@@ -227,12 +232,13 @@ class _Run:
 
     def _end(self, program: Program) -> None:
         program.done = True
+        program.walk.close()
         self.running.remove(program)
         if self.schedule.happens(self.schedule.at_end):
             self._publish(program, program.state != CLEAN)
         made = self.of_launch[program.launch]
         if all(each.done for each in made):
-            # Of two programs that store to one address, either may be the later.
+            # Two programs that store to one address race: either value may stay.
             for each in self.schedule.rng.sample(made, len(made)):
                 self._publish(each, each.state != CLEAN)
 
@@ -258,7 +264,7 @@ class _Run:
     # Memory.
 
     def _perform(self, program: Program) -> bytes:
-        """The effect of what ``program`` asks for, and the answer."""
+        """Carry out the access that ``program`` asks for and return its result."""
         access: Access = program.walk.access
         kind, place = access.kind, access.place
         if place is not None:
@@ -294,11 +300,11 @@ class _Run:
 
     def _atomic(self, program: Program, access: Access) -> bytes:
         place = access.place
-        # No other program is within the scope "cta".
+        # The scope "cta" includes no other program.
         is_wide = access.scope != ir.MEM_SYNC_SCOPE.CTA
         if access.sem in RELEASES and is_wide:
             self._publish(program, program.state == BEHIND_BARRIER)
-        # A program's accesses of one address stay in their order.
+        # A program's accesses of one address stay in order.
         self._publish(program, place[program.state[place] != CLEAN])
         before = self.memory[place].tobytes()
         answer = access.apply(self.memory)
@@ -312,9 +318,10 @@ class _Run:
         return answer
 
     def _publish(self, program: Program, which: Any) -> None:
-        """``which``: a mask or indices of bytes."""
+        """Write bytes of the program's view to memory; ``which`` is a mask or indices."""
         self.memory[which] = program.view[which]
         program.state[which] = CLEAN
 
     def _refresh(self, program: Program) -> None:
+        """Copy memory into the program's view, except where the program has unpublished stores."""
         np.copyto(program.view, self.memory, where=program.state == CLEAN)

@@ -1,4 +1,4 @@
-"""The smallest launches of every kernel with a shared sum, a counter or a programmatic launch, and what they must compute."""
+"""Cases for the interleaving tests: small launches of every kernel with a shared sum or a programmatic launch, and their results."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from tests.helpers.inputs import BF16, FP32, SCALING, Inputs, make_inputs
 from tests.helpers.optimizers import in_float64, make_pairs, params_of, set_grads
 from tests.helpers.steps import assert_close_to
 
-# A GPU with descriptors and one without; on both, launches may overlap.
+# GPUs with and without tensor descriptors. Launches may overlap on both.
 SM_90, SM_120 = Device("sm_90", 2, 232_448), Device("sm_120", 2, 101_376)
 SPLIT, FUSED, IN_LOOP = (Choice(kernel, "a test") for kernel in ("split", "fused", "in_loop"))
 N, K, R = 16, 16, 4
-# Rows up to which dispatch takes the kernels for few.
+# Dispatch takes the split-K kernel up to FEW rows.
 FEW, MANY = 12, 24
 
 
 class Case(NamedTuple):
-    """Launches of one stream; ``check`` asserts that what they have left in the tensors is right."""
+    """Launches of one stream. ``check`` asserts that the tensors hold the right results."""
 
     launches: Sequence[Launch]
     check: Callable[[], None]
-    # What kernels reach by addresses in tables.
+    # Tensors that kernels reach through addresses in tables.
     others: Sequence[Tensor] = ()
 
 
@@ -89,7 +89,7 @@ def _product(p: Tensor, q: Tensor) -> Tensor:
 
 
 def forward(device: Device, m: int, choice: Choice, dtype: torch.dtype = FP32, layers: int = 1) -> Case:
-    """S and Y of layers whose launches count in the same counters, one after another."""
+    """S and Y of one layer after another. Their launches share counters."""
     launches: list[Launch] = []
     checks = []
     for seed in range(layers):
@@ -142,9 +142,7 @@ def group_backward() -> Case:
     every, x, (ws, _, As, Bs, dys) = _group()
     s = [_product(x, a.t()) for a in As]
     dx, das, dbs = torch.empty_like(x), [torch.empty_like(a) for a in As], [torch.empty_like(b) for b in Bs]
-    launches = lora_linear_group.backward_launches(
-        SM_120, x, dys, ws, As, Bs, s, [], [SCALING] * 3, 0.0, dx, das, dbs
-    )
+    launches = lora_linear_group.backward_launches(SM_120, x, dys, ws, As, Bs, s, [], [SCALING] * 3, 0.0, dx, das, dbs)
 
     def check_dx() -> None:
         right = sum(testing.oracle(inputs, SCALING)["dX"] for inputs in every)
@@ -159,9 +157,7 @@ def quantized_forward() -> Case:
     inputs = make_inputs((8, K), N, R) | {"weight": testing.nf4_weight(N, K, 16, nested=False)}
     x, w, bias, a, b, dy = _operands(inputs)
     s, y = x.new_empty(len(x), R), torch.empty_like(dy)
-    launches = lora_linear_quantized.forward_launches(
-        SM_90, x, w.stored, bias, a, b, s, y, None, SCALING, 0.0, IN_LOOP
-    )
+    launches = lora_linear_quantized.forward_launches(SM_90, x, w.stored, bias, a, b, s, y, None, SCALING, 0.0, IN_LOOP)
     return Case(launches, _check(inputs, {"Y": y}))
 
 
@@ -206,7 +202,7 @@ def optimizer_steps(patch: pytest.MonkeyPatch) -> Case:
     return Case(launches, check, [t.detach() for t in (*params, *(p.grad for p in params), *state)])
 
 
-# By what they are called in tests and in docs/internals/interleavings.md.
+# The names appear in test ids and in docs/internals/interleavings.md.
 CASES: dict[str, Callable[[pytest.MonkeyPatch], Case]] = {
     "split-K, S then Y, two layers": lambda patch: forward(SM_90, FEW, SPLIT, layers=2),
     "split-K, S beside Y": lambda patch: forward(SM_90, FEW, FUSED),

@@ -1,4 +1,4 @@
-"""The storages of some tensors as one array of bytes, an image, of which there can be many."""
+"""Images of memory: the storages of some tensors, copied into one array of bytes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from triton.runtime.interpreter import TensorHandle
 
 
 class OutOfBounds(Exception):
-    """A program reads or writes outside of all tensors, or across two."""
+    """A program accesses bytes outside all tensors."""
 
 
 class Region(NamedTuple):
-    """One storage: its number, its address, its size, and where it lies in an image; by a tensor in it, its name and dtype."""
+    """A storage's address, its size in bytes and its offset in an image. Name and dtype are those of a tensor in it."""
 
     number: int
     address: int
@@ -28,7 +28,7 @@ class Region(NamedTuple):
     dtype: torch.dtype
 
     def moved(self, pointers: TensorHandle, image: Any) -> TensorHandle:
-        """``pointers`` into the storage as pointers into ``image``."""
+        """Turn pointers into the storage into pointers into ``image``."""
         delta = image.ctypes.data + self.offset - self.address
         return TensorHandle(pointers.data + np.uint64(delta % 2**64), pointers.dtype)
 
@@ -38,6 +38,8 @@ def _bytes(storage: Any) -> Any:
 
 
 class Layout:
+    """Where the storages of ``named`` tensors lie in an image."""
+
     def __init__(self, named: Sequence[tuple[str, Tensor]]) -> None:
         storages: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in named:
@@ -50,7 +52,7 @@ class Layout:
             storage = tensor.untyped_storage()
             size = storage.nbytes()
             self.regions.append(Region(len(self.regions), address, size, offset, name, storage, tensor.dtype))
-            # Descriptors want multiples of 16.
+            # Elements stay aligned.
             offset += -(-size // 16) * 16
         self.addresses = [region.address for region in self.regions]
         self.offsets = [region.offset for region in self.regions]
@@ -59,35 +61,43 @@ class Layout:
             self.initial[region.offset : region.offset + region.size] = _bytes(region.storage)
 
     def image(self) -> Any:
+        """A new image, with the bytes that the tensors had when the layout was made."""
         return self.initial.copy()
 
     def write_back(self, image: Any) -> None:
+        """Copy an image into the tensors."""
         for region in self.regions:
             _bytes(region.storage)[:] = image[region.offset : region.offset + region.size]
 
     def locate(self, pointers: Any, size: int) -> tuple[Region, Any]:
-        """The region of ``pointers`` [n], which must be one, and the indices in an image of their bytes, [n, size]."""
+        """The region of ``pointers`` [n] to elements of ``size`` bytes, and the bytes' indices in an image, [n, size].
+
+        Raises:
+            OutOfBounds: the pointers do not lie in one region.
+        """
         first, last = int(pointers.min()), int(pointers.max()) + size
         i = bisect_right(self.addresses, first) - 1
         if i < 0 or last > self.addresses[i] + self.regions[i].size:
             nearest = self.regions[max(i, 0)]
-            raise OutOfBounds(f"bytes {first - nearest.address} to {last - nearest.address} of {nearest.name}, {nearest.size}")
+            raise OutOfBounds(
+                f"bytes {first - nearest.address} to {last - nearest.address} of {nearest.name}, {nearest.size}"
+            )
         region = self.regions[i]
         start = (pointers - np.uint64(region.address)).astype(np.int64) + region.offset
         return region, start[:, None] + np.arange(size)
 
     def region_at(self, index: int) -> Region:
-        """The region that has an image's byte ``index``."""
+        """The region of an image's byte ``index``."""
         return self.regions[bisect_right(self.offsets, index) - 1]
 
     def describe(self, index: int, value: bytes) -> str:
-        """The integer ``value`` from an image's byte ``index`` on, in words."""
+        """Name the element at an image's byte ``index`` and its integer ``value``."""
         region = self.region_at(index)
         element = (index - region.offset) // len(value)
         return f"{region.name}[{element}] = {np.frombuffer(value, f'i{len(value)}')[0]}"
 
     def difference(self, found: Any, expected: Any) -> str | None:
-        """What differs in two images, in words."""
+        """Describe how ``found`` differs from ``expected``; None if it does not."""
         if np.array_equal(found, expected):
             return None
         texts = []
@@ -95,11 +105,11 @@ class Layout:
             span = slice(region.offset, region.offset + region.size)
             if np.array_equal(found[span], expected[span]):
                 continue
-            ours, right = (
-                torch.from_numpy(image[span].copy()).view(region.dtype) for image in (found, expected)
-            )
+            ours, right = (torch.from_numpy(image[span].copy()).view(region.dtype) for image in (found, expected))
             bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[region.dtype.itemsize]
             wrong = (ours.view(bits) != right.view(bits)).nonzero().flatten()
             i = int(wrong[0])
-            texts.append(f"{region.name}: {len(wrong)} of {len(ours)} differ, [{i}] is {ours[i]:.6g}, not {right[i]:.6g}")
+            texts.append(
+                f"{region.name}: {len(wrong)} of {len(ours)} differ, [{i}] is {ours[i]:.6g}, not {right[i]:.6g}"
+            )
         return "; ".join(texts)

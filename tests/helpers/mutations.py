@@ -1,4 +1,4 @@
-"""Kernels with a text of their source replaced, in memory."""
+"""Mutated kernels: a text in a kernel's source is replaced, in memory only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 class Mutation(NamedTuple):
-    """``function``, jitted, as if its source had ``by`` wherever it has ``text``."""
+    """The jitted ``function`` with every ``text`` in its source replaced by ``by``."""
 
     function: Any
     text: str
@@ -19,9 +19,9 @@ class Mutation(NamedTuple):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """In Triton's interpreter, whoever calls the function."""
+        """Triton's interpreter runs the mutated function, whoever calls it."""
         function, text = self.function, self.text
-        # Fills what the rewriter needs.
+        # This sets the rewriter's file name and line.
         function.rewrite()
         rewriter = function.rewriter
         source = rewriter._prepare_source(inspect.getsourcelines(function.fn)[0])

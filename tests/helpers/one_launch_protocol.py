@@ -1,4 +1,4 @@
-"""The protocol by which one launch computes S and what needs S, in its smallest form: Y = X + S, S = sums of X's rows."""
+"""The one-launch protocol in its smallest form: one launch computes S, the sums of X's rows, and Y = X + S."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BLOCKS, ROWS, COLUMNS = 2, 2, 4
 
 @triton.jit
 def _publish(flag_ptr):
-    """Count one more program whose stores others may read."""
+    """Publish this program's stores and count it at the flag."""
     tl.debug_barrier()
     tl.atomic_add(flag_ptr, 1, sem="release")
 
 
 @triton.jit
 def _wait(flag_ptr, n):
-    """Wait for n programs to publish."""
+    """Wait until n programs have published."""
     while tl.load(flag_ptr, volatile=True) < n:
         pass
     tl.atomic_add(flag_ptr, 0, sem="acquire")
@@ -33,7 +33,7 @@ def _one_launch_kernel(
     x_ptr, s_ptr, y_ptr, total_ptr, ticket_ptr, flags_ptr, done_ptr,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The first tickets compute a row of S each, the next a block of Y each, and the last one S's total."""
+    """The first tickets compute one row of S each, the next tickets one block of Y each, and the last ticket the total of S."""
     ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
     columns = tl.arange(0, COLUMNS)
     if ticket < BLOCKS * ROWS:
@@ -61,7 +61,7 @@ def _one_launch_kernel(
 
 
 def case(launches: int = 2) -> Case:
-    """Launches one after another, with the same ticket, flags and counter."""
+    """Launches one after another that share the ticket, the flags and the counter."""
     ticket, done = (torch.zeros(1, dtype=torch.int32) for _ in range(2))
     flags = torch.zeros(BLOCKS, dtype=torch.int32)
     made, results = [], []

@@ -1,4 +1,4 @@
-"""Faults in the order of programs, planted in the kernels' sources, and the cases whose schedules must find them.
+"""Synchronization faults, planted in the kernels' sources, and the cases whose schedules must find them.
 
 ``TRITON_INTERPRET=1 python -m tests.helpers.planted_faults`` prints the table of docs/internals/interleavings.md.
 """
@@ -17,13 +17,14 @@ from stablelora_kernels.kernels.stable_adamw.step import _stable_adamw_kernel
 from tests.helpers import one_launch_protocol as protocol
 from tests.helpers.interleaving import Interleaving
 from tests.helpers.interleaving_cases import CASES, Case, new_memory_is_poisoned, shrink_sizes
+from tests.helpers.interpreter import speed_up_interpreter
 from tests.helpers.mutations import Mutation
 
 PROTOCOL = "one launch, twice"
 EVERY_CASE: dict[str, Callable[[pytest.MonkeyPatch], Case]] = CASES | {PROTOCOL: lambda patch: protocol.case()}
 
 
-# Of each case in every test run.
+# Schedules of each case in every test run.
 SCHEDULES = 200
 HEADER = "| fault | cases | seen in order | first | of 200 | in the hardest case |\n|---|---|---|---|---|---|"
 
@@ -31,9 +32,9 @@ HEADER = "| fault | cases | seen in order | first | of 200 | in the hardest case
 class Fault(NamedTuple):
     what: str
     mutation: Mutation
-    # The names of the cases that must find it.
+    # The names of the cases that must find the fault.
     cases: tuple[str, ...]
-    # A part of the failure's text.
+    # Text that the failure must contain.
     looks_like: str = "differ"
 
 
@@ -82,7 +83,7 @@ FAULTS = (
 
 @contextmanager
 def interleaving(name: str) -> Iterator[tuple[Interleaving, Case]]:
-    """The case of this name, at tiny sizes, with its programs run in order once."""
+    """The case ``name`` at tiny sizes. Its programs have run in order once."""
     with pytest.MonkeyPatch.context() as patch, new_memory_is_poisoned():
         shrink_sizes(patch)
         case = EVERY_CASE[name](patch)
@@ -90,7 +91,8 @@ def interleaving(name: str) -> Iterator[tuple[Interleaving, Case]]:
 
 
 def print_table() -> None:
-    """Each fault by its hardest case: the one in which the fewest schedules find it."""
+    """Print a row for each fault, with its hardest case: the one in which the fewest schedules find it."""
+    speed_up_interpreter()
     print(HEADER)
     with ExitStack() as stack:
         runs = {name: stack.enter_context(interleaving(name))[0] for name in EVERY_CASE}
@@ -103,7 +105,10 @@ def print_table() -> None:
             first = failures[0]
             seen = "no" if in_order is None else "yes"
             what = first.what.splitlines()[0].split(";")[0]
-            print(f"| {fault.what} | {len(found)} | {seen} | {first.schedule} | {len(failures)} | {name}: {what} |", flush=True)
+            print(
+                f"| {fault.what} | {len(found)} | {seen} | {first.schedule} | {len(failures)} | {name}: {what} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

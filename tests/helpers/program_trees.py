@@ -1,7 +1,8 @@
-"""What the programs of launches do to memory: a tree for each program, grown by Triton's interpreter where a run has not been yet.
+"""A tree for each program of some launches: every sequence of memory accesses that runs have made so far.
 
-A program's next access depends on nothing but what its accesses before have returned. So the interpreter, which takes
-milliseconds a program, runs once for each such history, and other runs walk through the tree.
+A program's next access depends only on the results of its earlier accesses. So Triton's interpreter, which takes milliseconds a
+program, runs each such history once. Later runs follow the tree. The interpreter runs in greenlets, because a program stops many
+calls below its start, where a generator cannot yield.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ builder = interpreter.interpreter_builder
 
 
 class Access(NamedTuple):
-    """What a program asks for, and the line of the kernel that does."""
+    """An access that a program asks for, and the kernel's line."""
 
     # "load", "volatile load", "store", "atomic", "barrier", "gdc_wait" or "gdc_launch_dependents".
     kind: str
     where: str
-    # Indices of the bytes in an image, [elements, bytes of one].
+    # The indices of the bytes in an image, [elements, bytes of an element].
     place: Any = None
-    # What to store, likewise.
+    # The bytes to store, of the same shape.
     data: Any = None
-    # The atomic: its effect on an image, which returns what was there, its semantics and its scope.
+    # For an atomic: a function that changes an image and returns the old value, and the atomic's semantics and scope.
     apply: Callable[[Any], bytes] | None = None
     sem: Any = None
     scope: Any = None
@@ -47,12 +48,15 @@ class Access(NamedTuple):
 class _Node(NamedTuple):
     # None at the program's end.
     access: Access | None
-    # By what the access returned.
+    # The next nodes, by the access's result.
     after: dict[bytes | None, _Node]
 
 
 class Trees:
-    """The programs of ``launches`` on the storages of ``layout``; ``written``: those of them that matter, or None for all."""
+    """The trees of all programs of ``launches``.
+
+    Only accesses of the storages with numbers in ``written``, or of all storages if it is None, become nodes.
+    """
 
     def __init__(self, launches: Sequence[Launch], layout: Layout, written: set[int] | None = None) -> None:
         self.launches, self.layout, self.written = launches, layout, written
@@ -65,7 +69,7 @@ class Trees:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The interpreter's accesses of memory switch to whoever runs the program."""
+        """Let the interpreter's memory accesses switch to the caller of the program."""
         with ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             for name, ours in (
@@ -87,7 +91,7 @@ class Trees:
             yield
 
     def _find(self, pointers: TensorHandle, mask: TensorHandle) -> tuple[Any, Any, Any, bool]:
-        """The active pointers, their storage, their bytes' indices in an image, and whether the storage matters."""
+        """The mask in full, the pointers' storage, their bytes' indices in an image, and whether the access becomes a node."""
         active = np.broadcast_to(mask.data, pointers.data.shape)
         if not active.any():
             return active, None, None, False
@@ -103,7 +107,9 @@ class Trees:
         answer = _ask(Access("volatile load" if is_volatile else "load", _line(), place))
         dtype = pointers.get_element_ty()
         kind = interpreter._get_np_dtype(dtype)
-        data = np.zeros(active.shape, kind) if other is None else np.array(np.broadcast_to(other.data, active.shape), kind)
+        data = (
+            np.zeros(active.shape, kind) if other is None else np.array(np.broadcast_to(other.data, active.shape), kind)
+        )
         data[active] = np.frombuffer(answer, kind)
         return TensorHandle(data, dtype)
 
@@ -113,7 +119,9 @@ class Trees:
             data = np.ascontiguousarray(np.broadcast_to(value.data, active.shape)[active])
             _ask(Access("store", _line(), place, data.view(np.uint8).reshape(place.shape)))
 
-    def _atomic(self, original: Any, op: Any, pointers: Any, value: Any, mask: Any, sem: Any, scope: Any) -> TensorHandle:
+    def _atomic(
+        self, original: Any, op: Any, pointers: Any, value: Any, mask: Any, sem: Any, scope: Any
+    ) -> TensorHandle:
         _, region, place, _ = self._find(pointers, mask)
 
         def apply(image: Any) -> bytes:
@@ -125,12 +133,12 @@ class Trees:
 
 
 class Walk:
-    """One run of a program. ``access`` is what it asks for now, or None at its end."""
+    """One run of a program. ``access`` is the access that it asks for now, or None at its end."""
 
     def __init__(self, trees: Trees, launch: int, index: tuple[int, ...]) -> None:
         self.trees, self.launch, self.index = trees, launch, index
         self.answers: list[bytes | None] = []
-        # Of the answers, those that the interpreter has got.
+        # The number of answers that the interpreter has received.
         self.given = 0
         self.coroutine: greenlet | None = None
         self.node = trees.roots.setdefault((launch, index), _Node(None, {}))
@@ -141,7 +149,7 @@ class Walk:
         return self.node.access
 
     def answer(self, value: bytes | None) -> None:
-        """Go on with what ``access`` returned; None starts the program."""
+        """Continue the program with its access's result; None starts the program."""
         self.answers.append(value)
         after = self.node.after.get(value)
         if after is None:
@@ -154,18 +162,26 @@ class Walk:
             function, arguments = self.trees.launches[self.launch].kernel.rewrite(), self.trees.arguments[self.launch]
             self.coroutine = greenlet(lambda _: function(**arguments))
         access = None
-        for answer in self.answers[self.given :]:
-            access = self.coroutine.switch(answer)
+        try:
+            for answer in self.answers[self.given :]:
+                access = self.coroutine.switch(answer)
+        except interpreter.InterpreterError as error:
+            # The interpreter wraps errors once for each function that a kernel calls.
+            cause: BaseException = error
+            while cause.__cause__:
+                cause = cause.__cause__
+            raise cause from None
         self.given = len(self.answers)
         return None if self.coroutine.dead else access
 
     def close(self) -> None:
-        if self.coroutine:
+        """Drop the interpreter's part of the run."""
+        if self.coroutine and not self.coroutine.dead:
             self.coroutine.throw()
 
 
 def tensors_of(launch: Launch) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a launch's arguments, by names."""
+    """The tensors among a launch's arguments, with their names."""
     for name, value in inspect.signature(launch.kernel.fn).bind(*launch.args, **launch.constants).arguments.items():
         tensor = value.base if isinstance(value, TensorDescriptor) else value
         if isinstance(tensor, Tensor):
@@ -186,7 +202,7 @@ def _ask(access: Access) -> bytes:
 
 
 def _line() -> str:
-    """The line of a kernel that runs now."""
+    """The file and line of the kernel that is running."""
     frame = sys._getframe(1)
     while frame.f_code.co_filename == __file__ or "/triton/" in frame.f_code.co_filename:
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Planted faults in the order of programs are found; docs/internals/interleavings.md has them in a table."""
+"""Schedules find every planted synchronization fault; docs/internals/interleavings.md has the table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stack() -> Iterator[ExitStack]:
 
 @cache
 def runs_of(name: str, stack: ExitStack) -> Interleaving:
-    """The case, with its programs run in order once for all faults."""
+    """The case with its run in order, which all faults share."""
     return stack.enter_context(interleaving(name))[0]
 
 

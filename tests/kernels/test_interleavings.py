@@ -1,4 +1,4 @@
-"""Every kernel whose programs share something, under many orders of its programs: docs/internals/interleavings.md."""
+"""Every kernel with a shared sum, counter, flag or programmatic launch, under many schedules: docs/internals/interleavings.md."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ if DEVICE == "cuda":
 import triton
 import triton.language as tl
 
+from stablelora_kernels.kernels import common
 from stablelora_kernels.kernels.lora.linear import add_branch
-from stablelora_kernels.launch import counters
+from stablelora_kernels.launch import counters, lora_common
 from stablelora_kernels.launch.base import Launch
 from tests.helpers.interleaving import Interleaving
 from tests.helpers.mutations import Mutation
 from tests.helpers.planted_faults import EVERY_CASE, FAULTS, PROTOCOL, SCHEDULES, interleaving
 
-# Of each case at night.
+# Schedules of each case in a nightly run; SCHEDULES are those of every test run.
 NIGHTLY = 20_000
 
 
@@ -44,7 +45,7 @@ def test_the_protocol_needs_no_number_of_processors(processors: int) -> None:
 
 
 def test_a_deadlock_is_reported_with_each_programs_state() -> None:
-    """Programs that take their id for a ticket hold the processors and wait for programs that have not begun."""
+    """With the program's id as ticket, waiting programs hold all processors, and those that they wait for cannot begin."""
     (by_id,) = (fault.mutation for fault in FAULTS if "the program's id" in fault.what)
     with interleaving(PROTOCOL) as (runs, _):
         found = runs.first_failure(range(SCHEDULES), processors=2, mutation=by_id)
@@ -60,12 +61,20 @@ def test_a_deadlock_is_reported_with_each_programs_state() -> None:
 
 
 def test_launches_overlap_only_where_they_may() -> None:
-    """Without launch_pdl, the launch of Y begins when S's has ended, and need not wait."""
+    """Without launch_pdl, Y's launch begins after S's launch has ended, so it needs no gdc_wait."""
     unwaited = Mutation(add_branch, "tl.extra.cuda.gdc_wait()", "pass")
     with interleaving("pointers, S then Y, two layers") as (runs, case):
         assert runs.first_failure(range(SCHEDULES), mutation=unwaited) is not None
         apart = Interleaving([launch._replace(options={}) for launch in case.launches])
         assert apart.first_failure(range(SCHEDULES), mutation=unwaited) is None
+
+
+def test_launches_that_overlap_must_not_count_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes keep the counters of dS and dB, dX and dA apart."""
+    original = counters.counters
+    monkeypatch.setattr(lora_common, "counters", lambda n, device, lane: original(n, device))
+    with interleaving("split-K, dS and dB, dX and dA") as (runs, _):
+        assert runs.first_failure(range(SCHEDULES)) is not None
 
 
 @triton.jit
@@ -92,13 +101,13 @@ def _race_kernel(x_ptr):
 
 
 def test_a_race_is_found() -> None:
-    """Stores that nothing orders, of which the later is any."""
+    """Two programs store different values to one address."""
     x = torch.zeros(1, dtype=torch.int32)
     assert Interleaving([Launch(_race_kernel, "", "", (2,), (x,), {}, {})]).first_failure(range(20)) is not None
 
 
-def test_an_access_outside_of_all_tensors_is_found() -> None:
-    x, out = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    runs = Interleaving([Launch(_bytes_kernel, "", "", (2,), (x, out), {}, {})])
-    found = runs.first_failure([0], mutation=Mutation(_bytes_kernel, "out_ptr + program", "out_ptr + program + 1000"))
-    assert "of _bytes_kernel's" in found.what
+def test_an_access_outside_all_tensors_is_found() -> None:
+    far = Mutation(common.shared_sum, "split * (ROWS * COLUMNS)", "(split << 40)")
+    with interleaving("quantized, S then Y") as (runs, _):
+        found = runs.first_failure([0], mutation=far)
+    assert found is not None and found.what.startswith("bytes ")
