@@ -6,15 +6,15 @@ A schedule switches between programs at each access of memory that some program 
   memory, so a program sees its own stores, byte by byte.
 - An atomic acts on memory. Release semantics first publish the stores before the last barrier, because only a barrier orders the
   stores of a program's other threads. Acquire semantics then copy memory into the view.
-- A volatile load copies its own address from memory, and nothing else. A ``.cg`` load is a plain load: ``.cg`` only hints at a cache.
+- A volatile load copies its own address from memory, and nothing else. ``.cg`` is only a hint: such a load is a plain one.
 - ``gdc_wait`` waits until all earlier launches have ended, then copies memory into the view.
 - Unpublished stores reach memory when their program ends or when its launch ends; the schedule decides which. The schedule also
   lets single loads read memory, and single stores reach it at once, because a GPU may do either.
-- A launch begins once all earlier launches have ended. With ``launch_pdl``, it begins once every program of the launch before it has
-  triggered or ended.
+- A launch begins once all earlier launches have ended. With ``launch_pdl``, it begins once every program of the launch before it
+  has triggered or ended.
 
-Schedules follow PCT (Burckhardt et al., 2010): random priorities, and a few random steps at which the running program falls behind
-all others. One schedule finds a fault that takes d ordered steps with probability at least 1 / (programs * steps^(d-1)).
+Schedules follow PCT (Burckhardt et al., 2010): random priorities, and a few random steps at which the running program falls
+behind all others. One schedule finds a fault that takes d ordered steps with probability at least 1 / (programs * steps^(d-1)).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Program:
 class Interleaving:
     """``launches`` of one stream, to be run under any schedule. Every schedule must leave the bytes that the run in order leaves.
 
-    ``others`` are tensors that kernels reach through addresses in tables. Runs work on copies; :meth:`write_back` changes tensors.
+    ``others`` are tensors that kernels reach through addresses in tables. Runs change no tensor; :meth:`write_back` does.
     """
 
     def __init__(self, launches: Sequence[Launch], others: Iterable[Tensor] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Cases for the interleaving tests: small launches of every kernel with a shared sum or a programmatic launch, and their results."""
+"""Cases for the interleaving tests: tiny launches of every kernel with a shared sum or a programmatic launch, with a check."""
 
 from __future__ import annotations
 

@@ -123,6 +123,8 @@ class Trees:
         self, original: Any, op: Any, pointers: Any, value: Any, mask: Any, sem: Any, scope: Any
     ) -> TensorHandle:
         _, region, place, _ = self._find(pointers, mask)
+        if region is None:
+            return original(op, pointers, value, mask, sem, scope)
 
         def apply(image: Any) -> bytes:
             return original(op, region.moved(pointers, image), value, mask, sem, scope).data.tobytes()
