@@ -48,13 +48,14 @@ class Layout:
                 storages.setdefault(storage.data_ptr(), (name, tensor))
         self.regions: list[Region] = []
         offset = 0
-        for address, (name, tensor) in sorted(storages.items()):
+        for number, (address, (name, tensor)) in enumerate(storages.items()):
             storage = tensor.untyped_storage()
             size = storage.nbytes()
-            self.regions.append(Region(len(self.regions), address, size, offset, name, storage, tensor.dtype))
+            self.regions.append(Region(number, address, size, offset, name, storage, tensor.dtype))
             # Elements stay aligned.
             offset += -(-size // 16) * 16
-        self.addresses = [region.address for region in self.regions]
+        self.by_address = sorted(self.regions, key=lambda region: region.address)
+        self.addresses = [region.address for region in self.by_address]
         self.offsets = [region.offset for region in self.regions]
         self.initial = np.zeros(offset, np.uint8)
         for region in self.regions:
@@ -76,13 +77,11 @@ class Layout:
             OutOfBounds: the pointers do not lie in one region.
         """
         first, last = int(pointers.min()), int(pointers.max()) + size
-        i = bisect_right(self.addresses, first) - 1
-        if i < 0 or last > self.addresses[i] + self.regions[i].size:
-            nearest = self.regions[max(i, 0)]
+        region = self.by_address[max(bisect_right(self.addresses, first) - 1, 0)]
+        if first < region.address or last > region.address + region.size:
             raise OutOfBounds(
-                f"bytes {first - nearest.address} to {last - nearest.address} of {nearest.name}, {nearest.size}"
+                f"bytes {first - region.address} to {last - region.address} of the {region.size} of {region.name}"
             )
-        region = self.regions[i]
         start = (pointers - np.uint64(region.address)).astype(np.int64) + region.offset
         return region, start[:, None] + np.arange(size)
 
