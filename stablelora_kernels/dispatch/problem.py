@@ -110,6 +110,10 @@ SMALL_M = 64
 MAX_GROUP = 3
 # Largest rank of a fused kernel, which keeps S in registers as one block.
 MAX_FUSED_R = 64
+# Up to so many rows, a launch saved is a share of the time that counts.
+CHAINED_M = 4096
+# Largest rank of a chained launch, whose programs of S have the product's registers: one block of ranks, read once.
+MAX_CHAINED_R = 128
 
 
 def cdiv(a: int, b: int) -> int:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from stablelora_kernels.dispatch import backend, problem
-from stablelora_kernels.dispatch.problem import MAX_FUSED_R, SMALL_M, Call, Device
+from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_FUSED_R, SMALL_M, Call, Device
 from stablelora_kernels.dispatch.settings import KERNELS, get_kernel
 from stablelora_kernels.dispatch.tiles import Tile
 
@@ -37,25 +37,27 @@ RULES = (
         "float32, more than 16 rows: Triton's exact product has no matrix instruction, the vendor's is tuned by hand",
     ),
     Rule(
+        lambda d, c: c.direction == "forward" and not c.dropout and c.m <= problem.SMALL_M and c.r <= problem.MAX_FUSED_R,
+        "fused",
+        f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: bound by reading W, S costs little beside it, and nobody waits for it",
+    ),
+    Rule(
+        lambda d, c: c.m <= problem.CHAINED_M and c.r <= problem.MAX_CHAINED_R,
+        "chained",
+        f"up to {CHAINED_M} rows: S's programs go first in the product's own launch, dS's with dB's and then dX's with dA's, "
+        "which saves a launch; X is masked and read once for S, not again for every column tile",
+    ),
+    Rule(
         lambda d, c: c.direction == "backward",
         "split",
-        "dX: dS on its own goes with dB, in one pass over dY, and dA with dX: two launches that may overlap, at any rank",
-    ),
-    Rule(
-        lambda d, c: c.dropout,
-        "split",
-        "dropout: the mask is drawn once an element, not again for every column tile",
-    ),
-    Rule(
-        lambda d, c: c.m <= problem.SMALL_M and c.r <= problem.MAX_FUSED_R,
-        "fused",
-        f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: bound by reading W, S costs little beside it, and saves a launch",
+        "dX of many rows or a high rank: a launch saved is little beside the product, and a launch of their own gives dS's "
+        "and dB's programs tiles and registers that suit them; dX's and dA's launch may overlap it",
     ),
     Rule(
         lambda d, c: True,
         "split",
         "many rows or a high rank: one more read of X costs less than S beside every column tile, whose matrix instructions "
-        "are too narrow to be fed at full rate",
+        "are too narrow to be fed at full rate, and a launch saved is little beside the product",
     ),
 )
 
@@ -201,7 +203,10 @@ def choose_group(calls: Sequence[Call], choices: Sequence[Choice | None]) -> Sha
 def check_possible(call: Call, kernel: str) -> None:
     """Raise ValueError if ``kernel`` can't do ``call``."""
     if kernel == "fused" and call.direction == "forward" and call.dropout:
-        raise ValueError("kernel 'fused' was asked for, but it has no dropout; 'split' and 'vendor' have")
+        raise ValueError("kernel 'fused' was asked for, but it has no dropout; 'chained', 'split' and 'vendor' have")
+    if kernel == "chained" and call.r > problem.MAX_CHAINED_R:
+        limit = problem.MAX_CHAINED_R
+        raise ValueError(f"kernel 'chained' was asked for, but it takes ranks up to {limit}, got {call.r}")
     if kernel == "fused" and call.r > problem.MAX_FUSED_R:
         limit = problem.MAX_FUSED_R
         raise ValueError(f"kernel 'fused' was asked for, but it takes ranks up to {limit}, got {call.r}")

@@ -69,7 +69,7 @@ class _Setting(Generic[T]):
 
 BACKENDS = ("auto", "triton", "torch")
 # "auto" asks the table of rules.
-KERNELS = ("auto", "fused", "split", "vendor")
+KERNELS = ("auto", "fused", "chained", "split", "vendor")
 
 _backend = _Setting("backend", dict(zip(BACKENDS, BACKENDS, strict=True)))
 _kernel = _Setting("kernel", dict(zip(KERNELS, KERNELS, strict=True)))
@@ -137,7 +137,8 @@ def get_kernel() -> str:
 def set_kernel(name: str) -> None:
     """Force one kernel on every call that runs on Triton, process-wide, or give the choice back with ``"auto"``.
 
-    ``"fused"``: S is computed with the product, in one launch. ``"split"``: S first, then the product with the branch.
+    ``"fused"``: every program of the product computes the S that it needs. ``"chained"``: one launch, whose first programs
+    compute S, and whose others wait for it before they add the branch. ``"split"``: the same in two launches.
     ``"vendor"``: the product by the vendor's library, then the branch onto it. The start value is the environment variable
     ``STABLELORA_KERNEL``, or ``"auto"``. A call that the forced kernel can't do raises.
 

@@ -204,6 +204,32 @@ def shrink_plan(device: Device, call: Call) -> Plan:
     return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K)))
 
 
+def chained_shrink_plan(device: Device, call: Call, product: Tile) -> Plan:
+    """For S by programs of its product's launch, whose tile is ``product``."""
+    tile, reason = pick_tile(SHRINK_TILES, device, call)
+    block_r = rank_block(call.r, min(tile.BLOCK_N, 128))
+    # A matrix instruction has 64 rows for each four warps.
+    rows = max(tile.BLOCK_M, 16 * product.num_warps)
+    depth = max(64, tile.BLOCK_K * tile.BLOCK_M // rows) if call.dtype != torch.float32 else tile.BLOCK_K
+    tile = Tile(rows, tile.BLOCK_N, depth, product.num_warps, tile.num_stages)
+    tile = fit(tile, device, _shrink_stage(call, tile, block_r))
+    tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.r, block_r)
+    # The product's shared memory leaves room for one program a processor.
+    return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K), programs=1))
+
+
+# Integers ahead of a chain's flags, see kernels/lora/chain.py.
+CHAIN_HEAD = 4
+
+
+def flag_rows(m: int, product: Tile, s: Tile) -> int:
+    """Rows of S that share a flag: whole tiles of S and of the product, and few enough flags for a lane of counters."""
+    rows = max(product.BLOCK_M, s.BLOCK_M)
+    while cdiv(m, rows) > MAX_SHARED_SUMS - CHAIN_HEAD:
+        rows *= 2
+    return rows
+
+
 def shrink_group_plan(device: Device, call: Call, ranks: list[int]) -> Plan:
     block_r = rank_block(max(ranks), problem.MAX_FUSED_R)
     tile, reason = pick_tile(SHRINK_GROUP_TILES, device, call._replace(r=block_r))

@@ -63,12 +63,8 @@ def _targets_amd(_semantic=None):
 
 
 @triton.jit
-def arrives_last(counter_ptr, n):
-    """Whether this is the last of n programs that share a counter. The last one may read what the others stored.
-
-    The counter is an int32, 0 before and after. Chance decides which program is last, but not what it reads.
-    """
-    # Order: all threads' stores, the barrier, the atomic that publishes them.
+def stores_done(n):
+    """Wait until all threads' stores are done, so that an atomic may publish them; any int32 will do for ``n``."""
     if not INTERPRETING:  # noqa: SIM102 - the interpreter does not know the other one
         if _targets_amd():
             # AMD's barrier waits for waves, not for their stores, and the atomic waits for its own wave's stores alone.
@@ -76,6 +72,15 @@ def arrives_last(counter_ptr, n):
                 "s_waitcnt vmcnt(0)", "=v,0,~{memory}", [n], dtype=tl.int32, is_pure=False, pack=1
             )
     tl.debug_barrier()
+
+
+@triton.jit
+def arrives_last(counter_ptr, n):
+    """Whether this is the last of n programs that share a counter. The last one may read what the others stored.
+
+    The counter is an int32, 0 before and after. Chance decides which program is last, but not what it reads.
+    """
+    stores_done(n)
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == n - 1
     if last:
         tl.store(counter_ptr, 0)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
 
-LANES = 4
+LANES = 5
 # Buffers of zeros that every GPU keeps ready: for further streams, and for captures, which cannot make their own.
 READY = 16
-# Most streams and captures that get a buffer, of 32 KiB each, for good.
+# Most streams and captures that get a buffer, of 40 KiB each, for good.
 MOST = 1024
 
 

@@ -51,7 +51,7 @@ class Product(NamedTuple):
 
     x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], or None if nobody wants it, and y [M, N] with unit column
     stride; seed int64 [1]. ``call.masked`` says which mask drops. With ``call.add``, the kernels add to y. S is in units of
-    ``unit``, and ``scaling`` is s' divided by it.
+    ``unit``, and ``scaling`` is s' divided by it. Without ``wanted`` nobody wants y, and any tensor stands for w and y.
     """
 
     call: Call
@@ -66,6 +66,7 @@ class Product(NamedTuple):
     scaling: float
     dropout_p: float
     unit: float = 1.0
+    wanted: bool = True
 
 
 class Gradients(NamedTuple):
@@ -117,8 +118,10 @@ def backward_product(
     (m, n), (r, k) = grad.shape, lora_A.shape
     call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
     # Without dX or W, any tensor will do in its stead.
-    y, w = grad if dx is None else dx, grad if weight is None else weight.t()
-    product = Product(call, grad, w, None, lora_B.t(), lora_A.t(), ds, y, seed, scaling, dropout_p)
+    y, w = grad if dx is None else dx, (grad if weight is None else weight).t()
+    product = Product(
+        call, grad, w, None, lora_B.t(), lora_A.t(), ds, y, seed, scaling, dropout_p, wanted=dx is not None
+    )
     return product, Gradients(call, x, s, ds, grad, da, db, seed, dropout_p, s_unit(grad.dtype, scaling))
 
 
@@ -139,7 +142,8 @@ def few_rows_word(call: Call) -> str:
 def split_k_buffers(plan: Plan, part: int, like: Tensor, lane: int = 0, sums: int = 1) -> tuple[Tensor, Tensor]:
     """The float32 scratch for partial sums, each of ``part`` elements, and the counters of ``sums`` for each tile.
 
-    Sums that may run at the same time need different lanes: 0 and 1 for S and Y, 2 and 3 for co-scheduled dB and dA.
+    Sums that may run at the same time need different lanes: 0 and 1 for S and Y, 2 and 3 for co-scheduled dB and dA, and
+    4 for a chain.
     """
     shared = plan.tiles * sums if plan.splits > 1 else 0
     parts = torch.empty(plan.splits * shared * part, dtype=torch.float32, device=like.device)
@@ -205,6 +209,7 @@ def shrink(device: Device, p: Product, g: Gradients | None = None, triggers_depe
         grad.constants | {
          "GRAD_UNIT": 1.0 if g is None else g.unit, "DROPOUT": dropout, "EVEN_K": c.k % tile.BLOCK_K == 0,
          "TRIGGERS_DEPENDENTS": triggers_dependents, "BLOCK_M": tile.BLOCK_M, "BLOCK_K": tile.BLOCK_K, "BLOCK_R": plan.block_r,
+         "STAGES": tile.num_stages,
          # For dS, A is B^T, whose rows are not contiguous.
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         tile_options(tile),

@@ -20,6 +20,7 @@ from stablelora_kernels.kernels.lora.linear import _lora_linear_kernel
 from stablelora_kernels.kernels.lora.linear_split_k import _lora_linear_split_k_kernel
 from stablelora_kernels.kernels.lora.linear_tma import _lora_linear_tma_kernel
 from stablelora_kernels.launch.base import Launch, flag_words, tile_blocks, tile_options
+from stablelora_kernels.launch.chained import chained_s
 from stablelora_kernels.launch.lora_common import (
     CoScheduledGrad,
     Gradients,
@@ -77,37 +78,49 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
         return [VendorProduct(p.x, p.w, p.bias, p.y, p.call.add), *expand(device, p, p.y, s_ready)]
     if s_ready:
         return [_linear(device, p, choice.tile, load_s=True)]
-    return _split(device, p, choice.tile)
+    return _by_s(device, p, choice)
 
 
 def product_backward_launches(
     device: Device, p: Product, g: Gradients, choice: Choice | None
 ) -> list[Launch | VendorProduct]:
-    """The launches for dX, ``p.y``, by the kernel of ``choice``, and for dA and dB. Without a choice, dX is left out.
+    """The launches for dX, ``p.y``, by the kernel of ``choice``, and for dA and dB. Without a choice, dX is left out, and only
+    the kernel "chained" is of use.
 
-    dB shares the launch of a separate dS, so that dY is read once, and dA shares dX's.
+    dB goes with a separate dS, so that dY is read once, and dA with dX.
     """
     if p.call.m == 0 or (choice is None and g.da is None):
         return [*gradient_launches(device, g)]
     if choice is None:
-        return [shrink(device, p, g), *gradient_launches(device, g._replace(db=None))]
-    if choice.kernel == "split":
-        return _split(device, p, choice.tile, g)
+        choice = rules.choose(device, p.call)
+        if choice.kernel != "chained":
+            return [shrink(device, p, g), *gradient_launches(device, g._replace(db=None))]
+    rules.check_possible(p.call, choice.kernel)
+    if choice.kernel in ("chained", "split"):
+        return _by_s(device, p, choice, g)
     return [*product_launches(device, p, choice), *gradient_launches(device, g)]
 
 
-def _split(device: Device, p: Product, tile: Tile | None, g: Gradients | None = None) -> list[Launch | VendorProduct]:
+def _by_s(device: Device, p: Product, choice: Choice, g: Gradients | None = None) -> list[Launch | VendorProduct]:
+    """S, and dB; then the product, and dA. "chained" has all in one launch, "split" in two."""
     p = with_s(p)
+    if choice.kernel == "chained":
+        return [_linear(device, p, choice.tile, load_s=True, g=g, chained=True)]
     first = shrink(device, p, g, triggers_dependents=rules.overlaps(device))
-    return [first, _linear(device, p, tile, load_s=True, g=g)]
+    return [first, _linear(device, p, choice.tile, load_s=True, g=g)]
 
 
-def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool, g: Gradients | None = None) -> Launch:
-    """The product and the branch. S is read, or else computed and, if wanted, stored. With ``g`` also dA, for which S is dS."""
+def _linear(
+    device: Device, p: Product, tile: Tile | None, load_s: bool, g: Gradients | None = None, chained: bool = False
+) -> Launch:
+    """The product and the branch. S is read, or else computed and, if wanted, stored. With ``g`` also dA, for which S is dS.
+
+    ``chained``: earlier programs of the launch compute the S that is read, and dB.
+    """
     c = p.call
     # None where the kernel does not read it: the compiler tells None from a pointer.
-    p = p._replace(seed=p.seed if c.masked else None)
-    waits = load_s and rules.overlaps(device)
+    p = p._replace(seed=p.seed if c.masked or chained and c.dropout else None)
+    waits = load_s and not chained and rules.overlaps(device)
     # A pointer that the kernel never follows still needs a type.
     s = p.y if p.s is None else p.s
     flags = {
@@ -121,9 +134,9 @@ def _linear(device: Device, p: Product, tile: Tile | None, load_s: bool, g: Grad
     }
     form = rules.choose_form(device, c, described=all(_described(t) for t in (p.x, _rows_contiguous(p.w)[0], p.y)))
     build = {"split_k": _split_k_linear, "tma": _tma_linear, "pointers": _pointers_linear}[form]
-    launch = build(device, p, s, tile, flags, g)
+    launch = build(device, p, s, tile, flags, g, chained)
     words = f"{few_rows_word(c)}{'dx' if c.direction == 'backward' else 'y'} r{launch.constants['BLOCK_R']}"
-    words += flag_words(fused=not load_s, masked=c.masked, add=c.add, dA=launch.constants["HAS_GRAD"])
+    words += flag_words(fused=not load_s, chained=chained, masked=c.masked, add=c.add, dA=launch.constants["HAS_GRAD"], dB=launch.constants["HAS_DB"])
     options = launch.options | ({"launch_pdl": True} if waits else {})
     return launch._replace(variant=f"{words} {launch.variant}", options=options)
 
@@ -139,21 +152,24 @@ def _strides(z: Tensor | None) -> tuple[int, ...]:
 
 
 def _pointers_linear(
-    device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any], g: Gradients | None
+    device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any], g: Gradients | None,
+    chained: bool,
 ) -> Launch:
     c = p.call
     plan = tiles.linear_plan(device, c, flags["LOAD_S"], tile)
     tile = plan.tile
+    products = plan.tiles * p.wanted
     z, grad = _co_scheduled_da(device, g, tile)
+    before = chained_s(device, p, g, tile, chained)
     return Launch(
         _lora_linear_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
         plan.reason,
-        (plan.tiles + grad.programs,),
-        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, z, *grad.pointers, c.m, c.n, c.k, c.r, plan.tiles, grad.splits,
-         *p.x.stride(), *p.w.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0), *_strides(z), p.scaling,
-         dropout_threshold(p.dropout_p)),
-        flags | grad.constants | tile_blocks(tile) | {
+        (before.programs + products + grad.programs,),
+        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, z, *grad.pointers, *before.pointers, c.m, c.n, c.k, c.r, products,
+         grad.splits, *before.counts, *p.x.stride(), *p.w.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0),
+         *_strides(z), before.stride, p.scaling, dropout_threshold(p.dropout_p)),
+        flags | grad.constants | before.constants | tile_blocks(tile) | {
          "EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_R": plan.block_r, "GROUP_M": 8,
          "INPUT_PRECISION": input_precision(device, c.dtype)},
         tile_options(tile),
@@ -161,23 +177,25 @@ def _pointers_linear(
 
 
 def _split_k_linear(
-    device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any], g: Gradients | None
+    device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any], g: Gradients | None,
+    chained: bool,
 ) -> Launch:
     c = p.call
     plan = tiles.linear_split_k_plan(device, c, flags["LOAD_S"], tile)
     tile = plan.tile
     parts, count = split_k_buffers(plan, tile.BLOCK_M * (tile.BLOCK_N + plan.block_r), p.x, lane=1)
-    products = plan.tiles * plan.splits
+    products = plan.tiles * plan.splits * p.wanted
     z, grad = _co_scheduled_da(device, g, tile)
+    before = chained_s(device, p, g, tile, chained)
     return Launch(
         _lora_linear_split_k_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
         plan.reason,
-        (products + grad.programs,),
-        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, parts, count, z, *grad.pointers, c.m, c.n, c.k, c.r, plan.splits,
-         products, grad.splits, *p.x.stride(), *p.w.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0),
-         *_strides(z), p.scaling, dropout_threshold(p.dropout_p)),
-        flags | grad.constants | tile_blocks(tile) | {
+        (before.programs + products + grad.programs,),
+        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, parts, count, z, *grad.pointers, *before.pointers, c.m, c.n, c.k, c.r,
+         plan.splits, products, grad.splits, *before.counts, *p.x.stride(), *p.w.stride(), *p.a.stride(), *p.b.stride(),
+         s.stride(0), p.y.stride(0), *_strides(z), before.stride, p.scaling, dropout_threshold(p.dropout_p)),
+        flags | grad.constants | before.constants | tile_blocks(tile) | {
          "EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_R": plan.block_r,
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         tile_options(tile),
@@ -195,27 +213,31 @@ def _rows_contiguous(t: Tensor) -> tuple[Tensor, bool]:
 
 
 def _tma_linear(
-    device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any], g: Gradients | None
+    device: Device, p: Product, s: Tensor, tile: Tile | None, flags: dict[str, Any], g: Gradients | None,
+    chained: bool,
 ) -> Launch:
     c = p.call
-    plan, specialize, parts, programs = tiles.linear_tma_plan(device, c, flags["LOAD_S"], CAN_SPECIALIZE, tile)
+    plan, specialize, parts, programs = tiles.linear_tma_plan(device, c, flags["LOAD_S"], CAN_SPECIALIZE and not chained, tile)
     tile = plan.tile
+    programs *= p.wanted
     (w, trans_w), (a, trans_a) = _rows_contiguous(p.w), _rows_contiguous(p.a)
     w_block = (tile.BLOCK_K, tile.BLOCK_N) if trans_w else (tile.BLOCK_N, tile.BLOCK_K)
     a_block = (tile.BLOCK_K, plan.block_r) if trans_a else (plan.block_r, tile.BLOCK_K)
     # A float32 A passes through registers to be rounded, with a descriptor or without.
     described_a = not flags["LOAD_S"] and c.lora_dtype == c.dtype and _described(a)
     z, grad = _co_scheduled_da(device, g, tile)
+    before = chained_s(device, p, g, tile, chained)
     return Launch(
         _lora_linear_tma_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{flag_words(specialized=specialize)}",
         plan.reason,
-        (programs + grad.programs,),
+        (before.programs + programs + grad.programs,),
         (_descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K), _descriptor(w, *w_block), p.bias,
          _descriptor(a, *a_block) if described_a else p.a, p.b, s, _descriptor(p.y, tile.BLOCK_M, tile.BLOCK_N // parts),
-         p.seed, z, *grad.pointers, c.m, c.n, c.k, c.r, programs, grad.splits, *p.a.stride(), *p.b.stride(), s.stride(0),
-         *_strides(z), p.scaling, dropout_threshold(p.dropout_p)),
-        flags | grad.constants | tile_blocks(tile) | {
+         p.seed, z, *grad.pointers, p.x if chained else None, *before.pointers, c.m, c.n, c.k, c.r, programs, grad.splits,
+         *before.counts, *p.a.stride(), *p.b.stride(), s.stride(0), *_strides(z), *p.x.stride(), before.stride, p.scaling,
+         dropout_threshold(p.dropout_p)),
+        flags | grad.constants | before.constants | tile_blocks(tile) | {
          "PARTS": parts, "TRANS_W": trans_w, "DESCRIBED_A": described_a, "TRANS_A": trans_a, "SPECIALIZE": specialize,
          "BLOCK_R": plan.block_r, "GROUP_M": 8, "INPUT_PRECISION": input_precision(device, c.dtype)},
         tile_options(tile),

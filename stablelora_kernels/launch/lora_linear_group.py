@@ -50,7 +50,7 @@ def forward_launches(
     launches: Launches = []
     shared = rules.choose_group([p.call for p in members], choices).shared
     if shared:
-        triggers = rules.overlaps(device) and choices[0].kernel == "split"
+        triggers = rules.overlaps(device) and choices[0].kernel != "vendor"
         launches.append(_shrink(device, members, s, triggers_dependents=triggers))
     for p, choice in zip(members, choices, strict=True):
         launches += single.product_launches(device, p, choice, s_ready=shared)

@@ -29,7 +29,7 @@ def launched(explanation):
 def test_the_listed_launches_are_made(arch, monkeypatch):
     """The launches of a real call, on each kind of GPU, in each regime."""
     monkeypatch.setattr(problem, "device_of", lambda device: DEVICES[arch])
-    cases = [(8, 16, 0.0), (8, 48, 0.0), (70, 16, 0.0), (70, 32, 0.0), (70, 16, 0.1), (70, 128, 0.1)]
+    cases = [(8, 16, 0.0), (8, 48, 0.0), (70, 16, 0.0), (70, 32, 0.0), (70, 16, 0.1), (70, 128, 0.1), (70, 130, 0.0)]
     for (m, r, p), dtype in ((case, dtype) for case in cases for dtype in (BF16, FP32)):
         with count_launches() as made:
             run(make_inputs((m, 64), 48, r, dtype=dtype, lora_dtype=FP32), "triton", p)
@@ -57,6 +57,10 @@ def test_the_listed_launches_of_the_branch_are_made(arch, monkeypatch):
 
 
 def test_explain_reads_well():
+    few = slk.explain(4096, 4096, 4096, 16, dropout_p=0.1, device="sm_90")
+    for (step,), words in ((few.forward, "y r16 chained"), (few.backward, "dx r16 chained masked dA dB")):
+        assert step.kernel == "lora_linear_tma" and step.variant.startswith(words)
+    assert "forward: chained (up to 4096 rows: S's programs go first" in str(few)
     found = slk.explain(8192, 4096, 4096, 16, dropout_p=0.1, device="sm_90")
     assert (found.forward_kernel, found.backward_kernel) == ("split", "split")
     for steps in (found.forward, found.backward):
@@ -64,7 +68,7 @@ def test_explain_reads_well():
     for step, beside in zip(found.backward, ("dB", "dA"), strict=True):
         assert beside in step.variant.split()
     text = str(found)
-    assert text.startswith("backend triton on sm_90\nforward: split (dropout: the mask is drawn once an element")
+    assert text.startswith("backend triton on sm_90\nforward: split (many rows or a high rank: ")
     for step in (*found.forward, *found.backward):
         assert f"{step.kernel} [{step.variant}], grid {step.grid}" in text and step.reason in text
     with slk.use_kernel("vendor"):
@@ -152,9 +156,9 @@ def test_explain_tells_what_runs(quantized):
     assert [step.kernel for step in few.backward] == ["lora_shrink", "lora_linear_quantized", "lora_weight_grads"]
     assert QUANTIZED_RULES[-1].reason in str(few)
     many = slk.explain(4096, 4096, 4096, 16, quantized=quantized, device="sm_90")
-    assert (many.forward_kernel, many.backward_kernel) == ("dequantize, split", "dequantize, split")
-    assert [step.kernel for step in many.forward] == ["dequantize", "lora_shrink", "lora_linear_tma"]
-    assert [step.kernel for step in many.backward] == ["dequantize", "lora_shrink", "lora_linear_tma"]
+    assert (many.forward_kernel, many.backward_kernel) == ("dequantize, chained", "dequantize, chained")
+    assert [step.kernel for step in many.forward] == ["dequantize", "lora_linear_tma"]
+    assert [step.kernel for step in many.backward] == ["dequantize", "lora_linear_tma"]
     assert QUANTIZED_RULES[1].reason in str(many)
 
 

@@ -25,15 +25,19 @@ def call(direction="forward", m=4096, n=4096, k=4096, r=16, dtype=BF16, dropout=
     [
         (call(m=1), "fused"),
         (call(m=64, r=64), "fused"),
-        (call(m=64, r=65), "split"),
-        (call(m=65, r=1), "split"),
-        (call(m=8, dropout=True), "split"),
-        (call(m=2048, dropout=True), "split"),
+        (call(m=64, r=65), "chained"),
+        (call(m=65, r=1), "chained"),
+        (call(m=8, dropout=True), "chained"),
+        (call(m=4096, r=128, dropout=True), "chained"),
+        (call(m=4097, dropout=True), "split"),
+        (call(m=64, r=129), "split"),
         (call(dtype=FP32, m=17), "vendor"),
         (call(dtype=FP32, m=16), "fused"),
-        (call("backward"), "split"),
-        (call("backward", m=1, dropout=True), "split"),
-        (call("backward", dtype=FP32, m=16), "split"),
+        (call("backward"), "chained"),
+        (call("backward", m=4097), "split"),
+        (call("backward", r=129), "split"),
+        (call("backward", m=1, dropout=True), "chained"),
+        (call("backward", dtype=FP32, m=16), "chained"),
         (call("backward", dtype=FP32), "vendor"),
     ],
     ids=str,
@@ -45,7 +49,7 @@ def test_the_table(given, kernel, device):
     assert len(choice.reason) > 20
 
 
-@pytest.mark.parametrize("kernel", ["fused", "split", "vendor"])
+@pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 def test_force(kernel):
     with slk.use_kernel(kernel):
         assert choose(H100, call(r=8)).kernel == kernel
@@ -60,6 +64,10 @@ def test_force_refuses_what_it_cannot_do():
         with pytest.raises(ValueError, match="takes ranks up to 64, got 65"):
             choose(H100, call(r=65))
         choose(H100, call("backward", dropout=True))
+    with slk.use_kernel("chained"):
+        with pytest.raises(ValueError, match="'chained' was asked for, but it takes ranks up to 128, got 129"):
+            choose(H100, call(r=129))
+        choose(H100, call("backward", m=100_000, r=128, dropout=True))
 
 
 def test_force_refuses_in_a_real_call_before_anything_ran():

@@ -15,7 +15,7 @@ from tests.helpers.processes import printed
     ("name", "value", "other", "wrong", "error", "message"),
     [
         ("backend", "torch", "triton", "cuda", ValueError, "must be one of 'auto', 'triton', 'torch', got 'cuda'"),
-        ("kernel", "split", "fused", "cuda", ValueError, "must be one of 'auto', 'fused', 'split', 'vendor', got 'cuda'"),
+        ("kernel", "split", "fused", "cuda", ValueError, "must be one of 'auto', 'fused', 'chained', 'split', 'vendor', got 'cuda'"),
         ("autotune", True, False, "0", TypeError, "must be True or False, got '0'"),
     ],
 )  # fmt: skip
@@ -59,7 +59,7 @@ print(slk.get_kernel())
 """
     known = {
         "BACKEND": "'auto', 'triton', 'torch'",
-        "KERNEL": "'auto', 'fused', 'split', 'vendor'",
+        "KERNEL": "'auto', 'fused', 'chained', 'split', 'vendor'",
         "AUTOTUNE": "'0', '1'",
     }
     expected = [

@@ -71,7 +71,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         "p": draw(st.sampled_from([0.0, 0.0, 0.3])),
         "autocast": draw(st.booleans()) and dtypes[0] != FP64,
         "backward_in_autocast": draw(st.booleans()),
-        "kernel": draw(st.sampled_from(["auto", "split", "vendor"])),
+        "kernel": draw(st.sampled_from(["auto", "chained", "split", "vendor"])),
         "members": draw(st.integers(1, 3)),
         "in_place": draw(st.booleans()),
         "broken": draw(st.one_of(st.none(), st.sampled_from(["x", "weight", "lora_A", "lora_B", "bias", "grad"]))),

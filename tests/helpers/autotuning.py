@@ -17,13 +17,17 @@ GPU = problem.device_of(torch.device(DEVICE))
 
 
 def words(launches) -> str:
-    """The launches' kernels and tiles: "lora_shrink 64x128 + lora_linear_tma 128x128x64", "vendor + ..."."""
+    """The launches' kernels and tiles: "lora_shrink 64x128 + lora_linear_tma 128x128x64", "vendor + ...".
+
+    A product that computes its S has "fused" or "chained" before its tile.
+    """
     found = []
     for launch in launches:
         if hasattr(launch, "kernel"):
             sizes = [str(launch.constants[f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in launch.constants]
             name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-            found.append(f"{name} {'x'.join(sizes)}")
+            how = " chained" if launch.constants.get("CHAINED") else "" if launch.constants.get("LOAD_S", True) else " fused"
+            found.append(f"{name}{how} {'x'.join(sizes)}")
         else:
             found.append("vendor")
     return " + ".join(found)

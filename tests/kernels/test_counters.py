@@ -165,5 +165,5 @@ def test_a_captured_step_compiles_nothing(gpu: Gpu, monkeypatch: pytest.MonkeyPa
     gpu.capture = 1
     for inputs in layers:
         run(inputs, "triton")
-    assert len(keys) == len(warm) > 2 * len(SIZES)
+    assert len(keys) == len(warm) >= 2 * len(SIZES)
     assert keys == warm

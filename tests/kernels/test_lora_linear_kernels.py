@@ -58,7 +58,7 @@ def check_run(inputs: dict[str, Tensor | None], p: float, kernel: str = "auto") 
     check(inputs, *results)
 
 
-@pytest.mark.parametrize("kernel", ["fused", "split", "vendor"])
+@pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize(("dtype", "lora_dtype"), [(FP32, FP32), (BF16, FP32), (FP16, FP16)], ids=str)
 @pytest.mark.parametrize(
     # All but the first have rows of 16 bytes' multiples, which descriptors want.
@@ -70,7 +70,7 @@ def test_each_kernel_matches_the_oracle(kernel, shape, n, r, dtype, lora_dtype, 
     check_run(inputs, 0.0, kernel)
 
 
-@pytest.mark.parametrize("kernel", ["split", "vendor"])
+@pytest.mark.parametrize("kernel", ["chained", "split", "vendor"])
 @pytest.mark.parametrize(("shape", "n"), [((67, 39), 53), ((67, 40), 48), ((9, 40), 48)])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("r", [3, 75])
@@ -92,7 +92,7 @@ def test_masked_gradients(r, dtype, lora_dtype, arch, monkeypatch):
         inputs = make_inputs((rows, 72), 80, r, dtype=dtype, lora_dtype=lora_dtype)
         with count_launches() as made:
             check_run(inputs, 0.2)
-        assert made["_lora_shrink_kernel"] == (2 if kernel == "split" else 1)
+        assert made["_lora_shrink_kernel"] == (1 if kernel == "split" else 0)
 
 
 @pytest.mark.parametrize("width", [32, 64, 128, 256])
@@ -120,32 +120,22 @@ def test_descriptors_are_used_where_they_can_be(monkeypatch):
     for shape, n, expected in (((70, 64), 48, "_lora_linear_tma_kernel"), ((70, 63), 48, "_lora_linear_kernel")):
         with count_launches() as made:
             run(make_inputs(shape, n, 16, dtype=BF16), "triton")
-        assert made == {expected: 2, "_lora_shrink_kernel": 2}
+        assert made == {expected: 2}
 
 
 @pytest.mark.parametrize(
     ("rows", "r", "p", "wanted", "forward", "backward"),
     [
-        (33, 8, 0.0, "xAB", 1, 2),
-        (33, 32, 0.0, "xAB", 1, 2),
-        (33, 8, 0.0, "AB", 1, 2),
-        (33, 8, 0.0, "x", 1, 2),
-        (33, 8, 0.0, "B", 1, 1),
-        (33, 8, 0.0, "A", 1, 2),
-        (33, 8, 0.1, "xAB", 2, 2),
-        (33, 100, 0.0, "xAB", 2, 2),
-        (33, 100, 0.1, "xAB", 2, 2),
-        (70, 16, 0.0, "xAB", 2, 2),
-        (70, 32, 0.0, "xAB", 2, 2),
-        (70, 32, 0.2, "xAB", 2, 2),
-        (70, 100, 0.0, "xAB", 2, 2),
-        (70, 100, 0.0, "AB", 2, 2),
-        (70, 100, 0.0, "x", 2, 2),
-        (70, 100, 0.0, "B", 2, 1),
-        (70, 100, 0.1, "A", 2, 2),
-        (70, 16, 0.0, "xA", 2, 2),
-        (70, 16, 0.0, "xB", 2, 2),
-        (70, 100, 0.2, "xAB", 2, 2),
+        # A rank that no chained launch takes.
+        (33, 130, 0.0, "xAB", 2, 2),
+        (33, 130, 0.1, "xA", 2, 2),
+        (33, 130, 0.0, "AB", 2, 2),
+        (33, 130, 0.0, "B", 2, 1),
+        *(
+            (rows, r, p, wanted, 1, 1)
+            for rows, r, p in ((33, 8, 0.0), (33, 32, 0.1), (33, 100, 0.0), (70, 16, 0.0), (70, 32, 0.2), (70, 100, 0.1))
+            for wanted in ("xAB", "AB", "A", "B", "x", "xA", "xB")
+        ),
     ],
 )
 def test_launches(rows, r, p, wanted, forward, backward, arch):
@@ -176,7 +166,10 @@ def shared_sums(inputs: dict[str, Tensor | None], p: float = 0.0) -> dict[str, i
     for launch in (launch for launch in found if hasattr(launch, "kernel")):
         name, arguments = launch.kernel.__name__, dict(zip(launch.kernel.arg_names, launch.args, strict=False))
         beside = "dB" if name == "_lora_shrink_kernel" else "dA"
-        for key, count in ((name, "SPLITS"), (beside, "GRAD_SPLITS")):
+        counts = [(name, "SPLITS"), (beside, "GRAD_SPLITS")]
+        if launch.constants.get("CHAINED"):
+            counts += [("S", "S_SPLITS"), ("dB", "DB_SPLITS")]
+        for key, count in counts:
             most[key] = max(most.get(key, 1), arguments.get(count, 1))
     return most
 
@@ -189,7 +182,7 @@ def test_shared_sums_of_few_rows(rows, r, p, dtype, lora_dtype):
     inputs = make_inputs((rows, 1300), 1200, r, dtype=dtype, lora_dtype=lora_dtype)
     found = shared_sums(inputs, p)
     assert found["_lora_linear_split_k_kernel"] > 1
-    assert found.get("_lora_shrink_kernel", 2) > 1
+    assert found["S"] > 1
     check_run(inputs, p)
 
 
@@ -228,9 +221,9 @@ def test_shared_sums_do_not_depend_on_who_is_last(rows, monkeypatch):
     assert all(not counter.any() for counter in counters._in_use.values())
 
 
-@pytest.mark.parametrize(("rows", "counted"), [(5, 2), (600, 3)])
+@pytest.mark.parametrize(("rows", "counted"), [(5, 3), (600, 4)])
 def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
-    """dS and dB in one launch, dX and dA in one that may begin before the first is done; none may see another's counters."""
+    """dS and dB, dX and dA in one launch, and the chain that orders them; none may see another's counters."""
     inputs = make_inputs((rows, 200), 2000, 80, dtype=BF16)
     x, w, a, b, dy = (inputs[name] for name in ("x", "weight", "lora_A", "lora_B", "grad"))
     made = backward_launches(
@@ -239,10 +232,11 @@ def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
     spans = []
     for launch in made:
         arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-        for counter in (arguments.get(name) for name in ("counter_ptr", "grad_counter_ptr")):
+        names = ("counter_ptr", "grad_counter_ptr", "s_counter_ptr", "db_counter_ptr", "chain_ptr")
+        for counter in (arguments.get(name) for name in names):
             if counter is not None and counter.numel():
                 spans.append((counter.data_ptr(), counter.data_ptr() + counter.numel() * 4))
-    assert len(made) == 2 and len(spans) == counted
+    assert len(made) == 1 and len(spans) == counted
     for (_, end), (start, _) in itertools.pairwise(sorted(spans)):
         assert end <= start
 
@@ -271,7 +265,7 @@ def spacious(tmp_path: Path):
     assert all(path.stat().st_blocks * 512 < 2**24 < path.stat().st_size for path in made)
 
 
-@pytest.mark.parametrize("kernel", ["fused", "split", "vendor"])
+@pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize("rows", [40, 72])
 def test_offsets_beyond_2_to_the_31(kernel, rows, arch, spacious):
     """x, the weight, A, B and dY with their last rows more than 2^31 elements behind their first."""
@@ -289,7 +283,7 @@ def test_offsets_beyond_2_to_the_31(kernel, rows, arch, spacious):
         assert torch.equal(close[name], far[name]), name
 
 
-@pytest.mark.parametrize("kernel", ["fused", "split", "vendor"])
+@pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize("rows", [40, 72])
 def test_results_beyond_2_to_the_31(kernel, rows, arch, spacious):
     """Y and S stored so far apart; the ops allocate them close together, so the launches are made here."""

@@ -77,7 +77,7 @@ def test_a_layers_output_may_be_dropped_in_place(backend):
 
 
 @pytest.mark.parametrize("bias", ["expanded", "strided"])
-@pytest.mark.parametrize("kernel", ["auto", "fused", "split", "vendor"])
+@pytest.mark.parametrize("kernel", ["auto", "fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize("op", ["linear", "group"])
 def test_a_bias_of_any_stride(op, kernel, bias, backend):
     """NaN between its elements: a kernel that ignores the stride reads them."""

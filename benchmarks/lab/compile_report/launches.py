@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stablelora_kernels.dispatch.problem import MAX_FUSED_R, Device
+from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, MAX_FUSED_R, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.launch.dry_run import branch_launches, call_launches, group_launches, quantized_launches
@@ -43,12 +43,16 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
     """(dtypes in words, launch) for every kernel and config, some of them more than once."""
     for name, (dtype, lora, _, ranks) in _each_dtype():
         for m, (n, k), r, p in product(ROWS, SIZES, ranks, (0.0, 0.1)):
-            # The table's choice; for many rows also the kernels that only force or autotuning selects.
+            # The table's choice, and the kernels that only force or autotuning selects.
             pairs: list[tuple[Choice | None, Choice | None]] = [(None, None)]
+            if dtype != FP32 or m <= 16:
+                pairs.append((Choice("split", ""), Choice("split", "")))
             if m == ROWS[-1]:
                 pairs.append((Choice("vendor", ""), Choice("vendor", "")))
                 if r <= MAX_FUSED_R and dtype != FP32:
                     pairs.append((None if p else Choice("fused", ""), Choice("fused", "")))
+                if r <= MAX_CHAINED_R and dtype != FP32:
+                    pairs.append((Choice("chained", ""), Choice("chained", "")))
             for forward, backward in pairs:
                 for launch in chain(*call_launches(device, m, n, k, r, dtype, lora, p, forward, backward)):
                     if hasattr(launch, "kernel"):

@@ -153,11 +153,14 @@ def _lora_linear_quantized_kernel(
     if last:
         if HAS_BIAS:
             acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+        if WAITS_FOR_PRIMARY:
+            # This launch may begin before the one that computes S ends.
+            tl.extra.cuda.gdc_wait()
         acc = add_branch(
             acc=acc, s=acc, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=pid_n * BLOCK_N,
             store_s=False, M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br, scaling=1.0,
-            threshold=threshold, LOAD_S=True, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY,
-            BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+            threshold=threshold, LOAD_S=True, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH, BLOCK_N=BLOCK_N,
+            BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
         y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
         tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])

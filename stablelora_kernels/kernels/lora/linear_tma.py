@@ -6,14 +6,17 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels.common import cast, dot, tile_of
-from stablelora_kernels.kernels.lora.linear import add_branch, co_scheduled_grad
+from stablelora_kernels.kernels.lora.chain import draw_ticket, leave
+from stablelora_kernels.kernels.lora.linear import add_branch, co_scheduled_grad, wait_for_s
+from stablelora_kernels.kernels.lora.shrink import s_program
 
 
-@triton.jit(do_not_specialize=["M", "PRODUCTS", "GRAD_SPLITS", "threshold"])
+@triton.jit(do_not_specialize=["M", "PRODUCTS", "GRAD_SPLITS", "S_PROGRAMS", "S_SPLITS", "DB_PROGRAMS", "DB_SPLITS", "FLAG_M", "threshold"])
 def _lora_linear_tma_kernel(
     x_desc, w_desc, bias_ptr, a_ptr_or_desc, b_ptr, s_ptr, y_desc, seed_ptr, z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
-    M, N, K, R, PRODUCTS, GRAD_SPLITS,
-    stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_zm, stride_zn,
+    x_ptr, chain_ptr, s_partial_ptr, s_counter_ptr, t_ptr, db_ptr, db_partial_ptr, db_counter_ptr,
+    M, N, K, R, PRODUCTS, GRAD_SPLITS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, FLAG_M,
+    stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_zm, stride_zn, stride_xm, stride_xk, stride_tm,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr,
     PARTS: tl.constexpr, TRANS_W: tl.constexpr, DESCRIBED_A: tl.constexpr, TRANS_A: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
@@ -21,6 +24,10 @@ def _lora_linear_tma_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr, S_DROPOUT: tl.constexpr, S_EVEN_K: tl.constexpr, HAS_DB: tl.constexpr, DB_UNIT: tl.constexpr,
+    S_BLOCK_M: tl.constexpr, S_BLOCK_K: tl.constexpr, S_BLOCK_R: tl.constexpr, S_STAGES: tl.constexpr,
+    DB_M: tl.constexpr, DB_C: tl.constexpr, DB_R: tl.constexpr, DB_STAGES: tl.constexpr,
+    S_PRECISION: tl.constexpr, DB_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
 
@@ -30,15 +37,33 @@ def _lora_linear_tma_kernel(
     processor.
     """
     program = tl.program_id(0)
+    if CHAINED:
+        program = draw_ticket(chain_ptr)
+        if program < S_PROGRAMS:
+            s_program(
+                program=program, programs=S_PROGRAMS, x_ptr=x_ptr, a_ptr=a_ptr_or_desc, s_ptr=s_ptr, seed_ptr=seed_ptr,
+                partial_ptr=s_partial_ptr, counter_ptr=s_counter_ptr, t_ptr=t_ptr, grad_ptr=db_ptr,
+                grad_partial_ptr=db_partial_ptr, grad_counter_ptr=db_counter_ptr, chain_ptr=chain_ptr, M=M, K=K, R=R,
+                SPLITS=S_SPLITS, GRAD_PROGRAMS=DB_PROGRAMS, GRAD_SPLITS=DB_SPLITS, FLAG_M=FLAG_M, stride_xm=stride_xm,
+                stride_xk=stride_xk, stride_ar=stride_ar, stride_ak=stride_ak, stride_sm=stride_sm, stride_tm=stride_tm,
+                scaling=scaling, threshold=threshold, DROPOUT=S_DROPOUT, EVEN_K=S_EVEN_K, RAISES_FLAGS=True, HAS_GRAD=HAS_DB,
+                BLOCK_M=S_BLOCK_M, BLOCK_K=S_BLOCK_K, BLOCK_R=S_BLOCK_R, STAGES=S_STAGES, GRAD_UNIT=DB_UNIT, GRAD_M=DB_M,
+                GRAD_C=DB_C, GRAD_R=DB_R, GRAD_STAGES=DB_STAGES, INPUT_PRECISION=S_PRECISION, GRAD_PRECISION=DB_PRECISION,
+            )  # fmt: skip
+            leave(chain_ptr, M, FLAG_M)
+            return
+        program -= S_PROGRAMS
     if HAS_GRAD:  # noqa: SIM102 - only one of the two is a constant for the compiler
         if program >= PRODUCTS:
             co_scheduled_grad(
-                program=program - PRODUCTS, z_ptr=z_ptr, s_ptr=s_ptr, grad_ptr=grad_ptr, seed_ptr=seed_ptr,
-                partial_ptr=grad_partial_ptr, counter_ptr=grad_counter_ptr, M=M, N=N, R=R, SPLITS=GRAD_SPLITS,
+                program=program - PRODUCTS, z_ptr=z_ptr, s_ptr=s_ptr, grad_ptr=grad_ptr, seed_ptr=seed_ptr, chain_ptr=chain_ptr,
+                FLAG_M=FLAG_M, partial_ptr=grad_partial_ptr, counter_ptr=grad_counter_ptr, M=M, N=N, R=R, SPLITS=GRAD_SPLITS,
                 stride_zm=stride_zm, stride_zn=stride_zn, stride_sm=stride_sm, threshold=threshold, DROPOUT=MASK_BRANCH,
-                WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES,
-                INPUT_PRECISION=GRAD_PRECISION,
+                WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, CHAINED=CHAINED, S_BLOCK_M=S_BLOCK_M, S_BLOCK_R=S_BLOCK_R, BLOCK_M=GRAD_M,
+                BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES, INPUT_PRECISION=GRAD_PRECISION,
             )  # fmt: skip
+            if CHAINED:
+                leave(chain_ptr, M, FLAG_M)
             return
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     # Flattening this loop into the inner one crashes the compiler for sm_100 if a dot follows the inner loop.
@@ -67,6 +92,7 @@ def _lora_linear_tma_kernel(
                 s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
 
         rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        wait_for_s(chain_ptr, pid_m * BLOCK_M, M, R, FLAG_M, WAITS_FOR_PRIMARY, CHAINED, S_BLOCK_M, S_BLOCK_R)
         if not MASK_BRANCH:
             # Onto the whole accumulator: products onto parts of it make ptxas serialize the main loop's WGMMAs.
             acc = add_branch(
@@ -74,7 +100,7 @@ def _lora_linear_tma_kernel(
                 cols=pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), col0=pid_n * BLOCK_N,
                 store_s=STORE_S & (pid_n == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn, stride_br=stride_br,
                 scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=False,
-                WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+                BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
             )  # fmt: skip
         # One part at a time: the masked branch takes fewer registers, and the store of Y less shared memory. The compiler for
         # sm_100 can't split a tile between specialized warps yet.
@@ -95,7 +121,7 @@ def _lora_linear_tma_kernel(
                     acc=y, s=s, s_ptr=s_ptr, b_ptr=b_ptr, seed_ptr=seed_ptr, rows=rows, cols=cols, col0=col0,
                     store_s=STORE_S & (col0 == 0), M=M, N=N, R=R, stride_sm=stride_sm, stride_bn=stride_bn,
                     stride_br=stride_br, scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=True,
-                    WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, BLOCK_N=PART, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
+                    BLOCK_N=PART, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
                 )  # fmt: skip
             # After the branch. Before it, specialized warps would pass the tile back and forth.
             if HAS_BIAS:
@@ -103,6 +129,8 @@ def _lora_linear_tma_kernel(
             if ADD:
                 y += y_desc.load([pid_m * BLOCK_M, col0]).to(tl.float32)
             y_desc.store([pid_m * BLOCK_M, col0], cast(y, y_desc.dtype))
+    if CHAINED:
+        leave(chain_ptr, M, FLAG_M)
 
 
 @triton.jit

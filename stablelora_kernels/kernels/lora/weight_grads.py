@@ -9,6 +9,14 @@ from stablelora_kernels.kernels.common import cast, dot, keep_mask, shared_sum
 
 
 @triton.jit
+def part_of_rows(program, M, C, R, SPLITS, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The rows that the ``program``-th program of ``weight_grad`` sums up: from the first to before the second."""
+    split = program // (tl.cdiv(C, BLOCK_C) * tl.cdiv(R, BLOCK_R))
+    share = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLITS) * BLOCK_M
+    return split * share, tl.minimum(split * share + share, M)
+
+
+@triton.jit
 def weight_grad(
     program, z_ptr, t_ptr, out_ptr, seed_ptr, partial_ptr, counter_ptr, M, C, R, SPLITS, stride_zm, stride_zc, stride_tm,
     stride_oc, stride_or, threshold,
@@ -24,6 +32,7 @@ def weight_grad(
     tiles_r = tl.cdiv(R, BLOCK_R)
     tiles = tl.cdiv(C, BLOCK_C) * tiles_r
     tile, split = program % tiles, program // tiles
+    start, stop = part_of_rows(program, M, C, R, SPLITS, BLOCK_M, BLOCK_C, BLOCK_R)
     c0 = tile // tiles_r * BLOCK_C
     cs = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
     rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
@@ -32,8 +41,6 @@ def weight_grad(
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
-    share = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLITS) * BLOCK_M
-    start, stop = split * share, tl.minimum(split * share + share, M)
     if HAS_ROWS:
         # Zeros of an empty loop would make ptxas serialize every WGMMA of the launch, those of the product beside it included.
         tl.assume(start < stop)

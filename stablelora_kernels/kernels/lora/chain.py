@@ -1,0 +1,55 @@
+"""What keeps the programs of a chained launch in order: a ticket for each program and a flag for each block of rows of S.
+
+Programs start in an order that nothing promises. So each draws a ticket, and tickets say what to do: the first compute S, the
+others the product, the last a weight gradient. Programs that need S wait for its flags. Those that they wait for hold lower
+tickets, so they run already, and wait for nobody: no order of programs, and no number of processors, can block the launch.
+
+A chain is int32 in memory, all 0 before and after a launch: the tickets drawn, the programs done, and from FLAGS on, for each
+FLAG_M rows of S, how many of its tiles are stored.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from stablelora_kernels.kernels.common import stores_done
+
+FLAGS: tl.constexpr = tl.constexpr(4)
+
+
+@triton.jit
+def draw_ticket(chain_ptr):
+    """This program's place in the order."""
+    return tl.atomic_add(chain_ptr, 1, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def raise_flag(chain_ptr, flag):
+    """Count one tile of S, which this program has stored, as there."""
+    stores_done(flag)
+    tl.atomic_add(chain_ptr + FLAGS + flag, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_for_flag(chain_ptr, flag, M, R, FLAG_M, S_BLOCK_M: tl.constexpr, S_BLOCK_R: tl.constexpr):
+    """Wait for all tiles of S in the ``flag``-th FLAG_M rows. Then this program may read them."""
+    flag_ptr = chain_ptr + FLAGS + flag
+    tiles = tl.cdiv(tl.minimum(M - flag * FLAG_M, FLAG_M), S_BLOCK_M) * tl.cdiv(R, S_BLOCK_R)
+    while tl.load(flag_ptr, volatile=True) < tiles:
+        pass
+    tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu")
+    # One thread acquires, for all.
+    tl.debug_barrier()
+
+
+@triton.jit
+def leave(chain_ptr, M, FLAG_M):
+    """Be done; the last program to be done sets the chain back."""
+    stores_done(M)
+    done = tl.atomic_add(chain_ptr + 1, 1, sem="acq_rel", scope="gpu")
+    if done == tl.num_programs(0) - 1:
+        tl.store(chain_ptr, 0)
+        tl.store(chain_ptr + 1, 0)
+        for flag in range(tl.cdiv(M, FLAG_M)):
+            tl.store(chain_ptr + FLAGS + flag, 0)
