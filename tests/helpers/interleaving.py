@@ -144,7 +144,8 @@ class Interleaving:
                 schedule.processors = processors or schedule.processors
                 try:
                     found = _Run(self, trees, schedule).finish()
-                except (Stuck, OutOfBounds) as error:
+                except (Stuck, OutOfBounds, AssertionError) as error:
+                    # An AssertionError is a tl.assume that does not hold.
                     yield Failure(number, str(error))
                     continue
                 if difference := self.layout.difference(found, self.expected):

@@ -27,7 +27,7 @@ from tests.helpers.steps import assert_close_to
 
 # GPUs with and without tensor descriptors. Launches may overlap on both.
 SM_90, SM_120 = Device("sm_90", 2, 232_448), Device("sm_120", 2, 101_376)
-SPLIT, FUSED, IN_LOOP = (Choice(kernel, "a test") for kernel in ("split", "fused", "in_loop"))
+CHAINED, SPLIT, FUSED, IN_LOOP = (Choice(kernel, "a test") for kernel in ("chained", "split", "fused", "in_loop"))
 N, K, R = 16, 16, 4
 # Dispatch takes the split-K kernel up to FEW rows.
 FEW, MANY = 12, 24
@@ -49,6 +49,7 @@ def shrink_sizes(patch: pytest.MonkeyPatch) -> None:
             patch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(8, 16, 8, 1, 2), "a test"),))
     patch.setattr(tiles, "plan_split_k", lambda device, tiles, steps, **_: 2 if steps > 1 else 1)
     patch.setattr(problem, "SMALL_M", FEW)
+    patch.setattr(problem, "CHAINED_M", 0)
     patch.setattr(rules, "overlaps", lambda device: device.overlaps)
 
 
@@ -101,13 +102,13 @@ def forward(device: Device, m: int, choice: Choice, dtype: torch.dtype = FP32, l
     return Case(launches, _all(checks))
 
 
-def backward(device: Device, m: int, dtype: torch.dtype = FP32) -> Case:
-    """dS with dB, then dX with dA."""
+def backward(device: Device, m: int, dtype: torch.dtype = FP32, choice: Choice = SPLIT) -> Case:
+    """dS with dB, then dX with dA, in two launches or in one."""
     inputs = make_inputs((m, K), N, R, dtype=dtype)
     x, w, _, a, b, dy = _operands(inputs)
     dx, da, db = (torch.empty_like(t) for t in (x, a, b))
     launches = lora_linear.backward_launches(
-        device, x, dy, w, a, b, _product(x, a.t()), None, dx, da, db, scaling=SCALING, dropout_p=0.0, choice=SPLIT
+        device, x, dy, w, a, b, _product(x, a.t()), None, dx, da, db, scaling=SCALING, dropout_p=0.0, choice=choice
     )
     return Case(launches, _check(inputs, {"dX": dx, "dA": da, "dB": db}))
 
@@ -211,6 +212,12 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], Case]] = {
     "pointers, dS and dB, dX and dA": lambda patch: backward(SM_120, 16),
     "descriptors, S then Y": lambda patch: forward(SM_90, MANY, SPLIT, BF16),
     "descriptors, dS and dB, dX and dA": lambda patch: backward(SM_90, MANY, BF16),
+    "chained split-K, S and Y, two layers": lambda patch: forward(SM_90, FEW, CHAINED, layers=2),
+    "chained pointers, S and Y, two layers": lambda patch: forward(SM_120, MANY, CHAINED, layers=2),
+    "chained descriptors, S and Y, two layers": lambda patch: forward(SM_90, MANY, CHAINED, BF16, layers=2),
+    "chained split-K, all gradients": lambda patch: backward(SM_90, FEW, choice=CHAINED),
+    "chained pointers, all gradients": lambda patch: backward(SM_120, MANY, choice=CHAINED),
+    "chained descriptors, all gradients": lambda patch: backward(SM_90, MANY, BF16, CHAINED),
     "dA and dB alone": lambda patch: weight_grads(),
     "group, S then three Y": lambda patch: group_forward(),
     "group, three dX, then dA": lambda patch: group_backward(),

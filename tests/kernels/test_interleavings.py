@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels import common
-from stablelora_kernels.kernels.lora.linear import add_branch
+from stablelora_kernels.kernels.lora.linear import wait_for_s
 from stablelora_kernels.launch import counters, lora_common
 from stablelora_kernels.launch.base import Launch
 from tests.helpers.interleaving import Interleaving
@@ -62,7 +62,7 @@ def test_a_deadlock_is_reported_with_each_programs_state() -> None:
 
 def test_launches_overlap_only_where_they_may() -> None:
     """Without launch_pdl, Y's launch begins after S's launch has ended, so it needs no gdc_wait."""
-    unwaited = Mutation(add_branch, "tl.extra.cuda.gdc_wait()", "pass")
+    unwaited = Mutation(wait_for_s, "tl.extra.cuda.gdc_wait()", "pass")
     with interleaving("pointers, S then Y, two layers") as (runs, case):
         assert runs.first_failure(range(SCHEDULES), mutation=unwaited) is not None
         apart = Interleaving([launch._replace(options={}) for launch in case.launches])
@@ -72,7 +72,7 @@ def test_launches_overlap_only_where_they_may() -> None:
 def test_launches_that_overlap_must_not_count_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lanes keep the counters of dS and dB, dX and dA apart."""
     original = counters.counters
-    monkeypatch.setattr(lora_common, "counters", lambda n, device, lane: original(n, device))
+    monkeypatch.setattr(lora_common, "counters", lambda n, device, lane=0: original(n, device))
     with interleaving("split-K, dS and dB, dX and dA") as (runs, _):
         assert runs.first_failure(range(SCHEDULES)) is not None
 
