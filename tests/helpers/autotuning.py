@@ -26,7 +26,13 @@ def words(launches) -> str:
         if hasattr(launch, "kernel"):
             sizes = [str(launch.constants[f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in launch.constants]
             name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-            how = " chained" if launch.constants.get("CHAINED") else "" if launch.constants.get("LOAD_S", True) else " fused"
+            how = (
+                " chained"
+                if launch.constants.get("CHAINED")
+                else ""
+                if launch.constants.get("LOAD_S", True)
+                else " fused"
+            )
             found.append(f"{name}{how} {'x'.join(sizes)}")
         else:
             found.append("vendor")

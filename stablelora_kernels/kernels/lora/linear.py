@@ -45,6 +45,19 @@ from stablelora_kernels.kernels.lora.chain import draw_ticket, leave, wait_for_f
 from stablelora_kernels.kernels.lora.shrink import s_program
 from stablelora_kernels.kernels.lora.weight_grads import part_of_rows, weight_grad
 
+# Of the three kernels of the product.
+NOT_SPECIALIZED = [
+    "M",
+    "PRODUCTS",
+    "GRAD_SPLITS",
+    "S_PROGRAMS",
+    "S_SPLITS",
+    "DB_PROGRAMS",
+    "DB_SPLITS",
+    "FLAG_M",
+    "threshold",
+]
+
 
 @triton.jit
 def wait_for_s(
@@ -118,19 +131,7 @@ def co_scheduled_grad(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "M",
-        "PRODUCTS",
-        "GRAD_SPLITS",
-        "S_PROGRAMS",
-        "S_SPLITS",
-        "DB_PROGRAMS",
-        "DB_SPLITS",
-        "FLAG_M",
-        "threshold",
-    ]
-)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _lora_linear_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr, z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
     chain_ptr, s_partial_ptr, s_counter_ptr, t_ptr, db_ptr, db_partial_ptr, db_counter_ptr,

@@ -7,24 +7,11 @@ import triton.language as tl
 
 from stablelora_kernels.kernels.common import arrives_last, cast, dot
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave
-from stablelora_kernels.kernels.lora.linear import add_branch, co_scheduled_grad, wait_for_s
+from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, co_scheduled_grad, wait_for_s
 from stablelora_kernels.kernels.lora.shrink import s_program
 
 
-@triton.jit(
-    do_not_specialize=[
-        "M",
-        "SPLITS",
-        "PRODUCTS",
-        "GRAD_SPLITS",
-        "S_PROGRAMS",
-        "S_SPLITS",
-        "DB_PROGRAMS",
-        "DB_SPLITS",
-        "FLAG_M",
-        "threshold",
-    ]
-)
+@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "SPLITS"])
 def _lora_linear_split_k_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr, partial_ptr, counter_ptr,
     z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,

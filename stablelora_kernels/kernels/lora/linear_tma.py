@@ -7,23 +7,11 @@ import triton.language as tl
 
 from stablelora_kernels.kernels.common import cast, dot, tile_of
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave
-from stablelora_kernels.kernels.lora.linear import add_branch, co_scheduled_grad, wait_for_s
+from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, co_scheduled_grad, wait_for_s
 from stablelora_kernels.kernels.lora.shrink import s_program
 
 
-@triton.jit(
-    do_not_specialize=[
-        "M",
-        "PRODUCTS",
-        "GRAD_SPLITS",
-        "S_PROGRAMS",
-        "S_SPLITS",
-        "DB_PROGRAMS",
-        "DB_SPLITS",
-        "FLAG_M",
-        "threshold",
-    ]
-)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _lora_linear_tma_kernel(
     x_desc, w_desc, bias_ptr, a_ptr_or_desc, b_ptr, s_ptr, y_desc, seed_ptr, z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
     x_ptr, chain_ptr, s_partial_ptr, s_counter_ptr, t_ptr, db_ptr, db_partial_ptr, db_counter_ptr,

@@ -1,0 +1,143 @@
+"""Synchronization faults, planted in the kernels' sources, and the cases whose schedules must find them.
+
+``TRITON_INTERPRET=1 python -m tests.helpers.planted_faults`` prints the table of docs/internals/interleavings.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import pytest
+
+from stablelora_kernels.kernels.common import arrives_last, stores_done
+from stablelora_kernels.kernels.lora import chain
+from stablelora_kernels.kernels.lora.linear import co_scheduled_grad, wait_for_s
+from stablelora_kernels.kernels.lora.linear_quantized import _lora_linear_quantized_kernel
+from stablelora_kernels.kernels.lora.shrink import _shrink
+from stablelora_kernels.kernels.stable_adamw.step import _stable_adamw_kernel
+from tests.helpers import one_launch_protocol as protocol
+from tests.helpers.interleaving import Interleaving
+from tests.helpers.interleaving_cases import CASES, Case, new_memory_is_poisoned, shrink_sizes
+from tests.helpers.interpreter import speed_up_interpreter
+from tests.helpers.mutations import Mutation
+
+PROTOCOL = "one launch, twice"
+EVERY_CASE: dict[str, Callable[[pytest.MonkeyPatch], Case]] = CASES | {PROTOCOL: lambda patch: protocol.case()}
+
+
+# Schedules of each case in every test run.
+SCHEDULES = 200
+HEADER = "| fault | cases | seen in order | first | of 200 | in the hardest case |\n|---|---|---|---|---|---|"
+
+
+class Fault(NamedTuple):
+    what: str
+    mutation: Mutation
+    # The names of the cases that must find the fault.
+    cases: tuple[str, ...]
+    # Text that the failure must contain.
+    looks_like: str = "differ"
+
+
+# The chained forward with descriptors has tiles of S too deep to share.
+_SHARED_SUMS = tuple(
+    name for name in CASES if name not in ("optimizer, two clipped steps", "chained descriptors, S and Y, two layers")
+)
+_CHAINED = tuple(name for name in CASES if name.startswith("chained"))
+_QUANTIZED = tuple(name for name in CASES if name.startswith("quantized"))
+_READ_S = tuple(
+    name for name in _SHARED_SUMS if name not in (*_CHAINED, *_QUANTIZED, "split-K, S beside Y", "dA and dB alone")
+)
+_WITH_DA = tuple(name for name in _READ_S if name.endswith("dX and dA"))
+_WAIT = "tl.extra.cuda.gdc_wait()"
+_CHAINED_DA = tuple(name for name in _CHAINED if name.endswith("all gradients"))
+_STORE_S = (
+    "tl.store(s_ptrs, cast(scaling * s, s_ptr.dtype.element_ty), mask=row_mask[:, None] & r_mask[None, :])\n        "
+)
+_RAISE = "if RAISES_FLAGS:\n            raise_flag(chain_ptr, row0 // FLAG_M)\n"
+_RAISE_EARLY = _RAISE + "        " + _STORE_S
+_DRAW = 'tl.atomic_add(chain_ptr, 1, sem="relaxed", scope="gpu")'
+_BY_ID = Mutation(chain.draw_ticket, _DRAW, "tl.program_id(0)")
+_PUBLISH = "tl.store(s_ptr + ticket, s)\n        _publish(flags_ptr + ticket // ROWS)"
+_PUBLISH_EARLY = "_publish(flags_ptr + ticket // ROWS)\n        tl.store(s_ptr + ticket, s)"
+
+
+def _protocol(what: str, function: str, text: str, by: str, looks_like: str = "differ") -> Fault:
+    return Fault(f"one launch: {what}", Mutation(getattr(protocol, function), text, by), (PROTOCOL,), looks_like)
+
+
+FAULTS = (
+    Fault("shared sum: no release", Mutation(arrives_last, '"acq_rel"', '"acquire"'), _SHARED_SUMS),
+    Fault("shared sum: no acquire", Mutation(arrives_last, '"acq_rel"', '"release"'), _SHARED_SUMS),
+    Fault("shared sum: release to its own program alone", Mutation(arrives_last, '"gpu"', '"cta"'), _SHARED_SUMS),
+    Fault("shared sum: no barrier before the release", Mutation(stores_done, "tl.debug_barrier()", "pass"), _SHARED_SUMS),
+    Fault("shared sum: counter not reset", Mutation(arrives_last, "tl.store(counter_ptr, 0)", "pass"), _SHARED_SUMS, ""),
+    Fault("shared sum: the last but one adds up", Mutation(arrives_last, "n - 1", "n - 2"), _SHARED_SUMS),
+    Fault("Y reads S without gdc_wait", Mutation(wait_for_s, _WAIT, "pass"), _READ_S),
+    Fault("quantized Y reads S without gdc_wait", Mutation(_lora_linear_quantized_kernel, _WAIT, "pass"), _QUANTIZED),
+    Fault("dA reads dS without gdc_wait", Mutation(co_scheduled_grad, _WAIT, "pass"), _WITH_DA),
+    Fault(
+        "optimizer: one half of the sums for both steps",
+        Mutation(_stable_adamw_kernel, "squares_ptr + (1 - turn)", "squares_ptr + turn"),
+        ("optimizer, two clipped steps",),
+    ),
+    Fault("chained: no release", Mutation(chain.raise_flag, '"release"', '"relaxed"'), _CHAINED),
+    Fault("chained: no barrier before the release", Mutation(chain.raise_flag, "stores_done(flag)", "pass"), _CHAINED),
+    Fault("chained: no acquire", Mutation(chain.wait_for_flag, '"acquire"', '"relaxed"'), _CHAINED),
+    Fault("chained: wait left out", Mutation(wait_for_s, "if CHAINED", "if False"), _CHAINED),
+    Fault("chained: wait of dA left out", Mutation(co_scheduled_grad, "if CHAINED", "if False"), _CHAINED_DA),
+    Fault("chained: flag raised before the store", Mutation(_shrink, _STORE_S + _RAISE, _RAISE_EARLY), _CHAINED),
+    Fault("chained: flags not reset", Mutation(chain.leave, "tl.store(chain_ptr + FLAGS + flag, 0)", "pass"), _CHAINED),
+    Fault("chained: ticket not reset", Mutation(chain.leave, "tl.store(chain_ptr, 0)", "pass"), _CHAINED, ""),
+    Fault("chained: the program's id for its ticket", _BY_ID, _CHAINED, "deadlock"),
+    _protocol("no release", "_publish", '"release"', '"relaxed"'),
+    _protocol("no barrier before the release", "_publish", "tl.debug_barrier()", "pass"),
+    _protocol("no acquire", "_wait", '"acquire"', '"relaxed"'),
+    _protocol("wait left out", "_wait", "tl.load(flag_ptr, volatile=True) < n", "False"),
+    _protocol("wait for one program too few", "_wait", "< n", "< n - 1"),
+    _protocol("wait by a plain load", "_wait", ", volatile=True", "", "no end"),
+    _protocol("flag raised before the store", "_one_launch_kernel", _PUBLISH, _PUBLISH_EARLY),
+    _protocol("flags not reset", "_one_launch_kernel", "tl.store(flags_ptr + block, 0)", "pass"),
+    _protocol("ticket not reset", "_one_launch_kernel", "tl.store(ticket_ptr, 0)", "pass", "deadlock"),
+    _protocol("last but one resets", "_one_launch_kernel", "num_programs(0) - 1", "num_programs(0) - 2", "deadlock"),
+    _protocol(
+        "the program's id for its ticket", "_one_launch_kernel", 'tl.atomic_add(ticket_ptr, 1, sem="relaxed")',
+        "tl.program_id(0)", "deadlock",
+    ),
+)  # fmt: skip
+
+
+@contextmanager
+def interleaving(name: str) -> Iterator[tuple[Interleaving, Case]]:
+    """The case ``name`` at tiny sizes. Its programs have run in order once."""
+    with pytest.MonkeyPatch.context() as patch, new_memory_is_poisoned():
+        shrink_sizes(patch)
+        case = EVERY_CASE[name](patch)
+        yield Interleaving(case.launches, case.others), case
+
+
+def print_table() -> None:
+    """Print a row for each fault, with its hardest case: the one in which the fewest schedules find it."""
+    speed_up_interpreter()
+    print(HEADER)
+    with ExitStack() as stack:
+        runs = {name: stack.enter_context(interleaving(name))[0] for name in EVERY_CASE}
+        for fault in FAULTS:
+            found = {}
+            for name in fault.cases:
+                in_order = runs[name].first_failure([None], mutation=fault.mutation)
+                found[name] = in_order, list(runs[name].failures(range(SCHEDULES), mutation=fault.mutation))
+            name, (in_order, failures) = min(found.items(), key=lambda item: len(item[1][1]))
+            first = failures[0]
+            seen = "no" if in_order is None else "yes"
+            what = first.what.splitlines()[0].split(";")[0]
+            print(
+                f"| {fault.what} | {len(found)} | {seen} | {first.schedule} | {len(failures)} | {name}: {what} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    print_table()

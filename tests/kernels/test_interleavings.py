@@ -1,0 +1,113 @@
+"""Every kernel with a shared sum, counter, flag or programmatic launch, under many schedules: docs/internals/interleavings.md."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers.inputs import DEVICE
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+if DEVICE == "cuda":
+    pytest.skip("the interpreter runs where no GPU is", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from stablelora_kernels.kernels import common
+from stablelora_kernels.kernels.lora.linear import wait_for_s
+from stablelora_kernels.launch import counters, lora_common
+from stablelora_kernels.launch.base import Launch
+from tests.helpers.interleaving import Interleaving
+from tests.helpers.mutations import Mutation
+from tests.helpers.planted_faults import EVERY_CASE, FAULTS, PROTOCOL, SCHEDULES, interleaving
+
+# Schedules of each case in a nightly run; SCHEDULES are those of every test run.
+NIGHTLY = 20_000
+
+
+@pytest.mark.parametrize(
+    "schedules", [SCHEDULES, pytest.param(NIGHTLY, marks=pytest.mark.nightly)], ids=["", "nightly"]
+)
+@pytest.mark.parametrize("name", EVERY_CASE)
+def test_every_schedule_leaves_the_same_bytes(name: str, schedules: int) -> None:
+    with interleaving(name) as (runs, case):
+        runs.write_back()
+        case.check()
+        assert not any(buffer.any() for buffer in counters._in_use.values())
+        assert runs.first_failure(range(schedules)) is None
+
+
+@pytest.mark.parametrize("processors", [1, 2, 3])
+def test_the_protocol_needs_no_number_of_processors(processors: int) -> None:
+    with interleaving(PROTOCOL) as (runs, _):
+        assert runs.first_failure(range(SCHEDULES), processors=processors) is None
+
+
+def test_a_deadlock_is_reported_with_each_programs_state() -> None:
+    """With the program's id as ticket, waiting programs hold all processors, and those that they wait for cannot begin."""
+    (by_id,) = (fault.mutation for fault in FAULTS if "the program's id" in fault.what)
+    with interleaving(PROTOCOL) as (runs, _):
+        found = runs.first_failure(range(SCHEDULES), processors=2, mutation=by_id)
+        again = runs.first_failure([found.schedule], processors=2, mutation=by_id)
+    assert again == found
+    title, *states = found.what.splitlines()
+    assert title == "deadlock"
+    spinning = [state for state in states if "again and again" in state]
+    assert len(spinning) == 2
+    assert all("before volatile load at one_launch_protocol.py:" in state for state in spinning)
+    assert all("has read _one_launch_kernel's flags_ptr[" in state for state in spinning)
+    assert sum("has not begun" in state for state in states) == len(states) - 2
+
+
+def test_launches_overlap_only_where_they_may() -> None:
+    """Without launch_pdl, Y's launch begins after S's launch has ended, so it needs no gdc_wait."""
+    unwaited = Mutation(wait_for_s, "tl.extra.cuda.gdc_wait()", "pass")
+    with interleaving("pointers, S then Y, two layers") as (runs, case):
+        assert runs.first_failure(range(SCHEDULES), mutation=unwaited) is not None
+        apart = Interleaving([launch._replace(options={}) for launch in case.launches])
+        assert apart.first_failure(range(SCHEDULES), mutation=unwaited) is None
+
+
+def test_launches_that_overlap_must_not_count_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes keep the counters of dS and dB, dX and dA apart."""
+    original = counters.counters
+    monkeypatch.setattr(lora_common, "counters", lambda n, device, lane=0: original(n, device))
+    with interleaving("split-K, dS and dB, dX and dA") as (runs, _):
+        assert runs.first_failure(range(SCHEDULES)) is not None
+
+
+@triton.jit
+def _bytes_kernel(x_ptr, out_ptr):
+    """Each program stores a word of X, then one byte of it, and reads the word."""
+    program = tl.program_id(0)
+    tl.store(x_ptr + program, 0x01020304)
+    tl.store(x_ptr.to(tl.pointer_type(tl.int8)) + 4 * program + 1, 0x55)
+    tl.store(out_ptr + program, tl.load(x_ptr + program))
+
+
+def test_a_program_sees_its_own_stores_byte_by_byte() -> None:
+    x, out = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    runs = Interleaving([Launch(_bytes_kernel, "", "", (2,), (x, out), {}, {})])
+    assert not x.any() and not out.any()
+    runs.write_back()
+    assert out.tolist() == x.tolist() == [0x01025504] * 2
+    assert runs.first_failure(range(SCHEDULES)) is None
+
+
+@triton.jit
+def _race_kernel(x_ptr):
+    tl.store(x_ptr, tl.program_id(0))
+
+
+def test_a_race_is_found() -> None:
+    """Two programs store different values to one address."""
+    x = torch.zeros(1, dtype=torch.int32)
+    assert Interleaving([Launch(_race_kernel, "", "", (2,), (x,), {}, {})]).first_failure(range(20)) is not None
+
+
+def test_an_access_outside_all_tensors_is_found() -> None:
+    far = Mutation(common.shared_sum, "split * (ROWS * COLUMNS)", "(split.to(tl.int64) << 40)")
+    with interleaving("quantized, S then Y") as (runs, _):
+        found = runs.first_failure([0], mutation=far)
+    assert found is not None and found.what.startswith("bytes ")
