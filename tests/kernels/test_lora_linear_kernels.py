@@ -133,7 +133,14 @@ def test_descriptors_are_used_where_they_can_be(monkeypatch):
         (33, 130, 0.0, "B", 2, 1),
         *(
             (rows, r, p, wanted, 1, 1)
-            for rows, r, p in ((33, 8, 0.0), (33, 32, 0.1), (33, 100, 0.0), (70, 16, 0.0), (70, 32, 0.2), (70, 100, 0.1))
+            for rows, r, p in (
+                (33, 8, 0.0),
+                (33, 32, 0.1),
+                (33, 100, 0.0),
+                (70, 16, 0.0),
+                (70, 32, 0.2),
+                (70, 100, 0.1),
+            )
             for wanted in ("xAB", "AB", "A", "B", "x", "xA", "xB")
         ),
     ],
