@@ -46,7 +46,7 @@ def test_the_protocol_needs_no_number_of_processors(processors: int) -> None:
 
 def test_a_deadlock_is_reported_with_each_programs_state() -> None:
     """With the program's id as ticket, waiting programs hold all processors, and those that they wait for cannot begin."""
-    (by_id,) = (fault.mutation for fault in FAULTS if "the program's id" in fault.what)
+    (by_id,) = (fault.mutation for fault in FAULTS if fault.what == "one launch: the program's id for its ticket")
     with interleaving(PROTOCOL) as (runs, _):
         found = runs.first_failure(range(SCHEDULES), processors=2, mutation=by_id)
         again = runs.first_failure([found.schedule], processors=2, mutation=by_id)
