@@ -46,7 +46,8 @@ def shapes(dry: bool) -> list[Shape]:
     if dry:
         return [Shape(16, 32, 32, 8, True, False), Shape(70, 32, 32, 8, False, False)]
     every = [
-        Shape(m, n, k, r, p, False) for (n, k), m, r, p in product(predict.SIZES, predict.ROWS, predict.RANKS, (True, False))
+        Shape(m, n, k, r, p, False)
+        for (n, k), m, r, p in product(predict.SIZES, predict.ROWS, predict.RANKS, (True, False))
     ]
     return sorted(every, key=priority)
 

@@ -131,8 +131,8 @@ def test_sanitizer_summaries_are_read():
 def test_the_targets_shapes_come_first():
     shapes = layer.shapes(False)
     assert len(shapes) == len(set(shapes)) == 6 * 8 * 4 * 2
-    assert set(shapes[:6]) == {Shape(m, 4096, 4096, 16, True) for m in (2048, 4096, 8192)} | {
-        Shape(m, 4096, 4096, 16, False) for m in (1, 16, 64)
+    assert set(shapes[:6]) == {Shape(m, 4096, 4096, 16, True, False) for m in (2048, 4096, 8192)} | {
+        Shape(m, 4096, 4096, 16, False, False) for m in (1, 16, 64)
     }
 
 
@@ -228,7 +228,13 @@ def test_the_tests_on_a_gpu_capture_and_wait(monkeypatch):
 
 
 def test_sanity_holds_the_machine_to_the_models_figures():
-    machine = {"arch": "sm_90", "copy_bytes": 3.0e12, "bf16_flops": 700e12, "clock_mhz": 1755.0, "max_clock_mhz": 1980.0}
+    machine = {
+        "arch": "sm_90",
+        "copy_bytes": 3.0e12,
+        "bf16_flops": 700e12,
+        "clock_mhz": 1755.0,
+        "max_clock_mhz": 1980.0,
+    }
     assert all(line.endswith("as expected") and "NOT" not in line for line in sanity(machine))
     slow = sanity(machine | {"copy_bytes": 1.5e12, "clock_mhz": None})
     assert slow[0].endswith("NOT as expected of an H100 SXM") and slow[2].endswith("unknown")
