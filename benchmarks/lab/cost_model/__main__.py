@@ -5,9 +5,9 @@
 A launch is predicted to take its launch cost and the longest of: bytes from memory over the bandwidth, bytes issued over L2's,
 operations over the matrix units' rate, and bytes over what its programs can keep in flight; its busiest processor counts.
 Ceilings and their sources are in the files of gpus/. Our launches are the ones that dispatch picks, with their bytes by the
-formula that the traffic report tests; the rivals' are in rivals.py. Only a GPU can tell which share of the vendor's matrix rate Triton's
-products reach, and sources differ about L2's rate. So times are a band: from all of the vendor's rate and the highest rate of
-L2 to ``--efficiency`` of the one and the lowest of the other. Regret is how much longer dispatch's kernel takes than the fastest.
+formula that the traffic report tests; the rivals' are in rivals.py. Only a GPU can tell which share of the vendor's matrix rate
+Triton's products reach, and sources differ about L2's rate. So times are a band: from all of the vendor's rate and the highest
+rate of L2 to ``--efficiency`` of the one and the lowest of the other. Regret is how much longer dispatch's kernel takes than the fastest.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def against_measured(gpu: Gpu, name: str, results: Path = RESULTS) -> list[str]:
             if row["status"] != "ok" or row["dry"] or row["mode"] != "graph":
                 continue
             m, n, k, r = (int(row[key]) for key in ("m", "n", "k", "r"))
-            seconds = predicted(gpu, Shape(m, n, k, r, float(row["dropout"]) > 0), row["direction"], row["arm"])
+            seconds = predicted(gpu, Shape(m, n, k, r, float(row["dropout"]) > 0, False), row["direction"], row["arm"])
             if seconds is not None:
                 error = seconds * 1e6 / float(row["us"]) - 1
                 shape = f"M {m} N {n} K {k} r {r} dropout {row['dropout']}"

@@ -29,10 +29,12 @@ from benchmarks.common.tables import RESULTS, read_csv
 from benchmarks.lab.gpu import report
 from benchmarks.lab.gpu.plots import draw
 from benchmarks.lab.gpu.report import Outcome
+from benchmarks.lab.gpu.sanity import sanity
 from benchmarks.lab.gpu.section import FAILED, NOTE_LENGTH, ROOT, Row
 
-# The most important first: the order in which they run, and the share of the time of each.
-SECTIONS = {"correctness": 0.26, "layer": 0.33, "regret": 0.14, "step": 0.09, "profile": 0.18}
+# The most important first: the order in which they run, and the share of the time of each. Regret times every kernel that can
+# do a call, the pair of launches, one launch and the vendor's product among them: what is most in doubt.
+SECTIONS = {"correctness": 0.26, "regret": 0.18, "layer": 0.3, "step": 0.09, "profile": 0.17}
 # torch's import, the GPU's start and two short measurements.
 MACHINE_SECONDS = 60.0
 # A section begins no unit that would end late. One that still runs this long after its time hangs, or is far too slow.
@@ -188,6 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not dry and found["gpu"] is None:
         say("torch finds no NVIDIA GPU here. --dry-run runs the same code in Triton's interpreter.")
         return 2
+    if not dry:
+        for line in sanity(found):
+            say(f"sanity: {line}")
     if options.commit:
         found["commit"] = options.commit
     sections = [name for name in SECTIONS if options.only is None or name in options.only]

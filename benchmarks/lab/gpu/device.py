@@ -158,13 +158,21 @@ class DryDevice:
 Device = CudaDevice | DryDevice
 
 
-def driver() -> str:
+def ask(field: str) -> str:
+    """Return nvidia-smi's answer about the first GPU, without units."""
     try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"unknown ({error})"
     return done.stdout.split("\n")[0].strip()
+
+
+def mhz(field: str) -> float | None:
+    try:
+        return float(ask(field))
+    except ValueError:
+        return None
 
 
 def machine() -> dict[str, Any]:
@@ -180,9 +188,10 @@ def machine() -> dict[str, Any]:
         "memory": properties.total_memory,
         "l2": getattr(properties, "L2_cache_size", None),
         "cuda": torch.version.cuda,
-        "driver": driver(),
+        "driver": ask("driver_version"),
     }
-    return found | CudaDevice().ceilings()
+    # The clock just after the products, while it is still theirs.
+    return found | CudaDevice().ceilings() | {"clock_mhz": mhz("clocks.sm"), "max_clock_mhz": mhz("clocks.max.sm")}
 
 
 if __name__ == "__main__":

@@ -44,9 +44,10 @@ COMPILE_SHARE, COMPILE_GUESS = 0.25, 12.0
 def shapes(dry: bool) -> list[Shape]:
     """Return all shapes, the targets' first."""
     if dry:
-        return [Shape(16, 32, 32, 8, True), Shape(70, 32, 32, 8, False)]
+        return [Shape(16, 32, 32, 8, True, False), Shape(70, 32, 32, 8, False, False)]
     every = [
-        Shape(m, n, k, r, p) for (n, k), m, r, p in product(predict.SIZES, predict.ROWS, predict.RANKS, (True, False))
+        Shape(m, n, k, r, p, False)
+        for (n, k), m, r, p in product(predict.SIZES, predict.ROWS, predict.RANKS, (True, False))
     ]
     return sorted(every, key=priority)
 

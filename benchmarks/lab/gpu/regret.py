@@ -47,9 +47,21 @@ def measure(device: Device, s: Shape, direction: str) -> Iterator[Row]:
         yield {"kernel": kernel, "chosen": chosen, "fastest": fastest, **times, "regret": ratio}
 
 
+# What the cost model cannot decide: one launch, two or the vendor's product for many rows; S beside a product of few rows at
+# ranks of 32 and 64; split-K from 65 rows up; long sums.
+DOUBTS = (
+    *(Shape(m, 4096, 4096, 16, True, False) for m in (2048, 4096, 8192, 16384)),
+    *(Shape(m, n, 4096, r, False, False) for m, r, n in product((16, 64), (32, 64), (4096, 14336))),
+    *(Shape(m, 4096, 4096, 16, False, False) for m in (128, 256, 384)),
+    *(Shape(m, 4096, 14336, 16, True, False) for m in (512, 4096)),
+)
+
+
 def units(device: Device, clock: Clock) -> list[Unit]:
-    """Return the layer's shapes in their order, except that ranks come before sizes: the tables' edges are in M and r."""
+    """Return what is in doubt, then the layer's shapes, ranks before sizes: the tables' edges are in M and r."""
     ordered = sorted(shapes(device.dry), key=lambda s: (max(s.n, s.k) > 4096 or s.n < 4096, *priority(s)))
+    if not device.dry:
+        ordered = [*DOUBTS, *(s for s in ordered if s not in DOUBTS)]
     return [
         Unit({**key_of(s), "direction": direction}, partial(measure, device, s, direction), 2.0)
         for s, direction in product(ordered, ("forward", "backward"))

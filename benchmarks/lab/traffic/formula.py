@@ -172,8 +172,8 @@ def _shrink(t: _Account, c: dict[str, Any]) -> None:
 def _linear(t: _Account, c: dict[str, Any]) -> None:
     """The product by any of the three kernels."""
     tiles_m, tiles_n = _tiles(c["M"], c["BLOCK_M"]), _tiles(c["N"], c["BLOCK_N"])
-    # The descriptors' kernel finishes a tile in parts. Each part reads S and the seed, also beyond N.
-    parts = c["BLOCK_N"] // c["y_desc"].block_shape[1] if "y_desc" in c else 1
+    # The descriptors' kernel finishes a tile in parts. With a mask, each part reads S and the seed, also beyond N.
+    parts = c["BLOCK_N"] // c["y_desc"].block_shape[1] if "y_desc" in c and c["MASK_BRANCH"] else 1
     t.read("x", tiles_n)
     t.read("w", tiles_m)
     if c["HAS_BIAS"]:

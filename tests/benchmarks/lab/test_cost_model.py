@@ -139,7 +139,7 @@ def test_a_slower_triton_makes_the_vendor_win():
 
 def test_predictions_are_compared_with_what_was_measured(tmp_path):
     assert __main__.against_measured(H100, "h100", tmp_path)[0].startswith("No measurements of an H100 SXM")
-    s = Shape(8192, 4096, 4096, 16, True)
+    s = Shape(8192, 4096, 4096, 16, True, False)
     columns = "m,n,k,r,dropout,mode,direction,arm,status,us,dry\n"
     shape = "8192,4096,4096,16,0.1,"
     ours, eager = (

@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from benchmarks.lab.cost_model.predict import Shape
-from benchmarks.lab.gpu import device, layer, profile, report, tools
+from benchmarks.lab.gpu import device, layer, profile, regret, report, tools
+from benchmarks.lab.gpu.sanity import sanity
 from stablelora_kernels.dispatch import backend
 from tests.helpers import gpu_checks
 
@@ -130,8 +131,8 @@ def test_sanitizer_summaries_are_read():
 def test_the_targets_shapes_come_first():
     shapes = layer.shapes(False)
     assert len(shapes) == len(set(shapes)) == 6 * 8 * 4 * 2
-    assert set(shapes[:6]) == {Shape(m, 4096, 4096, 16, True) for m in (2048, 4096, 8192)} | {
-        Shape(m, 4096, 4096, 16, False) for m in (1, 16, 64)
+    assert set(shapes[:6]) == {Shape(m, 4096, 4096, 16, True, False) for m in (2048, 4096, 8192)} | {
+        Shape(m, 4096, 4096, 16, False, False) for m in (1, 16, 64)
     }
 
 
@@ -224,3 +225,26 @@ def test_the_tests_on_a_gpu_capture_and_wait(monkeypatch):
     captured.replay()
     assert fake.log == ["run", "synchronize", "capture", "run", "captured", "replay", "synchronize"]
     assert captured.outputs == "output"
+
+
+def test_sanity_holds_the_machine_to_the_models_figures():
+    machine = {
+        "arch": "sm_90",
+        "copy_bytes": 3.0e12,
+        "bf16_flops": 700e12,
+        "clock_mhz": 1755.0,
+        "max_clock_mhz": 1980.0,
+    }
+    assert all(line.endswith("as expected") and "NOT" not in line for line in sanity(machine))
+    slow = sanity(machine | {"copy_bytes": 1.5e12, "clock_mhz": None})
+    assert slow[0].endswith("NOT as expected of an H100 SXM") and slow[2].endswith("unknown")
+    assert "no GPU of architecture sm_75" in sanity({"arch": "sm_75"})[0]
+
+
+def test_regret_begins_with_what_is_in_doubt():
+    class Fake:
+        dry = False
+
+    found = [tuple(unit.key[name] for name in ("m", "r")) for unit in regret.units(Fake(), None)]
+    assert found[:8:2] == [(m, 16) for m in (2048, 4096, 8192, 16384)]
+    assert len(found) == len({(*unit.key.values(),) for unit in regret.units(Fake(), None)})
