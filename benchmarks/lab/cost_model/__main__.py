@@ -7,7 +7,8 @@ operations over the matrix units' rate, and bytes over what its programs can kee
 Ceilings and their sources are in the files of gpus/. Our launches are the ones that dispatch picks, with their bytes by the
 formula that the traffic report tests; the rivals' are in rivals.py. Only a GPU can tell which share of the vendor's matrix rate
 Triton's products reach, and sources differ about L2's rate. So times are a band: from all of the vendor's rate and the highest
-rate of L2 to ``--efficiency`` of the one and the lowest of the other. Regret is how much longer dispatch's kernel takes than the fastest.
+rate of L2 to ``--efficiency`` of the one and the lowest of the other. Regret is how much longer dispatch's kernel takes than
+the fastest.
 """
 
 from __future__ import annotations

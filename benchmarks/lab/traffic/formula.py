@@ -54,7 +54,7 @@ def named_tensors(pairs: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
         name = name.removesuffix("_ptr_or_desc").removesuffix("_ptr").removesuffix("_desc")
         for names, other in found:
             if other is tensor:
-                names.append(name)
+                names += [name] if name not in names else []
                 break
         else:
             found.append(([name], tensor))
@@ -119,16 +119,17 @@ class _Account:
             self._add(f"{prefix}counter", 1, (False, True), unique=False)
 
     def grad_beside(
-        self, z: str, t: str, columns: int, c: dict[str, Any], seeded: bool = False, again: str = ""
+        self, z: str, t: str, columns: int, c: dict[str, Any], seeded: bool = False, again: str = "", name: str = "grad"
     ) -> None:
         """dA or dB, of ``columns`` columns, beside another result, for which ``again`` was read already."""
-        tiles_c, tiles_r = _tiles(columns, c["GRAD_C"]), _tiles(c["R"], c["GRAD_R"])
+        tiles_c, tiles_r = _tiles(columns, c[f"{name.upper()}_C"]), _tiles(c["R"], c[f"{name.upper()}_R"])
+        splits = c[f"{name.upper()}_SPLITS"]
         self.read(z, tiles_r, unique=z != again)
         self.read(t, tiles_c, unique=t != again)
         if seeded:
-            self.read("seed", tiles_c * tiles_r * c["GRAD_SPLITS"], unique=False)
-        self.share(c["GRAD_SPLITS"], prefix="grad_")
-        self.write("grad")
+            self.read("seed", tiles_c * tiles_r * splits, unique=False)
+        self.share(splits, prefix=f"{name}_")
+        self.write(name)
 
 
 def formula_by_tensor(launch: Any) -> Tensors:
@@ -169,12 +170,46 @@ def _shrink(t: _Account, c: dict[str, Any]) -> None:
         t.grad_beside("x", "t", c["K"], c, again="x")
 
 
+def _chain(t: _Account, c: dict[str, Any]) -> None:
+    """S and dB by programs of the product's launch, and what keeps the programs in order."""
+    tiles_s, tiles_r = _tiles(c["M"], c["S_BLOCK_M"]), _tiles(c["R"], c["S_BLOCK_R"])
+    t.read("x", tiles_r)
+    t.read("a", tiles_s)
+    if c["S_DROPOUT"]:
+        t.read("seed", tiles_s * tiles_r * c["S_SPLITS"])
+    t.share(c["S_SPLITS"], prefix="s_")
+    t.write("s")
+    if c["HAS_DB"]:
+        t.grad_beside("x", "t", c["K"], c, again="x", name="db")
+    # A flag is awaited for each tile of Y, and by each program of dA for all of its rows.
+    waits = _tiles(c["M"], c["BLOCK_M"]) * _tiles(c["N"], c["BLOCK_N"]) if c["PRODUCTS"] else 0
+    if c["HAS_GRAD"]:
+        rows = _tiles(_tiles(c["M"], c["GRAD_M"]), c["GRAD_SPLITS"]) * c["GRAD_M"]
+        each = (
+            _tiles(min(start + rows, c["M"]), c["FLAG_M"]) - start // c["FLAG_M"] for start in range(0, c["M"], rows)
+        )
+        waits += _tiles(c["N"], c["GRAD_C"]) * _tiles(c["R"], c["GRAD_R"]) * sum(each)
+    # Integers: tickets, programs done, tiles of S; a wait loads its flag, then acquires it; the last program writes zeros.
+    counted, used = 2 * c["GRID"][0] + tiles_s * tiles_r, 2 + _tiles(c["M"], c["FLAG_M"])
+    key, _ = t.by_name["chain"]
+    t.tensors[key] = Traffic(4 * (counted + 2 * waits), 4 * (counted + waits + used), 4 * used, 4 * used)
+
+
 def _linear(t: _Account, c: dict[str, Any]) -> None:
     """The product by any of the three kernels."""
+    if c["CHAINED"]:
+        _chain(t, c)
+    if c["PRODUCTS"]:
+        _product(t, c)
+    if c["HAS_GRAD"]:
+        t.grad_beside("z", "s", c["N"], c, seeded=c["MASK_BRANCH"], again="s" if c["PRODUCTS"] else "")
+
+
+def _product(t: _Account, c: dict[str, Any]) -> None:
     tiles_m, tiles_n = _tiles(c["M"], c["BLOCK_M"]), _tiles(c["N"], c["BLOCK_N"])
     # The descriptors' kernel finishes a tile in parts. With a mask, each part reads S and the seed, also beyond N.
     parts = c["BLOCK_N"] // c["y_desc"].block_shape[1] if "y_desc" in c and c["MASK_BRANCH"] else 1
-    t.read("x", tiles_n)
+    t.read("x", tiles_n, unique=not c["CHAINED"])
     t.read("w", tiles_m)
     if c["HAS_BIAS"]:
         t.read("bias", tiles_m)
@@ -194,8 +229,6 @@ def _linear(t: _Account, c: dict[str, Any]) -> None:
     if c["ADD"]:
         t.read("y")
     t.write("y")
-    if c["HAS_GRAD"]:
-        t.grad_beside("z", "s", c["N"], c, seeded=c["MASK_BRANCH"], again="s")
 
 
 def _weight(t: _Account, c: dict[str, Any], n: int, k: int, rows: int, cols: int, times: int) -> None:

@@ -109,9 +109,9 @@ def _lora_linear_tma_kernel(
         if PARTS > 1:
             parts = _halves(acc)
         if PARTS > 2:
-            parts = _halves(parts[0]) + _halves(parts[1])
+            parts = _halves(parts[0]) + _halves(parts[1])  # type: ignore[misc]
         if PARTS > 4:
-            parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
+            parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])  # type: ignore[misc]
         for i in tl.static_range(PARTS):
             y = parts[i]
             col0 = pid_n * BLOCK_N + i * PART
