@@ -21,6 +21,10 @@ SIZES = ((4096, 4096), (512, 4096))
 RANKS = (16, 32, 64, 128, 256)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WORDS = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
+# Of this GPU the report has everything. Of the others it has one of each form and tile: the default dtypes and float32, three
+# ranks and a wide layer. What they compile to differs by form and tile; the dtype changes little.
+FULL = "sm_90"
+SOME_RANKS = (16, 64, 128)
 # The default dtypes at every rank, others at the one that is most used.
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype, str, tuple[int, ...]]] = {
     "bf16/fp32": (BF16, FP32, "highest", RANKS),
@@ -41,8 +45,8 @@ def every_launch(device: Device) -> Iterator[tuple[str, Any]]:
 
 def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
     """(dtypes in words, launch) for every kernel and config, some of them more than once."""
-    for name, (dtype, lora, _, ranks) in _each_dtype():
-        for m, (n, k), r, p in product(ROWS, SIZES, ranks, (0.0, 0.1)):
+    for name, (dtype, lora, _, ranks) in _each_dtype(device):
+        for m, (n, k), r, p in product(ROWS, SIZES if device.arch == FULL else SIZES[:1], ranks, (0.0, 0.1)):
             if m == 128 and name != "bf16/fp32":
                 # A form of few rows and many processors; the other dtypes stand beside the default ones in all other rows.
                 continue
@@ -65,13 +69,14 @@ def lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
             yield from ((name, launch) for launch in _broadcast(device, dtype, lora))
 
 
-def _each_dtype() -> Iterator[tuple[str, tuple[torch.dtype, torch.dtype, str, tuple[int, ...]]]]:
+def _each_dtype(device: Device) -> Iterator[tuple[str, tuple[torch.dtype, torch.dtype, str, tuple[int, ...]]]]:
     """DTYPES, each under its precision."""
     before = torch.get_float32_matmul_precision()
     try:
-        for name, dtypes in DTYPES.items():
-            torch.set_float32_matmul_precision(dtypes[2])
-            yield name, dtypes
+        for name, (dtype, lora, precision, ranks) in DTYPES.items():
+            if device.arch == FULL or name in ("bf16/fp32", "fp32"):
+                torch.set_float32_matmul_precision(precision)
+                yield name, (dtype, lora, precision, tuple(r for r in ranks if device.arch == FULL or r in SOME_RANKS))
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -83,7 +88,8 @@ def _precise(name: str, launch: Any) -> str:
 
 def quantized_lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
     """(dtypes in words, launch) for the kernels that read a quantized weight; the others of such a call are above."""
-    calls = [("bf16/fp32", m, 4096, r, kind) for m, r, kind in product((8, 64, 256, 4096), (16, 64), ("nf4", "fp8"))]
+    ranks = (16, 64) if device.arch == FULL else (16,)
+    calls = [("bf16/fp32", m, 4096, r, kind) for m, r, kind in product((8, 64, 256, 4096), ranks, ("nf4", "fp8"))]
     calls += [("fp32", 8, 4096, 16, kind) for kind in ("nf4", "fp8")]
     # Bytes and blocks that lie across rows.
     calls += [("bf16/fp32", 64, 4113, 16, kind) for kind in ("nf4", "fp8")]
@@ -96,7 +102,7 @@ def quantized_lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
 
 def lora_linear_group_launches(device: Device) -> Iterator[tuple[str, Any]]:
     """(dtypes in words, launch) for projections that share X: the launches that single projections lack."""
-    for name, (dtype, lora, _, ranks) in _each_dtype():
+    for name, (dtype, lora, _, ranks) in _each_dtype(device):
         for m, ns, r, p in product((64, 512, ROWS[-1]), ((4096, 1024, 1024), (14336, 14336)), ranks, (0.0, 0.1)):
             for launch in chain(*group_launches(device, m, ns, 4096, r, dtype, lora, p)):
                 if hasattr(launch, "kernel") and ("MEMBERS" in launch.constants or launch.constants.get("ADD")):

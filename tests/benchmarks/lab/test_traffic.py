@@ -101,10 +101,13 @@ def test_the_formula_counts_projections_that_share_x(group, arch):
 
 
 def test_sharing_x_saves_its_reads_and_the_sums_of_its_gradients():
-    """Three projections: two reads of X for S, two for dA; of dX five passes are left of nine. Rows in bfloat16."""
+    """Three projections: two reads of X for S, two for dA; of dX five passes are left of nine. Rows in bfloat16.
+
+    The vendor's product for k and v, and the branch onto it, are two launches, with S's of its own or without.
+    """
     device = DEVICES["sm_90"]
     row = group_row(device, Group(8192, (4096, 1024, 1024), 4096, 16))
-    assert (row["launches_apart"], row["launches"]) == (14, 11)
+    assert (row["launches_apart"], row["launches"]) == (14, 13)
     assert row["activation_passes_apart"] - row["activation_passes"] == 8
     assert row["unique"] < 0.7 * row["unique_apart"]
 
@@ -113,15 +116,17 @@ def test_sharing_x_saves_its_reads_and_the_sums_of_its_gradients():
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        (Case(5, 330, 1300, 3), "split_k shrink split_k"),
-        (Case(17, 100, 1100, 40, 0.3), "shrink split_k shrink split_k"),
-        (Case(17, 100, 1100, 80), "shrink split_k shrink split_k"),
-        (Case(70, 264, 136, 16), "shrink linear shrink linear"),
-        (Case(70, 136, 264, 16, 0.1, lora_dtype=BF16), "shrink linear shrink linear"),
-        (Case(136, 200, 136, 64), "shrink linear shrink linear"),
-        (Case(70, 137, 75, 128, 0.1), "shrink linear shrink linear"),
+        (Case(5, 330, 1300, 3), "split_k split_k"),
+        (Case(17, 100, 1100, 40, 0.3), "split_k split_k"),
+        (Case(17, 100, 1100, 80), "split_k split_k"),
+        (Case(70, 264, 136, 16), "linear linear"),
+        (Case(70, 136, 264, 16, 0.1, lora_dtype=BF16), "linear linear"),
+        (Case(136, 200, 136, 64), "linear linear"),
+        (Case(70, 137, 75, 128, 0.1), "linear linear"),
         (Case(40, 100, 136, 16, dtype=FP32), "vendor expand vendor expand weight_grads"),
-        (Case(550, 24, 40, 80, 0.1), "shrink linear shrink linear"),
+        (Case(550, 24, 40, 80, 0.1), "linear linear"),
+        (Case(550, 24, 40, 80, 0.1, kernel="split"), "shrink linear shrink linear"),
+        (Case(70, 136, 264, 16, 0.1, kernel="split"), "shrink linear shrink linear"),
         (Case(550, 24, 40, 80, 0.1, kernel="vendor"), "vendor shrink expand vendor shrink expand weight_grads"),
     ],
 )
@@ -148,6 +153,8 @@ def test_the_cases_above_share_sums():
                 shared.add(name)
             if arguments.get("GRAD_SPLITS", 1) > 1:
                 shared.add("dB" if name == "shrink" else "dA")
+            if launch.constants.get("CHAINED"):
+                shared |= {name for name, key in (("shrink", "S_SPLITS"), ("dB", "DB_SPLITS")) if arguments[key] > 1}
         assert set(kernels.split()) <= shared
 
 
