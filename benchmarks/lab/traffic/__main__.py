@@ -9,7 +9,8 @@ All go to a CSV file, a row a launch or a case (kernel "all"), whose ``source`` 
 What a figure means:
 
 - *Issued* are the bytes that programs ask for. *Unique* are those that a launch touches, each once: what memory must deliver
-  if a cache holds all else during a launch, and nothing from one launch to the next. Real traffic is in between.
+  if a cache holds all else during a launch, and nothing from one launch to the next. Real traffic is in between. A chained
+  launch reads X twice, for S and for the product; it counts once here, and comes from memory twice if L2 is smaller than X.
 - *Floor* is the least for the operation as a whole: operands read once in forward and once in backward, results written once.
 - *Passes* over an activation beyond the frozen layer = (unique bytes of all launches of forward and backward, less those of the
   frozen layer's forward, which reads X, W and bias and writes Y, and backward, which reads dY and W and writes dX) / (bytes
