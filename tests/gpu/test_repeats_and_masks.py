@@ -35,7 +35,7 @@ def test_repeated_runs_give_the_same_bits(case, kernel):
         assert_equal_bits(first, run(case, inputs, kernel)[0])
 
 
-@pytest.mark.parametrize("kernel", ("split",) if SMALL else ("split", "vendor"))
+@pytest.mark.parametrize("kernel", ("split",) if SMALL else ("chained", "split", "vendor"))
 @pytest.mark.parametrize(("rows", "columns"), ((9, 32), (70, 16)) if SMALL else ((9, 64), (1031, 128), (200, 67)))
 def test_kernels_draw_the_reference_mask(rows, columns, kernel):
     """Read the masks from the results: Y with W = 0, X = 1 and A = B = I is the mask times a constant.

@@ -75,7 +75,7 @@ def run_arms(device: Device, s: Shape) -> None:
 def run_small(device: Device) -> None:
     """Run every kernel once or twice on small ragged and aligned shapes, and steps of the optimizer."""
     shapes = ((9, 40, 24, 8),) if device.dry else ((9, 264, 200, 16), (131, 71, 67, 20), (260, 264, 520, 16))
-    kernels = ("auto",) if device.dry else ("auto", "split", "vendor")
+    kernels = ("auto",) if device.dry else ("auto", "chained", "split", "vendor")
     for (m, n, k, r), p, kernel in product(shapes, (0.0, 0.1), kernels):
         made = make_inputs((m, k), n, r, dtype=torch.bfloat16, lora_dtype=torch.float32, device=device.device)
         x, a, b = (made[name].requires_grad_() for name in ("x", "lora_A", "lora_B"))

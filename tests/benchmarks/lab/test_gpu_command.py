@@ -61,14 +61,15 @@ def test_the_dry_run_executes_every_section_and_measures_nothing(tmp_path):
     checked = Counter(row["check"] for row in rows["correctness"])
     assert len(checked) == 13 and "test_every_kernel_matches_float64" in checked
     by_kernel = [row["case"] for row in rows["correctness"] if row["check"] == "test_every_kernel_matches_float64"]
-    assert {case.split("-")[0] for case in by_kernel} == {"auto", "fused", "split", "vendor"}
+    assert {case.split("-")[0] for case in by_kernel} == {"auto", "fused", "chained", "split", "vendor"}
     figures = [row for row in rows["correctness"] if row["figure"]]
     assert len(figures) > 20 and all(0 <= float(row["figure"]) <= float(row["bound"]) for row in figures)
     arms = {"frozen", "eager", "peft", "compiled", "ours"}
     per_shape = Counter((row["m"], row["mode"], row["direction"]) for row in rows["layer"])
     assert len(per_shape) == 12 and set(per_shape.values()) == {len(arms)}
     assert all(float(row["us"]) > 0 and float(row["over_frozen"]) > 0 for row in rows["layer"])
-    assert {row["kernel"] for row in rows["regret"]} == {"fused", "split", "vendor"}
+    assert {row["kernel"] for row in rows["regret"]} == {"fused", "chained", "split", "vendor"}
+    assert {row["arm"] for row in rows["captured"]} == {"eager", "captured"}
     assert {row["arm"] for row in rows["step"]} == {"naive", "foreach", "fused", "ours", "ours, graph", "fused, graph"}
     assert {row["state"] for row in rows["step"]} == {"shrinking", "latched"}
     checks = {(row["check"], row["status"]) for row in rows["profile"]}

@@ -1,0 +1,66 @@
+"""A training step of a few layers, eager and in a CUDA graph: forward, backward, and the step of Stable-LoRA's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+import torch
+from torch import nn
+
+from benchmarks.common.optimizers import LR
+from benchmarks.lab.gpu import section
+from benchmarks.lab.gpu.device import Arms, Device
+from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_columns
+from stablelora_kernels import LoRALinear, StableLoRAAdamW
+
+COLUMNS = (
+    "rows", "width", "layers", "dropout", "arm", "status", "us", "q1_us", "q3_us", "samples", "host_us", "eager_over",
+    "note", "dry",
+)  # fmt: skip
+SECONDS = 0.4
+LAYERS, R = 4, 16
+
+
+def step(device: Device, rows: int, width: int, p: float) -> Callable[[], None]:
+    """A training step of LAYERS layers in bfloat16 with float32 A and B. Its gradients are new tensors each time."""
+    torch.manual_seed(0)
+    options = {"r": R, "lora_dropout": p, "dtype": torch.bfloat16, "lora_dtype": torch.float32, "device": device.device}
+    model = nn.Sequential(*(LoRALinear(width, width, **options) for _ in range(LAYERS)))
+    optimizer = StableLoRAAdamW.from_model(model, lr=LR, shrink_ratio=0.01, capturable=not device.dry)
+    x = torch.randn(rows, width, device=device.device, dtype=torch.bfloat16)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        model(x).float().square().mean().backward()
+        optimizer.step()
+
+    return train
+
+
+def measure(device: Device, rows: int, width: int, p: float) -> Iterator[Row]:
+    arms: Arms = {"eager": step(device, rows, width, p)}
+    # Its own model and optimizer: a graph keeps the gradients of its last warm-up.
+    to_capture = step(device, rows, width, p)
+    try:
+        arms["captured"] = device.capture(to_capture)
+    except Exception as error:
+        yield {"arm": "captured", "status": FAILED, "note": note_of(error)}
+    samples = device.time(arms, SECONDS, queued=False)
+    columns = {name: time_columns(values) for name, values in samples.items()}
+    for name, times in columns.items():
+        host = time_columns(device.host_seconds(arms[name]))["us"]
+        yield {"arm": name, **times, "host_us": host, "eager_over": round(columns["eager"]["us"] / times["us"], 4)}
+
+
+def units(device: Device, clock: Clock) -> list[Unit]:
+    sizes = [(9, 48)] if device.dry else [(512, 4096), (64, 4096), (4096, 4096), (16, 4096)]
+    return [
+        Unit({"rows": rows, "width": width, "layers": LAYERS, "dropout": p}, partial(measure, device, rows, width, p), 4.0)
+        for (rows, width), p in product(sizes, (0.0, 0.1))
+    ]
+
+
+if __name__ == "__main__":
+    section.main(COLUMNS, units)
