@@ -313,6 +313,8 @@ def linear_tma_plan(
 ) -> TMAPlan:
     """``can_specialize``: the compiler can specialize warps of a kernel with a dot after the main loop."""
     tile, reason = pick_tile(TMA_TILES, device, call, measured)
+    if not load_s and call.r > 32 and tile.BLOCK_N > 128 and measured is None:
+        tile, reason = Tile(128, 128, 64, 8, 4), "S of 64 ranks beside the widest accumulator spills registers"
     # A wider block of ranks would spill registers beside the widest accumulator and float32's casts or random numbers.
     narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)

@@ -57,7 +57,11 @@ def measure(device: Device, rows: int, width: int, p: float) -> Iterator[Row]:
 def units(device: Device, clock: Clock) -> list[Unit]:
     sizes = [(9, 48)] if device.dry else [(512, 4096), (64, 4096), (4096, 4096), (16, 4096)]
     return [
-        Unit({"rows": rows, "width": width, "layers": LAYERS, "dropout": p}, partial(measure, device, rows, width, p), 4.0)
+        Unit(
+            {"rows": rows, "width": width, "layers": LAYERS, "dropout": p},
+            partial(measure, device, rows, width, p),
+            4.0,
+        )
         for (rows, width), p in product(sizes, (0.0, 0.1))
     ]
 
