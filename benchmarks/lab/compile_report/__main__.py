@@ -10,8 +10,8 @@ The committed report is benchmarks/results/compile_report.csv. Its rows are from
 only under that. Columns: registers a thread; spills, bytes of local memory a thread; bytes of shared memory a program and the
 limit; the matrix instructions; serialized, why ptxas lets each of Hopper's wait for the last, or empty; the narrowest hot load
 and store in bits, defined in machine_code.py; occupancy, the share of a processor's warps that are resident. What can't be
-compiled is listed at the end, and the exit status is 1. A row takes about 1.2 s of one core, 0.5 s once Triton has it in its
-cache.
+compiled is listed at the end, and the exit status is 1. A row takes 1 to 5 s of one core, 0.5 s once Triton has it in its cache.
+The report has everything that dispatch can pick for sm_90, and each form and tile for the other GPUs.
 """
 
 from __future__ import annotations
