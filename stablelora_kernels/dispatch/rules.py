@@ -236,6 +236,8 @@ def choose_group(calls: Sequence[Call], choices: Sequence[Choice | None]) -> Sha
     """Whether projections of one X get their S (and dA) from one read of it, in a launch of its own, or each by itself."""
     if any(choice is not None and choice.kernel == "fused" for choice in choices):
         return Sharing(False, "S is computed beside a product, which saves its launch")
+    if calls[0].k == 0:
+        return Sharing(False, "nothing is summed up, and the kernel for several takes no empty sum")
     if calls[0].m <= problem.SMALL_M:
         return Sharing(False, f"up to {problem.SMALL_M} rows: X stays in L2, whoever reads it")
     if max(call.r for call in calls) > problem.MAX_FUSED_R:

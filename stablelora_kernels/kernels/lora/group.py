@@ -37,10 +37,13 @@ def _lora_shrink_group_kernel(
     seed0, seed1, seed2 = _seeds(seed0_ptr, seed1_ptr, seed2_ptr, MEMBERS, DROPOUT)
 
     share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
+    start, stop = split * share, tl.minimum(split * share + share, K)
+    # No part is empty, see ``weight_grad``.
+    tl.assume(start < stop)
     s0 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     s1 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     s2 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k0 in range(split * share, tl.minimum(split * share + share, K), BLOCK_K):
+    for k0 in range(start, stop, BLOCK_K):
         x_mask = row_mask[:, None]
         if not EVEN_K:
             x_mask &= k0 + ks[None, :] < K
@@ -139,10 +142,13 @@ def _lora_weight_grads_group_kernel(
     cs = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
     seed0, seed1, seed2 = _seeds(seed0_ptr, seed1_ptr, seed2_ptr, MEMBERS, DROPOUT)
     share = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLITS) * BLOCK_M
+    start, stop = split * share, tl.minimum(split * share + share, M)
+    # No part is empty, see ``weight_grad``.
+    tl.assume(start < stop)
     acc0 = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
     acc1 = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
     acc2 = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
-    for m0 in tl.range(split * share, tl.minimum(split * share + share, M), BLOCK_M, num_stages=STAGES):
+    for m0 in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
         rows = m0 + tl.arange(0, BLOCK_M).to(tl.int64)
         x_mask = (rows[:, None] < M) & (cs[None, :] < K)
         x = tl.load(x_ptr + rows[:, None] * stride_xm + cs[None, :] * stride_xk, mask=x_mask, other=0.0)
