@@ -112,13 +112,14 @@ def test_explain_checks_its_arguments(change, error, message):
 
 
 def test_explain_lists_what_is_launched():
-    found = slk.explain(8192, (4096, 1024, 1024), 4096, 16, device="sm_90")
+    found = slk.explain(4096, (4096, 1024, 1024), 4096, 16, device="sm_90")
     assert [step.kernel for step in found.forward] == ["lora_shrink_group"] + ["lora_linear_tma"] * 3
-    assert [step.kernel for step in found.backward] == ["lora_shrink", "lora_linear_tma"] * 3 + [
-        "lora_weight_grads_group"
-    ]
-    assert found.forward_kernel == "together: split, split, split" and "one read of X" in found.forward_reason
+    assert [step.kernel for step in found.backward] == ["lora_linear_tma"] * 3 + ["lora_weight_grads_group"]
+    assert found.forward_kernel == "together: chained, chained, chained" and "one read of X" in found.forward_reason
     assert sum("add" in step.variant for step in found.backward) == 2
+    many = slk.explain(8192, (4096, 1024, 1024), 4096, 16, device="sm_90")
+    assert many.forward_kernel == "together: split, vendor, vendor"
+    assert [step.kernel for step in many.backward][:2] == ["lora_shrink", "lora_linear_tma"]
     few = slk.explain(8, [4096, 1024], 4096, 16, device="sm_90")
     assert few.forward_kernel == "apart: fused, fused" and "saves its launch" in few.forward_reason
     with pytest.raises(ValueError, match=r"N must be one size or 2 to 3, got \(4096,\)"):

@@ -33,7 +33,8 @@ from benchmarks.lab.gpu.sanity import sanity
 from benchmarks.lab.gpu.section import FAILED, NOTE_LENGTH, ROOT, Row
 
 # The most important first: the order in which they run, and the share of the time of each. Regret times every kernel that can
-# do a call, the pair of launches, one launch and the vendor's product among them: what is most in doubt. Captured is a training step.
+# do a call, the pair of launches, one launch and the vendor's product among them: what is most in doubt. Captured times a
+# training step.
 SECTIONS = {"correctness": 0.26, "regret": 0.18, "captured": 0.06, "layer": 0.26, "step": 0.08, "profile": 0.16}
 # torch's import, the GPU's start and two short measurements.
 MACHINE_SECONDS = 60.0
