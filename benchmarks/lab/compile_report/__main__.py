@@ -1,7 +1,7 @@
 """Machine code of every kernel and config that dispatch can pick, compiled for GPUs that need not be present.
 
     python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--csv FILE]
-    python -m benchmarks.lab.compile_report --write     compile all and renew the committed report
+    python -m benchmarks.lab.compile_report --write     compile all and renew the committed report, or with --arch a GPU's rows
     python -m benchmarks.lab.compile_report --check     compile all, compare with it, and exit with 1 if something got worse
         --quick: of most GPUs only a sample, and of what has not changed since it was last recorded
     python -m benchmarks.lab.compile_report --check --quick --record        record what passed as unchanged
@@ -34,6 +34,7 @@ from benchmarks.lab.compile_report.report import (
     EVERY_KEPT,
     FULL,
     KEYS,
+    PENDING,
     REPORT,
     TRITON,
     compare,
@@ -79,8 +80,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--record notes what --check has found unchanged; give both")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
-    if args.write and (args.arch or args.kernel or args.quick):
-        parser.error("--write replaces the whole report, so it takes no --arch, --kernel or --quick")
+    if args.write and (args.kernel or args.quick):
+        parser.error("--write renews all rows of a GPU, so it takes no --kernel or --quick")
     if (args.write or args.check) and not triton.__version__.startswith(f"{TRITON}."):
         parser.error(f"the committed report is from Triton {TRITON}, this is {triton.__version__}")
     if args.check and not REPORT.exists():
@@ -91,7 +92,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     args = parse(argv)
-    archs = [arch for arch in DEVICES if not args.arch or arch in args.arch]
+    archs = [arch for arch in DEVICES if (arch in args.arch if args.arch else not args.check or arch not in PENDING)]
+    if args.check and not args.arch and PENDING:
+        print(f"not checked, since the report has no rows of them yet: {', '.join(PENDING)}", file=sys.stderr)
     wanted = [(arch, i) for arch in archs for i, job in enumerate(jobs(arch)) if job.label[0].startswith(args.kernel)]
     labels = [jobs(arch)[i].label for arch, i in wanted]
     kept = read_digests() if args.quick else {}
@@ -115,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for title, listed in (("Not compiled", failures), ("Worse than the committed report", lines)):
         if listed:
             print(f"\n{title}:\n" + "\n".join(listed), file=sys.stderr)
-    if args.record and not failures and not lines:
+    if (args.record or args.write) and not failures and not lines:
         done = {
             job_name(jobs(arch)[place]): machine_code.digest(jobs(arch)[place].launch, arch) for arch, place in tasks
         }
@@ -123,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = {name: value for name, value in (read_digests() | done).items() if name in now}
         write_text(DIGESTS, json.dumps(found, indent=0, sort_keys=True) + "\n")
     if args.write and not failures:
-        write_text(REPORT, csv_text(rows, KEYS))
+        others = [row for row in read_csv(REPORT) if row["arch"] not in archs] if REPORT.exists() else []
+        order = list(DEVICES)
+        write_text(REPORT, csv_text(sorted(others + rows, key=lambda row: order.index(row["arch"])), KEYS))
         print(f"wrote {REPORT}", file=sys.stderr)
     return 1 if failures or lines else 0
 
