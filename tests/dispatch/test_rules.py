@@ -7,7 +7,7 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch.problem import DEVICES, Call
-from stablelora_kernels.dispatch.rules import choose
+from stablelora_kernels.dispatch.rules import choose, choose_group
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing import make_inputs
 from tests.helpers.launches import count_launches
@@ -103,3 +103,9 @@ def test_every_device_has_the_limits_of_its_kind():
         assert device.tma == (arch in ("sm_90", "sm_100"))
         assert device.overlaps == (arch in ("sm_90", "sm_100", "sm_120"))
         assert device.nvidia == arch.startswith("sm_")
+
+
+def test_an_empty_sum_is_not_shared():
+    calls = [call(m=512, k=k) for k in (0, 4096) for _ in range(3)]
+    for three, shared in ((calls[:3], False), (calls[3:], True)):
+        assert choose_group(three, [choose(H100, each) for each in three]).shared == shared
