@@ -21,7 +21,8 @@ from benchmarks.lab.cost_model.predict import BF16, Shape
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Arms, Device
 from benchmarks.lab.gpu.section import FAILED, SKIPPED, Clock, Row, Unit, note_of, time_columns
-from benchmarks.lab.traffic.formula import floor_frozen_backward, floor_frozen_forward, floor_lora, total
+from benchmarks.lab.traffic.floors import floor_frozen_backward, floor_frozen_forward, floor_lora
+from benchmarks.lab.traffic.formula import total
 from benchmarks.suite.layers import peft_layer
 from stablelora_kernels.testing import layer_arms
 

@@ -15,7 +15,7 @@ from benchmarks.common.optimizers import LR
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Arms, Device
 from benchmarks.lab.gpu.section import FAILED, SKIPPED, Clock, Row, Unit, note_of, time_columns
-from benchmarks.lab.traffic.formula import floor_optimizer
+from benchmarks.lab.traffic.floors import floor_optimizer
 from stablelora_kernels import LoRAPair
 
 COLUMNS = (

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from stablelora_kernels.optim.state import Pair
-from stablelora_kernels.optim.triton_engine import TritonStep
+from stablelora_kernels.dispatch.problem import cdiv
 
 
 class Traffic(NamedTuple):
@@ -122,7 +120,7 @@ class _Account:
         self, z: str, t: str, columns: int, c: dict[str, Any], seeded: bool = False, again: str = "", name: str = "grad"
     ) -> None:
         """dA or dB, of ``columns`` columns, beside another result, for which ``again`` was read already."""
-        tiles_c, tiles_r = _tiles(columns, c[f"{name.upper()}_C"]), _tiles(c["R"], c[f"{name.upper()}_R"])
+        tiles_c, tiles_r = cdiv(columns, c[f"{name.upper()}_C"]), cdiv(c["R"], c[f"{name.upper()}_R"])
         splits = c[f"{name.upper()}_SPLITS"]
         self.read(z, tiles_r, unique=z != again)
         self.read(t, tiles_c, unique=t != again)
@@ -154,12 +152,8 @@ def formula(launch: Any) -> Traffic:
     return total(formula_by_tensor(launch).values())
 
 
-def _tiles(size: int, block: int) -> int:
-    return -(-size // block)
-
-
 def _shrink(t: _Account, c: dict[str, Any]) -> None:
-    tiles_m, tiles_r = _tiles(c["M"], c["BLOCK_M"]), _tiles(c["R"], c["BLOCK_R"])
+    tiles_m, tiles_r = cdiv(c["M"], c["BLOCK_M"]), cdiv(c["R"], c["BLOCK_R"])
     t.read("x", tiles_r)
     t.read("a", tiles_m)
     if c["DROPOUT"]:
@@ -172,7 +166,7 @@ def _shrink(t: _Account, c: dict[str, Any]) -> None:
 
 def _chain(t: _Account, c: dict[str, Any]) -> None:
     """S and dB by programs of the product's launch, and what keeps the programs in order."""
-    tiles_s, tiles_r = _tiles(c["M"], c["S_BLOCK_M"]), _tiles(c["R"], c["S_BLOCK_R"])
+    tiles_s, tiles_r = cdiv(c["M"], c["S_BLOCK_M"]), cdiv(c["R"], c["S_BLOCK_R"])
     t.read("x", tiles_r)
     t.read("a", tiles_s)
     if c["S_DROPOUT"]:
@@ -182,15 +176,13 @@ def _chain(t: _Account, c: dict[str, Any]) -> None:
     if c["HAS_DB"]:
         t.grad_beside("x", "t", c["K"], c, again="x", name="db")
     # A flag is awaited for each tile of Y, and by each program of dA for all of its rows.
-    waits = _tiles(c["M"], c["BLOCK_M"]) * _tiles(c["N"], c["BLOCK_N"]) if c["PRODUCTS"] else 0
+    waits = cdiv(c["M"], c["BLOCK_M"]) * cdiv(c["N"], c["BLOCK_N"]) if c["PRODUCTS"] else 0
     if c["HAS_GRAD"]:
-        rows = _tiles(_tiles(c["M"], c["GRAD_M"]), c["GRAD_SPLITS"]) * c["GRAD_M"]
-        each = (
-            _tiles(min(start + rows, c["M"]), c["FLAG_M"]) - start // c["FLAG_M"] for start in range(0, c["M"], rows)
-        )
-        waits += _tiles(c["N"], c["GRAD_C"]) * _tiles(c["R"], c["GRAD_R"]) * sum(each)
+        rows = cdiv(cdiv(c["M"], c["GRAD_M"]), c["GRAD_SPLITS"]) * c["GRAD_M"]
+        each = (cdiv(min(start + rows, c["M"]), c["FLAG_M"]) - start // c["FLAG_M"] for start in range(0, c["M"], rows))
+        waits += cdiv(c["N"], c["GRAD_C"]) * cdiv(c["R"], c["GRAD_R"]) * sum(each)
     # Integers: tickets, programs done, tiles of S; a wait loads its flag, then acquires it; the last program writes zeros.
-    counted, used = 2 * c["GRID"][0] + tiles_s * tiles_r, 2 + _tiles(c["M"], c["FLAG_M"])
+    counted, used = 2 * c["GRID"][0] + tiles_s * tiles_r, 2 + cdiv(c["M"], c["FLAG_M"])
     key, _ = t.by_name["chain"]
     t.tensors[key] = Traffic(4 * (counted + 2 * waits), 4 * (counted + waits + used), 4 * used, 4 * used)
 
@@ -206,7 +198,7 @@ def _linear(t: _Account, c: dict[str, Any]) -> None:
 
 
 def _product(t: _Account, c: dict[str, Any]) -> None:
-    tiles_m, tiles_n = _tiles(c["M"], c["BLOCK_M"]), _tiles(c["N"], c["BLOCK_N"])
+    tiles_m, tiles_n = cdiv(c["M"], c["BLOCK_M"]), cdiv(c["N"], c["BLOCK_N"])
     # The descriptors' kernel finishes a tile in parts. With a mask, each part reads S and the seed, also beyond N.
     parts = c["BLOCK_N"] // c["y_desc"].block_shape[1] if "y_desc" in c and c["MASK_BRANCH"] else 1
     t.read("x", tiles_n, unique=not c["CHAINED"])
@@ -236,8 +228,8 @@ def _weight(t: _Account, c: dict[str, Any], n: int, k: int, rows: int, cols: int
 
     Every value of a code is taken to occur.
     """
-    tiles_k = _tiles(k, cols)
-    tiles = _tiles(n, rows) * tiles_k * times
+    tiles_k = cdiv(k, cols)
+    tiles = cdiv(n, rows) * tiles_k * times
     if not c["NF4"]:
         t.read("q", times)
         t.look_up("scale", n * tiles_k * times)
@@ -261,7 +253,7 @@ def _weight(t: _Account, c: dict[str, Any], n: int, k: int, rows: int, cols: int
 
 def _quantized(t: _Account, c: dict[str, Any]) -> None:
     """The product that dequantizes W in its loop."""
-    tiles_m, tiles_n = _tiles(c["M"], c["BLOCK_M"]), _tiles(c["N"], c["BLOCK_N"])
+    tiles_m, tiles_n = cdiv(c["M"], c["BLOCK_M"]), cdiv(c["N"], c["BLOCK_N"])
     t.read("x", tiles_n)
     stored = (
         (c["K"], c["N"], c["BLOCK_K"], c["BLOCK_N"]) if c["TRANS_W"] else (c["N"], c["K"], c["BLOCK_N"], c["BLOCK_K"])
@@ -287,7 +279,7 @@ def _branch(t: _Account, c: dict[str, Any]) -> None:
     if c["MASK_X"] or c["MASK_BRANCH"]:
         t.read("seed", tiles_m * shares)
     if c["LOAD_S"]:
-        t.read("s", _tiles(c["N"], c["BLOCK_N"]))
+        t.read("s", cdiv(c["N"], c["BLOCK_N"]))
     else:
         t.read("x", shares)
         t.read("a", tiles_m * shares)
@@ -300,8 +292,8 @@ def _branch(t: _Account, c: dict[str, Any]) -> None:
 
 
 def _grads(t: _Account, c: dict[str, Any]) -> None:
-    tiles_r, splits = _tiles(c["R"], c["BLOCK_R"]), c["SPLITS"]
-    tiles_a, tiles_b = _tiles(c["K"], c["BLOCK_C"]), _tiles(c["N"], c["BLOCK_C"])
+    tiles_r, splits = cdiv(c["R"], c["BLOCK_R"]), c["SPLITS"]
+    tiles_a, tiles_b = cdiv(c["K"], c["BLOCK_C"]), cdiv(c["N"], c["BLOCK_C"])
     if c["PROGRAMS_A"]:
         t.read("x", tiles_r)
         t.read("ds", tiles_a)
@@ -327,7 +319,7 @@ def _seeds(t: _Account, c: dict[str, Any], tiles: int) -> None:
 
 
 def _shrink_group(t: _Account, c: dict[str, Any]) -> None:
-    tiles_m = _tiles(c["M"], c["BLOCK_M"])
+    tiles_m = cdiv(c["M"], c["BLOCK_M"])
     t.read("x")
     for name in _members(c, "a"):
         t.read(name, tiles_m)
@@ -337,7 +329,7 @@ def _shrink_group(t: _Account, c: dict[str, Any]) -> None:
 
 
 def _grads_group(t: _Account, c: dict[str, Any]) -> None:
-    tiles = _tiles(c["K"], c["BLOCK_C"])
+    tiles = cdiv(c["K"], c["BLOCK_C"])
     t.read("x")
     t.columns("ds", tiles=tiles, written=False, c=c)
     _seeds(t, c, tiles)
@@ -358,74 +350,3 @@ _FORMULAS = {
     "_lora_expand_kernel": _branch,
     "_lora_weight_grads_kernel": _grads,
 }
-
-
-def optimizer_formula(numels: Sequence[int], itemsizes: Sequence[int], pairs: Sequence[Pair], latched: bool) -> Traffic:
-    """One step of one group, every parameter with a gradient, none clipped, unscaled; the pairs all shrink or have latched."""
-    chunks = [max(1, _tiles(numel, TritonStep.CHUNK)) for numel in numels]
-    every, n = sum(chunks), len(chunks)
-    a_chunks = sum(chunks[a] for a, _ in pairs)
-    shrinking = 0 if latched else a_chunks
-    # Each program: its chunk's tensor 4, addresses 16, turn 1, step 4, eight columns of its tensor 64, ten hyper-parameters 40,
-    # a word and an address 16. One of an A: whether it latched 4; while it shrinks, six columns more 48, the ratio 4, the sums.
-    sums = 0 if latched else 4 * sum(chunks[a] * (chunks[a] + chunks[b]) for a, b in pairs)
-    spans = 0 if latched else 4 * sum(chunks[a] + chunks[b] for a, b in pairs)
-    floor = floor_optimizer(numels, itemsizes)
-    return Traffic(
-        floor.read_issued + 145 * every + 4 * a_chunks + 52 * shrinking + sums,
-        floor.written_issued + 9 * every,
-        floor.read_unique + 9 * every + 80 * n + 56 + 4 * a_chunks + (48 * len(pairs) + 4) * bool(shrinking) + spans,
-        floor.written_unique + 9 * every,
-    )
-
-
-# Floors: every operand is read once, every result written once.
-
-
-def _floor(read: int, written: int) -> Traffic:
-    return Traffic(read, written, read, written)
-
-
-def floor_frozen_forward(
-    m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, weight: int | None = None
-) -> Traffic:
-    """Y = X W^T + bias: X, W and bias read, Y written. ``weight``: bytes of W, where it is quantized."""
-    weight = n * k * dtype.itemsize if weight is None else weight
-    return _floor((m * k + n * bias) * dtype.itemsize + weight, m * n * dtype.itemsize)
-
-
-def floor_frozen_backward(m: int, n: int, k: int, dtype: torch.dtype, weight: int | None = None) -> Traffic:
-    """dX = dY W: dY and W read, dX written."""
-    weight = n * k * dtype.itemsize if weight is None else weight
-    return _floor(m * n * dtype.itemsize + weight, m * k * dtype.itemsize)
-
-
-def floor_lora(
-    m: int,
-    n: int,
-    k: int,
-    r: int,
-    dtype: torch.dtype,
-    lora_dtype: torch.dtype,
-    dropout: bool = False,
-    bias: bool = True,
-    weight: int | None = None,
-) -> tuple[Traffic, Traffic]:
-    """A LoRA layer's forward and backward, the latter for dX, dA and dB.
-
-    As the frozen layer's, with A, B and dropout's seed read in both, X read in backward, dA and dB written. Not S: it could be
-    computed again from X and A, which backward reads anyway.
-    """
-    adapters, seed = r * (n + k) * lora_dtype.itemsize, 8 * dropout
-    forward = floor_frozen_forward(m, n, k, dtype, bias, weight)
-    backward = floor_frozen_backward(m, n, k, dtype, weight)
-    return (
-        total((forward, _floor(adapters + seed, 0))),
-        total((backward, _floor(m * k * dtype.itemsize + adapters + seed, adapters))),
-    )
-
-
-def floor_optimizer(numels: Sequence[int], itemsizes: Sequence[int]) -> Traffic:
-    """p, g, m and v read; p, m and v written; the moments are float32."""
-    elements, bytes_of_p = sum(numels), sum(numel * size for numel, size in zip(numels, itemsizes, strict=True))
-    return _floor(2 * bytes_of_p + 8 * elements, bytes_of_p + 8 * elements)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.common.tables import RESULTS, aligned
+from benchmarks.lab.traffic import floors, group
 from benchmarks.lab.traffic import formula as t
-from benchmarks.lab.traffic import group
 from benchmarks.lab.traffic.counter import counted
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
@@ -161,10 +161,10 @@ def case_rows(device: Device, case: Case, count: bool) -> list[Row]:
         rows.append({**common, **case.columns, **row, **moved, "unique_by_tensor": unique})
     everything = t.total(traffic for by_name in tensors for traffic in by_name.values())
     frozen = (
-        t.floor_frozen_forward(*case[:3], case.dtype, weight=case.weight).unique
-        + t.floor_frozen_backward(*case[:3], case.dtype, weight=case.weight).unique
+        floors.floor_frozen_forward(*case[:3], case.dtype, weight=case.weight).unique
+        + floors.floor_frozen_backward(*case[:3], case.dtype, weight=case.weight).unique
     )
-    floor = t.total(t.floor_lora(*case[:4], case.dtype, case.lora_dtype, case.p > 0, weight=case.weight)).unique
+    floor = t.total(floors.floor_lora(*case[:4], case.dtype, case.lora_dtype, case.p > 0, weight=case.weight)).unique
     one_pass = case.m * case.k * case.dtype.itemsize
     activations = sum(map(t.activation_bytes, tensors))
     frozen_activations = 2 * case.m * (case.n + case.k) * case.dtype.itemsize
@@ -204,9 +204,9 @@ def optimizer_rows(tensors: Set) -> list[Row]:
         with counted(p=params, g=[p.grad for p in params if p.grad is not None], **moments) as found:
             optimizer.step()
     sizes = [p.numel() for p in params], [p.element_size() for p in params]
-    floor = t.floor_optimizer(*sizes)
+    floor = floors.floor_optimizer(*sizes)
     pairs = [Pair(2 * i, 2 * i + 1) for i in range(tensors.pairs)]
-    by_formula = t.optimizer_formula(*sizes, pairs, tensors.latched)
+    by_formula = floors.optimizer_formula(*sizes, pairs, tensors.latched)
     rows = []
     for source, traffic in (("counted", t.total(launch.traffic for launch in found)), ("formula", by_formula)):
         row: Row = {

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 
 from benchmarks.lab.traffic import counter as t
-from benchmarks.lab.traffic import formula, report
+from benchmarks.lab.traffic import floors, formula, report
 from benchmarks.lab.traffic.group import REAL, Group, group_row
 from benchmarks.lab.traffic.report import BF16, FP16, FP32, Case, Set
 from stablelora_kernels.dispatch import backend, problem, tiles
@@ -283,13 +283,13 @@ def test_meta_and_real_tensors_give_one_formula():
 
 
 def test_floors_by_hand():
-    assert formula.floor_frozen_forward(2, 3, 5, BF16) == (2 * (10 + 15 + 3), 12, 2 * (10 + 15 + 3), 12)
-    assert formula.floor_frozen_forward(2, 3, 5, BF16, bias=False).read_unique == 2 * (10 + 15)
-    assert formula.floor_frozen_backward(2, 3, 5, BF16)[:2] == (2 * (6 + 15), 20)
-    forward, backward = formula.floor_lora(2, 3, 5, 1, BF16, FP32, dropout=True)
+    assert floors.floor_frozen_forward(2, 3, 5, BF16) == (2 * (10 + 15 + 3), 12, 2 * (10 + 15 + 3), 12)
+    assert floors.floor_frozen_forward(2, 3, 5, BF16, bias=False).read_unique == 2 * (10 + 15)
+    assert floors.floor_frozen_backward(2, 3, 5, BF16)[:2] == (2 * (6 + 15), 20)
+    forward, backward = floors.floor_lora(2, 3, 5, 1, BF16, FP32, dropout=True)
     assert forward[:2] == (2 * (10 + 15 + 3) + 4 * 8 + 8, 12)
     assert backward[:2] == (2 * (6 + 15 + 10) + 4 * 8 + 8, 20 + 4 * 8)
-    assert formula.floor_optimizer([3, 5], [2, 4])[:2] == (2 * (6 + 20) + 8 * 8, 26 + 8 * 8)
+    assert floors.floor_optimizer([3, 5], [2, 4])[:2] == (2 * (6 + 20) + 8 * 8, 26 + 8 * 8)
 
 
 @pytest.mark.parametrize("case", [Case(200, 136, 136, 16, 0.1), Case(70, 137, 75, 8)])
