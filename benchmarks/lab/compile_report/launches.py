@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, product
 from typing import Any
 
@@ -86,9 +86,9 @@ def _precise(name: str, launch: Any) -> str:
     return "fp32" if name == "tf32" and launch.constants["INPUT_PRECISION"] == "ieee" else name
 
 
-def quantized_lora_linear_launches(device: Device) -> Iterator[tuple[str, Any]]:
+def quantized_lora_linear_launches(device: Device, ranks: Sequence[int] = ()) -> Iterator[tuple[str, Any]]:
     """(dtypes in words, launch) for the kernels that read a quantized weight; the others of such a call are above."""
-    ranks = (16, 64) if device.arch == FULL else (16,)
+    ranks = ranks or ((16, 64) if device.arch == FULL else (16,))
     calls = [("bf16/fp32", m, 4096, r, kind) for m, r, kind in product((8, 64, 256, 4096), ranks, ("nf4", "fp8"))]
     calls += [("fp32", 8, 4096, 16, kind) for kind in ("nf4", "fp8")]
     # Bytes and blocks that lie across rows.

@@ -364,7 +364,8 @@ def test_the_report_has_no_spills_that_matter(rows: list[report.Row]) -> None:
     # A few bytes around the epilogue are harmless; a spill inside the main loop is hundreds.
     def allowed(row: report.Row) -> int:
         if row["arch"] != "sm_90":
-            return 64
+            # AMD's scratch has scalar registers, too, of which a chained launch has many.
+            return 64 if is_nvidia(row) or "chained" not in row["variant"] else 96
         # dX with a mask in the widest tile: two to four of its loop's invariants are stored once, and loaded once a tile of Y.
         return 16 if re.match(r"dx r(16|32) .*masked .*128x256x64", row["variant"]) else 0
 
@@ -382,6 +383,10 @@ def test_the_report_has_wide_loads(rows: list[report.Row]) -> None:
     # So are A's and dS's of a group, where masks leave room for a small tile only.
     least = {"lora_linear": 64, "lora_linear_quantized": 32, "lora_shrink_group": 64, "lora_weight_grads_group": 64}
     nvidia = [row for row in lora if is_nvidia(row)]
+    # A chained launch has as many threads for S's tiles, and the kernel for few rows in its widest tile: 64 bits there, too.
+    thin = [row for row in nvidia if re.search(r"\br16 (chained|fused 128x128)", row["variant"])]
+    assert not broken(thin, lambda row: row["load_bits"] >= 64)
+    nvidia = [row for row in nvidia if row not in thin]
     assert not broken(nvidia, lambda row: row["load_bits"] >= least.get(row["kernel"], 128))
     # On AMD's GPUs some threads load the same block's nested scale, a byte, for each of its elements.
     assert not broken(lora, lambda row: row["load_bits"] >= (8 if " nf4 " in row["variant"] else 32))
@@ -400,7 +405,7 @@ from benchmarks.lab.compile_report import launches, machine_code
 from stablelora_kernels.dispatch.problem import DEVICES
 for arch in ("sm_80", "sm_90", "sm_100"):
     found = {}
-    for dtype, launch in launches.quantized_lora_linear_launches(DEVICES[arch]):
+    for dtype, launch in launches.quantized_lora_linear_launches(DEVICES[arch], (16, 64)):
         if dtype == "bf16/fp32" and "nf4" in launch.variant and "TRANS_W" in launch.constants and launch.variant not in found:
             ptx = machine_code.compile_launch(launch, arch).asm["ptx"]
             found[launch.variant] = re.findall(r"cp\\.async\\.c[ag]\\.shared\\.global \\[[^]]*\\], \\[[^]]*\\], (0x\\w+)", ptx)
