@@ -240,8 +240,8 @@ def shrink_plan(device: Device, call: Call) -> Plan:
 def chained_shrink_plan(device: Device, call: Call, product: Tile) -> Plan:
     """For S by programs of its product's launch, whose tile is ``product``."""
     tile, reason = pick_tile(SHRINK_TILES, device, call)
-    # A wider block of ranks for few warps would spill registers.
-    block_r = rank_block(call.r, min(tile.BLOCK_N, 16 * product.num_warps))
+    # A wider block of ranks for few warps would spill registers where they hold the sums' operands.
+    block_r = rank_block(call.r, min(tile.BLOCK_N, 128 if device.tma else 16 * product.num_warps))
     # A matrix instruction has 64 rows for each four warps.
     rows = max(tile.BLOCK_M, 16 * product.num_warps)
     depth = max(64, tile.BLOCK_K * tile.BLOCK_M // rows) if call.dtype != torch.float32 else tile.BLOCK_K
