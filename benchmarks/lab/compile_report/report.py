@@ -23,8 +23,6 @@ from stablelora_kernels.dispatch.problem import DEVICES
 REPORT = RESULTS / "compile_report.csv"
 # Rows that passed the check, with the digest of their compiler input.
 DIGESTS = REPORT.with_name("compile_report_digests.json")
-# GPUs whose rows are still to be compiled, since the kernels changed: ``--write --arch``. Nothing is checked of them meanwhile.
-PENDING: tuple[str, ...] = ()
 # The Triton release of the committed report.
 TRITON = "3.9"
 # --quick compiles all rows of FULL, but of those with their recorded digest one in EVERY_KEPT, and one in EVERY of each other
