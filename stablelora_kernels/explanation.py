@@ -40,7 +40,7 @@ class Explanation(NamedTuple):
     Attributes:
         backend: "triton" or "torch".
         arch: the GPU, as "sm_90"; empty on the PyTorch backend.
-        forward_kernel: "fused", "split" or "vendor"; "torch" on the PyTorch backend. With a quantized weight, "in_loop", or
+        forward_kernel: "fused", "chained", "split" or "vendor"; "torch" on the PyTorch backend. With a quantized weight, "in_loop", or
             "dequantize, " and one of the others. For a projection group, "together: " or "apart: " and each member's. For the
             branch alone, "fused" if its launch computes S, or dS, itself, else "split".
         forward_reason: the reason for that kernel.
