@@ -41,8 +41,8 @@ class Explanation(NamedTuple):
         backend: "triton" or "torch".
         arch: the GPU, as "sm_90"; empty on the PyTorch backend.
         forward_kernel: "fused", "chained", "split" or "vendor"; "torch" on the PyTorch backend. With a quantized weight,
-            "in_loop", or "dequantize, " and one of the others. For a projection group, "together: " or "apart: " and each member's. For the
-            branch alone, "fused" if its launch computes S, or dS, itself, else "split".
+            "in_loop", or "dequantize, " and one of the others. For a projection group, "together: " or "apart: " and each
+            member's. For the branch alone, "fused" if its launch computes S, or dS, itself, else "split".
         forward_reason: the reason for that kernel.
         forward: its launches, a :class:`~stablelora_kernels.explanation.Step` each; empty on the PyTorch backend.
         backward_kernel: likewise for dX, dA and dB.
