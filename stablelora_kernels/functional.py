@@ -12,6 +12,7 @@ from stablelora_kernels.dispatch.problem import MAX_GROUP
 from stablelora_kernels.ops.lora_branch import lora_branch_op
 from stablelora_kernels.ops.lora_linear import lora_linear_op
 from stablelora_kernels.ops.lora_linear_group import lora_linear_group_op
+from stablelora_kernels.ops.plans import find, key_of, remember
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.validation import check_float
@@ -61,10 +62,15 @@ def lora_linear(
         weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
         bias = None if bias is None else bias.to(dtype)
         lora_A, lora_B = _autocast_pair(lora_A, lora_B, dtype)
-    _check(x, weight, bias, lora_A, lora_B)
-    backend = _backend(dropout_p, [lora_A, lora_B], x=x)
     given = weight if isinstance(weight, Tensor) else weight.stored
-    return lora_linear_op(x, given, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0, backend)
+    key = key_of("lora_linear", (x, given, bias, lora_A, lora_B, scaling, dropout_p, training, torch.is_grad_enabled()))
+    if (entry := find(key)) is None:
+        _check(x, weight, bias, lora_A, lora_B)
+        backend = _backend(dropout_p, [lora_A, lora_B], x=x)
+        entry = remember(key, backend)
+    else:
+        backend = entry.backend
+    return lora_linear_op(x, given, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0, backend, entry)
 
 
 def lora_linear_group(
@@ -113,12 +119,18 @@ def lora_linear_group(
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
         pairs = [_autocast_pair(*pair, dtype) for pair in zip(lora_As, lora_Bs, strict=True)]
         lora_As, lora_Bs = [a for a, _ in pairs], [b for _, b in pairs]
-    for weight, bias, lora_A, lora_B in zip(weights, biases, lora_As, lora_Bs, strict=True):
-        _check(x, weight, bias, lora_A, lora_B)
-        if lora_A.dtype != lora_As[0].dtype:
-            raise TypeError(f"lora_As must have one dtype, got {lora_As[0].dtype} and {lora_A.dtype}")
-    backend = _backend(dropout_p, [*lora_As, *lora_Bs], x=x)
-    return lora_linear_group_op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p if training else 0.0, backend)
+    given = (x, weights, biases, lora_As, lora_Bs, scalings)
+    key = key_of("lora_linear_group", (*given, dropout_p, training, torch.is_grad_enabled()))
+    if (entry := find(key)) is None:
+        for weight, bias, lora_A, lora_B in zip(weights, biases, lora_As, lora_Bs, strict=True):
+            _check(x, weight, bias, lora_A, lora_B)
+            if lora_A.dtype != lora_As[0].dtype:
+                raise TypeError(f"lora_As must have one dtype, got {lora_As[0].dtype} and {lora_A.dtype}")
+        backend = _backend(dropout_p, [*lora_As, *lora_Bs], x=x)
+        entry = remember(key, backend)
+    else:
+        backend = entry.backend
+    return lora_linear_group_op(*given, dropout_p if training else 0.0, backend, entry)
 
 
 def lora_branch(
@@ -154,20 +166,28 @@ def lora_branch(
     if (dtype := _autocast_dtype(x)) is not None:
         x = x.to(dtype)
         lora_A, lora_B = _autocast_pair(lora_A, lora_B, dtype)
-    if base_out.dim() < 1 or x.dim() < 1 or base_out.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"base_out must be [..., N] with x's leading sizes to fit x {list(x.shape)}, got {list(base_out.shape)}"
-        )
-    _check_branch(x, lora_A, lora_B, base_out.shape[-1], x.shape[-1], f"base_out {list(base_out.shape)}")
-    if base_out.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"base_out must be bfloat16, float16, float32 or float64, got {base_out.dtype}")
-    _check_devices(x, base_out=base_out, lora_A=lora_A, lora_B=lora_B)
-    backend = _backend(dropout_p, [lora_A, lora_B], x=x, base_out=base_out)
-    return lora_branch_op(base_out, x, lora_A, lora_B, scaling, dropout_p if training else 0.0, backend)
+    given = (base_out, x, lora_A, lora_B, scaling)
+    key = key_of("lora_branch", (*given, dropout_p, training, torch.is_grad_enabled()))
+    if (entry := find(key)) is None:
+        if base_out.dim() < 1 or x.dim() < 1 or base_out.shape[:-1] != x.shape[:-1]:
+            raise ValueError(
+                f"base_out must be [..., N] with x's leading sizes to fit x {list(x.shape)}, got {list(base_out.shape)}"
+            )
+        _check_branch(x, lora_A, lora_B, base_out.shape[-1], x.shape[-1], f"base_out {list(base_out.shape)}")
+        if base_out.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"base_out must be bfloat16, float16, float32 or float64, got {base_out.dtype}")
+        _check_devices(x, base_out=base_out, lora_A=lora_A, lora_B=lora_B)
+        backend = _backend(dropout_p, [lora_A, lora_B], x=x, base_out=base_out)
+        entry = remember(key, backend)
+    else:
+        backend = entry.backend
+    return lora_branch_op(*given, dropout_p if training else 0.0, backend, entry)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to cast x to, or None. Autocast does not know custom ops, so the caller has to cast."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None
     return autocast_dtype(x.device.type) if x.is_floating_point() and x.dtype != torch.float64 else None
 
 

@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
+@pytest.fixture(autouse=True)
+def no_plans() -> None:
+    """Each test's calls are first calls: a test may have changed what launches depend on, such as a table of tiles."""
+    from stablelora_kernels.ops import plans
+
+    plans.clear()
+
+
 @pytest.fixture
 def poisoned_outputs():
     """Memory that an operator allocates and does not write holds NaN."""

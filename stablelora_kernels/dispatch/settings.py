@@ -104,6 +104,11 @@ def check_environment() -> None:
         _start_value(name)
 
 
+def in_force() -> tuple[Any, ...]:
+    """What was set of all settings, None for the environment's value: equal in two calls that the settings treat alike."""
+    return (_backend.value, _kernel.value, _autotune.get())
+
+
 def get_backend() -> str:
     """The backend in force: ``"auto"``, ``"triton"`` or ``"torch"``."""
     return _backend.get()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
+from stablelora_kernels.launch.workspace import note_counters
 
 LANES = 5
 # Buffers of zeros that every GPU keeps ready: for further streams, and for captures, which cannot make their own.
@@ -52,7 +53,18 @@ def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
             # No launch came before the capture, or captures have taken all: the graph zeroes these at each replay.
             return torch.zeros(n, dtype=torch.int32, device=device)
         _in_use[stream] = ready.pop() if ready else _zeros(1, device)[0]
-    return _in_use[stream][lane * MAX_SHARED_SUMS : lane * MAX_SHARED_SUMS + n]
+    whole = note_counters(_in_use[stream])
+    return whole[lane * MAX_SHARED_SUMS : lane * MAX_SHARED_SUMS + n]
+
+
+def all_counters(device: torch.device) -> Tensor:
+    """The counters of every lane on ``device``'s current stream, which no capture records."""
+    handle = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    found = _in_use.get((device.type, -1 if device.index is None else device.index, handle, 0))  # type: ignore[call-overload]
+    if found is None:
+        counters(0, device)
+        found = _in_use[_current_stream(device)]
+    return found
 
 
 def _zeros(count: int, device: torch.device) -> list[Tensor]:

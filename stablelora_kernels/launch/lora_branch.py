@@ -9,6 +9,7 @@ from torch import Tensor
 from stablelora_kernels.dispatch import rules
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.launch.lora_common import backward_product, expand, forward_product, gradient_launches, shrink
+from stablelora_kernels.launch.workspace import scratch
 
 
 def forward_launches(
@@ -26,7 +27,7 @@ def backward_launches(
     seed: Tensor | None, dx: Tensor | None, da: Tensor | None, db: Tensor | None, scaling: float, dropout_p: float,
 ) -> list[Any]:  # fmt: skip
     """The launches of a backward on ``device``, for those of dX, dA and dB that are not None."""
-    ds = grad.new_empty(grad.shape[0], lora_A.shape[0])
+    ds = scratch(grad, grad.shape[0], lora_A.shape[0])
     p, g = backward_product(x, grad, None, lora_A, lora_B, s, ds, seed, dx, da, db, scaling, dropout_p)
     need_dx = dx is not None and p.call.m > 0
     if need_dx and rules.choose_branch_backward(p.call).kernel == "fused":

@@ -17,6 +17,7 @@ from stablelora_kernels.kernels.lora.shrink import _lora_shrink_kernel
 from stablelora_kernels.kernels.lora.weight_grads import _lora_weight_grads_kernel
 from stablelora_kernels.launch.base import Launch, flag_words, launch_counts, tile_blocks, tile_options
 from stablelora_kernels.launch.counters import counters
+from stablelora_kernels.launch.workspace import scratch
 
 
 class VendorProduct(NamedTuple):
@@ -127,7 +128,7 @@ def backward_product(
 
 def with_s(p: Product) -> Product:
     """``p`` with memory for S."""
-    return p._replace(s=p.x.new_empty(p.call.m, p.call.r)) if p.s is None else p
+    return p._replace(s=scratch(p.x, p.call.m, p.call.r)) if p.s is None else p
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -146,7 +147,7 @@ def split_k_buffers(plan: Plan, part: int, like: Tensor, lane: int = 0, sums: in
     4 for a chain.
     """
     shared = plan.tiles * sums if plan.splits > 1 else 0
-    parts = torch.empty(plan.splits * shared * part, dtype=torch.float32, device=like.device)
+    parts = scratch(like, plan.splits * shared * part, dtype=torch.float32)
     return parts, counters(shared, like.device, lane)
 
 

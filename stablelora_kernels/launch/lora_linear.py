@@ -37,6 +37,7 @@ from stablelora_kernels.launch.lora_common import (
     split_k_buffers,
     with_s,
 )
+from stablelora_kernels.launch.workspace import scratch
 
 # Older compilers can't specialize warps of a kernel with a dot after the main loop.
 CAN_SPECIALIZE = tuple(int(number) for number in triton.__version__.split(".")[:2]) >= (3, 9)
@@ -57,7 +58,7 @@ def backward_launches(
     dropout_p: float, choice: Choice | None = None,
 ) -> list[Any]:  # fmt: skip
     """The launches of a backward on ``device``, for those of dX, dA and dB that are not None."""
-    ds = grad.new_empty(grad.shape[0], lora_A.shape[0]) if da is not None else None
+    ds = scratch(grad, grad.shape[0], lora_A.shape[0]) if da is not None else None
     product, gradients = backward_product(x, grad, weight, lora_A, lora_B, s, ds, seed, dx, da, db, scaling, dropout_p)
     if dx is None or weight is None:
         return product_backward_launches(device, product, gradients, None)

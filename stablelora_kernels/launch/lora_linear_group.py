@@ -26,6 +26,7 @@ from stablelora_kernels.launch.lora_common import (
     shrink,
     split_k_buffers,
 )
+from stablelora_kernels.launch.workspace import scratch
 
 Launches = list[Launch | VendorProduct]
 
@@ -64,7 +65,7 @@ def backward_launches(
 ) -> list[Any]:  # fmt: skip
     """The launches of a backward on ``device``; ``s`` is each projection's S; das and dbs are empty if nobody wants them."""
     ranks = [a.shape[0] for a in lora_As]
-    every_ds = grads[0].new_empty(grads[0].shape[0], sum(ranks))
+    every_ds = scratch(grads[0], grads[0].shape[0], sum(ranks))
     parts = columns(every_ds, ranks)
     members, gradients = [], []
     choices: list[Choice | None] = []

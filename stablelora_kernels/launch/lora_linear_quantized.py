@@ -23,6 +23,7 @@ from stablelora_kernels.launch.lora_common import (
     split_k_buffers,
     with_s,
 )
+from stablelora_kernels.launch.workspace import scratch
 from stablelora_kernels.quantized import Stored
 
 
@@ -47,7 +48,7 @@ def backward_launches(
     choice: Choice | None = None,
 ) -> list[Any]:  # fmt: skip
     """The launches of a backward on ``device``, for dX and for those of dA and dB that are not None."""
-    ds = grad.new_empty(grad.shape[0], lora_A.shape[0]) if da is not None else None
+    ds = scratch(grad, grad.shape[0], lora_A.shape[0]) if da is not None else None
     p, g = backward_product(x, grad, None, lora_A, lora_B, s, ds, seed, dx, da, db, scaling, dropout_p)
     if p.call.m == 0:
         return [*gradient_launches(device, g)]
@@ -114,7 +115,7 @@ def _linear(device: Device, p: Product, weight: Stored) -> Launch:
 def _dequantize(p: Product, weight: Stored) -> tuple[Launch, Tensor]:
     """W in X's dtype, and the launch that fills it."""
     n, k = weight.layout.n, weight.layout.k
-    w = p.x.new_empty(n, k)
+    w = scratch(p.x, n, k)
     pointers, row_bytes, constants = _arguments(weight)
     ((_, tile, reason),) = tiles.DEQUANTIZE_TILES
     launch = Launch(

@@ -214,9 +214,15 @@ class LoRALinear(Mergeable):
                     "this LoRALinear is merged, so lora_A and lora_B would get no gradient; unmerge() first"
                 )
             return nn.functional.linear(x, self._matrix(), self.bias)
-        return lora_linear(
-            x, self._matrix(), self.bias, self.lora_A, self.lora_B, self.scaling, self.lora_dropout, self.training
-        )
+        own = self._parameters
+        try:
+            # nn.Module's __getattr__ takes longer than all else here.
+            bias, lora_A, lora_B = own["bias"], own["lora_A"], own["lora_B"]
+        except KeyError:
+            # FSDP and parametrizations put plain attributes in their stead.
+            bias, lora_A, lora_B = self.bias, self.lora_A, self.lora_B
+        weight = self._matrix()
+        return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, self.lora_dropout, self.training)  # type: ignore[arg-type]
 
     def _base_output(self, x: Tensor) -> Tensor:
         """The output of the frozen layer, merged or not: that of ``forward`` in ``disable_lora``."""
@@ -224,7 +230,8 @@ class LoRALinear(Mergeable):
 
     def _matrix(self) -> Tensor:
         """The weight as [out_features, in_features]."""
-        return self.weight
+        weight = self._parameters.get("weight")
+        return self.weight if weight is None else weight
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy is not in the block of disable_lora that its original is in.

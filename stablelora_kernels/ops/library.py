@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from stablelora_kernels.utils.autocast import outside_autocast
 
 NAMESPACE = "stablelora_kernels"
 
@@ -26,12 +30,33 @@ def define_op(
     return decorate
 
 
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward`` of an autograd function, once differentiable and in the dtypes of its forward, autocast or not."""
+    careful = once_differentiable(outside_autocast(backward))
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        # The usual backward pass needs no care, which would take longer than the rest of this function's Python.
+        usual = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled())
+        return backward(ctx, *grads) if usual else careful(ctx, *grads)
+
+    return run
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    # Function.apply asks functorch about every argument, then calls this.
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
 def empty_gradients(
     grad: Tensor, lora_A: Tensor, lora_B: Tensor, need_x: bool, need_a: bool, need_b: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs for dX, dA and dB. A gradient that is not needed has no rows."""
+    """Outputs for dX [..., K], dA and dB, for dY [..., N]. A gradient that is not needed has no rows."""
     return (
-        grad.new_empty((grad.shape[0] if need_x else 0, lora_A.shape[1])),
+        grad.new_empty((*grad.shape[:-1], lora_A.shape[1]) if need_x else (0, lora_A.shape[1])),
         lora_A.new_empty((lora_A.shape[0] if need_a else 0, lora_A.shape[1])),
         lora_B.new_empty((lora_B.shape[0] if need_b else 0, lora_B.shape[1])),
     )

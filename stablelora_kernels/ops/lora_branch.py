@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from stablelora_kernels.dispatch import problem
-from stablelora_kernels.ops.library import define_op, empty_gradients
+from stablelora_kernels.ops.library import apply, empty_gradients, first_derivative
 from stablelora_kernels.ops.lora_linear import draw_seed
+from stablelora_kernels.ops.matmul import row_count
+from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
     draw_dropout,
@@ -29,14 +30,13 @@ from stablelora_kernels.ops.torch_path import (
     torch_s,
     with_branch,
 )
-from stablelora_kernels.utils.autocast import outside_autocast
 
 
 def _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # type: ignore[no-untyped-def]
-    return base.new_empty(base.shape), x.new_empty(x.shape[0] if save_s else 0, lora_A.shape[0])
+    return base.new_empty(base.shape), x.new_empty(row_count(x) if save_s else 0, lora_A.shape[0])
 
 
-@define_op(
+@define_launches(
     "lora_branch_fwd",
     "(Tensor base, Tensor x, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, float dropout_p, bool save_s) "
     "-> (Tensor, Tensor)",
@@ -45,23 +45,21 @@ def _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # typ
 def lora_branch_fwd(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None, scaling: float, dropout_p: float,
     save_s: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Y and S; ``scaling`` is s' = scaling / (1 - p)."""
+) -> tuple[tuple[Tensor, Tensor], list[Any]]:  # fmt: skip
+    """Y [..., N] and S [M, r] for base [..., N] and x [..., K]; ``scaling`` is s' = scaling / (1 - p)."""
     from stablelora_kernels.launch.lora_branch import forward_launches
 
-    y, s = _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s)
+    results = y, s = _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s)
     kept = s if save_s else None
-    device = problem.device_of(x.device)
-    for launch in forward_launches(device, base, x, lora_A, lora_B, kept, y, seed, scaling, dropout_p):
-        launch.run(x.device)
-    return y, s
+    given = (as_matrix(base), as_matrix(x), lora_A, lora_B, kept, as_matrix(y), seed, scaling, dropout_p)
+    return results, forward_launches(problem.device_of(x.device), *given)
 
 
 def _bwd_fake(x, grad, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b):  # type: ignore[no-untyped-def]
     return empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
 
 
-@define_op(
+@define_launches(
     "lora_branch_bwd",
     "(Tensor? x, Tensor grad, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? seed, float scaling, float dropout_p, "
     "bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
@@ -70,47 +68,48 @@ def _bwd_fake(x, grad, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need
 def lora_branch_bwd(
     x: Tensor | None, grad: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, seed: Tensor | None,
     scaling: float, dropout_p: float, need_x: bool, need_a: bool, need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dX, dA and dB; those that are not needed are empty."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Any]]:  # fmt: skip
+    """dX [..., K], dA and dB for x [..., K] and dY [..., N]; those that are not needed are empty."""
     from stablelora_kernels.launch.lora_branch import backward_launches
 
-    outputs = empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
-    dx, da, db = (out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True))
-    device = problem.device_of(grad.device)
-    for launch in backward_launches(device, x, grad, lora_A, lora_B, s, seed, dx, da, db, scaling, dropout_p):
-        launch.run(grad.device)
-    return outputs
+    results = dx, da, db = empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
+    wanted = (as_matrix(dx) if need_x else None, da if need_a else None, db if need_b else None)
+    rows = None if x is None else as_matrix(x)
+    given = (rows, as_matrix(grad), lora_A, lora_B, s, seed, *wanted, scaling, dropout_p)
+    return results, backward_launches(problem.device_of(grad.device), *given)
 
 
 def _forward(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str, save_s: bool,
+    entry: Entry | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:  # fmt: skip
-    """Y, S, dropout's seed or mask, and s' for base [M, N] and x [M, K]."""
+    """Y [..., N], S [M, r], dropout's seed or mask, and s' for base [..., N] and x [..., K]."""
     if backend == "triton":
         seed = draw_seed(x, dropout_p)
         scaling /= 1 - dropout_p
-        y, s = lora_branch_fwd(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s)
+        y, s = lora_branch_fwd((base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s), entry)
         return y, s, seed, scaling
+    whole, base, x = base, as_matrix(base), as_matrix(x)
     keep, scaling = draw_dropout(x, dropout_p, scaling)
     s = torch_s(x, lora_A, keep)
     if base.dtype == s.dtype:
         y = with_branch(base, s, lora_B, scaling)
     else:
         y = base.add(torch.mm(s, lora_B.t()), alpha=scaling).to(base.dtype)
-    return y, s, keep, scaling
+    return like_rows_of(y, whole), s, keep, scaling
 
 
 class _LoRABranch(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str,
+        entry: Entry | None,
     ) -> Tensor:  # fmt: skip
         _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
         ctx.lora_dtype = lora_A.dtype
         if backend == "torch":
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        rows = as_matrix(x)
-        y, s, random, scaling = _forward(as_matrix(base), rows, lora_A, lora_B, scaling, dropout_p, backend, need_b)
+        y, s, random, scaling = _forward(base, x, lora_A, lora_B, scaling, dropout_p, backend, need_b, entry)
         # Save only what the required gradients read. None reads base.
         ctx.save_for_backward(
             x if need_a else None,
@@ -119,32 +118,32 @@ class _LoRABranch(torch.autograd.Function):
             s if need_b else None,
             random if need_x or need_a else None,
         )
-        ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        return like_rows_of(y, base)
+        ctx.scaling, ctx.dropout_p, ctx.backend, ctx.x_dtype = scaling, dropout_p, backend, x.dtype
+        return y
 
     @staticmethod
-    @once_differentiable
-    @outside_autocast
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, lora_A, lora_B, s, random = ctx.saved_tensors
         need_base, *need = ctx.needs_input_grad[:4]
         need_x, need_a, need_b = need
         dx = da = db = None
         if any(need):
-            dy = as_matrix(grad).to(ctx.x_dtype)
-            rows = None if x is None else as_matrix(x)
+            dy = grad.to(ctx.x_dtype)
             if ctx.backend == "triton":
-                dx, da, db = lora_branch_bwd(rows, dy, lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p, *need)
+                dx, da, db = lora_branch_bwd((x, dy, lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p, *need))
             else:
+                rows = None if x is None else as_matrix(x)
                 dx, da, db = torch_bwd(
-                    expanded(dy), rows, None, lora_A, lora_B, s, random, ctx.scaling, ctx.lora_dtype, *need
+                    expanded(as_matrix(dy)), rows, None, lora_A, lora_B, s, random, ctx.scaling, ctx.lora_dtype, *need
                 )
+                dx = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1])
         return (
             grad if need_base else None,
-            dx.view(ctx.x_shape) if need_x and dx is not None else None,
+            dx if need_x else None,
             da if need_a else None,
             db if need_b else None,
+            None,
             None,
             None,
             None,
@@ -152,16 +151,15 @@ class _LoRABranch(torch.autograd.Function):
 
 
 def lora_branch_op(
-    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
-) -> Tensor:
-    """``functional.lora_branch`` with checked arguments and a chosen backend."""
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str,
+    entry: Entry | None = None,
+) -> Tensor:  # fmt: skip
+    """``functional.lora_branch`` with checked arguments and a chosen backend. ``entry``: as in ``lora_linear_op``."""
     if backend == "torch" and base.dtype == x.dtype and is_few(x, limit=few_rows(x, dropout_p)):
         y = plain_branch(as_matrix(base), as_matrix(x), lora_A, lora_B, scaling, dropout_p)
         return y if base.dim() == 2 else y.view(base.shape)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (base, x, lora_A, lora_B)):
-        return _LoRABranch.apply(base, x, lora_A, lora_B, scaling, dropout_p, backend)
+        return apply(_LoRABranch, base, x, lora_A, lora_B, scaling, dropout_p, backend, entry)
     if backend == "torch":
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    flat = as_matrix(x)
-    y = _forward(as_matrix(base), flat, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
-    return y.view(base.shape)
+    return _forward(base, x, lora_A, lora_B, scaling, dropout_p, backend, False, entry)[0]

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from stablelora_kernels.dispatch import autotune, problem
 from stablelora_kernels.dispatch.problem import Call
-from stablelora_kernels.ops.library import define_op, empty_gradients
+from stablelora_kernels.ops.library import apply, empty_gradients, first_derivative
 from stablelora_kernels.ops.lora_linear_quantized import lora_linear_quantized_bwd, lora_linear_quantized_fwd
+from stablelora_kernels.ops.matmul import row_count
+from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
     draw_dropout,
@@ -31,14 +32,14 @@ from stablelora_kernels.ops.torch_path import (
     torch_fwd,
 )
 from stablelora_kernels.quantized import Layout, Stored
-from stablelora_kernels.utils.autocast import outside_autocast
 
 
 def _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0] if save_s else 0, lora_A.shape[0])
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, x.new_empty(row_count(x) if save_s else 0, lora_A.shape[0])
 
 
-@define_op(
+@define_launches(
     "lora_linear_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, float dropout_p, "
     "bool save_s) -> (Tensor, Tensor)",
@@ -47,11 +48,12 @@ def _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
 def lora_linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
     scaling: float, dropout_p: float, save_s: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Y and S; ``scaling`` is s' = scaling / (1 - p)."""
+) -> tuple[tuple[Tensor, Tensor], list[Any]]:  # fmt: skip
+    """Y [..., N] and S [M, r] for x [..., K]; ``scaling`` is s' = scaling / (1 - p)."""
     from stablelora_kernels.launch.lora_linear import forward_launches
 
-    y, s = _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
+    results = y, s = _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
+    x, y = as_matrix(x), as_matrix(y)
     device = problem.device_of(x.device)
     kept = s if save_s else None
     build = partial(forward_launches, device, x, weight, bias, lora_A, lora_B, kept, y, seed, scaling, dropout_p)
@@ -60,16 +62,14 @@ def lora_linear_fwd(
         (m, k), n, r = x.shape, weight.shape[0], lora_A.shape[0]
         call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
         choice = autotune.choose(device, call, build, y, x, weight, bias)
-    for launch in build(choice=choice):
-        launch.run(x.device)
-    return y, s
+    return results, build(choice=choice)
 
 
 def _bwd_fake(x, grad, weight, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b):  # type: ignore[no-untyped-def]
     return empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
 
 
-@define_op(
+@define_launches(
     "lora_linear_bwd",
     "(Tensor? x, Tensor grad, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? seed, float scaling, "
     "float dropout_p, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
@@ -78,24 +78,23 @@ def _bwd_fake(x, grad, weight, lora_A, lora_B, s, seed, scaling, dropout_p, need
 def lora_linear_bwd(
     x: Tensor | None, grad: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor | None,
     seed: Tensor | None, scaling: float, dropout_p: float, need_x: bool, need_a: bool, need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dX, dA and dB; those that are not needed are empty."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Any]]:  # fmt: skip
+    """dX [..., K], dA and dB for x [..., K] and dY [..., N]; those that are not needed are empty."""
     from stablelora_kernels.launch.lora_linear import backward_launches
 
-    outputs = empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
-    wanted = [out if need else None for out, need in zip(outputs, (need_x, need_a, need_b), strict=True)]
+    results = dx, da, db = empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
+    x, grad, dx = None if x is None else as_matrix(x), as_matrix(grad), as_matrix(dx)
+    wanted = (dx if need_x else None, da if need_a else None, db if need_b else None)
     device = problem.device_of(grad.device)
     given = (x, grad, weight, lora_A, lora_B, s, seed)
     build = partial(backward_launches, device, *given, *wanted, scaling=scaling, dropout_p=dropout_p)  # type: ignore[arg-type]
     choice = None
     if autotune.get_autotune() and need_x and weight is not None:
-        (m, n), (r, k), dx = grad.shape, lora_A.shape, outputs[0]
+        (m, n), (r, k) = grad.shape, lora_A.shape
         call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
         # Time it with dA and dB: some kernels compute them in the same launch as dX.
         choice = autotune.choose(device, call, build, dx, grad, weight, None)
-    for launch in build(choice=choice):
-        launch.run(grad.device)
-    return outputs
+    return results, build(choice=choice)
 
 
 def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
@@ -106,21 +105,22 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
 
 def _forward(
     x: Tensor, weight: Tensor | Stored, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
-    dropout_p: float, backend: str, save_s: bool,
+    dropout_p: float, backend: str, save_s: bool, entry: Entry | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:  # fmt: skip
-    """Y, S, dropout's seed or mask, and s' for x [M, K]."""
+    """Y [..., N], S [M, r], dropout's seed or mask, and s' for x [..., K]."""
     if backend == "triton":
         seed = draw_seed(x, dropout_p)
         scaling /= 1 - dropout_p
         rest = (bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
         if isinstance(weight, Stored):
-            y, s = lora_linear_quantized_fwd(x, *weight, *rest)
+            y, s = lora_linear_quantized_fwd((x, *weight, *rest), entry)
         else:
-            y, s = lora_linear_fwd(x, weight, *rest)
+            y, s = lora_linear_fwd((x, weight, *rest), entry)
         return y, s, seed, scaling
-    keep, scaling = draw_dropout(x, dropout_p, scaling)
-    y, s = torch_fwd(x, _dequantized(weight, x.dtype), bias, lora_A, lora_B, scaling, keep)
-    return y, s, keep, scaling
+    rows = as_matrix(x)
+    keep, scaling = draw_dropout(rows, dropout_p, scaling)
+    y, s = torch_fwd(rows, _dequantized(weight, x.dtype), bias, lora_A, lora_B, scaling, keep)
+    return like_rows_of(y, x), s, keep, scaling
 
 
 def _dequantized(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor:
@@ -137,16 +137,15 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
-        dropout_p: float, backend: str, layout: Layout | None = None, *scales: Tensor,
+        dropout_p: float, backend: str, entry: Entry | None, layout: Layout | None = None, *scales: Tensor,
     ) -> Tensor:  # fmt: skip
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
-        ctx.lora_dtype = lora_A.dtype
+        lora_dtype = lora_A.dtype
         if backend == "torch":
             # Cast once for forward and backward. The kernels cast in registers.
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        rows = as_matrix(x)
         given = weight if layout is None else Stored(weight, scales, layout)
-        y, s, random, scaling = _forward(rows, given, bias, lora_A, lora_B, scaling, dropout_p, backend, need_b)
+        y, s, random, scaling = _forward(x, given, bias, lora_A, lora_B, scaling, dropout_p, backend, need_b, entry)
         # Save only what backward reads. Save x itself, not its rows: the surrounding graph already holds it.
         ctx.save_for_backward(
             x if need_w or need_a else None,
@@ -157,53 +156,56 @@ class _LoRALinear(torch.autograd.Function):
             random if need_x or need_a else None,
             *(scales if need_x else ()),
         )
-        ctx.scaling, ctx.dropout_p, ctx.backend, ctx.x_shape = scaling, dropout_p, backend, x.shape
-        ctx.layout, ctx.optional_args = layout, 0 if layout is None else 1 + len(scales)
-        return like_rows_of(y, x)
+        ctx.call = (scaling, dropout_p, backend, lora_dtype, layout)
+        return y
 
     @staticmethod
-    @once_differentiable
-    @outside_autocast
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, lora_A, lora_B, s, random, *scales = ctx.saved_tensors
-        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        grad = as_matrix(grad)
-        rows: Any = None if x is None else as_matrix(x)
+        scaling, dropout_p, backend, lora_dtype, layout = ctx.call
+        need_x, need_w, need_bias, need_a, need_b, *others = ctx.needs_input_grad
         # Only dX reads the weight, so without it the plain op serves a quantized weight too.
-        stored = Stored(weight, tuple(scales), ctx.layout) if ctx.layout is not None and need_x else None
+        stored = Stored(weight, tuple(scales), layout) if layout is not None and need_x else None
         dx = da = db = None
-        if ctx.backend == "triton":
-            rest = (lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p)
+        if backend == "triton":
+            rest = (lora_A, lora_B, s, random, scaling, dropout_p)
             if stored is None:
-                dx, da, db = lora_linear_bwd(rows, grad, weight, *rest, need_x, need_a, need_b)
+                dx, da, db = lora_linear_bwd((x, grad, weight, *rest, need_x, need_a, need_b))
             else:
-                dx, da, db = lora_linear_quantized_bwd(rows, grad, *stored, *rest, need_a, need_b)
+                dx, da, db = lora_linear_quantized_bwd((x, grad, *stored, *rest, need_a, need_b))
         else:
-            grad = expanded(grad)
-            weight = _dequantized(stored or weight, grad.dtype)
+            leading, grad = grad.shape[:-1], expanded(as_matrix(grad))
+            rows, weight = None if x is None else as_matrix(x), _dequantized(stored or weight, grad.dtype)
             dx, da, db = torch_bwd(
-                grad, rows, weight, lora_A, lora_B, s, random, ctx.scaling, ctx.lora_dtype, need_x, need_a, need_b
+                grad, rows, weight, lora_A, lora_B, s, random, scaling, lora_dtype, need_x, need_a, need_b
             )
-        dw = grad.t() @ rows if need_w else None
-        dbias = grad.sum(0) if need_bias else None
+            dx = None if dx is None else dx.view(*leading, dx.shape[1])
+        dw = as_matrix(grad).t() @ as_matrix(x) if need_w else None
+        dbias = as_matrix(grad).sum(0) if need_bias else None
         return (
-            dx.view(ctx.x_shape) if need_x and dx is not None else None,
+            dx if need_x else None,
             dw,
             dbias,
             da if need_a else None,
             db if need_b else None,
-            *[None] * (3 + ctx.optional_args),
+            *[None] * len(others),
         )
 
 
 def lora_linear_op(
     x: Tensor, weight: Tensor | Stored, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
-    dropout_p: float, backend: str,
+    dropout_p: float, backend: str, entry: Entry | None = None,
 ) -> Tensor:  # fmt: skip
-    """``functional.lora_linear`` with checked arguments and a chosen backend."""
+    """``functional.lora_linear`` with checked arguments and a chosen backend. ``entry``: that of the call's key."""
     plain_weight = None if isinstance(weight, Stored) else weight
-    tensors = (x, plain_weight, bias, lora_A, lora_B)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    needs_grad = torch.is_grad_enabled() and (
+        lora_A.requires_grad
+        or lora_B.requires_grad
+        or x.requires_grad
+        or (plain_weight is not None and plain_weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
     # Ordinary autograd would save a dequantized weight.
     saves_weight = plain_weight is None and needs_grad
     if backend == "torch" and not saves_weight and is_few(x, plain_weight, limit=few_rows(x, dropout_p)):
@@ -212,11 +214,10 @@ def lora_linear_op(
         y = plain_branch(y, rows, lora_A, lora_B, scaling, dropout_p)
         return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
     if needs_grad:
-        rest = (bias, lora_A, lora_B, scaling, dropout_p, backend)
+        rest = (bias, lora_A, lora_B, scaling, dropout_p, backend, entry)
         if isinstance(weight, Stored):
-            return _LoRALinear.apply(x, weight.data, *rest, weight.layout, *weight.scales)
-        return _LoRALinear.apply(x, weight, *rest)
+            return apply(_LoRALinear, x, weight.data, *rest, weight.layout, *weight.scales)
+        return apply(_LoRALinear, x, weight, *rest)
     if backend == "torch":
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    y = _forward(as_matrix(x), weight, bias, lora_A, lora_B, scaling, dropout_p, backend, False)[0]
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return _forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, False, entry)[0]

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from stablelora_kernels.dispatch import problem
-from stablelora_kernels.ops.library import define_op
+from stablelora_kernels.ops.library import apply, first_derivative
 from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op
-from stablelora_kernels.ops.matmul import add_wide_product, product, wide_product
+from stablelora_kernels.ops.matmul import add_wide_product, product, row_count, wide_product
+from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     add_branch,
     as_float,
@@ -33,15 +33,15 @@ from stablelora_kernels.ops.torch_path import (
     torch_ds,
     torch_s,
 )
-from stablelora_kernels.utils.autocast import outside_autocast
 
 
 def _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p):  # type: ignore[no-untyped-def]
-    m, ranks = x.shape[0], [a.shape[0] for a in lora_As]
-    return [x.new_empty(m, weight.shape[0]) for weight in weights], x.new_empty(m, sum(ranks))
+    ranks = [a.shape[0] for a in lora_As]
+    ys = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    return ys, x.new_empty(row_count(x), sum(ranks))
 
 
-@define_op(
+@define_launches(
     "lora_linear_group_fwd",
     "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] seeds, float[] scalings, "
     "float dropout_p) -> (Tensor[], Tensor)",
@@ -50,27 +50,25 @@ def _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p):
 def lora_linear_group_fwd(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
-) -> tuple[list[Tensor], Tensor]:  # fmt: skip
-    """The Y's, and the S's side by side; ``scalings`` are s' = scaling / (1 - p)."""
+) -> tuple[tuple[list[Tensor], Tensor], list[Any]]:  # fmt: skip
+    """The Y's [..., N], and the S's [M, r] side by side, for x [..., K]; ``scalings`` are s' = scaling / (1 - p)."""
     from stablelora_kernels.launch.lora_linear_group import forward_launches
 
-    ys, s = _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p)
-    device = problem.device_of(x.device)
-    launches = forward_launches(device, x, weights, biases, lora_As, lora_Bs, s, ys, seeds, scalings, dropout_p)
-    for launch in launches:
-        launch.run(x.device)
-    return ys, s
+    results = ys, s = _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p)
+    rows = [as_matrix(y) for y in ys]
+    given = (as_matrix(x), weights, biases, lora_As, lora_Bs, s, rows, seeds, scalings, dropout_p)
+    return results, forward_launches(problem.device_of(x.device), *given)
 
 
 def _bwd_fake(x, grads, weights, lora_As, lora_Bs, s, seeds, scalings, dropout_p, need_x, need_a, need_b):  # type: ignore[no-untyped-def]
     return (
-        grads[0].new_empty((grads[0].shape[0] if need_x else 0, lora_As[0].shape[1])),
+        grads[0].new_empty((*grads[0].shape[:-1], lora_As[0].shape[1]) if need_x else (0, lora_As[0].shape[1])),
         [torch.empty_like(a, memory_format=torch.contiguous_format) for a in lora_As] if need_a else [],
         [torch.empty_like(b, memory_format=torch.contiguous_format) for b in lora_Bs] if need_b else [],
     )
 
 
-@define_op(
+@define_launches(
     "lora_linear_group_bwd",
     "(Tensor? x, Tensor[] grads, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] s, Tensor[] seeds, "
     "float[] scalings, float dropout_p, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor[], Tensor[])",
@@ -80,16 +78,15 @@ def lora_linear_group_bwd(
     x: Tensor | None, grads: Sequence[Tensor], weights: Sequence[Tensor], lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor], s: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
     need_x: bool, need_a: bool, need_b: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """dX, the dA's and the dB's; those that are not needed are empty."""
+) -> tuple[tuple[Tensor, list[Tensor], list[Tensor]], list[Any]]:  # fmt: skip
+    """dX [..., K], the dA's and the dB's, for x [..., K] and each dY [..., N]; those that are not needed are empty."""
     from stablelora_kernels.launch.lora_linear_group import backward_launches
 
-    given = (x, grads, weights, lora_As, lora_Bs, s, seeds, scalings, dropout_p)
-    dx, das, dbs = _bwd_fake(*given, need_x, need_a, need_b)
+    rest = (weights, lora_As, lora_Bs, s, seeds, scalings, dropout_p)
+    results = dx, das, dbs = _bwd_fake(x, grads, *rest, need_x, need_a, need_b)
+    given = (None if x is None else as_matrix(x), [as_matrix(grad) for grad in grads], *rest)
     device = problem.device_of(grads[0].device)
-    for launch in backward_launches(device, *given, dx if need_x else None, das, dbs):
-        launch.run(grads[0].device)
-    return dx, das, dbs
+    return results, backward_launches(device, *given, as_matrix(dx) if need_x else None, das, dbs)
 
 
 def _torch_fwd(
@@ -137,19 +134,21 @@ def _torch_bwd(
 def _forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor], scalings: Sequence[float], dropout_p: float, backend: str,
+    entry: Entry | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:  # fmt: skip
-    """The Y's, the S's, dropout's seeds or masks, and the s' for x [M, K]."""
+    """The Y's [..., N], the S's [M, r], dropout's seeds or masks, and the s' for x [..., K]."""
     if backend == "triton":
         # One by one, in the order in which separate projections draw theirs.
         seeds: Any = [draw_seed(x, dropout_p) for _ in lora_As] if dropout_p else []
         scalings = [scaling / (1 - dropout_p) for scaling in scalings]
-        ys, s = lora_linear_group_fwd(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p)
+        ys, s = lora_linear_group_fwd((x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p), entry)
         return ys, [*s.split([a.shape[0] for a in lora_As], dim=1)], seeds, scalings
-    drawn = [draw_dropout(x, dropout_p, scaling) for scaling in scalings]
+    rows = as_matrix(x)
+    drawn = [draw_dropout(rows, dropout_p, scaling) for scaling in scalings]
     keeps = [keep for keep, _ in drawn if keep is not None]
     scalings = [scaling for _, scaling in drawn]
-    ys, parts = _torch_fwd(x, weights, biases, lora_As, lora_Bs, scalings, keeps)
-    return ys, parts, keeps, scalings
+    ys, parts = _torch_fwd(rows, weights, biases, lora_As, lora_Bs, scalings, keeps)
+    return [like_rows_of(y, x) for y in ys], parts, keeps, scalings
 
 
 class _LoRALinearGroup(torch.autograd.Function):
@@ -157,17 +156,17 @@ class _LoRALinearGroup(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, scalings: Sequence[float], dropout_p: float, backend: str, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, x: Tensor, scalings: Sequence[float], dropout_p: float, backend: str, entry: Entry | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         g = len(scalings)
         weights, biases, lora_As, lora_Bs = (tensors[i * g : i * g + g] for i in range(4))
-        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         need_w, need_a, need_b = any(needs[:g]), any(needs[2 * g : 3 * g]), any(needs[3 * g :])
         ctx.lora_dtype = lora_As[0].dtype
         if backend == "torch":
             lora_As, lora_Bs = ([t.to(x.dtype) for t in given] for given in (lora_As, lora_Bs))  # type: ignore[assignment]
-        rows = as_matrix(x)
-        ys, s, random, scalings = _forward(rows, weights, biases, lora_As, lora_Bs, scalings, dropout_p, backend)
+        ys, s, random, scalings = _forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, backend, entry)
         nothing: list[None] = [None] * g
         ctx.save_for_backward(
             x if need_w or need_a else None,
@@ -178,50 +177,50 @@ class _LoRALinearGroup(torch.autograd.Function):
             *(random if need_x or need_a else ()),
         )
         ctx.set_materialize_grads(False)
-        ctx.scalings, ctx.dropout_p, ctx.backend, ctx.x_shape = scalings, dropout_p, backend, x.shape
+        ctx.scalings, ctx.dropout_p, ctx.backend = scalings, dropout_p, backend
         ctx.needs = need_x, need_a, need_b
-        return tuple(like_rows_of(y, x) for y in ys)
+        return tuple(ys)
 
     @staticmethod
-    @once_differentiable
-    @outside_autocast
+    @first_derivative
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        g, needs = len(given), ctx.needs_input_grad[4:]
+        g, needs = len(given), ctx.needs_input_grad[5:]
         x, *saved = ctx.saved_tensors
         lists = [saved[i * g : i * g + g] for i in range(5)]
         # Skip projections whose outputs were not used.
         used = [i for i, grad in enumerate(given) if grad is not None]
         weights, lora_As, lora_Bs, s, random = ([tensors[i] for i in used if tensors] for tensors in lists)
-        grads = [as_matrix(grad) for grad in given if grad is not None]
-        rows: Any = None if x is None else as_matrix(x)
+        grads = [grad for grad in given if grad is not None]
         scalings = [ctx.scalings[i] for i in used]
         need_x, need_a, need_b = ctx.needs
         dx, das, dbs = None, [], []
         if used and any(ctx.needs):
             if ctx.backend == "triton":
-                dx, das, dbs = lora_linear_group_bwd(
-                    rows, grads, weights if need_x else [], lora_As, lora_Bs, s if need_b else [], random, scalings,
+                dx, das, dbs = lora_linear_group_bwd((
+                    x, grads, weights if need_x else [], lora_As, lora_Bs, s if need_b else [], random, scalings,
                     ctx.dropout_p, need_x, need_a, need_b,
-                )  # fmt: skip
+                ))  # fmt: skip
             else:
-                grads = [expanded(grad) for grad in grads]
+                leading, grads = grads[0].shape[:-1], [expanded(as_matrix(grad)) for grad in grads]
                 dx, das, dbs = _torch_bwd(
-                    rows, grads, weights, lora_As, lora_Bs, s, random, scalings, ctx.lora_dtype, need_x, need_a, need_b
-                )
-        dws = [grad.t() @ rows if needs[i] else None for i, grad in zip(used, grads, strict=True)]
-        dbiases = [grad.sum(0) if needs[g + i] else None for i, grad in zip(used, grads, strict=True)]
+                    None if x is None else as_matrix(x), grads, weights, lora_As, lora_Bs, s, random, scalings,
+                    ctx.lora_dtype, need_x, need_a, need_b,
+                )  # fmt: skip
+                dx = None if dx is None else dx.view(*leading, dx.shape[1])
+        dws = [as_matrix(grad).t() @ as_matrix(x) if needs[i] else None for i, grad in zip(used, grads, strict=True)]
+        dbiases = [as_matrix(grad).sum(0) if needs[g + i] else None for i, grad in zip(used, grads, strict=True)]
         results: list[Tensor | None] = []
         for wanted, found in zip((True, True, need_a, need_b), (dws, dbiases, das, dbs), strict=True):
             by_index = dict(zip(used, found, strict=True)) if wanted else {}
             results += [by_index.get(i) for i in range(g)]
-        return dx.view(ctx.x_shape) if need_x and dx is not None else None, None, None, None, *results
+        return dx if need_x else None, None, None, None, None, *results
 
 
 def lora_linear_group_op(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor], scalings: Sequence[float], dropout_p: float, backend: str,
+    lora_Bs: Sequence[Tensor], scalings: Sequence[float], dropout_p: float, backend: str, entry: Entry | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """``functional.lora_linear_group`` with checked arguments and a chosen backend."""
+    """``functional.lora_linear_group`` with checked arguments and a chosen backend. ``entry``: as in ``lora_linear_op``."""
     few = backend == "torch" and is_few(x, *weights)
     uniform = all(len({t.requires_grad for t in tensors}) == 1 for tensors in (lora_As, lora_Bs))
     if few or len(weights) == 1 or not uniform:
@@ -230,9 +229,8 @@ def lora_linear_group_op(
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *weights, *biases, *lora_As, *lora_Bs)
     ):
-        return _LoRALinearGroup.apply(x, tuple(scalings), dropout_p, backend, *weights, *biases, *lora_As, *lora_Bs)
+        tensors = (*weights, *biases, *lora_As, *lora_Bs)
+        return apply(_LoRALinearGroup, x, tuple(scalings), dropout_p, backend, entry, *tensors)
     if backend == "torch":
         lora_As, lora_Bs = ([t.to(x.dtype) for t in given] for given in (lora_As, lora_Bs))
-    rows = as_matrix(x)
-    ys = _forward(rows, weights, biases, lora_As, lora_Bs, scalings, dropout_p, backend)[0]
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    return tuple(_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, backend, entry)[0])

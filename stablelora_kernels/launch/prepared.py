@@ -1,0 +1,227 @@
+"""Launches that are prepared once and run again and again with other tensors of the same layouts.
+
+Planning a launch, and Triton's binding and specialization of its arguments, take most of a call's host time. They depend on the
+layouts of the tensors alone. A prepared launch keeps the compiled kernel and its list of arguments; a run sets the addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from stablelora_kernels.launch import workspace
+from stablelora_kernels.launch.base import Launch, launch_counts
+from stablelora_kernels.launch.compiled import Slot, descriptor_of, launcher_of
+from stablelora_kernels.launch.counters import all_counters
+from stablelora_kernels.launch.lora_common import VendorProduct
+from stablelora_kernels.launch.workspace import Workspace
+
+# Of each part of a call's scratch, in bytes.
+_ALIGNMENT = 256
+#: Results of a call, tensors and lists of tensors, and the launches that fill them.
+Call = tuple[tuple[Tensor | list[Tensor], ...], Sequence[Any]]
+
+
+class NotPreparable(Exception):
+    """A launch reads memory that is no operand, result or workspace of the call, such as a copy that its launcher made."""
+
+
+class _View(NamedTuple):
+    """A tensor of a launch as a view of one of the call's tensors."""
+
+    # That tensor's place. -1: the view is empty, and of none.
+    tensor: int
+    # Bytes from the address of that tensor.
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def of(self, tensors: Sequence[Any], device: torch.device) -> Tensor:
+        if self.tensor < 0:
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        whole: Tensor = tensors[self.tensor]
+        whole = whole if whole.dtype == self.dtype else whole.view(self.dtype)
+        offset = whole.storage_offset() + self.offset // self.dtype.itemsize
+        return whole.as_strided(self.shape, self.stride, offset)
+
+
+class _Tensors:
+    """A call's tensors: its operands, its results and its workspace; and which of them holds an argument of a launch."""
+
+    def __init__(self, given: Sequence[Tensor | None], results: Sequence[Tensor], taken: Workspace) -> None:
+        self._at: dict[int, tuple[int, int]] = {}
+        # Launchers may take parts of what was allocated for this call, but only the whole of an operand.
+        self._own: list[tuple[Tensor, int, int]] = []
+        for index, tensor in enumerate(given):
+            if tensor is not None:
+                self._add(tensor, index, 0)
+        for index, result in enumerate(results, len(given)):
+            self._add_own(result, index, 0)
+        # All scratch is one allocation in later calls.
+        index, self.scratch_bytes = len(given) + len(results), 0
+        for memory in taken.scratch:
+            self._add_own(memory, index, self.scratch_bytes)
+            self.scratch_bytes += -(-memory.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if taken.counters is not None:
+            self._add_own(taken.counters, index + (self.scratch_bytes > 0), 0)
+
+    def _add(self, tensor: Tensor, index: int, offset: int) -> None:
+        if tensor.numel() and self._at.setdefault(tensor.data_ptr(), (index, offset)) != (index, offset):
+            raise NotPreparable("two of the call's tensors have one address")
+
+    def _add_own(self, tensor: Tensor, index: int, offset: int) -> None:
+        self._add(tensor, index, offset)
+        self._own.append((tensor, index, offset))
+
+    def view(self, tensor: Tensor) -> _View:
+        index, offset = self._find(tensor)
+        return _View(index, offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+    def _find(self, tensor: Tensor) -> tuple[int, int]:
+        if not tensor.numel():
+            return -1, 0
+        if (found := self._at.get(tensor.data_ptr())) is not None:
+            return found
+        for whole, index, offset in self._own:
+            if whole.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+                return index, offset + tensor.data_ptr() - whole.data_ptr()
+        raise NotPreparable(f"a tensor of shape {list(tensor.shape)} is none of the call's")
+
+
+class _Vendor:
+    """A :class:`VendorProduct` of any tensors."""
+
+    def __init__(self, product: VendorProduct, tensors: _Tensors) -> None:
+        self._views = [None if t is None else tensors.view(t) for t in product[:4]]
+        self._add = product.add
+
+    def again(self, tensors: Sequence[Any], device: torch.device) -> VendorProduct:
+        """The product of ``tensors``."""
+        x, w, bias, y = (None if view is None else view.of(tensors, device) for view in self._views)
+        return VendorProduct(x, w, bias, y, self._add)  # type: ignore[arg-type]
+
+    def run(self, tensors: Sequence[Any], addresses: Sequence[int], device: torch.device, stream: int) -> None:
+        self.again(tensors, device).run(device)
+
+
+class _Kernel:
+    """A :class:`Launch` of any tensors."""
+
+    def __init__(self, launch: Launch, tensors: _Tensors) -> None:
+        names = launch.kernel.arg_names
+        self._order = [name for name in names if name not in launch.constants]
+        values = {**launch.constants, **dict(zip(self._order, launch.args, strict=True))}
+        arguments = [values[name] for name in names]
+        self._pointers: list[tuple[int, _View]] = []
+        self._descriptors: list[tuple[int, _View, dict[str, Any]]] = []
+        for at, value in enumerate(arguments):
+            if isinstance(value, Tensor):
+                self._pointers.append((at, tensors.view(value)))
+                # An empty tensor's address.
+                arguments[at] = 0
+            elif isinstance(value, TensorDescriptor):
+                view = tensors.view(value.base)
+                if view.offset:
+                    raise NotPreparable("a descriptor of a part of a tensor")
+                self._descriptors.append((at, view, {**vars(value), "base": None}))
+        if isinstance(launch.kernel, JITFunction):
+            # Launches nothing, and compiles nothing that is compiled already.
+            compiled = launch.kernel.warmup(
+                *launch.args, grid=launch.grid, enable_fp_fusion=True, **launch.constants, **launch.options
+            )
+            pointers = [Slot(at, view.tensor, view.offset) for at, view in self._pointers if view.tensor >= 0]
+            descriptors = [Slot(at, view.tensor, 0) for at, view, _ in self._descriptors]
+            self._launcher = launcher_of(compiled, launch.grid, arguments, pointers, descriptors)
+        # Without tensors: what is prepared keeps none of them.
+        self._launch, self._name = launch._replace(args=()), launch.kernel.__name__
+        self._arguments = [None if isinstance(value, TensorDescriptor) else value for value in arguments]
+
+    def again(self, tensors: Sequence[Any], device: torch.device) -> Launch:
+        """The launch of ``tensors``."""
+        arguments = self._arguments.copy()
+        for at, view in self._pointers:
+            arguments[at] = view.of(tensors, device)
+        for at, view, fields in self._descriptors:
+            arguments[at] = descriptor_of(fields, view.of(tensors, device))
+        values = dict(zip(self._launch.kernel.arg_names, arguments, strict=True))
+        return self._launch._replace(args=tuple(values[name] for name in self._order))
+
+    def run(self, tensors: Sequence[Any], addresses: Sequence[int], device: torch.device, stream: int) -> None:
+        launch_counts[self._name] += 1
+        self._launcher.run(tensors, addresses, stream)
+
+
+class Prepared:
+    """The launches of a call, for operands of the layouts that it was prepared with."""
+
+    def __init__(
+        self, given: Sequence[Tensor | None], structure: Sequence[Any], launches: Sequence[Any], taken: Workspace
+    ) -> None:
+        # None for a tensor, a length for a list.
+        self._lengths = [len(each) if isinstance(each, list) else None for each in structure]
+        self._flat = all(length is None for length in self._lengths)
+        results = [tensor for each in structure for tensor in (each if isinstance(each, list) else [each])]
+        if not all(result.is_contiguous() for result in results):
+            raise NotPreparable("a result is not contiguous")
+        tensors = _Tensors(given, results, taken)
+        self._allocations = [(tuple(t.shape), t.stride(), t.dtype) for t in results]
+        if tensors.scratch_bytes:
+            self._allocations.append(((tensors.scratch_bytes,), (1,), torch.uint8))
+        self._results, self._counts, self._device = len(results), taken.counters is not None, results[0].device
+        self._on_gpu = self._device.type == "cuda"
+        self._steps = [(_Vendor if isinstance(each, VendorProduct) else _Kernel)(each, tensors) for each in launches]
+        # Not under the interpreter.
+        self._compiled = any(isinstance(each, Launch) and isinstance(each.kernel, JITFunction) for each in launches)
+
+    def run(self, given: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """Run the launches on ``given`` and return the results as the call does.
+
+        It trusts that the layouts are those of the preparation, and that no capture records the stream.
+        """
+        device, empty = self._device, torch.empty_strided
+        own: list[Any] = [
+            empty(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self._allocations
+        ]
+        tensors = [*given, *own]
+        if self._counts:
+            tensors.append(all_counters(device))
+        if self._on_gpu and torch.cuda.current_device() != device.index:
+            # Triton launches on the current device.
+            with torch.cuda.device(device):
+                self._launch(tensors, device)
+        else:
+            self._launch(tensors, device)
+        if self._flat:
+            return tuple(own[: self._results])
+        left = iter(own)
+        return tuple(next(left) if n is None else list(islice(left, n)) for n in self._lengths)
+
+    def _launch(self, tensors: Sequence[Any], device: torch.device) -> None:
+        runtime = knobs.runtime
+        if not self._compiled or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or runtime.debug:
+            for step in self._steps:
+                step.again(tensors, device).run(device)
+            return
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        stream = driver.active.get_current_stream(device.index or 0)
+        for step in self._steps:
+            step.run(tensors, addresses, device, stream)
+
+
+def prepare(given: Sequence[Tensor | None], call: Callable[[], Call]) -> Prepared | None:
+    """Prepare the launches of ``call``, of which ``given`` are the operands, without running them; None if that can't be."""
+    with workspace.noted() as taken:
+        results, launches = call()
+    try:
+        return Prepared(given, results, launches, taken)
+    except NotPreparable:
+        return None

@@ -1,0 +1,225 @@
+"""Calls that came before: what a call's layouts decide is decided once, and kept under a key that names all of it.
+
+An :class:`Entry` says that calls with its key pass the checks, on which backend they run, and, from the second call on, holds
+their launches prepared. The key has layouts and settings, never addresses: a parameter may move between calls, and layers of
+one shape share an entry. Calls that someone traces, transforms or watches have no key and take the path of a first call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from stablelora_kernels.dispatch import settings
+from stablelora_kernels.ops.library import NAMESPACE, define_op
+
+# Most entries. The oldest half of them goes when it is reached.
+LIMIT = 4096
+
+
+class Entry:
+    """What is known of the calls with one key."""
+
+    __slots__ = ("backend", "prepared", "seen")
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes all the time.
+        self.seen = False
+        # None: not prepared yet. False: it can't be.
+        self.prepared: Any = None
+
+
+class _Table:
+    """Entries by key. Those that were found or added since the last half of LIMIT keys stay."""
+
+    def __init__(self) -> None:
+        self.young: dict[Any, Entry] = {}
+        self.old: dict[Any, Entry] = {}
+
+    def get(self, key: Any) -> Entry | None:
+        entry = self.young.get(key)
+        if entry is None and (entry := self.old.get(key)) is not None:
+            self.add(key, entry)
+        return entry
+
+    def add(self, key: Any, entry: Entry) -> None:
+        if len(self.young) >= LIMIT // 2:
+            self.old, self.young = self.young, {}
+        self.young[key] = entry
+
+    def clear(self) -> None:
+        self.young, self.old = {}, {}
+
+
+_table = _Table()
+# Forget every call.
+clear = _table.clear
+
+
+def key_of(kind: str, args: Sequence[Any]) -> tuple[Any, ...] | None:
+    """The key of a call of ``kind`` with ``args``; None if the call is unusual.
+
+    ``args`` are tensors, numbers, strings, None, and tuples and lists of these.
+    """
+    # First, because torch.compile traces no more than this.
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    key: list[Any] = [kind, settings.in_force()]
+    try:
+        if not _describe(args, key):
+            return None
+    except (RuntimeError, NotImplementedError):
+        # A sparse or nested tensor, or one without memory, has no strides or no address.
+        return None
+    first = _first_tensor(args)
+    if first is None or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    if first.dtype is torch.float32:
+        key.append(torch.get_float32_matmul_precision())
+    # Autotuning leaves the choice to the table where results must not depend on a clock.
+    key.append(torch.are_deterministic_algorithms_enabled())
+    return tuple(key)
+
+
+def _describe(args: Sequence[Any], key: list[Any]) -> bool:
+    """Append to ``key`` what a call reads of ``args`` before it launches; False if one of them is unusual."""
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            address = arg.data_ptr()
+            # An empty tensor has no address, and a negated view's memory does not hold its values.
+            if not address or arg.is_neg():
+                return False
+            key.append((arg.shape, arg.stride(), arg.dtype, arg.get_device(), address & 15, arg.requires_grad))
+        elif arg is None or kind is bool or kind is str or kind is int:
+            key.append(arg)
+        elif kind is float:
+            # Keys compare 0.0 and -0.0 as equal.
+            if not arg and math.copysign(1.0, arg) < 0:
+                return False
+            key.append(arg)
+        elif isinstance(arg, (tuple, list)):
+            inner: list[Any] = []
+            if not _describe(arg, inner):
+                return False
+            key.append(tuple(inner))
+        else:
+            return False
+    return True
+
+
+def _first_tensor(args: Sequence[Any]) -> Tensor | None:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+        if isinstance(arg, (tuple, list)) and (first := _first_tensor(arg)) is not None:
+            return first
+    return None
+
+
+def find(key: tuple[Any, ...] | None) -> Entry | None:
+    return None if key is None else _table.get(key)
+
+
+def remember(key: tuple[Any, ...] | None, backend: str) -> Entry | None:
+    """A new entry for ``key``, if there is one: its calls pass the checks and run on ``backend``."""
+    if key is None:
+        return None
+    entry = Entry(backend)
+    _table.add(key, entry)
+    return entry
+
+
+class PlannedOp:
+    """A torch.library op that runs launches, which are prepared once calls repeat."""
+
+    def __init__(self, name: str, schema: str, op: Any, call: Callable[..., Any]) -> None:
+        self._name, self._op, self._call = f"{NAMESPACE}::{name}", op, call
+        kinds = [argument.split()[0] for argument in schema[1 : schema.index(")")].split(", ")]
+        self._tensors = [at for at, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")]
+        self._lists = [at for at, kind in enumerate(kinds) if kind in ("Tensor[]", "Tensor?[]")]
+
+    def __call__(self, args: tuple[Any, ...], entry: Entry | None = None) -> Any:
+        """Run the op on the arguments of its schema. ``entry``: its own, where the caller has found it already."""
+        if entry is None:
+            key = key_of(self._name, args)
+            entry = find(key) or remember(key, "triton")
+        prepared = None if entry is None else entry.prepared or self._prepare(entry, args)
+        if not prepared:
+            return self._op(*args)
+        if torch.autograd._profiler_enabled():
+            # A trace shows the op by its name.
+            with torch.profiler.record_function(self._name):
+                return prepared.run(self._operands(args))
+        return prepared.run(self._operands(args))
+
+    def _operands(self, args: Sequence[Any]) -> list[Tensor | None]:
+        tensors = [args[at] for at in self._tensors]
+        for at in self._lists:
+            tensors += args[at]
+        return tensors
+
+    def _prepare(self, entry: Entry, args: Sequence[Any]) -> Any:
+        if entry.seen and entry.prepared is None:
+            from stablelora_kernels.launch.prepared import prepare
+
+            args = _apart(args, set())
+            entry.prepared = prepare(self._operands(args), lambda: self._call(*args)) or False
+        entry.seen = True
+        return entry.prepared
+
+
+def _apart(args: Sequence[Any], addresses: set[int]) -> list[Any]:
+    """``args`` with a stand-in of the same layout for each tensor that shares its address with an earlier one.
+
+    Operands are told apart by their addresses, and later calls need not give the same tensor twice.
+    """
+    apart: list[Any] = []
+    for arg in args:
+        if isinstance(arg, (tuple, list)):
+            arg = _apart(arg, addresses)
+        elif isinstance(arg, Tensor):
+            arg = _stand_in(arg) if arg.data_ptr() in addresses else arg
+            addresses.add(arg.data_ptr())
+        apart.append(arg)
+    return apart
+
+
+def _stand_in(t: Tensor) -> Tensor:
+    before = t.data_ptr() % 16 // t.itemsize
+    size = 1 + sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
+    return t.new_empty(before + size).as_strided(t.shape, t.stride(), before)
+
+
+def define_launches(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], PlannedOp]:
+    """Turn the decorated function into the op ``name``; ``schema`` and ``fake`` are those of :func:`~.library.define_op`.
+
+    The function returns the op's results, a tuple of tensors and lists of tensors, and the launches that fill them.
+    """
+
+    def decorate(function: Callable[..., Any]) -> PlannedOp:
+        def run(*args: Any) -> Any:
+            results, launches = function(*args)
+            first = results[0]
+            device = (first[0] if isinstance(first, list) else first).device
+            for launch in launches:
+                launch.run(device)
+            return results
+
+        return PlannedOp(name, schema, define_op(name, schema, fake)(run), function)
+
+    return decorate
