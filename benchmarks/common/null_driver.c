@@ -75,8 +75,14 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 const cuuint32_t *element_strides, CUtensorMapInterleave interleave,
                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                 CUtensorMapFloatOOBfill fill) {
-  memset(map, 0, sizeof *map);
-  memcpy(map, &address, sizeof address);
+  // No GPU reads it: the arguments, address first, for those who compare maps.
+  cuuint64_t words[16] = {(cuuint64_t)address, type, rank, interleave, swizzle, promotion, fill};
+  for (cuuint32_t i = 0; i < rank && i < 3; i++) {
+    words[7 + i] = sizes[i];
+    words[10 + i] = i + 1 < rank ? strides[i] : 0;
+    words[13 + i] = box[i];
+  }
+  memcpy(map, words, sizeof *map);
   return CUDA_SUCCESS;
 }
 

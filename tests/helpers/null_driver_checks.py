@@ -1,0 +1,181 @@
+"""Compares what reaches the C launcher from a first call and from a prepared one; ``tests/kernels/test_null_driver.py`` runs it.
+
+Exit status 77: the null driver can't run here, and the output says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import stablelora_kernels as slk
+from benchmarks.common.null_driver import launches, null_driver, null_driver_problem
+from stablelora_kernels.functional import lora_linear
+from stablelora_kernels.launch import compiled
+from stablelora_kernels.ops import plans
+
+torch.set_num_threads(1)
+# Rows, dropout's probability, and elements by which x lies off a multiple of 16 bytes.
+CASES = {"descriptors": (130, 0.1, 0), "pointers": (130, 0.1, 1), "few rows": (3, 0.0, 0)}
+
+
+def operands(rows: int, shift: int) -> list[Tensor]:
+    x = torch.randn(rows * 64 + 8, dtype=torch.bfloat16)[shift : shift + rows * 64].view(rows, 64).requires_grad_()
+    weight, bias = torch.randn(96, 64, dtype=torch.bfloat16), torch.randn(96, dtype=torch.bfloat16)
+    return [x, weight, bias, torch.randn(8, 64, requires_grad=True), torch.randn(96, 8, requires_grad=True)]
+
+
+class Recorder:
+    """Stands between the launchers and Triton's C launcher, and keeps what passes."""
+
+    def __init__(self) -> None:
+        from triton.runtime.driver import driver
+
+        self.utils = driver.active.utils
+        self.launch, self.made = self.utils.launch, threading.local()
+        self.utils.launch = self
+
+    def __call__(self, *args: Any) -> None:
+        *head, kernel_args = args
+        # The hooks, and the metadata for them, are None in a prepared launch and do nothing in another.
+        grid, stream, function, cooperative, pdl, packed = head[:3], *head[3:8]
+        self.calls.append((grid, stream, function, cooperative, pdl, packed, [described(arg) for arg in kernel_args]))
+        self.launch(*args)
+
+    @property
+    def calls(self) -> list[Any]:
+        if not hasattr(self.made, "calls"):
+            self.made.calls = []
+        return self.made.calls
+
+
+def described(argument: Any) -> Any:
+    """Addresses as numbers, and a tensor map by its bytes, which in the null driver are its address, sizes and boxes."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return map_bytes(argument) if type(argument).__name__ == "PyCUtensorMap" else argument
+
+
+def map_bytes(tensor_map: Any) -> bytes:
+    # The map is the object's last field.
+    return ctypes.string_at(id(tensor_map) + type(tensor_map).__basicsize__ - 128, 128)
+
+
+def known(given: list[Tensor]) -> dict[int, str]:
+    return {t.data_ptr(): name for t, name in zip(given, ("x", "weight", "bias", "lora_A", "lora_B"), strict=True)}
+
+
+def renamed(calls: list[Any], names: dict[int, str]) -> list[Any]:
+    """Calls with the operands' names for their addresses, and "own" for what a call has allocated."""
+
+    def rename(argument: Any) -> Any:
+        if isinstance(argument, bytes):
+            address = int.from_bytes(argument[:8], sys.byteorder)
+            return names.get(address, "own"), argument[8:]
+        if isinstance(argument, int) and argument > 1 << 32:
+            return names.get(argument, "own")
+        return argument
+
+    return [(*head, [rename(argument) for argument in arguments]) for *head, arguments in calls]
+
+
+def one_call(given: list[Tensor], grad: Tensor, dropout_p: float) -> None:
+    for t in given:
+        t.grad = None
+    lora_linear(*given, 1.5, dropout_p).backward(grad)
+
+
+def check_case(recorder: Recorder, rows: int, dropout_p: float, shift: int) -> None:
+    plans.clear()
+    seen = []
+    for _ in range(4):
+        given, grad = operands(rows, shift), torch.randn(rows, 96, dtype=torch.bfloat16)
+        recorder.calls.clear()
+        one_call(given, grad, dropout_p)
+        seen.append(renamed(recorder.calls, known(given) | {grad.data_ptr(): "grad"}))
+    assert len(seen[0]) >= 2 and "own" in str(seen[0]) and "lora_A" in str(seen[0])
+    for later in seen[1:]:
+        assert later == seen[0], (later, seen[0])
+
+
+def check_threads(recorder: Recorder) -> None:
+    """Threads that share a plan launch on their own operands."""
+    given = [operands(130, 0) for _ in range(4)]
+    grad = torch.randn(130, 96, dtype=torch.bfloat16)
+    failures: list[BaseException] = []
+
+    def work(mine: list[Tensor]) -> None:
+        try:
+            for _ in range(50):
+                recorder.calls.clear()
+                one_call(mine, grad, 0.1)
+                names = known(mine) | {grad.data_ptr(): "grad"}
+                (*_, forward), *_ = renamed(recorder.calls, names)
+                flat = [
+                    part for argument in forward for part in (argument if isinstance(argument, tuple) else [argument])
+                ]
+                assert [part for part in flat if part in ("x", "weight", "bias", "lora_A", "lora_B")]
+                foreign = {address for other in given if other is not mine for address in known(other)}
+                assert not foreign & {a for *_, arguments in recorder.calls for a in arguments if isinstance(a, int)}
+        except BaseException as error:
+            failures.append(error)
+
+    one_call(given[0], grad, 0.1)
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in given]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+
+def check_hooks() -> None:
+    """A profiler's launch hooks are called in prepared launches too."""
+    from triton import knobs
+
+    given, grad = operands(130, 0), torch.randn(130, 96, dtype=torch.bfloat16)
+    for _ in range(3):
+        one_call(given, grad, 0.1)
+    names: list[str] = []
+
+    def hook(metadata: Any) -> None:
+        names.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(hook)
+    one_call(given, grad, 0.1)
+    knobs.runtime.launch_enter_hook.remove(hook)
+    assert len(names) == 2 and all("lora_linear" in name for name in names), names
+
+
+def main() -> int:
+    if problem := null_driver_problem():
+        print(f"the null driver can't run: {problem}")
+        return 77
+    with null_driver(), slk.use_backend("triton"):
+        recorder = Recorder()
+        takes_lists = hasattr(recorder.utils, "build_signature_metadata")
+        for launcher in (compiled.Direct, compiled.ByTriton) if takes_lists else (compiled.ByTriton,):
+            with (
+                mock.patch.object(compiled, "launcher_of", launcher),
+                mock.patch("stablelora_kernels.launch.prepared.launcher_of", launcher),
+            ):
+                for case in CASES.values():
+                    check_case(recorder, *case)
+                check_threads(recorder)
+        plans.clear()
+        check_hooks()
+        before = launches()
+        given, grad = operands(130, 0), torch.randn(130, 96, dtype=torch.bfloat16)
+        one_call(given, grad, 0.1)
+        assert launches() == before + 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
