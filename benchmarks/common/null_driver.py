@@ -17,18 +17,24 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 from stablelora_kernels.dispatch import backend
 
 SOURCE = Path(__file__).with_name("null_driver.c")
 CAPABILITY = (9, 0)
+# Before the null driver sets the flag.
+INTERPRETING = backend.INTERPRETING
 
 
 def null_driver_problem() -> str | None:
     """Why the null driver can't run here, or None."""
     if backend.TRITON_PROBLEM is not None:
         return backend.TRITON_PROBLEM
-    if backend.INTERPRETING:
+    if INTERPRETING:
         return "TRITON_INTERPRET is set, and Triton's interpreter launches nothing"
+    if torch.cuda.is_available():
+        return "there is a GPU, whose driver is loaded (CUDA_VISIBLE_DEVICES= in the environment hides it)"
     if not (shutil.which("gcc") or shutil.which("cc")):
         return "there is no C compiler"
     return None

@@ -1,29 +1,33 @@
-"""The Python of a call until its launches, which are left out.
+"""The host's time of a call: its Python, Triton's, and Triton's C launcher, over a CUDA library that does nothing.
 
-"Triton" is everything from the layer or the step to the point where Triton is asked to launch: checks, autograd, the op's
-dispatch, the choice of kernels, outputs, grids. On a machine without a GPU it needs TRITON_INTERPRET=1 in the environment:
-only Triton's interpreter accepts tensors of a CPU, and nothing is interpreted.
+It needs no GPU, and no time of CUDA's driver or allocator is in it. "Triton" takes its launches from real sizes, on tensors of
+the CPU that no kernel touches. The other arms compute on tiny tensors, whose arithmetic takes a few microseconds.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from unittest import mock
 
 import torch
+from torch import Tensor, nn
 
 import stablelora_kernels as slk
 from benchmarks.common import optimizers
+from benchmarks.common.null_driver import null_driver, null_driver_problem
 from benchmarks.common.optimizers import Unavailable
-from benchmarks.suite.layers import EAGER, OURS_TORCH, OURS_TRITON, PEFT, build_arms
+from benchmarks.suite.host_parts import parts_of
+from benchmarks.suite.layers import ACCELERATED, EAGER, OURS_TORCH, OURS_TRITON, PEFT, build_arms
 from benchmarks.suite.rivals import Case, Parts
-from stablelora_kernels.dispatch import backend, settings
+from stablelora_kernels.dispatch import settings
+from stablelora_kernels.functional import lora_branch
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.testing import make_pairs
@@ -31,14 +35,26 @@ from stablelora_kernels.testing import make_pairs
 LINEAR = "nn.Linear"
 # Timed at once: one call is as short as reading the clock twice.
 CALLS = 20
-WIDTH, R = 16, 8
+# Sizes of arms that compute, and of the one that does not.
+SMALL_WIDTH, SMALL_ROWS, WIDTH, R = 16, 4, 1024, 16
+# What the case calls: one layer, three that share x, a branch onto another layer's output, or 96 layers in turn, whose Python
+# objects are in no cache of the processor.
+KINDS = {"layer": 1, "group": 3, "branch": 1, "96 layers": 96}
+# Frozen weight and autocast's dtype. A and B are float32 in all of them.
+PRECISIONS = {
+    "bf16": (torch.bfloat16, None),
+    "fp32 autocast": (torch.float32, torch.bfloat16),
+    "bf16 autocast": (torch.bfloat16, torch.bfloat16),
+}
 # CUDA's caching allocator gives out memory in units of this many bytes.
 ALLOCATED = 512
+# glibc's mallopt: keep freed memory, and take large blocks from it too. CUDA's allocator calls no system either.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT = -1, -3, 1 << 30
 
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """Skip our kernels' launches and PyTorch's fused AdamW; outputs stay as they were allocated."""
+    """Skip our kernels' launches; outputs stay as they were allocated."""
     from stablelora_kernels.launch import base, stable_adamw  # noqa: F401  (imports every place that launches)
 
     def nothing(*args: Any, **kwargs: Any) -> None:
@@ -49,9 +65,6 @@ def without_launches() -> Iterator[None]:
         for module in [m for name, m in sys.modules.items() if name.startswith("stablelora_kernels.")]:
             if getattr(module, "launch", None) is real:
                 stack.enter_context(mock.patch.object(module, "launch", nothing))
-        # _foreach_add_ increments AdamW's step counters: a launch or two of its own on a GPU.
-        for name in ("_fused_adamw_", "_foreach_add_"):
-            stack.enter_context(mock.patch.object(torch, name, nothing))
         yield
 
 
@@ -60,6 +73,9 @@ def _quiet() -> Iterator[None]:
     """One thread, no garbage collection: threads would wait for each other, and a collection visits a million objects."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+        if hasattr(ctypes.CDLL(None), "mallopt"):
+            ctypes.CDLL(None).mallopt(parameter, _KEPT)
     gc.collect()
     gc.disable()
     try:
@@ -69,20 +85,11 @@ def _quiet() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check_triton(device: torch.device) -> None:
-    with settings.use_backend("triton"):
-        try:
-            backend.resolve_backend(device)
-        except RuntimeError as error:
-            raise Unavailable(
-                f"{error} (TRITON_INTERPRET=1 in the environment will do: nothing is launched)"
-            ) from error
-
-
-def repeated(call: Callable[[], Any]) -> Callable[[], None]:
+def repeated(call: Callable[[], Any], use: str) -> Callable[[], None]:
     def run() -> None:
-        for _ in range(CALLS):
-            call()
+        with slk.use_backend(use):
+            for _ in range(CALLS):
+                call()
 
     return run
 
@@ -91,65 +98,134 @@ def repeated(call: Callable[[], Any]) -> Callable[[], None]:
 class HostCase(Case):
     mark = "host"
 
+    device: torch.device
+
     def open(self) -> None:
         stack = self.shared["stack"] = ExitStack()
-        stack.enter_context(without_launches())
+        if null_driver_problem() is None:
+            stack.enter_context(null_driver())
         stack.enter_context(_quiet())
+        for name in ("_fused_adamw_", "_foreach_add_"):
+            # PyTorch's fused AdamW, and the increment of its step counters: each a launch on a GPU.
+            stack.enter_context(mock.patch.object(torch, name, lambda *args, **kwargs: None))
 
     def close(self) -> None:
         self.shared["stack"].close()
         super().close()
 
+    def check_triton(self) -> None:
+        """Raises :class:`Unavailable` if the null driver can't run."""
+        if problem := null_driver_problem():
+            raise Unavailable(f"the null driver can't run: {problem}")
+
 
 @dataclass(frozen=True)
 class HostLayerCase(HostCase):
-    """A layer so small that nothing but Python is left."""
+    """Layers of which no arm's time is arithmetic."""
 
     base = LINEAR
     rival = PEFT
-    ours = (OURS_TRITON, OURS_TORCH)
-    arms = (LINEAR, EAGER, PEFT, OURS_TORCH, OURS_TRITON)
+    ours = (OURS_TRITON, OURS_TORCH, ACCELERATED)
+    arms = (LINEAR, EAGER, PEFT, OURS_TORCH, OURS_TRITON, ACCELERATED)
     phases: ClassVar = {name: (name,) for name in ("forward, no gradient", "forward", "forward and backward")}
 
-    rows: int
-    device: torch.device
+    rows: int = 1
+    kind: str = "layer"
+    dropout: float = 0.0
+    precision: str = "bf16"
 
     @property
     def name(self) -> str:
-        return f"host layer {self.rows} rows"
+        dropout = f" dropout {self.dropout:g}" if self.dropout else ""
+        return f"host {self.kind} {self.rows} rows {self.precision}{dropout}"
 
     def facts(self) -> dict[str, Any]:
-        return super().facts() | {"calls": CALLS}
+        return super().facts() | {"calls": CALLS, "dtype": self.precision}
+
+    def notes(self, arm: str) -> dict[str, Any]:
+        if arm != OURS_TRITON or self.kind != "layer" or self.precision != "bf16":
+            return {}
+        if "parts" not in self.shared:
+            layer = self._module(arm, WIDTH, torch.bfloat16)
+            x = torch.randn(self.rows, WIDTH, device=self.device, dtype=torch.bfloat16)
+            self.shared["parts"] = {"parts_us": parts_of(layer, x)}
+        return self.shared["parts"]
 
     def build(self, arm: str) -> Parts:
-        if arm == OURS_TRITON:
-            _check_triton(self.device)
-        modules = build_arms(WIDTH, WIDTH, R, 0.0, torch.float32, self.device)
-        module = modules[{LINEAR: "frozen", EAGER: "eager", PEFT: "peft"}.get(arm, "ours")]
-        x = torch.randn(self.rows, WIDTH, device=self.device, requires_grad=True)
-        grad = torch.randn(self.rows, WIDTH, device=self.device)
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        use = "triton" if arm == OURS_TRITON else "torch"
+        on_triton = arm in (OURS_TRITON, ACCELERATED)
+        if on_triton:
+            self.check_triton()
+        dtype, autocast = PRECISIONS[self.precision]
+        rows, width = (self.rows, WIDTH) if on_triton else (SMALL_ROWS, SMALL_WIDTH)
+        modules = [self._module(arm, width, dtype) for _ in range(KINDS[self.kind])]
+        if self.kind == "group":
+            modules = self._group(arm, modules)
+        x = torch.randn(rows, width, device=self.device, dtype=dtype, requires_grad=True)
+        grad = torch.randn(rows, width, device=self.device, dtype=autocast or dtype)
+        calls = [self._call(arm, module, x) for module in modules]
+        leaves = [[x, *(p for p in module.parameters() if p.requires_grad)] for module in modules]
+        every_leaf = [tensor for members in leaves for tensor in members]
+        turn = 0
+
+        def forward() -> Any:
+            nonlocal turn
+            with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+                if self.kind == "group":
+                    return [call() for call in calls]
+                turn = (turn + 1) % len(calls)
+                return calls[turn]()
 
         def no_gradient() -> None:
             with torch.no_grad():
-                module(x)
+                forward()
 
         def both() -> None:
-            for tensor in (x, *parameters):
+            for tensor in every_leaf if self.kind == "group" else leaves[(turn + 1) % len(calls)]:
                 tensor.grad = None
-            module(x).backward(grad)
+            out = forward()
+            torch.autograd.backward(out, [grad] * len(out) if isinstance(out, list) else grad)
 
-        def on_backend(call: Callable[[], Any]) -> Callable[[], None]:
-            run = repeated(call)
+        use = "triton" if on_triton else "torch"
+        return dict(zip(self.phases, (repeated(call, use) for call in (no_gradient, forward, both)), strict=True))
 
-            def run_there() -> None:
-                with slk.use_backend(use):
-                    run()
+    def _module(self, arm: str, width: int, dtype: torch.dtype) -> nn.Module:
+        modules = build_arms(width, width, R, self.dropout, dtype, self.device)
+        if arm == ACCELERATED:
+            holder = nn.Sequential(modules["peft"])
+            slk.accelerate_peft(holder)
+            return holder[0]
+        return modules[{LINEAR: "frozen", EAGER: "eager", PEFT: "peft"}.get(arm, "ours")]
 
-            return run_there
+    def _group(self, arm: str, modules: Sequence[nn.Module]) -> list[nn.Module]:
+        """Projections of one x, computed together where an arm can."""
+        named = nn.ModuleDict(dict(zip(("q_proj", "k_proj", "v_proj"), modules, strict=True)))
+        if arm == ACCELERATED:
+            slk.accelerate_peft(named, fuse_projections=True)
+        elif arm in (OURS_TRITON, OURS_TORCH):
+            make_group(named)
+        return [*named.values()]
 
-        return dict(zip(self.phases, map(on_backend, (no_gradient, lambda: module(x), both)), strict=True))
+    def _call(self, arm: str, module: Any, x: Tensor) -> Callable[[], Tensor]:
+        if self.kind != "branch" or arm not in (OURS_TRITON, OURS_TORCH):
+            return lambda: module(x)
+        # Another layer's product: its host time, and an output of the branch's size.
+        small = torch.randn(SMALL_ROWS, SMALL_WIDTH, device=self.device, dtype=x.dtype)
+        base = nn.Linear(SMALL_WIDTH, SMALL_WIDTH, device=self.device, dtype=x.dtype).requires_grad_(False)
+        out = torch.randn(x.shape[0], module.out_features, device=self.device, dtype=x.dtype)
+
+        def call() -> Tensor:
+            base(small)
+            return lora_branch(out, x, module.lora_A, module.lora_B, module.scaling, self.dropout)
+
+        return call
+
+
+def make_group(named: nn.ModuleDict) -> None:
+    """Let our layers share their input, as ``apply_lora(..., fuse_projections=True)`` does."""
+    from stablelora_kernels.nn.linear import compute_projection_group, projection_group_key
+    from stablelora_kernels.nn.projection_group import make_projection_groups
+
+    make_projection_groups(named, dict(named.items()), projection_group_key, compute_projection_group)
 
 
 @dataclass(frozen=True)
@@ -162,9 +238,8 @@ class HostStepCase(HostCase):
     arms = (optimizers.ADAMW_FUSED, optimizers.OURS)
     phases: ClassVar = {"step": ("step",)}
 
-    pairs: int
-    gradients: str
-    device: torch.device
+    pairs: int = 4
+    gradients: str = "kept"
     r: int = 2
     width: int = 8
 
@@ -180,7 +255,7 @@ class HostStepCase(HostCase):
 
     def build(self, arm: str) -> Parts:
         if arm == optimizers.OURS:
-            _check_triton(self.device)
+            self.check_triton()
         pairs = self._pairs()
         params = halves(pairs)
         step = optimizers.build(arm, pairs, lr=optimizers.LR).step

@@ -7,7 +7,7 @@ from itertools import product
 
 import torch
 
-from benchmarks.suite.host import HostLayerCase
+from benchmarks.suite.host import PRECISIONS, HostLayerCase
 from benchmarks.suite.layers import DTYPE_NAMES, LayerCase, ScalingLayerCase
 from benchmarks.suite.projections import ProjectionsCase
 from benchmarks.suite.rivals import Case
@@ -27,6 +27,7 @@ PROJECTIONS = [
 ]
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+HOST_ROWS = (1, 16, 512, 4096)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
 
@@ -35,13 +36,16 @@ def cases(suite: str, device: torch.device) -> list[Case]:
         return [
             LayerCase(8, 16, 24, 2, "fp32", device),
             ProjectionsCase(8, 16, (24, 8), 2, "fp32", device),
-            HostLayerCase(1, device),
+            HostLayerCase(device, 8),
             *(ScalingLayerCase(8, width, width, 2, "fp32", device) for width in (16, 32, 64)),
         ]
     found: list[Case] = [
         LayerCase(*shape, dtype, device) for shape, dtype in product(QUICK if suite == "quick" else FULL, DTYPE_NAMES)
     ]
-    found += [HostLayerCase(rows, device) for rows in (1, 256)]
+    found += [HostLayerCase(device, rows, dropout=p) for rows, p in product(HOST_ROWS, (0.0, 0.1))]
+    found += [HostLayerCase(device, rows, precision=how) for rows, how in product((16, 512), [*PRECISIONS][1:])]
+    found += [HostLayerCase(device, rows, kind) for rows, kind in product((16, 512, 4096), ("group", "branch"))]
+    found += [HostLayerCase(device, rows, "96 layers", p) for rows, p in product((16, 512), (0.0, 0.1))]
     found += [ScalingLayerCase(512, width, width, 16, "fp32", device, axis="width") for width in WIDTHS]
     found += [ScalingLayerCase(512, 2048, 2048, r, "fp32", device, axis="rank") for r in RANKS]
     found += [ScalingLayerCase(rows, 1024, 1024, 16, "fp32", device, axis="tokens") for rows in TOKENS]

@@ -25,8 +25,8 @@ def cases(suite: str, device: torch.device) -> list[Case]:
         return [
             OptimizerCase(2, 2, 32, "shrinking", "fp32", device),
             *(ScalingStepCase(pairs, 2, 32, "latched", "fp32", device) for pairs in (1, 2, 4)),
-            HostStepCase(4, "kept", device),
-            HostStepCase(4, "moved", device),
+            HostStepCase(device, 4, "kept"),
+            HostStepCase(device, 4, "moved"),
             StorageCase(16, 2, 3, 1, device),
         ]
     shapes, dtypes = (QUICK, ["fp32"]) if suite == "quick" else (FULL, ["fp32", "bf16"])
@@ -37,9 +37,9 @@ def cases(suite: str, device: torch.device) -> list[Case]:
         found += [ScalingStepCase(pairs, 8, 256, state, "fp32", device) for pairs in PAIRS]
         found += [ScalingStepCase(64, 8, width, state, "fp32", device, axis="parameters") for width in WIDTHS]
     found += [
-        HostStepCase(pairs, how, device) for pairs, how in product((*PAIRS[:3], 224, *PAIRS[3:]), ("kept", "moved"))
+        HostStepCase(device, pairs, how) for pairs, how in product((*PAIRS[:3], 224, *PAIRS[3:]), ("kept", "moved"))
     ]
-    found += [HostStepCase(224, "kept", device, r, 4096) for r in (8, 16)]
+    found += [HostStepCase(device, 224, "kept", r, 4096) for r in (8, 16)]
     return [*found, StorageCase(256, 16, 600, 3, device)]
 
 

@@ -187,26 +187,30 @@ class Prepared:
 
         It trusts that the layouts are those of the preparation, and that no capture records the stream.
         """
-        device, empty = self._device, torch.empty_strided
-        own: list[Any] = [
-            empty(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self._allocations
-        ]
+        own = self.allocate()
         tensors = [*given, *own]
-        if self._counts:
-            tensors.append(all_counters(device))
-        if self._on_gpu and torch.cuda.current_device() != device.index:
+        if self._on_gpu and torch.cuda.current_device() != self._device.index:
             # Triton launches on the current device.
-            with torch.cuda.device(device):
-                self._launch(tensors, device)
+            with torch.cuda.device(self._device):
+                self.launch(tensors)
         else:
-            self._launch(tensors, device)
+            self.launch(tensors)
         if self._flat:
             return tuple(own[: self._results])
         left = iter(own)
         return tuple(next(left) if n is None else list(islice(left, n)) for n in self._lengths)
 
-    def _launch(self, tensors: Sequence[Any], device: torch.device) -> None:
-        runtime = knobs.runtime
+    def allocate(self) -> list[Tensor]:
+        """New results and a new workspace."""
+        device, empty = self._device, torch.empty_strided
+        own = [empty(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self._allocations]
+        if self._counts:
+            own.append(all_counters(device))
+        return own
+
+    def launch(self, tensors: Sequence[Tensor | None]) -> None:
+        """Run the launches on operands, results and workspace, on the current device."""
+        runtime, device = knobs.runtime, self._device
         if not self._compiled or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or runtime.debug:
             for step in self._steps:
                 step.again(tensors, device).run(device)

@@ -1,48 +1,46 @@
-"""The suite's host cases launch nothing, and count what the Triton step keeps in memory."""
+"""The suite's host cases run over the null driver, and count what the Triton step keeps in memory."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
-import torch
 
 pytest.importorskip("peft", reason="an arm of the benchmark; the bench extra brings it")
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-import stablelora_kernels as slk
+from benchmarks.common.null_driver import null_driver_problem
 from benchmarks.suite import host
-from benchmarks.suite.host import HostLayerCase, HostStepCase
+from benchmarks.suite.layers import OURS_TRITON
 from stablelora_kernels.dispatch import backend
-from stablelora_kernels.launch.base import launch_counts
 from stablelora_kernels.testing import make_pairs
-from tests.benchmarks.test_suite import measured
+from tests.benchmarks.test_suite import run
 
-CPU = torch.device("cpu")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not backend.INTERPRETING, reason="Triton's interpreter is off"),
 ]
 
 
-@pytest.mark.parametrize("case", [HostLayerCase(1, CPU), HostStepCase(4, "kept", CPU), HostStepCase(4, "moved", CPU)])
-def test_host_time_leaves_launches_out(case: host.HostCase) -> None:
-    before = launch_counts.copy()
-    reports = measured(case)
-    for phase, report in reports.items():
-        assert phase in case.phases and set(report["arms"]) == set(case.arms)
+def test_the_host_cases_run_where_no_gpu_is(tmp_path: Path) -> None:
+    """In a process without the interpreter, as a user runs them."""
+    path = tmp_path / "host.json"
+    status, printed = run("benchmarks", "-m", "host", "--rounds", "2", f"--benchmark-json={path}", tmp_path=tmp_path)
+    assert status == 0, printed
+    reports = [case["extra_info"] for case in json.loads(path.read_text())["benchmarks"]]
+    assert {report["case"].split()[1] for report in reports} == {"layer", "step"}
+    for report in reports:
+        assert not report["skipped"] and not report["failed"]
         assert all(figures["ms"]["median"] > 0 for figures in report["arms"].values())
-    assert launch_counts == before
+    (parts, *_) = (report["arms"][OURS_TRITON]["parts_us"] for report in reports if OURS_TRITON in report["arms"])
+    assert (
+        parts["forward: launch"] > 0 and parts["backward: launch"] > 0 and parts["a first forward"] > parts["forward"]
+    )
 
 
-def test_nothing_is_launched_within() -> None:
-    layer = slk.LoRALinear(16, 16, r=3)
-    x = torch.randn(2, 16)
-    before = launch_counts.total()
-    with slk.use_backend("triton"):
-        with host.without_launches():
-            layer(x)
-        assert launch_counts.total() == before
-        layer(x)
-    assert launch_counts.total() > before
+def test_the_null_driver_says_why_it_cannot_run() -> None:
+    assert null_driver_problem() == "TRITON_INTERPRET is set, and Triton's interpreter launches nothing"
 
 
 @pytest.mark.parametrize("r", [16, 64])
