@@ -85,7 +85,7 @@ def key_of(kind: str, args: Sequence[Any]) -> tuple[Any, ...] | None:
     except (RuntimeError, NotImplementedError):
         # A sparse or nested tensor, or one without memory, has no strides or no address.
         return None
-    first = _first_tensor(args)
+    first = args[0] if type(args[0]) is Tensor else _first_tensor(args)
     if first is None or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     if first.dtype is torch.float32:
