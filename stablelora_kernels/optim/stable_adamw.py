@@ -25,7 +25,7 @@ from stablelora_kernels.optim.checkpoint import (
     warn_of_differences,
 )
 from stablelora_kernels.optim.engines import build_engines
-from stablelora_kernels.optim.gradients import GradientLayout, gradient_layout
+from stablelora_kernels.optim.gradients import Gradients
 from stablelora_kernels.optim.hyperparameters import CopiedSchedule, build_key
 from stablelora_kernels.optim.param_groups import (
     as_groups,
@@ -39,7 +39,7 @@ from stablelora_kernels.optim.param_groups import (
     find_pairs,
 )
 from stablelora_kernels.optim.stability import PairStability, finite_norms, warn_of_norms
-from stablelora_kernels.optim.state import same_objects
+from stablelora_kernels.optim.tensor_lists import KnownEntries, memory_of, same_objects
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
 from stablelora_kernels.utils.validation import check_float
@@ -215,7 +215,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
         # The state that the engines were built on: someone may clear it or replace its tensors.
-        self._known_state: dict[torch.Tensor, dict[str, Any]] = {}
+        self._known_state = KnownEntries({})
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -232,38 +232,45 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 loss = closure()
         self._follow_param_groups()
         if self._any_sharded:
-            params, grads = [local(p) for p in self._params], [local_grad(p) for p in self._params]
+            params, gradients = (
+                [local(p) for p in self._params],
+                Gradients(tensors=[local_grad(p) for p in self._params]),
+            )
+        elif self.shrink_schedule is not None:
+            # Hold the gradients: the schedule is somebody else's code, which runs before they are used.
+            params, gradients = self._params, Gradients(tensors=[p.grad for p in self._params])
         else:
-            params, grads = self._params, [p.grad for p in self._params]
-        layout = gradient_layout(grads)
-        if layout is None and not check_grads(grads):
+            params, gradients = self._params, Gradients(self._params)
+        if gradients.layout is None and not check_grads(gradients.tensors):
             return loss
-        if not self.state and is_state_init_step(self.param_groups, self._params, grads):
+        if not self.state and is_state_init_step(self.param_groups, self._params, gradients.tensors):
             self._build_engines()
             return loss
-        # A module that is moved or cast keeps its Parameter objects but not their memory.
-        key = (list(map(torch.Tensor.data_ptr, params)), get_backend(), build_key(self.param_groups))
         if self.shrink_schedule is not None and graph_capture.capturing():
             raise RuntimeError(
                 "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
                 "write to it between replays"
             )
-        if key != self._engine_key or not same_objects(self.state, self._known_state):
+        if self._engine_key != self._key(params) or not self._known_state.are_all_of(self.state):
             if graph_capture.capturing():
                 raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
             self._engine_key = None
             self._build_engines()
-            self._engine_key = key
+            self._engine_key = self._key(params)
         if self.shrink_schedule is None:
-            self._run_engines(grads, layout)
+            self._run_engines(gradients)
             return loss
         step = self._follow_schedule(self.shrink_schedule)
-        self._run_engines(grads, layout)
+        self._run_engines(gradients)
         # Last: a step that raised counts for nothing.
         self.param_groups[0]["shrink_step"] = step
         return loss
 
-    def _run_engines(self, grads: list[torch.Tensor | None], layout: GradientLayout | None) -> None:
+    def _key(self, params: list[torch.Tensor]) -> Any:
+        """What the engines depend on besides the state. A module that is moved or cast keeps its parameters, not their memory."""
+        return memory_of(params), get_backend(), build_key(self.param_groups)
+
+    def _run_engines(self, gradients: Gradients) -> None:
         """Take the step on every device, with torch.amp's scale and verdict if GradScaler has set them."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for indices, engine in self._engines:
@@ -271,14 +278,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
                 for t in (grad_scale, found_inf)
             )
-            own_grads, own_layout = grads, layout
-            if len(self._engines) > 1:
-                own_grads = [grads[i] for i in indices]
-                if layout is not None:
-                    own_layout = GradientLayout(
-                        [layout.addresses[i] for i in indices], [layout.dtypes[i] for i in indices]
-                    )
-            engine.step(own_grads, scale, inf, self.max_grad_norm, own_layout)
+            own = gradients if len(self._engines) == 1 else gradients.of(indices)
+            engine.step(own, scale, inf, self.max_grad_norm)
 
     def _follow_schedule(self, schedule: Callable[[int], float]) -> int:
         """Write this step's shrink ratio into the groups, and return the step."""
@@ -298,7 +299,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._engines = build_engines(
             self.param_groups, self._pairs, self.state, self.storage, self.max_grad_norm, self._skipped_on_device
         )
-        self._known_state = {p: dict(entry) for p, entry in self.state.items()}
+        self._known_state = KnownEntries(self.state)
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.
