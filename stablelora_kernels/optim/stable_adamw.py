@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ from stablelora_kernels.optim.param_groups import (
     find_pairs,
 )
 from stablelora_kernels.optim.stability import PairStability, finite_norms, warn_of_norms
-from stablelora_kernels.optim.tensor_lists import KnownEntries, memory_of, same_objects
+from stablelora_kernels.optim.tensor_lists import KnownEntries, KnownMemory, same_objects
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
 from stablelora_kernels.utils.validation import check_float
@@ -206,6 +205,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """Find the pairs of ``param_groups`` again and drop everything derived from them."""
         self._pairs = find_pairs(self.param_groups)
         self._params = [p for group in self.param_groups for p in group["params"]]
+        self._known_params = [list(group["params"]) for group in self.param_groups]
         self._any_sharded = any(map(is_sharded, self._params))
         self._reported: int = getattr(self, "_reported", 0)
         # Counted by the optimizer that this one is a copy of, and by its own engines.
@@ -215,7 +215,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
         # The state that the engines were built on: someone may clear it or replace its tensors.
-        self._known_state = KnownEntries({})
+        self._known_state, self._known_memory = KnownEntries({}), KnownMemory([])
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -232,13 +232,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 loss = closure()
         self._follow_param_groups()
         if self._any_sharded:
-            params, gradients = (
-                [local(p) for p in self._params],
-                Gradients(tensors=[local_grad(p) for p in self._params]),
-            )
-        elif self.shrink_schedule is not None:
-            # Hold the gradients: the schedule is somebody else's code, which runs before they are used.
-            params, gradients = self._params, Gradients(tensors=[p.grad for p in self._params])
+            params = [local(p) for p in self._params]
+            gradients = Gradients(tensors=[local_grad(p) for p in self._params])
         else:
             params, gradients = self._params, Gradients(self._params)
         if gradients.layout is None and not check_grads(gradients.tensors):
@@ -251,24 +246,25 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
                 "write to it between replays"
             )
-        if self._engine_key != self._key(params) or not self._known_state.are_all_of(self.state):
+        key = get_backend(), build_key(self.param_groups)
+        # A module that is moved or cast keeps its Parameter objects but not their memory.
+        known = key == self._engine_key and self._known_memory.is_that_of(params)
+        if not (known and self._known_state.are_all_of(self.state)):
             if graph_capture.capturing():
                 raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
             self._engine_key = None
             self._build_engines()
-            self._engine_key = self._key(params)
+            self._engine_key, self._known_memory = key, KnownMemory(params)
         if self.shrink_schedule is None:
             self._run_engines(gradients)
             return loss
+        # Reading the gradients holds them: the schedule is somebody else's code.
+        held = gradients.tensors
         step = self._follow_schedule(self.shrink_schedule)
-        self._run_engines(gradients)
+        self._run_engines(Gradients(tensors=held))
         # Last: a step that raised counts for nothing.
         self.param_groups[0]["shrink_step"] = step
         return loss
-
-    def _key(self, params: list[torch.Tensor]) -> Any:
-        """What the engines depend on besides the state. A module that is moved or cast keeps its parameters, not their memory."""
-        return memory_of(params), get_backend(), build_key(self.param_groups)
 
     def _run_engines(self, gradients: Gradients) -> None:
         """Take the step on every device, with torch.amp's scale and verdict if GradScaler has set them."""
@@ -291,7 +287,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def _follow_param_groups(self) -> None:
         """Rebuild if the groups hold other parameters: trainers replace them when they shard a model late."""
-        if not same_objects(list(chain.from_iterable(group["params"] for group in self.param_groups)), self._params):
+        if not same_objects([list(group["params"]) for group in self.param_groups], self._known_params):
             self._rebuild()
 
     def _build_engines(self) -> None:

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
-#include <string>
+#include <vector>
 
 namespace {
 
@@ -61,35 +61,30 @@ TensorImpl* impl_of(PyObject* tensors, Py_ssize_t i) {
   return impl_at(PyList_GET_ITEM(tensors, i), impl_offset);
 }
 
-void append(std::string& bytes, const void* data, size_t size) {
-  bytes.append(static_cast<const char*>(data), size);
-}
+using Words = std::vector<int64_t>;
 
 // Append the address of a dense tensor, and its dtype, device, sizes and strides. False for any other tensor.
-bool append_layout(TensorImpl* impl, std::string& addresses, std::string& forms) {
+bool append_layout(TensorImpl* impl, Words& addresses, Words& forms) {
   if (impl->layout() != c10::kStrided || impl->key_set().has(c10::DispatchKey::Python)) return false;
-  const auto address = static_cast<int64_t>(reinterpret_cast<intptr_t>(impl->mutable_data()));
-  append(addresses, &address, sizeof address);
+  addresses.push_back(static_cast<int64_t>(reinterpret_cast<intptr_t>(impl->mutable_data())));
   const c10::Device device = impl->device();
-  const int64_t form[] = {
-      static_cast<int64_t>(c10::typeMetaToScalarType(impl->dtype())),
-      static_cast<int64_t>(device.type()),
-      device.index(),
-      impl->dim()};
-  append(forms, form, sizeof form);
-  append(forms, impl->sizes().data(), impl->sizes().size() * sizeof(int64_t));
-  append(forms, impl->strides().data(), impl->strides().size() * sizeof(int64_t));
+  const c10::IntArrayRef sizes = impl->sizes(), strides = impl->strides();
+  forms.push_back(static_cast<int64_t>(c10::typeMetaToScalarType(impl->dtype())));
+  forms.push_back(static_cast<int64_t>(device.type()) << 32 | static_cast<uint8_t>(device.index()));
+  forms.push_back(static_cast<int64_t>(sizes.size()));
+  forms.insert(forms.end(), sizes.begin(), sizes.end());
+  forms.insert(forms.end(), strides.begin(), strides.end());
   return true;
 }
 
 PyObject* layout_of(PyObject* tensors, bool of_gradients) {
   const Py_ssize_t n = plain_length(tensors);
-  if (n < 0) Py_RETURN_NONE;
-  std::string addresses, forms;
+  if (n < 1) Py_RETURN_NONE;
+  Words addresses, forms;
   try {
-    addresses.reserve(n * sizeof(int64_t));
+    addresses.reserve(n);
     // As much as matrices need.
-    forms.reserve(n * 8 * sizeof(int64_t));
+    forms.reserve(n * 7);
     for (Py_ssize_t i = 0; i < n; i++) {
       TensorImpl* impl = impl_of(tensors, i);
       if (of_gradients) {
@@ -103,12 +98,9 @@ PyObject* layout_of(PyObject* tensors, bool of_gradients) {
   } catch (const std::exception&) {
     Py_RETURN_NONE;
   }
-  return Py_BuildValue(
-      "y#y#",
-      addresses.data(),
-      static_cast<Py_ssize_t>(addresses.size()),
-      forms.data(),
-      static_cast<Py_ssize_t>(forms.size()));
+  const auto bytes = [](const Words& words) { return reinterpret_cast<const char*>(words.data()); };
+  const auto size = [](const Words& words) { return static_cast<Py_ssize_t>(words.size() * sizeof(int64_t)); };
+  return Py_BuildValue("y#y#", bytes(addresses), size(addresses), bytes(forms), size(forms));
 }
 
 PyObject* layout(PyObject*, PyObject* tensors) {

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import shlex
 import subprocess
 import sysconfig
 import tempfile
@@ -60,11 +61,6 @@ def grad_layout_of(params: Sequence[Tensor]) -> Layout | None:
     return Layout(*found) if found else None
 
 
-def memory_of(tensors: Sequence[Tensor]) -> Any:
-    """A value that stays equal until a tensor is moved."""
-    return (_loops and _loops.layout(tensors)) or list(map(Tensor.data_ptr, tensors))
-
-
 def version_sum(tensors: Sequence[Tensor]) -> int:
     """The sum of the tensors' versions. It changes if one of them does, since versions only rise."""
     found = _loops and _loops.version_sum(tensors)
@@ -75,6 +71,20 @@ def increment_versions(tensors: Sequence[Tensor]) -> None:
     """Let autograd know that the tensors were written to."""
     if not (_loops and _loops.increment_versions(tensors)):
         torch.autograd.graph.increment_version(tensors)
+
+
+class KnownMemory:
+    """Knows where tensors lay in memory."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.addresses = list(map(Tensor.data_ptr, tensors))
+        self.layout = _loops and _loops.layout(tensors)
+
+    def is_that_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``tensors`` lie where those before did; in compiled loops also whether they have the same form."""
+        if self.layout and (found := _loops.layout(tensors)):
+            return found == self.layout
+        return list(map(Tensor.data_ptr, tensors)) == self.addresses
 
 
 class KnownEntries:
@@ -138,7 +148,7 @@ def _build() -> str:
 
     folder = Path(torch.__file__).parent
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    options = ["-std=c++20", "-O2", "-fPIC", "-shared", "-w"]
+    options = ["-std=c++20", "-O3", "-fPIC", "-shared", "-w"]
     options += [f"-I{folder / 'include'}", f"-I{sysconfig.get_paths()['include']}"]
     of = [SOURCE.read_text(encoding="utf-8"), torch.__version__, str(torch.version.git_version), suffix, *options]
     cache = get_cache_manager(hashlib.sha256("\0".join(of).encode()).hexdigest())
@@ -149,7 +159,7 @@ def _build() -> str:
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / name
         command = [
-            os.environ.get("CXX", "c++"),
+            *shlex.split(os.environ.get("CXX", "c++")),
             *options,
             str(SOURCE),
             "-o",

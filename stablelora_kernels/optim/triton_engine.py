@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate, chain
-from operator import is_
+from functools import reduce
+from itertools import accumulate
+from operator import is_, or_
 from typing import Any
 
 import torch
@@ -254,17 +255,16 @@ class TritonStep:
             converted, direct = convert_gradients(self.params, gradients.tensors)
             ready, addresses = Gradients(tensors=converted), [0 if g is None else g.data_ptr() or 16 for g in converted]
         variants = self.variant_of
-        if any(map(_misaligned, addresses)):
+        if _misaligned(reduce(or_, addresses)):
             variants = [
                 variant - (variant & 1 and address & 15 != 0)
                 for variant, address in zip(variants, addresses, strict=True)
             ]
         if (addresses, variants) != self.address_key:
             present = self.everyone if all(addresses) else [i for i, address in enumerate(addresses) if address]
-            table = (
-                torch.frombuffer(array("q", chain(addresses, variants)), dtype=torch.int64).view(2, -1).t().contiguous()
-            )
-            uploaded = self.staging.upload(table, torch.int64)
+            table = array("q", bytes(16 * len(addresses)))
+            table[::2], table[1::2] = array("q", addresses), array("q", variants)
+            uploaded = self.staging.upload(torch.frombuffer(table, dtype=torch.int64).view(-1, 2), torch.int64)
             if present != self.present_key or self.address_key is None:
                 if self.sharded:
                     self.present = self.staging.upload(present, torch.int64)
@@ -273,7 +273,8 @@ class TritonStep:
                 # A shard has a version of its own, which a step leaves alone.
                 written = {i for i in present if self.members[i].owner is self.params[i]}
                 self.watched_written = sum(i in written for i in self.watched_indices)
-            self.variants = sum(1 << variant for variant in set(variants))
+            if self.address_key is None or variants != self.address_key[1]:
+                self.variants = sum(1 << variant for variant in set(variants))
             # After the last allocation: the table of another key would be another step's.
             self.addresses, self.address_key = uploaded, (addresses, variants)
         self.layout = layout if direct else None
