@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-COMPILE_SECONDS = 300
+COMPILE_SECONDS = 120
 # The compiled module once somebody has asked for it and it could be compiled.
 _loops: Any = None
 
