@@ -262,9 +262,8 @@ class TritonStep:
             ]
         if (addresses, variants) != self.address_key:
             present = self.everyone if all(addresses) else [i for i, address in enumerate(addresses) if address]
-            table = array("q", bytes(16 * len(addresses)))
-            table[::2], table[1::2] = array("q", addresses), array("q", variants)
-            uploaded = self.staging.upload(torch.frombuffer(table, dtype=torch.int64).view(-1, 2), torch.int64)
+            columns = [torch.frombuffer(array("q", each), dtype=torch.int64) for each in (addresses, variants)]
+            uploaded = self.staging.upload(torch.stack(columns, 1), torch.int64)
             if present != self.present_key or self.address_key is None:
                 if self.sharded:
                     self.present = self.staging.upload(present, torch.int64)
