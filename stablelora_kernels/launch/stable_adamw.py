@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 
 from stablelora_kernels.kernels.stable_adamw import tables
 from stablelora_kernels.kernels.stable_adamw.norms import _square_sums_kernel
 from stablelora_kernels.kernels.stable_adamw.step import _stable_adamw_kernel
-from stablelora_kernels.launch.base import launch
+from stablelora_kernels.launch.base import Launch, launch
 
 
-def stable_adamw(
+def plan_stable_adamw(
     steps: torch.Tensor,
     turns: torch.Tensor,
     latched: torch.Tensor,
@@ -29,20 +32,17 @@ def stable_adamw(
     flags: int,
     variants: int,
     chunk: int,
-) -> None:
-    """One step: one launch, or two if gradients are clipped or ``measure`` asks for the parameters' sums of squares.
+) -> tuple[Launch, ...]:
+    """The launches of one step: one, or two if gradients are clipped or ``measure`` asks for the parameters' sums of squares.
 
     With FLAG_SHARDED the caller has filled the totals and ``grad_squares`` already. The tensors are those of
     :func:`~stablelora_kernels.kernels.stable_adamw.step._stable_adamw_kernel`.
     """
-    clip = max_grad_norm is not None
+    clip, launches = max_grad_norm is not None, []
     if (measure or clip) and not flags & tables.FLAG_SHARDED:
         sums = squares[0] if measure else None, grad_squares if clip else None
-        square_sums(tensors, addresses, chunks, *sums, flags, variants, chunk)
-    launch(
-        _stable_adamw_kernel,
-        (chunks.shape[0],),
-        steps.device,
+        launches.append(plan_square_sums(tensors, addresses, chunks, *sums, flags, variants, chunk))
+    args = (
         tensors,
         addresses,
         chunks,
@@ -60,18 +60,21 @@ def stable_adamw(
         chunks.shape[0],
         grad_squares.numel(),
         1.0 if max_grad_norm is None else max_grad_norm,
-        HAS_SCALE=grad_scale is not None,
-        HAS_INF=found_inf is not None,
-        CLIP=clip,
-        FLAGS=flags,
-        VARIANTS=variants,
-        CHUNK=chunk,
-        GRAD_SUMS=tables.MAX_GRAD_SUMS,
-        num_warps=tables.NUM_WARPS,
     )
+    constants = {
+        "HAS_SCALE": grad_scale is not None,
+        "HAS_INF": found_inf is not None,
+        "CLIP": clip,
+        "FLAGS": flags,
+        "VARIANTS": variants,
+        "CHUNK": chunk,
+        "GRAD_SUMS": tables.MAX_GRAD_SUMS,
+    }
+    launches.append(_launch(_stable_adamw_kernel, chunks.shape[0], args, constants))
+    return tuple(launches)
 
 
-def square_sums(
+def plan_square_sums(
     tensors: torch.Tensor,
     addresses: torch.Tensor,
     chunks: torch.Tensor,
@@ -80,8 +83,9 @@ def square_sums(
     flags: int,
     variants: int,
     chunk: int,
-) -> None:
-    """Fill ``squares``, one sum a chunk of the parameters, and ``grad_squares``, any number of sums that share the gradients.
+) -> Launch:
+    """The launch that fills ``squares``, one sum a chunk of the parameters, and ``grad_squares``, any number of sums that share
+    the gradients.
 
     Either may be None, but not both.
     """
@@ -89,10 +93,7 @@ def square_sums(
     # The kernel does not write to the tensor that stands for None.
     either = squares if grad_squares is None else grad_squares
     assert either is not None
-    launch(
-        _square_sums_kernel,
-        (n_squares + (0 if grad_squares is None else grad_squares.numel()),),
-        tensors.device,
+    args = (
         tensors,
         addresses,
         chunks,
@@ -100,9 +101,30 @@ def square_sums(
         either,
         chunks.shape[0],
         n_squares,
-        FLAGS=flags & tables.FLAG_MASTER,
-        # A master is float32, so its chunks need float32's variants.
-        VARIANTS=variants | (variants >> 2 | variants >> 4) & 3 if flags & tables.FLAG_MASTER else variants,
-        CHUNK=chunk,
-        num_warps=tables.NUM_WARPS,
     )
+    constants = {
+        "FLAGS": flags & tables.FLAG_MASTER,
+        # A master is float32, so its chunks need float32's variants.
+        "VARIANTS": variants | (variants >> 2 | variants >> 4) & 3 if flags & tables.FLAG_MASTER else variants,
+        "CHUNK": chunk,
+    }
+    programs = n_squares + (0 if grad_squares is None else grad_squares.numel())
+    return _launch(_square_sums_kernel, programs, args, constants)
+
+
+def _launch(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+    return Launch(
+        kernel=kernel,
+        variant="",
+        reason="",
+        grid=(programs,),
+        args=args,
+        constants=constants,
+        options={"num_warps": tables.NUM_WARPS},
+    )
+
+
+def run(launches: Iterable[Launch], device: torch.device) -> None:
+    """Make ``launches``, which may be made any number of times, on the current stream of ``device``."""
+    for each in launches:
+        launch(each.kernel, each.grid, device, *each.args, **each.constants, **each.options)

@@ -1,32 +1,41 @@
-"""Gradients in the layout that the step reads: their addresses, and copies where dtype or strides differ."""
+"""The gradients of a step: how they lie in memory, and copies of those that the step cannot read where they lie."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
 
-import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 
-
-class GradientLayout(NamedTuple):
-    """The addresses and dtypes of all gradients, equal from one step to the next if nothing was reallocated."""
-
-    addresses: list[int]
-    dtypes: list[torch.dtype]
+from stablelora_kernels.optim.tensor_lists import Layout, grad_layout_of, layout_of
 
 
-def gradient_layout(grads: Sequence[Any]) -> GradientLayout | None:
-    """The layout of ``grads``; None if one is missing, not contiguous or without storage of its own.
+class Gradients:
+    """The gradients of some parameters, read when first asked for.
 
-    Passes over every tensor take most of a step's host time, so this makes as few as possible.
+    A step whose gradients lie where the last step's did asks for their layout alone, so that Python touches no gradient.
     """
-    try:
-        addresses = list(map(Tensor.data_ptr, grads))
-    except (TypeError, RuntimeError):
-        return None
-    return GradientLayout(addresses, [g.dtype for g in grads]) if all(map(Tensor.is_contiguous, grads)) else None
+
+    def __init__(self, params: Sequence[Tensor] = (), tensors: list[Tensor | None] | None = None) -> None:
+        """``tensors``: the gradients themselves, if they are not those of ``params``."""
+        self.params = params
+        if tensors is not None:
+            self.tensors = tensors
+
+    @cached_property
+    def tensors(self) -> list[Tensor | None]:
+        """One gradient a parameter, None for none."""
+        return [p.grad for p in self.params]
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """Equal from one step to the next if nothing was reallocated. None as of :func:`layout_of`."""
+        return (self.params and grad_layout_of(self.params)) or layout_of(self.tensors)
+
+    def of(self, indices: Sequence[int]) -> Gradients:
+        """The gradients at ``indices``."""
+        return Gradients(tensors=[self.tensors[i] for i in indices])
 
 
 def convert_gradients(like: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], bool]:
@@ -42,4 +51,4 @@ def with_strides_of(p: Tensor, grad: Tensor) -> Tensor:
     """``grad`` with the strides of the dense ``p``, so that flat memory holds both in the same order."""
     if grad.stride() == p.stride():
         return grad
-    return torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+    return empty_like(p, dtype=grad.dtype).copy_(grad)

@@ -14,9 +14,9 @@ def capturing() -> bool:
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``values`` as a tensor on ``device``. A GPU copies from fresh pinned memory, so the host does not wait for it."""
+    """``values`` as a new tensor on ``device``. A GPU copies from fresh pinned memory, so the host does not wait for it."""
     host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device, copy=True)
 
 
 def stream_of(device: torch.device) -> int:

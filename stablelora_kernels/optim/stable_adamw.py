@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from stablelora_kernels.optim.checkpoint import (
     warn_of_differences,
 )
 from stablelora_kernels.optim.engines import build_engines
-from stablelora_kernels.optim.gradients import GradientLayout, gradient_layout
+from stablelora_kernels.optim.gradients import Gradients
 from stablelora_kernels.optim.hyperparameters import CopiedSchedule, build_key
 from stablelora_kernels.optim.param_groups import (
     as_groups,
@@ -39,7 +38,7 @@ from stablelora_kernels.optim.param_groups import (
     find_pairs,
 )
 from stablelora_kernels.optim.stability import PairStability, finite_norms, warn_of_norms
-from stablelora_kernels.optim.state import same_objects
+from stablelora_kernels.optim.tensor_lists import KnownEntries, KnownMemory, same_objects
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
 from stablelora_kernels.utils.validation import check_float
@@ -206,6 +205,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """Find the pairs of ``param_groups`` again and drop everything derived from them."""
         self._pairs = find_pairs(self.param_groups)
         self._params = [p for group in self.param_groups for p in group["params"]]
+        self._known_params = [list(group["params"]) for group in self.param_groups]
         self._any_sharded = any(map(is_sharded, self._params))
         self._reported: int = getattr(self, "_reported", 0)
         # Counted by the optimizer that this one is a copy of, and by its own engines.
@@ -215,7 +215,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
         # The state that the engines were built on: someone may clear it or replace its tensors.
-        self._known_state: dict[torch.Tensor, dict[str, Any]] = {}
+        self._known_state, self._known_memory = KnownEntries({}), KnownMemory([])
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -232,38 +232,41 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 loss = closure()
         self._follow_param_groups()
         if self._any_sharded:
-            params, grads = [local(p) for p in self._params], [local_grad(p) for p in self._params]
+            params = [local(p) for p in self._params]
+            gradients = Gradients(tensors=[local_grad(p) for p in self._params])
         else:
-            params, grads = self._params, [p.grad for p in self._params]
-        layout = gradient_layout(grads)
-        if layout is None and not check_grads(grads):
+            params, gradients = self._params, Gradients(self._params)
+        if gradients.layout is None and not check_grads(gradients.tensors):
             return loss
-        if not self.state and is_state_init_step(self.param_groups, self._params, grads):
+        if not self.state and is_state_init_step(self.param_groups, self._params, gradients.tensors):
             self._build_engines()
             return loss
-        # A module that is moved or cast keeps its Parameter objects but not their memory.
-        key = (list(map(torch.Tensor.data_ptr, params)), get_backend(), build_key(self.param_groups))
         if self.shrink_schedule is not None and graph_capture.capturing():
             raise RuntimeError(
                 "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
                 "write to it between replays"
             )
-        if key != self._engine_key or not same_objects(self.state, self._known_state):
+        key = get_backend(), build_key(self.param_groups)
+        # A module that is moved or cast keeps its Parameter objects but not their memory.
+        known = key == self._engine_key and self._known_memory.is_that_of(params)
+        if not (known and self._known_state.are_all_of(self.state)):
             if graph_capture.capturing():
                 raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
             self._engine_key = None
             self._build_engines()
-            self._engine_key = key
+            self._engine_key, self._known_memory = key, KnownMemory(params)
         if self.shrink_schedule is None:
-            self._run_engines(grads, layout)
+            self._run_engines(gradients)
             return loss
+        # Reading the gradients holds them: the schedule is somebody else's code.
+        held = gradients.tensors
         step = self._follow_schedule(self.shrink_schedule)
-        self._run_engines(grads, layout)
+        self._run_engines(Gradients(tensors=held))
         # Last: a step that raised counts for nothing.
         self.param_groups[0]["shrink_step"] = step
         return loss
 
-    def _run_engines(self, grads: list[torch.Tensor | None], layout: GradientLayout | None) -> None:
+    def _run_engines(self, gradients: Gradients) -> None:
         """Take the step on every device, with torch.amp's scale and verdict if GradScaler has set them."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for indices, engine in self._engines:
@@ -271,14 +274,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
                 for t in (grad_scale, found_inf)
             )
-            own_grads, own_layout = grads, layout
-            if len(self._engines) > 1:
-                own_grads = [grads[i] for i in indices]
-                if layout is not None:
-                    own_layout = GradientLayout(
-                        [layout.addresses[i] for i in indices], [layout.dtypes[i] for i in indices]
-                    )
-            engine.step(own_grads, scale, inf, self.max_grad_norm, own_layout)
+            own = gradients if len(self._engines) == 1 else gradients.of(indices)
+            engine.step(own, scale, inf, self.max_grad_norm)
 
     def _follow_schedule(self, schedule: Callable[[int], float]) -> int:
         """Write this step's shrink ratio into the groups, and return the step."""
@@ -290,7 +287,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def _follow_param_groups(self) -> None:
         """Rebuild if the groups hold other parameters: trainers replace them when they shard a model late."""
-        if not same_objects(list(chain.from_iterable(group["params"] for group in self.param_groups)), self._params):
+        if not same_objects([list(group["params"]) for group in self.param_groups], self._known_params):
             self._rebuild()
 
     def _build_engines(self) -> None:
@@ -298,7 +295,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._engines = build_engines(
             self.param_groups, self._pairs, self.state, self.storage, self.max_grad_norm, self._skipped_on_device
         )
-        self._known_state = {p: dict(entry) for p, entry in self.state.items()}
+        self._known_state = KnownEntries(self.state)
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.optim.gradients import GradientLayout, convert_gradients
+from stablelora_kernels.optim.gradients import Gradients, convert_gradients
 from stablelora_kernels.optim.graph_capture import upload
 from stablelora_kernels.optim.hyperparameters import Member, Setting
 from stablelora_kernels.optim.sharding import ShardSums
@@ -23,6 +23,7 @@ from stablelora_kernels.optim.state import (
     work_dtype,
 )
 from stablelora_kernels.optim.stochastic_rounding import LOW_PRECISION, Scratch, seed_word
+from stablelora_kernels.optim.tensor_lists import Layout
 from stablelora_kernels.optim.torch_latch import Latching, LatchRule, one_dtype
 
 
@@ -89,7 +90,7 @@ class TorchStep:
         self.grad_sums = ShardSums([member.owner for member in members])
         self.latch_rule = LatchRule(members, pairs, settings, self.work, self.steps, self.latched)
         # The layout of the last gradients, if the step could read all of them without a copy.
-        self.layout: GradientLayout | None = None
+        self.layout: Layout | None = None
         self.bucket_key: tuple[list[bool], list[int]] | None = None
         self.buckets: list[_Bucket] = []
 
@@ -131,21 +132,20 @@ class TorchStep:
 
     def step(
         self,
-        grads: Sequence[torch.Tensor | None],
+        gradients: Gradients,
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
         max_grad_norm: float | None,
-        layout: GradientLayout | None,
     ) -> None:
         """Take one step.
 
         Args:
-            grads: one a member, None for none.
+            gradients: one a member.
             grad_scale: float32 scalar that the gradients are to be divided by.
             found_inf: float32 scalar; if it is not 0, nothing changes.
             max_grad_norm: clip the gradients to this norm.
-            layout: the :func:`~stablelora_kernels.optim.gradients.gradient_layout` of ``grads``.
         """
+        grads, layout = gradients.tensors, gradients.layout
         if found_inf is not None and self.grad_sums:
             found_inf = self.grad_sums.all_reduce_max_(found_inf.clone())
         if self.on_host and found_inf is not None:

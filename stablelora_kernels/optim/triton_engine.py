@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate, chain
-from operator import attrgetter
+from functools import reduce
+from itertools import accumulate
+from operator import is_, or_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.optim import graph_capture
-from stablelora_kernels.optim.gradients import GradientLayout, convert_gradients
+from stablelora_kernels.optim.gradients import Gradients, convert_gradients
 from stablelora_kernels.optim.graph_capture import upload
 from stablelora_kernels.optim.hyperparameters import Member, Setting
 from stablelora_kernels.optim.sharding import LatchMonitor, ShardSums
@@ -27,8 +28,8 @@ from stablelora_kernels.optim.state import (
     stack_counters,
 )
 from stablelora_kernels.optim.stochastic_rounding import seed_word
+from stablelora_kernels.optim.tensor_lists import Layout, compile_loops, increment_versions, layout_of, version_sum
 
-_version = attrgetter("_version")
 # Nonzero for an address that is no multiple of 16.
 _misaligned = (15).__and__
 _TENSOR_HYPERPARAMETERS = ("lr", "weight_decay", "shrink_ratio")
@@ -60,6 +61,7 @@ class TritonStep:
         # Triton is optional, so nothing imports a launcher before it is used.
         from stablelora_kernels.launch import stable_adamw as launcher
 
+        compile_loops()
         self.launcher, tables = launcher, launcher.tables
         self.members, self.pairs, self.settings, self.skipped = members, pairs, settings, skipped
         self.params = [member.param for member in members]
@@ -95,16 +97,20 @@ class TritonStep:
         self.watched_indices = [i for i, m in enumerate(members) if i in set(halves) or storage.has_master(m.param)]
         self.watched = [self.params[i] for i in self.watched_indices]
         self.versions: int | None = None
-        self.dtypes = [p.dtype for p in self.params]
-        self.contiguous = all(p.is_contiguous() for p in self.params)
+        layout = layout_of(self.params)
+        # That of gradients which the step reads without a copy.
+        self.forms = None if layout is None else layout.forms
         # The layout of the gradients in the table, if the step reads all of them without a copy.
-        self.layout: GradientLayout | None = None
+        self.layout: Layout | None = None
         self.address_key: tuple[list[int], list[int]] | None = None
+        self.everyone = list(range(len(members)))
         self.present_key: list[int] | None = None
         self.hyper_key: list[tuple[Any, ...]] | None = None
         self.cells: dict[tuple[int, str], Tensor] = {}
         # The last step's.
         self.stream: int | None = None
+        self.launch_key: tuple[Any, ...] = ()
+        self.launches: tuple[Any, ...] = ()
         # Tables of captured steps.
         self.captured: list[tuple[Tensor, ...]] = []
 
@@ -172,17 +178,17 @@ class TritonStep:
 
     def step(
         self,
-        grads: Sequence[Tensor | None],
+        gradients: Gradients,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         max_grad_norm: float | None,
-        layout: GradientLayout | None,
     ) -> None:
         """Take one step; arguments as :meth:`~stablelora_kernels.optim.torch_engine.TorchStep.step`."""
         uploads = len(self.staging.captured)
-        ready = grads if layout is not None and layout == self.layout else self._take_gradients(grads, layout)
+        if self.layout is None or gradients.layout != self.layout:
+            gradients = self._take_gradients(gradients)
         self._upload_hyper()
-        versions = sum(map(_version, self.watched))
+        versions = version_sum(self.watched)
         changed = versions != self.versions
         if changed:
             # The step then reads the first half of the sums, which the launcher measures.
@@ -191,7 +197,7 @@ class TritonStep:
         if self.sharded:
             if found_inf is not None:
                 found_inf = self.grad_sums.all_reduce_max_(found_inf.clone())
-            self._sum_over_processes(ready, max_grad_norm)
+            self._sum_over_processes(gradients.tensors, max_grad_norm)
         # Not a torch.library operator: its lists of tensors would cost more host time than all else here. Nor could a tracer
         # run it on copies, since the tables hold addresses.
         counters = (self.steps, self.turns, self.latched, self.squares, self.grad_squares, self.skipped)
@@ -201,19 +207,24 @@ class TritonStep:
             # Else the allocator would reuse a table, once a step on another stream replaces it, while this launch reads it.
             graph_capture.keep_for_stream((*counters, *read))
             self.stream = stream
-        self.launcher.stable_adamw(
-            *counters,
-            *tables,
-            grad_scale,
-            found_inf,
-            max_grad_norm,
-            changed,
-            self.flags,
-            self.variants,
-            self.CHUNK,
-        )
+        # The other arguments are the engine's for good.
+        key = (*tables, grad_scale, found_inf, max_grad_norm, changed, self.flags, self.variants)
+        if len(key) != len(self.launch_key) or not all(map(is_, key, self.launch_key)):
+            self.launches = self.launcher.plan_stable_adamw(
+                *counters,
+                *tables,
+                grad_scale,
+                found_inf,
+                max_grad_norm,
+                measure=changed,
+                flags=self.flags,
+                variants=self.variants,
+                chunk=self.CHUNK,
+            )
+            self.launch_key = key
+        self.launcher.run(self.launches, self.device)
         # With new versions a backward pass through overwritten values is noticed.
-        torch.autograd.graph.increment_version(self.written)
+        increment_versions(self.written)
         self.versions = versions + self.watched_written
         if self.sharded:
             self.latch_monitor.record()
@@ -228,28 +239,31 @@ class TritonStep:
         if changed:
             self.versions = None
 
-    def _take_gradients(self, grads: Sequence[Tensor | None], layout: GradientLayout | None) -> Sequence[Tensor | None]:
+    def _take_gradients(self, gradients: Gradients) -> Gradients:
         """Upload each gradient's address, 0 for none, and the variant of its tensor's code.
 
         Returns the gradients to read: those given, or copies in the parameters' dtypes and strides.
         """
         # An empty tensor's address is 0 too, yet its step counts: hence 16.
-        if layout is not None and self.contiguous and layout.dtypes == self.dtypes:
-            ready, addresses, direct = grads, [address or 16 for address in layout.addresses], True
+        layout = gradients.layout
+        direct = layout is not None and layout.forms == self.forms
+        if layout is not None and direct:
+            ready, addresses = gradients, array("q", layout.addresses).tolist()
+            if not all(addresses):
+                addresses = [address or 16 for address in addresses]
         else:
-            ready, direct = convert_gradients(self.params, grads)
-            addresses = [0 if g is None else g.data_ptr() or 16 for g in ready]
+            converted, direct = convert_gradients(self.params, gradients.tensors)
+            ready, addresses = Gradients(tensors=converted), [0 if g is None else g.data_ptr() or 16 for g in converted]
         variants = self.variant_of
-        if any(map(_misaligned, addresses)):
+        if _misaligned(reduce(or_, addresses)):
             variants = [
                 variant - (variant & 1 and address & 15 != 0)
                 for variant, address in zip(variants, addresses, strict=True)
             ]
         if (addresses, variants) != self.address_key:
-            present = [i for i, address in enumerate(addresses) if address]
-            table = torch.tensor(array("q", chain(addresses, variants)), dtype=torch.int64, device="cpu")
-            table = table.view(2, -1).t().contiguous()
-            uploaded = self.staging.upload(table, torch.int64)
+            present = self.everyone if all(addresses) else [i for i, address in enumerate(addresses) if address]
+            columns = [torch.frombuffer(array("q", each), dtype=torch.int64) for each in (addresses, variants)]
+            uploaded = self.staging.upload(torch.stack(columns, 1), torch.int64)
             if present != self.present_key or self.address_key is None:
                 if self.sharded:
                     self.present = self.staging.upload(present, torch.int64)
@@ -258,7 +272,8 @@ class TritonStep:
                 # A shard has a version of its own, which a step leaves alone.
                 written = {i for i in present if self.members[i].owner is self.params[i]}
                 self.watched_written = sum(i in written for i in self.watched_indices)
-            self.variants = sum(1 << variant for variant in set(variants))
+            if self.address_key is None or variants != self.address_key[1]:
+                self.variants = sum(1 << variant for variant in set(variants))
             # After the last allocation: the table of another key would be another step's.
             self.addresses, self.address_key = uploaded, (addresses, variants)
         self.layout = layout if direct else None

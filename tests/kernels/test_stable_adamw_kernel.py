@@ -23,7 +23,7 @@ import triton.language as tl  # noqa: E402
 
 from stablelora_kernels.kernels.stable_adamw import tables  # noqa: E402
 from stablelora_kernels.kernels.stable_adamw.elementwise import stochastic_round  # noqa: E402
-from stablelora_kernels.launch.stable_adamw import square_sums  # noqa: E402
+from stablelora_kernels.launch.stable_adamw import plan_square_sums  # noqa: E402
 from stablelora_kernels.optim.triton_engine import TritonStep  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -255,9 +255,9 @@ def test_sums_kept_from_the_step_before_are_those_measured(monkeypatch: pytest.M
     ((_, engine),) = optimizer._engines
     assert engine.turns.tolist() == [1] * engine.turns.numel()
     kept = engine.squares[1].clone()
-    square_sums(
+    plan_square_sums(
         engine.tensors, engine.addresses, engine.chunks, engine.squares[0], None, 0, engine.variants, engine.CHUNK
-    )
+    ).run(engine.device)
     torch.testing.assert_close(kept, engine.squares[0], rtol=1e-6, atol=0)
     assert kept.min() > 0
 
