@@ -113,6 +113,44 @@ class _Vendor:
         self.again(tensors, device).run(device)
 
 
+def _compiled(launch: Launch) -> Any:
+    """The compiled kernel. Launches nothing, and compiles nothing that is compiled already."""
+    return launch.kernel.warmup(
+        *launch.args, grid=launch.grid, enable_fp_fusion=True, **launch.constants, **launch.options
+    )
+
+
+def _needs_triton() -> bool:
+    """Whether somebody listens to Triton's launches, or debugs them."""
+    runtime = knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or runtime.debug)
+
+
+class Repeated:
+    """A :class:`Launch` of the same tensors again and again. From the second run on it is prepared."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch, self._launcher, self._seen = launch, None, False
+
+    def run(self, device: torch.device) -> None:
+        elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
+        if not self._seen or elsewhere or not isinstance(self._launch.kernel, JITFunction) or _needs_triton():
+            self._launch.run(device)
+            self._seen = True
+            return
+        if self._launcher is None:
+            self._launcher = self._prepare()
+        launch_counts[self._launch.kernel.__name__] += 1
+        self._launcher.run((), (), driver.active.get_current_stream(device.index or 0))
+
+    def _prepare(self) -> Any:
+        names, constants = self._launch.kernel.arg_names, self._launch.constants
+        given = iter(self._launch.args)
+        values = [constants[name] if name in constants else next(given) for name in names]
+        arguments = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
+        return launcher_of(_compiled(self._launch), self._launch.grid, arguments, (), ())
+
+
 class _Kernel:
     """A :class:`Launch` of any tensors."""
 
@@ -134,10 +172,7 @@ class _Kernel:
                     raise NotPreparable("a descriptor of a part of a tensor")
                 self._descriptors.append((at, view, {**vars(value), "base": None}))
         if isinstance(launch.kernel, JITFunction):
-            # Launches nothing, and compiles nothing that is compiled already.
-            compiled = launch.kernel.warmup(
-                *launch.args, grid=launch.grid, enable_fp_fusion=True, **launch.constants, **launch.options
-            )
+            compiled = _compiled(launch)
             pointers = [Slot(at, view.tensor, view.offset) for at, view in self._pointers if view.tensor >= 0]
             descriptors = [Slot(at, view.tensor, 0) for at, view, _ in self._descriptors]
             self._launcher = launcher_of(compiled, launch.grid, arguments, pointers, descriptors)
@@ -210,8 +245,8 @@ class Prepared:
 
     def launch(self, tensors: Sequence[Tensor | None]) -> None:
         """Run the launches on operands, results and workspace, on the current device."""
-        runtime, device = knobs.runtime, self._device
-        if not self._compiled or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or runtime.debug:
+        device = self._device
+        if not self._compiled or _needs_triton():
             for step in self._steps:
                 step.again(tensors, device).run(device)
             return

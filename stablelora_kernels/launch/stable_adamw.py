@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ import torch
 from stablelora_kernels.kernels.stable_adamw import tables
 from stablelora_kernels.kernels.stable_adamw.norms import _square_sums_kernel
 from stablelora_kernels.kernels.stable_adamw.step import _stable_adamw_kernel
-from stablelora_kernels.launch.base import Launch, launch
+from stablelora_kernels.launch.base import Launch
+from stablelora_kernels.launch.prepared import Repeated
 
 
 def plan_stable_adamw(
@@ -32,7 +32,7 @@ def plan_stable_adamw(
     flags: int,
     variants: int,
     chunk: int,
-) -> tuple[Launch, ...]:
+) -> tuple[Repeated, ...]:
     """The launches of one step: one, or two if gradients are clipped or ``measure`` asks for the parameters' sums of squares.
 
     With FLAG_SHARDED the caller has filled the totals and ``grad_squares`` already. The tensors are those of
@@ -71,7 +71,7 @@ def plan_stable_adamw(
         "GRAD_SUMS": tables.MAX_GRAD_SUMS,
     }
     launches.append(_launch(_stable_adamw_kernel, chunks.shape[0], args, constants))
-    return tuple(launches)
+    return tuple(map(Repeated, launches))
 
 
 def plan_square_sums(
@@ -122,9 +122,3 @@ def _launch(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[s
         constants=constants,
         options={"num_warps": tables.NUM_WARPS},
     )
-
-
-def run(launches: Iterable[Launch], device: torch.device) -> None:
-    """Make ``launches``, which may be made any number of times, on the current stream of ``device``."""
-    for each in launches:
-        launch(each.kernel, each.grid, device, *each.args, **each.constants, **each.options)

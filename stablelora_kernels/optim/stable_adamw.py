@@ -38,7 +38,7 @@ from stablelora_kernels.optim.param_groups import (
     find_pairs,
 )
 from stablelora_kernels.optim.stability import PairStability, finite_norms, warn_of_norms
-from stablelora_kernels.optim.tensor_lists import KnownEntries, KnownMemory, same_objects
+from stablelora_kernels.optim.state import same_objects
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
 from stablelora_kernels.utils.validation import check_float
@@ -215,7 +215,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._engines: list[tuple[list[int], Any]] = []
         self._engine_key: Any = None
         # The state that the engines were built on: someone may clear it or replace its tensors.
-        self._known_state, self._known_memory = KnownEntries({}), KnownMemory([])
+        self._known_state: dict[Any, dict[str, Any]] = {}
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -246,15 +246,14 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
                 "write to it between replays"
             )
-        key = get_backend(), build_key(self.param_groups)
         # A module that is moved or cast keeps its Parameter objects but not their memory.
-        known = key == self._engine_key and self._known_memory.is_that_of(params)
-        if not (known and self._known_state.are_all_of(self.state)):
+        key = (list(map(torch.Tensor.data_ptr, params)), get_backend(), build_key(self.param_groups))
+        if key != self._engine_key or not same_objects(self.state, self._known_state):
             if graph_capture.capturing():
                 raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
             self._engine_key = None
             self._build_engines()
-            self._engine_key, self._known_memory = key, KnownMemory(params)
+            self._engine_key = key
         if self.shrink_schedule is None:
             self._run_engines(gradients)
             return loss
@@ -295,7 +294,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._engines = build_engines(
             self.param_groups, self._pairs, self.state, self.storage, self.max_grad_norm, self._skipped_on_device
         )
-        self._known_state = KnownEntries(self.state)
+        self._known_state = {p: dict(entry) for p, entry in self.state.items()}
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from stablelora_kernels.optim.gradients import with_strides_of
 from stablelora_kernels.optim.hyperparameters import Member, Setting
@@ -55,6 +56,25 @@ def work_dtype(p: torch.Tensor) -> torch.dtype:
 def flat(t: torch.Tensor) -> torch.Tensor:
     """A 1-d view of a dense tensor's elements in memory order."""
     return t.as_strided((t.numel(),), (1,), t.storage_offset())
+
+
+class _NoTensorsAreEqual(TorchFunctionMode):
+    """Answers ``==`` between tensors with False. Containers do not ask it about an element that both hold."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
+        return False
+
+
+_NO_TENSORS_ARE_EQUAL = _NoTensorsAreEqual()
+
+
+def same_objects(found: Any, known: Any) -> bool:
+    """Whether two lists or nested dicts hold the very same tensors in the same places.
+
+    Every step asks this, so all of the work is Python's own comparison of containers: a tenth of a microsecond a tensor.
+    """
+    with _NO_TENSORS_ARE_EQUAL:
+        return bool(found == known)
 
 
 def check_entry(entry: dict[str, Any], name: str, member: Member, setting: Setting, storage: Storage) -> None:

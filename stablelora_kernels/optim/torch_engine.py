@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.optim.gradients import Gradients, convert_gradients
+from stablelora_kernels.optim.gradients import Gradients, Layout, convert_gradients
 from stablelora_kernels.optim.graph_capture import upload
 from stablelora_kernels.optim.hyperparameters import Member, Setting
 from stablelora_kernels.optim.sharding import ShardSums
@@ -23,7 +23,6 @@ from stablelora_kernels.optim.state import (
     work_dtype,
 )
 from stablelora_kernels.optim.stochastic_rounding import LOW_PRECISION, Scratch, seed_word
-from stablelora_kernels.optim.tensor_lists import Layout
 from stablelora_kernels.optim.torch_latch import Latching, LatchRule, one_dtype
 
 

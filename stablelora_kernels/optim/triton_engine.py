@@ -7,14 +7,14 @@ from array import array
 from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
-from operator import is_, or_
+from operator import attrgetter, is_, or_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.optim import graph_capture
-from stablelora_kernels.optim.gradients import Gradients, convert_gradients
+from stablelora_kernels.optim.gradients import Gradients, Layout, convert_gradients, layout_of
 from stablelora_kernels.optim.graph_capture import upload
 from stablelora_kernels.optim.hyperparameters import Member, Setting
 from stablelora_kernels.optim.sharding import LatchMonitor, ShardSums
@@ -28,8 +28,8 @@ from stablelora_kernels.optim.state import (
     stack_counters,
 )
 from stablelora_kernels.optim.stochastic_rounding import seed_word
-from stablelora_kernels.optim.tensor_lists import Layout, compile_loops, increment_versions, layout_of, version_sum
 
+_version = attrgetter("_version")
 # Nonzero for an address that is no multiple of 16.
 _misaligned = (15).__and__
 _TENSOR_HYPERPARAMETERS = ("lr", "weight_decay", "shrink_ratio")
@@ -61,7 +61,6 @@ class TritonStep:
         # Triton is optional, so nothing imports a launcher before it is used.
         from stablelora_kernels.launch import stable_adamw as launcher
 
-        compile_loops()
         self.launcher, tables = launcher, launcher.tables
         self.members, self.pairs, self.settings, self.skipped = members, pairs, settings, skipped
         self.params = [member.param for member in members]
@@ -99,7 +98,7 @@ class TritonStep:
         self.versions: int | None = None
         layout = layout_of(self.params)
         # That of gradients which the step reads without a copy.
-        self.forms = None if layout is None else layout.forms
+        self.dtypes = None if layout is None else layout.dtypes
         # The layout of the gradients in the table, if the step reads all of them without a copy.
         self.layout: Layout | None = None
         self.address_key: tuple[list[int], list[int]] | None = None
@@ -188,7 +187,7 @@ class TritonStep:
         if self.layout is None or gradients.layout != self.layout:
             gradients = self._take_gradients(gradients)
         self._upload_hyper()
-        versions = version_sum(self.watched)
+        versions = sum(map(_version, self.watched))
         changed = versions != self.versions
         if changed:
             # The step then reads the first half of the sums, which the launcher measures.
@@ -222,9 +221,10 @@ class TritonStep:
                 chunk=self.CHUNK,
             )
             self.launch_key = key
-        self.launcher.run(self.launches, self.device)
+        for launch in self.launches:
+            launch.run(self.device)
         # With new versions a backward pass through overwritten values is noticed.
-        increment_versions(self.written)
+        torch.autograd.graph.increment_version(self.written)
         self.versions = versions + self.watched_written
         if self.sharded:
             self.latch_monitor.record()
@@ -246,7 +246,7 @@ class TritonStep:
         """
         # An empty tensor's address is 0 too, yet its step counts: hence 16.
         layout = gradients.layout
-        direct = layout is not None and layout.forms == self.forms
+        direct = layout is not None and layout.dtypes == self.dtypes
         if layout is not None and direct:
             ready, addresses = gradients, array("q", layout.addresses).tolist()
             if not all(addresses):

@@ -10,24 +10,14 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from stablelora_kernels.dispatch import use_backend
-from stablelora_kernels.optim import tensor_lists
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
 
-pytestmark = pytest.mark.usefixtures("one_thread", "loops", "on_triton")
+pytestmark = pytest.mark.usefixtures("one_thread", "on_triton")
 
 # A is square, so that it can be transposed.
 SHAPES = [(8, 24, 8), (8, 24, 8), (3, 31, 5)]
-
-
-@pytest.fixture(params=["compiled", "python"])
-def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "python":
-        monkeypatch.setattr(tensor_lists, "_compiled", lambda: None)
-    elif tensor_lists._compiled() is None:
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr(tensor_lists, "_loops", None)
 
 
 @pytest.fixture
