@@ -76,13 +76,18 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
 class Watch:
     """The state of a model, an optimizer and the settings, as it was after a step.
 
-    Every replay asks :meth:`change`, so that compares containers, which is Python's own work: about half a microsecond a module.
+    Every replay asks :meth:`change`, so that takes few passes, all of them Python's own: about a microsecond a module.
     """
 
     def __init__(self, model: nn.Module, optimizer: StableLoRAAdamW, scaler: torch.amp.GradScaler | None) -> None:
         self.optimizer, self.scaler, self.device = optimizer, scaler, optimizer._params[0].device
         self.containers = dict(_containers(model))
-        self.contents = {label: container.copy() for label, container in self.containers.items()}
+        dicts = [container for container in self.containers.values() if isinstance(container, dict)]
+        # Most dicts are for hooks that nobody has registered.
+        self.empty, self.filled = [d for d in dicts if not d], [d for d in dicts if d]
+        self.lists = [container for container in self.containers.values() if isinstance(container, list)]
+        self.contents = {label: _copy(container) for label, container in self.containers.items()}
+        self.values = self._values()
         self.tensors = {name: tensor for name, tensor in _tensors(model).items() if _has_address(tensor)}
         self.addresses, self.flags = self._addresses(), self._flags()
         self.engines = [engine for _, engine in optimizer._engines]
@@ -90,32 +95,25 @@ class Watch:
 
     def change(self) -> str | None:
         """What has changed since, in words, or None."""
-        if not same_objects(self.containers, self.contents):
-            return next(_differences(self.containers, self.contents))
+        return next(self._changes(), None)
+
+    def _changes(self) -> Iterator[str]:
+        if any(self.empty) or not same_objects(self._values(), self.values):
+            yield from _differences({label: _copy(c) for label, c in self.containers.items()}, self.contents)
         if self.addresses != (addresses := self._addresses()):
             moved = [name for name, old, new in zip(self.tensors, self.addresses, addresses, strict=True) if old != new]
-            return f"model.{moved[0]} has other memory than before"
+            yield f"model.{moved[0]} has other memory than before"
         if self.flags != (flags := self._flags()):
-            found, known = (
-                {
-                    f"model.{name}": dict(zip(_TENSOR_FLAGS, values, strict=True))
-                    for name, values in zip(self.tensors, all_, strict=True)
-                }
-                for all_ in (flags, self.flags)
-            )
-            return next(_differences(found, known))
+            yield from _differences(self._by_name(flags), self._by_name(self.flags))
         optimizer = self.optimizer
         if not (
             self.engines == [engine for _, engine in optimizer._engines]
             and same_objects([p for group in optimizer.param_groups for p in group["params"]], optimizer._params)
             and same_objects(optimizer.state, optimizer._known_state)
         ):
-            return (
-                "optimizer has other parameters or another state than before (add_param_group, load_state_dict, state)"
-            )
+            yield "optimizer has other parameters or another state than before (add_param_group, load_state_dict, state)"
         if not same_objects(settings := self._settings(), self.settings):
-            return next(_differences({"": settings}, {"": self.settings}))
-        return None
+            yield from _differences({"": settings}, {"": self.settings})
 
     def written(self) -> bool:
         """Whether someone wrote to a parameter of which the optimizer keeps the norm or a master."""
@@ -127,11 +125,20 @@ class Watch:
             torch.autograd.graph.increment_version(engine.written)
             engine.versions = sum(map(_version, engine.watched))
 
+    def _values(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self.filled)), *chain.from_iterable(self.lists)]
+
     def _addresses(self) -> list[int]:
         return list(map(Tensor.data_ptr, self.tensors.values()))
 
     def _flags(self) -> list[tuple[Any, ...]]:
         return list(map(_flags, self.tensors.values()))
+
+    def _by_name(self, flags: list[tuple[Any, ...]]) -> dict[str, dict[Any, Any]]:
+        return {
+            f"model.{name}": dict(zip(_TENSOR_FLAGS, values, strict=True))
+            for name, values in zip(self.tensors, flags, strict=True)
+        }
 
     def _settings(self) -> dict[str, Any]:
         """By their names, values that a capture turns into constants."""
@@ -141,7 +148,7 @@ class Watch:
             "autotune": get_autotune(),
             "float32 matmul precision": torch.get_float32_matmul_precision(),
             "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-            "global module hooks": _has_any_global_hook(),
+            "global module hooks": bool(_has_any_global_hook()),
             "optimizer.shrink_schedule": self.optimizer.shrink_schedule,
             "optimizer's step hooks": _step_hooks(self.optimizer),
         }
@@ -192,17 +199,24 @@ def _containers(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield f"{label}.{key}", value
 
 
-def _differences(found: dict[str, Any], known: dict[str, Any]) -> Iterator[str]:
-    """What differs between containers of the same labels, in words."""
-    for label, container in found.items():
-        new, old = (dict(c) if isinstance(c, dict) else dict(enumerate(c)) for c in (container, known[label]))
-        for key in {**old, **new}:
-            if not same_objects(new.get(key, "absent"), old.get(key, "absent")):
-                yield f"{label}.{key}".lstrip(".") + f" was {_words(old, key)} and is {_words(new, key)}"
+def _copy(container: dict[Any, Any] | list[Any]) -> dict[Any, Any]:
+    return dict(container if isinstance(container, dict) else enumerate(container))
 
 
-def _words(values: dict[Any, Any], key: Any) -> str:
-    if key not in values:
-        return "absent"
-    value = values[key]
+def _differences(found: dict[str, dict[Any, Any]], known: dict[str, dict[Any, Any]]) -> Iterator[str]:
+    """What differs between dicts of the same labels, in words."""
+    for label, values in found.items():
+        for key in {**known[label], **values}:
+            old, new = _value(known[label], key), _value(values, key)
+            if not same_objects([old], [new]):
+                yield f"{label}.{key}".lstrip(".") + f" was {_words(old)} and is {_words(new)}"
+
+
+def _value(values: dict[Any, Any], key: Any) -> Any:
+    """A dict's value, or None for what is left of hooks that were removed."""
+    value = values.get(key, "absent")
+    return None if key == "_is_full_backward_hook" or (isinstance(value, dict) and not value) else value
+
+
+def _words(value: Any) -> str:
     return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else shown(repr(value))

@@ -1,7 +1,7 @@
 """A stand-in for ``graphed_step.Graphs`` on a CPU: a capture records PyTorch's operators and the optimizer's launches.
 
-A capture changes nothing, and a replay runs the recorded calls on the same memory, without the Python around them. So a value that
-Python computed is a constant, as in a CUDA graph.
+A capture changes nothing, and a replay runs the recorded calls on the same memory, without the Python around them. So a value
+that Python computed is a constant, as in a CUDA graph.
 """
 
 from __future__ import annotations
