@@ -6,6 +6,7 @@ that Python computed is a constant, as in a CUDA graph.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -75,6 +76,9 @@ class RecordedGraphs:
         with self.patch.context() as patch:
             patch.setattr(graph_capture, "capturing", lambda: True)
             patch.setattr(launcher, "launch", recording.launch)
+            if "transformers.masking_utils" in sys.modules:
+                # It asks whether a stream captures, and then reads no mask.
+                patch.setattr("transformers.masking_utils.is_tracing", lambda *args: True)
             with recording:
                 output = function()
         with torch.no_grad():
