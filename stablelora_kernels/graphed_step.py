@@ -30,6 +30,8 @@ class Graphs:
         # As in torch.cuda.make_graphed_callables, warm-up and capture have a stream each.
         self.side_stream, self.capture_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        # The allocator takes no more captures into a pool whose graphs are all gone.
+        self.captured: list[torch.cuda.CUDAGraph] = []
 
     def run(self, function: Callable[[], Tensor]) -> Tensor:
         """Call ``function`` on the side stream."""
@@ -49,6 +51,7 @@ class Graphs:
         # torch.cuda.graph does not put the current stream back if the capture fails.
         with torch.cuda.stream(torch.cuda.current_stream(self.device)), graphed:
             output = function()
+        self.captured.append(graph)
         return graph.replay, output
 
 
@@ -144,14 +147,15 @@ class GraphedStep:
                     f"sample_batches must be 1 to max_graphs={max_graphs} batches, got {len(self._shapes)}"
                 )
         self._device = next(chain.from_iterable(group["params"] for group in optimizer.param_groups)).device
-        if enabled:
-            self._graphs = make_graphs(self._device)
-            check_capturable(model, optimizer)
         self.reset()
+        if enabled:
+            check_capturable(model, optimizer)
 
     def reset(self) -> None:
         """Drop all graphs. The next calls warm up and capture again, with the model and the optimizer as they then are."""
         self._buckets: dict[Shape, _Bucket] = {}
+        if self.enabled:
+            self._graphs = make_graphs(self._device)
         # By group and name, the memory that graphs read hyperparameters from, and the numbers in it.
         self._cells: dict[tuple[int, str], Tensor] = {}
         self._numbers: dict[tuple[int, str], float] = {}
