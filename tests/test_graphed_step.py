@@ -669,4 +669,8 @@ def test_a_change_of_a_peft_model_is_noticed() -> None:
     with pytest.raises(RuntimeError, match=r"q_proj\.merged_adapters\.0 was 'absent' and is 'default'"):
         step(batch)
     layer.merged_adapters.clear()
+    slk.restore_peft(model)
+    with pytest.raises(RuntimeError, match=r"q_proj was 'AcceleratedLinear' and is 'Linear'"):
+        step(batch)
+    slk.accelerate_peft(model)
     step(batch)

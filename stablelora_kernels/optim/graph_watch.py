@@ -44,7 +44,7 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
             raise ValueError(
                 f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
             )
-    devices = {p.device for p in chain(tensors.values(), optimizer._params)}
+    devices = {p.device for p in chain(tensors.values(), _params(optimizer))}
     if len(devices) > 1:
         raise ValueError(
             f"model and optimizer must be on one GPU, got tensors on {', '.join(sorted(map(str, devices)))}"
@@ -66,7 +66,7 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
             f"optimizer must have no step hooks, since a CUDA graph would not call them again, got {hooks[0]!r}"
         )
     (device,) = devices
-    if resolve_backend(device) != "triton" or any(p.dtype is torch.float64 for p in optimizer._params):
+    if resolve_backend(device) != "triton" or any(p.dtype is torch.float64 for p in _params(optimizer)):
         raise ValueError(
             "optimizer must step on Triton's kernels to be captured, got float64 parameters or the backend "
             f"{get_backend()!r}: PyTorch's operators read from the GPU"
@@ -80,7 +80,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, optimizer: StableLoRAAdamW, scaler: torch.amp.GradScaler | None) -> None:
-        self.optimizer, self.scaler, self.device = optimizer, scaler, optimizer._params[0].device
+        self.optimizer, self.scaler, self.device = optimizer, scaler, next(_params(optimizer)).device
         self.containers = dict(_containers(model))
         dicts = [container for container in self.containers.values() if isinstance(container, dict)]
         # Most dicts are for hooks that nobody has registered.
@@ -88,9 +88,13 @@ class Watch:
         self.lists = [container for container in self.containers.values() if isinstance(container, list)]
         self.contents = {label: _copy(container) for label, container in self.containers.items()}
         self.values = self._values()
+        self.modules = dict(model.named_modules())
+        self.classes = list(map(type, self.modules.values()))
         self.tensors = {name: tensor for name, tensor in _tensors(model).items() if _has_address(tensor)}
         self.addresses, self.flags = self._addresses(), self._flags()
         self.engines = [engine for _, engine in optimizer._engines]
+        self.params = list(_params(optimizer))
+        self.state = {p: dict(entry) for p, entry in optimizer.state.items()}
         self.settings = self._settings()
 
     def change(self) -> str | None:
@@ -100,6 +104,13 @@ class Watch:
     def _changes(self) -> Iterator[str]:
         if any(self.empty) or not same_objects(self._values(), self.values):
             yield from _differences({label: _copy(c) for label, c in self.containers.items()}, self.contents)
+        # accelerate_peft and restore_peft change classes.
+        if self.classes != (classes := list(map(type, self.modules.values()))):
+            found, known = (
+                {"model": {name: kind.__name__ for name, kind in zip(self.modules, kinds, strict=True)}}
+                for kinds in (classes, self.classes)
+            )
+            yield from _differences(found, known)
         if self.addresses != (addresses := self._addresses()):
             moved = [name for name, old, new in zip(self.tensors, self.addresses, addresses, strict=True) if old != new]
             yield f"model.{moved[0]} has other memory than before"
@@ -108,8 +119,8 @@ class Watch:
         optimizer = self.optimizer
         if not (
             self.engines == [engine for _, engine in optimizer._engines]
-            and same_objects([p for group in optimizer.param_groups for p in group["params"]], optimizer._params)
-            and same_objects(optimizer.state, optimizer._known_state)
+            and same_objects(list(_params(optimizer)), self.params)
+            and same_objects(optimizer.state, self.state)
         ):
             yield "optimizer has other parameters or another state than before (add_param_group, load_state_dict, state)"
         if not same_objects(settings := self._settings(), self.settings):
@@ -168,6 +179,10 @@ class Watch:
 def reads_from_memory(value: Any, device: torch.device) -> bool:
     """Whether the optimizer reads a live hyperparameter from the tensor that its group holds."""
     return isinstance(value, Tensor) and value.device == device
+
+
+def _params(optimizer: StableLoRAAdamW) -> Iterator[Tensor]:
+    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
