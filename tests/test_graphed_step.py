@@ -170,6 +170,19 @@ def test_a_replaced_lr_tensor_is_noticed_and_after_reset_used(graphs: RecordedGr
     assert all_equal(before, [p.detach() for p in optimizer.param_groups[0]["params"]])
 
 
+def test_an_lr_tensor_that_comes_while_it_warms_up_is_used() -> None:
+    results = []
+    for make_step in (eager, graphed):
+        model, optimizer = make()
+        step = make_step(model, optimizer)
+        for turn, batch in enumerate(batches(6)):
+            if turn == 1:
+                optimizer.param_groups[0]["lr"] = torch.tensor(1e-3)
+            step(batch)
+        results.append(snapshot(optimizer))
+    assert all_equal(*results)
+
+
 def test_a_grad_scaler_is_part_of_the_graph(graphs: RecordedGraphs) -> None:
     """The sixth batch overflows: its step is skipped and the scale halves, in a replay. Later the scale grows."""
     results = []
