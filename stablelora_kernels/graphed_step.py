@@ -273,8 +273,8 @@ class GraphedStep:
             # Ending a capture that failed raises another error on top of the reason.
             reason = error.__context__ or error
             raise RuntimeError(
-                f"a CUDA graph cannot hold this step: {reason}. The model and loss_fn may not read from the GPU (.item(), .cpu(), "
-                "a branch on a value); enabled=False runs every step eagerly"
+                f"a CUDA graph cannot hold this step: {reason}. The model and loss_fn may not read from the GPU (.item(), "
+                ".cpu(), a branch on a value); enabled=False runs every step eagerly"
             ) from error
         if drawn != host_generators():
             raise RuntimeError(

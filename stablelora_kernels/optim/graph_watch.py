@@ -76,7 +76,7 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
 class Watch:
     """The state of a model, an optimizer and the settings, as it was after a step.
 
-    Every replay asks :meth:`change`, so that takes few passes, all of them Python's own: about a microsecond a module.
+    Every replay asks :meth:`change`, so that takes few passes, all of them Python's own: a few microseconds a module.
     """
 
     def __init__(self, model: nn.Module, optimizer: StableLoRAAdamW, scaler: torch.amp.GradScaler | None) -> None:
