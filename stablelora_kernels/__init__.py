@@ -15,6 +15,7 @@ from stablelora_kernels.dispatch import (
     use_kernel,
 )
 from stablelora_kernels.explanation import Explanation, explain
+from stablelora_kernels.graphed_step import GraphedStep
 from stablelora_kernels.integrations.hf_trainer import StabilityCallback, StableLoRAAdamWFactory
 from stablelora_kernels.integrations.peft import accelerate_peft, restore_peft
 from stablelora_kernels.model import (
@@ -36,6 +37,7 @@ from stablelora_kernels.pairs import LoRAPair, lora_pairs
 
 __all__ = [
     "Explanation",
+    "GraphedStep",
     "LoRAConfig",
     "LoRALinear",
     "LoRAPair",

@@ -19,7 +19,7 @@ FLOORS = (
     {"kernels"},
     {"launch"},
     {"ops", "optim"},
-    {"functional", "explanation"},
+    {"functional", "explanation", "graphed_step"},
     {"nn"},
     {"model", "tensor_parallel", "testing"},
     {"integrations"},

@@ -1,4 +1,4 @@
-"""A training step of a few layers, eager and in a CUDA graph: forward, backward, and the step of Stable-LoRA's optimizer."""
+"""A training step of a few layers, eager and by GraphedStep: forward, backward, and the step of Stable-LoRA's optimizer."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from functools import partial
 from itertools import product
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.common.optimizers import LR
 from benchmarks.lab.gpu import section
-from benchmarks.lab.gpu.device import Arms, Device
+from benchmarks.lab.gpu.device import WARMUP, Arms, Device
 from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_columns
-from stablelora_kernels import LoRALinear, StableLoRAAdamW
+from stablelora_kernels import GraphedStep, LoRALinear, StableLoRAAdamW
 
 COLUMNS = (
     "rows", "width", "layers", "dropout", "arm", "status", "us", "q1_us", "q3_us", "samples", "host_us", "eager_over",
@@ -23,28 +23,44 @@ SECONDS = 0.4
 LAYERS, R = 4, 16
 
 
-def step(device: Device, rows: int, width: int, p: float) -> Callable[[], None]:
-    """A training step of LAYERS layers in bfloat16 with float32 A and B. Its gradients are new tensors each time."""
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).float().square().mean()
+
+
+def make(device: Device, rows: int, width: int, p: float) -> tuple[nn.Module, StableLoRAAdamW, Tensor]:
+    """LAYERS layers in bfloat16 with float32 A and B, their optimizer and a batch."""
     torch.manual_seed(0)
     options = {"r": R, "lora_dropout": p, "dtype": torch.bfloat16, "lora_dtype": torch.float32, "device": device.device}
     model = nn.Sequential(*(LoRALinear(width, width, **options) for _ in range(LAYERS)))
     optimizer = StableLoRAAdamW.from_model(model, lr=LR, shrink_ratio=0.01, capturable=not device.dry)
-    x = torch.randn(rows, width, device=device.device, dtype=torch.bfloat16)
+    return model, optimizer, torch.randn(rows, width, device=device.device, dtype=torch.bfloat16)
+
+
+def eager_step(device: Device, rows: int, width: int, p: float) -> Callable[[], object]:
+    """A training step whose gradients are new tensors each time."""
+    model, optimizer, x = make(device, rows, width, p)
 
     def train() -> None:
         optimizer.zero_grad()
-        model(x).float().square().mean().backward()
+        loss_of(model, x).backward()
         optimizer.step()
 
     return train
 
 
+def captured_step(device: Device, rows: int, width: int, p: float) -> Callable[[], object]:
+    """The same step by GraphedStep, after its capture."""
+    model, optimizer, x = make(device, rows, width, p)
+    step = GraphedStep(model, optimizer, loss_of, num_warmup_iters=WARMUP, enabled=not device.dry)
+    for _ in range(WARMUP + 1):
+        step(x)
+    return partial(step, x)
+
+
 def measure(device: Device, rows: int, width: int, p: float) -> Iterator[Row]:
-    arms: Arms = {"eager": step(device, rows, width, p)}
-    # Its own model and optimizer: a graph keeps the gradients of its last warm-up.
-    to_capture = step(device, rows, width, p)
+    arms: Arms = {"eager": eager_step(device, rows, width, p)}
     try:
-        arms["captured"] = device.capture(to_capture)
+        arms["captured"] = captured_step(device, rows, width, p)
     except Exception as error:
         yield {"arm": "captured", "status": FAILED, "note": note_of(error)}
     samples = device.time(arms, SECONDS, queued=False)

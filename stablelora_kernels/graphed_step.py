@@ -1,0 +1,353 @@
+"""``GraphedStep``: forward, backward, clipping and the optimizer's step as one CUDA graph for each shape of a batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stablelora_kernels.optim.graph_watch import LIVE, Watch, check_capturable, reads_from_memory
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.utils.validation import check_bool, check_int
+
+# A batch's tensors by their key or index.
+Leaves = list[tuple[Any, Tensor]]
+# The container of a batch, and its tensors' keys, shapes and dtypes.
+Shape = tuple[type, tuple[tuple[Any, torch.Size, torch.dtype], ...]]
+
+
+class Graphs:
+    """The streams and the memory of one GPU's graphs. Tests replace it by one that records and repeats calls on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # As in torch.cuda.make_graphed_callables, warm-up and capture have a stream each.
+        self.side_stream, self.capture_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        # The allocator takes no more captures into a pool whose graphs are all gone.
+        self.captured: list[torch.cuda.CUDAGraph] = []
+
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """Call ``function`` on the side stream."""
+        current = torch.cuda.current_stream(self.device)
+        self.side_stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self.side_stream):
+                return function()
+        finally:
+            current.wait_stream(self.side_stream)
+
+    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Capture ``function``. Return the replay, and the tensor in which each replay leaves what ``function`` returns."""
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": a thread that loads data may allocate pinned memory meanwhile.
+        graphed = torch.cuda.graph(graph, self.pool, self.capture_stream, capture_error_mode="thread_local")
+        # torch.cuda.graph does not put the current stream back if the capture fails.
+        with torch.cuda.stream(torch.cuda.current_stream(self.device)), graphed:
+            output = function()
+        self.captured.append(graph)
+        return graph.replay, output
+
+
+class _Bucket:
+    """One shape: the tensors that its steps read their batch from, and its graph."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.kind = shape[0]
+        self.tensors = {key: torch.empty(size, dtype=dtype, device=device) for key, size, dtype in shape[1]}
+        self.warmups = 0
+        # How the last eager step or the capture left model and optimizer.
+        self.watch: Watch | None = None
+        # The replay, and the loss that it leaves.
+        self.graph: tuple[Callable[[], None], Tensor] | None = None
+
+    @torch.no_grad()
+    def fill(self, leaves: Leaves) -> None:
+        for key, tensor in leaves:
+            self.tensors[key].copy_(tensor, non_blocking=True)
+
+    def batch(self) -> Any:
+        if self.kind is dict:
+            return dict(self.tensors)
+        return self.tensors[0] if self.kind is Tensor else self.kind(self.tensors.values())
+
+
+class GraphedStep:
+    """A training step in a CUDA graph: each call takes one step on a batch and returns its loss.
+
+    ::
+
+        step = slk.GraphedStep(model, optimizer, loss_fn)
+        for batch in batches:
+            loss = step(batch)
+            scheduler.step()
+
+    A call is ``loss_fn(model, batch).backward()``, ``optimizer.step()`` and ``optimizer.zero_grad()``. The first
+    ``num_warmup_iters`` calls of a shape run eagerly, the next one captures, and all others replay. Every call is one real step,
+    with the bits of an eager one. Replays draw new dropout masks, and pairs latch in them. Learning rates, weight decays and
+    shrink ratios may be numbers that a scheduler changes: they are copied to the GPU when they differ.
+
+    A graph repeats what the GPU did; Python does not run again. So every call compares the model's modules, parameters and
+    attributes, the optimizer's settings and this library's settings with those of the capture, and raises if one differs. If
+    someone wrote to A or B, that call runs eagerly, so that the latch goes by the new norms. Not watched are ``loss_fn`` itself
+    and values inside of objects that a module holds, such as ``model.config``: change none of them.
+
+    Args:
+        model: any module whose parameters and buffers are on one GPU: with this library's layers or PEFT's, accelerated or not.
+        optimizer: a :class:`StableLoRAAdamW` with ``capturable=True``. Its ``max_grad_norm`` clips in the graph.
+        loss_fn: a function of the model and the batch that returns the loss, a 0-d tensor. Autocast belongs inside of it.
+            Default: ``model(**batch).loss``, as Hugging Face's models return it.
+        sample_batches: batches of the only shapes to be taken; their values are not read. Default: capture up to
+            ``max_graphs`` shapes as they come.
+        grad_scaler: a ``torch.amp.GradScaler``, whose scaling, step and update go into the graph.
+        max_graphs: the most shapes to capture. They share their memory.
+        num_warmup_iters: eager steps of a shape before its capture, at least 1, in which kernels compile.
+        enabled: False runs every step eagerly, on any device.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, or the model or the optimizer cannot be captured:
+            hooks, data parallelism, sharded parameters, several devices or none that is a GPU, ``shrink_schedule``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: StableLoRAAdamW,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        *,
+        sample_batches: Iterable[Any] | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        max_graphs: int = 8,
+        num_warmup_iters: int = 3,
+        enabled: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(optimizer, StableLoRAAdamW):
+            raise TypeError(f"optimizer must be a StableLoRAAdamW, got {type(optimizer).__name__}")
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function of the model and a batch, got {loss_fn!r}")
+        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+            raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
+        self.model, self.optimizer, self.loss_fn, self.grad_scaler = model, optimizer, loss_fn, grad_scaler
+        self.max_graphs = check_int("max_graphs", max_graphs, minimum=1)
+        self.num_warmup_iters = check_int("num_warmup_iters", num_warmup_iters, minimum=1)
+        self.enabled = check_bool("enabled", enabled)
+        self._shapes: list[Shape] | None = None
+        if sample_batches is not None:
+            self._shapes = [self._read("sample_batches", batch)[0] for batch in sample_batches]
+            if not 0 < len(self._shapes) <= max_graphs:
+                raise ValueError(
+                    f"sample_batches must be 1 to max_graphs={max_graphs} batches, got {len(self._shapes)}"
+                )
+        self._device = next(chain.from_iterable(group["params"] for group in optimizer.param_groups)).device
+        self.reset()
+        if enabled:
+            check_capturable(model, optimizer)
+
+    def reset(self) -> None:
+        """Drop all graphs. The next calls warm up and capture again, with the model and the optimizer as they then are."""
+        self._buckets: dict[Shape, _Bucket] = {}
+        if self.enabled:
+            self._graphs = make_graphs(self._device)
+        # By group and name, the memory that graphs read hyperparameters from, and the numbers in it.
+        self._cells: dict[tuple[int, str], Tensor] = {}
+        self._numbers: dict[tuple[int, str], float] = {}
+
+    @property
+    def captured(self) -> list[str]:
+        """The shapes that have a graph, in words."""
+        return [in_words(shape) for shape, bucket in self._buckets.items() if bucket.graph is not None]
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Take one step and return its loss, a new 0-d tensor without a gradient. Nothing is read from the GPU.
+
+        Args:
+            batch: a tensor, or a tuple, list or dict of tensors, on any device. ``loss_fn`` gets the same on the GPU.
+
+        Raises:
+            TypeError, ValueError: the batch holds something else, or has a shape that is not to be captured.
+            RuntimeError: gradients or autocast come from outside; the step cannot be captured; or something has changed since
+                the capture. No step was taken then.
+        """
+        shape, leaves = self._read("batch", batch)
+        self._check_call()
+        bucket = self._bucket(shape)
+        if bucket.watch is not None and (change := bucket.watch.change()) is not None:
+            if bucket.graph is not None:
+                raise RuntimeError(f"{change}, which its CUDA graph does not know: put it back, or call reset()")
+            bucket.warmups = 0
+        bucket.fill(leaves)
+        if not self.enabled:
+            return self._train(bucket)
+        self._copy_numbers()
+        # After a write to a parameter the optimizer measures norms anew, which a graph would do in every replay.
+        if bucket.watch is None or bucket.warmups < self.num_warmup_iters or bucket.watch.written():
+            return self._run_eagerly(bucket)
+        if bucket.graph is None:
+            bucket.graph = self._capture(bucket)
+            bucket.watch = Watch(self.model, self.optimizer, self.grad_scaler)
+        else:
+            bucket.watch.count_write()
+        replay, loss = bucket.graph
+        replay()
+        return loss.clone()
+
+    def _read(self, argument: str, batch: Any) -> tuple[Shape, Leaves]:
+        """The shape of a batch, and its tensors."""
+        if self.loss_fn is None and not isinstance(batch, Mapping):
+            raise TypeError(f"{argument} must be a dict unless loss_fn is given, got {type(batch).__name__}")
+        kind, leaves = leaves_of(argument, batch)
+        return (kind, tuple((key, tensor.shape, tensor.dtype) for key, tensor in leaves)), leaves
+
+    def _check_call(self) -> None:
+        if torch.is_autocast_enabled(self._device.type):
+            raise RuntimeError(
+                "autocast must be inside of loss_fn, since it is for the forward alone, got it around the step"
+            )
+        if any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                "gradients must be None before a step, which would drop them, got some: one call is a whole step, without "
+                "accumulation. Call optimizer.zero_grad() first"
+            )
+
+    def _bucket(self, shape: Shape) -> _Bucket:
+        if not self.enabled:
+            return _Bucket(shape, self._device)
+        if shape not in self._buckets:
+            known = list(self._buckets) if self._shapes is None else self._shapes
+            if shape not in known and (self._shapes is not None or len(known) == self.max_graphs):
+                raise ValueError(
+                    f"batch must have one of the {len(known)} shapes that may have a graph, got {in_words(shape)} instead of "
+                    f"{'; '.join(map(in_words, known))}. Pad the batch, or allow more (max_graphs, sample_batches)"
+                )
+            self._buckets[shape] = _Bucket(shape, self._device)
+        return self._buckets[shape]
+
+    def _copy_numbers(self) -> None:
+        """Bring the numbers among the live hyperparameters to where graphs read them."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            for name in LIVE:
+                value, key = group[name], (index, name)
+                if reads_from_memory(value, self._device):
+                    self._cells.pop(key, None)
+                    self._numbers.pop(key, None)
+                    continue
+                if key not in self._cells:
+                    self._cells[key] = torch.empty((), dtype=torch.float32, device=self._device)
+                if self._numbers.get(key) != float(value):
+                    self._numbers[key] = float(value)
+                    self._cells[key].fill_(self._numbers[key])
+
+    @contextmanager
+    def _live_hyperparameters(self) -> Iterator[None]:
+        """Let the optimizer read the live hyperparameters from their memory."""
+        groups = self.optimizer.param_groups
+        numbers = {(index, name): groups[index][name] for index, name in self._cells}
+        try:
+            for (index, name), cell in self._cells.items():
+                groups[index][name] = cell
+            yield
+        finally:
+            for (index, name), number in numbers.items():
+                groups[index][name] = number
+
+    def _run_eagerly(self, bucket: _Bucket) -> Tensor:
+        loss = self._graphs.run(partial(self._train, bucket))
+        bucket.warmups += 1
+        bucket.watch = Watch(self.model, self.optimizer, self.grad_scaler)
+        return loss
+
+    def _capture(self, bucket: _Bucket) -> tuple[Callable[[], None], Tensor]:
+        check_capturable(self.model, self.optimizer)
+        drawn = host_generators()
+        try:
+            graph = self._graphs.capture(partial(self._train, bucket))
+        except RuntimeError as error:
+            # Ending a capture that failed raises another error on top of the reason.
+            reason = error.__context__ or error
+            raise RuntimeError(
+                f"a CUDA graph cannot hold this step: {reason}. The model and loss_fn may not read from the GPU (.item(), "
+                ".cpu(), a branch on a value); enabled=False runs every step eagerly"
+            ) from error
+        if drawn != host_generators():
+            raise RuntimeError(
+                "a CUDA graph cannot hold this step: the model or loss_fn draws random numbers on the host, which each replay "
+                "would repeat; enabled=False runs every step eagerly"
+            )
+        return graph
+
+    def _train(self, bucket: _Bucket) -> Tensor:
+        """One eager step."""
+        scaler, batch = self.grad_scaler, bucket.batch()
+        try:
+            with torch.enable_grad():
+                loss = self.model(**batch).loss if self.loss_fn is None else self.loss_fn(self.model, batch)
+                if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+                    got = f"one of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                    raise TypeError(f"loss_fn must return a 0-d tensor with a gradient, got {got}")
+                (loss if scaler is None else scaler.scale(loss)).backward()
+            with self._live_hyperparameters():
+                if scaler is None:
+                    self.optimizer.step()
+                else:
+                    scaler.step(self.optimizer)
+                    scaler.update()
+        finally:
+            # Gradients of a capture then lie in the graph's memory, and those of no other step.
+            for p in chain(self.model.parameters(), *(group["params"] for group in self.optimizer.param_groups)):
+                p.grad = None
+        return loss.detach()
+
+
+def make_graphs(device: torch.device) -> Graphs:
+    """The graphs of ``device``.
+
+    Raises:
+        ValueError: ``device`` is no GPU.
+    """
+    if device.type != "cuda":
+        raise ValueError(
+            f"model must be on a GPU to be captured, got it on {device}; enabled=False runs every step eagerly"
+        )
+    return Graphs(device)
+
+
+def host_generators() -> tuple[Any, ...]:
+    """The states of the host's random number generators."""
+    return torch.get_rng_state().tolist(), random.getstate()
+
+
+def leaves_of(argument: str, batch: Any) -> tuple[type, Leaves]:
+    """The container of a batch, and its tensors."""
+    kind: type
+    if isinstance(batch, Mapping):
+        kind, leaves = dict, list(batch.items())
+    elif isinstance(batch, (tuple, list)):
+        kind, leaves = (list if isinstance(batch, list) else tuple), list(enumerate(batch))
+    else:
+        kind, leaves = Tensor, [(0, batch)]
+    for key, value in leaves:
+        where = argument if kind is Tensor else f"{argument}[{key!r}]"
+        if type(value) is not Tensor or value.layout is not torch.strided:
+            got = f"layout {value.layout}" if type(value) is Tensor else type(value).__name__
+            raise TypeError(
+                f"{where} must be a dense tensor, got {got}; a batch is a tensor, or a tuple, list or dict of them"
+            )
+        if value.requires_grad:
+            raise ValueError(f"{where} must need no gradient, got requires_grad=True")
+    return kind, leaves
+
+
+def in_words(shape: Shape) -> str:
+    kind, leaves = shape
+    texts = [f"{str(dtype).removeprefix('torch.')} {list(size)}" for _, size, dtype in leaves]
+    if kind is dict:
+        texts = [f"{key} {text}" for (key, *_), text in zip(leaves, texts, strict=True)]
+    return f"({', '.join(texts)})"

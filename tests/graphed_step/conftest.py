@@ -1,0 +1,30 @@
+"""Without a GPU a capture is recorded and a replay runs what was recorded. Real graphs: tests/gpu/test_graphed_step.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import stablelora_kernels as slk
+from stablelora_kernels import graphed_step
+
+
+@pytest.fixture(autouse=True)
+def on_triton(one_thread: None) -> Iterator[None]:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU has real graphs: tests/gpu/test_graphed_step.py")
+    with slk.use_backend("triton"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The recorded graphs that every GraphedStep of the test gets."""
+    from tests.helpers.recorded_graphs import RecordedGraphs
+
+    recorded = RecordedGraphs(monkeypatch)
+    monkeypatch.setattr(graphed_step, "make_graphs", lambda device: recorded)
+    return recorded
