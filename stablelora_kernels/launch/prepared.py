@@ -130,7 +130,8 @@ class Repeated:
     """A :class:`Launch` of the same tensors again and again. From the second run on it is prepared."""
 
     def __init__(self, launch: Launch) -> None:
-        self._launch, self._launcher, self._seen = launch, None, False
+        self._launch, self._seen = launch, False
+        self._launcher: Any = None
 
     def run(self, device: torch.device) -> None:
         elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
