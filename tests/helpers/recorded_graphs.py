@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stablelora_kernels.launch import base
-from stablelora_kernels.launch import stable_adamw as launcher
+from stablelora_kernels.launch.prepared import Repeated
 from stablelora_kernels.optim import graph_capture
+
+_run = Repeated.run
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -53,9 +55,9 @@ class Recording(TorchDispatchMode):
         self.calls.append(call)
         return result
 
-    def launch(self, *args: Any, **meta: Any) -> None:
+    def keep(self, launch: Repeated, device: torch.device) -> None:
         """A launch of the optimizer, whose results no operator needs: it is only kept."""
-        self.calls.append(lambda: base.launch(*args, **meta))
+        self.calls.append(partial(_run, launch, device))
 
     def undo(self) -> None:
         for tensor, value in reversed(self.overwritten):
@@ -75,7 +77,7 @@ class RecordedGraphs:
         recording, generator = Recording(), torch.get_rng_state()
         with self.patch.context() as patch:
             patch.setattr(graph_capture, "capturing", lambda: True)
-            patch.setattr(launcher, "launch", recording.launch)
+            patch.setattr(Repeated, "run", lambda launch, device: recording.keep(launch, device))
             if "transformers.masking_utils" in sys.modules:
                 # It asks whether a stream captures, and then reads no mask.
                 patch.setattr("transformers.masking_utils.is_tracing", lambda *args: True)
