@@ -19,6 +19,7 @@ from benchmarks.common.null_driver import launches, null_driver, null_driver_pro
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.launch import compiled
 from stablelora_kernels.ops import plans
+from stablelora_kernels.testing import make_pairs
 
 torch.set_num_threads(1)
 # Rows, dropout's probability, and elements by which x lies off a multiple of 16 bytes.
@@ -35,18 +36,26 @@ class Recorder:
     """Stands between the launchers and Triton's C launcher, and keeps what passes."""
 
     def __init__(self) -> None:
+        from triton.backends.nvidia import driver as nvidia
         from triton.runtime.driver import driver
 
-        self.utils = driver.active.utils
-        self.launch, self.made = self.utils.launch, threading.local()
-        self.utils.launch = self
+        self.made, utils = threading.local(), driver.active.utils
+        # One C launcher takes a list of arguments for any kernel; in older versions each kernel has its own.
+        self.takes_lists = hasattr(utils, "launch")
+        if self.takes_lists:
+            utils.launch = self.around(utils.launch)
+        else:
+            wrap = nvidia.wrap_handle_tensordesc
+            nvidia.wrap_handle_tensordesc = lambda launch, *rest: wrap(self.around(launch), *rest)
 
-    def __call__(self, *args: Any) -> None:
-        *head, kernel_args = args
-        # The hooks, and the metadata for them, are None in a prepared launch and do nothing in another.
-        grid, stream, function, cooperative, pdl, packed = head[:3], *head[3:8]
-        self.calls.append((grid, stream, function, cooperative, pdl, packed, [described(arg) for arg in kernel_args]))
-        self.launch(*args)
+    def around(self, launch: Any) -> Any:
+        def record(*args: Any) -> None:
+            # The hooks, and the metadata for them, are None in a prepared launch and do nothing in another.
+            head, kernel_args = (args[:8], args[-1]) if self.takes_lists else ((*args[:7], args[9]), args[13:])
+            self.calls.append((*head, [described(argument) for argument in kernel_args]))
+            launch(*args)
+
+        return record
 
     @property
     def calls(self) -> list[Any]:
@@ -135,6 +144,20 @@ def check_threads(recorder: Recorder) -> None:
     assert not failures, failures
 
 
+def check_steps(recorder: Recorder) -> None:
+    """From the third step on the optimizer's launch is prepared."""
+    pairs = make_pairs(2, 4, 64, torch.device("cpu"), False)
+    optimizer = slk.StableLoRAAdamW(pairs, max_grad_norm=1.0)
+    for pair in pairs:
+        pair.A.grad, pair.B.grad = torch.ones_like(pair.A), torch.ones_like(pair.B)
+    seen = []
+    for _ in range(4):
+        recorder.calls.clear()
+        optimizer.step()
+        seen.append([*recorder.calls])
+    assert len(seen[1]) == 2 and seen[1] == seen[2] == seen[3], seen
+
+
 def check_hooks() -> None:
     """A profiler's launch hooks are called in prepared launches too."""
     from triton import knobs
@@ -159,8 +182,7 @@ def main() -> int:
         return 77
     with null_driver(), slk.use_backend("triton"):
         recorder = Recorder()
-        takes_lists = hasattr(recorder.utils, "build_signature_metadata")
-        for launcher in (compiled.Direct, compiled.ByTriton) if takes_lists else (compiled.ByTriton,):
+        for launcher in (compiled.Direct, compiled.ByTriton) if recorder.takes_lists else (compiled.ByTriton,):
             with (
                 mock.patch.object(compiled, "launcher_of", launcher),
                 mock.patch("stablelora_kernels.launch.prepared.launcher_of", launcher),
@@ -168,6 +190,7 @@ def main() -> int:
                 for case in CASES.values():
                     check_case(recorder, *case)
                 check_threads(recorder)
+                check_steps(recorder)
         plans.clear()
         check_hooks()
         before = launches()
