@@ -66,32 +66,11 @@ class Branch(NamedTuple):
 
 def reason_against(layer: Any, adapter: str) -> str | None:
     """Why PEFT's own forward must compute an adapter of a layer, or None."""
-    if adapter in layer.lora_variant:
-        return f"adapter {adapter!r} is a variant of LoRA ({type(layer.lora_variant[adapter]).__name__})"
-    a, b, dropout = _parts_of(layer, adapter)
-    for name, module in (("lora_A", a), ("lora_B", b)):
-        if not _is_plain_linear(module):
-            return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"
-    (a_weight, a_bias), (b_weight, _) = _tensors_of(a), _tensors_of(b)
-    if a_bias is not None or a_weight.dtype != b_weight.dtype:
-        return f"lora_A of adapter {adapter!r} has a bias, or another dtype than lora_B"
-    if type(dropout) not in (nn.Identity, nn.Dropout) or _is_hooked(dropout):
-        return f"the dropout of adapter {adapter!r} is a {type(dropout).__name__}, or has hooks"
-    if type(dropout) is nn.Dropout and dropout.p >= 1:
-        return f"the dropout of adapter {adapter!r} drops everything"
-    if not isinstance(layer.scaling[adapter], (int, float)):
-        return f"the scaling of adapter {adapter!r} is a {type(layer.scaling[adapter]).__name__}, not a number"
-    return None
+    found = _read(layer, adapter)
+    return found if isinstance(found, str) else None
 
 
 # The following code runs at every call of every layer, so it avoids nn.Module's slow __getattr__.
-
-
-def _parts_of(layer: Any, adapter: str) -> tuple[Any, Any, Any]:
-    """lora_A, lora_B and the dropout of an adapter."""
-    modules = layer._modules
-    a, b, dropout = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
-    return a[adapter], b[adapter], dropout[adapter]
 
 
 def _tensors_of(linear: Any) -> tuple[Any, Any]:
@@ -117,9 +96,29 @@ def _is_plain(weight: Tensor, bias: Tensor | None) -> bool:
     return type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether ``module`` can be computed from its weight and bias without calling it."""
-    return type(module) is nn.Linear and not _is_hooked(module) and _is_plain(*_tensors_of(module))
+def _read(layer: Any, adapter: str) -> Branch | str:
+    """An adapter's branch, with the dropout of now, or why PEFT's own forward must compute it."""
+    if adapter in layer.lora_variant:
+        return f"adapter {adapter!r} is a variant of LoRA ({type(layer.lora_variant[adapter]).__name__})"
+    modules = layer._modules
+    a, b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
+    dropout, scaling = modules["lora_dropout"]._modules[adapter], layer.scaling[adapter]
+    tensors: list[tuple[Any, Any]] = []
+    for name, module in (("lora_A", a), ("lora_B", b)):
+        tensors.append(_tensors_of(module) if type(module) is nn.Linear and not _is_hooked(module) else (None, None))
+        if not _is_plain(*tensors[-1]):
+            return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"
+    (a_weight, a_bias), (b_weight, b_bias) = tensors
+    if a_bias is not None or a_weight.dtype != b_weight.dtype:
+        return f"lora_A of adapter {adapter!r} has a bias, or another dtype than lora_B"
+    kind = type(dropout)
+    if (kind is not nn.Identity and kind is not nn.Dropout) or _is_hooked(dropout):
+        return f"the dropout of adapter {adapter!r} is a {kind.__name__}, or has hooks"
+    if kind is nn.Dropout and dropout.p >= 1:
+        return f"the dropout of adapter {adapter!r} drops everything"
+    if not isinstance(scaling, (int, float)):
+        return f"the scaling of adapter {adapter!r} is a {type(scaling).__name__}, not a number"
+    return Branch(a_weight, b_weight, b_bias, scaling, dropout.p if kind is nn.Dropout and dropout.training else 0.0)
 
 
 def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | None:
@@ -131,14 +130,10 @@ def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | 
     for adapter in adapters:
         if adapter not in layer._modules["lora_A"]._modules:
             continue
-        if reason_against(layer, adapter) is not None:
+        branch = _read(layer, adapter)
+        if isinstance(branch, str) or not _fits(x, branch.lora_A, branch.lora_B):
             return None
-        a, b, dropout = _parts_of(layer, adapter)
-        (lora_A, _), (lora_B, bias) = _tensors_of(a), _tensors_of(b)
-        if not _fits(x, lora_A, lora_B):
-            return None
-        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        found.append(Branch(lora_A, lora_B, bias, layer.scaling[adapter], p))
+        found.append(branch)
     return found
 
 
