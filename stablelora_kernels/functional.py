@@ -120,7 +120,8 @@ def lora_linear_group(
         pairs = [_autocast_pair(*pair, dtype) for pair in zip(lora_As, lora_Bs, strict=True)]
         lora_As, lora_Bs = [a for a, _ in pairs], [b for _, b in pairs]
     given = (x, weights, biases, lora_As, lora_Bs, scalings)
-    key = key_of("lora_linear_group", (*given, dropout_p, training, torch.is_grad_enabled()))
+    flat = (x, *weights, *biases, *lora_As, *lora_Bs, len(weights), *scalings)
+    key = key_of("lora_linear_group", (*flat, dropout_p, training, torch.is_grad_enabled()))
     if (entry := find(key)) is None:
         for weight, bias, lora_A, lora_B in zip(weights, biases, lora_As, lora_Bs, strict=True):
             _check(x, weight, bias, lora_A, lora_B)

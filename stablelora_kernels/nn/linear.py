@@ -214,15 +214,9 @@ class LoRALinear(Mergeable):
                     "this LoRALinear is merged, so lora_A and lora_B would get no gradient; unmerge() first"
                 )
             return nn.functional.linear(x, self._matrix(), self.bias)
-        own = self._parameters
-        try:
-            # nn.Module's __getattr__ takes longer than all else here.
-            bias, lora_A, lora_B = own["bias"], own["lora_A"], own["lora_B"]
-        except KeyError:
-            # FSDP and parametrizations put plain attributes in their stead.
-            bias, lora_A, lora_B = self.bias, self.lora_A, self.lora_B
+        bias, lora_A, lora_B = _trained_and_bias(self)
         weight = self._matrix()
-        return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, self.lora_dropout, self.training)  # type: ignore[arg-type]
+        return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, self.lora_dropout, self.training)
 
     def _base_output(self, x: Tensor) -> Tensor:
         """The output of the frozen layer, merged or not: that of ``forward`` in ``disable_lora``."""
@@ -260,32 +254,35 @@ def is_plain(base: Any) -> bool:
 
 def compute_projection_group(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...] | None:
     """The outputs of layers that share the input ``x``, from one op; None if each layer must compute or raise by itself."""
-    autocast = autocast_dtype(x.device.type) is not None
-    first = layers[0]
+    first, device = layers[0], x.device
+    dtype = None if autocast_dtype(device.type) is not None else x.dtype
+    features, training, dropout_p = x.shape[-1:], first.training, first.lora_dropout
+    operands: list[tuple[Any, ...]] = []
     for layer in layers:
-        tensors = (layer.weight, layer.lora_A, layer.lora_B, *(() if layer.bias is None else (layer.bias,)))
-        # FSDP parameters are DTensors until FSDP gathers them.
-        if any(type(t) not in (nn.Parameter, Tensor) or t.device != x.device for t in tensors):
+        if layer.merged or layer._disabled or layer.training != training or layer.lora_dropout != dropout_p:
             return None
-        if (
-            layer.merged
-            or layer._disabled
-            or layer.training != first.training
-            or layer.lora_dropout != first.lora_dropout
-        ):
+        weight, *_ = own = (layer._matrix(), *_trained_and_bias(layer))
+        for t in own:
+            # FSDP parameters are DTensors until FSDP gathers them.
+            if t is not None and ((type(t) is not nn.Parameter and type(t) is not Tensor) or t.device != device):
+                return None
+        if features != weight.shape[1:] or not (dtype is None or dtype == weight.dtype):
             return None
-        if x.shape[-1:] != layer.weight.shape[1:] or not (autocast or x.dtype == layer.weight.dtype):
-            return None
-    return lora_linear_group(
-        x,
-        [layer.weight for layer in layers],
-        [layer.bias for layer in layers],
-        [layer.lora_A for layer in layers],
-        [layer.lora_B for layer in layers],
-        [layer.scaling for layer in layers],
-        first.lora_dropout,
-        first.training,
-    )
+        operands.append(own)
+    weights, biases, lora_As, lora_Bs = zip(*operands, strict=True)
+    scalings = [layer.scaling for layer in layers]
+    return lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, training)
+
+
+def _trained_and_bias(layer: LoRALinear) -> tuple[Any, Any, Any]:
+    """The bias, A and B of a layer."""
+    own = layer._parameters
+    try:
+        # nn.Module's __getattr__ takes longer than the rest of a call's Python.
+        return own["bias"], own["lora_A"], own["lora_B"]
+    except KeyError:
+        # FSDP and parametrizations put plain attributes in their stead.
+        return layer.bias, layer.lora_A, layer.lora_B
 
 
 def projection_group_key(layer: LoRALinear) -> tuple[Any, ...]:

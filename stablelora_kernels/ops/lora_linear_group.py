@@ -11,6 +11,7 @@ sum. The masks are those of projections computed one by one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -79,10 +80,13 @@ def lora_linear_group_bwd(
     lora_Bs: Sequence[Tensor], s: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
     need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[tuple[Tensor, list[Tensor], list[Tensor]], list[Any]]:  # fmt: skip
-    """dX [..., K], the dA's and the dB's, for x [..., K] and each dY [..., N]; those that are not needed are empty."""
+    """dX [..., K], the dA's and the dB's, for x [..., K] and each dY [..., N]; those that are not needed are empty.
+
+    ``s``: each projection's S, or one matrix that has all of them side by side.
+    """
     from stablelora_kernels.launch.lora_linear_group import backward_launches
 
-    rest = (weights, lora_As, lora_Bs, s, seeds, scalings, dropout_p)
+    rest = (weights, lora_As, lora_Bs, _parts(s, lora_As), seeds, scalings, dropout_p)
     results = dx, das, dbs = _bwd_fake(x, grads, *rest, need_x, need_a, need_b)
     given = (None if x is None else as_matrix(x), [as_matrix(grad) for grad in grads], *rest)
     device = problem.device_of(grads[0].device)
@@ -131,18 +135,23 @@ def _torch_bwd(
     return dx, das, dbs
 
 
+def _parts(s: Sequence[Tensor], lora_As: Sequence[Tensor]) -> list[Tensor]:
+    """Each projection's S, if one matrix has all of them or they are apart already."""
+    return [*s[0].split([a.shape[0] for a in lora_As], 1)] if len(s) == 1 < len(lora_As) else [*s]
+
+
 def _forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor], scalings: Sequence[float], dropout_p: float, backend: str,
     entry: Entry | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:  # fmt: skip
-    """The Y's [..., N], the S's [M, r], dropout's seeds or masks, and the s' for x [..., K]."""
+    """The Y's [..., N], the S's [M, r], dropout's seeds or masks, and the s' for x [..., K]. On Triton one matrix has every S."""
     if backend == "triton":
         # One by one, in the order in which separate projections draw theirs.
         seeds: Any = [draw_seed(x, dropout_p) for _ in lora_As] if dropout_p else []
         scalings = [scaling / (1 - dropout_p) for scaling in scalings]
         ys, s = lora_linear_group_fwd((x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p), entry)
-        return ys, [*s.split([a.shape[0] for a in lora_As], dim=1)], seeds, scalings
+        return ys, [s], seeds, scalings
     rows = as_matrix(x)
     drawn = [draw_dropout(rows, dropout_p, scaling) for scaling in scalings]
     keeps = [keep for keep, _ in drawn if keep is not None]
@@ -167,15 +176,12 @@ class _LoRALinearGroup(torch.autograd.Function):
         if backend == "torch":
             lora_As, lora_Bs = ([t.to(x.dtype) for t in given] for given in (lora_As, lora_Bs))  # type: ignore[assignment]
         ys, s, random, scalings = _forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, backend, entry)
-        nothing: list[None] = [None] * g
-        ctx.save_for_backward(
-            x if need_w or need_a else None,
-            *(weights if need_x else nothing),
-            *lora_As,
-            *lora_Bs,
-            *(s if need_b else nothing),
-            *(random if need_x or need_a else ()),
-        )
+        # Weights, A's, B's, S's, and dropout's seeds or masks.
+        kept: list[Sequence[Tensor]] = [
+            weights if need_x else (), lora_As, lora_Bs, s if need_b else (), random if need_x or need_a else (),
+        ]  # fmt: skip
+        ctx.save_for_backward(x if need_w or need_a else None, *chain.from_iterable(kept))
+        ctx.lengths = [len(tensors) for tensors in kept]
         ctx.set_materialize_grads(False)
         ctx.scalings, ctx.dropout_p, ctx.backend = scalings, dropout_p, backend
         ctx.needs = need_x, need_a, need_b
@@ -186,10 +192,14 @@ class _LoRALinearGroup(torch.autograd.Function):
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         g, needs = len(given), ctx.needs_input_grad[5:]
         x, *saved = ctx.saved_tensors
-        lists = [saved[i * g : i * g + g] for i in range(5)]
+        left = iter(saved)
+        lists = [[*islice(left, length)] for length in ctx.lengths]
         # Skip projections whose outputs were not used.
         used = [i for i, grad in enumerate(given) if grad is not None]
-        weights, lora_As, lora_Bs, s, random = ([tensors[i] for i in used if tensors] for tensors in lists)
+        if len(used) < g:
+            lists[3] = _parts(lists[3], lists[1])
+            lists = [[tensors[i] for i in used if tensors] for tensors in lists]
+        weights, lora_As, lora_Bs, s, random = lists
         grads = [grad for grad in given if grad is not None]
         scalings = [ctx.scalings[i] for i in used]
         need_x, need_a, need_b = ctx.needs
@@ -197,8 +207,7 @@ class _LoRALinearGroup(torch.autograd.Function):
         if used and any(ctx.needs):
             if ctx.backend == "triton":
                 dx, das, dbs = lora_linear_group_bwd((
-                    x, grads, weights if need_x else [], lora_As, lora_Bs, s if need_b else [], random, scalings,
-                    ctx.dropout_p, need_x, need_a, need_b,
+                    x, grads, weights, lora_As, lora_Bs, s, random, scalings, ctx.dropout_p, need_x, need_a, need_b,
                 ))  # fmt: skip
             else:
                 leading, grads = grads[0].shape[:-1], [expanded(as_matrix(grad)) for grad in grads]
@@ -221,16 +230,30 @@ def lora_linear_group_op(
     lora_Bs: Sequence[Tensor], scalings: Sequence[float], dropout_p: float, backend: str, entry: Entry | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``functional.lora_linear_group`` with checked arguments and a chosen backend. ``entry``: as in ``lora_linear_op``."""
-    few = backend == "torch" and is_few(x, *weights)
-    uniform = all(len({t.requires_grad for t in tensors}) == 1 for tensors in (lora_As, lora_Bs))
-    if few or len(weights) == 1 or not uniform:
+    way = None if entry is None else entry.way
+    if way is None:
+        way = _way(x, weights, biases, lora_As, lora_Bs, backend)
+        if entry is not None:
+            entry.way = way
+    if way == "one by one":
         members = zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)
         return tuple(lora_linear_op(x, *member, dropout_p, backend) for member in members)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *weights, *biases, *lora_As, *lora_Bs)
-    ):
+    if way == "with gradients":
         tensors = (*weights, *biases, *lora_As, *lora_Bs)
         return apply(_LoRALinearGroup, x, tuple(scalings), dropout_p, backend, entry, *tensors)
     if backend == "torch":
         lora_As, lora_Bs = ([t.to(x.dtype) for t in given] for given in (lora_As, lora_Bs))
     return tuple(_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, backend, entry)[0])
+
+
+def _way(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor], backend: str,
+) -> str:  # fmt: skip
+    """How to compute a group: "one by one", "with gradients" or "without gradients"."""
+    uniform = all(len({t.requires_grad for t in tensors}) == 1 for tensors in (lora_As, lora_Bs))
+    if len(weights) == 1 or not uniform or (backend == "torch" and is_few(x, *weights)):
+        return "one by one"
+    tensors = (x, *weights, *biases, *lora_As, *lora_Bs)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return "with gradients" if needs_grad else "without gradients"

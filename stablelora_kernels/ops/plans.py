@@ -26,10 +26,12 @@ LIMIT = 4096
 class Entry:
     """What is known of the calls with one key."""
 
-    __slots__ = ("backend", "prepared", "seen")
+    __slots__ = ("backend", "prepared", "seen", "way")
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
+        # How an op of several ways computes these calls, once it has decided.
+        self.way: str | None = None
         # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes all the time.
         self.seen = False
         # None: not prepared yet. False: it can't be.
