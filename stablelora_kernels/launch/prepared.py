@@ -59,28 +59,26 @@ class _Tensors:
 
     def __init__(self, given: Sequence[Tensor | None], results: Sequence[Tensor], taken: Workspace) -> None:
         self._at: dict[int, tuple[int, int]] = {}
-        # Launchers may take parts of what was allocated for this call, but only the whole of an operand.
-        self._own: list[tuple[Tensor, int, int]] = []
-        for index, tensor in enumerate(given):
+        # Launchers may take parts of a tensor. None: several tensors share the storage.
+        self._in: dict[int, tuple[Tensor, int, int] | None] = {}
+        for index, tensor in enumerate((*given, *results)):
             if tensor is not None:
                 self._add(tensor, index, 0)
-        for index, result in enumerate(results, len(given)):
-            self._add_own(result, index, 0)
         # All scratch is one allocation in later calls.
         index, self.scratch_bytes = len(given) + len(results), 0
         for memory in taken.scratch:
-            self._add_own(memory, index, self.scratch_bytes)
+            self._add(memory, index, self.scratch_bytes)
             self.scratch_bytes += -(-memory.nbytes // _ALIGNMENT) * _ALIGNMENT
         if taken.counters is not None:
-            self._add_own(taken.counters, index + (self.scratch_bytes > 0), 0)
+            self._add(taken.counters, index + (self.scratch_bytes > 0), 0)
 
     def _add(self, tensor: Tensor, index: int, offset: int) -> None:
-        if tensor.numel() and self._at.setdefault(tensor.data_ptr(), (index, offset)) != (index, offset):
+        if not tensor.numel():
+            return
+        if self._at.setdefault(tensor.data_ptr(), (index, offset)) != (index, offset):
             raise NotPreparable("two of the call's tensors have one address")
-
-    def _add_own(self, tensor: Tensor, index: int, offset: int) -> None:
-        self._add(tensor, index, offset)
-        self._own.append((tensor, index, offset))
+        storage = tensor.untyped_storage().data_ptr()
+        self._in[storage] = None if storage in self._in else (tensor, index, offset)
 
     def view(self, tensor: Tensor) -> _View:
         index, offset = self._find(tensor)
@@ -91,10 +89,10 @@ class _Tensors:
             return -1, 0
         if (found := self._at.get(tensor.data_ptr())) is not None:
             return found
-        for whole, index, offset in self._own:
-            if whole.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
-                return index, offset + tensor.data_ptr() - whole.data_ptr()
-        raise NotPreparable(f"a tensor of shape {list(tensor.shape)} is none of the call's")
+        whole = self._in.get(tensor.untyped_storage().data_ptr())
+        if whole is None:
+            raise NotPreparable(f"a tensor of shape {list(tensor.shape)} is no part of one of the call's")
+        return whole[1], whole[2] + tensor.data_ptr() - whole[0].data_ptr()
 
 
 class _Vendor:
