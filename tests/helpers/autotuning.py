@@ -10,6 +10,7 @@ import torch
 
 from stablelora_kernels.dispatch import autotune, problem
 from stablelora_kernels.functional import lora_linear
+from stablelora_kernels.ops import plans
 from tests.helpers import oracle
 from tests.helpers.inputs import BF16, DEVICE, SCALING, make_inputs
 
@@ -54,6 +55,7 @@ class Timer:
 
 def forget():
     """Forget every answer, as a new process would."""
+    plans.clear()
     autotune._answers.clear()
     autotune._warned.clear()
     autotune._made_for.cache_clear()
