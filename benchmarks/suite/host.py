@@ -156,7 +156,9 @@ class HostLayerCase(HostCase):
         if on_triton:
             self.check_triton()
         dtype, autocast = PRECISIONS[self.precision]
-        rows, width = (self.rows, WIDTH) if on_triton else (SMALL_ROWS, SMALL_WIDTH)
+        # Autocast casts a float32 weight in each call, which is arithmetic.
+        ours = SMALL_WIDTH if autocast is not None and autocast != dtype else WIDTH
+        rows, width = (self.rows, ours) if on_triton else (SMALL_ROWS, SMALL_WIDTH)
         modules = [self._module(arm, width, dtype) for _ in range(KINDS[self.kind])]
         if self.kind == "group":
             modules = self._group(arm, modules)
