@@ -59,6 +59,7 @@ def test_a_change_from_outside_is_noticed(backend: str) -> None:
     assert optimizer.stability()[0].latched_at == 2
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
 def test_low_precision_shrinks_on_average(backend: str, dtype: torch.dtype, scale: float) -> None:

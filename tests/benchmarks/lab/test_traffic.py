@@ -56,6 +56,7 @@ def compare(arch: str, case: Case) -> list[str]:
     return [seen.kernel.removeprefix("_").removesuffix("_kernel") for seen in found]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("kernel", "p"), [("fused", 0.0), ("split", 0.3), ("vendor", 0.0), ("vendor", 0.3)])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
@@ -88,6 +89,7 @@ GROUPS = (
 )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group.m} r{group.r} p{group.p}")
 def test_the_formula_counts_projections_that_share_x(group, arch):
@@ -112,6 +114,7 @@ def test_sharing_x_saves_its_reads_and_the_sums_of_its_gradients():
     assert row["unique"] < 0.7 * row["unique_apart"]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
     ("case", "expected"),
@@ -202,6 +205,7 @@ def test_the_branch_alone(m, r, p):
     assert by_name["base"] == (m * 56 * 2, 0, m * 56 * 2, 0) and by_name["y"] == (0, m * 56 * 2, 0, m * 56 * 2)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("m", "n", "k", "blocksize", "nested", "dtype"),
@@ -292,6 +296,7 @@ def test_floors_by_hand():
     assert floors.floor_optimizer([3, 5], [2, 4])[:2] == (2 * (6 + 20) + 8 * 8, 26 + 8 * 8)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("case", [Case(200, 136, 136, 16, 0.1), Case(70, 137, 75, 8)])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kernel", ["chained", "split"])
