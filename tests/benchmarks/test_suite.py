@@ -146,6 +146,7 @@ def test_a_tiny_case_through_pytest_benchmark(tmp_path: Path) -> None:
     assert "loralib" in shown and "PEFT" in shown and "eager LoRA" not in shown
 
 
+@pytest.mark.nightly
 def test_an_arm_that_raises_is_a_failure_and_the_others_are_measured(tmp_path: Path) -> None:
     plugin = (
         "from benchmarks.suite import layers\n"
@@ -158,6 +159,7 @@ def test_an_arm_that_raises_is_a_failure_and_the_others_are_measured(tmp_path: P
     assert "FAILED: loralib: ArithmeticError: loralib is broken" in printed and "ours, PyTorch" in printed
 
 
+@pytest.mark.nightly
 def test_nothing_is_timed_if_benchmarks_are_disabled(tmp_path: Path) -> None:
     files = ("benchmarks/suite/test_layer.py", "-k", "8x16x24 and not projections", "--arm", "PEFT")
     status, printed = run(*files, "--benchmark-disable", tmp_path=tmp_path)

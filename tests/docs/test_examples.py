@@ -28,6 +28,7 @@ from tests.helpers.processes import ROOT, needs_gloo  # noqa: E402
 SMALL = ["--steps", "6", "--save-every", "3", "--rank", "3", "--lr", "0.1"]
 LANGUAGE = [*SMALL, "--length", "16", "--batch-size", "8", "--shrink-ratio", "0.2"]
 TRAINER = [*LANGUAGE, "--batch-size", "4", "--gradient-accumulation", "2", "--dropout", "0"]
+README = ["--text", str(ROOT / "README.md")]
 PASSAGES = [*SMALL, "--batch-size", "4", "--target-modules", "q_proj", "v_proj"]
 
 
@@ -126,6 +127,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.05)
 
 
+@pytest.mark.nightly
 def test_peft_trainer_resumes(files: list[str], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     printed = run("peft_trainer", [*files, *TRAINER, "--out", whole])
@@ -196,7 +198,9 @@ def alone(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_gloo
-@pytest.mark.parametrize(("first", "then"), [("ddp", "fsdp"), ("fsdp", "ddp")])
+@pytest.mark.parametrize(
+    ("first", "then"), [("fsdp", "ddp"), pytest.param("ddp", "fsdp", marks=pytest.mark.nightly)]
+)
 def test_finetune_on_two_processes_resumed_on_four(
     files: list[str], alone: Path, tmp_path: Path, first: str, then: str
 ) -> None:
@@ -331,8 +335,8 @@ def test_by_its_path_from_any_directory(program: Path, tmp_path: Path) -> None:
     [
         # A text that is cut into tokens and evaluated in less than minutes; replace_linear takes the plays, the default.
         # Few tokens in bfloat16: without AVX-512, a CPU takes a second for each.
-        ("finetune", ["--batch-size", "2", "--length", "32", "--text", str(ROOT / "README.md")]),
-        ("peft_trainer", ["--batch-size", "1", "--bf16", "--length", "16", "--text", str(ROOT / "README.md")]),
+        pytest.param("finetune", ["--batch-size", "2", "--length", "32", *README], marks=pytest.mark.nightly),
+        pytest.param("peft_trainer", ["--batch-size", "1", "--bf16", "--length", "16", *README], marks=pytest.mark.nightly),
         ("replace_linear", ["--batch-size", "8"]),
     ],
 )

@@ -194,7 +194,8 @@ def test_shared_sums_of_few_rows(rows, r, p, dtype, lora_dtype):
         inputs = make_inputs((rows, k), n, r, dtype=dtype, lora_dtype=lora_dtype)
         found = shared_sums(inputs, p)
         assert found["_lora_linear_split_k_kernel"] > 1
-        assert found["S"] > 1
+        # Without dropout, forward's product computes S itself.
+        assert found["S"] > 1 or (k > n and p == 0)
         check_run(inputs, p)
 
 
@@ -204,7 +205,7 @@ def test_shared_sums_of_tiles_that_leave_the_gpu_idle(rows, r, p, kernel):
     """More rows than a tile has; K of forward, then N of backward, in parts that do not come out even."""
     if kernel == "fused" and p:
         pytest.skip("fused has no dropout")
-    for k, n in ((568, 136), (136, 566)):
+    for k, n in ((1040, 136), (136, 1030)):
         inputs = make_inputs((rows, k), n, r, dtype=BF16, lora_dtype=FP32)
         with slk.use_kernel(kernel):
             assert shared_sums(inputs, p)["_lora_linear_split_k_kernel"] > 1

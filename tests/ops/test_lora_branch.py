@@ -139,6 +139,7 @@ def test_gradcheck_in_float64(p, rows):
     assert torch.autograd.gradcheck(function, [inputs[name].requires_grad_() for name in NAMES])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.3)])
 def test_torch_compile_has_no_graph_break(rows, p, backend):
     inputs = make_branch_inputs((rows, 24), 20, 6)

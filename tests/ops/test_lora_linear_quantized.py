@@ -27,6 +27,10 @@ FORMATS = {
     "nf4 128 nested": lambda n, k: nf4_weight(n, k, 128, nested=True),
     "fp8": fp8_weight,
 }
+# One of 4 bits with all its tensors and one of 8 bits; the others at night.
+EACH_LAYOUT = [
+    kind if kind in ("nf4 nested", "fp8") else pytest.param(kind, marks=pytest.mark.nightly) for kind in FORMATS
+]
 # x's shape, out_features, r: blocks and bytes within rows and across them, odd, single and empty.
 SHAPES = [
     ((1, 1), 1, 1),
@@ -86,7 +90,7 @@ def test_blocks_narrower_and_wider_than_tiles(kind, tile, dtype, force, monkeypa
     check(inputs, run(inputs, "triton"))
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", EACH_LAYOUT)
 def test_programs_that_share_a_sum(kind):
     """Few tiles and a long sum: the launcher gives a tile to two programs, forward and backward."""
     size = 17 * 64
@@ -151,7 +155,7 @@ def test_torch_compile_has_no_graph_break(kind, rows, p, backend):
     check_compiled(function, [inputs[name] for name in ("x", "lora_A", "lora_B")], inputs["grad"])
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", EACH_LAYOUT)
 def test_ops_pass_opcheck(kind):
     stored = FORMATS[kind](20, 64).stored
     inputs = inputs_for(FORMATS[kind](20, 64), (9, 64), 6, FP32)
