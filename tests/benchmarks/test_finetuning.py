@@ -227,6 +227,7 @@ def test_reuters_keeps_the_official_split_and_no_text_on_both_sides(tmp_path, mo
 # ---- real models ----
 
 
+@pytest.mark.nightly
 @pytest.mark.download
 def test_smollm2_is_what_transformers_makes_of_the_same_file():
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -198,9 +198,7 @@ def alone(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_gloo
-@pytest.mark.parametrize(
-    ("first", "then"), [("fsdp", "ddp"), pytest.param("ddp", "fsdp", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize(("first", "then"), [("fsdp", "ddp"), pytest.param("ddp", "fsdp", marks=pytest.mark.nightly)])
 def test_finetune_on_two_processes_resumed_on_four(
     files: list[str], alone: Path, tmp_path: Path, first: str, then: str
 ) -> None:
@@ -316,7 +314,11 @@ def test_a_run_is_not_mixed_with_another(files: list[str], alone: Path, monkeypa
 PROGRAMS = sorted(file for file in (ROOT / "examples").glob("*.py") if "__main__" in file.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "program",
+    [p if p.stem == "finetune" else pytest.param(p, marks=pytest.mark.nightly) for p in PROGRAMS],
+    ids=lambda file: file.stem,
+)
 def test_by_its_path_from_any_directory(program: Path, tmp_path: Path) -> None:
     """``python examples/finetune.py``, by a Python that does not see the repository. --help comes after all imports."""
     installed = tmp_path / "installed"
@@ -336,7 +338,9 @@ def test_by_its_path_from_any_directory(program: Path, tmp_path: Path) -> None:
         # A text that is cut into tokens and evaluated in less than minutes; replace_linear takes the plays, the default.
         # Few tokens in bfloat16: without AVX-512, a CPU takes a second for each.
         pytest.param("finetune", ["--batch-size", "2", "--length", "32", *README], marks=pytest.mark.nightly),
-        pytest.param("peft_trainer", ["--batch-size", "1", "--bf16", "--length", "16", *README], marks=pytest.mark.nightly),
+        pytest.param(
+            "peft_trainer", ["--batch-size", "1", "--bf16", "--length", "16", *README], marks=pytest.mark.nightly
+        ),
         ("replace_linear", ["--batch-size", "8"]),
     ],
 )

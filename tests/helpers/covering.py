@@ -36,9 +36,9 @@ def leave_the_rest_to_the_night(items: Iterable[pytest.Item]) -> None:
     """Mark as nightly what the selections of marked tests do not hold. A parameter that is nightly anyway takes no part."""
     tests: dict[tuple[str, str], list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("covering"):
-            if item.get_closest_marker("nightly") is None:
-                tests[item.parent.nodeid, item.originalname].append(item)
+        marks = {mark.name for mark in item.iter_markers()}
+        if isinstance(item, pytest.Function) and "covering" in marks and "nightly" not in marks:
+            tests[item.parent.nodeid, item.originalname].append(item)
     for cases in tests.values():
         mark = cases[0].get_closest_marker("covering")
         # All cases get the same objects.

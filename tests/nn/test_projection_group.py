@@ -179,6 +179,7 @@ def test_autocast(make):
     assert found[0] == pytest.approx(expected[0], rel=1e-2)
 
 
+@pytest.mark.nightly
 def test_torch_compile_has_no_graph_break():
     model = ours(True)[0]
     expected = step(model)

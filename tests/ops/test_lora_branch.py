@@ -127,6 +127,7 @@ def test_autocast_casts_x_and_leaves_base_out(rows, backend):
         assert torch.autograd.grad(y.sum(), given["x"])[0].dtype == FP32
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("rows", [3, 66])
 def test_gradcheck_in_float64(p, rows):

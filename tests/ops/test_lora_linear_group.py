@@ -228,6 +228,7 @@ def test_autocast(rows, backend):
     assert torch.autograd.grad(sum(y.sum() for y in ys), leaves[0])[0].dtype == FP32
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("rows", [3, 66])
 def test_gradcheck_in_float64(p, rows):
@@ -240,6 +241,7 @@ def test_gradcheck_in_float64(p, rows):
     assert torch.autograd.gradcheck(function, group.leaves())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.3)])
 def test_torch_compile_has_no_graph_break(rows, p, backend):
     group = Group((rows, 24), (20, 12, 12), (6, 3, 3))

@@ -59,6 +59,7 @@ def test_equal_to_adamw_without_shrink(backend: str, kwargs: dict[str, Any]) -> 
     assert_no_worse_than_adamw(optimizer, on_any_device(kwargs), [0.3**step for step in range(9)])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kwargs", by_description(INPUTS))
 def test_equal_to_the_reference_with_shrink(backend: str, kwargs: dict[str, Any]) -> None:
     kwargs = {"lr": 5e-2, **kwargs}
