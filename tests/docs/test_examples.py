@@ -171,6 +171,7 @@ def test_peft_trainer_passes_over_a_half_written_checkpoint(lost: str, tmp_path:
     assert peft_trainer.last_checkpoint(tmp_path / "none") is None
 
 
+@pytest.mark.nightly
 def test_replace_linear_resumes_and_merges(files: list[str], tmp_path: Path) -> None:
     from transformers import AutoModel
 

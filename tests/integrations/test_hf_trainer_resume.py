@@ -16,7 +16,6 @@ for module in ("transformers", "peft", "accelerate", "trl", "datasets"):
 from tests.helpers import trainer_runs  # noqa: E402
 from tests.helpers.trainer_runs import CASES, STEPS  # noqa: E402
 
-
 # By day every two of trainer, kind of model and way to give the optimizer meet.
 DAY = [
     (trainer, kind, via)

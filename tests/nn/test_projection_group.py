@@ -96,7 +96,7 @@ def no_warnings():
         yield
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("make", [ours, theirs])
 def test_a_model_trains_as_without(make, dropout, backend, calls):

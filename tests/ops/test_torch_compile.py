@@ -12,7 +12,7 @@ import stablelora_kernels as slk
 from tests.helpers.small_models import fill_b, llama
 
 # Below and above the rows up to which calls are made of plain operators.
-LENGTHS = (40, 33, 7, 90)
+LENGTHS = (33, 7, 90)
 
 
 def lora_llama(fuse_projections):
