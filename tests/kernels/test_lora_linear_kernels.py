@@ -104,7 +104,7 @@ def test_masked_tiles_in_parts(width, r, monkeypatch):
     """Two, four and eight parts of 16 or 32 columns, in their order, with edges inside a part and between parts."""
     monkeypatch.setattr(problem, "device_of", lambda device: DEVICES["sm_90"])
     monkeypatch.setattr(tiles, "TMA_TILES", (TileRule(lambda d, c: True, Tile(16, width, 16, 4, 2), "a test"),))
-    inputs = make_inputs((34, 2 * width - 24), 48, r, dtype=BF16, lora_dtype=FP32)
+    inputs = make_inputs((66, 2 * width - 24), 48, r, dtype=BF16, lora_dtype=FP32)
     with count_launches() as made:
         check_run(inputs, 0.3)
     assert "_lora_linear_tma_kernel" in made

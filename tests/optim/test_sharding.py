@@ -251,7 +251,7 @@ def resume(rank: int, world: int, place: Path) -> dict[str, Any]:
     return fit(model, optimizer, rank, world, range(3, 6))
 
 
-@pytest.mark.parametrize(("saved_on", "resumed_on"), [(2, 4), (4, 2)])
+@pytest.mark.parametrize(("saved_on", "resumed_on"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.nightly)])
 def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path, saved_on: int, resumed_on: int) -> None:
     spawn(save, saved_on, tmp_path)
     expected = alone()
