@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tests.helpers.covering import leave_the_rest_to_the_night
 from tests.helpers.interpreter import speed_up_interpreter
 
 # Triton reads this as it is imported, so it must be set before any test module imports a kernel.
@@ -24,8 +25,11 @@ else:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what runs at night, whatever else -m asks for."""
+    if not torch.cuda.is_available():
+        leave_the_rest_to_the_night(items)
     if "nightly" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("nightly")]

@@ -80,6 +80,7 @@ def flat_while(run: Callable[[int], None], warm_up: int, count: int, held: Calla
         assert {name: size for name, size in now.items() if size > before.get(name, 0) + 4} == {}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("backend", "count"),
     [

@@ -227,6 +227,7 @@ def test_reuters_keeps_the_official_split_and_no_text_on_both_sides(tmp_path, mo
 # ---- real models ----
 
 
+@pytest.mark.nightly
 @pytest.mark.download
 def test_smollm2_is_what_transformers_makes_of_the_same_file():
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -246,6 +247,7 @@ def test_smollm2_is_what_transformers_makes_of_the_same_file():
         torch.testing.assert_close(logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.nightly
 @pytest.mark.download
 def test_the_main_job_from_end_to_end(tmp_path):
     options = ["--model", "minilm", "--steps", "6", "--batch-size", "8", "--held-out", "64", "--dtype", "fp32"]

@@ -115,14 +115,23 @@ def measured(case: Case, rounds: int = 2, only: tuple[str, ...] = ()) -> dict[st
     return reports
 
 
-def test_a_tiny_case_through_pytest_benchmark(tmp_path: Path) -> None:
-    path = tmp_path / "suite.json"
+FILES = ("benchmarks/suite/test_layer.py", "-k", "8x16x24")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Figures of a tiny case, kept in a file, and what the run printed."""
+    place = tmp_path_factory.mktemp("suite")
+    options = [word for arm in ("eager LoRA", "loralib", "ours, PyTorch", "ours, Triton") for word in ("--arm", arm)]
+    status, printed = run(*FILES, *options, f"--benchmark-json={place / 'suite.json'}", tmp_path=place)
+    assert status == 0, printed
+    return place / "suite.json", printed
+
+
+def test_a_tiny_case_through_pytest_benchmark(kept: tuple[Path, str]) -> None:
+    path, printed = kept
     # "ours compiled" and "PEFT compiled" take most of a minute.
     arms = ("frozen nn.Linear", "eager LoRA", "PEFT", "loralib", "ours, PyTorch")
-    options = [word for arm in ("eager LoRA", "loralib", "ours, PyTorch", "ours, Triton") for word in ("--arm", arm)]
-    files = ("benchmarks/suite/test_layer.py", "-k", "8x16x24")
-    status, printed = run(*files, *options, f"--benchmark-json={path}", tmp_path=tmp_path)
-    assert status == 0, printed
     report = json.loads(path.read_text())
     assert [entry["params"] for entry in report["benchmarks"]] == [
         {"case": case, "phase": phase}
@@ -140,12 +149,16 @@ def test_a_tiny_case_through_pytest_benchmark(tmp_path: Path) -> None:
     assert report["machine_info"]["stablelora_kernels"]["torch"] == torch.__version__
     assert f"{LAYER}, both, ms" in printed and "/ PEFT's" in printed and "skipped: ours, Triton" in printed
 
-    status, printed = run(*files, "--arm", "loralib", f"--benchmark-compare={path}", tmp_path=tmp_path)
+
+@pytest.mark.nightly
+def test_a_run_is_compared_with_kept_figures(kept: tuple[Path, str], tmp_path: Path) -> None:
+    status, printed = run(*FILES, "--arm", "loralib", f"--benchmark-compare={kept[0]}", tmp_path=tmp_path)
     assert status == 0 and printed.count("(NOW)") >= 3 and "Comparing against benchmarks from" in printed, printed
     shown = printed.partition("timed in turns")[2]
     assert "loralib" in shown and "PEFT" in shown and "eager LoRA" not in shown
 
 
+@pytest.mark.nightly
 def test_an_arm_that_raises_is_a_failure_and_the_others_are_measured(tmp_path: Path) -> None:
     plugin = (
         "from benchmarks.suite import layers\n"
@@ -158,6 +171,7 @@ def test_an_arm_that_raises_is_a_failure_and_the_others_are_measured(tmp_path: P
     assert "FAILED: loralib: ArithmeticError: loralib is broken" in printed and "ours, PyTorch" in printed
 
 
+@pytest.mark.nightly
 def test_nothing_is_timed_if_benchmarks_are_disabled(tmp_path: Path) -> None:
     files = ("benchmarks/suite/test_layer.py", "-k", "8x16x24 and not projections", "--arm", "PEFT")
     status, printed = run(*files, "--benchmark-disable", tmp_path=tmp_path)

@@ -166,6 +166,7 @@ def test_doctor_on_the_triton_kernels(capsys):
     }  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_doctor_interprets_in_a_process_of_its_own(capsys, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("COLUMNS", "80")

@@ -20,7 +20,7 @@ from tests.helpers.inputs import BF16, DEVICE, FP32
 @pytest.mark.parametrize(
     ("fast", "kernel", "launches"),
     [
-        ("^vendor", "vendor", ["vendor", "lora_expand"]),
+        pytest.param("^vendor", "vendor", ["vendor", "lora_expand"], marks=pytest.mark.nightly),
         ("^lora_linear.* fused.* 64x256x64", "fused", ["lora_linear.* fused.* 64x256x64"]),
         ("^lora_linear.* chained.* 64x256x64", "chained", ["lora_linear.* chained.* 64x256x64"]),
         ("^lora_shrink.* 64x256x64", "split", ["lora_shrink", "lora_linear.* 64x256x64"]),
@@ -38,7 +38,9 @@ def test_the_fastest_is_taken_and_right(timer, launched, fast, kernel, launches)
     assert len(launched) == len(expected) and all(map(re.match, expected, launched))
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(BF16, 5), (BF16, 70), (FP32, 70)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [(BF16, 5), (BF16, 70), pytest.param(FP32, 70, marks=pytest.mark.nightly)], ids=str
+)
 def test_every_candidate_gives_the_right_result(timer, dtype, rows):
     """Each in turn is the answer, down to dA and dB, which read its S and dS."""
     inputs = inputs_of(rows, dtype=dtype)

@@ -25,17 +25,21 @@ def launched(explanation):
 
 
 @another_gpu
+@pytest.mark.covering
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(
+    "case", [(8, 16, 0.0), (8, 48, 0.0), (70, 16, 0.0), (70, 32, 0.0), (70, 16, 0.1), (70, 128, 0.1), (70, 130, 0.0)]
+)
 @pytest.mark.parametrize("arch", DEVICES)
-def test_the_listed_launches_are_made(arch, monkeypatch):
+def test_the_listed_launches_are_made(arch, case, dtype, monkeypatch):
     """The launches of a real call, on each kind of GPU, in each regime."""
     monkeypatch.setattr(problem, "device_of", lambda device: DEVICES[arch])
-    cases = [(8, 16, 0.0), (8, 48, 0.0), (70, 16, 0.0), (70, 32, 0.0), (70, 16, 0.1), (70, 128, 0.1), (70, 130, 0.0)]
-    for (m, r, p), dtype in ((case, dtype) for case in cases for dtype in (BF16, FP32)):
-        with count_launches() as made:
-            run(make_inputs((m, 64), 48, r, dtype=dtype, lora_dtype=FP32), "triton", p)
-        found = slk.explain(m, 48, 64, r, dtype, p, lora_dtype=FP32, device=arch)
-        assert (found.backend, found.arch) == ("triton", arch)
-        assert made == launched(found)
+    m, r, p = case
+    with count_launches() as made:
+        run(make_inputs((m, 64), 48, r, dtype=dtype, lora_dtype=FP32), "triton", p)
+    found = slk.explain(m, 48, 64, r, dtype, p, lora_dtype=FP32, device=arch)
+    assert (found.backend, found.arch) == ("triton", arch)
+    assert made == launched(found)
 
 
 @another_gpu

@@ -21,6 +21,7 @@ from examples import finetune, replace_linear  # noqa: E402
 from tests.helpers.dying import in_child, kills, needs_fork  # noqa: E402
 
 
+@pytest.mark.nightly
 @needs_fork
 def test_replace_linear_killed_while_it_saves(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.pt"

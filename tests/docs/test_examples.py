@@ -28,6 +28,7 @@ from tests.helpers.processes import ROOT, needs_gloo  # noqa: E402
 SMALL = ["--steps", "6", "--save-every", "3", "--rank", "3", "--lr", "0.1"]
 LANGUAGE = [*SMALL, "--length", "16", "--batch-size", "8", "--shrink-ratio", "0.2"]
 TRAINER = [*LANGUAGE, "--batch-size", "4", "--gradient-accumulation", "2", "--dropout", "0"]
+README = ["--text", str(ROOT / "README.md")]
 PASSAGES = [*SMALL, "--batch-size", "4", "--target-modules", "q_proj", "v_proj"]
 
 
@@ -126,6 +127,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.05)
 
 
+@pytest.mark.nightly
 def test_peft_trainer_resumes(files: list[str], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     printed = run("peft_trainer", [*files, *TRAINER, "--out", whole])
@@ -169,6 +171,7 @@ def test_peft_trainer_passes_over_a_half_written_checkpoint(lost: str, tmp_path:
     assert peft_trainer.last_checkpoint(tmp_path / "none") is None
 
 
+@pytest.mark.nightly
 def test_replace_linear_resumes_and_merges(files: list[str], tmp_path: Path) -> None:
     from transformers import AutoModel
 
@@ -196,7 +199,7 @@ def alone(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_gloo
-@pytest.mark.parametrize(("first", "then"), [("ddp", "fsdp"), ("fsdp", "ddp")])
+@pytest.mark.parametrize(("first", "then"), [("fsdp", "ddp"), pytest.param("ddp", "fsdp", marks=pytest.mark.nightly)])
 def test_finetune_on_two_processes_resumed_on_four(
     files: list[str], alone: Path, tmp_path: Path, first: str, then: str
 ) -> None:
@@ -312,7 +315,11 @@ def test_a_run_is_not_mixed_with_another(files: list[str], alone: Path, monkeypa
 PROGRAMS = sorted(file for file in (ROOT / "examples").glob("*.py") if "__main__" in file.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "program",
+    [p if p.stem == "finetune" else pytest.param(p, marks=pytest.mark.nightly) for p in PROGRAMS],
+    ids=lambda file: file.stem,
+)
 def test_by_its_path_from_any_directory(program: Path, tmp_path: Path) -> None:
     """``python examples/finetune.py``, by a Python that does not see the repository. --help comes after all imports."""
     installed = tmp_path / "installed"
@@ -331,8 +338,10 @@ def test_by_its_path_from_any_directory(program: Path, tmp_path: Path) -> None:
     [
         # A text that is cut into tokens and evaluated in less than minutes; replace_linear takes the plays, the default.
         # Few tokens in bfloat16: without AVX-512, a CPU takes a second for each.
-        ("finetune", ["--batch-size", "2", "--length", "32", "--text", str(ROOT / "README.md")]),
-        ("peft_trainer", ["--batch-size", "1", "--bf16", "--length", "16", "--text", str(ROOT / "README.md")]),
+        pytest.param("finetune", ["--batch-size", "2", "--length", "32", *README], marks=pytest.mark.nightly),
+        pytest.param(
+            "peft_trainer", ["--batch-size", "1", "--bf16", "--length", "16", *README], marks=pytest.mark.nightly
+        ),
         ("replace_linear", ["--batch-size", "8"]),
     ],
 )

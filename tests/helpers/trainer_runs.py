@@ -1,6 +1,7 @@
 """Trainings by Hugging Face's Trainer, TRL's SFTTrainer and accelerate, whole or resumed; as a program in a fresh process.
 
-python -m tests.helpers.trainer_runs DIRECTORY: resume every run that ``train_whole`` left under DIRECTORY.
+python -m tests.helpers.trainer_runs DIRECTORY CASE...: resume runs that ``train_whole`` left under DIRECTORY; a case is its
+three words with slashes between them.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def resume(directory: Path, case: Case) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    place = Path(sys.argv[1])
+    place, cases = Path(sys.argv[1]), [tuple(words.split("/")) for words in sys.argv[2:]]
     # The generators' states of another run: what is not in a checkpoint must not matter.
     torch.manual_seed(1234)
-    torch.save({case: resume(place, case) for case in CASES}, place / "resumed.pt")
+    torch.save({case: resume(place, case) for case in cases}, place / "resumed.pt")

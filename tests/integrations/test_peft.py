@@ -214,6 +214,7 @@ def test_empty_and_flat_inputs(backend):
         torch.testing.assert_close(model(given), expected, rtol=1e-5, atol=8 * EPS[FP32])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("several", [False, True])
 def test_torch_compile_has_no_graph_break(several, backend):
     model = make(("more", {}))

@@ -58,6 +58,7 @@ def check_run(inputs: dict[str, Tensor | None], p: float, kernel: str = "auto") 
     check(inputs, *results)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize(("dtype", "lora_dtype"), [(FP32, FP32), (BF16, FP32), (FP16, FP16)], ids=str)
 @pytest.mark.parametrize(
@@ -70,6 +71,7 @@ def test_each_kernel_matches_the_oracle(kernel, shape, n, r, dtype, lora_dtype, 
     check_run(inputs, 0.0, kernel)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kernel", ["chained", "split", "vendor"])
 @pytest.mark.parametrize(("shape", "n"), [((67, 39), 53), ((67, 40), 48), ((9, 40), 48)])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
@@ -79,6 +81,7 @@ def test_each_kernel_drops_by_the_reference_mask(kernel, shape, n, r, dtype, arc
     check_run(inputs, 0.3, kernel)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("dtype", "lora_dtype"), [(BF16, FP32), (BF16, BF16)], ids=str)
 @pytest.mark.parametrize("r", [3, 16, 33])
 def test_masked_gradients(r, dtype, lora_dtype, arch, monkeypatch):
@@ -123,6 +126,7 @@ def test_descriptors_are_used_where_they_can_be(monkeypatch):
         assert made == {expected: 2}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("rows", "r", "p", "wanted", "forward", "backward"),
     [
@@ -181,28 +185,32 @@ def shared_sums(inputs: dict[str, Tensor | None], p: float = 0.0) -> dict[str, i
     return most
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("dtype", "lora_dtype"), [(FP32, FP32), (BF16, FP32)], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(("rows", "r"), [(5, 3), (5, 40)])
 def test_shared_sums_of_few_rows(rows, r, p, dtype, lora_dtype):
-    """K and N long enough that programs share them, in parts that do not come out even."""
-    inputs = make_inputs((rows, 1300), 1200, r, dtype=dtype, lora_dtype=lora_dtype)
-    found = shared_sums(inputs, p)
-    assert found["_lora_linear_split_k_kernel"] > 1
-    assert found["S"] > 1
-    check_run(inputs, p)
+    """K of forward, then N of backward, so long that programs share it, in parts that do not come out even."""
+    for k, n in ((1100, 72), (72, 1100)):
+        inputs = make_inputs((rows, k), n, r, dtype=dtype, lora_dtype=lora_dtype)
+        found = shared_sums(inputs, p)
+        assert found["_lora_linear_split_k_kernel"] > 1
+        # Without dropout, forward's product computes S itself.
+        assert found["S"] > 1 or (k > n and p == 0)
+        check_run(inputs, p)
 
 
 @pytest.mark.parametrize("kernel", ["fused", "chained", "split"])
 @pytest.mark.parametrize(("rows", "r", "p"), [(70, 40, 0.0), (150, 3, 0.0), (150, 40, 0.3)])
 def test_shared_sums_of_tiles_that_leave_the_gpu_idle(rows, r, p, kernel):
-    """More rows than a tile has, and parts that do not come out even."""
+    """More rows than a tile has; K of forward, then N of backward, in parts that do not come out even."""
     if kernel == "fused" and p:
         pytest.skip("fused has no dropout")
-    inputs = make_inputs((rows, 1040), 1030, r, dtype=BF16, lora_dtype=FP32)
-    with slk.use_kernel(kernel):
-        assert shared_sums(inputs, p)["_lora_linear_split_k_kernel"] > 1
-    check_run(inputs, p, kernel)
+    for k, n in ((1040, 136), (136, 1030)):
+        inputs = make_inputs((rows, k), n, r, dtype=BF16, lora_dtype=FP32)
+        with slk.use_kernel(kernel):
+            assert shared_sums(inputs, p)["_lora_linear_split_k_kernel"] > 1
+        check_run(inputs, p, kernel)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -284,6 +292,7 @@ def spacious(tmp_path: Path):
     assert all(path.stat().st_blocks * 512 < 2**24 < path.stat().st_size for path in made)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize("rows", [40, 72])
 def test_offsets_beyond_2_to_the_31(kernel, rows, arch, spacious):
@@ -302,6 +311,7 @@ def test_offsets_beyond_2_to_the_31(kernel, rows, arch, spacious):
         assert torch.equal(close[name], far[name]), name
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize("rows", [40, 72])
 def test_results_beyond_2_to_the_31(kernel, rows, arch, spacious):

@@ -96,6 +96,7 @@ def no_warnings():
         yield
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("make", [ours, theirs])
 def test_a_model_trains_as_without(make, dropout, backend, calls):
@@ -178,6 +179,7 @@ def test_autocast(make):
     assert found[0] == pytest.approx(expected[0], rel=1e-2)
 
 
+@pytest.mark.nightly
 def test_torch_compile_has_no_graph_break():
     model = ours(True)[0]
     expected = step(model)

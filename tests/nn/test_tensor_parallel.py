@@ -206,6 +206,7 @@ def test_two_processes(tmp_path: Path) -> None:
             assert 0 < error < 1e-6
 
 
+@pytest.mark.nightly
 def test_four_processes_in_two_dimensions(tmp_path: Path) -> None:
     alone = {backend: train(backend) for backend in ("torch", "triton")}
     for rank, found in enumerate(spawn(four, 4, tmp_path)):

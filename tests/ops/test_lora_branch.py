@@ -127,6 +127,7 @@ def test_autocast_casts_x_and_leaves_base_out(rows, backend):
         assert torch.autograd.grad(y.sum(), given["x"])[0].dtype == FP32
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("rows", [3, 66])
 def test_gradcheck_in_float64(p, rows):
@@ -139,6 +140,7 @@ def test_gradcheck_in_float64(p, rows):
     assert torch.autograd.gradcheck(function, [inputs[name].requires_grad_() for name in NAMES])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.3)])
 def test_torch_compile_has_no_graph_break(rows, p, backend):
     inputs = make_branch_inputs((rows, 24), 20, 6)

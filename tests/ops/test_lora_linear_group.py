@@ -89,6 +89,7 @@ def assert_close(found, expected, tolerance):
         )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
 @pytest.mark.parametrize(("shape", "ns", "rs"), SHAPES, ids=str)
 def test_matches_the_oracle(shape, ns, rs, dtypes, backend):
@@ -96,6 +97,7 @@ def test_matches_the_oracle(shape, ns, rs, dtypes, backend):
     check(group, group.run())
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("kernel", ["auto", "fused", "vendor"])
@@ -112,6 +114,7 @@ def test_every_kernel_on_every_kind_of_gpu(kernel, p, arch, monkeypatch):
         check(group, found)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("p", [0.1, 0.75])
 @pytest.mark.parametrize(("shape", "ns", "rs"), [SHAPES[1], SHAPES[2], SHAPES[5], SHAPES[7]], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -137,6 +140,7 @@ def test_any_strides(rows, backend):
     check(group, group.run())
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rows", [5, 70])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_only_requested_gradients(rows, p, backend):
@@ -224,6 +228,7 @@ def test_autocast(rows, backend):
     assert torch.autograd.grad(sum(y.sum() for y in ys), leaves[0])[0].dtype == FP32
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("rows", [3, 66])
 def test_gradcheck_in_float64(p, rows):
@@ -236,6 +241,7 @@ def test_gradcheck_in_float64(p, rows):
     assert torch.autograd.gradcheck(function, group.leaves())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.3)])
 def test_torch_compile_has_no_graph_break(rows, p, backend):
     group = Group((rows, 24), (20, 12, 12), (6, 3, 3))

@@ -150,6 +150,7 @@ def test_a_captured_step_compiles_nothing(options, monkeypatch):
     assert warm and keys[len(warm) :] == warm
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_replays_are_steps(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:

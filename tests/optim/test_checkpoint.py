@@ -21,6 +21,7 @@ from tests.helpers.steps import assert_all_close, latches, saved_and_loaded, tak
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resuming_is_bit_exact(backend: str, dtype: torch.dtype) -> None:
     lr, ratio = 4e-2, 5e-3

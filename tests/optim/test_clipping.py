@@ -36,6 +36,7 @@ def test_two_launches_from_the_first_step_on(monkeypatch: pytest.MonkeyPatch, ch
     assert_close_to(oracle, optimizer)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("missing", [False, True])
 def test_equal_to_clip_grad_norm_and_step(path: str, dtype: torch.dtype, missing: bool) -> None:
@@ -54,6 +55,7 @@ def test_equal_to_clip_grad_norm_and_step(path: str, dtype: torch.dtype, missing
     assert_all_close(halves(pairs), halves(twins), **bound)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 1, -1])
 def test_a_step_without_a_finite_norm_is_not_taken(path: str, value: float, place: int) -> None:

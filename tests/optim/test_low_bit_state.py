@@ -29,6 +29,7 @@ BF16 = torch.bfloat16
 # Masters
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", LOW)
 def test_a_master_takes_the_steps_of_a_float64_run(path: str, dtype: torch.dtype) -> None:
     pairs = make_pairs(dtype=dtype)
@@ -107,6 +108,7 @@ def test_moments_are_rounded_by_the_references_noise() -> None:
         assert k.t().flatten().tolist() == expected
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("master", [False, True])
 def test_bfloat16_moments_follow_float32_ones(path: str, dtype: torch.dtype, master: bool) -> None:
@@ -151,6 +153,7 @@ def test_float64_parameters_keep_float64_moments() -> None:
 # Saving
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("moments", [torch.float32, BF16, torch.uint8])
 @pytest.mark.parametrize("master", [False, True])
 def test_resuming_is_bit_exact(path: str, moments: torch.dtype, master: bool) -> None:

@@ -47,6 +47,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_is_the_references(path: str, name: str) -> None:
     given, meant = OPTIONS[name]

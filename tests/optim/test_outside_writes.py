@@ -67,6 +67,7 @@ def step_after(write: Callable[[torch.Tensor], None], master_weights: bool, refr
     return snapshot(optimizer)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("master_weights", [False, True])
 @pytest.mark.parametrize("write", [in_place, through_detach, other_memory, as_one_vector])
 def test_what_is_noticed_by_itself(path: str, write: Callable[[torch.Tensor], None], master_weights: bool) -> None:

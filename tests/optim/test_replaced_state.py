@@ -60,6 +60,7 @@ def clear_each(optimizer: StableLoRAAdamW) -> None:
         entry.clear()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("forget", [clear, new_dict, pop_each, clear_each])
 def test_a_cleared_state_starts_afresh(
     path: str, optimizer: StableLoRAAdamW, forget: Callable[[StableLoRAAdamW], None]

@@ -156,6 +156,7 @@ def test_the_factory_tells_that_it_was_given_no_learning_rate() -> None:
 # torch's defaults
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     "options", [{}, {"max_grad_norm": 0.1}, {"moments_dtype": torch.uint8}, {"master_weights": True}]
 )

@@ -144,7 +144,7 @@ def in_one_process(name: str) -> dict[str, Any]:
         return train([(n, p.requires_grad_()) for n, p in named_parameters(dtype)], STEPS, **settings)
 
 
-@pytest.mark.parametrize("world", WAYS)
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.nightly), 4])
 def test_equal_to_one_process(tmp_path: Path, world: int) -> None:
     ranks = spawn(run_placements, world, tmp_path)
     assert set(ranks[0]) == {(name, way) for way in WAYS[world] for name in (CASES if way == WAYS[world][0] else FEW)}
@@ -251,7 +251,7 @@ def resume(rank: int, world: int, place: Path) -> dict[str, Any]:
     return fit(model, optimizer, rank, world, range(3, 6))
 
 
-@pytest.mark.parametrize(("saved_on", "resumed_on"), [(2, 4), (4, 2)])
+@pytest.mark.parametrize(("saved_on", "resumed_on"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.nightly)])
 def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path, saved_on: int, resumed_on: int) -> None:
     spawn(save, saved_on, tmp_path)
     expected = alone()

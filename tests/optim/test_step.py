@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Algorithm 1
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("lr, ratio, steps", [(0.1, 5e-4, 15), (5e-2, 2e-3, 25), (1e-2, 5e-3, 60)])
 def test_latch_steps_are_those_of_a_float64_run(backend: str, lr: float, ratio: float, steps: int) -> None:
     pairs = make_pairs()
@@ -59,6 +60,7 @@ def test_a_change_from_outside_is_noticed(backend: str) -> None:
     assert optimizer.stability()[0].latched_at == 2
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
 def test_low_precision_shrinks_on_average(backend: str, dtype: torch.dtype, scale: float) -> None:

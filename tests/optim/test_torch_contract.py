@@ -174,6 +174,7 @@ def test_float64_parameters_take_float64_steps() -> None:
         optimizer.step()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -49,6 +49,7 @@ def test_the_inputs_are_there() -> None:
     assert any(isinstance(item.kwargs.get("lr"), torch.Tensor) for item in INPUTS)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kwargs", by_description(INPUTS))
 def test_equal_to_adamw_without_shrink(backend: str, kwargs: dict[str, Any]) -> None:
     # AdamW's default learning rate is not ours.
@@ -58,6 +59,7 @@ def test_equal_to_adamw_without_shrink(backend: str, kwargs: dict[str, Any]) -> 
     assert_no_worse_than_adamw(optimizer, on_any_device(kwargs), [0.3**step for step in range(9)])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kwargs", by_description(INPUTS))
 def test_equal_to_the_reference_with_shrink(backend: str, kwargs: dict[str, Any]) -> None:
     kwargs = {"lr": 5e-2, **kwargs}
@@ -69,6 +71,7 @@ def test_equal_to_the_reference_with_shrink(backend: str, kwargs: dict[str, Any]
     assert_close_to(oracle, optimizer)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kwargs", by_description(INPUTS))
 def test_state_dict_resumes_and_deepcopies(backend: str, kwargs: dict[str, Any]) -> None:
     pairs = make_pairs()
@@ -81,6 +84,7 @@ def test_state_dict_resumes_and_deepcopies(backend: str, kwargs: dict[str, Any])
     assert all_equal(snapshot(optimizer), snapshot(resumed)) and all_equal(snapshot(optimizer), snapshot(copied))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("number", range(len(SCHEDULERS)))
 def test_their_schedulers_lower_a_loss(backend: str, number: int, tensor_lr: bool) -> None:

@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--quick",
         action="store_true",
-        help=f"all rows of {FULL}, one in {EVERY_KEPT} where nothing changed, and a fixed one in {EVERY} of the others",
+        help=f"all rows of {FULL} and a fixed one in {EVERY} of the others; one in {EVERY_KEPT} where nothing changed",
     )
     add("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
     add(

@@ -25,9 +25,9 @@ REPORT = RESULTS / "compile_report.csv"
 DIGESTS = REPORT.with_name("compile_report_digests.json")
 # The Triton release of the committed report.
 TRITON = "3.9"
-# --quick compiles all rows of FULL, but of those with their recorded digest one in EVERY_KEPT, and one in EVERY of each other
-# GPU, not the same ones of each.
-EVERY, EVERY_KEPT = 20, 8
+# --quick compiles all rows of FULL and one in EVERY of each other GPU, not the same ones of each; but of those with their
+# recorded digest only one in EVERY_KEPT, a multiple of EVERY.
+EVERY, EVERY_KEPT = 20, 60
 
 Row = dict[str, Any]
 _TYPES: dict[str, Callable[[str], Any]] = {
@@ -178,7 +178,10 @@ def job_name(job: Job) -> str:
 
 
 def in_sample(arch: str, place: int, kept: dict[str, str]) -> bool:
-    if arch != FULL:
-        return (place + 5 * list(DEVICES).index(arch)) % EVERY == 0
+    number = place if arch == FULL else place + 5 * list(DEVICES).index(arch)
+    if number % EVERY_KEPT == 0:
+        return True
+    if arch != FULL and number % EVERY:
+        return False
     job = jobs(arch)[place]
-    return place % EVERY_KEPT == 0 or kept.get(job_name(job)) != machine_code.digest(job.launch, arch)
+    return kept.get(job_name(job)) != machine_code.digest(job.launch, arch)

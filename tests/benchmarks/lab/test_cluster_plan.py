@@ -140,6 +140,7 @@ def test_bytes_between_two_processes(tmp_path: Path) -> None:
     assert first["whole", False] == {"sum": adapters}
 
 
+@pytest.mark.nightly
 @distributed
 def test_bytes_between_four_processes(tmp_path: Path) -> None:
     """Two copies of two shards: each shard's gradients are summed with its like."""

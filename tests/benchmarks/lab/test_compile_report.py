@@ -419,11 +419,12 @@ for arch in ("sm_80", "sm_90", "sm_100"):
 
 
 @of_this_triton
-def test_kernels_keep_the_report() -> None:
+@pytest.mark.parametrize(
+    "arguments", [["--quick", "--check"], pytest.param(["--check"], marks=pytest.mark.nightly)], ids=" ".join
+)
+def test_kernels_keep_the_report(arguments: list[str]) -> None:
     """All rows of sm_90 that differ from what was recorded, and a sample of the rest; without ``--quick`` all are compiled."""
-    done = python(
-        "from benchmarks.lab.compile_report.__main__ import main; raise SystemExit(main(['--quick', '--check']))"
-    )
+    done = python(f"from benchmarks.lab.compile_report.__main__ import main; raise SystemExit(main({arguments}))")
     assert done.returncode == 0, done.stderr[-8000:]
 
 
@@ -437,6 +438,10 @@ kept[report.job_name(jobs[1])] = "another"
 chosen = [place for place in places if report.in_sample(report.FULL, place, kept)]
 assert chosen == [place for place in places if place % report.EVERY_KEPT == 0 or place == 1], chosen
 assert all(report.in_sample(report.FULL, place, {}) for place in places)
+others = report.jobs("sm_80")
+assert sum(report.in_sample("sm_80", place, {}) for place in range(len(others))) >= len(others) // report.EVERY
+known = {report.job_name(job): digest(job.launch, "sm_80") for job in others}
+assert sum(report.in_sample("sm_80", place, known) for place in range(len(others))) <= len(others) // report.EVERY_KEPT + 1
 launch = jobs[1].launch
 name = next(name for name, value in launch.constants.items() if type(value) is int)
 other = launch._replace(constants=launch.constants | {name: launch.constants[name] + 1})

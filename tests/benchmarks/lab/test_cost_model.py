@@ -190,6 +190,7 @@ def test_few_rows_of_4_bits_are_no_slower_than_plain_ones_and_far_from_their_byt
     assert 0.7 * plain < low < plain
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(
     not triton.__version__.startswith(f"{report.TRITON}."),
     reason="counted in the code of the report's compiler",

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -42,22 +44,42 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_dry_run_executes_every_section_and_measures_nothing(tmp_path):
+def dry_run(out: Path, *arguments: str, sections: Sequence[str] = tuple(command.SECTIONS)) -> dict[str, Any]:
+    """The rows of each section after a dry run, which has measured nothing and written nothing elsewhere."""
     before = {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")}
     # So much time that a busy machine reaches everything.
-    process = start(tmp_path, "--budget", "3000")
+    process = start(out, "--budget", "3000", *arguments)
     printed, progress = process.communicate(timeout=600)
     assert process.returncode == 0, printed + progress
     assert {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [*(f"{name}.csv" for name in command.SECTIONS), "summary.md", "times.png", "choices.png"]
-    )
-    rows = {name: table(tmp_path / f"{name}.csv") for name in command.SECTIONS}
+    assert {path.name for path in out.glob("*.csv")} == {f"{name}.csv" for name in sections}
+    rows = {name: table(out / f"{name}.csv") for name in sections}
     for name, found in rows.items():
         assert found and tuple(found[0]) == import_module(f"benchmarks.lab.gpu.{name}").COLUMNS
         assert {row["dry"] for row in found} == {"dry"}
         assert {row["status"] for row in found} <= {"ok", "dry"}, [row for row in found if row["status"] == "failed"]
         assert f"{name}" in printed and f"{name}: begins" in progress
+    summary = (out / "summary.md").read_text()
+    assert "DRY RUN" in summary.splitlines()[0] and "DRY RUN" in printed.splitlines()[-1]
+    assert " met: " not in summary and " missed: " not in summary
+    return rows
+
+
+def check_steps(rows: list[dict[str, str]]) -> None:
+    assert {row["arm"] for row in rows} == {"naive", "foreach", "fused", "ours", "ours, graph", "fused, graph"}
+    assert {row["state"] for row in rows} == {"shrinking", "latched"}
+
+
+def test_the_dry_run_of_a_section(tmp_path):
+    check_steps(dry_run(tmp_path, "--only", "step", sections=["step"])["step"])
+
+
+@pytest.mark.nightly
+def test_the_dry_run_executes_every_section_and_measures_nothing(tmp_path):
+    rows = dry_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*(f"{name}.csv" for name in command.SECTIONS), "summary.md", "times.png", "choices.png"]
+    )
     checked = Counter(row["check"] for row in rows["correctness"])
     assert len(checked) == 25 and "test_every_kernel_matches_float64" in checked
     by_kernel = [row["case"] for row in rows["correctness"] if row["check"] == "test_every_kernel_matches_float64"]
@@ -70,15 +92,11 @@ def test_the_dry_run_executes_every_section_and_measures_nothing(tmp_path):
     assert all(float(row["us"]) > 0 and float(row["over_frozen"]) > 0 for row in rows["layer"])
     assert {row["kernel"] for row in rows["regret"]} == {"fused", "chained", "split", "vendor"}
     assert {row["arm"] for row in rows["captured"]} == {"eager", "captured"}
-    assert {row["arm"] for row in rows["step"]} == {"naive", "foreach", "fused", "ours", "ours, graph", "fused, graph"}
-    assert {row["state"] for row in rows["step"]} == {"shrinking", "latched"}
+    check_steps(rows["step"])
     checks = {(row["check"], row["status"]) for row in rows["profile"]}
     assert checks >= {(name, "dry") for name in ("launches", "waiting", "memory", "dram", "sanitizer")}
     counted = [row for row in rows["profile"] if row["what"] == "launch_counts"]
     assert len(counted) == 5 and all(row["figure"] == row["expected"] for row in counted)
-    summary = (tmp_path / "summary.md").read_text()
-    assert "DRY RUN" in summary.splitlines()[0] and "DRY RUN" in printed.splitlines()[-1]
-    assert " met: " not in summary and " missed: " not in summary
 
 
 def test_an_interrupt_keeps_the_rows_and_lists_what_was_not_reached(tmp_path):
@@ -259,6 +277,7 @@ def test_crash():
 """
 
 
+@pytest.mark.nightly
 def test_each_test_has_a_row_as_it_ends(tmp_path):
     pytest.importorskip("xdist", reason="only another process survives a crash")
     (tmp_path / "test_some.py").write_text(TESTS)

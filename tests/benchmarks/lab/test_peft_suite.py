@@ -51,6 +51,7 @@ def sdist(path):
     return path
 
 
+@pytest.mark.nightly
 def test_the_harness_accelerates_and_a_difference_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "MODELS", {})
     (tmp_path / "run").mkdir()
@@ -99,6 +100,7 @@ def test_what_is_missing_is_named(capsys, monkeypatch):
     assert "peft 0.1 is installed, but the hash" in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_models_stand_in_for_the_hubs(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
     name = "peft-internal-testing/tiny-random-OPTForCausalLM"

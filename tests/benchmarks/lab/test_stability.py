@@ -132,6 +132,7 @@ def test_the_stored_table_is_that_of_the_stored_runs(folder, family):
     assert report.table(found) == (place / "table.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.nightly
 def test_stored_results_are_drawn_again(tmp_path, capsys):
     place = RESULTS / "epyc-avx512-2core" / "stability-transformers"
     assert __main__.main(["--stored", str(place), "--out", str(tmp_path / "plots")]) == 0
@@ -174,6 +175,7 @@ def test_small_transformers(tmp_path, monkeypatch):
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.nightly
 def test_transformers_are_reported_with_what_was_run_of_them(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from benchmarks.lab.stability import small_transformers as family

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
-import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +30,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -56,6 +53,7 @@ def compare(arch: str, case: Case) -> list[str]:
     return [seen.kernel.removeprefix("_").removesuffix("_kernel") for seen in found]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("kernel", "p"), [("fused", 0.0), ("split", 0.3), ("vendor", 0.0), ("vendor", 0.3)])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
@@ -88,6 +86,7 @@ GROUPS = (
 )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group.m} r{group.r} p{group.p}")
 def test_the_formula_counts_projections_that_share_x(group, arch):
@@ -112,6 +111,7 @@ def test_sharing_x_saves_its_reads_and_the_sums_of_its_gradients():
     assert row["unique"] < 0.7 * row["unique_apart"]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
     ("case", "expected"),
@@ -202,6 +202,7 @@ def test_the_branch_alone(m, r, p):
     assert by_name["base"] == (m * 56 * 2, 0, m * 56 * 2, 0) and by_name["y"] == (0, m * 56 * 2, 0, m * 56 * 2)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("m", "n", "k", "blocksize", "nested", "dtype"),
@@ -292,6 +293,7 @@ def test_floors_by_hand():
     assert floors.floor_optimizer([3, 5], [2, 4])[:2] == (2 * (6 + 20) + 8 * 8, 26 + 8 * 8)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("case", [Case(200, 136, 136, 16, 0.1), Case(70, 137, 75, 8)])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kernel", ["chained", "split"])
@@ -337,23 +339,18 @@ def test_the_optimizer_is_close_to_its_floor(tensors):
     assert "elsewhere" not in touched
 
 
-def test_the_command_sets_the_interpreter_and_writes_all_rows(tmp_path):
+def test_the_command_writes_all_rows(tmp_path, monkeypatch, capsys):
     """With one case of each table, as the whole takes half a minute."""
-    code = (
-        "import sys; from benchmarks.lab.traffic import __main__ as b, report; "
-        "b.SMALL, b.REAL, b.SETS = b.SMALL[7:8], (report.TARGET,), b.SETS[:1]; "
-        "b.SMALL_QUANTIZED, b.REAL_QUANTIZED = b.SMALL_QUANTIZED[:1], b.REAL_QUANTIZED[:1]; "
-        "sys.exit(b.main(sys.argv[1:]))"
-    )
     path = tmp_path / "traffic.csv"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--csv", str(path), "--device", "sm_80"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "DIFFERENT" not in done.stdout and "equal" in done.stdout
-    assert "target at most 1.02: met" in done.stdout and "target at most 3" in done.stdout
+    for name, cases in {
+        "SMALL": __main__.SMALL[7:8], "REAL": (report.TARGET,), "SETS": __main__.SETS[:1],
+        "SMALL_QUANTIZED": __main__.SMALL_QUANTIZED[:1], "REAL_QUANTIZED": __main__.REAL_QUANTIZED[:1],
+    }.items():  # fmt: skip
+        monkeypatch.setattr(__main__, name, cases)
+    assert __main__.main(["--csv", str(path), "--device", "sm_80"]) == 0
+    printed = capsys.readouterr().out
+    assert "DIFFERENT" not in printed and "equal" in printed
+    assert "target at most 1.02: met" in printed and "target at most 3" in printed
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["source"] for row in rows} == {"counted", "formula"}
