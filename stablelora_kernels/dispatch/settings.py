@@ -106,7 +106,7 @@ def check_environment() -> None:
 
 def in_force() -> tuple[Any, ...]:
     """What was set of all settings, None for the environment's value: equal in two calls that the settings treat alike."""
-    return (_backend.value, _kernel.value, _autotune.get())
+    return (_backend.value, _kernel.value, _autotune.value)
 
 
 def get_backend() -> str:

@@ -90,6 +90,8 @@ def key_of(kind: str, args: Sequence[Any]) -> tuple[Any, ...] | None:
     first = args[0] if type(args[0]) is Tensor else _first_tensor(args)
     if first is None or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
+    # A tensor's facts have its device's number, not its type.
+    key.append(first.is_cuda)
     if first.dtype is torch.float32:
         key.append(torch.get_float32_matmul_precision())
     # Autotuning leaves the choice to the table where results must not depend on a clock.
