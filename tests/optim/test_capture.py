@@ -20,7 +20,6 @@ from stablelora_kernels.launch import base
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from stablelora_kernels.dispatch import use_backend
-from stablelora_kernels.launch import stable_adamw as launcher
 from stablelora_kernels.optim import graph_capture
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.launches import specialization
@@ -43,15 +42,15 @@ class Graph:
     """The launches of one step, which capture does not run."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: Callable[[], Any]) -> None:
-        self.launches: list[tuple[Any, ...]] = []
+        self.launches: list[base.Launch] = []
         with monkeypatch.context() as patch:
             patch.setattr(graph_capture, "capturing", lambda: True)
-            patch.setattr(launcher, "launch", lambda *args, **meta: self.launches.append((args, meta)))
+            patch.setattr(base.Launch, "run", lambda launch, device: self.launches.append(launch))
             step()
 
     def replay(self) -> None:
-        for args, meta in self.launches:
-            base.launch(*args, **meta)
+        for launch in self.launches:
+            launch.run(torch.device(DEVICE))
 
 
 def test_tables_that_a_graph_reads_outlive_later_steps(monkeypatch):
@@ -61,7 +60,10 @@ def test_tables_that_a_graph_reads_outlive_later_steps(monkeypatch):
     optimizer.step()
     graph = Graph(monkeypatch, optimizer.step)
     held = {
-        arg.data_ptr(): weakref.ref(arg) for args, _ in graph.launches for arg in args if isinstance(arg, torch.Tensor)
+        arg.data_ptr(): weakref.ref(arg)
+        for launch in graph.launches
+        for arg in launch.args
+        if isinstance(arg, torch.Tensor)
     }
     graph.launches.clear()
     set_grads(params_of(optimizer), 2)
@@ -136,11 +138,14 @@ def test_a_captured_step_compiles_nothing(options, monkeypatch):
     optimizer.step()
     keys: list[Any] = []
 
-    def record(kernel, grid, device, *args, **meta):
-        keys.append((kernel.__name__, *map(specialization, args), tuple(sorted(meta.items()))))
-        return base.launch(kernel, grid, device, *args, **meta)
+    run = base.Launch.run
 
-    monkeypatch.setattr(launcher, "launch", record)
+    def record(launch, device):
+        told = sorted({**launch.constants, **launch.options}.items())
+        keys.append((launch.kernel.__name__, *map(specialization, launch.args), *told))
+        run(launch, device)
+
+    monkeypatch.setattr(base.Launch, "run", record)
     fill_grads(optimizer, 2)
     optimizer.step()
     warm = list(keys)
@@ -305,7 +310,7 @@ def test_a_step_is_its_launches_and_nothing_else(monkeypatch: pytest.MonkeyPatch
         fill_grads(optimizer, step)
         optimizer.step()
     optimizer.param_groups[0]["lr"].fill_(1e-3)
-    monkeypatch.setattr(launcher, "launch", lambda *args, **meta: None)
+    monkeypatch.setattr(base.Launch, "run", lambda launch, device: None)
     with Operators() as operators:
         optimizer.step()
     # Those that mark a step for profilers.

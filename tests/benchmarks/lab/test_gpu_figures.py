@@ -139,9 +139,9 @@ def test_the_targets_shapes_come_first():
 # CUDA calls, against a stand-in for torch.cuda that records them.
 
 USED = (
-    "CUDAGraph", "Event", "Stream", "current_device", "current_stream", "default_stream", "empty_cache", "get_device_properties",
-    "graph", "is_available", "max_memory_allocated", "mem_get_info", "memory_allocated", "profiler", "reset_peak_memory_stats",
-    "set_stream", "set_sync_debug_mode", "stream", "synchronize",
+    "CUDAGraph", "Event", "Stream", "current_device", "current_stream", "default_stream", "device_count", "empty_cache",
+    "get_device_properties", "graph", "is_available", "max_memory_allocated", "mem_get_info", "memory_allocated", "profiler",
+    "reset_peak_memory_stats", "set_stream", "set_sync_debug_mode", "stream", "synchronize",
 )  # fmt: skip
 
 
