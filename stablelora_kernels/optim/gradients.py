@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,8 +14,7 @@ from torch import Tensor, empty_like
 class Layout(NamedTuple):
     """How contiguous tensors lie in memory. Equal from one step to the next if nothing was reallocated."""
 
-    # One int64 a tensor.
-    addresses: bytes
+    addresses: list[int]
     dtypes: list[torch.dtype]
 
 
@@ -26,7 +24,7 @@ def layout_of(tensors: Sequence[Any]) -> Layout | None:
     Passes over every tensor take most of a step's host time, so this makes as few as possible.
     """
     try:
-        addresses = array("q", map(Tensor.data_ptr, tensors)).tobytes()
+        addresses = list(map(Tensor.data_ptr, tensors))
     except (TypeError, RuntimeError):
         return None
     return Layout(addresses, [t.dtype for t in tensors]) if all(map(Tensor.is_contiguous, tensors)) else None

@@ -248,9 +248,7 @@ class TritonStep:
         layout = gradients.layout
         direct = layout is not None and layout.dtypes == self.dtypes
         if layout is not None and direct:
-            ready, addresses = gradients, array("q", layout.addresses).tolist()
-            if not all(addresses):
-                addresses = [address or 16 for address in addresses]
+            ready, addresses = gradients, [address or 16 for address in layout.addresses]
         else:
             converted, direct = convert_gradients(self.params, gradients.tensors)
             ready, addresses = Gradients(tensors=converted), [0 if g is None else g.data_ptr() or 16 for g in converted]
