@@ -1,27 +1,35 @@
-"""``lora_linear``, ``lora_linear_group`` and ``lora_branch``. They check their arguments once and call the op."""
+"""``lora_linear``, ``lora_linear_group``, ``lora_mlp`` and ``lora_branch``. They check their arguments once and call the op."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.dispatch.problem import MAX_GROUP
+from stablelora_kernels.dispatch.problem import ACTIVATIONS, MAX_GROUP
+from stablelora_kernels.ops.checks import FLOAT_DTYPES, check_branch, check_devices, check_linear, check_mlp
 from stablelora_kernels.ops.lora_branch import lora_branch_op
 from stablelora_kernels.ops.lora_linear import lora_linear_op
 from stablelora_kernels.ops.lora_linear_group import lora_linear_group_op
+from stablelora_kernels.ops.lora_mlp import Projections, Settings, lora_mlp_op
 from stablelora_kernels.ops.plans import find, key_of, remember
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.validation import check_float
 
-__all__ = ["FLOAT_DTYPES", "FP8Weight", "NF4Weight", "lora_branch", "lora_linear", "lora_linear_group"]
-
-#: The dtypes of x. Only the PyTorch backend computes in float64.
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
+__all__ = [
+    "FLOAT_DTYPES",
+    "FP8Weight",
+    "LoRAWeights",
+    "NF4Weight",
+    "lora_branch",
+    "lora_linear",
+    "lora_linear_group",
+    "lora_mlp",
+]
 
 def lora_linear(
     x: Tensor,
@@ -65,7 +73,7 @@ def lora_linear(
     given = weight if isinstance(weight, Tensor) else weight.stored
     key = key_of("lora_linear", (x, given, bias, lora_A, lora_B, scaling, dropout_p, training, torch.is_grad_enabled()))
     if (entry := find(key)) is None:
-        _check(x, weight, bias, lora_A, lora_B)
+        check_linear(x, weight, bias, lora_A, lora_B)
         backend = _backend(dropout_p, [lora_A, lora_B], x=x)
         entry = remember(key, backend)
     else:
@@ -124,7 +132,7 @@ def lora_linear_group(
     key = key_of("lora_linear_group", (*flat, dropout_p, training, torch.is_grad_enabled()))
     if (entry := find(key)) is None:
         for weight, bias, lora_A, lora_B in zip(weights, biases, lora_As, lora_Bs, strict=True):
-            _check(x, weight, bias, lora_A, lora_B)
+            check_linear(x, weight, bias, lora_A, lora_B)
             if lora_A.dtype != lora_As[0].dtype:
                 raise TypeError(f"lora_As must have one dtype, got {lora_As[0].dtype} and {lora_A.dtype}")
         backend = _backend(dropout_p, [*lora_As, *lora_Bs], x=x)
@@ -132,6 +140,74 @@ def lora_linear_group(
     else:
         backend = entry.backend
     return lora_linear_group_op(*given, dropout_p if training else 0.0, backend, entry)
+
+
+class LoRAWeights(NamedTuple):
+    """A projection of :func:`lora_mlp`; the fields are :func:`lora_linear`'s arguments.
+
+    ``lora_A`` and ``lora_B`` are both None for a projection without a LoRA branch.
+    """
+
+    weight: Tensor | NF4Weight | FP8Weight
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    scaling: float
+
+
+def lora_mlp(
+    x: Tensor,
+    gate: LoRAWeights,
+    up: LoRAWeights,
+    down: LoRAWeights,
+    activation: str,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``down(act(gate(x)) ∘ up(x))``: a gated MLP of three :func:`lora_linear` projections, as one autograd node.
+
+    It keeps x, the outputs G of gate and U of up, and each [M, r] product with an A; backward computes act(G), act(G) ∘ U and
+    dropout's masks again. Apart from rounding, it equals separate calls of :func:`lora_linear` for gate, up and down in this
+    order, masks included. If gate and up are given one ``lora_A``, as halves of one stacked projection, they share its mask.
+
+    Separate calls with PyTorch's activation, which keep more, take over where a weight or bias requires a gradient; where only
+    one of gate's and up's A, or of their B, requires one; below 64 rows on the PyTorch backend; and up to 256 rows with
+    quantized weights on the Triton backend.
+
+    Args:
+        x: [..., K], as in :func:`lora_linear`.
+        gate: weight [F, K], bias [F], lora_A [r, K], lora_B [F, r], scaling. Ranks may differ between projections, dtypes may
+            not.
+        up: as gate.
+        down: weight [N, F], bias [N], lora_A [r, F], lora_B [N, r], scaling.
+        activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU).
+        dropout_p: as in :func:`lora_linear`; each projection draws its own mask.
+        training: as in :func:`lora_linear`.
+
+    Returns:
+        [..., N] in x's dtype. Only requested gradients are computed.
+
+    Raises:
+        ValueError: ``activation`` is unknown, or the projections do not fit x or each other.
+        ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
+    """
+    projections = (gate, up, down)
+    if (dtype := _autocast_dtype(x)) is not None:
+        x = x.to(dtype)
+        gate, up, down = projections = tuple(_autocast_projection(p, dtype) for p in projections)  # type: ignore[assignment]
+    weights = [p.weight if isinstance(p.weight, Tensor) else p.weight.stored for p in projections]
+    given = Projections(weights, *(list(field) for field in list(zip(*projections, strict=True))[1:]))  # type: ignore[arg-type]
+    shared_mask = gate.lora_A is not None and gate.lora_A is up.lora_A
+    key = key_of("lora_mlp", (x, *given, activation, dropout_p, training, shared_mask, torch.is_grad_enabled()))
+    if (entry := find(key)) is None:
+        check_mlp(x, gate, up, down, activation)
+        adapters = [t for p in projections for t in (p.lora_A, p.lora_B) if t is not None]
+        backend = _backend(dropout_p, adapters or [x], x=x)
+        entry = remember(key, backend)
+    else:
+        backend = entry.backend
+    settings = Settings(activation, dropout_p if training else 0.0, backend, shared_mask)
+    return lora_mlp_op(x, given, settings, entry)
 
 
 def lora_branch(
@@ -174,10 +250,10 @@ def lora_branch(
             raise ValueError(
                 f"base_out must be [..., N] with x's leading sizes to fit x {list(x.shape)}, got {list(base_out.shape)}"
             )
-        _check_branch(x, lora_A, lora_B, base_out.shape[-1], x.shape[-1], f"base_out {list(base_out.shape)}")
+        check_branch(x, lora_A, lora_B, base_out.shape[-1], x.shape[-1], f"base_out {list(base_out.shape)}")
         if base_out.dtype not in FLOAT_DTYPES:
             raise TypeError(f"base_out must be bfloat16, float16, float32 or float64, got {base_out.dtype}")
-        _check_devices(x, base_out=base_out, lora_A=lora_A, lora_B=lora_B)
+        check_devices(x, base_out=base_out, lora_A=lora_A, lora_B=lora_B)
         backend = _backend(dropout_p, [lora_A, lora_B], x=x, base_out=base_out)
         entry = remember(key, backend)
     else:
@@ -197,6 +273,14 @@ def _autocast_pair(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[
     return (lora_A, lora_B) if lora_A.dtype == torch.float32 else (lora_A.to(dtype), lora_B.to(dtype))
 
 
+def _autocast_projection(p: LoRAWeights, dtype: torch.dtype) -> LoRAWeights:
+    lora_A, lora_B = p.lora_A, p.lora_B
+    if lora_A is not None and lora_B is not None:
+        lora_A, lora_B = _autocast_pair(lora_A, lora_B, dtype)
+    weight = p.weight.to(dtype) if isinstance(p.weight, Tensor) else p.weight
+    return LoRAWeights(weight, None if p.bias is None else p.bias.to(dtype), lora_A, lora_B, p.scaling)
+
+
 def _backend(dropout_p: float, adapters: Sequence[Tensor], **tensors: Tensor) -> str:
     if dropout_p != 0.0:
         check_float("dropout_p", dropout_p, low=0.0, high=1.0)
@@ -208,45 +292,3 @@ def _backend(dropout_p: float, adapters: Sequence[Tensor], **tensors: Tensor) ->
             )
     # Kernels need something to multiply: with K or N of 0, PyTorch's operators return the bias, or nothing.
     return "torch" if backend == "triton" and not all(adapter.numel() for adapter in adapters) else backend
-
-
-def _check(
-    x: Tensor, weight: Tensor | NF4Weight | FP8Weight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
-) -> None:
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
-    n, k = weight.shape
-    if x.dim() < 1 or x.shape[-1] != k:
-        raise ValueError(f"x must be [..., {k}] to fit weight {[n, k]}, got {list(x.shape)}")
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"bias must be {[n]} to fit weight {[n, k]}, got {list(bias.shape)}")
-    _check_branch(x, lora_A, lora_B, n, k, f"weight {[n, k]}")
-    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
-        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
-    if bias is not None and bias.dtype != x.dtype:
-        raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
-    data = weight if isinstance(weight, Tensor) else weight.stored.data
-    _check_devices(x, weight=data, bias=bias, lora_A=lora_A, lora_B=lora_B)
-
-
-def _check_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, k: int, other: str) -> None:
-    """Check that A and B fit N and K, which come from the tensor that ``other`` names, and that their dtypes fit x's."""
-    if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
-        raise ValueError(f"lora_A must be [r, {k}] with r >= 1 to fit {other}, got {list(lora_A.shape)}")
-    if lora_B.dim() != 2 or lora_B.shape[0] != n or lora_B.shape[1] != lora_A.shape[0]:
-        raise ValueError(
-            f"lora_B must be {[n, lora_A.shape[0]]} to fit {other} and lora_A {list(lora_A.shape)}, "
-            f"got {list(lora_B.shape)}"
-        )
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"x must be bfloat16, float16, float32 or float64, got {x.dtype}")
-    if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
-    if lora_A.dtype != x.dtype and (lora_A.dtype != torch.float32 or x.dtype == torch.float64):
-        raise TypeError(f"lora_A and lora_B must be float32 or of x's dtype {x.dtype}, got {lora_A.dtype}")
-
-
-def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")

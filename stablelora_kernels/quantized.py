@@ -13,7 +13,9 @@ FP8 (torchao's float8 weights): an element is a float8_e4m3fn times the float32 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +42,15 @@ class Layout(NamedTuple):
     def aligned(self) -> bool:
         """Whether rows begin at multiples of 16 bytes, and no block lies across two rows."""
         return self.k % self.blocksize == 0 and self.k * self.bits % 128 == 0
+
+    @property
+    def scale_count(self) -> int:
+        """The number of tensors in ``Stored.scales``."""
+        return 1 if self.bits == 8 else 5 if self.nested_blocksize else 2
+
+
+# In place of a layout, for a weight that is not quantized.
+_PLAIN = (0,) * 5
 
 
 class Stored(NamedTuple):
@@ -82,6 +93,31 @@ class Stored(NamedTuple):
             values[rest:].mul_(scale[-1:])
             part.copy_(values)
         return out[: n * k].view(n, k)
+
+
+def as_plain(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor:
+    """``weight`` itself, or the W that it stores, in ``dtype``."""
+    return weight.dequantize(dtype) if isinstance(weight, Stored) else weight
+
+
+def apart(weights: Sequence[Tensor | Stored]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """The weights in the parts that an op takes: each one's data, all scales, all layouts (zeros for a plain weight)."""
+    datas, scales, layouts = [], [], []
+    for weight in weights:
+        stored = isinstance(weight, Stored)
+        datas.append(weight.data if stored else weight)
+        scales += weight.scales if stored else ()
+        layouts += weight.layout if stored else _PLAIN
+    return datas, scales, layouts  # type: ignore[return-value]
+
+
+def together(datas: Sequence[Tensor], scales: Sequence[Tensor], layouts: Sequence[int]) -> list[Tensor | Stored]:
+    """The weights that :func:`apart` took apart."""
+    left, weights = iter(scales), []
+    for i, data in enumerate(datas):
+        layout = Layout(*layouts[len(_PLAIN) * i : len(_PLAIN) * (i + 1)])
+        weights.append(data if layout == _PLAIN else Stored(data, tuple(islice(left, layout.scale_count)), layout))
+    return weights
 
 
 @dataclass(frozen=True, eq=False)

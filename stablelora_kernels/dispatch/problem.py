@@ -106,10 +106,14 @@ class Call(NamedTuple):
 
 # Up to so many rows, reading W bounds a product, with or without S.
 SMALL_M = 64
+# act of a gated MLP: SiLU, GELU, and GELU's approximation by tanh.
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 # Most projections that share one read of X: q, k and v.
 MAX_GROUP = 3
 # Largest rank of a fused kernel, which keeps S in registers as one block.
 MAX_FUSED_R = 64
+# Up to so many rows, a product's own loop dequantizes W.
+IN_LOOP_M = 256
 # Up to so many rows, a launch saved is a share of the time that counts.
 CHAINED_M = 4096
 # Largest rank of a chained launch, whose programs of S have the product's registers: one block of ranks, read once.

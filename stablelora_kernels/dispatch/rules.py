@@ -111,9 +111,9 @@ QUANTIZED_RULES = (
         "float32, more than 16 rows: the products are the vendor's, who wants a plain W",
     ),
     QuantizedRule(
-        lambda d, c, bits: c.m > 256,
+        lambda d, c, bits: c.m > problem.IN_LOOP_M,
         "dequantize",
-        "more than 256 rows: W in full is written and read once, 4 bytes an element; in the loop every 128 rows would look up "
+        f"more than {problem.IN_LOOP_M} rows: W in full is written and read once, 4 bytes an element; in the loop every 128 rows would look up "
         "and scale each element anew, 13 to 19 instructions",
     ),
     QuantizedRule(

@@ -31,7 +31,7 @@ from stablelora_kernels.ops.torch_path import (
     torch_bwd,
     torch_fwd,
 )
-from stablelora_kernels.quantized import Layout, Stored
+from stablelora_kernels.quantized import Layout, Stored, as_plain
 
 
 def _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # type: ignore[no-untyped-def]
@@ -119,12 +119,8 @@ def _forward(
         return y, s, seed, scaling
     rows = as_matrix(x)
     keep, scaling = draw_dropout(rows, dropout_p, scaling)
-    y, s = torch_fwd(rows, _dequantized(weight, x.dtype), bias, lora_A, lora_B, scaling, keep)
+    y, s = torch_fwd(rows, as_plain(weight, x.dtype), bias, lora_A, lora_B, scaling, keep)
     return like_rows_of(y, x), s, keep, scaling
-
-
-def _dequantized(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor:
-    return weight.dequantize(dtype) if isinstance(weight, Stored) else weight
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -176,7 +172,7 @@ class _LoRALinear(torch.autograd.Function):
                 dx, da, db = lora_linear_quantized_bwd((x, grad, *stored, *rest, need_a, need_b))
         else:
             leading, grad = grad.shape[:-1], expanded(as_matrix(grad))
-            rows, weight = None if x is None else as_matrix(x), _dequantized(stored or weight, grad.dtype)
+            rows, weight = None if x is None else as_matrix(x), as_plain(stored or weight, grad.dtype)
             dx, da, db = torch_bwd(
                 grad, rows, weight, lora_A, lora_B, s, random, scaling, lora_dtype, need_x, need_a, need_b
             )
@@ -210,7 +206,7 @@ def lora_linear_op(
     saves_weight = plain_weight is None and needs_grad
     if backend == "torch" and not saves_weight and is_few(x, plain_weight, limit=few_rows(x, dropout_p)):
         rows = as_matrix(x)
-        y = torch.nn.functional.linear(rows, _dequantized(weight, x.dtype), bias)
+        y = torch.nn.functional.linear(rows, as_plain(weight, x.dtype), bias)
         y = plain_branch(y, rows, lora_A, lora_B, scaling, dropout_p)
         return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
     if needs_grad:

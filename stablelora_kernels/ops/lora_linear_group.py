@@ -30,10 +30,12 @@ from stablelora_kernels.ops.torch_path import (
     expanded,
     is_few,
     like_rows_of,
+    masked,
     torch_db,
     torch_ds,
     torch_s,
 )
+from stablelora_kernels.quantized import Stored, as_plain
 
 
 def _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p):  # type: ignore[no-untyped-def]
@@ -93,45 +95,47 @@ def lora_linear_group_bwd(
     return results, backward_launches(device, *given, as_matrix(dx) if need_x else None, das, dbs)
 
 
-def _torch_fwd(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor], scalings: Sequence[float], keeps: Sequence[Tensor],
+def torch_group_fwd(
+    x: Tensor, weights: Sequence[Tensor | Stored], biases: Sequence[Tensor | None], lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor], scalings: Sequence[float], keeps: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """The Y's and the unscaled S's. All tensors have one dtype."""
+    """The Y's and the unscaled S's. All tensors have one dtype. Without dropout, ``keeps`` is empty."""
     if keeps:
         parts = [torch_s(x, a, keep) for a, keep in zip(lora_As, keeps, strict=True)]
     else:
         parts = [*torch_s(x, torch.cat([*lora_As]), None).split([a.shape[0] for a in lora_As], 1)]
     ys = []
     for w, bias, b, scaling, s in zip(weights, biases, lora_Bs, scalings, parts, strict=True):
-        y = wide_product(x, w.t(), bias)
+        y = wide_product(x, as_plain(w, x.dtype).t(), bias)
         ys.append(add_branch(y, s, b, scaling))
     return ys, parts
 
 
-def _torch_bwd(
-    x: Tensor | None, grads: Sequence[Tensor], weights: Sequence[Tensor], lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor], s: Sequence[Tensor], keeps: Sequence[Tensor], scalings: Sequence[float],
+def torch_group_bwd(
+    x: Tensor | None, grads: Sequence[Tensor], weights: Sequence[Tensor | Stored], lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor], s: Sequence[Tensor], keeps: Sequence[Tensor | None], scalings: Sequence[float],
     lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
     """dX, and the dA's and dB's in ``lora_dtype``, by the formulas of ``torch_path.torch_bwd``."""
     dx, das, dbs, every_ds = None, [], [], []
-    masks = [as_float(keep, grads[0].dtype) for keep in keeps]
+    masks = [None if keep is None else as_float(keep, grads[0].dtype) for keep in keeps]
     for i, (grad, b, scaling) in enumerate(zip(grads, lora_Bs, scalings, strict=True)):
         if need_x or need_a:
             every_ds.append(torch_ds(grad, b, scaling))
         if need_b:
             dbs.append(torch_db(grad, s[i], scaling, lora_dtype))
         if need_x:
-            dx = wide_product(grad, weights[i]) if dx is None else add_wide_product(dx, grad, weights[i])
-            if masks:
+            w = as_plain(weights[i], grad.dtype)
+            dx = wide_product(grad, w) if dx is None else add_wide_product(dx, grad, w)
+            # In a call with dropout, a projection without a mask has no branch.
+            if masks and masks[i] is not None:
                 dx.addcmul_(product(every_ds[i], lora_As[i]), masks[i])
     if dx is not None and not masks:
         dx.addmm_(torch.cat(every_ds, 1), torch.cat([*lora_As]))
     if need_a:
         assert x is not None
         for i, ds in enumerate(every_ds):
-            das.append(product(ds.t(), x * masks[i] if masks else x).to(lora_dtype))
+            das.append(product(ds.t(), masked(x, keeps[i]) if keeps else x).to(lora_dtype))
     return dx, das, dbs
 
 
@@ -156,7 +160,7 @@ def _forward(
     drawn = [draw_dropout(rows, dropout_p, scaling) for scaling in scalings]
     keeps = [keep for keep, _ in drawn if keep is not None]
     scalings = [scaling for _, scaling in drawn]
-    ys, parts = _torch_fwd(rows, weights, biases, lora_As, lora_Bs, scalings, keeps)
+    ys, parts = torch_group_fwd(rows, weights, biases, lora_As, lora_Bs, scalings, keeps)
     return [like_rows_of(y, x) for y in ys], parts, keeps, scalings
 
 
@@ -211,7 +215,7 @@ class _LoRALinearGroup(torch.autograd.Function):
                 ))  # fmt: skip
             else:
                 leading, grads = grads[0].shape[:-1], [expanded(as_matrix(grad)) for grad in grads]
-                dx, das, dbs = _torch_bwd(
+                dx, das, dbs = torch_group_bwd(
                     None if x is None else as_matrix(x), grads, weights, lora_As, lora_Bs, s, random, scalings,
                     ctx.lora_dtype, need_x, need_a, need_b,
                 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,14 +54,31 @@ def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
     # On a CPU, bernoulli_ draws one double per element sequentially. 16 bits per element, four elements per int64 word, are
     # several times faster. That rounds the probability to 1/65536; the scale uses the rounded one, so the result is unbiased.
     dropped = round(dropout_p * 65536)
-    count = -(-x.numel() // 4)
+    return _draw_words(x.shape, dropped, None), dropped / 65536
+
+
+def _draw_words(shape: Sequence[int], dropped: int, generator: torch.Generator | None) -> Tensor:
+    size = math.prod(shape)
+    count = -(-size // 4)
     if torch.compiler.is_compiling():
         # torch.compile does not support random_(). These are the same bits: randint's offset flips a word's highest bit.
         words = torch.randint(-(2**63), 2**63 - 1, (count,), device="cpu") ^ -(2**63)
     else:
-        words = torch.empty(count, dtype=torch.int64, device="cpu").random_(-(2**63), None)
-    keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
-    return keep, dropped / 65536
+        words = torch.empty(count, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[:size].view(shape) >= dropped - 32768
+
+
+def can_redraw(x: Tensor) -> bool:
+    """Whether :func:`redrawn` can draw the mask of x again."""
+    # A compiled graph keeps no state of a generator, and a CUDA graph can't read it.
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def redrawn(state: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
+    """The keep-mask that :func:`draw_keep` drew when torch's generator was in ``state``."""
+    generator = torch.Generator()
+    generator.set_state(state)
+    return _draw_words(shape, round(dropout_p * 65536), generator)
 
 
 def draw_dropout(x: Tensor, dropout_p: float, scaling: float) -> tuple[Tensor | None, float]:

@@ -1,0 +1,104 @@
+"""Checks of the arguments of the functional API. An error names the argument and both values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.dispatch.problem import ACTIVATIONS
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
+
+#: The dtypes of x. Only the PyTorch backend computes in float64.
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight | FP8Weight,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    of: str = "",
+    x_name: str = "x",
+) -> None:
+    """Check a projection's operands. ``of``: the projection's name before theirs, such as ``"gate."``."""
+    if len(weight.shape) != 2:
+        raise ValueError(f"{of}weight must be [N, K], got {list(weight.shape)}")
+    n, k = weight.shape
+    shaped = f"{of}weight {[n, k]}"
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"{x_name} must be [..., {k}] to fit {shaped}, got {list(x.shape)}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"{of}bias must be {[n]} to fit {shaped}, got {list(bias.shape)}")
+    check_branch(x, lora_A, lora_B, n, k, shaped, of)
+    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
+        raise TypeError(f"{of}weight must have x's dtype {x.dtype}, got {weight.dtype}")
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"{of}bias must have x's dtype {x.dtype}, got {bias.dtype}")
+    data = weight if isinstance(weight, Tensor) else weight.stored.data
+    check_devices(
+        x, **{f"{of}weight": data, f"{of}bias": bias, f"{of}lora_A": lora_A, f"{of}lora_B": lora_B}
+    )
+
+
+def check_branch(
+    x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, n: int, k: int, other: str, of: str = ""
+) -> None:
+    """Check that A and B fit N and K, which come from the tensor that ``other`` names, and that their dtypes fit x's.
+
+    Without A and B, only x's dtype is checked.
+    """
+    if lora_A is None or lora_B is None:
+        _check_float(x)
+        return
+    if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
+        raise ValueError(f"{of}lora_A must be [r, {k}] with r >= 1 to fit {other}, got {list(lora_A.shape)}")
+    if lora_B.dim() != 2 or lora_B.shape[0] != n or lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(
+            f"{of}lora_B must be {[n, lora_A.shape[0]]} to fit {other} and {of}lora_A {list(lora_A.shape)}, "
+            f"got {list(lora_B.shape)}"
+        )
+    _check_float(x)
+    names = f"{of}lora_A and {of}lora_B"
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"{names} must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
+    if lora_A.dtype != x.dtype and (lora_A.dtype != torch.float32 or x.dtype == torch.float64):
+        raise TypeError(f"{names} must be float32 or of x's dtype {x.dtype}, got {lora_A.dtype}")
+
+
+def _check_float(x: Tensor) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x must be bfloat16, float16, float32 or float64, got {x.dtype}")
+
+
+def check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+
+
+def check_mlp(x: Tensor, gate: Any, up: Any, down: Any, activation: str) -> None:
+    """Check the operands of ``functional.lora_mlp``; gate, up and down are its ``LoRAWeights``."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    check_linear(x, *gate[:4], of="gate.")
+    (f, _), up_shape, down_shape = gate.weight.shape, list(up.weight.shape), list(down.weight.shape)
+    wanted = list(gate.weight.shape)
+    if up_shape != wanted:
+        raise ValueError(f"up.weight must be {wanted} to fit gate.weight, got {up_shape}")
+    check_linear(x, *up[:4], of="up.")
+    if len(down_shape) != 2 or down_shape[1] != f:
+        raise ValueError(f"down.weight must be [N, {f}] to fit gate.weight {wanted}, got {down_shape}")
+    check_linear(x.new_empty(0, f), *down[:4], of="down.")
+    dtypes: dict[str, torch.dtype] = {}
+    for name, p in (("gate", gate), ("up", up), ("down", down)):
+        if (p.lora_A is None) != (p.lora_B is None):
+            missing, given = ("lora_A", "lora_B") if p.lora_A is None else ("lora_B", "lora_A")
+            raise ValueError(f"{name}.{missing} must be given with {name}.{given}, or both must be None, got None")
+        if p.lora_A is not None:
+            dtypes[f"{name}.lora_A"] = p.lora_A.dtype
+    if len({*dtypes.values()}) > 1:
+        given = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise TypeError(f"the projections' lora_A must have one dtype, got {given}")
