@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.dispatch.problem import ACTIVATIONS, MAX_GROUP
+from stablelora_kernels.dispatch.problem import MAX_GROUP
 from stablelora_kernels.ops.checks import FLOAT_DTYPES, check_branch, check_devices, check_linear, check_mlp
 from stablelora_kernels.ops.lora_branch import lora_branch_op
 from stablelora_kernels.ops.lora_linear import lora_linear_op
@@ -30,6 +30,7 @@ __all__ = [
     "lora_linear_group",
     "lora_mlp",
 ]
+
 
 def lora_linear(
     x: Tensor,

@@ -102,18 +102,24 @@ def as_plain(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor:
 
 def apart(weights: Sequence[Tensor | Stored]) -> tuple[list[Tensor], list[Tensor], list[int]]:
     """The weights in the parts that an op takes: each one's data, all scales, all layouts (zeros for a plain weight)."""
-    datas, scales, layouts = [], [], []
+    datas: list[Tensor] = []
+    scales: list[Tensor] = []
+    layouts: list[int] = []
     for weight in weights:
-        stored = isinstance(weight, Stored)
-        datas.append(weight.data if stored else weight)
-        scales += weight.scales if stored else ()
-        layouts += weight.layout if stored else _PLAIN
-    return datas, scales, layouts  # type: ignore[return-value]
+        if isinstance(weight, Stored):
+            datas.append(weight.data)
+            scales += weight.scales
+            layouts += weight.layout
+        else:
+            datas.append(weight)
+            layouts += _PLAIN
+    return datas, scales, layouts
 
 
 def together(datas: Sequence[Tensor], scales: Sequence[Tensor], layouts: Sequence[int]) -> list[Tensor | Stored]:
     """The weights that :func:`apart` took apart."""
-    left, weights = iter(scales), []
+    left = iter(scales)
+    weights: list[Tensor | Stored] = []
     for i, data in enumerate(datas):
         layout = Layout(*layouts[len(_PLAIN) * i : len(_PLAIN) * (i + 1)])
         weights.append(data if layout == _PLAIN else Stored(data, tuple(islice(left, layout.scale_count)), layout))

@@ -97,6 +97,8 @@ class Call(NamedTuple):
     dropout: bool
     # Whether the kernel adds to Y's earlier values: dX of the second and third projection of one X.
     add: bool = False
+    # Whether Y is dH of a gated MLP, whose tiles turn into dG's and dU's.
+    gated: bool = False
 
     @property
     def masked(self) -> bool:

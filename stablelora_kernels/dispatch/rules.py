@@ -41,6 +41,11 @@ def _a_is_small(c: Call) -> bool:
 # The first row that applies is taken, here and below.
 RULES = (
     Rule(
+        lambda d, c: c.r == 0 and not c.gated,
+        "vendor",
+        "no branch: nothing to fuse into the product",
+    ),
+    Rule(
         lambda d, c: c.dtype == torch.float32 and c.m > 16,
         "vendor",
         "float32, more than 16 rows: Triton's exact product has no matrix instruction, the vendor's is tuned by hand",
@@ -113,8 +118,8 @@ QUANTIZED_RULES = (
     QuantizedRule(
         lambda d, c, bits: c.m > problem.IN_LOOP_M,
         "dequantize",
-        f"more than {problem.IN_LOOP_M} rows: W in full is written and read once, 4 bytes an element; in the loop every 128 rows would look up "
-        "and scale each element anew, 13 to 19 instructions",
+        f"more than {problem.IN_LOOP_M} rows: W in full is written and read once, 4 bytes an element; in the loop every 128 rows "
+        "would look up and scale each element anew, 13 to 19 instructions",
     ),
     QuantizedRule(
         lambda d, c, bits: bits == 4 and c.direction == "backward" and c.m > 128,
@@ -227,6 +232,57 @@ def choose_branch_backward(call: Call) -> Choice:
     return _BRANCH_FUSED if call.m <= problem.SMALL_M and call.r <= problem.MAX_FUSED_R else _BRANCH_SPLIT
 
 
+class MLPRule(NamedTuple):
+    # Of gate's and up's call; the last argument says whether tensor descriptors can hold all matrices.
+    applies: Callable[[Device, Call, bool], bool]
+    form: str
+    reason: str
+
+
+# Gate and up with the activation: in one kernel, or each in a kernel of its own and the activation in a third one.
+MLP_RULES = (
+    MLPRule(
+        lambda d, c, described: c.dtype == torch.float32,
+        "separate",
+        "float32: two accumulators outgrow the registers, or the vendor has the product",
+    ),
+    MLPRule(
+        lambda d, c, described: c.m <= problem.SMALL_M,
+        "separate",
+        f"up to {SMALL_M} rows: bound by reading W, so programs share a tile's K, and the activation's launch is small",
+    ),
+    MLPRule(
+        lambda d, c, described: _idle(d, c),
+        "separate",
+        "tiles of 128 by 128 would leave two fifths of the GPU idle; separate products share a tile's K",
+    ),
+    MLPRule(
+        lambda d, c, described: d.generation >= 100 and d.tma and c.m >= 1024,
+        "separate",
+        "data-center Blackwell: the vendor's products, as for a single projection",
+    ),
+    MLPRule(
+        lambda d, c, described: described and d.tma,
+        "tma",
+        "two accumulators fit: X is read once, and H needs neither a launch nor a read of G and U",
+    ),
+    MLPRule(
+        lambda d, c, described: True,
+        "pointers",
+        "two accumulators of half the width: X is read once for both, and H needs neither a launch nor a read of G and U",
+    ),
+)
+
+
+def choose_gate_up(device: Device, call: Call, described: bool) -> Choice:
+    """``"tma"``, ``"pointers"`` or ``"separate"`` for gate's and up's ``call``; "split" forces one of the first two."""
+    forced = get_kernel()
+    if forced not in ("auto", "split"):
+        return Choice("separate", f"kernel {forced!r} was asked for, which has one projection")
+    rows = MLP_RULES if forced == "auto" else [rule for rule in MLP_RULES if rule.form != "separate"]
+    return next(Choice(rule.form, rule.reason) for rule in rows if rule.applies(device, call, described))
+
+
 class Sharing(NamedTuple):
     shared: bool
     reason: str
@@ -234,6 +290,8 @@ class Sharing(NamedTuple):
 
 def choose_group(calls: Sequence[Call], choices: Sequence[Choice | None]) -> Sharing:
     """Whether projections of one X get their S (and dA) from one read of it, in a launch of its own, or each by itself."""
+    if not all(call.r for call in calls):
+        return Sharing(False, "one of them has no branch")
     if any(choice is not None and choice.kernel == "fused" for choice in choices):
         return Sharing(False, "S is computed beside a product, which saves its launch")
     if calls[0].k == 0:

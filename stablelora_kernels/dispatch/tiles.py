@@ -49,9 +49,9 @@ TMA_TILES = (
         "wider tiles would leave more of the GPU idle in the last round than they save in reads",
     ),
     TileRule(
-        lambda d, c: c.masked and c.add,
+        lambda d, c: c.masked and (c.add or c.gated),
         Tile(128, 128, 64, 8, 4),
-        "Y's earlier values beside the mask's random numbers spill registers in a wider tile",
+        "Y's earlier values, or G and U, beside the mask's random numbers spill registers in a wider tile",
     ),
     TileRule(
         lambda d, c: d.generation >= 100,
@@ -74,6 +74,17 @@ LINEAR_TILES = (
         "a wide rank block beside 128 by 128 spills where accumulators are in registers, or outgrows shared memory",
     ),
     TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "the usual tile"),
+)
+
+# Gate and up of an MLP (lora_gate_up): two accumulators of this size.
+GATE_UP_TMA_TILES = (
+    TileRule(
+        lambda d, c: True, Tile(128, 128, 64, 8, 4), "two accumulators that fill the registers, X read once for both"
+    ),
+)
+GATE_UP_TILES = (
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 32, 32, 4, 3), "float32: products are in registers"),
+    TileRule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "two accumulators that make up the usual tile"),
 )
 
 # Y for few rows or columns (lora_linear_split_k); up to 64 rows linear_split_k_plan sets BLOCK_M.
@@ -320,16 +331,29 @@ def linear_tma_plan(
     narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
     # Specialized warps change nothing on Hopper. With Y's earlier values they outgrow shared memory.
-    plain = load_s and not call.masked and not call.add
+    plain = load_s and not call.masked and not call.add and not call.gated
     specialize = can_specialize and 100 <= device.generation < 120 and plain and tile.BLOCK_N <= 128
     # The mask's random numbers take many registers, hence narrow parts.
-    parts = 1 if specialize else max(2, tile.BLOCK_N // 32) if call.masked else 2
+    parts = 1 if specialize else max(2, tile.BLOCK_N // 32) if call.masked else 4 if call.gated else 2
     part = tile.BLOCK_N // parts
-    # The stored part of Y and the branch's operands need shared memory too.
-    finish = call.dtype.itemsize * (tile.BLOCK_M * part + block_r * (tile.BLOCK_M + part))
+    # The stored part of Y, or the parts of G, U, dG and dU, and the branch's operands need shared memory too.
+    kept = 4 if call.gated else 1
+    finish = call.dtype.itemsize * (kept * tile.BLOCK_M * part + block_r * (tile.BLOCK_M + part))
     tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), finish)
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
     return TMAPlan(Plan(tile, reason, block_r, tiles), specialize, parts, min(tiles, device.processors))
+
+
+def gate_up_plan(device: Device, call: Call, tma: bool) -> Plan:
+    """For gate and up in one kernel; ``call`` has the larger rank. The TMA kernel's programs stay and take tile after tile."""
+    tile, reason = pick_tile(GATE_UP_TMA_TILES if tma else GATE_UP_TILES, device, call)
+    block_r = rank_block(call.r, problem.MAX_FUSED_R)
+    item = call.dtype.itemsize
+    stage = tile.BLOCK_K * (tile.BLOCK_M + 2 * tile.BLOCK_N) * item
+    # A quarter of G, U and H.
+    stored = 3 * tile.BLOCK_M * tile.BLOCK_N // 4 * item if tma else 0
+    tile = fit(tile, device, stage, stored + block_r * (tile.BLOCK_M * item + tile.BLOCK_N * call.lora_dtype.itemsize))
+    return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N))
 
 
 def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:

@@ -56,8 +56,14 @@ def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return group * GROUP_M + inside % group_m, inside // group_m
 
 
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
 @tl.core.builtin
-def _targets_amd(_semantic=None):
+def targets_amd(_semantic=None):
     """Whether the kernel is compiled for an AMD GPU, a constant."""
     return tl.constexpr(_semantic.builder.options.backend_name == "hip")
 
@@ -66,7 +72,7 @@ def _targets_amd(_semantic=None):
 def stores_done(n):
     """Wait until all threads' stores are done, so that an atomic may publish them; any int32 will do for ``n``."""
     if not INTERPRETING:  # noqa: SIM102 - the interpreter does not know the other one
-        if _targets_amd():
+        if targets_amd():
             # AMD's barrier waits for waves, not for their stores, and the atomic waits for its own wave's stores alone.
             tl.inline_asm_elementwise(
                 "s_waitcnt vmcnt(0)", "=v,0,~{memory}", [n], dtype=tl.int32, is_pure=False, pack=1

@@ -47,6 +47,15 @@ class VendorProduct(NamedTuple):
             torch.addmm(self.bias, self.x, self.w.t(), out=self.y)
 
 
+class Gate(NamedTuple):
+    """What a product needs if its Y is dH of a gated MLP: it then stores dG in Y and dU in ``du``. All are contiguous [M, N]."""
+
+    activation: str
+    g: Tensor
+    u: Tensor
+    du: Tensor
+
+
 class Product(NamedTuple):
     """Y = X W^T + bias + (S B^T) ∘ keep with S = s' (X ∘ keep) A^T, where one of the two masks is all ones; or dX likewise.
 
@@ -68,6 +77,7 @@ class Product(NamedTuple):
     dropout_p: float
     unit: float = 1.0
     wanted: bool = True
+    gate: Gate | None = None
 
 
 class Gradients(NamedTuple):
@@ -87,6 +97,18 @@ class Gradients(NamedTuple):
     seed: Tensor | None
     dropout_p: float
     unit: float = 1.0
+    # X is the H of these G and U; ``x`` is G.
+    gate: Gate | None = None
+
+
+def gate_name(gate: Gate | None) -> str:
+    """A kernel's GATE."""
+    return "" if gate is None else gate.activation
+
+
+def gate_pointers(gate: Gate | None) -> tuple[Any, ...]:
+    """A kernel's pointers to U and dU."""
+    return (None, None) if gate is None else (gate.u, gate.du)
 
 
 def s_unit(dtype: torch.dtype, scaling: float) -> float:
@@ -233,17 +255,21 @@ def expand(device: Device, p: Product, base: Tensor | None, s_ready: bool = Fals
     s = p.y if p.s is None else p.s
     in_place = base is p.y
     apart = base is not None and not in_place
-    flags = flag_words(fused=not load_s, dropout=mask_x, masked=c.masked, apart=apart, alone=base is None)
+    flags = flag_words(
+        fused=not load_s, dropout=mask_x, masked=c.masked, apart=apart, alone=base is None, gated=p.gate is not None
+    )
     launch = Launch(
         _lora_expand_kernel,
         f"{'dx' if c.direction == 'backward' else 'y'} r{plan.block_r}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}",
         plan.reason,
         (plan.tiles, cdiv(c.n, columns)),
-        (p.x, p.a, p.b, s, base if apart else None, p.y, p.seed if c.masked or mask_x else None, c.m, c.n, c.k, c.r, columns,
+        (p.x, p.a, p.b, s, base if apart else None, p.y, p.seed if c.masked or mask_x else None,
+         None if p.gate is None else p.gate.g, *gate_pointers(p.gate), c.m, c.n, c.k, c.r, columns,
          *p.x.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, dropout_threshold(p.dropout_p)),
         tile_blocks(tile) | {
          "HAS_BASE": base is not None, "IN_PLACE": in_place, "LOAD_S": load_s, "STORE_S": p.s is not None and not load_s,
-         "S_UNIT": p.unit, "MASK_X": mask_x, "MASK_BRANCH": c.masked, "EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_R": plan.block_r,
+         "S_UNIT": p.unit, "MASK_X": mask_x, "MASK_BRANCH": c.masked, "GATE": gate_name(p.gate),
+         "EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_R": plan.block_r,
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},
         tile_options(tile),
     )  # fmt: skip
@@ -264,12 +290,14 @@ def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
     da, db = g.da if g.da is not None else g.db, g.db if g.db is not None else g.da
     return [Launch(
         _lora_weight_grads_kernel,
-        f"r{plan.block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{flag_words(dropout=dropout)}",
+        f"r{plan.block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{flag_words(dropout=dropout, gated=g.gate is not None)}",
         plan.reason,
         (plan.tiles * plan.splits,),
-        (x, s, ds, g.dy, da, db, g.seed if dropout else None, parts, count, c.m, c.k, c.n, c.r, tiles_a * plan.splits,
-         plan.splits, *x.stride(), s.stride(0), ds.stride(0), *g.dy.stride(), dropout_threshold(g.dropout_p)),
-        {"S_UNIT": g.unit, "DROPOUT": dropout, "BLOCK_M": tile.BLOCK_K, "BLOCK_C": tile.BLOCK_M, "BLOCK_R": plan.block_r,
-         "STAGES": tile.num_stages, "INPUT_PRECISION": input_precision(device, c.dtype, transposed=True)},
+        (x, None if g.gate is None else g.gate.u, s, ds, g.dy, da, db, g.seed if dropout else None, parts, count, c.m, c.k, c.n,
+         c.r, tiles_a * plan.splits, plan.splits, *x.stride(), s.stride(0), ds.stride(0), *g.dy.stride(),
+         dropout_threshold(g.dropout_p)),
+        {"S_UNIT": g.unit, "DROPOUT": dropout, "GATE": gate_name(g.gate), "BLOCK_M": tile.BLOCK_K, "BLOCK_C": tile.BLOCK_M,
+         "BLOCK_R": plan.block_r, "STAGES": tile.num_stages,
+         "INPUT_PRECISION": input_precision(device, c.dtype, transposed=True)},
         tile_options(tile),
     )]  # fmt: skip

@@ -32,6 +32,8 @@ from stablelora_kernels.launch.lora_common import (
     expand,
     few_rows_word,
     forward_product,
+    gate_name,
+    gate_pointers,
     gradient_launches,
     shrink,
     split_k_buffers,
@@ -73,10 +75,13 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
     rules.check_possible(p.call, choice.kernel)
     if p.call.m == 0 or p.call.n == 0:
         return []
+    if p.call.r == 0 and choice.kernel != "vendor":
+        return [_linear(device, p, choice.tile, load_s=True)]
     if choice.kernel == "fused":
         return [_linear(device, p, choice.tile, load_s=False)]
     if choice.kernel == "vendor":
-        return [VendorProduct(p.x, p.w, p.bias, p.y, p.call.add), *expand(device, p, p.y, s_ready)]
+        product = VendorProduct(p.x, p.w, p.bias, p.y, p.call.add)
+        return [product, *(expand(device, p, p.y, s_ready or p.call.r == 0) if p.call.r or p.gate else ())]
     if s_ready:
         return [_linear(device, p, choice.tile, load_s=True)]
     return _by_s(device, p, choice)
@@ -104,6 +109,8 @@ def product_backward_launches(
 
 def _by_s(device: Device, p: Product, choice: Choice, g: Gradients | None = None) -> list[Launch | VendorProduct]:
     """S, and dB; then the product, and dA. "chained" has all in one launch, "split" in two."""
+    if p.call.r == 0:
+        return product_launches(device, p, choice)
     p = with_s(p)
     if choice.kernel == "chained":
         return [_linear(device, p, choice.tile, load_s=True, g=g, chained=True)]
@@ -131,9 +138,11 @@ def _linear(
         "S_UNIT": p.unit,
         "MASK_BRANCH": c.masked,
         "ADD": c.add,
+        "GATE": gate_name(p.gate),
         "WAITS_FOR_PRIMARY": waits,
     }
-    form = rules.choose_form(device, c, described=all(_described(t) for t in (p.x, _rows_contiguous(p.w)[0], p.y)))
+    matrices = [p.x, rows_contiguous(p.w)[0], p.y, *([] if p.gate is None else p.gate[1:])]
+    form = rules.choose_form(device, c, described=all(described(t) for t in matrices))
     build = {"split_k": _split_k_linear, "tma": _tma_linear, "pointers": _pointers_linear}[form]
     launch = build(device, p, s, tile, flags, g, chained)
     words = f"{few_rows_word(c)}{'dx' if c.direction == 'backward' else 'y'} r{launch.constants['BLOCK_R']}"
@@ -142,6 +151,7 @@ def _linear(
         chained=chained,
         masked=c.masked,
         add=c.add,
+        gated=p.gate is not None,
         dA=launch.constants["HAS_GRAD"],
         dB=launch.constants["HAS_DB"],
     )
@@ -149,9 +159,13 @@ def _linear(
     return launch._replace(variant=f"{words} {launch.variant}", options=options)
 
 
-def _co_scheduled_da(device: Device, g: Gradients | None, tile: Tile) -> tuple[Tensor | None, CoScheduledGrad]:
-    """X and the programs for dA in the launch of dX, whose tile is ``tile``."""
+def _co_scheduled_da(
+    device: Device, p: Product, g: Gradients | None, tile: Tile
+) -> tuple[Tensor | None, CoScheduledGrad]:
+    """X, or G in its stead, and the programs for dA in the launch of dX, whose tile is ``tile``."""
     grad = co_scheduled_grad(device, g, None if g is None else g.da, tile.num_warps, lane=3)
+    if p.gate is not None:
+        return p.gate.g, grad
     return (None if g is None or not grad.programs else g.x), grad
 
 
@@ -172,14 +186,15 @@ def _pointers_linear(
     plan = tiles.linear_plan(device, c, flags["LOAD_S"], tile)
     tile = plan.tile
     products = plan.tiles * p.wanted
-    z, grad = _co_scheduled_da(device, g, tile)
+    z, grad = _co_scheduled_da(device, p, g, tile)
     before = chained_s(device, p, g, tile, chained)
     return Launch(
         _lora_linear_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
         plan.reason,
         (before.programs + products + grad.programs,),
-        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, z, *grad.pointers, *before.pointers, c.m, c.n, c.k, c.r, products,
+        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, z, *gate_pointers(p.gate), *grad.pointers, *before.pointers, c.m, c.n, c.k,
+        c.r, products,
          grad.splits, *before.counts, *p.x.stride(), *p.w.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0),
          *_strides(z), before.stride, p.scaling, dropout_threshold(p.dropout_p)),
         flags | grad.constants | before.constants | tile_blocks(tile) | {
@@ -203,14 +218,15 @@ def _split_k_linear(
     tile = plan.tile
     parts, count = split_k_buffers(plan, tile.BLOCK_M * (tile.BLOCK_N + plan.block_r), p.x, lane=1)
     products = plan.tiles * plan.splits * p.wanted
-    z, grad = _co_scheduled_da(device, g, tile)
+    z, grad = _co_scheduled_da(device, p, g, tile)
     before = chained_s(device, p, g, tile, chained)
     return Launch(
         _lora_linear_split_k_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
         plan.reason,
         (before.programs + products + grad.programs,),
-        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, parts, count, z, *grad.pointers, *before.pointers, c.m, c.n, c.k, c.r,
+        (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, parts, count, z, *gate_pointers(p.gate),
+         *grad.pointers, *before.pointers, c.m, c.n, c.k, c.r,
          plan.splits, products, grad.splits, *before.counts, *p.x.stride(), *p.w.stride(), *p.a.stride(), *p.b.stride(),
          s.stride(0), p.y.stride(0), *_strides(z), before.stride, p.scaling, dropout_threshold(p.dropout_p)),
         flags | grad.constants | before.constants | tile_blocks(tile) | {
@@ -220,12 +236,12 @@ def _split_k_linear(
     )  # fmt: skip
 
 
-def _described(t: Tensor) -> bool:
+def described(t: Tensor) -> bool:
     """Whether a descriptor can hold ``t``: rows of unit stride that begin at multiples of 16 bytes."""
     return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.stride(0) > 0
 
 
-def _rows_contiguous(t: Tensor) -> tuple[Tensor, bool]:
+def rows_contiguous(t: Tensor) -> tuple[Tensor, bool]:
     """``t`` or its transpose, whichever may have rows of unit stride, and whether it is the transpose."""
     return (t.t(), True) if t.stride(0) == 1 else (t, False)
 
@@ -245,23 +261,25 @@ def _tma_linear(
     )
     tile = plan.tile
     programs *= p.wanted
-    (w, trans_w), (a, trans_a) = _rows_contiguous(p.w), _rows_contiguous(p.a)
+    (w, trans_w), (a, trans_a) = rows_contiguous(p.w), rows_contiguous(p.a)
     w_block = (tile.BLOCK_K, tile.BLOCK_N) if trans_w else (tile.BLOCK_N, tile.BLOCK_K)
     a_block = (tile.BLOCK_K, plan.block_r) if trans_a else (plan.block_r, tile.BLOCK_K)
     # A float32 A passes through registers to be rounded, with a descriptor or without.
-    described_a = not flags["LOAD_S"] and c.lora_dtype == c.dtype and _described(a)
-    z, grad = _co_scheduled_da(device, g, tile)
+    described_a = not flags["LOAD_S"] and c.lora_dtype == c.dtype and described(a)
+    z, grad = _co_scheduled_da(device, p, g, tile)
     before = chained_s(device, p, g, tile, chained)
+    part = tile.BLOCK_N // parts
+    gate_descs = [None] * 3 if p.gate is None else [descriptor(t, tile.BLOCK_M, part) for t in p.gate[1:]]
     return Launch(
         _lora_linear_tma_kernel,
         f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{flag_words(specialized=specialize)}",
         plan.reason,
         (before.programs + programs + grad.programs,),
-        (_descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K), _descriptor(w, *w_block), p.bias,
-         _descriptor(a, *a_block) if described_a else p.a, p.b, s, _descriptor(p.y, tile.BLOCK_M, tile.BLOCK_N // parts),
-         p.seed, z, *grad.pointers, p.x if chained else None, *before.pointers, c.m, c.n, c.k, c.r, programs, grad.splits,
-         *before.counts, *p.a.stride(), *p.b.stride(), s.stride(0), *_strides(z), *p.x.stride(), before.stride, p.scaling,
-         dropout_threshold(p.dropout_p)),
+        (descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K), descriptor(w, *w_block), p.bias,
+         descriptor(a, *a_block) if described_a else p.a, p.b, s, descriptor(p.y, tile.BLOCK_M, part),
+         p.seed, *gate_descs, z, *gate_pointers(p.gate)[:1], *grad.pointers, p.x if chained else None, *before.pointers, c.m,
+         c.n, c.k, c.r, programs, grad.splits, *before.counts, *p.a.stride(), *p.b.stride(), s.stride(0), *_strides(z),
+         *p.x.stride(), before.stride, p.scaling, dropout_threshold(p.dropout_p)),
         flags | grad.constants | before.constants | tile_blocks(tile) | {
          "PARTS": parts, "TRANS_W": trans_w, "DESCRIBED_A": described_a, "TRANS_A": trans_a, "SPECIALIZE": specialize,
          "BLOCK_R": plan.block_r, "GROUP_M": 8, "INPUT_PRECISION": input_precision(device, c.dtype)},
@@ -269,5 +287,5 @@ def _tma_linear(
     )  # fmt: skip
 
 
-def _descriptor(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
+def descriptor(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])

@@ -47,12 +47,17 @@ def forward_launches(
         seed = seeds[i] if seeds else None
         a = a.contiguous()
         members.append(forward_product(x, w, biases[i], a, lora_Bs[i], parts[i], ys[i], seed, scalings[i], dropout_p))
+    return member_launches(device, members, s)
+
+
+def member_launches(device: Device, members: Sequence[Product], s: Tensor) -> Launches:
+    """The launches of ``members``, projections of one X whose S lie side by side in ``s``."""
     choices = [rules.choose(device, p.call) for p in members]
     launches: Launches = []
     shared = rules.choose_group([p.call for p in members], choices).shared
     if shared:
         triggers = rules.overlaps(device) and choices[0].kernel != "vendor"
-        launches.append(_shrink(device, members, s, triggers_dependents=triggers))
+        launches.append(shrink_members(device, members, s, triggers_dependents=triggers))
     for p, choice in zip(members, choices, strict=True):
         launches += single.product_launches(device, p, choice, s_ready=shared)
     return launches
@@ -60,29 +65,32 @@ def forward_launches(
 
 def backward_launches(
     device: Device, x: Tensor | None, grads: Sequence[Tensor], weights: Sequence[Tensor], lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor], s: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
-    dx: Tensor | None, das: Sequence[Tensor], dbs: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor], s: Sequence[Tensor], seeds: Sequence[Tensor | None], scalings: Sequence[float], dropout_p: float,
+    dx: Tensor | None, das: Sequence[Tensor | None], dbs: Sequence[Tensor | None], before: Sequence[Sequence[Launch]] = (),
 ) -> list[Any]:  # fmt: skip
-    """The launches of a backward on ``device``; ``s`` is each projection's S; das and dbs are empty if nobody wants them."""
+    """The launches of a backward on ``device``; ``s`` is each projection's S; das and dbs are empty if nobody wants them.
+
+    ``before``: launches that fill each projection's weight.
+    """
     ranks = [a.shape[0] for a in lora_As]
     every_ds = scratch(grads[0], grads[0].shape[0], sum(ranks))
     parts = columns(every_ds, ranks)
     members, gradients = [], []
     choices: list[Choice | None] = []
     for i, (grad, a, b) in enumerate(zip(grads, lora_As, lora_Bs, strict=True)):
-        seed, ds = seeds[i] if seeds else None, parts[i] if das else None
-        weight = None if dx is None else weights[i]
         da, db = das[i] if das else None, dbs[i] if dbs else None
-        p, g = backward_product(
-            x, grad, weight, a, b, s[i] if dbs else None, ds, seed, dx, da, db, scalings[i], dropout_p
-        )
+        seed, ds = seeds[i] if seeds else None, None if da is None else parts[i]
+        weight, drop = None if dx is None else weights[i], dropout_p if ranks[i] else 0.0
+        p, g = backward_product(x, grad, weight, a, b, s[i] if dbs else None, ds, seed, dx, da, db, scalings[i], drop)
         members.append(p)
         gradients.append(g)
         choices.append(None if dx is None else rules.choose(device, p.call))
-    shared = bool(das) and rules.choose_group([p.call for p in members], choices).shared
+    wanted = bool(das) and all(da is not None for da in das)
+    shared = wanted and rules.choose_group([p.call for p in members], choices).shared
     launches: Launches = []
     for i, (p, g, choice) in enumerate(zip(members, gradients, choices, strict=True)):
         p = p._replace(call=p.call._replace(add=i > 0))
+        launches += before[i] if before else ()
         if not shared:
             launches += single.product_backward_launches(device, p, g, choice)
         elif choice is None:
@@ -103,7 +111,7 @@ def _padded(members: Sequence[Any]) -> tuple[Any, ...]:
     return (*members, *[members[0]] * (MAX_GROUP - len(members)))
 
 
-def _shrink(device: Device, members: Sequence[Product], s: Tensor, triggers_dependents: bool) -> Launch:
+def shrink_members(device: Device, members: Sequence[Product], s: Tensor, triggers_dependents: bool) -> Launch:
     """The members' S, columns of ``s``."""
     c, x, many = members[0].call, members[0].x, len(members)
     ranks = [p.call.r for p in members]

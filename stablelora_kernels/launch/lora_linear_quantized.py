@@ -36,7 +36,7 @@ def forward_launches(
     if p.call.m == 0:
         return []
     if _dequantizes(device, p, weight, choice):
-        launch, w = _dequantize(p, weight)
+        launch, w = dequantize(_memory(p, weight), weight)
         return [launch, *plain.product_launches(device, p._replace(w=w), rules.choose(device, p.call))]
     p = with_s(p)
     return [shrink(device, p, triggers_dependents=rules.overlaps(device)), _linear(device, p, weight)]
@@ -53,7 +53,7 @@ def backward_launches(
     if p.call.m == 0:
         return [*gradient_launches(device, g)]
     if _dequantizes(device, p, weight, choice):
-        launch, w = _dequantize(p, weight)
+        launch, w = dequantize(_memory(p, weight), weight)
         p = p._replace(w=w.t())
         return [launch, *plain.product_backward_launches(device, p, g, rules.choose(device, p.call))]
     p = with_s(p)
@@ -112,10 +112,13 @@ def _linear(device: Device, p: Product, weight: Stored) -> Launch:
     )  # fmt: skip
 
 
-def _dequantize(p: Product, weight: Stored) -> tuple[Launch, Tensor]:
-    """W in X's dtype, and the launch that fills it."""
-    n, k = weight.layout.n, weight.layout.k
-    w = scratch(p.x, n, k)
+def _memory(p: Product, weight: Stored) -> Tensor:
+    return scratch(p.x, weight.layout.n, weight.layout.k)
+
+
+def dequantize(w: Tensor, weight: Stored) -> tuple[Launch, Tensor]:
+    """The launch that fills ``w`` [N, K] with ``weight``, and ``w``."""
+    n, k = w.shape
     pointers, row_bytes, constants = _arguments(weight)
     ((_, tile, reason),) = tiles.DEQUANTIZE_TILES
     launch = Launch(

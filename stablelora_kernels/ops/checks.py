@@ -20,8 +20,8 @@ def check_linear(
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
+    *,
     of: str = "",
-    x_name: str = "x",
 ) -> None:
     """Check a projection's operands. ``of``: the projection's name before theirs, such as ``"gate."``."""
     if len(weight.shape) != 2:
@@ -29,7 +29,7 @@ def check_linear(
     n, k = weight.shape
     shaped = f"{of}weight {[n, k]}"
     if x.dim() < 1 or x.shape[-1] != k:
-        raise ValueError(f"{x_name} must be [..., {k}] to fit {shaped}, got {list(x.shape)}")
+        raise ValueError(f"x must be [..., {k}] to fit {shaped}, got {list(x.shape)}")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"{of}bias must be {[n]} to fit {shaped}, got {list(bias.shape)}")
     check_branch(x, lora_A, lora_B, n, k, shaped, of)
@@ -38,9 +38,7 @@ def check_linear(
     if bias is not None and bias.dtype != x.dtype:
         raise TypeError(f"{of}bias must have x's dtype {x.dtype}, got {bias.dtype}")
     data = weight if isinstance(weight, Tensor) else weight.stored.data
-    check_devices(
-        x, **{f"{of}weight": data, f"{of}bias": bias, f"{of}lora_A": lora_A, f"{of}lora_B": lora_B}
-    )
+    check_devices(x, **{f"{of}weight": data, f"{of}bias": bias, f"{of}lora_A": lora_A, f"{of}lora_B": lora_B})
 
 
 def check_branch(

@@ -128,8 +128,8 @@ def torch_group_bwd(
             w = as_plain(weights[i], grad.dtype)
             dx = wide_product(grad, w) if dx is None else add_wide_product(dx, grad, w)
             # In a call with dropout, a projection without a mask has no branch.
-            if masks and masks[i] is not None:
-                dx.addcmul_(product(every_ds[i], lora_As[i]), masks[i])
+            if masks and (mask := masks[i]) is not None:
+                dx.addcmul_(product(every_ds[i], lora_As[i]), mask)
     if dx is not None and not masks:
         dx.addmm_(torch.cat(every_ds, 1), torch.cat([*lora_As]))
     if need_a:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,43 +19,19 @@ from torch import Tensor
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.ops.library import apply, first_derivative
 from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op
-from stablelora_kernels.ops.lora_linear_group import torch_group_bwd, torch_group_fwd
 from stablelora_kernels.ops.matmul import row_count
 from stablelora_kernels.ops.plans import Entry, define_launches
+from stablelora_kernels.ops.torch_mlp import Kept, Projections, Settings, act, torch_mlp_bwd, torch_mlp_fwd
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
-    can_redraw,
     draw_dropout,
     expanded,
     is_few,
     like_rows_of,
     masked,
-    redrawn,
-    torch_bwd,
-    torch_fwd,
     with_branch,
 )
 from stablelora_kernels.quantized import Stored, apart, as_plain, together
-
-_SILU, _GELU = torch.nn.functional.silu, torch.nn.functional.gelu
-
-
-class Projections(NamedTuple):
-    """Gate, up and down; a projection without a branch has None for A and B."""
-
-    weights: Sequence[Tensor | Stored]
-    biases: Sequence[Tensor | None]
-    lora_As: Sequence[Tensor | None]
-    lora_Bs: Sequence[Tensor | None]
-    scalings: Sequence[float]
-
-
-class Settings(NamedTuple):
-    activation: str
-    dropout_p: float
-    backend: str
-    # Whether gate and up share A, and so its mask.
-    shared_mask: bool
 
 
 def _sizes(weight: Tensor, layout: Sequence[int]) -> tuple[int, int]:
@@ -158,116 +134,38 @@ def lora_mlp_bwd(
     )  # fmt: skip
     branches = _branches(datas, layouts, lora_As, lora_Bs)
     rows = None if x is None else as_matrix(x)
-    given = (rows, *(as_matrix(t) for t in (grad, g, u)), together(datas, scales, layouts), *branches, s, s_down, seeds)
+    given: Any = (
+        rows,
+        *(as_matrix(t) for t in (grad, g, u)),
+        together(datas, scales, layouts),
+        *branches,
+        s,
+        s_down,
+        seeds,
+    )
     wanted = (
         as_matrix(dx) if need_x else None,
         [da if da.numel() else None for da in das],
         [db if db.numel() else None for db in dbs],
     )
     device = problem.device_of(grad.device)
-    return results, backward_launches(device, *given, scalings, dropout_p, activation, *wanted)
+    return results, backward_launches(device, *given, scalings, dropout_p, activation, *wanted)  # type: ignore[call-arg]
 
 
-def _act(g: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return _SILU(g)
-    return _GELU(g, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _gated_grads(dh: Tensor, g: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """dG and dU, in the memory of dH where possible."""
-    du = _act(g, activation).mul_(dh)
-    dh.mul_(u)
-    out = {} if torch.compiler.is_compiling() else {"grad_input": dh}
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(dh, g, **out), du
-    return torch.ops.aten.gelu_backward(dh, g, approximate="tanh" if activation == "gelu_tanh" else "none", **out), du
-
-
-def _draw(x: Tensor, dropout_p: float) -> tuple[Tensor | None, Tensor | None, float]:
-    """The keep-mask of x's shape, what gives it to backward again, and s' / scaling."""
-    state = torch.get_rng_state() if dropout_p and can_redraw(x) else None
-    keep, scale = draw_dropout(x, dropout_p, 1.0)
-    return keep, keep if state is None else state, scale
-
-
-def _keep(random: Tensor | None, shape: Sequence[int], dropout_p: float) -> Tensor | None:
-    """The mask that :func:`_draw` has drawn."""
-    return random if random is None or random.dtype == torch.bool else redrawn(random, shape, dropout_p)
-
-
-class _Kept(NamedTuple):
-    """The forward's results for backward."""
-
-    g: Tensor
-    u: Tensor
-    # Gate's and up's S. On Triton, one matrix has both.
-    s: list[Tensor]
-    s_down: Tensor
-    # Each projection's seed on Triton; its mask, or its generator's state, on the PyTorch path; None without dropout.
-    random: list[Tensor | None]
-    # s'
-    scalings: list[float]
-
-
-def _forward(x: Tensor, p: Projections, settings: Settings, entry: Entry | None, save: bool) -> tuple[Tensor, _Kept]:
+def _forward(x: Tensor, p: Projections, settings: Settings, entry: Entry | None, save: bool) -> tuple[Tensor, Kept]:
     """Y [..., N] for x [..., K]. On Triton, what backward would need is empty without ``save``."""
     activation, dropout_p, backend, shared_mask = settings
+    if backend == "torch":
+        y, kept = torch_mlp_fwd(as_matrix(x), p, settings)
+        return like_rows_of(y, x), kept
     drops = [dropout_p if _rank(a) else 0.0 for a in p.lora_As]
-    if backend == "triton":
-        # In the order in which separate projections draw theirs.
-        seeds = [draw_seed(x, drops[0])]
-        seeds += [seeds[0] if shared_mask else draw_seed(x, drops[1]), draw_seed(x, drops[2])]
-        scalings = [scaling / (1 - drop) for scaling, drop in zip(p.scalings, drops, strict=True)]
-        rest = (p.biases, p.lora_As, p.lora_Bs, seeds, scalings, dropout_p, activation, save)
-        y, g, u, s, s_down = lora_mlp_fwd((x, *apart(p.weights), *rest), entry)
-        return y, _Kept(g, u, [s], s_down, seeds, scalings)
-    rows = as_matrix(x)
-    drawn = [_draw(rows, drops[0])]
-    drawn.append(drawn[0] if shared_mask else _draw(rows, drops[1]))
-    given = [part[:2] for part in (p.weights, p.biases, p.lora_As, p.lora_Bs)]
-    scalings = [scaling * scale for scaling, (*_, scale) in zip(p.scalings, drawn, strict=False)]
-    (g, u), s = torch_group_fwd(rows, *given, scalings, _masks([keep for keep, *_ in drawn]))  # type: ignore[arg-type]
-    h = _act(g, activation).mul_(u)
-    keep, random, scale = _draw(h, drops[2])
-    scalings.append(p.scalings[2] * scale)
-    down = (as_plain(p.weights[2], x.dtype), p.biases[2], p.lora_As[2], p.lora_Bs[2])
-    y, s_down = torch_fwd(h, *down, scalings[2], keep)  # type: ignore[arg-type]
-    return like_rows_of(y, x), _Kept(g, u, s, s_down, [*(each for _, each, _ in drawn), random], scalings)
-
-
-def _masks(keeps: list[Tensor | None]) -> list[Tensor | None]:
-    """``keeps``, or nothing if no mask drops."""
-    return [] if all(keep is None for keep in keeps) else keeps
-
-
-def _torch_backward(
-    x: Tensor | None, grad: Tensor, p: Projections, kept: _Kept, settings: Settings, lora_dtype: torch.dtype, need_x: bool,
-    needs_a: Sequence[bool], needs_b: Sequence[bool],
-) -> tuple[Tensor | None, list[Any], list[Any]]:  # fmt: skip
-    """dX, the dA's and the dB's, for x [M, K] and dY [M, N]; all tensors have one dtype."""
-    g, u, s, s_down, random, scalings = kept
-    activation, dropout_p = settings[:2]
-    need_a, need_b = any(needs_a[:2]), any(needs_b[:2])
-    need_h = need_x or need_a or need_b
-    h = _act(g, activation).mul_(u) if needs_a[2] else None
-    keep = _keep(random[2], g.shape, dropout_p) if need_h or needs_a[2] else None
-    weight = as_plain(p.weights[2], grad.dtype) if need_h else None
-    down = (p.lora_As[2], p.lora_Bs[2], s_down, keep, scalings[2], lora_dtype)
-    dh, da, db = torch_bwd(grad, h, weight, *down, need_h, needs_a[2], needs_b[2])  # type: ignore[arg-type]
-    if dh is None:
-        return None, [None, None, da], [None, None, db]
-    # Before there is dU.
-    del h, keep, weight, down
-    grads = _gated_grads(dh, g, u, activation)
-    del dh
-    keeps = []
-    if need_x or need_a:
-        shape = (grad.shape[0], p.lora_As[0].shape[1])  # type: ignore[union-attr]
-        keeps = [_keep(each, shape, dropout_p) for each in random[:2]]
-    given = (p.weights[:2], p.lora_As[:2], p.lora_Bs[:2], s, _masks(keeps), scalings[:2], lora_dtype)
-    dx, das, dbs = torch_group_bwd(x, grads, *given, need_x, need_a, need_b)  # type: ignore[arg-type]
-    return dx, [*(das or [None] * 2), da], [*(dbs or [None] * 2), db]
+    # In the order in which separate projections draw theirs.
+    seeds = [draw_seed(x, drops[0])]
+    seeds += [seeds[0] if shared_mask else draw_seed(x, drops[1]), draw_seed(x, drops[2])]
+    scalings = [scaling / (1 - drop) for scaling, drop in zip(p.scalings, drops, strict=True)]
+    rest = (p.biases, p.lora_As, p.lora_Bs, seeds, scalings, dropout_p, activation, save)
+    y, g, u, s, s_down = lora_mlp_fwd((x, *apart(p.weights), *rest), entry)
+    return y, Kept(g, u, [s], s_down, seeds, scalings)
 
 
 class _LoRAMLP(torch.autograd.Function):
@@ -311,21 +209,21 @@ class _LoRAMLP(torch.autograd.Function):
     @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         scalings, settings, layouts, need_x, needs_a, needs_b, scale_count = ctx.call
-        x, g, u, *rest = ctx.saved_tensors
-        left = iter(rest)
+        x, g, u, *saved = ctx.saved_tensors
+        left = iter(saved)
         datas, lora_As, lora_Bs, random = ([*islice(left, 3)] for _ in range(4))
-        s_down, *rest = left
-        s, scales = rest[: len(rest) - scale_count], rest[len(rest) - scale_count :]
+        s_down, *saved = left
+        s, scales = saved[: len(saved) - scale_count], saved[len(saved) - scale_count :]
         if settings.backend == "triton":
-            given = (datas, scales, layouts, lora_As, lora_Bs, s[0] if s else None, s_down, random, scalings)
+            given: Any = (datas, scales, layouts, lora_As, lora_Bs, s[0] if s else None, s_down, random, scalings)
             rest = (settings.dropout_p, settings.activation, need_x, needs_a, needs_b)
             dx, das, dbs = lora_mlp_bwd((x, grad, g, u, *given, *rest))
         else:
             projections = Projections(together(datas, scales, layouts), [None] * 3, lora_As, lora_Bs, scalings)
-            kept = _Kept(g, u, s, s_down, random, scalings)
+            kept = Kept(g, u, s, s_down, random, scalings)
             rows = None if x is None else as_matrix(x)
             given = (rows, expanded(as_matrix(grad)), projections, kept, settings, ctx.lora_dtype)
-            dx, das, dbs = _torch_backward(*given, need_x, needs_a, needs_b)
+            dx, das, dbs = torch_mlp_bwd(*given, need_x, needs_a, needs_b)  # type: ignore[call-arg]
             dx = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1])
         grads_a = [da if need else None for da, need in zip(das, needs_a, strict=True)]
         grads_b = [db if need else None for db, need in zip(dbs, needs_b, strict=True)]
@@ -373,7 +271,7 @@ def _one_by_one(x: Tensor, p: Projections, settings: Settings) -> Tensor:
         g, u = _with_shared_mask(x, gate, up, settings.dropout_p)
     else:
         g, u = _projection(x, gate, settings), _projection(x, up, settings)
-    return _projection(_act(g, settings.activation) * u, down, settings)
+    return _projection(act(g, settings.activation) * u, down, settings)
 
 
 def _projection(x: Tensor, given: tuple[Any, ...], settings: Settings) -> Tensor:

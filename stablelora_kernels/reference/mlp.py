@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,39 +34,46 @@ def activation_ref(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 def lora_mlp_ref(
     x: Tensor,
-    projections: Sequence[Sequence[Tensor | None]],
+    projections: Sequence[Sequence[Any]],
     scalings: Sequence[float],
     activation: str,
     keeps: Sequence[Tensor | None] = (None, None, None),
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """``Y`` [..., N] of x [..., K]. ``projections``: gate's, up's and down's weight, bias, lora_A and lora_B; keeps: D's masks."""
-    gate, up, down = projections
-    g = lora_linear_ref(x, *gate, scalings[0], keeps[0], dropout_p)  # type: ignore[misc, arg-type]
-    u = lora_linear_ref(x, *up, scalings[1], keeps[1], dropout_p)  # type: ignore[misc, arg-type]
-    h = activation_ref(g, activation)[0] * u
-    return lora_linear_ref(h, *down, scalings[2], keeps[2], dropout_p)  # type: ignore[misc, arg-type]
+    """``Y`` [..., N] of x [..., K]. ``projections``: weight, bias, lora_A and lora_B of gate, up and down; keeps: D's masks."""
+    gate, up, down = _layers(projections, scalings, keeps, dropout_p)
+    return lora_linear_ref(activation_ref(lora_linear_ref(x, *gate), activation)[0] * lora_linear_ref(x, *up), *down)
 
 
 def lora_mlp_grads_ref(
     grad: Tensor,
     x: Tensor,
-    projections: Sequence[Sequence[Tensor | None]],
+    projections: Sequence[Sequence[Any]],
     scalings: Sequence[float],
     activation: str,
     keeps: Sequence[Tensor | None] = (None, None, None),
     dropout_p: float = 0.0,
 ) -> dict[str, Tensor]:
     """Gradients for an incoming grad [..., N]: dX, dG and dU, and dA and dB of each projection, such as ``"gate.dA"``."""
-    (wg, bg, *gate), (wu, bu, *up), (wd, _, *down) = projections
-    g = lora_linear_ref(x, wg, bg, *gate, scalings[0], keeps[0], dropout_p)  # type: ignore[misc, arg-type]
-    u = lora_linear_ref(x, wu, bu, *up, scalings[1], keeps[1], dropout_p)  # type: ignore[misc, arg-type]
-    act, slope = activation_ref(g, activation)
-    of_down = lora_linear_grads_ref(grad, act * u, wd, *down, scalings[2], keeps[2], dropout_p)  # type: ignore[misc, arg-type]
+    gate, up, down = _layers(projections, scalings, keeps, dropout_p)
+    act, slope = activation_ref(lora_linear_ref(x, *gate), activation)
+    u = lora_linear_ref(x, *up)
+    of_down = _grads(grad, act * u, down)
     dg, du = of_down["dX"] * u * slope, of_down["dX"] * act
-    of_gate = lora_linear_grads_ref(dg, x, wg, *gate, scalings[0], keeps[0], dropout_p)  # type: ignore[misc, arg-type]
-    of_up = lora_linear_grads_ref(du, x, wu, *up, scalings[1], keeps[1], dropout_p)  # type: ignore[misc, arg-type]
+    of_gate, of_up = _grads(dg, x, gate), _grads(du, x, up)
     grads = {"dX": of_gate["dX"] + of_up["dX"], "dG": dg, "dU": du}
     for name, found in (("gate", of_gate), ("up", of_up), ("down", of_down)):
         grads |= {f"{name}.dA": found["dA"], f"{name}.dB": found["dB"]}
     return grads
+
+
+def _layers(
+    projections: Sequence[Sequence[Any]], scalings: Sequence[float], keeps: Sequence[Tensor | None], dropout_p: float
+) -> list[tuple[Any, ...]]:
+    """The arguments of ``lora_linear_ref`` behind x, for each projection."""
+    return [(*p, s, keep, dropout_p) for p, s, keep in zip(projections, scalings, keeps, strict=True)]
+
+
+def _grads(grad: Tensor, x: Tensor, layer: tuple[Any, ...]) -> dict[str, Tensor]:
+    weight, _, *rest = layer
+    return lora_linear_grads_ref(grad, x, weight, *rest)

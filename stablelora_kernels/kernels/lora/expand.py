@@ -6,16 +6,17 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels.common import cast, dot, keep_mask
+from stablelora_kernels.kernels.lora.gated import store_gated_grads
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_expand_kernel(
-    x_ptr, a_ptr, b_ptr, s_ptr, base_ptr, y_ptr, seed_ptr,
+    x_ptr, a_ptr, b_ptr, s_ptr, base_ptr, y_ptr, seed_ptr, g_ptr, u_ptr, du_ptr,
     M, N, K, R, COLUMNS,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
     scaling, threshold,
     HAS_BASE: tl.constexpr, IN_PLACE: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr,
-    MASK_X: tl.constexpr, MASK_BRANCH: tl.constexpr, EVEN_K: tl.constexpr,
+    MASK_X: tl.constexpr, MASK_BRANCH: tl.constexpr, GATE: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +53,7 @@ def _lora_expand_kernel(
     first = tl.program_id(1) * COLUMNS
     for n0 in range(first, tl.minimum(first + COLUMNS, N), BLOCK_N):
         cols = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
-        y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
+        offsets = rows[:, None] * stride_ym + cols[None, :]
         y_mask = row_mask[:, None] & (cols[None, :] < N)
         branch = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for r0 in tl.range(0, R if LOAD_S else BLOCK_R, BLOCK_R, num_stages=1):
@@ -67,8 +68,10 @@ def _lora_expand_kernel(
         if MASK_BRANCH:
             branch = tl.where(keep_mask(seed, rows, n0, N, threshold, BLOCK_N), branch, 0.0)
         if IN_PLACE:
-            branch = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32) + branch
+            branch = tl.load(y_ptr + offsets, mask=y_mask, other=0.0).to(tl.float32) + branch
         elif HAS_BASE:
-            base_ptrs = base_ptr + rows[:, None] * stride_ym + cols[None, :]
-            branch = tl.load(base_ptrs, mask=y_mask, other=0.0).to(tl.float32) + branch
-        tl.store(y_ptrs, cast(branch, y_ptr.dtype.element_ty), mask=y_mask)
+            branch = tl.load(base_ptr + offsets, mask=y_mask, other=0.0).to(tl.float32) + branch
+        if GATE != "":
+            store_gated_grads(branch, g_ptr, u_ptr, y_ptr, du_ptr, offsets, y_mask, GATE)
+        else:
+            tl.store(y_ptr + offsets, cast(branch, y_ptr.dtype.element_ty), mask=y_mask)

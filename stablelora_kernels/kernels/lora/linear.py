@@ -24,6 +24,7 @@ Arguments that several kernels take:
     S_UNIT                what a stored 1 of S means; s' comes divided by it
     MASK_X, MASK_BRANCH   dropout masks X (forward); dropout masks the branch's result (backward)
     ADD                   add to Y's earlier values
+    GATE                  Y is dH of a gated MLP, see ``gated``: Z and u_ptr have G and U; Y's memory and du_ptr take dG and dU
     EVEN_K                BLOCK_K divides K, so that loads along K need no mask
     GROUP_M               row tiles of a group, see ``tile_of``
     TRIGGERS_DEPENDENTS   let the next launch begin before this one ends (programmatic dependent launch)
@@ -42,6 +43,7 @@ import triton.language as tl
 
 from stablelora_kernels.kernels.common import cast, dot, keep_mask, tile_of
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave, wait_for_flag
+from stablelora_kernels.kernels.lora.gated import store_gated_grads
 from stablelora_kernels.kernels.lora.shrink import s_program
 from stablelora_kernels.kernels.lora.weight_grads import part_of_rows, weight_grad
 
@@ -110,11 +112,11 @@ def add_branch(
 
 @triton.jit
 def co_scheduled_grad(
-    program, z_ptr, s_ptr, grad_ptr, seed_ptr, chain_ptr, partial_ptr, counter_ptr, M, N, R, SPLITS, FLAG_M, stride_zm,
+    program, z_ptr, u_ptr, s_ptr, grad_ptr, seed_ptr, chain_ptr, partial_ptr, counter_ptr, M, N, R, SPLITS, FLAG_M, stride_zm,
     stride_zn, stride_sm, threshold,
-    DROPOUT: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr, CHAINED: tl.constexpr, S_BLOCK_M: tl.constexpr,
-    S_BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, GATE: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr, CHAINED: tl.constexpr,
+    S_BLOCK_M: tl.constexpr, S_BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad = S^T (Z ∘ keep), [R, N], by programs of a product's launch; earlier programs store S, or the launch before does."""
     if WAITS_FOR_PRIMARY:
@@ -124,23 +126,23 @@ def co_scheduled_grad(
         for flag in range(start // FLAG_M, tl.cdiv(stop, FLAG_M)):
             wait_for_flag(chain_ptr, flag, M, R, FLAG_M, S_BLOCK_M, S_BLOCK_R)
     weight_grad(
-        program=program, z_ptr=z_ptr, t_ptr=s_ptr, out_ptr=grad_ptr, seed_ptr=seed_ptr, partial_ptr=partial_ptr,
+        program=program, z_ptr=z_ptr, u_ptr=u_ptr, t_ptr=s_ptr, out_ptr=grad_ptr, seed_ptr=seed_ptr, partial_ptr=partial_ptr,
         counter_ptr=counter_ptr, M=M, C=N, R=R, SPLITS=SPLITS, stride_zm=stride_zm, stride_zc=stride_zn, stride_tm=stride_sm,
-        stride_oc=1, stride_or=N, threshold=threshold, T_UNIT=1.0, HAS_ROWS=True, DROPOUT=DROPOUT, BLOCK_M=BLOCK_M,
+        stride_oc=1, stride_or=N, threshold=threshold, T_UNIT=1.0, HAS_ROWS=True, DROPOUT=DROPOUT, GATE=GATE, BLOCK_M=BLOCK_M,
         BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _lora_linear_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr, z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
-    chain_ptr, s_partial_ptr, s_counter_ptr, t_ptr, db_ptr, db_partial_ptr, db_counter_ptr,
+    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr, z_ptr, u_ptr, du_ptr, grad_ptr, grad_partial_ptr,
+    grad_counter_ptr, chain_ptr, s_partial_ptr, s_counter_ptr, t_ptr, db_ptr, db_partial_ptr, db_counter_ptr,
     M, N, K, R, PRODUCTS, GRAD_SPLITS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, FLAG_M,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
     stride_zm, stride_zn, stride_tm,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    ADD: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr, HAS_GRAD: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
@@ -174,11 +176,12 @@ def _lora_linear_kernel(
     if HAS_GRAD:  # noqa: SIM102 - only one of the two is a constant for the compiler
         if program >= PRODUCTS:
             co_scheduled_grad(
-                program=program - PRODUCTS, z_ptr=z_ptr, s_ptr=s_ptr, grad_ptr=grad_ptr, seed_ptr=seed_ptr, chain_ptr=chain_ptr,
-                FLAG_M=FLAG_M, partial_ptr=grad_partial_ptr, counter_ptr=grad_counter_ptr, M=M, N=N, R=R, SPLITS=GRAD_SPLITS,
-                stride_zm=stride_zm, stride_zn=stride_zn, stride_sm=stride_sm, threshold=threshold, DROPOUT=MASK_BRANCH,
-                WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, CHAINED=CHAINED, S_BLOCK_M=S_BLOCK_M, S_BLOCK_R=S_BLOCK_R, BLOCK_M=GRAD_M,
-                BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES, INPUT_PRECISION=GRAD_PRECISION,
+                program=program - PRODUCTS, z_ptr=z_ptr, u_ptr=u_ptr, s_ptr=s_ptr, grad_ptr=grad_ptr, seed_ptr=seed_ptr,
+                chain_ptr=chain_ptr, FLAG_M=FLAG_M, partial_ptr=grad_partial_ptr, counter_ptr=grad_counter_ptr, M=M, N=N, R=R,
+                SPLITS=GRAD_SPLITS, stride_zm=stride_zm, stride_zn=stride_zn, stride_sm=stride_sm, threshold=threshold,
+                DROPOUT=MASK_BRANCH, GATE=GATE, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, CHAINED=CHAINED, S_BLOCK_M=S_BLOCK_M,
+                S_BLOCK_R=S_BLOCK_R, BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES,
+                INPUT_PRECISION=GRAD_PRECISION,
             )  # fmt: skip
             if CHAINED:
                 leave(chain_ptr, M, FLAG_M)
@@ -221,9 +224,12 @@ def _lora_linear_kernel(
         scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH,
         BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
     )  # fmt: skip
-    y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
+    offsets, y_mask = rows[:, None] * stride_ym + cols[None, :], row_mask[:, None] & col_mask[None, :]
     if ADD:
-        acc += tl.load(y_ptrs, mask=row_mask[:, None] & col_mask[None, :], other=0.0).to(tl.float32)
-    tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
+        acc += tl.load(y_ptr + offsets, mask=y_mask, other=0.0).to(tl.float32)
+    if GATE != "":
+        store_gated_grads(acc, z_ptr, u_ptr, y_ptr, du_ptr, offsets, y_mask, GATE)
+    else:
+        tl.store(y_ptr + offsets, cast(acc, y_ptr.dtype.element_ty), mask=y_mask)
     if CHAINED:
         leave(chain_ptr, M, FLAG_M)

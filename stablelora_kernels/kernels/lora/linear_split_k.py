@@ -7,6 +7,7 @@ import triton.language as tl
 
 from stablelora_kernels.kernels.common import arrives_last, cast, dot
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave
+from stablelora_kernels.kernels.lora.gated import store_gated_grads
 from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, co_scheduled_grad, wait_for_s
 from stablelora_kernels.kernels.lora.shrink import s_program
 
@@ -14,14 +15,14 @@ from stablelora_kernels.kernels.lora.shrink import s_program
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "SPLITS"])
 def _lora_linear_split_k_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr, partial_ptr, counter_ptr,
-    z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
+    z_ptr, u_ptr, du_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
     chain_ptr, s_partial_ptr, s_counter_ptr, t_ptr, db_ptr, db_partial_ptr, db_counter_ptr,
     M, N, K, R, SPLITS, PRODUCTS, GRAD_SPLITS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, FLAG_M,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
     stride_zm, stride_zn, stride_tm,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    ADD: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr, HAS_GRAD: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
@@ -56,11 +57,12 @@ def _lora_linear_split_k_kernel(
     if HAS_GRAD:  # noqa: SIM102 - only one of the two is a constant for the compiler
         if program >= PRODUCTS:
             co_scheduled_grad(
-                program=program - PRODUCTS, z_ptr=z_ptr, s_ptr=s_ptr, grad_ptr=grad_ptr, seed_ptr=seed_ptr, chain_ptr=chain_ptr,
-                FLAG_M=FLAG_M, partial_ptr=grad_partial_ptr, counter_ptr=grad_counter_ptr, M=M, N=N, R=R, SPLITS=GRAD_SPLITS,
-                stride_zm=stride_zm, stride_zn=stride_zn, stride_sm=stride_sm, threshold=threshold, DROPOUT=MASK_BRANCH,
-                WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, CHAINED=CHAINED, S_BLOCK_M=S_BLOCK_M, S_BLOCK_R=S_BLOCK_R, BLOCK_M=GRAD_M,
-                BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES, INPUT_PRECISION=GRAD_PRECISION,
+                program=program - PRODUCTS, z_ptr=z_ptr, u_ptr=u_ptr, s_ptr=s_ptr, grad_ptr=grad_ptr, seed_ptr=seed_ptr,
+                chain_ptr=chain_ptr, FLAG_M=FLAG_M, partial_ptr=grad_partial_ptr, counter_ptr=grad_counter_ptr, M=M, N=N, R=R,
+                SPLITS=GRAD_SPLITS, stride_zm=stride_zm, stride_zn=stride_zn, stride_sm=stride_sm, threshold=threshold,
+                DROPOUT=MASK_BRANCH, GATE=GATE, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, CHAINED=CHAINED, S_BLOCK_M=S_BLOCK_M,
+                S_BLOCK_R=S_BLOCK_R, BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES,
+                INPUT_PRECISION=GRAD_PRECISION,
             )  # fmt: skip
             if CHAINED:
                 leave(chain_ptr, M, FLAG_M)
@@ -125,9 +127,12 @@ def _lora_linear_split_k_kernel(
             scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH,
             BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
-        y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
+        offsets, y_mask = rows[:, None] * stride_ym + cols[None, :], row_mask[:, None] & col_mask[None, :]
         if ADD:
-            y += tl.load(y_ptrs, mask=row_mask[:, None] & col_mask[None, :], other=0.0).to(tl.float32)
-        tl.store(y_ptrs, cast(y, y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
+            y += tl.load(y_ptr + offsets, mask=y_mask, other=0.0).to(tl.float32)
+        if GATE != "":
+            store_gated_grads(y, z_ptr, u_ptr, y_ptr, du_ptr, offsets, y_mask, GATE)
+        else:
+            tl.store(y_ptr + offsets, cast(y, y_ptr.dtype.element_ty), mask=y_mask)
     if CHAINED:
         leave(chain_ptr, M, FLAG_M)

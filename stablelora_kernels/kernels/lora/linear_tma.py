@@ -5,22 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import cast, dot, tile_of
+from stablelora_kernels.kernels.common import cast, dot, halves, tile_of
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave
+from stablelora_kernels.kernels.lora.gated import gated_grads, prefetch
 from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, co_scheduled_grad, wait_for_s
 from stablelora_kernels.kernels.lora.shrink import s_program
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _lora_linear_tma_kernel(
-    x_desc, w_desc, bias_ptr, a_ptr_or_desc, b_ptr, s_ptr, y_desc, seed_ptr, z_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
-    x_ptr, chain_ptr, s_partial_ptr, s_counter_ptr, t_ptr, db_ptr, db_partial_ptr, db_counter_ptr,
-    M, N, K, R, PRODUCTS, GRAD_SPLITS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, FLAG_M,
+    x_desc, w_desc, bias_ptr, a_ptr_or_desc, b_ptr, s_ptr, y_desc, seed_ptr, g_desc, u_desc, du_desc, z_ptr, u_ptr, grad_ptr,
+    grad_partial_ptr, grad_counter_ptr, x_ptr, chain_ptr, s_partial_ptr, s_counter_ptr, t_ptr, db_ptr, db_partial_ptr,
+    db_counter_ptr, M, N, K, R, PRODUCTS, GRAD_SPLITS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, FLAG_M,
     stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_zm, stride_zn, stride_xm, stride_xk, stride_tm,
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr,
     PARTS: tl.constexpr, TRANS_W: tl.constexpr, DESCRIBED_A: tl.constexpr, TRANS_A: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
-    SPECIALIZE: tl.constexpr, ADD: tl.constexpr, HAS_GRAD: tl.constexpr,
+    SPECIALIZE: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
@@ -56,11 +57,12 @@ def _lora_linear_tma_kernel(
     if HAS_GRAD:  # noqa: SIM102 - only one of the two is a constant for the compiler
         if program >= PRODUCTS:
             co_scheduled_grad(
-                program=program - PRODUCTS, z_ptr=z_ptr, s_ptr=s_ptr, grad_ptr=grad_ptr, seed_ptr=seed_ptr, chain_ptr=chain_ptr,
-                FLAG_M=FLAG_M, partial_ptr=grad_partial_ptr, counter_ptr=grad_counter_ptr, M=M, N=N, R=R, SPLITS=GRAD_SPLITS,
-                stride_zm=stride_zm, stride_zn=stride_zn, stride_sm=stride_sm, threshold=threshold, DROPOUT=MASK_BRANCH,
-                WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, CHAINED=CHAINED, S_BLOCK_M=S_BLOCK_M, S_BLOCK_R=S_BLOCK_R, BLOCK_M=GRAD_M,
-                BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES, INPUT_PRECISION=GRAD_PRECISION,
+                program=program - PRODUCTS, z_ptr=z_ptr, u_ptr=u_ptr, s_ptr=s_ptr, grad_ptr=grad_ptr, seed_ptr=seed_ptr,
+                chain_ptr=chain_ptr, FLAG_M=FLAG_M, partial_ptr=grad_partial_ptr, counter_ptr=grad_counter_ptr, M=M, N=N, R=R,
+                SPLITS=GRAD_SPLITS, stride_zm=stride_zm, stride_zn=stride_zn, stride_sm=stride_sm, threshold=threshold,
+                DROPOUT=MASK_BRANCH, GATE=GATE, WAITS_FOR_PRIMARY=WAITS_FOR_PRIMARY, CHAINED=CHAINED, S_BLOCK_M=S_BLOCK_M,
+                S_BLOCK_R=S_BLOCK_R, BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES,
+                INPUT_PRECISION=GRAD_PRECISION,
             )  # fmt: skip
             if CHAINED:
                 leave(chain_ptr, M, FLAG_M)
@@ -72,6 +74,9 @@ def _lora_linear_tma_kernel(
         ks = tl.arange(0, BLOCK_K).to(tl.int64)
         rs = tl.arange(0, BLOCK_R).to(tl.int64)
 
+        if GATE != "":
+            prefetch(z_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
+            prefetch(u_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k0 in range(0, K, BLOCK_K):
@@ -107,11 +112,11 @@ def _lora_linear_tma_kernel(
         PART: tl.constexpr = BLOCK_N // PARTS
         parts = (acc,)
         if PARTS > 1:
-            parts = _halves(acc)
+            parts = halves(acc)
         if PARTS > 2:
-            parts = _halves(parts[0]) + _halves(parts[1])  # type: ignore[misc]
+            parts = halves(parts[0]) + halves(parts[1])  # type: ignore[misc]
         if PARTS > 4:
-            parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])  # type: ignore[misc]
+            parts = halves(parts[0]) + halves(parts[1]) + halves(parts[2]) + halves(parts[3])  # type: ignore[misc]
         for i in tl.static_range(PARTS):
             y = parts[i]
             col0 = pid_n * BLOCK_N + i * PART
@@ -128,12 +133,10 @@ def _lora_linear_tma_kernel(
                 y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
             if ADD:
                 y += y_desc.load([pid_m * BLOCK_M, col0]).to(tl.float32)
+            if GATE != "":
+                g, u = g_desc.load([pid_m * BLOCK_M, col0]), u_desc.load([pid_m * BLOCK_M, col0])
+                y, du = gated_grads(y, g, u, GATE)
+                du_desc.store([pid_m * BLOCK_M, col0], cast(du, du_desc.dtype))
             y_desc.store([pid_m * BLOCK_M, col0], cast(y, y_desc.dtype))
     if CHAINED:
         leave(chain_ptr, M, FLAG_M)
-
-
-@triton.jit
-def _halves(tile):
-    """The left and the right half of a tile's columns."""
-    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))

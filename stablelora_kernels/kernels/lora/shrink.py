@@ -62,11 +62,11 @@ def s_program(
         is_grad = ((program + 1).to(tl.int64) * GRAD_PROGRAMS // programs).to(tl.int32) > grads
         if is_grad:
             weight_grad(
-                program=grads, z_ptr=x_ptr, t_ptr=t_ptr, out_ptr=grad_ptr, seed_ptr=seed_ptr, partial_ptr=grad_partial_ptr,
-                counter_ptr=grad_counter_ptr, M=M, C=K, R=R, SPLITS=GRAD_SPLITS, stride_zm=stride_xm, stride_zc=stride_xk,
-                stride_tm=stride_tm, stride_oc=R, stride_or=1, threshold=threshold, T_UNIT=GRAD_UNIT, HAS_ROWS=True,
-                DROPOUT=False, BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R, STAGES=GRAD_STAGES,
-                INPUT_PRECISION=GRAD_PRECISION,
+                program=grads, z_ptr=x_ptr, u_ptr=x_ptr, t_ptr=t_ptr, out_ptr=grad_ptr, seed_ptr=seed_ptr,
+                partial_ptr=grad_partial_ptr, counter_ptr=grad_counter_ptr, M=M, C=K, R=R, SPLITS=GRAD_SPLITS,
+                stride_zm=stride_xm, stride_zc=stride_xk, stride_tm=stride_tm, stride_oc=R, stride_or=1, threshold=threshold,
+                T_UNIT=GRAD_UNIT, HAS_ROWS=True, DROPOUT=False, GATE="", BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R,
+                STAGES=GRAD_STAGES, INPUT_PRECISION=GRAD_PRECISION,
             )  # fmt: skip
     if not is_grad:
         _shrink(

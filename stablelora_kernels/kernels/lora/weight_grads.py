@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels.common import cast, dot, keep_mask, shared_sum
+from stablelora_kernels.kernels.lora.gated import gated
 
 
 @triton.jit
@@ -18,12 +19,14 @@ def part_of_rows(program, M, C, R, SPLITS, BLOCK_M: tl.constexpr, BLOCK_C: tl.co
 
 @triton.jit
 def weight_grad(
-    program, z_ptr, t_ptr, out_ptr, seed_ptr, partial_ptr, counter_ptr, M, C, R, SPLITS, stride_zm, stride_zc, stride_tm,
+    program, z_ptr, u_ptr, t_ptr, out_ptr, seed_ptr, partial_ptr, counter_ptr, M, C, R, SPLITS, stride_zm, stride_zc, stride_tm,
     stride_oc, stride_or, threshold,
-    T_UNIT: tl.constexpr, HAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    T_UNIT: tl.constexpr, HAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr, GATE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r];  Z [M, C], T [M, R] in units of T_UNIT; the ``program``-th program.
+
+    With GATE, Z is act(G) ∘ U: z_ptr has G, and u_ptr U, of the same strides.
 
     Programs: SPLITS parts of M one after another, in each the tiles of out. The last program of a tile to finish adds up the
     tile's parts in order. No float is added atomically, nothing is zeroed first, and the store casts the sum. HAS_ROWS: no
@@ -50,6 +53,9 @@ def weight_grad(
         z_mask, t_mask = (rows[:, None] < M) & c_mask[None, :], (rows[:, None] < M) & r_mask[None, :]
         z = tl.load(z_ptr + rows[:, None] * stride_zm + cs[None, :] * stride_zc, mask=z_mask, other=0.0)
         t = tl.load(t_ptr + rows[:, None] * stride_tm + rs[None, :], mask=t_mask, other=0.0)
+        if GATE != "":
+            u = tl.load(u_ptr + rows[:, None] * stride_zm + cs[None, :] * stride_zc, mask=z_mask, other=0.0)
+            z = gated(z, u, GATE)
         if DROPOUT:
             z = tl.where(keep_mask(seed, rows, c0, C, threshold, BLOCK_C), z, 0.0)
         acc = dot(tl.trans(z), t, acc, INPUT_PRECISION)
@@ -65,32 +71,34 @@ def weight_grad(
 
 @triton.jit(do_not_specialize=["M", "PROGRAMS_A", "SPLITS", "threshold"])
 def _lora_weight_grads_kernel(
-    x_ptr, s_ptr, ds_ptr, dy_ptr, da_ptr, db_ptr, seed_ptr, partial_ptr, counter_ptr,
+    x_ptr, u_ptr, s_ptr, ds_ptr, dy_ptr, da_ptr, db_ptr, seed_ptr, partial_ptr, counter_ptr,
     M, N, K, R, PROGRAMS_A, SPLITS,
     stride_xm, stride_xk, stride_sm, stride_dsm, stride_ym, stride_yn,
     threshold,
-    S_UNIT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    S_UNIT: tl.constexpr, DROPOUT: tl.constexpr, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA = dS^T (X ∘ keep), dB = dY^T S;  X [M, K], S and dS [M, R], dY [M, N], dA [R, K], dB [N, R].
+
+    With GATE, X is act(G) ∘ U: x_ptr has G, and u_ptr U, of the same strides.
 
     Programs: PROGRAMS_A for dA, the others for dB.
     """
     program = tl.program_id(0)
     if program < PROGRAMS_A:
         weight_grad(
-            program=program, z_ptr=x_ptr, t_ptr=ds_ptr, out_ptr=da_ptr, seed_ptr=seed_ptr, partial_ptr=partial_ptr,
+            program=program, z_ptr=x_ptr, u_ptr=u_ptr, t_ptr=ds_ptr, out_ptr=da_ptr, seed_ptr=seed_ptr, partial_ptr=partial_ptr,
             counter_ptr=counter_ptr, M=M, C=K, R=R, SPLITS=SPLITS, stride_zm=stride_xm, stride_zc=stride_xk,
             stride_tm=stride_dsm, stride_oc=1, stride_or=K, threshold=threshold, T_UNIT=1.0, HAS_ROWS=False, DROPOUT=DROPOUT,
-            BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
+            GATE=GATE, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
     else:
         # Scratch and counters follow those of dA's tiles.
         tiles_a = PROGRAMS_A // SPLITS
         weight_grad(
-            program=program - PROGRAMS_A, z_ptr=dy_ptr, t_ptr=s_ptr, out_ptr=db_ptr, seed_ptr=seed_ptr,
+            program=program - PROGRAMS_A, z_ptr=dy_ptr, u_ptr=dy_ptr, t_ptr=s_ptr, out_ptr=db_ptr, seed_ptr=seed_ptr,
             partial_ptr=partial_ptr + tiles_a.to(tl.int64) * SPLITS * (BLOCK_C * BLOCK_R), counter_ptr=counter_ptr + tiles_a,
             M=M, C=N, R=R, SPLITS=SPLITS, stride_zm=stride_ym, stride_zc=stride_yn, stride_tm=stride_sm, stride_oc=R,
-            stride_or=1, threshold=threshold, T_UNIT=S_UNIT, HAS_ROWS=False, DROPOUT=False, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C,
-            BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
+            stride_or=1, threshold=threshold, T_UNIT=S_UNIT, HAS_ROWS=False, DROPOUT=False, GATE="", BLOCK_M=BLOCK_M,
+            BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
