@@ -350,9 +350,9 @@ def gate_up_plan(device: Device, call: Call, tma: bool) -> Plan:
     block_r = rank_block(call.r, problem.MAX_FUSED_R)
     item = call.dtype.itemsize
     stage = tile.BLOCK_K * (tile.BLOCK_M + 2 * tile.BLOCK_N) * item
-    # A quarter of G, U and H.
-    stored = 3 * tile.BLOCK_M * tile.BLOCK_N // 4 * item if tma else 0
-    tile = fit(tile, device, stage, stored + block_r * (tile.BLOCK_M * item + tile.BLOCK_N * call.lora_dtype.itemsize))
+    # After the main loop, its memory serves the branches. A quarter of a result is stored from memory of its own.
+    stored = tile.BLOCK_M * tile.BLOCK_N // 4 * item if tma else 0
+    tile = fit(tile, device, stage, stored)
     return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N))
 
 
@@ -386,7 +386,7 @@ def weight_grads_plan(device: Device, call: Call, need_a: bool, need_b: bool) ->
     """The plan for dA and dB in a launch of their own, and how many of its tiles are dA's."""
     tile, reason = pick_tile(WEIGHT_GRADS_TILES, device, call)
     block_r = rank_block(call.r, tile.BLOCK_N)
-    tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + block_r) * call.dtype.itemsize)
+    tile = fit(tile, device, tile.BLOCK_K * ((1 + call.gated) * tile.BLOCK_M + block_r) * call.dtype.itemsize)
     # The backward's n is K, and its k is N.
     tiles_a, tiles_b = (cdiv(size, tile.BLOCK_M) * cdiv(call.r, block_r) for size in (call.n, call.k))
     tiles_a, tiles_b = tiles_a if need_a else 0, tiles_b if need_b else 0
@@ -402,8 +402,10 @@ def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -
     masked = call.dropout and not of_b
     # A matrix instruction has 64 rows for each four warps. But the mask's random numbers take registers.
     columns = tile.BLOCK_M if masked and block_r == 32 else max(tile.BLOCK_M, 16 * warps)
-    tile = tile._replace(BLOCK_M=columns, BLOCK_K=32 if masked else tile.BLOCK_K)
-    tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + block_r) * call.dtype.itemsize)
+    # Two operands, G and U, for one.
+    gated = call.gated and not of_b
+    tile = tile._replace(BLOCK_M=columns, BLOCK_K=32 if masked or (gated and not device.tma) else tile.BLOCK_K)
+    tile = fit(tile, device, tile.BLOCK_K * ((1 + gated) * tile.BLOCK_M + block_r) * call.dtype.itemsize)
     tiles = cdiv(call.k if of_b else call.n, tile.BLOCK_M) * cdiv(call.r, block_r)
     steps = cdiv(call.m, tile.BLOCK_K)
     splits = plan_split_k(device, tiles, steps, programs=1)

@@ -9,7 +9,7 @@ import torch
 
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.launch import lora_branch, lora_linear, lora_linear_group, lora_linear_quantized
+from stablelora_kernels.launch import lora_branch, lora_linear, lora_linear_group, lora_linear_quantized, lora_mlp
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 
 
@@ -48,6 +48,26 @@ def group_launches(
     backward = lora_linear_group.backward_launches(
         device, x, ys, weights, lora_As, lora_Bs, parts, seeds, scalings, dropout_p, *gradients
     )
+    return forward, backward
+
+
+def mlp_launches(
+    device: Device, m: int, n: int, f: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
+    activation: str = "silu", where: str = "meta",
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    """:func:`call_launches` for a gated MLP of n output features and f features between, without biases."""
+    sizes = ((f, k), (f, k), (n, f))
+    t = [_call_tensors(m, rows, columns, r, dtype, lora_dtype, dropout_p, where) for rows, columns in sizes]
+    weights = [_zeros(where, *size, of=dtype) for size in sizes]
+    lora_As, lora_Bs, seeds = [each.a for each in t], [each.b for each in t], [each.seed for each in t]
+    x, g, u, y, s = t[0].x, t[0].y, t[1].y, t[2].y, _zeros(where, m, 2 * r, of=dtype)
+    given = (weights, [None] * 3, lora_As, lora_Bs, seeds, [1.0] * 3, dropout_p, activation)
+    forward = lora_mlp.forward_launches(device, x, *given, y, g, u, s, t[2].s)
+    gradients = (torch.empty_like(x), [torch.empty_like(a) for a in lora_As], [torch.empty_like(b) for b in lora_Bs])
+    backward = lora_mlp.backward_launches(
+        device, x, torch.empty_like(y), g, u, weights, lora_As, lora_Bs, s, t[2].s, seeds, [1.0] * 3, dropout_p, activation,
+        *gradients,
+    )  # fmt: skip
     return forward, backward
 
 

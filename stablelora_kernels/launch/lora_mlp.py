@@ -119,11 +119,12 @@ def backward_launches(
         dropout_p if ranks[2] else 0.0,
     )  # fmt: skip
     gate = Gate(activation, g, u, du)
-    p = p._replace(gate=gate, call=p.call._replace(gated=True))
+    call = p.call._replace(gated=True)
+    p, gradients = p._replace(call=call, gate=gate), gradients._replace(call=call, gate=gate)
     choice = rules.choose(device, p.call) if need_h else None
     launches = [
         *first,
-        *single.product_backward_launches(device, p, gradients._replace(gate=gate), choice),
+        *single.product_backward_launches(device, p, gradients, choice),
     ]
     if dg is None:
         return launches

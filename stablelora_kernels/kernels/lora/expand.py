@@ -53,7 +53,7 @@ def _lora_expand_kernel(
     first = tl.program_id(1) * COLUMNS
     for n0 in range(first, tl.minimum(first + COLUMNS, N), BLOCK_N):
         cols = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
-        offsets = rows[:, None] * stride_ym + cols[None, :]
+        y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
         y_mask = row_mask[:, None] & (cols[None, :] < N)
         branch = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for r0 in tl.range(0, R if LOAD_S else BLOCK_R, BLOCK_R, num_stages=1):
@@ -68,10 +68,11 @@ def _lora_expand_kernel(
         if MASK_BRANCH:
             branch = tl.where(keep_mask(seed, rows, n0, N, threshold, BLOCK_N), branch, 0.0)
         if IN_PLACE:
-            branch = tl.load(y_ptr + offsets, mask=y_mask, other=0.0).to(tl.float32) + branch
+            branch = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32) + branch
         elif HAS_BASE:
-            branch = tl.load(base_ptr + offsets, mask=y_mask, other=0.0).to(tl.float32) + branch
+            base_ptrs = base_ptr + rows[:, None] * stride_ym + cols[None, :]
+            branch = tl.load(base_ptrs, mask=y_mask, other=0.0).to(tl.float32) + branch
         if GATE != "":
-            store_gated_grads(branch, g_ptr, u_ptr, y_ptr, du_ptr, offsets, y_mask, GATE)
+            store_gated_grads(branch, g_ptr, u_ptr, y_ptr, du_ptr, rows, n0, stride_ym, M, N, GATE, PARTS=1)
         else:
-            tl.store(y_ptr + offsets, cast(branch, y_ptr.dtype.element_ty), mask=y_mask)
+            tl.store(y_ptrs, cast(branch, y_ptr.dtype.element_ty), mask=y_mask)

@@ -150,7 +150,7 @@ def _lora_gate_up_kernel(
     tl.store(h_ptr + offsets, gated(g_low, u_low, GATE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["SIZE"])
+@triton.jit
 def _gated_activation_kernel(g_ptr, u_ptr, h_ptr, SIZE, GATE: tl.constexpr, BLOCK: tl.constexpr):
     """H = act(G) ∘ U of SIZE elements, where G and U come from products of their own."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import INTERPRETING, cast, targets_amd
+from stablelora_kernels.kernels.common import INTERPRETING, cast, halves, targets_amd
 
 
 @triton.jit
@@ -58,21 +58,33 @@ def gated_grads(dh, g, u, GATE: tl.constexpr):
 
 
 @triton.jit
-def store_gated_grads(dh, g_ptr, u_ptr, dg_ptr, du_ptr, offsets, mask, GATE: tl.constexpr):
-    """Store dG and dU for a tile of dH, whose elements all four tensors have at ``offsets``."""
-    g = tl.load(g_ptr + offsets, mask=mask, other=0.0)
-    u = tl.load(u_ptr + offsets, mask=mask, other=0.0)
-    dg, du = gated_grads(dh, g, u, GATE)
-    tl.store(dg_ptr + offsets, cast(dg, dg_ptr.dtype.element_ty), mask=mask)
-    tl.store(du_ptr + offsets, cast(du, du_ptr.dtype.element_ty), mask=mask)
+def store_gated_grads(
+    dh, g_ptr, u_ptr, dg_ptr, du_ptr, rows, col0, stride, M, N, GATE: tl.constexpr, PARTS: tl.constexpr
+):
+    """Store dG and dU for a tile of dH. Rows of all four matrices are ``stride`` apart.
+
+    PARTS of the tile's columns, 1 or 2, take turns, for the registers.
+    """
+    parts = (dh,)
+    if PARTS == 2:
+        parts = halves(dh)
+    PART: tl.constexpr = dh.shape[1] // PARTS
+    for i in tl.static_range(PARTS):
+        cols = col0 + i * PART + tl.arange(0, PART)
+        offsets, mask = rows[:, None] * stride + cols[None, :], (rows[:, None] < M) & (cols[None, :] < N)
+        g, u = tl.load(g_ptr + offsets, mask=mask, other=0.0), tl.load(u_ptr + offsets, mask=mask, other=0.0)
+        dg, du = gated_grads(parts[i], g, u, GATE)
+        tl.store(dg_ptr + offsets, cast(dg, dg_ptr.dtype.element_ty), mask=mask)
+        tl.store(du_ptr + offsets, cast(du, du_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def prefetch(ptr, row0, col0, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Bring a tile of a contiguous [M, N] matrix of 16 bits an element into L2, for its reader at the end of a long sum."""
+    """Bring a tile of a contiguous [M, N] matrix into L2, for its reader at the end of a long sum."""
     if not INTERPRETING:  # noqa: SIM102 - the interpreter does not know the other one
         if not targets_amd():
-            LINE: tl.constexpr = 64
+            # Elements of 128 bytes.
+            LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
             rows = tl.minimum(row0 + tl.arange(0, BLOCK_M).to(tl.int64), M - 1)
             cols = tl.minimum(col0 + LINE * tl.arange(0, BLOCK_N // LINE), N - 1)
             ptrs = ptr + rows[:, None] * N + cols[None, :]

@@ -43,7 +43,7 @@ import triton.language as tl
 
 from stablelora_kernels.kernels.common import cast, dot, keep_mask, tile_of
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave, wait_for_flag
-from stablelora_kernels.kernels.lora.gated import store_gated_grads
+from stablelora_kernels.kernels.lora.gated import prefetch, store_gated_grads
 from stablelora_kernels.kernels.lora.shrink import s_program
 from stablelora_kernels.kernels.lora.weight_grads import part_of_rows, weight_grad
 
@@ -197,6 +197,9 @@ def _lora_linear_kernel(
     w_ptrs = w_ptr + cols[None, :] * stride_wn + ks[:, None] * stride_wk
     a_ptrs = a_ptr + rs[None, :] * stride_ar + ks[:, None] * stride_ak
 
+    if GATE != "":
+        prefetch(z_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
+        prefetch(u_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k0 in range(0, K, BLOCK_K):
@@ -224,12 +227,12 @@ def _lora_linear_kernel(
         scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH,
         BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
     )  # fmt: skip
-    offsets, y_mask = rows[:, None] * stride_ym + cols[None, :], row_mask[:, None] & col_mask[None, :]
+    y_ptrs, y_mask = y_ptr + rows[:, None] * stride_ym + cols[None, :], row_mask[:, None] & col_mask[None, :]
     if ADD:
-        acc += tl.load(y_ptr + offsets, mask=y_mask, other=0.0).to(tl.float32)
+        acc += tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32)
     if GATE != "":
-        store_gated_grads(acc, z_ptr, u_ptr, y_ptr, du_ptr, offsets, y_mask, GATE)
+        store_gated_grads(acc, z_ptr, u_ptr, y_ptr, du_ptr, rows, pid_n * BLOCK_N, stride_ym, M, N, GATE, PARTS=2)
     else:
-        tl.store(y_ptr + offsets, cast(acc, y_ptr.dtype.element_ty), mask=y_mask)
+        tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=y_mask)
     if CHAINED:
         leave(chain_ptr, M, FLAG_M)

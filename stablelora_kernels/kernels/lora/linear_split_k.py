@@ -127,12 +127,12 @@ def _lora_linear_split_k_kernel(
             scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=MASK_BRANCH,
             BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
-        offsets, y_mask = rows[:, None] * stride_ym + cols[None, :], row_mask[:, None] & col_mask[None, :]
+        y_ptrs, y_mask = y_ptr + rows[:, None] * stride_ym + cols[None, :], row_mask[:, None] & col_mask[None, :]
         if ADD:
-            y += tl.load(y_ptr + offsets, mask=y_mask, other=0.0).to(tl.float32)
+            y += tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32)
         if GATE != "":
-            store_gated_grads(y, z_ptr, u_ptr, y_ptr, du_ptr, offsets, y_mask, GATE)
+            store_gated_grads(y, z_ptr, u_ptr, y_ptr, du_ptr, rows, pid_n * BLOCK_N, stride_ym, M, N, GATE, PARTS=1)
         else:
-            tl.store(y_ptr + offsets, cast(y, y_ptr.dtype.element_ty), mask=y_mask)
+            tl.store(y_ptrs, cast(y, y_ptr.dtype.element_ty), mask=y_mask)
     if CHAINED:
         leave(chain_ptr, M, FLAG_M)
