@@ -344,16 +344,21 @@ def linear_tma_plan(
     return TMAPlan(Plan(tile, reason, block_r, tiles), specialize, parts, min(tiles, device.processors))
 
 
-def gate_up_plan(device: Device, call: Call, tma: bool) -> Plan:
-    """For gate and up in one kernel; ``call`` has the larger rank. The TMA kernel's programs stay and take tile after tile."""
+def gate_up_plan(device: Device, call: Call, tma: bool, activation: str) -> tuple[Plan, int]:
+    """For gate and up in one kernel, and the parts of a tile's columns that it finishes one after another.
+
+    ``call`` has the larger rank. The TMA kernel's programs stay and take tile after tile.
+    """
     tile, reason = pick_tile(GATE_UP_TMA_TILES if tma else GATE_UP_TILES, device, call)
-    block_r = rank_block(call.r, problem.MAX_FUSED_R)
     item = call.dtype.itemsize
-    stage = tile.BLOCK_K * (tile.BLOCK_M + 2 * tile.BLOCK_N) * item
-    # After the main loop, its memory serves the branches. A quarter of a result is stored from memory of its own.
-    stored = tile.BLOCK_M * tile.BLOCK_N // 4 * item if tma else 0
-    tile = fit(tile, device, stage, stored)
-    return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N))
+    # A wider block of ranks, or wider parts, would spill registers beside two accumulators. GELU's erf takes most of them.
+    erf = activation == "gelu"
+    block_r = rank_block(call.r, (16 if erf else 32) if tma else problem.MAX_FUSED_R)
+    parts = (8 if erf else 4) if tma else 1
+    # After the main loop, its memory serves the branches. A part of a result is stored from memory of its own.
+    stored = tile.BLOCK_M * tile.BLOCK_N // parts * item if tma else 0
+    tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + 2 * tile.BLOCK_N) * item, stored)
+    return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)), parts
 
 
 def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:

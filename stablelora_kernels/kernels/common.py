@@ -57,8 +57,20 @@ def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def halves(tile):
-    """The left and the right half of a tile's columns."""
+def column_parts(tile, PARTS: tl.constexpr):
+    """1, 2, 4 or 8 equal parts of a tile's columns, from left to right."""
+    parts = (tile,)
+    if PARTS > 1:
+        parts = _halves(tile)
+    if PARTS > 2:
+        parts = _halves(parts[0]) + _halves(parts[1])  # type: ignore[misc]
+    if PARTS > 4:
+        parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])  # type: ignore[misc]
+    return parts
+
+
+@triton.jit
+def _halves(tile):
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
 

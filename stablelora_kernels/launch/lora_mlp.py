@@ -159,7 +159,7 @@ def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: 
     """Gate, up and the activation in one launch; ``keep``: store G and U too. S is read."""
     gate, up = members
     c = gate.call._replace(r=max(gate.call.r, up.call.r))
-    plan = tiles.gate_up_plan(device, c, tma)
+    plan, parts = tiles.gate_up_plan(device, c, tma, activation)
     tile = plan.tile
     waits = rules.overlaps(device) and c.r > 0
     flags = {
@@ -201,13 +201,13 @@ def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: 
         single.descriptor(gate.x, tile.BLOCK_M, tile.BLOCK_K),
         *(single.descriptor(w, *block) for w in (wg, wu)),
         *pointers,
-        *(single.descriptor(t, tile.BLOCK_M, tile.BLOCK_N // 4) for t in outputs),
+        *(single.descriptor(t, tile.BLOCK_M, tile.BLOCK_N // parts) for t in outputs),
         *sizes,
         programs,
         *strides,
         stride_s,
     )
-    constants = {"TRANS_W": trans_w}
+    constants = {"TRANS_W": trans_w, "PARTS": parts}
     return Launch(
         _lora_gate_up_tma_kernel, words, plan.reason, (programs,), args, flags | tile_blocks(tile) | constants, options
     )

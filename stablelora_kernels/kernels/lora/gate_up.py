@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import cast, dot, halves, tile_of
+from stablelora_kernels.kernels.common import cast, column_parts, dot, tile_of
 from stablelora_kernels.kernels.lora.gated import gated
 from stablelora_kernels.kernels.lora.linear import add_branch
 
@@ -32,20 +32,13 @@ def _branch(
     return acc
 
 
-@triton.jit
-def _quarters(tile):
-    """The quarters of a tile's columns, from left to right."""
-    left, right = halves(tile)
-    return halves(left) + halves(right)
-
-
 @triton.jit(do_not_specialize=["M", "PRODUCTS"])
 def _lora_gate_up_tma_kernel(
     x_desc, wg_desc, wu_desc, bias_g_ptr, bias_u_ptr, bg_ptr, bu_ptr, sg_ptr, su_ptr, g_desc, u_desc, h_desc,
     M, N, K, R_G, R_U, PRODUCTS,
     stride_bgn, stride_bgr, stride_bun, stride_bur, stride_sm,
     GATE: tl.constexpr, HAS_BIAS_G: tl.constexpr, HAS_BIAS_U: tl.constexpr, UNIT_G: tl.constexpr, UNIT_U: tl.constexpr,
-    STORE_GU: tl.constexpr, TRANS_W: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
+    STORE_GU: tl.constexpr, PARTS: tl.constexpr, TRANS_W: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -84,11 +77,11 @@ def _lora_gate_up_tma_kernel(
             stride_bn=stride_bun, stride_br=stride_bur, HAS_BIAS=HAS_BIAS_U, S_UNIT=UNIT_U, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R,
             INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
-        # Quarter by quarter: the activation takes fewer registers, and the stores less shared memory.
-        g_parts, u_parts = _quarters(g), _quarters(u)
-        for i in tl.static_range(4):
+        # One part at a time: the activation takes fewer registers, and the stores less shared memory.
+        g_parts, u_parts = column_parts(g, PARTS), column_parts(u, PARTS)
+        for i in tl.static_range(PARTS):
             g_low, u_low = cast(g_parts[i], h_desc.dtype), cast(u_parts[i], h_desc.dtype)
-            column = col0 + i * (BLOCK_N // 4)
+            column = col0 + i * (BLOCK_N // PARTS)
             if STORE_GU:
                 g_desc.store([row0, column], g_low)
                 u_desc.store([row0, column], u_low)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import INTERPRETING, cast, halves, targets_amd
+from stablelora_kernels.kernels.common import INTERPRETING, cast, column_parts, targets_amd
 
 
 @triton.jit
@@ -63,11 +63,9 @@ def store_gated_grads(
 ):
     """Store dG and dU for a tile of dH. Rows of all four matrices are ``stride`` apart.
 
-    PARTS of the tile's columns, 1 or 2, take turns, for the registers.
+    PARTS of the tile's columns take turns, for the registers.
     """
-    parts = (dh,)
-    if PARTS == 2:
-        parts = halves(dh)
+    parts = column_parts(dh, PARTS)
     PART: tl.constexpr = dh.shape[1] // PARTS
     for i in tl.static_range(PARTS):
         cols = col0 + i * PART + tl.arange(0, PART)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import cast, dot, halves, tile_of
+from stablelora_kernels.kernels.common import cast, column_parts, dot, tile_of
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave
 from stablelora_kernels.kernels.lora.gated import gated_grads, prefetch
 from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, co_scheduled_grad, wait_for_s
@@ -110,13 +110,7 @@ def _lora_linear_tma_kernel(
         # One part at a time: the masked branch takes fewer registers, and the store of Y less shared memory. The compiler for
         # sm_100 can't split a tile between specialized warps yet.
         PART: tl.constexpr = BLOCK_N // PARTS
-        parts = (acc,)
-        if PARTS > 1:
-            parts = halves(acc)
-        if PARTS > 2:
-            parts = halves(parts[0]) + halves(parts[1])  # type: ignore[misc]
-        if PARTS > 4:
-            parts = halves(parts[0]) + halves(parts[1]) + halves(parts[2]) + halves(parts[3])  # type: ignore[misc]
+        parts = column_parts(acc, PARTS)
         for i in tl.static_range(PARTS):
             y = parts[i]
             col0 = pid_n * BLOCK_N + i * PART
