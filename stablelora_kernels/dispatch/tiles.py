@@ -49,9 +49,9 @@ TMA_TILES = (
         "wider tiles would leave more of the GPU idle in the last round than they save in reads",
     ),
     TileRule(
-        lambda d, c: c.masked and (c.add or c.gated),
+        lambda d, c: c.masked and c.add,
         Tile(128, 128, 64, 8, 4),
-        "Y's earlier values, or G and U, beside the mask's random numbers spill registers in a wider tile",
+        "Y's earlier values beside the mask's random numbers spill registers in a wider tile",
     ),
     TileRule(
         lambda d, c: d.generation >= 100,
@@ -334,7 +334,9 @@ def linear_tma_plan(
     plain = load_s and not call.masked and not call.add and not call.gated
     specialize = can_specialize and 100 <= device.generation < 120 and plain and tile.BLOCK_N <= 128
     # The mask's random numbers take many registers, hence narrow parts.
-    parts = 1 if specialize else max(2, tile.BLOCK_N // 32) if call.masked else 4 if call.gated else 2
+    parts = (
+        1 if specialize else max(4 if call.gated else 2, tile.BLOCK_N // 32) if call.masked else 4 if call.gated else 2
+    )
     part = tile.BLOCK_N // parts
     # The stored part of Y, or the parts of G, U, dG and dU, and the branch's operands need shared memory too.
     kept = 4 if call.gated else 1

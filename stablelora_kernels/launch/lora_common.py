@@ -106,6 +106,11 @@ def gate_name(gate: Gate | None) -> str:
     return "" if gate is None else gate.activation
 
 
+def gate_flag(gate: Gate | None) -> dict[str, bool]:
+    """The activation's name, as a flag of a variant."""
+    return {} if gate is None else {gate.activation: True}
+
+
 def gate_pointers(gate: Gate | None) -> tuple[Any, ...]:
     """A kernel's pointers to U and dU."""
     return (None, None) if gate is None else (gate.u, gate.du)
@@ -256,7 +261,7 @@ def expand(device: Device, p: Product, base: Tensor | None, s_ready: bool = Fals
     in_place = base is p.y
     apart = base is not None and not in_place
     flags = flag_words(
-        fused=not load_s, dropout=mask_x, masked=c.masked, apart=apart, alone=base is None, gated=p.gate is not None
+        fused=not load_s, dropout=mask_x, masked=c.masked, apart=apart, alone=base is None, **gate_flag(p.gate)
     )
     launch = Launch(
         _lora_expand_kernel,
@@ -290,7 +295,7 @@ def gradient_launches(device: Device, g: Gradients) -> list[Launch]:
     da, db = g.da if g.da is not None else g.db, g.db if g.db is not None else g.da
     return [Launch(
         _lora_weight_grads_kernel,
-        f"r{plan.block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{flag_words(dropout=dropout, gated=g.gate is not None)}",
+        f"r{plan.block_r} {tile.BLOCK_M}x{tile.BLOCK_K}{flag_words(dropout=dropout, **gate_flag(g.gate))}",
         plan.reason,
         (plan.tiles * plan.splits,),
         (x, None if g.gate is None else g.gate.u, s, ds, g.dy, da, db, g.seed if dropout else None, parts, count, c.m, c.k, c.n,

@@ -32,6 +32,7 @@ from stablelora_kernels.launch.lora_common import (
     expand,
     few_rows_word,
     forward_product,
+    gate_flag,
     gate_name,
     gate_pointers,
     gradient_launches,
@@ -151,7 +152,7 @@ def _linear(
         chained=chained,
         masked=c.masked,
         add=c.add,
-        gated=p.gate is not None,
+        **gate_flag(p.gate),
         dA=launch.constants["HAS_GRAD"],
         dB=launch.constants["HAS_DB"],
     )

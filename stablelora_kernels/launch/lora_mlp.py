@@ -184,16 +184,8 @@ def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: 
         matrices = (gate.x, gate.w, up.w)
         strides = (*(stride for t in matrices for stride in t.stride()), *strides, stride_s)
         args = (*matrices, *pointers, *outputs, *sizes, *strides)
-        constants = {"EVEN_K": c.k % tile.BLOCK_K == 0}
-        return Launch(
-            _lora_gate_up_kernel,
-            words,
-            plan.reason,
-            (plan.tiles,),
-            args,
-            flags | tile_blocks(tile) | constants,
-            options,
-        )
+        constants = flags | tile_blocks(tile) | {"EVEN_K": c.k % tile.BLOCK_K == 0}
+        return Launch(_lora_gate_up_kernel, words, plan.reason, (plan.tiles,), args, constants, options)
     (wg, trans_w), (wu, _) = single.rows_contiguous(gate.w), single.rows_contiguous(up.w)
     block = (tile.BLOCK_K, tile.BLOCK_N) if trans_w else (tile.BLOCK_N, tile.BLOCK_K)
     programs = min(plan.tiles, device.processors)
@@ -207,7 +199,5 @@ def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: 
         *strides,
         stride_s,
     )
-    constants = {"TRANS_W": trans_w, "PARTS": parts}
-    return Launch(
-        _lora_gate_up_tma_kernel, words, plan.reason, (programs,), args, flags | tile_blocks(tile) | constants, options
-    )
+    constants = flags | tile_blocks(tile) | {"TRANS_W": trans_w, "PARTS": parts}
+    return Launch(_lora_gate_up_tma_kernel, words, plan.reason, (programs,), args, constants, options)

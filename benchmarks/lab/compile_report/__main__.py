@@ -2,6 +2,7 @@
 
     python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--csv FILE]
     python -m benchmarks.lab.compile_report --write     compile all and renew the committed report, or with --arch a GPU's rows
+        --missing: compile only what it lacks, and drop what is no longer made
     python -m benchmarks.lab.compile_report --check     compile all, compare with it, and exit with 1 if something got worse
         --quick: of most GPUs only a sample, and of what has not changed since it was last recorded
     python -m benchmarks.lab.compile_report --check --quick --record        record what passed as unchanged
@@ -41,6 +42,7 @@ from benchmarks.lab.compile_report.report import (
     in_sample,
     job_name,
     jobs,
+    label_of,
     read_csv,
     read_digests,
     table,
@@ -65,6 +67,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"write them to {REPORT.relative_to(REPORT.parents[2])}, the committed report",
     )
     add(
+        "--missing",
+        action="store_true",
+        help="with --write: keep its rows, add those that it lacks, drop those that vanished",
+    )
+    add(
         "--check",
         action="store_true",
         help="compare them with the committed report; exit with 1 if something got worse",
@@ -75,6 +82,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"with --check, if nothing got worse: note in {DIGESTS.name} what was compiled",
     )
     args = parser.parse_args(argv)
+    if args.missing and not args.write:
+        parser.error("--missing adds rows to the committed report; give --write too")
     if args.record and not args.check:
         parser.error("--record notes what --check has found unchanged; give both")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -96,6 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels = [jobs(arch)[i].label for arch, i in wanted]
     kept = read_digests() if args.quick else {}
     tasks = [task for task in wanted if not args.quick or in_sample(*task, kept)]
+    there = (
+        [row for row in read_csv(REPORT) if row["arch"] in archs and label_of(row) in labels] if args.missing else []
+    )
+    if args.missing:
+        known = {label_of(row) for row in there}
+        tasks = [(arch, place) for arch, place in tasks if jobs(arch)[place].label not in known]
     rows, failures = [], []
     started = time.perf_counter()
     for number, ((arch, place), result) in enumerate(compile_all(tasks, os.cpu_count() or 1), start=1):
@@ -124,8 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_text(DIGESTS, json.dumps(found, indent=0, sort_keys=True) + "\n")
     if args.write and not failures:
         others = [row for row in read_csv(REPORT) if row["arch"] not in archs] if REPORT.exists() else []
-        order = list(DEVICES)
-        write_text(REPORT, csv_text(sorted(others + rows, key=lambda row: order.index(row["arch"])), KEYS))
+        order = {jobs(arch)[place].label: number for number, (arch, place) in enumerate(wanted)}
+        rows = sorted(there + rows, key=lambda row: order[label_of(row)])
+        places = list(DEVICES)
+        write_text(REPORT, csv_text(sorted(others + rows, key=lambda row: places.index(row["arch"])), KEYS))
         print(f"wrote {REPORT}", file=sys.stderr)
     return 1 if failures or lines else 0
 

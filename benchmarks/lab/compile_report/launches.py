@@ -11,7 +11,13 @@ import torch
 from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, MAX_FUSED_R, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.launch.base import Launch
-from stablelora_kernels.launch.dry_run import branch_launches, call_launches, group_launches, quantized_launches
+from stablelora_kernels.launch.dry_run import (
+    branch_launches,
+    call_launches,
+    group_launches,
+    mlp_launches,
+    quantized_launches,
+)
 from stablelora_kernels.launch.lora_linear import forward_launches
 from stablelora_kernels.optim.triton_engine import TritonStep
 
@@ -39,6 +45,7 @@ def every_launch(device: Device) -> Iterator[tuple[str, Any]]:
     """(dtypes in words, launch) of all kernels."""
     yield from lora_linear_launches(device)
     yield from lora_linear_group_launches(device)
+    yield from lora_mlp_launches(device)
     yield from quantized_lora_linear_launches(device)
     yield from stable_adamw_launches()
 
@@ -83,7 +90,7 @@ def _each_dtype(device: Device) -> Iterator[tuple[str, tuple[torch.dtype, torch.
 
 def _precise(name: str, launch: Any) -> str:
     """The dtypes in words: some products stay exact where TensorFloat-32 is allowed."""
-    return "fp32" if name == "tf32" and launch.constants["INPUT_PRECISION"] == "ieee" else name
+    return "fp32" if name == "tf32" and launch.constants.get("INPUT_PRECISION", "ieee") == "ieee" else name
 
 
 def quantized_lora_linear_launches(device: Device, ranks: Sequence[int] = ()) -> Iterator[tuple[str, Any]]:
@@ -106,6 +113,18 @@ def lora_linear_group_launches(device: Device) -> Iterator[tuple[str, Any]]:
         for m, ns, r, p in product((64, 512, ROWS[-1]), ((4096, 1024, 1024), (14336, 14336)), ranks, (0.0, 0.1)):
             for launch in chain(*group_launches(device, m, ns, 4096, r, dtype, lora, p)):
                 if hasattr(launch, "kernel") and ("MEMBERS" in launch.constants or launch.constants.get("ADD")):
+                    yield _precise(name, launch), launch
+
+
+def lora_mlp_launches(device: Device) -> Iterator[tuple[str, Any]]:
+    """(dtypes in words, launch) for a gated MLP: the launches that compute its activation, or read G and U in H's stead."""
+    for name, (dtype, lora, _, ranks) in _each_dtype(device):
+        calls = [*product(("silu",), ranks, (0.0, 0.1))]
+        if name == "bf16/fp32":
+            calls += product(("gelu", "gelu_tanh"), (16, 64), (0.0, 0.1))
+        for m, (activation, r, p) in product((64, 2048, ROWS[-1]), calls):
+            for launch in chain(*mlp_launches(device, m, 4096, 14336, 4096, r, dtype, lora, p, activation)):
+                if hasattr(launch, "kernel") and launch.constants.get("GATE"):
                     yield _precise(name, launch), launch
 
 

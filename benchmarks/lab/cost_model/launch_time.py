@@ -54,8 +54,11 @@ def facts(launch: Any, narrow_columns: int) -> Facts:
     v = values(launch)
     moved, grad_moved = _moved(launch)
     units, operations, grad_operations = work(launch, narrow_columns)
+    if "BLOCK" in v:
+        return Facts(moved, grad_moved, units, 0.0, 0.0, units, 4.0 * v["BLOCK"], 0.0, 1, 0.0, False, False)
     inner = v.get("BLOCK_K", v["BLOCK_M"])
-    across = v.get("BLOCK_C", v["BLOCK_M"] + v.get("BLOCK_N", 0))
+    # Gate and up read two weights.
+    across = v.get("BLOCK_C", v["BLOCK_M"] + v.get("BLOCK_N", 0) * (2 if "STORE_GU" in v else 1))
     columns = v["BLOCK_N"] if "LOAD_S" in v else v.get("BLOCK_R", 0)
     return Facts(
         moved, grad_moved, units, operations, grad_operations, math.prod(launch.grid),
@@ -79,8 +82,14 @@ def _moved(launch: Any) -> tuple[Traffic, Traffic]:
 def work(launch: Any, narrow_columns: int) -> tuple[int, float, float]:
     """The pieces of a launch's work, their operations, and those of the co-scheduled dA."""
     v = values(launch)
-    m, n, k, r, name = v["M"], v.get("N", 0), v["K"], v["R"], launch.kernel.__name__
-    programs = math.prod(launch.grid)
+    name, programs = launch.kernel.__name__, math.prod(launch.grid)
+    if name == "_gated_activation_kernel":
+        return programs, 0.0, 0.0
+    m, n, k, r = v["M"], v.get("N", 0), v["K"], v.get("R", 0)
+    if "MEMBERS" in v:
+        # The sum runs over M for dA and over K for S; the other two sizes are a tile's.
+        rows = _up(k, v["BLOCK_C"]) * m if "BLOCK_C" in v else _up(m, v["BLOCK_M"]) * k
+        return programs, 2.0 * rows * v["MEMBERS"] * max(v["BLOCK_R"], narrow_columns), 0.0
 
     def ranks_of(block: int) -> int:
         return _up(r, block) // block * max(block, narrow_columns)
@@ -98,6 +107,9 @@ def work(launch: Any, narrow_columns: int) -> tuple[int, float, float]:
         # dB's programs are spread among those of dS.
         return programs, s + grad(k), 0.0
     columns = _up(n, v["BLOCK_N"])
+    if "STORE_GU" in v:
+        ranks = sum(_up(v[name], v["BLOCK_R"]) for name in ("R_G", "R_U"))
+        return rows // v["BLOCK_M"] * (columns // v["BLOCK_N"]), 2.0 * rows * columns * (2 * k + ranks), 0.0
     branch = 2.0 * rows * columns * _up(r, v["BLOCK_R"])
     if name == "_lora_expand_kernel":
         return programs, branch + (0.0 if v["LOAD_S"] else s * launch.grid[1]), 0.0

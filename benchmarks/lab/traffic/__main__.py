@@ -44,6 +44,7 @@ from benchmarks.lab.traffic.report import (
     counted_table,
     formula_table,
     group_rows,
+    mlp_rows,
     optimizer_rows,
     optimizer_table,
 )
@@ -85,12 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\nBy formula, forward and backward, launches as on {device.arch}:", *formula_table(cases), sep="\n")
     shared, shared_table = group_rows(device)
     print("\nProjections of one X, one by one -> together, by formula:", *shared_table, sep="\n")
+    mlp, mlp_table = mlp_rows(device)
+    print("\nA gated MLP, three layers and an activation -> one op, by formula:", *mlp_table, sep="\n")
     print("\nThe optimizer's step, bytes:", *optimizer_table(optimizer), sep="\n")
     print("", *checks(optimizer, cases), sep="\n")
     # What the vendor's product moves was not counted.
     counted = [row for row in counted if row["kernel"] != "vendor"]
     quantized = [*counted_quantized, *formula_quantized, *real_quantized]
-    everything = [*counted, *formula, *real, *quantized, *shared, *optimizer]
+    everything = [*counted, *formula, *real, *quantized, *shared, *mlp, *optimizer]
     arguments.csv.write_text(csv_text(everything), encoding="utf-8", newline="")
     print(f"All rows are in {arguments.csv}.")
     return 0

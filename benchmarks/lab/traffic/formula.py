@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -117,13 +117,20 @@ class _Account:
             self._add(f"{prefix}counter", 1, (False, True), unique=False)
 
     def grad_beside(
-        self, z: str, t: str, columns: int, c: dict[str, Any], seeded: bool = False, again: str = "", name: str = "grad"
+        self,
+        z: str,
+        t: str,
+        columns: int,
+        c: dict[str, Any],
+        seeded: bool = False,
+        again: Sequence[str] = (),
+        name: str = "grad",
     ) -> None:
-        """dA or dB, of ``columns`` columns, beside another result, for which ``again`` was read already."""
+        """dA or dB, of ``columns`` columns, beside another result, for which the tensors ``again`` were read already."""
         tiles_c, tiles_r = cdiv(columns, c[f"{name.upper()}_C"]), cdiv(c["R"], c[f"{name.upper()}_R"])
         splits = c[f"{name.upper()}_SPLITS"]
-        self.read(z, tiles_r, unique=z != again)
-        self.read(t, tiles_c, unique=t != again)
+        self.read(z, tiles_r, unique=z not in again)
+        self.read(t, tiles_c, unique=t not in again)
         if seeded:
             self.read("seed", tiles_c * tiles_r * splits, unique=False)
         self.share(splits, prefix=f"{name}_")
@@ -161,7 +168,7 @@ def _shrink(t: _Account, c: dict[str, Any]) -> None:
     t.share(c["SPLITS"])
     t.write("s")
     if c["HAS_GRAD"]:
-        t.grad_beside("x", "t", c["K"], c, again="x")
+        t.grad_beside("x", "t", c["K"], c, again=("x",))
 
 
 def _chain(t: _Account, c: dict[str, Any]) -> None:
@@ -174,7 +181,7 @@ def _chain(t: _Account, c: dict[str, Any]) -> None:
     t.share(c["S_SPLITS"], prefix="s_")
     t.write("s")
     if c["HAS_DB"]:
-        t.grad_beside("x", "t", c["K"], c, again="x", name="db")
+        t.grad_beside("x", "t", c["K"], c, again=("x",), name="db")
     # A flag is awaited for each tile of Y, and by each program of dA for all of its rows.
     waits = cdiv(c["M"], c["BLOCK_M"]) * cdiv(c["N"], c["BLOCK_N"]) if c["PRODUCTS"] else 0
     if c["HAS_GRAD"]:
@@ -194,7 +201,11 @@ def _linear(t: _Account, c: dict[str, Any]) -> None:
     if c["PRODUCTS"]:
         _product(t, c)
     if c["HAS_GRAD"]:
-        t.grad_beside("z", "s", c["N"], c, seeded=c["MASK_BRANCH"], again="s" if c["PRODUCTS"] else "")
+        gated = c["GATE"] and c["PRODUCTS"]
+        again = ("z", "u", "s") if gated else ("s",) if c["PRODUCTS"] else ()
+        t.grad_beside("z", "s", c["N"], c, seeded=c["MASK_BRANCH"], again=again)
+        if c["GATE"]:
+            t.read("u", cdiv(c["R"], c["GRAD_R"]), unique=not gated)
 
 
 def _product(t: _Account, c: dict[str, Any]) -> None:
@@ -221,6 +232,10 @@ def _product(t: _Account, c: dict[str, Any]) -> None:
     if c["ADD"]:
         t.read("y")
     t.write("y")
+    if c["GATE"]:
+        t.read("z")
+        t.read("u")
+        t.write("du")
 
 
 def _weight(t: _Account, c: dict[str, Any], n: int, k: int, rows: int, cols: int, times: int) -> None:
@@ -289,6 +304,10 @@ def _branch(t: _Account, c: dict[str, Any]) -> None:
     if c["HAS_BASE"]:
         t.read("y" if c["IN_PLACE"] else "base")
     t.write("y")
+    if c["GATE"]:
+        t.read("g")
+        t.read("u")
+        t.write("du")
 
 
 def _grads(t: _Account, c: dict[str, Any]) -> None:
@@ -296,6 +315,8 @@ def _grads(t: _Account, c: dict[str, Any]) -> None:
     tiles_a, tiles_b = cdiv(c["K"], c["BLOCK_C"]), cdiv(c["N"], c["BLOCK_C"])
     if c["PROGRAMS_A"]:
         t.read("x", tiles_r)
+        if c["GATE"]:
+            t.read("u", tiles_r)
         t.read("ds", tiles_a)
         t.write("da")
     if c["GRID"][0] > c["PROGRAMS_A"]:
@@ -305,6 +326,29 @@ def _grads(t: _Account, c: dict[str, Any]) -> None:
     if c["DROPOUT"]:
         t.read("seed", tiles_a * tiles_r * splits)
     t.share(splits)
+
+
+def _gate_up(t: _Account, c: dict[str, Any]) -> None:
+    """Gate and up by either kernel. S_g and S_u are columns of one matrix."""
+    tiles_m, tiles_n = cdiv(c["M"], c["BLOCK_M"]), cdiv(c["N"], c["BLOCK_N"])
+    t.read("x", tiles_n)
+    for name in ("wg", "wu", *(f"bias_{n}" for n in "gu" if c[f"HAS_BIAS_{n.upper()}"])):
+        t.read(name, tiles_m)
+    for name, rank in (("bg", c["R_G"]), ("bu", c["R_U"])):
+        if rank:
+            t.read(name, tiles_m)
+    if ranks := c["R_G"] + c["R_U"]:
+        key, s = t.by_name["sg"]
+        moved = c["M"] * ranks * s.element_size()
+        t.tensors[key] = Traffic(tiles_n * moved, 0, moved, 0)
+    for name in ("g", "u", "h") if c["STORE_GU"] else ("h",):
+        t.write(name)
+
+
+def _gated_activation(t: _Account, c: dict[str, Any]) -> None:
+    t.read("g")
+    t.read("u")
+    t.write("h")
 
 
 def _members(c: dict[str, Any], name: str) -> list[str]:
@@ -341,6 +385,9 @@ def _grads_group(t: _Account, c: dict[str, Any]) -> None:
 _FORMULAS = {
     "_lora_shrink_group_kernel": _shrink_group,
     "_lora_weight_grads_group_kernel": _grads_group,
+    "_lora_gate_up_kernel": _gate_up,
+    "_lora_gate_up_tma_kernel": _gate_up,
+    "_gated_activation_kernel": _gated_activation,
     "_lora_shrink_kernel": _shrink,
     "_lora_linear_kernel": _linear,
     "_lora_linear_split_k_kernel": _linear,

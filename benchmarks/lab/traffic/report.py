@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.common.tables import RESULTS, aligned
-from benchmarks.lab.traffic import floors, group
+from benchmarks.lab.traffic import floors, group, mlp
 from benchmarks.lab.traffic import formula as t
 from benchmarks.lab.traffic.counter import counted
 from stablelora_kernels.dispatch.problem import Device
@@ -267,6 +267,12 @@ def group_rows(device: Device) -> tuple[list[Row], list[str]]:
     """Rows of projections that share X, one by one and together, and their table."""
     rows = [group.group_row(device, each) for each in group.REAL]
     return rows, group.group_table(rows)
+
+
+def mlp_rows(device: Device) -> tuple[list[Row], list[str]]:
+    """Rows of a gated MLP, by three layers and as one op, and their table."""
+    rows = [row for each in mlp.REAL for row in mlp.mlp_rows(device, each)]
+    return rows, mlp.mlp_table(rows)
 
 
 def _check(words: str, found: float, limit: float) -> str:
