@@ -49,11 +49,6 @@ TMA_TILES = (
         "wider tiles would leave more of the GPU idle in the last round than they save in reads",
     ),
     TileRule(
-        lambda d, c: c.masked and c.add,
-        Tile(128, 128, 64, 8, 4),
-        "Y's earlier values beside the mask's random numbers spill registers in a wider tile",
-    ),
-    TileRule(
         lambda d, c: d.generation >= 100,
         Tile(128, 128, 64, 8, 4),
         "Blackwell: a wider tile and its branch outgrow tensor memory, which the compiler answers with an empty kernel",
