@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.tables import RESULTS, aligned, csv_text, read_csv, write_text
+from benchmarks.lab.cost_model import mlp
 from benchmarks.lab.cost_model.gpu import Gpu, band_ends, load_gpu
 from benchmarks.lab.cost_model.predict import (
     RANKS,
@@ -221,6 +222,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"All times are PREDICTED for an {gpu.name} in bf16, dropout {options.dropout:g}; none is measured.\n")
     for n, k in SIZES:
         print(f"N {n}, K {k}: forward + backward over the frozen layer's", *show(rows, n, k), "", sep="\n")
+    of_mlp = mlp.rows(gpu, options.dropout > 0, options.efficiency)
+    print(
+        "A gated MLP, K 4096, F 14336: forward + backward over the frozen MLP's",
+        *aligned(mlp.cells(of_mlp), left=0),
+        "",
+        sep="\n",
+    )
     for line in (*check_published(load_gpu("h100")), *against_measured(gpu, options.gpu)):
         print(line)
     print(
@@ -230,9 +238,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(*regret_lines(rows), sep="\n")
     if options.out:
-        path = options.out / f"predicted_dropout_{options.dropout:g}.csv"
+        path, mlp_path = (
+            options.out / f"{name}_dropout_{options.dropout:g}.csv" for name in ("predicted", "predicted_mlp")
+        )
         write_text(path, csv_text(rows))
-        for written in (path, *plot(rows, gpu, options.out)):
+        write_text(mlp_path, csv_text(of_mlp))
+        for written in (path, mlp_path, *plot(rows, gpu, options.out)):
             print(f"wrote {written}")
 
 

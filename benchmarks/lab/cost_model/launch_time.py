@@ -55,7 +55,9 @@ def facts(launch: Any, narrow_columns: int) -> Facts:
     moved, grad_moved = _moved(launch)
     units, operations, grad_operations = work(launch, narrow_columns)
     if "BLOCK" in v:
-        return Facts(moved, grad_moved, units, 0.0, 0.0, units, 4.0 * v["BLOCK"], 0.0, 1, 0.0, False, False)
+        # Elementwise: a processor holds eight such programs rather than two, each with its parts of G and U.
+        flight = 4 * 2 * 2.0 * v["BLOCK"]
+        return Facts(moved, grad_moved, units, 0.0, 0.0, units, flight, 0.0, 1, 0.0, False, False)
     inner = v.get("BLOCK_K", v["BLOCK_M"])
     # Gate and up read two weights.
     across = v.get("BLOCK_C", v["BLOCK_M"] + v.get("BLOCK_N", 0) * (2 if "STORE_GU" in v else 1))

@@ -35,10 +35,8 @@ class MLP(NamedTuple):
         return wide, wide, narrow
 
 
-# Llama 3.1 8B.
-SHAPES = tuple(
-    MLP(m, 4096, 14336, r, dropout) for r in (16, 64) for dropout in (False, True) for m in (2048, 8192, 16384)
-)
+# Rows and ranks, in Llama 3.1 8B.
+SHAPES = tuple((m, 4096, 14336, r) for r in (16, 64) for m in (2048, 8192, 16384))
 # Passes over [M, F] of the activation's launches, forward and backward.
 ACTIVATION = {"frozen": ((3,), (5,)), "eager (PEFT)": ((2, 3), (3, 3, 3)), "Unsloth": ((3,), (6,))}
 
@@ -90,10 +88,10 @@ def _seconds(gpu: Gpu, ways: Sequence[Sequence[Any]], efficiency: float) -> tupl
     return forward, backward
 
 
-def rows(gpu: Gpu, efficiency: float = SLOWEST) -> list[dict[str, Any]]:
+def rows(gpu: Gpu, dropout: bool, efficiency: float = SLOWEST) -> list[dict[str, Any]]:
     """A row for each shape: predicted microseconds, forward and backward; ours at both ends of the band."""
     found = []
-    for mlp in SHAPES:
+    for mlp in (MLP(*shape, dropout) for shape in SHAPES):
         row: dict[str, Any] = {
             "gpu": gpu.name,
             "m": mlp.m,
