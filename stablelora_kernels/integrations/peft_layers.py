@@ -20,10 +20,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear, lora_linear_group
-from stablelora_kernels.model.modules import HOOKS
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
 from stablelora_kernels.utils.autocast import autocast_dtype
+from stablelora_kernels.utils.hooks import is_hooked
 
 # The keyword arguments that PEFT's layers consume. The base layer gets the others.
 _OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))
@@ -83,15 +83,6 @@ def _tensors_of(linear: Any) -> tuple[Any, Any]:
         return linear.weight, linear.bias
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` may do more than run its class's forward."""
-    attributes = module.__dict__
-    for name in HOOKS:
-        if attributes[name]:
-            return True
-    return "forward" in attributes
-
-
 def _is_plain(weight: Tensor, bias: Tensor | None) -> bool:
     return type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
 
@@ -105,14 +96,14 @@ def _read(layer: Any, adapter: str) -> Branch | str:
     dropout, scaling = modules["lora_dropout"]._modules[adapter], layer.scaling[adapter]
     tensors: list[tuple[Any, Any]] = []
     for name, module in (("lora_A", a), ("lora_B", b)):
-        tensors.append(_tensors_of(module) if type(module) is nn.Linear and not _is_hooked(module) else (None, None))
+        tensors.append(_tensors_of(module) if type(module) is nn.Linear and not is_hooked(module) else (None, None))
         if not _is_plain(*tensors[-1]):
             return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"
     (a_weight, a_bias), (b_weight, b_bias) = tensors
     if a_bias is not None or a_weight.dtype != b_weight.dtype:
         return f"lora_A of adapter {adapter!r} has a bias, or another dtype than lora_B"
     kind = type(dropout)
-    if (kind is not nn.Identity and kind is not nn.Dropout) or _is_hooked(dropout):
+    if (kind is not nn.Identity and kind is not nn.Dropout) or is_hooked(dropout):
         return f"the dropout of adapter {adapter!r} is a {kind.__name__}, or has hooks"
     if kind is nn.Dropout and dropout.p >= 1:
         return f"the dropout of adapter {adapter!r} drops everything"
@@ -151,7 +142,7 @@ def _fits(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
 
 def _base_operand(base: nn.Module, x: Tensor) -> Base | None:
     """The base layer's operands if one op can compute its product and a branch, or None."""
-    if type(base) not in _READABLE or _is_hooked(base):
+    if type(base) not in _READABLE or is_hooked(base):
         return None
     weight, bias = _tensors_of(base)
     # Quantized and sharded weights have other types. During a forward, FSDP replaces parameters by plain tensors.
