@@ -19,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.functional import LoRAWeights, lora_mlp
 from stablelora_kernels.nn.mlp_form import Form, form_of
+from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.hooks import HOOKS, is_hooked
 
 # The keys of a module's __dict__ that hold its MLPState, and a forward that was bound to the instance. state_dict has neither.
@@ -52,6 +53,10 @@ class Operand(NamedTuple):
     dropout_p: float | None
 
 
+# A layer, x, the number of features of the layer's input, and x's dtype or None under autocast.
+Read = Callable[[Any, Tensor, int, torch.dtype | None], Operand | None]
+
+
 class Facts(NamedTuple):
     """What must fit between the projections of an MLP. The first two are None without an adapter, ``dtype`` if any fits."""
 
@@ -64,14 +69,14 @@ class Facts(NamedTuple):
 class LayerKind(NamedTuple):
     """How to handle one library's layers.
 
-    ``is_projection`` tells its layers and frozen linear ones, ``is_adapted`` those with adapters. ``read(layer, x, features)``
-    returns a layer's operand for an input of x's dtype and device with that many features, or None if the layer must compute by
-    itself. ``facts`` returns a layer's facts, or why it must.
+    ``is_projection`` tells its layers and frozen linear ones, ``is_adapted`` those with adapters. ``read(layer, x, features,
+    dtype)`` returns a layer's operand for an input of x's dtype and device with that many features, or None if the layer must
+    compute by itself. ``facts`` returns a layer's facts, or why it must.
     """
 
     is_projection: Callable[[Any], bool]
     is_adapted: Callable[[Any], bool]
-    read: Callable[[Any, Tensor, int], Operand | None]
+    read: Read
     facts: Callable[[Any], Facts | str]
 
 
@@ -79,7 +84,7 @@ class MLPState(NamedTuple):
     """How a fused MLP computes; ``activation_state`` is that of its activation module when it was fused."""
 
     form: Form
-    read: Callable[[Any, Tensor, int], Operand | None]
+    read: Read
     activation_state: tuple[Any, ...]
 
 
@@ -91,7 +96,7 @@ class FusedMLP:
         state = own.get(ATTRIBUTE)
         if state is not None and len(args) + len(kwargs) == 1:
             x = args[0] if args else kwargs.get(state.form.argument)
-            if (y := _output(self._modules, state, x)) is not None:
+            if (y := _output(self, state, x)) is not None:
                 return y
         forward = own.get(_OWN_FORWARD)
         # Unbound, since a replica of the module has the attribute of its original.
@@ -105,38 +110,38 @@ class FusedMLP:
         return (made, args, *rest)
 
 
-def _output(modules: Any, state: MLPState, x: Any) -> Tensor | None:
+def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
     """The output from one op, or None if the module's own forward must compute it or raise."""
     # Global hooks and tracing must see every module's call. Subclasses of Tensor may have another product.
     if (type(x) is not Tensor and type(x) is not nn.Parameter) or _has_any_global_hook() or torch.jit.is_tracing():
         return None
-    form, features = state.form, x.shape[-1:].numel()
-    layers = [modules[name] for name in form.children]
-    for layer in layers:
-        if is_hooked(layer):
-            return None
+    form, modules, features = state.form, module._modules, x.shape[-1] if x.dim() else 0
+    dtype = None if autocast_dtype(x.device.type) is not None else x.dtype
+    gate_layer, up_layer, down_layer = modules[form.gate.name], modules[form.up.name], modules[form.down.name]
+    if is_hooked(gate_layer) or is_hooked(up_layer) or is_hooked(down_layer):
+        return None
     if form.activation_module is not None:
         activation = modules[form.activation_module]
         if is_hooked(activation) or _activation_state(activation) != state.activation_state:
             return None
-    if (gate := state.read(layers[0], x, features)) is None:
+    if (gate := state.read(gate_layer, x, features, dtype)) is None:
         return None
     if form.gate.half is None:
-        up = state.read(layers[1], x, features)
+        up = state.read(up_layer, x, features, dtype)
     elif (halves := _halves(gate, form.gate.half)) is not None:
         gate, up = halves
     else:
         return None
     if up is None or (n := gate.weights.weight.shape[0]) != up.weights.weight.shape[0]:
         return None
-    if (down := state.read(layers[-1], x, n)) is None:
+    if (down := state.read(down_layer, x, n, dtype)) is None:
         return None
-    dropout_p = dtype = None
+    dropout_p = lora_dtype = None
     for weights, p in (gate, up, down):
         if weights.lora_A is not None:
             if dropout_p is None:
-                dropout_p, dtype = p, weights.lora_A.dtype
-            elif p != dropout_p or weights.lora_A.dtype != dtype:
+                dropout_p, lora_dtype = p, weights.lora_A.dtype
+            elif p != dropout_p or weights.lora_A.dtype != lora_dtype:
                 return None
     if dropout_p is None:
         return None

@@ -14,13 +14,14 @@ from stablelora_kernels.nn.fused_mlp import Facts, LayerKind, Operand
 from stablelora_kernels.nn.linear import LoRALinear, is_plain, trained_and_bias
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.quantized import FP8Weight, read
-from stablelora_kernels.utils.autocast import autocast_dtype
 
 
-def read_operand(layer: Any, x: Tensor, features: int) -> Operand | None:
-    """A layer's operand for an input like ``x`` with ``features`` features, or None if the layer must compute by itself."""
-    kind = type(layer)
-    dtype = None if autocast_dtype(x.device.type) is not None else x.dtype
+def read_operand(layer: Any, x: Tensor, features: int, dtype: torch.dtype | None) -> Operand | None:
+    """A layer's operand for an input like ``x`` with ``features`` features, or None if the layer must compute by itself.
+
+    ``dtype`` is x's, or None under autocast.
+    """
+    kind, device = type(layer), x.device
     lora_A = lora_B = None
     weight: Any
     if kind is nn.Linear:
@@ -43,7 +44,7 @@ def read_operand(layer: Any, x: Tensor, features: int) -> Operand | None:
             bias = bias.to(x.dtype)
         tensors = (bias, lora_A, lora_B)
         weight = read(weight)
-        if weight.stored.data.device != x.device:
+        if weight.stored.data.device != device:
             return None
     else:
         if weight.requires_grad or (dtype is not None and weight.dtype != dtype):
@@ -53,7 +54,7 @@ def read_operand(layer: Any, x: Tensor, features: int) -> Operand | None:
         return None
     for t in tensors:
         # FSDP parameters are DTensors until FSDP gathers them.
-        if t is not None and ((type(t) is not nn.Parameter and type(t) is not Tensor) or t.device != x.device):
+        if t is not None and ((type(t) is not nn.Parameter and type(t) is not Tensor) or t.device != device):
             return None
     if weight.shape[1] != features:
         return None
