@@ -229,7 +229,7 @@ class _Child:
         if self._is_projection:
             return run.symbol("linear", self._name, args[0].value)
         state = (child._parameters, child._buffers, child._modules)
-        unknown = f"{self._name!r} is a {type(child).__name__}, and only SiLU and GELU (exact or tanh) are fused"
+        unknown = f"it calls {self._name!r}, a {type(child).__name__}; only SiLU and GELU (exact or tanh) are fused"
         if any(state) or "forward" in child.__dict__:
             run.refuse(unknown)
         try:
