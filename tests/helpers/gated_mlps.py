@@ -12,7 +12,7 @@ from tests.helpers.small_models import fill_b
 
 WIDTH, INNER = 16, 24
 BY_TYPE = dict(architectures())
-TARGETS = ["gate_proj", "up_proj", "down_proj", "gate_up_proj", "q_proj", "qkv_proj"]
+TARGETS = r"(.*\.)?(gate_proj|up_proj|down_proj|gate_up_proj|q_proj|qkv_proj)"
 # A model type of transformers, and the number of its gated MLPs.
 FAMILIES = {
     "llama": 2, "mistral": 2, "qwen2": 2, "qwen3": 2, "gemma": 2, "gemma2": 2, "gemma3_text": 2, "phi3": 2, "glm": 2,
@@ -74,12 +74,15 @@ def pair(make, **kwargs):
     return models
 
 
-def step(model, x=None, seed=5):
-    """The output and all gradients of one step: of a model of tokens, or of an MLP for ``x``."""
+def step(model, x=None, call=None):
+    """The output and all gradients of one step: of a model of tokens, or of ``call``, at first model["mlp"], for ``x``."""
     model.zero_grad()
-    torch.manual_seed(seed)
+    torch.manual_seed(5)
     x = rows() if x is None else x
-    y = model["mlp"](x) if isinstance(model, nn.ModuleDict) else model(IDS, labels=IDS).loss
+    if isinstance(model, nn.ModuleDict):
+        y = (model["mlp"] if call is None else call)(x)
+    else:
+        y = model(IDS, labels=IDS).loss
     (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)).sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     if isinstance(model, nn.ModuleDict) and x.grad is not None:

@@ -1,0 +1,583 @@
+"""fuse_mlp on our own layers: results against the same models without it, what is not fused and why, and what turns it off."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+import stablelora_kernels as slk
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.nn.fused_mlp import ATTRIBUTE, GatedMLP, fuse_mlps, is_fused
+from stablelora_kernels.nn.mlp_operands import OWN_LAYERS
+from stablelora_kernels.nn.projection_group import ATTRIBUTE as GROUP
+from stablelora_kernels.testing import EPS, fp8_weight, nf4_weight
+from tests.helpers.gated_mlps import (
+    FAMILIES,
+    IDS,
+    INNER,
+    MLP,
+    TARGETS,
+    WIDTH,
+    Stacked,
+    assert_same,
+    count_calls,
+    family,
+    pair,
+    rows,
+    step,
+    with_lora,
+)
+from tests.helpers.quantized_weights import Linear4bit, fp8_linear, torchao_int8
+from tests.helpers.small_models import fill_b, refused
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return count_calls(monkeypatch)
+
+
+def adapted(model_type, fuse, dropout, dtype=torch.float64, **more):
+    model = family(model_type, dtype)
+    config = slk.LoRAConfig(r=3, target_modules=TARGETS, lora_dropout=dropout)
+    torch.manual_seed(1)
+    report = slk.apply_lora(model, config, fuse_mlp=fuse, **more)
+    fill_b(model)
+    return model.train(), report
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_families_train_as_without(model_type, calls):
+    model, report = adapted(model_type, True, 0.2)
+    count = FAMILIES[model_type]
+    assert len(report.mlps) == count and all(mlp.reason is None for mlp in report.mlps), report
+    found = step(model)
+    activation = "gelu_tanh" if model_type.startswith("gemma") else "silu"
+    assert calls == [activation] * count
+    assert f"computed in one op each: {count} x gated MLP ({activation})" in report.notes
+    plain, other = adapted(model_type, False, 0.2)
+    assert other.mlps == () and not any("one op" in note for note in other.notes)
+    assert_same(found, step(plain))
+    assert len(calls) == count
+
+
+MAKERS = {"as in Llama": MLP, "biases": lambda: MLP(bias=True), "exact GELU": lambda: MLP(nn.GELU()), "stacked": Stacked,
+          "stacked, up first": lambda: Stacked(up_first=True)}  # fmt: skip
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_on_both_backends(make, dropout, backend, calls):
+    model, plain = pair(make, dropout=dropout)
+    if backend == "triton":
+        model, plain = model.float(), plain.float()
+    dtype = FP32 if backend == "triton" else torch.float64
+    found = step(model, rows(dtype))
+    assert len(calls) == 1
+    assert_same(found, step(plain, rows(dtype)), 1e-4 if backend == "triton" else 1e-10)
+
+
+@pytest.mark.parametrize("targets", [["gate_proj"], ["up_proj", "down_proj"], ["down_proj"], ["gate_proj", "up_proj"]])
+def test_a_projection_without_an_adapter_loses_its_branch_only(targets, calls):
+    model, plain = pair(MLP, dropout=0.2, targets=targets)
+    found = step(model)
+    assert calls == ["silu"]
+    assert_same(found, step(plain))
+
+
+def test_other_arguments(calls):
+    """By keyword; no rows, one row; and what the forward does not take is its own error."""
+    model, plain = pair(MLP)
+    mlp, own = model["mlp"], plain["mlp"]
+    for x in (rows(), rows()[:0], rows()[0], rows()[0, 0], rows()[:, :1].expand(2, 40, WIDTH)):
+        torch.testing.assert_close(mlp(x=x), own(x))
+    assert len(calls) == 5
+    for bad in ({"y": rows()}, {"x": rows(), "y": 1}, {}):
+        with pytest.raises(TypeError, match="argument"):
+            mlp(**bad)
+    assert len(calls) == 5
+
+
+# What stands in a report, and whether the same call still gives what the unfused MLP gives.
+
+
+def merges(model):
+    lora_layers(model)["mlp.up_proj"].merge()
+
+
+def hooks_down(model):
+    model["mlp"].down_proj.register_forward_hook(lambda module, args, y: y * 2)
+
+
+def hooks_act(model):
+    model["mlp"].act_fn.register_full_backward_hook(lambda *args: None)
+
+
+def replaces_forward(model):
+    layer = model["mlp"].gate_proj
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) * 3
+
+
+def replaces_activations_forward(model):
+    model["mlp"].act_fn.forward = torch.tanh
+
+
+def another_activation(model):
+    model["mlp"].act_fn = nn.ReLU()
+
+
+def another_approximation(model):
+    model["mlp"].act_fn.approximate = "tanh"
+
+
+def another_dropout(model):
+    model["mlp"].up_proj.lora_dropout = 0.4
+
+
+def evaluates_one(model):
+    model["mlp"].up_proj.eval()
+
+
+def trains_bias(model):
+    model["mlp"].down_proj.bias.requires_grad_(True)
+
+
+def trains_weight(model):
+    model["mlp"].gate_proj.weight.requires_grad_(True)
+
+
+def another_lora_dtype(model):
+    for name in ("lora_A", "lora_B"):
+        setattr(model["mlp"].down_proj, name, nn.Parameter(getattr(model["mlp"].down_proj, name).float()))
+
+
+def replaces_layer(model):
+    model["mlp"].up_proj = nn.Sequential(model["mlp"].up_proj)
+
+
+CHANGES = {
+    merges: "'up_proj' is merged",
+    hooks_down: "'down_proj' has hooks, which would not run",
+    hooks_act: "'act_fn' has hooks, which would not run",
+    replaces_forward: "'gate_proj' has a forward that was replaced (as accelerate's hooks do)",
+    replaces_activations_forward: "it calls 'act_fn', a GELU; only SiLU and GELU (exact or tanh) are fused",
+    another_activation: "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused",
+    another_approximation: None,
+    another_dropout: "lora_dropout is 0.2 in 'gate_proj' and 0.4 in 'up_proj'",
+    evaluates_one: None,
+    trains_bias: "'down_proj' has a bias that trains; the op would keep activations for its gradient",
+    trains_weight: "'gate_proj' has a weight that trains; the op would keep activations for its gradient",
+    another_lora_dtype: "the adapter's dtype is torch.float64 in 'gate_proj' and torch.float32 in 'down_proj'",
+    replaces_layer: "it calls 'up_proj', a Sequential; only SiLU and GELU (exact or tanh) are fused",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_changes_turn_it_off_and_are_reported(change, calls):
+    """After it was fused: the next call is the module's own. Before: the report says why, and the calls are the same."""
+    dtype = FP32 if change is another_lora_dtype else torch.float64
+    model, plain = (m.to(dtype) for m in pair(lambda: MLP(nn.GELU(), bias=True), dropout=0.2))
+    if change is merges:
+        model.eval(), plain.eval()
+    step(model, rows(dtype))
+    assert len(calls) == 1
+    if dtype == FP32:
+        model, plain = model.to(BF16), plain.to(BF16)
+        dtype = BF16
+    for each in (model, plain):
+        change(each)
+    if change is evaluates_one:
+        # Without dropout in one of three.
+        assert model["mlp"].down_proj.training
+    found, expected = step(model, rows(dtype)), step(plain, rows(dtype))
+    assert len(calls) == 1
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    found = again(model)
+    reason = CHANGES[change]
+    if reason is not None and change is another_lora_dtype:
+        reason = reason.replace("float64", "bfloat16")
+    assert found.reason == reason
+    if change is not evaluates_one:
+        step(model, rows(dtype))
+        assert len(calls) == (2 if reason is None else 1)
+
+
+def again(model):
+    """The report on an MLP that is fused, judged anew."""
+    (mlp,) = fuse_mlps(model, OWN_LAYERS)
+    return mlp
+
+
+def test_what_was_off_comes_back(calls):
+    model, plain = pair(MLP)
+    mlp = model["mlp"]
+    handle = mlp.gate_proj.register_forward_hook(lambda *args: None)
+    step(model)
+    assert calls == []
+    handle.remove()
+    with slk.disable_lora(model), torch.no_grad():
+        disabled = mlp(rows())
+    with slk.disable_lora(plain):
+        assert torch.equal(disabled, plain["mlp"](rows()))
+    slk.merge_lora(model)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(rows()), plain["mlp"](rows()))
+    assert calls == []
+    slk.unmerge_lora(model)
+    assert_same(step(model), step(plain))
+    assert calls == ["silu"]
+
+
+def test_global_hooks_and_tracing_see_every_module(calls):
+    model, _ = pair(MLP)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(type(module)))
+    try:
+        model["mlp"](rows())
+    finally:
+        handle.remove()
+    assert slk.LoRALinear in seen and nn.SiLU in seen and calls == []
+    model["mlp"](rows())
+    assert calls == ["silu"]
+
+
+def test_inputs_that_do_not_fit_are_the_layers_own_errors(calls):
+    model, _ = pair(MLP)
+    model = model.float()
+    with pytest.raises(TypeError, match=r"weight must have x's dtype torch.bfloat16, got torch.float32"):
+        model["mlp"](rows(BF16))
+    with pytest.raises(ValueError, match=r"x must be \[..., 16\] to fit weight \[24, 16\], got \[70, 15\]"):
+        model["mlp"](torch.randn(70, 15))
+    with pytest.raises(ValueError, match=r"device"):
+        model["mlp"](rows(FP32).to("meta"))
+    assert calls == []
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_subclasses_of_tensors_are_left_to_the_module(calls):
+    model, plain = pair(MLP)
+    torch.testing.assert_close(model["mlp"](rows().as_subclass(Subclass)), plain["mlp"](rows().as_subclass(Subclass)))
+    assert calls == []
+
+
+# Which layers.
+
+
+def test_layers_that_are_not_read(calls):
+    """int8 layers call their base; a quantized projection cannot be cut in two; an unknown layer may do anything."""
+    module = MLP().to(BF16)
+    module.up_proj = torchao_int8(module.up_proj)
+    model, report = with_lora(module)
+    assert report.mlps[0].reason.startswith("'up_proj' calls its base layer, a Linear with a ")
+    model["mlp"](rows(BF16))
+
+    module = Stacked(bias=False)
+    module.gate_up_proj = Linear4bit(nf4_weight(2 * INNER, WIDTH, 64, nested=False), False, FP32)
+    model, report = with_lora(module)
+    expected = "'gate_up_proj' holds gate and up stacked in a quantized weight, which is not cut in two"
+    assert report.mlps[0].reason == expected
+    model["mlp"](rows(FP32))
+
+    class Other(slk.LoRALinear):
+        pass
+
+    model, _ = with_lora(MLP())
+    model["mlp"].up_proj.__class__ = Other
+    assert again(model).reason == "'up_proj' is a Other, which computes more than one product"
+    model["mlp"](rows(FP32))
+
+    module = MLP()
+    module.down_proj = Linear4bit(nf4_weight(WIDTH, INNER, 8, nested=False), False, FP32)
+    model, report = with_lora(module, targets=["gate_proj"])
+    assert report.mlps[0].reason == "'down_proj' is a Linear4bit without an adapter whose weight is not plain"
+    model["mlp"](rows(FP32))
+    assert calls == []
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8", "nf4 computing in bfloat16", "mixed"])
+def test_quantized_weights(kind, backend, calls):
+    dtype = BF16 if kind in ("fp8", "mixed") else FP32
+
+    def make():
+        torch.manual_seed(0)
+        module = MLP(width=64, inner=64).to(dtype)
+        for name in ("gate_proj", "up_proj", "down_proj")[: 2 if kind == "mixed" else 3]:
+            if kind == "fp8":
+                layer = fp8_linear(fp8_weight(64, 64), BF16)
+            else:
+                compute = BF16 if kind == "nf4 computing in bfloat16" else None
+                layer = Linear4bit(nf4_weight(64, 64, 64, nested=True), True, compute)
+            setattr(module, name, layer)
+        return module
+
+    x = torch.randn(70, 64).to(dtype)
+    found, expected = (
+        step(with_lora(make(), fuse)[0], x.clone().requires_grad_()) for fuse in (True, False)
+    )
+    # A layer that computes in another dtype than its input's casts twice, which one op does not.
+    assert calls == ([] if kind == "nf4 computing in bfloat16" else ["silu"])
+    assert_same(found, expected, 16 * EPS[dtype])
+
+
+# The model is given back, and copies stand alone.
+
+
+def everything(model):
+    """The modules' classes, and the attributes of MLPs."""
+    return {
+        name: (type(m), {k: id(v) for k, v in m.__dict__.items()} if name.endswith("mlp") else None)
+        for name, m in model.named_modules()
+    }
+
+
+def test_remove_gives_the_model_back(tmp_path):
+    model = family("llama")
+    before, state = everything(model), copy.deepcopy(model.state_dict())
+    slk.apply_lora(model, slk.LoRAConfig(r=2, target_modules=TARGETS), fuse_mlp=True)
+    mlp = model.model.layers[0].mlp
+    assert is_fused(mlp) and isinstance(mlp, type(family("llama").model.layers[0].mlp))
+    assert type(mlp).__name__ == type(mlp).__qualname__ == "LlamaMLP" and repr(mlp).startswith("LlamaMLP(")
+    slk.remove_lora(model, merge=False)
+    assert everything(model) == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_bound_forward_is_given_back(calls):
+    """Liger's way to patch a model that exists."""
+    def forward(self, x):
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    module = MLP(nn.ReLU())
+    module.forward = types.MethodType(forward, module)
+    expected = module.__dict__["forward"]
+    model, report = with_lora(module)
+    assert report.mlps == (GatedMLP("mlp", "silu"),)
+    x = rows(FP32)
+    y = model["mlp"](x)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied["mlp"](x), y) and calls == ["silu"] * 2
+    copied["mlp"].gate_proj.register_forward_pre_hook(lambda *args: None)
+    torch.testing.assert_close(copied["mlp"](x), y, rtol=1e-4, atol=1e-3)
+    assert len(calls) == 2
+    slk.remove_lora(model, merge=False)
+    assert type(module) is MLP and module.__dict__["forward"] == expected
+
+
+def test_an_error_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    model, plain = family("llama"), family("llama")
+    slk.apply_lora(plain, slk.LoRAConfig(r=2, target_modules=TARGETS))
+    slk.save_adapter(plain, tmp_path)
+
+    def fails(*args, **kwargs):
+        assert is_fused(model.model.layers[0].mlp)
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr("stablelora_kernels.model.save_load._copy_all", fails)
+    before = everything(model)
+    with refused(model, MemoryError, "no memory"):
+        slk.load_adapter(model, tmp_path, fuse_mlp=True)
+    assert {name: kind for name, (kind, _) in everything(model).items()} == {n: k for n, (k, _) in before.items()}
+    assert not any(ATTRIBUTE in module.__dict__ for module in model.modules())
+
+
+def test_load_adapter(tmp_path, calls):
+    plain, _ = adapted("llama", False, 0.0)
+    slk.save_adapter(plain, tmp_path)
+    model = family("llama")
+    report = slk.load_adapter(model, tmp_path, fuse_mlp=True)
+    assert [mlp.name for mlp in report.mlps] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert str(report).endswith("note: computed in one op each: 2 x gated MLP (silu)")
+    assert_same(step(model.train()), step(plain))
+    assert len(calls) == 2
+    # The files are the same.
+    other = tmp_path / "other"
+    slk.save_adapter(model, other)
+    assert (other / "adapter_model.safetensors").read_bytes() == (tmp_path / "adapter_model.safetensors").read_bytes()
+
+
+def test_copies_and_pickles_compute_with_their_own_layers(calls):
+    model, plain = pair(MLP, dropout=0.2)
+    expected = step(plain)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    others = [
+        copy.deepcopy(model),
+        copy.copy(model),
+        *(pickle.loads(pickle.dumps(model, protocol)) for protocol in (0, 2, pickle.HIGHEST_PROTOCOL)),
+        torch.load(buffer, weights_only=False),
+    ]
+    with torch.no_grad():
+        for parameter in [*model.parameters()][1:]:
+            if parameter.requires_grad and not any(parameter is p for p in others[1].parameters()):
+                parameter.zero_()
+    del others[1]
+    for other in others:
+        calls.clear()
+        assert type(other["mlp"]) is type(model["mlp"])
+        assert_same(step(other), expected)
+        assert calls == ["silu"]
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
+    model.load_state_dict(plain.state_dict())
+    assert_same(step(model), expected)
+
+
+def replica(module):
+    """What DataParallel makes on each device: copies of the dicts, with plain tensors for parameters."""
+    new = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        new._modules[name] = replica(child)
+        setattr(new, name, new._modules[name])
+    for name, parameter in module._parameters.items():
+        setattr(new, name, None if parameter is None else parameter * 1 if parameter.requires_grad else parameter.detach().clone())
+    return new
+
+
+def test_replicas_compute_with_their_own_tensors(calls):
+    model, plain = pair(MLP)
+    expected = step(plain)
+    other = replica(model["mlp"])
+    with torch.no_grad():
+        model["mlp"].gate_proj.weight.mul_(3)
+    assert_same(step(model, call=other), expected)
+    assert calls == ["silu"]
+
+
+@pytest.mark.parametrize("kind", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpointing(kind, calls):
+    model, plain = pair(MLP, dropout=0.3)
+    expected = step(plain)
+    found = step(model, call=lambda x: checkpoint(model["mlp"], x, use_reentrant=kind))
+    assert_same(found, expected)
+    assert calls == ["silu"] * 2
+
+
+def test_torch_compile_has_no_graph_break(calls):
+    model, plain = pair(lambda: MLP(bias=True))
+    expected = step(plain)
+    torch._dynamo.reset()
+    model["mlp"].compile(backend="aot_eager", fullgraph=True)
+    assert_same(step(model), expected)
+    # Another mode, which the compiled code must notice.
+    model["mlp"].down_proj.merge()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()["mlp"](rows()), expected["y"])
+
+
+@pytest.mark.parametrize("lora_dtype", [FP32, BF16])
+def test_autocast_and_low_precision(lora_dtype, calls):
+    for dtype, autocast in ((FP32, True), (BF16, True), (BF16, False)):
+        found, expected = ({}, {})
+        for fuse, into in ((True, found), (False, expected)):
+            torch.manual_seed(0)
+            model, _ = with_lora(MLP(bias=True).to(dtype), fuse, dropout=0.2)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name and dtype == BF16:
+                    parameter.data = parameter.data.to(lora_dtype)
+            with torch.autocast("cpu", BF16, enabled=autocast):
+                into.update(step(model, rows(dtype)))
+        assert found["y"].dtype == BF16
+        assert_same(found, expected, 8 * EPS[BF16])
+    assert len(calls) == 3
+
+
+def test_fsdp2(mesh, calls):
+    """Parameters are DTensors until a forward gathers them: of the MLP, or of the model around it."""
+    expected = step(pair(MLP)[1])
+    for around in (False, True):
+        model, _ = pair(MLP)
+        outer = nn.Sequential(model["mlp"]) if around else model["mlp"]
+        fully_shard(outer, mesh=mesh)
+        calls.clear()
+        found = step(model, call=outer)
+        assert calls == ["silu"]
+        found = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
+        assert_same(found, expected)
+
+
+# Together with what else there is.
+
+
+def test_fuse_projections_serves_where_the_mlp_falls_back(calls):
+    model, plain = pair(MLP, fuse_projections=True)
+    group = model["mlp"].gate_proj.__dict__[GROUP]
+    assert_same(step(model), step(plain))
+    assert calls == ["silu"] and group._pending is None
+    handle = model["mlp"].down_proj.register_forward_hook(lambda *args: None)
+    served = []
+    group.compute = lambda layers, x, compute=group.compute: served.append(len(layers)) or compute(layers, x)
+    assert_same(step(model), step(plain))
+    assert calls == ["silu"] and served == [2]
+    handle.remove()
+    step(model)
+    assert len(calls) == 2 and served == [2]
+
+
+def test_the_report_groups_and_lists():
+    class Clamped(MLP):
+        def forward(self, x):
+            return super().forward(x.clamp(-1, 1))
+
+    class Unlike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.v_proj, self.o_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x):
+            return self.o_proj(self.q_proj(x) + self.v_proj(x))
+
+    model = nn.Sequential(MLP(), MLP(nn.GELU()), Clamped(), MLP(nn.ReLU()), Clamped(), Unlike(), MLP())
+    report = slk.apply_lora(model, slk.LoRAConfig(target_modules=TARGETS), fuse_mlp=True)
+    clamp, relu = "it reads 'clamp' of a tensor", "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused"
+    assert report.mlps == (
+        GatedMLP("0", "silu"), GatedMLP("1", "gelu"), GatedMLP("2", None, clamp), GatedMLP("3", None, relu),
+        GatedMLP("4", None, clamp), GatedMLP("6", "silu"),
+    )  # fmt: skip
+    assert report.notes[-3:] == (
+        "computed in one op each: 2 x gated MLP (silu); 1 x gated MLP (gelu)",
+        f"not in one op: 2, 4: {clamp}",
+        f"not in one op: 3: {relu}",
+    )
+    report = slk.apply_lora(nn.Sequential(nn.Linear(2, 2)), slk.LoRAConfig(target_modules=["0"]), fuse_mlp=True)
+    assert report.notes[-1] == "fuse_mlp found no gated MLP with LoRA" and report.mlps == ()
+
+
+def test_a_class_that_cannot_have_a_subclass():
+    class Final(MLP):
+        def __init_subclass__(cls, **kwargs):
+            raise TypeError("Final is final")
+
+    module = Final()
+    _, report = with_lora(module)
+    assert report.mlps[0].reason == "its class Final can't have a subclass (Final is final)"
+    assert type(module) is Final and ATTRIBUTE not in module.__dict__
+
+
+def test_a_model_that_is_an_mlp_itself(calls):
+    model = MLP()
+    report = slk.apply_lora(model, slk.LoRAConfig(target_modules=TARGETS), fuse_mlp=True)
+    model(rows(FP32))
+    assert report.mlps == (GatedMLP("", "silu"),) and calls == ["silu"]
+    slk.remove_lora(model)
+    assert type(model) is MLP
+
+
+def test_generate(calls):
+    model, plain = (adapted("llama", fuse, 0.0, FP32)[0].eval() for fuse in (True, False))
+    outputs = [m.generate(input_ids=IDS[:, :8], max_new_tokens=4, do_sample=False) for m in (model, plain)]
+    assert torch.equal(*outputs) and calls
