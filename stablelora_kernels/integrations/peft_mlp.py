@@ -15,6 +15,7 @@ from stablelora_kernels.integrations.peft_layers import Branch, base_operand, br
 from stablelora_kernels.nn.factory import is_conv1d
 from stablelora_kernels.nn.fused_mlp import Facts, LayerKind, Operand
 from stablelora_kernels.quantized import is_quantized
+from stablelora_kernels.utils.dtensor import is_sharded
 from stablelora_kernels.utils.hooks import is_hooked
 
 
@@ -61,6 +62,9 @@ def facts_of(layer: Any) -> Facts | str:
         return f"calls its base layer, a {type(base).__name__}, for its product"
     weight = base.weight
     quantized = is_quantized(weight)
+    # FSDP's parameters are DTensors until a forward gathers them.
+    if not quantized and type(weight) is not nn.Parameter and not is_sharded(weight):
+        return f"calls its base layer, a {type(base).__name__} with a {type(weight).__name__}, for its product"
     if quantized and resolve_backend(weight.device) != "triton":
         return f"has a quantized weight, and without Triton its {type(base).__name__} computes the product"
     for name in ("weight", "bias"):

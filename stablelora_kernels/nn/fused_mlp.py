@@ -259,7 +259,9 @@ def _reason_against(module: nn.Module, form: Form, kind: LayerKind) -> str | Non
         return f"{form.gate.name!r} holds gate and up stacked in a quantized weight, which is not cut in two"
     return (
         _difference("lora_dropout", {name: fact.dropout_p for name, fact in facts.items() if fact.lora_dtype})
-        or _difference("the adapter's dtype", {name: fact.lora_dtype for name, fact in facts.items() if fact.lora_dtype})
+        or _difference(
+            "the adapter's dtype", {name: fact.lora_dtype for name, fact in facts.items() if fact.lora_dtype}
+        )
         or _difference("the weight's dtype", {name: fact.dtype for name, fact in facts.items() if fact.dtype})
     )
 

@@ -325,9 +325,7 @@ def test_quantized_weights(kind, backend, calls):
         return module
 
     x = torch.randn(70, 64).to(dtype)
-    found, expected = (
-        step(with_lora(make(), fuse)[0], x.clone().requires_grad_()) for fuse in (True, False)
-    )
+    found, expected = (step(with_lora(make(), fuse)[0], x.clone().requires_grad_()) for fuse in (True, False))
     # A layer that computes in another dtype than its input's casts twice, which one op does not.
     assert calls == ([] if kind == "nf4 computing in bfloat16" else ["silu"])
     assert_same(found, expected, 16 * EPS[dtype])
@@ -358,6 +356,7 @@ def test_remove_gives_the_model_back(tmp_path):
 
 def test_a_bound_forward_is_given_back(calls):
     """Liger's way to patch a model that exists."""
+
     def forward(self, x):
         return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -444,7 +443,11 @@ def replica(module):
         new._modules[name] = replica(child)
         setattr(new, name, new._modules[name])
     for name, parameter in module._parameters.items():
-        setattr(new, name, None if parameter is None else parameter * 1 if parameter.requires_grad else parameter.detach().clone())
+        setattr(
+            new,
+            name,
+            None if parameter is None else parameter * 1 if parameter.requires_grad else parameter.detach().clone(),
+        )
     return new
 
 
@@ -543,7 +546,10 @@ def test_the_report_groups_and_lists():
 
     model = nn.Sequential(MLP(), MLP(nn.GELU()), Clamped(), MLP(nn.ReLU()), Clamped(), Unlike(), MLP())
     report = slk.apply_lora(model, slk.LoRAConfig(target_modules=TARGETS), fuse_mlp=True)
-    clamp, relu = "it reads 'clamp' of a tensor", "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused"
+    clamp, relu = (
+        "it reads 'clamp' of a tensor",
+        "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused",
+    )
     assert report.mlps == (
         GatedMLP("0", "silu"), GatedMLP("1", "gelu"), GatedMLP("2", None, clamp), GatedMLP("3", None, relu),
         GatedMLP("4", None, clamp), GatedMLP("6", "silu"),

@@ -183,7 +183,10 @@ def test_activations(activation, act):
     if activation is None:
         assert isinstance(form, str)
         name = type(act).__name__ if isinstance(act, nn.Module) else act.__name__
-        assert form in (f"it calls 'act_fn', a {name}; only SiLU and GELU (exact or tanh) are fused", f"it calls {name}")
+        assert form in (
+            f"it calls 'act_fn', a {name}; only SiLU and GELU (exact or tanh) are fused",
+            f"it calls {name}",
+        )
     else:
         assert form.activation == activation
         assert form.activation_module == ("act_fn" if isinstance(act, nn.Module) else None)
