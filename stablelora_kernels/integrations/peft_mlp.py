@@ -77,7 +77,7 @@ def facts_of(layer: Any) -> Facts | str:
     return Facts(_dropout(layer), branch.lora_A.dtype, dtype, quantized)
 
 
-def _active_branch(layer: Any) -> Branch | None | str:
+def _active_branch(layer: Any) -> Branch | str | None:
     """The branch of a PEFT layer's only active adapter, None if it has none, or why its own forward must compute it."""
     if type(layer) not in peft_layers.ORIGINAL:
         adapters = getattr(layer, "lora_A", ())

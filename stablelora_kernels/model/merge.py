@@ -64,8 +64,8 @@ def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
     """Turn every LoRALinear of ``model`` back into a layer of its original kind, in place.
 
     With ``merge`` the layer holds the merged weight; without, the Parameter that ``from_linear`` was given. Hooks and training
-    mode are kept, and fused MLPs get their class back. Parameters stay frozen or trainable as they are. If the merged output head is no longer tied to the
-    embedding, a transformers model's config says so from then on.
+    mode are kept, and fused MLPs get their class back. Parameters stay frozen or trainable as they are. If the merged output
+    head is no longer tied to the embedding, a transformers model's config says so from then on.
 
     Returns:
         The report of :func:`merge_lora`; an empty one without ``merge``.

@@ -104,10 +104,10 @@ class FusedMLP:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickles name the original class, since this one has no name in a module.
-        made, args, *rest = super().__reduce_ex__(max(protocol, 2))
-        if made is copyreg.__newobj__ and is_fused(self):
-            made, args = _new_instance, (type(self)._stablelora_original,)  # type: ignore[attr-defined]
-        return (made, args, *rest)
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        if is_fused(self) and made[0] is getattr(copyreg, "__newobj__", None):
+            return (_new_instance, (_original_of(self),), *made[2:])
+        return made
 
 
 def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
@@ -155,12 +155,13 @@ def _halves(operand: Operand, first: int) -> tuple[Operand, Operand] | None:
     if not isinstance(weight, Tensor) or weight.shape[0] % 2:
         return None
     # Not by slices, whose gradients would be padded with zeros and added.
-    columns = [(None, None) if part is None else part.chunk(2) for part in (weight, bias, lora_B)]
-    gate, up = (
-        Operand(LoRAWeights(columns[0][i], columns[1][i], lora_A, columns[2][i], scaling), dropout_p)
-        for i in (first, 1 - first)
-    )
-    return gate, up
+    biases: Any = (None, None) if bias is None else bias.chunk(2)
+    lora_Bs: Any = (None, None) if lora_B is None else lora_B.chunk(2)
+    halves = [
+        Operand(LoRAWeights(half, biases[i], lora_A, lora_Bs[i], scaling), dropout_p)
+        for i, half in enumerate(weight.chunk(2))
+    ]
+    return halves[first], halves[1 - first]
 
 
 def _activation_state(module: Any) -> tuple[Any, ...]:
@@ -209,7 +210,7 @@ def unfuse_mlps(modules: Iterable[nn.Module]) -> None:
         own = module.__dict__
         own.pop(ATTRIBUTE, None)
         if is_fused(module):
-            module.__class__ = type(module)._stablelora_original  # type: ignore[assignment]
+            module.__class__ = _original_of(module)
         if (forward := own.pop(_OWN_FORWARD, None)) is not None:
             own["forward"] = forward.__get__(module)
 
@@ -217,6 +218,10 @@ def unfuse_mlps(modules: Iterable[nn.Module]) -> None:
 def is_fused(module: Any) -> bool:
     """Whether the class of ``module`` is that of a fused MLP."""
     return "_stablelora_original" in vars(type(module))
+
+
+def _original_of(module: Any) -> type[nn.Module]:
+    return type(module)._stablelora_original
 
 
 _classes: dict[type, type] = {}

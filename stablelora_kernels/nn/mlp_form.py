@@ -135,7 +135,8 @@ class _Run:
         stacked = {p.half for p in found} == {0, 1} and len(names) == 1
         if down in names or not (stacked or (len(names) == 2 and all(p.half is None for p in found))):
             return _OTHER
-        return Form(*found, Projection(down), activation, self.activation_module, argument)
+        gate, up = found
+        return Form(gate, up, Projection(down), activation, self.activation_module, argument)
 
     def refuse(self, reason: str) -> NoReturn:
         self.reason = self.reason or reason

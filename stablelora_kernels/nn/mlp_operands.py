@@ -22,36 +22,34 @@ def read_operand(layer: Any, x: Tensor, features: int, dtype: torch.dtype | None
     ``dtype`` is x's, or None under autocast.
     """
     kind, device = type(layer), x.device
-    lora_A = lora_B = None
+    lora_A = lora_B = dropout_p = None
+    scaling = 1.0
     weight: Any
     if kind is nn.Linear:
         weight, bias = _weight_and_bias(layer)
-    elif kind is not LoRALinear and kind is not LoRAConv1D and kind is not LoRAQuantizedLinear:
-        return None
-    elif layer._disabled or layer.merged:
-        return None
-    else:
+    elif kind is LoRALinear or kind is LoRAConv1D or kind is LoRAQuantizedLinear:
+        if layer._disabled or layer.merged:
+            return None
         bias, lora_A, lora_B = trained_and_bias(layer)
-        weight = layer.weight if kind is LoRAQuantizedLinear else layer._matrix()
-    scaling, dropout_p = 1.0, None
-    if lora_A is not None:
         scaling, dropout_p = layer.scaling, layer.lora_dropout if layer.training else 0.0
+        weight = layer.weight if kind is LoRAQuantizedLinear else layer._matrix()
+    else:
+        return None
+    if bias is not None and bias.requires_grad:
+        return None
+    tensors: tuple[Any, ...] = (bias, lora_A, lora_B)
     if kind is LoRAQuantizedLinear:
         # The layer would cast x to another compute dtype, and its result back.
-        if (getattr(layer.__dict__["_base"], "compute_dtype", None) or x.dtype) != x.dtype and dtype is not None:
+        if dtype is not None and (getattr(layer.__dict__["_base"], "compute_dtype", None) or dtype) != dtype:
             return None
-        if bias is not None and not bias.requires_grad:
-            bias = bias.to(x.dtype)
-        tensors = (bias, lora_A, lora_B)
+        bias = None if bias is None else bias.to(x.dtype)
         weight = read(weight)
         if weight.stored.data.device != device:
             return None
-    else:
-        if weight.requires_grad or (dtype is not None and weight.dtype != dtype):
-            return None
-        tensors = (weight, bias, lora_A, lora_B)
-    if bias is not None and bias.requires_grad:
+    elif weight.requires_grad or (dtype is not None and weight.dtype != dtype):
         return None
+    else:
+        tensors = (weight, *tensors)
     for t in tensors:
         # FSDP parameters are DTensors until FSDP gathers them.
         if t is not None and ((type(t) is not nn.Parameter and type(t) is not Tensor) or t.device != device):
@@ -90,13 +88,13 @@ def facts_of(layer: Any) -> Facts | str:
         parameter = getattr(layer, name)
         if parameter is not None and parameter.requires_grad:
             return f"has a {name} that trains; the op would keep activations for its gradient"
-    adapter = (layer.lora_dropout, layer.lora_A.dtype) if isinstance(layer, LoRALinear) else (None, None)
-    if kind is LoRAQuantizedLinear:
+    dtype: torch.dtype | None = layer.weight.dtype
+    if not isinstance(layer, LoRALinear):
+        return Facts(None, None, dtype)
+    if kind is LoRAQuantizedLinear and not isinstance(read(layer.weight), FP8Weight):
         # A 4-bit layer computes in its input's dtype unless it was told one.
-        is_float8 = isinstance(read(layer.weight), FP8Weight)
-        dtype = layer.weight.dtype if is_float8 else getattr(layer.__dict__["_base"], "compute_dtype", None)
-        return Facts(*adapter, dtype, quantized=True)
-    return Facts(*adapter, layer.weight.dtype)
+        dtype = getattr(layer.__dict__["_base"], "compute_dtype", None)
+    return Facts(layer.lora_dropout, layer.lora_A.dtype, dtype, kind is LoRAQuantizedLinear)
 
 
 def is_projection(module: Any) -> bool:

@@ -79,10 +79,8 @@ def step(model, x=None, call=None):
     model.zero_grad()
     torch.manual_seed(5)
     x = rows() if x is None else x
-    if isinstance(model, nn.ModuleDict):
-        y = (model["mlp"] if call is None else call)(x)
-    else:
-        y = model(IDS, labels=IDS).loss
+    is_mlp = isinstance(model, nn.ModuleDict)
+    y = (call or model["mlp"])(x) if is_mlp else model(IDS, labels=IDS).loss
     (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)).sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     if isinstance(model, nn.ModuleDict) and x.grad is not None:

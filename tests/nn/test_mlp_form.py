@@ -104,10 +104,8 @@ def counts(self, x):
 
 
 def falls_back(self, x):
-    try:
+    with contextlib.suppress(BaseException):
         x = x.contiguous()
-    except BaseException:
-        pass
     return swiglu(self, x)
 
 
