@@ -98,9 +98,13 @@ class FusedMLP:
             x = args[0] if args else kwargs.get(state.form.argument)
             if (y := _output(self, state, x)) is not None:
                 return y
-        forward = own.get(_OWN_FORWARD)
         # Unbound, since a replica of the module has the attribute of its original.
-        return super().forward(*args, **kwargs) if forward is None else forward(self, *args, **kwargs)  # type: ignore[misc]
+        if (forward := own.get(_OWN_FORWARD)) is not None:
+            return forward(self, *args, **kwargs)
+        if not isinstance(self, FusedMLP):
+            # Who wrapped this method (as accelerate's hooks do) calls it after the module got its class back.
+            return type(self).forward(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickles name the original class, since this one has no name in a module.
@@ -173,14 +177,15 @@ def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
     """Fuse the gated MLPs of ``model`` that have an adapter in a projection. Fused ones are judged anew."""
     found = []
     for name, module in list(model.named_modules()):
-        adapted = [child for child in module._modules.values() if child is not None and kind.is_adapted(child)]
-        projections = [child for child in module._modules.values() if child is not None and kind.is_projection(child)]
-        if not adapted or len(projections) not in (2, 3):
+        children = [child for child in module._modules.values() if child is not None]
+        is_named = any(names <= module._modules.keys() for names in _NAMES)
+        has_projections = sum(map(kind.is_projection, children)) in (2, 3)
+        if not (is_named or has_projections) or not any(map(kind.is_adapted, children)):
             continue
         unfuse_mlps([module])
         form = form_of(module, kind.is_projection)
         if isinstance(form, str):
-            if any(names <= module._modules.keys() for names in _NAMES):
+            if is_named:
                 found.append(GatedMLP(name, None, form))
             continue
         reason = _fuse(module, form, kind)

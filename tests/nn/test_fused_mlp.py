@@ -173,6 +173,20 @@ def test_a_bound_forward_is_given_back(calls):
     assert type(module) is MLP and module.__dict__["forward"] == expected
 
 
+def test_hooks_like_accelerates_outlive_it(calls):
+    """They keep the method that they wrap, and go on calling it after the module got its class back."""
+    model, plain = pair(MLP)
+    mlp = model["mlp"]
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x) * 2
+    expected = step(plain)["y"] * 2
+    torch.testing.assert_close(mlp(rows()), expected)
+    assert calls == ["silu"]
+    slk.remove_lora(model, merge=True)
+    torch.testing.assert_close(mlp(rows()), expected)
+    assert type(mlp) is MLP and calls == ["silu"]
+
+
 def test_an_error_leaves_the_model_as_it_was(tmp_path, monkeypatch):
     model, plain = family("llama"), family("llama")
     slk.apply_lora(plain, slk.LoRAConfig(r=2, target_modules=TARGETS))
@@ -267,8 +281,9 @@ def test_checkpointing(kind, calls):
     assert calls == ["silu"] * 2
 
 
-def test_torch_compile_has_no_graph_break(calls):
-    model, plain = pair(lambda: MLP(bias=True))
+@pytest.mark.parametrize("make", [MLP, Stacked])
+def test_torch_compile_has_no_graph_break(make, calls):
+    model, plain = pair(make)
     expected = step(plain)
     torch._dynamo.reset()
     model["mlp"].compile(backend="aot_eager", fullgraph=True)

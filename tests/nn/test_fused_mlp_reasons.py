@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor.parallel import parallelize_module
 
 import stablelora_kernels as slk
+from stablelora_kernels import tensor_parallel as slk_tp
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn.fused_mlp import ATTRIBUTE, GatedMLP, fuse_mlps
 from stablelora_kernels.nn.mlp_operands import OWN_LAYERS
@@ -198,6 +200,14 @@ def test_subclasses_of_tensors_are_left_to_the_module(calls):
     model, plain = pair(MLP)
     torch.testing.assert_close(model["mlp"](rows().as_subclass(Subclass)), plain["mlp"](rows().as_subclass(Subclass)))
     assert calls == []
+
+
+def test_layers_cut_by_tensor_parallelism_compute_by_themselves(mesh, calls):
+    model, plain = pair(MLP)
+    columns, sums = slk_tp.LoRAColwiseParallel, slk_tp.LoRARowwiseParallel
+    parallelize_module(model["mlp"], mesh, {"gate_proj": columns(), "up_proj": columns(), "down_proj": sums()})
+    torch.testing.assert_close(model["mlp"](rows()), plain["mlp"](rows()))
+    assert calls == [] and again(model).reason.startswith("'gate_proj' has hooks")
 
 
 # Which layers.
