@@ -100,6 +100,21 @@ def assert_same(found, expected, tolerance=1e-10):
         assert error <= tolerance * largest, f"{name}: {error} of {largest}"
 
 
+def replica(module):
+    """What DataParallel makes on each device: copies of the dicts, with plain tensors for parameters."""
+    new = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        new._modules[name] = replica(child)
+        setattr(new, name, new._modules[name])
+    for name, parameter in module._parameters.items():
+        setattr(
+            new,
+            name,
+            None if parameter is None else parameter * 1 if parameter.requires_grad else parameter.detach().clone(),
+        )
+    return new
+
+
 def count_calls(monkeypatch):
     """A list that grows with the activation of each call of lora_mlp by a fused MLP."""
     counts: list[str] = []

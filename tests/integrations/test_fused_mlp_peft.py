@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import stablelora_kernels as slk
 from stablelora_kernels.nn.fused_mlp import ATTRIBUTE, GatedMLP, is_fused
@@ -22,6 +23,7 @@ from tests.helpers.gated_mlps import (
     assert_same,
     count_calls,
     family,
+    replica,
     rows,
     step,
 )
@@ -283,6 +285,19 @@ def test_copies_and_pickles_compute_with_their_own_layers(calls):
         assert_same(run(other), expected)
         assert calls == ["silu"]
     assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_replicas_and_fsdp2(mesh, calls):
+    model, plain = pair()
+    expected = run(plain)
+    torch.manual_seed(5)
+    torch.testing.assert_close(replica(model)(rows()), expected["y"])
+    assert calls == ["silu"]
+    fully_shard(mlp_of(model), mesh=mesh)
+    found = run(model)
+    assert calls == ["silu"] * 2
+    found = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
+    assert_same(found, expected)
 
 
 def test_fuse_projections_serves_where_the_mlp_falls_back(calls):

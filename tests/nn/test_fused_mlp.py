@@ -17,6 +17,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.nn.fused_mlp import ATTRIBUTE, GatedMLP, is_fused
 from stablelora_kernels.nn.projection_group import ATTRIBUTE as GROUP
 from stablelora_kernels.testing import EPS, fp8_weight, nf4_weight
+from tests.helpers.architectures import transformers
 from tests.helpers.gated_mlps import (
     FAMILIES,
     IDS,
@@ -28,10 +29,12 @@ from tests.helpers.gated_mlps import (
     count_calls,
     family,
     pair,
+    replica,
     rows,
     step,
     with_lora,
 )
+from tests.helpers.oracle import bytes_held
 from tests.helpers.quantized_weights import Linear4bit, fp8_linear
 from tests.helpers.small_models import fill_b, refused
 
@@ -67,8 +70,22 @@ def test_families_train_as_without(model_type, calls):
     assert len(calls) == count
 
 
-MAKERS = {"as in Llama": MLP, "biases": lambda: MLP(bias=True), "exact GELU": lambda: MLP(nn.GELU()), "stacked": Stacked,
-          "stacked, up first": lambda: Stacked(up_first=True)}  # fmt: skip
+def conv1d(module):
+    """GPT-2's layers, which hold W transposed."""
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        linear = getattr(module, name)
+        setattr(module, name, transformers.pytorch_utils.Conv1D(linear.out_features, linear.in_features))
+    return module
+
+
+MAKERS = {
+    "as in Llama": MLP,
+    "biases": lambda: MLP(bias=True),
+    "exact GELU": lambda: MLP(nn.GELU()),
+    "Conv1D": lambda: conv1d(MLP()),
+    "stacked": Stacked,
+    "stacked, up first": lambda: Stacked(up_first=True),
+}
 
 
 @pytest.mark.covering
@@ -82,6 +99,17 @@ def test_on_both_backends(make, dropout, backend, calls):
     found = step(model, rows(dtype))
     assert len(calls) == 1
     assert_same(found, step(plain, rows(dtype)), 1e-4 if backend == "triton" else 1e-10)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_backward_keeps_x_gate_and_up(dropout):
+    """And S of rank 3, and the state of torch's generator: less than half of what separate layers keep."""
+    x, kept = torch.randn(200, 64, requires_grad=True), {}
+    for fuse in (True, False):
+        model, _ = with_lora(MLP(width=64, inner=160), fuse, dropout)
+        kept[fuse] = bytes_held(lambda model=model: model["mlp"](x), model.parameters())
+    needed, state = 4 * 200 * (64 + 2 * 160 + 3 * 3), torch.get_rng_state().nbytes
+    assert kept[True] <= needed + (3 * state if dropout else 0) < 0.8 * kept[False]
 
 
 @pytest.mark.parametrize("targets", [["gate_proj"], ["up_proj", "down_proj"], ["down_proj"], ["gate_proj", "up_proj"]])
@@ -245,21 +273,6 @@ def test_copies_and_pickles_compute_with_their_own_layers(calls):
     assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
     model.load_state_dict(plain.state_dict())
     assert_same(step(model), expected)
-
-
-def replica(module):
-    """What DataParallel makes on each device: copies of the dicts, with plain tensors for parameters."""
-    new = module._replicate_for_data_parallel()
-    for name, child in module._modules.items():
-        new._modules[name] = replica(child)
-        setattr(new, name, new._modules[name])
-    for name, parameter in module._parameters.items():
-        setattr(
-            new,
-            name,
-            None if parameter is None else parameter * 1 if parameter.requires_grad else parameter.detach().clone(),
-        )
-    return new
 
 
 def test_replicas_compute_with_their_own_tensors(calls):
