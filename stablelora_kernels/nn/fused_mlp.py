@@ -205,7 +205,9 @@ def _fuse(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
         return f"its class {type(module).__name__} can't have a subclass ({error})"
     if own is not None:
         module.__dict__[_OWN_FORWARD] = own.__func__
-    module.__dict__[ATTRIBUTE] = MLPState(form, kind.read, state)
+    found = MLPState(form, kind.read, state)
+    # One object for equal states, so that a GraphedStep sees no change in a module that is fused again.
+    module.__dict__[ATTRIBUTE] = _states.setdefault(found, found)
     return None
 
 
@@ -230,6 +232,7 @@ def _original_of(module: Any) -> type[nn.Module]:
 
 
 _classes: dict[type, type] = {}
+_states: dict[MLPState, MLPState] = {}
 
 
 def _fused_class(original: type) -> Any:

@@ -21,6 +21,7 @@ from tests.helpers.architectures import transformers
 from tests.helpers.gated_mlps import (
     FAMILIES,
     IDS,
+    INNER,
     MLP,
     TARGETS,
     WIDTH,
@@ -213,6 +214,20 @@ def test_hooks_like_accelerates_outlive_it(calls):
     slk.remove_lora(model, merge=True)
     torch.testing.assert_close(mlp(rows()), expected)
     assert type(mlp) is MLP and calls == ["silu"]
+
+
+def test_ligers_classes(calls):
+    """The op replaces Liger's kernels, which no CPU can run."""
+    swiglu = pytest.importorskip("liger_kernel.transformers.swiglu", reason="liger-kernel is not installed")
+    config = transformers.LlamaConfig(hidden_size=WIDTH, intermediate_size=INNER, num_attention_heads=2)
+    torch.manual_seed(0)
+    liger = swiglu.LigerSwiGLUMLP(config)
+    plain = MLP()
+    plain.load_state_dict(liger.state_dict())
+    model, report = with_lora(liger.double())
+    assert report.mlps == (GatedMLP("mlp", "silu"),)
+    assert_same(step(model), step(with_lora(plain.double(), fuse=False)[0]))
+    assert calls == ["silu"]
 
 
 def test_an_error_leaves_the_model_as_it_was(tmp_path, monkeypatch):
