@@ -159,7 +159,7 @@ def test_a_fused_mlp_is_captured_and_its_end_is_noticed() -> None:
     for make_step in (eager, graphed):
         torch.manual_seed(0)
         model: Any = llama(num_hidden_layers=1)
-        config = slk.LoRAConfig(r=2, lora_dropout=0.1, target_modules=["gate_proj", "up_proj", "down_proj"])
+        config = slk.LoRAConfig(r=2, lora_dropout=0.1, target_modules=["v_proj", "gate_proj", "up_proj", "down_proj"])
         assert slk.apply_lora(model, config, fuse_mlp=True).mlps[0].reason is None
         optimizer = slk.StableLoRAAdamW.from_model(model, lr=1e-2, seed=3, capturable=True)
         step = make_step(model, optimizer, lambda model, batch: model(**batch).loss)

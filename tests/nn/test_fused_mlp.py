@@ -102,6 +102,17 @@ def test_on_both_backends(make, dropout, backend, calls):
     assert_same(found, step(plain, rows(dtype)), 1e-4 if backend == "triton" else 1e-10)
 
 
+def test_an_input_without_a_gradient(backend, calls, request):
+    """As in a first layer whose attention has no adapter."""
+    if backend == "triton":
+        request.applymarker(pytest.mark.xfail(raises=RuntimeError, reason="lora_mlp_bwd takes no missing weights"))
+    model, plain = (each.float() for each in pair(MLP))
+    x = rows(FP32).detach()
+    found, expected = step(model, x), step(plain, x)
+    assert "x" not in found and calls == ["silu"]
+    assert_same(found, expected, 1e-4)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_backward_keeps_x_gate_and_up(dropout):
     """And S of rank 3, and the state of torch's generator: less than half of what separate layers keep."""
