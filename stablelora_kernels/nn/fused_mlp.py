@@ -121,12 +121,13 @@ def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
         return None
     form, modules, features = state.form, module._modules, x.shape[-1] if x.dim() else 0
     dtype = None if autocast_dtype(x.device.type) is not None else x.dtype
-    gate_layer, up_layer, down_layer = modules[form.gate.name], modules[form.up.name], modules[form.down.name]
-    if is_hooked(gate_layer) or is_hooked(up_layer) or is_hooked(down_layer):
-        return None
+    gate_layer, up_layer, down_layer = (modules.get(projection.name) for projection in form[:3])
+    for layer in (gate_layer, up_layer, down_layer):
+        if layer is None or is_hooked(layer):
+            return None
     if form.activation_module is not None:
-        activation = modules[form.activation_module]
-        if is_hooked(activation) or _activation_state(activation) != state.activation_state:
+        activation = modules.get(form.activation_module)
+        if activation is None or is_hooked(activation) or _activation_state(activation) != state.activation_state:
             return None
     if (gate := state.read(gate_layer, x, features, dtype)) is None:
         return None

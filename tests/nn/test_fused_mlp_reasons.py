@@ -65,6 +65,11 @@ def another_activation(model):
     model["mlp"].act_fn = nn.ReLU()
 
 
+def a_function(model):
+    del model["mlp"].act_fn
+    model["mlp"].act_fn = torch.relu
+
+
 def another_approximation(model):
     model["mlp"].act_fn.approximate = "tanh"
 
@@ -101,6 +106,7 @@ CHANGES = {
     replaces_forward: "'gate_proj' has a forward that was replaced (as accelerate's hooks do)",
     replaces_activations_forward: "it calls 'act_fn', a GELU; only SiLU and GELU (exact or tanh) are fused",
     another_activation: "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused",
+    a_function: "it calls relu",
     another_approximation: None,
     another_dropout: "lora_dropout is 0.2 in 'gate_proj' and 0.4 in 'up_proj'",
     evaluates_one: None,
