@@ -7,13 +7,23 @@ from typing import Any
 
 from torch import nn
 
-from stablelora_kernels.model.reports import LoRAReport, ReplacedModule, SkippedModule, count_parameters, list_some
+from stablelora_kernels.model.reports import (
+    LoRAReport,
+    ReplacedModule,
+    SkippedModule,
+    count_parameters,
+    list_some,
+    notes_on_mlps,
+)
+from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.text import unmatched_names
 
 
-def accelerate_peft(model: nn.Module, *, strict: bool = False, fuse_projections: bool = False) -> LoRAReport:
+def accelerate_peft(
+    model: nn.Module, *, strict: bool = False, fuse_projections: bool = False, fuse_mlp: bool = False
+) -> LoRAReport:
     """Run the LoRA layers of a PEFT model on this library's ops, in place and per instance.
 
     Parameters, names, adapters and checkpoints stay PEFT's; only the forward of the current layers changes. It reads the layer's
@@ -31,6 +41,9 @@ def accelerate_peft(model: nn.Module, *, strict: bool = False, fuse_projections:
         strict: raise unless every adapter of every PEFT layer runs on this library's ops.
         fuse_projections: compute projection groups together, as :func:`~stablelora_kernels.apply_lora` does. Each of their layers
             then holds a reference to its group.
+        fuse_mlp: compute each gated MLP in one op, as :func:`~stablelora_kernels.apply_lora` does. A call runs in one op while
+            each projection has at most one active adapter. The modules get another class of the same name until
+            :func:`restore_peft`, which must come before PEFT's ``unload`` and ``merge_and_unload``.
 
     Returns:
         The report. It has one row for each layer and adapter that runs on the ops. It lists as skipped, with the reason, those
@@ -64,12 +77,23 @@ def accelerate_peft(model: nn.Module, *, strict: bool = False, fuse_projections:
         raise ValueError(f"strict=True, but PEFT's own forward would go on computing {text}")
     for module in accelerated:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
-    remove_projection_groups(model.modules())
+    _unfuse(model)
     notes = _unmatched(model)
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
         notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
-    return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes))
+    mlps: tuple[GatedMLP, ...] = ()
+    if fuse_mlp:
+        from stablelora_kernels.integrations.peft_mlp import PEFT_LAYERS
+
+        mlps = fuse_mlps(model, PEFT_LAYERS)
+        notes += notes_on_mlps(mlps)
+    return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
+
+
+def _unfuse(model: nn.Module) -> None:
+    remove_projection_groups(model.modules())
+    unfuse_mlps(model.modules())
 
 
 def _unmatched(model: nn.Module) -> list[str]:
@@ -89,14 +113,16 @@ def _unmatched(model: nn.Module) -> list[str]:
 
 
 def restore_peft(model: nn.Module) -> None:
-    """Undo :func:`accelerate_peft` exactly: every layer gets PEFT's own class back. A model without such layers stays unchanged.
+    """Undo :func:`accelerate_peft` exactly: every layer and every fused MLP gets its own class back.
+
+    A model without such layers stays unchanged.
 
     Raises:
         ImportError, TypeError: as :func:`accelerate_peft`.
     """
     layers = _layers()
     _check_module(model)
-    remove_projection_groups(model.modules())
+    _unfuse(model)
     for module in model.modules():
         if type(module) in layers.ORIGINAL:
             module.__class__ = layers.ORIGINAL[type(module)]

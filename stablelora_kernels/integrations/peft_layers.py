@@ -20,10 +20,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear, lora_linear_group
-from stablelora_kernels.model.modules import HOOKS
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
 from stablelora_kernels.utils.autocast import autocast_dtype
+from stablelora_kernels.utils.hooks import is_hooked
 
 # The keyword arguments that PEFT's layers consume. The base layer gets the others.
 _OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))
@@ -66,7 +66,7 @@ class Branch(NamedTuple):
 
 def reason_against(layer: Any, adapter: str) -> str | None:
     """Why PEFT's own forward must compute an adapter of a layer, or None."""
-    found = _read(layer, adapter)
+    found = read_branch(layer, adapter)
     return found if isinstance(found, str) else None
 
 
@@ -83,20 +83,11 @@ def _tensors_of(linear: Any) -> tuple[Any, Any]:
         return linear.weight, linear.bias
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` may do more than run its class's forward."""
-    attributes = module.__dict__
-    for name in HOOKS:
-        if attributes[name]:
-            return True
-    return "forward" in attributes
-
-
 def _is_plain(weight: Tensor, bias: Tensor | None) -> bool:
     return type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
 
 
-def _read(layer: Any, adapter: str) -> Branch | str:
+def read_branch(layer: Any, adapter: str) -> Branch | str:
     """An adapter's branch, with the dropout of now, or why PEFT's own forward must compute it."""
     if adapter in layer.lora_variant:
         return f"adapter {adapter!r} is a variant of LoRA ({type(layer.lora_variant[adapter]).__name__})"
@@ -105,14 +96,14 @@ def _read(layer: Any, adapter: str) -> Branch | str:
     dropout, scaling = modules["lora_dropout"]._modules[adapter], layer.scaling[adapter]
     tensors: list[tuple[Any, Any]] = []
     for name, module in (("lora_A", a), ("lora_B", b)):
-        tensors.append(_tensors_of(module) if type(module) is nn.Linear and not _is_hooked(module) else (None, None))
+        tensors.append(_tensors_of(module) if type(module) is nn.Linear and not is_hooked(module) else (None, None))
         if not _is_plain(*tensors[-1]):
             return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"
     (a_weight, a_bias), (b_weight, b_bias) = tensors
     if a_bias is not None or a_weight.dtype != b_weight.dtype:
         return f"lora_A of adapter {adapter!r} has a bias, or another dtype than lora_B"
     kind = type(dropout)
-    if (kind is not nn.Identity and kind is not nn.Dropout) or _is_hooked(dropout):
+    if (kind is not nn.Identity and kind is not nn.Dropout) or is_hooked(dropout):
         return f"the dropout of adapter {adapter!r} is a {kind.__name__}, or has hooks"
     if kind is nn.Dropout and dropout.p >= 1:
         return f"the dropout of adapter {adapter!r} drops everything"
@@ -121,8 +112,11 @@ def _read(layer: Any, adapter: str) -> Branch | str:
     return Branch(a_weight, b_weight, b_bias, scaling, dropout.p if kind is nn.Dropout and dropout.training else 0.0)
 
 
-def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | None:
-    """The layer's branches for ``adapters``, or None if PEFT's own forward must compute them."""
+def branches_of(layer: Any, adapters: Iterable[str], x: Tensor, features: int | None = None) -> list[Branch] | None:
+    """The layer's branches for ``adapters``, or None if PEFT's own forward must compute them.
+
+    ``features`` are those of the layer's input if that is not ``x`` but a tensor like it.
+    """
     # Global hooks and tracing must see every module's call. PEFT can also be told not to cast the input.
     if _has_any_global_hook() or torch.jit.is_tracing() or not getattr(layer, "cast_input_dtype_enabled", True):
         return None
@@ -130,28 +124,28 @@ def _branches(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | 
     for adapter in adapters:
         if adapter not in layer._modules["lora_A"]._modules:
             continue
-        branch = _read(layer, adapter)
-        if isinstance(branch, str) or not _fits(x, branch.lora_A, branch.lora_B):
+        branch = read_branch(layer, adapter)
+        if isinstance(branch, str) or not _fits(x, branch.lora_A, branch.lora_B, features):
             return None
         found.append(branch)
     return found
 
 
-def _fits(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+def _fits(x: Tensor, lora_A: Tensor, lora_B: Tensor, features: int | None) -> bool:
     """Whether the ops accept ``x`` with the adapter. Otherwise PEFT casts x to the adapter's dtype, or raises its own error."""
     if x.dtype not in FLOAT_DTYPES or x.device != lora_A.device:
         return False
     # Not part of reason_against: in a sharded model, parameters have other shapes between calls.
-    if x.shape[-1:] != lora_A.shape[1:] or lora_A.shape[:1] != lora_B.shape[1:]:
+    if (x.shape[-1:] if features is None else (features,)) != lora_A.shape[1:] or lora_A.shape[:1] != lora_B.shape[1:]:
         return False
     if torch.float64 in (x.dtype, lora_A.dtype):
         return x.dtype == lora_A.dtype and resolve_backend(x.device) == "torch"
     return lora_A.dtype in (torch.float32, x.dtype) or autocast_dtype(x.device.type) is not None
 
 
-def _base_operand(base: nn.Module, x: Tensor) -> Base | None:
+def base_operand(base: nn.Module, x: Tensor) -> Base | None:
     """The base layer's operands if one op can compute its product and a branch, or None."""
-    if type(base) not in _READABLE or _is_hooked(base):
+    if type(base) not in READABLE or is_hooked(base):
         return None
     weight, bias = _tensors_of(base)
     # Quantized and sharded weights have other types. During a forward, FSDP replaces parameters by plain tensors.
@@ -168,7 +162,7 @@ def _base_operand(base: nn.Module, x: Tensor) -> Base | None:
 
 
 def _quantized_operand(base: Any, weight: Any, bias: Tensor | None, x: Tensor) -> Base | None:
-    """As :func:`_base_operand` for a 4-bit or float8 base layer, if the kernels compute the same product as the layer."""
+    """As :func:`base_operand` for a 4-bit or float8 base layer, if the kernels compute the same product as the layer."""
     # The PyTorch backend would dequantize the weight in Python; the layer's own product is faster.
     if resolve_backend(x.device) != "triton":
         return None
@@ -199,12 +193,12 @@ class Accelerated:
         group = self.__dict__.get(ATTRIBUTE)
         if group is not None and plain and not args and not kwargs and (y := group.output(self, x)) is not None:
             return y
-        branches = _branches(self, self.active_adapters, x) if plain else None
+        branches = branches_of(self, self.active_adapters, x) if plain else None
         if not branches:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         kwargs = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         base = self._modules["base_layer"]
-        operand = None if args or kwargs else _base_operand(base, x)
+        operand = None if args or kwargs else base_operand(base, x)
         if operand is not None:
             result = branches.pop(0).with_base(operand, x)
             if not isinstance(operand.weight, Tensor):
@@ -218,7 +212,7 @@ class Accelerated:
 
     def _mixed_batch_forward(self: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Apply to each row the branch of its adapter. PEFT's forward has checked the names."""
-        branches = {name: _branches(self, [name], x) for name in dict.fromkeys(adapter_names)}
+        branches = {name: branches_of(self, [name], x) for name in dict.fromkeys(adapter_names)}
         if None in branches.values():
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[misc]
         kwargs = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
@@ -241,8 +235,8 @@ def compute_projection_group(layers: Sequence[Any], x: Tensor) -> list[Tensor] |
     tensors: list[tuple[Any, ...]] = []
     for layer in layers:
         plain = not layer.disable_adapters and not layer.merged
-        branches = _branches(layer, layer.active_adapters, x) if plain else None
-        operand = _base_operand(layer._modules["base_layer"], x) if branches else None
+        branches = branches_of(layer, layer.active_adapters, x) if plain else None
+        operand = base_operand(layer._modules["base_layer"], x) if branches else None
         if not branches or operand is None or not isinstance(operand.weight, Tensor):
             return None
         first, *rest = branches
@@ -278,7 +272,7 @@ class AcceleratedTorchaoLoraLinear(Accelerated, TorchaoLoraLinear):
 
 
 # Base layers that can be computed from their weight without calling them.
-_READABLE: tuple[type, ...] = (nn.Linear,)
+READABLE: tuple[type, ...] = (nn.Linear,)
 KNOWN: dict[type, type] = {lora.Linear: AcceleratedLinear, TorchaoLoraLinear: AcceleratedTorchaoLoraLinear}
 
 if hasattr(lora, "Linear8bitLt"):
@@ -295,6 +289,6 @@ if hasattr(lora, "Linear4bit"):
         """``peft.tuners.lora.Linear4bit``, over bitsandbytes' 4-bit layers."""
 
     KNOWN[lora.Linear4bit] = AcceleratedLinear4bit
-    _READABLE = (nn.Linear, Linear4bit, LinearNF4, LinearFP4)
+    READABLE = (nn.Linear, Linear4bit, LinearNF4, LinearFP4)
 
 ORIGINAL = {accelerated: original for original, accelerated in KNOWN.items()}

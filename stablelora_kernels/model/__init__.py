@@ -4,6 +4,7 @@ from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.model.disable import disable_lora
 from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
 from stablelora_kernels.model.reports import (
+    GatedMLP,
     LoRAReport,
     MergeReport,
     ReplacedModule,
@@ -14,6 +15,7 @@ from stablelora_kernels.model.reports import (
 from stablelora_kernels.model.save_load import load_adapter, save_adapter
 
 __all__ = [
+    "GatedMLP",
     "LoRAReport",
     "MergeReport",
     "ReplacedModule",

@@ -14,23 +14,27 @@ from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.model.merged_saving import save_merged_layers_plain
 from stablelora_kernels.model.modules import (
     CONFIG_ATTRIBUTE,
-    HOOKS,
     lora_layers,
     replace_modules,
     unchanged_on_error,
     untie,
 )
 from stablelora_kernels.model.peft_format import config_from_peft
-from stablelora_kernels.model.reports import LoRAReport, report_on
+from stablelora_kernels.model.reports import LoRAReport, notes_on_mlps, report_on
 from stablelora_kernels.model.targets import Plan, plan_lora
 from stablelora_kernels.nn.branch import LoRABranchLinear
+from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps
 from stablelora_kernels.nn.linear import LoRALinear, compute_projection_group, make_layer, projection_group_key
+from stablelora_kernels.nn.mlp_operands import OWN_LAYERS
 from stablelora_kernels.nn.projection_group import make_projection_groups
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
+from stablelora_kernels.utils.hooks import HOOKS
 from stablelora_kernels.utils.text import counted
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig | Any, *, fuse_projections: bool = False) -> LoRAReport:
+def apply_lora(
+    model: nn.Module, config: LoRAConfig | Any, *, fuse_projections: bool = False, fuse_mlp: bool = False
+) -> LoRAReport:
     """Give every linear layer that ``config`` matches a LoRA branch, in place, and freeze every other parameter.
 
     A new layer shares the old layer's weight, bias and hooks, its device and its training mode. A and B are float32, or
@@ -49,10 +53,17 @@ def apply_lora(model: nn.Module, config: LoRAConfig | Any, *, fuse_projections: 
     are those of separate layers up to rounding. Each call checks that the layers really get the same tensor. If they do not,
     they are computed one by one and a warning says so. The report's notes list the groups.
 
+    With ``fuse_mlp``, a gated MLP, ``down(act(gate(x)) * up(x))``, is computed in one op that keeps less for backward
+    (:func:`~stablelora_kernels.functional.lora_mlp`). Its class must be known by what its forward computes; the activation is
+    SiLU or GELU, and at least one of its projections has LoRA. The report's ``mlps`` lists each MLP, fused or with the reason
+    why not. A call that the op does not fit runs the module's own forward. Where both apply, ``fuse_mlp`` goes before
+    ``fuse_projections``.
+
     Args:
         model: any module.
         config: a :class:`LoRAConfig`, or a ``LoraConfig`` of the ``peft`` package that asks for plain LoRA.
         fuse_projections: compute layers that share an input together.
+        fuse_mlp: compute each gated MLP in one op.
 
     Returns:
         The report. Names of ``target_modules`` that match nothing, as a typo does, are in its notes and in a warning.
@@ -67,7 +78,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig | Any, *, fuse_projections: 
     if not isinstance(config, LoRAConfig) and getattr(config, "peft_type", None) is not None:
         config = config_from_peft(config)
     plan = plan_lora(model, config)
-    report = apply_plan(model, config, plan, fuse_projections=fuse_projections)
+    report = apply_plan(model, config, plan, fuse_projections=fuse_projections, fuse_mlp=fuse_mlp)
     save_merged_layers_plain(model)
     if plan.unmatched:
         matched = counted(len(report.replaced), "module")
@@ -81,10 +92,11 @@ def apply_plan(
     plan: Plan,
     lora_dtypes: Mapping[str, torch.dtype] | None = None,
     fuse_projections: bool = False,
+    fuse_mlp: bool = False,
 ) -> LoRAReport:
     """The second half of :func:`apply_lora`. ``lora_dtypes`` gives the dtype of A and B by layer name, float32 unless given."""
     with unchanged_on_error(model):
-        return _apply(model, config, plan, lora_dtypes or {}, fuse_projections)
+        return _apply(model, config, plan, lora_dtypes or {}, fuse_projections, fuse_mlp)
 
 
 def _apply(
@@ -93,6 +105,7 @@ def _apply(
     plan: Plan,
     lora_dtypes: Mapping[str, torch.dtype],
     fuse_projections: bool,
+    fuse_mlp: bool,
 ) -> LoRAReport:
     layers = {
         name: make_layer(
@@ -132,8 +145,12 @@ def _apply(
     if fuse_projections:
         plain = {name: layer for name, layer in layers.items() if type(layer) is LoRALinear}
         notes.append(make_projection_groups(model, plain, projection_group_key, compute_projection_group))
+    mlps: tuple[GatedMLP, ...] = ()
+    if fuse_mlp:
+        mlps = fuse_mlps(model, OWN_LAYERS)
+        notes += notes_on_mlps(mlps)
     setattr(model, CONFIG_ATTRIBUTE, config)
-    return report_on(model, layers, plan.skipped, tuple(notes))
+    return report_on(model, layers, plan.skipped, tuple(notes), mlps)
 
 
 def _notes_on_kinds(layers: Iterable[LoRALinear]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 from stablelora_kernels.model.merged_saving import save_as_before, save_merged_layers_plain, untie_in_config
 from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, replace_modules, require_lora_layers
 from stablelora_kernels.model.reports import MergeReport
+from stablelora_kernels.nn.fused_mlp import unfuse_mlps
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
 
@@ -63,8 +64,8 @@ def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
     """Turn every LoRALinear of ``model`` back into a layer of its original kind, in place.
 
     With ``merge`` the layer holds the merged weight; without, the Parameter that ``from_linear`` was given. Hooks and training
-    mode are kept. Parameters stay frozen or trainable as they are. If the merged output head is no longer tied to the
-    embedding, a transformers model's config says so from then on.
+    mode are kept, and fused MLPs get their class back. Parameters stay frozen or trainable as they are. If the merged output
+    head is no longer tied to the embedding, a transformers model's config says so from then on.
 
     Returns:
         The report of :func:`merge_lora`; an empty one without ``merge``.
@@ -83,6 +84,7 @@ def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
         report = merge_lora(model)
     else:
         unmerge_lora(model)
+    unfuse_mlps(model.modules())
     replace_modules(model, {layer: layer.to_linear() for layer in layers.values()})
     save_as_before(model)
     if report.untied:

@@ -8,18 +8,18 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from stablelora_kernels.nn.fused_mlp import is_fused, unfuse_mlps
 from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.utils.hooks import HOOKS
 
 # The attribute of a model that holds the config of its LoRA layers. save_adapter writes it.
 CONFIG_ATTRIBUTE = "_stablelora_config"
-# The hooks that nn.Module.__call__ runs.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put modules, hooks, parameters and their flags back if the body raises. Values are not kept."""
+    """Put modules, their classes, hooks, parameters and flags back if the body raises. Values are not kept."""
     names = (*HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook")
     modules = [
         (module, dict(module._modules), dict(module._parameters), {name: getattr(module, name) for name in names})
@@ -27,9 +27,11 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     ]
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = model.__dict__.get(CONFIG_ATTRIBUTE)
+    unfused = [module for module in model.modules() if not is_fused(module)]
     try:
         yield
     except BaseException:
+        unfuse_mlps(unfused)
         for module, children, parameters, hooks in modules:
             # In place, which keeps their order and who else refers to them.
             module._modules.clear()

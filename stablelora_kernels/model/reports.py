@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from stablelora_kernels.nn.fused_mlp import GatedMLP
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
 from stablelora_kernels.utils.text import counted
@@ -61,6 +62,7 @@ class LoRAReport:
         trainable: the number of trainable parameter elements.
         total: the number of all parameter elements.
         notes: other surprises, such as a pattern that matched nothing.
+        mlps: with ``fuse_mlp``, every gated MLP with LoRA in it. The notes have them by outcome.
     """
 
     replaced: tuple[ReplacedModule, ...]
@@ -68,6 +70,7 @@ class LoRAReport:
     trainable: int
     total: int
     notes: tuple[str, ...] = ()
+    mlps: tuple[GatedMLP, ...] = ()
 
     def __str__(self) -> str:
         share = self.trainable / self.total if self.total else 0.0
@@ -118,13 +121,31 @@ def report_on(
     layers: Mapping[str, LoRALinear],
     skipped: tuple[SkippedModule, ...] = (),
     notes: tuple[str, ...] = (),
+    mlps: tuple[GatedMLP, ...] = (),
 ) -> LoRAReport:
     """The report on a model whose ``layers`` now have LoRA."""
     replaced = tuple(
         ReplacedModule(name, layer.in_features, layer.out_features, layer.r, layer.lora_alpha, layer.scaling)
         for name, layer in layers.items()
     )
-    return LoRAReport(replaced, skipped, *count_parameters(model), notes)
+    return LoRAReport(replaced, skipped, *count_parameters(model), notes, mlps)
+
+
+def notes_on_mlps(mlps: Iterable[GatedMLP]) -> list[str]:
+    """A note on all MLPs that are computed in one op, and one on those of each reason that are not."""
+    fused = Counter[str | None]()
+    reasons: dict[str, list[str]] = {}
+    for mlp in mlps:
+        if mlp.reason is None:
+            fused[mlp.activation] += 1
+        else:
+            reasons.setdefault(mlp.reason, []).append(mlp.name)
+    if not fused and not reasons:
+        return ["fuse_mlp found no gated MLP with LoRA"]
+    notes = []
+    if fused:
+        notes.append("computed in one op each: " + "; ".join(f"{n} x gated MLP ({kind})" for kind, n in fused.items()))
+    return notes + [f"not in one op: {list_some(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -88,6 +88,7 @@ def load_adapter(
     path: str | os.PathLike[str],
     *,
     fuse_projections: bool = False,
+    fuse_mlp: bool = False,
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> LoRAReport:
@@ -97,10 +98,10 @@ def load_adapter(
     the two files, at ``revision``. ``subfolder`` is the adapter's directory inside of ``path`` or of the hub's repository.
 
     A model without LoRA first gets it, as by :func:`~stablelora_kernels.apply_lora` with the file's config. A and B get the
-    file's dtype if that is float32 or the layer's, and float32 otherwise. ``fuse_projections`` is passed on.
+    file's dtype if that is float32 or the layer's, and float32 otherwise. ``fuse_projections`` and ``fuse_mlp`` are passed on.
 
     If the model already has LoRA, the values are copied into its layers, in their dtypes; ranks, scalings, ``bias`` and
-    ``modules_to_save`` must be the file's, and ``fuse_projections`` has no effect.
+    ``modules_to_save`` must be the file's, and ``fuse_projections`` and ``fuse_mlp`` have no effect.
 
     Wrappers are handled as by :func:`save_adapter`, with one exception: a model without LoRA must not be in
     DistributedDataParallel or ``fully_shard``, which would not know A and B. If the model has DTensors, every process must call
@@ -166,7 +167,7 @@ def load_adapter(
                 a, b = (tensors[f"{name}.lora_{part}.weight"].dtype for part in "AB")
                 saved = torch.promote_types(a, b)
                 dtypes[name] = saved if saved == target.layer.weight.dtype else torch.float32
-            report = apply_plan(model, config, plan, dtypes, fuse_projections)
+            report = apply_plan(model, config, plan, dtypes, fuse_projections, fuse_mlp)
             layers = _layers(model)
         targets = {key: tensor for name, layer in layers.items() for key, tensor in _lora_tensors(name, layer).items()}
         # Found again: apply_plan has untied modules_to_save.

@@ -214,7 +214,7 @@ class LoRALinear(Mergeable):
                     "this LoRALinear is merged, so lora_A and lora_B would get no gradient; unmerge() first"
                 )
             return nn.functional.linear(x, self._matrix(), self.bias)
-        bias, lora_A, lora_B = _trained_and_bias(self)
+        bias, lora_A, lora_B = trained_and_bias(self)
         weight = self._matrix()
         return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, self.lora_dropout, self.training)
 
@@ -261,7 +261,7 @@ def compute_projection_group(layers: Sequence[LoRALinear], x: Tensor) -> tuple[T
     for layer in layers:
         if layer.merged or layer._disabled or layer.training != training or layer.lora_dropout != dropout_p:
             return None
-        weight, *_ = own = (layer._matrix(), *_trained_and_bias(layer))
+        weight, *_ = own = (layer._matrix(), *trained_and_bias(layer))
         for t in own:
             # FSDP parameters are DTensors until FSDP gathers them.
             if t is not None and ((type(t) is not nn.Parameter and type(t) is not Tensor) or t.device != device):
@@ -274,7 +274,7 @@ def compute_projection_group(layers: Sequence[LoRALinear], x: Tensor) -> tuple[T
     return lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, training)
 
 
-def _trained_and_bias(layer: LoRALinear) -> tuple[Any, Any, Any]:
+def trained_and_bias(layer: LoRALinear) -> tuple[Any, Any, Any]:
     """The bias, A and B of a layer."""
     own = layer._parameters
     try:

@@ -16,9 +16,12 @@ from stablelora_kernels import graphed_step
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
+from stablelora_kernels.nn.fused_mlp import fuse_mlps, unfuse_mlps
+from stablelora_kernels.nn.mlp_operands import OWN_LAYERS
 from tests.helpers.graphed_steps import GOAL, X, batches, captured, eager, graphed, llama_with, make
 from tests.helpers.optimizers import all_equal, snapshot
 from tests.helpers.recorded_graphs import RecordedGraphs
+from tests.helpers.small_models import llama
 
 
 def replace_parameter(model: nn.Module) -> Callable[[], None]:
@@ -148,6 +151,26 @@ def test_a_change_while_it_warms_up_begins_anew(graphs: RecordedGraphs) -> None:
     assert graphs.captures == 0
     step((X, GOAL))
     assert graphs.captures == 1
+
+
+def test_a_fused_mlp_is_captured_and_its_end_is_noticed() -> None:
+    batch = {name: torch.ones(1, 5, dtype=torch.int64) for name in ("input_ids", "labels")}
+    losses = []
+    for make_step in (eager, graphed):
+        torch.manual_seed(0)
+        model: Any = llama(num_hidden_layers=1)
+        config = slk.LoRAConfig(r=2, lora_dropout=0.1, target_modules=["v_proj", "gate_proj", "up_proj", "down_proj"])
+        assert slk.apply_lora(model, config, fuse_mlp=True).mlps[0].reason is None
+        optimizer = slk.StableLoRAAdamW.from_model(model, lr=1e-2, seed=3, capturable=True)
+        step = make_step(model, optimizer, lambda model, batch: model(**batch).loss)
+        torch.manual_seed(5)
+        losses.append([step(batch).item() for _ in range(4)])
+    assert losses[0] == losses[1]
+    unfuse_mlps(model.modules())
+    with pytest.raises(RuntimeError, match=r"mlp\._stablelora_mlp was .* and is 'absent'"):
+        step(batch)
+    fuse_mlps(model, OWN_LAYERS)
+    step(batch)
 
 
 def test_a_change_of_a_peft_model_is_noticed() -> None:

@@ -164,14 +164,14 @@ def test_what_can_not_be_read_is_not():
     _, layer = make()
     base, x = layer.base_layer, torch.randn(5, K)
     with slk.use_backend("triton"):
-        assert peft_layers._base_operand(base, x).weight.shape == (N, K)
+        assert peft_layers.base_operand(base, x).weight.shape == (N, K)
         base.in_features, base.out_features = N, K
-        assert peft_layers._base_operand(base, x) is None
+        assert peft_layers.base_operand(base, x) is None
         base.in_features, base.out_features = K, N
         base.weight.quant_state.packing_format_for_cpu = True
-        assert peft_layers._base_operand(base, x) is None
+        assert peft_layers.base_operand(base, x) is None
         base.weight.quant_state = None
-        assert peft_layers._base_operand(base, x) is None
+        assert peft_layers.base_operand(base, x) is None
 
 
 def test_several_adapters_lora_bias_disabled_and_merged(backend, monkeypatch):

@@ -32,6 +32,7 @@ OWN = canonicalize_name(PROJECT["name"])
 BEHIND_IMPORT_EXTRA = {
     "stablelora_kernels/integrations/peft.py": {"peft"},
     "stablelora_kernels/integrations/peft_layers.py": {"peft", "bitsandbytes"},
+    "stablelora_kernels/integrations/peft_mlp.py": {"peft"},
 }
 
 

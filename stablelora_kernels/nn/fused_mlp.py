@@ -1,0 +1,286 @@
+"""``fuse_mlp``: compute a gated MLP, ``down(act(gate(x)) * up(x))``, in one op.
+
+A fused MLP gets a subclass of its class whose forward calls the op. Each call reads the projections anew and looks at all that
+may have changed since: adapters, merging, hooks, training mode, dtypes. If the op does not fit a call, the module's own forward
+computes it. The instance stores one attribute of names and functions, no other module. So copies, pickles and replicas compute
+with their own projections.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from stablelora_kernels.functional import LoRAWeights, lora_mlp
+from stablelora_kernels.nn.mlp_form import Form, form_of
+from stablelora_kernels.utils.autocast import autocast_dtype
+from stablelora_kernels.utils.hooks import HOOKS, is_hooked
+
+# The keys of a module's __dict__ that hold its MLPState, and a forward that was bound to the instance. state_dict has neither.
+ATTRIBUTE, _OWN_FORWARD = "_stablelora_mlp", "_stablelora_mlp_forward"
+# Projections' names in models, which tell that a module is meant to be a gated MLP. The others are ignored without a word.
+_NAMES = (
+    {"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"},
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """One gated MLP that ``fuse_mlp`` found.
+
+    Attributes:
+        name: its first dotted name in the model.
+        activation: "silu", "gelu" (exact) or "gelu_tanh"; None if it is none of them or could not be told.
+        reason: why its own forward computes it, or None if one op does. What can pass, such as a merged layer or a hook, is
+            looked at again in each call.
+    """
+
+    name: str
+    activation: str | None
+    reason: str | None = None
+
+
+class Operand(NamedTuple):
+    """What one call reads of a projection. ``dropout_p`` is None if it has no adapter, and 0 in evaluation."""
+
+    weights: LoRAWeights
+    dropout_p: float | None
+
+
+# A layer, x, the number of features of the layer's input, and x's dtype or None under autocast.
+Read = Callable[[Any, Tensor, int, torch.dtype | None], Operand | None]
+
+
+class Facts(NamedTuple):
+    """What must fit between the projections of an MLP. The first two are None without an adapter, ``dtype`` if any fits."""
+
+    dropout_p: float | None
+    lora_dtype: torch.dtype | None
+    dtype: torch.dtype | None
+    quantized: bool = False
+
+
+class LayerKind(NamedTuple):
+    """How to handle one library's layers.
+
+    ``is_projection`` tells its layers and frozen linear ones, ``is_adapted`` those with adapters. ``read(layer, x, features,
+    dtype)`` returns a layer's operand for an input of x's dtype and device with that many features, or None if the layer must
+    compute by itself. ``facts`` returns a layer's facts, or why it must.
+    """
+
+    is_projection: Callable[[Any], bool]
+    is_adapted: Callable[[Any], bool]
+    read: Read
+    facts: Callable[[Any], Facts | str]
+
+
+class MLPState(NamedTuple):
+    """How a fused MLP computes; ``activation_state`` is that of its activation module when it was fused."""
+
+    form: Form
+    read: Read
+    activation_state: tuple[Any, ...]
+
+
+class FusedMLP:
+    """A mixin in front of an MLP's class. Calls that the op does not fit run that class's forward."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = self.__dict__
+        state = own.get(ATTRIBUTE)
+        if state is not None and len(args) + len(kwargs) == 1:
+            x = args[0] if args else kwargs.get(state.form.argument)
+            if (y := _output(self, state, x)) is not None:
+                return y
+        # Unbound, since a replica of the module has the attribute of its original.
+        if (forward := own.get(_OWN_FORWARD)) is not None:
+            return forward(self, *args, **kwargs)
+        if not isinstance(self, FusedMLP):
+            # Who wrapped this method (as accelerate's hooks do) calls it after the module got its class back.
+            return type(self).forward(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickles name the original class, since this one has no name in a module.
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        if is_fused(self) and made[0] is getattr(copyreg, "__newobj__", None):
+            return (_new_instance, (_original_of(self),), *made[2:])
+        return made
+
+
+def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
+    """The output from one op, or None if the module's own forward must compute it or raise."""
+    # Global hooks and tracing must see every module's call. Subclasses of Tensor may have another product.
+    if (type(x) is not Tensor and type(x) is not nn.Parameter) or _has_any_global_hook() or torch.jit.is_tracing():
+        return None
+    form, modules, features = state.form, module._modules, x.shape[-1] if x.dim() else 0
+    dtype = None if autocast_dtype(x.device.type) is not None else x.dtype
+    gate_layer, up_layer, down_layer = (modules.get(projection.name) for projection in form[:3])
+    for layer in (gate_layer, up_layer, down_layer):
+        if layer is None or is_hooked(layer):
+            return None
+    if form.activation_module is not None:
+        activation = modules.get(form.activation_module)
+        if activation is None or is_hooked(activation) or _activation_state(activation) != state.activation_state:
+            return None
+    if (gate := state.read(gate_layer, x, features, dtype)) is None:
+        return None
+    if form.gate.half is None:
+        up = state.read(up_layer, x, features, dtype)
+    elif (halves := _halves(gate, form.gate.half)) is not None:
+        gate, up = halves
+    else:
+        return None
+    if up is None or (n := gate.weights.weight.shape[0]) != up.weights.weight.shape[0]:
+        return None
+    if (down := state.read(down_layer, x, n, dtype)) is None:
+        return None
+    dropout_p = lora_dtype = None
+    for weights, p in (gate, up, down):
+        if weights.lora_A is not None:
+            if dropout_p is None:
+                dropout_p, lora_dtype = p, weights.lora_A.dtype
+            elif p != dropout_p or weights.lora_A.dtype != lora_dtype:
+                return None
+    if dropout_p is None:
+        return None
+    # dropout_p is that of now: 0 in evaluation.
+    return lora_mlp(x, gate.weights, up.weights, down.weights, form.activation, dropout_p, True)
+
+
+def _halves(operand: Operand, first: int) -> tuple[Operand, Operand] | None:
+    """Gate and up of a stacked projection, of which gate is the half ``first``."""
+    (weight, bias, lora_A, lora_B, scaling), dropout_p = operand
+    if not isinstance(weight, Tensor) or weight.shape[0] % 2:
+        return None
+    # Not by slices, whose gradients would be padded with zeros and added.
+    biases: Any = (None, None) if bias is None else bias.chunk(2)
+    lora_Bs: Any = (None, None) if lora_B is None else lora_B.chunk(2)
+    halves = [
+        Operand(LoRAWeights(half, biases[i], lora_A, lora_Bs[i], scaling), dropout_p)
+        for i, half in enumerate(weight.chunk(2))
+    ]
+    return halves[first], halves[1 - first]
+
+
+def _activation_state(module: Any) -> tuple[Any, ...]:
+    """What tells an activation module from one that computes something else."""
+    return type(module), module.__dict__.get("approximate")
+
+
+def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
+    """Fuse the gated MLPs of ``model`` that have an adapter in a projection. Fused ones are judged anew."""
+    found = []
+    for name, module in list(model.named_modules()):
+        children = [child for child in module._modules.values() if child is not None]
+        is_named = any(names <= module._modules.keys() for names in _NAMES)
+        has_projections = sum(map(kind.is_projection, children)) in (2, 3)
+        if not (is_named or has_projections) or not any(map(kind.is_adapted, children)):
+            continue
+        unfuse_mlps([module])
+        form = form_of(module, kind.is_projection)
+        if isinstance(form, str):
+            if is_named:
+                found.append(GatedMLP(name, None, form))
+            continue
+        reason = _fuse(module, form, kind)
+        found.append(GatedMLP(name, form.activation, reason or _reason_against(module, form, kind)))
+    return tuple(found)
+
+
+def _fuse(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
+    """Change the class of ``module``, or return why it cannot be changed."""
+    state = () if form.activation_module is None else _activation_state(module._modules[form.activation_module])
+    own = module.__dict__.pop("forward", None)
+    try:
+        module.__class__ = _fused_class(type(module))
+    except Exception as error:
+        if own is not None:
+            module.__dict__["forward"] = own
+        return f"its class {type(module).__name__} can't have a subclass ({error})"
+    if own is not None:
+        module.__dict__[_OWN_FORWARD] = own.__func__
+    found = MLPState(form, kind.read, state)
+    # One object for equal states, so that a GraphedStep sees no change in a module that is fused again.
+    module.__dict__[ATTRIBUTE] = _states.setdefault(found, found)
+    return None
+
+
+def unfuse_mlps(modules: Iterable[nn.Module]) -> None:
+    """Give fused MLPs their class and their forward back."""
+    for module in modules:
+        own = module.__dict__
+        own.pop(ATTRIBUTE, None)
+        if is_fused(module):
+            module.__class__ = _original_of(module)
+        if (forward := own.pop(_OWN_FORWARD, None)) is not None:
+            own["forward"] = forward.__get__(module)
+
+
+def is_fused(module: Any) -> bool:
+    """Whether the class of ``module`` is that of a fused MLP."""
+    return "_stablelora_original" in vars(type(module))
+
+
+def _original_of(module: Any) -> type[nn.Module]:
+    return type(module)._stablelora_original
+
+
+_classes: dict[type, type] = {}
+_states: dict[MLPState, MLPState] = {}
+
+
+def _fused_class(original: type) -> Any:
+    """The subclass of ``original`` whose forward calls the op: one for each class, with its name."""
+    if original not in _classes:
+        own = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+        metaclass: Any = type(original)
+        _classes[original] = metaclass(
+            original.__name__, (FusedMLP, original), own | {"_stablelora_original": original}
+        )
+    return _classes[original]
+
+
+def _new_instance(original: type) -> Any:
+    """An empty fused instance, for copies and pickles."""
+    fused = _fused_class(original)
+    return fused.__new__(fused)
+
+
+def _reason_against(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
+    """Why the module's own forward computes it at present, or None."""
+    children = {name: module._modules[name] for name in form.children}
+    activation = () if form.activation_module is None else (form.activation_module,)
+    for name in (*form.children, *activation):
+        child: Any = module._modules[name]
+        if any(child.__dict__[attribute] for attribute in HOOKS):
+            return f"{name!r} has hooks, which would not run"
+        if is_hooked(child):
+            return f"{name!r} has a forward that was replaced (as accelerate's hooks do)"
+    facts: dict[str, Facts] = {}
+    for name, child in children.items():
+        found = kind.facts(child)
+        if isinstance(found, str):
+            return f"{name!r} {found}"
+        facts[name] = found
+    if form.gate.half is not None and facts[form.gate.name].quantized:
+        return f"{form.gate.name!r} holds gate and up stacked in a quantized weight, which is not cut in two"
+    return (
+        _difference("lora_dropout", {name: fact.dropout_p for name, fact in facts.items() if fact.lora_dtype})
+        or _difference(
+            "the adapter's dtype", {name: fact.lora_dtype for name, fact in facts.items() if fact.lora_dtype}
+        )
+        or _difference("the weight's dtype", {name: fact.dtype for name, fact in facts.items() if fact.dtype})
+    )
+
+
+def _difference(what: str, values: dict[str, Any]) -> str | None:
+    first: Sequence[Any] = next(iter(values.items()), ())
+    other = next(((name, value) for name, value in values.items() if value != first[1]), None)
+    return None if other is None else f"{what} is {first[1]} in {first[0]!r} and {other[1]} in {other[0]!r}"
