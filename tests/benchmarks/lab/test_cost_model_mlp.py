@@ -25,15 +25,13 @@ def test_rivals_make_the_activations_passes():
 
 @pytest.mark.parametrize("gpu", ["h100", "a100", "b200"])
 @pytest.mark.parametrize("dropout", [False, True])
-def test_one_op_takes_no_longer_than_three_layers(gpu, dropout):
-    """At both ends of the band, forward and backward."""
+def test_one_op_takes_less_than_three_layers(gpu, dropout):
+    """At both ends of the band, forward and backward together."""
     loaded = load_gpu(gpu)
     for shape in mlp.SHAPES:
         for end in band_ends(loaded, SLOWEST):
-            one = mlp.fused(end.gpu, MLP(*shape, dropout), end.efficiency)
-            three = mlp.apart(end.gpu, MLP(*shape, dropout), end.efficiency)
-            for way, fused, apart in zip(("forward", "backward"), one, three, strict=True):
-                assert fused < 1.005 * apart, (shape, way)
+            one, three = (of(end.gpu, MLP(*shape, dropout), end.efficiency) for of in (mlp.fused, mlp.apart))
+            assert sum(one) < sum(three), shape
 
 
 def test_the_table_shows_every_arm():
