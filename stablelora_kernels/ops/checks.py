@@ -59,11 +59,10 @@ def check_branch(
             f"got {list(lora_B.shape)}"
         )
     _check_float(x)
-    names = f"{of}lora_A and {of}lora_B"
     if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"{names} must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
+        raise TypeError(f"{of}lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
     if lora_A.dtype != x.dtype and (lora_A.dtype != torch.float32 or x.dtype == torch.float64):
-        raise TypeError(f"{names} must be float32 or of x's dtype {x.dtype}, got {lora_A.dtype}")
+        raise TypeError(f"{of}lora_A and lora_B must be float32 or of x's dtype {x.dtype}, got {lora_A.dtype}")
 
 
 def _check_float(x: Tensor) -> None:
