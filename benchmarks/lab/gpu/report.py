@@ -157,6 +157,12 @@ class Summary:
             for row in self.rows.get("captured", [])
             if row.get("arm") == "captured" and "eager_over" in row
         ] or ["- not measured"]
+        self.mlp = [
+            f"- {row['m']} rows, r {row['r']}, dropout {row['dropout']}: "
+            f"{row['arm']} {row['eager_over']:.2f} times as fast as eager"
+            for row in self.rows.get("mlp", [])
+            if row.get("arm") not in (None, "eager") and "eager_over" in row
+        ] or ["- not measured"]
         # A dry run's tiny shapes are not the targets', but its counts and names could be mistaken for figures.
         self.verdicts = [
             f"- {UNKNOWN} (dry): {words}" if dry else f"- {result}: {words}{': ' + figures if figures else ''}"
@@ -182,6 +188,7 @@ class Summary:
             ("Failed", self.failed or ["- nothing"]),
             (f"Where we lose ({len(self.lost)} timings){self.dry_note}", self.lost or ["- none among the measured"]),
             (f"The tables' choice against the best kernel (regret){self.dry_note}", self.regret),
+            (f"A gated MLP{self.dry_note}", self.mlp),
             (f"A training step in a CUDA graph{self.dry_note}", self.captured),
             ("Predictions", ["`python -m benchmarks.lab.cost_model` compares its predictions with layer.csv."]),
             ("Machine", facts),
@@ -200,6 +207,7 @@ class Summary:
         return [
             f"Where we lose ({len(self.lost)} timings){self.dry_note}:", *short(self.lost or ["- none among the measured"]),
             f"Regret of the tables' choice{self.dry_note}:", *self.regret,
+            f"A gated MLP{self.dry_note}:", *short(self.mlp),
             f"A training step in a CUDA graph{self.dry_note}:", *self.captured,
             f"Failed ({len(self.failed)}):", *short(self.failed or ["- nothing"]),
             *self.status,

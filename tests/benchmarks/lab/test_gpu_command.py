@@ -92,6 +92,8 @@ def test_the_dry_run_executes_every_section_and_measures_nothing(tmp_path):
     assert all(float(row["us"]) > 0 and float(row["over_frozen"]) > 0 for row in rows["layer"])
     assert {row["kernel"] for row in rows["regret"]} == {"fused", "chained", "split", "vendor"}
     assert {row["arm"] for row in rows["captured"]} == {"eager", "captured"}
+    mlp_arms = {"eager", "three layers", "one op", "one op, in one kernel", "one op, vendor's products"}
+    assert {row["arm"] for row in rows["mlp"]} == mlp_arms
     check_steps(rows["step"])
     checks = {(row["check"], row["status"]) for row in rows["profile"]}
     assert checks >= {(name, "dry") for name in ("launches", "waiting", "memory", "dram", "sanitizer")}
