@@ -22,11 +22,11 @@ from benchmarks.common.data import Batch, load_dataset, training_batches
 from benchmarks.common.measure import environment
 from benchmarks.common.memory import MIB, saved_for_backward
 from benchmarks.common.models import Classifier, linear_names, load_model
-from benchmarks.finetuning.arms import Arm
+from benchmarks.finetuning.arms import Arm, let_gradients_reach
 from benchmarks.finetuning.footprint import peak_memory
 from benchmarks.finetuning.train import forward, phases
 from benchmarks.lab.mlp_memory.arms import COUNTED, adapt, counted
-from benchmarks.lab.mlp_memory.formula import ACCELERATED
+from benchmarks.lab.mlp_memory.formula import ACCELERATED, FROZEN
 from benchmarks.suite.llama import Sizes, fill, llama
 from stablelora_kernels import lora_pairs
 from stablelora_kernels.testing import DTYPES
@@ -64,7 +64,10 @@ def measure(job: Job) -> dict[str, Any]:
     if job.layers:
         inner.layers = inner.layers[: job.layers]
     inner.to(dtype)
-    adapted = adapt(inner, job.arm, linear_names(inner), job.r, job.dropout)
+    targets = linear_names(inner)
+    adapted = adapt(inner, job.arm, targets, job.r, job.dropout)
+    if job.arm == FROZEN:
+        let_gradients_reach(inner, targets)
     pairs = lora_pairs(adapted)
     # Equal numbers in all arms. A zero B would make losses equal whatever the branch computes.
     fill(adapted)
