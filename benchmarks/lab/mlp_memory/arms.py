@@ -50,7 +50,7 @@ def llama_mlp(arm: str, sizes: Sizes, dtype: torch.dtype, dropout: float, device
 
     holder = nn.Module()
     with torch.device(device):
-        config = LlamaConfig(hidden_size=sizes.width, intermediate_size=sizes.inner)
+        config = LlamaConfig(hidden_size=sizes.width, intermediate_size=sizes.inner, num_attention_heads=1)
         holder.mlp = LlamaMLP(config).to(dtype).requires_grad_(False)
     adapt(holder, arm, MLP_TARGETS, sizes.rank, dropout)
     return holder.train().mlp
