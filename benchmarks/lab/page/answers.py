@@ -15,6 +15,7 @@ from benchmarks.finetuning.result import overhead
 _QUESTIONS = {
     ("training", "step"): "a whole training step",
     ("layer", "both"): "one layer, forward and backward",
+    ("mlp", "both"): "a gated MLP, forward and backward",
     ("optimizer", "step"): "an optimizer step",
     ("adapter", "save"): "saving an adapter",
     ("adapter", "load"): "loading an adapter",
