@@ -36,7 +36,9 @@ def draw(path: Path = PLOT) -> Path:
             axis.set(title="dropout" if dropout else "no dropout", xlabel="MiB kept for backward by one MLP")
             axis.grid(axis="y", visible=False)
         panels[0].set_yticks(range(len(rows)), labels)
-        panels[0].set_xlim(0, 1.12 * max(value for arm in rows.values() for p in (False, True) if (value := mib(arm, p))))
+        panels[0].set_xlim(
+            0, 1.12 * max(value for arm in rows.values() for p in (False, True) if (value := mib(arm, p)))
+        )
         panels[0].invert_yaxis()
         # S is too thin to be seen.
         handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[group]) for group in GROUPS if group != SMALL]

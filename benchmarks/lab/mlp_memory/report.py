@@ -81,7 +81,9 @@ def measured_tables(found: dict[str, Any]) -> str:
 def _measured(dtype: str, dropout: float, layers: int, tokens: int, r: int, rows: list[dict[str, Any]]) -> str:
     what = f"dropout {dropout:g}" if dropout else "no dropout"
     name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
-    cells = [["", "kept for backward, MiB", "by the MLPs, MiB", "peak of a step, MiB", "of it above rest, MiB", "losses"]]
+    cells = [
+        ["", "kept for backward, MiB", "by the MLPs, MiB", "peak of a step, MiB", "of it above rest, MiB", "losses"]
+    ]
     for row in rows:
         losses = f"{row['loss']:.4f}, {row['loss_after_steps']:.4f}"
         figures = [_mib(row[key]) for key in ("saved_mib", "mlps_saved_mib", "peak_mib", "step_mib")]

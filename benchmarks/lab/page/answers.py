@@ -23,6 +23,7 @@ _QUESTIONS = {
 # The column of an arm. Of two arms in one column the later one counts: on a GPU ours is Triton.
 _COLUMNS = {
     "ours, PyTorch": 0, "ours": 0, "ours, Triton": 0, "StableLoRAAdamW": 0, "accelerated PEFT": 1, "ours compiled": 2,
+    "ours, MLP fused": 0, "accelerated PEFT, MLP fused": 1,
 }  # fmt: skip
 _HEAD = ["our time over the rival's", "the rival", "ours", "`accelerate_peft`", "ours, compiled"]
 
