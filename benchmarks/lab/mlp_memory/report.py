@@ -1,4 +1,4 @@
-"""Tables: an 8B Llama's MLP by formula, and the stored training steps of SmolLM2-135M."""
+"""Tables: an 8B Llama's MLP by formula, the stored training steps of SmolLM2-135M, and the stored times of MLPs."""
 
 from __future__ import annotations
 
@@ -39,6 +39,14 @@ ROWS = {
     "`fuse_mlp`": FUSED,
 }
 FILE = "mlp_memory.json"
+# The suite's cases, beside FILE.
+TIMES = "suite_mlp.json"
+_TIMED = {
+    "ours, one by one": "one by one",
+    "ours, projections fused": "`fuse_projections`",
+    "ours, MLP fused": "`fuse_mlp`",
+    "accelerated PEFT, MLP fused": "`accelerate_peft`, `fuse_mlp`",
+}
 # How the table names the arms of a measured step.
 NAMES = {
     SEPARATE: "`apply_lora`",
@@ -94,3 +102,15 @@ def _measured(dtype: str, dropout: float, layers: int, tokens: int, r: int, rows
 def _mib(value: float | None) -> str:
     # Only Linux tells the peak.
     return "" if value is None else f"{value:,.0f}"
+
+
+def time_table(suite: dict[str, Any]) -> str:
+    """Our times of an MLP over PEFT's; above 1 in bold."""
+    cells = [["tokens x width x inner", *_TIMED.values()]]
+    for entry in suite["benchmarks"]:
+        info, shape = entry["extra_info"], entry["extra_info"]["shape"]
+        dropout = f", dropout {shape['dropout']:g}" if shape["dropout"] else ""
+        medians = [info["arms"][arm]["over_rival"]["median"] for arm in _TIMED]
+        shown = [f"**{median:.2f}**" if median > 1 else f"{median:.2f}" for median in medians]
+        cells.append([f"{shape['rows']} x {shape['k']} x {shape['inner']}, {info['dtype']}{dropout}", *shown])
+    return markdown(cells)
