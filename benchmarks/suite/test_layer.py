@@ -1,4 +1,4 @@
-"""One layer, and projections that share x: forward, backward and both, over shapes, ranks and dtypes."""
+"""One layer, projections that share x, and a gated MLP: forward, backward and both, over shapes, ranks and dtypes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.suite.host import PRECISIONS, HostLayerCase
 from benchmarks.suite.layers import DTYPE_NAMES, LayerCase, ScalingLayerCase
+from benchmarks.suite.mlp import MLPCase
 from benchmarks.suite.projections import ProjectionsCase
 from benchmarks.suite.rivals import Case
 
@@ -25,6 +26,8 @@ PROJECTIONS = [
     (128, 2048, (2048, 512, 512), 16),
     (8, 2048, (2048, 512, 512), 16),
 ]
+# Tokens, width, the activation's width and rank: SmolLM2-135M's MLP, and a wider one.
+MLPS = [(2048, 576, 1536, 16), (512, 1024, 2816, 16)]
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 HOST_ROWS = (1, 16, 512, 4096)
@@ -37,6 +40,7 @@ def cases(suite: str, device: torch.device) -> list[Case]:
             LayerCase(8, 16, 24, 2, "fp32", device),
             ProjectionsCase(8, 16, (24, 8), 2, "fp32", device),
             HostLayerCase(device, 8),
+            MLPCase(96, 16, 24, 2, "fp32", device, 0.1),
             *(ScalingLayerCase(8, width, width, 2, "fp32", device) for width in (16, 32, 64)),
         ]
     found: list[Case] = [
@@ -46,6 +50,8 @@ def cases(suite: str, device: torch.device) -> list[Case]:
     found += [HostLayerCase(device, rows, precision=how) for rows, how in product((16, 512), [*PRECISIONS][1:])]
     found += [HostLayerCase(device, rows, kind) for rows, kind in product((16, 512, 4096), ("group", "branch"))]
     found += [HostLayerCase(device, rows, "96 layers", p) for rows, p in product((16, 512), (0.0, 0.1))]
+    found += [MLPCase(*shape, "fp32", device, p) for shape, p in product(MLPS, (0.0, 0.1))]
+    found += [MLPCase(256, *MLPS[0][1:], "bf16", device, p) for p in (0.0, 0.1)]
     found += [ScalingLayerCase(512, width, width, 16, "fp32", device, axis="width") for width in WIDTHS]
     found += [ScalingLayerCase(512, 2048, 2048, r, "fp32", device, axis="rank") for r in RANKS]
     found += [ScalingLayerCase(rows, 1024, 1024, 16, "fp32", device, axis="tokens") for rows in TOKENS]

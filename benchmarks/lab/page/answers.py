@@ -15,6 +15,7 @@ from benchmarks.finetuning.result import overhead
 _QUESTIONS = {
     ("training", "step"): "a whole training step",
     ("layer", "both"): "one layer, forward and backward",
+    ("mlp", "both"): "a gated MLP, forward and backward",
     ("optimizer", "step"): "an optimizer step",
     ("adapter", "save"): "saving an adapter",
     ("adapter", "load"): "loading an adapter",
@@ -22,6 +23,7 @@ _QUESTIONS = {
 # The column of an arm. Of two arms in one column the later one counts: on a GPU ours is Triton.
 _COLUMNS = {
     "ours, PyTorch": 0, "ours": 0, "ours, Triton": 0, "StableLoRAAdamW": 0, "accelerated PEFT": 1, "ours compiled": 2,
+    "ours, MLP fused": 0, "accelerated PEFT, MLP fused": 1,
 }  # fmt: skip
 _HEAD = ["our time over the rival's", "the rival", "ours", "`accelerate_peft`", "ours, compiled"]
 

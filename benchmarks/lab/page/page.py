@@ -70,7 +70,7 @@ def where(environment: dict[str, Any], disturbed: bool | None = None) -> str:
 
 
 def suite(file: Path) -> Section:
-    """A file that ``pytest benchmarks --benchmark-json`` has written."""
+    """A file that ``pytest benchmarks --benchmark-json`` has written: suite.json, or suite_MARK.json with ``-m MARK``."""
     found = json.loads(file.read_text(encoding="utf-8"))
     cells, losses, reasons = [["case", "arm", "ms", "over its base", "overhead, of the rival's"]], [], []
     for entry in found["benchmarks"]:
@@ -90,7 +90,8 @@ def suite(file: Path) -> Section:
         shown = ", ".join(f"{arm} {slope:.2f} ± {half:.2f}" for arm, (slope, half) in fits.items())
         parts.append(f"Time against {axis}, exponents over the larger half, with 95 % intervals: {shown}.")
         parts.append(f"![time against {axis}]({plot_of(file, axis)})")
-    command = f"python -m pytest benchmarks --benchmark-json={file.name}"
+    mark = file.stem.partition("_")[2]
+    command = f"python -m pytest benchmarks{f' -m {mark}' if mark else ''} --benchmark-json={file.name}"
     environment = found["machine_info"]["stablelora_kernels"]
     return Section(f"The suite: every arm in turns ({file.stem})", command, environment, parts, losses)
 

@@ -100,6 +100,15 @@ def test_a_fine_tuning_run_is_on_the_page_and_its_losses_are_in_the_list(tmp_pat
     assert "Nowhere in what is stored." in report_page.page(tmp_path)
 
 
+def test_a_file_of_marked_cases_has_their_command(tmp_path):
+    directory = tmp_path / "machine"
+    fill(directory)
+    (directory / "suite.json").rename(directory / "suite_scaling.json")
+    text = report_page.page(tmp_path)
+    assert "python -m pytest benchmarks -m scaling --benchmark-json=suite_scaling.json\n" in text
+    assert "(suite_scaling)" in text
+
+
 def test_the_committed_page_is_of_the_committed_results(capsys):
     assert __main__.main(["--check"]) == 0, capsys.readouterr().out
     assert not re.search(r"\bnan\b", report_page.PAGE.read_text())
