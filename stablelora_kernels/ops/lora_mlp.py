@@ -252,8 +252,18 @@ def lora_mlp_op(x: Tensor, p: Projections, settings: Settings, entry: Entry | No
             p = p._replace(lora_As=[a.to(x.dtype) for a in as_], lora_Bs=[b.to(x.dtype) for b in bs])
         return _forward(x, p, settings, entry, save=False)[0]
     datas, scales, layouts = apart(p.weights)
-    tensors = (*datas, *p.biases, *p.lora_As, *p.lora_Bs, *scales)
+    tensors: Any = (*datas, *p.biases, *p.lora_As, *p.lora_Bs, *scales)
+    if torch.compiler.is_compiling():
+        tensors = _distinct(tensors)
     return apply(_LoRAMLP, x, tuple(p.scalings), settings, layouts, entry, *tensors)
+
+
+def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """A view in place of a tensor that comes a second time, such as a shared A: torch.compile refuses it otherwise."""
+    distinct: list[Tensor | None] = []
+    for t in tensors:
+        distinct.append(t.view(t.shape) if t is not None and any(t is other for other in distinct) else t)
+    return distinct
 
 
 def _way(x: Tensor, p: Projections, settings: Settings) -> str:
