@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels import testing
-from stablelora_kernels.dispatch import problem, rules, tiles, use_backend
+from stablelora_kernels.dispatch import problem, rules, tiles, use_backend, use_kernel
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
-from stablelora_kernels.launch import lora_common, lora_linear, lora_linear_group, lora_linear_quantized
+from stablelora_kernels.launch import lora_common, lora_linear, lora_linear_group, lora_linear_quantized, lora_mlp
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.triton_engine import TritonStep
 from stablelora_kernels.reference import StableAdamWRef
+from stablelora_kernels.reference.mlp import activation_ref
 from stablelora_kernels.testing import assert_no_worse
 from tests.helpers.inputs import BF16, FP32, SCALING, Inputs, make_inputs
+from tests.helpers.mlps import MLP
 from tests.helpers.optimizers import in_float64, make_pairs, params_of, set_grads
 from tests.helpers.steps import assert_close_to
 
@@ -173,6 +175,43 @@ def quantized_backward() -> Case:
     return Case(launches, _check(inputs, {"dX": dx, "dA": da, "dB": db}))
 
 
+def gate_and_up(device: Device) -> Case:
+    """S of gate and up, both products with the activation, then S and Y of down."""
+    mlp = MLP((MANY, K), N, 8, (R, R, R), BF16)
+    x, biases, pairs = mlp.x, mlp.biases, (mlp.lora_As, mlp.lora_Bs)
+    y, g, u, s, s_down = (x.new_empty(MANY, width) for width in (8, N, N, 2 * R, R))
+    rest = ([None] * 3, mlp.scalings, 0.0, "silu", y, g, u, s, s_down)
+    with use_kernel("split"):
+        launches = lora_mlp.forward_launches(device, x, mlp.weights, biases, *pairs, *rest)
+
+    def check() -> None:
+        assert_no_worse(y, mlp.oracle()["Y"], mlp.eager()["Y"], name="Y")
+
+    return Case(launches, check)
+
+
+def gated_backward(device: Device, m: int, dtype: torch.dtype = FP32, choice: Choice = CHAINED) -> Case:
+    """dS and dB of down, its dH as dG and dU, and its dA, for which H is computed again."""
+    g, u = (make_inputs((m, K), N, R, dtype=dtype, seed=seed)["x"] for seed in (1, 2))
+    h = activation_ref(g.double(), "gelu")[0] * u.double()
+    inputs = make_inputs((m, K), N, R, dtype=dtype) | {"x": h.to(dtype)}
+    x, w, _, a, b, dy = _operands(inputs)
+    ds, dg, du, da, db = dy.new_empty(m, R), *(torch.empty_like(t) for t in (g, u, a, b))
+    p, gradients = lora_common.backward_product(g, dy, w, a, b, _product(x, a.t()), ds, None, dg, da, db, SCALING, 0.0)
+    gate = lora_common.Gate("gelu", g, u, du)
+    p, gradients = p._replace(gate=gate, call=p.call._replace(gated=True)), gradients._replace(gate=gate)
+    launches = lora_linear.product_backward_launches(device, p, gradients, choice)
+
+    def check_gate() -> None:
+        act, slope = activation_ref(g.double(), "gelu")
+        dh = testing.oracle(inputs, SCALING)["dX"]
+        tolerance = 1e-5 if dtype == FP32 else 2e-2
+        for found, right in ((dg, dh * u.double() * slope), (du, dh * act)):
+            torch.testing.assert_close(found.double(), right, rtol=tolerance, atol=tolerance)
+
+    return Case(launches, _all([check_gate, _check(inputs, {"dA": da, "dB": db})]))
+
+
 def optimizer_steps(patch: pytest.MonkeyPatch) -> Case:
     """Two clipped steps: the first measures all sums of squares, the second goes by those that the first has left."""
     launches: list[Launch] = []
@@ -222,5 +261,11 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], Case]] = {
     "group, three dX, then dA": lambda patch: group_backward(),
     "quantized, S then Y": lambda patch: quantized_forward(),
     "quantized, dS and dB, dX, dA": lambda patch: quantized_backward(),
+    "gate and up by pointers, S to Y": lambda patch: gate_and_up(SM_120),
+    "gate and up by descriptors, S to Y": lambda patch: gate_and_up(SM_90),
+    "gated split-K, dS and dB, dG, dU and dA": lambda patch: gated_backward(SM_90, FEW, choice=SPLIT),
+    "chained gated split-K, all gradients": lambda patch: gated_backward(SM_90, FEW),
+    "chained gated pointers, all gradients": lambda patch: gated_backward(SM_120, MANY),
+    "chained gated descriptors, all gradients": lambda patch: gated_backward(SM_90, MANY, BF16),
     "optimizer, two clipped steps": optimizer_steps,
 }
