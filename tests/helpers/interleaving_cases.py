@@ -31,6 +31,8 @@ from tests.helpers.steps import assert_close_to
 SM_90, SM_120 = Device("sm_90", 2, 232_448), Device("sm_120", 2, 101_376)
 CHAINED, SPLIT, FUSED, IN_LOOP = (Choice(kernel, "a test") for kernel in ("chained", "split", "fused", "in_loop"))
 N, K, R = 16, 16, 4
+# Of an MLP: G's and U's columns.
+F = 32
 # Dispatch takes the split-K kernel up to FEW rows.
 FEW, MANY = 12, 24
 
@@ -175,14 +177,14 @@ def quantized_backward() -> Case:
     return Case(launches, _check(inputs, {"dX": dx, "dA": da, "dB": db}))
 
 
-def gate_and_up(device: Device) -> Case:
+def gate_and_up(patch: pytest.MonkeyPatch, device: Device) -> Case:
     """S of gate and up, both products with the activation, then S and Y of down."""
-    mlp = MLP((MANY, K), N, 8, (R, R, R), BF16)
-    x, biases, pairs = mlp.x, mlp.biases, (mlp.lora_As, mlp.lora_Bs)
-    y, g, u, s, s_down = (x.new_empty(MANY, width) for width in (8, N, N, 2 * R, R))
+    _wider_tiles(patch)
+    mlp = MLP((16, K), F, 8, (R, R, R), BF16)
+    y, g, u, s, s_down = (mlp.x.new_empty(16, width) for width in (8, F, F, 2 * R, R))
     rest = ([None] * 3, mlp.scalings, 0.0, "silu", y, g, u, s, s_down)
     with use_kernel("split"):
-        launches = lora_mlp.forward_launches(device, x, mlp.weights, biases, *pairs, *rest)
+        launches = lora_mlp.forward_launches(device, mlp.x, mlp.weights, mlp.biases, mlp.lora_As, mlp.lora_Bs, *rest)
 
     def check() -> None:
         assert_no_worse(y, mlp.oracle()["Y"], mlp.eager()["Y"], name="Y")
@@ -190,17 +192,24 @@ def gate_and_up(device: Device) -> Case:
     return Case(launches, check)
 
 
-def gated_backward(device: Device, m: int, dtype: torch.dtype = FP32, choice: Choice = CHAINED) -> Case:
-    """dS and dB of down, its dH as dG and dU, and its dA, for which H is computed again."""
-    g, u = (make_inputs((m, K), N, R, dtype=dtype, seed=seed)["x"] for seed in (1, 2))
+def _wider_tiles(patch: pytest.MonkeyPatch) -> None:
+    """A descriptor holds no quarter of a tile's 16 columns in bfloat16."""
+    for name in ("TMA_TILES", "GATE_UP_TILES", "GATE_UP_TMA_TILES"):
+        patch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(8, F, 8, 1, 2), "a test"),))
+
+
+def gated_backward(patch: pytest.MonkeyPatch, m: int, f: int, dtype: torch.dtype = FP32) -> Case:
+    """dS and dB of down, its dH as dG and dU, and its dA, for which H is computed again; in one launch."""
+    _wider_tiles(patch)
+    g, u = (make_inputs((m, f), N, R, dtype=dtype, seed=seed)["x"] for seed in (1, 2))
     h = activation_ref(g.double(), "gelu")[0] * u.double()
-    inputs = make_inputs((m, K), N, R, dtype=dtype) | {"x": h.to(dtype)}
+    inputs = make_inputs((m, f), N, R, dtype=dtype) | {"x": h.to(dtype)}
     x, w, _, a, b, dy = _operands(inputs)
     ds, dg, du, da, db = dy.new_empty(m, R), *(torch.empty_like(t) for t in (g, u, a, b))
     p, gradients = lora_common.backward_product(g, dy, w, a, b, _product(x, a.t()), ds, None, dg, da, db, SCALING, 0.0)
     gate = lora_common.Gate("gelu", g, u, du)
     p, gradients = p._replace(gate=gate, call=p.call._replace(gated=True)), gradients._replace(gate=gate)
-    launches = lora_linear.product_backward_launches(device, p, gradients, choice)
+    launches = lora_linear.product_backward_launches(SM_90, p, gradients, CHAINED)
 
     def check_gate() -> None:
         act, slope = activation_ref(g.double(), "gelu")
@@ -261,11 +270,9 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], Case]] = {
     "group, three dX, then dA": lambda patch: group_backward(),
     "quantized, S then Y": lambda patch: quantized_forward(),
     "quantized, dS and dB, dX, dA": lambda patch: quantized_backward(),
-    "gate and up by pointers, S to Y": lambda patch: gate_and_up(SM_120),
-    "gate and up by descriptors, S to Y": lambda patch: gate_and_up(SM_90),
-    "gated split-K, dS and dB, dG, dU and dA": lambda patch: gated_backward(SM_90, FEW, choice=SPLIT),
-    "chained gated split-K, all gradients": lambda patch: gated_backward(SM_90, FEW),
-    "chained gated pointers, all gradients": lambda patch: gated_backward(SM_120, MANY),
-    "chained gated descriptors, all gradients": lambda patch: gated_backward(SM_90, MANY, BF16),
+    "gate and up by pointers, S to Y": lambda patch: gate_and_up(patch, SM_120),
+    "gate and up by descriptors, S to Y": lambda patch: gate_and_up(patch, SM_90),
+    "chained gated split-K, all gradients": lambda patch: gated_backward(patch, 8, 16),
+    "chained gated descriptors, all gradients": lambda patch: gated_backward(patch, 16, F, BF16),
     "optimizer, two clipped steps": optimizer_steps,
 }
