@@ -16,7 +16,7 @@ from torch import Tensor
 
 import stablelora_kernels as slk
 from benchmarks.common.null_driver import launches, null_driver, null_driver_problem
-from stablelora_kernels.functional import lora_linear
+from stablelora_kernels.functional import LoRAWeights, lora_linear, lora_mlp
 from stablelora_kernels.launch import compiled
 from stablelora_kernels.ops import plans
 from stablelora_kernels.testing import make_pairs
@@ -113,6 +113,28 @@ def check_case(recorder: Recorder, rows: int, dropout_p: float, shift: int) -> N
         assert later == seen[0], (later, seen[0])
 
 
+def check_mlp(recorder: Recorder) -> None:
+    """Gate and up in one kernel, and a backward whose launches have a gate. Gate and up share A."""
+    plans.clear()
+    seen = []
+    for _ in range(4):
+        x, grad = (torch.randn(130, width, dtype=torch.bfloat16) for width in (64, 32))
+        weights = [torch.randn(*size, dtype=torch.bfloat16) for size in ((96, 64), (96, 64), (32, 96))]
+        lora_as = [torch.randn(8, width, requires_grad=True) for width in (64, 96)]
+        lora_bs = [torch.randn(width, 8, requires_grad=True) for width in (96, 96, 32)]
+        pairs = zip(weights, [*lora_as[:1], *lora_as], lora_bs, strict=True)
+        given = [LoRAWeights(w, None, a, b, 1.5) for w, a, b in pairs]
+        recorder.calls.clear()
+        with slk.use_kernel("split"):
+            lora_mlp(x.requires_grad_(), *given, "silu", 0.1).backward(grad)
+        lists = {"x": [x], "grad": [grad], "weight": weights, "lora_A": lora_as, "lora_B": lora_bs}
+        named = {t.data_ptr(): f"{name}{i}" for name, tensors in lists.items() for i, t in enumerate(tensors)}
+        seen.append(renamed(recorder.calls, named))
+    assert len(seen[0]) == 11 and all(name in str(seen[0]) for name in named.values())
+    for later in seen[1:]:
+        assert later == seen[0], (later, seen[0])
+
+
 def check_threads(recorder: Recorder) -> None:
     """Threads that share a plan launch on their own operands."""
     given = [operands(130, 0) for _ in range(4)]
@@ -189,6 +211,7 @@ def main() -> int:
             ):
                 for case in CASES.values():
                     check_case(recorder, *case)
+                check_mlp(recorder)
                 check_threads(recorder)
                 check_steps(recorder)
         plans.clear()
