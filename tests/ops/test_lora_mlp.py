@@ -14,6 +14,8 @@ from tests.helpers.launches import count_launches
 from tests.helpers.mlps import ACTIVATIONS, MLP, PROJECTIONS, assert_close, backward_launches, check, launched
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+# On a GPU the kernels run on the GPU that is there.
+pretends = pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended")
 # x's shape, F, N, ranks: odd, prime, single, empty, different ranks, above a block of ranks; rows that share a read of X.
 SHAPES = [
     ((1, 1), 1, 1, (1, 1, 1)),
@@ -22,9 +24,9 @@ SHAPES = [
     ((2, 35, 31), 17, 40, (20, 4, 3)),
     ((0, 16), 8, 4, (4, 2, 3)),
     ((3, 0, 16), 8, 4, (4, 2, 3)),
-    ((130, 67), 71, 40, (8, 16, 5)),
-    ((70, 264), 40, 24, (8, 8, 8)),
-    ((67, 33), 40, 48, (100, 3, 20)),
+    ((65, 67), 71, 24, (8, 16, 5)),
+    ((66, 72), 40, 24, (8, 8, 8)),
+    ((65, 33), 40, 24, (100, 3, 20)),
     ((66, 40), 33, 24, (3, 20, 100)),
 ]
 DTYPES = [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16)]
@@ -42,7 +44,8 @@ def test_matches_the_oracle(shape, f, n, ranks, dtypes, activation, backend):
     check(mlp, mlp.run())
 
 
-@pytest.mark.covering
+@pretends
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("processors", [2, 132])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -54,12 +57,13 @@ def test_every_kernel_on_every_kind_of_gpu(kernel, activation, p, arch, processo
         pytest.skip("the fused kernel has no dropout")
     device = problem.DEVICES[arch]._replace(processors=processors)
     monkeypatch.setattr(problem, "device_of", lambda _: device)
-    mlp = MLP((136, 264), 72, 40, (16, 8, 20), BF16, FP32, activation)
+    mlp = MLP((70, 136), 72, 24, (16, 8, 20), BF16, FP32, activation)
     with slk.use_backend("triton"), slk.use_kernel(kernel):
         check(mlp, mlp.run(p=p), p)
 
 
-@pytest.mark.covering
+@pretends
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("shape", [(70, 40), (70, 37), (6, 40)], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
@@ -80,7 +84,7 @@ def test_gate_and_up_in_one_kernel(p, ranks, transposed, shape, arch, monkeypatc
     assert launched(made)["lora_gate_up_tma" if tma else "lora_gate_up"] == 1
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("rows", [9, 70])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("ranks", WITHOUT_A_BRANCH, ids=str)
@@ -90,7 +94,7 @@ def test_projections_without_a_branch(dtype, ranks, p, rows, backend):
     check(mlp, mlp.run(p=p), p)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("p", [0.1, 0.75])
 @pytest.mark.parametrize(("shape", "f", "n", "ranks"), [SHAPES[i] for i in (2, 3, 4, 6, 8)], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -114,7 +118,7 @@ def test_dropout_only_in_training(rows, backend):
     assert not torch.equal(still, mlp.call(*mlp.tensors(), p=0.5))
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("rows", [9, 70])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -161,7 +165,7 @@ def quantize(mlp, kinds):
     return mlp
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("rows", [5, 70, 260])
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -216,6 +220,7 @@ def test_only_requested_gradients(rows, p, backend):
             torch.testing.assert_close(grad, every[name], rtol=1e-4, atol=1e-5)
 
 
+@pretends
 def test_backward_launches_what_is_asked_for(monkeypatch):
     """A whole backward, and its parts; a product's launch may have dS, dA and dB as well."""
     monkeypatch.setattr(problem, "device_of", lambda _: problem.DEVICES["sm_80"])
@@ -239,6 +244,7 @@ def test_backward_launches_what_is_asked_for(monkeypatch):
             assert backward_launches(mlp, wanted, p=0.3) == launches, wanted
 
 
+@pretends
 @pytest.mark.parametrize(("processors", "forward"), [
     (1, {"lora_shrink_group": 1, "lora_gate_up_tma": 1, "lora_linear_tma": 1}),
     (132, {"lora_shrink_group": 1, "lora_linear_tma": 3, "gated_activation": 1}),
@@ -269,6 +275,7 @@ def test_trainable_weights_and_biases_get_theirs(which, rows, backend):
     assert_close(*found, 1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("rows", [5, 70])
 @pytest.mark.parametrize("name", PROJECTIONS)
 @pytest.mark.parametrize("kind", ["dA", "dB"])
@@ -285,6 +292,5 @@ def test_one_frozen_operand(kind, name, rows, backend):
 def test_large_gates(activation, backend):
     """Where act and its slope are 0 or 1 to the last bit, nothing overflows on the way."""
     mlp = MLP((70, 24), 40, 20, (6, 3, 4), activation=activation)
-    for scale in (30.0, 1e4):
-        mlp.x = MLP((70, 24), 40, 20, (6, 3, 4)).x.to(DEVICE) * scale
-        check(mlp, mlp.run())
+    mlp.x = mlp.x * torch.logspace(0, 4, 70, device=DEVICE)[:, None]
+    check(mlp, mlp.run())

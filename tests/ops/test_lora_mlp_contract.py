@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import stablelora_kernels as slk
 from stablelora_kernels import testing
 from stablelora_kernels.dispatch import problem
-from stablelora_kernels.functional import lora_mlp
 from tests.helpers.inputs import BF16, DEVICE, FP16, FP32
-from tests.helpers.launches import count_launches, recorded_launches
+from tests.helpers.launches import recorded_launches
 from tests.helpers.mlps import ACTIVATIONS, MLP, assert_close, check
 from tests.helpers.oracle import bytes_held, check_compiled
 
@@ -38,7 +37,7 @@ def apart(t):
     return wide[..., 0]
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kernel", ["auto", "chained", "split", "vendor"])
 @pytest.mark.parametrize("change", [turned, apart])
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -111,6 +110,7 @@ def test_autocast_casts_as_linear_does(lora_dtype, rows, backend):
     check(low, found | {"dX": found["dX"].to(BF16)})
 
 
+@pytest.mark.covering(1)
 @few_and_many_rows
 @pytest.mark.parametrize("forward", [False, True])
 def test_backward_inside_autocast_is_the_forwards(forward, rows, backend):
@@ -184,6 +184,7 @@ def test_checkpointing_sees_the_same_masks(shared, rows, reentrant, backend):
     assert_close(gradients(wrapped), gradients(mlp.call), 0)
 
 
+@pytest.mark.covering(1)
 @few_and_many_rows
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_a_second_backward_gives_the_same_gradients(p, rows, backend):
@@ -217,6 +218,7 @@ def test_second_derivatives_are_refused(backend):
         dx.square().sum().backward()
 
 
+@pytest.mark.covering(1)
 @few_and_many_rows
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_the_generator_is_drawn_from_in_forward_alone(p, rows, backend):
@@ -249,6 +251,7 @@ def test_a_mask_drawn_again_is_the_mask(backend):
         assert_close(one, two, 0)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("shared", [False, True])
@@ -282,6 +285,7 @@ def test_frozen_parts_are_not_saved(backend):
     assert held("down.dA") == gu
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("broken", ["x", "weight", "lora_A", "lora_B", "grad"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @few_and_many_rows
@@ -310,6 +314,7 @@ def test_float16_reaches_as_far_as_by_hand(rows, backend):
     check(mlp, mlp.run())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.3)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_torch_compile_has_no_graph_break(shared, rows, p, backend):
@@ -318,28 +323,26 @@ def test_torch_compile_has_no_graph_break(shared, rows, p, backend):
 
 
 def test_ops_pass_opcheck():
-    mlp = MLP((70, 24), 40, 16, (6, 3, 4))
+    mlp = MLP((66, 24), 40, 16, (6, 3, 4))
     plain = slk.quantized.apart(mlp.weights)
     stored = [testing.nf4_weight(40, 24, 64, True).stored, testing.fp8_weight(40, 24).stored, mlp.weights[2]]
     library = torch.ops.stablelora_kernels
     seeds = [torch.tensor([i], device=DEVICE) for i in range(3)]
-    g, u, s, s_down = (torch.randn(70, width, device=DEVICE) for width in (40, 40, 9, 4))
-    for weights, p, random in ((plain, 0.0, [None] * 3), (slk.quantized.apart(stored), 0.3, seeds)):
+    g, u, s, s_down = (torch.randn(66, width, device=DEVICE) for width in (40, 40, 9, 4))
+    pairs = (mlp.lora_As, mlp.lora_Bs)
+    for weights, p, random, save, need in (
+        (plain, 0.0, [None] * 3, True, (True, [True] * 3, [True] * 3)),
+        (slk.quantized.apart(stored), 0.3, seeds, False, (False, [True, True, False], [False] * 3)),
+    ):
         rest = (random, mlp.scalings, p, "gelu")
-        pairs = (mlp.lora_As, mlp.lora_Bs)
-        for save in (True, False):
-            torch.library.opcheck(library.lora_mlp_fwd.default, (mlp.x, *weights, mlp.biases, *pairs, *rest, save))
-        for need in (
-            (True, [True] * 3, [True] * 3),
-            (False, [True, True, False], [False] * 3),
-            (False, [False] * 3, [True] * 3),
-        ):
-            datas, scales, layouts = weights
-            read = [data if need[0] or i == 2 else None for i, data in enumerate(datas)]
-            args = (mlp.x, mlp.grad, g, u, read, scales, layouts, *pairs, s, s_down, *rest, *need)
-            torch.library.opcheck(library.lora_mlp_bwd.default, args)
+        torch.library.opcheck(library.lora_mlp_fwd.default, (mlp.x, *weights, mlp.biases, *pairs, *rest, save))
+        datas, scales, layouts = weights
+        read = [data if need[0] or i == 2 else None for i, data in enumerate(datas)]
+        args = (mlp.x, mlp.grad, g, u, read, scales, layouts, *pairs, s, s_down, *rest, *need)
+        torch.library.opcheck(library.lora_mlp_bwd.default, args)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("ranks", [(2, 1, 2), (None, 2, None)], ids=str)
@@ -353,6 +356,7 @@ def test_gradcheck_in_float64(ranks, activation, p):
     assert torch.autograd.gradcheck(function, mlp.leaves(), fast_mode=True)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("k", "f", "n"), [(0, 40, 20), (24, 0, 20), (24, 40, 0), (0, 0, 0)])
 @pytest.mark.parametrize("ranks", [(6, 3, 4), (None, 3, None), (None, None, None)], ids=str)
 @few_and_many_rows
@@ -369,6 +373,7 @@ def test_no_columns(rows, ranks, k, f, n, backend):
     assert_close(mlp.run(), mlp.eager(), 1e-4)
 
 
+@pytest.mark.covering(1)
 @few_and_many_rows
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_the_defaults_of_device_and_dtype_do_not_matter(p, rows, backend):
@@ -395,7 +400,7 @@ def test_the_meta_device_gives_shapes(rows, backend):
 
 
 def test_two_runs_are_equal_bit_for_bit(backend):
-    mlp = MLP((150, 65), 70, 40, (8, 3, 5), BF16, FP32)
+    mlp = MLP((70, 35), 40, 17, (8, 3, 5), BF16, FP32)
     assert_close(mlp.run(p=0.2), mlp.run(p=0.2), 0)
 
 
@@ -425,12 +430,3 @@ def test_the_pytorch_path_multiplies_for_requested_gradients_alone():
             with Products():
                 y.backward(mlp.grad)
             assert len(names) == count, (wanted, names)
-
-
-def test_an_unused_output_costs_nothing(backend):
-    """No backward, no launches; and lora_mlp takes projections as plain tuples."""
-    mlp = small()
-    with count_launches() as made:
-        y = lora_mlp(mlp.x, *mlp.projections(mlp.leaves()[1:]), "silu")
-        del y
-    assert made.total() == 0 or backend == "triton"

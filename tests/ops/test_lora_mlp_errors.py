@@ -119,9 +119,7 @@ def test_errors_from_cold_and_warm_plans(warm, backend):
 def test_adapters_of_two_dtypes_are_refused(backend):
     good = arguments(BF16, BF16)
     pair = {"down.lora_A": good["down"].lora_A.float(), "down.lora_B": good["down"].lora_B.float()}
-    message = (
-        r"lora_A must have one dtype, got gate.lora_A torch.bfloat16, up.lora_A torch.bfloat16, down.lora_A torch.float32"
-    )
+    message = r"lora_A must have one dtype, got gate.lora_A torch.bfloat16, up.lora_A torch.bfloat16, down.lora_A torch.float32"
     refuses(good, pair, TypeError, message)
     without_gate = pair | {"gate.lora_A": None, "gate.lora_B": None}
     refuses(good, without_gate, TypeError, r"got up.lora_A torch.bfloat16, down.lora_A torch.float32")
@@ -143,7 +141,10 @@ def test_a_kernel_that_cannot_do_the_call_is_refused():
     high = changed(good, {"up.lora_A": zeros(130, K), "up.lora_B": zeros(F, 130)})
     with slk.use_backend("triton"):
         with slk.use_kernel("fused"):
-            with count_launches() as made, pytest.raises(ValueError, match="'fused' was asked for, but it has no dropout"):
+            with (
+                count_launches() as made,
+                pytest.raises(ValueError, match="'fused' was asked for, but it has no dropout"),
+            ):
                 lora_mlp(**good, dropout_p=0.3)
             assert not made
             with count_launches() as made, pytest.raises(ValueError, match="it takes ranks up to 64, got 130"):
