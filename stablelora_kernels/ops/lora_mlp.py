@@ -273,7 +273,9 @@ def _way(x: Tensor, p: Projections, settings: Settings) -> str:
     uniform = all(len({t.requires_grad for t in ts[:2] if t is not None}) < 2 for ts in (p.lora_As, p.lora_Bs))
     few = settings.backend == "torch" and len(plain) == 3 and is_few(x, *plain)
     quantized_few = settings.backend == "triton" and len(plain) < 3 and row_count(x) <= problem.IN_LOOP_M
-    if not uniform or few or (trained and torch.is_grad_enabled()) or (quantized_few and not settings.shared_mask):
+    # Separate layers draw a shared mask by other means than the kernels, so that a checkpoint's forward must take them too.
+    as_trained = torch.is_grad_enabled() or (settings.shared_mask and settings.dropout_p > 0)
+    if not uniform or few or (trained and as_trained) or (quantized_few and not settings.shared_mask):
         return "one by one"
     tensors = (x, *p.lora_As, *p.lora_Bs)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

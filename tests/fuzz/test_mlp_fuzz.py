@@ -34,6 +34,9 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     shared = draw(st.sampled_from([False, False, True]))
     size, rank = st.sampled_from(SIZES), st.sampled_from([None, 1, 3, 8, 17, 33, 70])
     ranks = [draw(rank) for _ in range(3)]
+    left_out = draw(st.sets(st.sampled_from(["dX", "gate.dA", "up.dA", "down.dA", "gate.dB", "up.dB", "down.dB"])))
+    # Separate layers draw a shared mask by PyTorch's operators, on Triton too.
+    apart = shared and len(left_out & {"gate.dB", "up.dB"}) == 1
     return {
         "backend": backend,
         "dtypes": dtypes,
@@ -44,12 +47,12 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         "biases": [draw(st.booleans()) for _ in range(3)],
         "layouts": {name: draw(st.sampled_from(LAYOUTS)) for name in ("x", "grad", *LISTS)},
         "quantized": [draw(st.sampled_from([None, None, None, "nf4", "fp8"])) for _ in range(3)],
-        "left_out": draw(
+        "left_out": left_out,
             st.sets(st.sampled_from(["dX", "gate.dA", "up.dA", "down.dA", "gate.dB", "up.dB", "down.dB"]))
         ),
         "activation": draw(st.sampled_from([*ACTIVATIONS])),
         "scalings": [draw(st.sampled_from([1.0, 1.7, -0.3, 0.0])) for _ in range(3)],
-        "p": draw(st.sampled_from([0.0, 0.0, 0.3])),
+        "p": draw(st.sampled_from([0.0, 0.0, 0.3])) if not apart else 0.0,
         "autocast": draw(st.booleans()) and dtypes[0] != FP64,
         "backward_in_autocast": draw(st.booleans()),
         "kernel": draw(st.sampled_from(["auto", "auto", "split", "vendor"])),

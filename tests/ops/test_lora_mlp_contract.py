@@ -165,6 +165,29 @@ def test_without_gradients_neither_g_nor_u_is_kept(processors, monkeypatch):
     assert kept == [[70 * 16, 0, 0, 0, 0]] * 4
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_with_a_shared_a_and_trained_weights(reentrant, backend):
+    """By separate layers under one mask, also in a forward without gradients, which a checkpoint runs first."""
+    mlp = MLP((70, 24), 40, 20, (6, 6, 4), shared=True)
+    mlp.weights[0] = mlp.weights[0].clone().requires_grad_()
+
+    def gradients(wrap):
+        leaves = mlp.leaves()
+        torch.manual_seed(5)
+        outputs = []
+
+        def layer(x):
+            outputs.append(mlp.call(x, *leaves[1:], p=0.4))
+            return outputs[-1]
+
+        y = checkpoint(layer, leaves[0], use_reentrant=reentrant) if wrap else layer(leaves[0])
+        y.backward(mlp.grad)
+        assert all(torch.equal(each, outputs[0]) for each in outputs)
+        return {name: leaf.grad for name, leaf in zip(mlp.wanted, leaves, strict=True)}
+
+    assert_close(gradients(True), gradients(False), 0)
+
+
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("rows", [5, 70])
