@@ -116,8 +116,8 @@ def apart(weights: Sequence[Tensor | Stored]) -> tuple[list[Tensor], list[Tensor
     return datas, scales, layouts
 
 
-def together(datas: Sequence[Tensor], scales: Sequence[Tensor], layouts: Sequence[int]) -> list[Tensor | Stored]:
-    """The weights that :func:`apart` took apart."""
+def together(datas: Sequence[Any], scales: Sequence[Tensor], layouts: Sequence[int]) -> list[Tensor | Stored]:
+    """The weights that :func:`apart` took apart; data may be None for a weight that nobody reads."""
     left = iter(scales)
     weights: list[Tensor | Stored] = []
     for i, data in enumerate(datas):

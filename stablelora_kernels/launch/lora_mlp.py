@@ -38,7 +38,7 @@ class _Plain:
     """Plain weights in place of quantized ones: memory for up to ``slots`` of them at a time."""
 
     def __init__(self, like: Tensor, weights: Sequence[Tensor | Stored], slots: int) -> None:
-        sizes = [w.layout.n * w.layout.k for w in weights if isinstance(w, Stored)]
+        sizes = [w.layout.n * w.layout.k for w in weights if isinstance(w, Stored) and w.data is not None]
         self._like, self._weights = like, weights
         self._memory = [scratch(like, max(sizes)) for _ in range(min(slots, len(sizes)))]
         self._taken = 0

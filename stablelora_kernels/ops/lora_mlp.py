@@ -41,15 +41,20 @@ def _sizes(weight: Tensor, layout: Sequence[int]) -> tuple[int, int]:
 
 
 def _branches(
-    datas: Sequence[Tensor], layouts: Sequence[int], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None]
+    like: Tensor,
+    datas: Sequence[Tensor | None],
+    layouts: Sequence[int],
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The A's and B's, of rank 0 for a projection without a branch."""
+    """The A's and B's, of rank 0 for a projection without a branch; in ``like``'s dtype if all are without one."""
     as_, bs = [], []
+    dtype = next((t.dtype for t in lora_As if t is not None), like.dtype)
     for i, (data, a, b) in enumerate(zip(datas, lora_As, lora_Bs, strict=True)):
-        n, k = _sizes(data, layouts[5 * i : 5 * i + 5])
-        dtype = next((t.dtype for t in lora_As if t is not None), data.dtype)
-        as_.append(torch.empty(0, k, dtype=dtype, device=data.device) if a is None else a)
-        bs.append(torch.empty(n, 0, dtype=dtype, device=data.device) if b is None else b)
+        # Nobody asks for the sizes of a branch that is not there if nobody reads the weight.
+        n, k = (0, 0) if data is None else _sizes(data, layouts[5 * i : 5 * i + 5])
+        as_.append(torch.empty(0, k, dtype=dtype, device=like.device) if a is None else a)
+        bs.append(torch.empty(n, 0, dtype=dtype, device=like.device) if b is None else b)
     return as_, bs
 
 
@@ -90,7 +95,7 @@ def lora_mlp_fwd(
     results = _fwd_fake(
         x, datas, scales, layouts, biases, lora_As, lora_Bs, seeds, scalings, dropout_p, activation, save
     )
-    branches = _branches(datas, layouts, lora_As, lora_Bs)
+    branches = _branches(x, datas, layouts, lora_As, lora_Bs)
     given = (as_matrix(x), together(datas, scales, layouts), biases, *branches, seeds, scalings, dropout_p, activation)
     y, *kept = (as_matrix(result) for result in results)
     return results, forward_launches(problem.device_of(x.device), *given, y, *(kept if save else [None] * 4))
@@ -100,39 +105,40 @@ def _bwd_fake(
     x, grad, g, u, datas, scales, layouts, lora_As, lora_Bs, s, s_down, seeds, scalings, dropout_p, activation, need_x, needs_a,
     needs_b,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    _, k = _sizes(datas[0], layouts[:5])
-
     def like(tensors, needs):  # type: ignore[no-untyped-def]
         return [
             torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else grad.new_empty(0)
             for t, need in zip(tensors, needs, strict=True)
         ]
 
-    dx = grad.new_empty((*grad.shape[:-1], k) if need_x else (0, k))
+    dx = grad.new_empty((*grad.shape[:-1], _sizes(datas[0], layouts[:5])[1]) if need_x else 0)
     return dx, like(lora_As, needs_a), like(lora_Bs, needs_b)
 
 
 @define_launches(
     "lora_mlp_bwd",
-    "(Tensor? x, Tensor grad, Tensor g, Tensor u, Tensor[] datas, Tensor[] scales, int[] layouts, Tensor?[] lora_As, "
+    "(Tensor? x, Tensor grad, Tensor g, Tensor u, Tensor?[] datas, Tensor[] scales, int[] layouts, Tensor?[] lora_As, "
     "Tensor?[] lora_Bs, Tensor? s, Tensor? s_down, Tensor?[] seeds, float[] scalings, float dropout_p, str activation, "
     "bool need_x, bool[] needs_a, bool[] needs_b) -> (Tensor, Tensor[], Tensor[])",
     _bwd_fake,
 )
 def lora_mlp_bwd(
-    x: Tensor | None, grad: Tensor, g: Tensor, u: Tensor, datas: Sequence[Tensor], scales: Sequence[Tensor],
+    x: Tensor | None, grad: Tensor, g: Tensor, u: Tensor, datas: Sequence[Tensor | None], scales: Sequence[Tensor],
     layouts: Sequence[int], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None], s: Tensor | None,
     s_down: Tensor | None, seeds: Sequence[Tensor | None], scalings: Sequence[float], dropout_p: float, activation: str,
     need_x: bool, needs_a: Sequence[bool], needs_b: Sequence[bool],
 ) -> tuple[tuple[Tensor, list[Tensor], list[Tensor]], list[Any]]:  # fmt: skip
-    """dX [..., K], the dA's and the dB's, for dY [..., N] and what the forward saved; those that are not needed are empty."""
+    """dX [..., K], the dA's and the dB's, for dY [..., N] and what the forward saved; those that are not needed are empty.
+
+    Data of weights that no wanted gradient reads are None.
+    """
     from stablelora_kernels.launch.lora_mlp import backward_launches
 
     results = dx, das, dbs = _bwd_fake(
         x, grad, g, u, datas, scales, layouts, lora_As, lora_Bs, s, s_down, seeds, scalings, dropout_p, activation, need_x,
         needs_a, needs_b,
     )  # fmt: skip
-    branches = _branches(datas, layouts, lora_As, lora_Bs)
+    branches = _branches(grad, datas, layouts, lora_As, lora_Bs)
     rows = None if x is None else as_matrix(x)
     given: Any = (
         rows,
@@ -183,7 +189,7 @@ class _LoRAMLP(torch.autograd.Function):
         ctx.lora_dtype = next((a.dtype for a in lora_As if a is not None), x.dtype)
         if settings.backend == "torch":
             # Cast once for forward and backward.
-            as_, bs = _branches(datas, layouts, lora_As, lora_Bs)  # type: ignore[arg-type]
+            as_, bs = _branches(x, datas, layouts, lora_As, lora_Bs)  # type: ignore[arg-type]
             lora_As, lora_Bs = tuple(a.to(x.dtype) for a in as_), tuple(b.to(x.dtype) for b in bs)
         projections = Projections(together(datas, scales, layouts), biases, lora_As, lora_Bs, scalings)  # type: ignore[arg-type]
         y, kept = _forward(x, projections, settings, entry, save=True)
@@ -242,12 +248,22 @@ def lora_mlp_op(x: Tensor, p: Projections, settings: Settings, entry: Entry | No
     if way == "without gradients":
         if settings.backend == "torch":
             datas, _, layouts = apart(p.weights)
-            as_, bs = _branches(datas, layouts, p.lora_As, p.lora_Bs)
+            as_, bs = _branches(x, datas, layouts, p.lora_As, p.lora_Bs)
             p = p._replace(lora_As=[a.to(x.dtype) for a in as_], lora_Bs=[b.to(x.dtype) for b in bs])
         return _forward(x, p, settings, entry, save=False)[0]
     datas, scales, layouts = apart(p.weights)
-    tensors = (*datas, *p.biases, *p.lora_As, *p.lora_Bs, *scales)
+    tensors: Any = (*datas, *p.biases, *p.lora_As, *p.lora_Bs, *scales)
+    if torch.compiler.is_compiling():
+        tensors = _distinct(tensors)
     return apply(_LoRAMLP, x, tuple(p.scalings), settings, layouts, entry, *tensors)
+
+
+def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """A view in place of a tensor that comes a second time, such as a shared A: torch.compile refuses it otherwise."""
+    distinct: list[Tensor | None] = []
+    for t in tensors:
+        distinct.append(t.view(t.shape) if t is not None and any(t is other for other in distinct) else t)
+    return distinct
 
 
 def _way(x: Tensor, p: Projections, settings: Settings) -> str:
@@ -257,7 +273,9 @@ def _way(x: Tensor, p: Projections, settings: Settings) -> str:
     uniform = all(len({t.requires_grad for t in ts[:2] if t is not None}) < 2 for ts in (p.lora_As, p.lora_Bs))
     few = settings.backend == "torch" and len(plain) == 3 and is_few(x, *plain)
     quantized_few = settings.backend == "triton" and len(plain) < 3 and row_count(x) <= problem.IN_LOOP_M
-    if not uniform or few or (trained and torch.is_grad_enabled()) or (quantized_few and not settings.shared_mask):
+    # Separate layers draw a shared mask by other means than the kernels, so that a checkpoint's forward must take them too.
+    as_trained = torch.is_grad_enabled() or (settings.shared_mask and settings.dropout_p > 0)
+    if not uniform or few or (trained and as_trained) or (quantized_few and not settings.shared_mask):
         return "one by one"
     tensors = (x, *p.lora_As, *p.lora_Bs)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

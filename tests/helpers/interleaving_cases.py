@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels import testing
-from stablelora_kernels.dispatch import problem, rules, tiles, use_backend
+from stablelora_kernels.dispatch import problem, rules, tiles, use_backend, use_kernel
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
-from stablelora_kernels.launch import lora_common, lora_linear, lora_linear_group, lora_linear_quantized
+from stablelora_kernels.launch import lora_common, lora_linear, lora_linear_group, lora_linear_quantized, lora_mlp
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.triton_engine import TritonStep
 from stablelora_kernels.reference import StableAdamWRef
+from stablelora_kernels.reference.mlp import activation_ref
 from stablelora_kernels.testing import assert_no_worse
 from tests.helpers.inputs import BF16, FP32, SCALING, Inputs, make_inputs
+from tests.helpers.mlps import MLP
 from tests.helpers.optimizers import in_float64, make_pairs, params_of, set_grads
 from tests.helpers.steps import assert_close_to
 
@@ -29,6 +31,8 @@ from tests.helpers.steps import assert_close_to
 SM_90, SM_120 = Device("sm_90", 2, 232_448), Device("sm_120", 2, 101_376)
 CHAINED, SPLIT, FUSED, IN_LOOP = (Choice(kernel, "a test") for kernel in ("chained", "split", "fused", "in_loop"))
 N, K, R = 16, 16, 4
+# Of an MLP: G's and U's columns.
+F = 32
 # Dispatch takes the split-K kernel up to FEW rows.
 FEW, MANY = 12, 24
 
@@ -173,6 +177,48 @@ def quantized_backward() -> Case:
     return Case(launches, _check(inputs, {"dX": dx, "dA": da, "dB": db}))
 
 
+def gate_and_up(patch: pytest.MonkeyPatch, device: Device) -> Case:
+    """S of gate and up, both products with the activation, then S and Y of down."""
+    _wider_tiles(patch)
+    mlp = MLP((16, K), F, 8, (R, R, R), BF16)
+    y, g, u, s, s_down = (mlp.x.new_empty(16, width) for width in (8, F, F, 2 * R, R))
+    rest = ([None] * 3, mlp.scalings, 0.0, "silu", y, g, u, s, s_down)
+    with use_kernel("split"):
+        launches = lora_mlp.forward_launches(device, mlp.x, mlp.weights, mlp.biases, mlp.lora_As, mlp.lora_Bs, *rest)
+
+    def check() -> None:
+        assert_no_worse(y, mlp.oracle()["Y"], mlp.eager()["Y"], name="Y")
+
+    return Case(launches, check)
+
+
+def _wider_tiles(patch: pytest.MonkeyPatch) -> None:
+    """A descriptor holds no quarter of a tile's 16 columns in bfloat16."""
+    for name in ("TMA_TILES", "GATE_UP_TILES", "GATE_UP_TMA_TILES"):
+        patch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(8, F, 8, 1, 2), "a test"),))
+
+
+def gated_backward() -> Case:
+    """dS and dB of down, its dH as dG and dU, and its dA, for which H is computed again; in one launch."""
+    g, u = (make_inputs((8, K), N, R, seed=seed)["x"] for seed in (1, 2))
+    h = activation_ref(g.double(), "gelu")[0] * u.double()
+    inputs = make_inputs((8, K), N, R) | {"x": h.float()}
+    x, w, _, a, b, dy = _operands(inputs)
+    ds, dg, du, da, db = dy.new_empty(8, R), *(torch.empty_like(t) for t in (g, u, a, b))
+    p, gradients = lora_common.backward_product(g, dy, w, a, b, _product(x, a.t()), ds, None, dg, da, db, SCALING, 0.0)
+    gate = lora_common.Gate("gelu", g, u, du)
+    p, gradients = p._replace(gate=gate, call=p.call._replace(gated=True)), gradients._replace(gate=gate)
+    launches = lora_linear.product_backward_launches(SM_90, p, gradients, CHAINED)
+
+    def check_gate() -> None:
+        act, slope = activation_ref(g.double(), "gelu")
+        dh = testing.oracle(inputs, SCALING)["dX"]
+        for found, right in ((dg, dh * u.double() * slope), (du, dh * act)):
+            torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
+
+    return Case(launches, _all([check_gate, _check(inputs, {"dA": da, "dB": db})]))
+
+
 def optimizer_steps(patch: pytest.MonkeyPatch) -> Case:
     """Two clipped steps: the first measures all sums of squares, the second goes by those that the first has left."""
     launches: list[Launch] = []
@@ -222,5 +268,8 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], Case]] = {
     "group, three dX, then dA": lambda patch: group_backward(),
     "quantized, S then Y": lambda patch: quantized_forward(),
     "quantized, dS and dB, dX, dA": lambda patch: quantized_backward(),
+    "gate and up by pointers, S to Y": lambda patch: gate_and_up(patch, SM_120),
+    "gate and up by descriptors, S to Y": lambda patch: gate_and_up(patch, SM_90),
+    "chained gated split-K, all gradients": lambda patch: gated_backward(),
     "optimizer, two clipped steps": optimizer_steps,
 }

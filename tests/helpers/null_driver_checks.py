@@ -1,5 +1,6 @@
 """Compares what reaches the C launcher from a first call and from a prepared one; ``tests/kernels/test_null_driver.py`` runs it.
 
+With the argument "mlp" it compares an MLP's launches, which take as long to compile as all others.
 Exit status 77: the null driver can't run here, and the output says why.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import stablelora_kernels as slk
 from benchmarks.common.null_driver import launches, null_driver, null_driver_problem
-from stablelora_kernels.functional import lora_linear
+from stablelora_kernels.functional import LoRAWeights, lora_linear, lora_mlp
 from stablelora_kernels.launch import compiled
 from stablelora_kernels.ops import plans
 from stablelora_kernels.testing import make_pairs
@@ -113,6 +114,28 @@ def check_case(recorder: Recorder, rows: int, dropout_p: float, shift: int) -> N
         assert later == seen[0], (later, seen[0])
 
 
+def check_mlp(recorder: Recorder) -> None:
+    """Gate and up in one kernel, and a backward whose launches have a gate. Gate and up share A."""
+    plans.clear()
+    seen = []
+    for _ in range(4):
+        x, grad = (torch.randn(130, width, dtype=torch.bfloat16) for width in (64, 32))
+        weights = [torch.randn(*size, dtype=torch.bfloat16) for size in ((96, 64), (96, 64), (32, 96))]
+        lora_as = [torch.randn(8, width, requires_grad=True) for width in (64, 96)]
+        lora_bs = [torch.randn(width, 8, requires_grad=True) for width in (96, 96, 32)]
+        pairs = zip(weights, [*lora_as[:1], *lora_as], lora_bs, strict=True)
+        given = [LoRAWeights(w, None, a, b, 1.5) for w, a, b in pairs]
+        recorder.calls.clear()
+        with slk.use_kernel("split"):
+            lora_mlp(x.requires_grad_(), *given, "silu", 0.1).backward(grad)
+        lists = {"x": [x], "grad": [grad], "weight": weights, "lora_A": lora_as, "lora_B": lora_bs}
+        named = {t.data_ptr(): f"{name}{i}" for name, tensors in lists.items() for i, t in enumerate(tensors)}
+        seen.append(renamed(recorder.calls, named))
+    assert len(seen[0]) == 11 and all(name in str(seen[0]) for name in named.values())
+    for later in seen[1:]:
+        assert later == seen[0], (later, seen[0])
+
+
 def check_threads(recorder: Recorder) -> None:
     """Threads that share a plan launch on their own operands."""
     given = [operands(130, 0) for _ in range(4)]
@@ -182,6 +205,9 @@ def main() -> int:
         return 77
     with null_driver(), slk.use_backend("triton"):
         recorder = Recorder()
+        if sys.argv[1:] == ["mlp"]:
+            check_mlp(recorder)
+            return 0
         for launcher in (compiled.Direct, compiled.ByTriton) if recorder.takes_lists else (compiled.ByTriton,):
             with (
                 mock.patch.object(compiled, "launcher_of", launcher),

@@ -13,6 +13,7 @@ import pytest
 
 from stablelora_kernels.kernels.common import arrives_last, stores_done
 from stablelora_kernels.kernels.lora import chain
+from stablelora_kernels.kernels.lora.gate_up import _lora_gate_up_kernel, _lora_gate_up_tma_kernel
 from stablelora_kernels.kernels.lora.linear import co_scheduled_grad, wait_for_s
 from stablelora_kernels.kernels.lora.linear_quantized import _lora_linear_quantized_kernel
 from stablelora_kernels.kernels.lora.shrink import _shrink
@@ -41,11 +42,16 @@ class Fault(NamedTuple):
     looks_like: str = "differ"
 
 
+# An MLP's launches share sums by the functions that the others call.
+_MLP = tuple(name for name in CASES if "gate" in name)
 # The chained forward with descriptors has tiles of S too deep to share.
 _SHARED_SUMS = tuple(
-    name for name in CASES if name not in ("optimizer, two clipped steps", "chained descriptors, S and Y, two layers")
+    name
+    for name in CASES
+    if name not in ("optimizer, two clipped steps", "chained descriptors, S and Y, two layers", *_MLP)
 )
-_CHAINED = tuple(name for name in CASES if name.startswith("chained"))
+_CHAINED = tuple(name for name in CASES if name.startswith("chained") and name not in _MLP)
+_CHAINED_GATED = tuple(name for name in _MLP if name.startswith("chained"))
 _QUANTIZED = tuple(name for name in CASES if name.startswith("quantized"))
 _READ_S = tuple(
     name for name in _SHARED_SUMS if name not in (*_CHAINED, *_QUANTIZED, "split-K, S beside Y", "dA and dB alone")
@@ -77,6 +83,8 @@ FAULTS = (
     Fault("shared sum: the last but one adds up", Mutation(arrives_last, "n - 1", "n - 2"), _SHARED_SUMS),
     Fault("Y reads S without gdc_wait", Mutation(wait_for_s, _WAIT, "pass"), _READ_S),
     Fault("quantized Y reads S without gdc_wait", Mutation(_lora_linear_quantized_kernel, _WAIT, "pass"), _QUANTIZED),
+    Fault("gate and up read S without gdc_wait", Mutation(_lora_gate_up_kernel, _WAIT, "pass"), _MLP[:1]),
+    Fault("as before, by descriptors", Mutation(_lora_gate_up_tma_kernel, _WAIT, "pass"), _MLP[1:2]),
     Fault("dA reads dS without gdc_wait", Mutation(co_scheduled_grad, _WAIT, "pass"), _WITH_DA),
     Fault(
         "optimizer: one half of the sums for both steps",
@@ -86,8 +94,12 @@ FAULTS = (
     Fault("chained: no release", Mutation(chain.raise_flag, '"release"', '"relaxed"'), _CHAINED),
     Fault("chained: no barrier before the release", Mutation(chain.raise_flag, "stores_done(flag)", "pass"), _CHAINED),
     Fault("chained: no acquire", Mutation(chain.wait_for_flag, '"acquire"', '"relaxed"'), _CHAINED),
-    Fault("chained: wait left out", Mutation(wait_for_s, "if CHAINED", "if False"), _CHAINED),
-    Fault("chained: wait of dA left out", Mutation(co_scheduled_grad, "if CHAINED", "if False"), _CHAINED_DA),
+    Fault("chained: wait left out", Mutation(wait_for_s, "if CHAINED", "if False"), _CHAINED + _CHAINED_GATED),
+    Fault(
+        "chained: wait of dA left out",
+        Mutation(co_scheduled_grad, "if CHAINED", "if False"),
+        _CHAINED_DA + _CHAINED_GATED,
+    ),
     Fault("chained: flag raised before the store", Mutation(_shrink, _STORE_S + _RAISE, _RAISE_EARLY), _CHAINED),
     Fault("chained: flags not reset", Mutation(chain.leave, "tl.store(chain_ptr + FLAGS + flag, 0)", "pass"), _CHAINED),
     Fault("chained: ticket not reset", Mutation(chain.leave, "tl.store(chain_ptr, 0)", "pass"), _CHAINED, ""),

@@ -22,11 +22,12 @@ SCRIPT = Path(__file__).resolve().parents[1] / "helpers" / "null_driver_checks.p
     DEVICE == "cuda", reason="the null driver's tensors are on the CPU; tests/gpu has launches that run"
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="the null driver is a shared library of Linux")
-def test_prepared_launches_pass_what_triton_passes() -> None:
+@pytest.mark.parametrize("what", [[], pytest.param(["mlp"], marks=pytest.mark.nightly)], ids=["", "mlp"])
+def test_prepared_launches_pass_what_triton_passes(what: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = SCRIPT.parents[2]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
+        [sys.executable, str(SCRIPT), *what],
         env=environment | {"PYTHONPATH": str(root)},
         capture_output=True,
         text=True,

@@ -81,7 +81,7 @@ def test_the_dry_run_executes_every_section_and_measures_nothing(tmp_path):
         [*(f"{name}.csv" for name in command.SECTIONS), "summary.md", "times.png", "choices.png"]
     )
     checked = Counter(row["check"] for row in rows["correctness"])
-    assert len(checked) == 28 and "test_every_kernel_matches_float64" in checked
+    assert len(checked) == 29 and "test_every_kernel_matches_float64" in checked
     by_kernel = [row["case"] for row in rows["correctness"] if row["check"] == "test_every_kernel_matches_float64"]
     assert {case.split("-")[0] for case in by_kernel} == {"auto", "fused", "chained", "split", "vendor"}
     figures = [row for row in rows["correctness"] if row["figure"]]
