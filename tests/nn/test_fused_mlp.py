@@ -102,10 +102,8 @@ def test_on_both_backends(make, dropout, backend, calls):
     assert_same(found, step(plain, rows(dtype)), 1e-4 if backend == "triton" else 1e-10)
 
 
-def test_an_input_without_a_gradient(backend, calls, request):
+def test_an_input_without_a_gradient(backend, calls):
     """As in a first layer whose attention has no adapter."""
-    if backend == "triton":
-        request.applymarker(pytest.mark.xfail(raises=RuntimeError, reason="lora_mlp_bwd takes no missing weights"))
     model, plain = (each.float() for each in pair(MLP))
     x = rows(FP32).detach()
     found, expected = step(model, x), step(plain, x)
@@ -320,11 +318,7 @@ def test_checkpointing(kind, calls):
     assert calls == ["silu"] * 2
 
 
-# Dynamo refuses the op's autograd function if gate and up give it one A.
-ONE_A = pytest.mark.xfail(raises=torch._dynamo.exc.Unsupported, reason="lora_mlp passes one tensor twice")
-
-
-@pytest.mark.parametrize("make", [MLP, pytest.param(Stacked, marks=ONE_A)])
+@pytest.mark.parametrize("make", [MLP, Stacked])
 def test_torch_compile_has_no_graph_break(make, calls):
     model, plain = pair(make)
     expected = step(plain)

@@ -174,7 +174,13 @@ ACTIVATIONS = {
 BY_ACTIVATION = [(activation, act) for activation, acts in ACTIVATIONS.items() for act in acts]
 
 
-@pytest.mark.parametrize(("activation", "act"), BY_ACTIVATION, ids=[f"{a} by {b}"[:60] for a, b in BY_ACTIVATION])
+def name_of(activation, act):
+    """The same in each of pytest-xdist's processes: a function's text has its address."""
+    text = "partial" if isinstance(act, functools.partial) else getattr(act, "__name__", act)
+    return f"{activation} by {text}"
+
+
+@pytest.mark.parametrize(("activation", "act"), BY_ACTIVATION, ids=[name_of(*pair)[:60] for pair in BY_ACTIVATION])
 def test_activations(activation, act):
     act = transformers.activations.ACT2FN[act] if isinstance(act, str) else act
     form = form_of(MLP(act), is_linear)
