@@ -8,7 +8,6 @@ import torch
 pytest.importorskip("transformers", reason="has the MLP; the suite extra brings it")
 pytest.importorskip("peft", reason="is an arm; the suite extra brings it")
 
-from benchmarks.lab.page import answers
 from benchmarks.suite import test_layer
 from benchmarks.suite.mlp import ACCELERATED, APART, FROZEN, FUSED, PEFT, PROJECTIONS, MLPCase
 
@@ -71,8 +70,3 @@ def test_the_case_is_in_the_suite_under_its_mark() -> None:
         found = [case for case in test_layer.cases(suite, CPU) if isinstance(case, MLPCase)]
         assert found and {case.mark for case in found} == {"mlp"}
         assert len({case.name for case in found}) == len(found)
-
-
-def test_the_page_has_columns_for_its_fused_arms() -> None:
-    assert [answers._COLUMNS.get(arm) for arm in (FUSED, ACCELERATED)] == [0, 1]
-    assert ("mlp", "both") in answers._QUESTIONS

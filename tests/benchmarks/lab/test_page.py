@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from benchmarks.lab.page import __main__
+from benchmarks.lab.page import __main__, answers
 
 pytest.importorskip("matplotlib", reason="draws the plots; the bench extra brings it")
 
@@ -107,6 +107,14 @@ def test_a_file_of_marked_cases_has_their_command(tmp_path):
     text = report_page.page(tmp_path)
     assert "python -m pytest benchmarks -m scaling --benchmark-json=suite_scaling.json\n" in text
     assert "(suite_scaling)" in text
+
+
+def test_the_answers_have_columns_for_fused_mlps():
+    pytest.importorskip("transformers")
+    from benchmarks.suite.mlp import ACCELERATED, FUSED, MLPCase
+
+    assert [answers._COLUMNS.get(arm) for arm in (FUSED, ACCELERATED)] == [0, 1]
+    assert {("mlp", phase) for phase in MLPCase.phases} <= answers._QUESTIONS.keys()
 
 
 def test_the_committed_page_is_of_the_committed_results(capsys):
