@@ -76,11 +76,11 @@ TYPES = [
     ({"down.bias": zeros(N, dtype=FP16)}, r"down.bias must have x's dtype torch.float32, got torch.float16"),
     (
         {"up.lora_A": zeros(3, K, dtype=FP16)},
-        r"up.lora_A and up.lora_B must have one dtype, got torch.float16 and torch.float32",
+        r"up.lora_A and lora_B must have one dtype, got torch.float16 and torch.float32",
     ),
     (
         {"down.lora_A": zeros(4, F, dtype=FP16), "down.lora_B": zeros(N, 4, dtype=FP16)},
-        r"down.lora_A and down.lora_B must be float32 or of x's dtype torch.float32, got torch.float16",
+        r"down.lora_A and lora_B must be float32 or of x's dtype torch.float32, got torch.float16",
     ),
     ({"dropout_p": "0.1"}, r"dropout_p must be a number, got '0.1' of type str"),
 ]  # fmt: skip
