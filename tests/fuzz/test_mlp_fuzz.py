@@ -180,7 +180,7 @@ def bits(t: Tensor) -> bytes:
     return t.contiguous().view(-1).view(torch.uint8).numpy(force=True).tobytes()
 
 
-@settings(max_examples=settings.default.max_examples // 6)
+@settings(max_examples=settings.default.max_examples // 10)
 @given(calls().filter(lambda c: c["backend"] == "triton"))
 def test_prepared_launches_are_the_first_ones(c: dict[str, Any]) -> None:
     """Remembered, prepared, found: with the operands elsewhere each time."""

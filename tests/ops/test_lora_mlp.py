@@ -29,7 +29,7 @@ SHAPES = [
     ((65, 33), 40, 24, (100, 3, 20)),
     ((66, 40), 33, 24, (3, 20, 100)),
 ]
-DTYPES = [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16)]
+DTYPES = [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP16)]
 WITHOUT_A_BRANCH = [
     (None, 8, 5), (8, None, 5), (8, 5, None), (None, None, 5), (None, 8, None), (8, None, None), (None, None, None),
 ]  # fmt: skip
