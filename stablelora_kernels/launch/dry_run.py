@@ -65,7 +65,7 @@ def mlp_launches(
     forward = lora_mlp.forward_launches(device, x, *given, y, g, u, s, t[2].s)
     gradients = (torch.empty_like(x), [torch.empty_like(a) for a in lora_As], [torch.empty_like(b) for b in lora_Bs])
     backward = lora_mlp.backward_launches(
-        device, x, torch.empty_like(y), g, u, weights, lora_As, lora_Bs, s, t[2].s, seeds, [1.0] * 3, dropout_p, activation,
+        device, x, torch.zeros_like(y), g, u, weights, lora_As, lora_Bs, s, t[2].s, seeds, [1.0] * 3, dropout_p, activation,
         *gradients,
     )  # fmt: skip
     return forward, backward

@@ -18,7 +18,6 @@ The report has everything that dispatch can pick for sm_90, and each form and ti
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -28,9 +27,7 @@ from pathlib import Path
 import triton
 
 from benchmarks.common.tables import csv_text, write_text
-from benchmarks.lab.compile_report import machine_code
 from benchmarks.lab.compile_report.report import (
-    DIGESTS,
     EVERY,
     EVERY_KEPT,
     FULL,
@@ -40,12 +37,12 @@ from benchmarks.lab.compile_report.report import (
     compare,
     compile_all,
     in_sample,
-    job_name,
     jobs,
     label_of,
     read_csv,
     read_digests,
     table,
+    write_digests,
 )
 from stablelora_kernels.dispatch.problem import DEVICES
 
@@ -79,7 +76,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--record",
         action="store_true",
-        help=f"with --check, if nothing got worse: note in {DIGESTS.name} what was compiled",
+        help="with --check, if nothing got worse: note in compile_report_digests.json what was compiled",
     )
     args = parser.parse_args(argv)
     if args.missing and not args.write:
@@ -131,12 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if listed:
             print(f"\n{title}:\n" + "\n".join(listed), file=sys.stderr)
     if (args.record or args.write) and not failures and not lines:
-        done = {
-            job_name(jobs(arch)[place]): machine_code.digest(jobs(arch)[place].launch, arch) for arch, place in tasks
-        }
-        now = {job_name(job) for arch in DEVICES for job in jobs(arch)}
-        found = {name: value for name, value in (read_digests() | done).items() if name in now}
-        write_text(DIGESTS, json.dumps(found, indent=0, sort_keys=True) + "\n")
+        write_digests(tasks, wanted)
     if args.write and not failures:
         others = [row for row in read_csv(REPORT) if row["arch"] not in archs] if REPORT.exists() else []
         order = {jobs(arch)[place].label: number for number, (arch, place) in enumerate(wanted)}

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from triton._C.libtriton import native_specialize_impl
+from triton._C.libtriton import ir, native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -248,10 +248,30 @@ def compile_launch(launch: Any, arch: str) -> Any:
     return triton.compile(built, target=target(arch), options={"enable_fp_fusion": True, **launch.options})
 
 
-def digest(launch: Any, arch: str) -> str:
-    """A digest of the input of :func:`compile_launch`: equal digests mean equal code."""
+def source_digest(launch: Any, arch: str) -> str:
+    """A digest of the input of :func:`compile_launch`, which takes no time: equal digests mean equal code."""
+    return _digest(launch, arch, ASTSource(launch.kernel, *source(launch, arch)).hash())
+
+
+def code_digest(launch: Any, arch: str) -> str:
+    """A digest of the intermediate code of ``launch`` after inlining: equal digests mean equal code. It takes 0.1 to 0.2 s.
+
+    Edits that leave the code of a variant as it was, such as an argument that the variant does not have, keep its digest.
+    """
+    backend = make_backend(target(arch))
+    options = backend.parse_options({"enable_fp_fusion": True, **launch.options})
+    context, stages = ir.context(), {}
+    ir.load_dialects(context)
+    backend.load_dialects(context)
     built = ASTSource(launch.kernel, *source(launch, arch))
-    words = f"{triton.__version__} {arch} {sorted(launch.options.items())} {built.hash()}"
+    implementation = backend.get_codegen_implementation(options)
+    module = built.make_ir(target(arch), options, implementation, backend.get_module_map(), context)
+    backend.add_stages(stages, options, built.language)
+    return _digest(launch, arch, stages["ttir"](module, {}).str_nodebug())
+
+
+def _digest(launch: Any, arch: str, code: str) -> str:
+    words = f"{triton.__version__} {arch} {sorted(launch.options.items())} {code}"
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 

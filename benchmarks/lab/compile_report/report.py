@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
@@ -21,7 +21,7 @@ from benchmarks.lab.compile_report.occupancy import occupancy
 from stablelora_kernels.dispatch.problem import DEVICES
 
 REPORT = RESULTS / "compile_report.csv"
-# Rows that passed the check, with the digest of their compiler input.
+# Rows that passed the check, with their digests.
 DIGESTS = REPORT.with_name("compile_report_digests.json")
 # The Triton release of the committed report.
 TRITON = "3.9"
@@ -169,19 +169,49 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(aligned([list(KEYS), *([str(row[key]) for key in KEYS] for row in rows)], left=len(LABEL)))
 
 
-def read_digests() -> dict[str, str]:
-    return json.loads(DIGESTS.read_text(encoding="utf-8")) if DIGESTS.exists() else {}
+class Digests(NamedTuple):
+    """Of a row that passed the check: its compiler input, and its intermediate code."""
+
+    source: str
+    code: str
+
+
+def read_digests() -> dict[str, Digests]:
+    found = json.loads(DIGESTS.read_text(encoding="utf-8")) if DIGESTS.exists() else {}
+    return {name: Digests(*values) for name, values in found.items()}
+
+
+def write_digests(done: Iterable[tuple[str, int]], wanted: Iterable[tuple[str, int]]) -> None:
+    """Record the tasks ``done``, refresh those of ``wanted`` that were recorded with the same code, and drop what vanished."""
+    kept = read_digests()
+    now = {job_name(job) for arch in DEVICES for job in jobs(arch)}
+    found = {name: digests for name, digests in kept.items() if name in now}
+    fresh = set(done)
+    for arch, place in wanted:
+        job = jobs(arch)[place]
+        name, source = job_name(job), machine_code.source_digest(job.launch, arch)
+        recorded = kept.get(name)
+        if (arch, place) in fresh or (recorded is not None and recorded.source != source):
+            code = machine_code.code_digest(job.launch, arch)
+            if (arch, place) in fresh or (recorded is not None and recorded.code == code):
+                found[name] = Digests(source, code)
+    tables.write_text(DIGESTS, json.dumps(found, indent=0, sort_keys=True) + "\n")
 
 
 def job_name(job: Job) -> str:
     return " | ".join(job.label)
 
 
-def in_sample(arch: str, place: int, kept: dict[str, str]) -> bool:
+def in_sample(arch: str, place: int, kept: Mapping[str, Digests]) -> bool:
     number = place if arch == FULL else place + 5 * list(DEVICES).index(arch)
     if number % EVERY_KEPT == 0:
         return True
     if arch != FULL and number % EVERY:
         return False
     job = jobs(arch)[place]
-    return kept.get(job_name(job)) != machine_code.digest(job.launch, arch)
+    recorded = kept.get(job_name(job))
+    if recorded is None:
+        return True
+    if recorded.source == machine_code.source_digest(job.launch, arch):
+        return False
+    return recorded.code != machine_code.code_digest(job.launch, arch)

@@ -430,24 +430,34 @@ def test_kernels_keep_the_report(arguments: list[str]) -> None:
 
 DIGESTS = """
 from benchmarks.lab.compile_report import report
-from benchmarks.lab.compile_report.machine_code import digest
+from benchmarks.lab.compile_report.machine_code import code_digest, source_digest
+from benchmarks.lab.compile_report.report import Digests
 jobs = report.jobs(report.FULL)
 places = range(len(jobs))
-kept = {report.job_name(job): digest(job.launch, report.FULL) for job in jobs}
-kept[report.job_name(jobs[1])] = "another"
+kept = {report.job_name(job): Digests(source_digest(job.launch, report.FULL), "none") for job in jobs}
+kept[report.job_name(jobs[1])] = Digests("another", "another")
+# Another source with the same code.
+kept[report.job_name(jobs[2])] = Digests("another", code_digest(jobs[2].launch, report.FULL))
+del kept[report.job_name(jobs[3])]
 chosen = [place for place in places if report.in_sample(report.FULL, place, kept)]
-assert chosen == [place for place in places if place % report.EVERY_KEPT == 0 or place == 1], chosen
+assert chosen == [place for place in places if place % report.EVERY_KEPT == 0 or place in (1, 3)], chosen
 assert all(report.in_sample(report.FULL, place, {}) for place in places)
 others = report.jobs("sm_80")
 assert sum(report.in_sample("sm_80", place, {}) for place in range(len(others))) >= len(others) // report.EVERY
-known = {report.job_name(job): digest(job.launch, "sm_80") for job in others}
+known = {report.job_name(job): Digests(source_digest(job.launch, "sm_80"), "none") for job in others}
 assert sum(report.in_sample("sm_80", place, known) for place in range(len(others))) <= len(others) // report.EVERY_KEPT + 1
 launch = jobs[1].launch
-name = next(name for name, value in launch.constants.items() if type(value) is int)
-other = launch._replace(constants=launch.constants | {name: launch.constants[name] + 1})
+name = next(name for name, value in launch.constants.items() if name.startswith("BLOCK"))
+other = launch._replace(constants=launch.constants | {name: 2 * launch.constants[name]})
 warps = launch._replace(options=launch.options | {"num_warps": 2 * launch.options["num_warps"]})
-found = [digest(each, report.FULL) for each in (launch, launch, other, warps)] + [digest(launch, "sm_80")]
-assert found[0] == found[1] and len(set(found)) == 4, found
+for digest in (source_digest, code_digest):
+    found = [digest(each, report.FULL) for each in (launch, launch, other, warps)] + [digest(launch, "sm_80")]
+    assert found[0] == found[1] and len(set(found)) == 4, (digest, found)
+# A constant that the variant's code does not depend on: the source differs, the code does not.
+unused = next(job.launch for job in jobs if not job.launch.constants.get("HAS_GRAD", True))
+same = unused._replace(constants=unused.constants | {"GRAD_STAGES": 7})
+assert source_digest(unused, report.FULL) != source_digest(same, report.FULL)
+assert code_digest(unused, report.FULL) == code_digest(same, report.FULL)
 """
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
@@ -41,3 +43,25 @@ def test_the_table_shows_every_arm():
     assert all(row["one op forward"] <= row["one op forward (slow)"] for row in rows)
     # Unsloth has no dropout.
     assert {cells[5] for cells in mlp.cells(mlp.rows(H100, dropout=True))[1:]} == {"-"}
+
+
+def test_the_guide_has_these_figures():
+    """Ranges over the frozen MLP's time, of every shape, with dropout and without."""
+    rows = [row for dropout in (False, True) for row in mlp.rows(H100, dropout)]
+    guide = (
+        (Path(__file__).parents[3] / "docs" / "guides" / "fused-mlp.md").read_text(encoding="utf-8").replace("\n", " ")
+    )
+    for name, ends in (
+        ("one op", ("", " (slow)")),
+        ("three layers", ("", " (slow)")),
+        ("Unsloth", ("",)),
+        ("eager (PEFT)", ("",)),
+    ):
+        found = [
+            sum(row[f"{name} {way}{end}"] for way in ("forward", "backward"))
+            / (row["frozen forward"] + row["frozen backward"])
+            for row in rows
+            for end in ends
+            if f"{name} forward" in row
+        ]
+        assert f"{min(found):.2f} to {max(found):.2f}" in guide, (name, min(found), max(found))
