@@ -141,7 +141,8 @@ class FormRule(NamedTuple):
     reason: str
 
 
-def _idle(device: Device, call: Call) -> bool:
+def is_idle(device: Device, call: Call) -> bool:
+    """Whether tiles of 128 by 128 would leave two fifths of the GPU idle."""
     programs = problem.cdiv(call.m, 128) * problem.cdiv(call.n, 128)
     return programs > 0 and filled(device, programs) < 0.6
 
@@ -155,7 +156,7 @@ FORM_RULES = (
     ),
     FormRule(
         # A shorter sum is over before programs could share it.
-        lambda d, c, described: c.dtype != torch.float32 and c.k >= 1024 and _idle(d, c),
+        lambda d, c, described: c.dtype != torch.float32 and c.k >= 1024 and is_idle(d, c),
         "split_k",
         "tiles of 128 by 128 would leave two fifths of the GPU idle, so programs share a tile's K",
     ),
@@ -230,57 +231,6 @@ def choose_branch_backward(call: Call) -> Choice:
     "fused" saves a launch where rows are few. It reads dY once more, which costs more than a launch where rows are many.
     """
     return _BRANCH_FUSED if call.m <= problem.SMALL_M and call.r <= problem.MAX_FUSED_R else _BRANCH_SPLIT
-
-
-class MLPRule(NamedTuple):
-    # Of gate's and up's call; the last argument says whether tensor descriptors can hold all matrices.
-    applies: Callable[[Device, Call, bool], bool]
-    form: str
-    reason: str
-
-
-# Gate and up with the activation: in one kernel, or each in a kernel of its own and the activation in a third one.
-MLP_RULES = (
-    MLPRule(
-        lambda d, c, described: c.dtype == torch.float32,
-        "separate",
-        "float32: two accumulators outgrow the registers, or the vendor has the product",
-    ),
-    MLPRule(
-        lambda d, c, described: c.m <= problem.SMALL_M,
-        "separate",
-        f"up to {SMALL_M} rows: bound by reading W, so programs share a tile's K, and the activation's launch is small",
-    ),
-    MLPRule(
-        lambda d, c, described: _idle(d, c),
-        "separate",
-        "tiles of 128 by 128 would leave two fifths of the GPU idle; separate products share a tile's K",
-    ),
-    MLPRule(
-        lambda d, c, described: d.generation >= 100 and d.tma and c.m >= 1024,
-        "separate",
-        "data-center Blackwell: the vendor's products, as for a single projection",
-    ),
-    MLPRule(
-        lambda d, c, described: described and d.tma,
-        "tma",
-        "two accumulators fit: X is read once, and H needs neither a launch nor a read of G and U",
-    ),
-    MLPRule(
-        lambda d, c, described: True,
-        "pointers",
-        "two accumulators of half the width: X is read once for both, and H needs neither a launch nor a read of G and U",
-    ),
-)
-
-
-def choose_gate_up(device: Device, call: Call, described: bool) -> Choice:
-    """``"tma"``, ``"pointers"`` or ``"separate"`` for gate's and up's ``call``; "split" forces one of the first two."""
-    forced = get_kernel()
-    if forced not in ("auto", "split"):
-        return Choice("separate", f"kernel {forced!r} was asked for, which has one projection")
-    rows = MLP_RULES if forced == "auto" else [rule for rule in MLP_RULES if rule.form != "separate"]
-    return next(Choice(rule.form, rule.reason) for rule in rows if rule.applies(device, call, described))
 
 
 class Sharing(NamedTuple):

@@ -71,17 +71,6 @@ LINEAR_TILES = (
     TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "the usual tile"),
 )
 
-# Gate and up of an MLP (lora_gate_up): two accumulators of this size.
-GATE_UP_TMA_TILES = (
-    TileRule(
-        lambda d, c: True, Tile(128, 128, 64, 8, 4), "two accumulators that fill the registers, X read once for both"
-    ),
-)
-GATE_UP_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 32, 32, 4, 3), "float32: products are in registers"),
-    TileRule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "two accumulators that make up the usual tile"),
-)
-
 # Y for few rows or columns (lora_linear_split_k); up to 64 rows linear_split_k_plan sets BLOCK_M.
 SPLIT_K_TILES = (
     TileRule(
@@ -339,23 +328,6 @@ def linear_tma_plan(
     tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), finish)
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
     return TMAPlan(Plan(tile, reason, block_r, tiles), specialize, parts, min(tiles, device.processors))
-
-
-def gate_up_plan(device: Device, call: Call, tma: bool, activation: str) -> tuple[Plan, int]:
-    """For gate and up in one kernel, and the parts of a tile's columns that it finishes one after another.
-
-    ``call`` has the larger rank. The TMA kernel's programs stay and take tile after tile.
-    """
-    tile, reason = pick_tile(GATE_UP_TMA_TILES if tma else GATE_UP_TILES, device, call)
-    item = call.dtype.itemsize
-    # A wider block of ranks, or wider parts, would spill registers beside two accumulators. GELU's erf takes most of them.
-    erf = activation == "gelu"
-    block_r = rank_block(call.r, (16 if erf else 32) if tma else problem.MAX_FUSED_R)
-    parts = (8 if erf else 4) if tma else 1
-    # After the main loop, its memory serves the branches. A part of a result is stored from memory of its own.
-    stored = tile.BLOCK_M * tile.BLOCK_N // parts * item if tma else 0
-    tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + 2 * tile.BLOCK_N) * item, stored)
-    return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)), parts
 
 
 def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:

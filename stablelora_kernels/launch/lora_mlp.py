@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stablelora_kernels.dispatch import rules, tiles
+from stablelora_kernels.dispatch import mlp, rules
 from stablelora_kernels.dispatch.problem import Device, cdiv
 from stablelora_kernels.dispatch.rules import input_precision
 from stablelora_kernels.kernels.lora.gate_up import (
@@ -83,7 +83,7 @@ def forward_launches(
     transposed = {single.rows_contiguous(p.w)[1] for p in members}
     described = len(transposed) == 1 and all(single.described(t) for t in matrices)
     call = members[0].call._replace(r=max(ranks[:2]))
-    choice = rules.choose_gate_up(device, call, described)
+    choice = mlp.choose_gate_up(device, call, described)
     if choice.kernel == "separate":
         members = [p._replace(y=scratch(x, m, f) if p.y is h else p.y) for p in members]
         launches += group.member_launches(device, members, s)
@@ -159,7 +159,7 @@ def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: 
     """Gate, up and the activation in one launch; ``keep``: store G and U too. S is read."""
     gate, up = members
     c = gate.call._replace(r=max(gate.call.r, up.call.r))
-    plan, parts = tiles.gate_up_plan(device, c, tma, activation)
+    plan, parts = mlp.gate_up_plan(device, c, tma, activation)
     tile = plan.tile
     waits = rules.overlaps(device) and c.r > 0
     flags = {

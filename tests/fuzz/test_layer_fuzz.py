@@ -17,7 +17,7 @@ from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.testing import EPS
 from tests.helpers.inputs import BF16, DEVICE, Inputs
-from tests.helpers.layer_calls import FP64, calls, compute, inputs_of, is_broken
+from tests.helpers.layer_calls import FP64, calls, check_value, compute, inputs_of, is_broken
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned_outputs")]
 
@@ -70,24 +70,6 @@ def masks(c: dict[str, Any], x: Tensor, count: int) -> list[tuple[Tensor | None,
             keep, p = draw_keep(rows, c["p"])
             drawn.append((keep.view(x.shape), p))
     return drawn
-
-
-def check_value(
-    name: str, value: Tensor, ref: Tensor, eager: Tensor, absolute: Tensor, eps: float, broken: bool
-) -> None:
-    assert value.shape == ref.shape, (name, value.shape, ref.shape)
-    if not value.numel():
-        return
-    if broken:
-        # Which of NaN and infinity comes out depends on the order of a sum.
-        assert torch.equal(value.isfinite(), eager.isfinite()), f"{name} is finite elsewhere than eager's"
-    finite = ref.isfinite() & eager.isfinite() & value.isfinite()
-    assert broken or bool(finite.all()), f"{name} is not finite"
-    if not finite.any():
-        return
-    error = (value.double() - ref)[finite].abs().max().item()
-    allowed = 2 * (eager.double() - ref)[finite].abs().max().item() + eps * absolute[absolute.isfinite()].max().item()
-    assert error <= allowed, f"{name} is off by {error:.3e}, allowed {allowed:.3e}"
 
 
 # A call takes a tenth of what a sequence of optimizer steps does.

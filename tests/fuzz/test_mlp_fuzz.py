@@ -17,7 +17,7 @@ from stablelora_kernels.ops import plans
 from stablelora_kernels.testing import EPS
 from tests.helpers.inputs import BF16, DEVICE, DTYPES, FP32
 from tests.helpers.launches import recorded_launches, without_plans
-from tests.helpers.layer_calls import FP64, LAYOUTS, ROWS, SIZES, laid_out
+from tests.helpers.layer_calls import FP64, LAYOUTS, ROWS, SIZES, check_value, laid_out
 from tests.helpers.mlps import ACTIVATIONS, MLP, Results
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned_outputs")]
@@ -142,24 +142,6 @@ def test_calls_are_no_worse_than_eager(c: dict[str, Any]) -> None:
     assert set(found) - {"Y"} <= set(mlp.wanted) - c["left_out"]
     for name, value in found.items():
         check_value(name, value, ref[name], eager[name], absolute[name], eps, is_broken(c))
-
-
-def check_value(
-    name: str, value: Tensor, ref: Tensor, eager: Tensor, absolute: Tensor, eps: float, broken: bool
-) -> None:
-    assert value.shape == ref.shape, (name, value.shape, ref.shape)
-    if not value.numel():
-        return
-    if broken:
-        # Which of NaN and infinity comes out depends on the order of a sum.
-        assert torch.equal(value.isfinite(), eager.isfinite()), f"{name} is finite elsewhere than eager's"
-    finite = ref.isfinite() & eager.isfinite() & value.isfinite()
-    assert broken or bool(finite.all()), f"{name} is not finite"
-    if not finite.any():
-        return
-    error = (value.double() - ref)[finite].abs().max().item()
-    allowed = 2 * (eager.double() - ref)[finite].abs().max().item() + eps * absolute[absolute.isfinite()].max().item()
-    assert error <= allowed, f"{name} is off by {error:.3e}, allowed {allowed:.3e}"
 
 
 def run(c: dict[str, Any]) -> tuple[list[Any], Results]:

@@ -131,3 +131,22 @@ def compute(c: dict[str, Any], members: list[Inputs]) -> list[dict[str, Tensor]]
             if isinstance(leaf.get(name), Tensor):
                 found[name] = leaf[name].grad
     return results
+
+
+def check_value(
+    name: str, value: Tensor, ref: Tensor, eager: Tensor, absolute: Tensor, eps: float, broken: bool
+) -> None:
+    """A result is finite where eager PyTorch's is, and no further from float64 than twice eager's error and a rounding."""
+    assert value.shape == ref.shape, (name, value.shape, ref.shape)
+    if not value.numel():
+        return
+    if broken:
+        # Which of NaN and infinity comes out depends on the order of a sum.
+        assert torch.equal(value.isfinite(), eager.isfinite()), f"{name} is finite elsewhere than eager's"
+    finite = ref.isfinite() & eager.isfinite() & value.isfinite()
+    assert broken or bool(finite.all()), f"{name} is not finite"
+    if not finite.any():
+        return
+    error = (value.double() - ref)[finite].abs().max().item()
+    allowed = 2 * (eager.double() - ref)[finite].abs().max().item() + eps * absolute[absolute.isfinite()].max().item()
+    assert error <= allowed, f"{name} is off by {error:.3e}, allowed {allowed:.3e}"

@@ -178,7 +178,7 @@ class Digests(NamedTuple):
 
 def read_digests() -> dict[str, Digests]:
     found = json.loads(DIGESTS.read_text(encoding="utf-8")) if DIGESTS.exists() else {}
-    return {name: Digests(*values) for name, values in found.items()}
+    return {name: Digests(*words.split()) for name, words in found.items()}
 
 
 def write_digests(done: Iterable[tuple[str, int]], wanted: Iterable[tuple[str, int]]) -> None:
@@ -195,7 +195,8 @@ def write_digests(done: Iterable[tuple[str, int]], wanted: Iterable[tuple[str, i
             code = machine_code.code_digest(job.launch, arch)
             if (arch, place) in fresh or (recorded is not None and recorded.code == code):
                 found[name] = Digests(source, code)
-    tables.write_text(DIGESTS, json.dumps(found, indent=0, sort_keys=True) + "\n")
+    lines = {name: " ".join(digests) for name, digests in found.items()}
+    tables.write_text(DIGESTS, json.dumps(lines, indent=0, sort_keys=True) + "\n")
 
 
 def job_name(job: Job) -> str:

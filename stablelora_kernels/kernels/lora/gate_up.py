@@ -32,6 +32,27 @@ def _branch(
     return acc
 
 
+@triton.jit
+def _with_branches(
+    g, u, sg_ptr, su_ptr, bg_ptr, bu_ptr, bias_g_ptr, bias_u_ptr, rows, cols, M, N, R_G, R_U, stride_sm, stride_bgn, stride_bgr,
+    stride_bun, stride_bur,
+    HAS_BIAS_G: tl.constexpr, HAS_BIAS_U: tl.constexpr, UNIT_G: tl.constexpr, UNIT_U: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """G and U from their products."""
+    g = _branch(
+        acc=g, s_ptr=sg_ptr, b_ptr=bg_ptr, bias_ptr=bias_g_ptr, rows=rows, cols=cols, M=M, N=N, R=R_G, stride_sm=stride_sm,
+        stride_bn=stride_bgn, stride_br=stride_bgr, HAS_BIAS=HAS_BIAS_G, S_UNIT=UNIT_G, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R,
+        INPUT_PRECISION=INPUT_PRECISION,
+    )  # fmt: skip
+    u = _branch(
+        acc=u, s_ptr=su_ptr, b_ptr=bu_ptr, bias_ptr=bias_u_ptr, rows=rows, cols=cols, M=M, N=N, R=R_U, stride_sm=stride_sm,
+        stride_bn=stride_bun, stride_br=stride_bur, HAS_BIAS=HAS_BIAS_U, S_UNIT=UNIT_U, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R,
+        INPUT_PRECISION=INPUT_PRECISION,
+    )  # fmt: skip
+    return g, u
+
+
 @triton.jit(do_not_specialize=["M", "PRODUCTS"])
 def _lora_gate_up_tma_kernel(
     x_desc, wg_desc, wu_desc, bias_g_ptr, bias_u_ptr, bg_ptr, bu_ptr, sg_ptr, su_ptr, g_desc, u_desc, h_desc,
@@ -67,15 +88,11 @@ def _lora_gate_up_tma_kernel(
         rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
         cols = col0.to(tl.int64) + tl.arange(0, BLOCK_N)
         # Onto the whole accumulators, see ``_lora_linear_tma_kernel``.
-        g = _branch(
-            acc=g, s_ptr=sg_ptr, b_ptr=bg_ptr, bias_ptr=bias_g_ptr, rows=rows, cols=cols, M=M, N=N, R=R_G, stride_sm=stride_sm,
-            stride_bn=stride_bgn, stride_br=stride_bgr, HAS_BIAS=HAS_BIAS_G, S_UNIT=UNIT_G, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R,
-            INPUT_PRECISION=INPUT_PRECISION,
-        )  # fmt: skip
-        u = _branch(
-            acc=u, s_ptr=su_ptr, b_ptr=bu_ptr, bias_ptr=bias_u_ptr, rows=rows, cols=cols, M=M, N=N, R=R_U, stride_sm=stride_sm,
-            stride_bn=stride_bun, stride_br=stride_bur, HAS_BIAS=HAS_BIAS_U, S_UNIT=UNIT_U, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R,
-            INPUT_PRECISION=INPUT_PRECISION,
+        g, u = _with_branches(
+            g=g, u=u, sg_ptr=sg_ptr, su_ptr=su_ptr, bg_ptr=bg_ptr, bu_ptr=bu_ptr, bias_g_ptr=bias_g_ptr, bias_u_ptr=bias_u_ptr,
+            rows=rows, cols=cols, M=M, N=N, R_G=R_G, R_U=R_U, stride_sm=stride_sm, stride_bgn=stride_bgn, stride_bgr=stride_bgr,
+            stride_bun=stride_bun, stride_bur=stride_bur, HAS_BIAS_G=HAS_BIAS_G, HAS_BIAS_U=HAS_BIAS_U, UNIT_G=UNIT_G,
+            UNIT_U=UNIT_U, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
         # One part at a time: the activation takes fewer registers, and the stores less shared memory.
         g_parts, u_parts = column_parts(g, PARTS), column_parts(u, PARTS)
@@ -125,15 +142,11 @@ def _lora_gate_up_kernel(
 
     if WAITS_FOR_PRIMARY:
         tl.extra.cuda.gdc_wait()
-    g = _branch(
-        acc=g, s_ptr=sg_ptr, b_ptr=bg_ptr, bias_ptr=bias_g_ptr, rows=rows, cols=cols, M=M, N=N, R=R_G, stride_sm=stride_sm,
-        stride_bn=stride_bgn, stride_br=stride_bgr, HAS_BIAS=HAS_BIAS_G, S_UNIT=UNIT_G, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R,
-        INPUT_PRECISION=INPUT_PRECISION,
-    )  # fmt: skip
-    u = _branch(
-        acc=u, s_ptr=su_ptr, b_ptr=bu_ptr, bias_ptr=bias_u_ptr, rows=rows, cols=cols, M=M, N=N, R=R_U, stride_sm=stride_sm,
-        stride_bn=stride_bun, stride_br=stride_bur, HAS_BIAS=HAS_BIAS_U, S_UNIT=UNIT_U, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R,
-        INPUT_PRECISION=INPUT_PRECISION,
+    g, u = _with_branches(
+        g=g, u=u, sg_ptr=sg_ptr, su_ptr=su_ptr, bg_ptr=bg_ptr, bu_ptr=bu_ptr, bias_g_ptr=bias_g_ptr, bias_u_ptr=bias_u_ptr,
+        rows=rows, cols=cols, M=M, N=N, R_G=R_G, R_U=R_U, stride_sm=stride_sm, stride_bgn=stride_bgn, stride_bgr=stride_bgr,
+        stride_bun=stride_bun, stride_bur=stride_bur, HAS_BIAS_G=HAS_BIAS_G, HAS_BIAS_U=HAS_BIAS_U, UNIT_G=UNIT_G,
+        UNIT_U=UNIT_U, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
     )  # fmt: skip
     g_low, u_low = cast(g, h_ptr.dtype.element_ty), cast(u, h_ptr.dtype.element_ty)
     offsets, mask = rows[:, None] * N + cols[None, :], row_mask[:, None] & col_mask[None, :]
