@@ -37,9 +37,9 @@ LINEAR = "nn.Linear"
 CALLS = 20
 # Sizes of arms that compute, and of the one that does not.
 SMALL_WIDTH, SMALL_ROWS, WIDTH, R = 16, 4, 1024, 16
-# What the case calls: one layer, three that share x, a branch onto another layer's output, or 96 layers in turn, whose Python
-# objects are in no cache of the processor.
-KINDS = {"layer": 1, "group": 3, "branch": 1, "96 layers": 96}
+# What the case calls: one layer, three that share x, a gated MLP of three, a branch onto another layer's output, or 96 layers in
+# turn, whose Python objects are in no cache of the processor.
+KINDS = {"layer": 1, "group": 3, "mlp": 3, "branch": 1, "96 layers": 96}
 # Frozen weight and autocast's dtype. A and B are float32 in all of them.
 PRECISIONS = {
     "bf16": (torch.bfloat16, None),
@@ -162,6 +162,8 @@ class HostLayerCase(HostCase):
         modules = [self._module(arm, width, dtype) for _ in range(KINDS[self.kind])]
         if self.kind == "group":
             modules = self._group(arm, modules)
+        elif self.kind == "mlp":
+            modules = [self._mlp(arm, modules)]
         x = torch.randn(rows, width, device=self.device, dtype=dtype, requires_grad=True)
         grad = torch.randn(rows, width, device=self.device, dtype=autocast or dtype)
         calls = [self._call(arm, module, x) for module in modules]
@@ -207,6 +209,18 @@ class HostLayerCase(HostCase):
             make_group(named)
         return [*named.values()]
 
+    def _mlp(self, arm: str, modules: Sequence[nn.Module]) -> nn.Module:
+        """A gated MLP, in one op where an arm can."""
+        mlp = _MLP(*modules)
+        if arm == ACCELERATED:
+            slk.accelerate_peft(mlp, fuse_mlp=True)
+        elif arm in (OURS_TRITON, OURS_TORCH):
+            from stablelora_kernels.nn.fused_mlp import fuse_mlps
+            from stablelora_kernels.nn.mlp_operands import OWN_LAYERS
+
+            fuse_mlps(mlp, OWN_LAYERS)
+        return mlp
+
     def _call(self, arm: str, module: Any, x: Tensor) -> Callable[[], Tensor]:
         if self.kind != "branch" or arm not in (OURS_TRITON, OURS_TORCH):
             return lambda: module(x)
@@ -220,6 +234,15 @@ class HostLayerCase(HostCase):
             return lora_branch(out, x, module.lora_A, module.lora_B, module.scaling, self.dropout)
 
         return call
+
+
+class _MLP(nn.Module):
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate, up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def make_group(named: nn.ModuleDict) -> None:

@@ -48,7 +48,7 @@ def cases(suite: str, device: torch.device) -> list[Case]:
     ]
     found += [HostLayerCase(device, rows, dropout=p) for rows, p in product(HOST_ROWS, (0.0, 0.1))]
     found += [HostLayerCase(device, rows, precision=how) for rows, how in product((16, 512), [*PRECISIONS][1:])]
-    found += [HostLayerCase(device, rows, kind) for rows, kind in product((16, 512, 4096), ("group", "branch"))]
+    found += [HostLayerCase(device, rows, kind) for rows, kind in product((16, 512, 4096), ("group", "branch", "mlp"))]
     found += [HostLayerCase(device, rows, "96 layers", p) for rows, p in product((16, 512), (0.0, 0.1))]
     found += [MLPCase(*shape, "fp32", device, p) for shape, p in product(MLPS, (0.0, 0.1))]
     found += [MLPCase(256, *MLPS[0][1:], "bf16", device, p) for p in (0.0, 0.1)]
