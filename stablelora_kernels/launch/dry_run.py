@@ -52,18 +52,25 @@ def group_launches(
 
 
 def mlp_launches(
-    device: Device, m: int, n: int, f: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float,
-    activation: str = "silu", where: str = "meta",
+    device: Device, m: int, n: int, f: int, k: int, r: int | Sequence[int], dtype: torch.dtype, lora_dtype: torch.dtype,
+    dropout_p: float, activation: str = "silu", where: str = "meta",
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
-    """:func:`call_launches` for a gated MLP of n output features and f features between, without biases."""
-    sizes = ((f, k), (f, k), (n, f))
-    t = [_call_tensors(m, rows, columns, r, dtype, lora_dtype, dropout_p, where) for rows, columns in sizes]
+    """:func:`call_launches` for a gated MLP of n output features and f features between, without biases.
+
+    ``r``: the rank, or those of gate, up and down, 0 for one without a branch.
+    """
+    sizes, ranks = ((f, k), (f, k), (n, f)), (r,) * 3 if isinstance(r, int) else tuple(r)
+    t = [
+        _call_tensors(m, *size, rank, dtype, lora_dtype, dropout_p, where)
+        for size, rank in zip(sizes, ranks, strict=True)
+    ]
     weights = [_zeros(where, *size, of=dtype) for size in sizes]
     lora_As, lora_Bs, seeds = [each.a for each in t], [each.b for each in t], [each.seed for each in t]
-    x, g, u, y, s = t[0].x, t[0].y, t[1].y, t[2].y, _zeros(where, m, 2 * r, of=dtype)
+    x, g, u, y, s = t[0].x, t[0].y, t[1].y, t[2].y, _zeros(where, m, sum(ranks[:2]), of=dtype)
     given = (weights, [None] * 3, lora_As, lora_Bs, seeds, [1.0] * 3, dropout_p, activation)
     forward = lora_mlp.forward_launches(device, x, *given, y, g, u, s, t[2].s)
-    gradients = (torch.empty_like(x), [torch.empty_like(a) for a in lora_As], [torch.empty_like(b) for b in lora_Bs])
+    of_a, of_b = ([torch.empty_like(each) if each.numel() else None for each in given] for given in (lora_As, lora_Bs))
+    gradients = (torch.empty_like(x), of_a, of_b)
     backward = lora_mlp.backward_launches(
         device, x, torch.zeros_like(y), g, u, weights, lora_As, lora_Bs, s, t[2].s, seeds, [1.0] * 3, dropout_p, activation,
         *gradients,

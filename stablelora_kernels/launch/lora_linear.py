@@ -129,7 +129,8 @@ def _linear(
     c = p.call
     # None where the kernel does not read it: the compiler tells None from a pointer.
     p = p._replace(seed=p.seed if c.masked or (chained and c.dropout) else None)
-    waits = load_s and not chained and rules.overlaps(device)
+    # Without a branch, the launch before is not S's, and X or W may come from it.
+    waits = load_s and not chained and c.r > 0 and rules.overlaps(device)
     # A pointer that the kernel never follows still needs a type.
     s = p.y if p.s is None else p.s
     flags = {

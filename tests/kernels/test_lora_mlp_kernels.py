@@ -12,6 +12,7 @@ from stablelora_kernels.dispatch import problem, rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile, TileRule
 from stablelora_kernels.launch import counters
+from stablelora_kernels.launch.dry_run import mlp_launches
 from tests.helpers.inputs import BF16, DEVICE, FP16, FP32
 from tests.helpers.mlps import MLP, assert_close, check
 
@@ -70,3 +71,21 @@ def test_a_gate_in_every_form_and_tile(tile, dtype, chained, form, monkeypatch):
     mlp = MLP((33, 24), 72, 16, (5, 3, 17), dtype, FP32, "gelu")
     with slk.use_kernel(kernel):
         check(mlp, mlp.run(p=0.3), 0.3)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "split", "vendor"])
+@pytest.mark.parametrize("ranks", [(0, 8, 8), (8, 0, 8), (8, 8, 0), (0, 0, 8), (0, 0, 0), (8, 8, 8)], ids=str)
+@pytest.mark.parametrize("rows", [40, 512, 8192])
+def test_a_launch_begins_early_only_behind_that_of_its_s(rows, ranks, kernel, monkeypatch):
+    """Its main loop may read what any launch before that one wrote, such as H or dG, but nothing that one writes."""
+    monkeypatch.setattr(rules, "overlaps", lambda device: device.overlaps)
+    with slk.use_kernel(kernel):
+        ways = mlp_launches(DEVICES["sm_90"], rows, 4096, 14336, 4096, ranks, BF16, FP32, 0.1)
+    early = 0
+    for way in ways:
+        for before, launch in zip([None, *way], way, strict=False):
+            if getattr(launch, "options", {}).get("launch_pdl"):
+                early += 1
+                assert before is not None and "shrink" in before.kernel.__name__, launch.variant
+    if kernel == "split" and any(ranks):
+        assert early > 0
