@@ -198,8 +198,10 @@ def alone(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+# By day, tests/optim/test_sharding.py and test_distributed.py train and resume in several processes.
 @needs_gloo
-@pytest.mark.parametrize(("first", "then"), [("fsdp", "ddp"), pytest.param("ddp", "fsdp", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("first", "then"), [("fsdp", "ddp"), ("ddp", "fsdp")])
 def test_finetune_on_two_processes_resumed_on_four(
     files: list[str], alone: Path, tmp_path: Path, first: str, then: str
 ) -> None:
@@ -342,7 +344,8 @@ def test_by_its_path_from_any_directory(program: Path, tmp_path: Path) -> None:
         pytest.param(
             "peft_trainer", ["--batch-size", "1", "--bf16", "--length", "16", *README], marks=pytest.mark.nightly
         ),
-        ("replace_linear", ["--batch-size", "8"]),
+        # By day, the tutorial trains the real model.
+        pytest.param("replace_linear", ["--batch-size", "8"], marks=pytest.mark.nightly),
     ],
 )
 def test_with_the_real_model(example: str, arguments: list[str], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -18,12 +17,9 @@ from stablelora_kernels.testing import EPS
 from tests.helpers.inputs import BF16, DEVICE, DTYPES, FP32
 from tests.helpers.launches import recorded_launches, without_plans
 from tests.helpers.layer_calls import FP64, LAYOUTS, ROWS, SIZES, check_value, laid_out
-from tests.helpers.mlps import ACTIVATIONS, MLP, Results
+from tests.helpers.mlps import ACTIVATIONS, LISTS, MLP, ROUNDINGS, Results, absolute_values, changed
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned_outputs")]
-LISTS = ("weights", "biases", "lora_As", "lora_Bs")
-# Roundings that lie one behind another: of G, H, S, dH, dG and a result, of which one is half an EPS of its sum.
-ROUNDINGS = 4
 
 
 @st.composite
@@ -105,27 +101,9 @@ def compute(c: dict[str, Any], mlp: MLP) -> Results:
         return mlp.results(y, leaves) | found
 
 
-def changed(mlp: MLP, change: Any) -> MLP:
-    """``mlp`` with ``change(name, t)`` for each of its tensors but quantized weights."""
-    other = copy.copy(mlp)
-    for name in LISTS:
-        setattr(other, name, [change(name, t) if isinstance(t, Tensor) else t for t in getattr(other, name)])
-    other.x, other.grad = change("x", mlp.x), change("grad", mlp.grad)
-    if mlp.shared:
-        other.lora_As[1] = other.lora_As[0]
-    return other
-
-
 def as_computed(mlp: MLP, dtype: torch.dtype) -> MLP:
     """The values that the op computes with. Float32 A and B are cast on the fly, with autocast or without."""
     return changed(mlp, lambda name, t: t if name.startswith("lora_") and t.dtype == FP32 else t.to(dtype))
-
-
-def absolute_values(mlp: MLP) -> MLP:
-    """Their results are sums whose roundings bound those of ``mlp``'s."""
-    other = copy.copy(mlp)
-    other.weights, other.scalings = [mlp.plain(w, FP64) for w in mlp.weights], [abs(s) for s in mlp.scalings]
-    return changed(other, lambda name, t: t.double().abs())
 
 
 @settings(max_examples=settings.default.max_examples // 2)

@@ -5,6 +5,7 @@ Results are Y, dX, and "gate.dA" or "down.dB" by name.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -23,6 +24,10 @@ from tests.helpers.launches import count_launches
 from tests.helpers.oracle import Results, check_all
 
 PROJECTIONS = ("gate", "up", "down")
+# Roundings that lie one behind another: of G, H, S, dH, dG and a result, of which one is half an EPS of its sum.
+ROUNDINGS = 4
+# Attributes that hold a list with a tensor for each projection.
+LISTS = ("weights", "biases", "lora_As", "lora_Bs")
 ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
@@ -209,3 +214,21 @@ def backward_launches(mlp: MLP, wanted: Iterable[str], p: float = 0.0) -> dict[s
     with count_launches() as made:
         y.backward(mlp.grad)
     return launched(made)
+
+
+def changed(mlp: MLP, change: Any) -> MLP:
+    """``mlp`` with ``change(name, t)`` for each of its tensors but quantized weights."""
+    other = copy.copy(mlp)
+    for name in LISTS:
+        setattr(other, name, [change(name, t) if isinstance(t, Tensor) else t for t in getattr(other, name)])
+    other.x, other.grad = change("x", mlp.x), change("grad", mlp.grad)
+    if mlp.shared:
+        other.lora_As[1] = other.lora_As[0]
+    return other
+
+
+def absolute_values(mlp: MLP) -> MLP:
+    """Their results are sums whose roundings bound those of ``mlp``'s."""
+    other = copy.copy(mlp)
+    other.weights, other.scalings = [mlp.plain(w, torch.float64) for w in mlp.weights], [abs(s) for s in mlp.scalings]
+    return changed(other, lambda name, t: t.double().abs())

@@ -8,17 +8,27 @@ import torch
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.testing import fp8_weight, nf4_weight
+from stablelora_kernels.testing import EPS, fp8_weight, nf4_weight
 from tests.helpers.inputs import BF16, DEVICE, FP16, FP32
 from tests.helpers.launches import count_launches
-from tests.helpers.mlps import ACTIVATIONS, MLP, PROJECTIONS, assert_close, backward_launches, check, launched
+from tests.helpers.layer_calls import check_value
+from tests.helpers.mlps import (
+    ACTIVATIONS,
+    MLP,
+    PROJECTIONS,
+    ROUNDINGS,
+    absolute_values,
+    assert_close,
+    backward_launches,
+    check,
+    launched,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 # On a GPU the kernels run on the GPU that is there.
 pretends = pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended")
 # x's shape, F, N, ranks: odd, prime, single, empty, different ranks, above a block of ranks; rows that share a read of X.
 SHAPES = [
-    ((1, 1), 1, 1, (1, 1, 1)),
     ((37,), 5, 3, (3, 1, 2)),
     ((5, 37), 53, 17, (3, 1, 20)),
     ((2, 35, 31), 17, 40, (20, 4, 3)),
@@ -42,6 +52,17 @@ WITHOUT_A_BRANCH = [
 def test_matches_the_oracle(shape, f, n, ranks, dtypes, activation, backend):
     mlp = MLP(shape, f, n, ranks, *dtypes, activation)
     check(mlp, mlp.run())
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
+def test_a_single_element(dtypes, activation, backend):
+    """Eager's own error of one element may be next to nothing by chance, so roundings of its terms are allowed too."""
+    mlp = MLP((1, 1), 1, 1, (1, 1, 1), *dtypes, activation)
+    ref, eager, absolute = mlp.oracle(), mlp.eager(), absolute_values(mlp).oracle()
+    for name, value in mlp.run().items():
+        check_value(name, value, ref[name], eager[name], absolute[name], ROUNDINGS * EPS[dtypes[0]], broken=False)
 
 
 @pretends

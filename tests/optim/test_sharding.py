@@ -144,7 +144,7 @@ def in_one_process(name: str) -> dict[str, Any]:
         return train([(n, p.requires_grad_()) for n, p in named_parameters(dtype)], STEPS, **settings)
 
 
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.nightly), 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_equal_to_one_process(tmp_path: Path, world: int) -> None:
     ranks = spawn(run_placements, world, tmp_path)
     assert set(ranks[0]) == {(name, way) for way in WAYS[world] for name in (CASES if way == WAYS[world][0] else FEW)}

@@ -18,6 +18,8 @@ of_this_triton = pytest.mark.skipif(
 )
 
 
+# Compiles for minutes. By day, the committed report's widths of loads are checked, and that the kernels have kept their code.
+@pytest.mark.nightly
 def test_quantized_weights_are_loaded_16_bytes_at_a_time() -> None:
     """In the main loop, asynchronously: the other copies there are of 4 bytes, the nested scales of a block."""
     code = """

@@ -143,6 +143,7 @@ def test_all_arms_of_a_step_have_one_loss(rows):
     assert adapted[0]["loss_after_steps"] < adapted[0]["loss"] - 1e-4
 
 
+@pytest.mark.nightly
 def test_an_arm_is_measured_in_a_process_of_its_own(capsys):
     job = measure.Job(FUSED, "bf16", 0.05, "random", batch_size=8, layers=1)
     (row,) = measure.measure_all([job])["rows"]

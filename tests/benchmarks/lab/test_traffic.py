@@ -354,7 +354,7 @@ def test_the_command_writes_all_rows(tmp_path, monkeypatch, capsys):
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["source"] for row in rows} == {"counted", "formula"}
-    operations = {"lora_linear", "lora_linear_group", "lora_linear_quantized", "stable_adamw"}
+    operations = {"lora_linear", "lora_linear_group", "lora_linear_quantized", "lora_mlp", "stable_adamw"}
     assert {row["operation"] for row in rows} == operations
     # A small case counted and by formula, a real one by formula; a set of the optimizer's both ways; the groups by formula.
     totals = Counter(row["operation"] for row in rows if row["kernel"] == "all")
