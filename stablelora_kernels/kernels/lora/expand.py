@@ -73,6 +73,6 @@ def _lora_expand_kernel(
             base_ptrs = base_ptr + rows[:, None] * stride_ym + cols[None, :]
             branch = tl.load(base_ptrs, mask=y_mask, other=0.0).to(tl.float32) + branch
         if GATE != "":
-            store_gated_grads(branch, g_ptr, u_ptr, y_ptr, du_ptr, rows, n0, stride_ym, M, N, GATE, PARTS=1)
+            store_gated_grads(branch, g_ptr, u_ptr, y_ptr, du_ptr, rows, n0, stride_ym, M, N, GATE, PARTS=4)
         else:
             tl.store(y_ptrs, cast(branch, y_ptr.dtype.element_ty), mask=y_mask)

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 
 from benchmarks.lab.traffic import counter as t
-from benchmarks.lab.traffic import floors, formula, report
+from benchmarks.lab.traffic import floors, formula, mlp, report
 from benchmarks.lab.traffic.group import REAL, Group, group_row
 from benchmarks.lab.traffic.report import BF16, FP16, FP32, Case, Set
 from stablelora_kernels.dispatch import backend, problem, tiles
@@ -358,7 +358,12 @@ def test_the_command_writes_all_rows(tmp_path, monkeypatch, capsys):
     assert {row["operation"] for row in rows} == operations
     # A small case counted and by formula, a real one by formula; a set of the optimizer's both ways; the groups by formula.
     totals = Counter(row["operation"] for row in rows if row["kernel"] == "all")
-    layers = {"lora_linear": 3, "lora_linear_quantized": 3, "lora_linear_group": len(REAL)}
+    layers = {
+        "lora_linear": 3,
+        "lora_linear_quantized": 3,
+        "lora_linear_group": len(REAL),
+        "lora_mlp": 2 * len(mlp.REAL),
+    }
     assert totals == layers | {"stable_adamw": 2}
 
 
@@ -385,7 +390,8 @@ def test_the_committed_table_is_of_this_code():
     device = DEVICES[rows[0]["device"]]
     cases = (*report.SMALL, *report.REAL, *report.SMALL_QUANTIZED, *report.REAL_QUANTIZED)
     made = [row for case in cases for row in report.case_rows(device, case, count=False)]
-    made += report.group_rows(device)[0]
+    made += report.group_rows(device)[0] + report.mlp_rows(device)[0]
     keys = ("M", "N", "K", "r", "dtypes", "pass", "kernel", "launches", *report.MOVED)
     keys += ("launches_apart", "unique", "unique_apart", "activation_passes", "activation_passes_apart", "saved")
+    keys += ("wide_passes", "wide_passes_apart", "wide_passes_of_readers")
     assert [[row[key] for key in keys] for row in rows] == [[str(row.get(key, "")) for key in keys] for row in made]
