@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels import testing
+from stablelora_kernels.dispatch import mlp as mlp_tiles
 from stablelora_kernels.dispatch import problem, rules, tiles, use_backend, use_kernel
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
@@ -194,8 +195,8 @@ def gate_and_up(patch: pytest.MonkeyPatch, device: Device) -> Case:
 
 def _wider_tiles(patch: pytest.MonkeyPatch) -> None:
     """A descriptor holds no quarter of a tile's 16 columns in bfloat16."""
-    for name in ("TMA_TILES", "GATE_UP_TILES", "GATE_UP_TMA_TILES"):
-        patch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(8, F, 8, 1, 2), "a test"),))
+    for module, name in ((tiles, "TMA_TILES"), (mlp_tiles, "GATE_UP_TILES"), (mlp_tiles, "GATE_UP_TMA_TILES")):
+        patch.setattr(module, name, (TileRule(lambda d, c: True, Tile(8, F, 8, 1, 2), "a test"),))
 
 
 def gated_backward() -> Case:
