@@ -39,7 +39,7 @@ class _Plain:
 
     def __init__(self, like: Tensor, weights: Sequence[Tensor | Stored], slots: int) -> None:
         sizes = [w.layout.n * w.layout.k for w in weights if isinstance(w, Stored) and w.data is not None]
-        self._like, self._weights = like, weights
+        self._weights = weights
         self._memory = [scratch(like, max(sizes)) for _ in range(min(slots, len(sizes)))]
         self._taken = 0
 

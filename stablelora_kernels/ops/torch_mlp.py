@@ -118,7 +118,8 @@ def torch_mlp_bwd(
     keeps = []
     if need_x or need_a:
         shape = (grad.shape[0], p.lora_As[0].shape[1])  # type: ignore[union-attr]
-        keeps = [_keep(each, shape, dropout_p) for each in random[:2]]
+        keeps = [_keep(random[0], shape, dropout_p)]
+        keeps.append(keeps[0] if settings.shared_mask else _keep(random[1], shape, dropout_p))
     given: Any = (p.weights[:2], p.lora_As[:2], p.lora_Bs[:2], s, _masks(keeps), scalings[:2], lora_dtype)
     dx, das, dbs = torch_group_bwd(x, grads, *given, need_x, need_a, need_b)  # type: ignore[call-arg]
     return dx, [*(das or (None, None)), da], [*(dbs or (None, None)), db]

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import problem
+from stablelora_kernels.ops import torch_mlp
 from tests.helpers.inputs import BF16, FP32
 from tests.helpers.launches import recorded_launches
 from tests.helpers.mlps import MLP, assert_close
@@ -218,3 +219,15 @@ def test_the_pytorch_path_multiplies_for_requested_gradients_alone():
             with Products():
                 y.backward(mlp.grad)
             assert len(names) == count, (wanted, names)
+
+
+@pytest.mark.parametrize(("shared", "draws"), [(False, 3), (True, 2)])
+def test_backward_draws_each_mask_once(shared, draws, monkeypatch):
+    """Gate and up that share A share the mask of X too."""
+    drawn = []
+    redrawn = torch_mlp.redrawn
+    monkeypatch.setattr(torch_mlp, "redrawn", lambda *args: drawn.append(args) or redrawn(*args))
+    mlp = MLP((66, 72), 40, 24, (8, 8, 8), shared=shared)
+    with slk.use_backend("torch"):
+        mlp.run(p=0.3)
+    assert len(drawn) == draws
