@@ -219,18 +219,13 @@ def choose_expand(call: Call, splits: int) -> Choice:
     return _EXPAND_FUSED
 
 
-_BRANCH_FUSED = Choice(
-    "fused", f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: dS within dX's launch, then dA and dB in one"
-)
-_BRANCH_SPLIT = Choice("split", "many rows or a high rank: dS with dB, in one pass over dY, then dX, then dA")
+_BRANCH_CHAINED = Choice("chained", f"up to {CHAINED_M} rows: dS and dB, then dX, then dA in one launch")
+_BRANCH_SPLIT = Choice("split", "many rows or a high rank: dS with dB, in one pass over dY, then dX with dA")
 
 
 def choose_branch_backward(call: Call) -> Choice:
-    """Whether the lone branch's backward computes dS within dX's launch ("fused") or in a launch with dB ("split").
-
-    "fused" saves a launch where rows are few. It reads dY once more, which costs more than a launch where rows are many.
-    """
-    return _BRANCH_FUSED if call.m <= problem.SMALL_M and call.r <= problem.MAX_FUSED_R else _BRANCH_SPLIT
+    """Whether the lone branch's backward is one launch ("chained") or dS has one of its own ("split"), as for a product."""
+    return _BRANCH_CHAINED if call.m <= CHAINED_M and call.r <= problem.MAX_CHAINED_R else _BRANCH_SPLIT
 
 
 class Sharing(NamedTuple):

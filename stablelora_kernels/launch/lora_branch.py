@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch import rules
 from stablelora_kernels.dispatch.problem import Device
-from stablelora_kernels.launch.lora_common import backward_product, expand, forward_product, gradient_launches, shrink
+from stablelora_kernels.launch.lora_common import backward_product, expand, forward_product
+from stablelora_kernels.launch.lora_linear import product_backward_launches
 from stablelora_kernels.launch.workspace import scratch
 
 
@@ -27,13 +28,6 @@ def backward_launches(
     seed: Tensor | None, dx: Tensor | None, da: Tensor | None, db: Tensor | None, scaling: float, dropout_p: float,
 ) -> list[Any]:  # fmt: skip
     """The launches of a backward on ``device``, for those of dX, dA and dB that are not None."""
-    ds = scratch(grad, grad.shape[0], lora_A.shape[0])
+    ds = scratch(grad, grad.shape[0], lora_A.shape[0]) if da is not None else None
     p, g = backward_product(x, grad, None, lora_A, lora_B, s, ds, seed, dx, da, db, scaling, dropout_p)
-    need_dx = dx is not None and p.call.m > 0
-    if need_dx and rules.choose_branch_backward(p.call).kernel == "fused":
-        return [*expand(device, p, None), *gradient_launches(device, g)]
-    if p.call.m == 0 or (da is None and not need_dx):
-        return [*gradient_launches(device, g)]
-    # dB goes with dS: both read dY.
-    last = expand(device, p, None, s_ready=True) if need_dx else []
-    return [shrink(device, p, g), *last, *gradient_launches(device, g._replace(db=None))]
+    return product_backward_launches(device, p, g, rules.choose_branch_backward(p.call))

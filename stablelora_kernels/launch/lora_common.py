@@ -61,12 +61,13 @@ class Product(NamedTuple):
 
     x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], or None if nobody wants it, and y [M, N] with unit column
     stride; seed int64 [1]. ``call.masked`` says which mask drops. With ``call.add``, the kernels add to y. S is in units of
-    ``unit``, and ``scaling`` is s' divided by it. Without ``wanted`` nobody wants y, and any tensor stands for w and y.
+    ``unit``, and ``scaling`` is s' divided by it. Without w, Y is the branch alone. Without ``wanted`` nobody wants y, and any
+    tensor stands for it.
     """
 
     call: Call
     x: Tensor
-    w: Tensor
+    w: Tensor | None
     bias: Tensor | None
     a: Tensor
     b: Tensor
@@ -134,8 +135,7 @@ def forward_product(
     bias = None if bias is None else bias.contiguous()
     (m, k), (n, r) = x.shape, lora_B.shape
     call, unit = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0), s_unit(x.dtype, scaling)
-    w = x if weight is None else weight
-    return Product(call, x, w, bias, lora_A, lora_B, s, y, seed, scaling / unit, dropout_p, unit)
+    return Product(call, x, weight, bias, lora_A, lora_B, s, y, seed, scaling / unit, dropout_p, unit)
 
 
 def backward_product(
@@ -145,8 +145,7 @@ def backward_product(
     """dX as the forward's formula with every matrix transposed, and dA and dB. ``weight`` is None if no launch reads it."""
     (m, n), (r, k) = grad.shape, lora_A.shape
     call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
-    # Without dX or W, any tensor will do in its stead.
-    y, w = grad if dx is None else dx, (grad if weight is None else weight).t()
+    y, w = grad if dx is None else dx, None if weight is None else weight.t()
     product = Product(
         call, grad, w, None, lora_B.t(), lora_A.t(), ds, y, seed, scaling, dropout_p, wanted=dx is not None
     )
@@ -244,8 +243,8 @@ def shrink(device: Device, p: Product, g: Gradients | None = None, triggers_depe
     )  # fmt: skip
 
 
-def expand(device: Device, p: Product, base: Tensor | None, s_ready: bool = False) -> list[Launch]:
-    """``p.y`` = ``base`` + branch; ``base`` is y itself, another tensor with y's strides, or None for zero. W is not read.
+def expand(device: Device, p: Product, base: Tensor, s_ready: bool = False) -> list[Launch]:
+    """``p.y`` = ``base`` + branch; ``base`` is y itself, or another tensor with y's strides. W is not read.
 
     One launch, or S's launch before it, which ``s_ready`` leaves out: an earlier launch has filled ``p.s``.
     """
@@ -259,20 +258,19 @@ def expand(device: Device, p: Product, base: Tensor | None, s_ready: bool = Fals
     mask_x = c.dropout and not c.masked and not load_s
     s = p.y if p.s is None else p.s
     in_place = base is p.y
-    apart = base is not None and not in_place
     flags = flag_words(
-        fused=not load_s, dropout=mask_x, masked=c.masked, apart=apart, alone=base is None, **gate_flag(p.gate)
+        fused=not load_s, dropout=mask_x, masked=c.masked, apart=not in_place, **gate_flag(p.gate)
     )
     launch = Launch(
         _lora_expand_kernel,
         f"{'dx' if c.direction == 'backward' else 'y'} r{plan.block_r}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}",
         plan.reason,
         (plan.tiles, cdiv(c.n, columns)),
-        (p.x, p.a, p.b, s, base if apart else None, p.y, p.seed if c.masked or mask_x else None,
+        (p.x, p.a, p.b, s, None if in_place else base, p.y, p.seed if c.masked or mask_x else None,
          None if p.gate is None else p.gate.g, *gate_pointers(p.gate), c.m, c.n, c.k, c.r, columns,
          *p.x.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0), p.scaling, dropout_threshold(p.dropout_p)),
         tile_blocks(tile) | {
-         "HAS_BASE": base is not None, "IN_PLACE": in_place, "LOAD_S": load_s, "STORE_S": p.s is not None and not load_s,
+         "IN_PLACE": in_place, "LOAD_S": load_s, "STORE_S": p.s is not None and not load_s,
          "S_UNIT": p.unit, "MASK_X": mask_x, "MASK_BRANCH": c.masked, "GATE": gate_name(p.gate),
          "EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_R": plan.block_r,
          "INPUT_PRECISION": input_precision(device, c.dtype, transposed=c.direction == "backward")},

@@ -63,8 +63,6 @@ def backward_launches(
     """The launches of a backward on ``device``, for those of dX, dA and dB that are not None."""
     ds = scratch(grad, grad.shape[0], lora_A.shape[0]) if da is not None else None
     product, gradients = backward_product(x, grad, weight, lora_A, lora_B, s, ds, seed, dx, da, db, scaling, dropout_p)
-    if dx is None or weight is None:
-        return product_backward_launches(device, product, gradients, None)
     return product_backward_launches(device, product, gradients, choice or rules.choose(device, product.call))
 
 
@@ -81,6 +79,7 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
     if choice.kernel == "fused":
         return [_linear(device, p, choice.tile, load_s=False)]
     if choice.kernel == "vendor":
+        assert p.w is not None
         product = VendorProduct(p.x, p.w, p.bias, p.y, p.call.add)
         return [product, *(expand(device, p, p.y, s_ready or p.call.r == 0) if p.call.r or p.gate else ())]
     if s_ready:
@@ -89,19 +88,16 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
 
 
 def product_backward_launches(
-    device: Device, p: Product, g: Gradients, choice: Choice | None
+    device: Device, p: Product, g: Gradients, choice: Choice
 ) -> list[Launch | VendorProduct]:
-    """The launches for dX, ``p.y``, by the kernel of ``choice``, and for dA and dB. Without a choice, dX is left out, and only
-    the kernel "chained" is of use.
+    """The launches for dX, ``p.y``, by the kernel of ``choice``, and for dA and dB.
 
-    dB goes with a separate dS, so that dY is read once, and dA with dX.
+    dB goes with a separate dS, so that dY is read once, and dA with dX. If dX is not wanted, only "chained" is of use.
     """
-    if p.call.m == 0 or (choice is None and g.da is None):
+    if p.call.m == 0 or not (p.wanted or g.da is not None):
         return [*gradient_launches(device, g)]
-    if choice is None:
-        choice = rules.choose(device, p.call)
-        if choice.kernel != "chained":
-            return [shrink(device, p, g), *gradient_launches(device, g._replace(db=None))]
+    if not p.wanted and choice.kernel != "chained":
+        return [shrink(device, p, g), *gradient_launches(device, g._replace(db=None))]
     rules.check_possible(p.call, choice.kernel)
     if choice.kernel in ("chained", "split"):
         return _by_s(device, p, choice, g)
@@ -122,7 +118,8 @@ def _by_s(device: Device, p: Product, choice: Choice, g: Gradients | None = None
 def _linear(
     device: Device, p: Product, tile: Tile | None, load_s: bool, g: Gradients | None = None, chained: bool = False
 ) -> Launch:
-    """The product and the branch. S is read, or else computed and, if wanted, stored. With ``g`` also dA, for which S is dS.
+    """The product, if it has a W, and the branch. S is read, or else computed and, if wanted, stored. With ``g`` also dA, for
+    which S is dS.
 
     ``chained``: earlier programs of the launch compute the S that is read, and dB.
     """
@@ -143,14 +140,17 @@ def _linear(
         "GATE": gate_name(p.gate),
         "WAITS_FOR_PRIMARY": waits,
     }
-    matrices = [p.x, rows_contiguous(p.w)[0], p.y, *([] if p.gate is None else p.gate[1:])]
-    form = rules.choose_form(device, c, described=all(described(t) for t in matrices))
+    form = "pointers"
+    if p.w is not None:
+        matrices = [p.x, rows_contiguous(p.w)[0], p.y, *([] if p.gate is None else p.gate[1:])]
+        form = rules.choose_form(device, c, described=all(described(t) for t in matrices))
     build = {"split_k": _split_k_linear, "tma": _tma_linear, "pointers": _pointers_linear}[form]
     launch = build(device, p, s, tile, flags, g, chained)
     words = f"{few_rows_word(c)}{'dx' if c.direction == 'backward' else 'y'} r{launch.constants['BLOCK_R']}"
     words += flag_words(
         fused=not load_s,
         chained=chained,
+        alone=p.w is None,
         masked=c.masked,
         add=c.add,
         **gate_flag(p.gate),
@@ -197,10 +197,10 @@ def _pointers_linear(
         (before.programs + products + grad.programs,),
         (p.x, p.w, p.bias, p.a, p.b, s, p.y, p.seed, z, *gate_pointers(p.gate), *grad.pointers, *before.pointers, c.m, c.n, c.k,
         c.r, products,
-         grad.splits, *before.counts, *p.x.stride(), *p.w.stride(), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0),
+         grad.splits, *before.counts, *p.x.stride(), *_strides(p.w), *p.a.stride(), *p.b.stride(), s.stride(0), p.y.stride(0),
          *_strides(z), before.stride, p.scaling, dropout_threshold(p.dropout_p)),
         flags | grad.constants | before.constants | tile_blocks(tile) | {
-         "EVEN_K": c.k % tile.BLOCK_K == 0, "BLOCK_R": plan.block_r, "GROUP_M": 8,
+         "HAS_W": p.w is not None, "EVEN_K": p.w is None or c.k % tile.BLOCK_K == 0, "BLOCK_R": plan.block_r, "GROUP_M": 8,
          "INPUT_PRECISION": input_precision(device, c.dtype)},
         tile_options(tile),
     )  # fmt: skip
@@ -216,6 +216,7 @@ def _split_k_linear(
     chained: bool,
 ) -> Launch:
     c = p.call
+    assert p.w is not None
     plan = tiles.linear_split_k_plan(device, c, flags["LOAD_S"], tile)
     tile = plan.tile
     parts, count = split_k_buffers(plan, tile.BLOCK_M * (tile.BLOCK_N + plan.block_r), p.x, lane=1)
@@ -258,6 +259,7 @@ def _tma_linear(
     chained: bool,
 ) -> Launch:
     c = p.call
+    assert p.w is not None
     plan, specialize, parts, programs = tiles.linear_tma_plan(
         device, c, flags["LOAD_S"], CAN_SPECIALIZE and not chained, tile
     )

@@ -76,7 +76,7 @@ def backward_launches(
     every_ds = scratch(grads[0], grads[0].shape[0], sum(ranks))
     parts = columns(every_ds, ranks)
     members, gradients = [], []
-    choices: list[Choice | None] = []
+    choices: list[Choice] = []
     for i, (grad, a, b) in enumerate(zip(grads, lora_As, lora_Bs, strict=True)):
         da, db = das[i] if das else None, dbs[i] if dbs else None
         seed, ds = seeds[i] if seeds else None, None if da is None else parts[i]
@@ -84,16 +84,16 @@ def backward_launches(
         p, g = backward_product(x, grad, weight, a, b, s[i] if dbs else None, ds, seed, dx, da, db, scalings[i], drop)
         members.append(p)
         gradients.append(g)
-        choices.append(None if dx is None else rules.choose(device, p.call))
+        choices.append(rules.choose(device, p.call))
     wanted = bool(das) and all(da is not None for da in das)
-    shared = wanted and rules.choose_group([p.call for p in members], choices).shared
+    shared = wanted and rules.choose_group([p.call for p in members], choices if dx is not None else ()).shared
     launches: Launches = []
     for i, (p, g, choice) in enumerate(zip(members, gradients, choices, strict=True)):
         p = p._replace(call=p.call._replace(add=i > 0))
         launches += before[i] if before else ()
         if not shared:
             launches += single.product_backward_launches(device, p, g, choice)
-        elif choice is None:
+        elif dx is None:
             launches.append(shrink(device, p, g))
         else:
             launches += single.product_backward_launches(device, p, g._replace(da=None), choice)

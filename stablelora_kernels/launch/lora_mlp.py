@@ -121,11 +121,7 @@ def backward_launches(
     gate = Gate(activation, g, u, du)
     call = p.call._replace(gated=True)
     p, gradients = p._replace(call=call, gate=gate), gradients._replace(call=call, gate=gate)
-    choice = rules.choose(device, p.call) if need_h else None
-    launches = [
-        *first,
-        *single.product_backward_launches(device, p, gradients, choice),
-    ]
+    launches = [*first, *single.product_backward_launches(device, p, gradients, rules.choose(device, p.call))]
     if dg is None:
         return launches
     before: list[list[Launch]] = []

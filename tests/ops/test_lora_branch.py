@@ -85,11 +85,13 @@ def launches(inputs: dict[str, Tensor]) -> tuple[list[str], list[str]]:
 
 
 def test_launches():
-    """One forward; backward two for few rows, and three for many, where dB goes with dS."""
+    """One forward, one backward; two each for a high rank, where S, or dS with dB, has its own."""
     branch, shrink, grads = "_lora_expand_kernel", "_lora_shrink_kernel", "_lora_weight_grads_kernel"
-    assert launches(make_branch_inputs((5, 24), 20, 6)) == ([branch], sorted([branch, grads]))
-    assert launches(make_branch_inputs((70, 24), 20, 6)) == ([branch], sorted([shrink, branch, grads]))
-    assert launches(make_branch_inputs((70, 24), 20, 80)) == (sorted([shrink, branch]), sorted([shrink, branch, grads]))
+    backward = "_lora_linear_kernel"
+    assert launches(make_branch_inputs((5, 24), 20, 6)) == ([branch], [backward])
+    assert launches(make_branch_inputs((70, 24), 20, 6)) == ([branch], [backward])
+    assert launches(make_branch_inputs((70, 24), 20, 80)) == (sorted([shrink, branch]), [backward])
+    assert launches(make_branch_inputs((70, 24), 20, 130)) == (sorted([shrink, branch]), sorted([shrink, backward]))
     assert launches(make_branch_inputs((0, 24), 20, 6)) == ([], [grads])
 
 

@@ -118,7 +118,8 @@ def work(launch: Any, narrow_columns: int) -> tuple[int, float, float]:
     s = 0.0 if v.get("LOAD_S", True) else s * columns / v["BLOCK_N"]
     # Persistent programs take tile after tile; elsewhere a program is a piece.
     units = max(rows // v["BLOCK_M"] * (columns // v["BLOCK_N"]), v.get("PRODUCTS", programs))
-    return units, 2.0 * rows * columns * k + branch + s, grad(n)
+    product = 2.0 * rows * columns * k if v.get("HAS_W", True) else 0.0
+    return units, product + branch + s, grad(n)
 
 
 def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:

@@ -212,8 +212,9 @@ def _product(t: _Account, c: dict[str, Any]) -> None:
     tiles_m, tiles_n = cdiv(c["M"], c["BLOCK_M"]), cdiv(c["N"], c["BLOCK_N"])
     # The descriptors' kernel finishes a tile in parts. With a mask, each part reads S and the seed, also beyond N.
     parts = c["BLOCK_N"] // c["y_desc"].block_shape[1] if "y_desc" in c and c["MASK_BRANCH"] else 1
-    t.read("x", tiles_n, unique=not c["CHAINED"])
-    t.read("w", tiles_m)
+    if c.get("HAS_W", True):
+        t.read("x", tiles_n, unique=not c["CHAINED"])
+        t.read("w", tiles_m)
     if c["HAS_BIAS"]:
         t.read("bias", tiles_m)
     t.read("b", tiles_m)
@@ -301,8 +302,7 @@ def _branch(t: _Account, c: dict[str, Any]) -> None:
         if c["STORE_S"]:
             t.write("s")
     t.read("b", tiles_m)
-    if c["HAS_BASE"]:
-        t.read("y" if c["IN_PLACE"] else "base")
+    t.read("y" if c["IN_PLACE"] else "base")
     t.write("y")
     if c["GATE"]:
         t.read("g")

@@ -1,4 +1,4 @@
-"""The LoRA branch onto a finished product, or alone; formulas and arguments are in ``linear``."""
+"""The LoRA branch onto a finished product; formulas and arguments are in ``linear``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def _lora_expand_kernel(
     M, N, K, R, COLUMNS,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
     scaling, threshold,
-    HAS_BASE: tl.constexpr, IN_PLACE: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr,
+    IN_PLACE: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr,
     MASK_X: tl.constexpr, MASK_BRANCH: tl.constexpr, GATE: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y = BASE + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], A [R, K], B [N, R], S [M, R], BASE and Y [M, N].
 
-    BASE is Y itself (IN_PLACE), a tensor with Y's strides, or zero (not HAS_BASE). A program computes S for its rows, or
+    BASE is Y itself (IN_PLACE), or a tensor with Y's strides. A program computes S for its rows, or
     reads it with LOAD_S, and goes through COLUMNS columns of Y.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -69,7 +69,7 @@ def _lora_expand_kernel(
             branch = tl.where(keep_mask(seed, rows, n0, N, threshold, BLOCK_N), branch, 0.0)
         if IN_PLACE:
             branch = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32) + branch
-        elif HAS_BASE:
+        else:
             base_ptrs = base_ptr + rows[:, None] * stride_ym + cols[None, :]
             branch = tl.load(base_ptrs, mask=y_mask, other=0.0).to(tl.float32) + branch
         if GATE != "":

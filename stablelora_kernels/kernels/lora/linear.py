@@ -23,6 +23,7 @@ Arguments that several kernels take:
     LOAD_S, STORE_S       read S; store the S that this kernel computes
     S_UNIT                what a stored 1 of S means; s' comes divided by it
     MASK_X, MASK_BRANCH   dropout masks X (forward); dropout masks the branch's result (backward)
+    HAS_W                 else there is no product: Y is the branch alone
     ADD                   add to Y's earlier values
     GATE                  Y is dH of a gated MLP, see ``gated``: Z and u_ptr have G and U; Y's memory and du_ptr take dG and dU
     EVEN_K                BLOCK_K divides K, so that loads along K need no mask
@@ -141,9 +142,9 @@ def _lora_linear_kernel(
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sm, stride_ym,
     stride_zm, stride_zn, stride_tm,
     scaling, threshold,
-    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr,
-    ADD: tl.constexpr, GATE: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr, HAS_GRAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_W: tl.constexpr, HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr,
+    MASK_BRANCH: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
+    HAS_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
     CHAINED: tl.constexpr, S_DROPOUT: tl.constexpr, S_EVEN_K: tl.constexpr, HAS_DB: tl.constexpr, DB_UNIT: tl.constexpr,
@@ -153,7 +154,7 @@ def _lora_linear_kernel(
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
 
-    The main loop computes S with the product, for R <= BLOCK_R, unless LOAD_S. keep, of Y's shape, is all ones unless
+    The main loop computes S with the product, for R <= BLOCK_R, unless LOAD_S, which a call without W has. keep, of Y's shape, is all ones unless
     MASK_BRANCH. With HAS_GRAD, the programs from PRODUCTS on compute grad = S^T (Z ∘ keep), Z [M, N], grad [R, N].
     """
     program = tl.program_id(0)
@@ -194,7 +195,8 @@ def _lora_linear_kernel(
     row_mask, col_mask = rows < M, cols < N
 
     x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
-    w_ptrs = w_ptr + cols[None, :] * stride_wn + ks[:, None] * stride_wk
+    if HAS_W:
+        w_ptrs = w_ptr + cols[None, :] * stride_wn + ks[:, None] * stride_wk
     a_ptrs = a_ptr + rs[None, :] * stride_ar + ks[:, None] * stride_ak
 
     if GATE != "":
@@ -202,21 +204,22 @@ def _lora_linear_kernel(
         prefetch(u_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        x_mask, w_mask, a_mask = row_mask[:, None], col_mask[None, :], rs[None, :] < R
-        if not EVEN_K:
-            x_mask &= k0 + ks[None, :] < K
-            w_mask &= k0 + ks[:, None] < K
-            a_mask &= k0 + ks[:, None] < K
-        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
-        w = tl.load(w_ptrs, mask=w_mask, other=0.0)
-        acc = dot(x, w, acc, INPUT_PRECISION)
-        if not LOAD_S:
-            a = tl.load(a_ptrs, mask=a_mask, other=0.0)
-            s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
-            a_ptrs += BLOCK_K * stride_ak
-        x_ptrs += BLOCK_K * stride_xk
-        w_ptrs += BLOCK_K * stride_wk
+    if HAS_W:
+        for k0 in range(0, K, BLOCK_K):
+            x_mask, w_mask, a_mask = row_mask[:, None], col_mask[None, :], rs[None, :] < R
+            if not EVEN_K:
+                x_mask &= k0 + ks[None, :] < K
+                w_mask &= k0 + ks[:, None] < K
+                a_mask &= k0 + ks[:, None] < K
+            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+            acc = dot(x, w, acc, INPUT_PRECISION)
+            if not LOAD_S:
+                a = tl.load(a_ptrs, mask=a_mask, other=0.0)
+                s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
+                a_ptrs += BLOCK_K * stride_ak
+            x_ptrs += BLOCK_K * stride_xk
+            w_ptrs += BLOCK_K * stride_wk
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
