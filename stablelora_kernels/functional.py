@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -66,6 +66,21 @@ def lora_linear(
         TypeError: dtypes do not fit.
         RuntimeError: the Triton backend is forced but can't run.
     """
+    return cast(Tensor, lora_linear_where(None, x, weight, bias, lora_A, lora_B, scaling, dropout_p, training))
+
+
+def lora_linear_where(
+    fits: Callable[[], bool] | None,
+    x: Tensor,
+    weight: Tensor | NF4Weight | FP8Weight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    training: bool = True,
+) -> Tensor | None:
+    """:func:`lora_linear`, or None if it is a call of a new kind that does not satisfy ``fits``."""
     if (dtype := _autocast_dtype(x)) is not None:
         x = x.to(dtype)
         weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
@@ -74,6 +89,8 @@ def lora_linear(
     given = weight if isinstance(weight, Tensor) else weight.stored
     key = key_of("lora_linear", (x, given, bias, lora_A, lora_B, scaling, dropout_p, training, torch.is_grad_enabled()))
     if (entry := find(key)) is None:
+        if fits is not None and not fits():
+            return None
         check_linear(x, weight, bias, lora_A, lora_B)
         backend = _backend(dropout_p, [lora_A, lora_B], x=x)
         entry = remember(key, backend)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear, lora_linear_group
+from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear, lora_linear_group, lora_linear_where
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
 from stablelora_kernels.utils.autocast import autocast_dtype
@@ -87,6 +87,15 @@ def _is_plain(weight: Tensor, bias: Tensor | None) -> bool:
     return type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
 
 
+def _plain_tensors(linear: Any) -> tuple[Any, Any]:
+    """The weight and the bias of an ``nn.Linear`` that nothing watches; Nones for another module."""
+    if type(linear) is nn.Linear and not is_hooked(linear):
+        weight, bias = _tensors_of(linear)
+        if _is_plain(weight, bias):
+            return weight, bias
+    return None, None
+
+
 def read_branch(layer: Any, adapter: str) -> Branch | str:
     """An adapter's branch, with the dropout of now, or why PEFT's own forward must compute it."""
     if adapter in layer.lora_variant:
@@ -94,12 +103,11 @@ def read_branch(layer: Any, adapter: str) -> Branch | str:
     modules = layer._modules
     a, b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
     dropout, scaling = modules["lora_dropout"]._modules[adapter], layer.scaling[adapter]
-    tensors: list[tuple[Any, Any]] = []
-    for name, module in (("lora_A", a), ("lora_B", b)):
-        tensors.append(_tensors_of(module) if type(module) is nn.Linear and not is_hooked(module) else (None, None))
-        if not _is_plain(*tensors[-1]):
-            return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"
-    (a_weight, a_bias), (b_weight, b_bias) = tensors
+    a_weight, a_bias = _plain_tensors(a)
+    b_weight, b_bias = _plain_tensors(b)
+    if a_weight is None or b_weight is None:
+        name = "lora_A" if a_weight is None else "lora_B"
+        return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"
     if a_bias is not None or a_weight.dtype != b_weight.dtype:
         return f"lora_A of adapter {adapter!r} has a bias, or another dtype than lora_B"
     kind = type(dropout)
@@ -112,13 +120,34 @@ def read_branch(layer: Any, adapter: str) -> Branch | str:
     return Branch(a_weight, b_weight, b_bias, scaling, dropout.p if kind is nn.Dropout and dropout.training else 0.0)
 
 
+def _is_observed(layer: Any) -> bool:
+    """Whether global hooks or tracing must see every module's call. PEFT can also be told not to cast the input."""
+    return _has_any_global_hook() or torch.jit.is_tracing() or not getattr(layer, "cast_input_dtype_enabled", True)
+
+
+def _usual_output(layer: Any, x: Tensor) -> Tensor | None:
+    """The output with one adapter on a plain base layer, or None if it is no such call. It does not look at merging."""
+    adapters = layer.active_adapters
+    if len(adapters) != 1 or adapters[0] not in layer._modules["lora_A"]._modules or _is_observed(layer):
+        return None
+    branch, base = read_branch(layer, adapters[0]), layer._modules["base_layer"]
+    weight, bias = _plain_tensors(base)
+    if isinstance(branch, str) or branch.bias is not None or weight is None:
+        return None
+
+    # Once calls of this kind are known to fit, the op's own key says so.
+    def fits() -> bool:
+        return _fits(x, branch.lora_A, branch.lora_B, None) and base_operand(base, x) is not None
+
+    return lora_linear_where(fits, x, weight, bias, branch.lora_A, branch.lora_B, branch.scaling, branch.dropout_p)
+
+
 def branches_of(layer: Any, adapters: Iterable[str], x: Tensor, features: int | None = None) -> list[Branch] | None:
     """The layer's branches for ``adapters``, or None if PEFT's own forward must compute them.
 
     ``features`` are those of the layer's input if that is not ``x`` but a tensor like it.
     """
-    # Global hooks and tracing must see every module's call. PEFT can also be told not to cast the input.
-    if _has_any_global_hook() or torch.jit.is_tracing() or not getattr(layer, "cast_input_dtype_enabled", True):
+    if _is_observed(layer):
         return None
     found = []
     for adapter in adapters:
@@ -190,9 +219,12 @@ class Accelerated:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward: base_layer(x) plus the active adapters' branches, in the base layer's dtype."""
         plain = not self.disable_adapters and not self.merged and kwargs.get("adapter_names") is None
-        group = self.__dict__.get(ATTRIBUTE)
-        if group is not None and plain and not args and not kwargs and (y := group.output(self, x)) is not None:
-            return y
+        if plain and not args and not kwargs:
+            group = self.__dict__.get(ATTRIBUTE)
+            if group is not None and (y := group.output(self, x)) is not None:
+                return y
+            if (y := _usual_output(self, x)) is not None:
+                return y
         branches = branches_of(self, self.active_adapters, x) if plain else None
         if not branches:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]

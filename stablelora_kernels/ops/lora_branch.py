@@ -106,7 +106,7 @@ class _LoRABranch(torch.autograd.Function):
         entry: Entry | None,
     ) -> Tensor:  # fmt: skip
         _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
-        ctx.lora_dtype = lora_A.dtype
+        lora_dtype = lora_A.dtype
         if backend == "torch":
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         y, s, random, scaling = _forward(base, x, lora_A, lora_B, scaling, dropout_p, backend, need_b, entry)
@@ -118,24 +118,25 @@ class _LoRABranch(torch.autograd.Function):
             s if need_b else None,
             random if need_x or need_a else None,
         )
-        ctx.scaling, ctx.dropout_p, ctx.backend, ctx.x_dtype = scaling, dropout_p, backend, x.dtype
+        ctx.call = (scaling, dropout_p, backend, x.dtype, lora_dtype)
         return y
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, lora_A, lora_B, s, random = ctx.saved_tensors
+        scaling, dropout_p, backend, x_dtype, lora_dtype = ctx.call
         need_base, *need = ctx.needs_input_grad[:4]
         need_x, need_a, need_b = need
         dx = da = db = None
         if any(need):
-            dy = grad.to(ctx.x_dtype)
-            if ctx.backend == "triton":
-                dx, da, db = lora_branch_bwd((x, dy, lora_A, lora_B, s, random, ctx.scaling, ctx.dropout_p, *need))
+            dy = grad.to(x_dtype)
+            if backend == "triton":
+                dx, da, db = lora_branch_bwd((x, dy, lora_A, lora_B, s, random, scaling, dropout_p, *need))
             else:
                 rows = None if x is None else as_matrix(x)
                 dx, da, db = torch_bwd(
-                    expanded(as_matrix(dy)), rows, None, lora_A, lora_B, s, random, ctx.scaling, ctx.lora_dtype, *need
+                    expanded(as_matrix(dy)), rows, None, lora_A, lora_B, s, random, scaling, lora_dtype, *need
                 )
                 dx = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1])
         return (
@@ -158,7 +159,9 @@ def lora_branch_op(
     if backend == "torch" and base.dtype == x.dtype and is_few(x, limit=few_rows(x, dropout_p)):
         y = plain_branch(as_matrix(base), as_matrix(x), lora_A, lora_B, scaling, dropout_p)
         return y if base.dim() == 2 else y.view(base.shape)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (base, x, lora_A, lora_B)):
+    if torch.is_grad_enabled() and (
+        lora_A.requires_grad or lora_B.requires_grad or x.requires_grad or base.requires_grad
+    ):
         return apply(_LoRABranch, base, x, lora_A, lora_B, scaling, dropout_p, backend, entry)
     if backend == "torch":
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)

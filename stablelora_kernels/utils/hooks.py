@@ -11,8 +11,6 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` may do more than run its class's forward."""
     # Runs at every call of a layer: nn.Module's __getattr__ would take longer.
-    attributes = module.__dict__
-    for name in HOOKS:
-        if attributes[name]:
-            return True
-    return "forward" in attributes
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own

@@ -51,7 +51,10 @@ def values(pairs: list[LoRAPair]) -> list[torch.Tensor]:
     return [half.detach() for pair in pairs for half in (pair.A, pair.B)]
 
 
-@pytest.mark.parametrize("name", ARMS)
+# torchao compiles its step, which takes half a minute; by day the test of 8 bits has it.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if name == optimizers.TORCHAO else name for name in ARMS]
+)
 def test_every_arm_trains(name: str) -> None:
     pairs = make_pairs(count=1)
     pair, generator = pairs[0], torch.Generator().manual_seed(1)

@@ -48,7 +48,7 @@ def test_the_listed_launches_of_the_branch_are_made(arch, monkeypatch):
     monkeypatch.setattr(problem, "device_of", lambda device: DEVICES[arch])
     few, many = (
         [(8, 16, 0.0), (8, 16, 0.1), (64, 64, 0.0), (8, 100, 0.0)],
-        [(70, 16, 0.0), (70, 20, 0.3), (70, 128, 0.1)],
+        [(70, 16, 0.0), (70, 20, 0.3), (70, 128, 0.1), (70, 129, 0.0)],
     )
     for m, r, p in (*few, *many):
         with count_launches() as made:
@@ -56,7 +56,7 @@ def test_the_listed_launches_of_the_branch_are_made(arch, monkeypatch):
         found = slk.explain(m, 80, 64, r, BF16, p, branch_only=True, device=arch)
         assert made == launched(found)
         assert found.forward_kernel == ("fused" if len(found.forward) == 1 else "split")
-        assert found.backward_kernel == ("fused" if len(found.backward) == 2 else "split")
+        assert found.backward_kernel == ("chained" if len(found.backward) == 1 else "split")
         assert found.forward_reason in str(found) and found.backward_reason in str(found)
 
 
@@ -135,9 +135,10 @@ def test_explain_lists_what_is_launched():
 
 
 def test_explaining_the_branch_alone():
-    few, high = (slk.explain(8, 4096, 4096, r, branch_only=True, device="sm_90") for r in (16, 128))
+    few, high = (slk.explain(8, 4096, 4096, r, branch_only=True, device="sm_90") for r in (16, 256))
     assert [step.kernel for step in few.forward] == ["lora_expand"]
-    assert [step.kernel for step in few.backward] == ["lora_expand", "lora_weight_grads"]
+    assert [step.variant for step in few.backward] == ["small dx r16 chained alone dA dB 128x128x64"]
+    assert [step.kernel for step in high.backward] == ["lora_shrink", "lora_linear"]
     assert "rank above 64" in high.forward_reason and "dS with dB" in high.backward_reason
     dropped = slk.explain(8, 4096, 4096, 16, dropout_p=0.1, branch_only=True, device="sm_90")
     assert [step.kernel for step in dropped.forward] == ["lora_shrink", "lora_expand"]

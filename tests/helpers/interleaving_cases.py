@@ -23,7 +23,7 @@ from stablelora_kernels.optim.triton_engine import TritonStep
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.reference.mlp import activation_ref
 from stablelora_kernels.testing import assert_no_worse
-from tests.helpers.inputs import BF16, FP32, SCALING, Inputs, make_inputs
+from tests.helpers.inputs import BF16, FP32, SCALING, Inputs, make_branch_inputs, make_inputs
 from tests.helpers.mlps import MLP
 from tests.helpers.optimizers import in_float64, make_pairs, params_of, set_grads
 from tests.helpers.steps import assert_close_to
@@ -105,6 +105,18 @@ def forward(device: Device, m: int, choice: Choice, dtype: torch.dtype = FP32, l
         launches += lora_linear.forward_launches(device, x, w, bias, a, b, s, y, None, SCALING, 0.0, choice)
         checks.append(_check(inputs, {"Y": y}))
     return Case(launches, _all(checks))
+
+
+def branch_backward(choice: Choice) -> Case:
+    """As :func:`backward` for the branch alone."""
+    inputs = make_branch_inputs((MANY, K), N, R)
+    x, a, b, dy = (inputs[name] for name in ("x", "lora_A", "lora_B", "grad"))
+    dx, da, db = (torch.empty_like(t) for t in (x, a, b))
+    p, g = lora_common.backward_product(
+        x, dy, None, a, b, _product(x, a.t()), torch.empty(MANY, R), None, dx, da, db, SCALING, 0.0
+    )
+    launches = lora_linear.product_backward_launches(SM_90, p, g, choice)
+    return Case(launches, _check(inputs, {"dX": dx, "dA": da, "dB": db}))
 
 
 def backward(device: Device, m: int, dtype: torch.dtype = FP32, choice: Choice = SPLIT) -> Case:
@@ -264,6 +276,8 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], Case]] = {
     "chained split-K, all gradients": lambda patch: backward(SM_90, FEW, choice=CHAINED),
     "chained pointers, all gradients": lambda patch: backward(SM_120, MANY, choice=CHAINED),
     "chained descriptors, all gradients": lambda patch: backward(SM_90, MANY, BF16, CHAINED),
+    "branch, dS and dB, dX and dA": lambda patch: branch_backward(SPLIT),
+    "chained branch, all gradients": lambda patch: branch_backward(CHAINED),
     "dA and dB alone": lambda patch: weight_grads(),
     "group, S then three Y": lambda patch: group_forward(),
     "group, three dX, then dA": lambda patch: group_backward(),

@@ -30,16 +30,18 @@ def make(*adapters, model=None, **kwargs):
 
 
 def calls(monkeypatch):
-    """Counts the calls of the two ops that the layers make."""
+    """Counts the calls of the two ops that the layers make, by whichever of their functions."""
     from stablelora_kernels.integrations import peft_layers
 
     count: Counter[str] = Counter()
-    for name in ("lora_linear", "lora_branch"):
+    for name in ("lora_linear", "lora_linear_where", "lora_branch"):
         op = getattr(peft_layers, name)
 
         def counted(*args, name=name, op=op, **kwargs):
-            count[name] += 1
-            return op(*args, **kwargs)
+            result = op(*args, **kwargs)
+            if result is not None:
+                count[name.removesuffix("_where")] += 1
+            return result
 
         monkeypatch.setattr(peft_layers, name, counted)
     return count

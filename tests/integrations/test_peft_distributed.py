@@ -35,7 +35,7 @@ def train(rank: int, world: int, place: Path | None = None) -> dict[str, Any]:
         fully_shard(model, mesh=mesh)
     optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
     assert all(isinstance(p, DTensor) == (world > 1) for p in optimizer.param_groups[0]["params"])
-    with mock.patch.object(peft_layers, "lora_linear", side_effect=peft_layers.lora_linear) as called:
+    with mock.patch.object(peft_layers, "lora_linear_where", side_effect=peft_layers.lora_linear_where) as called:
         found = fit(model, optimizer, rank, world)
     assert called.call_count == 6 * 4
     return found

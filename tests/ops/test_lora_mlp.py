@@ -45,7 +45,7 @@ WITHOUT_A_BRANCH = [
 ]  # fmt: skip
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
 @pytest.mark.parametrize(("shape", "f", "n", "ranks"), SHAPES, ids=str)

@@ -51,7 +51,7 @@ def _accelerate_every_model() -> None:
         return result
 
     BaseTuner.inject_adapter = injected_and_accelerated
-    for name in ("lora_linear", "lora_branch"):
+    for name in ("lora_linear", "lora_linear_where", "lora_branch"):
         setattr(peft_layers, name, _counted(name, getattr(peft_layers, name)))
 
 
@@ -59,8 +59,10 @@ def _counted(name: str, op: Any) -> Any:
     # Keep its name: tests pickle these models.
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
-        _counts[f"calls of {name}"] += 1
-        return op(*args, **kwargs)
+        result = op(*args, **kwargs)
+        if result is not None:
+            _counts[f"calls of {name.removesuffix('_where')}"] += 1
+        return result
 
     return call
 

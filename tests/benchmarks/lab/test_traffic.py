@@ -183,7 +183,7 @@ def test_few_of_the_gradients_and_no_rows():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(("m", "r"), [(20, 8), (70, 8), (70, 80)])
+@pytest.mark.parametrize(("m", "r"), [(20, 8), (70, 80), (70, 130)])
 def test_the_branch_alone(m, r, p):
     """Its base is read where it is, and its dX reads none."""
     from stablelora_kernels.launch import lora_branch
