@@ -28,6 +28,14 @@ class Slot(NamedTuple):
     offset: int
 
 
+class MapSlot(NamedTuple):
+    """An argument that is a descriptor of one of the call's tensors, or of a part of it."""
+
+    slot: Slot
+    # Makes what it describes from the call's tensors.
+    described: Callable[[Sequence[Any]], Tensor]
+
+
 def descriptor_of(fields: dict[str, Any], base: Tensor) -> TensorDescriptor:
     """A descriptor with the ``fields`` of one that was checked when it was made, for another tensor of the same layout."""
     descriptor = object.__new__(TensorDescriptor)
@@ -39,23 +47,30 @@ class ByTriton:
     """Launches by the call of Triton's compiled kernel."""
 
     def __init__(
-        self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any], pointers: Sequence[Slot], maps: Any
+        self,
+        compiled: Any,
+        grid: Sequence[int],
+        arguments: Sequence[Any],
+        pointers: Sequence[Slot],
+        maps: Sequence[MapSlot],
     ) -> None:
         # The kernel leaves the GPU with this object.
         self._compiled = compiled
         self._run, self._grid = compiled.run, (*grid, 1, 1)[:3]
         self._head = (compiled.function, compiled.packed_metadata, None, None, None)
         self._arguments, self._pointers = [*arguments], pointers
-        self._descriptors = [(slot, {**vars(arguments[slot.at]), "base": None}) for slot in maps]
-        for slot in maps:
+        self._descriptors = [
+            (slot.at, described, {**vars(arguments[slot.at]), "base": None}) for slot, described in maps
+        ]
+        for slot, _ in maps:
             self._arguments[slot.at] = None
 
     def run(self, tensors: Sequence[Any], addresses: Sequence[int], stream: int) -> None:
         arguments = self._arguments.copy()
         for at, tensor, offset in self._pointers:
             arguments[at] = addresses[tensor] + offset
-        for (at, tensor, _), fields in self._descriptors:
-            arguments[at] = descriptor_of(fields, tensors[tensor])
+        for at, described, fields in self._descriptors:
+            arguments[at] = descriptor_of(fields, described(tensors))
         self._run(*self._grid, stream, *self._head, *arguments)
 
 
@@ -67,7 +82,12 @@ class Direct:
     """
 
     def __init__(
-        self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any], pointers: Sequence[Slot], maps: Any
+        self,
+        compiled: Any,
+        grid: Sequence[int],
+        arguments: Sequence[Any],
+        pointers: Sequence[Slot],
+        maps: Sequence[MapSlot],
     ) -> None:
         from triton.backends.nvidia import driver as nvidia
 
@@ -97,19 +117,19 @@ class Direct:
             else:
                 self._arguments.append(argument)
         self._pointers = [Slot(places[at], tensor, offset) for at, tensor, offset in pointers]
-        self._maps = [(places[at], tensor, makers[at], dict[int, Any]()) for at, tensor, _ in maps]
+        self._maps = [(places[slot.at], slot, described, makers[slot.at], dict[int, Any]()) for slot, described in maps]
 
     def run(self, tensors: Sequence[Any], addresses: Sequence[int], stream: int) -> None:
         arguments = self._arguments.copy()
         for at, tensor, offset in self._pointers:
             arguments[at] = addresses[tensor] + offset
-        for at, tensor, make, maps in self._maps:
-            address = addresses[tensor]
+        for at, (_, tensor, offset), described, make, maps in self._maps:
+            address = addresses[tensor] + offset
             found = maps.get(address)
             if found is None:
                 if len(maps) >= MAPS:
                     maps.clear()
-                found = maps[address] = make(tensors[tensor])
+                found = maps[address] = make(described(tensors))
             arguments[at] = found
         self._run(*self._grid, stream, *self._head, arguments)
 

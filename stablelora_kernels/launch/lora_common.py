@@ -258,9 +258,7 @@ def expand(device: Device, p: Product, base: Tensor, s_ready: bool = False) -> l
     mask_x = c.dropout and not c.masked and not load_s
     s = p.y if p.s is None else p.s
     in_place = base is p.y
-    flags = flag_words(
-        fused=not load_s, dropout=mask_x, masked=c.masked, apart=not in_place, **gate_flag(p.gate)
-    )
+    flags = flag_words(fused=not load_s, dropout=mask_x, masked=c.masked, apart=not in_place, **gate_flag(p.gate))
     launch = Launch(
         _lora_expand_kernel,
         f"{'dx' if c.direction == 'backward' else 'y'} r{plan.block_r}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}",

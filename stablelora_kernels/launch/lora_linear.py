@@ -87,9 +87,7 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
     return _by_s(device, p, choice)
 
 
-def product_backward_launches(
-    device: Device, p: Product, g: Gradients, choice: Choice
-) -> list[Launch | VendorProduct]:
+def product_backward_launches(device: Device, p: Product, g: Gradients, choice: Choice) -> list[Launch | VendorProduct]:
     """The launches for dX, ``p.y``, by the kernel of ``choice``, and for dA and dB.
 
     dB goes with a separate dS, so that dY is read once, and dA with dX. If dX is not wanted, only "chained" is of use.

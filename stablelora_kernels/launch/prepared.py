@@ -7,6 +7,7 @@ layouts of the tensors alone. A prepared launch keeps the compiled kernel and it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import Launch, launch_counts
-from stablelora_kernels.launch.compiled import Slot, descriptor_of, launcher_of
+from stablelora_kernels.launch.compiled import MapSlot, Slot, descriptor_of, launcher_of
 from stablelora_kernels.launch.counters import all_counters
 from stablelora_kernels.launch.lora_common import VendorProduct
 from stablelora_kernels.launch.workspace import Workspace
@@ -45,7 +46,8 @@ class _View(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def of(self, tensors: Sequence[Any], device: torch.device) -> Tensor:
+    def of(self, tensors: Sequence[Any], device: torch.device | None) -> Tensor:
+        """The view; ``device`` is where an empty one is."""
         if self.tensor < 0:
             return torch.empty(self.shape, dtype=self.dtype, device=device)
         whole: Tensor = tensors[self.tensor]
@@ -167,13 +169,14 @@ class _Kernel:
                 arguments[at] = 0
             elif isinstance(value, TensorDescriptor):
                 view = tensors.view(value.base)
-                if view.offset:
-                    raise NotPreparable("a descriptor of a part of a tensor")
                 self._descriptors.append((at, view, {**vars(value), "base": None}))
         if isinstance(launch.kernel, JITFunction):
             compiled = _compiled(launch)
             pointers = [Slot(at, view.tensor, view.offset) for at, view in self._pointers if view.tensor >= 0]
-            descriptors = [Slot(at, view.tensor, 0) for at, view, _ in self._descriptors]
+            descriptors = [
+                MapSlot(Slot(at, view.tensor, view.offset), partial(view.of, device=None))
+                for at, view, _ in self._descriptors
+            ]
             self._launcher = launcher_of(compiled, launch.grid, arguments, pointers, descriptors)
         # Without tensors: what is prepared keeps none of them.
         self._launch, self._name = launch._replace(args=()), launch.kernel.__name__

@@ -151,25 +151,39 @@ def remember(key: tuple[Any, ...] | None, backend: str) -> Entry | None:
 class PlannedOp:
     """A torch.library op that runs launches, which are prepared once calls repeat."""
 
-    def __init__(self, name: str, schema: str, op: Any, call: Callable[..., Any]) -> None:
-        self._name, self._op, self._call = f"{NAMESPACE}::{name}", op, call
+    def __init__(self, name: str, schema: str, fake: Callable[..., Any], call: Callable[..., Any]) -> None:
+        self._name, self._op, self._call = f"{NAMESPACE}::{name}", define_op(name, schema, fake)(self._run), call
         kinds = [argument.split()[0] for argument in schema[1 : schema.index(")")].split(", ")]
         self._tensors = [at for at, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")]
         self._lists = [at for at, kind in enumerate(kinds) if kind in ("Tensor[]", "Tensor?[]")]
 
     def __call__(self, args: tuple[Any, ...], entry: Entry | None = None) -> Any:
-        """Run the op on the arguments of its schema. ``entry``: its own, where the caller has found it already."""
-        if entry is None:
-            key = key_of(self._name, args)
-            entry = find(key) or remember(key, "triton")
-        prepared = None if entry is None else entry.prepared or self._prepare(entry, args)
+        """Run the op on the arguments of its schema. ``entry``: that of the caller's key, from which the arguments follow."""
+        known = entry or find(key_of(self._name, args))
+        prepared = None if known is None else known.prepared
         if not prepared:
-            return self._op(*args)
+            results = self._op(*args)
+            if entry is not None and prepared is None and (own := find(key_of(self._name, args))) is not None:
+                entry.prepared = own.prepared
+            return results
         if torch.autograd._profiler_enabled():
             # A trace shows the op by its name.
             with torch.profiler.record_function(self._name):
                 return prepared.run(self._operands(args))
         return prepared.run(self._operands(args))
+
+    def _run(self, *args: Any) -> Any:
+        """What the op does. Compiled graphs come here without :meth:`__call__`, so this has the plans too."""
+        key = key_of(self._name, args)
+        entry = find(key) or remember(key, "triton")
+        if entry is not None and (entry.prepared or self._prepare(entry, args)):
+            return entry.prepared.run(self._operands(args))
+        results, launches = self._call(*args)
+        first = results[0]
+        device = (first[0] if isinstance(first, list) else first).device
+        for launch in launches:
+            launch.run(device)
+        return results
 
     def _operands(self, args: Sequence[Any]) -> list[Tensor | None]:
         tensors = [args[at] for at in self._tensors]
@@ -215,15 +229,4 @@ def define_launches(name: str, schema: str, fake: Callable[..., Any]) -> Callabl
     The function returns the op's results, a tuple of tensors and lists of tensors, and the launches that fill them.
     """
 
-    def decorate(function: Callable[..., Any]) -> PlannedOp:
-        def run(*args: Any) -> Any:
-            results, launches = function(*args)
-            first = results[0]
-            device = (first[0] if isinstance(first, list) else first).device
-            for launch in launches:
-                launch.run(device)
-            return results
-
-        return PlannedOp(name, schema, define_op(name, schema, fake)(run), function)
-
-    return decorate
+    return lambda function: PlannedOp(name, schema, fake, function)
