@@ -65,6 +65,13 @@ def _parts_of(layer: Any, x: Tensor) -> dict[str, float]:
     backward_key = plans.key_of(lora_linear_bwd._name, backward)
     found["backward: key"] = microseconds(lambda: plans.find(plans.key_of(lora_linear_bwd._name, backward)))
     found |= _launch_parts("backward", lora_linear_bwd, backward, plans.find(backward_key))
+    in_graph = {"forward": (lora_linear_fwd._op, forward), "backward": (lora_linear_bwd._op, backward)}
+    for name, (op, given) in in_graph.items():
+        found[f"{name}: a compiled graph's op"] = microseconds(lambda op=op, given=given: op(*given))
+    for name, (op, given) in in_graph.items():
+        found[f"{name}: a compiled graph's op, planned anew"] = microseconds(
+            lambda op=op, given=given: (plans.clear(), op(*given))
+        )
 
     def first() -> None:
         plans.clear()

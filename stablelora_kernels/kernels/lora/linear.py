@@ -144,8 +144,8 @@ def _lora_linear_kernel(
     scaling, threshold,
     HAS_W: tl.constexpr, HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr,
     MASK_BRANCH: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, EVEN_K: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
-    HAS_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
+    HAS_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
     CHAINED: tl.constexpr, S_DROPOUT: tl.constexpr, S_EVEN_K: tl.constexpr, HAS_DB: tl.constexpr, DB_UNIT: tl.constexpr,
     S_BLOCK_M: tl.constexpr, S_BLOCK_K: tl.constexpr, S_BLOCK_R: tl.constexpr, S_STAGES: tl.constexpr,
@@ -154,8 +154,9 @@ def _lora_linear_kernel(
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
 
-    The main loop computes S with the product, for R <= BLOCK_R, unless LOAD_S, which a call without W has. keep, of Y's shape, is all ones unless
-    MASK_BRANCH. With HAS_GRAD, the programs from PRODUCTS on compute grad = S^T (Z ∘ keep), Z [M, N], grad [R, N].
+    The main loop computes S with the product, for R <= BLOCK_R, unless LOAD_S, which a call without W has. keep, of Y's shape,
+    is all ones unless MASK_BRANCH. With HAS_GRAD, the programs from PRODUCTS on compute grad = S^T (Z ∘ keep), Z [M, N],
+    grad [R, N].
     """
     program = tl.program_id(0)
     if CHAINED:
