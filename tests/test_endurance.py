@@ -122,6 +122,7 @@ def test_optimizer_steps_hold_no_more_memory(backend: str, count: int, low: bool
         pytest.param("triton", 5_000, marks=nightly),
     ],
 )
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("fused", [False, True], ids=["layers", "group"])
 def test_layer_calls_hold_no_more_memory(backend: str, count: int, fused: bool) -> None:
     """Three projections a call, so a third of the calls; with few rows and many, gradients and none."""

@@ -52,6 +52,7 @@ def test_replace_linear_killed_while_it_saves(tmp_path: Path) -> None:
         assert found() == 1
 
 
+@pytest.mark.nightly
 @needs_fork
 def test_finetune_killed_while_it_saves(tmp_path: Path) -> None:
     """By torch.distributed.checkpoint: what --resume chooses is whole."""

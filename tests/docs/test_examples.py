@@ -319,7 +319,7 @@ PROGRAMS = sorted(file for file in (ROOT / "examples").glob("*.py") if "__main__
 
 @pytest.mark.parametrize(
     "program",
-    [p if p.stem == "finetune" else pytest.param(p, marks=pytest.mark.nightly) for p in PROGRAMS],
+    [p if p.stem == "replace_linear" else pytest.param(p, marks=pytest.mark.nightly) for p in PROGRAMS],
     ids=lambda file: file.stem,
 )
 def test_by_its_path_from_any_directory(program: Path, tmp_path: Path) -> None:

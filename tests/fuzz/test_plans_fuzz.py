@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,6 +41,7 @@ def _bits(t: Tensor | None) -> bytes | None:
     return None if t is None else t.contiguous().view(-1).view(torch.uint8).numpy(force=True).tobytes()
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(st.lists(calls().filter(lambda c: c["backend"] == "triton"), min_size=1, max_size=3))
 def test_prepared_launches_are_the_first_ones(sequence: list[dict[str, Any]]) -> None:
     plans.clear()

@@ -69,8 +69,16 @@ def test_a_layer_of_changing_shapes(dropout, backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("fuse_projections", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "fuse_projections"),
+    [
+        ("triton", True),
+        pytest.param("triton", False, marks=pytest.mark.nightly),
+        pytest.param("torch", True, marks=pytest.mark.nightly),
+        pytest.param("torch", False, marks=pytest.mark.nightly),
+    ],
+    indirect=["backend"],
+)
 def test_a_model_of_changing_shapes(fuse_projections, backend):
     model = lora_llama(fuse_projections)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
