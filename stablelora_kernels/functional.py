@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -82,9 +82,7 @@ def lora_linear_where(
 ) -> Tensor | None:
     """:func:`lora_linear`, or None if it is a call of a new kind that does not satisfy ``fits``."""
     if (dtype := _autocast_dtype(x)) is not None:
-        x = x.to(dtype)
-        weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
-        bias = None if bias is None else bias.to(dtype)
+        x, weight, bias = _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
         lora_A, lora_B = _autocast_pair(lora_A, lora_B, dtype)
     given = weight if isinstance(weight, Tensor) else weight.stored
     key = key_of("lora_linear", (x, given, bias, lora_A, lora_B, scaling, dropout_p, training, torch.is_grad_enabled()))
@@ -140,9 +138,8 @@ def lora_linear_group(
             f"{MAX_GROUP}, got {', '.join(map(str, lengths))}"
         )
     if (dtype := _autocast_dtype(x)) is not None:
-        x = x.to(dtype)
-        weights = [weight.to(dtype) for weight in weights]
-        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+        x = _cast(x, dtype)
+        weights, biases = [_cast(weight, dtype) for weight in weights], [_cast(bias, dtype) for bias in biases]
         pairs = [_autocast_pair(*pair, dtype) for pair in zip(lora_As, lora_Bs, strict=True)]
         lora_As, lora_Bs = [a for a, _ in pairs], [b for _, b in pairs]
     given = (x, weights, biases, lora_As, lora_Bs, scalings)
@@ -211,7 +208,7 @@ def lora_mlp(
     """
     projections = (gate, up, down)
     if (dtype := _autocast_dtype(x)) is not None:
-        x = x.to(dtype)
+        x = _cast(x, dtype)
         gate, up, down = projections = tuple(_autocast_projection(p, dtype) for p in projections)  # type: ignore[assignment]
     weights = [p.weight if isinstance(p.weight, Tensor) else p.weight.stored for p in projections]
     given = Projections(weights, *(list(field) for field in list(zip(*projections, strict=True))[1:]))  # type: ignore[arg-type]
@@ -259,7 +256,7 @@ def lora_branch(
         ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
     """
     if (dtype := _autocast_dtype(x)) is not None:
-        x = x.to(dtype)
+        x = _cast(x, dtype)
         lora_A, lora_B = _autocast_pair(lora_A, lora_B, dtype)
     given = (base_out, x, lora_A, lora_B, scaling)
     key = key_of("lora_branch", (*given, dropout_p, training, torch.is_grad_enabled()))
@@ -286,17 +283,21 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return autocast_dtype(x.device.type) if x.is_floating_point() and x.dtype != torch.float64 else None
 
 
+def _cast(t: Any, dtype: torch.dtype) -> Any:
+    """``t`` in ``dtype``; None and quantized weights as they are. A call of ``to`` that casts nothing takes its time too."""
+    return t.to(dtype) if isinstance(t, Tensor) and t.dtype is not dtype else t
+
+
 def _autocast_pair(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # The op casts float32 A and B on the fly.
-    return (lora_A, lora_B) if lora_A.dtype == torch.float32 else (lora_A.to(dtype), lora_B.to(dtype))
+    return (lora_A, lora_B) if lora_A.dtype == torch.float32 else (_cast(lora_A, dtype), _cast(lora_B, dtype))
 
 
 def _autocast_projection(p: LoRAWeights, dtype: torch.dtype) -> LoRAWeights:
     lora_A, lora_B = p.lora_A, p.lora_B
     if lora_A is not None and lora_B is not None:
         lora_A, lora_B = _autocast_pair(lora_A, lora_B, dtype)
-    weight = p.weight.to(dtype) if isinstance(p.weight, Tensor) else p.weight
-    return LoRAWeights(weight, None if p.bias is None else p.bias.to(dtype), lora_A, lora_B, p.scaling)
+    return LoRAWeights(_cast(p.weight, dtype), _cast(p.bias, dtype), lora_A, lora_B, p.scaling)
 
 
 def _backend(dropout_p: float, adapters: Sequence[Tensor], **tensors: Tensor) -> str:

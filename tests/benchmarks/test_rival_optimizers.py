@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -51,10 +53,12 @@ def values(pairs: list[LoRAPair]) -> list[torch.Tensor]:
     return [half.detach() for pair in pairs for half in (pair.A, pair.B)]
 
 
-# torchao compiles its step, which takes half a minute; by day the test of 8 bits has it.
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.nightly) if name == optimizers.TORCHAO else name for name in ARMS]
-)
+def without_torchao(names: list[str]) -> list[Any]:
+    """torchao compiles its step, which takes up to half a minute, so it runs at night."""
+    return [pytest.param(name, marks=pytest.mark.nightly) if name == optimizers.TORCHAO else name for name in names]
+
+
+@pytest.mark.parametrize("name", without_torchao([*ARMS]))
 def test_every_arm_trains(name: str) -> None:
     pairs = make_pairs(count=1)
     pair, generator = pairs[0], torch.Generator().manual_seed(1)
@@ -103,7 +107,7 @@ def test_riemannian_preconditions_by_the_other_half() -> None:
     torch.testing.assert_close(pair.B.grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [optimizers.TORCHAO, optimizers.BITSANDBYTES])
+@pytest.mark.parametrize("name", without_torchao([optimizers.TORCHAO, optimizers.BITSANDBYTES]))
 def test_8_bits_keep_moments_in_8_bits_and_stay_near_adamw(name: str) -> None:
     pairs = make_pairs()
     optimizer = make(name, pairs)

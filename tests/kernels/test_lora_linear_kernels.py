@@ -200,6 +200,7 @@ def test_shared_sums_of_few_rows(rows, r, p, dtype, lora_dtype):
         check_run(inputs, p)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kernel", ["fused", "chained", "split"])
 @pytest.mark.parametrize(("rows", "r", "p"), [(70, 40, 0.0), (150, 3, 0.0), (150, 40, 0.3)])
 def test_shared_sums_of_tiles_that_leave_the_gpu_idle(rows, r, p, kernel):
@@ -292,7 +293,7 @@ def spacious(tmp_path: Path):
     assert all(path.stat().st_blocks * 512 < 2**24 < path.stat().st_size for path in made)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize("rows", [40, 72])
 def test_offsets_beyond_2_to_the_31(kernel, rows, arch, spacious):
@@ -311,7 +312,7 @@ def test_offsets_beyond_2_to_the_31(kernel, rows, arch, spacious):
         assert torch.equal(close[name], far[name]), name
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize("rows", [40, 72])
 def test_results_beyond_2_to_the_31(kernel, rows, arch, spacious):

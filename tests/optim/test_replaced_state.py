@@ -60,7 +60,7 @@ def clear_each(optimizer: StableLoRAAdamW) -> None:
         entry.clear()
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("forget", [clear, new_dict, pop_each, clear_each])
 def test_a_cleared_state_starts_afresh(
     path: str, optimizer: StableLoRAAdamW, forget: Callable[[StableLoRAAdamW], None]

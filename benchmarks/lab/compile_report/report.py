@@ -27,7 +27,7 @@ DIGESTS = REPORT.with_name("compile_report_digests.json")
 TRITON = "3.9"
 # --quick compiles all rows of FULL and one in EVERY of each other GPU, not the same ones of each; but of those with their
 # recorded digest only one in EVERY_KEPT, a multiple of EVERY.
-EVERY, EVERY_KEPT = 20, 60
+EVERY, EVERY_KEPT = 20, 120
 
 Row = dict[str, Any]
 _TYPES: dict[str, Callable[[str], Any]] = {

@@ -126,6 +126,7 @@ def four(rank: int, world: int, place: Path) -> None:
     torch.save(exchanged(model), place / f"{rank}.pt")
 
 
+@pytest.mark.nightly
 @distributed
 def test_bytes_between_two_processes(tmp_path: Path) -> None:
     spawn(two, 2, tmp_path)

@@ -31,7 +31,7 @@ CASES = [
 ]
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("m", "n", "f", "k", "r", "p", "dtype", "kernel"), CASES, ids=str)
 def test_the_formula_counts_an_mlp(m, n, f, k, r, p, dtype, kernel, arch):
