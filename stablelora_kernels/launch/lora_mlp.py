@@ -79,9 +79,9 @@ def forward_launches(
         out = h if out is None else out
         a = lora_As[i].contiguous()
         members.append(forward_product(x, w, biases[i], a, lora_Bs[i], part, out, seeds[i], scalings[i], drops[i]))
-    matrices = [x, h, *(single.rows_contiguous(p.w)[0] for p in members)]
-    transposed = {single.rows_contiguous(p.w)[1] for p in members}
-    described = len(transposed) == 1 and all(single.described(t) for t in matrices)
+    by_rows = [single.rows_contiguous(p.w) for p in members if p.w is not None]
+    described = len({trans for _, trans in by_rows}) == 1
+    described = described and all(single.described(t) for t in (x, h, *(w for w, _ in by_rows)))
     call = members[0].call._replace(r=max(ranks[:2]))
     choice = mlp.choose_gate_up(device, call, described)
     if choice.kernel == "separate":
@@ -154,6 +154,7 @@ def _activation(device: Device, g: Tensor, u: Tensor, h: Tensor, activation: str
 def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: str, tma: bool, keep: bool) -> Launch:
     """Gate, up and the activation in one launch; ``keep``: store G and U too. S is read."""
     gate, up = members
+    assert gate.w is not None and up.w is not None
     c = gate.call._replace(r=max(gate.call.r, up.call.r))
     plan, parts = mlp.gate_up_plan(device, c, tma, activation)
     tile = plan.tile
