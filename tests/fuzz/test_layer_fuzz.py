@@ -1,4 +1,4 @@
-"""Random calls of the layer's ops against float64. The bound is twice eager PyTorch's own error, and one rounding of the sum of
+"""Random calls of the layer's ops against float64. The bound is twice eager PyTorch's own error, and two roundings of the sum of
 absolute values.
 """
 
@@ -88,7 +88,8 @@ def test_calls_are_no_worse_than_eager(c: dict[str, Any]) -> None:
         expected.append(by_formula(c, as_computed(c, shared, results["Y"]), keep, p))
     # Below some rows autograd calls plain operators, which a backward inside autocast runs in bfloat16.
     lowered = c["autocast"] or (c["backward_in_autocast"] and c["dtypes"][0] != FP64)
-    eps = EPS[BF16 if lowered else c["dtypes"][0]]
+    # S's and the sum's: where all rows of A are one, so are the roundings of S, and add up like what they round.
+    eps = 2 * EPS[BF16 if lowered else c["dtypes"][0]]
     if c["dtypes"][0] == FP64:
         # The oracle rounds as well.
         eps *= 4
