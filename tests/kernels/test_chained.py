@@ -12,7 +12,7 @@ from stablelora_kernels.dispatch import problem, tiles
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile, TileRule
 from stablelora_kernels.launch import counters
-from tests.helpers.inputs import BF16, DEVICE, FP16, FP32, make_inputs
+from tests.helpers.inputs import BF16, DEVICE, FP16, FP32, make_branch_inputs, make_inputs
 from tests.helpers.launches import count_launches
 from tests.helpers.oracle import call, check, leaves, run, run_dropped
 
@@ -50,6 +50,21 @@ def test_one_launch_forward_and_one_backward(rows, r, dtype, p, arch):
         results = (run(inputs, "triton"),) if not p else run_dropped(inputs, "triton", p)
     check(inputs, *results)
     assert made.total() == 2 and set(made) <= set(FORMS)
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("rows", "r", "dtype"), [(1, 1, BF16), (16, 20, FP32), (65, 3, FP16), (131, 16, BF16), (131, 128, BF16)], ids=str
+)
+def test_a_lone_branchs_backward_is_one_launch(rows, r, dtype, p, arch):
+    inputs = make_branch_inputs((rows, 75), 90, r, dtype, FP32, dtype)
+    inputs["x"] = torch.cat([inputs["x"], inputs["x"]], 1)[:, :75]
+    with count_launches() as made:
+        results = (run(inputs, "triton"),) if not p else run_dropped(inputs, "triton", p)
+    check(inputs, *results)
+    assert made["_lora_linear_kernel"] == 1 and made["_lora_weight_grads_kernel"] == 0
+    assert not chain().any()
 
 
 def test_the_chain_is_zero_again(arch):
