@@ -136,7 +136,7 @@ def compute(c: dict[str, Any], members: list[Inputs]) -> list[dict[str, Tensor]]
 def check_value(
     name: str, value: Tensor, ref: Tensor, eager: Tensor, absolute: Tensor, eps: float, broken: bool
 ) -> None:
-    """A result is finite where eager PyTorch's is, and no further from float64 than twice eager's error and ``eps`` of ``absolute``."""
+    """A result is finite where eager PyTorch's is, and as near to float64 as twice eager's error and ``eps`` of ``absolute``."""
     assert value.shape == ref.shape, (name, value.shape, ref.shape)
     if not value.numel():
         return
