@@ -36,6 +36,9 @@ class MapSlot(NamedTuple):
     described: Callable[[Sequence[Any]], Tensor]
 
 
+Maps = Sequence[MapSlot]
+
+
 def descriptor_of(fields: dict[str, Any], base: Tensor) -> TensorDescriptor:
     """A descriptor with the ``fields`` of one that was checked when it was made, for another tensor of the same layout."""
     descriptor = object.__new__(TensorDescriptor)
@@ -47,12 +50,7 @@ class ByTriton:
     """Launches by the call of Triton's compiled kernel."""
 
     def __init__(
-        self,
-        compiled: Any,
-        grid: Sequence[int],
-        arguments: Sequence[Any],
-        pointers: Sequence[Slot],
-        maps: Sequence[MapSlot],
+        self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any], pointers: Sequence[Slot], maps: Maps
     ) -> None:
         # The kernel leaves the GPU with this object.
         self._compiled = compiled
@@ -82,12 +80,7 @@ class Direct:
     """
 
     def __init__(
-        self,
-        compiled: Any,
-        grid: Sequence[int],
-        arguments: Sequence[Any],
-        pointers: Sequence[Slot],
-        maps: Sequence[MapSlot],
+        self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any], pointers: Sequence[Slot], maps: Maps
     ) -> None:
         from triton.backends.nvidia import driver as nvidia
 
