@@ -27,6 +27,10 @@ class Graphs:
     """The streams and the memory of one GPU's graphs. Tests replace it by one that records and repeats calls on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ValueError(
+                f"model must be on a GPU to be captured, got it on {device}; enabled=False runs every step eagerly"
+            )
         self.device = device
         # As in torch.cuda.make_graphed_callables, warm-up and capture have a stream each.
         self.side_stream, self.capture_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -158,7 +162,7 @@ class GraphedStep:
         """Drop all graphs. The next calls warm up and capture again, with the model and the optimizer as they then are."""
         self._buckets: dict[Shape, _Bucket] = {}
         if self.enabled:
-            self._graphs = make_graphs(self._device)
+            self._graphs = Graphs(self._device)
         # By group and name, the memory that graphs read hyperparameters from, and the numbers in it.
         self._cells: dict[tuple[int, str], Tensor] = {}
         self._numbers: dict[tuple[int, str], float] = {}
@@ -310,19 +314,6 @@ class GraphedStep:
                 for p in params_of(self.optimizer):
                     p.grad = None
         return loss.detach()
-
-
-def make_graphs(device: torch.device) -> Graphs:
-    """The graphs of ``device``.
-
-    Raises:
-        ValueError: ``device`` is no GPU.
-    """
-    if device.type != "cuda":
-        raise ValueError(
-            f"model must be on a GPU to be captured, got it on {device}; enabled=False runs every step eagerly"
-        )
-    return Graphs(device)
 
 
 def host_generators() -> tuple[Any, ...]:

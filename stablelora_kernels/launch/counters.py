@@ -99,23 +99,23 @@ def _current_stream(device: torch.device) -> _Stream:
     return _Stream(device.type, index, handle, capture)
 
 
-# The versions of the driver's function that tells about a capture, the newest first, and how many results each of them may
-# leave out behind status and number. A symbol's name fixes its signature, in every driver that has the symbol.
-_CUDA_CAPTURE_INFO = {"cuStreamGetCaptureInfo_v3": 4, "cuStreamGetCaptureInfo_v2": 3}
-_HIP_CAPTURE_INFO = {"hipStreamGetCaptureInfo_v2": 3}
+# The drivers' functions that tell about a capture, the newest first, and how many results behind status and number each of
+# them has. A symbol's name fixes its signature, in every driver that has the symbol.
+_CAPTURE_INFO = {"cuStreamGetCaptureInfo_v3": 4, "cuStreamGetCaptureInfo_v2": 3, "hipStreamGetCaptureInfo_v2": 3}
 
 
 @cache
 def _capture_info() -> Callable[..., int]:
     """The driver's function of a stream and the addresses of a status and a number. It returns 0 or an error."""
-    hip = torch.version.hip
-    library, versions = ("libamdhip64.so", _HIP_CAPTURE_INFO) if hip else ("libcuda.so.1", _CUDA_CAPTURE_INFO)
+    library = "libamdhip64.so" if torch.version.hip else "libcuda.so.1"
     loaded = ctypes.CDLL(library)
-    for name, left_out in versions.items():
+    for name, others in _CAPTURE_INFO.items():
         if (function := getattr(loaded, name, None)) is not None:
-            function.argtypes, nothing = [ctypes.c_void_p] * (3 + left_out), [None] * left_out
-            return lambda stream, status, number: function(stream, status, number, *nothing)
-    raise RuntimeError(f"a CUDA graph's capture cannot be told from others: {library} has no {' or '.join(versions)}")
+            function.argtypes = [ctypes.c_void_p] * (3 + others)
+            return lambda *args: function(*args, *[None] * others)
+    raise RuntimeError(
+        f"captures of CUDA graphs cannot be told apart: {library} has none of {', '.join(_CAPTURE_INFO)}"
+    )
 
 
 def _capture_number(handle: int) -> int:

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import Launch, launch_counts, on_device
-from stablelora_kernels.launch.compiled import ByTriton, Direct, MapSlot, Slot, descriptor_of, launcher_of
+from stablelora_kernels.launch.compiled import MapSlot, Slot, descriptor_of, launcher_of
 from stablelora_kernels.launch.counters import all_counters
 from stablelora_kernels.launch.lora_common import VendorProduct
 from stablelora_kernels.launch.workspace import Workspace
@@ -113,15 +113,6 @@ class _Vendor:
         self.again(tensors, device).run(device)
 
 
-def _launcher(launch: Launch, device: torch.device, *rest: Any) -> Direct | ByTriton:
-    """The launcher of the kernel, compiled if it is not yet and loaded on ``device``. ``rest``: as in ``launcher_of``."""
-    with on_device(device):
-        compiled = launch.kernel.warmup(
-            *launch.args, grid=launch.grid, enable_fp_fusion=True, **launch.constants, **launch.options
-        )
-        return launcher_of(compiled, launch.grid, *rest)
-
-
 def _needs_triton() -> bool:
     """Whether somebody listens to Triton's launches, or debugs them."""
     runtime = knobs.runtime
@@ -151,7 +142,7 @@ class Repeated:
         given = iter(self._launch.args)
         values = [constants[name] if name in constants else next(given) for name in names]
         arguments = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
-        return _launcher(self._launch, device, arguments, (), ())
+        return launcher_of(self._launch, device, arguments, (), ())
 
 
 class _Kernel:
@@ -178,7 +169,7 @@ class _Kernel:
                 MapSlot(Slot(at, view.tensor, view.offset), partial(view.of, device=None))
                 for at, view, _ in self._descriptors
             ]
-            self._launcher = _launcher(launch, device, arguments, pointers, descriptors)
+            self._launcher = launcher_of(launch, device, arguments, pointers, descriptors)
         # Without tensors: what is prepared keeps none of them.
         self._launch, self._name = launch._replace(args=()), launch.kernel.__name__
         self._arguments = [None if isinstance(value, TensorDescriptor) else value for value in arguments]

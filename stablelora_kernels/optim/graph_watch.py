@@ -18,12 +18,11 @@ from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import same_objects
 from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.utils.hooks import HOOKS
 from stablelora_kernels.utils.validation import shown
 
 # Hyperparameters that may change between replays: schedulers write them as numbers, and the graph reads them from memory.
 LIVE = ("lr", "weight_decay", "shrink_ratio")
-# The attributes of a module that hold its hooks, and one that accelerate adds to a module whose forward it replaces.
-_MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
 _TENSOR_FLAGS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 _flags = attrgetter(*_TENSOR_FLAGS)
 _version = attrgetter("_version")
@@ -39,13 +38,12 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
                 f"model must not be in {type(module).__name__}, which runs Python in every step, got "
                 f"{repr(name) if name else 'it'} in one"
             )
+    owned = set(map(id, params_of(optimizer)))
     for name, tensor in tensors.items():
         if is_sharded(tensor):
             raise ValueError(
                 f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
             )
-    owned = set(map(id, params_of(optimizer)))
-    for name, tensor in tensors.items():
         if tensor.requires_grad and id(tensor) not in owned:
             raise ValueError(
                 "optimizer must have every trainable parameter of model, since a CUDA graph keeps the gradients of others to "
@@ -56,7 +54,7 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
         raise ValueError(
             f"model and optimizer must be on one GPU, got tensors on {', '.join(sorted(map(str, devices)))}"
         )
-    hooked = [name for name, module in modules.items() if any(vars(module).get(hooks) for hooks in _MODULE_HOOKS)]
+    hooked = [name for name, module in modules.items() if _is_hooked(module)]
     hooked += [name for name, tensor in tensors.items() if any(_flags(tensor)[1:])]
     if hooked or _has_any_global_hook():
         where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
@@ -203,6 +201,12 @@ def _has_address(tensor: Tensor) -> bool:
         return tensor.data_ptr() is not None
     except RuntimeError:
         return False
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks that a replay would miss, or that of accelerate, which replaces its forward."""
+    hooks = chain.from_iterable(vars(module)[name].values() for name in HOOKS)
+    return "_hf_hook" in vars(module) or not all(getattr(hook, "only_after_errors", False) for hook in hooks)
 
 
 def _step_hooks(optimizer: StableLoRAAdamW) -> list[Any]:

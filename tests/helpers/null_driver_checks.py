@@ -20,7 +20,7 @@ from torch import Tensor
 import stablelora_kernels as slk
 from benchmarks.common.null_driver import launches, null_driver, null_driver_problem
 from stablelora_kernels.functional import LoRAWeights, lora_linear, lora_mlp
-from stablelora_kernels.launch import base, compiled, prepared
+from stablelora_kernels.launch import base, compiled
 from stablelora_kernels.ops import plans
 from stablelora_kernels.testing import make_pairs
 
@@ -220,7 +220,7 @@ def check_second_gpu() -> None:
 
     with (
         mock.patch.object(base, "on_device", on_second),
-        mock.patch.object(prepared, "on_device", on_second),
+        mock.patch.object(compiled, "on_device", on_second),
         mock.patch.object(driver.active, "get_current_device", current_device),
     ):
         plans.clear()
@@ -245,10 +245,8 @@ def main() -> int:
             check_mlp(recorder)
             return 0
         for launcher in (compiled.Direct, compiled.ByTriton) if recorder.takes_lists else (compiled.ByTriton,):
-            with (
-                mock.patch.object(compiled, "launcher_of", launcher),
-                mock.patch("stablelora_kernels.launch.prepared.launcher_of", launcher),
-            ):
+            # Either way, and no other.
+            with mock.patch.multiple(compiled, Direct=launcher, ByTriton=launcher):
                 for case in CASES.values():
                     check_case(recorder, *case)
                 check_threads(recorder)
