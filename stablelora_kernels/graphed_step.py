@@ -163,9 +163,8 @@ class GraphedStep:
         self._buckets: dict[Shape, _Bucket] = {}
         if self.enabled:
             self._graphs = Graphs(self._device)
-        # By group and name, the memory that graphs read hyperparameters from, and the numbers in it.
-        self._cells: dict[tuple[int, str], Tensor] = {}
-        self._numbers: dict[tuple[int, str], float] = {}
+        # By group and name, the memory that graphs read a hyperparameter from, and the number in it.
+        self._cells: dict[tuple[int, str], tuple[Tensor, float | None]] = {}
 
     @property
     def captured(self) -> list[str]:
@@ -244,13 +243,12 @@ class GraphedStep:
                 value, key = group[name], (index, name)
                 if reads_from_memory(value, self._device):
                     self._cells.pop(key, None)
-                    self._numbers.pop(key, None)
                     continue
-                if key not in self._cells:
-                    self._cells[key] = torch.empty((), dtype=torch.float32, device=self._device)
-                if self._numbers.get(key) != float(value):
-                    self._numbers[key] = float(value)
-                    self._cells[key].fill_(self._numbers[key])
+                cell, known = self._cells.get(key, (None, None))
+                if cell is None:
+                    cell = torch.empty((), dtype=torch.float32, device=self._device)
+                if known != (number := float(value)):
+                    self._cells[key] = cell.fill_(number), number
 
     @contextmanager
     def _live_hyperparameters(self) -> Iterator[None]:
@@ -258,7 +256,7 @@ class GraphedStep:
         groups = self.optimizer.param_groups
         numbers = {(index, name): groups[index][name] for index, name in self._cells}
         try:
-            for (index, name), cell in self._cells.items():
+            for (index, name), (cell, _) in self._cells.items():
                 groups[index][name] = cell
             yield
         finally:

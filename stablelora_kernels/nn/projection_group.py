@@ -9,6 +9,7 @@ own output. A hook of the attention module drops what the group keeps if its for
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -120,17 +121,15 @@ def make_projection_groups(
     """Put those of ``layers`` that share an input into groups, replace existing groups, and return a note for the report."""
     groups = _find_projection_groups(model, layers, key)
     remove_projection_groups(layers.values())
-    counts: dict[str, int] = {}
     for names in groups:
         group = ProjectionGroup(names, [layers[name] for name in names], compute)
         parent = model.get_submodule(names[0].rpartition(".")[0])
         group.hook = parent.register_forward_hook(group.after_forward, always_call=True)
         for layer in group.layers:
             layer.__dict__[ATTRIBUTE] = group
-        kind = ", ".join(name.rpartition(".")[2] for name in names)
-        counts[kind] = counts.get(kind, 0) + 1
-    if not counts:
+    if not groups:
         return "fuse_projections found no layers that share an input"
+    counts = Counter(", ".join(name.rpartition(".")[2] for name in names) for names in groups)
     return "computed together from one read of their input: " + "; ".join(
         f"{count} x ({kind})" for kind, count in counts.items()
     )
