@@ -121,6 +121,8 @@ def _lora_gate_up_kernel(
     rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
+    # int64, because a step along K may exceed 2^31 elements.
+    step = tl.full((), BLOCK_K, tl.int64)
     row_mask, col_mask = rows < M, cols < N
 
     x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
@@ -136,9 +138,9 @@ def _lora_gate_up_kernel(
         x = tl.load(x_ptrs, mask=x_mask, other=0.0)
         g = dot(x, tl.load(wg_ptrs, mask=w_mask, other=0.0), g, INPUT_PRECISION)
         u = dot(x, tl.load(wu_ptrs, mask=w_mask, other=0.0), u, INPUT_PRECISION)
-        x_ptrs += BLOCK_K * stride_xk
-        wg_ptrs += BLOCK_K * stride_wgk
-        wu_ptrs += BLOCK_K * stride_wuk
+        x_ptrs += step * stride_xk
+        wg_ptrs += step * stride_wgk
+        wu_ptrs += step * stride_wuk
 
     if WAITS_FOR_PRIMARY:
         tl.extra.cuda.gdc_wait()

@@ -193,6 +193,8 @@ def _lora_linear_kernel(
     cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
+    # int64, because a step along K may exceed 2^31 elements.
+    step = tl.full((), BLOCK_K, tl.int64)
     row_mask, col_mask = rows < M, cols < N
 
     x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
@@ -218,9 +220,9 @@ def _lora_linear_kernel(
             if not LOAD_S:
                 a = tl.load(a_ptrs, mask=a_mask, other=0.0)
                 s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
-                a_ptrs += BLOCK_K * stride_ak
-            x_ptrs += BLOCK_K * stride_xk
-            w_ptrs += BLOCK_K * stride_wk
+                a_ptrs += step * stride_ak
+            x_ptrs += step * stride_xk
+            w_ptrs += step * stride_wk
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
