@@ -84,6 +84,7 @@ def add_branch(
     """acc + (S B^T) ∘ keep for a tile, where S is read (LOAD_S) or ``s``, scaled, rounded and, if ``store_s``, stored."""
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     if MASK_BRANCH:
+        # One load for all parts of a tile would keep the keys made of the seed in registers, and 64 bytes more would spill.
         keep = keep_mask(tl.load(seed_ptr), rows, col0, N, threshold, BLOCK_N)
     if S_UNIT != 1.0:
         acc *= 1.0 / S_UNIT
