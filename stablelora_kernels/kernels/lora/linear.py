@@ -194,14 +194,7 @@ def _lora_linear_kernel(
     cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
-    # int64, because a step along K may exceed 2^31 elements.
-    step = tl.full((), BLOCK_K, tl.int64)
     row_mask, col_mask = rows < M, cols < N
-
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
-    if HAS_W:
-        w_ptrs = w_ptr + cols[None, :] * stride_wn + ks[:, None] * stride_wk
-    a_ptrs = a_ptr + rs[None, :] * stride_ar + ks[:, None] * stride_ak
 
     if GATE != "":
         prefetch(z_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
@@ -215,15 +208,12 @@ def _lora_linear_kernel(
                 x_mask &= k0 + ks[None, :] < K
                 w_mask &= k0 + ks[:, None] < K
                 a_mask &= k0 + ks[:, None] < K
-            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
-            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+            x = tl.load(x_ptr + rows[:, None] * stride_xm + (k0 + ks[None, :]) * stride_xk, mask=x_mask, other=0.0)
+            w = tl.load(w_ptr + cols[None, :] * stride_wn + (k0 + ks[:, None]) * stride_wk, mask=w_mask, other=0.0)
             acc = dot(x, w, acc, INPUT_PRECISION)
             if not LOAD_S:
-                a = tl.load(a_ptrs, mask=a_mask, other=0.0)
+                a = tl.load(a_ptr + rs[None, :] * stride_ar + (k0 + ks[:, None]) * stride_ak, mask=a_mask, other=0.0)
                 s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
-                a_ptrs += step * stride_ak
-            x_ptrs += step * stride_xk
-            w_ptrs += step * stride_wk
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
