@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from benchmarks.common.optimizers import LR
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import WARMUP, Arms, Device
+from benchmarks.lab.gpu.load import LOAD
 from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_columns
 from stablelora_kernels import GraphedStep, LoRALinear, StableLoRAAdamW
 
 COLUMNS = (
-    "rows", "width", "layers", "dropout", "arm", "status", "us", "q1_us", "q3_us", "samples", "host_us", "eager_over",
-    "note", "dry",
+    "rows", "width", "layers", "dropout", "arm", "status", "us", "q1_us", "q3_us", "samples", *LOAD, "host_us",
+    "eager_over", "note", "dry",
 )  # fmt: skip
 SECONDS = 0.4
 LAYERS, R = 4, 16
@@ -63,10 +64,9 @@ def measure(device: Device, rows: int, width: int, p: float) -> Iterator[Row]:
         arms["captured"] = captured_step(device, rows, width, p)
     except Exception as error:
         yield {"arm": "captured", "status": FAILED, "note": note_of(error)}
-    samples = device.time(arms, SECONDS, queued=False)
-    columns = {name: time_columns(values) for name, values in samples.items()}
+    columns = {name: time_columns(timing) for name, timing in device.time(arms, SECONDS, queued=False).items()}
     for name, times in columns.items():
-        host = time_columns(device.host_seconds(arms[name]))["us"]
+        host = round(device.host_seconds(arms[name]) * 1e6, 3)
         yield {"arm": name, **times, "host_us": host, "eager_over": round(columns["eager"]["us"] / times["us"], 4)}
 
 

@@ -17,11 +17,13 @@ from torch import Tensor
 import stablelora_kernels as slk
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Arms, Device
+from benchmarks.lab.gpu.load import LOAD
 from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_columns
 from stablelora_kernels.functional import LoRAWeights, lora_linear, lora_mlp
 
 COLUMNS = (
-    "m", "k", "f", "r", "dropout", "arm", "status", "us", "q1_us", "q3_us", "samples", "eager_over", "peak_bytes", "note", "dry",
+    "m", "k", "f", "r", "dropout", "arm", "status", "us", "q1_us", "q3_us", "samples", *LOAD, "eager_over",
+    "peak_bytes", "note", "dry",
 )  # fmt: skip
 SECONDS = 0.5
 FORCED = {"one op, in one kernel": "split", "one op, vendor's products": "vendor"}
@@ -83,10 +85,10 @@ def measure(device: Device, m: int, k: int, f: int, r: int, dropout: float) -> I
     arms: Arms = {}
     for name, run in runs.items():
         try:
-            arms[name] = device.capture(run)
+            arms[name] = device.capture([run])
         except Exception as error:
             yield {"arm": name, "status": FAILED, "note": note_of(error)}
-    columns = {name: time_columns(values) for name, values in device.time(arms, SECONDS, queued=True).items()}
+    columns = {name: time_columns(timing) for name, timing in device.time(arms, SECONDS, queued=True).items()}
     for name, times in columns.items():
         row: Row = {"arm": name, **times, "peak_bytes": device.peak_bytes(runs[name])}
         yield row | ({"eager_over": round(columns["eager"]["us"] / times["us"], 4)} if "eager" in columns else {})

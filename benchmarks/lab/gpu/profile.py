@@ -1,4 +1,4 @@
-"""Counts by the profiler and other tools: launches, synchronizations, peak memory, bytes from memory, bad accesses and races."""
+"""Counts by the profiler and by ncu: launches, synchronizations, bytes from memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.lab.cost_model.predict import BF16, Shape
 from benchmarks.lab.gpu import section, step, tools
 from benchmarks.lab.gpu.device import Device
 from benchmarks.lab.gpu.layer import TARGET_R, TARGET_SIZE, Layers
-from benchmarks.lab.gpu.section import FAILED, NO_GPU, OK, SKIPPED, Clock, Row, Unit
+from benchmarks.lab.gpu.section import FAILED, NO_GPU, OK, Clock, Row, Unit
 from stablelora_kernels.launch.base import launch_counts
 
 COLUMNS = ("check", "what", "subject", "status", "figure", "expected", "note", "dry")
@@ -88,7 +88,7 @@ def optimizer_of_target(device: Device) -> Any:
 
 def check_launches(device: Device, s: Shape, direction: str) -> Iterator[Row]:
     """Compare the kernels that ran, and ``launch_counts``, with the launches that explain() lists."""
-    run = Layers(s, device, rivals=False).call("ours", direction)
+    run = Layers(s, device, rivals=False).calls("ours", direction)[0]
     run()
     explained = slk.explain(s.m, s.n, s.k, s.r, BF16, s.p, lora_dtype=BF16, device=device.device)
     launches = getattr(explained, direction)
@@ -125,37 +125,6 @@ def check_step(device: Device) -> Iterator[Row]:
             yield expect(kind, found[kind].total(), expected, listed(found[kind]))
 
 
-def without_waiting(device: Device, run: Callable[[], Any]) -> Row:
-    """Call ``run`` in a mode in which PyTorch raises where the host would wait for the device."""
-    run()
-    device.synchronize()
-    if device.dry:
-        run()
-        return {"expected": 0, **NO_GPU}
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return {"figure": 0, "expected": 0, "note": "nothing waited for the device (torch.cuda.set_sync_debug_mode)"}
-
-
-def check_waiting(device: Device, s: Shape) -> Iterator[Row]:
-    yield {"what": "layer", **without_waiting(device, Layers(s, device, rivals=False).call("ours", "both"))}
-    yield {"what": "step", **without_waiting(device, optimizer_of_target(device).step)}
-
-
-def check_memory(device: Device, s: Shape) -> Iterator[Row]:
-    """Return the most memory that each arm holds in forward and backward, beyond inputs and parameters."""
-    layers = Layers(s, device)
-    for name in layers.arms:
-        peak = device.peak_bytes(layers.call(name, "both"))
-        row = NO_GPU if peak is None else {"figure": round(peak / 2**20, 2), "note": "MiB, forward and backward"}
-        yield {"what": name, **row}
-    for name, why in layers.missing.items():
-        yield {"what": name, "status": SKIPPED, "note": why}
-
-
 def label(s: Shape) -> str:
     return f"{s.m}x{s.n}x{s.k} r{s.r} p{s.p:g}"
 
@@ -176,13 +145,7 @@ def units(device: Device, clock: Clock) -> list[Unit]:
             for s, direction in product(shapes, ("forward", "backward"))
         ),
         unit("launches", "step of 448 tensors", partial(check_step, device), 3.0),
-        unit("waiting", label(large), partial(check_waiting, device, large), 3.0),
-        unit("memory", label(large), partial(check_memory, device, large), 2.0),
         unit("dram", label(large), partial(tools.check_dram, device, large, clock), 25.0),
-        *(
-            unit("sanitizer", tool, partial(tools.check_sanitizer, device, tool, clock), 20.0)
-            for tool in ("memcheck", "racecheck")
-        ),
     ]
 
 

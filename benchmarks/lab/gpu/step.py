@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -14,13 +13,13 @@ from benchmarks.common import optimizers
 from benchmarks.common.optimizers import LR
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Arms, Device
+from benchmarks.lab.gpu.load import LOAD
 from benchmarks.lab.gpu.section import FAILED, SKIPPED, Clock, Row, Unit, note_of, time_columns
-from benchmarks.lab.traffic.floors import floor_optimizer
 from stablelora_kernels import LoRAPair
 
 COLUMNS = (
-    "set", "tensors", "dtype", "state", "arm", "status", "device_us", "q1_us", "q3_us", "samples", "host_us",
-    "ours_over", "gb_s", "note", "dry",
+    "set", "tensors", "dtype", "state", "arm", "status", "device_us", "q1_us", "q3_us", "samples", *LOAD,
+    "host_us", "ours_over", "note", "dry",
 )  # fmt: skip
 ARMS = {
     "naive": optimizers.NAIVE_FOREACH,
@@ -86,36 +85,29 @@ def measure(device: Device, of: Set, latched: bool) -> Iterator[Row]:
 
     built = {arm: optimizers.build(name, fresh(), lr=LR) for arm, name in ARMS.items()}
     ours, steps = built["ours"], {arm: optimizer.step for arm, optimizer in built.items()}
-    begun = time.perf_counter()
     # In its first step ours measures each pair's norms. The others create their moments.
     for step in steps.values():
         step()
     device.synchronize()
-    first = time.perf_counter() - begun
-    host = {name: time_columns(device.host_seconds(step))["us"] for name, step in steps.items()}
-    samples = device.time(steps, SECONDS, queued=False)
+    host = {name: round(device.host_seconds(step) * 1e6, 3) for name, step in steps.items()}
+    timings = device.time(steps, SECONDS, queued=False)
     if {pair.stable for pair in ours.stability()} != {latched}:
         raise RuntimeError(f"every pair should stay {'latched' if latched else 'shrinking'} during the measurement")
-    # Capture last: this is the same optimizer, without the host's part.
+    # Capture last: this is the same optimizer, without the host's part. One step a graph: a second would upload its tables again.
     capturable = optimizers.build(optimizers.ADAMW_FUSED, fresh(), lr=LR, capturable=not device.dry)
     graphs: Arms = {}
     for name, step, status in (("ours", ours.step, FAILED), ("fused", capturable.step, SKIPPED)):
         try:
-            graphs[f"{name}, graph"] = device.capture(step)
+            graphs[f"{name}, graph"] = device.capture([step], most=1)
         except Exception as error:
             yield {"arm": f"{name}, graph", "status": status, "note": note_of(error)}
-    samples |= device.time(graphs, SECONDS, queued=True)
-    halves = [half for group in ours.param_groups for half in group["params"]]
-    floor = floor_optimizer([p.numel() for p in halves], [p.element_size() for p in halves]).unique
-    columns = {name: time_columns(values, "device_us") for name, values in samples.items()}
+    timings |= device.time(graphs, SECONDS, queued=True)
+    columns = {name: time_columns(timing, "device_us") for name, timing in timings.items()}
     for name, times in columns.items():
         baseline = columns["ours, graph" if name.endswith("graph") and "ours, graph" in columns else "ours"]
         row: Row = {"arm": name, **times, "ours_over": round(baseline["device_us"] / times["device_us"], 4)}
         if name in host:
             row["host_us"] = host[name]
-        if name.startswith("ours"):
-            row["gb_s"] = round(floor / times["device_us"] / 1e3, 1)
-            row["note"] = f"floor {floor / 1e6:.1f} MB; first steps of all arms {first:.2f} s"
         yield row
 
 
