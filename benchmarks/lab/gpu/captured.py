@@ -13,7 +13,7 @@ from benchmarks.common.optimizers import LR
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import WARMUP, Arms, Device
 from benchmarks.lab.gpu.load import LOAD
-from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_columns
+from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_arms
 from stablelora_kernels import GraphedStep, LoRALinear, StableLoRAAdamW
 
 COLUMNS = (
@@ -64,10 +64,8 @@ def measure(device: Device, rows: int, width: int, p: float) -> Iterator[Row]:
         arms["captured"] = captured_step(device, rows, width, p)
     except Exception as error:
         yield {"arm": "captured", "status": FAILED, "note": note_of(error)}
-    columns = {name: time_columns(timing) for name, timing in device.time(arms, SECONDS, queued=False).items()}
-    for name, times in columns.items():
-        host = round(device.host_seconds(arms[name]) * 1e6, 3)
-        yield {"arm": name, **times, "host_us": host, "eager_over": round(columns["eager"]["us"] / times["us"], 4)}
+    for name, row in time_arms(device, arms, SECONDS, False, "eager", "eager_over").items():
+        yield {"arm": name, **row, "host_us": round(device.host_seconds(arms[name]) * 1e6, 3)}
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from benchmarks.lab.cost_model import predict
 from benchmarks.lab.cost_model.predict import BF16, Shape
 from benchmarks.lab.gpu import section
-from benchmarks.lab.gpu.device import Arms, Device, Timing
+from benchmarks.lab.gpu.device import Device
 from benchmarks.lab.gpu.load import LOAD
-from benchmarks.lab.gpu.section import FAILED, SKIPPED, Clock, Row, Unit, note_of, time_columns
+from benchmarks.lab.gpu.section import SKIPPED, Clock, Row, Unit, capture_all, note_of, time_arms
 from benchmarks.suite.layers import peft_layer
 from stablelora_kernels.testing import layer_arms
 
@@ -32,6 +32,7 @@ COLUMNS = (
     "over_frozen", "eager_over", "note", "dry",
 )  # fmt: skip
 DIRECTIONS = ("forward", "backward", "both")
+RIVALS = ("frozen", "eager", "peft", "compiled")
 # "eager" starts on an idle device and includes the host's launches. "graph" is the device alone.
 MODES = ("graph", "eager")
 # All arms together take this long, and at least five rounds.
@@ -147,27 +148,16 @@ def measure(device: Device, s: Shape, modes: tuple[str, ...]) -> Iterator[Row]:
     for name, why in layers.missing.items():
         yield {"mode": "all", "direction": "all", "arm": name, "status": SKIPPED, "note": why}
     for direction, mode in product(DIRECTIONS, modes):
-        timed: Arms = {}
-        for name in layers.arms:
-            try:
-                runs = layers.calls(name, direction)
-                timed[name] = device.capture(runs) if mode == "graph" else runs[0]
-            except Exception as error:
-                # Only our own failure fails the check; a rival is left out.
-                status = FAILED if name == "ours" else SKIPPED
-                yield {"mode": mode, "direction": direction, "arm": name, "status": status, "note": note_of(error)}
-        yield from rows(direction, mode, device.time(timed, SECONDS, queued=mode == "graph"))
-
-
-def rows(direction: str, mode: str, timings: dict[str, Timing]) -> Iterator[Row]:
-    columns = {name: time_columns(timing) for name, timing in timings.items()}
-    for name, times in columns.items():
-        row: Row = {"mode": mode, "direction": direction, "arm": name, **times}
-        if "frozen" in columns:
-            row["over_frozen"] = round(times["us"] / columns["frozen"]["us"], 4)
-        if "eager" in columns:
-            row["eager_over"] = round(columns["eager"]["us"] / times["us"], 4)
-        yield row
+        calls = {name: layers.calls(name, direction) for name in layers.arms}
+        arms, failed = {name: runs[0] for name, runs in calls.items()}, list[Row]()
+        if mode == "graph":
+            # Only our own failure fails the check.
+            arms, failed = capture_all(device, calls, "arm", rivals=RIVALS)
+        columns = time_arms(device, arms, SECONDS, mode == "graph", "eager", "eager_over")
+        for name, row in columns.items():
+            over = {"over_frozen": round(row["us"] / columns["frozen"]["us"], 4)} if "frozen" in columns else {}
+            failed.append({"arm": name, **row, **over})
+        yield from ({"mode": mode, "direction": direction, **row} for row in failed)
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:

@@ -29,8 +29,8 @@ class Load:
             return
         self._library.nvmlInit_v2()
         # Not by number: NVML's numbers do not follow CUDA_VISIBLE_DEVICES.
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        self._library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(self._gpu))
+        uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+        self._library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode(), ctypes.byref(self._gpu))
 
     def _numbers(self, function: str, kind: Any, *arguments: int) -> list[int]:
         """Return the number that ``function`` tells, or nothing."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import stablelora_kernels as slk
 from benchmarks.lab.gpu import section
-from benchmarks.lab.gpu.device import Arms, Device
+from benchmarks.lab.gpu.device import Device
 from benchmarks.lab.gpu.load import LOAD
-from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_columns
+from benchmarks.lab.gpu.section import Clock, Row, Unit, capture_all, time_arms
 from stablelora_kernels.functional import LoRAWeights, lora_linear, lora_mlp
 
 COLUMNS = (
@@ -82,16 +82,10 @@ def measure(device: Device, m: int, k: int, f: int, r: int, dropout: float) -> I
 
     runs = {name: both(call) for name, call in calls.items()}
     runs |= {name: both(calls["one op"], kernel) for name, kernel in FORCED.items()}
-    arms: Arms = {}
-    for name, run in runs.items():
-        try:
-            arms[name] = device.capture([run])
-        except Exception as error:
-            yield {"arm": name, "status": FAILED, "note": note_of(error)}
-    columns = {name: time_columns(timing) for name, timing in device.time(arms, SECONDS, queued=True).items()}
-    for name, times in columns.items():
-        row: Row = {"arm": name, **times, "peak_bytes": device.peak_bytes(runs[name])}
-        yield row | ({"eager_over": round(columns["eager"]["us"] / times["us"], 4)} if "eager" in columns else {})
+    arms, failed = capture_all(device, {name: [run] for name, run in runs.items()}, "arm")
+    yield from failed
+    for name, row in time_arms(device, arms, SECONDS, True, "eager", "eager_over").items():
+        yield {"arm": name, **row, "peak_bytes": device.peak_bytes(runs[name])}
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:

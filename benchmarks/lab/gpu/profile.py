@@ -80,49 +80,38 @@ def expect(what: str, figure: int, expected: int, note: str) -> Row:
     return {"what": what, "figure": figure, "expected": expected, "status": status, "note": note}
 
 
-def optimizer_of_target(device: Device) -> Any:
-    """Return our optimizer of the target's 448 tensors, all shrinking."""
-    pairs = step.pairs(step.target_set(device), device, latched=False)
-    return optimizers.build(optimizers.OURS, pairs, lr=optimizers.LR)
-
-
-def check_launches(device: Device, s: Shape, direction: str) -> Iterator[Row]:
-    """Compare the kernels that ran, and ``launch_counts``, with the launches that explain() lists."""
-    run = Layers(s, device, rivals=False).calls("ours", direction)[0]
-    run()
-    explained = slk.explain(s.m, s.n, s.k, s.r, BF16, s.p, lora_dtype=BF16, device=device.device)
-    launches = getattr(explained, direction)
-    own = sum(one.kernel != "vendor" for one in launches)
+def compare(device: Device, run: Callable[[], Any], launches: int, kernels: int) -> Iterator[Row]:
+    """Compare what a call of ``run`` launches, our own count and the profiler's, with what is expected, and its waits with 0."""
     before = launch_counts.copy()
     found = profiled(device, run)
-    made = sum((launch_counts - before).values())
-    yield expect("launch_counts", made, own, "Triton launches; expected: those that explain() lists")
-    # Forward with dropout also draws a seed.
-    expected = len(launches) + (1 if s.dropout and direction == "forward" else 0)
-    if device.dry:
-        yield {"what": "kernels", "expected": expected, **NO_GPU}
-        yield {"what": "syncs", "expected": 0, **NO_GPU}
-        return
-    kernels, copies, syncs = (found[kind] for kind in ("kernels", "copies", "syncs"))
-    yield expect("kernels", kernels.total(), expected, listed(kernels))
-    yield {"what": "copies", "figure": copies.total(), "note": listed(copies)}
-    yield expect("syncs", syncs.total(), 0, listed(syncs))
-
-
-def check_step(device: Device) -> Iterator[Row]:
-    """A step of the target's 448 tensors is one launch, without a copy or a wait."""
-    optimizer = optimizer_of_target(device)
-    for _ in range(2):
-        optimizer.step()
-    before = launch_counts.copy()
-    found = profiled(device, optimizer.step)
     made = launch_counts - before
-    yield expect("launch_counts", made.total(), 1, listed(made))
-    for kind, expected in (("kernels", 1), ("copies", 0), ("syncs", 0)):
+    yield expect("launch_counts", made.total(), launches, listed(made))
+    for kind, expected in (("kernels", kernels), ("syncs", 0)):
         if device.dry:
             yield {"what": kind, "expected": expected, **NO_GPU}
         else:
             yield expect(kind, found[kind].total(), expected, listed(found[kind]))
+    yield {"what": "copies", "figure": found["copies"].total(), "note": listed(found["copies"])}
+
+
+def check_launches(device: Device, s: Shape, direction: str) -> Iterator[Row]:
+    """A call launches what explain() lists."""
+    run = Layers(s, device, rivals=False).calls("ours", direction)[0]
+    run()
+    explained = slk.explain(s.m, s.n, s.k, s.r, BF16, s.p, lora_dtype=BF16, device=device.device)
+    launches = getattr(explained, direction)
+    # Forward with dropout also draws a seed.
+    seeds = 1 if s.dropout and direction == "forward" else 0
+    yield from compare(device, run, sum(one.kernel != "vendor" for one in launches), len(launches) + seeds)
+
+
+def check_step(device: Device) -> Iterator[Row]:
+    """A step of the target's 448 tensors, all shrinking, is one launch."""
+    pairs = step.pairs(step.target_set(device), device, latched=False)
+    optimizer = optimizers.build(optimizers.OURS, pairs, lr=optimizers.LR)
+    for _ in range(2):
+        optimizer.step()
+    yield from compare(device, optimizer.step, 1, 1)
 
 
 def label(s: Shape) -> str:

@@ -15,11 +15,11 @@ import torch
 import stablelora_kernels as slk
 from benchmarks.lab.cost_model.predict import BF16, Shape, call_of
 from benchmarks.lab.gpu import section
-from benchmarks.lab.gpu.device import Arms, Device
+from benchmarks.lab.gpu.device import Device
 from benchmarks.lab.gpu.layer import SECONDS, Layers, key_of, priority, shapes
 from benchmarks.lab.gpu.load import LOAD
 from benchmarks.lab.gpu.report import PRODUCT, S_ALONE, VENDOR
-from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_columns
+from benchmarks.lab.gpu.section import Calls, Clock, Row, Unit, capture_all, time_columns
 from stablelora_kernels.dispatch.problem import device_of
 from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
 from stablelora_kernels.launch.lora_common import forward_product, shrink
@@ -39,13 +39,13 @@ def forced(kernel: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return with_kernel
 
 
-def parts(device: Device, s: Shape) -> dict[str, list[Callable[[], Any]]]:
+def parts(device: Device, s: Shape) -> Calls:
     """Return the calls of a forward's parts, by name, each with as many weights as are larger than L2."""
     own = device_of(device.device)
     make: dict[str, Any] = {"device": device.device, "dtype": BF16}
     x, y, store = (torch.randn(s.m, size, **make) for size in (s.k, s.n, s.r))
     seed = torch.zeros(1, dtype=torch.int64, device=device.device)
-    found: dict[str, list[Callable[[], Any]]] = {PRODUCT: [], VENDOR: [], S_ALONE: []}
+    found: Calls = {PRODUCT: [], VENDOR: [], S_ALONE: []}
     for _ in range(device.rotation(s.n * s.k * BF16.itemsize)):
         w, a, b = (torch.randn(*size, **make) for size in ((s.n, s.k), (s.r, s.k), (s.n, s.r)))
         bare = forward_product(x, w, None, a[:0], b[:, :0], None, y, None, 1.0, 0.0)
@@ -65,19 +65,15 @@ def measure(device: Device, s: Shape, direction: str) -> Iterator[Row]:
     kernels = list(calls)
     if direction == "forward":
         calls |= parts(device, s)
-    arms: Arms = {}
-    for name, each in calls.items():
-        try:
-            arms[name] = device.capture(each)
-        except Exception as error:
-            yield {"kernel": name, "chosen": chosen, "status": FAILED, "note": note_of(error)}
+    arms, failed = capture_all(device, calls, "kernel")
+    yield from ({**row, "chosen": chosen} for row in failed)
     columns = {name: time_columns(timing) for name, timing in device.time(arms, SECONDS, queued=True).items()}
     fastest = min((name for name in kernels if name in columns), key=lambda name: columns[name]["us"])
     for name, times in columns.items():
         row: Row = {"kernel": name, "chosen": chosen, "fastest": fastest, **times}
-        yield row | (
-            {"regret": round(times["us"] / columns[fastest]["us"] - 1, 4)} if name in kernels else {"note": "a part"}
-        )
+        if name in kernels:
+            row["regret"] = round(times["us"] / columns[fastest]["us"] - 1, 4)
+        yield row
 
 
 # What the cost model cannot decide: one launch, two or the vendor's product for many rows; S beside a product of few rows at

@@ -141,7 +141,7 @@ def stages(rows: Sequence[Row]) -> list[str]:
         if not any(row["status"] in (OK, SKIPPED) for row in own):
             return [*lines, f"- {stage}: {NOT_REACHED}. The bring-up is not complete."]
         passed = sum(row["status"] == OK for row in own)
-        lines.append(f"- {stage}: {f'{passed} tests passed' if passed else 'skipped'}")
+        lines.append(f"- {stage}: {f'{passed} passed' if passed else 'skipped'}")
     return [*lines, "- Every stage passed or does not apply to this machine."]
 
 

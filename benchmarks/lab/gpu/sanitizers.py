@@ -20,8 +20,8 @@ from benchmarks.lab.gpu.tools import SPARE, find, skipped, watch
 COLUMNS = ("tool", "what", "status", "figure", "expected", "note", "dry")
 TESTS = "tests/gpu/test_bring_up.py"
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: ")
-# A report's first line begins one column behind the bar, the others deeper.
-REPORT = re.compile(r"^=+ (\S.*)\n(?:=+  .*\n)+", re.MULTILINE)
+# A report's first line begins one column behind the bar, perhaps on pytest's own line; the others deeper.
+REPORT = re.compile(r"={9} (\S.*)\n(?:=+  .*\n)+")
 OURS = re.compile(r"\b_[a-z_]+_kernel\b")
 TEST = re.compile(rf"^{re.escape(TESTS)}::(\S+)", re.MULTILINE)
 

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.common.measure import summarize
-from benchmarks.lab.gpu.device import CudaDevice, Device, DryDevice, Timing
+from benchmarks.lab.gpu.device import MOST_CALLS, Arms, CudaDevice, Device, DryDevice, Timing
 
 ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, Any]
+# The calls of each arm, which do the same with other weights.
+Calls = dict[str, list[Callable[[], Any]]]
 OK, FAILED, SKIPPED, DRY, NOT_REACHED, BEGUN = "ok", "failed", "skipped", "dry", "not reached", "begun"
 # A row of a dry run for a figure that only a GPU has.
 NO_GPU: Row = {"status": DRY, "note": "dry: needs a GPU"}
@@ -89,6 +91,27 @@ def time_columns(timing: Timing, median: str = "us") -> Row:
     named = {median: found["median"], "q1_us": found["q1"], "q3_us": found["q3"]}
     us = {name: round(seconds * 1e6, 3) for name, seconds in named.items()}
     return us | {"samples": len(timing.seconds)} | timing.load
+
+
+def capture_all(
+    device: Device, calls: Calls, column: str, rivals: Sequence[str] = (), most: int = MOST_CALLS
+) -> tuple[Arms, list[Row]]:
+    """Capture each arm's calls. Return the graphs, and rows for those that failed: of rivals, which are left out, as skipped."""
+    graphs, rows = Arms(), []
+    for name, runs in calls.items():
+        try:
+            graphs[name] = device.capture(runs, most)
+        except Exception as error:
+            rows.append({column: name, "status": SKIPPED if name in rivals else FAILED, "note": note_of(error)})
+    return graphs, rows
+
+
+def time_arms(device: Device, arms: Arms, seconds: float, queued: bool, base: str, column: str) -> dict[str, Row]:
+    """Time the arms. Return each one's columns; ``column`` is how many times longer the arm ``base`` takes, if it is there."""
+    found = {name: time_columns(timing) for name, timing in device.time(arms, seconds, queued=queued).items()}
+    for row in found.values() if base in found else ():
+        row[column] = round(found[base]["us"] / row["us"], 4)
+    return found
 
 
 def run_units(units: list[Unit], add: Callable[[Row], None], clock: Clock, synchronize: Callable[[], None]) -> None:

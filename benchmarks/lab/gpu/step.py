@@ -12,9 +12,9 @@ import torch
 from benchmarks.common import optimizers
 from benchmarks.common.optimizers import LR
 from benchmarks.lab.gpu import section
-from benchmarks.lab.gpu.device import Arms, Device
+from benchmarks.lab.gpu.device import Device
 from benchmarks.lab.gpu.load import LOAD
-from benchmarks.lab.gpu.section import FAILED, SKIPPED, Clock, Row, Unit, note_of, time_columns
+from benchmarks.lab.gpu.section import Clock, Row, Unit, capture_all, time_columns
 from stablelora_kernels import LoRAPair
 
 COLUMNS = (
@@ -95,12 +95,10 @@ def measure(device: Device, of: Set, latched: bool) -> Iterator[Row]:
         raise RuntimeError(f"every pair should stay {'latched' if latched else 'shrinking'} during the measurement")
     # Capture last: this is the same optimizer, without the host's part. One step a graph: a second would upload its tables again.
     capturable = optimizers.build(optimizers.ADAMW_FUSED, fresh(), lr=LR, capturable=not device.dry)
-    graphs: Arms = {}
-    for name, step, status in (("ours", ours.step, FAILED), ("fused", capturable.step, SKIPPED)):
-        try:
-            graphs[f"{name}, graph"] = device.capture([step], most=1)
-        except Exception as error:
-            yield {"arm": f"{name}, graph", "status": status, "note": note_of(error)}
+    graphs, failed = capture_all(
+        device, {"ours, graph": [ours.step], "fused, graph": [capturable.step]}, "arm", ("fused, graph",), most=1
+    )
+    yield from failed
     timings |= device.time(graphs, SECONDS, queued=True)
     columns = {name: time_columns(timing, "device_us") for name, timing in timings.items()}
     for name, times in columns.items():
