@@ -64,7 +64,7 @@ def measure(device: Device, rows: int, width: int, p: float) -> Iterator[Row]:
         arms["captured"] = captured_step(device, rows, width, p)
     except Exception as error:
         yield {"arm": "captured", "status": FAILED, "note": note_of(error)}
-    for name, row in time_arms(device, arms, SECONDS, False, "eager", "eager_over").items():
+    for name, row in time_arms(device, arms, SECONDS, queued=False).items():
         yield {"arm": name, **row, "host_us": round(device.host_seconds(arms[name]) * 1e6, 3)}
 
 

@@ -1,7 +1,7 @@
 """``pytest tests/gpu``: first by one worker in the order of STAGES (``--part bringup``), then the rest of it by several.
 
-This module is also pytest's plugin. It adds a row as a test begins, which its result replaces, so that a test that hangs or
-crashes leaves its name. In the first part no test begins behind a stage that has failed.
+This module is also pytest's plugin. From a test's begin to its end there is a row that says so, besides those of its results: a
+test that hangs or crashes leaves its name. In the first part no test begins behind a stage that has failed.
 """
 
 from __future__ import annotations
@@ -78,10 +78,16 @@ class Rows:
         if self._failed and key_of(item.nodeid)["stage"] != self._failed:
             pytest.skip(NOT_REACHED)
 
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self._table.end(nodeid)
+
     def pytest_runtest_logreport(self, report: Any) -> None:
         # Setup and teardown matter only when they fail or skip the test.
         if report.when == "call" or not report.passed:
-            self._table.add(row_of(report), report.nodeid)
+            self._table.add(row_of(report))
+        if report.when == "???":
+            # pytest-xdist's report of a crash, behind which there is no end.
+            self._table.end(report.nodeid)
         if report.failed:
             self._failed = self._failed or key_of(report.nodeid)["stage"]
 

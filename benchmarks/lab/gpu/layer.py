@@ -11,7 +11,7 @@ with gradients of x, A and B (of x only for the frozen layer).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.lab.cost_model import predict
 from benchmarks.lab.cost_model.predict import BF16, Shape
 from benchmarks.lab.gpu import section
-from benchmarks.lab.gpu.device import Device
+from benchmarks.lab.gpu.device import Arms, Device
 from benchmarks.lab.gpu.load import LOAD
 from benchmarks.lab.gpu.section import SKIPPED, Clock, Row, Unit, capture_all, note_of, time_arms
 from benchmarks.suite.layers import peft_layer
@@ -110,8 +110,9 @@ class Layers:
         if direction == "both":
             return lambda: torch.autograd.grad(layer(self.x), wanted, self.grad)
         if direction == "backward":
-            y = layer(self.x)
-            return lambda: torch.autograd.grad(y, wanted, self.grad, retain_graph=True)
+            # Not yet: a rival's forward may fail.
+            forward = cache(partial(layer, self.x))
+            return lambda: torch.autograd.grad(forward(), wanted, self.grad, retain_graph=True)
         # As in training, forward saves what backward needs.
         return lambda: layer(self.x).detach()
 
@@ -149,15 +150,16 @@ def measure(device: Device, s: Shape, modes: tuple[str, ...]) -> Iterator[Row]:
         yield {"mode": "all", "direction": "all", "arm": name, "status": SKIPPED, "note": why}
     for direction, mode in product(DIRECTIONS, modes):
         calls = {name: layers.calls(name, direction) for name in layers.arms}
-        arms, failed = {name: runs[0] for name, runs in calls.items()}, list[Row]()
+        arms: Arms = {name: runs[0] for name, runs in calls.items()}
+        key: Row = {"mode": mode, "direction": direction}
         if mode == "graph":
             # Only our own failure fails the check.
             arms, failed = capture_all(device, calls, "arm", rivals=RIVALS)
-        columns = time_arms(device, arms, SECONDS, mode == "graph", "eager", "eager_over")
+            yield from ({**key, **row} for row in failed)
+        columns = time_arms(device, arms, SECONDS, queued=mode == "graph")
         for name, row in columns.items():
             over = {"over_frozen": round(row["us"] / columns["frozen"]["us"], 4)} if "frozen" in columns else {}
-            failed.append({"arm": name, **row, **over})
-        yield from ({"mode": mode, "direction": direction, **row} for row in failed)
+            yield {**key, "arm": name, **row, **over}
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:

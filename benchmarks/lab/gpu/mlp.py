@@ -84,7 +84,7 @@ def measure(device: Device, m: int, k: int, f: int, r: int, dropout: float) -> I
     runs |= {name: both(calls["one op"], kernel) for name, kernel in FORCED.items()}
     arms, failed = capture_all(device, {name: [run] for name, run in runs.items()}, "arm")
     yield from failed
-    for name, row in time_arms(device, arms, SECONDS, True, "eager", "eager_over").items():
+    for name, row in time_arms(device, arms, SECONDS, queued=True).items():
         yield {"arm": name, **row, "peak_bytes": device.peak_bytes(runs[name])}
 
 

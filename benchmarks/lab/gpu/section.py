@@ -63,12 +63,15 @@ class Table:
         self._file.flush()
 
     def begin(self, name: str, row: Row) -> None:
-        """Hold ``row`` with the status "begun" until a row is added under this name."""
+        """Hold ``row`` with the status "begun" until the end of ``name``."""
         self._begun[name] = {**row, "status": BEGUN}
         self._write([])
 
-    def add(self, row: Row, name: str = "") -> None:
-        self._begun.pop(name, None)
+    def end(self, name: str) -> None:
+        del self._begun[name]
+        self._write([])
+
+    def add(self, row: Row) -> None:
         self._write([row])
 
     def _write(self, rows: list[Row]) -> None:
@@ -106,11 +109,11 @@ def capture_all(
     return graphs, rows
 
 
-def time_arms(device: Device, arms: Arms, seconds: float, queued: bool, base: str, column: str) -> dict[str, Row]:
-    """Time the arms. Return each one's columns; ``column`` is how many times longer the arm ``base`` takes, if it is there."""
+def time_arms(device: Device, arms: Arms, seconds: float, *, queued: bool) -> dict[str, Row]:
+    """Time the arms. Return each one's columns, with how many times longer the arm "eager" takes, if it is there."""
     found = {name: time_columns(timing) for name, timing in device.time(arms, seconds, queued=queued).items()}
-    for row in found.values() if base in found else ():
-        row[column] = round(found[base]["us"] / row["us"], 4)
+    for row in found.values() if "eager" in found else ():
+        row["eager_over"] = round(found["eager"]["us"] / row["us"], 4)
     return found
 
 

@@ -261,11 +261,12 @@ def test_a_failed_bring_up_ends_the_run_with_the_test_that_hung(quick, monkeypat
     def hang(name, path, seconds, dry):
         rows = Table(path, correctness.COLUMNS, dry)
         first, second = (
-            {**correctness.key_of(f"tests/gpu/test_bring_up.py::{test}")} for test in ("test_shrink", "test_mlp[0.1]")
+            correctness.key_of(f"tests/gpu/test_bring_up.py::{test}") for test in ("test_shrink", "test_mlp[0.1]")
         )
         rows.begin("a", first)
         rows.begin("b", second)
-        rows.add({**first, "status": "ok"}, "a")
+        rows.add({**first, "status": "ok"})
+        rows.end("a")
         return "the process ended: exit status 1"
 
     monkeypatch.setattr(command, "run_section", hang)
@@ -302,11 +303,14 @@ def test_crash():
 HANGING = """
 import pytest, time
 def test_on_a_cpu():
-    time.sleep(1.5)
-@pytest.mark.gpu
-def test_hangs():
+    time.sleep(2.5)
+@pytest.fixture
+def device():
+    yield
     time.sleep(600)
 @pytest.mark.gpu
+def test_hangs(device):
+    pass
 def test_later():
     pass
 """
@@ -338,9 +342,11 @@ def test_each_test_has_a_row_as_it_ends(tmp_path):
 
 def test_a_test_that_hangs_leaves_its_name_and_its_stack(tmp_path):
     (tmp_path / "conftest.py").write_text("from tests.gpu.conftest import pytest_runtest_protocol")
-    stderr, rows = run_pytest(tmp_path, HANGING, "--capture=sys", SLK_GPU_WATCHDOG="1")
-    assert [(row["check"], row["status"]) for row in rows] == [("test_on_a_cpu", "ok"), ("test_hangs", "begun")]
-    assert "Timeout" in stderr and "in test_hangs" in stderr
+    stderr, rows = run_pytest(tmp_path, HANGING, "--capture=sys", SLK_GPU_WATCHDOG="2")
+    assert [(row["check"], row["status"]) for row in rows] == [
+        ("test_on_a_cpu", "ok"), ("test_hangs", "ok"), ("test_hangs", "begun"),
+    ]  # fmt: skip
+    assert "Timeout" in stderr and "in device" in stderr
 
 
 def test_no_test_begins_behind_a_stage_that_failed(tmp_path):
