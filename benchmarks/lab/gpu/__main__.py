@@ -68,9 +68,9 @@ GRACE = 20.0
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """Return the environment of our processes: without our own settings, and in a dry run without a GPU."""
+    """Return the environment of our processes: of our own settings the watchdog's alone, and in a dry run without a GPU."""
     ours = ("STABLELORA_", "SLK_", "TRITON_INTERPRET")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) or k == "SLK_GPU_WATCHDOG"}
     return kept | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else kept
 
 
