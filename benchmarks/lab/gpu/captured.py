@@ -37,31 +37,19 @@ def make(device: Device, rows: int, width: int, p: float) -> tuple[nn.Module, St
     return model, optimizer, torch.randn(rows, width, device=device.device, dtype=torch.bfloat16)
 
 
-def eager_step(device: Device, rows: int, width: int, p: float) -> Callable[[], object]:
-    """A training step whose gradients are new tensors each time."""
+def trained(device: Device, rows: int, width: int, p: float, graphed: bool) -> Callable[[], object]:
+    """A training step, captured already if ``graphed``."""
     model, optimizer, x = make(device, rows, width, p)
-
-    def train() -> None:
-        optimizer.zero_grad()
-        loss_of(model, x).backward()
-        optimizer.step()
-
-    return train
-
-
-def captured_step(device: Device, rows: int, width: int, p: float) -> Callable[[], object]:
-    """The same step by GraphedStep, after its capture."""
-    model, optimizer, x = make(device, rows, width, p)
-    step = GraphedStep(model, optimizer, loss_of, num_warmup_iters=WARMUP, enabled=not device.dry)
+    step = GraphedStep(model, optimizer, loss_of, num_warmup_iters=WARMUP, enabled=graphed and not device.dry)
     for _ in range(WARMUP + 1):
         step(x)
     return partial(step, x)
 
 
 def measure(device: Device, rows: int, width: int, p: float) -> Iterator[Row]:
-    arms: Arms = {"eager": eager_step(device, rows, width, p)}
+    arms: Arms = {"eager": trained(device, rows, width, p, graphed=False)}
     try:
-        arms["captured"] = captured_step(device, rows, width, p)
+        arms["captured"] = trained(device, rows, width, p, graphed=True)
     except Exception as error:
         yield {"arm": "captured", "status": FAILED, "note": note_of(error)}
     for name, row in time_arms(device, arms, SECONDS, queued=False).items():

@@ -107,7 +107,7 @@ def check_launches(device: Device, s: Shape, direction: str) -> Iterator[Row]:
 
 def check_step(device: Device) -> Iterator[Row]:
     """A step of the target's 448 tensors, all shrinking, is one launch."""
-    pairs = step.pairs(step.target_set(device), device, latched=False)
+    pairs = step.pairs(device, torch.float32, latched=False)
     optimizer = optimizers.build(optimizers.OURS, pairs, lr=optimizers.LR)
     for _ in range(2):
         optimizer.step()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks.common import optimizers
 from benchmarks.common.optimizers import LR
@@ -30,58 +30,31 @@ ARMS = {
 SECONDS = 0.25
 # (out, in) of the seven linear layers in one of an 8B model's 32 blocks: 448 tensors, 41.9M parameters at r 16.
 BLOCK = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
-TARGET_SET = "8B model"
+# How many blocks, the rank, and what the sizes are divided by; and those of a dry run.
+MODEL, DRY_MODEL = (32, 16, 1), (1, 2, 64)
 
 
-class Set(NamedTuple):
-    """The optimizer's tensors. A width of 0 means the 8B model's layers."""
+def pairs(device: Device, dtype: torch.dtype, latched: bool) -> list[LoRAPair]:
+    """Draw an 8B model's pairs and gradients on the device. B is zero, or so large that all pairs latch at the first step."""
+    blocks, r, scale = DRY_MODEL if device.dry else MODEL
+    generator = torch.Generator(device=device.device).manual_seed(0)
 
-    name: str
-    tensors: int
-    r: int
-    width: int
-    dtype: torch.dtype
+    def normal(rows: int, columns: int, std: float) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator, device=device.device) * std).to(dtype)
 
-
-def sets(dry: bool) -> list[Set]:
-    if dry:
-        return [Set("uniform", 4, 4, 64, torch.float32), Set(TARGET_SET, 14, 2, 0, torch.float32)]
-    fp32, bf16 = torch.float32, torch.bfloat16
-    model = [Set(TARGET_SET, 448, 16, 0, fp32), Set(TARGET_SET, 448, 16, 0, bf16)]
-    return model[:1] + [Set("uniform", n, 16, 4096, d) for d, n in product((fp32, bf16), (64, 224, 448))] + model[1:]
-
-
-def target_set(device: Device) -> Set:
-    return next(of for of in sets(device.dry) if of.name == TARGET_SET)
+    found = []
+    for i, (n, k) in enumerate((n // scale, k // scale) for n, k in BLOCK * blocks):
+        a = normal(r, k, k**-0.5).requires_grad_()
+        b = torch.full((n, r), 1.0 if latched else 0.0, device=device.device, dtype=dtype).requires_grad_()
+        a.grad, b.grad = normal(r, k, 1e-3), normal(n, r, 1e-3)
+        found.append(LoRAPair(f"layer{i}", a, b))
+    return found
 
 
-def pairs(of: Set, device: Device, latched: bool) -> list[LoRAPair]:
-    """Return pairs with gradients. B is zero, or so large that all pairs latch at the first step."""
-    scale = 64 if device.dry else 1
-    block = [(of.width, of.width)] if of.width else [(n // scale, k // scale) for n, k in BLOCK]
-    sizes = block * (of.tensors // 2 // len(block))
-    assert len(sizes) * 2 == of.tensors
-    return [make_pair(f"layer{i}", of.r, n, k, device, of.dtype, latched, i) for i, (n, k) in enumerate(sizes)]
-
-
-def make_pair(
-    name: str, r: int, n: int, k: int, device: Device, dtype: torch.dtype, latched: bool, seed: int
-) -> LoRAPair:
-    """Draw a pair on the device: the host would take seconds for an 8B model's."""
-    generator = torch.Generator(device=device.device).manual_seed(seed)
-    drawn, grad_a, grad_b = (
-        torch.randn(size, generator=generator, device=device.device) for size in ((r, k), (r, k), (n, r))
-    )
-    a = (drawn / k**0.5).to(dtype).requires_grad_()
-    b = torch.full((n, r), 1.0 if latched else 0.0, device=device.device, dtype=dtype).requires_grad_()
-    a.grad, b.grad = (grad_a * 1e-3).to(dtype), (grad_b * 1e-3).to(dtype)
-    return LoRAPair(name, a, b)
-
-
-def measure(device: Device, of: Set, latched: bool) -> Iterator[Row]:
+def measure(device: Device, dtype: torch.dtype, latched: bool) -> Iterator[Row]:
     def fresh() -> list[LoRAPair]:
         """Each arm has its own parameters, gradients and moments."""
-        return pairs(of, device, latched)
+        return pairs(device, dtype, latched)
 
     built = {arm: optimizers.build(name, fresh(), lr=LR) for arm, name in ARMS.items()}
     ours, steps = built["ours"], {arm: optimizer.step for arm, optimizer in built.items()}
@@ -110,11 +83,12 @@ def measure(device: Device, of: Set, latched: bool) -> Iterator[Row]:
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:
+    tensors = 2 * len(BLOCK) * (DRY_MODEL if device.dry else MODEL)[0]
     found = []
-    for of, latched in product(sets(device.dry), (False, True)):
-        key: Row = {"set": of.name, "tensors": of.tensors, "dtype": str(of.dtype).removeprefix("torch.")}
+    for dtype, latched in product((torch.float32, torch.bfloat16), (False, True)):
+        key: Row = {"set": "8B model", "tensors": tensors, "dtype": str(dtype).removeprefix("torch.")}
         key["state"] = "latched" if latched else "shrinking"
-        found.append(Unit(key, partial(measure, device, of, latched), 4.0))
+        found.append(Unit(key, partial(measure, device, dtype, latched), 4.0))
     return found
 
 
