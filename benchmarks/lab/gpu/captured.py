@@ -57,6 +57,7 @@ def measure(device: Device, rows: int, width: int, p: float) -> Iterator[Row]:
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:
+    dropout = (0.1,) if device.dry else (0.0, 0.1)
     sizes = [(9, 48)] if device.dry else [(512, 4096), (64, 4096), (4096, 4096), (16, 4096)]
     return [
         Unit(
@@ -64,7 +65,7 @@ def units(device: Device, clock: Clock) -> list[Unit]:
             partial(measure, device, rows, width, p),
             4.0,
         )
-        for (rows, width), p in product(sizes, (0.0, 0.1))
+        for (rows, width), p in product(sizes, dropout)
     ]
 
 

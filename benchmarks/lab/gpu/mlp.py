@@ -90,10 +90,11 @@ def measure(device: Device, m: int, k: int, f: int, r: int, dropout: float) -> I
 
 def units(device: Device, clock: Clock) -> list[Unit]:
     sizes = [(70, 48, 72)] if device.dry else [(m, 4096, 14336) for m in (8192, 2048, 16384, 512)]
+    dropout = (0.1,) if device.dry else (0.0, 0.1)
     ranks = (4,) if device.dry else (16, 64)
     return [
         Unit({"m": m, "k": k, "f": f, "r": r, "dropout": p}, partial(measure, device, m, k, f, r, p), 5.0)
-        for r, (m, k, f), p in product(ranks, sizes, (0.0, 0.1))
+        for r, (m, k, f), p in product(ranks, sizes, dropout)
     ]
 
 

@@ -84,8 +84,9 @@ def measure(device: Device, dtype: torch.dtype, latched: bool) -> Iterator[Row]:
 
 def units(device: Device, clock: Clock) -> list[Unit]:
     tensors = 2 * len(BLOCK) * (DRY_MODEL if device.dry else MODEL)[0]
+    dtypes = (torch.float32,) if device.dry else (torch.float32, torch.bfloat16)
     found = []
-    for dtype, latched in product((torch.float32, torch.bfloat16), (False, True)):
+    for dtype, latched in product(dtypes, (False, True)):
         key: Row = {"set": "8B model", "tensors": tensors, "dtype": str(dtype).removeprefix("torch.")}
         key["state"] = "latched" if latched else "shrinking"
         found.append(Unit(key, partial(measure, device, dtype, latched), 4.0))
