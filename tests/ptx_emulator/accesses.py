@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from tests.ptx_emulator import numerics as nx
-from tests.ptx_emulator.arithmetic import NAMES, Arithmetic
+from tests.ptx_emulator.arithmetic import Arithmetic, whole
 from tests.ptx_emulator.machine import CTA
 from tests.ptx_emulator.memory import ASYNC, WORDS, Space
 from tests.ptx_emulator.parse import SIZES, Instruction
@@ -22,21 +23,22 @@ Action = Callable[[CTA, Any], None]
 LANE = np.arange(32)
 
 
-def get(
-    c: CTA, space: Space, addresses: Any, lanes: Any, size: int, n: int, ins: Instruction, atomic: bool = False
-) -> list[Any]:
+def get(c: CTA, space: Space, addresses: Any, lanes: Any, size: int, n: int, ins: Instruction) -> list[Any]:
     """Load ``n`` words of ``size`` bytes for each lane; out of bounds, all bits are ones."""
-    words = [np.full(len(lanes), WORDS[size](2 ** (8 * size) - 1)) for _ in range(n)]
+    words: list[Any] = []
     for region, here in space.reach(addresses, addresses + size * n, size * n, c.machine.faults, ins):
         a, warps = addresses[here], c.warp_of[lanes[here]]
         if "nc" in ins.mods and region.written:
             c.machine.faults.add("ld.global.nc of memory that this launch has written", ins, region.name)
         slot = warps - c.first_warp if space is c.shared else 0
-        c.machine.races.read(region, region.granules(a, size * n), warps, ins, slot, atomic=atomic)
-        at = space.at(a, size)
+        c.machine.races.read(region, region.granules(a, size * n), warps, ins, slot, atomic=_order(ins)[0] is not None)
+        at, view = space.at(a, size), space.views[size]
+        if isinstance(here, slice):
+            return [view[at + j] for j in range(n)]
+        words = words or [np.full(len(lanes), view.dtype.type(-1 % (1 << 8 * size))) for _ in range(n)]
         for j, word in enumerate(words):
-            word[here] = space.views[size][at + j]
-    return words
+            word[here] = view[at + j]
+    return words or [np.full(len(lanes), -1 % (1 << 8 * size), WORDS[size]) for _ in range(n)]
 
 
 def put(c: CTA, space: Space, addresses: Any, lanes: Any, words: list[Any], size: int, ins: Instruction) -> None:
@@ -62,12 +64,11 @@ def _order(ins: Instruction) -> tuple[str | None, bool]:
     return next((word for word in ins.mods if word in words), None), "cta" in ins.mods
 
 
-def _synchronize(c: CTA, lanes: Any, addresses: Any, ins: Instruction, order: str, local: bool, stores: bool) -> None:
+def _synchronize(c: CTA, lanes: Any, addresses: Any, order: str | None, local: bool) -> None:
     for warp, address in sorted({*zip(c.warp_of[lanes].tolist(), addresses.tolist(), strict=True)}):
         # What others of the CTA see, and what all see.
         keys = [(address, c.first_warp), *([] if local else [address])]
-        acquires, releases = order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
-        c.machine.races.synchronize(warp, keys, acquires, releases, stores)
+        c.machine.races.synchronize(warp, keys, order in ("acquire", "acq_rel"), order in ("release", "acq_rel"))
 
 
 def _load_parameter(words: Arithmetic, ins: Instruction) -> Action:
@@ -76,8 +77,10 @@ def _load_parameter(words: Arithmetic, ins: Instruction) -> Action:
 
     def load(c: CTA, mask: Any) -> None:
         for i, name in enumerate(names):
-            value = np.frombuffer(c.launch.params, WORDS[size], 1, first + i * size)
-            c.set(words.place(name), np.full(c.n, value)[c.lanes(mask)], c.lanes(mask))
+            place, declared = words.registers[name]
+            data, signed = c.launch.params[first + i * size : first + (i + 1) * size], ins.kind[0] == "s"
+            bits = int.from_bytes(data, "little", signed=signed) % (1 << 8 * SIZES[declared])
+            c.set(place, np.full(len(c.lanes(mask)), bits, WORDS[SIZES[declared]]), c.lanes(mask))
 
     return load
 
@@ -91,62 +94,49 @@ def _load(words: Arithmetic, ins: Instruction) -> Action:
     def load(c: CTA, mask: Any) -> None:
         lanes = c.lanes(mask)
         a, space = address(c)[lanes], c.shared if ins.shared else c.machine.memory
-        for name, word in zip(names, get(c, space, a, lanes, size, len(names), ins, order is not None), strict=True):
+        for name, word in zip(names, get(c, space, a, lanes, size, len(names), ins), strict=True):
             place, declared = words.registers[name]
             c.set(place, word.astype(WORDS[SIZES[declared]]), lanes)
-        if order is not None and not ins.shared:
-            _synchronize(c, lanes, a, ins, order, local, stores=False)
+        if order is not None:
+            _synchronize(c, lanes, a, order, local)
 
     return load
 
 
 def _store(words: Arithmetic, ins: Instruction) -> Action:
     sources = ins.args[1] if isinstance(ins.args[1], list) else [ins.args[1]]
-    size, address, (order, local) = SIZES[ins.kind], words.address(ins.args[0]), _order(ins)
+    size, address = SIZES[ins.kind], words.address(ins.args[0])
+    if _order(ins)[0]:
+        raise ins.unknown()
     values = [words.reader(source, f"b{8 * size}") for source in sources]
 
     def store(c: CTA, mask: Any) -> None:
         lanes = c.lanes(mask)
         a, space = address(c)[lanes], c.shared if ins.shared else c.machine.memory
         put(c, space, a, lanes, [value(c)[lanes] for value in values], size, ins)
-        if order is not None and not ins.shared:
-            _synchronize(c, lanes, a, ins, order, local, stores=True)
         c.machine.progress += not ins.shared
 
     return store
 
 
-def _add(old: Any, value: Any) -> Any:
-    return old + value
-
-
-ATOMICS: dict[str, Callable[[Any, Any], Any]] = {
-    "add": _add, "min": min, "max": max, "or": lambda old, value: old | value, "exch": lambda old, value: value,
-}  # fmt: skip
-
-
 def _atomic(words: Arithmetic, ins: Instruction) -> Action:
     returns = ins.mods[0] == "atom"
-    operation = next((word for word in ins.mods if word in ATOMICS), None)
-    if operation is None or ins.shared or ins.kind not in ("u32", "s32", "u64", "f32", "b32", "b64"):
+    if "add" not in ins.mods or ins.kind != "u32":
         raise ins.unknown()
-    order, local = _order(ins)
-    size, kind = SIZES[ins.kind], NAMES[{"s": "I", "f": "F"}.get(ins.kind[0], "U") + str(8 * SIZES[ins.kind])]
-    target, value = (ins.args[1:] if returns else ins.args)[:2]
-    address, read = words.address(target), words.reader(value, f"b{8 * size}")
+    size, (order, local) = 4, _order(ins)
+    address, read = words.address(ins.args[-2]), words.reader(ins.args[-1], "u32")
 
     def atomic(c: CTA, mask: Any) -> None:
         lanes = c.lanes(mask)
         a, space = address(c)[lanes], c.machine.memory
-        operands, view = read(c)[lanes], space.views[size].view(kind)
-        results = np.zeros(len(lanes), WORDS[size])
+        operands, view, results = read(c)[lanes], space.views[size], np.zeros(len(lanes), np.uint32)
         for region, here in space.reach(a, a + size, size, c.machine.faults, ins):
             c.machine.races.atomic(region, region.granules(a[here], size), c.warp_of[lanes[here]], ins, a[here])
             for i in np.arange(len(lanes))[here]:
                 at = space.at(a[i], size)
-                results[i] = view[at].view(WORDS[size])
-                view[at] = ATOMICS[operation](view[at], operands[i].view(kind))
-        _synchronize(c, lanes, a, ins, order or "relaxed", local, stores=True)
+                results[i] = view[at]
+                view[at] += operands[i]
+        _synchronize(c, lanes, a, order, local)
         if returns and ins.args[0] != "_":
             c.set(words.place(ins.args[0]), results, lanes)
         c.machine.progress += 1
@@ -154,24 +144,12 @@ def _atomic(words: Arithmetic, ins: Instruction) -> Action:
     return atomic
 
 
-def _fence(words: Arithmetic, ins: Instruction) -> Action:
-    def fence(c: CTA, mask: Any) -> None:
-        for warp in np.unique(c.warp_of[c.lanes(mask)]):
-            c.machine.races.fence(warp)
-
-    return fence
-
-
-def _nothing(words: Arithmetic, ins: Instruction) -> Action:
+def _nothing(ins: Instruction, c: CTA, mask: Any) -> None:
     """Hints, and a barrier of one warp's threads, which are ordered here anyway."""
-    return lambda c, mask: None
 
 
-def _trigger(words: Arithmetic, ins: Instruction) -> Action:
-    def trigger(c: CTA, mask: Any) -> None:
-        c.triggered = True
-
-    return trigger
+def _trigger(ins: Instruction, c: CTA, mask: Any) -> None:
+    c.triggered = True
 
 
 # cp.async: the bytes belong to nobody until they land.
@@ -243,30 +221,20 @@ def _copy(words: Arithmetic, ins: Instruction) -> Action:
     return copy
 
 
-def _commit_copies(words: Arithmetic, ins: Instruction) -> Action:
-    def commit(c: CTA, mask: Any) -> None:
-        c.copy_group[np.unique(c.lanes(mask) // 32)] += 1
-
-    return commit
+def _commit_copies(ins: Instruction, c: CTA, mask: Any) -> None:
+    c.copy_group[np.unique(c.lanes(mask) // 32)] += 1
 
 
-def _wait_for_copies(words: Arithmetic, ins: Instruction) -> Action:
-    allowed = int(ins.args[0], 0)
-
-    def wait(c: CTA, mask: Any) -> None:
-        limit = np.full(c.warps, -1)
-        here = np.unique(c.lanes(mask) // 32)
-        limit[here] = c.copy_group[here] - allowed
-        left = []
-        for made in c.copies:
-            lands = made.group < limit[made.lanes // 32]
-            if lands.any():
-                made.part(lands).land(c)
-            if not lands.all():
-                left.append(made.part(~lands))
-        c.copies = left
-
-    return wait
+def _wait_for_copies(ins: Instruction, c: CTA, mask: Any) -> None:
+    limit, here, left = np.full(c.warps, -1), np.unique(c.lanes(mask) // 32), []
+    limit[here] = c.copy_group[here] - int(ins.args[0], 0)
+    for made in c.copies:
+        lands = made.group < limit[made.lanes // 32]
+        if lands.any():
+            made.part(lands).land(c)
+        if not lands.all():
+            left.append(made.part(~lands))
+    c.copies = left
 
 
 # Warps.
@@ -290,21 +258,6 @@ def _shuffle(words: Arithmetic, ins: Instruction) -> Action:
     return shuffle
 
 
-def _vote(words: Arithmetic, ins: Instruction) -> Action:
-    place, read, mode = words.place(ins.args[0]), words.reader(ins.args[1], "pred"), ins.mods[2]
-    if mode not in ("ballot", "any", "all"):
-        raise ins.unknown()
-
-    def vote(c: CTA, mask: Any) -> None:
-        warps = c.full_warps(mask, ins)
-        bits = c.by_warp(read(c), warps)
-        ballot = (bits.astype(np.uint64) << LANE.astype(np.uint64)).sum(1).astype(np.uint32)
-        value = {"ballot": ballot, "any": bits.any(1), "all": bits.all(1)}[mode]
-        c.set_by_warp(place, value[:, None], warps)
-
-    return vote
-
-
 def _elect(words: Arithmetic, ins: Instruction) -> Action:
     """One thread of each warp: the first."""
     name, _, predicate = ins.args[0].partition("|")
@@ -319,31 +272,32 @@ def _elect(words: Arithmetic, ins: Instruction) -> Action:
 
 
 def _mma(words: Arithmetic, ins: Instruction) -> Action:
-    rows, columns, depth = map(
-        int, re.findall(r"\d+", next(word for word in ins.mods if re.fullmatch(r"m\d+n\d+k\d+", word)))
-    )
-    d_kind, a_kind, b_kind, c_kind = ins.mods[-4:]
+    *shape, d_kind, a_kind, b_kind, c_kind = ins.mods[-7:]
+    rows, columns, depth = map(int, re.findall(r"\d+", shape[0]))
     if (rows, columns, d_kind, c_kind) != (16, 8, "f32", "f32") or not {a_kind, b_kind} <= {*nx.PARTS}:
         raise ins.unknown()
-    places, sources = [words.place(name) for name in ins.args[0]], [words.reader(name, "f32") for name in ins.args[3]]
-    left_parts, right_parts = ([words.reader(name, "b32") for name in arg] for arg in ins.args[1:3])
+    places = [words.place(name) for name in ins.args[0]]
+    left, right = ([words.reader(name, "b32") for name in arg] for arg in ins.args[1:3])
+    before, per = [words.reader(name, "f32") for name in ins.args[3]], nx.ELEMENTS[a_kind][0]
+    # Where each part of each register lies.
+    row, column = nx.operand_at(LANE, *np.ogrid[: len(left), : 4 // per, :1][:2], 4 // per)
+    of_right = nx.operand_at(LANE, *np.ogrid[: 2 * len(right) : 2, : 4 // per, :1][:2], 4 // per)
+    to = nx.accumulator_at(LANE, np.arange(4)[:, None])
+
+    def parts(c: CTA, reads: list[Any], warps: Any, kind: str) -> Any:
+        """[warps, registers, parts, 32]"""
+        return np.stack([np.stack(nx.PARTS[kind](c.by_warp(read(c), warps)), 1) for read in reads], 1)
 
     def mma(c: CTA, mask: Any) -> None:
         warps = c.full_warps(mask, ins)
-        left, right = np.empty((len(warps), 16, depth)), np.empty((len(warps), depth, 8))
-        for i, read in enumerate(left_parts):
-            parts = nx.PARTS[a_kind](c.by_warp(read(c), warps))
-            for part, values in enumerate(parts):
-                row, column = nx.operand_at(LANE, i, part, len(parts))
-                left[:, row, column] = values
-        for i, read in enumerate(right_parts):
-            parts = nx.PARTS[b_kind](c.by_warp(read(c), warps))
-            for part, values in enumerate(parts):
-                right[:, len(parts) * (LANE & 3) + part + 4 * len(parts) * i, LANE >> 2] = values
-        product, before = left @ right, [c.by_warp(read(c), warps).astype(np.float64) for read in sources]
-        for i, place in enumerate(places):
-            row, column = nx.accumulator_at(LANE, i)
-            c.set_by_warp(place, (product[:, row, column] + before[i]).astype(np.float32).view(np.uint32), warps)
+        a, b = np.empty((len(warps), 16, depth)), np.empty((len(warps), depth, 8))
+        a[:, row, column] = parts(c, left, warps, a_kind)
+        b[:, of_right[1], of_right[0]] = parts(c, right, warps, b_kind)
+        result = (a @ b)[:, to[0], to[1]]
+        # All of C is read before any of D is written.
+        values = [result[:, i] + c.by_warp(read(c), warps) for i, read in enumerate(before)]
+        for place, value in zip(places, values, strict=True):
+            c.set_by_warp(place, value.astype(np.float32).view(np.uint32), warps)
 
     return mma
 
@@ -385,8 +339,8 @@ def _matrix(words: Arithmetic, ins: Instruction) -> Action:
 # By the beginning of the operation; the first that fits.
 INSTRUCTIONS: dict[str, Callable[[Arithmetic, Instruction], Action]] = {
     "ld.param": _load_parameter, "ld.": _load, "st.": _store, "atom.global": _atomic, "red.global": _atomic,
-    "fence.acq_rel": _fence, "membar": _fence, "cp.async.commit_group": _commit_copies,
-    "cp.async.wait_group": _wait_for_copies, "cp.async.ca.shared": _copy, "cp.async.cg.shared": _copy, "shfl.sync": _shuffle,
-    "vote.sync": _vote, "elect.sync": _elect, "mma.sync": _mma, "ldmatrix": _matrix, "stmatrix": _matrix,
-    "griddepcontrol.launch_dependents": _trigger, "prefetch.global": _nothing, "bar.warp.sync": _nothing,
+    "cp.async.commit_group": whole(_commit_copies), "cp.async.wait_group": whole(_wait_for_copies),
+    "cp.async.ca.shared": _copy, "cp.async.cg.shared": _copy, "shfl.sync": _shuffle, "elect.sync": _elect, "mma.sync": _mma,
+    "ldmatrix": _matrix, "stmatrix": _matrix, "griddepcontrol.launch_dependents": whole(_trigger),
+    "prefetch.global": whole(_nothing), "bar.warp.sync": whole(_nothing),
 }  # fmt: skip

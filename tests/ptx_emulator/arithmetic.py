@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+
 from tests.ptx_emulator import numerics
 from tests.ptx_emulator.memory import WORDS
 from tests.ptx_emulator.parse import SIZES, Instruction, Program
@@ -146,10 +148,6 @@ class Arithmetic:
             values = [f"nx.ftz({value})" for value in values]
         return self._result(ins.args[0], template.format(*values), kind)
 
-    def _lop3(self, ins: Instruction) -> Result:
-        values = ", ".join(self.value(arg, "b32") for arg in ins.args[1:4])
-        return self._result(ins.args[0], f"nx.logic3({values}, {self.number(ins.args[4])})", "b32")
-
     def _shl(self, ins: Instruction) -> Result:
         value, left = self.value(ins.args[1], ins.kind), ins.mods[0] == "shl"
         if ins.args[2].isdigit() and int(ins.args[2]) < 8 * SIZES[ins.kind]:
@@ -159,10 +157,6 @@ class Arithmetic:
         return self._result(ins.args[0], expression, ins.kind)
 
     _shr = _shl
-
-    def _shf(self, ins: Instruction) -> Result:
-        values = ", ".join(self.value(arg, "b32") for arg in ins.args[1:4])
-        return self._result(ins.args[0], f"nx.funnel({values}, {'l' in ins.mods}, {'wrap' in ins.mods})", "b32")
 
     def _setp(self, ins: Instruction) -> Result:
         compare, kind = ins.mods[1], ins.kind
@@ -237,3 +231,10 @@ class Arithmetic:
 def _dtype(kind: str) -> str:
     """The name of a type's dtype: unsigned for bits."""
     return f"{ {'s': 'I', 'f': 'F'}.get(kind[0], 'U') }{8 * SIZES[kind]}"
+
+
+def whole(
+    act: Callable[[Instruction, Any, Any], None],
+) -> Callable[[Arithmetic, Instruction], Callable[[Any, Any], None]]:
+    """The builder of an instruction without registers: ``act`` takes it, the CTA and the mask."""
+    return lambda words, ins: partial(act, ins)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from tests.ptx_emulator import tma, wgmma
 from tests.ptx_emulator.memory import EmulationError, Faults, Races, Space, shared_memory
 from tests.ptx_emulator.parse import SIZES, Instruction
@@ -147,7 +148,7 @@ class CTA:
 
     def run(self) -> Iterator[str]:
         """Run until all threads have ended; yields where other CTAs may have their turn."""
-        runs, executed = self.program.runs, self.program.executed
+        runs = self.program.runs
         while self.groups:
             group = self._pick()
             if group is None:
@@ -156,7 +157,6 @@ class CTA:
             outcome = GO
             while outcome == GO and group in self.groups:
                 run = runs[group.pc]
-                executed.add(group.pc)
                 run(self, None if group.mask is self.everyone else group.mask)
                 group.pc = run.end
                 if run.control is not None:

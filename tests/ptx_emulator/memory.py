@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from tests.ptx_emulator.parse import SHARED_BASE, Instruction
 
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -154,14 +155,14 @@ class Races:
 
     def __init__(self, warps: int, faults: Faults) -> None:
         self.faults = faults
-        self.clock, self.proxy = np.eye(warps, dtype=np.int32), np.zeros((warps, warps), np.int32)
+        self.clock, self.proxy = np.eye(warps, warps + 1, dtype=np.int32), np.zeros((warps, warps + 1), np.int32)
+        # Column -1, for accesses by nobody, which all have seen.
+        self.clock[:, -1] = self.proxy[:, -1] = np.iinfo(np.int32).max
         self.seen = np.zeros((warps, 256), bool)
         # Of each asynchronous operation the first warp of its CTA. Serials begin at 1.
         self.owners = [0]
-        # What releases left, by address; what relaxed loads read of it; what fences hand to later relaxed stores.
+        # What releases left, by address.
         self.released: dict[Any, Snapshot] = {}
-        self.acquirable: dict[int, list[Snapshot]] = {}
-        self.fenced: dict[int, Snapshot] = {}
 
     # Synchronization.
 
@@ -197,37 +198,27 @@ class Races:
             each[warps, :first] = np.maximum(each[warps, :first], own)
         self.seen[warps, : len(self.owners)] |= np.array(self.owners) < first
 
-    def fence(self, warp: int) -> None:
-        """A fence turns relaxed loads before it into acquires, and relaxed stores behind it into releases."""
-        for given in self.acquirable.pop(warp, ()):
-            self.take(warp, given)
-        self.fenced[warp] = self.snapshot(warp)
-
     def proxy_fence(self, warps: Any) -> None:
         self.proxy[warps] = np.maximum(self.proxy[warps], self.clock[warps])
         self.clock[warps, warps] += 1
 
-    def synchronize(self, warp: int, keys: Iterable[Any], acquires: bool, releases: bool, stores: bool) -> None:
-        """What an atomic, or a volatile, relaxed, acquire or release access to ``keys`` does to happens-before."""
-        for key in keys:
-            if acquires:
-                self.take(warp, self.released.get(key))
-            elif key in self.released:
-                self.acquirable.setdefault(warp, []).append(self.released[key])
-        given = self.snapshot(warp) if releases else self.fenced.get(warp) if stores else None
+    def synchronize(self, warp: int, keys: Iterable[Any], acquires: bool, releases: bool) -> None:
+        """What an atomic, or a load that acquires, of ``keys`` does to happens-before."""
+        for key in keys if acquires else ():
+            self.take(warp, self.released.get(key))
+        given = self.snapshot(warp) if releases else None
         for key in keys if given is not None else ():
             self.released[key] = given.merged(self.released.get(key))
 
     # Checks. ``granules``: [lanes, k]; ``warps``: [lanes]. A warp that issues an asynchronous access stands for it.
 
     def _late(self, warps: Any, agents: Any, epochs: Any) -> Any:
-        """[lanes, k]: where the warp has not synchronized with the agent's access of that epoch."""
-        warps, behind = warps[:, None], agents >= ASYNC
-        plain = (agents >= 0) & ~behind
-        late = plain & (self.clock[warps, np.where(plain, agents, 0)] < epochs)
-        if behind.any():
-            late |= behind & ~self.seen[warps, np.where(behind, agents - ASYNC, 0)]
-        return late
+        """Where the warp, of the last axis but one, has not synchronized with the agent's access of that epoch."""
+        behind = agents >= ASYNC
+        if not behind.any():
+            return self.clock[warps[:, None], agents] < epochs
+        late = self.clock[warps[:, None], np.where(behind, -1, agents)] < epochs
+        return late | behind & ~self.seen[warps[:, None], np.where(behind, agents - ASYNC, 0)]
 
     def _report(self, bad: Any, what: str, region: Region, granules: Any, warps: Any, agents: Any, ins: Any) -> None:
         if not bad.any():
@@ -246,8 +237,7 @@ class Races:
         place = region, granules, warps, writer, ins
         self._report(self._late(warps, writer, epochs) & differs, f"{what} after write", *place)
         if behind:
-            plain = (writer >= 0) & (writer < ASYNC)
-            hidden = plain & (self.proxy[warps[:, None], np.where(plain, writer, 0)] < epochs)
+            hidden = self.proxy[warps[:, None], np.where(writer < ASYNC, writer, -1)] < epochs
             self._report(hidden, f"{what} without fence.proxy.async", *place)
 
     def read(
@@ -265,10 +255,11 @@ class Races:
         """A write. ``same``: [lanes], where it leaves the bytes as they are, so that nobody can tell when it happens."""
         differs = True if same is None else ~same[:, None]
         self._check_writer(region, granules, warps, ins, bool(behind), "write", differs)
-        for reader, epochs in zip(region.reader, region.read_epoch, strict=True):
-            agents = reader[granules]
-            late = self._late(warps, agents, epochs[granules]) & differs
-            self._report(late, "write after read", region, granules, warps, agents, ins)
+        # [slots, lanes, k]
+        agents = region.reader[:, granules]
+        late = self._late(warps, agents, region.read_epoch[:, granules]) & differs
+        for slot in np.flatnonzero(late.any((1, 2))):
+            self._report(late[slot], "write after read", region, granules, warps, agents[slot], ins)
         if region.atomics:
             self._check_atomics(region, granules, warps, ins, "write")
         region.writer[granules] = ASYNC + behind if behind else warps[:, None]

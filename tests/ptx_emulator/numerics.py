@@ -94,13 +94,6 @@ def shift(a: Array, n: Array, left: bool) -> Array:
     return np.where(n < bits, (a << small) if left else (a >> small), a.dtype.type(0))
 
 
-def funnel(low: Array, high: Array, n: Array, left: bool, wrap: bool) -> Array:
-    """32 bits of (high, low), shifted."""
-    n = ((n & U32(31)) if wrap else np.minimum(n, U32(32))).astype(U64)
-    both = (high.astype(U64) << U64(32)) | low.astype(U64)
-    return ((both << n) >> U64(32) if left else both >> n).astype(U32)
-
-
 def bit_field(a: Array, start: Array, length: Array) -> Array:
     """``length`` bits from bit ``start`` on, extended by their sign if ``a`` is signed."""
     bits = a.dtype.itemsize * 8
@@ -120,15 +113,6 @@ def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
         byte = (both >> ((nibble & U32(7)) * U32(8)).astype(U64)).astype(U32) & U32(255)
         byte = np.where(nibble & U32(8), (byte >> U32(7)) * U32(255), byte)
         result = result | (byte << U32(8 * i))
-    return result
-
-
-def logic3(a: Array, b: Array, c: Array, table: int) -> Array:
-    """``lop3``: any function of three bits, by its table."""
-    result = np.zeros_like(a)
-    for i in range(8):
-        if table >> i & 1:
-            result = result | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
     return result
 
 

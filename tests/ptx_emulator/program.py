@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from tests.ptx_emulator import accesses, tma, wgmma
 from tests.ptx_emulator.arithmetic import Arithmetic
 from tests.ptx_emulator.machine import CTA, GO, STOP, Group
@@ -13,7 +14,7 @@ from tests.ptx_emulator.memory import EmulationError
 from tests.ptx_emulator.parse import SIZES, Instruction, Program
 
 Control = Callable[[CTA, Group], str]
-CONTROL = ("bra", "brx", "ret", "exit", "bar", "barrier", "trap")
+CONTROL = ("bra", "brx", "ret", "bar")
 
 
 class Run:
@@ -32,7 +33,7 @@ class Run:
 
 
 class CompiledProgram:
-    """``runs`` by their first pc; ``executed``: those that some thread has begun."""
+    """A kernel's ``runs`` by their first pc."""
 
     def __init__(self, program: Program) -> None:
         self.code, self.threads = program.code, program.threads
@@ -40,8 +41,6 @@ class CompiledProgram:
         self.arithmetic = Arithmetic(program)
         self.shared_granule, self.global_granule = _granules(program.code)
         self.runs: dict[int, Run] = {}
-        self.executed: set[int] = set()
-        self._special: dict[str, Any] = {}
         starts = {0, *program.labels.values(), *(ins.pc + 1 for ins in program.code if _is_control(ins))}
         for start in starts - {len(program.code)}:
             self.runs[start] = self._run(start, starts)
@@ -114,7 +113,7 @@ class CompiledProgram:
             raise ins.unknown()
         if head == "brx":
             return self._branch_table(ins)
-        if head in ("ret", "exit"):
+        if head == "ret":
             return lambda c, group: c.exit(group)
         if ins.op.startswith("mbarrier.try_wait"):
             return self._wait_for_phase(ins)
@@ -125,12 +124,6 @@ class CompiledProgram:
                 return STOP if group.waits else GO
 
             return wait
-        if head == "trap":
-
-            def trap(c: CTA, group: Group) -> str:
-                raise EmulationError(f"trap at {ins}")
-
-            return trap
         if not ins.args[0].isdigit() or (head, ins.mods[1]) != ("bar", "sync"):
             raise ins.unknown()
         number, count = int(ins.args[0]), int(ins.args[1], 0) if len(ins.args) > 1 else None
@@ -163,7 +156,7 @@ class CompiledProgram:
         targets = np.array([self.labels[name] for name in ins.args[2]])
 
         def branch(c: CTA, group: Group) -> str:
-            where = targets[read(c)]
+            where = targets[np.where(group.mask, read(c), 0)]
             for pc in np.unique(where[group.mask]):
                 c.groups.append(Group(int(pc), group.mask & (where == pc), group.unit))
             c.groups.remove(group)
@@ -173,10 +166,8 @@ class CompiledProgram:
 
 
 def _is_control(ins: Instruction) -> bool:
-    return (
-        (ins.mods[0] in CONTROL
-        and ins.op != "bar.warp.sync")
-        or ins.op.startswith(("mbarrier.try_wait", "griddepcontrol.wait"))
+    return (ins.mods[0] in CONTROL and ins.op != "bar.warp.sync") or ins.op.startswith(
+        ("mbarrier.try_wait", "griddepcontrol.wait")
     )
 
 

@@ -9,6 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from benchmarks.lab.compile_report.machine_code import source, source_digest, target
 from stablelora_kernels.launch.base import Launch
 from tests.ptx_emulator.machine import LaunchState, Machine, Schedule
@@ -16,11 +22,6 @@ from tests.ptx_emulator.memory import Faults, global_memory
 from tests.ptx_emulator.parse import parse
 from tests.ptx_emulator.program import CompiledProgram
 from tests.ptx_emulator.tma import TensorMap
-from torch import Tensor
-from triton._C.libtriton import ir
-from triton.compiler import ASTSource
-from triton.compiler.compiler import make_backend
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 # PTX by the digest of its source.
 CACHE = Path(os.environ.get("PTX_EMULATOR_CACHE") or Path(__file__).parents[2] / ".build" / "ptx_emulator")
@@ -98,15 +99,10 @@ def pieces(t: Tensor, name: str) -> list[Piece]:
     return [(t.data_ptr(), extent(t), name)]
 
 
-class Parameters(NamedTuple):
-    """A launch's parameters as bytes, its tensor maps by their places among them, and the memory that they name."""
-
-    data: bytes
-    maps: dict[int, TensorMap]
-    memory: list[Piece]
-
-
-def parameters(launch: Launch, compiled: Compiled, program: CompiledProgram) -> Parameters:
+def parameters(
+    launch: Launch, compiled: Compiled, program: CompiledProgram
+) -> tuple[bytes, dict[int, TensorMap], list[Piece]]:
+    """The bytes of a launch's parameters, its tensor maps by their places among them, and the memory that they name."""
     given = dict(zip((p.name for p in launch.kernel.params if not p.is_constexpr), launch.args, strict=True))
     layouts = iter(compiled.metadata["tensordesc_meta"] or ())
     memory: list[Piece] = []
@@ -137,7 +133,7 @@ def parameters(launch: Launch, compiled: Compiled, program: CompiledProgram) -> 
             else (int(value) % (1 << 8 * param.size)).to_bytes(param.size, "little")
         )
         data[param.offset : param.offset + param.size] = packed
-    return Parameters(bytes(data), maps, memory)
+    return bytes(data), maps, memory
 
 
 def _tensor_map(descriptor: TensorDescriptor, layout: dict[str, Any]) -> TensorMap:
@@ -161,15 +157,11 @@ def run(launches: Sequence[Launch], schedule: Schedule, more: Iterable[tuple[Ten
         if compiled.metadata["global_scratch_size"]:
             raise NotImplementedError(f"the PTX emulator has no global scratch memory for {compiled.name}")
         program = program_of(compiled)
-        given = parameters(launch, compiled, program)
-        memory += given.memory
+        data, maps, named = parameters(launch, compiled, program)
+        memory += named
         grid = (*launch.grid, 1, 1)[:3]
         overlaps = bool(launch.options.get("launch_pdl"))
-        states.append(
-            LaunchState(
-                program, compiled.name, grid, given.data, compiled.metadata["shared"] or 0, overlaps, given.maps
-            )
-        )
+        states.append(LaunchState(program, compiled.name, grid, data, compiled.metadata["shared"] or 0, overlaps, maps))
     machine = Machine(global_memory(memory, min(state.program.global_granule for state in states)), states, schedule)
     machine.run()
     return machine.faults

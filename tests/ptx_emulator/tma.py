@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tests.ptx_emulator.arithmetic import Arithmetic
+
+from tests.ptx_emulator.arithmetic import Arithmetic, whole
 from tests.ptx_emulator.memory import EmulationError, Region, Snapshot
 from tests.ptx_emulator.parse import Instruction
 
@@ -95,10 +96,8 @@ class Load:
         if barrier is None:
             raise EmulationError("a TMA load completes on an mbarrier that is gone")
         barrier.tx -= len(self.there) * size
-        warps = len(c.machine.races.clock)
-        seen = np.zeros(self.serial + 1, bool)
-        seen[self.serial] = True
-        barrier.bring(Snapshot(np.zeros(warps, np.int32), np.zeros(warps, np.int32), seen))
+        nothing = np.zeros_like(c.machine.races.clock[0])
+        barrier.bring(Snapshot(nothing, nothing, np.arange(self.serial + 1) == self.serial))
         barrier.settle(c)
 
 
@@ -297,46 +296,35 @@ def _store(words: Arithmetic, ins: Instruction) -> Action:
     return store
 
 
-def _commit(words: Arithmetic, ins: Instruction) -> Action:
-    def commit(c: CTA, mask: Any) -> None:
-        for lane in {*c.lanes(mask).tolist()} & {*c.stores}:
-            c.stores[lane].commit()
-
-    return commit
+def _commit(ins: Instruction, c: CTA, mask: Any) -> None:
+    for lane in {*c.lanes(mask).tolist()} & {*c.stores}:
+        c.stores[lane].commit()
 
 
-def _wait(words: Arithmetic, ins: Instruction) -> Action:
+def _wait(ins: Instruction, c: CTA, mask: Any) -> None:
     """For the reads of shared memory alone (``.read``), or for all."""
-    allowed, only_reads = int(ins.args[0], 0), ins.kind == "read"
-
-    def wait(c: CTA, mask: Any) -> None:
-        seen = c.machine.races.seen
-        for lane in {*c.lanes(mask).tolist()} & {*c.stores}:
-            queue, warp = c.stores[lane], c.warp_of[lane]
-            done = queue.groups[: max(len(queue.groups) - allowed, 0)]
-            for store in (store for group in done for store in group):
-                store.read(c)
-                seen[warp, store.reads] = True
-                if not only_reads:
-                    store.write(c)
-                    seen[warp, store.writes] = True
-            if not only_reads:
-                del queue.groups[: len(done)]
-
-    return wait
+    allowed, seen = int(ins.args[0], 0), c.machine.races.seen
+    for lane in {*c.lanes(mask).tolist()} & {*c.stores}:
+        queue, warp = c.stores[lane], c.warp_of[lane]
+        done = queue.groups[: max(len(queue.groups) - allowed, 0)]
+        for store in (store for group in done for store in group):
+            store.read(c)
+            seen[warp, store.reads] = True
+            if ins.kind != "read":
+                store.write(c)
+                seen[warp, store.writes] = True
+        if ins.kind != "read":
+            del queue.groups[: len(done)]
 
 
-def _proxy_fence(words: Arithmetic, ins: Instruction) -> Action:
-    """What this CTA's threads have written, or synchronized with, becomes visible to TMA and wgmma."""
-
-    def fence(c: CTA, mask: Any) -> None:
-        c.machine.races.proxy_fence(np.unique(c.warp_of[c.lanes(mask)]))
-
-    return fence
+def _proxy_fence(ins: Instruction, c: CTA, mask: Any) -> None:
+    """What these threads have written, or synchronized with, becomes visible to TMA and wgmma."""
+    c.machine.races.proxy_fence(np.unique(c.warp_of[c.lanes(mask)]))
 
 
 INSTRUCTIONS: dict[str, Callable[[Arithmetic, Instruction], Action]] = {
     "mbarrier.init": _init, "mbarrier.inval": _invalidate, "mbarrier.arrive.expect_tx": _expect,
     "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier": _load, "cp.async.bulk.tensor.2d.global.shared::cta": _store,
-    "cp.async.bulk.commit_group": _commit, "cp.async.bulk.wait_group": _wait, "fence.proxy.async": _proxy_fence,
+    "cp.async.bulk.commit_group": whole(_commit), "cp.async.bulk.wait_group": whole(_wait),
+    "fence.proxy.async": whole(_proxy_fence),
 }  # fmt: skip

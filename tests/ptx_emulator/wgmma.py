@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from tests.ptx_emulator import numerics as nx
-from tests.ptx_emulator.arithmetic import Arithmetic
+from tests.ptx_emulator.arithmetic import Arithmetic, whole
 from tests.ptx_emulator.memory import EmulationError
 from tests.ptx_emulator.parse import Instruction
 from tests.ptx_emulator.tma import Action, Queue
@@ -166,32 +167,21 @@ def _complete(c: CTA, lanes: Any, number: int, group: Warpgroup, product: Produc
 # Instructions.
 
 
-def _fence(words: Arithmetic, ins: Instruction) -> Action:
-    def fence(c: CTA, mask: Any) -> None:
-        for _, _, group in _warpgroups(c, mask, ins):
-            group.fenced = list(c.R)
-
-    return fence
+def _fence(ins: Instruction, c: CTA, mask: Any) -> None:
+    for _, _, group in _warpgroups(c, mask, ins):
+        group.fenced = list(c.R)
 
 
-def _commit(words: Arithmetic, ins: Instruction) -> Action:
-    def commit(c: CTA, mask: Any) -> None:
-        for _, _, group in _warpgroups(c, mask, ins):
-            group.commit()
-
-    return commit
+def _commit(ins: Instruction, c: CTA, mask: Any) -> None:
+    for _, _, group in _warpgroups(c, mask, ins):
+        group.commit()
 
 
-def _wait(words: Arithmetic, ins: Instruction) -> Action:
-    allowed = int(ins.args[0], 0)
-
-    def wait(c: CTA, mask: Any) -> None:
-        for lanes, number, group in _warpgroups(c, mask, ins):
-            while len(group.groups) > allowed:
-                for product in group.groups.pop(0):
-                    _complete(c, lanes, number, group, product)
-
-    return wait
+def _wait(ins: Instruction, c: CTA, mask: Any) -> None:
+    for lanes, number, group in _warpgroups(c, mask, ins):
+        while len(group.groups) > int(ins.args[0], 0):
+            for product in group.groups.pop(0):
+                _complete(c, lanes, number, group, product)
 
 
 def _multiply(words: Arithmetic, ins: Instruction) -> Action:
@@ -228,5 +218,6 @@ def _multiply(words: Arithmetic, ins: Instruction) -> Action:
 
 
 INSTRUCTIONS: dict[str, Callable[[Arithmetic, Instruction], Action]] = {
-    "wgmma.fence": _fence, "wgmma.commit_group": _commit, "wgmma.wait_group": _wait, "wgmma.mma_async": _multiply,
+    "wgmma.fence": whole(_fence), "wgmma.commit_group": whole(_commit), "wgmma.wait_group": whole(_wait),
+    "wgmma.mma_async": _multiply,
 }  # fmt: skip
