@@ -41,7 +41,7 @@ def trained(device: Device, rows: int, width: int, p: float, graphed: bool) -> C
     """A training step, captured already if ``graphed``."""
     model, optimizer, x = make(device, rows, width, p)
     step = GraphedStep(model, optimizer, loss_of, num_warmup_iters=WARMUP, enabled=graphed and not device.dry)
-    for _ in range(WARMUP + 1):
+    for _ in range(0 if device.dry else WARMUP + 1):
         step(x)
     return partial(step, x)
 

@@ -191,7 +191,7 @@ class DryDevice:
         return Graph(runs[-1], 1)
 
     def peak_bytes(self, run: Callable[[], Any]) -> None:
-        run()
+        pass
 
 
 Device = CudaDevice | DryDevice

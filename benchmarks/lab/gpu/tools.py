@@ -45,7 +45,7 @@ def run_arms(device: Device, s: Shape) -> None:
     marker = torch.zeros(1, device=device.device)
     for name in ARMS:
         run = layers.calls(name, "both")[0]
-        for _ in range(2):
+        for _ in range(0 if device.dry else 2):
             run()
         device.flush()
         device.synchronize()
