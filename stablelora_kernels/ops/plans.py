@@ -92,8 +92,6 @@ def key_of(kind: str, args: Sequence[Any]) -> tuple[Any, ...] | None:
         return None
     # A tensor's facts have its device's number, not its type.
     key.append(first.is_cuda)
-    if first.dtype is torch.float32:
-        key.append(torch.get_float32_matmul_precision())
     # Autotuning leaves the choice to the table where results must not depend on a clock.
     key.append(torch.are_deterministic_algorithms_enabled())
     return tuple(key)
