@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils._pytree import tree_map_only
 
 from stablelora_kernels.dispatch import settings
 from stablelora_kernels.ops.library import NAMESPACE, define_op
@@ -172,7 +173,9 @@ class PlannedOp:
 
     def _run(self, *args: Any) -> Any:
         """What the op does. Compiled graphs come here without :meth:`__call__`, so this has the plans too."""
-        key = key_of(self._name, args)
+        if (key := key_of(self._name, args)) is None:
+            # PyTorch has resolved negated views in arguments of all kinds but "Tensor?[]".
+            args = tree_map_only(Tensor, Tensor.resolve_neg, args)
         entry = find(key) or remember(key, "triton")
         if entry is not None and (entry.prepared or self._prepare(entry, args)):
             return entry.prepared.run(self._operands(args))

@@ -92,6 +92,15 @@ def test_a_bias_of_any_stride(op, kernel, bias, backend):
         torch.testing.assert_close(y.double(), expected[:, : y.shape[1]], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_negated_views_mean_their_values(op, backend):
+    """Their memory holds them times -1, as in the imaginary part of a conjugate."""
+    inputs = make_inputs((70, 24), 20, 6)
+    found = results(op, {name: torch._neg_view(-t) for name, t in inputs.items()}, lambda y: y)
+    for one, other in zip(found, results(op, inputs, lambda y: y), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("rows", [5, 70, 130])
 @pytest.mark.parametrize("op", OPS)
 def test_backward_inside_autocast_is_the_forwards(op, rows, backend):
