@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 import stablelora_kernels as slk
 from stablelora_kernels import testing
@@ -47,6 +48,15 @@ def test_any_strides(rows, p, change, kernel, backend):
     assert not any(t.is_contiguous() for t in (*mlp.tensors(), *mlp.weights, mlp.grad, mlp.biases[0]))
     with slk.use_kernel(kernel):
         check(mlp, mlp.run(p=p), p)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_saved_tensors_may_be_mutated_where_autograd_allows_it(activation, backend):
+    """A dispatch mode that knows no output but ``out``."""
+    mlp = small(activation=activation)
+    expected = mlp.run(p=0.3)
+    with allow_mutation_on_saved_tensors():
+        assert_close(mlp.run(p=0.3), expected, 0)
 
 
 @few_and_many_rows
