@@ -286,7 +286,8 @@ HOSTILE = [
 ]
 
 
-def test_names_of_a_file_neither_break_the_sort_nor_reach_the_terminal_raw(tmp_path, capsys):
+def test_names_of_a_file_neither_break_the_sort_nor_reach_the_terminal_raw(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     path = write(tmp_path / "hostile", {k: t for name in HOSTILE for k, t in pair(a=0.5, name=name).items()})
     listed = [row["name"] for row in inspect_json(capsys, path)["pairs"]]
     # A name with a line break is no pair's.
