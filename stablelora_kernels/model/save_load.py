@@ -273,14 +273,14 @@ def _config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig
         )
     fan_in_fan_out = any(isinstance(layer, LoRAConv1D) for layer in layers.values())
     config = replace(config, use_rslora=first.use_rslora, fan_in_fan_out=fan_in_fan_out)
-    if any(config.rank_of(name) != layer.r for name, layer in layers.items()):
-        ranks = {f"^{re.escape(name)}": layer.r for name, layer in layers.items() if layer.r != config.r}
-        config = replace(config, rank_pattern=ranks)
-    if any(config.alpha_of(name) != layer.lora_alpha for name, layer in layers.items()):
-        alphas = {
-            f"^{re.escape(n)}": layer.lora_alpha for n, layer in layers.items() if layer.lora_alpha != config.lora_alpha
-        }
-        config = replace(config, alpha_pattern=alphas)
+    for field, pattern, value_of in (
+        ("r", "rank_pattern", config.rank_of),
+        ("lora_alpha", "alpha_pattern", config.alpha_of),
+    ):
+        values = {name: getattr(layer, field) for name, layer in layers.items()}
+        if any(value_of(name) != value for name, value in values.items()):
+            own = {f"^{re.escape(name)}": value for name, value in values.items() if value != getattr(config, field)}
+            config = replace(config, **{pattern: own})  # type: ignore[arg-type]
 
     # Take the first list of target names that fits: other programs read a short one best. The regular expression always fits.
     every_name = (clean(path) for path, _ in model.named_modules())
