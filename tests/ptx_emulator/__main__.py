@@ -19,38 +19,29 @@ from tests.ptx_emulator.plants import BOTH, PLANTS
 QUICK = (
     "linear fused bf16/fp32 M5 N64 K512 r16", "linear bf16/fp32 M33 K520 r16 p0.1, long sum",
     "linear chained bf16/fp32 M130 r16 p0.1", "linear split bf16/fp32 M130 r16 p0.0", "branch bf16 M33 r16 p0.0",
-    "group bf16 M130 r16+8+4 p0.1", "group split-K bf16 M17 N64+32+32 K520 r16", "mlp bf16 M130 r16+8+4 p0.1",
+    "group bf16 M130 r16+8+4 p0.1", "group split-K bf16 M66 N64+32+32 K1024 r16 p0.0", "mlp bf16 M130 r16+8+4 p0.1",
     "nf4 nested bf16 M33 N96 K192 r16 p0.1", "fp8 bf16 M300 N64 K128 r16 p0.1", "optimizer bf16, masters, clipped",
 )  # fmt: skip
-WARPS = ("first", "last", "random")
+WARPS = ("first", "last", "random", "groups-first", "groups-last", "groups-random")
 
 
 def schedule_of(options: argparse.Namespace, arch: str) -> Schedule:
     """The schedule that the command line asks for. A quick run's is that in which most faults have been seen."""
-    landing = options.landing or ("early" if options.quick else "late")
-    warps = options.warps or (
-        "groups-first" if options.quick and arch == "sm_90" else "first" if options.quick else None
-    )
-    return Schedule(arch, landing, warps, options.order, options.seed)
+    landing, warps = ("early", "groups-first" if arch == "sm_90" else "first") if options.quick else ("late", None)
+    return Schedule(arch, options.landing or landing, options.warps or warps, options.order, options.seed)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx_emulator", description=__doc__)
     parser.add_argument("--arch", default=",".join(BOTH), help="GPUs, with commas between them (default: %(default)s)")
-    parser.add_argument(
-        "--only", default="", metavar="WORDS", help="cases whose names have all WORDS, with + between them"
-    )
-    parser.add_argument(
-        "--landing", choices=("late", "early", "random"), help="when asynchronous copies land (default: late)"
-    )
-    parser.add_argument("--warps", choices=(*WARPS, *(f"groups-{each}" for each in WARPS)), metavar="HOW",
-                        help="run warps apart, or warpgroups, which a wgmma needs whole: first, last, random, groups-first, "
-                             "groups-last, groups-random (default: in lockstep)")  # fmt: skip
+    parser.add_argument("--only", default="", metavar="WORDS", help="cases with all WORDS, with + between them")
+    parser.add_argument("--landing", choices=("late", "early", "random"), help="of asynchronous copies (default: late)")
+    parser.add_argument("--warps", choices=WARPS, help="run warps, or the groups of four that wgmma needs, apart")
     parser.add_argument("--order", choices=("forward", "reverse", "random"), default="forward", help="of the CTAs")
     parser.add_argument("--seed", type=int, help="let CTAs take turns at random")
     parser.add_argument("--quick", action="store_true", help="each kernel once, copies early and warps apart")
-    parser.add_argument("--plant", choices=(*PLANTS, "list"), metavar="NAME",
-                        help="take a barrier, wait or fence out of the PTX, which must be found; list: their names")  # fmt: skip
+    help_ = "take a barrier, wait or fence out of the PTX, which must be found; list: the names"
+    parser.add_argument("--plant", choices=(*PLANTS, "list"), metavar="NAME", help=help_)
     options = parser.parse_args(arguments)
     options.arch = options.arch.split(",")
     if unknown := [arch for arch in options.arch if arch not in (*BOTH, "sm_86", "sm_89", "sm_120")]:
@@ -66,7 +57,7 @@ def chosen(options: argparse.Namespace) -> list[tuple[Case, Schedule]]:
     for arch in options.arch:
         plant = PLANTS.get(options.plant)
         for case in cases():
-            if plant is not None and not (case.name.startswith(plant.case) and arch in plant.archs):
+            if plant is not None and not (case.name == plant.case and arch in plant.archs):
                 continue
             if options.quick and case.name not in QUICK:
                 continue
@@ -81,7 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*(f"{name}: {', '.join(plant.archs)}, {plant.kernel}" for name, plant in PLANTS.items()), sep="\n")
         return 0
     torch.set_num_threads(1)
-    runner.edits[:] = [PLANTS[options.plant].edit] if options.plant else []
+    planted: list[str] = []
+
+    def edit(name: str, ptx: str) -> str:
+        edited = PLANTS[options.plant].edit(name, ptx)
+        planted.extend([name] if edited != ptx else [])
+        return edited
+
+    runner.edits[:] = [edit] if options.plant else []
     todo = chosen(options)
     if not todo:
         sys.exit("python -m tests.ptx_emulator: error: no case fits the options")
@@ -106,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             details += [
                 f"{schedule.arch} {case.name}: {line}" for line in (outcome.words, *outcome.log.launches, *faults)
             ]
+    if options.plant and not planted:
+        sys.exit(f"python -m tests.ptx_emulator: error: no code for {options.plant} to be planted in")
     print(f"\n{len(todo)} cases, {bad} with a fault or a wrong number")
     print(*details, sep="\n")
     return int(bad > 0)

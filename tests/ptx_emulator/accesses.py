@@ -18,8 +18,8 @@ from tests.ptx_emulator.arithmetic import Arithmetic, whole
 from tests.ptx_emulator.machine import CTA
 from tests.ptx_emulator.memory import ASYNC, WORDS, Space
 from tests.ptx_emulator.parse import SIZES, Instruction
+from tests.ptx_emulator.tma import Action
 
-Action = Callable[[CTA, Any], None]
 LANE = np.arange(32)
 
 

@@ -315,5 +315,7 @@ class Machine:
 
 
 def _state(cta: CTA) -> str:
-    groups = "; ".join(f"{group.waits or 'runs'} at {cta.program.code[group.pc]}" for group in cta.groups)
+    groups = "; ".join(
+        f"{group.waits[:3] if group.waits else 'runs'} at {cta.program.code[group.pc]}" for group in cta.groups
+    )
     return f"CTA {cta.index} of {cta.launch.name}: {groups}"

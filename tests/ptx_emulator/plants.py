@@ -41,7 +41,7 @@ def _one_more(found: re.Match[str]) -> str:
 
 
 _CHAINED, _SPLIT = "linear chained bf16/fp32 M130 r16 p0.1", "linear split bf16/fp32 M130 r16 p0.1"
-_LONG, _OPTIMIZER = "linear bf16/fp32 M33 K520 r16 p0.1", "optimizer bf16, masters, clipped"
+_LONG, _OPTIMIZER = "linear bf16/fp32 M33 K520 r16 p0.1, long sum", "optimizer bf16, masters, clipped"
 _SPLIT_K, _TMA, _SHRINK = "_lora_linear_split_k_kernel", "_lora_linear_tma_kernel", "_lora_shrink_kernel"
 _BARRIER, _APART = r"bar\.sync\s+0;", Schedule(warps="groups-first")
 # By name. Where both GPUs have the kernel, one entry serves both.
@@ -52,7 +52,7 @@ PLANTS = {
     "split-k-scope": Plant(_LONG, _SPLIT_K, "common.py", r"\.gpu\.acq_rel\.", ".cta.acq_rel."),
     "split-k-copies": Plant(_LONG, _SPLIT_K, "linear_split_k.py", r"(cp\.async\.wait_group\s+)(\d+)", _one_more),
     "shrink-copies": Plant(_SPLIT, _SHRINK, "shrink.py", r"(cp\.async\.wait_group\s+)(\d+)", _one_more),
-    "shrink-buffers": Plant(_SPLIT, _SHRINK, "shrink.py", _BARRIER, schedule=Schedule(landing="early", warps="first")),
+    "shrink-buffers": Plant(_SPLIT, _SHRINK, "shrink.py", _BARRIER, schedule=_APART),
     "flag-release": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.release\.", ".relaxed.", AMPERE),
     "flag-acquire": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.acquire\.", ".relaxed.", AMPERE),
     "flag-barrier": Plant(_CHAINED, "_lora_linear_kernel", "common.py", _BARRIER, "", AMPERE, Schedule(warps="first")),
@@ -61,8 +61,8 @@ PLANTS = {
     "tma-flag-acquire": Plant(_CHAINED, _TMA, "chain.py", r"\.acquire\.", ".relaxed.", HOPPER),
     "dependent-wait": Plant(_SPLIT, _TMA, "linear.py", r"griddepcontrol\.wait\s*;", "", HOPPER),
     "proxy-fence": Plant(_SPLIT, _TMA, "linear_tma.py", r"fence\.proxy\.async\.shared::cta;", "", HOPPER),
-    "wgmma-wait": Plant(_SPLIT, _TMA, "linear_tma.py", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)", _one_more, HOPPER),
-    "wgmma-fence": Plant(_SPLIT, _TMA, "linear_tma.py", r"wgmma\.fence\.sync\.aligned;", "", HOPPER),
+    "wgmma-wait": Plant(_SPLIT, _TMA, "common.py", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)", _one_more, HOPPER),
+    "wgmma-fence": Plant(_SPLIT, _TMA, "common.py", r"wgmma\.fence\.sync\.aligned;", "", HOPPER),
     "load-bytes": Plant(_SPLIT, _TMA, "linear_tma.py", r"(expect_tx\.shared::cta\.b64 _, \[%r\d+\], )(\d+)", _one_more, HOPPER),
     "store-wait": Plant(_SPLIT, _TMA, "linear_tma.py", r"cp\.async\.bulk\.wait_group(?:\.read)?\s+0;", "", HOPPER),
 }  # fmt: skip

@@ -89,15 +89,10 @@ class CompiledProgram:
     def special(self, c: CTA, name: str) -> Any:
         """A special register."""
         base, _, axis = name.partition(".")
-        at = "xyz".find(axis or "x")
-        if base == "%tid":
-            return (c.all_lanes * (at == 0)).astype(np.uint32)
-        if base == "%laneid":
-            return (c.all_lanes % 32).astype(np.uint32)
-        known = {"%ctaid": c.id, "%nctaid": c.launch.grid, "%ntid": (c.n, 1, 1)}
+        known = {"%tid": (c.all_lanes, 0, 0), "%ctaid": c.id, "%nctaid": c.launch.grid, "%ntid": (c.n, 1, 1)}
         if base not in known:
             raise NotImplementedError(f"the PTX emulator does not know the register {name}")
-        return np.full(c.n, known[base][at], np.uint32)
+        return np.full(c.n, known[base]["xyz".find(axis or "x")], np.uint32)
 
     # Control instructions return what the group does next. Its pc is already behind them.
 

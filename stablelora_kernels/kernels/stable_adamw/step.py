@@ -184,7 +184,6 @@ def _stable_adamw_kernel(
     variant = tl.load(addresses_ptr + len(ADDRESS.value) * tensor + ADDRESS.value.variant)
     turn = tl.load(turns_ptr + chunk).to(tl.int32)
     step = tl.load(steps_ptr + chunk) + 1
-    latched = tl.load(latched_ptr + chunk)
     # Every warp loads these counters, and one thread stores their new values. The barrier keeps a late warp from loading those.
     tl.debug_barrier()
     tl.store(turns_ptr + chunk, 1 - turn)
@@ -204,7 +203,7 @@ def _stable_adamw_kernel(
         if NEVER & FLAGS:
             is_a = is_a | (role == NEVER_LATCHING_A)
         if is_a:
-            if latched == 0:
+            if tl.load(latched_ptr + chunk) == 0:
                 if SHARDED & FLAGS:
                     a = tl.load(tl.load(row + TENSOR.value.a_first).to(tl.pointer_type(tl.float32)))
                     b = tl.load(tl.load(row + TENSOR.value.b_first).to(tl.pointer_type(tl.float32)))
@@ -227,6 +226,8 @@ def _stable_adamw_kernel(
                             ratio_ptr = tl.load(ratio_word).to(tl.pointer_type(tl.float32))
                         ratio = tl.load(ratio_ptr)
                     else:
+                        # As above.
+                        tl.debug_barrier()
                         tl.store(latched_ptr + chunk, step.to(tl.int32))
         scale = tl.load(hyper + HYPER.value.sign)
         if HAS_SCALE:
