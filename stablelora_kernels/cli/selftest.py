@@ -72,6 +72,7 @@ Check = Callable[[torch.device], Measured]
 
 def checks() -> list[tuple[str, str, Check]]:
     """Every check by family and case. The sizes make dispatch choose the named kernel on Hopper and Blackwell."""
+    nf4, fp8 = nf4_weight(72, 128, 64, nested=True), fp8_weight(72, 128)
     return [
         ("lora_linear", "few rows, bf16", partial(check_linear, 9, 72, 48, 8)),
         ("lora_linear", "many rows, bf16", partial(check_linear, 70, 136, 96, 16)),
@@ -80,8 +81,8 @@ def checks() -> list[tuple[str, str, Check]]:
         ("lora_linear", "dropout, bf16", partial(check_linear, 70, 72, 48, 8, p=DROPOUT)),
         ("dropout's mask", "forward and backward", check_mask),
         ("lora_linear_group", "3 projections, bf16", check_group),
-        ("lora_linear_quantized", "NF4, nested scales", partial(check_quantized, nf4_weight(72, 128, 64, nested=True))),
-        ("lora_linear_quantized", "float8", partial(check_quantized, fp8_weight(72, 128))),
+        ("lora_linear_quantized", "NF4, nested scales", partial(check_linear, 37, 72, 128, 8, stored=nf4)),
+        ("lora_linear_quantized", "float8", partial(check_linear, 37, 72, 128, 8, stored=fp8)),
         ("lora_branch", "bf16", check_branch),
         ("stable_adamw", "3 steps, fp32", partial(check_step, dtype=FP32)),
         ("stable_adamw", "3 steps, bf16", partial(check_step, dtype=BF16)),
@@ -143,10 +144,17 @@ def keep_of(y: Tensor, x: Tensor, p: float) -> Tensor:
 
 
 def check_linear(
-    m: int, n: int, k: int, r: int, device: torch.device, *, p: float = 0.0, dtype: torch.dtype = BF16
-) -> Measured:
-    """``lora_linear`` forward and backward."""
-    inputs = make_inputs((m, k), n, r, dtype=dtype, lora_dtype=FP32, device=device)
+    m: int, n: int, k: int, r: int, device: torch.device, *, p: float = 0.0, dtype: torch.dtype = BF16,
+    stored: NF4Weight | FP8Weight | None = None,
+) -> Measured:  # fmt: skip
+    """``lora_linear`` forward and backward, with a plain weight or the ``stored`` one in 4 or 8 bits.
+
+    The oracle's stored weight is dequantized in float64, eager's in ``dtype``.
+    """
+    inputs: dict[str, Any] = make_inputs((m, k), n, r, dtype=dtype, lora_dtype=FP32, device=device)
+    if stored is not None:
+        parts = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in vars(stored).items()}
+        inputs["weight"] = type(stored)(**parts)
     keep = None
 
     def call(given: dict[str, Any]) -> Tensor:
@@ -198,22 +206,6 @@ def check_group(device: torch.device) -> Measured:
     out |= {f"d{'AB'[i % 2]}{i // 2}": half for i, half in enumerate(halves)}
     ref, base = (group_results([results(i, SCALING) for i in made]) for results in (oracle, eager))
     return nearest_to_bound(out, ref, base, BF16)
-
-
-def check_quantized(weight: NF4Weight | FP8Weight, device: torch.device) -> Measured:
-    """``lora_linear`` on a weight in 4 or 8 bits; the oracle's is dequantized in float64, eager's in bfloat16."""
-    n, k = weight.shape
-    moved: dict[str, Any] = {
-        name: part.to(device) if isinstance(part, Tensor) else part for name, part in vars(weight).items()
-    }
-    inputs: dict[str, Any] = make_inputs((37, k), n, 8, dtype=BF16, lora_dtype=FP32, device=device)
-    inputs["weight"] = type(weight)(**moved)
-
-    def call(given: dict[str, Any]) -> Tensor:
-        x, weight, bias, a, b = (given[name] for name in ("x", "weight", "bias", "lora_A", "lora_B"))
-        return lora_linear(x, weight, bias, a, b, SCALING)
-
-    return nearest_to_bound(run(call, inputs), oracle(inputs, SCALING), eager(inputs, SCALING), BF16)
 
 
 def check_branch(device: torch.device) -> Measured:

@@ -38,26 +38,17 @@ def interleave(arms: dict[str, Callable[[], None]], *, warmup: int, iters: int) 
 
     The arms alternate call by call in shuffled order, so that a drift of the machine hits all of them alike.
     """
-    samples = interleave_parts({name: {"call": arm} for name, arm in arms.items()}, warmup=warmup, iters=iters)
-    return {name: parts["call"] for name, parts in samples.items()}
-
-
-def interleave_parts(
-    arms: dict[str, dict[str, Callable[[], None]]], *, warmup: int, iters: int
-) -> dict[str, dict[str, list[float]]]:
-    """:func:`interleave` of arms that consist of parts, run in their order and each timed by itself."""
     if iters < 1 or warmup < 0:
         raise ValueError(f"iters must be at least 1 and warmup at least 0, got {iters} and {warmup}")
-    samples: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name, parts in arms.items()}
+    samples: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(-warmup, iters):
         for name in shuffled(list(arms), turn):
-            for part, call in arms[name].items():
-                synchronize()
-                start = time.perf_counter()
-                call()
-                synchronize()
-                if turn >= 0:
-                    samples[name][part].append(time.perf_counter() - start)
+            synchronize()
+            start = time.perf_counter()
+            arms[name]()
+            synchronize()
+            if turn >= 0:
+                samples[name].append(time.perf_counter() - start)
     return samples
 
 
