@@ -74,25 +74,10 @@ def resolve_backend(device: torch.device) -> str:
     Raises:
         RuntimeError: ``"triton"`` is forced and can't run there.
     """
-    name = get_backend()
-    # On the meta device nothing is computed, and PyTorch's operators give the shapes.
-    if name == "torch" or device.type == "meta":
-        return "torch"
-    if name == "auto":
-        if device.type != "cuda":
-            return "torch"
-        if TRITON_PROBLEM is not None:
-            _warn_no_triton()
-            return "torch"
-        return "triton"
-    if TRITON_PROBLEM is not None:
-        raise RuntimeError(f"backend 'triton' was asked for, but it can't run: {TRITON_PROBLEM}")
-    if device.type != "cuda" and not INTERPRETING:
-        raise RuntimeError(
-            f"backend 'triton' was asked for on a tensor on {device}: the kernels run on a GPU, or on a CPU under "
-            "Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"
-        )
-    return "triton"
+    chosen, _ = explain_backend(device)
+    if chosen == "torch" and device.type == "cuda" and get_backend() == "auto":
+        _warn_no_triton()
+    return chosen
 
 
 def explain_backend(device: torch.device) -> tuple[str, str]:
@@ -104,14 +89,22 @@ def explain_backend(device: torch.device) -> tuple[str, str]:
     name = get_backend()
     if name == "torch":
         return "torch", "it was asked for"
-    if name == "auto" and device.type == "cuda" and TRITON_PROBLEM is not None:
+    if device.type == "meta":
+        return "torch", "on the meta device nothing is computed, and PyTorch's operators give the shapes"
+    if name == "auto":
+        if device.type != "cuda":
+            kind = f"a device of type {device.type!r}"
+            return "torch", f"'auto' takes PyTorch's operators on {kind}; the Triton kernels want a GPU"
+        if TRITON_PROBLEM is None:
+            return "triton", "'auto' takes the Triton kernels on a GPU"
         return "torch", f"{TRITON_PROBLEM}, so this GPU runs PyTorch's operators, with more launches and memory traffic"
-    chosen = resolve_backend(device)
-    if name == "triton":
-        return chosen, "it was asked for" + ("" if device.type == "cuda" else ", and Triton's interpreter is on")
-    if chosen == "triton":
-        return chosen, "'auto' takes the Triton kernels on a GPU"
-    return (
-        chosen,
-        f"'auto' takes PyTorch's operators on a device of type {device.type!r}; the Triton kernels want a GPU",
+    if TRITON_PROBLEM is not None:
+        raise RuntimeError(f"backend 'triton' was asked for, but it can't run: {TRITON_PROBLEM}")
+    if device.type == "cuda":
+        return "triton", "it was asked for"
+    if INTERPRETING:
+        return "triton", "it was asked for, and Triton's interpreter is on"
+    raise RuntimeError(
+        f"backend 'triton' was asked for on a tensor on {device}: the kernels run on a GPU, or on a CPU under "
+        "Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"
     )
