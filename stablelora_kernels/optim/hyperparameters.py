@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -62,19 +63,12 @@ class CopiedSchedule:
         return CopiedSchedule, (self.schedule,)
 
 
+_built_from = itemgetter("amsgrad", "stop_condition", "max_grad_norm", "moments_dtype", "master_weights")
+
+
 def build_key(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """What an engine is built from, or checked against as it is built: if one changes, the engine is rebuilt."""
-    return [
-        (
-            group["amsgrad"],
-            group["stop_condition"],
-            group["lr_ratio_B"] != 1.0,
-            group["max_grad_norm"],
-            group["moments_dtype"],
-            group["master_weights"],
-        )
-        for group in groups
-    ]
+    return [(*_built_from(group), group["lr_ratio_B"] != 1.0) for group in groups]
 
 
 def members_and_settings(

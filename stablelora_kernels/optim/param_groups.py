@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,21 +17,6 @@ from stablelora_kernels.utils.dtensor import is_sharded
 from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int, check_patterns
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-HYPER = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "shrink_ratio",
-    "shrink_pattern",
-    "stop_condition",
-    "lr_ratio_B",
-    "maximize",
-    "amsgrad",
-    "capturable",
-    "seed",
-    "max_grad_norm",
-)
 # A state that an earlier version saved may lack these.
 LATER = ("shrink_pattern", "stop_condition", "lr_ratio_B", "amsgrad", "max_grad_norm")
 # The groups hold these so that a state dict and repr() tell them; they are the optimizer's own.
@@ -67,34 +53,52 @@ def _check_beta(name: str, beta: Any) -> float:
     return check_float(name, beta, low=0.0, high=1.0)
 
 
+def _check_betas(name: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be two numbers, got {value!r}")
+    return tuple(_check_beta(f"{name}[{i}]", beta) for i, beta in enumerate(value))
+
+
 def _check_shrink_pattern(name: str, value: Any) -> dict[str, float]:
     patterns = check_patterns(name, value)
     return {key: check_float(f"{name}[{key!r}]", ratio, low=0.0, high=1.0) for key, ratio in patterns.items()}
 
 
+def _check_seed(name: str, value: Any) -> int:
+    seed = check_int(name, value, minimum=0)
+    if seed >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {seed}")
+    return seed
+
+
+def check_max_grad_norm(name: str, value: Any) -> float | None:
+    """``value`` as a positive float, infinity included, or None."""
+    if value is None or (isinstance(value, float) and value == math.inf):
+        return value
+    return check_float(name, value, low=0.0, low_open=True)
+
+
+# Every hyperparameter and its check, which returns the normalized value.
+HYPER: dict[str, Callable[[str, Any], Any]] = {
+    "lr": _check_number,
+    "betas": _check_betas,
+    "eps": partial(check_float, low=0.0),
+    "weight_decay": _check_number,
+    "shrink_ratio": partial(_check_number, high=1.0),
+    "shrink_pattern": _check_shrink_pattern,
+    "stop_condition": partial(check_choice, choices=STOP_CONDITIONS),
+    "lr_ratio_B": partial(check_float, low=0.0, low_open=True),
+    "maximize": check_bool,
+    "amsgrad": check_bool,
+    "capturable": check_bool,
+    "seed": _check_seed,
+    "max_grad_norm": check_max_grad_norm,
+}
+
+
 def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
     """The hyperparameters among ``hyper``, checked and normalized; messages put ``where`` before a name."""
-    betas = hyper["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"{where}betas must be two numbers, got {betas!r}")
-    seed = check_int(f"{where}seed", hyper["seed"], minimum=0)
-    if seed >= 2**63:
-        raise ValueError(f"{where}seed must be below 2**63, got {seed}")
-    return {
-        "lr": _check_number(f"{where}lr", hyper["lr"]),
-        "betas": tuple(_check_beta(f"{where}betas[{i}]", beta) for i, beta in enumerate(betas)),
-        "eps": check_float(f"{where}eps", hyper["eps"], low=0.0),
-        "weight_decay": _check_number(f"{where}weight_decay", hyper["weight_decay"]),
-        "shrink_ratio": _check_number(f"{where}shrink_ratio", hyper["shrink_ratio"], high=1.0),
-        "shrink_pattern": _check_shrink_pattern(f"{where}shrink_pattern", hyper["shrink_pattern"]),
-        "stop_condition": check_choice(f"{where}stop_condition", hyper["stop_condition"], STOP_CONDITIONS),
-        "lr_ratio_B": check_float(f"{where}lr_ratio_B", hyper["lr_ratio_B"], low=0.0, low_open=True),
-        "maximize": check_bool(f"{where}maximize", hyper["maximize"]),
-        "amsgrad": check_bool(f"{where}amsgrad", hyper["amsgrad"]),
-        "capturable": check_bool(f"{where}capturable", hyper["capturable"]),
-        "seed": seed,
-        "max_grad_norm": check_max_grad_norm(f"{where}max_grad_norm", hyper["max_grad_norm"]),
-    }
+    return {name: check(f"{where}{name}", hyper[name]) for name, check in HYPER.items()}
 
 
 def check_one_clip(groups: Sequence[dict[str, Any]]) -> None:
@@ -143,13 +147,6 @@ def check_storage_fits(groups: Sequence[dict[str, Any]], storage: Storage) -> No
                         f"parameter {name!r} is a DTensor, whose moments cannot be in 8 bits: their blocks would depend on the "
                         "number of processes; use moments_dtype=torch.bfloat16, got torch.uint8"
                     )
-
-
-def check_max_grad_norm(name: str, value: Any) -> float | None:
-    """``value`` as a positive float, infinity included, or None."""
-    if value is None or (isinstance(value, float) and value == math.inf):
-        return value
-    return check_float(name, value, low=0.0, low_open=True)
 
 
 def check_parameter(name: str, p: torch.Tensor) -> None:

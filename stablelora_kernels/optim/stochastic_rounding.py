@@ -34,15 +34,10 @@ def mix_(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def as_int32(word: int) -> int:
-    """The int32 that has the bits of the 32-bit ``word``."""
-    word &= 0xFFFFFFFF
-    return word - 2**32 if word >= 2**31 else word
-
-
 def seed_word(seed: int) -> int:
     """The seed's part of the rounding key, as an int32."""
-    return as_int32(mix32(mix32(seed) ^ (seed >> 32)))
+    word = mix32(mix32(seed) ^ (seed >> 32))
+    return word - 2**32 if word >= 2**31 else word
 
 
 class Rounding:
