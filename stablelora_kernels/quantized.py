@@ -205,12 +205,9 @@ class NF4Weight:
         # Leave the parameter's class, which would run Python code at every operator.
         with torch._C.DisableTorchFunctionSubclass():
             packed = weight.detach().view(torch.uint8).reshape(-1)
-        inner = state.state2 if state.nested else _NOT_NESTED
-        offset = state.offset if state.nested else None
-        values = (
-            packed, state.absmax, state.code, tuple(state.shape), state.blocksize,
-            inner.absmax, inner.code, offset, inner.blocksize,
-        )  # fmt: skip
+        inner = state.state2
+        nested = (inner.absmax, inner.code, state.offset, inner.blocksize) if state.nested else (None, None, None, 0)
+        values = (packed, state.absmax, state.code, tuple(state.shape), state.blocksize, *nested)
         tensors, sizes = (*values[1:3], *values[5:8]), (packed.numel(), packed.device, *values[3:5], values[8])
         if _was_checked(state, tensors, sizes):
             self = object.__new__(cls)
@@ -294,13 +291,6 @@ class FP8Weight:
     dequantise = dequantize
 
 
-class _NotNested(NamedTuple):
-    absmax: None = None
-    code: None = None
-    blocksize: int = 0
-
-
-_NOT_NESTED = _NotNested()
 _NF4_FIELDS = tuple(field.name for field in fields(NF4Weight))
 
 # Every call reads its layer's weight, and checking took half of that time. So remember the parts of a quant_state that passed,
