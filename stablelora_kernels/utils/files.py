@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import fcntl
 import os
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 # The errors of a file system that has no locks, as some network file systems have none.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(descriptor: int) -> None:
-        while True:
-            try:
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-                return
-            except PermissionError:
-                time.sleep(0.02)
-else:
-    import fcntl
-
-    def _lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 @contextmanager
@@ -42,20 +24,16 @@ def locked(path: Path) -> Iterator[bool]:
     try:
         yield held
     finally:
-        # Still locked, so that whoever waits for this file notices that it is gone. Windows removes no open file.
-        if sys.platform != "win32":
-            path.unlink(missing_ok=True)
+        # Still locked, so that whoever waits for this file notices that it is gone.
+        path.unlink(missing_ok=True)
         os.close(descriptor)
-        if sys.platform == "win32":
-            with contextlib.suppress(OSError):
-                path.unlink()
 
 
 def _acquire(path: Path) -> tuple[int, bool]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _lock(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor, True
         except FileNotFoundError:
