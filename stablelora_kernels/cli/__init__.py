@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=Paragraphs,
         )
         module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser
 
 

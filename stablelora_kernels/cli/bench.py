@@ -56,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(BACKENDS)} (default: {current})",
     )
     parser.add_argument("--device", help="a torch device (default: the GPU if there is one, else the CPU)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(args: argparse.Namespace) -> int:

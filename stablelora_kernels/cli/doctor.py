@@ -51,7 +51,6 @@ VARIABLES = ("STABLELORA_BACKEND", "STABLELORA_KERNEL", "STABLELORA_AUTOTUNE", "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interpret", action="store_true", help="also run the Triton kernels in Triton's interpreter")
     parser.add_argument("--device", help="a torch device (default: the GPU if there is one, else the CPU)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -128,7 +127,7 @@ def _self_tests(device: torch.device, name: str | None, interpret: bool) -> Iter
 
 def _interpreted() -> Iterator[Result]:
     """The results of a subprocess that runs the checks with Triton's interpreter on."""
-    command = [sys.executable, "-m", "stablelora_kernels.cli.selftest", "--device", "cpu", "--backend", "triton"]
+    command = [sys.executable, "-m", "stablelora_kernels.cli.selftest"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)

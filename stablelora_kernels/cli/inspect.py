@@ -109,7 +109,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     order = f"{', '.join(SORTS)}: by name, or the largest first (a: ‖A‖/n, b: ‖B‖/m, ratio: a over b)"
     parser.add_argument("--sort", choices=SORTS, default="name", metavar="ORDER", help=order)
     parser.add_argument("--limit", type=positive, metavar="N", help="list so many pairs and other tensors")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -58,7 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the merged model goes")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to store (default: the model's); takes float32's memory")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if this command wrote it")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(args: argparse.Namespace) -> int:
