@@ -46,7 +46,7 @@ def build_engines(
             raise ValueError(
                 f"pair {pair.name!r}: A is on {pair.A.device} and B on {pair.B.device}; they must share one"
             )
-    backends = {device: _backend(device, [members[i] for i in indices]) for device, indices in by_device.items()}
+    classes = {device: _engine_class(device, [members[i] for i in indices]) for device, indices in by_device.items()}
     names = [name for group in groups for name in group["param_names"]]
     entries = [local_state(state.get(member.owner, {}), member) for member in members]
     for entry, name, member in zip(entries, names, members, strict=True):
@@ -55,7 +55,7 @@ def build_engines(
     for device, indices in by_device.items():
         if device not in skipped_on_device:
             skipped_on_device[device] = torch.zeros((), dtype=torch.int32, device=device)
-        engine = _engine_class(backends[device])(
+        engine = classes[device](
             [members[i] for i in indices],
             _pairs_of([members[i] for i in indices], pairs),
             settings,
@@ -69,18 +69,13 @@ def build_engines(
     return engines
 
 
-def _backend(device: torch.device, members: Sequence[Member]) -> str:
-    """The backend of the ``members`` on ``device``."""
-    backend = resolve_backend(device)
-    if backend == "triton" and any(work_dtype(member.param) is torch.float64 for member in members):
+def _engine_class(device: torch.device, members: Sequence[Member]) -> Any:
+    """The class of the engine that takes the step of the ``members`` on ``device``."""
+    if resolve_backend(device) == "torch":
+        return TorchStep
+    if any(work_dtype(member.param) is torch.float64 for member in members):
         if get_backend() == "triton":
             raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
-        return "torch"
-    return backend
-
-
-def _engine_class(backend: str) -> Any:
-    if backend == "torch":
         return TorchStep
     # Triton is optional, so nothing imports its engine before it is used.
     from stablelora_kernels.optim.triton_engine import TritonStep

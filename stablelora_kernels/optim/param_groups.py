@@ -111,15 +111,6 @@ def check_one_clip(groups: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def check_shared(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
-    """Raise ValueError if a group has a value of its own for what all groups share."""
-    check_one_clip(groups)
-    for group in groups:
-        for name, value in storage._asdict().items():
-            if group.get(name, value) != value:
-                raise ValueError(f"a group's {name} must be the optimizer's, {value}, got {group[name]}")
-
-
 def check_storage(moments_dtype: Any, master_weights: Any) -> Storage:
     """The two arguments as a :class:`~stablelora_kernels.optim.state.Storage`."""
     if moments_dtype not in (torch.float32, torch.bfloat16, torch.uint8):
@@ -136,9 +127,13 @@ def check_amsgrad(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
 
 
 def check_storage_fits(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
-    """Raise ValueError if ``storage`` cannot hold the state of a parameter of ``groups``."""
+    """Raise ValueError if ``storage`` cannot hold the state of a parameter of ``groups``, or groups differ in what they share."""
     check_amsgrad(groups, storage)
-    check_shared(groups, storage)
+    check_one_clip(groups)
+    for group in groups:
+        for name, value in storage._asdict().items():
+            if group.get(name, value) != value:
+                raise ValueError(f"a group's {name} must be the optimizer's, {value}, got {group[name]}")
     if storage.moments_dtype is torch.uint8:
         for group in groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
