@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear, lora_linear_group, lora_linear_where
+from stablelora_kernels.nn.linear import weight_and_bias
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
 from stablelora_kernels.utils.autocast import autocast_dtype
@@ -73,16 +74,6 @@ def reason_against(layer: Any, adapter: str) -> str | None:
 # The following code runs at every call of every layer, so it avoids nn.Module's slow __getattr__.
 
 
-def _tensors_of(linear: Any) -> tuple[Any, Any]:
-    """The weight and the bias of an ``nn.Linear``."""
-    own = linear._parameters
-    try:
-        return own["weight"], own["bias"]
-    except KeyError:
-        # During a forward, FSDP replaces the parameters by plain attributes.
-        return linear.weight, linear.bias
-
-
 def _is_plain(weight: Tensor, bias: Tensor | None) -> bool:
     return type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
 
@@ -90,7 +81,7 @@ def _is_plain(weight: Tensor, bias: Tensor | None) -> bool:
 def _plain_tensors(linear: Any) -> tuple[Any, Any]:
     """The weight and the bias of an ``nn.Linear`` that nothing watches; Nones for another module."""
     if type(linear) is nn.Linear and not is_hooked(linear):
-        weight, bias = _tensors_of(linear)
+        weight, bias = weight_and_bias(linear)
         if _is_plain(weight, bias):
             return weight, bias
     return None, None
@@ -176,7 +167,7 @@ def base_operand(base: nn.Module, x: Tensor) -> Base | None:
     """The base layer's operands if one op can compute its product and a branch, or None."""
     if type(base) not in READABLE or is_hooked(base):
         return None
-    weight, bias = _tensors_of(base)
+    weight, bias = weight_and_bias(base)
     # Quantized and sharded weights have other types. During a forward, FSDP replaces parameters by plain tensors.
     if type(base) is not nn.Linear or not _is_plain(weight, bias):
         return _quantized_operand(base, weight, bias, x) if is_quantized(weight) else None

@@ -285,6 +285,15 @@ def trained_and_bias(layer: LoRALinear) -> tuple[Any, Any, Any]:
         return layer.bias, layer.lora_A, layer.lora_B
 
 
+def weight_and_bias(linear: Any) -> tuple[Any, Any]:
+    """The weight and the bias of an ``nn.Linear``; as :func:`trained_and_bias`."""
+    own = linear._parameters
+    try:
+        return own["weight"], own["bias"]
+    except KeyError:
+        return linear.weight, linear.bias
+
+
 def projection_group_key(layer: LoRALinear) -> tuple[Any, ...]:
     """Layers can form a projection group if their keys are equal."""
     return (layer.in_features, layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout)

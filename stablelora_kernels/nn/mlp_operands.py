@@ -11,7 +11,7 @@ from stablelora_kernels.functional import LoRAWeights
 from stablelora_kernels.nn.conv1d import LoRAConv1D
 from stablelora_kernels.nn.factory import is_conv1d
 from stablelora_kernels.nn.fused_mlp import Facts, LayerKind, Operand
-from stablelora_kernels.nn.linear import LoRALinear, is_plain, trained_and_bias
+from stablelora_kernels.nn.linear import LoRALinear, is_plain, trained_and_bias, weight_and_bias
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.quantized import FP8Weight, read
 
@@ -26,7 +26,7 @@ def read_operand(layer: Any, x: Tensor, features: int, dtype: torch.dtype | None
     scaling = 1.0
     weight: Any
     if kind is nn.Linear:
-        weight, bias = _weight_and_bias(layer)
+        weight, bias = weight_and_bias(layer)
     elif kind is LoRALinear or kind is LoRAConv1D or kind is LoRAQuantizedLinear:
         if layer._disabled or layer.merged:
             return None
@@ -57,15 +57,6 @@ def read_operand(layer: Any, x: Tensor, features: int, dtype: torch.dtype | None
     if weight.shape[1] != features:
         return None
     return Operand(LoRAWeights(weight, bias, lora_A, lora_B, scaling), dropout_p)
-
-
-def _weight_and_bias(linear: Any) -> tuple[Any, Any]:
-    own = linear._parameters
-    try:
-        return own["weight"], own["bias"]
-    except KeyError:
-        # FSDP and parametrizations put plain attributes in their stead.
-        return linear.weight, linear.bias
 
 
 def facts_of(layer: Any) -> Facts | str:
