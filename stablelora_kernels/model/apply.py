@@ -78,7 +78,8 @@ def apply_lora(
     if not isinstance(config, LoRAConfig) and getattr(config, "peft_type", None) is not None:
         config = config_from_peft(config)
     plan = plan_lora(model, config)
-    report = apply_plan(model, config, plan, fuse_projections=fuse_projections, fuse_mlp=fuse_mlp)
+    with unchanged_on_error(model):
+        report = apply_plan(model, config, plan, {}, fuse_projections, fuse_mlp)
     save_merged_layers_plain(model)
     if plan.unmatched:
         matched = counted(len(report.replaced), "module")
@@ -90,23 +91,14 @@ def apply_plan(
     model: nn.Module,
     config: LoRAConfig,
     plan: Plan,
-    lora_dtypes: Mapping[str, torch.dtype] | None = None,
-    fuse_projections: bool = False,
-    fuse_mlp: bool = False,
-) -> LoRAReport:
-    """The second half of :func:`apply_lora`. ``lora_dtypes`` gives the dtype of A and B by layer name, float32 unless given."""
-    with unchanged_on_error(model):
-        return _apply(model, config, plan, lora_dtypes or {}, fuse_projections, fuse_mlp)
-
-
-def _apply(
-    model: nn.Module,
-    config: LoRAConfig,
-    plan: Plan,
     lora_dtypes: Mapping[str, torch.dtype],
     fuse_projections: bool,
     fuse_mlp: bool,
 ) -> LoRAReport:
+    """The second half of :func:`apply_lora`. ``lora_dtypes`` gives the dtype of A and B by layer name, float32 unless given.
+
+    Whoever calls it puts the model back if it raises.
+    """
     layers = {
         name: make_layer(
             target.layer_class,
