@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablelora_kernels.cli.arguments import positive
-from stablelora_kernels.cli.files import load_files
+from stablelora_kernels.cli.arguments import load_files, positive
 from stablelora_kernels.cli.output import (
     CommandError,
     print_json,

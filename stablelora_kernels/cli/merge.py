@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stablelora_kernels.cli.files import adapter_directory, from_hub, load_files
+from stablelora_kernels.cli.arguments import adapter_directory, from_hub, load_files
 from stablelora_kernels.cli.output import CommandError, print_json, print_pairs, size, wrapped
 from stablelora_kernels.model.adapter_files import WEIGHTS_NAME, read_json
 from stablelora_kernels.model.merge import merge_lora, remove_lora

@@ -1,9 +1,14 @@
-"""Optional packages, imported when a feature needs them."""
+"""Optional packages, imported when a feature needs them, and what the Hugging Face hub's client downloads."""
 
 from __future__ import annotations
 
 import importlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def import_extra(module: str, extra: str, feature: str) -> Any:
@@ -22,3 +27,29 @@ def import_extra(module: str, extra: str, feature: str) -> Any:
     except ImportError as error:
         package = module.partition(".")[0]
         raise ImportError(f"{feature} needs {package}: pip install 'stablelora-kernels[{extra}]' ({error})") from error
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` has the form "owner/name"."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def from_hub(argument: str, repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """Download the files of ``repository`` that match ``patterns``, and return their directory. Errors name ``argument``.
+
+    Raises:
+        ImportError: huggingface_hub is not installed.
+        ValueError: the hub did not give the files; the message has its reason.
+    """
+    try:
+        hub = import_extra("huggingface_hub", "cli", "a hub id")
+    except ImportError as error:
+        raise ImportError(f"{argument} {repository!r} is no path on this machine, and {error}") from None
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    try:
+        return Path(hub.snapshot_download(repository, allow_patterns=list(patterns), **options))
+    except Exception as error:  # The hub's client raises dozens of classes without a common base.
+        message = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{argument} {repository!r} is no path on this machine, and the hub did not give it: {message}"
+        ) from None

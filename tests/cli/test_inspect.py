@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import stablelora_kernels as slk
-from stablelora_kernels.cli import files, main
+from stablelora_kernels.cli import arguments, main
 from tests.cli.test_cli import fails
 from tests.helpers.small_models import Model, fill_b, lora_config
 
@@ -235,8 +235,8 @@ def test_the_hub(tmp_path, capsys, monkeypatch):
     assert "'someone/an-adapter' is no path on this machine, and the hub did not give it: no route" in error
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install 'stablelora-kernels[cli]'" in fails(capsys, "inspect", "someone/an-adapter")
-    with pytest.raises(files.CommandError, match="got 'a/b/c'"):
-        files.from_hub("ADAPTER", "a/b/c", ())
+    with pytest.raises(arguments.CommandError, match="got 'a/b/c'"):
+        arguments.from_hub("ADAPTER", "a/b/c", ())
 
 
 @pytest.mark.parametrize(
