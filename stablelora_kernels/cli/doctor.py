@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     device = device_of(args.device)
     if args.interpret and (problem := backend.TRITON_PROBLEM or backend.interpreter_problem()):
         raise CommandError(f"--interpret runs the kernels in Triton's interpreter, but {problem}")
-    report: dict[str, Any] = {"version": __version__, "backend": _backend(device), "environment": _variables()}
+    environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    report: dict[str, Any] = {"version": __version__, "backend": _backend(device), "environment": environment}
     report |= {"versions": _versions(), "optional": {name: version_of(name) for name in OPTIONAL}, "self_tests": []}
     if not args.json:
         _print_findings(report)
@@ -89,10 +90,6 @@ def _backend(device: torch.device) -> dict[str, Any]:
     except RuntimeError as error:
         return {"device": str(device), "set": settings.get_backend(), "name": None, "reason": str(error)}
     return {"device": str(device), "set": settings.get_backend(), "name": name, "reason": reason}
-
-
-def _variables() -> dict[str, str]:
-    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def _versions() -> dict[str, str]:

@@ -71,15 +71,6 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class OtherTensor:
-    key: str
-    shape: list[int]
-    dtype: str
-    bytes: int
-    kind: str
-
-
-@dataclass(frozen=True)
 class Figures:
     """A tensor's figures, without the tensor: only one tensor is in memory at a time."""
 
@@ -141,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         "totals": totals,
         "problems": problems,
         "pairs": [asdict(pair) for pair in pairs[: args.limit]],
-        "other_tensors": [asdict(other) for other in others[: args.limit]],
+        "other_tensors": others[: args.limit],
     }
     if args.json:
         print_json(report)
@@ -163,18 +154,20 @@ def _figures(tensor: Tensor) -> Figures:
 
 def _sort_tensors(
     tensors: Mapping[str, Figures], config: Mapping[str, Any]
-) -> tuple[list[Pair], list[OtherTensor], list[str]]:
+) -> tuple[list[Pair], list[dict[str, Any]], list[str]]:
     """The pairs, the other tensors and the problems."""
     if config.get("peft_type") == "LORA":
         config = {**config, **{key: check_patterns(key, config.get(key)) for key in ("rank_pattern", "alpha_pattern")}}
     halves: dict[str, dict[str, Figures]] = {}
-    others, problems = [], []
+    others: list[dict[str, Any]] = []
+    problems = []
     for key, s in tensors.items():
         split = split_lora_name(key.removeprefix(PREFIX))
         if split is not None and len(s.shape) == 2:
             halves.setdefault(split[0], {})[split[1]] = s
         else:
-            others.append(OtherTensor(key.removeprefix(PREFIX), s.shape, s.dtype, s.bytes, _kind(key, s.shape)))
+            about = {"shape": s.shape, "dtype": s.dtype, "bytes": s.bytes, "kind": _kind(key, s.shape)}
+            others.append({"key": key.removeprefix(PREFIX), **about})
     pairs = []
     for name, half in halves.items():
         if len(half) == 1:
@@ -186,7 +179,7 @@ def _sort_tensors(
             problems.append(f"{name} must have A [r, n] and B [m, r] of one r, got A {a.shape} and B {b.shape}")
             continue
         pairs.append(_pair(name, a, b, _scaling(name, a.shape[0], config, problems)))
-    return pairs, sorted(others, key=lambda other: _natural(other.key)), problems
+    return pairs, sorted(others, key=lambda other: _natural(other["key"])), problems
 
 
 def _pair(name: str, a: Figures, b: Figures, scaling: float | None) -> Pair:
@@ -220,9 +213,9 @@ def _kind(key: str, shape: list[int]) -> str:
     return "a bias" if key.endswith("bias") else "saved whole"
 
 
-def _beyond(others: Iterable[OtherTensor]) -> list[str]:
+def _beyond(others: Iterable[Mapping[str, Any]]) -> list[str]:
     """Kinds of tensors that plain LoRA does not have."""
-    return list(dict.fromkeys(other.kind for other in others if other.kind not in ("a bias", "saved whole")))
+    return list(dict.fromkeys(other["kind"] for other in others if other["kind"] not in ("a bias", "saved whole")))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -231,7 +224,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(len(part) if i % 2 else 0, part) for i, part in enumerate(re.split(r"0*([0-9]+)", name))]
 
 
-def _print(report: Mapping[str, Any], pairs: list[Pair], others: list[OtherTensor], limit: int | None) -> None:
+def _print(report: Mapping[str, Any], pairs: list[Pair], others: list[dict[str, Any]], limit: int | None) -> None:
     totals, config = report["totals"], report["config"]
     print(shorten(printable(report["weights"]), width()))
     about = {
@@ -260,7 +253,7 @@ def _print(report: Mapping[str, Any], pairs: list[Pair], others: list[OtherTenso
         _print_rest(len(pairs), limit, "pairs")
     if others:
         print("\nOther tensors")
-        rows = [[o.key, str(o.shape), o.dtype, size(o.bytes), o.kind] for o in others[:limit]]
+        rows = [[o["key"], str(o["shape"]), o["dtype"], size(o["bytes"]), o["kind"]] for o in others[:limit]]
         print_table(("key", "shape", "dtype", "bytes", "what it is"), rows, left=(0, 4))
         _print_rest(len(others), limit, "others")
     if report["problems"]:

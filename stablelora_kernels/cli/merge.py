@@ -23,7 +23,7 @@ from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.reports import MergeReport, list_some
 from stablelora_kernels.model.save_load import load_adapter
 from stablelora_kernels.testing import DTYPES
-from stablelora_kernels.utils.extras import import_extra
+from stablelora_kernels.utils.extras import import_extra, release
 from stablelora_kernels.utils.files import locked
 from stablelora_kernels.utils.text import counted
 
@@ -159,7 +159,7 @@ def _load(architecture: Any, source: Path, dtype: torch.dtype | None) -> Any:
     """The model in its own dtype, or in float32 if ``dtype`` is given: then the sum is rounded only once."""
     load_dtype = "auto" if dtype is None else torch.float32
     # transformers 4.56 renamed the keyword.
-    keyword = "dtype" if _version(_import_transformers()) >= (4, 56) else "torch_dtype"
+    keyword = "dtype" if release(_import_transformers().__version__) >= (4, 56) else "torch_dtype"
     try:
         model, info = architecture.from_pretrained(
             source, **{keyword: load_dtype}, output_loading_info=True, local_files_only=True, use_safetensors=True
@@ -173,10 +173,6 @@ def _load(architecture: Any, source: Path, dtype: torch.dtype | None) -> Any:
                 f"--into must hold all weights of {architecture.__name__}, got {list_some(keys)} {problem[:-5]}", 1
             )
     return model
-
-
-def _version(package: Any) -> tuple[int, ...]:
-    return tuple(int(part) for part in package.__version__.split(".")[:2])
 
 
 def _merge(model: nn.Module, dtype: torch.dtype | None) -> MergeReport:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import warnings
 from importlib import metadata
 
 import torch
 
 from stablelora_kernels.dispatch.settings import get_backend
+from stablelora_kernels.utils.extras import release
 
 MIN_TRITON = (3, 6)
 
@@ -24,7 +24,7 @@ def _triton_problem() -> str | None:
     except metadata.PackageNotFoundError:
         # Built from source, or repackaged under another name (pytorch-triton-rocm): trust it.
         return None
-    if _release(version) < MIN_TRITON:
+    if release(version) < MIN_TRITON:
         return f"Triton {version} is installed, but the kernels need {'.'.join(map(str, MIN_TRITON))} or newer"
     return None
 
@@ -37,14 +37,9 @@ def interpreter_problem() -> str | None:
         triton, numpy = metadata.version("triton"), metadata.version("numpy")
     except metadata.PackageNotFoundError:
         return None
-    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+    if release(triton) < (3, 7) and release(numpy) >= (2, 4):
         return f"the interpreter of Triton {triton} does not run with NumPy {numpy}: pip install 'numpy<2.4'"
     return None
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """The first two numbers of a version."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 # Whether Triton's interpreter is on, which runs the kernels on CPU tensors. Triton, too, reads the variable once.

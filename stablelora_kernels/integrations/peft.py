@@ -17,7 +17,7 @@ from stablelora_kernels.model.reports import (
 )
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
-from stablelora_kernels.utils.extras import import_extra
+from stablelora_kernels.utils.extras import import_extra, release
 from stablelora_kernels.utils.text import unmatched_names
 
 
@@ -130,7 +130,7 @@ def restore_peft(model: nn.Module) -> None:
 
 def _layers() -> ModuleType:
     peft = import_extra("peft", "peft", "accelerate_peft")
-    if tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 16):
+    if release(peft.__version__) < (0, 16):
         raise ImportError(
             f"peft must be 0.16 or newer, whose layers tell their variants, got {peft.__version__}: "
             "pip install 'stablelora-kernels[peft]'"

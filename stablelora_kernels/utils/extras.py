@@ -29,6 +29,11 @@ def import_extra(module: str, extra: str, feature: str) -> Any:
         raise ImportError(f"{feature} needs {package}: pip install 'stablelora-kernels[{extra}]' ({error})") from error
 
 
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 def is_hub_id(text: str) -> bool:
     """Whether ``text`` has the form "owner/name"."""
     return _HUB_ID.fullmatch(text) is not None
