@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
+from stablelora_kernels.utils.dtensor import from_local
 
 
 def shard_pair(weight: DTensor, lora_A: Tensor, lora_B: Tensor, **source: Any) -> tuple[DTensor, DTensor]:
@@ -150,7 +151,7 @@ class LoRAShardedLinear(LoRALinear):
         dtype = torch.promote_types(lora_A.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
             delta = self.scaling * (lora_B.to_local().to(dtype) @ lora_A.to_local().to(dtype))
-        return _like(weight, delta)
+        return from_local(delta, weight)
 
     def _merge_rows(self, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return super()._merge_rows(*(m.to_local() if isinstance(m, DTensor) else m for m in matrices))
@@ -170,12 +171,6 @@ class LoRAShardedLinear(LoRALinear):
         value = value.clone()
         dist.all_reduce(value, dist.ReduceOp.MAX, group=cast(DTensor, self.weight).device_mesh.get_group())
         return value.item()
-
-
-def _like(weight: DTensor, local: Tensor) -> DTensor:
-    return DTensor.from_local(
-        local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-    )
 
 
 @contextmanager
