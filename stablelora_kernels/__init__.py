@@ -3,7 +3,7 @@
 from stablelora_kernels import functional, reference
 from stablelora_kernels._version import __version__
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.dispatch import (
+from stablelora_kernels.dispatch.settings import (
     get_autotune,
     get_backend,
     get_kernel,

@@ -76,7 +76,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both backends in turn, each in force during the test."""
-    from stablelora_kernels.dispatch import use_backend
+    from stablelora_kernels.dispatch.settings import use_backend
 
     with use_backend(request.param):
         yield request.param
@@ -85,7 +85,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=["torch", "triton", "torch as on a GPU"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The optimizer's three ways: both backends, and PyTorch's with all decisions on the device, wherever that is."""
-    from stablelora_kernels.dispatch import use_backend
+    from stablelora_kernels.dispatch.settings import use_backend
     from tests.helpers.steps import decide_on_device
 
     if request.param == "torch as on a GPU":

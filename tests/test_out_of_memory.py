@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels import testing
-from stablelora_kernels.dispatch import use_backend
+from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.functional import lora_branch, lora_linear, lora_linear_group
 from stablelora_kernels.launch import counters
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW

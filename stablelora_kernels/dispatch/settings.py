@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from stablelora_kernels.utils.validation import check_choice
+
 T = TypeVar("T")
 
 
@@ -39,22 +41,18 @@ class _Setting(Generic[T]):
     def get(self) -> T:
         return _start_value(self.name) if self.value is None else self.value
 
-    def _check(self, value: T) -> None:
-        if value not in self.values.values():
-            raise ValueError(f"{self.name} must be one of {', '.join(map(repr, self.values.values()))}, got {value!r}")
-
     def _alone(self) -> AbstractContextManager[Any]:
         # torch.compile cannot trace a lock, and traces in one thread.
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def set(self, value: T) -> None:
-        self._check(value)
+        check_choice(self.name, value, [*self.values.values()])
         with self._alone():
             self._scopes[-1].value = self.value = value
 
     @contextmanager
     def use(self, value: T) -> Iterator[None]:
-        self._check(value)
+        check_choice(self.name, value, [*self.values.values()])
         scope = _Scope(value)
         with self._alone():
             self._scopes.append(scope)
@@ -82,10 +80,7 @@ def _start_value(name: str) -> Any:
     if name not in _start_values:
         values, variable = _SETTINGS[name].values, f"STABLELORA_{name.upper()}"
         word = os.environ.get(variable, next(iter(values)))
-        if word not in values:
-            options = ", ".join(map(repr, values))
-            raise ValueError(f"the environment variable {variable} must be one of {options}, got {word!r}")
-        _start_values[name] = values[word]
+        _start_values[name] = values[check_choice(f"the environment variable {variable}", word, [*values])]
     return _start_values[name]
 
 

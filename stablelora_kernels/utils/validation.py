@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 # How the keys of rank_pattern and alpha_pattern are matched: as regular expressions for a dotted name or its end after a dot.
 PATTERN = r"(.*\.)?({})$"
 
@@ -56,7 +57,7 @@ def check_float(
     return number
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+def check_choice(name: str, value: T, choices: Sequence[T]) -> T:
     """``value``, which must be one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from stablelora_kernels import testing
 from stablelora_kernels.dispatch import mlp as mlp_tiles
-from stablelora_kernels.dispatch import problem, rules, tiles, use_backend, use_kernel
+from stablelora_kernels.dispatch import problem, rules, tiles
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.dispatch.settings import use_backend, use_kernel
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
 from stablelora_kernels.launch import lora_common, lora_linear, lora_linear_group, lora_linear_quantized, lora_mlp
 from stablelora_kernels.launch.base import Launch

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels import testing
-from stablelora_kernels.dispatch import get_backend
+from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.functional import LoRAWeights, lora_linear, lora_mlp
 from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference import dropout_keep_ref

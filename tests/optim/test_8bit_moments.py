@@ -20,7 +20,7 @@ from tests.helpers.steps import take_step, take_step_with
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from stablelora_kernels.dispatch import use_backend  # noqa: E402
+from stablelora_kernels.dispatch.settings import use_backend  # noqa: E402
 from stablelora_kernels.kernels.stable_adamw.moments_8bit import load8, store8  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

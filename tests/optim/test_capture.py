@@ -19,7 +19,7 @@ from stablelora_kernels.launch import base
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from stablelora_kernels.dispatch import use_backend
+from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.optim import graph_capture
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.launches import specialization

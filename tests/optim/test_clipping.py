@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from stablelora_kernels.dispatch import use_backend
+from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.reference import StableAdamWRef
 from tests.helpers.launches import count_launches

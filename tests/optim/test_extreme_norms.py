@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from stablelora_kernels.dispatch import use_backend
+from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.reference import StableAdamWRef
 from tests.helpers.optimizers import halves, in_float64, make_pairs

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from stablelora_kernels.dispatch import use_backend
+from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.optim.sharding import Shard
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import rounded_moments

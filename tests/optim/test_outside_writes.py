@@ -114,7 +114,7 @@ def test_refresh_before_the_first_step_and_twice(path: str) -> None:
 
 def test_refresh_costs_one_launch_once() -> None:
     pytest.importorskip("triton")
-    from stablelora_kernels.dispatch import use_backend
+    from stablelora_kernels.dispatch.settings import use_backend
 
     optimizer = StableLoRAAdamW(make_pairs())
     with use_backend("triton"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stablelora_kernels.dispatch import use_backend
+from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.optimizers import all_equal, halves, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.steps import latches, take_step

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from stablelora_kernels.dispatch import use_backend
+from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef

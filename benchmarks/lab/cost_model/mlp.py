@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from benchmarks.lab.cost_model.gpu import Gpu, band_ends
 from benchmarks.lab.cost_model.predict import BF16, SLOWEST, launch_seconds, lora_dtype, rival_seconds
 from benchmarks.lab.cost_model.rivals import RIVALS, WITHOUT_DROPOUT, Shape, Work, passes
-from stablelora_kernels.dispatch import use_kernel
+from stablelora_kernels.dispatch.settings import use_kernel
 from stablelora_kernels.launch.dry_run import call_launches, mlp_launches
 
 

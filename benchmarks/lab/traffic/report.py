@@ -180,7 +180,7 @@ def case_rows(device: Device, case: Case, count: bool) -> list[Row]:
 
 def optimizer_rows(tensors: Set) -> list[Row]:
     """A row of a counted step, and one by formula. Counts the second step: the first also measures the sums."""
-    from stablelora_kernels.dispatch import use_backend
+    from stablelora_kernels.dispatch.settings import use_backend
     from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
     from stablelora_kernels.optim.state import Pair
 

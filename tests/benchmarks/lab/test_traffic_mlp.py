@@ -9,8 +9,9 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from benchmarks.lab.traffic import counter, formula
 from benchmarks.lab.traffic.mlp import BF16, FP32, MLP, apart, launches, mlp_rows
-from stablelora_kernels.dispatch import backend, use_kernel
+from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.dispatch.settings import use_kernel
 from stablelora_kernels.launch.dry_run import mlp_launches
 
 pytestmark = [
