@@ -152,7 +152,8 @@ def check_linear(
     """
     inputs: dict[str, Any] = make_inputs((m, k), n, r, dtype=dtype, lora_dtype=FP32, device=device)
     if stored is not None:
-        parts = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in vars(stored).items()}
+        parts: dict[str, Any] = vars(stored)
+        parts = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in parts.items()}
         inputs["weight"] = type(stored)(**parts)
     keep = None
 
