@@ -75,8 +75,7 @@ class LoRAConfig:
         check_float("lora_dropout", self.lora_dropout, low=0.0, high=1.0)
         check_bool("use_rslora", self.use_rslora)
         check_bool("fan_in_fan_out", self.fan_in_fan_out)
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
-            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}")
+        check_init(self.init_lora_weights)
         check_choice("bias", self.bias, BIASES)
         if self.target_modules is None:
             raise ValueError("target_modules must be a list of names, 'all-linear' or a regular expression, got None")
@@ -140,6 +139,13 @@ class LoRAConfig:
     def alpha_of(self, name: str) -> float:
         """The alpha of the layer of this dotted name: from ``alpha_pattern``, else ``lora_alpha``."""
         return lookup_pattern(self.alpha_pattern, (name,), self.lora_alpha)
+
+
+def check_init(init_lora_weights: Any) -> None:
+    """Raise ValueError unless it is True, False or "gaussian"."""
+    # isinstance, since 0 and 1 equal False and True.
+    if not isinstance(init_lora_weights, bool) and init_lora_weights != "gaussian":
+        raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
 
 
 def lookup_pattern(patterns: Mapping[str, Any], names: Collection[str], default: Any) -> Any:

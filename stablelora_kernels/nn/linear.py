@@ -9,20 +9,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from stablelora_kernels.config import check_init
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear, lora_linear_group
 from stablelora_kernels.nn.factory import class_for
 from stablelora_kernels.nn.merging import Mergeable
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.validation import check_float, check_int
-
-INITS = (True, False, "gaussian")
-
-
-def _check_init(init_lora_weights: Any) -> None:
-    # isinstance, not "in INITS": 0 and 1 equal False and True.
-    if not (isinstance(init_lora_weights, bool) or init_lora_weights == "gaussian"):
-        raise ValueError(f"init_lora_weights must be one of {INITS}, got {init_lora_weights!r}")
 
 
 def sizes_of(base: Any) -> tuple[int, int]:
@@ -134,7 +127,7 @@ class LoRALinear(Mergeable):
         check_int("r", r, minimum=1)
         check_float("lora_alpha", lora_alpha)
         check_float("lora_dropout", lora_dropout, low=0.0, high=1.0)
-        _check_init(init_lora_weights)
+        check_init(init_lora_weights)
         dtype = self._compute_dtype(base)
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"weight must be of a floating-point dtype, got {dtype}")
@@ -187,7 +180,7 @@ class LoRALinear(Mergeable):
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
         """Initialize A and B again; ``init_lora_weights`` is as in the constructor."""
-        _check_init(init_lora_weights)
+        check_init(init_lora_weights)
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
         else:
