@@ -57,7 +57,8 @@ def accelerate_peft(
     """
     layers = _layers()
     accelerated, replaced, skipped = [], [], []
-    for name, module in _tuner_layers(model, layers):
+    tuner_layers = _tuner_layers(model, layers)
+    for name, module in tuner_layers:
         reason = _reason_to_skip(model, name, module, layers)
         if reason is not None:
             skipped.append(SkippedModule(name, reason))
@@ -78,7 +79,7 @@ def accelerate_peft(
     for module in accelerated:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
     _unfuse(model)
-    notes = _unmatched(model)
+    notes = _unmatched(model, [name for name, _ in tuner_layers])
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
         notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
@@ -96,15 +97,12 @@ def _unfuse(model: nn.Module) -> None:
     unfuse_mlps(model.modules())
 
 
-def _unmatched(model: nn.Module) -> list[str]:
-    """A note on each adapter whose target_modules name something that matches no layer, of which PEFT says nothing."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+def _unmatched(model: nn.Module, names: list[str]) -> list[str]:
+    """A note on each adapter whose target_modules name something that matches none of ``names``, of which PEFT says nothing."""
     configs = {}
     for module in model.modules():
         found = module.__dict__.get("peft_config")
         configs.update(found if isinstance(found, dict) else {})
-    names = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     notes = []
     for adapter, config in configs.items():
         if note := unmatched_names(getattr(config, "target_modules", None), names):

@@ -107,7 +107,8 @@ def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> lis
     checked = []
     for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
         if not isinstance(theirs, dict) or "params" not in theirs:
-            raise ValueError(f"group {i} of state_dict must be a dict with 'params', got {_shown(theirs)}")
+            got = f"the keys {sorted(theirs)}" if isinstance(theirs, dict) else repr(theirs)
+            raise ValueError(f"group {i} of state_dict must be a dict with 'params', got {got}")
         missing = [key for key in HYPER if key not in theirs and key not in LATER]
         if missing:
             raise ValueError(
@@ -125,10 +126,6 @@ def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> lis
         checked.append({**complete, **check_hyper(complete, f"state_dict's group {i}: ")})
     check_one_clip(checked)
     return checked
-
-
-def _shown(group: Any) -> str:
-    return f"the keys {sorted(group)}" if isinstance(group, dict) else repr(group)
 
 
 def warn_of_differences(saved: dict[str, Any], own: dict[str, Any]) -> None:

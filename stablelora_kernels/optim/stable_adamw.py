@@ -231,7 +231,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow_param_groups()
+        if not same_objects([list(group["params"]) for group in self.param_groups], self._known_params):
+            # Trainers replace the groups' parameters when they shard a model late.
+            self._rebuild()
         if self._any_sharded:
             params = [local(p) for p in self._params]
             gradients = Gradients(tensors=[local_grad(p) for p in self._params])
@@ -284,11 +286,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             group["shrink_ratio"] = ratio
         return step
-
-    def _follow_param_groups(self) -> None:
-        """Rebuild if the groups hold other parameters: trainers replace them when they shard a model late."""
-        if not same_objects([list(group["params"]) for group in self.param_groups], self._known_params):
-            self._rebuild()
 
     def _build_engines(self) -> None:
         """Make one engine for each device that holds parameters, and fill the state."""

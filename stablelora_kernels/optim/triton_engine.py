@@ -81,7 +81,8 @@ class TritonStep:
         self.sharded = bool(self.grad_sums)
         self._make_counters(state)
         self.latch_monitor = LatchMonitor(self.latched, [self.first_chunks[pair.a] for pair in pairs])
-        self.never_latch = {pair.a for pair in pairs if self._setting(pair.a)["stop_condition"] == "never"}
+        never = {index for index, setting in enumerate(settings) if setting["stop_condition"] == "never"}
+        self.never_latch = {pair.a for pair in pairs if members[pair.a].setting_index in never}
         self._make_tables(state)
         self.fixed_flags = tables.FLAG_NEVER * bool(self.never_latch) | tables.FLAG_MASTER * bool(self.mastered)
         self.fixed_flags |= tables.FLAG_LOW_MOMENTS * (storage.moments_dtype is torch.bfloat16)
@@ -112,10 +113,6 @@ class TritonStep:
         self.launches: tuple[Any, ...] = ()
         # Tables of captured steps.
         self.captured: list[tuple[Tensor, ...]] = []
-
-    def _setting(self, index: int) -> Setting:
-        """The setting of the member ``index``."""
-        return self.settings[self.members[index].setting_index]
 
     def _make_counters(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """One of each counter a chunk; entries of ``state`` become views of the counters of first chunks."""
