@@ -7,6 +7,7 @@ children's own classes, which ask :class:`_Run` for each attribute. :func:`is_un
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import inspect
 import itertools
@@ -22,7 +23,10 @@ from torch.overrides import TorchFunctionMode
 
 from stablelora_kernels.utils.hooks import is_hooked
 
-_CONSTANTS = {type(None), bool, int, float, str, torch.dtype, torch.device, BuiltinFunctionType, type(NotImplemented)}
+# Functions, if they are no closures.
+_CONSTANTS = {
+    type(None), bool, int, float, str, torch.dtype, torch.device, FunctionType, BuiltinFunctionType, type(NotImplemented),
+}  # fmt: skip
 # For an attribute that an instance does not have. Copies and pickles have the same object.
 _ABSENT: Any = NotImplemented
 _OTHER = "it computes something else than down(act(gate(x)) * up(x))"
@@ -61,26 +65,20 @@ def is_unchanged(module: nn.Module, form: Form) -> bool:
     for path, known in form.reads:
         value = _attribute(module, path)
         key = _key(value)
-        if key is not known and (type(key) is not type(known) or key != known):
-            return False
-        if isinstance(value, nn.Module) and is_hooked(value):
+        if (type(key), key) != (type(known), known) or (isinstance(value, nn.Module) and is_hooked(value)):
             return False
     return True
 
 
 def _attribute(value: Any, path: tuple[str, ...]) -> Any:
     for name in path:
-        if not isinstance(value, nn.Module):
-            value = getattr(value, name, _ABSENT)
-            continue
-        # Of the instance alone, and faster than nn.Module's __getattr__.
-        own = value.__dict__
-        for place in (own["_modules"], own, own["_parameters"], own["_buffers"]):
-            if name in place:
-                value = place[name]
-                break
+        if isinstance(value, nn.Module):
+            # Of the instance alone, and faster than nn.Module's __getattr__.
+            own = value.__dict__
+            plain = own.get(name, own["_buffers"].get(name, _ABSENT))
+            value = own["_modules"].get(name, own["_parameters"].get(name, plain))
         else:
-            value = _ABSENT
+            value = getattr(value, name, _ABSENT)
     return value
 
 
@@ -88,9 +86,8 @@ def _key(value: Any) -> Any:
     """What stands for an attribute in comparisons: itself if it is constant, else its kind. Copies have equal keys."""
     if isinstance(value, partial):
         return partial, _key(value.func), value.args, tuple(value.keywords.items())
-    if type(value) in _CONSTANTS or isinstance(value, (type, enum.Enum)):
-        return value
-    if isinstance(value, FunctionType) and value.__closure__ is None:
+    is_constant = type(value) in _CONSTANTS or isinstance(value, (type, enum.Enum))
+    if is_constant and getattr(value, "__closure__", None) is None:
         return value
     return (Tensor if isinstance(value, Tensor) else type(value),)
 
@@ -103,18 +100,20 @@ def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | s
         _, argument = inspect.signature(function).bind(module, None).arguments
     except (TypeError, ValueError):
         return "its forward takes more than one tensor"
-    forms, reads, cuda = set(), {}, torch.cuda.is_available()
-    gradients = (torch.enable_grad, torch.no_grad, torch.inference_mode)
+    if getattr(function, "__module__", "").startswith("liger_kernel."):
+        variables = function.__globals__ | _LIGER
+        function = FunctionType(function.__code__, variables, None, function.__defaults__, function.__closure__)
+    run, forms, cuda = _Run(module, is_projection), set(), torch.cuda.is_available()
     # A forward may do something else in each of these modes.
-    for training, autocast, gradient in itertools.product((False, True), (False, True), gradients):
-        with torch.autocast("cpu", enabled=autocast), torch.autocast("cuda", enabled=autocast and cuda), gradient():
-            run = _Run(module, is_projection, training)
-            form = run.form(_with_liger_functions(function))
+    for autocast, gradients in itertools.product(
+        (False, True), (torch.enable_grad, torch.no_grad, torch.inference_mode)
+    ):
+        with torch.autocast("cpu", enabled=autocast), torch.autocast("cuda", enabled=autocast and cuda), gradients():
+            form = run.form(function)
         if isinstance(form, str):
             return form
         forms.add(form)
-        reads |= run.reads
-    return _OTHER if len(forms) > 1 else form._replace(argument=argument, reads=tuple(reads.items()))
+    return _OTHER if len(forms) > 1 else form._replace(argument=argument, reads=tuple(run.reads.items()))
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any] | None:
@@ -126,8 +125,8 @@ def forward_of(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def _mode() -> tuple[bool, ...]:
-    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+    gradients = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return *gradients, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
 class _Refused(BaseException):
@@ -135,42 +134,47 @@ class _Refused(BaseException):
 
 
 class _Attributes(dict[str, Any]):
-    """In place of a module's parameters: nn.Module's __getattr__ looks there for what an instance does not have."""
+    """An instance's attributes: those that were read. For another one, nn.Module's __getattr__ looks in "_parameters" of this."""
 
-    read: Callable[[str], Any]
+    def __init__(self, read: Callable[[str], Any], given: dict[str, Any]) -> None:
+        super().__init__(given)
+        self.read, self.given = read, given
+
+    def __missing__(self, name: str) -> Any:
+        if name == "_parameters":
+            return self
+        if (value := self.read(name)) is _ABSENT:
+            raise AttributeError(name)
+        self[name] = self.given[name] = value
+        return value
 
     def __contains__(self, name: Any) -> bool:
-        if not super().__contains__(name):
-            self[name] = self.read(name)
         return self[name] is not _ABSENT
 
 
 class _Run(TorchFunctionMode):
-    """One run of a forward.
+    """Runs of a forward.
 
-    ``values`` has by id each tensor and what it holds: "x", a projection of it, (activation, gate), [gate, up, activation] for
-    the product, or the form.
+    The attribute ``held`` of a tensor is "x", a projection of x, (activation, gate), [gate, up, activation] for the product, or
+    the form.
     """
 
-    def __init__(self, module: nn.Module, is_projection: Callable[[Any], bool], training: bool) -> None:
-        self.module, self.is_projection, self.training, self.mode = module, is_projection, training, _mode()
-        self.values: dict[int, tuple[Tensor, Any]] = {}
+    def __init__(self, module: nn.Module, is_projection: Callable[[Any], bool]) -> None:
+        self.module, self.is_projection = module, is_projection
         self.reads: dict[tuple[str, ...], Any] = {}
-        self.called: list[str] = []
-        self.instances: list[tuple[Any, Any]] = []
-        self.reason: str | None = None
 
     def form(self, function: Callable[..., Any]) -> Form | str:
         """The form but for its argument and reads, or the first reason against it."""
+        self.mode, self.reason = _mode(), ""
+        self.called: list[str] = []
+        self.tensors: list[weakref.ref[Tensor]] = []
+        self.instances: list[_Attributes] = []
         try:
-            x = self.tensor("x")
             with self:
-                form = self.value(function(self.instance((), self.module), x), Form)
-            del x
-            tensors = [weakref.ref(self.values.pop(key)[0]) for key in [*self.values]]
-            if any(tensor() is not None for tensor in tensors):
+                form = self.held(function(self.instance((), self.module), self.tensor("x")), Form)
+            if any(tensor() is not None for tensor in self.tensors):
                 self.refuse("its forward keeps a tensor")
-            if any(own != before for own, before in self.instances):
+            if any(attributes != attributes.given for attributes in self.instances):
                 self.refuse("its forward changes its attributes")
             activation = [name for name in self.called if name not in form.children]
             # Each projection is called once, since it draws a mask of dropout in each call.
@@ -180,7 +184,7 @@ class _Run(TorchFunctionMode):
                 self.refuse(_OTHER)
             return self.reason or form._replace(activation_module=activation[0] if activation else None)
         except _Refused:
-            return self.reason or _OTHER
+            return self.reason
         except Exception as error:
             return self.reason or f"its forward can't be followed ({type(error).__name__})"
 
@@ -188,48 +192,42 @@ class _Run(TorchFunctionMode):
         self.reason = self.reason or reason
         raise _Refused
 
-    def tensor(self, value: Any) -> Tensor:
-        """A new tensor that holds ``value``."""
+    def tensor(self, held: Any) -> Any:
         # A forward that turns gradients off, or autocast on or off, computes another thing than its formula says.
         if _mode() != self.mode:
             self.refuse("its forward changes the gradient or the autocast mode")
         with torch._C.DisableTorchFunction():
-            tensor = torch.empty(0, device="meta")
-        self.values[id(tensor)] = tensor, value
+            tensor: Any = torch.empty(0, device="meta")
+        tensor.held = held
+        self.tensors.append(weakref.ref(tensor))
         return tensor
 
-    def value(self, tensor: Any, kind: Any) -> Any:
-        """What ``tensor`` holds, if it is of this kind."""
-        value = self.values.get(id(tensor), (None, None))[1]
-        return value if type(value) is kind else self.refuse(_OTHER)
+    def held(self, tensor: Any, kind: Any) -> Any:
+        held = getattr(tensor, "held", None)
+        return held if type(held) is kind else self.refuse(_OTHER)
 
     def instance(self, path: tuple[str, ...], value: Any) -> Any:
         """An instance of the class of ``value`` that asks :meth:`read` for its attributes, and :meth:`call` if it is called."""
-        kind: Any = type(value)
-        if not isinstance(value, nn.Module):
-            # Of a configuration, whose class may find attributes otherwise.
-            kind = type(
-                "Object", (), {"__getattr__": nn.Module.__getattr__, "__class__": property(lambda _: type(value))}
-            )
+        # A configuration's class may find attributes by other ways.
+        members = {"__getattr__": nn.Module.__getattr__, "__class__": property(lambda _: type(value))}
+        kind: Any = type(value) if isinstance(value, nn.Module) else type("Object", (), members)
         instance = object.__new__(kind)
-        own = instance.__dict__
-        own["_parameters"] = attributes = _Attributes()
-        attributes.read = lambda name: self.read((*path, name))
-        if path:
-            own["_compiled_call_impl"] = partial(self.call, path[0], value, instance)
+        given = {"_compiled_call_impl": partial(self.call, path[0], value, instance)} if path else {}
+        attributes = _Attributes(lambda name: self.read((*path, name)), given)
+        object.__setattr__(instance, "__dict__", attributes)
+        self.instances.append(attributes)
         # What an instance may have in place of its class's attributes, now or later. Of projections nothing is read.
         kinds = () if path and self.is_projection(value) else kind.__mro__
         names = {name for k in kinds if k not in nn.Module.__mro__ for name in vars(k) if not name.startswith("__")}
         for name in names - {"forward"}:
-            if (found := self.read((*path, name))) is not _ABSENT:
-                own[name] = found
-        self.instances.append((own, dict(own)))
+            with contextlib.suppress(AttributeError):
+                attributes[name]
         return instance
 
     def read(self, path: tuple[str, ...]) -> Any:
         """What the forward gets for an attribute, of which ``reads`` takes note."""
-        if path == ("training",):
-            return self.training
+        if path[-1] == "training":
+            self.refuse("it asks whether it is in training")
         value = _attribute(self.module, path)
         key = self.reads[path] = _key(value)
         if len(path) > 1 and self.is_projection(_attribute(self.module, path[:1])):
@@ -241,24 +239,23 @@ class _Run(TorchFunctionMode):
             self.refuse(f"it reads {'.'.join(path)!r}, a {type(value).__name__}, which may change unseen")
         return self.instance(path, value)
 
-    def call(self, name: str, child: Any, instance: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def call(self, name: str, child: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
         """What the forward gets for a call of a child."""
-        if len(args) != 1 or kwargs or id(args[0]) not in self.values:
+        if len(args) != 1 or kwargs or not hasattr(args[0], "held"):
             self.refuse(f"it calls {name!r} with more than one tensor")
         self.called.append(name)
-        if not self.is_projection(child):
-            unknown = f"it calls {name!r}, a {type(child).__name__}; only SiLU and GELU (exact or tanh) are fused"
-            try:
-                result = type(child).forward(instance, args[0]) if "forward" not in child.__dict__ else None
-                self.value(result, tuple)
-            except _Refused:
-                self.reason = unknown
-                raise
-            return result
-        if self.values[id(args[0])][1] == "x":
-            return self.tensor(Projection(name))
-        gate, up, activation = self.value(args[0], list)
-        return self.tensor(Form(gate, up, Projection(name), activation, None, ""))
+        if self.is_projection(child):
+            if args[0].held == "x":
+                return self.tensor(Projection(name))
+            gate, up, activation = self.held(args[0], list)
+            return self.tensor(Form(gate, up, Projection(name), activation, None, ""))
+        try:
+            result = type(child).forward(instance, args[0]) if "forward" not in child.__dict__ else None
+            self.held(result, tuple)
+        except _Refused:
+            self.reason = f"it calls {name!r}, a {type(child).__name__}; only SiLU and GELU (exact or tanh) are fused"
+            raise
+        return result
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch._C._set_grad_enabled:
@@ -270,28 +267,28 @@ class _Run(TorchFunctionMode):
             )
         return known(self, *args, **kwargs or {})
 
-    def silu(self, input: Any, inplace: bool = False) -> Tensor:
-        activated = "silu", self.value(input, Projection)
-        output = self.tensor(activated)
-        if inplace:
-            self.values[id(input)] = input, activated
-        return input if inplace else output
+    def silu(self, input: Any, inplace: bool = False) -> Any:
+        output = self.tensor(("silu", self.held(input, Projection)))
+        if not inplace:
+            return output
+        input.held = output.held
+        return input
 
-    def gelu(self, input: Any, approximate: str = "none") -> Tensor:
-        return self.tensor(({"none": "gelu", "tanh": "gelu_tanh"}[approximate], self.value(input, Projection)))
+    def gelu(self, input: Any, approximate: str = "none") -> Any:
+        return self.tensor(({"none": "gelu", "tanh": "gelu_tanh"}[approximate], self.held(input, Projection)))
 
-    def mul(self, input: Any, other: Any) -> Tensor:
-        if type(self.values.get(id(input), (None, None))[1]) is Projection:
+    def mul(self, input: Any, other: Any) -> Any:
+        if isinstance(getattr(input, "held", None), Projection):
             input, other = other, input
-        activation, gate = self.value(input, tuple)
-        return self.tensor([gate, self.value(other, Projection), activation])
+        activation, gate = self.held(input, tuple)
+        return self.tensor([gate, self.held(other, Projection), activation])
 
-    def chunk(self, input: Any, chunks: int, dim: int = 0) -> list[Tensor]:
-        stacked = self.value(input, Projection)
+    def chunk(self, input: Any, chunks: int, dim: int = 0) -> list[Any]:
+        stacked = self.held(input, Projection)
         if (chunks, dim, stacked.half) != (2, -1, None):
             self.refuse(_OTHER)
         # The halves are views: a forward that goes on with the whole is refused.
-        del self.values[id(input)]
+        input.held = None
         return [self.tensor(Projection(stacked.name, half)) for half in range(2)]
 
 
@@ -301,17 +298,15 @@ _KNOWN: dict[Any, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def _with_liger_functions(function: Any) -> Any:
-    """``function`` with PyTorch's operations for Liger's activation and product. They have no factor, as Liger's may have."""
-    if not isinstance(function, FunctionType) or not function.__module__.startswith("liger_kernel."):
-        return function
+def _product(activation: Callable[[Any], Any], gate: Any, up: Any) -> Any:
+    return activation(gate) * up
 
-    def product(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-        return activation(gate) * up
 
-    silu, gelu = (
-        partial(product, act) for act in (nn.functional.silu, partial(nn.functional.gelu, approximate="tanh"))
-    )
-    replaced = {"_swiglu_dispatch": silu, "LigerSiLUMulFunction": SimpleNamespace(apply=silu)}
-    variables = function.__globals__ | replaced | {"LigerGELUMulFunction": SimpleNamespace(apply=gelu)}
-    return FunctionType(function.__code__, variables, None, function.__defaults__, function.__closure__)
+# PyTorch's operations for Liger's. Liger's may be given factors, for which these have no argument.
+_SILU = partial(_product, nn.functional.silu)
+_GELU = partial(_product, partial(nn.functional.gelu, approximate="tanh"))
+_LIGER = {
+    "_swiglu_dispatch": _SILU,
+    "LigerSiLUMulFunction": SimpleNamespace(apply=_SILU),
+    "LigerGELUMulFunction": SimpleNamespace(apply=_GELU),
+}

@@ -116,8 +116,9 @@ OTHER = {
     "sum": (lambda self, x: x + swiglu(self, x), "calls add$"),
     "residual in place": (lambda self, x: operator_iadd(swiglu(self, x), x), "calls add_"),
     "one more": (lambda self, x: self.down_proj(F.silu(self.gate_proj(x)) * (self.up_proj(x) + 1)), "calls add$"),
-    "dropout": (in_training, "calls dropout"),
-    "another activation in training": (other_in_training, "something else"),
+    "dropout": (in_training, "asks whether it is in training"),
+    "another activation in training": (other_in_training, "asks whether it is in training"),
+    "dropout in every mode": (lambda self, x: self.down_proj(F.dropout(F.silu(self.gate_proj(x)))), "calls dropout"),
     "another function": (lambda self, x: self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x)), "calls tanh"),
     "written out": (
         lambda self, x: self.down_proj(self.gate_proj(x) * torch.sigmoid(self.gate_proj(x)) * self.up_proj(x)),
