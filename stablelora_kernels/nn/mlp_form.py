@@ -203,8 +203,12 @@ class _Run(TorchFunctionMode):
         return tensor
 
     def held(self, tensor: Any, kind: Any) -> Any:
+        """What ``tensor`` holds, once: a second use could see, or be disturbed by, a change in place."""
         held = getattr(tensor, "held", None)
-        return held if type(held) is kind else self.refuse(_OTHER)
+        if type(held) is not kind:
+            self.refuse(_OTHER)
+        tensor.held = None
+        return held
 
     def instance(self, path: tuple[str, ...], value: Any) -> Any:
         """An instance of the class of ``value`` that asks :meth:`read` for its attributes, and :meth:`call` if it is called."""
@@ -251,7 +255,7 @@ class _Run(TorchFunctionMode):
             return self.tensor(Form(gate, up, Projection(name), activation, None, ""))
         try:
             result = type(child).forward(instance, args[0]) if "forward" not in child.__dict__ else None
-            self.held(result, tuple)
+            result.held = self.held(result, tuple)
         except _Refused:
             self.reason = f"it calls {name!r}, a {type(child).__name__}; only SiLU and GELU (exact or tanh) are fused"
             raise
@@ -268,9 +272,13 @@ class _Run(TorchFunctionMode):
         return known(self, *args, **kwargs or {})
 
     def silu(self, input: Any, inplace: bool = False) -> Any:
-        output = self.tensor(("silu", self.held(input, Projection)))
+        gate = self.held(input, Projection)
+        output = self.tensor(("silu", gate))
         if not inplace:
             return output
+        if gate.half is not None:
+            # Autograd refuses that for views.
+            self.refuse(_OTHER)
         input.held = output.held
         return input
 
@@ -287,8 +295,6 @@ class _Run(TorchFunctionMode):
         stacked = self.held(input, Projection)
         if (chunks, dim, stacked.half) != (2, -1, None):
             self.refuse(_OTHER)
-        # The halves are views: a forward that goes on with the whole is refused.
-        input.held = None
         return [self.tensor(Projection(stacked.name, half)) for half in range(2)]
 
 

@@ -97,7 +97,7 @@ def scale(mlp):
 
 
 REFUSED = {
-    "autograd function": (of(after="h = SwiGLU.apply(g, u)"), {}, "gradient or the autocast mode"),
+    "autograd function": (lambda self, x: self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x))), {}, "gradient or the autocast mode"),
     "reentrant checkpoint": (
         of(after="h = checkpoint(lambda g, u: silu(g) * u, g, u, use_reentrant=True)"), {}, "of a tensor|gradient or",
     ),
@@ -114,6 +114,7 @@ REFUSED = {
     "function in place": (of(before="silu(u, inplace=True)"), {}, "something else"),
     "module in place": (of(before="self.act_fn(u)"), {"act_fn": nn.SiLU(inplace=True)}, "something else"),
     "another activation in evaluation": (MLP.forward, {"act_fn": ByMode()}, "it calls 'act_fn', a ByMode"),
+    "gate in place after its use": (of(after="silu(g, inplace=True)"), {}, "something else"),
     "x in place": (of(after="silu(x, inplace=True)"), {}, "something else"),
     "in place without gradients": (of(before="with torch.no_grad(): silu(g, inplace=True)", gate=""), {}, "gradient or"),
     "keeps its product": (of(after="self.kept.append(h)"), {"kept": []}, "reads 'kept', a list, which may change"),
@@ -148,7 +149,7 @@ SAME = {
     "asks its dictionary": (asks("'limit' in vars(self)"), {"limit": 1}, "gelu"),
     "asks a configuration": (asks("self.config.act == 'gelu'"), {"config": types.SimpleNamespace(act="gelu")}, "gelu"),
     "an activation in place": (of("self.act_fn"), {"act_fn": nn.SiLU(inplace=True)}, "silu"),
-    "the halves in place": (of(before="silu(g, inplace=True)", gate=""), {}, "silu"),
+    "gate in place": (of(before="silu(g, inplace=True)", gate=""), {}, "silu"),
 }  # fmt: skip
 
 
