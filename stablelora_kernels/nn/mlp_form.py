@@ -94,7 +94,11 @@ def _key(value: Any) -> Any:
 
 def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | str:
     """The form of ``module``, or why it is no gated MLP. ``is_projection`` says which children compute a projection of x."""
-    if (function := forward_of(module)) is None:
+    function = module.__dict__.get("forward", type(module).forward)
+    if isinstance(function, MethodType) and function.__self__ is module:
+        # Bound to it, as Liger's patches do.
+        function = function.__func__
+    elif "forward" in module.__dict__:
         return "its forward was replaced (as accelerate's hooks do)"
     try:
         _, argument = inspect.signature(function).bind(module, None).arguments
@@ -103,7 +107,8 @@ def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | s
     if getattr(function, "__module__", "").startswith("liger_kernel."):
         variables = function.__globals__ | _LIGER
         function = FunctionType(function.__code__, variables, None, function.__defaults__, function.__closure__)
-    run, forms, cuda = _Run(module, is_projection), set(), torch.cuda.is_available()
+    run, cuda = _Run(module, is_projection), torch.cuda.is_available()
+    forms: set[Form] = set()
     # A forward may do something else in each of these modes.
     for autocast, gradients in itertools.product(
         (False, True), (torch.enable_grad, torch.no_grad, torch.inference_mode)
@@ -113,15 +118,7 @@ def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | s
         if isinstance(form, str):
             return form
         forms.add(form)
-    return _OTHER if len(forms) > 1 else form._replace(argument=argument, reads=tuple(run.reads.items()))
-
-
-def forward_of(module: nn.Module) -> Callable[..., Any] | None:
-    """The function that computes ``module``: its class's or one bound to it, as Liger's patches do; else None."""
-    own = module.__dict__.get("forward")
-    if own is None:
-        return type(module).forward
-    return own.__func__ if isinstance(own, MethodType) and own.__self__ is module else None
+    return _OTHER if len(forms) > 1 else forms.pop()._replace(argument=argument, reads=tuple(run.reads.items()))
 
 
 def _mode() -> tuple[bool, ...]:
@@ -254,7 +251,7 @@ class _Run(TorchFunctionMode):
             gate, up, activation = self.held(args[0], list)
             return self.tensor(Form(gate, up, Projection(name), activation, None, ""))
         try:
-            result = type(child).forward(instance, args[0]) if "forward" not in child.__dict__ else None
+            result: Any = type(child).forward(instance, args[0]) if "forward" not in child.__dict__ else None
             result.held = self.held(result, tuple)
         except _Refused:
             self.reason = f"it calls {name!r}, a {type(child).__name__}; only SiLU and GELU (exact or tanh) are fused"

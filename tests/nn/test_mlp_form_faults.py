@@ -97,7 +97,9 @@ def scale(mlp):
 
 
 REFUSED = {
-    "autograd function": (lambda self, x: self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x))), {}, "gradient or the autocast mode"),
+    "autograd function": (
+        lambda self, x: self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x))), {}, "gradient or the autocast mode",
+    ),
     "reentrant checkpoint": (
         of(after="h = checkpoint(lambda g, u: silu(g) * u, g, u, use_reentrant=True)"), {}, "of a tensor|gradient or",
     ),
