@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.optim.graph_watch import LIVE, Watch, check_capturable, reads_from_memory
+from stablelora_kernels.optim.graph_watch import LIVE, Watch, check_capturable, params_of, reads_from_memory
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.utils.validation import check_bool, check_int
 
@@ -26,6 +27,10 @@ class Graphs:
     """The streams and the memory of one GPU's graphs. Tests replace it by one that records and repeats calls on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ValueError(
+                f"model must be on a GPU to be captured, got it on {device}; enabled=False runs every step eagerly"
+            )
         self.device = device
         # As in torch.cuda.make_graphed_callables, warm-up and capture have a stream each.
         self.side_stream, self.capture_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -108,11 +113,13 @@ class GraphedStep:
         grad_scaler: a ``torch.amp.GradScaler``, whose scaling, step and update go into the graph.
         max_graphs: the most shapes to capture. They share their memory.
         num_warmup_iters: eager steps of a shape before its capture, at least 1, in which kernels compile.
-        enabled: False runs every step eagerly, on any device.
+        enabled: False takes plain steps, on any device: gradients that are there before are added to, also those of parameters
+            that another optimizer has, and autocast may be around the call.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or the model or the optimizer cannot be captured:
-            hooks, data parallelism, sharded parameters, several devices or none that is a GPU, ``shrink_schedule``.
+            hooks, data parallelism, sharded parameters, several devices or none that is a GPU, ``shrink_schedule``, trainable
+            parameters of the model that the optimizer does not have.
     """
 
     def __init__(
@@ -146,7 +153,7 @@ class GraphedStep:
                 raise ValueError(
                     f"sample_batches must be 1 to max_graphs={max_graphs} batches, got {len(self._shapes)}"
                 )
-        self._device = next(chain.from_iterable(group["params"] for group in optimizer.param_groups)).device
+        self._device = next(params_of(optimizer)).device
         self.reset()
         if enabled:
             check_capturable(model, optimizer)
@@ -155,10 +162,9 @@ class GraphedStep:
         """Drop all graphs. The next calls warm up and capture again, with the model and the optimizer as they then are."""
         self._buckets: dict[Shape, _Bucket] = {}
         if self.enabled:
-            self._graphs = make_graphs(self._device)
-        # By group and name, the memory that graphs read hyperparameters from, and the numbers in it.
-        self._cells: dict[tuple[int, str], Tensor] = {}
-        self._numbers: dict[tuple[int, str], float] = {}
+            self._graphs = Graphs(self._device)
+        # By group and name, the memory that graphs read a hyperparameter from, and the number in it.
+        self._cells: dict[tuple[int, str], tuple[Tensor, float | None]] = {}
 
     @property
     def captured(self) -> list[str]:
@@ -177,6 +183,10 @@ class GraphedStep:
                 the capture. No step was taken then.
         """
         shape, leaves = self._read("batch", batch)
+        if not self.enabled:
+            bucket = _Bucket(shape, self._device)
+            bucket.fill(leaves)
+            return self._train(bucket)
         self._check_call()
         bucket = self._bucket(shape)
         if bucket.watch is not None and (change := bucket.watch.change()) is not None:
@@ -184,8 +194,6 @@ class GraphedStep:
                 raise RuntimeError(f"{change}, which its CUDA graph does not know: put it back, or call reset()")
             bucket.warmups = 0
         bucket.fill(leaves)
-        if not self.enabled:
-            return self._train(bucket)
         self._copy_numbers()
         # After a write to a parameter the optimizer measures norms anew, which a graph would do in every replay.
         if bucket.watch is None or bucket.warmups < self.num_warmup_iters or bucket.watch.written():
@@ -211,15 +219,13 @@ class GraphedStep:
             raise RuntimeError(
                 "autocast must be inside of loss_fn, since it is for the forward alone, got it around the step"
             )
-        if any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
+        if any(p.grad is not None for p in params_of(self.optimizer)):
             raise RuntimeError(
                 "gradients must be None before a step, which would drop them, got some: one call is a whole step, without "
                 "accumulation. Call optimizer.zero_grad() first"
             )
 
     def _bucket(self, shape: Shape) -> _Bucket:
-        if not self.enabled:
-            return _Bucket(shape, self._device)
         if shape not in self._buckets:
             known = list(self._buckets) if self._shapes is None else self._shapes
             if shape not in known and (self._shapes is not None or len(known) == self.max_graphs):
@@ -237,13 +243,12 @@ class GraphedStep:
                 value, key = group[name], (index, name)
                 if reads_from_memory(value, self._device):
                     self._cells.pop(key, None)
-                    self._numbers.pop(key, None)
                     continue
-                if key not in self._cells:
-                    self._cells[key] = torch.empty((), dtype=torch.float32, device=self._device)
-                if self._numbers.get(key) != float(value):
-                    self._numbers[key] = float(value)
-                    self._cells[key].fill_(self._numbers[key])
+                cell, known = self._cells.get(key, (None, None))
+                if cell is None:
+                    cell = torch.empty((), dtype=torch.float32, device=self._device)
+                if known != (number := float(value)):
+                    self._cells[key] = cell.fill_(number), number
 
     @contextmanager
     def _live_hyperparameters(self) -> Iterator[None]:
@@ -251,7 +256,7 @@ class GraphedStep:
         groups = self.optimizer.param_groups
         numbers = {(index, name): groups[index][name] for index, name in self._cells}
         try:
-            for (index, name), cell in self._cells.items():
+            for (index, name), (cell, _) in self._cells.items():
                 groups[index][name] = cell
             yield
         finally:
@@ -286,6 +291,7 @@ class GraphedStep:
     def _train(self, bucket: _Bucket) -> Tensor:
         """One eager step."""
         scaler, batch = self.grad_scaler, bucket.batch()
+        done = False
         try:
             with torch.enable_grad():
                 loss = self.model(**batch).loss if self.loss_fn is None else self.loss_fn(self.model, batch)
@@ -299,29 +305,21 @@ class GraphedStep:
                 else:
                     scaler.step(self.optimizer)
                     scaler.update()
+            done = True
         finally:
-            # Gradients of a capture then lie in the graph's memory, and those of no other step.
-            for p in chain(self.model.parameters(), *(group["params"] for group in self.optimizer.param_groups)):
-                p.grad = None
+            # Gradients of a capture lie in the graph's memory, so also a failed one leaves none.
+            if done or self.enabled:
+                for p in params_of(self.optimizer):
+                    p.grad = None
         return loss.detach()
 
 
-def make_graphs(device: torch.device) -> Graphs:
-    """The graphs of ``device``.
-
-    Raises:
-        ValueError: ``device`` is no GPU.
-    """
-    if device.type != "cuda":
-        raise ValueError(
-            f"model must be on a GPU to be captured, got it on {device}; enabled=False runs every step eagerly"
-        )
-    return Graphs(device)
-
-
 def host_generators() -> tuple[Any, ...]:
-    """The states of the host's random number generators."""
-    return torch.get_rng_state().tolist(), random.getstate()
+    """The states of the host's global random number generators: PyTorch's, Python's and, if it is imported, NumPy's."""
+    numpy = sys.modules.get("numpy")
+    # Bytes, since comparing NumPy's arrays gives no bool.
+    from_numpy = None if numpy is None else pickle.dumps(numpy.random.get_state())
+    return torch.get_rng_state().tolist(), random.getstate(), from_numpy
 
 
 def leaves_of(argument: str, batch: Any) -> tuple[type, Leaves]:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from stablelora_kernels.nn.linear import LoRALinear
-from stablelora_kernels.nn.projection_group import ATTRIBUTE
+from stablelora_kernels.nn.projection_group import ATTRIBUTE, remove_projection_groups
 from stablelora_kernels.nn.sharded import LoRAShardedLinear, shard_pair
 
 __all__ = ["LoRAColwiseParallel", "LoRARowwiseParallel"]
@@ -66,7 +66,8 @@ def _parallelize(
         raise NotImplementedError(f"{style_name} cuts a LoRALinear over a plain weight, got a {type(module).__name__}")
     if module.merged:
         raise ValueError(f"{style_name} cuts a LoRALinear that is not merged, got a merged one; unmerge() first")
-    if module.__dict__.pop(ATTRIBUTE, None) is not None:
+    if ATTRIBUTE in module.__dict__:
+        remove_projection_groups([module])
         warnings.warn(
             "fuse_projections does not reach layers that tensor parallelism has cut; they are computed one by one",
             RuntimeWarning,

@@ -93,8 +93,9 @@ RULES: dict[str, Callable[[Import], bool]] = {
     "only tests import cli/": lambda i: (
         within(i.target, *ours("cli")) and not within(i.importer, *ours("cli", "__main__"), "tests")
     ),
-    "only the laboratory and its tests import benchmarks.lab": lambda i: (
-        within(i.target, "benchmarks.lab") and not within(i.importer, "benchmarks.lab", "tests.benchmarks.lab")
+    "only the laboratory, its tests and the PTX emulator import benchmarks.lab": lambda i: (
+        within(i.target, "benchmarks.lab")
+        and not within(i.importer, "benchmarks.lab", "tests.benchmarks.lab", "tests.ptx_emulator")
     ),
     "only tests import tests": lambda i: within(i.target, "tests") and not within(i.importer, "tests"),
 }
@@ -205,8 +206,8 @@ PLANTED = [
     ("benchmarks/common/models.py", "from stablelora_kernels import reference", "import reference/"),
     ("stablelora_kernels/testing.py", "from stablelora_kernels.cli.bench import layer_arms", "only tests import cli/"),
     ("benchmarks/common/models.py", "def f():\n    import stablelora_kernels.cli.bench", "only tests import cli/"),
-    ("benchmarks/suite/layers.py", "from benchmarks.lab.traffic import formula", "the laboratory and its tests"),
-    ("tests/benchmarks/test_suite.py", "import benchmarks.lab.page.page", "the laboratory and its tests"),
+    ("benchmarks/suite/layers.py", "from benchmarks.lab.traffic import formula", "the laboratory, its tests"),
+    ("tests/benchmarks/test_suite.py", "import benchmarks.lab.page.page", "the laboratory, its tests"),
     ("benchmarks/suite/layers.py", "from tests.helpers.oracle import check", "only tests import tests"),
 ]  # fmt: skip
 

@@ -21,6 +21,21 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 
 
 @triton.jit
+def finished(acc):
+    """Return ``acc`` once its product is complete.
+
+    Triton lets an asynchronous product of Hopper's run on into the loop's next round, where a copy fills a buffer again. For an
+    operand that only this product reads, Triton adds a buffer. For an operand with another reader it adds none, so the copy
+    would overwrite what the product still reads.
+    """
+    if not INTERPRETING:  # noqa: SIM102 - the interpreter does not know the other one
+        if not targets_amd():
+            # Any use of the values makes Triton wait for them.
+            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
+
+
+@triton.jit
 def cast(x, dtype: tl.constexpr):
     """x as ``dtype``, rounded to nearest even."""
     if x.dtype == dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -35,11 +35,14 @@ launch_counts: Counter[str] = Counter()
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
     """Run ``kernel`` once on ``device``'s current stream."""
     launch_counts[kernel.__name__] += 1
-    # Triton launches on the current device, which may be another than the tensors'.
-    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with guard:
+    with on_device(device):
         # Explicit, because Triton 3.10 changes the default, which would change results.
         kernel[grid](*args, enable_fp_fusion=True, **meta)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` the current one. Triton compiles, loads and launches for that, whatever the tensors' device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def tile_options(tile: Tile) -> dict[str, Any]:

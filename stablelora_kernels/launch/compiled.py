@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from stablelora_kernels.launch.base import Launch, on_device
 
 # Most tensor maps, of 128 bytes, that one argument of a kernel keeps.
 MAPS = 1024
@@ -132,13 +135,17 @@ def _map_maker(descriptor: TensorDescriptor, layout: Any, make: Callable[..., An
     return lambda tensor: make(descriptor_of(fields, tensor), layout, None)[0]
 
 
-def launcher_of(compiled: Any, *rest: Any) -> Direct | ByTriton:
-    """Launches of a compiled kernel on a grid.
+def launcher_of(launch: Launch, device: torch.device, *rest: Any) -> Direct | ByTriton:
+    """Repeats ``launch`` on ``device``. Launches nothing, and compiles nothing that is compiled already.
 
-    ``rest``: the grid; all arguments of the kernel in order, constants and descriptors included; the slots of its pointers, and
-    those of its descriptors, whose offsets are 0.
+    ``rest``: all arguments of the kernel in order, constants and descriptors included; the slots of its pointers, and those of
+    its descriptors, whose offsets are 0.
     """
-    try:
-        return Direct(compiled, *rest)
-    except (AttributeError, ImportError, StopIteration, TypeError):
-        return ByTriton(compiled, *rest)
+    with on_device(device):
+        compiled = launch.kernel.warmup(
+            *launch.args, grid=launch.grid, enable_fp_fusion=True, **launch.constants, **launch.options
+        )
+        try:
+            return Direct(compiled, launch.grid, *rest)
+        except (AttributeError, ImportError, StopIteration, TypeError):
+            return ByTriton(compiled, launch.grid, *rest)

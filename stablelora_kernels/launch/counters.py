@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
         _keep_ready(stream.device_index)
     if stream not in _in_use:
         ready = _ready.get(stream.device_index)
-        if stream.capture and (not ready or stream.capture == _UNKNOWN or len(_in_use) >= MOST):
+        if stream.capture and (not ready or len(_in_use) >= MOST):
             # No launch came before the capture, or captures have taken all: the graph zeroes these at each replay.
             return torch.zeros(n, dtype=torch.int32, device=device)
         _in_use[stream] = ready.pop() if ready else _zeros(1, device)[0]
@@ -89,10 +90,6 @@ def _keep_ready(index: int) -> None:
         ready += pool.submit(_zeros, READY, torch.device("cuda", index)).result()
 
 
-# A capture whose number the driver does not tell.
-_UNKNOWN = -1
-
-
 def _current_stream(device: torch.device) -> _Stream:
     if device.type != "cuda":
         return _Stream(device.type, -1 if device.index is None else device.index, 0, 0)
@@ -102,25 +99,29 @@ def _current_stream(device: torch.device) -> _Stream:
     return _Stream(device.type, index, handle, capture)
 
 
+# The drivers' functions that tell about a capture, the newest first, and how many results behind status and number each of
+# them has. A symbol's name fixes its signature, in every driver that has the symbol.
+_CAPTURE_INFO = {"cuStreamGetCaptureInfo_v3": 4, "cuStreamGetCaptureInfo_v2": 3, "hipStreamGetCaptureInfo_v2": 3}
+
+
 @cache
-def _capture_info() -> Any:
-    """The driver's function that tells about a capture (stream, status, number), or None."""
-    library, name = (
-        ("libamdhip64.so", "hipStreamGetCaptureInfo")
-        if torch.version.hip
-        else ("libcuda.so.1", "cuStreamGetCaptureInfo")
+def _capture_info() -> Callable[..., int]:
+    """The driver's function of a stream and the addresses of a status and a number. It returns 0 or an error."""
+    library = "libamdhip64.so" if torch.version.hip else "libcuda.so.1"
+    loaded = ctypes.CDLL(library)
+    for name, others in _CAPTURE_INFO.items():
+        if (function := getattr(loaded, name, None)) is not None:
+            function.argtypes = [ctypes.c_void_p] * (3 + others)
+            return lambda *args: function(*args, *[None] * others)
+    raise RuntimeError(
+        f"captures of CUDA graphs cannot be told apart: {library} has none of {', '.join(_CAPTURE_INFO)}"
     )
-    try:
-        function = getattr(ctypes.CDLL(library), name)
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_ulonglong)]
-    return function
 
 
 def _capture_number(handle: int) -> int:
-    """The number of the capture under way on a stream, which no other capture has, or ``_UNKNOWN``."""
-    function, status, number = _capture_info(), ctypes.c_int(), ctypes.c_ulonglong()
-    if function is None or function(handle, ctypes.byref(status), ctypes.byref(number)) or not number.value:
-        return _UNKNOWN
-    return number.value
+    """The number of the capture that records a stream, which no other capture has, or 0."""
+    status, number = ctypes.c_int(), ctypes.c_ulonglong()
+    if error := _capture_info()(handle, ctypes.byref(status), ctypes.byref(number)):
+        raise RuntimeError(f"the driver cannot tell about the capture of stream {handle:#x}: error {error}")
+    # Drivers need not count from 1.
+    return number.value + 1 if status.value else 0

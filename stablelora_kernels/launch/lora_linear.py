@@ -66,10 +66,13 @@ def backward_launches(
     return product_backward_launches(device, product, gradients, choice or rules.choose(device, product.call))
 
 
-def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool = False) -> list[Launch | VendorProduct]:
+def product_launches(
+    device: Device, p: Product, choice: Choice, s_ready: bool = False, follows_s: bool = False
+) -> list[Launch | VendorProduct]:
     """The launches for ``p`` by the kernel of ``choice``, which must be possible.
 
-    ``s_ready``: an earlier launch has filled ``p.s``. "fused" would compute it again.
+    ``s_ready``: an earlier launch fills ``p.s``. "fused" would compute it again. ``follows_s``: that launch comes right before
+    and lets this one begin early.
     """
     rules.check_possible(p.call, choice.kernel)
     if p.call.m == 0 or p.call.n == 0:
@@ -83,7 +86,7 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
         product = VendorProduct(p.x, p.w, p.bias, p.y, p.call.add)
         return [product, *(expand(device, p, p.y, s_ready or p.call.r == 0) if p.call.r or p.gate else ())]
     if s_ready:
-        return [_linear(device, p, choice.tile, load_s=True)]
+        return [_linear(device, p, choice.tile, load_s=True, waits=follows_s)]
     return _by_s(device, p, choice)
 
 
@@ -109,23 +112,25 @@ def _by_s(device: Device, p: Product, choice: Choice, g: Gradients | None = None
     p = with_s(p)
     if choice.kernel == "chained":
         return [_linear(device, p, choice.tile, load_s=True, g=g, chained=True)]
-    first = shrink(device, p, g, triggers_dependents=rules.overlaps(device))
-    return [first, _linear(device, p, choice.tile, load_s=True, g=g)]
+    overlaps = rules.overlaps(device)
+    first = shrink(device, p, g, triggers_dependents=overlaps)
+    return [first, _linear(device, p, choice.tile, load_s=True, g=g, waits=overlaps)]
 
 
 def _linear(
-    device: Device, p: Product, tile: Tile | None, load_s: bool, g: Gradients | None = None, chained: bool = False
-) -> Launch:
+    device: Device, p: Product, tile: Tile | None, load_s: bool, g: Gradients | None = None, chained: bool = False,
+    waits: bool = False,
+) -> Launch:  # fmt: skip
     """The product, if it has a W, and the branch. S is read, or else computed and, if wanted, stored. With ``g`` also dA, for
     which S is dS.
 
-    ``chained``: earlier programs of the launch compute the S that is read, and dB.
+    ``chained``: earlier programs of the launch compute the S that is read, and dB. ``waits``: the launch right before computes
+    S and lets this one begin early (programmatic dependent launch). Behind any other launch that is no option: a launch that
+    begins when that one's programs have ended may still not see their stores, and resets of counters are among these.
     """
     c = p.call
     # None where the kernel does not read it: the compiler tells None from a pointer.
     p = p._replace(seed=p.seed if c.masked or (chained and c.dropout) else None)
-    # Without a branch, the launch before is not S's, and X or W may come from it.
-    waits = load_s and not chained and c.r > 0 and rules.overlaps(device)
     # A pointer that the kernel never follows still needs a type.
     s = p.y if p.s is None else p.s
     flags = {

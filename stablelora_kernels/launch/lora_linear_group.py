@@ -55,11 +55,11 @@ def member_launches(device: Device, members: Sequence[Product], s: Tensor) -> La
     choices = [rules.choose(device, p.call) for p in members]
     launches: Launches = []
     shared = rules.choose_group([p.call for p in members], choices).shared
+    triggers = shared and rules.overlaps(device) and choices[0].kernel != "vendor"
     if shared:
-        triggers = rules.overlaps(device) and choices[0].kernel != "vendor"
         launches.append(shrink_members(device, members, s, triggers_dependents=triggers))
-    for p, choice in zip(members, choices, strict=True):
-        launches += single.product_launches(device, p, choice, s_ready=shared)
+    for i, (p, choice) in enumerate(zip(members, choices, strict=True)):
+        launches += single.product_launches(device, p, choice, s_ready=shared, follows_s=triggers and i == 0)
     return launches
 
 

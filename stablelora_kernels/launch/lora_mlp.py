@@ -90,11 +90,13 @@ def forward_launches(
         launches.append(_activation(device, members[0].y, members[1].y, h, activation, choice.reason))
     else:
         shared = rules.choose_group([p.call for p in members], [None, None]).shared
+        overlaps = shared and rules.overlaps(device)
         if shared:
-            launches.append(group.shrink_members(device, members, s, triggers_dependents=rules.overlaps(device)))
+            launches.append(group.shrink_members(device, members, s, triggers_dependents=overlaps))
         else:
             launches += [single.shrink(device, p) for p in members if p.call.r]
-        launches.append(_gate_up(device, members, h, activation, choice.kernel == "tma", keep=g is not None))
+        tma, keep = choice.kernel == "tma", g is not None
+        launches.append(_gate_up(device, members, h, activation, tma, keep, waits=overlaps))
     first, w = plain.of(2)
     down = forward_product(h, w, biases[2], lora_As[2], lora_Bs[2], s_down, y, seeds[2], scalings[2], drops[2])
     return [*launches, *first, *single.product_launches(device, down, rules.choose(device, down.call))]
@@ -151,14 +153,15 @@ def _activation(device: Device, g: Tensor, u: Tensor, h: Tensor, activation: str
     )
 
 
-def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: str, tma: bool, keep: bool) -> Launch:
-    """Gate, up and the activation in one launch; ``keep``: store G and U too. S is read."""
+def _gate_up(
+    device: Device, members: Sequence[Product], h: Tensor, activation: str, tma: bool, keep: bool, waits: bool
+) -> Launch:
+    """Gate, up and the activation in one launch; ``keep``: store G and U too. S is read; ``waits`` as ``lora_linear`` has it."""
     gate, up = members
     assert gate.w is not None and up.w is not None
     c = gate.call._replace(r=max(gate.call.r, up.call.r))
     plan, parts = mlp.gate_up_plan(device, c, tma, activation)
     tile = plan.tile
-    waits = rules.overlaps(device) and c.r > 0
     flags = {
         "GATE": activation,
         "HAS_BIAS_G": gate.bias is not None,

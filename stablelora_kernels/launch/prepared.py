@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stablelora_kernels.launch import workspace
-from stablelora_kernels.launch.base import Launch, launch_counts
+from stablelora_kernels.launch.base import Launch, launch_counts, on_device
 from stablelora_kernels.launch.compiled import MapSlot, Slot, descriptor_of, launcher_of
 from stablelora_kernels.launch.counters import all_counters
 from stablelora_kernels.launch.lora_common import VendorProduct
@@ -100,7 +100,7 @@ class _Tensors:
 class _Vendor:
     """A :class:`VendorProduct` of any tensors."""
 
-    def __init__(self, product: VendorProduct, tensors: _Tensors) -> None:
+    def __init__(self, product: VendorProduct, tensors: _Tensors, device: torch.device) -> None:
         self._views = [None if t is None else tensors.view(t) for t in product[:4]]
         self._add = product.add
 
@@ -111,13 +111,6 @@ class _Vendor:
 
     def run(self, tensors: Sequence[Any], addresses: Sequence[int], device: torch.device, stream: int) -> None:
         self.again(tensors, device).run(device)
-
-
-def _compiled(launch: Launch) -> Any:
-    """The compiled kernel. Launches nothing, and compiles nothing that is compiled already."""
-    return launch.kernel.warmup(
-        *launch.args, grid=launch.grid, enable_fp_fusion=True, **launch.constants, **launch.options
-    )
 
 
 def _needs_triton() -> bool:
@@ -140,22 +133,22 @@ class Repeated:
             self._seen = True
             return
         if self._launcher is None:
-            self._launcher = self._prepare()
+            self._launcher = self._prepare(device)
         launch_counts[self._launch.kernel.__name__] += 1
         self._launcher.run((), (), driver.active.get_current_stream(device.index or 0))
 
-    def _prepare(self) -> Any:
+    def _prepare(self, device: torch.device) -> Any:
         names, constants = self._launch.kernel.arg_names, self._launch.constants
         given = iter(self._launch.args)
         values = [constants[name] if name in constants else next(given) for name in names]
         arguments = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
-        return launcher_of(_compiled(self._launch), self._launch.grid, arguments, (), ())
+        return launcher_of(self._launch, device, arguments, (), ())
 
 
 class _Kernel:
     """A :class:`Launch` of any tensors."""
 
-    def __init__(self, launch: Launch, tensors: _Tensors) -> None:
+    def __init__(self, launch: Launch, tensors: _Tensors, device: torch.device) -> None:
         names = launch.kernel.arg_names
         self._order = [name for name in names if name not in launch.constants]
         values = {**launch.constants, **dict(zip(self._order, launch.args, strict=True))}
@@ -171,13 +164,12 @@ class _Kernel:
                 view = tensors.view(value.base)
                 self._descriptors.append((at, view, {**vars(value), "base": None}))
         if isinstance(launch.kernel, JITFunction):
-            compiled = _compiled(launch)
             pointers = [Slot(at, view.tensor, view.offset) for at, view in self._pointers if view.tensor >= 0]
             descriptors = [
                 MapSlot(Slot(at, view.tensor, view.offset), partial(view.of, device=None))
                 for at, view, _ in self._descriptors
             ]
-            self._launcher = launcher_of(compiled, launch.grid, arguments, pointers, descriptors)
+            self._launcher = launcher_of(launch, device, arguments, pointers, descriptors)
         # Without tensors: what is prepared keeps none of them.
         self._launch, self._name = launch._replace(args=()), launch.kernel.__name__
         self._arguments = [None if isinstance(value, TensorDescriptor) else value for value in arguments]
@@ -215,7 +207,9 @@ class Prepared:
             self._allocations.append(((tensors.scratch_bytes,), (1,), torch.uint8))
         self._results, self._counts, self._device = len(results), taken.counters is not None, results[0].device
         self._on_gpu = self._device.type == "cuda"
-        self._steps = [(_Vendor if isinstance(each, VendorProduct) else _Kernel)(each, tensors) for each in launches]
+        self._steps = [
+            (_Vendor if isinstance(each, VendorProduct) else _Kernel)(each, tensors, self._device) for each in launches
+        ]
         # Not under the interpreter.
         self._compiled = any(isinstance(each, Launch) and isinstance(each.kernel, JITFunction) for each in launches)
 
@@ -227,8 +221,7 @@ class Prepared:
         own = self.allocate()
         tensors = [*given, *own]
         if self._on_gpu and torch.cuda.current_device() != self._device.index:
-            # Triton launches on the current device.
-            with torch.cuda.device(self._device):
+            with on_device(self._device):
                 self.launch(tensors)
         else:
             self.launch(tensors)

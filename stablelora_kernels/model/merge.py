@@ -12,6 +12,7 @@ from stablelora_kernels.model.reports import MergeReport
 from stablelora_kernels.nn.fused_mlp import unfuse_mlps
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
+from stablelora_kernels.nn.projection_group import remove_projection_groups
 
 
 def merge_lora(model: nn.Module) -> MergeReport:
@@ -85,6 +86,7 @@ def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
     else:
         unmerge_lora(model)
     unfuse_mlps(model.modules())
+    remove_projection_groups(layers.values())
     replace_modules(model, {layer: layer.to_linear() for layer in layers.values()})
     save_as_before(model)
     if report.untied:

@@ -10,6 +10,7 @@ from torch import nn
 
 from stablelora_kernels.nn.fused_mlp import is_fused, unfuse_mlps
 from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.nn.projection_group import remove_projection_groups
 from stablelora_kernels.utils.hooks import HOOKS
 
 # The attribute of a model that holds the config of its LoRA layers. save_adapter writes it.
@@ -27,11 +28,13 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     ]
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = model.__dict__.get(CONFIG_ATTRIBUTE)
-    unfused = [module for module in model.modules() if not is_fused(module)]
+    known = set(model.modules())
+    unfused = [module for module in known if not is_fused(module)]
     try:
         yield
     except BaseException:
         unfuse_mlps(unfused)
+        remove_projection_groups(set(model.modules()) - known)
         for module, children, parameters, hooks in modules:
             # In place, which keeps their order and who else refers to them.
             module._modules.clear()

@@ -3,12 +3,13 @@
 An attention module calls its q, k and v one after another. The first call computes the outputs of the whole projection group;
 the group keeps the other outputs until their layers are called. Layers are grouped by their names. Each call checks that the
 input really is the same tensor, unchanged. If it is not, the group turns itself off with a warning and each layer computes its
-own output.
+own output. A hook of the attention module drops what the group keeps if its forward raises.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,9 +56,18 @@ class ProjectionGroup:
     ):
         self.names, self.layers, self.compute = tuple(names), list(layers), compute
         self.on = True
+        self.hook: Any = None
         # The number of consecutive rounds with outputs that no layer asked for.
         self._wasted = 0
         self._pending: _Pending | None = None
+
+    def after_forward(self, parent: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook of the module that calls the layers. A forward that raised has no output, and wasted nothing."""
+        if output is None:
+            self._pending = None
+
+    # So a CUDA graph need not call it again.
+    after_forward.only_after_errors = True  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles must not hold pending outputs.
@@ -111,15 +121,15 @@ def make_projection_groups(
     """Put those of ``layers`` that share an input into groups, replace existing groups, and return a note for the report."""
     groups = _find_projection_groups(model, layers, key)
     remove_projection_groups(layers.values())
-    counts: dict[str, int] = {}
     for names in groups:
         group = ProjectionGroup(names, [layers[name] for name in names], compute)
+        parent = model.get_submodule(names[0].rpartition(".")[0])
+        group.hook = parent.register_forward_hook(group.after_forward, always_call=True)
         for layer in group.layers:
             layer.__dict__[ATTRIBUTE] = group
-        kind = ", ".join(name.rpartition(".")[2] for name in names)
-        counts[kind] = counts.get(kind, 0) + 1
-    if not counts:
+    if not groups:
         return "fuse_projections found no layers that share an input"
+    counts = Counter(", ".join(name.rpartition(".")[2] for name in names) for names in groups)
     return "computed together from one read of their input: " + "; ".join(
         f"{count} x ({kind})" for kind, count in counts.items()
     )
@@ -128,7 +138,8 @@ def make_projection_groups(
 def remove_projection_groups(layers: Iterable[Any]) -> None:
     """Take layers out of their groups."""
     for layer in layers:
-        layer.__dict__.pop(ATTRIBUTE, None)
+        if (group := layer.__dict__.pop(ATTRIBUTE, None)) is not None:
+            group.hook.remove()
 
 
 def _find_projection_groups(

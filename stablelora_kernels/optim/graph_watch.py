@@ -18,12 +18,11 @@ from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import same_objects
 from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.utils.hooks import HOOKS
 from stablelora_kernels.utils.validation import shown
 
 # Hyperparameters that may change between replays: schedulers write them as numbers, and the graph reads them from memory.
 LIVE = ("lr", "weight_decay", "shrink_ratio")
-# The attributes of a module that hold its hooks, and one that accelerate adds to a module whose forward it replaces.
-_MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
 _TENSOR_FLAGS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 _flags = attrgetter(*_TENSOR_FLAGS)
 _version = attrgetter("_version")
@@ -39,17 +38,23 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
                 f"model must not be in {type(module).__name__}, which runs Python in every step, got "
                 f"{repr(name) if name else 'it'} in one"
             )
+    owned = set(map(id, params_of(optimizer)))
     for name, tensor in tensors.items():
         if is_sharded(tensor):
             raise ValueError(
                 f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
             )
-    devices = {p.device for p in chain(tensors.values(), _params(optimizer))}
+        if tensor.requires_grad and id(tensor) not in owned:
+            raise ValueError(
+                "optimizer must have every trainable parameter of model, since a CUDA graph keeps the gradients of others to "
+                f"itself, got none of the name {name!r}: freeze it, add it to the optimizer, or set enabled=False"
+            )
+    devices = {p.device for p in chain(tensors.values(), params_of(optimizer))}
     if len(devices) > 1:
         raise ValueError(
             f"model and optimizer must be on one GPU, got tensors on {', '.join(sorted(map(str, devices)))}"
         )
-    hooked = [name for name, module in modules.items() if any(vars(module).get(hooks) for hooks in _MODULE_HOOKS)]
+    hooked = [name for name, module in modules.items() if _is_hooked(module)]
     hooked += [name for name, tensor in tensors.items() if any(_flags(tensor)[1:])]
     if hooked or _has_any_global_hook():
         where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
@@ -66,7 +71,7 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
             f"optimizer must have no step hooks, since a CUDA graph would not call them again, got {hooks[0]!r}"
         )
     (device,) = devices
-    if resolve_backend(device) != "triton" or any(p.dtype is torch.float64 for p in _params(optimizer)):
+    if resolve_backend(device) != "triton" or any(p.dtype is torch.float64 for p in params_of(optimizer)):
         raise ValueError(
             "optimizer must step on Triton's kernels to be captured, got float64 parameters or the backend "
             f"{get_backend()!r}: PyTorch's operators read from the GPU"
@@ -80,7 +85,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, optimizer: StableLoRAAdamW, scaler: torch.amp.GradScaler | None) -> None:
-        self.optimizer, self.scaler, self.device = optimizer, scaler, next(_params(optimizer)).device
+        self.optimizer, self.scaler, self.device = optimizer, scaler, next(params_of(optimizer)).device
         self.containers = dict(_containers(model))
         dicts = [container for container in self.containers.values() if isinstance(container, dict)]
         # Most dicts are for hooks that nobody has registered.
@@ -93,7 +98,7 @@ class Watch:
         self.tensors = {name: tensor for name, tensor in _tensors(model).items() if _has_address(tensor)}
         self.addresses, self.flags = self._addresses(), self._flags()
         self.engines = [engine for _, engine in optimizer._engines]
-        self.params = list(_params(optimizer))
+        self.params = list(params_of(optimizer))
         self.state = {p: dict(entry) for p, entry in optimizer.state.items()}
         self.settings = self._settings()
 
@@ -119,7 +124,7 @@ class Watch:
         optimizer = self.optimizer
         if not (
             self.engines == [engine for _, engine in optimizer._engines]
-            and same_objects(list(_params(optimizer)), self.params)
+            and same_objects(list(params_of(optimizer)), self.params)
             and same_objects(optimizer.state, self.state)
         ):
             yield "optimizer has other parameters or another state than before (add_param_group, load_state_dict, state)"
@@ -181,7 +186,8 @@ def reads_from_memory(value: Any, device: torch.device) -> bool:
     return isinstance(value, Tensor) and value.device == device
 
 
-def _params(optimizer: StableLoRAAdamW) -> Iterator[Tensor]:
+def params_of(optimizer: StableLoRAAdamW) -> Iterator[Tensor]:
+    """Every parameter of ``optimizer``."""
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
@@ -195,6 +201,12 @@ def _has_address(tensor: Tensor) -> bool:
         return tensor.data_ptr() is not None
     except RuntimeError:
         return False
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks that a replay would miss, or that of accelerate, which replaces its forward."""
+    hooks = chain.from_iterable(vars(module)[name].values() for name in HOOKS)
+    return "_hf_hook" in vars(module) or not all(getattr(hook, "only_after_errors", False) for hook in hooks)
 
 
 def _step_hooks(optimizer: StableLoRAAdamW) -> list[Any]:

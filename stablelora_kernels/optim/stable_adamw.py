@@ -194,7 +194,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """Add a group of named parameters or pairs. It may not leave an A without its B."""
         constructed = "_pairs" in self.__dict__
         if constructed:
-            param_group = check_group(param_group, self.defaults)
+            # All groups share this value, which is not the default once somebody has set or loaded another.
+            param_group = check_group(param_group, {**self.defaults, "max_grad_norm": self.max_grad_norm})
             find_pairs([*self.param_groups, param_group])
             check_storage_fits([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
         super().add_param_group(param_group)

@@ -357,5 +357,6 @@ class TritonStep:
         if value.device == self.device and value.dtype is torch.float32:
             return value
         key = setting_index, name
-        cell = self.cells.setdefault(key, torch.empty((), dtype=torch.float32, device=self.device))
-        return cell.copy_(value, non_blocking=True)
+        if key not in self.cells:
+            self.cells[key] = torch.empty((), dtype=torch.float32, device=self.device)
+        return self.cells[key].copy_(value, non_blocking=True)

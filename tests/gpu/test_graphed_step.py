@@ -28,7 +28,7 @@ by_dtype = pytest.mark.parametrize("dtype", (FP32,) if SMALL else (FP32, BF16), 
 def graphs_of_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if SMALL:
         recorded = RecordedGraphs(monkeypatch)
-        monkeypatch.setattr(graphed_step, "make_graphs", lambda device: recorded)
+        monkeypatch.setattr(graphed_step, "Graphs", lambda device: recorded)
     yield
 
 

@@ -26,5 +26,5 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
     from tests.helpers.recorded_graphs import RecordedGraphs
 
     recorded = RecordedGraphs(monkeypatch)
-    monkeypatch.setattr(graphed_step, "make_graphs", lambda device: recorded)
+    monkeypatch.setattr(graphed_step, "Graphs", lambda device: recorded)
     return recorded

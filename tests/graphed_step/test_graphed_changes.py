@@ -103,7 +103,7 @@ def shared() -> Any:
     """One captured step for all changes, each of which is taken back."""
     with slk.use_backend("triton"), pytest.MonkeyPatch.context() as patch:
         recorded = RecordedGraphs(patch)
-        patch.setattr(graphed_step, "make_graphs", lambda device: recorded)
+        patch.setattr(graphed_step, "Graphs", lambda device: recorded)
         yield captured(), recorded
 
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,10 @@ def with_buffer_elsewhere(model: nn.Module, optimizer: Any) -> None:
     model.register_buffer("elsewhere", torch.zeros(1, device="meta"))
 
 
+def with_another_trainable(model: nn.Module, optimizer: Any) -> None:
+    model[2].weight.requires_grad_()
+
+
 def not_capturable(model: nn.Module, optimizer: Any) -> None:
     optimizer.param_groups[0]["capturable"] = False
 
@@ -55,6 +60,7 @@ REFUSED = {
     with_step_hook: "optimizer must have no step hooks, .* got <built-in function print>",
     with_schedule: "optimizer must have no shrink_schedule, .* got <class 'float'>: write its value",
     with_buffer_elsewhere: "model and optimizer must be on one GPU, got tensors on cpu, meta",
+    with_another_trainable: r"optimizer must have every trainable parameter of model, .* got none of the name '2\.weight'",
     not_capturable: "optimizer must be built with capturable=True, got capturable=False",
 }
 
@@ -197,13 +203,17 @@ def draws_on_the_host(model: nn.Module, batch: Any) -> Tensor:
     return mse(model, batch) * random.random()
 
 
+def draws_from_numpy(model: nn.Module, batch: Any) -> Tensor:
+    return mse(model, batch) * numpy.random.rand()
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "match"),
     [
         (reads_the_loss, r"a CUDA graph cannot hold this step: operation not permitted .* may not read from the GPU"),
-        (
-            draws_on_the_host,
-            "a CUDA graph cannot hold this step: the model or loss_fn draws random numbers on the host",
+        *(
+            (draws, "a CUDA graph cannot hold this step: the model or loss_fn draws random numbers on the host")
+            for draws in (draws_on_the_host, draws_from_numpy)
         ),
     ],
 )

@@ -180,6 +180,42 @@ def test_not_enabled_every_step_is_eager(backend: str, graphs: RecordedGraphs) -
     assert all_equal(*results) and graphs.captures == 0
 
 
+def test_not_enabled_gradients_are_those_of_a_plain_step() -> None:
+    """Those from before are added to, and those that another optimizer steps on stay for it."""
+    results = []
+    for make_step in (eager, lambda *args: graphed(*args, enabled=False)):
+        model, optimizer = make()
+        head = model[2].weight.requires_grad_()
+        step, other = make_step(model, optimizer), torch.optim.SGD([head], lr=0.1)
+        for batch in batches(3):
+            mse(model, batch).backward()
+            with torch.autocast("cpu", torch.bfloat16):
+                step(batch)
+            assert model[0].lora_A.grad is None
+            other.step()
+            other.zero_grad()
+        results.append([head.detach(), *snapshot(optimizer)])
+    assert all_equal(*results)
+
+
+def test_not_enabled_an_exception_leaves_gradients_as_they_were() -> None:
+    model, optimizer = make()
+    mse(model, batches(1)[0]).backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    with pytest.raises(TypeError, match="loss_fn must return a 0-d tensor"):
+        graphed(model, optimizer, lambda model, batch: 1, enabled=False)(batches(1)[0])
+    assert before and all_equal(before, [p.grad for p in model.parameters() if p.grad is not None])
+
+
+def test_gradients_that_the_step_did_not_make_stay() -> None:
+    model, optimizer = make()
+    model[2].weight.grad = kept = torch.ones_like(model[2].weight)
+    step = graphed(model, optimizer)
+    for batch in batches(5):
+        step(batch)
+    assert step.captured and model[2].weight.grad is kept
+
+
 @pytest.mark.parametrize("kind", ["PEFT's layers", "our layers"])
 def test_a_hugging_face_model_takes_its_batch_as_a_dict(kind: str, graphs: RecordedGraphs) -> None:
     generator = torch.Generator().manual_seed(0)

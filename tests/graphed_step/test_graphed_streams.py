@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablelora_kernels import graphed_step
+from stablelora_kernels.graphed_step import Graphs
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
@@ -78,7 +78,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_eager_steps_run_on_the_side_stream_and_captures_on_theirs(cuda: list[str]) -> None:
-    graphs = graphed_step.Graphs(torch.device("cuda", 0))
+    graphs = Graphs(torch.device("cuda", 0))
 
     def function() -> Tensor:
         cuda.append(f"on {torch.cuda.current_stream(graphs.device).name}")
@@ -94,7 +94,7 @@ def test_eager_steps_run_on_the_side_stream_and_captures_on_theirs(cuda: list[st
 
 
 def test_an_exception_leaves_the_callers_stream_current(cuda: list[str]) -> None:
-    graphs = graphed_step.Graphs(torch.device("cuda", 0))
+    graphs = Graphs(torch.device("cuda", 0))
 
     def fails() -> Tensor:
         raise KeyError("mine")

@@ -7,11 +7,11 @@ A schedule switches between programs at each access of memory that some program 
 - An atomic acts on memory. Release semantics first publish the stores before the last barrier, because only a barrier orders the
   stores of a program's other threads. Acquire semantics then copy memory into the view.
 - A volatile load copies its own address from memory, and nothing else. ``.cg`` is only a hint: such a load is a plain one.
-- ``gdc_wait`` waits until all earlier launches have ended, then copies memory into the view.
-- Unpublished stores reach memory when their program ends or when its launch ends; the schedule decides which. The schedule also
+- ``gdc_wait`` waits until all earlier launches have ended and publishes their stores, then copies memory into the view.
+- A launch begins once all earlier launches have ended, and their stores are published. With ``launch_pdl``, it begins once every
+  program of the launch before it has triggered or ended, and nothing is published: CUDA promises that only behind ``gdc_wait``.
+- Unpublished stores reach memory when their program ends, or only when CUDA promises it; the schedule decides. The schedule also
   lets single loads read memory, and single stores reach it at once, because a GPU may do either.
-- A launch begins once all earlier launches have ended. With ``launch_pdl``, it begins once every program of the launch before it
-  has triggered or ended.
 
 Schedules follow PCT (Burckhardt et al., 2010): random priorities, and a few random steps at which the running program falls
 behind all others. One schedule finds a fault that takes d ordered steps with probability at least 1 / (programs * steps^(d-1)).
@@ -180,6 +180,8 @@ class _Run:
             for made in self.of_launch:
                 schedule.rng.shuffle(made)
         self.running: list[Program] = []
+        # The first launches, of which all stores are published.
+        self.flushed = 0
         # The storages that programs have written, and the number of accesses of each storage.
         self.written: set[int] = set()
         self.accesses: dict[int, int] = {}
@@ -191,6 +193,7 @@ class _Run:
         finally:
             for program in self.running:
                 program.walk.close()
+        self._flush(len(self.of_launch))
         return self.memory
 
     def _schedule(self, waiting: list[Program]) -> None:
@@ -217,14 +220,18 @@ class _Run:
     def _may_begin(self, launch: int) -> bool:
         if self._have_ended(launch):
             return True
-        before = self.of_launch[launch - 1]
-        return bool(self.launches[launch].options.get("launch_pdl")) and all(p.triggered or p.done for p in before)
+        return self._begins_early(launch) and all(p.triggered or p.done for p in self.of_launch[launch - 1])
+
+    def _begins_early(self, launch: int) -> bool:
+        return bool(self.launches[launch].options.get("launch_pdl"))
 
     def _have_ended(self, count: int) -> bool:
         """Whether the first ``count`` launches have ended."""
         return all(program.done for made in self.of_launch[:count] for program in made)
 
     def _begin(self, program: Program) -> None:
+        if not self._begins_early(program.launch):
+            self._flush(program.launch)
         program.view, program.state = self.memory.copy(), np.zeros_like(self.memory)
         program.walk = self.trees.run(program.launch, program.index)
         self.running.append(program)
@@ -237,11 +244,6 @@ class _Run:
         self.running.remove(program)
         if self.schedule.happens(self.schedule.at_end):
             self._publish(program, program.state != CLEAN)
-        made = self.of_launch[program.launch]
-        if all(each.done for each in made):
-            # Two programs that store to one address race: either value may stay.
-            for each in self.schedule.rng.sample(made, len(made)):
-                self._publish(each, each.state != CLEAN)
 
     def _waits(self, program: Program) -> bool:
         if program.walk.access.kind == "gdc_wait":
@@ -288,6 +290,7 @@ class _Run:
         elif kind == "gdc_launch_dependents":
             program.triggered = True
         else:
+            self._flush(program.launch)
             self._refresh(program)
         return b""
 
@@ -317,6 +320,14 @@ class _Run:
         else:
             program.times = 0
         return answer
+
+    def _flush(self, count: int) -> None:
+        """Publish all stores of the first ``count`` launches, which have ended."""
+        for made in self.of_launch[self.flushed : count]:
+            # Two programs that store to one address race: either value may stay.
+            for each in self.schedule.rng.sample(made, len(made)):
+                self._publish(each, each.state != CLEAN)
+        self.flushed = max(self.flushed, count)
 
     def _publish(self, program: Program, which: Any) -> None:
         """Write bytes of the program's view to memory; ``which`` is a mask or indices."""

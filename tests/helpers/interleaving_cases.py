@@ -155,6 +155,13 @@ def group_forward() -> Case:
     return Case(launches, _all([_check(inputs, {"Y": y}) for inputs, y in zip(every, ys, strict=True)]))
 
 
+def group_of_shared_sums(patch: pytest.MonkeyPatch) -> Case:
+    """S of three projections, then each one's Y, whose programs share sums."""
+    patch.setattr(rules, "choose_form", lambda device, call, described: "split_k")
+    patch.setattr(tiles, "fill_split_k", tiles.plan_split_k)
+    return group_forward()
+
+
 def group_backward() -> Case:
     """Each projection's dS, dB and part of dX, then all their dA."""
     every, x, (ws, _, As, Bs, dys) = _group()
@@ -280,6 +287,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], Case]] = {
     "chained branch, all gradients": lambda patch: branch_backward(CHAINED),
     "dA and dB alone": lambda patch: weight_grads(),
     "group, S then three Y": lambda patch: group_forward(),
+    "group, S then three split-K Y": group_of_shared_sums,
     "group, three dX, then dA": lambda patch: group_backward(),
     "quantized, S then Y": lambda patch: quantized_forward(),
     "quantized, dS and dB, dX, dA": lambda patch: quantized_backward(),

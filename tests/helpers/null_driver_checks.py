@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -18,7 +20,7 @@ from torch import Tensor
 import stablelora_kernels as slk
 from benchmarks.common.null_driver import launches, null_driver, null_driver_problem
 from stablelora_kernels.functional import LoRAWeights, lora_linear, lora_mlp
-from stablelora_kernels.launch import compiled
+from stablelora_kernels.launch import base, compiled
 from stablelora_kernels.ops import plans
 from stablelora_kernels.testing import make_pairs
 
@@ -199,6 +201,40 @@ def check_hooks() -> None:
     assert len(names) == 2 and all("lora_linear" in name for name in names), names
 
 
+def check_second_gpu() -> None:
+    """The first GPU is the current one and the tensors are on the second: Triton works for the second alone."""
+    from triton.runtime.driver import driver
+
+    current, asked = 0, []
+
+    @contextmanager
+    def on_second(device: torch.device) -> Iterator[None]:
+        nonlocal current
+        current, before = 1, current
+        yield
+        current = before
+
+    def current_device() -> int:
+        asked.append(current)
+        return current
+
+    with (
+        mock.patch.object(base, "on_device", on_second),
+        mock.patch.object(compiled, "on_device", on_second),
+        mock.patch.object(driver.active, "get_current_device", current_device),
+    ):
+        plans.clear()
+        given, grad = operands(130, 0), torch.randn(130, 96, dtype=torch.bfloat16)
+        pairs = make_pairs(2, 4, 64, torch.device("cpu"), False)
+        optimizer = slk.StableLoRAAdamW(pairs)
+        for pair in pairs:
+            pair.A.grad, pair.B.grad = torch.ones_like(pair.A), torch.ones_like(pair.B)
+        for _ in range(3):
+            one_call(given, grad, 0.1)
+            optimizer.step()
+    assert asked and all(asked), asked
+
+
 def main() -> int:
     if problem := null_driver_problem():
         print(f"the null driver can't run: {problem}")
@@ -209,14 +245,13 @@ def main() -> int:
             check_mlp(recorder)
             return 0
         for launcher in (compiled.Direct, compiled.ByTriton) if recorder.takes_lists else (compiled.ByTriton,):
-            with (
-                mock.patch.object(compiled, "launcher_of", launcher),
-                mock.patch("stablelora_kernels.launch.prepared.launcher_of", launcher),
-            ):
+            # Either way, and no other.
+            with mock.patch.multiple(compiled, Direct=launcher, ByTriton=launcher):
                 for case in CASES.values():
                     check_case(recorder, *case)
                 check_threads(recorder)
                 check_steps(recorder)
+        check_second_gpu()
         plans.clear()
         check_hooks()
         before = launches()

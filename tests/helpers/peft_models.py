@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
@@ -57,18 +58,24 @@ def grads(model, out=None):
 
 
 def assert_equal_to_pefts(model):
-    """The accelerated model's output and gradients against PEFT's own, of the same model, up to rounding of the largest."""
+    """The accelerated model's output and gradients against PEFT's own, of the same model.
+
+    From PEFT's in float64 they may be as far as PEFT's own are in the model's dtype, which differs from CPU to CPU, and 16 units
+    in the last place of the largest element more.
+    """
     slk.restore_peft(model)
     expected = {"Y": output(model)} | grads(model)
+    in_float64 = copy.deepcopy(model).double()
+    exact = {"Y": output(in_float64)} | grads(in_float64)
     slk.accelerate_peft(model)
     found = {"Y": output(model)} | grads(model)
     assert found.keys() == expected.keys() and len(found) > 1
     for name, value in found.items():
         assert value.dtype == expected[name].dtype and value.any(), name
-        atol = 16 * EPS[value.dtype] * expected[name].abs().max().item()
-        torch.testing.assert_close(
-            value, expected[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        own = (expected[name].double() - exact[name]).abs().max().item()
+        error = (value.double() - exact[name]).abs().max().item()
+        allowed = own + 16 * EPS[value.dtype] * exact[name].abs().max().item()
+        assert error <= allowed, f"{name} is off by {error:.3e}, allowed {allowed:.3e}"
 
 
 def make_base():

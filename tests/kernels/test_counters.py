@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -104,13 +105,6 @@ def test_captures_without_a_buffer_zero_their_own(gpu: Gpu) -> None:
     gpu.capture = 1
     first, second = counters.counters(5, CPU), counters.counters(5, CPU)
     assert first.shape == (5,) and not first.any() and first.data_ptr() != second.data_ptr()
-    gpu.capture = 0
-    addresses()
-    # The driver does not tell which capture it is: two captures could share what they count in.
-    gpu.capture = counters._UNKNOWN
-    first, second = counters.counters(5, CPU), counters.counters(5, CPU)
-    assert first.data_ptr() != second.data_ptr()
-    assert all(stream.capture != counters._UNKNOWN for stream in counters._in_use)
 
 
 def test_another_thread_allocates(gpu: Gpu) -> None:
@@ -119,27 +113,55 @@ def test_another_thread_allocates(gpu: Gpu) -> None:
     assert gpu.makers and threading.get_ident() not in gpu.makers
 
 
-def driver(result: int, number: int) -> Callable[..., int]:
-    def answer(handle: int, status: Any, found: Any) -> int:
-        assert handle == 7
-        found._obj.value = number
-        return result
+class Driver:
+    """A driver's library with functions of C: by symbol, the number of results behind status and number."""
 
-    return answer
+    def __init__(self, error: int, status: int, number: int, **symbols: int) -> None:
+        for name, left_out in symbols.items():
+
+            def answer(stream: int, found_status: Any, found_number: Any, *rest: int | None) -> int:
+                assert stream == 7 and not any(rest)
+                found_status[0], found_number[0] = status, number
+                return error
+
+            results = [ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_ulonglong), *[ctypes.c_void_p] * left_out]
+            setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *results)(answer))
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        (driver(0, 12), 12),
-        (driver(1, 12), counters._UNKNOWN),
-        (driver(0, 0), counters._UNKNOWN),
-        (None, counters._UNKNOWN),
-    ],
-)
-def test_the_number_of_a_capture(answer: Any, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counters, "_capture_info", lambda: answer)
-    assert counters._capture_number(7) == expected
+@pytest.fixture
+def number_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Driver], int]]:
+    """The number of the capture of stream 7, by a driver."""
+
+    def ask(driver: Driver) -> int:
+        counters._capture_info.cache_clear()
+        monkeypatch.setattr(ctypes, "CDLL", lambda library: driver)
+        return counters._capture_number(7)
+
+    yield ask
+    counters._capture_info.cache_clear()
+
+
+# The first has no more than three arguments in CUDA 10 and 11, six in CUDA 12's header and seven in CUDA 13's.
+DRIVERS: list[dict[str, int]] = [
+    {"cuStreamGetCaptureInfo": 0, "cuStreamGetCaptureInfo_v2": 3},
+    {"cuStreamGetCaptureInfo": 3, "cuStreamGetCaptureInfo_v2": 3, "cuStreamGetCaptureInfo_v3": 4},
+    {"cuStreamGetCaptureInfo": 4, "cuStreamGetCaptureInfo_v3": 4},
+]
+
+
+@pytest.mark.parametrize("symbols", DRIVERS, ids=["CUDA 11", "CUDA 12", "CUDA 13"])
+def test_captures_have_numbers_in_every_driver(symbols: dict[str, int], number_by: Callable[[Driver], int]) -> None:
+    found = [number_by(Driver(0, 1, number, **symbols)) for number in (0, 1, 12, 2**64 - 1)]
+    assert len(set(found)) == 4 and all(found)
+    # Nobody records the stream, so there is no number.
+    assert number_by(Driver(0, 0, 12, **symbols)) == 0
+
+
+def test_a_driver_that_cannot_tell_is_named(number_by: Callable[[Driver], int]) -> None:
+    with pytest.raises(RuntimeError, match=r"libcuda\.so\.1 has none of cuStreamGetCaptureInfo_v3, cuStream"):
+        number_by(Driver(0, 1, 12, cuStreamGetCaptureInfo=0))
+    with pytest.raises(RuntimeError, match="stream 0x7: error 709"):
+        number_by(Driver(709, 1, 12, cuStreamGetCaptureInfo_v3=4))
 
 
 # Rows, K, N, r: programs share S, Y or dA; a single counter, odd numbers of counters.

@@ -77,6 +77,20 @@ def test_launches_that_overlap_must_not_count_in_one_place(monkeypatch: pytest.M
         assert runs.first_failure(range(SCHEDULES)) is not None
 
 
+def test_a_product_begins_early_only_behind_the_launch_that_triggers() -> None:
+    """A group's later products count where the product before has counted. Only gdc_wait promises that its resets are there."""
+    with interleaving("group, S then three split-K Y") as (_, case):
+        shrink, *products = case.launches
+        assert [bool(launch.options.get("launch_pdl")) for launch in products] == [True, False, False]
+        early = [
+            launch._replace(
+                options=launch.options | {"launch_pdl": True}, constants=launch.constants | {"WAITS_FOR_PRIMARY": True}
+            )
+            for launch in products
+        ]
+        assert Interleaving([shrink, *early]).first_failure(range(SCHEDULES)) is not None
+
+
 @triton.jit
 def _bytes_kernel(x_ptr, out_ptr):
     """Each program stores a word of X, then one byte of it, and reads the word."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -272,27 +270,6 @@ def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
 # Offsets beyond 32 bits.
 
 
-@pytest.fixture
-def spacious(tmp_path: Path):
-    """Turns a small matrix into an equal view with rows 2^26 elements apart, on a file of holes, of which few pages are real."""
-    made = []
-
-    def spread(matrix: Tensor, stride: int = 2**26) -> Tensor:
-        rows, cols = matrix.shape
-        elements = (rows - 1) * stride + cols
-        bits = {2: np.uint16, 4: np.uint32}[matrix.element_size()]
-        path = tmp_path / f"{len(made)}.bin"
-        holes = np.memmap(path, dtype=bits, mode="w+", shape=(elements,))
-        view = torch.from_numpy(holes).view(matrix.dtype).as_strided((rows, cols), (stride, 1))
-        view.copy_(matrix)
-        made.append(path)
-        return view
-
-    yield spread
-    # A few pages a row, not the gigabytes that the sizes say.
-    assert all(path.stat().st_blocks * 512 < 2**24 < path.stat().st_size for path in made)
-
-
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize("rows", [40, 72])
@@ -325,6 +302,18 @@ def test_results_beyond_2_to_the_31(kernel, rows, arch, spacious):
         launch.run(x.device)
     assert_no_worse(y, oracle(inputs)["Y"], eager(inputs)["Y"], name="Y")
     assert_no_worse(s, SCALING * x.double() @ a.double().T, SCALING * x @ a.T, name="S")
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("kernel", ["fused", "chained", "split"])
+@pytest.mark.parametrize("rows", [40, 72])
+def test_steps_beyond_2_to_the_31(kernel, rows, arch, spacious):
+    """x, the weight, A and B with columns so far apart that a step along the sum exceeds 2^31 elements."""
+    inputs = make_inputs((rows, 144), 72, 24, dtype=BF16)
+    wide = inputs | {name: spacious(inputs[name].t()).t() for name in ("x", "weight", "lora_A", "lora_B")}
+    assert 64 * wide["x"].stride(1) > 2**31
+    with slk.use_kernel(kernel):
+        check(inputs, run(wide, "triton"))
 
 
 @triton.jit

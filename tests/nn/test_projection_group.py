@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -275,9 +276,12 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj = nn.Linear(16, 24), nn.Linear(k_features, 8)
         self.v_proj = nn.Linear(16, 8)
 
+    def norm_of_queries(self, queries):
+        return queries
+
     def forward(self, x, keys=None, only_queries=False):
-        keys = x if keys is None else keys
-        return (self.q_proj(x),) if only_queries else (self.q_proj(x), self.k_proj(keys), self.v_proj(keys))
+        keys, queries = x if keys is None else keys, self.norm_of_queries(self.q_proj(x))
+        return (queries,) if only_queries else (queries, self.k_proj(keys), self.v_proj(keys))
 
 
 def attention(name="self_attn", **kwargs):
@@ -301,6 +305,81 @@ def test_a_projection_that_is_never_called_ends_it():
     ):
         layer(x, only_queries=True)
     assert not layer.q_proj.__dict__[ATTRIBUTE].on
+
+
+class Mishap(Exception):
+    pass
+
+
+def fails(*args):
+    raise Mishap
+
+
+def breaks_the_op(layer, patch):
+    patch.setattr(layer.q_proj.__dict__[ATTRIBUTE], "compute", fails)
+
+
+def breaks_a_sibling(layer, patch):
+    patch.setattr(layer.k_proj, "forward", fails)
+
+
+def breaks_what_is_between(layer, patch):
+    patch.setattr(layer, "norm_of_queries", fails)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("breaks", [breaks_the_op, breaks_a_sibling, breaks_what_is_between])
+def test_an_exception_leaves_nothing_and_counts_for_nothing(breaks, trains, monkeypatch, calls):
+    """Out of memory in a row of smaller and smaller batches: it kept the batch that did not fit, and then gave up for good."""
+    layer, _ = attention()
+    group = layer.q_proj.__dict__[ATTRIBUTE]
+    with torch.set_grad_enabled(trains):
+        for _ in range(4):
+            x = torch.randn(70, 16) * 1
+            alive = weakref.ref(x)
+            with monkeypatch.context() as patch:
+                breaks(layer, patch)
+                try:
+                    layer(x)
+                except Mishap:
+                    pass
+                else:
+                    raise AssertionError("no exception")
+            del x
+            assert alive() is None and group._pending is None
+        assert group.on and group._wasted == 0
+        # Layers that are really never called still end it, after as many rounds as ever.
+        layer(torch.randn(70, 16), only_queries=True)
+        layer(torch.randn(70, 16), only_queries=True)
+        with pytest.warns(RuntimeWarning, match="not all of them are called"):
+            layer(torch.randn(70, 16), only_queries=True)
+
+
+@pytest.mark.parametrize("make", [ours, theirs])
+def test_the_hook_goes_with_the_group(make):
+    model = make(True)[0]
+    plain = make(False)[0]
+
+    def hooks(model):
+        return [len(module._forward_hooks) for module in model.modules()]
+
+    copied = copy.deepcopy(model)
+    assert sum(hooks(model)) == sum(hooks(copied)) == sum(hooks(plain)) + 4
+    for each in (model, copied):
+        if make is ours:
+            slk.remove_lora(each)
+        else:
+            slk.restore_peft(each)
+        assert sum(hooks(each)) == sum(hooks(plain))
+
+
+def test_a_failed_apply_leaves_no_hook(monkeypatch):
+    model = make_llama()
+    monkeypatch.setattr("stablelora_kernels.model.apply.fuse_mlps", fails)
+    config = slk.LoRAConfig(r=4, target_modules=TARGETS)
+    with pytest.raises(Mishap):
+        slk.apply_lora(model, config, fuse_projections=True, fuse_mlp=True)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_cross_attention_shares_between_keys_and_values_only(calls):

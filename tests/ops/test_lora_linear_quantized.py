@@ -57,6 +57,18 @@ def force(monkeypatch):
     return choose
 
 
+@pytest.mark.parametrize("kernel", ["in_loop", "dequantize"])
+def test_nan_in_float8_stays_nan(kernel, force):
+    """0x7F and 0xFF are float8's NaN. Read as one number more they would be 480 and -480."""
+    force(kernel)
+    weight = fp8_weight(24, 72)
+    weight.data.view(torch.uint8)[[3, 9], [7, 40]] = torch.tensor([0x7F, 0xFF], dtype=torch.uint8)
+    out = run(inputs_for(weight, (5, 72), 4), "triton")
+    assert out["Y"].isnan().all(0).nonzero().flatten().tolist() == [3, 9]
+    assert out["dX"].isnan().all(0).nonzero().flatten().tolist() == [7, 40]
+    assert out["Y"].isnan().sum() == out["dX"].isnan().sum() == 2 * 5
+
+
 @pytest.mark.covering
 @pytest.mark.parametrize(("dtype", "lora_dtype"), DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(("shape", "n", "r"), SHAPES, ids=str)

@@ -55,6 +55,24 @@ def test_equal_to_clip_grad_norm_and_step(path: str, dtype: torch.dtype, missing
     assert_all_close(halves(pairs), halves(twins), **bound)
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_beside_masters_the_norm_is_the_gradients(path: str, moments: torch.dtype) -> None:
+    """The masters are of another norm. The first moments tell by what the gradients were multiplied."""
+    pairs, twins = make_pairs(dtype=torch.bfloat16), make_pairs(dtype=torch.bfloat16)
+    options = {"lr": 1e-2, "seed": 3, "master_weights": True, "eps": 1.0, "moments_dtype": moments}
+    optimizer, other = StableLoRAAdamW(pairs, max_grad_norm=0.25, **options), StableLoRAAdamW(twins, **options)
+    for step in range(3):
+        for params in (halves(pairs), halves(twins)):
+            set_grads(params, step, scale=0.25 * (step + 1))
+        torch.nn.utils.clip_grad_norm_(halves(twins), 0.25)
+        optimizer.step()
+        other.step()
+    for p, q in zip(halves(pairs), halves(twins), strict=True):
+        found, expected = optimizer.state[p]["exp_avg"].float(), other.state[q]["exp_avg"].float()
+        # clip_grad_norm_ rounds gradients to bfloat16.
+        assert (found - expected).norm() <= 0.03 * expected.norm()
+
+
 @pytest.mark.covering
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 1, -1])

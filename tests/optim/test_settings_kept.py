@@ -94,6 +94,20 @@ def test_the_clip_may_be_changed_between_steps(backend: str) -> None:
         optimizer.max_grad_norm = -1.0
 
 
+@pytest.mark.parametrize("how", ["set", "loaded"])
+def test_a_new_group_takes_the_norm_that_all_groups_have_now(how: str, backend: str) -> None:
+    """It took the one that the optimizer was built with, which raised."""
+    first, second = make_pairs([(4, 8, 8), (4, 8, 8)])
+    optimizer = StableLoRAAdamW([first])
+    if how == "set":
+        optimizer.max_grad_norm = 0.5
+    else:
+        optimizer.load_state_dict(StableLoRAAdamW([first], max_grad_norm=0.5).state_dict())
+    optimizer.add_param_group({"params": [second]})
+    assert [group["max_grad_norm"] for group in optimizer.param_groups] == [0.5, 0.5]
+    take_step(0, optimizer)
+
+
 def test_values_that_all_groups_share(backend: str) -> None:
     first, second = make_pairs([(4, 8, 8), (4, 8, 8)])
     groups = [{"params": [first], "max_grad_norm": 1.0}, {"params": [second]}]

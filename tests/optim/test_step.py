@@ -10,7 +10,7 @@ import torch
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.reference import StableAdamWRef
 from tests.helpers.optimizers import DEVICE, halves, in_float64, make_pairs, set_grads
-from tests.helpers.steps import assert_close_to, assert_no_worse_than_adamw, take_step, take_step_with
+from tests.helpers.steps import assert_close_to, assert_no_worse_than_adamw, latches, take_step, take_step_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,6 +105,20 @@ def test_pair_without_gradient_of_a_is_left_alone(backend: str) -> None:
     set_grads([first.A], 5)
     optimizer.step()
     assert optimizer.state[first.A]["step"].item() == 2
+
+
+def test_an_a_without_a_gradient_does_not_latch(path: str) -> None:
+    """B's norm is the larger from the start, so the pair latches in the first step in which A has a gradient."""
+    (pair,) = make_pairs([(4, 8, 8)])
+    with torch.no_grad():
+        pair.B.fill_(100.0)
+    optimizer = StableLoRAAdamW([pair], lr=0.0, shrink_ratio=0.5)
+    set_grads([pair.B], 0)
+    for _ in range(2):
+        optimizer.step()
+        assert latches(optimizer) == {"layer0": None}
+    take_step(1, optimizer)
+    assert latches(optimizer) == {"layer0": 1}
 
 
 def test_pair_whose_b_has_no_gradient_still_shrinks(backend: str) -> None:

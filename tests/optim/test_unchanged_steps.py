@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
@@ -70,6 +73,38 @@ def test_a_step_in_which_nothing_changed_is_short(monkeypatch: pytest.MonkeyPatc
     for p in params_of(optimizer):
         p.grad = p.grad.clone()
     assert not is_short(optimizer, monkeypatch)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that PyTorch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "shrink_ratio"])
+def test_a_hyperparameter_that_is_a_tensor_is_copied_and_nothing_more(name: str) -> None:
+    """It used to take new memory for the copy at each step."""
+    tensor = torch.tensor(0.05, dtype=torch.float64, device=DEVICE)
+    made, steps = optimizers(2), []
+    for optimizer, value in zip(made, (0.05, tensor), strict=True):
+        optimizer.param_groups[0][name] = value
+        optimizer.step()
+        with Operators() as seen:
+            optimizer.step()
+        steps.append(seen.counts)
+    assert steps[1] - steps[0] == {"aten.copy_.default": 1}
+    tensor.fill_(0.02)
+    made[0].param_groups[0][name] = 0.02
+    for optimizer in made:
+        optimizer.step()
+    for found, expected in zip(*map(snapshot, made), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def values_in_place(p: torch.nn.Parameter) -> None:

@@ -13,6 +13,8 @@ class Access(NamedTuple):
     bits: int
     address: tuple[str, ...]
     tile: bool = False
+    # In PTX, the address as it is written: registers and offset.
+    text: str = ""
 
 
 class Instruction(NamedTuple):
@@ -63,8 +65,9 @@ def _ptx(predicate: str | None, op: str, text: str, places: dict[str, int]) -> I
     if match := _PTX_ACCESS.match(op):
         store = match[1] == "st"
         address = re.search(r"\[[^\]]*\]", text)
-        registers = _PTX_REGISTER.findall(address[0]) if address else []
-        access = Access(store, int(match[2] or 1) * int(match[3]), tuple(registers))
+        written = address[0] if address else ""
+        registers = tuple(_PTX_REGISTER.findall(written))
+        access = Access(store, int(match[2] or 1) * int(match[3]), registers, text=written)
     elif _PTX_COPY.match(op):
         _, source, size = re.split(r"\s*,\s*", text)[:3]
         access = Access(False, 8 * int(size, 0), tuple(_PTX_REGISTER.findall(source)))

@@ -36,6 +36,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
+from benchmarks.lab.compile_report import hazards
 from benchmarks.lab.compile_report.assembly import GCN_THREAD, PTX_THREAD, Access, Code, parse_gcn, parse_ptx
 
 SCRAPS = 1 / 20
@@ -362,13 +363,15 @@ def read(compiled: Any) -> dict[str, Any]:
     """The report's columns that come from the code.
 
     Raises:
-        ValueError: AMD's code publishes what it has not stored yet.
+        ValueError: the code has a fault of those in ``hazards``, or AMD's publishes what it has not stored yet.
     """
     reason = ""
     if "cubin" in compiled.asm:
         reason = serialized(compiled.asm["ptx"])
         machine = cuobjdump(compiled.asm["cubin"])
         code, thread, resources = parse_ptx(compiled.asm["ptx"]), PTX_THREAD, sass_resources(machine)
+        if faults := hazards.faults(code, varying(code, thread), compiled.asm):
+            raise ValueError("; ".join(faults))
     else:
         machine = compiled.asm["amdgcn"]
         if early := early_counts(machine):

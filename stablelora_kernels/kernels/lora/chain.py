@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import stores_done
+from stablelora_kernels.kernels.common import INTERPRETING, stores_done, targets_amd
 
 FLAGS: tl.constexpr = tl.constexpr(4)
 
@@ -36,10 +36,23 @@ def wait_for_flag(chain_ptr, flag, M, R, FLAG_M, S_BLOCK_M: tl.constexpr, S_BLOC
     """Wait for all tiles of S in the ``flag``-th FLAG_M rows. Then this program may read them."""
     flag_ptr = chain_ptr + FLAGS + flag
     tiles = tl.cdiv(tl.minimum(M - flag * FLAG_M, FLAG_M), S_BLOCK_M) * tl.cdiv(R, S_BLOCK_R)
-    while tl.load(flag_ptr, volatile=True) < tiles:
-        pass
-    tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu")
-    # One thread acquires, for all.
+    if INTERPRETING or targets_amd():
+        while tl.load(flag_ptr, volatile=True) < tiles:
+            pass
+        tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu")
+    else:
+        # A loop that Triton does not see: around a loop that it sees, it would not pipeline the stores of tiles. Nor would
+        # ptxas keep the load of an atomic whose result nobody uses. The braces make the label local, for several copies.
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            WAIT: ld.acquire.gpu.global.b32 $0, [$1];
+            setp.lt.s32 p, $0, $2;
+            @p bra WAIT;
+            }""",
+            "=&r,l,r,~{memory}", [flag_ptr, tiles], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    # On AMD, one thread acquires for all.
     tl.debug_barrier()
 
 

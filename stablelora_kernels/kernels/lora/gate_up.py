@@ -123,9 +123,6 @@ def _lora_gate_up_kernel(
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
     row_mask, col_mask = rows < M, cols < N
 
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
-    wg_ptrs = wg_ptr + cols[None, :] * stride_wgn + ks[:, None] * stride_wgk
-    wu_ptrs = wu_ptr + cols[None, :] * stride_wun + ks[:, None] * stride_wuk
     g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     u = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k0 in range(0, K, BLOCK_K):
@@ -133,12 +130,11 @@ def _lora_gate_up_kernel(
         if not EVEN_K:
             x_mask &= k0 + ks[None, :] < K
             w_mask &= k0 + ks[:, None] < K
-        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
-        g = dot(x, tl.load(wg_ptrs, mask=w_mask, other=0.0), g, INPUT_PRECISION)
-        u = dot(x, tl.load(wu_ptrs, mask=w_mask, other=0.0), u, INPUT_PRECISION)
-        x_ptrs += BLOCK_K * stride_xk
-        wg_ptrs += BLOCK_K * stride_wgk
-        wu_ptrs += BLOCK_K * stride_wuk
+        x = tl.load(x_ptr + rows[:, None] * stride_xm + (k0 + ks[None, :]) * stride_xk, mask=x_mask, other=0.0)
+        wg = tl.load(wg_ptr + cols[None, :] * stride_wgn + (k0 + ks[:, None]) * stride_wgk, mask=w_mask, other=0.0)
+        wu = tl.load(wu_ptr + cols[None, :] * stride_wun + (k0 + ks[:, None]) * stride_wuk, mask=w_mask, other=0.0)
+        g = dot(x, wg, g, INPUT_PRECISION)
+        u = dot(x, wu, u, INPUT_PRECISION)
 
     if WAITS_FOR_PRIMARY:
         tl.extra.cuda.gdc_wait()

@@ -84,6 +84,7 @@ def add_branch(
     """acc + (S B^T) ∘ keep for a tile, where S is read (LOAD_S) or ``s``, scaled, rounded and, if ``store_s``, stored."""
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     if MASK_BRANCH:
+        # One load for all parts of a tile would keep the keys made of the seed in registers, and 64 bytes more would spill.
         keep = keep_mask(tl.load(seed_ptr), rows, col0, N, threshold, BLOCK_N)
     if S_UNIT != 1.0:
         acc *= 1.0 / S_UNIT
@@ -195,11 +196,6 @@ def _lora_linear_kernel(
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     row_mask, col_mask = rows < M, cols < N
 
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
-    if HAS_W:
-        w_ptrs = w_ptr + cols[None, :] * stride_wn + ks[:, None] * stride_wk
-    a_ptrs = a_ptr + rs[None, :] * stride_ar + ks[:, None] * stride_ak
-
     if GATE != "":
         prefetch(z_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
         prefetch(u_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
@@ -212,15 +208,12 @@ def _lora_linear_kernel(
                 x_mask &= k0 + ks[None, :] < K
                 w_mask &= k0 + ks[:, None] < K
                 a_mask &= k0 + ks[:, None] < K
-            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
-            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+            x = tl.load(x_ptr + rows[:, None] * stride_xm + (k0 + ks[None, :]) * stride_xk, mask=x_mask, other=0.0)
+            w = tl.load(w_ptr + cols[None, :] * stride_wn + (k0 + ks[:, None]) * stride_wk, mask=w_mask, other=0.0)
             acc = dot(x, w, acc, INPUT_PRECISION)
             if not LOAD_S:
-                a = tl.load(a_ptrs, mask=a_mask, other=0.0)
+                a = tl.load(a_ptr + rs[None, :] * stride_ar + (k0 + ks[:, None]) * stride_ak, mask=a_mask, other=0.0)
                 s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
-                a_ptrs += BLOCK_K * stride_ak
-            x_ptrs += BLOCK_K * stride_xk
-            w_ptrs += BLOCK_K * stride_wk
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]

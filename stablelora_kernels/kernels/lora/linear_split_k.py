@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import arrives_last, cast, dot
+from stablelora_kernels.kernels.common import arrives_last, cast, dot, finished
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave
 from stablelora_kernels.kernels.lora.gated import store_gated_grads
 from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, co_scheduled_grad, wait_for_s
@@ -96,6 +96,9 @@ def _lora_linear_split_k_kernel(
         if not LOAD_S:
             a = tl.load(a_ptr + rs[None, :] * stride_ar + (k0 + ks[:, None]) * stride_ak, mask=a_mask, other=0.0)
             s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
+            if BLOCK_M < 64:
+                # Hopper's asynchronous products have at least 64 rows, so S's is none, and reads X in another way.
+                acc = finished(acc)
 
     PART: tl.constexpr = BLOCK_N * BLOCK_M + BLOCK_M * BLOCK_R
     # Row by row of Y and S, so that rows beyond M cost nothing.

@@ -174,7 +174,7 @@ def _stable_adamw_kernel(
         # A norm that is infinite or NaN: change nothing but the count of such steps.
         if (total < float("inf")) == 0:
             if chunk == 0:
-                tl.store(skipped_ptr, tl.load(skipped_ptr) + 1)
+                tl.atomic_add(skipped_ptr, 1, sem="relaxed")
             return
     tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
     row = tensors_ptr + tensor * len(TENSOR.value)
@@ -183,6 +183,9 @@ def _stable_adamw_kernel(
     grad = tl.load(addresses_ptr + len(ADDRESS.value) * tensor)
     variant = tl.load(addresses_ptr + len(ADDRESS.value) * tensor + ADDRESS.value.variant)
     turn = tl.load(turns_ptr + chunk).to(tl.int32)
+    step = tl.load(steps_ptr + chunk) + 1
+    # Every warp loads these counters, and one thread stores their new values. The barrier keeps a late warp from loading those.
+    tl.debug_barrier()
     tl.store(turns_ptr + chunk, 1 - turn)
     before_ptr = squares_ptr + turn * n_chunks
     after_ptr = squares_ptr + (1 - turn) * n_chunks
@@ -192,7 +195,6 @@ def _stable_adamw_kernel(
     else:
         setting = tl.load(row + TENSOR.value.setting)
         hyper = hyper_ptr + setting * len(HYPER.value)
-        step = tl.load(steps_ptr + chunk) + 1
         tl.store(steps_ptr + chunk, step)
         # The latch rule: A shrinks while ||A||_F / n > ||B||_F / m, then latches for good.
         ratio = tl.full((), 0.0, tl.float32)
@@ -224,6 +226,8 @@ def _stable_adamw_kernel(
                             ratio_ptr = tl.load(ratio_word).to(tl.pointer_type(tl.float32))
                         ratio = tl.load(ratio_ptr)
                     else:
+                        # As above.
+                        tl.debug_barrier()
                         tl.store(latched_ptr + chunk, step.to(tl.int32))
         scale = tl.load(hyper + HYPER.value.sign)
         if HAS_SCALE:

@@ -1,0 +1,103 @@
+"""The library's compiled kernels on the emulator; the emulator's own validation; and the faults that it must find.
+
+Most run in processes of their own, because Triton's interpreter, in which other tests run, compiles nothing.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.processes import python
+from tests.ptx_emulator.parse import parse
+from tests.ptx_emulator.program import CompiledProgram
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+ARCHS = ["sm_80", "sm_90"]
+# By day: those that no other test of the library sees.
+PLANTS = [
+    "optimizer-barrier",
+    "split-k-arrival",
+    "shrink-copies",
+    "flag-acquire",
+    "tma-flag-acquire",
+    "wgmma-wait",
+    "store-wait",
+]
+SCHEDULES = [
+    f"--landing {landing} {warps}" for landing in ("late", "early") for warps in ("", "--warps A", "--warps B --seed 1")
+]
+
+
+def run(code: str) -> None:
+    done = python(code)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_of_its_own(arch: str) -> None:
+    run(f"from tests.ptx_emulator.validation import main; main({arch!r})")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_each_kernel_of_the_library(arch: str) -> None:
+    run(f"from tests.ptx_emulator.__main__ import main; raise SystemExit(main(['--quick', '--arch', {arch!r}]))")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_case(arch: str, schedule: str) -> None:
+    first, mixed = ("first", "random") if arch == "sm_80" else ("groups-first", "groups-random")
+    arguments = [*schedule.replace("A", first).replace("B", mixed).split(), "--arch", arch]
+    run(f"from tests.ptx_emulator.__main__ import main; raise SystemExit(main({arguments!r}))")
+
+
+@pytest.mark.parametrize("names", [PLANTS, pytest.param(None, marks=pytest.mark.nightly)], ids=["few", "all"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_planted_faults_are_found(arch: str, names: list[str] | None) -> None:
+    run(f"""
+from tests.ptx_emulator.__main__ import main
+from tests.ptx_emulator.plants import PLANTS
+here = [name for name, plant in PLANTS.items() if {arch!r} in plant.archs]
+assert len(here) >= 10
+missed = [name for name in {names!r} or here if name in here and main(["--plant", name, "--arch", {arch!r}]) != 1]
+assert not missed, missed
+""")
+
+
+PTX = """.version 8.7
+.target sm_80
+.visible .entry kernel(.param .u64 kernel_param_0)
+.reqntid 32
+{
+.reg .b32 %r<3>;
+.loc 1 17 0
+INSTRUCTION;
+ret;
+}
+.file 1 "/somewhere/source.py"
+"""
+
+
+@pytest.mark.parametrize(
+    "instruction", ["add.sat.bf16x2 %r1, %r1, %r2", "bar.red.popc.u32 %r1, 0, 1", "ld.local.u32 %r1, [%r2]"]
+)
+def test_an_unknown_instruction_is_named_with_its_line(instruction: str) -> None:
+    assert CompiledProgram(parse(PTX.replace("INSTRUCTION", "mov.b32 %r1, %tid.x"))).runs
+    with pytest.raises(NotImplementedError) as error:
+        CompiledProgram(parse(PTX.replace("INSTRUCTION", instruction)))
+    assert str(error.value) == f"the PTX emulator does not know {instruction} [source.py:17]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ("--arch sm_70", {}, "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90 and sm_120, got 'sm_70'"),
+        ("--plant nothing", {}, "invalid choice: 'nothing'"),
+        ("", {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
+    ],
+)
+def test_what_the_command_line_refuses(arguments: str, environment: dict[str, str], message: str) -> None:
+    done = python(f"from tests.ptx_emulator.__main__ import main; main({arguments.split()!r})", **environment)
+    assert done.returncode == 2 and message in done.stderr

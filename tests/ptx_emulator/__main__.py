@@ -1,0 +1,115 @@
+"""Run the library's compiled kernels on a CPU and print a table, then every fault. Exits with 1 on any fault or wrong number."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from tests.ptx_emulator import runner
+from tests.ptx_emulator.cases import Case, cases, run_case
+from tests.ptx_emulator.machine import Schedule
+from tests.ptx_emulator.plants import BOTH, PLANTS
+
+# Each kernel, the optimizer's included, in few cases.
+QUICK = (
+    "linear fused bf16/fp32 M5 N64 K512 r16", "linear bf16/fp32 M33 K520 r16 p0.1, long sum",
+    "linear chained bf16/fp32 M130 r16 p0.1", "linear split bf16/fp32 M130 r16 p0.0", "branch bf16 M33 r16 p0.0",
+    "group bf16 M130 r16+8+4 p0.1", "group split-K bf16 M66 N64+32+32 K1024 r16 p0.0", "mlp bf16 M130 r16+8+4 p0.1",
+    "nf4 nested bf16 M33 N96 K192 r16 p0.1", "fp8 bf16 M300 N64 K128 r16 p0.1", "optimizer bf16, masters, clipped",
+)  # fmt: skip
+WARPS = ("first", "last", "random", "groups-first", "groups-last", "groups-random")
+
+
+def schedule_of(options: argparse.Namespace, arch: str) -> Schedule:
+    """The schedule that the command line asks for. A quick run's is that in which most faults have been seen."""
+    landing, warps = ("early", "groups-first" if arch == "sm_90" else "first") if options.quick else ("late", None)
+    return Schedule(arch, options.landing or landing, options.warps or warps, options.order, options.seed)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx_emulator", description=__doc__)
+    parser.add_argument("--arch", default=",".join(BOTH), help="GPUs, with commas between them (default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="WORDS", help="cases with all WORDS, with + between them")
+    parser.add_argument("--landing", choices=("late", "early", "random"), help="of asynchronous copies (default: late)")
+    parser.add_argument("--warps", choices=WARPS, help="run warps, or the groups of four that wgmma needs, apart")
+    parser.add_argument("--order", choices=("forward", "reverse", "random"), default="forward", help="of the CTAs")
+    parser.add_argument("--seed", type=int, help="let CTAs take turns at random")
+    parser.add_argument("--quick", action="store_true", help="each kernel once, copies early and warps apart")
+    help_ = "take a barrier, wait or fence out of the PTX, which must be found; list: the names"
+    parser.add_argument("--plant", choices=(*PLANTS, "list"), metavar="NAME", help=help_)
+    options = parser.parse_args(arguments)
+    options.arch = options.arch.split(",")
+    if unknown := [arch for arch in options.arch if arch not in (*BOTH, "sm_86", "sm_89", "sm_120")]:
+        parser.error(f"--arch must name GPUs of sm_80, sm_86, sm_89, sm_90 and sm_120, got {unknown[0]!r}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is set, and Triton's interpreter compiles nothing")
+    return options
+
+
+def chosen(options: argparse.Namespace) -> list[tuple[Case, Schedule]]:
+    """The cases to run, with their schedules."""
+    found = []
+    for arch in options.arch:
+        plant = PLANTS.get(options.plant)
+        for case in cases():
+            if plant is not None and not (case.name == plant.case and arch in plant.archs):
+                continue
+            if options.quick and case.name not in QUICK:
+                continue
+            if all(word in case.name for word in options.only.split("+")):
+                found.append((case, plant.schedule._replace(arch=arch) if plant else schedule_of(options, arch)))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.plant == "list":
+        print(*(f"{name}: {', '.join(plant.archs)}, {plant.kernel}" for name, plant in PLANTS.items()), sep="\n")
+        return 0
+    torch.set_num_threads(1)
+    planted: list[str] = []
+
+    def edit(name: str, ptx: str) -> str:
+        edited = PLANTS[options.plant].edit(name, ptx)
+        planted.extend([name] if edited != ptx else [])
+        return edited
+
+    runner.edits[:] = [edit] if options.plant else []
+    todo = chosen(options)
+    if not todo:
+        sys.exit("python -m tests.ptx_emulator: error: no case fits the options")
+    print("| GPU | case | launches | error over bound | faults | seconds |\n|---|---|---|---|---|---|", flush=True)
+    details, bad = [], 0
+    for case, schedule in todo:
+        began = time.monotonic()
+        outcome = run_case(case, schedule)
+        faults = outcome.log.faults.lines()
+        words = outcome.words if outcome.share <= 1 else f"**{outcome.words}**"
+        row = (
+            schedule.arch,
+            case.name,
+            len(outcome.log.launches),
+            words,
+            len(faults),
+            f"{time.monotonic() - began:.1f}",
+        )
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+        bad += not outcome.right
+        if not outcome.right:
+            details += [
+                f"{schedule.arch} {case.name}: {line}" for line in (outcome.words, *outcome.log.launches, *faults)
+            ]
+    if options.plant and not planted:
+        sys.exit(f"python -m tests.ptx_emulator: error: no code for {options.plant} to be planted in")
+    print(f"\n{len(todo)} cases, {bad} with a fault or a wrong number")
+    print(*details, sep="\n")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

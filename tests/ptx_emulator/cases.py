@@ -1,0 +1,348 @@
+"""Calls of the library's ops in every form that dispatch can take, each compared with its reference in float64.
+
+An error is a share of the library's own bound, :func:`stablelora_kernels.testing.error_and_bound`: twice eager PyTorch's error.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from stablelora_kernels import StableLoRAAdamW, testing, use_backend, use_kernel
+from stablelora_kernels.functional import lora_branch, lora_linear, lora_linear_group
+from stablelora_kernels.launch import counters
+from stablelora_kernels.optim import graph_capture
+from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.reference import dropout_keep_ref
+from tests.helpers.inputs import BF16, FP16, FP32, SCALING, Inputs, make_branch_inputs
+from tests.helpers.layer_calls import laid_out
+from tests.helpers.mlps import MLP
+from tests.helpers.optimizers import SHAPES, make_pairs, params_of, set_grads
+from tests.ptx_emulator.library import Log, emulated
+from tests.ptx_emulator.machine import Schedule
+
+# By name: the error and its bound.
+Errors = dict[str, tuple[float, float]]
+Results = dict[str, Tensor]
+# Linux's; Python names it from 3.13 on.
+MAP_NORESERVE = 0x4000
+WORDS = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+
+
+class Case(NamedTuple):
+    """``run`` calls an op and compares its results; the rest is what it runs under."""
+
+    name: str
+    run: Callable[[], Errors]
+    kernel: str = "auto"
+    processors: int | None = None
+    precision: str = "highest"
+
+
+class Outcome(NamedTuple):
+    """The largest error over its bound and whose it is, or what stopped the case; and what was found on the way."""
+
+    share: float
+    words: str
+    log: Log
+
+    @property
+    def right(self) -> bool:
+        return self.share <= 1 and not self.log.faults.found
+
+
+def run_case(case: Case, schedule: Schedule) -> Outcome:
+    """Never raises: an error of the emulator or the library is an outcome."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(case.precision)
+    log = Log(schedule)
+    # A case that failed may have left counts behind.
+    counters._in_use.clear()
+    try:
+        with use_kernel(case.kernel), emulated(schedule, case.processors) as log:
+            errors = case.run()
+        left = sum(int(buffer.count_nonzero()) for buffer in counters._in_use.values())
+        errors["counters left"] = float(left), 0.5
+    except Exception as error:
+        return Outcome(float("inf"), f"{type(error).__name__}: {str(error)[:300]}", log)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    shares = {
+        name: (error / bound if error else 0.0) if error == error else float("inf")
+        for name, (error, bound) in errors.items()
+    }
+    worst = max(shares, key=lambda name: shares[name])
+    return Outcome(shares[worst], f"{worst} {shares[worst]:.2f}", log)
+
+
+def _compare(found: Results, ref: Results, base: Results, dtype: torch.dtype) -> Errors:
+    errors = {}
+    for name, value in found.items():
+        error, bound = testing.error_and_bound(value, ref[name], base[name], dtype)
+        if torch.get_float32_matmul_precision() == "high":
+            # TensorFloat-32 has ten bits of fraction, eager PyTorch on a CPU all.
+            bound += 2e-3 * ref[name].abs().max().item()
+        errors[name] = error, bound
+    return errors
+
+
+def _mask(rows: int, columns: int, p: float) -> Tensor | None:
+    return dropout_keep_ref(rows, columns, p, int(torch.randint(2**63 - 1, (1,)))) if p else None
+
+
+def _far(t: Tensor) -> Tensor:
+    """``t`` with rows 2^27 elements apart, in memory that takes no room."""
+    pitch = 2**27
+    size = ((t.shape[0] - 1) * pitch + t.shape[1]) * t.element_size()
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    whole = torch.frombuffer(memory, dtype=t.dtype, count=size // t.element_size())
+    return whole.as_strided(t.shape, (pitch, 1)).copy_(t)
+
+
+def _layout(t: Tensor, how: str) -> Tensor:
+    if how == "far rows":
+        return _far(t)
+    return _far(t.t()).t() if how == "far columns" else laid_out(t, how)
+
+
+def linear(
+    m: int, n: int, k: int, r: int, dtype: torch.dtype = BF16, lora: torch.dtype = FP32, p: float = 0.0, bias: bool = True,
+    quantized: str = "", layouts: dict[str, str] | None = None, wanted: Sequence[str] = ("x", "lora_A", "lora_B"),
+) -> Errors:  # fmt: skip
+    """A layer's forward, and the gradients that are ``wanted``."""
+    inputs: Inputs = testing.make_inputs((m, k), n, r, dtype=dtype, lora_dtype=lora, bias=bias)
+    inputs |= {name: _layout(inputs[name], how) for name, how in (layouts or {}).items()}
+    if quantized:
+        nested = quantized.endswith("nested")
+        inputs["weight"] = testing.fp8_weight(n, k) if quantized == "fp8" else testing.nf4_weight(n, k, 64, nested)
+    leaves = {name: inputs[name].detach().requires_grad_(name in wanted) for name in ("x", "lora_A", "lora_B")}
+    torch.manual_seed(11)
+    y = lora_linear(leaves["x"], inputs["weight"], inputs["bias"], leaves["lora_A"], leaves["lora_B"], SCALING, p)
+    found = {"Y": y.detach()}
+    if wanted:
+        grads = torch.autograd.grad(y, [leaves[name] for name in wanted], inputs["grad"])
+        found |= zip((testing.GRADIENTS[name] for name in wanted), grads, strict=True)
+    torch.manual_seed(11)
+    keep = _mask(m, k, p)
+    return _compare(found, testing.oracle(inputs, SCALING, keep, p), testing.eager(inputs, SCALING, keep, p), dtype)
+
+
+def branch(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float) -> Errors:
+    """The branch alone onto a finished product."""
+    inputs = make_branch_inputs((m, k), n, r, dtype, FP32, dtype)
+    torch.manual_seed(11)
+    found = testing.run(lambda g: lora_branch(g["base_out"], g["x"], g["lora_A"], g["lora_B"], SCALING, p), inputs)
+    # The gradient that comes in.
+    del found["dBASE"]
+    torch.manual_seed(11)
+    keep = _mask(m, k, p)
+    return _compare(found, testing.oracle(inputs, SCALING, keep, p), testing.eager(inputs, SCALING, keep, p), dtype)
+
+
+def group(m: int, ns: Sequence[int], k: int, ranks: Sequence[int], dtype: torch.dtype = BF16, p: float = 0.0) -> Errors:
+    """Projections of one X."""
+    parts: list[Inputs] = [
+        testing.make_inputs((m, k), n, r, dtype=dtype, lora_dtype=FP32, bias=True, seed=i)
+        for i, (n, r) in enumerate(zip(ns, ranks, strict=True))
+    ]
+    parts = [part | {"x": parts[0]["x"]} for part in parts]
+    x, *pairs = (t.detach().requires_grad_() for t in (
+        parts[0]["x"], *(part["lora_A"] for part in parts), *(part["lora_B"] for part in parts)))  # fmt: skip
+    lists = [part["weight"] for part in parts], [part["bias"] for part in parts]
+    torch.manual_seed(11)
+    ys = lora_linear_group(x, *lists, pairs[: len(ns)], pairs[len(ns) :], [SCALING] * len(ns), p)
+    grads = torch.autograd.grad(ys, [x, *pairs], [part["grad"] for part in parts])
+    names = [f"{name}{i}" for name in ("Y", "dA", "dB") for i in range(len(ns))]
+    found = dict(zip(names, [*(y.detach() for y in ys), *grads[1:]], strict=True)) | {"dX": grads[0]}
+    torch.manual_seed(11)
+    keeps = [_mask(m, k, p) for _ in ns]
+    ref, base = (
+        testing.group_results([results(part, SCALING, keep, p) for part, keep in zip(parts, keeps, strict=True)])
+        for results in (testing.oracle, testing.eager)
+    )
+    return _compare(found, ref, base, dtype)
+
+
+def mlp(
+    m: int, f: int, n: int, k: int, ranks: Sequence[int | None] = (16, 8, 4), dtype: torch.dtype = BF16, p: float = 0.0,
+    activation: str = "silu", shared: bool = False,
+) -> Errors:  # fmt: skip
+    """A gated MLP."""
+    call = MLP((m, k), f, n, ranks, dtype, FP32, activation, shared=shared)
+    found = call.run(p=p)
+    masks = call.masks(p)
+    return _compare(found, call.oracle(*masks), call.eager(*masks), dtype)
+
+
+def optimizer(
+    steps: int,
+    shapes: Sequence[tuple[int, int, int]] = SHAPES,
+    dtype: torch.dtype = FP32,
+    way: str = "",
+    **options: Any,
+) -> Errors:
+    """Steps, compared with those of the PyTorch path. ``way``: "sharded", or "captured" as in the capture of a CUDA graph."""
+    made = []
+    for name in ("triton", "torch"):
+        with use_backend(name), ExitStack() as stack:
+            pairs = make_pairs([*shapes], dtype)
+            if way == "sharded":
+                pairs = stack.enter_context(_sharded(pairs))
+            given = {"lr": 1e-2, "weight_decay": 0.1, "seed": 5, "capturable": way == "captured", **options}
+            each = StableLoRAAdamW(pairs, **given)
+            for step in range(steps):
+                _set_gradients(params_of(each), step)
+                capturing = name == "triton" and way == "captured" and step > 0
+                with mock.patch.object(graph_capture, "capturing", lambda now=capturing: now):
+                    each.step()
+            made.append([_whole(p.detach()) for p in params_of(each)])
+    errors = {}
+    for i, (p, q) in enumerate(zip(*made, strict=True)):
+        # Moments of few bits round by random numbers, which an unlike last bit of a moment turns over.
+        few = options.get("moments_dtype", FP32) != FP32
+        unit = 1e-2 if few else 2e-5 if dtype == FP32 else 2 * testing.EPS[dtype]
+        errors[f"p{i}"] = (p.double() - q.double()).abs().max().item(), unit * q.abs().max().item() + 2e-6
+    return errors
+
+
+@contextmanager
+def _sharded(pairs: list[LoRAPair]) -> Iterator[list[LoRAPair]]:
+    """``pairs`` as DTensors over a mesh of this process alone: A by columns, so that a shard is not one run of it, B by rows."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        halves = ([distribute_tensor(t.detach(), mesh, [Shard(dim)]) for t, dim in ((p.A, 1), (p.B, 0))] for p in pairs)
+        yield [LoRAPair(p.name, *(t.requires_grad_() for t in both)) for p, both in zip(pairs, halves, strict=True)]
+    finally:
+        dist.destroy_process_group()
+
+
+def _whole(t: Any) -> Tensor:
+    return t.to_local().clone() if hasattr(t, "to_local") else t.clone()
+
+
+def _set_gradients(params: list[Any], step: int) -> None:
+    whole = [torch.empty(p.shape, dtype=p.dtype) for p in params]
+    set_grads(whole, step)
+    for p, w in zip(params, whole, strict=True):
+        p.grad = distribute_tensor(w.grad, p.device_mesh, p.placements) if hasattr(p, "placements") else w.grad
+
+
+def cases() -> Iterator[Case]:
+    """All cases. Names have the op, the dtypes of X and of A and B, sizes, and what is special."""
+    for dtype, lora in ((BF16, FP32), (BF16, BF16), (FP16, FP16)):
+        for m, n, k, r in ((5, 64, 96, 4), (33, 96, 160, 16), (130, 96, 160, 16), (130, 160, 72, 4), (96, 72, 64, 100)):
+            for p in (0.0, 0.1) if dtype == BF16 or (m, r) == (130, 16) else ():
+                yield Case(
+                    f"linear {WORDS[dtype]}/{WORDS[lora]} M{m} N{n} K{k} r{r} p{p}",
+                    partial(linear, m, n, k, r, dtype, lora, p),
+                )
+    for kernel in ("split", "fused", "vendor", "chained"):
+        for m, p, r in ((33, 0.0, 16), (130, 0.0, 16), (130, 0.1, 16), (130, 0.0, 48), (130, 0.1, 48)):
+            if not (kernel == "fused" and p):
+                yield Case(f"linear {kernel} bf16/fp32 M{m} r{r} p{p}", partial(linear, m, 96, 160, r, p=p), kernel)
+        if kernel in ("split", "fused"):
+            yield Case(f"linear {kernel} bf16/fp32 M5 N64 K512 r16", partial(linear, 5, 64, 512, 16), kernel)
+        if kernel != "chained":
+            yield Case(f"linear {kernel} bf16/bf16 M130 r16", partial(linear, 130, 96, 160, 16, BF16, BF16), kernel)
+    yield Case("linear split bf16/fp32 M130 r200 p0.1", partial(linear, 130, 96, 160, 200, p=0.1), "split")
+    # Few processors: several tiles a program, the widest tile.
+    for kernel, p in (("auto", 0.0), ("auto", 0.1), ("split", 0.0), ("split", 0.1), ("fused", 0.0)):
+        name = f"linear {kernel} bf16/fp32 M300 N520 r16 p{p}, 2 processors"
+        yield Case(name, partial(linear, 300, 520, 160, 16, p=p), kernel, processors=2)
+    for m, k, p in ((1, 1024, 0.0), (5, 520, 0.0), (33, 520, 0.1), (130, 1100, 0.0), (130, 1104, 0.1)):
+        yield Case(f"linear bf16/fp32 M{m} K{k} r16 p{p}, long sum", partial(linear, m, 96, k, 16, p=p))
+    every = ("x", "weight", "lora_A", "lora_B", "grad")
+    for words, layouts in (
+        ("W transposed", {"weight": "transposed"}), ("X transposed", {"x": "transposed"}), ("X shifted", {"x": "shifted"}),
+        ("A and B transposed", {"lora_A": "transposed", "lora_B": "transposed"}), ("X every second", {"x": "every second"}),
+        ("all wider", dict.fromkeys(every, "wider")), ("X one row", {"x": "expanded"}), ("dY one row", {"grad": "expanded"}),
+    ):  # fmt: skip
+        for m, p in ((33, 0.1), (130, 0.0), (130, 0.1)):
+            yield Case(
+                f"linear bf16/fp32 M{m} r16 p{p}, {words}", partial(linear, m, 96, 160, 16, p=p, layouts=layouts)
+            )
+    for name in every:
+        for far in ("far rows", "far columns"):
+            for kernel, m in (("auto", 33), ("auto", 130), ("split", 130)):
+                run = partial(linear, m, 96, 160, 16, p=0.1, layouts={name: far})
+                yield Case(f"linear {kernel} bf16/fp32 M{m} r16 p0.1, {name} {far}", run, kernel)
+    for m in (33, 130):
+        yield Case(f"linear bf16/fp32 M{m} N71 K67 r3 p0.1, odd sizes", partial(linear, m, 71, 67, 3, p=0.1))
+        yield Case(f"linear bf16/fp32 M{m} r16, no bias", partial(linear, m, 96, 160, 16, bias=False))
+    for wanted in (("lora_A",), ("lora_B",), ("x",), ("lora_A", "lora_B"), ()):
+        words = "+".join(wanted) or "nothing"
+        yield Case(
+            f"linear bf16/fp32 M130 p0.1, wanted {words}", partial(linear, 130, 96, 160, 16, p=0.1, wanted=wanted)
+        )
+    for words, precision in (("fp32", "highest"), ("tf32", "high")):
+        for m, n, k, r, p in ((5, 64, 96, 4, 0.1), (14, 96, 160, 16, 0.0), (130, 96, 160, 16, 0.1)):
+            run = partial(linear, m, n, k, r, FP32, FP32, p)
+            yield Case(f"linear {words} M{m} N{n} K{k} r{r} p{p}", run, precision=precision)
+        yield Case(
+            f"linear split {words} M70", partial(linear, 70, 72, 96, 16, FP32, FP32, 0.1), "split", precision=precision
+        )
+    for m, r, p, dtype in (
+        (33, 16, 0.0, BF16),
+        (130, 16, 0.1, BF16),
+        (130, 16, 0.1, FP32),
+        (130, 16, 0.0, FP16),
+        (130, 100, 0.1, BF16),
+    ):
+        yield Case(f"branch {WORDS[dtype]} M{m} r{r} p{p}", partial(branch, m, 96, 160, r, dtype, p))
+    for m, p, dtype in ((33, 0.1, BF16), (130, 0.0, BF16), (130, 0.1, BF16), (130, 0.1, FP32)):
+        yield Case(f"group {WORDS[dtype]} M{m} r16+8+4 p{p}", partial(group, m, (96, 64, 32), 64, (16, 8, 4), dtype, p))
+    for p in (0.0, 0.1):
+        name = f"group split-K bf16 M66 N64+32+32 K1024 r16 p{p}"
+        yield Case(name, partial(group, 66, (64, 32, 32), 1024, (16,) * 3, p=p), "split")
+    for kernel in ("auto", "split"):
+        yield Case(
+            f"group {kernel} bf16 M130 N64+64 r48 p0.1", partial(group, 130, (64, 64), 96, (48, 48), p=0.1), kernel
+        )
+    for m, p, dtype in ((33, 0.1, BF16), (130, 0.0, BF16), (130, 0.1, BF16), (70, 0.1, FP32)):
+        yield Case(f"mlp {WORDS[dtype]} M{m} r16+8+4 p{p}", partial(mlp, m, 96, 64, 80, dtype=dtype, p=p))
+    for activation in ("gelu", "gelu_tanh"):
+        yield Case(f"mlp {activation} bf16 M130 p0.1", partial(mlp, 130, 96, 64, 80, p=0.1, activation=activation))
+    yield Case("mlp split bf16 M130 p0.1", partial(mlp, 130, 96, 64, 80, p=0.1), "split")
+    yield Case("mlp bf16 M130 p0.1, shared A", partial(mlp, 130, 96, 64, 80, (16,) * 3, p=0.1, shared=True))
+    yield Case("mlp bf16 M130, branch at down alone", partial(mlp, 130, 96, 64, 80, (None, None, 16)))
+    yield Case(
+        "mlp bf16 M300 F520 p0.1, 2 processors", partial(mlp, 300, 520, 264, 160, (16,) * 3, p=0.1), processors=2
+    )
+    for quantized in ("nf4", "nf4 nested", "fp8"):
+        for m, n, k, p in (
+            (5, 64, 128, 0.0),
+            (33, 96, 192, 0.1),
+            (100, 96, 192, 0.1),
+            (300, 64, 128, 0.1),
+            (33, 90, 130, 0.1),
+        ):
+            yield Case(
+                f"{quantized} bf16 M{m} N{n} K{k} r16 p{p}", partial(linear, m, n, k, 16, p=p, quantized=quantized)
+            )
+        yield Case(f"{quantized} fp32 M14 r16", partial(linear, 14, 64, 128, 16, FP32, FP32, quantized=quantized))
+        yield Case(
+            f"{quantized} fp16 M33 r16 p0.1", partial(linear, 33, 64, 128, 16, FP16, FP16, 0.1, quantized=quantized)
+        )
+    dynamic = {"lr": torch.tensor(1e-2), "shrink_ratio": torch.tensor(5e-4), "lr_ratio_B": 4.0}
+    for words, run in (
+        ("fp32", partial(optimizer, 3)), ("fp32, chunks", partial(optimizer, 3, [(16, 600, 700), (8, 24, 40)])),
+        ("bf16", partial(optimizer, 3, dtype=BF16)), ("fp32, never latching", partial(optimizer, 2, stop_condition="never")),
+        ("fp32, clipped, amsgrad, maximize", partial(optimizer, 2, max_grad_norm=0.1, amsgrad=True, maximize=True)),
+        ("bf16, masters, clipped", partial(optimizer, 2, dtype=BF16, master_weights=True, max_grad_norm=0.1)),
+        ("fp32, bf16 moments", partial(optimizer, 2, moments_dtype=BF16)), ("fp32, tensors", partial(optimizer, 2, **dynamic)),
+        ("bf16, 8-bit moments", partial(optimizer, 2, dtype=BF16, moments_dtype=torch.uint8)),
+        ("fp32, sharded", partial(optimizer, 3, way="sharded")), ("fp32, captured", partial(optimizer, 3, way="captured")),
+        ("bf16, sharded", partial(optimizer, 3, dtype=BF16, way="sharded")),
+    ):  # fmt: skip
+        yield Case(f"optimizer {words}", run)

@@ -1,0 +1,82 @@
+"""The library's own ops on tensors of the CPU, with every launch of theirs on the emulator."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from stablelora_kernels import functional, use_backend
+from stablelora_kernels.dispatch import backend, problem, rules
+from stablelora_kernels.launch.base import Launch
+from stablelora_kernels.launch.prepared import Repeated
+from stablelora_kernels.ops import plans
+from tests.ptx_emulator.machine import Schedule
+from tests.ptx_emulator.memory import Faults
+from tests.ptx_emulator.runner import run
+
+
+class Log:
+    """The launches that ran, and what was found."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule, self.launches, self.faults = schedule, list[str](), Faults()
+
+    def run(self, launches: Sequence[Any], tables: bool = False) -> None:
+        """Run launches in order; one with ``launch_pdl`` may overlap those before it.
+
+        ``tables``: kernels reach tensors by tables of addresses, which may name any tensor of the process.
+        """
+        batch: list[Launch] = []
+        for launch in [*launches, None]:
+            if batch and not (isinstance(launch, Launch) and launch.options.get("launch_pdl")):
+                self.faults.merge(run(batch, self.schedule, _tensors() if tables else ()))
+                batch = []
+            if isinstance(launch, Launch):
+                batch.append(launch)
+                self.launches.append(f"{launch.kernel.__name__.strip('_')} {launch.variant} grid {launch.grid}")
+            elif launch is not None:
+                launch.run(torch.device("cpu"))
+                self.launches.append(launch.variant)
+
+
+def _tensors() -> list[tuple[torch.Tensor, str]]:
+    # Not subclasses, of which some have no memory.
+    found = (each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
+    return [(t.detach(), f"tensor{list(t.shape)}") for t in found if t.device.type == "cpu" and t.numel()]
+
+
+@contextmanager
+def emulated(schedule: Schedule, processors: int | None = None) -> Iterator[Log]:
+    """In the block, the library runs its kernels on the emulator; memory that nobody has written holds NaN.
+
+    ``processors``: how many the GPU seems to have; None: as many as such a GPU has.
+    """
+    log = Log(schedule)
+    device = problem.DEVICES[schedule.arch]
+    device = device._replace(processors=processors or device.processors)
+
+    def call(op: plans.PlannedOp, args: tuple[Any, ...], entry: Any = None) -> Any:
+        results, launches = op._call(*args)
+        log.run(launches)
+        return results
+
+    with ExitStack() as stack:
+        for target, name, value in (
+            (backend, "INTERPRETING", True),
+            (rules, "overlaps", lambda device: device.overlaps),
+            (problem, "device_of", lambda given: device),
+            (functional, "key_of", lambda kind, args: None),
+            (plans.PlannedOp, "__call__", call),
+            (Repeated, "run", lambda repeated, device: log.run([repeated._launch], tables=True)),
+            (Launch, "run", lambda launch, device: log.run([launch])),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        stack.enter_context(use_backend("triton"))
+        yield log

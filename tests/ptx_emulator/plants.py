@@ -1,0 +1,68 @@
+"""Faults to plant into PTX: a barrier, wait or fence that a kernel needs, taken out of the code of one source file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tests.ptx_emulator.machine import Schedule
+
+BOTH, AMPERE, HOPPER = ("sm_80", "sm_90"), ("sm_80",), ("sm_90",)
+
+
+class Plant(NamedTuple):
+    """``pattern``, of the code of ``source``, becomes ``by`` in the PTX of ``kernel``; ``case`` shows it."""
+
+    case: str
+    kernel: str
+    source: str
+    pattern: str
+    by: str | Callable[[re.Match[str]], str] = ""
+    archs: tuple[str, ...] = BOTH
+    schedule: Schedule = Schedule()
+
+    def edit(self, name: str, ptx: str) -> str:
+        """The PTX of a kernel with the fault in it, or as it was."""
+        if name != self.kernel:
+            return ptx
+        files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:.*/)?(.*?)"', ptx))
+        # Pieces that begin with the line that says where their code is from.
+        pieces = re.split(r"(?=\n\s*\.loc\s)", ptx)
+        for i, piece in enumerate(pieces):
+            place = re.match(r"\n\s*\.loc\s+(\d+)", piece)
+            if place and files[place[1]] == self.source:
+                pieces[i] = re.sub(self.pattern, self.by, piece)
+        return "".join(pieces)
+
+
+def _one_more(found: re.Match[str]) -> str:
+    return f"{found[1]}{int(found[2]) + 1}"
+
+
+_CHAINED, _SPLIT = "linear chained bf16/fp32 M130 r16 p0.1", "linear split bf16/fp32 M130 r16 p0.1"
+_LONG, _OPTIMIZER = "linear bf16/fp32 M33 K520 r16 p0.1, long sum", "optimizer bf16, masters, clipped"
+_SPLIT_K, _TMA, _SHRINK = "_lora_linear_split_k_kernel", "_lora_linear_tma_kernel", "_lora_shrink_kernel"
+_BARRIER, _APART = r"bar\.sync\s+0;", Schedule(warps="groups-first")
+# By name. Where both GPUs have the kernel, one entry serves both.
+PLANTS = {
+    "optimizer-barrier": Plant(_OPTIMIZER, "_stable_adamw_kernel", "step.py", _BARRIER, schedule=_APART),
+    "split-k-barrier": Plant(_LONG, _SPLIT_K, "common.py", _BARRIER, schedule=_APART),
+    "split-k-arrival": Plant(_LONG, _SPLIT_K, "common.py", r"\.acq_rel\.", ".relaxed."),
+    "split-k-scope": Plant(_LONG, _SPLIT_K, "common.py", r"\.gpu\.acq_rel\.", ".cta.acq_rel."),
+    "split-k-copies": Plant(_LONG, _SPLIT_K, "linear_split_k.py", r"(cp\.async\.wait_group\s+)(\d+)", _one_more),
+    "shrink-copies": Plant(_SPLIT, _SHRINK, "shrink.py", r"(cp\.async\.wait_group\s+)(\d+)", _one_more),
+    "shrink-buffers": Plant(_SPLIT, _SHRINK, "shrink.py", _BARRIER, schedule=_APART),
+    "flag-release": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.release\.", ".relaxed.", AMPERE),
+    "flag-acquire": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.acquire\.", ".relaxed.", AMPERE),
+    "flag-barrier": Plant(_CHAINED, "_lora_linear_kernel", "common.py", _BARRIER, "", AMPERE, Schedule(warps="first")),
+    "chain-end": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.acq_rel\.", ".relaxed.", AMPERE),
+    "tma-flag-release": Plant(_CHAINED, _TMA, "chain.py", r"\.release\.", ".relaxed.", HOPPER),
+    "tma-flag-acquire": Plant(_CHAINED, _TMA, "chain.py", r"\.acquire\.", ".relaxed.", HOPPER),
+    "dependent-wait": Plant(_SPLIT, _TMA, "linear.py", r"griddepcontrol\.wait\s*;", "", HOPPER),
+    "proxy-fence": Plant(_SPLIT, _TMA, "linear_tma.py", r"fence\.proxy\.async\.shared::cta;", "", HOPPER),
+    "wgmma-wait": Plant(_SPLIT, _TMA, "common.py", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)", _one_more, HOPPER),
+    "wgmma-fence": Plant(_SPLIT, _TMA, "common.py", r"wgmma\.fence\.sync\.aligned;", "", HOPPER),
+    "load-bytes": Plant(_SPLIT, _TMA, "linear_tma.py", r"(expect_tx\.shared::cta\.b64 _, \[%r\d+\], )(\d+)", _one_more, HOPPER),
+    "store-wait": Plant(_SPLIT, _TMA, "linear_tma.py", r"cp\.async\.bulk\.wait_group(?:\.read)?\s+0;", "", HOPPER),
+}  # fmt: skip
