@@ -9,7 +9,7 @@ with their own projections.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -261,16 +261,11 @@ def _reason_against(module: nn.Module, form: Form, kind: LayerKind) -> str | Non
         facts[name] = found
     if form.gate.half is not None and facts[form.gate.name].quantized:
         return f"{form.gate.name!r} holds gate and up stacked in a quantized weight, which is not cut in two"
-    return (
-        _difference("lora_dropout", {name: fact.dropout_p for name, fact in facts.items() if fact.lora_dtype})
-        or _difference(
-            "the adapter's dtype", {name: fact.lora_dtype for name, fact in facts.items() if fact.lora_dtype}
-        )
-        or _difference("the weight's dtype", {name: fact.dtype for name, fact in facts.items() if fact.dtype})
-    )
-
-
-def _difference(what: str, values: dict[str, Any]) -> str | None:
-    first: Sequence[Any] = next(iter(values.items()), ())
-    other = next(((name, value) for name, value in values.items() if value != first[1]), None)
-    return None if other is None else f"{what} is {first[1]} in {first[0]!r} and {other[1]} in {other[0]!r}"
+    for what, field in (
+        ("lora_dropout", "dropout_p"), ("the adapter's dtype", "lora_dtype"), ("the weight's dtype", "dtype"),
+    ):  # fmt: skip
+        values = [(name, getattr(fact, field)) for name, fact in facts.items() if getattr(fact, field) is not None]
+        for name, value in values[1:]:
+            if value != values[0][1]:
+                return f"{what} is {values[0][1]} in {values[0][0]!r} and {value} in {name!r}"
+    return None

@@ -104,16 +104,15 @@ def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | s
         _, argument = inspect.signature(function).bind(module, None).arguments
     except (TypeError, ValueError):
         return "its forward takes more than one tensor"
-    if getattr(function, "__module__", "").startswith("liger_kernel."):
+    if isinstance(function, FunctionType) and str(function.__module__).startswith("liger_kernel."):
         variables = function.__globals__ | _LIGER
         function = FunctionType(function.__code__, variables, None, function.__defaults__, function.__closure__)
     run, cuda = _Run(module, is_projection), torch.cuda.is_available()
     forms: set[Form] = set()
     # A forward may do something else in each of these modes.
-    for autocast, gradients in itertools.product(
-        (False, True), (torch.enable_grad, torch.no_grad, torch.inference_mode)
-    ):
-        with torch.autocast("cpu", enabled=autocast), torch.autocast("cuda", enabled=autocast and cuda), gradients():
+    gradients = (torch.enable_grad, torch.no_grad, torch.inference_mode)
+    for autocast, gradient in itertools.product((False, True), gradients):
+        with torch.autocast("cpu", enabled=autocast), torch.autocast("cuda", enabled=autocast and cuda), gradient():
             form = run.form(function)
         if isinstance(form, str):
             return form
