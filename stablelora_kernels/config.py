@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
+from stablelora_kernels.utils.text import ends_of
 from stablelora_kernels.utils.validation import (
-    PATTERN,
     check_bool,
     check_choice,
     check_float,
     check_int,
     check_patterns,
     check_regex,
+    compile_patterns,
 )
 
 ALL_LINEAR = "all-linear"
@@ -107,16 +109,25 @@ class LoRAConfig:
 
     def targets(self, name: str) -> bool:
         """Whether ``target_modules`` matches a module's dotted name. "all-linear" matches every name."""
-        return self.all_linear or _matches(self.target_modules, name)
+        return self.all_linear or self._matches("target_modules", name)
 
     def reason_to_exclude(self, name: str) -> str | None:
         """Why a module that ``target_modules`` matches is left unchanged, or None."""
-        if self.exclude_modules and _matches(self.exclude_modules, name):
+        if self.exclude_modules and self._matches("exclude_modules", name):
             return "exclude_modules matches it"
         parents = name.split(".")
         if any(self.saves(".".join(parents[: i + 1])) for i in range(len(parents))):
             return "it is trained whole (modules_to_save)"
         return None
+
+    def _matches(self, field_name: str, name: str) -> bool:
+        if isinstance(names := getattr(self, field_name), str):
+            return re.fullmatch(names, name) is not None
+        return not self._names[field_name].isdisjoint(ends_of(name))
+
+    @cached_property
+    def _names(self) -> dict[str, set[str]]:
+        return {key: set(getattr(self, key) or ()) for key in ("target_modules", "exclude_modules")}
 
     def saves(self, name: str) -> bool:
         """Whether ``modules_to_save`` names this module. As in PEFT, "head" also names "lm_head": no dot is needed."""
@@ -124,33 +135,30 @@ class LoRAConfig:
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer of this dotted name: from ``rank_pattern``, else ``r``."""
-        return lookup_pattern(self.rank_pattern, name, self.r)
+        return lookup_pattern(self.rank_pattern, (name,), self.r)
 
     def alpha_of(self, name: str) -> float:
         """The alpha of the layer of this dotted name: from ``alpha_pattern``, else ``lora_alpha``."""
-        return lookup_pattern(self.alpha_pattern, name, self.lora_alpha)
+        return lookup_pattern(self.alpha_pattern, (name,), self.lora_alpha)
 
 
-def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches a dotted name; "^" anchors it to the name's start."""
-    return re.match(PATTERN.format(pattern), name) is not None
+def lookup_pattern(patterns: Mapping[str, Any], names: Collection[str], default: Any) -> Any:
+    """The value of the first key of ``rank_pattern`` or the like that matches one of ``names``, or ``default``."""
+    any_key, each = compile_patterns(tuple(patterns))
+    if any(map(any_key.match, names)):
+        return next((patterns[key] for key, pattern in each if any(map(pattern.match, names))), default)
+    return default
 
 
-def lookup_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key of ``rank_pattern`` or ``alpha_pattern`` that matches ``name``, or ``default``."""
-    return next((value for key, value in patterns.items() if pattern_matches(key, name)), default)
+def unmatched_patterns(patterns: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """The keys of ``rank_pattern`` or the like that match none of ``names``."""
+    return [key for key, pattern in compile_patterns(tuple(patterns))[1] if not any(map(pattern.match, names))]
 
 
 def _hashable(value: Any) -> Any:
     if isinstance(value, dict):
         return frozenset(value.items())
     return tuple(value) if isinstance(value, list) else value
-
-
-def _matches(names: list[str] | str | None, name: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in names or ())
 
 
 def _check_names(name: str, value: Any) -> Any:

@@ -25,7 +25,7 @@ class CommandError(Exception):
     """
 
     def __init__(self, message: str, status: int = 2) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
         self.status = status
 
 
@@ -35,6 +35,11 @@ class Paragraphs(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = text.strip().split("\n\n")
         return "\n\n".join(super(Paragraphs, self)._fill_text(part, width, indent) for part in paragraphs)
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for control characters, by which a name in a file could hide a line of a terminal or fake one."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def width() -> int:
@@ -67,13 +72,13 @@ def print_pairs(pairs: Mapping[str, str], indent: str = "  ") -> None:
 
 def wrapped(text: str, hang: int = 2) -> str:
     """Wrap ``text`` to the terminal's width and indent later lines by ``hang``."""
-    return textwrap.fill(text, max(width(), 40), subsequent_indent=" " * hang, break_on_hyphens=False,
+    return textwrap.fill(printable(text), max(width(), 40), subsequent_indent=" " * hang, break_on_hyphens=False,
                          break_long_words=False, drop_whitespace=True)  # fmt: skip
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> None:
     """Print columns of minimal width; those in ``left`` are left-aligned. In a narrow terminal, the first column shrinks."""
-    columns = [[title, *(row[i] for row in rows)] for i, title in enumerate(titles)]
+    columns = [[printable(text) for text in (title, *(row[i] for row in rows))] for i, title in enumerate(titles)]
     widths = [max(map(len, column)) for column in columns]
     widths[0] = min(widths[0], max(width() - sum(w + 2 for w in widths[1:]) - 2, len(titles[0]), 12))
     for row in zip(*columns, strict=True):

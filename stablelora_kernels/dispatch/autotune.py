@@ -24,7 +24,7 @@ from stablelora_kernels._version import __version__
 from stablelora_kernels.dispatch import backend, problem, rules
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.dispatch.settings import KERNELS, get_autotune, get_kernel
+from stablelora_kernels.dispatch.settings import KERNELS, get_autotune, get_kernel, tf32_allowed
 from stablelora_kernels.dispatch.tiles import Tile
 
 logger = logging.getLogger("stablelora_kernels")
@@ -97,9 +97,8 @@ def entry_key(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> str:
     """
     m = 1 << (call.m - 1).bit_length()
     words = [f"{call.direction} m<={m} n={call.n} k={call.k} r={call.r}", str(call.dtype), f"lora {call.lora_dtype}"]
-    if call.dtype == torch.float32:
-        # This says whether TensorFloat-32 is allowed.
-        words.append(torch.get_float32_matmul_precision())
+    if call.dtype == torch.float32 and tf32_allowed():
+        words.append("tf32")
     # Dropout draws random numbers; a bias takes the vendor's other entry point.
     words += [word for word, on in (("dropout", call.dropout), ("bias", bias is not None)) if on]
     words += [f"{name} {layout}" for name, layout in (("x", _layout(x)), ("w", _layout(w))) if layout]

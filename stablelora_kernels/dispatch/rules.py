@@ -12,7 +12,7 @@ import torch
 
 from stablelora_kernels.dispatch import backend, problem
 from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_FUSED_R, SMALL_M, Call, Device
-from stablelora_kernels.dispatch.settings import KERNELS, get_kernel
+from stablelora_kernels.dispatch.settings import KERNELS, get_kernel, tf32_allowed
 from stablelora_kernels.dispatch.tiles import Tile, filled
 
 
@@ -285,6 +285,6 @@ def input_precision(device: Device, dtype: torch.dtype, transposed: bool = False
     ``transposed``: the operand is contiguous across the sum. TensorFloat-32's instructions want it contiguous along the sum,
     and would load it 4 bytes at a time. Loads bound these products, so they stay exact instead.
     """
-    if dtype != torch.float32 or transposed or not device.tf32 or torch.get_float32_matmul_precision() == "highest":
+    if dtype != torch.float32 or transposed or not (device.tf32 and tf32_allowed()):
         return "ieee"
     return "tf32"

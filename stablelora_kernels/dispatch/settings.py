@@ -104,9 +104,16 @@ def check_environment() -> None:
         _start_value(name)
 
 
+def tf32_allowed() -> bool:
+    """Whether PyTorch's switches allow TensorFloat-32 in float32 products on a GPU."""
+    # torch.backends.cuda.matmul.fp32_precision, in a tenth of its time. torch.get_float32_matmul_precision() raises once a newer
+    # switch has allowed it.
+    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+
+
 def in_force() -> tuple[Any, ...]:
     """What was set of all settings, None for the environment's value: equal in two calls that the settings treat alike."""
-    return (_backend.value, _kernel.value, _autotune.value)
+    return (_backend.value, _kernel.value, _autotune.value, tf32_allowed())
 
 
 def get_backend() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -145,9 +146,9 @@ def load_adapter(
         targets = {f"{name}.weight": target.layer.weight for name, target in plan.targets.items()}
         needed = {}
         for name, target in plan.targets.items():
-            in_features, out_features = sizes_of(target.layer)
-            needed[f"{name}.lora_A.weight"] = (config.rank_of(name), in_features), None
-            needed[f"{name}.lora_B.weight"] = (out_features, config.rank_of(name)), None
+            (in_features, out_features), r = sizes_of(target.layer), config.rank_of(name)
+            needed[f"{name}.lora_A.weight"] = (r, in_features), None
+            needed[f"{name}.lora_B.weight"] = (out_features, r), None
     others = _other_tensors(model, config, layers or plan.targets)
     check_not_meta(targets | others)
     # With bias="all", PEFT also saves the biases of its wrappers around modules_to_save.
@@ -272,14 +273,14 @@ def _config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig
         )
     fan_in_fan_out = any(isinstance(layer, LoRAConv1D) for layer in layers.values())
     config = replace(config, use_rslora=first.use_rslora, fan_in_fan_out=fan_in_fan_out)
-    if any(config.rank_of(name) != layer.r for name, layer in layers.items()):
-        ranks = {f"^{re.escape(name)}": layer.r for name, layer in layers.items() if layer.r != config.r}
-        config = replace(config, rank_pattern=ranks)
-    if any(config.alpha_of(name) != layer.lora_alpha for name, layer in layers.items()):
-        alphas = {
-            f"^{re.escape(n)}": layer.lora_alpha for n, layer in layers.items() if layer.lora_alpha != config.lora_alpha
-        }
-        config = replace(config, alpha_pattern=alphas)
+    for field, pattern, value_of in (
+        ("r", "rank_pattern", config.rank_of),
+        ("lora_alpha", "alpha_pattern", config.alpha_of),
+    ):
+        values = {name: getattr(layer, field) for name, layer in layers.items()}
+        if any(value_of(name) != value for name, value in values.items()):
+            own = {f"^{re.escape(name)}": value for name, value in values.items() if value != getattr(config, field)}
+            config = replace(config, **{pattern: own})  # type: ignore[arg-type]
 
     # Take the first list of target names that fits: other programs read a short one best. The regular expression always fits.
     every_name = (clean(path) for path, _ in model.named_modules())
@@ -295,11 +296,11 @@ def _config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig
 
 
 def _warn_of_shared_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    counts = Counter(child for module in model.modules() for child in module._modules.values())
     for name, layer in layers.items():
-        count = sum(child is layer for module in model.modules() for child in module._modules.values())
-        if count > 1:
+        if counts[layer] > 1:
             warnings.warn(
-                f"{name!r} is registered in {count} places; load_adapter adapts them all, peft only the first",
+                f"{name!r} is registered in {counts[layer]} places; load_adapter adapts them all, peft only the first",
                 stacklevel=3,
             )
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from stablelora_kernels.config import LoRAConfig, pattern_matches
+from stablelora_kernels.config import LoRAConfig, unmatched_patterns
 from stablelora_kernels.model.reports import SkippedModule, list_some
 from stablelora_kernels.nn.factory import is_conv1d, replacement_class
 from stablelora_kernels.nn.linear import LoRALinear
@@ -87,10 +87,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
     notes = [unmatched] if unmatched else []
     notes += [f"modules_to_save {end!r} matches nothing" for end in missed]
     for field in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, field)
-        notes += [
-            f"{field} {key!r} matches nothing" for key in patterns if not any(pattern_matches(key, n) for n in targets)
-        ]
+        notes += [f"{field} {key!r} matches nothing" for key in unmatched_patterns(getattr(config, field), targets)]
     if config.exclude_modules and not any(module.reason.startswith("exclude_modules") for module in skipped):
         notes.append(f"exclude_modules {config.exclude_modules!r} matches nothing that target_modules does")
     transposed = [name for name, target in targets.items() if is_conv1d(target.layer)]

@@ -20,8 +20,6 @@ from stablelora_kernels.ops.library import define_op
 ONEDNN_FROM = 1 << 22
 # From this many on, it saves more time than a Python autograd function around it costs.
 FUNCTION_FROM = 1 << 24
-# PyTorch 2.7 added is_exporting.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 def _is_amd() -> bool:
@@ -46,7 +44,7 @@ def by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
         return False
     if torch.compiler.is_compiling():
         # An exported program must run without this package. A compiled graph checks PyTorch's switch when it runs.
-        return not _is_exporting()
+        return not torch.compiler.is_exporting()
     return torch._C._get_mkldnn_enabled()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils._pytree import tree_map_only
 
 from stablelora_kernels.dispatch import settings
 from stablelora_kernels.ops.library import NAMESPACE, define_op
@@ -92,8 +93,6 @@ def key_of(kind: str, args: Sequence[Any]) -> tuple[Any, ...] | None:
         return None
     # A tensor's facts have its device's number, not its type.
     key.append(first.is_cuda)
-    if first.dtype is torch.float32:
-        key.append(torch.get_float32_matmul_precision())
     # Autotuning leaves the choice to the table where results must not depend on a clock.
     key.append(torch.are_deterministic_algorithms_enabled())
     return tuple(key)
@@ -174,7 +173,9 @@ class PlannedOp:
 
     def _run(self, *args: Any) -> Any:
         """What the op does. Compiled graphs come here without :meth:`__call__`, so this has the plans too."""
-        key = key_of(self._name, args)
+        if (key := key_of(self._name, args)) is None:
+            # PyTorch has resolved negated views in arguments of all kinds but "Tensor?[]".
+            args = tree_map_only(Tensor, Tensor.resolve_neg, args)
         entry = find(key) or remember(key, "triton")
         if entry is not None and (entry.prepared or self._prepare(entry, args)):
             return entry.prepared.run(self._operands(args))

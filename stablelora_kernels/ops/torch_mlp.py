@@ -55,7 +55,9 @@ def _gated_grads(dh: Tensor, g: Tensor, u: Tensor, activation: str) -> tuple[Ten
     """dG and dU, in the memory of dH where possible."""
     du = act(g, activation).mul_(dh)
     dh.mul_(u)
-    out = {} if torch.compiler.is_compiling() else {"grad_input": dh}
+    # allow_mutation_on_saved_tensors(), for one, knows outputs by the name "out" alone.
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    out = {} if traced else {"grad_input": dh}
     if activation == "silu":
         return torch.ops.aten.silu_backward(dh, g, **out), du
     return torch.ops.aten.gelu_backward(dh, g, approximate="tanh" if activation == "gelu_tanh" else "none", **out), du

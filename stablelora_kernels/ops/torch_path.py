@@ -53,8 +53,13 @@ def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout_p), dropout_p
     # On a CPU, bernoulli_ draws one double per element sequentially. 16 bits per element, four elements per int64 word, are
     # several times faster. That rounds the probability to 1/65536; the scale uses the rounded one, so the result is unbiased.
-    dropped = round(dropout_p * 65536)
+    dropped = _dropped(dropout_p)
     return _draw_words(x.shape, dropped, None), dropped / 65536
+
+
+def _dropped(dropout_p: float) -> int:
+    """How many of 65,536 values of 16 bits drop an element: not all, which would leave nothing to scale."""
+    return min(round(dropout_p * 65536), 65535)
 
 
 def _draw_words(shape: Sequence[int], dropped: int, generator: torch.Generator | None) -> Tensor:
@@ -78,7 +83,7 @@ def redrawn(state: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
     """The keep-mask that :func:`draw_keep` drew when torch's generator was in ``state``."""
     generator = torch.Generator()
     generator.set_state(state)
-    return _draw_words(shape, round(dropout_p * 65536), generator)
+    return _draw_words(shape, _dropped(dropout_p), generator)
 
 
 def draw_dropout(x: Tensor, dropout_p: float, scaling: float) -> tuple[Tensor | None, float]:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import optimizer as torch_optimizer
 
 from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel
+from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel, tf32_allowed
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import same_objects
 from stablelora_kernels.utils.dtensor import is_sharded
@@ -162,7 +162,7 @@ class Watch:
             "backend": get_backend(),
             "kernel": get_kernel(),
             "autotune": get_autotune(),
-            "float32 matmul precision": torch.get_float32_matmul_precision(),
+            "TensorFloat-32 in float32 products": tf32_allowed(),
             "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
             "global module hooks": bool(_has_any_global_hook()),
             "optimizer.shrink_schedule": self.optimizer.shrink_schedule,

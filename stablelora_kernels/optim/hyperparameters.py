@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.config import pattern_matches
+from stablelora_kernels.config import lookup_pattern, unmatched_patterns
 from stablelora_kernels.optim.sharding import Shard, shard_of
 from stablelora_kernels.pairs import LoRAPair, layer_name
 from stablelora_kernels.utils.dtensor import local
@@ -89,30 +89,28 @@ def members_and_settings(
         for name, p in zip(group["param_names"], group["params"], strict=True):
             is_b = group["lr_ratio_B"] != 1.0 and id(p) in bs
             pair = pair_of_a.get(id(p))
-            ratio = None if pair is None else own_ratio(group["shrink_pattern"], pair.name, name)
+            ratio = None if pair is None else lookup_pattern(group["shrink_pattern"], _names(pair, name), None)
             setting_index = setting_indices.setdefault((group_index, is_b, ratio), len(setting_indices))
             members.append(Member(local(p), setting_index, shard_of(f"parameter {name!r}", p, base), p))
             base += p.numel()
     return members, [Setting(groups[index], is_b, ratio) for index, is_b, ratio in setting_indices]
 
 
-def own_ratio(patterns: dict[str, float], pair: str, parameter: str) -> float | None:
-    """The shrink ratio of the first pattern that matches the name of the pair or of its layer, or None."""
-    names = {pair, layer_name(parameter)}
-    return next((ratio for key, ratio in patterns.items() if any(pattern_matches(key, name) for name in names)), None)
+def _names(pair: LoRAPair, parameter: str) -> tuple[str, str]:
+    """The names that a ``shrink_pattern`` may match: the pair's and its layer's."""
+    return pair.name, layer_name(parameter)
 
 
 def check_patterns_match(groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]) -> None:
     """Raise ValueError for a key of a ``shrink_pattern`` that matches no pair of the groups that have the key."""
-    owners = {id(pair.A): pair.name for pair in pairs}
-    patterns = {key for group in groups for key in group["shrink_pattern"]}
-    matched = {
-        key
-        for group in groups
-        for name, p in zip(group["param_names"], group["params"], strict=True)
-        for key in group["shrink_pattern"]
-        if id(p) in owners and own_ratio({key: 0.0}, owners[id(p)], name) is not None
-    }
+    owners = {id(pair.A): pair for pair in pairs}
+    patterns: set[str] = set()
+    matched: set[str] = set()
+    for group in groups:
+        named = zip(group["param_names"], group["params"], strict=True)
+        names = [each for name, p in named if id(p) in owners for each in _names(owners[id(p)], name)]
+        patterns |= group["shrink_pattern"].keys()
+        matched |= group["shrink_pattern"].keys() - unmatched_patterns(group["shrink_pattern"], names)
     for key in sorted(patterns - matched):
         shown = ", ".join(repr(pair.name) for pair in pairs[:3])
         raise ValueError(f"shrink_pattern {key!r} matches none of the {len(pairs)} pairs ({shown})")

@@ -10,6 +10,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def ends_of(name: str) -> list[str]:
+    """A dotted name and what follows each of its dots: the names of ``target_modules`` that match it."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
 def unmatched_names(names: object, matched: Iterable[str]) -> str:
     """A message on those of ``target_modules`` that match none of the dotted names ``matched``, or an empty one.
 
@@ -17,7 +23,6 @@ def unmatched_names(names: object, matched: Iterable[str]) -> str:
     """
     if not isinstance(names, (list, tuple, set, frozenset)):
         return ""
-    found = list(matched)
-    missed = sorted(end for end in names if not any(name == end or name.endswith(f".{end}") for name in found))
+    missed = sorted(set(names).difference(*map(ends_of, matched)))
     verb = "matches" if len(missed) == 1 else "match"
     return f"target_modules {', '.join(map(repr, missed))} {verb} nothing" if missed else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -77,16 +78,29 @@ def check_patterns(name: str, value: Any) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"{name} must be a dict of name patterns, got {value!r}")
-    for key in value:
+    try:
+        compile_patterns(tuple(value))
+    except (re.error, OverflowError, RecursionError) as error:
+        for key in value:
+            check_regex(name, key)
         # As it is matched: a flag like (?i) may only begin a whole expression.
-        check_regex(name, key)
-        try:
-            re.compile(PATTERN.format(key))
-        except re.error as error:
-            raise ValueError(
-                f"{name} must be a regular expression that may follow other text, got {key!r}: {error}"
-            ) from None
+        pattern = getattr(error, "pattern", None)
+        raise ValueError(
+            f"{name} must be a regular expression that may follow other text, got {pattern!r}: {error}"
+        ) from None
     return dict(value)
+
+
+@lru_cache(8)
+def compile_patterns(keys: tuple[str, ...]) -> tuple[re.Pattern[str], list[tuple[str, re.Pattern[str]]]]:
+    """An expression for names that any of ``keys`` may match, and one for each key. Python itself keeps 512 of them."""
+    each = []
+    for key in keys:
+        # By itself as well: ")(" is none.
+        re.compile(key)
+        each.append((key, re.compile(PATTERN.format(key))))
+    # A key's groups have other numbers among other keys, and may refer to them.
+    return re.compile("" if "(" in "".join(keys) else PATTERN.format("|".join(keys))), each
 
 
 def shown(value: Any) -> str:

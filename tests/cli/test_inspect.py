@@ -273,3 +273,28 @@ def test_odd_texts_in_a_config_are_printed(tmp_path, capsys):
     path = write(tmp_path / "odd", pair(), target_modules=[1, None, "q"], base_model_name_or_path="\ud800", r="2")
     assert main(["inspect", str(path)]) == 1
     assert "on 1, None, q" in capsys.readouterr().out
+
+
+HOSTILE = [
+    "a\x1b[31m\x1b[2Kz\r\n  faked line",
+    "right to left \u202e",
+    "²³",
+    "9" * 5000,
+    "layers.10",
+    "layers.9",
+    "layers.007",
+]
+
+
+def test_names_of_a_file_neither_break_the_sort_nor_reach_the_terminal_raw(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    path = write(tmp_path / "hostile", {k: t for name in HOSTILE for k, t in pair(a=0.5, name=name).items()})
+    listed = [row["name"] for row in inspect_json(capsys, path)["pairs"]]
+    # A name with a line break is no pair's.
+    assert sorted(listed) == sorted(HOSTILE[1:]) and [name for name in listed if "layers" in name] == HOSTILE[:3:-1]
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "a\\x1b[31m\\x1b[2Kz\\r\\n  faked line" in out and "right to left \\u202e" in out
+    assert out.replace("\n", "").isprintable()
+    write(path, pair(name=HOSTILE[1]), lora_alpha=10**400)
+    assert "lora_alpha of right to left \\u202e must be" in fails(capsys, "inspect", str(path))

@@ -13,6 +13,7 @@ from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import Choice
 from tests.helpers.autotuning import GPU, check_all, entries, files, forget, forward, inputs_of
 from tests.helpers.inputs import DEVICE, FP32
+from tests.helpers.precision import switched
 from tests.helpers.processes import printed
 
 
@@ -48,14 +49,11 @@ def test_what_an_answer_holds_for():
 
 
 def test_tensor_float_32_is_measured_for_itself():
-    before = torch.get_float32_matmul_precision()
-    try:
-        keys = set()
-        for precision in ("highest", "high"):
-            torch.set_float32_matmul_precision(precision)
+    old, new = "set_float32_matmul_precision('high')", "backends.cuda.matmul.fp32_precision = 'tf32'"
+    keys = set()
+    for names in ((), (old,), (new,)):
+        with switched(*names):
             keys.add((key_of(inputs_of(dtype=FP32)), key_of(inputs_of())))
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert len({fp32 for fp32, _ in keys}) == 2 and len({bf16 for _, bf16 in keys}) == 1
 
 

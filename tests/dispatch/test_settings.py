@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
+from itertools import permutations
 
 import pytest
 import torch
 
 import stablelora_kernels as slk
+from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.dispatch.rules import input_precision
+from stablelora_kernels.dispatch.settings import tf32_allowed
+from tests.helpers.precision import SWITCHES, switched
 from tests.helpers.processes import printed
 
 
@@ -129,3 +135,25 @@ def test_blocks_within_compiled_code():
     compiled = torch.compile(function, backend="eager", fullgraph=True)
     assert compiled(torch.ones(2)).tolist() == [2, 2]
     assert slk.get_backend() == "auto"
+
+
+MIXTURES = [(), *((name,) for name in SWITCHES), *permutations(SWITCHES, 2)]
+
+
+def test_float32_calls_follow_any_mixture_of_pytorchs_switches():
+    """PyTorch's own getter of the old switch raises under many of them."""
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(16, 16), torch.randn(70, 16)
+    layer = slk.LoRALinear.from_linear(linear, r=2)
+    seen = set()
+    for names in MIXTURES:
+        with switched(*names):
+            allowed = tf32_allowed()
+            layer(x).sum().backward()
+            torch.testing.assert_close(layer(x), linear(x), rtol=2e-2, atol=2e-2)
+            assert allowed == (input_precision(DEVICES["sm_90"], torch.float32) == "tf32")
+            assert allowed == (torch.backends.cuda.matmul.fp32_precision == "tf32"), names
+            with suppress(RuntimeError):
+                assert names[1:] or allowed == (torch.get_float32_matmul_precision() != "highest"), names
+        seen.add(allowed)
+    assert seen == {False, True} and not tf32_allowed()

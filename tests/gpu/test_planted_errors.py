@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import stablelora_kernels as slk
+from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.launch import counters
 from stablelora_kernels.reference import dropout_keep_ref
-from tests.gpu import test_cuda_graphs, test_large_offsets, test_oracle, test_repeats_and_masks
+from tests.gpu import conftest, test_bring_up, test_cuda_graphs, test_large_offsets, test_oracle, test_repeats_and_masks
 from tests.helpers import gpu_checks, oracle
 from tests.helpers.gpu_checks import FP32, Captured, Case, keep_rows
 
@@ -96,3 +99,23 @@ def test_a_capture_on_a_cpu_computes_at_replays_into_the_same_tensors():
 def test_keep_rows_are_rows_of_the_reference_mask():
     rows = torch.tensor([0, 3, 6])
     assert torch.equal(keep_rows(rows, 13, 0.3, 99), dropout_keep_ref(7, 13, 0.3, 99)[rows])
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100", "sm_120"))
+@pytest.mark.parametrize(("size", "kernel"), test_bring_up.LAUNCHED)
+def test_on_a_gpu_the_first_tests_launch_the_kernels_that_they_name(size, kernel, arch):
+    """No dry run sees their large sizes."""
+    # Without a GPU the tests name the kernels of one that has tensor descriptors.
+    own = "linear_tma" if DEVICES[arch].tma else "linear"
+    expected = {own if name == test_bring_up.TMA else name for name in test_bring_up.LAUNCHED[size, kernel]}
+    for p in (0.0,) if kernel == "fused" else (0.0, 0.1):
+        with slk.use_backend("triton"), slk.use_kernel(kernel):
+            found = slk.explain(*test_bring_up.SIZES[size], dropout_p=p, device=arch)
+        assert {step.kernel.removeprefix("lora_") for step in found.forward + found.backward} == expected
+
+
+def test_a_counter_that_is_not_set_back_is_found_once():
+    mine = counters.counters(8, torch.device("cpu"))
+    mine[3] = 1
+    (left,) = conftest.counters_left().values()
+    assert left == [3] and not mine.any() and conftest.counters_left() == {}

@@ -20,6 +20,7 @@ from stablelora_kernels.nn.fused_mlp import fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.mlp_operands import OWN_LAYERS
 from tests.helpers.graphed_steps import GOAL, X, batches, captured, eager, graphed, llama_with, make
 from tests.helpers.optimizers import all_equal, snapshot
+from tests.helpers.precision import switched
 from tests.helpers.recorded_graphs import RecordedGraphs
 from tests.helpers.small_models import llama
 
@@ -64,6 +65,9 @@ def deterministic() -> Callable[[], None]:
     return lambda: torch.use_deterministic_algorithms(False)
 
 
+TF32 = "backends.cuda.matmul.fp32_precision = 'tf32'"
+
+
 def nothing(*args: Any) -> None:
     pass
 
@@ -87,6 +91,7 @@ CHANGES: dict[str, Callable[[nn.Module, slk.StableLoRAAdamW], Callable[[], Any]]
     r"backend was 'triton' and is 'torch'": lambda m, o: enter(slk.use_backend("torch")),
     r"kernel was 'auto' and is 'split'": lambda m, o: enter(slk.use_kernel("split")),
     r"autotune was False and is True": lambda m, o: enter(slk.use_autotune(True)),
+    r"TensorFloat-32 in float32 products was False and is True": lambda m, o: enter(switched(TF32)),
     r"deterministic algorithms was False and is True": lambda m, o: deterministic(),
     r"global module hooks was False": lambda m, o: hook(nn.modules.module.register_module_forward_pre_hook(nothing)),
     r"optimizer's step hooks was [] and is [": lambda m, o: hook(o.register_step_pre_hook(nothing)),

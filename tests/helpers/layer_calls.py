@@ -19,12 +19,17 @@ FP64 = torch.float64
 SIZES = [1, 2, 3, 8, 16, 17, 24, 31, 40, 64]
 # Up to the rows below which the PyTorch path calls plain operators, and above a tile.
 ROWS = [0, 1, 2, 5, 17, 63, 64, 65, 130]
-LAYOUTS = ["contiguous", "transposed", "wider", "every second", "shifted", "expanded"]
+LAYOUTS = ["contiguous", "transposed", "wider", "every second", "shifted", "expanded", "negated"]
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "grad", "base_out")
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """``t`` with other strides, and NaN in the gaps. "expanded" repeats its first row, or element, with stride 0."""
+    """``t`` with other strides, and NaN in the gaps. "expanded" repeats its first row, or element, with stride 0.
+
+    "negated": a view whose memory holds the values times -1, as that of a conjugate's imaginary part does.
+    """
+    if layout == "negated":
+        return torch._neg_view(-t)
     if layout == "expanded":
         return t[:1].expand(t.shape) if t.dim() and t.shape[0] else t
     if layout == "contiguous":
@@ -143,8 +148,10 @@ def check_value(
     if broken:
         # Which of NaN and infinity comes out depends on the order of a sum.
         assert torch.equal(value.isfinite(), eager.isfinite()), f"{name} is finite elsewhere than eager's"
-    finite = ref.isfinite() & eager.isfinite() & value.isfinite()
-    assert broken or bool(finite.all()), f"{name} is not finite"
+    # Eager PyTorch isn't finite either where oneDNN's AMX instructions read the gaps between bfloat16 rows of odd length.
+    finite = ref.isfinite() & eager.isfinite()
+    assert broken or bool(value.isfinite()[finite].all()), f"{name} is not finite"
+    finite &= value.isfinite()
     if not finite.any():
         return
     error = (value.double() - ref)[finite].abs().max().item()

@@ -19,6 +19,7 @@ from tests.helpers.peft_models import (
     grads,
     make,
     make_base,
+    one_layer,
     peft,
 )
 from tests.helpers.processes import printed
@@ -297,3 +298,14 @@ def test_peft_is_imported_only_when_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(peft, "__version__", "0.15.2")
     with pytest.raises(ImportError, match=r"peft must be 0\.16 or newer, .* got 0\.15\.2: pip install .*\[peft\]"):
         slk.accelerate_peft(Model())
+
+
+def test_an_input_that_must_not_be_cast_is_pefts_own_error():
+    model, x = one_layer(torch.bfloat16)
+    slk.accelerate_peft(model)
+    model(x)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = False
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(x)

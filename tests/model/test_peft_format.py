@@ -155,3 +155,15 @@ def test_layers_made_by_hand_are_described(tmp_path):
     assert torch.equal(output(second), output(ours))
     theirs = peft.PeftModel.from_pretrained(make("torch"), tmp_path).eval()
     torch.testing.assert_close(output(theirs), output(ours))
+
+
+def test_a_config_without_alpha_means_pefts_default(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    model, other = Model(), Model()
+    apply_lora(model, LoRAConfig(r=2, target_modules=["q_proj"]))
+    save_adapter(model, tmp_path)
+    file = tmp_path / CONFIG_NAME
+    content = json.loads(file.read_text())
+    del content["lora_alpha"]
+    file.write_text(json.dumps(content))
+    assert {module.scaling for module in load_adapter(other, tmp_path).replaced} == {peft.LoraConfig().lora_alpha / 2}

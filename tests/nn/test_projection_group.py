@@ -492,3 +492,11 @@ def test_outputs_that_nobody_fetched_are_freed_before_the_next_are_computed():
     group.output(layers[0], torch.ones(2))
     group.output(layers[0], torch.ones(2))
     assert held == [False, False]
+
+
+def test_siblings_of_two_dropouts_keep_their_own(backend):
+    model, plain = theirs(True, 0.2)[0], theirs(False, 0.2)[0]
+    for name, module in (*model.named_modules(), *plain.named_modules()):
+        if name.endswith("k_proj.lora_dropout"):
+            module["default"].p = 0.6
+    assert_same(step(model), step(plain))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import stablelora_kernels as slk
 from stablelora_kernels import testing
-from stablelora_kernels.functional import lora_branch, lora_linear, lora_linear_group
+from stablelora_kernels.functional import LoRAWeights, lora_branch, lora_linear, lora_linear_group, lora_mlp
 from tests.helpers.inputs import DEVICE, FP16, FP32, SCALING, Inputs, make_branch_inputs, make_inputs
 from tests.helpers.oracle import leaves, run
 
@@ -90,6 +90,29 @@ def test_a_bias_of_any_stride(op, kernel, bias, backend):
     expected = testing.oracle(inputs, SCALING)["Y"]
     for y in found:
         torch.testing.assert_close(y.double(), expected[:, : y.shape[1]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.9999924, 1 - 2**-53])
+@pytest.mark.parametrize("rows", [5, 70])
+def test_dropout_may_be_close_to_one(rows, p, backend):
+    """On a CPU the mask has 16 bits an element, of which not all values may drop."""
+    torch.manual_seed(0)
+    given = leaves(make_inputs((rows, 24), 20, 6))
+    pair = given["lora_A"], given["lora_B"], SCALING, p
+    w, a, b = (torch.randn(size, device=DEVICE) for size in ((24, 24), (2, 24), (24, 2)))
+    square = LoRAWeights(w, None, a, b, SCALING)
+    y = lora_linear(lora_mlp(given["x"], square, square, square, "silu", p), given["weight"], given["bias"], *pair)
+    grads = torch.autograd.grad(y.sum(), [given[name] for name in ("x", "lora_A", "lora_B")])
+    assert all(t.isfinite().all() for t in (y, *grads))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_negated_views_mean_their_values(op, backend):
+    """Their memory holds them times -1, as in the imaginary part of a conjugate."""
+    inputs = make_inputs((70, 24), 20, 6)
+    found = results(op, {name: torch._neg_view(-t) for name, t in inputs.items()}, lambda y: y)
+    for one, other in zip(found, results(op, inputs, lambda y: y), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rows", [5, 70, 130])

@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 import stablelora_kernels as slk
 from stablelora_kernels import testing
 from tests.helpers.inputs import BF16, DEVICE, FP16, FP32
-from tests.helpers.mlps import ACTIVATIONS, MLP, assert_close, check
+from tests.helpers.mlps import ACTIVATIONS, MLP, assert_close, changed, check
 from tests.helpers.oracle import check_compiled
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -47,6 +48,21 @@ def test_any_strides(rows, p, change, kernel, backend):
     assert not any(t.is_contiguous() for t in (*mlp.tensors(), *mlp.weights, mlp.grad, mlp.biases[0]))
     with slk.use_kernel(kernel):
         check(mlp, mlp.run(p=p), p)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_saved_tensors_may_be_mutated_where_autograd_allows_it(activation, backend):
+    """A dispatch mode that knows no output but ``out``."""
+    mlp = small(activation=activation)
+    expected = mlp.run(p=0.3)
+    with allow_mutation_on_saved_tensors():
+        assert_close(mlp.run(p=0.3), expected, 0)
+
+
+@few_and_many_rows
+def test_negated_views_mean_their_values(rows, backend):
+    mlp = small(rows)
+    assert_close(changed(mlp, lambda name, t: torch._neg_view(-t)).run(), mlp.run(), 0)
 
 
 @few_and_many_rows

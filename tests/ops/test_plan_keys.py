@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,6 +22,7 @@ from stablelora_kernels.ops import plans
 from tests.helpers.autotuning import Timer, forget
 from tests.helpers.inputs import BF16, DEVICE, FP16, FP32, make_inputs
 from tests.helpers.launches import recorded_launches, without_plans
+from tests.helpers.precision import switched
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
@@ -74,14 +76,6 @@ def shifted(t: Tensor) -> Tensor:
 
 def transposed(t: Tensor) -> Tensor:
     return t.t().contiguous().t()
-
-
-@contextmanager
-def precision(name: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
@@ -143,11 +137,9 @@ PARTS = [
     Part("kernel", Call(), Call(within=lambda: slk.use_kernel("split")), _setting(1)),
     Part("autotune", Call(), Call(within=tuned), _setting(2)),
     Part("determinism", Call(within=tuned), Call(within=tuned_deterministically), lambda key: key[:-1]),
-    Part(
-        "precision",
-        Call(dtype=FP32, within=lambda: precision("highest")),
-        Call(dtype=FP32, within=lambda: precision("high")),
-        lambda key: [None if part in ("high", "highest") else part for part in key],
+    *(
+        Part(name, Call(dtype=FP32), Call(dtype=FP32, within=partial(switched, name)), _setting(3))
+        for name in ("set_float32_matmul_precision('high')", "backends.fp32_precision = 'tf32'")
     ),
 ]
 
@@ -250,7 +242,8 @@ def test_transformed_and_traced_calls_have_no_key() -> None:
 
 def test_settings_in_force_tell_settings_apart() -> None:
     seen = {settings.in_force()}
-    for block in (slk.use_backend("torch"), slk.use_kernel("split"), slk.use_autotune(True)):
+    precision = switched("backends.cuda.matmul.fp32_precision = 'tf32'")
+    for block in (slk.use_backend("torch"), slk.use_kernel("split"), slk.use_autotune(True), precision):
         with block:
             seen.add(settings.in_force())
-    assert len(seen) == 4
+    assert len(seen) == 5

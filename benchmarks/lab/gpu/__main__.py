@@ -1,12 +1,15 @@
-"""Measure this library on an NVIDIA GPU: its correctness, its speed against rivals, its launches and its waits.
+"""Try this library on an NVIDIA GPU, one step after another, then measure it against rivals.
 
-    python -m benchmarks.lab.gpu [--budget 520] [--only SECTION ...] [--out DIRECTORY]
+    python -m benchmarks.lab.gpu [--budget 1500] [--only SECTION ...] [--out DIRECTORY]
     python -m benchmarks.lab.gpu --dry-run
 
-The first section is ``pytest tests/gpu``. Sections share the time, the most important first. Each is a process of its own, so a
-crash or a hang loses only that section. Rows go to CSV files as they come; an interrupt keeps them, and the summary lists
-what was not reached. ``--dry-run`` executes the same code in Triton's interpreter on a CPU at tiny sizes: it writes nothing into
-the repository's results, and measures nothing. The exit status is 1 if a check failed, 130 after an interrupt.
+First compute-sanitizer watches the first tests. Then ``bringup`` runs tests by one worker, in an order in which each depends on
+those before it. A failure in either ends the run, with a verdict. Then come the other tests, by several workers, and times.
+
+Each section is a process of its own, so a crash or a hang loses only that section. Rows go to CSV files as they come; an
+interrupt keeps them, and the summary lists what was not reached. ``--dry-run`` executes the same code in Triton's interpreter on
+a CPU at tiny sizes: it writes nothing into the repository's results, and measures nothing. The exit status is 1 if a check
+failed, 130 after an interrupt.
 """
 
 from __future__ import annotations
@@ -24,20 +27,40 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from benchmarks.common.tables import RESULTS, read_csv
 from benchmarks.lab.gpu import report
-from benchmarks.lab.gpu.plots import draw
 from benchmarks.lab.gpu.report import Outcome
-from benchmarks.lab.gpu.sanity import sanity
-from benchmarks.lab.gpu.section import FAILED, NOTE_LENGTH, ROOT, Row
+from benchmarks.lab.gpu.section import BEGUN, FAILED, NOTE_LENGTH, ROOT, Row
 
-# The most important first: the order in which they run, and the share of the time of each. Regret times every kernel that can
-# do a call, the pair of launches, one launch and the vendor's product among them: what is most in doubt. Mlp
-# times a gated MLP, captured a training step.
+
+class Section(NamedTuple):
+    """A module of this package, and the part of it that runs."""
+
+    module: str
+    # Its share of the time.
+    seconds: float
+    part: str = ""
+    # Whether a failure ends the run: what follows would only repeat it, or hang.
+    ends: bool = False
+
+
+# In the order in which they run. Regret times what is most in doubt, and begins with chained launches against pairs.
 SECTIONS = {
-    "correctness": 0.25, "regret": 0.17, "mlp": 0.08, "captured": 0.06, "layer": 0.22, "step": 0.07, "profile": 0.15,
-}  # fmt: skip
+    "memcheck": Section("sanitizers", 150, "memcheck", ends=True),
+    "synccheck": Section("sanitizers", 70, "synccheck", ends=True),
+    "initcheck": Section("sanitizers", 70, "initcheck", ends=True),
+    "racecheck": Section("sanitizers", 110, "racecheck", ends=True),
+    "bringup": Section("correctness", 300, "bringup", ends=True),
+    "correctness": Section("correctness", 220),
+    "regret": Section("regret", 170),
+    "mlp": Section("mlp", 80),
+    "captured": Section("captured", 50),
+    "layer": Section("layer", 150),
+    "step": Section("step", 50),
+    "profile": Section("profile", 80),
+}
 # torch's import, the GPU's start and two short measurements.
 MACHINE_SECONDS = 60.0
 # A section begins no unit that would end late. One that still runs this long after its time hangs, or is far too slow.
@@ -45,9 +68,9 @@ GRACE = 20.0
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """Return the environment of our processes: without our own settings, and in a dry run without a GPU."""
+    """Return the environment of our processes: of our own settings the watchdog's alone, and in a dry run without a GPU."""
     ours = ("STABLELORA_", "SLK_", "TRITON_INTERPRET")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) or k == "SLK_GPU_WATCHDOG"}
     return kept | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else kept
 
 
@@ -72,9 +95,9 @@ def machine(dry: bool) -> Row:
 
 def deadlines(sections: Sequence[str], budget: float) -> dict[str, float]:
     """Return the seconds from the start by which each section ends: its share, and what earlier sections left over."""
-    total, passed, ends = sum(SECTIONS[name] for name in sections), 0.0, {}
+    total, passed, ends = sum(SECTIONS[name].seconds for name in sections), 0.0, {}
     for name in sections:
-        passed += SECTIONS[name]
+        passed += SECTIONS[name].seconds
         ends[name] = budget * passed / total
     return ends
 
@@ -95,7 +118,9 @@ def read(path: Path) -> list[Row]:
 def run_section(name: str, path: Path, seconds: float, dry: bool) -> str:
     """Run a section, which writes its rows to ``path``. Return why it ended, if by a crash or a hang, otherwise nothing."""
     until = f"{time.monotonic() + seconds:.3f}"
-    command = [sys.executable, "-m", f"benchmarks.lab.gpu.{name}", str(path.resolve()), "--until", until]
+    section = SECTIONS[name]
+    command = [sys.executable, "-m", f"benchmarks.lab.gpu.{section.module}", str(path.resolve()), "--until", until]
+    command += ["--part", section.part]
     with tempfile.TemporaryFile() as errors:
         # Progress goes to the terminal. The session is for killpg.
         process = subprocess.Popen(
@@ -115,6 +140,10 @@ def run_section(name: str, path: Path, seconds: float, dry: bool) -> str:
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - NOTE_LENGTH))
         last_words = errors.read().decode(errors="replace").strip()
     return f"the process ended: {problem}\n{last_words}" if problem else ""
+
+
+def failed(outcome: Outcome) -> bool:
+    return any(row.get("status") == FAILED for row in outcome.rows)
 
 
 def say(text: str) -> None:
@@ -140,8 +169,14 @@ def run(sections: Sequence[str], out: Path, budget: float, begun: float, dry: bo
                 problem = run_section(name, paths[name], seconds, dry)
             finally:
                 outcomes[name] = Outcome(read(paths[name]), time.monotonic() - start, problem)
+            for row in outcomes[name].rows:
+                if row.get("status") == BEGUN:
+                    row |= {"status": FAILED, "note": "it began and did not end: it hangs, or its process crashed"}
             if problem:
                 outcomes[name].rows.append({"what": "the section's process", "status": FAILED, "note": problem})
+            if SECTIONS[name].ends and failed(outcomes[name]):
+                say(f"{name} failed, so the run ends here. --only names sections to run in spite of it.")
+                break
     except KeyboardInterrupt:
         say("interrupted: the rows so far are kept")
         return outcomes, True
@@ -160,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m benchmarks.lab.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("--budget", type=float, default=520.0, help="seconds for all sections (default: %(default)g)")
+    found.add_argument("--budget", type=float, default=1500.0, help="seconds for all sections (default: %(default)g)")
     found.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="run only these sections")
     found.add_argument("--out", type=Path, help="where to write (default: benchmarks/results/<the GPU's name>)")
     found.add_argument("--commit", help="the commit that is measured, if this is not a git checkout")
@@ -193,9 +228,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not dry and found["gpu"] is None:
         say("torch finds no NVIDIA GPU here. --dry-run runs the same code in Triton's interpreter.")
         return 2
-    if not dry:
-        for line in sanity(found):
-            say(f"sanity: {line}")
     if options.commit:
         found["commit"] = options.commit
     sections = [name for name in SECTIONS if options.only is None or name in options.only]
@@ -207,17 +239,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN)
     summary = report.Summary(outcomes, found, dry, interrupted)
-    try:
-        plots = [path.name for path in draw(summary.rows, found, out, dry)]
-    except Exception as error:
-        # The figures matter more than their plots.
-        plots = [f"none: {type(error).__name__}: {error}"]
     command, seconds = "python -m benchmarks.lab.gpu " + " ".join(given), time.monotonic() - begun
-    (out / "summary.md").write_text(summary.page(command, seconds, plots), encoding="utf-8")
+    (out / "summary.md").write_text(summary.page(command, seconds), encoding="utf-8")
     print("\n".join([*summary.printed(), f"{summary.headline()} {seconds:.0f} s, files in {out}"]), flush=True)
     if interrupted:
         return 130
-    return int(any(row.get("status") == FAILED for outcome in outcomes.values() for row in outcome.rows))
+    return int(any(map(failed, outcomes.values())))
 
 
 if __name__ == "__main__":

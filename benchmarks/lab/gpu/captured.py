@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from benchmarks.common.optimizers import LR
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import WARMUP, Arms, Device
-from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_columns
+from benchmarks.lab.gpu.load import LOAD
+from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_arms
 from stablelora_kernels import GraphedStep, LoRALinear, StableLoRAAdamW
 
 COLUMNS = (
-    "rows", "width", "layers", "dropout", "arm", "status", "us", "q1_us", "q3_us", "samples", "host_us", "eager_over",
-    "note", "dry",
+    "rows", "width", "layers", "dropout", "arm", "status", "us", "q1_us", "q3_us", "samples", *LOAD, "host_us",
+    "eager_over", "note", "dry",
 )  # fmt: skip
 SECONDS = 0.4
 LAYERS, R = 4, 16
@@ -36,41 +37,27 @@ def make(device: Device, rows: int, width: int, p: float) -> tuple[nn.Module, St
     return model, optimizer, torch.randn(rows, width, device=device.device, dtype=torch.bfloat16)
 
 
-def eager_step(device: Device, rows: int, width: int, p: float) -> Callable[[], object]:
-    """A training step whose gradients are new tensors each time."""
+def trained(device: Device, rows: int, width: int, p: float, graphed: bool) -> Callable[[], object]:
+    """A training step, captured already if ``graphed``."""
     model, optimizer, x = make(device, rows, width, p)
-
-    def train() -> None:
-        optimizer.zero_grad()
-        loss_of(model, x).backward()
-        optimizer.step()
-
-    return train
-
-
-def captured_step(device: Device, rows: int, width: int, p: float) -> Callable[[], object]:
-    """The same step by GraphedStep, after its capture."""
-    model, optimizer, x = make(device, rows, width, p)
-    step = GraphedStep(model, optimizer, loss_of, num_warmup_iters=WARMUP, enabled=not device.dry)
-    for _ in range(WARMUP + 1):
+    step = GraphedStep(model, optimizer, loss_of, num_warmup_iters=WARMUP, enabled=graphed and not device.dry)
+    for _ in range(0 if device.dry else WARMUP + 1):
         step(x)
     return partial(step, x)
 
 
 def measure(device: Device, rows: int, width: int, p: float) -> Iterator[Row]:
-    arms: Arms = {"eager": eager_step(device, rows, width, p)}
+    arms: Arms = {"eager": trained(device, rows, width, p, graphed=False)}
     try:
-        arms["captured"] = captured_step(device, rows, width, p)
+        arms["captured"] = trained(device, rows, width, p, graphed=True)
     except Exception as error:
         yield {"arm": "captured", "status": FAILED, "note": note_of(error)}
-    samples = device.time(arms, SECONDS, queued=False)
-    columns = {name: time_columns(values) for name, values in samples.items()}
-    for name, times in columns.items():
-        host = time_columns(device.host_seconds(arms[name]))["us"]
-        yield {"arm": name, **times, "host_us": host, "eager_over": round(columns["eager"]["us"] / times["us"], 4)}
+    for name, row in time_arms(device, arms, SECONDS, queued=False).items():
+        yield {"arm": name, **row, "host_us": round(device.host_seconds(arms[name]) * 1e6, 3)}
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:
+    dropout = (0.1,) if device.dry else (0.0, 0.1)
     sizes = [(9, 48)] if device.dry else [(512, 4096), (64, 4096), (4096, 4096), (16, 4096)]
     return [
         Unit(
@@ -78,7 +65,7 @@ def units(device: Device, clock: Clock) -> list[Unit]:
             partial(measure, device, rows, width, p),
             4.0,
         )
-        for (rows, width), p in product(sizes, (0.0, 0.1))
+        for (rows, width), p in product(sizes, dropout)
     ]
 
 

@@ -8,19 +8,39 @@ prints, as JSON, what the machine is and what its GPU reaches.
 from __future__ import annotations
 
 import json
+import math
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.common.measure import environment, shuffled
+from benchmarks.lab.gpu.load import Load
 
 Arms = dict[str, Callable[[], Any]]
 # Untimed calls of each arm: kernels compile, libraries choose their algorithms, the allocator gets its blocks.
 WARMUP = 2
+# A graph of a short call holds so many calls that its own launch, of a few microseconds, is a small share; at most MOST_CALLS.
+GRAPH_SECONDS, MOST_CALLS = 1e-3, 20
+
+
+class Timing(NamedTuple):
+    """Seconds per call, a sample for each round, and the GPU's load meanwhile."""
+
+    seconds: list[float]
+    load: dict[str, Any]
+
+
+class Graph:
+    """A captured sequence of ``calls`` calls."""
+
+    def __init__(self, replay: Callable[[], Any], calls: int) -> None:
+        self._replay, self.calls = replay, calls
+
+    def __call__(self) -> None:
+        self._replay()
 
 
 class CudaDevice:
@@ -33,8 +53,9 @@ class CudaDevice:
         self.device = torch.device("cuda", index)
         self.stream = torch.cuda.Stream()
         torch.cuda.set_stream(self.stream)
-        cache = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0) or 2**26
-        self._flush = torch.empty(max(4 * cache, 2**27) // 4, dtype=torch.float32, device=self.device)
+        self._cache = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0) or 2**26
+        self._flush = torch.empty(max(4 * self._cache, 2**27) // 4, dtype=torch.float32, device=self.device)
+        self.load = Load(self.device)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -44,14 +65,17 @@ class CudaDevice:
         self._flush.zero_()
         self._flush.sum()
 
-    def time(
-        self, arms: Arms, seconds: float, *, queued: bool, least: int = 5, most: int = 40
-    ) -> dict[str, list[float]]:
-        """Return seconds per call on the device's clock, by arm. Flush L2 before each call, and shuffle the arms.
+    def rotation(self, bytes_each: int) -> int:
+        """Return how many sets of weights, used in turn, are larger than L2 twice over."""
+        return min(MOST_CALLS, math.ceil(2 * self._cache / bytes_each) + 1)
 
-        ``queued`` queues a call behind the flush, so that the device never waits for the host (for graphs). Otherwise each call
-        starts on an idle device, and includes any host time between launches that the device waits for. There are at least
-        ``least`` and at most ``most`` rounds, about as many as fit into ``seconds``.
+    def time(self, arms: Arms, seconds: float, *, queued: bool, least: int = 5, most: int = 40) -> dict[str, Timing]:
+        """Return seconds per call on the device's clock, by arm. Flush L2 before each sample, and shuffle the arms.
+
+        The time of a :class:`Graph` is divided by its calls. ``queued`` queues a sample behind the flush, so that the device
+        never waits for the host (for graphs). Otherwise each call starts on an idle device, and includes any host time between
+        launches that the device waits for. There are at least ``least`` and at most ``most`` rounds, about as many as fit into
+        ``seconds``.
         """
         names = list(arms)
         events = {name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in names}
@@ -72,13 +96,16 @@ class CudaDevice:
                 start.record()
                 arms[name]()
                 end.record()
+            # The GPU is still at work.
+            self.load.read()
             self.synchronize()
             for name, (start, end) in events.items():
-                samples[name].append(start.elapsed_time(end) * 1e-3)
-        return samples
+                samples[name].append(start.elapsed_time(end) * 1e-3 / getattr(arms[name], "calls", 1))
+        load = self.load.columns()
+        return {name: Timing(values, load) for name, values in samples.items()}
 
-    def host_seconds(self, run: Callable[[], Any], times: int = 20) -> list[float]:
-        """Return seconds until the call returns. The device is idle at its start, and nothing waits for it."""
+    def host_seconds(self, run: Callable[[], Any], times: int = 20) -> float:
+        """Return the median of the seconds until the call returns. The device is idle at its start, and nothing waits for it."""
         samples = []
         for _ in range(times):
             self.synchronize()
@@ -86,20 +113,27 @@ class CudaDevice:
             run()
             samples.append(time.perf_counter() - start)
         self.synchronize()
-        return samples
+        return statistics.median(samples)
 
-    def capture(self, run: Callable[[], Any], warmup: int = WARMUP) -> Callable[[], None]:
-        """Capture ``run`` in a CUDA graph, after ``warmup`` calls outside it, and return the replay.
+    def capture(self, runs: Sequence[Callable[[], Any]], most: int = MOST_CALLS) -> Graph:
+        """Capture calls of ``runs``, in turn, in one CUDA graph, after WARMUP calls of each outside it.
 
-        The tensors of ``run`` must have been made on the current stream.
+        ``runs`` do the same with other weights. Their tensors must have been made on the current stream.
         """
-        for _ in range(warmup):
-            run()
+        for run in runs:
+            for _ in range(WARMUP):
+                run()
         self.synchronize()
+        start = time.perf_counter()
+        runs[0]()
+        self.synchronize()
+        seconds = time.perf_counter() - start
+        calls = max(1, min(most, math.ceil(GRAPH_SECONDS / seconds)))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
-            run()
-        return graph.replay
+            for call in range(calls):
+                runs[call % len(runs)]()
+        return Graph(graph.replay, calls)
 
     def peak_bytes(self, run: Callable[[], Any]) -> int:
         """Return the most memory that ``run`` holds at once, beyond what was allocated before it."""
@@ -111,8 +145,8 @@ class CudaDevice:
         self.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def ceilings(self) -> dict[str, float]:
-        """Return what the GPU reaches: bytes a second of a copy, read and written, and operations a second in bf16."""
+    def ceilings(self) -> dict[str, Any]:
+        """Return what the GPU reaches: bytes a second of a copy, read and written, operations a second in bf16, and its load."""
         source = torch.empty(2**30, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         size = 8192
@@ -121,8 +155,12 @@ class CudaDevice:
         # Let the clocks rise first.
         self.time(arms, 0.5, queued=True, most=100)
         found = self.time(arms, 0.3, queued=True)
-        seconds = {name: statistics.median(values) for name, values in found.items()}
-        return {"copy_bytes": 2 * source.numel() / seconds["copy"], "bf16_flops": 2.0 * size**3 / seconds["product"]}
+        seconds = {name: statistics.median(timing.seconds) for name, timing in found.items()}
+        return {
+            "copy_bytes": 2 * source.numel() / seconds["copy"],
+            "bf16_flops": 2.0 * size**3 / seconds["product"],
+            **found["product"].load,
+        }
 
 
 class DryDevice:
@@ -137,42 +175,26 @@ class DryDevice:
     def flush(self) -> None:
         pass
 
-    def time(
-        self, arms: Arms, seconds: float, *, queued: bool, least: int = 5, most: int = 40
-    ) -> dict[str, list[float]]:
-        """Call each arm once, whatever the arguments say."""
-        return {name: self.host_seconds(arms[name]) for name in shuffled(list(arms), 0)}
+    def rotation(self, bytes_each: int) -> int:
+        return 2
 
-    def host_seconds(self, run: Callable[[], Any], times: int = 20) -> list[float]:
+    def time(self, arms: Arms, seconds: float, *, queued: bool, least: int = 5, most: int = 40) -> dict[str, Timing]:
+        """Call each arm once, whatever the arguments say."""
+        return {name: Timing([self.host_seconds(arms[name])], {}) for name in shuffled(list(arms), 0)}
+
+    def host_seconds(self, run: Callable[[], Any], times: int = 20) -> float:
         start = time.perf_counter()
         run()
-        return [time.perf_counter() - start]
+        return time.perf_counter() - start
 
-    def capture(self, run: Callable[[], Any], warmup: int = WARMUP) -> Callable[[], None]:
-        return run
+    def capture(self, runs: Sequence[Callable[[], Any]], most: int = MOST_CALLS) -> Graph:
+        return Graph(runs[-1], 1)
 
     def peak_bytes(self, run: Callable[[], Any]) -> None:
-        run()
+        pass
 
 
 Device = CudaDevice | DryDevice
-
-
-def ask(field: str) -> str:
-    """Return nvidia-smi's answer about the first GPU, without units."""
-    try:
-        command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"unknown ({error})"
-    return done.stdout.split("\n")[0].strip()
-
-
-def mhz(field: str) -> float | None:
-    try:
-        return float(ask(field))
-    except ValueError:
-        return None
 
 
 def machine() -> dict[str, Any]:
@@ -181,6 +203,7 @@ def machine() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return found | {"gpu": None}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    device = CudaDevice()
     found |= {
         "gpu": properties.name,
         "arch": f"sm_{properties.major}{properties.minor}",
@@ -188,10 +211,10 @@ def machine() -> dict[str, Any]:
         "memory": properties.total_memory,
         "l2": getattr(properties, "L2_cache_size", None),
         "cuda": torch.version.cuda,
-        "driver": ask("driver_version"),
+        "driver": device.load.driver(),
+        "max_sm_mhz": device.load.max_mhz(),
     }
-    # The clock just after the products, while it is still theirs.
-    return found | CudaDevice().ceilings() | {"clock_mhz": mhz("clocks.sm"), "max_clock_mhz": mhz("clocks.max.sm")}
+    return found | device.ceilings()
 
 
 if __name__ == "__main__":

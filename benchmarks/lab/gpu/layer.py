@@ -1,5 +1,8 @@
 """The layer's times against its rivals': forward, backward alone, and both, eager and in CUDA graphs, by shape.
 
+A graph holds many calls, by layers whose weights are larger than L2 together, and its time is divided by them. PEFT's layer is
+compiled once, so its calls have one set of weights, which stays in L2 if it fits.
+
 The arms are the suite's: the frozen layer, LoRA written by hand, PEFT's layer, and that layer compiled. All share the frozen
 weight, have equal A and B in bfloat16, and the same dropout probability. Backward alone repeats on one kept graph,
 with gradients of x, A and B (of x only for the frozen layer).
@@ -7,9 +10,8 @@ with gradients of x, A and B (of x only for the frozen layer).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -20,26 +22,25 @@ from benchmarks.lab.cost_model import predict
 from benchmarks.lab.cost_model.predict import BF16, Shape
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Arms, Device
-from benchmarks.lab.gpu.section import FAILED, SKIPPED, Clock, Row, Unit, note_of, time_columns
-from benchmarks.lab.traffic.floors import floor_frozen_backward, floor_frozen_forward, floor_lora
-from benchmarks.lab.traffic.formula import total
+from benchmarks.lab.gpu.load import LOAD
+from benchmarks.lab.gpu.section import SKIPPED, Clock, Row, Unit, capture_all, note_of, time_arms
 from benchmarks.suite.layers import peft_layer
 from stablelora_kernels.testing import layer_arms
 
 COLUMNS = (
-    "m", "n", "k", "r", "dropout", "mode", "direction", "arm", "status", "us", "q1_us", "q3_us", "samples", "over_frozen",
-    "eager_over", "gb_s", "tflop_s", "note", "dry",
+    "m", "n", "k", "r", "dropout", "mode", "direction", "arm", "status", "us", "q1_us", "q3_us", "samples", *LOAD,
+    "over_frozen", "eager_over", "note", "dry",
 )  # fmt: skip
 DIRECTIONS = ("forward", "backward", "both")
+RIVALS = ("frozen", "eager", "peft", "compiled")
 # "eager" starts on an idle device and includes the host's launches. "graph" is the device alone.
 MODES = ("graph", "eager")
 # All arms together take this long, and at least five rounds.
 SECONDS = 0.12
 # The targets name this size and rank. Only for these is PEFT's layer compiled.
 TARGET_SIZE, TARGET_R = (4096, 4096), 16
-COMPILED_M = (8192, 64, 2048, 4096)
-# The share of the section's time for compiling, and the estimate for the first compilation.
-COMPILE_SHARE, COMPILE_GUESS = 0.25, 12.0
+# A compilation takes about 12 seconds.
+COMPILED_M = (8192, 2048)
 
 
 def shapes(dry: bool) -> list[Shape]:
@@ -76,132 +77,97 @@ class Arm(NamedTuple):
 
 
 class Layers:
-    """x, an incoming gradient, the suite's arms for a shape, and why an arm is missing."""
+    """x, an incoming gradient, the suite's arms for a shape, and why an arm is missing. An arm has layers of equal sizes."""
 
     def __init__(self, s: Shape, device: Device, rivals: bool = True) -> None:
         make: dict[str, Any] = {"device": device.device, "dtype": BF16}
         self.x = torch.randn(s.m, s.k, **make).requires_grad_()
         self.grad = torch.randn(s.m, s.n, **make)
         self.missing: dict[str, str] = {}
-        frozen, eager, ours = layer_arms(s.k, s.n, s.r, s.p, BF16, device.device)
-        self.arms = {"ours": self._arm(ours)}
-        if not rivals:
-            return
-        self.arms |= {"frozen": self._arm(frozen), "eager": self._arm(eager)}
-        try:
-            self.arms["peft"] = self._arm(peft_layer(ours, s.p))
-        except Exception as error:
-            self.missing["peft"] = note_of(error)
+        self.arms: dict[str, list[Arm]] = {}
+        for _ in range(device.rotation(s.n * s.k * BF16.itemsize)):
+            frozen, eager, ours = layer_arms(s.k, s.n, s.r, s.p, BF16, device.device)
+            self._add("ours", ours)
+            if not rivals:
+                continue
+            self._add("frozen", frozen)
+            self._add("eager", eager)
+            try:
+                self._add("peft", peft_layer(ours, s.p))
+            except Exception as error:
+                self.missing["peft"] = note_of(error)
 
-    def _arm(self, layer: nn.Module) -> Arm:
-        return Arm(layer, (self.x, *(p for p in layer.parameters() if p.requires_grad)))
+    def _add(self, name: str, layer: nn.Module) -> None:
+        arm = Arm(layer, (self.x, *(p for p in layer.parameters() if p.requires_grad)))
+        self.arms.setdefault(name, []).append(arm)
 
-    def call(self, name: str, direction: str) -> Callable[[], Any]:
-        """Return the call that is timed."""
-        layer, wanted = self.arms[name]
+    def calls(self, name: str, direction: str) -> list[Callable[[], Any]]:
+        """Return the call that is timed, of each of the arm's layers."""
+        return [self._call(arm, direction) for arm in self.arms[name]]
+
+    def _call(self, arm: Arm, direction: str) -> Callable[[], Any]:
+        layer, wanted = arm
         if direction == "both":
             return lambda: torch.autograd.grad(layer(self.x), wanted, self.grad)
         if direction == "backward":
-            y = layer(self.x)
-            return lambda: torch.autograd.grad(y, wanted, self.grad, retain_graph=True)
+            # Not yet: a rival's forward may fail.
+            forward = cache(partial(layer, self.x))
+            return lambda: torch.autograd.grad(forward(), wanted, self.grad, retain_graph=True)
         # As in training, forward saves what backward needs.
         return lambda: layer(self.x).detach()
 
 
-class Compiler:
-    """Compiles PEFT's layer as long as its share of the time lasts."""
+def compiled(device: Device, s: Shape, layers: Layers) -> Arm:
+    """Compile PEFT's layer.
 
-    def __init__(self, device: Device, seconds: float) -> None:
-        self.dry, self.left, self.guess = device.dry, seconds, COMPILE_GUESS
+    Raises:
+        RuntimeError: it is not to be compiled, with the reason. The compiler may raise other errors.
+    """
+    if not device.dry and ((s.n, s.k), s.r, s.m in COMPILED_M) != (TARGET_SIZE, TARGET_R, True):
+        raise RuntimeError(f"compiled only for M in {COMPILED_M}, size {TARGET_SIZE} and r {TARGET_R}")
+    from torch._functorch import config
 
-    def arm(self, s: Shape, layers: Layers) -> Arm:
-        """Return the compiled arm.
-
-        Raises:
-            RuntimeError: it is not to be compiled, with the reason. The compiler may raise other errors.
-        """
-        if not self.dry and ((s.n, s.k), s.r) != (TARGET_SIZE, TARGET_R):
-            raise RuntimeError("compiled for the targets' shapes only")
-        if not self.dry and s.m not in COMPILED_M:
-            raise RuntimeError(f"compiled for M in {COMPILED_M} only")
-        if not self.dry and self.left < self.guess:
-            raise RuntimeError(f"compiling takes about {self.guess:.0f} s, {self.left:.0f} s are left for it")
-        from torch._functorch import config
-
-        if hasattr(config, "donated_buffer"):
-            # With donated buffers the compiled backward pass cannot run twice on one graph.
-            config.donated_buffer = False
-        torch.compiler.reset()
-        begun = time.perf_counter()
-        peft = layers.arms["peft"]
-        # A dry run stops at the tracer: there may be no C++ compiler.
-        layer = torch.compile(peft.layer, dynamic=False, backend="aot_eager" if self.dry else "inductor")
-        torch.autograd.grad(layer(layers.x), peft.wanted, layers.grad)
-        self.guess = time.perf_counter() - begun
-        self.left -= self.guess
-        return Arm(layer, peft.wanted)
+    if hasattr(config, "donated_buffer"):
+        # With donated buffers the compiled backward pass cannot run twice on one graph.
+        config.donated_buffer = False
+    torch.compiler.reset()
+    peft = layers.arms["peft"][0]
+    # A dry run stops at the tracer: there may be no C++ compiler.
+    layer = torch.compile(peft.layer, dynamic=False, backend="aot_eager" if device.dry else "inductor")
+    torch.autograd.grad(layer(layers.x), peft.wanted, layers.grad)
+    return Arm(layer, peft.wanted)
 
 
-def least(s: Shape, direction: str, lora: bool) -> tuple[float, float]:
-    """Return the fewest bytes and operations: each operand read once, each result written once, in 16 bits."""
-    sizes = s.m, s.n, s.k
-    if lora:
-        floors = floor_lora(*sizes, s.r, BF16, BF16, bias=False)
-    else:
-        floors = floor_frozen_forward(*sizes, BF16, bias=False), floor_frozen_backward(*sizes, BF16)
-    product, branch = 2.0 * s.m * s.n * s.k, 2.0 * s.m * s.r * (s.n + s.k) * lora
-    found = {
-        "forward": (floors[0].unique, product + branch),
-        "backward": (floors[1].unique, product + 2 * branch),
-        "both": (total(floors).unique, 2 * product + 3 * branch),
-    }
-    return found[direction]
-
-
-def measure(device: Device, s: Shape, compiler: Compiler, modes: tuple[str, ...]) -> Iterator[Row]:
+def measure(device: Device, s: Shape, modes: tuple[str, ...]) -> Iterator[Row]:
     layers = Layers(s, device)
     if "peft" in layers.arms:
         try:
-            layers.arms["compiled"] = compiler.arm(s, layers)
+            layers.arms["compiled"] = [compiled(device, s, layers)]
         except Exception as error:
             # A RuntimeError of ours is a short reason. Keep the traceback of anything else.
             layers.missing["compiled"] = str(error) if type(error) is RuntimeError else note_of(error)
     for name, why in layers.missing.items():
         yield {"mode": "all", "direction": "all", "arm": name, "status": SKIPPED, "note": why}
     for direction, mode in product(DIRECTIONS, modes):
-        timed: Arms = {}
-        for name in layers.arms:
-            try:
-                run = layers.call(name, direction)
-                timed[name] = device.capture(run) if mode == "graph" else run
-            except Exception as error:
-                # Only our own failure fails the check; a rival is left out.
-                status = FAILED if name == "ours" else SKIPPED
-                yield {"mode": mode, "direction": direction, "arm": name, "status": status, "note": note_of(error)}
-        samples = device.time(timed, SECONDS, queued=mode == "graph")
-        yield from rows(s, direction, mode, samples)
-
-
-def rows(s: Shape, direction: str, mode: str, samples: dict[str, list[float]]) -> Iterator[Row]:
-    columns = {name: time_columns(values) for name, values in samples.items()}
-    for name, times in columns.items():
-        seconds = times["us"] * 1e-6
-        moved, flops = least(s, direction, name != "frozen")
-        row: Row = {"mode": mode, "direction": direction, "arm": name, **times}
-        row |= {"gb_s": round(moved / seconds / 1e9, 1), "tflop_s": round(flops / seconds / 1e12, 2)}
-        if "frozen" in columns:
-            row["over_frozen"] = round(times["us"] / columns["frozen"]["us"], 4)
-        if "eager" in columns:
-            row["eager_over"] = round(columns["eager"]["us"] / times["us"], 4)
-        yield row
+        calls = {name: layers.calls(name, direction) for name in layers.arms}
+        arms: Arms = {name: runs[0] for name, runs in calls.items()}
+        key: Row = {"mode": mode, "direction": direction}
+        if mode == "graph":
+            # Only our own failure fails the check.
+            arms, failed = capture_all(device, calls, "arm", rivals=RIVALS)
+            yield from ({**key, **row} for row in failed)
+        columns = time_arms(device, arms, SECONDS, queued=mode == "graph")
+        for name, row in columns.items():
+            over = {"over_frozen": round(row["us"] / columns["frozen"]["us"], 4)} if "frozen" in columns else {}
+            yield {**key, "arm": name, **row, **over}
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:
-    compiler, found = Compiler(device, COMPILE_SHARE * clock.left()), []
+    found = []
     for s in shapes(device.dry):
         # Eager times at one rank are enough.
         modes = MODES if device.dry or s.r == TARGET_R else MODES[:1]
-        found.append(Unit(key_of(s), partial(measure, device, s, compiler, modes), 3.0))
+        found.append(Unit(key_of(s), partial(measure, device, s, modes), 3.0))
     return found
 
 

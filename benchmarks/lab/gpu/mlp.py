@@ -16,12 +16,14 @@ from torch import Tensor
 
 import stablelora_kernels as slk
 from benchmarks.lab.gpu import section
-from benchmarks.lab.gpu.device import Arms, Device
-from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_columns
+from benchmarks.lab.gpu.device import Device
+from benchmarks.lab.gpu.load import LOAD
+from benchmarks.lab.gpu.section import Clock, Row, Unit, capture_all, time_arms
 from stablelora_kernels.functional import LoRAWeights, lora_linear, lora_mlp
 
 COLUMNS = (
-    "m", "k", "f", "r", "dropout", "arm", "status", "us", "q1_us", "q3_us", "samples", "eager_over", "peak_bytes", "note", "dry",
+    "m", "k", "f", "r", "dropout", "arm", "status", "us", "q1_us", "q3_us", "samples", *LOAD, "eager_over",
+    "peak_bytes", "note", "dry",
 )  # fmt: skip
 SECONDS = 0.5
 FORCED = {"one op, in one kernel": "split", "one op, vendor's products": "vendor"}
@@ -80,24 +82,19 @@ def measure(device: Device, m: int, k: int, f: int, r: int, dropout: float) -> I
 
     runs = {name: both(call) for name, call in calls.items()}
     runs |= {name: both(calls["one op"], kernel) for name, kernel in FORCED.items()}
-    arms: Arms = {}
-    for name, run in runs.items():
-        try:
-            arms[name] = device.capture(run)
-        except Exception as error:
-            yield {"arm": name, "status": FAILED, "note": note_of(error)}
-    columns = {name: time_columns(values) for name, values in device.time(arms, SECONDS, queued=True).items()}
-    for name, times in columns.items():
-        row: Row = {"arm": name, **times, "peak_bytes": device.peak_bytes(runs[name])}
-        yield row | ({"eager_over": round(columns["eager"]["us"] / times["us"], 4)} if "eager" in columns else {})
+    arms, failed = capture_all(device, {name: [run] for name, run in runs.items()}, "arm")
+    yield from failed
+    for name, row in time_arms(device, arms, SECONDS, queued=True).items():
+        yield {"arm": name, **row, "peak_bytes": device.peak_bytes(runs[name])}
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:
     sizes = [(70, 48, 72)] if device.dry else [(m, 4096, 14336) for m in (8192, 2048, 16384, 512)]
+    dropout = (0.1,) if device.dry else (0.0, 0.1)
     ranks = (4,) if device.dry else (16, 64)
     return [
         Unit({"m": m, "k": k, "f": f, "r": r, "dropout": p}, partial(measure, device, m, k, f, r, p), 5.0)
-        for r, (m, k, f), p in product(ranks, sizes, (0.0, 0.1))
+        for r, (m, k, f), p in product(ranks, sizes, dropout)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Counts by the profiler and other tools: launches, synchronizations, peak memory, bytes from memory, bad accesses and races."""
+"""Counts by the profiler and by ncu: launches, synchronizations, bytes from memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.lab.cost_model.predict import BF16, Shape
 from benchmarks.lab.gpu import section, step, tools
 from benchmarks.lab.gpu.device import Device
 from benchmarks.lab.gpu.layer import TARGET_R, TARGET_SIZE, Layers
-from benchmarks.lab.gpu.section import FAILED, NO_GPU, OK, SKIPPED, Clock, Row, Unit
+from benchmarks.lab.gpu.section import FAILED, NO_GPU, OK, Clock, Row, Unit
 from stablelora_kernels.launch.base import launch_counts
 
 COLUMNS = ("check", "what", "subject", "status", "figure", "expected", "note", "dry")
@@ -80,80 +80,38 @@ def expect(what: str, figure: int, expected: int, note: str) -> Row:
     return {"what": what, "figure": figure, "expected": expected, "status": status, "note": note}
 
 
-def optimizer_of_target(device: Device) -> Any:
-    """Return our optimizer of the target's 448 tensors, all shrinking."""
-    pairs = step.pairs(step.target_set(device), device, latched=False)
-    return optimizers.build(optimizers.OURS, pairs, lr=optimizers.LR)
-
-
-def check_launches(device: Device, s: Shape, direction: str) -> Iterator[Row]:
-    """Compare the kernels that ran, and ``launch_counts``, with the launches that explain() lists."""
-    run = Layers(s, device, rivals=False).call("ours", direction)
-    run()
-    explained = slk.explain(s.m, s.n, s.k, s.r, BF16, s.p, lora_dtype=BF16, device=device.device)
-    launches = getattr(explained, direction)
-    own = sum(one.kernel != "vendor" for one in launches)
+def compare(device: Device, run: Callable[[], Any], launches: int, kernels: int) -> Iterator[Row]:
+    """Compare what a call of ``run`` launches, our own count and the profiler's, with what is expected, and its waits with 0."""
     before = launch_counts.copy()
     found = profiled(device, run)
-    made = sum((launch_counts - before).values())
-    yield expect("launch_counts", made, own, "Triton launches; expected: those that explain() lists")
-    # Forward with dropout also draws a seed.
-    expected = len(launches) + (1 if s.dropout and direction == "forward" else 0)
-    if device.dry:
-        yield {"what": "kernels", "expected": expected, **NO_GPU}
-        yield {"what": "syncs", "expected": 0, **NO_GPU}
-        return
-    kernels, copies, syncs = (found[kind] for kind in ("kernels", "copies", "syncs"))
-    yield expect("kernels", kernels.total(), expected, listed(kernels))
-    yield {"what": "copies", "figure": copies.total(), "note": listed(copies)}
-    yield expect("syncs", syncs.total(), 0, listed(syncs))
-
-
-def check_step(device: Device) -> Iterator[Row]:
-    """A step of the target's 448 tensors is one launch, without a copy or a wait."""
-    optimizer = optimizer_of_target(device)
-    for _ in range(2):
-        optimizer.step()
-    before = launch_counts.copy()
-    found = profiled(device, optimizer.step)
     made = launch_counts - before
-    yield expect("launch_counts", made.total(), 1, listed(made))
-    for kind, expected in (("kernels", 1), ("copies", 0), ("syncs", 0)):
+    yield expect("launch_counts", made.total(), launches, listed(made))
+    for kind, expected in (("kernels", kernels), ("syncs", 0)):
         if device.dry:
             yield {"what": kind, "expected": expected, **NO_GPU}
         else:
             yield expect(kind, found[kind].total(), expected, listed(found[kind]))
+    yield {"what": "copies", "figure": found["copies"].total(), "note": listed(found["copies"])}
 
 
-def without_waiting(device: Device, run: Callable[[], Any]) -> Row:
-    """Call ``run`` in a mode in which PyTorch raises where the host would wait for the device."""
+def check_launches(device: Device, s: Shape, direction: str) -> Iterator[Row]:
+    """A call launches what explain() lists."""
+    run = Layers(s, device, rivals=False).calls("ours", direction)[0]
     run()
-    device.synchronize()
-    if device.dry:
-        run()
-        return {"expected": 0, **NO_GPU}
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return {"figure": 0, "expected": 0, "note": "nothing waited for the device (torch.cuda.set_sync_debug_mode)"}
+    explained = slk.explain(s.m, s.n, s.k, s.r, BF16, s.p, lora_dtype=BF16, device=device.device)
+    launches = getattr(explained, direction)
+    # Forward with dropout also draws a seed.
+    seeds = 1 if s.dropout and direction == "forward" else 0
+    yield from compare(device, run, sum(one.kernel != "vendor" for one in launches), len(launches) + seeds)
 
 
-def check_waiting(device: Device, s: Shape) -> Iterator[Row]:
-    yield {"what": "layer", **without_waiting(device, Layers(s, device, rivals=False).call("ours", "both"))}
-    yield {"what": "step", **without_waiting(device, optimizer_of_target(device).step)}
-
-
-def check_memory(device: Device, s: Shape) -> Iterator[Row]:
-    """Return the most memory that each arm holds in forward and backward, beyond inputs and parameters."""
-    layers = Layers(s, device)
-    for name in layers.arms:
-        peak = device.peak_bytes(layers.call(name, "both"))
-        row = NO_GPU if peak is None else {"figure": round(peak / 2**20, 2), "note": "MiB, forward and backward"}
-        yield {"what": name, **row}
-    for name, why in layers.missing.items():
-        yield {"what": name, "status": SKIPPED, "note": why}
+def check_step(device: Device) -> Iterator[Row]:
+    """A step of the target's 448 tensors, all shrinking, is one launch."""
+    pairs = step.pairs(device, torch.float32, latched=False)
+    optimizer = optimizers.build(optimizers.OURS, pairs, lr=optimizers.LR)
+    for _ in range(2):
+        optimizer.step()
+    yield from compare(device, optimizer.step, 1, 1)
 
 
 def label(s: Shape) -> str:
@@ -176,13 +134,7 @@ def units(device: Device, clock: Clock) -> list[Unit]:
             for s, direction in product(shapes, ("forward", "backward"))
         ),
         unit("launches", "step of 448 tensors", partial(check_step, device), 3.0),
-        unit("waiting", label(large), partial(check_waiting, device, large), 3.0),
-        unit("memory", label(large), partial(check_memory, device, large), 2.0),
         unit("dram", label(large), partial(tools.check_dram, device, large, clock), 25.0),
-        *(
-            unit("sanitizer", tool, partial(tools.check_sanitizer, device, tool, clock), 20.0)
-            for tool in ("memcheck", "racecheck")
-        ),
     ]
 
 

@@ -1,4 +1,7 @@
-"""The dispatch tables' choices against the best kernel: each kernel that can do a call is forced, and timed in a CUDA graph."""
+"""The dispatch tables' choices against the best kernel: each kernel that can do a call is forced, and timed in CUDA graphs.
+
+Beside forwards, the parts that decide what may still be gained: the product alone by our kernel and by the vendor's, and S alone.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,24 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import torch
+
 import stablelora_kernels as slk
-from benchmarks.lab.cost_model.predict import Shape, call_of
+from benchmarks.lab.cost_model.predict import BF16, Shape, call_of
 from benchmarks.lab.gpu import section
-from benchmarks.lab.gpu.device import Arms, Device
+from benchmarks.lab.gpu.device import Device
 from benchmarks.lab.gpu.layer import SECONDS, Layers, key_of, priority, shapes
-from benchmarks.lab.gpu.section import FAILED, Clock, Row, Unit, note_of, time_columns
+from benchmarks.lab.gpu.load import LOAD
+from benchmarks.lab.gpu.report import PRODUCT, S_ALONE, VENDOR
+from benchmarks.lab.gpu.section import Calls, Clock, Row, Unit, capture_all, time_columns
 from stablelora_kernels.dispatch.problem import device_of
-from stablelora_kernels.dispatch.rules import choose, possible_kernels
+from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
+from stablelora_kernels.launch.lora_common import forward_product, shrink
+from stablelora_kernels.launch.lora_linear import product_launches
 
 COLUMNS = (
     "m", "n", "k", "r", "dropout", "direction", "kernel", "chosen", "fastest", "status", "us", "q1_us", "q3_us", "samples",
-    "regret", "note", "dry",
+    *LOAD, "regret", "note", "dry",
 )  # fmt: skip
 
 
@@ -30,21 +39,41 @@ def forced(kernel: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return with_kernel
 
 
+def parts(device: Device, s: Shape) -> Calls:
+    """Return the calls of a forward's parts, by name, each with as many weights as are larger than L2."""
+    own = device_of(device.device)
+    make: dict[str, Any] = {"device": device.device, "dtype": BF16}
+    x, y, store = (torch.randn(s.m, size, **make) for size in (s.k, s.n, s.r))
+    seed = torch.zeros(1, dtype=torch.int64, device=device.device)
+    found: Calls = {PRODUCT: [], VENDOR: [], S_ALONE: []}
+    for _ in range(device.rotation(s.n * s.k * BF16.itemsize)):
+        w, a, b = (torch.randn(*size, **make) for size in ((s.n, s.k), (s.r, s.k), (s.n, s.r)))
+        bare = forward_product(x, w, None, a[:0], b[:, :0], None, y, None, 1.0, 0.0)
+        branch = forward_product(x, w, None, a, b, store, y, seed, 1.0, s.p)
+        for name, kernel in ((PRODUCT, "split"), (VENDOR, "vendor")):
+            (launch,) = product_launches(own, bare, Choice(kernel, "asked for"))
+            found[name].append(partial(launch.run, device.device))
+        found[S_ALONE].append(partial(shrink(own, branch).run, device.device))
+    return found
+
+
 def measure(device: Device, s: Shape, direction: str) -> Iterator[Row]:
-    run = Layers(s, device, rivals=False).call("ours", direction)
+    runs = Layers(s, device, rivals=False).calls("ours", direction)
     call = call_of(s, direction)
     chosen = choose(device_of(device.device), call, "auto").kernel
-    arms: Arms = {}
-    for kernel in possible_kernels(call):
-        try:
-            arms[kernel] = device.capture(forced(kernel, run))
-        except Exception as error:
-            yield {"kernel": kernel, "chosen": chosen, "status": FAILED, "note": note_of(error)}
-    columns = {name: time_columns(values) for name, values in device.time(arms, SECONDS, queued=True).items()}
-    fastest = min(columns, key=lambda name: columns[name]["us"])
-    for kernel, times in columns.items():
-        ratio = round(times["us"] / columns[fastest]["us"] - 1, 4)
-        yield {"kernel": kernel, "chosen": chosen, "fastest": fastest, **times, "regret": ratio}
+    calls = {kernel: [forced(kernel, run) for run in runs] for kernel in possible_kernels(call)}
+    kernels = list(calls)
+    if direction == "forward":
+        calls |= parts(device, s)
+    arms, failed = capture_all(device, calls, "kernel")
+    yield from ({**row, "chosen": chosen} for row in failed)
+    columns = {name: time_columns(timing) for name, timing in device.time(arms, SECONDS, queued=True).items()}
+    fastest = min((name for name in kernels if name in columns), key=lambda name: columns[name]["us"])
+    for name, times in columns.items():
+        row: Row = {"kernel": name, "chosen": chosen, "fastest": fastest, **times}
+        if name in kernels:
+            row["regret"] = round(times["us"] / columns[fastest]["us"] - 1, 4)
+        yield row
 
 
 # What the cost model cannot decide: one launch, two or the vendor's product for many rows; S beside a product of few rows at

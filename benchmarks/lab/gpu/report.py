@@ -1,20 +1,24 @@
-"""The end of ``benchmarks.lab.gpu``: verdicts on the targets, the shapes where we lose, and summary.md."""
+"""The end of ``benchmarks.lab.gpu``: how far the first kernels came, verdicts on the targets, and summary.md."""
 
 from __future__ import annotations
 
 import operator
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from benchmarks.common.tables import aligned
+from benchmarks.lab.gpu.correctness import STAGES
 from benchmarks.lab.gpu.section import DRY, FAILED, NOT_REACHED, OK, SKIPPED, Row
 
 MET, MISSED, UNKNOWN = "met", "missed", "not measured"
 Verdict = tuple[str, str, str]
-# Lines of a list that are printed. summary.md has all of them.
-PRINTED = 8
+# The parts of a forward that ``regret`` times beside its kernels.
+PRODUCT, VENDOR, S_ALONE = "our product alone", "vendor's product alone", "S alone"
+# Lines of a list that are printed, but of those printed whole. summary.md has all of them.
+PRINTED, WHOLE = 8, ("Targets", "The first kernels")
 TARGET = {"n": 4096, "k": 4096, "r": 16}
 FEW, MANY = (1, 16, 64), (2048, 4096, 8192)
 
@@ -112,6 +116,57 @@ def regrets(rows: Sequence[Row]) -> dict[str, tuple[int, float, float]]:
     return found
 
 
+def products(rows: Sequence[Row]) -> list[str]:
+    """Return our product's time over the vendor's, and S's, by shape: the parts of a forward."""
+    shape = ("m", "n", "k", "r", "dropout")
+    groups: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in pick(rows, direction="forward"):
+        groups.setdefault(tuple(row[key] for key in shape), {})[row["kernel"]] = row["us"]
+    return [
+        f"- M {m} N {n} K {k}: our product alone takes {us[PRODUCT] / us[VENDOR]:.3f} of the vendor's time, {us[VENDOR]:.1f} us; "
+        f"S alone, r {r}, dropout {p:g}: {us[S_ALONE]:.1f} us"
+        for (m, n, k, r, p), us in groups.items()
+        if {PRODUCT, VENDOR, S_ALONE} <= us.keys()
+    ]
+
+
+def stages(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each stage of the first tests, up to the first that failed, and a verdict."""
+    lines = []
+    for stage in STAGES:
+        own = [row for row in rows if row.get("stage") == stage]
+        failed = [f"{row['check']}[{row.get('case', '')}]" for row in own if row["status"] == FAILED]
+        if failed:
+            return [*lines, f"- {stage}: FAILED, {', '.join(failed)}", f"- The bring-up stops here: {stage}."]
+        if not any(row["status"] in (OK, SKIPPED) for row in own):
+            return [*lines, f"- {stage}: {NOT_REACHED}. The bring-up is not complete."]
+        passed = sum(row["status"] == OK for row in own)
+        lines.append(f"- {stage}: {f'{passed} passed' if passed else 'skipped'}")
+    return [*lines, "- Every stage passed or does not apply to this machine."]
+
+
+def loads(rows: dict[str, list[Row]]) -> list[str]:
+    """Return the range of clocks, and how many timed rows have each reason for a lower one."""
+    timed = [row for each in rows.values() for row in each if "sm_mhz" in row]
+    if not timed:
+        return ["- unknown"]
+    clocks = [row["sm_mhz"] for row in timed]
+    reasons = Counter(str(row["throttle"]) for row in timed if "throttle" in row)
+    return [
+        f"- {min(clocks)} to {max(clocks)} MHz in {len(timed)} rows",
+        *(f"- {count} rows: {reason}" for reason, count in reasons.most_common()),
+    ]
+
+
+def faster(rows: Sequence[Row], columns: Sequence[str], baseline: str) -> list[str]:
+    """Return how much faster than ``baseline`` each other arm is; ``columns`` name the call."""
+    return [
+        f"- {', '.join(f'{column} {row[column]}' for column in columns)}: {row['arm']} {row['eager_over']:.2f} times as fast"
+        for row in rows
+        if row.get("arm") not in (None, baseline) and "eager_over" in row
+    ]
+
+
 def status_table(outcomes: dict[str, Outcome]) -> list[str]:
     cells = [["section", "rows", "failed", "skipped", "not reached", "seconds", ""]]
     for name, (rows, seconds, problem) in outcomes.items():
@@ -144,31 +199,31 @@ class Summary:
 
     def __init__(self, outcomes: dict[str, Outcome], machine: Row, dry: bool, interrupted: bool) -> None:
         self.machine, self.dry, self.interrupted = machine, dry, interrupted
-        self.rows = {name: outcome.rows for name, outcome in outcomes.items()}
         self.status = status_table(outcomes)
-        self.failed = [f"- {line}" for line in failures(outcomes)]
-        self.lost = [f"- {ratio:.2f}x: {words}" for ratio, words in losses(self.rows.get("layer", []))]
-        self.regret = [
+        rows = {name: outcome.rows for name, outcome in outcomes.items()}
+        lost = [f"- {ratio:.2f}x: {words}" for ratio, words in losses(rows.get("layer", []))]
+        regret = [
             f"- {name}: {count} calls, mean {mean:.1%}, worst {worst:.1%}"
-            for name, (count, mean, worst) in regrets(self.rows.get("regret", [])).items()
-        ] or ["- not measured"]
-        self.captured = [
-            f"- {row['rows']} rows, dropout {row['dropout']}: {row['eager_over']:.2f} times as fast as eager"
-            for row in self.rows.get("captured", [])
-            if row.get("arm") == "captured" and "eager_over" in row
-        ] or ["- not measured"]
-        self.mlp = [
-            f"- {row['m']} rows, r {row['r']}, dropout {row['dropout']}: "
-            f"{row['arm']} {row['eager_over']:.2f} times as fast as eager"
-            for row in self.rows.get("mlp", [])
-            if row.get("arm") not in (None, "eager") and "eager_over" in row
-        ] or ["- not measured"]
-        # A dry run's tiny shapes are not the targets', but its counts and names could be mistaken for figures.
-        self.verdicts = [
-            f"- {UNKNOWN} (dry): {words}" if dry else f"- {result}: {words}{': ' + figures if figures else ''}"
-            for words, result, figures in targets(self.rows)
+            for name, (count, mean, worst) in regrets(rows.get("regret", [])).items()
         ]
-        self.dry_note = ", of a dry run: it means nothing" if dry else ""
+        # A dry run's tiny shapes are not the targets', but its counts and names could be mistaken for figures.
+        verdicts = [
+            f"- {UNKNOWN} (dry): {words}" if dry else f"- {result}: {words}{': ' + figures if figures else ''}"
+            for words, result, figures in targets(rows)
+        ]
+        note = ", of a dry run: it means nothing" if dry else ""
+        # The most important first.
+        self.parts: list[tuple[str, list[str]]] = [
+            ("Targets", verdicts),
+            ("The first kernels", stages(rows.get("bringup", []))),
+            ("Failed", [f"- {line}" for line in failures(outcomes)] or ["- nothing"]),
+            (f"The product alone, and S alone{note}", products(rows.get("regret", []))),
+            (f"The tables' choice against the best kernel (regret){note}", regret),
+            (f"A gated MLP against eager{note}", faster(rows.get("mlp", []), ("m", "r", "dropout"), "eager")),
+            (f"A training step against eager{note}", faster(rows.get("captured", []), ("rows", "dropout"), "eager")),
+            (f"Where we lose ({len(lost)} timings){note}", lost or ["- none among the measured"]),
+            ("Clock", loads(rows)),
+        ]
 
     def headline(self) -> str:
         first = f"Measured on {self.machine.get('gpu')}."
@@ -176,40 +231,27 @@ class Summary:
             first = "DRY RUN in Triton's interpreter on a CPU: NOTHING HERE IS A MEASUREMENT."
         return first + (" INTERRUPTED: what was not reached is missing." if self.interrupted else "")
 
-    def page(self, command: str, seconds: float, plots: list[str]) -> str:
+    def page(self, command: str, seconds: float) -> str:
         """Return the text of summary.md."""
         facts = [
             f"- {key}: {value:.4g}" if isinstance(value, float) else f"- {key}: {value}"
             for key, value in self.machine.items()
         ]
-        parts: list[tuple[str, list[str]]] = [
-            ("Targets", self.verdicts),
+        parts = [
+            *self.parts,
             ("Sections", ["```", *self.status, "```"]),
-            ("Failed", self.failed or ["- nothing"]),
-            (f"Where we lose ({len(self.lost)} timings){self.dry_note}", self.lost or ["- none among the measured"]),
-            (f"The tables' choice against the best kernel (regret){self.dry_note}", self.regret),
-            (f"A gated MLP{self.dry_note}", self.mlp),
-            (f"A training step in a CUDA graph{self.dry_note}", self.captured),
             ("Predictions", ["`python -m benchmarks.lab.cost_model` compares its predictions with layer.csv."]),
             ("Machine", facts),
-            ("Command", [f"`{command}`", "", f"{seconds:.0f} s. Plots: {', '.join(plots) or 'none'}."]),
+            ("Command", [f"`{command}`", "", f"{seconds:.0f} s."]),
         ]
-        body = [line for head, lines in parts for line in (f"## {head}", "", *lines, "")]
+        body = [line for head, lines in parts for line in (f"## {head}", "", *(lines or ["- not measured"]), "")]
         return "\n".join([f"# {self.headline()}", "", *body])
 
     def printed(self) -> list[str]:
-        """Return the lines for the terminal, the most important last."""
-
-        def short(lines: list[str]) -> list[str]:
-            more = len(lines) - PRINTED
-            return lines[:PRINTED] + ([f"  and {more} more in summary.md"] if more > 0 else [])
-
-        return [
-            f"Where we lose ({len(self.lost)} timings){self.dry_note}:", *short(self.lost or ["- none among the measured"]),
-            f"Regret of the tables' choice{self.dry_note}:", *self.regret,
-            f"A gated MLP{self.dry_note}:", *short(self.mlp),
-            f"A training step in a CUDA graph{self.dry_note}:", *self.captured,
-            f"Failed ({len(self.failed)}):", *short(self.failed or ["- nothing"]),
-            *self.status,
-            "Targets:", *self.verdicts,
-        ]  # fmt: skip
+        """Return the lines for the terminal, the most important last, of each part the first."""
+        lines = [*self.status]
+        for head, part in reversed(self.parts):
+            limit = len(part) if head in WHOLE else PRINTED
+            more = [f"  and {len(part) - limit} more in summary.md"] if len(part) > limit else []
+            lines += [f"{head}:", *(part[:limit] or ["- not measured"]), *more]
+        return lines

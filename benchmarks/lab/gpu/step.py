@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks.common import optimizers
 from benchmarks.common.optimizers import LR
 from benchmarks.lab.gpu import section
-from benchmarks.lab.gpu.device import Arms, Device
-from benchmarks.lab.gpu.section import FAILED, SKIPPED, Clock, Row, Unit, note_of, time_columns
-from benchmarks.lab.traffic.floors import floor_optimizer
+from benchmarks.lab.gpu.device import Device
+from benchmarks.lab.gpu.load import LOAD
+from benchmarks.lab.gpu.section import Clock, Row, Unit, capture_all, time_columns
 from stablelora_kernels import LoRAPair
 
 COLUMNS = (
-    "set", "tensors", "dtype", "state", "arm", "status", "device_us", "q1_us", "q3_us", "samples", "host_us",
-    "ours_over", "gb_s", "note", "dry",
+    "set", "tensors", "dtype", "state", "arm", "status", "device_us", "q1_us", "q3_us", "samples", *LOAD,
+    "host_us", "ours_over", "note", "dry",
 )  # fmt: skip
 ARMS = {
     "naive": optimizers.NAIVE_FOREACH,
@@ -31,100 +30,66 @@ ARMS = {
 SECONDS = 0.25
 # (out, in) of the seven linear layers in one of an 8B model's 32 blocks: 448 tensors, 41.9M parameters at r 16.
 BLOCK = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
-TARGET_SET = "8B model"
+# How many blocks, the rank, and what the sizes are divided by; and those of a dry run.
+MODEL, DRY_MODEL = (32, 16, 1), (1, 2, 64)
 
 
-class Set(NamedTuple):
-    """The optimizer's tensors. A width of 0 means the 8B model's layers."""
+def pairs(device: Device, dtype: torch.dtype, latched: bool) -> list[LoRAPair]:
+    """Draw an 8B model's pairs and gradients on the device. B is zero, or so large that all pairs latch at the first step."""
+    blocks, r, scale = DRY_MODEL if device.dry else MODEL
+    generator = torch.Generator(device=device.device).manual_seed(0)
 
-    name: str
-    tensors: int
-    r: int
-    width: int
-    dtype: torch.dtype
+    def normal(rows: int, columns: int, std: float) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator, device=device.device) * std).to(dtype)
 
-
-def sets(dry: bool) -> list[Set]:
-    if dry:
-        return [Set("uniform", 4, 4, 64, torch.float32), Set(TARGET_SET, 14, 2, 0, torch.float32)]
-    fp32, bf16 = torch.float32, torch.bfloat16
-    model = [Set(TARGET_SET, 448, 16, 0, fp32), Set(TARGET_SET, 448, 16, 0, bf16)]
-    return model[:1] + [Set("uniform", n, 16, 4096, d) for d, n in product((fp32, bf16), (64, 224, 448))] + model[1:]
-
-
-def target_set(device: Device) -> Set:
-    return next(of for of in sets(device.dry) if of.name == TARGET_SET)
+    found = []
+    for i, (n, k) in enumerate((n // scale, k // scale) for n, k in BLOCK * blocks):
+        a = normal(r, k, k**-0.5).requires_grad_()
+        b = torch.full((n, r), 1.0 if latched else 0.0, device=device.device, dtype=dtype).requires_grad_()
+        a.grad, b.grad = normal(r, k, 1e-3), normal(n, r, 1e-3)
+        found.append(LoRAPair(f"layer{i}", a, b))
+    return found
 
 
-def pairs(of: Set, device: Device, latched: bool) -> list[LoRAPair]:
-    """Return pairs with gradients. B is zero, or so large that all pairs latch at the first step."""
-    scale = 64 if device.dry else 1
-    block = [(of.width, of.width)] if of.width else [(n // scale, k // scale) for n, k in BLOCK]
-    sizes = block * (of.tensors // 2 // len(block))
-    assert len(sizes) * 2 == of.tensors
-    return [make_pair(f"layer{i}", of.r, n, k, device, of.dtype, latched, i) for i, (n, k) in enumerate(sizes)]
-
-
-def make_pair(
-    name: str, r: int, n: int, k: int, device: Device, dtype: torch.dtype, latched: bool, seed: int
-) -> LoRAPair:
-    """Draw a pair on the device: the host would take seconds for an 8B model's."""
-    generator = torch.Generator(device=device.device).manual_seed(seed)
-    drawn, grad_a, grad_b = (
-        torch.randn(size, generator=generator, device=device.device) for size in ((r, k), (r, k), (n, r))
-    )
-    a = (drawn / k**0.5).to(dtype).requires_grad_()
-    b = torch.full((n, r), 1.0 if latched else 0.0, device=device.device, dtype=dtype).requires_grad_()
-    a.grad, b.grad = (grad_a * 1e-3).to(dtype), (grad_b * 1e-3).to(dtype)
-    return LoRAPair(name, a, b)
-
-
-def measure(device: Device, of: Set, latched: bool) -> Iterator[Row]:
+def measure(device: Device, dtype: torch.dtype, latched: bool) -> Iterator[Row]:
     def fresh() -> list[LoRAPair]:
         """Each arm has its own parameters, gradients and moments."""
-        return pairs(of, device, latched)
+        return pairs(device, dtype, latched)
 
     built = {arm: optimizers.build(name, fresh(), lr=LR) for arm, name in ARMS.items()}
     ours, steps = built["ours"], {arm: optimizer.step for arm, optimizer in built.items()}
-    begun = time.perf_counter()
     # In its first step ours measures each pair's norms. The others create their moments.
     for step in steps.values():
         step()
     device.synchronize()
-    first = time.perf_counter() - begun
-    host = {name: time_columns(device.host_seconds(step))["us"] for name, step in steps.items()}
-    samples = device.time(steps, SECONDS, queued=False)
+    host = {name: round(device.host_seconds(step) * 1e6, 3) for name, step in steps.items()}
+    timings = device.time(steps, SECONDS, queued=False)
     if {pair.stable for pair in ours.stability()} != {latched}:
         raise RuntimeError(f"every pair should stay {'latched' if latched else 'shrinking'} during the measurement")
-    # Capture last: this is the same optimizer, without the host's part.
+    # Capture last: this is the same optimizer, without the host's part. One step a graph: a second would upload its tables again.
     capturable = optimizers.build(optimizers.ADAMW_FUSED, fresh(), lr=LR, capturable=not device.dry)
-    graphs: Arms = {}
-    for name, step, status in (("ours", ours.step, FAILED), ("fused", capturable.step, SKIPPED)):
-        try:
-            graphs[f"{name}, graph"] = device.capture(step)
-        except Exception as error:
-            yield {"arm": f"{name}, graph", "status": status, "note": note_of(error)}
-    samples |= device.time(graphs, SECONDS, queued=True)
-    halves = [half for group in ours.param_groups for half in group["params"]]
-    floor = floor_optimizer([p.numel() for p in halves], [p.element_size() for p in halves]).unique
-    columns = {name: time_columns(values, "device_us") for name, values in samples.items()}
+    graphs, failed = capture_all(
+        device, {"ours, graph": [ours.step], "fused, graph": [capturable.step]}, "arm", ("fused, graph",), most=1
+    )
+    yield from failed
+    timings |= device.time(graphs, SECONDS, queued=True)
+    columns = {name: time_columns(timing, "device_us") for name, timing in timings.items()}
     for name, times in columns.items():
         baseline = columns["ours, graph" if name.endswith("graph") and "ours, graph" in columns else "ours"]
         row: Row = {"arm": name, **times, "ours_over": round(baseline["device_us"] / times["device_us"], 4)}
         if name in host:
             row["host_us"] = host[name]
-        if name.startswith("ours"):
-            row["gb_s"] = round(floor / times["device_us"] / 1e3, 1)
-            row["note"] = f"floor {floor / 1e6:.1f} MB; first steps of all arms {first:.2f} s"
         yield row
 
 
 def units(device: Device, clock: Clock) -> list[Unit]:
+    tensors = 2 * len(BLOCK) * (DRY_MODEL if device.dry else MODEL)[0]
+    dtypes = (torch.float32,) if device.dry else (torch.float32, torch.bfloat16)
     found = []
-    for of, latched in product(sets(device.dry), (False, True)):
-        key: Row = {"set": of.name, "tensors": of.tensors, "dtype": str(of.dtype).removeprefix("torch.")}
+    for dtype, latched in product(dtypes, (False, True)):
+        key: Row = {"set": "8B model", "tensors": tensors, "dtype": str(dtype).removeprefix("torch.")}
         key["state"] = "latched" if latched else "shrinking"
-        found.append(Unit(key, partial(measure, device, of, latched), 4.0))
+        found.append(Unit(key, partial(measure, device, dtype, latched), 4.0))
     return found
 
 

@@ -1,7 +1,7 @@
-"""NVIDIA's tools that watch a program: ``ncu`` for bytes from memory, ``compute-sanitizer`` for bad accesses and races.
+"""NVIDIA's tools that watch a program: ``ncu`` counts bytes from memory, ``compute-sanitizer`` finds bad accesses and races.
 
-They run ``python -m benchmarks.lab.gpu.tools dram|small`` with a time limit. If a tool is missing or may not read the counters,
-a row says so.
+They run with a time limit. If a tool is missing or may not read the counters, a row says so. This module is the program that ncu
+watches, ``python -m benchmarks.lab.gpu.tools``.
 """
 
 from __future__ import annotations
@@ -9,26 +9,20 @@ from __future__ import annotations
 import csv
 import glob
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 import stablelora_kernels as slk
-from benchmarks.common import optimizers
 from benchmarks.lab.cost_model.predict import Shape
-from benchmarks.lab.gpu import step
 from benchmarks.lab.gpu.device import CudaDevice, Device
 from benchmarks.lab.gpu.layer import TARGET_R, TARGET_SIZE, Layers
-from benchmarks.lab.gpu.section import FAILED, NO_GPU, NOTE_LENGTH, OK, ROOT, SKIPPED, Clock, Row
-from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.testing import make_inputs
+from benchmarks.lab.gpu.section import NO_GPU, NOTE_LENGTH, ROOT, SKIPPED, Clock, Row
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 # CUDA's installers put the tools here.
@@ -43,14 +37,6 @@ MOST, SPARE = 110.0, 3.0
 ARMS = ("frozen", "eager", "ours")
 # A kernel with this name, which nothing else here launches, precedes each arm's kernels.
 MARKER = "erfinv"
-FINISHED = "the small run has finished"
-SUMMARY = {
-    "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),
-    "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazard"),
-}
-
-
-# The programs that the tools watch.
 
 
 def run_arms(device: Device, s: Shape) -> None:
@@ -58,8 +44,8 @@ def run_arms(device: Device, s: Shape) -> None:
     layers = Layers(s, device)
     marker = torch.zeros(1, device=device.device)
     for name in ARMS:
-        run = layers.call(name, "both")
-        for _ in range(2):
+        run = layers.calls(name, "both")[0]
+        for _ in range(0 if device.dry else 2):
             run()
         device.flush()
         device.synchronize()
@@ -72,34 +58,9 @@ def run_arms(device: Device, s: Shape) -> None:
             torch.cuda.profiler.stop()
 
 
-def run_small(device: Device) -> None:
-    """Run every kernel once or twice on small ragged and aligned shapes, and steps of the optimizer."""
-    shapes = ((9, 40, 24, 8),) if device.dry else ((9, 264, 200, 16), (131, 71, 67, 20), (260, 264, 520, 16))
-    kernels = ("auto",) if device.dry else ("auto", "chained", "split", "vendor")
-    for (m, n, k, r), p, kernel in product(shapes, (0.0, 0.1), kernels):
-        made = make_inputs((m, k), n, r, dtype=torch.bfloat16, lora_dtype=torch.float32, device=device.device)
-        x, a, b = (made[name].requires_grad_() for name in ("x", "lora_A", "lora_B"))
-        with slk.use_kernel(kernel):
-            y = lora_linear(x, made["weight"], made["bias"], a, b, 2.0, p)
-            torch.autograd.grad(y, (x, a, b), made["grad"])
-    pairs = step.pairs(step.Set("uniform", 4, 4, 64 if device.dry else 2048, torch.float32), device, latched=False)
-    optimizer = optimizers.build(optimizers.OURS, pairs, lr=optimizers.LR)
-    for _ in range(2):
-        optimizer.step()
-    device.synchronize()
-
-
 def main() -> None:
-    device = CudaDevice()
     with slk.use_backend("triton"):
-        if sys.argv[1] == "dram":
-            run_arms(device, Shape(8192, *TARGET_SIZE, TARGET_R, True))
-        else:
-            run_small(device)
-    print(FINISHED, flush=True)
-
-
-# The tools.
+        run_arms(CudaDevice(), Shape(8192, *TARGET_SIZE, TARGET_R, True))
 
 
 def find(program: str) -> str | None:
@@ -108,13 +69,15 @@ def find(program: str) -> str | None:
     return next((path for path in paths if path and os.access(path, os.X_OK)), None)
 
 
-def watch(command: list[str], program: str, seconds: float, **variables: str) -> tuple[int | None, str]:
-    """Let a tool watch a program. Return its exit status, None if it ran out of time, and its output."""
+def watch(command: Sequence[str], seconds: float, **variables: str) -> tuple[int | None, str]:
+    """Run a tool with the program it watches. Return its exit status, None if it ran out of time, and its output.
+
+    A program that outlives its tool ends with this section's process group.
+    """
     with tempfile.TemporaryFile() as output:
         try:
             status: int | None = subprocess.run(
-                [*command, sys.executable, "-m", "benchmarks.lab.gpu.tools", program],
-                cwd=ROOT, env={**os.environ, **variables}, stdin=subprocess.DEVNULL,
+                command, cwd=ROOT, env={**os.environ, **variables}, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, timeout=seconds,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -175,7 +138,8 @@ def check_dram(device: Device, s: Shape, clock: Clock) -> Iterator[Row]:
         # The marker is part of a demangled name. The card's clocks stay as they are, and L2 as the program leaves it.
         command += ["--print-kernel-base", "demangled", "--clock-control", "none", "--cache-control", "none"]
         command += ["--profile-from-start", "off", "--log-file", str(log)]
-        status, printed = watch(command, "dram", min(MOST, clock.left() - SPARE))
+        command += [sys.executable, "-m", "benchmarks.lab.gpu.tools"]
+        status, printed = watch(command, min(MOST, clock.left() - SPARE))
         text = log.read_text(errors="replace") if log.exists() else ""
     kernels = parse_ncu(text)
     if status != 0 or not kernels:
@@ -190,29 +154,6 @@ def check_dram(device: Device, s: Shape, clock: Clock) -> Iterator[Row]:
     for name, own in arms.items():
         note = "GiB, ncu: " + "; ".join(f"{kernel[:40]} {moved / 2**30:.3f}" for kernel, moved in own)
         yield {"what": name, "figure": round(sum(moved for _, moved in own) / 2**30, 4), "note": note[:NOTE_LENGTH]}
-
-
-def check_sanitizer(device: Device, tool: str, clock: Clock) -> Iterator[Row]:
-    """Return how many errors or hazards the tool finds in a small run of all kernels."""
-    if device.dry:
-        run_small(device)
-        yield {"what": tool, **NO_GPU}
-        return
-    sanitizer = find("compute-sanitizer")
-    if sanitizer is None:
-        yield skipped(tool, "compute-sanitizer is neither on PATH nor where CUDA installs it")
-        return
-    # Without the caching allocator each tensor is an allocation of its own, and memory beyond it is out of bounds.
-    seconds = min(MOST, clock.left() - SPARE)
-    status, printed = watch([sanitizer, "--tool", tool], "small", seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    match = SUMMARY[tool].search(printed)
-    if match is None or FINISHED not in printed:
-        why = "time was up" if status is None else f"it ended with status {status} and no summary of a finished run"
-        yield skipped(tool, why, printed)
-        return
-    found = int(match[1])
-    note = "errors or hazards found" if not found else printed[:NOTE_LENGTH]
-    yield {"what": tool, "status": FAILED if found else OK, "figure": found, "expected": 0, "note": note}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ pytest.importorskip("peft", reason="PEFT is one of the arms")
 
 from benchmarks.lab.gpu import __main__ as command
 from benchmarks.lab.gpu import correctness
+from benchmarks.lab.gpu.report import PRODUCT, S_ALONE, VENDOR
 from benchmarks.lab.gpu.section import Clock, Table, Unit, run_units
 from stablelora_kernels.dispatch import backend
 
@@ -55,7 +56,7 @@ def dry_run(out: Path, *arguments: str, sections: Sequence[str] = tuple(command.
     assert {path.name for path in out.glob("*.csv")} == {f"{name}.csv" for name in sections}
     rows = {name: table(out / f"{name}.csv") for name in sections}
     for name, found in rows.items():
-        assert found and tuple(found[0]) == import_module(f"benchmarks.lab.gpu.{name}").COLUMNS
+        assert found and tuple(found[0]) == import_module(f"benchmarks.lab.gpu.{command.SECTIONS[name].module}").COLUMNS
         assert {row["dry"] for row in found} == {"dry"}
         assert {row["status"] for row in found} <= {"ok", "dry"}, [row for row in found if row["status"] == "failed"]
         assert f"{name}" in printed and f"{name}: begins" in progress
@@ -77,33 +78,34 @@ def test_the_dry_run_of_a_section(tmp_path):
 @pytest.mark.nightly
 def test_the_dry_run_executes_every_section_and_measures_nothing(tmp_path):
     rows = dry_run(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [*(f"{name}.csv" for name in command.SECTIONS), "summary.md", "times.png", "choices.png"]
-    )
-    checked = Counter(row["check"] for row in rows["correctness"])
-    assert len(checked) == 29 and "test_every_kernel_matches_float64" in checked
+    assert {path.name for path in tmp_path.iterdir()} == {*(f"{name}.csv" for name in command.SECTIONS), "summary.md"}
+    assert list(dict.fromkeys(row["stage"] for row in rows["bringup"])) == list(correctness.STAGES)
+    checked = Counter(row["check"] for row in rows["bringup"] + rows["correctness"])
+    assert len(checked) == 42 and "test_every_kernel_matches_float64" in checked
     by_kernel = [row["case"] for row in rows["correctness"] if row["check"] == "test_every_kernel_matches_float64"]
     assert {case.split("-")[0] for case in by_kernel} == {"auto", "fused", "chained", "split", "vendor"}
-    figures = [row for row in rows["correctness"] if row["figure"]]
+    figures = [row for row in rows["correctness"] if row["bound"]]
     assert len(figures) > 20 and all(0 <= float(row["figure"]) <= float(row["bound"]) for row in figures)
     arms = {"frozen", "eager", "peft", "compiled", "ours"}
     per_shape = Counter((row["m"], row["mode"], row["direction"]) for row in rows["layer"])
     assert len(per_shape) == 12 and set(per_shape.values()) == {len(arms)}
     assert all(float(row["us"]) > 0 and float(row["over_frozen"]) > 0 for row in rows["layer"])
-    assert {row["kernel"] for row in rows["regret"]} == {"fused", "chained", "split", "vendor"}
+    parts = {PRODUCT, VENDOR, S_ALONE}
+    assert {row["kernel"] for row in rows["regret"]} == {"fused", "chained", "split", "vendor"} | parts
     assert {row["arm"] for row in rows["captured"]} == {"eager", "captured"}
     mlp_arms = {"eager", "three layers", "one op", "one op, in one kernel", "one op, vendor's products"}
     assert {row["arm"] for row in rows["mlp"]} == mlp_arms
     check_steps(rows["step"])
     checks = {(row["check"], row["status"]) for row in rows["profile"]}
-    assert checks >= {(name, "dry") for name in ("launches", "waiting", "memory", "dram", "sanitizer")}
+    assert checks >= {(name, "dry") for name in ("launches", "dram")}
     counted = [row for row in rows["profile"] if row["what"] == "launch_counts"]
     assert len(counted) == 5 and all(row["figure"] == row["expected"] for row in counted)
 
 
 def test_an_interrupt_keeps_the_rows_and_lists_what_was_not_reached(tmp_path):
-    process = start(tmp_path)
-    path, until = tmp_path / "correctness.csv", time.monotonic() + 120
+    sections = ("bringup", "layer")
+    process = start(tmp_path, "--only", *sections)
+    path, until = tmp_path / "bringup.csv", time.monotonic() + 120
     while time.monotonic() < until and not (path.exists() and len(path.read_text().splitlines()) > 3):
         time.sleep(0.05)
     children = children_of(process.pid)
@@ -112,11 +114,11 @@ def test_an_interrupt_keeps_the_rows_and_lists_what_was_not_reached(tmp_path):
     printed, progress = process.communicate(timeout=120)
     assert process.returncode == 130, printed + progress
     rows = table(path)
-    assert len(rows) >= 2 and all(row["status"] == "ok" and row["dry"] == "dry" for row in rows)
+    assert len(rows) >= 2 and all(row["status"] in ("ok", "begun") and row["dry"] == "dry" for row in rows)
     assert not (tmp_path / "layer.csv").exists()
     summary = (tmp_path / "summary.md").read_text()
     assert "DRY RUN" in summary.splitlines()[0] and "INTERRUPTED" in summary.splitlines()[0]
-    assert summary.count("not reached") >= len(command.SECTIONS)
+    assert "layer" in summary and "not reached" in summary and "did not end" not in summary
     assert not [pid for pid in children if os.path.exists(f"/proc/{pid}")]
 
 
@@ -237,7 +239,7 @@ def test_a_failed_row_sets_the_exit_status_and_other_rows_go_on(quick, monkeypat
     monkeypatch.setattr(command, "run_section", fake)
     assert command.main(["--dry-run", "--only", "correctness", "--out", str(tmp_path)]) == 1
     assert len(table(tmp_path / "correctness.csv")) == 2
-    assert "Y is off" in (tmp_path / "summary.md").read_text() and "Failed (1)" in capsys.readouterr().out
+    assert all("Y is off" in text for text in ((tmp_path / "summary.md").read_text(), capsys.readouterr().out))
 
 
 def test_a_crash_fails_the_run_and_later_sections_go_on(quick, monkeypatch, tmp_path, capsys):
@@ -253,6 +255,27 @@ def test_a_crash_fails_the_run_and_later_sections_go_on(quick, monkeypatch, tmp_
     assert command.main(["--dry-run", "--only", "layer", "step", "--out", str(tmp_path)]) == 1
     assert seen == ["layer", "step"] and not (tmp_path / "layer.csv").exists()
     assert "layer: the section's process: dying words" in capsys.readouterr().out
+
+
+def test_a_failed_bring_up_ends_the_run_with_the_test_that_hung(quick, monkeypatch, tmp_path, capsys):
+    def hang(name, path, seconds, dry):
+        rows = Table(path, correctness.COLUMNS, dry)
+        first, second = (
+            correctness.key_of(f"tests/gpu/test_bring_up.py::{test}") for test in ("test_shrink", "test_mlp[0.1]")
+        )
+        rows.begin("a", first)
+        rows.begin("b", second)
+        rows.add({**first, "status": "ok"})
+        rows.end("a")
+        return "the process ended: exit status 1"
+
+    monkeypatch.setattr(command, "run_section", hang)
+    assert command.main(["--dry-run", "--only", "bringup", "layer", "--out", str(tmp_path)]) == 1
+    printed, progress = capsys.readouterr()
+    assert [row["status"] for row in table(tmp_path / "bringup.csv")] == ["ok", "begun"]
+    assert "bringup failed, so the run ends here" in progress and not (tmp_path / "layer.csv").exists()
+    assert "gated MLP test_mlp 0.1: it began and did not end" in printed
+    assert re.search(r"^layer .*not reached$", printed, re.MULTILINE)
 
 
 def test_deadlines_share_the_budget_in_order():
@@ -277,25 +300,74 @@ def test_skipped():
 def test_crash():
     os._exit(3)
 """
+HANGING = """
+import pytest, time
+def test_on_a_cpu():
+    time.sleep(2.5)
+@pytest.fixture
+def device():
+    yield
+    time.sleep(600)
+@pytest.mark.gpu
+def test_hangs(device):
+    pass
+def test_later():
+    pass
+"""
+
+
+def run_pytest(tmp_path: Path, tests: str, *arguments: str, **variables: str) -> tuple[str, list[dict[str, str]]]:
+    """Run tests with the plugin. Return what pytest wrote to standard error, and the rows."""
+    (tmp_path / "test_some.py").write_text(tests)
+    path = tmp_path / "rows.csv"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.lab.gpu.correctness", "--rows", str(path)]
+    command += ["--until", "1e18", "--rootdir", str(tmp_path), str(tmp_path), *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **variables}
+    )
+    return done.stderr, table(path)
 
 
 @pytest.mark.nightly
 def test_each_test_has_a_row_as_it_ends(tmp_path):
     pytest.importorskip("xdist", reason="only another process survives a crash")
-    (tmp_path / "test_some.py").write_text(TESTS)
-    path = tmp_path / "rows.csv"
-    arguments = ["-p", "benchmarks.lab.gpu.correctness", "--rows", str(path), "--until", "1e18", "-n", "1"]
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), str(tmp_path), *arguments],
-        cwd=ROOT, capture_output=True, timeout=120,
-    )  # fmt: skip
-    rows = {row["check"]: row for row in table(path)}
+    rows = {row["check"]: row for row in run_pytest(tmp_path, TESTS, "-n", "1")[1]}
     assert {name: row["status"] for name, row in rows.items()} == {
         "test_good": "ok", "test_bad": "failed", "test_skipped": "skipped", "test_crash": "failed",
     }  # fmt: skip
     assert rows["test_good"]["figure"] == "0.5" and rows["test_bad"]["case"] == "4x4 r2"
     assert "ValueError: broken here" in rows["test_bad"]["note"] and rows["test_skipped"]["note"] == "no memory"
     assert "crashed" in rows["test_crash"]["note"]
+
+
+def test_a_test_that_hangs_leaves_its_name_and_its_stack(tmp_path):
+    (tmp_path / "conftest.py").write_text("from tests.gpu.conftest import pytest_runtest_protocol")
+    stderr, rows = run_pytest(tmp_path, HANGING, "--capture=sys", SLK_GPU_WATCHDOG="2")
+    assert [(row["check"], row["status"]) for row in rows] == [
+        ("test_on_a_cpu", "ok"), ("test_hangs", "ok"), ("test_hangs", "begun"),
+    ]  # fmt: skip
+    assert "Timeout" in stderr and "in device" in stderr
+
+
+def test_no_test_begins_behind_a_stage_that_failed(tmp_path):
+    rows = correctness.Rows(Table(tmp_path / "rows.csv", correctness.COLUMNS, True))
+    bad, same, later = (
+        SimpleNamespace(nodeid=f"tests/gpu/test_bring_up.py::{test}")
+        for test in ("test_shrink[1]", "test_shrink[2]", "test_mlp")
+    )
+    rows.pytest_runtest_setup(bad)
+    place = ("a.py", 1, "")
+    rows.pytest_runtest_logreport(pytest.TestReport(bad.nodeid, place, {}, "failed", "AssertionError", "call"))
+    rows.pytest_runtest_setup(same)
+    with pytest.raises(pytest.skip.Exception, match="not reached"):
+        rows.pytest_runtest_setup(later)
+
+
+def test_every_path_of_the_bring_up_exists():
+    """One that does not would end pytest before the first test."""
+    for path in correctness.PATHS:
+        file, _, test = path.partition("::")
+        assert f"def {test}(" in (ROOT / file).read_text() if test else (ROOT / file).exists(), path
 
 
 def test_no_test_begins_when_time_is_up():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from benchmarks.lab.cost_model.predict import Shape
-from benchmarks.lab.gpu import device, layer, profile, regret, report, tools
-from benchmarks.lab.gpu.sanity import sanity
+from benchmarks.lab.gpu import correctness, device, layer, load, profile, regret, report, sanitizers, tools
+from benchmarks.lab.gpu.section import Clock
 from stablelora_kernels.dispatch import backend
 from tests.helpers import gpu_checks
 
@@ -85,6 +87,30 @@ def test_regrets_are_of_the_chosen_kernel():
     assert report.regrets(rows) == {"forward": (2, pytest.approx(0.1), 0.2)}
 
 
+def test_stages_end_with_the_first_that_failed():
+    def row(check, status):
+        return {**correctness.key_of(f"tests/gpu/test_bring_up.py::{check}"), "status": status}
+
+    shrink, pointers, tma = (
+        row("test_shrink[1]", "ok"),
+        row("test_product_by_pointers[0.0]", "skipped"),
+        "test_product_by_tma[0.1]",
+    )
+    assert report.stages([shrink, pointers])[-1] == "- product by TMA: not reached. The bring-up is not complete."
+    *_, failed, verdict = report.stages([shrink, pointers, row(tma, "failed"), row("test_mlp", "not reached")])
+    assert failed == f"- product by TMA: FAILED, {tma}" and verdict == "- The bring-up stops here: product by TMA."
+
+
+def test_products_alone_and_loads_are_summed_up():
+    shape = {"m": 2048, "n": 4096, "k": 4096, "r": 16, "dropout": 0.1, "direction": "forward", "status": "ok"}
+    load = {"sm_mhz": 1410, "watts": 640.0, "throttle": "power cap"}
+    parts = {report.PRODUCT: 90.0, report.VENDOR: 80.0, report.S_ALONE: 11.0, "split": 99.0}
+    rows = [{**shape, "kernel": kernel, "us": us, **load} for kernel, us in parts.items()]
+    (line,) = report.products(rows)
+    assert "1.125 of the vendor's time, 80.0 us" in line and "dropout 0.1: 11.0 us" in line
+    assert report.loads({"regret": rows}) == ["- 1410 to 1410 MHz in 4 rows", "- 4 rows: power cap"]
+
+
 # The output of other programs.
 
 
@@ -122,10 +148,46 @@ def test_ncu_is_read_by_arm():
         tools.by_arm(tools.parse_ncu(NCU)[:4])
 
 
-def test_sanitizer_summaries_are_read():
-    assert tools.SUMMARY["memcheck"].search("========= ERROR SUMMARY: 12 errors")[1] == "12"
-    text = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
-    assert tools.SUMMARY["racecheck"].search(text)[1] == "0"
+SANITIZED = """========= COMPUTE-SANITIZER
+tests/gpu/test_bring_up.py::test_shrink[1-0.0] PASSED
+tests/gpu/test_bring_up.py::test_mlp[0.1] ========= Invalid __global__ read of size 4 bytes
+=========     at _lora_gate_up_kernel+0x1d0 in gate_up.py:120
+=========     by thread (0,0,0) in block (1,0,0)
+=========
+========= Error: Race reported between Write access at _lora_shrink_kernel+0x90
+=========     and Read access at _lora_shrink_kernel+0xa0 [4 hazards]
+========= Warning: Race reported between Write access at _lora_shrink_kernel+0x90
+=========     and Read access at _lora_shrink_kernel+0xa0 [4 hazards]
+========= Uninitialized __global__ memory read of size 2 bytes
+=========     at void cutlass_gemm+0x10
+========= ERROR SUMMARY: 3 errors
+"""
+
+
+def test_errors_in_our_kernels_are_told_from_others():
+    ours, others = sanitizers.reports(SANITIZED)
+    assert others == 2 and list(ours) == [
+        "test_mlp[0.1], _lora_gate_up_kernel: Invalid __global__ read of size 4 bytes",
+        "test_mlp[0.1], _lora_shrink_kernel: Error: Race reported between Write access at _lora_shrink_kernel+0x90",
+    ]
+    assert sanitizers.SUMMARY.search("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)")
+
+
+def sanitized(monkeypatch, status: int | None, printed: str) -> dict[str, object]:
+    """The row of a run of the tool that ended with ``status``."""
+    monkeypatch.setattr(sanitizers, "find", lambda program: program)
+    monkeypatch.setattr(sanitizers, "watch", lambda command, seconds, **variables: (status, printed))
+    (row,) = sanitizers.check(SimpleNamespace(dry=False), "memcheck", Clock(0.0))
+    return row
+
+
+def test_a_sanitizer_that_found_nothing_must_have_finished(monkeypatch):
+    clean = "tests/gpu/test_bring_up.py::test_mlp[0.1] PASSED\n========= ERROR SUMMARY: 0 errors\n"
+    assert sanitized(monkeypatch, 0, clean)["status"] == "ok"
+    assert sanitized(monkeypatch, 1, clean)["status"] == "failed"
+    assert sanitized(monkeypatch, 0, "no device")["status"] == "failed"
+    late = sanitized(monkeypatch, None, clean)
+    assert late["status"] == "skipped" and "time was up in test_mlp[0.1]" in str(late["note"])
 
 
 def test_the_targets_shapes_come_first():
@@ -141,7 +203,7 @@ def test_the_targets_shapes_come_first():
 USED = (
     "CUDAGraph", "Event", "Stream", "current_device", "current_stream", "default_stream", "device_count", "empty_cache",
     "get_device_properties", "graph", "is_available", "max_memory_allocated", "mem_get_info", "memory_allocated", "profiler",
-    "reset_peak_memory_stats", "set_stream", "set_sync_debug_mode", "stream", "synchronize",
+    "reset_peak_memory_stats", "set_stream", "stream", "synchronize",
 )  # fmt: skip
 
 
@@ -182,7 +244,9 @@ class FakeCuda:
                 log.append("captured")
 
         properties = type(
-            "Properties", (), {"name": "NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "L2_cache_size": 64}
+            "Properties",
+            (),
+            {"name": "NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "L2_cache_size": 64, "uuid": "1"},
         )
         fakes = {
             "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph, "Stream": lambda: "stream",
@@ -202,20 +266,67 @@ def test_the_gpus_half_calls_torch_cuda_in_the_right_order(monkeypatch):
     gpu = device.CudaDevice()
     assert fake.log == ["set_stream"]
     monkeypatch.setattr(gpu, "flush", lambda: fake.log.append("flush"))
+    monkeypatch.setattr(gpu.load, "read", lambda: fake.log.append("load"))
+    monkeypatch.setattr(gpu.load, "columns", lambda: {"sm_mhz": 1410})
+    warm = ["a"] * device.WARMUP + ["synchronize"]
     fake.log.clear()
     found = gpu.time({"a": lambda: fake.log.append("a")}, 0.0, queued=False, least=2)
-    warm = ["a"] * device.WARMUP + ["synchronize"]
-    assert fake.log == warm + ["flush", "synchronize", "record", "a", "record", "synchronize"] * 2
-    assert found == {"a": [2e-3, 2e-3]}
+    assert fake.log == warm + ["flush", "synchronize", "record", "a", "record", "load", "synchronize"] * 2
+    assert found == {"a": ([2e-3, 2e-3], {"sm_mhz": 1410})}
     fake.log.clear()
     gpu.time({"a": lambda: fake.log.append("a")}, 0.0, queued=True, least=1)
-    assert fake.log == [*warm, "flush", "record", "a", "record", "synchronize"]
+    assert fake.log == [*warm, "flush", "record", "a", "record", "load", "synchronize"]
     fake.log.clear()
-    gpu.capture(lambda: fake.log.append("run"), warmup=1)()
-    assert fake.log == ["run", "synchronize", "capture", "run", "captured", "replay"]
+    graph = gpu.capture([lambda: fake.log.append("one"), lambda: fake.log.append("two")], most=3)
+    graph()
+    warm = ["one", "one", "two", "two", "synchronize", "one", "synchronize"]
+    assert fake.log == [*warm, "capture", "one", "two", "one", "captured", "replay"]
+    assert gpu.time({"three calls": graph}, 0.0, queued=True, least=1)["three calls"].seconds == [
+        pytest.approx(2e-3 / 3)
+    ]
     fake.log.clear()
     assert gpu.peak_bytes(lambda: fake.log.append("run")) == 15
     assert fake.log == ["run", "synchronize", "reset", "run", "synchronize"]
+
+
+def test_weights_used_in_turn_are_larger_than_l2(monkeypatch):
+    FakeCuda(monkeypatch)
+    gpu = device.CudaDevice()
+    assert gpu._cache == 64 and [gpu.rotation(each) for each in (1, 32, 1000)] == [device.MOST_CALLS, 5, 2]
+
+
+class FakeNvml:
+    """Stands in for libnvidia-ml.so.1, whose functions write into what the last argument refers to and return 0, or fail."""
+
+    def __init__(self, **values: object) -> None:
+        self.values = {"nvmlInit_v2": None, "nvmlDeviceGetHandleByUUID": 7} | values
+
+    def __getattr__(self, name: str) -> object:
+        def call(*arguments: Any) -> int:
+            value = self.values.get(name, "fails")
+            if value not in (None, "fails"):
+                arguments[-1]._obj.value = value
+            return int(value == "fails")
+
+        return call
+
+
+def test_the_load_is_the_lowest_clock_the_highest_power_and_every_reason(monkeypatch):
+    FakeCuda(monkeypatch)
+    fake = FakeNvml(
+        nvmlDeviceGetClockInfo=1980, nvmlDeviceGetPowerUsage=512_300, nvmlDeviceGetCurrentClocksThrottleReasons=1 | 4
+    )
+    monkeypatch.setattr(load.ctypes, "CDLL", lambda name: fake)
+    gpu = load.Load(torch.device("cuda", 0))
+    gpu.read()
+    fake.values |= {
+        "nvmlDeviceGetClockInfo": 1410, "nvmlDeviceGetPowerUsage": 400_000, "nvmlDeviceGetCurrentClocksThrottleReasons": 32
+    }  # fmt: skip
+    gpu.read()
+    assert gpu.columns() == {"sm_mhz": 1410, "watts": 512.3, "throttle": "power cap, thermal"}
+    assert gpu.columns() == {} and gpu.max_mhz() is None
+    fake.values["nvmlDeviceGetHandleByUUID"] = "fails"
+    assert load.Load(torch.device("cuda", 0)).max_mhz() is None
 
 
 def test_the_tests_on_a_gpu_capture_and_wait(monkeypatch):
@@ -225,20 +336,6 @@ def test_the_tests_on_a_gpu_capture_and_wait(monkeypatch):
     captured.replay()
     assert fake.log == ["run", "synchronize", "capture", "run", "captured", "replay", "synchronize"]
     assert captured.outputs == "output"
-
-
-def test_sanity_holds_the_machine_to_the_models_figures():
-    machine = {
-        "arch": "sm_90",
-        "copy_bytes": 3.0e12,
-        "bf16_flops": 700e12,
-        "clock_mhz": 1755.0,
-        "max_clock_mhz": 1980.0,
-    }
-    assert all(line.endswith("as expected") and "NOT" not in line for line in sanity(machine))
-    slow = sanity(machine | {"copy_bytes": 1.5e12, "clock_mhz": None})
-    assert slow[0].endswith("NOT as expected of an H100 SXM") and slow[2].endswith("unknown")
-    assert "no GPU of architecture sm_75" in sanity({"arch": "sm_75"})[0]
 
 
 def test_regret_begins_with_what_is_in_doubt():

@@ -1,0 +1,187 @@
+"""The first tests that a GPU runs: each kernel, in the simplest call that takes it, and each way of launching it.
+
+``benchmarks.lab.gpu.correctness`` runs them in an order in which each takes one step beyond those before it, and
+``benchmarks.lab.gpu.sanitizers`` runs them under compute-sanitizer. So they are few, small, and do not fill memory with NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+
+import stablelora_kernels as slk
+from stablelora_kernels import StableLoRAAdamW, testing
+from stablelora_kernels.dispatch import rules, tiles
+from stablelora_kernels.dispatch.problem import device_of
+from stablelora_kernels.launch.lora_common import forward_product, shrink
+from stablelora_kernels.reference import StableAdamWRef
+from tests.helpers import oracle
+from tests.helpers.gpu_checks import BF16, DEVICE, FP32, SMALL, Case, keep_rows
+from tests.helpers.inputs import SCALING
+from tests.helpers.launches import count_launches
+from tests.helpers.mlps import MLP
+from tests.helpers.mlps import check as check_mlp
+from tests.helpers.optimizers import SHAPES, in_float64, make_pairs
+from tests.helpers.steps import assert_close_to, take_step_with
+from tests.ops.test_lora_linear_group import Group
+from tests.ops.test_lora_linear_group import check as check_group
+
+pytestmark = pytest.mark.gpu
+
+GPU = device_of(DEVICE)
+by_dropout = pytest.mark.parametrize("p", (0.0, 0.1))
+# M, N, K, r. Of "many tiles" there are more than any GPU has processors, so that programs take a second one, in Y or in dX.
+SIZES = {
+    "odd rows": (131, 71, 67, 20),
+    "even rows": (260, 264, 520, 16),
+    "one tile": (100, 128, 200, 16),
+    "many tiles": (2048, 4608, 512, 16),
+    "many tiles of dX": (2048, 512, 4608, 16),
+    "few rows": (16, 512, 1024, 16),
+    "long sum": (200, 1024, 1024, 16),
+}
+SMALL_SIZES = dict.fromkeys(SIZES, (70, 48, 40, 8)) | {
+    "odd rows": (67, 40, 33, 3), "many tiles of dX": (70, 40, 1032, 8), "few rows": (9, 48, 40, 8), "long sum": (16, 40, 48, 8)
+}  # fmt: skip
+# The kernel of whole tiles for rows that tensor descriptors take.
+TMA = "linear_tma" if GPU.tma else "linear"
+# What a call launches, forward and backward.
+LAUNCHED = {
+    ("odd rows", "split"): {"shrink", "linear"},
+    ("even rows", "split"): {"shrink", TMA},
+    ("few rows", "fused"): {"linear_split_k", "weight_grads"},
+    ("even rows", "fused"): {TMA, "weight_grads"},
+    ("long sum", "split"): {"shrink", "linear_split_k"},
+    ("one tile", "chained"): {TMA},
+    ("many tiles", "chained"): {TMA, "linear_split_k"},
+    ("many tiles of dX", "chained"): {TMA, "linear_split_k"},
+    ("long sum", "chained"): {"linear_split_k"},
+}
+
+
+def check(size: str, kernel: str, p: float = 0.0, backward: bool = True) -> None:
+    """Compare a call with float64, and the kernels that it launched with LAUNCHED."""
+    case = Case(*(SMALL_SIZES if SMALL else SIZES)[size], p)
+    inputs = case.inputs()
+    given = oracle.leaves(inputs)
+    with count_launches() as made, slk.use_kernel(kernel):
+        y = oracle.call(given, p)
+        out, seed = {"Y": y.detach()}, int(testing.seed_of(y)) if p else None
+        if backward:
+            grads = torch.autograd.grad(y, [given[name] for name in oracle.DIFFERENTIATED], inputs["grad"])
+            out |= dict(zip(("dX", "dA", "dB"), grads, strict=True))
+    names = {name.removeprefix("_lora_").removesuffix("_kernel") for name in made}
+    assert names == LAUNCHED[size, kernel] if backward else names <= LAUNCHED[size, kernel]
+    keep = None if seed is None else keep_rows(torch.arange(case.m, device=DEVICE), case.k, p, seed)
+    oracle.check(inputs, out, keep, p)
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launch begins before the one ahead of it ends."""
+    monkeypatch.setattr(rules, "overlaps", lambda device: False)
+
+
+@by_dropout
+@pytest.mark.parametrize("splits", (1, 2))
+def test_shrink(splits, p, monkeypatch):
+    """S alone, of one part or of two."""
+    monkeypatch.setattr(tiles, "plan_split_k", lambda *given, **more: splits)
+    case = Case(*((70, 8, 300, 8) if SMALL else (512, 8, 1024, 16)), p)
+    inputs, seed = case.inputs(), 5
+    x, a = inputs["x"], inputs["lora_A"]
+    s = torch.full((case.m, case.r), float("nan"), dtype=BF16, device=DEVICE)
+    number = torch.tensor([seed], device=DEVICE)
+    y = torch.empty(case.m, case.n, dtype=BF16, device=DEVICE)
+    launch = shrink(GPU, forward_product(x, inputs["weight"], None, a, inputs["lora_B"], s, y, number, SCALING, p))
+    launch.run(DEVICE)
+    dropped = x * keep_rows(torch.arange(case.m, device=DEVICE), case.k, p, seed) if p else x
+    exact = SCALING * dropped.double() @ a.double().t()
+    testing.assert_no_worse(s, exact, SCALING * (dropped @ a.to(BF16).t()), name="S")
+
+
+@by_dropout
+def test_product_by_pointers(p, apart):
+    check("odd rows", "split", p)
+
+
+@by_dropout
+@pytest.mark.skipif(not GPU.tma, reason="tensor descriptors do not pay on this GPU")
+def test_product_by_tma(p, apart):
+    check("even rows", "split", p)
+
+
+@by_dropout
+@pytest.mark.parametrize("size", ("odd rows", "even rows"))
+@pytest.mark.skipif(not GPU.overlaps, reason="this GPU has no programmatic dependent launch")
+def test_dependent_launch(size, p):
+    check(size, "split", p)
+
+
+@pytest.mark.parametrize("size", ("few rows", "even rows"))
+def test_fused(size):
+    check(size, "fused")
+
+
+@by_dropout
+def test_split_k(p):
+    check("long sum", "split", p)
+
+
+@by_dropout
+@pytest.mark.parametrize("size", ("one tile", "many tiles"))
+def test_chained_forward(size, p):
+    check(size, "chained", p, backward=False)
+
+
+@by_dropout
+@pytest.mark.parametrize("size", ("one tile", "many tiles of dX", "long sum"))
+def test_chained_backward(size, p):
+    check(size, "chained", p)
+
+
+# x's shape, out_features, ranks: products of whole sums, and of sums that programs share.
+GROUPS = [((300, 520), (264, 136, 72), (16, 8, 3)), ((200, 4096), (1024, 256, 256), (16, 16, 16))]
+
+
+@pytest.mark.parametrize("group", [((70, 48), (40, 24, 24), (8, 8, 8))] if SMALL else GROUPS, ids=str)
+def test_group(group):
+    given = Group(*group, BF16, FP32)
+    check_group(given, given.run())
+
+
+@by_dropout
+def test_mlp(p):
+    """More tiles of gate and up than processors."""
+    shape, f, n = ((70, 48), 40, 24) if SMALL else ((1024, 256), 2816, 256)
+    given = MLP(shape, f, n, (16, 8, 16), BF16, FP32)
+    check_mlp(given, given.run(p=p), p)
+
+
+def on_gpu(weight: Any) -> Any:
+    parts = {field.name: getattr(weight, field.name) for field in fields(weight)}
+    return type(weight)(**{name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in parts.items()})
+
+
+@pytest.mark.parametrize("rows", (9, 70) if SMALL else (20, 600))
+@pytest.mark.parametrize("kind", ("nf4", "fp8"))
+def test_quantized(kind, rows):
+    """W in 4 and 8 bits: in the product's own loop for few rows, by a launch before it for many."""
+    n, k = (40, 64) if SMALL else (264, 512)
+    weight = on_gpu(testing.nf4_weight(n, k, 64, nested=True) if kind == "nf4" else testing.fp8_weight(n, k))
+    inputs = Case(rows, n, k, 8).inputs() | {"weight": weight}
+    oracle.check(inputs, oracle.run(inputs))
+
+
+@pytest.mark.parametrize("max_grad_norm", (None, 0.05))
+def test_optimizer(max_grad_norm):
+    """The first step measures the pairs' norms. The others read them."""
+    hyper: dict[str, Any] = {"lr": 1e-2, "shrink_ratio": 0.05, "max_grad_norm": max_grad_norm}
+    pairs = make_pairs(SHAPES if SMALL else [*SHAPES, (16, 1024, 4096)])
+    reference, optimizer = StableAdamWRef(in_float64(pairs), **hyper), StableLoRAAdamW(pairs, **hyper)
+    for step in range(3):
+        take_step_with(reference, optimizer, step)
+    assert_close_to(reference, optimizer)
