@@ -147,6 +147,10 @@ class _Attributes(dict[str, Any]):
     def __contains__(self, name: Any) -> bool:
         return self[name] is not _ABSENT
 
+    def get(self, name: str, default: Any = None) -> Any:
+        # For nn.Module's __setattr__ there are none, so that it sets a plain attribute.
+        return default if name in ("_parameters", "_buffers", "_modules") else self[name]
+
 
 class _Run(TorchFunctionMode):
     """Runs of a forward.

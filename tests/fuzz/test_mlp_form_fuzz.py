@@ -77,7 +77,8 @@ QUESTIONS = (
     "getattr(self, 'bias', None) is None", "isinstance(self.act_fn, nn.SiLU)", "type(x) is torch.Tensor", "x.dim() == 3",
     "isinstance(self.gate_proj, nn.Module)", "torch.is_grad_enabled()", "torch.is_autocast_enabled('cpu')", "self.flag",
     "torch.is_inference_mode_enabled()", "all(isinstance(m, nn.Module) for m in self.children())", "'limit' in vars(self)",
-    "self.up_proj.bias is None", "self.act_fn is F.gelu", "type(self.gate_proj) is nn.Linear", "isinstance(x, nn.Parameter)",
+    "vars(self).get('limit') is None", "self.up_proj.bias is None", "self.act_fn is F.gelu",
+    "type(self.gate_proj) is nn.Linear", "isinstance(x, nn.Parameter)",
 )  # fmt: skip
 CONTEXTS = ("torch.no_grad()", "torch.autocast('cpu', enabled=False)", "torch.autocast('cpu', torch.bfloat16)",
             "contextlib.suppress(Exception)", "contextlib.nullcontext()", "torch.enable_grad()")  # fmt: skip

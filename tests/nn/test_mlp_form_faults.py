@@ -149,6 +149,7 @@ SAME = {
     "asks for a buffer": (asks("hasattr(self, 'scale')"), {"change": scale}, "gelu"),
     "asks for no buffer": (asks("hasattr(self, 'scale')"), {}, "silu"),
     "asks its dictionary": (asks("'limit' in vars(self)"), {"limit": 1}, "gelu"),
+    "reads from its dictionary": (asks("self.__dict__.get('limit') == 1"), {"limit": 1}, "gelu"),
     "asks a configuration": (asks("self.config.act == 'gelu'"), {"config": types.SimpleNamespace(act="gelu")}, "gelu"),
     "an activation in place": (of("self.act_fn"), {"act_fn": nn.SiLU(inplace=True)}, "silu"),
     "gate in place": (of(before="silu(g, inplace=True)", gate=""), {}, "silu"),
