@@ -9,16 +9,17 @@ with their own projections.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.functional import LoRAWeights, lora_mlp
-from stablelora_kernels.nn.mlp_form import Form, form_of
+from stablelora_kernels.nn.mlp_form import Form, form_of, is_unchanged
 from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.hooks import HOOKS, is_hooked
 
@@ -80,12 +81,12 @@ class LayerKind(NamedTuple):
     facts: Callable[[Any], Facts | str]
 
 
-class MLPState(NamedTuple):
-    """How a fused MLP computes; ``activation_state`` is that of its activation module when it was fused."""
+@dataclass(frozen=True)
+class MLPState:
+    """How a fused MLP computes."""
 
     form: Form
     read: Read
-    activation_state: tuple[Any, ...]
 
 
 class FusedMLP:
@@ -117,18 +118,13 @@ class FusedMLP:
 def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
     """The output from one op, or None if the module's own forward must compute it or raise."""
     # Global hooks and tracing must see every module's call. Subclasses of Tensor may have another product.
-    if (type(x) is not Tensor and type(x) is not nn.Parameter) or _has_any_global_hook() or torch.jit.is_tracing():
+    if type(x) is not Tensor or _has_any_global_hook() or torch.jit.is_tracing():
         return None
     form, modules, features = state.form, module._modules, x.shape[-1] if x.dim() else 0
+    if not is_unchanged(module, form):
+        return None
     dtype = None if autocast_dtype(x.device.type) is not None else x.dtype
-    gate_layer, up_layer, down_layer = (modules.get(projection.name) for projection in form[:3])
-    for layer in (gate_layer, up_layer, down_layer):
-        if layer is None or is_hooked(layer):
-            return None
-    if form.activation_module is not None:
-        activation = modules.get(form.activation_module)
-        if activation is None or is_hooked(activation) or _activation_state(activation) != state.activation_state:
-            return None
+    gate_layer, up_layer, down_layer = (modules[projection.name] for projection in form[:3])
     if (gate := state.read(gate_layer, x, features, dtype)) is None:
         return None
     if form.gate.half is None:
@@ -148,7 +144,9 @@ def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
                 dropout_p, lora_dtype = p, weights.lora_A.dtype
             elif p != dropout_p or weights.lora_A.dtype != lora_dtype:
                 return None
-    if dropout_p is None:
+    # lora_mlp draws one mask for the halves of one layer, which have one A. Layers that share their A draw two.
+    shares_A = form.gate.half is None and gate.weights.lora_A is up.weights.lora_A is not None
+    if dropout_p is None or (shares_A and dropout_p > 0):
         return None
     # dropout_p is that of now: 0 in evaluation.
     return lora_mlp(x, gate.weights, up.weights, down.weights, form.activation, dropout_p, True)
@@ -167,11 +165,6 @@ def _halves(operand: Operand, first: int) -> tuple[Operand, Operand] | None:
         for i, half in enumerate(weight.chunk(2))
     ]
     return halves[first], halves[1 - first]
-
-
-def _activation_state(module: Any) -> tuple[Any, ...]:
-    """What tells an activation module from one that computes something else."""
-    return type(module), module.__dict__.get("approximate")
 
 
 def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
@@ -196,7 +189,6 @@ def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
 
 def _fuse(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
     """Change the class of ``module``, or return why it cannot be changed."""
-    state = () if form.activation_module is None else _activation_state(module._modules[form.activation_module])
     own = module.__dict__.pop("forward", None)
     try:
         module.__class__ = _fused_class(type(module))
@@ -206,9 +198,8 @@ def _fuse(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
         return f"its class {type(module).__name__} can't have a subclass ({error})"
     if own is not None:
         module.__dict__[_OWN_FORWARD] = own.__func__
-    found = MLPState(form, kind.read, state)
     # One object for equal states, so that a GraphedStep sees no change in a module that is fused again.
-    module.__dict__[ATTRIBUTE] = _states.setdefault(found, found)
+    module.__dict__[ATTRIBUTE] = _states.setdefault((form, kind.read), MLPState(form, kind.read))
     return None
 
 
@@ -232,19 +223,19 @@ def _original_of(module: Any) -> type[nn.Module]:
     return type(module)._stablelora_original
 
 
-_classes: dict[type, type] = {}
-_states: dict[MLPState, MLPState] = {}
+# Neither keeps a class that nobody else has.
+_classes: WeakValueDictionary[type, Any] = WeakValueDictionary()
+_states: WeakValueDictionary[tuple[Form, Read], MLPState] = WeakValueDictionary()
 
 
 def _fused_class(original: type) -> Any:
     """The subclass of ``original`` whose forward calls the op: one for each class, with its name."""
-    if original not in _classes:
+    if (fused := _classes.get(original)) is None:
         own = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
         metaclass: Any = type(original)
-        _classes[original] = metaclass(
-            original.__name__, (FusedMLP, original), own | {"_stablelora_original": original}
-        )
-    return _classes[original]
+        fused = metaclass(original.__name__, (FusedMLP, original), own | {"_stablelora_original": original})
+        _classes[original] = fused
+    return fused
 
 
 def _new_instance(original: type) -> Any:
@@ -256,8 +247,7 @@ def _new_instance(original: type) -> Any:
 def _reason_against(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
     """Why the module's own forward computes it at present, or None."""
     children = {name: module._modules[name] for name in form.children}
-    activation = () if form.activation_module is None else (form.activation_module,)
-    for name in (*form.children, *activation):
+    for name in (*children, *filter(None, [form.activation_module])):
         child: Any = module._modules[name]
         if any(child.__dict__[attribute] for attribute in HOOKS):
             return f"{name!r} has hooks, which would not run"
@@ -271,16 +261,11 @@ def _reason_against(module: nn.Module, form: Form, kind: LayerKind) -> str | Non
         facts[name] = found
     if form.gate.half is not None and facts[form.gate.name].quantized:
         return f"{form.gate.name!r} holds gate and up stacked in a quantized weight, which is not cut in two"
-    return (
-        _difference("lora_dropout", {name: fact.dropout_p for name, fact in facts.items() if fact.lora_dtype})
-        or _difference(
-            "the adapter's dtype", {name: fact.lora_dtype for name, fact in facts.items() if fact.lora_dtype}
-        )
-        or _difference("the weight's dtype", {name: fact.dtype for name, fact in facts.items() if fact.dtype})
-    )
-
-
-def _difference(what: str, values: dict[str, Any]) -> str | None:
-    first: Sequence[Any] = next(iter(values.items()), ())
-    other = next(((name, value) for name, value in values.items() if value != first[1]), None)
-    return None if other is None else f"{what} is {first[1]} in {first[0]!r} and {other[1]} in {other[0]!r}"
+    for what, field in (
+        ("lora_dropout", "dropout_p"), ("the adapter's dtype", "lora_dtype"), ("the weight's dtype", "dtype"),
+    ):  # fmt: skip
+        values = [(name, getattr(fact, field)) for name, fact in facts.items() if getattr(fact, field) is not None]
+        for name, value in values[1:]:
+            if value != values[0][1]:
+                return f"{what} is {values[0][1]} in {values[0][0]!r} and {value} in {name!r}"
+    return None

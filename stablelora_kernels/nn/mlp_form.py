@@ -1,21 +1,35 @@
-"""Find out whether a module is a gated MLP, ``down(act(gate(x)) * up(x))``, by running its forward with a symbol for x.
+"""Find out whether a module is a gated MLP, ``down(act(gate(x)) * up(x))``, by running its forward on an empty tensor.
 
-The symbol knows the few operations of a gated MLP. The run refuses any other: a clamp, a factor, a bias, a dropout, a norm, a
-look at x's shape or values. Names of classes and of projections do not matter. Compared with a run on numbers, no value of x can
-be missed (a clamp at 7 changes no small number), and no device, memory, hook, random state or parameter is touched, so modules
-on the meta device, quantized and sharded ones are told like others.
+A ``TorchFunctionMode`` sees every operation on tensors, knows those of a gated MLP and refuses all others. It computes nothing,
+so no value of x can be missed (a clamp at 7 changes no small number). The forward gets instances of the module's and its
+children's own classes, which ask :class:`_Run` for each attribute. :func:`is_unchanged` compares them in each later call.
 """
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import inspect
-import operator
+import itertools
+import weakref
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from stablelora_kernels.utils.hooks import is_hooked
+
+# Functions, if they are no closures.
+_CONSTANTS = {
+    type(None), bool, int, float, str, torch.dtype, torch.device, FunctionType, BuiltinFunctionType, type(NotImplemented),
+}  # fmt: skip
+# For an attribute that an instance does not have. Copies and pickles have the same object.
+_ABSENT: Any = NotImplemented
+_OTHER = "it computes something else than down(act(gate(x)) * up(x))"
 
 
 class Projection(NamedTuple):
@@ -29,6 +43,7 @@ class Form(NamedTuple):
     """What a module computes: ``down(activation(gate(x)) * up(x))``.
 
     ``activation_module`` is the child that computes the activation, or None if a function does. ``argument`` is the name of x.
+    ``reads`` has the path of each attribute that the forward read, and its key.
     """
 
     gate: Projection
@@ -37,6 +52,7 @@ class Form(NamedTuple):
     activation: str
     activation_module: str | None
     argument: str
+    reads: tuple[tuple[tuple[str, ...], Any], ...] = ()
 
     @property
     def children(self) -> tuple[str, ...]:
@@ -44,231 +60,259 @@ class Form(NamedTuple):
         return tuple(dict.fromkeys((self.gate.name, self.up.name, self.down.name)))
 
 
+def is_unchanged(module: nn.Module, form: Form) -> bool:
+    """Whether every attribute that the forward of ``module`` read is as it was, and no child has hooks, which would not run."""
+    for path, known in form.reads:
+        value = _attribute(module, path)
+        key = _key(value)
+        if (type(key), key) != (type(known), known) or (isinstance(value, nn.Module) and is_hooked(value)):
+            return False
+    return True
+
+
+def _attribute(value: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        if isinstance(value, nn.Module):
+            # Of the instance alone, and faster than nn.Module's __getattr__.
+            own = value.__dict__
+            plain = own.get(name, own["_buffers"].get(name, _ABSENT))
+            value = own["_modules"].get(name, own["_parameters"].get(name, plain))
+        else:
+            value = getattr(value, name, _ABSENT)
+    return value
+
+
+def _key(value: Any) -> Any:
+    """What stands for an attribute in comparisons: itself if it is constant, else its kind. Copies have equal keys."""
+    if isinstance(value, partial):
+        return partial, _key(value.func), value.args, tuple(value.keywords.items())
+    is_constant = type(value) in _CONSTANTS or isinstance(value, (type, enum.Enum))
+    if is_constant and getattr(value, "__closure__", None) is None:
+        return value
+    return (Tensor if isinstance(value, Tensor) else type(value),)
+
+
 def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | str:
     """The form of ``module``, or why it is no gated MLP. ``is_projection`` says which children compute a projection of x."""
-    function = forward_of(module)
-    if function is None:
+    function = module.__dict__.get("forward", type(module).forward)
+    if isinstance(function, MethodType) and function.__self__ is module:
+        # Bound to it, as Liger's patches do.
+        function = function.__func__
+    elif "forward" in module.__dict__:
         return "its forward was replaced (as accelerate's hooks do)"
-    if (argument := _only_argument(function)) is None:
-        return "its forward takes more than one tensor"
-    # Both modes: a forward may drop or scale in training only.
-    first, second = (_Run(module, is_projection, training).form(function, argument) for training in (False, True))
-    return first if isinstance(first, str) or first == second else second if isinstance(second, str) else _OTHER
-
-
-def forward_of(module: nn.Module) -> Callable[..., Any] | None:
-    """The function that computes ``module``: its class's or one bound to it, as Liger's patches do; else None."""
-    own = module.__dict__.get("forward")
-    if own is None:
-        return type(module).forward
-    return own.__func__ if isinstance(own, MethodType) and own.__self__ is module else None
-
-
-_OTHER = "it computes something else than down(act(gate(x)) * up(x))"
-
-
-def _only_argument(function: Callable[..., Any]) -> str | None:
-    """The name of the only argument that a forward needs beside self."""
     try:
-        _, *parameters = inspect.signature(function).parameters.values()
+        _, argument = inspect.signature(function).bind(module, None).arguments
     except (TypeError, ValueError):
-        return None
-    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    is_first = len(needed) == 1 and needed[0] is parameters[0] and needed[0].kind is not needed[0].KEYWORD_ONLY
-    return needed[0].name if is_first else None
+        return "its forward takes more than one tensor"
+    if isinstance(function, FunctionType) and str(function.__module__).startswith("liger_kernel."):
+        variables = function.__globals__ | _LIGER
+        function = FunctionType(function.__code__, variables, None, function.__defaults__, function.__closure__)
+    run, cuda = _Run(module, is_projection), torch.cuda.is_available()
+    forms: set[Form] = set()
+    # A forward may do something else in each of these modes.
+    gradients = (torch.enable_grad, torch.no_grad, torch.inference_mode)
+    for autocast, gradient in itertools.product((False, True), gradients):
+        with torch.autocast("cpu", enabled=autocast), torch.autocast("cuda", enabled=autocast and cuda), gradient():
+            form = run.form(function)
+        if isinstance(form, str):
+            return form
+        forms.add(form)
+    return _OTHER if len(forms) > 1 else forms.pop()._replace(argument=argument, reads=tuple(run.reads.items()))
+
+
+def _mode() -> tuple[bool, ...]:
+    gradients = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return *gradients, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
 class _Refused(BaseException):
     """Not an Exception, which a forward may catch to go another way."""
 
 
-class _Run:
-    """One run of a forward. ``module`` is not called: the forward gets a copy of its attributes with other children."""
+class _Attributes(dict[str, Any]):
+    """An instance's attributes: those that were read. For another one, nn.Module's __getattr__ looks in "_parameters" of this."""
 
-    def __init__(self, module: nn.Module, is_projection: Callable[[Any], bool], training: bool) -> None:
-        self.reason: str | None = None
-        self.activation_module: str | None = None
-        self.mode = _mode()
-        self.copy = object.__new__(type(module))
-        children = {
-            name: None if child is None else _Child(self, name, child, is_projection(child))
-            for name, child in module._modules.items()
-        }
-        # Without parameters and buffers: a forward that reads them itself does more than call its children.
-        replaced = {"_modules": children, "_parameters": {}, "_buffers": {}, "training": training}
-        self.attributes = module.__dict__ | replaced
-        self.copy.__dict__.update(self.attributes)
+    def __init__(self, read: Callable[[str], Any], given: dict[str, Any]) -> None:
+        super().__init__(given)
+        self.read, self.given = read, given
 
-    def form(self, function: Callable[..., Any], argument: str) -> Form | str:
-        """The form, or the first reason against it."""
+    def __missing__(self, name: str) -> Any:
+        if name == "_parameters":
+            return self
+        if (value := self.read(name)) is _ABSENT:
+            raise AttributeError(name)
+        self[name] = self.given[name] = value
+        return value
+
+    def __contains__(self, name: Any) -> bool:
+        return self[name] is not _ABSENT
+
+    def get(self, name: str, default: Any = None) -> Any:
+        # For nn.Module's __setattr__ there are none, so that it sets a plain attribute.
+        return default if name in ("_parameters", "_buffers", "_modules") else self[name]
+
+
+class _Run(TorchFunctionMode):
+    """Runs of a forward.
+
+    The attribute ``held`` of a tensor is "x", a projection of x, (activation, gate), [gate, up, activation] for the product, or
+    the form.
+    """
+
+    def __init__(self, module: nn.Module, is_projection: Callable[[Any], bool]) -> None:
+        self.module, self.is_projection = module, is_projection
+        self.reads: dict[tuple[str, ...], Any] = {}
+
+    def form(self, function: Callable[..., Any]) -> Form | str:
+        """The form but for its argument and reads, or the first reason against it."""
+        self.mode, self.reason = _mode(), ""
+        self.called: list[str] = []
+        self.tensors: list[weakref.ref[Tensor]] = []
+        self.instances: list[_Attributes] = []
         try:
-            result = _with_liger_functions(self, function)(self.copy, _Symbol(self, ("x",)))
+            with self:
+                form = self.held(function(self.instance((), self.module), self.tensor("x")), Form)
+            if any(tensor() is not None for tensor in self.tensors):
+                self.refuse("its forward keeps a tensor")
+            if any(attributes != attributes.given for attributes in self.instances):
+                self.refuse("its forward changes its attributes")
+            activation = [name for name in self.called if name not in form.children]
+            # Each projection is called once, since it draws a mask of dropout in each call.
+            called_once = sorted(self.called) == sorted((*form.children, *activation[:1]))
+            halves = {0, 1} if form.gate.name == form.up.name else {None}
+            if not called_once or {form.gate.half, form.up.half} != halves or _mode() != self.mode:
+                self.refuse(_OTHER)
+            return self.reason or form._replace(activation_module=activation[0] if activation else None)
         except _Refused:
-            result = None
+            return self.reason
         except Exception as error:
             return self.reason or f"its forward can't be followed ({type(error).__name__})"
-        if self.reason is not None:
-            return self.reason
-        now = self.copy.__dict__
-        if now.keys() != self.attributes.keys() or any(now[key] is not self.attributes[key] for key in now):
-            return "its forward changes its attributes"
-        return self._match(result.value, argument) if type(result) is _Symbol else _OTHER
-
-    def _match(self, value: Any, argument: str) -> Form | str:
-        match value:
-            case ("linear", down, ("product", ("act", activation, gate), up)):
-                pass
-            case ("linear", down, ("product", up, ("act", activation, gate))):
-                pass
-            case _:
-                return _OTHER
-        found = []
-        for projected in (gate, up):
-            match projected:
-                case ("linear", str(name), ("x",)):
-                    found.append(Projection(name))
-                case ("half", int(half), ("linear", str(name), ("x",))):
-                    found.append(Projection(name, half))
-                case _:
-                    return _OTHER
-        names = {p.name for p in found}
-        stacked = {p.half for p in found} == {0, 1} and len(names) == 1
-        if down in names or not (stacked or (len(names) == 2 and all(p.half is None for p in found))):
-            return _OTHER
-        gate, up = found
-        return Form(gate, up, Projection(down), activation, self.activation_module, argument)
 
     def refuse(self, reason: str) -> NoReturn:
         self.reason = self.reason or reason
         raise _Refused
 
-    def symbol(self, *value: Any) -> _Symbol:
+    def tensor(self, held: Any) -> Any:
         # A forward that turns gradients off, or autocast on or off, computes another thing than its formula says.
         if _mode() != self.mode:
             self.refuse("its forward changes the gradient or the autocast mode")
-        return _Symbol(self, value)
+        with torch._C.DisableTorchFunction():
+            tensor: Any = torch.empty(0, device="meta")
+        tensor.held = held
+        self.tensors.append(weakref.ref(tensor))
+        return tensor
 
+    def held(self, tensor: Any, kind: Any) -> Any:
+        """What ``tensor`` holds, once: a second use could see, or be disturbed by, a change in place."""
+        held = getattr(tensor, "held", None)
+        if type(held) is not kind:
+            self.refuse(_OTHER)
+        tensor.held = None
+        return held
 
-class _Symbol:
-    """A tensor of which only the way it was computed is known."""
+    def instance(self, path: tuple[str, ...], value: Any) -> Any:
+        """An instance of the class of ``value`` that asks :meth:`read` for its attributes, and :meth:`call` if it is called."""
+        # A configuration's class may find attributes by other ways.
+        members = {"__getattr__": nn.Module.__getattr__, "__class__": property(lambda _: type(value))}
+        kind: Any = type(value) if isinstance(value, nn.Module) else type("Object", (), members)
+        instance = object.__new__(kind)
+        given = {"_compiled_call_impl": partial(self.call, path[0], value, instance)} if path else {}
+        attributes = _Attributes(lambda name: self.read((*path, name)), given)
+        object.__setattr__(instance, "__dict__", attributes)
+        self.instances.append(attributes)
+        # What an instance may have in place of its class's attributes, now or later. Of projections nothing is read.
+        kinds = () if path and self.is_projection(value) else kind.__mro__
+        names = {name for k in kinds if k not in nn.Module.__mro__ for name in vars(k) if not name.startswith("__")}
+        for name in names - {"forward"}:
+            with contextlib.suppress(AttributeError):
+                attributes[name]
+        return instance
 
-    # A forward may ask whether x is a tensor.
-    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
-    __slots__ = ("run", "value")
+    def read(self, path: tuple[str, ...]) -> Any:
+        """What the forward gets for an attribute, of which ``reads`` takes note."""
+        if path[-1] == "training":
+            self.refuse("it asks whether it is in training")
+        value = _attribute(self.module, path)
+        key = self.reads[path] = _key(value)
+        if len(path) > 1 and self.is_projection(_attribute(self.module, path[:1])):
+            self.refuse(f"it reads {path[1]!r} of {path[0]!r} itself")
+        if key is value or isinstance(value, Tensor) or (isinstance(value, partial) and key[1] is value.func):
+            return value
+        is_child = isinstance(value, nn.Module) and len(path) == 1
+        if not is_child and (callable(value) or hasattr(value, "__len__") or not hasattr(value, "__dict__")):
+            self.refuse(f"it reads {'.'.join(path)!r}, a {type(value).__name__}, which may change unseen")
+        return self.instance(path, value)
 
-    def __init__(self, run: _Run, value: tuple[Any, ...]) -> None:
-        self.run, self.value = run, value
-
-    def __getattr__(self, name: str) -> NoReturn:
-        self.run.refuse(f"it reads {name!r} of a tensor")
-
-    def __mul__(self, other: Any) -> _Symbol:
-        if type(other) is not _Symbol:
-            self.run.refuse("it multiplies by something else than a projection of x")
-        return self.run.symbol("product", self.value, other.value)
-
-    def chunk(self, chunks: int, dim: int = 0) -> tuple[_Symbol, ...]:
-        if chunks != 2 or dim != -1:
-            self.run.refuse("it cuts a tensor otherwise than in two along its last dimension")
-        return tuple(self.run.symbol("half", i, self.value) for i in range(2))
-
-    def act(self, activation: str) -> _Symbol:
-        return self.run.symbol("act", activation, self.value)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> _Symbol:
-        symbol = next(value for value in (*args, *(kwargs or {}).values()) if type(value) is _Symbol)
-        known = _FUNCTIONS.get(function)
-        if known is None:
-            symbol.run.refuse(f"it calls {getattr(function, '__name__', function)}")
-        return known(*args, **kwargs or {})
-
-
-def _refuse_operator(name: str) -> Callable[..., Any]:
-    def refuse(self: _Symbol, *others: Any) -> NoReturn:
-        self.run.refuse(f"it computes {name} of a tensor")
-
-    return refuse
-
-
-for _name in ("add", "sub", "truediv", "floordiv", "mod", "pow", "matmul", "getitem", "neg", "abs", "eq", "ne", "lt", "le",
-              "gt", "ge", "iadd", "isub", "imul", "itruediv", "setitem", "index"):  # fmt: skip
-    assert hasattr(operator, _name)
-    setattr(_Symbol, f"__{_name}__", _refuse_operator(_name))
-for _name in ("radd", "rmul", "rsub", "rtruediv", "rpow", "rmatmul", "bool", "len", "iter", "int", "float"):
-    setattr(_Symbol, f"__{_name}__", _refuse_operator(_name))
-
-
-def _gelu(input: _Symbol, approximate: str = "none") -> _Symbol:
-    if approximate not in ("none", "tanh"):
-        input.run.refuse(f"its GELU is approximated by {approximate!r}")
-    return input.act("gelu_tanh" if approximate == "tanh" else "gelu")
-
-
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    # In place or not is the same to who reads the result.
-    nn.functional.silu: lambda input, inplace=False: input.act("silu"),
-    nn.functional.gelu: _gelu,
-    torch.mul: lambda input, other: input * other,
-    torch.chunk: lambda input, chunks, dim=0: input.chunk(chunks, dim),
-}
-
-
-class _Child:
-    """A child of the module. A projection is not called, a child without state (an activation) is, and no other may be."""
-
-    def __init__(self, run: _Run, name: str, child: nn.Module, is_projection: bool) -> None:
-        self._run, self._name, self._child, self._is_projection = run, name, child, is_projection
-
-    def __getattr__(self, name: str) -> NoReturn:
-        self._run.refuse(f"it reads {name!r} of {self._name!r} itself")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _Symbol:
-        run, child = self._run, self._child
-        if len(args) != 1 or kwargs or type(args[0]) is not _Symbol:
-            run.refuse(f"it calls {self._name!r} with more than one tensor")
-        if self._is_projection:
-            return run.symbol("linear", self._name, args[0].value)
-        state = (child._parameters, child._buffers, child._modules)
-        unknown = f"it calls {self._name!r}, a {type(child).__name__}; only SiLU and GELU (exact or tanh) are fused"
-        if any(state) or "forward" in child.__dict__:
-            run.refuse(unknown)
+    def call(self, name: str, child: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the forward gets for a call of a child."""
+        if len(args) != 1 or kwargs or not hasattr(args[0], "held"):
+            self.refuse(f"it calls {name!r} with more than one tensor")
+        self.called.append(name)
+        if self.is_projection(child):
+            if args[0].held == "x":
+                return self.tensor(Projection(name))
+            gate, up, activation = self.held(args[0], list)
+            return self.tensor(Form(gate, up, Projection(name), activation, None, ""))
         try:
-            result: Any = type(child).forward(child, args[0])
+            result: Any = type(child).forward(instance, args[0]) if "forward" not in child.__dict__ else None
+            result.held = self.held(result, tuple)
         except _Refused:
-            run.reason = unknown
+            self.reason = f"it calls {name!r}, a {type(child).__name__}; only SiLU and GELU (exact or tanh) are fused"
             raise
-        if type(result) is not _Symbol or result.value[0] != "act" or result.value[2] is not args[0].value:
-            run.refuse(unknown)
-        run.activation_module = self._name
         return result
 
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch._C._set_grad_enabled:
+            return function(*args)
+        if (known := _KNOWN.get(function)) is None:
+            name = getattr(function, "__name__", str(function))
+            self.refuse(
+                f"it reads {function.__self__.__name__!r} of a tensor" if name == "__get__" else f"it calls {name}"
+            )
+        return known(self, *args, **kwargs or {})
 
-def _with_liger_functions(run: _Run, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with symbols' versions of Liger's autograd functions, which compute activation and product in one."""
-    if not isinstance(function, FunctionType) or not function.__module__.startswith("liger_kernel."):
-        return function
-    silu, gelu = _LigerProduct(run, "silu"), _LigerProduct(run, "gelu_tanh")
-    symbolic = {"_swiglu_dispatch": silu, "LigerSiLUMulFunction": silu, "LigerGELUMulFunction": gelu}
-    variables = function.__globals__ | {name: by for name, by in symbolic.items() if name in function.__globals__}
-    return FunctionType(function.__code__, variables, None, function.__defaults__, function.__closure__)
+    def silu(self, input: Any, inplace: bool = False) -> Any:
+        gate = self.held(input, Projection)
+        output = self.tensor(("silu", gate))
+        if not inplace:
+            return output
+        if gate.half is not None:
+            # Autograd refuses that for views.
+            self.refuse(_OTHER)
+        input.held = output.held
+        return input
+
+    def gelu(self, input: Any, approximate: str = "none") -> Any:
+        return self.tensor(({"none": "gelu", "tanh": "gelu_tanh"}[approximate], self.held(input, Projection)))
+
+    def mul(self, input: Any, other: Any) -> Any:
+        if isinstance(getattr(input, "held", None), Projection):
+            input, other = other, input
+        activation, gate = self.held(input, tuple)
+        return self.tensor([gate, self.held(other, Projection), activation])
+
+    def chunk(self, input: Any, chunks: int, dim: int = 0) -> list[Any]:
+        stacked = self.held(input, Projection)
+        if (chunks, dim, stacked.half) != (2, -1, None):
+            self.refuse(_OTHER)
+        return [self.tensor(Projection(stacked.name, half)) for half in range(2)]
 
 
-class _LigerProduct:
-    def __init__(self, run: _Run, activation: str) -> None:
-        self.run, self.activation = run, activation
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _Symbol:
-        if len(args) != 2 or kwargs or not all(type(arg) is _Symbol for arg in args):
-            self.run.refuse("it multiplies gate or up by a factor")
-        return args[0].act(self.activation) * args[1]
-
-    apply = __call__
+_KNOWN: dict[Any, Callable[..., Any]] = {
+    nn.functional.silu: _Run.silu, nn.functional.gelu: _Run.gelu, torch.mul: _Run.mul, Tensor.mul: _Run.mul,
+    torch.chunk: _Run.chunk, Tensor.chunk: _Run.chunk,
+}  # fmt: skip
 
 
-def _mode() -> tuple[bool, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
-    )
+def _product(activation: Callable[[Any], Any], gate: Any, up: Any) -> Any:
+    return activation(gate) * up
+
+
+# PyTorch's operations for Liger's. Liger's may be given factors, for which these have no argument.
+_SILU = partial(_product, nn.functional.silu)
+_GELU = partial(_product, partial(nn.functional.gelu, approximate="tanh"))
+_LIGER = {
+    "_swiglu_dispatch": _SILU,
+    "LigerSiLUMulFunction": SimpleNamespace(apply=_SILU),
+    "LigerGELUMulFunction": SimpleNamespace(apply=_GELU),
+}

@@ -266,7 +266,7 @@ def test_the_report_groups_and_lists():
     model = nn.Sequential(MLP(), MLP(nn.GELU()), Clamped(), MLP(nn.ReLU()), Clamped(), Unlike(), MLP())
     report = slk.apply_lora(model, slk.LoRAConfig(target_modules=TARGETS), fuse_mlp=True)
     clamp, relu = (
-        "it reads 'clamp' of a tensor",
+        "it calls clamp",
         "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused",
     )
     assert report.mlps == (

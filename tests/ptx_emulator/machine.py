@@ -18,9 +18,8 @@ from tests.ptx_emulator.memory import EmulationError, Faults, Races, Space, shar
 from tests.ptx_emulator.parse import SIZES, Instruction
 
 # What a control instruction says: go on; other threads' turn; the group waits or has ended; and it polls, without effect so far.
-GO, YIELD, STOP, SPIN = "go", "yield", "stop", "spin"
-# A CTA none of whose threads can go on.
-BLOCKED = "blocked"
+# BLOCKED says a CTA none of whose threads can go on.
+GO, YIELD, STOP, SPIN, BLOCKED = "go", "yield", "stop", "spin", "blocked"
 # So many fruitless turns of each CTA are a deadlock.
 PATIENCE = 400
 # What registers hold at first, by their bytes.

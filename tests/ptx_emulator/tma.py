@@ -149,9 +149,6 @@ def end(c: CTA) -> None:
         c.machine.faults.add("the CTA ends before a TMA load has landed", None, f"a box of {load.map.block}")
 
 
-# mbarriers.
-
-
 def mbarrier(c: CTA, address: int, ins: Instruction, warps: Any) -> Mbarrier:
     """The mbarrier at ``address``, which ``warps`` use."""
     barrier = c.mbarriers.get(address)

@@ -1,0 +1,277 @@
+"""Random forwards of gated MLPs, and random calls of PEFT: a fused MLP computes, keeps and raises what its own forward does."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import checkpoint  # noqa: F401 (in sources)
+
+import stablelora_kernels as slk
+from tests.helpers.gated_mlps import INNER, MLP, WIDTH, rows, with_lora
+
+pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+from tests.integrations.test_fused_mlp_peft import disables, hooks, mlp_of, pair, run, two_adapters
+
+pytestmark = pytest.mark.fuzz
+KEPT: list[Any] = []
+
+
+class Twice(torch.autograd.Function):
+    """Its gradient is not that of what it computes."""
+
+    @staticmethod
+    def forward(ctx, h):
+        return h * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class Act(nn.Module):
+    fancy = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = F.silu
+
+    def forward(self, x):
+        return (self.fancy or self.function)(x)
+
+
+class ByMode(nn.Module):
+    def forward(self, x):
+        return F.silu(x) if self.training else F.gelu(x)
+
+
+ACTIVATIONS = (nn.SiLU, lambda: nn.SiLU(inplace=True), lambda: nn.GELU("tanh"), Act, ByMode, lambda: F.gelu, nn.ReLU)
+GATES = (
+    "self.act_fn(g)",
+    "F.silu(g)",
+    "F.gelu(g, approximate='tanh')",
+    "F.silu(g, inplace=True)",
+    "g * torch.sigmoid(g)",
+)
+PRODUCTS = (
+    "a * u",
+    "u * a",
+    "torch.mul(a, u)",
+    "u.mul(a)",
+    "a.mul_(u)",
+    "a * u * self.factor",
+    "torch.addcmul(u, a, u)",
+)
+QUESTIONS = (
+    "self.limit is not None", "self.config.scale != 1", "self.training", "hasattr(self, 'scale')", "not self.kept",
+    "getattr(self, 'bias', None) is None", "isinstance(self.act_fn, nn.SiLU)", "type(x) is torch.Tensor", "x.dim() == 3",
+    "isinstance(self.gate_proj, nn.Module)", "torch.is_grad_enabled()", "torch.is_autocast_enabled('cpu')", "self.flag",
+    "torch.is_inference_mode_enabled()", "all(isinstance(m, nn.Module) for m in self.children())", "'limit' in vars(self)",
+    "vars(self).get('limit') is None", "self.up_proj.bias is None", "self.act_fn is F.gelu",
+    "type(self.gate_proj) is nn.Linear", "isinstance(x, nn.Parameter)",
+)  # fmt: skip
+CONTEXTS = ("torch.no_grad()", "torch.autocast('cpu', enabled=False)", "torch.autocast('cpu', torch.bfloat16)",
+            "contextlib.suppress(Exception)", "contextlib.nullcontext()", "torch.enable_grad()")  # fmt: skip
+STATEMENTS = (
+    "pass", "{v} = {v} * 2", "{v} = {v} + 1", "{v} *= 0.5", "{v} = F.gelu({v})", "F.silu({v}, inplace=True)",
+    "{v} = self.act_fn({v})", "{v}.register_hook(lambda d: d * 2)", "self.gate_proj(x)", "g = self.up_proj(x)", "g, u = u, g",
+    "{v} = {v}.clamp(max=0.1)", "{v} = {v}.detach()", "{v} = Twice.apply({v})", "KEPT.append({v})", "self.kept.append(1)",
+    "self.calls += 1", "self.config.scale = self.config.scale", "{v} = {v}.to({v}.dtype)", "{v} = {v}[:]",
+    "{v} = checkpoint.checkpoint(F.silu, {v}, use_reentrant=True)", "raise ValueError('as the module does')",
+    "{v} = F.dropout({v}, 0.5, self.training)", "{v} = {v}.chunk(2, -1)[0].repeat(1, 1, 2)",
+)  # fmt: skip
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda mlp: None,
+    "limit": lambda mlp: setattr(mlp, "limit", 0.1),
+    "flag": lambda mlp: setattr(mlp, "flag", True),
+    "configuration": lambda mlp: setattr(mlp.config, "scale", 2.0),
+    "kept": lambda mlp: mlp.kept.append(0),
+    "buffer": lambda mlp: mlp.register_buffer("scale", torch.ones(())),
+    "parameter": lambda mlp: mlp.register_parameter("bias", nn.Parameter(torch.ones(()))),
+    "another activation": lambda mlp: setattr(mlp, "act_fn", nn.Tanh()),
+    "another function": lambda mlp: (
+        setattr(mlp.act_fn, "function", F.gelu) if hasattr(mlp.act_fn, "function") else None
+    ),
+    "a hidden class attribute": lambda mlp: (
+        setattr(mlp.act_fn, "fancy", F.gelu) if isinstance(mlp.act_fn, Act) else None
+    ),
+    "an activation's hook": lambda mlp: (
+        isinstance(mlp.act_fn, nn.Module) and mlp.act_fn.register_forward_hook(lambda module, args, y: y * 3)
+    ),
+    "another layer": lambda mlp: (
+        torch.manual_seed(8),
+        setattr(mlp, "up_proj", nn.Linear(WIDTH, INNER, False).double()),
+    ),
+    "evaluation": lambda mlp: mlp.eval(),
+    "the activation's mode": lambda mlp: mlp.act_fn.eval() if isinstance(mlp.act_fn, nn.Module) else None,
+}
+
+
+@st.composite
+def sources(draw: st.DrawFn) -> str:
+    """A forward with up to three odd statements, alone, under a question or in a context."""
+    gate, product = (draw(st.sampled_from(kinds[:3]) | st.sampled_from(kinds)) for kinds in (GATES, PRODUCTS))
+    lines = [
+        "g = self.gate_proj(x)",
+        "u = self.up_proj(x)",
+        f"a = {gate}",
+        f"h = {product}",
+        "y = self.down_proj(h)",
+        "return y",
+    ]
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, 5))
+        names = ["x", "g", "u", "a", "h", "y"][: at + 1]
+        statement = draw(st.sampled_from(STATEMENTS)).format(v=draw(st.sampled_from(names)))
+        around = draw(st.sampled_from((None, "if", "with")))
+        if around is not None:
+            statement = f"{around} {draw(st.sampled_from(QUESTIONS if around == 'if' else CONTEXTS))}: {statement}"
+        lines.insert(at + sum(line.startswith(("if", "with")) for line in lines[:at]), statement)
+    return "\n    ".join(["def forward(self, x):", *lines])
+
+
+def made(source: str, activation: Callable[[], Any], fuse: bool) -> Any:
+    variables = globals().copy()
+    exec(source, variables)
+    torch.manual_seed(0)
+    mlp = type("Unknown", (MLP,), {"forward": variables["forward"]})(activation()).double()
+    mlp.limit, mlp.flag, mlp.factor, mlp.calls, mlp.kept = None, False, 2.0, 0, []
+    mlp.config = types.SimpleNamespace(scale=1.0)
+    return with_lora(mlp, fuse)[0]["mlp"]
+
+
+def outcome(mlp: Any, context: Any) -> Any:
+    """What one call and its backward give: tensors, or the error; and what it keeps."""
+    KEPT.clear()
+    x = rows()
+    torch.manual_seed(3)
+    mlp.zero_grad()
+    try:
+        with context():
+            y = mlp(x * 1.0)
+        if y.requires_grad:
+            y.double().square().sum().backward()
+        found = {"y": y.detach().clone(), "x": x.grad} | {name: p.grad for name, p in mlp.named_parameters()}
+    except Exception as error:
+        found = {"error": type(error)}
+    return found, {"kept": len(KEPT), "calls": mlp.calls, "list": len(mlp.kept)}
+
+
+def check(found: dict[str, Any], expected: dict[str, Any], mode: str, case: Any) -> None:
+    assert found.keys() == expected.keys(), (case, found, expected)
+    for name, value in found.items():
+        other = expected[name]
+        if not isinstance(value, torch.Tensor):
+            assert value is other, (case, name)
+            continue
+        assert value.dtype == other.dtype, (case, name)
+        # In bfloat16, one op rounds less often than three layers.
+        tolerance = 2**-4 if mode == "autocast" else 1e-9
+        error, largest = (value - other).abs().max(), other.abs().max()
+        assert error <= tolerance * largest, (case, name, error, largest)
+
+
+MODES = {
+    "plain": torch.enable_grad,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+}
+
+
+@settings(max_examples=settings.default.max_examples * 2)
+@given(
+    sources(),
+    st.sampled_from(ACTIVATIONS),
+    st.lists(st.sampled_from(sorted(CHANGES)), max_size=2),
+    st.sampled_from(sorted(MODES)),
+)
+def test_forwards(source: str, activation: Any, changes: list[str], mode: str) -> None:
+    fused, plain = (made(source, activation, fuse) for fuse in (True, False))
+    assert not KEPT or KEPT.clear() is None
+    for change in ("nothing", *changes):
+        for mlp in (fused, plain):
+            # A function is not registered where a module was.
+            with contextlib.suppress(TypeError):
+                CHANGES[change](mlp)
+        (found, kept), (expected, others) = outcome(fused, MODES[mode]), outcome(plain, MODES[mode])
+        assert kept == others, (source, change)
+        check(found, expected, mode, (source, change))
+
+
+def _set_adapter(*names: str) -> Callable[[Any], None]:
+    return lambda model: model.base_model.set_adapter([*names])
+
+
+def _layer(index: int) -> Callable[[Any], Any]:
+    return lambda model: getattr(mlp_of(model), ("gate_proj", "up_proj", "down_proj")[index])
+
+
+def _accelerated(model: Any) -> None:
+    """Again, as it was at first."""
+    slk.accelerate_peft(model, fuse_mlp=model.fuses)
+
+
+ACTIONS: dict[str, Callable[[Any], Any]] = {
+    "another adapter": two_adapters,
+    "the first": _set_adapter("default"),
+    "the second": _set_adapter("other"),
+    "both": _set_adapter("default", "other"),
+    "delete the second": lambda model: model.delete_adapter("other"),
+    "disable one": disables,
+    "enable it": lambda model: _layer(1)(model).enable_adapters(True),
+    "merge": lambda model: model.merge_adapter(),
+    "merge one": lambda model: _layer(2)(model).merge(),
+    "unmerge": lambda model: model.unmerge_adapter(),
+    "scale": lambda model: _layer(0)(model).scale_layer(1.5),
+    "unscale": lambda model: _layer(0)(model).unscale_layer(),
+    "train": lambda model: model.train(),
+    "evaluate": lambda model: model.eval(),
+    "evaluate one": lambda model: _layer(1)(model).eval(),
+    "hook": hooks,
+    "no hook": lambda model: _layer(2)(model)._forward_hooks.clear(),
+    "a weight trains": lambda model: _layer(0)(model).base_layer.weight.requires_grad_(True),
+    "it is frozen": lambda model: _layer(0)(model).base_layer.weight.requires_grad_(False),
+    "another dropout": lambda model: setattr(_layer(2)(model).lora_dropout["default"], "p", 0.4),
+    "the same dropout": lambda model: setattr(_layer(2)(model).lora_dropout["default"], "p", 0.2),
+    "share A": lambda model: _layer(1)(model).lora_A.update({"default": _layer(0)(model).lora_A["default"]}),
+    "another activation": lambda model: setattr(mlp_of(model), "act_fn", nn.GELU()),
+    "the first activation": lambda model: setattr(mlp_of(model), "act_fn", nn.SiLU()),
+    "accelerate": _accelerated,
+    "restore": slk.restore_peft,
+    "copy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@settings(max_examples=settings.default.max_examples // 3)
+@given(st.lists(st.tuples(st.sampled_from(sorted(ACTIONS)), st.sampled_from(sorted(MODES))), min_size=1, max_size=8))
+def test_calls_of_peft(actions: list[tuple[str, str]]) -> None:
+    models = list(pair())
+    for model, fuses in zip(models, (True, False), strict=True):
+        model.fuses = fuses
+    for name, mode in actions:
+        outcomes = []
+        for i, model in enumerate(models):
+            try:
+                changed = ACTIONS[name](model)
+                models[i] = changed if name in ("copy", "pickle") else model
+                torch.manual_seed(5)
+                with MODES[mode]():
+                    trains = mode in ("plain", "autocast")
+                    outcomes.append(run(models[i]) if trains else {"y": models[i](rows())})
+            except Exception as error:
+                outcomes.append({"error": type(error)})
+        check(*outcomes, mode, actions)
