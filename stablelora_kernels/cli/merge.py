@@ -23,7 +23,7 @@ from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.reports import MergeReport, list_some
 from stablelora_kernels.model.save_load import load_adapter
 from stablelora_kernels.testing import DTYPES
-from stablelora_kernels.utils.extras import import_extra, release
+from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.files import locked
 from stablelora_kernels.utils.text import counted
 
@@ -158,11 +158,9 @@ def _architecture(source: Path) -> Any:
 def _load(architecture: Any, source: Path, dtype: torch.dtype | None) -> Any:
     """The model in its own dtype, or in float32 if ``dtype`` is given: then the sum is rounded only once."""
     load_dtype = "auto" if dtype is None else torch.float32
-    # transformers 4.56 renamed the keyword.
-    keyword = "dtype" if release(_import_transformers().__version__) >= (4, 56) else "torch_dtype"
     try:
         model, info = architecture.from_pretrained(
-            source, **{keyword: load_dtype}, output_loading_info=True, local_files_only=True, use_safetensors=True
+            source, dtype=load_dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
         )
     except Exception as error:  # transformers raises dozens of classes for bad files.
         raise CommandError(f"--into {str(source)!r} can't be loaded: {error}", status=1) from None
