@@ -31,11 +31,13 @@ SWITCHES: dict[str, Callable[[], None]] = {
 @contextmanager
 def switched(*names: str) -> Iterator[None]:
     """The block under these of SWITCHES, one after another; then PyTorch's start values."""
-    try:
-        for name in names:
-            SWITCHES[name]()
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        for owner in (_MATMUL, torch.backends, _ONEDNN.matmul):  # type: ignore[attr-defined]
-            owner.fp32_precision = "none"
+    # PyTorch's own test helpers forbid these settings in the whole process once somebody imports them.
+    with torch.backends.__allow_nonbracketed_mutation():
+        try:
+            for name in names:
+                SWITCHES[name]()
+            yield
+        finally:
+            torch.set_float32_matmul_precision("highest")
+            for owner in (_MATMUL, torch.backends, _ONEDNN.matmul):  # type: ignore[attr-defined]
+                owner.fp32_precision = "none"
