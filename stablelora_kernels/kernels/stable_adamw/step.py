@@ -174,7 +174,10 @@ def _stable_adamw_kernel(
         # A norm that is infinite or NaN: change nothing but the count of such steps.
         if (total < float("inf")) == 0:
             if chunk == 0:
-                tl.atomic_add(skipped_ptr, 1, sem="relaxed")
+                skipped = tl.load(skipped_ptr)
+                # As below: all warps load, one thread stores.
+                tl.debug_barrier()
+                tl.store(skipped_ptr, skipped + 1)
             return
     tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
     row = tensors_ptr + tensor * len(TENSOR.value)
