@@ -2,7 +2,7 @@
 
     python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--csv FILE]
     python -m benchmarks.lab.compile_report --write     compile all and renew the committed report, or with --arch a GPU's rows
-        --missing: compile only what it lacks, and drop what is no longer made
+        --missing: compile only what it lacks and what has changed since it was recorded
     python -m benchmarks.lab.compile_report --check     compile all, compare with it, and exit with 1 if something got worse
         --quick: of most GPUs only a sample, and of what has not changed since it was last recorded
     python -m benchmarks.lab.compile_report --check --quick --record        record what passed as unchanged
@@ -36,6 +36,7 @@ from benchmarks.lab.compile_report.report import (
     TRITON,
     compare,
     compile_all,
+    has_changed,
     in_sample,
     jobs,
     label_of,
@@ -66,7 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--missing",
         action="store_true",
-        help="with --write: keep its rows, add those that it lacks, drop those that vanished",
+        help="with --write: keep the rows whose code is as recorded, compile the others, drop those that vanished",
     )
     add(
         "--check",
@@ -80,7 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.missing and not args.write:
-        parser.error("--missing adds rows to the committed report; give --write too")
+        parser.error("--missing renews rows of the committed report; give --write too")
     if args.record and not args.check:
         parser.error("--record notes what --check has found unchanged; give both")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -100,14 +101,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     archs = [arch for arch in DEVICES if not args.arch or arch in args.arch]
     wanted = [(arch, i) for arch in archs for i, job in enumerate(jobs(arch)) if job.label[0].startswith(args.kernel)]
     labels = [jobs(arch)[i].label for arch, i in wanted]
-    kept = read_digests() if args.quick else {}
+    kept = read_digests() if args.quick or args.missing else {}
     tasks = [task for task in wanted if not args.quick or in_sample(*task, kept)]
-    there = (
-        [row for row in read_csv(REPORT) if row["arch"] in archs and label_of(row) in labels] if args.missing else []
-    )
+    there = []
     if args.missing:
-        known = {label_of(row) for row in there}
-        tasks = [(arch, place) for arch, place in tasks if jobs(arch)[place].label not in known]
+        known = {label_of(row): row for row in read_csv(REPORT)}
+        tasks = [
+            task for task, label in zip(wanted, labels, strict=True) if label not in known or has_changed(*task, kept)
+        ]
+        todo = {*tasks}
+        there = [known[label] for task, label in zip(wanted, labels, strict=True) if task not in todo]
     rows, failures = [], []
     started = time.perf_counter()
     for number, ((arch, place), result) in enumerate(compile_all(tasks, os.cpu_count() or 1), start=1):

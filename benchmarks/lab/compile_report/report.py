@@ -209,6 +209,11 @@ def in_sample(arch: str, place: int, kept: Mapping[str, Digests]) -> bool:
         return True
     if arch != FULL and number % EVERY:
         return False
+    return has_changed(arch, place, kept)
+
+
+def has_changed(arch: str, place: int, kept: Mapping[str, Digests]) -> bool:
+    """Whether the code of a row is other than the recorded one, or none is recorded."""
     job = jobs(arch)[place]
     recorded = kept.get(job_name(job))
     if recorded is None:
