@@ -186,8 +186,8 @@ def _stable_adamw_kernel(
     grad = tl.load(addresses_ptr + len(ADDRESS.value) * tensor)
     variant = tl.load(addresses_ptr + len(ADDRESS.value) * tensor + ADDRESS.value.variant)
     turn = tl.load(turns_ptr + chunk).to(tl.int32)
-    step = tl.load(steps_ptr + chunk) + 1
-    # Every warp loads these counters, and one thread stores their new values. The barrier keeps a late warp from loading those.
+    # Every warp loads a counter, and one thread stores its new value. The barrier keeps a late warp from loading that. One barrier
+    # for all counters would keep them in registers, up to 20 a thread.
     tl.debug_barrier()
     tl.store(turns_ptr + chunk, 1 - turn)
     before_ptr = squares_ptr + turn * n_chunks
@@ -198,6 +198,8 @@ def _stable_adamw_kernel(
     else:
         setting = tl.load(row + TENSOR.value.setting)
         hyper = hyper_ptr + setting * len(HYPER.value)
+        step = tl.load(steps_ptr + chunk) + 1
+        tl.debug_barrier()
         tl.store(steps_ptr + chunk, step)
         # The latch rule: A shrinks while ||A||_F / n > ||B||_F / m, then latches for good.
         ratio = tl.full((), 0.0, tl.float32)
