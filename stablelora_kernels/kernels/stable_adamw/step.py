@@ -186,8 +186,8 @@ def _stable_adamw_kernel(
     grad = tl.load(addresses_ptr + len(ADDRESS.value) * tensor)
     variant = tl.load(addresses_ptr + len(ADDRESS.value) * tensor + ADDRESS.value.variant)
     turn = tl.load(turns_ptr + chunk).to(tl.int32)
-    # Every warp loads a counter, and one thread stores its new value. The barrier keeps a late warp from loading that. One barrier
-    # for all counters would keep them in registers, up to 20 a thread.
+    # Every warp loads a counter, and one thread stores its new value. The barrier keeps a late warp from loading that.
+    # One barrier for all counters would keep them in registers, and cost up to 20 a thread.
     tl.debug_barrier()
     tl.store(turns_ptr + chunk, 1 - turn)
     before_ptr = squares_ptr + turn * n_chunks
