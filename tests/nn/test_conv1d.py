@@ -14,6 +14,7 @@ from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn.conv1d import LoRAConv1D
 from stablelora_kernels.testing import EPS
 from tests.helpers.inputs import BF16, FP16, FP32
+from tests.helpers.layer_calls import check_value
 from tests.helpers.oracle import check_all, layer_oracle, run_layer
 from tests.helpers.quantized_weights import K, N
 from tests.helpers.small_models import IDS, Model, fill_b, lora_config, lora_over, output, reasons
@@ -47,8 +48,18 @@ def test_conv1d_against_float64(shape, n, k, r, dtype, backend, poisoned_outputs
     def eager(x):
         return base(x) + layer.scaling * (x @ layer.lora_A.to(dtype).t() @ layer.lora_B.to(dtype).t())
 
-    ref = layer_oracle(x, layer.weight.t(), layer.bias, pair, grad, layer.scaling)
-    check_all(run_layer(layer, x, pair, grad), ref, run_layer(eager, x, pair, grad), dtype)
+    given = (x, layer.weight.t(), layer.bias, *pair, grad)
+    ref, absolute = (
+        layer_oracle(x, w, bias, pair, grad, layer.scaling)
+        for x, w, bias, *pair, grad in (given, map(torch.abs, given))
+    )
+    found, base_results = run_layer(layer, x, pair, grad), run_layer(eager, x, pair, grad)
+    if x.shape[:-1].numel() > 1:
+        check_all(found, ref, base_results, dtype)
+    else:
+        # Eager's own error of one row may be next to nothing by chance, so a rounding of its terms is allowed too.
+        for name, value in found.items():
+            check_value(name, value, ref[name], base_results[name], absolute[name], EPS[dtype], broken=False)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
