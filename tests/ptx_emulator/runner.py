@@ -121,7 +121,7 @@ def parameters(
             values += [(number, "i64") for number in (*value.shape, *value.strides)]
         else:
             values.append((value, kind))
-    data, maps = bytearray(sum(p.size for p in program.params) + 64), {}
+    data, maps = bytearray(max(p.offset + p.size for p in program.params)), {}
     # Triton has more parameters, for memory of its own, which no kernel here has.
     for param, (value, kind) in zip(program.params, values, strict=False):
         if isinstance(value, TensorMap):
