@@ -54,7 +54,7 @@ def test_conv1d_against_float64(shape, n, k, r, dtype, backend, poisoned_outputs
         for x, w, bias, *pair, grad in (given, map(torch.abs, given))
     )
     found, base_results = run_layer(layer, x, pair, grad), run_layer(eager, x, pair, grad)
-    if x.shape[:-1].numel() > 1:
+    if x.shape[:-1].numel() != 1 or dtype != FP32:
         check_all(found, ref, base_results, dtype)
     else:
         # Eager's own error of one row may be next to nothing by chance, so a rounding of its terms is allowed too.

@@ -52,7 +52,7 @@ WITHOUT_A_BRANCH = [
 @pytest.mark.parametrize(("shape", "f", "n", "ranks"), SHAPES, ids=str)
 def test_matches_the_oracle(shape, f, n, ranks, dtypes, activation, backend):
     mlp = MLP(shape, f, n, ranks, *dtypes, activation)
-    (check_one_row if len(shape) == 1 else check)(mlp, mlp.run())
+    (check_one_row if len(shape) == 1 and dtypes[0] == FP32 else check)(mlp, mlp.run())
 
 
 @pytest.mark.covering(1)
