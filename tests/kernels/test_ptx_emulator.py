@@ -6,8 +6,11 @@ Most run in processes of their own, because Triton's interpreter, in which other
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.helpers.processes import python
+from tests.ptx_emulator.machine import LaunchState, Machine, Schedule
+from tests.ptx_emulator.memory import EmulationError, global_memory
 from tests.ptx_emulator.parse import parse
 from tests.ptx_emulator.program import CompiledProgram
 
@@ -86,6 +89,14 @@ def test_an_unknown_instruction_is_named_with_its_line(instruction: str) -> None
     with pytest.raises(NotImplementedError) as error:
         CompiledProgram(parse(PTX.replace("INSTRUCTION", instruction)))
     assert str(error.value) == f"the PTX emulator does not know {instruction} [source.py:17]"
+
+
+def test_a_loop_without_end_is_stopped() -> None:
+    program = CompiledProgram(parse(PTX.replace("INSTRUCTION", "mov.b32 %r1, 0;\nLOOP:\nbra.uni LOOP")))
+    x = torch.zeros(4)
+    launch = LaunchState(program, "kernel", (1, 1, 1), bytes(8), 0, False, {})
+    with pytest.raises(EmulationError, match=r"no end after 100000 steps: CTA 0 of kernel"):
+        Machine(global_memory([(x.data_ptr(), x.nbytes, "x")], 2), [launch], Schedule()).run()
 
 
 @pytest.mark.parametrize(

@@ -90,20 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = run_case(case, schedule)
         faults = outcome.log.faults.lines()
         words = outcome.words if outcome.share <= 1 else f"**{outcome.words}**"
-        row = (
-            schedule.arch,
-            case.name,
-            len(outcome.log.launches),
-            words,
-            len(faults),
-            f"{time.monotonic() - began:.1f}",
-        )
+        launches, seconds = outcome.log.launches, f"{time.monotonic() - began:.1f}"
+        row = (schedule.arch, case.name, len(launches), words, len(faults), seconds)
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
         bad += not outcome.right
         if not outcome.right:
-            details += [
-                f"{schedule.arch} {case.name}: {line}" for line in (outcome.words, *outcome.log.launches, *faults)
-            ]
+            details += [f"{schedule.arch} {case.name}: {line}" for line in (outcome.words, *launches, *faults)]
     if options.plant and not planted:
         sys.exit(f"python -m tests.ptx_emulator: error: no code for {options.plant} to be planted in")
     print(f"\n{len(todo)} cases, {bad} with a fault or a wrong number")

@@ -22,6 +22,8 @@ from tests.ptx_emulator.parse import SIZES, Instruction
 GO, YIELD, STOP, SPIN, BLOCKED = "go", "yield", "stop", "spin", "blocked"
 # So many fruitless turns of each CTA are a deadlock.
 PATIENCE = 400
+# A CTA that has run so many pieces of code, each up to a branch, runs for ever.
+ENDLESS = 100_000
 # What registers hold at first, by their bytes.
 NOISE = {2: np.uint16(0xFFFF), 4: np.uint32(0xFFC0DEAD), 8: np.uint64(0xFFF8DEADDEADDEAD)}
 
@@ -147,7 +149,7 @@ class CTA:
 
     def run(self) -> Iterator[str]:
         """Run until all threads have ended; yields where other CTAs may have their turn."""
-        runs = self.program.runs
+        runs, left = self.program.runs, ENDLESS
         while self.groups:
             group = self._pick()
             if group is None:
@@ -155,6 +157,8 @@ class CTA:
                 continue
             outcome = GO
             while outcome == GO and group in self.groups:
+                if (left := left - 1) < 0:
+                    raise EmulationError(f"no end after {ENDLESS} steps: {_state(self)}")
                 run = runs[group.pc]
                 run(self, None if group.mask is self.everyone else group.mask)
                 group.pc = run.end
