@@ -78,7 +78,8 @@ QUESTIONS = (
     "isinstance(self.gate_proj, nn.Module)", "torch.is_grad_enabled()", "torch.is_autocast_enabled('cpu')", "self.flag",
     "torch.is_inference_mode_enabled()", "all(isinstance(m, nn.Module) for m in self.children())", "'limit' in vars(self)",
     "vars(self).get('limit') is None", "self.up_proj.bias is None", "self.act_fn is F.gelu",
-    "type(self.gate_proj) is nn.Linear", "isinstance(x, nn.Parameter)",
+    "type(self.gate_proj) is nn.Linear", "isinstance(x, nn.Parameter)", "self.type == 'silu'",
+    "len(vars(self)) > 9", "'flag' in list(vars(self))", "{**vars(self)}.get('limit') is None",
 )  # fmt: skip
 CONTEXTS = ("torch.no_grad()", "torch.autocast('cpu', enabled=False)", "torch.autocast('cpu', torch.bfloat16)",
             "contextlib.suppress(Exception)", "contextlib.nullcontext()", "torch.enable_grad()")  # fmt: skip
@@ -96,6 +97,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "nothing": lambda mlp: None,
     "limit": lambda mlp: setattr(mlp, "limit", 0.1),
     "flag": lambda mlp: setattr(mlp, "flag", True),
+    "type": lambda mlp: setattr(mlp, "type", "gelu"),
     "configuration": lambda mlp: setattr(mlp.config, "scale", 2.0),
     "kept": lambda mlp: mlp.kept.append(0),
     "buffer": lambda mlp: mlp.register_buffer("scale", torch.ones(())),
@@ -147,7 +149,7 @@ def made(source: str, activation: Callable[[], Any], fuse: bool) -> Any:
     exec(source, variables)
     torch.manual_seed(0)
     mlp = type("Unknown", (MLP,), {"forward": variables["forward"]})(activation()).double()
-    mlp.limit, mlp.flag, mlp.factor, mlp.calls, mlp.kept = None, False, 2.0, 0, []
+    mlp.limit, mlp.flag, mlp.factor, mlp.calls, mlp.kept, mlp.type = None, False, 2.0, 0, [], "silu"
     mlp.config = types.SimpleNamespace(scale=1.0)
     return with_lora(mlp, fuse)[0]["mlp"]
 
