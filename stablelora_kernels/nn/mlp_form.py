@@ -26,18 +26,18 @@ from stablelora_kernels.utils.hooks import is_hooked
 
 # Values of these types never change in place, except functions that are closures.
 _CONSTANTS = {type(None), bool, int, float, str, type, torch.dtype, torch.device, FunctionType, BuiltinFunctionType}
-# Stands for an attribute that an object does not have.
+# Stands for a missing attribute. It is a class, so that copies and pickles of a Form have the same.
 _ABSENT = inspect.Parameter.empty
 _OPERATIONS = {silu, gelu, torch.mul, Tensor.mul, torch.chunk, Tensor.chunk}
-# An activation's formula without its input. True means in place.
-_ACTIVATIONS = {
+# Formulas of activations without their input, and their names in the op. True means in place.
+_ACTIVATIONS: dict[tuple[Any, ...], str] = {
     ("silu", False): "silu", ("silu", True): "silu", ("gelu",): "gelu", ("gelu", "none"): "gelu", ("gelu", "tanh"): "gelu_tanh",
 }  # fmt: skip
 _OTHER = "it computes something else than down(act(gate(x)) * up(x))"
 
 
 class Projection(NamedTuple):
-    """A child that computes a projection of x, by name; half 0 or 1 of its output if it holds gate and up stacked."""
+    """The name of a child that computes a projection. If it computes gate and up stacked, ``half`` tells which half this is."""
 
     name: str
     half: int | None = None
@@ -88,7 +88,7 @@ def _key(value: Any) -> tuple[Any, ...]:
 def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | str:
     """The form of ``module``, or why it is no gated MLP. ``is_projection`` says which children compute a projection of x."""
     forward: Any = module.forward
-    # Liger's patches bind a function to the module.
+    # A forward may be bound to the instance, as Liger's patches do.
     if not isinstance(forward, MethodType) or forward.__self__ is not module:
         return "its forward was replaced (as accelerate's hooks do)"
     try:
@@ -120,8 +120,8 @@ def _mode() -> tuple[bool, ...]:
 class _Run(TorchFunctionMode):
     """One run of a forward.
 
-    Each tensor has a formula: "x"; a Projection of x; (function, operands...), where a Projection comes last; or (name, formula)
-    for a projection of another tensor than x.
+    Each tensor has a formula: "x", a Projection of x, or a tuple. The tuple of a function has its name and its operands, with a
+    Projection last. The tuple of another projection has its name and the formula of its input.
     """
 
     def __init__(self, is_projection: Callable[[Any], bool], reads: dict[tuple[str, ...], Any]) -> None:
@@ -139,12 +139,13 @@ class _Run(TorchFunctionMode):
             if any(attributes != attributes.given for attributes in self.attributes):
                 self.refuse("its forward changes its attributes")
             match formula:
-                case (str(down), ("mul", (*function, Projection() as gate), Projection() as up)):
-                    activation, is_stacked = _ACTIVATIONS.get(tuple(function)), gate.half is not None
-                    # x, gate, up, activation, product, output. One more draws a mask of dropout or changes a tensor in place.
+                case (str(down), ("mul", (*operation, Projection() as gate), Projection() as up)):
+                    activation, is_stacked = _ACTIVATIONS.get(tuple(operation)), gate.half is not None
+                    # Six tensors are x, gate, up, activation, product and output. A stacked projection and its halves make seven.
+                    # Another operation may draw a second mask of dropout, or change one of these in place.
                     is_exact = len(self.tensors) == 6 + is_stacked and gate != up and down not in (gate.name, up.name)
                     # Autograd refuses to change a half in place.
-                    is_allowed = not (is_stacked and True in function) and _mode() == self.mode
+                    is_allowed = not (is_stacked and True in operation) and _mode() == self.mode
                     if activation and is_exact and is_allowed:
                         return self.reason or Form(gate, up, Projection(down), activation)
         except Exception as error:
@@ -152,7 +153,7 @@ class _Run(TorchFunctionMode):
         return self.reason or _OTHER
 
     def refuse(self, reason: str) -> NoReturn:
-        # The forward may catch the exception. The first reason counts.
+        # The forward may catch the exception and go on, so the first reason counts.
         self.reason = self.reason or reason
         raise RuntimeError(reason)
 
@@ -189,9 +190,10 @@ class _Run(TorchFunctionMode):
 
 
 class _Attributes(dict[str, Any]):
-    """The attributes of a stand-in for ``value``. Each is read and noted when the forward asks for it.
+    """The ``__dict__`` of a stand-in for ``value``. It reads and notes an attribute when the forward asks for it.
 
-    ``nn.Module.__getattr__`` looks a name up in ``__dict__["_parameters"]``, which is this ``__dict__`` itself.
+    ``nn.Module.__getattr__`` looks in ``__dict__["_parameters"]`` first, which is this dict itself. ``given`` is a copy of this
+    dict until the forward sets an attribute.
     """
 
     def __init__(self, run: _Run, path: tuple[str, ...], value: Any) -> None:
@@ -206,14 +208,13 @@ class _Attributes(dict[str, Any]):
         self.stand_in: Any = object.__new__(kind)
         object.__setattr__(self.stand_in, "__dict__", self)
         if not run.is_projection(value):
-            # Python does not ask for a name that the class has. The module may have an attribute of that name, now or later.
+            # Python finds a class's attribute without asking here. The instance may have its own instead, now or later.
             classes = set(kind.__mro__) - set(nn.Module.__mro__)
-            names = {name for k in classes for name in vars(k) if not name.startswith("__")} | vars(value).keys() & dir(
-                kind
-            )
-            for name in names - {"forward", "_compiled_call_impl"}:
-                with contextlib.suppress(AttributeError):
-                    self[name]
+            names = (vars(value).keys() & dir(kind)).union(*map(vars, classes)) - {"forward"}
+            for name in names:
+                if not name.startswith("__"):
+                    with contextlib.suppress(AttributeError):
+                        self[name]
 
     def __missing__(self, name: str) -> Any:
         if name == "_parameters":
@@ -223,13 +224,14 @@ class _Attributes(dict[str, Any]):
         if value is _ABSENT:
             raise AttributeError(name)
         parts = (value.func, *value.args, *value.keywords.values()) if isinstance(value, partial) else (value,)
-        is_watched = isinstance(value, Tensor) or all(len(_key(part)) > 1 for part in parts)
+        is_value = isinstance(value, Tensor) or all(len(_key(part)) > 1 for part in parts)
         is_child = isinstance(value, nn.Module) and not self.path
         is_plain = hasattr(value, "__dict__") and not callable(value) and not hasattr(value, "__len__")
-        is_hidden = name == "training" or self.run.is_projection(self.value)
-        if is_hidden or not (is_watched or is_child or is_plain):
+        # Calls do not compare the training mode, nor a projection's attributes.
+        is_compared = name != "training" and not self.run.is_projection(self.value)
+        if not is_compared or not (is_value or is_child or is_plain):
             self.run.refuse(f"it reads {'.'.join(path)!r}, a {type(value).__name__}, which may change unseen")
-        self[name] = self.given[name] = value if is_watched else _Attributes(self.run, path, value).stand_in
+        self[name] = self.given[name] = value if is_value else _Attributes(self.run, path, value).stand_in
         return self[name]
 
     def __contains__(self, name: Any) -> bool:
