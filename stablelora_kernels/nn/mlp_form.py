@@ -121,7 +121,7 @@ class _Run(TorchFunctionMode):
     """One run of a forward.
 
     Each tensor has a formula: "x", a Projection of x, or a tuple. The tuple of a function has its name and its operands, with a
-    Projection last. The tuple of another projection has its name and the formula of its input.
+    Projection last. The tuple of another projection has that Projection and the formula of its input.
     """
 
     def __init__(self, is_projection: Callable[[Any], bool], reads: dict[tuple[str, ...], Any]) -> None:
@@ -139,15 +139,18 @@ class _Run(TorchFunctionMode):
             if any(attributes != attributes.given for attributes in self.attributes):
                 self.refuse("its forward changes its attributes")
             match formula:
-                case (str(down), ("mul", (*operation, Projection() as gate), Projection() as up)):
-                    activation, is_stacked = _ACTIVATIONS.get(tuple(operation)), gate.half is not None
+                case (Projection() as down, ("mul", (*operation, Projection() as gate), Projection() as up)):
+                    activation, halves = _ACTIVATIONS.get(tuple(operation)), {gate.half, up.half}
+                    is_stacked, is_whole = halves == {0, 1}, halves == {None}
                     # Six tensors are x, gate, up, activation, product and output. A stacked projection and its halves make seven.
                     # Another operation may draw a second mask of dropout, or change one of these in place.
-                    is_exact = len(self.tensors) == 6 + is_stacked and gate != up and down not in (gate.name, up.name)
+                    is_exact = (
+                        len(self.tensors) == 6 + is_stacked and gate != up and down.name not in (gate.name, up.name)
+                    )
                     # Autograd refuses to change a half in place.
-                    is_allowed = not (is_stacked and True in operation) and _mode() == self.mode
-                    if activation and is_exact and is_allowed:
-                        return self.reason or Form(gate, up, Projection(down), activation)
+                    is_allowed = is_whole or (is_stacked and True not in operation)
+                    if activation and is_exact and is_allowed and _mode() == self.mode:
+                        return self.reason or Form(gate, up, down, activation)
         except Exception as error:
             return self.reason or f"its forward can't be followed ({type(error).__name__})"
         return self.reason or _OTHER
@@ -252,7 +255,7 @@ class _Attributes(dict[str, Any]):
         if len(args) != 1 or kwargs or (formula := getattr(args[0], "formula", None)) is None:
             self.run.refuse(f"it calls {name!r} with more than one tensor")
         if self.run.is_projection(self.value):
-            return self.run.tensor(Projection(name) if formula == "x" else (name, formula))
+            return self.run.tensor(Projection(name) if formula == "x" else (Projection(name), formula))
         kind = type(self.value)
         with contextlib.suppress(Exception):
             output: Any = kind.forward(self.stand_in, args[0])

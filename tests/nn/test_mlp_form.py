@@ -128,6 +128,7 @@ OTHER = {
     "no gate": (lambda self, x: self.down_proj(F.silu(self.up_proj(x))), "something else"),
     "no down": (lambda self, x: F.silu(self.gate_proj(x)) * self.up_proj(x), "something else"),
     "up of up": (lambda self, x: self.down_proj(F.silu(self.gate_proj(x)) * F.silu(self.up_proj(x))), "something else"),
+    "act for down": (lambda self, x: F.gelu(F.silu(self.gate_proj(x)) * self.up_proj(x)), "something else"),
     "act of down": (lambda self, x: F.silu(swiglu(self, x)), "something else"),
     "act of x": (lambda self, x: self.down_proj(F.silu(self.gate_proj(F.silu(x))) * self.up_proj(x)), "something else"),
     "a tuple": (lambda self, x: (swiglu(self, x), None), "something else"),
@@ -208,7 +209,7 @@ def test_a_stacked_projection_has_either_half_first():
 
 @pytest.mark.parametrize("cut", [
     lambda y: y.chunk(2), lambda y: y.chunk(3, dim=-1)[:2], lambda y: y.chunk(2, dim=1), lambda y: (y[..., :3], y[..., 3:]),
-    lambda y: (y.chunk(2, dim=-1)[0],) * 2,
+    lambda y: (y.chunk(2, dim=-1)[0],) * 2, lambda y: (y.chunk(2, dim=-1)[0], y), lambda y: (y, y.chunk(2, dim=-1)[1]),
 ])  # fmt: skip
 def test_other_ways_of_cutting_are_refused(cut):
     def forward(self, x):
