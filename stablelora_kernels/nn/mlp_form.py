@@ -141,15 +141,14 @@ class _Run(TorchFunctionMode):
             match formula:
                 case (Projection() as down, ("mul", (*operation, Projection() as gate), Projection() as up)):
                     activation, halves = _ACTIVATIONS.get(tuple(operation)), {gate.half, up.half}
-                    is_stacked, is_whole = halves == {0, 1}, halves == {None}
+                    is_stacked = halves == {0, 1}
+                    # Autograd refuses to change a half in place.
+                    is_allowed = halves == {None} or (is_stacked and True not in operation)
+                    is_apart = gate != up and down.name not in (gate.name, up.name)
                     # Six tensors are x, gate, up, activation, product and output. A stacked projection and its halves make seven.
                     # Another operation may draw a second mask of dropout, or change one of these in place.
-                    is_exact = (
-                        len(self.tensors) == 6 + is_stacked and gate != up and down.name not in (gate.name, up.name)
-                    )
-                    # Autograd refuses to change a half in place.
-                    is_allowed = is_whole or (is_stacked and True not in operation)
-                    if activation and is_exact and is_allowed and _mode() == self.mode:
+                    is_exact = len(self.tensors) == 6 + is_stacked and _mode() == self.mode
+                    if activation and is_allowed and is_apart and is_exact:
                         return self.reason or Form(gate, up, down, activation)
         except Exception as error:
             return self.reason or f"its forward can't be followed ({type(error).__name__})"
