@@ -177,3 +177,25 @@ def test_the_tutorials_blocks_are_the_programs() -> None:
         # Inside main(), one level deeper.
         code = [line.strip() for line in block.code.splitlines()]
         assert any(lines[i : i + len(code)] == code for i in range(len(lines))), block.code
+
+
+@pytest.mark.parametrize("library", ["Unsloth", "Axolotl", "loralib"])
+def test_what_a_switcher_loses_is_what_the_librarys_table_lacks(library: str) -> None:
+    """A feature that the library's own table has is not among the losses at the top of the page, and the reverse."""
+    page = (ROOT / "docs" / "guides" / "migrating.md").read_text(encoding="utf-8")
+    (losses,) = re.findall(rf"^\| {library} \| .* \| (.+) \|$", page, re.M)
+    section = page.split(f"## From {library}\n")[1].split("\n## ")[0]
+    lacking = re.findall(r"^\| (.+?) \| none\b.*\|$", section, re.M)
+    assert losses.split("; ") == lacking
+
+
+def test_one_name_a_feature() -> None:
+    """``fuse_projections`` gives fused projections; guides call them by no other name."""
+    pages = [ROOT / "docs" / "index.md", *(ROOT / "docs" / "guides").glob("*.md"), ROOT / "docs" / "limitations.md"]
+    found = [
+        (page.name, name)
+        for page in pages
+        for name in ("shared input", "projection group", "computed together", "computes together")
+        if name in page.read_text(encoding="utf-8").lower() and "orphan: true" not in page.read_text(encoding="utf-8")
+    ]
+    assert found == []
