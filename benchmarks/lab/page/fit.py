@@ -53,10 +53,10 @@ def table() -> str:
                 rates = [per_token(arm, shape, model, checkpointing) for arm in ARMS]
                 row = [name, "NF4" if nf4 else "bf16", "yes" if checkpointing else "no", f"{start / GIB:.1f}"]
                 for tokens in TOKENS:
-                    row.append(" → ".join(f"{(start + tokens * rate) / GIB:.1f}" for rate in rates))
+                    row.append("→".join(f"{(start + tokens * rate) / GIB:.1f}" for rate in rates))
                 for card in CARDS:
                     room = USABLE * card * GIB - start
-                    row.append(" → ".join(f"{int(room / rate):,}" for rate in rates) if room > 0 else "none")
+                    row.append("→".join(f"{int(room / rate):,}" for rate in rates) if room > 0 else "none")
                 cells.append(row)
     return markdown(cells, 3)
 
