@@ -28,7 +28,9 @@ def main() -> None:
 
     on_gpu = torch.cuda.is_available()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.bfloat16 if on_gpu else torch.float32
+    )
 
     tokens = torch.tensor(tokenizer(args.text.read_text(encoding="utf-8"))["input_ids"])
     rows = tokens[: len(tokens) // args.length * args.length].view(-1, args.length)
