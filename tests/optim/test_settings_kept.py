@@ -155,16 +155,19 @@ def test_copies_keep_the_count_of_steps_that_were_not_taken(path: str, copied) -
         again.stability()
 
 
-def test_the_factory_tells_that_it_was_given_no_learning_rate() -> None:
+def test_the_factory_tells_which_of_the_trainers_arguments_it_was_not_given() -> None:
     model = Model()
     slk.apply_lora(model, lora_config())
-    with pytest.warns(UserWarning, match=re.escape("given no lr, so it is 0.0001")) as caught:
-        optimizer = slk.StableLoRAAdamWFactory()(model, shrink_ratio=0.1)
-    assert caught[0].filename == __file__ and "learning_rate" in str(caught[0].message)
+    told = "uses lr=0.0001, betas=(0.9, 0.999), eps=1e-08, the optimizer's defaults"
+    with pytest.warns(UserWarning, match=re.escape(told)) as caught:
+        optimizer = slk.StableLoRAAdamWFactory()(model, shrink_ratio=0.1, weight_decay=0.3)
+    assert caught[0].filename == __file__ and "StableLoRAAdamWFactory.from_args(args" in str(caught[0].message)
     assert optimizer.param_groups[0]["lr"] == 1e-4
+    given = {"lr": 3e-4, "weight_decay": 0.0, "betas": (0.9, 0.99), "eps": 1e-7}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert slk.StableLoRAAdamWFactory()(model, lr=3e-4).param_groups[0]["lr"] == 3e-4
+        (group,) = slk.StableLoRAAdamWFactory()(model, **given).param_groups
+    assert given.items() <= group.items()
 
 
 # torch's defaults
