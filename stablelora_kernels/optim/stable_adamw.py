@@ -326,11 +326,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if found > self._reported:
             new = found - self._reported
             steps, their = ("1 step was", "its") if new == 1 else (f"{new} steps were", "their")
-            warnings.warn(
-                f"{steps} skipped because the norm of {their} gradients was not finite",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            message = f"{steps} skipped because the norm of {their} gradients was not finite"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
             self._reported = found
 
     def _report_norms(self, norms: Sequence[tuple[float, float]]) -> None:
