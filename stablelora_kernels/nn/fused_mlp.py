@@ -107,6 +107,13 @@ class FusedMLP:
             return type(self).forward(self, *args, **kwargs)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        old = self.__dict__.get("_modules", {}).get(name)
+        super().__setattr__(name, value)
+        # PEFT's unload and merge_and_unload put plain layers into the places of its own, which have this method.
+        if hasattr(old, "get_base_layer") and not any(hasattr(x, "get_base_layer") for x in self._modules.values()):
+            unfuse_mlps([self])
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickles name the original class, since this one has no name in a module.
         made: Any = super().__reduce_ex__(max(protocol, 2))

@@ -93,7 +93,7 @@ def test_explain_says_when_pytorch_runs():
     with slk.use_backend("torch"):
         found = slk.explain(8, 16, 16, 4, device="cpu")
     assert (found.backend, found.forward, found.backward) == ("torch", (), ())
-    assert "PyTorch's operators" in str(found)
+    assert "PyTorch's operators; device='sm_90' lists an H100's launches" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,8 @@ def test_explain_says_when_pytorch_runs():
         ({"K": 2.5}, TypeError, "K must be an int, got 2.5"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a finite number in \[0, 1\), got 1.0"),
         ({"device": "sm_75"}, ValueError, "one of sm_80, .*, got 'sm_75'"),
+        ({"device": "h100"}, ValueError, "device must be a device of this machine, as 'cpu', or one of sm_80, .*, got 'h100'"),
+        ({"device": "cuda:99"}, ValueError, "device must be a device of this machine, .*, got 'cuda:99'"),
         ({"quantized": "nf4", "quantised": "fp8"}, ValueError, "give one of them, got 'nf4' and 'fp8'"),
         ({"dtype": torch.float64}, TypeError, "dtype must be .*got torch.float64"),
         ({"lora_dtype": torch.float16}, TypeError, "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16"),

@@ -94,7 +94,7 @@ def test_finetune_killed_and_resumed(files: list[str], tmp_path: Path) -> None:
     arguments = [*files, *LANGUAGE, "--dropout", "0.1"]
     printed = run("finetune", [*arguments, "--out", whole])
     assert printed.startswith("LoRA on 4 modules; 336 of ") and "step 0: held-out loss 5." in printed
-    assert "step 6: held-out loss 5." in printed and "4 of 4 pairs stable" in printed
+    assert "step 6: held-out loss 5." in printed and "4 of 4 pairs latched" in printed
 
     # So many steps that it cannot end before it is killed; the schedule is then another.
     long = [*(a if a != "6" else "100000" for a in arguments), "--out", killed]
@@ -131,7 +131,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 def test_peft_trainer_resumes(files: list[str], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     printed = run("peft_trainer", [*files, *TRAINER, "--out", whole])
-    assert "4 of 4 pairs stable" in printed and "'eval_loss': '5." in printed
+    assert "4 of 4 pairs latched" in printed and "'eval_loss': '5." in printed
     out = cut_off(whole, tmp_path / "cut", "checkpoint-3")
     # The next one was being written when the run was killed.
     (out / "checkpoint-6").mkdir()
