@@ -37,7 +37,7 @@ class Defaults:
     seeds: int
 
 
-NEXT_TOKENS = Defaults(steps=30, batch_size=4, held_out=64, lr=1e-3, seeds=3)
+NEXT_TOKENS = Defaults(steps=30, batch_size=4, held_out=64, lr=2e-3, seeds=3)
 CLASSES = Defaults(steps=60, batch_size=8, held_out=200, lr=5e-4, seeds=1)
 
 
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, help="default: 4; of sarcasm and reuters-52 8")
     add("--length", type=int, default=32, help="tokens of a piece of text (default: 32)")
     add("--held-out", type=int, help="texts to test on (default: 64; of sarcasm and reuters-52 200)")
-    add("--lr", type=float, help="peak learning rate (default: 1e-3; of sarcasm and reuters-52 5e-4)")
+    add("--lr", type=float, help="peak learning rate (default: 2e-3; of sarcasm and reuters-52 5e-4)")
     add("--head-lr", type=float, default=3e-3, help="that of a classifier's new head (default: 3e-3)")
     add("--shrink-ratio", type=float, default=5e-4, help="Stable-LoRA's lambda (default: 5e-4, of the paper's)")
     add("--target-modules", nargs="+", default=[], help="names of the linear layers to adapt (default: all)")

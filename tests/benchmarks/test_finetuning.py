@@ -179,7 +179,7 @@ def test_cuda_that_is_not_there_is_an_error_and_auto_is_the_cpu(tmp_path, capsys
 
 def test_defaults_go_by_the_task_and_the_command_line_overrides_each(tmp_path):
     args = command.parse(["--out", str(tmp_path)])
-    assert (args.data, args.steps, args.seeds, args.batch_size, args.lr) == ("plays", 30, 3, 4, 1e-3)
+    assert (args.data, args.steps, args.seeds, args.batch_size, args.lr) == ("plays", 30, 3, 4, 2e-3)
     assert args.time_limit_s < 360 and args.arms == command.ARMS
     classes = command.parse(["--out", str(tmp_path), "--data", "sarcasm", "--seeds", "2"])
     assert (classes.seeds, classes.batch_size, classes.lr, classes.head_lr) == (2, 8, 5e-4, 3e-3)
