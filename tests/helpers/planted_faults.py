@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -30,7 +31,7 @@ EVERY_CASE: dict[str, Callable[[pytest.MonkeyPatch], Case]] = CASES | {PROTOCOL:
 
 # Schedules of each case in every test run.
 SCHEDULES = 200
-HEADER = "| fault | cases | seen in order | schedule | in the hardest case |\n|---|---|---|---|---|"
+HEADER = "| fault | cases | seen in order | schedule |\n|---|---|---|---|"
 
 
 class Fault(NamedTuple):
@@ -142,7 +143,8 @@ def print_table() -> None:
             in_order = runs[name].first_failure([None], mutation=fault.mutation)
             what = failure.what.splitlines()[0].split(";")[0]
             seen = "no" if in_order is None else "yes"
-            print(f"| {fault.what} | {len(found)} | {seen} | {failure.schedule} | {name}: {what} |", flush=True)
+            print(f"| {fault.what} | {len(found)} | {seen} | {failure.schedule} |", flush=True)
+            print(f"{name}: {what}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
