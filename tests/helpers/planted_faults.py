@@ -1,11 +1,10 @@
 """Synchronization faults, planted in the kernels' sources, and the cases whose schedules must find them.
 
-``TRITON_INTERPRET=1 python -m tests.helpers.planted_faults`` prints the table of docs/internals/interleavings.md.
+``TRITON_INTERPRET=1 python -m tests.helpers.planted_faults`` prints a table; docs/internals/interleavings.md has it in short.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -31,7 +30,7 @@ EVERY_CASE: dict[str, Callable[[pytest.MonkeyPatch], Case]] = CASES | {PROTOCOL:
 
 # Schedules of each case in every test run.
 SCHEDULES = 200
-HEADER = "| fault | cases | seen in order | schedule |\n|---|---|---|---|"
+HEADER = "| fault | cases | seen in order | schedule | in the hardest case |\n|---|---|---|---|---|"
 
 
 class Fault(NamedTuple):
@@ -143,8 +142,7 @@ def print_table() -> None:
             in_order = runs[name].first_failure([None], mutation=fault.mutation)
             what = failure.what.splitlines()[0].split(";")[0]
             seen = "no" if in_order is None else "yes"
-            print(f"| {fault.what} | {len(found)} | {seen} | {failure.schedule} |", flush=True)
-            print(f"{name}: {what}", file=sys.stderr, flush=True)
+            print(f"| {fault.what} | {len(found)} | {seen} | {failure.schedule} | {name}: {what} |", flush=True)
 
 
 if __name__ == "__main__":
