@@ -166,26 +166,33 @@ def _losses(directories: list[Path]) -> str:
                 if over["median"] > worst.get(key, (0.0,))[0]:
                     worst[key] = over["median"], row
         for file in main_jobs(directory):
-            lines += [f"- {line}" for line in _read(file).get("headlines", [])[:-1] if " more " in line]
+            found = _read(file).get("headlines", [])[:-1]
+            lines += [f"- {line.split(' (')[0]} (`{file.parent.name}`)" for line in found if " more " in line]
     table = markdown([["machine", "case", "arm", "the rival", "of its time"], *(row for _, row in worst.values())], 4)
     return "\n\n".join(filter(None, [table if worst else "", "\n".join(lines)])) or "Nowhere in what is stored."
 
 
 def _files(directories: list[Path]) -> str:
-    cells = [["figures", "measured by", "when, where"]]
+    cells, kept = [["figures", "measured by", "when, commit"]], ""
     for directory in directories:
         for file, command, environment in measured(directory):
             name = file.relative_to(directory.parent)
             link = f"[{name}](../../benchmarks/results/{name})"
-            cells.append([link, f"`{command}`", where(environment)])
+            # Versions once, as long as they stay.
+            also = "" if versions(environment) == kept else f"; {versions(environment)}"
+            kept = versions(environment)
+            cells.append([link, f"`{command}`", where(environment) + also])
     return markdown(cells, 3)
 
 
+def versions(environment: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {environment[key]}" for key in PACKAGES if environment.get(key))
+
+
 def where(environment: dict[str, Any]) -> str:
-    """The day, commit, versions and load of a run."""
-    versions = ", ".join(f"{key} {environment[key]}" for key in PACKAGES if environment.get(key))
+    """The day and commit of a run, and whether other programs took time from it."""
     load = environment.get("load_average_at_start", environment.get("load_average")) or 0.0
-    text = f"{environment['date'][:10]}, commit {environment.get('commit')}; {versions}; load {load} at the start"
+    text = f"{environment['date'][:10]}, {environment.get('commit')}"
     share = environment.get("cpu_share")
     disturbed = load > environment["cores"] / 2 if share is None else share < QUIET_SHARE
     # Only paired ratios of such a run mean something.

@@ -87,7 +87,7 @@ def test_a_fine_tuning_run_is_on_the_page_and_its_losses_are_in_the_list(tmp_pat
     (run / "result.json").write_text(json.dumps(result))
     text = report_page.page(tmp_path)
     assert f"Fine-tuning m, all-linear, r 16, dropout 0, float32:\n\n- {won}\n- {lost}\n" in text
-    assert f"## Where it loses\n\n- {lost}\n\n## Every figure" in text
+    assert f"## Where it loses\n\n- {lost} (`quick`)\n\n## Every figure" in text
     assert "| `python -m benchmarks --dtype fp32 --dropout 0` |" in text
     # Other programs took a tenth of the CPU's time.
     (run / "result.json").write_text(json.dumps(result | {"cpu_share": 0.5}))
