@@ -131,6 +131,21 @@ def test_the_host_time_page_has_the_stored_figures():
             assert f"{arm['over_rival']['median']:.2f}" == text, (tensors, gradients)
 
 
+def test_the_performance_page_has_the_figures_of_the_main_job():
+    page = (report_page.PAGE.parent / "performance.md").read_text(encoding="utf-8")
+    for job in ("quick", "quick_no_dropout"):
+        found = json.loads((report_page.RESULTS / "epyc-avx2-2core" / job / "result.json").read_text(encoding="utf-8"))
+        for name, arm in found["summary"].items():
+            if arm["step_overhead_percent"] is not None:
+                assert f"{arm['step_overhead_percent']:.1f} ± {arm['step_overhead_percent_95']:.1f}" in page, (
+                    job,
+                    name,
+                )
+            if arm["speedup_over_peft"] is not None:
+                assert f"{arm['speedup_over_peft']:.2f} ± {arm['speedup_over_peft_95']:.2f}" in page, (job, name)
+            assert f"{arm['saved_mib']:.0f} / {arm['peak_mib']:,.0f}" in page, (job, name)
+
+
 def test_the_memory_table_of_the_peft_page_is_what_is_counted():
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
