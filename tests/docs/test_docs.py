@@ -189,12 +189,11 @@ def messages() -> list[str]:
 
 
 def test_messages_are_the_codes() -> None:
-    """The last code span of every row of limitations.md is a message of the code, where it is one and not a name."""
-    rows = [
-        line for line in (ROOT / "docs" / "limitations.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "
-    ]
-    quoted = [span for row in rows for span in re.findall(r"`([^`]+)`", row.split(" | ", 1)[1]) if span.count(" ") > 2]
-    assert len(quoted) > 60
+    """Each message and reason that the index of errors quotes is one of the code's."""
+    index = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    rows = [line for line in index.splitlines() if line[:2] == "- "]
+    quoted = [span for row in rows for span in re.findall(r"`([^`]+)`", row) if span.count(" ") > 2]
+    assert len(quoted) > 80
     known = messages()
     # "…" at an end stands for any text.
     missing = [text for text in quoted if not any(text.strip("… ") in message for message in known)]
@@ -210,3 +209,25 @@ def test_the_tutorials_blocks_are_the_programs() -> None:
         # Inside main(), one level deeper.
         code = [line.strip() for line in block.code.splitlines()]
         assert any(lines[i : i + len(code)] == code for i in range(len(lines))), block.code
+
+
+@pytest.mark.parametrize("library", ["Unsloth", "Axolotl", "loralib"])
+def test_what_a_switcher_loses_is_what_the_librarys_table_lacks(library: str) -> None:
+    """A feature that the library's own table has is not among the losses at the top of the page, and the reverse."""
+    page = (ROOT / "docs" / "guides" / "migrating.md").read_text(encoding="utf-8")
+    (losses,) = re.findall(rf"^\| {library} \| .* \| (.+) \|$", page, re.M)
+    section = page.split(f"## From {library}\n")[1].split("\n## ")[0]
+    lacking = re.findall(r"^\| (.+?) \| none\b.*\|$", section, re.M)
+    assert losses.split("; ") == lacking
+
+
+def test_one_name_a_feature() -> None:
+    """``fuse_projections`` gives fused projections; guides call them by no other name."""
+    pages = [ROOT / "docs" / "index.md", *(ROOT / "docs" / "guides").glob("*.md"), ROOT / "docs" / "limitations.md"]
+    found = [
+        (page.name, name)
+        for page in pages
+        for name in ("shared input", "projection group", "computed together", "computes together")
+        if name in page.read_text(encoding="utf-8").lower() and "orphan: true" not in page.read_text(encoding="utf-8")
+    ]
+    assert found == []

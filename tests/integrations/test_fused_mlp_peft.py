@@ -304,7 +304,7 @@ def test_fuse_projections_serves_where_the_mlp_falls_back(calls):
     model, plain = pair()
     report = slk.accelerate_peft(model, fuse_projections=True, fuse_mlp=True)
     assert [note.partition(":")[0] for note in report.notes] == [
-        "computed together from one read of their input", "computed in one op each",
+        "fused projections", "computed in one op each",
     ]  # fmt: skip
     group = mlp_of(model).gate_proj.__dict__[GROUP]
     served = []

@@ -194,7 +194,7 @@ def test_the_picture_and_the_tables(tmp_path, capsys, monkeypatch):
 
 
 def test_the_documentation_has_the_tables_of_what_is_stored():
-    guide = (ROOT / "docs" / "guides" / "fused-mlp.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "guides" / "fusing.md").read_text(encoding="utf-8")
     page = (ROOT / "docs" / "results" / "performance.md").read_text(encoding="utf-8")
     assert report.formula_table() in guide
     assert "../_static/fused-mlp-memory.png" in guide

@@ -151,7 +151,14 @@ def test_the_memory_table_of_the_peft_page_is_what_is_counted():
     pytest.importorskip("peft")
     from benchmarks.lab.page import memory
 
-    counts = {(arm, dropout): memory.saved_mib(arm, dropout) for arm in memory.ARMS for dropout in memory.DROPOUTS}
     page = (report_page.PAGE.parents[1] / "guides" / "peft.md").read_text(encoding="utf-8")
-    assert memory.table(counts) in page
+    assert memory.table(memory.count()) in page
     assert memory.PLOT.is_file()
+
+
+def test_the_guide_has_the_table_of_what_fits():
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from benchmarks.lab.page import fit
+
+    assert fit.table() in (report_page.PAGE.parents[1] / "guides" / "will-it-fit.md").read_text(encoding="utf-8")
