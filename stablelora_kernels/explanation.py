@@ -41,8 +41,8 @@ class Explanation(NamedTuple):
         backend: "triton" or "torch".
         arch: the GPU, as "sm_90"; empty on the PyTorch backend.
         forward_kernel: "fused", "chained", "split" or "vendor"; "torch" on the PyTorch backend. With a quantized weight,
-            "in_loop", or "dequantize, " and one of the others. For a projection group, "together: " or "apart: " and each
-            member's. For the branch alone, "fused" if its launch computes S, or dS, itself, else "split".
+            "in_loop", or "dequantize, " and one of the others. For fused projections, "together: " or "apart: " and each
+            one's. For the branch alone, "fused" if its launch computes S, or dS, itself, else "split".
         forward_reason: the reason for that kernel.
         forward: its launches, a :class:`~stablelora_kernels.explanation.Step` each; empty on the PyTorch backend.
         backward_kernel: likewise for dX, dA and dB.
@@ -94,7 +94,7 @@ def explain(
 
     Args:
         M: rows of x, its leading sizes flattened.
-        N: output features. Several sizes are a projection group, as ``fuse_projections`` computes it.
+        N: output features. Several sizes are projections of one x, as ``fuse_projections`` computes them.
         K: input features.
         r: rank.
         dtype: of x and the weight.
@@ -174,7 +174,7 @@ def _calls(
 
 
 def _group_choice(gpu: Device, calls: Sequence[Call]) -> tuple[str, str]:
-    """The kernels and the reason for a projection group's forward or backward."""
+    """The kernels and the reason for the forward or backward of fused projections."""
     choices = [rules.choose(gpu, call) for call in calls]
     sharing = rules.choose_group(calls, choices)
     kernels = ", ".join(choice.kernel for choice in choices)

@@ -178,13 +178,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    # Lazy parameters have no shape yet.
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     trainable = sum(_elements(parameter) for parameter in parameters if parameter.requires_grad)
     return trainable, sum(map(_elements, parameters))
 
 
 def _elements(parameter: nn.Parameter) -> int:
-    # DeepSpeed's ZeRO-3 leaves a parameter empty while it is cut.
+    # ZeRO-3 leaves an empty placeholder for a sharded parameter.
     if (whole := getattr(parameter, "ds_numel", None)) is not None and not parameter.numel():
         return whole
     # For 4-bit weights, count elements, not storage bytes.

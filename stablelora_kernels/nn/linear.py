@@ -274,7 +274,7 @@ def trained_and_bias(layer: LoRALinear) -> tuple[Any, Any, Any]:
         # nn.Module's __getattr__ takes longer than the rest of a call's Python.
         return own["bias"], own["lora_A"], own["lora_B"]
     except KeyError:
-        # FSDP and parametrizations put plain attributes in their stead.
+        # FSDP and parametrizations replace them by plain attributes.
         return layer.bias, layer.lora_A, layer.lora_B
 
 

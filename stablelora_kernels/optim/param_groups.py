@@ -97,7 +97,7 @@ HYPER: dict[str, Callable[[str, Any], Any]] = {
 
 
 def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
-    """The hyperparameters among ``hyper``, checked and normalized; messages put ``where`` before a name."""
+    """Validate and normalize ``hyper``. ``where`` prefixes names in errors."""
     return {name: check(f"{where}{name}", hyper[name]) for name, check in HYPER.items()}
 
 

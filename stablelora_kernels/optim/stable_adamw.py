@@ -203,7 +203,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """Add a group of named parameters or pairs. It may not leave an A without its B."""
         constructed = "_pairs" in self.__dict__
         if constructed:
-            # All groups share this value, which is not the default once somebody has set or loaded another.
+            # All groups share this value, which is not the default once another was set or loaded.
             param_group = check_group(param_group, {**self.defaults, "max_grad_norm": self.max_grad_norm})
             find_pairs([*self.param_groups, param_group])
             check_storage_fits([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
@@ -269,7 +269,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if self.shrink_schedule is None:
             self._run_engines(gradients)
             return loss
-        # Reading the gradients holds them: the schedule is somebody else's code.
+        # Reading the gradients holds them: the schedule is user code.
         held = gradients.tensors
         step = self._follow_schedule(self.shrink_schedule)
         self._run_engines(Gradients(tensors=held))
@@ -306,7 +306,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.
 
-        The next step then measures the norms anew, in one more launch on Triton, and takes over parameters that are no longer
+        The next step then measures the norms again, in one more launch on Triton, and takes over parameters that are no longer
         their master's rounding. The step notices these writes by itself: in-place operations under ``torch.no_grad()`` or on
         ``p.detach()``, ``load_state_dict``, and new memory by ``p.data = tensor``. It cannot notice in-place
         writes to ``p.data``, to a NumPy view, or by another library's kernel or collective: these change no version counter.

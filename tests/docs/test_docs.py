@@ -13,7 +13,7 @@ import pytest
 
 import stablelora_kernels
 from stablelora_kernels import functional, reference
-from tests.helpers.processes import ROOT, printed
+from tests.helpers.processes import ROOT, printed, python
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # A block is run unless this is in the line before it.
@@ -137,6 +137,42 @@ def test_reference_has_every_public_name() -> None:
     public |= {f"stablelora_kernels.testing.{name}" for name in ("make_inputs", "assert_no_worse")}
     public |= {f"stablelora_kernels.tensor_parallel.{name}" for name in ("LoRAColwiseParallel", "LoRARowwiseParallel")}
     assert public - documented_names() == set()
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "reference").glob("*.md")), ids=lambda page: page.stem)
+def test_a_reference_page_lists_its_names(page: Path) -> None:
+    """In the first table, which GitHub shows: autodoc runs on the site alone."""
+    text = page.read_text(encoding="utf-8")
+    documented = {name.rpartition(".")[2] for name in re.findall(r"^\.\. auto(?!module)\w+:: (\S+)$", text, re.M)}
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| \S.* \|$", text.split("```{eval-rst}")[0], re.M)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert not documented or (set(listed) == documented and len(listed) == len(documented))
+
+
+def environment_variables() -> dict[str, list[str]]:
+    """The documented variables, each with its values; none if it takes any."""
+    text = (ROOT / "docs" / "reference" / "backends.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(STABLELORA_\w+)` \| (.+?) \|", text, re.M)
+    return {name: re.findall(r"`(\w+)`", values) for name, values in rows}
+
+
+def test_the_documented_environment_variables_are_the_packages() -> None:
+    used = {name for text in messages() for name in re.findall(r"STABLELORA_[A-Z]+", text)}
+    assert environment_variables().keys() == used
+
+
+@pytest.mark.parametrize("setting", ["backend", "kernel", "autotune"])
+def test_environment_variables_are_read_at_first_use(setting: str) -> None:
+    """As the page says: importing the package raises nothing."""
+    page = (ROOT / "docs" / "reference" / "backends.md").read_text(encoding="utf-8")
+    assert "## Environment variables\n\nRead at first use" in page
+    name = f"STABLELORA_{setting.upper()}"
+    use = f"import stablelora_kernels as slk; print('imported', flush=True); print(slk.get_{setting}())"
+    wrong = python(use, **{name: "bogus"})
+    assert wrong.stdout == "imported\n" and f"ValueError: the environment variable {name}" in wrong.stderr
+    values = environment_variables()[name]
+    assert all(f"'{value}'" in wrong.stderr for value in values)
+    assert printed(use, **{name: values[-1]}) == f"imported\n{True if setting == 'autotune' else values[-1]}"
 
 
 def messages() -> list[str]:
