@@ -9,12 +9,13 @@ _STARTED = time.perf_counter()
 import argparse  # noqa: E402  (the clock starts before the slow imports)
 import importlib.util  # noqa: E402
 import os  # noqa: E402
+import re  # noqa: E402
 import sys  # noqa: E402
 import warnings  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, NoReturn  # noqa: E402
 
 ARMS = ("frozen", "peft", "accelerated", "stable")
 DATASETS = ("sarcasm", "reuters-52")
@@ -41,6 +42,17 @@ NEXT_TOKENS = Defaults(steps=30, batch_size=4, held_out=64, lr=2e-3, seeds=3)
 CLASSES = Defaults(steps=60, batch_size=8, held_out=200, lr=5e-4, seeds=1)
 
 
+class _List(argparse.Action):
+    """Print the table of benchmarks/README.md."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_args: Any) -> NoReturn:
+        readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+        for row in re.findall(r"^\| (.+) \| (`.+) \| (.+) \|$", readme, re.MULTILINE):
+            what, command, time = (re.sub(r" ?\(\[.*?\)\)|\[(.*?)\]\(.*?\)|`", r"\1", cell) for cell in row)
+            print(f"{what}\n    python -m {command}    {time}")
+        parser.exit()
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The checked arguments. A wrong one ends the program with a message, before any download or heavy import."""
     description = (
@@ -48,6 +60,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser = argparse.ArgumentParser("python -m benchmarks", "python -m benchmarks [options]", description=description)
     add = parser.add_argument
+    add(
+        "--list", action=_List, nargs=0, help="print what else can be measured, by which command, and how long it takes"
+    )
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="where files go (default: results)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
     add(

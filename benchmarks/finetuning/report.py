@@ -22,6 +22,8 @@ _LAST_LOSSES = 10
 _NOTHING = "-"
 # On an idle machine threads wait for a CPU during less than 1 % of a run.
 MOST_WAITING = 0.05
+# Characters before a verdict.
+HEADING = 8
 # Smaller differences in memory are called none.
 _EQUAL_PERCENT = 0.5
 
@@ -116,7 +118,7 @@ def verdicts(result: Result) -> list[str]:
             found = [sentence for row in ours if (sentence := say(row, rows[PEFT], result))]
             if heading == "Quality" and found:
                 found.insert(0, _levels(rows, result))
-            lines += [f"{heading if i == 0 else '':8}{sentence}" for i, sentence in enumerate(found)]
+            lines += [f"{heading if i == 0 else '':{HEADING}}{sentence}" for i, sentence in enumerate(found)]
     return [*lines, *_warnings(rows, result)]
 
 

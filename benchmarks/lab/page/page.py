@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.tables import RESULTS, csv_text, markdown
-from benchmarks.finetuning.result import QUIET_SHARE
+from benchmarks.finetuning.report import HEADING, MOST_WAITING, adapters
 from stablelora_kernels.utils.timing import PACKAGES
 
 PAGE = RESULTS.parents[1] / "docs" / "results" / "benchmarks.md"
@@ -74,7 +74,7 @@ def suites(directory: Path) -> list[Path]:
 
 def main_jobs(directory: Path) -> list[Path]:
     """The stored results of ``python -m benchmarks``."""
-    return sorted(directory.glob("quick*/result.json"))
+    return sorted(directory.glob("main*/result.json"))
 
 
 def measured(directory: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
@@ -86,8 +86,8 @@ def measured(directory: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
         yield file.with_suffix(".csv"), command, environment
     for file in main_jobs(directory):
         found = _read(file)
-        share = {"cpu_share": found.get("cpu_share")}
-        yield file.with_name("table.txt"), _command_of(found.get("settings", {})), found["environment"] | share
+        waited = {"waited_share": found.get("waited_share", 0.0)}
+        yield file.with_name("table.txt"), _command_of(found["settings"]), found["environment"] | waited
 
 
 def answers(directory: Path) -> list[str]:
@@ -95,15 +95,8 @@ def answers(directory: Path) -> list[str]:
     parts = [_ratios(file) for file in suites(directory)]
     for file in main_jobs(directory):
         found = _read(file)
-        if lines := found.get("headlines"):
-            settings = found["settings"]
-            about = (
-                f"{settings['model']}, {settings['targets']}, r {settings['r']}, dropout {settings['lora_dropout']:g}"
-            )
-            # The last line repeats the first one's figures.
-            parts.append(
-                "\n".join([f"Fine-tuning {about}, {settings['dtype']}:\n", *(f"- {line}" for line in lines[:-1])])
-            )
+        about = f"{found['settings']['model']} on {found['settings']['data']}, {adapters(found)}, {found['settings']['dtype']}"
+        parts.append("\n".join([f"Fine-tuning {about}:", "", "```text", *found["verdicts"], "```"]))
     if (file := directory / "host.json").is_file():
         parts.append("Host time of a call on Triton over PEFT's, [without a GPU](../internals/host-time.md):")
         parts.append(host_table(_read(file)["cases"]))
@@ -166,8 +159,9 @@ def _losses(directories: list[Path]) -> str:
                 if over["median"] > worst.get(key, (0.0,))[0]:
                     worst[key] = over["median"], row
         for file in main_jobs(directory):
-            found = _read(file).get("headlines", [])[:-1]
-            lines += [f"- {line.split(' (')[0]} (`{file.parent.name}`)" for line in found if " more " in line]
+            found = [verdict[HEADING:] for verdict in _read(file)["verdicts"]]
+            lost = [line for line in found if "% more" in line or line.endswith(": worse")]
+            lines += [f"- {line} (`{directory.name}/{file.parent.name}`)" for line in lost]
     table = markdown([["machine", "case", "arm", "the rival", "of its time"], *(row for _, row in worst.values())], 4)
     return "\n\n".join(filter(None, [table if worst else "", "\n".join(lines)])) or "Nowhere in what is stored."
 
@@ -193,8 +187,8 @@ def where(environment: dict[str, Any]) -> str:
     """The day and commit of a run, and whether other programs took time from it."""
     load = environment.get("load_average_at_start", environment.get("load_average")) or 0.0
     text = f"{environment['date'][:10]}, {environment.get('commit')}"
-    share = environment.get("cpu_share")
-    disturbed = load > environment["cores"] / 2 if share is None else share < QUIET_SHARE
+    waited = environment.get("waited_share")
+    disturbed = load > environment["cores"] / 2 if waited is None else waited > MOST_WAITING
     # Only paired ratios of such a run mean something.
     return f"{text}, **other programs ran beside it**" if disturbed else text
 
@@ -225,12 +219,9 @@ def suite_csv(file: Path) -> str:
 
 def _command_of(settings: dict[str, Any]) -> str:
     """The main job's command for these settings."""
-    # Runs of before there were recipes.
-    if "target_modules" in settings:
-        return "python -m benchmarks --recipe paper --batch-size 16 --held-out 600"
     # The default is bfloat16 where the hardware has it.
-    command = "python -m benchmarks" + " --dtype fp32" * (settings.get("dtype") == "float32")
-    return f"{command} --dropout 0" if settings.get("lora_dropout") == 0 else command
+    command = "python -m benchmarks" + " --dtype fp32" * (settings["dtype"] == "float32")
+    return f"{command} --dropout 0" if settings["lora_dropout"] == 0 else command
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
