@@ -187,6 +187,17 @@ def test_defaults_go_by_the_task_and_the_command_line_overrides_each(tmp_path):
     assert command.parse(["--out", str(tmp_path), "--steps", "7"]).time_limit_s is None
 
 
+def test_list_prints_every_command_of_the_readme_and_each_exists(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.parse(["--list"])
+    assert ended.value.code == 0
+    modules = set(re.findall(r"\bbenchmarks(?:\.\w+)*", capsys.readouterr().out))
+    assert len(modules) > 9 and "(" not in "".join(modules)
+    for module in modules:
+        place = ROOT.joinpath(*module.split("."))
+        assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
+
+
 def test_a_model_that_cannot_be_had_leaves_no_directory(tmp_path, monkeypatch, capsys):
     from benchmarks.finetuning import experiment
 
