@@ -192,8 +192,8 @@ def main(argv: list[str] | None = None) -> None:
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             checkpoint.save(state(), checkpoint_id=args.out / f"step-{step + 1:06d}")
 
-    stable = [pair.stable for pair in optimizer.stability()]
-    say(f"step {args.steps}: held-out loss {held_out_loss():.3f}, {sum(stable)} of {len(stable)} pairs stable")
+    latched = [pair.latched for pair in optimizer.stability()]
+    say(f"step {args.steps}: held-out loss {held_out_loss():.3f}, {sum(latched)} of {len(latched)} pairs latched")
     slk.save_adapter(model, args.out / "adapter")
     say(f"adapter in {args.out / 'adapter'}")
     if dist.is_initialized():

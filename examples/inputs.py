@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import assets, smollm2
+from benchmarks.common.data import split_tokens
 
 
 def add_inputs(parser: argparse.ArgumentParser, model: str = "smollm2") -> None:
@@ -53,9 +54,7 @@ def load_text(file: Path | None) -> str:
 
 def load_tokens(file: Path | None, tokenizer: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The text as one long row to train on, and up to 32 sequences of its last twentieth, which are held out."""
-    row = torch.tensor(tokenizer(load_text(file), add_special_tokens=False, verbose=False)["input_ids"])
-    held_out = row[len(row) - len(row) // 20 :]
-    if length < 2 or len(held_out) < length:
-        sys.exit(f"--length must be from 2 to a twentieth of the text's {len(row)} tokens, got {length}")
-    number = min(32, len(held_out) // length)
-    return row[: -len(held_out)], held_out[: number * length].view(number, length)
+    try:
+        return split_tokens(load_text(file), tokenizer, length, held_out=32)
+    except ValueError as error:
+        sys.exit(f"--{error}")

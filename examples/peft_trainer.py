@@ -91,37 +91,39 @@ def main(argv: list[str] | None = None) -> None:
     # PEFT's layers compute on this library's kernels from here on; what would not is an error.
     print(slk.accelerate_peft(model, strict=True))
 
+    training = transformers.TrainingArguments(
+        output_dir=str(args.out),
+        max_steps=args.steps,
+        save_steps=args.save_every,
+        learning_rate=args.lr,
+        weight_decay=0.01,
+        logging_steps=min(10, args.steps),
+        # Not by evaluate() before train(), after which the Trainer would not put a model in DDP any more.
+        eval_on_start=last is None,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation,
+        lr_scheduler_type="linear",
+        warmup_steps=args.steps // 10,
+        bf16=args.bf16,
+        seed=args.seed,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
     trainer = transformers.Trainer(
         model=model,
-        args=transformers.TrainingArguments(
-            output_dir=str(args.out),
-            max_steps=args.steps,
-            save_steps=args.save_every,
-            logging_steps=min(10, args.steps),
-            # Not by evaluate() before train(), after which the Trainer would not put a model in DDP any more.
-            eval_on_start=last is None,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=args.batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation,
-            lr_scheduler_type="linear",
-            warmup_steps=args.steps // 10,
-            bf16=args.bf16,
-            seed=args.seed,
-            report_to=[],
-            use_cpu=not torch.cuda.is_available(),
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
+        args=training,
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
         eval_dataset=[{"input_ids": row, "labels": row} for row in held_out],
         # It is called with the model, whose names tell the pairs of A and B.
-        optimizer_cls_and_kwargs=(
-            slk.StableLoRAAdamWFactory,
-            {"lr": args.lr, "shrink_ratio": args.shrink_ratio, "seed": args.seed},
+        optimizer_cls_and_kwargs=slk.StableLoRAAdamWFactory.from_args(
+            training, shrink_ratio=args.shrink_ratio, seed=args.seed
         ),
     )
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    stable = [pair.stable for pair in trainer.optimizer.optimizer.stability()]
-    print(f"held-out loss {trainer.evaluate()['eval_loss']:.3f}, {sum(stable)} of {len(stable)} pairs stable")
+    latched = [pair.latched for pair in trainer.optimizer.optimizer.stability()]
+    print(f"held-out loss {trainer.evaluate()['eval_loss']:.3f}, {sum(latched)} of {len(latched)} pairs latched")
     # PEFT's own files, as a checkpoint has them.
     trainer.save_model(str(args.out / "adapter"))
     print(f"adapter in {args.out / 'adapter'}")

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
             schedule.step()
             optimizer.zero_grad()
             if (step + 1) % 8 == 0:
-                latched = sum(pair.stable for pair in optimizer.stability())
+                latched = sum(pair.latched for pair in optimizer.stability())
                 print(
                     f"step {step + 1}: loss {loss.item():.3f}, {latched} of {len(optimizer.pairs)} pairs have latched",
                     flush=True,

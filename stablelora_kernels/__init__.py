@@ -1,5 +1,7 @@
 """Fused LoRA layers and the Stable-LoRA optimizer for PyTorch, in Triton."""
 
+from typing import TYPE_CHECKING
+
 from stablelora_kernels import functional, reference
 from stablelora_kernels._version import __version__
 from stablelora_kernels.config import LoRAConfig
@@ -76,3 +78,12 @@ __all__ = [
     "use_backend",
     "use_kernel",
 ]
+
+
+# Type checkers would accept every name.
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        # PEFT writes LoraConfig.
+        meant = next((f"; did you mean {known!r}?" for known in __all__ if known.lower() == name.lower()), "")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{meant}")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 from stablelora_kernels.utils.text import ends_of
 from stablelora_kernels.utils.validation import (
@@ -29,7 +29,8 @@ class LoRAConfig:
 
     Args:
         r: rank, at least 1.
-        lora_alpha: the branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+        lora_alpha: the branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``. It is 16 unless
+            given; PEFT's default is 8.
         lora_dropout: probability of dropping an element of the branch's input, in [0, 1).
         target_modules: required, since PEFT's defaults per architecture are not carried over. One of:
 
@@ -100,6 +101,11 @@ class LoRAConfig:
     def __hash__(self) -> int:
         values = (getattr(self, item.name) for item in fields(self))
         return hash(tuple(map(_hashable, values)))
+
+    @property
+    def base_model_name_or_path(self) -> NoReturn:
+        # PEFT's get_peft_model reads it first.
+        raise AttributeError("a LoRAConfig is for slk.apply_lora; PEFT's get_peft_model takes a peft.LoraConfig")
 
     @property
     def all_linear(self) -> bool:

@@ -41,8 +41,8 @@ class Explanation(NamedTuple):
         backend: "triton" or "torch".
         arch: the GPU, as "sm_90"; empty on the PyTorch backend.
         forward_kernel: "fused", "chained", "split" or "vendor"; "torch" on the PyTorch backend. With a quantized weight,
-            "in_loop", or "dequantize, " and one of the others. For a projection group, "together: " or "apart: " and each
-            member's. For the branch alone, "fused" if its launch computes S, or dS, itself, else "split".
+            "in_loop", or "dequantize, " and one of the others. For fused projections, "together: " or "apart: " and each
+            one's. For the branch alone, "fused" if its launch computes S, or dS, itself, else "split".
         forward_reason: the reason for that kernel.
         forward: its launches, a :class:`~stablelora_kernels.explanation.Step` each; empty on the PyTorch backend.
         backward_kernel: likewise for dX, dA and dB.
@@ -94,7 +94,7 @@ def explain(
 
     Args:
         M: rows of x, its leading sizes flattened.
-        N: output features. Several sizes are a projection group, as ``fuse_projections`` computes it.
+        N: output features. Several sizes are projections of one x, as ``fuse_projections`` computes them.
         K: input features.
         r: rank.
         dtype: of x and the weight.
@@ -107,7 +107,7 @@ def explain(
         quantised: another spelling of ``quantized``.
 
     Raises:
-        ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown GPU, a forced kernel that can't do this
+        ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown device, a forced kernel that can't do this
             call, or ``quantized`` together with ``branch_only``.
         TypeError: a size that is no int, or a dtype that the kernels do not compute in.
         RuntimeError: the Triton backend is forced and can't run, or a GPU is named and Triton can't be used.
@@ -138,7 +138,7 @@ def explain(
         raise ValueError(f"quantized must be None where branch_only is true, which reads no weight, got {quantized!r}")
     gpu = _gpu(device)
     if gpu is None:
-        why = f"the backend is {get_backend()!r}, which on a CPU means PyTorch's operators"
+        why = f"the backend is {get_backend()!r}, which here runs PyTorch's operators; device='sm_90' lists an H100's launches"
         return Explanation("torch", "", "torch", why, (), "torch", why, ())
     from stablelora_kernels.launch import dry_run
 
@@ -174,7 +174,7 @@ def _calls(
 
 
 def _group_choice(gpu: Device, calls: Sequence[Call]) -> tuple[str, str]:
-    """The kernels and the reason for a projection group's forward or backward."""
+    """The kernels and the reason for the forward or backward of fused projections."""
     choices = [rules.choose(gpu, call) for call in calls]
     sharing = rules.choose_group(calls, choices)
     kernels = ", ".join(choice.kernel for choice in choices)
@@ -192,18 +192,18 @@ def _quantized_choice(gpu: Device, call: Call, quantized: str) -> tuple[str, str
 
 def _gpu(device: torch.device | str | None) -> Device | None:
     """The GPU for ``device``, or None if PyTorch's operators would run."""
-    if isinstance(device, str) and device.startswith(("sm_", "gfx")):
-        if device not in problem.DEVICES:
-            raise ValueError(f"device must be a torch device or one of {', '.join(problem.DEVICES)}, got {device!r}")
+    if isinstance(device, str) and device in problem.DEVICES:
         if backend.TRITON_PROBLEM is not None:
-            raise RuntimeError(
-                f"device={device!r} asks for the launches of the Triton kernels, but {backend.TRITON_PROBLEM}"
-            )
+            raise RuntimeError(f"device={device!r} asks for launches of Triton kernels, but {backend.TRITON_PROBLEM}")
         return problem.DEVICES[device]
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    return problem.device_of(device) if resolve_backend(device) == "triton" else None
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        found = None
+    if found is None or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        known = ", ".join(problem.DEVICES)
+        raise ValueError(f"device must be a device of this machine, as 'cpu', or one of {known}, got {device!r}")
+    return problem.device_of(found) if resolve_backend(found) == "triton" else None
 
 
 def _steps(launches: list[Any]) -> tuple[Step, ...]:

@@ -195,7 +195,7 @@ class GraphedStep:
             bucket.warmups = 0
         bucket.fill(leaves)
         self._copy_numbers()
-        # After a write to a parameter the optimizer measures norms anew, which a graph would do in every replay.
+        # After a write to a parameter the optimizer measures norms again, which a graph would do in every replay.
         if bucket.watch is None or bucket.warmups < self.num_warmup_iters or bucket.watch.written():
             return self._run_eagerly(bucket)
         if bucket.graph is None:

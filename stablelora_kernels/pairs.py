@@ -14,7 +14,7 @@ from torch import nn
 _LORA_NAME = re.compile(r"^(?:(?P<prefix>.+)\.)?lora_(?P<role>[AB])(?:\.(?P<adapter>[^.]+))??(?:\.weight)?$")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoRAPair:
     """One LoRA branch: W = W0 + s·B·A.
 
@@ -37,6 +37,9 @@ class LoRAPair:
             raise ValueError(
                 f"pair {self.name!r}: A must be [r, in] and B [out, r] with one r, got A {list(a)} and B {list(b)}"
             )
+
+    def __repr__(self) -> str:
+        return f"LoRAPair({self.name!r}, A {[*self.A.shape]}, B {[*self.B.shape]}, {self.A.dtype}, {self.A.device})"
 
     @property
     def r(self) -> int:
@@ -61,9 +64,8 @@ def layer_name(name: str) -> str:
 
 def is_named_parameter(item: Any) -> bool:
     """Whether ``item`` is a tuple (name, tensor)."""
-    if not isinstance(item, tuple) or len(item) != 2:
-        return False
-    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
+    is_pair = isinstance(item, tuple) and len(item) == 2
+    return is_pair and isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
 def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[LoRAPair]:

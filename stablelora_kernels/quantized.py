@@ -117,7 +117,7 @@ def apart(weights: Sequence[Tensor | Stored]) -> tuple[list[Tensor], list[Tensor
 
 
 def together(datas: Sequence[Any], scales: Sequence[Tensor], layouts: Sequence[int]) -> list[Tensor | Stored]:
-    """The weights that :func:`apart` took apart; data may be None for a weight that nobody reads."""
+    """The weights that :func:`apart` took apart; data may be None for a weight that is never read."""
     left = iter(scales)
     weights: list[Tensor | Stored] = []
     for i, data in enumerate(datas):

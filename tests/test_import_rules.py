@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "stablelora_kernels"
-# From the ground up. A file imports only floors below its own, and its own package; "" is the package's __init__.
-FLOORS = (
+# From the bottom up. A file imports only levels below its own, and its own package; "" is the package's __init__.
+LEVELS = (
     {"_version", "utils"},
     {"config", "pairs", "quantized"},
     {"reference", "dispatch"},
@@ -27,7 +27,7 @@ FLOORS = (
     {"cli"},
     {"__main__"},
 )
-FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
+LEVEL_OF = {part: number for number, level in enumerate(LEVELS) for part in level}
 
 
 class Import(NamedTuple):
@@ -54,17 +54,17 @@ def part_of(module: str) -> str | None:
     return [*module.split("."), ""][1] if within(module, PACKAGE) else None
 
 
-def breaks_floors(i: Import) -> bool:
+def breaks_levels(i: Import) -> bool:
     above, below = part_of(i.importer), part_of(i.target)
     if above is None or below is None or above == below:
         return False
-    return above not in FLOOR_OF or below not in FLOOR_OF or FLOOR_OF[above] <= FLOOR_OF[below]
+    return above not in LEVEL_OF or below not in LEVEL_OF or LEVEL_OF[above] <= LEVEL_OF[below]
 
 
-# By a rule's words, whether an import breaks it. Tests and the laboratory may take kernels and launches apart.
+# By a rule's words, whether an import breaks it. Tests and benchmarks/lab may take kernels and launches apart.
 RULES: dict[str, Callable[[Import], bool]] = {
     "imports are absolute": lambda i: i.relative,
-    "a part of the package imports only parts on lower floors": breaks_floors,
+    "a part of the package imports only parts on lower levels": breaks_levels,
     "only launch/ imports kernels/": lambda i: (
         within(i.target, *ours("kernels"))
         and not within(i.importer, *ours("kernels", "launch"), "tests", "benchmarks.lab")
@@ -93,7 +93,7 @@ RULES: dict[str, Callable[[Import], bool]] = {
     "only tests import cli/": lambda i: (
         within(i.target, *ours("cli")) and not within(i.importer, *ours("cli", "__main__"), "tests")
     ),
-    "only the laboratory, its tests and the PTX emulator import benchmarks.lab": lambda i: (
+    "only benchmarks.lab, its tests and the PTX emulator import benchmarks.lab": lambda i: (
         within(i.target, "benchmarks.lab")
         and not within(i.importer, "benchmarks.lab", "tests.benchmarks.lab", "tests.ptx_emulator")
     ),
@@ -189,10 +189,10 @@ def test_every_file_keeps_the_rules():
 PLANTED = [
     ("benchmarks/suite/layers.py", "from . import rivals", "imports are absolute"),
     ("tests/nn/test_linear.py", "from ..helpers import oracle", "imports are absolute"),
-    ("stablelora_kernels/utils/dtensor.py", "from stablelora_kernels.config import LoRAConfig", "lower floors"),
-    ("stablelora_kernels/model/apply.py", "from stablelora_kernels.testing import make_inputs", "lower floors"),
-    ("stablelora_kernels/nn/linear.py", "from stablelora_kernels import LoRAConfig", "lower floors"),
-    ("stablelora_kernels/nn/linear.py", "import stablelora_kernels.unheard_of", "lower floors"),
+    ("stablelora_kernels/utils/dtensor.py", "from stablelora_kernels.config import LoRAConfig", "lower levels"),
+    ("stablelora_kernels/model/apply.py", "from stablelora_kernels.testing import make_inputs", "lower levels"),
+    ("stablelora_kernels/nn/linear.py", "from stablelora_kernels import LoRAConfig", "lower levels"),
+    ("stablelora_kernels/nn/linear.py", "import stablelora_kernels.unheard_of", "lower levels"),
     ("stablelora_kernels/ops/matmul.py", "def f():\n    from stablelora_kernels.kernels import common", "only launch/"),
     ("benchmarks/suite/rivals.py", "import stablelora_kernels.kernels.lora.linear", "only launch/"),
     ("stablelora_kernels/ops/lora_linear.py", "from stablelora_kernels.launch import base", "inside functions"),
@@ -206,8 +206,8 @@ PLANTED = [
     ("benchmarks/common/models.py", "from stablelora_kernels import reference", "import reference/"),
     ("stablelora_kernels/testing.py", "from stablelora_kernels.cli.bench import layer_arms", "only tests import cli/"),
     ("benchmarks/common/models.py", "def f():\n    import stablelora_kernels.cli.bench", "only tests import cli/"),
-    ("benchmarks/suite/layers.py", "from benchmarks.lab.traffic import formula", "the laboratory, its tests"),
-    ("tests/benchmarks/test_suite.py", "import benchmarks.lab.page.page", "the laboratory, its tests"),
+    ("benchmarks/suite/layers.py", "from benchmarks.lab.traffic import formula", "only benchmarks.lab, its tests"),
+    ("tests/benchmarks/test_suite.py", "import benchmarks.lab.page.page", "only benchmarks.lab, its tests"),
     ("benchmarks/suite/layers.py", "from tests.helpers.oracle import check", "only tests import tests"),
 ]  # fmt: skip
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 import re
 
 import pytest
+import torch
+from torch import nn
 
 import stablelora_kernels as slk
 from tests.helpers.processes import ROOT, printed
@@ -81,3 +85,31 @@ def test_british_names_are_aliases():
         assert weight.dequantise is weight.dequantize
     sizes = (64, 128, 128, 8)
     assert slk.explain(*sizes, quantised="nf4", device="sm_90") == slk.explain(*sizes, quantized="nf4", device="sm_90")
+
+
+@pytest.mark.parametrize("name", ["LoraConfig", "LoraLinear", "StableLoraAdamW"])
+def test_pefts_spelling_gets_a_hint(name):
+    with pytest.raises(
+        AttributeError, match=f"has no attribute '{name}'; did you mean '{name.replace('Lora', 'LoRA')}'"
+    ):
+        getattr(slk, name)
+    with pytest.raises(AttributeError, match=r"has no attribute 'lora_config'$"):
+        _ = slk.lora_config
+
+
+def test_our_config_for_peft_gets_a_hint():
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    config = slk.LoRAConfig(target_modules=["0"])
+    with pytest.raises(AttributeError, match=r"a LoRAConfig is for slk.apply_lora; PEFT's .* takes a peft.LoraConfig"):
+        peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    assert copy.copy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_report_for_the_model_gets_a_hint():
+    model = nn.Sequential(nn.Linear(4, 4))
+    for report in (slk.apply_lora(model, slk.LoRAConfig(target_modules=["0"])), slk.remove_lora(model)):
+        with pytest.raises(AttributeError, match=r"has no attribute 'parameters': the model was changed in place"):
+            torch.optim.AdamW(report.parameters())
+        with pytest.raises(TypeError, match=r"is not callable: the model was changed in place"):
+            report(torch.ones(4))
+        assert copy.copy(report) == pickle.loads(pickle.dumps(report)) == report

@@ -1,4 +1,4 @@
-"""Real text classification sets: loading, splitting, and batches that every arm sees in the same order."""
+"""Real texts: loading, splitting, and batches that every arm sees in the same order."""
 
 from __future__ import annotations
 
@@ -129,3 +129,17 @@ def test_batches(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, batch_
     order = sorted(dataset.test, key=lambda example: (len(example[0]), example[0]))
     for start in range(0, len(order), batch_size):
         yield collate(order[start : start + batch_size], tokenizer, dataset.max_tokens)
+
+
+def split_tokens(text: str, tokenizer: Any, length: int, held_out: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``text`` as one row of tokens to train on, and up to ``held_out`` rows of ``length`` tokens from its last twentieth.
+
+    Raises:
+        ValueError: the last twentieth is shorter than ``length``.
+    """
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    last = tokens[len(tokens) - len(tokens) // 20 :]
+    if length < 2 or len(last) < length:
+        raise ValueError(f"length must be from 2 to a twentieth of the text's {len(tokens)} tokens, got {length}")
+    rows = min(held_out, len(last) // length)
+    return tokens[: -len(last)], last[: rows * length].view(rows, length)

@@ -8,7 +8,7 @@ from typing import Any
 
 from stablelora_kernels.utils.timing import interleave, machine, shuffled, summarize, synchronize
 
-__all__ = ["commit", "environment", "interleave", "shuffled", "summarize", "synchronize"]
+__all__ = ["commit", "environment", "interleave", "shuffled", "summarize", "synchronize", "waited_s"]
 
 
 def commit() -> str | None:
@@ -24,3 +24,12 @@ def commit() -> str | None:
 def environment() -> dict[str, Any]:
     """:func:`~stablelora_kernels.utils.timing.machine`, and the commit."""
     return machine() | {"commit": commit()}
+
+
+def waited_s() -> float | None:
+    """Seconds that this process's threads waited for a CPU that others had; None if the system keeps no count."""
+    try:
+        files = [*Path("/proc/self/task").glob("*/schedstat")]
+        return sum(int(file.read_text().split()[1]) for file in files) / 1e9 if files else None
+    except (OSError, IndexError, ValueError):
+        return None

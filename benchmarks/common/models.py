@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import assets
-from benchmarks.common.smollm2 import load_smollm2
+from benchmarks.common.smollm2 import load_smollm2, load_smollm2_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,37 +33,59 @@ class Classifier(nn.Module):
             torch.manual_seed(seed)
             self.head.reset_parameters()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits [batch, classes] and the features [batch, hidden] under them, in fp32."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The logits [batch, classes] in fp32."""
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
             mask = attention_mask.unsqueeze(-1)
-            features = (hidden.float() * mask).sum(1) / mask.sum(1)
-            return self.head(features), features
+            return self.head((hidden.float() * mask).sum(1) / mask.sum(1))
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen fp32 backbone and the tokenizer of ``"smollm2"``, ``"minilm"``, a local directory or a hub id.
+class NextToken(nn.Module):
+    """A causal language model that returns its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The logits [batch * length, vocabulary] in fp32."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.flatten(0, 1).float()
+
+
+def load_model(name: str, causal: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen fp32 model and the tokenizer of ``"smollm2"``, ``"minilm"``, a local directory or a hub id.
+
+    It has no head, or with ``causal`` that of a causal language model.
 
     Raises:
-        AssetError: the model can't be had.
+        AssetError: the model can't be had, or lacks weights.
     """
     if name == "smollm2":
-        model, tokenizer = load_smollm2(assets.smollm2_gguf())
+        model, tokenizer = (load_smollm2_lm if causal else load_smollm2)(assets.smollm2_gguf())
     else:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
         source = str(assets.minilm_dir() if name == "minilm" else Path(name).expanduser())
+        options: Any = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+            model, report = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(source, **options)
         except (OSError, ValueError) as error:
             kind = "local directory" if Path(source).is_dir() else "hub id (and no local directory)"
             reason = str(error).strip().splitlines()[0]
             raise assets.AssetError(f"could not load model {name!r}, a {kind}: {reason}") from error
+        # transformers would draw an encoder a head.
+        if causal and (missing := report["missing_keys"]):
+            raise assets.AssetError(
+                f"model {name!r} is no {type(model).__name__} with all its weights: {min(missing)} is missing"
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = False
+    if getattr(model, "pooler", None) is not None:
+        # Classifier averages the hidden states, so adapters in a BERT's pooler would get no gradient.
+        model.pooler = None
     return model.requires_grad_(False), tokenizer
 
 
@@ -74,10 +96,10 @@ def share(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def linear_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the linear layers of ``model``, a backbone without a head."""
-    return tuple(
-        sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
-    )
+    """The names of the linear layers of ``model``, but for a language model's head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return tuple(sorted({name.rpartition(".")[2] for name in layers}))
 
 
 def query_value_names(model: nn.Module) -> tuple[str, ...]:
@@ -105,12 +127,6 @@ def check_linear_names(model: nn.Module, names: Sequence[str]) -> None:
             f"--target-modules must name linear layers of {type(model).__name__} ({', '.join(present) or 'it has none'}), "
             f"got {', '.join(unknown)}"
         )
-
-
-def drop_pooler(model: PreTrainedModel) -> None:
-    """Take out a BERT's pooler: :class:`Classifier` averages the hidden states, so adapters there would get no gradient."""
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

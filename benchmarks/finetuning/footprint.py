@@ -1,7 +1,7 @@
 """The cost of one arm's step besides time: bytes saved for backward, peak memory, operators or launches.
 
-Run as ``python -m benchmarks.finetuning.footprint '<json>'`` it measures one arm in a process of its own, since peak memory is a
-property of a process, and prints one line of JSON.
+Run as ``python -m benchmarks.finetuning.footprint`` it measures one arm in a process of its own, since peak memory is a property
+of a process. It reads a job from standard input and prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import torch
 from benchmarks.common.data import Batch
 from benchmarks.common.measure import synchronize
 from benchmarks.common.memory import MIB, CountOperators, saved_for_backward, status_mib
+from benchmarks.common.models import load_model
 from benchmarks.finetuning.arms import Arm, Recipe, build_arm
+from benchmarks.finetuning.tasks import Head
 from benchmarks.finetuning.train import forward, phases
 
 
@@ -87,7 +89,7 @@ def footprint(arm: Arm, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
         run()
     result: dict[str, Any] = peak_memory(arm, batch, dtype, device)
     owned = [*arm.model.parameters(), *arm.model.buffers(), *batch.values()]
-    result["saved_mib"] = round(saved_for_backward(lambda: forward(arm, batch, dtype)[0], owned) / MIB, 2)
+    result["saved_mib"] = round(saved_for_backward(lambda: forward(arm, batch, dtype), owned) / MIB, 2)
     count = count_launches if device.type == "cuda" else count_operators
     result["launches" if device.type == "cuda" else "operators"] = count(arm, batch, dtype)
     result["tokens"] = batch["input_ids"].numel()
@@ -95,10 +97,10 @@ def footprint(arm: Arm, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def measure_in_subprocess(
-    arm: str, model: str, classes: int, recipe: Recipe, batch: Batch, **where: str
+    arm: str, model: str, head: Head, recipe: Recipe, batch: Batch, **where: str
 ) -> dict[str, Any]:
     """:func:`footprint` of one arm on one batch, by a new process; ``where`` is its device and dtype."""
-    job = {"arm": arm, "model": model, "classes": classes, "recipe": asdict(recipe), **where}
+    job = {"arm": arm, "model": model, "classes": head.classes, "recipe": asdict(recipe), **where}
     job["batch"] = {name: tensor.tolist() for name, tensor in batch.items()}
     command = [sys.executable, "-m", "benchmarks.finetuning.footprint"]
     root = Path(__file__).resolve().parents[2]
@@ -114,16 +116,14 @@ def main() -> None:
     # Every arm's process holds the same packages, so that peaks differ by the arms alone.
     import peft  # noqa: F401
 
-    from benchmarks.common.models import drop_pooler, load_model
-
     job = json.load(sys.stdin)
     job["recipe"]["target_modules"] = tuple(job["recipe"]["target_modules"])
-    device = torch.device(job["device"])
-    backbone, _ = load_model(job["model"])
-    drop_pooler(backbone)
-    arm = build_arm(job["arm"], backbone.to(device), job["classes"], Recipe(**job["recipe"]), device)
+    device, head = torch.device(job["device"]), Head(job["classes"])
+    backbone, _ = load_model(job["model"], causal=head.classes is None)
+    dtype = getattr(torch, job["dtype"])
+    arm = build_arm(job["arm"], backbone.to(device, dtype), head, Recipe(**job["recipe"]), 0, device)
     batch = {name: torch.tensor(values, device=device) for name, values in job["batch"].items()}
-    print(json.dumps(footprint(arm, batch, getattr(torch, job["dtype"]))))
+    print(json.dumps(footprint(arm, batch, dtype)))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from benchmarks.common import optimizers
 from benchmarks.common.data import load_dataset, training_batches
 from benchmarks.common.models import linear_names, load_model, query_value_names
 from benchmarks.finetuning.arms import PEFT, STABLE, Recipe, build_arm
+from benchmarks.finetuning.tasks import Head
 from benchmarks.finetuning.train import forward, to_device
 from benchmarks.suite.layers import AUTOCAST
 from benchmarks.suite.llama import Sizes, llama
@@ -32,9 +33,7 @@ PAPER = {
 }
 OURS_WHOLE = "this library: layers and optimizer"
 OPTIMIZERS = (*PAPER, optimizers.NAIVE_FOREACH)
-ARMS = {f"PEFT, {name}": (PEFT, name) for name in OPTIMIZERS} | {
-    OURS_WHOLE: (f"{STABLE}-{optimizers.SHRINK_RATIO:g}", optimizers.OURS)
-}
+ARMS = {f"PEFT, {name}": (PEFT, name) for name in OPTIMIZERS} | {OURS_WHOLE: (STABLE, optimizers.OURS)}
 BASE = f"PEFT, {optimizers.ADAMW_FUSED}"
 BATCH, BATCHES, R = 16, 40, 8
 
@@ -69,14 +68,14 @@ class PretrainedCase(Case):
         self.shared.update(
             backbone=backbone.to(self.device),
             batches=[to_device(batch, self.device) for batch in batches],
-            recipe=Recipe(targets, r=R, lr=1e-4),
+            recipe=Recipe(targets, r=R, lora_alpha=2 * R, lora_dropout=0.0, lr=1e-4),
             optimizers={},
         )
 
     def build(self, arm: str) -> Parts:
         layers, name = ARMS[arm]
         recipe = self.shared["recipe"]
-        made = build_arm(layers, self.shared["backbone"], 2, recipe, self.device)
+        made = build_arm(layers, self.shared["backbone"], Head(2), recipe, 0, self.device)
         # Only pairs are trained.
         made.model.head.requires_grad_(False)
         made.model.train()
@@ -86,7 +85,7 @@ class PretrainedCase(Case):
         dtype = torch.bfloat16 if self.dtype == AUTOCAST else torch.float32
         return {
             "prepare": lambda: optimizer.zero_grad(set_to_none=True),
-            "forward and backward": lambda: forward(made, next(batches), dtype)[0].backward(),
+            "forward and backward": lambda: forward(made, next(batches), dtype).backward(),
             "optimizer": optimizer.step,
         }
 

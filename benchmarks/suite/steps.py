@@ -67,7 +67,7 @@ class OptimizerCase(Case):
             if arm in (optimizers.NAIVE, optimizers.NAIVE_FOREACH):
                 found = set(optimizer.stable)
             elif arm == optimizers.OURS:
-                found = {pair.stable for pair in optimizer.stability()}
+                found = {pair.latched for pair in optimizer.stability()}
             else:
                 continue
             if found != {self.state == "latched"}:

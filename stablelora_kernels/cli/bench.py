@@ -107,7 +107,7 @@ def _step_samples(args: argparse.Namespace, device: torch.device) -> dict[str, l
     }
     samples = interleave(arms, warmup=WARMUP, iters=args.iters)
     for name, optimizer in ours.items():
-        if {pair.stable for pair in optimizer.stability()} != {name == LATCHED}:
+        if {pair.latched for pair in optimizer.stability()} != {name == LATCHED}:
             raise RuntimeError(f"all pairs of {name!r} must keep their state during the measurement")
     return samples
 

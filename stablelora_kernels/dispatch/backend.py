@@ -83,7 +83,7 @@ def explain_backend(device: torch.device) -> tuple[str, str]:
     """
     name = get_backend()
     if name == "torch":
-        return "torch", "it was asked for"
+        return "torch", "it is forced (set_backend or STABLELORA_BACKEND)"
     if device.type == "meta":
         return "torch", "on the meta device nothing is computed, and PyTorch's operators give the shapes"
     if name == "auto":
@@ -96,9 +96,9 @@ def explain_backend(device: torch.device) -> tuple[str, str]:
     if TRITON_PROBLEM is not None:
         raise RuntimeError(f"backend 'triton' was asked for, but it can't run: {TRITON_PROBLEM}")
     if device.type == "cuda":
-        return "triton", "it was asked for"
+        return "triton", "it is forced (set_backend or STABLELORA_BACKEND)"
     if INTERPRETING:
-        return "triton", "it was asked for, and Triton's interpreter is on"
+        return "triton", "it is forced (set_backend or STABLELORA_BACKEND), and Triton's interpreter is on"
     raise RuntimeError(
         f"backend 'triton' was asked for on a tensor on {device}: the kernels run on a GPU, or on a CPU under "
         "Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"

@@ -26,32 +26,32 @@ MLP_RULES = (
     MLPRule(
         lambda d, c, described: c.dtype == torch.float32,
         "separate",
-        "float32: two accumulators outgrow the registers, or the vendor has the product",
+        "float32: two accumulators do not fit in registers, or the vendor's library computes the product",
     ),
     MLPRule(
         lambda d, c, described: c.m <= problem.SMALL_M,
         "separate",
-        f"up to {problem.SMALL_M} rows: bound by reading W, so programs share a tile's K, and the activation's launch is small",
+        f"up to {problem.SMALL_M} rows: loading W is the bottleneck, so programs split each tile's K",
     ),
     MLPRule(
         lambda d, c, described: is_idle(d, c),
         "separate",
-        "tiles of 128 by 128 would leave two fifths of the GPU idle; separate products share a tile's K",
+        "128 x 128 tiles would leave two fifths of the GPU idle; separate products split each tile's K",
     ),
     MLPRule(
         lambda d, c, described: d.generation >= 100 and d.tma and c.m >= 1024,
         "separate",
-        "data-center Blackwell: the vendor's products, as for a single projection",
+        "data-center Blackwell: the vendor's library computes gate and up, as it does a single projection",
     ),
     MLPRule(
         lambda d, c, described: described and d.tma,
         "tma",
-        "two accumulators fit: X is read once, and H needs neither a launch nor a read of G and U",
+        "one kernel for gate and up: x is read once, and the activation needs no launch of its own",
     ),
     MLPRule(
         lambda d, c, described: True,
         "pointers",
-        "two accumulators of half the width: X is read once for both, and H needs neither a launch nor a read of G and U",
+        "one kernel for gate and up, in narrower tiles: x is read once, and the activation needs no launch of its own",
     ),
 )
 
@@ -60,7 +60,7 @@ def choose_gate_up(device: Device, call: Call, described: bool) -> Choice:
     """``"tma"``, ``"pointers"`` or ``"separate"`` for gate's and up's ``call``; "split" forces one of the first two."""
     forced = get_kernel()
     if forced not in ("auto", "split"):
-        return Choice("separate", f"kernel {forced!r} was asked for, which has one projection")
+        return Choice("separate", f"kernel {forced!r} is forced and computes one projection")
     rows = MLP_RULES if forced == "auto" else [rule for rule in MLP_RULES if rule.form != "separate"]
     return next(Choice(rule.form, rule.reason) for rule in rows if rule.applies(device, call, described))
 
@@ -68,12 +68,12 @@ def choose_gate_up(device: Device, call: Call, described: bool) -> Choice:
 # Gate and up of an MLP (lora_gate_up): two accumulators of this size.
 GATE_UP_TMA_TILES = (
     TileRule(
-        lambda d, c: True, Tile(128, 128, 64, 8, 4), "two accumulators that fill the registers, X read once for both"
+        lambda d, c: True, Tile(128, 128, 64, 8, 4), "two accumulators fill the registers; x is read once for both"
     ),
 )
 GATE_UP_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 32, 32, 4, 3), "float32: products are in registers"),
-    TileRule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "two accumulators that make up the usual tile"),
+    TileRule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "two accumulators take the registers of the default tile"),
 )
 
 

@@ -29,7 +29,7 @@ class Device(NamedTuple):
 
     @property
     def tma(self) -> bool:
-        """Whether the kernel with tensor descriptors pays: matrix instructions read shared memory while loads fill it."""
+        """True on GPUs whose MMA reads shared memory while TMA fills it (Hopper and later): use the TMA kernel."""
         return self.shared_limit >= 200_000 and self.generation >= 90
 
     @property

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from stablelora_kernels.dispatch import backend, problem
-from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_FUSED_R, SMALL_M, Call, Device
+from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_CHAINED_R, MAX_FUSED_R, SMALL_M, Call, Device
 from stablelora_kernels.dispatch.settings import KERNELS, get_kernel, tf32_allowed
 from stablelora_kernels.dispatch.tiles import Tile, filled
 
@@ -38,23 +38,25 @@ def _a_is_small(c: Call) -> bool:
     return c.r * c.lora_dtype.itemsize <= 64 * c.dtype.itemsize
 
 
+FORCED = "forced by set_kernel, use_kernel or STABLELORA_KERNEL"
+
 # The first row that applies is taken, here and below.
 RULES = (
     Rule(
         lambda d, c: c.r == 0 and not c.gated,
         "vendor",
-        "no branch: nothing to fuse into the product",
+        "no LoRA branch: nothing to fuse into the product",
     ),
     Rule(
         lambda d, c: c.dtype == torch.float32 and c.m > 16,
         "vendor",
-        "float32, more than 16 rows: Triton's exact product has no matrix instruction, the vendor's is tuned by hand",
+        "float32, more than 16 rows: Triton has no exact float32 matrix instruction, and the vendor's library is hand-tuned",
     ),
     Rule(
         lambda d, c: _fusible(c) and c.m <= problem.SMALL_M and (_a_is_small(c) or c.n * c.k <= 2**25),
         "fused",
-        f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: bound by reading W, S costs little beside it, and nobody waits for it; "
-        "where every 64 columns read more of A than of W, only in small layers, whose launch takes longer than that",
+        f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: loading W is the bottleneck, so each tile recomputes x @ A.T and saves a "
+        "launch (with a large A only in small layers)",
     ),
     Rule(
         # A wider block of ranks would spill registers; a shorter sum is over before programs could share it.
@@ -62,41 +64,41 @@ RULES = (
             _fusible(c) and c.m <= 512 and c.k >= 1024 and c.m * c.n * c.k <= 2**32 and c.r <= (32 if d.tma else 16)
         ),
         "fused",
-        "a product of a few microseconds: S beside it takes less time than programs that compute S first and others that wait",
+        "a product of a few microseconds: recomputing x @ A.T in each tile takes less time than waiting for it",
     ),
     Rule(
         lambda d, c: d.generation >= 100 and d.tma and c.dtype != torch.float32 and c.m >= 1024,
         "vendor",
-        "data-center Blackwell: the compiler has only tiles of 128 by 128, which L2 feeds at half the matrix rate",
+        "data-center Blackwell: the compiler supports only 128 x 128 tiles, which L2 feeds at half the matrix rate",
     ),
     Rule(
-        # Without dropout and up to rank 64, the launch that adds the branch reads A anew for every 64 rows: many reads for few.
+        # Without dropout and up to rank 64, the launch that adds the branch rereads A for every 64 rows.
         lambda d, c: (
             c.direction == "forward"
             and c.k >= 2 * c.n
             and (c.m > CHAINED_M or (c.m >= 512 and (c.dropout or c.r > MAX_FUSED_R)))
         ),
         "vendor",
-        "a long sum for few columns: adding the branch to a finished product takes up to 5 % more time than a kernel of ours at "
-        "the vendor's rate, and 9 to 27 % less than one at 0.85 of it",
+        "K is at least 2 N: adding the branch to the vendor's product is predicted to take at most 5 % more time than one fused "
+        "kernel at the vendor's rate, and 9 to 27 % less than one at 0.85 of it",
     ),
     Rule(
         lambda d, c: c.m <= problem.CHAINED_M and c.r <= problem.MAX_CHAINED_R,
         "chained",
-        f"up to {CHAINED_M} rows: S's programs go first in the product's own launch, dS's with dB's and then dX's with dA's, "
-        "which saves a launch; X is masked and read once for S, not again for every column tile",
+        f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank product once; "
+        "the others wait for it just before they add the branch",
     ),
     Rule(
         lambda d, c: c.direction == "backward",
         "split",
-        "dX of many rows or a high rank: a launch saved is little beside the product, and a launch of their own gives dS's "
-        "and dB's programs tiles and registers that suit them; dX's and dA's launch may overlap it",
+        "many rows or a high rank: dy @ B and dB share one launch, dx and dA the next; each gets tiles that suit it, and "
+        "one launch less would save little",
     ),
     Rule(
         lambda d, c: True,
         "split",
-        "many rows or a high rank: one more read of X costs less than S beside every column tile, whose matrix instructions "
-        "are too narrow to be fed at full rate, and a launch saved is little beside the product",
+        "many rows or a high rank: x @ A.T has a launch of its own; reading x once more costs less than recomputing x @ A.T in "
+        "every tile, and one launch less would save little",
     ),
 )
 
@@ -113,23 +115,23 @@ QUANTIZED_RULES = (
     QuantizedRule(
         lambda d, c, bits: c.dtype == torch.float32 and c.m > 16,
         "dequantize",
-        "float32, more than 16 rows: the products are the vendor's, who wants a plain W",
+        "float32, more than 16 rows: the vendor's library computes the product and needs a dequantized W",
     ),
     QuantizedRule(
         lambda d, c, bits: c.m > problem.IN_LOOP_M,
         "dequantize",
-        f"more than {problem.IN_LOOP_M} rows: W in full is written and read once, 4 bytes an element; in the loop every 128 rows "
-        "would look up and scale each element anew, 13 to 19 instructions",
+        f"more than {problem.IN_LOOP_M} rows: dequantizing W once moves 4 bytes an element; in the loop, every 128 rows would "
+        "repeat 13 to 19 instructions an element",
     ),
     QuantizedRule(
         lambda d, c, bits: bits == 4 and c.direction == "backward" and c.m > 128,
         "dequantize",
-        "dX from 4 bits, more than 128 rows: turning a tile in shared memory makes 6 of 19 instructions an element go to memory",
+        "4 bits, more than 128 rows: transposing W in the loop would make 6 of 19 instructions an element access shared memory",
     ),
     QuantizedRule(
         lambda d, c, bits: True,
         "in_loop",
-        "few rows: W is read as it is stored, and no memory is taken for it in full",
+        "few rows: the kernel reads W as it is stored, and no memory holds a dequantized W",
     ),
 )
 
@@ -152,18 +154,18 @@ FORM_RULES = (
     FormRule(
         lambda d, c, described: c.m <= problem.SMALL_M and c.k > 0,
         "split_k",
-        "few rows: bound by reading W, so programs share a tile's K until all of the GPU reads",
+        "few rows: loading W is the bottleneck, so programs split each tile's K until the whole GPU loads",
     ),
     FormRule(
         # A shorter sum is over before programs could share it.
         lambda d, c, described: c.dtype != torch.float32 and c.k >= 1024 and is_idle(d, c),
         "split_k",
-        "tiles of 128 by 128 would leave two fifths of the GPU idle, so programs share a tile's K",
+        "128 x 128 tiles would leave two fifths of the GPU idle, so programs split each tile's K",
     ),
     FormRule(
         lambda d, c, described: described and d.tma and c.dtype != torch.float32 and c.k > 0,
         "tma",
-        "descriptors copy whole tiles, which frees registers and threads for the matrix instructions",
+        "TMA copies whole tiles, which frees registers and threads for matrix instructions",
     ),
     FormRule(lambda d, c, described: True, "pointers", "any GPU, any strides, any dtype"),
 )
@@ -179,7 +181,7 @@ def choose(device: Device, call: Call, forced: str | None = None) -> Choice:
     if forced == "auto":
         return next(Choice(rule.kernel, rule.reason) for rule in RULES if rule.applies(device, call))
     check_possible(call, forced)
-    return Choice(forced, "asked for")
+    return Choice(forced, FORCED)
 
 
 def choose_quantized(device: Device, call: Call, bits: int, aligned: bool = True) -> Choice:
@@ -189,11 +191,9 @@ def choose_quantized(device: Device, call: Call, bits: int, aligned: bool = True
     """
     forced = get_kernel()
     if forced != "auto":
-        return Choice("dequantize", f"kernel {forced!r} was asked for, which reads a plain W")
+        return Choice("dequantize", f"kernel {forced!r} is forced and needs a dequantized W")
     if not aligned:
-        return Choice(
-            "dequantize", "rows of W that begin anywhere: single bytes and a scale an element outgrow a pipeline"
-        )
+        return Choice("dequantize", "unaligned rows of W: loading single bytes and scales would exceed shared memory")
     return next(Choice(rule.kernel, rule.reason) for rule in QUANTIZED_RULES if rule.applies(device, call, bits))
 
 
@@ -203,11 +203,9 @@ def choose_form(device: Device, call: Call, described: bool) -> str:
 
 
 # The launch that adds the branch onto a finished product: it computes S itself, or reads it.
-_EXPAND_FUSED = Choice("fused", f"up to rank {MAX_FUSED_R}, S is computed within the launch that adds the branch")
-_EXPAND_HIGH_RANK = Choice("split", f"a rank above {MAX_FUSED_R}: S first, in a launch of its own")
-_EXPAND_DROPOUT = Choice(
-    "split", "dropout: S first, or every program that shares a row's columns would draw the mask anew"
-)
+_EXPAND_FUSED = Choice("fused", f"up to rank {MAX_FUSED_R}: the launch that adds the branch also computes x @ A.T")
+_EXPAND_HIGH_RANK = Choice("split", f"rank above {MAX_FUSED_R}: x @ A.T has a launch of its own")
+_EXPAND_DROPOUT = Choice("split", "dropout: x @ A.T has a launch of its own, so that each mask is drawn once")
 
 
 def choose_expand(call: Call, splits: int) -> Choice:
@@ -219,8 +217,8 @@ def choose_expand(call: Call, splits: int) -> Choice:
     return _EXPAND_FUSED
 
 
-_BRANCH_CHAINED = Choice("chained", f"up to {CHAINED_M} rows: dS and dB, then dX, then dA in one launch")
-_BRANCH_SPLIT = Choice("split", "many rows or a high rank: dS with dB, in one pass over dY, then dX with dA")
+_BRANCH_CHAINED = Choice("chained", f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch for all gradients")
+_BRANCH_SPLIT = Choice("split", "many rows or a high rank: dy @ B and dB share one launch, dx and dA the next")
 
 
 def choose_branch_backward(call: Call) -> Choice:
@@ -236,18 +234,18 @@ class Sharing(NamedTuple):
 def choose_group(calls: Sequence[Call], choices: Sequence[Choice | None]) -> Sharing:
     """Whether projections of one X get their S (and dA) from one read of it, in a launch of its own, or each by itself."""
     if not all(call.r for call in calls):
-        return Sharing(False, "one of them has no branch")
+        return Sharing(False, "a projection has no LoRA branch")
     if any(choice is not None and choice.kernel == "fused" for choice in choices):
-        return Sharing(False, "S is computed beside a product, which saves its launch")
+        return Sharing(False, "each product recomputes x @ A.T in its tiles, which saves a launch")
     if calls[0].k == 0:
-        return Sharing(False, "nothing is summed up, and the kernel for several takes no empty sum")
+        return Sharing(False, "K is 0: there is nothing to sum")
     if calls[0].m <= problem.SMALL_M:
-        return Sharing(False, f"up to {problem.SMALL_M} rows: X stays in L2, whoever reads it")
+        return Sharing(False, f"up to {problem.SMALL_M} rows: x stays in the L2 cache, so one read of it gains nothing")
     if max(call.r for call in calls) > problem.MAX_FUSED_R:
         return Sharing(
-            False, f"a rank above {problem.MAX_FUSED_R}: the sums of several projections outgrow the registers"
+            False, f"rank above {problem.MAX_FUSED_R}: the sums of several projections do not fit in registers"
         )
-    return Sharing(True, "one read of X for all projections")
+    return Sharing(True, "one read of x serves all projections")
 
 
 def check_possible(call: Call, kernel: str) -> None:

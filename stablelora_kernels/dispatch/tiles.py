@@ -51,24 +51,24 @@ TMA_TILES = (
     TileRule(
         lambda d, c: d.generation >= 100,
         Tile(128, 128, 64, 8, 4),
-        "Blackwell: a wider tile and its branch outgrow tensor memory, which the compiler answers with an empty kernel",
+        "Blackwell: a wider tile and its branch do not fit in tensor memory",
     ),
     TileRule(
         lambda d, c: True,
         Tile(128, 256, 64, 8, 3),
-        "the widest matrix instruction, whose operands are read 1.5 times less often than 128 by 128",
+        "the widest matrix instruction: it reads operands 1.5 times less often than 128 x 128 tiles",
     ),
 )
 
 # Y's tiles read through pointers (lora_linear).
 LINEAR_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 3), "float32: products are in registers"),
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 3), "float32: operands stay in registers"),
     TileRule(
         lambda d, c: d.shared_limit < 200_000 and c.r > 32,
         Tile(64, 128, 64, 4, 3),
-        "a wide rank block beside 128 by 128 spills where accumulators are in registers, or outgrows shared memory",
+        "rank above 32: a 128 x 128 tile would spill registers or exceed shared memory",
     ),
-    TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "the usual tile"),
+    TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "the default tile"),
 )
 
 # Y for few rows or columns (lora_linear_split_k); up to 64 rows linear_split_k_plan sets BLOCK_M.
@@ -76,74 +76,74 @@ SPLIT_K_TILES = (
     TileRule(
         lambda d, c: c.m > 128,
         Tile(128, 128, 64, 8, 4),
-        "many rows, few tiles: each operand is read for 128 of the other",
+        "many rows, few tiles: each row of x serves 128 columns, and each column 128 rows",
     ),
     TileRule(
         lambda d, c: c.m > problem.SMALL_M,
         Tile(128, 64, 64, 4, 4),
-        "all rows in one tile, so that W is read once, in narrow tiles: twice as many read it",
+        "one tile holds all rows, so W is read once; narrow tiles let twice as many programs read it",
     ),
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 64, 4, 3), "float32: twice the bytes an element"),
     TileRule(lambda d, c: d.shared_limit < 100_000, Tile(16, 64, 64, 4, 3), "little shared memory"),
-    TileRule(lambda d, c: True, Tile(16, 64, 128, 4, 4), "many bytes of W on their way at once, in narrow tiles"),
+    TileRule(lambda d, c: True, Tile(16, 64, 128, 4, 4), "narrow tiles keep many bytes of W in flight"),
 )
 
 # Y with a quantized W (lora_linear_quantized); linear_quantized_plan lowers BLOCK_M for few rows.
 QUANTIZED_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 32, 8, 2), "float32: products are in registers"),
-    TileRule(lambda d, c: not d.nvidia, Tile(64, 64, 64, 4, 2), "wider tiles of W, dequantized in registers, spill"),
-    TileRule(lambda d, c: c.m <= 16, Tile(16, 64, 128, 4, 3), "many bytes of W on their way at once, in narrow tiles"),
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 32, 8, 2), "float32: operands stay in registers"),
+    TileRule(lambda d, c: not d.nvidia, Tile(64, 64, 64, 4, 2), "wider dequantized tiles of W would spill registers"),
+    TileRule(lambda d, c: c.m <= 16, Tile(16, 64, 128, 4, 3), "narrow tiles keep many bytes of W in flight"),
     TileRule(lambda d, c: d.shared_limit < 150_000, Tile(64, 64, 64, 4, 3), "little shared memory"),
     TileRule(lambda d, c: c.m <= problem.SMALL_M, Tile(64, 128, 64, 4, 3), "rows of one wide matrix instruction"),
-    TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "each element of W is dequantized for as many rows as fit"),
+    TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "as many rows as fit share each dequantized element of W"),
 )
 
 # W in full from 4 or 8 bits (dequantize): BLOCK_N rows and BLOCK_K columns.
-DEQUANTIZE_TILES = (TileRule(lambda d, c: True, Tile(1, 16, 256, 4, 1), "16 bytes of W for each thread"),)
+DEQUANTIZE_TILES = (TileRule(lambda d, c: True, Tile(1, 16, 256, 4, 1), "16 bytes of W a thread"),)
 
 # S (lora_shrink): rows, ranks and K; BLOCK_N is the rank's block.
 SHRINK_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 128, 32, 4, 3), "float32: products are in registers"),
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 128, 32, 4, 3), "float32: operands stay in registers"),
     TileRule(lambda d, c: c.r > 64 and d.shared_limit < 100_000, Tile(64, 128, 64, 8, 3), "little shared memory"),
-    TileRule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so that X is read once"),
-    TileRule(lambda d, c: c.dropout, Tile(64, 64, 64, 4, 4), "random numbers for 64 by 128 would take most registers"),
-    TileRule(lambda d, c: True, Tile(64, 64, 128, 4, 3), "rows of one wide matrix instruction, X read in long runs"),
+    TileRule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so x is read once"),
+    TileRule(lambda d, c: c.dropout, Tile(64, 64, 64, 4, 4), "64 x 128 random numbers would fill the registers"),
+    TileRule(lambda d, c: True, Tile(64, 64, 128, 4, 3), "rows of one wide matrix instruction, x in long runs"),
 )
 
 # S of several projections (lora_shrink_group), likewise; r is the block of the largest rank.
 SHRINK_GROUP_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 8, 3), "float32: products are in registers"),
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 8, 3), "float32: operands stay in registers"),
     TileRule(
         lambda d, c: c.r > 32 and c.dropout and d.nvidia and not d.tma,
         Tile(32, 64, 32, 8, 3),
-        "three sums, random numbers and X in registers: more rows spill",
+        "three sums, random numbers and x fill the registers: more rows would spill",
     ),
-    TileRule(lambda d, c: c.r > 32 and c.dropout, Tile(64, 64, 32, 8, 3), "three sums and random numbers in registers"),
-    TileRule(lambda d, c: c.r > 32, Tile(64, 64, 64, 8, 3), "three sums in registers"),
-    TileRule(lambda d, c: c.dropout, Tile(64, 64, 32, 4, 4), "random numbers for each projection in registers"),
     TileRule(
-        lambda d, c: True, Tile(128, 64, 64, 8, 3), "the A's, more bytes than a step of X, are read once for 128 rows"
+        lambda d, c: c.r > 32 and c.dropout, Tile(64, 64, 32, 8, 3), "three sums and random numbers fill registers"
     ),
+    TileRule(lambda d, c: c.r > 32, Tile(64, 64, 64, 8, 3), "three sums fill the registers"),
+    TileRule(lambda d, c: c.dropout, Tile(64, 64, 32, 4, 4), "random numbers for every projection fill the registers"),
+    TileRule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "128 rows share one read of the A matrices"),
 )
 
 # The branch onto a finished product (lora_expand).
 EXPAND_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 2), "float32: products are in registers"),
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 2), "float32: operands stay in registers"),
     TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 3), "rows of one wide matrix instruction"),
 )
 
 # dA and dB (lora_weight_grads): BLOCK_M columns of the result, BLOCK_N ranks, BLOCK_K rows of the sum.
 WEIGHT_GRADS_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: products are in registers"),
-    TileRule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so that X and dY are read once"),
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: operands stay in registers"),
+    TileRule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so x and dy are read once"),
     TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "rows of one wide matrix instruction"),
 )
 
 # dA of several projections (lora_weight_grads_group), likewise.
 WEIGHT_GRADS_GROUP_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: products are in registers"),
-    TileRule(lambda d, c: c.r > 32, Tile(64, 64, 32, 8, 3), "three sums in registers"),
-    TileRule(lambda d, c: c.dropout, Tile(64, 64, 32, 4, 4), "random numbers for each projection in registers"),
+    TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: operands stay in registers"),
+    TileRule(lambda d, c: c.r > 32, Tile(64, 64, 32, 8, 3), "three sums fill the registers"),
+    TileRule(lambda d, c: c.dropout, Tile(64, 64, 32, 4, 4), "random numbers for every projection fill the registers"),
     TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "rows of one wide matrix instruction"),
 )
 
@@ -170,7 +170,7 @@ def pick_tile(
 ) -> tuple[Tile, str]:
     """The tile of the first rule that applies, or the ``measured`` one, and its reason. :func:`fit` comes next."""
     if measured is not None:
-        return measured, "measured to be the fastest"
+        return measured, "measured: the fastest"
     return next((rule.tile, rule.reason) for rule in rules if rule.applies(device, call))
 
 
@@ -310,7 +310,7 @@ def linear_tma_plan(
     """``can_specialize``: the compiler can specialize warps of a kernel with a dot after the main loop."""
     tile, reason = pick_tile(TMA_TILES, device, call, measured)
     if not load_s and call.r > 32 and tile.BLOCK_N > 128 and measured is None:
-        tile, reason = Tile(128, 128, 64, 8, 4), "S of 64 ranks beside the widest accumulator spills registers"
+        tile, reason = Tile(128, 128, 64, 8, 4), "rank above 32: the widest tile would spill registers"
     # A wider block of ranks would spill registers beside the widest accumulator and float32's casts or random numbers.
     narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)

@@ -13,6 +13,10 @@ from torch import nn
 from stablelora_kernels.optim.stability import PairStability
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.utils.extras import import_extra
+from stablelora_kernels.utils.wrappers import clean, innermost
+
+# The optimizer's keywords for which TrainingArguments has values.
+_OF_ARGS = ("lr", "weight_decay", "betas", "eps")
 
 
 class StableLoRAAdamWFactory:
@@ -21,10 +25,10 @@ class StableLoRAAdamWFactory:
     Hugging Face's Trainer gives an optimizer class parameter groups without names, in which no pair can be found. It gives a
     factory the model::
 
-        Trainer(model, args, ..., optimizer_cls_and_kwargs=(slk.StableLoRAAdamWFactory, {"lr": 1e-4, "shrink_ratio": 5e-4}))
+        Trainer(model, args, ..., optimizer_cls_and_kwargs=slk.StableLoRAAdamWFactory.from_args(args, shrink_ratio=5e-4))
 
-    The keywords are those of :class:`StableLoRAAdamW`. The trainer applies its own schedule, accumulation and clipping, but hands
-    no other arguments to a factory: give ``{"lr": args.learning_rate}``, and likewise ``weight_decay``, ``betas`` and ``eps``.
+    The trainer applies its own schedule, accumulation and clipping, but hands a factory nothing else of ``args``. So
+    :meth:`from_args` reads ``args``. ``(slk.StableLoRAAdamWFactory, {"lr": 1e-4, ...})`` takes the keywords alone, in one group.
 
     Raises:
         TypeError: the class got arguments. Older Trainers do not know factories; give them
@@ -39,17 +43,40 @@ class StableLoRAAdamWFactory:
                 "optimizers=(StableLoRAAdamW.from_model(model, ...), None)"
             )
 
-    def __call__(self, model: nn.Module, **kwargs: Any) -> StableLoRAAdamW:
-        """The optimizer of ``model``'s trainable parameters. Without ``lr`` it warns that it takes its own default."""
-        if "lr" not in kwargs:
-            default = inspect.signature(StableLoRAAdamW).parameters["lr"].default
+    @classmethod
+    def from_args(cls, args: Any, **kwargs: Any) -> tuple[type[StableLoRAAdamWFactory], dict[str, Any]]:
+        """``optimizer_cls_and_kwargs`` with all that the Trainer's own AdamW takes of ``args``, the ``TrainingArguments``.
+
+        That is ``lr``, ``weight_decay``, ``betas`` and ``eps``, unless ``kwargs`` has them, and the rule that biases and norms
+        have no weight decay (``Trainer.get_decay_parameter_names``). These parameters are the second of two groups, as in the
+        Trainer's AdamW, so its checkpoints can be resumed. The other ``kwargs`` are :class:`StableLoRAAdamW`'s.
+        """
+        read = (args.learning_rate, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+        return cls, {**dict(zip(_OF_ARGS, read, strict=True)), "trainer_groups": True, **kwargs}
+
+    def __call__(self, model: nn.Module, *, trainer_groups: bool = False, **kwargs: Any) -> StableLoRAAdamW:
+        """The optimizer of ``model``'s trainable parameters, with ``trainer_groups`` in the Trainer's two groups.
+
+        It warns of the optimizer's own defaults that it uses where ``TrainingArguments`` has a value.
+        """
+        if missing := [name for name in _OF_ARGS if name not in kwargs]:
+            defaults = inspect.signature(StableLoRAAdamW).parameters
+            used = ", ".join(f"{name}={defaults[name].default}" for name in missing)
             warnings.warn(
-                f"StableLoRAAdamWFactory was given no lr, so it is {default}, the optimizer's default: a trainer does not hand "
-                'TrainingArguments(learning_rate=...) to a factory. Give it {"lr": args.learning_rate, ...}',
+                f"StableLoRAAdamWFactory uses {used}, the optimizer's defaults: a trainer does not give its TrainingArguments "
+                "to a factory. StableLoRAAdamWFactory.from_args(args, ...) takes theirs, and no decay of biases and norms",
                 UserWarning,
                 stacklevel=2,
             )
-        return StableLoRAAdamW.from_model(model, **kwargs)
+        if not trainer_groups:
+            return StableLoRAAdamW.from_model(model, **kwargs)
+        inner = innermost(model)
+        trainer = import_extra("transformers", "peft", "StableLoRAAdamWFactory.from_args").Trainer
+        decaying = set(trainer.get_decay_parameter_names(None, inner))
+        groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+        for name, parameter in inner.named_parameters():
+            groups[name not in decaying]["params"].append((clean(name), parameter))
+        return StableLoRAAdamW(groups, **kwargs)
 
 
 class StabilityCallback:
@@ -138,15 +165,15 @@ def _stable_optimizer(optimizer: Any) -> StableLoRAAdamW:
         inner = inner.optimizer
     if not isinstance(inner, StableLoRAAdamW):
         raise TypeError(
-            f"trainer must train with a StableLoRAAdamW, got {type(inner).__name__}: pass "
-            "optimizer_cls_and_kwargs=(StableLoRAAdamWFactory, {...}) or optimizers=(StableLoRAAdamW.from_model(...), None)"
+            f"trainer must train with a StableLoRAAdamW, got {type(inner).__name__}: pass optimizer_cls_and_kwargs="
+            "StableLoRAAdamWFactory.from_args(args, ...) or optimizers=(StableLoRAAdamW.from_model(...), None)"
         )
     return inner
 
 
 def _summary(pairs: Sequence[PairStability]) -> dict[str, float]:
     """The values of one log entry."""
-    values = {"latched_fraction": sum(pair.stable for pair in pairs) / len(pairs)}
+    values = {"latched_fraction": sum(pair.latched for pair in pairs) / len(pairs)}
     for name in ("a_norm", "b_norm"):
         values[name] = sum(getattr(pair, name) for pair in pairs) / len(pairs)
     if ratios := [pair.b_norm / pair.a_norm for pair in pairs if pair.a_norm]:

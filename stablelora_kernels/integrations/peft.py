@@ -40,10 +40,11 @@ def accelerate_peft(
         model: a ``PeftModel``, or any module that contains PEFT's LoRA layers.
         strict: raise unless every adapter of every PEFT layer runs on this library's ops.
         fuse_projections: compute projection groups together, as :func:`~stablelora_kernels.apply_lora` does. Each of their layers
-            then holds a reference to its group.
+            then holds a reference to its group, and their parent a hook, until :func:`restore_peft`, which must come before
+            PEFT's ``unload`` and ``merge_and_unload``: they would leave the hook behind.
         fuse_mlp: compute each gated MLP in one op, as :func:`~stablelora_kernels.apply_lora` does. A call runs in one op while
             each projection has at most one active adapter. The modules get another class of the same name until
-            :func:`restore_peft`, which must come before PEFT's ``unload`` and ``merge_and_unload``.
+            :func:`restore_peft`, or until PEFT's ``unload`` or ``merge_and_unload`` has taken the last adapter out of them.
 
     Returns:
         The report. It has one row for each layer and adapter that runs on the ops. It lists as skipped, with the reason, those
@@ -103,11 +104,8 @@ def _unmatched(model: nn.Module, names: list[str]) -> list[str]:
     for module in model.modules():
         found = module.__dict__.get("peft_config")
         configs.update(found if isinstance(found, dict) else {})
-    notes = []
-    for adapter, config in configs.items():
-        if note := unmatched_names(getattr(config, "target_modules", None), names):
-            notes.append(f"{note} (adapter {adapter!r})")
-    return notes
+    notes = {key: unmatched_names(getattr(config, "target_modules", None), names) for key, config in configs.items()}
+    return [f"{note} (adapter {adapter!r})" for adapter, note in notes.items() if note]
 
 
 def restore_peft(model: nn.Module) -> None:

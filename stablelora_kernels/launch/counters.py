@@ -17,8 +17,8 @@ from stablelora_kernels.launch.workspace import note_counters
 LANES = 5
 # Buffers of zeros that every GPU keeps ready: for further streams, and for captures, which cannot make their own.
 READY = 16
-# Most streams and captures that get a buffer, of 40 KiB each, for good.
-MOST = 1024
+# Streams and captures with a permanent counter buffer, of 40 KiB each.
+MAX_BUFFERS = 1024
 
 
 class _Stream(NamedTuple):
@@ -50,7 +50,7 @@ def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
         _keep_ready(stream.device_index)
     if stream not in _in_use:
         ready = _ready.get(stream.device_index)
-        if stream.capture and (not ready or len(_in_use) >= MOST):
+        if stream.capture and (not ready or len(_in_use) >= MAX_BUFFERS):
             # No launch came before the capture, or captures have taken all: the graph zeroes these at each replay.
             return torch.zeros(n, dtype=torch.int32, device=device)
         _in_use[stream] = ready.pop() if ready else _zeros(1, device)[0]

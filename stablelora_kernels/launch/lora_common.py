@@ -59,9 +59,9 @@ class Gate(NamedTuple):
 class Product(NamedTuple):
     """Y = X W^T + bias + (S B^T) ∘ keep with S = s' (X ∘ keep) A^T, where one of the two masks is all ones; or dX likewise.
 
-    x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], or None if nobody wants it, and y [M, N] with unit column
+    x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], or None if not requested, and y [M, N] with unit column
     stride; seed int64 [1]. ``call.masked`` says which mask drops. With ``call.add``, the kernels add to y. S is in units of
-    ``unit``, and ``scaling`` is s' divided by it. Without w, Y is the branch alone. Without ``wanted`` nobody wants y, and any
+    ``unit``, and ``scaling`` is s' divided by it. Without w, Y is the branch alone. Without ``wanted`` y is not computed, and any
     tensor stands for it.
     """
 
@@ -82,7 +82,7 @@ class Product(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Operands and results of dA = dS^T (X ∘ keep) and dB = dY^T S; a result that nobody wants is None.
+    """Operands and results of dA = dS^T (X ∘ keep) and dB = dY^T S; a result that is not requested is None.
 
     x [M, K], dy [M, N]; s and ds [M, r] with unit column stride; da [r, K] and db [N, r] contiguous. ``call`` is the
     backward's: its n is K and its k is N. S is in units of ``unit``.
@@ -98,7 +98,7 @@ class Gradients(NamedTuple):
     seed: Tensor | None
     dropout_p: float
     unit: float = 1.0
-    # X is the H of these G and U; ``x`` is G.
+    # Gated MLP: X stands for act(G) U; ``x`` holds G.
     gate: Gate | None = None
 
 

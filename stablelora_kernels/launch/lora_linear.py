@@ -167,7 +167,7 @@ def _linear(
 def _co_scheduled_da(
     device: Device, p: Product, g: Gradients | None, tile: Tile
 ) -> tuple[Tensor | None, CoScheduledGrad]:
-    """X, or G in its stead, and the programs for dA in the launch of dX, whose tile is ``tile``."""
+    """X (of a gated MLP G), and the programs for dA in the launch of dX, whose tile is ``tile``."""
     grad = co_scheduled_grad(device, g, None if g is None else g.da, tile.num_warps, lane=3)
     if p.gate is not None:
         return p.gate.g, grad

@@ -68,7 +68,7 @@ def backward_launches(
     lora_Bs: Sequence[Tensor], s: Sequence[Tensor], seeds: Sequence[Tensor | None], scalings: Sequence[float], dropout_p: float,
     dx: Tensor | None, das: Sequence[Tensor | None], dbs: Sequence[Tensor | None], before: Sequence[Sequence[Launch]] = (),
 ) -> list[Any]:  # fmt: skip
-    """The launches of a backward on ``device``; ``s`` is each projection's S; das and dbs are empty if nobody wants them.
+    """The launches of a backward on ``device``; ``s`` is each projection's S; das and dbs are empty if not requested.
 
     ``before``: launches that fill each projection's weight.
     """

@@ -44,7 +44,7 @@ class _Plain:
         self._taken = 0
 
     def of(self, index: int) -> tuple[list[Launch], Tensor]:
-        """The launch that fills it, if any, and the weight. It may be overwritten from the ``slots``-th weight after it on."""
+        """Return the dequantize launch (or none) and weight ``index``. Its buffer is reused after ``slots`` more weights."""
         weight = self._weights[index]
         if not isinstance(weight, Stored):
             return [], weight
@@ -62,7 +62,7 @@ def forward_launches(
 ) -> list[Any]:  # fmt: skip
     """The launches of a forward on ``device``. ``s`` holds gate's and up's S, side by side.
 
-    g, u, s and s_down are None if nobody wants them.
+    g, u, s and s_down are None if they are not requested.
     """
     m, f = x.shape[0], lora_Bs[0].shape[0]
     if m == 0:
@@ -75,7 +75,7 @@ def forward_launches(
     for i, (part, out) in enumerate(zip(group.columns(s, ranks[:2]), (g, u), strict=True)):
         first, w = plain.of(i)
         launches += first
-        # An output that nobody wants is left out below, or needs memory.
+        # An output that is not requested is left out below, or needs memory.
         out = h if out is None else out
         a = lora_As[i].contiguous()
         members.append(forward_product(x, w, biases[i], a, lora_Bs[i], part, out, seeds[i], scalings[i], drops[i]))

@@ -57,7 +57,7 @@ class _View(NamedTuple):
 
 
 class _Tensors:
-    """A call's tensors: its operands, its results and its workspace; and which of them holds an argument of a launch."""
+    """A call's operands, results and workspace, with a lookup from launch argument to tensor."""
 
     def __init__(self, given: Sequence[Tensor | None], results: Sequence[Tensor], taken: Workspace) -> None:
         self._at: dict[int, tuple[int, int]] = {}
@@ -114,7 +114,7 @@ class _Vendor:
 
 
 def _needs_triton() -> bool:
-    """Whether somebody listens to Triton's launches, or debugs them."""
+    """Whether launch hooks or debugging of Triton are on."""
     runtime = knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or runtime.debug)
 

@@ -44,7 +44,7 @@ def note_counters(counters: Tensor) -> Tensor:
 
 
 def scratch(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialized memory on ``like``'s device, in its dtype or in ``dtype``, which nobody reads after the launches."""
+    """Uninitialized memory on ``like``'s device, in its dtype or in ``dtype``, which nothing reads after the launches."""
     memory = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
     if _notes.taken is not None:
         _notes.taken.scratch.append(memory)

@@ -250,7 +250,7 @@ def _write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[st
         raise OSError(f"{weights} could not be written: {error}") from None
     _order_metadata(weights, metadata)
     (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
-    # safetensors lets nobody but the owner read its file.
+    # safetensors gives only the owner permission to read its file.
     shutil.copymode(directory / CONFIG_NAME, weights)
 
 

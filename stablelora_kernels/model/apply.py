@@ -147,7 +147,6 @@ def apply_plan(
 
 def _notes_on_kinds(layers: Iterable[LoRALinear]) -> list[str]:
     """Notes on layers that can't be merged."""
-    notes = []
     quantized, branches = Counter[str](), Counter[str]()
     for layer in layers:
         if isinstance(layer, LoRAQuantizedLinear):
@@ -155,10 +154,9 @@ def _notes_on_kinds(layers: Iterable[LoRALinear]) -> list[str]:
         elif isinstance(layer, LoRABranchLinear):
             base = type(layer.base_layer)
             branches[base.__name__ if base is not nn.Linear else f"nn.Linear with {type(layer.weight).__name__}"] += 1
-    if quantized:
-        counts = ", ".join(f"{count} {kind}" for kind, count in quantized.items())
-        notes.append(f"quantized weights ({counts}) stay as they are stored; these layers can't be merged")
-    if branches:
-        counts = ", ".join(f"{count} {kind}" for kind, count in branches.items())
-        notes.append(f"{counts} compute their own product, with the branch on it; these layers can't be merged")
-    return notes
+    texts = "quantized weights ({}) stay as they are stored", "{} compute their own product, with the branch on it"
+    return [
+        text.format(", ".join(f"{count} {kind}" for kind, count in kinds.items())) + "; these layers can't be merged"
+        for text, kinds in zip(texts, (quantized, branches), strict=True)
+        if kinds
+    ]

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -52,8 +53,26 @@ class SkippedModule:
     reason: str
 
 
-@dataclass(frozen=True)
-class LoRAReport:
+class _Report:
+    """A short repr, and errors that help whoever takes a report for the model."""
+
+    _NO_MODEL = "the model was changed in place, and this is the report on it; go on with the model itself"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {str(self).splitlines()[0]}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"{type(self).__name__!r} object is not callable: {self._NO_MODEL}")
+
+    # Type checkers would accept every name.
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}: {self._NO_MODEL}")
+
+
+@dataclass(frozen=True, repr=False)
+class LoRAReport(_Report):
     """The changes to a model. ``print(report)`` prints a summary.
 
     Attributes:
@@ -91,8 +110,8 @@ class LoRAReport:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, repr=False)
+class MergeReport(_Report):
     """The rounding errors of a merge, and the weights that it untied. ``print(report)`` prints a summary.
 
     Attributes:
@@ -159,14 +178,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    # A lazy module's have no shape yet.
+    # Lazy parameters have no shape yet.
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     trainable = sum(_elements(parameter) for parameter in parameters if parameter.requires_grad)
     return trainable, sum(map(_elements, parameters))
 
 
 def _elements(parameter: nn.Parameter) -> int:
-    # DeepSpeed's ZeRO-3 leaves a parameter empty while it is cut.
+    # ZeRO-3 leaves an empty placeholder for a sharded parameter.
     if (whole := getattr(parameter, "ds_numel", None)) is not None and not parameter.numel():
         return whole
     # For 4-bit weights, count elements, not storage bytes.

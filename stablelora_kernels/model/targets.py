@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from stablelora_kernels.config import LoRAConfig, unmatched_patterns
-from stablelora_kernels.model.reports import SkippedModule, list_some
+from stablelora_kernels.model.reports import SkippedModule, count_parameters, list_some
 from stablelora_kernels.nn.factory import is_conv1d, replacement_class
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.utils.dtensor import is_sharded
@@ -63,6 +64,8 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
             targets[name] = Target(module, replacement_class(module))
         except (TypeError, ValueError) as error:
             skipped.append(SkippedModule(name, str(error)))
+    if config.all_linear:
+        skipped += _stacked_matrices(model, config)
     if not targets:
         raise ValueError(_nothing_matched(model, config, skipped))
 
@@ -123,6 +126,26 @@ def _output_heads(model: nn.Module) -> dict[nn.Module, str]:
             if isinstance(head, nn.Module):
                 heads[head] = 'it is the output head, which "all-linear" leaves out'
     return heads
+
+
+def _stacked_matrices(model: nn.Module, config: LoRAConfig) -> list[SkippedModule]:
+    """The modules whose own parameters stack matrices, as transformers 5 stores experts. They hold no layer to replace."""
+    stacks: dict[str, dict[str, int]] = {}
+    for name, module in model.named_modules():
+        # Convolutions' weights have as many dimensions, and position embeddings a first one of size 1.
+        own = {} if isinstance(module, _ConvNd) else module._parameters
+        known = {key: p for key, p in own.items() if p is not None and not is_lazy(p)}
+        if sizes := {key: p.numel() for key, p in known.items() if p.dim() > 2 and min(p.shape) > 1}:
+            stacks[name] = sizes
+    share = sum(sum(sizes.values()) for sizes in stacks.values()) / max(count_parameters(model)[1], 1)
+    reason = (
+        f"as experts are stored, and has no linear layers for them: {share:.1%} of the model's weights are in such parameters "
+        "and get no adapter; PEFT's target_parameters can adapt them"
+    )
+    return [
+        SkippedModule(name, config.reason_to_exclude(name) or f"it stacks matrices in {', '.join(sizes)}, {reason}")
+        for name, sizes in stacks.items()
+    ]
 
 
 def _reason_by_position(model: nn.Module, name: str, module: Any) -> str | None:

@@ -1,6 +1,6 @@
 """``fuse_mlp``: compute a gated MLP, ``down(act(gate(x)) * up(x))``, in one op.
 
-A fused MLP gets a subclass of its class whose forward calls the op. Each call reads the projections anew and looks at all that
+A fused MLP gets a subclass of its class whose forward calls the op. Each call reads the projections again and looks at all that
 may have changed since: adapters, merging, hooks, training mode, dtypes. If the op does not fit a call, the module's own forward
 computes it. The instance stores one attribute of names and functions, no other module. So copies, pickles and replicas compute
 with their own projections.
@@ -107,6 +107,13 @@ class FusedMLP:
             return type(self).forward(self, *args, **kwargs)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        old = self.__dict__.get("_modules", {}).get(name)
+        super().__setattr__(name, value)
+        # PEFT's unload and merge_and_unload put plain layers into the places of its own, which have this method.
+        if hasattr(old, "get_base_layer") and not any(hasattr(x, "get_base_layer") for x in self._modules.values()):
+            unfuse_mlps([self])
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickles name the original class, since this one has no name in a module.
         made: Any = super().__reduce_ex__(max(protocol, 2))
@@ -117,7 +124,7 @@ class FusedMLP:
 
 def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
     """The output from one op, or None if the module's own forward must compute it or raise."""
-    # Global hooks and tracing must see every module's call. Subclasses of Tensor may have another product.
+    # Global hooks and tracing must see every module's call. Tensor subclasses may override matmul.
     if type(x) is not Tensor or _has_any_global_hook() or torch.jit.is_tracing():
         return None
     form, modules, features = state.form, module._modules, x.shape[-1] if x.dim() else 0
@@ -168,7 +175,7 @@ def _halves(operand: Operand, first: int) -> tuple[Operand, Operand] | None:
 
 
 def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
-    """Fuse the gated MLPs of ``model`` that have an adapter in a projection. Fused ones are judged anew."""
+    """Fuse the gated MLPs of ``model`` that have an adapter in a projection. Fused ones are checked again."""
     found = []
     for name, module in list(model.named_modules()):
         children = [child for child in module._modules.values() if child is not None]
@@ -223,7 +230,7 @@ def _original_of(module: Any) -> type[nn.Module]:
     return type(module)._stablelora_original
 
 
-# Neither keeps a class that nobody else has.
+# Neither keeps a class alive that nothing else refers to.
 _classes: WeakValueDictionary[type, Any] = WeakValueDictionary()
 _states: WeakValueDictionary[tuple[Form, Read], MLPState] = WeakValueDictionary()
 

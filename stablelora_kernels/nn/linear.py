@@ -34,7 +34,7 @@ class LoRALinear(Mergeable):
         out_features: N, as in ``nn.Linear``.
         bias: whether to add a bias, which is frozen too.
         r: rank of the branch, at least 1.
-        lora_alpha: numerator of the scaling.
+        lora_alpha: numerator of the scaling; PEFT's default is 8.
         lora_dropout: probability of dropping an element of the branch's input, in [0, 1).
         use_rslora: rank-stabilized scaling.
         init_lora_weights: how to initialize A and B, as in PEFT. True: A kaiming-uniform, B zero. "gaussian": A normal with
@@ -274,7 +274,7 @@ def trained_and_bias(layer: LoRALinear) -> tuple[Any, Any, Any]:
         # nn.Module's __getattr__ takes longer than the rest of a call's Python.
         return own["bias"], own["lora_A"], own["lora_B"]
     except KeyError:
-        # FSDP and parametrizations put plain attributes in their stead.
+        # FSDP and parametrizations replace them by plain attributes.
         return layer.bias, layer.lora_A, layer.lora_B
 
 

@@ -145,7 +145,7 @@ class _Run(TorchFunctionMode):
                     # Autograd refuses to change a half in place.
                     is_allowed = halves == {None} or (is_stacked and True not in operation)
                     is_distinct = gate != up and down.name not in (gate.name, up.name)
-                    # These are six tensors: x, gate, up, activation, product, output; or seven: a stacked projection and its two halves.
+                    # Six tensors are x, gate, up, activation, product and output. A stacked projection and its halves make seven.
                     # Another operation may draw a second mask of dropout, or change one of these in place.
                     is_exact = len(self.tensors) == 6 + is_stacked and _mode() == self.mode
                     if activation and is_allowed and is_distinct and is_exact:

@@ -130,9 +130,7 @@ def make_projection_groups(
     if not groups:
         return "fuse_projections found no layers that share an input"
     counts = Counter(", ".join(name.rpartition(".")[2] for name in names) for names in groups)
-    return "computed together from one read of their input: " + "; ".join(
-        f"{count} x ({kind})" for kind, count in counts.items()
-    )
+    return "fused projections: " + "; ".join(f"{count} x ({kind})" for kind, count in counts.items())
 
 
 def remove_projection_groups(layers: Iterable[Any]) -> None:

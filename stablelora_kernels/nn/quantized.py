@@ -60,7 +60,7 @@ class LoRAQuantizedLinear(LoRALinear):
         base = self.__dict__["_base"]
         # Moving this layer to another device gave it another weight or bias.
         base = base if base.weight is self.weight and base.bias is self.bias else self.to_linear()
-        # bitsandbytes' layer casts its bias in place, and takes its first input's dtype for good.
+        # bitsandbytes' layer casts its bias in place, and keeps its first input's dtype permanently.
         data = None if base.bias is None else base.bias.data
         kept = {name: getattr(base, name) for name in ("compute_dtype", "compute_type_is_set") if hasattr(base, name)}
         try:

@@ -51,7 +51,7 @@ def _branches(
     as_, bs = [], []
     dtype = next((t.dtype for t in lora_As if t is not None), like.dtype)
     for i, (data, a, b) in enumerate(zip(datas, lora_As, lora_Bs, strict=True)):
-        # Nobody asks for the sizes of a branch that is not there if nobody reads the weight.
+        # A missing branch's sizes are never read where the weight is not read.
         n, k = (0, 0) if data is None else _sizes(data, layouts[5 * i : 5 * i + 5])
         as_.append(torch.empty(0, k, dtype=dtype, device=like.device) if a is None else a)
         bs.append(torch.empty(n, 0, dtype=dtype, device=like.device) if b is None else b)

@@ -1,8 +1,8 @@
-"""Calls that came before: what a call's layouts decide is decided once, and kept under a key that names all of it.
+"""Cache of launch plans: whatever depends only on tensor layouts and settings is computed once per key.
 
 An :class:`Entry` says that calls with its key pass the checks, on which backend they run, and, from the second call on, holds
 their launches prepared. The key has layouts and settings, never addresses: a parameter may move between calls, and layers of
-one shape share an entry. Calls that someone traces, transforms or watches have no key and take the path of a first call.
+one shape share an entry. Traced, transformed and watched calls have no key and take the path of a first call.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stablelora_kernels.ops.matmul import pays, product, row_count, scaled_product, wide_product
 
-# Below this many rows, call plain operators under ordinary autograd: a Python autograd function would take most of the time. In
-# bfloat16 and without a mask, the function's in-place products gain so little that it pays only from more rows on.
+# Below this many rows, call plain operators under ordinary autograd: a Python autograd function would take most of the time.
+# In bfloat16 without dropout the function's gain is small, so the threshold is higher.
 FEW_ROWS, FEW_ROWS_IN_BFLOAT16 = 64, 512
 _unsafe_view = torch.ops.aten._unsafe_view.default
 

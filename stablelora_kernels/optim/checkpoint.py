@@ -14,6 +14,7 @@ from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.state import Storage, as_dtensors, convert_moment, moment_names
 from stablelora_kernels.pairs import LoRAPair, split_lora_name
 from stablelora_kernels.utils.dtensor import local, local_like
+from stablelora_kernels.utils.text import counted
 from stablelora_kernels.utils.wrappers import same_anywhere
 
 
@@ -27,9 +28,7 @@ def is_state_init_step(
     """
     for group in groups:
         lr = group["lr"]
-        if isinstance(lr, torch.Tensor) and lr.device.type != "cpu":
-            return False
-        if lr != 0:
+        if (isinstance(lr, torch.Tensor) and lr.device.type != "cpu") or lr != 0:
             return False
     device = params[0].device
     nonzero = torch.stack([g.any().to(device) for g in grads if g is not None]).any()
@@ -45,30 +44,28 @@ def _identity(name: str) -> Any:
 
 # What torch.optim.AdamW saves of a group. The last three choose among implementations, and mean nothing here.
 _ADAMW = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "amsgrad",
-    "maximize",
-    "capturable",
-    "foreach",
-    "differentiable",
-    "fused",
-)
+    "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "foreach", "differentiable", "fused",
+)  # fmt: skip
 
 
 def from_adamw(state_dict: Any, groups: Sequence[dict[str, Any]]) -> Any:
     """``state_dict``; one of ``torch.optim.AdamW`` with what StableLoRAAdamW's has beyond it, from ``groups``.
 
     Raises:
-        ValueError: it is ``torch.optim.Adam``'s, with a weight decay that is not decoupled; or its state is malformed.
+        ValueError: it is ``torch.optim.Adam``'s, with a weight decay that is not decoupled; or it has another number of groups;
+            or its state is malformed.
     """
     saved = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-    if not (isinstance(saved, list) and len(saved) == len(groups) and all(isinstance(group, dict) for group in saved)):
+    if not (isinstance(saved, list) and saved and all(isinstance(group, dict) for group in saved)):
         return state_dict
     if any("shrink_ratio" in group or not set(_ADAMW) <= set(group) for group in saved):
         return state_dict
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"state_dict is torch.optim.AdamW's with {counted(len(saved), 'parameter group')}, this optimizer has {len(groups)}. "
+            "Hugging Face's Trainer makes two, with weight decay and without: an optimizer by StableLoRAAdamWFactory.from_args "
+            "has the same two and goes on with these moments. To begin with fresh ones, remove optimizer.pt from the checkpoint"
+        )
     for i, group in enumerate(saved):
         if not group.get("decoupled_weight_decay", True) and group["weight_decay"] != 0:
             raise ValueError(
@@ -103,7 +100,7 @@ def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> lis
         raise ValueError("state_dict must be a dict with 'state' and 'param_groups'")
     saved = state_dict["param_groups"]
     if len(saved) != len(groups):
-        raise ValueError(f"state_dict has {len(saved)} parameter groups, the optimizer {len(groups)}")
+        raise ValueError(f"state_dict has {counted(len(saved), 'parameter group')}, the optimizer {len(groups)}")
     checked = []
     for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
         if not isinstance(theirs, dict) or "params" not in theirs:

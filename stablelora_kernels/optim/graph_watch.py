@@ -88,7 +88,7 @@ class Watch:
         self.optimizer, self.scaler, self.device = optimizer, scaler, next(params_of(optimizer)).device
         self.containers = dict(_containers(model))
         dicts = [container for container in self.containers.values() if isinstance(container, dict)]
-        # Most dicts are for hooks that nobody has registered.
+        # Most of the dicts are for hooks, and empty.
         self.empty, self.filled = [d for d in dicts if not d], [d for d in dicts if d]
         self.lists = [container for container in self.containers.values() if isinstance(container, list)]
         self.contents = {label: _copy(container) for label, container in self.containers.items()}

@@ -97,7 +97,7 @@ HYPER: dict[str, Callable[[str, Any], Any]] = {
 
 
 def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
-    """The hyperparameters among ``hyper``, checked and normalized; messages put ``where`` before a name."""
+    """Validate and normalize ``hyper``. ``where`` prefixes names in errors."""
     return {name: check(f"{where}{name}", hyper[name]) for name, check in HYPER.items()}
 
 
@@ -255,9 +255,10 @@ def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
     check_patterns_match(groups, pairs)
     if not pairs:
         shown = ", ".join(repr(name) for name, _ in named[:3]) or "none"
+        hint = "" if named else "; PeftModel.from_pretrained freezes an adapter unless is_trainable=True"
         raise ValueError(
             f"no LoRA pair (lora_A with lora_B) among the {len(named)} trainable parameters ({shown}); "
-            "without one this would be plain AdamW, for which there is torch.optim.AdamW"
+            f"without one this would be plain AdamW, for which there is torch.optim.AdamW{hint}"
         )
     return pairs
 

@@ -22,15 +22,20 @@ class PairStability:
         name: the name of its :class:`~stablelora_kernels.LoRAPair`.
         a_norm: ``||A||_F / n``.
         b_norm: ``||B||_F / m``.
-        stable: whether the pair has latched, so that A shrinks no more.
+        latched: whether the pair has latched, so that A shrinks no more.
         latched_at: A's step, counted from one, at which the pair latched, or None.
     """
 
     name: str
     a_norm: float
     b_norm: float
-    stable: bool
+    latched: bool
     latched_at: int | None
+
+    @property
+    def stable(self) -> bool:
+        """Another name of ``latched``. The command ``inspect``, which sees no latch, calls a pair stable by its norms alone."""
+        return self.latched
 
 
 # Where float32 holds the squares that make a norm: a GPU decides the latch by sums of squares in float32.

@@ -31,8 +31,9 @@ class StabilityLogger:
         optimizer: the optimizer itself, not a trainer's or accelerate's wrapper of it.
         target: one of:
 
-            - the path of a CSV file with the columns step, pair, a_norm (``||A||_F/n``), b_norm (``||B||_F/m``), stable (0 or
-              1) and latched_at (a step, or empty); records are appended to an existing file, as after a resume;
+            - the path of a CSV file with the columns step, pair, a_norm (``||A||_F/n``), b_norm (``||B||_F/m``), stable (1
+              once the pair has latched, else 0) and latched_at (a step, or empty). Missing directories are made, and records
+              are appended to an existing file, as after a resume;
             - a TensorBoard ``SummaryWriter`` or any object with ``add_scalar(tag, value, step)``; the tags are
               ``stability/<pair>/a_norm``, ``stability/<pair>/b_norm`` and ``stability/latched``, the number of latched pairs.
         every: optimizer steps between two records.
@@ -64,23 +65,18 @@ class StabilityLogger:
         Raises:
             ValueError: the logger is closed.
         """
-        pairs = self.optimizer.pairs
         found = self.optimizer.stability()
-        steps = [
-            int(self.optimizer.state[pair.A].get("step", 0)) if pair.A in self.optimizer.state else 0 for pair in pairs
-        ]
+        steps = [int(self.optimizer.state.get(pair.A, {}).get("step", 0)) for pair in self.optimizer.pairs]
         if self._writer is not None:
             for step, pair in zip(steps, found, strict=True):
                 self._writer.add_scalar(f"stability/{pair.name}/a_norm", pair.a_norm, step)
                 self._writer.add_scalar(f"stability/{pair.name}/b_norm", pair.b_norm, step)
-            self._writer.add_scalar("stability/latched", sum(pair.stable for pair in found), max(steps))
+            self._writer.add_scalar("stability/latched", sum(pair.latched for pair in found), max(steps))
         elif self._file is not None:
             writer = csv.writer(self._file, lineterminator="\n")
             for step, pair in zip(steps, found, strict=True):
-                latched = "" if pair.latched_at is None else pair.latched_at
-                writer.writerow(
-                    [step, pair.name, f"{pair.a_norm:.9g}", f"{pair.b_norm:.9g}", int(pair.stable), latched]
-                )
+                norms = f"{pair.a_norm:.9g}", f"{pair.b_norm:.9g}"
+                writer.writerow([step, pair.name, *norms, int(pair.latched), pair.latched_at])
             self._file.flush()
         else:
             raise ValueError("this StabilityLogger is closed")

@@ -41,6 +41,7 @@ from stablelora_kernels.optim.stability import PairStability, finite_norms, warn
 from stablelora_kernels.optim.state import same_objects
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
+from stablelora_kernels.utils.text import counted
 from stablelora_kernels.utils.validation import check_float
 from stablelora_kernels.utils.wrappers import clean, innermost
 
@@ -174,6 +175,14 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         return cls(((clean(name), p) for name, p in innermost(model).named_parameters()), **kwargs)
 
+    def __repr__(self) -> str:
+        # torch's has the names of all parameters, kilobytes of them, and a line for each setting.
+        lines = [f"{type(self).__name__} ({counted(len(self._pairs), 'LoRA pair')})"]
+        for i, group in enumerate(self.param_groups):
+            settings = [f"{key}: {group[key]}" for key in sorted(group) if key not in ("params", "param_names")]
+            lines.append(f"Parameter Group {i} ({counted(len(group['params']), 'parameter')}): {', '.join(settings)}")
+        return "\n".join(lines)
+
     @property
     def max_grad_norm(self) -> float | None:
         """The norm that all gradients together are clipped to, or None. Setting it sets it in every group."""
@@ -194,7 +203,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """Add a group of named parameters or pairs. It may not leave an A without its B."""
         constructed = "_pairs" in self.__dict__
         if constructed:
-            # All groups share this value, which is not the default once somebody has set or loaded another.
+            # All groups share this value, which is not the default once another was set or loaded.
             param_group = check_group(param_group, {**self.defaults, "max_grad_norm": self.max_grad_norm})
             find_pairs([*self.param_groups, param_group])
             check_storage_fits([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
@@ -260,7 +269,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if self.shrink_schedule is None:
             self._run_engines(gradients)
             return loss
-        # Reading the gradients holds them: the schedule is somebody else's code.
+        # Reading the gradients holds them: the schedule is user code.
         held = gradients.tensors
         step = self._follow_schedule(self.shrink_schedule)
         self._run_engines(Gradients(tensors=held))
@@ -297,7 +306,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.
 
-        The next step then measures the norms anew, in one more launch on Triton, and takes over parameters that are no longer
+        The next step then measures the norms again, in one more launch on Triton, and takes over parameters that are no longer
         their master's rounding. The step notices these writes by itself: in-place operations under ``torch.no_grad()`` or on
         ``p.detach()``, ``load_state_dict``, and new memory by ``p.data = tensor``. It cannot notice in-place
         writes to ``p.data``, to a NumPy view, or by another library's kernel or collective: these change no version counter.
@@ -317,11 +326,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if found > self._reported:
             new = found - self._reported
             steps, their = ("1 step was", "its") if new == 1 else (f"{new} steps were", "their")
-            warnings.warn(
-                f"{steps} skipped because the norm of {their} gradients was not finite",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            message = f"{steps} skipped because the norm of {their} gradients was not finite"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
             self._reported = found
 
     def _report_norms(self, norms: Sequence[tuple[float, float]]) -> None:
@@ -340,8 +346,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._report_norms(norms)
         result = []
         for pair, (a, b) in zip(self._pairs, norms, strict=True):
-            latched = self.state[pair.A].get("latched_at") if pair.A in self.state else None
-            step = 0 if latched is None else int(latched)
+            step = int(self.state.get(pair.A, {}).get("latched_at", 0))
             m, n = pair.B.shape[0], pair.A.shape[1]
             result.append(PairStability(pair.name, a / max(n, 1), b / max(m, 1), step > 0, step or None))
         return result

@@ -78,7 +78,7 @@ def same_objects(found: Any, known: Any) -> bool:
 
 
 def check_entry(entry: dict[str, Any], name: str, member: Member, setting: Setting, storage: Storage) -> None:
-    """Check the state that somebody may have put in the place of the engine's; missing tensors are made later.
+    """Check state that may have replaced the engine's; missing tensors are made later.
 
     Tensors in other strides than the parameter's are replaced by copies in its strides.
 

@@ -132,7 +132,7 @@ class LatchRule:
         every = len(live) == len(self.pairs)
         halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
         if self.pair_sums:
-            # In float64 throughout, since deciding a close call anew would take a second collective.
+            # In float64 throughout, since deciding a close call again would take a second collective.
             norms = torch.stack(torch._foreach_norm(halves, 2, torch.float64)).view(2, -1)
             squares = norms.square()
             if not every:

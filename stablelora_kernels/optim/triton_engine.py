@@ -203,7 +203,7 @@ class TritonStep:
             # Else the allocator would reuse a table, once a step on another stream replaces it, while this launch reads it.
             graph_capture.keep_for_stream((*counters, *read))
             self.stream = stream
-        # The other arguments are the engine's for good.
+        # The other arguments never change.
         key = (*tables, grad_scale, found_inf, max_grad_norm, changed, self.flags, self.variants)
         if len(key) != len(self.launch_key) or not all(map(is_, key, self.launch_key)):
             self.launches = self.launcher.plan_stable_adamw(

@@ -18,13 +18,13 @@ def locked(path: Path) -> Iterator[bool]:
     """Hold the lock file ``path`` during the body, and wait while another process or thread holds it.
 
     The operating system releases the lock of a process that ends, however it ends, so no lock is ever stale. Yields False if
-    the file system has no locks; then nobody was waited for.
+    the file system has no locks; then it did not wait.
     """
     descriptor, held = _acquire(path)
     try:
         yield held
     finally:
-        # Still locked, so that whoever waits for this file notices that it is gone.
+        # Still locked, so that a waiting process notices that the file is gone.
         path.unlink(missing_ok=True)
         os.close(descriptor)
 

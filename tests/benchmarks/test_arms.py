@@ -6,15 +6,16 @@ import csv
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import stablelora_kernels as slk
-from benchmarks import __main__ as command
 from benchmarks.common import assets, memory, models
-from benchmarks.finetuning import arms, experiment, train
-from benchmarks.finetuning import result as report
+from benchmarks.finetuning import arms, experiment, plots, report, train
+from benchmarks.finetuning.tasks import Head
 from tests.helpers.headlines import write_headlines
 
 CPU = torch.device("cpu")
@@ -31,8 +32,15 @@ class WordTokenizer:
         return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
 
 
-def small_llama():
-    from transformers import LlamaConfig, LlamaModel
+class CharacterTokenizer:
+    """As much of a tokenizer as language modeling uses."""
+
+    def __call__(self, text, **_options):
+        return {"input_ids": [1 + ord(character) % 60 for character in text]}
+
+
+def small_llama(causal: bool = False):
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -44,11 +52,15 @@ def small_llama():
         num_key_value_heads=2,
         use_cache=False,
     )
-    return LlamaModel(config).requires_grad_(False)
+    return (LlamaForCausalLM if causal else LlamaModel)(config).requires_grad_(False)
 
 
-RECIPE = arms.Recipe(("q_proj", "v_proj"), r=4, steps=12, warmup_steps=4, lr=1e-2)
-NAMES = ["frozen", "peft", "accelerated-0.005", "stable-0.005"]
+RECIPE = arms.Recipe(("q_proj", "v_proj"), r=4, lora_alpha=16, lora_dropout=0.0, steps=20, lr=1e-2, shrink_ratio=0.005)
+NAMES = ("frozen", "peft", "accelerated", "stable")
+
+
+def build(names, recipe=RECIPE, backbone=None, seed=0):
+    return arms.build_arms(names, backbone or small_llama(), Head(2), recipe, seed, CPU)
 
 
 def small_batch(rows: int = 4, length: int = 6):
@@ -58,14 +70,14 @@ def small_batch(rows: int = 4, length: int = 6):
 
 
 def test_schedule_warms_up_and_decays_to_zero():
-    factors = [RECIPE.schedule(step) for step in range(13)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0 and factors[12] == 0.0
-    assert factors[8] == 0.5
+    factors = [RECIPE.schedule(step) for step in range(21)]
+    assert factors[:3] == [0.5, 1.0, 1.0] and factors[11] == 0.5 and factors[20] == 0.0
+    assert [replace(RECIPE, steps=1).schedule(step) for step in range(2)] == [1.0, 0.0]
 
 
 def test_arms_share_the_frozen_weights_and_start_alike():
     backbone = small_llama()
-    frozen, peft, accelerated, stable = arms.build_arms(NAMES, backbone, 2, RECIPE, CPU)
+    frozen, peft, accelerated, stable = build(NAMES, backbone=backbone)
     base = backbone.layers[0].self_attn.q_proj.weight
     wrapped, ours = (arm.model.backbone.base_model.model.layers[0].self_attn.q_proj for arm in (peft, accelerated))
     # PEFT's own layer in its arm, our forward on it in the other.
@@ -74,7 +86,9 @@ def test_arms_share_the_frozen_weights_and_start_alike():
         and isinstance(ours, type(wrapped))
         and type(ours) is not type(wrapped)
     )
-    assert isinstance(accelerated.optimizer, slk.StableLoRAAdamW) and isinstance(peft.optimizer, torch.optim.AdamW)
+    # One line: PEFT's own optimizer stays.
+    assert all(isinstance(arm.optimizer, torch.optim.AdamW) for arm in (frozen, peft, accelerated))
+    assert isinstance(stable.optimizer, slk.StableLoRAAdamW) and stable.optimizer.defaults["shrink_ratio"] == 0.005
     fused = stable.model.backbone.layers[0].self_attn.q_proj
     assert isinstance(fused, slk.LoRALinear)
     assert base.data_ptr() == wrapped.base_layer.weight.data_ptr() == fused.weight.data_ptr()
@@ -84,21 +98,20 @@ def test_arms_share_the_frozen_weights_and_start_alike():
         for a, b in zip(peft.pairs, other.pairs, strict=True):
             assert torch.equal(a.A, b.A) and a.A.data_ptr() != b.A.data_ptr() and a.A.any()
             assert not a.B.any() and not b.B.any()
-    losses = [train.forward(arm, small_batch(), torch.float32)[0] for arm in (frozen, peft, accelerated, stable)]
+    losses = [train.forward(arm, small_batch(), torch.float32) for arm in (frozen, peft, accelerated, stable)]
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(losses[1], losses[2])
     torch.testing.assert_close(losses[2], losses[3])
 
 
-@pytest.mark.parametrize("ours", ["accelerated-0", "stable-0"])
+@pytest.mark.parametrize("ours", ["accelerated", "stable"])
 def test_ratio_zero_trains_as_peft_does(ours):
-    peft, stable = arms.build_arms(["peft", ours], small_llama(), 2, RECIPE, CPU)
+    peft, stable = build(["peft", ours], replace(RECIPE, shrink_ratio=0.0, max_grad_norm=0.01))
     batch = small_batch()
     for _ in range(6):
         for arm in (peft, stable):
-            train.forward(arm, batch, torch.float32)[0].backward()
-            arm.optimizer.step()
-            arm.optimizer.zero_grad()
+            for _, run in train.phases(arm, batch, torch.float32):
+                run()
             arm.scheduler.step()
     for mine, theirs in zip(stable.pairs, peft.pairs, strict=True):
         assert theirs.B.any()
@@ -106,9 +119,16 @@ def test_ratio_zero_trains_as_peft_does(ours):
         torch.testing.assert_close(mine.A, theirs.A, rtol=1e-3, atol=1e-5)
 
 
+def test_a_new_head_has_a_rate_of_its_own():
+    for arm in build(NAMES):
+        rates = {len(group["params"]): group["lr"] for group in arm.optimizer.param_groups}
+        # After the first of two warm-up steps' factor. The head is a weight and a bias.
+        assert rates.pop(2) == RECIPE.head_lr / 2 and set(rates.values()) <= {RECIPE.lr / 2}
+
+
 def test_every_arm_has_the_recipes_rank_alpha_and_dropout():
     recipe = replace(RECIPE, r=3, lora_alpha=12.0, lora_dropout=0.25)
-    _, peft, accelerated, stable = arms.build_arms(NAMES, small_llama(), 2, recipe, CPU)
+    _, peft, accelerated, stable = build(NAMES, recipe)
     for arm in (peft, accelerated):
         layer = arm.model.backbone.base_model.model.layers[0].self_attn.q_proj
         assert (layer.r["default"], layer.scaling["default"], layer.lora_dropout["default"].p) == (3, 4.0, 0.25)
@@ -118,42 +138,41 @@ def test_every_arm_has_the_recipes_rank_alpha_and_dropout():
 
 def test_dropout_acts_in_training_alone_in_every_adapted_arm():
     recipe = replace(RECIPE, lora_dropout=0.5)
-    adapted = arms.build_arms(NAMES, small_llama(), 2, recipe, CPU)[1:]
+    adapted = build(NAMES, recipe)[1:]
     for arm in adapted:
         with torch.no_grad():
             for pair in arm.pairs:
                 pair.B.fill_(0.1)
         arm.model.train()
-        first, second = (train.forward(arm, small_batch(), torch.float32)[0].item() for _ in range(2))
+        first, second = (train.forward(arm, small_batch(), torch.float32).item() for _ in range(2))
         assert first != second
         arm.model.eval()
-        first, second = (train.forward(arm, small_batch(), torch.float32)[0].item() for _ in range(2))
+        first, second = (train.forward(arm, small_batch(), torch.float32).item() for _ in range(2))
         assert first == second
 
 
-@pytest.mark.parametrize("name", ["peft-0.005", "accelerated", "stable", "stable-", "frozen-1", "other-0.1"])
-def test_an_unknown_arm_is_refused(name):
-    with pytest.raises(ValueError, match=f"arm must be .*, got '{name}'"):
-        arms.build_arm(name, small_llama(), 2, RECIPE, CPU)
+def test_an_unknown_arm_is_refused():
+    with pytest.raises(ValueError, match="arm must be one of frozen, peft, accelerated, stable, got 'other'"):
+        build(["other"])
 
 
 def test_the_frozen_models_backward_pass_reaches_the_first_adapted_layer_and_no_weight():
-    (frozen,) = arms.build_arms(["frozen"], small_llama(), 2, RECIPE, CPU)
+    (frozen,) = build(["frozen"])
     attention = frozen.model.backbone.layers[0].self_attn
     seen = {}
     for name in ("q_proj", "v_proj", "k_proj"):
         getattr(attention, name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
-    train.forward(frozen, small_batch(), torch.float32)[0].backward()
+    train.forward(frozen, small_batch(), torch.float32).backward()
     assert seen["q_proj"].grad.any() and seen["v_proj"].grad.any() and not seen["k_proj"].requires_grad
     assert [name for name, p in frozen.model.named_parameters() if p.grad is not None] == ["head.weight", "head.bias"]
 
 
 def test_pooling_ignores_padding():
-    (frozen,) = arms.build_arms(["frozen"], small_llama(), 2, RECIPE, CPU)
+    (frozen,) = build(["frozen"])
     batch = small_batch()
     padded = {name: torch.nn.functional.pad(batch[name], (0, 3)) for name in ("input_ids", "attention_mask")}
-    short = frozen.model(batch["input_ids"], batch["attention_mask"])[1]
-    torch.testing.assert_close(frozen.model(**padded)[1], short)
+    short = frozen.model(batch["input_ids"], batch["attention_mask"])
+    torch.testing.assert_close(frozen.model(**padded), short)
 
 
 def test_an_unknown_family_is_told_about_target_modules():
@@ -162,49 +181,37 @@ def test_an_unknown_family_is_told_about_target_modules():
 
 
 def test_layers_named_by_hand_must_be_linear_layers_of_the_model(small_run):
-    settings, _ = small_run
     for targets in (("q_proj", "q_porj"), ("q_porj",), ("self_attn.q_proj",), ("norm",)):
         with pytest.raises(ValueError, match=rf"--target-modules must name linear .*q_proj.*, got {targets[-1]}$"):
-            replace(settings, targets=targets).recipe(small_llama())
+            replace(small_run, targets=targets).recipe(small_llama())
 
 
-def test_all_linear_and_query_value_are_found_in_the_model(small_run):
-    settings, _ = small_run
+def test_all_linear_layers_are_found_in_the_model_but_for_its_head(small_run):
     linear = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-    assert replace(settings, targets="all-linear").recipe(small_llama()).target_modules == linear
-    recipe = replace(settings, targets="query-value", r=3, lora_alpha=7.0, lora_dropout=0.2).recipe(small_llama())
-    assert recipe == arms.Recipe(("q_proj", "v_proj"), 3, 7.0, 0.2, lr=1e-2, steps=8, seed=0)
+    for backbone in (small_llama(), small_llama(causal=True)):
+        assert replace(small_run, targets=()).recipe(backbone).target_modules == linear
 
 
-def test_accelerate_peft_runs_at_the_largest_of_the_ratios(small_run):
-    settings, _ = small_run
-    names = replace(settings, shrink_ratios=(0.0, 0.005, 0.001)).arms
-    assert names == ["frozen", "peft", "accelerated-0.005", "stable-0", "stable-0.005", "stable-0.001"]
-
-
-def test_a_pooler_gets_no_adapters():
-    from transformers import BertConfig, BertModel
+def test_a_pooler_gets_no_adapters(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer, BertConfig, BertModel
 
     config = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
-    backbone = BertModel(config).requires_grad_(False)
-    models.drop_pooler(backbone)
+    BertModel(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: SimpleNamespace(pad_token="."))
+    backbone, _ = models.load_model(str(tmp_path))
     recipe = replace(RECIPE, target_modules=models.linear_names(backbone))
-    for arm in arms.build_arms(NAMES[1:], backbone, 2, recipe, CPU):
-        train.forward(arm, small_batch(), torch.float32)[0].backward()
+    for arm in build(NAMES[1:], recipe, backbone):
+        train.forward(arm, small_batch(), torch.float32).backward()
         assert len(arm.pairs) == 6 and all(pair.B.grad is not None for pair in arm.pairs)
+    # An encoder has no language model's head, and transformers would draw one.
+    with pytest.raises(assets.AssetError, match="with all its weights"):
+        models.load_model(str(tmp_path), causal=True)
 
 
 def test_rehearsal_leaves_the_first_batch_out_of_the_mean(monkeypatch):
-    clock = iter([0.0, 10.0, 16.0])
+    clock = iter([0.0, 9.0, 10.0, 12.0, 12.0, 15.0])
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
-    arm = arms.build_arm("frozen", small_llama(), 2, RECIPE, CPU)
-    assert train.rehearse([arm], [small_batch()] * 4, torch.float32) == pytest.approx(2.0)
-
-
-def test_shrinkage_counts_the_steps_before_the_stop():
-    left = arms.shrinkage([1, 3, None], 0.1, steps=5)
-    assert (left["shrinks_min"], left["shrinks_max"], left["latched"]) == (0, 5, 2)
-    assert left["a_factor"] == pytest.approx((1 + 0.9**2 + 0.9**5) / 3)
+    assert train.rehearse(build(["frozen"]), [small_batch()] * 3, torch.float32) == pytest.approx(2.5)
 
 
 # ---- what is counted ----
@@ -236,88 +243,111 @@ def test_operators_counted_are_those_that_compute():
 
 @pytest.fixture
 def small_run(tmp_path, monkeypatch):
-    file = write_headlines(tmp_path / "samples.jsonl", 60)
-    monkeypatch.setattr(assets, "sarcasm_file", lambda: file)
-    monkeypatch.setattr(experiment, "load_model", lambda name: (small_llama(), WordTokenizer()))
-    settings = experiment.Settings(
-        "small",
-        "sarcasm",
-        "cpu",
-        "float32",
-        1e-2,
-        8,
-        4,
-        0,
-        20,
-        (0.005,),
-        ("q_proj", "v_proj"),
-        4,
-        8.0,
-        0.1,
-        footprint=False,
+    """Settings of a run on plain text."""
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    tokenizers = {False: WordTokenizer(), True: CharacterTokenizer()}
+    monkeypatch.setattr(experiment, "load_model", lambda _, causal: (small_llama(causal), tokenizers[causal]))
+    monkeypatch.setattr(
+        experiment, "measure_in_subprocess", lambda *_, **__: {"saved_mib": 5.0, "peak_mib": 9.0, "tokens": 32}
     )
-    return settings, tmp_path / "out"
+    where = {"model": "small", "data": str(tmp_path / "text.txt"), "device": "cpu", "dtype": "float32", "arms": NAMES}
+    adapters = {"targets": ("q_proj", "v_proj"), "r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1}
+    rates = {"lr": 1e-2, "head_lr": 1e-2, "shrink_ratio": 0.005, "steps": 6, "seeds": (3, 4)}
+    return experiment.Settings(**where, **adapters, **rates, batch_size=4, length=8, held_out=10)
 
 
-def test_a_run_leaves_tables_and_plots(small_run):
-    settings, out = small_run
-    out.mkdir()
-    result, paths = command._run(settings, out, 0.0)
-    assert result["status"] == "complete" and set(result["arms"]) == set(NAMES)
-    assert {path.name for path in paths} == {
-        "result.json", "summary.csv", "steps.csv", "norms.csv", "table.txt",
-        "summary.png", "loss.png", "step_time.png", "norms.png", "accuracy.png",
-    }  # fmt: skip
-    assert all(path.stat().st_size > 100 for path in paths)
-    for record in result["arms"].values():
-        assert len(record["series"]["loss"]) == len(record["series"]["optimizer_ms"]) == 8
-        assert all(math.isfinite(loss) for loss in record["series"]["loss"])
-        assert 0 <= record["test"]["accuracy"] <= 1
+def run(settings, out):
+    """The result of a run, and the names of its files."""
+    result = experiment.run(settings, 0.0, lambda result: report.write_result(result, out))
+    plots.draw(result, out)
+    return result, {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("data", ["text", "sarcasm"])
+def test_a_run_leaves_verdicts_tables_and_plots(small_run, tmp_path, monkeypatch, data):
+    if data == "sarcasm":
+        monkeypatch.setattr(assets, "sarcasm_file", lambda: write_headlines(tmp_path / "samples.jsonl", 60))
+        small_run = replace(small_run, data=data)
+    result, names = run(small_run, tmp_path / "out")
+    assert result["status"] == "complete" and tuple(result["arms"]) == NAMES
+    assert names == {"result.json", "steps.csv", "table.txt", "summary.png", "loss.png"}
+    for name, record in result["arms"].items():
+        assert [each["seed"] for each in record["runs"]] == [3, 4]
+        assert record["trainable"] > 0 or (name, data) == ("frozen", "text")
+        for each in record["runs"]:
+            assert {len(values) for values in each["series"].values()} == {6}
+            assert all(math.isfinite(loss) for loss in each["series"]["loss"])
+            assert 0 <= each["held_out"]["accuracy"] <= 1 and math.isfinite(each["held_out"]["loss"])
+            assert ("start" in each) == (name != "frozen") and ("latched" in each) == (name == "stable")
     # The first loss is before any update, on one batch, from one start.
-    assert len({round(record["series"]["loss"][0], 4) for record in result["arms"].values()}) == 1
-    norms = result["arms"]["stable-0.005"]["series"]["norms"]
-    assert norms[0]["b_norm"] == 0 and norms[-1]["b_norm"] > 0 and norms[-1]["step"] == 8
-    assert len(result["arms"]["stable-0.005"]["latch"]["latched_at"]) == 4
-    with (out / "steps.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 4 * 8
-    # A finished run with the same settings is not repeated, one with others is.
-    assert command._done(settings, out)["status"] == "complete"
-    assert command._done(replace(settings, lr=1e-3), out) is None
+    for number in range(2):
+        assert len({round(record["runs"][number]["series"]["loss"][0], 4) for record in result["arms"].values()}) == 1
+    first, second = (each["series"]["loss"][0] for each in result["arms"]["peft"]["runs"])
+    assert first != second
+    text = (tmp_path / "out" / "table.txt").read_text()
+    assert "nan" not in text and "(95% interval over seeds)" in text
+    with (tmp_path / "out" / "steps.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4 * 2 * 6
 
 
-def test_an_interrupt_leaves_what_was_measured(small_run, monkeypatch):
-    settings, out = small_run
-    out.mkdir()
+def test_one_step_of_one_seed_prints_no_nan(small_run, tmp_path):
+    result, names = run(replace(small_run, steps=1, seeds=(0,)), tmp_path / "out")
+    assert "summary.png" not in names
+    text = (tmp_path / "out" / "table.txt").read_text()
+    assert result["status"] == "complete" and "nan" not in text
+    assert "(one step: shows nothing)" in text and "(one seed: shows nothing)" in text
+
+
+def test_language_modeling_predicts_each_token_from_those_before_it(small_run):
+    backbone, tokenizer = experiment.load_model("small", True)
+    text = Path(small_run.data).read_text()
+    task = experiment.open_task(small_run.data, tokenizer, batch_size=4, length=8, held_out=10, seed=0)
+    batch = next(task.batches(5))
+    tokens = "".join(map(chr, tokenizer(text)["input_ids"]))
+    for inputs, labels in zip(batch["input_ids"], batch["labels"].view(4, 8), strict=True):
+        assert torch.equal(inputs[1:], labels[:-1]) and "".join(map(chr, [*inputs, labels[-1]])) in tokens
+    assert torch.equal(batch["input_ids"], next(task.batches(5))["input_ids"])
+    (frozen,) = arms.build_arms(["frozen"], backbone, task.head, RECIPE, 0, CPU)
+    # As transformers takes the loss of whole rows.
+    rows = torch.cat([batch["input_ids"], batch["labels"].view(4, 8)[:, -1:]], dim=1)
+    torch.testing.assert_close(train.forward(frozen, batch, torch.float32), backbone(input_ids=rows, labels=rows).loss)
+
+
+def test_an_interrupt_leaves_what_was_measured(small_run, monkeypatch, tmp_path):
     real, calls = train._timed_step, []
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 11:
+        if len(calls) == 4 * 6 + 11:
             raise KeyboardInterrupt
         return real(*args)
 
     monkeypatch.setattr(train, "_timed_step", interrupted)
-    result, paths = command._run(settings, out, 0.0)
-    assert result["status"] == "interrupted"
-    assert sorted(len(record["series"]["loss"]) for record in result["arms"].values()) == [2, 2, 3, 3]
-    assert "loss.png" in {path.name for path in paths} and "accuracy.png" not in {path.name for path in paths}
-    assert "interrupted" in (out / "table.txt").read_text()
-    assert json.loads((out / "result.json").read_text())["status"] == "interrupted"
-    assert command._done(settings, out) is None
+    result, names = run(small_run, tmp_path / "out")
+    assert result["status"] == "interrupted" and "loss.png" in names
+    assert sorted(len(record["runs"][1]["series"]["loss"]) for record in result["arms"].values()) == [2, 2, 3, 3]
+    assert "interrupted" in (tmp_path / "out" / "table.txt").read_text()
+    # One seed was finished, and a second one begun.
+    assert "(one seed: shows nothing)" in (tmp_path / "out" / "table.txt").read_text()
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["status"] == "interrupted"
 
 
-def test_a_slow_machine_takes_fewer_steps(small_run, monkeypatch):
-    settings, out = small_run
-    out.mkdir()
-    assert experiment._training_deadline(settings, 5.0, 1.0, 1.0) is None
-    # 20 texts in fives at 3 s a batch of 4: 5 s of evaluation.
-    limited = replace(settings, time_limit_s=100.0)
-    assert experiment._training_deadline(limited, 5.0, 3.0, 1.0) == pytest.approx(100.0)
-    # Fast when rehearsed, then past every deadline: the least is trained, and the rest still comes.
-    monkeypatch.setattr(experiment, "rehearse", lambda *_args: 1e-3)
-    monkeypatch.setattr(experiment, "FEWEST_STEPS", 1000)
-    monkeypatch.setattr(experiment, "_LEAST_BEFORE_STOP", 3)
-    result, _ = command._run(replace(settings, time_limit_s=0.0), out, 0.0)
-    assert result["status"] == "complete" and result["recipe"]["steps"] == 8
-    assert [len(record["series"]["loss"]) for record in result["arms"].values()] == [3, 3, 3, 3]
-    assert "Training stopped after 3 of 8 steps" in report.table(result)
+def test_a_slow_machine_plans_fewer_steps_then_one_seed_and_never_cuts_a_schedule(
+    small_run, monkeypatch, tmp_path, capsys
+):
+    settings = replace(small_run, steps=30, seeds=(0, 1, 2))
+    assert experiment.plan(settings, 2.0, 5.0, None) == (3, 30)
+    assert experiment.plan(settings, 2.0, 5.0, 3 * 35 * 2.0) == (3, 30)
+    assert experiment.plan(settings, 2.0, 5.0, 3 * 25 * 2.0) == (3, 20)
+    assert experiment.plan(settings, 2.0, 5.0, 3 * 19 * 2.0) == (1, 30)
+    assert experiment.plan(settings, 2.0, 5.0, 1 * 21 * 2.0) == (1, 16)
+    assert experiment.plan(settings, 2.0, 5.0, 0.0) == (1, experiment.FEWEST_STEPS)
+    # The minutes that are told are those of what is planned, in time or not.
+    monkeypatch.setattr(experiment, "rehearse", lambda *_args: 90.0)
+    monkeypatch.setattr(experiment, "FEWEST_STEPS", 4)
+    result, _ = run(replace(small_run, time_limit_s=60.0), tmp_path / "out")
+    assert result["recipe"]["steps"] == 4 and len(result["arms"]["peft"]["runs"]) == 1
+    assert {len(record["runs"][0]["series"]["loss"]) for record in result["arms"].values()} == {4}
+    # 4 steps and 2 of held-out rows of 9 tokens, 90 s each, and 4 processes.
+    told = capsys.readouterr().err
+    assert "1 seed x 4 steps, 90.0 s a step of all arms: about 20 minutes more." in told, told

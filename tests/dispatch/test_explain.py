@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import backend, problem
+from stablelora_kernels.dispatch import backend, problem, rules
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import QUANTIZED_RULES
 from tests.helpers.inputs import BF16, DEVICE, FP32, make_branch_inputs, make_inputs
@@ -64,7 +64,7 @@ def test_explain_reads_well():
     few = slk.explain(4096, 4096, 4096, 16, dropout_p=0.1, device="sm_90")
     for (step,), words in ((few.forward, "y r16 chained"), (few.backward, "dx r16 chained masked dA dB")):
         assert step.kernel == "lora_linear_tma" and step.variant.startswith(words)
-    assert "forward: chained (up to 4096 rows: S's programs go first" in str(few)
+    assert "forward: chained (up to 4096 rows and rank 128: one launch" in str(few)
     found = slk.explain(8192, 4096, 4096, 16, dropout_p=0.1, device="sm_90")
     assert (found.forward_kernel, found.backward_kernel) == ("split", "split")
     for steps in (found.forward, found.backward):
@@ -78,7 +78,7 @@ def test_explain_reads_well():
     with slk.use_kernel("vendor"):
         forced = slk.explain(8192, 4096, 4096, 16, device="sm_90")
     assert [step.kernel for step in forced.forward] == ["vendor", "lora_expand"]
-    assert forced.forward_reason == "asked for"
+    assert forced.forward_reason == rules.FORCED
 
 
 def test_explain_says_when_a_measurement_may_replace_the_table():
@@ -86,14 +86,14 @@ def test_explain_says_when_a_measurement_may_replace_the_table():
     with slk.use_autotune(True):
         assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason.endswith("may replace this by what it measures")
         with slk.use_kernel("split"):
-            assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason == "asked for"
+            assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason == rules.FORCED
 
 
 def test_explain_says_when_pytorch_runs():
     with slk.use_backend("torch"):
         found = slk.explain(8, 16, 16, 4, device="cpu")
     assert (found.backend, found.forward, found.backward) == ("torch", (), ())
-    assert "PyTorch's operators" in str(found)
+    assert "PyTorch's operators; device='sm_90' lists an H100's launches" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,8 @@ def test_explain_says_when_pytorch_runs():
         ({"K": 2.5}, TypeError, "K must be an int, got 2.5"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a finite number in \[0, 1\), got 1.0"),
         ({"device": "sm_75"}, ValueError, "one of sm_80, .*, got 'sm_75'"),
+        ({"device": "h100"}, ValueError, "device must be a device of this machine, as 'cpu', or one of sm_80, .*, got 'h100'"),
+        ({"device": "cuda:99"}, ValueError, "device must be a device of this machine, .*, got 'cuda:99'"),
         ({"quantized": "nf4", "quantised": "fp8"}, ValueError, "give one of them, got 'nf4' and 'fp8'"),
         ({"dtype": torch.float64}, TypeError, "dtype must be .*got torch.float64"),
         ({"lora_dtype": torch.float16}, TypeError, "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16"),
@@ -119,13 +121,13 @@ def test_explain_lists_what_is_launched():
     found = slk.explain(4096, (4096, 1024, 1024), 4096, 16, device="sm_90")
     assert [step.kernel for step in found.forward] == ["lora_shrink_group"] + ["lora_linear_tma"] * 3
     assert [step.kernel for step in found.backward] == ["lora_linear_tma"] * 3 + ["lora_weight_grads_group"]
-    assert found.forward_kernel == "together: chained, chained, chained" and "one read of X" in found.forward_reason
+    assert found.forward_kernel == "together: chained, chained, chained" and "one read of x" in found.forward_reason
     assert sum("add" in step.variant for step in found.backward) == 2
     many = slk.explain(8192, (4096, 1024, 1024), 4096, 16, device="sm_90")
     assert many.forward_kernel == "together: split, vendor, vendor"
     assert [step.kernel for step in many.backward][:2] == ["lora_shrink", "lora_linear_tma"]
     few = slk.explain(8, [4096, 1024], 4096, 16, device="sm_90")
-    assert few.forward_kernel == "apart: fused, fused" and "saves its launch" in few.forward_reason
+    assert few.forward_kernel == "apart: fused, fused" and "saves a launch" in few.forward_reason
     with pytest.raises(ValueError, match=r"N must be one size or 2 to 3, got \(4096,\)"):
         slk.explain(8, (4096,), 4096, 16, device="sm_90")
     with pytest.raises(ValueError, match=r"N must be .* 1, got 0"):
@@ -139,10 +141,10 @@ def test_explaining_the_branch_alone():
     assert [step.kernel for step in few.forward] == ["lora_expand"]
     assert [step.variant for step in few.backward] == ["small dx r16 chained alone dA dB 128x128x64"]
     assert [step.kernel for step in high.backward] == ["lora_shrink", "lora_linear"]
-    assert "rank above 64" in high.forward_reason and "dS with dB" in high.backward_reason
+    assert "rank above 64" in high.forward_reason and "dy @ B and dB" in high.backward_reason
     dropped = slk.explain(8, 4096, 4096, 16, dropout_p=0.1, branch_only=True, device="sm_90")
     assert [step.kernel for step in dropped.forward] == ["lora_shrink", "lora_expand"]
-    assert "draw the mask anew" in dropped.forward_reason
+    assert "each mask is drawn once" in dropped.forward_reason
     # Nothing is measured, and no kernel can be forced.
     with slk.use_kernel("vendor"):
         assert slk.explain(8, 4096, 4096, 16, branch_only=True, device="sm_90") == few

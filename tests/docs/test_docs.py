@@ -13,7 +13,7 @@ import pytest
 
 import stablelora_kernels
 from stablelora_kernels import functional, reference
-from tests.helpers.processes import ROOT, printed
+from tests.helpers.processes import ROOT, printed, python
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # A block is run unless this is in the line before it.
@@ -139,6 +139,42 @@ def test_reference_has_every_public_name() -> None:
     assert public - documented_names() == set()
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "reference").glob("*.md")), ids=lambda page: page.stem)
+def test_a_reference_page_lists_its_names(page: Path) -> None:
+    """In the first table, which GitHub shows: autodoc runs on the site alone."""
+    text = page.read_text(encoding="utf-8")
+    documented = {name.rpartition(".")[2] for name in re.findall(r"^\.\. auto(?!module)\w+:: (\S+)$", text, re.M)}
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| \S.* \|$", text.split("```{eval-rst}")[0], re.M)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert not documented or (set(listed) == documented and len(listed) == len(documented))
+
+
+def environment_variables() -> dict[str, list[str]]:
+    """The documented variables, each with its values; none if it takes any."""
+    text = (ROOT / "docs" / "reference" / "backends.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(STABLELORA_\w+)` \| (.+?) \|", text, re.M)
+    return {name: re.findall(r"`(\w+)`", values) for name, values in rows}
+
+
+def test_the_documented_environment_variables_are_the_packages() -> None:
+    used = {name for text in messages() for name in re.findall(r"STABLELORA_[A-Z]+", text)}
+    assert environment_variables().keys() == used
+
+
+@pytest.mark.parametrize("setting", ["backend", "kernel", "autotune"])
+def test_environment_variables_are_read_at_first_use(setting: str) -> None:
+    """As the page says: importing the package raises nothing."""
+    page = (ROOT / "docs" / "reference" / "backends.md").read_text(encoding="utf-8")
+    assert "## Environment variables\n\nRead at first use" in page
+    name = f"STABLELORA_{setting.upper()}"
+    use = f"import stablelora_kernels as slk; print('imported', flush=True); print(slk.get_{setting}())"
+    wrong = python(use, **{name: "bogus"})
+    assert wrong.stdout == "imported\n" and f"ValueError: the environment variable {name}" in wrong.stderr
+    values = environment_variables()[name]
+    assert all(f"'{value}'" in wrong.stderr for value in values)
+    assert printed(use, **{name: values[-1]}) == f"imported\n{True if setting == 'autotune' else values[-1]}"
+
+
 def messages() -> list[str]:
     """The package's strings, values in them replaced by "…"."""
     found = []
@@ -153,12 +189,11 @@ def messages() -> list[str]:
 
 
 def test_messages_are_the_codes() -> None:
-    """The last code span of every row of limitations.md is a message of the code, where it is one and not a name."""
-    rows = [
-        line for line in (ROOT / "docs" / "limitations.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "
-    ]
-    quoted = [span for row in rows for span in re.findall(r"`([^`]+)`", row.split(" | ", 1)[1]) if span.count(" ") > 2]
-    assert len(quoted) > 60
+    """Each message and reason that the index of errors quotes is one of the code's."""
+    index = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    rows = [line for line in index.splitlines() if line[:2] == "- "]
+    quoted = [span for row in rows for span in re.findall(r"`([^`]+)`", row) if span.count(" ") > 2]
+    assert len(quoted) > 80
     known = messages()
     # "…" at an end stands for any text.
     missing = [text for text in quoted if not any(text.strip("… ") in message for message in known)]
@@ -174,3 +209,25 @@ def test_the_tutorials_blocks_are_the_programs() -> None:
         # Inside main(), one level deeper.
         code = [line.strip() for line in block.code.splitlines()]
         assert any(lines[i : i + len(code)] == code for i in range(len(lines))), block.code
+
+
+@pytest.mark.parametrize("library", ["Unsloth", "Axolotl", "loralib"])
+def test_what_a_switcher_loses_is_what_the_librarys_table_lacks(library: str) -> None:
+    """A feature that the library's own table has is not among the losses at the top of the page, and the reverse."""
+    page = (ROOT / "docs" / "guides" / "migrating.md").read_text(encoding="utf-8")
+    (losses,) = re.findall(rf"^\| {library} \| .* \| (.+) \|$", page, re.M)
+    section = page.split(f"## From {library}\n")[1].split("\n## ")[0]
+    lacking = re.findall(r"^\| (.+?) \| none\b.*\|$", section, re.M)
+    assert losses.split("; ") == lacking
+
+
+def test_one_name_a_feature() -> None:
+    """``fuse_projections`` gives fused projections; guides call them by no other name."""
+    pages = [ROOT / "docs" / "index.md", *(ROOT / "docs" / "guides").glob("*.md"), ROOT / "docs" / "limitations.md"]
+    found = [
+        (page.name, name)
+        for page in pages
+        for name in ("shared input", "projection group", "computed together", "computes together")
+        if name in page.read_text(encoding="utf-8").lower() and "orphan: true" not in page.read_text(encoding="utf-8")
+    ]
+    assert found == []

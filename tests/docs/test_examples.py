@@ -94,7 +94,7 @@ def test_finetune_killed_and_resumed(files: list[str], tmp_path: Path) -> None:
     arguments = [*files, *LANGUAGE, "--dropout", "0.1"]
     printed = run("finetune", [*arguments, "--out", whole])
     assert printed.startswith("LoRA on 4 modules; 336 of ") and "step 0: held-out loss 5." in printed
-    assert "step 6: held-out loss 5." in printed and "4 of 4 pairs stable" in printed
+    assert "step 6: held-out loss 5." in printed and "4 of 4 pairs latched" in printed
 
     # So many steps that it cannot end before it is killed; the schedule is then another.
     long = [*(a if a != "6" else "100000" for a in arguments), "--out", killed]
@@ -131,7 +131,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 def test_peft_trainer_resumes(files: list[str], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     printed = run("peft_trainer", [*files, *TRAINER, "--out", whole])
-    assert "4 of 4 pairs stable" in printed and "'eval_loss': '5." in printed
+    assert "4 of 4 pairs latched" in printed and "'eval_loss': '5." in printed
     out = cut_off(whole, tmp_path / "cut", "checkpoint-3")
     # The next one was being written when the run was killed.
     (out / "checkpoint-6").mkdir()
@@ -351,3 +351,27 @@ def test_by_its_path_from_any_directory(program: Path, tmp_path: Path) -> None:
 def test_with_the_real_model(example: str, arguments: list[str], tmp_path: Path) -> None:
     printed = run(example, [*arguments, "--steps", "2", "--save-every", "1", "--out", tmp_path / "out"])
     assert f"adapter in {tmp_path / 'out' / 'adapter'}" in printed
+
+
+def test_the_file_to_copy_runs_outside_the_clone(files: list[str], tmp_path: Path) -> None:
+    """With the installed package alone, it learns, and PEFT loads what it saves."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    (installed / "stablelora_kernels").symlink_to(ROOT / "stablelora_kernels")
+    shutil.copy(ROOT / "examples" / "one_file.py", tmp_path)
+    arguments = [*files, "--out", tmp_path / "run", "--steps", "20", "--length", "16", "--lr", "1e-2"]
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, "one_file.py", *map(str, arguments)],
+        capture_output=True, text=True, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("held-out loss")]
+    before, after = (float(line.split(word)[0].split()[-1].strip(",")) for word in (" before", " after"))
+    assert after < before - 0.1, line
+    assert "LoRA on 14 modules" in done.stdout and "2 x gated MLP (silu)" in done.stdout
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files[1]), tmp_path / "run" / "adapter")
+    assert any(p.any() for name, p in model.named_parameters() if "lora_B" in name)

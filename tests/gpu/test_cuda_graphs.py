@@ -141,7 +141,7 @@ def pairs(dtype: torch.dtype, count: int = 4, r: int = 8, width: int = 256) -> l
 
 
 def latches(optimizer: StableLoRAAdamW) -> list[tuple[bool, int | None]]:
-    return [(pair.stable, pair.latched_at) for pair in optimizer.stability()]
+    return [(pair.latched, pair.latched_at) for pair in optimizer.stability()]
 
 
 @by_dtype

@@ -287,6 +287,20 @@ def test_copies_and_pickles_compute_with_their_own_layers(calls):
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
+@pytest.mark.parametrize("method", ["merge_and_unload", "unload"])
+def test_unloading_unfuses_and_pickles_need_no_library(method):
+    """The class comes back with the last adapter that leaves, and the model's pickle names nothing of this library."""
+    model, plain = pair()
+    mlp = mlp_of(model)
+    mlp.up_proj = mlp.up_proj.get_base_layer()
+    assert is_fused(mlp), "gate and down still have adapters"
+    model, plain = pair()
+    base, expected = getattr(model, method)(), getattr(plain, method)()
+    assert type(base.mlp) is MLP and ATTRIBUTE not in vars(base.mlp)
+    torch.testing.assert_close(base(rows()), expected(rows()))
+    assert b"stablelora_kernels" not in pickle.dumps(base)
+
+
 def test_replicas_and_fsdp2(mesh, calls):
     model, plain = pair()
     expected = run(plain)
@@ -304,7 +318,7 @@ def test_fuse_projections_serves_where_the_mlp_falls_back(calls):
     model, plain = pair()
     report = slk.accelerate_peft(model, fuse_projections=True, fuse_mlp=True)
     assert [note.partition(":")[0] for note in report.notes] == [
-        "computed together from one read of their input", "computed in one op each",
+        "fused projections", "computed in one op each",
     ]  # fmt: skip
     group = mlp_of(model).gate_proj.__dict__[GROUP]
     served = []

@@ -119,6 +119,79 @@ def test_a_model_without_pairs_is_an_error():
         slk.StableLoRAAdamWFactory()(torch.nn.Linear(3, 3), lr=1e-3)
 
 
+OF_ARGS = {
+    "learning_rate": 3e-2, "weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "save_strategy": "no",
+}  # fmt: skip
+
+
+def with_norms_and_biases() -> torch.nn.Module:
+    """Ours, which trains a norm and biases too."""
+    torch.manual_seed(0)
+    model = llama(attention_bias=True)
+    norms, pairs = ["input_layernorm"], ["q_proj", "v_proj"]
+    slk.apply_lora(model, slk.LoRAConfig(r=3, target_modules=pairs, bias="all", modules_to_save=norms))
+    return model
+
+
+def train(path, model, given=None, resume=None, **kwargs):
+    extra = {} if given is None else {"optimizer_cls_and_kwargs": given}
+    args = arguments(path, **{**OF_ARGS, **kwargs})
+    trainer = transformers.Trainer(model=model, args=args, train_dataset=texts(), **extra)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_from_args_is_the_trainers_adamw(tmp_path, recwarn):
+    """Without shrinking: weight decay, betas, eps and the parameters without decay are all that of the Trainer's own AdamW."""
+    theirs, ours = with_norms_and_biases(), with_norms_and_biases()
+    expected = train(tmp_path, theirs)
+    given = slk.StableLoRAAdamWFactory.from_args(arguments(tmp_path, **OF_ARGS), shrink_ratio=0.0)
+    found = train(tmp_path, ours, given)
+    assert not [warning for warning in recwarn if "StableLoRAAdamW" in str(warning.message)]
+    groups, wanted = inner(found.optimizer).param_groups, expected.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert [len(group["params"]) for group in groups] == [len(group["params"]) for group in wanted] == [8, 10]
+    for key in ("lr", "betas", "eps", "weight_decay"):
+        assert [group[key] for group in groups] == [group[key] for group in wanted], key
+    for name, value in adapters(theirs).items():
+        torch.testing.assert_close(adapters(ours)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_from_args_lets_keywords_win(tmp_path):
+    factory, kwargs = slk.StableLoRAAdamWFactory.from_args(arguments(tmp_path, **OF_ARGS), lr=1.0, shrink_ratio=0.1)
+    (group, rest) = factory()(adapted("peft"), **kwargs).param_groups
+    assert (group["lr"], group["eps"], group["shrink_ratio"], len(rest["params"])) == (1.0, 1e-3, 0.1, 0)
+
+
+@pytest.mark.parametrize("kind", ["peft", "ours"])
+def test_a_checkpoint_of_the_trainers_adamw_goes_on(tmp_path, kind):
+    """With from_args to what AdamW alone reaches; without it an error says what the file is and what to do."""
+    whole, resumed = adapted(kind), adapted(kind)
+    train(tmp_path, whole, save_strategy="steps", save_steps=STEPS // 2)
+    checkpoint = str(tmp_path / f"checkpoint-{STEPS // 2}")
+    with pytest.raises(
+        ValueError, match=r"torch.optim.AdamW's with 2 parameter groups, this optimizer has 1.*from_args"
+    ):
+        given = (slk.StableLoRAAdamWFactory, {"lr": 3e-2, "weight_decay": 0.3, "betas": (0.8, 0.9), "eps": 1e-3})
+        train(tmp_path / "plain", adapted(kind), given, checkpoint)
+    given = slk.StableLoRAAdamWFactory.from_args(arguments(tmp_path, **OF_ARGS), shrink_ratio=0.0)
+    trainer = train(tmp_path / "resumed", resumed, given, checkpoint)
+    assert {int(entry["step"]) for entry in inner(trainer.optimizer).state.values()} == {STEPS}
+    for name, value in adapters(whole).items():
+        torch.testing.assert_close(adapters(resumed)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_loaded_frozen_gets_a_hint(tmp_path):
+    adapted("peft").save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    with pytest.raises(ValueError, match="unless is_trainable=True"):
+        slk.StableLoRAAdamW.from_model(model)
+    assert (
+        len(slk.StableLoRAAdamW.from_model(peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)).pairs)
+        == 4
+    )
+
+
 @pytest.mark.parametrize("kind", ["peft", "ours"])
 def test_accelerate_shrinks(kind):
     accelerator = accelerate.Accelerator(cpu=True)

@@ -78,7 +78,7 @@ def expected_values(optimizer) -> dict[str, float]:
     ratios = [pair.b_norm / pair.a_norm for pair in pairs]
     mean = {name: sum(values) / len(pairs) for name, values in (
         ("a_norm", [pair.a_norm for pair in pairs]), ("b_norm", [pair.b_norm for pair in pairs]),
-        ("latched_fraction", [pair.stable for pair in pairs]), ("ratio_mean", ratios),
+        ("latched_fraction", [pair.latched for pair in pairs]), ("ratio_mean", ratios),
     )}  # fmt: skip
     return {
         f"stability/{name}": value

@@ -94,7 +94,7 @@ def test_buffers_never_run_dry_while_eager_launches_come_between(gpu: Gpu) -> No
 
 
 def test_captures_take_no_memory_without_bound(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counters, "MOST", 5)
+    monkeypatch.setattr(counters, "MAX_BUFFERS", 5)
     addresses()
     for gpu.capture in range(1, 9):
         assert len(addresses()) == counters.LANES

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -115,6 +117,29 @@ def test_named_matches_of_any_type_are_reported():
         "conv2d": "Conv2d is not an nn.Linear",
         "attention": "MultiheadAttention is not an nn.Linear",
     }
+
+
+def test_all_linear_names_experts_and_their_share():
+    """As Mixtral stores them in transformers 5; no convolution, no position embedding and nothing that is left out by name."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    settings = {"vocab_size": 32, "num_hidden_layers": 2, "num_local_experts": 4}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **settings))
+    if not any(".experts." in name and p.dim() == 3 for name, p in model.named_parameters()):
+        pytest.skip("this transformers stores experts as linear layers")
+    model.conv, model.positions = nn.Conv1d(3, 5, 2), nn.Parameter(torch.zeros(1, 7, 16))
+    total = sum(p.numel() for p in model.parameters())
+    sizes = [p.numel() for name, p in model.named_parameters() if ".experts." in name]
+    report = apply_lora(copy.deepcopy(model), lora_config(target_modules="all-linear"))
+    experts = {name: reason for name, reason in reasons(report).items() if "stacks" in reason}
+    assert list(experts) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"] and len(sizes) == 4
+    (reason,) = set(experts.values())
+    assert reason.startswith("it stacks matrices in gate_up_proj, down_proj, as experts are stored")
+    assert f"{sum(sizes) / total:.1%} of the model's weights are in such parameters and get no adapter" in reason
+    assert "skipped model.layers.0.mlp.experts, model.layers.1.mlp.experts: it stacks" in str(report)
+    excluded = apply_lora(copy.deepcopy(model), lora_config(target_modules="all-linear", exclude_modules=["experts"]))
+    assert {name: reasons(excluded)[name] for name in experts} == dict.fromkeys(experts, "exclude_modules matches it")
+    assert not excluded.notes and not apply_lora(model, lora_config(target_modules=["q_proj"])).skipped
 
 
 def test_torch_encoder_computes_the_same_in_training_and_inference():

@@ -236,7 +236,7 @@ def test_the_table(direction, m, bits, dtype, kernel):
     assert choice.reason in [rule.reason for rule in QUANTIZED_RULES]
     with slk.use_kernel("split"):
         forced = rules.choose_quantized(DEVICES["sm_90"], call, bits)
-    assert forced.kernel == "dequantize" and "'split' was asked for" in forced.reason
+    assert forced.kernel == "dequantize" and "'split' is forced" in forced.reason
 
 
 @pytest.mark.parametrize(("weight", "kernel"), [

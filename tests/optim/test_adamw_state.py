@@ -69,6 +69,10 @@ def test_adam_with_coupled_decay_and_other_optimizers_are_refused() -> None:
     for other in (torch.optim.SGD(halves(twins)), torch.optim.NAdam(halves(twins)), torch.optim.RAdam(halves(twins))):
         with pytest.raises(ValueError, match="not StableLoRAAdamW's: its group 0 has no"):
             optimizer.load_state_dict(other.state_dict())
+    grouped = torch.optim.AdamW([{"params": halves(twins)[:4]}, {"params": halves(twins)[4:]}])
+    message = "torch.optim.AdamW's with 2 parameter groups, this optimizer has 1. Hugging Face's Trainer makes two"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.load_state_dict(grouped.state_dict())
     half = torch.optim.AdamW(halves(twins)[:4])
     with pytest.raises(ValueError, match="has 4 parameters, the optimizer's 8"):
         optimizer.load_state_dict(half.state_dict())

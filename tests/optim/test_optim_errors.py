@@ -73,6 +73,7 @@ SHARED = torch.ones(2, requires_grad=True)
         ([{"lr": 1e-3}], ValueError, "a parameter group must have 'params', got the keys ['lr']"),
         ([{"params": lora()}, 7], TypeError, "a parameter group must be a dict, got int"),
         ([], ValueError, "no LoRA pair (lora_A with lora_B) among the 0 trainable parameters (none)"),
+        (frozen(frozen(lora(), 0), 1), ValueError, "parameters (none); .* freezes an adapter unless is_trainable=True"),
         ([("w", SHARED)], ValueError, "among the 1 trainable parameters ('w'); without one this would be plain AdamW"),
         (lora()[:1], ValueError, "pair 'q' has lora_A [2, 4] but no lora_B"),
         (lora()[1:], ValueError, "pair 'q' has lora_B [4, 2] but no lora_A"),

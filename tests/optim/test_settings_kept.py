@@ -25,6 +25,22 @@ def test_repr_tells_every_setting() -> None:
     assert "max_grad_norm: 0.5" in shown and "moments_dtype: torch.uint8" in shown and "master_weights: True" in shown
 
 
+def test_reprs_are_short() -> None:
+    """Of the optimizer, a pair and a report, as a notebook shows them; print(report) has all."""
+    model = torch.nn.ModuleDict({f"layer{i}": torch.nn.Linear(40, 24) for i in range(30)})
+    report = slk.apply_lora(model, slk.LoRAConfig(target_modules="all-linear"))
+    optimizer = StableLoRAAdamW.from_model(model, lr=3e-4)
+    shown = repr(optimizer)
+    assert shown.startswith(
+        "StableLoRAAdamW (30 LoRA pairs)\nParameter Group 0 (60 parameters): amsgrad: False, betas: "
+    )
+    assert len(shown.splitlines()) == 2 and len(shown) < 500
+    assert repr(optimizer.pairs[0]) == "LoRAPair('layer0', A [8, 40], B [24, 8], torch.float32, cpu)"
+    first = "LoRA on 30 modules; 15,360 of 44,880 parameters train (34.22%)"
+    assert repr(report) == f"<LoRAReport: {first}>" and str(report).startswith(f"{first}\n  1 x layer0: 40 -> 24")
+    assert repr(slk.merge_lora(model)) == "<MergeReport: 30 modules merged>"
+
+
 def test_clipping_goes_on_after_a_resume(backend: str) -> None:
     pairs, twins = make_pairs(), make_pairs()
     optimizer, resumed = StableLoRAAdamW(pairs, lr=1e-2, seed=1, max_grad_norm=0.05), StableLoRAAdamW(twins)
@@ -155,16 +171,19 @@ def test_copies_keep_the_count_of_steps_that_were_not_taken(path: str, copied) -
         again.stability()
 
 
-def test_the_factory_tells_that_it_was_given_no_learning_rate() -> None:
+def test_the_factory_tells_which_of_the_trainers_arguments_it_was_not_given() -> None:
     model = Model()
     slk.apply_lora(model, lora_config())
-    with pytest.warns(UserWarning, match=re.escape("given no lr, so it is 0.0001")) as caught:
-        optimizer = slk.StableLoRAAdamWFactory()(model, shrink_ratio=0.1)
-    assert caught[0].filename == __file__ and "learning_rate" in str(caught[0].message)
+    told = "uses lr=0.0001, betas=(0.9, 0.999), eps=1e-08, the optimizer's defaults"
+    with pytest.warns(UserWarning, match=re.escape(told)) as caught:
+        optimizer = slk.StableLoRAAdamWFactory()(model, shrink_ratio=0.1, weight_decay=0.3)
+    assert caught[0].filename == __file__ and "StableLoRAAdamWFactory.from_args(args" in str(caught[0].message)
     assert optimizer.param_groups[0]["lr"] == 1e-4
+    given = {"lr": 3e-4, "weight_decay": 0.0, "betas": (0.9, 0.99), "eps": 1e-7}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert slk.StableLoRAAdamWFactory()(model, lr=3e-4).param_groups[0]["lr"] == 3e-4
+        (group,) = slk.StableLoRAAdamWFactory()(model, **given).param_groups
+    assert given.items() <= group.items()
 
 
 # torch's defaults

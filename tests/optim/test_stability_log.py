@@ -40,7 +40,7 @@ def test_records_are_what_stability_says(tmp_path):
             assert row["step"] == "6" and row["pair"] == pair.name
             assert float(row["a_norm"]) == pytest.approx(pair.a_norm, rel=1e-8)
             assert float(row["b_norm"]) == pytest.approx(pair.b_norm, rel=1e-8)
-            assert (row["stable"], row["latched_at"]) == (str(int(pair.stable)), str(pair.latched_at or ""))
+            assert (row["stable"], row["latched_at"]) == (str(int(pair.latched)), str(pair.latched_at or ""))
     assert any(row["latched_at"] for row in read(path)) and not all(row["latched_at"] for row in read(path))
     # It no longer watches.
     steps(optimizer, 2)
@@ -73,7 +73,7 @@ def test_tensorboard(tmp_path):
         for pair in found:
             assert writer.scalars[f"stability/{pair.name}/a_norm", 3] == pair.a_norm
             assert writer.scalars[f"stability/{pair.name}/b_norm", 3] == pair.b_norm
-        assert writer.scalars["stability/latched", 3] == sum(pair.stable for pair in found)
+        assert writer.scalars["stability/latched", 3] == sum(pair.latched for pair in found)
         assert len(writer.scalars) == 5
         steps(optimizer, 1)
         log.log()

@@ -51,7 +51,7 @@ def parts(device: Device, s: Shape) -> Calls:
         bare = forward_product(x, w, None, a[:0], b[:, :0], None, y, None, 1.0, 0.0)
         branch = forward_product(x, w, None, a, b, store, y, seed, 1.0, s.p)
         for name, kernel in ((PRODUCT, "split"), (VENDOR, "vendor")):
-            (launch,) = product_launches(own, bare, Choice(kernel, "asked for"))
+            (launch,) = product_launches(own, bare, Choice(kernel, ""))
             found[name].append(partial(launch.run, device.device))
         found[S_ALONE].append(partial(shrink(own, branch).run, device.device))
     return found

@@ -64,7 +64,7 @@ def measure(device: Device, dtype: torch.dtype, latched: bool) -> Iterator[Row]:
     device.synchronize()
     host = {name: round(device.host_seconds(step) * 1e6, 3) for name, step in steps.items()}
     timings = device.time(steps, SECONDS, queued=False)
-    if {pair.stable for pair in ours.stability()} != {latched}:
+    if {pair.latched for pair in ours.stability()} != {latched}:
         raise RuntimeError(f"every pair should stay {'latched' if latched else 'shrinking'} during the measurement")
     # Capture last: this is the same optimizer, without the host's part. One step a graph: a second would upload its tables again.
     capturable = optimizers.build(optimizers.ADAMW_FUSED, fresh(), lr=LR, capturable=not device.dry)

@@ -29,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_text(args.measure, json_text(measure.measure_all([*measure.jobs()])))
     print(report.formula_table())
     for file in report.stored():
-        print(f"\n{file}\n\n{report.measured_tables(json.loads(file.read_text(encoding='utf-8')))}")
-        if (times := file.with_name(report.TIMES)).is_file():
-            print(f"\n{times}, over PEFT's time\n\n{report.time_table(json.loads(times.read_text(encoding='utf-8')))}")
+        print(f"\n{file}\n\n{report.measured_table(json.loads(file.read_text(encoding='utf-8')))}")
     print(f"wrote {plots.draw()}")
     return 0
 

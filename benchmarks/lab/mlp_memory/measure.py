@@ -78,18 +78,17 @@ def measure(job: Job) -> dict[str, Any]:
         model.head.requires_grad_(False)
     else:
         optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-3)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    arm = Arm(job.arm, job.arm, model.train(), optimizer, scheduler, pairs)
+    arm = Arm(job.arm, model.train(), pairs, optimizer)
     torch.manual_seed(0)
     losses = []
     for phase, run in phases(arm, batch, torch.float32):
         result = run()
         if phase == "forward":
-            losses.append(result[0].item())
+            losses.append(result.item())
     found: dict[str, Any] = peak_memory(arm, batch, torch.float32, torch.device("cpu"), STEPS - 1)
 
     def last_loss() -> torch.Tensor:
-        loss = forward(arm, batch, torch.float32)[0]
+        loss = forward(arm, batch, torch.float32)
         losses.append(loss.item())
         return loss
 

@@ -1,4 +1,4 @@
-"""Tables: an 8B Llama's MLP by formula, the stored training steps of SmolLM2-135M, and the stored times of MLPs."""
+"""Tables: an 8B Llama's MLP by formula, and the stored training steps of SmolLM2-135M."""
 
 from __future__ import annotations
 
@@ -39,14 +39,6 @@ ROWS = {
     "`fuse_mlp`": FUSED,
 }
 FILE = "mlp_memory.json"
-# The suite's cases, beside FILE.
-TIMES = "suite_mlp.json"
-_TIMED = {
-    "ours, one by one": "one by one",
-    "ours, projections fused": "`fuse_projections`",
-    "ours, MLP fused": "`fuse_mlp`",
-    "accelerated PEFT, MLP fused": "`accelerate_peft`, `fuse_mlp`",
-}
 # How the table names the arms of a measured step.
 NAMES = {
     SEPARATE: "`apply_lora`",
@@ -78,39 +70,19 @@ def stored() -> list[Path]:
     return sorted(RESULTS.glob(f"*/{FILE}"))
 
 
-def measured_tables(found: dict[str, Any]) -> str:
-    """One table for each dtype and dropout, each with a line of conditions."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+def measured_table(found: dict[str, Any]) -> str:
+    """Peaks of a step, and what is kept for backward; a column for each dtype and dropout."""
+    columns: dict[str, dict[str, str]] = {}
     for row in found["rows"]:
-        groups.setdefault((row["dtype"], row["dropout"], row["layers"], row["tokens"], row["r"]), []).append(row)
-    return "\n\n".join(_measured(*conditions, rows) for conditions, rows in groups.items())
-
-
-def _measured(dtype: str, dropout: float, layers: int, tokens: int, r: int, rows: list[dict[str, Any]]) -> str:
-    what = f"dropout {dropout:g}" if dropout else "no dropout"
-    name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
-    cells = [
-        ["", "kept for backward, MiB", "by the MLPs, MiB", "peak of a step, MiB", "of it above rest, MiB", "losses"]
-    ]
-    for row in rows:
-        losses = f"{row['loss']:.4f}, {row['loss_after_steps']:.4f}"
-        figures = [_mib(row[key]) for key in ("saved_mib", "mlps_saved_mib", "peak_mib", "step_mib")]
-        cells.append([NAMES.get(row["arm"], row["arm"]), *figures, losses])
-    return f"{name}, {what}, {layers} layers, {tokens} tokens, r {r}:\n\n{markdown(cells)}"
+        name = {"fp32": "float32", "bf16": "bfloat16"}[row["dtype"]]
+        dropout = f", dropout {row['dropout']:g}" if row["dropout"] else ""
+        cell = f"{_mib(row['peak_mib'])} ({_mib(row['saved_mib'])})".strip()
+        columns.setdefault(f"{name}{dropout}, {row['layers']} layers", {})[row["arm"]] = cell
+    arms = dict.fromkeys(row["arm"] for row in found["rows"])
+    cells = [["peak of a step (kept for backward), MiB", *columns]]
+    return markdown([*cells, *([NAMES.get(arm, arm), *(column[arm] for column in columns.values())] for arm in arms)])
 
 
 def _mib(value: float | None) -> str:
     # Only Linux tells the peak.
     return "" if value is None else f"{value:,.0f}"
-
-
-def time_table(suite: dict[str, Any]) -> str:
-    """Our times of an MLP over PEFT's; above 1 in bold."""
-    cells = [["tokens x width x inner", *_TIMED.values()]]
-    for entry in suite["benchmarks"]:
-        info, shape = entry["extra_info"], entry["extra_info"]["shape"]
-        dropout = f", dropout {shape['dropout']:g}" if shape["dropout"] else ""
-        medians = [info["arms"][arm]["over_rival"]["median"] for arm in _TIMED]
-        shown = [f"**{median:.2f}**" if median > 1 else f"{median:.2f}" for median in medians]
-        cells.append([f"{shape['rows']} x {shape['k']} x {shape['inner']}, {info['dtype']}{dropout}", *shown])
-    return markdown(cells)

@@ -1,4 +1,4 @@
-"""What one decoder layer keeps for backward, before and after accelerate_peft.
+"""What one decoder layer keeps for backward, with PEFT and with accelerate_peft.
 
     python -m benchmarks.lab.page.memory
 
@@ -19,8 +19,10 @@ PLOT = RESULTS.parents[1] / "docs" / "_static" / "memory.png"
 # Llama 3's 8B: one of its 32 decoder layers, on one sequence.
 SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 TOKENS = 4096
-ARMS = ("frozen", "PEFT", "PEFT, accelerated")
-DROPOUTS = (0.0, 0.05)
+FROZEN, PEFT, ACCELERATED, FUSED = "frozen", "PEFT", "`accelerate_peft`", "`accelerate_peft`, `fuse_mlp`"
+ARMS = (FROZEN, PEFT, ACCELERATED, FUSED)
+# Dropout, and whether PEFT makes bfloat16 adapters float32 (its default).
+COLUMNS = {"no dropout": (0.0, True), "dropout 0.05": (0.05, True), "bfloat16 adapters, no dropout": (0.0, False)}
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -41,8 +43,10 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
     return _FlashAttention.apply(query, key, value).transpose(1, 2), None
 
 
-def saved_mib(arm: str, dropout: float, sizes: dict[str, int] = SIZES, tokens: int = TOKENS) -> float:
-    """MiB that the layer's graph keeps: bfloat16 weights, float32 adapters of rank 16 on all seven linear layers."""
+def saved_mib(
+    arm: str, dropout: float, float32: bool = True, sizes: dict[str, int] = SIZES, tokens: int = TOKENS
+) -> float:
+    """MiB that the layer's graph keeps: bfloat16 weights, float32 or bfloat16 adapters of rank 16 on all linear layers."""
     import peft
     from transformers import AttentionInterface, LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -50,43 +54,48 @@ def saved_mib(arm: str, dropout: float, sizes: dict[str, int] = SIZES, tokens: i
     import stablelora_kernels as slk
 
     AttentionInterface.register("counted", _attend)
-    config = LlamaConfig(**sizes, num_hidden_layers=1, attn_implementation="counted")
+    config = LlamaConfig(**{**sizes, "num_hidden_layers": 1}, attn_implementation="counted")
     width = config.hidden_size
     with torch.device("meta"):
         layer: Any = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False)
         x = torch.empty(1, tokens, width, dtype=torch.bfloat16, requires_grad=True)
         angles = torch.empty(1, tokens, width // config.num_attention_heads, dtype=torch.bfloat16)
     model = layer
-    if arm != "frozen":
+    if arm != FROZEN:
         lora = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout, target_modules="all-linear")
-        model = peft.get_peft_model(layer, lora)
-    if arm == "PEFT, accelerated":
-        slk.accelerate_peft(model, strict=True)
+        model = peft.get_peft_model(layer, lora, autocast_adapter_dtype=float32)
+    if arm in (ACCELERATED, FUSED):
+        slk.accelerate_peft(model, strict=True, fuse_mlp=arm == FUSED)
     model.train()
     owned = [*model.parameters(), *model.buffers(), angles]
     return saved_for_backward(lambda: layer(x, position_embeddings=(angles, angles)), owned) / MIB
 
 
-def table(counts: dict[tuple[str, float], float]) -> str:
-    cells = [["kept for backward, MiB", *(f"dropout {dropout:g}" for dropout in DROPOUTS)]]
-    return markdown([*cells, *([arm, *(f"{counts[arm, dropout]:.0f}" for dropout in DROPOUTS)] for arm in ARMS)])
+def count() -> dict[tuple[str, str], float]:
+    return {(arm, name): saved_mib(arm, *column) for arm in ARMS for name, column in COLUMNS.items()}
 
 
-def draw(counts: dict[tuple[str, float], float]) -> Any:
+def table(counts: dict[tuple[str, str], float]) -> str:
+    cells = [["kept for backward, MiB", *COLUMNS]]
+    return markdown([*cells, *([arm, *(f"{counts[arm, name]:,.0f}" for name in COLUMNS)] for arm in ARMS)])
+
+
+def draw(counts: dict[tuple[str, str], float]) -> Any:
     from benchmarks.common.plot_style import BLUE, GREEN, GREY, STYLE, plt
 
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
-            1, len(DROPOUTS), figsize=(8.0, 2.4), layout="constrained", sharex=True, sharey=True
+            1, len(COLUMNS), figsize=(9.5, 2.4), layout="constrained", sharex=True, sharey=True
         )
-        for axis, dropout in zip(panels, DROPOUTS, strict=True):
-            values = [counts[arm, dropout] for arm in ARMS]
-            axis.barh(ARMS, values, color=(GREY, BLUE, GREEN), height=0.6)
+        for axis, name in zip(panels, COLUMNS, strict=True):
+            values = [counts[arm, name] for arm in ARMS]
+            labels = [arm.replace("`", "") for arm in ARMS]
+            axis.barh(labels, values, color=(GREY, BLUE, GREEN, GREEN), height=0.6)
             for row, value in enumerate(values):
-                axis.text(value, row, f" {value:.0f}", va="center")
-            axis.set(title=f"dropout {dropout:g}", xlabel="MiB kept for backward")
+                axis.text(value, row, f" {value:,.0f}", va="center")
+            axis.set(title=name, xlabel="MiB kept for backward")
             axis.grid(axis="y", visible=False)
-        panels[0].set_xlim(0, 1.15 * max(counts.values()))
+        panels[0].set_xlim(0, 1.25 * max(counts.values()))
         panels[0].invert_yaxis()
     return figure
 
@@ -94,7 +103,7 @@ def draw(counts: dict[tuple[str, float], float]) -> Any:
 def main() -> int:
     from benchmarks.common.plot_style import save
 
-    counts = {(arm, dropout): saved_mib(arm, dropout) for arm in ARMS for dropout in DROPOUTS}
+    counts = count()
     print(table(counts))
     print(f"wrote {save(draw(counts), PLOT)}")
     return 0

@@ -71,7 +71,7 @@ class Classification(Task):
         return F.cross_entropy(self._logits(model, batch), batch["labels"])
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(batch["input_ids"], batch["attention_mask"])[0]
+        return model(batch["input_ids"], batch["attention_mask"])
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, examples: tuple[Example, ...]) -> Result:

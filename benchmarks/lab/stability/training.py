@@ -123,7 +123,7 @@ def _record(
     zs: Sequence[Tensor], before: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[LoRAPair], arm: Arm, optimizer: Any
 ) -> dict[str, float]:
     """Sizes of a step's parts and of what they are made of: root mean squares over the pairs."""
-    stable = [found.stable for found in optimizer.stability()] if arm.shrink_ratio else [True] * len(pairs)
+    stable = [found.latched for found in optimizer.stability()] if arm.shrink_ratio else [True] * len(pairs)
     sizes: dict[str, list[float]] = defaultdict(list)
     for z, (a, b), pair, latched in zip(zs, before, pairs, stable, strict=True):
         shrunk = a if latched else a * (1 - arm.shrink_ratio)

@@ -1,8 +1,8 @@
-"""What keeps the programs of a chained launch in order: a ticket for each program and a flag for each block of rows of S.
+"""Order the programs of a chained launch: a ticket for each program and a flag for each block of rows of S.
 
-Programs start in an order that nothing promises. So each draws a ticket, and tickets say what to do: the first compute S, the
-others the product, the last a weight gradient. Programs that need S wait for its flags. Those that they wait for hold lower
-tickets, so they run already, and wait for nobody: no order of programs, and no number of processors, can block the launch.
+Launch order is undefined, so programs take tickets. The first tickets compute S, the next the product, the last a weight
+gradient. Programs that need S wait for its flags. A program only waits for lower tickets, which are already running and
+never wait: no deadlock, in any order and on any number of processors.
 
 A chain is int32 in memory, all 0 before and after a launch: the tickets drawn, the programs done, and from FLAGS on, for each
 FLAG_M rows of S, how many of its tiles are stored.

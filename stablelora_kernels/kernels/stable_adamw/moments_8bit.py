@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Elements that share a scale, as optim.state.BLOCK.
+# Elements per scale. Must equal optim.state.BLOCK.
 BLOCK = tl.constexpr(256)
 
 

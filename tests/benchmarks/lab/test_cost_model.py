@@ -22,7 +22,7 @@ from benchmarks.lab.cost_model import launch_time, predict, quantized
 from benchmarks.lab.cost_model.rivals import RIVALS, Shape
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES
-from tests.helpers.processes import printed
+from tests.helpers.processes import ROOT, printed
 
 H100 = gpus.load_gpu("h100")
 
@@ -255,3 +255,24 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png"}
     with pytest.raises(SystemExit):
         __main__.main(["--efficiency", "0"])
+
+
+def test_the_predictions_page_has_the_models_figures(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    page = (ROOT / "docs" / "internals" / "predictions.md").read_text(encoding="utf-8")
+    for name, value in {"SIZES": ((4096, 4096),), "ROWS": (64, 512, 2048, 8192), "RANKS": (16,)}.items():
+        monkeypatch.setattr(__main__, name, value)
+    rows = __main__.table(H100, True, 0.85)
+    for row in rows:
+        whole = {name: row[f"{name} forward"] + row[f"{name} backward"] for name in RIVALS if f"{name} forward" in row}
+        rivals = [f"{whole[name] / whole['frozen']:.2f}" for name in ("eager (PEFT)", "Axolotl", "LoRAFusion")]
+        ours = "{:.2f} to {:.2f}".format(*__main__.band(row))
+        assert f"| {' | '.join([str(row['m']), ours, *rivals])} |" in page
+    for m in (1, 128, 256, 2048):
+        s = Shape(m, 4096, 4096, 16, False)
+        times = [predict.ours(H100, s)]
+        for kind in quantized.KINDS:
+            times += [quantized.seconds(H100, s, kind, "in_loop", overlap) for overlap in (True, False)]
+            times.append(quantized.seconds(H100, s, kind, "dequantize"))
+        cells = [f"{1e6 * forward:.0f} / {1e6 * backward:.0f}" for forward, backward in times]
+        assert f"| {' | '.join([str(m), *cells])} |" in page

@@ -48,9 +48,7 @@ def test_the_table_shows_every_arm():
 def test_the_guide_has_these_figures():
     """Ranges over the frozen MLP's time, of every shape, with dropout and without."""
     rows = [row for dropout in (False, True) for row in mlp.rows(H100, dropout)]
-    guide = (
-        (Path(__file__).parents[3] / "docs" / "guides" / "fused-mlp.md").read_text(encoding="utf-8").replace("\n", " ")
-    )
+    guide = (Path(__file__).parents[3] / "docs" / "guides" / "fusing.md").read_text(encoding="utf-8").replace("\n", " ")
     for name, ends in (
         ("one op", ("", " (slow)")),
         ("three layers", ("", " (slow)")),

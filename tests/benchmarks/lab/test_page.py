@@ -8,12 +8,11 @@ import shutil
 
 import pytest
 
-from benchmarks.lab.page import __main__, answers
+from benchmarks.lab.page import __main__
 
-pytest.importorskip("matplotlib", reason="draws the plots; the bench extra brings it")
+pytest.importorskip("matplotlib", reason="draws the README's figure; the bench extra brings it")
 
 from benchmarks.lab.page import page as report_page
-from benchmarks.lab.page import plots
 
 ENVIRONMENT = {
     "cpu": "A CPU", "cores": 2, "gpu": None, "python": "3.11", "torch": "2", "commit": "abc", "date": "2026-01-02T03:04:05",
@@ -22,57 +21,54 @@ ENVIRONMENT = {
 
 
 def fill(directory):
-    """A suite's file with an axis, and sections from before the suite."""
+    """A suite's file with one loss, in both phases of a layer."""
     times = {"median": 2.0, "q1": 1.9, "q3": 2.1}
     base = {"ours": False, "ms": times, "over_base": dict.fromkeys(times, 1.0)}
-    ours = {"ours": True, "ms": times, "over_base": times, "over_rival": times, "overhead_over_rival": 0.5}
-    info = {"base": "frozen", "rival": "PEFT", "arms": {"frozen": base, "ours": ours}}
-    step = info | {"case": "training", "phase": "step", "skipped": {"ours, Triton": "there is no GPU"}}
-    points = [
-        info | {"case": f"layer {size}", "phase": "both", "skipped": {}, "axis": {"name": "rank, fp32", "size": size},
-                "floor_ms": {"frozen": 1.0}}
-        for size in (1, 2, 4)
-    ]  # fmt: skip
+    ours = {"ours": True, "ms": times, "over_base": times, "over_rival": times}
+    info = {"base": "frozen", "rival": "PEFT", "arms": {"frozen": base, "ours": ours}, "skipped": {}}
+    step = info | {"case": "training fp32", "phase": "step"}
+    worse = {"frozen": base, "ours": ours | {"over_rival": {"median": 3.0, "q1": 2.5, "q3": 3.5}}}
+    point = info | {"case": "layer 4", "phase": "both", "axis": {"name": "rank", "size": 4}}
+    layers = [
+        info | {"case": "layer 1", "phase": "forward"},
+        info | {"case": "layer 1", "phase": "both", "arms": worse},
+    ]
     suite = {
         "machine_info": {"stablelora_kernels": {**ENVIRONMENT, "load_average": 3.0}},
-        "benchmarks": [{"extra_info": report} for report in (step, step, *points)],
-        "exponents": {"rank, fp32": {"ours": [2.0, 0.1]}},
+        "benchmarks": [{"extra_info": report} for report in (step, *layers, point)],
     }
     directory.mkdir(parents=True)
     (directory / "suite.json").write_text(json.dumps(suite))
-    (directory / report_page.BEFORE).write_text("- once 1.50 times as long\n\n### What was asked before?\n\nA table.\n")
 
 
-def test_the_page_has_what_is_stored_and_says_where_it_loses(tmp_path, monkeypatch):
+def test_the_page_answers_first_and_has_every_loss_and_the_files(tmp_path, monkeypatch):
     fill(tmp_path / "results" / "machine")
     page_file = tmp_path / "docs" / "results" / "benchmarks.md"
-    page_file.parent.mkdir(parents=True)
     monkeypatch.setattr(report_page, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report_page, "PAGE", page_file)
-    monkeypatch.setattr(plots, "PAGE", page_file)
     assert __main__.main([]) == 0
     text = page_file.read_text()
-    assert "No GPU has measured anything yet" in text and "A CPU, 2 cores, load 3.0 at the start" in text
-    # The answers come before any machine's figures, and a loss is bold in them.
-    opening = text.split("## All figures")[0]
-    assert "| a whole training step | PEFT | **2.00 (2.00 to 2.00)** |  |  |" in opening
-    assert text.index("## In short") < text.index("A CPU")
-    losses = text.split("### Where it loses")[1].split("###")[0]
-    for loss in ("training, step: ours takes 2.00 (1.90 to 2.10) of PEFT's time", "once 1.50 times as long"):
-        assert f"- {loss}\n" in losses, loss
-    assert text.count("Other programs ran beside this one") == 1
-    assert text.count("ours, Triton (there is no GPU)") == 1
-    assert "| training, step | ours | 2.00 | 2.00 (1.90 to 2.10) | 0.50 |" in text
-    assert "Time against rank, fp32, exponents over the larger half, with 95 % intervals: ours 2.00 ± 0.10." in text
-    assert text.endswith("### What was asked before?\n\nA table.\n")
-    (plot,) = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert (page_file.parent / plot).stat().st_size > 1000
+    assert "No GPU has measured anything yet" in text
+    opening, losses = text.split("## Where it loses")
+    # A loss is bold. An axis of sizes is no answer to a question.
+    assert "| a whole training step, fp32 | PEFT | **2.00** |  |  |" in opening
+    assert "| one layer, forward and backward | PEFT | **3.00** |  |  |" in opening
+    losses, files = losses.split("## Every figure")
+    # Of a case's phases the worst.
+    assert (
+        "| machine | layer 1, both | ours | PEFT | 3.00 (2.50 to 3.50) |" in losses and "layer 1, forward" not in losses
+    )
+    assert "| machine | training fp32, step | ours | PEFT | 2.00 (1.90 to 2.10) |" in losses
+    assert "[machine/suite.csv](../../benchmarks/results/machine/suite.csv)" in files
+    assert files.count("other programs ran beside it") == 1
+    rows = (tmp_path / "results" / "machine" / "suite.csv").read_text().splitlines()
+    assert (
+        rows[0].startswith("case,phase,arm,base,rival,ms median,")
+        and "layer 1,both,ours,frozen,PEFT,2,1.9,2.1,2,1.9,2.1,3,2.5,3.5" in rows
+    )
 
     assert __main__.main(["--check"]) == 0
-    page_file.write_text(text.replace("1.50", "0.50"))
-    assert __main__.main(["--check"]) == 1
-    page_file.write_text(text)
-    (page_file.parent / plot).unlink()
+    (tmp_path / "results" / "machine" / "suite.csv").write_text("other")
     assert __main__.main(["--check"]) == 1
     shutil.rmtree(tmp_path / "results" / "machine")
     with pytest.raises(ValueError, match="with something measured, got"):
@@ -80,23 +76,30 @@ def test_the_page_has_what_is_stored_and_says_where_it_loses(tmp_path, monkeypat
 
 
 def test_a_fine_tuning_run_is_on_the_page_and_its_losses_are_in_the_list(tmp_path):
-    run = tmp_path / "machine" / "quick"
+    run = tmp_path / "machine" / "main"
     run.mkdir(parents=True)
-    (run / "table.txt").write_text("the table\n")
-    won, lost = ("accelerate_peft: a step took 9.0% less time", "apply_lora: a step took 2.0% more time")
+    won = "Speed   PEFT + one line: 90 ms a step, PEFT 100 ms: 10% less time"
+    lost = [
+        "        our layers: 102 ms a step, PEFT 100 ms: 2.0% more time",
+        "Quality our layers: 4.1, +0.1 ± 0.0: worse",
+    ]
     result = {
         "environment": ENVIRONMENT,
-        "settings": {"model": "m", "targets": "all-linear", "r": 16, "lora_dropout": 0.0, "dtype": "float32"},
-        "headlines": [won, lost, "In figures, accelerate_peft: no more than figures."],
+        "settings": {"model": "m", "data": "plays", "targets": [], "lora_dropout": 0.0, "dtype": "float32"},
+        "recipe": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0},
+        "verdicts": [won, *lost],
     }
     (run / "result.json").write_text(json.dumps(result))
     text = report_page.page(tmp_path)
-    assert f"Fine-tuning m, all-linear, r 16, dropout 0, float32:\n\n- {won}\n- {lost}\n" in text
-    assert f"### Where it loses\n\n- {lost}\n\n### Fine-tuning a real model without dropout" in text
-    assert "python -m benchmarks --dtype fp32 --dropout 0\n" in text
-    assert "```text\nthe table\n```" in text
-    # Runs stored before there were headlines.
-    (run / "result.json").write_text(json.dumps({"environment": ENVIRONMENT}))
+    about = "Fine-tuning m on plays, r 16, alpha 32, dropout 0 on all linear layers, float32:"
+    assert "\n".join([about, "", "```text", won, *lost, "```"]) in text
+    losses = text.split("## Where it loses\n\n")[1].split("\n\n")[0].splitlines()
+    assert losses == [f"- {line[8:]} (`machine/main`)" for line in lost]
+    assert "| `python -m benchmarks --dtype fp32 --dropout 0` |" in text
+    # Other programs had its CPUs for half of the time.
+    (run / "result.json").write_text(json.dumps(result | {"waited_share": 0.5}))
+    assert "other programs ran beside it" in report_page.page(tmp_path) and "other programs" not in text
+    (run / "result.json").write_text(json.dumps(result | {"verdicts": [won]}))
     assert "Nowhere in what is stored." in report_page.page(tmp_path)
 
 
@@ -105,16 +108,15 @@ def test_a_file_of_marked_cases_has_their_command(tmp_path):
     fill(directory)
     (directory / "suite.json").rename(directory / "suite_scaling.json")
     text = report_page.page(tmp_path)
-    assert "python -m pytest benchmarks -m scaling --benchmark-json=suite_scaling.json\n" in text
-    assert "(suite_scaling)" in text
+    assert "`python -m pytest benchmarks -m scaling --benchmark-json=suite_scaling.json`" in text
 
 
 def test_the_answers_have_columns_for_fused_mlps():
     pytest.importorskip("transformers")
     from benchmarks.suite.mlp import ACCELERATED, FUSED, MLPCase
 
-    assert [answers._COLUMNS.get(arm) for arm in (FUSED, ACCELERATED)] == [0, 1]
-    assert {("mlp", phase) for phase in MLPCase.phases} <= answers._QUESTIONS.keys()
+    assert [report_page.COLUMNS.get(arm) for arm in (FUSED, ACCELERATED)] == [0, 1]
+    assert {("mlp", phase) for phase in MLPCase.phases} <= report_page.QUESTIONS.keys()
 
 
 def test_the_committed_page_is_of_the_committed_results(capsys):
@@ -122,12 +124,47 @@ def test_the_committed_page_is_of_the_committed_results(capsys):
     assert not re.search(r"\bnan\b", report_page.PAGE.read_text())
 
 
+def test_the_host_time_page_has_the_stored_figures():
+    """The table, and each figure of the text as a median over PEFT's or AdamW's."""
+    cases = json.loads((report_page.RESULTS / "epyc-avx2-2core" / "host.json").read_text())["cases"]
+    page = (report_page.PAGE.parents[1] / "internals" / "host-time.md").read_text(encoding="utf-8")
+    assert report_page.host_table(cases) in page
+    rows = re.findall(r"^\| (\d+) tensors \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    assert len(rows) > 4
+    for tensors, *shown in rows:
+        for gradients, text in zip(("kept", "moved"), shown, strict=True):
+            arm = cases[f"host step {tensors} tensors r2 width 8, gradients {gradients}"]["step"]["StableLoRAAdamW"]
+            assert f"{arm['over_rival']['median']:.2f}" == text, (tensors, gradients)
+
+
+def test_the_performance_page_has_the_figures_of_the_main_jobs():
+    page = (report_page.PAGE.parent / "performance.md").read_text(encoding="utf-8")
+    files = sorted(report_page.RESULTS.glob("*/main*/result.json"))
+    assert files
+    for file in files:
+        for name, row in json.loads(file.read_text(encoding="utf-8"))["summary"].items():
+            shown = [f"{row['saved_mib']:,.0f} / {row['peak_mib']:,.0f}"]
+            if name != "frozen":
+                shown.append(f"{row['step_overhead_percent']:.1f} ± {row['step_overhead_percent_95']:.1f}")
+            if name not in ("frozen", "peft"):
+                shown.append(f"{row['speedup_over_peft']:.2f} ± {row['speedup_over_peft_95']:.2f}")
+                shown.append(f"{row['loss_difference']:+.3f} ± {row['loss_difference_95']:.3f}")
+            assert all(text in page for text in shown), (file, name, shown)
+
+
 def test_the_memory_table_of_the_peft_page_is_what_is_counted():
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     from benchmarks.lab.page import memory
 
-    counts = {(arm, dropout): memory.saved_mib(arm, dropout) for arm in memory.ARMS for dropout in memory.DROPOUTS}
     page = (report_page.PAGE.parents[1] / "guides" / "peft.md").read_text(encoding="utf-8")
-    assert memory.table(counts) in page
+    assert memory.table(memory.count()) in page
     assert memory.PLOT.is_file()
+
+
+def test_the_guide_has_the_table_of_what_fits():
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from benchmarks.lab.page import fit
+
+    assert fit.table() in (report_page.PAGE.parents[1] / "guides" / "will-it-fit.md").read_text(encoding="utf-8")
