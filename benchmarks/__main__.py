@@ -157,8 +157,6 @@ def _cpu_has_bf16() -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
-    # Before torch is imported: threads that spin while they wait make every step crawl beside another program.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = parse(argv)
     # transformers would warn once a step and break up the progress bar.
     warnings.filterwarnings("ignore", category=FutureWarning)

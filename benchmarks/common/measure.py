@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stablelora_kernels.utils.timing import interleave, machine, shuffled, summarize, synchronize
 
-__all__ = ["commit", "environment", "interleave", "shuffled", "summarize", "synchronize", "waited_s"]
+__all__ = ["commit", "environment", "interleave", "others_cpus", "shuffled", "summarize", "synchronize", "waited_s"]
 
 
 def commit() -> str | None:
@@ -33,3 +37,25 @@ def waited_s() -> float | None:
         return sum(int(file.read_text().split()[1]) for file in files) / 1e9 if files else None
     except (OSError, IndexError, ValueError):
         return None
+
+
+@contextmanager
+def others_cpus() -> Iterator[list[float]]:
+    """Append to the list, at the end of the block, how many CPUs other programs kept busy on average; nothing if unknown."""
+    found: list[float] = []
+    start, before = time.perf_counter(), _busy_s()
+    own = time.process_time()
+    yield found
+    if before is not None and (after := _busy_s()) is not None:
+        others = after - before - (time.process_time() - own)
+        found.append(max(0.0, others / (time.perf_counter() - start)))
+
+
+def _busy_s() -> float | None:
+    """Seconds of all CPUs together that were not idle since the system started."""
+    try:
+        ticks = [int(number) for number in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    # The fourth and the fifth are idle time.
+    return (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.measure import environment, waited_s
+from benchmarks.common.measure import environment, others_cpus, waited_s
 from benchmarks.common.models import check_linear_names, linear_names, load_model
 from benchmarks.finetuning.arms import LABELS, Arm, Recipe, build_arms
 from benchmarks.finetuning.footprint import measure_in_subprocess
@@ -88,12 +89,19 @@ def run(settings: Settings, started: float, save: Callable[[Result], None]) -> R
 def _run(settings: Settings, started: float, result: Result, save: Callable[[Result], None]) -> None:
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     loading = time.perf_counter()
-    backbone, tokenizer = load_model(settings.model, is_causal(settings.data))
-    loading = time.perf_counter() - loading
-    # As users load it: adapters are float32 all the same.
-    backbone.to(device, dtype)
     sizes = {name: getattr(settings, name) for name in ("batch_size", "length", "held_out")}
-    task = open_task(settings.data, tokenizer, **sizes, seed=settings.seeds[0])
+    with others_cpus() as others:
+        backbone, tokenizer = load_model(settings.model, is_causal(settings.data))
+        loading = time.perf_counter() - loading
+        # As users load it: adapters are float32 all the same.
+        backbone.to(device, dtype)
+        task = open_task(settings.data, tokenizer, **sizes, seed=settings.seeds[0])
+    if others and (threads := free_threads(others[0])) < torch.get_num_threads():
+        _say(
+            f"Other programs keep {others[0]:.1f} of {os.cpu_count()} CPUs busy, so this run takes fewer threads: {threads}."
+        )
+        torch.set_num_threads(threads)
+    result["threads"] = torch.get_num_threads()
     recipe = settings.recipe(backbone)
 
     def build(seed: int) -> list[Arm]:
@@ -126,6 +134,15 @@ def _run(settings: Settings, started: float, result: Result, save: Callable[[Res
         result["arms"][name]["footprint"] = measure_in_subprocess(
             name, settings.model, task.head, recipe, longest, **where
         )
+
+
+def free_threads(others: float) -> int:
+    """How many threads to take beside programs that keep ``others`` CPUs busy.
+
+    Threads of one operator spin while they wait for each other. With more threads than free CPUs every operator waits for the
+    scheduler: a step then takes many times as long. Waiting without spinning doubles a step's time on an idle machine.
+    """
+    return min(torch.get_num_threads(), max(1, round((os.cpu_count() or 1) - others)))
 
 
 def plan(settings: Settings, round_s: float, held_out: float, left_s: float | None) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -104,7 +105,10 @@ def measure_in_subprocess(
     job["batch"] = {name: tensor.tolist() for name, tensor in batch.items()}
     command = [sys.executable, "-m", "benchmarks.finetuning.footprint"]
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, cwd=root)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        command, input=json.dumps(job), capture_output=True, text=True, cwd=root, env=os.environ | threads
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"error": lines[-1]}

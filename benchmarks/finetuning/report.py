@@ -272,7 +272,7 @@ def notes(result: Result) -> list[str]:
         if "error" in found
     ]
     lines.append(
-        f"{where}, {environment['cores']} cores, {environment['torch_threads']} threads, load {environment['load_average']} at "
+        f"{where}, {environment['cores']} cores, {result['threads']} threads, load {environment['load_average']} at "
         f"the start; Python {environment['python']}, {', '.join(versions)}; commit {environment['commit']}; "
         f"{result['status']} after {_number(result.get('wall_s'), '.0f')} s."
     )

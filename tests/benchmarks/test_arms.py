@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +17,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from benchmarks.common import assets, memory, models
+from benchmarks.common import assets, measure, memory, models
 from benchmarks.finetuning import arms, experiment, plots, report, train
 from benchmarks.finetuning.tasks import Head
 from tests.helpers.headlines import write_headlines
@@ -351,3 +355,26 @@ def test_a_slow_machine_plans_fewer_steps_then_one_seed_and_never_cuts_a_schedul
     # 4 steps and 2 of held-out rows of 9 tokens, 90 s each, and 4 processes.
     told = capsys.readouterr().err
     assert "1 seed x 4 steps, 90.0 s a step of all arms: about 20 minutes more." in told, told
+
+
+def test_a_run_beside_busy_programs_takes_fewer_threads(monkeypatch):
+    monkeypatch.setattr(experiment.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(experiment.torch, "get_num_threads", lambda: 4)
+    assert [experiment.free_threads(others) for others in (0.0, 0.4, 0.9, 2.6, 7.0)] == [4, 4, 3, 1, 1]
+
+
+def test_other_programs_cpus_are_counted_and_ones_own_are_not():
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with measure.others_cpus() as beside:
+            time.sleep(1.0)
+    finally:
+        busy.kill()
+        busy.wait()
+    with measure.others_cpus() as alone:
+        end = time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            pass
+    # Other tests may run beside this one, but not fewer than the busy program.
+    assert not beside or beside[0] > 0.3
+    assert not alone or 0.0 <= alone[0] < os.cpu_count()

@@ -60,6 +60,7 @@ def stored_result(peft_ms: float = 100.0, ours_ms: float = 100.0):
             for name, label in LABELS.items()
         },
         "wall_s": 300.0,
+        "threads": 2,
     }
 
 
