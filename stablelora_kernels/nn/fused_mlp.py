@@ -77,7 +77,7 @@ class LayerKind(NamedTuple):
     x's dtype and device, or None if the layer must compute by itself. ``facts`` returns a layer's facts, or why it must.
     """
 
-    adapted: type[nn.Module]
+    adapted: type[Any]
     read: Read
     facts: Callable[[Any], Facts | str]
 
