@@ -81,7 +81,6 @@ def explain(
     quantized: str | None = None,
     branch_only: bool = False,
     device: torch.device | str | None = None,
-    quantised: str | None = None,
 ) -> Explanation:
     """The launches of ``lora_linear`` on [M, K] rows with a [N, K] weight, forward and backward with all three gradients.
 
@@ -104,7 +103,6 @@ def explain(
         branch_only: the branch alone, which reads no weight.
         device: a torch device, or the name of any GPU, present or not: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``, ... By default
             the current GPU, or the CPU if there is none.
-        quantised: another spelling of ``quantized``.
 
     Raises:
         ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown device, a forced kernel that can't do this
@@ -112,11 +110,6 @@ def explain(
         TypeError: a size that is no int, or a dtype that the kernels do not compute in.
         RuntimeError: the Triton backend is forced and can't run, or a GPU is named and Triton can't be used.
     """
-    if quantized is not None and quantised is not None:
-        raise ValueError(
-            f"quantised is another spelling of quantized; give one of them, got {quantized!r} and {quantised!r}"
-        )
-    quantized = quantised if quantized is None else quantized
     several = isinstance(N, Sequence)
     ns = tuple(N) if isinstance(N, Sequence) else (N,)
     if several and not 2 <= len(ns) <= MAX_GROUP:

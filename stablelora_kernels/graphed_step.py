@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stablelora_kernels.optim.graph_watch import LIVE, Watch, check_capturable, params_of, reads_from_memory
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.utils.validation import check_bool, check_int
+from stablelora_kernels.utils.wrappers import check_module
 
 # A batch's tensors by their key or index.
 Leaves = list[tuple[Any, Tensor]]
@@ -134,8 +135,7 @@ class GraphedStep:
         num_warmup_iters: int = 3,
         enabled: bool = True,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module(model)
         if not isinstance(optimizer, StableLoRAAdamW):
             raise TypeError(f"optimizer must be a StableLoRAAdamW, got {type(optimizer).__name__}")
         if loss_fn is not None and not callable(loss_fn):

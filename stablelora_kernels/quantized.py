@@ -227,9 +227,6 @@ class NF4Weight:
         """W [N, K], computed in float32 and rounded once to ``dtype``."""
         return self.stored.dequantize(dtype)
 
-    # The old name.
-    dequantise = dequantize
-
 
 @dataclass(frozen=True, eq=False)
 class FP8Weight:
@@ -286,9 +283,6 @@ class FP8Weight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W [N, K], computed in float32 and rounded once to ``dtype``."""
         return self.stored.dequantize(dtype)
-
-    # The old name.
-    dequantise = dequantize
 
 
 _NF4_FIELDS = tuple(field.name for field in fields(NF4Weight))

@@ -25,7 +25,7 @@ FORMER_MODULES = {
         "unmerge_lora"
     ),
     "stablelora_kernels.nn": (
-        "LoRABranchLinear LoRAConv1D LoRALinear LoRAQuantisedLinear LoRAQuantizedLinear LoRAShardedLinear MergeError"
+        "LoRABranchLinear LoRAConv1D LoRALinear LoRAQuantizedLinear LoRAShardedLinear MergeError"
     ),
     "stablelora_kernels.optim": "PairStability StabilityLogger StableLoRAAdamW plot_stability",
     "stablelora_kernels.reference": (
@@ -77,14 +77,6 @@ def test_every_exported_name_is_an_attribute():
     """In a fresh process: here, other tests may have imported the modules already."""
     code = "import stablelora_kernels as slk; print([name for name in slk.__all__ if not hasattr(slk, name)])"
     assert printed(code) == "[]"
-
-
-def test_british_names_are_aliases():
-    assert slk.nn.LoRAQuantisedLinear is slk.nn.LoRAQuantizedLinear
-    for weight in (slk.functional.NF4Weight, slk.functional.FP8Weight):
-        assert weight.dequantise is weight.dequantize
-    sizes = (64, 128, 128, 8)
-    assert slk.explain(*sizes, quantised="nf4", device="sm_90") == slk.explain(*sizes, quantized="nf4", device="sm_90")
 
 
 @pytest.mark.parametrize("name", ["LoraConfig", "LoraLinear", "StableLoraAdamW"])

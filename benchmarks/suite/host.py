@@ -247,7 +247,8 @@ class _MLP(nn.Module):
 
 def make_group(named: nn.ModuleDict) -> None:
     """Let our layers share their input, as ``apply_lora(..., fuse_projections=True)`` does."""
-    from stablelora_kernels.nn.linear import compute_projection_group, projection_group_key
+    from stablelora_kernels.nn.linear import projection_group_key
+    from stablelora_kernels.nn.mlp_operands import compute_projection_group
     from stablelora_kernels.nn.projection_group import make_projection_groups
 
     make_projection_groups(named, dict(named.items()), projection_group_key, compute_projection_group)

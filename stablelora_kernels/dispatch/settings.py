@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from stablelora_kernels.utils.validation import check_choice
+from stablelora_kernels.utils.validation import check_bool, check_choice
 
 T = TypeVar("T")
 
@@ -181,8 +181,7 @@ def set_autotune(on: bool) -> None:
     Raises:
         TypeError: ``on`` is not a bool.
     """
-    _check_autotune(on)
-    _autotune.set(on)
+    _autotune.set(check_bool("autotune", on))
 
 
 def use_autotune(on: bool) -> AbstractContextManager[None]:
@@ -190,10 +189,4 @@ def use_autotune(on: bool) -> AbstractContextManager[None]:
 
     Of blocks that overlap in several threads, the last one entered is in force.
     """
-    _check_autotune(on)
-    return _autotune.use(on)
-
-
-def _check_autotune(on: bool) -> None:
-    if not isinstance(on, bool):
-        raise TypeError(f"autotune must be True or False, got {on!r}")
+    return _autotune.use(check_bool("autotune", on))

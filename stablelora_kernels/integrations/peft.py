@@ -19,6 +19,7 @@ from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 from stablelora_kernels.utils.extras import import_extra, release
 from stablelora_kernels.utils.text import unmatched_names
+from stablelora_kernels.utils.wrappers import check_module
 
 
 def accelerate_peft(
@@ -117,7 +118,7 @@ def restore_peft(model: nn.Module) -> None:
         ImportError, TypeError: as :func:`accelerate_peft`.
     """
     layers = _layers()
-    _check_module(model)
+    check_module(model)
     _unfuse(model)
     for module in model.modules():
         if type(module) in layers.ORIGINAL:
@@ -136,16 +137,11 @@ def _layers() -> ModuleType:
     return peft_layers
 
 
-def _check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-
-
 def _tuner_layers(model: nn.Module, layers: ModuleType) -> list[tuple[str, Any]]:
     """The PEFT layers of ``model``; raises ValueError if none is a LoRA layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    _check_module(model)
+    check_module(model)
     tuner_layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if not any(isinstance(module, layers.lora.LoraLayer) for _, module in tuner_layers):
         raise ValueError(f"model must have PEFT LoRA layers, got a {type(model).__name__} without any")

@@ -12,42 +12,32 @@ from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.functional import LoRAWeights
 from stablelora_kernels.integrations import peft_layers
 from stablelora_kernels.integrations.peft_layers import Branch, base_operand, branches_of
-from stablelora_kernels.nn.factory import is_conv1d
 from stablelora_kernels.nn.fused_mlp import Facts, LayerKind, Operand
 from stablelora_kernels.quantized import is_quantized
 from stablelora_kernels.utils.dtensor import is_sharded
 from stablelora_kernels.utils.hooks import is_hooked
 
 
-def read_operand(layer: Any, x: Tensor, features: int, dtype: torch.dtype | None) -> Operand | None:
-    """A layer's operand for an input like ``x`` with ``features`` features, or None if the layer must compute by itself."""
-    base, branch = layer, None
-    if type(layer) in peft_layers.ORIGINAL:
+def read_operand(layer: Any, x: Tensor, dtype: torch.dtype | None) -> Operand | None:
+    """A layer's operand for an input like ``x``, or None if the layer must compute by itself."""
+    base = layer
+    if adapted := type(layer) in peft_layers.ORIGINAL:
         if layer.disable_adapters or layer.merged:
             return None
-        branches = branches_of(layer, layer.active_adapters, x, features)
-        if branches is None or len(branches) > 1:
-            return None
         base = layer._modules["base_layer"]
-        if branches:
-            branch = branches[0]
-            if branch.bias is not None:
-                return None
-    operand = base_operand(base, x)
-    if operand is None or operand.weight.shape[1] != features:
+    if (operand := base_operand(base, x)) is None:
         return None
     weight, bias, computed = operand
-    if isinstance(weight, Tensor):
-        if weight.requires_grad:
-            return None
-    elif computed != x.dtype:
-        # The layer would cast its result back.
+    # A quantized layer would cast its result back from another dtype.
+    if not isinstance(weight, Tensor) and computed != x.dtype:
         return None
-    if bias is not None and bias.requires_grad:
+    branches = branches_of(layer, layer.active_adapters, x, weight.shape[1]) if adapted else []
+    if not branches:
+        return None if branches is None else Operand(LoRAWeights(weight, bias, None, None, 1.0), None)
+    lora_A, lora_B, lora_bias, scaling, dropout_p = branches[0]
+    if lora_bias is not None or len(branches) > 1:
         return None
-    if branch is None:
-        return Operand(LoRAWeights(weight, bias, None, None, 1.0), None)
-    return Operand(LoRAWeights(weight, bias, branch.lora_A, branch.lora_B, branch.scaling), branch.dropout_p)
+    return Operand(LoRAWeights(weight, bias, lora_A, lora_B, scaling), dropout_p)
 
 
 def facts_of(layer: Any) -> Facts | str:
@@ -67,18 +57,14 @@ def facts_of(layer: Any) -> Facts | str:
         return f"calls its base layer, a {type(base).__name__} with a {type(weight).__name__}, for its product"
     if quantized and resolve_backend(weight.device) != "triton":
         return f"has a quantized weight, and without Triton its {type(base).__name__} computes the product"
-    for name in ("weight", "bias"):
-        parameter = getattr(base, name)
-        if parameter is not None and parameter.requires_grad:
-            return f"has a {name} that trains; the op would keep activations for its gradient"
     dtype = getattr(base, "compute_dtype", None) if quantized and type(base) is not nn.Linear else weight.dtype
     if branch is None:
-        return Facts(None, None, dtype, quantized)
-    return Facts(_dropout(layer), branch.lora_A.dtype, dtype, quantized)
+        return Facts(None, None, dtype, base, quantized)
+    return Facts(branch.dropout_p, branch.lora_A.dtype, dtype, base, quantized)
 
 
 def _active_branch(layer: Any) -> Branch | str | None:
-    """The branch of a PEFT layer's only active adapter, None if it has none, or why its own forward must compute it."""
+    """The branch of a PEFT layer's only active adapter in training, None without one, or why its own forward must compute it."""
     if type(layer) not in peft_layers.ORIGINAL:
         adapters = getattr(layer, "lora_A", ())
         reasons = [peft_layers.reason_against(layer, name) for name in adapters if type(layer) in peft_layers.KNOWN]
@@ -92,22 +78,12 @@ def _active_branch(layer: Any) -> Branch | str | None:
         return f"has {len(active)} active adapters, {', '.join(map(repr, active))}"
     if not active:
         return None
-    if (reason := peft_layers.reason_against(layer, active[0])) is not None:
-        return f"runs PEFT's own forward: {reason}"
     branch = peft_layers.read_branch(layer, active[0])
-    assert isinstance(branch, Branch)
-    return branch if branch.bias is None else f"has a bias in lora_B of adapter {active[0]!r}, which trains"
+    if isinstance(branch, str):
+        return f"runs PEFT's own forward: {branch}"
+    if branch.bias is not None:
+        return f"has a bias in lora_B of adapter {active[0]!r}, which trains"
+    return branch._replace(dropout_p=getattr(layer.lora_dropout[active[0]], "p", 0.0))
 
 
-def _dropout(layer: Any) -> float:
-    """The dropout of the active adapter in training."""
-    (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
-    return getattr(layer.lora_dropout[name], "p", 0.0)
-
-
-def is_projection(module: Any) -> bool:
-    """Whether ``module`` computes a projection, with adapters or without."""
-    return isinstance(module, (nn.Linear, BaseTunerLayer)) or is_conv1d(module)
-
-
-PEFT_LAYERS = LayerKind(is_projection, lambda module: isinstance(module, BaseTunerLayer), read_operand, facts_of)
+PEFT_LAYERS = LayerKind(BaseTunerLayer, read_operand, facts_of)

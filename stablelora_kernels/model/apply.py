@@ -24,8 +24,8 @@ from stablelora_kernels.model.reports import LoRAReport, notes_on_mlps, report_o
 from stablelora_kernels.model.targets import Plan, plan_lora
 from stablelora_kernels.nn.branch import LoRABranchLinear
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps
-from stablelora_kernels.nn.linear import LoRALinear, compute_projection_group, make_layer, projection_group_key
-from stablelora_kernels.nn.mlp_operands import OWN_LAYERS
+from stablelora_kernels.nn.linear import LoRALinear, make_layer, projection_group_key
+from stablelora_kernels.nn.mlp_operands import OWN_LAYERS, compute_projection_group
 from stablelora_kernels.nn.projection_group import make_projection_groups
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.utils.hooks import HOOKS

@@ -13,6 +13,7 @@ from torch import nn
 
 from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE
 from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.utils.wrappers import check_module
 
 # The number of open blocks of each module that they have disabled.
 _blocks: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -78,8 +79,7 @@ _OURS, _PEFTS = "_disabled", "_disable_adapters"
 
 def _switches(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The modules of ``model`` to disable, each with the attribute that does it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     pefts = _peft_classes()
     switches: list[tuple[nn.Module, str]] = []
     for module in model.modules():

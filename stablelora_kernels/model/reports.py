@@ -15,6 +15,7 @@ from stablelora_kernels.nn.fused_mlp import GatedMLP
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
 from stablelora_kernels.utils.text import counted
+from stablelora_kernels.utils.wrappers import check_module
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     Raises:
         TypeError: ``model`` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     # Lazy parameters have no shape yet.
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     trainable = sum(_elements(parameter) for parameter in parameters if parameter.requires_grad)

@@ -15,7 +15,7 @@ from stablelora_kernels.nn.factory import is_conv1d, replacement_class
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.utils.dtensor import is_sharded
 from stablelora_kernels.utils.text import unmatched_names
-from stablelora_kernels.utils.wrappers import check_not_in_ddp
+from stablelora_kernels.utils.wrappers import check_module, check_not_in_ddp
 
 
 class Target(NamedTuple):
@@ -39,8 +39,7 @@ class Plan:
 
 def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
     """The first half of :func:`~stablelora_kernels.apply_lora`: match and check everything, change nothing."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}; PEFT's LoraConfig will do, too")
     check_not_in_ddp(model)

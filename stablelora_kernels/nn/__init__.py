@@ -19,14 +19,10 @@ __all__ = [
     "LoRABranchLinear",
     "LoRAConv1D",
     "LoRALinear",
-    "LoRAQuantisedLinear",
     "LoRAQuantizedLinear",
     "LoRAShardedLinear",
     "MergeError",
 ]
-
-# The earlier, British spelling.
-LoRAQuantisedLinear = LoRAQuantizedLinear
 
 
 def _load_sharded() -> type[LoRALinear]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.functional import LoRAWeights, lora_mlp
+from stablelora_kernels.nn.factory import is_conv1d
 from stablelora_kernels.nn.mlp_form import Form, form_of, is_unchanged
 from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.hooks import HOOKS, is_hooked
@@ -54,8 +55,8 @@ class Operand(NamedTuple):
     dropout_p: float | None
 
 
-# A layer, x, the number of features of the layer's input, and x's dtype or None under autocast.
-Read = Callable[[Any, Tensor, int, torch.dtype | None], Operand | None]
+# A layer, x, and x's dtype or None under autocast.
+Read = Callable[[Any, Tensor, torch.dtype | None], Operand | None]
 
 
 class Facts(NamedTuple):
@@ -64,21 +65,25 @@ class Facts(NamedTuple):
     dropout_p: float | None
     lora_dtype: torch.dtype | None
     dtype: torch.dtype | None
+    # Holds the weight and the bias.
+    base: Any
     quantized: bool = False
 
 
 class LayerKind(NamedTuple):
     """How to handle one library's layers.
 
-    ``is_projection`` tells its layers and frozen linear ones, ``is_adapted`` those with adapters. ``read(layer, x, features,
-    dtype)`` returns a layer's operand for an input of x's dtype and device with that many features, or None if the layer must
-    compute by itself. ``facts`` returns a layer's facts, or why it must.
+    ``adapted`` is the class of its layers with adapters. ``read(layer, x, dtype)`` returns a layer's operand for an input of
+    x's dtype and device, or None if the layer must compute by itself. ``facts`` returns a layer's facts, or why it must.
     """
 
-    is_projection: Callable[[Any], bool]
-    is_adapted: Callable[[Any], bool]
+    adapted: type[Any]
     read: Read
     facts: Callable[[Any], Facts | str]
+
+    def is_projection(self, module: Any) -> bool:
+        """Whether ``module`` computes a projection, with adapters or without."""
+        return isinstance(module, (nn.Linear, self.adapted)) or is_conv1d(module)
 
 
 @dataclass(frozen=True)
@@ -132,17 +137,17 @@ def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
         return None
     dtype = None if autocast_dtype(x.device.type) is not None else x.dtype
     gate_layer, up_layer, down_layer = (modules[projection.name] for projection in form[:3])
-    if (gate := state.read(gate_layer, x, features, dtype)) is None:
+    if (gate := _read(state, gate_layer, x, features, dtype)) is None:
         return None
     if form.gate.half is None:
-        up = state.read(up_layer, x, features, dtype)
+        up = _read(state, up_layer, x, features, dtype)
     elif (halves := _halves(gate, form.gate.half)) is not None:
         gate, up = halves
     else:
         return None
     if up is None or (n := gate.weights.weight.shape[0]) != up.weights.weight.shape[0]:
         return None
-    if (down := state.read(down_layer, x, n, dtype)) is None:
+    if (down := _read(state, down_layer, x, n, dtype)) is None:
         return None
     dropout_p = lora_dtype = None
     for weights, p in (gate, up, down):
@@ -157,6 +162,15 @@ def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
         return None
     # dropout_p is that of now: 0 in evaluation.
     return lora_mlp(x, gate.weights, up.weights, down.weights, form.activation, dropout_p, True)
+
+
+def _read(state: MLPState, layer: Any, x: Tensor, features: int, dtype: torch.dtype | None) -> Operand | None:
+    """The operand of a layer whose input has ``features`` features, or None if the op must not compute it."""
+    if (operand := state.read(layer, x, dtype)) is None:
+        return None
+    weight, bias, *_ = operand.weights
+    trains = (isinstance(weight, Tensor) and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    return None if trains or weight.shape[1] != features else operand
 
 
 def _halves(operand: Operand, first: int) -> tuple[Operand, Operand] | None:
@@ -181,7 +195,7 @@ def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
         children = [child for child in module._modules.values() if child is not None]
         is_named = any(names <= module._modules.keys() for names in _NAMES)
         has_projections = sum(map(kind.is_projection, children)) in (2, 3)
-        if not (is_named or has_projections) or not any(map(kind.is_adapted, children)):
+        if not (is_named or has_projections) or not any(isinstance(child, kind.adapted) for child in children):
             continue
         unfuse_mlps([module])
         form = form_of(module, kind.is_projection)
@@ -265,6 +279,9 @@ def _reason_against(module: nn.Module, form: Form, kind: LayerKind) -> str | Non
         found = kind.facts(module._modules[name])
         if isinstance(found, str):
             return f"{name!r} {found}"
+        for part in ("weight", "bias"):
+            if (parameter := getattr(found.base, part)) is not None and parameter.requires_grad:
+                return f"{name!r} has a {part} that trains; the op would keep activations for its gradient"
         facts[name] = found
     if form.gate.half is not None and facts[form.gate.name].quantized:
         return f"{form.gate.name!r} holds gate and up stacked in a quantized weight, which is not cut in two"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.config import check_init
-from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear, lora_linear_group
+from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear
 from stablelora_kernels.nn.factory import class_for
 from stablelora_kernels.nn.merging import Mergeable
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
-from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.validation import check_float, check_int
 
 
@@ -243,28 +241,6 @@ def is_plain(base: Any) -> bool:
     """Whether ``base`` computes its product from plain parameters, so :class:`LoRALinear` can read them."""
     parameters = [parameter for parameter in (base.weight, base.bias) if parameter is not None]
     return all(type(parameter) is nn.Parameter for parameter in parameters) and type(base).__name__ != "Linear8bitLt"
-
-
-def compute_projection_group(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...] | None:
-    """The outputs of layers that share the input ``x``, from one op; None if each layer must compute or raise by itself."""
-    first, device = layers[0], x.device
-    dtype = None if autocast_dtype(device.type) is not None else x.dtype
-    features, training, dropout_p = x.shape[-1:], first.training, first.lora_dropout
-    operands: list[tuple[Any, ...]] = []
-    for layer in layers:
-        if layer.merged or layer._disabled or layer.training != training or layer.lora_dropout != dropout_p:
-            return None
-        weight, *_ = own = (layer._matrix(), *trained_and_bias(layer))
-        for t in own:
-            # FSDP parameters are DTensors until FSDP gathers them.
-            if t is not None and ((type(t) is not nn.Parameter and type(t) is not Tensor) or t.device != device):
-                return None
-        if features != weight.shape[1:] or not (dtype is None or dtype == weight.dtype):
-            return None
-        operands.append(own)
-    weights, biases, lora_As, lora_Bs = zip(*operands, strict=True)
-    scalings = [layer.scaling for layer in layers]
-    return lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, training)
 
 
 def trained_and_bias(layer: LoRALinear) -> tuple[Any, Any, Any]:

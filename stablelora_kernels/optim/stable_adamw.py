@@ -43,7 +43,7 @@ from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
 from stablelora_kernels.utils.text import counted
 from stablelora_kernels.utils.validation import check_float
-from stablelora_kernels.utils.wrappers import clean, innermost
+from stablelora_kernels.utils.wrappers import check_module, clean, innermost
 
 
 class StableLoRAAdamW(torch.optim.Optimizer):
@@ -171,8 +171,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Raises:
             TypeError: ``model`` is no module.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module(model)
         return cls(((clean(name), p) for name, p in innermost(model).named_parameters()), **kwargs)
 
     def __repr__(self) -> str:

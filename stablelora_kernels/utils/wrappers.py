@@ -12,6 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
+def check_module(model: Any) -> None:
+    """Raise TypeError unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside its wrappers, which would prefix every name.
 
@@ -20,8 +26,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         ValueError: a module is in FullyShardedDataParallel, whose flat parameters hold no A and B; or data parallelism wraps a
             part of the model and not the whole.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     for name, module in model.named_modules():
         if "_fsdp_wrapped_module" in module._modules:
             raise ValueError(

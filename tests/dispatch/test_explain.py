@@ -106,7 +106,6 @@ def test_explain_says_when_pytorch_runs():
         ({"device": "sm_75"}, ValueError, "one of sm_80, .*, got 'sm_75'"),
         ({"device": "h100"}, ValueError, "device must be a device of this machine, as 'cpu', or one of sm_80, .*, got 'h100'"),
         ({"device": "cuda:99"}, ValueError, "device must be a device of this machine, .*, got 'cuda:99'"),
-        ({"quantized": "nf4", "quantised": "fp8"}, ValueError, "give one of them, got 'nf4' and 'fp8'"),
         ({"dtype": torch.float64}, TypeError, "dtype must be .*got torch.float64"),
         ({"lora_dtype": torch.float16}, TypeError, "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16"),
     ],

@@ -22,7 +22,7 @@ from tests.helpers.processes import printed
     [
         ("backend", "torch", "triton", "cuda", ValueError, "must be one of 'auto', 'triton', 'torch', got 'cuda'"),
         ("kernel", "split", "fused", "cuda", ValueError, "must be one of 'auto', 'fused', 'chained', .* got 'cuda'"),
-        ("autotune", True, False, "0", TypeError, "must be True or False, got '0'"),
+        ("autotune", True, False, "0", TypeError, "must be a bool, got '0'"),
     ],
 )  # fmt: skip
 def test_a_setting_holds_for_good_or_for_a_block(name, value, other, wrong, error, message):

@@ -124,7 +124,7 @@ def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WRONG = {
-    "model": (TypeError, "model must be a torch.nn.Module, got int"),
+    "model": (TypeError, "model must be an nn.Module, got int"),
     "optimizer": (TypeError, "optimizer must be a StableLoRAAdamW, got int"),
     "loss_fn": (TypeError, "loss_fn must be a function of the model and a batch, got 1"),
     "grad_scaler": (TypeError, "grad_scaler must be a torch.amp.GradScaler, got int"),

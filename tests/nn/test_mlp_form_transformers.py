@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stablelora_kernels.nn.mlp_form import form_of
-from stablelora_kernels.nn.mlp_operands import is_projection
+from stablelora_kernels.nn.mlp_operands import OWN_LAYERS
 from tests.helpers.architectures import LAYERS, SIZES, auto, transformers
 
 # transformers 5.24, 2026-11-28: a model's folder, the class and the activation.
@@ -49,9 +49,9 @@ def test_no_class_of_transformers_is_lost():
         warnings.simplefilter("ignore")
         for model in models():
             for module in model.modules():
-                if sum(map(is_projection, module.children())) not in (2, 3):
+                if sum(map(OWN_LAYERS.is_projection, module.children())) not in (2, 3):
                     continue
-                form = form_of(module, is_projection)
+                form = form_of(module, OWN_LAYERS.is_projection)
                 if not isinstance(form, str):
                     # A class with another activation is another case.
                     folder = type(module).__module__.split(".")[-2]

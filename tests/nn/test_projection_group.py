@@ -75,7 +75,7 @@ def assert_same(found, expected):
 def calls(monkeypatch):
     """How many projections each call of the group's op computed."""
     from stablelora_kernels.integrations import peft_layers
-    from stablelora_kernels.nn import linear as ours_module
+    from stablelora_kernels.nn import mlp_operands as ours_module
 
     counts: list[int] = []
     original = ours_module.lora_linear_group
