@@ -17,9 +17,9 @@ from pathlib import Path
 
 from benchmarks.common.measure import environment
 from benchmarks.common.tables import json_text, write_text
-from benchmarks.research import paper, paper_report, runner, stability, stability_report
+from benchmarks.research import paper, report, runner, stability
 
-STUDIES = {"paper": (paper, paper_report), "stability": (stability, stability_report)}
+STUDIES = {"paper": (paper, report.write_paper), "stability": (stability, report.write_stability)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--stored", type=Path, metavar="DIR", help="run nothing; report the CSV files in DIR")
     args = parser.parse_args(argv)
-    study, report = STUDIES[args.study]
+    study, write = STUDIES[args.study]
     if args.preset not in study.PRESETS:
         parser.error(f"--preset must be one of {', '.join(study.PRESETS)}, got {args.preset!r}")
     if args.processes < 1:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runner.finish(study, args.preset, out / runner.RECORDS, args.processes)
         write_text(out / "environment.json", json_text(environment() | {"command": sys.argv}))
     try:
-        print(report.write(args.stored or out, out))
+        print(write(args.stored or out, out))
     except FileNotFoundError as error:
         parser.error(f"--stored must hold the CSV files of {args.study}, got {args.stored}: {error}")
     return 0

@@ -22,7 +22,7 @@ from benchmarks.research import widths
 
 PROBES = (1, 2, 5, 10, 20, 50, 100, 200, 300)
 PARTS = ("delta_1", "delta_2", "delta_3", "delta_shrink", "delta", "a_z")
-COLUMNS = ("step", *PARTS, "loss", "shrinks", "latched", "a_over_start")
+COLUMNS = ("step", *PARTS, "loss", "shrinks", "latched")
 ADAMW, NEAR_ZERO, LORA_PLUS = "AdamW", "AdamW, A near zero", "LoRA+"
 # A law is a learning rate at width 64 and a power: the rate falls as n^-power. First as people do; then as theory has all parts
 # stable; and as theory calls the usual start unstable. A run of the grid has a rate of its own, and no probes.
@@ -66,7 +66,7 @@ PRESETS = {
     "quick": Preset((64, 128, 256, 512, 1024), 3, (1e-4, 1e-3, 1e-2)),
     "full": Preset((64, 128, 256, 512, 1024, 2048, 4096), 10, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "transformers": Preset(
-        (64, 128, 256, 512), 5, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 100, "transformers", ("fixed", "n^-1/2")
+        (64, 128, 256, 512), 5, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 100, "transformers", tuple(LAWS)[:2]
     ),
 }
 
@@ -89,15 +89,15 @@ def parts(preset: str, _records: Any) -> Iterator[list[Run]]:
 def execute(run: Run) -> list[dict[str, Any]]:
     """Train: a row of the whole run, and without a grid's rate a row of each probed step."""
     arm = ARMS[run.arm]
-    problem = TASKS[run.task](run.width, run.seed, arm.start)
-    return fit(problem, arm, run.lr, run.steps, () if run.law == GRID else PROBES)
+    return fit(
+        TASKS[run.task](run.width, run.seed, arm.start), arm, run.lr, run.steps, () if run.law == GRID else PROBES
+    )
 
 
 def fit(problem: widths.Problem, arm: Arm, lr: float, steps: int, probes: Sequence[int]) -> list[dict[str, Any]]:
     pairs, rows = problem.pairs, []
     options = {"shrink_ratio": arm.shrink_ratio} if arm.shrink_ratio else {}
     optimizer = optimizers.build(arm.optimizer, pairs, lr=lr, **options)
-    start = norm(pair.A for pair in pairs)
     for step in range(1, steps + 1):
         if step in probes:
             before = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
@@ -122,7 +122,6 @@ def fit(problem: widths.Problem, arm: Arm, lr: float, steps: int, probes: Sequen
         "loss": loss if math.isfinite(loss) else math.inf,
         "shrinks": statistics.median([steps if step is None else step - 1 for step in at] or [0]),
         "latched": int(bool(at) and None not in at),
-        "a_over_start": norm(pair.A for pair in pairs) / start,
     }
     return [*rows, whole]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import assets
-from benchmarks.common.data import Batch, load_dataset, test_batches, training_batches
+from benchmarks.common.data import Batch, load_dataset, shuffled, test_batches, training_batches
 from benchmarks.common.models import Classifier, NextToken
 
 VALIDATION, TEST, LENGTH = 600, 1000, 128
@@ -61,12 +61,3 @@ def labeled(ids: Tensor) -> Batch:
     """The next token is the label. The last one has none, which is -100."""
     labels = nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def shuffled(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of rows, in a new order each epoch."""
-    rng = random.Random(seed)
-    while True:
-        order = rng.sample(range(len(rows)), len(rows))
-        for start in range(0, len(order) - size + 1, size):
-            yield rows[order[start : start + size]]

@@ -24,9 +24,8 @@ from torch.nn import functional as F
 
 import stablelora_kernels as slk
 from benchmarks.common import assets
-from benchmarks.common.data import load_dataset
+from benchmarks.common.data import load_dataset, shuffled
 from benchmarks.common.models import share
-from benchmarks.research.tasks import shuffled
 from stablelora_kernels.functional import lora_branch
 
 R, SCALING = 8, 2.0
