@@ -1,10 +1,10 @@
-"""The paper's two studies: what they plan, choose and conclude from given runs, real runs of tiny models, and the stored results."""
+"""The paper's two studies: what they plan, choose and conclude from given runs, tiny real runs, and stored results."""
 
 from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace as changed
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -167,10 +167,11 @@ def tiny(monkeypatch):
     models = {"lm": transformers.LlamaForCausalLM(config), "encoder": transformers.LlamaModel(config)}
     examples = tuple((f"headline {word * (1 + i % 3)}", label) for i in range(40) for label, word in enumerate("ab"))
     dataset = Dataset("sarcasm", ("no", "yes"), examples[:60], examples[60:], 40)
-    plays = [chr(97 + i) * 3 + "the quick brown fox jumps over the lazy dog. " * 20 for i in range(12)]
+    plays = [f"the quick brown fox {chr(97 + i)} jumps over the lazy dog. " * 20 for i in range(12)]
     monkeypatch.setattr(tasks, "TEST", 10)
+    monkeypatch.setattr(tasks, "VALIDATION", 10)
     monkeypatch.setattr(
-        tasks, "load_dataset", lambda name, **_: changed(dataset, test=dataset.test[: 20 if name == "sarcasm" else 10])
+        tasks, "load_dataset", lambda *_, held_out, **__: replace(dataset, test=dataset.test[:held_out])
     )
     monkeypatch.setattr(assets, "plays", lambda: plays)
     monkeypatch.setattr(paper, "plays", lambda tokenizer: tasks.plays(tokenizer, 6))
