@@ -19,7 +19,7 @@ from typing import Any, NoReturn  # noqa: E402
 
 ARMS = ("frozen", "peft", "accelerated", "stable")
 DATASETS = ("sarcasm", "reuters-52")
-_NEEDED = ("gguf", "matplotlib", "numpy", "peft", "safetensors", "tokenizers", "tqdm", "transformers")
+_NEEDED = ("gguf", "matplotlib", "numpy", "peft", "safetensors", "scipy", "tokenizers", "tqdm", "transformers")
 # Of a run without --steps. Two cores without AVX-512 then need all of it.
 TIME_LIMIT_S = 335.0
 

@@ -143,3 +143,12 @@ def split_tokens(text: str, tokenizer: Any, length: int, held_out: int) -> tuple
         raise ValueError(f"length must be from 2 to a twentieth of the text's {len(tokens)} tokens, got {length}")
     rows = min(held_out, len(last) // length)
     return tokens[: -len(last)], last[: rows * length].view(rows, length)
+
+
+def shuffled(rows: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless batches of rows, in a new order each epoch."""
+    rng = random.Random(seed)
+    while True:
+        order = rng.sample(range(len(rows)), len(rows))
+        for start in range(0, len(order) - size + 1, size):
+            yield rows[order[start : start + size]]

@@ -1,4 +1,4 @@
-"""The look of every plot: colors, style, saving. Plots are drawn without a display."""
+"""The look of every plot: colors, style, panels, saving. Plots are drawn without a display."""
 
 from __future__ import annotations
 
@@ -39,3 +39,21 @@ def save(figure: Any, path: Path) -> Path:
     figure.savefig(path)
     plt.close(figure)
     return path
+
+
+def panels(rows: dict[str, dict[str, Any]], title: str, path: Path, **look: Any) -> None:
+    """Lines against the learning rate: a row of panels for each label of the y axis, in it a panel for each title, and in that a
+    line for each column of a DataFrame, whose index is the rate."""
+    width, height = max(map(len, rows.values())), len(rows)
+    with plt.rc_context(STYLE):
+        size = (2.6 * max(width, 3) + 1.6, 3.2 * height + 0.5)
+        figure, axes = plt.subplots(height, width, figsize=size, layout="constrained", squeeze=False, sharey="row")
+        for line, (label, frames) in zip(axes, rows.items(), strict=True):
+            for axis, (name, frame) in zip(line, frames.items(), strict=True):
+                axis.set(title=name, xscale="log")
+                frame.plot(
+                    ax=axis, style="o-", markersize=3, legend=False, xlabel="learning rate", ylabel=label, **look
+                )
+        figure.suptitle(title, fontweight="bold")
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
+        save(figure, path)
