@@ -42,10 +42,16 @@ class _Bytes:
 
     def unique(self) -> int:
         touched = [
-            (np.unique(np.concatenate(parts))[:, None] + np.arange(width)).ravel()
+            (_distinct(np.concatenate(parts))[:, None] + np.arange(width)).ravel()
             for width, parts in self.addresses.items()
         ]
-        return np.unique(np.concatenate(touched)).size if touched else 0
+        return _distinct(np.concatenate(touched)).size if touched else 0
+
+
+def _distinct(numbers: np.ndarray) -> np.ndarray:
+    """Sorted. Much faster than np.unique, which hashes."""
+    numbers = np.sort(numbers)
+    return numbers[np.append(True, numbers[1:] != numbers[:-1])]
 
 
 class _Recorder:
