@@ -253,16 +253,16 @@ def _new_instance(original: type) -> Any:
 
 def _reason_against(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
     """Why the module's own forward computes it at present, or None."""
-    children = {name: module._modules[name] for name in form.children}
-    for name in (*children, *filter(None, [form.activation_module])):
-        child: Any = module._modules[name]
+    for name, child in module._modules.items():
+        if child is None or (name,) not in dict(form.reads):
+            continue
         if any(child.__dict__[attribute] for attribute in HOOKS):
             return f"{name!r} has hooks, which would not run"
         if is_hooked(child):
             return f"{name!r} has a forward that was replaced (as accelerate's hooks do)"
     facts: dict[str, Facts] = {}
-    for name, child in children.items():
-        found = kind.facts(child)
+    for name in dict.fromkeys(projection.name for projection in form[:3]):
+        found = kind.facts(module._modules[name])
         if isinstance(found, str):
             return f"{name!r} {found}"
         facts[name] = found

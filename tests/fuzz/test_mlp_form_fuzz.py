@@ -63,6 +63,8 @@ GATES = (
     "F.silu(g, inplace=True)",
     "g * torch.sigmoid(g)",
 )
+SEPARATE = ("g = self.gate_proj(x)", "u = self.up_proj(x)")
+STACKED = ("s = self.gate_up_proj(x)", "g, u = s.chunk(2, dim=-1)")
 PRODUCTS = (
     "a * u",
     "u * a",
@@ -78,7 +80,8 @@ QUESTIONS = (
     "isinstance(self.gate_proj, nn.Module)", "torch.is_grad_enabled()", "torch.is_autocast_enabled('cpu')", "self.flag",
     "torch.is_inference_mode_enabled()", "all(isinstance(m, nn.Module) for m in self.children())", "'limit' in vars(self)",
     "vars(self).get('limit') is None", "self.up_proj.bias is None", "self.act_fn is F.gelu",
-    "type(self.gate_proj) is nn.Linear", "isinstance(x, nn.Parameter)",
+    "type(self.gate_proj) is nn.Linear", "isinstance(x, nn.Parameter)", "self.type == 'silu'",
+    "len(vars(self)) > 9", "'flag' in list(vars(self))", "{**vars(self)}.get('limit') is None",
 )  # fmt: skip
 CONTEXTS = ("torch.no_grad()", "torch.autocast('cpu', enabled=False)", "torch.autocast('cpu', torch.bfloat16)",
             "contextlib.suppress(Exception)", "contextlib.nullcontext()", "torch.enable_grad()")  # fmt: skip
@@ -88,6 +91,7 @@ STATEMENTS = (
     "{v} = {v}.clamp(max=0.1)", "{v} = {v}.detach()", "{v} = Twice.apply({v})", "KEPT.append({v})", "self.kept.append(1)",
     "self.calls += 1", "self.config.scale = self.config.scale", "{v} = {v}.to({v}.dtype)", "{v} = {v}[:]",
     "{v} = checkpoint.checkpoint(F.silu, {v}, use_reentrant=True)", "raise ValueError('as the module does')",
+    "y = F.gelu(h)", "u = g", "g, u = u, u", "h = a * a", "a = g * g", "g, u = s.chunk(2, -1)[0], s",
     "{v} = F.dropout({v}, 0.5, self.training)", "{v} = {v}.chunk(2, -1)[0].repeat(1, 1, 2)",
 )  # fmt: skip
 
@@ -96,6 +100,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "nothing": lambda mlp: None,
     "limit": lambda mlp: setattr(mlp, "limit", 0.1),
     "flag": lambda mlp: setattr(mlp, "flag", True),
+    "type": lambda mlp: setattr(mlp, "type", "gelu"),
     "configuration": lambda mlp: setattr(mlp.config, "scale", 2.0),
     "kept": lambda mlp: mlp.kept.append(0),
     "buffer": lambda mlp: mlp.register_buffer("scale", torch.ones(())),
@@ -121,11 +126,11 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @st.composite
 def sources(draw: st.DrawFn) -> str:
-    """A forward with up to three odd statements, alone, under a question or in a context."""
+    """A forward with up to three odd statements more or instead of its own, alone, under a question or in a context."""
     gate, product = (draw(st.sampled_from(kinds[:3]) | st.sampled_from(kinds)) for kinds in (GATES, PRODUCTS))
+    is_stacked = draw(st.booleans())
     lines = [
-        "g = self.gate_proj(x)",
-        "u = self.up_proj(x)",
+        *(STACKED if is_stacked else SEPARATE),
         f"a = {gate}",
         f"h = {product}",
         "y = self.down_proj(h)",
@@ -133,12 +138,13 @@ def sources(draw: st.DrawFn) -> str:
     ]
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, 5))
-        names = ["x", "g", "u", "a", "h", "y"][: at + 1]
+        names = ["x", *("sg" if is_stacked else "gu"), "a", "h", "y"][: at + 1]
         statement = draw(st.sampled_from(STATEMENTS)).format(v=draw(st.sampled_from(names)))
         around = draw(st.sampled_from((None, "if", "with")))
         if around is not None:
             statement = f"{around} {draw(st.sampled_from(QUESTIONS if around == 'if' else CONTEXTS))}: {statement}"
-        lines.insert(at + sum(line.startswith(("if", "with")) for line in lines[:at]), statement)
+        at += sum(line.startswith(("if", "with")) for line in lines[:at])
+        lines[at : at + draw(st.integers(0, 1))] = [statement]
     return "\n    ".join(["def forward(self, x):", *lines])
 
 
@@ -147,7 +153,8 @@ def made(source: str, activation: Callable[[], Any], fuse: bool) -> Any:
     exec(source, variables)
     torch.manual_seed(0)
     mlp = type("Unknown", (MLP,), {"forward": variables["forward"]})(activation()).double()
-    mlp.limit, mlp.flag, mlp.factor, mlp.calls, mlp.kept = None, False, 2.0, 0, []
+    mlp.gate_up_proj = nn.Linear(WIDTH, 2 * INNER, False).double()
+    mlp.limit, mlp.flag, mlp.factor, mlp.calls, mlp.kept, mlp.type = None, False, 2.0, 0, [], "silu"
     mlp.config = types.SimpleNamespace(scale=1.0)
     return with_lora(mlp, fuse)[0]["mlp"]
 

@@ -104,7 +104,7 @@ CHANGES = {
     hooks_down: "'down_proj' has hooks, which would not run",
     hooks_act: "'act_fn' has hooks, which would not run",
     replaces_forward: "'gate_proj' has a forward that was replaced (as accelerate's hooks do)",
-    replaces_activations_forward: "it calls 'act_fn', a GELU; only SiLU and GELU (exact or tanh) are fused",
+    replaces_activations_forward: "'act_fn' has a forward that was replaced (as accelerate's hooks do)",
     another_activation: "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused",
     a_function: "it calls relu",
     another_approximation: None,

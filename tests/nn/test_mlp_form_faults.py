@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import re
@@ -92,6 +93,14 @@ def without_autocast(self, x):
         return MLP.forward(self, x)
 
 
+def first(functions, x):
+    return functions[0](x)
+
+
+def squared(x):
+    return x * x
+
+
 def scale(mlp):
     mlp.register_buffer("scale", torch.tensor(3.0, dtype=torch.float64))
 
@@ -125,7 +134,12 @@ REFUSED = {
     "counts elsewhere": (
         of(after="self.config.count += 1"), {"config": types.SimpleNamespace(count=0)}, "changes its attributes",
     ),
-    "reads a projection": (asks("self.gate_proj.bias is None"), {}, "reads 'bias' of 'gate_proj' itself"),
+    "lists its dictionary": (asks("'limit' in list(vars(self))"), {"limit": 1}, "lists its attributes"),
+    "counts its dictionary": (asks("len(vars(self)) > 2"), {}, "lists its attributes"),
+    "unpacks its dictionary": (asks("'limit' in {**vars(self)}"), {"limit": 1}, "lists its attributes"),
+    "a list in a partial": (of("self.act"), {"act": functools.partial(first, [F.silu])}, "reads 'act', a partial"),
+    "a square": (lambda self, x: self.down_proj(squared(self.gate_proj(x)) * self.up_proj(x)), {}, "something else"),
+    "reads a projection": (asks("self.gate_proj.bias is None"), {}, "reads 'gate_proj.bias', a NoneType, which may change"),
     "calls one twice": (of(before="self.gate_proj(x)"), {}, "something else"),
     "closure": (of("self.act"), {"act": (lambda c: lambda x: c[0](x))([F.silu])}, "reads 'act', a function"),
 }  # fmt: skip
@@ -150,6 +164,7 @@ SAME = {
     "asks for no buffer": (asks("hasattr(self, 'scale')"), {}, "silu"),
     "asks its dictionary": (asks("'limit' in vars(self)"), {"limit": 1}, "gelu"),
     "reads from its dictionary": (asks("self.__dict__.get('limit') == 1"), {"limit": 1}, "gelu"),
+    "asks for what nn.Module has too": (asks("self.type == 'gelu'"), {"type": "gelu"}, "gelu"),
     "asks a configuration": (asks("self.config.act == 'gelu'"), {"config": types.SimpleNamespace(act="gelu")}, "gelu"),
     "an activation in place": (of("self.act_fn"), {"act_fn": nn.SiLU(inplace=True)}, "silu"),
     "gate in place": (of(before="silu(g, inplace=True)", gate=""), {}, "silu"),

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lab.peft_suite import hub
-from benchmarks.lab.peft_suite.plugin import ACCELERATE, OUTCOMES
+from tests.peft_suite import hub
+from tests.peft_suite.plugin import ACCELERATE, OUTCOMES
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "peft_suite.csv"
 SHA256 = {"0.21.2": "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e"}
 NEEDED = ("datasets", "diffusers", "parameterized", "scipy", "attr", "transformers", "pytest")
@@ -45,7 +45,7 @@ def command(files: Sequence[str], keyword: str) -> list[str]:
     options = [
         "-q",
         "-p",
-        "benchmarks.lab.peft_suite.plugin",
+        "peft_suite.plugin",
         "-p",
         "no:cacheprovider",
         "-o",
@@ -60,7 +60,8 @@ def environment(outcomes: Path, cache: Path, accelerate: bool, backend: str) -> 
     more = {
         OUTCOMES: str(outcomes),
         ACCELERATE: str(int(accelerate)),
-        "PYTHONPATH": str(ROOT),
+        # PEFT's package of tests has the name of this repository's.
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT))),
         "HF_HUB_CACHE": str(cache),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -122,7 +123,7 @@ def rows(off: dict[str, str], on: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.lab.peft_suite", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m tests.peft_suite", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     add("--files", nargs="+", choices=FILES, metavar="FILE", help="only these")

@@ -7,12 +7,12 @@ import tarfile
 
 import pytest
 
-from benchmarks.lab.peft_suite import __main__
+from tests.peft_suite import __main__
 
 pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 
-from benchmarks.lab.peft_suite import hub
-from benchmarks.lab.peft_suite import judge as suite
+from tests.peft_suite import hub
+from tests.peft_suite import judge as suite
 
 # One test that does not know of acceleration, one that does, one that fails anyway, and one that nobody asks for.
 TESTS = """

@@ -1,6 +1,6 @@
 """A pytest plugin for runs of PEFT's own tests: it accelerates every model and records outcomes.
 
-``benchmarks.lab.peft_suite`` loads it with ``-p benchmarks.lab.peft_suite.plugin`` and configures it through the environment.
+``tests.peft_suite`` loads it with ``-p peft_suite.plugin`` and configures it through the environment.
 """
 
 from __future__ import annotations

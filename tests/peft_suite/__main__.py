@@ -1,8 +1,8 @@
 """PEFT's own test suite as the judge of ``accelerate_peft``: its LoRA tests without acceleration and with it.
 
-    python -m benchmarks.lab.peft_suite            every file below; writes benchmarks/results/peft_suite.csv
-    python -m benchmarks.lab.peft_suite --quick    custom models and the low-level API, under 3 minutes; writes nothing
-    python -m benchmarks.lab.peft_suite --dry      say what would be run
+    python -m tests.peft_suite            every file below; writes benchmarks/results/peft_suite.csv
+    python -m tests.peft_suite --quick    custom models and the low-level API, under 3 minutes; writes nothing
+    python -m tests.peft_suite --dry      say what would be run
 
 The tests come from the installed PEFT's source distribution on PyPI, which is downloaded once, checked against
 its SHA-256 and unpacked into a temporary directory. Both runs go on side by side, one thread each. In the second, the
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.common.assets import Asset, AssetError, fetch_archive
 from benchmarks.common.tables import csv_text, write_text
-from benchmarks.lab.peft_suite.judge import (
+from tests.peft_suite.judge import (
     FILES,
     LORA,
     NEEDED,
