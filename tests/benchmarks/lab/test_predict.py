@@ -16,7 +16,7 @@ import triton
 
 from benchmarks.lab.compile_report import report
 from benchmarks.lab.compile_report.machine_code import sass_counts
-from benchmarks.lab.predict import __main__, ceilings, launch_time, layer_time, quantized
+from benchmarks.lab.predict import __main__, bytes_moved, ceilings, launch_time, layer_time, quantized
 from benchmarks.lab.predict.rivals import MLP, RIVALS, Shape, rival_mlp, rival_seconds
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES
@@ -296,6 +296,21 @@ def test_the_predictions_page_has_the_models_figures(monkeypatch):
             times.append(quantized.seconds(H100, s, kind, "dequantize"))
         cells = [f"{1e6 * forward:.0f} / {1e6 * backward:.0f}" for forward, backward in times]
         assert f"| {' | '.join([str(m), *cells])} |" in page
+
+
+def test_the_predictions_page_has_the_formulas_bytes():
+    page = (ROOT / "docs" / "internals" / "predictions.md").read_text(encoding="utf-8")
+    device = DEVICES["sm_90"]
+    row = bytes_moved.case_rows(device, bytes_moved.TARGET)[-1]
+    figures = f"{row['extra X, Y passes']:.1f}; {row['extra passes']:.2f} with partial sums and small tensors"
+    assert figures in page
+    for ns, words in zip(
+        bytes_moved.PROJECTIONS, ("q, k and v of an 8B Llama, 8,192 rows", "gate and up"), strict=True
+    ):
+        apart, together = bytes_moved.group_rows(device, bytes_moved.Group(8192, ns, 4096, 16))
+        figures = f"{together['launches']} launches and {together['unique'] / 1e9:.2f} GB; "
+        figures += f"apart {apart['launches']} and {apart['unique'] / 1e9:.2f} GB"
+        assert f"| `fuse_projections`, {words} | {figures} |" in page
 
 
 def test_the_fusing_guide_has_the_models_figures():

@@ -21,7 +21,6 @@ from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.settings import use_kernel
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
 from stablelora_kernels.launch.dry_run import group_launches, mlp_launches
-from tests.helpers.processes import ROOT
 
 pytestmark = [
     pytest.mark.skipif(not backend.INTERPRETING, reason="bytes are counted in the interpreter only"),
@@ -397,18 +396,3 @@ def test_the_command_writes_all_rows(tmp_path, monkeypatch, capsys):
         assert whole.kernel == "all" and whole.launches == len(launches)
         assert whole.read_issued == sum(launch.read_issued for launch in launches)
     assert [*groups.arm] == ["apart", "together"] and len(mlps) == 4 and len(optimizer) == 1
-
-
-def test_the_predictions_page_has_these_figures():
-    page = (ROOT / "docs" / "internals" / "predictions.md").read_text(encoding="utf-8")
-    device = DEVICES["sm_90"]
-    row = bytes_moved.case_rows(device, bytes_moved.TARGET)[-1]
-    figures = f"{row['extra X, Y passes']:.1f}; {row['extra passes']:.2f} with partial sums and small tensors"
-    assert figures in page
-    for ns, words in zip(
-        bytes_moved.PROJECTIONS, ("q, k and v of an 8B Llama, 8,192 rows", "gate and up"), strict=True
-    ):
-        apart, together = bytes_moved.group_rows(device, Group(8192, ns, 4096, 16))
-        figures = f"{together['launches']} launches and {together['unique'] / 1e9:.2f} GB; "
-        figures += f"apart {apart['launches']} and {apart['unique'] / 1e9:.2f} GB"
-        assert f"| `fuse_projections`, {words} | {figures} |" in page
