@@ -206,7 +206,7 @@ PLANTED = [
     ("benchmarks/common/models.py", "from stablelora_kernels import reference", "import reference/"),
     ("stablelora_kernels/testing.py", "from stablelora_kernels.cli.bench import layer_arms", "only tests import cli/"),
     ("benchmarks/common/models.py", "def f():\n    import stablelora_kernels.cli.bench", "only tests import cli/"),
-    ("benchmarks/suite/layers.py", "from benchmarks.lab.traffic import formula", "only benchmarks.lab, its tests"),
+    ("benchmarks/suite/layers.py", "from benchmarks.lab.predict import formula", "only benchmarks.lab, its tests"),
     ("tests/benchmarks/test_suite.py", "import benchmarks.lab.page.page", "only benchmarks.lab, its tests"),
     ("benchmarks/suite/layers.py", "from tests.helpers.oracle import check", "only tests import tests"),
 ]  # fmt: skip
@@ -216,7 +216,7 @@ PLANTED = [
 def test_a_planted_import_is_found(path, wrong, rule):
     known = ["kernels/common", "launch/base", "dispatch/rules", "reference/__init__", "optim/__init__"]
     files = dict.fromkeys((f"stablelora_kernels/{name}.py" for name in known), "")
-    files |= dict.fromkeys(("benchmarks/lab/traffic/formula.py", "tests/helpers/oracle.py"), "")
+    files |= dict.fromkeys(("benchmarks/lab/predict/formula.py", "tests/helpers/oracle.py"), "")
     found = violations(files | {path: f'"""What it does."""\n\n{wrong}\n'})
     line = 3 + wrong.count("\n")
     assert any(text.startswith(f"{path}:{line}: ") and rule in text for text in found), found

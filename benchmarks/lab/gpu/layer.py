@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lab.cost_model import predict
-from benchmarks.lab.cost_model.predict import BF16, Shape
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Arms, Device
 from benchmarks.lab.gpu.load import LOAD
 from benchmarks.lab.gpu.section import SKIPPED, Clock, Row, Unit, capture_all, note_of, time_arms
+from benchmarks.lab.predict import layer_time
+from benchmarks.lab.predict.rivals import BF16, Shape
 from benchmarks.suite.layers import peft_layer
 from stablelora_kernels.testing import layer_arms
 
@@ -49,7 +49,7 @@ def shapes(dry: bool) -> list[Shape]:
         return [Shape(16, 32, 32, 8, True, False), Shape(70, 32, 32, 8, False, False)]
     every = [
         Shape(m, n, k, r, p, False)
-        for (n, k), m, r, p in product(predict.SIZES, predict.ROWS, predict.RANKS, (True, False))
+        for (n, k), m, r, p in product(layer_time.SIZES, layer_time.ROWS, layer_time.RANKS, (True, False))
     ]
     return sorted(every, key=priority)
 
@@ -62,7 +62,7 @@ def priority(s: Shape) -> tuple[int, ...]:
         return (0 if in_target else 1, 0, 0, -s.m)
     rows = 0 if s.m in (64, 2048, 8192) else 1
     tier = 2 + rows + (0 if size == 0 else 2 * size) + (0 if s.r == TARGET_R else 1)
-    return (tier, size, predict.RANKS.index(s.r), -s.m)
+    return (tier, size, layer_time.RANKS.index(s.r), -s.m)
 
 
 def key_of(s: Shape) -> Row:

@@ -15,11 +15,11 @@ import torch
 
 import stablelora_kernels as slk
 from benchmarks.common import optimizers
-from benchmarks.lab.cost_model.predict import BF16, Shape
 from benchmarks.lab.gpu import section, step, tools
 from benchmarks.lab.gpu.device import Device
 from benchmarks.lab.gpu.layer import TARGET_R, TARGET_SIZE, Layers
 from benchmarks.lab.gpu.section import FAILED, NO_GPU, OK, Clock, Row, Unit
+from benchmarks.lab.predict.rivals import BF16, Shape
 from stablelora_kernels.launch.base import launch_counts
 
 COLUMNS = ("check", "what", "subject", "status", "figure", "expected", "note", "dry")

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 import stablelora_kernels as slk
-from benchmarks.lab.cost_model.predict import BF16, Shape, call_of
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Device
 from benchmarks.lab.gpu.layer import SECONDS, Layers, key_of, priority, shapes
 from benchmarks.lab.gpu.load import LOAD
 from benchmarks.lab.gpu.report import PRODUCT, S_ALONE, VENDOR
 from benchmarks.lab.gpu.section import Calls, Clock, Row, Unit, capture_all, time_columns
+from benchmarks.lab.predict.layer_time import call_of
+from benchmarks.lab.predict.rivals import BF16, Shape
 from stablelora_kernels.dispatch.problem import device_of
 from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
 from stablelora_kernels.launch.lora_common import forward_product, shrink

@@ -240,7 +240,7 @@ class Summary:
         parts = [
             *self.parts,
             ("Sections", ["```", *self.status, "```"]),
-            ("Predictions", ["`python -m benchmarks.lab.cost_model` compares its predictions with layer.csv."]),
+            ("Predictions", ["`python -m benchmarks.lab.predict` compares its predictions with layer.csv."]),
             ("Machine", facts),
             ("Command", [f"`{command}`", "", f"{seconds:.0f} s."]),
         ]

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 import stablelora_kernels as slk
-from benchmarks.lab.cost_model.predict import Shape
 from benchmarks.lab.gpu.device import CudaDevice, Device
 from benchmarks.lab.gpu.layer import TARGET_R, TARGET_SIZE, Layers
 from benchmarks.lab.gpu.section import NO_GPU, NOTE_LENGTH, ROOT, SKIPPED, Clock, Row
+from benchmarks.lab.predict.rivals import Shape
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 # CUDA's installers put the tools here.

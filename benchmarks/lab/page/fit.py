@@ -2,14 +2,14 @@
 
     python -m benchmarks.lab.page.fit
 
-Frozen weights, adapters and logits come from ``cluster_plan``, and what a layer keeps for backward from ``memory``.
+Frozen weights, adapters and logits come from ``examples.cluster_plan``, and what a layer keeps for backward from ``memory``.
 """
 
 from __future__ import annotations
 
 from benchmarks.common.tables import markdown
-from benchmarks.lab.cost_model.cluster_plan import ADAPTER, BF16, LOGITS, MODELS, NF4, Model, count
 from benchmarks.lab.page.memory import FUSED, PEFT, saved_mib
+from examples.cluster_plan import ADAPTER, BF16, LOGITS, MODELS, NF4, Model, count
 
 # From the models' published config.json; Qwen3's norms of queries and keys are left out.
 SHAPES = {

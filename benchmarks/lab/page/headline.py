@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.common.plot_style import BLUE, GREEN, GREY, STYLE, plt, save
 from benchmarks.common.tables import RESULTS, read_csv
-from benchmarks.lab.cost_model.__main__ import SLOW
 from benchmarks.lab.page.memory import ACCELERATED, FROZEN, FUSED, PEFT, saved_mib
+from benchmarks.lab.predict.ceilings import SLOW
 
 FIGURE = RESULTS.parents[1] / "docs" / "_static" / "headline.png"
 BARS = {

@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from benchmarks.lab.cost_model.predict import Shape
 from benchmarks.lab.gpu import correctness, device, layer, load, profile, regret, report, sanitizers, tools
 from benchmarks.lab.gpu.section import Clock
+from benchmarks.lab.predict.rivals import Shape
 from stablelora_kernels.dispatch import backend
 from tests.helpers import gpu_checks
 

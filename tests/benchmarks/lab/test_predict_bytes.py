@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import sys
-from collections import Counter
-
 import pytest
 import torch
 
-from benchmarks.lab.traffic import __main__
-
+pytest.importorskip("pandas", reason="tables need the bench extra")
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
+import pandas as pd
 
-from benchmarks.lab.traffic import counter as t
-from benchmarks.lab.traffic import floors, formula, mlp, report
-from benchmarks.lab.traffic.group import REAL, Group, group_row
-from benchmarks.lab.traffic.report import BF16, FP16, FP32, Case, Set
+from benchmarks.lab.predict import bytes_moved, formula
+from benchmarks.lab.predict.bytes_moved import BF16, FP16, FP32, Case, Group, Set
+from benchmarks.lab.predict.counter import counted
+from benchmarks.lab.predict.layer_time import one_op
+from benchmarks.lab.predict.rivals import MLP
 from stablelora_kernels.dispatch import backend, problem, tiles
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.dispatch.settings import use_kernel
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
-from stablelora_kernels.launch.dry_run import group_launches
+from stablelora_kernels.launch.dry_run import group_launches, mlp_launches
 
 pytestmark = [
     pytest.mark.skipif(not backend.INTERPRETING, reason="bytes are counted in the interpreter only"),
@@ -41,15 +38,21 @@ def tiny_tiles(monkeypatch):
     monkeypatch.setattr(problem, "SMALL_M", 16)
 
 
-def compare(arch: str, case: Case) -> list[str]:
-    """Runs a case's launches; each must move what the formula says, tensor by tensor. The kernels' names."""
-    forward, backward = report.launches(DEVICES[arch], case, "cpu")
-    with t.counted() as found:
-        for launch in (*forward, *backward):
+def compare(*ways):
+    """What launches move, counted, which must be what the formula says, tensor by tensor."""
+    made = [launch for way in ways for launch in way]
+    with counted() as found:
+        for launch in made:
             launch.run(CPU)
-    for launch, seen in zip((*forward, *backward), found, strict=True):
-        assert seen.tensors == formula.formula_by_tensor(launch), seen.kernel
+    for launch, seen in zip(made, found, strict=True):
+        assert seen.tensors == formula.formula_by_tensor(launch), (seen.kernel, launch.variant)
         assert seen.traffic == formula.formula(launch), seen.kernel
+    return found
+
+
+def compare_case(arch: str, case: Case) -> list[str]:
+    """The names of a case's kernels, compared."""
+    found = compare(*bytes_moved.launches(DEVICES[arch], case, "cpu"))
     return [seen.kernel.removeprefix("_").removesuffix("_kernel") for seen in found]
 
 
@@ -61,14 +64,14 @@ def compare(arch: str, case: Case) -> list[str]:
     [(35, 53, 39, 20, (BF16, FP32)), (34, 48, 72, 32, (FP16, FP16)), (33, 40, 56, 1, (FP32, FP32))],
 )
 def test_the_formula_counts_right_at_tiny_tiles(m, n, k, r, dtypes, kernel, p, arch, tiny_tiles):
-    compare(arch, Case(m, n, k, r, p, *dtypes, kernel=kernel))
+    compare_case(arch, Case(m, n, k, r, p, *dtypes, forced=kernel))
 
 
 @pytest.mark.parametrize("kernel", ["split", "vendor"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_the_formula_counts_loops_over_ranks(kernel, arch, tiny_tiles):
     """Three blocks of 32 ranks, the last one partly there."""
-    names = compare(arch, Case(35, 56, 40, 75, 0.3, kernel=kernel))
+    names = compare_case(arch, Case(35, 56, 40, 75, 0.3, forced=kernel))
     expected = {"split": "lora_linear_tma" if arch == "sm_90" else "lora_linear", "vendor": "lora_expand"}
     assert names.count(expected[kernel]) == 2 and names.count("lora_shrink") == 2
 
@@ -91,12 +94,7 @@ GROUPS = (
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group.m} r{group.r} p{group.p}")
 def test_the_formula_counts_projections_that_share_x(group, arch):
     m, ns, k, r, p, dtype = group
-    made = [launch for way in group_launches(DEVICES[arch], m, ns, k, r, dtype, FP32, p, "cpu") for launch in way]
-    with t.counted() as found:
-        for launch in made:
-            launch.run(CPU)
-    for launch, seen in zip(made, found, strict=True):
-        assert seen.tensors == formula.formula_by_tensor(launch), seen.kernel
+    compare(*group_launches(DEVICES[arch], m, ns, k, r, dtype, FP32, p, "cpu"))
 
 
 def test_sharing_x_saves_its_reads_and_the_sums_of_its_gradients():
@@ -104,11 +102,52 @@ def test_sharing_x_saves_its_reads_and_the_sums_of_its_gradients():
 
     The vendor's product for k and v, and the branch onto it, are two launches, with S's of its own or without.
     """
-    device = DEVICES["sm_90"]
-    row = group_row(device, Group(8192, (4096, 1024, 1024), 4096, 16))
-    assert (row["launches_apart"], row["launches"]) == (14, 13)
-    assert row["activation_passes_apart"] - row["activation_passes"] == 8
-    assert row["unique"] < 0.7 * row["unique_apart"]
+    apart, together = bytes_moved.group_rows(DEVICES["sm_90"], Group(8192, (4096, 1024, 1024), 4096, 16))
+    assert (apart["launches"], together["launches"]) == (14, 13)
+    assert apart["X, Y passes"] - together["X, Y passes"] == 8
+    assert together["unique"] < 0.7 * apart["unique"]
+
+
+# Descriptors and pointers; ranks that fill no block and several blocks; the vendor's products; few rows.
+MLPS = [
+    (136, 72, 264, 136, 16, 0.0, BF16, "split"),
+    (136, 72, 264, 136, 20, 0.3, BF16, "split"),
+    (70, 67, 75, 71, 3, 0.3, BF16, "split"),
+    (70, 72, 136, 40, 80, 0.0, BF16, "split"),
+    (9, 72, 136, 40, 8, 0.3, BF16, "auto"),
+    (70, 72, 136, 40, 8, 0.0, BF16, "chained"),
+    (70, 72, 136, 40, 8, 0.3, FP32, "auto"),
+    (70, 72, 136, 40, 80, 0.3, BF16, "vendor"),
+]
+LLAMA = MLP(2048, 4096, 14336, 16)
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("m", "n", "f", "k", "r", "p", "dtype", "kernel"), MLPS, ids=str)
+def test_the_formula_counts_an_mlp(m, n, f, k, r, p, dtype, kernel, arch):
+    with use_kernel(kernel):
+        ways = mlp_launches(DEVICES[arch], m, n, f, k, r, dtype, FP32, p, "silu", "cpu")
+    compare(*ways)
+
+
+def test_one_op_moves_less():
+    """G, U and H are written by one kernel, dG and dU by another: neither H nor dH is read or written for the activation."""
+    rows = {(row["arm"], row["pass"]): row for row in bytes_moved.mlp_rows(DEVICES["sm_90"], LLAMA)}
+    for way, launches, passes, unique in (("forward", (4, 3), 2, 0.9), ("backward", (5, 4), 3, 0.8)):
+        apart, one = rows["three layers", way], rows["one op", way]
+        assert (apart["launches"], one["launches"]) == launches
+        assert apart["[M, F] passes"] - one["[M, F] passes"] == passes
+        assert one["unique"] < unique * apart["unique"]
+    assert rows["three layers", "forward"]["[M, F] passes"] == 6
+    # dA's programs read G and U for themselves, where H was read once.
+    assert apart["[M, F] passes"] - one["reader passes"] == 1
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_no_launch_of_an_mlp_is_elementwise(arch):
+    names = [launch.kernel.__name__ for way in one_op(DEVICES[arch], LLAMA) for launch in way]
+    assert "_gated_activation_kernel" not in names
 
 
 @pytest.mark.covering(1)
@@ -125,13 +164,15 @@ def test_sharing_x_saves_its_reads_and_the_sums_of_its_gradients():
         (Case(70, 137, 75, 128, 0.1), "linear linear"),
         (Case(40, 100, 136, 16, dtype=FP32), "vendor expand vendor expand weight_grads"),
         (Case(550, 24, 40, 80, 0.1), "linear linear"),
-        (Case(550, 24, 40, 80, 0.1, kernel="split"), "shrink linear shrink linear"),
-        (Case(70, 136, 264, 16, 0.1, kernel="split"), "shrink linear shrink linear"),
-        (Case(550, 24, 40, 80, 0.1, kernel="vendor"), "vendor shrink expand vendor shrink expand weight_grads"),
+        (Case(550, 24, 40, 80, 0.1, forced="split"), "shrink linear shrink linear"),
+        (Case(70, 136, 264, 16, 0.1, forced="split"), "shrink linear shrink linear"),
+        (Case(550, 24, 40, 80, 0.1, forced="vendor"), "vendor shrink expand vendor shrink expand weight_grads"),
     ],
 )
 def test_the_formula_counts_right_at_the_tables_tiles(case, expected, arch):
-    names = [name.removeprefix("lora_").removeprefix("linear_").removesuffix("_tma") for name in compare(arch, case)]
+    names = [
+        name.removeprefix("lora_").removeprefix("linear_").removesuffix("_tma") for name in compare_case(arch, case)
+    ]
     assert " ".join("linear" if name == "tma" else name for name in names) == expected
 
 
@@ -141,10 +182,10 @@ def test_the_cases_above_share_sums():
         (Case(5, 330, 1300, 3), "split_k"),
         (Case(17, 100, 1100, 40, 0.3), "split_k shrink"),
         (Case(550, 24, 40, 80), "dB dA"),
-        (Case(550, 24, 40, 80, kernel="vendor"), "weight_grads"),
+        (Case(550, 24, 40, 80, forced="vendor"), "weight_grads"),
     ):
         shared = set()
-        for launch in (launch for made in report.launches(DEVICES["sm_90"], case) for launch in made):
+        for launch in (launch for made in bytes_moved.launches(DEVICES["sm_90"], case) for launch in made):
             if not hasattr(launch, "kernel"):
                 continue
             arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
@@ -169,14 +210,10 @@ def test_few_of_the_gradients_and_no_rows():
                 DEVICES["sm_90"], x[:rows] if need_a else None, dy[:rows], w, a, b, s[:rows] if need_b else None, None, None,
                 a.clone() if need_a else None, b.clone() if need_b else None, scaling=1.0, dropout_p=0.0,
             )  # fmt: skip
-            with t.counted() as found:
-                for launch in made:
-                    launch.run(CPU)
-            assert [seen.tensors for seen in found] == [formula.formula_by_tensor(launch) for launch in made]
             results = [
-                report.written_issued
-                for seen in found
-                for name, report in seen.tensors.items()
+                moved.written_issued
+                for seen in compare(made)
+                for name, moved in seen.tensors.items()
                 if {"da", "db", "grad"} & set(name.split("="))
             ]
             assert sum(results) == 4 * (8 * 24 * need_a + 20 * 8 * need_b)
@@ -194,11 +231,7 @@ def test_the_branch_alone(m, r, p):
     da, db, dy = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(y)
     forward = lora_branch.forward_launches(DEVICES["sm_90"], base, x, a, b, s, y, seed, 1.0, p)
     backward = lora_branch.backward_launches(DEVICES["sm_90"], x, dy, a, b, s, seed, dx, da, db, 1.0, p)
-    with t.counted() as found:
-        for launch in (*forward, *backward):
-            launch.run(CPU)
-    assert [seen.tensors for seen in found] == [formula.formula_by_tensor(launch) for launch in (*forward, *backward)]
-    by_name = found[len(forward) - 1].tensors
+    by_name = compare(forward, backward)[len(forward) - 1].tensors
     assert by_name["base"] == (m * 56 * 2, 0, m * 56 * 2, 0) and by_name["y"] == (0, m * 56 * 2, 0, m * 56 * 2)
 
 
@@ -240,7 +273,7 @@ def test_quantized_weights(kind, m, n, k, blocksize, nested, dtype, p):
         *launch.forward_launches(device, x, weight.stored, bias, a, b, s, y, seed, 1.0, p),
         *launch.backward_launches(device, x, dy, weight.stored, a, b, s, seed, dx, da, db, 1.0, p),
     ]
-    with t.counted() as found:
+    with counted() as found:
         for launch in launches:
             launch.run(CPU)
     for launch, seen in zip(launches, found, strict=True):
@@ -267,15 +300,13 @@ def test_a_broadcast_operand_is_unique_once():
     a, b = torch.zeros(8, 64), torch.zeros(48, 8)
     choice = Choice("fused", "")
     (launch,) = forward_launches(DEVICES["sm_90"], x, w, None, a, b, None, y, None, 1.0, 0.0, choice)
-    with t.counted() as found:
-        launch.run(CPU)
-    assert found[0].tensors == formula.formula_by_tensor(launch)
-    assert found[0].tensors["x"] == (70 * 64 * 2, 0, 64 * 2, 0)
+    (seen,) = compare([launch])
+    assert seen.tensors["x"] == (70 * 64 * 2, 0, 64 * 2, 0)
 
 
 def test_meta_and_real_tensors_give_one_formula():
-    for case in (*report.SMALL, *report.SMALL_QUANTIZED):
-        real, meta = (report.launches(DEVICES["sm_90"], case, where) for where in ("cpu", "meta"))
+    for case in bytes_moved.SMALL:
+        real, meta = (bytes_moved.launches(DEVICES["sm_90"], case, where) for where in ("cpu", "meta"))
         for one, other in zip((*real[0], *real[1]), (*meta[0], *meta[1]), strict=True):
             assert formula.formula_by_tensor(one) == formula.formula_by_tensor(other)
 
@@ -284,13 +315,17 @@ def test_meta_and_real_tensors_give_one_formula():
 
 
 def test_floors_by_hand():
-    assert floors.floor_frozen_forward(2, 3, 5, BF16) == (2 * (10 + 15 + 3), 12, 2 * (10 + 15 + 3), 12)
-    assert floors.floor_frozen_forward(2, 3, 5, BF16, bias=False).read_unique == 2 * (10 + 15)
-    assert floors.floor_frozen_backward(2, 3, 5, BF16)[:2] == (2 * (6 + 15), 20)
-    forward, backward = floors.floor_lora(2, 3, 5, 1, BF16, FP32, dropout=True)
-    assert forward[:2] == (2 * (10 + 15 + 3) + 4 * 8 + 8, 12)
-    assert backward[:2] == (2 * (6 + 15 + 10) + 4 * 8 + 8, 20 + 4 * 8)
-    assert floors.floor_optimizer([3, 5], [2, 4])[:2] == (2 * (6 + 20) + 8 * 8, 26 + 8 * 8)
+    """Forward and backward, in bfloat16 with a bias: X of 10 elements, W of 15, Y of 6; A and B of 8 in float32."""
+    frozen = 2 * (10 + 15 + 3 + 6) + 2 * (6 + 15 + 10)
+    assert Case(2, 3, 5, 1).floors() == (frozen + 4 * 8 + (2 * 10 + 4 * 8 + 4 * 8), frozen)
+    assert Case(2, 3, 5, 1, 0.1, lora_dtype=BF16).floors() == (
+        frozen + 2 * 8 + (2 * 10 + 2 * 8 + 2 * 8) + 2 * 8,
+        frozen,
+    )
+    # Half a byte an element, a byte of scale for 64, and 4 bytes for 256 of those; a byte an element, 4 bytes of scale a row.
+    plain = Case(2, 64, 64, 1).floors()[1] - 2 * 2 * 64 * 64
+    assert Case(2, 64, 64, 1, quantized="nf4").floors()[1] == plain + 2 * (64 * 32 + 64 + 4)
+    assert Case(2, 64, 64, 1, quantized="fp8").floors()[1] == plain + 2 * (64 * 64 + 4 * 64)
 
 
 @pytest.mark.covering
@@ -298,21 +333,22 @@ def test_floors_by_hand():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kernel", ["chained", "split"])
 def test_no_launch_touches_less_than_the_floor(kernel, case, arch):
-    row = report.case_rows(DEVICES[arch], case._replace(kernel=kernel), count=True)[-1]
-    assert row["launches"] == (4 if kernel == "split" else 2)
+    *launches, row = bytes_moved.case_rows(DEVICES[arch], case._replace(forced=kernel), counting=True)
+    assert row["launches"] == len(launches) == (4 if kernel == "split" else 2)
+    assert {launch["formula"] for launch in launches} == {"equal"}
     assert row["read_unique"] + row["written_unique"] > row["floor"] > row["floor_frozen"]
-    assert 1 < row["unique_to_floor"] < row["issued_to_floor"]
+    assert 1 < row["unique / floor"] < row["issued / floor"]
     # Forward's S, dS with dB, and dA. In a chained launch the first two read what the product reads as well.
     expected = 2 + case.n / case.k if kernel == "split" else 1
-    assert row["extra_activation_passes"] == pytest.approx(expected, abs=1e-4)
-    assert row["extra_passes"] > row["extra_activation_passes"]
+    assert row["extra X, Y passes"] == pytest.approx(expected, abs=1e-4)
+    assert row["extra passes"] > row["extra X, Y passes"]
 
 
 def test_activation_passes_at_the_target_do_not_grow():
     """The figure for all tensors, with S and the shared sums, is a little above; the benchmark prints both."""
-    row = report.case_rows(DEVICES["sm_90"], report.TARGET, count=False)[-1]
-    assert row["extra_activation_passes"] <= report.PASSES_TARGET
-    assert row["extra_passes"] < report.PASSES_TARGET + 0.27
+    row = bytes_moved.case_rows(DEVICES["sm_90"], bytes_moved.TARGET)[-1]
+    assert row["extra X, Y passes"] <= bytes_moved.PASSES_TARGET
+    assert row["extra passes"] < bytes_moved.PASSES_TARGET + 0.27
     assert row["launches"] == 4
 
 
@@ -327,12 +363,11 @@ def test_activation_passes_at_the_target_do_not_grow():
     ],
 )
 def test_the_optimizer_is_close_to_its_floor(tensors):
-    counted, formula = report.optimizer_rows(tensors)
-    assert {key: counted[key] for key in report.MOVED} == {key: formula[key] for key in report.MOVED}
-    assert counted["launches"] == 1
-    assert 1 < counted["unique_to_floor"] <= counted["issued_to_floor"] <= report.OPTIMIZER_TARGET
+    row = bytes_moved.optimizer_row(tensors)
+    assert row["launches"] == 1
+    assert 1 < row["unique / floor"] <= row["issued / floor"] <= bytes_moved.OPTIMIZER_TARGET
     elements = 2 * tensors.pairs * tensors.r * tensors.width + sum(tensors.others)
-    touched = dict(part.split(":") for part in counted["unique_by_tensor"].split())
+    touched = dict(part.split(":") for part in row["unique_by_tensor"].split())
     size = tensors.dtype.itemsize
     for name, one_byte in (("p", 2 * size), ("g", size), ("m", 8), ("v", 8)):
         assert int(touched[name]) == one_byte * elements
@@ -340,58 +375,24 @@ def test_the_optimizer_is_close_to_its_floor(tensors):
 
 
 def test_the_command_writes_all_rows(tmp_path, monkeypatch, capsys):
-    """With one case of each table, as the whole takes half a minute."""
-    path = tmp_path / "traffic.csv"
-    for name, cases in {
-        "SMALL": __main__.SMALL[7:8], "REAL": (report.TARGET,), "SETS": __main__.SETS[:1],
-        "SMALL_QUANTIZED": __main__.SMALL_QUANTIZED[:1], "REAL_QUANTIZED": __main__.REAL_QUANTIZED[:1],
-    }.items():  # fmt: skip
-        monkeypatch.setattr(__main__, name, cases)
-    assert __main__.main(["--csv", str(path), "--device", "sm_80"]) == 0
+    """With one case of each table, as the whole takes a minute."""
+    for name, place in {
+        "SMALL": slice(7, 8),
+        "REAL": slice(1),
+        "SETS": slice(1),
+        "GROUPS": slice(1),
+        "MLPS": slice(1),
+    }.items():
+        monkeypatch.setattr(bytes_moved, name, getattr(bytes_moved, name)[place])
+    bytes_moved.main(["--out", str(tmp_path), "--device", "sm_80"])
     printed = capsys.readouterr().out
     assert "DIFFERENT" not in printed and "equal" in printed
     assert "target at most 1.02: met" in printed and "target at most 3" in printed
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["source"] for row in rows} == {"counted", "formula"}
-    operations = {"lora_linear", "lora_linear_group", "lora_linear_quantized", "lora_mlp", "stable_adamw"}
-    assert {row["operation"] for row in rows} == operations
-    # A small case counted and by formula, a real one by formula; a set of the optimizer's both ways; the groups by formula.
-    totals = Counter(row["operation"] for row in rows if row["kernel"] == "all")
-    layers = {
-        "lora_linear": 3,
-        "lora_linear_quantized": 3,
-        "lora_linear_group": len(REAL),
-        "lora_mlp": 2 * len(mlp.REAL),
-    }
-    assert totals == layers | {"stable_adamw": 2}
-
-
-def test_without_the_interpreter_the_command_starts_again_with_it(monkeypatch):
-    seen = []
-
-    def replaced(path, arguments, environment):
-        seen.append((path, arguments, environment["TRITON_INTERPRET"]))
-        raise SystemExit
-
-    monkeypatch.setattr(backend, "INTERPRETING", False)
-    monkeypatch.setattr(os, "execve", replaced)
-    with pytest.raises(SystemExit):
-        __main__.main(["--device", "sm_80"])
-    assert seen == [(sys.executable, [sys.executable, "-m", "benchmarks.lab.traffic", "--device", "sm_80"], "1")]
-
-
-def test_the_committed_table_is_of_this_code():
-    """Its formula rows; what is counted is compared with the formula above."""
-    with report.RESULT.open(newline="", encoding="utf-8") as file:
-        rows = [
-            row for row in csv.DictReader(file) if row["source"] == "formula" and row["operation"] != "stable_adamw"
-        ]
-    device = DEVICES[rows[0]["device"]]
-    cases = (*report.SMALL, *report.REAL, *report.SMALL_QUANTIZED, *report.REAL_QUANTIZED)
-    made = [row for case in cases for row in report.case_rows(device, case, count=False)]
-    made += report.group_rows(device)[0] + report.mlp_rows(device)[0]
-    keys = ("M", "N", "K", "r", "dtypes", "pass", "kernel", "launches", *report.MOVED)
-    keys += ("launches_apart", "unique", "unique_apart", "activation_passes", "activation_passes_apart", "saved")
-    keys += ("wide_passes", "wide_passes_apart", "wide_passes_of_readers")
-    assert [[row[key] for key in keys] for row in rows] == [[str(row.get(key, "")) for key in keys] for row in made]
+    counted, layers, groups, mlps, optimizer = (
+        pd.read_csv(tmp_path / f"{name}.csv") for name in ("counted", "layers", "groups", "mlps", "optimizer")
+    )
+    for rows in (counted, layers):
+        *launches, whole = rows.itertuples()
+        assert whole.kernel == "all" and whole.launches == len(launches)
+        assert whole.read_issued == sum(launch.read_issued for launch in launches)
+    assert [*groups.arm] == ["apart", "together"] and len(mlps) == 4 and len(optimizer) == 1

@@ -1,8 +1,8 @@
 """Predicted times of a LoRA layer on a weight in 4 or 8 bits: dequantized in the product's loop, or first. Nothing is measured.
 
-    python -m benchmarks.lab.cost_model.quantized [--gpu h100] [--count]
+    python -m benchmarks.lab.predict.quantized [--gpu h100] [--count]
 
-As ``benchmarks.lab.cost_model``, with one more ceiling: a weight's element takes so many instructions each time that it is
+As ``benchmarks.lab.predict``, with one more ceiling: a weight's element takes so many instructions each time that it is
 dequantized, and so many of them go to memory, which takes a quarter as many a clock. Both are counted in sm_90's machine code,
 in which ``--count`` counts them anew. Only a GPU can tell whether they run beside the matrix instructions or take turns with
 them, so both are given. Values of a code are taken to be found in the first cache.
@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
+import pandas as pd
 import torch
 
-from benchmarks.common.tables import aligned
-from benchmarks.lab.cost_model import predict
-from benchmarks.lab.cost_model.gpu import Gpu, load_gpu
-from benchmarks.lab.cost_model.launch_time import values, work
-from benchmarks.lab.cost_model.predict import BF16, call_of
-from benchmarks.lab.cost_model.rivals import Shape
-from benchmarks.lab.traffic.formula import formula_by_tensor, total
+from benchmarks.lab.predict import layer_time
+from benchmarks.lab.predict.ceilings import Gpu, load_gpu
+from benchmarks.lab.predict.formula import arguments_of, formula_by_tensor, total
+from benchmarks.lab.predict.launch_time import work
+from benchmarks.lab.predict.layer_time import DIRECTIONS, call_of
+from benchmarks.lab.predict.rivals import BF16, Shape
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice, choose_quantized
 from stablelora_kernels.launch.dry_run import quantized_launches
 
 KINDS = ("nf4", "fp8")
-DIRECTIONS = ("forward", "backward")
 ROWS = (1, 16, 64, 128, 192, 256, 320, 384, 512, 1024, 2048, 8192)
 SIZES = ((4096, 4096), (14336, 4096))
 # Instructions for an element of W, and those of them to memory, by what computes it and the rows of its tile.
@@ -82,16 +82,16 @@ def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
     """One launch. Dequantizing either overlaps with the products or takes turns with them."""
     name = name_of(launch)
     if name is None:
-        return predict.launch_seconds(gpu, launch)
-    v = values(launch)
+        return layer_time.launch_seconds(gpu, launch)
+    v = arguments_of(launch)
     found = formula_by_tensor(launch)
     moved = total(traffic for tensor, traffic in found.items() if tensor not in ("code", "nested_code"))
-    product = not name.startswith("dequantize")
-    times = -(-v["M"] // v["BLOCK_M"]) if product else 1
+    in_loop = not name.startswith("dequantize")
+    times = -(-v["M"] // v["BLOCK_M"]) if in_loop else 1
     instructions, to_memory = COUNTS[name]
     elements = v["N"] * v["K"] * times * max(instructions, 4 * to_memory) / gpu.issue_rate
-    units, operations, _ = work(launch, gpu.narrow_columns) if product else (0, 0.0, 0.0)
-    products = operations / gpu.matrix_rate["bf16"]
+    units, operations, _ = work(launch, gpu.narrow_columns) if in_loop else (0, 0.0, 0.0)
+    products = operations / gpu.matrix_rate
     gap = gpu.overlapped_launch if launch.options.get("launch_pdl") else gpu.launch
     return gap + max(
         moved.unique / gpu.bandwidth,
@@ -113,18 +113,23 @@ def chosen(gpu: Gpu, s: Shape, kind: str, direction: str) -> str:
     return choose_quantized(DEVICES[gpu.arch], call_of(s, direction), 4 if kind == "nf4" else 8).kernel
 
 
-def table(gpu: Gpu, n: int, k: int, kind: str) -> list[str]:
+def table(gpu: Gpu, n: int, k: int, kind: str) -> pd.DataFrame:
     """Microseconds of forward and backward, and dispatch's choice."""
-    ways = ("plain W", "in loop", "in turns", "first", "taken")
-    cells = [["M", *(f"{direction}: {ways[0]}" if way is ways[0] else way for direction in DIRECTIONS for way in ways)]]
+    rows = []
     for m in ROWS:
-        s, row = Shape(m, n, k, 16, False), [f"{m}"]
-        for place, direction in enumerate(DIRECTIONS):
-            times = [predict.ours(gpu, s), *(seconds(gpu, s, kind, "in_loop", overlap) for overlap in (True, False))]
-            times.append(seconds(gpu, s, kind, "dequantize"))
-            row += [*(f"{1e6 * time[place]:.1f}" for time in times), chosen(gpu, s, kind, direction)]
-        cells.append(row)
-    return aligned(cells, left=0)
+        s = Shape(m, n, k, 16, False)
+        times = {
+            "plain W": layer_time.ours(gpu, s),
+            "in loop": seconds(gpu, s, kind, "in_loop"),
+            "in turns": seconds(gpu, s, kind, "in_loop", overlap=False),
+            "first": seconds(gpu, s, kind, "dequantize"),
+        }
+        row: dict[str, Any] = {"M": m}
+        for place, (result, direction) in enumerate(zip(("Y", "dX"), DIRECTIONS, strict=True)):
+            row |= {f"{result}: {name}": f"{1e6 * both[place]:.1f}" for name, both in times.items()}
+            row[f"{result}: taken"] = chosen(gpu, s, kind, direction)
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def crossover(gpu: Gpu, n: int, k: int, kind: str, direction: str, overlap: bool) -> int:
@@ -139,14 +144,13 @@ def crossover(gpu: Gpu, n: int, k: int, kind: str, direction: str, overlap: bool
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.lab.cost_model.quantized",
+        prog="python -m benchmarks.lab.predict.quantized",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--gpu", default="h100", help="a file's name in benchmarks/lab/cost_model/gpus (default: %(default)s)"
-    )
-    parser.add_argument("--count", action="store_true", help="count the instructions anew and print them, nothing else")
+    add = parser.add_argument
+    add("--gpu", default="h100", help="a file's name in benchmarks/lab/predict/gpus (default: %(default)s)")
+    add("--count", action="store_true", help="count the instructions anew and print them, nothing else")
     options = parser.parse_args(arguments)
     if options.count:
         for name, (instructions, to_memory) in counts().items():
@@ -154,18 +158,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     gpu = load_gpu(options.gpu)
     print(f"All times are PREDICTED for an {gpu.name} in bf16, r 16, us; none is measured.")
-    for kind in KINDS:
-        for n, k in SIZES:
-            print(
-                f'\n{kind}, N {n}, K {k}; "in turns": dequantizing and products take turns',
-                *table(gpu, n, k, kind),
-                sep="\n",
-            )
-            for direction in DIRECTIONS:
-                found = [crossover(gpu, n, k, kind, direction, overlap) for overlap in (True, False)]
-                print(
-                    f"{direction}: dequantized first is faster from {found[0]} rows, from {found[1]} if they take turns"
-                )
+    for kind, (n, k) in product(KINDS, SIZES):
+        print(f'\n{kind}, N {n}, K {k}; "in turns": dequantizing and products take turns')
+        print(table(gpu, n, k, kind).to_string(index=False))
+        for way in DIRECTIONS:
+            found = [crossover(gpu, n, k, kind, way, overlap) for overlap in (True, False)]
+            print(f"{way}: dequantized first is faster from {found[0]} rows, from {found[1]} if they take turns")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
-from benchmarks.lab.cost_model.gpu import Gpu
-from benchmarks.lab.traffic.formula import Traffic, formula
+from benchmarks.lab.predict.ceilings import Gpu
+from benchmarks.lab.predict.formula import Traffic, arguments_of, formula
 
 # Memory latency: it determines how many bytes must be in flight.
 LATENCY = 0.8e-6
@@ -19,8 +19,16 @@ VENDOR_TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256
 VENDOR_SPLITS = (1, 2, 4, 8, 16)
 
 
-def _up(size: int, block: int) -> int:
-    return -(-size // block) * block
+class VendorFacts(NamedTuple):
+    """The vendor's product [m, k] by [k, n], with bytes beyond its operands'."""
+
+    m: int
+    n: int
+    k: int
+    extra: float
+
+    def seconds(self, gpu: Gpu) -> float:
+        return gpu.launch + vendor_seconds(gpu, *self)
 
 
 class Facts(NamedTuple):
@@ -38,26 +46,61 @@ class Facts(NamedTuple):
     flight: float
     grad_flight: float
     # Programs that share a sum, and the bytes of each one's part.
-    splits: int
-    part: float
+    splits: int = 1
+    part: float = 0.0
     # Whether it may begin before the launch ahead of it ends, and whether the next may before this one ends.
-    begins_early: bool
-    ends_early: bool
+    begins_early: bool = False
+    ends_early: bool = False
+
+    def seconds(self, gpu: Gpu) -> float:
+        return (gpu.overlapped_launch if self.begins_early else gpu.launch) + self.busy(gpu)
+
+    def busy(self, gpu: Gpu, residents: int = 2) -> float:
+        """Seconds from the first program to the last, at most ``residents`` of them on a processor."""
+        # Where the next launch begins early, it fills the processors that this one leaves idle.
+        share = 1.0 if self.ends_early else gpu.share(self.units)
+        flight = min(self.programs, residents * gpu.device.processors) * self.flight
+        busy = max(
+            (self.moved.unique + self.grad_moved.unique) / gpu.bandwidth,
+            self.moved.issued / gpu.l2_bandwidth,
+            self.moved.issued * share / gpu.port_bandwidth,
+            self.operations * share / (gpu.matrix_rate * gpu.efficiency),
+            self.moved.read_unique * LATENCY / flight,
+        )
+        return busy + _shared_sum(gpu, self.splits, self.part) + self._grad_tail(gpu, busy)
+
+    def _grad_tail(self, gpu: Gpu, busy: float) -> float:
+        """Seconds that dA's programs take after the product's, which last ``busy`` seconds.
+
+        Every program of the launch asks for the product's shared memory, so dA's programs run on processors that have no tile
+        left.
+        """
+        if not self.grad_moved.issued:
+            return 0.0
+        processors = gpu.device.processors
+        # Bytes a second into one processor.
+        rate = min(gpu.port_bandwidth / processors, self.grad_flight / LATENCY)
+        alone = max(
+            self.grad_moved.unique / gpu.bandwidth,
+            self.grad_moved.issued / gpu.l2_bandwidth,
+            self.grad_moved.issued / rate / processors,
+            self.grad_operations / (gpu.matrix_rate * gpu.efficiency),
+        )
+        idle = busy * processors * (1 - 1 / gpu.share(self.units))
+        return alone * max(0.0, 1 - idle * rate / self.grad_moved.issued)
 
 
-def values(launch: Any) -> dict[str, Any]:
-    """The arguments and constants of a launch, by name."""
-    return dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
-
-
-def facts(launch: Any, narrow_columns: int) -> Facts:
-    v = values(launch)
+def facts(launch: Any, narrow_columns: int) -> Facts | VendorFacts:
+    """What the time of a launch in 16 bits depends on. ``narrow_columns`` is the GPU's."""
+    if not hasattr(launch, "kernel"):
+        (m, n), k = launch.y.shape, launch.x.shape[1]
+        return VendorFacts(m, n, k, formula(launch).unique - 2.0 * (m * k + k * n + m * n))
+    v = arguments_of(launch)
     moved, grad_moved = _moved(launch)
     units, operations, grad_operations = work(launch, narrow_columns)
     if "BLOCK" in v:
         # Elementwise: a processor holds eight such programs rather than two, each with its parts of G and U.
-        flight = 4 * 2 * 2.0 * v["BLOCK"]
-        return Facts(moved, grad_moved, units, 0.0, 0.0, units, flight, 0.0, 1, 0.0, False, False)
+        return Facts(moved, grad_moved, units, 0.0, 0.0, units, flight=4 * 2 * 2.0 * v["BLOCK"], grad_flight=0.0)
     inner = v.get("BLOCK_K", v["BLOCK_M"])
     # Gate and up read two weights.
     across = v.get("BLOCK_C", v["BLOCK_M"] + v.get("BLOCK_N", 0) * (2 if "STORE_GU" in v else 1))
@@ -81,9 +124,13 @@ def _moved(launch: Any) -> tuple[Traffic, Traffic]:
     return bare, Traffic(*(a - b for a, b in zip(whole, bare, strict=True)))
 
 
+def _up(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
 def work(launch: Any, narrow_columns: int) -> tuple[int, float, float]:
     """The pieces of a launch's work, their operations, and those of the co-scheduled dA."""
-    v = values(launch)
+    v = arguments_of(launch)
     name, programs = launch.kernel.__name__, math.prod(launch.grid)
     if name == "_gated_activation_kernel":
         return programs, 0.0, 0.0
@@ -122,59 +169,19 @@ def work(launch: Any, narrow_columns: int) -> tuple[int, float, float]:
     return units, product + branch + s, grad(n)
 
 
+def chained_seconds(gpu: Gpu, shrink: Facts, linear: Facts) -> float:
+    """The pair of ``split`` as one launch: S's programs first, then the product's, each of which waits for its rows' flag.
+
+    The same bytes and operations. S's programs are one a processor, since each takes the product's shared memory.
+    """
+    return gpu.launch + shrink._replace(ends_early=True).busy(gpu, residents=1) + linear.busy(gpu)
+
+
 def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:
     """Seconds until the last of ``splits`` programs has stored and counted its part and read all, each of ``part`` bytes."""
     if splits == 1:
         return 0.0
     return 2 * L2_LATENCY + (splits + 1) * part * gpu.device.processors / gpu.port_bandwidth
-
-
-def _grad_tail(gpu: Gpu, f: Facts, busy: float, efficiency: float) -> float:
-    """Seconds that dA's programs take after the product's, which last ``busy`` seconds.
-
-    Every program of the launch asks for the product's shared memory, so dA's programs run on processors that have no tile left.
-    """
-    if not f.grad_moved.issued:
-        return 0.0
-    processors = gpu.device.processors
-    # Bytes a second into one processor.
-    rate = min(gpu.port_bandwidth / processors, f.grad_flight / LATENCY)
-    alone = max(
-        f.grad_moved.unique / gpu.bandwidth,
-        f.grad_moved.issued / gpu.l2_bandwidth,
-        f.grad_moved.issued / rate / processors,
-        f.grad_operations / (gpu.matrix_rate["bf16"] * efficiency),
-    )
-    idle = busy * processors * (1 - 1 / gpu.share(f.units))
-    return alone * max(0.0, 1 - idle * rate / f.grad_moved.issued)
-
-
-def busy_seconds(gpu: Gpu, f: Facts, efficiency: float = 1.0, residents: int = 2) -> float:
-    """One of our launches in bf16, from its first program to its last, at most ``residents`` of them on a processor."""
-    # Where the next launch begins early, it fills the processors that this one leaves idle.
-    share = 1.0 if f.ends_early else gpu.share(f.units)
-    flight = min(f.programs, residents * gpu.device.processors) * f.flight
-    busy = max(
-        (f.moved.unique + f.grad_moved.unique) / gpu.bandwidth,
-        f.moved.issued / gpu.l2_bandwidth,
-        f.moved.issued * share / gpu.port_bandwidth,
-        f.operations * share / (gpu.matrix_rate["bf16"] * efficiency),
-        f.moved.read_unique * LATENCY / flight,
-    )
-    return busy + _shared_sum(gpu, f.splits, f.part) + _grad_tail(gpu, f, busy, efficiency)
-
-
-def facts_seconds(gpu: Gpu, f: Facts, efficiency: float = 1.0) -> float:
-    return (gpu.overlapped_launch if f.begins_early else gpu.launch) + busy_seconds(gpu, f, efficiency)
-
-
-def chained_seconds(gpu: Gpu, shrink: Facts, linear: Facts, efficiency: float = 1.0) -> float:
-    """The pair of ``split`` as one launch: S's programs first, then the product's, each of which waits for its rows' flag.
-
-    The same bytes and operations. S's programs are one a processor, since each takes the product's shared memory.
-    """
-    first = busy_seconds(gpu, shrink._replace(ends_early=True), efficiency, residents=1)
-    return gpu.launch + first + busy_seconds(gpu, linear, efficiency)
 
 
 @cache
@@ -198,7 +205,7 @@ def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, extra: float = 0.0) -> floa
             unique / gpu.bandwidth,
             issued / gpu.l2_bandwidth,
             issued * share / gpu.port_bandwidth,
-            2.0 * tiles_m * rows * tiles_n * columns * k * share / gpu.matrix_rate["bf16"],
+            2.0 * tiles_m * rows * tiles_n * columns * k * share / gpu.matrix_rate,
         )
         found.append(busy + _shared_sum(gpu, splits, 4.0 * min(rows, m) * columns))
     return min(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,8 +30,8 @@ class Traffic(NamedTuple):
 
 # The arguments of a launch, by name: "x" for x_ptr and x_desc. One tensor given as two arguments is "da=db".
 Tensors = dict[str, Traffic]
-# X, Y, dY and dX, under the names that the kernels have for them; "z" is X beside dX.
-ACTIVATIONS = frozenset({"x", "y", "dy", "z"})
+# X, Y, dY and dX, under the names that the kernels have for them; "z" is X beside dX, "both dX" autograd's sum of two.
+ACTIVATIONS = frozenset({"x", "y", "dy", "z", "both dX"})
 
 
 def total(parts: Iterable[Traffic]) -> Traffic:
@@ -42,10 +43,17 @@ def activation_bytes(tensors: Tensors) -> int:
     return sum(traffic.unique for name, traffic in tensors.items() if ACTIVATIONS & set(name.split("=")))
 
 
-def named_tensors(pairs: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
-    """The tensors of a launch, descriptors' included."""
+def arguments_of(launch: Any) -> dict[str, Any]:
+    """The arguments and constants of a launch, by name."""
+    if not hasattr(launch, "kernel"):
+        return dict(launch._asdict())
+    return dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
+
+
+def named_tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among a launch's arguments, descriptors' included."""
     found: list[tuple[list[str], Tensor]] = []
-    for name, value in pairs:
+    for name, value in arguments.items():
         tensor = value if isinstance(value, Tensor) else getattr(value, "base", None)
         if tensor is None:
             continue
@@ -63,58 +71,46 @@ def named_tensors(pairs: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
 
 
 def _distinct(t: Tensor) -> int:
-    """Bytes of ``t`` in memory, where a dimension of stride 0 repeats them."""
-    elements = 1
-    for size, stride in zip(t.shape, t.stride(), strict=True):
-        elements *= size if stride or not size else 1
-    return elements * t.element_size()
+    """Elements of ``t`` in memory, where a dimension of stride 0 repeats them."""
+    return math.prod(size if stride or not size else 1 for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
 class _Account:
-    """Adds up a launch's reads and writes, each of a whole tensor a number of times."""
+    """Adds up a launch's reads and writes, each of a whole tensor a number of times unless elements are given."""
 
-    def __init__(self, arguments: Iterable[tuple[str, Any]]) -> None:
+    def __init__(self, arguments: dict[str, Any]) -> None:
         self.by_name = {name: (key, t) for key, t in named_tensors(arguments).items() for name in key.split("=")}
-        self.tensors: dict[str, Traffic] = {}
+        self.tensors: Tensors = {}
 
-    def _add(
-        self, name: str, times: int, counts: tuple[bool, bool], unique: bool = True, elements: int | None = None
-    ) -> None:
+    def _add(self, name: str, issued: int, unique: int, reads: bool, writes: bool) -> None:
         key, t = self.by_name[name]
-        elements = t.numel() if elements is None else elements
-        issued, distinct = times * elements * t.element_size(), _distinct(t) if unique else 0
         if issued:
-            reads, writes = counts
-            more = Traffic(issued * reads, issued * writes, distinct * reads, distinct * writes)
+            moved = (issued * reads, issued * writes, unique * reads, unique * writes)
+            more = Traffic(*(elements * t.element_size() for elements in moved))
             self.tensors[key] = total((self.tensors.get(key, Traffic()), more))
 
-    def read(self, name: str, times: int = 1, unique: bool = True) -> None:
+    def read(self, name: str, times: int = 1, unique: bool = True, elements: int = 0) -> None:
         """``unique`` is False if the launch has counted the tensor already."""
-        self._add(name, times, (True, False), unique)
+        t = self.by_name[name][1]
+        self._add(name, times * (elements or t.numel()), (elements or _distinct(t)) * unique, True, False)
 
     def look_up(self, name: str, elements: int) -> None:
         """``elements`` loads of single elements, which reach every element of the tensor."""
-        self._add(name, 1, (True, False), elements=elements)
+        self._add(name, elements, _distinct(self.by_name[name][1]), True, False)
 
-    def write(self, name: str, times: int = 1) -> None:
-        self._add(name, times, (False, True))
-
-    def columns(self, name: str, tiles: int, written: bool, c: dict[str, Any]) -> None:
-        """The columns of a group's S or dS, of which the launch has the first projection's, read or written ``tiles`` times."""
-        key, t = self.by_name[name]
-        columns = sum(c[f"R{i}"] for i in range(c["MEMBERS"]))
-        moved = c["M"] * columns * t.element_size()
-        parts = (0, tiles * moved, 0, moved) if written else (tiles * moved, 0, moved, 0)
-        self.tensors[key] = Traffic(*parts)
+    def write(self, name: str, elements: int = 0) -> None:
+        t = self.by_name[name][1]
+        self._add(name, elements or t.numel(), elements or _distinct(t), False, True)
 
     def share(self, splits: int, part: float = 1, prefix: str = "") -> None:
         """A sum that ``splits`` programs share: stored, read, and counted; ``part`` of its memory is used."""
         if splits > 1:
             key, parts = self.by_name[f"{prefix}partial"]
             self.tensors[key] = Traffic(*[round(parts.numel() * part) * parts.element_size()] * 4)
-            self._add(f"{prefix}counter", splits, (True, True))
+            counters = self.by_name[f"{prefix}counter"][1].numel()
+            self._add(f"{prefix}counter", splits * counters, counters, True, True)
             # Set back to 0.
-            self._add(f"{prefix}counter", 1, (False, True), unique=False)
+            self._add(f"{prefix}counter", counters, 0, False, True)
 
     def grad_beside(
         self,
@@ -139,18 +135,14 @@ class _Account:
 
 def formula_by_tensor(launch: Any) -> Tensors:
     """The bytes of each tensor in a launch of ``lora_linear``, without running it; tensors may be on the meta device."""
-    if not hasattr(launch, "kernel"):
-        account = _Account(launch._asdict().items())
-        for name in ("x", "w", *(() if launch.bias is None else ("bias",))):
-            account.read(name)
-        if launch.add:
-            account.read("y")
-        account.write("y")
+    arguments = arguments_of(launch)
+    account = _Account(arguments)
+    if hasattr(launch, "kernel"):
+        _FORMULAS[launch.kernel.__name__](account, arguments | {"GRID": launch.grid})
         return account.tensors
-    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
-    account = _Account(arguments.items())
-    arguments["GRID"] = launch.grid
-    _FORMULAS[launch.kernel.__name__](account, arguments)
+    for name in ("x", "w", *(() if launch.bias is None else ("bias",)), *(("y",) if launch.add else ())):
+        account.read(name)
+    account.write("y")
     return account.tensors
 
 
@@ -338,9 +330,7 @@ def _gate_up(t: _Account, c: dict[str, Any]) -> None:
         if rank:
             t.read(name, tiles_m)
     if ranks := c["R_G"] + c["R_U"]:
-        key, s = t.by_name["sg"]
-        moved = c["M"] * ranks * s.element_size()
-        t.tensors[key] = Traffic(tiles_n * moved, 0, moved, 0)
+        t.read("sg", tiles_n, elements=c["M"] * ranks)
     for name in ("g", "u", "h") if c["STORE_GU"] else ("h",):
         t.write(name)
 
@@ -351,35 +341,27 @@ def _gated_activation(t: _Account, c: dict[str, Any]) -> None:
     t.write("h")
 
 
-def _members(c: dict[str, Any], name: str) -> list[str]:
-    """The names of an argument that each projection of a group has."""
-    return [f"{name}{i}" for i in range(c["MEMBERS"])]
-
-
-def _seeds(t: _Account, c: dict[str, Any], tiles: int) -> None:
-    """Each projection's seed, read once by each program."""
-    for name in _members(c, "seed") if c["DROPOUT"] else ():
-        t.read(name, tiles * c["SPLITS"])
+def _group(t: _Account, c: dict[str, Any], tiles: int) -> int:
+    """What both kernels of projections that share X read; the elements of their S or dS, of which the first's is given."""
+    t.read("x")
+    for i in range(c["MEMBERS"]) if c["DROPOUT"] else ():
+        t.read(f"seed{i}", tiles * c["SPLITS"])
+    t.share(c["SPLITS"])
+    return c["M"] * sum(c[f"R{i}"] for i in range(c["MEMBERS"]))
 
 
 def _shrink_group(t: _Account, c: dict[str, Any]) -> None:
     tiles_m = cdiv(c["M"], c["BLOCK_M"])
-    t.read("x")
-    for name in _members(c, "a"):
-        t.read(name, tiles_m)
-    _seeds(t, c, tiles_m)
-    t.share(c["SPLITS"])
-    t.columns("s", tiles=1, written=True, c=c)
+    t.write("s", elements=_group(t, c, tiles_m))
+    for i in range(c["MEMBERS"]):
+        t.read(f"a{i}", tiles_m)
 
 
 def _grads_group(t: _Account, c: dict[str, Any]) -> None:
     tiles = cdiv(c["K"], c["BLOCK_C"])
-    t.read("x")
-    t.columns("ds", tiles=tiles, written=False, c=c)
-    _seeds(t, c, tiles)
-    t.share(c["SPLITS"])
-    for name in _members(c, "da"):
-        t.write(name)
+    t.read("ds", tiles, elements=_group(t, c, tiles))
+    for i in range(c["MEMBERS"]):
+        t.write(f"da{i}")
 
 
 _FORMULAS = {

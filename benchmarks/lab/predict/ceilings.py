@@ -9,13 +9,10 @@ from typing import NamedTuple
 from stablelora_kernels.dispatch.problem import DEVICES, Device
 
 GPUS = Path(__file__).parent / "gpus"
-
-
-class Rates(dict[str, float]):
-    """Operations a second by dtype; hashable, so that times can be cached by GPU."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(sorted(self.items())))
+# The slow end of the band: the least share of the vendor's matrix rate that Triton's products are taken to reach.
+SLOWEST = 0.85
+# The suffix of columns at the slow end.
+SLOW = " (slow)"
 
 
 class Gpu(NamedTuple):
@@ -29,7 +26,8 @@ class Gpu(NamedTuple):
     l2_range: tuple[float, float]
     # Into all processors together; each takes an equal share at most.
     port_bandwidth: float
-    matrix_rate: Rates
+    # Of the vendor's products in 16 bits.
+    matrix_rate: float
     # A matrix instruction of fewer columns takes as long as one of these.
     narrow_columns: int
     # Instructions a second of all threads together; of those to memory, shared memory's included, a quarter.
@@ -37,6 +35,8 @@ class Gpu(NamedTuple):
     launch: float
     # A launch that may begin before the one ahead of it ends.
     overlapped_launch: float
+    # The share of the vendor's matrix rate that Triton's products reach.
+    efficiency: float = 1.0
 
     @property
     def device(self) -> Device:
@@ -49,24 +49,17 @@ class Gpu(NamedTuple):
 
 
 def load_gpu(name: str) -> Gpu:
-    """The GPU in benchmarks/lab/cost_model/gpus/<name>.json."""
+    """The GPU in benchmarks/lab/predict/gpus/<name>.json."""
     path = GPUS / f"{name}.json"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in GPUS.glob("*.json")))
         raise SystemExit(f"--gpu must be one of {known}, got {name!r}")
     content = json.loads(path.read_text())
-    content |= {"matrix_rate": Rates(content["matrix_rate"]), "l2_range": tuple(content["l2_range"])}
-    return Gpu(**{field: content[field] for field in Gpu._fields})
+    del content["sources"]
+    return Gpu(**content | {"l2_range": tuple(content["l2_range"])})
 
 
-class End(NamedTuple):
-    """One end of the band: ceilings, and the share of the vendor's matrix rate that Triton's products reach."""
-
-    gpu: Gpu
-    efficiency: float
-
-
-def band_ends(gpu: Gpu, efficiency: float) -> tuple[End, End]:
+def band_ends(gpu: Gpu, efficiency: float = SLOWEST) -> tuple[Gpu, Gpu]:
     """The fast end and the slow one. What only a GPU can tell takes its best value at one and its worst at the other."""
     low, high = gpu.l2_range
-    return End(gpu._replace(l2_bandwidth=high), 1.0), End(gpu._replace(l2_bandwidth=low), efficiency)
+    return gpu._replace(l2_bandwidth=high), gpu._replace(l2_bandwidth=low, efficiency=efficiency)

@@ -10,8 +10,8 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 import triton
 import triton.language as tl
 
-from benchmarks.lab.traffic import counter as t
-from benchmarks.lab.traffic.report import BF16, FP16
+from benchmarks.lab.predict import counter as t
+from benchmarks.lab.predict.rivals import BF16
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.launch.lora_common import VendorProduct
 
@@ -32,7 +32,7 @@ def _tiny_kernel(x_ptr, y_ptr, table_ptr, counter_ptr, N, BLOCK: tl.constexpr):
 
 
 def run_tiny(kernel=_tiny_kernel):
-    x, y, hidden = torch.zeros(11), torch.zeros(11, dtype=BF16), torch.zeros(8, dtype=FP16)
+    x, y, hidden = torch.zeros(11), torch.zeros(11, dtype=BF16), torch.zeros(8, dtype=torch.float16)
     table, counter = torch.tensor([hidden.data_ptr()]), torch.zeros(1, dtype=torch.int32)
     kernel[(2,)](x, y, table, counter, 11, BLOCK=8)
     return hidden
@@ -58,7 +58,7 @@ def test_a_kernel_counted_by_hand():
 
 
 def test_addresses_from_tables_have_the_names_they_are_given():
-    x, y, hidden = torch.zeros(11), torch.zeros(11, dtype=BF16), torch.zeros(8, dtype=FP16)
+    x, y, hidden = torch.zeros(11), torch.zeros(11, dtype=BF16), torch.zeros(8, dtype=torch.float16)
     with t.counted(hidden=[hidden]) as found:
         _tiny_kernel[(1,)](x, y, torch.tensor([hidden.data_ptr()]), torch.zeros(1, dtype=torch.int32), 11, BLOCK=8)
     assert found[0].tensors["hidden"] == (16, 0, 16, 0)
