@@ -166,7 +166,8 @@ def _quality(row: Row, _peft: Row, result: Result) -> str | None:
 
 
 def _figure(value: float, metric: str, sign: str = "") -> str:
-    return f"{value:{sign}.3f}" if metric == "loss" else f"{100 * value:{sign}.1f} %"
+    # Adding 0 makes no difference of -0.000.
+    return f"{round(value, 3) + 0.0:{sign}.3f}" if metric == "loss" else f"{round(100 * value, 1) + 0.0:{sign}.1f} %"
 
 
 def _warnings(rows: dict[str, Row], result: Result) -> list[str]:
@@ -214,7 +215,7 @@ def _lines(result: Result) -> list[_Line]:
         ("trainable parameters", False, lambda r: _number(r["trainable"], ",d")),
         (f"training loss, last {_LAST_LOSSES} steps", False, lambda r: _number(r["train_loss"], ".3f")),
         ("held-out loss", True, lambda r: _number(r["loss"], ".3f")),
-        ("  minus PEFT's", False, lambda r: _with_interval(r, "loss_difference", "+.3f")),
+        ("  minus PEFT's", False, loss_difference),
         ("held-out accuracy, %", result["task"]["metric"] == "accuracy", lambda r: _number(r["accuracy"], ".1f", 100)),
         ("  minus PEFT's, points", False, lambda r: _with_interval(r, "accuracy_difference", "+.1f", 100)),
         ("step, ms", True, lambda r: _quartiles(r, "step_ms")),
@@ -293,6 +294,14 @@ def adapters(result: Result) -> str:
     recipe = result["recipe"]
     layers = "/".join(result["settings"]["targets"]) or "all linear layers"
     return f"r {recipe['r']}, alpha {recipe['lora_alpha']:g}, dropout {recipe['lora_dropout']:g} on {layers}"
+
+
+def loss_difference(row: Row) -> str:
+    """The held-out loss minus PEFT's, and half its interval over seeds."""
+    if row["loss_difference"] is None:
+        return _NOTHING
+    text, half = _figure(row["loss_difference"], "loss", "+"), _number(row["loss_difference_95"], ".3f")
+    return text if half == _NOTHING else f"{text} ± {half}"
 
 
 def _number(value: float | None, spec: str, factor: float = 1) -> str:

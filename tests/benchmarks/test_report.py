@@ -111,8 +111,8 @@ def test_quality_pairs_seeds_and_has_students_interval():
     set_held_out(result, "stable", (4.01, 4.12, 4.19))
     row = report.summary(result)["accelerated"]
     assert row["loss_difference"] == pytest.approx(-0.28 / 3)
-    # t(2 degrees, 97.5%) = 4.303, n = 3; the differences are -0.09, -0.08 and -0.11.
-    assert row["loss_difference_95"] == pytest.approx(4.303 * statistics.stdev((-0.09, -0.08, -0.11)) / 3**0.5)
+    # t(2 degrees, 97.5%) = 4.30265, n = 3; the differences are -0.09, -0.08 and -0.11.
+    assert row["loss_difference_95"] == pytest.approx(4.30265 * statistics.stdev((-0.09, -0.08, -0.11)) / 3**0.5)
     quality = report.verdicts(result)[4:]
     assert quality[1].endswith("4.007, -0.093 ± 0.038 against PEFT (95% interval over seeds): better")
     assert quality[2].endswith("4.107, +0.007 ± 0.038 against PEFT (95% interval over seeds): no difference shown")
