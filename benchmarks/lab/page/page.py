@@ -93,7 +93,8 @@ def measured(directory: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
 def answers(directory: Path) -> list[str]:
     """A machine's tables: our time over the rivals', a fine-tuning run's first lines, host time."""
     parts = [_ratios(file) for file in suites(directory)]
-    for file in main_jobs(directory):
+    # The first is the default's. The verdicts of the others are in their tables, under "Every figure".
+    for file in main_jobs(directory)[:1]:
         found = _read(file)
         about = f"{found['settings']['model']} on {found['settings']['data']}, {adapters(found)}, {found['settings']['dtype']}"
         parts.append("\n".join([f"Fine-tuning {about}:", "", "```text", *found["verdicts"], "```"]))
