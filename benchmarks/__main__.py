@@ -42,6 +42,10 @@ NEXT_TOKENS = Defaults(steps=30, batch_size=4, held_out=64, lr=2e-3, seeds=3)
 CLASSES = Defaults(steps=60, batch_size=8, held_out=200, lr=5e-4, seeds=1)
 
 
+def _default(name: str) -> str:
+    return f"default: {getattr(NEXT_TOKENS, name)}; for classes {getattr(CLASSES, name)}"
+
+
 class _List(argparse.Action):
     """Print the table of benchmarks/README.md."""
 
@@ -76,13 +80,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "(default: plays, 5 MB)")  # fmt: skip
     add("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=f"of {', '.join(ARMS)} (default: all)")
     add("--seed", type=int, default=0, help="the first seed, of adapters, batches and dropout (default: 0)")
-    add("--seeds", type=int, help="how many (default: 3; of sarcasm and reuters-52 1)")
-    add("--steps", type=int, help="exactly so many, however long they take (default: 30, of sarcasm and reuters-52 60; fewer on "
-        "a slow machine)")  # fmt: skip
-    add("--batch-size", type=int, help="default: 4; of sarcasm and reuters-52 8")
+    add("--seeds", type=int, help=f"how many ({_default('seeds')})")
+    add(
+        "--steps",
+        type=int,
+        help=f"exactly so many, however long they take ({_default('steps')}, fewer on a slow machine)",
+    )
+    add("--batch-size", type=int, help=_default("batch_size"))
     add("--length", type=int, default=32, help="tokens of a piece of text (default: 32)")
-    add("--held-out", type=int, help="texts to test on (default: 64; of sarcasm and reuters-52 200)")
-    add("--lr", type=float, help="peak learning rate (default: 2e-3; of sarcasm and reuters-52 5e-4)")
+    add("--held-out", type=int, help=f"texts to test on ({_default('held_out')})")
+    add("--lr", type=float, help=f"peak learning rate ({_default('lr')})")
     add("--head-lr", type=float, default=3e-3, help="that of a classifier's new head (default: 3e-3)")
     add("--shrink-ratio", type=float, default=5e-4, help="Stable-LoRA's lambda (default: 5e-4, of the paper's)")
     add("--target-modules", nargs="+", default=[], help="names of the linear layers to adapt (default: all)")

@@ -78,10 +78,10 @@ def _row(arms: dict[str, Record], name: str) -> Row:
         "train_loss": _mean(losses),
     }
     for metric in ("loss", "accuracy"):
-        row[metric] = _mean([run["held_out"][metric] for run in runs if "held_out" in run])
-        others = [run["held_out"][metric] for run in peft["runs"] if "held_out" in run] if peft else []
-        mine = [run["held_out"][metric] for run in runs if "held_out" in run]
-        differences = [x - y for x, y in zip(mine, others, strict=True)] if name not in (FROZEN, PEFT) else []
+        mine = _held_out(record, metric)
+        row[metric] = _mean(mine)
+        others = _held_out(peft, metric) if peft and name not in (FROZEN, PEFT) else []
+        differences = [x - y for x, y in zip(mine, others, strict=False)]
         row[f"{metric}_difference"], row[f"{metric}_difference_95"] = (
             interval(differences) if differences else (None, None)
         )
@@ -102,6 +102,11 @@ def _row(arms: dict[str, Record], name: str) -> Row:
         for key in ("a_norm", "b_norm"):
             row[f"{key}_{when}"] = _mean([run[when][key] for run in runs if when in run])
     return row | {key: _mean([run[key] for run in runs if key in run]) for key in ("latched", "shrinks")}
+
+
+def _held_out(record: Record, metric: str) -> list[float]:
+    """The held-out figure of each finished seed."""
+    return [run["held_out"][metric] for run in record["runs"] if "held_out" in run]
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -146,7 +151,11 @@ def _memory(row: Row, peft: Row, _result: Result) -> str | None:
 
 def _levels(rows: dict[str, Row], result: Result) -> str:
     metric, seeds = result["task"]["metric"], _finished(result)
-    means = [f"{rows[name]['label']} {_figure(rows[name][metric], metric)}" for name in (FROZEN, PEFT) if name in rows]
+    means = [
+        f"{rows[name]['label']} {_figure(rows[name][metric], metric)}"
+        for name in (FROZEN, PEFT)
+        if rows.get(name, {}).get(metric) is not None
+    ]
     if (majority := result["task"]["majority"]) is not None:
         means.append(f"largest class {_figure(majority, metric)}")
     return f"held-out {metric}{f', mean of {seeds} seeds' if seeds > 1 else ''}: {', '.join(means)}"
@@ -286,7 +295,7 @@ def wrapped(lines: Sequence[str]) -> list[str]:
 
 
 def _finished(result: Result) -> int:
-    return min(sum("held_out" in run for run in record["runs"]) for record in result["arms"].values())
+    return min(len(_held_out(record, "loss")) for record in result["arms"].values())
 
 
 def adapters(result: Result) -> str:

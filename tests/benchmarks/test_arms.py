@@ -336,6 +336,23 @@ def test_an_interrupt_leaves_what_was_measured(small_run, monkeypatch, tmp_path)
     assert json.loads((tmp_path / "out" / "result.json").read_text())["status"] == "interrupted"
 
 
+def test_an_interrupt_between_evaluations_loses_none(small_run, monkeypatch, tmp_path):
+    """PEFT and one line are evaluated, the frozen model and our layers are not."""
+    real, calls = experiment.evaluate, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(experiment, "evaluate", interrupted)
+    result, _ = run(replace(small_run, arms=("peft", "accelerated", "frozen", "stable")), tmp_path / "out")
+    assert result["status"] == "interrupted" and len(calls) == 3
+    text = (tmp_path / "out" / "table.txt").read_text()
+    assert "Quality held-out loss: PEFT" in text and "PEFT + one line" in text and "nan" not in text
+
+
 def test_a_slow_machine_plans_fewer_steps_then_one_seed_and_never_cuts_a_schedule(
     small_run, monkeypatch, tmp_path, capsys
 ):

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks.common import assets, data, measure
+from benchmarks.finetuning import arms
 from tests.helpers.headlines import write_headlines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,6 +182,8 @@ def test_defaults_go_by_the_task_and_the_command_line_overrides_each(tmp_path):
     args = command.parse(["--out", str(tmp_path)])
     assert (args.data, args.steps, args.seeds, args.batch_size, args.lr) == ("plays", 30, 3, 4, 2e-3)
     assert args.time_limit_s < 360 and args.arms == command.ARMS
+    # The command line is checked before the modules that have these are imported.
+    assert tuple(arms.LABELS) == command.ARMS and command.DATASETS == data.DATASETS
     classes = command.parse(["--out", str(tmp_path), "--data", "sarcasm", "--seeds", "2"])
     assert (classes.seeds, classes.batch_size, classes.lr, classes.head_lr) == (2, 8, 5e-4, 3e-3)
     # A number of steps that was asked for is not cut.

@@ -15,12 +15,10 @@ import pytest
 import torch
 
 from benchmarks import conftest
-from benchmarks.common import optimizers
 from benchmarks.common.measure import shuffled, summarize
 from benchmarks.common.optimizers import Unavailable
-from benchmarks.suite import pretrained, scaling, table, test_optimizer_step
+from benchmarks.suite import scaling, table, test_optimizer_step
 from benchmarks.suite.layers import FROZEN_ONEDNN, LayerCase, ScalingLayerCase, choose_backend, compiled
-from benchmarks.suite.pretrained import PretrainedCase
 from benchmarks.suite.projections import ProjectionsCase
 from benchmarks.suite.rivals import WARMUP, Case, Parts, Race
 from benchmarks.suite.steps import OptimizerCase, ScalingStepCase, StorageCase
@@ -376,29 +374,3 @@ def test_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     table.write(lines.append, reports, 0.0)
     assert "Time against tokens, exponents" in "\n".join(lines)
-
-
-# Optimizers over a pretrained model, here a random one
-
-
-def test_every_arm_trains_its_own_pairs_and_no_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = {}
-    real = pretrained.build_arm
-    monkeypatch.setattr(
-        pretrained, "build_arm", lambda layers, *rest: built.setdefault(len(built), real(layers, *rest))
-    )
-    case = PretrainedCase("random", "query-value", "fp32", CPU)
-    race = Race(case)
-    assert not race.failed and not race.skipped
-    before = [[p.detach().clone() for p in arm.model.parameters()] for arm in built.values()]
-    report = race.measure(Benchmark(), "step", 2)
-    for arm, old in zip(built.values(), before, strict=True):
-        named = zip(arm.model.named_parameters(), old, strict=True)
-        changed = {key for (key, p), start in named if not torch.equal(p, start)}
-        assert changed == {key for key, _ in arm.model.named_parameters() if "lora_" in key}
-    base, ours = (report["arms"][arm] for arm in (pretrained.BASE, f"PEFT, {optimizers.OURS}"))
-    assert base["parts"]["optimizer"]["added_percent"] == dict.fromkeys(("median", "q1", "q3"), 0.0)
-    # Two moments of every A and B.
-    trained = sum(p.numel() for p in built[0].model.parameters() if p.requires_grad)
-    assert base["state_bytes"] == ours["state_bytes"] == 8 * trained and ours["paper_percent"] == 0.6
-    race.close()

@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--gpu", default="h100", help="a file's name in benchmarks/lab/predict/gpus (default: %(default)s)")
-    add("--count", action="store_true", help="count the instructions anew and print them, nothing else")
+    add("--count", action="store_true", help="count the instructions again and print them, nothing else")
     options = parser.parse_args(arguments)
     if options.count:
         for name, (instructions, to_memory) in counts().items():
