@@ -5,14 +5,28 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stablelora_kernels.utils.timing import interleave, machine, shuffled, summarize, synchronize
 
-__all__ = ["commit", "environment", "interleave", "others_cpus", "shuffled", "summarize", "synchronize", "waited_s"]
+__all__ = [
+    "commit", "environment", "interleave", "others_cpus", "seconds_of", "shuffled", "summarize", "synchronize", "waited_s",
+]  # fmt: skip
+
+
+def seconds_of(parts: Mapping[str, Callable[[], Any]], names: Iterable[str]) -> dict[str, float]:
+    """Run the parts ``names`` in order, and return the seconds that each takes, the GPU's work included."""
+    synchronize()
+    found = {}
+    for name in names:
+        start = time.perf_counter()
+        parts[name]()
+        synchronize()
+        found[name] = time.perf_counter() - start
+    return found
 
 
 def commit() -> str | None:

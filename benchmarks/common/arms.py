@@ -1,0 +1,82 @@
+"""The arms that benchmarks compare: a frozen model, PEFT's adapters, the same under ``accelerate_peft``, and our layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import stablelora_kernels as slk
+
+FROZEN, PEFT, ACCELERATED, OURS = "frozen", "PEFT", "accelerated PEFT", "ours"
+# What follows the name of an arm that computes several layers in one op.
+MLP_FUSED, PROJECTIONS_FUSED = ", MLP fused", ", projections fused"
+
+
+def adapt(
+    model: nn.Module,
+    arm: str,
+    targets: Sequence[str],
+    *,
+    r: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    float32: bool = True,
+) -> nn.Module:
+    """``model`` with an arm's adapters, as a user would put them in: on the linear layers whose names end with ``targets``.
+
+    It changes ``model``. ``arm`` is one of the names above, ``ACCELERATED`` and ``OURS`` also with ``MLP_FUSED`` or
+    ``PROJECTIONS_FUSED``. ``alpha`` is 2 r unless given. ``float32``: adapters are float32 whatever ``model`` is, which is PEFT's
+    default and ours.
+
+    Raises:
+        ValueError: there is no such arm, or it would leave a layer to PEFT or an MLP to its own forward.
+    """
+    layers, comma, fused = arm.partition(", ")
+    fuse = {"fuse_mlp": comma + fused == MLP_FUSED, "fuse_projections": comma + fused == PROJECTIONS_FUSED}
+    if layers not in (FROZEN, PEFT, ACCELERATED, OURS) or (bool(fused) != any(fuse.values())):
+        raise ValueError(
+            f"arm must be {FROZEN}, {PEFT}, {ACCELERATED} or {OURS}, the latter two perhaps fused, got {arm!r}"
+        )
+    options: dict[str, Any] = {"r": r, "lora_alpha": alpha or 2 * r, "lora_dropout": dropout}
+    options["target_modules"] = list(targets)
+    report: Any = None
+    if layers == FROZEN:
+        let_gradients_reach(model, targets)
+    elif layers == OURS:
+        report = slk.apply_lora(model, slk.LoRAConfig(**options), **fuse)
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(**options), autocast_adapter_dtype=float32)
+        if layers == ACCELERATED:
+            report = slk.accelerate_peft(model, strict=True, **fuse)
+    if fuse["fuse_mlp"] and (not report.mlps or any(mlp.reason for mlp in report.mlps)):
+        raise ValueError(f"every MLP must be fused for {arm!r}, got {report.mlps}")
+    return model
+
+
+def let_gradients_reach(model: nn.Module, targets: Sequence[str]) -> None:
+    """Make the frozen model's backward pass as deep as LoRA's, so that the difference is LoRA's own cost.
+
+    LoRA needs the gradient of every adapted layer's output; the frozen model alone would not compute the first one's.
+    """
+
+    def ask(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_()
+
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in targets:
+            module.register_forward_hook(ask)
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Give the adapters of all arms equal numbers. With a zero B, gradients of A would be zero."""
+    generator = torch.Generator().manual_seed(0)
+    for pair in slk.lora_pairs(model):
+        for half in (pair.A, pair.B):
+            half.copy_(torch.randn(half.shape, generator=generator) * 0.02)

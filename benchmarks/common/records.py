@@ -1,0 +1,43 @@
+"""The one format of stored measurements: a line that describes the machine, and a CSV table with a row for each figure."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.common.tables import write_text
+from stablelora_kernels.utils.timing import summarize
+
+# ``role`` is "base", "rival" or "ours", or both of the first with a space between; ``n`` the number of samples.
+COLUMNS = ("case", "phase", "arm", "role", "metric", "median", "q1", "q3", "n")
+# Significant digits.
+DIGITS = 4
+
+
+def record(case: str, phase: str, arm: str, metric: str, samples: Sequence[float], role: str = "") -> dict[str, Any]:
+    """A row: the median and the quartiles of ``samples``, which a single figure has none of."""
+    named = {"case": case, "phase": phase, "arm": arm, "role": role, "metric": metric}
+    found = summarize(samples) if len(samples) > 1 else {"median": samples[0]}
+    return {**named, **found, "n": len(samples)}
+
+
+def write_records(path: Path, rows: Iterable[dict[str, Any]], environment: dict[str, Any]) -> Path:
+    """Write ``rows``, which may have further columns, whole or not at all."""
+    frame = pd.DataFrame(rows)
+    table = frame.reindex(columns=[*COLUMNS, *frame.columns.difference(COLUMNS, sort=False)])
+    body = table.to_csv(index=False, lineterminator="\n", float_format=f"%.{DIGITS}g")
+    return write_text(path, f"# {json.dumps(environment)}\n{body}")
+
+
+def read_records(path: Path) -> pd.DataFrame:
+    """The rows; ``attrs["environment"]`` describes the machine."""
+    head, _, body = path.read_text(encoding="utf-8").partition("\n")
+    frame = pd.read_csv(io.StringIO(body))
+    frame["role"] = frame["role"].fillna("")
+    frame.attrs["environment"] = json.loads(head.removeprefix("# "))
+    return frame
