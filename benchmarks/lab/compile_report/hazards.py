@@ -1,4 +1,4 @@
-"""Faults of compiled kernels that show in their text. Each function returns a line for each fault.
+"""Faults of compiled kernels that show in their text. Each function yields a line for each fault.
 
 What a compiler makes of a kernel may race where the source does not seem to, and no interpreter sees that. ``machine_code.read``
 raises for each fault, so the compile report covers every launch that dispatch can pick.
@@ -14,10 +14,11 @@ from typing import NamedTuple
 _PTX = re.compile(r"^\s*\{?\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+(\{[^}]*\}|\[[^\]]*\]|[^,;\n]+),?([^;\n]*);", re.M)
 _REGISTER = re.compile(r"%(?:[a-z]+\d+|tid\.x|laneid)")
 _ACCESS = re.compile(r"(ld|st)\.(?:\w+\.)*global[\w.:]*?(?:\.v(\d))?\.[a-z]+(\d+)|(cp)\.async\.c[ag]\.shared\.global")
+_TILE = re.compile(r"cp\.(?:reduce\.)?async\.bulk\.(?!prefetch)[\w.:]*?(shared::\w+|global)\b")
 
 
 class Access(NamedTuple):
-    """An access of each thread to global memory. ``address``: as it is written, registers and offset."""
+    """An access of each thread to global memory; ``address`` as it is written, registers and offset."""
 
     store: bool
     bits: int
@@ -26,31 +27,26 @@ class Access(NamedTuple):
 
 
 def ptx_accesses(ptx: str) -> Iterator[Access | None]:
-    """Accesses to global memory in order, and None for each barrier of the whole program.
+    """Accesses to global memory in order, those of whole tiles (TMA) with 128 bits, and None for each barrier of the program.
 
-    An address ``varies`` between the threads if it is computed from a thread's number on any path: nearly all registers of PTX
-    have one definition.
+    An address ``varies`` between threads if it is computed from a thread's number on any path: nearly all registers of PTX have
+    one definition.
     """
-    code = _PTX.findall(ptx)
+    code, varying, known = _PTX.findall(ptx), {"%tid.x", "%laneid"}, 0
     # A memory operand in first place writes no register.
-    flows = [
-        (set() if first.startswith("[") else {*_REGISTER.findall(first)}, {*_REGISTER.findall(others)})
-        for _, first, others in code
-    ]
-    varying, known = {"%tid.x", "%laneid"}, 0
+    flows = [({*_REGISTER.findall(first)}, {*_REGISTER.findall(rest)}) for _, first, rest in code if first[0] != "["]
     while known < len(varying):
         known = len(varying)
-        for writes, reads in flows:
-            if reads & varying:
-                varying |= writes
-    for op, first, others in code:
+        varying.update(*(writes for writes, reads in flows if reads & varying))
+    for op, first, rest in code:
         if op.startswith(("bar.sync", "barrier.sync")):
             yield None
+        elif match := _TILE.match(op):
+            yield Access(match[1] == "global", 128, "", True)
         elif match := _ACCESS.match(op):
-            store = match[1] == "st"
-            address, _, size = (first if store else others).strip().partition("]")
+            address, _, size = (first if match[1] == "st" else rest).strip().partition("]")
             bits = 8 * int(size.split(",")[1], 0) if match[4] else int(match[2] or 1) * int(match[3])
-            yield Access(store, bits, address, not varying.isdisjoint(_REGISTER.findall(address)))
+            yield Access(match[1] == "st", bits, address, not varying.isdisjoint(_REGISTER.findall(address)))
 
 
 def reloaded_scalars(ptx: str) -> Iterator[str]:
@@ -80,7 +76,6 @@ def store_round_trips(ptx: str) -> Iterator[str]:
 
 _DOT = re.compile(r"ttng\.warp_group_dot (%[\w#]+), (%[\w#]+),.*isAsync = true")
 _PENDINGS = re.compile(r"warp_group_dot_wait .*pendings = (\d+)")
-_COPY = re.compile(r"async_(?:tma_)?copy_global_to_local")
 _NAME = re.compile(r"%[\w#]+")
 
 
@@ -90,39 +85,31 @@ def short_buffers(ttgir: str) -> Iterator[str]:
     With N copies ahead of a loop, a product that runs on into the next round needs operands of N + 1 buffers.
     """
     lines = ttgir.splitlines()
-
-    def definition(name: str, before: int) -> int:
-        """The line that defines ``name``. Other regions may use the name again, so it is the nearest one."""
-        start = re.compile(rf"\s*{re.escape(name)} = ")
-        return next((place for place in range(before - 1, -1, -1) if start.match(lines[place])), -1)
-
-    def memory(name: str, before: int) -> int:
-        """The line that allocates the memory of which ``name`` is a view; -1 if it is none."""
-        place = definition(name, before)
-        while place >= 0 and "ttg.memdesc_" in lines[place]:
-            place = definition(_NAME.findall(lines[place])[1], place)
-        return place if place >= 0 and "ttg.local_alloc : ()" in lines[place] else -1
-
-    into = {
-        place: {memory(name, place) for name in _NAME.findall(line.split(" = ", 1)[-1])} - {-1}
-        for place, line in enumerate(lines)
-        if _COPY.search(line)
-    }
+    # The line that allocates the memory of which a name is a view; names are used again.
+    memory: dict[str, int] = {}
+    # By place: the memory that a copy fills; the start of the loop around a product, and its operands with their memory.
+    copies: list[tuple[int, set[int]]] = []
+    products: list[tuple[int, int, str, int]] = []
+    loop = 0
     for place, line in enumerate(lines):
-        dot = _DOT.search(line)
-        pendings = next((match[1] for each in lines[place:] if (match := _PENDINGS.search(each))), "0") if dot else "0"
-        loop = max((i for i in range(place) if "scf.for" in lines[i]), default=0)
-        for operand in dot.groups() if dot and pendings != "0" else ():
-            allocated = memory(operand, place)
-            ahead = sum(allocated in into[copy] for copy in into if allocated < copy < loop)
-            refilled = any(allocated in into[copy] for copy in into if copy > loop)
-            depth = re.search(r"memdesc<(\d+)x", lines[allocated]) if allocated >= 0 else None
-            if depth and refilled and int(depth[1]) <= ahead:
-                yield f"{ahead} copies run ahead into {depth[1]} buffers of {operand}, which a product may still read"
-
-
-_GCN_WAIT = re.compile(r"s_waitcnt\b.*\bvmcnt\(0\)")
-_GCN_STORE = re.compile(r"(?:buffer|global)_store_")
+        name, _, value = line.strip().partition(" = ")
+        used = _NAME.findall(value)
+        memory[name] = place if "ttg.local_alloc : ()" in value else -1
+        if "ttg.memdesc_" in value:
+            memory[name] = memory.get(used[0], -1)
+        if "scf.for" in line:
+            loop = place
+        if re.search(r"async_(?:tma_)?copy_global_to_local", line):
+            copies.append((place, {memory.get(each, -1) for each in _NAME.findall(line)}))
+        if dot := _DOT.search(line):
+            products += [(place, loop, operand, memory.get(operand, -1)) for operand in dot.groups()]
+    for place, loop, operand, allocated in products:
+        pendings = next((match[1] for each in lines[place:] if (match := _PENDINGS.search(each))), "0")
+        depth = re.search(r"memdesc<(\d+)x", lines[allocated]) if allocated >= 0 and pendings != "0" else None
+        ahead = sum(allocated in filled for copy, filled in copies if allocated < copy < loop)
+        refilled = any(allocated in filled for copy, filled in copies if copy > loop)
+        if depth and refilled and int(depth[1]) <= ahead:
+            yield f"{ahead} copies run ahead into {depth[1]} buffers of {operand}, which a product may still read"
 
 
 def early_counts(gcn: str) -> Iterator[str]:
@@ -132,6 +119,6 @@ def early_counts(gcn: str) -> Iterator[str]:
         if line.startswith("global_atomic_add"):
             # Past the barriers, two in a row.
             behind = dropwhile(lambda line: line != "s_barrier", lines[place::-1])
-            first = next((line for line in behind if _GCN_WAIT.match(line) or _GCN_STORE.match(line)), "")
-            if _GCN_STORE.match(first):
+            found = (re.match(r"s_waitcnt\b.*\bvmcnt\(0\)|(buffer|global)_store_", line) for line in behind)
+            if (first := next(filter(None, found), None)) and first[1]:
                 yield f"{line} publishes stores that other waves have not waited for"

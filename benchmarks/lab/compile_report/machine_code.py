@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,25 +51,33 @@ def source(launch: Any, arch: str) -> Source:
     return result
 
 
-def values(launch: Any, arch: str) -> dict[str, str]:
-    """Everything but the kernel that the code of ``launch`` depends on, in words: ``stride=1``, ``M: i32 of 16``."""
+def words(launch: Any, arch: str) -> tuple[str, ...]:
+    """Everything but the kernel that the code of ``launch`` depends on: ``stride=1``, ``M: i32 of 16``."""
     found = source(launch, arch)
-    words = {}
-    for place, (name, kind) in enumerate(found.signature.items()):
-        known = "".join(f" of {value}" for _, value in found.attributes.get((place,), ()))
-        words[name] = f"{name}={found.constants[name]}" if kind == "constexpr" else f"{name}: {kind}{known}"
-    return words | {name: f"{name}={value}" for name, value in launch.options.items()}
+    known = {place: "".join(f" of {value}" for _, value in pairs) for (place,), pairs in found.attributes.items()}
+    signature = [
+        f"{name}={found.constants[name]}" if kind == "constexpr" else f"{name}: {kind}{known.get(place, '')}"
+        for place, (name, kind) in enumerate(found.signature.items())
+    ]
+    return (*signature, *(f"{name}={value}" for name, value in launch.options.items()))
 
 
 def compile_launch(launch: Any, arch: str) -> Any:
     """``launch``'s kernel, compiled as Triton would to launch it on ``arch``."""
-    built = ASTSource(launch.kernel, *source(launch, arch))
-    return triton.compile(built, target=target(arch), options={"enable_fp_fusion": True, **launch.options})
+    return triton.compile(_built(launch, arch), target=target(arch), options=_options(launch))
+
+
+def _built(launch: Any, arch: str) -> ASTSource:
+    return ASTSource(launch.kernel, *source(launch, arch))
+
+
+def _options(launch: Any) -> dict[str, Any]:
+    return {"enable_fp_fusion": True, **launch.options}
 
 
 def source_digest(launch: Any, arch: str) -> str:
     """A digest of the input of :func:`compile_launch`, which takes no time: equal digests mean equal code."""
-    return _digest(launch, arch, ASTSource(launch.kernel, *source(launch, arch)).hash())
+    return _digest(launch, arch, _built(launch, arch).hash())
 
 
 def code_digest(launch: Any, arch: str) -> str:
@@ -76,12 +85,10 @@ def code_digest(launch: Any, arch: str) -> str:
 
     Edits that leave the code of a variant as it was, such as an argument that the variant does not have, keep its digest.
     """
-    backend = make_backend(target(arch))
-    options = backend.parse_options({"enable_fp_fusion": True, **launch.options})
-    context, stages = ir.context(), {}
+    backend, built, context, stages = make_backend(target(arch)), _built(launch, arch), ir.context(), {}
+    options = backend.parse_options(_options(launch))
     ir.load_dialects(context)
     backend.load_dialects(context)
-    built = ASTSource(launch.kernel, *source(launch, arch))
     implementation = backend.get_codegen_implementation(options)
     module = built.make_ir(target(arch), options, implementation, backend.get_module_map(), context)
     backend.add_stages(stages, options, built.language)
@@ -93,120 +100,85 @@ def _digest(launch: Any, arch: str, code: str) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
+def _run(tool: str | Path, options: Sequence[str], content: bytes) -> subprocess.CompletedProcess[str]:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True)
+
+
 def cuobjdump(cubin: bytes) -> str:
     """Resources and instructions of a cubin, by the tool in Triton's wheel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", "-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _run(tool, ["--dump-resource-usage", "-sass"], cubin).stdout
 
 
 _SASS = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(\S+)(?:[^;]*?\b(0x[0-9a-f]+))?[^;]*;")
-_SASS_MEMORY = ("LD", "ST", "ATOM", "RED")
 
 
 def sass_counts(text: str) -> tuple[int, int]:
     """Instructions, and those to memory, of the largest innermost loop that holds matrix instructions; of all where none does."""
     code = [(int(place, 16), op, target) for place, op, target in _SASS.findall(text) if not op.startswith("NOP")]
     places = {place: index for index, (place, _, _) in enumerate(code)}
-    having = []
-    for end, (_, op, target) in enumerate(code):
-        start = places.get(int(target, 16), end) if op.startswith("BRA") and target else end
-        if start < end and any("MMA" in op for _, op, _ in code[start : end + 1]):
-            having.append((start, end))
-    inner = [a for a in having if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in having)]
+    ends = [(end, int(target, 16)) for end, (_, op, target) in enumerate(code) if op.startswith("BRA") and target]
+    loops = [(places[start], end) for end, start in ends if places.get(start, end) < end]
+    loops = [(start, end) for start, end in loops if any("MMA" in op for _, op, _ in code[start : end + 1])]
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     start, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, len(code) - 1))
     ops = [op for _, op, _ in code[start : end + 1] if op != "LDGDEPBAR"]
-    return len(ops), sum(op.startswith(_SASS_MEMORY) for op in ops)
-
-
-_SERIALIZED = re.compile(r"\((C\d+)\)[^\n]*serialized due to (.*?) in (?:the )?function")
+    return len(ops), sum(op.startswith(("LD", "ST", "ATOM", "RED")) for op in ops)
 
 
 def serialized(ptx: str) -> str:
     """Why ptxas lets each WGMMA wait for the one before it, or ``""``: Hopper's matrix units then idle between them."""
-    if "wgmma" not in ptx:
-        return ""
     # As Triton calls it.
     flags = ["--regAllocOptLevel=2"] if triton.__version__ >= "3.9" else []
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [get_ptxas(90).path, "-lineinfo", "-v", *flags, "--gpu-name=sm_90a", file.name, "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return serialization(log)
+    options = ["-lineinfo", "-v", *flags, "--gpu-name=sm_90a", "-o", os.devnull]
+    log = _run(get_ptxas(90).path, options, ptx.encode()).stderr if "wgmma" in ptx else ""
+    found = re.findall(r"\((C\d+)\)[^\n]*serialized due to (.*?) in (?:the )?function", log)
+    return "; ".join(sorted({f"{code} {reason}" for code, reason in found}))
 
 
-def serialization(log: str) -> str:
-    """The reasons in a log of ptxas, each with its code: ``"C7511 insufficient register resources"``."""
-    return "; ".join(sorted({f"{code} {reason}" for code, reason in _SERIALIZED.findall(log)}))
-
-
+_MATRIX = re.compile(r"\b(?:(?:[HI]MMA|[HIQ]GMMA)\.\w+|UTC\w*MMA|v_mfma_[a-z]+\d+_\d+x\d+x\d+)")
 # Fewer are a kernel's scaling, not its product.
 FEWEST_FMAS = 32
-# Names have the shape and not the types, ``HGMMA.64x256x16``.
-_MATRIX = re.compile(r"\b(?:(?:[HI]MMA|[HIQ]GMMA)\.\w+|UTC\w*MMA|v_mfma_[a-z]+\d+_\d+x\d+x\d+)")
-_TILE = re.compile(r"cp\.(?:reduce\.)?async\.bulk\.(?!prefetch)[\w.:]*?(shared::\w+|global)\b")
 _GCN_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?(?:dwordx?(\d*)|b(\d+)|\w*?(short|byte))")
-
-
-def matrix_instructions(machine: str) -> str:
-    """The instructions that compute a kernel's products: the matrix units', or FFMA in numbers; ``""`` for an empty kernel."""
-    names, scalar = {*_MATRIX.findall(machine)}, re.findall(r"\bFFMA2?\b", machine)
-    return " ".join(sorted(names or ({*scalar} if len(scalar) >= FEWEST_FMAS else ())))
-
-
-def nvidia_widths(ptx: str) -> tuple[list[int], list[int]]:
-    """Bits of each load and of each store: of PTX, whose widths the assembler keeps. Scalars, of one address for all, don't count.
-
-    A copy of a whole tile (TMA) has 128 bits.
-    """
-    accesses = [access for access in hazards.ptx_accesses(ptx) if access and access.varies]
-    loads, stores = ([each.bits for each in accesses if each.store == store] for store in (False, True))
-    for end in _TILE.findall(ptx):
-        (stores if end == "global" else loads).append(128)
-    return loads, stores
-
-
-def amd_widths(gcn: str) -> tuple[list[int], list[int]]:
-    """Bits of each load and of each store by vector instructions; scalars mostly have instructions of their own."""
-    bits = [
-        (way, {"short": 16, "byte": 8}[part] if part else int(plain) if plain else 32 * int(dwords or 1))
-        for way, dwords, plain, part in _GCN_ACCESS.findall(gcn)
-    ]
-    return [each for way, each in bits if way == "load"], [each for way, each in bits if way == "store"]
 
 
 def read(compiled: Any) -> dict[str, Any]:
     """The report's columns that come from the code.
 
+    ``mma``: the instructions of a kernel's products by shape, ``HGMMA.64x256x16``: the matrix units', else FFMA.
+    ``load_bits`` and ``store_bits``: means over the accesses in the text to addresses that differ between threads. On NVIDIA's
+    GPUs they are read from PTX, whose widths the assembler keeps; on AMD's, scalars mostly have instructions of their own.
+
     Raises:
         ValueError: the code has a fault of those in ``hazards``.
     """
-    asm = compiled.asm
+    asm, reason = compiled.asm, ""
     if "cubin" in asm:
         machine, ptx = cuobjdump(asm["cubin"]), asm["ptx"]
         faults = [*hazards.reloaded_scalars(ptx), *hazards.store_round_trips(ptx), *hazards.short_buffers(asm["ttgir"])]
-        found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", machine))
+        found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", machine)}
         # Some code reserves a stack that it does not use.
-        spills = (int(found["STACK"]) + int(found["LOCAL"])) * bool(re.search(r"\b(?:STL|LDL)\b", machine))
-        registers, reason, widths = found["REG"], serialized(ptx), nvidia_widths(ptx)
+        spills = (found["STACK"] + found["LOCAL"]) * bool(re.search(r"\b(?:STL|LDL)\b", machine))
+        registers, reason = found["REG"], serialized(ptx)
+        accesses = [(each.store, each.bits) for each in hazards.ptx_accesses(ptx) if each and each.varies]
     else:
-        machine = asm["amdgcn"]
-        faults = [*hazards.early_counts(machine)]
-        found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", machine))
-        spills, registers = int(found["private_segment_fixed_size"]), found["vgpr_count"]
-        reason, widths = "", amd_widths(machine)
+        machine, faults = asm["amdgcn"], [*hazards.early_counts(asm["amdgcn"])]
+        found = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", machine)}
+        registers, spills = found["vgpr_count"], found["private_segment_fixed_size"]
+        accesses = [
+            (way == "store", {"short": 16, "byte": 8}[part] if part else int(plain or 32 * int(dwords or 1)))
+            for way, dwords, plain, part in _GCN_ACCESS.findall(machine)
+        ]
     if faults:
         raise ValueError("; ".join(faults))
-    load_bits, store_bits = (round(sum(bits) / len(bits)) if bits else 0 for bits in widths)
-    return {
-        "registers": int(registers),
-        "spills": spills,
-        "mma": matrix_instructions(machine) if "tt.dot" in asm["ttir"] else "",
-        "serialized": reason,
-        "load_bits": load_bits,
-        "store_bits": store_bits,
-    }
+    names, scalar = {*_MATRIX.findall(machine)}, re.findall(r"\bFFMA2?\b", machine)
+    names |= {*scalar} if not names and len(scalar) >= FEWEST_FMAS else set()
+    row = {"registers": registers, "spills": spills, "serialized": reason}
+    row["mma"] = " ".join(sorted(names)) if "tt.dot" in asm["ttir"] else ""
+    for column, wanted in (("load_bits", False), ("store_bits", True)):
+        bits = [each for store, each in accesses if store == wanted]
+        row[column] = round(sum(bits) / len(bits)) if bits else 0
+    return row

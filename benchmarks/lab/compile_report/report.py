@@ -1,18 +1,33 @@
-"""The rows of the compile report: compile every launch that dispatch can make, read the machine code, compare with before."""
+"""Machine code of every kernel and config that dispatch can pick, compiled for GPUs that need not be present.
+
+    python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--csv FILE]
+    python -m benchmarks.lab.compile_report --check     compare with the committed report; exit with 1 if something got worse
+    python -m benchmarks.lab.compile_report --write     renew the rows of the committed report
+        --quick or --missing: only the rows that it lacks and those whose code has changed since
+
+The committed report is benchmarks/results/compile_report.csv. Its rows are from one release of Triton, and are compared only
+under that. Columns: registers a thread; spills, bytes of local memory a thread; bytes of shared memory a program; the matrix
+instructions; serialized, why ptxas lets each of Hopper's wait for the last, or empty; the mean bits of a load and of a store,
+see ``machine_code.read``; occupancy, the share of a processor's warps that are resident; a digest of the intermediate code.
+What can't be compiled is listed at the end, and the exit status is 1. A row takes 1 to 5 s of one core, 0.5 s once Triton has
+it in its cache; its digest takes 0.15 s, once.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import multiprocessing
 import os
+import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import triton
 
 from benchmarks.common.assets import cache_dir
 from benchmarks.common.tables import RESULTS, write_text
@@ -25,109 +40,63 @@ REPORT = RESULTS / "compile_report.csv"
 # The Triton release of the committed report.
 TRITON = "3.9"
 LABEL = ["kernel", "variant", "arch", "dtype"]
-COLUMNS = [*LABEL, "registers", "spills", "shared_bytes", "mma", "serialized", "load_bits", "store_bits", "occupancy", "code"]
+FIGURES = ["registers", "spills", "shared_bytes", "mma", "serialized", "load_bits", "store_bits", "occupancy"]
+COLUMNS = [*LABEL, *FIGURES, "code"]
+# The GPU's limit is printed, but not recorded.
+ALL = [*COLUMNS, "shared_limit"]
 # More registers than this are worse even at the same occupancy: it is the step they are given out in, and compilers' noise.
 REGISTERS = 8
-# A mean width below this share of the old one is worse. One more scalar changes it by less, a narrow tile by more.
+# A mean width below this share of the old one is worse; a tile that comes in narrower pieces lowers it by more.
 NARROWER = 0.97
 
 Label = tuple[str, ...]
-Row = dict[str, Any]
 
 
 @cache
 def jobs(arch: str) -> dict[Label, Any]:
     """The launch of each row. If several pieces of code share a variant, the arguments that differ follow its name."""
-    found: dict[tuple[str, str, str], list[tuple[Any, dict[str, str]]]] = defaultdict(list)
+    found: dict[tuple[str, str, str], dict[tuple[str, ...], Any]] = defaultdict(dict)
     for dtype, launch in every_launch(DEVICES[arch]):
-        name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-        name = "stable_adamw_square_sums" if name == "square_sums" else name
-        alike, values = found[name, launch.variant, dtype], machine_code.values(launch, arch)
-        if values not in (other for _, other in alike):
-            alike.append((launch, values))
+        kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+        kernel = "stable_adamw_square_sums" if kernel == "square_sums" else kernel
+        found[kernel, launch.variant, dtype].setdefault(machine_code.words(launch, arch), launch)
     result = {}
     for (kernel, variant, dtype), alike in found.items():
-        names = {name: None for _, values in alike for name in values}
-        telling = [name for name in names if len({values.get(name) for _, values in alike}) > 1]
-        for launch, values in alike:
-            words = [variant, *(values[name] for name in telling if name in values)]
-            result[kernel, " ".join(words), arch, dtype] = launch
+        shared = set.intersection(*map(set, alike))
+        for words, launch in alike.items():
+            result[kernel, " ".join([variant, *(word for word in words if word not in shared)]), arch, dtype] = launch
     return result
 
 
-class Codes:
-    """Digests of intermediate code, which take 0.15 s each, by those of its source, which take none; kept in the cache directory."""
-
-    def __init__(self) -> None:
-        self.path = cache_dir() / "compile_report.json"
-        self.known: dict[str, str] = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def of(self, label: Label) -> str:
+def codes_of(labels: Sequence[Label]) -> dict[Label, str]:
+    """Digests of the rows' intermediate code. The cache directory has them by digests of the source, which take no time."""
+    path = cache_dir() / "compile_report.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    found = {}
+    for label in labels:
         launch, arch = jobs(label[2])[label], label[2]
         source = machine_code.source_digest(launch, arch)
-        if source not in self.known:
-            self.known[source] = machine_code.code_digest(launch, arch)[:8]
-        return self.known[source]
+        if source not in known:
+            known[source] = machine_code.code_digest(launch, arch)[:8]
+        found[label] = known[source]
+    write_text(path, json.dumps(known))
+    return found
 
-    def keep(self) -> None:
-        write_text(self.path, json.dumps(self.known))
 
-
-def make_row(label: Label) -> Row:
-    """Compile one launch and read what came out."""
+def make_row(label: Label) -> dict[str, Any] | str:
+    """Compile one launch and read what came out, or the error in words."""
     launch, arch = jobs(label[2])[label], label[2]
-    compiled = machine_code.compile_launch(launch, arch)
-    facts, metadata = machine_code.read(compiled), compiled.metadata
-    columns = getattr(metadata, "tmem_size", 0) or 0
-    return {
-        **dict(zip(LABEL, label, strict=True)),
-        **facts,
-        "shared_bytes": metadata.shared,
-        "occupancy": occupancy(arch, facts["registers"], metadata.shared, metadata.num_warps, columns),
-    }
-
-
-def _work(label: Label) -> Row | str:
-    """Runs in a worker, which enumerates launches itself because they can't be pickled. Returns an error in words."""
     try:
-        return make_row(label)
+        compiled = machine_code.compile_launch(launch, arch)
+        facts, metadata = machine_code.read(compiled), compiled.metadata
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        text = str(getattr(cause, "error_message", None) or cause).strip() or "no message"
-        return f"{type(cause).__name__}: {text.splitlines()[-1]}"[:300]
-
-
-def _silence() -> None:
-    """Suppress output: Triton prints a failing kernel, thousands of lines, also from C++."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
-
-
-def compile_all(labels: Sequence[Label], workers: int) -> Iterator[tuple[Label, Row | str]]:
-    """(label, row or problem) in order. Where a compiler crashes, the next rows are compiled one at a time until it is found."""
-    done, alone = 0, False
-    while done < len(labels):
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1 if alone else workers, context, _silence) as pool:
-            for future in [pool.submit(_work, label) for label in labels[done : done + 1 if alone else None]]:
-                try:
-                    result = future.result()
-                except BrokenProcessPool:
-                    if not alone:
-                        alone = True
-                        break
-                    result = "the compiler crashed"
-                yield labels[done], result
-                done += 1
-            else:
-                alone = False
-
-
-def read_report() -> pd.DataFrame:
-    return pd.read_csv(REPORT, keep_default_na=False, dtype={"code": str})
+        while error.__cause__ is not None:
+            error = error.__cause__
+        return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+    columns = getattr(metadata, "tmem_size", 0) or 0
+    facts["occupancy"] = occupancy(arch, facts["registers"], metadata.shared, metadata.num_warps, columns)
+    memory = {"shared_bytes": metadata.shared, "shared_limit": DEVICES[arch].shared_limit}
+    return {**dict(zip(LABEL, label, strict=True)), **facts, **memory}
 
 
 def compare(old: pd.DataFrame, new: pd.DataFrame, labels: Sequence[Label]) -> list[str]:
@@ -135,14 +104,14 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, labels: Sequence[Label]) -> li
 
     ``labels`` are all that there are now, of which ``new`` may be some.
     """
-    before = [*old[LABEL].itertuples(index=False, name=None)]
-    lines = [f"{' | '.join(label)}: vanished" for label in before if label not in {*labels}]
-    lines += [f"{' | '.join(label)}: not in the committed report" for label in labels if label not in {*before}]
+    before, now = dict.fromkeys(old.set_index(LABEL).index), dict.fromkeys(labels)
+    lines = [f"{' | '.join(label)}: vanished" for label in before if label not in now]
+    lines += [f"{' | '.join(label)}: not in the committed report" for label in now if label not in before]
     both = new.merge(old, on=LABEL, suffixes=("", "_old"))
     worse = {
         "registers": both.registers > both.registers_old + REGISTERS,
         "spills": both.spills > both.spills_old,
-        "shared_bytes": both.shared_bytes > [DEVICES[arch].shared_limit for arch in both.arch],
+        "shared_bytes": both.shared_bytes > both.shared_limit,
         "mma": [not {*a.split()} <= {*b.split()} for a, b in zip(both.mma_old, both.mma, strict=True)],
         "serialized": (both.serialized != "") & (both.serialized_old == ""),
         "load_bits": both.load_bits < NARROWER * both.load_bits_old,
@@ -150,9 +119,18 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, labels: Sequence[Label]) -> li
         "occupancy": both.occupancy < both.occupancy_old,
     }
     for column, bad in worse.items():
-        for *label, was, is_now in both.loc[bad, [*LABEL, f"{column}_old", column]].itertuples(index=False):
-            lines.append(f"{' | '.join(label)}: {column} {was or 'none'} -> {is_now or 'none'}")
+        for *label, was, found in both.loc[bad, [*LABEL, f"{column}_old", column]].itertuples(index=False):
+            lines.append(f"{' | '.join(label)}: {column} {was or 'none'} -> {found or 'none'}")
     return lines
+
+
+def read_report() -> pd.DataFrame:
+    return pd.read_csv(REPORT, keep_default_na=False, dtype={"code": str})
+
+
+def recorded(old: pd.DataFrame) -> dict[Label, str]:
+    """The digest of each row's code."""
+    return old.set_index(LABEL)["code"].to_dict()
 
 
 def write_report(old: pd.DataFrame, new: pd.DataFrame) -> None:
@@ -160,3 +138,49 @@ def write_report(old: pd.DataFrame, new: pd.DataFrame) -> None:
     now = pd.DataFrame([label for arch in DEVICES for label in jobs(arch)], columns=LABEL)
     found = now.merge(pd.concat([new, old]).drop_duplicates(LABEL), on=LABEL)
     write_text(REPORT, found[COLUMNS].to_csv(index=False, lineterminator="\n"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit status."""
+    parser = argparse.ArgumentParser("python -m benchmarks.lab.compile_report", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", action="append", choices=DEVICES, help="only this GPU; may be repeated")
+    parser.add_argument("--kernel", default="", metavar="PREFIX", help="only kernels whose names begin so")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the committed report; 1 if something got worse"
+    )
+    parser.add_argument("--write", action="store_true", help="renew the rows of the committed report")
+    parser.add_argument(
+        "--quick", "--missing", action="store_true", help="only rows that it lacks or whose code has changed"
+    )
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
+    if (args.write or args.check) and not triton.__version__.startswith(f"{TRITON}."):
+        parser.error(f"the committed report is from Triton {TRITON}, this is {triton.__version__}")
+    archs = args.arch or [*DEVICES]
+    labels = [label for arch in archs for label in jobs(arch) if label[0].startswith(args.kernel)]
+    old, codes = read_report(), codes_of(labels)
+    known = recorded(old) if args.quick else {}
+    todo = [label for label in labels if codes[label] != known.get(label)]
+    rows, problems = [], []
+    # The compiler runs without Python's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, (label, result) in enumerate(zip(todo, pool.map(make_row, todo), strict=True), start=1):
+            if isinstance(result, str):
+                problems.append(f"{' | '.join(label)}: not compiled: {result}")
+            else:
+                rows.append(result | {"code": codes[label]})
+            if number % 50 == 0 or number == len(todo):
+                print(f"{number} of {len(todo)}", file=sys.stderr)
+    new = pd.DataFrame(rows, columns=ALL)
+    print(new.to_string(index=False) if rows else "no row to compile")
+    if args.csv:
+        write_text(args.csv, new.to_csv(index=False, lineterminator="\n"))
+    if args.write and not problems:
+        write_report(old, new)
+    if args.check:
+        chosen = old["arch"].isin(archs) & old["kernel"].str.startswith(args.kernel)
+        problems += compare(old[chosen], new, labels)
+    print("\n".join(problems), file=sys.stderr)
+    return 1 if problems else 0

@@ -1,105 +1,143 @@
-"""Faults of compiled kernels that show in their text: each is found where it is planted, and nowhere else."""
+"""Faults of compiled kernels that show in their text; and what needs Triton's compiler, in processes of its own."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from benchmarks.lab.compile_report.assembly import PTX_THREAD, parse_ptx
-from benchmarks.lab.compile_report.hazards import reloaded_scalars, short_buffers, store_round_trips
-from benchmarks.lab.compile_report.machine_code import varying
-from tests.benchmarks.lab.test_compile_report_kernels import of_this_triton
-from tests.helpers.processes import printed
+import triton
 
+from benchmarks.lab.compile_report import report
+from benchmarks.lab.compile_report.hazards import early_counts, reloaded_scalars, short_buffers, store_round_trips
+from tests.helpers.processes import printed, python
+
+of_this_triton = pytest.mark.skipif(
+    not triton.__version__.startswith(f"{report.TRITON}."), reason=f"the report is of Triton {report.TRITON}'s compiler"
+)
 SCALAR = """
     mov.u32 %r1, %tid.x;
     ld.global.b32 { %r2 }, [ %rd1 + 0 ];
     ld.global.b32 { %r3 }, [ %rd1 + 4 ];
-    BARRIER
     @%p1 st.global.b32 [ %rd1 + 0 ], { %r4 };
 """
-
-
-def _reloaded(text: str) -> int:
-    code = parse_ptx(text)
-    return len([*reloaded_scalars(code, varying(code, PTX_THREAD))])
-
-
-def test_a_scalar_is_stored_behind_a_barrier() -> None:
-    assert _reloaded(SCALAR.replace("BARRIER", "")) == 1
-    assert _reloaded(SCALAR.replace("BARRIER", "bar.sync 0;")) == 0
-    assert _reloaded(SCALAR.replace("[ %rd1 + 0 ], {", "[ %rd1 + 8 ], {")) == 0
-    # An element of a thread's own.
-    own = SCALAR.replace("BARRIER", "").replace(
-        "ld.global.b32 { %r2 }", "add.s64 %rd1, %rd1, %r1;\n ld.global.b32 { %r2 }"
-    )
-    assert _reloaded(own) == 0
-
-
-def test_one_wait_for_stores_of_tiles() -> None:
-    wait = "cp.async.bulk.wait_group \t0;\n cp.async.bulk.wait_group.read \t0;\n"
-    assert [*store_round_trips(wait)] == []
-    assert len([*store_round_trips(2 * wait)]) == 1
-
-
+OWN = "add.s64 %rd1, %rd2, %r1;\n ld.global.b32 { %r2 }"
+WAIT = "cp.async.bulk.wait_group \t0;\n cp.async.bulk.wait_group.read \t0;\n"
 BUFFERS = """
-    %x_1 = ttg.local_alloc : () -> !ttg.memdesc<DEPTHx16x128xbf16, #shared>
+    %x_1 = ttg.local_alloc : () -> !ttg.memdesc<2x16x128xbf16, #shared>
     %v_1 = ttg.memdesc_index %x_1[%c0] : !ttg.memdesc<3x16x128xbf16>
-    %t_1 = ttg.async_copy_global_to_local %p, %v_1 mask %m other %o {contiguity = 8 : i32} : tensor<16x128>
+    %t_1 = ttg.async_copy_global_to_local %p, %v_1 mask %m : tensor<16x128>
     %v_2 = ttg.memdesc_index %x_1[%c1] : !ttg.memdesc<3x16x128xbf16>
-    %t_2 = ttg.async_copy_global_to_local %p, %v_2 mask %m other %o {contiguity = 8 : i32} : tensor<16x128>
+    %t_2 = ttg.async_copy_global_to_local %p, %v_2 mask %m : tensor<16x128>
     %r = scf.for %i = %c0 to %n step %c1
       %v_3 = ttg.memdesc_index %x_1[%i] : !ttg.memdesc<3x16x128xbf16>
       %xt = ttg.memdesc_trans %v_3 {order = array<i32: 1, 0>} : !ttg.memdesc<16x128xbf16>
       %acc_2 = ttng.warp_group_dot %w, %xt, %acc {isAsync = true} : !ttg.memdesc<64x128xbf16>
       %acc_3:2 = ttng.warp_group_dot_wait %acc_2, %xt {pendings = 1 : i32} : tensor<64x16xf32>
-      %v_4 = ttg.memdesc_index %x_1[%j] : !ttg.memdesc<3x16x128xbf16>
-      %t_4 = ttg.async_copy_global_to_local %p, %v_4 mask %m other %o {contiguity = 8 : i32} : tensor<16x128>
+      %t_4 = ttg.async_copy_global_to_local %p, %v_1 mask %m : tensor<16x128>
+"""
+PUBLISHED = """
+    buffer_store_dwordx4 v[6:9], v10, s[52:55], 0 offen
+    s_waitcnt lgkmcnt(0)
+    s_barrier
+    s_barrier
+    s_waitcnt vmcnt(0)
+    global_atomic_add v11, v11, v13, s[14:15] sc0
 """
 
 
-def test_an_asynchronous_product_has_a_buffer_more_than_copies_run_ahead() -> None:
-    short, enough = BUFFERS.replace("DEPTH", "2"), BUFFERS.replace("DEPTH", "3")
-    assert len([*short_buffers(short)]) == 1
-    assert [*short_buffers(enough)] == []
-    assert [*short_buffers(short.replace("pendings = 1", "pendings = 0"))] == []
+@pytest.mark.parametrize(
+    ("find", "text", "mended"),
+    [
+        (reloaded_scalars, SCALAR, SCALAR.replace("@%p1", "bar.sync 0;\n @%p1")),
+        (reloaded_scalars, SCALAR, SCALAR.replace("[ %rd1 + 0 ], {", "[ %rd1 + 8 ], {")),
+        (reloaded_scalars, SCALAR, SCALAR.replace("ld.global.b32 { %r2 }", OWN)),
+        (store_round_trips, 2 * WAIT, WAIT),
+        (short_buffers, BUFFERS, BUFFERS.replace("memdesc<2x", "memdesc<3x")),
+        (short_buffers, BUFFERS, BUFFERS.replace("pendings = 1", "pendings = 0")),
+        (early_counts, PUBLISHED, PUBLISHED.replace("lgkmcnt(0)", "vmcnt(0) lgkmcnt(0)")),
+    ],
+)
+def test_a_fault_is_found_and_the_mended_text_has_none(find, text: str, mended: str) -> None:
+    assert len([*find(text)]) == 1
+    assert [*find(mended)] == []
 
 
-COMPILED = """
-from benchmarks.lab.compile_report import launches, machine_code
-from stablelora_kernels.dispatch.problem import DEVICES
+PLANTED = """
+from benchmarks.lab.compile_report import machine_code, report
 from stablelora_kernels.kernels.lora.chain import wait_for_flag
-launch = next(launch for _, launch in launches.{source} if {words!r} in launch.variant)
+launch = next(launch for label, launch in report.jobs("sm_90").items() if {words!r} in " ".join(label))
 function = {function}
 assert {text!r} in function.src
 function._unsafe_update_src(function.src.replace({text!r}, {by!r}))
 try:
-    machine_code.read(machine_code.compile_launch(launch, "sm_90"))
-    print("no fault")
+    print(machine_code.read(machine_code.compile_launch(launch, "sm_90")))
 except ValueError as error:
     print(error)
 """
-_LINEAR = "lora_linear_launches(DEVICES['sm_90'])"
 
 
-# Every launch that dispatch can pick is looked at by --check in test_compile_report_kernels.
+@pytest.mark.nightly
 @of_this_triton
 @pytest.mark.parametrize(
-    ("words", "source", "function", "planted", "fault"),
+    ("words", "function", "text", "by", "fault"),
     [
-        ("sharded", "stable_adamw_launches()", "launch.kernel", ("tl.debug_barrier()", "pass"), "late warp"),
-        ("fused 16x", _LINEAR, "launch.kernel", ("acc = finished(acc)", "pass"), "3 copies run ahead"),
-        ("y r16 chained 128x256", _LINEAR, "wait_for_flag", ("INTERPRETING or targets_amd()", "True"), "waits for"),
+        ("stable_adamw aligned sharded", "launch.kernel", "tl.debug_barrier()", "pass", "late warp"),
+        ("fused 16x", "launch.kernel", "acc = finished(acc)", "pass", "3 copies run ahead"),
+        (" y r16 chained 128x256", "wait_for_flag", "INTERPRETING or targets_amd()", "True", "waits for"),
     ],
-    ids=["optimizer", "few rows", "chained"],
 )
-def test_a_planted_fault_is_found(words: str, source: str, function: str, planted: tuple[str, str], fault: str) -> None:
-    text, by = planted
+def test_a_fault_planted_in_a_kernel_is_found(words: str, function: str, text: str, by: str, fault: str) -> None:
     # Triton computes a kernel's key once a process.
-    before, after = (
-        printed(COMPILED.format(words=words, source=source, function=function, text=text, by=each))
-        for each in (text, by)
+    before, after = (printed(PLANTED.format(words=words, function=function, text=text, by=each)) for each in (text, by))
+    assert "'load_bits'" in before and fault in after
+
+
+def passes(code: str, **env: str) -> None:
+    done = python(code, **env)
+    assert done.returncode == 0, done.stderr[-8000:]
+
+
+# Of all rows one in 40: changed code is compiled and compared, other code is as recorded. Then no digest is computed again.
+KEPT = """
+import pandas as pd
+from benchmarks.lab.compile_report import machine_code, report
+labels, old = [label for arch in report.DEVICES for label in report.jobs(arch)], report.read_report()
+codes, recorded = report.codes_of(labels[::40]), report.recorded(old)
+rows = [report.make_row(label) for label, code in codes.items() if code != recorded.get(label)]
+problems = [row for row in rows if isinstance(row, str)] or report.compare(old, pd.DataFrame(rows, columns=report.ALL), labels)
+assert not problems, problems
+machine_code.code_digest = None
+assert report.codes_of(labels[::40]) == codes
+"""
+# A constant that the variant's code does not depend on changes its source alone.
+DIGESTS = """
+from benchmarks.lab.compile_report import report
+from benchmarks.lab.compile_report.machine_code import code_digest, source_digest
+launch = next(each for each in report.jobs("sm_90").values() if not each.constants.get("HAS_GRAD", True))
+unused, block, warps = (
+    launch._replace(constants=launch.constants | {"GRAD_STAGES": 7}),
+    launch._replace(constants=launch.constants | {"BLOCK_N": 2 * launch.constants["BLOCK_N"]}),
+    launch._replace(options=launch.options | {"num_warps": 2 * launch.options["num_warps"]}),
+)
+for digest, different in ((source_digest, 5), (code_digest, 4)):
+    found = [*(digest(each, "sm_90") for each in (launch, launch, unused, block, warps)), digest(launch, "sm_80")]
+    assert found[0] == found[1] and len(set(found)) == different, (digest, found)
+"""
+
+
+@of_this_triton
+@pytest.mark.parametrize("code", [KEPT, DIGESTS], ids=["kept", "digests"])
+def test_todays_kernels_keep_the_report(code: str, tmp_path: Path) -> None:
+    passes(code, STABLELORA_CACHE=str(tmp_path))
+
+
+@pytest.mark.nightly
+@of_this_triton
+@pytest.mark.parametrize("arch", report.DEVICES)
+def test_all_kernels_compile_to_what_the_report_says(arch: str) -> None:
+    passes(
+        f"from benchmarks.lab.compile_report.report import main; raise SystemExit(main(['--check', '--arch', {arch!r}]))"
     )
-    assert before == "no fault"
-    assert fault in after
