@@ -95,7 +95,7 @@ def machine_code_of(page: str, directory: Path) -> Any:
 
 def test_the_example_kernel_compiles(tmp_path: Path) -> None:
     facts = machine_code_of("internals/adding-a-kernel.md", tmp_path)
-    assert facts.items() >= {"spills": 0, "load_bits": 16, "store_bits": 128, "wide_loads": 2}.items()
+    assert facts.items() >= {"spills": 0, "load_bits": 91, "store_bits": 128, "wide_loads": 2}.items()
 
 
 def test_the_tensor_that_is_followed_meets_these_instructions(tmp_path: Path) -> None:

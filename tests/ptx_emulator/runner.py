@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton._C.libtriton import ir
-from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -47,8 +46,7 @@ def compile_to_ptx(launch: Launch, arch: str) -> Compiled:
     path = CACHE / f"{launch.kernel.__name__}-{source_digest(launch, arch)}.pickle"
     if path.exists():
         return Compiled(*pickle.loads(path.read_bytes()))
-    backend, found = make_backend(target(arch)), source(launch, arch)
-    built = ASTSource(launch.kernel, *found)
+    backend, built = make_backend(target(arch)), source(launch, arch)
     options = backend.parse_options({"enable_fp_fusion": True, **launch.options, **built.parse_options()})
     metadata: dict[str, Any] = {"target": target(arch), **options.__dict__}
     stages: dict[str, Any] = {}
@@ -64,7 +62,7 @@ def compile_to_ptx(launch: Launch, arch: str) -> Compiled:
     kept = {
         name: metadata.get(name) for name in ("name", "num_warps", "shared", "tensordesc_meta", "global_scratch_size")
     }
-    result = Compiled(kept["name"], str(module), kept, found.signature)
+    result = Compiled(kept["name"], str(module), kept, built.signature)
     CACHE.mkdir(parents=True, exist_ok=True)
     # Several processes may compile the same kernel.
     scrap = path.with_suffix(f".{os.getpid()}")

@@ -59,6 +59,10 @@ def every_launch(device: Device) -> Iterator[tuple[str, Any]]:
 
 def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]], Any], Any]]:
     """The launches of calls, forward and backward, and by its constants whether one is taken: those that no other call has."""
+
+    def every(constants: dict[str, Any]) -> bool:
+        return True
+
     dtype, lora, _, many, few = DTYPES[name]
     ranks, last, default = many if device.arch == FULL else few, ROWS[-1], name == "bf16/fp32"
     for m, (n, k), r, p in product(ROWS, SIZES if device.arch == FULL else SIZES[:1], ranks, DROPOUT):
@@ -72,9 +76,9 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
             choices.append((Choice("chained", ""), Choice("chained", "")))
         # 128 are few rows with many processors; the other dtypes stand beside the default ones in all other rows.
         for pair in choices if m != 128 or default else ():
-            yield (lambda c: True), dry_run.call_launches(device, m, n, k, r, dtype, lora, p, *pair)
+            yield every, dry_run.call_launches(device, m, n, k, r, dtype, lora, p, *pair)
     for m, r, p in product((64, last), ranks, DROPOUT):
-        yield (lambda c: True), dry_run.branch_launches(device, m, 4096, 4096, r, dtype, lora, p)
+        yield every, dry_run.branch_launches(device, m, 4096, 4096, r, dtype, lora, p)
     for m, ns, r, p in product((64, 512, last), GROUPS, ranks, DROPOUT):
         made = dry_run.group_launches(device, m, ns, 4096, r, dtype, lora, p)
         yield (lambda c: "MEMBERS" in c or c.get("ADD")), made
@@ -85,44 +89,36 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
     for (m, k, r), kind, p in product(QUANTIZED.get(name, ()), ("nf4", "fp8"), DROPOUT):
         if r == 16 or device.arch == FULL:
             yield (lambda c: "NF4" in c), dry_run.quantized_launches(device, m, 4096, k, r, dtype, lora, p, kind)
-    if device.tma and dtype != FP32 and ranks:
-        yield (
-            bool,
-            (_broadcast(device, dtype, lora, r, kernel) for r, kernel in ((16, "fused"), (16, "split"), (64, "split"))),
-        )
+    for r, kernel in ((16, "fused"), (16, "split"), (64, "split")) if device.tma and dtype != FP32 and ranks else ():
+        yield every, [[_broadcast(device, dtype, lora, r, kernel)]]
 
 
-def _broadcast(device: Device, dtype: torch.dtype, lora: torch.dtype, r: int, kernel: str) -> list[Any]:
+def _broadcast(device: Device, dtype: torch.dtype, lora: torch.dtype, r: int, kernel: str) -> Any:
     """A forward of one row repeated by expand(), which no descriptor can hold: what the pointers' kernel is for on Hopper."""
-
-    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=of, device="meta")
-
-    x, w, y = empty(1, 4096).expand(4096, 4096), empty(4096, 4096), empty(4096, 4096)
-    a, b = empty(r, 4096, of=lora), empty(4096, r, of=lora)
-    *_, launch = forward_launches(device, x, w, None, a, b, None, y, None, 1.0, 0.0, Choice(kernel, ""))
-    return [launch._replace(variant=f"{launch.variant} broadcast")]
+    with torch.device("meta"):
+        x, w = torch.empty(1, 4096, dtype=dtype).expand(4096, 4096), torch.empty(4096, 4096, dtype=dtype)
+        a, b = torch.empty(r, 4096, dtype=lora), torch.empty(4096, r, dtype=lora)
+    *_, launch = forward_launches(
+        device, x, w, None, a, b, None, torch.empty_like(w), None, 1.0, 0.0, Choice(kernel, "")
+    )
+    return launch._replace(variant=f"{launch.variant} broadcast")
 
 
 def stable_adamw_launches() -> Iterator[tuple[str, Any]]:
     """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain, sharded, with AMP."""
-    int8, int32, int64, floats = (
-        torch.empty(64, dtype=d, device="meta") for d in (torch.int8, torch.int32, torch.int64, FP32)
-    )
-    given = (floats, int8, int32, floats, floats, int32, int64, int64, int32, floats, int64)
+    dtypes = torch.int8, torch.int32, torch.int64, FP32
+    int8, int32, int64, floats = (torch.empty(64, dtype=dtype, device="meta") for dtype in dtypes)
+    of_tensors, of_state = (int64, int64, int32), (floats, int8, int32, floats, floats, int32)
     for (kind, dtype), wide in product(enumerate(("fp32", "bf16", "fp16")), (True, False)):
-        words, variants = "aligned" if wide else "unaligned", 1 << (2 * kind + wide)
-        yield (
-            dtype,
-            plan_square_sums(int64, int64, int32, floats, floats, 0, variants, TritonStep.CHUNK)._replace(
-                variant=words
-            ),
-        )
-        for variant, extra, flags in (
-            (words, (None, None, None), 0),
-            (f"{words} amp clip", (floats, floats, 1.0), 0),
-            (f"{words} sharded", (None, None, None), tables.FLAG_SHARDED | tables.FLAG_CUT),
+        words, code = "aligned" if wide else "unaligned", (1 << (2 * kind + wide), TritonStep.CHUNK)
+        yield dtype, plan_square_sums(*of_tensors, floats, floats, 0, *code)._replace(variant=words)
+        for variant, scale, clip, flags in (
+            (words, None, None, 0),
+            (f"{words} amp clip", floats, 1.0, 0),
+            (f"{words} sharded", None, None, tables.FLAG_SHARDED | tables.FLAG_CUT),
         ):
             if wide or not flags:
-                *_, step = plan_stable_adamw(*given, *extra, False, flags, variants, TritonStep.CHUNK)
+                *_, step = plan_stable_adamw(
+                    *of_state, *of_tensors, floats, int64, scale, scale, clip, False, flags, *code
+                )
                 yield dtype, step._launch._replace(variant=variant)

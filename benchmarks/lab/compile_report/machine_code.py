@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 from triton._C.libtriton import ir, native_specialize_impl
@@ -21,42 +21,34 @@ from triton.compiler.compiler import make_backend
 from benchmarks.lab.compile_report import hazards
 
 
-class Source(NamedTuple):
-    """The input of Triton's compiler for a launch: equal for launches that share a kernel."""
-
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    attributes: dict[tuple[int], Any]
-
-
 def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-def source(launch: Any, arch: str) -> Source:
-    """The types of the arguments, and Triton's knowledge of their values, if ``launch`` ran on ``arch``."""
+def source(launch: Any, arch: str) -> ASTSource:
+    """The compiler's input if ``launch`` ran on ``arch``: types of the arguments, constants, what Triton knows of values."""
     backend, kernel = make_backend(target(arch)), launch.kernel
     given = dict(zip((p.name for p in kernel.params if not p.is_constexpr), launch.args, strict=True))
-    result = Source({}, {}, {})
+    signature, constants, attributes = {}, {}, {}
     for place, p in enumerate(kernel.params):
         kind, known = "constexpr", None
         if not p.is_constexpr:
             specialize = (not p.do_not_specialize, not p.do_not_specialize_on_alignment)
             kind, known = native_specialize_impl(backend, given[p.name], p.is_const, *specialize)
-        result.signature[p.name] = kind
+        signature[p.name] = kind
         if kind == "constexpr":
-            result.constants[p.name] = launch.constants[p.name] if p.is_constexpr else given[p.name]
+            constants[p.name] = launch.constants[p.name] if p.is_constexpr else given[p.name]
         elif isinstance(known, str) and known:
-            result.attributes[(place,)] = backend.parse_attr(known)
-    return result
+            attributes[(place,)] = backend.parse_attr(known)
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 def words(launch: Any, arch: str) -> tuple[str, ...]:
     """Everything but the kernel that the code of ``launch`` depends on: ``stride=1``, ``M: i32 of 16``."""
     found = source(launch, arch)
-    known = {place: "".join(f" of {value}" for _, value in pairs) for (place,), pairs in found.attributes.items()}
+    known = {place: "".join(f" of {value}" for _, value in pairs) for place, pairs in found.attrs.items()}
     signature = [
-        f"{name}={found.constants[name]}" if kind == "constexpr" else f"{name}: {kind}{known.get(place, '')}"
+        f"{name}={found.constants[place,]}" if kind == "constexpr" else f"{name}: {kind}{known.get((place,), '')}"
         for place, (name, kind) in enumerate(found.signature.items())
     ]
     return (*signature, *(f"{name}={value}" for name, value in launch.options.items()))
@@ -64,20 +56,14 @@ def words(launch: Any, arch: str) -> tuple[str, ...]:
 
 def compile_launch(launch: Any, arch: str) -> Any:
     """``launch``'s kernel, compiled as Triton would to launch it on ``arch``."""
-    return triton.compile(_built(launch, arch), target=target(arch), options=_options(launch))
-
-
-def _built(launch: Any, arch: str) -> ASTSource:
-    return ASTSource(launch.kernel, *source(launch, arch))
-
-
-def _options(launch: Any) -> dict[str, Any]:
-    return {"enable_fp_fusion": True, **launch.options}
+    return triton.compile(
+        source(launch, arch), target=target(arch), options={"enable_fp_fusion": True, **launch.options}
+    )
 
 
 def source_digest(launch: Any, arch: str) -> str:
     """A digest of the input of :func:`compile_launch`, which takes no time: equal digests mean equal code."""
-    return _digest(launch, arch, _built(launch, arch).hash())
+    return _digest(launch, arch, source(launch, arch).hash())
 
 
 def code_digest(launch: Any, arch: str) -> str:
@@ -85,8 +71,8 @@ def code_digest(launch: Any, arch: str) -> str:
 
     Edits that leave the code of a variant as it was, such as an argument that the variant does not have, keep its digest.
     """
-    backend, built, context, stages = make_backend(target(arch)), _built(launch, arch), ir.context(), {}
-    options = backend.parse_options(_options(launch))
+    backend, built, context, stages = make_backend(target(arch)), source(launch, arch), ir.context(), {}
+    options = backend.parse_options({"enable_fp_fusion": True, **launch.options})
     ir.load_dialects(context)
     backend.load_dialects(context)
     implementation = backend.get_codegen_implementation(options)

@@ -42,8 +42,6 @@ TRITON = "3.9"
 LABEL = ["kernel", "variant", "arch", "dtype"]
 FIGURES = ["registers", "spills", "shared_bytes", "mma", "serialized", "load_bits", "store_bits", "occupancy"]
 COLUMNS = [*LABEL, *FIGURES, "code"]
-# The GPU's limit is printed, but not recorded.
-ALL = [*COLUMNS, "shared_limit"]
 # More registers than this are worse even at the same occupancy: it is the step they are given out in, and compilers' noise.
 REGISTERS = 8
 # A mean width below this share of the old one is worse; a tile that comes in narrower pieces lowers it by more.
@@ -97,6 +95,11 @@ def make_row(label: Label) -> dict[str, Any] | str:
     facts["occupancy"] = occupancy(arch, facts["registers"], metadata.shared, metadata.num_warps, columns)
     memory = {"shared_bytes": metadata.shared, "shared_limit": DEVICES[arch].shared_limit}
     return {**dict(zip(LABEL, label, strict=True)), **facts, **memory}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """With the GPU's limit, which is not recorded."""
+    return pd.DataFrame(rows, columns=[*COLUMNS, "shared_limit"])
 
 
 def compare(old: pd.DataFrame, new: pd.DataFrame, labels: Sequence[Label]) -> list[str]:
@@ -173,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(result | {"code": codes[label]})
             if number % 50 == 0 or number == len(todo):
                 print(f"{number} of {len(todo)}", file=sys.stderr)
-    new = pd.DataFrame(rows, columns=ALL)
+    new = table(rows)
     print(new.to_string(index=False) if rows else "no row to compile")
     if args.csv:
         write_text(args.csv, new.to_csv(index=False, lineterminator="\n"))

@@ -69,18 +69,12 @@ def test_amds_assembly() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        # 255 registers are given out as 256: two warps fit into each part, so one program of eight.
-        (("sm_80", 255, 0, 8), 0.125),
-        # Two programs of 48 KiB and the system's 1 KiB each.
-        (("sm_86", 32, 49_152, 4), 0.167),
-        (("sm_90", 32, 240_000, 8), 0.0),
-        # Half of the tensor memory each.
-        (("sm_100", 32, 0, 4, 256), 0.125),
-        (("gfx942", 128, 0, 4), 0.5),
-        (("gfx90a", 64, 32_768, 4), 0.25),
+        # 255 registers are given out as 256; the system takes 1 KiB from a program; halves of the tensor memory.
+        (("sm_80", 255, 0, 8), 0.125), (("sm_86", 32, 49_152, 4), 0.167), (("sm_100", 32, 0, 4, 256), 0.125),
+        (("sm_90", 32, 240_000, 8), 0.0), (("gfx942", 128, 0, 4), 0.5), (("gfx90a", 64, 32_768, 4), 0.25),
         (("gfx942", 32, 0, 1), 1.0),
     ],
-)
+)  # fmt: skip
 def test_occupancy(given: tuple[str, int, int, int], expected: float) -> None:
     assert occupancy(*given) == expected
 
@@ -100,13 +94,13 @@ def test_occupancy(given: tuple[str, int, int, int], expected: float) -> None:
 )
 def test_a_worse_row_is_found(column: str, worse: object, as_good: object) -> None:
     label, other = ("lora_shrink", "r16", "sm_90", "bf16"), ("lora_shrink", "r32", "sm_90", "bf16")
-    figures = 96, 0, 65_536, "HGMMA.64x16x16 HGMMA.64x64x16", "", 128, 64, 0.25, "code", 232_448
-    row = dict(zip(report.ALL, [*label, *figures], strict=True))
-    old = pd.DataFrame([row]).drop(columns="shared_limit")
-    (line,) = report.compare(old, pd.DataFrame([row | {column: worse}]), [label])
+    figures = 96, 0, 65_536, "HGMMA.64x16x16 HGMMA.64x64x16", "", 128, 64, 0.25
+    row = dict(zip([*report.LABEL, *report.FIGURES], [*label, *figures], strict=True))
+    old, limit = pd.DataFrame([row]), {"shared_limit": 232_448}
+    (line,) = report.compare(old, report.table([row | limit | {column: worse}]), [label])
     assert line.startswith(f"lora_shrink | r16 | sm_90 | bf16: {column} ")
-    assert report.compare(old, pd.DataFrame([row | {column: as_good}]), [label]) == []
-    lines = report.compare(old, pd.DataFrame(columns=report.ALL), [other])
+    assert report.compare(old, report.table([row | limit | {column: as_good}]), [label]) == []
+    lines = report.compare(old, report.table([]), [other])
     assert [line.split(": ")[1] for line in lines] == ["vanished", "not in the committed report"]
 
 
