@@ -75,7 +75,7 @@ def codes_of(labels: Sequence[Label]) -> dict[Label, str]:
         launch, arch = jobs(label[2])[label], label[2]
         source = machine_code.source_digest(launch, arch)
         if source not in known:
-            known[source] = machine_code.code_digest(launch, arch)[:8]
+            known[source] = machine_code.code_digest(launch, arch)[:7]
         found[label] = known[source]
     write_text(path, json.dumps(known))
     return found
@@ -128,7 +128,9 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, labels: Sequence[Label]) -> li
 
 
 def read_report() -> pd.DataFrame:
-    return pd.read_csv(REPORT, keep_default_na=False, dtype={"code": str})
+    """The committed rows. Where widths and code are empty, the other figures are an older reading's; ``--missing`` renews them."""
+    types = {"code": str, "load_bits": "Int64", "store_bits": "Int64"}
+    return pd.read_csv(REPORT, keep_default_na=False, na_values={"load_bits": "", "store_bits": ""}, dtype=types)
 
 
 def recorded(old: pd.DataFrame) -> dict[Label, str]:
