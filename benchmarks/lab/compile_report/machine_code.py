@@ -56,9 +56,8 @@ def words(launch: Any, arch: str) -> tuple[str, ...]:
 
 def compile_launch(launch: Any, arch: str) -> Any:
     """``launch``'s kernel, compiled as Triton would to launch it on ``arch``."""
-    return triton.compile(
-        source(launch, arch), target=target(arch), options={"enable_fp_fusion": True, **launch.options}
-    )
+    options = {"enable_fp_fusion": True, **launch.options}
+    return triton.compile(source(launch, arch), target=target(arch), options=options)
 
 
 def source_digest(launch: Any, arch: str) -> str:

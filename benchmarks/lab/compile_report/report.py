@@ -128,7 +128,7 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, labels: Sequence[Label]) -> li
 
 
 def read_report() -> pd.DataFrame:
-    """The committed rows. Where widths and code are empty, the other figures are an older reading's; ``--missing`` renews them."""
+    """The committed rows. Where widths and code are empty, other figures are an older reading's; ``--missing`` renews them."""
     types = {"code": str, "load_bits": "Int64", "store_bits": "Int64"}
     return pd.read_csv(REPORT, keep_default_na=False, na_values={"load_bits": "", "store_bits": ""}, dtype=types)
 
@@ -148,16 +148,13 @@ def write_report(old: pd.DataFrame, new: pd.DataFrame) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     parser = argparse.ArgumentParser("python -m benchmarks.lab.compile_report", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", action="append", choices=DEVICES, help="only this GPU; may be repeated")
-    parser.add_argument("--kernel", default="", metavar="PREFIX", help="only kernels whose names begin so")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
-    parser.add_argument(
-        "--check", action="store_true", help="compare with the committed report; 1 if something got worse"
-    )
-    parser.add_argument("--write", action="store_true", help="renew the rows of the committed report")
-    parser.add_argument(
-        "--quick", "--missing", action="store_true", help="only rows that it lacks or whose code has changed"
-    )
+    add = parser.add_argument
+    add("--arch", action="append", choices=DEVICES, help="only this GPU; may be repeated")
+    add("--kernel", default="", metavar="PREFIX", help="only kernels whose names begin so")
+    add("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
+    add("--check", action="store_true", help="compare with the committed report; exit with 1 if something got worse")
+    add("--write", action="store_true", help="renew the rows of the committed report")
+    add("--quick", "--missing", action="store_true", help="only rows that it lacks or whose code has changed")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")

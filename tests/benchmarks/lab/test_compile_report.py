@@ -125,9 +125,8 @@ def test_what_the_report_promises() -> None:
     lora, nvidia, hopper = rows.kernel.str.startswith("lora"), rows.arch.str.startswith("sm_"), rows.arch == "sm_90"
     low, small = rows.dtype.str.startswith(("bf16", "fp16")), rows.variant.str.startswith("small")
     assert {*rows.arch} == {*DEVICES}
-    assert (rows.shared_bytes <= [DEVICES[arch].shared_limit for arch in rows.arch]).all() and (
-        rows.occupancy > 0
-    ).all()
+    assert (rows.shared_bytes <= [DEVICES[arch].shared_limit for arch in rows.arch]).all()
+    assert (rows.occupancy > 0).all()
     # Without matrix instructions, a kernel is one that the compiler gave up on without a word, as it does when accumulators
     # outgrow Blackwell's tensor memory. Exact products of float32 have none on NVIDIA's GPUs.
     assert rows.mma[lora].str.contains("MMA|mfma|FFMA").all() and (rows.serialized == "").all()
