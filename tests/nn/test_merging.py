@@ -172,12 +172,3 @@ def test_a_merged_layers_state_has_the_frozen_weight(keep_vars):
     frozen = layer.weight.detach().clone()
     layer.merge()
     assert torch.equal(layer.state_dict(keep_vars=keep_vars)["weight"], frozen)
-
-
-@pytest.mark.parametrize("keep_vars", [False, True])
-def test_a_merged_layers_state_has_the_frozen_weight(keep_vars):
-    layer = slk.LoRALinear(8, 6, r=2)
-    nn.init.normal_(layer.lora_B)
-    frozen = layer.weight.detach().clone()
-    layer.merge()
-    assert torch.equal(layer.state_dict(keep_vars=keep_vars)["weight"], frozen)

@@ -203,10 +203,3 @@ def test_dropout_below_the_grid_drops_nothing():
     torch.manual_seed(0)
     keep, real = draw_keep(torch.empty(1 << 21, 1), 2.0**-18)
     assert real == 0.0 and keep.all()
-
-
-def test_dropout_below_the_grid_drops_nothing():
-    """PyTorch's path has 16 random bits: each element is dropped with the very probability that the scale uses."""
-    torch.manual_seed(0)
-    keep, real = draw_keep(torch.empty(1 << 21, 1), 2.0**-18)
-    assert real == 0.0 and keep.all()
