@@ -96,6 +96,12 @@ def misaligned(p: torch.nn.Parameter) -> None:
     p.grad = memory[1:].view_as(p)
 
 
+def same_memory_as_bfloat16(p: torch.nn.Parameter) -> None:
+    """Of values that bfloat16 holds, so that the other half of each float32 is zero."""
+    p.grad.copy_(p.grad.bfloat16())
+    p.grad.data = p.grad.data.flatten().view(torch.bfloat16)[: p.numel()].view(p.shape)
+
+
 def part_of_a_graph(p: torch.nn.Parameter) -> None:
     with torch.enable_grad():
         p.grad = p.grad.clone().requires_grad_() * -3
@@ -121,8 +127,7 @@ TO_A_PARAMETER: dict[str, Callable[[torch.nn.Parameter], Any]] = {
     "transposed in place": lambda p: p.grad.t_(),
     "transposed view": lambda p: assign(p, p.grad.t()),
     "other dtype": lambda p: assign_data(p, (-3 * p.grad).double()),
-    # Bytes of float32 read as bfloat16: the second half of each pair is its bfloat16 rounding.
-    "other dtype, same memory": lambda p: assign_data(p, p.grad.data.view(torch.bfloat16)[:, 1::2]),
+    "other dtype, same memory": same_memory_as_bfloat16,
     "misaligned gradient": misaligned,
     "expanded gradient": lambda p: assign(p, p.grad[:1].clone().expand_as(p)),
     "gradient in a graph": part_of_a_graph,
