@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,15 @@ def test_tensors_change_in_place(path: str, name: str, shape: tuple[int, ...], d
         value.mul_(0.5)
         other.param_groups[0][name] *= 0.5
     assert_all_close(halves(optimizer.pairs), halves(other.pairs), rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("betas", [(0.75, torch.tensor(0.96875)), (torch.tensor(0.75), 0.96875)])
+def test_betas_may_become_a_float_and_a_tensor(path: str, betas: tuple[Any, Any]) -> None:
+    optimizer, other = (StableLoRAAdamW(make_pairs(), lr=1e-2) for _ in range(2))
+    optimizer.param_groups[0]["betas"], other.param_groups[0]["betas"] = betas, (0.75, 0.96875)
+    for step in range(2):
+        take_step(step, optimizer, other)
+    assert_all_close(halves(optimizer.pairs), halves(other.pairs), rtol=1e-6, atol=1e-8)
 
 
 def test_amsgrads_maximum_keeps_a_nan_and_may_begin_later(path: str) -> None:
