@@ -1,17 +1,11 @@
-"""A small Llama with random weights, and its adapters, for training steps and adapter files."""
+"""A small Llama with random weights, for training steps and adapter files."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-
-import stablelora_kernels as slk
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Sizes(NamedTuple):
@@ -39,23 +33,3 @@ def llama(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> LlamaForCau
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
     return model.to(device, dtype).requires_grad_(False)
-
-
-def peft_model(base: nn.Module, r: int) -> nn.Module:
-    """Adapters are float32 for any dtype of the model: PEFT's default and ours."""
-    return get_peft_model(base, LoraConfig(r=r, lora_alpha=2 * r, target_modules=TARGETS))
-
-
-def our_model(base: nn.Module, r: int, fuse_projections: bool = False) -> nn.Module:
-    config = slk.LoRAConfig(r=r, lora_alpha=2 * r, target_modules=TARGETS)
-    slk.apply_lora(base, config, fuse_projections=fuse_projections)
-    return base
-
-
-def fill(model: nn.Module) -> None:
-    """Fill all arms' adapters with equal numbers; a zero B would make gradients zero."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for pair in slk.lora_pairs(model):
-            for half in (pair.A, pair.B):
-                half.copy_(torch.randn(half.shape, generator=generator) * 0.02)

@@ -1,16 +1,14 @@
-"""The optimizer's cases: one step of every arm, how a step grows, and fewer bits for moments and parameters."""
+"""The optimizer's cases: one step of every arm, and fewer bits for moments and parameters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, ClassVar
 
 import torch
 
 import stablelora_kernels as slk
 from benchmarks.common import optimizers
-from benchmarks.suite import scaling
 from benchmarks.suite.rivals import Case, Parts
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.testing import DTYPES, make_pairs
@@ -37,13 +35,20 @@ class OptimizerCase(Case):
 
     @property
     def name(self) -> str:
-        return f"optimizer {self.pairs} pairs r{self.r} width {self.width} {self.dtype} {self.state}"
+        axis = f"{self.axis}: " if self.axis else ""
+        return f"{axis}optimizer {self.pairs} pairs r{self.r} width {self.width} {self.dtype} {self.state}"
+
+    def facts(self) -> dict[str, Any]:
+        sizes = {"pairs": self.pairs, "parameters": 2 * self.pairs * self.r * self.width}
+        return {"axis": f"{self.axis}, {self.state}", "size": sizes[self.axis]} if self.axis else {}
 
     def build(self, arm: str) -> Parts:
-        made = make_pairs(self.pairs, self.r, self.width, self.device, self.state == "latched")
-        pairs = [self._cast(pair) for pair in made]
+        pairs = make_pairs(self.pairs, self.r, self.width, self.device, self.state == "latched")
         halves = [half for pair in pairs for half in (pair.A, pair.B)]
-        grads = [half.grad.clone() for half in halves if half.grad is not None]
+        grads = [half.grad.to(DTYPES[self.dtype]) for half in halves if half.grad is not None]
+        for half, grad in zip(halves, grads, strict=True):
+            half.grad, half.data = None, half.data.to(grad.dtype)
+            half.grad = grad.clone()
         optimizer = self.shared[arm] = optimizers.build(arm, pairs, lr=optimizers.LR)
 
         def prepare() -> None:
@@ -52,14 +57,6 @@ class OptimizerCase(Case):
                 half.grad.copy_(grad)
 
         return {"prepare": prepare, "step": optimizer.step}
-
-    def _cast(self, pair: LoRAPair) -> LoRAPair:
-        if self.dtype == "fp32":
-            return pair
-        halves = [torch.nn.Parameter(half.detach().to(DTYPES[self.dtype])) for half in (pair.A, pair.B)]
-        for half, of in zip(halves, (pair.A, pair.B), strict=True):
-            half.grad = of.grad.to(half.dtype)
-        return LoRAPair(pair.name, *halves)
 
     def check(self) -> None:
         """All pairs kept their state throughout."""
@@ -72,25 +69,6 @@ class OptimizerCase(Case):
                 continue
             if found != {self.state == "latched"}:
                 raise RuntimeError(f"all pairs of {arm!r} must stay {self.state}, got latched {sorted(found)}")
-
-
-@dataclass(frozen=True)
-class ScalingStepCase(OptimizerCase):
-    """One point of an axis."""
-
-    arms = (optimizers.ADAMW_FUSED, optimizers.OURS)
-    mark = "scaling"
-
-    axis: str = "pairs"
-
-    @property
-    def name(self) -> str:
-        return f"{self.axis}: {super().name}"
-
-    def facts(self) -> dict[str, Any]:
-        elements = 2 * self.pairs * self.r * self.width
-        axis = {"name": f"{self.axis}, {self.state}", "size": self.pairs if self.axis == "pairs" else elements}
-        return super().facts() | {"axis": axis, "floor_ms": scaling.step_floor(elements, scaling.machine(self.device))}
 
 
 # The parameters' dtype, the moments' dtype, and whether a float32 master is kept.
@@ -140,29 +118,28 @@ class StorageCase(Case):
         pair = LoRAPair("pair", *(half.to(self.device, dtype).requires_grad_() for half in (a, b)))
         return pair, slk.StableLoRAAdamW([pair], lr=2e-3, moments_dtype=moments, master_weights=master, seed=seed)
 
-    def _loss(self, arm: str, seed: int) -> tuple[float, float]:
-        """The mean loss over the last tenth of the steps, and bytes of parameters, moments and masters per element."""
-        pair, optimizer = self._start(arm, seed)
-        generator = torch.Generator().manual_seed(1000 + seed)
-        target = torch.randn(self.width, self.r, generator=generator) @ torch.randn(
-            self.r, self.width, generator=generator
-        )
-        target = (target / self.width**0.5).to(self.device)
+    def notes(self, arm: str) -> dict[str, Any]:
+        """The mean loss over the last tenth of the steps, by seed, and bytes of parameters, moments and masters per element."""
         losses = []
-        for _ in range(self.steps):
-            x = torch.randn(64, self.width, generator=generator).to(self.device)
-            loss = (x @ pair.A.float().t() @ pair.B.float().t() - x @ target.t()).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        for seed in range(self.seeds):
+            pair, optimizer = self._start(arm, seed)
+            generator = torch.Generator().manual_seed(1000 + seed)
+
+            def draw(*size: int, generator: torch.Generator = generator) -> torch.Tensor:
+                return torch.randn(size, generator=generator).to(self.device)
+
+            target, found = draw(self.width, self.r) @ draw(self.r, self.width) / self.width**0.5, []
+            for _ in range(self.steps):
+                x = draw(64, self.width)
+                loss = (x @ pair.A.float().t() @ pair.B.float().t() - x @ target.t()).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                found.append(loss.item())
+            last = found[-max(self.steps // 10, 1) :]
+            losses.append(sum(last) / len(last))
         kept = [pair.A, pair.B]
         for half in (pair.A, pair.B):
             kept += [t for key, t in optimizer.state[half].items() if key.startswith(("exp_avg", "master"))]
-        last = losses[-max(self.steps // 10, 1) :]
-        return sum(last) / len(last), sum(t.nbytes for t in kept) / (pair.A.numel() + pair.B.numel())
-
-    def notes(self, arm: str) -> dict[str, Any]:
-        found = [self._loss(arm, seed) for seed in range(self.seeds)]
-        losses = [loss for loss, _ in found]
-        return {"bytes_per_element": found[0][1], "loss": median(losses), "losses": losses}
+        elements = pair.A.numel() + pair.B.numel()
+        return {"bytes_per_element": sum(t.nbytes for t in kept) / elements, "loss": losses}

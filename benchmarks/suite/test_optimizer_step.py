@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.suite.host import HostStepCase
 from benchmarks.suite.rivals import Case
-from benchmarks.suite.steps import OptimizerCase, ScalingStepCase, StorageCase
+from benchmarks.suite.steps import OptimizerCase, StorageCase
 
 # Pairs, rank, width. torchao compiles its step for all pairs together: a minute for 64 of them.
 QUICK = [(16, 8, 2048)]
@@ -24,7 +24,7 @@ def cases(suite: str, device: torch.device) -> list[Case]:
     if suite == "tiny":
         return [
             OptimizerCase(2, 2, 32, "shrinking", "fp32", device),
-            *(ScalingStepCase(pairs, 2, 32, "latched", "fp32", device) for pairs in (1, 2, 4)),
+            *(OptimizerCase(pairs, 2, 32, "latched", "fp32", device, axis="pairs") for pairs in (1, 2, 4)),
             HostStepCase(device, 4, "kept"),
             HostStepCase(device, 4, "moved"),
             StorageCase(16, 2, 3, 1, device),
@@ -34,8 +34,8 @@ def cases(suite: str, device: torch.device) -> list[Case]:
         OptimizerCase(*shape, state, dtype, device) for shape, state, dtype in product(shapes, STATES, dtypes)
     ]
     for state in STATES:
-        found += [ScalingStepCase(pairs, 8, 256, state, "fp32", device) for pairs in PAIRS]
-        found += [ScalingStepCase(64, 8, width, state, "fp32", device, axis="parameters") for width in WIDTHS]
+        found += [OptimizerCase(pairs, 8, 256, state, "fp32", device, axis="pairs") for pairs in PAIRS]
+        found += [OptimizerCase(64, 8, width, state, "fp32", device, axis="parameters") for width in WIDTHS]
     found += [
         HostStepCase(device, pairs, how) for pairs, how in product((*PAIRS[:3], 224, *PAIRS[3:]), ("kept", "moved"))
     ]
