@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 import stablelora_kernels as slk
 from benchmarks.common import optimizers
 from benchmarks.common.arms import ACCELERATED, MLP_FUSED, OURS, PEFT, PROJECTIONS_FUSED
+from benchmarks.common.measure import seconds_of
 from benchmarks.common.null_driver import null_driver, null_driver_problem
 from benchmarks.common.optimizers import Unavailable
-from benchmarks.suite.layers import EAGER, FROZEN, OURS_TORCH, OURS_TRITON, MLPCase, ProjectionsCase, adapted
+from benchmarks.suite.layers import EAGER, FROZEN, OURS_TORCH, OURS_TRITON, PROJECTIONS, adapted, gated_mlp, linears
 from benchmarks.suite.rivals import Case, Parts
 from stablelora_kernels.functional import lora_branch
 from stablelora_kernels.ops import plans
@@ -35,9 +35,6 @@ LINEAR = "nn.Linear"
 CALLS = 20
 # Sizes of arms that compute, and of those that do not.
 SMALL_WIDTH, SMALL_ROWS, WIDTH, R = 16, 4, 1024, 16
-# What the case calls: one layer, three projections of one x, a gated MLP, a branch onto another layer's output, or 96 layers in
-# turn, whose Python objects are in no cache of the processor.
-KINDS = ("layer", "group", "mlp", "branch", "96 layers")
 FUSED = {"group": PROJECTIONS_FUSED, "mlp": MLP_FUSED}
 # Dtype of the frozen weight and of A and B, and autocast's.
 PRECISIONS = {
@@ -103,6 +100,8 @@ class HostLayerCase(HostCase):
     calls = CALLS
 
     rows: int = 1
+    # "layer", "group" for three projections of one x, "mlp" for a gated MLP, "branch" onto another layer's output, or "96 layers"
+    # in turn, whose Python objects are in no cache of the processor.
     kind: str = "layer"
     dropout: float = 0.0
     precision: str = "bf16"
@@ -123,84 +122,67 @@ class HostLayerCase(HostCase):
         modules = self._modules(arm, width, dtype)
         x = torch.randn(rows, width, device=self.device, dtype=dtype, requires_grad=True)
         grad = torch.randn(rows, width, device=self.device, dtype=autocast or dtype)
-        leaves = [[x, *(p for p in module.parameters() if p.requires_grad)] for module in modules]
         if self.kind == "branch" and arm in (OURS_TRITON, OURS_TORCH):
-            modules = [self._branch(modules[0])]
-        turns = cycle([(modules, sum(leaves, []))] if self.kind == "group" else [*zip(zip(modules), leaves, strict=True)])
+            modules = [_Branch(modules[0], x.detach())]
+        together = [modules] if self.kind == "group" else [[module] for module in modules]
+        leaves = [[x, *(p for module in now for p in module.parameters() if p.requires_grad)] for now in together]
+        turns = cycle(zip(together, leaves, strict=True))
 
-        def forward(modules: Any = None) -> list[Tensor]:
+        def forward(clear: bool = False) -> list[Tensor]:
+            now, tensors = next(turns)
+            for tensor in tensors if clear else ():
+                tensor.grad = None
             with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
-                return [module(x) for module in modules or next(turns)[0]]
-
-        def no_gradient() -> None:
-            with torch.no_grad():
-                forward()
+                return [module(x) for module in now]
 
         def both() -> None:
-            modules, tensors = next(turns)
-            for tensor in tensors:
-                tensor.grad = None
-            out = forward(modules)
+            out = forward(clear=True)
             torch.autograd.backward(out, [grad] * len(out))
 
-        use = "triton" if on_triton else "torch"
-        calls = (no_gradient, forward, both)
-        parts = {name: repeated(call, use) for name, call in zip(self.phases, calls, strict=True)}
-        if arm == OURS_TRITON:
-            self.shared["forward"] = forward
-        return parts
+        def repeated(call: Callable[[], Any]) -> Callable[[], None]:
+            def run() -> None:
+                with slk.use_backend("triton" if on_triton else "torch"):
+                    for _ in range(CALLS):
+                        call()
 
-    def _modules(self, arm: str, width: int, dtype: torch.dtype) -> list[Any]:
-        if self.kind == "mlp":
-            frozen = MLPCase(1, width, width, R, "", self.device).frozen()
-        elif self.kind == "group":
-            frozen = ProjectionsCase(1, width, (width,) * 3, R, "", self.device).frozen()
-        else:
-            count = 96 if self.kind == "96 layers" else 1
-            frozen = nn.ModuleDict({f"layer{i}": nn.Linear(width, width, bias=False) for i in range(count)})
+            return run
+
+        self.shared[arm] = forward
+        calls = (torch.no_grad()(forward), forward, both)
+        return {name: repeated(call) for name, call in zip(self.phases, calls, strict=True)}
+
+    def _modules(self, arm: str, width: int, dtype: torch.dtype) -> list[nn.Module]:
+        names = {"group": PROJECTIONS[3], "96 layers": [f"layer{i}" for i in range(96)]}.get(self.kind, ["layer"])
+        frozen = gated_mlp(width, width) if self.kind == "mlp" else linears(names, width, [width] * len(names))
         frozen = frozen.to(self.device, dtype).requires_grad_(False)
         name = {LINEAR: FROZEN, OURS_TORCH: OURS, OURS_TRITON: OURS}.get(arm, arm)
         fused = FUSED.get(self.kind, "") if name in (OURS, ACCELERATED) else ""
         return [*adapted(frozen, name + fused, R, self.dropout).children()]
 
-    def _branch(self, layer: Any) -> Callable[[Tensor], Tensor]:
-        """The branch of ``layer`` onto another one's product, of which the host's time is taken from a small one."""
-        dtype = layer.weight.dtype
-        small = torch.randn(SMALL_ROWS, SMALL_WIDTH, device=self.device, dtype=dtype)
-        base = nn.Linear(SMALL_WIDTH, SMALL_WIDTH, device=self.device, dtype=dtype).requires_grad_(False)
-
-        def call(x: Tensor) -> Tensor:
-            base(small)
-            out = torch.empty(x.shape[0], layer.out_features, device=self.device, dtype=dtype)
-            return lora_branch(out, x, layer.lora_A, layer.lora_B, layer.scaling, self.dropout)
-
-        return call
-
     def notes(self, arm: str) -> dict[str, Any]:
         """How many times a later forward's time the first one takes, which plans, and the second one, which prepares launches."""
         if arm != OURS_TRITON or self.kind != "layer" or self.precision != "bf16":
             return {}
-        found = []
+        calls, found = dict.fromkeys(("first", "second", "later"), self.shared[arm]), []
         with slk.use_backend("triton"):
             for _ in range(CALLS):
                 plans.clear()
-                found.append([_seconds(self.shared["forward"]) for _ in range(3)])
-        return {f"{name}_over_later": [row[i] / row[2] for row in found] for i, name in enumerate(("first", "second"))}
+                found.append(seconds_of(calls, calls))
+        return {f"{name}_over_later": [row[name] / row["later"] for row in found] for name in ("first", "second")}
 
 
-def repeated(call: Callable[[], Any], use: str) -> Callable[[], None]:
-    def run() -> None:
-        with slk.use_backend(use):
-            for _ in range(CALLS):
-                call()
+class _Branch(nn.Module):
+    """A layer's branch onto another one's product: that one's host time is a small one's, and its output is ``out``."""
 
-    return run
+    def __init__(self, layer: slk.LoRALinear, out: Tensor) -> None:
+        super().__init__()
+        self.layer, self.out, self.small = layer, out, out[:SMALL_ROWS, :SMALL_WIDTH].clone()
+        self.base = nn.Linear(SMALL_WIDTH, SMALL_WIDTH, device=out.device, dtype=out.dtype).requires_grad_(False)
 
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    def forward(self, x: Tensor) -> Tensor:
+        self.base(self.small)
+        layer: Any = self.layer
+        return lora_branch(self.out, x, layer.lora_A, layer.lora_B, layer.scaling, layer.lora_dropout)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""A layer, projections of one x and a gated MLP, with every rival's adapters over the same frozen weights."""
+"""A small Llama; a layer, projections of one x and a gated MLP, with every rival's adapters over the same frozen weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +14,67 @@ import stablelora_kernels as slk
 from benchmarks.common.arms import ACCELERATED, MLP_FUSED, OURS, PEFT, PROJECTIONS_FUSED, adapt, fill
 from benchmarks.common.memory import saved_for_backward
 from benchmarks.common.models import linear_names, share
-from benchmarks.common.optimizers import Unavailable
+from benchmarks.common.optimizers import Unavailable, optional
 from benchmarks.suite.rivals import Case, Parts
 from stablelora_kernels.dispatch import backend, settings
 from stablelora_kernels.ops import matmul
-from stablelora_kernels.testing import DTYPES, EagerLoRA
+from stablelora_kernels.testing import EagerLoRA
 
 AUTOCAST = "bf16-autocast"
-DTYPE_NAMES = ("fp32", "bf16", AUTOCAST)
+# Of weights and x.
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, AUTOCAST: torch.float32}
 FROZEN, FROZEN_MLP = "frozen nn.Linear", "frozen MLP"
 EAGER, PEFT_COMPILED, LORALIB = "eager LoRA", "PEFT compiled", "loralib"
 # The frozen layer by the library that our base product uses: shows what the branch alone costs us.
 FROZEN_ONEDNN = "frozen, by oneDNN"
 OURS_TORCH, OURS_TRITON, OURS_COMPILED = "ours, PyTorch", "ours, Triton", "ours compiled"
-APART, PROJECTIONS, FUSED = "ours, one by one", OURS + PROJECTIONS_FUSED, OURS + MLP_FUSED
+APART, TOGETHER, FUSED = "ours, one by one", OURS + PROJECTIONS_FUSED, OURS + MLP_FUSED
 # The adapters of arms that differ from common.arms in name, backend or compilation alone.
 ADAPTERS = {PEFT_COMPILED: PEFT, **dict.fromkeys((OURS_TORCH, OURS_TRITON, OURS_COMPILED, APART), OURS)}
 COMPILED = (PEFT_COMPILED, OURS_COMPILED)
 BACKENDS = {OURS_TORCH: "torch", OURS_TRITON: "triton"}
+# Names of two or three projections of one x.
+PROJECTIONS = {2: ("gate_proj", "up_proj"), 3: ("q_proj", "k_proj", "v_proj")}
+
+
+class Sizes(NamedTuple):
+    layers: int
+    width: int
+    vocabulary: int = 2048
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers width {self.width}"
+
+
+def llama(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Any:
+    """A frozen Llama with random weights, the same every time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = max(2, sizes.width // 64)
+    config = LlamaConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.width,
+        intermediate_size=sizes.width * 8 // 3 // 16 * 16,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        use_cache=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).to(device, dtype).requires_grad_(False)
+
+
+def linears(names: Sequence[str], k: int, ns: Sequence[int]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(k, n, bias=False) for name, n in zip(names, ns, strict=True)})
+
+
+def gated_mlp(k: int, inner: int) -> nn.ModuleDict:
+    """A Llama's."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    return nn.ModuleDict({"mlp": LlamaMLP(LlamaConfig(hidden_size=k, intermediate_size=inner, num_attention_heads=1))})
 
 
 def adapted(frozen: nn.Module, arm: str, r: int, dropout: float, float32: bool = False) -> nn.Module:
@@ -39,7 +82,7 @@ def adapted(frozen: nn.Module, arm: str, r: int, dropout: float, float32: bool =
     model = share(frozen)
     if arm in (FROZEN, FROZEN_MLP):
         return model
-    make = {EAGER: by_hand, LORALIB: by_loralib, FROZEN_ONEDNN: FrozenByOneDNN}.get(arm)
+    make: Any = {EAGER: by_hand, LORALIB: by_loralib, FROZEN_ONEDNN: FrozenByOneDNN}.get(arm)
     adapt(model, OURS if make else ADAPTERS.get(arm, arm), linear_names(model), r=r, dropout=dropout, float32=float32)
     fill(model)
     for name, layer in [*model.named_modules()] if make else ():
@@ -56,12 +99,9 @@ def by_hand(ours: slk.LoRALinear, dropout: float) -> nn.Module:
 
 
 def by_loralib(ours: slk.LoRALinear, dropout: float) -> nn.Module:
-    try:
-        import loralib
-    except ImportError as error:
-        raise Unavailable(f"loralib can't be imported: {error}") from error
-    (n, k), r = ours.weight.shape, ours.lora_A.shape[0]
-    layer = loralib.Linear(k, n, r, ours.scaling * r, dropout, merge_weights=False, bias=False, device="meta")
+    make, r = optional("loralib", "Linear"), ours.lora_A.shape[0]
+    sizes = (ours.in_features, ours.out_features, r, ours.scaling * r, dropout)
+    layer = make(*sizes, merge_weights=False, bias=False, device="meta")
     layer.weight, layer.lora_A, layer.lora_B = ours.weight, ours.lora_A, ours.lora_B
     return layer
 
@@ -93,10 +133,6 @@ class _Product(torch.autograd.Function):
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
     """Autocast to bfloat16 around float32 weights and adapters if ``dtype`` is ``AUTOCAST``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == AUTOCAST)
-
-
-def stored_dtype(dtype: str) -> torch.dtype:
-    return torch.float32 if dtype == AUTOCAST else DTYPES[dtype]
 
 
 def compiled(module: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,13 +198,13 @@ class LayerCase(Case):
 
     def frozen(self) -> nn.ModuleDict:
         """Modules that are called with one x."""
-        return nn.ModuleDict({"linear": nn.Linear(self.k, self.n, bias=False)})
+        return linears(["linear"], self.k, [self.n])
 
     def open(self) -> None:
         # Dynamo gives up on code that it has compiled too often.
         torch._dynamo.reset()
         torch.manual_seed(0)
-        stored = stored_dtype(self.dtype)
+        stored = STORED[self.dtype]
         with torch.device(self.device):
             frozen = self.frozen().to(stored).requires_grad_(False)
             x = torch.randn(self.rows, self.k, dtype=stored, requires_grad=True)
@@ -222,8 +258,8 @@ class LayerCase(Case):
 class ProjectionsCase(LayerCase):
     """q, k and v, or gate and up; ``n`` has their widths."""
 
-    ours = (PROJECTIONS, APART)
-    arms = (FROZEN, PEFT, APART, PROJECTIONS)
+    ours = (TOGETHER, APART)
+    arms = (FROZEN, PEFT, APART, TOGETHER)
     phases: ClassVar = {"both": ("forward", "backward")}
 
     @property
@@ -231,8 +267,7 @@ class ProjectionsCase(LayerCase):
         return self._name("projections", "+".join(map(str, self.n)))
 
     def frozen(self) -> nn.ModuleDict:
-        names = ("q_proj", "k_proj", "v_proj") if len(self.n) == 3 else ("gate_proj", "up_proj")
-        return nn.ModuleDict({name: nn.Linear(self.k, n, bias=False) for name, n in zip(names, self.n, strict=True)})
+        return linears(PROJECTIONS[len(self.n)], self.k, self.n)
 
 
 @dataclass(frozen=True)
@@ -240,8 +275,8 @@ class MLPCase(LayerCase):
     """A Llama's gated MLP, whose activation has width ``n``. Adapters are float32, PEFT's default and ours."""
 
     base = FROZEN_MLP
-    ours = (FUSED, PROJECTIONS, APART, ACCELERATED + MLP_FUSED)
-    arms = (FROZEN_MLP, PEFT, APART, PROJECTIONS, FUSED, ACCELERATED + MLP_FUSED)
+    ours = (FUSED, TOGETHER, APART, ACCELERATED + MLP_FUSED)
+    arms = (FROZEN_MLP, PEFT, APART, TOGETHER, FUSED, ACCELERATED + MLP_FUSED)
     phases: ClassVar = {"both": ("forward", "backward")}
     mark = "mlp"
     float32: ClassVar = True
@@ -251,8 +286,4 @@ class MLPCase(LayerCase):
         return self._name("mlp", self.n)
 
     def frozen(self) -> nn.ModuleDict:
-        from transformers import LlamaConfig
-        from transformers.models.llama.modeling_llama import LlamaMLP
-
-        config = LlamaConfig(hidden_size=self.k, intermediate_size=self.n, num_attention_heads=1)
-        return nn.ModuleDict({"mlp": LlamaMLP(config)})
+        return gated_mlp(self.k, self.n)

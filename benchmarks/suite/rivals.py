@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, ClassVar
@@ -95,15 +95,15 @@ class Race:
 
     def _add(self, arm: str) -> None:
         try:
-            self.arms[arm] = self.case.build(arm)
-            for part in self.arms[arm].values():
+            parts = self.case.build(arm)
+            for part in parts.values():
                 part()
         except Unavailable as reason:
             self.skipped[arm] = str(reason)
-            self.arms.pop(arm, None)
         except Exception as error:
             self.failed[arm] = error
-            self.arms.pop(arm, None)
+        else:
+            self.arms[arm] = parts
 
     def close(self) -> None:
         self.arms.clear()
@@ -117,13 +117,15 @@ class Race:
     def measure(self, benchmark: Any, phase: str, rounds: int) -> list[Row]:
         """Time ``rounds`` rounds of all arms; return the records, of which there are none if pytest-benchmark is disabled."""
         ours, samples = self.target, {arm: [] for arm in self.arms}
-        others = self._others()
+        # Every round has an order of its own, so that each arm runs after each other one.
+        schedule = (arm for turn in count(-WARMUP) for arm in shuffled([*self.arms], turn))
 
         def run_others() -> None:
-            for arm in next(others):
+            for arm in schedule:
                 self._prepare(arm, phase)
+                if arm == ours:
+                    break
                 samples[arm].append(self._time(arm, phase))
-            self._prepare(ours, phase)
 
         gc.collect()
         benchmark.pedantic(
@@ -132,22 +134,11 @@ class Race:
         if benchmark.disabled:
             return []
         for arm, times in samples.items():
+            # Arms after ours in the last round.
             if len(times) < len(samples[ours]):
                 self._prepare(arm, phase)
                 times.append(self._time(arm, phase))
         return self.records(phase, {arm: times[WARMUP:] for arm, times in samples.items()})
-
-    def _others(self) -> Iterator[list[str]]:
-        """The arms to run before each run of ours: those after it in the last round, and those before it in this one.
-
-        Every round has an order of its own, so that each arm runs after each other one.
-        """
-        left: list[str] = []
-        for turn in count(-WARMUP):
-            order = shuffled(list(self.arms), turn)
-            position = order.index(self.target)
-            yield left + order[:position]
-            left = order[position + 1 :]
 
     def _prepare(self, arm: str, phase: str) -> None:
         for name, part in self.arms[arm].items():

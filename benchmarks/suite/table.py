@@ -5,37 +5,47 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.common.intervals import log_slope
 from benchmarks.suite.rivals import REASONS, Row
 
+TIMES = ("ms", "over_base", "overhead_ms", "over_rival")
 # The figures that grow with an axis of sizes.
 GROWING = ("ms", "overhead_ms", "saved_bytes")
 
 
 def write(line: Callable[[str], None], rows: Sequence[Row], load_at_start: float) -> None:
     records = pd.DataFrame(rows)
+    judged = records["metric"].eq("over_rival") & records["role"].str.contains("ours")
+    # Only if three of four rounds say so.
+    verdicts = np.select([records["q3"] < 1, records["q1"] > 1], ["faster", "SLOWER"], "level")
+    records["verdict"] = np.where(judged, verdicts, "")
+    records["spread"] = [f"{row.median:.2f} ({row.q1:.2f}-{row.q3:.2f})" for row in records.itertuples()]
+    losses = []
     line(f"Load average {load_at_start:.2f} at the start, {os.getloadavg()[0]:.2f} now, on {os.cpu_count()} cores.")
-    line("Medians; quartiles in brackets; ratios are taken round by round. The overhead is what an arm adds to its base.")
+    line(
+        "Medians; quartiles in brackets; ratios are taken round by round. The overhead is what an arm adds to its base."
+    )
     for (case, phase), found in records.groupby(["case", "phase"], sort=False):
+        base, rival = (found.loc[found["role"].str.contains(role), "arm"].iloc[0] for role in ("base", "rival"))
         line(f"\n{case}, {phase}")
-        line(arms(found).to_string(na_rep=""))
+        line(arms(found[~found["metric"].isin(REASONS)], base, rival).to_string(na_rep=""))
         for row in found[found["metric"].isin(REASONS)].itertuples():
             line(f"  {row.metric}: {row.arm}: {row.reason}")
+        for row in found[found["verdict"] == "SLOWER"].itertuples():
+            losses.append(f"  {case}, {phase}: {row.arm} takes {row.spread} of {rival}'s time")
     if "axis" in records and len(fits := exponents(records)):
         line("\nExponents of the sizes over their larger half, with 95 % intervals:")
         line(fits.to_string(na_rep=""))
-    slower = [text for (case, phase), found in records.groupby(["case", "phase"], sort=False) for text in losses(found)]
-    line("\nSlower than the rival in three of four rounds:" if slower else "\nNowhere slower than the rival.")
-    for text in slower:
-        line(f"  {text}")
+    line("\nSlower than the rival in three of four rounds:" if losses else "\nNowhere slower than the rival.")
+    for text in losses:
+        line(text)
 
 
-def arms(found: pd.DataFrame) -> pd.DataFrame:
-    """The arms of a case's phase: their overhead over the base first, then time, ratio, parts, notes and verdict."""
-    base, rival = arm_of(found, "base"), arm_of(found, "rival")
-    found = found[~found["metric"].isin(REASONS)]
+def arms(found: pd.DataFrame, base: str, rival: str) -> pd.DataFrame:
+    """The arms of a case's phase: what each adds to the base first, then time, ratio, parts, notes and verdict."""
     medians = found.pivot(index="arm", columns="metric", values="median").reindex(found["arm"].unique())
     table = pd.DataFrame(index=medians.index.rename(None))
     if base != rival:
@@ -45,31 +55,14 @@ def arms(found: pd.DataFrame) -> pd.DataFrame:
         if overhead.get(rival, 0) > 0:
             table[f"/ {rival}'s"] = (overhead / overhead[rival]).map("{:.2f}".format)
     table["ms"] = medians["ms"].map("{:.4g}".format)
-    ratios = found[found["metric"] == "over_base"].set_index("arm")
-    table[f"/ {base}"] = ratios.apply(spread, axis=1)
+    by_metric = found.set_index("arm").groupby("metric")
+    table[f"/ {base}"] = by_metric.get_group("over_base")["spread"]
     for metric in found["metric"].unique():
-        if metric not in ("ms", "over_base", "overhead_ms", "over_rival") and not metric.endswith(" ms"):
+        if metric not in TIMES and not metric.endswith(" ms"):
             table[metric] = medians[metric].dropna().map("{:,.6g}".format)
-    over = found[found["metric"].eq("over_rival") & found["role"].str.contains("ours")].set_index("arm")
-    table[""] = pd.Series({arm: verdict(row) for arm, row in over.iterrows()}, dtype=str)
+    if "over_rival" in medians:
+        table[""] = by_metric.get_group("over_rival")["verdict"]
     return table
-
-
-def verdict(over_rival: pd.Series) -> str:
-    """Faster or slower only if three of four rounds say so."""
-    if over_rival["q3"] < 1:
-        return "faster"
-    return "SLOWER" if over_rival["q1"] > 1 else "level"
-
-
-def losses(found: pd.DataFrame) -> list[str]:
-    """A sentence for each of our arms that is slower than the rival."""
-    over = found[found["metric"].eq("over_rival") & found["role"].str.contains("ours")]
-    return [
-        f"{row['case']}, {row['phase']}: {row['arm']} takes {spread(row)} of {arm_of(found, 'rival')}'s time"
-        for _, row in over.iterrows()
-        if verdict(row) == "SLOWER"
-    ]
 
 
 def exponents(records: pd.DataFrame) -> pd.DataFrame:
@@ -81,11 +74,3 @@ def exponents(records: pd.DataFrame) -> pd.DataFrame:
         if fit := log_slope(larger["size"], larger["median"]):
             found[key] = "{:.2f} ± {:.2f}".format(*fit)
     return pd.Series(found, dtype=str).unstack() if found else pd.DataFrame()
-
-
-def arm_of(found: pd.DataFrame, role: str) -> str:
-    return found.loc[found["role"].str.contains(role), "arm"].iloc[0]
-
-
-def spread(row: pd.Series) -> str:
-    return f"{row['median']:.2f} ({row['q1']:.2f}-{row['q3']:.2f})"

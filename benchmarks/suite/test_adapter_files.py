@@ -15,7 +15,7 @@ from peft import PeftModel
 import stablelora_kernels as slk
 from benchmarks.common.arms import OURS, PEFT, adapt
 from benchmarks.common.models import linear_names, share
-from benchmarks.suite.llama import Sizes, llama
+from benchmarks.suite.layers import Sizes, llama
 from benchmarks.suite.rivals import Case, Parts
 
 

@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from benchmarks.suite.host import PRECISIONS, HostLayerCase
-from benchmarks.suite.layers import DTYPE_NAMES, LayerCase, MLPCase, ProjectionsCase
+from benchmarks.suite.layers import STORED, LayerCase, MLPCase, ProjectionsCase
 from benchmarks.suite.rivals import Case
 
 # Rows, in_features, out_features, rank. The first two are our targets.
@@ -42,7 +42,7 @@ def cases(suite: str, device: torch.device) -> list[Case]:
             *(LayerCase(8, width, width, 2, "fp32", device, axis="width") for width in (16, 32, 64)),
         ]
     found: list[Case] = [
-        LayerCase(*shape, dtype, device) for shape, dtype in product(QUICK if suite == "quick" else FULL, DTYPE_NAMES)
+        LayerCase(*shape, dtype, device) for shape, dtype in product(QUICK if suite == "quick" else FULL, STORED)
     ]
     found += [HostLayerCase(device, rows, dropout=p) for rows, p in product(HOST_ROWS, (0.0, 0.1))]
     found += [HostLayerCase(device, rows, precision=how) for rows, how in product((16, 512), [*PRECISIONS][1:])]
@@ -54,7 +54,7 @@ def cases(suite: str, device: torch.device) -> list[Case]:
     found += [LayerCase(512, 2048, 2048, r, "fp32", device, axis="rank") for r in RANKS]
     found += [LayerCase(rows, 1024, 1024, 16, "fp32", device, axis="tokens") for rows in TOKENS]
     if suite == "full":
-        found += [LayerCase(*shape, dtype, device, 0.1) for shape, dtype in product(FULL, DTYPE_NAMES)]
+        found += [LayerCase(*shape, dtype, device, 0.1) for shape, dtype in product(FULL, STORED)]
         found += [ProjectionsCase(*shape, dtype, device) for shape, dtype in product(PROJECTIONS, ("fp32", "bf16"))]
     return found
 

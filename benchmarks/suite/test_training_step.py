@@ -14,11 +14,18 @@ import stablelora_kernels as slk
 from benchmarks.common import optimizers
 from benchmarks.common.arms import ACCELERATED, FROZEN, OURS, PEFT, PROJECTIONS_FUSED, adapt
 from benchmarks.common.models import linear_names, load_model, query_value_names, share
-from benchmarks.suite.layers import AUTOCAST, DTYPE_NAMES, PEFT_COMPILED, autocast, compiled, stored_dtype
-from benchmarks.suite.llama import Sizes, llama
+from benchmarks.suite.layers import (
+    AUTOCAST,
+    COMPILED,
+    OURS_COMPILED,
+    PEFT_COMPILED,
+    STORED,
+    Sizes,
+    autocast,
+    compiled,
+    llama,
+)
 from benchmarks.suite.rivals import Case, Parts
-
-OURS_COMPILED = "ours compiled"
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,9 @@ class TrainingCase(Case):
     def open(self) -> None:
         torch._dynamo.reset()
         if isinstance(self.model, Sizes):
-            base = llama(self.model, self.device, stored_dtype(self.dtype))
+            base = llama(self.model, self.device, STORED[self.dtype])
         else:
-            base = load_model(self.model, causal=True)[0].to(self.device, stored_dtype(self.dtype))
+            base = load_model(self.model, causal=True)[0].to(self.device, STORED[self.dtype])
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(base.config.vocab_size, (self.batch, self.length), generator=generator)
         names = linear_names(base) if self.targets == "all-linear" else query_value_names(base)
@@ -65,7 +72,7 @@ class TrainingCase(Case):
         layers, name = self.layers_and_optimizer(arm)
         model = adapt(share(self.shared["base"]), layers, self.shared["names"], r=self.r).train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        call: Any = compiled(model) if arm in (PEFT_COMPILED, OURS_COMPILED) else model
+        call: Any = compiled(model) if arm in COMPILED else model
         optimizer = optimizers.build(name, slk.lora_pairs(model), lr=1e-5) if trained else None
         self.shared["optimizers"][arm] = optimizer
 
@@ -84,10 +91,7 @@ class TrainingCase(Case):
 
     def notes(self, arm: str) -> dict[str, Any]:
         optimizer = self.shared["optimizers"][arm]
-        # PEFT's optimizers wrap torch's own.
-        states = optimizer.state.values() if optimizer else ()
-        tensors = [t for state in states for t in state.values() if isinstance(t, torch.Tensor) and t.dim()]
-        return {"state_bytes": sum(t.nbytes for t in tensors)}
+        return {"state_bytes": optimizers.state_bytes(optimizer) if optimizer else 0}
 
 
 # Percent over AdamW's training time for 0.5 billion parameters, from the paper (arXiv 2603.05204).
@@ -136,7 +140,7 @@ def cases(suite: str, device: torch.device) -> list[Case]:
     for targets, dtype in product(("query-value", "all-linear"), ("fp32", AUTOCAST)):
         found.append(PretrainedCase("smollm2", 16, 16, 8, dtype, device, targets))
     if suite == "full":
-        found += [TrainingCase(Sizes(4, 768), 4, 128, r, dtype, device) for r, dtype in product((8, 64), DTYPE_NAMES)]
+        found += [TrainingCase(Sizes(4, 768), 4, 128, r, dtype, device) for r, dtype in product((8, 64), STORED)]
     return found
 
 
