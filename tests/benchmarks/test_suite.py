@@ -25,7 +25,6 @@ from benchmarks.suite.layers import COMPILED, FROZEN_ONEDNN, OURS_TRITON, STORED
 from benchmarks.suite.rivals import WARMUP, Case, Parts, Race
 from benchmarks.suite.test_optimizer_step import OptimizerCase, StorageCase
 from benchmarks.suite.test_training_step import PretrainedCase, TrainingCase
-from stablelora_kernels.dispatch import backend
 from stablelora_kernels.ops import matmul
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,7 +86,6 @@ def test_the_table_has_the_overhead_first_and_says_where_we_lose() -> None:
         "skipped: other: no other here",
         "FAILED: broken: ZeroDivisionError: division by zero",
     ]
-    assert lines[-2] == "Slower than the rival in three of four rounds:"
     assert lines[-1] == "fake, all: mine takes 1.29 (1.19-1.39) of rival's time"
     lines = printed(1.0)
     assert lines[-1] == "Nowhere slower than the rival." and lines[start + 4].endswith("faster")
@@ -128,24 +126,22 @@ def test_arms_compute_the_same_over_shared_weights(kind: Any, n: Any, dtype: str
         saved[arm] = case.notes(arm)["saved_bytes"]
     case.close()
     base, expected = results.pop(case.base), results.pop(case.rival)
-    tolerance = 1e-5 if dtype == "fp32" else 0.05
     assert len(base) < len(expected) and not torch.allclose(base[0], expected[0], rtol=1e-3, atol=1e-4)
     for arm, found in results.items():
         for one, other in zip(found, base if arm == FROZEN_ONEDNN else expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * other.abs().max().item(), msg=arm)
+            assert (one - other).abs().max() < {"fp32": 1e-5, "bf16": 0.03}[dtype] * other.abs().max(), arm
     # A fused MLP does not keep act(G) and H.
     elements = 2 * case.rows * n * STORED[dtype].itemsize if kind is MLPCase else 0
     for arm in saved.keys() & {layers.FUSED, "accelerated PEFT, MLP fused"}:
         assert saved[arm] <= saved[layers.APART] - elements
 
 
-@pytest.mark.skipif(not backend.INTERPRETING, reason="Triton's interpreter is off")
 @pytest.mark.parametrize("kind", ["group", "mlp", "branch", "96 layers"])
-def test_host_cases_skip_triton_without_a_null_driver(kind: str) -> None:
+def test_host_cases_of_each_kind_run_but_for_triton_without_a_null_driver(kind: str) -> None:
     race = Race(HostLayerCase(CPU, 3, kind, 0.1))
     race.close()
-    reason = f"the null driver can't run: {null_driver_problem()}"
-    assert race.skipped == dict.fromkeys((OURS_TRITON, "accelerated PEFT"), reason) and not race.failed
+    missing, reason = (OURS_TRITON, "accelerated PEFT"), f"the null driver can't run: {null_driver_problem()}"
+    assert not race.failed and race.skipped == (dict.fromkeys(missing, reason) if null_driver_problem() else {})
 
 
 def test_pairs_must_stay_in_their_state_and_fewer_bits_take_fewer_bytes() -> None:
@@ -180,31 +176,24 @@ def test_a_training_step_trains_every_arms_own_pairs_alone(kind: Any) -> None:
 @pytest.mark.nightly
 def test_a_run_as_a_user_starts_it(tmp_path: Path) -> None:
     """One arm is broken, host cases run over the null driver, figures are kept, and a second run is compared with them."""
-    broken = "def broken(*args): raise ArithmeticError('loralib is broken')"
-    (tmp_path / "breakage.py").write_text(
-        f"from benchmarks.suite import layers\n{broken}\nlayers.by_loralib = broken\n"
-    )
+    (tmp_path / "breakage.py").write_text("from benchmarks.suite import layers\nlayers.by_loralib = lambda *_: 1 / 0")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TRITON_INTERPRET"))}
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
 
     def run(*options: str, suite: str = "tiny") -> str:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--suite", suite, *options]
-        files = Path(__file__).resolve().parents[2] / "benchmarks" / "suite" / "test_layer.py"
-        return subprocess.run([*command, files], env=kept, capture_output=True, text=True, timeout=300).stdout
+        file = Path(__file__).resolve().parents[2] / "benchmarks" / "suite" / "test_layer.py"
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file, "--suite", suite, *options]
+        return subprocess.run(command, env=kept, capture_output=True, text=True, timeout=300).stdout
 
-    stored, records = tmp_path / "suite.json", tmp_path / "suite.csv"
-    written = (f"--benchmark-json={stored}", f"--records={records}")
-    text = run("-p", "breakage", "-k", "8x16x24 or host", "--arm", "loralib", *written)
-    assert "3 failed" in text and "FAILED: loralib: ArithmeticError: loralib is broken" in text, text
-    assert "/ PEFT's" in text and "skipped: ours, Triton" in text and "benchmark: " not in text
-    found = read_records(records)
-    host = found[found["arm"].eq(OURS_TRITON) & found["case"].str.startswith("host")].groupby("metric")["median"]
-    assert host.min()["ms"] > 0 and host.min()["first_over_later"] > 1
-    assert found.attrs["environment"]["torch"] == torch.__version__
-    text = run("-k", "8x16x24 and not projections", "--arm", "PEFT", f"--benchmark-compare={stored}")
+    stored, records = f"--benchmark-json={tmp_path / 'suite.json'}", f"--records={tmp_path / 'suite.csv'}"
+    text = run("-p", "breakage", "-k", "8x16x24 or host", "--arm", "loralib", stored, records)
+    assert "3 failed" in text and "FAILED: loralib: ZeroDivisionError: division by zero" in text, text
+    assert "/ PEFT's" in text and "skipped: ours, Triton" in text and "Name (time in" not in text
+    found = read_records(tmp_path / "suite.csv").query("arm == @OURS_TRITON").groupby("metric")["median"].min()
+    assert found["ms"] > 0 and found["first_over_later"] > 1
+    text = run("-k", "8x16x24 and not projections", "--arm", "PEFT", f"--benchmark-compare={tmp_path / 'suite.json'}")
     assert "3 passed" in text and text.count("(NOW)") >= 3, text
     assert "timed in turns" not in run("-k", "8x16x24", "--arm", "PEFT", "--benchmark-disable")
     # Marked cases run only if -m names their mark.
-    text = run("--collect-only", "-q", "-m", "mlp or scaling", suite="quick")
-    assert "[mlp " in text and "[width: " in text and "[host " not in text
-    assert "[layer " in run("--collect-only", "-q", suite="quick")
+    text = run("--collect-only", "-q", "-m", "mlp or not mlp", suite="quick")
+    assert "[mlp " in text and "[layer " in text and "[host " not in text and "[width" not in text
