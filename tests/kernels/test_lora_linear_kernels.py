@@ -376,10 +376,3 @@ def test_s_is_stored_where_y_has_one_column_of_tiles(monkeypatch):
     inputs = make_inputs((70, 64), 48, 16, dtype=BF16, lora_dtype=FP32)
     with slk.use_kernel("fused"):
         check(inputs, run(inputs, "triton"))
-
-
-def test_s_is_stored_where_y_has_one_column_of_tiles(monkeypatch):
-    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES["sm_90"])
-    inputs = make_inputs((70, 64), 48, 16, dtype=BF16, lora_dtype=FP32)
-    with slk.use_kernel("fused"):
-        check(inputs, run(inputs, "triton"))
