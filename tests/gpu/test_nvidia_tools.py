@@ -114,7 +114,7 @@ def gib_moved(text: str) -> float:
     return kernels[BYTES].apply(lambda column: column.str.replace(",", "").astype(float)).to_numpy().sum() / 2**30
 
 
-def test_fewer_bytes_from_and_to_memory_than_eager(tmp_path, record_property):
+def test_fewer_bytes_than_eager(tmp_path, record_property):
     moved = {}
     for arm in ARMS if SMALL else ():
         run_once(arm)

@@ -50,7 +50,7 @@ BRING_UP = [f"tests/gpu/test_{name}.py" for name in ("bring_up", "prepared_launc
 WORKERS = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"] if find_spec("xdist") else []
 TOOLS = ["tests/gpu/test_nvidia_tools.py", "-m", "nightly", "-k"]
 TIMES = ["benchmarks/lab/gpu/times.py", "--confcutdir", "benchmarks/lab/gpu", "-k"]
-# In the order in which they run. Regret times what is most in doubt, and begins with chained launches against pairs.
+# In the order in which they run.
 SECTIONS = {
     "memcheck": Section(150, [*TOOLS, "memcheck"], ends=True),
     "synccheck": Section(70, [*TOOLS, "synccheck"], ends=True),
@@ -58,13 +58,12 @@ SECTIONS = {
     "racecheck": Section(110, [*TOOLS, "racecheck"], ends=True),
     "bringup": Section(300, [*BRING_UP, "-m", "gpu", "-x"], ends=True),
     "correctness": Section(220, ["tests/gpu", "-m", "gpu", *(f"--ignore={path}" for path in BRING_UP), *WORKERS]),
-    "regret": Section(170, [*TIMES, "regret"]),
+    "layer": Section(300, [*TIMES, "layer"]),
     "mlp": Section(80, [*TIMES, "mlp"]),
     "projections": Section(30, [*TIMES, "projections"]),
     "captured": Section(50, [*TIMES, "captured"]),
-    "layer": Section(150, [*TIMES, "layer"]),
     "step": Section(50, [*TIMES, "step"]),
-    "dram": Section(50, [*TOOLS, "bytes"]),
+    "dram": Section(70, [*TOOLS, "fewer_bytes"]),
 }
 # Of our own settings that may be in the environment.
 KEPT = "SLK_GPU_WATCHDOG"

@@ -1,6 +1,6 @@
 """What ``benchmarks.lab.gpu`` needs from a device: times, CUDA graphs, peak memory, and the load of the GPU meanwhile.
 
-In a dry run a CPU stands in for the GPU: times come from the host's clock and a "graph" calls its function.
+In a dry run a CPU stands in for the GPU: times come from the host's clock, and a graph calls its function.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks.common.measure import shuffled
 
 Run = Callable[[], Any]
+# What is timed, and how many calls it makes if it is a CUDA graph; 0 if it is not.
+Arm = tuple[Run, int]
 # Seconds per call, round by round: the device's, and those until the call returns to the host.
 Samples = tuple[list[float], list[float]]
 # Untimed calls of each arm: kernels compile, libraries choose their algorithms, the allocator gets its blocks.
@@ -31,16 +33,6 @@ REASONS = {
 }  # fmt: skip
 
 
-class Graph(NamedTuple):
-    """A captured sequence of ``calls`` calls."""
-
-    replay: Run
-    calls: int
-
-    def __call__(self) -> None:
-        self.replay()
-
-
 class HostEvent:
     def record(self) -> None:
         self.seconds = time.perf_counter()
@@ -49,8 +41,18 @@ class HostEvent:
         return 1e3 * (end.seconds - self.seconds)
 
 
-def load_columns(readings: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-    """Return the lowest clock, the highest power and every reason for a lower clock, nothing without readings."""
+def reading() -> list[tuple[int, int, int]]:
+    """Return NVML's clock in MHz, power in mW and reasons for a lower clock, nothing without nvidia-ml-py."""
+    if not find_spec("pynvml"):
+        return []
+    import pynvml
+
+    reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(torch.cuda._get_pynvml_handler())
+    return [(torch.cuda.clock_rate(), torch.cuda.power_draw(), reasons)]
+
+
+def load(readings: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    """Return the columns of a row: the lowest clock, the highest power, and every reason for a lower clock."""
     if not readings:
         return {}
     clocks, milliwatts, bits = zip(*readings, strict=True)
@@ -62,28 +64,14 @@ class Device:
     """One NVIDIA GPU, with all work on one stream of its own, because the default stream cannot be captured. Or a CPU."""
 
     def __init__(self, dry: bool) -> None:
-        self.dry, self.device, self._nvml = dry, torch.device("cpu"), None
+        self.dry, self.device = dry, torch.device("cpu")
         if not dry:
             self.device, self.stream = torch.device("cuda", torch.cuda.current_device()), torch.cuda.Stream()
             torch.cuda.set_stream(self.stream)
-            properties = torch.cuda.get_device_properties(self.device)
-            self._cache = properties.L2_cache_size
+            # No graph reads what another one wrote, so all may use the same memory.
+            self._pool = torch.cuda.graph_pool_handle()
+            self._cache = torch.cuda.get_device_properties(self.device).L2_cache_size
             self._flush = torch.empty(max(4 * self._cache, 2**27), dtype=torch.uint8, device=self.device)
-            if find_spec("pynvml"):
-                import pynvml
-
-                self._nvml = pynvml
-                pynvml.nvmlInit()
-                # Not by number: NVML's numbers do not follow CUDA_VISIBLE_DEVICES.
-                self._gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{str(properties.uuid).removeprefix('GPU-')}")
-
-    def _load(self) -> list[tuple[int, int, int]]:
-        """Return a reading: clock in MHz, power in mW, reasons. Read while work is queued, or it is an idle GPU's."""
-        if self._nvml is None:
-            return []
-        nvml, gpu = self._nvml, self._gpu
-        clock, power = nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM), nvml.nvmlDeviceGetPowerUsage(gpu)
-        return [(clock, power, nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu))]
 
     def synchronize(self) -> None:
         if not self.dry:
@@ -99,18 +87,16 @@ class Device:
         """Return how many sets of weights, used in turn, are larger than L2 twice over."""
         return 2 if self.dry else max(1, min(MOST_CALLS, math.ceil(2 * self._cache / bytes_each)))
 
-    def time(self, arms: Mapping[Any, Run], seconds: float) -> tuple[dict[Any, Samples], dict[str, Any]]:
+    def time(self, arms: Mapping[Any, Arm], seconds: float) -> tuple[dict[Any, Samples], dict[str, Any]]:
         """Return the samples by arm, and the columns of the load. Flush L2 before each sample, and shuffle the arms.
 
-        A :class:`Graph` is queued behind the flush, so that the device never waits for the host, and its time is divided by its
-        calls. Any other call starts on an idle device, and its time includes what the device waits for the host between launches.
+        A graph is queued behind the flush, so that the device never waits for the host, and its time is divided by its calls.
+        Any other call starts on an idle device, and its time includes what the device waits for the host between launches.
         There are as many rounds as fit into ``seconds``; in a dry run there is one.
         """
         event: Any = HostEvent if self.dry else lambda: torch.cuda.Event(enable_timing=True)
-        events = {name: (event(), event()) for name in arms}
-        found: dict[Any, Samples] = {name: ([], []) for name in arms}
-        readings = []
-        for run in () if self.dry else [*arms.values()] * WARMUP:
+        events, found, readings = {name: (event(), event()) for name in arms}, {name: ([], []) for name in arms}, []
+        for run, _ in () if self.dry else [*arms.values()] * WARMUP:
             run()
         self.synchronize()
         until = time.perf_counter() + seconds
@@ -118,29 +104,29 @@ class Device:
             if turn >= LEAST and time.perf_counter() > until:
                 break
             for name in shuffled(list(arms), turn):
-                start, end = events[name]
+                (run, calls), (start, end) = arms[name], events[name]
                 self.flush()
-                if not isinstance(arms[name], Graph):
+                if not calls:
                     self.synchronize()
                 start.record()
                 begun = time.perf_counter()
-                arms[name]()
+                run()
                 found[name][1].append(time.perf_counter() - begun)
                 end.record()
             # The GPU is still at work.
-            readings += self._load()
+            readings += [] if self.dry else reading()
             self.synchronize()
             for name, (start, end) in events.items():
-                found[name][0].append(1e-3 * start.elapsed_time(end) / getattr(arms[name], "calls", 1))
-        return found, load_columns(readings)
+                found[name][0].append(1e-3 * start.elapsed_time(end) / max(1, arms[name][1]))
+        return found, load(readings)
 
-    def capture(self, runs: Sequence[Run], most: int = MOST_CALLS) -> Graph:
+    def capture(self, runs: Sequence[Run], most: int = MOST_CALLS) -> Arm:
         """Capture calls of ``runs``, in turn, in one CUDA graph, after WARMUP calls of each outside it.
 
         ``runs`` do the same with other weights. Their tensors must have been made on the current stream.
         """
         if self.dry:
-            return Graph(runs[-1], 1)
+            return runs[-1], 1
         for run in [*runs] * WARMUP:
             run()
         self.synchronize()
@@ -149,10 +135,10 @@ class Device:
         self.synchronize()
         calls = max(1, min(most, math.ceil(GRAPH_SECONDS / (time.perf_counter() - start))))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
             for call in range(calls):
                 runs[call % len(runs)]()
-        return Graph(graph.replay, calls)
+        return graph.replay, calls
 
     def peak_bytes(self, run: Run) -> int:
         """Return the most memory that ``run`` holds at once, beyond what was allocated before it."""
