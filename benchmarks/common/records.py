@@ -30,7 +30,9 @@ def write_records(path: Path, rows: Iterable[dict[str, Any]], environment: dict[
     """Write ``rows``, which may have further columns, whole or not at all."""
     frame = pd.DataFrame(rows)
     table = frame.reindex(columns=[*COLUMNS, *frame.columns.difference(COLUMNS, sort=False)])
-    body = table.to_csv(index=False, lineterminator="\n", float_format=f"%.{DIGITS}g")
+    # A missing value makes floats of a column's integers, which DIGITS would round.
+    whole = [name for name in table.select_dtypes("float") if (table[name].dropna() % 1 == 0).all()]
+    body = table.astype(dict.fromkeys(whole, "Int64")).to_csv(index=False, lineterminator="\n", float_format=f"%.{DIGITS}g")
     return write_text(path, f"# {json.dumps(environment)}\n{body}")
 
 

@@ -25,124 +25,115 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
 from benchmarks.common.measure import environment
-from benchmarks.common.records import write_records
+from benchmarks.common.records import read_records, write_records
 from benchmarks.common.tables import RESULTS, write_text
 from benchmarks.lab.gpu import report
-from benchmarks.lab.gpu.rows import BEGUN, ENDED, FAILED, INTERRUPTED, NOT_REACHED, NOTE_LENGTH, ROOT, Row, read
+from benchmarks.lab.gpu.rows import BEGUN, ENDED, FAILED, INTERRUPTED, NOT_REACHED, NOTE_LENGTH, ROOT, Row
 
 
-class Section(NamedTuple):
-    """pytest's arguments, a share of the time, and whether a failure ends the run: what follows would repeat it, or hang."""
-
-    seconds: float
-    pytest: Sequence[str]
-    ends: bool = False
-
-
+TOOLS = ["tests/gpu/test_nvidia_tools.py", "-m", "nightly", "-k"]
 # Each takes one step beyond those before it, so the first that fails says where to look.
 BRING_UP = [f"tests/gpu/test_{name}.py" for name in ("bring_up", "prepared_launches", "cuda_graphs", "graphed_step")]
 # Most of the tests' time goes into compiling kernels on the host. loadgroup keeps those that fill the GPU in one process.
 WORKERS = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"] if find_spec("xdist") else []
-TOOLS = ["tests/gpu/test_nvidia_tools.py", "-m", "nightly", "-k"]
 TIMES = ["benchmarks/lab/gpu/times.py", "--confcutdir", "benchmarks/lab/gpu", "-k"]
-# In the order in which they run.
-SECTIONS = {
-    "memcheck": Section(150, [*TOOLS, "memcheck"], ends=True),
-    "synccheck": Section(70, [*TOOLS, "synccheck"], ends=True),
-    "initcheck": Section(70, [*TOOLS, "initcheck"], ends=True),
-    "racecheck": Section(110, [*TOOLS, "racecheck"], ends=True),
-    "bringup": Section(300, [*BRING_UP, "-m", "gpu", "-x"], ends=True),
-    "correctness": Section(220, ["tests/gpu", "-m", "gpu", *(f"--ignore={path}" for path in BRING_UP), *WORKERS]),
-    "layer": Section(300, [*TIMES, "layer"]),
-    "mlp": Section(80, [*TIMES, "mlp"]),
-    "projections": Section(30, [*TIMES, "projections"]),
-    "captured": Section(50, [*TIMES, "captured"]),
-    "step": Section(50, [*TIMES, "step"]),
-    "dram": Section(70, [*TOOLS, "fewer_bytes"]),
+# A share of the time and pytest's arguments, in the order in which they run.
+SECTIONS: dict[str, tuple[float, list[str]]] = {
+    "memcheck": (150, [*TOOLS, "memcheck"]),
+    "synccheck": (70, [*TOOLS, "synccheck"]),
+    "initcheck": (70, [*TOOLS, "initcheck"]),
+    "racecheck": (110, [*TOOLS, "racecheck"]),
+    "bringup": (300, [*BRING_UP, "-m", "gpu", "-x"]),
+    "correctness": (220, ["tests/gpu", "-m", "gpu", *(f"--ignore={path}" for path in BRING_UP), *WORKERS]),
+    "layer": (300, [*TIMES, "layer"]),
+    "mlp": (80, [*TIMES, "mlp"]),
+    "projections": (30, [*TIMES, "projections"]),
+    "captured": (50, [*TIMES, "captured"]),
+    "step": (50, [*TIMES, "step"]),
+    "dram": (70, [*TOOLS, "fewer_bytes"]),
 }
-# Of our own settings that may be in the environment.
-KEPT = "SLK_GPU_WATCHDOG"
+# A failure ends the run: what follows would only repeat it, or hang.
+ENDING = ("memcheck", "synccheck", "initcheck", "racecheck", "bringup")
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def start(name: str, lines: Path, log: Path, seconds: float, dry: bool) -> Row:
-    """Run a section, whose rows go to the file ``lines``, for a limited time. Return the row of how it ended."""
+def variables(seconds: float, dry: bool) -> dict[str, str]:
+    """Return the environment of a section, with none of our own settings but the tests' watchdog's."""
     ours = ("STABLELORA_", "SLK_", "TRITON_INTERPRET")
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(ours) or k == KEPT}
-    # A tool leaves a moment for the report of what it found.
-    variables["SLK_GPU_SECONDS"] = str(max(1.0, seconds - 5))
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) or k == "SLK_GPU_WATCHDOG"}
     if dry:
-        variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "SLK_GPU_DRY_RUN": "1"}
+        # The interpreter's arrays are so small that more threads make it slower.
+        kept |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "SLK_GPU_DRY_RUN": "1", "OMP_NUM_THREADS": "1"}
+    # A tool leaves a moment for the report of what it found.
+    return kept | {"SLK_GPU_SECONDS": str(max(1.0, seconds - 5))}
+
+
+def start(name: str, path: Path, log: Path, seconds: float, dry: bool) -> tuple[str, str]:
+    """Run a section, whose rows go to ``path``, for a limited time. Return how it ended, and a note."""
     # pytest leaves standard error alone, where the watchdog's dump goes.
-    command = [sys.executable, "-m", "pytest", *SECTIONS[name].pytest, "-q", "--capture=sys", "-p", "no:cacheprovider"]
-    command += ["-p", "benchmarks.lab.gpu.rows", "--rows", str(lines.resolve())]
+    command = [sys.executable, "-m", "pytest", *SECTIONS[name][1], "-q", "--capture=sys", "-p", "no:cacheprovider"]
+    command += ["-p", "benchmarks.lab.gpu.rows", "--rows", str(path.resolve())]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-        )
+            command, cwd=ROOT, env=variables(seconds, dry), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return {"status": NOT_REACHED, "note": "time was up"}
+            return NOT_REACHED, "time was up"
+        except KeyboardInterrupt:
+            return INTERRUPTED, ""
         finally:
             # Its own processes (pytest's workers, ncu) must not outlive it.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    # A failed test is a failed row already.
-    if status == 0 or (status == 1 and any(row["status"] in (FAILED, BEGUN) for row in read(lines))):
-        return {"status": ENDED}
-    return {"status": FAILED, "note": f"exit status {status}\n{log.read_text(errors='replace')[-NOTE_LENGTH:]}"}
+    return (FAILED if status else ENDED), f"exit status {status}\n{log.read_text(errors='replace')[-NOTE_LENGTH:]}"
 
 
-def run_section(name: str, out: Path, seconds: float, machine: Row, dry: bool) -> list[Row]:
-    """Run a section. Return its rows, which are in its CSV file then; the last one says how it ended."""
-    lines, log, ended = out / f"{name}.jsonl", out / f"{name}.log", {"status": INTERRUPTED}
+def run_section(name: str, out: Path, seconds: float, machine: Row, dry: bool) -> pd.DataFrame:
+    """Run a section. Return its rows, which its CSV file has, too; the last one says how it ended."""
+    path, log = out / f"{name}.csv", out / f"{name}.log"
     say(f"{name}: begins, {seconds:.0f} s; its output is in {log}")
-    # An earlier run's rows must not pass for this one's.
-    lines.unlink(missing_ok=True)
-    with suppress(KeyboardInterrupt):
-        ended = start(name, lines, log, seconds, dry)
-    rows = [{"section": name, **row} for row in (*read(lines), {"case": "the section's process", **ended})]
-    for row in rows:
-        if row["status"] == BEGUN:
-            hung = ended["status"] in (ENDED, FAILED)
-            row |= (
-                {"status": FAILED, "note": "it began and did not end: it hangs, or its process crashed"} if hung else {}
-            )
-        if dry:
-            row["dry"] = "dry"
-    write_records(out / f"{name}.csv", rows, machine)
-    lines.unlink(missing_ok=True)
+    ended, note = start(name, path, log, seconds, dry)
+    rows = read_records(path) if path.exists() else pd.DataFrame({"status": []})
+    if ended in (ENDED, FAILED):
+        rows.loc[rows.status == BEGUN, ["status", "note"]] = FAILED, "it began and did not end: it hangs, or it crashed"
+    # pytest's status is 1 behind a failed test, which is a failed row already.
+    known = ended == ENDED or (note.startswith("exit status 1\n") and (rows.status == FAILED).any())
+    last = {"case": "the section's process", "status": ENDED if known else ended, "note": "" if known else note}
+    rows = pd.concat([rows, pd.DataFrame([last])]).assign(section=name, dry="dry" if dry else "")
+    write_records(path, rows.to_dict("records"), machine)
     return rows
 
 
-def run(sections: Sequence[str], out: Path, budget: float, machine: Row, dry: bool) -> list[Row]:
+def run(sections: Sequence[str], out: Path, budget: float, machine: Row, dry: bool) -> pd.DataFrame:
     """Run the sections until one ends the run. Return all rows."""
-    begun, total, passed, found = time.monotonic(), sum(SECTIONS[name].seconds for name in sections), 0.0, list[Row]()
+    begun, total, passed, found = time.monotonic(), sum(SECTIONS[name][0] for name in sections), 0.0, []
     for name in sections:
+        # An earlier run's rows must not pass for this one's.
         (out / f"{name}.csv").unlink(missing_ok=True)
     for name in sections:
         # Its share, and what earlier sections left over.
-        passed += SECTIONS[name].seconds
+        passed += SECTIONS[name][0]
         seconds = begun + budget * passed / total - time.monotonic()
         if seconds <= 0:
-            found.append({"section": name, "status": NOT_REACHED, "note": "time was up"})
+            found.append(pd.DataFrame([{"section": name, "status": NOT_REACHED}]))
             continue
-        found += run_section(name, out, seconds, machine, dry)
-        failed = [row for row in found if row["section"] == name and row["status"] == FAILED]
-        if found[-1]["status"] == INTERRUPTED or (failed and SECTIONS[name].ends):
+        rows = run_section(name, out, seconds, machine, dry)
+        found.append(rows)
+        if INTERRUPTED in {*rows.status} or (name in ENDING and FAILED in {*rows.status}):
             say(f"{name} failed or was interrupted, so the run ends here. --only names sections to run in spite of it.")
             break
-    return found
+    return pd.concat(found, ignore_index=True)
 
 
 def interrupt(*_: object) -> None:
@@ -171,20 +162,19 @@ def main(given: Sequence[str] | None = None) -> int:
     if not dry and machine["gpu"] is None:
         say("torch finds no NVIDIA GPU here. --dry-run runs the same code in Triton's interpreter.")
         return 2
-    machine |= {"commit": options.commit} if options.commit else {}
-    slug = "" if dry else re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
+    if options.commit:
+        machine["commit"] = options.commit
+    slug = re.sub(r"[^a-z0-9]+", "-", str(machine["gpu"]).lower()).strip("-")
     out = options.out or (Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if dry else RESULTS / slug)
     out.mkdir(parents=True, exist_ok=True)
     # A time limit sends SIGTERM; treat it as an interrupt. A shell starts background processes with SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     rows = run([name for name in SECTIONS if name in options.only], out, options.budget, machine, dry)
-    page = report.page(pd.DataFrame(rows), machine, dry)
+    page = report.page(rows, machine, dry)
     print(page, f"Files in {out}", sep="\n", flush=True)
     write_text(out / "summary.md", page)
-    if rows[-1]["status"] == INTERRUPTED:
-        return 130
-    return int(any(row["status"] == FAILED for row in rows))
+    return 130 if INTERRUPTED in {*rows.status} else int(FAILED in {*rows.status})
 
 
 if __name__ == "__main__":

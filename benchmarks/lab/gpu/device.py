@@ -77,12 +77,6 @@ class Device:
         if not self.dry:
             torch.cuda.synchronize()
 
-    def flush(self) -> None:
-        """Fill L2 with other data. Write it and then read it, so that a timed region does not pay for the write-back."""
-        if not self.dry:
-            self._flush.zero_()
-            self._flush.max()
-
     def replicas(self, bytes_each: int) -> int:
         """Return how many sets of weights, used in turn, are larger than L2 twice over."""
         return 2 if self.dry else max(1, min(MOST_CALLS, math.ceil(2 * self._cache / bytes_each)))
@@ -105,7 +99,9 @@ class Device:
                 break
             for name in shuffled(list(arms), turn):
                 (run, calls), (start, end) = arms[name], events[name]
-                self.flush()
+                if not self.dry:
+                    # Write, and then read: a timed region must not pay for the write-back.
+                    self._flush.zero_().max()
                 if not calls:
                     self.synchronize()
                 start.record()

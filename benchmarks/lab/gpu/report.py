@@ -19,10 +19,10 @@ USED = ("test", "note", "figure", "waits", "throttle", "sm_mhz", "state", "dtype
 # Targets of times: words, numerator and denominator, phase, M, dropout, and the least and the most that is right.
 MANY, FEW = (2048, 4096, 8192), (1, 16, 64)
 RATIOS = (
-    ("forward+backward, dropout 0.1, M 2k to 8k: eager LoRA over ours, at least 1.4", "eager/ours", "both", MANY, 0.1, 1.4, 1e9),
-    ("the same: ours over the frozen layer, at most 1.12", "ours/frozen", "both", MANY, 0.1, 0, 1.12),
-    ("backward, the same: eager LoRA over ours, at least 1.2", "eager/ours", "backward", MANY, 0.1, 1.2, 1e9),
-    ("forward, M 1, 16, 64, no dropout: ours over the frozen layer, at most 1.1", "ours/frozen", "forward", FEW, 0.0, 0, 1.1),
+    ("forward+backward, M 2k to 8k, dropout 0.1: eager over ours, at least 1.4", "eager LoRA/ours", "both", MANY, 0.1, 1.4, 1e9),
+    ("the same: ours over the frozen layer, at most 1.12", "ours/frozen nn.Linear", "both", MANY, 0.1, 0, 1.12),
+    ("backward, the same: eager LoRA over ours, at least 1.2", "eager LoRA/ours", "backward", MANY, 0.1, 1.2, 1e9),
+    ("forward, M 1, 16, 64, no dropout: ours over the frozen layer, at most 1.1", "ours/frozen nn.Linear", "forward", FEW, 0.0, 0, 1.1),
 )  # fmt: skip
 # Targets of counts: words, the test and its cases, the column, and the only right or the highest figure.
 LAUNCHES, STEP = "test_a_call_launches_what_explain_lists", "test_a_step_of_many_tensors_is_one_launch"
@@ -30,7 +30,7 @@ COUNTS = (
     ("forward, M 1, 16, 64, no dropout: launches, 1", LAUNCHES, [f"{m}-0.0-forward" for m in FEW], "figure", 1),
     ("step of an 8B model's 448 tensors: launches, 1", STEP, [""], "figure", 1),
     ("step of an 8B model's 448 tensors: synchronizations, 0", STEP, [""], "waits", 0),
-    ("forward+backward, dropout 0.1, M 8k: GiB from and to memory, at most 1", "test_fewer_bytes_than_eager", [""], "figure", 1),
+    ("forward+backward, M 8k: GiB of memory traffic, at most 1", "test_fewer_bytes_than_eager", [""], "figure", 1),
 )  # fmt: skip
 
 

@@ -1,13 +1,14 @@
-"""pytest's plugin that writes rows of ``benchmarks.lab.gpu``, lines of JSON, as tests begin and end: a crash loses none of them.
+"""pytest's plugin that keeps rows of ``benchmarks.lab.gpu`` in a CSV file as tests begin and end: a crash loses none of them.
 
 A test that hangs or crashes leaves its name. A test's ``record_property`` names columns of its row, or with "row" whole rows.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common.records import write_records
 
 ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, Any]
@@ -18,18 +19,6 @@ ENDED, NOT_REACHED, INTERRUPTED = "ended", "not reached", "interrupted"
 NOTE_LENGTH = 1500
 
 
-def add(path: Path, row: Row) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def read(path: Path) -> list[Row]:
-    """Return the rows. Those of tests that began and have not ended have the status BEGUN."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    ended = {line["ended"] for line in lines if "ended" in line}
-    return [line for line in lines if "ended" not in line and line.pop("begun", None) not in ended]
-
-
 def key_of(nodeid: str) -> Row:
     """Return the columns that name a test."""
     test, _, parameters = nodeid.partition("[")
@@ -38,15 +27,18 @@ def key_of(nodeid: str) -> Row:
 
 class Rows:
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._rows, self._begun = path, list[Row](), dict[str, Row]()
+
+    def _write(self) -> None:
+        write_records(self._path, [*self._rows, *self._begun.values()], {})
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        add(self._path, {"begun": nodeid, **key_of(nodeid), "status": BEGUN})
+        self._begun[nodeid] = {**key_of(nodeid), "status": BEGUN}
+        self._write()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         rows = [value for name, value in report.user_properties if name == "row"] if report.when == "call" else []
-        for row in rows:
-            add(self._path, {"status": OK, **row})
+        self._rows += [{"status": OK, **row} for row in rows]
         # Setup and teardown matter only when they fail or skip the test.
         if report.failed or report.skipped or (report.when == "call" and not rows):
             row = key_of(report.nodeid) | {"status": OK, "seconds": round(report.duration, 2)}
@@ -55,14 +47,15 @@ class Rows:
                 row |= {"status": FAILED, "note": report.longreprtext[-NOTE_LENGTH:]}
             elif report.skipped:
                 row |= {"status": SKIPPED, "note": report.longrepr[2].removeprefix("Skipped: ")}
-            add(self._path, row)
+            self._rows.append(row)
         # "???" is pytest-xdist's report of a crash.
         if report.when in ("teardown", "???"):
-            add(self._path, {"ended": report.nodeid})
+            self._begun.pop(report.nodeid, None)
+            self._write()
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--rows", type=Path, help="the file for rows")
+    parser.addoption("--rows", type=Path, help="the CSV file for rows")
 
 
 def pytest_configure(config: Any) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from inspect import signature
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,15 +21,14 @@ from torch import Tensor, nn
 
 import stablelora_kernels as slk
 from benchmarks.common import optimizers
+from benchmarks.common.arms import OURS, PEFT
 from benchmarks.common.records import record
 from benchmarks.lab.gpu.device import MOST_CALLS, WARMUP, Arm, Device, Run, Samples
-from benchmarks.lab.gpu.report import EAGER, GRAPH, PARTS, PRODUCT, S_ALONE
+from benchmarks.lab.gpu.report import EAGER, FEW, GRAPH, MANY, PARTS, PRODUCT, S_ALONE
 from benchmarks.lab.gpu.rows import FAILED, NOTE_LENGTH, SKIPPED, Row
 from benchmarks.lab.predict.layer_time import RANKS, ROWS, SIZES
-from benchmarks.suite.layers import build_arms
-from benchmarks.suite.mlp import MLPCase
-from benchmarks.suite.projections import ProjectionsCase
-from benchmarks.suite.rivals import Case
+from benchmarks.suite.layers import EAGER as BY_HAND
+from benchmarks.suite.layers import FROZEN, PEFT_COMPILED, LayerCase, MLPCase, ProjectionsCase
 from stablelora_kernels.dispatch.problem import Call, device_of
 from stablelora_kernels.dispatch.rules import Choice, possible_kernels
 from stablelora_kernels.dispatch.settings import KERNELS
@@ -43,8 +42,8 @@ Arms = dict[str, Callable[[], Phases]]
 Name = tuple[str, str, str]
 DRY = os.environ.get("SLK_GPU_DRY_RUN") == "1"
 BF16 = torch.bfloat16
-COMPILED, EAGER_STEP, GRAPHED_STEP = "compiled", "eager step", "GraphedStep"
-RIVALS = ("eager", "peft", COMPILED, MLPCase.rival, EAGER_STEP, *{*optimizers.ARMS} - {optimizers.OURS})
+EAGER_STEP, GRAPHED_STEP = "eager step", "GraphedStep"
+RIVALS = (BY_HAND, PEFT, PEFT_COMPILED, EAGER_STEP, *{*optimizers.ARMS} - {optimizers.OURS})
 # Our op for a gated MLP with gate, up and the activation forced into one kernel, or into separate products.
 FORCED = {"one op, in one kernel": "split", "one op, vendor's products": "vendor"}
 # Arms that are timed in one mode alone. These optimizers wait for the host.
@@ -56,102 +55,71 @@ BLOCK = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), 
 SECONDS = 0.03
 
 
-def phases_of(call: Callable[[Tensor], Tensor], parameters: Iterable[Tensor], x: Tensor, grad: Tensor) -> Phases:
-    wanted = (x, *(p for p in parameters if p.requires_grad))
-    return {"forward": lambda: call(x), "both": lambda: torch.autograd.grad(call(x), wanted, grad)}
-
-
-def inputs(device: Device, m: int, k: int, n: int) -> tuple[Tensor, Tensor]:
-    """Return x [m, k], which requires a gradient, and an incoming gradient [m, n]."""
-    x, grad = (torch.randn(m, size, device=device.device, dtype=BF16) for size in (k, n))
-    return x.requires_grad_(), grad
-
-
-def forced(kernel: str, run: Run) -> None:
-    with slk.use_kernel(kernel):
-        run()
-
-
-def arms_of(case: Case) -> Arms:
-    """Return the arms of a case of the suite. Each phase ends with what drops a round's outputs and gradients."""
+def arms_of(case: LayerCase, arms: Iterable[str], forced: Mapping[str, tuple[str, str]], ours: str) -> Arms:
+    """Return ``arms`` of a case of the suite, and ``ours`` by the kernels in ``forced``, of forward and backward."""
     case.open()
 
-    def build(arm: str) -> Phases:
+    def build(arm: str, kernels: tuple[str, str]) -> Phases:
         parts = case.build(arm)
 
-        def call(names: tuple[str, ...]) -> None:
-            for name in (*names, "prepare"):
-                parts[name]()
+        def call(*names: str) -> None:
+            for name in names:
+                with slk.use_backend("triton"), slk.use_kernel(kernels[name == "backward"]):
+                    parts[name]()
+            # It drops the outputs and gradients.
+            parts["prepare"]()
 
-        return {phase: partial(call, names) for phase, names in case.phases.items()}
+        forward = "forward" if kernels[0] == kernels[1] else "dispatch's forward"
+        return {forward: partial(call, "forward"), "both": partial(call, "forward", "backward")}
 
-    return {arm: partial(build, arm) for arm in case.arms}
+    found = {arm: partial(build, arm, ("auto", "auto")) for arm in arms}
+    return found | {name: partial(build, ours, kernels) for name, kernels in forced.items()}
 
 
 def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
-    """Return the suite's layers; ours by each kernel, backward behind dispatch's forward; and the parts of a forward."""
-    modules, (x, grad) = build_arms(k, n_out, r, dropout, BF16, device.device), inputs(device, m, k, n_out)
-    peft, ours = modules["peft"], modules["ours"]
-    weight, a, b = (tensor.detach() for tensor in (ours.weight, ours.lora_A, ours.lora_B))
-    y, s = (torch.empty(m, size, device=device.device, dtype=BF16) for size in (n_out, r))
-    own, seed = device_of(device.device), torch.zeros(1, dtype=torch.int64, device=device.device)
-
-    def compiled() -> Phases:
-        torch.compiler.reset()
-        # A dry run stops at the tracer: there may be no C++ compiler.
-        call = torch.compile(peft, dynamic=False, backend="aot_eager" if device.dry else "inductor")
-        return phases_of(call, peft.parameters(), x, grad)
-
-    def by(kernel: str) -> Phases:
-        def both() -> None:
-            out = ours(x)
-            forced(kernel, lambda: torch.autograd.grad(out, (x, ours.lora_A, ours.lora_B), grad))
-
-        phases = {"forward": partial(forced, kernel, lambda: ours(x)), "both": both}
-        calls = (
-            Call("forward", m, n_out, k, r, BF16, BF16, dropout > 0),
-            Call("backward", m, k, n_out, r, BF16, BF16, dropout > 0),
-        )
-        able = [kernel in possible_kernels(call) for call in calls]
-        return {phase: run for (phase, run), can in zip(phases.items(), able, strict=True) if can}
+    """Return the suite's arms, ours by each kernel that can compute it, and the parts of a forward."""
+    own, more = device_of(device.device), (r, BF16, BF16, dropout > 0)
+    forward, backward = (
+        possible_kernels(call) for call in (Call("forward", m, n_out, k, *more), Call("backward", m, k, n_out, *more))
+    )
+    # A kernel that can compute backward alone runs behind dispatch's forward.
+    forced = {kernel: (kernel if kernel in forward else "auto", kernel) for kernel in backward}
 
     def alone(part: str) -> Phases:
+        x, w, a, b, y, s = (
+            torch.randn(*size, device=device.device, dtype=BF16)
+            for size in ((m, k), (n_out, k), (r, k), (n_out, r), (m, n_out), (m, r))
+        )
         if part == S_ALONE:
-            launch = shrink(own, forward_product(x.detach(), weight, None, a, b, s, y, seed, 1.0, dropout))
+            seed = torch.zeros(1, dtype=torch.int64, device=device.device)
+            launch = shrink(own, forward_product(x, w, None, a, b, s, y, seed, 1.0, dropout))
         else:
-            bare = forward_product(x.detach(), weight, None, a[:0], b[:, :0], None, y, None, 1.0, 0.0)
+            bare = forward_product(x, w, None, a[:0], b[:, :0], None, y, None, 1.0, 0.0)
             (launch,) = product_launches(own, bare, Choice("split" if part == PRODUCT else "vendor", ""))
         return {"forward": partial(launch.run, device.device)}
 
-    arms: Arms = {name: partial(phases_of, arm, [*arm.parameters()], x, grad) for name, arm in modules.items()}
     # A compilation takes about 12 seconds.
-    if device.dry or (m in (2048, 8192) and n_out == k == 4096 and r == 16):
-        arms[COMPILED] = compiled
-    return (
-        arms | {kernel: partial(by, kernel) for kernel in KERNELS[1:]} | {part: partial(alone, part) for part in PARTS}
-    )
+    compiled = (PEFT_COMPILED,) if m in (2048, 8192) and n_out == k == 4096 and r == 16 else ()
+    case = LayerCase(m, k, n_out, r, "bf16", device.device, dropout)
+    arms = arms_of(case, (FROZEN, BY_HAND, PEFT, OURS, *compiled), forced, OURS)
+    return arms | {part: partial(alone, part) for part in PARTS}
 
 
-def mlp(device: Device, m: int, k: int, f: int, r: int, dropout: float) -> Arms:
-    """Return the suite's arms, the one op by forced kernels, and a rival on PyTorch's operators without casts."""
-    arms = arms_of(MLPCase(m, k, f, r, "bf16", device.device, dropout))
+class MLP(MLPCase):
+    """With adapters in bfloat16: PEFT casts no activation then, so it is the faster rival."""
 
-    def one_op(kernel: str) -> Phases:
-        return {phase: partial(forced, kernel, run) for phase, run in arms[MLPCase.ours[0]]().items()}
-
-    def eager() -> Phases:
-        sizes = ((k, f), (k, f), (f, k))
-        layers = nn.ModuleList(build_arms(*size, r, dropout, BF16, device.device)["eager"] for size in sizes)
-        gate, up, down = layers
-        x, grad = inputs(device, m, k, k)
-        return phases_of(lambda x: down(nn.functional.silu(gate(x)) * up(x)), layers.parameters(), x, grad)
-
-    return arms | {arm: partial(one_op, kernel) for arm, kernel in FORCED.items()} | {"eager": eager}
+    float32: ClassVar = False
 
 
-def projections(device: Device, m: int, k: int, n_out: str, r: int, dropout: float) -> Arms:
-    sizes = tuple(map(int, n_out.split("+")))
-    return arms_of(ProjectionsCase(m, k, sizes, r, "bf16", device.device, dropout))
+def mlp(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
+    """Return the suite's arms of a gated MLP whose activation has width ``n_out``, and the one op by forced kernels."""
+    case = MLP(m, k, n_out, r, "bf16", device.device, dropout)
+    return arms_of(case, case.arms, {arm: (kernel,) * 2 for arm, kernel in FORCED.items()}, case.ours[0])
+
+
+def projections(device: Device, m: int, n_out: tuple[int, ...], k: int, r: int, dropout: float) -> Arms:
+    case = ProjectionsCase(m, k, n_out, r, "bf16", device.device, dropout)
+    return arms_of(case, case.arms, {}, OURS)
 
 
 def step(device: Device, blocks: int, r: int, scale: int, dtype: str, state: str) -> Arms:
@@ -205,23 +173,23 @@ def role_of(arm: str) -> str:
 
 
 def backwards(times: Mapping[Name, Samples]) -> Iterator[tuple[Name, Samples]]:
-    """Yield backward's seconds by arm: a forced kernel's behind the forward of ours."""
     for (mode, phase, arm), both in times.items():
-        forward = times.get((mode, "forward", "ours" if arm in KERNELS else arm))
-        if phase == "both" and forward:
+        if phase == "both":
+            forward = times.get((mode, "forward", arm)) or times[mode, "dispatch's forward", arm]
             device, host = ([b - f for b, f in zip(*each, strict=True)] for each in zip(both, forward, strict=True))
             yield (mode, "backward", arm), (device, host)
 
 
 def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[Row]:
     """Build the arms, for each mode anew, and time all of them in turns."""
+    case = " ".join(f"{name} {value}" for name, value in sizes.items())
     count = device.replicas(2 * sizes["n_out"] * sizes["k"]) if make is layer else 1
     copies, runs = [make(device, **sizes) for _ in range(count)], dict[Name, Arm]()
     for mode, arm in product((GRAPH, EAGER), copies[0]):
         if arm in (ONLY_EAGER if mode == GRAPH else ONLY_GRAPH):
             continue
         try:
-            built = [arms[arm]() for arms in (copies if mode == GRAPH and arm != COMPILED else copies[:1])]
+            built = [arms[arm]() for arms in (copies if mode == GRAPH and arm != PEFT_COMPILED else copies[:1])]
             for phase, run in built[0].items():
                 run()
                 # A second step in a graph would upload the optimizer's tables again.
@@ -230,9 +198,14 @@ def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[R
         except Exception:
             # Only our own failure fails the check.
             status = SKIPPED if role_of(arm) in ("base", "rival") else FAILED
-            yield {"arm": arm, "mode": mode, "status": status, "note": traceback.format_exc()[-NOTE_LENGTH:]}
+            yield {
+                "case": case,
+                "arm": arm,
+                "mode": mode,
+                "status": status,
+                "note": traceback.format_exc()[-NOTE_LENGTH:],
+            }
     times, load = device.time(runs, SECONDS * len(runs))
-    case = " ".join(f"{name} {value}" for name, value in sizes.items())
     for (mode, phase, arm), (seconds, host) in [*times.items(), *backwards(times)]:
         named = partial(record, case, phase, arm, role=role_of(arm))
         yield named("us", [1e6 * each for each in seconds]) | {"mode": mode, **load}
@@ -242,14 +215,7 @@ def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[R
             yield named("peak_bytes", [device.peak_bytes(runs[mode, phase, arm][0])]) | {"mode": mode}
 
 
-def departures(shape: tuple[Any, ...]) -> int:
-    """Return how far a shape is from those that the targets name, which come first."""
-    m, n, k, r, _ = shape
-    return 2 * ((n, k) != (4096, 4096)) + (r != 16) + (m not in (64, 2048, 8192))
-
-
 DROPOUT = (0.1, 0.0)
-TARGETS = [(m, 4096, 4096, 16, 0.1) for m in (2048, 4096, 8192)] + [(m, 4096, 4096, 16, 0.0) for m in (1, 16, 64)]
 # What predictions cannot decide: one launch, two or the vendor's product for many rows; S beside a product of few rows at
 # ranks of 32 and 64; split-K from 65 rows up; long sums.
 DOUBTS = [
@@ -257,15 +223,15 @@ DOUBTS = [
     *((m, 4096, 4096, 16, 0.0) for m in (128, 256, 384)),
     *((m, 4096, 14336, 16, 0.1) for m in (512, 4096)),
 ]
-SHAPES = sorted(((m, *nk, r, p) for m, nk, r, p in product(ROWS, SIZES, RANKS, DROPOUT)), key=departures)
+SHAPES = [(m, *nk, r, p) for m, nk, r, p in product(ROWS, SIZES, RANKS, DROPOUT)]
+# Those that the targets name come first.
+SHAPES.sort(key=lambda s: 2 * (s[1:3] != (4096, 4096)) + (s[3] != 16) + (s[0] not in MANY + FEW))
+PROJECTED = ((4096, 1024, 1024), (14336, 14336))
 # The sizes of a dry run, and of a GPU in the order in which they are timed.
 SECTIONS: dict[Callable[..., Arms], tuple[list[Any], Iterable[Any]]] = {
-    layer: ([(16, 32, 32, 8, 0.1), (70, 32, 32, 8, 0.0)], dict.fromkeys(TARGETS + DOUBTS + SHAPES)),
-    mlp: ([(70, 48, 72, 4, 0.1)], product((8192, 2048, 16384, 512), (4096,), (14336,), (16, 64), DROPOUT)),
-    projections: (
-        [(70, 48, "32+16", 4, 0.1)],
-        product((2048, 64), (4096,), ("4096+1024+1024", "14336+14336"), (16,), DROPOUT),
-    ),
+    layer: ([(16, 32, 32, 8, 0.1), (70, 32, 32, 8, 0.0)], dict.fromkeys(SHAPES[:12] + DOUBTS + SHAPES)),
+    mlp: ([(70, 72, 48, 4, 0.1)], product((8192, 2048, 16384, 512), (14336,), (4096,), (16, 64), DROPOUT)),
+    projections: ([(70, (32, 16), 48, 4, 0.1)], product((2048, 64), PROJECTED, (4096,), (16,), DROPOUT)),
     captured: ([(9, 48, 4, 0.1)], product((512, 64, 4096, 16), (4096,), (4,), DROPOUT)),
     step: (
         [(1, 2, 64, "float32", state) for state in ("shrinking", "latched")],
@@ -280,9 +246,8 @@ CASES = [
 
 
 @pytest.fixture(scope="session")
-def device() -> Iterator[Device]:
-    with slk.use_backend("triton"):
-        yield Device(DRY)
+def device() -> Device:
+    return Device(DRY)
 
 
 @pytest.mark.parametrize(("make", "values"), CASES)
@@ -291,11 +256,12 @@ def test_times(
 ) -> None:
     sizes = dict(zip([*signature(make).parameters][1:], values, strict=True))
     columns = sizes
-    if make is layer:
-        m, n, k, r, p = values
-        explained = slk.explain(m, n, k, r, BF16, p, lora_dtype=BF16, device=device.device)
-        columns = sizes | {"chosen_forward": explained.forward_kernel, "chosen_backward": explained.backward_kernel}
-    for row in measure(device, make, sizes):
-        record_property("row", columns | row)
+    with slk.use_backend("triton"):
+        if make is layer:
+            m, n, k, r, p = values
+            chosen = slk.explain(m, n, k, r, BF16, p, lora_dtype=BF16, device=device.device)
+            columns = sizes | {"chosen_forward": chosen.forward_kernel, "chosen_backward": chosen.backward_kernel}
+        for row in measure(device, make, sizes):
+            record_property("row", columns | row)
     # Raises if the GPU is unusable, as after an illegal address.
     device.synchronize()
