@@ -34,7 +34,6 @@ from benchmarks.common.tables import RESULTS, write_text
 from benchmarks.lab.gpu import report
 from benchmarks.lab.gpu.rows import BEGUN, ENDED, FAILED, INTERRUPTED, NOT_REACHED, NOTE_LENGTH, ROOT, Row
 
-
 TOOLS = ["tests/gpu/test_nvidia_tools.py", "-m", "nightly", "-k"]
 # Each takes one step beyond those before it, so the first that fails says where to look.
 BRING_UP = [f"tests/gpu/test_{name}.py" for name in ("bring_up", "prepared_launches", "cuda_graphs", "graphed_step")]
@@ -78,8 +77,8 @@ def variables(seconds: float, dry: bool) -> dict[str, str]:
 def start(name: str, path: Path, log: Path, seconds: float, dry: bool) -> tuple[str, str]:
     """Run a section, whose rows go to ``path``, for a limited time. Return how it ended, and a note."""
     # pytest leaves standard error alone, where the watchdog's dump goes.
-    command = [sys.executable, "-m", "pytest", *SECTIONS[name][1], "-q", "--capture=sys", "-p", "no:cacheprovider"]
-    command += ["-p", "benchmarks.lab.gpu.rows", "--rows", str(path.resolve())]
+    command = [sys.executable, "-m", "pytest", *SECTIONS[name][1], "-q", "--tb=short", "--capture=sys"]
+    command += ["-p", "no:cacheprovider", "-p", "benchmarks.lab.gpu.rows", "--rows", str(path.resolve())]
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=variables(seconds, dry), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
@@ -96,7 +95,7 @@ def start(name: str, path: Path, log: Path, seconds: float, dry: bool) -> tuple[
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return (FAILED if status else ENDED), f"exit status {status}\n{log.read_text(errors='replace')[-NOTE_LENGTH:]}"
+    return (FAILED if status else ENDED), f"{log.read_text(errors='replace')[-NOTE_LENGTH:]}\nexit status {status}"
 
 
 def run_section(name: str, out: Path, seconds: float, machine: Row, dry: bool) -> pd.DataFrame:
@@ -108,9 +107,10 @@ def run_section(name: str, out: Path, seconds: float, machine: Row, dry: bool) -
     if ended in (ENDED, FAILED):
         rows.loc[rows.status == BEGUN, ["status", "note"]] = FAILED, "it began and did not end: it hangs, or it crashed"
     # pytest's status is 1 behind a failed test, which is a failed row already.
-    known = ended == ENDED or (note.startswith("exit status 1\n") and (rows.status == FAILED).any())
-    last = {"case": "the section's process", "status": ENDED if known else ended, "note": "" if known else note}
-    rows = pd.concat([rows, pd.DataFrame([last])]).assign(section=name, dry="dry" if dry else "")
+    if ended != ENDED and not (note.endswith("\nexit status 1") and (rows.status == FAILED).any()):
+        last = {"case": "the section's process", "status": ended, "note": note}
+        rows = pd.concat([rows, pd.DataFrame([last])])
+    rows = rows.assign(section=name, dry="dry" if dry else "")
     write_records(path, rows.to_dict("records"), machine)
     return rows
 

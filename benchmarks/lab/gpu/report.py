@@ -22,7 +22,7 @@ RATIOS = (
     ("forward+backward, M 2k to 8k, dropout 0.1: eager over ours, at least 1.4", "eager LoRA/ours", "both", MANY, 0.1, 1.4, 1e9),
     ("the same: ours over the frozen layer, at most 1.12", "ours/frozen nn.Linear", "both", MANY, 0.1, 0, 1.12),
     ("backward, the same: eager LoRA over ours, at least 1.2", "eager LoRA/ours", "backward", MANY, 0.1, 1.2, 1e9),
-    ("forward, M 1, 16, 64, no dropout: ours over the frozen layer, at most 1.1", "ours/frozen nn.Linear", "forward", FEW, 0.0, 0, 1.1),
+    ("forward, M 1, 16, 64, no dropout: ours over frozen, at most 1.1", "ours/frozen nn.Linear", "forward", FEW, 0.0, 0, 1.1),
 )  # fmt: skip
 # Targets of counts: words, the test and its cases, the column, and the only right or the highest figure.
 LAUNCHES, STEP = "test_a_call_launches_what_explain_lists", "test_a_step_of_many_tensors_is_one_launch"
@@ -49,8 +49,9 @@ def targets(rows: pd.DataFrame, times: pd.DataFrame) -> list[str]:
         some = layer[(layer.phase == phase) & (layer.dropout == dropout) & layer.m.isin(sizes)]
         one, other = (some[some.arm == arm].set_index("m")["median"] for arm in ratio.split("/"))
         found.append(verdict(words, (one / other).dropna().tolist(), 3, least, most))
+    cases_of = rows.case.astype(object).fillna("")
     for words, test, cases, column, most in COUNTS:
-        values = rows[(rows.test == test) & rows.case.isin(cases)][column].dropna().tolist()
+        values = rows[(rows.test == test) & cases_of.isin(cases)][column].dropna().tolist()
         found.append(verdict(words, values, len(cases), 0, most))
     step = times.query(
         "section == 'step' and mode == @GRAPH and role == 'ours' and state == 'shrinking' and dtype == 'float32'"
@@ -78,8 +79,9 @@ def regrets(times: pd.DataFrame) -> pd.DataFrame:
 
 def failures(rows: pd.DataFrame) -> str:
     """Return a line for each failed row: its name and the last line of its note."""
-    failed = rows[rows.status == FAILED][["section", "test", "case", "arm", "note"]].fillna("")
-    return "\n".join(f"{' '.join(names)}: {note.strip().splitlines()[-1][:160]}" for *names, note in failed.to_numpy())
+    failed = rows[rows.status == FAILED][["section", "test", "case", "arm", "note"]].astype(object).fillna("")
+    last = [note.strip().split("\n")[-1][:160] for note in failed.pop("note")]
+    return "\n".join(f"{' '.join(names)}: {note}" for names, note in zip(failed.to_numpy(), last, strict=True))
 
 
 def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
