@@ -39,7 +39,8 @@ TOOLS = ["tests/gpu/test_nvidia_tools.py", "-m", "nightly", "-k"]
 BRING_UP = [f"tests/gpu/test_{name}.py" for name in ("bring_up", "prepared_launches", "cuda_graphs", "graphed_step")]
 # Most of the tests' time goes into compiling kernels on the host. loadgroup keeps those that fill the GPU in one process.
 WORKERS = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"] if find_spec("xdist") else []
-TIMES = ["benchmarks/lab/gpu/times.py", "--confcutdir", "benchmarks/lab/gpu", "-k"]
+# An unusable GPU fails every test.
+TIMES = ["benchmarks/lab/gpu/times.py", "--confcutdir", "benchmarks/lab/gpu", "--maxfail=3", "-k"]
 # A share of the time and pytest's arguments, in the order in which they run.
 SECTIONS: dict[str, tuple[float, list[str]]] = {
     "memcheck": (150, [*TOOLS, "memcheck"]),

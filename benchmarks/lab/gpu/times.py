@@ -43,11 +43,14 @@ Name = tuple[str, str, str]
 DRY = os.environ.get("SLK_GPU_DRY_RUN") == "1"
 BF16 = torch.bfloat16
 EAGER_STEP, GRAPHED_STEP = "eager step", "GraphedStep"
-RIVALS = (BY_HAND, PEFT, PEFT_COMPILED, EAGER_STEP, *{*optimizers.ARMS} - {optimizers.OURS})
 # Our op for a gated MLP with gate, up and the activation forced into one kernel, or into separate products.
 FORCED = {"one op, in one kernel": "split", "one op, vendor's products": "vendor"}
 # Arms that are timed in one mode alone. These optimizers wait for the host.
 ONLY_GRAPH = (*KERNELS[1:], *PARTS, *FORCED)
+ROLES = dict.fromkeys((BY_HAND, PEFT, PEFT_COMPILED, EAGER_STEP, *optimizers.ARMS), "rival") | dict.fromkeys(
+    ONLY_GRAPH, ""
+)
+ROLES[optimizers.OURS] = "ours"
 ONLY_EAGER = (EAGER_STEP, GRAPHED_STEP, optimizers.NAIVE_FOREACH, optimizers.ADAMW_FOREACH)
 # (out, in) of the seven linear layers in one of an 8B model's 32 blocks: 448 tensors, 41.9M parameters at r 16.
 BLOCK = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
@@ -167,9 +170,7 @@ def captured(device: Device, rows: int, width: int, layers: int, dropout: float)
 
 def role_of(arm: str) -> str:
     """Return records' role. A forced kernel and a part have none."""
-    if arm in RIVALS or arm in ONLY_GRAPH:
-        return "rival" if arm in RIVALS else ""
-    return "base" if arm.startswith("frozen") else "ours"
+    return ROLES.get(arm, "base" if arm.startswith("frozen") else "ours")
 
 
 def backwards(times: Mapping[Name, Samples]) -> Iterator[tuple[Name, Samples]]:
@@ -198,13 +199,8 @@ def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[R
         except Exception:
             # Only our own failure fails the check.
             status = SKIPPED if role_of(arm) in ("base", "rival") else FAILED
-            yield {
-                "case": case,
-                "arm": arm,
-                "mode": mode,
-                "status": status,
-                "note": traceback.format_exc()[-NOTE_LENGTH:],
-            }
+            note = traceback.format_exc()[-NOTE_LENGTH:]
+            yield {"case": case, "arm": arm, "mode": mode, "status": status, "note": note}
     times, load = device.time(runs, SECONDS * len(runs))
     for (mode, phase, arm), (seconds, host) in [*times.items(), *backwards(times)]:
         named = partial(record, case, phase, arm, role=role_of(arm))
@@ -215,7 +211,7 @@ def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[R
             yield named("peak_bytes", [device.peak_bytes(runs[mode, phase, arm][0])]) | {"mode": mode}
 
 
-DROPOUT = (0.1, 0.0)
+DROPOUT, STATES = (0.1, 0.0), ("shrinking", "latched")
 # What predictions cannot decide: one launch, two or the vendor's product for many rows; S beside a product of few rows at
 # ranks of 32 and 64; split-K from 65 rows up; long sums.
 DOUBTS = [
@@ -228,14 +224,14 @@ SHAPES = [(m, *nk, r, p) for m, nk, r, p in product(ROWS, SIZES, RANKS, DROPOUT)
 SHAPES.sort(key=lambda s: 2 * (s[1:3] != (4096, 4096)) + (s[3] != 16) + (s[0] not in MANY + FEW))
 PROJECTED = ((4096, 1024, 1024), (14336, 14336))
 # The sizes of a dry run, and of a GPU in the order in which they are timed.
-SECTIONS: dict[Callable[..., Arms], tuple[list[Any], Iterable[Any]]] = {
+SECTIONS: dict[Callable[..., Arms], tuple[Iterable[Any], Iterable[Any]]] = {
     layer: ([(16, 32, 32, 8, 0.1), (70, 32, 32, 8, 0.0)], dict.fromkeys(SHAPES[:12] + DOUBTS + SHAPES)),
     mlp: ([(70, 72, 48, 4, 0.1)], product((8192, 2048, 16384, 512), (14336,), (4096,), (16, 64), DROPOUT)),
     projections: ([(70, (32, 16), 48, 4, 0.1)], product((2048, 64), PROJECTED, (4096,), (16,), DROPOUT)),
     captured: ([(9, 48, 4, 0.1)], product((512, 64, 4096, 16), (4096,), (4,), DROPOUT)),
     step: (
-        [(1, 2, 64, "float32", state) for state in ("shrinking", "latched")],
-        product((32,), (16,), (1,), ("float32", "bfloat16"), ("shrinking", "latched")),
+        product((1,), (2,), (64,), ("float32",), STATES),
+        product((32,), (16,), (1,), ("float32", "bfloat16"), STATES),
     ),
 }
 CASES = [
@@ -251,17 +247,10 @@ def device() -> Device:
 
 
 @pytest.mark.parametrize(("make", "values"), CASES)
-def test_times(
-    make: Callable[..., Arms], values: Any, device: Device, record_property: Callable[[str, Any], None]
-) -> None:
+def test_times(make: Callable[..., Arms], values: Any, device: Device, record_property: Any) -> None:
     sizes = dict(zip([*signature(make).parameters][1:], values, strict=True))
-    columns = sizes
     with slk.use_backend("triton"):
-        if make is layer:
-            m, n, k, r, p = values
-            chosen = slk.explain(m, n, k, r, BF16, p, lora_dtype=BF16, device=device.device)
-            columns = sizes | {"chosen_forward": chosen.forward_kernel, "chosen_backward": chosen.backward_kernel}
         for row in measure(device, make, sizes):
-            record_property("row", columns | row)
+            record_property("row", sizes | row)
     # Raises if the GPU is unusable, as after an illegal address.
     device.synchronize()
