@@ -47,8 +47,11 @@ def reading() -> list[tuple[int, int, int]]:
         return []
     import pynvml
 
-    reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(torch.cuda._get_pynvml_handler())
-    return [(torch.cuda.clock_rate(), torch.cuda.power_draw(), reasons)]
+    try:
+        reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(torch.cuda._get_pynvml_handler())
+        return [(torch.cuda.clock_rate(), torch.cuda.power_draw(), reasons)]
+    except pynvml.NVMLError:
+        return []
 
 
 def load(readings: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
@@ -70,7 +73,7 @@ class Device:
             torch.cuda.set_stream(self.stream)
             # No graph reads what another one wrote, so all may use the same memory.
             self._pool = torch.cuda.graph_pool_handle()
-            self._cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+            self._cache = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 2**26)
             self._flush = torch.empty(max(4 * self._cache, 2**27), dtype=torch.uint8, device=self.device)
 
     def synchronize(self) -> None:

@@ -114,15 +114,12 @@ class MLP(MLPCase):
     float32: ClassVar = False
 
 
-def mlp(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
-    """Return the suite's arms of a gated MLP whose activation has width ``n_out``, and the one op by forced kernels."""
-    case = MLP(m, k, n_out, r, "bf16", device.device, dropout)
-    return arms_of(case, case.arms, {arm: (kernel,) * 2 for arm, kernel in FORCED.items()}, case.ours[0])
-
-
-def projections(device: Device, m: int, n_out: tuple[int, ...], k: int, r: int, dropout: float) -> Arms:
-    case = ProjectionsCase(m, k, n_out, r, "bf16", device.device, dropout)
-    return arms_of(case, case.arms, {}, OURS)
+def modules(device: Device, kind: str, m: int, n_out: Any, k: int, r: int, dropout: float) -> Arms:
+    """Return the suite's arms of projections of one x, or of a gated MLP, with the one op by forced kernels."""
+    make: type[LayerCase] = {"mlp": MLP, "projections": ProjectionsCase}[kind]
+    case = make(m, k, n_out, r, "bf16", device.device, dropout)
+    forced = {arm: (kernel, kernel) for arm, kernel in FORCED.items()} if kind == "mlp" else {}
+    return arms_of(case, case.arms, forced, case.ours[0])
 
 
 def step(device: Device, blocks: int, r: int, scale: int, dtype: str, state: str) -> Arms:
@@ -226,8 +223,13 @@ PROJECTED = ((4096, 1024, 1024), (14336, 14336))
 # The sizes of a dry run, and of a GPU in the order in which they are timed.
 SECTIONS: dict[Callable[..., Arms], tuple[Iterable[Any], Iterable[Any]]] = {
     layer: ([(16, 32, 32, 8, 0.1), (70, 32, 32, 8, 0.0)], dict.fromkeys(SHAPES[:12] + DOUBTS + SHAPES)),
-    mlp: ([(70, 72, 48, 4, 0.1)], product((8192, 2048, 16384, 512), (14336,), (4096,), (16, 64), DROPOUT)),
-    projections: ([(70, (32, 16), 48, 4, 0.1)], product((2048, 64), PROJECTED, (4096,), (16,), DROPOUT)),
+    modules: (
+        [("mlp", 70, 72, 48, 4, 0.1), ("projections", 70, (32, 16), 48, 4, 0.1)],
+        [
+            *product(("mlp",), (8192, 2048, 16384, 512), (14336,), (4096,), (16, 64), DROPOUT),
+            *product(("projections",), (2048, 64), PROJECTED, (4096,), (16,), DROPOUT),
+        ],
+    ),
     captured: ([(9, 48, 4, 0.1)], product((512, 64, 4096, 16), (4096,), (4,), DROPOUT)),
     step: (
         product((1,), (2,), (64,), ("float32",), STATES),
