@@ -37,9 +37,7 @@ def adapt(
     layers, comma, fused = arm.partition(", ")
     fuse = {"fuse_mlp": comma + fused == MLP_FUSED, "fuse_projections": comma + fused == PROJECTIONS_FUSED}
     if layers not in (FROZEN, PEFT, ACCELERATED, OURS) or (bool(fused) != any(fuse.values())):
-        raise ValueError(
-            f"arm must be {FROZEN}, {PEFT}, {ACCELERATED} or {OURS}, the latter two perhaps fused, got {arm!r}"
-        )
+        raise ValueError(f"arm must be {FROZEN}, {PEFT}, {ACCELERATED} or {OURS}, perhaps fused, got {arm!r}")
     options: dict[str, Any] = {"r": r, "lora_alpha": alpha or 2 * r, "lora_dropout": dropout}
     options["target_modules"] = list(targets)
     report: Any = None

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar
@@ -46,23 +46,6 @@ PRECISIONS = {
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT = -1, -3, 1 << 30
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """One thread, no garbage collection: threads would wait for each other, and a collection visits a million objects."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-        if hasattr(ctypes.CDLL(None), "mallopt"):
-            ctypes.CDLL(None).mallopt(parameter, _KEPT)
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        torch.set_num_threads(threads)
-
-
 @dataclass(frozen=True)
 class HostCase(Case):
     mark = "host"
@@ -73,7 +56,15 @@ class HostCase(Case):
         stack = self.shared["stack"] = ExitStack()
         if null_driver_problem() is None:
             stack.enter_context(null_driver())
-        stack.enter_context(_quiet())
+        # Threads would wait for each other, and a collection visits a million objects.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        stack.callback(gc.enable)
+        gc.collect()
+        gc.disable()
+        libc = ctypes.CDLL(None)
+        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD) if hasattr(libc, "mallopt") else ():
+            libc.mallopt(parameter, _KEPT)
         for name in ("_fused_adamw_", "_foreach_add_"):
             # PyTorch's fused AdamW, and the increment of its step counters: each a launch on a GPU.
             stack.enter_context(mock.patch.object(torch, name, lambda *args, **kwargs: None))

@@ -72,15 +72,11 @@ class OptimizerCase(Case):
 
     def check(self) -> None:
         """All pairs kept their state throughout."""
-        for arm, optimizer in self.shared.items():
-            if arm in (optimizers.NAIVE, optimizers.NAIVE_FOREACH):
-                found = set(optimizer.stable)
-            elif arm == optimizers.OURS:
-                found = {pair.latched for pair in optimizer.stability()}
-            else:
-                continue
-            if found != {self.state == "latched"}:
-                raise RuntimeError(f"all pairs of {arm!r} must stay {self.state}, got latched {sorted(found)}")
+        for arm in {optimizers.NAIVE, optimizers.NAIVE_FOREACH, optimizers.OURS} & self.shared.keys():
+            optimizer = self.shared[arm]
+            states = [pair.latched for pair in optimizer.stability()] if arm == optimizers.OURS else optimizer.stable
+            if {*states} != {self.state == "latched"}:
+                raise RuntimeError(f"all pairs of {arm!r} must stay {self.state}, got latched {states}")
 
 
 # The parameters' dtype, the moments' dtype, and whether a float32 master is kept.

@@ -14,17 +14,8 @@ import stablelora_kernels as slk
 from benchmarks.common import optimizers
 from benchmarks.common.arms import ACCELERATED, FROZEN, OURS, PEFT, PROJECTIONS_FUSED, adapt
 from benchmarks.common.models import linear_names, load_model, query_value_names, share
-from benchmarks.suite.layers import (
-    AUTOCAST,
-    COMPILED,
-    OURS_COMPILED,
-    PEFT_COMPILED,
-    STORED,
-    Sizes,
-    autocast,
-    compiled,
-    llama,
-)
+from benchmarks.suite import layers
+from benchmarks.suite.layers import AUTOCAST, COMPILED, OURS_COMPILED, PEFT_COMPILED, STORED, Sizes
 from benchmarks.suite.rivals import Case, Parts
 
 
@@ -52,14 +43,13 @@ class TrainingCase(Case):
         targets = f" {self.targets}" if self.mark else ""
         return f"training {self.model}{targets} batch {self.batch}x{self.length} r{self.r} {self.dtype}"
 
-    def layers_and_optimizer(self, arm: str) -> tuple[str, str]:
-        layers = {PEFT_COMPILED: PEFT, OURS_COMPILED: OURS}.get(arm, arm)
-        return layers, optimizers.OURS if arm in self.ours else optimizers.ADAMW_FUSED
+    def adapters_and_optimizer(self, arm: str) -> tuple[str, str]:
+        return layers.ADAPTERS.get(arm, arm), optimizers.OURS if arm in self.ours else optimizers.ADAMW_FUSED
 
     def open(self) -> None:
         torch._dynamo.reset()
         if isinstance(self.model, Sizes):
-            base = llama(self.model, self.device, STORED[self.dtype])
+            base = layers.llama(self.model, self.device, STORED[self.dtype])
         else:
             base = load_model(self.model, causal=True)[0].to(self.device, STORED[self.dtype])
         generator = torch.Generator().manual_seed(0)
@@ -69,10 +59,10 @@ class TrainingCase(Case):
 
     def build(self, arm: str) -> Parts:
         ids, loss = self.shared["ids"], []
-        layers, name = self.layers_and_optimizer(arm)
-        model = adapt(share(self.shared["base"]), layers, self.shared["names"], r=self.r).train()
+        adapters, name = self.adapters_and_optimizer(arm)
+        model = adapt(share(self.shared["base"]), adapters, self.shared["names"], r=self.r).train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        call: Any = compiled(model) if arm in COMPILED else model
+        call: Any = layers.compiled(model) if arm in COMPILED else model
         optimizer = optimizers.build(name, slk.lora_pairs(model), lr=1e-5) if trained else None
         self.shared["optimizers"][arm] = optimizer
 
@@ -82,7 +72,7 @@ class TrainingCase(Case):
                 parameter.grad = None
 
         def forward() -> None:
-            with autocast(self.device, self.dtype):
+            with layers.autocast(self.device, self.dtype):
                 logits = call(ids).logits
             loss.append(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
 
@@ -121,7 +111,7 @@ class PretrainedCase(TrainingCase):
     arms = tuple(EVERY)
     mark = "pretrained"
 
-    def layers_and_optimizer(self, arm: str) -> tuple[str, str]:
+    def adapters_and_optimizer(self, arm: str) -> tuple[str, str]:
         return EVERY[arm]
 
     def notes(self, arm: str) -> dict[str, Any]:
