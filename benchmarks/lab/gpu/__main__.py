@@ -36,7 +36,8 @@ from benchmarks.lab.gpu.rows import BEGUN, ENDED, FAILED, INTERRUPTED, NOT_REACH
 
 TOOLS = ["tests/gpu/test_nvidia_tools.py", "-m", "nightly", "-k"]
 # Each takes one step beyond those before it, so the first that fails says where to look.
-BRING_UP = [f"tests/gpu/test_{name}.py" for name in ("bring_up", "prepared_launches", "cuda_graphs", "graphed_step")]
+STAGES = ("bring_up", "prepared_launches", "cuda_graphs", "graphed_step", "competing_stream")
+BRING_UP = [f"tests/gpu/test_{name}.py" for name in STAGES]
 # Most of the tests' time goes into compiling kernels on the host. loadgroup keeps those that fill the GPU in one process.
 WORKERS = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"] if find_spec("xdist") else []
 # An unusable GPU fails every test.

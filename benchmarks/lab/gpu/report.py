@@ -90,8 +90,8 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
     tests = rows[(rows.section == "bringup") & rows.test.notna()]
     products = times[times.arm.isin(PARTS)].pivot_table("median", "case", "arm").reindex(columns=PARTS)
     others = times[times.section != "layer"].pivot_table("median", ["section", "case", "phase", "mode", "arm"])
-    # A dry run's tiny shapes are not the targets', but its counts could be mistaken for figures.
-    verdicts = [f"{UNKNOWN} (dry): {line.split(': ', 1)[1]}" if dry else line for line in targets(rows)]
+    # A dry run's figures could be mistaken for measurements.
+    verdicts = [f"{UNKNOWN} (dry): {words}" for words, *_ in TARGETS] if dry else targets(rows)
     parts = {
         "Targets": "\n".join(verdicts),
         "The first tests, in order up to the first that failed": count(tests, "test"),
