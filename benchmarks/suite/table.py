@@ -59,7 +59,8 @@ def arms(found: pd.DataFrame, base: str, rival: str) -> pd.DataFrame:
     table[f"/ {base}"] = by_metric.get_group("over_base")["spread"]
     for metric in found["metric"].unique():
         if metric not in TIMES and not metric.endswith(" ms"):
-            table[metric] = medians[metric].dropna().map("{:,.6g}".format)
+            figures = medians[metric].dropna()
+            table[metric] = figures.map("{:,.0f}".format if figures.abs().max() > 1000 else "{:.4g}".format)
     if "over_rival" in medians:
         table[""] = by_metric.get_group("over_rival")["verdict"]
     return table

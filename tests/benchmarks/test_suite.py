@@ -81,8 +81,8 @@ def test_the_table_has_the_overhead_first_and_says_where_we_lose() -> None:
     assert lines[start + 1 : start + 7] == [
         "overhead, ms / rival's ms / base one added_percent two added_percent",
         "base 3000 1.00 (1.00-1.00) 0 0",
-        "rival 4000 1.00 7000 2.33 (2.27-2.42) 66.6667 66.6667",
-        "mine 6000 1.50 9000 3.00 (2.70-3.38) 33.3333 166.667 SLOWER",
+        "rival 4000 1.00 7000 2.33 (2.27-2.42) 66.67 66.67",
+        "mine 6000 1.50 9000 3.00 (2.70-3.38) 33.33 166.7 SLOWER",
         "skipped: other: no other here",
         "FAILED: broken: ZeroDivisionError: division by zero",
     ]
