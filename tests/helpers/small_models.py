@@ -55,6 +55,13 @@ def llama(**changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | changes))
 
 
+def gpt2():
+    """Of two layers, whose weights are [in, out] and whose head is tied."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
 def lora_config(**kwargs):
     return LoRAConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"]} | kwargs)
 

@@ -16,16 +16,15 @@ from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.save_load import load_adapter, save_adapter
 from stablelora_kernels.nn.linear import LoRALinear
-from tests.helpers.small_models import fill_b, llama, lora_config, output
+from tests.helpers.small_models import fill_b, gpt2, llama, lora_config, output
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
 
 
 def adapted(kind="llama", **config):
     torch.manual_seed(0)
     if kind == "gpt2":
-        settings = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2)
-        model, targets = transformers.GPT2LMHeadModel(settings).eval(), {"target_modules": ["c_attn"]}
+        model, targets = gpt2(), {"target_modules": ["c_attn"]}
     else:
         model, targets = llama(tie_word_embeddings=kind == "tied").eval(), {}
     base = output(model)
