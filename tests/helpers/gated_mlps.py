@@ -78,16 +78,16 @@ def with_lora(module, fuse=True, dropout=0.0, seed=1, targets=TARGETS, **more):
     return model.train(), report
 
 
-def with_peft(module, fuse=True, dropout=0.0, seed=1, targets=TARGETS, dtype=torch.float64, **more):
+def with_peft(
+    module, fuse=True, dropout=0.0, seed=1, targets=TARGETS, dtype=torch.float64, fuse_projections=False, **config
+):
     """As with_lora, PEFT's layers, accelerated. PEFT leaves the adapters of float64 models in float32."""
-    reason = "peft is not installed (pip install .[test])"
-    peft = pytest.importorskip("peft", reason=reason)
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     torch.manual_seed(seed)
-    config = {"r": 3, "target_modules": targets, "lora_dropout": dropout, "init_lora_weights": False}
-    report = {name: more.pop(name) for name in ("fuse_projections",) if name in more}
-    model = peft.get_peft_model(model_of(module), peft.LoraConfig(**config | more))
+    settings = {"r": 3, "target_modules": targets, "lora_dropout": dropout, "init_lora_weights": False}
+    model = peft.get_peft_model(model_of(module), peft.LoraConfig(**settings | config))
     into_dtype(model, dtype)
-    return model.train(), slk.accelerate_peft(model, fuse_mlp=fuse, **report)
+    return model.train(), slk.accelerate_peft(model, fuse_mlp=fuse, fuse_projections=fuse_projections)
 
 
 def into_dtype(model, dtype):

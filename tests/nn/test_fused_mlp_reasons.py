@@ -140,7 +140,7 @@ HOOKS, TRAINS = "has hooks, which would not run", "that trains; the op would kee
 FORWARD = "has a forward that was replaced (as accelerate's hooks do)"
 FUSED = "only SiLU and GELU (exact or tanh) are fused"
 PEFTS_OWN = "runs PEFT's own forward: the"
-# With no reason, it is fused again from the next report on; in evaluation of one layer, where dropout is off in that one only.
+# None: the next report finds it fused again.
 BOTH = [
     (merges, "'up_proj' is merged"),
     (hooks, f"'down_proj' {HOOKS}"),
