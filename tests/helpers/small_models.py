@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import contextmanager
 
 import pytest
@@ -78,6 +79,14 @@ def lora_over(base, **kwargs):
     layer = LoRALinear.from_linear(base, **{"r": 3, "lora_alpha": 6} | kwargs)
     nn.init.normal_(layer.lora_B, std=layer.r**-0.5)
     return layer
+
+
+def through_a_file(model):
+    """What torch.load makes of what torch.save writes."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def trainable(model):

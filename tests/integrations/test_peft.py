@@ -29,6 +29,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kwargs", ADAPTERS.values(), ids=ADAPTERS)
 def test_output_and_gradients_are_pefts(kwargs, backend, monkeypatch):
     model = make(**kwargs)
@@ -234,6 +235,7 @@ def test_float32_adapters_without_a_float32_copy_of_the_activations(dtype, backe
     assert model.base_model.model[0].lora_A["default"].weight.grad.dtype == FP32
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("dtypes", "autocast"),
     [(dtypes, on) for dtypes in DTYPES for on in (False, True) if not on or dtypes[0] != FP16],

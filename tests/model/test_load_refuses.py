@@ -118,7 +118,15 @@ DAMAGE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "into"), [(name, into) for name, case in DAMAGE.items() for into in case.into])
+# By day into a model with layers or into one without, in turn; at night into both.
+INTO = [
+    pytest.param(name, into, marks=() if len(case.into) == 1 or i % 2 == number % 2 else pytest.mark.nightly)
+    for number, (name, case) in enumerate(DAMAGE.items())
+    for i, into in enumerate(case.into)
+]
+
+
+@pytest.mark.parametrize(("name", "into"), INTO)
 def test_damaged_files(saved, model, name, into):
     DAMAGE[name].damage(saved)
     target = model if into == "adapted" else fresh()

@@ -68,7 +68,9 @@ CASES = {
     "all biases": QV | {"bias": "all"},
     "modules_to_save": QV | {"modules_to_save": ["lm_head"], "bias": "lora_only"},
 }
-BOTH = [(kind, case) for kind in ("torch", "llama") for case in CASES] + [
+BY_DAY = ("plain", "all-linear", "modules_to_save")
+BOTH = [("torch", case) for case in CASES] + [
+    *(pytest.param("llama", case, marks=() if case in BY_DAY else pytest.mark.nightly) for case in CASES),
     ("torch", QV | {"modules_to_save": ["score", "norm"], "bias": "all"}),
     ("torch", QV | {"modules_to_save": ["classifier", "score"]}),
     ("tied llama", QV | {"modules_to_save": ["lm_head"]}),

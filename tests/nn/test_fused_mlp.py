@@ -90,7 +90,7 @@ MAKERS = {
 MADE = [("ours", name) for name in MAKERS] + [("PEFT", name) for name in MAKERS if name != "Conv1D"]
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("library", "make"), MADE)
 def test_on_both_backends(library, make, dropout, backend, calls):

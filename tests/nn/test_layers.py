@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ from tests.helpers.quantized_weights import (
     torchao_fp8_a_tensor,
     torchao_int8,
 )
-from tests.helpers.small_models import fill_b, lora_config, reasons
+from tests.helpers.small_models import fill_b, lora_config, reasons, through_a_file
 
 BF16, FP32 = torch.bfloat16, torch.float32
 pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*")
@@ -72,7 +71,16 @@ OURS = [kind for kind in KINDS if kind != "PEFT"]
 ALONE = [kind for kind in OURS if kind != "sharded"]
 # bitsandbytes' own forward finds the state that its pickled 4-bit weight has lost; ours does not.
 PICKLED = ["linear", "bfloat16", "float64", "PEFT", *CONV1D, "bitsandbytes 8-bit"]
-each_kind = pytest.mark.parametrize("kind", KINDS)
+# Of each class, some kinds go through a life by day, and all at night.
+NIGHTLY = {"float64", "nf4", "torchao float8", "torchao int8", "torchao int4", "float8 scaled as a whole"}
+
+
+def night(kind: str, *more: str) -> Any:
+    return pytest.param(kind, *more, marks=pytest.mark.nightly if kind in NIGHTLY else ())
+
+
+each_kind = pytest.mark.parametrize("kind", [*map(night, KINDS)])
+each_alone = pytest.mark.parametrize("kind", [*map(night, ALONE)])
 ANEW = r"a weight in .* would have to be quantized anew to be merged"
 OWN = r"the weight is a \w+ that only its \w+ can read"
 
@@ -147,7 +155,7 @@ def live(request) -> Callable[..., Life]:
     return make
 
 
-@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("kind", map(night, OURS))
 def test_it_shares_and_freezes_its_base(kind, live):
     life = live(kind)
     assert type(life.layer) is class_of(kind)
@@ -191,18 +199,11 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.to(expected.dtype), expected, rtol=0, atol=atol)
 
 
-def through_a_file(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": through_a_file}
 
 
 @pytest.mark.parametrize(
-    ("kind", "way"), [(k, way) for k in KINDS for way in WAYS if k in PICKLED or way == "deepcopy"]
+    ("kind", "way"), [night(k, way) for k in KINDS for way in WAYS if k in PICKLED or way == "deepcopy"]
 )
 def test_copies_stand_alone(kind, way, live):
     life = live(kind)
@@ -239,7 +240,7 @@ def test_its_state_is_the_bases_and_the_pair(kind, live):
     assert torch.equal(other.model(life.x), expected)
 
 
-@pytest.mark.parametrize("kind", [*PLAIN, *CONV1D])
+@pytest.mark.parametrize("kind", map(night, [*PLAIN, *CONV1D]))
 def test_it_moves_to_another_dtype(kind, live):
     life = live(kind)
     moved = copy.deepcopy(life.model).to(torch.float64)
@@ -274,7 +275,7 @@ def test_merged_and_back_or_refused(kind, live):
         assert life.layer.weight is weight and torch.equal(life.model(life.x), apart)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fp8"])
+@pytest.mark.parametrize("kind", [night(kind) for kind in KINDS if kind != "fp8"])
 def test_disabled_it_is_its_base_to_the_bit(kind, live):
     life = live(kind, lora_dropout=0.3)
     active = life.model.eval()(life.x)
@@ -311,7 +312,7 @@ def test_disabled_it_is_its_base_to_the_bit(kind, live):
     assert torch.equal(life.model(life.x), merged) and not torch.equal(merged, life.plain)
 
 
-@pytest.mark.parametrize("kind", ALONE)
+@each_alone
 def test_hooks_move_and_removing_gives_the_base_back(kind, live):
     seen: list[nn.Module] = []
     handles = []
@@ -339,7 +340,7 @@ def test_hooks_move_and_removing_gives_the_base_back(kind, live):
         assert len(seen) == 1
 
 
-@pytest.mark.parametrize("kind", ALONE)
+@each_alone
 def test_its_adapter_is_saved_and_loaded(kind, live, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     bias = "none" if kind in ("bfloat16", "nf4 in x's dtype") else "lora_only"

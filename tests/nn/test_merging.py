@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 
 import pytest
@@ -14,7 +13,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn import merging
 from tests.helpers.quantized_weights import conv1d
-from tests.helpers.small_models import Model, fill_b, lora_config
+from tests.helpers.small_models import Model, fill_b, lora_config, through_a_file
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -165,10 +164,7 @@ def test_unmerge_is_exact_after_whatever_happened_while_merged(dtype):
     made = layer(dtype)
     parameter, frozen = made.weight, made.weight.detach().clone()
     made.merge()
-    file = io.BytesIO()
-    torch.save(made, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=False)
+    saved = through_a_file(made)
     loaded = layer(dtype)
     loaded.load_state_dict(made.state_dict())
     moved = copy.deepcopy(made).to(torch.float64)
