@@ -83,7 +83,7 @@ def test_other_paths_ask_nobody(asked, path):
         ({"subfolder": "/tmp"}, ValueError, "subfolder must be a relative path inside of path, got "),
         ({"subfolder": "a/../../b"}, ValueError, "subfolder must be a relative path inside of path, got "),
     ],
-    ids=str,
+    ids=["revision 3", "subfolder Path", "subfolder 3", "above", "absolute", "above from inside"],
 )  # fmt: skip
 def test_options_that_are_refused(asked, options, error, message):
     with refused(model := fresh(), error, message):

@@ -168,7 +168,9 @@ CHANGES = [(library, *case) for library in LIBRARIES for case in BOTH] + [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("library", "change", "reason"), CHANGES, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    ("library", "change", "reason"), CHANGES, ids=[f"{case[0]}-{case[1].__name__}" for case in CHANGES]
+)
 def test_changes_turn_it_off_and_are_reported(library, change, reason, calls):
     """After it was fused: the next call is the module's own. Before: the report says why, and the calls are the same."""
     dtype = FP32 if change is another_lora_dtype else torch.float64
