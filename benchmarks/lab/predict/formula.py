@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -52,19 +53,13 @@ def arguments_of(launch: Any) -> dict[str, Any]:
 
 def named_tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors among a launch's arguments, descriptors' included."""
-    found: list[tuple[list[str], Tensor]] = []
+    found: dict[int, tuple[Tensor, dict[str, None]]] = {}
     for name, value in arguments.items():
         tensor = value if isinstance(value, Tensor) else getattr(value, "base", None)
-        if tensor is None:
-            continue
-        name = name.removesuffix("_ptr_or_desc").removesuffix("_ptr").removesuffix("_desc")
-        for names, other in found:
-            if other is tensor:
-                names += [name] if name not in names else []
-                break
-        else:
-            found.append(([name], tensor))
-    return {"=".join(names): tensor for names, tensor in found}
+        if tensor is not None:
+            names = found.setdefault(id(tensor), (tensor, {}))[1]
+            names[re.sub("_(ptr_or_desc|ptr|desc)$", "", name)] = None
+    return {"=".join(names): tensor for tensor, names in found.values()}
 
 
 # The kernels.
@@ -76,7 +71,10 @@ def _distinct(t: Tensor) -> int:
 
 
 class _Account:
-    """Adds up a launch's reads and writes, each of a whole tensor a number of times unless elements are given."""
+    """Adds up a launch's reads and writes, each of a whole tensor a number of times unless elements are given.
+
+    An argument that is None moves nothing.
+    """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.by_name = {name: (key, t) for key, t in named_tensors(arguments).items() for name in key.split("=")}
@@ -91,16 +89,19 @@ class _Account:
 
     def read(self, name: str, times: int = 1, unique: bool = True, elements: int = 0) -> None:
         """``unique`` is False if the launch has counted the tensor already."""
-        t = self.by_name[name][1]
-        self._add(name, times * (elements or t.numel()), (elements or _distinct(t)) * unique, True, False)
+        if name in self.by_name:
+            t = self.by_name[name][1]
+            self._add(name, times * (elements or t.numel()), (elements or _distinct(t)) * unique, True, False)
 
     def look_up(self, name: str, elements: int) -> None:
         """``elements`` loads of single elements, which reach every element of the tensor."""
-        self._add(name, elements, _distinct(self.by_name[name][1]), True, False)
+        if name in self.by_name:
+            self._add(name, elements, _distinct(self.by_name[name][1]), True, False)
 
     def write(self, name: str, elements: int = 0) -> None:
-        t = self.by_name[name][1]
-        self._add(name, elements or t.numel(), elements or _distinct(t), False, True)
+        if name in self.by_name:
+            t = self.by_name[name][1]
+            self._add(name, elements or t.numel(), elements or _distinct(t), False, True)
 
     def share(self, splits: int, part: float = 1, prefix: str = "") -> None:
         """A sum that ``splits`` programs share: stored, read, and counted; ``part`` of its memory is used."""
@@ -113,22 +114,13 @@ class _Account:
             self._add(f"{prefix}counter", counters, 0, False, True)
 
     def grad_beside(
-        self,
-        z: str,
-        t: str,
-        columns: int,
-        c: dict[str, Any],
-        seeded: bool = False,
-        again: Sequence[str] = (),
-        name: str = "grad",
+        self, z: str, t: str, columns: int, c: dict[str, Any], *, again: Sequence[str] = (), name: str = "grad"
     ) -> None:
         """dA or dB, of ``columns`` columns, beside another result, for which the tensors ``again`` were read already."""
         tiles_c, tiles_r = cdiv(columns, c[f"{name.upper()}_C"]), cdiv(c["R"], c[f"{name.upper()}_R"])
         splits = c[f"{name.upper()}_SPLITS"]
         self.read(z, tiles_r, unique=z not in again)
         self.read(t, tiles_c, unique=t not in again)
-        if seeded:
-            self.read("seed", tiles_c * tiles_r * splits, unique=False)
         self.share(splits, prefix=f"{name}_")
         self.write(name)
 
@@ -140,7 +132,7 @@ def formula_by_tensor(launch: Any) -> Tensors:
     if hasattr(launch, "kernel"):
         _FORMULAS[launch.kernel.__name__](account, arguments | {"GRID": launch.grid})
         return account.tensors
-    for name in ("x", "w", *(() if launch.bias is None else ("bias",)), *(("y",) if launch.add else ())):
+    for name in ("x", "w", "bias", *(("y",) if launch.add else ())):
         account.read(name)
     account.write("y")
     return account.tensors
@@ -155,8 +147,7 @@ def _shrink(t: _Account, c: dict[str, Any]) -> None:
     tiles_m, tiles_r = cdiv(c["M"], c["BLOCK_M"]), cdiv(c["R"], c["BLOCK_R"])
     t.read("x", tiles_r)
     t.read("a", tiles_m)
-    if c["DROPOUT"]:
-        t.read("seed", tiles_m * tiles_r * c["SPLITS"])
+    t.read("seed", tiles_m * tiles_r * c["SPLITS"])
     t.share(c["SPLITS"])
     t.write("s")
     if c["HAS_GRAD"]:
@@ -195,9 +186,11 @@ def _linear(t: _Account, c: dict[str, Any]) -> None:
     if c["HAS_GRAD"]:
         gated = c["GATE"] and c["PRODUCTS"]
         again = ("z", "u", "s") if gated else ("s",) if c["PRODUCTS"] else ()
-        t.grad_beside("z", "s", c["N"], c, seeded=c["MASK_BRANCH"], again=again)
-        if c["GATE"]:
-            t.read("u", cdiv(c["R"], c["GRAD_R"]), unique=not gated)
+        t.grad_beside("z", "s", c["N"], c, again=again)
+        if c["MASK_BRANCH"]:
+            programs = cdiv(c["N"], c["GRAD_C"]) * cdiv(c["R"], c["GRAD_R"]) * c["GRAD_SPLITS"]
+            t.read("seed", programs, unique=False)
+        t.read("u", cdiv(c["R"], c["GRAD_R"]), unique=not gated)
 
 
 def _product(t: _Account, c: dict[str, Any]) -> None:
@@ -207,8 +200,7 @@ def _product(t: _Account, c: dict[str, Any]) -> None:
     if c.get("HAS_W", True):
         t.read("x", tiles_n, unique=not c["CHAINED"])
         t.read("w", tiles_m)
-    if c["HAS_BIAS"]:
-        t.read("bias", tiles_m)
+    t.read("bias", tiles_m)
     t.read("b", tiles_m)
     if c["MASK_BRANCH"]:
         t.read("seed", tiles_m * tiles_n * parts)
@@ -253,10 +245,9 @@ def _weight(t: _Account, c: dict[str, Any], n: int, k: int, rows: int, cols: int
         in_tile, scales = cols, n * k * times
     t.look_up("code", tiles * rows * cols)
     t.look_up("scale", scales)
-    if c["NESTED"]:
-        t.look_up("nested_scale", scales)
-        t.look_up("nested_code", tiles * rows * in_tile)
-        t.look_up("offset", tiles)
+    t.look_up("nested_scale", scales)
+    t.look_up("nested_code", tiles * rows * in_tile)
+    t.look_up("offset", tiles)
 
 
 def _quantized(t: _Account, c: dict[str, Any]) -> None:
@@ -267,12 +258,10 @@ def _quantized(t: _Account, c: dict[str, Any]) -> None:
         (c["K"], c["N"], c["BLOCK_K"], c["BLOCK_N"]) if c["TRANS_W"] else (c["N"], c["K"], c["BLOCK_N"], c["BLOCK_K"])
     )
     _weight(t, c | {"ALIGNED": True}, *stored, times=tiles_m)
-    if c["HAS_BIAS"]:
-        t.read("bias", tiles_m)
+    t.read("bias", tiles_m)
     t.read("b", tiles_m)
     t.read("s", tiles_n)
-    if c["MASK_BRANCH"]:
-        t.read("seed", tiles_m * tiles_n)
+    t.read("seed", tiles_m * tiles_n)
     t.share(c["SPLITS"])
     t.write("y")
 
@@ -284,8 +273,7 @@ def _dequantize(t: _Account, c: dict[str, Any]) -> None:
 
 def _branch(t: _Account, c: dict[str, Any]) -> None:
     tiles_m, shares = c["GRID"]
-    if c["MASK_X"] or c["MASK_BRANCH"]:
-        t.read("seed", tiles_m * shares)
+    t.read("seed", tiles_m * shares)
     if c["LOAD_S"]:
         t.read("s", cdiv(c["N"], c["BLOCK_N"]))
     else:
@@ -296,10 +284,9 @@ def _branch(t: _Account, c: dict[str, Any]) -> None:
     t.read("b", tiles_m)
     t.read("y" if c["IN_PLACE"] else "base")
     t.write("y")
-    if c["GATE"]:
-        t.read("g")
-        t.read("u")
-        t.write("du")
+    t.read("g")
+    t.read("u")
+    t.write("du")
 
 
 def _grads(t: _Account, c: dict[str, Any]) -> None:
@@ -307,16 +294,14 @@ def _grads(t: _Account, c: dict[str, Any]) -> None:
     tiles_a, tiles_b = cdiv(c["K"], c["BLOCK_C"]), cdiv(c["N"], c["BLOCK_C"])
     if c["PROGRAMS_A"]:
         t.read("x", tiles_r)
-        if c["GATE"]:
-            t.read("u", tiles_r)
+        t.read("u", tiles_r)
         t.read("ds", tiles_a)
         t.write("da")
     if c["GRID"][0] > c["PROGRAMS_A"]:
         t.read("dy", tiles_r)
         t.read("s", tiles_b)
         t.write("db")
-    if c["DROPOUT"]:
-        t.read("seed", tiles_a * tiles_r * splits)
+    t.read("seed", tiles_a * tiles_r * splits)
     t.share(splits)
 
 
@@ -324,11 +309,8 @@ def _gate_up(t: _Account, c: dict[str, Any]) -> None:
     """Gate and up by either kernel. S_g and S_u are columns of one matrix."""
     tiles_m, tiles_n = cdiv(c["M"], c["BLOCK_M"]), cdiv(c["N"], c["BLOCK_N"])
     t.read("x", tiles_n)
-    for name in ("wg", "wu", *(f"bias_{n}" for n in "gu" if c[f"HAS_BIAS_{n.upper()}"])):
+    for name in ("wg", "wu", "bias_g", "bias_u", "bg", "bu"):
         t.read(name, tiles_m)
-    for name, rank in (("bg", c["R_G"]), ("bu", c["R_U"])):
-        if rank:
-            t.read(name, tiles_m)
     if ranks := c["R_G"] + c["R_U"]:
         t.read("sg", tiles_n, elements=c["M"] * ranks)
     for name in ("g", "u", "h") if c["STORE_GU"] else ("h",):
@@ -344,7 +326,7 @@ def _gated_activation(t: _Account, c: dict[str, Any]) -> None:
 def _group(t: _Account, c: dict[str, Any], tiles: int) -> int:
     """What both kernels of projections that share X read; the elements of their S or dS, of which the first's is given."""
     t.read("x")
-    for i in range(c["MEMBERS"]) if c["DROPOUT"] else ():
+    for i in range(c["MEMBERS"]):
         t.read(f"seed{i}", tiles * c["SPLITS"])
     t.share(c["SPLITS"])
     return c["M"] * sum(c[f"R{i}"] for i in range(c["MEMBERS"]))
