@@ -19,16 +19,22 @@ VENDOR_TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256
 VENDOR_SPLITS = (1, 2, 4, 8, 16)
 
 
-class VendorFacts(NamedTuple):
-    """The vendor's product [m, k] by [k, n], with bytes beyond its operands'."""
+class Work(NamedTuple):
+    """A launch that is not ours: bytes from and to memory, matrix operations, and for a wide product [m, k] by [k, n] its sizes."""
 
-    m: int
-    n: int
-    k: int
-    extra: float
+    name: str
+    bytes: float
+    flops: float = 0.0
+    # m, n and k
+    sizes: tuple[int, int, int] | None = None
 
     def seconds(self, gpu: Gpu) -> float:
-        return gpu.launch + vendor_seconds(gpu, *self)
+        if self.sizes is None:
+            return gpu.launch + max(self.bytes / gpu.bandwidth, self.flops / gpu.matrix_rate)
+        m, n, k = self.sizes
+        # The epilogue's operations take as long as those of a longer sum.
+        more = self.flops / (2.0 * m * n * k)
+        return gpu.launch + more * vendor_seconds(gpu, m, n, k, extra=self.bytes - 2.0 * (m * k + k * n + m * n))
 
 
 class Facts(NamedTuple):
@@ -90,11 +96,13 @@ class Facts(NamedTuple):
         return alone * max(0.0, 1 - idle * rate / self.grad_moved.issued)
 
 
-def facts(launch: Any, narrow_columns: int) -> Facts | VendorFacts:
+def facts(launch: Any, narrow_columns: int) -> Facts | Work:
     """What the time of a launch in 16 bits depends on. ``narrow_columns`` is the GPU's."""
+    if isinstance(launch, Work):
+        return launch
     if not hasattr(launch, "kernel"):
-        (m, n), k = launch.y.shape, launch.x.shape[1]
-        return VendorFacts(m, n, k, formula(launch).unique - 2.0 * (m * k + k * n + m * n))
+        m, n, k = *launch.y.shape, launch.x.shape[1]
+        return Work("vendor", formula(launch).unique, 2.0 * m * n * k, (m, n, k))
     v = arguments_of(launch)
     moved, grad_moved = _moved(launch)
     units, operations, grad_operations = work(launch, narrow_columns)

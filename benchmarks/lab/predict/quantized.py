@@ -1,30 +1,23 @@
 """Predicted times of a LoRA layer on a weight in 4 or 8 bits: dequantized in the product's loop, or first. Nothing is measured.
 
-    python -m benchmarks.lab.predict.quantized [--gpu h100] [--count]
-
-As ``benchmarks.lab.predict``, with one more ceiling: a weight's element takes so many instructions each time that it is
-dequantized, and so many of them go to memory, which takes a quarter as many a clock. Both are counted in sm_90's machine code,
-in which ``--count`` counts them anew. Only a GPU can tell whether they run beside the matrix instructions or take turns with
-them, so both are given. Values of a code are taken to be found in the first cache.
+As for other layers, with one more ceiling: a weight's element takes so many instructions each time that it is dequantized, and so
+many of them go to memory, which takes a quarter as many a clock. Both are counted in sm_90's machine code; a nightly test counts
+them again. Only a GPU can tell whether they run beside the matrix instructions or take turns with them, so both are given. Values
+of a code are taken to be found in the first cache.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import pandas as pd
-import torch
 
 from benchmarks.lab.predict import layer_time
-from benchmarks.lab.predict.ceilings import Gpu, load_gpu
+from benchmarks.lab.predict.ceilings import Gpu
 from benchmarks.lab.predict.formula import arguments_of, formula_by_tensor, total
-from benchmarks.lab.predict.launch_time import work
+from benchmarks.lab.predict.launch_time import facts, work
 from benchmarks.lab.predict.layer_time import DIRECTIONS, call_of
 from benchmarks.lab.predict.rivals import BF16, Shape
-from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice, choose_quantized
 from stablelora_kernels.launch.dry_run import quantized_launches
 
@@ -59,30 +52,11 @@ def name_of(launch: Any) -> str | None:
     return f"{'dx' if c['TRANS_W'] else 'y'} {kind} {c['BLOCK_M']}" if "TRANS_W" in c else f"dequantize {kind}"
 
 
-def counts() -> dict[str, tuple[float, float]]:
-    """COUNTS, by compiling."""
-    from benchmarks.lab.compile_report.machine_code import compile_launch, cuobjdump, sass_counts
-
-    found: dict[str, tuple[float, float]] = {}
-    for kind in KINDS:
-        for m, kernel in ((16, "in_loop"), (64, "in_loop"), (256, "in_loop"), (256, "dequantize")):
-            call = DEVICES["sm_90"], m, 4096, 4096, 16, BF16, torch.float32, 0.0, kind
-            for launches in quantized_launches(*call, Choice(kernel, "")):
-                for launch in launches:
-                    name = name_of(launch)
-                    if name is not None and name not in found:
-                        elements = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"]
-                        elements /= 32 * launch.options["num_warps"]
-                        one = sass_counts(cuobjdump(compile_launch(launch, "sm_90").asm["cubin"]))
-                        found[name] = (round(one[0] / elements, 1), round(one[1] / elements, 1))
-    return found
-
-
 def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
     """One launch. Dequantizing either overlaps with the products or takes turns with them."""
     name = name_of(launch)
     if name is None:
-        return layer_time.launch_seconds(gpu, launch)
+        return facts(launch, gpu.narrow_columns).seconds(gpu)
     v = arguments_of(launch)
     found = formula_by_tensor(launch)
     moved = total(traffic for tensor, traffic in found.items() if tensor not in ("code", "nested_code"))
@@ -100,31 +74,29 @@ def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
     )
 
 
-def seconds(gpu: Gpu, s: Shape, kind: str, kernel: str | None = None, overlap: bool = True) -> tuple[float, float]:
+def seconds(gpu: Gpu, s: Shape, kind: str, kernel: str | None = None, overlap: bool = True) -> list[float]:
     """Forward and backward by ``kernel``, "in_loop" or "dequantize", or by dispatch's choice."""
     choice = None if kernel is None else Choice(kernel, "")
-    made = quantized_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, BF16, BF16, s.p, kind, choice)
-    first, second = (sum(launch_seconds(gpu, launch, overlap) for launch in launches) for launches in made)
-    return first, second
+    ways = quantized_launches(gpu.device, s.m, s.n, s.k, s.r, BF16, BF16, s.p, kind, choice)
+    return [sum(launch_seconds(gpu, launch, overlap) for launch in way) for way in ways]
 
 
 def chosen(gpu: Gpu, s: Shape, kind: str, direction: str) -> str:
     """Dispatch's choice."""
-    return choose_quantized(DEVICES[gpu.arch], call_of(s, direction), 4 if kind == "nf4" else 8).kernel
+    return choose_quantized(gpu.device, call_of(s, direction), 4 if kind == "nf4" else 8).kernel
 
 
 def table(gpu: Gpu, n: int, k: int, kind: str) -> pd.DataFrame:
     """Microseconds of forward and backward, and dispatch's choice."""
     rows = []
-    for m in ROWS:
-        s = Shape(m, n, k, 16, False)
+    for s in (Shape(m, n, k, 16, False) for m in ROWS):
         times = {
-            "plain W": layer_time.ours(gpu, s),
+            "plain W": layer_time.seconds(gpu, s, layer_time.OURS),
             "in loop": seconds(gpu, s, kind, "in_loop"),
             "in turns": seconds(gpu, s, kind, "in_loop", overlap=False),
             "first": seconds(gpu, s, kind, "dequantize"),
         }
-        row: dict[str, Any] = {"M": m}
+        row: dict[str, Any] = {"M": s.m}
         for place, (result, direction) in enumerate(zip(("Y", "dX"), DIRECTIONS, strict=True)):
             row |= {f"{result}: {name}": f"{1e6 * both[place]:.1f}" for name, both in times.items()}
             row[f"{result}: taken"] = chosen(gpu, s, kind, direction)
@@ -132,39 +104,21 @@ def table(gpu: Gpu, n: int, k: int, kind: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def crossover(gpu: Gpu, n: int, k: int, kind: str, direction: str, overlap: bool) -> int:
-    """The fewest rows, in steps of 32, that are predicted to be faster dequantized first."""
+def crossover(gpu: Gpu, n: int, k: int, kind: str, direction: str, overlap: bool) -> int | None:
+    """The fewest rows up to 2,048, in steps of 32, that are predicted to be faster dequantized first."""
     place = DIRECTIONS.index(direction)
-    for m in range(32, 2049, 32):
-        s = Shape(m, n, k, 16, False)
+    for s in (Shape(m, n, k, 16, False) for m in range(32, 2049, 32)):
         if seconds(gpu, s, kind, "dequantize")[place] < seconds(gpu, s, kind, "in_loop", overlap)[place]:
-            return m
-    raise ValueError(f"no crossover up to 2048 rows for {n} x {k}, {kind}")
+            return s.m
+    return None
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.lab.predict.quantized",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--gpu", default="h100", help="a file's name in benchmarks/lab/predict/gpus (default: %(default)s)")
-    add("--count", action="store_true", help="count the instructions again and print them, nothing else")
-    options = parser.parse_args(arguments)
-    if options.count:
-        for name, (instructions, to_memory) in counts().items():
-            print(f'    "{name}": ({instructions}, {to_memory}),')
-        return
-    gpu = load_gpu(options.gpu)
-    print(f"All times are PREDICTED for an {gpu.name} in bf16, r 16, us; none is measured.")
-    for kind, (n, k) in product(KINDS, SIZES):
-        print(f'\n{kind}, N {n}, K {k}; "in turns": dequantizing and products take turns')
-        print(table(gpu, n, k, kind).to_string(index=False))
+def report(gpu: Gpu, kind: str) -> str:
+    parts = []
+    for n, k in SIZES:
+        title = f'{kind}, N {n}, K {k}, r 16, us; "in turns": dequantizing and products take turns'
+        parts += [title, table(gpu, n, k, kind).to_string(index=False)]
         for way in DIRECTIONS:
             found = [crossover(gpu, n, k, kind, way, overlap) for overlap in (True, False)]
-            print(f"{way}: dequantized first is faster from {found[0]} rows, from {found[1]} if they take turns")
-
-
-if __name__ == "__main__":
-    main()
+            parts.append(f"{way}: dequantized first is faster from {found[0]} rows, from {found[1]} if they take turns")
+    return "\n".join(parts)

@@ -11,33 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.lab.predict.ceilings import Gpu
-from benchmarks.lab.predict.launch_time import vendor_seconds
+from benchmarks.lab.predict.launch_time import Work
 
 BF16 = torch.bfloat16
 # Bytes of an element of an activation.
 E = BF16.itemsize
-
-
-class Work(NamedTuple):
-    """One launch: bytes from and to memory, matrix operations, and for a wide product [m, k] by [k, n] its sizes (m, n, k)."""
-
-    name: str
-    bytes: float
-    flops: float = 0.0
-    sizes: tuple[int, int, int] | None = None
-
-    def seconds(self, gpu: Gpu) -> float:
-        if self.sizes is None:
-            return gpu.launch + max(self.bytes / gpu.bandwidth, self.flops / gpu.matrix_rate)
-        m, n, k = self.sizes
-        # The epilogue's operations take as long as those of a longer sum.
-        more = self.flops / (2.0 * m * n * k)
-        return gpu.launch + more * vendor_seconds(gpu, m, n, k, extra=self.bytes - 2.0 * (m * k + k * n + m * n))
-
-
-def rival_seconds(gpu: Gpu, works: Sequence[Work]) -> float:
-    return sum(work.seconds(gpu) for work in works)
 
 
 class Shape(NamedTuple):
@@ -61,9 +39,12 @@ class Shape(NamedTuple):
         return torch.float32 if self.wide_adapters else BF16
 
 
-def product(name: str, m: int, n: int, k: int) -> Work:
-    """[m, k] by [k, n] by the vendor's library, each operand read once, where one of the sizes is a rank."""
-    return Work(name, E * (m * k + k * n + m * n), 2.0 * m * n * k)
+def product(name: str, m: int, n: int, k: int, wide: bool = False) -> Work:
+    """[m, k] by [k, n] by the vendor's library, each operand read once.
+
+    The time of a ``wide`` one, where none of the sizes is a rank, depends on how its tiles fill the GPU.
+    """
+    return Work(name, E * (m * k + k * n + m * n), 2.0 * m * n * k, (m, n, k) if wide else None)
 
 
 def added(name: str, m: int, n: int, r: int) -> Work:
@@ -81,9 +62,7 @@ Ways = tuple[list[Work], list[Work]]
 
 
 def frozen(s: Shape) -> Ways:
-    forward, backward = product("Y = X W^T", s.m, s.n, s.k), product("dX = dY W", s.m, s.k, s.n)
-    # The time of a product with a frozen weight depends on how its tiles fill the GPU.
-    return [forward._replace(sizes=(s.m, s.n, s.k))], [backward._replace(sizes=(s.m, s.k, s.n))]
+    return [product("Y = X W^T", s.m, s.n, s.k, wide=True)], [product("dX = dY W", s.m, s.k, s.n, wide=True)]
 
 
 def eager(s: Shape) -> Ways:
@@ -161,16 +140,15 @@ def lorafusion(s: Shape) -> Ways:
     return forward, backward
 
 
-PEFT = "eager (PEFT)"
+FROZEN, PEFT, UNSLOTH, LORAFUSION = "frozen", "eager (PEFT)", "Unsloth", "LoRAFusion"
 RIVALS: dict[str, Callable[[Shape], Ways]] = {
-    "frozen": frozen,
+    FROZEN: frozen,
     PEFT: eager,
-    "Unsloth": unsloth,
+    # It has no dropout.
+    UNSLOTH: unsloth,
     "Axolotl": axolotl,
-    "LoRAFusion": lorafusion,
+    LORAFUSION: lorafusion,
 }
-# Rivals that have no dropout.
-WITHOUT_DROPOUT = ("Unsloth",)
 
 
 class MLP(NamedTuple):
@@ -190,7 +168,7 @@ class MLP(NamedTuple):
 
 # Passes over [M, F] of the activation's launches, forward and backward. PEFT runs it by PyTorch's operators: silu and a product
 # forward, three products backward. Unsloth has a kernel each way: G and U to H, and dH, G and U to H, dG and dU.
-ACTIVATION = {"frozen": ((3,), (5,)), PEFT: ((2, 3), (3, 3, 3)), "Unsloth": ((3,), (6,))}
+ACTIVATION = {FROZEN: ((3,), (5,)), PEFT: ((2, 3), (3, 3, 3)), UNSLOTH: ((3,), (6,))}
 
 
 def join(mlp: MLP, layers: Sequence[tuple[list[Any], list[Any]]], activation: str) -> tuple[list[Any], list[Any]]:
@@ -201,6 +179,8 @@ def join(mlp: MLP, layers: Sequence[tuple[list[Any], list[Any]]], activation: st
     return forward, [*backward, passes("both dX", mlp.m * mlp.k, 3)]
 
 
-def rival_mlp(name: str, mlp: MLP) -> Ways:
-    """The launches of forward and backward of a gated MLP."""
-    return join(mlp, [RIVALS[name](shape) for shape in mlp.layers()], name)
+def rival(name: str, case: Shape | MLP) -> Ways:
+    """The launches of a layer or of a gated MLP."""
+    if isinstance(case, Shape):
+        return RIVALS[name](case)
+    return join(case, [RIVALS[name](shape) for shape in case.layers()], name)
