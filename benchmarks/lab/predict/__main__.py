@@ -1,15 +1,15 @@
 """Predicted times of one LoRA layer for this library and its rivals on a GPU, from bytes and operations. Nothing is measured.
 
-    python -m benchmarks.lab.predict [--gpu h100] [--dropout 0.1] [--efficiency 0.85] [--out DIRECTORY]
+    python -m benchmarks.lab.predict [--gpu h100] [--dropout 0.1] [--out DIRECTORY]
     python -m benchmarks.lab.predict --weights nf4
 
 A launch is predicted to take its launch cost and the longest of: bytes from memory over the bandwidth, bytes issued over L2's,
 operations over the matrix units' rate, and bytes over what its programs can keep in flight; its busiest processor counts.
 Ceilings and their sources are in the files of gpus/. Our launches are the ones that dispatch picks, with their bytes by the
 formula that benchmarks.lab.predict.bytes_moved tests; the rivals' are in rivals.py. Only a GPU can tell which share of the
-vendor's matrix rate Triton's products reach, and sources differ about L2's rate. So our times are a band: from all of the vendor's
-rate and the highest rate of L2 to ``--efficiency`` of the one and the lowest of the other. Regret is how much longer dispatch's
-kernel takes than the fastest. ``--weights``: the weight is in 4 or 8 bits (quantized.py).
+vendor's matrix rate Triton's products reach, and sources differ about L2's rate. So our times are a band: from all of the matrix
+rate and the highest rate of L2 to 0.85 of the one and the lowest of the other. Regret is how much longer dispatch's kernel takes
+than the fastest. ``--weights``: the weight is in 4 or 8 bits (quantized.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pandas as pd
 
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.predict import quantized
-from benchmarks.lab.predict.ceilings import SLOW, SLOWEST, Gpu, load_gpu
+from benchmarks.lab.predict.ceilings import SLOW, Gpu, load_gpu
 from benchmarks.lab.predict.layer_time import DIRECTIONS, NO_OVERLAP, OURS, layer_table, mlp_table, seconds
 from benchmarks.lab.predict.rivals import FROZEN, LORAFUSION, PEFT, RIVALS, Shape
 
@@ -52,9 +52,7 @@ def shown(table: pd.DataFrame) -> str:
         if arm not in (*RIVALS, NO_OVERLAP):
             text[f"{arm}, x"] += over_frozen(table, arm, SLOW).map("-{:.2f}".format)
     for way in DIRECTIONS if "forward kernel" in table else ():
-        text[f"{way} by"] = table[f"{way} kernel"]
-        text["regret"] = worst_regret(table, way).map("{:.0%}".format)
-        text = text.rename(columns={"regret": f"{way} regret"})
+        text[f"{way} by"], text[f"{way} regret"] = table[f"{way} kernel"], worst_regret(table, way).map("{:.0%}".format)
     return text.to_string(index=False)
 
 
@@ -108,30 +106,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--gpu", default="h100", help="a file's name in benchmarks/lab/predict/gpus (default: %(default)s)")
     add("--dropout", type=float, default=0.1, choices=(0.0, 0.1), help="default: %(default)s")
-    add("--efficiency", type=float, default=SLOWEST,
-        help="the slow end of Triton's share of the vendor's rate (default: %(default)s)")  # fmt: skip
     add("--weights", choices=quantized.KINDS, help="the layer's weight, instead of bf16; without dropout")
     add("--out", type=Path, help="where to write the tables as CSV files (default: nowhere)")
     options = parser.parse_args(arguments)
-    if not 0 < options.efficiency <= 1:
-        parser.error(f"--efficiency must be in (0, 1], got {options.efficiency}")
     gpu = load_gpu(options.gpu)
     print(f"All times are PREDICTED for an {gpu.name} in bf16; none is measured.\n")
     if options.weights:
         print(quantized.report(gpu, options.weights))
         return
-    tables = {
-        name: of(gpu, options.dropout > 0, options.efficiency)
-        for name, of in (("predicted", layer_table), ("predicted_mlp", mlp_table))
-    }
-    layers, mlps = tables.values()
+    layers, mlps = layer_table(gpu, options.dropout > 0), mlp_table(gpu, options.dropout > 0)
     for (n, k), rows in layers.groupby(["n", "k"], sort=False):
         print(f"N {n}, K {k}, dropout {options.dropout:g}: forward + backward over the frozen layer's\n{shown(rows)}\n")
     print(f"A gated MLP, K 4096, F 14336: forward + backward over the frozen MLP's\n{shown(mlps)}\n")
     ratio = lorafusion_over_eager(load_gpu("h100"))
     print(f"LoRAFusion over eager LoRA, 2k to 16k rows of an 8B model: predicted {ratio:.2f}x, published {PUBLISHED}x")
     print(regret_line(layers), against_measured(gpu, options.gpu), sep="\n")
-    for name, table in tables.items() if options.out else ():
+    for name, table in {"predicted": layers, "predicted_mlp": mlps}.items() if options.out else ():
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"{name}_dropout_{options.dropout:g}.csv"
         table.to_csv(path, index=False, lineterminator="\n")

@@ -40,13 +40,13 @@ import torch
 from benchmarks.lab.predict.counter import counted
 from benchmarks.lab.predict.formula import Tensors, Traffic, activation_bytes, formula_by_tensor, total
 from benchmarks.lab.predict.layer_time import DIRECTIONS, ONE_OP, SEPARATE, mlp_launches_of
+from benchmarks.lab.predict.quantized import KINDS
 from benchmarks.lab.predict.rivals import BF16, MLP, Ways, Work, passes
 from stablelora_kernels.dispatch.problem import DEVICES, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.launch.dry_run import call_launches, group_launches, quantized_launches
-from stablelora_kernels.quantized import FP8Weight, NF4Weight
 
-FP16, FP32 = torch.float16, torch.float32
+FP32 = torch.float32
 APART, TOGETHER = "apart", "together"
 
 
@@ -84,31 +84,21 @@ class Case(NamedTuple):
         return frozen + x + 3 * adapters + 16 * (self.p > 0), frozen
 
 
-# One case for each regime. Sizes do not divide tiles; rows are multiples of 16 bytes, as descriptors require.
+# Counted: one case for each kind of kernel. Sizes do not divide tiles; rows are multiples of 16 bytes, as descriptors require.
 SMALL = [
-    Case(1, 520, 1032, 16),
     Case(9, 328, 904, 64, 0.1),
     Case(70, 264, 200, 16),
-    Case(70, 264, 200, 16, lora_dtype=BF16),
-    Case(200, 264, 200, 16, 0.1),
-    Case(200, 200, 264, 64),
-    Case(136, 264, 136, 128, 0.1),
-    Case(136, 264, 136, 128, 0.1, lora_dtype=BF16),
-    Case(600, 136, 72, 16, 0.1),
-    Case(72, 136, 200, 16, dtype=FP32),
-    Case(72, 136, 200, 64, 0.1, dtype=FP32),
+    Case(200, 200, 264, 64, 0.1),
+    Case(200, 200, 264, 16, how="fused"),
+    Case(200, 264, 200, 16, 0.1, "split"),
     Case(200, 264, 136, 16, 0.1, "vendor"),
-    Case(9, 328, 960, 16, how="nf4"),
-    Case(70, 264, 320, 16, 0.1, "nf4"),
-    Case(300, 136, 192, 16, how="nf4"),
-    Case(9, 329, 75, 16, how="nf4"),
-    Case(70, 264, 320, 16, 0.1, "fp8"),
+    Case(72, 136, 200, 16, dtype=FP32),
 ]
 RANKS, DROPOUTS = (16, 64), (0.0, 0.1)
 # In Llama 3.1 8B: single layers, an attention's q, k and v, an MLP's gate and up, and that MLP.
 REAL = [
     *(Case(m, n, 4096, r, p) for n, r, p, m in product((4096, 14336), RANKS, DROPOUTS, (1, 16, 64, 512, 2048, 8192))),
-    *(Case(m, 4096, 4096, 16, how=kind) for kind, m in product(("nf4", "fp8"), (1, 16, 64, 256, 512, 2048, 8192))),
+    *(Case(m, 4096, 4096, 16, how=kind) for kind, m in product(KINDS, (1, 16, 64, 256, 512, 2048, 8192))),
     *(
         Case(m, ns, 4096, r, p, how)
         for ns, r, p, m, how in product(
@@ -119,27 +109,6 @@ REAL = [
         Case(m, 14336, 4096, r, p, how)
         for r, p, m, how in product(RANKS, DROPOUTS, (32, 512, 2048, 8192), (SEPARATE, ONE_OP))
     ),
-]
-
-
-class Parameters(NamedTuple):
-    """An optimizer's parameters: equal pairs, and others outside pairs."""
-
-    pairs: int
-    r: int
-    width: int
-    dtype: torch.dtype = FP32
-    others: tuple[int, ...] = ()
-    latched: bool = False
-
-
-OPTIMIZERS = [
-    Parameters(1, 4, 256),
-    Parameters(4, 16, 2048),
-    Parameters(4, 16, 2048, latched=True),
-    Parameters(4, 16, 2048, BF16),
-    Parameters(2, 64, 4096),
-    Parameters(2, 16, 2048, others=(2048, 100_003)),
 ]
 
 
@@ -154,23 +123,11 @@ def launches(device: Device, case: Case, where: str = "meta") -> Ways:
     if how == APART:
         ways = zip(*(call_launches(device, m, each, k, r, *dtypes, p) for each in n), strict=True)
         forward, backward = ([launch for way in each for launch in way] for each in ways)
-        return forward, [*backward, *[passes("both dX", m * k, 3)] * (len(n) - 1)]
-    if how in ("nf4", "fp8"):
-        return quantized_launches(
-            device, m, n, k, r, *dtypes, p, how if where == "meta" else quantized_weight(n, k, how), where=where
-        )
+        return forward, backward + passes("both dX", m * k, 3) * (len(n) - 1)
+    if how in KINDS:
+        return quantized_launches(device, m, n, k, r, *dtypes, p, how, where=where)
     choice = None if how == "auto" else Choice(how, "")
     return call_launches(device, m, n, k, r, *dtypes, p, choice, choice, where=where)
-
-
-def quantized_weight(n: int, k: int, kind: str) -> NF4Weight | FP8Weight:
-    """A weight with every value of a code, if it has enough elements and scales."""
-    if kind == "fp8":
-        return FP8Weight(torch.zeros(n, k).to(torch.float8_e4m3fn), torch.ones(n))
-    blocks = -(-n * k // 64)
-    packed, absmax = ((torch.arange(size) % 256).to(torch.uint8) for size in (-(-n * k // 2), blocks))
-    nested = (torch.ones(-(-blocks // 256)), torch.ones(256), torch.zeros(()), 256)
-    return NF4Weight(packed, absmax, torch.ones(16), (n, k), 64, *nested)
 
 
 def moved(launch: Any) -> Tensors:
@@ -208,34 +165,35 @@ def whole(case: Case, rows: pd.DataFrame) -> dict[str, Any]:
     if case.how not in (APART, TOGETHER, SEPARATE, ONE_OP):
         (floor, frozen), x = case.floors(), case.m * case.k * case.dtype.itemsize
         row |= {"floor": floor, "unique / floor": unique / floor, "issued / floor": issued / floor}
-        row |= {"extra passes": (unique - frozen) / x, "extra X, Y passes": rows["X, Y"].sum() / x - 2 - 2 * case.n / case.k}
+        row |= {
+            "extra passes": (unique - frozen) / x,
+            "extra X, Y passes": rows["X, Y"].sum() / x - 2 - 2 * case.n / case.k,
+        }
     return row
 
 
-def optimizer_row(given: Parameters) -> dict[str, Any]:
-    """A counted step: the second one, as the first also measures the sums."""
+def optimizer_row(pairs: int, r: int, width: int, dtype: torch.dtype = FP32) -> dict[str, Any]:
+    """A counted step of ``pairs`` A and B of that width: the second one, as the first also measures the sums."""
     from stablelora_kernels.dispatch.settings import use_backend
     from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 
-    generator = torch.Generator().manual_seed(0)
-    named = {f"other{i}": torch.randn(size, generator=generator) for i, size in enumerate(given.others)}
-    for i in range(given.pairs):
-        named[f"{i}.lora_A"] = torch.randn(given.r, given.width, generator=generator)
-        # A pair latches once ||A|| / n is not above ||B|| / m.
-        named[f"{i}.lora_B"] = torch.full((given.width, given.r), 8.0 if given.latched else 1e-3)
-    named = {name: p.to(given.dtype).requires_grad_() for name, p in named.items()}
-    optimizer = StableLoRAAdamW([*named.items()])
-    for p in named.values():
+    named = []
+    for i in range(pairs):
+        # The pair shrinks: its A is larger than its B.
+        a, b = torch.ones(r, width, dtype=dtype), torch.full((width, r), 1e-3, dtype=dtype)
+        named += [(f"{i}.lora_A", a.requires_grad_()), (f"{i}.lora_B", b.requires_grad_())]
+    optimizer = StableLoRAAdamW(named)
+    for _, p in named:
         p.grad = torch.full_like(p, 1e-3)
     with use_backend("triton"):
         optimizer.step()
         with counted() as found:
             optimizer.step()
     # p, g, m and v read; p, m and v written; the moments are float32.
-    floor = sum(p.numel() for p in named.values()) * (3 * given.dtype.itemsize + 16)
-    moved = total(launch.traffic for launch in found)
-    ratios = {"unique / floor": moved.unique / floor, "issued / floor": moved.issued / floor}
-    return {**given._asdict(), "launches": len(found), **moved._asdict(), **ratios}
+    floor = 2 * pairs * r * width * (3 * dtype.itemsize + 16)
+    traffic = total(launch.traffic for launch in found)
+    ratios = {"unique / floor": traffic.unique / floor, "issued / floor": traffic.issued / floor}
+    return {"pairs": pairs, "r": r, "width": width, "dtype": dtype, **traffic._asdict(), **ratios}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -249,15 +207,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", type=Path, help="where to write the tables as CSV files (default: nowhere)")
     options = parser.parse_args(argv)
     device = DEVICES[options.device]
+    sizes = ((1, 4, 256), (4, 16, 2048), (4, 16, 2048, BF16), (2, 64, 4096))
     tables = {
         "counted": pd.concat([launch_table(device, case, counting=True) for case in SMALL]),
         "formula": pd.DataFrame([whole(case, launch_table(device, case)) for case in REAL]),
-        "optimizer": pd.DataFrame([optimizer_row(given) for given in OPTIMIZERS]),
+        "optimizer": pd.DataFrame([optimizer_row(*each) for each in sizes]),
     }
-    titles = ("Launches, counted in the interpreter, bytes", "Layers, projections of one X and a gated MLP by formula, bytes")
-    for (name, table), title in zip(tables.items(), (*titles, "The optimizer's step, counted, bytes"), strict=True):
-        table = table.replace({BF16: "bf16", FP16: "fp16", FP32: "fp32"})
-        print(f"{title}, as on {device.arch}:\n{table.to_string(index=False, na_rep='', float_format='{:,.3f}'.format)}\n")
+    for name, table in tables.items():
+        table = table.replace({BF16: "bf16", FP32: "fp32"})
+        text = table.to_string(index=False, na_rep="", float_format="{:,.3f}".format)
+        print(f"Bytes of launches as on {device.arch}, {name}:\n{text}\n")
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             table.to_csv(options.out / f"{name}.csv", index=False, lineterminator="\n")

@@ -11,8 +11,8 @@ from stablelora_kernels.dispatch.problem import DEVICES, Device
 GPUS = Path(__file__).parent / "gpus"
 # The slow end of the band: the least share of the vendor's matrix rate that Triton's products are taken to reach.
 SLOWEST = 0.85
-# The suffix of columns at the slow end.
-SLOW = " (slow)"
+# The suffixes of columns at the band's ends.
+FAST, SLOW = "", " (slow)"
 
 
 class Gpu(NamedTuple):
@@ -59,7 +59,7 @@ def load_gpu(name: str) -> Gpu:
     return Gpu(**content | {"l2_range": tuple(content["l2_range"])})
 
 
-def band_ends(gpu: Gpu, efficiency: float = SLOWEST) -> tuple[Gpu, Gpu]:
+def band_ends(gpu: Gpu) -> dict[str, Gpu]:
     """The fast end and the slow one. What only a GPU can tell takes its best value at one and its worst at the other."""
     low, high = gpu.l2_range
-    return gpu._replace(l2_bandwidth=high), gpu._replace(l2_bandwidth=low, efficiency=efficiency)
+    return {FAST: gpu._replace(l2_bandwidth=high), SLOW: gpu._replace(l2_bandwidth=low, efficiency=SLOWEST)}

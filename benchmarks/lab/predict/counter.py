@@ -47,7 +47,9 @@ class _Recorder:
                 reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
                 self.spans.append((t.data_ptr(), t.data_ptr() + reach * t.element_size(), name))
         # Addresses by tensor, read ones and written ones, by the width of an element.
-        self.touched: dict[str, tuple[_Addresses, _Addresses]] = defaultdict(lambda: (defaultdict(list), defaultdict(list)))
+        self.touched: dict[str, tuple[_Addresses, _Addresses]] = defaultdict(
+            lambda: (defaultdict(list), defaultdict(list))
+        )
 
     def add(self, pointers: Any, mask: Any, *reads_writes: bool) -> None:
         addresses = pointers.data.reshape(-1)

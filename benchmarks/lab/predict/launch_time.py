@@ -20,7 +20,7 @@ VENDOR_SPLITS = (1, 2, 4, 8, 16)
 
 
 class Work(NamedTuple):
-    """A launch that is not ours: bytes from and to memory, matrix operations, and for a wide product [m, k] by [k, n] its sizes."""
+    """A launch that is not ours: bytes from and to memory, matrix operations, and the sizes of a wide product [m, k] by [k, n]."""
 
     name: str
     bytes: float

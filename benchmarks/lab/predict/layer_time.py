@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.lab.predict.ceilings import SLOW, SLOWEST, Gpu, band_ends
+from benchmarks.lab.predict.ceilings import Gpu, band_ends
 from benchmarks.lab.predict.formula import Traffic
 from benchmarks.lab.predict.launch_time import chained_seconds, facts
 from benchmarks.lab.predict.rivals import ACTIVATION, BF16, FROZEN, MLP, RIVALS, UNSLOTH, Shape, Ways, join, rival
@@ -97,35 +97,36 @@ def seconds(gpu: Gpu, case: Shape | MLP, arm: str) -> list[float]:
     return [sum(facts(launch, gpu.narrow_columns).seconds(gpu) for launch in way) for way in ways]
 
 
-def regret(gpu: Gpu, s: Shape, direction: str, efficiency: float = SLOWEST) -> pd.DataFrame:
+def regret(gpu: Gpu, s: Shape, direction: str) -> pd.DataFrame:
     """How much longer each possible kernel takes than the fastest one, at each end of the band."""
-    kernels = possible_kernels(call_of(s, direction))
-    ends = band_ends(gpu, efficiency)
-    times = pd.DataFrame([[kernel_seconds(end, s, direction, kernel) for end in ends] for kernel in kernels], kernels)
+    kernels, ends = possible_kernels(call_of(s, direction)), band_ends(gpu).items()
+    times = pd.DataFrame({
+        end: {kernel: kernel_seconds(at, s, direction, kernel) for kernel in kernels} for end, at in ends
+    })  # fmt: skip
     return times / times.min() - 1
 
 
-def table(gpu: Gpu, cases: Sequence[Shape | MLP], efficiency: float = SLOWEST) -> pd.DataFrame:
+def table(gpu: Gpu, cases: Sequence[Shape | MLP]) -> pd.DataFrame:
     """A row for each case: predicted microseconds of every arm at both ends of the band; of layers also dispatch's regret."""
     rows = []
     for case in cases:
         row: dict[str, Any] = {"gpu": gpu.name, **case._asdict(), "dropout": 0.1 if case.dropout else 0.0}
-        for arm, (end, at) in product(arms_of(case), zip(("", SLOW), band_ends(gpu, efficiency), strict=True)):
+        for arm, (end, at) in product(arms_of(case), band_ends(gpu).items()):
             for direction, each in zip(DIRECTIONS, seconds(at, case, arm), strict=True):
                 row[f"{arm} {direction}{end}"] = round(1e6 * each, 2 if isinstance(case, Shape) else 1)
         for direction in DIRECTIONS if isinstance(case, Shape) else ():
-            found, kernel = regret(gpu, case, direction, efficiency), choose(gpu.device, call_of(case, direction)).kernel
+            found, kernel = regret(gpu, case, direction), choose(gpu.device, call_of(case, direction)).kernel
             worst = found.max(axis=1)
             row |= {f"{direction} kernel": kernel, f"{direction} minimax": worst.idxmin()}
             row |= {f"{direction} least regret": round(worst.min(), 3)}
-            row |= {f"{direction} regret{end}": round(found.loc[kernel, i], 3) for i, end in enumerate(("", SLOW))}
+            row |= {f"{direction} regret{end}": round(each, 3) for end, each in found.loc[kernel].items()}
         rows.append(row)
     return pd.DataFrame(rows).drop(columns="wide_adapters", errors="ignore")
 
 
-def layer_table(gpu: Gpu, dropout: bool, efficiency: float = SLOWEST) -> pd.DataFrame:
-    return table(gpu, [Shape(m, n, k, r, dropout) for (n, k), m, r in product(SIZES, ROWS, RANKS)], efficiency)
+def layer_table(gpu: Gpu, dropout: bool) -> pd.DataFrame:
+    return table(gpu, [Shape(m, n, k, r, dropout) for (n, k), m, r in product(SIZES, ROWS, RANKS)])
 
 
-def mlp_table(gpu: Gpu, dropout: bool, efficiency: float = SLOWEST) -> pd.DataFrame:
-    return table(gpu, [MLP(*sizes, dropout) for sizes in MLPS], efficiency)
+def mlp_table(gpu: Gpu, dropout: bool) -> pd.DataFrame:
+    return table(gpu, [MLP(*sizes, dropout) for sizes in MLPS])

@@ -72,7 +72,13 @@ def eager(s: Shape) -> Ways:
     # T = S B^T; T *= s; Y += T.
     forward += [*dropout(s), *s.thin(s.k, "S"), *s.thin(s.n, "T"), *passes("T", y, 2, 3)]
     # dT = s dY; dD = dS A; dX += dD.
-    backward += [*passes("dT", y, 2), *s.thin(s.n, "dB", "dS"), *s.thin(s.k, "dA", "dD"), *dropout(s), *passes("dX", x, 3)]
+    backward += [
+        *passes("dT", y, 2),
+        *s.thin(s.n, "dB", "dS"),
+        *s.thin(s.k, "dA", "dD"),
+        *dropout(s),
+        *passes("dX", x, 3),
+    ]
     return forward, backward
 
 
