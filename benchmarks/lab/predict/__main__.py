@@ -15,31 +15,22 @@ than the fastest. ``--weights``: the weight is in 4 or 8 bits (quantized.py).
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.predict import quantized
-from benchmarks.lab.predict.ceilings import SLOW, Gpu, load_gpu
+from benchmarks.lab.predict.launch_time import SLOW, Gpu, load_gpu
 from benchmarks.lab.predict.layer_time import DIRECTIONS, NO_OVERLAP, OURS, layer_table, mlp_table, seconds
-from benchmarks.lab.predict.rivals import FROZEN, LORAFUSION, PEFT, RIVALS, Shape
-
-# LoRAFusion's published speedup over eager LoRA, the mean of 2k to 16k rows of an 8B model.
-PUBLISHED = 1.27
+from benchmarks.lab.predict.rivals import FROZEN, PEFT, RIVALS, Shape
 
 
 def over_frozen(table: pd.DataFrame, arm: str, end: str = "") -> pd.Series:
     """Forward and backward together, over the frozen layer's or MLP's."""
     ours, frozen = (sum(table[f"{name} {way}{end}"] for way in DIRECTIONS) for name in (arm, FROZEN))
     return ours / frozen
-
-
-def worst_regret(table: pd.DataFrame, way: str) -> pd.Series:
-    return table[[f"{way} regret", f"{way} regret{SLOW}"]].max(axis=1)
 
 
 def shown(table: pd.DataFrame) -> str:
@@ -52,27 +43,19 @@ def shown(table: pd.DataFrame) -> str:
         if arm not in (*RIVALS, NO_OVERLAP):
             text[f"{arm}, x"] += over_frozen(table, arm, SLOW).map("-{:.2f}".format)
     for way in DIRECTIONS if "forward kernel" in table else ():
-        text[f"{way} by"], text[f"{way} regret"] = table[f"{way} kernel"], worst_regret(table, way).map("{:.0%}".format)
+        text[f"{way} by (regret)"] = table[f"{way} kernel"] + table[f"{way} regret at most"].map(" ({:.0%})".format)
     return text.to_string(index=False)
 
 
 def regret_line(table: pd.DataFrame) -> str:
     """The regret of dispatch's table, and that of a table that minimizes the worst regret of every shape."""
-    worst = pd.concat([worst_regret(table, way) for way in DIRECTIONS])
-    least = pd.concat([table[f"{way} least regret"] for way in DIRECTIONS])
+    worst, least = (
+        table[[f"{way} {name}" for way in DIRECTIONS]].stack() for name in ("regret at most", "least regret")
+    )
     return (
         f"Regret at the worse end of each of {len(worst)} calls: {worst.mean():.1%} on average, {worst.max():.1%} at most. "
         f"The ends disagree, so no table has less than {least.mean():.1%} and {least.max():.1%}."
     )
-
-
-def lorafusion_over_eager(gpu: Gpu) -> float:
-    """The prediction for ``PUBLISHED``, which the model must reproduce to be believed."""
-    shapes = [
-        Shape(m, *size, 16, True)
-        for m, size in product((2048, 4096, 8192, 16384), ((4096, 4096), (14336, 4096), (4096, 14336)))
-    ]
-    return statistics.mean(sum(seconds(gpu, s, PEFT)) / sum(seconds(gpu, s, LORAFUSION)) for s in shapes)
 
 
 def against_measured(gpu: Gpu, name: str, results: Path = RESULTS) -> str:
@@ -118,8 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for (n, k), rows in layers.groupby(["n", "k"], sort=False):
         print(f"N {n}, K {k}, dropout {options.dropout:g}: forward + backward over the frozen layer's\n{shown(rows)}\n")
     print(f"A gated MLP, K 4096, F 14336: forward + backward over the frozen MLP's\n{shown(mlps)}\n")
-    ratio = lorafusion_over_eager(load_gpu("h100"))
-    print(f"LoRAFusion over eager LoRA, 2k to 16k rows of an 8B model: predicted {ratio:.2f}x, published {PUBLISHED}x")
     print(regret_line(layers), against_measured(gpu, options.gpu), sep="\n")
     for name, table in {"predicted": layers, "predicted_mlp": mlps}.items() if options.out else ():
         options.out.mkdir(parents=True, exist_ok=True)

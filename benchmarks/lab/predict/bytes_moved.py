@@ -8,9 +8,8 @@ file for each table.
 
 What a figure means:
 
-- *Issued* are the bytes that programs ask for. *Unique* are those that a launch touches, each once: what memory must deliver
-  if a cache holds all else during a launch, and nothing from one launch to the next. Real traffic is in between. A chained
-  launch reads X twice, for S and for the product; it counts once here, and comes from memory twice if L2 is smaller than X.
+- *Issued* and *unique* bytes are counter.py's. Memory's real traffic is in between. A chained launch reads X twice, for S and for
+  the product; it counts once here, and comes from memory twice if L2 is smaller than X.
 - *Floor* is the least for a layer as a whole: operands read once in forward and once in backward, results written once.
 - *Extra passes* over an activation beyond the frozen layer = (unique bytes of all launches of forward and backward, less those
   of the frozen layer's forward, which reads X, W and bias and writes Y, and backward, which reads dY and W and writes dX) /
@@ -94,21 +93,17 @@ SMALL = [
     Case(200, 264, 136, 16, 0.1, "vendor"),
     Case(72, 136, 200, 16, dtype=FP32),
 ]
-RANKS, DROPOUTS = (16, 64), (0.0, 0.1)
-# In Llama 3.1 8B: single layers, an attention's q, k and v, an MLP's gate and up, and that MLP.
+# By formula. In Llama 3.1 8B: single layers, an attention's q, k and v, an MLP's gate and up, and that MLP.
 REAL = [
-    *(Case(m, n, 4096, r, p) for n, r, p, m in product((4096, 14336), RANKS, DROPOUTS, (1, 16, 64, 512, 2048, 8192))),
-    *(Case(m, 4096, 4096, 16, how=kind) for kind, m in product(KINDS, (1, 16, 64, 256, 512, 2048, 8192))),
-    *(
-        Case(m, ns, 4096, r, p, how)
-        for ns, r, p, m, how in product(
-            ((4096, 1024, 1024), (14336, 14336)), RANKS, DROPOUTS, (64, 512, 2048, 8192), (APART, TOGETHER)
-        )
-    ),
-    *(
-        Case(m, 14336, 4096, r, p, how)
-        for r, p, m, how in product(RANKS, DROPOUTS, (32, 512, 2048, 8192), (SEPARATE, ONE_OP))
-    ),
+    Case(m, n, 4096, r, p, how)
+    for n, hows in (
+        (4096, ("auto", *KINDS)),
+        (14336, ("auto",)),
+        ((4096, 1024, 1024), (APART, TOGETHER)),
+        ((14336, 14336), (APART, TOGETHER)),
+        (14336, (SEPARATE, ONE_OP)),
+    )
+    for r, p, m, how in product((16, 64), (0.0, 0.1), (1, 16, 64, 512, 2048, 8192), hows)
 ]
 
 

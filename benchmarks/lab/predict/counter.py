@@ -46,10 +46,8 @@ class _Recorder:
             if t.numel():
                 reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
                 self.spans.append((t.data_ptr(), t.data_ptr() + reach * t.element_size(), name))
-        # Addresses by tensor, read ones and written ones, by the width of an element.
-        self.touched: dict[str, tuple[_Addresses, _Addresses]] = defaultdict(
-            lambda: (defaultdict(list), defaultdict(list))
-        )
+        # Addresses that are read and those that are written, by tensor and the bytes of an element.
+        self.touched: dict[tuple[str, int], tuple[list[np.ndarray], list[np.ndarray]]] = defaultdict(lambda: ([], []))
 
     def add(self, pointers: Any, mask: Any, *reads_writes: bool) -> None:
         addresses = pointers.data.reshape(-1)
@@ -59,32 +57,22 @@ class _Recorder:
             return
         first, width = int(addresses[0]), max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         name = next((name for start, end, name in self.spans if start <= first < end), "elsewhere")
-        for by_width, moves in zip(self.touched[name], reads_writes, strict=True):
+        for parts, moves in zip(self.touched[name, width], reads_writes, strict=True):
             if moves:
-                by_width[width].append(addresses.astype(np.int64))
+                parts.append(addresses.astype(np.int64))
 
     def tensors(self) -> Tensors:
-        return {name: Traffic(*map(_issued, both), *map(_unique, both)) for name, both in self.touched.items()}
+        found: Tensors = {}
+        for (name, width), both in self.touched.items():
+            elements = [sum(part.size for part in parts) for parts in both] + [_distinct(parts) for parts in both]
+            found[name] = total((found.get(name, Traffic()), Traffic(*(width * number for number in elements))))
+        return found
 
 
-_Addresses = dict[int, list[np.ndarray]]
-
-
-def _issued(addresses: _Addresses) -> int:
-    return sum(width * part.size for width, parts in addresses.items() for part in parts)
-
-
-def _unique(addresses: _Addresses) -> int:
-    touched = [
-        (_distinct(np.concatenate(parts))[:, None] + np.arange(width)).ravel() for width, parts in addresses.items()
-    ]
-    return _distinct(np.concatenate(touched)).size if touched else 0
-
-
-def _distinct(numbers: np.ndarray) -> np.ndarray:
-    """Sorted. Much faster than np.unique, which hashes."""
-    numbers = np.sort(numbers)
-    return numbers[np.append(True, numbers[1:] != numbers[:-1])]
+def _distinct(parts: list[np.ndarray]) -> int:
+    """How many numbers there are, each once. Much faster than np.unique, which hashes."""
+    numbers = np.sort(np.concatenate(parts)) if parts else np.empty(0)
+    return numbers.size and 1 + np.count_nonzero(np.diff(numbers))
 
 
 @contextmanager

@@ -1,14 +1,23 @@
-"""Predicted seconds of one launch, ours or the vendor's, from its bytes, its operations and the programs that share them."""
+"""A GPU's ceilings, and by them the predicted seconds of one launch, ours or the vendor's."""
 
 from __future__ import annotations
 
+import json
 import math
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.lab.predict.ceilings import Gpu
 from benchmarks.lab.predict.formula import Traffic, arguments_of, formula
+from stablelora_kernels.dispatch.problem import DEVICES, Device, cdiv
+
+GPUS = Path(__file__).parent / "gpus"
+# The slow end of the band: the least share of the vendor's matrix rate that Triton's products are taken to reach.
+SLOWEST = 0.85
+# The suffixes of columns at the band's ends.
+FAST, SLOW = "", " (slow)"
+
 
 # Memory latency: it determines how many bytes must be in flight.
 LATENCY = 0.8e-6
@@ -19,8 +28,58 @@ VENDOR_TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256
 VENDOR_SPLITS = (1, 2, 4, 8, 16)
 
 
+class Gpu(NamedTuple):
+    """Ceilings of a GPU: bytes and operations a second, seconds a launch."""
+
+    name: str
+    arch: str
+    bandwidth: float
+    # What L2 delivers: the figure that the sources suggest, and the lowest and the highest that they allow.
+    l2_bandwidth: float
+    l2_range: tuple[float, float]
+    # Into all processors together; each takes an equal share at most.
+    port_bandwidth: float
+    # Of the vendor's products in 16 bits.
+    matrix_rate: float
+    # A matrix instruction of fewer columns takes as long as one of these.
+    narrow_columns: int
+    # Instructions a second of all threads together; of those to memory, shared memory's included, a quarter.
+    issue_rate: float
+    launch: float
+    # A launch that may begin before the one ahead of it ends.
+    overlapped_launch: float
+    # The share of the vendor's matrix rate that Triton's products reach.
+    efficiency: float = 1.0
+
+    @property
+    def device(self) -> Device:
+        return DEVICES[self.arch]
+
+    def share(self, units: int) -> float:
+        """How much longer the busiest processor works than the average one, for ``units`` equal pieces of work."""
+        processors = self.device.processors
+        return cdiv(units, processors) * processors / units if units else 1.0
+
+
+def load_gpu(name: str) -> Gpu:
+    """The GPU in benchmarks/lab/predict/gpus/<name>.json."""
+    path = GPUS / f"{name}.json"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in GPUS.glob("*.json")))
+        raise SystemExit(f"--gpu must be one of {known}, got {name!r}")
+    content = json.loads(path.read_text())
+    del content["sources"]
+    return Gpu(**content | {"l2_range": tuple(content["l2_range"])})
+
+
+def band_ends(gpu: Gpu) -> dict[str, Gpu]:
+    """The fast end and the slow one. What only a GPU can tell takes its best value at one and its worst at the other."""
+    low, high = gpu.l2_range
+    return {FAST: gpu._replace(l2_bandwidth=high), SLOW: gpu._replace(l2_bandwidth=low, efficiency=SLOWEST)}
+
+
 class Work(NamedTuple):
-    """A launch that is not ours: bytes from and to memory, matrix operations, and the sizes of a wide product [m, k] by [k, n]."""
+    """A launch that is not ours: bytes from and to memory, matrix operations, sizes of a wide product [m, k] by [k, n]."""
 
     name: str
     bytes: float
@@ -133,7 +192,7 @@ def _moved(launch: Any) -> tuple[Traffic, Traffic]:
 
 
 def _up(size: int, block: int) -> int:
-    return -(-size // block) * block
+    return cdiv(size, block) * block
 
 
 def work(launch: Any, narrow_columns: int) -> tuple[int, float, float]:
@@ -205,7 +264,7 @@ def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, extra: float = 0.0) -> floa
         if splits > 1 and k < 256 * splits:
             continue
         rows = min(rows, _up(m, 16))
-        tiles_m, tiles_n = -(-m // rows), -(-n // columns)
+        tiles_m, tiles_n = cdiv(m, rows), cdiv(n, columns)
         parts = 4.0 * m * n * splits * (splits > 1)
         issued = 2.0 * (m * k * tiles_n + n * k * max(1, tiles_m / pair) + m * n) + 2 * parts
         share = gpu.share(tiles_m * tiles_n * splits)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from typing import Any
 
 import pandas as pd
 
-from benchmarks.lab.predict.ceilings import Gpu, band_ends
 from benchmarks.lab.predict.formula import Traffic
-from benchmarks.lab.predict.launch_time import chained_seconds, facts
+from benchmarks.lab.predict.launch_time import Gpu, band_ends, chained_seconds, facts
 from benchmarks.lab.predict.rivals import ACTIVATION, BF16, FROZEN, MLP, RIVALS, UNSLOTH, Shape, Ways, join, rival
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
@@ -106,27 +104,29 @@ def regret(gpu: Gpu, s: Shape, direction: str) -> pd.DataFrame:
     return times / times.min() - 1
 
 
-def table(gpu: Gpu, cases: Sequence[Shape | MLP]) -> pd.DataFrame:
-    """A row for each case: predicted microseconds of every arm at both ends of the band; of layers also dispatch's regret."""
-    rows = []
-    for case in cases:
-        row: dict[str, Any] = {"gpu": gpu.name, **case._asdict(), "dropout": 0.1 if case.dropout else 0.0}
-        for arm, (end, at) in product(arms_of(case), band_ends(gpu).items()):
-            for direction, each in zip(DIRECTIONS, seconds(at, case, arm), strict=True):
-                row[f"{arm} {direction}{end}"] = round(1e6 * each, 2 if isinstance(case, Shape) else 1)
-        for direction in DIRECTIONS if isinstance(case, Shape) else ():
-            found, kernel = regret(gpu, case, direction), choose(gpu.device, call_of(case, direction)).kernel
-            worst = found.max(axis=1)
-            row |= {f"{direction} kernel": kernel, f"{direction} minimax": worst.idxmin()}
-            row |= {f"{direction} least regret": round(worst.min(), 3)}
-            row |= {f"{direction} regret{end}": round(each, 3) for end, each in found.loc[kernel].items()}
-        rows.append(row)
-    return pd.DataFrame(rows).drop(columns="wide_adapters", errors="ignore")
+def times(gpu: Gpu, case: Shape | MLP) -> dict[str, float]:
+    """Predicted microseconds of every arm, forward and backward, at both ends of the band."""
+    return {
+        f"{arm} {direction}{end}": round(1e6 * each, 2 if isinstance(case, Shape) else 1)
+        for arm, (end, at) in product(arms_of(case), band_ends(gpu).items())
+        for direction, each in zip(DIRECTIONS, seconds(at, case, arm), strict=True)
+    }
 
 
 def layer_table(gpu: Gpu, dropout: bool) -> pd.DataFrame:
-    return table(gpu, [Shape(m, n, k, r, dropout) for (n, k), m, r in product(SIZES, ROWS, RANKS)])
+    """A row for each shape: its times, dispatch's kernels, their regret at the worse end, and the least that any kernel has."""
+    rows = []
+    for s in (Shape(m, n, k, r, dropout) for (n, k), m, r in product(SIZES, ROWS, RANKS)):
+        row: dict[str, Any] = {"gpu": gpu.name, "m": s.m, "n": s.n, "k": s.k, "r": s.r, "dropout": s.p, **times(gpu, s)}
+        for direction in DIRECTIONS:
+            kernel, worst = choose(gpu.device, call_of(s, direction)).kernel, regret(gpu, s, direction).max(axis=1)
+            found = {"kernel": kernel, "regret at most": round(worst[kernel], 3), "least regret": round(worst.min(), 3)}
+            row |= {f"{direction} {name}": each for name, each in found.items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def mlp_table(gpu: Gpu, dropout: bool) -> pd.DataFrame:
-    return table(gpu, [MLP(*sizes, dropout) for sizes in MLPS])
+    """A row for each gated MLP: its times."""
+    mlps = [MLP(*sizes, dropout) for sizes in MLPS]
+    return pd.DataFrame([{"gpu": gpu.name, **s._asdict(), "dropout": s.layers()[0].p, **times(gpu, s)} for s in mlps])

@@ -13,9 +13,8 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.lab.predict import layer_time
-from benchmarks.lab.predict.ceilings import Gpu
 from benchmarks.lab.predict.formula import arguments_of, formula_by_tensor, total
-from benchmarks.lab.predict.launch_time import facts, work
+from benchmarks.lab.predict.launch_time import Gpu, facts, work
 from benchmarks.lab.predict.layer_time import DIRECTIONS, call_of
 from benchmarks.lab.predict.rivals import BF16, Shape
 from stablelora_kernels.dispatch.rules import Choice, choose_quantized
