@@ -1,0 +1,250 @@
+"""What PEFT and this library save for backward, and what fits a GPU. Counted on tensors without memory, and by formula.
+
+    python -m benchmarks.lab.memory
+
+takes seconds anywhere. It prints three tables and draws two pictures into docs/_static:
+
+- a gated MLP of an 8B Llama on a GPU, tensor by tensor, by formula; tests compare the formula with hooks (fused-mlp-memory.png)
+- one decoder layer of that model, counted by hooks (memory.png)
+- *Will it fit?*: a training step's memory, and the most tokens that fit 24 and 80 GiB
+
+The MLP's rows that cannot be counted here follow from source code: Liger's ``LigerSiLUMulFunction`` saves G and U
+(src/liger_kernel/ops/swiglu.py), and Unsloth's ``LoRA_MLP`` saves x, G and U (unsloth/kernels/fast_lora.py). Frozen weights,
+adapters and logits come from ``examples.cluster_plan``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, adapt
+from benchmarks.common.memory import MIB, saved_for_backward
+from benchmarks.common.tables import RESULTS, markdown
+from examples.cluster_plan import ADAPTER, BF16, LOGITS, MODELS, NF4, Model, count
+
+STATIC = RESULTS.parents[1] / "docs" / "_static"
+GIB = 1 << 30
+
+# A gated MLP of M tokens, width K, inner width F and rank r: bfloat16 weights and activations, float32 adapters on all three
+# projections, on a GPU. Parameters do not count.
+
+# What is kept, in the order of tables and plots.
+X, G, U, ACT, H, COPIES, MASKS, SMALL = "X", "G", "U", "act(G)", "H", "copies of X and H", "masks", "S, A and B"
+GROUPS = (X, G, U, ACT, H, COPIES, MASKS, SMALL)
+# Llama 3's 8B, and the tokens of one step.
+LLAMA_8B, LAYERS = {"M": 8192, "K": 4096, "F": 14336, "r": 16}, 32
+# Bytes by unit: of "MK", "MF" and "Mr", and single ones, "".
+Terms = Mapping[str, int]
+_GATED = {G: {"MF": 2}, U: {"MF": 2}}
+# PyTorch's SiLU keeps its input, and the product both factors.
+_SILU = _GATED | {ACT: {"MF": 2}}
+# PEFT casts each layer's input to the adapter's dtype; A's product keeps the cast, or what dropout made of it. Gate and up draw
+# a mask of bool each.
+_PEFT, _PEFT_DROPOUT = {COPIES: {"MK": 8, "MF": 4}, SMALL: {"Mr": 12}}, {MASKS: {"MK": 2, "MF": 1}}
+# Ours keep S in bfloat16, and of dropout each projection's seed.
+_OURS, _SEEDS = {X: {"MK": 2}, SMALL: {"Mr": 6}}, {MASKS: {"": 24}}
+# By row of the table: what is kept, and what dropout adds, or None if there is no dropout.
+MLP_ROWS: dict[str, tuple[dict[str, Terms], dict[str, Terms] | None]] = {
+    "frozen": (_SILU, {}),
+    "PEFT": (_SILU | _PEFT, _PEFT_DROPOUT),
+    "PEFT, Liger's SwiGLU": (_GATED | _PEFT, _PEFT_DROPOUT),
+    "Unsloth": ({X: {"MK": 2}} | _GATED, None),
+    "`apply_lora`, also with `fuse_projections`": (_SILU | _OURS | {H: {"MF": 2}}, _SEEDS),
+    "`apply_lora`, Liger's SwiGLU": (_GATED | _OURS | {H: {"MF": 2}}, _SEEDS),
+    "`fuse_mlp`": (_GATED | _OURS, _SEEDS),
+}
+
+
+def kept(row: str, dropout: bool) -> dict[str, Terms] | None:
+    """The terms of each group of tensors, or None for dropout where there is none."""
+    terms, more = MLP_ROWS[row]
+    return terms if not dropout else None if more is None else terms | more
+
+
+def total(kept: Mapping[str, Terms]) -> Terms:
+    """All groups together."""
+    found: Counter[str] = Counter()
+    for terms in kept.values():
+        found.update(terms)
+    return found
+
+
+def size(terms: Terms, **sizes: int) -> int:
+    """Bytes of ``terms`` at M, K, F and r."""
+    return sum(each * torch.Size(sizes[name] for name in unit).numel() for unit, each in terms.items())
+
+
+def mlp_table() -> str:
+    cells = [["kept by an MLP", "bytes, no dropout", "MiB", "32 layers, GiB", "MiB, dropout", "32 layers, GiB"]]
+    for row, (terms, _) in MLP_ROWS.items():
+        # S and the projections come last.
+        words = " + ".join(f"{total(terms)[unit]} {unit}" for unit in ("MK", "MF", "Mr") if unit in total(terms))
+        cells.append([row, words])
+        for found in (kept(row, dropout) for dropout in (False, True)):
+            mib = None if found is None else size(total(found), **LLAMA_8B) / MIB
+            cells[-1] += ["", ""] if mib is None else [f"{mib:,.0f}", f"{LAYERS * mib / 1024:.1f}"]
+    return markdown(cells, 2)
+
+
+def draw_mlp(path: Path = STATIC / "fused-mlp-memory.png") -> Path:
+    from benchmarks.common.plot_style import BLUE, GREEN, GREY, RED, STYLE, plt, save
+
+    colors = dict(zip(GROUPS, (GREY, BLUE, "#7fb0dc", "#f0a202", "#e07a3f", RED, "#7a1f3d", GREEN), strict=True))
+    labels = [row.replace("`", "").replace(", also", ",\nalso").replace(", Liger", ",\nLiger") for row in MLP_ROWS]
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(11.0, 4.3), layout="constrained", sharex=True, sharey=True)
+        for axis, dropout in zip(panels, (False, True), strict=True):
+            for place, found in enumerate(kept(row, dropout) for row in MLP_ROWS):
+                if found is None:
+                    axis.text(0, place, " its function has no dropout", va="center", fontsize=9, color="#555555")
+                    continue
+                left = 0.0
+                for group in GROUPS:
+                    width = size(found.get(group, {}), **LLAMA_8B) / MIB
+                    axis.barh(place, width, left=left, color=colors[group], height=0.66)
+                    left += width
+                axis.text(left, place, f" {left:,.0f}", va="center", fontsize=9)
+            axis.margins(x=0.12)
+            axis.set(title="dropout" if dropout else "no dropout", xlabel="MiB kept for backward by one MLP")
+            axis.grid(axis="y", visible=False)
+        panels[0].set_yticks(range(len(labels)), labels)
+        panels[0].invert_yaxis()
+        names = {H: "H = act(G) ∘ U", COPIES: "float32 copies of X and H"}
+        # S is too thin to be seen.
+        handles = {group: plt.Rectangle((0, 0), 1, 1, color=color) for group, color in colors.items() if group != SMALL}
+        shown = [names.get(group, group) for group in handles]
+        figure.legend(handles.values(), shown, loc="outside lower center", ncols=len(shown), fontsize=9)
+    return save(figure, path)
+
+
+# One decoder layer, counted.
+
+FUSED = ACCELERATED + MLP_FUSED
+LAYER_ROWS = {FROZEN: "frozen", PEFT: "PEFT", ACCELERATED: "`accelerate_peft`", FUSED: "`accelerate_peft`, `fuse_mlp`"}
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Dropout, and whether adapters are float32 (PEFT's default) or bfloat16.
+COLUMNS = {"no dropout": (0.0, True), "dropout 0.05": (0.05, True), "bfloat16 adapters, no dropout": (0.0, False)}
+
+
+class _FlashAttention(torch.autograd.Function):
+    """What a flash attention kernel keeps: q, k, v, its output and a float32 number for each row. It computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        raise NotImplementedError("counts a forward pass alone")
+
+
+def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, None]:
+    return _FlashAttention.apply(query, key, value).transpose(1, 2), None
+
+
+def saved_mib(
+    arm: str, dropout: float, float32: bool = True, sizes: dict[str, int] = MODELS["llama-8b"], tokens: int = 4096
+) -> float:
+    """MiB that a decoder layer's graph keeps: bfloat16 weights, float32 or bfloat16 adapters of rank 16, one sequence."""
+    from transformers import AttentionInterface, LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    AttentionInterface.register("counted", _attend)
+    config = LlamaConfig(**{**sizes, "num_hidden_layers": 1}, attn_implementation="counted")
+    with torch.device("meta"):
+        layer: Any = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False)
+        x = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        angles = torch.empty(1, tokens, config.head_dim, dtype=torch.bfloat16)
+    model = adapt(layer, arm, LINEAR, r=16, dropout=dropout, float32=float32).train()
+    owned = [*model.parameters(), *model.buffers(), angles]
+    return saved_for_backward(lambda: layer(x, position_embeddings=(angles, angles)), owned) / MIB
+
+
+def layer_table(counts: dict[tuple[str, str], float]) -> str:
+    rows = [[row, *(f"{counts[arm, name]:,.0f}" for name in COLUMNS)] for arm, row in LAYER_ROWS.items()]
+    return markdown([["kept for backward, MiB", *COLUMNS], *rows])
+
+
+def draw_layer(counts: dict[tuple[str, str], float], path: Path = STATIC / "memory.png") -> Path:
+    from benchmarks.common.plot_style import BLUE, GREEN, GREY, STYLE, plt, save
+
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 3, figsize=(9.5, 2.4), layout="constrained", sharex=True, sharey=True)
+        for axis, name in zip(panels, COLUMNS, strict=True):
+            values = [counts[arm, name] for arm in LAYER_ROWS]
+            bars = axis.barh(
+                [row.replace("`", "") for row in LAYER_ROWS.values()],
+                values,
+                color=(GREY, BLUE, GREEN, GREEN),
+                height=0.6,
+            )
+            axis.bar_label(bars, [f" {value:,.0f}" for value in values])
+            axis.set(title=name, xlabel="MiB kept for backward")
+            axis.grid(axis="y", visible=False)
+        panels[0].set_xlim(0, 1.25 * max(counts.values()))
+        panels[0].invert_yaxis()
+    return save(figure, path)
+
+
+# Whole models.
+
+# From the models' published config.json; Qwen3's norms of queries and keys are left out.
+SHAPES = {
+    "Llama 3.1 8B": MODELS["llama-8b"],
+    "Qwen3 14B": {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40,
+                  "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+    "Llama 3.1 70B": MODELS["llama-70b"],
+}  # fmt: skip
+TOKENS, CARDS = (2048, 8192), (24, 80)
+# The rest of a card is for what is not counted.
+USABLE = 0.9
+
+
+def fixed(shape: dict[str, int], model: Model, nf4: bool) -> float:
+    """Bytes that do not grow with the tokens; beside NF4 weights also the largest one, dequantized for its product."""
+    layers = model.layers * model.layer.frozen
+    frozen = NF4 * layers + BF16 * shape["hidden_size"] * shape["intermediate_size"] if nf4 else BF16 * layers
+    return frozen + BF16 * model.rest + ADAPTER * model.adapters
+
+
+def per_token(arm: str, shape: dict[str, int], model: Model) -> tuple[float, float]:
+    """Bytes for each token, without and with checkpointing: saved for backward, logits and their gradients."""
+    # The difference leaves out the casts of A and B that PyTorch's operators keep and the kernels do not.
+    one, two = (saved_mib(arm, 0.0, sizes=shape, tokens=tokens) for tokens in (1024, 2048))
+    saved, logits = (two - one) * MIB / 1024, LOGITS * model.vocab
+    # Checkpointing keeps each layer's input.
+    return model.layers * saved + logits, model.layers * BF16 * model.hidden + saved + logits
+
+
+def fit_table() -> str:
+    cells = [["model", "weights", "checkpointing", "before any token, GiB"]]
+    cells[0] += [f"{tokens:,} tokens, GiB" for tokens in TOKENS] + [f"most tokens, {card} GiB" for card in CARDS]
+    for name, shape in SHAPES.items():
+        model = count(shape, 16, "all-linear")
+        both = [per_token(arm, shape, model) for arm in (PEFT, FUSED)]
+        for weights in ("bf16", "NF4"):
+            start = fixed(shape, model, weights == "NF4")
+            for checkpointing, rates in zip(("no", "yes"), zip(*both, strict=True), strict=True):
+                row = [name, weights, checkpointing, f"{start / GIB:.1f}"]
+                row += ["→".join(f"{(start + tokens * rate) / GIB:.1f}" for rate in rates) for tokens in TOKENS]
+                rooms = [USABLE * card * GIB - start for card in CARDS]
+                row += ["→".join(f"{int(room / rate):,}" for rate in rates) if room > 0 else "none" for room in rooms]
+                cells.append(row)
+    return markdown(cells, 3)
+
+
+def main() -> None:
+    counts = {(arm, name): saved_mib(arm, *column) for arm in LAYER_ROWS for name, column in COLUMNS.items()}
+    print(mlp_table(), layer_table(counts), fit_table(), sep="\n\n")
+    print(f"wrote {draw_mlp()} and {draw_layer(counts)}")
+
+
+if __name__ == "__main__":
+    main()
