@@ -15,11 +15,13 @@ adapters and logits come from ``examples.cluster_plan``.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, adapt
@@ -34,13 +36,14 @@ GIB = 1 << 30
 # projections, on a GPU. Parameters do not count.
 
 # What is kept, in the order of tables and plots.
-X, G, U, ACT, H, COPIES, MASKS, SMALL = "X", "G", "U", "act(G)", "H", "copies of X and H", "masks", "S, A and B"
-GROUPS = (X, G, U, ACT, H, COPIES, MASKS, SMALL)
+GROUPS = X, G, U, ACT, H, COPIES, MASKS, SMALL = (
+    "X", "G", "U", "act(G)", "H = act(G) ∘ U", "float32 copies of X and H", "masks", "S, A and B",
+)  # fmt: skip
 # Llama 3's 8B, and the tokens of one step.
 LLAMA_8B, LAYERS = {"M": 8192, "K": 4096, "F": 14336, "r": 16}, 32
 # Bytes by unit: of "MK", "MF" and "Mr", and single ones, "".
-Terms = Mapping[str, int]
-_GATED = {G: {"MF": 2}, U: {"MF": 2}}
+Terms = dict[str, dict[str, int]]
+_GATED: Terms = {G: {"MF": 2}, U: {"MF": 2}}
 # PyTorch's SiLU keeps its input, and the product both factors.
 _SILU = _GATED | {ACT: {"MF": 2}}
 # PEFT casts each layer's input to the adapter's dtype; A's product keeps the cast, or what dropout made of it. Gate and up draw
@@ -49,7 +52,7 @@ _PEFT, _PEFT_DROPOUT = {COPIES: {"MK": 8, "MF": 4}, SMALL: {"Mr": 12}}, {MASKS: 
 # Ours keep S in bfloat16, and of dropout each projection's seed.
 _OURS, _SEEDS = {X: {"MK": 2}, SMALL: {"Mr": 6}}, {MASKS: {"": 24}}
 # By row of the table: what is kept, and what dropout adds, or None if there is no dropout.
-MLP_ROWS: dict[str, tuple[dict[str, Terms], dict[str, Terms] | None]] = {
+MLP_ROWS: dict[str, tuple[Terms, Terms | None]] = {
     "frozen": (_SILU, {}),
     "PEFT": (_SILU | _PEFT, _PEFT_DROPOUT),
     "PEFT, Liger's SwiGLU": (_GATED | _PEFT, _PEFT_DROPOUT),
@@ -60,65 +63,50 @@ MLP_ROWS: dict[str, tuple[dict[str, Terms], dict[str, Terms] | None]] = {
 }
 
 
-def kept(row: str, dropout: bool) -> dict[str, Terms] | None:
-    """The terms of each group of tensors, or None for dropout where there is none."""
-    terms, more = MLP_ROWS[row]
-    return terms if not dropout else None if more is None else terms | more
-
-
-def total(kept: Mapping[str, Terms]) -> Terms:
-    """All groups together."""
-    found: Counter[str] = Counter()
-    for terms in kept.values():
-        found.update(terms)
-    return found
-
-
-def size(terms: Terms, **sizes: int) -> int:
-    """Bytes of ``terms`` at M, K, F and r."""
-    return sum(each * torch.Size(sizes[name] for name in unit).numel() for unit, each in terms.items())
+def kept(dropout: bool, **sizes: int) -> pd.DataFrame:
+    """Bytes by row and group of tensors at M, K, F and r; a row that has no dropout is empty."""
+    found = {}
+    for row, (terms, more) in MLP_ROWS.items():
+        groups = terms if not dropout else {} if more is None else terms | more
+        found[row] = {
+            group: sum(count * math.prod(sizes[name] for name in unit) for unit, count in each.items())
+            for group, each in groups.items()
+        }
+    return pd.DataFrame(found, index=GROUPS).T
 
 
 def mlp_table() -> str:
     cells = [["kept by an MLP", "bytes, no dropout", "MiB", "32 layers, GiB", "MiB, dropout", "32 layers, GiB"]]
+    totals = [kept(dropout, **LLAMA_8B).sum(axis=1, min_count=1) / MIB for dropout in (False, True)]
     for row, (terms, _) in MLP_ROWS.items():
-        # S and the projections come last.
-        words = " + ".join(f"{total(terms)[unit]} {unit}" for unit in ("MK", "MF", "Mr") if unit in total(terms))
+        counts = sum(map(Counter, terms.values()), Counter())
+        words = " + ".join(f"{counts[unit]} {unit}" for unit in ("MK", "MF", "Mr") if counts[unit])
         cells.append([row, words])
-        for found in (kept(row, dropout) for dropout in (False, True)):
-            mib = None if found is None else size(total(found), **LLAMA_8B) / MIB
-            cells[-1] += ["", ""] if mib is None else [f"{mib:,.0f}", f"{LAYERS * mib / 1024:.1f}"]
+        for mib in (total[row] for total in totals):
+            cells[-1] += ["", ""] if math.isnan(mib) else [f"{mib:,.0f}", f"{LAYERS * mib / 1024:.1f}"]
     return markdown(cells, 2)
 
 
 def draw_mlp(path: Path = STATIC / "fused-mlp-memory.png") -> Path:
     from benchmarks.common.plot_style import BLUE, GREEN, GREY, RED, STYLE, plt, save
 
-    colors = dict(zip(GROUPS, (GREY, BLUE, "#7fb0dc", "#f0a202", "#e07a3f", RED, "#7a1f3d", GREEN), strict=True))
+    colors = (GREY, BLUE, "#7fb0dc", "#f0a202", "#e07a3f", RED, "#7a1f3d", GREEN)
     labels = [row.replace("`", "").replace(", also", ",\nalso").replace(", Liger", ",\nLiger") for row in MLP_ROWS]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(11.0, 4.3), layout="constrained", sharex=True, sharey=True)
         for axis, dropout in zip(panels, (False, True), strict=True):
-            for place, found in enumerate(kept(row, dropout) for row in MLP_ROWS):
-                if found is None:
-                    axis.text(0, place, " its function has no dropout", va="center", fontsize=9, color="#555555")
-                    continue
-                left = 0.0
-                for group in GROUPS:
-                    width = size(found.get(group, {}), **LLAMA_8B) / MIB
-                    axis.barh(place, width, left=left, color=colors[group], height=0.66)
-                    left += width
-                axis.text(left, place, f" {left:,.0f}", va="center", fontsize=9)
+            mib = kept(dropout, **LLAMA_8B).set_axis(labels) / MIB
+            mib.plot.barh(ax=axis, stacked=True, width=0.66, color=colors, legend=False)
+            for place, total in enumerate(mib.sum(axis=1)):
+                axis.text(
+                    total, place, f" {total:,.0f}" if total else " its function has no dropout", va="center", fontsize=9
+                )
             axis.margins(x=0.12)
             axis.set(title="dropout" if dropout else "no dropout", xlabel="MiB kept for backward by one MLP")
             axis.grid(axis="y", visible=False)
-        panels[0].set_yticks(range(len(labels)), labels)
         panels[0].invert_yaxis()
-        names = {H: "H = act(G) ∘ U", COPIES: "float32 copies of X and H"}
         # S is too thin to be seen.
-        handles = {group: plt.Rectangle((0, 0), 1, 1, color=color) for group, color in colors.items() if group != SMALL}
-        shown = [names.get(group, group) for group in handles]
-        figure.legend(handles.values(), shown, loc="outside lower center", ncols=len(shown), fontsize=9)
+        figure.legend(panels[0].containers[:-1], GROUPS[:-1], loc="outside lower center", ncols=7, fontsize=9)
     return save(figure, path)
 
 
@@ -167,28 +155,28 @@ def saved_mib(
     return saved_for_backward(lambda: layer(x, position_embeddings=(angles, angles)), owned) / MIB
 
 
-def layer_table(counts: dict[tuple[str, str], float]) -> str:
-    rows = [[row, *(f"{counts[arm, name]:,.0f}" for name in COLUMNS)] for arm, row in LAYER_ROWS.items()]
+def layer_counts() -> pd.DataFrame:
+    """By row and column, the MiB that a layer of an 8B Llama saves on 4,096 tokens."""
+    found = {name: [saved_mib(arm, *column) for arm in LAYER_ROWS] for name, column in COLUMNS.items()}
+    return pd.DataFrame(found, index=[*LAYER_ROWS.values()])
+
+
+def layer_table(counts: pd.DataFrame) -> str:
+    rows = [[row, *(f"{value:,.0f}" for value in values)] for row, *values in counts.itertuples()]
     return markdown([["kept for backward, MiB", *COLUMNS], *rows])
 
 
-def draw_layer(counts: dict[tuple[str, str], float], path: Path = STATIC / "memory.png") -> Path:
+def draw_layer(counts: pd.DataFrame, path: Path = STATIC / "memory.png") -> Path:
     from benchmarks.common.plot_style import BLUE, GREEN, GREY, STYLE, plt, save
 
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 3, figsize=(9.5, 2.4), layout="constrained", sharex=True, sharey=True)
-        for axis, name in zip(panels, COLUMNS, strict=True):
-            values = [counts[arm, name] for arm in LAYER_ROWS]
-            bars = axis.barh(
-                [row.replace("`", "") for row in LAYER_ROWS.values()],
-                values,
-                color=(GREY, BLUE, GREEN, GREEN),
-                height=0.6,
-            )
+        for axis, (name, values) in zip(panels, counts.items(), strict=True):
+            bars = axis.barh(counts.index.str.replace("`", ""), values, color=(GREY, BLUE, GREEN, GREEN), height=0.6)
             axis.bar_label(bars, [f" {value:,.0f}" for value in values])
+            axis.margins(x=0.25)
             axis.set(title=name, xlabel="MiB kept for backward")
             axis.grid(axis="y", visible=False)
-        panels[0].set_xlim(0, 1.25 * max(counts.values()))
         panels[0].invert_yaxis()
     return save(figure, path)
 
@@ -207,13 +195,6 @@ TOKENS, CARDS = (2048, 8192), (24, 80)
 USABLE = 0.9
 
 
-def fixed(shape: dict[str, int], model: Model, nf4: bool) -> float:
-    """Bytes that do not grow with the tokens; beside NF4 weights also the largest one, dequantized for its product."""
-    layers = model.layers * model.layer.frozen
-    frozen = NF4 * layers + BF16 * shape["hidden_size"] * shape["intermediate_size"] if nf4 else BF16 * layers
-    return frozen + BF16 * model.rest + ADAPTER * model.adapters
-
-
 def per_token(arm: str, shape: dict[str, int], model: Model) -> tuple[float, float]:
     """Bytes for each token, without and with checkpointing: saved for backward, logits and their gradients."""
     # The difference leaves out the casts of A and B that PyTorch's operators keep and the kernels do not.
@@ -229,19 +210,25 @@ def fit_table() -> str:
     for name, shape in SHAPES.items():
         model = count(shape, 16, "all-linear")
         both = [per_token(arm, shape, model) for arm in (PEFT, FUSED)]
-        for weights in ("bf16", "NF4"):
-            start = fixed(shape, model, weights == "NF4")
-            for checkpointing, rates in zip(("no", "yes"), zip(*both, strict=True), strict=True):
-                row = [name, weights, checkpointing, f"{start / GIB:.1f}"]
-                row += ["→".join(f"{(start + tokens * rate) / GIB:.1f}" for rate in rates) for tokens in TOKENS]
-                rooms = [USABLE * card * GIB - start for card in CARDS]
-                row += ["→".join(f"{int(room / rate):,}" for rate in rates) if room > 0 else "none" for room in rooms]
-                cells.append(row)
+        elements = model.layers * model.layer.frozen
+        # Beside NF4 weights the largest one is dequantized for its product.
+        frozen = {
+            "bf16": BF16 * elements,
+            "NF4": NF4 * elements + BF16 * shape["hidden_size"] * shape["intermediate_size"],
+        }
+        for weights, checkpointing in product(frozen, (False, True)):
+            rates = [rate[checkpointing] for rate in both]
+            start = frozen[weights] + BF16 * model.rest + ADAPTER * model.adapters
+            row = [name, weights, "yes" if checkpointing else "no", f"{start / GIB:.1f}"]
+            row += ["→".join(f"{(start + tokens * rate) / GIB:.1f}" for rate in rates) for tokens in TOKENS]
+            rooms = [USABLE * card * GIB - start for card in CARDS]
+            row += ["→".join(f"{int(room / rate):,}" for rate in rates) if room > 0 else "none" for room in rooms]
+            cells.append(row)
     return markdown(cells, 3)
 
 
 def main() -> None:
-    counts = {(arm, name): saved_mib(arm, *column) for arm in LAYER_ROWS for name, column in COLUMNS.items()}
+    counts = layer_counts()
     print(mlp_table(), layer_table(counts), fit_table(), sep="\n\n")
     print(f"wrote {draw_mlp()} and {draw_layer(counts)}")
 

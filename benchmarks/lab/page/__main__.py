@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -63,19 +63,12 @@ Where this library wins and loses in the stored measurements, and the files that
 _NO_GPU = "- **All of this is from CPUs, on PyTorch's operators.** No GPU has measured anything yet.\n"
 
 
-class Stored(NamedTuple):
-    """What benchmarks/results holds."""
+def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[Path, dict[str, Any]]]:
+    """What ``pytest benchmarks --records`` (suite.csv, or suite_MARK.csv) and ``python -m benchmarks`` have written.
 
-    # The suite's ratios of our time to that of the rival ``arm_of_rival``, by ``machine``.
-    ratios: pd.DataFrame
-    # By the directory of a main job, what its result says of the run.
-    runs: dict[Path, dict[str, Any]]
-    # Of each file of figures the machine, the command that measures it and the environment of its run.
-    files: pd.DataFrame
-
-
-def read(results: Path) -> Stored:
-    """The files of ``pytest benchmarks --records``, which are suite.csv or suite_MARK.csv, and of ``python -m benchmarks``."""
+    Returns the suite's ratios of our time to that of the rival ``arm_of_rival``; each file's machine, name, command and
+    environment; and by directory of a main job what it says of its run.
+    """
     ratios, runs, files = [pd.DataFrame({name: [] for name in (*RECORD, "machine", "arm_of_rival")})], {}, []
     for path in sorted(results.glob("*/suite*.csv")):
         rows = read_records(path)
@@ -96,12 +89,12 @@ def read(results: Path) -> Stored:
     if not files:
         raise ValueError(f"results must hold a machine's directory with something measured, got {results} without one")
     table = pd.DataFrame(files, columns=["machine", "name", "command", "environment"])
-    return Stored(pd.concat(ratios[1:] or ratios), runs, table.sort_values("machine", kind="stable"))
+    return pd.concat(ratios[1:] or ratios), table.sort_values("machine", kind="stable"), runs
 
 
 def page(results: Path) -> str:
     """The page's text: answers by machine, then every loss, then the files."""
-    ratios, runs, files = read(results)
+    ratios, files, runs = read(results)
     of_host = ratios["case"].str.startswith("host ")
     parts = [_INTRODUCTION + ("" if any(each.get("gpu") for each in files["environment"]) else _NO_GPU)]
     for machine, found in files.drop_duplicates("machine").set_index("machine")["environment"].items():
