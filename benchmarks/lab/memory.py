@@ -2,10 +2,10 @@
 
     python -m benchmarks.lab.memory
 
-takes seconds anywhere. It prints three tables and draws two pictures into docs/_static:
+prints three tables and draws the first two into docs/_static, in seconds:
 
-- a gated MLP of an 8B Llama on a GPU, tensor by tensor, by formula; tests compare the formula with hooks (fused-mlp-memory.png)
-- one decoder layer of that model, counted by hooks (memory.png)
+- a gated MLP of an 8B Llama on a GPU, tensor by tensor, by formula; tests compare the formula with hooks
+- one decoder layer of that model, counted by hooks
 - *Will it fit?*: a training step's memory, and the most tokens that fit 24 and 80 GiB
 
 The MLP's rows that cannot be counted here follow from source code: Liger's ``LigerSiLUMulFunction`` saves G and U
@@ -16,16 +16,20 @@ adapters and logits come from ``examples.cluster_plan``.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, adapt
 from benchmarks.common.memory import MIB, saved_for_backward
+from benchmarks.common.plot_style import BLUE, GREEN, GREY, RED, STYLE, plt, save
 from benchmarks.common.tables import RESULTS, markdown
 from examples.cluster_plan import ADAPTER, BF16, LOGITS, MODELS, NF4, Model, count
 
@@ -33,9 +37,7 @@ STATIC = RESULTS.parents[1] / "docs" / "_static"
 GIB = 1 << 30
 
 # A gated MLP of M tokens, width K, inner width F and rank r: bfloat16 weights and activations, float32 adapters on all three
-# projections, on a GPU. Parameters do not count.
-
-# What is kept, in the order of tables and plots.
+# projections, on a GPU. Parameters do not count. What is kept, in the order of the plot:
 GROUPS = X, G, U, ACT, H, COPIES, MASKS, SMALL = (
     "X", "G", "U", "act(G)", "H = act(G) ∘ U", "float32 copies of X and H", "masks", "S, A and B",
 )  # fmt: skip
@@ -87,27 +89,23 @@ def mlp_table() -> str:
     return markdown(cells, 2)
 
 
-def draw_mlp(path: Path = STATIC / "fused-mlp-memory.png") -> Path:
-    from benchmarks.common.plot_style import BLUE, GREEN, GREY, RED, STYLE, plt, save
-
-    colors = (GREY, BLUE, "#7fb0dc", "#f0a202", "#e07a3f", RED, "#7a1f3d", GREEN)
-    labels = [row.replace("`", "").replace(", also", ",\nalso").replace(", Liger", ",\nLiger") for row in MLP_ROWS]
+def draw(frames: dict[str, pd.DataFrame], colors: Sequence[str], size: tuple[float, float], file: str) -> Path:
+    """A panel of bars for each title: of each row's MiB, stacked by column, and their sum."""
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(11.0, 4.3), layout="constrained", sharex=True, sharey=True)
-        for axis, dropout in zip(panels, (False, True), strict=True):
-            mib = kept(dropout, **LLAMA_8B).set_axis(labels) / MIB
-            mib.plot.barh(ax=axis, stacked=True, width=0.66, color=colors, legend=False)
+        figure, panels = plt.subplots(1, len(frames), figsize=size, layout="constrained", sharex=True, sharey=True)
+        for axis, (title, mib) in zip(panels, frames.items(), strict=True):
+            labels = [textwrap.fill(row.replace("`", ""), 26) for row in mib.index]
+            mib.set_axis(labels).plot.barh(ax=axis, stacked=True, width=0.64, color=colors, legend=False)
             for place, total in enumerate(mib.sum(axis=1)):
-                axis.text(
-                    total, place, f" {total:,.0f}" if total else " its function has no dropout", va="center", fontsize=9
-                )
-            axis.margins(x=0.12)
-            axis.set(title="dropout" if dropout else "no dropout", xlabel="MiB kept for backward by one MLP")
+                axis.text(total, place, f" {total:,.0f}" if total else " its function has no dropout", va="center")
+            axis.set(title=title, xlabel="MiB kept for backward")
             axis.grid(axis="y", visible=False)
+        panels[0].set_xlim(0, 1.25 * max(mib.sum(axis=1).max() for mib in frames.values()))
         panels[0].invert_yaxis()
-        # S is too thin to be seen.
-        figure.legend(panels[0].containers[:-1], GROUPS[:-1], loc="outside lower center", ncols=7, fontsize=9)
-    return save(figure, path)
+        if frames[title].columns.equals(pd.Index(GROUPS)):
+            # S is too thin to be seen.
+            figure.legend(axis.containers[:-1], GROUPS[:-1], loc="outside lower center", ncols=7, fontsize=9)
+    return save(figure, STATIC / file)
 
 
 # One decoder layer, counted.
@@ -127,10 +125,6 @@ class _FlashAttention(torch.autograd.Function):
         out = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        raise NotImplementedError("counts a forward pass alone")
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, None]:
@@ -164,21 +158,6 @@ def layer_counts() -> pd.DataFrame:
 def layer_table(counts: pd.DataFrame) -> str:
     rows = [[row, *(f"{value:,.0f}" for value in values)] for row, *values in counts.itertuples()]
     return markdown([["kept for backward, MiB", *COLUMNS], *rows])
-
-
-def draw_layer(counts: pd.DataFrame, path: Path = STATIC / "memory.png") -> Path:
-    from benchmarks.common.plot_style import BLUE, GREEN, GREY, STYLE, plt, save
-
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 3, figsize=(9.5, 2.4), layout="constrained", sharex=True, sharey=True)
-        for axis, (name, values) in zip(panels, counts.items(), strict=True):
-            bars = axis.barh(counts.index.str.replace("`", ""), values, color=(GREY, BLUE, GREEN, GREEN), height=0.6)
-            axis.bar_label(bars, [f" {value:,.0f}" for value in values])
-            axis.margins(x=0.25)
-            axis.set(title=name, xlabel="MiB kept for backward")
-            axis.grid(axis="y", visible=False)
-        panels[0].invert_yaxis()
-    return save(figure, path)
 
 
 # Whole models.
@@ -230,7 +209,11 @@ def fit_table() -> str:
 def main() -> None:
     counts = layer_counts()
     print(mlp_table(), layer_table(counts), fit_table(), sep="\n\n")
-    print(f"wrote {draw_mlp()} and {draw_layer(counts)}")
+    mlp = {title: kept(dropout, **LLAMA_8B) / MIB for title, dropout in (("no dropout", False), ("dropout", True))}
+    colors = (GREY, BLUE, "#7fb0dc", "#f0a202", "#e07a3f", RED, "#7a1f3d", GREEN)
+    draw(mlp, colors, (11.0, 4.3), "fused-mlp-memory.png")
+    layer = {title: pd.DataFrame(np.diag(values), counts.index) for title, values in counts.items()}
+    draw(layer, (GREY, BLUE, GREEN, GREEN), (11.0, 2.4), "memory.png")
 
 
 if __name__ == "__main__":

@@ -63,13 +63,13 @@ Where this library wins and loses in the stored measurements, and the files that
 _NO_GPU = "- **All of this is from CPUs, on PyTorch's operators.** No GPU has measured anything yet.\n"
 
 
-def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[Path, dict[str, Any]]]:
+def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What ``pytest benchmarks --records`` (suite.csv, or suite_MARK.csv) and ``python -m benchmarks`` have written.
 
-    Returns the suite's ratios of our time to that of the rival ``arm_of_rival``; each file's machine, name, command and
-    environment; and by directory of a main job what it says of its run.
+    Returns the suite's ratios of our time to that of the rival ``arm_of_rival``, and a row for each file: its machine, its name,
+    the command, the environment of its run, and what a main job says of its run.
     """
-    ratios, runs, files = [pd.DataFrame({name: [] for name in (*RECORD, "machine", "arm_of_rival")})], {}, []
+    ratios, files = [pd.DataFrame({name: [] for name in (*RECORD, "machine", "arm_of_rival")})], []
     for path in sorted(results.glob("*/suite*.csv")):
         rows = read_records(path)
         rivals = rows[rows["role"].str.contains("rival")].drop_duplicates(["case", "phase"])[["case", "phase", "arm"]]
@@ -77,40 +77,39 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[Path, dict[str
         ratios.append(ours.merge(rivals, on=["case", "phase"], suffixes=("", "_of_rival")))
         mark = path.stem.partition("_")[2]
         command = f"python -m pytest benchmarks{f' -m {mark}' if mark else ''} --records={path.name}"
-        files.append((path.parent.name, path.relative_to(results), command, rows.attrs["environment"]))
+        files.append((path.parent.name, path.name, command, rows.attrs["environment"], None))
     for path in sorted(results.glob("*/main*/result.csv")):
-        run = runs[path.parent] = read_records(path).attrs["environment"]
+        run = read_records(path).attrs["environment"]
         # The default is bfloat16 where the hardware has it.
         command = "python -m benchmarks" + " --dtype fp32" * (run["settings"]["dtype"] == "float32")
         command += " --dropout 0" * (run["settings"]["lora_dropout"] == 0)
         environment = run["environment"] | {"waited_share": run.get("waited_share", 0.0)}
-        name = path.with_name("table.txt").relative_to(results)
-        files.append((path.parents[1].name, name, command, environment))
+        files.append((path.parents[1].name, f"{path.parent.name}/table.txt", command, environment, run))
     if not files:
         raise ValueError(f"results must hold a machine's directory with something measured, got {results} without one")
-    table = pd.DataFrame(files, columns=["machine", "name", "command", "environment"])
-    return pd.concat(ratios[1:] or ratios), table.sort_values("machine", kind="stable"), runs
+    table = pd.DataFrame(files, columns=["machine", "name", "command", "environment", "run"])
+    return pd.concat(ratios[1:] or ratios, ignore_index=True), table.sort_values("machine", kind="stable")
 
 
 def page(results: Path) -> str:
     """The page's text: answers by machine, then every loss, then the files."""
-    ratios, files, runs = read(results)
+    ratios, files = read(results)
     of_host = ratios["case"].str.startswith("host ")
     parts = [_INTRODUCTION + ("" if any(each.get("gpu") for each in files["environment"]) else _NO_GPU)]
-    for machine, found in files.drop_duplicates("machine").set_index("machine")["environment"].items():
+    for machine, mine in files.groupby("machine"):
+        found, here = mine["environment"].iloc[0], ratios["machine"] == machine
         parts.append(f"## {found.get('gpu') or found['cpu']}, {found['cores']} cores (`{machine}`)")
-        mine = ratios["machine"] == machine
-        if (mine & ~of_host).any():
-            parts.append(ratio_table(ratios[mine & ~of_host]))
+        if (here & ~of_host).any():
+            parts.append(ratio_table(ratios[here & ~of_host]))
         # The first is the default's. The verdicts of the others are in their tables, under "Every figure".
-        for run in [run for path, run in runs.items() if path.parent.name == machine][:1]:
+        for run in mine["run"].dropna().iloc[:1]:
             settings = run["settings"]
             about = f"{settings['model']} on {settings['data']}, {adapters(run)}, {settings['dtype']}"
             parts.append("\n".join([f"Fine-tuning {about}:", "", "```text", *run["verdicts"], "```"]))
-        if (mine & of_host).any():
+        if (here & of_host).any():
             parts.append("Host time of a call on Triton over PEFT's, [without a GPU](../internals/host-time.md):")
-            parts.append(host_table(ratios[mine & of_host]))
-    losses = "\n\n".join(filter(None, [_slower(ratios[~of_host]), _lost(runs)]))
+            parts.append(host_table(ratios[here & of_host]))
+    losses = "\n\n".join(filter(None, [_slower(ratios[~of_host]), _lost(files.dropna(subset="run"))]))
     parts += ["## Where it loses", losses or "Nowhere in what is stored.", "## Every figure", _files(files)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
@@ -118,19 +117,19 @@ def page(results: Path) -> str:
 def ratio_table(rows: pd.DataFrame) -> str:
     """Our time over the rivals': a row for each question, dtype and rival. Cases that differ by a size alone are left out."""
     rows = rows.assign(
-        question=(rows["case"].str.split().str[0] + " " + rows["phase"]).map(QUESTIONS),
+        question=pd.Categorical(rows["case"].str.split().str[0] + " " + rows["phase"], [*QUESTIONS], ordered=True),
+        arm=pd.Categorical(rows["arm"], [*COLUMNS], ordered=True),
         column=rows["arm"].map(COLUMNS),
         dtype=rows["case"].str.extract(r" ((?:fp32|bf16)\S*)", expand=False).fillna(""),
-    ).dropna(subset=["question", "column"])
+    ).dropna(subset=["question", "arm"])
     rows = rows[rows["axis"].isna()] if "axis" in rows else rows
-    rows = rows.sort_values("arm", key=lambda arms: arms.map([*COLUMNS].index), kind="stable")
-    rows = rows.drop_duplicates(["case", "phase", "column"], keep="last").sort_index()
-    rows = rows.sort_values("question", key=lambda each: each.map([*QUESTIONS.values()].index), kind="stable")
+    rows = rows.sort_values("arm").drop_duplicates(["case", "phase", "column"], keep="last")
+    rows = rows.sort_index().sort_values("question", kind="stable")
     columns = [*dict.fromkeys(COLUMNS.values())]
     cells = [["our time over the rival's", "the rival", *columns]]
-    for (question, dtype, rival), group in rows.groupby(["question", "dtype", "arm_of_rival"], sort=False):
+    for (key, dtype, rival), group in rows.groupby(["question", "dtype", "arm_of_rival"], sort=False, observed=True):
         medians = (group.loc[group["column"] == column, "median"] for column in columns)
-        cells.append([f"{question}, {dtype}".rstrip(", "), rival, *map(_cell, medians)])
+        cells.append([f"{QUESTIONS[key]}, {dtype}".rstrip(", "), rival, *map(_cell, medians)])
     return markdown(cells, 2)
 
 
@@ -157,7 +156,7 @@ def _cell(ratios: pd.Series) -> str:
 
 def _slower(ratios: pd.DataFrame) -> str:
     """Every case in which three of four rounds are slower than the rival: of its phases the worst."""
-    rows = ratios[ratios["q1"] > 1].reset_index()
+    rows = ratios[ratios["q1"] > 1]
     cells = [
         [row.machine, f"{row.case}, {row.phase}", row.arm, row.arm_of_rival,
          f"{row.median:.2f} ({row.q1:.2f} to {row.q3:.2f})"]
@@ -166,20 +165,21 @@ def _slower(ratios: pd.DataFrame) -> str:
     return markdown([["machine", "case", "arm", "the rival", "of its time"], *cells], 4) if cells else ""
 
 
-def _lost(runs: dict[Path, dict[str, Any]]) -> str:
+def _lost(files: pd.DataFrame) -> str:
     """The main jobs' verdicts of more time, more memory or worse quality."""
-    said = ((path, verdict[HEADING:]) for path, run in runs.items() for verdict in run["verdicts"])
-    lost = [(path, line) for path, line in said if "% more" in line or line.endswith(": worse")]
-    return "\n".join(f"- {line} (`{path.parent.name}/{path.name}`)" for path, line in lost)
+    names = files["machine"] + "/" + files["name"].str.removesuffix("/table.txt")
+    said = ((name, line[HEADING:]) for name, run in zip(names, files["run"], strict=True) for line in run["verdicts"])
+    return "\n".join(f"- {line} (`{name}`)" for name, line in said if "% more" in line or line.endswith(": worse"))
 
 
 def _files(files: pd.DataFrame) -> str:
     cells, kept = [["figures", "measured by", "when, commit"]], ""
-    for _, name, command, environment in files.itertuples(index=False):
+    for machine, name, command, environment, _ in files.itertuples(index=False):
         # Versions once, as long as they stay.
         versions = ", ".join(f"{key} {environment[key]}" for key in PACKAGES if environment.get(key))
         also, kept = "" if versions == kept else f"; {versions}", versions
-        cells.append([f"[{name}](../../benchmarks/results/{name})", f"`{command}`", where(environment) + also])
+        link = f"[{machine}/{name}](../../benchmarks/results/{machine}/{name})"
+        cells.append([link, f"`{command}`", where(environment) + also])
     return markdown(cells, 3)
 
 
