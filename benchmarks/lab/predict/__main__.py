@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.predict import quantized
 from benchmarks.lab.predict.launch_time import SLOW, Gpu, load_gpu
@@ -61,15 +62,15 @@ def regret_line(table: pd.DataFrame) -> str:
 def against_measured(gpu: Gpu, name: str, results: Path = RESULTS) -> str:
     """How far predictions are from the device times that ``benchmarks.lab.gpu`` measured on such a GPU."""
     paths = [path for path in sorted(results.glob("*/layer.csv")) if name in path.parent.name.split("-")]
-    names = {FROZEN: FROZEN, "eager": PEFT, "peft": PEFT, OURS: OURS}
+    names = {"frozen nn.Linear": FROZEN, "eager LoRA": PEFT, "PEFT": PEFT, OURS: OURS}
     rows = []
-    for row in pd.concat(map(pd.read_csv, paths)).itertuples() if paths else ():
-        if row.status != "ok" or not pd.isna(row.dry) or row.mode != "graph" or row.arm not in names:
+    for row in pd.concat(map(read_records, paths)).itertuples() if paths else ():
+        if row.metric != "us" or row.mode != "graph" or row.arm not in names or getattr(row, "dry", None) == "dry":
             continue
-        times = seconds(gpu, Shape(row.m, row.n, row.k, row.r, row.dropout > 0, False), names[row.arm])
-        predicted = sum(times) if row.direction == "both" else times[DIRECTIONS.index(row.direction)]
-        at = f"M {row.m} N {row.n} K {row.k} r {row.r} dropout {row.dropout:g}"
-        rows.append((row.arm, row.direction, 1e6 * predicted / row.us - 1, at))
+        times = seconds(gpu, Shape(row.m, row.n_out, row.k, row.r, row.dropout > 0, False), names[row.arm])
+        predicted = sum(times) if row.phase == "both" else times[DIRECTIONS.index(row.phase)]
+        at = f"M {row.m} N {row.n_out} K {row.k} r {row.r} dropout {row.dropout:g}"
+        rows.append((row.arm, row.phase, 1e6 * predicted / row.median - 1, at))
     if not rows:
         return f"No measurements of an {gpu.name} to compare with: python -m benchmarks.lab.gpu makes them."
     frame = pd.DataFrame(rows, columns=["arm", "direction", "off", "worst at"])
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gpu = load_gpu(options.gpu)
     print(f"All times are PREDICTED for an {gpu.name} in bf16; none is measured.\n")
     if options.weights:
-        print(quantized.report(gpu, options.weights))
+        print(quantized.table(gpu, options.weights).to_string(index=False))
         return
     layers, mlps = layer_table(gpu, options.dropout > 0), mlp_table(gpu, options.dropout > 0)
     for (n, k), rows in layers.groupby(["n", "k"], sort=False):

@@ -119,7 +119,12 @@ class _Account:
 
 
 def formula_by_tensor(launch: Any) -> Tensors:
-    """The bytes of each tensor in a launch of ``lora_linear``, without running it; tensors may be on the meta device."""
+    """The bytes of each tensor in a launch, without running it; tensors may be on the meta device.
+
+    One that is neither ours nor the vendor's counts as a read of all of its ``bytes``.
+    """
+    if hasattr(launch, "bytes"):
+        return {launch.name: Traffic(int(launch.bytes), 0, int(launch.bytes), 0)}
     arguments = arguments_of(launch)
     account = _Account(arguments)
     if hasattr(launch, "kernel"):

@@ -8,6 +8,7 @@ of a code are taken to be found in the first cache.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -21,7 +22,7 @@ from stablelora_kernels.dispatch.rules import Choice, choose_quantized
 from stablelora_kernels.launch.dry_run import quantized_launches
 
 KINDS = ("nf4", "fp8")
-ROWS = (1, 16, 64, 128, 192, 256, 320, 384, 512, 1024, 2048, 8192)
+ROWS = (1, 16, 64, *range(128, 705, 32), 1024, 2048, 8192)
 SIZES = ((4096, 4096), (14336, 4096))
 # Instructions for an element of W, and those of them to memory, by what computes it and the rows of its tile.
 COUNTS: dict[str, tuple[float, float]] = {
@@ -85,39 +86,19 @@ def chosen(gpu: Gpu, s: Shape, kind: str, direction: str) -> str:
     return choose_quantized(gpu.device, call_of(s, direction), 4 if kind == "nf4" else 8).kernel
 
 
-def table(gpu: Gpu, n: int, k: int, kind: str) -> pd.DataFrame:
-    """Microseconds of forward and backward, and dispatch's choice."""
+def table(gpu: Gpu, kind: str) -> pd.DataFrame:
+    """Microseconds of forward and backward at r 16, and dispatch's choice; "in turns" with the products instead of beside them."""
     rows = []
-    for s in (Shape(m, n, k, 16, False) for m in ROWS):
-        times = {
+    for s in (Shape(m, n, k, 16, False) for (n, k), m in product(SIZES, ROWS)):
+        arms = {
             "plain W": layer_time.seconds(gpu, s, layer_time.OURS),
             "in loop": seconds(gpu, s, kind, "in_loop"),
             "in turns": seconds(gpu, s, kind, "in_loop", overlap=False),
             "first": seconds(gpu, s, kind, "dequantize"),
         }
-        row: dict[str, Any] = {"M": s.m}
+        row: dict[str, Any] = {"M": s.m, "N": s.n, "K": s.k}
         for place, (result, direction) in enumerate(zip(("Y", "dX"), DIRECTIONS, strict=True)):
-            row |= {f"{result}: {name}": f"{1e6 * both[place]:.1f}" for name, both in times.items()}
-            row[f"{result}: taken"] = chosen(gpu, s, kind, direction)
+            row |= {f"{result} {name}": round(1e6 * both[place], 1) for name, both in arms.items()}
+            row[f"{result} by"] = chosen(gpu, s, kind, direction)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def crossover(gpu: Gpu, n: int, k: int, kind: str, direction: str, overlap: bool) -> int | None:
-    """The fewest rows up to 2,048, in steps of 32, that are predicted to be faster dequantized first."""
-    place = DIRECTIONS.index(direction)
-    for s in (Shape(m, n, k, 16, False) for m in range(32, 2049, 32)):
-        if seconds(gpu, s, kind, "dequantize")[place] < seconds(gpu, s, kind, "in_loop", overlap)[place]:
-            return s.m
-    return None
-
-
-def report(gpu: Gpu, kind: str) -> str:
-    parts = []
-    for n, k in SIZES:
-        title = f'{kind}, N {n}, K {k}, r 16, us; "in turns": dequantizing and products take turns'
-        parts += [title, table(gpu, n, k, kind).to_string(index=False)]
-        for way in DIRECTIONS:
-            found = [crossover(gpu, n, k, kind, way, overlap) for overlap in (True, False)]
-            parts.append(f"{way}: dequantized first is faster from {found[0]} rows, from {found[1]} if they take turns")
-    return "\n".join(parts)
