@@ -63,22 +63,21 @@ def against_measured(gpu: Gpu, name: str, results: Path = RESULTS) -> str:
     """How far predictions are from the device times that ``benchmarks.lab.gpu`` measured on such a GPU."""
     paths = [path for path in sorted(results.glob("*/layer.csv")) if name in path.parent.name.split("-")]
     names = {"frozen nn.Linear": FROZEN, "eager LoRA": PEFT, "PEFT": PEFT, OURS: OURS}
-    rows = []
-    for row in pd.concat(map(read_records, paths)).itertuples() if paths else ():
-        if row.metric != "us" or row.mode != "graph" or row.arm not in names or getattr(row, "dry", None) == "dry":
-            continue
+    columns = ["case", "phase", "arm", "metric", "median", "mode", "m", "n_out", "k", "r", "dropout", "dry"]
+    rows = pd.concat([pd.DataFrame(columns=columns), *map(read_records, paths)])[columns]
+    rows = rows[(rows["metric"] == "us") & (rows["mode"] == "graph") & rows["dry"].isna() & rows["arm"].isin(names)]
+    if rows.empty:
+        return f"No measurements of an {gpu.name} to compare with: python -m benchmarks.lab.gpu makes them."
+    off = []
+    for row in rows.itertuples():
         times = seconds(gpu, Shape(row.m, row.n_out, row.k, row.r, row.dropout > 0, False), names[row.arm])
         predicted = sum(times) if row.phase == "both" else times[DIRECTIONS.index(row.phase)]
-        at = f"M {row.m} N {row.n_out} K {row.k} r {row.r} dropout {row.dropout:g}"
-        rows.append((row.arm, row.phase, 1e6 * predicted / row.median - 1, at))
-    if not rows:
-        return f"No measurements of an {gpu.name} to compare with: python -m benchmarks.lab.gpu makes them."
-    frame = pd.DataFrame(rows, columns=["arm", "direction", "off", "worst at"])
-    arms = frame.groupby(["arm", "direction"])["off"]
-    worst = frame.loc[frame["off"].abs().groupby([frame.arm, frame.direction]).idxmax()]
-    worst["median"], worst["shapes"] = arms.median().to_numpy(), arms.size().to_numpy()
-    text = worst.rename(columns={"off": "worst"}).to_string(index=False, float_format="{:+.0%}".format)
-    return f"Predicted over measured, less 1, the device alone:\n{text}"
+        off.append(1e6 * predicted / row.median - 1)
+    arms = rows.assign(off=off).set_index("case").groupby(["arm", "phase"])["off"]
+    table = arms.describe()[["count", "min", "50%", "max"]].astype({"count": int}).assign(
+        farthest=arms.apply(lambda each: each.abs().idxmax())
+    )
+    return f"Predicted over measured, less 1, the device alone:\n{table.to_string(float_format='{:+.0%}'.format)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -145,8 +145,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = pd.DataFrame([whole(*given) for given in zip(REAL, each, strict=True)]).drop(
         columns=["dtype", "lora_dtype"]
     )
-    print(f"Bytes in bf16 with float32 A and B, launches as on {device.arch}:")
-    print(table.to_string(index=False, na_rep="", float_format="{:,.3f}".format))
+    shown = table.assign(**{name: table[name] / 1e6 for name in ("issued", "unique", "floor")})
+    print(f"Bytes in bf16 with float32 A and B, launches as on {device.arch}; issued, unique and floor in MB:")
+    print(shown.to_string(index=False, na_rep="", float_format="{:,.3f}".format))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         for name, rows in (("bytes", table), ("launches", pd.concat(each))):

@@ -18,6 +18,7 @@ from benchmarks.lab.predict.formula import arguments_of, formula_by_tensor, tota
 from benchmarks.lab.predict.launch_time import Gpu, facts, work
 from benchmarks.lab.predict.layer_time import DIRECTIONS, call_of
 from benchmarks.lab.predict.rivals import BF16, Shape
+from stablelora_kernels.dispatch.problem import cdiv
 from stablelora_kernels.dispatch.rules import Choice, choose_quantized
 from stablelora_kernels.launch.dry_run import quantized_launches
 
@@ -25,44 +26,34 @@ KINDS = ("nf4", "fp8")
 ROWS = (1, 16, 64, *range(128, 705, 32), 1024, 2048, 8192)
 SIZES = ((4096, 4096), (14336, 4096))
 # Instructions for an element of W, and those of them to memory, by what computes it and the rows of its tile.
-COUNTS: dict[str, tuple[float, float]] = {
-    "y nf4 16": (13.8, 3.0),
-    "dx nf4 16": (14.9, 4.0),
-    "y nf4 64": (17.4, 5.3),
-    "dx nf4 64": (9.9, 1.7),
-    "y nf4 128": (13.4, 2.8),
-    "dx nf4 128": (18.7, 6.5),
-    "dequantize nf4": (14.0, 1.8),
-    "y fp8 16": (15.2, 0.5),
-    "dx fp8 16": (16.7, 1.6),
-    "y fp8 64": (14.6, 0.4),
-    "dx fp8 64": (15.2, 0.5),
-    "y fp8 128": (16.1, 0.6),
-    "dx fp8 128": (16.9, 0.7),
-    "dequantize fp8": (17.3, 0.6),
+COUNTS: dict[str, dict[int, tuple[float, float]]] = {
+    "y nf4": {16: (13.8, 3.0), 64: (17.4, 5.3), 128: (13.4, 2.8)},
+    "dx nf4": {16: (14.9, 4.0), 64: (9.9, 1.7), 128: (18.7, 6.5)},
+    "dequantize nf4": {0: (14.0, 1.8)},
+    "y fp8": {16: (15.2, 0.5), 64: (14.6, 0.4), 128: (16.1, 0.6)},
+    "dx fp8": {16: (16.7, 1.6), 64: (15.2, 0.5), 128: (16.9, 0.7)},
+    "dequantize fp8": {0: (17.3, 0.6)},
 }
 
 
-def name_of(launch: Any) -> str | None:
-    """The key in COUNTS of a launch that dequantizes."""
+def key_of(launch: Any) -> tuple[str, int] | None:
+    """The keys in COUNTS of a launch that dequantizes."""
     c = launch.constants if hasattr(launch, "kernel") else {}
     if "NF4" not in c:
         return None
-    kind = "nf4" if c["NF4"] else "fp8"
-    return f"{'dx' if c['TRANS_W'] else 'y'} {kind} {c['BLOCK_M']}" if "TRANS_W" in c else f"dequantize {kind}"
+    way = "dequantize" if "TRANS_W" not in c else "dx" if c["TRANS_W"] else "y"
+    return f"{way} {'nf4' if c['NF4'] else 'fp8'}", c.get("BLOCK_M", 0)
 
 
 def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
     """One launch. Dequantizing either overlaps with the products or takes turns with them."""
-    name = name_of(launch)
-    if name is None:
+    key = key_of(launch)
+    if key is None:
         return facts(launch, gpu.narrow_columns).seconds(gpu)
-    v = arguments_of(launch)
-    found = formula_by_tensor(launch)
+    v, found = arguments_of(launch), formula_by_tensor(launch)
     moved = total(traffic for tensor, traffic in found.items() if tensor not in ("code", "nested_code"))
-    in_loop = not name.startswith("dequantize")
-    times = -(-v["M"] // v["BLOCK_M"]) if in_loop else 1
-    instructions, to_memory = COUNTS[name]
+    in_loop = "TRANS_W" in v
+    (instructions, to_memory), times = COUNTS[key[0]][key[1]], cdiv(v["M"], v["BLOCK_M"]) if in_loop else 1
     elements = v["N"] * v["K"] * times * max(instructions, 4 * to_memory) / gpu.issue_rate
     units, operations, _ = work(launch, gpu.narrow_columns) if in_loop else (0, 0.0, 0.0)
     products = operations / gpu.matrix_rate
@@ -87,7 +78,7 @@ def chosen(gpu: Gpu, s: Shape, kind: str, direction: str) -> str:
 
 
 def table(gpu: Gpu, kind: str) -> pd.DataFrame:
-    """Microseconds of forward and backward at r 16, and dispatch's choice; "in turns" with the products instead of beside them."""
+    """Microseconds of forward and backward at r 16, and dispatch's choice; in turns with products, or beside them."""
     rows = []
     for s in (Shape(m, n, k, 16, False) for (n, k), m in product(SIZES, ROWS)):
         arms = {

@@ -70,23 +70,17 @@ def eager(s: Shape) -> Ways:
     """PEFT's operators in 16 bits, one launch each."""
     (forward, backward), x, y = frozen(s), s.m * s.k, s.m * s.n
     # T = S B^T; T *= s; Y += T.
-    forward += [*dropout(s), *s.thin(s.k, "S"), *s.thin(s.n, "T"), *passes("T", y, 2, 3)]
+    forward += dropout(s) + s.thin(s.k, "S") + s.thin(s.n, "T") + passes("T", y, 2, 3)
     # dT = s dY; dD = dS A; dX += dD.
-    backward += [
-        *passes("dT", y, 2),
-        *s.thin(s.n, "dB", "dS"),
-        *s.thin(s.k, "dA", "dD"),
-        *dropout(s),
-        *passes("dX", x, 3),
-    ]
+    backward += passes("dT", y, 2) + s.thin(s.n, "dB", "dS") + s.thin(s.k, "dA", "dD") + dropout(s) + passes("dX", x, 3)
     return forward, backward
 
 
 def unsloth(s: Shape) -> Ways:
     """Products into products (addmm), X A^T again and dY B twice."""
     forward, backward = frozen(s)
-    forward += [*s.thin(s.k, "S"), *s.added(s.n, "Y")]
-    backward += [*s.thin(s.n, "dY B", "dB", "dY B again"), *s.thin(s.k, "dA", "S"), *s.added(s.k, "dX")]
+    forward += s.thin(s.k, "S") + s.added(s.n, "Y")
+    backward += s.thin(s.n, "dY B", "dB", "dY B again") + s.thin(s.k, "dA", "S") + s.added(s.k, "dX")
     return forward, backward
 
 
