@@ -117,19 +117,21 @@ def page(results: Path) -> str:
 def ratio_table(rows: pd.DataFrame) -> str:
     """Our time over the rivals': a row for each question, dtype and rival. Cases that differ by a size alone are left out."""
     rows = rows.assign(
-        question=pd.Categorical(rows["case"].str.split().str[0] + " " + rows["phase"], [*QUESTIONS], ordered=True),
-        arm=pd.Categorical(rows["arm"], [*COLUMNS], ordered=True),
+        question=(rows["case"].str.split().str[0] + " " + rows["phase"]).map(
+            {key: place for place, key in enumerate(QUESTIONS)}
+        ),
+        place=rows["arm"].map({arm: place for place, arm in enumerate(COLUMNS)}),
         column=rows["arm"].map(COLUMNS),
         dtype=rows["case"].str.extract(r" ((?:fp32|bf16)\S*)", expand=False).fillna(""),
-    ).dropna(subset=["question", "arm"])
+    ).dropna(subset=["question", "column"])
     rows = rows[rows["axis"].isna()] if "axis" in rows else rows
-    rows = rows.sort_values("arm").drop_duplicates(["case", "phase", "column"], keep="last")
+    rows = rows.sort_values("place").drop_duplicates(["case", "phase", "column"], keep="last")
     rows = rows.sort_index().sort_values("question", kind="stable")
     columns = [*dict.fromkeys(COLUMNS.values())]
     cells = [["our time over the rival's", "the rival", *columns]]
-    for (key, dtype, rival), group in rows.groupby(["question", "dtype", "arm_of_rival"], sort=False, observed=True):
+    for (question, dtype, rival), group in rows.groupby(["question", "dtype", "arm_of_rival"], sort=False):
         medians = (group.loc[group["column"] == column, "median"] for column in columns)
-        cells.append([f"{QUESTIONS[key]}, {dtype}".rstrip(", "), rival, *map(_cell, medians)])
+        cells.append([f"{[*QUESTIONS.values()][int(question)]}, {dtype}".rstrip(", "), rival, *map(_cell, medians)])
     return markdown(cells, 2)
 
 
