@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from transformers import AttentionInterface, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, adapt
 from benchmarks.common.memory import MIB, saved_for_backward
@@ -127,18 +129,13 @@ class _FlashAttention(torch.autograd.Function):
         return out
 
 
-def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, None]:
-    return _FlashAttention.apply(query, key, value).transpose(1, 2), None
-
-
 def saved_mib(
     arm: str, dropout: float, float32: bool = True, sizes: dict[str, int] = MODELS["llama-8b"], tokens: int = 4096
 ) -> float:
     """MiB that a decoder layer's graph keeps: bfloat16 weights, float32 or bfloat16 adapters of rank 16, one sequence."""
-    from transformers import AttentionInterface, LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    AttentionInterface.register("counted", _attend)
+    AttentionInterface.register(
+        "counted", lambda module, q, k, v, mask, **_: (_FlashAttention.apply(q, k, v).transpose(1, 2), None)
+    )
     config = LlamaConfig(**{**sizes, "num_hidden_layers": 1}, attn_implementation="counted")
     with torch.device("meta"):
         layer: Any = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False)
@@ -156,19 +153,13 @@ def layer_counts() -> pd.DataFrame:
 
 
 def layer_table(counts: pd.DataFrame) -> str:
-    rows = [[row, *(f"{value:,.0f}" for value in values)] for row, *values in counts.itertuples()]
+    rows = [[row, *map("{:,.0f}".format, values)] for row, *values in counts.itertuples()]
     return markdown([["kept for backward, MiB", *COLUMNS], *rows])
 
 
 # Whole models.
 
-# From the models' published config.json; Qwen3's norms of queries and keys are left out.
-SHAPES = {
-    "Llama 3.1 8B": MODELS["llama-8b"],
-    "Qwen3 14B": {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40,
-                  "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
-    "Llama 3.1 70B": MODELS["llama-70b"],
-}  # fmt: skip
+SHAPES = {"Llama 3.1 8B": MODELS["llama-8b"], "Qwen3 14B": MODELS["qwen3-14b"], "Llama 3.1 70B": MODELS["llama-70b"]}
 TOKENS, CARDS = (2048, 8192), (24, 80)
 # The rest of a card is for what is not counted.
 USABLE = 0.9
@@ -189,12 +180,9 @@ def fit_table() -> str:
     for name, shape in SHAPES.items():
         model = count(shape, 16, "all-linear")
         both = [per_token(arm, shape, model) for arm in (PEFT, FUSED)]
-        elements = model.layers * model.layer.frozen
+        elements, largest = model.layers * model.layer.frozen, shape["hidden_size"] * shape["intermediate_size"]
         # Beside NF4 weights the largest one is dequantized for its product.
-        frozen = {
-            "bf16": BF16 * elements,
-            "NF4": NF4 * elements + BF16 * shape["hidden_size"] * shape["intermediate_size"],
-        }
+        frozen = {"bf16": BF16 * elements, "NF4": NF4 * elements + BF16 * largest}
         for weights, checkpointing in product(frozen, (False, True)):
             rates = [rate[checkpointing] for rate in both]
             start = frozen[weights] + BF16 * model.rest + ADAPTER * model.adapters

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from benchmarks.common.records import COLUMNS as RECORD
 from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS, markdown, write_text
 from benchmarks.finetuning.report import HEADING, MOST_WAITING, adapters
+from benchmarks.lab.page import headline
 from stablelora_kernels.utils.timing import PACKAGES
 
 PAGE = RESULTS.parents[1] / "docs" / "results" / "benchmarks.md"
@@ -69,7 +68,7 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     Returns the suite's ratios of our time to that of the rival ``arm_of_rival``, and a row for each file: its machine, its name,
     the command, the environment of its run, and what a main job says of its run.
     """
-    ratios, files = [pd.DataFrame({name: [] for name in (*RECORD, "machine", "arm_of_rival")})], []
+    ratios, files = [], []
     for path in sorted(results.glob("*/suite*.csv")):
         rows = read_records(path)
         rivals = rows[rows["role"].str.contains("rival")].drop_duplicates(["case", "phase"])[["case", "phase", "arm"]]
@@ -85,10 +84,8 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         command += " --dropout 0" * (run["settings"]["lora_dropout"] == 0)
         environment = run["environment"] | {"waited_share": run.get("waited_share", 0.0)}
         files.append((path.parents[1].name, f"{path.parent.name}/table.txt", command, environment, run))
-    if not files:
-        raise ValueError(f"results must hold a machine's directory with something measured, got {results} without one")
     table = pd.DataFrame(files, columns=["machine", "name", "command", "environment", "run"])
-    return pd.concat(ratios[1:] or ratios, ignore_index=True), table.sort_values("machine", kind="stable")
+    return pd.concat(ratios, ignore_index=True), table.sort_values("machine", kind="stable")
 
 
 def page(results: Path) -> str:
@@ -117,21 +114,21 @@ def page(results: Path) -> str:
 def ratio_table(rows: pd.DataFrame) -> str:
     """Our time over the rivals': a row for each question, dtype and rival. Cases that differ by a size alone are left out."""
     rows = rows.assign(
-        question=(rows["case"].str.split().str[0] + " " + rows["phase"]).map(
-            {key: place for place, key in enumerate(QUESTIONS)}
-        ),
-        place=rows["arm"].map({arm: place for place, arm in enumerate(COLUMNS)}),
-        column=rows["arm"].map(COLUMNS),
+        key=rows["case"].str.split().str[0] + " " + rows["phase"],
         dtype=rows["case"].str.extract(r" ((?:fp32|bf16)\S*)", expand=False).fillna(""),
-    ).dropna(subset=["question", "column"])
+        place=range(len(rows)),
+    )
     rows = rows[rows["axis"].isna()] if "axis" in rows else rows
-    rows = rows.sort_values("place").drop_duplicates(["case", "phase", "column"], keep="last")
-    rows = rows.sort_index().sort_values("question", kind="stable")
+    # Merging leaves out other arms and phases, and keeps the left side's order.
+    arms, questions = (pd.DataFrame(each.items()) for each in (COLUMNS, QUESTIONS))
+    rows = arms.set_axis(["arm", "column"], axis=1).merge(rows, on="arm")
+    rows = rows.drop_duplicates(["case", "phase", "column"], keep="last").sort_values("place")
+    rows = questions.set_axis(["key", "question"], axis=1).merge(rows, on="key")
     columns = [*dict.fromkeys(COLUMNS.values())]
     cells = [["our time over the rival's", "the rival", *columns]]
     for (question, dtype, rival), group in rows.groupby(["question", "dtype", "arm_of_rival"], sort=False):
         medians = (group.loc[group["column"] == column, "median"] for column in columns)
-        cells.append([f"{[*QUESTIONS.values()][int(question)]}, {dtype}".rstrip(", "), rival, *map(_cell, medians)])
+        cells.append([f"{question}, {dtype}".rstrip(", "), rival, *map(_cell, medians)])
     return markdown(cells, 2)
 
 
@@ -188,16 +185,13 @@ def _files(files: pd.DataFrame) -> str:
 def where(environment: dict[str, Any]) -> str:
     """The day and commit of a run, and whether other programs took time from it."""
     load = environment.get("load_average_at_start", environment.get("load_average")) or 0.0
-    text = f"{environment['date'][:10]}, {environment.get('commit')}"
-    waited = environment.get("waited_share")
+    text, waited = f"{environment['date'][:10]}, {environment.get('commit')}", environment.get("waited_share")
     disturbed = load > environment["cores"] / 2 if waited is None else waited > MOST_WAITING
     # Only paired ratios of such a run mean something.
     return f"{text}, **other programs ran beside it**" if disturbed else text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    from benchmarks.lab.page import headline
-
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lab.page", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is not up to date")
     args = parser.parse_args(argv)

@@ -74,8 +74,10 @@ def against_measured(gpu: Gpu, name: str, results: Path = RESULTS) -> str:
         predicted = sum(times) if row.phase == "both" else times[DIRECTIONS.index(row.phase)]
         off.append(1e6 * predicted / row.median - 1)
     arms = rows.assign(off=off).set_index("case").groupby(["arm", "phase"])["off"]
-    table = arms.describe()[["count", "min", "50%", "max"]].astype({"count": int}).assign(
-        farthest=arms.apply(lambda each: each.abs().idxmax())
+    table = (
+        arms.describe()[["count", "min", "50%", "max"]]
+        .astype({"count": int})
+        .assign(farthest=arms.apply(lambda each: each.abs().idxmax()))
     )
     return f"Predicted over measured, less 1, the device alone:\n{table.to_string(float_format='{:+.0%}'.format)}"
 

@@ -13,7 +13,7 @@ from benchmarks.common.records import read_records, record, write_records
 from benchmarks.lab.page import __main__ as page
 
 ENVIRONMENT = {
-    "cpu": "A CPU", "cores": 2, "gpu": None, "torch": "2", "commit": "abc", "date": "2026-01-02T03:04:05", "load_average": 3.0,
+    "cpu": "A CPU", "cores": 2, "gpu": None, "torch": "2", "commit": "abc", "date": "2026-01-02T03:04:05", "load_average_at_start": 3.0,
 }  # fmt: skip
 
 
