@@ -3,13 +3,9 @@
     python -m benchmarks.lab.predict [--gpu h100] [--dropout 0.1] [--out DIRECTORY]
     python -m benchmarks.lab.predict --weights nf4
 
-A launch is predicted to take its launch cost and the longest of: bytes from memory over the bandwidth, bytes issued over L2's,
-operations over the matrix units' rate, and bytes over what its programs can keep in flight; its busiest processor counts.
-Ceilings and their sources are in the files of gpus/. Our launches are the ones that dispatch picks, with their bytes by the
-formula that benchmarks.lab.predict.bytes_moved tests; the rivals' are in rivals.py. Only a GPU can tell which share of the
-vendor's matrix rate Triton's products reach, and sources differ about L2's rate. So our times are a band: from all of the matrix
-rate and the highest rate of L2 to 0.85 of the one and the lowest of the other. Regret is how much longer dispatch's kernel takes
-than the fastest. ``--weights``: the weight is in 4 or 8 bits (quantized.py).
+docs/internals/predictions.md explains the model, and gpus/ has the ceilings with their sources. Our times are a band: from all of
+the vendor's matrix rate and the highest rate of L2 to 0.85 of the one and the lowest of the other. Regret is how much longer
+dispatch's kernel takes than the fastest one at the worse end; least regret is that of the best kernel.
 """
 
 from __future__ import annotations
@@ -22,10 +18,10 @@ import pandas as pd
 
 from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
-from benchmarks.lab.predict import quantized
+from benchmarks.lab.predict import layer_time, quantized
 from benchmarks.lab.predict.launch_time import SLOW, Gpu, load_gpu
-from benchmarks.lab.predict.layer_time import DIRECTIONS, NO_OVERLAP, OURS, layer_table, mlp_table, seconds
-from benchmarks.lab.predict.rivals import FROZEN, PEFT, RIVALS, Shape
+from benchmarks.lab.predict.layer_time import DIRECTIONS, MLPS, NO_OVERLAP, OURS, seconds, table
+from benchmarks.lab.predict.rivals import FROZEN, MLP, PEFT, RIVALS, Shape
 
 
 def over_frozen(table: pd.DataFrame, arm: str, end: str = "") -> pd.Series:
@@ -48,27 +44,14 @@ def shown(table: pd.DataFrame) -> str:
     return text.to_string(index=False)
 
 
-def regret_line(table: pd.DataFrame) -> str:
-    """The regret of dispatch's table, and that of a table that minimizes the worst regret of every shape."""
-    worst, least = (
-        table[[f"{way} {name}" for way in DIRECTIONS]].stack() for name in ("regret at most", "least regret")
-    )
-    return (
-        f"Regret at the worse end of each of {len(worst)} calls: {worst.mean():.1%} on average, {worst.max():.1%} at most. "
-        f"The ends disagree, so no table has less than {least.mean():.1%} and {least.max():.1%}."
-    )
-
-
 def against_measured(gpu: Gpu, name: str, results: Path = RESULTS) -> str:
     """How far predictions are from the device times that ``benchmarks.lab.gpu`` measured on such a GPU."""
     paths = [path for path in sorted(results.glob("*/layer.csv")) if name in path.parent.name.split("-")]
     names = {"frozen nn.Linear": FROZEN, "eager LoRA": PEFT, "PEFT": PEFT, OURS: OURS}
-    columns = ["case", "phase", "arm", "metric", "median", "mode", "m", "n_out", "k", "r", "dropout", "dry"]
-    rows = pd.concat([pd.DataFrame(columns=columns), *map(read_records, paths)])[columns]
-    rows = rows[(rows["metric"] == "us") & (rows["mode"] == "graph") & rows["dry"].isna() & rows["arm"].isin(names)]
-    if rows.empty:
+    if not paths:
         return f"No measurements of an {gpu.name} to compare with: python -m benchmarks.lab.gpu makes them."
-    off = []
+    rows = pd.concat(map(read_records, paths))
+    rows, off = rows[(rows["metric"] == "us") & (rows["mode"] == "graph") & rows["arm"].isin(names)], []
     for row in rows.itertuples():
         times = seconds(gpu, Shape(row.m, row.n_out, row.k, row.r, row.dropout > 0, False), names[row.arm])
         predicted = sum(times) if row.phase == "both" else times[DIRECTIONS.index(row.phase)]
@@ -91,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--gpu", default="h100", help="a file's name in benchmarks/lab/predict/gpus (default: %(default)s)")
     add("--dropout", type=float, default=0.1, choices=(0.0, 0.1), help="default: %(default)s")
-    add("--weights", choices=quantized.KINDS, help="the layer's weight, instead of bf16; without dropout")
+    add("--weights", choices=quantized.BITS, help="the layer's weight, instead of bf16; without dropout")
     add("--out", type=Path, help="where to write the tables as CSV files (default: nowhere)")
     options = parser.parse_args(arguments)
     gpu = load_gpu(options.gpu)
@@ -99,15 +82,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.weights:
         print(quantized.table(gpu, options.weights).to_string(index=False))
         return
-    layers, mlps = layer_table(gpu, options.dropout > 0), mlp_table(gpu, options.dropout > 0)
+    layers = table(gpu, layer_time.layers(options.dropout > 0))
+    mlps = table(gpu, [MLP(*sizes, options.dropout > 0) for sizes in MLPS])
     for (n, k), rows in layers.groupby(["n", "k"], sort=False):
         print(f"N {n}, K {k}, dropout {options.dropout:g}: forward + backward over the frozen layer's\n{shown(rows)}\n")
     print(f"A gated MLP, K 4096, F 14336: forward + backward over the frozen MLP's\n{shown(mlps)}\n")
-    print(regret_line(layers), against_measured(gpu, options.gpu), sep="\n")
-    for name, table in {"predicted": layers, "predicted_mlp": mlps}.items() if options.out else ():
+    for name in ("regret at most", "least regret"):
+        found = layers[[f"{way} {name}" for way in DIRECTIONS]].stack()
+        print(
+            f"{name.capitalize()}, the worse end of {len(found)} calls: {found.mean():.1%} on average, {found.max():.1%} at most"
+        )
+    print(against_measured(gpu, options.gpu))
+    for name, rows in {"predicted": layers, "predicted_mlp": mlps}.items() if options.out else ():
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"{name}_dropout_{options.dropout:g}.csv"
-        table.to_csv(path, index=False, lineterminator="\n")
+        rows.to_csv(path, index=False, lineterminator="\n")
         print(f"wrote {path}")
 
 

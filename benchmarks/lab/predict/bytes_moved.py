@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.lab.predict.formula import activation_bytes, formula_by_tensor, total
 from benchmarks.lab.predict.layer_time import DIRECTIONS, ONE_OP, SEPARATE, mlp_launches_of
-from benchmarks.lab.predict.quantized import KINDS
+from benchmarks.lab.predict.quantized import BITS
 from benchmarks.lab.predict.rivals import BF16, MLP, Ways, passes
 from stablelora_kernels.dispatch.problem import DEVICES, Device
 from stablelora_kernels.dispatch.rules import Choice
@@ -77,7 +77,7 @@ class Case(NamedTuple):
 REAL = [
     Case(m, n, 4096, r, p, how)
     for n, hows in (
-        (4096, ("auto", *KINDS)),
+        (4096, ("auto", *BITS)),
         (14336, ("auto",)),
         ((4096, 1024, 1024), (APART, TOGETHER)),
         ((14336, 14336), (APART, TOGETHER)),
@@ -88,8 +88,7 @@ REAL = [
 
 
 def launches(device: Device, case: Case, where: str = "meta") -> Ways:
-    """The forward's and the backward's launches of ``case``, as ``device`` would make them, on tensors without memory or, to
-    count them, on the CPU's."""
+    """The launches of forward and backward as ``device`` would make them, on the meta device or, to count them, the CPU."""
     m, n, k, r, p, how, *dtypes = case
     if how in (SEPARATE, ONE_OP):
         return mlp_launches_of(device, MLP(m, k, n, r, p > 0), how)
@@ -99,7 +98,7 @@ def launches(device: Device, case: Case, where: str = "meta") -> Ways:
         ways = zip(*(call_launches(device, m, each, k, r, *dtypes, p) for each in n), strict=True)
         forward, backward = ([launch for way in each for launch in way] for each in ways)
         return forward, backward + passes("both dX", m * k, 3) * (len(n) - 1)
-    if how in KINDS:
+    if how in BITS:
         return quantized_launches(device, m, n, k, r, *dtypes, p, how, where=where)
     choice = None if how == "auto" else Choice(how, "")
     return call_launches(device, m, n, k, r, *dtypes, p, choice, choice, where=where)

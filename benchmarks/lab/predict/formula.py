@@ -280,31 +280,20 @@ def _gated_activation(t: _Account, c: dict[str, Any]) -> None:
     t.write("h")
 
 
-def _group(t: _Account, c: dict[str, Any], tiles: int) -> int:
-    """What both kernels of projections that share X read; the elements of their S or dS, of which the first's is given."""
-    members = range(c["MEMBERS"])
-    t.read(x=1, **{f"seed{i}": tiles * c["SPLITS"] for i in members})
-    t.share(c["SPLITS"])
-    return c["M"] * sum(c[f"R{i}"] for i in members)
-
-
-def _shrink_group(t: _Account, c: dict[str, Any]) -> None:
-    tiles_m = cdiv(c["M"], c["BLOCK_M"])
-    s = _group(t, c, tiles_m)
+def _group(t: _Account, c: dict[str, Any]) -> None:
+    """S of projections that share X, or their dA. S and dS are columns of one matrix, of which the first's are given."""
+    members, tiles = range(c["MEMBERS"]), cdiv(c["K"], c["BLOCK_C"]) if "BLOCK_C" in c else cdiv(c["M"], c["BLOCK_M"])
+    s = c["M"] * sum(c[f"R{i}"] for i in members)
+    t.read(x=1, **{f"a{i}": tiles for i in members}, **{f"seed{i}": tiles * c["SPLITS"] for i in members})
     t.add("s", written=s, touched=s)
-    t.read(**{f"a{i}": tiles_m for i in range(c["MEMBERS"])})
-
-
-def _grads_group(t: _Account, c: dict[str, Any]) -> None:
-    tiles = cdiv(c["K"], c["BLOCK_C"])
-    ds = _group(t, c, tiles)
-    t.add("ds", read=tiles * ds, touched=ds)
-    t.write(*(f"da{i}" for i in range(c["MEMBERS"])))
+    t.add("ds", read=tiles * s, touched=s)
+    t.write(*(f"da{i}" for i in members))
+    t.share(c["SPLITS"])
 
 
 _FORMULAS = {
-    "_lora_shrink_group_kernel": _shrink_group,
-    "_lora_weight_grads_group_kernel": _grads_group,
+    "_lora_shrink_group_kernel": _group,
+    "_lora_weight_grads_group_kernel": _group,
     "_lora_gate_up_kernel": _gate_up,
     "_lora_gate_up_tma_kernel": _gate_up,
     "_gated_activation_kernel": _gated_activation,

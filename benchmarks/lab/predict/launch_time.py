@@ -90,10 +90,8 @@ class Work(NamedTuple):
     def seconds(self, gpu: Gpu) -> float:
         if self.sizes is None:
             return gpu.launch + max(self.bytes / gpu.bandwidth, self.flops / gpu.matrix_rate)
-        m, n, k = self.sizes
         # The epilogue's operations take as long as those of a longer sum.
-        more = self.flops / (2.0 * m * n * k)
-        return gpu.launch + more * vendor_seconds(gpu, m, n, k, extra=self.bytes - 2.0 * (m * k + k * n + m * n))
+        return gpu.launch + self.flops / (2.0 * math.prod(self.sizes)) * vendor_seconds(gpu, *self.sizes, self.bytes)
 
 
 class Facts(NamedTuple):
@@ -163,7 +161,10 @@ def facts(launch: Any, narrow_columns: int) -> Facts | Work:
         m, n, k = *launch.y.shape, launch.x.shape[1]
         return Work("vendor", formula(launch).unique, 2.0 * m * n * k, (m, n, k))
     v = arguments_of(launch)
-    moved, grad_moved = _moved(launch)
+    moved, grad_moved = formula(launch), Traffic()
+    if v.get("HAS_GRAD") and "LOAD_S" in v:
+        bare = formula(launch._replace(constants=launch.constants | {"HAS_GRAD": False}))
+        moved, grad_moved = bare, Traffic(*(a - b for a, b in zip(moved, bare, strict=True)))
     units, operations, grad_operations = work(launch, narrow_columns)
     if "BLOCK" in v:
         # Elementwise: a processor holds eight such programs rather than two, each with its parts of G and U.
@@ -181,14 +182,6 @@ def facts(launch: Any, narrow_columns: int) -> Facts | Work:
         begins_early=bool(launch.options.get("launch_pdl")),
         ends_early=bool(v.get("TRIGGERS_DEPENDENTS")),
     )  # fmt: skip
-
-
-def _moved(launch: Any) -> tuple[Traffic, Traffic]:
-    whole = formula(launch)
-    if not launch.constants.get("HAS_GRAD") or "LOAD_S" not in launch.constants:
-        return whole, Traffic()
-    bare = formula(launch._replace(constants=launch.constants | {"HAS_GRAD": False}))
-    return bare, Traffic(*(a - b for a, b in zip(whole, bare, strict=True)))
 
 
 def _up(size: int, block: int) -> int:
@@ -236,14 +229,6 @@ def work(launch: Any, narrow_columns: int) -> tuple[int, float, float]:
     return units, product + branch + s, grad(n)
 
 
-def chained_seconds(gpu: Gpu, shrink: Facts, linear: Facts) -> float:
-    """The pair of ``split`` as one launch: S's programs first, then the product's, each of which waits for its rows' flag.
-
-    The same bytes and operations. S's programs are one a processor, since each takes the product's shared memory.
-    """
-    return gpu.launch + shrink._replace(ends_early=True).busy(gpu, residents=1) + linear.busy(gpu)
-
-
 def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:
     """Seconds until the last of ``splits`` programs has stored and counted its part and read all, each of ``part`` bytes."""
     if splits == 1:
@@ -252,12 +237,11 @@ def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:
 
 
 @cache
-def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, extra: float = 0.0) -> float:
+def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, unique: float) -> float:
     """[m, k] by [k, n] by the vendor's library: the best of its tiles, at the full matrix rate, without the launch.
 
-    ``extra``: further bytes. From Hopper on, two programs share the reads of a tile's columns (multicast).
+    ``unique``: bytes from and to memory. From Hopper on, two programs share the reads of a tile's columns (multicast).
     """
-    unique = 2.0 * (m * k + k * n + m * n) + extra
     pair = 2 if gpu.device.generation >= 90 else 1
     found = []
     for (rows, columns), splits in product(VENDOR_TILES, VENDOR_SPLITS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.lab.predict.formula import Traffic
-from benchmarks.lab.predict.launch_time import Gpu, band_ends, chained_seconds, facts
+from benchmarks.lab.predict.launch_time import Gpu, band_ends, facts
 from benchmarks.lab.predict.rivals import ACTIVATION, BF16, FROZEN, MLP, RIVALS, UNSLOTH, Shape, Ways, join, rival
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
@@ -40,8 +41,7 @@ def call_of(s: Shape, direction: str) -> Call:
 @cache
 def _layer_facts(device: Device, narrow_columns: int, s: Shape, kernel: str) -> list[list[Any]]:
     """Of forward and backward by ``kernel``, or by "split" for a direction that has no such kernel."""
-    possible = [kernel in possible_kernels(call_of(s, direction)) for direction in DIRECTIONS]
-    choices = [Choice(kernel if each else "split", "") for each in possible]
+    choices = [Choice(kernel if kernel in possible_kernels(call_of(s, way)) else "split", "") for way in DIRECTIONS]
     return [[facts(launch, narrow_columns) for launch in way] for way in layer_launches(device, s, *choices)]
 
 
@@ -49,7 +49,11 @@ def kernel_seconds(gpu: Gpu, s: Shape, direction: str, kernel: str) -> float:
     """Predicted seconds of one direction by ``kernel``. "chained" is priced from the pair of launches that it joins."""
     found = _layer_facts(gpu.device, gpu.narrow_columns, s, "split" if kernel == "chained" else kernel)
     each = found[DIRECTIONS.index(direction)]
-    return chained_seconds(gpu, *each) if kernel == "chained" else sum(launch.seconds(gpu) for launch in each)
+    if kernel != "chained":
+        return sum(launch.seconds(gpu) for launch in each)
+    # Programs of S go first, one a processor, since each takes the product's shared memory. Tiles wait for their rows' flag.
+    first, second = each
+    return gpu.launch + first._replace(ends_early=True).busy(gpu, residents=1) + second.busy(gpu)
 
 
 def without_overlap(gpu: Gpu, s: Shape) -> list[float]:
@@ -98,35 +102,31 @@ def seconds(gpu: Gpu, case: Shape | MLP, arm: str) -> list[float]:
 def regret(gpu: Gpu, s: Shape, direction: str) -> pd.DataFrame:
     """How much longer each possible kernel takes than the fastest one, at each end of the band."""
     kernels, ends = possible_kernels(call_of(s, direction)), band_ends(gpu).items()
-    times = pd.DataFrame({
-        end: {kernel: kernel_seconds(at, s, direction, kernel) for kernel in kernels} for end, at in ends
-    })  # fmt: skip
-    return times / times.min() - 1
+    times = {end: {kernel: kernel_seconds(at, s, direction, kernel) for kernel in kernels} for end, at in ends}
+    return pd.DataFrame(times) / pd.DataFrame(times).min() - 1
 
 
-def times(gpu: Gpu, case: Shape | MLP) -> dict[str, float]:
-    """Predicted microseconds of every arm, forward and backward, at both ends of the band."""
-    return {
-        f"{arm} {direction}{end}": round(1e6 * each, 2 if isinstance(case, Shape) else 1)
-        for arm, (end, at) in product(arms_of(case), band_ends(gpu).items())
-        for direction, each in zip(DIRECTIONS, seconds(at, case, arm), strict=True)
-    }
+def table(gpu: Gpu, cases: Sequence[Shape | MLP]) -> pd.DataFrame:
+    """A row for each case: predicted microseconds of its arms, forward and backward, at both ends of the band.
 
-
-def layer_table(gpu: Gpu, dropout: bool) -> pd.DataFrame:
-    """A row for each shape: its times, dispatch's kernels, their regret at the worse end, and the least that any kernel has."""
+    For a layer also dispatch's kernels, their regret at the worse end, and the least that a kernel has there.
+    """
     rows = []
-    for s in (Shape(m, n, k, r, dropout) for (n, k), m, r in product(SIZES, ROWS, RANKS)):
-        row: dict[str, Any] = {"gpu": gpu.name, "m": s.m, "n": s.n, "k": s.k, "r": s.r, "dropout": s.p, **times(gpu, s)}
-        for direction in DIRECTIONS:
-            kernel, worst = choose(gpu.device, call_of(s, direction)).kernel, regret(gpu, s, direction).max(axis=1)
-            found = {"kernel": kernel, "regret at most": round(worst[kernel], 3), "least regret": round(worst.min(), 3)}
-            row |= {f"{direction} {name}": each for name, each in found.items()}
+    for case in cases:
+        row: dict[str, Any] = {"gpu": gpu.name, **case._asdict(), "dropout": 0.1 if case.dropout else 0.0}
+        for arm, (end, at) in product(arms_of(case), band_ends(gpu).items()):
+            found = (round(1e6 * each, 2 if isinstance(case, Shape) else 1) for each in seconds(at, case, arm))
+            row |= {f"{arm} {direction}{end}": us for direction, us in zip(DIRECTIONS, found, strict=True)}
+        for direction in DIRECTIONS if isinstance(case, Shape) else ():
+            kernel, worst = (
+                choose(gpu.device, call_of(case, direction)).kernel,
+                regret(gpu, case, direction).max(axis=1),
+            )
+            row[f"{direction} kernel"] = kernel
+            row |= {f"{direction} regret at most": worst[kernel], f"{direction} least regret": worst.min()}
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).drop(columns="wide_adapters", errors="ignore").round(3)
 
 
-def mlp_table(gpu: Gpu, dropout: bool) -> pd.DataFrame:
-    """A row for each gated MLP: its times."""
-    mlps = [MLP(*sizes, dropout) for sizes in MLPS]
-    return pd.DataFrame([{"gpu": gpu.name, **s._asdict(), "dropout": s.layers()[0].p, **times(gpu, s)} for s in mlps])
+def layers(dropout: bool) -> list[Shape]:
+    return [Shape(m, n, k, r, dropout) for (n, k), m, r in product(SIZES, ROWS, RANKS)]

@@ -22,7 +22,7 @@ from stablelora_kernels.dispatch.problem import cdiv
 from stablelora_kernels.dispatch.rules import Choice, choose_quantized
 from stablelora_kernels.launch.dry_run import quantized_launches
 
-KINDS = ("nf4", "fp8")
+BITS = {"nf4": 4, "fp8": 8}
 ROWS = (1, 16, 64, *range(128, 705, 32), 1024, 2048, 8192)
 SIZES = ((4096, 4096), (14336, 4096))
 # Instructions for an element of W, and those of them to memory, by what computes it and the rows of its tile.
@@ -65,16 +65,10 @@ def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
     )
 
 
-def seconds(gpu: Gpu, s: Shape, kind: str, kernel: str | None = None, overlap: bool = True) -> list[float]:
-    """Forward and backward by ``kernel``, "in_loop" or "dequantize", or by dispatch's choice."""
-    choice = None if kernel is None else Choice(kernel, "")
-    ways = quantized_launches(gpu.device, s.m, s.n, s.k, s.r, BF16, BF16, s.p, kind, choice)
+def seconds(gpu: Gpu, s: Shape, kind: str, kernel: str, overlap: bool = True) -> list[float]:
+    """Forward and backward by ``kernel``, "in_loop" or "dequantize"."""
+    ways = quantized_launches(gpu.device, s.m, s.n, s.k, s.r, BF16, BF16, s.p, kind, Choice(kernel, ""))
     return [sum(launch_seconds(gpu, launch, overlap) for launch in way) for way in ways]
-
-
-def chosen(gpu: Gpu, s: Shape, kind: str, direction: str) -> str:
-    """Dispatch's choice."""
-    return choose_quantized(gpu.device, call_of(s, direction), 4 if kind == "nf4" else 8).kernel
 
 
 def table(gpu: Gpu, kind: str) -> pd.DataFrame:
@@ -90,6 +84,6 @@ def table(gpu: Gpu, kind: str) -> pd.DataFrame:
         row: dict[str, Any] = {"M": s.m, "N": s.n, "K": s.k}
         for place, (result, direction) in enumerate(zip(("Y", "dX"), DIRECTIONS, strict=True)):
             row |= {f"{result} {name}": round(1e6 * both[place], 1) for name, both in arms.items()}
-            row[f"{result} by"] = chosen(gpu, s, kind, direction)
+            row[f"{result} by"] = choose_quantized(gpu.device, call_of(s, direction), BITS[kind]).kernel
         rows.append(row)
     return pd.DataFrame(rows)
