@@ -70,3 +70,18 @@ def test_the_host_time_page_has_the_stored_figures():
     for tensors, *cells in shown:
         found = [medians[f"host step {tensors} tensors r2 width 8, gradients {way}"] for way in ("kept", "moved")]
         assert [f"{value:.2f}" for value in found] == cells
+
+
+def test_the_performance_page_has_the_figures_of_the_main_jobs():
+    text = page.PAGE.with_name("performance.md").read_text(encoding="utf-8")
+    forms = {"% over frozen": ".1f", "speedup over PEFT": ".2f", "loss minus PEFT": "+.3f", "MiB at the peak": ",.0f"}
+    files = sorted(page.RESULTS.glob("*/main*/result.csv"))
+    assert files
+    for file in files:
+        rows = read_records(file)
+        rows = rows[rows["phase"].isin(("step", "held-out")) & rows["metric"].isin(forms)]
+        assert {*rows["metric"]} == {*forms}
+        for row in rows[(rows["role"] == "ours") | (rows["metric"] == "MiB at the peak")].itertuples():
+            value = f"{round(row.median, 3) + 0.0:{forms[row.metric]}}"
+            spread = f" ± {row.half_95:{forms[row.metric].strip('+')}} |" if row.half_95 == row.half_95 else " |"
+            assert value + spread in text, (file, row)

@@ -17,10 +17,11 @@ from benchmarks.lab.predict.bytes_moved import APART, BF16, ONE_OP, SEPARATE, TO
 from benchmarks.lab.predict.counter import counted
 from stablelora_kernels.dispatch import backend, problem, tiles
 from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.dispatch.settings import use_kernel
+from stablelora_kernels.dispatch.settings import use_backend, use_kernel
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
 from stablelora_kernels.launch import lora_branch, lora_linear, lora_linear_quantized
 from stablelora_kernels.launch.dry_run import mlp_launches
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.testing import fp8_weight, nf4_weight
 
 pytestmark = [
@@ -81,28 +82,17 @@ def test_the_formula_counts_right_at_tiny_tiles(m, n, k, r, dtypes, kernel, p, a
         (Case(550, 24, 40, 80, 0.1), "linear linear db_partial grad_partial"),
         (Case(550, 24, 40, 80, 0.1, "split"), "shrink linear shrink linear grad_partial"),
         (Case(550, 24, 40, 80, 0.1, "vendor"), "vendor shrink expand vendor shrink expand weight_grads partial"),
+        # Projections of one X: descriptors and pointers, split-K sums, ranks that fill no block, the vendor's products.
+        (Case(200, (72, 40, 40), 264, 20, 0.1, TOGETHER), None),
+        (Case(72, (40, 40), 1032, 8, 0.0, TOGETHER), None),
+        (Case(9, (72, 40, 40), 136, 16, 0.0, TOGETHER), None),
+        (Case(72, (40, 24, 24), 72, 80, 0.0, TOGETHER), None),
+        (Case(72, (40, 24, 24), 136, 16, 0.1, TOGETHER, FP32), None),
     ],
 )
 def test_the_formula_counts_right_at_the_tables_tiles(case, expected, arch):
-    assert compare(*bytes_moved.launches(DEVICES[arch], case, "cpu")).replace("_tma", "") == expected
-
-
-@pytest.mark.covering(1)
-@both_forms
-@pytest.mark.parametrize(
-    ("m", "ns", "k", "r", "p", "dtype"),
-    # Descriptors and pointers, split-K sums, ranks that fill no block, the vendor's products.
-    [
-        (70, (136, 72, 72), 200, 16, 0.0, BF16),
-        (200, (72, 40, 40), 264, 20, 0.1, BF16),
-        (72, (40, 40), 1032, 8, 0.0, BF16),
-        (9, (72, 40, 40), 136, 16, 0.0, BF16),
-        (72, (40, 24, 24), 72, 80, 0.0, BF16),
-        (72, (40, 24, 24), 136, 16, 0.1, FP32),
-    ],
-)
-def test_the_formula_counts_projections_that_share_x(m, ns, k, r, p, dtype, arch):
-    compare(*bytes_moved.launches(DEVICES[arch], Case(m, ns, k, r, p, TOGETHER, dtype), "cpu"))
+    found = compare(*bytes_moved.launches(DEVICES[arch], case, "cpu")).replace("_tma", "")
+    assert expected in (None, found)
 
 
 @pytest.mark.covering(1)
@@ -113,7 +103,6 @@ def test_the_formula_counts_projections_that_share_x(m, ns, k, r, p, dtype, arch
     [
         (136, 72, 264, 136, 20, 0.3, BF16, "split"),
         (70, 67, 75, 71, 3, 0.3, BF16, "split"),
-        (70, 72, 136, 40, 80, 0.0, BF16, "split"),
         (9, 72, 136, 40, 8, 0.3, BF16, "auto"),
         (70, 72, 136, 40, 8, 0.0, BF16, "chained"),
         (70, 72, 136, 40, 8, 0.3, FP32, "auto"),
@@ -162,11 +151,9 @@ def test_the_branch_alone(m, r, p):
     ("m", "n", "k", "blocksize", "nested", "dtype", "first"),
     [
         (9, 264, 512, 64, True, BF16, "shrink"),
-        (9, 72, 256, 64, False, FP16, "shrink"),
         # Two programs' blocks to a scale, a tile of two scales, and edges in both directions.
         (70, 1032, 512, 256, True, BF16, "shrink"),
         (70, 136, 96, 32, True, FP16, "shrink"),
-        (9, 264, 512, 64, True, FP32, "shrink"),
         # Dequantized first, and so for want of alignment.
         (300, 264, 512, 64, True, BF16, "dequantize"),
         (9, 31, 75, 64, False, BF16, "dequantize"),
@@ -217,15 +204,10 @@ def test_what_is_saved_stays_saved():
     assert (three["launches"], one["launches"]) == (9, 7) and one["unique"] < 0.85 * three["unique"]
 
 
-@pytest.mark.parametrize(
-    ("r", "width", "dtype", "b"), [(4, 256, FP32, 1e-3), (16, 2048, BF16, 8.0), (3, 2777, FP16, 1e-3)]
-)
-def test_the_optimizer_is_close_to_its_floor(r, width, dtype, b):
+@pytest.mark.parametrize(("width", "dtype", "b"), [(256, FP32, 1e-3), (2048, BF16, 8.0), (2777, FP16, 1e-3)])
+def test_the_optimizer_is_close_to_its_floor(width, dtype, b):
     """The second step, as the first also measures the sums; shrinking, or latched as B is large. Sizes may fit no chunk."""
-    from stablelora_kernels.dispatch.settings import use_backend
-    from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-
-    values = {"0.lora_A": torch.ones(r, width), "0.lora_B": torch.full((width, r), b), "other": torch.ones(5000)}
+    values = {"0.lora_A": torch.ones(4, width), "0.lora_B": torch.full((width, 4), b), "other": torch.ones(5000)}
     named = {name: p.to(dtype).requires_grad_() for name, p in values.items()}
     optimizer = StableLoRAAdamW([*named.items()])
     for p in named.values():
@@ -236,8 +218,7 @@ def test_the_optimizer_is_close_to_its_floor(r, width, dtype, b):
             optimizer.step()
     # p, g, m and v read; p, m and v written; the moments are float32.
     floor = sum(p.numel() for p in named.values()) * (3 * dtype.itemsize + 16)
-    (launch,) = found
-    assert floor <= launch.traffic.unique <= launch.traffic.issued <= 1.007 * floor
+    assert len(found) == 1 and floor <= found[0].traffic.unique <= found[0].traffic.issued <= 1.007 * floor
 
 
 def test_the_command_writes_all_rows(tmp_path, monkeypatch, capsys):
