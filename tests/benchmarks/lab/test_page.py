@@ -13,7 +13,8 @@ from benchmarks.common.records import read_records, record, write_records
 from benchmarks.lab.page import __main__ as page
 
 ENVIRONMENT = {
-    "cpu": "A CPU", "cores": 2, "gpu": None, "torch": "2", "commit": "abc", "date": "2026-01-02T03:04:05", "load_average_at_start": 3.0,
+    "cpu": "A CPU", "cores": 2, "gpu": None, "torch": "2", "commit": "abc", "date": "2026-01-02T03:04:05",
+    "load_average_at_start": 3.0,
 }  # fmt: skip
 
 
@@ -27,7 +28,8 @@ def test_the_page_answers_first_and_has_every_loss_and_the_files(tmp_path, monke
     write_records(tmp_path / "machine" / "suite_scaling.csv", rows, ENVIRONMENT)
     won, lost = "Speed   one line: 10% less time", "        our layers: 2.0% more time"
     run = {
-        "environment": ENVIRONMENT, "waited_share": 0.0, "verdicts": [won, lost], "recipe": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0},
+        "environment": ENVIRONMENT, "waited_share": 0.0, "verdicts": [won, lost],
+        "recipe": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0},
         "settings": {"model": "m", "data": "plays", "targets": [], "lora_dropout": 0.0, "dtype": "float32"},
     }  # fmt: skip
     write_records(tmp_path / "machine" / "main" / "result.csv", rows[:1], run)
@@ -49,8 +51,6 @@ def test_the_page_answers_first_and_has_every_loss_and_the_files(tmp_path, monke
     assert (
         "`python -m benchmarks --dtype fp32 --dropout 0`" in files and files.count("other programs ran beside it") == 1
     )
-    with pytest.raises(ValueError, match="with something measured, got"):
-        page.page(tmp_path / "machine")
 
 
 def test_the_committed_page_is_of_the_committed_results(capsys):
