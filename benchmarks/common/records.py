@@ -30,14 +30,18 @@ def write_records(path: Path, rows: Iterable[dict[str, Any]], environment: dict[
     """Write ``rows``, which may have further columns, whole or not at all."""
     frame = pd.DataFrame(rows)
     table = frame.reindex(columns=[*COLUMNS, *frame.columns.difference(COLUMNS, sort=False)])
-    body = table.to_csv(index=False, lineterminator="\n", float_format=f"%.{DIGITS}g")
+    # A missing value makes floats of a column's integers, which DIGITS would round.
+    whole = [name for name in table.select_dtypes("float") if (table[name].dropna() % 1 == 0).all()]
+    body = table.astype(dict.fromkeys(whole, "Int64")).to_csv(
+        index=False, lineterminator="\n", float_format=f"%.{DIGITS}g"
+    )
     return write_text(path, f"# {json.dumps(environment)}\n{body}")
 
 
 def read_records(path: Path) -> pd.DataFrame:
     """The rows; ``attrs["environment"]`` describes the machine."""
     head, _, body = path.read_text(encoding="utf-8").partition("\n")
-    frame = pd.read_csv(io.StringIO(body))
+    frame = pd.read_csv(io.StringIO(body), dtype={"role": str})
     frame["role"] = frame["role"].fillna("")
     frame.attrs["environment"] = json.loads(head.removeprefix("# "))
     return frame

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.utils import checkpoint  # noqa: F401 (in sources)
 
 import stablelora_kernels as slk
-from tests.helpers.gated_mlps import INNER, MLP, WIDTH, rows, with_lora
+from tests.helpers.gated_mlps import INNER, MLP, WIDTH, mlp_of, pair, rows, step, with_lora
+from tests.nn.test_fused_mlp_reasons import disables, hooks, two_adapters
 
 pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-from tests.integrations.test_fused_mlp_peft import disables, hooks, mlp_of, pair, run, two_adapters
 
 pytestmark = pytest.mark.fuzz
 KEPT: list[Any] = []
@@ -266,7 +266,7 @@ ACTIONS: dict[str, Callable[[Any], Any]] = {
 @settings(max_examples=settings.default.max_examples // 3)
 @given(st.lists(st.tuples(st.sampled_from(sorted(ACTIONS)), st.sampled_from(sorted(MODES))), min_size=1, max_size=8))
 def test_calls_of_peft(actions: list[tuple[str, str]]) -> None:
-    models = list(pair())
+    models = list(pair(MLP, "PEFT", dropout=0.2))
     for model, fuses in zip(models, (True, False), strict=True):
         model.fuses = fuses
     for name, mode in actions:
@@ -278,7 +278,7 @@ def test_calls_of_peft(actions: list[tuple[str, str]]) -> None:
                 torch.manual_seed(5)
                 with MODES[mode]():
                     trains = mode in ("plain", "autocast")
-                    outcomes.append(run(models[i]) if trains else {"y": models[i](rows())})
+                    outcomes.append(step(models[i]) if trains else {"y": models[i](rows())})
             except Exception as error:
                 outcomes.append({"error": type(error)})
         check(*outcomes, mode, actions)

@@ -1,7 +1,7 @@
 """The first tests that a GPU runs: each kernel, in the simplest call that takes it, and each way of launching it.
 
-``benchmarks.lab.gpu.correctness`` runs them in an order in which each takes one step beyond those before it, and
-``benchmarks.lab.gpu.sanitizers`` runs them under compute-sanitizer. So they are few, small, and do not fill memory with NaN.
+``benchmarks.lab.gpu`` runs them first, in this order, in which each takes one step beyond those before it, and
+``test_nvidia_tools`` runs them under compute-sanitizer. So they are few, small, and do not fill memory with NaN.
 """
 
 from __future__ import annotations

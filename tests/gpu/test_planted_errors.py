@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -9,7 +12,16 @@ import stablelora_kernels as slk
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.launch import counters
 from stablelora_kernels.reference import dropout_keep_ref
-from tests.gpu import conftest, test_bring_up, test_cuda_graphs, test_large_offsets, test_oracle, test_repeats_and_masks
+from tests.gpu import (
+    conftest,
+    test_bring_up,
+    test_cuda_graphs,
+    test_large_offsets,
+    test_launches,
+    test_nvidia_tools,
+    test_oracle,
+    test_repeats_and_masks,
+)
 from tests.helpers import gpu_checks, oracle
 from tests.helpers.gpu_checks import FP32, Captured, Case, keep_rows
 
@@ -119,3 +131,56 @@ def test_a_counter_that_is_not_set_back_is_found_once():
     mine[3] = 1
     (left,) = conftest.counters_left().values()
     assert left == [3] and not mine.any() and conftest.counters_left() == {}
+
+
+NCU = """==PROF== Connected to process 1
+"ID","Process ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"
+"","","","byte","byte"
+"0","1","gemm","1,073,741,824","0"
+"1","1","_lora_linear_tma_kernel","536870912","536870912"
+==PROF== Disconnected
+"""
+SANITIZED = """========= COMPUTE-SANITIZER
+tests/gpu/test_bring_up.py::test_mlp[0.1] ========= Invalid __global__ read of size 4 bytes
+=========     at _lora_gate_up_kernel+0x1d0 in gate_up.py:120
+=========
+========= Warning: Race reported between Write access at _lora_shrink_kernel+0x90
+=========     and Read access at _lora_shrink_kernel+0xa0 [4 hazards]
+========= Uninitialized __global__ memory read of size 2 bytes
+=========     at void cutlass_gemm+0x10
+========= ERROR SUMMARY: 3 errors
+"""
+
+
+def test_what_nvidias_tools_print_is_read():
+    assert test_nvidia_tools.gib_moved(NCU) == 2.0
+    ours, others = test_nvidia_tools.errors(SANITIZED)
+    assert others == 2 and [*ours] == ["test_mlp[0.1], _lora_gate_up_kernel: Invalid __global__ read of size 4 bytes"]
+
+
+@pytest.mark.parametrize(
+    ("status", "printed", "outcome"),
+    [
+        (0, "", None),
+        (0, SANITIZED, AssertionError),
+        (1, "", AssertionError),
+        (0, "no device", AssertionError),
+        (None, "", pytest.skip.Exception),
+    ],
+)
+def test_a_sanitizer_that_found_nothing_must_have_finished(status, printed, outcome, monkeypatch):
+    printed = printed or "========= ERROR SUMMARY: 0 errors"
+    monkeypatch.setattr(test_nvidia_tools, "run_tool", lambda *_, **__: (status, printed))
+    with pytest.raises(outcome) if outcome else nullcontext():
+        test_nvidia_tools.test_no_errors_in_our_kernels("memcheck", ignore)
+
+
+def test_launches_and_waits_are_counted(monkeypatch):
+    names = {"kernel": "_k", "cuda_runtime": "cudaStreamSynchronize", "cuda_driver": "cuLaunchKernel", "cpu_op": "mm"}
+    trace = {"traceEvents": [{"cat": cat, "name": name} for cat, name in names.items()] * 2}
+    found = test_launches.counts_of(trace)
+    assert {kind: counter.total() for kind, counter in found.items()} == {"kernels": 2, "waits": 2}
+    monkeypatch.setattr(test_launches, "own_waits", Counter)
+    monkeypatch.setattr(test_launches, "profile", lambda run: found)
+    with pytest.raises(AssertionError, match="the host waits"):
+        test_launches.check(lambda: None, 0, 2, ignore)

@@ -54,12 +54,12 @@ def _run(pickled: bytes, writing: Any) -> None:
     writing.send(said)
 
 
-def kills(action: Callable[[], Any], prepare: Callable[[], Any]) -> Iterator[int]:
-    """Prepare, run ``action`` in a process that is killed before its first file operation, and yield; then before its second ...
+def kills(action: Callable[[], Any], prepare: Callable[[], Any], first: int = 1, every: int = 1) -> Iterator[int]:
+    """Prepare, run ``action`` in a process that is killed before its file operation ``first``, and yield; then ``every`` later.
 
-    The last one lives. Deterministic: Python's audit events are counted.
+    And so on: the last one lives. Deterministic: Python's audit events are counted.
     """
-    for limit in range(1, 1000):
+    for limit in range(first, 1000, every):
         prepare()
         killed = in_child(partial(_doomed, limit, action))
         assert killed in (0, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -54,36 +55,77 @@ def family(model_type, dtype=torch.float64):
     return build(model_type, BY_TYPE[model_type]).to(dtype)
 
 
+class Wrapper(nn.ModuleDict):
+    """The smallest model with an MLP: PEFT wraps a module with a forward."""
+
+    def forward(self, x):
+        return self["mlp"](x)
+
+
+def model_of(module):
+    """``module``, or an MLP as model["mlp"]."""
+    is_model = hasattr(module, "config") and hasattr(module, "generate")
+    return module if is_model or isinstance(module, Wrapper) else Wrapper({"mlp": module})
+
+
 def with_lora(module, fuse=True, dropout=0.0, seed=1, targets=TARGETS, **more):
-    """A copy of nothing: ``module`` itself as model.mlp, and the report. No branch is zero."""
-    model = nn.ModuleDict({"mlp": module})
+    """Our layers in ``module`` itself, and the report. No branch is zero."""
+    model = model_of(module)
     torch.manual_seed(seed)
-    report = slk.apply_lora(
-        model, slk.LoRAConfig(r=3, target_modules=targets, lora_dropout=dropout), fuse_mlp=fuse, **more
-    )
+    config = slk.LoRAConfig(r=3, target_modules=targets, lora_dropout=dropout)
+    report = slk.apply_lora(model, config, fuse_mlp=fuse, **more)
     fill_b(model)
     return model.train(), report
 
 
-def pair(make, **kwargs):
+def with_peft(
+    module, fuse=True, dropout=0.0, seed=1, targets=TARGETS, dtype=torch.float64, fuse_projections=False, **config
+):
+    """As with_lora, PEFT's layers, accelerated. PEFT leaves the adapters of float64 models in float32."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    torch.manual_seed(seed)
+    settings = {"r": 3, "target_modules": targets, "lora_dropout": dropout, "init_lora_weights": False}
+    model = peft.get_peft_model(model_of(module), peft.LoraConfig(**settings | config))
+    into_dtype(model, dtype)
+    return model.train(), slk.accelerate_peft(model, fuse_mlp=fuse, fuse_projections=fuse_projections)
+
+
+def into_dtype(model, dtype):
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+
+
+LIBRARIES = {"ours": with_lora, "PEFT": with_peft}
+
+
+def pair(make, library="ours", **kwargs):
     """The same MLP fused and not."""
     models = []
     for fuse in (True, False):
         torch.manual_seed(0)
-        models.append(with_lora(make().double(), fuse, **kwargs)[0])
+        models.append(LIBRARIES[library](make().double(), fuse, **kwargs)[0])
     return models
 
 
+def mlp_of(model):
+    return base_of(model)["mlp"]
+
+
+def base_of(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def step(model, x=None, call=None):
-    """The output and all gradients of one step: of a model of tokens, or of ``call``, at first model["mlp"], for ``x``."""
+    """The output and all gradients of one step: of a model of tokens, or of ``call``, at first its MLP, for ``x``."""
     model.zero_grad()
     torch.manual_seed(5)
+    is_mlp = isinstance(base_of(model), Wrapper)
     x = rows() if x is None else x
-    is_mlp = isinstance(model, nn.ModuleDict)
-    y = (call or model["mlp"])(x) if is_mlp else model(IDS, labels=IDS).loss
+    y = (call or model)(x) if is_mlp else model(IDS, labels=IDS).loss
     (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)).sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    if isinstance(model, nn.ModuleDict) and x.grad is not None:
+    if is_mlp and x.grad is not None:
         found["x"] = x.grad
     return {"y": y.detach()} | found
 

@@ -93,3 +93,40 @@ def fp8_linear(weight: FP8Weight, dtype: torch.dtype) -> nn.Linear:
     linear = nn.Linear(*reversed(weight.shape), dtype=dtype)
     linear.weight = nn.Parameter(Float8Tensor(weight, dtype), requires_grad=False)
     return linear
+
+
+class Scaled(Tensor):
+    """A weight that only its own code can read: the tensor holds half of each element."""
+
+    def __deepcopy__(self, memo):
+        return nn.Parameter(self.detach().as_subclass(Tensor).clone().as_subclass(type(self)), self.requires_grad)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            x, weight, *bias = args
+            return func(x, 2 * weight.as_subclass(Tensor), *bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def scaled(linear: nn.Linear) -> nn.Linear:
+    linear.weight = nn.Parameter((linear.weight.detach() / 2).as_subclass(Scaled))
+    return linear
+
+
+def torchao_fp8_a_tensor(linear: nn.Linear) -> nn.Linear:
+    """With one scale for the whole weight."""
+    one = pytest.importorskip("torchao.quantization", reason="torchao is not installed").PerTensor()
+    torchao(linear, "Float8WeightOnlyConfig")
+    values = torch.randn(linear.weight.shape, dtype=linear.weight.dtype)
+    linear.weight = nn.Parameter(type(linear.weight).from_hp(values, granularity=one), requires_grad=False)
+    return linear
+
+
+def conv1d(n: int = N, k: int = K, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """transformers' layer, whose weight is [in, out]."""
+    reason = "transformers is not installed (pip install .[test])"
+    layer = pytest.importorskip("transformers.pytorch_utils", reason=reason).Conv1D(n, k)
+    nn.init.normal_(layer.weight, std=k**-0.5)
+    nn.init.normal_(layer.bias)
+    return layer.to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import contextmanager
 
 import pytest
@@ -55,6 +56,13 @@ def llama(**changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | changes))
 
 
+def gpt2():
+    """Of two layers, whose weights are [in, out] and whose head is tied."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
 def lora_config(**kwargs):
     return LoRAConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"]} | kwargs)
 
@@ -71,6 +79,14 @@ def lora_over(base, **kwargs):
     layer = LoRALinear.from_linear(base, **{"r": 3, "lora_alpha": 6} | kwargs)
     nn.init.normal_(layer.lora_B, std=layer.r**-0.5)
     return layer
+
+
+def through_a_file(model):
+    """What torch.load makes of what torch.save writes."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def trainable(model):

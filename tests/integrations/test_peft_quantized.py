@@ -59,6 +59,7 @@ def assert_no_worse_than_peft(model, layer, x, low, autocast=None, lower=False):
     assert lower or all(value.dtype == eager[name].dtype for name, value in found.items())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize(("shape", "r"), [((70,), 3), ((1,), 1), ((2, 19), 20), ((0,), 3), ((), 3)])
@@ -95,6 +96,7 @@ def test_autocast_to_what_the_layer_computes_in(x_dtype, backend, monkeypatch):
     assert count == {"lora_linear" if backend == "triton" else "lora_branch": 1}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("bias", [True, False])
 def test_float8_is_read_by_the_kernels(bias, dtype, backend, monkeypatch):
@@ -111,56 +113,42 @@ def test_float8_is_read_by_the_kernels(bias, dtype, backend, monkeypatch):
         assert count["lora_branch"] == (1 if backend == "triton" else 2)
 
 
-def own_product(case):
-    """A model whose base layer has to compute its product itself, and an input."""
-    dtype, kwargs = FP32, {}
-    if case == "x in another dtype":
-        dtype = BF16
-    if case == "compute_dtype not chosen yet":
-        kwargs = {"compute_dtype": None}
-    model, layer = make(**{"dtype": dtype, "compute_dtype": dtype} | kwargs)
-    base, x = layer.base_layer, torch.randn(37, K).requires_grad_()
-    if case == "compute_dtype not confirmed yet":
-        base.compute_type_is_set = False
-    if case == "compute_dtype not confirmed yet":
-        base.compute_type_is_set = False
-    if case == "bias in another dtype":
-        base.bias.data = base.bias.data.to(BF16)
-    if case == "hook":
-        base.register_forward_hook(lambda *args: None)
-    if case == "subclass":
-        base.__class__ = type("Mine", (type(base),), {})
-    if case == "forward replaced":
-        base.forward = lambda x: type(base).forward(base, x)
-    return model, x
+def to_bfloat16(base):
+    base.bias.data = base.bias.data.to(BF16)
 
 
-OWN = [
-    "x in another dtype",
-    "compute_dtype not chosen yet",
-    "compute_dtype not confirmed yet",
-    "bias in another dtype",
-    "hook",
-    "subclass",
-    "forward replaced",
-]
+def of_a_subclass(base):
+    base.__class__ = type("Mine", (type(base),), {})
 
 
-@pytest.mark.parametrize("case", OWN)
-def test_what_only_the_layer_itself_computes(case, backend, monkeypatch):
-    model, x = own_product(case)
-    twin = copy.deepcopy(model)
-    expected = twin(x)
+def with_another_forward(base):
+    base.forward = lambda x: type(base).forward(base, x)
+
+
+# What the model is made of, a change of its base layer, and whether its first call settles how it computes.
+OWN = {
+    "x in another dtype": ({"dtype": BF16, "compute_dtype": BF16}, lambda base: None, False),
+    "compute_dtype not chosen": ({"compute_dtype": None}, lambda base: None, True),
+    "compute_dtype not confirmed": ({}, lambda base: setattr(base, "compute_type_is_set", False), True),
+    "bias in another dtype": ({}, to_bfloat16, True),
+    "hook": ({}, lambda base: base.register_forward_hook(lambda *args: None), False),
+    "subclass": ({}, of_a_subclass, False),
+    "forward replaced": ({}, with_another_forward, False),
+}
+
+
+@pytest.mark.parametrize(("options", "change", "settles"), OWN.values(), ids=OWN)
+def test_what_only_the_layer_itself_computes(options, change, settles, backend, monkeypatch):
+    model, layer = make(**{"compute_dtype": FP32} | options)
+    change(layer.base_layer)
+    x = torch.randn(37, K).requires_grad_()
+    expected = copy.deepcopy(model)(x)
     slk.accelerate_peft(model, strict=True)
     count = calls(monkeypatch)
     found = model(x)
     assert count == {"lora_branch": 1} and found.dtype == expected.dtype
     assert_close(found, expected)
-    if (
-        case in ("compute_dtype not chosen yet", "compute_dtype not confirmed yet", "bias in another dtype")
-        and backend == "triton"
-    ):
-        # The layer has made up its mind now.
+    if settles and backend == "triton":
         assert_close(model(x), expected)
         assert count == {"lora_branch": 1, "lora_linear": 1}
 
@@ -221,9 +209,8 @@ def test_merging_replaces_what_is_read(backend):
     assert not torch.equal(found, first)
 
 
-@pytest.mark.parametrize("p", [0.25, 0.9])
-def test_dropout(p, backend):
-    model, layer = make(lora={"lora_dropout": p})
+def test_dropout(backend):
+    model, layer = make(lora={"lora_dropout": 0.25})
     x = torch.randn(1, K).requires_grad_()
     slk.accelerate_peft(model, strict=True)
     base = layer.base_layer(x)
@@ -272,6 +259,7 @@ def test_what_is_remembered_of_a_weight_is_that_it_was_checked():
     assert len(quantized._checked) < count
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("quantize", [bnb_8bit, torchao_int8])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_quantized_otherwise_the_base_computes_its_product(quantize, dtype, backend, monkeypatch):
@@ -288,6 +276,7 @@ def test_quantized_otherwise_the_base_computes_its_product(quantize, dtype, back
     assert count == {"lora_branch": 1}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("quantize", [bnb_4bit, bnb_8bit, torchao_int8])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_mixed_batches(quantize, dtype, backend, monkeypatch):

@@ -60,10 +60,13 @@ def near(one, other):
 # Kills
 
 
-@pytest.mark.parametrize(
-    "was", ["nothing", "a directory", "the same config", "another config", "PEFT's", "an unfinished save"]
-)
-def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, old, new, same_config, was):
+WAS = ["nothing", "a directory", "the same config", "another config", "PEFT's", "an unfinished save"]
+
+
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("was", WAS)
+def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, old, new, same_config, was, every):
+    """By day at one of three operations, another one for each state of the directory."""
     directory = tmp_path / "adapter"
     template = tmp_path / "before"
 
@@ -96,7 +99,7 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, o
             shutil.copytree(template, directory)
 
     outcomes = set()
-    for _ in kills(partial(save_adapter, written, directory), prepare):
+    for _ in kills(partial(save_adapter, written, directory), prepare, 1 + WAS.index(was) % every, every):
         try:
             found = loaded(directory)
         except ValueError as error:
@@ -291,11 +294,8 @@ def test_peft_may_write_over_ours_and_we_over_peft(tmp_path, old, new):
 def test_a_damaged_file_is_an_error_at_once(tmp_path, old, monkeypatch):
     save_adapter(old, tmp_path)
     (tmp_path / WEIGHTS_NAME).write_bytes(b"nonsense")
-    reads = []
-    read = safetensors_torch.safe_open
-    monkeypatch.setattr(
-        safetensors_torch, "safe_open", lambda *args, **kwargs: reads.append(1) or read(*args, **kwargs)
-    )
+    reads, read = [], safetensors_torch.safe_open
+    monkeypatch.setattr(safetensors_torch, "safe_open", lambda *args, **kw: reads.append(1) or read(*args, **kw))
     with pytest.raises(ValueError, match="must be a safetensors file, got one that cannot be read"):
         load_adapter(fresh(), tmp_path)
     assert len(reads) == 1

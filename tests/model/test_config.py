@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stablelora_kernels.model.apply import apply_lora
-from tests.helpers.small_models import Model, lora_config
+from tests.helpers.small_models import Model, lora_config, refused
 
 
 @pytest.mark.parametrize(
@@ -43,15 +43,12 @@ def test_config_refuses(kwargs, error, message):
         lora_config(**kwargs)
 
 
-def test_config_copies_what_it_checked():
+def test_config_copies_what_it_checked_and_takes_sets_and_tuples():
     names, ranks = ["q_proj"], {"q_proj": 3}
     config = lora_config(target_modules=names, rank_pattern=ranks)
     names.append("v_proj")
     ranks["q_proj"] = -1
     assert (config.target_modules, config.rank_pattern) == (["q_proj"], {"q_proj": 3})
-
-
-def test_config_takes_sets_and_tuples():
     config = lora_config(target_modules={"v_proj", "q_proj"}, exclude_modules=("a",), rank_pattern=None)
     assert (config.target_modules, config.exclude_modules, config.rank_pattern) == (["q_proj", "v_proj"], ["a"], {})
 
@@ -92,3 +89,25 @@ def test_matches_what_peft_matches(kwargs):
     # PEFT knows the heads of transformers' models only; here the head is a layer like any other.
     report = apply_lora(ours, lora_config(**kwargs))
     assert {m.name: (m.r, m.lora_alpha, m.scaling) for m in report.replaced} == expected
+
+
+def test_pefts_config_is_taken():
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    fields = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "lm_head"], "use_rslora": True, "bias": "lora_only"}
+    fields |= {"rank_pattern": {"lm_head": 2}, "exclude_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
+    model, other = Model(), Model()
+    assert apply_lora(model, peft.LoraConfig(**fields)) == apply_lora(other, lora_config(**fields))
+    for change, message in (
+        ({"use_dora": True}, "the LoraConfig must use plain LoRA, got use_dora=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights must be True, False or 'gaussian', got 'pissa'"),
+        ({"layers_to_transform": [0]}, r"got layers_to_transform=\[0\]; write them as a regular expression"),
+    ):
+        with refused(other, ValueError, message):
+            apply_lora(other, peft.LoraConfig(r=2, target_modules=["q_proj"], **change))
+    with refused(other, ValueError, "peft_type in the IA3Config must be 'LORA'"):
+        apply_lora(other, peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+
+
+def test_configs_are_hashable():
+    one, other = (lora_config(lora_alpha=a, rank_pattern={"a": 1, "b": 2}, modules_to_save=["x"]) for a in (16, 16.0))
+    assert one == other and hash(one) == hash(other) and len({one, other, lora_config(r=3)}) == 2

@@ -15,39 +15,10 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
-from stablelora_kernels.testing import nf4_weight
-from tests.helpers.inputs import BF16, FP32
+from tests.helpers.inputs import FP32
 from tests.helpers.peft_models import make as make_peft
-from tests.helpers.quantized_weights import K, Linear4bit, N, bnb_4bit, bnb_8bit, torchao, torchao_int8
+from tests.helpers.quantized_weights import K, N, bnb_4bit
 from tests.helpers.small_models import IDS, Model, fill_b, llama, lora_config, lora_over, output
-
-
-def conv1d() -> nn.Module:
-    utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed")
-    layer = utils.Conv1D(N, K)
-    nn.init.normal_(layer.bias)
-    return layer
-
-
-BASES = {
-    "a bias": lambda: nn.Linear(K, N),
-    "no bias, bfloat16": lambda: nn.Linear(K, N, bias=False, dtype=BF16),
-    "float64": lambda: nn.Linear(K, N, dtype=torch.float64),
-    "Conv1D": conv1d,
-    "bitsandbytes 4-bit": lambda: bnb_4bit(nn.Linear(K, N)),
-    "4-bit, computed in bfloat16": lambda: Linear4bit(nf4_weight(N, K, 64, nested=True), True, BF16),
-    "torchao float8": lambda: torchao(nn.Linear(K, N), "Float8WeightOnlyConfig"),
-    "bitsandbytes 8-bit": lambda: bnb_8bit(nn.Linear(K, N)),
-    "torchao int8": lambda: torchao_int8(nn.Linear(K, N)),
-}
-MERGEABLE = ("a bias", "no bias, bfloat16", "float64", "Conv1D")
-
-
-def base_of(kind: str) -> tuple[nn.Module, torch.Tensor]:
-    torch.manual_seed(0)
-    base = BASES[kind]()
-    dtype = base.weight.dtype if kind in MERGEABLE else FP32
-    return base, torch.randn(2, 5, K, dtype=dtype)
 
 
 def adapted(model=None, **kwargs):
@@ -61,60 +32,8 @@ def adapted(model=None, **kwargs):
     return model, base
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_a_layer_is_its_base_to_the_bit(kind):
-    base, x = base_of(kind)
-    expected = base(x)
-    layer = lora_over(base, lora_dropout=0.3)
-    torch.manual_seed(1)
-    adapted = layer(x)
-    x.requires_grad_()
-    with slk.disable_lora(layer):
-        y = layer(x)
-        assert torch.equal(y, expected) and y.dtype == expected.dtype
-        y.float().square().sum().backward()
-    # x's gradient is the frozen layer's, and A and B get none.
-    assert layer.lora_A.grad is None and layer.lora_B.grad is None
-    found, x.grad = x.grad, None
-    base(x).float().square().sum().backward()
-    assert torch.equal(found, x.grad)
-    torch.manual_seed(1)
-    assert torch.equal(layer(x), adapted) and not torch.equal(adapted, expected)
-
-
-@pytest.mark.parametrize("kind", MERGEABLE)
-def test_a_merged_layer_is_its_base_to_the_bit(kind):
-    base, x = base_of(kind)
-    expected = base(x)
-    layer = lora_over(base).eval()
-    layer.merge()
-    merged = layer(x)
-    with slk.disable_lora(layer):
-        assert torch.equal(layer(x), expected) and layer.merged
-        layer.train()
-        assert torch.equal(layer(x), expected)
-    assert torch.equal(layer.eval()(x), merged) and not torch.equal(merged, expected)
-    # Merged and unmerged inside of the block, it stays the base.
-    with slk.disable_lora(layer):
-        layer.unmerge()
-        assert torch.equal(layer(x), expected)
-        layer.merge()
-        assert torch.equal(layer(x), expected)
-    assert torch.equal(layer(x), merged)
-
-
-@pytest.mark.parametrize("kind", ["a bias", "Conv1D", "bitsandbytes 4-bit", "bitsandbytes 8-bit"])
-def test_autocast_is_the_bases(kind):
-    base, x = base_of(kind)
-    with torch.autocast("cpu", BF16):
-        expected = base(x)
-        layer = lora_over(base)
-        with slk.disable_lora(layer):
-            assert torch.equal(layer(x), expected) and layer(x).dtype == expected.dtype
-
-
 def test_a_layer_that_was_moved_computes_with_its_own_weight():
-    base, x = base_of("bitsandbytes 4-bit")
+    base, x = bnb_4bit(nn.Linear(K, N)), torch.randn(2, 5, K)
     expected, base_bias = base(x), base.bias
     layer = lora_over(base)
     # As .to() does it: the new parameters are registered in the LoRA layer alone.
@@ -166,7 +85,8 @@ def test_part_of_a_projection_group():
 def test_copies_made_in_the_block_are_not_in_it():
     model, base = adapted()
     active = output(model)
-    with slk.disable_lora(model):
+    # In DataParallel as well.
+    with slk.disable_lora(nn.DataParallel(model)):
         twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
         assert all(torch.equal(output(twin), active) for twin in twins) and torch.equal(output(model), base)
         # A replica of DataParallel is the same layer.
@@ -316,46 +236,39 @@ def test_peft_models(accelerated, saved):
     with pytest.raises(KeyError), slk.disable_lora(model):
         raise KeyError
     assert torch.equal(output(model), active)
-
-
-def test_adapters_that_peft_has_disabled_stay_so():
-    model = make_peft()
+    # What PEFT has disabled stays so.
     model.base_model.disable_adapter_layers()
-    base = output(model)
     with slk.disable_lora(model):
         assert torch.equal(output(model), base)
     assert torch.equal(output(model), base)
 
 
-def test_wrappers_around_the_model():
-    model, base = adapted()
-    with slk.disable_lora(nn.DataParallel(model)):
-        assert torch.equal(output(model), base)
-    assert not torch.equal(output(model), base)
-
-
-def test_what_is_refused():
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"), slk.disable_lora("model"):
-        pass
-    with pytest.raises(ValueError, match="got a Linear without any"), slk.disable_lora(nn.Linear(2, 2)):
-        pass
-    model, _ = adapted(modules_to_save=["lm_head"])
-    active = output(model)
-    match = r"model must keep what its base model computes, got modules_to_save=\['lm_head'\]"
-    with pytest.raises(ValueError, match=match), slk.disable_lora(nn.DataParallel(model)):
-        pass
-    assert torch.equal(output(model), active)
-    with pytest.raises(ValueError, match="got bias='lora_only'"), slk.disable_lora(adapted(bias="lora_only")[0]):
-        pass
-    with pytest.raises(ValueError, match="got bias='all'"), slk.disable_lora(make_peft(bias="all")):
-        pass
+def bias_that_trains():
     part = nn.Sequential(nn.Linear(4, 4))
     slk.apply_lora(part, slk.LoRAConfig(r=2, target_modules=["0"], bias="all"))
-    with pytest.raises(ValueError, match="got a bias that trains"), slk.disable_lora(part[0]):
+    return part[0]
+
+
+SAVED = r"model must keep what its base model computes, got modules_to_save=\['lm_head'\]"
+REFUSED = {
+    "no module": (lambda: "model", TypeError, r"model must be an nn\.Module, got str"),
+    "no LoRA": (lambda: nn.Linear(2, 2), ValueError, "got a Linear without any"),
+    "modules_to_save": (lambda: nn.DataParallel(adapted(modules_to_save=["lm_head"])[0]), ValueError, SAVED),
+    "biases": (lambda: adapted(bias="lora_only")[0], ValueError, "got bias='lora_only'"),
+    "PEFT's biases": (lambda: make_peft(bias="all"), ValueError, "got bias='all'"),
+    "a layer's bias": (bias_that_trains, ValueError, "got a bias that trains"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(make, error, message):
+    model = make()
+    with pytest.raises(error, match=message), slk.disable_lora(model):
         pass
+    if isinstance(model, nn.DataParallel):
+        assert not torch.equal(output(model.module), output(Model()))
 
 
-@pytest.mark.skipif(Linear4bit is None, reason="bitsandbytes is not installed")
 def test_a_4_bit_layer_is_as_before():
     """bitsandbytes' own forward casts its bias in place and takes its first input's dtype for good."""
     base = bnb_4bit(nn.Linear(K, N), None)

@@ -16,16 +16,15 @@ from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.save_load import load_adapter, save_adapter
 from stablelora_kernels.nn.linear import LoRALinear
-from tests.helpers.small_models import fill_b, llama, lora_config, output
+from tests.helpers.small_models import fill_b, gpt2, llama, lora_config, output
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
 
 
 def adapted(kind="llama", **config):
     torch.manual_seed(0)
     if kind == "gpt2":
-        settings = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2)
-        model, targets = transformers.GPT2LMHeadModel(settings).eval(), {"target_modules": ["c_attn"]}
+        model, targets = gpt2(), {"target_modules": ["c_attn"]}
     else:
         model, targets = llama(tie_word_embeddings=kind == "tied").eval(), {}
     base = output(model)
@@ -71,19 +70,14 @@ def test_a_merged_model_is_saved_merged(tmp_path, kind, config):
     assert_saved_as_it_is(model, tmp_path / "unmerged")
 
 
-def loaded_twin(path, twin):
-    """A model with the adapter of the first, by load_adapter."""
-    model = adapted()
-    save_adapter(model, path)
-    load_adapter(twin, path)
-    return twin
-
-
 @pytest.mark.parametrize("way", ["apply_lora", "load_adapter"])
 def test_layers_that_are_merged_one_by_one(tmp_path, way):
     """All of them merged, the merged weights are written; some of them, the model is refused; none, it is saved as it is."""
-    torch.manual_seed(0)
-    model = adapted() if way == "apply_lora" else loaded_twin(tmp_path / "adapter", llama().eval())
+    model = adapted()
+    if way == "load_adapter":
+        save_adapter(model, tmp_path / "adapter")
+        model = llama().eval()
+        load_adapter(model, tmp_path / "adapter")
     layers = lora_layers(model)
     expected = output(model)
     assert_saved_as_it_is(model, tmp_path / "unmerged")
@@ -185,19 +179,15 @@ def test_a_state_dict_by_position_is_not_written(tmp_path):
     assert torch.allclose(output(type(model).from_pretrained(tmp_path).eval()), expected, atol=1e-6)
 
 
-def test_it_has_the_signature_of_the_method_that_it_replaces():
+def test_it_has_the_signature_of_the_method_and_says_when_its_model_is_gone(tmp_path):
     model = adapted()
-    found, own = inspect.signature(model.save_pretrained), inspect.signature(type(model).save_pretrained)
-    assert list(found.parameters) == list(own.parameters)[1:] and model.save_pretrained.__doc__ == own_doc(model)
+    own = type(model).save_pretrained
+    found = inspect.signature(model.save_pretrained)
+    assert list(found.parameters) == list(inspect.signature(own).parameters)[1:]
+    assert model.save_pretrained.__doc__ == own.__doc__
     assert inspect.signature(copy.deepcopy(model).save_pretrained) == found
-
-
-def own_doc(model):
-    return type(model).save_pretrained.__doc__
-
-
-def test_a_method_whose_model_is_gone_says_so(tmp_path):
-    save = adapted().save_pretrained
+    save = model.save_pretrained
+    del model
     gc.collect()
     with pytest.raises(ReferenceError, match="the model that this save_pretrained saves is gone"):
         save(tmp_path)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,7 +12,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import stablelora_kernels as slk
 from tests.helpers.peft_models import make as make_peft
-from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.quantized_weights import bnb_4bit
 from tests.helpers.small_models import Model, lora_config
 
@@ -64,25 +62,28 @@ def test_edges(capsys):
             function([nn.Linear(2, 2)])
 
 
-def sharded(rank: int, world: int, place: Path) -> list[tuple[int, int]]:
-    counts = []
-    mesh = init_device_mesh("cpu", (world,))
-    for cut in ("tensor parallel", "fully_shard"):
-        model = Model()
-        if cut == "tensor parallel":
-            parallelize_module(model, mesh, {"layers.0.q_proj": ColwiseParallel()})
+@pytest.fixture
+def mesh_of_two():
+    """Of which this process is one and the other only pretended."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("cut", ["tensor parallel", "fully_shard"])
+def test_shards_count_whole(cut, mesh_of_two):
+    mesh, models = mesh_of_two, (Model(), Model())
+    if cut == "tensor parallel":
+        parallelize_module(models[0], mesh, {"layers.0.q_proj": ColwiseParallel()})
+    for model in models:
         slk.apply_lora(model, lora_config(r=3))
-        if cut == "fully_shard":
-            fully_shard(model, mesh=mesh)
-        counts.append(slk.count_parameters(model))
-    return counts
-
-
-@needs_gloo
-def test_shards_count_whole(tmp_path):
-    model = Model()
-    slk.apply_lora(model, lora_config(r=3))
-    assert spawn(sharded, 2, tmp_path) == [[slk.count_parameters(model)] * 2] * 2
+    if cut == "fully_shard":
+        fully_shard(models[0], mesh=mesh)
+    assert slk.count_parameters(models[0]) == slk.count_parameters(models[1])
+    held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in models[0].parameters())
+    assert held < slk.count_parameters(models[0])[1]
 
 
 def test_parameters_that_zero_3_has_cut_count_whole():

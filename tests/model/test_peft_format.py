@@ -15,7 +15,7 @@ from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.save_load import load_adapter, save_adapter
 from stablelora_kernels.nn.linear import LoRALinear
-from tests.helpers.small_models import Model, fill_b, llama, output, trainable
+from tests.helpers.small_models import Model, fill_b, gpt2, llama, output, trainable
 
 pytest.importorskip("safetensors.torch", reason="safetensors is not installed (pip install .[test])")
 
@@ -35,6 +35,7 @@ MODELS = {
     "torch": Small,
     "llama": lambda: llama(attention_bias=True),
     "tied llama": lambda: llama(attention_bias=True, tie_word_embeddings=True),
+    "gpt2": gpt2,
 }
 
 
@@ -67,12 +68,15 @@ CASES = {
     "all biases": QV | {"bias": "all"},
     "modules_to_save": QV | {"modules_to_save": ["lm_head"], "bias": "lora_only"},
 }
-BOTH = [(kind, case) for kind in ("torch", "llama") for case in CASES] + [
+BY_DAY = ("plain", "all-linear", "modules_to_save")
+BOTH = [("torch", case) for case in CASES] + [
+    *(pytest.param("llama", case, marks=() if case in BY_DAY else pytest.mark.nightly) for case in CASES),
     ("torch", QV | {"modules_to_save": ["score", "norm"], "bias": "all"}),
     ("torch", QV | {"modules_to_save": ["classifier", "score"]}),
     ("tied llama", QV | {"modules_to_save": ["lm_head"]}),
     ("tied llama", QV | {"modules_to_save": ["embed_tokens", "lm_head"]}),
     ("tied llama", QV | {"target_modules": "all-linear"}),
+    *(("gpt2", QV | {"target_modules": ["c_attn", "c_proj"], "bias": bias}) for bias in ("none", "lora_only", "all")),
 ]
 both = pytest.mark.parametrize(("kind", "case"), BOTH, ids=str)
 

@@ -43,21 +43,13 @@ def test_files(saved):
 
 
 def test_the_same_adapter_gives_the_same_bytes(model, saved):
-    # safetensors draws the order of the header's metadata anew for each file.
-    for _ in range(12):
+    # safetensors draws the order of the header's metadata anew for each file. Merged, it is the same adapter.
+    for i in range(12):
+        if i == 6:
+            merge_lora(model)
         save_adapter(model, saved.parent / "again")
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             assert (saved / name).read_bytes() == (saved.parent / "again" / name).read_bytes()
-
-
-def test_saving_over_an_adapter_replaces_it(model, saved):
-    (saved / "README.md").write_text("kept")
-    fill_b(model)
-    save_adapter(model, saved)
-    assert sorted(os.listdir(saved)) == ["README.md", CONFIG_NAME, WEIGHTS_NAME]
-    second = fresh()
-    load_adapter(second, str(saved))
-    assert torch.equal(output(second), output(model))
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -99,12 +91,6 @@ def test_dtype_is_kept(dtype, tmp_path):
     assert torch.equal(third.layers[0].q_proj.lora_B, first.layers[0].q_proj.lora_B.float())
 
 
-def test_a_merged_model_saves_the_same_adapter(model, saved):
-    merge_lora(model)
-    save_adapter(model, saved.parent / "merged")
-    assert (saved / WEIGHTS_NAME).read_bytes() == (saved.parent / "merged" / WEIGHTS_NAME).read_bytes()
-
-
 def test_names_that_a_list_cannot_tell_apart_become_a_regex(tmp_path):
     # As an end of a name, "fc" would name "x.fc" as well.
     def make():
@@ -120,21 +106,16 @@ def test_names_that_a_list_cannot_tell_apart_become_a_regex(tmp_path):
     assert [m.name for m in load_adapter(second, tmp_path).replaced] == ["fc"]
 
 
-def test_what_was_skipped_is_not_claimed(tmp_path):
-    ours = fresh()
-    apply_lora(ours, lora_config(target_modules=["q_proj", "norm"]))
-    save_adapter(ours, tmp_path)
-    assert json.loads((tmp_path / CONFIG_NAME).read_text())["target_modules"] == ["q_proj"]
-
-
 def test_saving_a_layer_in_two_places_warns(tmp_path):
     ours = fresh()
     ours.layers[1].q_proj = ours.layers[0].q_proj
-    apply_lora(ours, lora_config(target_modules=["q_proj"]))
+    # What is skipped is not claimed.
+    apply_lora(ours, lora_config(target_modules=["q_proj", "norm"]))
     fill_b(ours)
     message = "'layers.0.q_proj' is registered in 2 places; load_adapter adapts them all, peft only the first"
     with pytest.warns(UserWarning, match=message):
         save_adapter(ours, tmp_path)
+    assert json.loads((tmp_path / CONFIG_NAME).read_text())["target_modules"] == ["q_proj"]
     second = fresh()
     second.layers[1].q_proj = second.layers[0].q_proj
     load_adapter(second, tmp_path)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from stablelora_kernels.model import apply
 from stablelora_kernels.model.apply import apply_lora
+from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn.linear import LoRALinear
-from tests.helpers.small_models import Model, assert_untouched, fill_b, llama, lora_config, reasons, refused, snapshot
+from tests.helpers.small_models import Model, fill_b, llama, lora_config, reasons, refused
 
 
 @pytest.fixture
@@ -43,80 +43,70 @@ class Linear4bit(nn.Linear):
     pass
 
 
-def odd_layers():
-    replaced_forward = nn.Linear(4, 4)
-    replaced_forward.forward = lambda x: x
-    integers = nn.Linear(4, 4)
-    integers.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    extra = nn.Linear(4, 4)
-    extra.gain = nn.Parameter(torch.zeros(4))
-    with_state_hook = nn.Linear(4, 4)
-    with_state_hook.register_state_dict_post_hook(lambda *args: None)
-    peft_layer = nn.Module()
-    peft_layer.base_layer = nn.Linear(4, 4)
-    peft_layer.lora_A = nn.ModuleDict({"default": nn.Linear(4, 2)})
-    return {
-        "good": nn.Linear(4, 4),
-        "lora": LoRALinear(4, 4),
-        "sub": Linear4bit(4, 4),
-        "conv1d": Conv1D(),
-        "conv2d": nn.Conv2d(4, 4, 1),
-        "embedding": nn.Embedding(4, 4),
-        "attention": nn.MultiheadAttention(4, 2),
-        "encoder": nn.TransformerEncoderLayer(4, 2, 4),
-        "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
-        "pruned": prune.l1_unstructured(nn.Linear(4, 4), "weight", 2),
-        "replaced_forward": replaced_forward,
-        "integers": integers,
-        "extra": extra,
-        "state_hook": with_state_hook,
-        "empty": nn.Linear(0, 4),
-        "peft": peft_layer,
-    }
+def linear(**attributes):
+    layer = nn.Linear(4, 4)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
 
 
-SKIPPED_BY_ALL_LINEAR = {
-    "lora": "it is a LoRALinear already",
-    "sub": "Linear4bit is a subclass of nn.Linear that a model may use without calling it",
-    "conv1d": "Conv1D is not an nn.Linear",
-    "attention.out_proj": "NonDynamicallyQuantizableLinear is a subclass of nn.Linear that a model may use without calling it",
-    "encoder.self_attn.out_proj": (
-        "NonDynamicallyQuantizableLinear is a subclass of nn.Linear that a model may use without calling it"
+def with_state_hook():
+    layer = nn.Linear(4, 4)
+    layer.register_state_dict_post_hook(lambda *args: None)
+    return layer
+
+
+def peft_layer():
+    layer = nn.Module()
+    layer.base_layer, layer.lora_A = nn.Linear(4, 4), nn.ModuleDict({"default": nn.Linear(4, 2)})
+    return layer
+
+
+SUBCLASS = "{} is a subclass of nn.Linear that a model may use without calling it"
+OUT_PROJ = SUBCLASS.format("NonDynamicallyQuantizableLinear")
+READ = "nn.TransformerEncoderLayer reads its weight instead of calling it in inference"
+PARTS = "it holds other parameters or modules than weight and bias"
+PEFTS = "it is part of a PEFT layer; accelerate_peft runs those"
+INTEGERS = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+# A layer, and why "all-linear" skips which part of it.
+ODD = {
+    "lora": (lambda: LoRALinear(4, 4), {"": "it is a LoRALinear already"}),
+    "sub": (lambda: Linear4bit(4, 4), {"": SUBCLASS.format("Linear4bit")}),
+    "conv1d": (Conv1D, {"": "Conv1D is not an nn.Linear"}),
+    "conv2d": (lambda: nn.Conv2d(4, 4, 1), {}),
+    "embedding": (lambda: nn.Embedding(4, 4), {}),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), {".out_proj": OUT_PROJ}),
+    "encoder": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 4), {".self_attn.out_proj": OUT_PROJ, ".linear1": READ, ".linear2": READ},
     ),
-    "encoder.linear1": "nn.TransformerEncoderLayer reads its weight instead of calling it in inference",
-    "encoder.linear2": "nn.TransformerEncoderLayer reads its weight instead of calling it in inference",
-    "normed": "ParametrizedLinear is a subclass of nn.Linear that a model may use without calling it",
-    "pruned": "it holds other parameters or modules than weight and bias",
-    "replaced_forward": "its forward was replaced (as accelerate's hooks do)",
-    "integers": "it holds a Parameter of torch.int8, not a plain floating-point Parameter",
-    "extra": "it holds other parameters or modules than weight and bias",
-    "state_hook": "it has state_dict hooks",
-    "empty": "its weight is empty, [4, 0]",
-    "peft.base_layer": "it is part of a PEFT layer; accelerate_peft runs those",
-    "peft.lora_A.default": "it is part of a PEFT layer; accelerate_peft runs those",
-}
+    "normed": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), {"": SUBCLASS.format("ParametrizedLinear")}),
+    "pruned": (lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 2), {"": PARTS}),
+    "replaced": (lambda: linear(forward=lambda x: x), {"": "its forward was replaced (as accelerate's hooks do)"}),
+    "integers": (
+        lambda: linear(weight=INTEGERS), {"": "it holds a Parameter of torch.int8, not a plain floating-point Parameter"},
+    ),
+    "extra": (lambda: linear(gain=nn.Parameter(torch.zeros(4))), {"": PARTS}),
+    "state_hook": (with_state_hook, {"": "it has state_dict hooks"}),
+    "empty": (lambda: nn.Linear(0, 4), {"": "its weight is empty, [4, 0]"}),
+    "peft": (peft_layer, {".base_layer": PEFTS, ".lora_A.default": PEFTS}),
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_what_cannot_be_replaced_is_skipped_with_its_reason():
-    model = nn.ModuleDict(odd_layers())
-    kept = {name: model.get_submodule(name) for name in SKIPPED_BY_ALL_LINEAR}
+    def make():
+        return nn.ModuleDict({"good": nn.Linear(4, 4)} | {name: layer() for name, (layer, _) in ODD.items()})
+
+    model = make()
+    expected = {name + part: reason for name, (_, parts) in ODD.items() for part, reason in parts.items()}
+    kept = {name: model.get_submodule(name) for name in expected}
     report = apply_lora(model, lora_config(target_modules="all-linear"))
-    assert [m.name for m in report.replaced] == ["good"]
-    assert reasons(report) == SKIPPED_BY_ALL_LINEAR
+    assert [m.name for m in report.replaced] == ["good"] and reasons(report) == expected
     assert all(model.get_submodule(name) is module for name, module in kept.items())
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_named_matches_of_any_type_are_reported():
-    report = apply_lora(
-        nn.ModuleDict(odd_layers()), lora_config(target_modules=["good", "embedding", "conv2d", "attention"])
-    )
-    assert reasons(report) == {
-        "embedding": "Embedding is not an nn.Linear",
-        "conv2d": "Conv2d is not an nn.Linear",
-        "attention": "MultiheadAttention is not an nn.Linear",
-    }
+    # Those that a list names are reported whatever they are.
+    report = apply_lora(make(), lora_config(target_modules=["good", "embedding", "conv2d", "attention"]))
+    kinds = {"embedding": "Embedding", "conv2d": "Conv2d", "attention": "MultiheadAttention"}
+    assert reasons(report) == {name: f"{kind} is not an nn.Linear" for name, kind in kinds.items()}
 
 
 def test_all_linear_names_experts_and_their_share():
@@ -156,24 +146,16 @@ def test_torch_encoder_computes_the_same_in_training_and_inference():
         assert not torch.allclose(model.eval()(x), model.train()(x), atol=1e-3), "no longer a reason to skip them"
 
 
-def test_all_linear_leaves_the_output_head_out(model):
+def test_all_linear_leaves_heads_out(model):
+    head = 'it is the output head, which "all-linear" leaves out'
     model.get_output_embeddings = lambda: model.lm_head
     report = apply_lora(nn.ModuleDict({"wrapped": model}), lora_config(target_modules="all-linear"))
-    assert reasons(report) == {"wrapped.lm_head": 'it is the output head, which "all-linear" leaves out'}
-    assert len(report.replaced) == 4
-
-
-def test_all_linear_leaves_a_tied_head_out():
+    assert reasons(report) == {"wrapped.lm_head": head} and len(report.replaced) == 4
     report = apply_lora(Model(tied=True), lora_config(target_modules="all-linear"))
     assert reasons(report) == {"lm_head": "its weight is tied to 'embed', so \"all-linear\" leaves it out"}
-
-
-def test_all_linear_on_transformers():
     report = apply_lora(llama(num_hidden_layers=1), lora_config(target_modules="all-linear"))
-    assert [m.name.rpartition(".")[2] for m in report.replaced] == [
-        f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
-    ]
-    assert reasons(report) == {"lm_head": 'it is the output head, which "all-linear" leaves out'}
+    names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    assert [m.name.rpartition(".")[2] for m in report.replaced] == names and reasons(report) == {"lm_head": head}
 
 
 @pytest.mark.parametrize(
@@ -203,30 +185,43 @@ def test_modules_to_save_must_be_trainable(model):
         apply_lora(model, lora_config(modules_to_save=["counts"]))
 
 
-def test_failure_while_layers_are_made_leaves_the_model_alone(model, monkeypatch):
-    made = []
-
-    def make_layer(layer_class, linear, **settings):
-        if made:
-            raise MemoryError
-        made.append(LoRALinear(8, 8))
-        linear.requires_grad_(False)
-        return made[0]
-
-    monkeypatch.setattr(apply, "make_layer", make_layer)
-    before = snapshot(model)
-    with pytest.raises(MemoryError):
-        apply_lora(model, lora_config())
-    assert_untouched(model, before)
-
-
 def test_arguments_of_the_wrong_type(model):
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got dict"):
         apply_lora({}, lora_config())
-    with pytest.raises(TypeError, match="config must be a LoRAConfig, got dict"):
+    with refused(model, TypeError, "config must be a LoRAConfig, got dict; PEFT's LoraConfig will do, too"):
         apply_lora(model, {"r": 2})
-
-
-def test_a_bare_linear_cannot_be_replaced():
     with pytest.raises(ValueError, match=r"Its linear layers: none"):
         apply_lora(nn.Linear(2, 2), lora_config(target_modules="all-linear"))
+
+
+def lazy():
+    model = Model()
+    model.lazy = nn.LazyLinear(3)
+    return model
+
+
+def test_a_lazy_layer_is_frozen_skipped_or_refused():
+    model = lazy()
+    report = apply_lora(model, lora_config())
+    assert len(report.replaced) == 4 and report.total == sum(p.numel() for p in Model().parameters()) + 4 * 2 * 16
+    model.lazy(torch.randn(2, 5))
+    assert not model.lazy.weight.requires_grad and not model.lazy.bias.requires_grad
+    report = apply_lora(lazy(), lora_config(target_modules=["q_proj", "lazy"]))
+    assert [skipped.name for skipped in report.skipped] == ["lazy"]
+    model = lazy()
+    with pytest.raises(
+        ValueError, match=r"modules_to_save names 'lazy', but 'lazy.weight' has no shape before its first"
+    ):
+        apply_lora(model, lora_config(modules_to_save=["lazy"]))
+    assert not lora_layers(model)
+
+
+def test_a_typo_beside_a_match_is_warned_of_and_reported(recwarn):
+    with pytest.warns(UserWarning, match="target_modules 'v_porj' matches nothing, while other names match 2 modules"):
+        report = apply_lora(Model(), lora_config(target_modules=["q_proj", "v_porj"]))
+    assert report.notes == ("target_modules 'v_porj' matches nothing",) and "v_porj" in str(report)
+    # What matches and is skipped is no typo.
+    recwarn.clear()
+    apply_lora(Model(), lora_config(target_modules=["q_proj", "norm", "layers.1.v_proj"]))
+    apply_lora(Model(), lora_config(target_modules=["q_proj"], exclude_modules=["nothing"]))
+    assert not recwarn.list

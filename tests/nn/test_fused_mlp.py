@@ -1,45 +1,41 @@
-"""fuse_mlp on our own layers: results against the same models without it, copies, and giving the model back."""
+"""fuse_mlp on our layers and PEFT's: results against the same models without it, and which layers it reads."""
 
 from __future__ import annotations
-
-import copy
-import io
-import pickle
-import types
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
-from stablelora_kernels.nn.fused_mlp import ATTRIBUTE, GatedMLP, is_fused
-from stablelora_kernels.nn.projection_group import ATTRIBUTE as GROUP
+from stablelora_kernels.nn.fused_mlp import ATTRIBUTE, GatedMLP, fuse_mlps
+from stablelora_kernels.nn.mlp_operands import OWN_LAYERS
 from stablelora_kernels.testing import EPS, fp8_weight, nf4_weight
-from tests.helpers.architectures import transformers
 from tests.helpers.gated_mlps import (
     FAMILIES,
-    IDS,
     INNER,
+    LIBRARIES,
     MLP,
     TARGETS,
     WIDTH,
     Stacked,
+    Wrapper,
     assert_same,
     count_calls,
     family,
     pair,
-    replica,
     rows,
     step,
     with_lora,
+    with_peft,
 )
 from tests.helpers.oracle import bytes_held
-from tests.helpers.quantized_weights import Linear4bit, fp8_linear
-from tests.helpers.small_models import fill_b, refused
+from tests.helpers.quantized_weights import Linear4bit, bnb_4bit, conv1d, fp8_linear, torchao_int8
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*", "ignore:.*lora_bias.*"
+)
+by_library = pytest.mark.parametrize("library", LIBRARIES)
 
 
 @pytest.fixture
@@ -47,35 +43,38 @@ def calls(monkeypatch):
     return count_calls(monkeypatch)
 
 
-def adapted(model_type, fuse, dropout, dtype=torch.float64, **more):
-    model = family(model_type, dtype)
-    config = slk.LoRAConfig(r=3, target_modules=TARGETS, lora_dropout=dropout)
-    torch.manual_seed(1)
-    report = slk.apply_lora(model, config, fuse_mlp=fuse, **more)
-    fill_b(model)
-    return model.train(), report
+SOME = ["llama", "gemma2", "phi3", "qwen2_moe"]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_families_train_as_without(model_type, calls):
-    model, report = adapted(model_type, True, 0.2)
-    count = FAMILIES[model_type]
+@pytest.mark.parametrize(
+    ("library", "model_type"),
+    [(library, name) for library in LIBRARIES for name in SOME]
+    + [pytest.param("ours", name, marks=pytest.mark.nightly) for name in FAMILIES if name not in SOME],
+)
+def test_families_train_as_without(library, model_type, calls):
+    model, report = LIBRARIES[library](family(model_type), dropout=0.2)
+    count, activation = FAMILIES[model_type], "gelu_tanh" if model_type.startswith("gemma") else "silu"
     assert len(report.mlps) == count and all(mlp.reason is None for mlp in report.mlps), report
-    found = step(model)
-    activation = "gelu_tanh" if model_type.startswith("gemma") else "silu"
-    assert calls == [activation] * count
     assert f"computed in one op each: {count} x gated MLP ({activation})" in report.notes
-    plain, other = adapted(model_type, False, 0.2)
+    found = step(model)
+    assert calls == [activation] * count
+    plain, other = LIBRARIES[library](family(model_type), False, 0.2)
     assert other.mlps == () and not any("one op" in note for note in other.notes)
     assert_same(found, step(plain))
     assert len(calls) == count
+    if library == "PEFT":
+        # Without dropout, whose masks differ, PEFT's own.
+        model.eval(), plain.eval()
+        slk.restore_peft(plain)
+        assert_same(step(model), step(plain))
 
 
-def conv1d(module):
+def of_conv1d():
     """GPT-2's layers, which hold W transposed."""
+    module = MLP()
     for name in ("gate_proj", "up_proj", "down_proj"):
         linear = getattr(module, name)
-        setattr(module, name, transformers.pytorch_utils.Conv1D(linear.out_features, linear.in_features))
+        setattr(module, name, conv1d(linear.out_features, linear.in_features))
     return module
 
 
@@ -83,32 +82,26 @@ MAKERS = {
     "as in Llama": MLP,
     "biases": lambda: MLP(bias=True),
     "exact GELU": lambda: MLP(nn.GELU()),
-    "Conv1D": lambda: conv1d(MLP()),
+    "Conv1D": of_conv1d,
     "stacked": Stacked,
     "stacked, up first": lambda: Stacked(up_first=True),
 }
+# PEFT's layers call a Conv1D for its product.
+MADE = [("ours", name) for name in MAKERS] + [("PEFT", name) for name in MAKERS if name != "Conv1D"]
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_on_both_backends(make, dropout, backend, calls):
-    model, plain = pair(make, dropout=dropout)
-    if backend == "triton":
-        model, plain = model.float(), plain.float()
-    dtype = FP32 if backend == "triton" else torch.float64
-    found = step(model, rows(dtype))
-    assert len(calls) == 1
-    assert_same(found, step(plain, rows(dtype)), 1e-4 if backend == "triton" else 1e-10)
-
-
-def test_an_input_without_a_gradient(backend, calls):
-    """As in a first layer whose attention has no adapter."""
-    model, plain = (each.float() for each in pair(MLP))
-    x = rows(FP32).detach()
-    found, expected = step(model, x), step(plain, x)
-    assert "x" not in found and calls == ["silu"]
-    assert_same(found, expected, 1e-4)
+@pytest.mark.parametrize(("library", "make"), MADE)
+def test_on_both_backends(library, make, dropout, backend, calls):
+    dtype, tolerance = (FP32, 1e-4) if backend == "triton" else (FP64, 1e-10)
+    model, plain = (each.to(dtype) for each in pair(MAKERS[make], library, dropout=dropout))
+    # In a first layer whose attention has no adapter, x needs no gradient.
+    for x in (rows(dtype), rows(dtype).detach()):
+        calls.clear()
+        found = step(model, x)
+        assert len(calls) == 1 and ("x" in found) == x.requires_grad
+        assert_same(found, step(plain, x), tolerance)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -122,12 +115,12 @@ def test_backward_keeps_x_gate_and_up(dropout):
     assert kept[True] <= needed + (3 * state if dropout else 0) < 0.8 * kept[False]
 
 
+@by_library
 @pytest.mark.parametrize("targets", [["gate_proj"], ["up_proj", "down_proj"], ["down_proj"], ["gate_proj", "up_proj"]])
-def test_a_projection_without_an_adapter_loses_its_branch_only(targets, calls):
-    model, plain = pair(MLP, dropout=0.2, targets=targets)
-    found = step(model)
+def test_a_projection_without_an_adapter_loses_its_branch_only(targets, library, calls):
+    model, plain = pair(MLP, library, dropout=0.2, targets=targets)
+    assert_same(step(model), step(plain))
     assert calls == ["silu"]
-    assert_same(found, step(plain))
 
 
 def test_other_arguments(calls):
@@ -143,253 +136,180 @@ def test_other_arguments(calls):
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp8", "nf4 computing in bfloat16", "mixed"])
-def test_quantized_weights(kind, backend, calls):
-    dtype = BF16 if kind in ("fp8", "mixed") else FP32
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+BASES = {
+    "nf4": lambda linear: Linear4bit(nf4_weight(64, 64, 64, nested=True), True, None),
+    "nf4 computing in bfloat16": lambda linear: Linear4bit(nf4_weight(64, 64, 64, nested=True), True, BF16),
+    "fp8": lambda linear: fp8_linear(fp8_weight(64, 64), BF16),
+    "bitsandbytes": bnb_4bit,
+}
 
-    def make():
+
+@pytest.mark.parametrize(
+    ("library", "kind"), [("ours", kind) for kind in (*BASES, "nf4 and plain")] + [("PEFT", "bitsandbytes")]
+)
+def test_quantized_weights(library, kind, backend, calls):
+    """PEFT's layers are read by Triton's kernels alone; on PyTorch's operators the base layer computes its product."""
+    dtype = BF16 if kind in ("fp8", "nf4 and plain") else FP32
+    models, x = [], torch.randn(70, 64).to(dtype)
+    for fuse in (True, False):
         torch.manual_seed(0)
         module = MLP(width=64, inner=64).to(dtype)
-        for name in ("gate_proj", "up_proj", "down_proj")[: 2 if kind == "mixed" else 3]:
-            if kind == "fp8":
-                layer = fp8_linear(fp8_weight(64, 64), BF16)
-            else:
-                compute = BF16 if kind == "nf4 computing in bfloat16" else None
-                layer = Linear4bit(nf4_weight(64, 64, 64, nested=True), True, compute)
-            setattr(module, name, layer)
-        return module
-
-    x = torch.randn(70, 64).to(dtype)
-    found, expected = (step(with_lora(make(), fuse)[0], x.clone().requires_grad_()) for fuse in (True, False))
+        for name in PROJECTIONS[: 2 if kind == "nf4 and plain" else 3]:
+            setattr(module, name, BASES[kind.partition(" and")[0]](getattr(module, name)))
+        module.is_loaded_in_4bit = kind == "bitsandbytes"
+        options = {"dtype": FP32} if library == "PEFT" else {}
+        model, report = LIBRARIES[library](module, fuse, **options)
+        read = library == "ours" or backend == "triton"
+        if fuse and not read:
+            reason = "'gate_proj' has a quantized weight, and without Triton its Linear4bit computes the product"
+            assert report.mlps[0].reason == reason
+        # Its first call may choose how it computes.
+        with torch.no_grad():
+            model(x)
+        models.append(model)
+    calls.clear()
+    found, expected = (step(model, x.clone().requires_grad_()) for model in models)
     # A layer that computes in another dtype than its input's casts twice, which one op does not.
-    assert calls == ([] if kind == "nf4 computing in bfloat16" else ["silu"])
+    assert calls == (["silu"] if read and kind != "nf4 computing in bfloat16" else [])
     assert_same(found, expected, 16 * EPS[dtype])
 
 
-# The model is given back, and copies stand alone.
+@pytest.mark.parametrize(
+    ("library", "dtype", "autocast", "lora_dtype"),
+    [("ours", *case) for case in ((FP32, True, FP32), (BF16, True, BF16), (BF16, False, FP32), (BF16, False, BF16))]
+    + [("PEFT", FP32, True, FP32), ("PEFT", BF16, False, FP32)],
+)
+def test_autocast_and_low_precision(library, dtype, autocast, lora_dtype, calls):
+    results = []
+    for fuse in (True, False):
+        torch.manual_seed(0)
+        model, _ = LIBRARIES[library](MLP(bias=True).to(dtype), fuse, 0.2)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(lora_dtype)
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            results.append(step(model, rows(dtype)))
+    assert results[0]["y"].dtype == BF16 and calls == ["silu"]
+    assert_same(*results, 8 * EPS[BF16])
 
 
-def everything(model):
-    """The modules' classes, and the attributes of MLPs."""
-    return {
-        name: (type(m), {k: id(v) for k, v in m.__dict__.items()} if name.endswith("mlp") else None)
-        for name, m in model.named_modules()
-    }
+# Which layers.
 
 
-def test_remove_gives_the_model_back(tmp_path):
-    model = family("llama")
-    before, state = everything(model), copy.deepcopy(model.state_dict())
-    slk.apply_lora(model, slk.LoRAConfig(r=2, target_modules=TARGETS), fuse_mlp=True)
-    mlp = model.model.layers[0].mlp
-    assert is_fused(mlp) and isinstance(mlp, type(family("llama").model.layers[0].mlp))
-    assert type(mlp).__name__ == type(mlp).__qualname__ == "LlamaMLP" and repr(mlp).startswith("LlamaMLP(")
-    slk.remove_lora(model, merge=False)
-    assert everything(model) == before
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+def four_bit(n, k, block):
+    return Linear4bit(nf4_weight(n, k, block, nested=False), False, FP32)
 
 
-def test_a_bound_forward_is_given_back(calls):
-    """Liger's way to patch a model that exists."""
-
-    def forward(self, x):
-        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-    module = MLP(nn.ReLU())
-    module.forward = types.MethodType(forward, module)
-    expected = module.__dict__["forward"]
-    model, report = with_lora(module)
-    assert report.mlps == (GatedMLP("mlp", "silu"),)
-    x = rows(FP32)
-    y = model["mlp"](x)
-    copied = copy.deepcopy(model)
-    assert torch.equal(copied["mlp"](x), y) and calls == ["silu"] * 2
-    copied["mlp"].gate_proj.register_forward_pre_hook(lambda *args: None)
-    torch.testing.assert_close(copied["mlp"](x), y, rtol=1e-4, atol=1e-3)
-    assert len(calls) == 2
-    slk.remove_lora(model, merge=False)
-    assert type(module) is MLP and module.__dict__["forward"] == expected
+def with_layer(name, layer, make=MLP):
+    module = make()
+    setattr(module, name, layer)
+    return module
 
 
-def test_hooks_like_accelerates_outlive_it(calls):
-    """They keep the method that they wrap, and go on calling it after the module got its class back."""
-    model, plain = pair(MLP)
-    mlp = model["mlp"]
-    forward = mlp.forward
-    mlp.forward = lambda x: forward(x) * 2
-    expected = step(plain)["y"] * 2
-    torch.testing.assert_close(mlp(rows()), expected)
-    assert calls == ["silu"]
-    slk.remove_lora(model, merge=True)
-    torch.testing.assert_close(mlp(rows()), expected)
-    assert type(mlp) is MLP and calls == ["silu"]
+def int8(make=MLP):
+    module = make().to(BF16)
+    module.up_proj = torchao_int8(module.up_proj)
+    return module
 
 
-def test_ligers_classes(calls):
-    """The op replaces Liger's kernels, which no CPU can run."""
-    swiglu = pytest.importorskip("liger_kernel.transformers.swiglu", reason="liger-kernel is not installed")
-    config = transformers.LlamaConfig(hidden_size=WIDTH, intermediate_size=INNER, num_attention_heads=2)
-    torch.manual_seed(0)
-    liger = swiglu.LigerSwiGLUMLP(config)
-    plain = MLP()
-    plain.load_state_dict(liger.state_dict())
-    model, report = with_lora(liger.double())
-    assert report.mlps == (GatedMLP("mlp", "silu"),)
-    assert_same(step(model), step(with_lora(plain.double(), fuse=False)[0]))
-    assert calls == ["silu"]
+class Linear(nn.Linear):
+    pass
 
 
-def test_an_error_leaves_the_model_as_it_was(tmp_path, monkeypatch):
-    model, plain = family("llama"), family("llama")
-    slk.apply_lora(plain, slk.LoRAConfig(r=2, target_modules=TARGETS))
-    slk.save_adapter(plain, tmp_path)
-
-    def fails(*args, **kwargs):
-        assert is_fused(model.model.layers[0].mlp)
-        raise MemoryError("no memory")
-
-    monkeypatch.setattr("stablelora_kernels.model.save_load._copy_all", fails)
-    before = everything(model)
-    with refused(model, MemoryError, "no memory"):
-        slk.load_adapter(model, tmp_path, fuse_mlp=True)
-    assert {name: kind for name, (kind, _) in everything(model).items()} == {n: k for n, (k, _) in before.items()}
-    assert not any(ATTRIBUTE in module.__dict__ for module in model.modules())
-
-
-def test_load_adapter(tmp_path, calls):
-    plain, _ = adapted("llama", False, 0.0)
-    slk.save_adapter(plain, tmp_path)
-    model = family("llama")
-    report = slk.load_adapter(model, tmp_path, fuse_mlp=True)
-    assert [mlp.name for mlp in report.mlps] == ["model.layers.0.mlp", "model.layers.1.mlp"]
-    assert str(report).endswith("note: computed in one op each: 2 x gated MLP (silu)")
-    assert_same(step(model.train()), step(plain))
-    assert len(calls) == 2
-    # The files are the same.
-    other = tmp_path / "other"
-    slk.save_adapter(model, other)
-    assert (other / "adapter_model.safetensors").read_bytes() == (tmp_path / "adapter_model.safetensors").read_bytes()
+DORA = "'gate_proj' runs PEFT's own forward: adapter 'default' is a variant of LoRA (DoraLinearVariant)"
+NOT_READ = {
+    "int8": ("ours", int8, {}, "'up_proj' calls its base layer, a Linear with a "),
+    "int8 in PEFT": ("PEFT", int8, {"dtype": FP32}, "'up_proj' calls its base layer, a Linear with a "),
+    "stacked in 4 bits": (
+        "ours", lambda: with_layer("gate_up_proj", four_bit(2 * INNER, WIDTH, 64), lambda: Stacked(bias=False)), {},
+        "'gate_up_proj' holds gate and up stacked in a quantized weight, which is not cut in two",
+    ),
+    "4 bits without an adapter": (
+        "ours", lambda: with_layer("down_proj", four_bit(WIDTH, INNER, 8)), {"targets": ["gate_proj"]},
+        "'down_proj' is a Linear4bit without an adapter whose weight is not plain",
+    ),
+    "a subclass in PEFT": (
+        "PEFT", lambda: with_layer("down_proj", Linear(INNER, WIDTH, False)), {"targets": ["gate_proj"], "dtype": FP32},
+        "'down_proj' calls its base layer, a Linear, for its product",
+    ),
+    "DoRA": ("PEFT", MLP, {"use_dora": True, "dtype": FP32}, DORA),
+    "a bias in B": (
+        "PEFT", MLP, {"lora_bias": True, "dtype": FP32}, "'gate_proj' has a bias in lora_B of adapter 'default', which trains",
+    ),
+    "biases that train": (
+        "PEFT", lambda: MLP(bias=True), {"bias": "all", "dtype": FP32}, "'gate_proj' has a bias that trains; the op would keep",
+    ),
+}  # fmt: skip
 
 
-def test_copies_and_pickles_compute_with_their_own_layers(calls):
-    model, plain = pair(MLP, dropout=0.2)
-    expected = step(plain)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    others = [
-        copy.deepcopy(model),
-        copy.copy(model),
-        *(pickle.loads(pickle.dumps(model, protocol)) for protocol in (0, 2, pickle.HIGHEST_PROTOCOL)),
-        torch.load(buffer, weights_only=False),
-    ]
-    with torch.no_grad():
-        for parameter in [*model.parameters()][1:]:
-            if parameter.requires_grad and not any(parameter is p for p in others[1].parameters()):
-                parameter.zero_()
-    del others[1]
-    for other in others:
-        calls.clear()
-        assert type(other["mlp"]) is type(model["mlp"])
-        assert_same(step(other), expected)
-        assert calls == ["silu"]
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
-    model.load_state_dict(plain.state_dict())
-    assert_same(step(model), expected)
+@pytest.mark.parametrize(("library", "make", "options", "reason"), NOT_READ.values(), ids=NOT_READ)
+def test_layers_that_are_not_read(library, make, options, reason, calls):
+    models = []
+    for fuse in (True, False):
+        torch.manual_seed(0)
+        models.append(LIBRARIES[library](make(), fuse, **options))
+    (model, report), (plain, _) = models
+    assert report.mlps[0].reason.startswith(reason)
+    x = rows(BF16 if make is int8 else FP32)
+    found, expected = step(model, x), step(plain, x)
+    assert calls == [] and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_replicas_compute_with_their_own_tensors(calls):
-    model, plain = pair(MLP)
-    expected = step(plain)
-    other = replica(model["mlp"])
-    with torch.no_grad():
-        model["mlp"].gate_proj.weight.mul_(3)
-    assert_same(step(model, call=other), expected)
-    assert calls == ["silu"]
+def test_layers_of_other_classes(calls):
+    """An unknown layer may do anything; IA3's are told to be projections that cannot be read."""
+
+    class Other(slk.LoRALinear):
+        pass
+
+    model, _ = with_lora(MLP())
+    model["mlp"].up_proj.__class__ = Other
+    (mlp,) = fuse_mlps(model, OWN_LAYERS)
+    assert mlp.reason == "'up_proj' is a Other, which computes more than one product"
+    model["mlp"](rows(FP32))
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    ia3 = peft.IA3Config(target_modules=["up_proj"], feedforward_modules=[])
+    model = peft.get_peft_model(Wrapper({"mlp": MLP()}), ia3)
+    _, report = with_peft(model.base_model.model, targets=["gate_proj"], dtype=FP32)
+    assert [mlp.reason for mlp in report.mlps] == ["'up_proj' runs PEFT's own forward: it is a Linear"]
+    assert calls == []
 
 
-@pytest.mark.parametrize("kind", [True, False], ids=["reentrant", "not reentrant"])
-def test_checkpointing(kind, calls):
-    model, plain = pair(MLP, dropout=0.3)
-    expected = step(plain)
-    found = step(model, call=lambda x: checkpoint(model["mlp"], x, use_reentrant=kind))
-    assert_same(found, expected)
-    assert calls == ["silu"] * 2
+def test_the_report_groups_and_lists():
+    class Clamped(MLP):
+        def forward(self, x):
+            return super().forward(x.clamp(-1, 1))
 
+    class Unlike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.v_proj, self.o_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
 
-@pytest.mark.parametrize("make", [MLP, Stacked])
-def test_torch_compile_has_no_graph_break(make, calls):
-    model, plain = pair(make)
-    expected = step(plain)
-    torch._dynamo.reset()
-    model["mlp"].compile(backend="aot_eager", fullgraph=True)
-    assert_same(step(model), expected)
-    # Another mode, which the compiled code must notice.
-    model["mlp"].down_proj.merge()
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()["mlp"](rows()), expected["y"])
+        def forward(self, x):
+            return self.o_proj(self.q_proj(x) + self.v_proj(x))
 
-
-@pytest.mark.parametrize("lora_dtype", [FP32, BF16])
-def test_autocast_and_low_precision(lora_dtype, calls):
-    for dtype, autocast in ((FP32, True), (BF16, True), (BF16, False)):
-        found, expected = ({}, {})
-        for fuse, into in ((True, found), (False, expected)):
-            torch.manual_seed(0)
-            model, _ = with_lora(MLP(bias=True).to(dtype), fuse, dropout=0.2)
-            for name, parameter in model.named_parameters():
-                if "lora_" in name and dtype == BF16:
-                    parameter.data = parameter.data.to(lora_dtype)
-            with torch.autocast("cpu", BF16, enabled=autocast):
-                into.update(step(model, rows(dtype)))
-        assert found["y"].dtype == BF16
-        assert_same(found, expected, 8 * EPS[BF16])
-    assert len(calls) == 3
-
-
-def test_fsdp2(mesh, calls):
-    """Parameters are DTensors until a forward gathers them: of the MLP, or of the model around it."""
-    expected = step(pair(MLP)[1])
-    for around in (False, True):
-        model, _ = pair(MLP)
-        outer = nn.Sequential(model["mlp"]) if around else model["mlp"]
-        fully_shard(outer, mesh=mesh)
-        calls.clear()
-        found = step(model, call=outer)
-        assert calls == ["silu"]
-        found = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
-        assert_same(found, expected)
-
-
-# Together with what else there is.
-
-
-def test_fuse_projections_serves_where_the_mlp_falls_back(calls):
-    model, plain = pair(MLP, fuse_projections=True)
-    group = model["mlp"].gate_proj.__dict__[GROUP]
-    assert_same(step(model), step(plain))
-    assert calls == ["silu"] and group._pending is None
-    handle = model["mlp"].down_proj.register_forward_hook(lambda *args: None)
-    served = []
-    group.compute = lambda layers, x, compute=group.compute: served.append(len(layers)) or compute(layers, x)
-    assert_same(step(model), step(plain))
-    assert calls == ["silu"] and served == [2]
-    handle.remove()
-    step(model)
-    assert len(calls) == 2 and served == [2]
-
-
-def test_a_model_that_is_an_mlp_itself(calls):
-    model = MLP()
+    model = nn.Sequential(MLP(), MLP(nn.GELU()), Clamped(), MLP(nn.ReLU()), Clamped(), Unlike(), MLP())
     report = slk.apply_lora(model, slk.LoRAConfig(target_modules=TARGETS), fuse_mlp=True)
-    model(rows(FP32))
-    assert report.mlps == (GatedMLP("", "silu"),) and calls == ["silu"]
-    slk.remove_lora(model)
-    assert type(model) is MLP
+    clamp, relu = "it calls clamp", "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused"
+    assert report.mlps == (
+        GatedMLP("0", "silu"), GatedMLP("1", "gelu"), GatedMLP("2", None, clamp), GatedMLP("3", None, relu),
+        GatedMLP("4", None, clamp), GatedMLP("6", "silu"),
+    )  # fmt: skip
+    assert report.notes[-3:] == (
+        "computed in one op each: 2 x gated MLP (silu); 1 x gated MLP (gelu)",
+        f"not in one op: 2, 4: {clamp}",
+        f"not in one op: 3: {relu}",
+    )
+    report = slk.apply_lora(nn.Sequential(nn.Linear(2, 2)), slk.LoRAConfig(target_modules=["0"]), fuse_mlp=True)
+    assert report.notes[-1] == "fuse_mlp found no gated MLP with LoRA" and report.mlps == ()
 
 
-def test_generate(calls):
-    model, plain = (adapted("llama", fuse, 0.0, FP32)[0].eval() for fuse in (True, False))
-    outputs = [m.generate(input_ids=IDS[:, :8], max_new_tokens=4, do_sample=False) for m in (model, plain)]
-    assert torch.equal(*outputs) and calls
+def test_a_class_that_cannot_have_a_subclass():
+    class Final(MLP):
+        def __init_subclass__(cls, **kwargs):
+            raise TypeError("Final is final")
+
+    module = Final()
+    _, report = with_lora(module)
+    assert report.mlps[0].reason == "its class Final can't have a subclass (Final is final)"
+    assert type(module) is Final and ATTRIBUTE not in module.__dict__

@@ -1,7 +1,8 @@
-"""LoRALinear: what it shares, how it starts, what merging does, and what it refuses."""
+"""Making a LoRA layer: how it starts, which class a base gets, and what is refused before anything is frozen."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,43 +10,38 @@ import torch
 from torch import nn
 
 import stablelora_kernels as slk
+from stablelora_kernels.nn.branch import LoRABranchLinear
+from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.reference import lora_linear_ref
+from stablelora_kernels.testing import EPS, fp8_weight, nf4_weight
+from tests.helpers.oracle import run_layer
+from tests.helpers.quantized_weights import (
+    K,
+    Linear4bit,
+    N,
+    Scaled,
+    bnb_4bit,
+    bnb_8bit,
+    fp8_linear,
+    scaled,
+    torchao,
+    torchao_fp8_a_tensor,
+    torchao_int8,
+)
+from tests.helpers.small_models import lora_config, lora_over, reasons
+
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def layer(dtype: torch.dtype = torch.float32, **kwargs) -> slk.LoRALinear:
-    torch.manual_seed(0)
-    made = slk.LoRALinear(24, 20, r=4, dtype=dtype, **kwargs)
-    with torch.no_grad():
-        made.lora_B.normal_(std=0.1)
-    return made
-
-
-def test_from_linear_shares_and_freezes():
-    linear = nn.Linear(24, 20)
-    linear.eval()
-    made = slk.LoRALinear.from_linear(linear, r=4)
-    assert made.weight is linear.weight and made.bias is linear.bias and not made.training
-    assert not made.weight.requires_grad and not made.bias.requires_grad
-    assert made.lora_A.shape == (4, 24) and made.lora_B.shape == (20, 4)
-    assert {n for n, p in made.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    x = torch.randn(70, 24)
-    torch.testing.assert_close(made(x), linear(x))
-
-
-def test_no_bias_and_low_precision():
-    made = slk.LoRALinear(24, 20, bias=False, dtype=torch.bfloat16)
-    assert made.bias is None and made.lora_A.dtype == torch.float32
-    assert made(torch.randn(3, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert slk.LoRALinear(24, 20, dtype=torch.bfloat16, lora_dtype=torch.bfloat16).lora_B.dtype == torch.bfloat16
-    assert slk.LoRALinear(24, 20, dtype=torch.float64).lora_A.dtype == torch.float64
+def four_bits(compute_dtype: torch.dtype | None = BF16) -> nn.Linear:
+    return Linear4bit(nf4_weight(N, K, 64, nested=True), True, compute_dtype)
 
 
 def test_initialization():
     torch.manual_seed(1)
     default = slk.LoRALinear(1000, 50, r=8)
     bound = 1 / math.sqrt(1000)
-    assert not default.lora_B.any()
-    assert bound * 0.95 < default.lora_A.abs().max() <= bound
+    assert not default.lora_B.any() and bound * 0.95 < default.lora_A.abs().max() <= bound
     gaussian = slk.LoRALinear(1000, 50, r=8, init_lora_weights="gaussian")
     assert not gaussian.lora_B.any() and abs(gaussian.lora_A.std() * 8 - 1) < 0.05
     both = slk.LoRALinear(1000, 50, r=8, init_lora_weights=False)
@@ -54,61 +50,37 @@ def test_initialization():
 
 @pytest.mark.parametrize(("rslora", "scaling"), [(False, 16 / 4), (True, 16 / 2)])
 def test_scaling_and_value(rslora, scaling):
-    made = layer(use_rslora=rslora)
+    made = slk.LoRALinear(24, 20, r=4, use_rslora=rslora, init_lora_weights=False)
     assert made.scaling == scaling
     x = torch.randn(70, 24)
     ref = lora_linear_ref(*(t.double() for t in (x, made.weight, made.bias, made.lora_A, made.lora_B)), scaling)
     torch.testing.assert_close(made(x).double(), ref, rtol=1e-5, atol=1e-5)
 
 
-def test_merged_layer_computes_the_same():
-    made = layer(lora_dropout=0.5).eval()
-    x = torch.randn(9, 24)
-    before = made(x)
-    made.merge()
-    torch.testing.assert_close(made(x), before, rtol=1e-5, atol=1e-5)
+def test_dtypes_and_repr():
+    made = slk.LoRALinear(24, 20, bias=False, dtype=BF16)
+    assert made.bias is None and made.lora_A.dtype == FP32 and made(torch.randn(3, 24, dtype=BF16)).dtype == BF16
+    assert slk.LoRALinear(24, 20, dtype=BF16, lora_dtype=BF16).lora_B.dtype == BF16
+    assert slk.LoRALinear(24, 20, dtype=torch.float64).lora_A.dtype == torch.float64
+    assert lora_over(scaled(nn.Linear(K, N)).to(BF16), lora_dtype=BF16).lora_A.dtype == BF16
+    layer = lora_over(four_bits(), lora_dtype=BF16)
+    assert layer.lora_A.dtype == BF16 and layer(torch.randn(3, K)).dtype == FP32
+    text = "in_features=24, out_features=20, bias=True, r=4, scaling=4, lora_dropout=0.1"
+    assert text in repr(slk.LoRALinear(24, 20, r=4, lora_dropout=0.1))
 
 
-def test_merge_twice_unmerge_twice_and_training_while_merged():
-    made = layer()
-    with pytest.raises(RuntimeError, match="is not merged"):
-        made.unmerge()
-    made.merge()
-    with pytest.raises(RuntimeError, match="merged already"):
-        made.merge()
-    with pytest.raises(RuntimeError, match=r"merged, so lora_A and lora_B would get no gradient"):
-        made(torch.ones(1, 24))
-    with torch.no_grad():
-        assert made(torch.ones(1, 24)).isfinite().all()
-    assert made.eval()(torch.ones(1, 24)).isfinite().all()
+REFUSED = [
+    ({"r": 0}, ValueError, "r must be at least 1, got 0"),
+    ({"r": 2.0}, TypeError, "r must be an int, got 2.0 of type float"),
+    ({"lora_alpha": float("nan")}, ValueError, r"lora_alpha must be a finite number .* got nan"),
+    ({"lora_dropout": 1.0}, ValueError, r"lora_dropout must be a finite number in \[0, 1\), got 1.0"),
+    ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights must be True, False or 'gaussian', got 'pissa'"),
+    ({"init_lora_weights": 0}, ValueError, "init_lora_weights must be True, False or 'gaussian', got 0"),
+    ({"lora_dtype": torch.float16}, TypeError, "must be torch.float32 or the weight's torch.float32, got torch.float16"),
+]  # fmt: skip
 
 
-def test_repr_says_what_matters():
-    assert "in_features=24, out_features=20, bias=True, r=4, scaling=4, lora_dropout=0.1" in repr(
-        layer(lora_dropout=0.1)
-    )
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "error", "message"),
-    [
-        ({"r": 0}, ValueError, "r must be at least 1, got 0"),
-        ({"r": 2.0}, TypeError, "r must be an int, got 2.0 of type float"),
-        ({"lora_alpha": float("nan")}, ValueError, r"lora_alpha must be a finite number .* got nan"),
-        ({"lora_dropout": 1.0}, ValueError, r"lora_dropout must be a finite number in \[0, 1\), got 1.0"),
-        (
-            {"init_lora_weights": "pissa"},
-            ValueError,
-            "init_lora_weights must be True, False or 'gaussian', got 'pissa'",
-        ),
-        ({"init_lora_weights": 0}, ValueError, "init_lora_weights must be True, False or 'gaussian', got 0"),
-        (
-            {"lora_dtype": torch.float16},
-            TypeError,
-            "lora_dtype must be torch.float32 or the weight's torch.float32, got torch.float16",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("kwargs", "error", "message"), REFUSED, ids=lambda value: str(value)[:24])
 def test_bad_arguments_freeze_nothing(kwargs, error, message):
     linear = nn.Linear(24, 20)
     with pytest.raises(error, match=message):
@@ -116,10 +88,104 @@ def test_bad_arguments_freeze_nothing(kwargs, error, message):
     assert linear.weight.requires_grad and linear.bias.requires_grad
 
 
-def test_bad_sizes_and_kinds():
+def test_bad_sizes_kinds_and_dtypes_of_a_base():
     with pytest.raises(ValueError, match="in_features must be at least 1, got 0"):
         slk.LoRALinear(0, 4)
     with pytest.raises(ValueError, match="out_features must be at least 1, got -1"):
         slk.LoRALinear(4, -1)
     with pytest.raises(TypeError, match=r"linear must be an nn.Linear or transformers' Conv1D, got Conv1d"):
         slk.LoRALinear.from_linear(nn.Conv1d(1, 1, 1))
+    for base, dtype, of_weight in (
+        (bnb_8bit(nn.Linear(K, N)), BF16, FP32),
+        (four_bits(), torch.float16, BF16),
+    ):
+        message = f"lora_dtype must be torch.float32 or the weight's {of_weight}, got {dtype}"
+        with pytest.raises(TypeError, match=message):
+            lora_over(base, lora_dtype=dtype)
+
+
+def test_which_class_a_base_gets():
+    # Computed at each access, by code of the layer's own.
+    assert type(lora_over(nn.utils.parametrizations.weight_norm(nn.Linear(K, N)))) is LoRABranchLinear
+    linear = fp8_linear(fp8_weight(20, 64), BF16)
+    assert type(lora_over(linear)) is LoRAQuantizedLinear
+    linear.weight.scale = torch.ones(())
+    assert type(lora_over(linear)) is LoRABranchLinear
+
+
+def test_a_weight_that_can_not_be_read_is_skipped_with_the_reason():
+    model = nn.ModuleDict({"q_proj": four_bits(), "k_proj": fp8_linear(fp8_weight(N, K), BF16)})
+    model["v_proj"] = nn.Linear(K, N)
+    model["q_proj"].weight.quant_state, model["k_proj"].weight.act_quant_kwargs = None, "rows"
+    report = slk.apply_lora(model, lora_config(target_modules="all-linear"))
+    assert [m.name for m in report.replaced] == ["v_proj"]
+    unread = "weight must be a quantized Params4bit of two dimensions, got Params4bit"
+    assert reasons(report)["q_proj"].startswith(unread)
+    assert reasons(report)["k_proj"].startswith("linear must give its input a gradient, which a layer that quantizes")
+    with pytest.raises(TypeError, match=unread):
+        slk.LoRALinear.from_linear(model["q_proj"])
+
+
+def test_a_layer_that_gives_its_input_no_gradient():
+    """Its input would be trained on the branch's gradient alone. torchao's products in 8 bits are known for that."""
+    quiet = torchao(nn.Linear(K, N, dtype=BF16), "Int8DynamicActivationInt8WeightConfig")
+    with pytest.raises(ValueError, match="linear must give its input a gradient"):
+        slk.LoRALinear.from_linear(quiet)
+
+    class Deaf(Scaled):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            out = super().__torch_function__(func, types, args, kwargs or {})
+            return out.detach() if func is nn.functional.linear else out
+
+    linear = nn.Linear(K, N)
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Deaf))
+    layer, x = lora_over(linear), torch.randn(5, K)
+    assert layer(x).requires_grad
+    with pytest.raises(RuntimeError, match=r"base_layer must give its input a gradient, .* Linear with a Deaf"):
+        layer(x.requires_grad_())
+    with torch.no_grad():
+        layer(x)
+
+
+def test_reports_count_quantized_weights_by_elements():
+    """Of 4 bits: three weights, three biases, three pairs."""
+    model = nn.ModuleDict({"q_proj": four_bits(), "k_proj": fp8_linear(fp8_weight(N, K), BF16)})
+    model["v_proj"] = nn.Linear(K, N)
+    report = slk.apply_lora(model, slk.LoRAConfig(r=4, target_modules="all-linear", bias="all"))
+    stored = "quantized weights (1 Params4bit, 1 Float8Tensor) stay as they are stored; these layers can't be merged"
+    assert report.notes == (stored,) and report.total == 3 * (N * K + N + 4 * (N + K))
+    assert len(slk.lora_pairs(model)) == 3
+    model = nn.ModuleDict({"q_proj": scaled(nn.Linear(K, N))})
+    report = slk.apply_lora(model, lora_config(target_modules=["q_proj"]))
+    own = "1 nn.Linear with Scaled compute their own product, with the branch on it; these layers can't be merged"
+    assert report.notes == (own,)
+
+
+MAKERS = {
+    "linear": lambda: nn.Linear(K, N),
+    "bitsandbytes 4-bit": lambda: bnb_4bit(nn.Linear(K, N), BF16),
+    "bitsandbytes 8-bit": lambda: bnb_8bit(nn.Linear(K, N)),
+    "torchao int8": lambda: torchao_int8(nn.Linear(K, N)),
+    "float8 scaled as a whole": lambda: torchao_fp8_a_tensor(nn.Linear(K, N)),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_pefts_own_layer_gives_the_same(kind, backend):
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    torch.manual_seed(0)
+    base = MAKERS[kind]()
+    model = nn.Sequential(copy.deepcopy(base))
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = "8-bit" in kind, "4-bit" in kind
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"]))
+    theirs, ours = model.base_model.model[0], lora_over(base)
+    pair = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
+    with torch.no_grad():
+        pair[0].copy_(ours.lora_A), pair[1].copy_(ours.lora_B)
+    x, grad = torch.randn(70, K, requires_grad=True), torch.randn(70, N)
+    expected = run_layer(theirs, x, pair, grad)
+    # The layer in 4 bits computes in bfloat16, PEFT's branch in float32.
+    eps = 4 * EPS[BF16] if kind == "bitsandbytes 4-bit" else 16 * EPS[FP32]
+    for name, value in run_layer(ours, x, (ours.lora_A, ours.lora_B), grad).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=eps * expected[name].abs().max().item())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 
 import pytest
@@ -13,14 +12,16 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn import merging
-from tests.helpers.small_models import Model, fill_b, lora_config
+from tests.helpers.quantized_weights import conv1d
+from tests.helpers.small_models import Model, fill_b, lora_config, through_a_file
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def layer(dtype: torch.dtype, std: float = 0.1) -> slk.LoRALinear:
+def layer(dtype: torch.dtype, std: float = 0.1, transposed: bool = False) -> slk.LoRALinear:
     torch.manual_seed(0)
-    made = slk.LoRALinear(24, 20, r=4, dtype=dtype)
+    base = conv1d(20, 24, dtype) if transposed else nn.Linear(24, 20, dtype=dtype)
+    made = slk.LoRALinear.from_linear(base, r=4)
     nn.init.normal_(made.lora_B, std=std)
     return made
 
@@ -35,16 +36,17 @@ def lora_model(tied: bool = False, **kwargs) -> Model:
 
 @pytest.mark.parametrize("elements", [1 << 22, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_error_is_the_distance_to_the_exact_sum(dtype, elements, monkeypatch):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_error_is_the_distance_to_the_exact_sum(transposed, dtype, elements, monkeypatch):
     monkeypatch.setattr(merging, "_MERGE_ELEMENTS", elements)
-    made = layer(dtype)
+    made = layer(dtype, transposed=transposed)
     frozen, delta = made.weight.detach().double(), made.delta_weight().double()
     torch.testing.assert_close(
         delta, made.scaling * (made.lora_B.double() @ made.lora_A.double()), rtol=1e-6, atol=1e-7
     )
     error = made.merge()
     assert made.merged and made.weight.dtype == dtype and not made.weight.requires_grad
-    exact = (made.weight.double() - (frozen + delta)).abs().max().item()
+    exact = (made.weight.double() - (frozen + (delta.t() if transposed else delta))).abs().max().item()
     # In float32 and bfloat16 the difference itself is exact or off by a float32 rounding of so small a number.
     assert error.largest_error == pytest.approx(exact, rel=1e-6) and exact > 0
     assert error.largest_delta == delta.abs().max().item()
@@ -52,6 +54,8 @@ def test_the_error_is_the_distance_to_the_exact_sum(dtype, elements, monkeypatch
     assert made.merge_error() == error
     # Rounded to nearest, so by at most half a unit of the largest weight.
     assert error.largest_error <= torch.finfo(dtype).eps / 2 * made.weight.abs().max().item() * 1.01
+    made.unmerge()
+    assert torch.equal(made.weight.double(), frozen)
 
 
 @pytest.mark.parametrize(("dtype", "std"), [(torch.bfloat16, 1e-6), (torch.float16, 1e-7), (torch.float32, 1e-11)])
@@ -64,6 +68,20 @@ def test_a_change_that_vanishes_is_an_error_of_all_of_it(dtype, std):
     assert torch.equal(made.weight, frozen)
     assert error.largest_error == error.largest_delta > 0
     assert error.relative == 1.0
+
+
+def test_merged_twice_unmerged_twice_and_trained_while_merged():
+    made = layer(torch.float32)
+    with pytest.raises(RuntimeError, match="is not merged"):
+        made.unmerge()
+    made.merge()
+    with pytest.raises(RuntimeError, match="merged already"):
+        made.merge()
+    with pytest.raises(RuntimeError, match=r"merged, so lora_A and lora_B would get no gradient"):
+        made(torch.ones(1, 24))
+    with torch.no_grad():
+        assert made(torch.ones(1, 24)).isfinite().all()
+    assert made.eval()(torch.ones(1, 24)).isfinite().all()
 
 
 def test_no_change_is_no_error():
@@ -105,6 +123,9 @@ def test_remove_without_merge_reports_nothing():
 
 def test_a_tied_weight_is_untied_reported_and_tied_again():
     model = lora_model(tied=True, target_modules=["lm_head"])
+    # The embedding is the head's frozen weight, and neither trains. A move keeps the two tied.
+    assert model.lm_head.weight is model.embed.weight and not model.embed.weight.requires_grad
+    assert (moved := copy.deepcopy(model).to(torch.bfloat16)).lm_head.weight is moved.embed.weight
     embedding = model.embed.weight.detach().clone()
     report = slk.merge_lora(model)
     assert report.untied == {"lm_head": ("embed.weight",)}
@@ -143,10 +164,7 @@ def test_unmerge_is_exact_after_whatever_happened_while_merged(dtype):
     made = layer(dtype)
     parameter, frozen = made.weight, made.weight.detach().clone()
     made.merge()
-    file = io.BytesIO()
-    torch.save(made, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=False)
+    saved = through_a_file(made)
     loaded = layer(dtype)
     loaded.load_state_dict(made.state_dict())
     moved = copy.deepcopy(made).to(torch.float64)

@@ -1,8 +1,9 @@
-"""Which modules are told to be gated MLPs: forms that are, and ever so slightly different ones that are not."""
+"""Which forwards are gated MLPs: one table with its verdicts. What is fused computes the module's own numbers."""
 
 from __future__ import annotations
 
-import contextlib
+import contextlib  # noqa: F401 (in sources)
+import copy
 import functools
 import re
 import types
@@ -11,157 +12,258 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint  # noqa: F401 (in sources)
 
 from stablelora_kernels.nn.mlp_form import Form, Projection, form_of
-from tests.helpers.gated_mlps import INNER, MLP, WIDTH, Stacked
+from tests.helpers.gated_mlps import MLP, Stacked, assert_same, count_calls, rows, step, with_lora
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
-GATE, UP, DOWN = Projection("gate_proj"), Projection("up_proj"), Projection("down_proj")
+silu, gelu = F.silu, F.gelu
+BF16 = torch.autocast("cpu", torch.bfloat16)
+Config = types.SimpleNamespace
+KEPT: list[torch.Tensor] = []
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return count_calls(monkeypatch)
 
 
 def is_linear(module):
     return isinstance(module, nn.Linear)
 
 
-def computing(forward, base=MLP, **attributes):
-    """An MLP of an unknown class whose forward is ``forward``."""
-    kind = type("Unknown", (base,), {"forward": forward})
-    module = kind()
-    for name, value in attributes.items():
-        setattr(module, name, value)
-    return module
+class Act(nn.Module):
+    """An activation whose function is an attribute."""
+
+    fancy = None
+
+    def __init__(self, function=F.silu) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return (self.fancy or self.function)(x)
 
 
-def swiglu(self, x):
-    return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+class ByMode(Act):
+    def forward(self, x):
+        return self.function(x) if self.training else F.gelu(x)
 
 
-@contextlib.contextmanager
-def nothing():
-    yield
+class SwiGLU(torch.autograd.Function):
+    """As many models have it; its backward may be anything."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        s = torch.sigmoid(gate)
+        return grad * up * s * (1 + gate * (1 - s)), grad * F.silu(gate)
 
 
-def swallows(self, x):
-    with contextlib.suppress(Exception):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return x
+def first(functions, x):
+    return functions[0](x)
 
 
-SAME = {
-    "as in Llama": MLP.forward,
-    "functional silu": swiglu,
-    "in place": lambda self, x: self.down_proj(F.silu(self.gate_proj(x), inplace=True) * self.up_proj(x)),
-    "factors exchanged": lambda self, x: self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x))),
-    "torch.mul": lambda self, x: self.down_proj(torch.mul(self.act_fn(self.gate_proj(x)), self.up_proj(x))),
-    "in a context": lambda self, x: [nothing().__enter__(), swiglu(self, x)][1],
-    "optional arguments": lambda self, x, scale=None, *args, **kwargs: swiglu(self, x),
-    "asks for a tensor": lambda self, x: swiglu(self, x) if isinstance(x, torch.Tensor) else x,
-    "catches exceptions": swallows,
-}
+def squared(x):
+    return x * x
 
 
-@pytest.mark.parametrize("forward", SAME.values(), ids=SAME)
-def test_forms_that_are_the_same(forward):
-    form = form_of(computing(forward), is_linear)
-    assert isinstance(form, Form), form
-    assert form[:4] == (GATE, UP, DOWN, "silu")
-    assert form.argument == "x"
-
-
-def clamps(self, x):
-    return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7)) * self.up_proj(x))
-
-
-def in_training(self, x):
-    h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-    return self.down_proj(F.dropout(h, 0.1) if self.training else h)
-
-
-def other_in_training(self, x):
-    act = F.silu if self.training else F.gelu
-    return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
-
-
-@torch.no_grad()
-def without_gradients(self, x):
-    return swiglu(self, x)
-
-
-def detaches(self, x):
-    with torch.no_grad():
-        gate = self.gate_proj(x)
-    return self.down_proj(self.act_fn(gate) * self.up_proj(x))
-
-
-def without_autocast(self, x):
-    with torch.autocast("cpu", torch.bfloat16):
-        return swiglu(self, x)
-
-
-def counts(self, x):
-    self.calls = getattr(self, "calls", 0) + 1
-    return swiglu(self, x)
-
-
-def falls_back(self, x):
-    with contextlib.suppress(BaseException):
-        x = x.contiguous()
-    return swiglu(self, x)
-
-
-OTHER = {
-    "clamp": (clamps, "calls clamp"),
-    "factor": (lambda self, x: self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x) * 2), "something else"),
-    "left factor": (lambda self, x: 2 * swiglu(self, x), "something else"),
-    "sum": (lambda self, x: x + swiglu(self, x), "calls add$"),
-    "residual in place": (lambda self, x: operator_iadd(swiglu(self, x), x), "calls add_"),
-    "one more": (lambda self, x: self.down_proj(F.silu(self.gate_proj(x)) * (self.up_proj(x) + 1)), "calls add$"),
-    "dropout": (in_training, "reads 'training', a bool, which may change unseen"),
-    "another activation in training": (other_in_training, "reads 'training', a bool, which may change unseen"),
-    "dropout in every mode": (lambda self, x: self.down_proj(F.dropout(F.silu(self.gate_proj(x)))), "calls dropout"),
-    "another function": (lambda self, x: self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x)), "calls tanh"),
-    "written out": (
-        lambda self, x: self.down_proj(self.gate_proj(x) * torch.sigmoid(self.gate_proj(x)) * self.up_proj(x)),
-        "calls sigmoid",
-    ),
-    "gate twice": (lambda self, x: self.down_proj(F.silu(self.gate_proj(x)) * self.gate_proj(x)), "something else"),
-    "no gate": (lambda self, x: self.down_proj(F.silu(self.up_proj(x))), "something else"),
-    "no down": (lambda self, x: F.silu(self.gate_proj(x)) * self.up_proj(x), "something else"),
-    "up of up": (lambda self, x: self.down_proj(F.silu(self.gate_proj(x)) * F.silu(self.up_proj(x))), "something else"),
-    "act for down": (lambda self, x: F.gelu(F.silu(self.gate_proj(x)) * self.up_proj(x)), "something else"),
-    "act of down": (lambda self, x: F.silu(swiglu(self, x)), "something else"),
-    "act of x": (lambda self, x: self.down_proj(F.silu(self.gate_proj(F.silu(x))) * self.up_proj(x)), "something else"),
-    "a tuple": (lambda self, x: (swiglu(self, x), None), "something else"),
-    "nothing": (lambda self, x: None, "something else"),
-    "x itself": (lambda self, x: x, "something else"),
-    "a weight": (lambda self, x: F.linear(x, self.gate_proj.weight), "reads 'gate_proj.weight', a Parameter"),
-    "a shape": (lambda self, x: swiglu(self, x.view(-1, x.shape[-1])), "reads 'view' of a tensor|reads 'shape'"),
-    "a value": (lambda self, x: swiglu(self, x) if x else x, "calls __bool__"),
-    "a slice": (lambda self, x: swiglu(self, x[..., :3]), "calls __getitem__"),
-    "no gradients": (without_gradients, "gradient or the autocast mode"),
-    "gate without gradients": (detaches, "gradient or the autocast mode"),
-    "its own autocast": (without_autocast, "gradient or the autocast mode"),
-    "state": (counts, "changes its attributes"),
-    "catches all": (falls_back, "calls contiguous"),
-    "two tensors": (lambda self, x, weights: swiglu(self, x) * weights, "more than one tensor"),
-    "keyword only": (lambda self, *, x: swiglu(self, x), "more than one tensor"),
-    "no tensor": (lambda self: None, "more than one tensor"),
-    "raises": (lambda self, x: [][0], r"can't be followed \(IndexError\)"),
-    "a projection with an argument": (lambda self, x: self.down_proj(x, 1), "'down_proj' with more than one tensor"),
-    "a parameter": (lambda self, x: swiglu(self, x) * self.factor, "something else"),
-}  # fmt: skip
-
-
-def operator_iadd(y, x):
+def in_place(y, x):
     y += x
     return y
 
 
-@pytest.mark.parametrize(("forward", "reason"), OTHER.values(), ids=OTHER)
-def test_forms_that_differ(forward, reason):
-    module = computing(forward, factor=nn.Parameter(torch.ones(())))
-    found = form_of(module, is_linear)
-    assert isinstance(found, str) and re.search(reason, found), found
+def forward_of(result, *lines, takes="self, x", decorator=""):
+    """The forward that returns ``result``. g and u are the outputs of gate_proj and up_proj, d calls down_proj."""
+    text = "\n".join((*lines, result))
+    bound = [
+        f"{name} = self.{layer}(x)"
+        for name, layer in (("g", "gate_proj"), ("u", "up_proj"))
+        if re.search(rf"\b{name}\b", text) and not re.search(rf"(?:^|: ){name} = ", "\n".join(lines))
+    ]
+    body = "\n    ".join([*bound, *lines, f"return {result}"])
+    names: dict = dict(globals())
+    exec(f"{decorator}\ndef forward({takes}):\n    " + re.sub(r"(?<![\w.])d\(", "self.down_proj(", body), names)
+    return names["forward"]
+
+
+def made(forward, base=MLP, change=lambda mlp: None, **attributes):
+    torch.manual_seed(0)
+    mlp = type("Unknown", (base,), {"forward": forward})().double()
+    for name, value in attributes.items():
+        setattr(mlp, name, copy.deepcopy(value))
+    change(mlp)
+    return mlp
+
+
+def fused_and_not(forward, **more):
+    return [with_lora(made(forward, **more), fuse) for fuse in (True, False)]
+
+
+def asks(question):
+    """A GELU where the answer is yes."""
+    return (f"d((gelu if {question} else silu)(g) * u)",)
+
+
+def scale(mlp):
+    mlp.register_buffer("scale", torch.tensor(3.0, dtype=torch.float64))
+
+
+# The source of each forward, what it gets, and the activation that it is fused with.
+FUSED = {
+    "as in Llama": (("d(self.act_fn(g) * u)",), {}, "silu"),
+    "in place": (("d(silu(g, inplace=True) * u)",), {}, "silu"),
+    "factors exchanged": (("d(u * self.act_fn(g))",), {}, "silu"),
+    "torch.mul": (("d(torch.mul(self.act_fn(g), u))",), {}, "silu"),
+    "in a context": (("d(silu(g) * u)", "with contextlib.nullcontext(): g = self.gate_proj(x)"), {}, "silu"),
+    "optional arguments": (("d(silu(g) * u)",), {"takes": "self, x, scale=None, *args, **kwargs"}, "silu"),
+    "asks for a tensor": (("d(silu(g) * u) if isinstance(x, torch.Tensor) else x",), {}, "silu"),
+    "catches exceptions": (("d(h)", "with contextlib.suppress(Exception): h = silu(g) * u"), {}, "silu"),
+    "asks for the type of x": (asks("type(x) is torch.Tensor"), {}, "gelu"),
+    "asks for the type of a child": (asks("type(self.act_fn) is nn.SiLU"), {}, "gelu"),
+    "asks for a buffer": (asks("hasattr(self, 'scale')"), {"change": scale}, "gelu"),
+    "asks for no buffer": (asks("hasattr(self, 'scale')"), {}, "silu"),
+    "asks its dictionary": (asks("'limit' in vars(self)"), {"limit": 1}, "gelu"),
+    "reads from its dictionary": (asks("self.__dict__.get('limit') == 1"), {"limit": 1}, "gelu"),
+    "asks for what nn.Module has too": (asks("self.type == 'gelu'"), {"type": "gelu"}, "gelu"),
+    "asks a configuration": (asks("self.config.act == 'gelu'"), {"config": Config(act="gelu")}, "gelu"),
+    "an activation in place": (("d(self.act_fn(g) * u)",), {"act_fn": nn.SiLU(inplace=True)}, "silu"),
+    "gate in place": (("d(g * u)", "silu(g, inplace=True)"), {}, "silu"),
+    "torch.chunk": (("d(b * silu(a))", "b, a = torch.chunk(self.gate_up_proj(x), 2, -1)"), {"base": Stacked}, "silu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "more", "activation"), FUSED.values(), ids=FUSED)
+def test_forwards_that_are_fused(source, more, activation, calls):
+    more = dict(more)
+    forward = forward_of(*source, **({"takes": more.pop("takes")} if "takes" in more else {}))
+    (model, report), (plain, _) = fused_and_not(forward, **more)
+    assert report.mlps[0].reason is None, report.mlps
+    assert_same(step(model), step(plain))
+    assert calls == [activation]
+
+
+ELSE, GRADIENT = "something else", "gradient or the autocast mode"
+TWICE = "more than one tensor"
+SWIGLU = "d(silu(g) * u)"
+REFUSED = {
+    "clamp": (("d(self.act_fn(g.clamp(max=7)) * u)",), {}, "calls clamp"),
+    "clamp for SiLU": (
+        ("d(h)", "h = silu(g) * u", "if isinstance(self.act_fn, nn.SiLU): h = h.clamp(max=0.5)"), {}, "calls clamp",
+    ),
+    "factor": (("d(silu(g) * u * 2)",), {}, ELSE),
+    "left factor": (("2 * d(silu(g) * u)",), {}, ELSE),
+    "parameter": (("d(silu(g) * u) * self.factor",), {"factor": nn.Parameter(torch.ones(()))}, ELSE),
+    "sum": (("x + d(silu(g) * u)",), {}, "calls add$"),
+    "residual in place": (("in_place(d(silu(g) * u), x)",), {}, "calls add_"),
+    "one more": (("d(silu(g) * (u + 1))",), {}, "calls add$"),
+    "dropout": (("d(F.dropout(h, 0.1) if self.training else h)", "h = silu(g) * u"), {}, "reads 'training', a bool"),
+    "another in training": (asks("self.training"), {}, "reads 'training', a bool, which may change unseen"),
+    "another in evaluation": (("d(self.act_fn(g) * u)",), {"act_fn": ByMode()}, "it calls 'act_fn', a ByMode"),
+    "dropout in every mode": (("d(F.dropout(silu(g)))",), {}, "calls dropout"),
+    "another function": (("d(torch.tanh(g) * u)",), {}, "calls tanh"),
+    "written out": (("d(g * torch.sigmoid(g) * u)",), {}, "calls sigmoid"),
+    "square": (("d(squared(g) * u)",), {}, ELSE),
+    "gate twice": (("d(silu(self.gate_proj(x)) * self.gate_proj(x))",), {}, ELSE),
+    "called and dropped": ((SWIGLU, "self.gate_proj(x)"), {}, ELSE),
+    "no gate": (("d(silu(u))",), {}, ELSE),
+    "no down": (("silu(g) * u",), {}, ELSE),
+    "up of up": (("d(silu(g) * silu(u))",), {}, ELSE),
+    "act for down": (("gelu(silu(g) * u)",), {}, ELSE),
+    "act of down": (("silu(d(silu(g) * u))",), {}, ELSE),
+    "act of x": (("d(silu(self.gate_proj(silu(x))) * u)",), {}, ELSE),
+    "a tuple": (("(d(silu(g) * u), None)",), {}, ELSE),
+    "nothing": (("None",), {}, ELSE),
+    "x itself": (("x",), {}, ELSE),
+    "weight": (("F.linear(x, self.gate_proj.weight)",), {}, "reads 'gate_proj.weight', a Parameter"),
+    "reads a projection": (asks("self.gate_proj.bias is None"), {}, "reads 'gate_proj.bias', a NoneType, which may change"),
+    "shape": ((SWIGLU, "x = x.view(-1, x.shape[-1])"), {}, "reads 'view' of a tensor|reads 'shape'|reads 'view'"),
+    "value": (("d(silu(g) * u) if x else x",), {}, "calls __bool__"),
+    "slice": (("d(silu(self.gate_proj(x[..., :3])) * u)",), {}, "calls __getitem__"),
+    "no gradients": ((SWIGLU,), {"decorator": "@torch.no_grad()"}, GRADIENT),
+    "gate without gradients": ((SWIGLU, "with torch.no_grad(): g = self.gate_proj(x)"), {}, GRADIENT),
+    "its own autocast": (("h", "with torch.autocast('cpu', torch.bfloat16): h = d(silu(g) * u)"), {}, GRADIENT),
+    "autocast off inside": (
+        ("h", "with torch.autocast('cpu', enabled=False): h = d(silu(g) * u)"), {"context": BF16}, GRADIENT,
+    ),
+    "autograd function": (("d(SwiGLU.apply(g, u))",), {}, GRADIENT),
+    "reentrant checkpoint": (
+        ("d(checkpoint(lambda g, u: silu(g) * u, g, u, use_reentrant=True))",), {}, "of a tensor|gradient or",
+    ),
+    "counts": ((SWIGLU, "self.count += 1"), {"count": 0}, "can't be followed|changes its attributes"),
+    "counts anew": ((SWIGLU, "self.calls = getattr(self, 'calls', 0) + 1"), {}, "changes its attributes"),
+    "counts elsewhere": ((SWIGLU, "self.config.count += 1"), {"config": Config(count=0)}, "changes its attributes"),
+    "keeps its product": (("d(h)", "h = silu(g) * u", "self.kept.append(h)"), {"kept": []}, "reads 'kept', a list, which may"),
+    "keeps it elsewhere": (("d(h)", "h = silu(g) * u", "KEPT.append(h)"), {}, "keeps a tensor"),
+    "catches all": ((SWIGLU, "with contextlib.suppress(BaseException): x = x.contiguous()"), {}, "calls contiguous"),
+    "two tensors": (("d(silu(g) * u) * weights",), {"takes": "self, x, weights"}, TWICE),
+    "keyword only": ((SWIGLU,), {"takes": "self, *, x"}, TWICE),
+    "no tensor": (("None",), {"takes": "self"}, TWICE),
+    "raises": (("[][0]",), {}, r"can't be followed \(IndexError\)"),
+    "a projection with an argument": (("self.down_proj(x, 1)",), {}, "'down_proj' with more than one tensor"),
+    "getattr of a buffer": (
+        ("d(h)", "h = silu(g) * u", "h = h * self.scale if getattr(self, 'scale', None) is not None else h"),
+        {"change": scale}, ELSE,
+    ),
+    "hasattr of a buffer": (
+        ("d(h)", "h = silu(g) * u", "h = h * self.scale if hasattr(self, 'scale') else h"), {"change": scale}, "else",
+    ),
+    "all children": (asks("all(isinstance(m, nn.Module) for m in self._modules.values())"), {}, "'_modules', a dict"),
+    "asks for autocast": (asks("torch.is_autocast_enabled('cpu')"), {"context": BF16}, ELSE),
+    "asks for gradients": (asks("not torch.is_grad_enabled()"), {"context": torch.no_grad()}, ELSE),
+    "in inference": (asks("torch.is_inference_mode_enabled()"), {"context": torch.inference_mode()}, ELSE),
+    "up in place": ((SWIGLU, "silu(u, inplace=True)"), {}, ELSE),
+    "module in place": (("d(self.act_fn(g) * u)", "self.act_fn(u)"), {"act_fn": nn.SiLU(inplace=True)}, ELSE),
+    "gate in place after its use": (("d(h)", "h = silu(g) * u", "silu(g, inplace=True)"), {}, ELSE),
+    "x in place": (("d(h)", "h = silu(g) * u", "silu(x, inplace=True)"), {}, ELSE),
+    "in place without gradients": (("d(g * u)", "with torch.no_grad(): silu(g, inplace=True)"), {}, "gradient or"),
+    "lists its dictionary": (asks("'limit' in list(vars(self))"), {"limit": 1}, "lists its attributes"),
+    "counts its dictionary": (asks("len(vars(self)) > 2"), {}, "lists its attributes"),
+    "unpacks its dictionary": (asks("'limit' in {**vars(self)}"), {"limit": 1}, "lists its attributes"),
+    "a list in a partial": (("d(self.act(g) * u)",), {"act": functools.partial(first, [F.silu])}, "reads 'act', a partial"),
+    "closure": (("d(self.act(g) * u)",), {"act": (lambda c: lambda x: c[0](x))([F.silu])}, "reads 'act', a function"),
+}  # fmt: skip
+CUTS = {
+    "rows": "y.chunk(2)", "three parts": "y.chunk(3, dim=-1)[:2]", "tokens": "y.chunk(2, dim=1)",
+    "by slices": "(y[..., :3], y[..., 3:])", "one half twice": "(y.chunk(2, dim=-1)[0],) * 2",
+    "a half and all": "(y.chunk(2, dim=-1)[0], y)", "all and a half": "(y, y.chunk(2, dim=-1)[1])",
+}  # fmt: skip
+REFUSED |= {
+    f"cut: {name}": (("d(silu(a) * b)", "y = self.gate_up_proj(x)", f"a, b = {cut}"), {"base": Stacked}, "")
+    for name, cut in CUTS.items()
+}
+
+
+def outcome(model):
+    torch.manual_seed(3)
+    try:
+        y = model["mlp"](rows().detach().clone())
+    except Exception as error:
+        return type(error)
+    return y[0] if isinstance(y, tuple) else y
+
+
+@pytest.mark.parametrize(("source", "more", "reason"), REFUSED.values(), ids=REFUSED)
+def test_forwards_that_are_refused(source, more, reason, calls):
+    more = dict(more)
+    context = more.pop("context", torch.enable_grad())
+    forward = forward_of(*source, **{name: more.pop(name) for name in ("takes", "decorator") if name in more})
+    (model, report), (plain, _) = fused_and_not(forward, **more)
+    KEPT.clear()
+    said = report.mlps[0].reason
+    assert said is not None and re.search(reason, said) and "NameError" not in said, report.mlps
+    for training in (True, False):
+        with context:
+            found, expected = (outcome(each.train(training)) for each in (model, plain))
+        torch.testing.assert_close(found, expected) if isinstance(found, torch.Tensor) else None
+        assert isinstance(found, torch.Tensor) or found is expected
+    assert calls == []
 
 
 ACTIVATIONS = {
@@ -173,58 +275,29 @@ ACTIVATIONS = {
         "relu2", "quick_gelu", "gelu_new", "gelu_10", "laplace", "gelu_python",
     ],
 }  # fmt: skip
-BY_ACTIVATION = [(activation, act) for activation, acts in ACTIVATIONS.items() for act in acts]
 
 
-def name_of(activation, act):
-    """The same in each of pytest-xdist's processes: a function's text has its address."""
-    text = "partial" if isinstance(act, functools.partial) else getattr(act, "__name__", act)
-    return f"{activation} by {text}"
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation):
+    for act in ACTIVATIONS[activation]:
+        act = transformers.activations.ACT2FN[act] if isinstance(act, str) else act
+        form = form_of(MLP(act), is_linear)
+        if activation is None:
+            name = type(act).__name__ if isinstance(act, nn.Module) else act.__name__
+            called = f"it calls 'act_fn', a {name}; only SiLU and GELU (exact or tanh) are fused"
+            assert form == (called if isinstance(act, nn.Module) else f"it calls {name}")
+        else:
+            assert form.activation == activation, act
+            # Calls watch the type of a module, whose attributes have paths of their own, and a function itself.
+            assert (dict(form.reads)["act_fn",] == (type(act),)) == isinstance(act, nn.Module), act
 
 
-@pytest.mark.parametrize(("activation", "act"), BY_ACTIVATION, ids=[name_of(*pair)[:60] for pair in BY_ACTIVATION])
-def test_activations(activation, act):
-    act = transformers.activations.ACT2FN[act] if isinstance(act, str) else act
-    form = form_of(MLP(act), is_linear)
-    if activation is None:
-        assert isinstance(form, str)
-        name = type(act).__name__ if isinstance(act, nn.Module) else act.__name__
-        assert form in (
-            f"it calls 'act_fn', a {name}; only SiLU and GELU (exact or tanh) are fused",
-            f"it calls {name}",
-        )
-    else:
-        assert form.activation == activation
-        # Calls watch the type of a module, whose attributes have paths of their own, and a function itself.
-        assert (dict(form.reads)["act_fn",] == (type(act),)) == isinstance(act, nn.Module)
-
-
-def test_a_stacked_projection_has_either_half_first():
+def test_names_halves_and_arguments():
     gate_first, up_first = (form_of(Stacked(up_first), is_linear) for up_first in (False, True))
-    assert gate_first.gate == Projection("gate_up_proj", 0) and gate_first.up == Projection("gate_up_proj", 1)
-    assert up_first.gate == Projection("gate_up_proj", 1) and up_first.up == Projection("gate_up_proj", 0)
-    assert gate_first.down == up_first.down == DOWN
+    assert gate_first.gate == up_first.up == Projection("gate_up_proj", 0)
+    assert up_first.gate == gate_first.up == Projection("gate_up_proj", 1)
+    assert gate_first.down == up_first.down == Projection("down_proj")
     assert gate_first.activation == "gelu_tanh" and gate_first.argument == "hidden_states"
-
-
-@pytest.mark.parametrize("cut", [
-    lambda y: y.chunk(2), lambda y: y.chunk(3, dim=-1)[:2], lambda y: y.chunk(2, dim=1), lambda y: (y[..., :3], y[..., 3:]),
-    lambda y: (y.chunk(2, dim=-1)[0],) * 2, lambda y: (y.chunk(2, dim=-1)[0], y), lambda y: (y, y.chunk(2, dim=-1)[1]),
-])  # fmt: skip
-def test_other_ways_of_cutting_are_refused(cut):
-    def forward(self, x):
-        gate, up = cut(self.gate_up_proj(x))
-        return self.down_proj(F.silu(gate) * up)
-
-    assert isinstance(form_of(computing(forward, Stacked), is_linear), str)
-
-
-def test_torch_chunk_and_other_names():
-    def forward(self, x):
-        up, gate = torch.chunk(self.gate_up_proj(x), 2, -1)
-        return self.down_proj(up * F.silu(gate))
-
-    assert form_of(computing(forward, Stacked), is_linear).gate == Projection("gate_up_proj", 1)
 
     class Other(nn.Module):
         def __init__(self) -> None:
@@ -253,7 +326,7 @@ def test_nothing_is_touched():
 
 def test_forwards_bound_to_the_instance():
     """As Liger patches a model that exists; a bound one of another module, or a function, may do anything."""
-    module, other = MLP(nn.ReLU()), MLP(nn.ReLU())
+    swiglu, module, other = forward_of(SWIGLU), MLP(nn.ReLU()), MLP(nn.ReLU())
     assert isinstance(form_of(module, is_linear), str)
     module.forward = types.MethodType(swiglu, module)
     assert form_of(module, is_linear).activation == "silu"
@@ -264,52 +337,63 @@ def test_forwards_bound_to_the_instance():
 
 # As in liger-kernel 0.5 to 0.8: the class, and a function of the module that holds activation and product.
 LIGER = """
-from torch import nn
 class LigerSiLUMulFunction:
     def apply(*args): raise RuntimeError("no GPU")
 LigerGELUMulFunction = LigerSiLUMulFunction
 def _swiglu_dispatch(a, b, gate_multiplier=1.0, down_multiplier=1.0): raise RuntimeError("no GPU")
-class Old(nn.Module):
-    def forward(self, x):
-        return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
-class New(nn.Module):
-    def forward(self, x): return self.down_proj(_swiglu_dispatch(self.gate_proj(x), self.up_proj(x)))
-class Geglu(nn.Module):
-    def forward(self, x): return self.down_proj(LigerGELUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
-class Scaled(nn.Module):
-    def forward(self, x): return self.down_proj(_swiglu_dispatch(self.gate_proj(x), self.up_proj(x), 2.0, 1.0))
-class Phi3(nn.Module):
-    def forward(self, x):
-        up_states = self.gate_up_proj(x)
-        gate, up_states = up_states.chunk(2, dim=-1)
-        return self.down_proj(_swiglu_dispatch(gate, up_states))
+def old(self, x): return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
+def new(self, x): return self.down_proj(_swiglu_dispatch(self.gate_proj(x), self.up_proj(x)))
+def geglu(self, x): return self.down_proj(LigerGELUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
+def scaled(self, x): return self.down_proj(_swiglu_dispatch(self.gate_proj(x), self.up_proj(x), 2.0, 1.0))
+def phi3(self, x):
+    gate, up_states = self.gate_up_proj(x).chunk(2, dim=-1)
+    return self.down_proj(_swiglu_dispatch(gate, up_states))
 """
 
 
-def test_forwards_like_ligers():
-    liger = types.ModuleType("liger_kernel.transformers.swiglu")
-    exec(LIGER, liger.__dict__)
-    expected = {"Old": "silu", "New": "silu", "Geglu": "gelu_tanh", "Phi3": "silu", "Scaled": None}
-    for name, activation in expected.items():
-        form = form_of(computing(getattr(liger, name).forward, Stacked if name == "Phi3" else MLP), is_linear)
-        if activation is None:
-            assert form == "its forward can't be followed (TypeError)"
-        else:
-            assert form.activation == activation and ("act_fn",) not in dict(form.reads)
+@pytest.mark.parametrize(
+    ("name", "activation"), {"old": "silu", "new": "silu", "geglu": "gelu_tanh", "phi3": "silu", "scaled": None}.items()
+)
+def test_forwards_like_ligers(name, activation):
+    def of(library):
+        module = types.ModuleType(library)
+        exec(LIGER, module.__dict__)
+        return form_of(made(getattr(module, name), Stacked if name == "phi3" else MLP), is_linear)
+
+    form = of("liger_kernel.transformers.swiglu")
+    if activation is None:
+        assert form == "its forward can't be followed (TypeError)"
+    else:
+        assert form.activation == activation and ("act_fn",) not in dict(form.reads)
     # Functions of these names elsewhere are run, and raise.
-    other = types.ModuleType("other")
-    exec(LIGER, other.__dict__)
-    assert form_of(computing(other.Old.forward), is_linear) == "its forward can't be followed (RuntimeError)"
+    assert of("other") == "its forward can't be followed (RuntimeError)"
 
 
-def test_ligers_own_classes():
-    swiglu = pytest.importorskip("liger_kernel.transformers.swiglu", reason="liger-kernel is not installed")
-    geglu = pytest.importorskip("liger_kernel.transformers.geglu")
-    config = transformers.LlamaConfig(hidden_size=WIDTH, intermediate_size=INNER, num_attention_heads=2)
-    for kind, activation, stacked in (
-        (swiglu.LigerSwiGLUMLP, "silu", False),
-        (swiglu.LigerPhi3SwiGLUMLP, "silu", True),
-        (geglu.LigerGEGLUMLP, "gelu_tanh", False),
-    ):
-        form = form_of(kind(config), is_linear)
-        assert form.activation == activation and (form.gate.half == 0) == stacked
+CHANGES = {
+    "another module of the same class": lambda mlp: setattr(mlp, "act_fn", Act(F.gelu)),
+    "its function": lambda mlp: setattr(mlp.act_fn, "function", F.gelu),
+    "in place of the class's": lambda mlp: setattr(mlp.act_fn, "fancy", F.gelu),
+    "another limit": lambda mlp: setattr(mlp, "limit", 0.1),
+    "a child": lambda mlp: setattr(mlp, "post", nn.Tanh()),
+    "the configuration": lambda mlp: setattr(mlp.config, "scale", 2.0),
+    "another configuration": lambda mlp: setattr(mlp, "config", Config(scale=2.0)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_after_the_recognition(change, calls):
+    forward = forward_of(
+        "y if self.post is None else self.post(y)",
+        "h = self.act_fn(g) * u",
+        "if self.limit is not None: h = h.clamp(-self.limit, self.limit)",
+        "if self.config.scale != 1: h = h * self.config.scale",
+        "y = d(h)",
+    )
+    (model, _), (plain, _) = fused_and_not(forward, act_fn=Act(), limit=None, post=None, config=Config(scale=1.0))
+    for other in (model, copy.deepcopy(model)):
+        assert_same(step(other), step(plain))
+    assert calls == ["silu"] * 2
+    for each in (model, plain):
+        change(each["mlp"])
+    assert_same(step(model), step(plain), 0.0)
+    assert calls == ["silu"] * 2

@@ -1,7 +1,8 @@
-"""LoRA on weights that tensor parallelism has cut: over gloo on two processes, equal to one process."""
+"""LoRA on weights that tensor parallelism cuts, before it or after it: over gloo on two processes, equal to one process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn.sharded import LoRAShardedLinear
+from stablelora_kernels.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
 from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import reasons
 
 pytestmark = needs_gloo
-WIDTH, HIDDEN, STEPS = 12, 20, 8
+WIDTH, HIDDEN, STEPS, ROWS, LENGTH = 12, 20, 6, 4, 6
 NAMES = ["up", "down"]
 
 
@@ -51,50 +53,87 @@ def whole(t: torch.Tensor) -> torch.Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
 
-def train(world: int, backend: str, r: int, bias: bool, dropout: float = 0.0) -> dict[str, Any]:
-    """Outputs, gradients, and what some steps make of the adapters."""
+def plan(sequence: bool = False) -> dict[str, Any]:
+    if not sequence:
+        return {"up": LoRAColwiseParallel(), "down": LoRARowwiseParallel()}
+    # Sequence parallelism: between the layers each process has some of the tokens.
+    return {"up": LoRAColwiseParallel(input_layouts=Shard(1)), "down": LoRARowwiseParallel(output_layouts=Shard(1))}
+
+
+def cut_in_two(model: nn.Module, styles: dict[str, Any] | None = None) -> None:
+    for block in model.children():
+        parallelize_module(block, init_device_mesh("cpu", (2,)), styles or plan())
+
+
+def cut_without_lora(model: nn.Module) -> None:
+    cut_in_two(model, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+Cut = Callable[[nn.Module], None]
+
+
+def lora_model(
+    r: int = 3, bias: bool = True, dropout: float = 0.0, before: Cut | None = None, after: Cut | None = None
+) -> nn.Sequential:
+    """The same in every process: cut before it gets LoRA or after that, or whole."""
     torch.manual_seed(0)
     model = nn.Sequential(Block(bias), Block(bias))
-    config = slk.LoRAConfig(r=r, target_modules=NAMES, init_lora_weights=False, lora_dropout=dropout, bias="lora_only")
-    if world > 1:
-        mesh = init_device_mesh("cpu", (world,))
-        for block in model:
-            parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    if before is not None:
+        before(model)
+    config = slk.LoRAConfig(r=r, target_modules=NAMES, lora_dropout=dropout, bias="lora_only")
     report = slk.apply_lora(model, config)
     assert [(m.in_features, m.out_features) for m in report.replaced] == 2 * [(WIDTH, HIDDEN), (HIDDEN, WIDTH)]
-    # One start for any number of processes.
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in lora_layers(model).values():
-            assert (type(layer) is LoRAShardedLinear) == (world > 1)
             for p in (layer.lora_A, layer.lora_B):
                 value = torch.randn(p.shape, generator=generator) * 0.3
-                p.copy_(distribute_tensor(value, p.device_mesh, p.placements) if world > 1 else value)
-    found: dict[str, Any] = {}
+                p.copy_(distribute_tensor(value, p.device_mesh, p.placements) if before is not None else value)
+    if after is not None:
+        after(model)
+    is_cut = before is not None or after is cut_in_two
+    assert all(type(layer) is LoRAShardedLinear for layer in lora_layers(model).values()) or not is_cut
+    return model
+
+
+def train(model: nn.Module, backend: str, parts: int = 1, part: int = 0) -> dict[str, Any]:
+    """Outputs, gradients and adapters of a model that sees one of ``parts`` of each batch."""
     # Sums are in another order on several processes: with PyTorch's eps AdamW would make up to a whole step of that where a
     # gradient is next to nothing, and steps much longer than these make the model amplify it.
     optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.01, eps=1e-2, shrink_ratio=0.1, seed=7)
+    generator = torch.Generator().manual_seed(1)
+    rows = slice(part * ROWS // parts, (part + 1) * ROWS // parts)
+    found: dict[str, Any] = {}
     with slk.use_backend(backend):
         for step in range(STEPS):
-            x = torch.randn(3, 5, WIDTH, generator=generator, requires_grad=True)
+            x, grad = (torch.randn(ROWS, LENGTH, WIDTH, generator=generator) for _ in range(2))
+            x = x[rows].requires_grad_()
             y = model(x)
-            (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+            # A mean over processes, as FSDP2 takes it.
+            (y * grad[rows]).sum().mul(parts).backward()
             if not step:
-                found |= {"y": y.detach().clone(), "dx": x.grad}
+                found |= {"y": y.detach().clone()} | ({"dx": x.grad} if parts == 1 else {})
                 found |= {f"d{name}": whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
             optimizer.step()
             optimizer.zero_grad()
-    found |= {name: whole(p) for name, p in model.named_parameters() if "lora" in name}
+    found |= {name: whole(p) for name, p in model.named_parameters()}
     found["latches"] = [pair.latched_at for pair in optimizer.stability()]
     return found
 
 
 CASES = {
-    "torch": ("torch", 3, True),
-    "triton": ("triton", 3, True),
-    "triton, no bias, rank 20": ("triton", 20, False),
-    "rank 1": ("torch", 1, True),
+    "cut first, torch": ("torch", {"before": cut_without_lora}),
+    "cut first, triton": ("triton", {"before": cut_without_lora}),
+    "cut first, no bias, rank 20": ("triton", {"before": cut_without_lora, "r": 20, "bias": False}),
+    "cut first, rank 1": ("torch", {"before": cut_without_lora, "r": 1}),
+    "LoRA first, torch": ("torch", {"after": cut_in_two}),
+    "LoRA first, triton": ("triton", {"after": cut_in_two}),
 }
+
+
+def alone(case: str) -> dict[str, Any]:
+    backend, options = CASES[case]
+    return train(lora_model(**{k: v for k, v in options.items() if k not in ("before", "after")}), backend)
 
 
 def save_and_load(rank: int, world: int, place: Path) -> None:
@@ -121,23 +160,190 @@ def save_and_load(rank: int, world: int, place: Path) -> None:
     assert type(layers[1]["0.up"]) is LoRAShardedLinear and type(layers[2]["0.up"]) is slk.LoRALinear
 
 
-def one_rank(rank: int, world: int, place: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def sequence_parallel(rank: int) -> dict[str, torch.Tensor]:
+    """One block on this process's tokens: its part of the output, and the gradients."""
+    block = lora_model()[0]
+    x = torch.randn(ROWS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(3))
+    mine = slice(rank * LENGTH // 2, (rank + 1) * LENGTH // 2)
+    parallelize_module(block, init_device_mesh("cpu", (2,)), plan(sequence=True))
+    x = x[:, mine].requires_grad_()
+    y = block(x)
+    y.square().sum().backward()
+    return {
+        "y": y.detach().clone(),
+        "dx": x.grad,
+        **{n: whole(p.grad) for n, p in block.named_parameters() if p.grad is not None},
+    }
+
+
+def masks(rank: int, backend: str) -> dict[str, torch.Tensor]:
+    """With dropout, of processes that were seeded alike: what each layer made of one input, and what came next."""
+    model = lora_model(dropout=0.5, after=cut_in_two)
+    torch.manual_seed(5)
+    with slk.use_backend(backend):
+        up, down = model[0].up, model[0].down
+        # Ones for A and no base product show the mask of each column: the sums of what was kept.
+        y = up(torch.ones(64, WIDTH))
+        here = down.in_features // 2
+        with torch.no_grad():
+            down.weight.zero_(), down.bias.zero_(), down.lora_B.fill_(1.0), down.lora_A.zero_()
+            # Each process shows its own columns, in its own output column before the sum.
+            down.lora_A.to_local()[rank].fill_(1.0)
+            down.lora_B.zero_()
+            down.lora_B.to_local()[0, 0] = 1.0
+            down.lora_B.to_local()[1, 1] = 1.0
+        kept = down(torch.ones(64, here))
+    return {"up": y.detach().clone(), "kept": kept.detach()[:, :2].clone(), "next": torch.rand(3)}
+
+
+def two(rank: int, world: int, place: Path) -> dict[str, Any]:
     save_and_load(rank, world, place)
-    results = {name: train(world, *case) for name, case in CASES.items()}
+    found: dict[str, Any] = {name: train(lora_model(**options), backend) for name, (backend, options) in CASES.items()}
     # Masks are each process's own; what is replicated has to stay so.
     torch.manual_seed(rank)
-    dropped = train(world, "torch", 3, True, dropout=0.5)
-    assert all(bool(torch.isfinite(value).all()) for name, value in dropped.items() if name != "latches")
-    return results, dropped
+    found["dropped"] = train(lora_model(dropout=0.5, before=cut_without_lora), "torch")
+    found["sequence"] = sequence_parallel(rank)
+    found["masks"] = {backend: masks(rank, backend) for backend in ("torch", "triton")}
+    model = lora_model()
+    frozen = {name: layer.weight.detach().clone() for name, layer in lora_layers(model).items()}
+    cut_in_two(model)
+    model.eval()
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(4))
+    before = model(x).detach().clone()
+    report = slk.merge_lora(model)
+    found["merged"] = (
+        before,
+        model(x).detach().clone(),
+        {n: (e.largest_error, e.largest_delta) for n, e in report.errors.items()},
+    )
+    with pytest.raises(ValueError, match="is not merged, got a merged one"):
+        merged = lora_model()
+        slk.merge_lora(merged)
+        parallelize_module(merged[0], init_device_mesh("cpu", (2,)), plan())
+    slk.unmerge_lora(model)
+    assert all(torch.equal(whole(layer.weight), frozen[name]) for name, layer in lora_layers(model).items())
+    # One process's part is not finite: none merges.
+    layer = model[0].up
+    with torch.no_grad():
+        layer.lora_B.to_local()[-1 if rank else slice(0)] = float("nan")
+    with pytest.raises(ValueError, match="would give a weight that is not finite"):
+        layer.merge()
+    assert not layer.merged
+    return found
 
 
-def test_column_and_row_wise(tmp_path: Path) -> None:
-    ranks, (first, second) = zip(*spawn(one_rank, 2, tmp_path), strict=True)
-    for name, case in CASES.items():
-        alone = train(1, *case)
+def four(rank: int, world: int, place: Path) -> dict[str, Any]:
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+    def cut(model: nn.Module) -> None:
+        for block in model.children():
+            parallelize_module(block, both["tensor"], plan())
+            fully_shard(block, mesh=both["data"])
+        fully_shard(model, mesh=both["data"])
+
+    def copies_of_shards(model: nn.Module) -> None:
+        for block in model.children():
+            fully_shard(block, mesh=both)
+        fully_shard(model, mesh=both)
+
+    found = {
+        backend: train(lora_model(after=cut), backend, 2, both.get_local_rank("data"))
+        for backend in ("torch", "triton")
+    }
+    # Every process has its own part of the batch.
+    return found | {"copies": train(lora_model(after=copies_of_shards), "torch", 4, rank)}
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    ranks = spawn(two, 2, tmp_path)
+    for case in CASES:
+        expected = alone(case)
+        assert any(expected["latches"]) or "rank" in case
         for rank in ranks:
-            close(rank[name], alone)
+            close(rank[case], expected)
+    first, second = (rank["dropped"] for rank in ranks)
     assert all(torch.equal(first[key], second[key]) for key in first if "lora" in key)
+    assert all(bool(torch.isfinite(value).all()) for name, value in first.items() if name != "latches")
+
+    block = lora_model()[0]
+    x = torch.randn(ROWS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    y = block(x)
+    y.square().sum().backward()
+    parts = [rank["sequence"] for rank in ranks]
+    for key, expected in (("y", y.detach()), ("dx", x.grad)):
+        near(key, torch.cat([part[key] for part in parts], 1), expected)
+    for name, p in block.named_parameters():
+        if p.requires_grad:
+            for part in parts:
+                near(name, part[name], p.grad)
+
+    for backend in ("torch", "triton"):
+        first, second = (rank["masks"][backend] for rank in ranks)
+        # Cut rows: one mask in all processes, the one that one process draws.
+        model = lora_model(dropout=0.5)
+        torch.manual_seed(5)
+        with slk.use_backend(backend):
+            expected = model[0].up(torch.ones(64, WIDTH)).detach()
+        near("up", torch.cat([first["up"], second["up"]], -1), expected)
+        # Cut columns: each process has drawn its own, and goes on alike.
+        assert torch.equal(first["kept"], second["kept"]) and torch.equal(first["next"], second["next"])
+        a, b = first["kept"].unbind(-1)
+        assert a.std() > 0 and b.std() > 0 and not torch.equal(a, b)
+
+    model = lora_model()
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(4))
+    report = slk.merge_lora(model)
+    for rank in ranks:
+        before, after, errors = rank["merged"]
+        near("merged", after, before)
+        assert errors.keys() == report.errors.keys()
+        for name, (error, delta) in errors.items():
+            assert delta == pytest.approx(report.errors[name].largest_delta, rel=1e-5)
+            assert 0 < error < 1e-6
+
+
+@pytest.mark.nightly
+def test_four_processes_in_two_dimensions(tmp_path: Path) -> None:
+    expected = {backend: train(lora_model(), backend) for backend in ("torch", "triton")}
+    for found in expected.values():
+        del found["dx"]
+    for rank, found in enumerate(spawn(four, 4, tmp_path)):
+        for backend in expected:
+            part = rank // 2 * ROWS // 2
+            close(found[backend], expected[backend], slice(part, part + ROWS // 2))
+        part = rank * ROWS // 4
+        close(found["copies"], expected["torch"], slice(part, part + ROWS // 4))
+
+
+def test_other_modules_and_hooks(mesh: DeviceMesh) -> None:
+    """What torch's own styles do for a module without LoRA; and the layer's hooks stay."""
+    model = lora_model()
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    parallelize_module(plain, mesh, {"0": LoRAColwiseParallel(), "1": LoRARowwiseParallel()})
+    assert plain[0].weight.placements == (Shard(0),) and plain[1].weight.placements == (Shard(1),)
+    with pytest.raises(NotImplementedError, match=r"only support nn\.Linear and nn.Embedding"):
+        parallelize_module(nn.Tanh(), mesh, LoRAColwiseParallel())
+
+    up, seen = model[0].up, []
+    up.register_forward_hook(lambda module, args, output: seen.append(type(output).__name__))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    parallelize_module(model[0], mesh, plan())
+    assert model[0].up is up and type(up) is LoRAShardedLinear
+    assert up.lora_A.placements == (Replicate(),) and up.lora_B.placements == (Shard(0),)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    model(torch.randn(2, WIDTH))
+    assert seen == ["DTensor"]
+    with pytest.raises(NotImplementedError, match="over a plain weight, got a LoRAShardedLinear"):
+        parallelize_module(model[0], mesh, plan())
+
+
+def test_projections_that_were_computed_together(mesh: DeviceMesh) -> None:
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj")})
+    slk.apply_lora(model, slk.LoRAConfig(target_modules="all-linear"), fuse_projections=True)
+    with pytest.warns(RuntimeWarning, match="fuse_projections does not reach layers that tensor parallelism has cut"):
+        parallelize_module(model, mesh, {"q_proj": LoRAColwiseParallel()})
+    x = torch.randn(5, 8)
+    assert model["q_proj"](x).shape == model["v_proj"](x).shape == (5, 8)
 
 
 def cut(mesh: DeviceMesh, *placements: Any) -> nn.Linear:
@@ -189,27 +395,3 @@ def test_after_fully_shard_it_is_refused(mesh):
     assert reasons(report) == dict.fromkeys(
         ("0.up", "0.down"), "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it"
     )
-
-
-def disabled(rank: int, world: int, place: Path) -> None:
-    """disable_lora on sharded layers, merged and not: the output of the same layers before they got LoRA."""
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(), Block())
-    mesh = init_device_mesh("cpu", (world,))
-    for block in model:
-        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    x = torch.randn(5, WIDTH)
-    expected = model(x)
-    slk.apply_lora(model, slk.LoRAConfig(r=2, target_modules=NAMES, init_lora_weights=False))
-    active = model(x)
-    assert not torch.allclose(active, expected, atol=1e-3)
-    with slk.disable_lora(model):
-        assert torch.equal(model(x), expected)
-    assert torch.equal(model(x), active)
-    slk.merge_lora(model.eval())
-    with slk.disable_lora(model):
-        assert torch.equal(model(x), expected)
-
-
-def test_disable_lora(tmp_path):
-    spawn(disabled, 2, tmp_path)

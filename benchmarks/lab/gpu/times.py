@@ -1,0 +1,258 @@
+"""The calls that ``benchmarks.lab.gpu`` times on the device's clock: this library's arms and rivals', eager and in CUDA graphs.
+
+A graph holds many calls, by copies of the layer whose weights are larger than L2 together: the device alone, with weights from
+memory. An eager call starts on an idle device and includes the host's launches. Backward's time is that of forward and backward
+less forward's, round by round. pytest runs each shape as a test of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from inspect import signature
+from itertools import product
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stablelora_kernels as slk
+from benchmarks.common import optimizers
+from benchmarks.common.arms import OURS, PEFT
+from benchmarks.common.records import record
+from benchmarks.lab.gpu.device import MOST_CALLS, WARMUP, Arm, Device, Run, Samples
+from benchmarks.lab.gpu.report import EAGER, FEW, GRAPH, MANY, PARTS, PRODUCT, S_ALONE
+from benchmarks.lab.gpu.rows import FAILED, NOTE_LENGTH, SKIPPED, Row
+from benchmarks.lab.predict.layer_time import RANKS, ROWS, SIZES
+from benchmarks.suite.layers import EAGER as BY_HAND
+from benchmarks.suite.layers import FROZEN, PEFT_COMPILED, LayerCase, MLPCase, ProjectionsCase
+from stablelora_kernels.dispatch.problem import Call, device_of
+from stablelora_kernels.dispatch.rules import Choice, possible_kernels
+from stablelora_kernels.dispatch.settings import KERNELS
+from stablelora_kernels.launch.lora_common import forward_product, shrink
+from stablelora_kernels.launch.lora_linear import product_launches
+
+# One whole call of each phase; and how to build it for each arm, which may fail.
+Phases = dict[str, Run]
+Arms = dict[str, Callable[[], Phases]]
+# A mode, a phase and an arm.
+Name = tuple[str, str, str]
+DRY = os.environ.get("SLK_GPU_DRY_RUN") == "1"
+BF16 = torch.bfloat16
+EAGER_STEP, GRAPHED_STEP = "eager step", "GraphedStep"
+# Our op for a gated MLP with gate, up and the activation forced into one kernel, or into separate products.
+FORCED = {"one op, in one kernel": "split", "one op, vendor's products": "vendor"}
+# Arms that are timed in one mode alone. These optimizers wait for the host.
+ONLY_GRAPH = (*KERNELS[1:], *PARTS, *FORCED)
+ROLES = dict.fromkeys((BY_HAND, PEFT, PEFT_COMPILED, EAGER_STEP, *optimizers.ARMS), "rival") | dict.fromkeys(
+    ONLY_GRAPH, ""
+)
+ROLES[optimizers.OURS] = "ours"
+ONLY_EAGER = (EAGER_STEP, GRAPHED_STEP, optimizers.NAIVE_FOREACH, optimizers.ADAMW_FOREACH)
+# (out, in) of the seven linear layers in one of an 8B model's 32 blocks: 448 tensors, 41.9M parameters at r 16.
+BLOCK = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
+# All arms are timed for so many seconds an arm and phase, in turns, and for five rounds at least.
+SECONDS = 0.03
+
+
+def arms_of(case: LayerCase, arms: Iterable[str], forced: Mapping[str, tuple[str, str]], ours: str) -> Arms:
+    """Return ``arms`` of a case of the suite, and ``ours`` by the kernels in ``forced``, of forward and backward."""
+    case.open()
+
+    def build(arm: str, kernels: tuple[str, str]) -> Phases:
+        parts = case.build(arm)
+
+        def call(*names: str) -> None:
+            for name in names:
+                with slk.use_backend("triton"), slk.use_kernel(kernels[name == "backward"]):
+                    parts[name]()
+            # It drops the outputs and gradients.
+            parts["prepare"]()
+
+        forward = "forward" if kernels[0] == kernels[1] else "dispatch's forward"
+        return {forward: partial(call, "forward"), "both": partial(call, "forward", "backward")}
+
+    found = {arm: partial(build, arm, ("auto", "auto")) for arm in arms}
+    return found | {name: partial(build, ours, kernels) for name, kernels in forced.items()}
+
+
+def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
+    """Return the suite's arms, ours by each kernel that can compute it, and the parts of a forward."""
+    own, more = device_of(device.device), (r, BF16, BF16, dropout > 0)
+    forward, backward = (
+        possible_kernels(call) for call in (Call("forward", m, n_out, k, *more), Call("backward", m, k, n_out, *more))
+    )
+    # A kernel that can compute backward alone runs behind dispatch's forward.
+    forced = {kernel: (kernel if kernel in forward else "auto", kernel) for kernel in backward}
+
+    def alone(part: str) -> Phases:
+        x, w, a, b, y, s = (
+            torch.randn(*size, device=device.device, dtype=BF16)
+            for size in ((m, k), (n_out, k), (r, k), (n_out, r), (m, n_out), (m, r))
+        )
+        if part == S_ALONE:
+            seed = torch.zeros(1, dtype=torch.int64, device=device.device)
+            launch = shrink(own, forward_product(x, w, None, a, b, s, y, seed, 1.0, dropout))
+        else:
+            bare = forward_product(x, w, None, a[:0], b[:, :0], None, y, None, 1.0, 0.0)
+            (launch,) = product_launches(own, bare, Choice("split" if part == PRODUCT else "vendor", ""))
+        return {"forward": partial(launch.run, device.device)}
+
+    # A compilation takes about 12 seconds.
+    compiled = (PEFT_COMPILED,) if m in (2048, 8192) and n_out == k == 4096 and r == 16 else ()
+    case = LayerCase(m, k, n_out, r, "bf16", device.device, dropout)
+    arms = arms_of(case, (FROZEN, BY_HAND, PEFT, OURS, *compiled), forced, OURS)
+    return arms | {part: partial(alone, part) for part in PARTS}
+
+
+class MLP(MLPCase):
+    """With adapters in bfloat16: PEFT casts no activation then, so it is the faster rival."""
+
+    float32: ClassVar = False
+
+
+def modules(device: Device, kind: str, m: int, n_out: Any, k: int, r: int, dropout: float) -> Arms:
+    """Return the suite's arms of projections of one x, or of a gated MLP, with the one op by forced kernels."""
+    make: type[LayerCase] = {"mlp": MLP, "projections": ProjectionsCase}[kind]
+    case = make(m, k, n_out, r, "bf16", device.device, dropout)
+    forced = {arm: (kernel, kernel) for arm, kernel in FORCED.items()} if kind == "mlp" else {}
+    return arms_of(case, case.arms, forced, case.ours[0])
+
+
+def step(device: Device, blocks: int, r: int, scale: int, dtype: str, state: str) -> Arms:
+    """Return optimizers over ``blocks`` of an 8B model's blocks, whose sizes are divided by ``scale``."""
+    make: dict[str, Any] = {"device": device.device, "dtype": getattr(torch, dtype)}
+    latched = state == "latched"
+
+    def build(arm: str) -> Phases:
+        pairs = []
+        for i, (n, k) in enumerate(BLOCK * blocks):
+            # B is zero, or so large that all pairs latch at the first step.
+            a, b = torch.randn(r, k // scale, **make) / k**0.5, torch.full((n // scale, r), float(latched), **make)
+            for half in (a, b):
+                half.requires_grad_().grad = torch.randn_like(half) * 1e-3
+            pairs.append(slk.LoRAPair(f"layer{i}", a, b))
+        options = {"capturable": not device.dry} if arm == optimizers.ADAMW_FUSED else {}
+        optimizer = optimizers.build(arm, pairs, lr=optimizers.LR, **options)
+        optimizer.step()
+        if arm == optimizers.OURS and {pair.latched for pair in optimizer.stability()} != {latched}:
+            raise RuntimeError(f"every pair must be {state} after the first step")
+        return {"step": optimizer.step}
+
+    names = (optimizers.NAIVE_FOREACH, optimizers.ADAMW_FOREACH, optimizers.ADAMW_FUSED, optimizers.OURS)
+    return {arm: partial(build, arm) for arm in names}
+
+
+def captured(device: Device, rows: int, width: int, layers: int, dropout: float) -> Arms:
+    """Return forward, backward and Stable-LoRA's step of a few layers in bfloat16 with float32 A and B."""
+    make: dict[str, Any] = {"device": device.device, "dtype": BF16}
+
+    def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).float().square().mean()
+
+    def build(graphed: bool) -> Phases:
+        layer = partial(slk.LoRALinear, r=16, lora_dropout=dropout, lora_dtype=torch.float32, **make)
+        model, x = nn.Sequential(*(layer(width, width) for _ in range(layers))), torch.randn(rows, width, **make)
+        optimizer = slk.StableLoRAAdamW.from_model(model, lr=optimizers.LR, capturable=not device.dry)
+        take = slk.GraphedStep(model, optimizer, loss_of, num_warmup_iters=WARMUP, enabled=graphed)
+        for _ in range(WARMUP + 1):
+            take(x)
+        return {"step": partial(take, x)}
+
+    return {EAGER_STEP: partial(build, False), GRAPHED_STEP: partial(build, not device.dry)}
+
+
+def role_of(arm: str) -> str:
+    """Return records' role. A forced kernel and a part have none."""
+    return ROLES.get(arm, "base" if arm.startswith("frozen") else "ours")
+
+
+def backwards(times: Mapping[Name, Samples]) -> Iterator[tuple[Name, Samples]]:
+    for (mode, phase, arm), both in times.items():
+        if phase == "both":
+            forward = times.get((mode, "forward", arm)) or times[mode, "dispatch's forward", arm]
+            device, host = ([b - f for b, f in zip(*each, strict=True)] for each in zip(both, forward, strict=True))
+            yield (mode, "backward", arm), (device, host)
+
+
+def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[Row]:
+    """Build the arms, for each mode anew, and time all of them in turns."""
+    case = " ".join(f"{name} {value}" for name, value in sizes.items())
+    count = device.replicas(2 * sizes["n_out"] * sizes["k"]) if make is layer else 1
+    copies, runs = [make(device, **sizes) for _ in range(count)], dict[Name, Arm]()
+    for mode, arm in product((GRAPH, EAGER), copies[0]):
+        if arm in (ONLY_EAGER if mode == GRAPH else ONLY_GRAPH):
+            continue
+        try:
+            built = [arms[arm]() for arms in (copies if mode == GRAPH and arm != PEFT_COMPILED else copies[:1])]
+            for phase, run in built[0].items():
+                run()
+                # A second step in a graph would upload the optimizer's tables again.
+                calls, most = [phases[phase] for phases in built], 1 if phase == "step" else MOST_CALLS
+                runs[mode, phase, arm] = device.capture(calls, most) if mode == GRAPH else (run, 0)
+        except Exception:
+            # Only our own failure fails the check.
+            status = SKIPPED if role_of(arm) in ("base", "rival") else FAILED
+            note = traceback.format_exc()[-NOTE_LENGTH:]
+            yield {"case": case, "arm": arm, "mode": mode, "status": status, "note": note}
+    times, load = device.time(runs, SECONDS * len(runs))
+    for (mode, phase, arm), (seconds, host) in [*times.items(), *backwards(times)]:
+        named = partial(record, case, phase, arm, role=role_of(arm))
+        yield named("us", [1e6 * each for each in seconds]) | {"mode": mode, **load}
+        if mode == EAGER:
+            yield named("host_us", [1e6 * each for each in host]) | {"mode": mode}
+        if (mode, phase) == (EAGER, "both"):
+            yield named("peak_bytes", [device.peak_bytes(runs[mode, phase, arm][0])]) | {"mode": mode}
+
+
+DROPOUT, STATES = (0.1, 0.0), ("shrinking", "latched")
+# What predictions cannot decide: one launch, two or the vendor's product for many rows; S beside a product of few rows at
+# ranks of 32 and 64; split-K from 65 rows up; long sums.
+DOUBTS = [
+    *((m, n, 4096, r, 0.0) for m, r, n in product((16, 64), (32, 64), (4096, 14336))),
+    *((m, 4096, 4096, 16, 0.0) for m in (128, 256, 384)),
+    *((m, 4096, 14336, 16, 0.1) for m in (512, 4096)),
+]
+SHAPES = [(m, *nk, r, p) for m, nk, r, p in product(ROWS, SIZES, RANKS, DROPOUT)]
+# Those that the targets name come first.
+SHAPES.sort(key=lambda s: 2 * (s[1:3] != (4096, 4096)) + (s[3] != 16) + (s[0] not in MANY + FEW))
+PROJECTED = ((4096, 1024, 1024), (14336, 14336))
+# The sizes of a dry run, and of a GPU in the order in which they are timed.
+SECTIONS: dict[Callable[..., Arms], tuple[Iterable[Any], Iterable[Any]]] = {
+    layer: ([(16, 32, 32, 8, 0.1), (70, 32, 32, 8, 0.0)], dict.fromkeys(SHAPES[:12] + DOUBTS + SHAPES)),
+    modules: (
+        [("mlp", 70, 72, 48, 4, 0.1), ("projections", 70, (32, 16), 48, 4, 0.1)],
+        [
+            *product(("mlp",), (8192, 2048, 16384, 512), (14336,), (4096,), (16, 64), DROPOUT),
+            *product(("projections",), (2048, 64), PROJECTED, (4096,), (16,), DROPOUT),
+        ],
+    ),
+    captured: ([(9, 48, 4, 0.1)], product((512, 64, 4096, 16), (4096,), (4,), DROPOUT)),
+    step: (
+        product((1,), (2,), (64,), ("float32",), STATES),
+        product((32,), (16,), (1,), ("float32", "bfloat16"), STATES),
+    ),
+}
+CASES = [
+    pytest.param(make, values, id=f"{make.__name__} {' '.join(map(str, values))}")
+    for make, sizes in SECTIONS.items()
+    for values in sizes[not DRY]
+]
+
+
+@pytest.fixture(scope="session")
+def device() -> Device:
+    return Device(DRY)
+
+
+@pytest.mark.parametrize(("make", "values"), CASES)
+def test_times(make: Callable[..., Arms], values: Any, device: Device, record_property: Any) -> None:
+    sizes = dict(zip([*signature(make).parameters][1:], values, strict=True))
+    with slk.use_backend("triton"):
+        for row in measure(device, make, sizes):
+            record_property("row", sizes | row)
+    # Raises if the GPU is unusable, as after an illegal address.
+    device.synchronize()

@@ -1,0 +1,184 @@
+"""``benchmarks.lab.gpu``: its dry run, its sections' processes and what ends them early, its verdicts, and its CUDA calls."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pandas as pd
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from benchmarks.common.records import read_records
+from benchmarks.common.tables import RESULTS
+from benchmarks.lab.gpu import __main__ as command
+from benchmarks.lab.gpu import device, report
+from stablelora_kernels.dispatch import backend
+
+# On a GPU the command itself is the test. A dry run hides the GPU from its processes, but this process cannot.
+pytestmark = pytest.mark.skipif(not backend.INTERPRETING, reason="the dry run uses the interpreter")
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "benchmarks.lab.gpu", "--dry-run", "--out", str(out), *arguments]
+    return subprocess.Popen(words, cwd=command.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def processes() -> str:
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+ARMS = {
+    "step": {"AdamW fused", "StableLoRAAdamW"},
+    "layer": {"frozen nn.Linear", "eager LoRA", "PEFT", "ours", "fused", "chained", "split", "vendor", *report.PARTS},
+}
+
+
+@pytest.mark.parametrize(
+    "section", ["step", *(pytest.param(each, marks=pytest.mark.nightly) for each in ("layer", ""))]
+)
+def test_a_dry_run_executes_a_section_and_measures_nothing(section, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")}
+    process = start(tmp_path, "--budget", "3000", *(["--only", section] if section else []))
+    printed, _ = process.communicate(timeout=1500)
+    assert process.returncode == 0 and {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")} == before, printed
+    summary = (tmp_path / "summary.md").read_text()
+    assert "DRY RUN" in summary.splitlines()[0] and "\nmet: " not in summary and "\nmissed: " not in summary
+    found = {path.stem: read_records(path) for path in tmp_path.glob("*.csv")}
+    assert {*found} == ({section} if section else {*command.SECTIONS})
+    assert all({*rows.dry} == {"dry"} and {*rows.status} <= {"ok", "skipped"} for rows in found.values())
+    graphs = pd.concat(found.values()).query("metric == 'us' and mode == 'graph' and median > 0")
+    assert {*graphs.arm} == ARMS[section] if section else {*graphs.section} == {"layer", "mlp", "projections", "step"}
+
+
+def test_an_interrupt_keeps_the_rows_and_ends_the_processes(tmp_path):
+    process, path = start(tmp_path, "--only", "bringup", "layer"), tmp_path / "bringup.csv"
+    until = time.monotonic() + 300
+    while time.monotonic() < until and not (path.exists() and path.read_text().count(",ok") > 1):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "INTERRUPTED" in process.communicate(timeout=120)[0] and process.returncode == 130
+    assert {"ok", "interrupted"} <= {*read_records(path).status} <= {"ok", "begun", "interrupted"}
+    assert not (tmp_path / "layer.csv").exists() and str(tmp_path) not in processes()
+
+
+def test_a_dry_run_does_not_write_among_the_results():
+    assert "--out must lie outside" in start(RESULTS / "h100").communicate(timeout=120)[0]
+    assert not (RESULTS / "h100").exists()
+
+
+TESTS = """
+import os, subprocess, time
+def test_good(record_property):
+    record_property("row", {{"case": "a", "metric": "us", "median": 2.5, "m": 16384}})
+def test_bad():
+    raise ValueError("broken here")
+def test_ends():
+    {}
+def test_later(): pass
+"""
+
+
+ENDS = {
+    "failed": ("os._exit(7)", 60.0, "exit status 7"),
+    "begun": ("subprocess.Popen(['sleep', '6789']); time.sleep(600)", 20.0, "time was up"),
+    "ok": ("pass", 60.0, "broken here"),
+}
+
+
+@pytest.mark.parametrize("status", ENDS)
+def test_a_section_leaves_a_row_for_each_test_that_began(status, tmp_path, monkeypatch):
+    end, seconds, note = ENDS[status]
+    (tmp_path / "test_some.py").write_text(TESTS.format(end))
+    sections = {name: (1.0, [str(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)]) for name in ("memcheck", "b")}
+    monkeypatch.setattr(command, "SECTIONS", sections)
+    rows = command.run(["memcheck", "b"], tmp_path, 2 * seconds, {"gpu": "x"}, dry=False)
+    # A failure in the first ends the run.
+    assert {*rows.section} == {"memcheck"} and rows.note.dropna().iloc[-1].endswith(note)
+    found = rows.set_index(rows.test.fillna(rows.case)).status
+    assert (found["a"], found["test_bad"], found["test_ends"]) == ("ok", "failed", status)
+    assert ("test_later" in found) == (status == "ok")
+    assert "memcheck test_bad  : E   ValueError: broken here" in report.failures(rows)
+    assert "16384" in (tmp_path / "memcheck.csv").read_text() and "sleep 6789" not in processes()
+
+
+ROW = {"section": "layer", "metric": "us", "mode": "graph", "status": "ok", "n_out": 4096, "k": 4096, "r": 16}
+ROLES = {"ours": "ours", "frozen nn.Linear": "base", "eager LoRA": "rival", "PEFT": "rival"}
+
+
+def timed(m: int, phase: str, arm: str, us: float, p: float = 0.1) -> dict[str, object]:
+    sizes = {"m": m, "dropout": p, "case": f"M {m}, {p}"}
+    return {**ROW, **sizes, "phase": phase, "arm": arm, "median": us, "role": ROLES.get(arm, "")}
+
+
+def results(eager: float, frozen: float, count: int, gib: float, us: float) -> list[dict[str, object]]:
+    """Invented rows, in which ours takes 1 us."""
+    shapes = [(m, phase, 0.1) for m in report.MANY for phase in ("both", "backward")]
+    shapes += [(m, "forward", 0.0) for m in report.FEW]
+    arms = {"ours": 1.0, "eager LoRA": eager, "frozen nn.Linear": frozen}
+    rows = [timed(m, phase, arm, us, p) for m, phase, p in shapes for arm, us in arms.items()]
+    rows += [{"test": report.LAUNCHES, "case": f"{m}-0.0-forward", "figure": count} for m in report.FEW]
+    rows += [{"test": "test_a_step_of_many_tensors_is_one_launch", "figure": count, "waits": count - 1}]
+    step = {"section": "step", "state": "shrinking", "dtype": "float32"}
+    return [*rows, {"test": report.BYTES, "figure": gib}, {**timed(0, "step", "ours", us), **step}]
+
+
+# One figure of three can miss a target, but not meet it.
+FEW = [timed(2048, "both", arm, us) for arm, us in (("ours", 1.0), ("eager LoRA", 1.39), ("frozen nn.Linear", 1.0))]
+VERDICTS = {
+    "met": (results(1.5, 0.95, 1, 0.9, 400.0), ["met"] * 9),
+    "missed": (results(1.1, 0.8, 2, 1.2, 500.0), ["missed"] * 9),
+    "nothing": ([{"section": "a", "status": "ok"}], ["not measured"] * 9),
+    "few": (FEW, ["not measured", "missed", *["not measured"] * 7]),
+}
+
+
+@pytest.mark.parametrize("kind", VERDICTS)
+def test_targets_are_met_missed_or_not_measured(kind):
+    rows, expected = VERDICTS[kind]
+    page = report.page(pd.DataFrame(rows), {"gpu": "x"}, dry=False)
+    verdicts = page.partition("## Targets")[2].partition("##")[0].strip("`\n ").splitlines()
+    assert [line.partition(":")[0] for line in verdicts] == expected
+
+
+def test_losses_and_regret():
+    arms = {"frozen nn.Linear": 1.0, "eager LoRA": 4.0, "PEFT": 2.5, "ours": 5.0, "split": 4.0, report.S_ALONE: 0.1}
+    times = pd.DataFrame([timed(m, "forward", arm, us) for arm, us in arms.items() for m in (64, 16)])
+    times.loc[(times.arm == "split") & (times.m == 16), "median"] = 5.0
+    lost = report.losses(times[times.m == 64])
+    assert lost[["arm", "ratio"]].to_numpy().tolist() == [["PEFT", 2.0], ["eager LoRA", 1.25]]
+    assert report.regrets(times).loc["forward"].tolist() == [2, 0.125, 0.25]
+
+
+def test_cuda_calls_come_in_order(monkeypatch):
+    cuda = MagicMock()
+    cuda.current_device.return_value, cuda.Event().elapsed_time.return_value = 0, 2.0
+    cuda.get_device_properties().L2_cache_size = 64
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "empty", MagicMock())
+    monkeypatch.setattr(device, "reading", lambda: [cuda.load(), (1410, 640_000, 4 | 32), (1980, 500_000, 1)][1:])
+
+    def calls() -> list[str]:
+        found = [
+            name for name, *_ in cuda.mock_calls if not name.endswith(("Event", "elapsed_time", "CUDAGraph", "graph"))
+        ]
+        cuda.reset_mock()
+        return found
+
+    gpu = device.Device(dry=False)
+    assert "set_stream" in calls() and [gpu.replicas(each) for each in (1, 32, 1000)] == [device.MOST_CALLS, 4, 1]
+    replay, count = gpu.capture([cuda.one, cuda.two], most=3)
+    captured = ["graph().__enter__", "one", "two", "one", "graph().__exit__"]
+    assert calls() == [*["one", "two"] * 2, "synchronize", "one", "synchronize", *captured] and count == 3
+    for arm, before in ((replay, 3), []), ((replay, 0), ["synchronize"]):
+        samples, load = gpu.time({"a": arm}, 0.0)
+        turn = [*before, "Event().record", "CUDAGraph().replay", "Event().record", "load", "synchronize"]
+        assert calls() == ["CUDAGraph().replay"] * device.WARMUP + ["synchronize"] + turn * device.LEAST
+        assert samples["a"][0] == [pytest.approx(2e-3 / max(1, arm[1]))] * device.LEAST and len(samples["a"][1]) == 5
+        assert load == {"sm_mhz": 1410, "watts": 640.0, "throttle": "power cap, thermal"}
