@@ -28,10 +28,12 @@ import stablelora_kernels as slk
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common.memory import saved_for_backward
 
-# From the models' published config.json.
+# From the models' published config.json; Qwen3's norms of queries and keys are left out.
 MODELS: dict[str, dict[str, int]] = {
     "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
                  "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
+    "qwen3-14b": {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40,
+                  "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
     "llama-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
                   "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
 }  # fmt: skip

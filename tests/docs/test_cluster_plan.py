@@ -184,7 +184,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for argv, match in (
         (
             ["--model", str(tmp_path)],
-            "--model must be one of llama-8b, llama-70b or a directory with a config.json, got",
+            "--model must be one of llama-8b, qwen3-14b, llama-70b or a directory with a config.json, got",
         ),
         (["--nodes", "0"], "--nodes must be above 0, got 0"),
         (["--tokens", "many"], "invalid int value: 'many'"),

@@ -1,6 +1,6 @@
 """The README's figure: what an 8B Llama's layer saves for backward, counted, and what LoRA adds to its time, predicted.
 
-``python -m benchmarks.lab.page`` draws it from ``memory`` and the cost model's stored CSV.
+``python -m benchmarks.lab.page`` draws it from ``benchmarks.lab.memory`` and the predictions' stored CSV.
 """
 
 from __future__ import annotations
@@ -9,21 +9,18 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from benchmarks.common.plot_style import BLUE, GREEN, GREY, STYLE, plt, save
-from benchmarks.common.tables import RESULTS, read_csv
-from benchmarks.lab.page.memory import ACCELERATED, FROZEN, FUSED, PEFT, saved_mib
-from benchmarks.lab.predict.ceilings import SLOW
+from benchmarks.common.tables import RESULTS
+from benchmarks.lab.memory import ACCELERATED, FROZEN, FUSED, PEFT, saved_mib
+from benchmarks.lab.predict.launch_time import SLOW
 
 FIGURE = RESULTS.parents[1] / "docs" / "_static" / "headline.png"
-BARS = {
-    FROZEN: ("frozen", GREY),
-    PEFT: ("PEFT", BLUE),
-    ACCELERATED: ("+ accelerate_peft", GREEN),
-    FUSED: ("  with fuse_mlp", GREEN),
-}
+MEMORY = {FROZEN: "frozen", PEFT: "PEFT", ACCELERATED: "+ accelerate_peft", FUSED: "  with fuse_mlp"}
 # The predicted layer, and the rivals that have dropout.
-SHAPE = {"m": "8192", "n": "4096", "k": "4096", "r": "16"}
-RIVALS = {"eager (PEFT)": ("PEFT", BLUE), "LoRAFusion": ("LoRAFusion", GREY)}
+SHAPE = "m == 8192 and n == 4096 and k == 4096 and r == 16"
+TIME = {"eager (PEFT)": "PEFT", "LoRAFusion": "LoRAFusion", "ours": "this library"}
 
 
 def draw(results: Path, path: Path = FIGURE) -> list[Path]:
@@ -31,50 +28,35 @@ def draw(results: Path, path: Path = FIGURE) -> list[Path]:
     file = results / "predicted-h100" / "predicted_dropout_0.1.csv"
     if not file.is_file():
         return []
-    row = next(row for row in read_csv(file) if all(row[key] == value for key, value in SHAPE.items()))
+    row = pd.read_csv(file).query(SHAPE).iloc[0]
+
+    def added(name: str, end: str = "") -> float:
+        ours, frozen = (row[f"{arm} forward{end}"] + row[f"{arm} backward{end}"] for arm in (name, FROZEN))
+        return 100 * (ours / frozen - 1)
+
+    saved, percent, slow = [saved_mib(arm, 0.0) for arm in MEMORY], [added(name) for name in TIME], added("ours", SLOW)
     # Large type: a README shows the figure at about 830 pixels.
     with plt.rc_context(STYLE | {"axes.grid": False, "font.size": 13}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")
-        _memory(left)
-        _time(right, row)
+        left.barh(range(4), saved, color=(GREY, BLUE, GREEN, GREEN), height=0.66)
+        right.barh(range(3), percent, color=(BLUE, GREY, GREEN), height=0.66)
+        right.barh(2, slow - percent[2], left=percent[2], color=GREEN, alpha=0.35, height=0.66)
+        text = "One Llama-3-8B layer, 4,096 tokens, bfloat16, r 16, no dropout"
+        words = {label: (value, f" {value:,.0f} MiB") for label, value in zip(MEMORY.values(), saved, strict=True)}
+        _finish(left, "Saved for backward (counted)", text, words, 1500)
+        text = "One 4096 x 4096 layer, 8,192 rows, bfloat16, r 16, dropout 0.1, H100"
+        words = {label: (value, f" +{value:.0f} %") for label, value in zip(TIME.values(), percent, strict=True)}
+        words[TIME["ours"]] = slow, f" +{percent[2]:.0f} to +{slow:.0f} %"
+        _finish(right, "Time that LoRA adds (predicted)", text, words, 1.35 * percent[0])
     return [save(figure, path)]
 
 
-def _memory(axis: Any) -> None:
-    for place, (arm, (_, color)) in enumerate(BARS.items()):
-        value = saved_mib(arm, 0.0)
-        axis.barh(place, value, color=color, height=0.66)
-        axis.text(value, place, f" {value:,.0f} MiB", va="center")
-    axis.set_xlim(0, 1500)
-    text = "One Llama-3-8B layer, 4,096 tokens, bfloat16, r 16, no dropout"
-    _finish(axis, "Saved for backward (counted)", text, [label for label, _ in BARS.values()])
-
-
-def _time(axis: Any, row: dict[str, str]) -> None:
-    def added(name: str, end: str = "") -> float:
-        ours, frozen = (
-            sum(float(row[f"{arm} {phase}{suffix}"]) for phase in ("forward", "backward"))
-            for arm, suffix in ((name, end), ("frozen", ""))
-        )
-        return 100 * (ours / frozen - 1)
-
-    for place, (name, (_, color)) in enumerate(RIVALS.items()):
-        axis.barh(place, added(name), color=color, height=0.66)
-        axis.text(added(name), place, f" +{added(name):.0f} %", va="center")
-    fast, slow = added("ours"), added("ours", SLOW)
-    axis.barh(len(RIVALS), fast, color=GREEN, height=0.66)
-    axis.barh(len(RIVALS), slow - fast, left=fast, color=GREEN, alpha=0.35, height=0.66)
-    axis.text(slow, len(RIVALS), f" +{fast:.0f} to +{slow:.0f} %", va="center")
-    axis.set_xlim(0, 1.35 * added("eager (PEFT)"))
-    text = "One 4096 x 4096 layer, 8,192 rows, bfloat16, r 16, dropout 0.1, H100"
-    _finish(axis, "Time that LoRA adds (predicted)", text, [label for label, _ in RIVALS.values()] + ["this library"])
-
-
-def _finish(axis: Any, title: str, text: str, labels: list[str]) -> None:
+def _finish(axis: Any, title: str, text: str, words: dict[str, tuple[float, str]], limit: float) -> None:
+    """``words``: by label, what stands behind a bar, and where."""
+    for place, (value, word) in enumerate(words.values()):
+        axis.text(value, place, word, va="center")
     axis.set_title(title, fontsize=14, fontweight="bold", loc="left")
     axis.set_xlabel(textwrap.fill(text, 42), fontsize=11, color="#555555", ha="left", x=0)
-    axis.set_yticks(range(len(labels)), labels)
-    axis.set_ylim(len(labels) - 0.4, -0.6)
-    axis.set_xticks([])
+    axis.set(xlim=(0, limit), ylim=(len(words) - 0.4, -0.6), xticks=[], yticks=range(len(words)), yticklabels=words)
     axis.spines["bottom"].set_visible(False)
     axis.tick_params(axis="y", length=0)

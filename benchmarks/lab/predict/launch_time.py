@@ -1,14 +1,23 @@
-"""Predicted seconds of one launch, ours or the vendor's, from its bytes, its operations and the programs that share them."""
+"""A GPU's ceilings, and by them the predicted seconds of one launch, ours or the vendor's."""
 
 from __future__ import annotations
 
+import json
 import math
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.lab.predict.ceilings import Gpu
 from benchmarks.lab.predict.formula import Traffic, arguments_of, formula
+from stablelora_kernels.dispatch.problem import DEVICES, Device, cdiv
+
+GPUS = Path(__file__).parent / "gpus"
+# The slow end of the band: the least share of the vendor's matrix rate that Triton's products are taken to reach.
+SLOWEST = 0.85
+# The suffixes of columns at the band's ends.
+FAST, SLOW = "", " (slow)"
+
 
 # Memory latency: it determines how many bytes must be in flight.
 LATENCY = 0.8e-6
@@ -19,16 +28,70 @@ VENDOR_TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256
 VENDOR_SPLITS = (1, 2, 4, 8, 16)
 
 
-class VendorFacts(NamedTuple):
-    """The vendor's product [m, k] by [k, n], with bytes beyond its operands'."""
+class Gpu(NamedTuple):
+    """Ceilings of a GPU: bytes and operations a second, seconds a launch."""
 
-    m: int
-    n: int
-    k: int
-    extra: float
+    name: str
+    arch: str
+    bandwidth: float
+    # What L2 delivers: the figure that the sources suggest, and the lowest and the highest that they allow.
+    l2_bandwidth: float
+    l2_range: tuple[float, float]
+    # Into all processors together; each takes an equal share at most.
+    port_bandwidth: float
+    # Of the vendor's products in 16 bits.
+    matrix_rate: float
+    # A matrix instruction of fewer columns takes as long as one of these.
+    narrow_columns: int
+    # Instructions a second of all threads together; of those to memory, shared memory's included, a quarter.
+    issue_rate: float
+    launch: float
+    # A launch that may begin before the one ahead of it ends.
+    overlapped_launch: float
+    # The share of the vendor's matrix rate that Triton's products reach.
+    efficiency: float = 1.0
+
+    @property
+    def device(self) -> Device:
+        return DEVICES[self.arch]
+
+    def share(self, units: int) -> float:
+        """How much longer the busiest processor works than the average one, for ``units`` equal pieces of work."""
+        processors = self.device.processors
+        return cdiv(units, processors) * processors / units if units else 1.0
+
+
+def load_gpu(name: str) -> Gpu:
+    """The GPU in benchmarks/lab/predict/gpus/<name>.json."""
+    path = GPUS / f"{name}.json"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in GPUS.glob("*.json")))
+        raise SystemExit(f"--gpu must be one of {known}, got {name!r}")
+    content = json.loads(path.read_text())
+    del content["sources"]
+    return Gpu(**content | {"l2_range": tuple(content["l2_range"])})
+
+
+def band_ends(gpu: Gpu) -> dict[str, Gpu]:
+    """The fast end and the slow one. What only a GPU can tell takes its best value at one and its worst at the other."""
+    low, high = gpu.l2_range
+    return {FAST: gpu._replace(l2_bandwidth=high), SLOW: gpu._replace(l2_bandwidth=low, efficiency=SLOWEST)}
+
+
+class Work(NamedTuple):
+    """A launch that is not ours: bytes from and to memory, matrix operations, sizes of a wide product [m, k] by [k, n]."""
+
+    name: str
+    bytes: float
+    flops: float = 0.0
+    # m, n and k
+    sizes: tuple[int, int, int] | None = None
 
     def seconds(self, gpu: Gpu) -> float:
-        return gpu.launch + vendor_seconds(gpu, *self)
+        if self.sizes is None:
+            return gpu.launch + max(self.bytes / gpu.bandwidth, self.flops / gpu.matrix_rate)
+        # The epilogue's operations take as long as those of a longer sum.
+        return gpu.launch + self.flops / (2.0 * math.prod(self.sizes)) * vendor_seconds(gpu, *self.sizes, self.bytes)
 
 
 class Facts(NamedTuple):
@@ -90,13 +153,18 @@ class Facts(NamedTuple):
         return alone * max(0.0, 1 - idle * rate / self.grad_moved.issued)
 
 
-def facts(launch: Any, narrow_columns: int) -> Facts | VendorFacts:
+def facts(launch: Any, narrow_columns: int) -> Facts | Work:
     """What the time of a launch in 16 bits depends on. ``narrow_columns`` is the GPU's."""
+    if isinstance(launch, Work):
+        return launch
     if not hasattr(launch, "kernel"):
-        (m, n), k = launch.y.shape, launch.x.shape[1]
-        return VendorFacts(m, n, k, formula(launch).unique - 2.0 * (m * k + k * n + m * n))
+        m, n, k = *launch.y.shape, launch.x.shape[1]
+        return Work("vendor", formula(launch).unique, 2.0 * m * n * k, (m, n, k))
     v = arguments_of(launch)
-    moved, grad_moved = _moved(launch)
+    moved, grad_moved = formula(launch), Traffic()
+    if v.get("HAS_GRAD") and "LOAD_S" in v:
+        bare = formula(launch._replace(constants=launch.constants | {"HAS_GRAD": False}))
+        moved, grad_moved = bare, Traffic(*(a - b for a, b in zip(moved, bare, strict=True)))
     units, operations, grad_operations = work(launch, narrow_columns)
     if "BLOCK" in v:
         # Elementwise: a processor holds eight such programs rather than two, each with its parts of G and U.
@@ -116,16 +184,8 @@ def facts(launch: Any, narrow_columns: int) -> Facts | VendorFacts:
     )  # fmt: skip
 
 
-def _moved(launch: Any) -> tuple[Traffic, Traffic]:
-    whole = formula(launch)
-    if not launch.constants.get("HAS_GRAD") or "LOAD_S" not in launch.constants:
-        return whole, Traffic()
-    bare = formula(launch._replace(constants=launch.constants | {"HAS_GRAD": False}))
-    return bare, Traffic(*(a - b for a, b in zip(whole, bare, strict=True)))
-
-
 def _up(size: int, block: int) -> int:
-    return -(-size // block) * block
+    return cdiv(size, block) * block
 
 
 def work(launch: Any, narrow_columns: int) -> tuple[int, float, float]:
@@ -169,14 +229,6 @@ def work(launch: Any, narrow_columns: int) -> tuple[int, float, float]:
     return units, product + branch + s, grad(n)
 
 
-def chained_seconds(gpu: Gpu, shrink: Facts, linear: Facts) -> float:
-    """The pair of ``split`` as one launch: S's programs first, then the product's, each of which waits for its rows' flag.
-
-    The same bytes and operations. S's programs are one a processor, since each takes the product's shared memory.
-    """
-    return gpu.launch + shrink._replace(ends_early=True).busy(gpu, residents=1) + linear.busy(gpu)
-
-
 def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:
     """Seconds until the last of ``splits`` programs has stored and counted its part and read all, each of ``part`` bytes."""
     if splits == 1:
@@ -185,19 +237,18 @@ def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:
 
 
 @cache
-def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, extra: float = 0.0) -> float:
+def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, unique: float) -> float:
     """[m, k] by [k, n] by the vendor's library: the best of its tiles, at the full matrix rate, without the launch.
 
-    ``extra``: further bytes. From Hopper on, two programs share the reads of a tile's columns (multicast).
+    ``unique``: bytes from and to memory. From Hopper on, two programs share the reads of a tile's columns (multicast).
     """
-    unique = 2.0 * (m * k + k * n + m * n) + extra
     pair = 2 if gpu.device.generation >= 90 else 1
     found = []
     for (rows, columns), splits in product(VENDOR_TILES, VENDOR_SPLITS):
         if splits > 1 and k < 256 * splits:
             continue
         rows = min(rows, _up(m, 16))
-        tiles_m, tiles_n = -(-m // rows), -(-n // columns)
+        tiles_m, tiles_n = cdiv(m, rows), cdiv(n, columns)
         parts = 4.0 * m * n * splits * (splits > 1)
         issued = 2.0 * (m * k * tiles_n + n * k * max(1, tiles_m / pair) + m * n) + 2 * parts
         share = gpu.share(tiles_m * tiles_n * splits)

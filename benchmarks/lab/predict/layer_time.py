@@ -1,17 +1,19 @@
-"""Predicted times of this library's layers and gated MLPs: the bytes and operations of each launch over a GPU's ceilings."""
+"""Predicted times of layers and gated MLPs, this library's and its rivals', and how well dispatch chooses among the kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
-from benchmarks.lab.predict.ceilings import SLOWEST, Gpu, band_ends
+import pandas as pd
+
 from benchmarks.lab.predict.formula import Traffic
-from benchmarks.lab.predict.launch_time import Facts, VendorFacts, chained_seconds, facts
-from benchmarks.lab.predict.rivals import BF16, MLP, PEFT, RIVALS, Shape, Work, join, rival_seconds
+from benchmarks.lab.predict.launch_time import Gpu, band_ends, facts
+from benchmarks.lab.predict.rivals import ACTIVATION, BF16, FROZEN, MLP, RIVALS, UNSLOTH, Shape, Ways, join, rival
 from stablelora_kernels.dispatch.problem import Call, Device
-from stablelora_kernels.dispatch.rules import Choice, choose, overlaps, possible_kernels
+from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
 from stablelora_kernels.dispatch.settings import use_kernel
 from stablelora_kernels.launch.dry_run import call_launches, mlp_launches
 
@@ -19,61 +21,15 @@ from stablelora_kernels.launch.dry_run import call_launches, mlp_launches
 SIZES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192, 16384)
 RANKS = (8, 16, 64, 128)
+# Rows, K, F and ranks of gated MLPs in Llama 3.1 8B.
+MLPS = tuple((m, 4096, 14336, r) for r in (16, 64) for m in (2048, 8192, 16384))
 DIRECTIONS = ("forward", "backward")
+# Our layer, and the same if nothing overlaps as planned; our gated MLP by ``fuse_mlp``, and by separate layers.
+OURS, NO_OVERLAP, ONE_OP, SEPARATE = "ours", "ours, no overlap", "one op", "three layers"
 
 
 def layer_launches(device: Device, s: Shape, *choices: Choice) -> tuple[list[Any], list[Any]]:
     return call_launches(device, s.m, s.n, s.k, s.r, BF16, s.lora_dtype, s.p, *choices)
-
-
-@cache
-def _layer_facts(
-    device: Device, overlapping: bool, narrow_columns: int, s: Shape, kernel: str
-) -> tuple[list[Any], list[Any]]:
-    """Of forward and backward by ``kernel``, or by "split" for a direction that has no such kernel.
-
-    ``overlapping`` is a key alone: whether launches overlap depends on the interpreter, too.
-    """
-    choices = [
-        Choice(kernel if kernel in possible_kernels(call_of(s, direction)) else "split", "") for direction in DIRECTIONS
-    ]
-    first, second = ([facts(launch, narrow_columns) for launch in way] for way in layer_launches(device, s, *choices))
-    return first, second
-
-
-def _facts(gpu: Gpu, s: Shape, kernel: str) -> tuple[list[Any], list[Any]]:
-    return _layer_facts(gpu.device, overlaps(gpu.device), gpu.narrow_columns, s, kernel)
-
-
-def kernel_seconds(gpu: Gpu, s: Shape, direction: str, kernel: str) -> float:
-    """Predicted seconds of one direction by ``kernel``. "chained" is priced from the pair of launches that it joins."""
-    found = _facts(gpu, s, "split" if kernel == "chained" else kernel)[direction == "backward"]
-    return chained_seconds(gpu, *found) if kernel == "chained" else sum(each.seconds(gpu) for each in found)
-
-
-def launch_seconds(gpu: Gpu, launch: Any) -> float:
-    """One of our launches, in bf16, the vendor's product, or a rival's."""
-    priced: Work | Facts | VendorFacts = launch if isinstance(launch, Work) else facts(launch, gpu.narrow_columns)
-    return priced.seconds(gpu)
-
-
-def ours(gpu: Gpu, s: Shape, kernels: Sequence[str] = ()) -> tuple[float, float]:
-    """Predicted seconds of forward and backward, by the kernels that dispatch chooses unless they are given."""
-    kernels = kernels or [choose(gpu.device, call_of(s, direction)).kernel for direction in DIRECTIONS]
-    first, second = (kernel_seconds(gpu, s, *pair) for pair in zip(DIRECTIONS, kernels, strict=True))
-    return first, second
-
-
-def without_overlap(gpu: Gpu, s: Shape) -> float:
-    """Predicted seconds of forward and backward, both split, if no work overlaps.
-
-    dY comes from memory for dS and again for dB. dA begins after dX. No launch begins before the previous one ended.
-    """
-    found = [each for way in _facts(gpu, s, "split") for each in way]
-    *others, wide = (each._replace(begins_early=False, ends_early=False) for each in found)
-    again, x = 2 * s.m * s.n, 2 * s.m * s.k
-    bare = wide._replace(grad_moved=Traffic(), grad_operations=0.0)
-    return sum(each.seconds(gpu) for each in (*others, bare)) + (again + x) / gpu.bandwidth
 
 
 def call_of(s: Shape, direction: str) -> Call:
@@ -82,69 +38,95 @@ def call_of(s: Shape, direction: str) -> Call:
     return Call(direction, s.m, *sizes, s.r, BF16, s.lora_dtype, s.dropout)
 
 
-def best(gpu: Gpu, s: Shape, direction: str) -> dict[str, float]:
-    """Predicted seconds of one direction by each kernel that can do it."""
-    return {kernel: kernel_seconds(gpu, s, direction, kernel) for kernel in possible_kernels(call_of(s, direction))}
+@cache
+def _layer_facts(device: Device, narrow_columns: int, s: Shape, kernel: str) -> list[list[Any]]:
+    """Of forward and backward by ``kernel``, or by "split" for a direction that has no such kernel."""
+    choices = [Choice(kernel if kernel in possible_kernels(call_of(s, way)) else "split", "") for way in DIRECTIONS]
+    return [[facts(launch, narrow_columns) for launch in way] for way in layer_launches(device, s, *choices)]
 
 
-class Regret(NamedTuple):
-    """Dispatch's kernel over the band: how much longer it takes than the fastest one, at the end where that is most."""
-
-    kernel: str
-    # The fastest kernel at each end, and by how much dispatch's takes longer.
-    fastest: tuple[str, ...]
-    at_ends: tuple[float, ...]
-    # The kernel whose worst regret is the least, and that regret.
-    minimax: str
-    least: float
-
-    @property
-    def worst(self) -> float:
-        return max(self.at_ends)
+def kernel_seconds(gpu: Gpu, s: Shape, direction: str, kernel: str) -> float:
+    """Predicted seconds of one direction by ``kernel``. "chained" is priced from the pair of launches that it joins."""
+    found = _layer_facts(gpu.device, gpu.narrow_columns, s, "split" if kernel == "chained" else kernel)
+    each = found[DIRECTIONS.index(direction)]
+    if kernel != "chained":
+        return sum(launch.seconds(gpu) for launch in each)
+    # Programs of S go first, one a processor, since each takes the product's shared memory. Tiles wait for their rows' flag.
+    first, second = each
+    return gpu.launch + first._replace(ends_early=True).busy(gpu, residents=1) + second.busy(gpu)
 
 
-def regret(gpu: Gpu, s: Shape, direction: str, efficiency: float = SLOWEST) -> Regret:
-    chosen = choose(gpu.device, call_of(s, direction)).kernel
-    times = [best(end, s, direction) for end in band_ends(gpu, efficiency)]
-    fastest = tuple(min(found, key=found.__getitem__) for found in times)
-    regrets = {
-        kernel: tuple(found[kernel] / found[first] - 1 for found, first in zip(times, fastest, strict=True))
-        for kernel in times[0]
-    }
-    minimax = min(regrets, key=lambda kernel: max(regrets[kernel]))
-    return Regret(chosen, fastest, regrets[chosen], minimax, max(regrets[minimax]))
+def without_overlap(gpu: Gpu, s: Shape) -> list[float]:
+    """Predicted seconds of forward and backward, both split, if no work overlaps.
+
+    dY comes from memory for dS and again for dB. dA begins after dX. No launch begins before the previous one ended.
+    """
+    found = _layer_facts(gpu.device, gpu.narrow_columns, s, "split")
+    bare = [[each._replace(begins_early=False, ends_early=False) for each in way] for way in found]
+    bare[1][-1] = bare[1][-1]._replace(grad_moved=Traffic(), grad_operations=0.0)
+    forward, backward = (sum(each.seconds(gpu) for each in way) for way in bare)
+    return [forward, backward + 2 * s.m * (s.n + s.k) / gpu.bandwidth]
 
 
-def predicted(gpu: Gpu, s: Shape, direction: str, arm: str) -> float | None:
-    """Seconds of "forward", "backward" or "both" for an arm of the GPU command, or None if the model does not know the arm."""
-    name = {"eager": PEFT, "peft": PEFT}.get(arm, arm)
-    if arm != "ours" and name not in RIVALS:
-        return None
-    times = ours(gpu, s) if arm == "ours" else [rival_seconds(gpu, works) for works in RIVALS[name](s)]
-    return sum(times) if direction == "both" else times[direction == "backward"]
-
-
-# A gated MLP.
-
-
-def one_op(device: Device, mlp: MLP) -> tuple[list[Any], list[Any]]:
-    """The launches of forward and backward of ``fuse_mlp``."""
+def mlp_launches_of(device: Device, mlp: MLP, arm: str) -> Ways:
+    """Forward and backward, as ``ONE_OP``, or as ``SEPARATE`` with a bias each and a fused activation, one launch each way."""
+    if arm == SEPARATE:
+        return join(mlp, [layer_launches(device, shape) for shape in mlp.layers()], FROZEN)
     gate = mlp.layers()[0]
     return mlp_launches(device, mlp.m, mlp.k, mlp.f, mlp.k, mlp.r, BF16, gate.lora_dtype, gate.p)
 
 
-def three_layers(device: Device, mlp: MLP) -> tuple[list[Any], list[Any]]:
-    """The launches of three layers of this library, with a bias each, and of a fused activation, one each way."""
-    return join(mlp, [layer_launches(device, shape) for shape in mlp.layers()], "frozen")
+def arms_of(case: Shape | MLP) -> list[str]:
+    layer = isinstance(case, Shape)
+    rivals = [name for name in (RIVALS if layer else ACTIVATION) if not (case.dropout and name == UNSLOTH)]
+    return [*rivals, *((OURS, NO_OVERLAP) if layer else (SEPARATE, ONE_OP))]
 
 
-MLP_ARMS = {"three layers": three_layers, "one op": one_op}
+def seconds(gpu: Gpu, case: Shape | MLP, arm: str) -> list[float]:
+    """Predicted seconds of forward and backward of one of ``arms_of(case)``, ours by the kernels that dispatch chooses."""
+    if isinstance(case, Shape):
+        if arm == NO_OVERLAP:
+            return without_overlap(gpu, case)
+        if arm == OURS:
+            kernels = {direction: choose(gpu.device, call_of(case, direction)).kernel for direction in DIRECTIONS}
+            return [kernel_seconds(gpu, case, *pair) for pair in kernels.items()]
+    if arm in (SEPARATE, ONE_OP):
+        # The model has no price for a chained launch; the table takes one up to this many rows.
+        with use_kernel("split" if case.m <= 4096 else "auto"):
+            ways = mlp_launches_of(gpu.device, case, arm)
+    else:
+        ways = rival(arm, case)
+    return [sum(facts(launch, gpu.narrow_columns).seconds(gpu) for launch in way) for way in ways]
 
 
-def mlp_seconds(gpu: Gpu, mlp: MLP, arm: str) -> tuple[float, float]:
-    """Predicted seconds of forward and backward. Launches that are chained are priced as the pairs that they join."""
-    # The model has no price for a chained launch; the table takes one up to this many rows.
-    with use_kernel("split" if mlp.m <= 4096 else "auto"):
-        ways = MLP_ARMS[arm](gpu.device, mlp)
-    forward, backward = (sum(launch_seconds(gpu, launch) for launch in way) for way in ways)
-    return forward, backward
+def regret(gpu: Gpu, s: Shape, direction: str) -> pd.DataFrame:
+    """How much longer each possible kernel takes than the fastest one, at each end of the band."""
+    kernels, ends = possible_kernels(call_of(s, direction)), band_ends(gpu).items()
+    times = {end: {kernel: kernel_seconds(at, s, direction, kernel) for kernel in kernels} for end, at in ends}
+    return pd.DataFrame(times) / pd.DataFrame(times).min() - 1
+
+
+def table(gpu: Gpu, cases: Sequence[Shape | MLP]) -> pd.DataFrame:
+    """A row for each case: predicted microseconds of its arms, forward and backward, at both ends of the band.
+
+    For a layer also dispatch's kernels, their regret at the worse end, and the least that a kernel has there.
+    """
+    rows = []
+    for case in cases:
+        row: dict[str, Any] = {"gpu": gpu.name, **case._asdict(), "dropout": 0.1 if case.dropout else 0.0}
+        for arm, (end, at) in product(arms_of(case), band_ends(gpu).items()):
+            found = (round(1e6 * each, 2 if isinstance(case, Shape) else 1) for each in seconds(at, case, arm))
+            row |= {f"{arm} {direction}{end}": us for direction, us in zip(DIRECTIONS, found, strict=True)}
+        for direction in DIRECTIONS if isinstance(case, Shape) else ():
+            kernel, worst = (
+                choose(gpu.device, call_of(case, direction)).kernel,
+                regret(gpu, case, direction).max(axis=1),
+            )
+            row[f"{direction} kernel"] = kernel
+            row |= {f"{direction} regret at most": worst[kernel], f"{direction} least regret": worst.min()}
+        rows.append(row)
+    return pd.DataFrame(rows).drop(columns="wide_adapters", errors="ignore").round(3)
+
+
+def layers(dropout: bool) -> list[Shape]:
+    return [Shape(m, n, k, r, dropout) for (n, k), m, r in product(SIZES, ROWS, RANKS)]

@@ -1,94 +1,59 @@
 """Predicted times of a LoRA layer on a weight in 4 or 8 bits: dequantized in the product's loop, or first. Nothing is measured.
 
-    python -m benchmarks.lab.predict.quantized [--gpu h100] [--count]
-
-As ``benchmarks.lab.predict``, with one more ceiling: a weight's element takes so many instructions each time that it is
-dequantized, and so many of them go to memory, which takes a quarter as many a clock. Both are counted in sm_90's machine code,
-in which ``--count`` counts them anew. Only a GPU can tell whether they run beside the matrix instructions or take turns with
-them, so both are given. Values of a code are taken to be found in the first cache.
+As for other layers, with one more ceiling: a weight's element takes so many instructions each time that it is dequantized, and so
+many of them go to memory, which takes a quarter as many a clock. Both are counted in sm_90's machine code; a nightly test counts
+them again. Only a GPU can tell whether they run beside the matrix instructions or take turns with them, so both are given. Values
+of a code are taken to be found in the first cache.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
 import pandas as pd
-import torch
 
 from benchmarks.lab.predict import layer_time
-from benchmarks.lab.predict.ceilings import Gpu, load_gpu
 from benchmarks.lab.predict.formula import arguments_of, formula_by_tensor, total
-from benchmarks.lab.predict.launch_time import work
+from benchmarks.lab.predict.launch_time import Gpu, facts, work
 from benchmarks.lab.predict.layer_time import DIRECTIONS, call_of
 from benchmarks.lab.predict.rivals import BF16, Shape
-from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.dispatch.problem import cdiv
 from stablelora_kernels.dispatch.rules import Choice, choose_quantized
 from stablelora_kernels.launch.dry_run import quantized_launches
 
-KINDS = ("nf4", "fp8")
-ROWS = (1, 16, 64, 128, 192, 256, 320, 384, 512, 1024, 2048, 8192)
+BITS = {"nf4": 4, "fp8": 8}
+ROWS = (1, 16, 64, *range(128, 705, 32), 1024, 2048, 8192)
 SIZES = ((4096, 4096), (14336, 4096))
 # Instructions for an element of W, and those of them to memory, by what computes it and the rows of its tile.
-COUNTS: dict[str, tuple[float, float]] = {
-    "y nf4 16": (13.8, 3.0),
-    "dx nf4 16": (14.9, 4.0),
-    "y nf4 64": (17.4, 5.3),
-    "dx nf4 64": (9.9, 1.7),
-    "y nf4 128": (13.4, 2.8),
-    "dx nf4 128": (18.7, 6.5),
-    "dequantize nf4": (14.0, 1.8),
-    "y fp8 16": (15.2, 0.5),
-    "dx fp8 16": (16.7, 1.6),
-    "y fp8 64": (14.6, 0.4),
-    "dx fp8 64": (15.2, 0.5),
-    "y fp8 128": (16.1, 0.6),
-    "dx fp8 128": (16.9, 0.7),
-    "dequantize fp8": (17.3, 0.6),
+COUNTS: dict[str, dict[int, tuple[float, float]]] = {
+    "y nf4": {16: (13.8, 3.0), 64: (17.4, 5.3), 128: (13.4, 2.8)},
+    "dx nf4": {16: (14.9, 4.0), 64: (9.9, 1.7), 128: (18.7, 6.5)},
+    "dequantize nf4": {0: (14.0, 1.8)},
+    "y fp8": {16: (15.2, 0.5), 64: (14.6, 0.4), 128: (16.1, 0.6)},
+    "dx fp8": {16: (16.7, 1.6), 64: (15.2, 0.5), 128: (16.9, 0.7)},
+    "dequantize fp8": {0: (17.3, 0.6)},
 }
 
 
-def name_of(launch: Any) -> str | None:
-    """The key in COUNTS of a launch that dequantizes."""
+def key_of(launch: Any) -> tuple[str, int] | None:
+    """The keys in COUNTS of a launch that dequantizes."""
     c = launch.constants if hasattr(launch, "kernel") else {}
     if "NF4" not in c:
         return None
-    kind = "nf4" if c["NF4"] else "fp8"
-    return f"{'dx' if c['TRANS_W'] else 'y'} {kind} {c['BLOCK_M']}" if "TRANS_W" in c else f"dequantize {kind}"
-
-
-def counts() -> dict[str, tuple[float, float]]:
-    """COUNTS, by compiling."""
-    from benchmarks.lab.compile_report.machine_code import compile_launch, cuobjdump, sass_counts
-
-    found: dict[str, tuple[float, float]] = {}
-    for kind in KINDS:
-        for m, kernel in ((16, "in_loop"), (64, "in_loop"), (256, "in_loop"), (256, "dequantize")):
-            call = DEVICES["sm_90"], m, 4096, 4096, 16, BF16, torch.float32, 0.0, kind
-            for launches in quantized_launches(*call, Choice(kernel, "")):
-                for launch in launches:
-                    name = name_of(launch)
-                    if name is not None and name not in found:
-                        elements = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"]
-                        elements /= 32 * launch.options["num_warps"]
-                        one = sass_counts(cuobjdump(compile_launch(launch, "sm_90").asm["cubin"]))
-                        found[name] = (round(one[0] / elements, 1), round(one[1] / elements, 1))
-    return found
+    way = "dequantize" if "TRANS_W" not in c else "dx" if c["TRANS_W"] else "y"
+    return f"{way} {'nf4' if c['NF4'] else 'fp8'}", c.get("BLOCK_M", 0)
 
 
 def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
     """One launch. Dequantizing either overlaps with the products or takes turns with them."""
-    name = name_of(launch)
-    if name is None:
-        return layer_time.launch_seconds(gpu, launch)
-    v = arguments_of(launch)
-    found = formula_by_tensor(launch)
+    key = key_of(launch)
+    if key is None:
+        return facts(launch, gpu.narrow_columns).seconds(gpu)
+    v, found = arguments_of(launch), formula_by_tensor(launch)
     moved = total(traffic for tensor, traffic in found.items() if tensor not in ("code", "nested_code"))
-    in_loop = not name.startswith("dequantize")
-    times = -(-v["M"] // v["BLOCK_M"]) if in_loop else 1
-    instructions, to_memory = COUNTS[name]
+    in_loop = "TRANS_W" in v
+    (instructions, to_memory), times = COUNTS[key[0]][key[1]], cdiv(v["M"], v["BLOCK_M"]) if in_loop else 1
     elements = v["N"] * v["K"] * times * max(instructions, 4 * to_memory) / gpu.issue_rate
     units, operations, _ = work(launch, gpu.narrow_columns) if in_loop else (0, 0.0, 0.0)
     products = operations / gpu.matrix_rate
@@ -100,71 +65,25 @@ def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
     )
 
 
-def seconds(gpu: Gpu, s: Shape, kind: str, kernel: str | None = None, overlap: bool = True) -> tuple[float, float]:
-    """Forward and backward by ``kernel``, "in_loop" or "dequantize", or by dispatch's choice."""
-    choice = None if kernel is None else Choice(kernel, "")
-    made = quantized_launches(DEVICES[gpu.arch], s.m, s.n, s.k, s.r, BF16, BF16, s.p, kind, choice)
-    first, second = (sum(launch_seconds(gpu, launch, overlap) for launch in launches) for launches in made)
-    return first, second
+def seconds(gpu: Gpu, s: Shape, kind: str, kernel: str, overlap: bool = True) -> list[float]:
+    """Forward and backward by ``kernel``, "in_loop" or "dequantize"."""
+    ways = quantized_launches(gpu.device, s.m, s.n, s.k, s.r, BF16, BF16, s.p, kind, Choice(kernel, ""))
+    return [sum(launch_seconds(gpu, launch, overlap) for launch in way) for way in ways]
 
 
-def chosen(gpu: Gpu, s: Shape, kind: str, direction: str) -> str:
-    """Dispatch's choice."""
-    return choose_quantized(DEVICES[gpu.arch], call_of(s, direction), 4 if kind == "nf4" else 8).kernel
-
-
-def table(gpu: Gpu, n: int, k: int, kind: str) -> pd.DataFrame:
-    """Microseconds of forward and backward, and dispatch's choice."""
+def table(gpu: Gpu, kind: str) -> pd.DataFrame:
+    """Microseconds of forward and backward at r 16, and dispatch's choice; in turns with products, or beside them."""
     rows = []
-    for m in ROWS:
-        s = Shape(m, n, k, 16, False)
-        times = {
-            "plain W": layer_time.ours(gpu, s),
+    for s in (Shape(m, n, k, 16, False) for (n, k), m in product(SIZES, ROWS)):
+        arms = {
+            "plain W": layer_time.seconds(gpu, s, layer_time.OURS),
             "in loop": seconds(gpu, s, kind, "in_loop"),
             "in turns": seconds(gpu, s, kind, "in_loop", overlap=False),
             "first": seconds(gpu, s, kind, "dequantize"),
         }
-        row: dict[str, Any] = {"M": m}
+        row: dict[str, Any] = {"M": s.m, "N": s.n, "K": s.k}
         for place, (result, direction) in enumerate(zip(("Y", "dX"), DIRECTIONS, strict=True)):
-            row |= {f"{result}: {name}": f"{1e6 * both[place]:.1f}" for name, both in times.items()}
-            row[f"{result}: taken"] = chosen(gpu, s, kind, direction)
+            row |= {f"{result} {name}": round(1e6 * both[place], 1) for name, both in arms.items()}
+            row[f"{result} by"] = choose_quantized(gpu.device, call_of(s, direction), BITS[kind]).kernel
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def crossover(gpu: Gpu, n: int, k: int, kind: str, direction: str, overlap: bool) -> int:
-    """The fewest rows, in steps of 32, that are predicted to be faster dequantized first."""
-    place = DIRECTIONS.index(direction)
-    for m in range(32, 2049, 32):
-        s = Shape(m, n, k, 16, False)
-        if seconds(gpu, s, kind, "dequantize")[place] < seconds(gpu, s, kind, "in_loop", overlap)[place]:
-            return m
-    raise ValueError(f"no crossover up to 2048 rows for {n} x {k}, {kind}")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.lab.predict.quantized",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--gpu", default="h100", help="a file's name in benchmarks/lab/predict/gpus (default: %(default)s)")
-    add("--count", action="store_true", help="count the instructions again and print them, nothing else")
-    options = parser.parse_args(arguments)
-    if options.count:
-        for name, (instructions, to_memory) in counts().items():
-            print(f'    "{name}": ({instructions}, {to_memory}),')
-        return
-    gpu = load_gpu(options.gpu)
-    print(f"All times are PREDICTED for an {gpu.name} in bf16, r 16, us; none is measured.")
-    for kind, (n, k) in product(KINDS, SIZES):
-        print(f'\n{kind}, N {n}, K {k}; "in turns": dequantizing and products take turns')
-        print(table(gpu, n, k, kind).to_string(index=False))
-        for way in DIRECTIONS:
-            found = [crossover(gpu, n, k, kind, way, overlap) for overlap in (True, False)]
-            print(f"{way}: dequantized first is faster from {found[0]} rows, from {found[1]} if they take turns")
-
-
-if __name__ == "__main__":
-    main()

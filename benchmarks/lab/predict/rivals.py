@@ -11,33 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.lab.predict.ceilings import Gpu
-from benchmarks.lab.predict.launch_time import vendor_seconds
+from benchmarks.lab.predict.launch_time import Work
 
 BF16 = torch.bfloat16
 # Bytes of an element of an activation.
 E = BF16.itemsize
-
-
-class Work(NamedTuple):
-    """One launch: bytes from and to memory, matrix operations, and for a wide product [m, k] by [k, n] its sizes (m, n, k)."""
-
-    name: str
-    bytes: float
-    flops: float = 0.0
-    sizes: tuple[int, int, int] | None = None
-
-    def seconds(self, gpu: Gpu) -> float:
-        if self.sizes is None:
-            return gpu.launch + max(self.bytes / gpu.bandwidth, self.flops / gpu.matrix_rate)
-        m, n, k = self.sizes
-        # The epilogue's operations take as long as those of a longer sum.
-        more = self.flops / (2.0 * m * n * k)
-        return gpu.launch + more * vendor_seconds(gpu, m, n, k, extra=self.bytes - 2.0 * (m * k + k * n + m * n))
-
-
-def rival_seconds(gpu: Gpu, works: Sequence[Work]) -> float:
-    return sum(work.seconds(gpu) for work in works)
+# The launches of forward and of backward.
+Ways = tuple[list[Any], list[Any]]
 
 
 class Shape(NamedTuple):
@@ -60,85 +40,54 @@ class Shape(NamedTuple):
     def lora_dtype(self) -> torch.dtype:
         return torch.float32 if self.wide_adapters else BF16
 
+    def thin(self, columns: int, *names: str) -> list[Work]:
+        """Products of the vendor's library between matrices of [m, columns], [m, r] and [columns, r], each moved once."""
+        moved = self.m * columns + (self.m + columns) * self.r
+        return [Work(name, E * moved, 2.0 * self.m * columns * self.r) for name in names]
 
-def product(name: str, m: int, n: int, k: int) -> Work:
-    """[m, k] by [k, n] by the vendor's library, each operand read once, where one of the sizes is a rank."""
-    return Work(name, E * (m * k + k * n + m * n), 2.0 * m * n * k)
-
-
-def added(name: str, m: int, n: int, r: int) -> Work:
-    """[m, r] by [r, n], added to its output in one launch."""
-    return Work(name, E * (2 * m * n + m * r + n * r), 2.0 * m * n * r)
-
-
-def passes(name: str, elements: int, count: float) -> Work:
-    """An elementwise launch that reads or writes ``elements`` elements ``count`` times."""
-    return Work(name, E * elements * count)
+    def added(self, columns: int, name: str) -> list[Work]:
+        """[m, r] by [r, columns], added to its output in one launch."""
+        return [work._replace(bytes=work.bytes + E * self.m * columns) for work in self.thin(columns, name)]
 
 
-# The launches of forward and of backward.
-Ways = tuple[list[Work], list[Work]]
+def passes(name: str, elements: int, *counts: float) -> list[Work]:
+    """Elementwise launches, each of which reads or writes ``elements`` elements so many times."""
+    return [Work(name, E * elements * count) for count in counts]
 
 
 def frozen(s: Shape) -> Ways:
-    forward, backward = product("Y = X W^T", s.m, s.n, s.k), product("dX = dY W", s.m, s.k, s.n)
+    moved, flops = E * (s.m * s.k + s.k * s.n + s.m * s.n), 2.0 * s.m * s.n * s.k
     # The time of a product with a frozen weight depends on how its tiles fill the GPU.
-    return [forward._replace(sizes=(s.m, s.n, s.k))], [backward._replace(sizes=(s.m, s.k, s.n))]
+    return [Work("Y", moved, flops, (s.m, s.n, s.k))], [Work("dX", moved, flops, (s.m, s.k, s.n))]
+
+
+def dropout(s: Shape) -> list[Work]:
+    """PyTorch's. The mask is a byte an element, half a pass."""
+    return passes("dropout", s.m * s.k, 2.5) if s.dropout else []
 
 
 def eager(s: Shape) -> Ways:
-    """PEFT's operators in 16 bits, one launch each; without dropout it has three launches fewer."""
-    m, n, k, r = s.m, s.n, s.k, s.r
-    base_forward, base_backward = frozen(s)
-    # The mask is a byte an element, half a pass.
-    drop = [passes("dropout", m * k, 2.5)] if s.dropout else []
-    undrop = [passes("dropout backward", m * k, 2.5)] if s.dropout else []
-    forward = [
-        *base_forward,
-        *drop,
-        product("S = D(X) A^T", m, r, k),
-        product("T = S B^T", m, n, r),
-        passes("T *= s", m * n, 2),
-        passes("Y += T", m * n, 3),
-    ]
-    backward = [
-        *base_backward,
-        passes("dT = s dY", m * n, 2),
-        product("dB = dT^T S", n, r, m),
-        product("dS = dT B", m, r, n),
-        product("dA = dS^T D(X)", r, k, m),
-        product("dD = dS A", m, k, r),
-        *undrop,
-        passes("dX += dD", m * k, 3),
-    ]
+    """PEFT's operators in 16 bits, one launch each."""
+    (forward, backward), x, y = frozen(s), s.m * s.k, s.m * s.n
+    # T = S B^T; T *= s; Y += T.
+    forward += dropout(s) + s.thin(s.k, "S") + s.thin(s.n, "T") + passes("T", y, 2, 3)
+    # dT = s dY; dD = dS A; dX += dD.
+    backward += passes("dT", y, 2) + s.thin(s.n, "dB", "dS") + s.thin(s.k, "dA", "dD") + dropout(s) + passes("dX", x, 3)
     return forward, backward
 
 
 def unsloth(s: Shape) -> Ways:
-    """Products into products (addmm), dY B twice; it has no dropout."""
-    m, n, k, r = s.m, s.n, s.k, s.r
-    base_forward, base_backward = frozen(s)
-    forward = [*base_forward, product("S = X A^T", m, r, k), added("Y += s S B^T", m, n, r)]
-    backward = [
-        product("dY B", m, r, n),
-        product("dA", r, k, m),
-        product("X A^T", m, r, k),
-        product("dB", n, r, m),
-        *base_backward,
-        product("dY B again", m, r, n),
-        added("dX += (dY B) A", m, k, r),
-    ]
+    """Products into products (addmm), X A^T again and dY B twice."""
+    forward, backward = frozen(s)
+    forward += s.thin(s.k, "S") + s.added(s.n, "Y")
+    backward += s.thin(s.n, "dY B", "dB", "dY B again") + s.thin(s.k, "dA", "S") + s.added(s.k, "dX")
     return forward, backward
 
 
 def axolotl(s: Shape) -> Ways:
-    """As Unsloth, with dY B kept; with dropout, PyTorch's."""
+    """As Unsloth, with dY B kept."""
     forward, backward = unsloth(s)
-    backward = [work for work in backward if work.name != "dY B again"]
-    if s.dropout:
-        forward.insert(1, passes("dropout", s.m * s.k, 2.5))
-        backward.append(passes("dropout backward", s.m * s.k, 2.5))
-    return forward, backward
+    return forward + dropout(s), [work for work in backward if work.name != "dY B again"] + dropout(s)
 
 
 def lorafusion(s: Shape) -> Ways:
@@ -148,29 +97,23 @@ def lorafusion(s: Shape) -> Ways:
     def with_epilogue(base: Work, columns: int, mask: float = 0.0) -> Work:
         return base._replace(bytes=base.bytes + E * r * (m + columns) + mask, flops=base.flops + 2.0 * m * columns * r)
 
-    (base_forward,), (base_backward,) = frozen(s)
-    drop = [passes("dropout", m * k, 2)] if s.dropout else []
-    forward = [*drop, product("S = D(X) A^T", m, r, k), with_epilogue(base_forward, n)]
+    (y,), (dx,) = frozen(s)
+    drop = passes("dropout", m * k, 2) if s.dropout else []
     backward = [
         Work("zero-fills", 4.0 * r * (k + n)),
         Work("dS and dB", E * m * n + 8.0 * n * r, 4.0 * m * n * r),
         Work("dA", E * m * k + 8.0 * k * r, 2.0 * m * k * r),
         # The mask comes from memory again, a byte an element, and the masked branch's gradient passes through half a pass.
-        with_epilogue(base_backward, k, E * m * k if s.dropout else 0.0),
+        with_epilogue(dx, k, E * m * k if s.dropout else 0.0),
     ]
-    return forward, backward
+    return [*drop, *s.thin(k, "S"), with_epilogue(y, n)], backward
 
 
-PEFT = "eager (PEFT)"
+FROZEN, PEFT, UNSLOTH, LORAFUSION = "frozen", "eager (PEFT)", "Unsloth", "LoRAFusion"
+# Unsloth has no dropout.
 RIVALS: dict[str, Callable[[Shape], Ways]] = {
-    "frozen": frozen,
-    PEFT: eager,
-    "Unsloth": unsloth,
-    "Axolotl": axolotl,
-    "LoRAFusion": lorafusion,
-}
-# Rivals that have no dropout.
-WITHOUT_DROPOUT = ("Unsloth",)
+    FROZEN: frozen, PEFT: eager, UNSLOTH: unsloth, "Axolotl": axolotl, LORAFUSION: lorafusion,
+}  # fmt: skip
 
 
 class MLP(NamedTuple):
@@ -190,17 +133,19 @@ class MLP(NamedTuple):
 
 # Passes over [M, F] of the activation's launches, forward and backward. PEFT runs it by PyTorch's operators: silu and a product
 # forward, three products backward. Unsloth has a kernel each way: G and U to H, and dH, G and U to H, dG and dU.
-ACTIVATION = {"frozen": ((3,), (5,)), PEFT: ((2, 3), (3, 3, 3)), "Unsloth": ((3,), (6,))}
+ACTIVATION = {FROZEN: ((3,), (5,)), PEFT: ((2, 3), (3, 3, 3)), UNSLOTH: ((3,), (6,))}
 
 
-def join(mlp: MLP, layers: Sequence[tuple[list[Any], list[Any]]], activation: str) -> tuple[list[Any], list[Any]]:
+def join(mlp: MLP, layers: Sequence[Ways], activation: str) -> Ways:
     """The launches of three layers, of a rival's activation between them, and of the addition of both dX."""
     forward, backward = ([launch for way in ways for launch in way] for ways in zip(*layers, strict=True))
     for way, counts in zip((forward, backward), ACTIVATION[activation], strict=True):
-        way += [passes("activation", mlp.m * mlp.f, count) for count in counts]
-    return forward, [*backward, passes("both dX", mlp.m * mlp.k, 3)]
+        way += passes("activation", mlp.m * mlp.f, *counts)
+    return forward, backward + passes("both dX", mlp.m * mlp.k, 3)
 
 
-def rival_mlp(name: str, mlp: MLP) -> Ways:
-    """The launches of forward and backward of a gated MLP."""
-    return join(mlp, [RIVALS[name](shape) for shape in mlp.layers()], name)
+def rival(name: str, case: Shape | MLP) -> Ways:
+    """The launches of a layer or of a gated MLP."""
+    if isinstance(case, Shape):
+        return RIVALS[name](case)
+    return join(case, [RIVALS[name](shape) for shape in case.layers()], name)

@@ -2,170 +2,94 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 
 import pytest
 
-from benchmarks.lab.page import __main__
-
 pytest.importorskip("matplotlib", reason="draws the README's figure; the bench extra brings it")
+pytest.importorskip("transformers", reason="counts memory; the bench extra brings it")
 
-from benchmarks.finetuning.report import loss_difference
-from benchmarks.lab.page import page as report_page
+from benchmarks.common.records import read_records, record, write_records
+from benchmarks.lab.page import __main__ as page
 
 ENVIRONMENT = {
-    "cpu": "A CPU", "cores": 2, "gpu": None, "python": "3.11", "torch": "2", "commit": "abc", "date": "2026-01-02T03:04:05",
-    "load_average": 0.1,
+    "cpu": "A CPU", "cores": 2, "gpu": None, "torch": "2", "commit": "abc", "date": "2026-01-02T03:04:05",
+    "load_average_at_start": 3.0,
 }  # fmt: skip
 
 
-def fill(directory):
-    """A suite's file with one loss, in both phases of a layer."""
-    times = {"median": 2.0, "q1": 1.9, "q3": 2.1}
-    base = {"ours": False, "ms": times, "over_base": dict.fromkeys(times, 1.0)}
-    ours = {"ours": True, "ms": times, "over_base": times, "over_rival": times}
-    info = {"base": "frozen", "rival": "PEFT", "arms": {"frozen": base, "ours": ours}, "skipped": {}}
-    step = info | {"case": "training fp32", "phase": "step"}
-    worse = {"frozen": base, "ours": ours | {"over_rival": {"median": 3.0, "q1": 2.5, "q3": 3.5}}}
-    point = info | {"case": "layer 4", "phase": "both", "axis": {"name": "rank", "size": 4}}
-    layers = [
-        info | {"case": "layer 1", "phase": "forward"},
-        info | {"case": "layer 1", "phase": "both", "arms": worse},
-    ]
-    suite = {
-        "machine_info": {"stablelora_kernels": {**ENVIRONMENT, "load_average": 3.0}},
-        "benchmarks": [{"extra_info": report} for report in (step, *layers, point)],
-    }
-    directory.mkdir(parents=True)
-    (directory / "suite.json").write_text(json.dumps(suite))
-
-
 def test_the_page_answers_first_and_has_every_loss_and_the_files(tmp_path, monkeypatch):
-    fill(tmp_path / "results" / "machine")
-    page_file = tmp_path / "docs" / "results" / "benchmarks.md"
-    monkeypatch.setattr(report_page, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(report_page, "PAGE", page_file)
-    assert __main__.main([]) == 0
-    text = page_file.read_text()
-    assert "No GPU has measured anything yet" in text
-    opening, losses = text.split("## Where it loses")
-    # A loss is bold. An axis of sizes is no answer to a question.
-    assert "| a whole training step, fp32 | PEFT | **2.00** |  |  |" in opening
-    assert "| one layer, forward and backward | PEFT | **3.00** |  |  |" in opening
-    losses, files = losses.split("## Every figure")
-    # Of a case's phases the worst.
-    assert (
-        "| machine | layer 1, both | ours | PEFT | 3.00 (2.50 to 3.50) |" in losses and "layer 1, forward" not in losses
-    )
-    assert "| machine | training fp32, step | ours | PEFT | 2.00 (1.90 to 2.10) |" in losses
-    assert "[machine/suite.csv](../../benchmarks/results/machine/suite.csv)" in files
-    assert files.count("other programs ran beside it") == 1
-    rows = (tmp_path / "results" / "machine" / "suite.csv").read_text().splitlines()
-    assert (
-        rows[0].startswith("case,phase,arm,base,rival,ms median,")
-        and "layer 1,both,ours,frozen,PEFT,2,1.9,2.1,2,1.9,2.1,3,2.5,3.5" in rows
-    )
+    def ratio(case, phase, value, **more):
+        rival = record(case, phase, "PEFT", "ms", [2.0], "base rival") | more
+        return [rival, record(case, phase, "ours", "over_rival", [value - 0.1, value, value + 0.1], "ours") | more]
 
-    assert __main__.main(["--check"]) == 0
-    (tmp_path / "results" / "machine" / "suite.csv").write_text("other")
-    assert __main__.main(["--check"]) == 1
-    shutil.rmtree(tmp_path / "results" / "machine")
-    with pytest.raises(ValueError, match="with something measured, got"):
-        __main__.main([])
-
-
-def test_a_fine_tuning_run_is_on_the_page_and_its_losses_are_in_the_list(tmp_path):
-    run = tmp_path / "machine" / "main"
-    run.mkdir(parents=True)
-    won = "Speed   PEFT + one line: 90 ms a step, PEFT 100 ms: 10% less time"
-    lost = [
-        "        our layers: 102 ms a step, PEFT 100 ms: 2.0% more time",
-        "Quality our layers: 4.1, +0.1 ± 0.0: worse",
-    ]
-    result = {
-        "environment": ENVIRONMENT,
-        "settings": {"model": "m", "data": "plays", "targets": [], "lora_dropout": 0.0, "dtype": "float32"},
+    rows = ratio("training fp32", "step", 1.2) + ratio("layer 1", "forward", 1.5) + ratio("layer 1", "both", 3.0)
+    rows += ratio("layer 4", "both", 0.5, axis="rank") + ratio("layer 2", "both", 0.9) + ratio("layer 3", "both", 1.04)
+    write_records(tmp_path / "machine" / "suite_scaling.csv", rows, ENVIRONMENT)
+    won, lost = "Speed   one line: 10% less time", "        our layers: 2.0% more time"
+    run = {
+        "environment": ENVIRONMENT, "waited_share": 0.0, "verdicts": [won, lost],
         "recipe": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0},
-        "verdicts": [won, *lost],
-    }
-    (run / "result.json").write_text(json.dumps(result))
-    text = report_page.page(tmp_path)
-    about = "Fine-tuning m on plays, r 16, alpha 32, dropout 0 on all linear layers, float32:"
-    assert "\n".join([about, "", "```text", won, *lost, "```"]) in text
-    losses = text.split("## Where it loses\n\n")[1].split("\n\n")[0].splitlines()
-    assert losses == [f"- {line[8:]} (`machine/main`)" for line in lost]
-    assert "| `python -m benchmarks --dtype fp32 --dropout 0` |" in text
-    # Other programs had its CPUs for half of the time.
-    (run / "result.json").write_text(json.dumps(result | {"waited_share": 0.5}))
-    assert "other programs ran beside it" in report_page.page(tmp_path) and "other programs" not in text
-    (run / "result.json").write_text(json.dumps(result | {"verdicts": [won]}))
-    assert "Nowhere in what is stored." in report_page.page(tmp_path)
-
-
-def test_a_file_of_marked_cases_has_their_command(tmp_path):
-    directory = tmp_path / "machine"
-    fill(directory)
-    (directory / "suite.json").rename(directory / "suite_scaling.json")
-    text = report_page.page(tmp_path)
-    assert "`python -m pytest benchmarks -m scaling --benchmark-json=suite_scaling.json`" in text
-
-
-def test_the_answers_have_columns_for_fused_mlps():
-    pytest.importorskip("transformers")
-    from benchmarks.suite.layers import MLPCase
-
-    assert [report_page.COLUMNS.get(MLPCase.ours[i]) for i in (0, -1)] == [0, 1]
-    assert {("mlp", phase) for phase in MLPCase.phases} <= report_page.QUESTIONS.keys()
+        "settings": {"model": "m", "data": "plays", "targets": [], "lora_dropout": 0.0, "dtype": "float32"},
+    }  # fmt: skip
+    write_records(tmp_path / "machine" / "main" / "result.csv", rows[:1], run)
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    assert page.main(["--check"]) == 1 and page.main([]) == 0 and page.main(["--check"]) == 0
+    text = page.PAGE.read_text()
+    assert "No GPU has measured anything yet" in text and f"```text\n{won}\n{lost}\n```" in text
+    answers, rest = text.split("## Where it loses")
+    losses, files = rest.split("## Every figure")
+    # A loss is bold. Of a case's phases the worst is listed. An axis of sizes is no answer to a question.
+    assert "| a whole training step, fp32 | PEFT | **1.20** |  |  |" in answers
+    assert "| one layer, forward and backward | PEFT | **1.04 (0.90 to 3.00)** |  |  |" in answers
+    assert (
+        "| machine | layer 1, both | ours | PEFT | 3.00 (2.95 to 3.05) |" in losses and "layer 1, forward" not in losses
+    )
+    assert "| training fp32, step | ours | PEFT | 1.20 (1.15 to 1.25) |" in losses and "layer 3" not in losses
+    assert "- our layers: 2.0% more time (`machine/main`)" in losses and "10% less" not in losses
+    assert "`python -m pytest benchmarks -m scaling --records=suite_scaling.csv`" in files
+    assert (
+        "`python -m benchmarks --dtype fp32 --dropout 0`" in files and files.count("other programs ran beside it") == 1
+    )
 
 
 def test_the_committed_page_is_of_the_committed_results(capsys):
-    assert __main__.main(["--check"]) == 0, capsys.readouterr().out
-    assert not re.search(r"\bnan\b", report_page.PAGE.read_text())
+    assert page.main(["--check"]) == 0, capsys.readouterr().out
+    assert not re.search(r"\bnan\b", page.PAGE.read_text())
 
 
 def test_the_host_time_page_has_the_stored_figures():
     """The table, and each figure of the text as a median over PEFT's or AdamW's."""
-    cases = json.loads((report_page.RESULTS / "epyc-avx2-2core" / "host.json").read_text())["cases"]
-    page = (report_page.PAGE.parents[1] / "internals" / "host-time.md").read_text(encoding="utf-8")
-    assert report_page.host_table(cases) in page
-    rows = re.findall(r"^\| (\d+) tensors \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
-    assert len(rows) > 4
-    for tensors, *shown in rows:
-        for gradients, text in zip(("kept", "moved"), shown, strict=True):
-            arm = cases[f"host step {tensors} tensors r2 width 8, gradients {gradients}"]["step"]["StableLoRAAdamW"]
-            assert f"{arm['over_rival']['median']:.2f}" == text, (tensors, gradients)
+    text = (page.PAGE.parents[1] / "internals" / "host-time.md").read_text(encoding="utf-8")
+    rows = read_records(page.RESULTS / "epyc-avx2-2core" / "suite_host.csv")
+    rows = rows[(rows["metric"] == "over_rival") & (rows["role"] == "ours")]
+    assert page.host_table(rows) in text
+    medians = rows.set_index("case")["median"]
+    shown = re.findall(r"^\| (\d+) tensors \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+    assert len(shown) > 4
+    for tensors, *cells in shown:
+        found = [medians[f"host step {tensors} tensors r2 width 8, gradients {way}"] for way in ("kept", "moved")]
+        assert [f"{value:.2f}" for value in found] == cells
 
 
 def test_the_performance_page_has_the_figures_of_the_main_jobs():
-    page = (report_page.PAGE.parent / "performance.md").read_text(encoding="utf-8")
-    files = sorted(report_page.RESULTS.glob("*/main*/result.json"))
+    text = page.PAGE.with_name("performance.md").read_text(encoding="utf-8")
+    forms = {"% over frozen": ".1f", "speedup over PEFT": ".2f", "loss minus PEFT": "+.3f", "MiB at the peak": ",.0f"}
+    files = sorted(page.RESULTS.glob("*/main*/result.csv"))
     assert files
     for file in files:
-        for name, row in json.loads(file.read_text(encoding="utf-8"))["summary"].items():
-            shown = [f"{row['saved_mib']:,.0f} / {row['peak_mib']:,.0f}"]
-            if name != "frozen":
-                shown.append(f"{row['step_overhead_percent']:.1f} ± {row['step_overhead_percent_95']:.1f}")
-            if name not in ("frozen", "peft"):
-                shown.append(f"{row['speedup_over_peft']:.2f} ± {row['speedup_over_peft_95']:.2f}")
-                shown.append(loss_difference(row))
-            assert all(text in page for text in shown), (file, name, shown)
+        rows = read_records(file)
+        rows = rows[rows["phase"].isin(("step", "held-out")) & rows["metric"].isin(forms)]
+        assert {*rows["metric"]} == {*forms}
+        for row in rows[(rows["role"] == "ours") | (rows["metric"] == "MiB at the peak")].itertuples():
+            value = f"{round(row.median, 3) + 0.0:{forms[row.metric]}}"
+            spread = f" ± {row.half_95:{forms[row.metric].strip('+')}} |" if row.half_95 == row.half_95 else " |"
+            assert value + spread in text, (file, row)
 
 
-def test_the_memory_table_of_the_peft_page_is_what_is_counted():
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    from benchmarks.lab.page import memory
+def test_the_suites_arms_and_phases_have_columns_and_questions():
+    from benchmarks.suite.layers import LayerCase, MLPCase
 
-    page = (report_page.PAGE.parents[1] / "guides" / "peft.md").read_text(encoding="utf-8")
-    assert memory.table(memory.count()) in page
-    assert memory.PLOT.is_file()
-
-
-def test_the_guide_has_the_table_of_what_fits():
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    from benchmarks.lab.page import fit
-
-    assert fit.table() in (report_page.PAGE.parents[1] / "guides" / "will-it-fit.md").read_text(encoding="utf-8")
+    assert {*LayerCase.ours, MLPCase.ours[0], MLPCase.ours[-1]} <= {*page.COLUMNS}
+    assert {"layer both", "mlp both"} <= {*page.QUESTIONS} and "both" in LayerCase.phases and "both" in MLPCase.phases

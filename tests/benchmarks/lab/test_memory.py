@@ -1,0 +1,81 @@
+"""What is kept for backward: the formula against hooks, and the tables that the documentation has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="has the MLP; the bench extra brings it")
+pytest.importorskip("peft", reason="is an arm; the bench extra brings it")
+pytest.importorskip("matplotlib", reason="draws; the bench extra brings it")
+
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import stablelora_kernels as slk
+from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, OURS, PEFT, PROJECTIONS_FUSED, adapt
+from benchmarks.common.memory import saved_for_backward
+from benchmarks.common.records import read_records
+from benchmarks.common.tables import RESULTS
+from benchmarks.lab import memory
+from tests.helpers.processes import ROOT
+
+SEPARATE = "`apply_lora`, also with `fuse_projections`"
+ROWS = {
+    FROZEN: "frozen", PEFT: "PEFT", OURS: SEPARATE, OURS + PROJECTIONS_FUSED: SEPARATE, OURS + MLP_FUSED: "`fuse_mlp`",
+    ACCELERATED + MLP_FUSED: "`fuse_mlp`",
+}  # fmt: skip
+# More than the 64 rows below which plain operators compute; no size divides another.
+SMALL = {"M": 97, "K": 24, "F": 40, "r": 3}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize(
+    ("arm", "sizes", "device"),
+    [*((arm, SMALL, "cpu") for arm in ROWS), *((arm, memory.LLAMA_8B, "meta") for arm in (FROZEN, PEFT))],
+)
+def test_the_formula_is_what_hooks_count(arm, sizes, device, dropout, monkeypatch):
+    """Ours by the kernels in the interpreter, and PEFT's by the operator that a GPU has for dropout, whose mask is bool."""
+    pytest.importorskip("triton")
+    drop = torch.native_dropout
+    monkeypatch.setattr(
+        nn.functional, "dropout", lambda x, p=0.5, training=True, inplace=False: drop(x, p, training)[0]
+    )
+    m, k, f, r = sizes.values()
+    with torch.device(device):
+        config = LlamaConfig(hidden_size=k, intermediate_size=f, num_attention_heads=1)
+        mlp = LlamaMLP(config).to(torch.bfloat16).requires_grad_(False)
+        x = torch.zeros(1, m, k, dtype=torch.bfloat16, requires_grad=True)
+    adapt(nn.ModuleDict({"mlp": mlp}), arm, memory.LINEAR[-3:], r=r, dropout=dropout).train()
+    with slk.use_backend("triton"):
+        found = saved_for_backward(lambda: mlp(x), [*mlp.parameters()])
+    kept = memory.kept(dropout > 0, **sizes).loc[ROWS[arm]].sum()
+    # A frozen MLP does not keep x; of others a test's x has no other owner.
+    assert found == kept
+
+
+def test_the_guides_have_the_tables():
+    tables = {
+        "fusing": memory.mlp_table(),
+        "peft": memory.layer_table(memory.layer_counts()),
+        "will-it-fit": memory.fit_table(),
+    }
+    for name, table in tables.items():
+        assert table in (ROOT / "docs" / "guides" / f"{name}.md").read_text(encoding="utf-8"), name
+
+
+def test_the_performance_page_has_the_stored_step():
+    page = (ROOT / "docs" / "results" / "performance.md").read_text(encoding="utf-8")
+    rows = read_records(RESULTS / "epyc-avx2-2core" / "mlp_memory.csv").pivot(
+        index="case", columns=["arm", "metric"], values="median"
+    )
+    for arm in rows.columns.unique("arm"):
+        cells = [
+            f"{peak:,.0f} ({saved:,.0f})"
+            for peak, saved in rows[arm][["peak_mib", "saved_mib"]].itertuples(index=False)
+        ]
+        name = "".join(f"`{part}`, " if part not in (FROZEN, PEFT) else f"{part}, " for part in arm.split(", "))[:-2]
+        assert any(
+            line.startswith(f"| {name} |") and all(cell in line for cell in cells) for line in page.splitlines()
+        ), arm
