@@ -44,8 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Recipe, Path]:
         description="Fine-tune a real model frozen, with PEFT and with this library: speed, memory and quality.",
         argument_default=argparse.SUPPRESS,
     )
-    commands = "print what else can be measured, by which command, and how long it takes"
-    parser.add_argument("--list", action=_List, nargs=0, help=commands)
+    parser.add_argument("--list", action=_List, nargs=0, help="print what else can be measured, how, and in what time")
     parser.add_argument("--out", type=OUT, metavar="DIR", help="where files go (default: results)")
     for each in (each for each in fields(Recipe) if each.metadata):
         read, words, flag, classes = each.metadata.values()
@@ -81,8 +80,6 @@ def _hardware(parser: argparse.ArgumentParser, device: str, dtype: str) -> dict[
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text() if cpu.exists() else ""
     fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else "avx512_bf16" in flags or "amx_bf16" in flags
-    if dtype == "bf16" and device == "cuda" and not fast_bf16:
-        parser.error(f"--dtype bf16: {torch.cuda.get_device_name()} does not support it")
     in_bf16 = dtype == "bf16" or (dtype == "auto" and fast_bf16)
     return {"device": device, "dtype": "bfloat16" if in_bf16 else "float32"}
 
@@ -95,18 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from benchmarks.finetuning.experiment import run
-    from benchmarks.finetuning.report import draw, write_result
+    from benchmarks.finetuning.report import draw
 
     try:
-        result = run(recipe, _STARTED, lambda result: write_result(result, out))
+        result = run(recipe, _STARTED, out)
     except (AssetError, OSError, ValueError) as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 1
-    if result.steps:
-        paths = [*write_result(result, out), *draw(result, out)]
-        print("", *result.about["verdicts"], "", *(f"wrote {path}" for path in paths), sep="\n")
-    else:
+    if not result.steps:
         print("Nothing was measured.")
+        return 130
+    draw(result, out / "summary.png")
+    print(
+        "", *result.about["verdicts"], "", f"wrote summary.png, table.txt, result.csv and steps.csv to {out}", sep="\n"
+    )
     return 0 if result.about["status"] == "complete" else 130
 
 

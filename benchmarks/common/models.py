@@ -6,16 +6,13 @@ import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import assets
 from benchmarks.common.smollm2 import load_smollm2
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Names of the query and value projections in different model families.
 _QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "query_proj", "value_proj")
@@ -53,7 +50,7 @@ class NextToken(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.flatten(0, 1).float()
 
 
-def load_model(name: str, causal: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, causal: bool = False) -> tuple[Any, Any]:
     """The frozen fp32 model and the tokenizer of ``"smollm2"``, ``"minilm"``, a local directory or a hub id.
 
     It has no head, or with ``causal`` that of a causal language model.
@@ -89,7 +86,7 @@ def load_model(name: str, causal: bool = False) -> tuple[PreTrainedModel, PreTra
     return model.requires_grad_(False), tokenizer
 
 
-def share(model: PreTrainedModel) -> PreTrainedModel:
+def share(model: Any) -> Any:
     """A copy of ``model``'s modules over the same frozen weights, which takes no memory."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -49,8 +49,8 @@ def load_smollm2(path: Path, causal: bool) -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     reader = GGUFReader(path)
-    options = {name: _field(reader, key) for name, key in _CONFIG.items()}
-    config = LlamaConfig(**options, tie_word_embeddings=True)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    config = LlamaConfig(**{name: fields[key] for name, key in _CONFIG.items()}, tie_word_embeddings=True)
     # Use no memory and no random numbers for weights that the next lines replace. The rotary tables are not in the file
     # but computed from the config, so build them again off the meta device.
     with torch.device("meta"):
@@ -59,13 +59,7 @@ def load_smollm2(path: Path, causal: bool) -> tuple[Any, Any]:
     weights = _weights(reader, config)
     model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, assign=True)
     model.tie_weights()
-    return (model if causal else model.model).requires_grad_(False), _tokenizer(reader)
-
-
-def _field(reader: Any, name: str) -> Any:
-    if name not in reader.fields:
-        raise ValueError(f"the GGUF file has no field {name!r}")
-    return reader.fields[name].contents()
+    return (model if causal else model.model).requires_grad_(False), _tokenizer(fields)
 
 
 def _weights(reader: Any, config: Any) -> dict[str, torch.Tensor]:
@@ -80,26 +74,25 @@ def _weights(reader: Any, config: Any) -> dict[str, torch.Tensor]:
             name = f"model.layers.{layer}.{_LAYER_NAMES[kind]}.weight"
             if kind in heads:
                 # A rotary pair's rows are adjacent in GGUF, and half a head apart in transformers.
-                pairs = value.unflatten(0, (heads[kind], -1, 2))
-                value = pairs.transpose(1, 2).reshape(value.shape)
+                value = value.unflatten(0, (heads[kind], -1, 2)).transpose(1, 2).reshape(value.shape)
         weights[name] = value
     return weights
 
 
-def _tokenizer(reader: Any) -> Any:
+def _tokenizer(fields: dict[str, Any]) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = _field(reader, "tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
     # GGUF's "smollm" pre-tokenizer makes every digit a token, then splits as GPT-2 does.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    types = _field(reader, "tokenizer.ggml.token_type")
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    special = {name: tokens[_field(reader, f"tokenizer.ggml.{key}_token_id")] for name, key in _SPECIAL.items()}
+    kinds = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
+    control = [AddedToken(token, special=True, normalized=False) for token, kind in kinds if kind == _CONTROL_TOKEN]
+    tokenizer.add_special_tokens(control)
+    special = {name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in _SPECIAL.items()}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -8,7 +8,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,10 +20,7 @@ from benchmarks.common.data import Batch
 from benchmarks.common.measure import seconds_of, shuffled
 from benchmarks.common.memory import MIB, saved_for_backward, status_mib
 from benchmarks.common.models import Classifier, NextToken, autocast, load_model, share
-from benchmarks.finetuning.recipe import ACCELERATED, FROZEN, LABELS, PEFT, STABLE, Recipe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from benchmarks.finetuning.recipe import ACCELERATED, FROZEN, PEFT, STABLE, Recipe
 
 PHASES = ("forward", "backward", "optimizer")
 SAVED, PEAK = "MiB saved for backward", "MiB at the peak"
@@ -55,16 +52,12 @@ class Arm:
             self.optimizer.zero_grad(set_to_none=True)
 
 
-def build_arm(
-    name: str, backbone: PreTrainedModel, classes: int | None, recipe: Recipe, seed: int, device: torch.device
-) -> Arm:
+def build_arm(name: str, backbone: Any, classes: int | None, recipe: Recipe, seed: int, device: torch.device) -> Arm:
     """An arm over the weights of ``backbone``, which all arms share, with a new head unless ``classes`` is None.
 
     Raises:
-        ValueError: there is no such arm, or ``backbone`` has a layer that this library would leave to PEFT.
+        ValueError: ``backbone`` has a layer that this library would leave to PEFT.
     """
-    if name not in LAYERS:
-        raise ValueError(f"arm must be one of {', '.join(LABELS)}, got {name!r}")
     torch.manual_seed(seed)
     adapters = {"r": recipe.r, "alpha": recipe.lora_alpha, "dropout": recipe.lora_dropout}
     # A model need not have MLPs that can be fused.
@@ -107,12 +100,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def forward(arm: Arm, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
     """The loss."""
-    return F.cross_entropy(_logits(arm, batch, dtype), batch["labels"])
+    return F.cross_entropy(_logits(arm.model, batch, dtype), batch["labels"])
 
 
-def _logits(arm: Arm, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+def _logits(model: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
     with autocast(batch["input_ids"].device, dtype):
-        return arm.model(batch["input_ids"], batch["attention_mask"])
+        return model(batch["input_ids"], batch["attention_mask"])
 
 
 def phases(arm: Arm, batch: Batch, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -127,19 +120,17 @@ def phases(arm: Arm, batch: Batch, dtype: torch.dtype) -> Iterator[tuple[str, Ca
     return zip(PHASES, (run_forward, lambda: graph.pop().backward(), arm.step), strict=True)
 
 
-def train(
-    arms: Sequence[Arm], batches: Iterator[Batch], steps: int, seed: int, dtype: torch.dtype
-) -> Iterator[list[dict[str, Any]]]:
-    """Take ``steps`` steps of all arms. Yields each step's rows, one an arm: its loss, and the milliseconds of each part."""
+def train(arms: Sequence[Arm], batches: Iterator[Batch], recipe: Recipe, seed: int) -> Iterator[list[dict[str, Any]]]:
+    """Take the recipe's steps with all arms. Yields each one's rows, one an arm: its loss, and the milliseconds of each part."""
     device = next(arms[0].model.parameters()).device
     for arm in arms:
         arm.model.train()
-    for step in range(steps):
+    for step in range(recipe.steps):
         batch, rows = to_device(next(batches), device), []
         for arm in shuffled(arms, step):
             # Equal masks in all arms if dropout is the backbone's alone. LoRA's own draws differ from arm to arm.
             torch.manual_seed(seed * 1_000_003 + step)
-            seconds = seconds_of(dict(phases(arm, batch, dtype)), PHASES)
+            seconds = seconds_of(dict(phases(arm, batch, getattr(torch, recipe.dtype))), PHASES)
             times = {f"{phase}_ms": 1e3 * value for phase, value in seconds.items()}
             rows.append({"arm": arm.name, "seed": seed, "step": step + 1, "loss": arm.loss.item(), **times})
             if arm.scheduler:
@@ -148,17 +139,17 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(arm: Arm, batches: Iterable[Batch], dtype: torch.dtype) -> dict[str, float]:
-    """The mean ``loss`` and ``accuracy`` over all labels of held-out batches."""
-    arm.model.eval()
-    device = next(arm.model.parameters()).device
+def evaluate(model: nn.Module, batches: Iterable[Batch], dtype: torch.dtype) -> dict[str, float]:
+    """The mean ``loss`` and ``accuracy`` over all labels of held-out batches that are not -100."""
+    model.eval()
+    device = next(model.parameters()).device
     loss, right, count = 0.0, 0, 0
     for batch in batches:
         batch = to_device(batch, device)
-        logits, labels = _logits(arm, batch, dtype), batch["labels"]
+        logits, labels = _logits(model, batch, dtype), batch["labels"]
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         right += int((logits.argmax(1) == labels).sum())
-        count += len(labels)
+        count += int((labels >= 0).sum())
     return {"loss": loss / count, "accuracy": right / count}
 
 

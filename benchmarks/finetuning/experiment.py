@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from benchmarks.common.models import linear_names, load_model
 from benchmarks.common.workers import pool
 from benchmarks.finetuning.arms import PHASES, Arm, build_arms, evaluate, footprint, train
 from benchmarks.finetuning.recipe import LABELS, Recipe
+from benchmarks.finetuning.report import Result, write_result
 
 # A shorter schedule teaches too little to compare.
 FEWEST_STEPS = 15
@@ -80,63 +81,48 @@ def _next_tokens(rows: torch.Tensor) -> Batch:
     return {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": rows[:, 1:].flatten()}
 
 
-@dataclass
-class Result:
-    """What was measured so far.
-
-    ``about`` describes the run and can be JSON. ``steps`` has a row for each arm's step: its loss, and the milliseconds of its
-    parts. ``figures`` has a row for each other value.
-    """
-
-    about: dict[str, Any]
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    figures: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, arm: str, phase: str, found: dict[str, float], seed: int | None = None) -> None:
-        rows = [{"arm": arm, "phase": phase, "metric": name, "seed": seed, "value": x} for name, x in found.items()]
-        self.figures += rows
-
-
-def run(recipe: Recipe, started: float, save: Callable[[Result], Any]) -> Result:
-    """Train, evaluate and measure all arms; ``save`` gets the result so far after each seed, and on Ctrl-C.
+def run(recipe: Recipe, started: float, out: Path) -> Result:
+    """Train, evaluate and measure all arms. Writes the figures so far to ``out`` after each seed, and on Ctrl-C.
 
     ``started`` is when the process began, by ``time.perf_counter``: the time limit counts from there.
     """
     result = Result({"status": "interrupted", "environment": environment(), "settings": asdict(recipe)})
+
     try:
-        _run(recipe, started, result, save)
+        for _ in _seeds(recipe, started, result):
+            write_result(result, started, out)
         result.about["status"] = "complete"
     except KeyboardInterrupt:
         _say("Interrupted: writing what was measured.")
     finally:
-        result.about["wall_s"] = round(time.perf_counter() - started, 1)
         if result.steps:
-            save(result)
+            write_result(result, started, out)
     return result
 
 
-def _run(recipe: Recipe, started: float, result: Result, save: Callable[[Result], Any]) -> None:
-    device, dtype = torch.device(recipe.device), getattr(torch, recipe.dtype)
+def _seeds(recipe: Recipe, started: float, result: Result) -> Iterator[int]:
+    device = torch.device(recipe.device)
     loading = time.perf_counter()
     with others_cpus() as others:
         backbone, tokenizer = load_model(recipe.model, recipe.causal)
         loading = time.perf_counter() - loading
         # As users load it: adapters are float32 all the same.
-        backbone.to(device, dtype)
+        backbone.to(device, getattr(torch, recipe.dtype))
         task = open_task(recipe, tokenizer)
     if others and (threads := free_threads(others[0])) < torch.get_num_threads():
         _say(
-            f"Other programs keep {others[0]:.1f} CPUs of {os.cpu_count()} busy, so this run takes fewer threads: {threads}."
+            f"Other programs keep {others[0]:.1f} of {os.cpu_count()} CPUs busy; this run takes fewer threads: {threads}."
         )
         torch.set_num_threads(threads)
     recipe = replace(recipe, targets=linear_names(backbone, recipe.targets))
 
-    def build(seed: int, recipe: Recipe) -> list[Arm]:
+    def build(recipe: Recipe, seed: int) -> list[Arm]:
         return build_arms(recipe.arms, backbone, task.classes, recipe, seed, device)
 
     first = [*islice(task.batches(recipe.seed), _REHEARSALS)]
     # One-time costs (choosing and compiling kernels, filling allocators) fall on the first step, which does not count.
-    _, *rehearsed = train(build(recipe.seed, replace(recipe, steps=_REHEARSALS)), iter(first), _REHEARSALS, 0, dtype)
+    short = replace(recipe, steps=_REHEARSALS)
+    _, *rehearsed = train(build(short, recipe.seed), iter(first), short, recipe.seed)
     round_s = sum(row[f"{phase}_ms"] for rows in rehearsed for row in rows for phase in PHASES) / 1e3 / len(rehearsed)
     # A held-out token costs about a third of a training token: no backward pass, and larger batches.
     held_out = sum(len(batch["labels"]) for batch in task.held_out) / len(first[0]["labels"]) / 3
@@ -145,8 +131,9 @@ def _run(recipe: Recipe, started: float, result: Result, save: Callable[[Result]
     seeds, steps = plan(recipe, round_s, held_out, left)
     recipe = replace(recipe, steps=steps)
     minutes = (seeds * (steps + held_out) * round_s + memory_s) / 60
-    plural = "s" * (seeds > 1)
-    _say(f"{seeds} seed{plural} x {steps} steps, {round_s:.1f} s a step of all arms: about {minutes:.0f} minutes more.")
+    _say(
+        f"{seeds} seed{'s' * (seeds > 1)} x {steps} steps, {round_s:.1f} s a step of all arms: about {minutes:.0f} minutes more."
+    )
     longest = max(first, key=lambda batch: batch["input_ids"].numel())
     result.about |= {
         "threads": torch.get_num_threads(),
@@ -159,9 +146,9 @@ def _run(recipe: Recipe, started: float, result: Result, save: Callable[[Result]
     }
     with tqdm(total=seeds * steps, desc="fine-tuning", unit="step", dynamic_ncols=True) as bar:
         for seed in range(recipe.seed, recipe.seed + seeds):
-            _one_seed(build(seed, recipe), task, recipe, seed, result, bar)
+            _one_seed(build(recipe, seed), task, recipe, seed, result, bar)
             result.about["seeds_done"] += 1
-            save(result)
+            yield seed
     for name in tqdm(recipe.arms, desc="memory, one process an arm", unit="arm", dynamic_ncols=True):
         try:
             # In a process of its own: peak memory is a property of a process.
@@ -199,12 +186,11 @@ def plan(recipe: Recipe, round_s: float, held_out: float, left_s: float | None) 
 
 
 def _one_seed(arms: Sequence[Arm], task: Task, recipe: Recipe, seed: int, result: Result, bar: Any) -> None:
-    dtype = getattr(torch, recipe.dtype)
     for arm in arms:
         trained = sum(p.numel() for p in arm.model.parameters() if p.requires_grad)
         result.add(arm.name, "start", {"trainable parameters": trained}, seed)
     wall, waited = time.perf_counter(), waited_s()
-    for rows in train(arms, task.batches(seed), recipe.steps, seed, dtype):
+    for rows in train(arms, task.batches(seed), recipe, seed):
         result.steps += rows
         bar.set_postfix({LABELS[arm.name]: f"{arm.loss.item():.2f}" for arm in arms}, refresh=False)
         bar.update()
@@ -212,7 +198,7 @@ def _one_seed(arms: Sequence[Arm], task: Task, recipe: Recipe, seed: int, result
         share = ((waited_s() or 0.0) - waited) / (time.perf_counter() - wall) / torch.get_num_threads()
         result.about["waited_share"] = max(result.about.get("waited_share", 0.0), round(share, 3))
     for arm in arms:
-        result.add(arm.name, "held-out", evaluate(arm, task.held_out, dtype), seed)
+        result.add(arm.name, "held-out", evaluate(arm.model, task.held_out, getattr(torch, recipe.dtype)), seed)
         if hasattr(arm.optimizer, "stability"):
             latched_at = [pair.latched_at for pair in arm.optimizer.stability()]
             shrinks = [recipe.steps if at is None else at - 1 for at in latched_at]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import textwrap
+import time
 from collections import defaultdict, namedtuple
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from benchmarks.common.plot_style import BLUE, GREY, ORANGE, RED, STYLE, plt, sa
 from benchmarks.common.records import record, write_records
 from benchmarks.common.tables import write_text
 from benchmarks.finetuning.arms import PEAK, PHASES, SAVED
-from benchmarks.finetuning.experiment import Result
 from benchmarks.finetuning.recipe import ACCELERATED, FROZEN, LABELS, PEFT, STABLE
 
 # Each seed's first steps allocate optimizer state and warm caches. Files have them, medians do not.
@@ -29,12 +30,24 @@ HEADING = 8
 # Smaller differences in memory are called none.
 _EQUAL_PERCENT = 0.5
 SPEEDUP = "speedup over PEFT"
-_LOOKS = {FROZEN: (GREY, "-"), PEFT: (BLUE, "-"), ACCELERATED: (RED, ":"), STABLE: (ORANGE, "--")}
 
 Header = dict[str, Any]
 # A median with its quartiles, or a mean with half the width of its 95 % interval; nan for what was not measured.
 Figure = namedtuple("Figure", ("value", "q1", "q3", "half", "n"), defaults=(*4 * (math.nan,), 0))
 Figures = defaultdict[tuple[str, str, str], Figure]  # by arm, phase and metric
+
+
+@dataclass
+class Result:
+    """What was measured: ``about`` describes the run, ``steps`` has a row for each arm's step, ``figures`` one for all else."""
+
+    about: dict[str, Any]
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    figures: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, arm: str, phase: str, found: dict[str, float], seed: int | None = None) -> None:
+        rows = [{"arm": arm, "phase": phase, "metric": name, "seed": seed, "value": x} for name, x in found.items()]
+        self.figures += rows
 
 
 def records(result: Result) -> pd.DataFrame:
@@ -151,8 +164,7 @@ def _warnings(header: Header, found: Figures) -> list[str]:
     for arm, (what, floor) in product(LABELS, floors.items()):
         value = found[arm, "held-out", metric].value
         # A comparison with nan is false.
-        worse = floor is not None and (value > floor if metric == "loss" else value < floor)
-        if worse and arm != FROZEN:
+        if arm != FROZEN and floor is not None and (value > floor if metric == "loss" else value < floor):
             lines.append(
                 f"Warning: {LABELS[arm]} ended below {what} (held-out {metric} {_quantity(value, metric)} against "
                 f"{_quantity(floor, metric)}): training broke or was too short, so its quality says nothing."
@@ -172,9 +184,8 @@ def disturbed(header: Header) -> bool:
 
 def change(ratio: float) -> str:
     """A ratio to something as "25% less" or "2.0% more"."""
-    percent = 100 * ratio - 100
-    size = abs(percent)
-    return f"{size:.{0 if size >= 9.95 else 1}f}% {'less' if percent < 0 else 'more'}"
+    size = abs(100 * ratio - 100)
+    return f"{size:.{0 if size >= 9.95 else 1}f}% {'less' if ratio < 1 else 'more'}"
 
 
 def table(rows: pd.DataFrame) -> str:
@@ -223,70 +234,49 @@ def text(header: Header, rows: pd.DataFrame) -> str:
     return "\n".join([*verdicts(header, found), "", table(rows), "", *lines]) + "\n"
 
 
-def write_result(result: Result, directory: Path) -> list[Path]:
+def write_result(result: Result, started: float, directory: Path) -> None:
     """Write result.csv (the records, with the verdicts in the header), steps.csv (a row a step) and table.txt (every figure)."""
+    result.about["wall_s"] = round(time.perf_counter() - started, 1)
     rows = records(result)
     result.about["verdicts"] = verdicts(result.about, look_up(rows))
-    steps = pd.DataFrame(result.steps).to_csv(index=False, lineterminator="\n")
-    return [
-        # Numbers of parameters have up to nine digits.
-        write_records(directory / "result.csv", rows, result.about, digits=9),
-        write_text(directory / "steps.csv", steps),
-        write_text(directory / "table.txt", text(result.about, rows)),
-    ]
+    # Numbers of parameters have up to nine digits.
+    write_records(directory / "result.csv", rows, result.about, digits=9)
+    write_text(directory / "steps.csv", pd.DataFrame(result.steps).to_csv(index=False, lineterminator="\n"))
+    write_text(directory / "table.txt", text(result.about, rows))
 
 
-def draw(result: Result, directory: Path) -> list[Path]:
-    """Draw summary.png and loss.png, unless there is a single step."""
+def draw(result: Result, file: Path) -> Path:
+    """Draw time, memory, held-out loss and training loss side by side, with the conditions beneath."""
     header, found = result.about, look_up(records(result))
-    losses = pd.DataFrame(result.steps).pivot_table(index="step", columns="arm", values="loss")
-    if len(losses) < 2:
-        return []
-    about = " ".join(conditions(header)) + " DISTURBED by other programs." * disturbed(header)
-    with plt.rc_context(STYLE):
-        curves, (axis,) = _figure(about, 1, (7.5, 4.6))
-        for arm in header["settings"]["arms"]:
-            color, style = _LOOKS[arm]
-            losses[arm].plot(ax=axis, style=style, color=color, label=LABELS[arm], legend=True)
-        axis.set(xlabel="step", ylabel="training loss (cross entropy), mean over seeds")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        bars = _bars(about, found, header)
-        return [save(bars, directory / "summary.png"), save(curves, directory / "loss.png")]
-
-
-def _figure(about: str, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure with its conditions beneath, and its axes."""
-    figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
-    figure.supxlabel("\n".join(textwrap.wrap(about, int(13 * size[0]))), fontsize=8, color="#555555")
-    return figure, axes[0]
-
-
-def _bars(about: str, found: Figures, header: Header) -> Any:
-    """Time, memory and held-out loss side by side; of our arms' time and memory also the change against PEFT's."""
     arms, metric = header["settings"]["arms"], header["task"]["metric"]
+    looks = {FROZEN: (GREY, "-"), PEFT: (BLUE, "-"), ACCELERATED: (RED, ":"), STABLE: (ORANGE, "--")}
+    colors, styles = zip(*(looks[arm] for arm in arms), strict=True)
     panels = {
         "Time of a training step, ms": ("step", "ms", ",.0f"),
         "Saved for backward, MiB": ("step", SAVED, ",.0f"),
         "Peak memory, MiB": ("step", PEAK, ",.0f"),
         f"Held-out {metric}": ("held-out", metric, ".3f"),
     }
-    figure, axes = _figure(about, len(panels), (13.3, 1.7 + 0.6 * len(arms)))
-    for axis, (title, (phase, name, spec)) in zip(axes, panels.items(), strict=True):
-        figures = [found[arm, phase, name] for arm in arms]
-        values = [figure.value if figure.n else 0 for figure in figures]
-        bars = axis.barh([LABELS[arm] for arm in arms], values, color=[_LOOKS[arm][0] for arm in arms], height=0.62)
-        labels = [format(figure.value, spec) if figure.n else "not measured" for figure in figures]
-        for i, arm in enumerate(arms):
-            # As the verdict has it, a ratio of times is that of all steps together.
-            speedup = found[arm, "step", SPEEDUP].value
-            ratio = 1 / speedup if name == "ms" else figures[i].value / found[PEFT, phase, name].value
-            if arm in (ACCELERATED, STABLE) and phase == "step" and not math.isnan(ratio):
-                labels[i] += f"\n{change(ratio)} than PEFT"
-        axis.bar_label(bars, labels, padding=4, fontsize=9)
-        axis.set_xlim(0, 1.8 * max(*values, 1e-9))
-        axis.set_title(title, fontsize=10.5, loc="left")
-        axis.set(ylim=(len(arms) - 0.5, -0.5), xticks=[])
-        axis.tick_params(labelleft=axis is axes[0])
-        axis.spines["bottom"].set_visible(False)
-        axis.grid(visible=False)
-    return figure
+    with plt.rc_context(STYLE | {"axes.titlesize": 10.5, "axes.titlelocation": "left"}):
+        figure, axes = plt.subplots(1, 5, figsize=(17, 1.7 + 0.6 * len(arms)), layout="constrained")
+        for axis, (title, (phase, name, spec)) in zip(axes, panels.items(), strict=False):
+            figures = [found[arm, phase, name] for arm in arms]
+            values = [figure.value if figure.n else 0 for figure in figures]
+            bars = axis.barh([LABELS[arm] for arm in arms], values, color=colors, height=0.62)
+            labels = [format(figure.value, spec) if figure.n else "not measured" for figure in figures]
+            for i, arm in enumerate(arms):
+                # As the verdict has it, a ratio of times is that of all steps together.
+                speedup = found[arm, "step", SPEEDUP].value
+                ratio = 1 / speedup if name == "ms" else values[i] / found[PEFT, phase, name].value
+                if arm in (ACCELERATED, STABLE) and phase == "step" and ratio > 0:
+                    labels[i] += f"\n{change(ratio)} than PEFT"
+            axis.bar_label(bars, labels, padding=4, fontsize=9)
+            axis.set(title=title, xlim=(0, 1.8 * max(*values, 1e-9)), ylim=(len(arms) - 0.5, -0.5), xticks=[])
+            axis.tick_params(labelleft=axis is axes[0])
+            axis.grid(visible=False)
+        losses = pd.DataFrame(result.steps).pivot_table(index="step", columns="arm", values="loss")[[*arms]]
+        # The bars are its legend.
+        losses.plot(ax=axes[4], color=colors, style=[*styles], legend=False, title="Training loss, mean over seeds")
+        about = " ".join(conditions(header)) + " DISTURBED by other programs." * disturbed(header)
+        figure.supxlabel("\n".join(textwrap.wrap(about, 210)), fontsize=8, color="#555555")
+        return save(figure, file)
