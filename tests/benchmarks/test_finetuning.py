@@ -38,43 +38,43 @@ def tokenize(texts, **_options):
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """Runs the command on a small model: its exit status, header, figures, table and steps."""
+    """Runs the command on a small model: its exit status, header, figures, table and steps, from ``results``."""
 
     def load(_name, causal):
         torch.manual_seed(0)
         model = llama(vocab_size=64, use_cache=False).requires_grad_(False)
         return (model if causal else model.model), tokenize
 
-    (tmp_path / "text").write_text("It was the best of times, it was the worst of times. " * 60)
+    text, out = tmp_path / "text", tmp_path / "results"
+    text.write_text("It was the best of times, it was the worst of times. " * 60)
     monkeypatch.setattr(assets, "fetch", lambda _: [write_headlines(tmp_path / "samples", 60)])
     monkeypatch.setattr(experiment, "load_model", load)
     monkeypatch.setattr(arms, "load_model", load)
     monkeypatch.setattr(experiment, "pool", ThreadPoolExecutor)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    monkeypatch.chdir(tmp_path)
 
     def run(options):
-        small = "--data text --length 8 --batch-size 4 --held-out 10 --dtype fp32 --device cpu "
-        status, rows = command.main((small + options).split()), read_records(Path("results", "result.csv"))
-        header, table = rows.attrs["environment"], Path("results", "table.txt").read_text()
+        small = f"--data {text} --out {out} --length 8 --batch-size 4 --held-out 10 --dtype fp32 --device cpu "
+        status, rows = command.main((small + options).split()), read_records(out / "result.csv")
+        header, table = rows.attrs["environment"], (out / "table.txt").read_text()
         assert table.splitlines()[: len(header["verdicts"])] == header["verdicts"] and not re.search(r"\bnan\b", table)
-        return status, header, look_up(rows), table, pd.read_csv("results/steps.csv")
+        return status, header, look_up(rows), table, pd.read_csv(out / "steps.csv")
 
     return run
 
 
-@pytest.mark.parametrize("data", ["text", "sarcasm"])
-def test_a_run_leaves_verdicts_a_table_and_a_plot(job, capsys, data):
-    status, header, found, table, steps = job(f"--steps 6 --seed 3 --seeds 2 --data {data}")
+@pytest.mark.parametrize("data", ["", "--data sarcasm"])
+def test_a_run_leaves_verdicts_a_table_and_a_plot(job, capsys, tmp_path, data):
+    status, header, found, table, steps = job(f"--steps 6 --seed 3 --seeds 2 {data}")
     assert status == 0 and header["status"] == "complete" and header["seeds_done"] == 2 and not header["not_measured"]
-    files = {path.name for path in Path("results").iterdir()}
+    files = {path.name for path in (tmp_path / "results").iterdir()}
     assert files == {"result.csv", "steps.csv", "summary.png", "table.txt"}
     assert (steps.groupby(["arm", "seed"]).size() == 6).all() and {*steps.seed} == {3, 4} and len(steps) == 4 * 2 * 6
     # The first loss is before any update, on one batch, from one start; each seed has others.
     first = steps[steps.step == 1].groupby("seed").loss.agg(["min", "max"])
     assert (first["max"] - first["min"] < 1e-4).all() and abs(first["min"].diff().iloc[-1]) > 1e-4
     for arm in ("accelerated", "stable"):
-        assert 0 < found[arm, "step", arms.SAVED].value < found["peft", "step", arms.SAVED].value
+        assert found[arm, "step", arms.SAVED].value > 0 and found[arm, "step", arms.PEAK].value > 0
         assert found[arm, "start", "trainable parameters"] == found["peft", "start", "trainable parameters"]
     assert found["stable", "end", "shrinking steps"].value == 6 and not found["peft", "end", "shrinking steps"].n
     assert "\n".join(header["verdicts"]) in capsys.readouterr().out and "(95% interval over seeds)" in table
@@ -140,7 +140,7 @@ def test_next_tokens_are_predicted_from_those_before_them(tmp_path):
 ERRORS = {
     "--data ./nowhere": "--data: must be plays, sarcasm, reuters-52 or a text file, got ./nowhere",
     "--model ./nowhere": "--model: must be smollm2, minilm, a local directory or a hub id, got ./nowhere",
-    "--out text/out": "--out: must be a directory that can be written to, got text/out",
+    "--out /proc/version/out": "--out: must be a directory that can be written to, got /proc/version/out",
     "--arms loralib": "--arms: invalid choice: 'loralib'",
     "--seed -1": "--seed: must be in [0, 2**31), got -1",
     "--steps 0": "--steps: must be at least 1, got 0",
@@ -151,17 +151,15 @@ ERRORS = {
 }
 
 
-def test_options_are_checked_before_anything_is_fetched_and_defaults_go_by_the_task(capsys, monkeypatch, tmp_path):
+def test_options_are_checked_before_anything_is_fetched_and_defaults_go_by_the_task(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
-    Path("text").write_text("")
     for argv, message in ERRORS.items():
         with pytest.raises(SystemExit, match="2"):
             command.parse(argv.split())
         assert message in capsys.readouterr().err
     recipe, out = command.parse([])
     assert (recipe.data, recipe.steps, recipe.seeds, recipe.lr, recipe.device) == ("plays", 30, 3, 2e-3, "cpu")
-    assert recipe.time_limit_s < 360 and out == Path("results") and not out.exists()
+    assert recipe.time_limit_s < 360 and out == Path("results")
     words = "--data sarcasm --seeds 2 --steps 7 --dtype fp32 --arms stable peft stable --rank 3"
     recipe, _ = command.parse(words.split())
     assert (recipe.seeds, recipe.batch_size, recipe.lr, recipe.dtype, recipe.r) == (2, 8, 5e-4, "float32", 3)
