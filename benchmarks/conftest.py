@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.common.measure import environment
-from benchmarks.suite import scaling, table
-from benchmarks.suite.rivals import Case, Race
+from benchmarks.common.records import write_records
+from benchmarks.suite import table
+from benchmarks.suite.rivals import Case, Race, Row
 from stablelora_kernels.testing import torch_device
 
 ROUNDS = {"quick": 15, "full": 50, "tiny": 3}
 CASES = pytest.StashKey[dict[str, Case]]()
-REPORTS = pytest.StashKey[list[dict[str, Any]]]()
+ROWS = pytest.StashKey[list[Row]]()
 LOAD = pytest.StashKey[float]()
 DEVICE = pytest.StashKey[torch.device]()
 
@@ -29,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--rounds", type=_rounds, help="timed rounds of a case (default: 15, full 50)")
     group.addoption("--device", help="cpu or cuda (default: the GPU if there is one)")
+    group.addoption("--records", type=Path, metavar="FILE", help="write every figure as a row of a CSV file")
     group.addoption(
         "--arm",
         action="append",
@@ -44,31 +47,32 @@ def _rounds(text: str) -> int:
     return int(text)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[CASES], config.stash[REPORTS] = {}, []
+    config.stash[CASES], config.stash[ROWS] = {}, []
     config.stash[LOAD] = os.getloadavg()[0]
     try:
         config.stash[DEVICE] = torch_device(config.getoption("device"))
     except ValueError as error:
         raise pytest.UsageError(f"--{error}") from None
+    option = config.option
+    # pytest-benchmark's own table has our arm alone. It also compares runs, and draws histograms.
+    wanted = option.benchmark_compare or option.benchmark_histogram or option.benchmark_cprofile
+    option.benchmark_quiet = option.benchmark_quiet or not wanted
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config, suite = metafunc.config, metafunc.config.getoption("suite")
-    found = [
-        case
-        for case in metafunc.module.cases(suite, config.stash[DEVICE])
-        if not case.mark or suite == "tiny" or case.mark in config.option.markexpr
-    ]
-    config.stash[CASES].update({case.name: case for case in found})
-    # Names, not objects: --benchmark-group-by=param:case and the JSON show them.
-    rows = [
-        pytest.param(
-            case.name, phase, marks=[getattr(pytest.mark, case.mark)] if case.mark else [], id=f"{case.name} - {phase}"
-        )
-        for case in found
-        for phase in case.phases
-    ]
+    rows = []
+    for case in metafunc.module.cases(suite, config.stash[DEVICE]):
+        mark = "scaling" if case.axis else case.mark
+        if mark and suite != "tiny" and mark not in config.option.markexpr:
+            continue
+        config.stash[CASES][case.name] = case
+        marks = [getattr(pytest.mark, mark)] if mark else []
+        for phase in [*case.phases][-1 if case.axis else 0 :]:
+            # Names, not objects: --benchmark-group-by=param:case and the JSON show them.
+            rows.append(pytest.param(case.name, phase, marks=marks, id=f"{case.name} - {phase}"))
     metafunc.parametrize(("case", "phase"), rows, scope="module")
 
 
@@ -76,7 +80,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def race(request: pytest.FixtureRequest, case: str) -> Iterator[Race]:
     """The arms of a case, built once for all of its phases."""
     config = request.config
-    made = Race(config.stash[CASES][case], config.getoption("arm"))
+    of = config.stash[CASES][case]
+    made = Race(of, config.getoption("arm") or ([of.base] if of.axis else []))
     yield made
     made.close()
 
@@ -91,9 +96,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, race: Race, phase: s
             pytest.skip("; ".join(f"{arm}: {race.skipped[arm]}" for arm in case.ours))
         if race.target is not None and case.base in race.arms:
             rounds = config.getoption("rounds") or ROUNDS[config.getoption("suite")]
-            if report := race.measure(benchmark, phase, rounds):
-                benchmark.extra_info.update(report)
-                config.stash[REPORTS].append(report)
+            config.stash[ROWS].extend(race.measure(benchmark, phase, rounds))
             case.check()
         for error in race.failed.values():
             raise error
@@ -103,18 +106,9 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, race: Race, phase: s
     return run
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["stablelora_kernels"] = environment() | {"load_average_at_start": round(config.stash[LOAD], 2)}
-
-
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Keep medians and quartiles, not every round."""
-    for entry in output_json["benchmarks"]:
-        entry["stats"].pop("data", None)
-    output_json["exponents"] = scaling.exponents(config.stash[REPORTS])
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.stash[REPORTS]:
+    if rows := config.stash[ROWS]:
+        if file := config.getoption("records"):
+            write_records(file, rows, environment() | {"load_average_at_start": round(config.stash[LOAD], 2)})
         terminalreporter.section("arms, timed in turns")
-        table.write(terminalreporter.write_line, config.stash[REPORTS], config.stash[LOAD])
+        table.write(terminalreporter.write_line, rows, config.stash[LOAD])

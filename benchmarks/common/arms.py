@@ -29,8 +29,8 @@ def adapt(
     """``model`` with an arm's adapters, as a user would put them in: on the linear layers whose names end with ``targets``.
 
     It changes ``model``. ``arm`` is one of the names above, ``ACCELERATED`` and ``OURS`` also with ``MLP_FUSED`` or
-    ``PROJECTIONS_FUSED``. ``alpha`` is 2 r unless given. ``float32``: adapters are float32 whatever ``model`` is, which is PEFT's
-    default and ours. With ``every_mlp=False`` an MLP that can't be fused stays as it is.
+    ``PROJECTIONS_FUSED``. ``alpha`` is 2 r unless given. Adapters are float32, PEFT's default and ours, or with ``float32=False``
+    in the dtype of ``model``. With ``every_mlp=False`` an MLP that can't be fused stays as it is.
 
     Raises:
         ValueError: there is no such arm, or it would leave a layer to PEFT or, with ``every_mlp``, an MLP to its own forward.
@@ -38,16 +38,17 @@ def adapt(
     layers, comma, fused = arm.partition(", ")
     fuse = {"fuse_mlp": comma + fused == MLP_FUSED, "fuse_projections": comma + fused == PROJECTIONS_FUSED}
     if layers not in (FROZEN, PEFT, ACCELERATED, OURS) or (bool(fused) != any(fuse.values())):
-        raise ValueError(
-            f"arm must be {FROZEN}, {PEFT}, {ACCELERATED} or {OURS}, the latter two perhaps fused, got {arm!r}"
-        )
+        raise ValueError(f"arm must be {FROZEN}, {PEFT}, {ACCELERATED} or {OURS}, perhaps fused, got {arm!r}")
     options: dict[str, Any] = {"r": r, "lora_alpha": alpha or 2 * r, "lora_dropout": dropout}
     options["target_modules"] = list(targets)
     report: Any = None
     if layers == FROZEN:
         let_gradients_reach(model, targets)
     elif layers == OURS:
+        dtype = next(model.parameters()).dtype
         report = slk.apply_lora(model, slk.LoRAConfig(**options), **fuse)
+        for pair in () if float32 else slk.lora_pairs(model):
+            pair.A.data, pair.B.data = pair.A.data.to(dtype), pair.B.data.to(dtype)
     else:
         from peft import LoraConfig, get_peft_model
 

@@ -31,26 +31,15 @@ class LoRARITE(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        pairs = list(pairs)
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0):
-            raise ValueError(
-                f"lr, eps and weight_decay must be at least 0, got {lr}, {eps} and {weight_decay}",
-            )
+            raise ValueError(f"lr, eps and weight_decay must be at least 0, got {lr}, {eps} and {weight_decay}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
-        for pair in pairs:
-            # state_dict keeps state in the parameter's dtype, which must therefore hold it.
-            if {pair.A.dtype, pair.B.dtype} not in ({torch.float32}, {torch.float64}):
-                raise TypeError(f"{pair.name} must be float32 or float64, got A {pair.A.dtype} and B {pair.B.dtype}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([half for pair in pairs for half in (pair.A, pair.B)], defaults)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for a, b in zip(group["params"][::2], group["params"][1::2], strict=True):
                 # Compute both steps from the values before either.
@@ -58,7 +47,6 @@ class LoRARITE(torch.optim.Optimizer):
                 for half, step in zip((a, b), steps, strict=True):
                     if step is not None:
                         half.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
-        return loss
 
     def _step_of(
         self, parameter: Tensor, tall: Tensor, other: Tensor, is_b: bool, group: dict[str, Any]

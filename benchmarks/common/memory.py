@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -47,11 +48,7 @@ class CountOperators(TorchDispatchMode):
 
 
 def status_mib(field: str) -> float | None:
-    """A size in /proc/self/status, in MiB."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) / 1024
-    except OSError:
-        pass
-    return None
+    """A size in /proc/self/status, in MiB; None if the system has none."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"^{field}:\s+(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(found[1]) / 1024 if found else None

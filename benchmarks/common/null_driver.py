@@ -46,8 +46,7 @@ def _library() -> ctypes.CDLL:
     import triton.backends.nvidia
 
     include = Path(triton.backends.nvidia.__file__).parent / "include"
-    directory = Path(tempfile.mkdtemp(prefix="null-driver-"))
-    target = directory / "libcuda.so.1"
+    target = Path(tempfile.mkdtemp(prefix="null-driver-")) / "libcuda.so.1"
     compiler = shutil.which("gcc") or shutil.which("cc")
     command = [str(compiler), "-shared", "-fPIC", "-O1", "-w", f"-I{include}", str(SOURCE), "-o", str(target)]
     subprocess.run([*command, "-Wl,-soname,libcuda.so.1"], check=True)

@@ -8,6 +8,7 @@ Rivals run as their authors ship them. LoRA-RITE is this repository's own readin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -40,12 +41,10 @@ class Unavailable(RuntimeError):
 class NaiveStableAdamW(torch.optim.AdamW):
     """Algorithm 1 in its simplest form: two norms, a comparison on the host and a product for each pair."""
 
-    def __init__(
-        self, pairs: Sequence[LoRAPair], lr: float, *, shrink_ratio: float = SHRINK_RATIO, **kwargs: Any
-    ) -> None:
+    def __init__(self, pairs: Sequence[LoRAPair], *, shrink_ratio: float = SHRINK_RATIO, **options: Any) -> None:
         self.pairs, self.shrink_ratio = list(pairs), shrink_ratio
         self.stable = [False] * len(self.pairs)
-        super().__init__(_halves(pairs), lr=lr, **kwargs)
+        super().__init__(_halves(pairs), **options)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -70,66 +69,60 @@ def build(name: str, pairs: Sequence[LoRAPair], *, lr: float, weight_decay: floa
     return _BUILDERS[name](list(pairs), lr=lr, weight_decay=weight_decay, **options)
 
 
+def state_bytes(optimizer: Any) -> int:
+    """Bytes of its tensors but for counters."""
+    # PEFT's optimizers wrap torch's own.
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(value.nbytes for value in tensors if value.dim())
+
+
 def _halves(pairs: Sequence[LoRAPair]) -> list[torch.Tensor]:
     return [half for pair in pairs for half in (pair.A, pair.B)]
 
 
-def _adamw(**how: bool) -> Callable[..., torch.optim.Optimizer]:
-    return lambda pairs, **options: torch.optim.AdamW(_halves(pairs), **how, **options)
-
-
-def _naive(**how: bool) -> Callable[..., torch.optim.Optimizer]:
-    return lambda pairs, **options: NaiveStableAdamW(pairs, **how, **options)
+def _adamw(pairs: Sequence[LoRAPair], **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(_halves(pairs), **options)
 
 
 def _rite(pairs: Sequence[LoRAPair], **options: Any) -> LoRARITE:
-    dtypes = {half.dtype for half in _halves(pairs)}
-    if not dtypes <= {torch.float32, torch.float64}:
-        raise Unavailable(f"LoRA-RITE here decomposes float32 and float64 matrices only, got {_list(dtypes)}")
+    # Its state has the parameters' dtype, and is decomposed.
+    if others := {half.dtype for half in _halves(pairs)} - {torch.float32, torch.float64}:
+        raise Unavailable(f"LoRA-RITE here decomposes float32 and float64 matrices alone, got {others}")
     return LoRARITE(pairs, **options)
 
 
 def _lora_plus(pairs: Sequence[LoRAPair], *, weight_decay: float, **options: Any) -> torch.optim.Optimizer:
-    create = _peft("create_loraplus_optimizer")
-    options = {"loraplus_lr_ratio": LORA_PLUS_RATIO, "loraplus_weight_decay": weight_decay, "fused": True} | options
+    create = optional("peft.optimizers", "create_loraplus_optimizer")
+    options = {"loraplus_lr_ratio": LORA_PLUS_RATIO, "loraplus_weight_decay": weight_decay} | options
     return create(_as_peft_model(pairs), torch.optim.AdamW, **options)
 
 
 def _riemannian(pairs: Sequence[LoRAPair], **options: Any) -> torch.optim.Optimizer:
     """Its step multiplies the gradients in place, so every step needs new ones."""
-    create = _peft("create_riemannian_optimizer")
-    return create(_as_peft_model(pairs), torch.optim.AdamW, **({"fused": True} | options))
+    create = optional("peft.optimizers", "create_riemannian_optimizer")
+    return create(_as_peft_model(pairs), torch.optim.AdamW, **options)
 
 
-def _eight_bits(package: str, module: str) -> Callable[..., torch.optim.Optimizer]:
-    def create(pairs: Sequence[LoRAPair], **options: Any) -> torch.optim.Optimizer:
-        try:
-            optimizer = import_module(module).AdamW8bit
-        except ImportError as error:
-            raise Unavailable(f"{package} can't be imported: {_line(error)}") from error
-        _rehearse(package, optimizer, pairs[0], options)
-        return optimizer(_halves(pairs), **options)
-
-    return create
-
-
-def _rehearse(package: str, optimizer: Any, pair: LoRAPair, options: dict[str, Any]) -> None:
-    """Take a step with copies: only that shows whether 8 bits run on this device."""
-    halves = [nn.Parameter(half.detach().clone()) for half in (pair.A, pair.B)]
+def _eight_bits(module: str, pairs: Sequence[LoRAPair], **options: Any) -> torch.optim.Optimizer:
+    optimizer = optional(module, "AdamW8bit")
+    # Step with copies: only that shows whether 8 bits run on this device.
+    halves = [nn.Parameter(half.detach().clone()) for half in (pairs[0].A, pairs[0].B)]
     for half in halves:
         half.grad = torch.zeros_like(half)
     try:
         optimizer(halves, **options).step()
     except Exception as error:
         # Each package fails in its own way: a missing kernel, a missing compiler, an unknown device.
-        raise Unavailable(f"{package} can't step on {pair.A.device}: {_line(error)}") from error
+        raise Unavailable(f"{module} can't step on {halves[0].device}: {_line(error)}") from error
+    return optimizer(_halves(pairs), **options)
 
 
-def _peft(name: str) -> Any:
+def optional(module: str, name: str) -> Any:
+    """``name`` of ``module``; raises :class:`Unavailable` if a rival's package lacks it."""
     try:
-        return getattr(import_module("peft.optimizers"), name)
+        return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise Unavailable(f"peft has no optimizers.{name}: {_line(error)}") from error
+        raise Unavailable(f"{module}.{name} can't be imported: {_line(error)}") from error
 
 
 def _as_peft_model(pairs: Sequence[LoRAPair]) -> nn.Module:
@@ -149,27 +142,23 @@ def _as_peft_model(pairs: Sequence[LoRAPair]) -> nn.Module:
     return nn.ModuleList(layers)
 
 
-def _list(dtypes: set[torch.dtype]) -> str:
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-
-
 def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first}"
 
 
+# Without an argument AdamW takes foreach on a GPU.
 _BUILDERS: dict[str, Callable[..., Any]] = {
-    ADAMW_FUSED: _adamw(fused=True),
-    ADAMW_FOREACH: _adamw(foreach=True),
-    # Without an argument AdamW takes foreach on a GPU.
-    ADAMW_LOOP: _adamw(foreach=False),
-    NAIVE: _naive(foreach=False),
-    NAIVE_FOREACH: _naive(foreach=True),
-    LORA_PLUS: _lora_plus,
-    RIEMANNIAN: _riemannian,
+    ADAMW_FUSED: partial(_adamw, fused=True),
+    ADAMW_FOREACH: partial(_adamw, foreach=True),
+    ADAMW_LOOP: partial(_adamw, foreach=False),
+    NAIVE: partial(NaiveStableAdamW, foreach=False),
+    NAIVE_FOREACH: partial(NaiveStableAdamW, foreach=True),
+    LORA_PLUS: partial(_lora_plus, fused=True),
+    RIEMANNIAN: partial(_riemannian, fused=True),
     RITE: _rite,
-    TORCHAO: _eight_bits("torchao", "torchao.optim"),
-    BITSANDBYTES: _eight_bits("bitsandbytes", "bitsandbytes.optim"),
-    OURS: lambda pairs, **options: StableLoRAAdamW(pairs, **({"shrink_ratio": SHRINK_RATIO} | options)),
+    TORCHAO: partial(_eight_bits, "torchao.optim"),
+    BITSANDBYTES: partial(_eight_bits, "bitsandbytes.optim"),
+    OURS: partial(StableLoRAAdamW, shrink_ratio=SHRINK_RATIO),
 }
 ARMS = tuple(_BUILDERS)

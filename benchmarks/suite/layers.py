@@ -1,64 +1,138 @@
-"""A layer and its rivals over one frozen weight, with equal A and nonzero B."""
+"""A small Llama; a layer, projections of one x and a gated MLP, with every rival's adapters over the same frozen weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
+from benchmarks.common.arms import ACCELERATED, MLP_FUSED, OURS, PEFT, PROJECTIONS_FUSED, adapt, fill
 from benchmarks.common.memory import saved_for_backward
-from benchmarks.common.optimizers import Unavailable
-from benchmarks.suite import scaling
-from benchmarks.suite.rivals import Case, Parts, size
+from benchmarks.common.models import linear_names, share
+from benchmarks.common.optimizers import Unavailable, optional
+from benchmarks.suite.rivals import Case, Parts
 from stablelora_kernels.dispatch import backend, settings
 from stablelora_kernels.ops import matmul
-from stablelora_kernels.testing import DTYPES, layer_arms
+from stablelora_kernels.testing import EagerLoRA
 
 AUTOCAST = "bf16-autocast"
-DTYPE_NAMES = ("fp32", "bf16", AUTOCAST)
-FROZEN, EAGER, PEFT, PEFT_COMPILED, LORALIB = "frozen nn.Linear", "eager LoRA", "PEFT", "PEFT compiled", "loralib"
+# Of weights and x.
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, AUTOCAST: torch.float32}
+FROZEN, FROZEN_MLP = "frozen nn.Linear", "frozen MLP"
+EAGER, PEFT_COMPILED, LORALIB = "eager LoRA", "PEFT compiled", "loralib"
 # The frozen layer by the library that our base product uses: shows what the branch alone costs us.
 FROZEN_ONEDNN = "frozen, by oneDNN"
 OURS_TORCH, OURS_TRITON, OURS_COMPILED = "ours, PyTorch", "ours, Triton", "ours compiled"
-ACCELERATED = "accelerated PEFT"
+APART, TOGETHER, FUSED = "ours, one by one", OURS + PROJECTIONS_FUSED, OURS + MLP_FUSED
+# The adapters of arms that differ from common.arms in name, backend or compilation alone.
+ADAPTERS = {PEFT_COMPILED: PEFT, **dict.fromkeys((OURS_TORCH, OURS_TRITON, OURS_COMPILED, APART), OURS)}
+COMPILED = (PEFT_COMPILED, OURS_COMPILED)
+BACKENDS = {OURS_TORCH: "torch", OURS_TRITON: "triton"}
+# Names of two or three projections of one x.
+PROJECTIONS = {2: ("gate_proj", "up_proj"), 3: ("q_proj", "k_proj", "v_proj")}
 
 
-def build_arms(
-    k: int, n: int, r: int, dropout: float, dtype: torch.dtype, device: torch.device
-) -> dict[str, nn.Module]:
-    """The uncompiled arms, all in ``dtype``."""
-    frozen, eager, ours = layer_arms(k, n, r, dropout, dtype, device)
-    return {"frozen": frozen, "eager": eager, "peft": peft_layer(ours, dropout), "ours": ours}
+class Sizes(NamedTuple):
+    layers: int
+    width: int
+    vocabulary: int = 2048
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers width {self.width}"
 
 
-def peft_layer(ours: slk.LoRALinear, dropout: float) -> nn.Module:
-    """PEFT's layer over the weight of ``ours``, with equal A and B."""
-    from peft import LoraConfig, get_peft_model
+def llama(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Any:
+    """A frozen Llama with random weights, the same every time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    holder = nn.Sequential(nn.Linear(ours.in_features, ours.out_features, bias=False, device="meta"))
-    holder[0].weight = nn.Parameter(ours.weight.detach(), requires_grad=False)
-    r = ours.lora_A.shape[0]
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["0"])
-    peft = get_peft_model(holder, config, autocast_adapter_dtype=False)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(ours.lora_A if "lora_A" in name else ours.lora_B)
-    return peft.base_model.model[0]
+    heads = max(2, sizes.width // 64)
+    config = LlamaConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.width,
+        intermediate_size=sizes.width * 8 // 3 // 16 * 16,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        use_cache=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).to(device, dtype).requires_grad_(False)
+
+
+def linears(names: Sequence[str], k: int, ns: Sequence[int]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(k, n, bias=False) for name, n in zip(names, ns, strict=True)})
+
+
+def gated_mlp(k: int, inner: int) -> nn.ModuleDict:
+    """A Llama's."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    return nn.ModuleDict({"mlp": LlamaMLP(LlamaConfig(hidden_size=k, intermediate_size=inner, num_attention_heads=1))})
+
+
+def adapted(frozen: nn.Module, arm: str, r: int, dropout: float, float32: bool = False) -> nn.Module:
+    """A copy of ``frozen`` over the same weights, with an arm's adapters on its linear layers. Adapters have equal numbers."""
+    model = share(frozen)
+    if arm in (FROZEN, FROZEN_MLP):
+        return model
+    make: Any = {EAGER: by_hand, LORALIB: by_loralib, FROZEN_ONEDNN: FrozenByOneDNN}.get(arm)
+    adapt(model, OURS if make else ADAPTERS.get(arm, arm), linear_names(model), r=r, dropout=dropout, float32=float32)
+    fill(model)
+    for name, layer in [*model.named_modules()] if make else ():
+        if isinstance(layer, slk.LoRALinear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, make(layer, dropout))
+    return model.train()
+
+
+def by_hand(ours: slk.LoRALinear, dropout: float) -> nn.Module:
+    base = nn.Linear(ours.in_features, ours.out_features, bias=False, device="meta")
+    base.weight = ours.weight
+    return EagerLoRA(base, ours.lora_A.detach(), ours.lora_B.detach(), ours.scaling, dropout)
+
+
+def by_loralib(ours: slk.LoRALinear, dropout: float) -> nn.Module:
+    make, r = optional("loralib", "Linear"), ours.lora_A.shape[0]
+    sizes = (ours.in_features, ours.out_features, r, ours.scaling * r, dropout)
+    layer = make(*sizes, merge_weights=False, bias=False, device="meta")
+    layer.weight, layer.lora_A, layer.lora_B = ours.weight, ours.lora_A, ours.lora_B
+    return layer
+
+
+class FrozenByOneDNN(nn.Module):
+    """The frozen layer with our two products."""
+
+    def __init__(self, ours: slk.LoRALinear, dropout: float) -> None:
+        super().__init__()
+        if not matmul.by_onednn(ours.weight.dtype, ours.weight.device):
+            raise Unavailable("our base product is PyTorch's own here: the same as the frozen nn.Linear's")
+        self.weight = ours.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self.weight)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return matmul.wide_product(x, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return matmul.wide_product(grad, *ctx.saved_tensors), None
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
     """Autocast to bfloat16 around float32 weights and adapters if ``dtype`` is ``AUTOCAST``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == AUTOCAST)
-
-
-def stored_dtype(dtype: str) -> torch.dtype:
-    return torch.float32 if dtype == AUTOCAST else DTYPES[dtype]
 
 
 def compiled(module: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,21 +164,20 @@ def choose_backend(name: str, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class LayerCase(Case):
+    """One linear layer. Adapters have the weight's dtype."""
+
     base = FROZEN
     rival = PEFT
     ours = (OURS_TRITON, OURS_TORCH, OURS_COMPILED, ACCELERATED)
     arms = (
         FROZEN, FROZEN_ONEDNN, EAGER, PEFT, PEFT_COMPILED, LORALIB, OURS_TORCH, OURS_TRITON, OURS_COMPILED, ACCELERATED,
     )  # fmt: skip
-    phases: ClassVar = {
-        "forward": ("forward",),
-        "backward": ("backward",),
-        "both": ("forward", "backward"),
-    }
+    phases: ClassVar = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
+    float32: ClassVar = False
 
     rows: int
     k: int
-    n: int
+    n: Any
     r: int
     dtype: str
     device: torch.device
@@ -112,124 +185,105 @@ class LayerCase(Case):
 
     @property
     def name(self) -> str:
+        return self._name("layer", self.n)
+
+    def _name(self, kind: str, n: Any) -> str:
+        axis = f"{self.axis}: " if self.axis else ""
         dropout = f" dropout {self.dropout:g}" if self.dropout else ""
-        return f"layer {size(self.rows, self.k, self.n)} r{self.r} {self.dtype}{dropout}"
+        return f"{axis}{kind} {self.rows}x{self.k}x{n} r{self.r} {self.dtype}{dropout}"
+
+    def facts(self) -> dict[str, Any]:
+        sizes = {"width": self.k, "rank": self.r, "tokens": self.rows}
+        return {"axis": self.axis, "size": sizes[self.axis]} if self.axis else {}
+
+    def frozen(self) -> nn.ModuleDict:
+        """Modules that are called with one x."""
+        return linears(["linear"], self.k, [self.n])
 
     def open(self) -> None:
         # Dynamo gives up on code that it has compiled too often.
         torch._dynamo.reset()
-        generator = torch.Generator(self.device).manual_seed(1)
-        stored = stored_dtype(self.dtype)
-        out = torch.bfloat16 if self.dtype == AUTOCAST else stored
-        x, grad = (
-            torch.randn(self.rows, width, generator=generator, device=self.device, dtype=dtype)
-            for width, dtype in ((self.k, stored), (self.n, out))
-        )
-        self.shared.update(backend=slk.get_backend(), x=x.requires_grad_(), grad=grad, modules=self._modules())
+        torch.manual_seed(0)
+        stored = STORED[self.dtype]
+        with torch.device(self.device):
+            frozen = self.frozen().to(stored).requires_grad_(False)
+            x = torch.randn(self.rows, self.k, dtype=stored, requires_grad=True)
+        grads = [torch.randn_like(out) for out in self._forward([*frozen.children()], x.detach())]
+        self.shared.update(backend=slk.get_backend(), frozen=frozen, x=x, grads=grads, models={})
 
     def close(self) -> None:
         slk.set_backend(self.shared["backend"])
         super().close()
 
-    def _modules(self) -> dict[str, Any]:
-        return build_arms(self.k, self.n, self.r, self.dropout, stored_dtype(self.dtype), self.device)
-
     def build(self, arm: str) -> Parts:
-        use = "triton" if arm == OURS_TRITON else "torch" if arm == OURS_TORCH else "auto"
+        use = BACKENDS.get(arm, "auto")
         choose_backend(use, self.device)
-        modules = self.shared["modules"]
-        module: nn.Module = {
-            FROZEN: lambda: modules["frozen"],
-            FROZEN_ONEDNN: lambda: FrozenByOneDNN(modules["frozen"].weight, self.dtype),
-            EAGER: lambda: modules["eager"],
-            LORALIB: lambda: _loralib(modules["ours"], self.dropout),
-            ACCELERATED: lambda: _accelerated(self._modules()["peft"], modules["frozen"].weight),
-        }.get(arm, lambda: modules["peft" if arm in (PEFT, PEFT_COMPILED) else "ours"])()
-        call = compiled(module) if arm in (PEFT_COMPILED, OURS_COMPILED) else module
-        return self._parts(call, [p for p in module.parameters() if p.requires_grad], use)
-
-    def _parts(self, call: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], use: str) -> Parts:
-        x, grad = self.shared["x"], self.shared["grad"]
-        out: list[Tensor] = []
+        if arm == FROZEN_ONEDNN and self.dtype == AUTOCAST:
+            raise Unavailable("under autocast our base product is PyTorch's own")
+        model = adapted(self.shared["frozen"], arm, self.r, self.dropout, self.float32)
+        calls: list[Any] = [*model.children()]
+        if arm in COMPILED:
+            calls = [compiled(call) for call in calls]
+        self.shared["models"][arm] = model
+        x, grads, out = self.shared["x"], self.shared["grads"], []
+        leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
 
         def prepare() -> None:
             slk.set_backend(use)
             out.clear()
-            for tensor in (x, *parameters):
+            for tensor in leaves:
                 tensor.grad = None
 
-        def forward() -> None:
-            with autocast(self.device, self.dtype):
-                out.append(call(x))
+        return {
+            "prepare": prepare,
+            "forward": lambda: out.extend(self._forward(calls, x)),
+            "backward": lambda: torch.autograd.backward(out, grads),
+        }
 
-        return {"prepare": prepare, "forward": forward, "backward": lambda: out[0].backward(grad)}
+    def _forward(self, calls: list[Any], x: Tensor) -> list[Tensor]:
+        with autocast(self.device, self.dtype):
+            return [call(x) for call in calls]
+
+    def notes(self, arm: str) -> dict[str, Any]:
+        """Bytes kept for backward, x included: in a model it is a norm's output, which the frozen layers alone would not keep."""
+        if arm in COMPILED:
+            return {}
+        model, x = self.shared["models"][arm], self.shared["x"]
+        with slk.use_backend(BACKENDS.get(arm, "auto")):
+            saved = saved_for_backward(lambda: self._forward([*model.children()], x), [*model.parameters()])
+        return {"saved_bytes": saved}
 
 
 @dataclass(frozen=True)
-class ScalingLayerCase(LayerCase):
-    """One point of an axis: time and saved bytes, and the least time on this machine."""
+class ProjectionsCase(LayerCase):
+    """q, k and v, or gate and up; ``n`` has their widths."""
 
-    ours = (OURS_TRITON, OURS_TORCH)
-    arms = (FROZEN, PEFT, OURS_TORCH, OURS_TRITON)
+    ours = (TOGETHER, APART)
+    arms = (FROZEN, PEFT, APART, TOGETHER)
     phases: ClassVar = {"both": ("forward", "backward")}
-    mark = "scaling"
-
-    axis: str = "width"
 
     @property
     def name(self) -> str:
-        return f"{self.axis}: {super().name}"
+        return self._name("projections", "+".join(map(str, self.n)))
 
-    def facts(self) -> dict[str, Any]:
-        sizes = {"width": self.k, "rank": self.r, "tokens": self.rows}
-        floors = scaling.layer_floors(self.rows, self.k, self.n, self.r, scaling.machine(self.device))
-        return super().facts() | {"axis": {"name": self.axis, "size": sizes[self.axis]}, "floor_ms": floors}
-
-    def notes(self, arm: str) -> dict[str, Any]:
-        module = self.shared["modules"][{FROZEN: "frozen", PEFT: "peft"}.get(arm, "ours")]
-        x = self.shared["x"]
-        return {"saved_bytes": saved_for_backward(lambda: module(x), [x, *module.parameters()])}
+    def frozen(self) -> nn.ModuleDict:
+        return linears(PROJECTIONS[len(self.n)], self.k, self.n)
 
 
-def _loralib(ours: slk.LoRALinear, dropout: float) -> nn.Module:
-    try:
-        import loralib
-    except ImportError as error:
-        raise Unavailable(f"loralib can't be imported: {error}") from error
-    (n, k), r = ours.weight.shape, ours.lora_A.shape[0]
-    alpha = ours.scaling * r
-    layer = loralib.Linear(k, n, r, alpha, dropout, merge_weights=False, bias=False, device="meta")
-    layer.weight = nn.Parameter(ours.weight.detach(), requires_grad=False)
-    layer.lora_A, layer.lora_B = (nn.Parameter(half.detach().clone()) for half in (ours.lora_A, ours.lora_B))
-    return layer
+@dataclass(frozen=True)
+class MLPCase(LayerCase):
+    """A Llama's gated MLP, whose activation has width ``n``. Adapters are float32, PEFT's default and ours."""
 
+    base = FROZEN_MLP
+    ours = (FUSED, TOGETHER, APART, ACCELERATED + MLP_FUSED)
+    arms = (FROZEN_MLP, PEFT, APART, TOGETHER, FUSED, ACCELERATED + MLP_FUSED)
+    phases: ClassVar = {"both": ("forward", "backward")}
+    mark = "mlp"
+    float32: ClassVar = True
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return matmul.wide_product(x, weight.t())
+    @property
+    def name(self) -> str:
+        return self._name("mlp", self.n)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return matmul.wide_product(grad, *ctx.saved_tensors), None
-
-
-class FrozenByOneDNN(nn.Module):
-    """The frozen layer with our two products."""
-
-    def __init__(self, weight: Tensor, dtype: str) -> None:
-        super().__init__()
-        if dtype != "fp32" or not matmul.by_onednn(weight.dtype, weight.device):
-            raise Unavailable("our base product is PyTorch's own here: the same as the frozen nn.Linear's")
-        self.weight = weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self.weight)
-
-
-def _accelerated(peft: Any, weight: nn.Parameter) -> nn.Module:
-    # All arms share one weight; otherwise the cache decides.
-    peft.base_layer.weight = weight
-    slk.accelerate_peft(nn.Sequential(peft), strict=True)
-    return peft
+    def frozen(self) -> nn.ModuleDict:
+        return gated_mlp(self.k, self.n)

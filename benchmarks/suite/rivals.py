@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import gc
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, ClassVar
 
-from benchmarks.common.measure import shuffled, summarize, synchronize
+import numpy as np
+
+from benchmarks.common.measure import seconds_of, shuffled, synchronize
 from benchmarks.common.optimizers import Unavailable
+from benchmarks.common.records import record
 
 # What one round of an arm does, part by part, in order.
 Parts = dict[str, Callable[[], Any]]
 # The seconds of each timed part, round by round.
 Rounds = list[dict[str, float]]
+Row = dict[str, Any]
 WARMUP = 3
+# In place of a metric: why an arm was not timed.
+REASONS = ("skipped", "FAILED")
 
 
 @dataclass(frozen=True)
 class Case(ABC):
-    """Arms over the same sizes and numbers. Subclasses are dataclasses, with a ``device`` and perhaps a ``dtype``."""
+    """Arms over the same sizes and numbers. Subclasses are dataclasses with a ``device``."""
 
     # Ratios are to this arm.
     base: ClassVar[str]
@@ -35,7 +40,12 @@ class Case(ABC):
     phases: ClassVar[dict[str, tuple[str, ...]]]
     # A pytest mark. Marked cases run only if ``-m`` names the mark.
     mark: ClassVar[str] = ""
+    # A timed part makes so many calls; reported times are of one call.
+    calls: ClassVar[int] = 1
 
+    # The size that varies, if the case is one point of an axis of sizes. Of such a case only the last phase, the base, the
+    # rival and one of our arms run.
+    axis: str = field(default="", kw_only=True)
     # What the arms of an open case share.
     shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
 
@@ -44,9 +54,8 @@ class Case(ABC):
     def name(self) -> str: ...
 
     def facts(self) -> dict[str, Any]:
-        """Sizes and whatever else explains a figure, besides dtype and device."""
-        names = [field.name for field in fields(self) if field.name not in ("dtype", "device", "shared")]
-        return {"shape": {name: getattr(self, name) for name in names}}
+        """Further columns of the case's records."""
+        return {}
 
     @abstractmethod
     def build(self, arm: str) -> Parts:
@@ -63,7 +72,7 @@ class Case(ABC):
         self.shared.clear()
 
     def notes(self, arm: str) -> dict[str, Any]:
-        """Figures of an arm that are not times."""
+        """Figures of an arm besides its times; a list has several samples."""
         return {}
 
 
@@ -86,15 +95,15 @@ class Race:
 
     def _add(self, arm: str) -> None:
         try:
-            self.arms[arm] = self.case.build(arm)
-            for part in self.arms[arm].values():
+            parts = self.case.build(arm)
+            for part in parts.values():
                 part()
         except Unavailable as reason:
             self.skipped[arm] = str(reason)
-            self.arms.pop(arm, None)
         except Exception as error:
             self.failed[arm] = error
-            self.arms.pop(arm, None)
+        else:
+            self.arms[arm] = parts
 
     def close(self) -> None:
         self.arms.clear()
@@ -105,40 +114,31 @@ class Race:
         """Our arm that pytest-benchmark times."""
         return next((arm for arm in self.case.ours if arm in self.arms), None)
 
-    def measure(self, benchmark: Any, phase: str, rounds: int) -> dict[str, Any] | None:
-        """Time ``rounds`` rounds of all arms; return how they compare, or None if pytest-benchmark is disabled."""
+    def measure(self, benchmark: Any, phase: str, rounds: int) -> list[Row]:
+        """Time ``rounds`` rounds of all arms; return the records, of which there are none if pytest-benchmark is disabled."""
         ours, samples = self.target, {arm: [] for arm in self.arms}
-        others = self._others()
+        # Every round has an order of its own, so that each arm runs after each other one.
+        schedule = (arm for turn in count(-WARMUP) for arm in shuffled([*self.arms], turn))
 
         def run_others() -> None:
-            for arm in next(others):
+            for arm in schedule:
                 self._prepare(arm, phase)
+                if arm == ours:
+                    break
                 samples[arm].append(self._time(arm, phase))
-            self._prepare(ours, phase)
 
         gc.collect()
         benchmark.pedantic(
             lambda: samples[ours].append(self._time(ours, phase)), setup=run_others, rounds=rounds, warmup_rounds=WARMUP
         )
         if benchmark.disabled:
-            return None
+            return []
         for arm, times in samples.items():
+            # Arms after ours in the last round.
             if len(times) < len(samples[ours]):
                 self._prepare(arm, phase)
                 times.append(self._time(arm, phase))
-        return self._report(phase, {arm: times[WARMUP:] for arm, times in samples.items()})
-
-    def _others(self) -> Iterator[list[str]]:
-        """The arms to run before each run of ours: those after it in the last round, and those before it in this one.
-
-        Every round has an order of its own, so that each arm runs after each other one.
-        """
-        left: list[str] = []
-        for turn in count(-WARMUP):
-            order = shuffled(list(self.arms), turn)
-            position = order.index(self.target)
-            yield left + order[:position]
-            left = order[position + 1 :]
+        return self.records(phase, {arm: times[WARMUP:] for arm, times in samples.items()})
 
     def _prepare(self, arm: str, phase: str) -> None:
         for name, part in self.arms[arm].items():
@@ -148,69 +148,38 @@ class Race:
         synchronize()
 
     def _time(self, arm: str, phase: str) -> dict[str, float]:
-        seconds = {}
-        for name in self.case.phases[phase]:
-            start = time.perf_counter()
-            self.arms[arm][name]()
-            synchronize()
-            seconds[name] = time.perf_counter() - start
-        return seconds
+        return seconds_of(self.arms[arm], self.case.phases[phase])
 
-    def _report(self, phase: str, samples: Mapping[str, Rounds]) -> dict[str, Any]:
+    def records(self, phase: str, samples: Mapping[str, Rounds]) -> list[Row]:
+        """A row for each figure of each arm, and one with the reason for each arm that did not run."""
+        rows = []
+        for arm in samples:
+            for metric, values in (times(self.case, samples, arm) | self.case.notes(arm)).items():
+                rows.append(self._row(phase, arm, metric, np.atleast_1d(values).tolist()))
+        failed = {arm: f"{type(error).__name__}: {error}" for arm, error in self.failed.items()}
+        for metric, reasons in zip(REASONS, (self.skipped, failed), strict=True):
+            rows += [self._row(phase, arm, metric, [np.nan]) | {"reason": why} for arm, why in reasons.items()]
+        return rows
+
+    def _row(self, phase: str, arm: str, metric: str, values: Any) -> Row:
         case = self.case
-        arms = {arm: compare(case, samples, arm) | case.notes(arm) for arm in samples}
-        return case.facts() | {
-            "dtype": getattr(case, "dtype", "fp32"),
-            "device": str(case.device),
-            "case": case.name,
-            "phase": phase,
-            "target": self.target,
-            "base": case.base,
-            "rival": case.rival,
-            "arms": arms,
-            "skipped": dict(self.skipped),
-            "failed": {arm: f"{type(error).__name__}: {error}" for arm, error in self.failed.items()},
-        }
+        roles = {"base": arm == case.base, "rival": arm == case.rival, "ours": arm in case.ours}
+        role = " ".join(name for name, has in roles.items() if has)
+        return record(case.name, phase, arm, metric, values, role) | case.facts()
 
 
-def compare(case: Case, samples: Mapping[str, Rounds], arm: str) -> dict[str, Any]:
-    """An arm's milliseconds, and its ratios and differences to the base and the rival, taken round by round."""
-    seconds = {name: [sum(times.values()) for times in rounds] for name, rounds in samples.items()}
-    mine, base = seconds[arm], seconds[case.base]
-    found: dict[str, Any] = {
-        "ours": arm in case.ours,
-        "ms": summarize([1e3 * time for time in mine]),
-        "over_base": summarize(ratios(mine, base)),
-        "overhead_ms": summarize([1e3 * (one - other) for one, other in zip(mine, base, strict=True)]),
-    }
-    if len(samples[arm][0]) > 1:
-        found["parts"] = {part: _part(samples[arm], samples[case.base], base, part) for part in samples[arm][0]}
-    if case.rival in samples:
-        rival = seconds[case.rival]
-        found["over_rival"] = summarize(ratios(mine, rival))
-        theirs = summarize([other - one for other, one in zip(rival, base, strict=True)])["median"]
-        # Medians: the overhead of a single round comes near zero.
-        if case.rival != case.base and theirs > 0:
-            found["overhead_over_rival"] = found["overhead_ms"]["median"] / (1e3 * theirs)
+def times(case: Case, samples: Mapping[str, Rounds], arm: str) -> dict[str, np.ndarray]:
+    """An arm's milliseconds, and its ratios and differences to the base and the rival, taken round by round.
+
+    A part's ``added_percent`` is what it adds to the base's part, in percent of the base's whole round.
+    """
+    seconds = {name: np.array([sum(parts.values()) for parts in rounds]) for name, rounds in samples.items()}
+    mine, base, ms = seconds[arm], seconds[case.base], 1e3 / case.calls
+    found = {"ms": ms * mine, "over_base": mine / base, "overhead_ms": ms * (mine - base)}
+    if case.rival in seconds:
+        found["over_rival"] = mine / seconds[case.rival]
+    parts = [*samples[arm][0]]
+    for part in parts if len(parts) > 1 else ():
+        own, other = (np.array([times[part] for times in samples[name]]) for name in (arm, case.base))
+        found |= {f"{part} ms": ms * own, f"{part} added_percent": 100 * (own - other) / base}
     return found
-
-
-def _part(mine: Rounds, base: Rounds, whole: Sequence[float], part: str) -> dict[str, Any]:
-    """A part's milliseconds, and what it adds to the base's part, in percent of the base's whole round."""
-    added = [100 * (m[part] - b[part]) / total for m, b, total in zip(mine, base, whole, strict=True)]
-    return {"ms": summarize([1e3 * times[part] for times in mine]), "added_percent": summarize(added)}
-
-
-def ratios(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
-    return [one / other for one, other in zip(seconds, others, strict=True)]
-
-
-def verdict(over_rival: Mapping[str, float]) -> str:
-    """Faster or slower only if three of four rounds say so."""
-    if over_rival["q3"] < 1:
-        return "faster"
-    return "SLOWER" if over_rival["q1"] > 1 else "level"
-
-
-def size(*sizes: int) -> str:
-    return "x".join(map(str, sizes))

@@ -8,9 +8,7 @@ from itertools import product
 import torch
 
 from benchmarks.suite.host import PRECISIONS, HostLayerCase
-from benchmarks.suite.layers import DTYPE_NAMES, LayerCase, ScalingLayerCase
-from benchmarks.suite.mlp import MLPCase
-from benchmarks.suite.projections import ProjectionsCase
+from benchmarks.suite.layers import STORED, LayerCase, MLPCase, ProjectionsCase
 from benchmarks.suite.rivals import Case
 
 # Rows, in_features, out_features, rank. The first two are our targets.
@@ -41,10 +39,10 @@ def cases(suite: str, device: torch.device) -> list[Case]:
             ProjectionsCase(8, 16, (24, 8), 2, "fp32", device),
             HostLayerCase(device, 8),
             MLPCase(96, 16, 24, 2, "fp32", device, 0.1),
-            *(ScalingLayerCase(8, width, width, 2, "fp32", device) for width in (16, 32, 64)),
+            *(LayerCase(8, width, width, 2, "fp32", device, axis="width") for width in (16, 32, 64)),
         ]
     found: list[Case] = [
-        LayerCase(*shape, dtype, device) for shape, dtype in product(QUICK if suite == "quick" else FULL, DTYPE_NAMES)
+        LayerCase(*shape, dtype, device) for shape, dtype in product(QUICK if suite == "quick" else FULL, STORED)
     ]
     found += [HostLayerCase(device, rows, dropout=p) for rows, p in product(HOST_ROWS, (0.0, 0.1))]
     found += [HostLayerCase(device, rows, precision=how) for rows, how in product((16, 512), [*PRECISIONS][1:])]
@@ -52,11 +50,11 @@ def cases(suite: str, device: torch.device) -> list[Case]:
     found += [HostLayerCase(device, rows, "96 layers", p) for rows, p in product((16, 512), (0.0, 0.1))]
     found += [MLPCase(*shape, "fp32", device, p) for shape, p in product(MLPS, (0.0, 0.1))]
     found += [MLPCase(256, *MLPS[0][1:], "bf16", device, p) for p in (0.0, 0.1)]
-    found += [ScalingLayerCase(512, width, width, 16, "fp32", device, axis="width") for width in WIDTHS]
-    found += [ScalingLayerCase(512, 2048, 2048, r, "fp32", device, axis="rank") for r in RANKS]
-    found += [ScalingLayerCase(rows, 1024, 1024, 16, "fp32", device, axis="tokens") for rows in TOKENS]
+    found += [LayerCase(512, width, width, 16, "fp32", device, axis="width") for width in WIDTHS]
+    found += [LayerCase(512, 2048, 2048, r, "fp32", device, axis="rank") for r in RANKS]
+    found += [LayerCase(rows, 1024, 1024, 16, "fp32", device, axis="tokens") for rows in TOKENS]
     if suite == "full":
-        found += [LayerCase(*shape, dtype, device, 0.1) for shape, dtype in product(FULL, DTYPE_NAMES)]
+        found += [LayerCase(*shape, dtype, device, 0.1) for shape, dtype in product(FULL, STORED)]
         found += [ProjectionsCase(*shape, dtype, device) for shape, dtype in product(PROJECTIONS, ("fp32", "bf16"))]
     return found
 

@@ -71,3 +71,10 @@ def test_programs_share_no_more_sums_than_there_are_counters(device, r, n):
     plans += [tiles.shrink_plan(device, call), tiles.weight_grads_plan(device, call, True, True)[0]]
     assert all(plan.splits == 1 or plan.tiles <= tiles.MAX_SHARED_SUMS for plan in plans)
     assert n > 4096 or plans[2].splits > 1
+
+
+@pytest.mark.parametrize("stage", [60_000, 70_000, 110_000])
+def test_stages_of_any_size_fit_on_every_gpu(stage):
+    for device in DEVICES.values():
+        stages = tiles.fit(tiles.Tile(128, 256, 64, 8, 4), device, stage).num_stages
+        assert stages == 2 or (stages - (0 if device.tma else 1)) * stage <= device.shared_limit

@@ -269,7 +269,7 @@ def optimizer_steps(patch: pytest.MonkeyPatch) -> Case:
     return Case(launches, check, [t.detach() for t in (*params, *(p.grad for p in params), *state)])
 
 
-# The names appear in test ids and in docs/internals/interleavings.md.
+# The names appear in test ids.
 CASES: dict[str, Callable[[pytest.MonkeyPatch], Case]] = {
     "split-K, S then Y, two layers": lambda patch: forward(SM_90, FEW, SPLIT, layers=2),
     "split-K, S beside Y": lambda patch: forward(SM_90, FEW, FUSED),

@@ -1,6 +1,6 @@
 """Synchronization faults, planted in the kernels' sources, and the cases whose schedules must find them.
 
-``TRITON_INTERPRET=1 python -m tests.helpers.planted_faults`` prints a table; docs/internals/interleavings.md has it in short.
+``TRITON_INTERPRET=1 python -m tests.helpers.planted_faults`` prints a table.
 """
 
 from __future__ import annotations

@@ -369,3 +369,10 @@ def test_vendor_branch_in_one_launch_and_two_with_repeated_masks():
         )
         assert isinstance(found[0], lora_common.VendorProduct)
         assert [launch.kernel.__name__ for launch in found[1:]] == expected
+
+
+def test_s_is_stored_where_y_has_one_column_of_tiles(monkeypatch):
+    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES["sm_90"])
+    inputs = make_inputs((70, 64), 48, 16, dtype=BF16, lora_dtype=FP32)
+    with slk.use_kernel("fused"):
+        check(inputs, run(inputs, "triton"))

@@ -43,9 +43,11 @@ def test_files(saved):
 
 
 def test_the_same_adapter_gives_the_same_bytes(model, saved):
-    save_adapter(model, saved.parent / "again")
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        assert (saved / name).read_bytes() == (saved.parent / "again" / name).read_bytes()
+    # safetensors draws the order of the header's metadata anew for each file.
+    for _ in range(12):
+        save_adapter(model, saved.parent / "again")
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            assert (saved / name).read_bytes() == (saved.parent / "again" / name).read_bytes()
 
 
 def test_saving_over_an_adapter_replaces_it(model, saved):

@@ -163,3 +163,12 @@ def test_unmerge_is_exact_after_whatever_happened_while_merged(dtype):
     assert not torch.equal(made.weight, frozen) and torch.equal(parameter, frozen)
     made.unmerge()
     assert made.weight is parameter and torch.equal(made.weight, frozen) and not made.merged
+
+
+@pytest.mark.parametrize("keep_vars", [False, True])
+def test_a_merged_layers_state_has_the_frozen_weight(keep_vars):
+    layer = slk.LoRALinear(8, 6, r=2)
+    nn.init.normal_(layer.lora_B)
+    frozen = layer.weight.detach().clone()
+    layer.merge()
+    assert torch.equal(layer.state_dict(keep_vars=keep_vars)["weight"], frozen)

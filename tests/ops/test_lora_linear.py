@@ -196,3 +196,10 @@ def test_ops_pass_opcheck():
         for need in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
             args = (x, grad, weight, a, b, s, random, SCALING, p, *need)
             torch.library.opcheck(library.lora_linear_bwd.default, args)
+
+
+def test_dropout_below_the_grid_drops_nothing():
+    """PyTorch's path has 16 random bits: each element is dropped with the very probability that the scale uses."""
+    torch.manual_seed(0)
+    keep, real = draw_keep(torch.empty(1 << 21, 1), 2.0**-18)
+    assert real == 0.0 and keep.all()

@@ -238,3 +238,19 @@ def test_amsgrad_switched_on_later_is_refused_before_anything_changes(path: str)
     with pytest.raises(ValueError, match="amsgrad=True needs"):
         optimizer.step()
     assert all_equal(before, snapshot(optimizer))
+
+
+def test_both_backends_round_both_moments_by_the_same_noise() -> None:
+    """Of moments that float32 holds exactly, so that only their rounding is left."""
+    found = []
+    for backend in ("torch", "triton"):
+        pairs = make_pairs([(4, 8, 600)])
+        options = {"lr": 0.0, "weight_decay": 0.0, "betas": (0.5, 0.5), "moments_dtype": BF16, "seed": 7}
+        optimizer = StableLoRAAdamW(pairs, **options)
+        generator = torch.Generator().manual_seed(3)
+        for p in halves(pairs):
+            p.grad = torch.randint(1, 2**11, p.shape, generator=generator).float().to(DEVICE)
+        with use_backend(backend):
+            optimizer.step()
+        found.append([optimizer.state[p][name] for p in halves(pairs) for name in ("exp_avg", "exp_avg_sq")])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

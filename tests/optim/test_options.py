@@ -232,3 +232,13 @@ def test_a_group_whose_pattern_matches_nothing_is_refused() -> None:
     # The first group's pattern need not match in the second.
     optimizer.add_param_group({"params": [LoRAPair("other", second.A, second.B)]})
     assert len(optimizer.param_groups) == 2
+
+
+def test_amsgrads_maximum_keeps_a_nan(path: str) -> None:
+    pairs = make_pairs([(4, 8, 8)])
+    optimizer = StableLoRAAdamW(pairs, lr=1e-2, amsgrad=True)
+    take_step(0, optimizer)
+    set_grads(halves(pairs), 1)
+    pairs[0].A.grad[0, 0] = math.nan
+    optimizer.step()
+    assert optimizer.state[pairs[0].A]["max_exp_avg_sq"][0, 0].isnan()

@@ -196,3 +196,33 @@ def test_a_dense_transposed_parameter_and_an_empty_one(backend: str) -> None:
     take_step(0, *optimizers)
     torch.testing.assert_close(lone.detach(), same.detach(), rtol=0, atol=0)
     assert optimizers[0].state[empty]["step"].item() == 1
+
+
+def test_equal_norms_latch(path: str) -> None:
+    pairs = make_pairs([(4, 8, 8)])
+    with torch.no_grad():
+        pairs[0].A.zero_()
+    optimizer = StableLoRAAdamW(pairs, lr=0.0, shrink_ratio=0.5)
+    take_step(0, optimizer)
+    assert optimizer.stability()[0].latched_at == 1
+
+
+def test_a_b_without_a_gradient_keeps_its_norm(path: str) -> None:
+    pairs = make_pairs([(4, 8, 8)])
+    with torch.no_grad():
+        pairs[0].A.fill_(1.0)
+        pairs[0].B.fill_(0.999)
+    optimizer = StableLoRAAdamW(pairs, lr=0.0, shrink_ratio=0.5, weight_decay=0.0)
+    for step in range(3):
+        set_grads([pairs[0].A], step)
+        optimizer.step()
+    # One shrink, then A is smaller than B.
+    assert optimizer.stability()[0].latched_at == 2
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-310, 1e-13])
+def test_a_shrinks_at_any_rate(path: str, lr: float) -> None:
+    (pair,) = make_pairs([(4, 8, 8)])
+    before = pair.A.detach().clone()
+    take_step(0, StableLoRAAdamW([pair], lr=lr, shrink_ratio=0.5))
+    torch.testing.assert_close(pair.A.detach(), before / 2, rtol=1e-6, atol=1e-12)

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common.arms import PEFT
 from benchmarks.lab.gpu import section
 from benchmarks.lab.gpu.device import Arms, Device
 from benchmarks.lab.gpu.load import LOAD
 from benchmarks.lab.gpu.section import SKIPPED, Clock, Row, Unit, capture_all, note_of, time_arms
 from benchmarks.lab.predict import layer_time
 from benchmarks.lab.predict.rivals import BF16, Shape
-from benchmarks.suite.layers import peft_layer
+from benchmarks.suite.layers import adapted
 from stablelora_kernels.testing import layer_arms
 
 COLUMNS = (
@@ -93,7 +94,7 @@ class Layers:
             self._add("frozen", frozen)
             self._add("eager", eager)
             try:
-                self._add("peft", peft_layer(ours, s.p))
+                self._add("peft", adapted(nn.ModuleDict({"layer": frozen}), PEFT, s.r, s.p)["layer"])
             except Exception as error:
                 self.missing["peft"] = note_of(error)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import optimizers
+from benchmarks.common.arms import fill
 from benchmarks.common.data import Batch, load_dataset, training_batches
 from benchmarks.common.measure import environment
 from benchmarks.common.memory import MIB, saved_for_backward
@@ -27,7 +28,7 @@ from benchmarks.finetuning.footprint import peak_memory
 from benchmarks.finetuning.train import forward, phases
 from benchmarks.lab.mlp_memory.arms import COUNTED, adapt, counted
 from benchmarks.lab.mlp_memory.formula import ACCELERATED, FROZEN
-from benchmarks.suite.llama import Sizes, fill, llama
+from benchmarks.suite.layers import Sizes, llama
 from stablelora_kernels import lora_pairs
 from stablelora_kernels.testing import DTYPES
 
