@@ -87,8 +87,9 @@ def _hardware(parser: argparse.ArgumentParser, device: str, dtype: str) -> dict[
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     recipe, out = parse(argv)
-    # transformers would warn once a step and break up the progress bar.
+    # transformers would warn once a step, in the processes that measure memory too, and break up the progress bar.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from benchmarks.finetuning.experiment import run
