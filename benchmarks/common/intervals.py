@@ -30,5 +30,5 @@ def log_slope(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, f
     points = [(np.log(a), np.log(b)) for a, b in zip(sizes, values, strict=True) if b > 0]
     if len(points) < 3 or len({x for x, _ in points}) == 1:
         return None
-    line = stats.linregress(points)
+    line = stats.linregress(*zip(*points, strict=True))
     return float(line.slope), float(stats.t.ppf(0.975, len(points) - 2) * line.stderr)
