@@ -31,11 +31,13 @@ pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("one_thread")]
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SHAPES = [(3, 5, 9), (1, 7, 4)]
 EPS = torch.finfo(FP32).eps
-GRADS = ["normal", "normal", "normal", "none", "zero", "small", "huge", "nan", "inf"]
-SIZE = {"normal": 1e-2, "zero": 0.0, "small": 1e-20, "huge": 1e4, "nan": 1.0, "inf": 1.0}
+GRADS = ["normal", "normal", "none", "zero", "small", "huge", "nan", "inf", "strided", "expanded"]
+SIZE = {"zero": 0.0, "small": 1e-20, "huge": 1e4, "nan": 1.0, "inf": 1.0}
 # A second group, so that edits of one must not reach the other.
 NAMES = ["p0.lora_A", "p0.lora_B", "p1.lora_A", "p1.lora_B", "lone"]
 SEEDS = st.integers(0, 2**16)
+# As a hyperparameter; a power of two, so that it is the same number in every dtype.
+TENSOR = torch.tensor(2.0**-10, device=DEVICE)
 WHICH = st.integers(0, len(NAMES) - 1)
 
 
@@ -106,7 +108,9 @@ class Life(RuleBasedStateMachine):
         for i, (p, kind) in enumerate(zip(self.params, kinds, strict=True)):
             p.grad = None
             if kind != "none":
-                p.grad = random(p.shape, seed + i, SIZE[kind], p.dtype)
+                shape = [*p.shape[::-1]] if kind == "strided" else p.shape
+                grad = random(shape, seed + i, SIZE.get(kind, 1e-2), p.dtype)
+                p.grad = grad.t() if kind == "strided" else grad[:1].expand_as(p) if kind == "expanded" else grad
             if kind in ("nan", "inf"):
                 p.grad.view(-1)[0] = float(kind)
         expected, eager = self.one_step(FP64), self.one_step(FP32)
@@ -190,7 +194,14 @@ class Life(RuleBasedStateMachine):
     @rule(
         group=st.integers(0, 1),
         edit=st.sampled_from(
-            [{"lr": 1e-3}, {"lr": 0.0}, {"weight_decay": 0.5}, {"shrink_ratio": 0.3}, {"betas": (0.5, 0.9)}]
+            [
+                {"lr": 1e-3},
+                {"lr": 0.0},
+                {"weight_decay": 0.5},
+                {"shrink_ratio": 0.3},
+                {"betas": (0.5, 0.9)},
+                {"lr": TENSOR},
+            ]
         ),
     )
     def edit_group(self, group: int, edit: dict[str, Any]) -> None:

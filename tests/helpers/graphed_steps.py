@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
+from tests.helpers.optimizers import all_equal, snapshot
 from tests.helpers.small_models import llama
 
 STEPS = 9
@@ -58,6 +59,46 @@ def eager(model: nn.Module, optimizer: slk.StableLoRAAdamW, loss_fn: Any = mse, 
 
 def graphed(model: nn.Module, optimizer: slk.StableLoRAAdamW, loss_fn: Any = mse, **options: Any) -> slk.GraphedStep:
     return slk.GraphedStep(model, optimizer, loss_fn, **{"num_warmup_iters": 2} | options)
+
+
+def assert_eager_steps(
+    given: Sequence[Any],
+    change: Callable[[int, nn.Module, slk.StableLoRAAdamW], Any] = lambda *args: None,
+    made: Callable[[], tuple[nn.Module, slk.StableLoRAAdamW]] = make,
+    loss_fn: Any = mse,
+    scaler: Callable[[], Any] = lambda: None,
+    **options: Any,
+) -> tuple[Any, slk.StableLoRAAdamW, list[Tensor]]:
+    """The same losses, parameters, moments and latches of eager and of graphed steps on these batches, to the bit.
+
+    ``change`` is called before each step with its place. Return the graphed step, its optimizer and the losses.
+    """
+    results = []
+    for graph in (False, True):
+        model, optimizer = made()
+        with_loss = loss_fn or (lambda model, batch: model(**batch).loss)
+        scaled = scaler()
+        step = (
+            graphed(model, optimizer, loss_fn, grad_scaler=scaled, **options)
+            if graph
+            else eager(model, optimizer, with_loss, scaled)
+        )
+        torch.manual_seed(5)
+        losses = []
+        for turn, batch in enumerate(given):
+            change(turn, model, optimizer)
+            losses.append(step(batch))
+        scale = [] if scaled is None else [torch.tensor(scaled.get_scale())]
+        results.append(
+            [
+                *losses,
+                *scale,
+                *snapshot(optimizer),
+                *(torch.tensor(each.latched_at or 0) for each in optimizer.stability()),
+            ]
+        )
+    assert all_equal(*results)
+    return step, optimizer, losses
 
 
 def captured(**options: Any) -> tuple[slk.GraphedStep, nn.Module, slk.StableLoRAAdamW]:

@@ -31,7 +31,8 @@ def halves(pairs: list[LoRAPair]) -> list[torch.Tensor]:
 
 
 def in_float64(pairs: list[LoRAPair]) -> list[LoRAPair]:
-    return [LoRAPair(pair.name, pair.A.detach().double(), pair.B.detach().double()) for pair in pairs]
+    """Copies, of float64 pairs too."""
+    return [LoRAPair(pair.name, *(p.detach().to(torch.float64, copy=True) for p in (pair.A, pair.B))) for pair in pairs]
 
 
 def set_grads(params: list[torch.Tensor], seed: int, scale: float = 1e-2) -> None:

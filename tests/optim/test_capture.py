@@ -13,29 +13,28 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stablelora_kernels.launch import base
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.optim import graph_capture
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.launches import specialization
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
-from tests.helpers.steps import latches
+from tests.helpers.steps import latches, operators
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "on_triton"),
     pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_cuda_graphs.py"),
 ]
-
-
-@pytest.fixture
-def on_triton():
-    with use_backend("triton"):
-        yield
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"max_grad_norm": 0.1},
+    "masters": {"master_weights": True},
+    "8 bits": {"moments_dtype": torch.uint8},
+    "tensors": {"weight_decay": torch.tensor(0.1), "lr_ratio_B": 4.0},
+}
 
 
 class Graph:
@@ -53,60 +52,6 @@ class Graph:
             launch.run(torch.device(DEVICE))
 
 
-def test_tables_that_a_graph_reads_outlive_later_steps(monkeypatch):
-    """A step with gradients elsewhere replaces the table of addresses. It used to free the one that the graph reads."""
-    optimizer, _ = optimizers(torch.float32)
-    fill_grads(optimizer, 1)
-    optimizer.step()
-    graph = Graph(monkeypatch, optimizer.step)
-    held = {
-        arg.data_ptr(): weakref.ref(arg)
-        for launch in graph.launches
-        for arg in launch.args
-        if isinstance(arg, torch.Tensor)
-    }
-    graph.launches.clear()
-    set_grads(params_of(optimizer), 2)
-    optimizer.param_groups[0]["eps"] = 1e-6
-    optimizer.step()
-    assert len(held) > 5 and all(ref() is not None for ref in held.values())
-
-
-def test_the_index_table_of_a_sharded_step_outlives_later_steps(monkeypatch):
-    """Its launches do not take it: the sums before them do."""
-    optimizer, _ = optimizers(torch.float32, max_grad_norm=1.0)
-    fill_grads(optimizer, 1)
-    optimizer.step()
-    ((_, engine),) = optimizer._engines
-    # One process sums as many do.
-    monkeypatch.setattr(engine, "sharded", True)
-    monkeypatch.setattr(engine, "_sum_over_processes", lambda *args: None)
-    monkeypatch.setattr(engine, "latch_monitor", SimpleNamespace(record=lambda: None))
-    engine.present = torch.arange(4)
-    held = weakref.ref(engine.present)
-    Graph(monkeypatch, optimizer.step)
-    engine.present = torch.arange(4)
-    gc.collect()
-    assert held() is not None
-
-
-def test_tables_wait_for_every_stream_that_read_them(monkeypatch):
-    optimizer, _ = optimizers(torch.float32)
-    stream, kept = [7], []
-    monkeypatch.setattr(graph_capture, "stream_of", lambda device: stream[0])
-    monkeypatch.setattr(graph_capture, "keep_for_stream", lambda tensors: kept.append((stream[0], len(list(tensors)))))
-    for stream[0] in (7, 7, 8, 8, 7):
-        fill_grads(optimizer, 1)
-        optimizer.step()
-    assert kept == [(7, 11), (8, 11), (7, 11)]
-
-
-def optimizers(dtype: torch.dtype, **settings: Any) -> list[StableLoRAAdamW]:
-    """Two alike."""
-    settings = {"shrink_ratio": 0.05, "capturable": True, "seed": 3, **settings}
-    return [StableLoRAAdamW(make_pairs(dtype=dtype), lr=torch.tensor(3e-2), **settings) for _ in range(2)]
-
-
 def fill_grads(optimizer: StableLoRAAdamW, seed: int, scale: float = 1e-2) -> None:
     """New values in the gradients that are there."""
     kept = [p.grad for p in params_of(optimizer)]
@@ -121,38 +66,15 @@ def assign_grads(optimizer: StableLoRAAdamW, grads: list[torch.Tensor]) -> None:
         p.grad = grad
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "clipped": {"max_grad_norm": 0.1},
-    "masters": {"master_weights": True},
-    "8 bits": {"moments_dtype": torch.uint8},
-    "tensors": {"weight_decay": torch.tensor(0.1), "lr_ratio_B": 4.0},
-}
-
-
-@pytest.mark.parametrize("options", ["plain", "clipped", "tensors"])
-def test_a_captured_step_compiles_nothing(options, monkeypatch):
-    """Each launch has what the steps before had of all that Triton specializes on."""
-    optimizer, _ = optimizers(torch.bfloat16, **SETTINGS[options])
-    fill_grads(optimizer, 1)
-    optimizer.step()
-    keys: list[Any] = []
-
-    run = base.Launch.run
-
-    def record(launch, device):
-        told = sorted({**launch.constants, **launch.options}.items())
-        keys.append((launch.kernel.__name__, *map(specialization, launch.args), *told))
-        run(launch, device)
-
-    monkeypatch.setattr(base.Launch, "run", record)
-    fill_grads(optimizer, 2)
-    optimizer.step()
-    warm = list(keys)
-    fill_grads(optimizer, 3)
-    monkeypatch.setattr(graph_capture, "capturing", lambda: True)
-    optimizer.step()
-    assert warm and keys[len(warm) :] == warm
+def optimizers(dtype: torch.dtype = torch.float32, steps: int = 1, **settings: Any) -> list[StableLoRAAdamW]:
+    """Two alike, after some steps."""
+    settings = {"shrink_ratio": 0.05, "capturable": True, "seed": 3, **settings}
+    made = [StableLoRAAdamW(make_pairs(dtype=dtype), lr=torch.tensor(3e-2), **settings) for _ in range(2)]
+    for optimizer in made:
+        fill_grads(optimizer, 0)
+        for _ in range(steps):
+            optimizer.step()
+    return made
 
 
 @pytest.mark.covering(1)
@@ -160,11 +82,10 @@ def test_a_captured_step_compiles_nothing(options, monkeypatch):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_replays_are_steps(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
     """New gradients each time, another lr halfway, verdicts of a GradScaler, and pairs that latch meanwhile."""
-    eager, captured = optimizers(dtype, **SETTINGS[name])
+    eager, captured = optimizers(dtype, steps=0, **SETTINGS[name])
     verdicts = [torch.zeros(1) for _ in range(2)]
     for optimizer, verdict in zip((eager, captured), verdicts, strict=True):
         optimizer.grad_scale, optimizer.found_inf = torch.full((1,), 2.0), verdict
-        fill_grads(optimizer, 0)
         optimizer.step()
     graph = Graph(monkeypatch, captured.step)
     assert len(graph.launches) == (2 if name == "clipped" else 1)
@@ -181,12 +102,33 @@ def test_replays_are_steps(monkeypatch: pytest.MonkeyPatch, name: str, dtype: to
     assert any(latch is not None and latch > 1 for latch in latches(captured).values())
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_is_its_launches_and_nothing_else(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """No copy to or from the device, no allocation, no operator: nothing that a graph could not hold or a host wait for.
+
+    A captured one compiles nothing either: each launch has what those before had of all that Triton specializes on.
+    """
+    optimizer, _ = optimizers(torch.bfloat16, steps=2, **SETTINGS[name])
+    optimizer.param_groups[0]["lr"].fill_(1e-3)
+    keys: list[Any] = []
+
+    def record(launch: base.Launch, device: torch.device) -> None:
+        told = sorted({**launch.constants, **launch.options}.items())
+        keys.append((launch.kernel.__name__, *map(specialization, launch.args), *told))
+
+    monkeypatch.setattr(base.Launch, "run", record)
+    for capturing in (False, False, True):
+        monkeypatch.setattr(graph_capture, "capturing", lambda capturing=capturing: capturing)
+        with operators() as counts:
+            optimizer.step()
+        # Those that mark a step for profilers.
+        assert [operator for operator in counts if "record_function" not in operator] == []
+    assert keys and keys == keys[: len(keys) // 3] * 3
+
+
 def test_gradients_of_the_graphs_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backward pass that is captured too puts gradients elsewhere, so the step copies a table within the graph."""
-    eager, captured = optimizers(torch.float32)
-    for optimizer in (eager, captured):
-        fill_grads(optimizer, 0)
-        optimizer.step()
+    eager, captured = optimizers()
     outside = [p.grad for p in params_of(captured)]
     inside = [torch.empty_like(grad) for grad in outside]
     assign_grads(captured, inside)
@@ -194,39 +136,27 @@ def test_gradients_of_the_graphs_own_memory(monkeypatch: pytest.MonkeyPatch) -> 
     graph = Graph(monkeypatch, captured.step)
     assert all_equal(before, snapshot(captured))
     ((_, engine),) = captured._engines
-    assert len(engine.staging.captured) == 1
-    table = engine.staging.captured[0].clone()
-    for turn in range(1, 4):
+    (staged,) = engine.staging.captured
+    table = staged.clone()
+    for turn in range(1, 6):
+        # The fourth is an eager step between replays, on gradients of its own.
+        assign_grads(captured, outside if turn == 4 else inside)
         for optimizer in (eager, captured):
             fill_grads(optimizer, turn)
         eager.step()
-        graph.replay()
-    # An eager step between replays, on gradients of its own.
-    assign_grads(captured, outside)
-    for optimizer in (eager, captured):
-        fill_grads(optimizer, 4)
-        optimizer.step()
-    assign_grads(captured, inside)
-    for optimizer in (eager, captured):
-        fill_grads(optimizer, 5)
-    eager.step()
-    graph.replay()
+        captured.step() if turn == 4 else graph.replay()
     assert all_equal(snapshot(eager), snapshot(captured))
     # What a replay copies from is still there as it was, and nobody else's.
-    assert torch.equal(engine.staging.captured[0], table)
-    assert engine.staging.captured[0].data_ptr() not in [spare.data_ptr() for spare in engine.staging.spares]
+    assert torch.equal(staged, table) and staged.data_ptr() not in [spare.data_ptr() for spare in engine.staging.spares]
 
 
-@pytest.mark.parametrize("what", ["gradients", "parameters", "hyper-parameters"])
+@pytest.mark.parametrize("what", ["gradients", "parameters", "hyperparameters"])
 def test_a_step_does_not_count_on_what_was_only_captured(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """A graph that is never replayed has copied no table and measured no norm."""
-    eager, captured = optimizers(torch.float32)
+    eager, captured = optimizers()
     for optimizer in (eager, captured):
-        fill_grads(optimizer, 0)
-        optimizer.step()
         if what == "gradients":
-            for p in params_of(optimizer):
-                p.grad = p.grad.clone()
+            assign_grads(optimizer, [p.grad.clone() for p in params_of(optimizer)])
         elif what == "parameters":
             with torch.no_grad():
                 params_of(optimizer)[1].fill_(10.0)
@@ -239,7 +169,7 @@ def test_a_step_does_not_count_on_what_was_only_captured(monkeypatch: pytest.Mon
     assert len(graph.launches) == (2 if what == "parameters" else 1)
     # Tables that were only captured hold nothing yet.
     renewed = [name for name, table in before.items() if getattr(engine, name) is not table]
-    assert renewed == {"gradients": ["addresses"], "parameters": [], "hyper-parameters": ["hyper", "words"]}[what]
+    assert renewed == {"gradients": ["addresses"], "parameters": [], "hyperparameters": ["hyper", "words"]}[what]
     for name in renewed:
         getattr(engine, name).zero_()
     for optimizer in (eager, captured):
@@ -249,69 +179,75 @@ def test_a_step_does_not_count_on_what_was_only_captured(monkeypatch: pytest.Mon
 
 
 def test_memory_is_set_aside_for_some_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer, _ = optimizers(torch.float32)
+    optimizer, _ = optimizers()
+    # Gradients that must not come back to the same addresses.
+    kept: list[list[torch.Tensor]] = []
 
     def capture_new_gradients() -> None:
-        for p in params_of(optimizer):
-            p.grad = torch.zeros_like(p)
+        kept.append([torch.zeros_like(p) for p in params_of(optimizer)])
+        assign_grads(optimizer, kept[-1])
         Graph(monkeypatch, optimizer.step)
 
-    fill_grads(optimizer, 0)
-    optimizer.step()
-    kept = []
     for _ in range(6):
         capture_new_gradients()
-        # They must not come back to the same addresses.
-        kept += [p.grad for p in params_of(optimizer)]
         optimizer.step()
     with pytest.raises(RuntimeError, match=r"no memory is reserved for their table\. Run a step between captures"):
         for _ in range(graph_capture.Staging.SPARES + 1):
             capture_new_gradients()
-            kept += [p.grad for p in params_of(optimizer)]
 
 
-def test_without_capturable_a_new_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer, _ = optimizers(torch.float32, capturable=False)
-    fill_grads(optimizer, 0)
-    optimizer.step()
+def test_what_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first step, and without ``capturable`` one with gradients elsewhere."""
+    first, _ = optimizers(steps=0)
+    with pytest.raises(RuntimeError, match=r"run step\(\) once before capturing it in a CUDA graph"):
+        Graph(monkeypatch, first.step)
+    optimizer, _ = optimizers(capturable=False)
     kept = [p.grad for p in params_of(optimizer)]
-    for p in params_of(optimizer):
-        p.grad = p.grad.clone()
+    assign_grads(optimizer, [grad.clone() for grad in kept])
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match="Pass capturable=True to the optimizer"):
         Graph(monkeypatch, optimizer.step)
-    assert all_equal(before, snapshot(optimizer)) and kept
+    assert all_equal(before, snapshot(optimizer))
 
 
-def test_the_first_step_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer, _ = optimizers(torch.float32)
-    fill_grads(optimizer, 0)
-    with pytest.raises(RuntimeError, match=r"run step\(\) once before capturing it in a CUDA graph"):
-        Graph(monkeypatch, optimizer.step)
+# Tables that a graph reads outlive later steps
 
 
-class Operators(TorchDispatchMode):
-    """The names of PyTorch's operators that are called."""
+def test_tables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with gradients elsewhere replaces the table of addresses. It used to free the one that the graph reads."""
+    optimizer, _ = optimizers()
+    graph = Graph(monkeypatch, optimizer.step)
+    tables = [arg for launch in graph.launches for arg in launch.args if isinstance(arg, torch.Tensor)]
+    held = {arg.data_ptr(): weakref.ref(arg) for arg in tables}
+    graph.launches.clear()
+    del tables
+    set_grads(params_of(optimizer), 2)
+    optimizer.param_groups[0]["eps"] = 1e-6
+    optimizer.step()
+    assert len(held) > 5 and all(ref() is not None for ref in held.values())
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
+def test_the_index_table_of_a_sharded_step_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launches do not take it: the sums before them do."""
+    optimizer, _ = optimizers(max_grad_norm=1.0)
+    ((_, engine),) = optimizer._engines
+    # One process sums as many do.
+    monkeypatch.setattr(engine, "sharded", True)
+    monkeypatch.setattr(engine, "_sum_over_processes", lambda *args: None)
+    monkeypatch.setattr(engine, "latch_monitor", SimpleNamespace(record=lambda: None))
+    engine.present = torch.arange(4)
+    held = weakref.ref(engine.present)
+    Graph(monkeypatch, optimizer.step)
+    engine.present = torch.arange(4)
+    gc.collect()
+    assert held() is not None
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_step_is_its_launches_and_nothing_else(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """No copy to or from the device, no allocation, no operator: nothing that a graph could not hold or a host wait for."""
-    optimizer, _ = optimizers(torch.float32, **SETTINGS[name])
-    for step in range(2):
-        fill_grads(optimizer, step)
+def test_tables_wait_for_every_stream_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, _ = optimizers(steps=0)
+    stream, kept = [7], []
+    monkeypatch.setattr(graph_capture, "stream_of", lambda device: stream[0])
+    monkeypatch.setattr(graph_capture, "keep_for_stream", lambda tensors: kept.append((stream[0], len(list(tensors)))))
+    for stream[0] in (7, 7, 8, 8, 7):
         optimizer.step()
-    optimizer.param_groups[0]["lr"].fill_(1e-3)
-    monkeypatch.setattr(base.Launch, "run", lambda launch, device: None)
-    with Operators() as operators:
-        optimizer.step()
-    # Those that mark a step for profilers.
-    assert [each for each in operators.names if "record_function" not in each] == []
+    assert kept == [(7, 11), (8, 11), (7, 11)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
 
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, set_grads
+from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, set_grads, snapshot
+from tests.helpers.steps import take_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,38 +21,81 @@ def lora(a: tuple[int, ...] = (2, 4), b: tuple[int, ...] = (4, 2)) -> list[tuple
     return [("q.lora_A", torch.ones(a, requires_grad=True)), ("q.lora_B", torch.zeros(b, requires_grad=True))]
 
 
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        ({"lr": math.nan}, ValueError, "lr must be a finite number in [0, inf), got nan"),
-        ({"lr": -1e-3}, ValueError, "lr must be a finite number in [0, inf), got -0.001"),
-        ({"lr": "1e-3"}, TypeError, "lr must be a number, got '1e-3' of type str"),
-        ({"lr": torch.zeros(2)}, ValueError, "lr as a tensor must be a 0-d floating-point one, got [2] of torch.float32"),
-        ({"lr": torch.tensor(math.nan)}, ValueError, "lr must be a finite number in [0, inf), got nan"),
-        ({"betas": (0.9, 1.0)}, ValueError, "betas[1] must be a finite number in [0, 1), got 1.0"),
-        ({"betas": 0.9}, TypeError, "betas must be two numbers, got 0.9"),
-        ({"eps": -1e-8}, ValueError, "eps must be a finite number in [0, inf), got -1e-08"),
-        ({"weight_decay": math.inf}, ValueError, "weight_decay must be a finite number in [0, inf), got inf"),
-        ({"shrink_ratio": 1.0}, ValueError, "shrink_ratio must be a finite number in [0, 1), got 1.0"),
-        ({"shrink_ratio": True}, TypeError, "shrink_ratio must be a number, got True of type bool"),
-        ({"maximize": 1}, TypeError, "maximize must be a bool, got 1 of type int"),
-        ({"capturable": None}, TypeError, "capturable must be a bool, got None of type NoneType"),
-        ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be a finite number in (0, inf), got 0.0"),
-        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
-        ({"seed": 2**63}, ValueError, f"seed must be below 2**63, got {2**63}"),
-        ({"seed": 1.5}, TypeError, "seed must be an int, got 1.5 of type float"),
-    ],
-)  # fmt: skip
-def test_bad_hyper_parameters(change: dict, error: type[Exception], message: str) -> None:
+NUMBER, MOMENTS = (
+    "must be a finite number in",
+    "moments_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8 bits by blocks)",
+)
+BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"lr": math.nan}, ValueError, f"lr {NUMBER} [0, inf), got nan"),
+    ({"lr": -1e-3}, ValueError, f"lr {NUMBER} [0, inf), got -0.001"),
+    ({"lr": "1e-3"}, TypeError, "lr must be a number, got '1e-3' of type str"),
+    ({"lr": torch.zeros(2)}, ValueError, "lr as a tensor must be a 0-d floating-point one, got [2] of torch.float32"),
+    ({"lr": torch.tensor(math.nan)}, ValueError, f"lr {NUMBER} [0, inf), got nan"),
+    ({"betas": (0.9, 1.0)}, ValueError, f"betas[1] {NUMBER} [0, 1), got 1.0"),
+    ({"betas": 0.9}, TypeError, "betas must be two numbers, got 0.9"),
+    ({"betas": (0.9, torch.zeros(2))}, ValueError, "betas[1] as a tensor must be a 0-d floating-point one on the CPU"),
+    ({"eps": -1e-8}, ValueError, f"eps {NUMBER} [0, inf), got -1e-08"),
+    ({"weight_decay": math.inf}, ValueError, f"weight_decay {NUMBER} [0, inf), got inf"),
+    (
+        {"weight_decay": torch.zeros(2)},
+        ValueError,
+        "weight_decay as a tensor must be a 0-d floating-point one, got [2]",
+    ),
+    ({"shrink_ratio": 1.0}, ValueError, f"shrink_ratio {NUMBER} [0, 1), got 1.0"),
+    ({"shrink_ratio": torch.tensor(1.0)}, ValueError, f"shrink_ratio {NUMBER} [0, 1), got 1.0"),
+    ({"shrink_ratio": True}, TypeError, "shrink_ratio must be a number, got True of type bool"),
+    ({"lr_ratio_B": 0.0}, ValueError, f"lr_ratio_B {NUMBER} (0, inf), got 0.0"),
+    ({"lr_ratio_B": "16"}, TypeError, "lr_ratio_B must be a number, got '16' of type str"),
+    ({"stop_condition": "norms"}, ValueError, "stop_condition must be one of 'norm', 'never', got 'norms'"),
+    ({"stop_condition": []}, ValueError, "stop_condition must be one of 'norm', 'never', got []"),
+    ({"shrink_pattern": {"q9": 0.1}}, ValueError, "shrink_pattern 'q9' matches none of the 1 pair"),
+    ({"shrink_pattern": {"q": 1.0}}, ValueError, f"shrink_pattern['q'] {NUMBER} [0, 1), got 1.0"),
+    ({"shrink_pattern": {"(": 0.1}}, ValueError, "shrink_pattern must be a regular expression, got '('"),
+    ({"shrink_pattern": [("q", 0.1)]}, TypeError, "shrink_pattern must be a dict of name patterns, got [("),
+    ({"shrink_pattern": {0: 0.1}}, TypeError, "shrink_pattern must be a dict of name patterns, got {0"),
+    ({"maximize": 1}, TypeError, "maximize must be a bool, got 1 of type int"),
+    ({"amsgrad": 1}, TypeError, "amsgrad must be a bool, got 1 of type int"),
+    ({"capturable": None}, TypeError, "capturable must be a bool, got None of type NoneType"),
+    ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+    ({"seed": 2**63}, ValueError, f"seed must be below 2**63, got {2**63}"),
+    ({"seed": 1.5}, TypeError, "seed must be an int, got 1.5 of type float"),
+]
+# Of all groups together.
+BAD_FOR_ALL: list[tuple[dict[str, Any], type[Exception], str]] = [
+    *(
+        ({"max_grad_norm": x}, ValueError, f"max_grad_norm {NUMBER} (0, inf), got {x}")
+        for x in (0.0, -1.0, math.nan, -math.inf)
+    ),
+    ({"shrink_schedule": 0.1}, TypeError, "shrink_schedule must be a function of the step, got 0.1"),
+    ({"master_weights": 1}, TypeError, "master_weights must be a bool, got 1 of type int"),
+    ({"moments_dtype": torch.float16}, ValueError, f"{MOMENTS}, got torch.float16"),
+    ({"moments_dtype": "bf16"}, ValueError, f"{MOMENTS}, got 'bf16'"),
+    (
+        {"moments_dtype": torch.bfloat16, "amsgrad": True},
+        ValueError,
+        "amsgrad=True needs moments_dtype=torch.float32, got torch.bfloat16",
+    ),
+    *(
+        ({name: True}, TypeError, f"unexpected keyword argument '{name}'")
+        for name in ("foreach", "fused", "differentiable")
+    ),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD_OPTIONS + BAD_FOR_ALL)
+def test_bad_options(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         StableLoRAAdamW(lora(), **change)
-    if "max_grad_norm" not in change:
-        with pytest.raises(error, match=re.escape(message)):
-            StableLoRAAdamW([{"params": lora(), **change}])
-        optimizer = StableLoRAAdamW(lora())
-        with pytest.raises(error, match=re.escape(message)):
-            optimizer.add_param_group({"params": [("head", torch.ones(1, requires_grad=True))], **change})
-        assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("change, error, message", BAD_OPTIONS)
+def test_bad_options_of_a_group(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        StableLoRAAdamW([{"params": lora(), **change}])
+    optimizer = StableLoRAAdamW(lora())
+    with pytest.raises(error, match=re.escape(message)):
+        optimizer.add_param_group({"params": [("head", torch.ones(1, requires_grad=True))], **change})
+    assert len(optimizer.param_groups) == 1
 
 
 def frozen(named: list[tuple[str, torch.Tensor]], place: int) -> list[tuple[str, torch.Tensor]]:
@@ -100,6 +145,16 @@ def test_bad_parameters(params: object, error: type[Exception], message: str) ->
 def test_from_model_wants_a_module() -> None:
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
         StableLoRAAdamW.from_model([])
+
+
+def test_amsgrad_switched_on_later_is_refused_before_anything_changes(backend: str) -> None:
+    optimizer = StableLoRAAdamW(make_pairs(), moments_dtype=torch.bfloat16)
+    take_step(0, optimizer)
+    before = snapshot(optimizer)
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="amsgrad=True needs"):
+        optimizer.step()
+    assert all_equal(before, snapshot(optimizer))
 
 
 def test_a_sparse_gradient_is_refused_before_anything_changes(backend: str) -> None:

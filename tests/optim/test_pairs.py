@@ -75,20 +75,23 @@ def test_pairs_of_a_peft_model_with_two_adapters():
     assert pairs["base_model.model.0.other"].B is layer.lora_B["other"].weight
 
 
-def test_an_a_without_its_b():
-    with pytest.raises(ValueError, match=r"pair 'fc' has lora_A \[2, 4\] but no lora_B"):
-        lora_pairs([("fc.lora_A", torch.zeros(2, 4))])
-
-
-def test_a_b_without_its_a():
-    with pytest.raises(ValueError, match=r"pair 'fc.default' has lora_B \[4, 2\] but no lora_A"):
-        lora_pairs([("fc.lora_B.default.weight", torch.zeros(4, 2)), ("fc.weight", torch.zeros(4, 4))])
-
-
-def test_shapes_that_do_not_fit():
-    message = r"pair 'fc': A must be \[r, in\] and B \[out, r\] with one r, got A \[2, 4\] and B \[4, 3\]"
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"fc.lora_A": (2, 4)}, r"pair 'fc' has lora_A \[2, 4\] but no lora_B"),
+        ({"fc.lora_B.default.weight": (4, 2), "fc.weight": (4, 4)}, r"'fc.default' has lora_B \[4, 2\] but no lora_A"),
+        (
+            {"fc.lora_A": (2, 4), "fc.lora_B": (4, 3)},
+            r"pair 'fc': A must be \[r, in\] and B \[out, r\] with one r, got A \[2, 4\] and B \[4, 3\]",
+        ),
+    ],
+)
+def test_halves_that_do_not_fit(shapes, message):
     with pytest.raises(ValueError, match=message):
-        lora_pairs([("fc.lora_A", torch.zeros(2, 4)), ("fc.lora_B", torch.zeros(4, 3))])
+        lora_pairs([(name, torch.zeros(shape)) for name, shape in shapes.items()])
+
+
+def test_a_vector_is_no_half():
     with pytest.raises(ValueError, match=r"got A \[2\] and B \[4, 2\]"):
         LoRAPair("fc", torch.zeros(2), torch.zeros(4, 2))
 

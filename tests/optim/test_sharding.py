@@ -1,9 +1,10 @@
-"""Sharded A and B (DTensor): FSDP2 and tensor parallelism over gloo, equal to one process; checkpoints for other numbers."""
+"""Over gloo, equal to one process: sharded A and B (DTensor) of FSDP2 and tensor parallelism, DDP, and checkpoints of FSDP2."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import stablelora_kernels as slk
 from tests.helpers.distributed_training import TRAINING, compare, fit, gather
@@ -145,8 +146,8 @@ def in_one_process(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.nightly)])
-def test_equal_to_one_process(tmp_path: Path, world: int) -> None:
-    ranks = spawn(run_placements, world, tmp_path)
+def test_equal_to_one_process(spawned: Spawned, world: int) -> None:
+    ranks = [found["placements"] for found in spawned(2)] if world == 2 else spawned(4, run_placements)
     assert set(ranks[0]) == {(name, way) for way in WAYS[world] for name in (CASES if way == WAYS[world][0] else FEW)}
     for name, way in ranks[0]:
         what = f"{name}, {way}"
@@ -191,177 +192,126 @@ def check_collectives(name: str, way: str, latches: list[int | None], calls: lis
     assert calls == [dimensions + clipping if step <= last else clipping for step in range(1, len(calls) + 1)], what
 
 
-# FSDP2
+# Models
 
 
-def make_model(world: int) -> torch.nn.Module:
+def make_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     torch.manual_seed(0)
     model = Model()
     slk.apply_lora(model, lora_config())
-    if world > 1:
-        mesh = init_device_mesh("cpu", (world,))
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    return model
+    # The adapters too.
+    return model.to(dtype)
 
 
-def run_fsdp(rank: int, world: int, place: Path) -> dict[str, Any]:
-    model = make_model(world)
+def sharded(world: int) -> torch.nn.Module:
+    model = make_model()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+# Of data-parallel runs by their number of processes: the parameters' dtype, and max_grad_norm.
+REPLICATED: dict[int, list[tuple[torch.dtype, float | None]]] = {
+    2: [(torch.float32, None), (BF16, None)],
+    4: [(torch.float32, 0.05)],
+}
+
+
+def train_replicated(rank: int, world: int, dtype: torch.dtype, max_grad_norm: float | None) -> dict[str, Any]:
+    model = make_model(dtype)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    optimizer = slk.StableLoRAAdamW.from_model(wrapped, max_grad_norm=max_grad_norm, **TRAINING)
+    found = fit(wrapped, optimizer, rank, world)
+    return found | {"params": {name.removeprefix("module."): value for name, value in found["params"].items()}}
+
+
+def train_sharded(rank: int, world: int) -> dict[str, Any]:
+    model = sharded(world)
     optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
     assert any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
     return fit(model, optimizer, rank, world)
 
 
-def alone() -> dict[str, Any]:
-    model = make_model(1)
-    return fit(model, slk.StableLoRAAdamW.from_model(model, **TRAINING), 0, 1)
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_fsdp(tmp_path: Path, world: int) -> None:
-    expected = alone()
-    for found in spawn(run_fsdp, world, tmp_path):
-        compare(found, expected)
-
-
-# Checkpoints
-
-
 def save(rank: int, world: int, place: Path) -> None:
-    model = make_model(world)
+    model = sharded(world)
     optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
     fit(model, optimizer, rank, world, range(3))
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    checkpoint.save(state, checkpoint_id=str(place / "checkpoint"))
+    checkpoint.save(state, checkpoint_id=str(place / f"of{world}"))
 
 
-def resume(rank: int, world: int, place: Path) -> dict[str, Any]:
-    model = make_model(world)
+def resume(rank: int, world: int, place: Path, saved_on: int) -> dict[str, Any]:
+    model = sharded(world)
     optimizer = slk.StableLoRAAdamW.from_model(model, **{**TRAINING, "lr": 1.0, "seed": 1})
     before = {name: gather(p) for name, p in model.named_parameters()}
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     # That took a step of the optimizer to have a state to fill.
     for name, p in model.named_parameters():
         assert torch.equal(before[name], gather(p)), name
-    checkpoint.load(state, checkpoint_id=str(place / "checkpoint"))
+    checkpoint.load(state, checkpoint_id=str(place / f"of{saved_on}"))
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     assert optimizer.param_groups[0]["lr"] == TRAINING["lr"] and optimizer.param_groups[0]["seed"] == TRAINING["seed"]
     return fit(model, optimizer, rank, world, range(3, 6))
 
 
-@pytest.mark.parametrize(("saved_on", "resumed_on"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.nightly)])
-def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path, saved_on: int, resumed_on: int) -> None:
-    spawn(save, saved_on, tmp_path)
-    expected = alone()
-    for found in spawn(resume, resumed_on, tmp_path):
-        compare(found, expected)
+def train_all(rank: int, world: int, place: Path) -> dict[str, Any]:
+    """All that a rank does by day. Four ranks go on with what two have saved."""
+    found = {"sharded": train_sharded(rank, world)}
+    found["replicated"] = [train_replicated(rank, world, *case) for case in REPLICATED[world]]
+    if world == 4:
+        return found | {"resumed": resume(rank, world, place, 2)}
+    save(rank, world, place)
+    return found | {"placements": run_placements(rank, world, place)}
 
 
-# In one process
+Spawned = Callable[..., list[Any]]
 
 
-def pair_on(mesh: DeviceMesh, a_way: Placement, b_way: Placement) -> list[tuple[str, torch.Tensor]]:
-    a, b = torch.randn(4, 6), torch.zeros(5, 4)
-    return [
-        ("q.lora_A", DTensor.from_local(a, mesh, [a_way], run_check=False).requires_grad_()),
-        ("q.lora_B", DTensor.from_local(b, mesh, [b_way], run_check=False).requires_grad_()),
-    ]
+@pytest.fixture(scope="module")
+def spawned(tmp_path_factory: pytest.TempPathFactory) -> Spawned:
+    """What each of some processes returns; they run once."""
+    place = tmp_path_factory.mktemp("ranks")
+    return functools.cache(lambda world, work=train_all, *args: spawn(work, world, place, *args))
 
 
-def whole(named: list[tuple[str, DTensor]]) -> list[tuple[str, torch.Tensor]]:
-    return [(name, p.detach().full_tensor().clone().requires_grad_()) for name, p in named]
+@functools.cache
+def alone() -> dict[str, Any]:
+    model = make_model()
+    return fit(model, slk.StableLoRAAdamW.from_model(model, **TRAINING), 0, 1)
 
 
-def test_what_is_refused(mesh: DeviceMesh) -> None:
-    named = pair_on(mesh, Partial(), Shard(0))
-    with pytest.raises(
-        TypeError, match=r"parameter 'q.lora_A' must be sharded or replicated, got the placements \(Partial"
-    ):
-        slk.StableLoRAAdamW(named)
-    named = pair_on(mesh, Shard(0), Shard(0))
-    with pytest.raises(ValueError, match=r"parameter 'q.lora_A' is a DTensor, whose moments cannot be in 8 bits"):
-        slk.StableLoRAAdamW(named, moments_dtype=torch.uint8)
-    strided = DTensor.from_local(torch.randn(6, 4).t(), mesh, [Shard(0)], run_check=False).requires_grad_()
-    with pytest.raises(
-        ValueError, match=r"parameter 'q.lora_A' is sharded, so its shards must be contiguous, got the strides"
-    ):
-        slk.StableLoRAAdamW([("q.lora_A", strided), named[1]])
+@pytest.mark.parametrize("world", [2, 4])
+def test_fsdp(spawned: Spawned, world: int) -> None:
+    spawned(2)
+    for found in spawned(world):
+        compare(found["sharded"], alone())
 
 
-def test_a_gradient_of_other_placements_is_brought_to_the_parameters(mesh: DeviceMesh) -> None:
-    named = pair_on(mesh, Shard(0), Shard(0))
-    plain = whole(named)
-    optimizers = [slk.StableLoRAAdamW(each, lr=0.1) for each in (named, plain)]
-    for (_, p), (_, q) in zip(named, plain, strict=True):
-        q.grad = torch.randn(q.shape)
-        p.grad = DTensor.from_local(q.grad, mesh, [Partial()], run_check=False)
-    for optimizer in optimizers:
-        optimizer.step()
-    for (_, p), (_, q) in zip(named, plain, strict=True):
-        assert torch.equal(p.full_tensor(), q)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ddp(spawned: Spawned, world: int) -> None:
+    """Every rank latches at the same step, and all agree with one process on the whole batch."""
+    spawned(2)
+    for k, (dtype, max_grad_norm) in enumerate(REPLICATED[world]):
+        expected = train_replicated(0, 1, dtype, max_grad_norm)
+        ranks = [found["replicated"][k] for found in spawned(world)]
+        for rank in ranks:
+            assert rank["latches"] == expected["latches"] and any(rank["latches"])
+            assert all(torch.equal(value, ranks[0]["params"][name]) for name, value in rank["params"].items())
+        if dtype is torch.float32:
+            # In bfloat16, AdamW makes whole steps of gradients that are averaged in another order.
+            compare(ranks[0], expected)
 
 
-def test_parameters_that_a_trainer_exchanges_are_found(mesh: DeviceMesh) -> None:
-    """As accelerate does when it shards a model after the optimizer was made."""
-    named = pair_on(mesh, Shard(0), Shard(0))
-    plain = whole(named)
-    optimizer = slk.StableLoRAAdamW(plain, lr=0.1, shrink_ratio=0.5, weight_decay=0.0)
-    optimizer.param_groups[0]["params"] = [p for _, p in named]
-    for _, p in named:
-        p.grad = torch.zeros_like(p)
-    before = named[0][1].full_tensor().clone()
-    optimizer.step()
-    assert torch.equal(named[0][1].full_tensor(), 0.5 * before)
-    assert optimizer.pairs[0].A is named[0][1]
+def test_a_checkpoint_resumes_on_more_ranks(spawned: Spawned) -> None:
+    spawned(2)
+    for found in spawned(4):
+        compare(found["resumed"], alone())
 
 
-def test_a_whole_state_loads_into_parts(mesh: DeviceMesh) -> None:
-    named = pair_on(mesh, Shard(0), Shard(0))
-    plain = whole(named)
-    one, other = slk.StableLoRAAdamW(plain, lr=0.1), slk.StableLoRAAdamW(named, lr=0.2)
-    for _, p in plain:
-        p.grad = torch.randn(p.shape)
-    one.step()
-    other.load_state_dict(one.state_dict())
-    for (_, p), (_, q) in zip(named, plain, strict=True):
-        assert isinstance(other.state[p]["exp_avg"], DTensor)
-        assert torch.equal(other.state[p]["exp_avg"].full_tensor(), one.state[q]["exp_avg"])
-    back = slk.StableLoRAAdamW(plain, lr=0.3)
-    back.load_state_dict(other.state_dict())
-    for _, q in plain:
-        assert torch.equal(back.state[q]["exp_avg"], one.state[q]["exp_avg"])
-
-
-@pytest.mark.parametrize("name", ["torch", "triton"])
-def test_a_replaced_state_of_parts_is_noticed(mesh: DeviceMesh, name: str) -> None:
-    named = pair_on(mesh, Shard(0), Shard(0))
-    plain = whole(named)
-    one, other = slk.StableLoRAAdamW(plain, lr=0.1), slk.StableLoRAAdamW(named, lr=0.1)
-
-    def step() -> None:
-        for (_, p), (_, q) in zip(named, plain, strict=True):
-            q.grad = torch.randn(q.shape)
-            p.grad = DTensor.from_local(q.grad.clone(), mesh, [Shard(0)], run_check=False)
-        one.step()
-        other.step()
-
-    with slk.use_backend(name):
-        step()
-        one.state.clear()
-        other.state.clear()
-        step()
-        for (_, p), (_, q) in zip(named, plain, strict=True):
-            assert other.state[p]["step"].item() == 1
-            one.state[q]["exp_avg"] = torch.full_like(q, 0.5).detach()
-            other.state[p]["exp_avg"] = torch.full_like(p, 0.5).detach()
-        step()
-        for (_, p), (_, q) in zip(named, plain, strict=True):
-            assert torch.equal(other.state[p]["exp_avg"].full_tensor(), one.state[q]["exp_avg"])
-            torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-7)
-        other.state[named[0][1]]["exp_avg"] = torch.zeros(4, 7)
-        with pytest.raises(
-            ValueError, match=r"the state of 'q.lora_A': 'exp_avg' must be .* \[4, 6\] on cpu, got .* \[4, 7\]"
-        ):
-            step()
+@pytest.mark.nightly
+def test_a_checkpoint_resumes_on_fewer_ranks(spawned: Spawned) -> None:
+    spawned(4, save)
+    for found in spawned(2, resume, 4):
+        compare(found, alone())

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.steps import operators
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_triton")
 
@@ -23,20 +21,11 @@ pytestmark = pytest.mark.usefixtures("one_thread", "on_triton")
 SHAPES = [(8, 24, 8), (8, 24, 8), (3, 31, 5)]
 
 
-@pytest.fixture
-def on_triton():
-    with use_backend("triton"):
-        yield
-
-
-def optimizers(count: int = 2, **settings) -> list[StableLoRAAdamW]:
+def optimizers(count: int = 2, **settings: Any) -> list[StableLoRAAdamW]:
     """Alike, after three steps on gradients that stay where they are."""
     made = []
     for _ in range(count):
-        pairs = [
-            LoRAPair(pair.name, torch.nn.Parameter(pair.A.detach()), torch.nn.Parameter(pair.B.detach()))
-            for pair in make_pairs(SHAPES)
-        ]
+        pairs = [LoRAPair(p.name, *(torch.nn.Parameter(t.detach()) for t in (p.A, p.B))) for p in make_pairs(SHAPES)]
         optimizer = StableLoRAAdamW(pairs, lr=1e-2, shrink_ratio=0.05, seed=1, **settings)
         set_grads(params_of(optimizer), 0)
         for _ in range(3):
@@ -45,19 +34,26 @@ def optimizers(count: int = 2, **settings) -> list[StableLoRAAdamW]:
     return made
 
 
-def engine_of(optimizer: StableLoRAAdamW):
-    ((_, engine),) = optimizer._engines
-    return engine
+def renewed(optimizer: StableLoRAAdamW) -> StableLoRAAdamW:
+    """A fresh optimizer that is given the values, the state and, dense and in their own memory, the gradients of another."""
+    pairs = [LoRAPair(p.name, *(torch.nn.Parameter(t.detach().clone()) for t in (p.A, p.B))) for p in optimizer.pairs]
+    other = StableLoRAAdamW(pairs, lr=1e-2, shrink_ratio=0.05, seed=1)
+    for p, q in zip(params_of(optimizer), params_of(other), strict=True):
+        if p in optimizer.state:
+            other.state[q] = {name: value.clone() for name, value in optimizer.state[p].items()}
+        if p.grad is not None:
+            q.grad = p.grad.detach().float().clone(memory_format=torch.contiguous_format)
+    return other
 
 
 def is_short(optimizer: StableLoRAAdamW, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a step looks at no gradient and makes the launches of the step before."""
-    engine = engine_of(optimizer)
+    ((_, engine),) = optimizer._engines
     looks, launches = [], engine.launches
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_take_gradients", lambda gradients: looks.append(gradients) or gradients)
         optimizer.step()
-    return not looks and engine_of(optimizer) is engine and engine.launches is launches
+    return not looks and optimizer._engines[0][1] is engine and engine.launches is launches
 
 
 def test_a_step_in_which_nothing_changed_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,26 +61,11 @@ def test_a_step_in_which_nothing_changed_is_short(monkeypatch: pytest.MonkeyPatc
     assert is_short(optimizer, monkeypatch)
     # As a backward pass leaves them: other objects, where the allocator put them before.
     for p in params_of(optimizer):
-        p.grad = p.grad.detach()
-    assert is_short(optimizer, monkeypatch)
-    for p in params_of(optimizer):
-        p.grad.mul_(2)
+        p.grad = p.grad.detach().mul_(2)
     assert is_short(optimizer, monkeypatch)
     for p in params_of(optimizer):
         p.grad = p.grad.clone()
     assert not is_short(optimizer, monkeypatch)
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that PyTorch runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "shrink_ratio"])
@@ -95,53 +76,18 @@ def test_a_hyperparameter_that_is_a_tensor_is_copied_and_nothing_more(name: str)
     for optimizer, value in zip(made, (0.05, tensor), strict=True):
         optimizer.param_groups[0][name] = value
         optimizer.step()
-        with Operators() as seen:
+        with operators() as seen:
             optimizer.step()
-        steps.append(seen.counts)
-    assert steps[1] - steps[0] == {"aten.copy_.default": 1}
-    tensor.fill_(0.02)
-    made[0].param_groups[0][name] = 0.02
-    for optimizer in made:
-        optimizer.step()
-    for found, expected in zip(*map(snapshot, made), strict=True):
-        torch.testing.assert_close(found, expected)
+        steps.append(seen)
+    assert steps[1] - steps[0] == {"aten::copy_": 1}
 
 
-def values_in_place(p: torch.nn.Parameter) -> None:
-    p.grad.mul_(-3)
+def assign(p: torch.nn.Parameter, grad: torch.Tensor | None) -> None:
+    p.grad = grad
 
 
-def another_tensor(p: torch.nn.Parameter) -> None:
-    p.grad = -3 * p.grad
-
-
-def none(p: torch.nn.Parameter) -> None:
-    p.grad = None
-
-
-def other_memory(p: torch.nn.Parameter) -> None:
-    p.grad.data = -3 * p.grad
-
-
-def transposed_data(p: torch.nn.Parameter) -> None:
-    p.grad.data = p.grad.data.t()
-
-
-def transposed_in_place(p: torch.nn.Parameter) -> None:
-    p.grad.t_()
-
-
-def transposed_view(p: torch.nn.Parameter) -> None:
-    p.grad = p.grad.t()
-
-
-def other_dtype(p: torch.nn.Parameter) -> None:
-    p.grad.data = (-3 * p.grad).double()
-
-
-def other_dtype_same_memory(p: torch.nn.Parameter) -> None:
-    """Bytes of float32 read as bfloat16: the second half of each pair is its bfloat16 rounding."""
-    p.grad.data = p.grad.data.view(torch.bfloat16)[:, 1::2]
+def assign_data(p: torch.nn.Parameter, data: torch.Tensor) -> None:
+    p.grad.data = data
 
 
 def misaligned(p: torch.nn.Parameter) -> None:
@@ -150,8 +96,10 @@ def misaligned(p: torch.nn.Parameter) -> None:
     p.grad = memory[1:].view_as(p)
 
 
-def expanded(p: torch.nn.Parameter) -> None:
-    p.grad = p.grad[:1].clone().expand_as(p)
+def same_memory_as_bfloat16(p: torch.nn.Parameter) -> None:
+    """Of values that bfloat16 holds, so that the other half of each float32 is zero."""
+    p.grad.copy_(p.grad.bfloat16())
+    p.grad.data = p.grad.data.flatten().view(torch.bfloat16)[: p.numel()].view(p.shape)
 
 
 def part_of_a_graph(p: torch.nn.Parameter) -> None:
@@ -159,48 +107,67 @@ def part_of_a_graph(p: torch.nn.Parameter) -> None:
         p.grad = p.grad.clone().requires_grad_() * -3
 
 
-CHANGES = [
-    values_in_place,
-    another_tensor,
-    none,
-    other_memory,
-    transposed_data,
-    transposed_in_place,
-    transposed_view,
-    other_dtype,
-    other_dtype_same_memory,
-    misaligned,
-    expanded,
-    part_of_a_graph,
-]
+def swaps(p: torch.nn.Parameter) -> None:
+    grad = p.grad
+    torch.utils.swap_tensors(p, torch.nn.Parameter(torch.full_like(p, 100)))
+    p.grad = grad
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_changed_gradient_is_read_as_it_is(change: Callable[[torch.nn.Parameter], None]) -> None:
-    optimizer, other = optimizers()
-    before = snapshot(optimizer)
+def exchanged(p: torch.nn.Parameter, other: torch.nn.Parameter) -> None:
+    p.grad, other.grad = other.grad, p.grad.mul_(2)
+
+
+# To a parameter, the third of six.
+TO_A_PARAMETER: dict[str, Callable[[torch.nn.Parameter], Any]] = {
+    "gradient in place": lambda p: p.grad.mul_(-3),
+    "another gradient": lambda p: assign(p, -3 * p.grad),
+    "no gradient": lambda p: assign(p, None),
+    "gradient in other memory": lambda p: assign_data(p, -3 * p.grad),
+    "transposed data": lambda p: assign_data(p, p.grad.data.t()),
+    "transposed in place": lambda p: p.grad.t_(),
+    "transposed view": lambda p: assign(p, p.grad.t()),
+    "other dtype": lambda p: assign_data(p, (-3 * p.grad).double()),
+    "other dtype, same memory": same_memory_as_bfloat16,
+    "misaligned gradient": misaligned,
+    "expanded gradient": lambda p: assign(p, p.grad[:1].clone().expand_as(p)),
+    "gradient in a graph": part_of_a_graph,
+    "value in place": lambda p: p.fill_(100),
+    "value in other memory": lambda p: setattr(p, "data", torch.full_like(p, 100)),
+    "value swapped": swaps,
+}
+# To its state: the optimizer, and the parameter.
+TO_THE_STATE: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "gradients exchanged": lambda o, p: exchanged(p, params_of(o)[0]),
+    "no first moment": lambda o, p: o.state[p].pop("exp_avg"),
+    "renamed": lambda o, p: o.state[p].update(other=o.state[p].popitem()[1]),
+    "moments exchanged": lambda o, p: o.state[p].update(
+        exp_avg=o.state[p]["exp_avg_sq"], exp_avg_sq=o.state[p]["exp_avg"].abs_()
+    ),
+    "an equal tensor": lambda o, p: o.state[p].update(exp_avg=o.state[p]["exp_avg"].clone()),
+    "another entry": lambda o, p: o.state.update({p: {**o.state[p], "step": torch.tensor(7.0, device=p.device)}}),
+    "a further entry": lambda o, p: o.state[p].update(own=torch.zeros((), device=p.device)),
+    "no entry": lambda o, p: o.state.pop(p),
+    "a plain dict": lambda o, p: setattr(
+        o, "state", {q: {k: t.clone() for k, t in e.items()} for q, e in o.state.items()}
+    ),
+}
+CHANGES = {name: lambda o, p, change=change: change(p) for name, change in TO_A_PARAMETER.items()} | TO_THE_STATE
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_noticed(name: str) -> None:
+    """The step after it is one of an optimizer that has seen nothing else."""
+    (optimizer,) = optimizers(1)
     with torch.no_grad():
-        # Only the last of several, and in another optimizer its values as a dense tensor of its own.
-        p, q = (params_of(each)[2] for each in (optimizer, other))
-        change(p)
-        q.grad = None if p.grad is None else p.grad.detach().float().clone(memory_format=torch.contiguous_format)
-    for each in (optimizer, other):
-        each.step()
-    assert all_equal(snapshot(optimizer), snapshot(other)) and not all_equal(snapshot(optimizer), before)
+        CHANGES[name](optimizer, params_of(optimizer)[2])
+    before, other = snapshot(optimizer), renewed(optimizer)
+    optimizer.step()
+    assert not all_equal(snapshot(optimizer), before)
+    other.step()
+    assert all_equal(snapshot(optimizer), snapshot(other))
     # And back again.
     for each in (optimizer, other):
         set_grads(params_of(each), 5)
-        each.step()
-    assert all_equal(snapshot(optimizer), snapshot(other))
-
-
-def test_exchanged_gradients() -> None:
-    optimizer, other = optimizers()
-    a, b = params_of(optimizer)[0], params_of(optimizer)[2]
-    a.grad, b.grad = b.grad, a.grad.mul_(2)
-    a, b = params_of(other)[0], params_of(other)[2]
-    a.grad, b.grad = b.grad.clone(), a.grad.clone() * 2
-    for each in (optimizer, other):
         each.step()
     assert all_equal(snapshot(optimizer), snapshot(other))
 
@@ -213,89 +180,6 @@ def test_a_sparse_gradient_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match=r"gradients must be dense tensors, got torch\.sparse_coo"):
         optimizer.step()
     assert all_equal(snapshot(optimizer), before)
-
-
-def writes(p: torch.nn.Parameter) -> None:
-    with torch.no_grad():
-        p.fill_(100)
-
-
-def moves(p: torch.nn.Parameter) -> None:
-    p.data = torch.full_like(p, 100)
-
-
-def swaps(p: torch.nn.Parameter) -> None:
-    grad = p.grad
-    torch.utils.swap_tensors(p, torch.nn.Parameter(torch.full_like(p, 100)))
-    p.grad = grad
-
-
-@pytest.mark.parametrize("change", [writes, moves, swaps], ids=lambda change: change.__name__)
-def test_a_changed_parameter_is_noticed(change: Callable[[torch.nn.Parameter], None]) -> None:
-    """Its pair latches by the norm of what was written."""
-    (optimizer,) = optimizers(1)
-    assert optimizer.stability()[1].latched_at is None
-    p = optimizer.pairs[1].B
-    change(p)
-    optimizer.step()
-    assert optimizer.stability()[1].latched_at == 4 and (p > 99).all()
-
-
-def drops_an_entry(optimizer: StableLoRAAdamW, p: torch.Tensor) -> None:
-    optimizer.state[p].pop("exp_avg")
-
-
-def renames_the_last_entry(optimizer: StableLoRAAdamW, p: torch.Tensor) -> None:
-    name, value = optimizer.state[p].popitem()
-    optimizer.state[p][f"other_{name}"] = value
-
-
-def exchanges_entries(optimizer: StableLoRAAdamW, p: torch.Tensor) -> None:
-    entry = optimizer.state[p]
-    entry["exp_avg"], entry["exp_avg_sq"] = entry["exp_avg_sq"], entry["exp_avg"]
-
-
-def replaces_a_tensor(optimizer: StableLoRAAdamW, p: torch.Tensor) -> None:
-    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].clone()
-
-
-def replaces_an_entry(optimizer: StableLoRAAdamW, p: torch.Tensor) -> None:
-    optimizer.state[p] = {**optimizer.state[p], "step": torch.tensor(7.0, device=p.device)}
-
-
-def adds_an_entry(optimizer: StableLoRAAdamW, p: torch.Tensor) -> None:
-    optimizer.state[p]["own"] = torch.zeros((), device=p.device)
-
-
-def drops_a_parameter(optimizer: StableLoRAAdamW, p: torch.Tensor) -> None:
-    del optimizer.state[p]
-
-
-def takes_a_plain_dict(optimizer: StableLoRAAdamW, p: torch.Tensor) -> None:
-    optimizer.state = {q: dict(entry) for q, entry in list(optimizer.state.items())[1:]}
-
-
-STATE_CHANGES = [
-    drops_an_entry,
-    renames_the_last_entry,
-    exchanges_entries,
-    replaces_a_tensor,
-    replaces_an_entry,
-    adds_an_entry,
-    drops_a_parameter,
-    takes_a_plain_dict,
-]
-
-
-@pytest.mark.parametrize("change", STATE_CHANGES, ids=lambda change: change.__name__)
-def test_a_changed_state_makes_new_engines(change: Callable[[StableLoRAAdamW, torch.Tensor], None]) -> None:
-    (optimizer,) = optimizers(1)
-    engine = engine_of(optimizer)
-    optimizer.step()
-    assert engine_of(optimizer) is engine
-    change(optimizer, params_of(optimizer)[3])
-    optimizer.step()
-    assert engine_of(optimizer) is not engine
 
 
 def test_parameters_that_change_groups() -> None:

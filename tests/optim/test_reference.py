@@ -1,0 +1,63 @@
+"""Every option on every path and dtype against the float64 reference, beside a parameter outside of all pairs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stablelora_kernels.dispatch.settings import use_backend
+from tests.helpers.optimizers import DEVICE, halves, in_float64
+from tests.helpers.steps import decide_on_device, latches, take_step_with
+from tests.optim.options import BF16, FP32, FP64, LOW, OPTIONS, STORED
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 10
+PATHS = ["torch", "triton", "torch as on a GPU", "in turn"]
+CASES = [
+    pytest.param(path, name, dtype, id=f"{path}-{name}-{str(dtype).removeprefix('torch.')}")
+    for path in PATHS
+    for name, row in OPTIONS.items()
+    for dtype in row.dtypes
+    if (dtype is not FP64 or path.startswith("torch")) and (path != "in turn" or name in STORED)
+]
+# By how much of what a parameter has moved, moments of few bits may lead astray. Each of their roundings moves an 8-bit second
+# moment by an eighth at most, seldom: a walk of about a hundredth a step, half of which is in its root; the first adds as much.
+ASTRAY = {FP32: 0.0, BF16: 0.01, torch.uint8: 0.1}
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize(("path", "name", "dtype"), CASES)
+def test_steps_are_the_references(path: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turn, either backend takes two steps and goes on from the other's."""
+    if path == "torch as on a GPU":
+        decide_on_device(monkeypatch)
+    row = OPTIONS[name]
+    pairs, lone = row.pairs(dtype), torch.ones(7, dtype=dtype, device=DEVICE, requires_grad=True)
+    oracle = row.reference(in_float64(pairs), [lone.detach().to(FP64, copy=True)])
+    optimizer = row.optimizer([*pairs, ("lone", lone)])
+    start = [q.clone() for q in oracle.params]
+    for step in range(STEPS):
+        backend = ("torch", "triton")[step // 2 % 2] if path == "in turn" else path.split()[0]
+        with use_backend(backend):
+            # Of norms above and below the bound that clips them.
+            take_step_with(oracle, optimizer, step, scale=(1e-2, 1e-3, 4e-2)[step % 3])
+    assert latches(optimizer) == oracle.latched_at
+    assert name != "plain" or (any(oracle.latched_at.values()) and None in oracle.latched_at.values())
+    rounded = dtype in LOW and not row.masters
+    for p, q, s in zip([*halves(pairs), lone], oracle.params, start, strict=True):
+        found = optimizer.state[p].get("master", p).detach()
+        assert ("master" in optimizer.state[p]) == row.masters
+        # The parameter is its master's nearest rounding.
+        assert torch.equal(p.detach(), found.to(dtype))
+        assert optimizer.state[p]["exp_avg"].dtype is (FP64 if dtype is FP64 else row.moments)
+        if row.moments is FP32 and not rounded:
+            # The norm that clips is float32's in any case.
+            exact = dtype is FP64 and "max_grad_norm" not in row.options
+            rtol, atol = (1e-12, 1e-14) if exact else (4e-5, 4e-6)
+            torch.testing.assert_close(found.double(), q, rtol=rtol, atol=atol)
+            continue
+        error, moved = (found.double() - q).norm().item(), (q - s).norm().item()
+        # Each step rounds at random by less than a unit in the last place.
+        allowed = ASTRAY[row.moments] * moved + (3 * torch.finfo(dtype).eps * q.norm().item() if rounded else 0.0)
+        assert 0 < error < allowed, f"{[*p.shape]} is off by {error:.3g}, moved by {moved:.3g}"
