@@ -28,9 +28,8 @@ def load_model(name: str, auto: Any) -> tuple[Any, Any]:
     """
     try:
         if name == "smollm2":
-            load = smollm2.load_smollm2_lm if auto is AutoModelForCausalLM else smollm2.load_smollm2
-            return load(assets.smollm2_gguf())
-        source = str(assets.minilm_dir()) if name == "minilm" else name
+            return smollm2.load_smollm2(assets.fetch(assets.SMOLLM2)[0], causal=auto is AutoModelForCausalLM)
+        source = str(assets.fetch(assets.MINILM)[0].parent) if name == "minilm" else name
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, report = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except (assets.AssetError, OSError, ValueError) as error:

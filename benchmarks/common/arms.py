@@ -24,15 +24,16 @@ def adapt(
     alpha: float | None = None,
     dropout: float = 0.0,
     float32: bool = True,
+    every_mlp: bool = True,
 ) -> nn.Module:
     """``model`` with an arm's adapters, as a user would put them in: on the linear layers whose names end with ``targets``.
 
     It changes ``model``. ``arm`` is one of the names above, ``ACCELERATED`` and ``OURS`` also with ``MLP_FUSED`` or
     ``PROJECTIONS_FUSED``. ``alpha`` is 2 r unless given. Adapters are float32, PEFT's default and ours, or with ``float32=False``
-    in the dtype of ``model``.
+    in the dtype of ``model``. With ``every_mlp=False`` an MLP that can't be fused stays as it is.
 
     Raises:
-        ValueError: there is no such arm, or it would leave a layer to PEFT or an MLP to its own forward.
+        ValueError: there is no such arm, or it would leave a layer to PEFT or, with ``every_mlp``, an MLP to its own forward.
     """
     layers, comma, fused = arm.partition(", ")
     fuse = {"fuse_mlp": comma + fused == MLP_FUSED, "fuse_projections": comma + fused == PROJECTIONS_FUSED}
@@ -54,7 +55,7 @@ def adapt(
         model = get_peft_model(model, LoraConfig(**options), autocast_adapter_dtype=float32)
         if layers == ACCELERATED:
             report = slk.accelerate_peft(model, strict=True, **fuse)
-    if fuse["fuse_mlp"] and (not report.mlps or any(mlp.reason for mlp in report.mlps)):
+    if every_mlp and fuse["fuse_mlp"] and (not report.mlps or any(mlp.reason for mlp in report.mlps)):
         raise ValueError(f"every MLP must be fused for {arm!r}, got {report.mlps}")
     return model
 

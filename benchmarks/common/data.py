@@ -7,16 +7,13 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.common import assets
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-DATASETS = ("sarcasm", "reuters-52")
 # Sorting windows of this many batches by length removes about a third of the padding and keeps batches random.
 _WINDOW = 8
 
@@ -43,71 +40,49 @@ class Dataset:
 
 def load_dataset(name: str, *, seed: int, held_out: int) -> Dataset:
     """``held_out`` test examples and all the training examples of ``name``, shuffled by ``seed``."""
-    if name == "sarcasm":
-        return _sarcasm(seed, held_out)
+    if name not in assets.DATASETS:
+        raise ValueError(f"data must be one of {', '.join(assets.DATASETS)}, got {name!r}")
     if name == "reuters-52":
-        return _reuters(seed, held_out)
-    raise ValueError(f"data must be one of {', '.join(DATASETS)}, got {name!r}")
+        # Keep the official split. Training drops texts that are also in the test file.
+        train, test = map(_read_tab, assets.fetch(assets.REUTERS))
+        classes, length = tuple(sorted({label for _, label in train})), 128
+        unseen = {text: classes.index(label) for text, label in test if label in classes}
+        rest = _shuffled({text: classes.index(label) for text, label in train if text not in unseen}, seed)
+        kept = _shuffled(unseen, seed)[:held_out]
+    else:
+        classes, length, examples = ("sincere", "sarcastic"), 64, {}
+        with assets.fetch(assets.SARCASM)[0].open(encoding="utf-8") as file:
+            for record in map(json.loads, file):
+                # Remove duplicates before the split; otherwise one headline could be on both sides.
+                examples.setdefault(record["input"][-1]["content"].strip(), int(record["ideal"]))
+        if not 0 < held_out < len(examples):
+            raise ValueError(f"held_out must be in [1, {len(examples) - 1}], got {held_out}")
+        order = _shuffled(examples, seed)
+        kept, rest = order[:held_out], order[held_out:]
+    return Dataset(name, classes, tuple(rest), tuple(kept), length)
 
 
-def _sarcasm(seed: int, held_out: int) -> Dataset:
-    examples: dict[str, int] = {}
-    with assets.sarcasm_file().open(encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            # Remove duplicates before the split; otherwise one headline could be on both sides.
-            examples.setdefault(record["input"][-1]["content"].strip(), int(record["ideal"]))
-    return Dataset("sarcasm", ("sincere", "sarcastic"), *_split(list(examples.items()), seed, held_out), max_tokens=64)
-
-
-def _reuters(seed: int, held_out: int) -> Dataset:
-    train_file, test_file = assets.reuters_files()
-    train, test = _read_tab(train_file), _read_tab(test_file)
-    classes = tuple(sorted({label for _, label in train}))
-    index = {label: number for number, label in enumerate(classes)}
-    # Keep the official split. Training drops texts that are also in the test file.
-    unseen = {text: index[label] for text, label in test if label in index}
-    seen = {text: index[label] for text, label in train if text not in unseen}
-    kept = _shuffled(list(unseen.items()), seed)[:held_out]
-    return Dataset("reuters-52", classes, tuple(_shuffled(list(seen.items()), seed)), tuple(kept), max_tokens=128)
-
-
-def _read_tab(path: Any) -> list[tuple[str, str]]:
+def _read_tab(path: Path) -> list[tuple[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t"))
+        rows = [*csv.reader(file, delimiter="\t")]
     # Orange's format has three header rows (names, types, roles); these files also have blank rows.
     return [(row[1].strip(), row[0]) for row in rows[3:] if len(row) == 2 and row[0]]
 
 
-def _shuffled(examples: list[Example], seed: int) -> list[Example]:
+def _shuffled(examples: dict[str, int], seed: int) -> list[Example]:
     # Sort first, so that the order depends on the seed alone, not on the file.
-    return random.Random(seed).sample(sorted(examples), len(examples))
+    return random.Random(seed).sample(sorted(examples.items()), len(examples))
 
 
-def _split(examples: list[Example], seed: int, held_out: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    if not 0 < held_out < len(examples):
-        raise ValueError(f"held_out must be in [1, {len(examples) - 1}], got {held_out}")
-    order = _shuffled(examples, seed)
-    return tuple(order[held_out:]), tuple(order[:held_out])
-
-
-def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Batch:
+def collate(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> Batch:
     """One batch, padded on the right to its longest text."""
-    encoded = tokenizer(
-        [text for text, _ in examples],
-        padding=True,
-        padding_side="right",
-        truncation=True,
-        max_length=max_tokens,
-        return_tensors="pt",
-    )
-    labels = torch.tensor([label for _, label in examples])
-    return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+    texts, labels = zip(*examples, strict=True)
+    options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": max_tokens}
+    encoded = tokenizer([*texts], **options, return_tensors="pt")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")} | {"labels": torch.tensor(labels)}
 
 
-def training_batches(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, seed: int
-) -> Iterator[Batch]:
+def training_batches(dataset: Dataset, tokenizer: Any, *, batch_size: int, seed: int) -> Iterator[Batch]:
     """Endless batches: a new shuffle each epoch, texts of similar length together."""
     if batch_size > len(dataset.train):
         raise ValueError(f"batch_size must be at most the {len(dataset.train)} training examples, got {batch_size}")
@@ -118,13 +93,11 @@ def training_batches(
             window = sorted(order[start : start + batch_size * _WINDOW], key=lambda example: len(example[0]))
             batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
             rng.shuffle(batches)
-            for examples in batches:
-                # Skip a short last batch: its step time does not compare.
-                if len(examples) == batch_size:
-                    yield collate(examples, tokenizer, dataset.max_tokens)
+            # Skip a short last batch: its step time does not compare.
+            yield from (collate(each, tokenizer, dataset.max_tokens) for each in batches if len(each) == batch_size)
 
 
-def test_batches(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> Iterator[Batch]:
+def test_batches(dataset: Dataset, tokenizer: Any, *, batch_size: int) -> Iterator[Batch]:
     """The held-out examples once, sorted by length: fewer pads, and the same order for every arm."""
     order = sorted(dataset.test, key=lambda example: (len(example[0]), example[0]))
     for start in range(0, len(order), batch_size):
@@ -143,12 +116,3 @@ def split_tokens(text: str, tokenizer: Any, length: int, held_out: int) -> tuple
         raise ValueError(f"length must be from 2 to a twentieth of the text's {len(tokens)} tokens, got {length}")
     rows = min(held_out, len(last) // length)
     return tokens[: -len(last)], last[: rows * length].view(rows, length)
-
-
-def shuffled(rows: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless batches of rows, in a new order each epoch."""
-    rng = random.Random(seed)
-    while True:
-        order = rng.sample(range(len(rows)), len(rows))
-        for start in range(0, len(order) - size + 1, size):
-            yield rows[order[start : start + size]]

@@ -6,19 +6,16 @@ import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import assets
-from benchmarks.common.smollm2 import load_smollm2, load_smollm2_lm
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from benchmarks.common.smollm2 import load_smollm2
 
 # Names of the query and value projections in different model families.
-_QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("query_proj", "value_proj"))
+_QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "query_proj", "value_proj")
 
 
 class Classifier(nn.Module):
@@ -53,7 +50,7 @@ class NextToken(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.flatten(0, 1).float()
 
 
-def load_model(name: str, causal: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, causal: bool = False) -> tuple[Any, Any]:
     """The frozen fp32 model and the tokenizer of ``"smollm2"``, ``"minilm"``, a local directory or a hub id.
 
     It has no head, or with ``causal`` that of a causal language model.
@@ -62,19 +59,19 @@ def load_model(name: str, causal: bool = False) -> tuple[PreTrainedModel, PreTra
         AssetError: the model can't be had, or lacks weights.
     """
     if name == "smollm2":
-        model, tokenizer = (load_smollm2_lm if causal else load_smollm2)(assets.smollm2_gguf())
+        model, tokenizer = load_smollm2(assets.fetch(assets.SMOLLM2)[0], causal)
     else:
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-        source = str(assets.minilm_dir() if name == "minilm" else Path(name).expanduser())
+        source = str(assets.fetch(assets.MINILM)[0].parent if name == "minilm" else Path(name).expanduser())
         options: Any = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model, report = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(source, **options)
         except (OSError, ValueError) as error:
-            kind = "local directory" if Path(source).is_dir() else "hub id (and no local directory)"
+            kind = "a local directory" if Path(source).is_dir() else "a hub id (and no local directory)"
             reason = str(error).strip().splitlines()[0]
-            raise assets.AssetError(f"could not load model {name!r}, a {kind}: {reason}") from error
+            raise assets.AssetError(f"could not load model {name!r}, {kind}: {reason}") from error
         # transformers would draw an encoder a head.
         if causal and (missing := report["missing_keys"]):
             raise assets.AssetError(
@@ -89,17 +86,27 @@ def load_model(name: str, causal: bool = False) -> tuple[PreTrainedModel, PreTra
     return model.requires_grad_(False), tokenizer
 
 
-def share(model: PreTrainedModel) -> PreTrainedModel:
+def share(model: Any) -> Any:
     """A copy of ``model``'s modules over the same frozen weights, which takes no memory."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def linear_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the linear layers of ``model``, but for a language model's head."""
+def linear_names(model: nn.Module, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+    """The last parts of the names of ``model``'s linear layers, but for a language model's head; if given, those ``wanted``.
+
+    Raises:
+        ValueError: no linear layer has one of the wanted names.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    return tuple(sorted({name.rpartition(".")[2] for name in layers}))
+    present = tuple(sorted({name.rpartition(".")[2] for name in layers}))
+    if unknown := [name for name in wanted if name not in present]:
+        raise ValueError(
+            f"--target-modules must name linear layers of {type(model).__name__} ({', '.join(present) or 'it has none'}), "
+            f"got {', '.join(unknown)}"
+        )
+    return tuple(wanted) or present
 
 
 def query_value_names(model: nn.Module) -> tuple[str, ...]:
@@ -109,24 +116,10 @@ def query_value_names(model: nn.Module) -> tuple[str, ...]:
         ValueError: it has none under a known name.
     """
     present = linear_names(model)
-    for names in _QUERY_VALUE:
-        if {*names} <= {*present}:
-            return names
-    known = ", ".join("/".join(names) for names in _QUERY_VALUE)
-    raise ValueError(
-        f"{type(model).__name__} has no nn.Linear layers named {known}; name the layers to adapt with --target-modules "
-        f"(it has {', '.join(present) or 'none'})"
-    )
-
-
-def check_linear_names(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless each of ``names`` is the last part of the name of a linear layer of ``model``."""
-    present = linear_names(model)
-    if unknown := [name for name in names if name not in present]:
-        raise ValueError(
-            f"--target-modules must name linear layers of {type(model).__name__} ({', '.join(present) or 'it has none'}), "
-            f"got {', '.join(unknown)}"
-        )
+    found = tuple(name for name in present if name in _QUERY_VALUE)
+    if not found:
+        raise ValueError(f"{type(model).__name__} must have layers named {', '.join(_QUERY_VALUE)}, got {present}")
+    return found
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

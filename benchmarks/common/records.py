@@ -15,7 +15,7 @@ from stablelora_kernels.utils.timing import summarize
 
 # ``role`` is "base", "rival" or "ours", or both of the first with a space between; ``n`` the number of samples.
 COLUMNS = ("case", "phase", "arm", "role", "metric", "median", "q1", "q3", "n")
-# Significant digits.
+# Significant digits, unless a caller needs more.
 DIGITS = 4
 
 
@@ -26,14 +26,16 @@ def record(case: str, phase: str, arm: str, metric: str, samples: Sequence[float
     return {**named, **found, "n": len(samples)}
 
 
-def write_records(path: Path, rows: Iterable[dict[str, Any]], environment: dict[str, Any]) -> Path:
+def write_records(
+    path: Path, rows: Iterable[dict[str, Any]], environment: dict[str, Any], digits: int = DIGITS
+) -> Path:
     """Write ``rows``, which may have further columns, whole or not at all."""
     frame = pd.DataFrame(rows)
     table = frame.reindex(columns=[*COLUMNS, *frame.columns.difference(COLUMNS, sort=False)])
-    # A missing value makes floats of a column's integers, which DIGITS would round.
+    # A missing value makes floats of a column's integers, which ``digits`` would round.
     whole = [name for name in table.select_dtypes("float") if (table[name].dropna() % 1 == 0).all()]
     body = table.astype(dict.fromkeys(whole, "Int64")).to_csv(
-        index=False, lineterminator="\n", float_format=f"%.{DIGITS}g"
+        index=False, lineterminator="\n", float_format=f"%.{digits}g"
     )
     return write_text(path, f"# {json.dumps(environment)}\n{body}")
 

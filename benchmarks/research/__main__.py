@@ -2,9 +2,8 @@
 
     python -m benchmarks.research paper|stability [--preset PRESET] [--out DIR] [--processes N] [--stored DIR]
 
-``paper`` fine-tunes small models with the paper's optimizers; ``stability`` trains a planted task, or small Transformers, at many
-widths. Each finished run is in DIR/runs.csv and is not run again; presets share DIR. To go on from another call's runs, copy
-its runs.csv. ``--stored DIR`` runs nothing, and makes tables and plots from the CSV files in DIR.
+``paper`` fine-tunes small models with the paper's optimizers; ``stability`` trains at many widths. Each finished run is in
+DIR/runs.csv and is not run again; presets share DIR. ``--stored DIR`` runs nothing, and reports the CSV files in DIR.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 import stablelora_kernels as slk
 from benchmarks.common import optimizers
-from benchmarks.common.data import Batch
 from benchmarks.common.models import autocast, linear_names, load_model, query_value_names, share
+from benchmarks.finetuning.arms import evaluate
 from benchmarks.research.tasks import Task, classes, plays
 
 ADAMW, STABLE = "AdamW", "Stable-LoRA"
@@ -181,24 +181,11 @@ def build(run: Run) -> tuple[nn.Module, list[slk.LoRAPair], list[torch.optim.Opt
     return model, pairs, every
 
 
-@torch.no_grad()
-def score(model: nn.Module, batches: Sequence[Batch], task: str) -> float:
-    """The share of right labels; of the plays the negated loss, in nats a token. More is better."""
-    total = count = 0.0
-    for batch in batches:
-        logits, labels = model(batch["input_ids"], batch["attention_mask"]), batch["labels"]
-        size = int((labels >= 0).sum())
-        loss = F.cross_entropy(logits, labels).item()
-        total += -size * loss if task == "plays" else int((logits.argmax(1) == labels).sum())
-        count += size
-    return total / count
-
-
 def execute(run: Run) -> list[dict[str, Any]]:
     """Train and evaluate. Raises :class:`~benchmarks.common.optimizers.Unavailable` if the optimizer can't run here."""
     task = _task(run.model, run.task)
     model, pairs, every = build(run)
-    precision = autocast(torch.device("cpu"), {"fp32": torch.float32, "bf16": torch.bfloat16}[run.dtype])
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[run.dtype]
 
     def schedule(step: int) -> float:
         return min(1.0, (step + 1) / WARMUP) * max(0.0, (run.steps - step) / run.steps)
@@ -211,7 +198,7 @@ def execute(run: Run) -> list[dict[str, Any]]:
     model.train()
     while len(seconds) < run.steps and math.isfinite(last):
         batch = next(batches)
-        with precision:
+        with autocast(torch.device("cpu"), dtype):
             loss = F.cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"])
         loss.backward()
         began = time.perf_counter()
@@ -222,13 +209,12 @@ def execute(run: Run) -> list[dict[str, Any]]:
             each.step()
         model.zero_grad(set_to_none=True)
         last = loss.item()
-    model.eval()
-    if math.isfinite(last):
-        with precision:
-            found = {split: score(model, getattr(task, split), run.task) for split in ("validation", "test")}
-    else:
-        # No right answer, or more nats than of a guess.
-        found = dict.fromkeys(("validation", "test"), -20.0 if run.task == "plays" else 0.0)
+    # More is better: the share of right labels, or of the plays the negated loss, in nats a token. If training diverged: no right
+    # answer, or more nats than of a guess.
+    found: dict[str, float] = dict.fromkeys(("validation", "test"), -20.0 if run.task == "plays" else 0.0)
+    for split in found if math.isfinite(last) else ():
+        reached = evaluate(model, getattr(task, split), dtype)
+        found[split] = -reached["loss"] if run.task == "plays" else reached["accuracy"]
     ratios = [pair.A.detach().float().norm().item() / before for pair, before in zip(pairs, start, strict=True)]
     state = [t for entry in every[0].state.values() for t in entry.values() if isinstance(t, torch.Tensor) and t.dim()]
     found |= {

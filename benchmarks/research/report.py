@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from benchmarks.common.intervals import interval, log_slope
-from benchmarks.common.plot_style import panels
+from benchmarks.common.plot_style import STYLE, plt, save
 from benchmarks.common.tables import write_text
 from benchmarks.research.paper import CHANGEABLE, COLUMNS, SETTING, Run, best
 from benchmarks.research.runner import RECORDS, load
@@ -26,7 +26,20 @@ NOTHING = "nothing"
 # Below this score training has broken: little more accuracy than always answering one class (42 to 50 %); for the plays, a loss
 # above SmolLM2's before any training. At small learning rates, little is learned yet.
 FALLEN = {"sarcasm": 0.6, "reuters-52": 0.5, "plays": -4.086}
-Rows = Iterator[dict[str, Any]]
+
+
+def panels(rows: dict[str, dict[str, Any]], title: str, path: Path, **look: Any) -> None:
+    """A row of panels for each label of the y axis, and in it a panel for each title: a DataFrame's columns against the rate."""
+    width, height = max(map(len, rows.values())), len(rows)
+    look |= {"style": "o-", "markersize": 3, "logx": True, "legend": False, "xlabel": "learning rate"}
+    with plt.rc_context(STYLE | {"figure.figsize": (2.6 * max(width, 3) + 1.6, 3.2 * height + 0.5)}):
+        figure, axes = plt.subplots(height, width, layout="constrained", squeeze=False, sharey="row")
+        for line, (label, frames) in zip(axes, rows.items(), strict=True):
+            for axis, (name, frame) in zip(line, frames.items(), strict=True):
+                frame.plot(ax=axis, title=name, ylabel=label, **look)
+        figure.suptitle(title, fontweight="bold")
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
+        save(figure, path)
 
 
 def described(runs: pd.DataFrame) -> pd.DataFrame:
@@ -55,7 +68,7 @@ def summary(mine: pd.DataFrame, **bases: pd.DataFrame) -> dict[str, Any]:
     return row | mine[[*COLUMNS[2:]]].mean().to_dict()
 
 
-def rates(runs: pd.DataFrame) -> Rows:
+def rates(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Every arm and learning rate, its difference from AdamW at the same rate, and Fisher's p of how many runs broke."""
     runs = runs[runs.changed == NOTHING]
     for (arm, lr), mine in runs.groupby(["arm", "lr"]):
@@ -64,7 +77,7 @@ def rates(runs: pd.DataFrame) -> Rows:
         yield {"arm": arm, "lr": lr, "fell_p": fell} | summary(mine, minus_adamw=adamw[adamw.arm != arm])
 
 
-def headline(runs: pd.DataFrame) -> Rows:
+def headline(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Each optimizer at its best, and its difference from AdamW at AdamW's best. Nothing of a single rate: none was chosen."""
     runs = runs[runs.changed == NOTHING]
     chosen = best(runs) if runs.lr.nunique() > 1 else {}
@@ -75,7 +88,7 @@ def headline(runs: pd.DataFrame) -> Rows:
         yield {"arm": mine.arm.iloc[0], "lr": key[1]} | summary(mine, minus_adamw=adamw[adamw.optimizer != name])
 
 
-def ablations(runs: pd.DataFrame) -> Rows:
+def ablations(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Each changed arm after the unchanged one on the same seeds: differences from that, and from AdamW with the same change."""
     changed = runs[runs.changed != NOTHING]
     adamw = runs[(runs.arm == ADAMW) & runs.lr.isin(changed.lr[changed.arm == ADAMW])]
@@ -141,11 +154,10 @@ def grid(records: pd.DataFrame) -> pd.DataFrame:
 
     ``bound`` is the fewest steps that B needs to reach A from PEFT's start.
     """
-    groups = records[records.law == GRID].groupby([*KEYS, "arm", "width", "lr"])
+    groups = records[records.law == GRID].groupby([*KEYS, "arm", "width", "lr"], as_index=False)
     rows = groups.agg(
         loss=("log_loss", "mean"), shrinks=("shrinks", "median"), latched=("latched", "sum"), seeds=("seed", "size")
     )
-    rows = rows.reset_index()
     kept = 1 - rows.arm.map(lambda arm: ARMS[arm].shrink_ratio)
     bound = 1 / (np.sqrt(3 * rows.width) * rows.lr)
     return rows.assign(loss=np.exp(rows.loss), bound=bound, a_left=kept**rows.shrinks)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -75,12 +76,8 @@ def parts(preset: str, _records: Any) -> Iterator[list[Run]]:
     for width in sorted(chosen.widths, reverse=True):
         rates = [(law, lr * (64 / width) ** power) for law, (lr, power) in [*LAWS.items()][: chosen.laws]]
         rates += [(GRID, lr) for lr in chosen.lrs]
-        runs += [
-            Run(chosen.task, chosen.steps, width, seed, arm, law, lr)
-            for seed in range(chosen.seeds)
-            for arm in ARMS
-            for law, lr in rates
-        ]
+        turns = product(range(chosen.seeds), ARMS, rates)
+        runs += [Run(chosen.task, chosen.steps, width, seed, arm, *rate) for seed, arm, rate in turns]
     yield runs
 
 

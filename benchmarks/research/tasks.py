@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import assets
-from benchmarks.common.data import Batch, load_dataset, shuffled, test_batches, training_batches
+from benchmarks.common.data import Batch, load_dataset, test_batches, training_batches
 from benchmarks.common.models import Classifier, NextToken
 
 VALIDATION, TEST, LENGTH = 600, 1000, 128
@@ -44,8 +44,7 @@ def classes(name: str, tokenizer: Any) -> Task:
 
 def plays(tokenizer: Any, held_out_blocks: int = 60) -> Task:
     """The next tokens of blocks of the 42 plays: whole plays are held out, so that no scene is on both sides."""
-    tokens = (torch.tensor(tokenizer(text)["input_ids"]) for text in assets.plays())
-    found = [ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH) for ids in tokens]
+    found = [torch.tensor(tokenizer(text)["input_ids"]).unfold(0, LENGTH, LENGTH) for text in assets.plays()]
     rng = random.Random(0)
     order = rng.sample(found, len(found))
     validation, test, train = (torch.cat(part) for part in (order[:4], order[4:8], order[8:]))
@@ -61,3 +60,11 @@ def labeled(ids: Tensor) -> Batch:
     """The next token is the label. The last one has none, which is -100."""
     labels = nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def shuffled(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of rows, in a new order each epoch."""
+    rng = random.Random(seed)
+    while True:
+        order = rng.sample(range(len(rows)), len(rows))
+        yield from (rows[order[start : start + size]] for start in range(0, len(order) - size + 1, size))

@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 import stablelora_kernels as slk
 from benchmarks.common import assets
-from benchmarks.common.data import load_dataset, shuffled
+from benchmarks.common.data import load_dataset
 from benchmarks.common.models import share
+from benchmarks.research.tasks import shuffled
 from stablelora_kernels.functional import lora_branch
 
 R, SCALING = 8, 2.0
@@ -125,8 +126,7 @@ def base(width: int) -> Any:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     data = shuffled(torch.cat([blocks(text) for text in assets.plays()]), PRETRAINING_BLOCKS, 0)
     for step in range(PRETRAINING_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / PRETRAINING_STEPS)
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / PRETRAINING_STEPS)
         loss_of(model, next(data)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

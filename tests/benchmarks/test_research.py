@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from benchmarks.common import assets
 from benchmarks.common.data import Dataset
-from benchmarks.common.intervals import interval, log_slope, student95
+from benchmarks.common.intervals import interval, log_slope
 from benchmarks.common.tables import RESULTS
 from benchmarks.research import __main__, paper, report, runner, stability, tasks, widths
 from benchmarks.research.paper import ADAMW, STABLE, Run, Study
@@ -294,7 +295,9 @@ def test_slopes_and_intervals():
     assert log_slope(sizes, [0.0, 1.0, 2.0, 0.0]) is None
     assert log_slope([8, 8, 8, 16], [1.0, 2.0, 3.0, 0.0]) is None
     assert interval([1.0, 3.0]) == pytest.approx((2.0, 12.706), rel=1e-4)
-    assert student95(30) == pytest.approx(2.042, abs=0.0005)
+    # t(30 degrees, 97.5%) = 2.042.
+    values = [float(i) for i in range(31)]
+    assert interval(values)[1] == pytest.approx(2.042 * statistics.stdev(values) / 31**0.5, rel=2e-4)
 
 
 def test_exponents_of_exact_power_laws():

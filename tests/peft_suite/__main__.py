@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks.common.assets import Asset, AssetError, fetch_archive
+from benchmarks.common.assets import Asset, AssetError, fetch
 from benchmarks.common.tables import csv_text, write_text
 from tests.peft_suite.judge import (
     FILES,
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="peft-suite-") as scratch:
         directory = args.keep or Path(scratch)
         try:
-            unpack(fetch_archive(Asset("peft", version, 1, SHA256[version], sdist=True)), directory)
+            unpack(fetch(Asset("peft", version, 1, SHA256[version], sdist=True))[0], directory)
             off, on = run_both(directory, files, args.keyword, args.backend)
         except (AssetError, RuntimeError) as error:
             print(error, file=sys.stderr)
