@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stablelora_kernels.utils.timing import interleave, machine, shuffled, summarize, synchronize
+from stablelora_kernels.utils.timing import machine, shuffled, summarize, synchronize
 
-__all__ = [
-    "commit", "environment", "interleave", "others_cpus", "seconds_of", "shuffled", "summarize", "synchronize", "waited_s",
-]  # fmt: skip
+__all__ = ["commit", "environment", "others_cpus", "seconds_of", "shuffled", "summarize", "synchronize", "waited_s"]
 
 
 def seconds_of(parts: Mapping[str, Callable[[], Any]], names: Iterable[str]) -> dict[str, float]:

@@ -1,15 +1,12 @@
-"""Memory that a step holds, and counts of operators."""
+"""Memory that a step holds."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 MIB = 1 << 20
 
@@ -31,20 +28,6 @@ def saved_for_backward(run: Callable[[], torch.Tensor], exclude: list[torch.Tens
     # The graph keeps every counted storage alive until here, so none was counted twice.
     del loss
     return sum(kept.values())
-
-
-class CountOperators(TorchDispatchMode):
-    """Counts ATen operators that compute: neither views nor allocations. On a GPU each would be about one launch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not func.is_view and not name.startswith(("empty", "new_empty", "detach")):
-            self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def status_mib(field: str) -> float | None:

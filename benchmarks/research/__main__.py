@@ -9,13 +9,14 @@ DIR/runs.csv and is not run again; presets share DIR. ``--stored DIR`` runs noth
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common.measure import environment
-from benchmarks.common.tables import json_text, write_text
+from benchmarks.common.tables import write_text
 from benchmarks.research import paper, report, runner, stability
 
 STUDIES = {"paper": (paper, report.write_paper), "stability": (stability, report.write_stability)}
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if not args.stored:
         runner.finish(study, args.preset, out / runner.RECORDS, args.processes)
-        write_text(out / "environment.json", json_text(environment() | {"command": sys.argv}))
+        write_text(out / "environment.json", json.dumps(environment() | {"command": sys.argv}, indent=1))
     try:
         print(write(args.stored or out, out))
     except FileNotFoundError as error:

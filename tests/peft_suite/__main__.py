@@ -22,8 +22,10 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+import pandas as pd
+
 from benchmarks.common.assets import Asset, AssetError, fetch
-from benchmarks.common.tables import csv_text, write_text
+from benchmarks.common.tables import write_text
 from tests.peft_suite.judge import (
     FILES,
     LORA,
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("with acceleration: " + ", ".join(f"{count} {name}" for name, count in on["counts"].items()))
     print(f"{len(found)} tests differ" + "".join(f"\n  {test}: {before}/{after}" for test, before, after in found))
     if not (args.quick or args.files or args.keyword != LORA or args.backend != "torch"):
-        write_text(RESULTS, csv_text(table))
+        write_text(RESULTS, pd.DataFrame(table).to_csv(index=False, lineterminator="\n"))
     return 1 if found else 0
 
 

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from benchmarks.lab.predict import bytes_moved, formula
 from benchmarks.lab.predict.bytes_moved import APART, BF16, ONE_OP, SEPARATE, TOGETHER, Case
-from benchmarks.lab.predict.counter import counted
 from stablelora_kernels.dispatch import backend, problem, tiles
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.settings import use_backend, use_kernel
@@ -23,6 +22,7 @@ from stablelora_kernels.launch import lora_branch, lora_linear, lora_linear_quan
 from stablelora_kernels.launch.dry_run import mlp_launches
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.testing import fp8_weight, nf4_weight
+from tests.helpers.byte_counter import counted
 
 pytestmark = [
     pytest.mark.skipif(not backend.INTERPRETING, reason="bytes are counted in the interpreter only"),
