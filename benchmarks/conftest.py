@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,8 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, race: Race, phase: s
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if rows := config.stash[ROWS]:
         if file := config.getoption("records"):
-            write_records(file, rows, environment() | {"load_average_at_start": round(config.stash[LOAD], 2)})
+            command = shlex.join(["python", "-m", "pytest", *map(str, config.invocation_params.args)])
+            header = environment() | {"load_average_at_start": round(config.stash[LOAD], 2), "command": command}
+            write_records(file, rows, header)
         terminalreporter.section("arms, timed in turns")
         table.write(terminalreporter.write_line, rows, config.stash[LOAD])

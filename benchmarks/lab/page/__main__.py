@@ -76,7 +76,8 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         ratios.append(ours.merge(rivals, on=["case", "phase"], suffixes=("", "_of_rival")))
         mark = path.stem.partition("_")[2]
         command = f"python -m pytest benchmarks{f' -m {mark}' if mark else ''} --records={path.name}"
-        files.append((path.parent.name, path.name, command, rows.attrs["environment"], None))
+        environment = rows.attrs["environment"]
+        files.append((path.parent.name, path.name, environment.get("command", command), environment, None))
     for path in sorted(results.glob("*/main*/result.csv")):
         run = read_records(path).attrs["environment"]
         # The default is bfloat16 where the hardware has it.
