@@ -105,8 +105,7 @@ def page(results: Path) -> str:
             about = f"{settings['model']} on {settings['data']}, {adapters(run)}, {settings['dtype']}"
             parts.append("\n".join([f"Fine-tuning {about}:", "", "```text", *run["verdicts"], "```"]))
         if (here & of_host).any():
-            parts.append("Host time of a call on Triton over PEFT's, [without a GPU](../internals/host-time.md):")
-            parts.append(host_table(ratios[here & of_host]))
+            parts.append("The host's time of a call is in [Host time](../internals/host-time.md).")
     losses = "\n\n".join(filter(None, [_slower(ratios[~of_host]), _lost(files.dropna(subset="run"))]))
     parts += ["## Where it loses", losses or "Nowhere in what is stored.", "## Every figure", _files(files)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"

@@ -16,8 +16,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import stablelora_kernels as slk
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, OURS, PEFT, PROJECTIONS_FUSED, adapt
 from benchmarks.common.memory import saved_for_backward
-from benchmarks.common.records import read_records
-from benchmarks.common.tables import RESULTS
 from benchmarks.lab import memory
 from tests.helpers.processes import ROOT
 
@@ -63,19 +61,3 @@ def test_the_guides_have_the_tables():
     }
     for name, table in tables.items():
         assert table in (ROOT / "docs" / "guides" / f"{name}.md").read_text(encoding="utf-8"), name
-
-
-def test_the_performance_page_has_the_stored_step():
-    page = (ROOT / "docs" / "results" / "performance.md").read_text(encoding="utf-8")
-    rows = read_records(RESULTS / "epyc-avx2-2core" / "mlp_memory.csv").pivot(
-        index="case", columns=["arm", "metric"], values="median"
-    )
-    for arm in rows.columns.unique("arm"):
-        cells = [
-            f"{peak:,.0f} ({saved:,.0f})"
-            for peak, saved in rows[arm][["peak_mib", "saved_mib"]].itertuples(index=False)
-        ]
-        name = "".join(f"`{part}`, " if part not in (FROZEN, PEFT) else f"{part}, " for part in arm.split(", "))[:-2]
-        assert any(
-            line.startswith(f"| {name} |") and all(cell in line for cell in cells) for line in page.splitlines()
-        ), arm
