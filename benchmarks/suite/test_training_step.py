@@ -128,7 +128,7 @@ def cases(suite: str, device: torch.device) -> list[Case]:
         ]
     found: list[Case] = [TrainingCase(Sizes(2, 512), 4, 128, 8, dtype, device) for dtype in ("fp32", AUTOCAST)]
     for targets, dtype in product(("query-value", "all-linear"), ("fp32", AUTOCAST)):
-        found.append(PretrainedCase("smollm2", 16, 16, 8, dtype, device, targets))
+        found.append(PretrainedCase("smollm2", 4, 32, 8, dtype, device, targets))
     if suite == "full":
         found += [TrainingCase(Sizes(4, 768), 4, 128, r, dtype, device) for r, dtype in product((8, 64), STORED)]
     return found
