@@ -92,6 +92,9 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
     others = times[times.section != "layer"].pivot_table("median", ["section", "case", "phase", "mode", "arm"])
     # A dry run's figures could be mistaken for measurements.
     verdicts = [f"{UNKNOWN} (dry): {words}" for words, *_ in TARGETS] if dry else targets(rows)
+    clock = "unknown: there is no NVIDIA GPU, or nvidia-ml-py is not installed"
+    if times.sm_mhz.notna().any():
+        clock = f"{times.sm_mhz.describe().to_string()}\n{times.throttle.value_counts()}"
     parts = {
         "Targets": "\n".join(verdicts),
         "The first tests, in order up to the first that failed": count(tests, "test"),
@@ -100,7 +103,7 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
         "The tables' choice against the best kernel (regret)": regrets(times).to_string(),
         "Where we lose, us: the worst": losses(times).head(30).to_string(index=False),
         "MLPs, projections, training steps, optimizers, us": others.to_string(),
-        "Clock, MHz, and reasons for a lower one": f"{times.sm_mhz.describe().to_string()}\n{times.throttle.value_counts()}",
+        "Clock, MHz, and reasons for a lower one": clock,
         "Sections": count(rows, "section"),
         "Machine": "\n".join(f"{key}: {value}" for key, value in machine.items()),
     }
