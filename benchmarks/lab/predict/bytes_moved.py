@@ -5,8 +5,8 @@
 Tests hold the formula to what Triton's interpreter counts. ``--out`` writes the table, and one with a row for each launch, as CSV
 files. What a figure means:
 
-- *Issued* and *unique* bytes are those of tests/helpers/byte_counter.py. Memory's real traffic is in between. A chained launch
-  reads X twice, for S and for the product; it counts once here, and comes from memory twice if L2 is smaller than X.
+- *Issued* and *unique* bytes are those of tests/benchmarks/lab/byte_counter.py. Memory's real traffic is in between. A chained
+  launch reads X twice, for S and for the product; it counts once here, and comes from memory twice if L2 is smaller than X.
 - *Floor* is the least for a layer as a whole: operands read once in forward and once in backward, results written once.
 - *Extra passes* over an activation beyond the frozen layer = (unique bytes of all launches of forward and backward, less those
   of the frozen layer's forward, which reads X, W and bias and writes Y, and backward, which reads dY and W and writes dX) /

@@ -22,7 +22,7 @@ from stablelora_kernels.launch import lora_branch, lora_linear, lora_linear_quan
 from stablelora_kernels.launch.dry_run import mlp_launches
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.testing import fp8_weight, nf4_weight
-from tests.helpers.byte_counter import counted
+from tests.benchmarks.lab.byte_counter import counted
 
 pytestmark = [
     pytest.mark.skipif(not backend.INTERPRETING, reason="bytes are counted in the interpreter only"),
