@@ -128,9 +128,8 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, labels: Sequence[Label]) -> li
 
 
 def read_report() -> pd.DataFrame:
-    """The committed rows. Where widths and code are empty, other figures are an older reading's; ``--missing`` renews them."""
-    types = {"code": str, "load_bits": "Int64", "store_bits": "Int64"}
-    return pd.read_csv(REPORT, keep_default_na=False, na_values={"load_bits": "", "store_bits": ""}, dtype=types)
+    """The committed rows."""
+    return pd.read_csv(REPORT, keep_default_na=False, dtype={"code": str})
 
 
 def recorded(old: pd.DataFrame) -> dict[Label, str]:
