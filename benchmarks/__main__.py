@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import logging
+import os
+import re
+import sys
 import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
 
-_STARTED = time.perf_counter()
-
-import argparse  # noqa: E402  (the clock starts before the slow imports)
-import importlib.util  # noqa: E402
-import os  # noqa: E402
-import re  # noqa: E402
-import sys  # noqa: E402
-import warnings  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
-from dataclasses import fields  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, NoReturn  # noqa: E402
-
-from benchmarks.common.assets import DATASETS, AssetError  # noqa: E402
-from benchmarks.finetuning.recipe import OUT, Recipe  # noqa: E402
+from benchmarks.common.assets import DATASETS, AssetError
+from benchmarks.finetuning.recipe import OUT, Recipe
 
 _NEEDED = ("gguf", "matplotlib", "pandas", "peft", "safetensors", "scipy", "tokenizers", "tqdm", "transformers")
 # Of a run without --steps. Two cores without AVX-512 then need all of it.
@@ -86,7 +84,10 @@ def _hardware(parser: argparse.ArgumentParser, device: str, dtype: str) -> dict[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
+    started = time.perf_counter()
     recipe, out = parse(argv)
+    # torchao and bitsandbytes would list the GPU code that they cannot load.
+    logging.disable(logging.WARNING)
     # transformers would warn once a step, in the processes that measure memory too, and break up the progress bar.
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.finetuning.report import draw
 
     try:
-        result = run(recipe, _STARTED, out)
+        result = run(recipe, started, out)
     except (AssetError, OSError, ValueError) as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 1

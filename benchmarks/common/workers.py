@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,8 @@ def _start() -> None:
     # Otherwise Python raises KeyboardInterrupt in the unit of work, marks it failed and continues with the queue.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
+    # What libraries warn of when they are imported, the first process has said.
+    logging.disable(logging.WARNING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

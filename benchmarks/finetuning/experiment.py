@@ -84,10 +84,9 @@ def _next_tokens(rows: torch.Tensor) -> Batch:
 def run(recipe: Recipe, started: float, out: Path) -> Result:
     """Train, evaluate and measure all arms. Writes the figures so far to ``out`` after each seed, and on Ctrl-C.
 
-    ``started`` is when the process began, by ``time.perf_counter``: the time limit counts from there.
+    ``started`` is when the command began, by ``time.perf_counter``: the time limit counts from there.
     """
     result = Result({"status": "interrupted", "environment": environment(), "settings": asdict(recipe)})
-
     try:
         for _ in _seeds(recipe, started, result):
             write_result(result, started, out)

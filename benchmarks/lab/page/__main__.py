@@ -51,13 +51,12 @@ _INTRODUCTION = """\
 
 <!-- Written by python -m benchmarks.lab.page, which overwrites every change made here. -->
 
-Where this library wins and loses in the stored measurements, and the files that hold every figure.
-[Performance](performance.md) explains the main ones. [Measuring](../internals/lab.md) has the commands and the method.
+Where this library wins and loses in the stored measurements. [Performance](performance.md) explains the main ones,
+[Measuring](../internals/lab.md) the commands and the method.
 
 - A ratio is our time over the rival's, from paired rounds. Below 1 this library is faster.
 - A cell has the median over the cases, then the lowest and the highest case. It is bold if a case is above 1.
-- In float32 on AMD's processors much of the gain is oneDNN's: it multiplies in place of MKL. The arm "frozen, by oneDNN" in the
-  CSV files shows how much.
+- In float32 on AMD's processors much of the gain is [oneDNN's](performance.md#how-fast-is-one-layer).
 """
 _NO_GPU = "- **All of this is from CPUs, on PyTorch's operators.** No GPU has measured anything yet.\n"
 
@@ -104,8 +103,6 @@ def page(results: Path) -> str:
             settings = run["settings"]
             about = f"{settings['model']} on {settings['data']}, {adapters(run)}, {settings['dtype']}"
             parts.append("\n".join([f"Fine-tuning {about}:", "", "```text", *run["verdicts"], "```"]))
-        if (here & of_host).any():
-            parts.append("The host's time of a call is in [Host time](../internals/host-time.md).")
     losses = "\n\n".join(filter(None, [_slower(ratios[~of_host]), _lost(files.dropna(subset="run"))]))
     parts += ["## Where it loses", losses or "Nowhere in what is stored.", "## Every figure", _files(files)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"

@@ -35,7 +35,7 @@ SMALL = {"M": 97, "K": 24, "F": 40, "r": 3}
 )
 def test_the_formula_is_what_hooks_count(arm, sizes, device, dropout, monkeypatch):
     """Ours by the kernels in the interpreter, and PEFT's by the operator that a GPU has for dropout, whose mask is bool."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
     drop = torch.native_dropout
     monkeypatch.setattr(
         nn.functional, "dropout", lambda x, p=0.5, training=True, inplace=False: drop(x, p, training)[0]
