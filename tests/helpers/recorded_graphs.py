@@ -28,12 +28,13 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 
 class Recording(TorchDispatchMode):
-    """Runs operators and keeps them in ``calls``; ``undo`` puts back what they wrote to."""
+    """Runs operators and keeps them in ``calls``; ``undo`` takes back what they wrote: what they allocated holds zeros."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Callable[[], None]] = []
         self.overwritten: list[tuple[Tensor, Tensor]] = []
+        self.allocated: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -45,6 +46,7 @@ class Recording(TorchDispatchMode):
         result = func(*args, **kwargs)
         given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
         fresh = [out.untyped_storage().data_ptr() not in given for out in tensors_in(result)]
+        self.allocated += [out for out, is_fresh in zip(tensors_in(result), fresh, strict=True) if is_fresh]
 
         def call() -> None:
             outputs = zip(tensors_in(result), tensors_in(func(*args, **kwargs)), fresh, strict=True)
@@ -62,6 +64,8 @@ class Recording(TorchDispatchMode):
     def undo(self) -> None:
         for tensor, value in reversed(self.overwritten):
             tensor.copy_(value)
+        for tensor in self.allocated:
+            tensor.zero_()
 
 
 class RecordedGraphs:

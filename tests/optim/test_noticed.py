@@ -1,0 +1,312 @@
+"""What a step notices of all that may change between two steps, on every path and for every kind of state.
+
+The step after a change is that of a fresh optimizer which is given everything as it is now, and has seen nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.pairs import LoRAPair
+from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.steps import latches, take_step
+from tests.optim.options import BF16, FP16, FP32, FP64
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Change = Callable[[StableLoRAAdamW, Tensor], Any]
+# By dtype of the parameters, and options. The pair that changes is square, so that it can be transposed.
+STORAGES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (FP32, {}),
+    "masters": (BF16, {"master_weights": True, "max_grad_norm": 0.1}),
+    "8 bits": (FP32, {"moments_dtype": torch.uint8}),
+}
+SHAPES = [(8, 24, 8), (8, 8, 8), (3, 31, 5)]
+
+
+def trained(storage: str) -> StableLoRAAdamW:
+    """An optimizer of two groups after three steps on gradients that stay where they are. No pair has latched."""
+    dtype, options = STORAGES[storage]
+    pairs = [LoRAPair(p.name, *(torch.nn.Parameter(t.detach()) for t in (p.A, p.B))) for p in make_pairs(SHAPES, dtype)]
+    groups = [{"params": pairs[:2]}, {"params": pairs[2:], "lr": torch.tensor([2e-3], dtype=FP64, device=DEVICE)}]
+    optimizer = StableLoRAAdamW(groups, lr=1e-3, shrink_ratio=0.05, seed=1, **options)
+    set_grads(params_of(optimizer), 0)
+    for _ in range(3):
+        optimizer.step()
+    assert not any(latches(optimizer).values())
+    return optimizer
+
+
+def renewed(optimizer: StableLoRAAdamW) -> StableLoRAAdamW:
+    """A fresh optimizer with the groups, values, state and, dense and in memory of their own, the gradients of another."""
+    twins = {p: torch.nn.Parameter(p.detach().clone()) for p in params_of(optimizer)}
+    groups = [{**group, "params": [twins[p] for p in group["params"]]} for group in optimizer.param_groups]
+    other = StableLoRAAdamW(groups, **optimizer.storage._asdict())
+    for p, twin in twins.items():
+        if p in optimizer.state:
+            other.state[twin] = {
+                key: value.clone() if isinstance(value, Tensor) else value for key, value in optimizer.state[p].items()
+            }
+        if p.grad is not None:
+            twin.grad = p.grad.detach().to(p.dtype).clone(memory_format=torch.contiguous_format)
+    other.grad_scale = getattr(optimizer, "grad_scale", None)
+    return other
+
+
+# Changes of a gradient
+
+
+def assign(p: Tensor, grad: Tensor | None) -> None:
+    p.grad = grad
+
+
+def assign_data(p: Tensor, data: Tensor) -> None:
+    p.grad.data = data
+
+
+def misaligned(p: Tensor) -> None:
+    memory = torch.zeros(p.numel() + 1, device=p.device, dtype=p.dtype)
+    memory[1:] = -3 * p.grad.flatten()
+    p.grad = memory[1:].view_as(p)
+
+
+def same_memory_in_another_dtype(p: Tensor) -> None:
+    p.grad.fill_(2.0**-7)
+    p.grad.data = p.grad.data.flatten().view(BF16 if p.dtype is FP32 else FP16)[: p.numel()].view(p.shape)
+
+
+def part_of_a_graph(p: Tensor) -> None:
+    with torch.enable_grad():
+        p.grad = p.grad.clone().requires_grad_() * -3
+
+
+def exchange(p: Tensor, other: Tensor) -> None:
+    p.grad, other.grad = other.grad, p.grad.mul_(2)
+
+
+GRADIENTS: dict[str, Change] = {
+    "gradient in place": lambda o, p: p.grad.mul_(-3),
+    "another gradient": lambda o, p: assign(p, -3 * p.grad),
+    "no gradient": lambda o, p: assign(p, None),
+    "gradient in other memory": lambda o, p: assign_data(p, -3 * p.grad),
+    "gradients exchanged": lambda o, p: exchange(p, o.pairs[1].A),
+    "transposed data": lambda o, p: assign_data(p, p.grad.data.t()),
+    "transposed in place": lambda o, p: p.grad.t_(),
+    "transposed view": lambda o, p: assign(p, p.grad.t()),
+    "another dtype": lambda o, p: assign_data(p, (-3 * p.grad).double()),
+    "another dtype, same memory": lambda o, p: same_memory_in_another_dtype(p),
+    "misaligned gradient": lambda o, p: misaligned(p),
+    "expanded gradient": lambda o, p: assign(p, p.grad[:1].clone().expand_as(p)),
+    "gradient in a graph": lambda o, p: part_of_a_graph(p),
+    "a scale of all": lambda o, p: setattr(o, "grad_scale", torch.tensor(4.0, device=DEVICE)),
+}
+
+# Writes to a B, large enough for its pair to latch
+
+
+def load(p: Tensor) -> None:
+    module = torch.nn.Module()
+    module.p = p
+    module.load_state_dict({"p": torch.full_like(p, 100)})
+
+
+def swap(p: Tensor) -> None:
+    grad = p.grad
+    torch.utils.swap_tensors(p, torch.nn.Parameter(torch.full_like(p, 100)))
+    p.grad = grad
+
+
+def write_as_one_vector(p: Tensor) -> None:
+    torch.nn.utils.vector_to_parameters(torch.full((p.numel(),), 100, dtype=p.dtype, device=p.device), [p])
+
+
+WRITES: dict[str, Change] = {
+    "in place": lambda o, p: p.fill_(100),
+    "through detach": lambda o, p: p.detach().fill_(100),
+    "value in other memory": lambda o, p: setattr(p, "data", torch.full_like(p, 100)),
+    "value swapped": lambda o, p: swap(p),
+    "value loaded": lambda o, p: load(p),
+    "value of a vector": lambda o, p: write_as_one_vector(p),
+    "through data, and refresh()": lambda o, p: (p.data.fill_(100), o.refresh()),
+}
+
+# Changes of the state and of the groups
+
+
+def update(o: StableLoRAAdamW, p: Tensor, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    o.state[p].update(change(o.state[p]))
+
+
+def cast(o: StableLoRAAdamW) -> None:
+    for p in params_of(o):
+        grad, p.grad = p.grad.to(FP16), None
+        p.data = p.data.to(FP16)
+        p.grad = grad
+
+
+def replace(o: StableLoRAAdamW, p: Tensor) -> None:
+    other = torch.nn.Parameter(torch.full_like(p, 0.5))
+    other.grad = p.grad
+    o.param_groups[0]["params"][3] = other
+
+
+def add_group(o: StableLoRAAdamW, p: Tensor) -> None:
+    lone = torch.ones(5, dtype=p.dtype, device=DEVICE, requires_grad=True)
+    lone.grad = torch.ones_like(lone)
+    o.add_param_group({"params": [("lone", lone)], "lr": 0.5})
+
+
+def move_to_another_group(o: StableLoRAAdamW) -> None:
+    first, second = o.param_groups
+    for key in ("params", "param_names"):
+        second[key].insert(0, first[key].pop())
+
+
+STATE: dict[str, Change] = {
+    "an equal tensor": lambda o, p: update(o, p, lambda entry: {"exp_avg": entry["exp_avg"].clone()}),
+    "another tensor": lambda o, p: update(o, p, lambda entry: {"exp_avg": torch.ones_like(entry["exp_avg"])}),
+    "moments exchanged": lambda o, p: update(
+        o, p, lambda entry: {"exp_avg": entry["exp_avg_sq"], "exp_avg_sq": entry["exp_avg"].abs_()}
+    ),
+    "a moment in other strides": lambda o, p: update(o, p, lambda entry: {"exp_avg": entry["exp_avg"].t().clone()}),
+    "another step": lambda o, p: update(o, p, lambda entry: {"step": torch.tensor(7.0, device=DEVICE)}),
+    "counters that are numbers": lambda o, p: (
+        update(o, p, lambda entry: {"step": 7}),
+        update(o, o.pairs[1].A, lambda entry: {"step": 2, "latched_at": 2}),
+    ),
+    "a further entry": lambda o, p: o.state[p].update(own=torch.zeros((), device=DEVICE)),
+    "a moment that is gone": lambda o, p: o.state[p].pop("exp_avg"),
+    "a moment renamed": lambda o, p: update(o, p, lambda entry: {"own": entry.pop("exp_avg_sq")}),
+    "an entry that is gone": lambda o, p: o.state.pop(p),
+    "an entry that is cleared": lambda o, p: o.state[p].clear(),
+    "a state that is cleared": lambda o, p: o.state.clear(),
+    "another dict": lambda o, p: setattr(
+        o, "state", {q: {key: t.clone() for key, t in entry.items()} for q, entry in o.state.items()}
+    ),
+}  # fmt: skip
+GROUPS: dict[str, Change] = {
+    **{
+        f"{key}: {value}": lambda o, p, key=key, value=value: o.param_groups[0].update({key: value})
+        for key, value in [
+            ("lr", 0.1), ("betas", (0.5, 0.6)), ("eps", 0.1), ("weight_decay", 0.5), ("shrink_ratio", 0.5),
+            ("maximize", True), ("amsgrad", True), ("stop_condition", "never"), ("lr_ratio_B", 8.0),
+            ("lr", torch.tensor(0.1, device=DEVICE)), ("betas", (0.5, torch.tensor(0.75))),
+            ("shrink_ratio", torch.tensor(0.5, device=DEVICE)), ("weight_decay", torch.tensor(0.5, device=DEVICE)),
+        ]
+    },
+    "a tensor written to": lambda o, p: o.param_groups[1]["lr"].fill_(0.1),
+    "max_grad_norm": lambda o, p: setattr(o, "max_grad_norm", 1e-3),
+    "a cast": lambda o, p: cast(o),
+    "another parameter": replace,
+    "another group": add_group,
+    "a parameter in another group": lambda o, p: move_to_another_group(o),
+}  # fmt: skip
+CHANGES = GRADIENTS | WRITES | STATE | GROUPS
+# What codes of 8 bits cannot have.
+FLOATS = ("a moment in other strides", "amsgrad: True")
+# The steps of the parameter after the one that follows, where it is not the fourth.
+STEPS = {"no gradient": 3, "another parameter": 1, "another step": 8, "counters that are numbers": 8}
+STEPS |= dict.fromkeys(("an entry that is gone", "an entry that is cleared", "a state that is cleared"), 1)
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize(
+    ("name", "storage"), [(n, s) for n in CHANGES for s in STORAGES if s != "8 bits" or n not in FLOATS]
+)
+def test_a_change_is_noticed(path: str, name: str, storage: str) -> None:
+    optimizer = trained(storage)
+    with torch.no_grad():
+        CHANGES[name](optimizer, optimizer.pairs[1].B)
+    other = renewed(optimizer)
+    for each in (optimizer, other):
+        each.step()
+    assert all_equal(snapshot(optimizer), snapshot(other)) and latches(optimizer) == latches(other)
+    assert optimizer.state[optimizer.pairs[1].B]["step"].item() == STEPS.get(name, 4)
+    assert name not in WRITES or latches(optimizer)["layer1"] == 4
+    # And back again.
+    for each in (optimizer, other):
+        each.grad_scale = None
+        take_step(5, each)
+    assert all_equal(snapshot(optimizer), snapshot(other))
+
+
+def test_a_write_through_data_without_masters_is_used_by_itself(path: str) -> None:
+    """Only the norms that Triton's step compares are those of the step before: A shrinks once more, then its pair latches."""
+    optimizer = trained("float32")
+    b = optimizer.pairs[1].B
+    b.data.fill_(100)
+    take_step(9, optimizer)
+    assert (b > 99).all() and latches(optimizer)["layer1"] == (None if path == "triton" else 4)
+    take_step(10, optimizer)
+    assert latches(optimizer)["layer1"] == (5 if path == "triton" else 4)
+
+
+def test_refresh_alone_changes_nothing(path: str) -> None:
+    optimizer, other = StableLoRAAdamW(make_pairs()), StableLoRAAdamW(make_pairs())
+    for step in range(3):
+        optimizer.refresh()
+        optimizer.refresh()
+        take_step(step, optimizer, other)
+    assert all_equal(snapshot(optimizer), snapshot(other))
+
+
+# Changes that do not fit: the next step names them and changes nothing
+
+
+def put(key: str, value: Any) -> Change:
+    return lambda o, p: o.state[p].update({key: value})
+
+
+def group(which: int, **values: Any) -> Change:
+    return lambda o, p: o.param_groups[which].update(values)
+
+
+FITS, COUNTER = f"must be torch.float32 [8, 8] on {DEVICE}, got", "must be a number or a 0-d tensor, got"
+CODES = torch.zeros(8, 8, dtype=torch.uint8)
+# Of the optimizer's storage, a change, and the message.
+REFUSED: dict[str, tuple[str, Change, str]] = {
+    "shape": ("float32", put("exp_avg", torch.zeros(8, 9)), f"'exp_avg' {FITS} torch.float32 [8, 9]"),
+    "dtype": ("float32", put("exp_avg_sq", torch.zeros(8, 8).double()), f"'exp_avg_sq' {FITS} torch.float64"),
+    "device": ("float32", put("exp_avg", torch.zeros(8, 8, device="meta")), f"{FITS} torch.float32 [8, 8] on meta"),
+    "no tensor": ("float32", put("exp_avg", None), f"{FITS} None"),
+    "a step of two": ("float32", put("step", torch.zeros(2)), f"'step' {COUNTER} tensor([0., 0.])"),
+    "a latch in words": ("float32", put("latched_at", "never"), f"'latched_at' {COUNTER} 'never'"),
+    "scales": ("8 bits", put("exp_avg_scale", torch.zeros(2)), "'exp_avg_scale' must be torch.float32 [1] on"),
+    "strides of codes": ("8 bits", put("exp_avg", CODES.t()), "strides (8, 1), got (1, 8)"),
+    "a master": ("masters", put("master", torch.zeros(8)), f"'master' {FITS} torch.float32 [8]"),
+    "a sparse gradient": ("float32", lambda o, p: assign(p, p.grad.to_sparse()), "must be dense tensors, got torch.sparse"),
+    "amsgrad": ("8 bits", group(0, amsgrad=True), "amsgrad=True needs moments_dtype=torch.float32"),
+    "two clips": ("masters", group(1, max_grad_norm=2.0), "must be one value for all groups, got 0.1 and 2.0"),
+    "another storage": ("float32", group(0, moments_dtype=BF16), "a group's moments_dtype must be the optimizer's"),
+    "no name": ("float32", lambda o, p: o.param_groups[1]["params"].pop(), "group 1 has 1 params and 2 param_names"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_change_that_does_not_fit_is_named_before_anything_changes(backend: str, name: str) -> None:
+    storage, change, message = REFUSED[name]
+    optimizer = trained(storage)
+    p, before = optimizer.pairs[1].B, snapshot(optimizer)
+    entry, grad, groups = dict(optimizer.state[p]), p.grad, [dict(group) for group in optimizer.param_groups]
+    groups[1]["params"] = list(groups[1]["params"])
+    change(optimizer, p)
+    in_the_state = any(entry.get(key) is not value for key, value in optimizer.state[p].items())
+    named = "the state of 'layer1.lora_B': .*" if in_the_state else ""
+    for _ in range(2):
+        with pytest.raises((ValueError, RuntimeError), match=named + re.escape(message)):
+            optimizer.step()
+    optimizer.state[p].clear()
+    optimizer.state[p].update(entry)
+    p.grad = grad
+    for own, kept in zip(optimizer.param_groups, groups, strict=True):
+        own.update(kept)
+    assert all_equal(snapshot(optimizer), before)
+    optimizer.step()
+    assert optimizer.state[p]["step"].item() == 4
