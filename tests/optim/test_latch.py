@@ -26,23 +26,6 @@ def filled(a: float | None = None, b: float | None = None) -> LoRAPair:
     return pair
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("lr, ratio, steps", [(0.1, 5e-4, 15), (5e-2, 2e-3, 25), (1e-2, 5e-3, 60)])
-def test_latch_steps_are_those_of_a_float64_run(backend: str, lr: float, ratio: float, steps: int) -> None:
-    pairs = make_pairs()
-    oracle = StableAdamWRef(in_float64(pairs), lr=lr, shrink_ratio=ratio)
-    optimizer = StableLoRAAdamW(pairs, lr=lr, shrink_ratio=ratio)
-    for step in range(steps):
-        take_step_with(oracle, optimizer, step)
-    assert_close_to(oracle, optimizer)
-    report = optimizer.stability()
-    assert all(s.latched == s.stable == (s.latched_at is not None) for s in report)
-    assert sum(s.latched for s in report) > 1
-    for pair, s in zip(pairs, report, strict=True):
-        assert s.a_norm == pytest.approx(pair.A.norm().item() / pair.A.shape[1], rel=1e-5)
-        assert s.b_norm == pytest.approx(pair.B.norm().item() / pair.B.shape[0], rel=1e-5)
-
-
 def test_a_latch_holds_for_good(path: str) -> None:
     """Also when B becomes the smaller, and when the stop condition becomes "never", which shrinks the other pair."""
     latched, live = filled(b=100.0), filled()
@@ -107,12 +90,10 @@ def test_low_precision_shrinks_on_average(backend: str, dtype: torch.dtype, scal
         pair.A.mul_(scale)
     optimizer = StableLoRAAdamW([pair], lr=1e-3, shrink_ratio=5e-4, weight_decay=0.0, seed=1)
     before = pair.A.detach().double().norm()
-    pair.A.grad, pair.B.grad = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
     for _ in range(100):
-        optimizer.step()
+        take_step(0, optimizer, scale=0.0)
     ratio = (pair.A.detach().double().norm() / before).item()
-    assert ratio == pytest.approx((1 - 5e-4) ** 100, rel=0.01)
-    assert not optimizer.stability()[0].latched
+    assert ratio == pytest.approx((1 - 5e-4) ** 100, rel=0.01) and latches(optimizer) == {"layer0": None}
 
 
 @pytest.mark.parametrize("stop_condition", ["norm", "never"])

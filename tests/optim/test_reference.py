@@ -43,6 +43,10 @@ def test_steps_are_the_references(path: str, name: str, dtype: torch.dtype, monk
             # Of norms above and below the bound that clips them.
             take_step_with(oracle, optimizer, step, scale=(1e-2, 1e-3, 4e-2)[step % 3])
     assert latches(optimizer) == oracle.latched_at
+    for pair, said in zip(pairs, optimizer.stability(), strict=True):
+        assert said.latched == said.stable == (said.latched_at is not None)
+        norms = pair.A.double().norm().item() / pair.A.shape[1], pair.B.double().norm().item() / pair.B.shape[0]
+        assert (said.a_norm, said.b_norm) == pytest.approx(norms, rel=1e-5)
     assert name != "plain" or (any(oracle.latched_at.values()) and None in oracle.latched_at.values())
     rounded = dtype in LOW and not row.masters
     for p, q, s in zip([*halves(pairs), lone], oracle.params, start, strict=True):

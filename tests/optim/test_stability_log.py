@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import csv
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import stablelora_kernels as slk
-from tests.helpers.optimizers import make_pairs
+from tests.helpers.optimizers import make_pairs, params_of
 
 
-def make_optimizer(count: int = 3, **kwargs) -> slk.StableLoRAAdamW:
-    pairs = make_pairs([(2, 4, 6)] * count, seed=3)
-    return slk.StableLoRAAdamW(pairs, **{"lr": 0.3, "shrink_ratio": 0.1, **kwargs})
+def make_optimizer() -> slk.StableLoRAAdamW:
+    return slk.StableLoRAAdamW(make_pairs([(2, 4, 6)] * 3, seed=3), lr=0.3, shrink_ratio=0.1)
 
 
-def steps(optimizer, count: int) -> None:
+def steps(optimizer: slk.StableLoRAAdamW, count: int) -> None:
     for _ in range(count):
-        for pair in optimizer.pairs:
-            pair.A.grad, pair.B.grad = torch.ones_like(pair.A), torch.ones_like(pair.B)
+        for p in params_of(optimizer):
+            p.grad = torch.ones_like(p)
         optimizer.step()
 
 
-def read(path) -> list[dict[str, str]]:
+def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def logged(tmp_path: Path) -> tuple[slk.StableLoRAAdamW, Path]:
+    """An optimizer, and the log of its eight steps."""
+    optimizer, path = make_optimizer(), tmp_path / "log.csv"
+    with slk.StabilityLogger(optimizer, path, every=1):
+        steps(optimizer, 8)
+    return optimizer, path
 
 
 def test_records_are_what_stability_says(tmp_path):
@@ -47,88 +57,78 @@ def test_records_are_what_stability_says(tmp_path):
     assert len(read(path)) == 9
 
 
-def test_a_resumed_run_continues_the_file(tmp_path):
-    optimizer, path = make_optimizer(), tmp_path / "log.csv"
-    with slk.StabilityLogger(optimizer, path, every=1):
-        steps(optimizer, 2)
+def test_a_resumed_run_continues_the_file(logged):
+    optimizer, path = logged
     again = make_optimizer()
     again.load_state_dict(optimizer.state_dict())
     with slk.StabilityLogger(again, str(path), every=1):
         steps(again, 1)
-    assert [row["step"] for row in read(path)] == [str(step) for step in (1, 2, 3) for _ in range(3)]
+    assert [row["step"] for row in read(path)] == [str(step) for step in range(1, 10) for _ in range(3)]
 
 
-def test_tensorboard(tmp_path):
+def test_tensorboard():
     class Writer:
-        def __init__(self):
-            self.scalars = {}
+        scalars: dict[Any, Any] = {}
 
         def add_scalar(self, tag, value, step):
             self.scalars[tag, step] = value
 
-    optimizer, writer = make_optimizer(2), Writer()
+    optimizer, writer = make_optimizer(), Writer()
     with slk.StabilityLogger(optimizer, writer, every=3) as log:
         steps(optimizer, 3)
-        found = optimizer.stability()
-        for pair in found:
-            assert writer.scalars[f"stability/{pair.name}/a_norm", 3] == pair.a_norm
-            assert writer.scalars[f"stability/{pair.name}/b_norm", 3] == pair.b_norm
-        assert writer.scalars["stability/latched", 3] == sum(pair.latched for pair in found)
-        assert len(writer.scalars) == 5
+        expected = {("stability/latched", 3): sum(pair.latched for pair in optimizer.stability())}
+        for pair in optimizer.stability():
+            expected[f"stability/{pair.name}/a_norm", 3] = pair.a_norm
+            expected[f"stability/{pair.name}/b_norm", 3] = pair.b_norm
+        assert writer.scalars == expected
         steps(optimizer, 1)
         log.log()
         assert ("stability/latched", 4) in writer.scalars
 
 
 def test_bad_arguments_change_nothing(tmp_path):
-    optimizer, other = make_optimizer(), tmp_path / "other.csv"
+    optimizer, path, other = make_optimizer(), tmp_path / "x.csv", tmp_path / "other.csv"
     other.write_text("loss,step\n1,2\n")
-    for arguments, error, message in (
-        ((torch.optim.SGD([torch.zeros(1)], lr=1), tmp_path / "x.csv"), TypeError, "StableLoRAAdamW, got SGD"),
-        ((optimizer, 5), TypeError, "target must be a path or have add_scalar, got int"),
-        ((optimizer, other), ValueError, "its first line must be 'step,pair,.*', got 'loss,step'"),
+    for target, every, error, message in (
+        (5, 1, TypeError, "target must be a path or have add_scalar, got int"),
+        (other, 1, ValueError, "its first line must be 'step,pair,.*', got 'loss,step'"),
+        (path, 0, ValueError, "every must be at least 1, got 0"),
     ):
         with pytest.raises(error, match=message):
-            slk.StabilityLogger(*arguments)
-    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
-        slk.StabilityLogger(optimizer, tmp_path / "x.csv", every=0)
-    assert other.read_text() == "loss,step\n1,2\n" and not (tmp_path / "x.csv").exists()
+            slk.StabilityLogger(optimizer, target, every=every)
+    with pytest.raises(TypeError, match="StableLoRAAdamW, got SGD"):
+        slk.StabilityLogger(torch.optim.SGD([torch.zeros(1)], lr=1), path)
+    assert other.read_text() == "loss,step\n1,2\n" and not path.exists()
     steps(optimizer, 1)
-    log = slk.StabilityLogger(optimizer, tmp_path / "x.csv")
+    log = slk.StabilityLogger(optimizer, path)
     log.close()
     with pytest.raises(ValueError, match="closed"):
         log.log()
 
 
 @pytest.mark.parametrize("missing", ["numpy", "matplotlib.figure"])
-def test_without_matplotlib(missing, tmp_path, monkeypatch):
-    optimizer, path = make_optimizer(), tmp_path / "log.csv"
-    with slk.StabilityLogger(optimizer, path, every=1):
-        steps(optimizer, 1)
+def test_without_matplotlib(missing, logged, monkeypatch):
+    plot = logged[1].with_name("plot.png")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=r"plot_stability needs .*: pip install 'stablelora-kernels\[plot\]'"):
-        slk.plot_stability(path, tmp_path / "plot.png")
-    assert not (tmp_path / "plot.png").exists()
+        slk.plot_stability(logged[1], plot)
+    assert not plot.exists()
 
 
-def test_plot(tmp_path):
+def test_plot(logged):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install .[test])")
-    optimizer, path = make_optimizer(), tmp_path / "log.csv"
-    with slk.StabilityLogger(optimizer, path, every=1):
-        steps(optimizer, 8)
-    figure = slk.plot_stability(path, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
+    optimizer, path = logged
+    figure = slk.plot_stability(path, path.with_name("plot.png"))
+    assert path.with_name("plot.png").stat().st_size > 5000
     plane, ratio = figure.axes
-    latches = [pair.latched_at for pair in optimizer.stability()]
-    assert ratio.get_title() == f"{sum(at is not None for at in latches)} of 3 pairs have latched (triangles)"
-    marks = [line.get_xdata()[0] for line in ratio.lines if line.get_marker() == "v"]
-    assert marks == [at for at in latches if at is not None] and marks
+    latched = [pair.latched_at for pair in optimizer.stability() if pair.latched]
+    assert ratio.get_title() == f"{len(latched)} of 3 pairs have latched (triangles)"
+    assert [line.get_xdata()[0] for line in ratio.lines if line.get_marker() == "v"] == latched != []
     rows = [row for row in read(path) if row["pair"] == "layer1"]
     (way,) = (line for line in plane.lines if line.get_label() == "layer1")
     assert list(way.get_xdata()) == [float(row["b_norm"]) for row in rows]
     assert list(way.get_ydata()) == [float(row["a_norm"]) for row in rows]
-    one = slk.plot_stability(path, pairs=["layer2"])
-    assert one.axes[1].get_title().endswith("of 1 pairs have latched (triangles)")
+    assert "of 1 pairs have latched" in slk.plot_stability(path, pairs=["layer2"]).axes[1].get_title()
     with pytest.raises(ValueError, match=r"has no pair 'nothing'; it has 'layer0'"):
         slk.plot_stability(path, pairs=["nothing"])
     path.write_text("step,pair,a_norm,b_norm,stable,latched_at\n")

@@ -25,20 +25,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Those for a GPU have capturable and tensors beside, which ours takes everywhere.
 INPUTS = ADAMW.optim_inputs_func(device="cuda")
 SCHEDULERS = [make for makes in ADAMW.scheduler_inputs for make in makes]
+# "foreach" is an option that ours does not have, and lone betas as tensors it takes.
+ERRORS = ADAMW.optim_error_inputs_func(device="cpu", dtype=torch.float32)
+ERRORS = [item.optimizer_error_input for item in ERRORS if "betas must be either" not in item.error_regex]
 
 
-def by_description(inputs: list[Any]) -> list[Any]:
-    return [pytest.param(copy.deepcopy(item.kwargs), id=item.desc.replace(" ", "-")) for item in inputs]
+def described(item: Any) -> str:
+    return item.desc.replace(" ", "-")
 
 
 def on_any_device(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments that ``torch.optim.AdamW`` takes for CPU parameters too, meaning the same."""
-    plain = {key: value for key, value in copy.deepcopy(kwargs).items() if key != "capturable"}
-    if "betas" in plain:
-        plain["betas"] = tuple(float(beta) for beta in plain["betas"])
-    if "lr" in plain:
-        plain["lr"] = float(plain["lr"])
-    return plain
+    as_number = {"lr": float, "betas": lambda betas: tuple(map(float, betas))}
+    return {key: as_number.get(key, lambda x: x)(value) for key, value in kwargs.items() if key != "capturable"}
 
 
 def test_the_inputs_are_there() -> None:
@@ -48,10 +47,10 @@ def test_the_inputs_are_there() -> None:
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("kwargs", by_description(INPUTS))
-def test_equal_to_adamw_without_shrink(backend: str, kwargs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("item", INPUTS, ids=described)
+def test_equal_to_adamw_without_shrink(backend: str, item: Any) -> None:
     # AdamW's default learning rate is not ours.
-    kwargs = {"lr": 1e-3, **kwargs}
+    kwargs = {"lr": 1e-3, **copy.deepcopy(item.kwargs)}
     optimizer = StableLoRAAdamW(make_pairs(), shrink_ratio=0.0, **copy.deepcopy(kwargs))
     # Smaller and smaller, so that the largest second moment is not the latest.
     assert_no_worse_than_adamw(optimizer, on_any_device(kwargs), [0.3**step for step in range(9)])
@@ -84,19 +83,13 @@ def test_their_schedulers_lower_a_loss(backend: str, number: int, tensor_lr: boo
     assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) == tensor_lr
 
 
-def error_inputs() -> list[Any]:
-    # "foreach" is an option that ours does not have, and lone betas as tensors it takes.
-    found = ADAMW.optim_error_inputs_func(device="cpu", dtype=torch.float32)
-    return [item for item in found if "betas must be either" not in item.error_regex]
-
-
-@pytest.mark.parametrize(
-    "item", [pytest.param(i, id=i.optimizer_error_input.desc.replace(" ", "-")) for i in error_inputs()]
-)
-def test_their_bad_inputs_are_refused(item: Any) -> None:
-    given = item.optimizer_error_input
-    params = halves(make_pairs()) if given.params is None else given.params
-    named = list(zip(("q.lora_A", "q.lora_B"), params, strict=False)) if given.params is None else params
+@pytest.mark.parametrize("given", ERRORS, ids=described)
+def test_their_bad_inputs_are_refused(given: Any) -> None:
+    params = (
+        given.params
+        if given.params is not None
+        else list(zip(("q.lora_A", "q.lora_B"), halves(make_pairs()), strict=False))
+    )
     with warnings.catch_warnings(), pytest.raises((TypeError, ValueError)):
         warnings.simplefilter("error")
-        StableLoRAAdamW(named, **given.kwargs)
+        StableLoRAAdamW(params, **given.kwargs)
