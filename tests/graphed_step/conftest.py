@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels import graphed_step
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +21,6 @@ def on_triton(one_thread: None) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The recorded graphs that every GraphedStep of the test gets."""
-    from tests.helpers.recorded_graphs import RecordedGraphs
+    from tests.helpers.graphed_steps import use_graphs
 
-    recorded = RecordedGraphs(monkeypatch)
-    monkeypatch.setattr(graphed_step, "Graphs", lambda device: recorded)
-    return recorded
+    return use_graphs(monkeypatch)

@@ -4,101 +4,100 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
-from stablelora_kernels import graphed_step
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from stablelora_kernels.nn.fused_mlp import fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.mlp_operands import OWN_LAYERS
-from tests.helpers.graphed_steps import GOAL, X, batches, captured, eager, graphed, llama_with, make
+from tests.helpers.graphed_steps import (
+    DEVICE,
+    GOAL,
+    X,
+    batches,
+    captured,
+    eager,
+    graphed,
+    llama_with,
+    make,
+    use_graphs,
+)
 from tests.helpers.optimizers import all_equal, snapshot
 from tests.helpers.precision import switched
-from tests.helpers.recorded_graphs import RecordedGraphs
 from tests.helpers.small_models import llama
 
 
-def replace_parameter(model: nn.Module) -> Callable[[], None]:
-    old, model[0].lora_A = model[0].lora_A, nn.Parameter(model[0].lora_A.detach().clone())
-    return lambda: setattr(model[0], "lora_A", old)
-
-
-def move(p: Tensor) -> Callable[[], None]:
-    old, p.data = p.data, p.data.clone()
-    return lambda: setattr(p, "data", old)
-
-
-def assign(owner: Any, name: str, value: Any) -> Callable[[], None]:
+@contextmanager
+def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
     old = getattr(owner, name)
     setattr(owner, name, value)
-    return lambda: setattr(owner, name, old)
+    yield
+    setattr(owner, name, old)
 
 
-def update(values: Any, key: Any, value: Any) -> Callable[[], None]:
-    old, values[key] = values[key], value
-    return lambda: values.__setitem__(key, old)
-
-
-def enter(block: Any) -> Callable[[], None]:
-    block.__enter__()
-    return lambda: block.__exit__(None, None, None)
-
-
-def hook(handle: Any) -> Callable[[], None]:
-    return handle.remove
-
-
-def merge(model: nn.Module) -> Callable[[], Any]:
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
     slk.merge_lora(model)
-    return lambda: slk.unmerge_lora(model)
+    yield
+    slk.unmerge_lora(model)
 
 
-def deterministic() -> Callable[[], None]:
+@contextmanager
+def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
-    return lambda: torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
-TF32 = "backends.cuda.matmul.fp32_precision = 'tf32'"
+def moved(p: Tensor) -> AbstractContextManager[None]:
+    return changed(p, "data", p.data.clone())
+
+
+def update(values: Any, key: Any, value: Any) -> Any:
+    return mock.patch.dict(values, {key: value})
 
 
 def nothing(*args: Any) -> None:
     pass
 
 
-# By its words in the message, a change after the capture. It returns what takes the change back.
-CHANGES: dict[str, Callable[[nn.Module, slk.StableLoRAAdamW], Callable[[], Any]]] = {
-    r"model.training was True and is False": lambda m, o: m.eval() and m.train,
-    r"model.2.training was True and is False": lambda m, o: m[2].eval() and m[2].train,
-    r"model.0.merged was False and is True": lambda m, o: merge(m),
-    r"model.0._disabled was False and is True": lambda m, o: enter(slk.disable_lora(m)),
-    r"model.0.scaling was 8.0 and is 1.0": lambda m, o: assign(m[0], "scaling", 1.0),
-    r"model.0.lora_dropout was 0.0 and is 0.5": lambda m, o: assign(m[0], "lora_dropout", 0.5),
-    r"model._modules.1 was Tanh() and is ReLU()": lambda m, o: assign(m, "1", nn.ReLU()),
-    r"model.0._parameters.lora_A was a tensor of shape [2, 64] and is a": lambda m, o: replace_parameter(m),
-    r"model.0._forward_hooks.": lambda m, o: hook(m[0].register_forward_hook(nothing)),
-    r"model.2._backward_hooks.": lambda m, o: hook(m[2].register_full_backward_hook(nothing)),
-    r"model.0.lora_B._backward_hooks was None and is": lambda m, o: hook(m[0].lora_B.register_hook(lambda g: None)),
-    r"model.0.lora_A.requires_grad was True and is False": lambda m, o: assign(m[0].lora_A, "requires_grad", False),
-    r"model.0.weight has other memory than before": lambda m, o: move(m[0].weight),
-    r"model.2.lora_B has other memory than before": lambda m, o: move(m[2].lora_B),
-    r"backend was 'triton' and is 'torch'": lambda m, o: enter(slk.use_backend("torch")),
-    r"kernel was 'auto' and is 'split'": lambda m, o: enter(slk.use_kernel("split")),
-    r"autotune was False and is True": lambda m, o: enter(slk.use_autotune(True)),
-    r"TensorFloat-32 in float32 products was False and is True": lambda m, o: enter(switched(TF32)),
+TF32 = "backends.cuda.matmul.fp32_precision = 'tf32'"
+# By its words in the message, a change after the capture, until its context ends.
+CHANGES: dict[str, Callable[[Any, slk.StableLoRAAdamW], AbstractContextManager[Any]]] = {
+    r"model.training was True and is False": lambda m, o: changed(m, "training", False),
+    r"model.2.training was True and is False": lambda m, o: changed(m[2], "training", False),
+    r"model.0.merged was False and is True": lambda m, o: merged(m),
+    r"model.0._disabled was False and is True": lambda m, o: slk.disable_lora(m),
+    r"model.0.scaling was 8.0 and is 1.0": lambda m, o: changed(m[0], "scaling", 1.0),
+    r"model.0.lora_dropout was 0.0 and is 0.5": lambda m, o: changed(m[0], "lora_dropout", 0.5),
+    r"model._modules.1 was Tanh() and is ReLU()": lambda m, o: changed(m, "1", nn.ReLU()),
+    r"_parameters.lora_A was a tensor of": lambda m, o: changed(m[0], "lora_A", nn.Parameter(m[0].lora_A.detach())),
+    r"model.0._forward_hooks.": lambda m, o: m[0].register_forward_hook(nothing),
+    r"model.2._backward_hooks.": lambda m, o: m[2].register_full_backward_hook(nothing),
+    r"model.0.lora_B._backward_hooks was None and is": lambda m, o: m[0].lora_B.register_hook(nothing),
+    r"model.0.lora_A.requires_grad was True and is False": lambda m, o: changed(m[0].lora_A, "requires_grad", False),
+    r"model.0.weight has other memory than before": lambda m, o: moved(m[0].weight),
+    r"model.2.lora_B has other memory than before": lambda m, o: moved(m[2].lora_B),
+    r"backend was 'triton' and is 'torch'": lambda m, o: slk.use_backend("torch"),
+    r"kernel was 'auto' and is 'split'": lambda m, o: slk.use_kernel("split"),
+    r"autotune was False and is True": lambda m, o: slk.use_autotune(True),
+    r"TensorFloat-32 in float32 products was False and is True": lambda m, o: switched(TF32),
     r"deterministic algorithms was False and is True": lambda m, o: deterministic(),
-    r"global module hooks was False": lambda m, o: hook(nn.modules.module.register_module_forward_pre_hook(nothing)),
-    r"optimizer's step hooks was [] and is [": lambda m, o: hook(o.register_step_pre_hook(nothing)),
-    r"optimizer.shrink_schedule was None and is": lambda m, o: assign(o, "shrink_schedule", float),
+    r"global module hooks was False": lambda m, o: nn.modules.module.register_module_forward_pre_hook(nothing),
+    r"optimizer's step hooks was [] and is [": lambda m, o: o.register_step_pre_hook(nothing),
+    r"optimizer.shrink_schedule was None and is": lambda m, o: changed(o, "shrink_schedule", float),
     r"optimizer.param_groups[0]['eps'] was 1e-08 and is 0.1": lambda m, o: update(o.param_groups[0], "eps", 0.1),
     r"optimizer.param_groups[0]['betas'] was (0.9": lambda m, o: update(o.param_groups[0], "betas", (0.5, 0.5)),
-    r"optimizer.param_groups[0]['max_grad_norm'] was None and is 1.0": lambda m, o: assign(o, "max_grad_norm", 1.0),
+    r"optimizer.param_groups[0]['max_grad_norm'] was None and is 1.0": lambda m, o: changed(o, "max_grad_norm", 1.0),
     r"optimizer has other parameters or another state": lambda m, o: update(o.state, m[0].lora_A, {}),
 }
 
@@ -107,38 +106,39 @@ CHANGES: dict[str, Callable[[nn.Module, slk.StableLoRAAdamW], Callable[[], Any]]
 def shared() -> Any:
     """One captured step for all changes, each of which is taken back."""
     with slk.use_backend("triton"), pytest.MonkeyPatch.context() as patch:
-        recorded = RecordedGraphs(patch)
-        patch.setattr(graphed_step, "Graphs", lambda device: recorded)
-        yield captured(), recorded
+        graphs = use_graphs(patch)
+        yield captured(), graphs
 
 
 @pytest.mark.parametrize("words", CHANGES)
 def test_a_change_after_the_capture_is_noticed(words: str, shared: Any) -> None:
-    (step, model, optimizer), recorded = shared
-    before, replays = [p.detach().clone() for p in model.parameters()], recorded.replays
-    undo = CHANGES[words](model, optimizer)
-    try:
-        with pytest.raises(
-            RuntimeError, match=re.escape(words) + ".*which its CUDA graph does not know: put it back, or call"
-        ):
-            step((X, GOAL))
-    finally:
-        undo()
-    assert all_equal(before, [p.detach() for p in model.parameters()]) and recorded.replays == replays
+    (step, model, optimizer), graphs = shared
+    before, replays = [p.detach().clone() for p in model.parameters()], graphs.replays
+    message = re.escape(words) + ".*which its CUDA graph does not know: put it back, or call"
+    with CHANGES[words](model, optimizer), pytest.raises(RuntimeError, match=message):
+        step((X, GOAL))
+    assert all_equal(before, [p.detach() for p in model.parameters()]) and graphs.replays == replays
     step((X, GOAL))
-    assert recorded.replays == replays + 1
+    assert graphs.replays == replays + 1
 
 
-@pytest.mark.parametrize("change", ["load", "group"])
-def test_an_optimizer_that_was_built_anew_needs_a_reset(change: str, graphs: RecordedGraphs) -> None:
+OTHER_STATE = r"optimizer has other parameters or another state .*load_state_dict, state\), which"
+HEAD = {"params": [("head", nn.Parameter(torch.ones(3, device=DEVICE)))], "capturable": True}
+RESETS: dict[str, tuple[Callable[[slk.StableLoRAAdamW], Any], str]] = {
+    "a state loaded": (lambda o: o.load_state_dict(o.state_dict()), OTHER_STATE),
+    "a group added": (lambda o: o.add_param_group(HEAD), OTHER_STATE),
+    "a tensor as lr": (
+        lambda o: o.param_groups[0].update(lr=torch.tensor(0.1, device=DEVICE)),
+        r"param_groups\[0\]\['lr'\] was 'a number' and is a tensor of shape \[\], which",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", RESETS)
+def test_a_change_that_stays_needs_a_reset(change: str, graphs: Any) -> None:
     step, model, optimizer = captured()
-    if change == "load":
-        optimizer.load_state_dict(optimizer.state_dict())
-    else:
-        optimizer.add_param_group({"params": [("head", nn.Parameter(torch.ones(3)))], "capturable": True})
-    with pytest.raises(
-        RuntimeError, match=r"optimizer has other parameters or another state .*load_state_dict, state\), which"
-    ):
+    RESETS[change][0](optimizer)
+    with pytest.raises(RuntimeError, match=RESETS[change][1]):
         step((X, GOAL))
     twin = copy.deepcopy((model, optimizer))
     step.reset()
@@ -146,7 +146,7 @@ def test_an_optimizer_that_was_built_anew_needs_a_reset(change: str, graphs: Rec
     assert all_equal(*losses) and all_equal(snapshot(optimizer), snapshot(twin[1])) and graphs.captures == 2
 
 
-def test_a_change_while_it_warms_up_begins_anew(graphs: RecordedGraphs) -> None:
+def test_a_change_while_it_warms_up_begins_anew(graphs: Any) -> None:
     model, optimizer = make()
     step = graphed(model, optimizer)
     step((X, GOAL))

@@ -1,56 +1,84 @@
-"""A small model with its optimizer and batches, and the eager and the graphed training step of it."""
+"""A small model with its optimizer and batches, and the eager and the graphed training step of it.
+
+The graphs are real on a GPU, where sizes are larger, and recorded elsewhere.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import stablelora_kernels as slk
-from tests.helpers.optimizers import all_equal, snapshot
+from stablelora_kernels import graphed_step
+from tests.helpers.optimizers import DEVICE, all_equal, snapshot
+from tests.helpers.recorded_graphs import RecordedGraphs
 from tests.helpers.small_models import llama
 
-STEPS = 9
+SMALL = DEVICE == "cpu"
+SIZES, ROWS, STEPS = ((64, 8, 5), 6, 9) if SMALL else ((512, 384, 256), 96, 40)
 Step = Callable[[Any], Tensor]
 
 
-def make(dropout: float = 0.0, **options: Any) -> tuple[nn.Module, slk.StableLoRAAdamW]:
+class CountedGraphs(graphed_step.Graphs):
+    captures = replays = 0
+
+    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        replay, output = super().capture(function)
+        self.captures += 1
+        return partial(self.count, replay), output
+
+    def count(self, replay: Callable[[], None]) -> None:
+        self.replays += 1
+        replay()
+
+
+def use_graphs(patch: pytest.MonkeyPatch) -> Any:
+    """The graphs of every GraphedStep while ``patch`` lasts, whose ``captures`` and ``replays`` count."""
+    graphs = RecordedGraphs(patch) if SMALL else CountedGraphs(torch.device("cuda", torch.cuda.current_device()))
+    patch.setattr(graphed_step, "Graphs", lambda device: graphs)
+    return graphs
+
+
+def make(dropout: float = 0.0, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, Any]:
     """A model of two LoRA layers, and its optimizer. The second latches at once, the first during the replays."""
     torch.manual_seed(0)
-    layers = [slk.LoRALinear(n, k, r=2, lora_dropout=dropout) for n, k in ((64, 8), (8, 5))]
-    model = nn.Sequential(layers[0], nn.Tanh(), layers[1])
+    settings = {"r": 2, "lora_dropout": dropout, "dtype": dtype, "device": DEVICE}
+    model = nn.Sequential(slk.LoRALinear(*SIZES[:2], **settings), nn.Tanh(), slk.LoRALinear(*SIZES[1:], **settings))
     nn.init.ones_(model[2].lora_B)
-    settings = {"lr": 2e-2, "shrink_ratio": 0.05, "seed": 3, "capturable": True, **options}
-    return model, slk.StableLoRAAdamW.from_model(model, **settings)
+    options = {"lr": 2e-2, "shrink_ratio": 0.05, "seed": 3, "capturable": True, **options}
+    return model, slk.StableLoRAAdamW.from_model(model, **options)
 
 
 def mse(model: nn.Module, batch: Any) -> Tensor:
     x, goal = batch
-    return (model(x) - goal).square().mean()
+    return (model(x) - goal).float().square().mean()
 
 
-def batches(count: int = STEPS, rows: int = 6) -> list[tuple[Tensor, Tensor]]:
+def batches(count: int = STEPS, rows: int = ROWS, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, ...]]:
+    """On the host, as a loader gives them."""
     generator = torch.Generator().manual_seed(rows)
     return [
-        (torch.randn(rows, 64, generator=generator), torch.randn(rows, 5, generator=generator)) for _ in range(count)
+        tuple(torch.randn(rows, width, generator=generator).to(dtype) for width in (SIZES[0], SIZES[2]))
+        for _ in range(count)
     ]
 
 
-def eager(model: nn.Module, optimizer: slk.StableLoRAAdamW, loss_fn: Any = mse, scaler: Any = None) -> Step:
+def eager(model: nn.Module, optimizer: slk.StableLoRAAdamW, loss_fn: Any = mse, grad_scaler: Any = None) -> Step:
     """What a call stands for."""
+    scaler = grad_scaler or torch.amp.GradScaler(DEVICE, enabled=False)
+    loss_of = loss_fn or (lambda model, batch: model(**batch).loss)
 
     def step(batch: Any) -> Tensor:
-        loss = loss_fn(model, batch)
-        if scaler is None:
-            loss.backward()
-            optimizer.step()
-        else:
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+        loss = loss_of(model, tree_map(lambda tensor: tensor.to(DEVICE), batch))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         return loss.detach()
 
@@ -74,29 +102,16 @@ def assert_eager_steps(
     ``change`` is called before each step with its place. Return the graphed step, its optimizer and the losses.
     """
     results = []
-    for graph in (False, True):
-        model, optimizer = made()
-        with_loss = loss_fn or (lambda model, batch: model(**batch).loss)
-        scaled = scaler()
-        step = (
-            graphed(model, optimizer, loss_fn, grad_scaler=scaled, **options)
-            if graph
-            else eager(model, optimizer, with_loss, scaled)
-        )
+    for make_step in (eager, partial(graphed, **options)):
+        (model, optimizer), scaled = made(), scaler()
+        step = make_step(model, optimizer, loss_fn, grad_scaler=scaled)
         torch.manual_seed(5)
         losses = []
         for turn, batch in enumerate(given):
             change(turn, model, optimizer)
             losses.append(step(batch))
-        scale = [] if scaled is None else [torch.tensor(scaled.get_scale())]
-        results.append(
-            [
-                *losses,
-                *scale,
-                *snapshot(optimizer),
-                *(torch.tensor(each.latched_at or 0) for each in optimizer.stability()),
-            ]
-        )
+        facts = [pair.latched_at or 0 for pair in optimizer.stability()] + ([scaled.get_scale()] if scaled else [])
+        results.append([*losses, *snapshot(optimizer), torch.tensor(facts)])
     assert all_equal(*results)
     return step, optimizer, losses
 
@@ -111,17 +126,17 @@ def captured(**options: Any) -> tuple[slk.GraphedStep, nn.Module, slk.StableLoRA
     return step, model, optimizer
 
 
-def llama_with(kind: str) -> tuple[nn.Module, slk.StableLoRAAdamW]:
+def llama_with(kind: str, attention: str = "eager") -> tuple[nn.Module, slk.StableLoRAAdamW]:
+    """In "eager" attention, since the backward pass of SDPA's flash kernel adds in any order on a GPU."""
     torch.manual_seed(0)
-    model: Any = llama()
+    model: Any = llama(attn_implementation=attention).to(DEVICE)
+    config = {"r": 2, "lora_dropout": 0.1 if SMALL else 0.0, "target_modules": ["q_proj", "v_proj"]}
     if kind == "PEFT's layers":
         peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-        model = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]))
+        model = peft.get_peft_model(model, peft.LoraConfig(**config))
         slk.accelerate_peft(model)
     else:
-        slk.apply_lora(
-            model, slk.LoRAConfig(r=2, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]), fuse_projections=True
-        )
+        slk.apply_lora(model, slk.LoRAConfig(**config), fuse_projections=True)
     return model, slk.StableLoRAAdamW.from_model(model, lr=1e-2, seed=3, capturable=True)
 
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,14 +25,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import stablelora_kernels as slk
 from tests.helpers.distributed_training import TRAINING, compare, fit, gather
-from tests.helpers.optimizers import set_grads
+from tests.helpers.optimizers import make_pairs, set_grads
 from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import Model, lora_config
 from tests.helpers.steps import decide_on_device
 
 pytestmark = needs_gloo
-# Of (r, m, n): A's rows are fewer than four ranks, divide by two and not, and widths are odd.
-SHAPES = {"q": (8, 24, 40), "v": (3, 15, 31), "o": (1, 7, 13)}
+Named = list[tuple[str, torch.Tensor]]
 # Tensor-parallel and FSDP's placements of A [r, n] and B [m, r] on a mesh of one dimension or of two.
 PLACEMENTS = {
     "fsdp": ([Shard(0)], [Shard(0)]),
@@ -44,63 +44,75 @@ PLACEMENTS = {
 }
 # Every process has all of it; PyTorch 2.6 sends it nonetheless.
 NO_SCATTER = {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
-STEPS = 9
 SETTINGS: dict[str, Any] = {"lr": 0.08, "shrink_ratio": 0.1, "weight_decay": 0.1, "seed": 7}
+CLIPPED = {**SETTINGS, "max_grad_norm": 0.05}
+FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
+# Of each: parameters' dtype, backend, settings.
+CASES: dict[str, tuple[torch.dtype, str, dict[str, Any]]] = {
+    "float32": (FP32, "torch", SETTINGS),
+    "float64": (FP64, "torch", SETTINGS),
+    "clipped": (FP32, "torch", CLIPPED),
+    "kernel": (FP32, "triton", SETTINGS),
+    "clipped kernel": (FP32, "triton", CLIPPED),
+    "bfloat16": (BF16, "torch", SETTINGS),
+    "bfloat16 kernel": (BF16, "triton", SETTINGS),
+    "master kernel": (BF16, "triton", {**SETTINGS, "master_weights": True}),
+    "bfloat16 moments": (BF16, "torch", {**SETTINGS, "moments_dtype": BF16}),
+    "bfloat16 moments kernel": (BF16, "triton", {**SETTINGS, "moments_dtype": BF16}),
+    "never": (FP32, "torch", {**SETTINGS, "stop_condition": "never"}),
+    "on the device": (FP32, "torch", SETTINGS),
+    "on the device, clipped": (FP32, "torch", CLIPPED),
+}
+# All of them for the first way of each number of processes, these for every way.
+FEW = ("float32", "bfloat16", "bfloat16 kernel", "clipped kernel", "on the device")
+WAYS = {2: list(PLACEMENTS)[:4], 4: ["fsdp and row-wise", "fsdp and column-wise", "hsdp", "fsdp"]}
 
 
-def named_parameters(dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    named = []
-    for name, (r, m, n) in SHAPES.items():
-        named.append((f"{name}.lora_A", torch.randn(r, n, generator=generator) / n**0.5))
-        named.append((f"{name}.lora_B", torch.zeros(m, r)))
-        named.append((f"{name}.bias", torch.randn(m, generator=generator)))
-    return [(name, p.to(dtype)) for name, p in named]
+def named_parameters(dtype: torch.dtype) -> Named:
+    """Rows of A that are fewer than four ranks, that divide by two and that do not, and odd widths."""
+    found = []
+    for pair in make_pairs([(8, 24, 40), (3, 15, 31), (1, 7, 13)], dtype):
+        bias = torch.ones(pair.B.shape[0], dtype=dtype)
+        found += [(f"{pair.name}.{part}", p) for part, p in (("lora_A", pair.A), ("lora_B", pair.B), ("bias", bias))]
+    return [(name, p.detach()) for name, p in found]
 
 
-def train(named: list[tuple[str, torch.Tensor]], steps: int, **settings: Any) -> dict[str, Any]:
-    """Everything after some steps, whole, and the collectives of each step."""
-    optimizer = slk.StableLoRAAdamW(named, **settings)
-    whole = [torch.empty(p.shape, dtype=p.dtype) for _, p in named]
-    calls: list[int] = []
-    reduce = dist.all_reduce
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls[-1] += 1
-        return reduce(*args, **kwargs)
-
-    for step in range(steps):
-        set_grads(whole, step)
-        for (_, p), w in zip(named, whole, strict=True):
-            p.grad = (
-                distribute_tensor(w.grad, p.device_mesh, p.placements, **NO_SCATTER)
-                if isinstance(p, DTensor)
-                else w.grad.clone()
-            )
-        calls.append(0)
-        dist.all_reduce = counted
-        optimizer.step()
-        dist.all_reduce = reduce
-    state = {name: {key: gather(value) for key, value in optimizer.state[p].items()} for name, p in named}
-    stability = [(s.a_norm, s.b_norm, s.latched_at) for s in optimizer.stability()]
-    return {"params": {n: gather(p) for n, p in named}, "state": state, "stability": stability, "calls": calls}
-
-
-def distributed(named: list[tuple[str, torch.Tensor]], world: int, way: str) -> list[tuple[str, torch.Tensor]]:
+def distributed(named: Named, world: int, way: str) -> Named:
     """The pairs as DTensors; biases stay as they are, so that both kinds meet in one optimizer."""
     a_way, b_way = PLACEMENTS[way]
-    mesh = init_device_mesh(
-        "cpu", (world,) if len(a_way) == 1 else (2, world // 2), mesh_dim_names=("x", "y")[: len(a_way)]
-    )
-    placed = []
-    for name, p in named:
-        if "lora" in name:
-            p = distribute_tensor(p, mesh, a_way if "lora_A" in name else b_way)
-        placed.append((name, p.requires_grad_()))
-    return placed
+    sizes, names = ((world,), ("x",)) if len(a_way) == 1 else ((2, world // 2), ("x", "y"))
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    ways = {"lora_A": a_way, "lora_B": b_way}
+    return [
+        (name, distribute_tensor(p, mesh, ways[part]) if part in ways else p)
+        for name, p in named
+        for part in [name.split(".")[1]]
+    ]
 
 
-# Placements
+def train(named: Named, **settings: Any) -> dict[str, Any]:
+    """Everything after some steps, whole, and the number of collectives of each step."""
+    optimizer = slk.StableLoRAAdamW([(name, p.requires_grad_()) for name, p in named], **settings)
+    whole = [torch.empty(p.shape, dtype=p.dtype) for _, p in named]
+    calls = []
+    for step in range(9):
+        set_grads(whole, step)
+        for (_, p), w in zip(named, whole, strict=True):
+            p.grad = w.grad.clone()
+            if isinstance(p, DTensor):
+                p.grad = distribute_tensor(w.grad, p.device_mesh, p.placements, **NO_SCATTER)
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+            optimizer.step()
+        calls.append(reduce.call_count)
+    tensors = {name: gather(p) for name, p in named}
+    tensors |= {f"{name}, {key}": gather(value) for name, p in named for key, value in optimizer.state[p].items()}
+    norms = [norm for s in optimizer.stability() for norm in (s.a_norm, s.b_norm)]
+    return {
+        "tensors": tensors,
+        "norms": norms,
+        "latches": [s.latched_at for s in optimizer.stability()],
+        "calls": calls,
+    }
 
 
 def run_placements(rank: int, world: int, place: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -110,64 +122,36 @@ def run_placements(rank: int, world: int, place: Path) -> dict[tuple[str, str], 
             # The last cases, in a process that ends with them.
             decide_on_device()
         for way in WAYS[world]:
-            if name in (*FEW, *(CASES if way == WAYS[world][0] else ())):
+            if name in FEW or way == WAYS[world][0]:
                 with slk.use_backend(backend):
-                    found[name, way] = train(distributed(named_parameters(dtype), world, way), STEPS, **settings)
+                    found[name, way] = train(distributed(named_parameters(dtype), world, way), **settings)
     return found
-
-
-BF16 = torch.bfloat16
-# Of each: parameters' dtype, backend, settings.
-CASES: dict[str, tuple[torch.dtype, str, dict[str, Any]]] = {
-    "float32": (torch.float32, "torch", SETTINGS),
-    "float64": (torch.float64, "torch", SETTINGS),
-    "clipped": (torch.float32, "torch", {**SETTINGS, "max_grad_norm": 0.05}),
-    "kernel": (torch.float32, "triton", SETTINGS),
-    "clipped kernel": (torch.float32, "triton", {**SETTINGS, "max_grad_norm": 0.05}),
-    "bfloat16": (BF16, "torch", SETTINGS),
-    "bfloat16 kernel": (BF16, "triton", SETTINGS),
-    "master kernel": (BF16, "triton", {**SETTINGS, "master_weights": True}),
-    "bfloat16 moments": (BF16, "torch", {**SETTINGS, "moments_dtype": BF16}),
-    "bfloat16 moments kernel": (BF16, "triton", {**SETTINGS, "moments_dtype": BF16}),
-    "never": (torch.float32, "torch", {**SETTINGS, "stop_condition": "never"}),
-    "on the device": (torch.float32, "torch", SETTINGS),
-    "on the device, clipped": (torch.float32, "torch", {**SETTINGS, "max_grad_norm": 0.05}),
-}
-# All of them for the first way of each number of processes, these for every way.
-FEW = ("float32", "bfloat16", "bfloat16 kernel", "clipped kernel", "on the device")
-WAYS = {2: list(PLACEMENTS)[:4], 4: ["fsdp and row-wise", "fsdp and column-wise", "hsdp", "fsdp"]}
 
 
 @functools.cache
 def in_one_process(name: str) -> dict[str, Any]:
     dtype, backend, settings = CASES[name]
     with slk.use_backend(backend):
-        return train([(n, p.requires_grad_()) for n, p in named_parameters(dtype)], STEPS, **settings)
+        return train(named_parameters(dtype), **settings)
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_equal_to_one_process(spawned: Spawned, world: int) -> None:
     ranks = [found["placements"] for found in spawned(2)] if world == 2 else spawned(4, run_placements)
-    assert set(ranks[0]) == {(name, way) for way in WAYS[world] for name in (CASES if way == WAYS[world][0] else FEW)}
+    assert {name for name, _ in ranks[0]} == {*CASES} and {way for _, way in ranks[0]} == {*WAYS[world]}
     for name, way in ranks[0]:
-        what = f"{name}, {way}"
         alone, others = in_one_process(name), [found[name, way] for found in ranks]
-        latches = [latched for *_, latched in alone["stability"]]
         for other in others:
-            assert [latched for *_, latched in other["stability"]] == latches, what
-            for (a, b, _), (x, y, _) in zip(alone["stability"], other["stability"], strict=True):
-                assert (x, y) == pytest.approx((a, b), rel=1e-6 if CASES[name][0] is not BF16 else 1e-3), what
-            for parameter, p in alone["params"].items():
-                equal_enough(p, other["params"][parameter], name, f"{way}, {parameter}")
-                for key, value in alone["state"][parameter].items():
-                    equal_enough(value, other["state"][parameter][key], name, f"{way}, {parameter}, {key}")
-            assert other["calls"] == others[0]["calls"], what
-        check_collectives(name, way, latches, others[0]["calls"])
+            what = f"{name}, {way}"
+            assert other["latches"] == alone["latches"] and other["calls"] == others[0]["calls"], what
+            assert other["norms"] == pytest.approx(alone["norms"], rel=1e-3 if CASES[name][0] is BF16 else 1e-6), what
+            for key, value in alone["tensors"].items():
+                equal_enough(value, other["tensors"][key], name, f"{what}, {key}: ")
+        check_collectives(name, way, alone["latches"], others[0]["calls"])
 
 
-def equal_enough(expected: torch.Tensor, got: torch.Tensor, name: str, parameter: str) -> None:
+def equal_enough(expected: torch.Tensor, got: torch.Tensor, name: str, what: str) -> None:
     assert expected.dtype == got.dtype and expected.shape == got.shape
-    what = f"{name}, {parameter}: "
     if "kernel" in name and "clipped" not in name:
         # Every element is computed as in one process, its random rounding too.
         assert torch.equal(expected, got), what
@@ -177,25 +161,27 @@ def equal_enough(expected: torch.Tensor, got: torch.Tensor, name: str, parameter
         torch.testing.assert_close(got, expected, rtol=2**-6, atol=1e-6, msg=lambda m: what + m)
     else:
         # That difference, and the clipped norm's, which is added up in another order.
-        bound = 1e-12 if expected.dtype is torch.float64 else 1e-5
+        bound = 1e-12 if expected.dtype is FP64 else 1e-5
         torch.testing.assert_close(got, expected, rtol=bound, atol=bound / 100, msg=lambda m: what + m)
 
 
 def check_collectives(name: str, way: str, latches: list[int | None], calls: list[int]) -> None:
     """One for each dimension of the mesh that shards pairs, until all have latched, and one more a step for clipping."""
-    what = f"{name}, {way}"
-    assert all(latches) == (name != "never"), what
+    assert all(latches) == (name != "never"), name
     dimensions = 2 if way.startswith("fsdp and") else 1
     clipping = dimensions if "clipped" in name else 0
     last = max((latch for latch in latches if latch), default=len(calls))
     assert last > 1
-    assert calls == [dimensions + clipping if step <= last else clipping for step in range(1, len(calls) + 1)], what
+    assert calls == [dimensions + clipping if step <= last else clipping for step in range(1, len(calls) + 1)], (
+        name,
+        way,
+    )
 
 
 # Models
 
 
-def make_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def make_model(dtype: torch.dtype = FP32) -> torch.nn.Module:
     torch.manual_seed(0)
     model = Model()
     slk.apply_lora(model, lora_config())
@@ -212,10 +198,7 @@ def sharded(world: int) -> torch.nn.Module:
 
 
 # Of data-parallel runs by their number of processes: the parameters' dtype, and max_grad_norm.
-REPLICATED: dict[int, list[tuple[torch.dtype, float | None]]] = {
-    2: [(torch.float32, None), (BF16, None)],
-    4: [(torch.float32, 0.05)],
-}
+REPLICATED = {2: [(FP32, None), (BF16, None)], 4: [(FP32, 0.05)]}
 
 
 def train_replicated(rank: int, world: int, dtype: torch.dtype, max_grad_norm: float | None) -> dict[str, Any]:
@@ -226,19 +209,15 @@ def train_replicated(rank: int, world: int, dtype: torch.dtype, max_grad_norm: f
     return found | {"params": {name.removeprefix("module."): value for name, value in found["params"].items()}}
 
 
-def train_sharded(rank: int, world: int) -> dict[str, Any]:
+def train_sharded(rank: int, world: int, place: Path) -> dict[str, Any]:
+    """It is saved halfway."""
     model = sharded(world)
     optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
     assert any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
-    return fit(model, optimizer, rank, world)
-
-
-def save(rank: int, world: int, place: Path) -> None:
-    model = sharded(world)
-    optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
     fit(model, optimizer, rank, world, range(3))
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     checkpoint.save(state, checkpoint_id=str(place / f"of{world}"))
+    return fit(model, optimizer, rank, world, range(3, 6))
 
 
 def resume(rank: int, world: int, place: Path, saved_on: int) -> dict[str, Any]:
@@ -258,11 +237,10 @@ def resume(rank: int, world: int, place: Path, saved_on: int) -> dict[str, Any]:
 
 def train_all(rank: int, world: int, place: Path) -> dict[str, Any]:
     """All that a rank does by day. Four ranks go on with what two have saved."""
-    found = {"sharded": train_sharded(rank, world)}
+    found: dict[str, Any] = {"sharded": train_sharded(rank, world, place)}
     found["replicated"] = [train_replicated(rank, world, *case) for case in REPLICATED[world]]
     if world == 4:
         return found | {"resumed": resume(rank, world, place, 2)}
-    save(rank, world, place)
     return found | {"placements": run_placements(rank, world, place)}
 
 
@@ -299,7 +277,7 @@ def test_ddp(spawned: Spawned, world: int) -> None:
         for rank in ranks:
             assert rank["latches"] == expected["latches"] and any(rank["latches"])
             assert all(torch.equal(value, ranks[0]["params"][name]) for name, value in rank["params"].items())
-        if dtype is torch.float32:
+        if dtype is FP32:
             # In bfloat16, AdamW makes whole steps of gradients that are averaged in another order.
             compare(ranks[0], expected)
 
@@ -312,6 +290,7 @@ def test_a_checkpoint_resumes_on_more_ranks(spawned: Spawned) -> None:
 
 @pytest.mark.nightly
 def test_a_checkpoint_resumes_on_fewer_ranks(spawned: Spawned) -> None:
-    spawned(4, save)
+    spawned(2)
+    spawned(4)
     for found in spawned(2, resume, 4):
         compare(found, alone())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -39,7 +38,7 @@ def test_grad_scaler_hands_over_scale_and_verdict(backend: str) -> None:
 def test_closure_scheduler_hooks_and_zero_grad(backend: str) -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-2, total_steps=12)
     seen: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))
@@ -50,12 +49,12 @@ def test_closure_scheduler_hooks_and_zero_grad(backend: str) -> None:
         loss.backward()
         return loss
 
-    losses = []
+    losses, rates = [], set()
     for _ in range(3):
         losses.append(optimizer.step(closure).item())
         scheduler.step()
-    assert losses[2] < losses[1] < losses[0]
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 8)
+        rates.add((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]))
+    assert losses[2] < losses[1] < losses[0] and len(rates) == 3
     assert seen == ["before", "after"] * 3
     optimizer.zero_grad()
     before = snapshot(optimizer)
@@ -86,27 +85,6 @@ def test_frozen_parameters_are_ignored() -> None:
     optimizer = StableLoRAAdamW.from_model(model)
     assert optimizer.param_groups[0]["param_names"] == ["0.lora_A", "0.lora_B"]
     assert [pair.name for pair in optimizer.pairs] == ["0"]
-
-
-def test_a_schedule_of_betas_and_a_restart(backend: str) -> None:
-    """OneCycleLR moves lr and betas; schedulers' own state resumes beside ours."""
-    runs, seen = [], set()
-    for max_lr in (2e-2, 2e-2, 1.0):
-        optimizer = StableLoRAAdamW(make_pairs(), lr=1e-2, seed=1)
-        runs.append((optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_lr, total_steps=12)))
-    steady, cut, resumed = runs
-    for step in range(6):
-        for optimizer, scheduler in (steady, cut if step < 3 else resumed):
-            take_step(step, optimizer)
-            scheduler.step()
-        seen.add(steady[0].param_groups[0]["betas"])
-        if step == 2:
-            for saved, loaded in zip(cut, resumed, strict=True):
-                loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
-            with torch.no_grad():
-                for p, q in zip(params_of(resumed[0]), params_of(cut[0]), strict=True):
-                    p.copy_(q)
-    assert len(seen) == 6 and all_equal(snapshot(steady[0]), snapshot(resumed[0]))
 
 
 def test_hooks_of_state_dicts(backend: str) -> None:

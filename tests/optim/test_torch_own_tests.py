@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from tests.helpers.optimizers import DEVICE, halves, make_pairs
+from tests.helpers.optimizers import halves, make_pairs
 from tests.helpers.steps import assert_no_worse_than_adamw
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest (pip install expecttest)")
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 (ADAMW,) = (info for info in optim_db if info.optim_cls is torch.optim.AdamW)
 # Those for a GPU have capturable and tensors beside, which ours takes everywhere.
 INPUTS = ADAMW.optim_inputs_func(device="cuda")
-SCHEDULERS = [make for makes in ADAMW.scheduler_inputs for make in makes]
 # "foreach" is an option that ours does not have, and lone betas as tensors it takes.
 ERRORS = ADAMW.optim_error_inputs_func(device="cpu", dtype=torch.float32)
 ERRORS = [item.optimizer_error_input for item in ERRORS if "betas must be either" not in item.error_regex]
@@ -54,33 +53,6 @@ def test_equal_to_adamw_without_shrink(backend: str, item: Any) -> None:
     optimizer = StableLoRAAdamW(make_pairs(), shrink_ratio=0.0, **copy.deepcopy(kwargs))
     # Smaller and smaller, so that the largest second moment is not the latest.
     assert_no_worse_than_adamw(optimizer, on_any_device(kwargs), [0.3**step for step in range(9)])
-
-
-@pytest.mark.covering
-@pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.parametrize("number", range(len(SCHEDULERS)))
-def test_their_schedulers_lower_a_loss(backend: str, number: int, tensor_lr: bool) -> None:
-    """As PyTorch's test_forloop_goes_right_direction_with_lrsched does."""
-    (pair,) = make_pairs([(4, 9, 7)])
-    optimizer = StableLoRAAdamW([pair], lr=torch.tensor(1e-2) if tensor_lr else 1e-2)
-    scheduler = SCHEDULERS[number](optimizer)
-    x = torch.randn(16, 7, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = (x @ pair.A.t() @ pair.B.t() - 1).square().mean()
-        loss.backward()
-        return loss
-
-    first = closure().item()
-    for _ in range(20):
-        loss = optimizer.step(closure)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            scheduler.step(loss)
-        else:
-            scheduler.step()
-    assert closure().item() < 0.9 * first
-    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) == tensor_lr
 
 
 @pytest.mark.parametrize("given", ERRORS, ids=described)
