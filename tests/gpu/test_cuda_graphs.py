@@ -1,15 +1,15 @@
-"""Forward, backward and the optimizer's step in CUDA graphs: replays on new inputs give the same bits as eager calls."""
+"""Forward, backward and the optimizer's step in CUDA graphs: replays on new inputs give the same bits as eager calls.
+
+All three in one graph: test_graphed_step.
+"""
 
 from __future__ import annotations
-
-import copy
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from stablelora_kernels import LoRALinear, LoRAPair, StableLoRAAdamW
+from stablelora_kernels import StableLoRAAdamW
 from tests.helpers.gpu_checks import (
     BF16,
     DEVICE,
@@ -24,7 +24,9 @@ from tests.helpers.gpu_checks import (
     run,
     seed_of,
 )
+from tests.helpers.optimizers import all_equal, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.oracle import DIFFERENTIATED, call, check, leaves
+from tests.helpers.steps import latches, take_step
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +36,6 @@ SIZES = (
 REPLAYS, STEPS = 3, 10
 by_size = pytest.mark.parametrize("shape", SIZES, ids=str)
 by_first_size = pytest.mark.parametrize("shape", SIZES[:1] if SMALL else SIZES, ids=str)
-by_dtype = pytest.mark.parametrize("dtype", (FP32,) if SMALL else (FP32, BF16), ids=str)
 
 
 def named(outputs: tuple[Tensor, ...], names: tuple[str, ...] = RESULTS) -> dict[str, Tensor]:
@@ -45,46 +46,25 @@ def differentiated(inputs: Inputs) -> list[Tensor]:
     return [inputs[name] for name in DIFFERENTIATED]
 
 
-def fill(static: Inputs, source: Inputs) -> None:
-    """Copy new values into the tensors that a graph reads."""
-    with torch.no_grad():
+@pytest.mark.parametrize("results", [RESULTS[:1], RESULTS], ids=["forward", "both"])
+@by_size
+def test_a_call(shape, results):
+    case = Case(*shape)
+    sources = [case.inputs(seed) for seed in range(REPLAYS)]
+    static = {name: value.clone() for name, value in sources[0].items()}
+    given = static if results == ("Y",) else leaves(static)
+
+    def run_once() -> tuple[Tensor, ...]:
+        y = call(given)
+        return (y.detach(), *(torch.autograd.grad(y, differentiated(given), static["grad"]) if y.requires_grad else ()))
+
+    captured = capture(run_once)
+    for source in sources:
         for name, value in source.items():
             static[name].copy_(value)
-
-
-@by_first_size
-def test_forward(shape):
-    case = Case(*shape)
-    sources = [case.inputs(seed) for seed in range(REPLAYS)]
-    static = {name: value.clone() for name, value in sources[0].items()}
-
-    @torch.no_grad()
-    def forward() -> tuple[Tensor, ...]:
-        return (call(static),)
-
-    captured = capture(forward)
-    for source in sources:
-        fill(static, source)
         captured.replay()
-        assert_equal_bits({"Y": run(case, source)[0]["Y"]}, named(captured.outputs, ("Y",)))
-
-
-@by_size
-def test_forward_and_backward_in_one_graph(shape):
-    case = Case(*shape)
-    sources = [case.inputs(seed) for seed in range(REPLAYS)]
-    static = {name: value.clone() for name, value in sources[0].items()}
-    given = leaves(static)
-
-    def both() -> tuple[Tensor, ...]:
-        y = call(given)
-        return (y.detach(), *torch.autograd.grad(y, differentiated(given), static["grad"]))
-
-    captured = capture(both)
-    for source in sources:
-        fill(static, source)
-        captured.replay()
-        assert_equal_bits(run(case, source)[0], named(captured.outputs))
+        expected = run(case, source)[0]
+        assert_equal_bits({name: expected[name] for name in results}, named(captured.outputs, results))
 
 
 @by_first_size
@@ -129,94 +109,29 @@ def test_each_replay_draws_its_own_dropout_mask(shape, record_property):
     record_property("note", "largest error over its bound, with the mask of each replay's own seed")
 
 
-def pairs(dtype: torch.dtype, count: int = 4, r: int = 8, width: int = 256) -> list[LoRAPair]:
-    """Return pairs, of which the first latches at its first step and the others after B has grown."""
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for i in range(count):
-        a = torch.randn(r, width, generator=generator) / width**0.5
-        b = torch.full((width, r), 0.0 if i else 1.0)
-        found.append(LoRAPair(f"layer{i}", *(t.to(DEVICE, dtype).requires_grad_() for t in (a, b))))
-    return found
-
-
-def latches(optimizer: StableLoRAAdamW) -> list[tuple[bool, int | None]]:
-    return [(pair.latched, pair.latched_at) for pair in optimizer.stability()]
-
-
-@by_dtype
+@pytest.mark.parametrize("dtype", (FP32,) if SMALL else (FP32, BF16), ids=str)
 def test_optimizer_step(dtype, record_property):
     """Every step has new gradients, the fifth has a new lr, and pairs latch during the replays."""
-    twins = [pairs(dtype) for _ in range(2)]
-    rates = [torch.tensor(1e-2, device=DEVICE) for _ in twins]
-    optimizers = [
-        StableLoRAAdamW(twin, lr=lr, shrink_ratio=0.05, capturable=True, seed=3)
-        for twin, lr in zip(twins, rates, strict=True)
-    ]
-    parameters = [[p for pair in twin for p in (pair.A, pair.B)] for twin in twins]
-    names = [name for pair in twins[0] for name in (f"{pair.name} A", f"{pair.name} B")]
-    generator = torch.Generator().manual_seed(1)
-
-    def new_gradients() -> None:
-        for first, second in zip(*parameters, strict=True):
-            grad = torch.randn(first.shape, generator=generator).to(DEVICE, dtype)
-            for p in (first, second):
-                p.grad = grad.clone() if p.grad is None else p.grad.copy_(grad)
-
-    new_gradients()
-    for optimizer in optimizers:
-        optimizer.step()
-    captured = capture(optimizers[1].step, warmup=0)
+    both = []
+    for _ in range(2):
+        made = make_pairs([(8, 256, 256)] * 4, dtype)
+        torch.nn.init.ones_(made[0].B)
+        lr = torch.tensor(1e-2, device=DEVICE)
+        both.append(StableLoRAAdamW(made, lr=lr, shrink_ratio=0.05, capturable=True, seed=3))
+        take_step(0, both[-1], scale=1.0)
+    eager, replayed = both
+    captured = capture(replayed.step, warmup=0)
     for turn in range(STEPS):
-        new_gradients()
+        set_grads(params_of(eager), turn, scale=1.0)
+        for p, q in zip(params_of(eager), params_of(replayed), strict=True):
+            q.grad.copy_(p.grad)
         if turn == 4:
-            for lr in rates:
-                lr.fill_(3e-2)
-        optimizers[0].step()
+            for optimizer in both:
+                optimizer.param_groups[0]["lr"].fill_(3e-2)
+        eager.step()
         captured.replay()
-        step = [f"{name} after step {turn + 2}" for name in names]
-        eager, replayed = (dict(zip(step, (p.detach() for p in own), strict=True)) for own in parameters)
-        assert_equal_bits(eager, replayed)
-    expected, found = map(latches, optimizers)
-    assert found == expected
-    late = sum(latched_at is not None and latched_at > 2 for _, latched_at in expected)
+        assert all_equal(snapshot(eager), snapshot(replayed)), f"after step {turn + 2}"
+    assert latches(eager) == latches(replayed)
+    late = sum(latched_at > 2 for latched_at in latches(eager).values() if latched_at)
     assert late, "no pair latched during the replays, so the test did not cover it"
     record_property("note", f"{late} pairs latched during {STEPS} replays")
-
-
-@by_dtype
-def test_whole_training_step(dtype, record_property):
-    """Forward, backward and step in one graph, whose own memory holds the gradients."""
-    torch.manual_seed(0)
-    first = LoRALinear(256, 192, r=8, dtype=dtype, lora_dtype=dtype, device=DEVICE)
-    layers = [first, copy.deepcopy(first)]
-    optimizers = [
-        StableLoRAAdamW.from_model(layer, lr=1e-2, shrink_ratio=0.05, capturable=True, seed=3) for layer in layers
-    ]
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(64, 256, generator=generator).to(DEVICE, dtype)
-    goal = torch.randn(64, 192, generator=generator).to(DEVICE, dtype)
-
-    def train(which: int) -> None:
-        optimizers[which].zero_grad()
-        (layers[which](x) - goal).square().mean().backward()
-        optimizers[which].step()
-
-    for which in (0, 1):
-        for _ in range(2):
-            train(which)
-        # Gradients of the captured step must come from the graph's own memory.
-        optimizers[which].zero_grad()
-    captured = capture(partial(train, 1), warmup=0)
-    for turn in range(STEPS):
-        x.copy_(torch.randn(64, 256, generator=generator))
-        train(0)
-        captured.replay()
-        eager, replayed = (
-            {f"{name} after step {turn + 3}": p.detach() for name, p in layer.named_parameters() if p.requires_grad}
-            for layer in layers
-        )
-        assert_equal_bits(eager, replayed)
-    expected, found = map(latches, optimizers)
-    assert found == expected
-    record_property("note", f"latches after {STEPS} replays: {expected}")

@@ -1,4 +1,7 @@
-"""Forward and backward of every kernel against float64, bounded by eager PyTorch's own error."""
+"""Forward and backward of every kernel: against float64, bounded by eager PyTorch's own error, and the same bits in every run.
+
+Dropout's mask is the one that the reference draws.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,29 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch.rules import KERNELS
+from stablelora_kernels.functional import lora_linear
+from stablelora_kernels.reference import dropout_keep_ref
 from tests.helpers import oracle
-from tests.helpers.gpu_checks import BF16, DEVICE, FP16, FP32, SMALL, Case, directions, keep_rows, run
+from tests.helpers.gpu_checks import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    SMALL,
+    Case,
+    assert_equal_bits,
+    directions,
+    keep_rows,
+    run,
+    seed_of,
+)
 from tests.helpers.mlps import ACTIVATIONS, MLP
 from tests.helpers.mlps import check as check_mlp
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 
+# A race shows by chance, so repeat often.
+REPEATS = 1 if SMALL else 8
 DTYPES = ((BF16, FP32), (FP16, FP16), (FP32, FP32))
 # Few rows; sizes that tensor descriptors take (rows of multiples of 16 bytes); sizes that they do not take.
 CORE = ((9, 264, 200, 3), (257, 520, 1032, 16), (131, 71, 67, 20))
@@ -51,6 +70,13 @@ def check(case: Case, kernel: str, record_property: Callable[[str, object], None
     record_property("bound", 1.0)
     by_this_kernel = " and ".join(directions(case, kernel))
     record_property("note", f"largest error over its bound, of {which}; {by_this_kernel} by this kernel")
+    # As users run it, whose memory is not filled before each launch.
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(5)
+    first, _ = run(case, inputs, kernel)
+    for _ in range(REPEATS):
+        torch.manual_seed(5)
+        assert_equal_bits(first, run(case, inputs, kernel)[0])
 
 
 CORE_CASES = [Case(*shape, p, *dtypes) for shape, dtypes, p in product(CORE, DTYPES, (0.0, 0.1))]
@@ -69,6 +95,30 @@ def test_ugly_shapes_match_float64(case, record_property):
 @pytest.mark.parametrize(("case", "kernel"), by_kernel(TIMED))
 def test_timed_shapes_match_float64(case, kernel, record_property):
     check(case, kernel, record_property)
+
+
+@pytest.mark.parametrize("kernel", ("split",) if SMALL else ("chained", "split", "vendor"))
+@pytest.mark.parametrize(("rows", "columns"), ((9, 32), (70, 16)) if SMALL else ((9, 64), (1031, 128), (200, 67)))
+def test_kernels_draw_the_reference_mask(rows, columns, kernel):
+    """Read the masks from the results: Y with W = 0, X = 1 and A = B = I is the mask times a constant.
+
+    So is dX with A, B and dY all ones.
+    """
+    p, make = 0.3, {"device": DEVICE, "dtype": BF16}
+    x = torch.ones(rows, columns, **make).requires_grad_()
+    weight, grad = torch.zeros(columns, columns, **make), torch.ones(rows, columns, **make)
+    identity, ones = torch.eye(columns, **make).requires_grad_(), torch.ones(8, columns, **make).requires_grad_()
+    with slk.use_kernel(kernel):
+        y = lora_linear(x, weight, None, identity, identity, 1.0, p)
+        forward, forward_seed = y.detach() != 0, int(seed_of(y))
+        y = lora_linear(x, weight, None, ones, ones.t(), 1.0, p)
+        backward_seed = int(seed_of(y))
+        (dx,) = torch.autograd.grad(y, x, grad)
+    for drawn, seed in ((forward, forward_seed), (dx != 0, backward_seed)):
+        keep = dropout_keep_ref(rows, columns, p, seed)
+        assert 0 < int(keep.sum()) < rows * columns, "the reference's mask is trivial"
+        differing = int((drawn.cpu() != keep).sum())
+        assert differing == 0, f"{differing} of {rows * columns} elements of the mask differ from dropout_keep_ref"
 
 
 # Rows, K, F and N, ranks: gate and up by descriptors, by pointers, and one by one; a projection without a branch.

@@ -10,20 +10,17 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.launch import counters
 from stablelora_kernels.reference import dropout_keep_ref
 from tests.gpu import (
-    conftest,
     test_bring_up,
     test_cuda_graphs,
     test_large_offsets,
     test_launches,
     test_nvidia_tools,
     test_oracle,
-    test_repeats_and_masks,
 )
 from tests.helpers import gpu_checks, oracle
-from tests.helpers.gpu_checks import FP32, Captured, Case, keep_rows
+from tests.helpers.gpu_checks import FP32, Captured, Case
 
 pytestmark = pytest.mark.skipif(not gpu_checks.SMALL, reason="runs at small sizes, in the interpreter")
 
@@ -43,25 +40,24 @@ def test_a_wrong_result_fails(monkeypatch, poisoned_outputs):
 
 def test_another_mask_than_the_reference_fails(monkeypatch):
     wrong = lambda m, n, p, seed: dropout_keep_ref(m, n, p, seed + 1)  # noqa: E731
-    monkeypatch.setattr(test_repeats_and_masks, "dropout_keep_ref", wrong)
+    monkeypatch.setattr(test_oracle, "dropout_keep_ref", wrong)
     with pytest.raises(AssertionError, match="elements of the mask differ"):
-        test_repeats_and_masks.test_kernels_draw_the_reference_mask(9, 32, "split")
+        test_oracle.test_kernels_draw_the_reference_mask(9, 32, "split")
 
 
 def test_results_that_change_from_run_to_run_fail(monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
     with pytest.raises(AssertionError, match="differs in"):
-        test_repeats_and_masks.test_repeated_runs_give_the_same_bits(Case(9, 48, 40, 16, 0.5), "auto")
+        test_oracle.check(Case(9, 48, 40, 16, 0.5), "auto", ignore)
 
 
 SHAPE = test_cuda_graphs.SIZES[0]
 GRAPHS = {
-    "forward": lambda: test_cuda_graphs.test_forward(SHAPE),
-    "both": lambda: test_cuda_graphs.test_forward_and_backward_in_one_graph(SHAPE),
+    "forward": lambda: test_cuda_graphs.test_a_call(SHAPE, ("Y",)),
+    "both": lambda: test_cuda_graphs.test_a_call(SHAPE, test_cuda_graphs.RESULTS),
     "backward": lambda: test_cuda_graphs.test_backward_of_an_earlier_forward(SHAPE),
     "dropout": lambda: test_cuda_graphs.test_each_replay_draws_its_own_dropout_mask(SHAPE, ignore),
     "step": lambda: test_cuda_graphs.test_optimizer_step(FP32, ignore),
-    "training": lambda: test_cuda_graphs.test_whole_training_step(FP32, ignore),
 }
 
 
@@ -92,27 +88,6 @@ def test_rows_out_of_place_fail(monkeypatch):
         test_large_offsets.test_spread_rows(40, "auto")
 
 
-def test_a_capture_on_a_cpu_computes_at_replays_into_the_same_tensors():
-    x, calls = torch.ones(3), []
-
-    def double():
-        calls.append(1)
-        return (x * 2,)
-
-    captured = gpu_checks.capture(double, warmup=0)
-    assert not calls
-    captured.replay()
-    (first,) = captured.outputs
-    x.fill_(5)
-    captured.replay()
-    assert captured.outputs[0] is first and first.tolist() == [10, 10, 10]
-
-
-def test_keep_rows_are_rows_of_the_reference_mask():
-    rows = torch.tensor([0, 3, 6])
-    assert torch.equal(keep_rows(rows, 13, 0.3, 99), dropout_keep_ref(7, 13, 0.3, 99)[rows])
-
-
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100", "sm_120"))
 @pytest.mark.parametrize(("size", "kernel"), test_bring_up.LAUNCHED)
 def test_on_a_gpu_the_first_tests_launch_the_kernels_that_they_name(size, kernel, arch):
@@ -124,13 +99,6 @@ def test_on_a_gpu_the_first_tests_launch_the_kernels_that_they_name(size, kernel
         with slk.use_backend("triton"), slk.use_kernel(kernel):
             found = slk.explain(*test_bring_up.SIZES[size], dropout_p=p, device=arch)
         assert {step.kernel.removeprefix("lora_") for step in found.forward + found.backward} == expected
-
-
-def test_a_counter_that_is_not_set_back_is_found_once():
-    mine = counters.counters(8, torch.device("cpu"))
-    mine[3] = 1
-    (left,) = conftest.counters_left().values()
-    assert left == [3] and not mine.any() and conftest.counters_left() == {}
 
 
 NCU = """==PROF== Connected to process 1
