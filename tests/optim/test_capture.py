@@ -1,6 +1,6 @@
-"""What a CUDA graph does to the optimizer's step, without one: what a capture runs is recorded, and a replay runs it again.
+"""What a CUDA graph does to the optimizer's step alone, without one: a capture is recorded, and a replay runs it again.
 
-On a GPU, tests/gpu/test_cuda_graphs.py compares real graphs with eager steps.
+Real graphs: tests/gpu/test_cuda_graphs.py. With the backward pass, whose gradients the graph owns: tests/graphed_step.
 """
 
 from __future__ import annotations
@@ -49,13 +49,7 @@ def fill_grads(optimizer: StableLoRAAdamW, seed: int) -> None:
     kept = [p.grad for p in params_of(optimizer)]
     set_grads(params_of(optimizer), seed)
     for p, grad in zip(params_of(optimizer), kept, strict=True):
-        if grad is not None:
-            p.grad = grad.copy_(p.grad)
-
-
-def assign_grads(optimizer: StableLoRAAdamW, grads: list[Tensor]) -> None:
-    for p, grad in zip(params_of(optimizer), grads, strict=True):
-        p.grad = grad
+        p.grad = p.grad if grad is None else grad.copy_(p.grad)
 
 
 def optimizers(dtype: torch.dtype = FP32, steps: int = 1, **settings: Any) -> list[StableLoRAAdamW]:
@@ -118,27 +112,9 @@ def test_a_step_is_its_launches_and_nothing_else(monkeypatch: pytest.MonkeyPatch
     assert keys and keys == keys[: len(keys) // 3] * 3
 
 
-def test_gradients_of_the_graphs_own_memory(graphs: RecordedGraphs) -> None:
-    """A backward pass that is captured too puts gradients elsewhere, so the step copies a table within the graph."""
-    eager, captured = optimizers()
-    outside = [p.grad for p in params_of(captured)]
-    inside = [torch.empty_like(grad) for grad in outside]
-    assign_grads(captured, inside)
-    before = snapshot(captured)
-    replay, _ = graphs.capture(captured.step)
-    assert all_equal(before, snapshot(captured))
-    for turn in range(1, 6):
-        # The fourth is an eager step between replays, on gradients of its own.
-        assign_grads(captured, outside if turn == 4 else inside)
-        for optimizer in (eager, captured):
-            fill_grads(optimizer, turn)
-        eager.step()
-        captured.step() if turn == 4 else replay()
-    assert all_equal(snapshot(eager), snapshot(captured))
-
-
 def new_gradients(optimizer: StableLoRAAdamW) -> None:
-    assign_grads(optimizer, [p.grad.clone() for p in params_of(optimizer)])
+    for p in params_of(optimizer):
+        p.grad = p.grad.clone()
 
 
 def a_large_b(optimizer: StableLoRAAdamW) -> None:

@@ -1,8 +1,10 @@
-"""Algorithm 1: when A shrinks, when its pair latches, and norms that decide nothing."""
+"""Algorithm 1: when A shrinks, when its pair latches, and norms that decide nothing. No clipped step without a finite norm."""
 
 from __future__ import annotations
 
 import math
+import re
+import warnings
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef
-from tests.helpers.optimizers import DEVICE, halves, in_float64, make_pairs, set_grads
+from tests.helpers.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.steps import assert_close_to, latches, take_step, take_step_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,3 +155,36 @@ def test_a_gpus_limits_are_told(path: str, a: float, told: bool, recwarn: pytest
         assert len(messages) == (len(pairs) if told and path != "torch" else 0)
     if path == "torch" or not told:
         assert set(latches(optimizer).values()) == {None}
+
+
+# Clipping
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize("max_grad_norm", [1.0, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_a_step_without_a_finite_norm_is_not_taken(path: str, value: float, place: int, max_grad_norm: float) -> None:
+    options = {"lr": 0.3, "shrink_ratio": 0.1}
+    optimizer = StableLoRAAdamW(make_pairs(), max_grad_norm=max_grad_norm, **options)
+    # An infinite bound clips nothing.
+    other = StableLoRAAdamW(make_pairs(), max_grad_norm=None if max_grad_norm == math.inf else max_grad_norm, **options)
+    for step in range(6):
+        if step not in (0, 3, 4):
+            take_step(step, optimizer, other)
+            continue
+        before = [p.detach().clone() for p in params_of(optimizer)]
+        set_grads(params_of(optimizer), step)
+        params_of(optimizer)[place].grad.view(-1)[-1] = value
+        optimizer.step()
+        assert all_equal(before, [p.detach() for p in params_of(optimizer)])
+    assert optimizer.nonfinite_steps == 3 and other.nonfinite_steps == 0
+    assert all_equal(snapshot(optimizer), snapshot(other))
+    with pytest.warns(
+        RuntimeWarning, match=re.escape("3 steps were skipped because the norm of their gradients was not finite")
+    ):
+        assert any(s.latched_at for s in optimizer.stability())
+    # Reported once.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.state_dict()

@@ -19,13 +19,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import stablelora_kernels as slk
 from tests.helpers.distributed_training import TRAINING, compare, fit, gather
-from tests.helpers.optimizers import make_pairs, set_grads
+from tests.helpers.optimizers import make_pairs, params_of, set_grads
 from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import Model, lora_config
 from tests.helpers.steps import decide_on_device
@@ -294,3 +294,75 @@ def test_a_checkpoint_resumes_on_fewer_ranks(spawned: Spawned) -> None:
     spawned(4)
     for found in spawned(2, resume, 4):
         compare(found, alone())
+
+
+# In one process
+
+
+def pair(mesh: DeviceMesh, a_way: Placement | None = None) -> Named:
+    parts = {"q.lora_A": (torch.randn(4, 6), a_way or Shard(0)), "q.lora_B": (torch.zeros(5, 4), Shard(0))}
+    return [(n, DTensor.from_local(t, mesh, [w], run_check=False).requires_grad_()) for n, (t, w) in parts.items()]
+
+
+def whole(named: Named) -> Named:
+    return [(name, gather(p).requires_grad_()) for name, p in named]
+
+
+def step_alike(both: list[slk.StableLoRAAdamW], way: Placement | None = None) -> None:
+    """Of sharded parameters, and of whole ones of the same values: a step of both on gradients placed another way."""
+    named = list(zip(*map(params_of, both), strict=True))
+    for p, q in named:
+        q.grad = torch.randn(q.shape)
+        p.grad = DTensor.from_local(q.grad.clone(), p.device_mesh, [way or Shard(0)], run_check=False)
+    for optimizer in both:
+        optimizer.step()
+    for p, q in named:
+        torch.testing.assert_close(gather(p), q.detach(), rtol=1e-5, atol=1e-7)
+        assert torch.equal(gather(both[0].state[p]["exp_avg"]), both[1].state[q]["exp_avg"])
+        assert both[0].state[p]["step"].item() == both[1].state[q]["step"].item()
+
+
+def test_what_is_refused_of_dtensors(mesh: DeviceMesh) -> None:
+    with pytest.raises(TypeError, match=r"'q.lora_A' must be sharded or replicated, got the placements \(Part"):
+        slk.StableLoRAAdamW(pair(mesh, Partial()))
+    with pytest.raises(ValueError, match=r"parameter 'q.lora_A' is a DTensor, whose moments cannot be in 8 bits"):
+        slk.StableLoRAAdamW(pair(mesh), moments_dtype=torch.uint8)
+    strided = DTensor.from_local(torch.randn(6, 4).t(), mesh, [Shard(0)], run_check=False).requires_grad_()
+    with pytest.raises(ValueError, match=r"'q.lora_A' is sharded, so its shards must be contiguous, got the strides"):
+        slk.StableLoRAAdamW([("q.lora_A", strided), pair(mesh)[1]])
+
+
+def test_parts_change_as_a_whole_does(mesh: DeviceMesh, backend: str) -> None:
+    """Gradients of other placements, a state that is cleared, replaced, loaded from a whole, and one that does not fit."""
+    named = pair(mesh)
+    both = [slk.StableLoRAAdamW(each, lr=0.1) for each in (named, whole(named))]
+    step_alike(both, Partial())
+    for optimizer in both:
+        optimizer.state.clear()
+    step_alike(both)
+    for optimizer in both:
+        for p in params_of(optimizer):
+            optimizer.state[p]["exp_avg"] = torch.full_like(p, 0.5).detach()
+    step_alike(both)
+    both[0].load_state_dict(both[1].state_dict())
+    step_alike(both)
+    back = slk.StableLoRAAdamW(whole(pair(mesh)))
+    back.load_state_dict(both[0].state_dict())
+    p, q = back.pairs[0].A, both[1].pairs[0].A
+    assert torch.equal(back.state[p]["exp_avg"], both[1].state[q]["exp_avg"])
+    both[0].state[named[0][1]]["exp_avg"] = torch.zeros(4, 7)
+    message = r"the state of 'q.lora_A': 'exp_avg' must be .* \[4, 6\] on cpu, got .* \[4, 7\]"
+    with pytest.raises(ValueError, match=message):
+        step_alike(both)
+
+
+def test_parameters_that_a_trainer_exchanges_are_found(mesh: DeviceMesh) -> None:
+    """As accelerate does when it shards a model after the optimizer was made."""
+    named = pair(mesh)
+    optimizer = slk.StableLoRAAdamW(whole(named), lr=0.1, shrink_ratio=0.5, weight_decay=0.0)
+    optimizer.param_groups[0]["params"] = [p for _, p in named]
+    for _, p in named:
+        p.grad = torch.zeros_like(p)
+    before = gather(named[0][1])
+    optimizer.step()
+    assert torch.equal(gather(named[0][1]), 0.5 * before) and optimizer.pairs[0].A is named[0][1]
