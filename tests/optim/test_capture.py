@@ -6,13 +6,14 @@ Real graphs: tests/gpu/test_cuda_graphs.py. With the backward pass, whose gradie
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.launch import base
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
@@ -25,10 +26,7 @@ from tests.helpers.recorded_graphs import RecordedGraphs
 from tests.helpers.steps import latches, operators
 from tests.optim.options import BF16, FP32, FP64, schedule
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "on_triton"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_cuda_graphs.py"),
-]
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_cuda_graphs.py")
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"max_grad_norm": 0.1},
@@ -39,9 +37,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> RecordedGraphs:
-    return RecordedGraphs(monkeypatch)
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[RecordedGraphs]:
+    with use_backend("triton"):
+        yield RecordedGraphs(monkeypatch)
 
 
 def fill_grads(optimizer: StableLoRAAdamW, seed: int) -> None:
