@@ -196,11 +196,12 @@ GROUPS: dict[str, Change] = {
         f"{key}: {value}": lambda o, p, key=key, value=value: o.param_groups[0].update({key: value})
         for key, value in [
             ("lr", 0.1), ("betas", (0.5, 0.6)), ("eps", 0.1), ("weight_decay", 0.5), ("shrink_ratio", 0.5),
-            ("maximize", True), ("amsgrad", True), ("stop_condition", "never"), ("lr_ratio_B", 8.0),
+            ("maximize", True), ("amsgrad", True), ("lr_ratio_B", 8.0),
             ("lr", torch.tensor(0.1, device=DEVICE)), ("betas", (0.5, torch.tensor(0.75))),
             ("shrink_ratio", torch.tensor(0.5, device=DEVICE)), ("weight_decay", torch.tensor(0.5, device=DEVICE)),
         ]
     },
+    "never, of a B that would latch": lambda o, p: (o.param_groups[0].update(stop_condition="never"), p.fill_(100)),
     "a tensor written to": lambda o, p: o.param_groups[1]["lr"].fill_(0.1),
     "max_grad_norm": lambda o, p: setattr(o, "max_grad_norm", 1e-3),
     "a cast": lambda o, p: cast(o),
