@@ -37,11 +37,8 @@ def test_resumed_and_copied_it_goes_on_to_the_bit(path: str, option: Row) -> Non
     straight, cut = option.optimizer(), option.optimizer()
     for step in range(4):
         take_step(step, straight, cut)
-    kept = {
-        key: option.options[key]
-        for key in ("moments_dtype", "master_weights", "shrink_schedule")
-        if key in option.options
-    }
+    unsaved = ("moments_dtype", "master_weights", "shrink_schedule")
+    kept = {key: value for key, value in option.options.items() if key in unsaved}
     pairs = option.pairs(seed=9)
     state, values = saved_and_loaded([cut.state_dict(), [p.detach() for p in params_of(cut)]])
     with torch.no_grad():
@@ -71,18 +68,16 @@ def test_found_inf_changes_nothing(path: str, row: Row, found_inf: float) -> Non
     before = snapshot(optimizer)
     optimizer.grad_scale = torch.tensor(4.0, device=DEVICE)
     optimizer.found_inf = torch.tensor(found_inf, device=DEVICE)
-    # A schedule counts a call of step().
-    twin = None if optimizer.shrink_schedule else copy.deepcopy(optimizer)
+    twin = copy.deepcopy(optimizer)
     set_grads(params_of(optimizer), 2)
     params_of(optimizer)[0].grad.view(-1)[0] = math.inf
     optimizer.step()
     assert all_equal(snapshot(optimizer), before) and optimizer.nonfinite_steps == 0
-    if twin is not None:
-        # The step after it is the one that would have come. The scale is a power of two.
-        optimizer.found_inf.zero_()
-        take_step(7, optimizer, scale=4e-2)
-        take_step(7, twin)
-        assert all_equal(snapshot(optimizer), snapshot(twin))
+    # The step after it is the one that would have come. The scale is a power of two.
+    optimizer.found_inf.zero_()
+    take_step(7, optimizer, scale=4e-2)
+    take_step(7, twin)
+    assert all_equal(snapshot(optimizer), snapshot(twin))
 
 
 def test_a_step_on_triton_is_one_launch(option: Row) -> None:

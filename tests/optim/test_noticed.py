@@ -44,6 +44,10 @@ def trained(storage: str) -> StableLoRAAdamW:
     return optimizer
 
 
+def cloned(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
+
+
 def renewed(optimizer: StableLoRAAdamW) -> StableLoRAAdamW:
     """A fresh optimizer with the groups, values, state and, dense and in memory of their own, the gradients of another."""
     twins = {p: torch.nn.Parameter(p.detach().clone()) for p in params_of(optimizer)}
@@ -51,9 +55,7 @@ def renewed(optimizer: StableLoRAAdamW) -> StableLoRAAdamW:
     other = StableLoRAAdamW(groups, **optimizer.storage._asdict())
     for p, twin in twins.items():
         if p in optimizer.state:
-            other.state[twin] = {
-                key: value.clone() if isinstance(value, Tensor) else value for key, value in optimizer.state[p].items()
-            }
+            other.state[twin] = cloned(optimizer.state[p])
         if p.grad is not None:
             twin.grad = p.grad.detach().to(p.dtype).clone(memory_format=torch.contiguous_format)
     other.grad_scale = getattr(optimizer, "grad_scale", None)
@@ -61,14 +63,6 @@ def renewed(optimizer: StableLoRAAdamW) -> StableLoRAAdamW:
 
 
 # Changes of a gradient
-
-
-def assign(p: Tensor, grad: Tensor | None) -> None:
-    p.grad = grad
-
-
-def assign_data(p: Tensor, data: Tensor) -> None:
-    p.grad.data = data
 
 
 def misaligned(p: Tensor) -> None:
@@ -93,17 +87,17 @@ def exchange(p: Tensor, other: Tensor) -> None:
 
 GRADIENTS: dict[str, Change] = {
     "gradient in place": lambda o, p: p.grad.mul_(-3),
-    "another gradient": lambda o, p: assign(p, -3 * p.grad),
-    "no gradient": lambda o, p: assign(p, None),
-    "gradient in other memory": lambda o, p: assign_data(p, -3 * p.grad),
+    "another gradient": lambda o, p: setattr(p, "grad", -3 * p.grad),
+    "no gradient": lambda o, p: setattr(p, "grad", None),
+    "gradient in other memory": lambda o, p: setattr(p.grad, "data", -3 * p.grad),
     "gradients exchanged": lambda o, p: exchange(p, o.pairs[1].A),
-    "transposed data": lambda o, p: assign_data(p, p.grad.data.t()),
+    "transposed data": lambda o, p: setattr(p.grad, "data", p.grad.data.t()),
     "transposed in place": lambda o, p: p.grad.t_(),
-    "transposed view": lambda o, p: assign(p, p.grad.t()),
-    "another dtype": lambda o, p: assign_data(p, (-3 * p.grad).double()),
+    "transposed view": lambda o, p: setattr(p, "grad", p.grad.t()),
+    "another dtype": lambda o, p: setattr(p.grad, "data", (-3 * p.grad).double()),
     "another dtype, same memory": lambda o, p: same_memory_in_another_dtype(p),
     "misaligned gradient": lambda o, p: misaligned(p),
-    "expanded gradient": lambda o, p: assign(p, p.grad[:1].clone().expand_as(p)),
+    "expanded gradient": lambda o, p: setattr(p, "grad", p.grad[:1].clone().expand_as(p)),
     "gradient in a graph": lambda o, p: part_of_a_graph(p),
     "a scale of all": lambda o, p: setattr(o, "grad_scale", torch.tensor(4.0, device=DEVICE)),
 }
@@ -140,10 +134,6 @@ WRITES: dict[str, Change] = {
 # Changes of the state and of the groups
 
 
-def update(o: StableLoRAAdamW, p: Tensor, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    o.state[p].update(change(o.state[p]))
-
-
 def cast(o: StableLoRAAdamW) -> None:
     for p in params_of(o):
         grad, p.grad = p.grad.to(FP16), None
@@ -169,28 +159,30 @@ def move_to_another_group(o: StableLoRAAdamW) -> None:
         second[key].insert(0, first[key].pop())
 
 
+def exchange_moments(entry: dict[str, Any]) -> None:
+    entry.update(exp_avg=entry["exp_avg_sq"], exp_avg_sq=entry["exp_avg"].abs_())
+
+
+def use_numbers(o: StableLoRAAdamW, p: Tensor) -> None:
+    o.state[p].update(step=7)
+    o.state[o.pairs[1].A].update(step=2, latched_at=2)
+
+
 STATE: dict[str, Change] = {
-    "an equal tensor": lambda o, p: update(o, p, lambda entry: {"exp_avg": entry["exp_avg"].clone()}),
-    "another tensor": lambda o, p: update(o, p, lambda entry: {"exp_avg": torch.ones_like(entry["exp_avg"])}),
-    "moments exchanged": lambda o, p: update(
-        o, p, lambda entry: {"exp_avg": entry["exp_avg_sq"], "exp_avg_sq": entry["exp_avg"].abs_()}
-    ),
-    "a moment in other strides": lambda o, p: update(o, p, lambda entry: {"exp_avg": entry["exp_avg"].t().clone()}),
-    "another step": lambda o, p: update(o, p, lambda entry: {"step": torch.tensor(7.0, device=DEVICE)}),
-    "counters that are numbers": lambda o, p: (
-        update(o, p, lambda entry: {"step": 7}),
-        update(o, o.pairs[1].A, lambda entry: {"step": 2, "latched_at": 2}),
-    ),
+    "an equal tensor": lambda o, p: o.state[p].update(exp_avg=o.state[p]["exp_avg"].clone()),
+    "another tensor": lambda o, p: o.state[p].update(exp_avg=torch.ones_like(o.state[p]["exp_avg"])),
+    "moments exchanged": lambda o, p: exchange_moments(o.state[p]),
+    "a moment in other strides": lambda o, p: o.state[p].update(exp_avg=o.state[p]["exp_avg"].t().clone()),
+    "another step": lambda o, p: o.state[p].update(step=torch.tensor(7.0, device=DEVICE)),
+    "counters that are numbers": use_numbers,
     "a further entry": lambda o, p: o.state[p].update(own=torch.zeros((), device=DEVICE)),
     "a moment that is gone": lambda o, p: o.state[p].pop("exp_avg"),
-    "a moment renamed": lambda o, p: update(o, p, lambda entry: {"own": entry.pop("exp_avg_sq")}),
+    "a moment renamed": lambda o, p: o.state[p].update(own=o.state[p].pop("exp_avg_sq")),
     "an entry that is gone": lambda o, p: o.state.pop(p),
     "an entry that is cleared": lambda o, p: o.state[p].clear(),
     "a state that is cleared": lambda o, p: o.state.clear(),
-    "another dict": lambda o, p: setattr(
-        o, "state", {q: {key: t.clone() for key, t in entry.items()} for q, entry in o.state.items()}
-    ),
-}  # fmt: skip
+    "another dict": lambda o, p: setattr(o, "state", {q: cloned(entry) for q, entry in o.state.items()}),
+}
 GROUPS: dict[str, Change] = {
     **{
         f"{key}: {value}": lambda o, p, key=key, value=value: o.param_groups[0].update({key: value})
@@ -282,7 +274,7 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "scales": ("8 bits", put("exp_avg_scale", torch.zeros(2)), "'exp_avg_scale' must be torch.float32 [1] on"),
     "strides of codes": ("8 bits", put("exp_avg", CODES.t()), "strides (8, 1), got (1, 8)"),
     "a master": ("masters", put("master", torch.zeros(8)), f"'master' {FITS} torch.float32 [8]"),
-    "a sparse gradient": ("float32", lambda o, p: assign(p, p.grad.to_sparse()), "must be dense tensors, got torch.sparse"),
+    "a sparse gradient": ("float32", lambda o, p: setattr(p, "grad", p.grad.to_sparse()), "gradients must be dense tensors, got"),
     "amsgrad": ("8 bits", group(0, amsgrad=True), "amsgrad=True needs moments_dtype=torch.float32"),
     "two clips": ("masters", group(1, max_grad_norm=2.0), "must be one value for all groups, got 0.1 and 2.0"),
     "another storage": ("float32", group(0, moments_dtype=BF16), "a group's moments_dtype must be the optimizer's"),
