@@ -139,14 +139,16 @@ def test_a_state_is_converted(path: str, row: Row, source: str) -> None:
         return
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        optimizer.load_state_dict(copy.deepcopy(given.state_dict()))
+        optimizer.load_state_dict(given.state_dict())
     was = storage if source == "AdamW" else given.storage
     assert [str(w.message).split(", since")[0] for w in told] == [
         f"the loaded state was saved with {name}={old}; it was converted"
         for name, old, new in zip(storage._fields, was, storage, strict=True)
         if old != new
     ]
-    assert optimizer.storage == storage and optimizer.param_groups[0]["lr"] == given.param_groups[0]["lr"]
+    assert optimizer.storage == storage
+    rate, theirs = optimizer.param_groups[0]["lr"], given.param_groups[0]["lr"]
+    assert rate == theirs and (isinstance(rate, float) or rate is not theirs)
     assert optimizer.param_groups[0]["shrink_ratio"] == given.param_groups[0].get("shrink_ratio", 0.3)
     for p, q in zip(params_of(optimizer), params_of(given), strict=True):
         for key in ("exp_avg", "exp_avg_sq") if steps else ():

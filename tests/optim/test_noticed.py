@@ -44,20 +44,19 @@ def trained(storage: str) -> StableLoRAAdamW:
     return optimizer
 
 
-def cloned(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
+def cloned(t: Any) -> Any:
+    return t.detach().clone(memory_format=torch.contiguous_format) if isinstance(t, Tensor) else t
 
 
 def renewed(optimizer: StableLoRAAdamW) -> StableLoRAAdamW:
-    """A fresh optimizer with the groups, values, state and, dense and in memory of their own, the gradients of another."""
+    """A fresh optimizer with the groups of another and, contiguous and in memory of their own, its values, state, gradients."""
     twins = {p: torch.nn.Parameter(p.detach().clone()) for p in params_of(optimizer)}
     groups = [{**group, "params": [twins[p] for p in group["params"]]} for group in optimizer.param_groups]
     other = StableLoRAAdamW(groups, **optimizer.storage._asdict())
     for p, twin in twins.items():
         if p in optimizer.state:
-            other.state[twin] = cloned(optimizer.state[p])
-        if p.grad is not None:
-            twin.grad = p.grad.detach().to(p.dtype).clone(memory_format=torch.contiguous_format)
+            other.state[twin] = {key: cloned(value) for key, value in optimizer.state[p].items()}
+        twin.grad = None if p.grad is None else cloned(p.grad.to(p.dtype))
     other.grad_scale = getattr(optimizer, "grad_scale", None)
     return other
 
@@ -181,7 +180,9 @@ STATE: dict[str, Change] = {
     "an entry that is gone": lambda o, p: o.state.pop(p),
     "an entry that is cleared": lambda o, p: o.state[p].clear(),
     "a state that is cleared": lambda o, p: o.state.clear(),
-    "another dict": lambda o, p: setattr(o, "state", {q: cloned(entry) for q, entry in o.state.items()}),
+    "another dict": lambda o, p: setattr(
+        o, "state", {q: {key: t.clone() for key, t in entry.items()} for q, entry in o.state.items()}
+    ),
 }
 GROUPS: dict[str, Change] = {
     **{
@@ -195,6 +196,7 @@ GROUPS: dict[str, Change] = {
     },
     "never, of a B that would latch": lambda o, p: (o.param_groups[0].update(stop_condition="never"), p.fill_(100)),
     "a tensor written to": lambda o, p: o.param_groups[1]["lr"].fill_(0.1),
+    "a tensor in place of another": lambda o, p: o.param_groups[1].update(lr=torch.tensor(0.1, device=DEVICE)),
     "max_grad_norm": lambda o, p: setattr(o, "max_grad_norm", 1e-3),
     "a cast": lambda o, p: cast(o),
     "another parameter": replace,
