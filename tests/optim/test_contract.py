@@ -122,10 +122,15 @@ def test_torchs_defaults_do_not_matter(path: str, change: str, row: Row) -> None
     assert all_equal(snapshot(optimizer), snapshot(other))
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("source", [*STORED, "AdamW", "no step"])
-def test_a_state_is_converted(path: str, row: Row, source: str) -> None:
+STORAGES = ("tensors", "masters", "bf16-moments", "8-bit-moments", "masters-8-bit-moments-clipped")
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize("name", STORAGES)
+@pytest.mark.parametrize("source", [*STORAGES, "amsgrad", "AdamW", "no step"])
+def test_a_state_is_converted(path: str, name: str, source: str) -> None:
     """The optimizer keeps its own storage and says so, and its own options where AdamW has none."""
+    row = OPTIONS[name]
     given = torch.optim.AdamW(halves(row.pairs())) if source == "AdamW" else OPTIONS.get(source, Row()).optimizer()
     steps = 0 if source == "no step" else 1
     if steps:
