@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.launch import base
@@ -19,6 +20,7 @@ from stablelora_kernels.launch import base
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from stablelora_kernels.optim import graph_capture
+from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.launches import specialization
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
@@ -194,19 +196,37 @@ def test_what_is_not_captured(graphs: RecordedGraphs, name: str) -> None:
 # Memory that a graph or another stream still reads
 
 
-def test_tables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+class Reads(TorchDispatchMode):
+    """Refers to the tables that launches and, if it is sharded, the sums before them read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index_put_.default:
+            self.held += map(weakref.ref, args[1])
+        return func(*args, **(kwargs or {}))
+
+    def launch(self, launch: base.Launch, device: torch.device) -> None:
+        self.held += [weakref.ref(arg) for arg in launch.args if isinstance(arg, Tensor)]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_tables_are_kept(monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None:
     """A step with other gradients replaces tables. It used to free those that the graph reads."""
-    optimizer, _ = optimizers()
-    held: list[Any] = []
-    with monkeypatch.context() as patch:
+    if sharded:
+        # One process sums as many do.
+        monkeypatch.setattr(ShardSums, "__bool__", lambda sums: True)
+    optimizer, _ = optimizers(max_grad_norm=1.0)
+    with monkeypatch.context() as patch, Reads() as reads:
         patch.setattr(graph_capture, "capturing", lambda: True)
-        tensors = lambda launch: [t for t in launch.args if isinstance(t, Tensor)]  # noqa: E731
-        patch.setattr(base.Launch, "run", lambda launch, _: held.extend(map(weakref.ref, tensors(launch))))
+        patch.setattr(base.Launch, "run", lambda launch, device: reads.launch(launch, device))
         optimizer.step()
-    set_grads(params_of(optimizer), 2)
+    params_of(optimizer)[0].grad = None
     optimizer.param_groups[0]["eps"] = 1e-6
     optimizer.step()
-    assert len(held) > 5 and all(ref() is not None for ref in held)
+    assert len(reads.held) > 5 and all(ref() is not None for ref in reads.held)
 
 
 def test_tables_wait_for_every_stream_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
