@@ -123,10 +123,15 @@ def test_a_change_after_the_capture_is_noticed(words: str, shared: Any) -> None:
 
 
 OTHER_STATE = r"optimizer has other parameters or another state .*load_state_dict, state\), which"
-HEAD = {"params": [("head", nn.Parameter(torch.ones(3, device=DEVICE)))], "capturable": True}
+
+
+def add_a_head(optimizer: slk.StableLoRAAdamW) -> None:
+    optimizer.add_param_group({"params": [("head", nn.Parameter(torch.ones(3, device=DEVICE)))], "capturable": True})
+
+
 RESETS: dict[str, tuple[Callable[[slk.StableLoRAAdamW], Any], str]] = {
     "a state loaded": (lambda o: o.load_state_dict(o.state_dict()), OTHER_STATE),
-    "a group added": (lambda o: o.add_param_group(HEAD), OTHER_STATE),
+    "a group added": (add_a_head, OTHER_STATE),
     "a tensor as lr": (
         lambda o: o.param_groups[0].update(lr=torch.tensor(0.1, device=DEVICE)),
         r"param_groups\[0\]\['lr'\] was 'a number' and is a tensor of shape \[\], which",

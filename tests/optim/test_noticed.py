@@ -29,6 +29,7 @@ STORAGES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "8 bits": (FP32, {"moments_dtype": torch.uint8}),
 }
 SHAPES = [(8, 24, 8), (8, 8, 8), (3, 31, 5)]
+TENSOR = torch.tensor(0.5, device=DEVICE)
 
 
 def trained(storage: str) -> StableLoRAAdamW:
@@ -98,7 +99,7 @@ GRADIENTS: dict[str, Change] = {
     "misaligned gradient": lambda o, p: misaligned(p),
     "expanded gradient": lambda o, p: setattr(p, "grad", p.grad[:1].clone().expand_as(p)),
     "gradient in a graph": lambda o, p: part_of_a_graph(p),
-    "a scale of all": lambda o, p: setattr(o, "grad_scale", torch.tensor(4.0, device=DEVICE)),
+    "a scale of all": lambda o, p: setattr(o, "grad_scale", TENSOR),
 }
 
 # Writes to a B, large enough for its pair to latch
@@ -174,7 +175,7 @@ STATE: dict[str, Change] = {
     "a moment in other strides": lambda o, p: o.state[p].update(exp_avg=o.state[p]["exp_avg"].t().clone()),
     "another step": lambda o, p: o.state[p].update(step=torch.tensor(7.0, device=DEVICE)),
     "counters that are numbers": use_numbers,
-    "a further entry": lambda o, p: o.state[p].update(own=torch.zeros((), device=DEVICE)),
+    "a further entry": lambda o, p: o.state[p].update(own=TENSOR),
     "a moment that is gone": lambda o, p: o.state[p].pop("exp_avg"),
     "a moment renamed": lambda o, p: o.state[p].update(own=o.state[p].pop("exp_avg_sq")),
     "an entry that is gone": lambda o, p: o.state.pop(p),
@@ -189,14 +190,14 @@ GROUPS: dict[str, Change] = {
         f"{key}: {value}": lambda o, p, key=key, value=value: o.param_groups[0].update({key: value})
         for key, value in [
             ("lr", 0.1), ("betas", (0.5, 0.6)), ("eps", 0.1), ("weight_decay", 0.5), ("shrink_ratio", 0.5),
-            ("maximize", True), ("amsgrad", True), ("lr_ratio_B", 8.0),
-            ("lr", torch.tensor(0.1, device=DEVICE)), ("betas", (0.5, torch.tensor(0.75))),
-            ("shrink_ratio", torch.tensor(0.5, device=DEVICE)), ("weight_decay", torch.tensor(0.5, device=DEVICE)),
+            ("maximize", True), ("amsgrad", True), ("lr_ratio_B", 8.0), ("seed", 9),
+            ("lr", TENSOR), ("betas", (0.5, torch.tensor(0.75))),
+            ("shrink_ratio", TENSOR), ("weight_decay", TENSOR),
         ]
     },
     "never, of a B that would latch": lambda o, p: (o.param_groups[0].update(stop_condition="never"), p.fill_(100)),
     "a tensor written to": lambda o, p: o.param_groups[1]["lr"].fill_(0.1),
-    "a tensor in place of another": lambda o, p: o.param_groups[1].update(lr=torch.tensor(0.1, device=DEVICE)),
+    "a tensor in place of another": lambda o, p: o.param_groups[1].update(lr=TENSOR),
     "max_grad_norm": lambda o, p: setattr(o, "max_grad_norm", 1e-3),
     "a cast": lambda o, p: cast(o),
     "another parameter": replace,
@@ -263,7 +264,8 @@ def group(which: int, **values: Any) -> Change:
     return lambda o, p: o.param_groups[which].update(values)
 
 
-FITS, COUNTER = f"must be torch.float32 [8, 8] on {DEVICE}, got", "must be a number or a 0-d tensor, got"
+FITS = f"must be torch.float32 [8, 8] on {TENSOR.device}, got"
+COUNTER = "must be a number or a 0-d tensor, got"
 CODES = torch.zeros(8, 8, dtype=torch.uint8)
 # Of the optimizer's storage, a change, and the message.
 REFUSED: dict[str, tuple[str, Change, str]] = {
