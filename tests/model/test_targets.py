@@ -199,7 +199,7 @@ def test_a_lazy_layer_is_frozen_skipped_or_refused():
     assert [skipped.name for skipped in report.skipped] == ["lazy"]
     model = lazy()
     with pytest.raises(
-        ValueError, match="modules_to_save names 'lazy', but 'lazy.weight' has no shape before its first"
+        ValueError, match=r"modules_to_save names 'lazy', but 'lazy.weight' has no shape before its first"
     ):
         apply_lora(model, lora_config(modules_to_save=["lazy"]))
     assert not lora_layers(model)
