@@ -10,11 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stablelora_kernels.model.apply import apply_lora
-from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
+import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
-from stablelora_kernels.model.save_load import load_adapter, save_adapter
-from stablelora_kernels.nn.linear import LoRALinear
 from tests.helpers.small_models import IDS, Model, fill_b, lora_config, output, reasons, refused, trainable
 
 
@@ -26,7 +23,9 @@ def model():
 
 def test_every_replaced_module_is_in_the_report(model):
     model.layers[0].eval()
-    report = apply_lora(model, lora_config(r=4, lora_alpha=6, lora_dropout=0.25, rank_pattern={"layers.1.q_proj": 3}))
+    report = slk.apply_lora(
+        model, lora_config(r=4, lora_alpha=6, lora_dropout=0.25, rank_pattern={"layers.1.q_proj": 3})
+    )
     assert [m.name for m in report.replaced] == [f"layers.{i}.{n}_proj" for i in (0, 1) for n in "qv"]
     assert [(m.r, m.scaling) for m in report.replaced] == [(4, 1.5), (4, 1.5), (3, 2), (4, 1.5)]
     assert [(m.in_features, m.out_features, m.lora_alpha) for m in report.replaced] == [(8, 8, 6)] * 4
@@ -34,7 +33,7 @@ def test_every_replaced_module_is_in_the_report(model):
     assert all(layer.lora_dropout == 0.25 for layer in lora_layers(model).values())
     assert report.trainable == 3 * 4 * 16 + 3 * 16 and report.total == sum(p.numel() for p in model.parameters())
     assert (report.skipped, report.notes) == ((), ())
-    assert apply_lora(Model().to("meta"), lora_config()).trainable == 4 * 2 * 16
+    assert slk.apply_lora(Model().to("meta"), lora_config()).trainable == 4 * 2 * 16
 
 
 def test_report_as_text(model):
@@ -42,7 +41,7 @@ def test_report_as_text(model):
         target_modules=["q_proj", "embed", "norm"], r=4, rank_pattern={"k_proj": 3}, alpha_pattern={"k": 1},
         exclude_modules=["k_proj"], modules_to_save=["lm_head", "score"],
     )  # fmt: skip
-    assert str(apply_lora(model, config)).splitlines() == [
+    assert str(slk.apply_lora(model, config)).splitlines() == [
         "LoRA on 2 modules; 216 of 608 parameters train (35.53%)",
         "  2 x q_proj: 8 -> 8, r 4, alpha 16, scaling 4",
         "  skipped embed: Embedding is not an nn.Linear",
@@ -56,7 +55,7 @@ def test_report_as_text(model):
 
 def test_outputs_and_gradients_are_those_of_w_plus_scaled_ba(model):
     plain = copy.deepcopy(model)
-    apply_lora(model, lora_config(lora_alpha=3, use_rslora=True))
+    slk.apply_lora(model, lora_config(lora_alpha=3, use_rslora=True))
     assert torch.equal(model(IDS), plain(IDS))
     fill_b(model)
     with torch.no_grad():
@@ -71,14 +70,14 @@ def test_outputs_and_gradients_are_those_of_w_plus_scaled_ba(model):
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
 def test_init_is_passed_on(model, init):
-    apply_lora(model, lora_config(init_lora_weights=init))
+    slk.apply_lora(model, lora_config(init_lora_weights=init))
     layer = model.layers[0].q_proj
     assert bool(layer.lora_A.any()) and bool(layer.lora_B.any()) is (init is False)
 
 
 def test_a_tied_module_to_save_is_trained_alone():
     model = Model(tied=True)
-    report = apply_lora(model, lora_config(modules_to_save=["lm_head"]))
+    report = slk.apply_lora(model, lora_config(modules_to_save=["lm_head"]))
     assert report.notes == ("'lm_head.weight' was tied to a module outside modules_to_save and is a copy now",)
     assert model.lm_head.weight is not model.embed.weight and torch.equal(model.lm_head.weight, model.embed.weight)
     assert model.lm_head.weight.requires_grad and not model.embed.weight.requires_grad
@@ -91,13 +90,13 @@ def test_a_layer_in_two_places_stays_one():
         return model
 
     model = twice()
-    report = apply_lora(model, lora_config(target_modules=["q_proj"]))
+    report = slk.apply_lora(model, lora_config(target_modules=["q_proj"]))
     assert [m.name for m in report.replaced] == ["layers.0.q_proj"]
     assert report.notes == ("'layers.0.q_proj' is registered in 2 places and stays one layer",)
-    assert model.layers[0].q_proj is model.layers[1].q_proj and type(model.layers[1].q_proj) is LoRALinear
-    remove_lora(model)
+    assert model.layers[0].q_proj is model.layers[1].q_proj and type(model.layers[1].q_proj) is slk.LoRALinear
+    slk.remove_lora(model)
     assert type(model.layers[0].q_proj) is nn.Linear and model.layers[0].q_proj is model.layers[1].q_proj
-    report = apply_lora(twice(), lora_config(target_modules=["layers.1.q_proj", "v_proj"]))
+    report = slk.apply_lora(twice(), lora_config(target_modules=["layers.1.q_proj", "v_proj"]))
     assert reasons(report) == {"layers.1.q_proj": "it is the same module as 'layers.0.q_proj', which is not matched"}
 
 
@@ -109,20 +108,20 @@ def test_hooks_move_and_their_handles_still_work(model):
         layer.register_forward_hook(lambda module, args, kwargs, out: calls.append("forward"), with_kwargs=True),
         layer.register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward")),
     ]
-    report = apply_lora(model, lora_config())
+    report = slk.apply_lora(model, lora_config())
     assert report.notes == ("3 hooks of 'layers.0.q_proj' moved to the new layer",)
     model(IDS).sum().backward()
     assert calls == ["pre", "forward", "backward"]
     handles[0].remove(), handles[2].remove()
-    remove_lora(model)
+    slk.remove_lora(model)
     model(IDS)
     assert calls == ["pre", "forward", "backward", "forward"]
 
 
 def test_lora_on_top_of_lora(model):
-    apply_lora(model, lora_config(target_modules=["q_proj"]))
+    slk.apply_lora(model, lora_config(target_modules=["q_proj"]))
     first = model.layers[0].q_proj
-    report = apply_lora(model, lora_config())
+    report = slk.apply_lora(model, lora_config())
     assert [m.name for m in report.replaced] == ["layers.0.v_proj", "layers.1.v_proj"]
     assert reasons(report) == dict.fromkeys(["layers.0.q_proj", "layers.1.q_proj"], "it is a LoRALinear already")
     assert model.layers[0].q_proj is first and len(trainable(model)) == 8
@@ -132,17 +131,17 @@ def test_lora_on_top_of_lora(model):
 @pytest.mark.parametrize("merge", [False, True])
 def test_merging_twice_unmerging_twice_and_removing(model, merge, merged_before):
     linear, plain = model.layers[0].q_proj, model(IDS)
-    apply_lora(model, lora_config())
+    slk.apply_lora(model, lora_config())
     fill_b(model)
     model.eval()
     expected = model(IDS)
     for _ in range(2):
-        merge_lora(model)
+        slk.merge_lora(model)
     assert all(layer.merged for layer in lora_layers(model).values())
     torch.testing.assert_close(model(IDS), expected)
     for _ in range(0 if merged_before else 2):
-        unmerge_lora(model)
-    remove_lora(model, merge=merge)
+        slk.unmerge_lora(model)
+    slk.remove_lora(model, merge=merge)
     found = model.layers[0].q_proj
     assert type(found) is nn.Linear and not found.training and not lora_layers(model)
     assert set(model.state_dict()) == set(Model().state_dict())
@@ -150,12 +149,12 @@ def test_merging_twice_unmerging_twice_and_removing(model, merge, merged_before)
         torch.testing.assert_close(model(IDS), expected)
     else:
         assert found.weight is linear.weight and found.bias is linear.bias and torch.equal(model(IDS), plain)
-    apply_lora(model, lora_config())
+    slk.apply_lora(model, lora_config())
 
 
-@pytest.mark.parametrize("action", [merge_lora, remove_lora])
+@pytest.mark.parametrize("action", [slk.merge_lora, slk.remove_lora])
 def test_a_merge_that_is_not_finite_changes_nothing(model, action):
-    apply_lora(model, lora_config())
+    slk.apply_lora(model, lora_config())
     fill_b(model)
     with torch.no_grad():
         model.layers[1].v_proj.lora_B[3, 1] = float("inf")
@@ -164,13 +163,13 @@ def test_a_merge_that_is_not_finite_changes_nothing(model, action):
     assert not any(layer.merged for layer in lora_layers(model).values())
 
 
-@pytest.mark.parametrize("action", [merge_lora, unmerge_lora, remove_lora])
+@pytest.mark.parametrize("action", [slk.merge_lora, slk.unmerge_lora, slk.remove_lora])
 def test_a_model_without_lora_is_refused(model, action):
     message = r"model must have LoRALinear layers \(apply_lora makes them\), got a Model without any"
     with pytest.raises(ValueError, match=message):
         action(model)
     with pytest.raises(ValueError, match="got a LoRALinear, which can't replace itself"):
-        remove_lora(LoRALinear(2, 2))
+        slk.remove_lora(slk.LoRALinear(2, 2))
 
 
 class Interrupt(TorchDispatchMode):
@@ -189,9 +188,9 @@ class Interrupt(TorchDispatchMode):
 
 SAVED = lora_config(modules_to_save=["lm_head", "embed"], bias="all")
 CALLS = {
-    "apply_lora": (False, lambda model, path: apply_lora(model, SAVED, fuse_projections=True)),
-    "load_adapter, new layers": (False, lambda model, path: load_adapter(model, path, fuse_projections=True)),
-    "load_adapter, old layers": (True, load_adapter),
+    "apply_lora": (False, lambda model, path: slk.apply_lora(model, SAVED, fuse_projections=True)),
+    "load_adapter, new layers": (False, lambda model, path: slk.load_adapter(model, path, fuse_projections=True)),
+    "load_adapter, old layers": (True, slk.load_adapter),
 }
 
 
@@ -199,11 +198,11 @@ CALLS = {
 def test_a_call_that_is_interrupted_at_any_operator_is_rolled_back(tmp_path, has_lora, call):
     pytest.importorskip("safetensors.torch", reason="safetensors is not installed (pip install .[test])")
     source, model, calls = Model(), Model(tied=True), []
-    apply_lora(source, SAVED)
+    slk.apply_lora(source, SAVED)
     fill_b(source)
-    save_adapter(source, tmp_path)
+    slk.save_adapter(source, tmp_path)
     if has_lora:
-        apply_lora(model, SAVED)
+        slk.apply_lora(model, SAVED)
     model.layers[0].norm.weight.requires_grad_(False)
     model.layers[0].q_proj.register_forward_hook(lambda *_: calls.append(1))
     before = output(model)

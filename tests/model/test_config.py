@@ -13,16 +13,13 @@ REFUSED = [
     ("r", 0, ValueError, "r must be at least 1, got 0"),
     ("r", True, TypeError, "r must be an int, got True"),
     ("lora_alpha", float("nan"), ValueError, "lora_alpha must be a finite number in (-inf, inf), got nan"),
-    ("lora_alpha", "16", TypeError, "lora_alpha must be a number, got '16'"),
     ("lora_dropout", 1.0, ValueError, "lora_dropout must be a finite number in [0, 1), got 1.0"),
-    ("lora_dropout", -0.1, ValueError, "lora_dropout must be a finite number in [0, 1), got -0.1"),
     ("target_modules", None, ValueError, "must be a list of names, 'all-linear' or a regular expression, got None"),
     ("target_modules", [], ValueError, "target_modules must name at least one module, got []"),
     ("target_modules", "(q", ValueError, "target_modules must be a regular expression, got '(q'"),
     ("target_modules", [1], TypeError, "target_modules must be a string or a list of names, got [1]"),
     ("exclude_modules", "*", ValueError, "exclude_modules must be a regular expression, got '*'"),
     ("modules_to_save", "head", TypeError, "modules_to_save must be a list of names or None, got the string 'head'"),
-    ("modules_to_save", [""], TypeError, "modules_to_save must be a string or a list of names, got ['']"),
     ("use_rslora", 1, TypeError, "use_rslora must be a bool, got 1 of type int"),
     ("init_lora_weights", "pissa", ValueError, "must be True, False or 'gaussian', got 'pissa'"),
     ("bias", "some", ValueError, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
@@ -94,17 +91,18 @@ def test_matches_what_peft_matches(kwargs):
     assert apply_lora(Model(), config) == report
 
 
-PEFTS = {
-    "DoRA": ({"use_dora": True}, "the LoraConfig must use plain LoRA, got use_dora=True"),
-    "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights must be True, False or 'gaussian', got 'pissa'"),
-    "layers": ({"layers_to_transform": [0]}, r"got layers_to_transform=\[0\]; write them as a regular expression"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), PEFTS.values(), ids=PEFTS)
-def test_pefts_configs_beyond_plain_lora_are_refused(change, message):
+def test_pefts_configs_beyond_plain_lora_are_refused():
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-    with refused(model := Model(), ValueError, message):
-        apply_lora(model, peft.LoraConfig(r=2, target_modules=["q_proj"], **change))
-    with refused(model, ValueError, "peft_type in the IA3Config must be 'LORA'"):
-        apply_lora(model, peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    for config, message in (
+        (
+            peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
+            "the LoraConfig must use plain LoRA, got use_dora=True",
+        ),
+        (peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0]), "write them as a regular expression"),
+        (
+            peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+            "peft_type in the IA3Config must be 'LORA'",
+        ),
+    ):
+        with refused(model := Model(), ValueError, message):
+            apply_lora(model, config)

@@ -11,11 +11,8 @@ import weakref
 import pytest
 import torch
 
-from stablelora_kernels.model.apply import apply_lora
-from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
+import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
-from stablelora_kernels.model.save_load import load_adapter, save_adapter
-from stablelora_kernels.nn.linear import LoRALinear
 from tests.helpers.small_models import fill_b, gpt2, llama, lora_config, output
 
 pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
@@ -23,21 +20,21 @@ WITH_HEAD = {"target_modules": ["q_proj", "lm_head"]}
 
 
 def by_load_adapter(tmp_path):
-    save_adapter(adapted(llama()), tmp_path / "adapter")
+    slk.save_adapter(adapted(llama()), tmp_path / "adapter")
     model = llama().eval()
-    load_adapter(model, tmp_path / "adapter")
+    slk.load_adapter(model, tmp_path / "adapter")
     return model
 
 
 def by_hand(_):
     model = llama().eval()
     attention = model.model.layers[0].self_attn
-    attention.q_proj = LoRALinear.from_linear(attention.q_proj, init_lora_weights=False)
+    attention.q_proj = slk.LoRALinear.from_linear(attention.q_proj, init_lora_weights=False)
     return model
 
 
 def adapted(model, **config):
-    apply_lora(model.eval(), lora_config(**config))
+    slk.apply_lora(model.eval(), lora_config(**config))
     fill_b(model)
     return model
 
@@ -76,7 +73,7 @@ def test_a_merged_model_is_saved_merged(tmp_path, kind):
     model = MODELS[kind](tmp_path)
     expected, keys, tied = output(model), list(model.state_dict()), model.config.tie_word_embeddings
     names = [name for name, _ in model.named_modules()]
-    merge_lora(model)
+    slk.merge_lora(model)
     torch.testing.assert_close(reload(model, tmp_path / "merged"), expected)
     # As the Trainer calls it, and by position.
     torch.testing.assert_close(reload(model, tmp_path / "given", state_dict=model.state_dict()), expected)
@@ -85,11 +82,11 @@ def test_a_merged_model_is_saved_merged(tmp_path, kind):
     torch.testing.assert_close(output(model), expected)
     assert list(model.state_dict()) == keys and [name for name, _ in model.named_modules()] == names
     assert model.config.tie_word_embeddings == tied
-    unmerge_lora(model)
+    slk.unmerge_lora(model)
     assert torch.equal(output(model), expected)
     assert_saved_as_it_is(model, tmp_path / "unmerged")
     # A head that it unties stays so.
-    remove_lora(model)
+    slk.remove_lora(model)
     assert "save_pretrained" not in vars(model) | vars(model.base_model)
     torch.testing.assert_close(reload(model, tmp_path / "removed"), expected)
 
@@ -117,7 +114,7 @@ def test_layers_that_are_merged_one_by_one(tmp_path):
 
 def test_copies_and_pickles_save_themselves(tmp_path):
     model = adapted(llama())
-    merge_lora(model)
+    slk.merge_lora(model)
     for number, twin in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
         with torch.no_grad():
             twin.lm_head.weight.mul_(2)
@@ -126,7 +123,7 @@ def test_copies_and_pickles_save_themselves(tmp_path):
 
 def test_a_save_that_fails_leaves_the_model_merged(tmp_path, monkeypatch):
     model = adapted(llama(tie_word_embeddings=True), **WITH_HEAD)
-    merge_lora(model)
+    slk.merge_lora(model)
     expected = output(model)
 
     def fail(self, directory):
@@ -136,13 +133,13 @@ def test_a_save_that_fails_leaves_the_model_merged(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(tmp_path)
     assert torch.equal(output(model), expected) and model.config.tie_word_embeddings
-    unmerge_lora(model)
+    slk.unmerge_lora(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_it_has_the_signature_of_the_method_and_keeps_no_model_alive(tmp_path):
     model = adapted(llama())
-    merge_lora(model)
+    slk.merge_lora(model)
     found, own = inspect.signature(model.save_pretrained), inspect.signature(type(model).save_pretrained)
     assert list(found.parameters) == list(own.parameters)[1:]
     assert inspect.signature(copy.deepcopy(model).save_pretrained) == found

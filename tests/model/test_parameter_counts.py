@@ -15,14 +15,18 @@ from tests.helpers.peft_models import make as make_peft
 from tests.helpers.quantized_weights import bnb_4bit
 from tests.helpers.small_models import Model, lora_config
 
+
+def in_4_bits(storage):
+    layer = bnb_4bit(nn.Linear(64, 64), quant_storage=storage)
+    return make_peft(model=nn.Sequential(layer), target_modules=["0"])
+
+
 PEFTS = {
     "tied": lambda: make_peft(model=Model(tied=True)),
     "modules_to_save": lambda: make_peft(modules_to_save=["lm_head"]),
     "biases": lambda: make_peft(bias="all"),
-    "4 bits": lambda: make_peft(model=nn.Sequential(bnb_4bit(nn.Linear(64, 64))), target_modules=["0"]),
-    "4 bits in bfloat16": lambda: make_peft(
-        model=nn.Sequential(bnb_4bit(nn.Linear(64, 64), quant_storage=torch.bfloat16)), target_modules=["0"]
-    ),
+    "4 bits": lambda: in_4_bits(torch.uint8),
+    "4 bits in bfloat16": lambda: in_4_bits(torch.bfloat16),
 }
 
 
@@ -33,19 +37,9 @@ def test_pefts_line(capsys, kind):
     theirs = capsys.readouterr().out
     for _ in range(2):
         slk.print_trainable_parameters(model)
-        assert capsys.readouterr().out == theirs and theirs.startswith("trainable params: ")
+        assert capsys.readouterr().out == theirs
         assert slk.count_parameters(model) == model.get_nb_trainable_parameters()
         slk.accelerate_peft(model)
-
-
-def test_our_layers():
-    model = Model(tied=True)
-    report = slk.apply_lora(model, lora_config())
-    # Two layers of q_proj (8 x 8 with a bias) and v_proj; rank 2. The tied head counts once.
-    trained, frozen = 4 * 2 * (8 + 8), 11 * 8 + 2 * (8 * 8 + 8 + 8 * 8 + 2 * 8)
-    assert slk.count_parameters(model) == (trained, trained + frozen) == (report.trainable, report.total)
-    slk.merge_lora(model)
-    assert slk.count_parameters(model) == (report.trainable, report.total)
 
 
 def of_zero_3():
@@ -63,33 +57,26 @@ def test_edges(capsys, make, count):
     slk.print_trainable_parameters(make())
     line = f"trainable params: {count} || all params: {count} || trainable%: {100 if count else 0:.4f}\n"
     assert capsys.readouterr().out == line
-
-
-def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
-        slk.count_parameters([nn.Linear(2, 2)])
-
-
-@pytest.fixture
-def mesh_of_two():
-    """Of which this process is one and the other only pretended."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield init_device_mesh("cpu", (2,))
-    dist.destroy_process_group()
+        slk.count_parameters([make()])
 
 
 @pytest.mark.parametrize("cut", ["tensor parallel", "fully_shard"])
-def test_shards_count_whole(cut, mesh_of_two):
+def test_shards_count_whole(cut):
+    """Of two processes, of which this one is the first and the other only pretended."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     model, whole = Model(), Model()
-    if cut == "tensor parallel":
-        parallelize_module(model, mesh_of_two, {"layers.0.q_proj": ColwiseParallel()})
-    for each in (model, whole):
-        slk.apply_lora(each, lora_config(r=3))
-    if cut == "fully_shard":
-        fully_shard(model, mesh=mesh_of_two)
-    assert slk.count_parameters(model) == slk.count_parameters(whole)
-    assert sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters()) < sum(
-        p.numel() for p in whole.parameters()
-    )
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        if cut == "tensor parallel":
+            parallelize_module(model, mesh, {"layers.0.q_proj": ColwiseParallel()})
+        for each in (model, whole):
+            slk.apply_lora(each, lora_config(r=3))
+        if cut == "fully_shard":
+            fully_shard(model, mesh=mesh)
+        held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
+        assert held < slk.count_parameters(whole)[1] and slk.count_parameters(model) == slk.count_parameters(whole)
+    finally:
+        dist.destroy_process_group()

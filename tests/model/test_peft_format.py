@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.model.apply import apply_lora
+import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
-from stablelora_kernels.model.save_load import load_adapter, save_adapter
-from stablelora_kernels.nn.linear import LoRALinear
 from tests.helpers.adapters import CONFIG_NAME, config_in
 from tests.helpers.small_models import Model, fill_b, gpt2, llama, output, trainable
 
@@ -97,9 +94,9 @@ def test_peft_loads_what_we_save(kind, case, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     ours, second = make(kind), make(kind)
     before = output(ours)
-    apply_lora(ours, LoRAConfig(**kwargs_of(case)))
+    slk.apply_lora(ours, slk.LoRAConfig(**kwargs_of(case)))
     train(ours)
-    save_adapter(ours, tmp_path)
+    slk.save_adapter(ours, tmp_path)
     with warnings.catch_warnings():
         # Such as one about missing keys.
         warnings.simplefilter("error", UserWarning)
@@ -113,7 +110,7 @@ def test_peft_loads_what_we_save(kind, case, tmp_path):
     }
     assert ranks == {name: layer.r for name, layer in lora_layers(ours).items()}
     # And so do we.
-    load_adapter(second, tmp_path)
+    slk.load_adapter(second, tmp_path)
     assert torch.equal(output(second), out) and trainable(second) == trainable(ours)
 
 
@@ -126,13 +123,13 @@ def test_we_load_what_peft_saves(kind, case, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours, expected = make(kind), output(theirs)
     assert not torch.allclose(output(ours), expected, atol=1e-3)
-    report = load_adapter(ours, tmp_path)
+    report = slk.load_adapter(ours, tmp_path)
     assert [m.name for m in report.replaced] == list(lora_layers(ours))
     torch.testing.assert_close(output(ours), expected)
     assert report.trainable == theirs.get_nb_trainable_parameters()[0]
     # And into the layers that are there now.
     train(ours)
-    load_adapter(ours, tmp_path)
+    slk.load_adapter(ours, tmp_path)
     torch.testing.assert_close(output(ours), expected)
 
 
@@ -154,14 +151,14 @@ def test_layers_made_by_hand_are_described(tmp_path, layers, targets):
     ours, second = make_two(), make_two()
     for name, (r, alpha) in zip(layers, ((3, 4), (2, 7), (3, 4)), strict=False):
         parent, _, key = name.rpartition(".")
-        layer = LoRALinear.from_linear(ours.get_submodule(name), r=r, lora_alpha=alpha, use_rslora=True)
+        layer = slk.LoRALinear.from_linear(ours.get_submodule(name), r=r, lora_alpha=alpha, use_rslora=True)
         setattr(ours.get_submodule(parent), key, layer)
     fill_b(ours)
-    save_adapter(ours, tmp_path)
+    slk.save_adapter(ours, tmp_path)
     config, own = config_in(tmp_path), "^" + layers[1].replace(".", r"\.")
     assert config["target_modules"] == targets
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({own: 2}, {own: 7})
-    load_adapter(second, tmp_path)
+    slk.load_adapter(second, tmp_path)
     assert torch.equal(output(second), output(ours)) and list(lora_layers(second)) == list(lora_layers(ours))
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     theirs = peft.PeftModel.from_pretrained(make_two(), tmp_path).eval()
@@ -171,10 +168,10 @@ def test_layers_made_by_hand_are_described(tmp_path, layers, targets):
 def test_a_config_without_alpha_means_pefts_default(tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     model = Model()
-    apply_lora(model, LoRAConfig(r=2, target_modules=["q_proj"]))
-    save_adapter(model, tmp_path)
+    slk.apply_lora(model, slk.LoRAConfig(r=2, target_modules=["q_proj"]))
+    slk.save_adapter(model, tmp_path)
     content = config_in(tmp_path)
     del content["lora_alpha"]
     (tmp_path / CONFIG_NAME).write_text(json.dumps(content))
-    replaced = load_adapter(Model(), tmp_path).replaced
+    replaced = slk.load_adapter(Model(), tmp_path).replaced
     assert {module.scaling for module in replaced} == {peft.LoraConfig().lora_alpha / 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,27 +74,33 @@ AROUND = {
 }
 
 
-def save_and_load(rank: int, world: int, place: Path) -> None:
+def save_and_load(around: Callable[[Model], nn.Module], place: Path) -> nn.Module:
+    """A model that has loaded what another one has saved, in the same wrapper."""
+    first, second = around(make(seed=1)), around(make(seed=2))
+    with torch.no_grad():
+        expected = first(IDS)
+        assert not torch.allclose(second(IDS), expected)
+        slk.save_adapter(first, place)
+        if dist.is_initialized():
+            # The others don't wait for the one that writes.
+            dist.barrier()
+        report = slk.load_adapter(second, place)
+        assert torch.equal(second(IDS), expected)
+    assert [row.name for row in report.replaced] == [f"layers.{i}.{p}_proj" for i in range(2) for p in "qv"]
+    return second
+
+
+def on_a_rank(rank: int, world: int, place: Path) -> None:
     for name, around in AROUND.items():
-        model, other = around(make(seed=1)), around(make(seed=2))
-        with torch.no_grad():
-            expected = model(IDS)
-            assert not torch.allclose(other(IDS), expected)
-        slk.save_adapter(model, place / name)
-        # The others don't wait for the one that writes.
-        dist.barrier()
+        model = save_and_load(around, place / name)
         assert not list(place.glob(".*.tmp")), name
-        report = slk.load_adapter(other, place / name)
-        assert [row.name for row in report.replaced] == [f"layers.{i}.{p}_proj" for i in range(2) for p in "qv"]
         if "fsdp" in name:
-            assert all(isinstance(layer.lora_A, DTensor) for layer in lora_layers(other).values())
-        with torch.no_grad():
-            assert torch.equal(other(IDS), expected), name
+            assert all(isinstance(layer.lora_A, DTensor) for layer in lora_layers(model).values())
 
 
 def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
     slk.save_adapter(make(seed=1), tmp_path / "alone")
-    spawn(save_and_load, 2, tmp_path)
+    spawn(on_a_rank, 2, tmp_path)
     for name in AROUND:
         assert files(tmp_path / name) == files(tmp_path / "alone"), name
 
@@ -116,11 +123,8 @@ IN_ONE_PROCESS = {
 @pytest.mark.parametrize("around", IN_ONE_PROCESS.values(), ids=IN_ONE_PROCESS)
 def test_in_one_process(tmp_path: Path, around) -> None:
     slk.save_adapter(make(seed=1), tmp_path / "alone")
-    first, second = (around(make(seed)) for seed in (1, 2))
-    slk.save_adapter(first, tmp_path / "wrapped")
+    save_and_load(around, tmp_path / "wrapped")
     assert files(tmp_path / "wrapped") == files(tmp_path / "alone")
-    slk.load_adapter(second, tmp_path / "alone")
-    assert torch.equal(second(IDS), first(IDS))
 
 
 def test_lora_comes_before_what_would_not_know_it(tmp_path: Path, mesh) -> None:
