@@ -34,16 +34,16 @@ def loaded(directory):
     return output(model)
 
 
-def config_in(directory):
-    return json.loads((directory / CONFIG_NAME).read_text())
+def config_in(directory, name=CONFIG_NAME):
+    return json.loads((directory / name).read_text())
 
 
-def edit_config(directory, **changes):
-    (directory / CONFIG_NAME).write_text(json.dumps(config_in(directory) | changes))
+def edit_config(directory, name=CONFIG_NAME, /, **changes):
+    (directory / name).write_text(json.dumps(config_in(directory, name) | changes))
 
 
-def edit_tensors(directory, change):
+def edit_tensors(directory, change, name=WEIGHTS_NAME):
     safetensors_torch = pytest.importorskip("safetensors.torch")
-    tensors = safetensors_torch.load_file(directory / WEIGHTS_NAME)
+    tensors = safetensors_torch.load_file(directory / name)
     change(tensors)
-    safetensors_torch.save_file(tensors, directory / WEIGHTS_NAME)
+    safetensors_torch.save_file(tensors, directory / name, metadata={"format": "pt"})
