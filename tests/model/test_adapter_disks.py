@@ -110,6 +110,7 @@ def fail_to_read(directory):
     with refused(model := fresh(), PermissionError, f"Permission denied: .*{directory}"):
         load_adapter(model, directory)
     assert main(["inspect", str(directory)]) == 2
+    assert main(["merge", str(directory / "best"), "--into", str(directory), "--out", str(directory / "out")]) == 2
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, "."])

@@ -54,38 +54,38 @@ def train(model):
                 module.num_batches_tracked += 3
 
 
+PLAIN, TIED = ("torch", "llama"), ("torch", "llama", "tied llama")
+CONV1D = {"target_modules": ["c_attn", "c_proj"]}
+# The models and the config.
 CASES = {
-    "plain": {},
-    "rslora": {"use_rslora": True, "r": 3},
-    "patterns": {"rank_pattern": {"layers.1..*q_proj": 4}, "alpha_pattern": {"v_proj": 1.5, "q_proj": 5}},
-    "all-linear": {"target_modules": "all-linear"},
-    "regex": {"target_modules": r".*layers\.1\..*[qv]_proj", "exclude_modules": r".*v_proj"},
-    "lora_only": {"bias": "lora_only"},
-    "all biases": {"bias": "all"},
-    "modules_to_save": {"modules_to_save": ["lm_head"], "bias": "lora_only"},
-    "buffers": {"modules_to_save": ["score", "norm"], "bias": "all"},
-    "one of two to save": {"modules_to_save": ["classifier", "score"]},
-    "tied modules_to_save": {"modules_to_save": ["embed_tokens", "lm_head"]},
-    "conv1d": {"target_modules": ["c_attn", "c_proj"]},
-    "conv1d, lora_only": {"target_modules": ["c_attn", "c_proj"], "bias": "lora_only"},
-    "conv1d, all biases": {"target_modules": ["c_attn", "c_proj"], "bias": "all"},
+    "plain": (PLAIN, {}),
+    "rslora": (PLAIN, {"use_rslora": True, "r": 3}),
+    "patterns": (PLAIN, {"rank_pattern": {"layers.1..*q_proj": 4}, "alpha_pattern": {"v_proj": 1.5, "q_proj": 5}}),
+    "all-linear": (TIED, {"target_modules": "all-linear"}),
+    "regex": (PLAIN, {"target_modules": r".*layers\.1\..*[qv]_proj", "exclude_modules": r".*v_proj"}),
+    "lora_only": (PLAIN, {"bias": "lora_only"}),
+    "all biases": (PLAIN, {"bias": "all"}),
+    "modules_to_save": (TIED, {"modules_to_save": ["lm_head"], "bias": "lora_only"}),
+    "buffers": (("torch",), {"modules_to_save": ["score", "norm"], "bias": "all"}),
+    "one of two to save": (("torch",), {"modules_to_save": ["classifier", "score"]}),
+    "tied modules_to_save": (("tied llama",), {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "conv1d": (("gpt2",), CONV1D),
+    "conv1d, lora_only": (("gpt2",), CONV1D | {"bias": "lora_only"}),
+    "conv1d, all biases": (("gpt2",), CONV1D | {"bias": "all"}),
 }
-OF = {"buffers": ["torch"], "one of two to save": ["torch"], "tied modules_to_save": ["tied llama"]}
-OF |= {case: ["gpt2"] for case in CASES if "conv1d" in case}
-TIED = ("all-linear", "modules_to_save")
-BY_DAY = ("plain", *TIED)
+BY_DAY = ("plain", "all-linear", "modules_to_save")
 both = pytest.mark.parametrize(
     ("kind", "case"),
     [
         pytest.param(kind, case, marks=pytest.mark.nightly if kind == "llama" and case not in BY_DAY else ())
-        for case in CASES
-        for kind in OF.get(case, ["torch", "llama", *["tied llama"] * (case in TIED)])
+        for case, (kinds, _) in CASES.items()
+        for kind in kinds
     ],
 )
 
 
 def kwargs_of(case):
-    return {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]} | CASES[case]
+    return {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]} | CASES[case][1]
 
 
 @both
