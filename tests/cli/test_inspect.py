@@ -180,7 +180,7 @@ def test_it_fits_the_terminal(adapter, columns, capsys, monkeypatch):
 
 
 def test_what_is_refused(tmp_path, capsys, monkeypatch):
-    """What makes every reader refuse a file is tests/model/test_load_refuses.py."""
+    """What makes every reader refuse a file is tests/model/test_save_load.py."""
     good = write(tmp_path / "good", pair())
     pickle = tmp_path / "adapter_model.bin"
     pickle.write_bytes(b"\x80")

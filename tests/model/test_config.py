@@ -60,7 +60,7 @@ CHOICES = [
     {"target_modules": "all-linear", "exclude_modules": ["v_proj"]},
     {"target_modules": QV, "bias": "lora_only"},
     {"target_modules": QV, "exclude_modules": r"layers\.0\..*"},
-    {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["head"]},
     {"target_modules": QV, "modules_to_save": ["layers.0"]},
     {"target_modules": QV, "rank_pattern": {"q_proj": 3, "layers.0.v_proj": 5}, "use_rslora": True},
     {"target_modules": QV, "alpha_pattern": {"^layers.0.q_proj": 4, r"1\.\w_proj": 0.5}},
