@@ -21,7 +21,8 @@ from stablelora_kernels import functional, reference
 from tests.helpers.processes import ROOT, printed
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# A block is run unless this is in the line before it.
+# A block of Python is run unless the line before it says why not.
+BLOCK = re.compile(r"(?:^(?P<before>[^\n]*)\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 PRINTED = re.compile(r"^It prints\n\n```text\n(.*?)^```$", re.M | re.S)
 
@@ -39,17 +40,12 @@ class Block(NamedTuple):
 
 def blocks_of(page: Path) -> list[Block]:
     """The Python blocks of a page."""
-    blocks, begun = [], 0
-    lines = page.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        if begun and line == "```":
-            run = begun < 3 or NOT_RUN.fullmatch(lines[begun - 3]) is None
-            blocks.append(Block(begun, "\n".join(lines[begun - 1 : number - 1]), run))
-            begun = 0
-        elif not begun and line.lstrip() == "```python":
-            assert line == "```python", f"{page.name}:{number}: a block that is indented is not run"
-            begun = number + 1
-    assert not begun, f"{page.name}:{begun}: a block that does not end"
+    text = text_of(page)
+    blocks = [
+        Block(text.count("\n", 0, found.start("code")) + 1, found["code"], not NOT_RUN.fullmatch(found["before"] or ""))
+        for found in BLOCK.finditer(text)
+    ]
+    assert len(blocks) == text.count("```python"), f"{page.name}: a block that is indented or does not end is not run"
     return blocks
 
 

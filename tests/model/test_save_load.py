@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import sys
 
 import pytest
@@ -167,6 +168,7 @@ def write(name, content, instead_of=None):
 
 Q0 = "base_model.model.layers.0.q_proj"
 A0, B0 = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
+# fmt: off
 # Files that every reader refuses.
 BROKEN = {
     "a pickle": (
@@ -179,24 +181,31 @@ BROKEN = {
     "a list": (write(CONFIG_NAME, b"[]"), "must hold a JSON object, got a list"),
     "no config": (lambda path: (path / CONFIG_NAME).unlink(), f"must hold {CONFIG_NAME}, got .* without it"),
     "no weights": (lambda path: (path / WEIGHTS_NAME).unlink(), f"must hold {WEIGHTS_NAME}, got .* without it"),
+}
+# Fields that a reader of the config refuses.
+FIELDS = {
     "an endless alpha": (config(lora_alpha=10**400), rf"{CONFIG_NAME}: lora_alpha.* must be a finite number in .*, got 1000"),
     "alpha as a list": (config(lora_alpha=[6]), rf"{CONFIG_NAME}: lora_alpha.* must be a number, got \[6\]"),
     "a list of patterns": (config(alpha_pattern=[1]), r"alpha_pattern must be a dict of name patterns, got \[1\]"),
     "an endless pattern": (
         config(rank_pattern={"a{99999999999}": 1}), "rank_pattern must be a regular expression, got 'a.9999",
     ),
-}  # fmt: skip
+}
+# fmt: on
 
 
-@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
-def test_broken_files_are_refused_by_every_reader(saved, model, capsys, damage, message):
+@pytest.mark.parametrize("name", [*BROKEN, *FIELDS])
+def test_broken_files_are_refused_by_every_reader(saved, model, capsys, name):
+    damage, message = (BROKEN | FIELDS)[name]
     damage(saved)
     for target in (model, fresh()):
         with refused(target, (ValueError, TypeError), message):
             slk.load_adapter(target, saved)
-    for command in (["inspect", str(saved)], ["merge", str(saved), "--into", str(saved), "--out", str(saved / "out")]):
+    merge = ["merge", str(saved), "--into", str(saved), "--out", str(saved / "out")]
+    for command in (["inspect", str(saved)], *[merge] * (name in BROKEN)):
         status, told = main(command), capsys.readouterr()
         assert status == 2 and told.out == "" and told.err.count("\n") == 1 and len(told.err) < 600
+        assert re.search(message, told.err)
     assert not (saved / "out").exists()
 
 
