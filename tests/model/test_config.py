@@ -60,7 +60,8 @@ CHOICES = [
     {"target_modules": "all-linear", "exclude_modules": ["v_proj"]},
     {"target_modules": QV, "bias": "lora_only"},
     {"target_modules": QV, "exclude_modules": r"layers\.0\..*"},
-    {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["head"]},
+    {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["head"]},
     {"target_modules": QV, "modules_to_save": ["layers.0"]},
     {"target_modules": QV, "rank_pattern": {"q_proj": 3, "layers.0.v_proj": 5}, "use_rslora": True},
     {"target_modules": QV, "alpha_pattern": {"^layers.0.q_proj": 4, r"1\.\w_proj": 0.5}},
@@ -75,7 +76,7 @@ def test_matches_what_peft_matches(kwargs):
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     theirs, config = Model(), peft.LoraConfig(**{"r": 2, "lora_alpha": 16} | kwargs)
     try:
-        peft.get_peft_model(theirs, config)
+        tuned = peft.get_peft_model(theirs, config)
     except ValueError:
         with pytest.raises(ValueError, match="target_modules must match"):
             apply_lora(Model(), lora_config(**kwargs))
@@ -88,6 +89,7 @@ def test_matches_what_peft_matches(kwargs):
     # PEFT knows the heads of transformers' models only; here the head is a layer like any other.
     report = apply_lora(Model(), lora_config(**kwargs))
     assert {m.name: (m.r, m.lora_alpha, m.scaling) for m in report.replaced} == expected
+    assert report.trainable == tuned.get_nb_trainable_parameters()[0]
     assert apply_lora(Model(), config) == report
 
 
