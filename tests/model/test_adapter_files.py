@@ -240,7 +240,7 @@ def test_a_save_between_any_two_operations_of_a_reader(tmp_path, old, new, was):
         finally:
             sys.setprofile(None)
         assert any(torch.equal(found, one) for one in expected), limit
-    assert limit > 5
+    assert limit > 1
 
 
 def save_repeatedly(model, directory):
