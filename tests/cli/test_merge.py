@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
+import os
+import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.cli import main
-from stablelora_kernels.cli import merge as command
 from tests.cli.test_cli import fails
-from tests.helpers.small_models import fill_b, llama, lora_config
+from tests.helpers.adapters import WEIGHTS_NAME, edit_config, edit_tensors
+from tests.helpers.dying import in_child, needs_fork
+from tests.helpers.small_models import fill_b, gpt2, llama, lora_config, output
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 # What the tests themselves save is no part of a command's stderr.
 transformers.logging.disable_progress_bar()
-IDS = torch.arange(12).view(2, 6)
 WEIGHT = "model.layers.1.self_attn.q_proj"
 
 
@@ -29,19 +31,15 @@ def make_llama(tied=False):
     return llama(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied).eval()
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
 def reload(path):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype="auto")
     assert not info["missing_keys"] and not info["unexpected_keys"]
     return model.eval()
 
 
-def prepare(tmp_path, model, **config):
+def prepare(tmp_path, model=None, **config):
     """A model's directory with a tokenizer's files, an adapter's for it, and the model with the adapter on."""
+    model = make_llama() if model is None else model
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"a": 1}')
@@ -49,6 +47,9 @@ def prepare(tmp_path, model, **config):
     adapted = copy.deepcopy(model)
     slk.apply_lora(adapted, lora_config(**config))
     fill_b(adapted)
+    if config.get("modules_to_save"):
+        with torch.no_grad():
+            adapted.lm_head.weight.mul_(2)
     slk.save_adapter(adapted, tmp_path / "adapter")
     return adapted.eval()
 
@@ -59,17 +60,20 @@ def argv(tmp_path, *more):
 
 
 def content(directory):
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
+    return {path.name: path.read_bytes() if path.is_file() else None for path in sorted(directory.rglob("*"))}
 
 
-def test_what_is_written_is_the_merged_model(tmp_path, capsys):
-    adapted = prepare(tmp_path, make_llama())
-    expected = logits(adapted)
+def names_in(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_what_it_writes(tmp_path, capsys):
+    adapted = prepare(tmp_path)
+    expected = output(adapted)
     assert main(argv(tmp_path, "--json")) == 0
     report = json.loads(capsys.readouterr().out)
     merged = reload(tmp_path / "out")
-    torch.testing.assert_close(logits(merged), expected)
-    assert (logits(make_llama()) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(output(merged), expected)
     # The library's own merge, to the bit, and its own error.
     errors = slk.merge_lora(adapted).errors
     assert torch.equal(merged.get_submodule(WEIGHT).weight, adapted.get_submodule(WEIGHT).weight)
@@ -80,7 +84,7 @@ def test_what_is_written_is_the_merged_model(tmp_path, capsys):
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"a": 1}'
     assert "training_args.bin" not in content(tmp_path / "out")
     assert report["bytes"] == sum(len(data) for data in content(tmp_path / "out").values())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "model", "out"]
+    assert names_in(tmp_path) == ["adapter", "model", "out"]
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [("float32", "bf16"), ("bfloat16", "fp32"), ("bfloat16", None)])
@@ -93,227 +97,206 @@ def test_dtypes_are_rounded_to_once_and_the_error_is_the_stored_weights(tmp_path
     report = json.loads(capsys.readouterr().out)
     merged = reload(tmp_path / "out")
     assert {p.dtype for p in merged.parameters()} == {dtype} and report["dtype"] == str(dtype)[6:]
-    weight = merged.get_submodule(WEIGHT).weight
-    error = (weight.double() - exact).abs().max().item()
+    error = (merged.get_submodule(WEIGHT).weight.double() - exact).abs().max().item()
     assert report["errors"][WEIGHT]["largest_error"] == pytest.approx(error, rel=1e-4)
     assert error <= torch.finfo(dtype).eps / 2 * exact.abs().max()
 
 
-@pytest.mark.parametrize("how", ["target_modules", "modules_to_save"])
-def test_a_head_that_was_tied_stays_apart(tmp_path, capsys, how):
-    config = {"target_modules": ["q_proj", "lm_head"]} if how == "target_modules" else {"modules_to_save": ["lm_head"]}
+@pytest.mark.parametrize(
+    ("config", "stays_tied"),
+    [({}, True), ({"target_modules": ["q_proj", "lm_head"]}, False), ({"modules_to_save": ["lm_head"]}, False)],
+    ids=str,
+)
+def test_a_tied_head_stays_tied_unless_the_adapter_changes_it(tmp_path, capsys, config, stays_tied):
     adapted = prepare(tmp_path, make_llama(tied=True), **config)
-    if how == "modules_to_save":
-        with torch.no_grad():
-            adapted.lm_head.weight.mul_(2)
-        slk.save_adapter(adapted, tmp_path / "adapter")
-    expected = logits(adapted)
     assert main(argv(tmp_path)) == 0
-    assert "input and output embeddings" in capsys.readouterr().out
+    assert ("input and output embeddings" in capsys.readouterr().out) != stays_tied
     merged = reload(tmp_path / "out")
-    torch.testing.assert_close(logits(merged), expected)
-    assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+    torch.testing.assert_close(output(merged), output(adapted))
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == stays_tied
 
 
-def test_a_tied_model_whose_embeddings_stay_is_stored_tied(tmp_path, capsys):
-    adapted = prepare(tmp_path, make_llama(tied=True))
+def test_into_gpt2(tmp_path):
+    adapted = prepare(tmp_path, gpt2(), target_modules=["c_attn"])
     assert main(argv(tmp_path)) == 0
-    assert "untied" not in capsys.readouterr().out
-    merged = reload(tmp_path / "out")
-    torch.testing.assert_close(logits(merged), logits(adapted))
-    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    torch.testing.assert_close(output(reload(tmp_path / "out")), output(adapted))
 
 
-def test_a_peft_adapter_into_gpt2(tmp_path):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2)).eval()
-    model.save_pretrained(tmp_path / "model")
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)).eval()
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    tuned.save_pretrained(tmp_path / "adapter")
-    assert main(argv(tmp_path)) == 0
-    torch.testing.assert_close(logits(reload(tmp_path / "out")), logits(tuned))
+# The directory
 
 
 def test_an_existing_directory_is_replaced_only_when_told_to(tmp_path, capsys):
-    adapted = prepare(tmp_path, make_llama())
+    prepare(tmp_path)
     out = tmp_path / "out"
+    # An empty one may be used.
     out.mkdir()
-    assert main(argv(tmp_path)) == 0  # an empty one may be used
+    assert main(argv(tmp_path)) == 0
     before = content(out)
     capsys.readouterr()
     assert f"--out must be empty or not there, got '{out}'" in fails(capsys, *argv(tmp_path))
     assert content(out) == before
     assert main(argv(tmp_path, "--overwrite", "--dtype", "bf16")) == 0
-    assert content(out).keys() == before.keys() and content(out) != before
-    torch.testing.assert_close(logits(reload(out).float()), logits(adapted), atol=0.02, rtol=0.02)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "model", "out"]
+    assert content(out).keys() == before.keys() and reload(out).dtype == torch.bfloat16
+    assert names_in(tmp_path) == ["adapter", "model", "out"]
 
 
 @pytest.mark.parametrize("kind", ["a note", "a directory", "another model"])
 def test_what_the_command_did_not_write_is_not_deleted(tmp_path, capsys, kind):
-    prepare(tmp_path, make_llama())
-    out = tmp_path / "out"
+    prepare(tmp_path)
+    out, foreign = tmp_path / "out", "model.safetensors" if kind == "another model" else "mine"
     if kind == "another model":
         make_llama().save_pretrained(out)
     else:
         assert main(argv(tmp_path)) == 0
         (out / "mine").mkdir() if kind == "a directory" else (out / "mine").write_text("kept")
     capsys.readouterr()
-    before = sorted(out.rglob("*"))
+    before = content(out)
     error = fails(capsys, *argv(tmp_path, "--overwrite"))
     assert f"--overwrite replaces only what this command wrote, got '{out}' with " in error
-    assert error.strip().endswith("mine" if kind != "another model" else "model.safetensors")
-    assert sorted(out.rglob("*")) == before
+    assert error.strip().endswith(foreign) and content(out) == before
 
 
-def test_what_a_killed_merge_left_is_put_right(tmp_path):
-    prepare(tmp_path, make_llama())
-    out = tmp_path / "out"
-    assert main(argv(tmp_path)) == 0
-    before = content(out)
-    # Killed between the two renames, with the new model half written.
-    out.rename(tmp_path / ".out.merge.old")
-    (tmp_path / ".out.merge.tmp").mkdir()
-    (tmp_path / ".out.merge.tmp" / "half").write_text("")
-    (tmp_path / ".out.merge.lock").write_text("")
-    with pytest.raises(RuntimeError), command._appearing(out):
-        raise RuntimeError
-    assert content(out) == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "model", "out"]
+def half_way(error):
+    def save(self, directory, *args, **kwargs):
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    return save
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_damaged_adapter_ends_every_command_alike(tmp_path, capsys, name):
-    prepare(tmp_path, make_llama())
-    (tmp_path / "adapter" / name).write_bytes(b"nonsense")
-    errors = {fails(capsys, *argv(tmp_path)).partition("error: ")[2]}
-    errors.add(fails(capsys, "inspect", str(tmp_path / "adapter")).partition("error: ")[2])
-    assert len(errors) == 1 and not (tmp_path / "out").exists()
+def fail_once(replace=os.replace):
+    failed = []
+
+    def move(source, target):
+        if target.name == "out" and not failed:
+            failed.append(source)
+            raise FULL
+        replace(source, target)
+
+    return move
 
 
-@pytest.mark.parametrize(("raised", "status"), [(OSError("No space left on device"), 1), (KeyboardInterrupt(), 130)])
+SAVE, FULL = (transformers.LlamaForCausalLM, "save_pretrained"), OSError("No space left")
+FAULTS = {
+    "a full disk": (*SAVE, partial(half_way, FULL), 1),
+    "an interrupt": (*SAVE, partial(half_way, KeyboardInterrupt()), 130),
+    "a directory that can't be moved": (os, "replace", fail_once, 1),
+}
+
+
 @pytest.mark.parametrize("there", [False, True])
-def test_a_run_that_fails_leaves_everything_as_it_was(tmp_path, capsys, monkeypatch, raised, status, there):
-    prepare(tmp_path, make_llama())
-    out = tmp_path / "out"
+@pytest.mark.parametrize(("place", "name", "fault", "status"), FAULTS.values(), ids=FAULTS)
+def test_a_run_that_fails_leaves_everything_as_it_was(tmp_path, capsys, monkeypatch, place, name, fault, status, there):
+    prepare(tmp_path)
     if there:
         assert main(argv(tmp_path)) == 0
         capsys.readouterr()
-    before = content(out) if there else None
-
-    def half_way(self, directory, *args, **kwargs):
-        (directory / "model.safetensors").write_bytes(b"half")
-        raise raised
-
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", half_way)
+    before = content(tmp_path / "out")
+    monkeypatch.setattr(place, name, fault())
     error = fails(capsys, *argv(tmp_path, "--overwrite"), status=status)
-    assert status == 130 or "could not be written: No space left on device" in error
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "model", *["out"] * there]
-    assert not there or content(out) == before
+    assert status == 130 or "could not be written: No space left" in error
+    assert names_in(tmp_path) == ["adapter", "model", *["out"] * there] and content(tmp_path / "out") == before
 
 
-def test_a_directory_that_cannot_be_moved_is_put_back(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("kept")
-    replace = command.os.replace
+def die_between_the_renames(arguments):
+    renames, replace = [], os.replace
 
-    def failing(source, target):
-        if str(source).endswith(".tmp"):
-            raise OSError("device is gone")
+    def counted(source, target):
+        renames.append(source)
+        if len(renames) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
 
-    monkeypatch.setattr(command.os, "replace", failing)
-    with pytest.raises(OSError, match="device is gone"), command._appearing(tmp_path / "out") as new:
-        (new / "a").write_text("x")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert content(tmp_path / "out") == {"mine.txt": b"kept"}
+    os.replace = counted
+    main(arguments)
 
 
-def change(path, **values):
-    found = json.loads(path.read_text()) | values
-    path.write_text(json.dumps(found))
-
-
-def test_what_is_not_finite_is_refused(tmp_path, capsys):
-    prepare(tmp_path, make_llama(), modules_to_save=["lm_head"])
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    good = safetensors.load_file(file)
-
-    def with_nan(key):
-        tensors = {name: tensor.clone() for name, tensor in good.items()}
-        tensors[key][0, 0] = float("nan")
-        safetensors.save_file(tensors, file)
-        return fails(capsys, *argv(tmp_path), status=1)
-
-    assert f"'{WEIGHT}': merging would give a weight that is not finite" in with_nan(
-        f"base_model.model.{WEIGHT}.lora_A.weight"
-    )
-    assert "must be finite, got lm_head.weight in float32" in with_nan("base_model.model.lm_head.weight")
-    large = {name: tensor * (1e6 if ".1.self_attn.q_proj.lora_" in name else 1) for name, tensor in good.items()}
-    safetensors.save_file(large, file)
-    error = fails(capsys, *argv(tmp_path, "--dtype", "fp16"), status=1)
-    assert f"got {WEIGHT}.weight in float16 with values that are not" in error
+@needs_fork
+def test_what_a_killed_merge_left_is_put_right(tmp_path, capsys, monkeypatch):
+    prepare(tmp_path)
+    assert main(argv(tmp_path)) == 0
+    before = content(tmp_path / "out")
+    assert in_child(partial(die_between_the_renames, argv(tmp_path, "--overwrite"))) == signal.SIGKILL
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(*SAVE, half_way(FULL))
+    assert main(argv(tmp_path)) == 1
+    assert content(tmp_path / "out") == before and names_in(tmp_path) == ["adapter", "model", "out"]
 
 
-def test_what_can_not_be_tried_is_refused(tmp_path, capsys, monkeypatch):
-    prepare(tmp_path, make_llama())
-    model, config = tmp_path / "model", tmp_path / "model" / "config.json"
-    adapter, good = str(tmp_path / "adapter"), config.read_text()
-    out = str(tmp_path / "out")
+# Failures
 
-    def refused(**values):
-        change(config, **values)
-        error = fails(capsys, *argv(tmp_path))
-        config.write_text(good)
-        return error
 
-    error = refused(quantization_config={"quant_method": "bitsandbytes"})
-    assert "quantized (bitsandbytes): the sum would have to be quantized anew" in error
-    error = refused(architectures=["NoSuchModel"], auto_map={"AutoModel": "x.y"})
-    assert "must name a class of transformers, got 'NoSuchModel', and code of its own (auto_map) is not run" in error
-    assert "got None" in refused(architectures=None)
-    config.write_text("{")
-    assert "config.json must be JSON" in fails(capsys, *argv(tmp_path))
-    config.unlink()
-    assert "with config.json, got" in fails(capsys, *argv(tmp_path))
-    config.write_text(good)
-    (tmp_path / "file").write_text("")
-    assert "got the file" in fails(capsys, "merge", adapter, "--into", str(model), "--out", str(tmp_path / "file"))
-    weights = str(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert "ADAPTER must be a directory, got the file" in fails(
-        capsys, "merge", weights, "--into", str(model), "--out", out
-    )
-    assert "--into must be a path or a hub id" in fails(capsys, "merge", adapter, "--into", "./no", "--out", out)
-    for holder in (model, tmp_path / "adapter", tmp_path):
-        error = fails(capsys, "merge", adapter, "--into", str(model), "--out", str(holder), "--overwrite")
-        assert "--out must not hold" in error
+def edit_model(**values):
+    return lambda path: edit_config(path / "model", "config.json", **values)
+
+
+def edit_weights(change):
+    return lambda path: edit_tensors(path / "model", change, "model.safetensors")
+
+
+def edit_adapter(key, change):
+    key = f"base_model.model.{key}"
+    return lambda path: edit_tensors(path / "adapter", lambda tensors: tensors.update({key: change(tensors[key])}))
+
+
+def pickled(path):
+    file = path / "model" / "model.safetensors"
+    torch.save(safetensors.load_file(file), path / "model" / "pytorch_model.bin")
+    file.unlink()
+
+
+def nan(tensor):
+    return torch.full_like(tensor, float("nan"))
+
+
+A = f"{WEIGHT}.lora_A.weight"
+# What is done to the directories, arguments, the exit status and the line.
+FAILURES = {
+    "a quantized model": (
+        edit_model(quantization_config={"quant_method": "bitsandbytes"}), [], 2,
+        "quantized (bitsandbytes): the sum would have to be quantized anew",
+    ),
+    "code of the model's own": (
+        edit_model(architectures=["NoSuchModel"], auto_map={"AutoModel": "x.y"}), [], 2,
+        "must name a class of transformers, got 'NoSuchModel', and code of its own (auto_map) is not run",
+    ),
+    "no JSON": (lambda path: (path / "model" / "config.json").write_text("{"), [], 2, "config.json must be JSON"),
+    "no config": (lambda path: (path / "model" / "config.json").unlink(), [], 2, "with config.json, got"),
+    "a file as --out": (lambda path: (path / "out").write_text(""), [], 2, "--out must be a directory, got the file"),
+    "no model": (lambda path: None, ["--into", "./no"], 2, "--into must be a path or a hub id"),
+    "--out in --into": (lambda path: (path / "out").symlink_to(path / "model"), ["--overwrite"], 2, "--out must not hold"),
+    "--out in ADAPTER": (lambda path: (path / "out").symlink_to(path / "adapter"), ["--overwrite"], 2, "--out must not hold"),
+    "NaN in A": (edit_adapter(A, nan), [], 1, f"'{WEIGHT}': merging would give a weight that is not finite"),
+    "NaN in a saved module": (edit_adapter("lm_head.weight", nan), [], 1, "must be finite, got lm_head.weight in float32"),
+    "beyond float16": (
+        edit_adapter(A, lambda a: a * 1e6), ["--dtype", "fp16"], 1, f"got {WEIGHT}.weight in float16 with values that are not",
+    ),
+    "DoRA": (lambda path: edit_config(path / "adapter", use_dora=True), [], 1, "must use plain LoRA, got use_dora=True"),
+    # transformers would draw the missing weight at random.
+    "a weight less": (
+        edit_weights(lambda tensors: tensors.pop("lm_head.weight")), [], 1,
+        "all weights of LlamaForCausalLM, got lm_head.weight missing",
+    ),
+    "another shape": (
+        edit_weights(lambda tensors: tensors.update({"lm_head.weight": torch.ones(5, 16)})), [], 1, "can't be loaded",
+    ),
+    "a pickled model": (pickled, [], 1, "can't be loaded"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "more", "status", "message"), FAILURES.values(), ids=FAILURES)
+def test_what_is_refused(tmp_path, capsys, damage, more, status, message):
+    prepare(tmp_path, modules_to_save=["lm_head"])
+    damage(tmp_path)
+    before = names_in(tmp_path)
+    assert message in fails(capsys, *argv(tmp_path, *more), status=status)
+    assert names_in(tmp_path) == before
+
+
+def test_a_file_for_an_adapter_and_no_transformers(tmp_path, capsys, monkeypatch):
+    prepare(tmp_path)
+    command, _, *rest = argv(tmp_path)
+    error = fails(capsys, command, str(tmp_path / "adapter" / WEIGHTS_NAME), *rest)
+    assert "ADAPTER must be a directory, got the file" in error
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install 'stablelora-kernels[cli]'" in fails(capsys, *argv(tmp_path))
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_adapter_or_weights_that_do_not_fit_are_refused(tmp_path, capsys):
-    prepare(tmp_path, make_llama())
-    weights = tmp_path / "model" / "model.safetensors"
-    tensors = safetensors.load_file(weights)
-    change(tmp_path / "adapter" / "adapter_config.json", use_dora=True)
-    assert "must use plain LoRA, got use_dora=True" in fails(capsys, *argv(tmp_path), status=1)
-    change(tmp_path / "adapter" / "adapter_config.json", use_dora=False, target_modules=["k_proj"])
-    assert "must hold" in fails(capsys, *argv(tmp_path), status=1)
-    # transformers would draw the missing weight at random.
-    head = tensors.pop("lm_head.weight")
-    safetensors.save_file(tensors, weights, metadata={"format": "pt"})
-    assert "all weights of LlamaForCausalLM, got lm_head.weight missing" in fails(capsys, *argv(tmp_path), status=1)
-    safetensors.save_file(tensors | {"lm_head.weight": head[:5].clone()}, weights, metadata={"format": "pt"})
-    assert "can't be loaded" in fails(capsys, *argv(tmp_path), status=1)
-    weights.unlink()
-    torch.save(tensors, tmp_path / "model" / "pytorch_model.bin")
-    assert "can't be loaded" in fails(capsys, *argv(tmp_path), status=1)
-    assert not (tmp_path / "out").exists()
-    shutil.rmtree(tmp_path / "model")

@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 
 import stablelora_kernels as slk
 from tests.helpers.small_models import Model, lora_config
@@ -20,38 +19,27 @@ pytest.importorskip("safetensors")
 pytest.importorskip("setuptools", minversion="77", reason="builds the wheel without a network")
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """A directory that the wheel was installed to, and from which nothing of the repository is seen."""
-    base = tmp_path_factory.mktemp("wheel")
-    target = base / "target"
-    wheel = build_wheel(base, "--no-build-isolation")
+def run(directory: Path, *command: str | Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("STABLELORA", "TRITON"))}
+    environment |= {"PYTHONPATH": str(directory / "target"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+def test_its_commands(tmp_path: Path) -> None:
+    """doctor by the program, inspect as a module."""
+    target, wheel = tmp_path / "target", build_wheel(tmp_path, "--no-build-isolation")
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.partition("/")[0] for name in archive.namelist()}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"stablelora_kernels"}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", target, wheel], check=True)
-    return target
+    report = json.loads(run(tmp_path, target / "bin" / "stablelora-kernels", "doctor", "--device", "cpu", "--json"))
+    assert report["ok"] and report["versions"]["installed in"] == str(target)
 
-
-def run(installed: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("STABLELORA", "TRITON"))}
-    environment |= {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=installed.parent, env=environment, capture_output=True, text=True)
-
-
-def test_doctor(installed):
-    done = run(installed, installed / "bin" / "stablelora-kernels", "doctor", "--device", "cpu", "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(done.stdout)
-    assert report["ok"] and report["versions"]["installed in"] == str(installed)
-    assert report["versions"]["torch"] == torch.__version__
-
-
-def test_inspect_as_a_module(installed, tmp_path):
     model = Model()
     slk.apply_lora(model, lora_config())
     slk.save_adapter(model, tmp_path / "adapter")
-    done = run(installed, sys.executable, "-m", "stablelora_kernels", "inspect", str(tmp_path / "adapter"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "0 of 4" in done.stdout and "unstable" in done.stdout
+    out = run(tmp_path, sys.executable, "-m", "stablelora_kernels", "inspect", str(tmp_path / "adapter"))
+    assert "0 of 4" in out and "unstable" in out

@@ -1,24 +1,34 @@
-"""The documentation: its Python runs, and its reference has every public name."""
+"""The documentation: its Python runs, its names are the package's, and its reference has every public name."""
 
 from __future__ import annotations
 
 import ast
+import copy
+import importlib
 import json
+import pickle
 import re
 import runpy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
+import torch
+from torch import nn
 
-import stablelora_kernels
+import stablelora_kernels as slk
 from stablelora_kernels import functional, reference
-from tests.helpers.processes import ROOT, printed, python
+from tests.helpers.processes import ROOT, printed
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# A block is run unless this is in the line before it.
+# A block of Python is run unless the line before it says why not.
+BLOCK = re.compile(r"(?:^(?P<before>[^\n]*)\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 PRINTED = re.compile(r"^It prints\n\n```text\n(.*?)^```$", re.M | re.S)
+
+
+def text_of(page: str | Path) -> str:
+    return (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
 class Block(NamedTuple):
@@ -30,23 +40,18 @@ class Block(NamedTuple):
 
 def blocks_of(page: Path) -> list[Block]:
     """The Python blocks of a page."""
-    blocks, begun = [], 0
-    lines = page.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        if begun and line == "```":
-            run = begun < 3 or NOT_RUN.fullmatch(lines[begun - 3]) is None
-            blocks.append(Block(begun, "\n".join(lines[begun - 1 : number - 1]), run))
-            begun = 0
-        elif not begun and line.lstrip() == "```python":
-            assert line == "```python", f"{page.name}:{number}: a block that is indented is not run"
-            begun = number + 1
-    assert not begun, f"{page.name}:{begun}: a block that does not end"
+    text = text_of(page)
+    blocks = [
+        Block(text.count("\n", 0, found.start("code")) + 1, found["code"], not NOT_RUN.fullmatch(found["before"] or ""))
+        for found in BLOCK.finditer(text)
+    ]
+    assert len(blocks) == text.count("```python"), f"{page.name}: a block that is indented or does not end is not run"
     return blocks
 
 
 def write_code(page: Path, directory: Path) -> Path:
     """The blocks of a page as one file, in which they are at their lines of the page; those not to be run are only parsed."""
-    lines = [""] * len(page.read_text(encoding="utf-8").splitlines())
+    lines = [""] * len(text_of(page).splitlines())
     for block in blocks_of(page):
         ast.parse(block.code, filename=f"{page.name}:{block.line}")
         if block.run:
@@ -58,61 +63,50 @@ def write_code(page: Path, directory: Path) -> Path:
     return file
 
 
-def test_blocks_are_found(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    marked, unmarked = "<!-- not run: a reason -->", "<!-- not run: -->"
-    page.write_text(f"```python\na = 1\n```\n{marked}\n```python\nb\nc\n```\n{unmarked}\n```python\nd\n```\n")
-    assert blocks_of(page) == [Block(2, "a = 1", True), Block(6, "b\nc", False), Block(11, "d", True)]
-    page.write_text("- item\n\n  ```python\n  a\n  ```\n")
-    with pytest.raises(AssertionError, match=r"page.md:3: a block that is indented"):
-        blocks_of(page)
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
-def test_python_blocks_run(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_python_blocks_run(page, tmp_path, monkeypatch, capsys) -> None:
     """All blocks of a page run one after another, then the tests that they define. What it says is printed is printed."""
-    content = page.read_text(encoding="utf-8")
-    file = write_code(page, tmp_path)
+    content, file = text_of(page), write_code(page, tmp_path)
     monkeypatch.chdir(tmp_path)
     defined = runpy.run_path(str(file))
     for name, function in defined.items():
         if name.startswith("test_"):
             function()
-    out = capsys.readouterr().out
-    for text in PRINTED.findall(content):
-        assert text in out
-    assert content.count("It prints\n") == len(PRINTED.findall(content))
+    out, said = capsys.readouterr().out, PRINTED.findall(content)
+    assert all(text in out for text in said) and content.count("It prints\n") == len(said)
 
 
-def machine_code_of(page: str, directory: Path) -> Any:
-    """What the page's ``machine_code`` gives, in a process that compiles: Triton decides at import whether it interprets."""
-    file = write_code(ROOT / "docs" / page, directory)
-    code = f"import json, {file.stem} as page; print(json.dumps(page.machine_code()))"
-    return json.loads(printed(code, PYTHONPATH=f"{directory}:{ROOT}"))
-
-
-def test_the_example_kernel_compiles(tmp_path: Path) -> None:
-    facts = machine_code_of("internals/adding-a-kernel.md", tmp_path)
-    assert facts.items() >= {"spills": 0, "load_bits": 91, "store_bits": 128, "wide_loads": 2}.items()
-
-
-def test_the_tensor_that_is_followed_meets_these_instructions(tmp_path: Path) -> None:
-    y, dx = machine_code_of("internals/kernels-walkthrough.md", tmp_path)
-    assert [launch["programs"] for launch in (y, dx)] == [260, 644]
-    assert [launch["kernel"] for launch in (y, dx)] == ["_lora_linear_tma_kernel"] * 2
-    s = ("LDGSTS.E.BYPASS.128", "HGMMA.64x16x16", "ATOMG", "MEMBAR.ALL.GPU", "REDG")
-    product = ("UTMALDG.2D", "HGMMA.64x256x16", "LDG.E.STRONG.GPU", "CCTL.IVALL", "UTMASTG.2D")
-    text = (
-        (ROOT / "docs" / "internals" / "kernels-walkthrough.md")
-        .read_text(encoding="utf-8")
-        .split("## One tensor on the GPU")[1]
+def test_the_machine_code_is_what_the_pages_say(tmp_path: Path) -> None:
+    """In a process that compiles: Triton decides at import whether it interprets."""
+    pages = [ROOT / "docs" / "internals" / name for name in ("adding-a-kernel.md", "kernels-walkthrough.md")]
+    modules = [write_code(page, tmp_path).stem for page in pages]
+    code = (
+        f"import json, {', '.join(modules)}; print(json.dumps([{', '.join(f'{m}.machine_code()' for m in modules)}]))"
     )
-    for launch in (y, dx):
-        for name in (*s, *product):
+    facts, launches = json.loads(printed(code, PYTHONPATH=f"{tmp_path}:{ROOT}"))
+    assert facts.items() >= {"spills": 0, "load_bits": 91, "store_bits": 128, "wide_loads": 2}.items()
+    assert [launch["programs"] for launch in launches] == [260, 644]
+    assert [launch["kernel"] for launch in launches] == ["_lora_linear_tma_kernel"] * 2
+    text = text_of(pages[1]).split("## One tensor on the GPU")[1]
+    for name in (
+        "LDGSTS.E.BYPASS.128", "HGMMA.64x16x16", "ATOMG", "MEMBAR.ALL.GPU", "REDG",
+        "UTMALDG.2D", "HGMMA.64x256x16", "LDG.E.STRONG.GPU", "CCTL.IVALL", "UTMASTG.2D",
+    ):  # fmt: skip
+        assert f"`{name}`" in text
+        for launch in launches:
             assert any(found.startswith(name) for found in launch["instructions"]), (launch["programs"], name)
-            assert f"`{name}`" in text
+
+
+def test_the_tutorials_blocks_are_the_programs() -> None:
+    program = (ROOT / "examples" / "tutorial.py").read_text(encoding="utf-8")
+    lines = [line.strip() for line in program.splitlines()]
+    for block in blocks_of(ROOT / "docs" / "getting-started" / "tutorial.md"):
+        # Inside main(), one level deeper.
+        code = [line.strip() for line in block.code.splitlines()]
+        assert any(lines[i : i + len(code)] == code for i in range(len(lines))), block.code
+
+
+# Names
 
 
 def documented_names() -> set[str]:
@@ -120,9 +114,7 @@ def documented_names() -> set[str]:
     names: set[str] = set()
     for page in (ROOT / "docs" / "reference").glob("*.md"):
         module = ""
-        for directive, name in re.findall(
-            r"^\.\. (automodule|currentmodule|auto\w+):: (\S+)$", page.read_text(encoding="utf-8"), re.M
-        ):
+        for directive, name in re.findall(r"^\.\. (automodule|currentmodule|auto\w+):: (\S+)$", text_of(page), re.M):
             if directive in ("automodule", "currentmodule"):
                 module = name
             names.add(name if "." in name else f"{module}.{name}")
@@ -130,7 +122,7 @@ def documented_names() -> set[str]:
 
 
 def test_reference_has_every_public_name() -> None:
-    public = {f"stablelora_kernels.{name}" for name in stablelora_kernels.__all__}
+    public = {f"stablelora_kernels.{name}" for name in slk.__all__}
     public -= {f"stablelora_kernels.{name}" for name in ("functional", "reference", "__version__")}
     for module in (functional, reference):
         public |= {f"{module.__name__}.{name}" for name in module.__all__}
@@ -139,40 +131,54 @@ def test_reference_has_every_public_name() -> None:
     assert public - documented_names() == set()
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "reference").glob("*.md")), ids=lambda page: page.stem)
-def test_a_reference_page_lists_its_names(page: Path) -> None:
-    """In the first table, which GitHub shows: autodoc runs on the site alone."""
-    text = page.read_text(encoding="utf-8")
-    documented = {name.rpartition(".")[2] for name in re.findall(r"^\.\. auto(?!module)\w+:: (\S+)$", text, re.M)}
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| \S.* \|$", text.split("```{eval-rst}")[0], re.M)
-    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert not documented or (set(listed) == documented and len(listed) == len(documented))
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of the longest module in it."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part, None)
+        return found is not None
+    return False
 
 
-def environment_variables() -> dict[str, list[str]]:
-    """The documented variables, each with its values; none if it takes any."""
-    text = (ROOT / "docs" / "reference" / "backends.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(STABLELORA_\w+)` \| (.+?) \|", text, re.M)
-    return {name: re.findall(r"`(\w+)`", values) for name, values in rows}
+def test_names_in_the_docs_resolve() -> None:
+    """In pages and in ``__all__``, which a fresh process shows: here, other tests may have imported the modules already."""
+    names = documented_names()
+    for page in PAGES:
+        names |= {f"stablelora_kernels.{name}" for name in re.findall(r"\bslk\.(\w+(?:\.\w+)*)", text_of(page))}
+    assert len(names) > 70 and [name for name in sorted(names) if not resolves(name)] == []
+    code = "import stablelora_kernels as slk; print([name for name in slk.__all__ if not hasattr(slk, name)])"
+    assert printed(code) == "[]"
 
 
-def test_the_documented_environment_variables_are_the_packages() -> None:
-    used = {name for text in messages() for name in re.findall(r"STABLELORA_[A-Z]+", text)}
-    assert environment_variables().keys() == used
+def hinted(error: type[Exception], message: str, call) -> None:
+    with pytest.raises(error, match=message):
+        call()
 
 
-@pytest.mark.parametrize("setting", ["backend", "kernel", "autotune"])
-def test_environment_variables_are_read_at_first_use(setting: str) -> None:
-    """As the page says: importing the package raises nothing."""
-    page = (ROOT / "docs" / "reference" / "backends.md").read_text(encoding="utf-8")
-    assert "## Environment variables\n\nRead at first use" in page
-    name = f"STABLELORA_{setting.upper()}"
-    use = f"import stablelora_kernels as slk; print('imported', flush=True); print(slk.get_{setting}())"
-    wrong = python(use, **{name: "bogus"})
-    assert wrong.stdout == "imported\n" and f"ValueError: the environment variable {name}" in wrong.stderr
-    values = environment_variables()[name]
-    assert all(f"'{value}'" in wrong.stderr for value in values)
-    assert printed(use, **{name: values[-1]}) == f"imported\n{True if setting == 'autotune' else values[-1]}"
+def test_wrong_names_get_a_hint() -> None:
+    """PEFT's spelling; our config for PEFT; and a report taken for the model."""
+    for name, ours in (("LoraConfig", "LoRAConfig"), ("StableLoraAdamW", "StableLoRAAdamW")):
+        hinted(
+            AttributeError, f"has no attribute '{name}'; did you mean '{ours}'", lambda name=name: getattr(slk, name)
+        )
+    hinted(AttributeError, "has no attribute 'lora_config'$", lambda: slk.lora_config)
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    config, model = slk.LoRAConfig(target_modules=["0"]), nn.Sequential(nn.Linear(4, 4))
+    hinted(AttributeError, "PEFT's .* takes a peft.LoraConfig", lambda: peft.get_peft_model(model, config))
+    for report in (slk.apply_lora(model, config), slk.remove_lora(model)):
+        hinted(
+            AttributeError, "no attribute 'parameters': the model was changed in place", lambda r=report: r.parameters
+        )
+        hinted(TypeError, "is not callable: the model was changed in place", lambda r=report: r(torch.ones(4)))
+        assert copy.copy(report) == pickle.loads(pickle.dumps(report)) == report
+
+
+# Messages and settings
 
 
 def messages() -> list[str]:
@@ -190,8 +196,7 @@ def messages() -> list[str]:
 
 def test_messages_are_the_codes() -> None:
     """Each message and reason that the index of errors quotes is one of the code's."""
-    index = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
-    rows = [line for line in index.splitlines() if line[:2] == "- "]
+    rows = [line for line in text_of("reference/errors.md").splitlines() if line[:2] == "- "]
     quoted = [span for row in rows for span in re.findall(r"`([^`]+)`", row) if span.count(" ") > 2]
     assert len(quoted) > 80
     known = messages()
@@ -200,34 +205,24 @@ def test_messages_are_the_codes() -> None:
     assert missing == []
 
 
-def test_the_tutorials_blocks_are_the_programs() -> None:
-    program = (ROOT / "examples" / "tutorial.py").read_text(encoding="utf-8")
-    lines = [line.strip() for line in program.splitlines()]
-    blocks = blocks_of(ROOT / "docs" / "getting-started" / "tutorial.md")
-    assert len(blocks) == 7
-    for block in blocks:
-        # Inside main(), one level deeper.
-        code = [line.strip() for line in block.code.splitlines()]
-        assert any(lines[i : i + len(code)] == code for i in range(len(lines))), block.code
-
-
-@pytest.mark.parametrize("library", ["Unsloth", "Axolotl", "loralib"])
-def test_what_a_switcher_loses_is_what_the_librarys_table_lacks(library: str) -> None:
-    """A feature that the library's own table has is not among the losses at the top of the page, and the reverse."""
-    page = (ROOT / "docs" / "guides" / "migrating.md").read_text(encoding="utf-8")
-    (losses,) = re.findall(rf"^\| {library} \| .* \| (.+) \|$", page, re.M)
-    section = page.split(f"## From {library}\n")[1].split("\n## ")[0]
-    lacking = re.findall(r"^\| (.+?) \| none\b.*\|$", section, re.M)
-    assert losses.split("; ") == lacking
-
-
-def test_one_name_a_feature() -> None:
-    """``fuse_projections`` gives fused projections; guides call them by no other name."""
-    pages = [ROOT / "docs" / "index.md", *(ROOT / "docs" / "guides").glob("*.md"), ROOT / "docs" / "limitations.md"]
-    found = [
-        (page.name, name)
-        for page in pages
-        for name in ("shared input", "projection group", "computed together", "computes together")
-        if name in page.read_text(encoding="utf-8").lower() and "orphan: true" not in page.read_text(encoding="utf-8")
-    ]
-    assert found == []
+def test_environment_variables_are_the_documented_ones_and_read_at_first_use() -> None:
+    """Importing the package raises nothing; a wrong value is an error that names the right ones, a right one counts."""
+    rows = re.findall(r"^\| `(STABLELORA_\w+)` \| (.+?) \|", text_of("reference/backends.md"), re.M)
+    values = {name: re.findall(r"`(\w+)`", value) for name, value in rows}
+    assert values.keys() == {name for text in messages() for name in re.findall(r"STABLELORA_[A-Z]+", text)}
+    settings = [name for name in values if values[name]]
+    assert len(settings) == 3
+    code = (
+        "import json, os, stablelora_kernels as slk\n"
+        "def read(name):\n"
+        "    try: return str(getattr(slk, 'get' + name.removeprefix('STABLELORA').lower())())\n"
+        "    except ValueError as error: return str(error)\n"
+        f"wrong = [read(name) for name in {settings}]\n"
+        f"os.environ.update({ {name: values[name][-1] for name in settings} })\n"
+        f"print(json.dumps([wrong, [read(name) for name in {settings}]]))"
+    )
+    for name, wrong, right in zip(
+        settings, *json.loads(printed(code, **dict.fromkeys(settings, "bogus"))), strict=True
+    ):
+        assert f"the environment variable {name}" in wrong and all(f"'{value}'" in wrong for value in values[name])
+        assert right == (values[name][-1] if "AUTOTUNE" not in name else "True")

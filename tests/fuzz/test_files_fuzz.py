@@ -11,39 +11,27 @@ import pytest
 import torch
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed (pip install .[test])")
-safetensors_torch = pytest.importorskip(
-    "safetensors.torch", reason="safetensors is not installed (pip install .[test])"
-)
+safetensors_torch = pytest.importorskip("safetensors.torch", reason="pip install .[test] brings safetensors")
 
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from stablelora_kernels.cli import main  # noqa: E402
-from stablelora_kernels.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME  # noqa: E402
 from stablelora_kernels.model.apply import apply_lora  # noqa: E402
 from stablelora_kernels.model.modules import lora_layers  # noqa: E402
 from stablelora_kernels.model.save_load import load_adapter, save_adapter  # noqa: E402
-from tests.helpers.small_models import Model, assert_untouched, fill_b, lora_config, output, snapshot  # noqa: E402
+from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, config_in, edit_tensors, fresh  # noqa: E402
+from tests.helpers.small_models import assert_untouched, lora_config, output, snapshot  # noqa: E402
 
 pytestmark = pytest.mark.fuzz
 fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-# What load_adapter documents.
-ERRORS = (ValueError, TypeError, OSError)
-CONFIG = lora_config(modules_to_save=["lm_head"], bias="lora_only", rank_pattern={"layers.1.v_proj": 3})
-
-
-def fresh():
-    torch.manual_seed(0)
-    return Model().eval()
+CONFIG = {"modules_to_save": ["lm_head"], "bias": "lora_only", "rank_pattern": {"layers.1.v_proj": 3}}
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """An adapter's directory and its model."""
-    model = fresh()
-    apply_lora(model, CONFIG)
-    fill_b(model)
-    directory = tmp_path_factory.mktemp("fuzz") / "original"
+    model, directory = adapted(1, **CONFIG), tmp_path_factory.mktemp("fuzz") / "original"
     save_adapter(model, directory)
     return directory, model
 
@@ -51,25 +39,25 @@ def original(tmp_path_factory):
 def copy_of(directory):
     damaged = directory.with_name("damaged")
     shutil.rmtree(damaged, ignore_errors=True)
-    shutil.copytree(directory, damaged)
-    return damaged
+    return shutil.copytree(directory, damaged)
 
 
 def load(directory, has_lora):
-    """The model with the adapter, or None if it was refused, which must have changed nothing."""
-    model = fresh()
+    """The exit status of inspect, and the model with the adapter, or None if it was refused, which must have changed nothing."""
+    status, model = inspected(directory), fresh()
     if has_lora:
-        apply_lora(model, CONFIG)
+        apply_lora(model, lora_config(**CONFIG))
     before = snapshot(model)
     try:
         load_adapter(model, directory)
-    except ERRORS as error:
+    # What load_adapter documents.
+    except (ValueError, TypeError, OSError) as error:
         # Named, and not one of Python's own that merely is a ValueError.
         assert str(directory) in str(error), error
         assert_untouched(model, before)
         assert has_lora or not lora_layers(model)
-        return None
-    return model
+        return status, None
+    return status, model
 
 
 def inspected(directory):
@@ -82,40 +70,47 @@ def inspected(directory):
     return status
 
 
-@st.composite
-def damages(draw):
-    """A function that damages bytes: cut, lengthened, a few of them changed, or a piece moved."""
-    kind = draw(st.sampled_from(["cut", "longer", "change", "move", "length"]))
-    share, other = draw(st.floats(0, 1)), draw(st.floats(0, 1))
-    piece = draw(st.binary(min_size=1, max_size=12))
-
-    def damage(data):
-        at, to = int(share * len(data)), int(other * len(data))
-        if kind == "cut":
-            return data[:at]
-        if kind == "longer":
-            return data[:at] + piece + data[at:]
-        if kind == "change":
-            return data[:at] + piece + data[at + len(piece) :]
-        if kind == "length":
-            return piece[:8].ljust(8, b"\0") + data[8:]
-        return data[:at] + data[to : to + 20] + data[at:]
-
-    return damage
+def check_by_config(loaded, model, directory):
+    """The values are the file's; scalings are what the config, as it is now, says."""
+    content = config_in(directory)
+    for name, layer in lora_layers(loaded).items():
+        expected = model.get_submodule(name)
+        assert torch.equal(layer.lora_A, expected.lora_A) and torch.equal(layer.lora_B, expected.lora_B)
+    if content.items() >= {"lora_alpha": 16, "use_rslora": False, "alpha_pattern": {}, "r": 2}.items():
+        assert torch.equal(output(loaded), output(model))
 
 
+KINDS = {
+    "cut": lambda data, at, to, piece: data[:at],
+    "longer": lambda data, at, to, piece: data[:at] + piece + data[at:],
+    "change": lambda data, at, to, piece: data[:at] + piece + data[at + len(piece) :],
+    "length": lambda data, at, to, piece: piece[:8].ljust(8, b"\0") + data[8:],
+    "move": lambda data, at, to, piece: data[:at] + data[to : to + 20] + data[at:],
+}
+
+
+@pytest.mark.parametrize("part", ["header", "values", "config"])
 @fuzz
-@given(damage=damages(), has_lora=st.booleans())
-def test_damaged_headers(original, damage, has_lora):
-    """Of weights. The values are no part of this: nothing can tell whether a number is the right one."""
+@given(
+    kind=st.sampled_from([*KINDS]), share=st.floats(0, 1), other=st.floats(0, 1), piece=st.binary(min_size=1, max_size=12),
+    has_lora=st.booleans(),
+)  # fmt: skip
+def test_damaged_bytes(original, part, kind, share, other, piece, has_lora):
+    """Of the weights' header, of what is behind it, or of the config: nothing can tell whether a value is the right one."""
     directory, model = original
     damaged = copy_of(directory)
-    data = (directory / WEIGHTS_NAME).read_bytes()
-    header = 8 + int.from_bytes(data[:8], "little")
-    (damaged / WEIGHTS_NAME).write_bytes(damage(data[:header]) + data[header:])
-    inspected(damaged)
-    loaded = load(damaged, has_lora)
-    if loaded is not None:
+    file = damaged / (CONFIG_NAME if part == "config" else WEIGHTS_NAME)
+    data = file.read_bytes()
+    header = len(data) if part == "config" else 8 + int.from_bytes(data[:8], "little")
+    old = data[header:] if part == "values" else data[:header]
+    new = KINDS[kind](old, int(share * len(old)), int(other * len(old)), piece)
+    file.write_bytes(data[:header] + new if part == "values" else new + data[header:])
+    status, loaded = load(damaged, has_lora)
+    if part == "values":
+        assert (loaded is None) == (status == 2) == (len(new) != len(old))
+    elif part == "config" and loaded is not None:
+        check_by_config(loaded, model, damaged)
+    elif loaded is not None:
         # A name, an offset or the order may have changed to another valid one; shapes and kinds are right then.
         for name, layer in lora_layers(loaded).items():
             expected = model.get_submodule(name)
@@ -123,43 +118,10 @@ def test_damaged_headers(original, damage, has_lora):
             assert layer.lora_A.shape == expected.lora_A.shape and layer.lora_A.dtype.is_floating_point
 
 
-@fuzz
-@given(damage=damages(), has_lora=st.booleans())
-def test_damaged_bytes_behind_the_header(original, damage, has_lora):
-    directory, _ = original
-    damaged = copy_of(directory)
-    data = (directory / WEIGHTS_NAME).read_bytes()
-    header = 8 + int.from_bytes(data[:8], "little")
-    changed = damage(data[header:])
-    (damaged / WEIGHTS_NAME).write_bytes(data[:header] + changed)
-    if len(changed) != len(data) - header:
-        assert load(damaged, has_lora) is None and inspected(damaged) == 2
-    else:
-        assert load(damaged, has_lora) is not None and inspected(damaged) in (0, 1)
-
-
-@fuzz
-@given(damage=damages(), has_lora=st.booleans())
-def test_damaged_config(original, damage, has_lora):
-    directory, model = original
-    damaged = copy_of(directory)
-    (damaged / CONFIG_NAME).write_bytes(damage((directory / CONFIG_NAME).read_bytes()))
-    inspected(damaged)
-    loaded = load(damaged, has_lora)
-    if loaded is not None:
-        check_by_config(loaded, model, damaged)
-
-
+ODD = [10**400, -(10**400), 1e308, float("nan"), float("inf"), 2**63, "\ud800", "(", "(?i)q", "a{9999999999}",
+       "LORA", "all-linear", "q_proj", "lora_only", "gaussian", "lm_head", ".*"]  # fmt: skip
 json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-5, 5)
-    | st.sampled_from(
-        [10**400, -(10**400), 1e308, float("nan"), float("inf"), 2**63, "\ud800", "(", "(?i)q", "a{9999999999}"]
-    )
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(["LORA", "all-linear", "q_proj", "lora_only", "gaussian", "lm_head", ".*"]),
+    st.none() | st.booleans() | st.integers(-5, 5) | st.sampled_from(ODD) | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.just("q_proj"), inner, max_size=3)
     ),
@@ -170,42 +132,21 @@ FIELDS = [
     "rank_pattern", "alpha_pattern", "bias", "modules_to_save", "fan_in_fan_out", "task_type", "layers_to_transform",
     "layers_pattern", "use_dora", "auto_mapping", "base_model_name_or_path", "a_new_field",
 ]  # fmt: skip
+changes = st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_size=3)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
 @fuzz
-@given(changes=st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_size=3), has_lora=st.booleans())
-def test_odd_configs(original, changes, has_lora):
+@given(data=st.data(), has_lora=st.booleans())
+def test_odd_configs(original, replaced, data, has_lora):
+    """Some fields of another kind, or any JSON in place of them all."""
     directory, model = original
     damaged = copy_of(directory)
-    content = json.loads((directory / CONFIG_NAME).read_text())
-    (damaged / CONFIG_NAME).write_text(json.dumps(content | changes))
-    inspected(damaged)
-    loaded = load(damaged, has_lora)
+    content = data.draw(json_values) if replaced else config_in(directory) | data.draw(changes)
+    (damaged / CONFIG_NAME).write_text(json.dumps(content))
+    _, loaded = load(damaged, has_lora)
     if loaded is not None:
         check_by_config(loaded, model, damaged)
-
-
-def check_by_config(loaded, model, directory):
-    """The values are the file's; scalings are what the config, as it is now, says."""
-    content = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    for name, layer in lora_layers(loaded).items():
-        expected = model.get_submodule(name)
-        assert torch.equal(layer.lora_A, expected.lora_A) and torch.equal(layer.lora_B, expected.lora_B)
-    if all(
-        content.get(key) == value
-        for key, value in {"lora_alpha": 16, "use_rslora": False, "alpha_pattern": {}, "r": 2}.items()
-    ):
-        assert torch.equal(output(loaded), output(model))
-
-
-@fuzz
-@given(content=json_values, has_lora=st.booleans())
-def test_any_json_for_a_config(original, content, has_lora):
-    directory, _ = original
-    damaged = copy_of(directory)
-    (damaged / CONFIG_NAME).write_text(json.dumps(content))
-    inspected(damaged)
-    load(damaged, has_lora)
 
 
 names = st.text(max_size=30) | st.sampled_from(["²", "9" * 5000, "\x1b[31m", "\r"])
@@ -220,22 +161,24 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int
 )  # fmt: skip
 def test_odd_tensors(original, number, shape, dtype, kind, name, has_lora):
     directory, model = original
-    damaged = copy_of(directory)
-    tensors = safetensors_torch.load_file(directory / WEIGHTS_NAME)
-    key = sorted(tensors)[number % len(tensors)]
-    value = tensors.pop(key)
-    if kind == "shape":
-        tensors[key] = torch.ones(shape, dtype=dtype)
-    elif kind == "dtype":
-        tensors[key] = value.to(dtype)
-    elif kind == "name":
-        tensors[name] = value
-    fits = kind == "dtype" and dtype.is_floating_point and (dtype != torch.float8_e4m3fn or ".lora_" not in key)
-    fits |= kind == "shape" and tuple(shape) == tuple(value.shape) and dtype.is_floating_point
-    fits |= kind == "name" and name == key
-    safetensors_torch.save_file(tensors, damaged / WEIGHTS_NAME)
-    inspected(damaged)
-    loaded = load(damaged, has_lora)
+    damaged, fits = copy_of(directory), None
+
+    def change(tensors):
+        nonlocal fits
+        key = sorted(tensors)[number % len(tensors)]
+        value = tensors.pop(key)
+        if kind == "shape":
+            tensors[key] = torch.ones(shape, dtype=dtype)
+        elif kind == "dtype":
+            tensors[key] = value.to(dtype)
+        elif kind == "name":
+            tensors[name] = value
+        fits = kind == "dtype" and dtype.is_floating_point and (dtype != torch.float8_e4m3fn or ".lora_" not in key)
+        fits |= kind == "shape" and tuple(shape) == tuple(value.shape) and dtype.is_floating_point
+        fits |= kind == "name" and name == key
+
+    edit_tensors(damaged, change)
+    _, loaded = load(damaged, has_lora)
     assert (loaded is not None) == fits or dtype == torch.float8_e4m3fn
     if loaded is not None and dtype in (torch.float32, torch.float64) and kind != "shape":
         assert torch.allclose(output(loaded), output(model))

@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 
-from stablelora_kernels.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.model.save_load import load_adapter
 from tests.helpers.small_models import Model, fill_b, lora_config, output
+
+# PEFT's names.
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 
 def fresh():
@@ -32,14 +34,16 @@ def loaded(directory):
     return output(model)
 
 
-def edit_config(directory, **changes):
-    file = directory / CONFIG_NAME
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+def config_in(directory, name=CONFIG_NAME):
+    return json.loads((directory / name).read_text())
 
 
-def edit_tensors(directory, change):
-    reason = "safetensors is not installed (pip install .[test])"
-    safetensors_torch = pytest.importorskip("safetensors.torch", reason=reason)
-    tensors = safetensors_torch.load_file(directory / WEIGHTS_NAME)
+def edit_config(directory, name=CONFIG_NAME, /, **changes):
+    (directory / name).write_text(json.dumps(config_in(directory, name) | changes))
+
+
+def edit_tensors(directory, change, name=WEIGHTS_NAME):
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    tensors = safetensors_torch.load_file(directory / name)
     change(tensors)
-    safetensors_torch.save_file(tensors, directory / WEIGHTS_NAME)
+    safetensors_torch.save_file(tensors, directory / name, metadata={"format": "pt"})

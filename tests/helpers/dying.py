@@ -1,10 +1,12 @@
-"""Processes that are killed at one of their file operations, or that lack rights, room or the disk."""
+"""Processes that are killed at one of their file operations, or that lack rights or room."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import sys
 import traceback
@@ -35,64 +37,58 @@ def in_child(action: Callable[[], Any]) -> int:
     child = context.Process(target=_run, args=(pickle.dumps(action), writing))
     child.start()
     writing.close()
-    try:
-        said = reading.recv()
-    except EOFError:
-        said = ""
+    with contextlib.suppress(EOFError):
+        pytest.fail(reading.recv())
     child.join()
-    assert not said, said
-    return -child.exitcode if child.exitcode < 0 else 0
+    return -child.exitcode
 
 
 def _run(pickled: bytes, writing: Any) -> None:
     try:
         torch.set_num_threads(1)
         pickle.loads(pickled)()
-        said = ""
     except BaseException:
-        said = traceback.format_exc()
-    writing.send(said)
+        writing.send(traceback.format_exc())
 
 
-def kills(action: Callable[[], Any], prepare: Callable[[], Any], first: int = 1, every: int = 1) -> Iterator[int]:
+def kills(action: Callable[[], Any], prepare: Callable[[], Any], first: int = 1, every: int = 1) -> Iterator[None]:
     """Prepare, run ``action`` in a process that is killed before its file operation ``first``, and yield; then ``every`` later.
 
     And so on: the last one lives. Deterministic: Python's audit events are counted.
     """
     for limit in range(first, 1000, every):
         prepare()
-        killed = in_child(partial(_doomed, limit, action))
+        killed = in_child(partial(_killed_at, limit, action))
         assert killed in (0, signal.SIGKILL)
-        yield limit
+        yield
         if not killed:
             return
     raise AssertionError("the action never ends")
 
 
-def _doomed(limit: int, action: Callable[[], Any]) -> None:
-    sys.addaudithook(_killer(limit))
-    action()
-
-
-def _killer(limit: int) -> Callable[[str, Any], None]:
+def _killed_at(limit: int, action: Callable[[], Any]) -> None:
     count = 0
 
     def hook(event: str, _: Any) -> None:
         nonlocal count
-        if event == "open" or event.startswith(("os.", "shutil.", "fcntl.")):
-            count += 1
-            if count == limit:
-                os.kill(os.getpid(), signal.SIGKILL)
+        count += event == "open" or event.startswith(("os.", "shutil.", "fcntl."))
+        if count == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    return hook
+    sys.addaudithook(hook)
+    action()
+
+
+def with_room(room: int, action: Callable[[], Any], dies: bool) -> None:
+    """Run ``action`` where files may grow to ``room`` bytes only; beyond, the process dies, or ``action`` gets an OSError."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if dies else signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    action()
 
 
 def as_nobody(action: Callable[[], Any]) -> None:
-    """Run ``action`` in a process without root's right to read everything."""
-    assert in_child(partial(_humble, action)) == 0
-
-
-def _humble(action: Callable[[], Any]) -> None:
+    """Run ``action`` without root's right to read everything; in a child."""
     if os.getuid() == 0:
         os.setgid(NOBODY)
         os.setuid(NOBODY)

@@ -21,11 +21,6 @@ def new():
     return adapted(2, lora_alpha=32)
 
 
-@pytest.fixture(scope="module")
-def same_config():
-    return adapted(3, lora_alpha=4)
-
-
 @pytest.fixture
 def model():
     torch.manual_seed(0)

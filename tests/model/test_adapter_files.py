@@ -1,14 +1,19 @@
-"""The two files of an adapter are one unit: kills at every moment, two writers, mixed files."""
+"""The two files of an adapter are one unit: kills, no room, no rights, savers beside readers, PEFT, files of two saves."""
 
 from __future__ import annotations
 
 import errno
-import json
+import fcntl
+import io
 import os
-import resource
+import re
 import shutil
 import signal
-import threading
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -16,30 +21,20 @@ import pytest
 import torch
 
 from stablelora_kernels.cli import main
-from stablelora_kernels.model.adapter_files import CONFIG_NAME, PENDING, STAMP, WEIGHTS_NAME
 from stablelora_kernels.model.save_load import load_adapter, save_adapter
-from stablelora_kernels.utils import files as lock_files
-from stablelora_kernels.utils.files import locked
-from tests.helpers.adapters import adapted, fresh, loaded
-from tests.helpers.dying import in_child, kills, needs_fork
+from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, config_in, edit_config, fresh, loaded
+from tests.helpers.dying import NOBODY, as_nobody, in_child, kills, needs_fork, with_room
 from tests.helpers.small_models import output, refused
 
-safetensors_torch = pytest.importorskip(
-    "safetensors.torch", reason="safetensors is not installed (pip install .[test])"
-)
+safetensors_torch = pytest.importorskip("safetensors.torch", reason="pip install .[test] brings safetensors")
 pytestmark = needs_fork
 
 
 def save_as_peft(directory):
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     theirs = peft.get_peft_model(
-        fresh(), peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"])
-    ).eval()
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
+        fresh(), peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
     theirs.save_pretrained(directory)
 
 
@@ -57,6 +52,18 @@ def near(one, other):
     return torch.allclose(one, other, atol=1e-5)
 
 
+def leave_unfinished(directory, old, new):
+    """``old`` was saved, and then a save of ``new`` was killed as soon as readers would find it."""
+
+    def prepare():
+        shutil.rmtree(directory, ignore_errors=True)
+        save_adapter(old, directory)
+
+    for _ in kills(partial(save_adapter, new, directory), prepare):
+        if torch.equal(loaded(directory), output(new)):
+            return
+
+
 # Kills
 
 
@@ -65,31 +72,20 @@ WAS = ["nothing", "a directory", "the same config", "another config", "PEFT's", 
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("was", WAS)
-def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, old, new, same_config, was, every):
+def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, old, new, was, every):
     """By day at one of three operations, another one for each state of the directory."""
-    directory = tmp_path / "adapter"
-    template = tmp_path / "before"
-
-    def prepare_template():
-        if was == "nothing":
-            return
-        template.mkdir()
+    directory, template, written = tmp_path / "adapter", tmp_path / "before", adapted(3, lora_alpha=4)
+    if was == "PEFT's":
+        save_as_peft(template)
+    elif was == "an unfinished save":
+        leave_unfinished(template, old, new)
+    elif was.endswith("config"):
+        save_adapter(old if was == "the same config" else new, template)
+    before = loaded(template) if template.exists() else None
+    if was != "nothing":
+        template.mkdir(exist_ok=True)
         (template / "README.md").write_text("kept")
-        if was == "PEFT's":
-            save_as_peft(template)
-        elif was != "a directory":
-            save_adapter(old, template)
-        if was == "an unfinished save":
-            save_adapter(same_config, tmp_path / "other")
-            (tmp_path / "other").rename(template / PENDING)
-            (template / CONFIG_NAME).unlink()
-
-    prepare_template()
-    written = same_config if was == "the same config" else new
-    before = loaded(template) if was not in ("nothing", "a directory") else None
     after = output(written)
-    save_adapter(written, tmp_path / "warm")  # Imports and caches are no part of a save.
-    shutil.rmtree(tmp_path / "warm")
 
     def prepare():
         for leftover in tmp_path.iterdir():
@@ -117,112 +113,163 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, o
     assert outcomes == {"old", "new"}
 
 
-def save_with_room(room, model, directory):
-    """Save while files may grow to ``room`` bytes only, beyond which the process is killed."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-    save_adapter(model, directory)
+# No room, no rights
 
 
-def test_a_save_that_is_killed_while_it_writes(tmp_path, old, new):
-    save_adapter(old, tmp_path / "adapter")
-    weights = (tmp_path / "adapter" / WEIGHTS_NAME).stat().st_size
-    for room in (0, 1, 8, 100, weights // 2, weights - 1):
-        assert in_child(partial(save_with_room, room, new, tmp_path / "adapter")) == signal.SIGXFSZ
-        assert torch.equal(loaded(tmp_path / "adapter"), output(old))
-    save_adapter(new, tmp_path / "adapter")
-    assert sorted(os.listdir(tmp_path / "adapter")) == [CONFIG_NAME, WEIGHTS_NAME]
+def fail_to_save(model, directory, error, message):
+    with pytest.raises(error, match=message):
+        save_adapter(model, directory)
 
 
-# Several processes
+@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_file_that_may_not_grow(tmp_path, old, new, exists, dies):
+    directory = tmp_path / "adapter"
+    save_adapter(old, directory)
+    weights = (directory / WEIGHTS_NAME).stat().st_size
+    if not exists:
+        shutil.rmtree(directory)
+    save = partial(save_adapter, new, directory)
+    fail = partial(fail_to_save, new, directory, OSError, f"{WEIGHTS_NAME} could not be written: .*File too large")
+    for room in (0, 8, weights // 2, weights - 1):
+        assert in_child(partial(with_room, room, save if dies else fail, dies)) == (signal.SIGXFSZ if dies else 0)
+        assert not exists or torch.equal(loaded(directory), output(old))
+        assert dies or os.listdir(tmp_path) == ["adapter"] * exists
+        assert dies or not exists or sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME]
+    save_adapter(new, directory)
+    assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME] and os.listdir(tmp_path) == ["adapter"]
 
 
-def save_repeatedly(rounds, model, directory):
-    for _ in range(rounds):
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_full_disk(tmp_path, old, new, exists):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        if exists:
+            save_adapter(old, disk / "adapter")
+        before = sorted(disk.rglob("*"))
+        filler = disk / "filler"
+        with pytest.raises(OSError, match="No space left"), open(filler, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1024))
+        # From no room at all to room for one file.
+        for pages in range(4):
+            os.truncate(filler, filler.stat().st_size - 4096 * pages)
+            try:
+                save_adapter(new, disk / "adapter")
+                break
+            except OSError as error:
+                assert "No space left" in str(error) and sorted(disk.rglob("*")) == sorted([*before, filler])
+                assert not exists or torch.equal(loaded(disk / "adapter"), output(old))
+        assert pages > 0 and torch.equal(loaded(disk / "adapter"), output(new))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.fixture
+def place(old):
+    """A directory that another user may enter, unlike pytest's, and not write to, with an adapter in it."""
+    directory = Path(tempfile.mkdtemp())
+    save_adapter(old, directory / "adapter")
+    directory.chmod(0o555)
+    yield directory
+    directory.chmod(0o755)
+    shutil.rmtree(directory)
+
+
+def read_and_fail_to_write(directory, expected, model):
+    assert torch.equal(loaded(directory / "adapter"), expected)
+    for target in (directory / "adapter", directory / "new"):
+        fail_to_save(model, target, PermissionError, "Permission denied")
+
+
+def test_a_read_only_directory_is_read_and_not_written(place, old, new):
+    (place / "adapter").chmod(0o555)
+    assert in_child(partial(as_nobody, partial(read_and_fail_to_write, place, output(old), new))) == 0
+    assert os.listdir(place) == ["adapter"] and sorted(os.listdir(place / "adapter")) == [CONFIG_NAME, WEIGHTS_NAME]
+
+
+def test_the_parent_of_an_existing_directory_need_not_be_writable(place, new):
+    if os.getuid() == 0:
+        for path in (place / "adapter", *(place / "adapter").iterdir()):
+            os.chown(path, NOBODY, NOBODY)
+    assert in_child(partial(as_nobody, partial(save_adapter, new, place / "adapter"))) == 0
+    assert torch.equal(loaded(place / "adapter"), output(new))
+
+
+def fail_to_read(directory):
+    with refused(model := fresh(), PermissionError, f"Permission denied: .*{directory}"):
+        load_adapter(model, directory)
+    assert main(["inspect", str(directory)]) == 2
+    assert main(["merge", str(directory / "best"), "--into", str(directory), "--out", str(directory / "out")]) == 2
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, "."])
+def test_what_may_not_be_read_is_said_to_be_so(place, name):
+    (place / "adapter" / name).chmod(0)
+    assert in_child(partial(as_nobody, partial(fail_to_read, place / "adapter"))) == 0
+    (place / "adapter" / name).chmod(0o755)
+
+
+# Savers beside readers
+
+
+@pytest.mark.parametrize("was", ["a save", "an unfinished save"])
+def test_a_save_between_any_two_operations_of_a_reader(tmp_path, old, new, was):
+    """The reader finds what was there or what is there now, whichever file operation of it the save comes before."""
+    directory, template, written = tmp_path / "adapter", tmp_path / "before", adapted(3, lora_alpha=4)
+    save_adapter(new, template) if was == "a save" else leave_unfinished(template, old, new)
+    expected, limit, count = [loaded(template), output(written)], 0, 0
+
+    def see(frame, event, function):
+        nonlocal count
+        if event == "c_call" and function.__module__ in ("posix", io.open.__module__):
+            count += 1
+            if count == limit:
+                save_adapter(written, directory)
+
+    while count >= limit:
+        limit, count = limit + 1, 0
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(template, directory)
+        sys.setprofile(see)
+        try:
+            found = loaded(directory)
+        finally:
+            sys.setprofile(None)
+        assert any(torch.equal(found, one) for one in expected), limit
+    assert limit > 1
+
+
+def save_repeatedly(model, directory):
+    """In a process of its own, in which a file takes its time to be written, so that others come in between."""
+    write = safetensors_torch.save_file
+    safetensors_torch.save_file = lambda *args, **kwargs: time.sleep(0.002) or write(*args, **kwargs)
+    for _ in range(40):
         save_adapter(model, directory)
 
 
 def test_two_writers_and_a_reader(tmp_path, old, new):
     """Every load while two processes save, and the last one, is one of the two adapters."""
-    directory = tmp_path / "adapter"
-    rounds = 60
-    threads = [
-        threading.Thread(target=in_child, args=(partial(save_repeatedly, rounds, model, directory),))
-        for model in (old, new)
-    ]
-    for thread in threads:
-        thread.start()
-    expected, loads, seen = (output(old), output(new)), 0, set()
-    while any(thread.is_alive() for thread in threads):
-        if directory.exists():
-            found = loaded(directory)
-            assert any(torch.equal(found, one) for one in expected)
-            seen.add(torch.equal(found, expected[0]))
-            loads += 1
-    assert loads > 5 and seen == {True, False}
-    found = loaded(directory)
-    assert any(torch.equal(found, one) and near(read_by_peft(directory), one) for one in expected)
+    directory, expected = tmp_path / "adapter", (output(old), output(new))
+    with ThreadPoolExecutor() as pool:
+        saves = [pool.submit(in_child, partial(save_repeatedly, model, directory)) for model in (old, new)]
+        while not all(save.done() for save in saves):
+            if directory.exists():
+                found = loaded(directory)
+                assert any(torch.equal(found, one) for one in expected)
+    assert [save.result() for save in saves] == [0, 0]
+    assert any(torch.equal(loaded(directory), one) and near(read_by_peft(directory), one) for one in expected)
     assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME] and os.listdir(tmp_path) == ["adapter"]
-
-
-def test_weights_that_are_moved_while_a_reader_looks_are_found(tmp_path, old, new, monkeypatch):
-    """A saver finishes a committed save just after the reader has seen its weights in the pending directory."""
-    save_adapter(old, tmp_path / "adapter")
-    save_adapter(new, tmp_path / "next")
-    directory, pending = tmp_path / "adapter", tmp_path / "adapter" / PENDING
-    os.replace(tmp_path / "next", pending)
-    (directory / CONFIG_NAME).unlink()
-    is_file, moved = Path.is_file, []
-
-    def look(path):
-        there = is_file(path)
-        if path == pending / WEIGHTS_NAME and there:
-            os.replace(path, directory / WEIGHTS_NAME)
-            os.replace(pending / CONFIG_NAME, directory / CONFIG_NAME)
-            moved.append(path)
-        return there
-
-    monkeypatch.setattr(Path, "is_file", look)
-    assert torch.equal(loaded(directory), output(new)) and len(moved) == 1
-
-
-def die_in_lock(path):
-    with locked(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
-    inside, most = 0, 0
-
-    def work():
-        nonlocal inside, most
-        for _ in range(200):
-            with locked(tmp_path / "lock") as held:
-                assert held
-                inside += 1
-                most = max(most, inside)
-                inside -= 1
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == 1 and os.listdir(tmp_path) == []
-
-    assert in_child(partial(die_in_lock, tmp_path / "lock")) == signal.SIGKILL
-    assert os.listdir(tmp_path) == ["lock"]
-    with locked(tmp_path / "lock") as held:
-        assert held
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, old, new):
     def none(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock_files.fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     for model in (old, new):
         save_adapter(model, tmp_path / "adapter")
         assert torch.equal(loaded(tmp_path / "adapter"), output(model))
@@ -233,22 +280,11 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, old, n
 # Files of two saves
 
 
-def mixed(tmp_path, old, new):
-    """The config of one save beside the weights of another."""
-    save_adapter(old, tmp_path / "adapter")
-    save_adapter(new, tmp_path / "other")
-    shutil.copy(tmp_path / "other" / WEIGHTS_NAME, tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
 def test_files_of_two_saves_are_refused_by_every_reader(tmp_path, old, new, capsys):
-    directory = mixed(tmp_path, old, new)
-    message = (
-        rf"{directory / CONFIG_NAME} and {directory / WEIGHTS_NAME} must be of one save, got a config of '\w+' and"
-    )
-    for model in (fresh(), adapted(5, lora_alpha=4)):
-        with refused(model, ValueError, message):
-            load_adapter(model, directory)
+    directory = tmp_path / "adapter"
+    save_adapter(old, directory)
+    save_adapter(new, tmp_path / "other")
+    shutil.copy(tmp_path / "other" / WEIGHTS_NAME, directory)
     (tmp_path / "model").mkdir()
     for argv in (
         ["inspect", str(directory)],
@@ -257,28 +293,28 @@ def test_files_of_two_saves_are_refused_by_every_reader(tmp_path, old, new, caps
     ):
         assert main(argv) == 2
         assert "must be of one save" in capsys.readouterr().err
+    for model in (fresh(), adapted(5, lora_alpha=4)):
+        with refused(
+            model, ValueError, f"{directory / CONFIG_NAME} and {directory / WEIGHTS_NAME} must be of one save"
+        ):
+            load_adapter(model, directory)
     # As the message says.
-    content = json.loads((directory / CONFIG_NAME).read_text())
-    del content["auto_mapping"][STAMP]
-    (directory / CONFIG_NAME).write_text(json.dumps(content))
+    with pytest.raises(ValueError) as error:
+        load_adapter(fresh(), directory)
+    mapping = config_in(directory)["auto_mapping"]
+    del mapping[re.search(r"remove '(\w+)' from auto_mapping", str(error.value))[1]]
+    edit_config(directory, auto_mapping=mapping)
     load_adapter(fresh(), directory)
 
 
 def test_a_config_that_is_edited_by_hand_counts(tmp_path, old):
     save_adapter(old, tmp_path)
-    content = json.loads((tmp_path / CONFIG_NAME).read_text())
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(content | {"lora_alpha": 40}))
-    stronger = adapted(1, lora_alpha=40)
-    assert torch.equal(loaded(tmp_path), output(stronger))
+    edit_config(tmp_path, lora_alpha=40)
+    assert torch.equal(loaded(tmp_path), output(adapted(1, lora_alpha=40)))
 
 
 def test_peft_may_write_over_ours_and_we_over_peft(tmp_path, old, new):
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     save_adapter(old, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(fresh(), tmp_path).eval()
-    assert near(output(theirs), output(old))
-    theirs.save_pretrained(tmp_path)
-    assert near(loaded(tmp_path), output(old))
     save_as_peft(tmp_path)
     assert near(loaded(tmp_path), read_by_peft(tmp_path))
     save_adapter(new, tmp_path)
@@ -289,13 +325,3 @@ def test_peft_may_write_over_ours_and_we_over_peft(tmp_path, old, new):
         save_adapter(adapted(2, lora_alpha=6), tmp_path / f"beside {name}")
         shutil.copy(tmp_path / "theirs" / name, tmp_path / f"beside {name}")
         assert near(loaded(tmp_path / f"beside {name}"), read_by_peft(tmp_path / f"beside {name}"))
-
-
-def test_a_damaged_file_is_an_error_at_once(tmp_path, old, monkeypatch):
-    save_adapter(old, tmp_path)
-    (tmp_path / WEIGHTS_NAME).write_bytes(b"nonsense")
-    reads, read = [], safetensors_torch.safe_open
-    monkeypatch.setattr(safetensors_torch, "safe_open", lambda *args, **kw: reads.append(1) or read(*args, **kw))
-    with pytest.raises(ValueError, match="must be a safetensors file, got one that cannot be read"):
-        load_adapter(fresh(), tmp_path)
-    assert len(reads) == 1

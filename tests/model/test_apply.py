@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
+from itertools import count
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.model import apply as apply_module
-from stablelora_kernels.model import save_load
-from stablelora_kernels.model.apply import apply_lora
-from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
-from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, lora_layers
-from stablelora_kernels.model.save_load import load_adapter, save_adapter
-from stablelora_kernels.nn.linear import LoRALinear
+import stablelora_kernels as slk
+from stablelora_kernels.model.modules import lora_layers
 from tests.helpers.small_models import IDS, Model, fill_b, lora_config, output, reasons, refused, trainable
 
 
@@ -27,17 +23,17 @@ def model():
 
 def test_every_replaced_module_is_in_the_report(model):
     model.layers[0].eval()
-    report = apply_lora(model, lora_config(r=4, lora_alpha=6, lora_dropout=0.25, rank_pattern={"layers.1.q_proj": 3}))
+    report = slk.apply_lora(
+        model, lora_config(r=4, lora_alpha=6, lora_dropout=0.25, rank_pattern={"layers.1.q_proj": 3})
+    )
     assert [m.name for m in report.replaced] == [f"layers.{i}.{n}_proj" for i in (0, 1) for n in "qv"]
-    assert [m.r for m in report.replaced] == [4, 4, 3, 4]
+    assert [(m.r, m.scaling) for m in report.replaced] == [(4, 1.5), (4, 1.5), (3, 2), (4, 1.5)]
     assert [(m.in_features, m.out_features, m.lora_alpha) for m in report.replaced] == [(8, 8, 6)] * 4
-    assert [m.scaling for m in report.replaced] == [1.5, 1.5, 2, 1.5]
     assert [layer.training for layer in lora_layers(model).values()] == [False, False, True, True]
     assert all(layer.lora_dropout == 0.25 for layer in lora_layers(model).values())
-    assert report.trainable == 3 * 4 * 16 + 3 * 16 == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert report.total == sum(p.numel() for p in model.parameters())
+    assert report.trainable == 3 * 4 * 16 + 3 * 16 and report.total == sum(p.numel() for p in model.parameters())
     assert (report.skipped, report.notes) == ((), ())
-    assert apply_lora(Model().to("meta"), lora_config()).trainable == 4 * 2 * 16
+    assert slk.apply_lora(Model().to("meta"), lora_config()).trainable == 4 * 2 * 16
 
 
 def test_report_as_text(model):
@@ -45,7 +41,7 @@ def test_report_as_text(model):
         target_modules=["q_proj", "embed", "norm"], r=4, rank_pattern={"k_proj": 3}, alpha_pattern={"k": 1},
         exclude_modules=["k_proj"], modules_to_save=["lm_head", "score"],
     )  # fmt: skip
-    assert str(apply_lora(model, config)).splitlines() == [
+    assert str(slk.apply_lora(model, config)).splitlines() == [
         "LoRA on 2 modules; 216 of 608 parameters train (35.53%)",
         "  2 x q_proj: 8 -> 8, r 4, alpha 16, scaling 4",
         "  skipped embed: Embedding is not an nn.Linear",
@@ -55,13 +51,11 @@ def test_report_as_text(model):
         "  note: alpha_pattern 'k' matches nothing",
         "  note: exclude_modules ['k_proj'] matches nothing that target_modules does",
     ]
-    report = apply_lora(Model(), lora_config(target_modules=["layers.0.q_proj"]))
-    assert str(report).startswith("LoRA on 1 module; ")
 
 
 def test_outputs_and_gradients_are_those_of_w_plus_scaled_ba(model):
     plain = copy.deepcopy(model)
-    apply_lora(model, lora_config(lora_alpha=3, use_rslora=True))
+    slk.apply_lora(model, lora_config(lora_alpha=3, use_rslora=True))
     assert torch.equal(model(IDS), plain(IDS))
     fill_b(model)
     with torch.no_grad():
@@ -76,38 +70,14 @@ def test_outputs_and_gradients_are_those_of_w_plus_scaled_ba(model):
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
 def test_init_is_passed_on(model, init):
-    apply_lora(model, lora_config(init_lora_weights=init))
+    slk.apply_lora(model, lora_config(init_lora_weights=init))
     layer = model.layers[0].q_proj
     assert bool(layer.lora_A.any()) and bool(layer.lora_B.any()) is (init is False)
 
 
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-@pytest.mark.filterwarnings("ignore")
-def test_trainable_parameters_are_pefts(bias):
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-    theirs, ours = Model(), Model()
-    kwargs = {"r": 2, "target_modules": ["q_proj", "v_proj"], "bias": bias, "modules_to_save": ["lm_head"]}
-    peft.get_peft_model(theirs, peft.LoraConfig(**kwargs))
-    apply_lora(ours, LoRAConfig(**kwargs))
-    names = trainable(theirs)
-    for part in (".default", ".modules_to_save", ".base_layer", ".weight"):
-        names = {name.replace(part, "") for name in names}
-    assert {name.replace(".weight", "") for name in trainable(ours)} == names
-    assert any(name.endswith("bias") for name in names) == (bias != "none")
-
-
-def test_trained_biases_get_their_gradient(model):
-    plain = copy.deepcopy(model)
-    apply_lora(model, lora_config(bias="lora_only"))
-    for each in (model, plain):
-        each(IDS).square().sum().backward()
-    torch.testing.assert_close(model.layers[0].q_proj.bias.grad, plain.layers[0].q_proj.bias.grad)
-    assert model.layers[0].norm.bias.grad is None
-
-
 def test_a_tied_module_to_save_is_trained_alone():
     model = Model(tied=True)
-    report = apply_lora(model, lora_config(modules_to_save=["lm_head"]))
+    report = slk.apply_lora(model, lora_config(modules_to_save=["lm_head"]))
     assert report.notes == ("'lm_head.weight' was tied to a module outside modules_to_save and is a copy now",)
     assert model.lm_head.weight is not model.embed.weight and torch.equal(model.lm_head.weight, model.embed.weight)
     assert model.lm_head.weight.requires_grad and not model.embed.weight.requires_grad
@@ -120,13 +90,13 @@ def test_a_layer_in_two_places_stays_one():
         return model
 
     model = twice()
-    report = apply_lora(model, lora_config(target_modules=["q_proj"]))
+    report = slk.apply_lora(model, lora_config(target_modules=["q_proj"]))
     assert [m.name for m in report.replaced] == ["layers.0.q_proj"]
     assert report.notes == ("'layers.0.q_proj' is registered in 2 places and stays one layer",)
-    assert model.layers[0].q_proj is model.layers[1].q_proj and type(model.layers[1].q_proj) is LoRALinear
-    remove_lora(model)
+    assert model.layers[0].q_proj is model.layers[1].q_proj and type(model.layers[1].q_proj) is slk.LoRALinear
+    slk.remove_lora(model)
     assert type(model.layers[0].q_proj) is nn.Linear and model.layers[0].q_proj is model.layers[1].q_proj
-    report = apply_lora(twice(), lora_config(target_modules=["layers.1.q_proj", "v_proj"]))
+    report = slk.apply_lora(twice(), lora_config(target_modules=["layers.1.q_proj", "v_proj"]))
     assert reasons(report) == {"layers.1.q_proj": "it is the same module as 'layers.0.q_proj', which is not matched"}
 
 
@@ -138,20 +108,20 @@ def test_hooks_move_and_their_handles_still_work(model):
         layer.register_forward_hook(lambda module, args, kwargs, out: calls.append("forward"), with_kwargs=True),
         layer.register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward")),
     ]
-    report = apply_lora(model, lora_config())
+    report = slk.apply_lora(model, lora_config())
     assert report.notes == ("3 hooks of 'layers.0.q_proj' moved to the new layer",)
     model(IDS).sum().backward()
     assert calls == ["pre", "forward", "backward"]
     handles[0].remove(), handles[2].remove()
-    remove_lora(model)
+    slk.remove_lora(model)
     model(IDS)
     assert calls == ["pre", "forward", "backward", "forward"]
 
 
 def test_lora_on_top_of_lora(model):
-    apply_lora(model, lora_config(target_modules=["q_proj"]))
+    slk.apply_lora(model, lora_config(target_modules=["q_proj"]))
     first = model.layers[0].q_proj
-    report = apply_lora(model, lora_config())
+    report = slk.apply_lora(model, lora_config())
     assert [m.name for m in report.replaced] == ["layers.0.v_proj", "layers.1.v_proj"]
     assert reasons(report) == dict.fromkeys(["layers.0.q_proj", "layers.1.q_proj"], "it is a LoRALinear already")
     assert model.layers[0].q_proj is first and len(trainable(model)) == 8
@@ -161,17 +131,17 @@ def test_lora_on_top_of_lora(model):
 @pytest.mark.parametrize("merge", [False, True])
 def test_merging_twice_unmerging_twice_and_removing(model, merge, merged_before):
     linear, plain = model.layers[0].q_proj, model(IDS)
-    apply_lora(model, lora_config())
+    slk.apply_lora(model, lora_config())
     fill_b(model)
     model.eval()
     expected = model(IDS)
     for _ in range(2):
-        merge_lora(model)
+        slk.merge_lora(model)
     assert all(layer.merged for layer in lora_layers(model).values())
     torch.testing.assert_close(model(IDS), expected)
     for _ in range(0 if merged_before else 2):
-        unmerge_lora(model)
-    remove_lora(model, merge=merge)
+        slk.unmerge_lora(model)
+    slk.remove_lora(model, merge=merge)
     found = model.layers[0].q_proj
     assert type(found) is nn.Linear and not found.training and not lora_layers(model)
     assert set(model.state_dict()) == set(Model().state_dict())
@@ -179,12 +149,12 @@ def test_merging_twice_unmerging_twice_and_removing(model, merge, merged_before)
         torch.testing.assert_close(model(IDS), expected)
     else:
         assert found.weight is linear.weight and found.bias is linear.bias and torch.equal(model(IDS), plain)
-    apply_lora(model, lora_config())
+    slk.apply_lora(model, lora_config())
 
 
-@pytest.mark.parametrize("action", [merge_lora, remove_lora])
+@pytest.mark.parametrize("action", [slk.merge_lora, slk.remove_lora])
 def test_a_merge_that_is_not_finite_changes_nothing(model, action):
-    apply_lora(model, lora_config())
+    slk.apply_lora(model, lora_config())
     fill_b(model)
     with torch.no_grad():
         model.layers[1].v_proj.lora_B[3, 1] = float("inf")
@@ -193,74 +163,59 @@ def test_a_merge_that_is_not_finite_changes_nothing(model, action):
     assert not any(layer.merged for layer in lora_layers(model).values())
 
 
-@pytest.mark.parametrize("action", [merge_lora, unmerge_lora, remove_lora])
+@pytest.mark.parametrize("action", [slk.merge_lora, slk.unmerge_lora, slk.remove_lora])
 def test_a_model_without_lora_is_refused(model, action):
     message = r"model must have LoRALinear layers \(apply_lora makes them\), got a Model without any"
     with pytest.raises(ValueError, match=message):
         action(model)
     with pytest.raises(ValueError, match="got a LoRALinear, which can't replace itself"):
-        remove_lora(LoRALinear(2, 2))
+        slk.remove_lora(slk.LoRALinear(2, 2))
 
 
-# Half done.
+class Interrupt(TorchDispatchMode):
+    """Ctrl-C before the operator number ``at``."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at, self.seen = at, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += 1
+        if self.seen == self.at:
+            raise KeyboardInterrupt("by the user")
+        return func(*args, **(kwargs or {}))
 
 
-class Boom(BaseException):
-    """As KeyboardInterrupt: no Exception."""
+SAVED = lora_config(modules_to_save=["lm_head", "embed"], bias="all")
+CALLS = {
+    "apply_lora": (False, lambda model, path: slk.apply_lora(model, SAVED, fuse_projections=True)),
+    "load_adapter, new layers": (False, lambda model, path: slk.load_adapter(model, path, fuse_projections=True)),
+    "load_adapter, old layers": (True, slk.load_adapter),
+}
 
 
-def failing(function, at):
-    """``function``, which raises after its call number ``at``."""
-    calls = 0
-
-    def call(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        result = function(*args, **kwargs)
-        if calls == at:
-            raise Boom("out of memory")
-        return result
-
-    return call
-
-
-STEPS = [("make_layer", 1), ("make_layer", 4), ("replace_modules", 1), ("untie", 1), ("untie", 2)]
-STEPS += [("make_projection_groups", 1), ("report_on", 1)]
-
-
-@pytest.mark.parametrize(("step", "at"), STEPS)
-def test_apply_lora_is_rolled_back(monkeypatch, step, at):
-    model = Model(tied=True)
-    model.layers[0].norm.weight.requires_grad_(False)
-    calls = []
-    handle = model.layers[0].q_proj.register_forward_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr(apply_module, step, failing(getattr(apply_module, step), at))
-    config = lora_config(modules_to_save=["lm_head", "embed"], bias="all")
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    with refused(model, Boom, "out of memory"):
-        apply_lora(model, config, fuse_projections=True)
-    monkeypatch.undo()
-    assert not lora_layers(model) and not hasattr(model, CONFIG_ATTRIBUTE)
-    assert model.lm_head.weight is model.embed.weight and list(model.state_dict()) == list(state)
-    output(model)
-    assert calls == [1]
-    handle.remove()
-    output(model)
-    assert calls == [1]
-    apply_lora(model, config)
-
-
-@pytest.mark.parametrize("has_lora", [False, True])
-@pytest.mark.parametrize("at", [1, 5, 9])
-def test_load_adapter_is_rolled_back(tmp_path, monkeypatch, has_lora, at):
+@pytest.mark.parametrize(("has_lora", "call"), CALLS.values(), ids=CALLS)
+def test_a_call_that_is_interrupted_at_any_operator_is_rolled_back(tmp_path, has_lora, call):
     pytest.importorskip("safetensors.torch", reason="safetensors is not installed (pip install .[test])")
-    source, target = Model(), Model()
-    for model in (source, target) if has_lora else (source,):
-        apply_lora(model, lora_config(modules_to_save=["lm_head"]))
+    source, model, calls = Model(), Model(tied=True), []
+    slk.apply_lora(source, SAVED)
     fill_b(source)
-    save_adapter(source, tmp_path)
-    monkeypatch.setattr(save_load, "copy", failing(save_load.copy, at))
-    with refused(target, Boom, "out of memory"):
-        load_adapter(target, tmp_path)
-    monkeypatch.undo()
-    load_adapter(target, tmp_path)
+    slk.save_adapter(source, tmp_path)
+    if has_lora:
+        slk.apply_lora(model, SAVED)
+    model.layers[0].norm.weight.requires_grad_(False)
+    model.layers[0].q_proj.register_forward_hook(lambda *_: calls.append(1))
+    before = output(model)
+    for at in count(1, 3):
+        interrupt = Interrupt(at)
+        calls.clear()
+        try:
+            # safetensors makes a ValueError of the user's interrupt.
+            with refused(model, (KeyboardInterrupt, ValueError), "by the user|cannot be read"), interrupt:
+                call(model, tmp_path)
+        except pytest.fail.Exception:
+            break
+        assert torch.equal(output(model), before) and calls == [1]
+        assert bool(lora_layers(model)) == has_lora
+        assert model.lm_head.weight is model.embed.weight or has_lora
+    assert interrupt.seen < at

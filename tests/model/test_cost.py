@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.cli import main
-from stablelora_kernels.utils.validation import compile_patterns
 
 pytest.importorskip("safetensors", reason="safetensors is not installed (pip install .[test])")
-
-
-def count(function: Callable[[], Any]) -> int:
-    """The calls that ``function`` makes. An expression that Python compiles takes hundreds of them."""
-    calls = 0
-    # So that none is left from an action before.
-    re.purge()
-    compile_patterns.cache_clear()
-
-    def see(frame: Any, event: str, arg: Any) -> None:
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    sys.setprofile(see)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return calls
 
 
 def calls(layers: int, patterns: int, directory: Path) -> dict[str, int]:
@@ -49,14 +27,28 @@ def calls(layers: int, patterns: int, directory: Path) -> dict[str, int]:
     model, other = fresh(), fresh()
     # A pattern that matches no pair would be refused.
     shrink = {rf"layers\.\d+|{i}": 1e-4 for i in range(patterns)}
-    return {
-        "apply": count(lambda: slk.apply_lora(model, config, fuse_projections=True)),
-        "save": count(lambda: slk.save_adapter(model, directory)),
-        "load": count(lambda: slk.load_adapter(other, directory)),
-        "load again": count(lambda: slk.load_adapter(model, directory)),
-        "inspect": count(lambda: main(["inspect", str(directory)])),
-        "optimizer": count(lambda: slk.StableLoRAAdamW.from_model(model, shrink_pattern=shrink)),
+    actions = {
+        "apply": lambda: slk.apply_lora(model, config, fuse_projections=True),
+        "save": lambda: slk.save_adapter(model, directory),
+        "load": lambda: slk.load_adapter(other, directory),
+        "load again": lambda: slk.load_adapter(model, directory),
+        "inspect": lambda: main(["inspect", str(directory)]),
+        "optimizer": lambda: slk.StableLoRAAdamW.from_model(model, shrink_pattern=shrink),
     }
+    counts = dict.fromkeys(actions, 0)
+    for name, action in actions.items():
+
+        def see(frame, event, arg, name=name):
+            counts[name] += event in ("call", "c_call")
+
+        # An expression that Python compiles takes hundreds of calls: none is left from an action before.
+        re.purge()
+        sys.setprofile(see)
+        try:
+            action()
+        finally:
+            sys.setprofile(None)
+    return counts
 
 
 @pytest.mark.parametrize(("layers", "patterns"), [(100, 5), (20, 300)])

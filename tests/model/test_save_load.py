@@ -1,147 +1,71 @@
-"""save_adapter and load_adapter: what is written and what is read."""
+"""save_adapter and load_adapter: what is written, what is read, and what they refuse."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
+import pickle
+import re
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from stablelora_kernels.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from stablelora_kernels.model.apply import apply_lora
-from stablelora_kernels.model.merge import merge_lora, remove_lora
+import stablelora_kernels as slk
+from stablelora_kernels.cli import main
 from stablelora_kernels.model.modules import lora_layers
-from stablelora_kernels.model.save_load import load_adapter, save_adapter
-from stablelora_kernels.nn.linear import LoRALinear
-from tests.helpers.adapters import edit_config, fresh
-from tests.helpers.small_models import fill_b, llama, lora_config, output
+from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, config_in, edit_config, edit_tensors, fresh
+from tests.helpers.small_models import fill_b, llama, lora_config, output, refused
 
-safetensors_torch = pytest.importorskip(
-    "safetensors.torch", reason="safetensors is not installed (pip install .[test])"
-)
-
-
-# Saving
-
-
-def test_files(saved):
-    assert sorted(os.listdir(saved)) == [CONFIG_NAME, WEIGHTS_NAME]
-    assert sorted(os.listdir(saved.parent)) == ["adapter"]
-    tensors = safetensors_torch.load_file(saved / WEIGHTS_NAME)
-    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {
-        f"base_model.model.layers.{i}.{name}_proj.lora_{ab}.weight": (2, 8) if ab == "A" else (8, 2)
-        for i in (0, 1)
-        for name in "qv"
-        for ab in "AB"
-    }
-    config = json.loads((saved / CONFIG_NAME).read_text())
-    assert config["peft_type"] == "LORA"
-    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 16, ["q_proj", "v_proj"])
+safetensors_torch = pytest.importorskip("safetensors.torch", reason="pip install .[test] brings safetensors")
 
 
 def test_the_same_adapter_gives_the_same_bytes(model, saved):
-    # safetensors draws the order of the header's metadata anew for each file. Merged, it is the same adapter.
+    """Merged, it is the same adapter. Often: safetensors draws the order of the header's metadata anew for each file."""
     for i in range(12):
         if i == 6:
-            merge_lora(model)
-        save_adapter(model, saved.parent / "again")
+            slk.merge_lora(model)
+        slk.save_adapter(model, saved.parent / "again")
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             assert (saved / name).read_bytes() == (saved.parent / "again" / name).read_bytes()
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_save_that_fails_leaves_no_trace(model, saved, exists, monkeypatch):
-    target = saved if exists else saved.parent / "deep" / "new"
-    before = {name: (saved / name).read_bytes() for name in os.listdir(saved)}
-
-    def fail(tensors, file, metadata):
-        file.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(safetensors_torch, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_adapter(model, target)
-    assert target.exists() == exists
-    assert not any(name.endswith(".tmp") for name in os.listdir(target.parent))
-    assert {name: (saved / name).read_bytes() for name in os.listdir(saved)} == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dtype_is_kept(dtype, tmp_path):
     first = fresh().to(torch.bfloat16)
-    apply_lora(first, lora_config())
+    slk.apply_lora(first, lora_config())
     fill_b(first)
     for layer in lora_layers(first).values():
         layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.to(dtype), layer.lora_B.data.to(dtype)
-    save_adapter(first, tmp_path)
+    slk.save_adapter(first, tmp_path)
     assert {t.dtype for t in safetensors_torch.load_file(tmp_path / WEIGHTS_NAME).values()} == {dtype}
-    second = fresh().to(torch.bfloat16)
-    load_adapter(second, tmp_path)
-    for name, layer in lora_layers(second).items():
-        assert (layer.lora_A.dtype, layer.lora_B.dtype) == (dtype, dtype)
-        assert torch.equal(layer.lora_A, first.get_submodule(name).lora_A)
-        assert torch.equal(layer.lora_B, first.get_submodule(name).lora_B)
     # Beside a weight of a third dtype they become float32, which loses nothing.
-    third = fresh()
-    load_adapter(third, tmp_path)
-    assert {layer.lora_A.dtype for layer in lora_layers(third).values()} == {torch.float32}
-    assert torch.equal(third.layers[0].q_proj.lora_B, first.layers[0].q_proj.lora_B.float())
-
-
-def test_names_that_a_list_cannot_tell_apart_become_a_regex(tmp_path):
-    # As an end of a name, "fc" would name "x.fc" as well.
-    def make():
-        torch.manual_seed(0)
-        return nn.ModuleDict({"fc": nn.Linear(4, 4), "x": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
-
-    ours = make()
-    apply_lora(ours, lora_config(target_modules="fc"))
-    ours._stablelora_config = lora_config(target_modules=["fc"])
-    save_adapter(ours, tmp_path)
-    assert json.loads((tmp_path / CONFIG_NAME).read_text())["target_modules"] == "fc"
-    second = make()
-    assert [m.name for m in load_adapter(second, tmp_path).replaced] == ["fc"]
+    for base, expected in ((torch.bfloat16, dtype), (torch.float32, torch.float32)):
+        second = fresh().to(base)
+        slk.load_adapter(second, tmp_path)
+        for name, layer in lora_layers(second).items():
+            for half in ("lora_A", "lora_B"):
+                found, wanted = getattr(layer, half), getattr(first.get_submodule(name), half)
+                assert found.dtype == expected and torch.equal(found, wanted.to(expected))
 
 
 def test_saving_a_layer_in_two_places_warns(tmp_path):
-    ours = fresh()
-    ours.layers[1].q_proj = ours.layers[0].q_proj
+    def twice():
+        model = fresh()
+        model.layers[1].q_proj = model.layers[0].q_proj
+        return model
+
+    ours, second = twice(), twice()
     # What is skipped is not claimed.
-    apply_lora(ours, lora_config(target_modules=["q_proj", "norm"]))
+    slk.apply_lora(ours, lora_config(target_modules=["q_proj", "norm"]))
     fill_b(ours)
     message = "'layers.0.q_proj' is registered in 2 places; load_adapter adapts them all, peft only the first"
     with pytest.warns(UserWarning, match=message):
-        save_adapter(ours, tmp_path)
-    assert json.loads((tmp_path / CONFIG_NAME).read_text())["target_modules"] == ["q_proj"]
-    second = fresh()
-    second.layers[1].q_proj = second.layers[0].q_proj
-    load_adapter(second, tmp_path)
+        slk.save_adapter(ours, tmp_path)
+    assert config_in(tmp_path)["target_modules"] == ["q_proj"]
+    slk.load_adapter(second, tmp_path)
     assert torch.equal(output(second), output(ours))
-
-
-def test_save_refuses(model, saved, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"model must have LoRALinear layers \(apply_lora makes them\), got a Model without"
-    ):
-        save_adapter(fresh(), tmp_path / "x")
-    with pytest.raises(ValueError, match="got a LoRALinear, which has no name in a file"):
-        save_adapter(LoRALinear(2, 2), tmp_path / "x")
-    with pytest.raises(TypeError, match=r"model must be an nn.Module, got dict"):
-        save_adapter({}, tmp_path / "x")
-    with pytest.raises(ValueError, match=f"path must be a directory, got the file '.*{CONFIG_NAME}'"):
-        save_adapter(model, saved / CONFIG_NAME)
-    with pytest.raises(ValueError, match=r"model must hold values, got .* on the meta device"):
-        save_adapter(copy.deepcopy(model).to("meta"), tmp_path / "x")
-    model.lm_head = LoRALinear.from_linear(model.lm_head, use_rslora=True)
-    with pytest.raises(ValueError, match="use_rslora must be one value for all layers, got both; lm_head differ"):
-        save_adapter(model, tmp_path / "x")
-    assert os.listdir(tmp_path) == ["adapter"]
-
-
-# Loading
 
 
 def test_what_does_not_change_the_result_is_accepted(model, saved):
@@ -149,28 +73,12 @@ def test_what_does_not_change_the_result_is_accepted(model, saved):
         saved, layers_to_transform=[0, 1], layers_pattern="layers", init_lora_weights="orthogonal", task_type="CAUSAL_LM",
         use_dora=False, loftq_config={}, qalora_group_size=16, some_new_field=None,
     )  # fmt: skip
-    second = fresh()
-    load_adapter(second, saved)
-    assert torch.equal(output(second), output(model))
-
-
-def test_after_removal_an_adapter_loads_again(model, saved):
-    remove_lora(model, merge=False)
-    load_adapter(model, saved)
-    second = fresh()
-    load_adapter(second, saved)
-    assert torch.equal(output(second), output(model))
-
-
-def test_what_safetensors_cannot_hold_is_named(tmp_path):
-    model = fresh()
-    apply_lora(model, lora_config(modules_to_save=["lm_head"]))
-    model.lm_head.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
-    with pytest.raises(
-        ValueError, match=r"lm_head.phase must be of a dtype that safetensors can hold, got torch.complex128"
-    ):
-        save_adapter(model, tmp_path / "adapter")
-    assert os.listdir(tmp_path) == []
+    second, expected = fresh(), output(model)
+    # Removed, the first model may be given it again.
+    slk.remove_lora(model, merge=False)
+    for each in (model, second):
+        slk.load_adapter(each, saved)
+        assert torch.equal(output(each), expected)
 
 
 def test_the_task_is_kept_and_peft_finds_the_class(tmp_path):
@@ -178,29 +86,214 @@ def test_the_task_is_kept_and_peft_finds_the_class(tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     torch.manual_seed(0)
     llama().save_pretrained(tmp_path / "base")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    apply_lora(model, lora_config())
+    model, second = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval() for _ in range(2))
+    slk.apply_lora(model, lora_config())
     fill_b(model)
-    save_adapter(model, tmp_path / "adapter")
+    slk.save_adapter(model, tmp_path / "adapter")
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     torch.testing.assert_close(output(theirs), output(model))
     # A task that a file or a config names stays, whatever the class.
     edit_config(tmp_path / "adapter", task_type="FEATURE_EXTRACTION")
-    second = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    load_adapter(second, tmp_path / "adapter")
-    save_adapter(second, tmp_path / "again")
-    assert json.loads((tmp_path / "again" / CONFIG_NAME).read_text())["task_type"] == "FEATURE_EXTRACTION"
-    plain = fresh()
-    apply_lora(plain, lora_config())
-    save_adapter(plain, tmp_path / "plain")
-    assert json.loads((tmp_path / "plain" / CONFIG_NAME).read_text())["task_type"] is None
-    with pytest.raises(TypeError, match="task_type must be a string or None, got 3"):
-        lora_config(task_type=3)
+    slk.load_adapter(second, tmp_path / "adapter")
+    slk.save_adapter(second, tmp_path / "again")
+    assert config_in(tmp_path / "again")["task_type"] == "FEATURE_EXTRACTION"
 
 
 def test_a_model_of_torchs_own_classes_says_so(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4))
-    apply_lora(model, lora_config(target_modules=["0"]))
-    save_adapter(model, tmp_path)
-    mapping = json.loads((tmp_path / CONFIG_NAME).read_text())["auto_mapping"]
-    assert mapping["base_model_class"] == "Sequential" and mapping["parent_library"].startswith("torch.")
+    slk.apply_lora(model, lora_config(target_modules=["0"]))
+    slk.save_adapter(model, tmp_path)
+    config = config_in(tmp_path)
+    assert config["task_type"] is None and config["auto_mapping"]["base_model_class"] == "Sequential"
+    assert config["auto_mapping"]["parent_library"].startswith("torch.")
+
+
+def of_two_scalings(model):
+    model.lm_head = slk.LoRALinear.from_linear(model.lm_head, use_rslora=True)
+    return model
+
+
+def with_complex_buffer(_):
+    model = fresh()
+    slk.apply_lora(model, lora_config(modules_to_save=["lm_head"]))
+    model.lm_head.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
+    return model
+
+
+REFUSED = {
+    "no LoRA": (lambda model: fresh(), ValueError, r"model must have LoRALinear layers \(apply_lora makes them\), got a Model"),
+    "a layer": (lambda model: slk.LoRALinear(2, 2), ValueError, "got a LoRALinear, which has no name in a file"),
+    "no module": (lambda model: {}, TypeError, "model must be an nn.Module, got dict"),
+    "on meta": (lambda model: copy.deepcopy(model).to("meta"), ValueError, "must hold values, got .* on the meta device"),
+    "two scalings": (of_two_scalings, ValueError, "use_rslora must be one value for all layers, got both; lm_head differ"),
+    "a dtype": (with_complex_buffer, ValueError, "lm_head.phase must be of a dtype that safetensors can hold, got .*complex128"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_save_refuses(model, saved, make, error, message):
+    with pytest.raises(error, match=message):
+        slk.save_adapter(make(model), saved.parent / "x")
+    assert os.listdir(saved.parent) == ["adapter"]
+
+
+def test_save_refuses_a_file(model, saved):
+    with pytest.raises(ValueError, match=f"path must be a directory, got the file '.*{CONFIG_NAME}'"):
+        slk.save_adapter(model, saved / CONFIG_NAME)
+
+
+# What load_adapter refuses
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was loaded",))
+
+
+def put(key, value):
+    return lambda path: edit_tensors(path, lambda tensors: tensors.update({key: value}))
+
+
+def config(**changes):
+    return lambda path: edit_config(path, **changes)
+
+
+def write(name, content, instead_of=None):
+    def damage(path):
+        (path / (instead_of or name)).unlink()
+        (path / name).write_bytes(content)
+
+    return damage
+
+
+Q0 = "base_model.model.layers.0.q_proj"
+A0, B0 = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
+# fmt: off
+# Files that every reader refuses.
+BROKEN = {
+    "a pickle": (
+        write("adapter_model.bin", pickle.dumps(Bomb()), instead_of=WEIGHTS_NAME),
+        f"must hold {WEIGHTS_NAME}, got adapter_model.bin: a pickle can run code, so it is refused",
+    ),
+    "a pickle by another name": (write(WEIGHTS_NAME, pickle.dumps(Bomb())), "must be a safetensors file, got one that cannot"),
+    "no JSON": (write(CONFIG_NAME, b"{"), "must be JSON, got text that is not"),
+    "deep JSON": (write(CONFIG_NAME, b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "must be JSON of a few levels, got it nested"),
+    "a list": (write(CONFIG_NAME, b"[]"), "must hold a JSON object, got a list"),
+    "no config": (lambda path: (path / CONFIG_NAME).unlink(), f"must hold {CONFIG_NAME}, got .* without it"),
+    "no weights": (lambda path: (path / WEIGHTS_NAME).unlink(), f"must hold {WEIGHTS_NAME}, got .* without it"),
+}
+# Fields that a reader of the config refuses.
+FIELDS = {
+    "an endless alpha": (config(lora_alpha=10**400), rf"{CONFIG_NAME}: lora_alpha.* must be a finite number in .*, got 1000"),
+    "alpha as a list": (config(lora_alpha=[6]), rf"{CONFIG_NAME}: lora_alpha.* must be a number, got \[6\]"),
+    "a list of patterns": (config(alpha_pattern=[1]), r"alpha_pattern must be a dict of name patterns, got \[1\]"),
+    "an endless pattern": (
+        config(rank_pattern={"a{99999999999}": 1}), "rank_pattern must be a regular expression, got 'a.9999",
+    ),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", [*BROKEN, *FIELDS])
+def test_broken_files_are_refused_by_every_reader(saved, model, capsys, name):
+    damage, message = (BROKEN | FIELDS)[name]
+    damage(saved)
+    for target in (model, fresh()):
+        with refused(target, (ValueError, TypeError), message):
+            slk.load_adapter(target, saved)
+    merge = ["merge", str(saved), "--into", str(saved), "--out", str(saved / "out")]
+    for command in (["inspect", str(saved)], *[merge] * (name in BROKEN)):
+        status, told = main(command), capsys.readouterr()
+        assert status == 2 and told.out == "" and told.err.count("\n") == 1 and len(told.err) < 600
+        assert re.search(message, told.err)
+    assert not (saved / "out").exists()
+
+
+# Into a model without layers, one with this adapter's layers, or both.
+BOTH, NEW, OLD = ("new", "old"), ("new",), ("old",)
+MISFITS = {
+    "a tensor less": (
+        lambda path: edit_tensors(path, lambda tensors: tensors.pop(B0)),
+        "must hold layers.0.q_proj.lora_B.weight, got 7 tensors without them", BOTH,
+    ),
+    "a tensor more": (put("base_model.model.embed.weight", torch.ones(11, 8)), "got embed.weight beyond that", BOTH),
+    "no prefix": (
+        put("lm_head.weight", torch.ones(2)), "keys in .* must start with 'base_model.model.', got lm_head.weight", BOTH,
+    ),
+    "a rank": (put(A0, torch.ones(4, 8)), r"layers.0.q_proj.lora_A.weight in .* must be \[2, 8\], got \[4, 8\]", BOTH),
+    "integers": (put(B0, torch.ones(8, 2, dtype=torch.int8)), "lora_B.weight in .* must be one of .*, got torch.int8", BOTH),
+    "IA3": (config(peft_type="IA3"), "peft_type in .* must be 'LORA', got 'IA3'", BOTH),
+    "DoRA": (config(use_dora=True, x=[1]), r"must use plain LoRA, got use_dora=True, x=\[1\], which is not supported", BOTH),
+    "PiSSA": (config(init_lora_weights="pissa"), "init_lora_weights must be True, False or 'gaussian', got 'pissa'", BOTH),
+    "r 0": (config(r=0), f"{CONFIG_NAME}: r must be at least 1, got 0", BOTH),
+    "other targets": (config(target_modules=["q_proj"]), "got layers.0.v_proj.lora_A.weight, .* beyond that", NEW),
+    "no such target": (config(target_modules=["k_proj"]), "target_modules must match an nn.Linear of the model", NEW),
+    "the model's r": (config(r=3), "r of 'layers.0.q_proj' is 2 in the model, got 3 in ", OLD),
+    "the model's alpha": (config(lora_alpha=8), "lora_alpha of 'layers.0.q_proj' is 16 in the model, got 8 in ", OLD),
+    "the model's scaling": (config(use_rslora=True), "use_rslora of .* is False in the model, got True in ", OLD),
+    "the model's bias": (config(bias="all"), "bias is 'none' in the model, got 'all' in ", OLD),
+    "the model's saved modules": (
+        config(modules_to_save=["norm"]), r"modules_to_save is \[\] in the model, got \['layers.0.norm', .*\] in", OLD,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message", "into"), MISFITS.values(), ids=MISFITS)
+def test_what_the_config_and_the_model_do_not_call_for(saved, model, damage, message, into):
+    damage(saved)
+    for target in [{"new": fresh(), "old": model}[kind] for kind in into]:
+        with refused(target, ValueError, message):
+            slk.load_adapter(target, saved)
+
+
+def test_a_merged_model_and_one_without_values_are_refused(saved, model):
+    slk.merge_lora(model)
+    with refused(model, ValueError, "must not be merged while an adapter is loaded, got layers.0.q_proj, .* merged"):
+        slk.load_adapter(model, saved)
+    with pytest.raises(ValueError, match=r"model must hold values, got layers.0.q_proj.weight.* on the meta device"):
+        slk.load_adapter(fresh().to("meta"), saved)
+
+
+def test_directories_that_are_none(saved):
+    for path, found in (("a/b/c", "nothing there"), (saved / WEIGHTS_NAME, "a file")):
+        with pytest.raises(ValueError, match=rf"path must be a directory on this machine .* got '{path}' \({found}\)"):
+            slk.load_adapter(fresh(), path)
+
+
+def test_an_adapter_on_a_layer_that_is_skipped_says_why(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+
+    def make():
+        return nn.ModuleDict({"enc": nn.TransformerEncoderLayer(4, 2, 4), "out": nn.Linear(4, 4)})
+
+    peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["linear1", "out"])).save_pretrained(tmp_path)
+    message = "got enc.linear1.lora_A.weight, enc.linear1.lora_B.weight beyond that; enc.linear1: nn.TransformerEncoder"
+    with pytest.raises(ValueError, match=message):
+        slk.load_adapter(make(), tmp_path)
+
+
+def test_without_safetensors_or_numpy(saved, model, tmp_path, monkeypatch):
+    for module, calls in (("safetensors.torch", (slk.save_adapter, slk.load_adapter)), ("numpy", (slk.save_adapter,))):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            for call in calls:
+                with pytest.raises(ImportError, match=rf"needs {module[:5]}.*: pip install 'stablelora-kernels\[adapt"):
+                    call(model, tmp_path / "new")
+            if module == "numpy":
+                slk.load_adapter(fresh(), saved)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_modules_to_save_of_another_kind_are_refused(tmp_path, has_lora):
+    model = fresh()
+    slk.apply_lora(model, lora_config(modules_to_save=["lm_head"]))
+    slk.save_adapter(model, tmp_path)
+    target = model if has_lora else fresh()
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        put("base_model.model.lm_head.weight", torch.ones(11, 8).to(dtype))(tmp_path)
+        with refused(target, ValueError, rf"lm_head.weight in .* must be torch.float32 or alike, got {dtype}"):
+            slk.load_adapter(target, tmp_path)
+    put("base_model.model.lm_head.weight", torch.ones(11, 8, dtype=torch.float16))(tmp_path)
+    slk.load_adapter(target, tmp_path)
+    assert torch.equal(target.lm_head.weight, torch.ones(11, 8))

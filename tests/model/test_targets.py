@@ -2,45 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from stablelora_kernels.model.apply import apply_lora
-from stablelora_kernels.model.modules import lora_layers
-from stablelora_kernels.nn.linear import LoRALinear
-from tests.helpers.small_models import Model, fill_b, llama, lora_config, reasons, refused
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return Model()
-
-
-def test_excluded_matches_are_reported(model):
-    report = apply_lora(model, lora_config(exclude_modules=["layers.0.v_proj"], modules_to_save=["layers.1"]))
-    assert [m.name for m in report.replaced] == ["layers.0.q_proj"]
-    assert reasons(report) == {
-        "layers.0.v_proj": "exclude_modules matches it",
-        "layers.1.q_proj": "it is trained whole (modules_to_save)",
-        "layers.1.v_proj": "it is trained whole (modules_to_save)",
-    }
-
-
-class Conv1D(nn.Module):
-    """The look of GPT-2's layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(4, 4))
-
-
-class Linear4bit(nn.Linear):
-    pass
+import stablelora_kernels as slk
+from tests.helpers.small_models import Model, llama, lora_config, reasons, refused
 
 
 def linear(**attributes):
@@ -62,6 +30,32 @@ def peft_layer():
     return layer
 
 
+def with_experts():
+    """As transformers 5 stores them, beside a convolution and a position embedding, which are none."""
+    model = Model()
+    model.experts, model.conv = nn.Module(), nn.Conv1d(3, 5, 2)
+    model.experts.up, model.experts.down = (nn.Parameter(torch.zeros(4, *shape)) for shape in ((16, 8), (8, 16)))
+    model.positions = nn.Parameter(torch.zeros(1, 7, 16))
+    return model
+
+
+def with_integers():
+    model = Model()
+    model.counts = nn.Module()
+    model.counts.total = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+    return model
+
+
+def with_head():
+    model = Model()
+    model.get_output_embeddings = lambda: model.lm_head
+    return nn.ModuleDict({"wrapped": model})
+
+
+class Subclass(nn.Linear):
+    pass
+
+
 SUBCLASS = "{} is a subclass of nn.Linear that a model may use without calling it"
 OUT_PROJ = SUBCLASS.format("NonDynamicallyQuantizableLinear")
 READ = "nn.TransformerEncoderLayer reads its weight instead of calling it in inference"
@@ -70,9 +64,9 @@ PEFTS = "it is part of a PEFT layer; accelerate_peft runs those"
 INTEGERS = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
 # A layer, and why "all-linear" skips which part of it.
 ODD = {
-    "lora": (lambda: LoRALinear(4, 4), {"": "it is a LoRALinear already"}),
-    "sub": (lambda: Linear4bit(4, 4), {"": SUBCLASS.format("Linear4bit")}),
-    "conv1d": (Conv1D, {"": "Conv1D is not an nn.Linear"}),
+    "lora": (lambda: slk.LoRALinear(4, 4), {"": "it is a LoRALinear already"}),
+    "sub": (lambda: Subclass(4, 4), {"": SUBCLASS.format("Subclass")}),
+    "conv1d": (lambda: type("Conv1D", (nn.Embedding,), {})(4, 4), {"": "Conv1D is not an nn.Linear"}),
     "conv2d": (lambda: nn.Conv2d(4, 4, 1), {}),
     "embedding": (lambda: nn.Embedding(4, 4), {}),
     "attention": (lambda: nn.MultiheadAttention(4, 2), {".out_proj": OUT_PROJ}),
@@ -85,7 +79,6 @@ ODD = {
     "integers": (
         lambda: linear(weight=INTEGERS), {"": "it holds a Parameter of torch.int8, not a plain floating-point Parameter"},
     ),
-    "extra": (lambda: linear(gain=nn.Parameter(torch.zeros(4))), {"": PARTS}),
     "state_hook": (with_state_hook, {"": "it has state_dict hooks"}),
     "empty": (lambda: nn.Linear(0, 4), {"": "its weight is empty, [4, 0]"}),
     "peft": (peft_layer, {".base_layer": PEFTS, ".lora_A.default": PEFTS}),
@@ -93,135 +86,111 @@ ODD = {
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_what_cannot_be_replaced_is_skipped_with_its_reason():
-    def make():
-        return nn.ModuleDict({"good": nn.Linear(4, 4)} | {name: layer() for name, (layer, _) in ODD.items()})
-
-    model = make()
-    expected = {name + part: reason for name, (_, parts) in ODD.items() for part, reason in parts.items()}
-    kept = {name: model.get_submodule(name) for name in expected}
-    report = apply_lora(model, lora_config(target_modules="all-linear"))
-    assert [m.name for m in report.replaced] == ["good"] and reasons(report) == expected
-    assert all(model.get_submodule(name) is module for name, module in kept.items())
-    # Those that a list names are reported whatever they are.
-    report = apply_lora(make(), lora_config(target_modules=["good", "embedding", "conv2d", "attention"]))
-    kinds = {"embedding": "Embedding", "conv2d": "Conv2d", "attention": "MultiheadAttention"}
-    assert reasons(report) == {name: f"{kind} is not an nn.Linear" for name, kind in kinds.items()}
+@pytest.mark.parametrize("name", ODD)
+def test_what_cannot_be_replaced_is_skipped_with_its_reason(name):
+    make, parts = ODD[name]
+    model = nn.ModuleDict({"good": nn.Linear(4, 4), name: make()})
+    kept = {name + part: model.get_submodule(name + part) for part in parts}
+    report = slk.apply_lora(model, lora_config(target_modules="all-linear"))
+    assert [m.name for m in report.replaced] == ["good"]
+    assert reasons(report) == {name + part: reason for part, reason in parts.items()}
+    assert all(model.get_submodule(path) is module for path, module in kept.items())
 
 
-def test_all_linear_names_experts_and_their_share():
-    """As Mixtral stores them in transformers 5; no convolution, no position embedding and nothing that is left out by name."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    settings = {"vocab_size": 32, "num_hidden_layers": 2, "num_local_experts": 4}
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **settings))
-    if not any(".experts." in name and p.dim() == 3 for name, p in model.named_parameters()):
-        pytest.skip("this transformers stores experts as linear layers")
-    model.conv, model.positions = nn.Conv1d(3, 5, 2), nn.Parameter(torch.zeros(1, 7, 16))
-    total = sum(p.numel() for p in model.parameters())
-    sizes = [p.numel() for name, p in model.named_parameters() if ".experts." in name]
-    report = apply_lora(copy.deepcopy(model), lora_config(target_modules="all-linear"))
-    experts = {name: reason for name, reason in reasons(report).items() if "stacks" in reason}
-    assert list(experts) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"] and len(sizes) == 4
-    (reason,) = set(experts.values())
-    assert reason.startswith("it stacks matrices in gate_up_proj, down_proj, as experts are stored")
-    assert f"{sum(sizes) / total:.1%} of the model's weights are in such parameters and get no adapter" in reason
-    assert "skipped model.layers.0.mlp.experts, model.layers.1.mlp.experts: it stacks" in str(report)
-    excluded = apply_lora(copy.deepcopy(model), lora_config(target_modules="all-linear", exclude_modules=["experts"]))
-    assert {name: reasons(excluded)[name] for name in experts} == dict.fromkeys(experts, "exclude_modules matches it")
-    assert not excluded.notes and not apply_lora(model, lora_config(target_modules=["q_proj"])).skipped
+HEAD = 'it is the output head, which "all-linear" leaves out'
+SHARE = 2 * 4 * 16 * 8 / sum(p.numel() for p in with_experts().parameters())
+EXPERTS = (
+    "it stacks matrices in up, down, as experts are stored, and has no linear layers for them: "
+    f"{SHARE:.1%} of the model's weights are in such parameters and get no adapter; PEFT's target_parameters can adapt them"
+)
+EXCLUDED, SAVED = "exclude_modules matches it", "it is trained whole (modules_to_save)"
+# A model, the config, how many layers are replaced, and what is skipped.
+SKIPPED = {
+    "by name": (
+        Model, {"exclude_modules": ["layers.0.v_proj"], "modules_to_save": ["layers.1"]}, 1,
+        {"layers.0.v_proj": EXCLUDED, "layers.1.q_proj": SAVED, "layers.1.v_proj": SAVED},
+    ),
+    "whatever a list names": (
+        Model, {"target_modules": ["q_proj", "embed", "layers.0.norm"]}, 2,
+        {"embed": "Embedding is not an nn.Linear", "layers.0.norm": "LayerNorm is not an nn.Linear"},
+    ),
+    "experts": (with_experts, {"target_modules": "all-linear"}, 5, {"experts": EXPERTS}),
+    "excluded experts": (
+        with_experts, {"target_modules": "all-linear", "exclude_modules": ["experts"]}, 5, {"experts": EXCLUDED},
+    ),
+    "no experts": (with_experts, {}, 4, {}),
+    "a head": (with_head, {"target_modules": "all-linear"}, 4, {"wrapped.lm_head": HEAD}),
+    "a llama's head": (llama, {"target_modules": "all-linear"}, 14, {"lm_head": HEAD}),
+    "a tied head": (
+        lambda: Model(tied=True), {"target_modules": "all-linear"}, 4,
+        {"lm_head": "its weight is tied to 'embed', so \"all-linear\" leaves it out"},
+    ),
+}  # fmt: skip
 
 
-def test_torch_encoder_computes_the_same_in_training_and_inference():
-    # Why linear1 and linear2 are skipped: the fast path of inference reads their weights past the branch.
-    torch.manual_seed(0)
-    encoder = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
-    model = nn.Sequential(encoder, nn.Linear(8, 8))
-    apply_lora(model, lora_config(target_modules="all-linear"))
-    fill_b(model)
-    x = torch.randn(2, 3, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), model.train()(x))
-        encoder.linear1 = LoRALinear.from_linear(encoder.linear1, init_lora_weights=False)
-        assert not torch.allclose(model.eval()(x), model.train()(x), atol=1e-3), "no longer a reason to skip them"
+@pytest.mark.parametrize(("make", "config", "replaced", "skipped"), SKIPPED.values(), ids=SKIPPED)
+def test_matches_that_are_left_out_are_reported(make, config, replaced, skipped):
+    report = slk.apply_lora(make(), lora_config(**config))
+    assert len(report.replaced) == replaced and reasons(report) == skipped and not report.notes
 
 
-def test_all_linear_leaves_heads_out(model):
-    head = 'it is the output head, which "all-linear" leaves out'
-    model.get_output_embeddings = lambda: model.lm_head
-    report = apply_lora(nn.ModuleDict({"wrapped": model}), lora_config(target_modules="all-linear"))
-    assert reasons(report) == {"wrapped.lm_head": head} and len(report.replaced) == 4
-    report = apply_lora(Model(tied=True), lora_config(target_modules="all-linear"))
-    assert reasons(report) == {"lm_head": "its weight is tied to 'embed', so \"all-linear\" leaves it out"}
-    report = apply_lora(llama(num_hidden_layers=1), lora_config(target_modules="all-linear"))
-    names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    assert [m.name.rpartition(".")[2] for m in report.replaced] == names and reasons(report) == {"lm_head": head}
+REFUSED = {
+    "no match": (
+        Model, {"target_modules": ["k_proj"]},
+        r"target_modules must match an nn.Linear of the model, got \['k_proj'\], which matches none. "
+        r"Its linear layers: 'layers.0.q_proj', .*, 'lm_head'$",
+    ),
+    "a name as an expression": (
+        Model, {"target_modules": "q_proj"}, "got 'q_proj', .*; a string is a regular expression for the whole dotted name",
+    ),
+    "all skipped": (
+        Model, {"target_modules": ["norm"]}, r"which matches none; skipped layers.0.norm \(LayerNorm is not an nn.Linear\), ",
+    ),
+    "a layer itself": (lambda: nn.Linear(2, 2), {"target_modules": "all-linear"}, "Its linear layers: none"),
+    "nothing to save": (
+        Model, {"modules_to_save": ["score"]}, r"modules_to_save must name modules of the model, got \['score'\]",
+    ),
+    "integers to save": (
+        with_integers, {"modules_to_save": ["counts"]},
+        r"modules_to_save names 'counts', but 'counts.total' holds torch.int64, which cannot be trained",
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        (
-            {"target_modules": ["k_proj"]},
-            r"target_modules must match an nn.Linear of the model, got \['k_proj'\], which matches none. "
-            r"Its linear layers: 'layers.0.q_proj', .*, 'lm_head'$",
-        ),
-        ({"target_modules": "q_proj"}, "got 'q_proj', .*; a string is a regular expression for the whole dotted name"),
-        ({"target_modules": ["norm"]}, r"which matches none; skipped layers.0.norm \(LayerNorm is not an nn.Linear\), "),
-        ({"exclude_modules": ".*"}, r"skipped layers.0.q_proj \(exclude_modules matches it\)"),
-        ({"modules_to_save": ["score"]}, r"modules_to_save must name modules of the model, got \['score'\]"),
-    ],
-)  # fmt: skip
-def test_refused_before_anything_changes(model, kwargs, message):
-    with refused(model, ValueError, message):
-        apply_lora(model, lora_config(**kwargs))
+@pytest.mark.parametrize(("make", "config", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_before_anything_changes(make, config, message):
+    with refused(model := make(), ValueError, message):
+        slk.apply_lora(model, lora_config(**config))
 
 
-def test_modules_to_save_must_be_trainable(model):
-    model.counts = nn.Module()
-    model.counts.total = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
-    message = r"modules_to_save names 'counts', but 'counts.total' holds torch.int64, which cannot be trained"
-    with refused(model, ValueError, message):
-        apply_lora(model, lora_config(modules_to_save=["counts"]))
-
-
-def test_arguments_of_the_wrong_type(model):
+def test_arguments_of_the_wrong_type():
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got dict"):
-        apply_lora({}, lora_config())
-    with refused(model, TypeError, "config must be a LoRAConfig, got dict; PEFT's LoraConfig will do, too"):
-        apply_lora(model, {"r": 2})
-    with pytest.raises(ValueError, match=r"Its linear layers: none"):
-        apply_lora(nn.Linear(2, 2), lora_config(target_modules="all-linear"))
-
-
-def lazy():
-    model = Model()
-    model.lazy = nn.LazyLinear(3)
-    return model
+        slk.apply_lora({}, lora_config())
+    with refused(model := Model(), TypeError, "config must be a LoRAConfig, got dict; PEFT's LoraConfig will do, too"):
+        slk.apply_lora(model, {"r": 2})
 
 
 def test_a_lazy_layer_is_frozen_skipped_or_refused():
-    model = lazy()
-    report = apply_lora(model, lora_config())
-    assert len(report.replaced) == 4 and report.total == sum(p.numel() for p in Model().parameters()) + 4 * 2 * 16
-    model.lazy(torch.randn(2, 5))
-    assert not model.lazy.weight.requires_grad and not model.lazy.bias.requires_grad
-    report = apply_lora(lazy(), lora_config(target_modules=["q_proj", "lazy"]))
-    assert [skipped.name for skipped in report.skipped] == ["lazy"]
-    model = lazy()
-    with pytest.raises(
-        ValueError, match=r"modules_to_save names 'lazy', but 'lazy.weight' has no shape before its first"
-    ):
-        apply_lora(model, lora_config(modules_to_save=["lazy"]))
-    assert not lora_layers(model)
+    models = [Model() for _ in range(3)]
+    for model in models:
+        model.lazy = nn.LazyLinear(3)
+    report = slk.apply_lora(models[0], lora_config())
+    assert len(report.replaced) == 4 and report.total == slk.count_parameters(Model())[1] + 4 * 2 * 16
+    models[0].lazy(torch.randn(2, 5))
+    assert not models[0].lazy.weight.requires_grad and not models[0].lazy.bias.requires_grad
+    report = slk.apply_lora(models[1], lora_config(target_modules=["q_proj", "lazy"]))
+    assert list(reasons(report)) == ["lazy"]
+    message = r"modules_to_save names 'lazy', but 'lazy.weight' has no shape before its first"
+    with pytest.raises(ValueError, match=message):
+        slk.apply_lora(models[2], lora_config(modules_to_save=["lazy"]))
 
 
 def test_a_typo_beside_a_match_is_warned_of_and_reported(recwarn):
     with pytest.warns(UserWarning, match="target_modules 'v_porj' matches nothing, while other names match 2 modules"):
-        report = apply_lora(Model(), lora_config(target_modules=["q_proj", "v_porj"]))
-    assert report.notes == ("target_modules 'v_porj' matches nothing",) and "v_porj" in str(report)
+        report = slk.apply_lora(Model(), lora_config(target_modules=["q_proj", "v_porj"]))
+    assert report.notes == ("target_modules 'v_porj' matches nothing",)
     # What matches and is skipped is no typo.
     recwarn.clear()
-    apply_lora(Model(), lora_config(target_modules=["q_proj", "norm", "layers.1.v_proj"]))
-    apply_lora(Model(), lora_config(target_modules=["q_proj"], exclude_modules=["nothing"]))
+    slk.apply_lora(Model(), lora_config(target_modules=["q_proj", "norm", "layers.1.v_proj"]))
+    slk.apply_lora(Model(), lora_config(target_modules=["q_proj"], exclude_modules=["nothing"]))
     assert not recwarn.list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import stablelora_kernels as slk
-from stablelora_kernels.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from stablelora_kernels.model.modules import lora_layers
+from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME
 from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import IDS, Model, lora_config, refused
 
@@ -73,78 +74,71 @@ AROUND = {
 }
 
 
-def save_and_load(rank: int, world: int, place: Path) -> None:
+def save_and_load(around: Callable[[Model], nn.Module], place: Path, sharded: bool = False) -> None:
+    first, second = around(make(seed=1)), around(make(seed=2))
+    with torch.no_grad():
+        expected = first(IDS)
+        assert not torch.allclose(second(IDS), expected)
+        slk.save_adapter(first, place)
+        if dist.is_initialized():
+            # The others don't wait for the one that writes.
+            dist.barrier()
+        report = slk.load_adapter(second, place)
+        assert all(isinstance(layer.lora_A, DTensor) == sharded for layer in lora_layers(second).values())
+        assert torch.equal(second(IDS), expected)
+    assert [row.name for row in report.replaced] == [f"layers.{i}.{p}_proj" for i in range(2) for p in "qv"]
+
+
+def on_a_rank(rank: int, world: int, place: Path) -> None:
     for name, around in AROUND.items():
-        model = around(make(seed=1))
-        with torch.no_grad():
-            model(IDS)
-        slk.save_adapter(model, place / name)
-        # The others don't wait for the one that writes.
-        dist.barrier()
+        save_and_load(around, place / name, sharded="fsdp" in name)
         assert not list(place.glob(".*.tmp")), name
-        other = around(make(seed=2))
-        with torch.no_grad():
-            different = other(IDS)
-            expected = model(IDS)
-        assert not torch.allclose(different, expected)
-        report = slk.load_adapter(other, place / name)
-        assert [row.name for row in report.replaced] == [f"layers.{i}.{p}_proj" for i in range(2) for p in "qv"]
-        if "fsdp" in name:
-            assert all(isinstance(layer.lora_A, DTensor) for layer in lora_layers(other).values())
-        with torch.no_grad():
-            assert torch.equal(other(IDS), expected), name
 
 
 def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
     slk.save_adapter(make(seed=1), tmp_path / "alone")
-    spawn(save_and_load, 2, tmp_path)
+    spawn(on_a_rank, 2, tmp_path)
     for name in AROUND:
         assert files(tmp_path / name) == files(tmp_path / "alone"), name
 
 
-@pytest.mark.parametrize(
-    ("wrap", "parts"),
-    [
-        (compile_, False),
-        (compile_, True),
-        (checkpoint_wrapper, False),
-        (checkpoint_wrapper, True),
-        (nn.DataParallel, False),
-    ],
-)
-def test_in_one_process(tmp_path: Path, wrap, parts: bool) -> None:
-    slk.save_adapter(make(seed=1), tmp_path / "alone")
-    first, second = (with_parts(make(seed), wrap) if parts else wrap(make(seed)) for seed in (1, 2))
-    slk.save_adapter(first, tmp_path / "wrapped")
-    assert files(tmp_path / "wrapped") == files(tmp_path / "alone")
-    slk.load_adapter(second, tmp_path / "alone")
-    assert torch.equal(second(IDS), first(IDS))
-    plain = Model()
-    plain.load_state_dict({k: v for k, v in make(seed=3).state_dict().items() if "lora" not in k})
-    slk.load_adapter(plain, tmp_path / "wrapped")
-    assert torch.equal(plain(IDS), first(IDS))
-
-
-def test_a_saved_module_that_is_wrapped_itself(tmp_path: Path) -> None:
-    slk.save_adapter(make(seed=1), tmp_path / "alone")
-    model = make(seed=1)
+def with_wrapped_head(model: Model) -> Model:
     model.lm_head = compile_(model.lm_head)
-    slk.save_adapter(model, tmp_path / "wrapped")
+    return model
+
+
+IN_ONE_PROCESS = {
+    "compiled": compile_,
+    "compiled parts": lambda model: with_parts(model, compile_),
+    "a compiled saved module": with_wrapped_head,
+    "checkpointed": checkpoint_wrapper,
+    "checkpointed parts": lambda model: with_parts(model, checkpoint_wrapper),
+    "DataParallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("around", IN_ONE_PROCESS.values(), ids=IN_ONE_PROCESS)
+def test_in_one_process(tmp_path: Path, around) -> None:
+    slk.save_adapter(make(seed=1), tmp_path / "alone")
+    save_and_load(around, tmp_path / "wrapped")
     assert files(tmp_path / "wrapped") == files(tmp_path / "alone")
 
 
 def test_lora_comes_before_what_would_not_know_it(tmp_path: Path, mesh) -> None:
     slk.save_adapter(make(), tmp_path)
-    data_parallel, parts, sharded = Model(), with_parts(Model(), compile_), shard(Model(), blocks=True)
+    in_ddp = DistributedDataParallel(Model())
     for model, message in (
-        (DistributedDataParallel(data_parallel), "LoRA before DistributedDataParallel is around it"),
-        (parts, r"LoRA before parts of it are compiled or wrapped, got layers.0, layers.1 wrapped"),
-        (sharded, "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it"),
+        (in_ddp, "LoRA before DistributedDataParallel is around it"),
+        (with_parts(Model(), compile_), "before parts of it are compiled or wrapped, got layers.0, layers.1 wrapped"),
+        (
+            shard(Model(), blocks=True),
+            "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it",
+        ),
     ):
         with refused(model, ValueError, message):
             slk.load_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="LoRA before DistributedDataParallel is around it"):
-        slk.apply_lora(DistributedDataParallel(data_parallel), lora_config())
+        slk.apply_lora(in_ddp, lora_config())
 
 
 def test_what_is_refused(tmp_path: Path, mesh) -> None:
@@ -156,8 +150,7 @@ def test_what_is_refused(tmp_path: Path, mesh) -> None:
         (flat, r"sharded by fully_shard \(FSDP2\), got FullyShardedDataParallel around it, whose flat parameters"),
         (part, "in DistributedDataParallel as a whole, got its part 'layers.0' in one"),
     ):
-        with pytest.raises(ValueError, match=message):
-            slk.save_adapter(model, tmp_path / "other")
-        with pytest.raises(ValueError, match=message):
-            slk.load_adapter(model, tmp_path / "adapter")
+        for call, path in ((slk.save_adapter, tmp_path / "other"), (slk.load_adapter, tmp_path / "adapter")):
+            with pytest.raises(ValueError, match=message):
+                call(model, path)
     assert not (tmp_path / "other").exists()

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import venv
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -74,21 +75,17 @@ class Environment:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.python = directory / "bin" / "python"
 
-    def install(self, *what: str) -> None:
-        done = self.run("-m", "pip", "install", "-q", "--disable-pip-version-check", *what)
-        assert done.returncode == 0, done.stderr
-        done = self.run("-m", "pip", "check")
-        assert done.returncode == 0, done.stdout
+    def install(self, what: str) -> None:
+        for command in (["install", "-q", "--disable-pip-version-check", what], ["check"]):
+            done = self.run("-m", "pip", *command)
+            assert done.returncode == 0, done.stdout + done.stderr
 
     def run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        environment = {
-            k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "STABLELORA", "TRITON_", "VIRTUAL_ENV"))
-        }
-        return subprocess.run(
-            [str(self.python), *arguments], cwd=cwd or self.directory, env=environment, capture_output=True, text=True
-        )  # fmt: skip
+        ours = ("PYTHON", "STABLELORA", "TRITON_", "VIRTUAL_ENV")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        line = [str(self.directory / "bin" / "python"), *arguments]
+        return subprocess.run(line, cwd=cwd or self.directory, env=environment, capture_output=True, text=True)
 
     def program(self, code: str, directory: Path) -> subprocess.CompletedProcess[str]:
         file = directory / "program.py"
@@ -117,12 +114,10 @@ def plain(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
 def with_extras(plain: Environment, wheel: Path) -> Callable[[str], Environment]:
     """Makes the environment of ``pip install 'stablelora-kernels[extras]'``: torch is linked, the extras are installed."""
 
+    @cache
     def make(extras: str) -> Environment:
-        directory = plain.directory.with_name(extras.replace(",", "-"))
-        if directory.exists():
-            return Environment(directory)
-        shutil.copytree(plain.directory, directory, symlinks=True, copy_function=os.link)
-        environment = Environment(directory)
+        environment = Environment(plain.directory.with_name(extras))
+        shutil.copytree(plain.directory, environment.directory, symlinks=True, copy_function=os.link)
         environment.install(f"{wheel}[{extras}]")
         return environment
 
@@ -145,9 +140,7 @@ def test_without_the_extra_its_pip_line_is_named(extra: str, plain: Environment,
 
 
 @pytest.mark.parametrize("extra", PROMISES)
-def test_an_extra_brings_what_it_promises(
-    extra: str, with_extras: Callable[[str], Environment], tmp_path: Path
-) -> None:
+def test_an_extra_brings_what_it_promises(extra: str, with_extras: Callable[..., Environment], tmp_path: Path) -> None:
     done = with_extras(extra).program("\n".join((CORE, *PROMISES[extra])), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -157,10 +150,7 @@ def test_the_quick_start(with_extras: Callable[[str], Environment], tmp_path: Pa
     from tests.docs.test_docs import write_code
 
     readme = ROOT / "README.md"
-    extras = re.search(
-        r"pip install ['\"]?(?:stablelora-kernels|\.)(?:\[([\w,-]+)\])?", readme.read_text(encoding="utf-8")
-    )
-    assert extras, "the README must have a pip line"
-    file = write_code(readme, tmp_path)
-    done = with_extras(extras[1]).run(str(file), cwd=tmp_path)
+    line = r"pip install ['\"]?(?:stablelora-kernels|\.)(?:\[([\w,-]+)\])?"
+    extras = re.search(line, readme.read_text(encoding="utf-8"))[1]
+    done = with_extras(extras).run(str(write_code(readme, tmp_path)), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,7 +18,7 @@ def test_the_sdist_is_the_package(tmp_path: Path) -> None:
     source = copy_sources(tmp_path / "source")
     # setuptools adds tests/test*.py of its own accord.
     (source / "tests").mkdir()
-    (source / "tests" / "test_import_rules.py").write_bytes((ROOT / "tests" / "test_import_rules.py").read_bytes())
+    (source / "tests" / "test_import_rules.py").touch()
     code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True)
     with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
