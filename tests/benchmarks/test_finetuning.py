@@ -80,14 +80,6 @@ def test_a_run_leaves_verdicts_a_table_and_a_plot(job, capsys, tmp_path, data):
     assert "\n".join(header["verdicts"]) in capsys.readouterr().out and "(95% interval over seeds)" in table
 
 
-def test_one_step_shows_nothing_and_an_arm_without_memory_is_named(job, monkeypatch):
-    real = arms.footprint
-    monkeypatch.setattr(experiment, "footprint", lambda name, *rest: 1 / 0 if name == "peft" else real(name, *rest))
-    status, _, _, table, _ = job("--steps 1 --seeds 1")
-    assert status == 0 and "(one step: shows nothing)" in table and "(one seed: shows nothing)" in table
-    assert "Memory of PEFT was not measured: ZeroDivisionError: division by zero" in table
-
-
 # In the third step of the second seed, after four of the rehearsal; then between two evaluations of the first.
 STEP = (arms, "seconds_of", 4 * 4 + 4 * 6 + 11, 1, 24 + 8, "(one seed: shows nothing)")
 EVALUATION = (experiment, "evaluate", 3, 0, 24, "Quality held-out loss: PEFT")

@@ -272,9 +272,3 @@ def test_a_kernel_counted_by_hand_also_after_an_error():
         "y": (0, 15 * 2, 0, 11 * 2),
     }
     assert (found[0].traffic.issued, found[0].traffic.unique) == (154, 98)
-
-
-def test_counting_needs_the_interpreter(monkeypatch):
-    monkeypatch.setattr(backend, "INTERPRETING", False)
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), counted():
-        pass
