@@ -63,7 +63,7 @@ def job(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("data", ["", "--data sarcasm"])
+@pytest.mark.parametrize("data", ["", pytest.param("--data sarcasm", marks=pytest.mark.nightly)])
 def test_a_run_leaves_verdicts_a_table_and_a_plot(job, capsys, tmp_path, data):
     status, header, found, table, steps = job(f"--steps 6 --seed 3 --seeds 2 {data}")
     assert status == 0 and header["status"] == "complete" and header["seeds_done"] == 2 and not header["not_measured"]
@@ -85,7 +85,9 @@ STEP = (arms, "seconds_of", 4 * 4 + 4 * 6 + 11, 1, 24 + 8, "(one seed: shows not
 EVALUATION = (experiment, "evaluate", 3, 0, 24, "Quality held-out loss: PEFT")
 
 
-@pytest.mark.parametrize(("place", "name", "call", "seeds", "steps", "said"), [STEP, EVALUATION])
+@pytest.mark.parametrize(
+    ("place", "name", "call", "seeds", "steps", "said"), [STEP, pytest.param(*EVALUATION, marks=pytest.mark.nightly)]
+)
 def test_an_interrupt_keeps_what_was_measured(job, monkeypatch, place, name, call, seeds, steps, said):
     real, calls = getattr(place, name), iter(range(1, 1000))
 

@@ -171,6 +171,7 @@ def test_the_paper_command_learns_repeats_and_goes_on(tmp_path):
     pd.testing.assert_series_equal(last, again)
 
 
+@pytest.mark.nightly
 def test_the_stability_command_runs_goes_on_and_reports_what_is_stored(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(stability.PRESETS, "quick", stability.Preset((16, 32, 64), 2, (1e-3, 1e-2), 5))
     command = ["stability", "--out", str(tmp_path / "a"), "--processes", "1"]

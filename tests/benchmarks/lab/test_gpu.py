@@ -38,9 +38,8 @@ ARMS = {
 }
 
 
-@pytest.mark.parametrize(
-    "section", ["step", *(pytest.param(each, marks=pytest.mark.nightly) for each in ("layer", ""))]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("section", ["step", "layer", ""])
 def test_a_dry_run_executes_a_section_and_measures_nothing(section, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")}
     process = start(tmp_path, "--budget", "3000", *(["--only", section] if section else []))
@@ -55,6 +54,7 @@ def test_a_dry_run_executes_a_section_and_measures_nothing(section, tmp_path):
     assert {*graphs.arm} == ARMS[section] if section else {*graphs.section} == {"layer", "mlp", "projections", "step"}
 
 
+@pytest.mark.nightly
 def test_an_interrupt_keeps_the_rows_and_ends_the_processes(tmp_path):
     process, path = start(tmp_path, "--only", "bringup", "layer"), tmp_path / "bringup.csv"
     until = time.monotonic() + 300

@@ -145,7 +145,7 @@ def test_the_branch_alone(m, r, p):
     compare(forward, lora_branch.backward_launches(H100, x, dy, a, b, s, seed, *gradients, 1.0, p))
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("m", "n", "k", "blocksize", "nested", "dtype", "first"),
