@@ -63,7 +63,7 @@ def job(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("data", ["", "--data sarcasm"])
+@pytest.mark.parametrize("data", ["", pytest.param("--data sarcasm", marks=pytest.mark.nightly)])
 def test_a_run_leaves_verdicts_a_table_and_a_plot(job, capsys, tmp_path, data):
     status, header, found, table, steps = job(f"--steps 6 --seed 3 --seeds 2 {data}")
     assert status == 0 and header["status"] == "complete" and header["seeds_done"] == 2 and not header["not_measured"]
@@ -80,20 +80,14 @@ def test_a_run_leaves_verdicts_a_table_and_a_plot(job, capsys, tmp_path, data):
     assert "\n".join(header["verdicts"]) in capsys.readouterr().out and "(95% interval over seeds)" in table
 
 
-def test_one_step_shows_nothing_and_an_arm_without_memory_is_named(job, monkeypatch):
-    real = arms.footprint
-    monkeypatch.setattr(experiment, "footprint", lambda name, *rest: 1 / 0 if name == "peft" else real(name, *rest))
-    status, _, _, table, _ = job("--steps 1 --seeds 1")
-    assert status == 0 and "(one step: shows nothing)" in table and "(one seed: shows nothing)" in table
-    assert "Memory of PEFT was not measured: ZeroDivisionError: division by zero" in table
-
-
 # In the third step of the second seed, after four of the rehearsal; then between two evaluations of the first.
 STEP = (arms, "seconds_of", 4 * 4 + 4 * 6 + 11, 1, 24 + 8, "(one seed: shows nothing)")
 EVALUATION = (experiment, "evaluate", 3, 0, 24, "Quality held-out loss: PEFT")
 
 
-@pytest.mark.parametrize(("place", "name", "call", "seeds", "steps", "said"), [STEP, EVALUATION])
+@pytest.mark.parametrize(
+    ("place", "name", "call", "seeds", "steps", "said"), [STEP, pytest.param(*EVALUATION, marks=pytest.mark.nightly)]
+)
 def test_an_interrupt_keeps_what_was_measured(job, monkeypatch, place, name, call, seeds, steps, said):
     real, calls = getattr(place, name), iter(range(1, 1000))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +13,6 @@ import torch
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import autotune, problem, rules
 from stablelora_kernels.dispatch.problem import Call
-from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.launch.base import Launch
 from tests.helpers.autotuning import GPU, check_all, entries, files, forget, forward, inputs_of, words
 from tests.helpers.inputs import BF16, DEVICE, FP32
@@ -58,26 +59,21 @@ def test_every_candidate_gives_the_right_result(timer, dtype, rows):
         check_all(inputs)
 
 
-def test_the_reason_has_both_times(timer):
-    timer.fast = {"^vendor": 4.12e-6}
-    inputs = inputs_of()
-    forward(inputs)
-    (entry,) = entries().values()
-    assert entry["reason"] == "measured: 4.1 us against the table's 10.0 us"
-    assert entry["microseconds"]["vendor"] == 4.1 and len(entry["microseconds"]) == len(timer.measured)
-    (choice,) = autotune._answers.values()
-    assert choice == Choice("vendor", entry["reason"])
-
-
-@pytest.mark.parametrize(("seconds", "kernel"), [(9.85e-6, "chained"), (9.75e-6, "vendor")])
-def test_the_table_wins_ties(timer, seconds, kernel):
-    timer.fast = {"^vendor": seconds}
+@pytest.mark.parametrize(
+    ("microseconds", "kernel", "reason"),
+    [
+        (4.12, "vendor", "measured: 4.1 us against the table's 10.0 us"),
+        (9.75, "vendor", "measured: 9.8 us against the table's 10.0 us"),
+        # The table wins ties.
+        (9.85, "chained", "measured: the table's 10.0 us, of 1"),
+    ],
+)
+def test_the_reason_has_both_times(timer, microseconds, kernel, reason):
+    timer.fast = {"^vendor": microseconds * 1e-6}
     forward(inputs_of())
     (entry,) = entries().values()
-    assert entry["kernel"] == kernel
-    assert entry["reason"].startswith("measured: the table's 10.0 us, of 1" if kernel == "chained" else "measured: 9.")
-    # None: the table's own tile.
-    assert entry["tile"] is None
+    assert entry["kernel"] == kernel and entry["reason"].startswith(reason) and entry["tile"] is None
+    assert len(entry["microseconds"]) == len(timer.measured)
 
 
 def test_nothing_is_measured_twice(timer):
@@ -185,62 +181,46 @@ def test_where_the_table_cannot_be_measured_it_is_asked(timer, monkeypatch):
 # When it is off.
 
 
-def test_off_unless_asked_for(timer, few):
-    with slk.use_autotune(False):
-        check_all(inputs_of())
-    assert not timer.measured and not files()
-
-
-@pytest.mark.parametrize("kernel", ["chained", "split", "vendor"])
-def test_a_forced_kernel_is_not_tuned(timer, few, launched, kernel):
-    timer.fast = {"^lora_linear": 1e-6}
-    forward(inputs_of())
-    launched.clear()
-    measured = len(timer.measured)
-    with slk.use_kernel(kernel):
-        forward(inputs_of())
-        forward(inputs_of(rows=5))
-    assert len(timer.measured) == measured
-    first, number = {"chained": ("lora_linear", 1), "split": ("lora_shrink", 2), "vendor": ("vendor", 2)}[kernel]
-    assert len(launched) == 2 * number and all(run.startswith(first) for run in launched[::number])
-
-
-def test_determinism_is_not_left_to_a_clock(timer, few, launched):
-    timer.fast = {"^vendor": 1e-6}
-    forward(inputs_of())
-    assert launched[-2] == "vendor"
-    before = torch.are_deterministic_algorithms_enabled()
+@contextmanager
+def deterministic():
     torch.use_deterministic_algorithms(True)
     try:
-        launched.clear()
-        measured = len(timer.measured)
-        forward(inputs_of())
-        forward(inputs_of(rows=5))
+        yield
     finally:
-        torch.use_deterministic_algorithms(before)
-    assert len(timer.measured) == measured and len(launched) == 2
+        torch.use_deterministic_algorithms(False)
 
 
-def test_while_a_graph_captures_only_what_is_known_is_taken(timer, few, monkeypatch, launched):
+OFF = {
+    "not asked for": lambda: slk.use_autotune(False),
+    "another kernel": lambda: slk.use_kernel("split"),
+    "deterministic": deterministic,
+    "captured": lambda: patch.object(autotune, "_capturing", lambda y: True),
+}
+
+
+@pytest.mark.parametrize("why", OFF)
+def test_it_is_off(timer, few, launched, why):
+    """Nothing is measured, nor is an answer taken that was measured before, but by a capture, which only must not measure."""
     timer.fast = {"^vendor": 1e-6}
-    monkeypatch.setattr(autotune, "_capturing", lambda y: True)
+    with OFF[why]():
+        forward(inputs_of())
+    assert not timer.measured and not files() and "vendor" not in launched
     forward(inputs_of())
-    assert not timer.measured and not files() and len(launched) == 1
-    monkeypatch.setattr(autotune, "_capturing", lambda y: False)
-    forward(inputs_of())
+    assert launched[-2] == "vendor"
+    measured = len(timer.measured)
     # In memory, and on disk.
-    monkeypatch.setattr(autotune, "_capturing", lambda y: True)
     for _ in range(2):
         launched.clear()
-        forward(inputs_of())
-        assert launched[0] == "vendor"
+        with OFF[why]():
+            forward(inputs_of())
+            forward(inputs_of(rows=5))
+        assert launched.count("vendor") == (why == "captured") and len(timer.measured) == measured
         forget()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU, whose times mean something")
 def test_the_interpreter_is_not_timed(timer, monkeypatch):
     monkeypatch.setattr(autotune, "measure", autotune.time_on_gpu)
-    monkeypatch.setattr(autotune, "_measure_all", lambda *_: pytest.fail("measured"))
     forward(inputs_of())
     assert not files()
 
@@ -248,34 +228,3 @@ def test_the_interpreter_is_not_timed(timer, monkeypatch):
 def test_nothing_to_compute_is_nothing_to_measure(timer):
     assert forward(inputs_of(rows=0)).shape == (0, 80)
     assert not timer.measured
-
-
-# The timer.
-
-
-def test_the_cache_is_where_downloads_are(monkeypatch, tmp_path):
-    from benchmarks.common.assets import cache_dir
-
-    for value in (str(tmp_path), ""):
-        monkeypatch.setenv("STABLELORA_CACHE", value)
-        assert autotune.cache_dir() == cache_dir() / "tuning"
-
-
-def test_the_timer_gives_the_median_in_seconds(monkeypatch):
-    import triton.testing
-
-    ran = []
-
-    def do_bench(run, warmup, rep, return_mode):
-        run()
-        return {"median": 2.0}[return_mode]
-
-    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
-    assert autotune.time_on_gpu(lambda: ran.append(1)) == pytest.approx(2e-3) and ran
-
-
-@pytest.mark.skipif(DEVICE == "cpu", reason="times a GPU, and there is none")
-def test_a_gpu_is_timed():
-    x = torch.randn(2048, 2048, device=DEVICE)
-    once, often = (autotune.time_on_gpu(lambda n=n: [x @ x for _ in range(n)]) for n in (1, 20))
-    assert 1e-6 < once < often / 4

@@ -174,16 +174,6 @@ def test_writers_keep_each_others_entries(tmp_path):
     assert not list(path.parent.glob("*.tmp"))
 
 
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "gpu.json"
-    path.mkdir()
-    forget()
-    with pytest.warns(RuntimeWarning) as caught:
-        autotune._write(path, {}, "key", {"kernel": "split", "tile": None, "reason": ""})
-    assert f"can't be kept in {path}" in str(caught[-1].message)
-    assert not list(tmp_path.glob("*.tmp"))
-
-
 def test_what_another_process_wrote_meanwhile_is_kept_and_used(timer, few):
     forward(inputs_of())
     (path,) = files()

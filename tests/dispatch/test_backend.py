@@ -59,13 +59,6 @@ def test_the_interpreter_and_numpy(monkeypatch, triton, numpy, problem):
     assert backend.interpreter_problem() == problem
 
 
-def test_the_interpreter_without_numpy(monkeypatch):
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None if name == "numpy" else object())
-    assert backend.interpreter_problem() == (
-        "Triton's interpreter needs NumPy, which is not installed: pip install 'stablelora-kernels[cli]'"
-    )
-
-
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.setattr(backend, "TRITON_PROBLEM", None)
     monkeypatch.setattr(backend, "INTERPRETING", False)

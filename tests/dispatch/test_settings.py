@@ -115,16 +115,6 @@ def test_overlapping_blocks_of_two_threads_leave_nothing_behind():
     assert seen == ["triton"] and slk.get_backend() == before
 
 
-def test_a_value_set_within_a_block_ends_with_it():
-    before = slk.get_kernel()
-    with slk.use_kernel("fused"):
-        slk.set_kernel("split")
-        with slk.use_kernel("vendor"):
-            assert slk.get_kernel() == "vendor"
-        assert slk.get_kernel() == "split"
-    assert slk.get_kernel() == before
-
-
 def test_blocks_within_compiled_code():
     torch._dynamo.reset()
 

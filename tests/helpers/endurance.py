@@ -1,4 +1,4 @@
-"""Layers and optimizers by settings that can be pickled, digests of all that they compute, and all that they hold."""
+"""Layers and optimizers by settings that can be pickled, digests of all that they compute, and how much a process holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import multiprocessing
 import pickle
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -86,24 +85,23 @@ def take_steps(optimizer: StableLoRAAdamW, first: int, count: int) -> list[Tenso
     return snapshot(optimizer)
 
 
-def results(s: LayerSetting | StepSetting) -> list[Tensor]:
-    """All that a setting computes from the start."""
-    with slk.use_backend(s.backend):
-        return train_layers(s) if isinstance(s, LayerSetting) else take_steps(make_optimizer(s), 0, 4)
-
-
 def digest(tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256()
     for t in tensors:
         found.update(f"{t.dtype} {tuple(t.shape)}".encode())
-        found.update(
-            t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if t.dim() else repr(t.item()).encode()
-        )
+        found.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
 def digests(settings: Iterable[LayerSetting | StepSetting]) -> list[str]:
-    return [digest(results(s)) for s in settings]
+    """Of all that each setting computes from the start."""
+    found = []
+    for s in settings:
+        with slk.use_backend(s.backend):
+            found.append(
+                digest(train_layers(s) if isinstance(s, LayerSetting) else take_steps(make_optimizer(s), 0, 4))
+            )
+    return found
 
 
 def infer(s: LayerSetting, count: int) -> list[str]:
@@ -146,38 +144,14 @@ def _answer(pickled: bytes, threads: int, writing: Any) -> None:
         writing.send(f"{type(error).__name__}: {error}")
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
-    return pages * 4096
-
-
-def live_tensors() -> int:
+def holdings() -> dict[str, int]:
+    """How many tensors live, and the sizes of all containers and caches of the package's modules."""
     gc.collect()
-    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
-
-
-def containers() -> dict[str, int]:
-    """The sizes of every container and cache of the package's modules: counters, caches, tables, registries."""
-    sizes = {}
+    sizes = {"tensors": sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())}
     for name, module in list(sys.modules.items()):
-        if not name.startswith("stablelora_kernels"):
-            continue
-        for attribute, value in vars(module).items():
+        for attribute, value in vars(module).items() if name.startswith("stablelora_kernels") else ():
             if isinstance(value, (dict, list, set)) and not attribute.startswith("__"):
                 sizes[f"{name}.{attribute}"] = len(value)
             elif isinstance(value, functools._lru_cache_wrapper):
                 sizes[f"{name}.{attribute}"] = value.cache_info().currsize
-    return sizes
-
-
-def held_by(optimizer: StableLoRAAdamW) -> dict[str, int]:
-    """The sizes of what an optimizer and its engines hold: entries of containers, elements of tensors."""
-    sizes = {}
-    for owner in (optimizer, *(engine for _, engine in optimizer._engines)):
-        for name, value in vars(owner).items():
-            if isinstance(value, Tensor):
-                sizes[f"{type(owner).__name__}.{name}"] = value.numel()
-            elif isinstance(value, (dict, list, set)):
-                sizes[f"{type(owner).__name__}.{name}"] = len(value)
     return sizes

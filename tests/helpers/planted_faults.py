@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -18,15 +18,10 @@ from stablelora_kernels.kernels.lora.linear import co_scheduled_grad, wait_for_s
 from stablelora_kernels.kernels.lora.linear_quantized import _lora_linear_quantized_kernel
 from stablelora_kernels.kernels.lora.shrink import _shrink
 from stablelora_kernels.kernels.stable_adamw.step import _stable_adamw_kernel
-from tests.helpers import one_launch_protocol as protocol
 from tests.helpers.interleaving import Interleaving
 from tests.helpers.interleaving_cases import CASES, Case, new_memory_is_poisoned, shrink_sizes
 from tests.helpers.interpreter import speed_up_interpreter
 from tests.helpers.mutations import Mutation
-
-PROTOCOL = "one launch, twice"
-EVERY_CASE: dict[str, Callable[[pytest.MonkeyPatch], Case]] = CASES | {PROTOCOL: lambda patch: protocol.case()}
-
 
 # Schedules of each case in every test run.
 SCHEDULES = 200
@@ -66,13 +61,6 @@ _RAISE = "if RAISES_FLAGS:\n            raise_flag(chain_ptr, row0 // FLAG_M)\n"
 _RAISE_EARLY = _RAISE + "        " + _STORE_S
 _DRAW = 'tl.atomic_add(chain_ptr, 1, sem="relaxed", scope="gpu")'
 _BY_ID = Mutation(chain.draw_ticket, _DRAW, "tl.program_id(0)")
-_PUBLISH = "tl.store(s_ptr + ticket, s)\n        _publish(flags_ptr + ticket // ROWS)"
-_PUBLISH_EARLY = "_publish(flags_ptr + ticket // ROWS)\n        tl.store(s_ptr + ticket, s)"
-
-
-def _protocol(what: str, function: str, text: str, by: str, looks_like: str = "differ") -> Fault:
-    return Fault(f"one launch: {what}", Mutation(getattr(protocol, function), text, by), (PROTOCOL,), looks_like)
-
 
 FAULTS = (
     Fault("shared sum: no release", Mutation(arrives_last, '"acq_rel"', '"acquire"'), _SHARED_SUMS),
@@ -104,20 +92,6 @@ FAULTS = (
     Fault("chained: flags not reset", Mutation(chain.leave, "tl.store(chain_ptr + FLAGS + flag, 0)", "pass"), _CHAINED),
     Fault("chained: ticket not reset", Mutation(chain.leave, "tl.store(chain_ptr, 0)", "pass"), _CHAINED, ""),
     Fault("chained: the program's id for its ticket", _BY_ID, _CHAINED, "deadlock"),
-    _protocol("no release", "_publish", '"release"', '"relaxed"'),
-    _protocol("no barrier before the release", "_publish", "tl.debug_barrier()", "pass"),
-    _protocol("no acquire", "_wait", '"acquire"', '"relaxed"'),
-    _protocol("wait left out", "_wait", "tl.load(flag_ptr, volatile=True) < n", "False"),
-    _protocol("wait for one program too few", "_wait", "< n", "< n - 1"),
-    _protocol("wait by a plain load", "_wait", ", volatile=True", "", "no end"),
-    _protocol("flag raised before the store", "_one_launch_kernel", _PUBLISH, _PUBLISH_EARLY),
-    _protocol("flags not reset", "_one_launch_kernel", "tl.store(flags_ptr + block, 0)", "pass"),
-    _protocol("ticket not reset", "_one_launch_kernel", "tl.store(ticket_ptr, 0)", "pass", "deadlock"),
-    _protocol("last but one resets", "_one_launch_kernel", "num_programs(0) - 1", "num_programs(0) - 2", "deadlock"),
-    _protocol(
-        "the program's id for its ticket", "_one_launch_kernel", 'tl.atomic_add(ticket_ptr, 1, sem="relaxed")',
-        "tl.program_id(0)", "deadlock",
-    ),
 )  # fmt: skip
 
 
@@ -126,7 +100,7 @@ def interleaving(name: str) -> Iterator[tuple[Interleaving, Case]]:
     """The case ``name`` at tiny sizes. Its programs have run in order once."""
     with pytest.MonkeyPatch.context() as patch, new_memory_is_poisoned():
         shrink_sizes(patch)
-        case = EVERY_CASE[name](patch)
+        case = CASES[name](patch)
         yield Interleaving(case.launches, case.others), case
 
 
@@ -135,7 +109,7 @@ def print_table() -> None:
     speed_up_interpreter()
     print(HEADER)
     with ExitStack() as stack:
-        runs = {name: stack.enter_context(interleaving(name))[0] for name in EVERY_CASE}
+        runs = {name: stack.enter_context(interleaving(name))[0] for name in CASES}
         for fault in FAULTS:
             found = {name: runs[name].first_failure(range(SCHEDULES), mutation=fault.mutation) for name in fault.cases}
             name, failure = max(found.items(), key=lambda item: item[1].schedule)

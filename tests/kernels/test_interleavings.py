@@ -19,17 +19,19 @@ from stablelora_kernels.kernels.lora.linear import wait_for_s
 from stablelora_kernels.launch import counters, lora_common
 from stablelora_kernels.launch.base import Launch
 from tests.helpers.interleaving import Interleaving
+from tests.helpers.interleaving_cases import CASES
 from tests.helpers.mutations import Mutation
-from tests.helpers.planted_faults import EVERY_CASE, FAULTS, PROTOCOL, SCHEDULES, interleaving
+from tests.helpers.planted_faults import FAULTS, SCHEDULES, interleaving
 
 # Schedules of each case in a nightly run; SCHEDULES are those of every test run.
 NIGHTLY = 20_000
+CHAINED = "chained pointers, S and Y, two layers"
 
 
 @pytest.mark.parametrize(
     "schedules", [SCHEDULES, pytest.param(NIGHTLY, marks=pytest.mark.nightly)], ids=["", "nightly"]
 )
-@pytest.mark.parametrize("name", EVERY_CASE)
+@pytest.mark.parametrize("name", CASES)
 def test_every_schedule_leaves_the_same_bytes(name: str, schedules: int) -> None:
     with interleaving(name) as (runs, case):
         runs.write_back()
@@ -39,15 +41,15 @@ def test_every_schedule_leaves_the_same_bytes(name: str, schedules: int) -> None
 
 
 @pytest.mark.parametrize("processors", [1, 2, 3])
-def test_the_protocol_needs_no_number_of_processors(processors: int) -> None:
-    with interleaving(PROTOCOL) as (runs, _):
+def test_a_chained_launch_needs_no_number_of_processors(processors: int) -> None:
+    with interleaving(CHAINED) as (runs, _):
         assert runs.first_failure(range(SCHEDULES), processors=processors) is None
 
 
 def test_a_deadlock_is_reported_with_each_programs_state() -> None:
     """With the program's id as ticket, waiting programs hold all processors, and those that they wait for cannot begin."""
-    (by_id,) = (fault.mutation for fault in FAULTS if fault.what == "one launch: the program's id for its ticket")
-    with interleaving(PROTOCOL) as (runs, _):
+    (by_id,) = (fault.mutation for fault in FAULTS if fault.what == "chained: the program's id for its ticket")
+    with interleaving(CHAINED) as (runs, _):
         found = runs.first_failure(range(SCHEDULES), processors=2, mutation=by_id)
         again = runs.first_failure([found.schedule], processors=2, mutation=by_id)
     assert again == found
@@ -55,8 +57,7 @@ def test_a_deadlock_is_reported_with_each_programs_state() -> None:
     assert title == "deadlock"
     spinning = [state for state in states if "again and again" in state]
     assert len(spinning) == 2
-    assert all("before volatile load at one_launch_protocol.py:" in state for state in spinning)
-    assert all("has read _one_launch_kernel's flags_ptr[" in state for state in spinning)
+    assert all("before volatile load at chain.py:" in state and "chain_ptr[" in state for state in spinning)
     assert sum("has not begun" in state for state in states) == len(states) - 2
 
 

@@ -112,13 +112,6 @@ def test_a_worse_row_is_found(column: str, worse: object, as_good: object) -> No
     assert [line.split(": ")[1] for line in lines] == ["vanished", "not in the committed report"]
 
 
-def test_the_interpreter_compiles_nothing(monkeypatch, capsys) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(SystemExit):
-        report.main([])
-    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
-
-
 def test_what_the_report_promises() -> None:
     rows = report.read_report()
     assert [*rows] == report.COLUMNS and not rows[report.LABEL].duplicated().any()

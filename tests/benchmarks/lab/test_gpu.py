@@ -7,18 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pandas as pd
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.gpu import __main__ as command
-from benchmarks.lab.gpu import device, report
+from benchmarks.lab.gpu import report
 from stablelora_kernels.dispatch import backend
 
 # On a GPU the command itself is the test. A dry run hides the GPU from its processes, but this process cannot.
@@ -40,9 +38,8 @@ ARMS = {
 }
 
 
-@pytest.mark.parametrize(
-    "section", ["step", *(pytest.param(each, marks=pytest.mark.nightly) for each in ("layer", ""))]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("section", ["step", "layer", ""])
 def test_a_dry_run_executes_a_section_and_measures_nothing(section, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")}
     process = start(tmp_path, "--budget", "3000", *(["--only", section] if section else []))
@@ -57,6 +54,7 @@ def test_a_dry_run_executes_a_section_and_measures_nothing(section, tmp_path):
     assert {*graphs.arm} == ARMS[section] if section else {*graphs.section} == {"layer", "mlp", "projections", "step"}
 
 
+@pytest.mark.nightly
 def test_an_interrupt_keeps_the_rows_and_ends_the_processes(tmp_path):
     process, path = start(tmp_path, "--only", "bringup", "layer"), tmp_path / "bringup.csv"
     until = time.monotonic() + 300
@@ -154,31 +152,3 @@ def test_losses_and_regret():
     lost = report.losses(times[times.m == 64])
     assert lost[["arm", "ratio"]].to_numpy().tolist() == [["PEFT", 2.0], ["eager LoRA", 1.25]]
     assert report.regrets(times).loc["forward"].tolist() == [2, 0.125, 0.25]
-
-
-def test_cuda_calls_come_in_order(monkeypatch):
-    cuda = MagicMock()
-    cuda.current_device.return_value, cuda.Event().elapsed_time.return_value = 0, 2.0
-    cuda.get_device_properties().L2_cache_size = 64
-    monkeypatch.setattr(torch, "cuda", cuda)
-    monkeypatch.setattr(torch, "empty", MagicMock())
-    monkeypatch.setattr(device, "reading", lambda: [cuda.load(), (1410, 640_000, 4 | 32), (1980, 500_000, 1)][1:])
-
-    def calls() -> list[str]:
-        found = [
-            name for name, *_ in cuda.mock_calls if not name.endswith(("Event", "elapsed_time", "CUDAGraph", "graph"))
-        ]
-        cuda.reset_mock()
-        return found
-
-    gpu = device.Device(dry=False)
-    assert "set_stream" in calls() and [gpu.replicas(each) for each in (1, 32, 1000)] == [device.MOST_CALLS, 4, 1]
-    replay, count = gpu.capture([cuda.one, cuda.two], most=3)
-    captured = ["graph().__enter__", "one", "two", "one", "graph().__exit__"]
-    assert calls() == [*["one", "two"] * 2, "synchronize", "one", "synchronize", *captured] and count == 3
-    for arm, before in ((replay, 3), []), ((replay, 0), ["synchronize"]):
-        samples, load = gpu.time({"a": arm}, 0.0)
-        turn = [*before, "Event().record", "CUDAGraph().replay", "Event().record", "load", "synchronize"]
-        assert calls() == ["CUDAGraph().replay"] * device.WARMUP + ["synchronize"] + turn * device.LEAST
-        assert samples["a"][0] == [pytest.approx(2e-3 / max(1, arm[1]))] * device.LEAST and len(samples["a"][1]) == 5
-        assert load == {"sm_mhz": 1410, "watts": 640.0, "throttle": "power cap, thermal"}

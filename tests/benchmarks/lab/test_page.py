@@ -86,10 +86,3 @@ def test_the_performance_page_has_the_figures_of_the_main_jobs():
             value = f"{round(row.median, 3) + 0.0:{forms[row.metric]}}"
             spread = f" ± {row.half_95:{forms[row.metric].strip('+')}} |" if row.half_95 == row.half_95 else " |"
             assert value + spread in text, (file, row)
-
-
-def test_the_suites_arms_and_phases_have_columns_and_questions():
-    from benchmarks.suite.layers import LayerCase, MLPCase
-
-    assert {*LayerCase.ours, MLPCase.ours[0], MLPCase.ours[-1]} <= {*page.COLUMNS}
-    assert {"layer both", "mlp both"} <= {*page.QUESTIONS} and "both" in LayerCase.phases and "both" in MLPCase.phases

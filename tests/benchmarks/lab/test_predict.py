@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 
 import pytest
@@ -19,7 +18,6 @@ from benchmarks.common.records import record, write_records
 from benchmarks.lab.predict import __main__, bytes_moved, launch_time, layer_time, quantized
 from benchmarks.lab.predict.layer_time import (
     DIRECTIONS,
-    MLPS,
     NO_OVERLAP,
     ONE_OP,
     OURS,
@@ -72,15 +70,6 @@ def test_the_published_ratio_is_reproduced_within_15_percent():
     assert mean == pytest.approx(1.27, rel=0.15) and f"predicted at {mean:.2f}x on average" in PAGE
 
 
-def test_every_gpu_file_is_whole():
-    for name in GPUS:
-        content = json.loads((launch_time.GPUS / f"{name}.json").read_text())
-        assert set(content) - {"sources"} == set(launch_time.Gpu._fields) - {"efficiency"}
-        assert {"bandwidth", "l2_bandwidth", "matrix_rate", "launch"} <= set(content["sources"])
-    with pytest.raises(SystemExit, match="--gpu must be one of a100, b200, h100, got 'h1000'"):
-        launch_time.load_gpu("h1000")
-
-
 def test_predictions_behave():
     for (n, k), dropout in itertools.product(((4096, 4096), (14336, 4096)), (False, True)):
         shapes = [Shape(m, n, k, 16, dropout) for m in layer_time.ROWS]
@@ -89,19 +78,13 @@ def test_predictions_behave():
         assert all(b > a for a, b in zip(ours[4:], bare[4:], strict=True))
     # 32 programs of 132 take four times as long as all of them would.
     assert [H100.share(units) for units in (32, 132, 133, 264)] == [132 / 32, 1, 2 * 132 / 133, 1]
-    for way in DIRECTIONS:
-        s = Shape(4096, 4096, 4096, 16, True)
-        pair, one = (layer_time.kernel_seconds(H100, s, way, kernel) for kernel in ("split", "chained"))
-        # One launch less; S's programs, one a processor instead of two, may have fewer bytes on their way.
-        assert 0 < pair - one <= 1.001 * H100.overlapped_launch
     # A slower Triton makes the vendor win.
     s, slow = Shape(8192, 4096, 4096, 16, False), H100._replace(efficiency=0.7)
     for gpu, kernels in ((H100, ("chained", "vendor")), (slow, ("vendor", "chained"))):
         first, second = (layer_time.kernel_seconds(gpu, s, "forward", kernel) for kernel in kernels)
         assert first < second
-    for gpu, shape, dropout in itertools.product(GPUS.values(), MLPS, (False, True)):
-        for end in launch_time.band_ends(gpu).values():
-            assert sum(seconds(end, MLP(*shape, dropout), ONE_OP)) < sum(seconds(end, MLP(*shape, dropout), SEPARATE))
+    with pytest.raises(SystemExit, match="--gpu must be one of a100, b200, h100, got 'h1000'"):
+        launch_time.load_gpu("h1000")
 
 
 @pytest.mark.parametrize("wide_adapters", [False, True])
