@@ -41,10 +41,10 @@ class Stacked(nn.Module):
 
 
 class Wrapper(nn.ModuleDict):
-    """The smallest model with an MLP: PEFT wraps a module with a forward."""
+    """The smallest model with a module: PEFT wraps what has a forward."""
 
-    def forward(self, x):
-        return self["mlp"](x)
+    def forward(self, *args):
+        return next(iter(self.values()))(*args)
 
 
 def adapted(module, library="ours", fuse=True, dropout=0.0, targets=TARGETS, fuse_projections=False, **config):

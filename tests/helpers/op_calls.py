@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest import mock
@@ -19,10 +19,10 @@ OPS = ("lora_linear", "lora_linear_where", "lora_branch", "lora_linear_group", "
 
 
 class Calls:
-    """``layers`` counts lora_linear and lora_branch. ``error`` is raised by the next call of an op."""
+    """``layers`` counts lora_linear and lora_branch. ``before`` runs before each call, and may raise."""
 
     def __init__(self) -> None:
-        self.error: type[Exception] | None = None
+        self.before: Callable[[], Any] = lambda: None
         self.clear()
 
     def clear(self) -> None:
@@ -50,8 +50,7 @@ def counted_ops() -> Iterator[Calls]:
 
     def counting(name: str, op: Any) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if calls.error is not None:
-                raise calls.error
+            calls.before()
             result: Any = True
             try:
                 result = op(*args, **kwargs)
