@@ -21,24 +21,12 @@ from tests.helpers.gated_mlps import INNER, MLP, WIDTH, mlp_of, pair, rows, step
 from tests.nn import test_mlp_form
 from tests.nn.test_fused_mlp_reasons import CHANGES as CHANGED
 from tests.nn.test_fused_mlp_reasons import PEFTS, two_adapters
-from tests.nn.test_mlp_form import Act, ByMode
+from tests.nn.test_mlp_form import Act, ByMode, Twice  # noqa: F401 (in sources)
 
 pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 
 pytestmark = pytest.mark.fuzz
 KEPT: list[Any] = []
-
-
-class Twice(torch.autograd.Function):
-    """Its gradient is not that of what it computes."""
-
-    @staticmethod
-    def forward(ctx, h):
-        return h * 1
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 2
 
 
 ACTIVATIONS = (nn.SiLU, lambda: nn.SiLU(inplace=True), lambda: nn.GELU("tanh"), Act, ByMode, lambda: F.gelu, nn.ReLU)

@@ -18,7 +18,6 @@ from tests.helpers.gated_mlps import (
     Stacked,
     Wrapper,
     adapted,
-    assert_same,
     match_dtype,
     mlp_of,
     pair,
@@ -152,38 +151,6 @@ def test_changes_turn_it_off_and_are_reported(library, name, change, reason, cal
     if name != "one evaluates":
         step(models[0], rows(dtype))
         assert len(calls.mlps) == (2 if reason is None else 1)
-
-
-def test_what_was_off_comes_back(calls):
-    model, plain = pair(MLP)
-    handle = mlp_of(model).gate_proj.register_forward_hook(lambda *args: None)
-    step(model)
-    handle.remove()
-    slk.merge_lora(model)
-    with torch.no_grad():
-        torch.testing.assert_close(model(rows()), plain(rows()))
-    assert calls.mlps == []
-    slk.unmerge_lora(model)
-    assert_same(step(model), step(plain))
-    assert calls.mlps == ["silu"]
-
-
-def test_pefts_adapters_are_switched_scaled_and_deleted(calls):
-    models = pair(MLP, "PEFT", dropout=0.2)
-
-    def same(count, change):
-        for model in models:
-            change(model)
-        calls.clear()
-        assert_same(*map(step, models))
-        assert len(calls.mlps) == count
-
-    same(0, two_adapters)
-    for active, count in (("default", 1), ("other", 1), (["default", "other"], 0), ("default", 1)):
-        same(count, lambda model, active=active: model.base_model.set_adapter(active))
-    same(1, lambda model: mlp_of(model).down_proj.scale_layer(1.5))
-    # No adapter is left in gate and down.
-    same(1, lambda model: (model.base_model.set_adapter("other"), model.delete_adapter("default")))
 
 
 def test_global_hooks_tracing_and_subclasses_see_every_module(calls):

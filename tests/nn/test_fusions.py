@@ -168,25 +168,40 @@ def test_merged_and_disabled_layers_compute_by_themselves(fusion, library, calls
         assert calls.fused == FUSED[fusion]
 
 
+def two_adapters(model):
+    import peft
+
+    torch.manual_seed(9)
+    targets = ["q_proj", "v_proj", "up_proj"]
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    model.double()
+    model.base_model.set_adapter(["default", "other"])
+
+
+def scales(model):
+    for layer in base_of(model).model.layers:
+        layer.mlp.up_proj.scale_layer(1.5), layer.self_attn.k_proj.scale_layer(0.5)
+
+
 # Groups need the adapter on each layer, an MLP at most one on each.
-SWITCHED = {"fuse_projections": ([3, 2] * 2, [], [3, 2] * 2), "fuse_mlp": ([], ["silu"] * 2, ["silu"] * 2)}
+ADAPTERS = [
+    (two_adapters, [3, 2] * 2, []),
+    (lambda model: model.base_model.set_adapter("other"), [], ["silu"] * 2),
+    (lambda model: model.base_model.set_adapter("default"), [3, 2] * 2, ["silu"] * 2),
+    (scales, [3, 2] * 2, ["silu"] * 2),
+    (lambda model: (model.base_model.set_adapter("other"), model.delete_adapter("default")), [], ["silu"] * 2),
+]
 
 
 @each_fusion
-def test_pefts_adapters_are_switched(fusion, calls):
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+def test_pefts_adapters_are_switched_scaled_and_deleted(fusion, calls):
     models = pair("PEFT", fusion)
-    for model in models:
-        torch.manual_seed(9)
-        targets = ["q_proj", "v_proj", "up_proj"]
-        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-        model.double()
-    for active, expected in zip((["default", "other"], "other", "default"), SWITCHED[fusion], strict=True):
+    for change, groups, mlps in ADAPTERS:
         for model in models:
-            model.base_model.set_adapter(active)
+            change(model)
         calls.clear()
         assert_same(*(step(model, IDS) for model in models))
-        assert calls.fused == expected
+        assert calls.fused == (groups if fusion == "fuse_projections" else mlps)
 
 
 @pytest.mark.parametrize("around", ["the layers", "the model"])

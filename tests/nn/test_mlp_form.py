@@ -44,19 +44,16 @@ class ByMode(Act):
         return self.function(x) if self.training else F.gelu(x)
 
 
-class SwiGLU(torch.autograd.Function):
-    """As many models have it; its backward may be anything."""
+class Twice(torch.autograd.Function):
+    """Its gradient is not that of what it computes."""
 
     @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+    def forward(ctx, h):
+        return h * 1
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        s = torch.sigmoid(gate)
-        return grad * up * s * (1 + gate * (1 - s)), grad * F.silu(gate)
+        return grad * 2
 
 
 class Unknown(MLP):
@@ -80,9 +77,13 @@ def in_place(y, x):
     return y
 
 
-def forward_of(source, takes="self, x", decorator=""):
-    """The forward of ``source``'s lines. g and u are the outputs of gate_proj and up_proj, d calls down_proj."""
-    lines = (source,) if isinstance(source, str) else source
+def forward_of(source):
+    """The forward of ``source``'s lines, at first a decorator or the arguments. g and u are what gate_proj and up_proj give,
+    d calls down_proj.
+    """
+    lines = [source] if isinstance(source, str) else [*source]
+    decorator = lines.pop(0) if lines[0].startswith("@") else ""
+    takes = lines.pop(0) if re.match("self(,|$)", lines[0]) else "self, x"
     text = "\n".join(lines)
     bound = [
         f"{name} = self.{layer}(x)"
@@ -120,6 +121,7 @@ FUSED = {
         ("with contextlib.suppress(Exception): h = silu(g) * u", "d(h)"), asks("hasattr(self, 'other')"),
         "d(self.in_place(g) * u)", ("silu(g, inplace=True)", "d(g * u)"),
         ("b, a = torch.chunk(self.gate_up_proj(x), 2, -1)", "d(b * silu(a))"),
+        ("self, x, scale=None, *args, **kwargs", SWIGLU),
     ],
     "gelu": [
         asks("type(x) is torch.Tensor"), asks("type(self.act_fn) is nn.SiLU"), asks("hasattr(self, 'mean')"),
@@ -157,8 +159,10 @@ REFUSED = {
         asks("all(isinstance(m, nn.Module) for m in self._modules.values())"),
     ],
     "reads '(view|shape)'": [("x = x.view(-1, x.shape[-1])", SWIGLU)],
+    "takes more than one tensor": [("self, x, weights", SWIGLU), ("self, *, x", SWIGLU), ("self", "None")],
     "gradient or the autocast mode|of a tensor": [
-        ("with torch.no_grad(): g = self.gate_proj(x)", SWIGLU), "d(SwiGLU.apply(g, u))",
+        ("@torch.no_grad()", SWIGLU),
+        ("with torch.no_grad(): g = self.gate_proj(x)", SWIGLU), "d(Twice.apply(silu(g) * u))",
         ("with torch.autocast('cpu', torch.bfloat16): h = d(silu(g) * u)", "h"),
         ("with torch.autocast('cpu', enabled=False): h = d(silu(g) * u)", "h"),
         ("with torch.no_grad(): silu(g, inplace=True)", "d(g * u)"),
@@ -179,8 +183,10 @@ TABLE = [(source, activation, None) for activation, sources in FUSED.items() for
 TABLE += [(source, None, reason) for reason, sources in REFUSED.items() for source in sources]
 
 
-def agrees(model, report, plain, activation, reason, calls):
+@pytest.mark.parametrize(("source", "activation", "reason"), TABLE, ids=lambda value: str(value)[:70])
+def test_forwards(source, activation, reason, calls):
     """The report has the verdict; what is fused is one op of the module's own numbers."""
+    (model, report), (plain, _) = (made(forward_of(source), fuse=fuse) for fuse in (True, False))
     KEPT.clear()
     found = verdict(model, report)
     if activation is None:
@@ -192,28 +198,6 @@ def agrees(model, report, plain, activation, reason, calls):
         assert found == activation
         assert_same(step(model), step(plain))
         assert calls.mlps == [activation]
-
-
-@pytest.mark.parametrize(("source", "activation", "reason"), TABLE, ids=lambda value: str(value)[:70])
-def test_forwards(source, activation, reason, calls):
-    forward = forward_of(source)
-    agrees(*made(forward), made(forward, fuse=False)[0], activation, reason, calls)
-
-
-SIGNATURES = {
-    "self, x, scale=None, *args, **kwargs": None,
-    **dict.fromkeys(("self, x, weights", "self, *, x", "self"), "more than one tensor"),
-}
-
-
-@pytest.mark.parametrize("takes", SIGNATURES)
-def test_signatures(takes, calls):
-    forward, reason = forward_of(SWIGLU, takes), SIGNATURES[takes]
-    agrees(*made(forward), made(forward, fuse=False)[0], None if reason else "silu", reason, calls)
-
-
-def test_a_decorator_that_turns_gradients_off():
-    assert "gradient or the autocast mode" in verdict(*made(forward_of(SWIGLU, decorator="@torch.no_grad()")))
 
 
 ACTIVATIONS = {
