@@ -74,31 +74,21 @@ def make_trainer(
     **changes: Any,
 ) -> Any:
     """A Trainer, or one of the class ``made``; without the optimizer's ``settings`` its own AdamW trains."""
-    extra: dict[str, Any] = {"callbacks": changes.pop("callbacks", None)}
+    made = made or transformers.Trainer
+    extra: dict[str, Any] = {"callbacks": changes.pop("callbacks", None), "train_dataset": rows()}
     if via == "optimizers":
         extra["optimizers"] = slk.StableLoRAAdamW.from_model(model, **settings), None
     elif settings is not None:
-        given = settings if isinstance(settings, tuple) else (slk.StableLoRAAdamWFactory, settings)
-        extra["optimizer_cls_and_kwargs"] = given
-    if made is None or not made.__module__.startswith("trl."):
-        args = transformers.TrainingArguments(**arguments(place, **changes))
-        return (made or transformers.Trainer)(model=model, args=args, train_dataset=rows(), **extra)
-    import datasets
-    import trl
+        is_class = isinstance(settings, tuple)
+        extra["optimizer_cls_and_kwargs"] = settings if is_class else (slk.StableLoRAAdamWFactory, settings)
+    if made.__name__ == "SFTTrainer":
+        import datasets
+        import trl
 
-    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows()])
-    args = trl.SFTConfig(**arguments(place, **changes))
-    return made(model=model, args=args, train_dataset=data, processing_class=tokenizer(), **extra)
-
-
-def train_by_trainer(case: Case, model: torch.nn.Module, place: Path, resume_from: str | None) -> dict[str, Any]:
-    made = None
-    if case[0] == "SFTTrainer":
-        from trl import SFTTrainer as made
-    schedule = {"warmup_steps": 2, "lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": STEPS // 2}
-    trainer = make_trainer(model, place, case[2], made=made, logging_strategy="no", **schedule)
-    trainer.train(resume_from_checkpoint=resume_from)
-    return results_of(trainer.optimizer, trainer.lr_scheduler, model)
+        extra["train_dataset"] = datasets.Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows()])
+        args = trl.SFTConfig(**arguments(place, **changes))
+        return made(model=model, args=args, processing_class=tokenizer(), **extra)
+    return made(model=model, args=transformers.TrainingArguments(**arguments(place, **changes)), **extra)
 
 
 def train_by_accelerate(model: torch.nn.Module, place: Path, resumed: bool) -> dict[str, Any]:
@@ -147,13 +137,19 @@ def place_of(directory: Path, case: Case) -> Path:
 
 def run(directory: Path, case: Case, resumed: bool = False) -> dict[str, Any]:
     """The whole run; or its second half, in a model whose adapters are others. Of ours the checkpoint has the base model, too."""
-    base_seed = 9 if resumed and case[1] == "ours" else 0
-    model, place = llama(case[1], base_seed, adapter_seed=7 if resumed else 0, dropout=0.2), place_of(directory, case)
-    if case[0] == "accelerate":
+    name, kind, via = case
+    base_seed, adapter_seed = (9 if kind == "ours" else 0, 7) if resumed else (0, 0)
+    model, place = llama(kind, base_seed, adapter_seed, dropout=0.2), place_of(directory, case)
+    if name == "accelerate":
         return train_by_accelerate(model, place, resumed)
-    if not resumed:
-        return train_by_trainer(case, model, place, None)
-    return train_by_trainer(case, model, directory / "resumed", str(place / f"checkpoint-{STEPS // 2}"))
+    made = None
+    if name == "SFTTrainer":
+        from trl import SFTTrainer as made
+    schedule = {"warmup_steps": 2, "lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": STEPS // 2}
+    target = directory / "resumed" if resumed else place
+    trainer = make_trainer(model, target, via, made=made, logging_strategy="no", **schedule)
+    trainer.train(resume_from_checkpoint=str(place / f"checkpoint-{STEPS // 2}") if resumed else None)
+    return results_of(trainer.optimizer, trainer.lr_scheduler, model)
 
 
 if __name__ == "__main__":

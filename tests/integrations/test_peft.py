@@ -22,14 +22,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias.*")
 
 class Adapters(NamedTuple):
     first: dict[str, Any]
-    more: dict[str, dict[str, Any]] = {}
+    more: dict[str, dict[str, Any]] | None = None
     active: Any = "default"
     # Calls of lora_linear and of lora_branch.
     linear: int = 4
     branch: int = 0
 
     def make(self) -> Any:
-        model = make(*self.more.items(), **self.first)
+        model = make(*(self.more or {}).items(), **self.first)
         model.base_model.set_adapter(self.active)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -25,7 +25,7 @@ torchao_fp8 = partial(torchao, config="Float8WeightOnlyConfig")
 
 
 def make(quantize=bnb_4bit, dtype=FP32, r=3, lora=None, **kwargs):
-    """PEFT's model around one layer, and the layer, in training mode: evaluated on a CPU, bitsandbytes packs a weight for that."""
+    """PEFT's model around one layer, and the layer. Evaluated on a CPU, bitsandbytes would pack a weight for that."""
     torch.manual_seed(0)
     model = nn.Sequential(quantize(nn.Linear(K, N, dtype=dtype), **kwargs))
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantize is bnb_4bit, quantize is bnb_8bit

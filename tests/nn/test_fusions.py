@@ -257,28 +257,22 @@ def test_load_adapter_fuses_too(fusion, calls, tmp_path):
     assert calls.fused == FUSED[fusion]
 
 
-def interrupt(*args, **kwargs):
-    raise KeyboardInterrupt("Ctrl-C")
+@pytest.mark.parametrize("loads", [False, True])
+def test_an_interrupted_call_leaves_nothing(loads, tmp_path, monkeypatch):
+    """The second MLP can't be fused, after all else was; or the file's tensors can't be copied, after all was fused."""
 
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt("Ctrl-C")
 
-def fails_to_fuse(model, patch):
-    """The second MLP, after all else is fused."""
+    model, call, given = llama(), slk.apply_lora, lora_config(target_modules=TARGETS)
     mlp = model.model.layers[1].mlp
-    mlp.__class__ = type("Final", (type(mlp),), {"__init_subclass__": interrupt})
-
-
-def fails_to_copy(model, patch):
-    patch.setattr(torch.Tensor, "copy_", interrupt)
-
-
-@pytest.mark.parametrize(("loads", "fails"), [(False, fails_to_fuse), (True, fails_to_fuse), (True, fails_to_copy)])
-def test_an_interrupted_call_leaves_nothing(loads, fails, tmp_path):
-    slk.save_adapter(make("ours")[0], tmp_path)
-    model = llama()
-    apply, config = (slk.load_adapter, tmp_path) if loads else (slk.apply_lora, lora_config(target_modules=TARGETS))
-    with pytest.MonkeyPatch.context() as patch:
-        fails(model, patch)
-        before = classes_and_hooks(model)
-        with refused(model, KeyboardInterrupt, "Ctrl-C"):
-            apply(model, config, fuse_projections=True, fuse_mlp=True)
+    if loads:
+        call, given = slk.load_adapter, tmp_path
+        slk.save_adapter(make("ours")[0], tmp_path)
+        monkeypatch.setattr(torch.Tensor, "copy_", interrupt)
+    else:
+        mlp.__class__ = type("Final", (type(mlp),), {"__init_subclass__": interrupt})
+    before = classes_and_hooks(model)
+    with refused(model, KeyboardInterrupt, "Ctrl-C"):
+        call(model, given, fuse_projections=True, fuse_mlp=True)
     assert classes_and_hooks(model) == before

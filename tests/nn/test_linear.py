@@ -93,49 +93,60 @@ def test_bad_arguments_freeze_nothing(kwargs, error, message):
     assert linear.weight.requires_grad and linear.bias.requires_grad
 
 
-def test_bad_sizes_kinds_and_dtypes_of_a_base():
+def test_bad_sizes_and_dtypes_of_a_base():
     with pytest.raises(ValueError, match="in_features must be at least 1, got 0"):
         slk.LoRALinear(0, 4)
     with pytest.raises(ValueError, match="out_features must be at least 1, got -1"):
         slk.LoRALinear(4, -1)
-    with pytest.raises(TypeError, match=r"linear must be an nn.Linear or transformers' Conv1D, got Conv1d"):
-        slk.LoRALinear.from_linear(nn.Conv1d(1, 1, 1))
-    for base, dtype, of_weight in (
-        (bnb_8bit(nn.Linear(K, N)), BF16, FP32),
-        (four_bits(), torch.float16, BF16),
-    ):
+    for base, dtype, of_weight in ((bnb_8bit(nn.Linear(K, N)), BF16, FP32), (four_bits(), torch.float16, BF16)):
         message = f"lora_dtype must be torch.float32 or the weight's {of_weight}, got {dtype}"
         with pytest.raises(TypeError, match=message):
             lora_over(base, lora_dtype=dtype)
 
 
-def test_which_class_a_base_gets():
-    # Computed at each access, by code of the layer's own.
-    assert type(lora_over(nn.utils.parametrizations.weight_norm(nn.Linear(K, N)))) is LoRABranchLinear
+def fp8(**changes):
     linear = fp8_linear(fp8_weight(20, 64), BF16)
-    assert type(lora_over(linear)) is LoRAQuantizedLinear
-    linear.weight.scale = torch.ones(())
-    assert type(lora_over(linear)) is LoRABranchLinear
+    vars(linear.weight).update(changes)
+    return linear
 
 
-def test_a_weight_that_can_not_be_read_is_skipped_with_the_reason():
-    model = nn.ModuleDict({"q_proj": four_bits(), "k_proj": fp8_linear(fp8_weight(N, K), BF16)})
-    model["v_proj"] = nn.Linear(K, N)
-    model["q_proj"].weight.quant_state, model["k_proj"].weight.act_quant_kwargs = None, "rows"
-    report = slk.apply_lora(model, lora_config(target_modules="all-linear"))
-    assert [m.name for m in report.replaced] == ["v_proj"]
-    unread = "weight must be a quantized Params4bit of two dimensions, got Params4bit"
-    assert reasons(report)["q_proj"].startswith(unread)
-    assert reasons(report)["k_proj"].startswith("linear must give its input a gradient, which a layer that quantizes")
-    with pytest.raises(TypeError, match=unread):
+def unquantized():
+    layer = four_bits()
+    layer.weight.quant_state = None
+    return layer
+
+
+NO_GRADIENT = "linear must give its input a gradient, which a layer that quantizes"
+# The class that a base gets, or the error. A weight_norm is computed at each access, by code of the layer's own.
+BASES = {
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(K, N)), LoRABranchLinear),
+    "float8": (fp8, LoRAQuantizedLinear),
+    "float8 of one scale": (lambda: fp8(scale=torch.ones(())), LoRABranchLinear),
+    "float8 that quantizes its input": (lambda: fp8(act_quant_kwargs="rows"), NO_GRADIENT),
+    # torchao's products in 8 bits are known for that.
+    "torchao int8": (
+        lambda: torchao(nn.Linear(K, N, dtype=BF16), "Int8DynamicActivationInt8WeightConfig"), NO_GRADIENT,
+    ),
+    "4 bits, not quantized": (unquantized, "weight must be a quantized Params4bit of two dimensions, got Params4bit"),
+    "a convolution": (lambda: nn.Conv1d(1, 1, 1), r"linear must be an nn.Linear or transformers' Conv1D, got Conv1d"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "expected"), BASES.values(), ids=BASES)
+def test_which_class_a_base_gets_or_why_none(make, expected):
+    if not isinstance(expected, str):
+        assert type(lora_over(make())) is expected
+        return
+    model = nn.ModuleDict({"q_proj": make(), "v_proj": nn.Linear(K, N)})
+    with pytest.raises((TypeError, ValueError), match=expected):
         slk.LoRALinear.from_linear(model["q_proj"])
+    if isinstance(model["q_proj"], nn.Linear):
+        report = slk.apply_lora(model, lora_config(target_modules="all-linear"))
+        assert [m.name for m in report.replaced] == ["v_proj"] and reasons(report)["q_proj"].startswith(expected)
 
 
 def test_a_layer_that_gives_its_input_no_gradient():
-    """Its input would be trained on the branch's gradient alone. torchao's products in 8 bits are known for that."""
-    quiet = torchao(nn.Linear(K, N, dtype=BF16), "Int8DynamicActivationInt8WeightConfig")
-    with pytest.raises(ValueError, match="linear must give its input a gradient"):
-        slk.LoRALinear.from_linear(quiet)
+    """Its input would be trained on the branch's gradient alone."""
 
     class Deaf(Scaled):
         @classmethod
@@ -153,15 +164,10 @@ def test_a_layer_that_gives_its_input_no_gradient():
         layer(x)
 
 
-def test_reports_count_quantized_weights_by_elements():
-    """Of 4 bits: three weights, three biases, three pairs."""
+def test_reports_name_what_can_not_be_merged():
     model = nn.ModuleDict({"q_proj": four_bits(), "k_proj": fp8_linear(fp8_weight(N, K), BF16)})
-    model["v_proj"] = nn.Linear(K, N)
-    report = slk.apply_lora(model, slk.LoRAConfig(r=4, target_modules="all-linear", bias="all"))
-    stored = "quantized weights (1 Params4bit, 1 Float8Tensor) stay as they are stored; these layers can't be merged"
-    assert report.notes == (stored,) and report.total == 3 * (N * K + N + 4 * (N + K))
-    assert len(slk.lora_pairs(model)) == 3
-    model = nn.ModuleDict({"q_proj": scaled(nn.Linear(K, N))})
-    report = slk.apply_lora(model, lora_config(target_modules=["q_proj"]))
-    own = "1 nn.Linear with Scaled compute their own product, with the branch on it; these layers can't be merged"
-    assert report.notes == (own,)
+    model["v_proj"] = scaled(nn.Linear(K, N))
+    assert slk.apply_lora(model, lora_config(target_modules="all-linear")).notes == (
+        "quantized weights (1 Params4bit, 1 Float8Tensor) stay as they are stored; these layers can't be merged",
+        "1 nn.Linear with Scaled compute their own product, with the branch on it; these layers can't be merged",
+    )
