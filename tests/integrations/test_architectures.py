@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], exact: di
         scale = max(expected[name].abs().max().item(), 1e-3)
         # A step of AdamW divides small gradients by themselves.
         own = (2000 if name == "after a step" else 200) * EPS[torch.float32] * scale
-        bound = own + 4 * (expected[name] - exact[name]).abs().max().item()
+        bound = own + 4 * (expected[name] - exact.get(name, expected[name])).abs().max().nan_to_num(0.0).item()
         assert (value - expected[name]).abs().max().item() <= bound, name
 
 
@@ -64,7 +65,10 @@ def check(model_type: str, base: nn.Module, tmp_path: Path) -> None:
     model = adapted(base)
     model.save_pretrained(tmp_path)
     state = copy.deepcopy(model.state_dict())
-    expected, exact = results(model), results(adapted(base).double())
+    expected, exact = results(model), {}
+    # Some have no float64, or a smallest float32 that it makes NaN.
+    with contextlib.suppress(RuntimeError):
+        exact = results(adapted(base).double())
 
     model.load_state_dict(state)
     report = slk.accelerate_peft(model, fuse_projections=True, fuse_mlp=True)
