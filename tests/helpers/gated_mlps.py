@@ -94,7 +94,7 @@ def step(model, x=None, call=None):
     model.zero_grad()
     torch.manual_seed(5)
     x = rows() if x is None else x
-    y = (call or model)(x)
+    y = (model if call is None else call)(x)
     y = getattr(y, "logits", y)
     (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)).sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
