@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,41 +17,16 @@ from torch.nn import functional as F
 from torch.utils import checkpoint  # noqa: F401 (in sources)
 
 import stablelora_kernels as slk
-from tests.helpers.gated_mlps import INNER, MLP, WIDTH, mlp_of, pair, rows, step, with_lora
-from tests.nn.test_fused_mlp_reasons import disables, hooks, two_adapters
+from tests.helpers.gated_mlps import INNER, MLP, WIDTH, mlp_of, pair, rows, step
+from tests.nn import test_mlp_form
+from tests.nn.test_fused_mlp_reasons import CHANGES as CHANGED
+from tests.nn.test_fused_mlp_reasons import PEFTS, two_adapters
+from tests.nn.test_mlp_form import Act, ByMode, Twice  # noqa: F401 (in sources)
 
 pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 
 pytestmark = pytest.mark.fuzz
 KEPT: list[Any] = []
-
-
-class Twice(torch.autograd.Function):
-    """Its gradient is not that of what it computes."""
-
-    @staticmethod
-    def forward(ctx, h):
-        return h * 1
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 2
-
-
-class Act(nn.Module):
-    fancy = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.function = F.silu
-
-    def forward(self, x):
-        return (self.fancy or self.function)(x)
-
-
-class ByMode(nn.Module):
-    def forward(self, x):
-        return F.silu(x) if self.training else F.gelu(x)
 
 
 ACTIVATIONS = (nn.SiLU, lambda: nn.SiLU(inplace=True), lambda: nn.GELU("tanh"), Act, ByMode, lambda: F.gelu, nn.ReLU)
@@ -89,38 +63,25 @@ STATEMENTS = (
     "pass", "{v} = {v} * 2", "{v} = {v} + 1", "{v} *= 0.5", "{v} = F.gelu({v})", "F.silu({v}, inplace=True)",
     "{v} = self.act_fn({v})", "{v}.register_hook(lambda d: d * 2)", "self.gate_proj(x)", "g = self.up_proj(x)", "g, u = u, g",
     "{v} = {v}.clamp(max=0.1)", "{v} = {v}.detach()", "{v} = Twice.apply({v})", "KEPT.append({v})", "self.kept.append(1)",
-    "self.calls += 1", "self.config.scale = self.config.scale", "{v} = {v}.to({v}.dtype)", "{v} = {v}[:]",
+    "self.count += 1", "self.config.scale = self.config.scale", "{v} = {v}.to({v}.dtype)", "{v} = {v}[:]",
     "{v} = checkpoint.checkpoint(F.silu, {v}, use_reentrant=True)", "raise ValueError('as the module does')",
     "y = F.gelu(h)", "u = g", "g, u = u, u", "h = a * a", "a = g * g", "g, u = s.chunk(2, -1)[0], s",
     "{v} = F.dropout({v}, 0.5, self.training)", "{v} = {v}.chunk(2, -1)[0].repeat(1, 1, 2)",
 )  # fmt: skip
 
 
-CHANGES: dict[str, Callable[[Any], Any]] = {
+CHANGES: dict[str, Callable[[Any], Any]] = test_mlp_form.CHANGES | {
     "nothing": lambda mlp: None,
-    "limit": lambda mlp: setattr(mlp, "limit", 0.1),
     "flag": lambda mlp: setattr(mlp, "flag", True),
     "type": lambda mlp: setattr(mlp, "type", "gelu"),
-    "configuration": lambda mlp: setattr(mlp.config, "scale", 2.0),
     "kept": lambda mlp: mlp.kept.append(0),
     "buffer": lambda mlp: mlp.register_buffer("scale", torch.ones(())),
     "parameter": lambda mlp: mlp.register_parameter("bias", nn.Parameter(torch.ones(()))),
     "another activation": lambda mlp: setattr(mlp, "act_fn", nn.Tanh()),
-    "another function": lambda mlp: (
-        setattr(mlp.act_fn, "function", F.gelu) if hasattr(mlp.act_fn, "function") else None
-    ),
-    "a hidden class attribute": lambda mlp: (
-        setattr(mlp.act_fn, "fancy", F.gelu) if isinstance(mlp.act_fn, Act) else None
-    ),
-    "an activation's hook": lambda mlp: (
-        isinstance(mlp.act_fn, nn.Module) and mlp.act_fn.register_forward_hook(lambda module, args, y: y * 3)
-    ),
-    "another layer": lambda mlp: (
-        torch.manual_seed(8),
-        setattr(mlp, "up_proj", nn.Linear(WIDTH, INNER, False).double()),
-    ),
+    "an activation's hook": lambda mlp: mlp.act_fn.register_forward_hook(lambda module, args, y: y * 3),
+    "another layer": lambda mlp: setattr(mlp, "up_proj", nn.Linear(WIDTH, INNER, False).double()),
     "evaluation": lambda mlp: mlp.eval(),
-    "the activation's mode": lambda mlp: mlp.act_fn.eval() if isinstance(mlp.act_fn, nn.Module) else None,
+    "the activation's mode": lambda mlp: mlp.act_fn.eval(),
 }
 
 
@@ -151,12 +112,7 @@ def sources(draw: st.DrawFn) -> str:
 def made(source: str, activation: Callable[[], Any], fuse: bool) -> Any:
     variables = globals().copy()
     exec(source, variables)
-    torch.manual_seed(0)
-    mlp = type("Unknown", (MLP,), {"forward": variables["forward"]})(activation()).double()
-    mlp.gate_up_proj = nn.Linear(WIDTH, 2 * INNER, False).double()
-    mlp.limit, mlp.flag, mlp.factor, mlp.calls, mlp.kept, mlp.type = None, False, 2.0, 0, [], "silu"
-    mlp.config = types.SimpleNamespace(scale=1.0)
-    return with_lora(mlp, fuse)[0]["mlp"]
+    return test_mlp_form.made(variables["forward"], activation(), fuse)[0]["mlp"]
 
 
 def outcome(mlp: Any, context: Any) -> Any:
@@ -173,7 +129,7 @@ def outcome(mlp: Any, context: Any) -> Any:
         found = {"y": y.detach().clone(), "x": x.grad} | {name: p.grad for name, p in mlp.named_parameters()}
     except Exception as error:
         found = {"error": type(error)}
-    return found, {"kept": len(KEPT), "calls": mlp.calls, "list": len(mlp.kept)}
+    return found, {"kept": len(KEPT), "count": mlp.count, "list": len(mlp.kept)}
 
 
 def check(found: dict[str, Any], expected: dict[str, Any], mode: str, case: Any) -> None:
@@ -210,53 +166,43 @@ def test_forwards(source: str, activation: Any, changes: list[str], mode: str) -
     assert not KEPT or KEPT.clear() is None
     for change in ("nothing", *changes):
         for mlp in (fused, plain):
-            # A function is not registered where a module was.
-            with contextlib.suppress(TypeError):
+            torch.manual_seed(8)
+            # A function has no hooks, and is not registered where a module was.
+            with contextlib.suppress(TypeError, AttributeError):
                 CHANGES[change](mlp)
         (found, kept), (expected, others) = outcome(fused, MODES[mode]), outcome(plain, MODES[mode])
         assert kept == others, (source, change)
         check(found, expected, mode, (source, change))
 
 
-def _set_adapter(*names: str) -> Callable[[Any], None]:
-    return lambda model: model.base_model.set_adapter([*names])
-
-
-def _layer(index: int) -> Callable[[Any], Any]:
-    return lambda model: getattr(mlp_of(model), ("gate_proj", "up_proj", "down_proj")[index])
-
-
-def _accelerated(model: Any) -> None:
-    """Again, as it was at first."""
-    slk.accelerate_peft(model, fuse_mlp=model.fuses)
+def layer(index: int, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda model: change(getattr(mlp_of(model), ("gate_proj", "up_proj", "down_proj")[index]))
 
 
 ACTIONS: dict[str, Callable[[Any], Any]] = {
+    name: lambda model, change=change: change(mlp_of(model)) for name, (change, _) in (CHANGED | PEFTS).items()
+} | {
     "another adapter": two_adapters,
-    "the first": _set_adapter("default"),
-    "the second": _set_adapter("other"),
-    "both": _set_adapter("default", "other"),
+    "the first": lambda model: model.base_model.set_adapter(["default"]),
+    "the second": lambda model: model.base_model.set_adapter(["other"]),
+    "both": lambda model: model.base_model.set_adapter(["default", "other"]),
     "delete the second": lambda model: model.delete_adapter("other"),
-    "disable one": disables,
-    "enable it": lambda model: _layer(1)(model).enable_adapters(True),
+    "enabled": layer(1, lambda layer: layer.enable_adapters(True)),
     "merge": lambda model: model.merge_adapter(),
-    "merge one": lambda model: _layer(2)(model).merge(),
     "unmerge": lambda model: model.unmerge_adapter(),
-    "scale": lambda model: _layer(0)(model).scale_layer(1.5),
-    "unscale": lambda model: _layer(0)(model).unscale_layer(),
+    "scale": layer(0, lambda layer: layer.scale_layer(1.5)),
+    "unscale": layer(0, lambda layer: layer.unscale_layer()),
     "train": lambda model: model.train(),
     "evaluate": lambda model: model.eval(),
-    "evaluate one": lambda model: _layer(1)(model).eval(),
-    "hook": hooks,
-    "no hook": lambda model: _layer(2)(model)._forward_hooks.clear(),
-    "a weight trains": lambda model: _layer(0)(model).base_layer.weight.requires_grad_(True),
-    "it is frozen": lambda model: _layer(0)(model).base_layer.weight.requires_grad_(False),
-    "another dropout": lambda model: setattr(_layer(2)(model).lora_dropout["default"], "p", 0.4),
-    "the same dropout": lambda model: setattr(_layer(2)(model).lora_dropout["default"], "p", 0.2),
-    "share A": lambda model: _layer(1)(model).lora_A.update({"default": _layer(0)(model).lora_A["default"]}),
-    "another activation": lambda model: setattr(mlp_of(model), "act_fn", nn.GELU()),
+    "evaluate one": layer(1, nn.Module.eval),
+    "no hook": layer(2, lambda layer: layer._forward_hooks.clear()),
+    "it is frozen": layer(0, lambda layer: layer.base_layer.weight.requires_grad_(False)),
+    "the same dropout": layer(1, lambda layer: setattr(layer.lora_dropout["default"], "p", 0.2)),
+    "share A": lambda model: mlp_of(model).up_proj.lora_A.update(
+        {"default": mlp_of(model).gate_proj.lora_A["default"]}
+    ),
     "the first activation": lambda model: setattr(mlp_of(model), "act_fn", nn.SiLU()),
-    "accelerate": _accelerated,
+    "accelerate": lambda model: slk.accelerate_peft(model, fuse_mlp=model.fuses),
     "restore": slk.restore_peft,
     "copy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),

@@ -47,20 +47,25 @@ def architectures() -> Iterator[tuple[str, str]]:
                 yield model_type, name
 
 
-def build(model_type: str, class_name: str) -> nn.Module:
-    """The tiny model, in eval mode, of the same values at each call.
-
-    Raises:
-        ValueError: it is not tiny, or its output is not finite. Any error: the configuration does not allow these sizes.
-    """
-    model_class = getattr(transformers, class_name)
+def small_config(model_type: str) -> Any:
+    """Any error: the configuration does not allow these sizes."""
     defaults = transformers.AutoConfig.for_model(model_type)
     # Falcon's head size is computed.
     computed = {name for name, value in vars(type(defaults)).items() if isinstance(value, property)}
     sizes = {name: value for name, value in SIZES.items() if hasattr(defaults, name) and name not in computed}
     if isinstance(getattr(defaults, "layer_types", None), list):
         sizes["layer_types"] = ["full_attention"] * LAYERS
-    config = type(defaults)(**sizes)
+    return type(defaults)(**sizes)
+
+
+def build(model_type: str, class_name: str) -> nn.Module:
+    """The tiny model, in eval mode, of the same values at each call.
+
+    Raises:
+        ValueError: it is not tiny, or its output is not finite. Any error: as small_config.
+    """
+    model_class = getattr(transformers, class_name)
+    config = small_config(model_type)
     # The default for experts, a grouped product, has no float64.
     config._experts_implementation = "eager"
     with torch.device("meta"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.testing import EPS
-from tests.helpers.small_models import IDS, Model, output
+from tests.helpers.small_models import IDS, Model
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 QV = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
@@ -30,31 +29,13 @@ def make(*adapters, model=None, **kwargs):
     return model.eval()
 
 
-def calls(monkeypatch):
-    """Counts the calls of the two ops that the layers make, by whichever of their functions."""
-    from stablelora_kernels.integrations import peft_layers
-
-    count: Counter[str] = Counter()
-    for name in ("lora_linear", "lora_linear_where", "lora_branch"):
-        op = getattr(peft_layers, name)
-
-        def counted(*args, name=name, op=op, **kwargs):
-            result = op(*args, **kwargs)
-            if result is not None:
-                count[name.removesuffix("_where")] += 1
-            return result
-
-        monkeypatch.setattr(peft_layers, name, counted)
-    return count
-
-
-def grads(model, out=None):
-    """The gradient of every parameter that trains, of a loss that weighs every output differently."""
+def results(model, out=None):
+    """The output, and the gradient of all that trains of a loss that weighs every output differently."""
     model.zero_grad()
     out = model(IDS) if out is None else out
-    out = getattr(out, "logits", out)
     (out.double() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return {"Y": out.detach()} | grads
 
 
 def assert_equal_to_pefts(model):
@@ -64,11 +45,9 @@ def assert_equal_to_pefts(model):
     in the last place of the largest element more.
     """
     slk.restore_peft(model)
-    expected = {"Y": output(model)} | grads(model)
-    in_float64 = copy.deepcopy(model).double()
-    exact = {"Y": output(in_float64)} | grads(in_float64)
+    expected, exact = results(model), results(copy.deepcopy(model).double())
     slk.accelerate_peft(model)
-    found = {"Y": output(model)} | grads(model)
+    found = results(model)
     assert found.keys() == expected.keys() and len(found) > 1
     for name, value in found.items():
         assert value.dtype == expected[name].dtype and value.any(), name
@@ -78,25 +57,11 @@ def assert_equal_to_pefts(model):
         assert error <= allowed, f"{name} is off by {error:.3e}, allowed {allowed:.3e}"
 
 
-def make_base():
+def one_layer(dtype, lora_dtype=torch.float32):
+    """A layer, with adapters as PEFT leaves them beside a base in another dtype, and its input."""
     torch.manual_seed(0)
-    return Model().eval()
-
-
-def low_precision(model, dtype):
-    """The base in ``dtype`` beside float32 adapters, as PEFT leaves a model that was loaded so."""
-    model.to(dtype)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def one_layer(dtype, lora_dtype=torch.float32, rows=96, width=80, **kwargs):
-    torch.manual_seed(0)
-    linear = nn.Sequential(nn.Linear(width, width))
-    model = low_precision(peft.get_peft_model(linear, config(target_modules=["0"], r=8, **kwargs)), dtype)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(80, 80)), config(target_modules=["0"], r=8)).to(dtype)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(lora_dtype)
-    return model, torch.randn(rows, width).to(dtype).requires_grad_()
+    return model, torch.randn(96, 80).to(dtype).requires_grad_()

@@ -6,7 +6,6 @@ three words with slashes between them.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,37 +18,33 @@ import transformers
 import stablelora_kernels as slk
 from tests.helpers import small_models
 
-STEPS = 6
-ROWS, LENGTH, WORDS = 24, 7, 32
+STEPS, WORDS = 6, 32
 # The first layer's pairs latch before the checkpoint, the second's behind it.
 SETTINGS: dict[str, Any] = {"lr": 0.1, "shrink_ratio": 0.2, "shrink_pattern": {r".*layers\.0\..*": 0.6}}
 KINDS = ("ours", "peft", "accelerated")
+# The trainer, the kind of model, and the way to give the optimizer.
 Case = tuple[str, str, str]
-CASES: list[Case] = [
-    *itertools.product(("Trainer", "SFTTrainer"), KINDS, ("optimizers", "a factory")),
-    *(("accelerate", kind, "prepare") for kind in KINDS),
-]
 
 
-def llama(kind: str, base_seed: int, adapter_seed: int) -> torch.nn.Module:
-    """A tiny Llama with dropout everywhere, and adapters of random A and zero B on q_proj and v_proj."""
+def llama(
+    kind: str, base_seed: int = 0, adapter_seed: int = 0, dropout: float = 0.0, **changes: Any
+) -> torch.nn.Module:
+    """A tiny Llama with adapters of random A and zero B on q_proj and v_proj."""
     torch.manual_seed(base_seed)
-    model = small_models.llama(vocab_size=WORDS, attention_dropout=0.1, pad_token_id=0)
+    model = small_models.llama(vocab_size=WORDS, attention_dropout=dropout / 2, pad_token_id=0, **changes)
     torch.manual_seed(adapter_seed)
-    lora = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
+    lora = {"r": 3, "lora_alpha": 6, "lora_dropout": dropout, "target_modules": ["q_proj", "v_proj"]}
     if kind == "ours":
         slk.apply_lora(model, slk.LoRAConfig(**lora))
         return model
     model = peft.get_peft_model(model, peft.LoraConfig(**lora, task_type="CAUSAL_LM"))
     if kind == "accelerated":
-        report = slk.accelerate_peft(model, strict=True)
-        assert len(report.replaced) == 4
+        assert len(slk.accelerate_peft(model, strict=True).replaced) == 4
     return model
 
 
 def rows() -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, WORDS, (ROWS, LENGTH), generator=generator).tolist()
+    ids = torch.randint(3, WORDS, (4 * STEPS, 7), generator=torch.Generator().manual_seed(1)).tolist()
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
@@ -57,37 +52,43 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, models
 
     words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, WORDS))])}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")),
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-    )
+    model = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **tokens)
 
 
-def make_trainer(case: Case, model: torch.nn.Module, place: Path) -> Any:
-    trainer, _, via = case
-    arguments = {
+def arguments(place: Path, **changes: Any) -> dict[str, Any]:
+    settings = {
         "output_dir": str(place), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS,
-        "warmup_steps": 2, "lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": STEPS // 2, "seed": 3,
-        "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", "bf16": False,
+        "seed": 3, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "bf16": False,
     }  # fmt: skip
-    if via == "optimizers":
-        extra: dict[str, Any] = {"optimizers": (slk.StableLoRAAdamW.from_model(model, **SETTINGS), None)}
-    else:
-        extra = {"optimizer_cls_and_kwargs": (slk.StableLoRAAdamWFactory, SETTINGS)}
-    if trainer == "Trainer":
-        return transformers.Trainer(
-            model=model, args=transformers.TrainingArguments(**arguments), train_dataset=rows(), **extra,
-            data_collator=transformers.default_data_collator,
-        )  # fmt: skip
-    import datasets
-    import trl
+    return settings | changes
 
-    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows()])
-    return trl.SFTTrainer(
-        model=model, args=trl.SFTConfig(**arguments), train_dataset=data, processing_class=tokenizer(), **extra
-    )
+
+def make_trainer(
+    model: torch.nn.Module,
+    place: Path,
+    via: str = "a factory",
+    settings: Any = SETTINGS,
+    made: Any = None,
+    **changes: Any,
+) -> Any:
+    """A Trainer, or one of the class ``made``; without the optimizer's ``settings`` its own AdamW trains."""
+    made = made or transformers.Trainer
+    extra: dict[str, Any] = {"callbacks": changes.pop("callbacks", None), "train_dataset": rows()}
+    if via == "optimizers":
+        extra["optimizers"] = slk.StableLoRAAdamW.from_model(model, **settings), None
+    elif settings is not None:
+        is_class = isinstance(settings, tuple)
+        extra["optimizer_cls_and_kwargs"] = settings if is_class else (slk.StableLoRAAdamWFactory, settings)
+    if made.__name__ == "SFTTrainer":
+        import datasets
+        import trl
+
+        extra["train_dataset"] = datasets.Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows()])
+        args = trl.SFTConfig(**arguments(place, **changes))
+        return made(model=model, args=args, processing_class=tokenizer(), **extra)
+    return made(model=model, args=transformers.TrainingArguments(**arguments(place, **changes)), **extra)
 
 
 def train_by_accelerate(model: torch.nn.Module, place: Path, resumed: bool) -> dict[str, Any]:
@@ -119,35 +120,35 @@ def results_of(optimizer: Any, schedule: Any, model: torch.nn.Module) -> dict[st
     optimizer = getattr(optimizer, "optimizer", optimizer)
     assert isinstance(optimizer, slk.StableLoRAAdamW) and len(optimizer.pairs) == 4
     return {
-        "adapters": {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad},
+        "adapters": trained(model),
         "optimizer": optimizer.state_dict(),
         "latches": [pair.latched_at for pair in optimizer.stability()],
         "schedule": schedule.state_dict(),
     }
 
 
+def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def place_of(directory: Path, case: Case) -> Path:
     return directory / "-".join(case).replace(" ", "")
 
 
-def train_whole(directory: Path, case: Case) -> dict[str, Any]:
-    model = llama(case[1], base_seed=0, adapter_seed=0)
-    place = place_of(directory, case)
-    if case[0] == "accelerate":
-        return train_by_accelerate(model, place, resumed=False)
-    trainer = make_trainer(case, model, place)
-    trainer.train()
-    return results_of(trainer.optimizer, trainer.lr_scheduler, model)
-
-
-def resume(directory: Path, case: Case) -> dict[str, Any]:
-    """The second half of a run, in a model whose adapters are others; of ours the checkpoint has the base model, too."""
-    model = llama(case[1], base_seed=9 if case[1] == "ours" else 0, adapter_seed=7)
-    place = place_of(directory, case)
-    if case[0] == "accelerate":
-        return train_by_accelerate(model, place, resumed=True)
-    trainer = make_trainer(case, model, directory / "resumed")
-    trainer.train(resume_from_checkpoint=str(place / f"checkpoint-{STEPS // 2}"))
+def run(directory: Path, case: Case, resumed: bool = False) -> dict[str, Any]:
+    """The whole run; or its second half, in a model whose adapters are others. Of ours the checkpoint has the base model, too."""
+    name, kind, via = case
+    base_seed, adapter_seed = (9 if kind == "ours" else 0, 7) if resumed else (0, 0)
+    model, place = llama(kind, base_seed, adapter_seed, dropout=0.2), place_of(directory, case)
+    if name == "accelerate":
+        return train_by_accelerate(model, place, resumed)
+    made = None
+    if name == "SFTTrainer":
+        from trl import SFTTrainer as made
+    schedule = {"warmup_steps": 2, "lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": STEPS // 2}
+    target = directory / "resumed" if resumed else place
+    trainer = make_trainer(model, target, via, made=made, logging_strategy="no", **schedule)
+    trainer.train(resume_from_checkpoint=str(place / f"checkpoint-{STEPS // 2}") if resumed else None)
     return results_of(trainer.optimizer, trainer.lr_scheduler, model)
 
 
@@ -156,4 +157,4 @@ if __name__ == "__main__":
     place, cases = Path(sys.argv[1]), [tuple(words.split("/")) for words in sys.argv[2:]]
     # The generators' states of another run: what is not in a checkpoint must not matter.
     torch.manual_seed(1234)
-    torch.save({case: resume(place, case) for case in cases}, place / "resumed.pt")
+    torch.save({case: run(place, case, resumed=True) for case in cases}, place / "resumed.pt")

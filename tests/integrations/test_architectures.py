@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 
@@ -16,22 +17,10 @@ from tests.helpers.small_models import refused
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 BY_TYPE = dict(architectures())
+# Their MLPs are computed in one op.
+GATED = ["llama", "qwen3", "gemma", "phi3", "qwen2_moe"]
 # One of each kind: branches added in place (falcon), Conv1D (gpt2), experts, tied heads, encoder and decoder, classifiers.
-SAMPLE = [
-    "llama",
-    "qwen3",
-    "gemma",
-    "gpt2",
-    "gpt_neox",
-    "falcon",
-    "mixtral",
-    "bloom",
-    "opt",
-    "mpt",
-    "t5",
-    "bart",
-    "deberta-v2",
-]
+SAMPLE = [*GATED, "gpt2", "gpt_neox", "falcon", "mixtral", "bloom", "opt", "mpt", "t5", "bart", "deberta-v2"]
 # transformers 5.24 builds about 150 at these sizes, an older one fewer.
 AT_LEAST = 40
 EXPERTS = "lora.ParamWrapper is not a layer that the ops are known to fit"
@@ -62,14 +51,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], exact: di
         scale = max(expected[name].abs().max().item(), 1e-3)
         # A step of AdamW divides small gradients by themselves.
         own = (2000 if name == "after a step" else 200) * EPS[torch.float32] * scale
-        bound = own + 4 * (expected[name] - exact[name]).abs().max().item()
+        bound = own + 4 * (expected[name] - exact.get(name, expected[name])).abs().max().nan_to_num(0.0).item()
         assert (value - expected[name]).abs().max().item() <= bound, name
-
-
-def own_layers(model: nn.Module) -> set[type]:
-    """The types of adapted layers that are the model's own, such as FalconLinear, which may compute something else."""
-    adapted = {type(module.base_layer) for module in model.modules() if hasattr(module, "base_layer")}
-    return adapted - {nn.Linear, transformers.pytorch_utils.Conv1D}
 
 
 def adapted(base: nn.Module) -> nn.Module:
@@ -78,38 +61,44 @@ def adapted(base: nn.Module) -> nn.Module:
     return peft.get_peft_model(copy.deepcopy(base), config)
 
 
-def check(base: nn.Module, tmp_path: Path) -> None:
+def check(model_type: str, base: nn.Module, tmp_path: Path) -> None:
     model = adapted(base)
-    config = model.peft_config["default"]
     model.save_pretrained(tmp_path)
     state = copy.deepcopy(model.state_dict())
-    expected = results(model)
-    exact = results(adapted(base).double())
+    expected, exact = results(model), {}
+    # Some have no float64, or a smallest float32 that it makes NaN.
+    with contextlib.suppress(RuntimeError):
+        exact = results(adapted(base).double())
 
     model.load_state_dict(state)
-    report = slk.accelerate_peft(model)
+    report = slk.accelerate_peft(model, fuse_projections=True, fuse_mlp=True)
     # PEFT puts experts' parameters, which no layer holds alone, into a layer of its own.
     assert report.replaced and {module.reason for module in report.skipped} <= {EXPERTS}, report
+    if model_type in GATED:
+        assert len(report.mlps) == 2 and all(mlp.reason is None for mlp in report.mlps), report
     assert_same(results(model), expected, exact)
 
     ours = copy.deepcopy(base)
-    if config.target_parameters or own_layers(model):
+    # A model's own layers, such as FalconLinear, may compute something else.
+    plain = {nn.Linear, transformers.pytorch_utils.Conv1D}
+    own_layers = {type(m.base_layer) for m in model.modules() if hasattr(m, "base_layer")} - plain
+    if model.peft_config["default"].target_parameters or own_layers:
         with refused(ours, (TypeError, ValueError), "target_modules|target_parameters|keys|nn.Linear"):
             slk.load_adapter(ours, tmp_path)
     else:
-        slk.load_adapter(ours, tmp_path)
+        slk.load_adapter(ours, tmp_path, fuse_projections=True, fuse_mlp=True)
         assert_same(results(ours), expected, exact)
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_sample_is_pefts(model_type, tmp_path):
-    check(build(model_type, BY_TYPE[model_type]), tmp_path)
+    check(model_type, build(model_type, BY_TYPE[model_type]), tmp_path)
 
 
 @pytest.mark.parametrize("model_type", ["falcon", "gpt2"])
 def test_a_sample_on_triton_is_pefts(model_type, tmp_path):
     with slk.use_backend("triton"):
-        check(build(model_type, BY_TYPE[model_type]), tmp_path)
+        check(model_type, build(model_type, BY_TYPE[model_type]), tmp_path)
 
 
 @pytest.mark.nightly
@@ -125,7 +114,7 @@ def test_every_architecture_is_pefts(tmp_path):
             not_built.append(f"{model_type}: {type(error).__name__}")
             continue
         try:
-            check(base, tmp_path / model_type)
+            check(model_type, base, tmp_path / model_type)
             same.append(model_type)
         except (Exception, pytest.fail.Exception) as error:
             differ[model_type] = f"{type(error).__name__}: {error}"[:300]

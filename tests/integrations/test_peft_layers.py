@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import copy
-import re
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import stablelora_kernels as slk
-from tests.helpers.peft_models import (
-    assert_equal_to_pefts,
-    calls,
-    config,
-    grads,
-    make,
-    make_base,
-    one_layer,
-    peft,
-)
+from tests.helpers.peft_models import assert_equal_to_pefts, config, make, one_layer, peft, results
 from tests.helpers.processes import printed
 from tests.helpers.small_models import Model, assert_untouched, llama, output, reasons, snapshot
 
@@ -36,80 +28,71 @@ def test_state_is_untouched_and_restore_is_exact():
     slots = [dict(m.__dict__) for m in model.modules()]
     report = slk.accelerate_peft(model)
     assert_untouched(model, before)
-    assert list(model.state_dict()) == keys
-    assert [dict(m.__dict__) for m in model.modules()] == slots
+    assert list(model.state_dict()) == keys and [dict(m.__dict__) for m in model.modules()] == slots
     assert all(isinstance(m, kind) for m, kind in zip(model.modules(), classes, strict=True))
-    assert repr(model) == text
-    assert sum(type(m).__module__ == "stablelora_kernels.integrations.peft_layers" for m in model.modules()) == 4
+    assert repr(model) == text and len(report.replaced) == 4
     # Twice is once, and nothing is patched.
     accelerated = [type(m) for m in model.modules()]
     assert slk.accelerate_peft(model) == report and [type(m) for m in model.modules()] == accelerated
     assert lora.Linear.forward is forward and [type(m) for m in other.modules()] == others
-    slk.restore_peft(model)
-    assert [type(m) for m in model.modules()] == classes and repr(model) == text
-    assert_untouched(model, before)
-    slk.restore_peft(model)
+    for _ in range(2):
+        slk.restore_peft(model)
+        assert [type(m) for m in model.modules()] == classes and repr(model) == text
+        assert_untouched(model, before)
 
 
 def test_pefts_own_operations_afterwards(tmp_path, backend):
     """Add, switch, save, delete, load, merge and unload, on an accelerated model and on one that is not."""
 
     def story(model, directory):
-        seen = [output(model)]
+        def with_adapter(name):
+            model.set_adapter(name)
+            return output(model)
+
+        yield output(model)
         torch.manual_seed(1)
         model.add_adapter("late", config(r=3))
-        model.set_adapter("late")
-        seen.append(output(model))
+        yield with_adapter("late")
         model.save_pretrained(directory)
         model.delete_adapter("late")
-        model.set_adapter("default")
-        seen.append(output(model))
+        yield with_adapter("default")
         model.load_adapter(directory / "late", "back")
-        model.set_adapter("back")
-        seen.append(output(model))
+        yield with_adapter("back")
         model.add_weighted_adapter(["default", "back"], [0.7, 0.3], "both", combination_type="cat")
-        model.set_adapter("both")
-        seen.append(output(model))
-        unloaded = copy.deepcopy(model).unload()
-        merged = model.merge_and_unload(safe_merge=True)
-        assert not any(isinstance(m, lora.LoraLayer) for part in (unloaded, merged) for m in part.modules())
-        return [*seen, output(unloaded), output(merged)]
+        yield with_adapter("both")
+        for unloaded in (copy.deepcopy(model).unload(), model.merge_and_unload(safe_merge=True)):
+            assert not any(isinstance(m, lora.LoraLayer) for m in unloaded.modules())
+            yield output(unloaded)
 
     plain, fast = make(), make()
     slk.accelerate_peft(fast)
     for one, other in zip(story(plain, tmp_path / "plain"), story(fast, tmp_path / "fast"), strict=True):
         torch.testing.assert_close(other, one)
-    from safetensors.torch import load_file
-
     for name in ("adapter_model.safetensors", "late/adapter_model.safetensors"):
-        ours, theirs = load_file(tmp_path / "fast" / name), load_file(tmp_path / "plain" / name)
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    again = peft.PeftModel.from_pretrained(make_base(), tmp_path / "fast").eval()
-    torch.testing.assert_close(output(again), output(make()))
+        assert (tmp_path / "fast" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
-def test_layers_that_an_adapter_adds_later(monkeypatch):
+def test_layers_that_an_adapter_adds_later(calls):
     model = make(target_modules=["q_proj"])
     slk.accelerate_peft(model)
     torch.manual_seed(1)
     model.add_adapter("more", config())
     model.base_model.set_adapter(["default", "more"])
-    count, expected = calls(monkeypatch), output(model)
-    assert count == {"lora_linear": 2, "lora_branch": 2}
+    expected = output(model)
+    assert calls.layers == {"lora_linear": 2, "lora_branch": 2}
     assert len(slk.accelerate_peft(model).replaced) == 6
     torch.testing.assert_close(output(model), expected)
 
 
-def test_dora_added_later_is_pefts_own(backend, monkeypatch):
+def test_dora_added_later_is_pefts_own(backend, calls):
     model = make()
     slk.accelerate_peft(model)
     torch.manual_seed(1)
     model.add_adapter("dora", config(use_dora=True))
-    count = calls(monkeypatch)
     for active in ("dora", ["default", "dora"]):
         model.base_model.set_adapter(active)
         found = output(model)
-        assert not count
+        assert not calls.layers
         slk.restore_peft(model)
         assert torch.equal(output(model), found)
         report = slk.accelerate_peft(model)
@@ -117,7 +100,7 @@ def test_dora_added_later_is_pefts_own(backend, monkeypatch):
     assert set(reasons(report).values()) == {"adapter 'dora' is a variant of LoRA (DoraLinearVariant)"}
     model.set_adapter("default")
     output(model)
-    assert count == {"lora_linear": 4}
+    assert calls.layers == {"lora_linear": 4}
 
 
 class Zoo(nn.Module):
@@ -126,40 +109,40 @@ class Zoo(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(11, 8)
-        self.linear = nn.Linear(8, 8)
+        self.linear, self.wrapped = nn.Linear(8, 8), nn.Linear(8, 8)
         self.conv1d = transformers.pytorch_utils.Conv1D(8, 8)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.conv = nn.Conv2d(1, 1, 3, padding=1)
 
     def forward(self, ids):
-        x = self.conv1d(torch.tanh(self.linear(self.embed(ids))))
+        x = self.conv1d(torch.tanh(self.wrapped(self.linear(self.embed(ids)))))
         return self.conv(self.attention(x, x, x)[0].unsqueeze(1)).squeeze(1)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_not_understood_is_named_and_stays_pefts(backend, monkeypatch):
-    names = ["embed", "linear", "conv1d", "attention", "conv"]
-    model = make(model=Zoo(), target_modules=names)
-    expected = output(model)
-    before = [type(m) for m in model.modules()]
+def test_what_is_not_understood_is_named_and_stays_pefts(backend, calls):
+    model = make(model=Zoo(), target_modules=["embed", "linear", "wrapped", "conv1d", "attention", "conv"])
+    layers = model.base_model.model
+    layers.wrapped.forward = layers.wrapped.forward
+    expected, before = output(model), [type(m) for m in model.modules()]
     with pytest.raises(ValueError, match=r"strict=True, but .* base_model.model.embed \(lora.Embedding is not"):
         slk.accelerate_peft(model, strict=True)
     assert [type(m) for m in model.modules()] == before
     report = slk.accelerate_peft(model)
-    prefix = "base_model.model."
+    prefix, known = "base_model.model.", "is not a layer that the ops are known to fit"
     assert [m.name for m in report.replaced] == [prefix + "linear", prefix + "conv1d"]
-    known = "is not a layer that the ops are known to fit"
     assert reasons(report) == {
         prefix + "embed": f"lora.Embedding {known}",
+        prefix + "wrapped": "its forward was replaced (as accelerate's hooks do)",
         prefix + "attention": f"lora.MultiheadAttention {known}",
         prefix + "attention.base_layer.out_proj": "nn.MultiheadAttention reads its weight instead of calling it",
         prefix + "conv": f"lora.Conv2d {known}",
     }
     assert "skipped" in str(report) and "adapter 'default'" in str(report)
-    count = calls(monkeypatch)
     torch.testing.assert_close(output(model), expected)
     # Conv1D computes its own product.
-    assert count == {"lora_linear": 1, "lora_branch": 1}
+    assert calls.layers == {"lora_linear": 1, "lora_branch": 1}
+    del layers.wrapped.forward
     assert_equal_to_pefts(model)
     assert slk.accelerate_peft(make(), strict=True).skipped == ()
 
@@ -170,47 +153,42 @@ def test_variants_are_named(variant):
     model = make(model=llama(pad_token_id=0), task_type="CAUSAL_LM", **variant)
     before = [type(m) for m in model.modules()]
     report = slk.accelerate_peft(model)
-    assert not report.replaced and len(report.skipped) == 4
-    assert all(re.match("adapter 'default' is a variant of LoRA", reason) for reason in reasons(report).values())
-    assert [type(m) for m in model.modules()] == before
+    assert not report.replaced and [type(m) for m in model.modules()] == before
+    assert len(report.skipped) == 4
+    assert all(text.startswith("adapter 'default' is a variant of LoRA") for text in reasons(report).values())
+    assert str(report).startswith("No LoRA module runs on this library's ops; ")
 
 
-def test_hooks_are_called(monkeypatch):
-    """On the base layer: it computes its own product. On what holds A: PEFT's forward calls it. On every module: likewise."""
+# Where a hook is, and the ops that compute: on the base layer, that computes its own product; on what PEFT's forward calls, none.
+HOOKED = {
+    "base layer": (lambda layer: layer.base_layer.register_forward_hook, {"lora_linear": 3, "lora_branch": 1}),
+    "A": (lambda layer: layer.lora_A["default"].register_forward_hook, {"lora_linear": 3}),
+    "dropout": (lambda layer: layer.lora_dropout["default"].register_forward_hook, {"lora_linear": 3}),
+    "layer": (lambda layer: layer.register_forward_hook, {"lora_linear": 4}),
+    "every module": (lambda layer: nn.modules.module.register_module_forward_hook, {}),
+}
+
+
+@pytest.mark.parametrize("place", HOOKED)
+def test_hooks_are_called(place, calls):
+    model, seen = make(), []
+    expected = output(model)
+    slk.accelerate_peft(model)
+    register, made = HOOKED[place]
+    handle = register(model.base_model.model.layers[0].q_proj)(lambda module, args, out: seen.append(module))
+    torch.testing.assert_close(output(model), expected)
+    handle.remove()
+    assert seen and calls.layers == made
+
+
+def test_a_base_layer_with_another_forward(calls):
     model = make()
     expected = output(model)
     slk.accelerate_peft(model)
-    layer = model.base_model.model.layers[0].q_proj
-    count, seen = calls(monkeypatch), []
-
-    def hook(module, args, out):
-        seen.append(module)
-
-    for place, made in (
-        (layer.base_layer.register_forward_hook, {"lora_linear": 3, "lora_branch": 1}),
-        (layer.lora_A["default"].register_forward_hook, {"lora_linear": 3}),
-        (layer.lora_dropout["default"].register_forward_hook, {"lora_linear": 3}),
-        (layer.register_forward_hook, {"lora_linear": 4}),
-        (nn.modules.module.register_module_forward_hook, {}),
-    ):
-        handle = place(hook)
-        torch.testing.assert_close(output(model), expected)
-        assert seen and count == made
-        handle.remove()
-        seen.clear()
-        count.clear()
-    layer.base_layer.forward = lambda x: nn.Linear.forward(layer.base_layer, x) + 1
+    base = model.base_model.model.layers[0].q_proj.base_layer
+    base.forward = lambda x: nn.Linear.forward(base, x) + 1
     assert not torch.allclose(output(model), expected, atol=1e-3)
-    assert count == {"lora_linear": 3, "lora_branch": 1}
-
-
-def test_a_layer_with_another_forward_is_left_alone():
-    model = make()
-    layer = model.base_model.model.layers[0].q_proj
-    layer.forward = layer.forward
-    report = slk.accelerate_peft(model)
-    assert list(reasons(report).values()) == ["its forward was replaced (as accelerate's hooks do)"]
-    assert type(layer) is lora.Linear and len(report.replaced) == 3
+    assert calls.layers == {"lora_linear": 3, "lora_branch": 1}
 
 
 def test_peft_without_a_peft_model():
@@ -221,22 +199,18 @@ def test_peft_without_a_peft_model():
 @pytest.mark.covering(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("first", ["accelerate", "shard"])
-def test_fully_sharded(first, backend, monkeypatch, mesh):
+def test_fully_sharded(first, backend, calls, mesh):
     """FSDP with its parameters in one flat one, which each forward sees as tensors; one process is enough for that."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    expected = output(make())
     model = make()
+    expected = output(model)
     if first == "accelerate":
         slk.accelerate_peft(model)
     model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     report = slk.accelerate_peft(model)
     assert len(report.replaced) == 4 and not report.skipped
-    count = calls(monkeypatch)
     torch.testing.assert_close(output(model), expected)
-    assert count == {"lora_linear": 4}
-    found = grads(model)
-    assert sum("lora_" in name and bool(grad.any()) for name, grad in found.items()) == 8
+    assert calls.layers == {"lora_linear": 4}
+    assert sum("lora_" in name and bool(value.any()) for name, value in results(model).items()) == 8
 
 
 def test_errors():
@@ -247,38 +221,27 @@ def test_errors():
     for model in (Model(), peft.get_peft_model(Model(), peft.LoHaConfig(target_modules=["q_proj"]))):
         with pytest.raises(ValueError, match=f"model must have PEFT LoRA layers, got a {type(model).__name__}"):
             slk.accelerate_peft(model)
+    note = "target_modules 'v_porj' matches nothing (adapter 'default')"
+    assert slk.accelerate_peft(make(target_modules=["q_proj", "v_porj"])).notes == (note,)
 
 
 def test_peft_is_imported_only_when_it_is_asked_for(monkeypatch):
     assert printed("import sys, stablelora_kernels; print('peft' in sys.modules)") == "False"
-    monkeypatch.setitem(sys.modules, "peft", None)
+    needs = r"needs peft: pip install 'stablelora-kernels\[peft\]' \(import of peft halted"
+    older = r"peft must be 0\.16 or newer, .* got 0\.15\.2: pip install .*\[peft\]"
     for call in (slk.accelerate_peft, slk.restore_peft):
-        with pytest.raises(
-            ImportError, match=r"needs peft: pip install 'stablelora-kernels\[peft\]' \(import of peft halted"
-        ):
+        with monkeypatch.context() as patch, pytest.raises(ImportError, match=needs):
+            patch.setitem(sys.modules, "peft", None)
             call(Model())
-    monkeypatch.undo()
-    monkeypatch.setattr(peft, "__version__", "0.15.2")
-    with pytest.raises(ImportError, match=r"peft must be 0\.16 or newer, .* got 0\.15\.2: pip install .*\[peft\]"):
-        slk.accelerate_peft(Model())
+        with monkeypatch.context() as patch, pytest.raises(ImportError, match=older):
+            patch.setattr(peft, "__version__", "0.15.2")
+            call(Model())
 
 
-def test_an_input_that_must_not_be_cast_is_pefts_own_error():
+@pytest.mark.parametrize("casts", [True, False])
+def test_an_input_that_must_not_be_cast_is_pefts_own_error(casts):
     model, x = one_layer(torch.bfloat16)
     slk.accelerate_peft(model)
-    model(x)
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            module.cast_input_dtype_enabled = False
-    with pytest.raises(RuntimeError, match="same dtype"):
+    model.base_model.model[0].cast_input_dtype_enabled = casts
+    with nullcontext() if casts else pytest.raises(RuntimeError, match="same dtype"):
         model(x)
-
-
-def test_reports_of_typos_and_of_dora_alone():
-    for names, notes in (
-        (["q_proj", "v_porj"], ("target_modules 'v_porj' matches nothing (adapter 'default')",)),
-        (["q_proj", "v_proj"], ()),
-    ):
-        assert slk.accelerate_peft(make(target_modules=names)).notes == notes
-    text = str(slk.accelerate_peft(make(target_modules=["q_proj"], use_dora=True)))
-    assert text.startswith("No LoRA module runs on this library's ops; ") and "variant of LoRA" in text

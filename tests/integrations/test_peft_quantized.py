@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -15,26 +16,29 @@ from stablelora_kernels import quantized
 from stablelora_kernels.testing import EPS
 from tests.helpers.inputs import BF16, FP16, FP32
 from tests.helpers.oracle import check_all, layer_oracle, run_layer
-from tests.helpers.peft_models import calls, config
+from tests.helpers.peft_models import config
 from tests.helpers.quantized_weights import K, N, bnb_4bit, bnb_8bit, torchao, torchao_int8
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*")
+torchao_fp8 = partial(torchao, config="Float8WeightOnlyConfig")
 
 
-def wrap(base, **kwargs):
-    """PEFT's model around one layer, in training mode: evaluated on a CPU, bitsandbytes packs a weight for that."""
-    model = nn.Sequential(base)
-    model.is_loaded_in_4bit = type(base).__name__ == "Linear4bit"
-    model.is_loaded_in_8bit = type(base).__name__ == "Linear8bitLt"
-    return peft.get_peft_model(model, config(target_modules=["0"], **kwargs)).train()
-
-
-def make(quantize=bnb_4bit, dtype=FP32, bias=True, r=3, lora=None, **kwargs):
-    """A model, and its layer."""
+def make(quantize=bnb_4bit, dtype=FP32, r=3, lora=None, **kwargs):
+    """PEFT's model around one layer, and the layer. Evaluated on a CPU, bitsandbytes would pack a weight for that."""
     torch.manual_seed(0)
-    model = wrap(quantize(nn.Linear(K, N, bias, dtype=dtype), **kwargs), r=r, **lora or {})
+    model = nn.Sequential(quantize(nn.Linear(K, N, dtype=dtype), **kwargs))
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantize is bnb_4bit, quantize is bnb_8bit
+    model = peft.get_peft_model(model, config(target_modules=["0"], r=r, **lora or {})).train()
     return model, model.base_model.model[0]
+
+
+def by_peft(model, *args, **kwargs):
+    """What PEFT's own forward gives, of a model that is accelerated."""
+    slk.restore_peft(model)
+    expected = model(*args, **kwargs)
+    slk.accelerate_peft(model, strict=True)
+    return expected
 
 
 def assert_close(found, expected, dtype=FP32):
@@ -42,75 +46,44 @@ def assert_close(found, expected, dtype=FP32):
     torch.testing.assert_close(found, expected, rtol=0, atol=16 * EPS[dtype] * expected.abs().max().item())
 
 
-def assert_no_worse_than_peft(model, layer, x, low, autocast=None, lower=False):
-    """Against float64, with PEFT's own error as the bound; ``lower``: of PEFT under autocast to ``low``."""
-    grad = torch.randn(*x.shape[:-1], N).to(low)
-    pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-
-    def run(dtype):
-        return run_layer(torch.autocast("cpu", dtype or BF16, enabled=dtype is not None)(model), x, pair, grad)
-
-    slk.restore_peft(model)
-    eager = run(low if lower else autocast)
-    slk.accelerate_peft(model, strict=True)
-    found = run(autocast)
-    weight = quantized.read(layer.base_layer.weight).dequantize(torch.float64)
-    check_all(found, layer_oracle(x, weight, layer.base_layer.bias, pair, grad, layer.scaling["default"]), eager, low)
-    assert lower or all(value.dtype == eager[name].dtype for name, value in found.items())
+READ = {
+    **{f"4 bits, {dtype}": (bnb_4bit, dtype, {"compute_dtype": dtype}, None) for dtype in (FP32, BF16, FP16)},
+    "4 bits, bias": (bnb_4bit, BF16, {"compute_dtype": BF16, "compress_statistics": False}, None),
+    # As Hugging Face's trainer has it: float32 activations, compute_dtype bfloat16. The layer returns x's dtype.
+    "4 bits under autocast": (bnb_4bit, BF16, {"compute_dtype": BF16}, FP32),
+    "4 bits and x under autocast": (bnb_4bit, BF16, {"compute_dtype": BF16}, BF16),
+    "float8, bfloat16": (torchao_fp8, BF16, {}, None),
+    "float8, float32": (torchao_fp8, FP32, {}, None),
+}
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize(("shape", "r"), [((70,), 3), ((1,), 1), ((2, 19), 20), ((0,), 3), ((), 3)])
-def test_4_bits_are_read_by_the_kernels(shape, r, dtype, nested, backend, poisoned_outputs, monkeypatch):
-    model, layer = make(compute_dtype=dtype, dtype=dtype, compress_statistics=nested, bias=r != 20, r=r)
-    x = torch.randn(*shape, K).to(dtype).requires_grad_()
+@pytest.mark.parametrize(("quantize", "dtype", "options", "autocast"), READ.values(), ids=READ)
+def test_what_the_kernels_read_is_as_exact_as_pefts(quantize, dtype, options, autocast, backend, calls):
+    """``autocast``: x's dtype, under autocast to bfloat16. Shapes and ranks are in tests/ops/test_lora_linear_quantized.py."""
+    model, layer = make(quantize, dtype, **options)
+    x = torch.randn(37, K).to(autocast or dtype).requires_grad_()
     model(x)
+    grad, pair = torch.randn(37, N).to(dtype), (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     # PEFT computes the branch in float32 beside 16 bits; the bound is its error in x's dtype.
-    assert_no_worse_than_peft(model, layer, x, dtype, lower=dtype != FP32)
-    count = calls(monkeypatch)
-    model(x)
-    assert count == {"lora_linear" if backend == "triton" else "lora_branch": 1}
+    lower = torch.autocast("cpu", dtype if dtype != FP32 else BF16, enabled=dtype != FP32 or autocast is not None)
+    eager = run_layer(lower(model), x, pair, grad)
+    slk.accelerate_peft(model, strict=True)
+    calls.clear()
+    found = run_layer(torch.autocast("cpu", BF16, enabled=autocast is not None)(model), x, pair, grad)
+    assert calls.layers == {"lora_linear" if backend == "triton" else "lora_branch": 1}
+    assert found["Y"].dtype == x.dtype
+    weight = quantized.read(layer.base_layer.weight).dequantize(torch.float64)
+    ref = layer_oracle(x, weight, layer.base_layer.bias, pair, grad, layer.scaling["default"])
+    check_all(found, ref, eager, dtype)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_rows_so_many_that_the_weight_is_dequantized_first(dtype):
-    model, layer = make(compute_dtype=dtype, dtype=dtype)
-    x = torch.randn(300, K).to(dtype).requires_grad_()
-    model(x)
-    with slk.use_backend("triton"):
-        assert_no_worse_than_peft(model, layer, x, dtype, lower=dtype != FP32)
-
-
-@pytest.mark.parametrize("x_dtype", [FP32, BF16])
-def test_autocast_to_what_the_layer_computes_in(x_dtype, backend, monkeypatch):
-    """As Hugging Face's trainer has it: float32 activations, compute_dtype bfloat16. The layer returns x's dtype."""
-    model, layer = make(compute_dtype=BF16, dtype=BF16)
-    x = torch.randn(37, K).to(x_dtype).requires_grad_()
-    model(x)
-    assert_no_worse_than_peft(model, layer, x, BF16, autocast=BF16)
-    count = calls(monkeypatch)
+def test_float8_under_autocast_is_torchaos_product(backend, calls):
+    """Whose weight we would round otherwise."""
+    model, _ = make(torchao_fp8)
+    slk.accelerate_peft(model, strict=True)
     with torch.autocast("cpu", BF16):
-        assert model(x).dtype == x_dtype
-    assert count == {"lora_linear" if backend == "triton" else "lora_branch": 1}
-
-
-@pytest.mark.covering
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-@pytest.mark.parametrize("bias", [True, False])
-def test_float8_is_read_by_the_kernels(bias, dtype, backend, monkeypatch):
-    model, layer = make(partial(torchao, config="Float8WeightOnlyConfig"), dtype, bias)
-    x = torch.randn(37, K).to(dtype).requires_grad_()
-    assert_no_worse_than_peft(model, layer, x, dtype, lower=dtype != FP32)
-    count = calls(monkeypatch)
-    model(x)
-    assert count == {"lora_linear" if backend == "triton" else "lora_branch": 1}
-    if dtype == FP32:
-        # torchao's product would be autocast's, whose weight we would round otherwise.
-        with torch.autocast("cpu", BF16):
-            model(x)
-        assert count["lora_branch"] == (1 if backend == "triton" else 2)
+        model(torch.randn(37, K))
+    assert calls.layers == {"lora_branch": 1}
 
 
 def to_bfloat16(base):
@@ -119,6 +92,10 @@ def to_bfloat16(base):
 
 def of_a_subclass(base):
     base.__class__ = type("Mine", (type(base),), {})
+
+
+def other_way_round(base):
+    base.in_features, base.out_features = base.out_features, base.in_features
 
 
 def with_another_forward(base):
@@ -134,97 +111,97 @@ OWN = {
     "hook": ({}, lambda base: base.register_forward_hook(lambda *args: None), False),
     "subclass": ({}, of_a_subclass, False),
     "forward replaced": ({}, with_another_forward, False),
+    "quantized as [K, N]": ({}, other_way_round, False),
+    "quantized in 8 bits": ({"quantize": bnb_8bit}, lambda base: None, False),
+    "quantized in 8 bits by torchao": ({"quantize": torchao_int8}, lambda base: None, False),
 }
 
 
 @pytest.mark.parametrize(("options", "change", "settles"), OWN.values(), ids=OWN)
-def test_what_only_the_layer_itself_computes(options, change, settles, backend, monkeypatch):
-    model, layer = make(**{"compute_dtype": FP32} | options)
+def test_what_only_the_layer_itself_computes(options, change, settles, backend, calls):
+    options = options if "quantize" in options else {"compute_dtype": FP32} | options
+    model, layer = make(**options)
     change(layer.base_layer)
     x = torch.randn(37, K).requires_grad_()
-    expected = copy.deepcopy(model)(x)
+    pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    grad = torch.randn(37, N)
+    twin = copy.deepcopy(model)
+    own = twin.base_model.model[0]
+    expected = run_layer(twin, x, (own.lora_A["default"].weight, own.lora_B["default"].weight), grad)
     slk.accelerate_peft(model, strict=True)
-    count = calls(monkeypatch)
-    found = model(x)
-    assert count == {"lora_branch": 1} and found.dtype == expected.dtype
-    assert_close(found, expected)
+    for name, value in run_layer(model, x, pair, grad).items():
+        assert value.dtype == expected[name].dtype
+        assert_close(value, expected[name])
+    assert calls.layers == {"lora_branch": 1}
     if settles and backend == "triton":
-        assert_close(model(x), expected)
-        assert count == {"lora_branch": 1, "lora_linear": 1}
+        assert_close(model(x), expected["Y"])
+        assert calls.layers == {"lora_branch": 1, "lora_linear": 1}
 
 
-def test_what_can_not_be_read_is_not():
-    """Quantized as [K, N], packed by bitsandbytes for inference on a CPU (which few can do), and without its quant_state."""
-    from stablelora_kernels.integrations import peft_layers
-
-    _, layer = make()
-    base, x = layer.base_layer, torch.randn(5, K)
+def test_a_weight_packed_for_inference_on_a_cpu_is_the_layers(calls, monkeypatch):
+    """Few CPUs have bitsandbytes' own forward for that."""
+    model, layer = make()
+    layer.base_layer.weight.quant_state.packing_format_for_cpu = True
+    monkeypatch.setattr(type(layer.base_layer), "forward", lambda self, x: torch.zeros(5, N))
+    slk.accelerate_peft(model, strict=True)
     with slk.use_backend("triton"):
-        assert peft_layers.base_operand(base, x).weight.shape == (N, K)
-        base.in_features, base.out_features = N, K
-        assert peft_layers.base_operand(base, x) is None
-        base.in_features, base.out_features = K, N
-        base.weight.quant_state.packing_format_for_cpu = True
-        assert peft_layers.base_operand(base, x) is None
-        base.weight.quant_state = None
-        assert peft_layers.base_operand(base, x) is None
+        model(torch.randn(5, K))
+    assert calls.layers == {"lora_branch": 1}
 
 
-def test_several_adapters_lora_bias_disabled_and_merged(backend, monkeypatch):
+def test_a_weight_that_changes_in_place_is_read_anew():
+    weight = make()[1].base_layer.weight
+    state, before = weight.quant_state, quantized.read(weight)
+    state.code = state.code * 2
+    assert torch.equal(quantized.read(weight).dequantize(FP32), 2 * before.dequantize(FP32))
+    state.absmax = state.absmax[:-1]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"absmax must be \[96\], got \[95\]"):
+            quantized.read(weight)
+    alive = weakref.ref(state)
+    del weight, state, before
+    gc.collect()
+    assert alive() is None
+
+
+def test_several_adapters_lora_bias_disabled_and_merged(backend, calls):
+    """Never a weight of before: merging and unmerging quantize it anew."""
     model, layer = make(lora={"lora_bias": True})
     nn.init.normal_(layer.lora_B["default"].bias)
     model.add_adapter("more", config(target_modules=["0"], r=2))
     x = torch.randn(37, K).requires_grad_()
     slk.accelerate_peft(model, strict=True)
-    count = calls(monkeypatch)
     for active in ("default", "more", ["default", "more"], ["more", "default"]):
         model.base_model.set_adapter(active)
-        found = model(x)
-        slk.restore_peft(model)
-        expected = model(x)
-        slk.accelerate_peft(model)
-        assert_close(found, expected)
-    assert count == ({"lora_linear": 4, "lora_branch": 2} if backend == "triton" else {"lora_branch": 6})
-    before = sum(count.values())
+        assert_close(model(x), by_peft(model, x))
+    one_op = {"lora_linear": 4, "lora_branch": 2}
+    assert calls.layers == (one_op if backend == "triton" else {"lora_branch": 6})
+    calls.clear()
     with model.disable_adapter():
         assert torch.equal(model(x), layer.base_layer(x))
-    assert sum(count.values()) == before
-
-
-def test_merging_replaces_what_is_read(backend):
-    """Never a weight of before: merging and unmerging quantize it anew."""
-    model, layer = make()
-    x = torch.randn(37, K)
-    slk.accelerate_peft(model, strict=True)
-    first = model(x)
-    weight = layer.base_layer.weight
+    model.base_model.set_adapter("more")
+    first, weight = model(x), layer.base_layer.weight
+    calls.clear()
     model.merge_adapter()
-    assert torch.equal(model(x), layer.base_layer(x))
+    assert torch.equal(model(x), layer.base_layer(x)) and not calls.layers
     model.unmerge_adapter()
     assert layer.base_layer.weight is not weight
     found = model(x)
-    slk.restore_peft(model)
-    expected = model(x)
-    assert_close(found, expected)
+    assert_close(found, by_peft(model, x))
     assert not torch.equal(found, first)
 
 
-def test_dropout(backend):
-    model, layer = make(lora={"lora_dropout": 0.25})
-    x = torch.randn(1, K).requires_grad_()
-    slk.accelerate_peft(model, strict=True)
-    base = layer.base_layer(x)
-    still = model.eval()(x)
-    torch.manual_seed(1)
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("quantize", [bnb_4bit, bnb_8bit, torchao_int8])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_mixed_batches(quantize, dtype, backend, calls):
+    model, _ = make(quantize, dtype)
+    model.add_adapter("more", config(target_modules=["0"]))
+    x, names = torch.randn(70, K).to(dtype), ["more", "__base__"] * 35
     with torch.no_grad():
-        draws = model.train()(x.expand(256, K))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        assert torch.equal(model(x.expand(256, K)), draws)
-    error = (draws.mean(0) - still[0]).abs() / (draws.std(0) / 256**0.5)
-    assert (error < 5).all() and draws.std(0).min() > 0
-    nn.init.zeros_(layer.lora_B["default"].weight)
-    torch.testing.assert_close(model(x), base)
+        expected = by_peft(model.eval(), x, adapter_names=names)
+        assert_close(model(x, adapter_names=names), expected, dtype)
+    assert calls.layers == {"lora_branch": 1}
 
 
 def test_copies_and_compile(backend):
@@ -233,63 +210,7 @@ def test_copies_and_compile(backend):
     slk.accelerate_peft(model, strict=True)
     expected = model(x)
     assert torch.equal(copy.deepcopy(model)(x), expected)
-    if backend == "torch":
-        return
-    # bitsandbytes' own forward can't be compiled whole, as it may change its bias.
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), expected)
-
-
-def test_what_is_remembered_of_a_weight_is_that_it_was_checked():
-    weight = make()[1].base_layer.weight
-    state, before = weight.quant_state, quantized.read(weight)
-    again = quantized.read(weight)
-    assert again.stored.layout == before.stored.layout and again.absmax is state.absmax
-    # What the state holds is read anew each time, and what is new is checked.
-    state.code = state.code * 2
-    assert torch.equal(quantized.read(weight).dequantize(FP32), 2 * before.dequantize(FP32))
-    state.absmax = state.absmax[:-1]
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"absmax must be \[96\], got \[95\]"):
-            quantized.read(weight)
-    count = len(quantized._checked)
-    del weight, state, before, again
-    gc.collect()
-    assert len(quantized._checked) < count
-
-
-@pytest.mark.covering
-@pytest.mark.parametrize("quantize", [bnb_8bit, torchao_int8])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_quantized_otherwise_the_base_computes_its_product(quantize, dtype, backend, monkeypatch):
-    model, layer = make(quantize, dtype, r=2, lora={"lora_dropout": 0.1})
-    model.eval()
-    x = torch.randn(70, K).to(dtype).requires_grad_()
-    pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-    expected = run_layer(model, x, pair, torch.ones(70, N))
-    count = calls(monkeypatch)
-    assert [m.adapter for m in slk.accelerate_peft(model, strict=True).replaced] == ["default"]
-    for name, value in run_layer(model, x, pair, torch.ones(70, N)).items():
-        assert value.dtype == expected[name].dtype
-        assert_close(value, expected[name], dtype)
-    assert count == {"lora_branch": 1}
-
-
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("quantize", [bnb_4bit, bnb_8bit, torchao_int8])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_mixed_batches(quantize, dtype, backend, monkeypatch):
-    model, _ = make(quantize, dtype)
-    model.add_adapter("more", config(target_modules=["0"]))
-    x, count = torch.randn(70, K).to(dtype), calls(monkeypatch)
-    names = ["more", "__base__"] * 35
-    with torch.no_grad():
-        mixed = model.eval()(x, adapter_names=names)
-        slk.accelerate_peft(model)
-        found = model(x, adapter_names=names)
-    assert_close(found, mixed, dtype)
-    assert count == {"lora_branch": 1}
-    twin = copy.deepcopy(model)
-    slk.restore_peft(model)
-    assert type(twin.base_model.model[0]) is not type(model.base_model.model[0])
+    if backend == "triton":
+        # bitsandbytes' own forward can't be compiled whole, as it may change its bias.
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)

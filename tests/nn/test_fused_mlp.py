@@ -1,72 +1,36 @@
-"""fuse_mlp on our layers and PEFT's: results against the same models without it, and which layers it reads."""
+"""Gated MLPs in one op, with our layers and PEFT's: the numbers of the same MLP without, and what an MLP keeps of itself."""
 
 from __future__ import annotations
+
+import copy
+import pickle
+import types
 
 import pytest
 import torch
 from torch import nn
 
 import stablelora_kernels as slk
-from stablelora_kernels.nn.fused_mlp import ATTRIBUTE, GatedMLP, fuse_mlps
-from stablelora_kernels.nn.mlp_operands import OWN_LAYERS
 from stablelora_kernels.testing import EPS, fp8_weight, nf4_weight
 from tests.helpers.gated_mlps import (
-    FAMILIES,
-    INNER,
     LIBRARIES,
     MLP,
     TARGETS,
     WIDTH,
     Stacked,
-    Wrapper,
+    adapted,
     assert_same,
-    count_calls,
-    family,
+    mlp_of,
     pair,
     rows,
     step,
-    with_lora,
-    with_peft,
 )
 from tests.helpers.oracle import bytes_held
-from tests.helpers.quantized_weights import Linear4bit, bnb_4bit, conv1d, fp8_linear, torchao_int8
+from tests.helpers.quantized_weights import Linear4bit, bnb_4bit, conv1d, fp8_linear
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*", "ignore:.*lora_bias.*"
-)
-by_library = pytest.mark.parametrize("library", LIBRARIES)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
-
-
-SOME = ["llama", "gemma2", "phi3", "qwen2_moe"]
-
-
-@pytest.mark.parametrize(
-    ("library", "model_type"),
-    [(library, name) for library in LIBRARIES for name in SOME]
-    + [pytest.param("ours", name, marks=pytest.mark.nightly) for name in FAMILIES if name not in SOME],
-)
-def test_families_train_as_without(library, model_type, calls):
-    model, report = LIBRARIES[library](family(model_type), dropout=0.2)
-    count, activation = FAMILIES[model_type], "gelu_tanh" if model_type.startswith("gemma") else "silu"
-    assert len(report.mlps) == count and all(mlp.reason is None for mlp in report.mlps), report
-    assert f"computed in one op each: {count} x gated MLP ({activation})" in report.notes
-    found = step(model)
-    assert calls == [activation] * count
-    plain, other = LIBRARIES[library](family(model_type), False, 0.2)
-    assert other.mlps == () and not any("one op" in note for note in other.notes)
-    assert_same(found, step(plain))
-    assert len(calls) == count
-    if library == "PEFT":
-        # Without dropout, whose masks differ, PEFT's own.
-        model.eval(), plain.eval()
-        slk.restore_peft(plain)
-        assert_same(step(model), step(plain))
+pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*")
+each_library = pytest.mark.parametrize("library", LIBRARIES)
 
 
 def of_conv1d():
@@ -100,7 +64,7 @@ def test_on_both_backends(library, make, dropout, backend, calls):
     for x in (rows(dtype), rows(dtype).detach()):
         calls.clear()
         found = step(model, x)
-        assert len(calls) == 1 and ("x" in found) == x.requires_grad
+        assert len(calls.mlps) == 1 and ("x" in found) == x.requires_grad
         assert_same(found, step(plain, x), tolerance)
 
 
@@ -109,45 +73,50 @@ def test_backward_keeps_x_gate_and_up(dropout):
     """And S of rank 3, and the state of torch's generator: less than half of what separate layers keep."""
     x, kept = torch.randn(200, 64, requires_grad=True), {}
     for fuse in (True, False):
-        model, _ = with_lora(MLP(width=64, inner=160), fuse, dropout)
+        model, _ = adapted(MLP(width=64, inner=160), fuse=fuse, dropout=dropout)
         kept[fuse] = bytes_held(lambda model=model: model["mlp"](x), model.parameters())
     needed, state = 4 * 200 * (64 + 2 * 160 + 3 * 3), torch.get_rng_state().nbytes
     assert kept[True] <= needed + (3 * state if dropout else 0) < 0.8 * kept[False]
 
 
-@by_library
 @pytest.mark.parametrize("targets", [["gate_proj"], ["up_proj", "down_proj"], ["down_proj"], ["gate_proj", "up_proj"]])
-def test_a_projection_without_an_adapter_loses_its_branch_only(targets, library, calls):
+@each_library
+def test_a_projection_without_an_adapter_loses_its_branch_only(library, targets, calls):
     model, plain = pair(MLP, library, dropout=0.2, targets=targets)
     assert_same(step(model), step(plain))
-    assert calls == ["silu"]
+    assert calls.mlps == ["silu"]
 
 
 def test_other_arguments(calls):
     """By keyword; no rows, one row; and what the forward does not take is its own error."""
-    model, plain = pair(MLP)
-    mlp, own = model["mlp"], plain["mlp"]
+    mlp, own = (mlp_of(model) for model in pair(MLP))
     for x in (rows(), rows()[:0], rows()[0], rows()[0, 0], rows()[:, :1].expand(2, 40, WIDTH)):
         torch.testing.assert_close(mlp(x=x), own(x))
-    assert len(calls) == 5
+    assert len(calls.mlps) == 5
     for bad in ({"y": rows()}, {"x": rows(), "y": 1}, {}):
         with pytest.raises(TypeError, match="argument"):
             mlp(**bad)
-    assert len(calls) == 5
+    mlp.float()
+    for x, error, message in (
+        (rows(BF16), TypeError, r"weight must have x's dtype torch.bfloat16, got torch.float32"),
+        (torch.randn(70, 15), ValueError, r"x must be \[..., 16\] to fit weight \[24, 16\], got \[70, 15\]"),
+        (rows(FP32).to("meta"), ValueError, "device"),
+    ):
+        with pytest.raises(error, match=message):
+            mlp(x)
+    assert len(calls.mlps) == 5
 
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 BASES = {
     "nf4": lambda linear: Linear4bit(nf4_weight(64, 64, 64, nested=True), True, None),
     "nf4 computing in bfloat16": lambda linear: Linear4bit(nf4_weight(64, 64, 64, nested=True), True, BF16),
     "fp8": lambda linear: fp8_linear(fp8_weight(64, 64), BF16),
     "bitsandbytes": bnb_4bit,
 }
+QUANTIZED = [("ours", kind) for kind in (*BASES, "nf4 and plain")] + [("PEFT", "bitsandbytes")]
 
 
-@pytest.mark.parametrize(
-    ("library", "kind"), [("ours", kind) for kind in (*BASES, "nf4 and plain")] + [("PEFT", "bitsandbytes")]
-)
+@pytest.mark.parametrize(("library", "kind"), QUANTIZED)
 def test_quantized_weights(library, kind, backend, calls):
     """PEFT's layers are read by Triton's kernels alone; on PyTorch's operators the base layer computes its product."""
     dtype = BF16 if kind in ("fp8", "nf4 and plain") else FP32
@@ -155,13 +124,12 @@ def test_quantized_weights(library, kind, backend, calls):
     for fuse in (True, False):
         torch.manual_seed(0)
         module = MLP(width=64, inner=64).to(dtype)
-        for name in PROJECTIONS[: 2 if kind == "nf4 and plain" else 3]:
+        for name in ("gate_proj", "up_proj", "down_proj")[: 2 if kind == "nf4 and plain" else 3]:
             setattr(module, name, BASES[kind.partition(" and")[0]](getattr(module, name)))
         module.is_loaded_in_4bit = kind == "bitsandbytes"
-        options = {"dtype": FP32} if library == "PEFT" else {}
-        model, report = LIBRARIES[library](module, fuse, **options)
-        read = library == "ours" or backend == "triton"
-        if fuse and not read:
+        model, report = adapted(module, library, fuse, dropout=0.2)
+        is_read = library == "ours" or backend == "triton"
+        if fuse and not is_read:
             reason = "'gate_proj' has a quantized weight, and without Triton its Linear4bit computes the product"
             assert report.mlps[0].reason == reason
         # Its first call may choose how it computes.
@@ -171,145 +139,124 @@ def test_quantized_weights(library, kind, backend, calls):
     calls.clear()
     found, expected = (step(model, x.clone().requires_grad_()) for model in models)
     # A layer that computes in another dtype than its input's casts twice, which one op does not.
-    assert calls == (["silu"] if read and kind != "nf4 computing in bfloat16" else [])
+    assert calls.mlps == (["silu"] if is_read and kind != "nf4 computing in bfloat16" else [])
     assert_same(found, expected, 16 * EPS[dtype])
 
 
+LOW = [("ours", FP32, True, FP32), ("ours", BF16, True, BF16), ("ours", BF16, False, FP32), ("ours", BF16, False, BF16)]
+
+
 @pytest.mark.parametrize(
-    ("library", "dtype", "autocast", "lora_dtype"),
-    [("ours", *case) for case in ((FP32, True, FP32), (BF16, True, BF16), (BF16, False, FP32), (BF16, False, BF16))]
-    + [("PEFT", FP32, True, FP32), ("PEFT", BF16, False, FP32)],
+    ("library", "dtype", "autocast", "lora_dtype"), [*LOW, ("PEFT", FP32, True, FP32), ("PEFT", BF16, False, FP32)]
 )
 def test_autocast_and_low_precision(library, dtype, autocast, lora_dtype, calls):
     results = []
     for fuse in (True, False):
         torch.manual_seed(0)
-        model, _ = LIBRARIES[library](MLP(bias=True).to(dtype), fuse, 0.2)
+        model, _ = adapted(MLP(bias=True).to(dtype), library, fuse, dropout=0.2)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(lora_dtype)
         with torch.autocast("cpu", BF16, enabled=autocast):
             results.append(step(model, rows(dtype)))
-    assert results[0]["y"].dtype == BF16 and calls == ["silu"]
+    assert results[0]["y"].dtype == BF16 and calls.mlps == ["silu"]
     assert_same(*results, 8 * EPS[BF16])
 
 
-# Which layers.
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("make", [MLP, Stacked])
+@each_library
+def test_torch_compile_has_no_graph_break(library, make, calls):
+    model, plain = pair(make, library)
+    expected = step(plain)
+    torch._dynamo.reset()
+    mlp_of(model).compile(backend="aot_eager", fullgraph=True)
+    assert_same(step(model), expected)
+    # Another mode, which the compiled code must notice.
+    mlp_of(model).down_proj.merge()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(rows()), expected["y"])
 
 
-def four_bit(n, k, block):
-    return Linear4bit(nf4_weight(n, k, block, nested=False), False, FP32)
+@each_library
+def test_fuse_projections_serves_where_the_mlp_falls_back(library, calls):
+    model, plain = pair(MLP, library, fuse_projections=True)
+    hook = None
+    for mlps, groups in (["silu"], []), ([], [2]), (["silu"], []):
+        calls.clear()
+        found = step(model)
+        assert (calls.mlps, calls.groups) == (mlps, groups)
+        assert_same(found, step(plain))
+        hook = hook.remove() if hook else mlp_of(model).down_proj.register_forward_hook(lambda *args: None)
 
 
-def with_layer(name, layer, make=MLP):
-    module = make()
-    setattr(module, name, layer)
-    return module
+def test_layers_that_share_their_A_draw_two_masks(calls):
+    """The halves of a stacked projection draw one."""
+    models = pair(MLP, dropout=0.5)
+    for model in models:
+        mlp_of(model).up_proj.lora_A = mlp_of(model).gate_proj.lora_A
+    assert_same(*map(step, models), 0.0)
+    assert calls.mlps == []
+    assert_same(*(step(model.eval()) for model in models))
+    assert calls.mlps == ["silu"]
 
 
-def int8(make=MLP):
-    module = make().to(BF16)
-    module.up_proj = torchao_int8(module.up_proj)
-    return module
+# What the module is.
 
 
-class Linear(nn.Linear):
-    pass
-
-
-DORA = "'gate_proj' runs PEFT's own forward: adapter 'default' is a variant of LoRA (DoraLinearVariant)"
-NOT_READ = {
-    "int8": ("ours", int8, {}, "'up_proj' calls its base layer, a Linear with a "),
-    "int8 in PEFT": ("PEFT", int8, {"dtype": FP32}, "'up_proj' calls its base layer, a Linear with a "),
-    "stacked in 4 bits": (
-        "ours", lambda: with_layer("gate_up_proj", four_bit(2 * INNER, WIDTH, 64), lambda: Stacked(bias=False)), {},
-        "'gate_up_proj' holds gate and up stacked in a quantized weight, which is not cut in two",
-    ),
-    "4 bits without an adapter": (
-        "ours", lambda: with_layer("down_proj", four_bit(WIDTH, INNER, 8)), {"targets": ["gate_proj"]},
-        "'down_proj' is a Linear4bit without an adapter whose weight is not plain",
-    ),
-    "a subclass in PEFT": (
-        "PEFT", lambda: with_layer("down_proj", Linear(INNER, WIDTH, False)), {"targets": ["gate_proj"], "dtype": FP32},
-        "'down_proj' calls its base layer, a Linear, for its product",
-    ),
-    "DoRA": ("PEFT", MLP, {"use_dora": True, "dtype": FP32}, DORA),
-    "a bias in B": (
-        "PEFT", MLP, {"lora_bias": True, "dtype": FP32}, "'gate_proj' has a bias in lora_B of adapter 'default', which trains",
-    ),
-    "biases that train": (
-        "PEFT", lambda: MLP(bias=True), {"bias": "all", "dtype": FP32}, "'gate_proj' has a bias that trains; the op would keep",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("library", "make", "options", "reason"), NOT_READ.values(), ids=NOT_READ)
-def test_layers_that_are_not_read(library, make, options, reason, calls):
-    models = []
-    for fuse in (True, False):
-        torch.manual_seed(0)
-        models.append(LIBRARIES[library](make(), fuse, **options))
-    (model, report), (plain, _) = models
-    assert report.mlps[0].reason.startswith(reason)
-    x = rows(BF16 if make is int8 else FP32)
-    found, expected = step(model, x), step(plain, x)
-    assert calls == [] and all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_layers_of_other_classes(calls):
-    """An unknown layer may do anything; IA3's are told to be projections that cannot be read."""
-
-    class Other(slk.LoRALinear):
-        pass
-
-    model, _ = with_lora(MLP())
-    model["mlp"].up_proj.__class__ = Other
-    (mlp,) = fuse_mlps(model, OWN_LAYERS)
-    assert mlp.reason == "'up_proj' is a Other, which computes more than one product"
-    model["mlp"](rows(FP32))
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-    ia3 = peft.IA3Config(target_modules=["up_proj"], feedforward_modules=[])
-    model = peft.get_peft_model(Wrapper({"mlp": MLP()}), ia3)
-    _, report = with_peft(model.base_model.model, targets=["gate_proj"], dtype=FP32)
-    assert [mlp.reason for mlp in report.mlps] == ["'up_proj' runs PEFT's own forward: it is a Linear"]
-    assert calls == []
-
-
-def test_the_report_groups_and_lists():
-    class Clamped(MLP):
-        def forward(self, x):
-            return super().forward(x.clamp(-1, 1))
-
-    class Unlike(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q_proj, self.v_proj, self.o_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-
-        def forward(self, x):
-            return self.o_proj(self.q_proj(x) + self.v_proj(x))
-
-    model = nn.Sequential(MLP(), MLP(nn.GELU()), Clamped(), MLP(nn.ReLU()), Clamped(), Unlike(), MLP())
+def test_a_fused_module_prints_and_pickles_as_its_class(calls):
+    model = MLP(nn.GELU("tanh"))
     report = slk.apply_lora(model, slk.LoRAConfig(target_modules=TARGETS), fuse_mlp=True)
-    clamp, relu = "it calls clamp", "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused"
-    assert report.mlps == (
-        GatedMLP("0", "silu"), GatedMLP("1", "gelu"), GatedMLP("2", None, clamp), GatedMLP("3", None, relu),
-        GatedMLP("4", None, clamp), GatedMLP("6", "silu"),
-    )  # fmt: skip
-    assert report.notes[-3:] == (
-        "computed in one op each: 2 x gated MLP (silu); 1 x gated MLP (gelu)",
-        f"not in one op: 2, 4: {clamp}",
-        f"not in one op: 3: {relu}",
-    )
-    report = slk.apply_lora(nn.Sequential(nn.Linear(2, 2)), slk.LoRAConfig(target_modules=["0"]), fuse_mlp=True)
-    assert report.notes[-1] == "fuse_mlp found no gated MLP with LoRA" and report.mlps == ()
+    assert isinstance(model, MLP) and type(model).__name__ == type(model).__qualname__ == "MLP"
+    assert repr(model).startswith("MLP(") and report.mlps[0].name == "" and report.mlps[0].activation == "gelu_tanh"
+    copied = pickle.loads(pickle.dumps(model))
+    copied(rows(FP32))
+    # It knows what was read.
+    copied.act_fn.approximate = "none"
+    copied(rows(FP32))
+    assert calls.mlps == ["gelu_tanh"]
+    slk.remove_lora(model)
+    assert type(model) is MLP
 
 
-def test_a_class_that_cannot_have_a_subclass():
-    class Final(MLP):
-        def __init_subclass__(cls, **kwargs):
-            raise TypeError("Final is final")
+@pytest.mark.parametrize("method", ["merge_and_unload", "unload"])
+def test_unloading_unfuses_and_pickles_need_no_library(method):
+    """The class comes back with the last adapter that leaves, and the model's pickle names nothing of this library."""
+    model, plain = pair(MLP, "PEFT")
+    base, expected = getattr(model, method)(), getattr(plain, method)()
+    assert type(base["mlp"]) is MLP
+    torch.testing.assert_close(base(rows()), expected(rows()))
+    assert b"stablelora_kernels" not in pickle.dumps(base)
 
-    module = Final()
-    _, report = with_lora(module)
-    assert report.mlps[0].reason == "its class Final can't have a subclass (Final is final)"
-    assert type(module) is Final and ATTRIBUTE not in module.__dict__
+
+def test_a_forward_bound_to_the_instance_is_given_back(calls):
+    """Liger's way to patch a model that exists."""
+
+    def forward(self, x):
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    module = MLP(nn.ReLU())
+    module.forward = types.MethodType(forward, module)
+    expected = module.__dict__["forward"]
+    model, _ = adapted(module)
+    copied, y = copy.deepcopy(model), model(rows(FP32))
+    assert torch.equal(copied(rows(FP32)), y) and calls.mlps == ["silu"] * 2
+    copied["mlp"].gate_proj.register_forward_pre_hook(lambda *args: None)
+    torch.testing.assert_close(copied(rows(FP32)), y, rtol=1e-4, atol=1e-3)
+    assert len(calls.mlps) == 2
+    slk.remove_lora(model, merge=False)
+    assert type(module) is MLP and module.__dict__["forward"] == expected
+
+
+def test_hooks_like_accelerates_outlive_it(calls):
+    """They keep the method that they wrap, and go on calling it after the module got its class back."""
+    model, plain = pair(MLP)
+    mlp = model["mlp"]
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x) * 2
+    expected = step(plain)["y"] * 2
+    torch.testing.assert_close(mlp(rows()), expected)
+    assert calls.mlps == ["silu"]
+    slk.remove_lora(model, merge=True)
+    torch.testing.assert_close(mlp(rows()), expected)
+    assert type(mlp) is MLP and calls.mlps == ["silu"]

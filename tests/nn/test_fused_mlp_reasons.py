@@ -9,118 +9,40 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import stablelora_kernels as slk
 from stablelora_kernels import tensor_parallel as slk_tp
-from stablelora_kernels.nn.fused_mlp import fuse_mlps
-from stablelora_kernels.nn.mlp_operands import OWN_LAYERS
+from stablelora_kernels.testing import nf4_weight
 from tests.helpers.gated_mlps import (
-    LIBRARIES,
+    INNER,
     MLP,
-    assert_same,
-    count_calls,
-    into_dtype,
+    TARGETS,
+    WIDTH,
+    Stacked,
+    Wrapper,
+    adapted,
+    match_dtype,
     mlp_of,
     pair,
     rows,
     step,
 )
+from tests.helpers.quantized_weights import Linear4bit, torchao_int8
 
 BF16, FP32 = torch.bfloat16, torch.float32
 pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*", "ignore:.*lora_bias.*")
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
-
-
-# What stands in a report, and whether the same call still gives what the unfused MLP gives.
-
-
-def doubled(module, args, y):
+def doubles(module, args, y):
     return y * 2
 
 
-def merges(model):
-    model.eval()
-    mlp_of(model).up_proj.merge()
+def base_layer(layer):
+    return getattr(layer, "base_layer", layer)
 
 
-def disables(model):
-    mlp_of(model).up_proj.enable_adapters(False)
-
-
-def hooks(model):
-    mlp_of(model).down_proj.register_forward_hook(doubled)
-
-
-def hooks_act(model):
-    mlp_of(model).act_fn.register_full_backward_hook(lambda *args: None)
-
-
-def hooks_base(model):
-    mlp_of(model).down_proj.base_layer.register_forward_hook(doubled)
-
-
-def hooks_dropout(model):
-    mlp_of(model).down_proj.lora_dropout["default"].register_forward_hook(doubled)
-
-
-def replaces_forward(model):
-    layer = mlp_of(model).gate_proj
-    forward = layer.forward
-    layer.forward = lambda x: forward(x) * 3
-
-
-def replaces_activations_forward(model):
-    mlp_of(model).act_fn.forward = torch.tanh
-
-
-def another_activation(model):
-    mlp_of(model).act_fn = nn.ReLU()
-
-
-def a_function(model):
-    del mlp_of(model).act_fn
-    mlp_of(model).act_fn = torch.relu
-
-
-def another_approximation(model):
-    mlp_of(model).act_fn.approximate = "tanh"
-
-
-def another_dropout(model):
-    layer = mlp_of(model).up_proj
+def set_dropout(layer, p):
     if isinstance(layer.lora_dropout, float):
-        layer.lora_dropout = 0.4
+        layer.lora_dropout = p
     else:
-        layer.lora_dropout["default"].p = 0.4
-
-
-def no_dropout(model):
-    mlp_of(model).down_proj.lora_dropout["default"] = nn.Identity()
-
-
-def evaluates_one(model):
-    mlp_of(model).up_proj.eval()
-
-
-def trains_bias(model):
-    layer = mlp_of(model).down_proj
-    getattr(layer, "base_layer", layer).bias.requires_grad_(True)
-
-
-def trains_weight(model):
-    layer = mlp_of(model).gate_proj
-    getattr(layer, "base_layer", layer).weight.requires_grad_(True)
-
-
-def another_lora_dtype(model):
-    model.to(BF16)
-    for name in ("lora_A", "lora_B"):
-        setattr(mlp_of(model).down_proj, name, nn.Parameter(getattr(mlp_of(model).down_proj, name).float()))
-
-
-def replaces_layer(model):
-    mlp_of(model).up_proj = nn.Sequential(mlp_of(model).up_proj)
+        layer.lora_dropout["default"].p = p
 
 
 def two_adapters(model):
@@ -128,137 +50,107 @@ def two_adapters(model):
 
     torch.manual_seed(7)
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
-    into_dtype(model, torch.float64)
+    match_dtype(model)
     model.base_model.set_adapter(["default", "other"])
 
 
-def a_scaling_that_is_no_number(model):
-    mlp_of(model).gate_proj.scaling["default"] = torch.tensor(2.0)
+def another_lora_dtype(mlp):
+    mlp.to(BF16)
+    for name in ("lora_A", "lora_B"):
+        setattr(mlp.down_proj, name, nn.Parameter(getattr(mlp.down_proj, name).float()))
 
 
 HOOKS, TRAINS = "has hooks, which would not run", "that trains; the op would keep activations for its gradient"
-FORWARD = "has a forward that was replaced (as accelerate's hooks do)"
+REPLACED = "has a forward that was replaced (as accelerate's hooks do)"
 FUSED = "only SiLU and GELU (exact or tanh) are fused"
 PEFTS_OWN = "runs PEFT's own forward: the"
-# None: the next report finds it fused again.
-BOTH = [
-    (merges, "'up_proj' is merged"),
-    (hooks, f"'down_proj' {HOOKS}"),
-    (another_dropout, "lora_dropout is 0.2 in 'gate_proj' and 0.4 in 'up_proj'"),
-    (trains_bias, f"'down_proj' has a bias {TRAINS}"),
-    (trains_weight, f"'gate_proj' has a weight {TRAINS}"),
-]
-CHANGES = [(library, *case) for library in LIBRARIES for case in BOTH] + [
-    ("ours", hooks_act, f"'act_fn' {HOOKS}"),
-    ("ours", replaces_forward, f"'gate_proj' {FORWARD}"),
-    ("ours", replaces_activations_forward, f"'act_fn' {FORWARD}"),
-    ("ours", another_activation, f"it calls 'act_fn', a ReLU; {FUSED}"),
-    ("ours", a_function, "it calls relu"),
-    ("ours", another_approximation, None),
-    ("ours", evaluates_one, None),
-    ("ours", another_lora_dtype, "the adapter's dtype is torch.bfloat16 in 'gate_proj' and torch.float32 in 'down_proj'"),
-    ("ours", replaces_layer, f"it calls 'up_proj', a Sequential; {FUSED}"),
-    ("PEFT", two_adapters, "'up_proj' has 2 active adapters, 'default', 'other'"),
-    ("PEFT", disables, "'up_proj' is disabled"),
-    ("PEFT", hooks_base, "'down_proj' calls its base layer, a Linear, for its product"),
-    ("PEFT", hooks_dropout, f"'down_proj' {PEFTS_OWN} dropout of adapter 'default' is a Dropout, or has hooks"),
-    ("PEFT", no_dropout, "lora_dropout is 0.2 in 'gate_proj' and 0.0 in 'down_proj'"),
-    ("PEFT", a_scaling_that_is_no_number,
-     f"'gate_proj' {PEFTS_OWN} scaling of adapter 'default' is a Tensor, not a number"),
-]  # fmt: skip
+# A change of a fused MLP, and the reason that the next report has. None: it finds it fused again.
+CHANGES = {
+    "merged": (lambda mlp: (mlp.eval(), mlp.up_proj.merge()), "'up_proj' is merged"),
+    "a hook": (lambda mlp: mlp.down_proj.register_forward_hook(doubles), f"'down_proj' {HOOKS}"),
+    "another dropout": (
+        lambda mlp: set_dropout(mlp.up_proj, 0.4), "lora_dropout is 0.2 in 'gate_proj' and 0.4 in 'up_proj'",
+    ),
+    "a bias trains": (
+        lambda mlp: base_layer(mlp.down_proj).bias.requires_grad_(True), f"'down_proj' has a bias {TRAINS}",
+    ),
+    "a weight trains": (
+        lambda mlp: base_layer(mlp.gate_proj).weight.requires_grad_(True), f"'gate_proj' has a weight {TRAINS}",
+    ),
+    "the activation's hook": (
+        lambda mlp: mlp.act_fn.register_full_backward_hook(lambda *args: None), f"'act_fn' {HOOKS}",
+    ),
+    "another forward": (lambda mlp: setattr(mlp.gate_proj, "forward", mlp.up_proj.forward), f"'gate_proj' {REPLACED}"),
+    "the activation's forward": (lambda mlp: setattr(mlp.act_fn, "forward", torch.tanh), f"'act_fn' {REPLACED}"),
+    "another activation": (lambda mlp: setattr(mlp, "act_fn", nn.ReLU()), f"it calls 'act_fn', a ReLU; {FUSED}"),
+    "a function": (lambda mlp: (delattr(mlp, "act_fn"), setattr(mlp, "act_fn", torch.relu)), "it calls relu"),
+    "another approximation": (lambda mlp: setattr(mlp.act_fn, "approximate", "tanh"), None),
+    "another layer": (
+        lambda mlp: setattr(mlp, "up_proj", nn.Sequential(mlp.up_proj)), f"it calls 'up_proj', a Sequential; {FUSED}",
+    ),
+}  # fmt: skip
+OURS = {
+    "one evaluates": (lambda mlp: mlp.up_proj.eval(), None),
+    "another dtype of A and B": (
+        another_lora_dtype, "the adapter's dtype is torch.bfloat16 in 'gate_proj' and torch.float32 in 'down_proj'",
+    ),
+}  # fmt: skip
+PEFTS = {
+    "disabled": (lambda mlp: mlp.up_proj.enable_adapters(False), "'up_proj' is disabled"),
+    "the base layer's hook": (
+        lambda mlp: mlp.down_proj.base_layer.register_forward_hook(doubles),
+        "'down_proj' calls its base layer, a Linear, for its product",
+    ),
+    "the dropout's hook": (
+        lambda mlp: mlp.down_proj.lora_dropout["default"].register_forward_hook(doubles),
+        f"'down_proj' {PEFTS_OWN} dropout of adapter 'default' is a Dropout, or has hooks",
+    ),
+    "no dropout": (
+        lambda mlp: mlp.down_proj.lora_dropout.update({"default": nn.Identity()}),
+        "lora_dropout is 0.2 in 'gate_proj' and 0.0 in 'down_proj'",
+    ),
+    "a scaling that is no number": (
+        lambda mlp: mlp.gate_proj.scaling.update(default=torch.tensor(2.0)),
+        f"'gate_proj' {PEFTS_OWN} scaling of adapter 'default' is a Tensor, not a number",
+    ),
+}
+CASES = [("ours", name, *case) for name, case in (CHANGES | OURS).items()]
+CASES += [("PEFT", name, *case) for name, case in (CHANGES | PEFTS).items()]
 
 
-@pytest.mark.parametrize(
-    ("library", "change", "reason"), CHANGES, ids=[f"{case[0]}-{case[1].__name__}" for case in CHANGES]
-)
-def test_changes_turn_it_off_and_are_reported(library, change, reason, calls):
-    """After it was fused: the next call is the module's own. Before: the report says why, and the calls are the same."""
-    dtype = FP32 if change is another_lora_dtype else torch.float64
-    models = pair(lambda: MLP(nn.GELU(), bias=True), library, dropout=0.2)
-    for model in models:
-        model.to(dtype)
-    step(models[0], rows(dtype))
-    assert len(calls) == 1
-    for model in models:
-        change(model)
-    dtype = BF16 if change is another_lora_dtype else dtype
-    found, expected = (step(model, rows(dtype)) for model in models)
-    assert len(calls) == 1
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-    assert again(models[0]).reason == reason
-    if change is not evaluates_one:
-        step(models[0], rows(dtype))
-        assert len(calls) == (2 if reason is None else 1)
-
-
-def again(model):
-    """The report on an MLP that is fused, judged anew."""
+def reported(model):
+    """The report's reason on an MLP that is fused, judged anew."""
     if hasattr(model, "get_base_model"):
         report = slk.accelerate_peft(model, fuse_mlp=True)
-        (mlp,) = report.mlps
-        assert mlp.reason is None or f"not in one op: base_model.model.mlp: {mlp.reason}" in report.notes
     else:
-        (mlp,) = fuse_mlps(model, OWN_LAYERS)
-    return mlp
+        # To the layers that are there it adds an adapter beside the MLP.
+        model["more"] = nn.Linear(2, 2)
+        report = slk.apply_lora(model, slk.LoRAConfig(target_modules=["more"]), fuse_mlp=True)
+    (mlp,) = report.mlps
+    assert mlp.reason is None or any(note.endswith(f"mlp: {mlp.reason}") for note in report.notes)
+    return mlp.reason
 
 
-def test_what_was_off_comes_back(calls):
-    model, plain = pair(MLP)
-    mlp = model["mlp"]
-    handle = mlp.gate_proj.register_forward_hook(lambda *args: None)
-    step(model)
-    assert calls == []
-    handle.remove()
-    with slk.disable_lora(model), torch.no_grad():
-        disabled = mlp(rows())
-    with slk.disable_lora(plain):
-        assert torch.equal(disabled, plain["mlp"](rows()))
-    slk.merge_lora(model)
-    with torch.no_grad():
-        torch.testing.assert_close(mlp(rows()), plain["mlp"](rows()))
-    assert calls == []
-    slk.unmerge_lora(model)
-    assert_same(step(model), step(plain))
-    assert calls == ["silu"]
-
-
-def test_pefts_adapters_may_be_switched_scaled_disabled_merged_and_deleted(calls):
-    models = model, plain = pair(MLP, "PEFT", dropout=0.2)
-
-    def same(count):
-        calls.clear()
-        assert_same(step(model), step(plain))
-        assert len(calls) == count
-
-    for each in models:
-        two_adapters(each)
-    for active, count in (("default", 1), ("other", 1), (["default", "other"], 0), ("default", 1)):
-        for each in models:
-            each.base_model.set_adapter(active)
-        same(count)
-    for each in models:
-        mlp_of(each).down_proj.scale_layer(1.5)
-    same(1)
-    calls.clear()
-    with torch.no_grad():
-        model.eval(), plain.eval()
-        with model.disable_adapter(), plain.disable_adapter():
-            assert torch.equal(model(rows()), plain(rows()))
-        with slk.disable_lora(model), plain.disable_adapter():
-            assert torch.equal(model(rows()), plain(rows()))
-        active = model(rows())
-        assert len(calls) == 1
-        model.merge_adapter()
-        torch.testing.assert_close(model(rows()), active)
-        model.unmerge_adapter()
-        assert len(calls) == 1
-        torch.testing.assert_close(model(rows()), active)
-    # Deleted: no adapter is left in gate and down.
-    for each in models:
-        each.base_model.set_adapter("other")
-        each.delete_adapter("default")
-        each.train()
-    same(1)
+@pytest.mark.parametrize(("library", "name", "change", "reason"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
+def test_changes_turn_it_off_and_are_reported(library, name, change, reason, calls):
+    """After it was fused: the next call is the module's own. Before: the report says why, and the calls are the same."""
+    dtype = FP32 if change is another_lora_dtype else torch.float64
+    models = [model.to(dtype) for model in pair(lambda: MLP(nn.GELU(), bias=True), library, dropout=0.2)]
+    step(models[0], rows(dtype))
+    assert len(calls.mlps) == 1
+    for model in models:
+        change(mlp_of(model))
+    dtype = BF16 if change is another_lora_dtype else dtype
+    found, expected = (step(model, rows(dtype)) for model in models)
+    assert len(calls.mlps) == 1
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    if library == "ours" and name.endswith("trains"):
+        # The next apply_lora freezes it.
+        return
+    assert reported(models[0]) == reason
+    if name != "one evaluates":
+        step(models[0], rows(dtype))
+        assert len(calls.mlps) == (2 if reason is None else 1)
 
 
 def test_global_hooks_tracing_and_subclasses_see_every_module(calls):
@@ -266,7 +158,7 @@ def test_global_hooks_tracing_and_subclasses_see_every_module(calls):
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(type(module)))
     try:
-        model["mlp"](rows())
+        model(rows())
     finally:
         handle.remove()
     assert slk.LoRALinear in seen and nn.SiLU in seen
@@ -275,26 +167,125 @@ def test_global_hooks_tracing_and_subclasses_see_every_module(calls):
         pass
 
     for x in (rows().as_subclass(Subclass), nn.Parameter(rows())):
-        torch.testing.assert_close(model["mlp"](x), plain["mlp"](x))
-    assert calls == []
-    model["mlp"](rows())
-    assert calls == ["silu"]
-
-
-def test_inputs_that_do_not_fit_are_the_layers_own_errors(calls):
-    model = pair(MLP)[0].float()
-    with pytest.raises(TypeError, match=r"weight must have x's dtype torch.bfloat16, got torch.float32"):
-        model["mlp"](rows(BF16))
-    with pytest.raises(ValueError, match=r"x must be \[..., 16\] to fit weight \[24, 16\], got \[70, 15\]"):
-        model["mlp"](torch.randn(70, 15))
-    with pytest.raises(ValueError, match=r"device"):
-        model["mlp"](rows(FP32).to("meta"))
-    assert calls == []
+        torch.testing.assert_close(model(x), plain(x))
+    assert calls.mlps == []
 
 
 def test_layers_cut_by_tensor_parallelism_compute_by_themselves(mesh, calls):
     model, plain = pair(MLP)
     columns, sums = slk_tp.LoRAColwiseParallel, slk_tp.LoRARowwiseParallel
     parallelize_module(model["mlp"], mesh, {"gate_proj": columns(), "up_proj": columns(), "down_proj": sums()})
-    torch.testing.assert_close(model["mlp"](rows()), plain["mlp"](rows()))
-    assert calls == [] and again(model).reason.startswith("'gate_proj' has hooks")
+    torch.testing.assert_close(model(rows()), plain(rows()))
+    assert calls.mlps == [] and reported(model).startswith("'gate_proj' has hooks")
+
+
+# Which layers.
+
+
+def with_layer(name, layer, make=MLP):
+    module = make()
+    setattr(module, name, layer)
+    return module
+
+
+def four_bit(n, k, block):
+    return Linear4bit(nf4_weight(n, k, block, nested=False), False, FP32)
+
+
+def int8():
+    return with_layer("up_proj", torchao_int8(nn.Linear(WIDTH, INNER, False, dtype=BF16)), lambda: MLP().to(BF16))
+
+
+class Linear(nn.Linear):
+    pass
+
+
+class LikeOurs(slk.LoRALinear):
+    """Which may do anything."""
+
+
+def with_ia3():
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    ia3 = peft.IA3Config(target_modules=["up_proj"], feedforward_modules=[])
+    return peft.get_peft_model(Wrapper({"mlp": MLP()}), ia3).base_model.model
+
+
+DORA = "'gate_proj' runs PEFT's own forward: adapter 'default' is a variant of LoRA (DoraLinearVariant)"
+STACKED = "'gate_up_proj' holds gate and up stacked in a quantized weight, which is not cut in two"
+GATE = {"targets": ["gate_proj"]}
+NOT_READ = {
+    "int8": ("ours", int8, {}, "'up_proj' calls its base layer, a Linear with a "),
+    "int8 in PEFT": ("PEFT", int8, {}, "'up_proj' calls its base layer, a Linear with a "),
+    "stacked in 4 bits": (
+        "ours", lambda: with_layer("gate_up_proj", four_bit(2 * INNER, WIDTH, 64), lambda: Stacked(bias=False)), {}, STACKED,
+    ),
+    "4 bits without an adapter": (
+        "ours", lambda: with_layer("down_proj", four_bit(WIDTH, INNER, 8)), GATE,
+        "'down_proj' is a Linear4bit without an adapter whose weight is not plain",
+    ),
+    "a subclass of ours": (
+        "ours", lambda: with_layer("up_proj", LikeOurs(WIDTH, INNER, False)), GATE,
+        "'up_proj' is a LikeOurs, which computes more than one product",
+    ),
+    "a subclass in PEFT": (
+        "PEFT", lambda: with_layer("down_proj", Linear(INNER, WIDTH, False)), GATE,
+        "'down_proj' calls its base layer, a Linear, for its product",
+    ),
+    "DoRA": ("PEFT", MLP, {"use_dora": True}, DORA),
+    "IA3": ("PEFT", with_ia3, GATE, "'up_proj' runs PEFT's own forward: it is a Linear"),
+    "a bias in B": (
+        "PEFT", MLP, {"lora_bias": True}, "'gate_proj' has a bias in lora_B of adapter 'default', which trains",
+    ),
+    "biases that train": (
+        "ours", lambda: MLP(bias=True), {"bias": "all"}, "'gate_proj' has a bias that trains; the op would keep",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("library", "make", "options", "reason"), NOT_READ.values(), ids=NOT_READ)
+def test_layers_that_are_not_read(library, make, options, reason, calls):
+    models = []
+    for fuse in (True, False):
+        torch.manual_seed(0)
+        models.append(adapted(make(), library, fuse, **options))
+    (model, report), (plain, _) = models
+    assert report.mlps[0].reason.startswith(reason)
+    x = rows(BF16 if make is int8 else FP32)
+    found, expected = step(model, x), step(plain, x)
+    assert calls.mlps == [] and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_report_groups_and_lists():
+    class Clamped(MLP):
+        def forward(self, x):
+            return super().forward(x.clamp(-1, 1))
+
+    class Unlike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.v_proj, self.o_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x):
+            return self.o_proj(self.q_proj(x) + self.v_proj(x))
+
+    class Final(MLP):
+        def __init_subclass__(cls, **kwargs):
+            raise TypeError("Final is final")
+
+    modules = MLP(), MLP(nn.GELU()), Clamped(), MLP(nn.ReLU()), Clamped(), Unlike(), MLP(), Final()
+    report = slk.apply_lora(nn.Sequential(*modules), slk.LoRAConfig(target_modules=TARGETS), fuse_mlp=True)
+    clamp, relu = "it calls clamp", "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused"
+    final = "its class Final can't have a subclass (Final is final)"
+    assert [(mlp.name, mlp.activation, mlp.reason) for mlp in report.mlps] == [
+        ("0", "silu", None), ("1", "gelu", None), ("2", None, clamp), ("3", None, relu), ("4", None, clamp), ("6", "silu", None),
+        ("7", "silu", final),
+    ]  # fmt: skip
+    assert report.notes[-4:] == (
+        "computed in one op each: 2 x gated MLP (silu); 1 x gated MLP (gelu)",
+        f"not in one op: 2, 4: {clamp}",
+        f"not in one op: 3: {relu}",
+        f"not in one op: 7: {final}",
+    )
+    assert type(modules[-1]) is Final
+    report = slk.apply_lora(nn.Sequential(nn.Linear(2, 2)), slk.LoRAConfig(target_modules=["0"]), fuse_mlp=True)
+    assert report.notes[-1] == "fuse_mlp found no gated MLP with LoRA" and report.mlps == ()

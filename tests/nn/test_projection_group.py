@@ -1,237 +1,261 @@
-"""fuse_projections on models: ours and PEFT's, against the same models without it."""
+"""When the layers of a projection group compute together: which inputs, modes, threads and exceptions end a round."""
 
 from __future__ import annotations
 
 import copy
-import pickle
+import threading
+import warnings
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
-
-pytest.importorskip("peft", reason="peft is not installed")
-
-import peft
-
-from stablelora_kernels.nn.projection_group import ATTRIBUTE
-from tests.helpers.projection_groups import (
-    IDS,
-    TARGETS,
-    assert_same,
-    count_groups,
-    make_llama,
-    ours,
-    step,
-    theirs,
-)
-from tests.helpers.small_models import Model, fill_b, lora_config, trainable
+from tests.helpers.gated_mlps import LIBRARIES, Wrapper, adapted, assert_same, base_of
+from tests.helpers.oracle import bytes_held
+from tests.nn.test_fused_mlp_reasons import set_dropout
 
 # No group gives up unless a test expects the warning.
 pytestmark = pytest.mark.filterwarnings("error:fuse_projections")
+each_library = pytest.mark.parametrize("library", LIBRARIES)
+TARGETS = ["q_proj", "k_proj", "v_proj"]
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    return count_groups(monkeypatch)
+class Attention(nn.Module):
+    """q, k and v of which a test calls those it wants."""
+
+    def __init__(self, k_features=16) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(16, 24), nn.Linear(k_features, 8)
+        self.v_proj = nn.Linear(16, 8)
+
+    def norm_of_queries(self, queries):
+        return queries
+
+    def forward(self, x, keys=None, only_queries=False):
+        keys, queries = x if keys is None else keys, self.norm_of_queries(self.q_proj(x))
+        return (queries,) if only_queries else (queries, self.k_proj(keys), self.v_proj(keys))
+
+
+def attention(library="ours", name="self_attn", fuse=True, **options):
+    """The module in its model, and the last note of the report."""
+    torch.manual_seed(0)
+    model = Wrapper({name: Attention()})
+    model, report = adapted(model, library, False, targets=TARGETS, fuse_projections=fuse, **options)
+    return base_of(model)[name], report.notes[-1] if report.notes else ""
+
+
+def rows(count=70):
+    return torch.randn(count, 16)
+
+
+@each_library
+def test_a_projection_that_is_never_called_ends_it(library, calls):
+    layer, _ = attention(library)
+    x = rows()
+    # Once may be an exception's doing.
+    layer(x, only_queries=True)
+    layer(x, only_queries=True)
+    message = r"not all of them are called, so '\S*self_attn.q_proj', .* one by one from here on"
+    with pytest.warns(RuntimeWarning, match=message):
+        layer(x, only_queries=True)
+    calls.clear()
+    layer(x)
+    assert calls.groups == [] and calls.layers == {"lora_linear": 3}
+
+
+class Mishap(Exception):
+    pass
+
+
+def fails(*args):
+    raise Mishap
+
+
+BREAKS = {
+    "the op": lambda layer, calls, patch: patch.setattr(calls, "before", fails),
+    "a sibling": lambda layer, calls, patch: patch.setattr(layer.k_proj, "forward", fails),
+    "what is between": lambda layer, calls, patch: patch.setattr(layer, "norm_of_queries", fails),
+}
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("make", [ours, theirs])
-def test_a_model_trains_as_without(make, dropout, backend, calls):
-    model, report = make(True, dropout)
-    expected = step(make(False, dropout)[0])
-    assert calls == []
-    assert_same(step(model), expected)
-    assert calls == [3, 2] * 2
-    assert "2 x (q_proj, k_proj, v_proj); 2 x (gate_proj, up_proj)" in report.notes[-1]
-    # Once more, and what is left in no layer.
-    assert_same(step(model), expected)
-    assert all(layer.__dict__[ATTRIBUTE]._pending is None for layer in model.modules() if ATTRIBUTE in layer.__dict__)
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("breaks", BREAKS.values(), ids=BREAKS)
+@each_library
+def test_an_exception_leaves_nothing_and_counts_for_nothing(library, breaks, trains, calls, monkeypatch):
+    """Out of memory in a row of smaller and smaller batches: it kept the batch that did not fit, and then gave up for good."""
+    layer, _ = attention(library)
 
+    def raises_and_keeps():
+        x, raised = rows() * 1, False
+        alive = weakref.ref(x)
+        try:
+            layer(x)
+        except Mishap:
+            raised = True
+        del x
+        return raised, alive() is not None
 
-@pytest.mark.parametrize("make", [ours, theirs])
-def test_copies_and_pickles_have_groups_of_their_own(make, calls):
-    model, plain = make(True)[0], make(False)[0]
-    assert model.state_dict().keys() == plain.state_dict().keys() and trainable(model) == trainable(plain)
-    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
-    assert [pair.name for pair in slk.lora_pairs(model)] == [pair.name for pair in slk.lora_pairs(plain)]
-    expected = step(plain)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    with torch.set_grad_enabled(trains):
+        for _ in range(4):
+            with monkeypatch.context() as patch:
+                breaks(layer, calls, patch)
+                assert raises_and_keeps() == (True, False)
         calls.clear()
-        assert_same(step(other), expected)
-        assert calls == [3, 2] * 2
-        # Its group computes with its own layers: changes to the model it came from do not show.
-        for layer in other.modules():
-            if (group := layer.__dict__.get(ATTRIBUTE)) is not None:
-                assert any(member is layer for member in group.layers)
-    # In the middle of a round, whose tensors can't be copied.
-    attention = next(module for module in model.modules() if hasattr(module, "q_proj"))
-    attention.q_proj(torch.randn(70, 32, requires_grad=True))
-    copy.deepcopy(model)
+        assert raises_and_keeps() == (False, False) and calls.groups == [3]
+        # Layers that are really never called still end it, after as many rounds as ever.
+        layer(rows(), only_queries=True)
+        layer(rows(), only_queries=True)
+        with pytest.warns(RuntimeWarning, match="not all of them are called"):
+            layer(rows(), only_queries=True)
 
 
-@pytest.mark.parametrize("kind", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("make", [ours, theirs])
-def test_gradient_checkpointing(make, kind, calls):
-    expected = step(make(False, 0.2)[0])
-    model = make(True, 0.2)[0]
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind})
-    model.enable_input_require_grads()
-    for _ in range(3):
-        assert_same(step(model), expected)
-    # Forward, and again in backward.
-    assert set(calls) == {2, 3} and len(calls) == 3 * 2 * 4
+def test_outputs_that_nobody_fetched_are_freed_before_the_next_are_computed(calls):
+    """After an error between q and k, such as out of memory, the group holds k's and v's outputs and their graph."""
+    layer, _ = attention()
+    x = rows() * 1
+    before, alive = weakref.ref(x), []
+    layer.q_proj(x)
+    del x
+    assert before() is not None
+    calls.before = lambda: alive.append(before())
+    layer.q_proj(rows())
+    assert alive == [None]
 
 
-def test_a_checkpoint_that_stops_early_wastes_a_round_and_no_more():
+def test_a_checkpoint_that_stops_early_wastes_a_round_and_no_more(calls):
     """Recomputation may end behind the first projection, since the op has saved all that backward wants."""
-    model = ours(True)[0]
-    attention, x = model.model.layers[0].self_attn, torch.randn(70, 32, requires_grad=True)
-
-    def project(x):
-        return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
-
+    layer, _ = attention()
     for _ in range(4):
-        outputs = checkpoint(project, x * 1, use_reentrant=False)
-        sum(y.sum() for y in outputs).backward()
-    assert attention.q_proj.__dict__[ATTRIBUTE].on
-
-
-@pytest.mark.parametrize("make", [ours, theirs])
-def test_autocast_and_generate(make):
-    model, plain = make(True)[0], make(False)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert step(model)[0] == pytest.approx(step(plain)[0], rel=1e-2)
-    model.eval(), plain.eval()
-    outputs = [m.generate(input_ids=IDS, max_new_tokens=5, do_sample=False) for m in (model, plain)]
-    assert torch.equal(*outputs)
-
-
-@pytest.mark.nightly
-def test_torch_compile_has_no_graph_break():
-    model = ours(True)[0]
-    expected = step(model)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    found = step(compiled)
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    for grad, other in zip(found[1].values(), expected[1].values(), strict=True):
-        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)
-
-
-def test_merged_layers_compute_by_themselves(calls):
-    model = ours(True)[0].eval()
-    with torch.no_grad():
-        before = model(IDS).logits
-        slk.merge_lora(model)
         calls.clear()
-        torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-4)
-        assert calls == []
-        slk.unmerge_lora(model)
-        assert torch.equal(model(IDS).logits, before) and calls == [3, 2] * 2
-    slk.remove_lora(model, merge=False)
-    assert not any(ATTRIBUTE in module.__dict__ for module in model.modules())
+        outputs = checkpoint(layer, rows().requires_grad_() * 1, use_reentrant=False)
+        sum(y.sum() for y in outputs).backward()
+        assert set(calls.groups) == {3}
 
 
-def test_several_adapters_disabling_and_restoring(calls):
-    def with_two(fused):
-        model = theirs(fused)[0]
-        torch.manual_seed(9)
-        model.add_adapter("other", peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-        model.base_model.set_adapter(["default", "other"])
-        return model
+@pytest.mark.parametrize("name", ["cross_attn", "EncDecAttention", "encoder_attn"])
+@each_library
+def test_cross_attention_shares_between_keys_and_values_only(library, name, calls):
+    layer, note = attention(library, name)
+    assert "1 x (k_proj, v_proj)" in note
+    for _ in range(2):
+        layer(rows(), rows(80))
+    assert calls.groups == [2, 2]
 
-    model, plain = with_two(True), with_two(False)
-    assert_same(step(model), step(plain))
-    assert calls == [3, 2] * 2
-    for each in (model, plain):
-        each.set_adapter("other")
+
+@each_library
+def test_siblings_that_are_not_called_with_one_tensor_go_apart(library, calls):
+    """Right from the first call on, and said."""
+    layer, plain, x, keys = attention(library)[0], attention(library, fuse=False)[0], rows(), rows(80)
+    message = r"'\S*self_attn.k_proj' was called with another tensor .*'\S*self_attn.q_proj'"
+    with pytest.warns(RuntimeWarning, match=message) as seen:
+        found = layer(x, keys)
+    assert len(seen) == 1
     calls.clear()
-    assert_same(step(model), step(plain))
-    # k, gate and up have no adapter of that name: every layer for itself.
-    assert calls == []
-    for each in (model, plain):
-        each.set_adapter("default")
-    with model.disable_adapter(), plain.disable_adapter(), torch.no_grad():
-        assert torch.equal(model(IDS).logits, plain(IDS).logits)
-    assert calls == []
-    assert_same(step(model), step(plain))
-    assert calls == [3, 2] * 2
-    # Asked for anew without, and given back.
-    slk.accelerate_peft(model)
-    assert not any(ATTRIBUTE in module.__dict__ for module in model.modules())
-    slk.accelerate_peft(model, fuse_projections=True)
-    slk.restore_peft(model)
-    assert not any(ATTRIBUTE in module.__dict__ for module in model.modules())
+    torch.testing.assert_close([found, layer(x, keys)], [plain(x, keys)] * 2)
+    assert calls.groups == []
 
 
-def test_load_adapter_fuses_too(tmp_path, calls):
-    model = ours(False)[0]
-    slk.save_adapter(model, tmp_path)
-    other = make_llama()
-    report = slk.load_adapter(other, tmp_path, fuse_projections=True)
-    assert "2 x (q_proj, k_proj, v_proj)" in report.notes[-1]
-    assert_same(step(other.train()), step(model))
-    assert calls == [3, 2] * 2
+def test_layers_of_different_inputs_are_not_siblings():
+    model = nn.ModuleDict({"self_attn": Attention(k_features=12)})
+    report = slk.apply_lora(model, slk.LoRAConfig(r=2, target_modules="all-linear"), fuse_projections=True)
+    assert report.notes[-1] == "fuse_projections found no layers that share an input"
 
 
-def test_siblings_that_are_not_called_with_one_tensor_go_apart(calls):
-    """Block's v_proj is called with what its q_proj gives: right from the first call on, and said."""
-    model, plain = Model(), Model()
-    plain.load_state_dict(model.state_dict())
-    for each, fused in ((model, True), (plain, False)):
-        torch.manual_seed(0)
-        slk.apply_lora(each, lora_config(), fuse_projections=fused)
-        torch.manual_seed(1)
-        fill_b(each)
-    ids = torch.arange(90).view(2, 45) % 11
-    with pytest.warns(
-        RuntimeWarning, match=r"'layers.\d.v_proj' was called with another tensor .*'layers.\d.q_proj'"
-    ) as seen:
-        found = model(ids)
-    assert len(seen) == 2
-    assert torch.equal(found, plain(ids))
+@each_library
+def test_siblings_of_two_dropouts_keep_their_own(library, backend, calls):
+    found = []
+    for fuse in (True, False):
+        layer, _ = attention(library, fuse=fuse, dropout=0.2)
+        set_dropout(layer.k_proj, 0.6)
+        torch.manual_seed(3)
+        found.append(layer(torch.ones(70, 16)))
+    assert calls.groups == []
+    torch.testing.assert_close(*found)
+
+
+CHANGES = {
+    "in place": lambda x: x.mul_(2) is None,
+    "gradients": lambda x: torch.enable_grad(),
+    "autocast": lambda x: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@each_library
+def test_an_input_or_a_mode_that_changed_between_two_calls_is_another(library, change):
+    """Keys that were computed without a graph are not handed to a call that wants one."""
+    layer, plain, x = attention(library)[0], attention(library, fuse=False)[0], rows()
+    with torch.no_grad():
+        layer.q_proj(x)
+        with change(x) or nullcontext():
+            found, expected = layer.k_proj(x), plain.k_proj(x)
+    assert (found.dtype, found.requires_grad) == (expected.dtype, expected.requires_grad)
+    torch.testing.assert_close(found, expected)
+
+
+@each_library
+def test_inference_mode(library, calls):
+    layer, _ = attention(library)
+    with torch.inference_mode():
+        assert all(y.is_inference() for y in layer(rows()))
+    assert calls.groups == [3]
+
+
+def test_threads_get_their_own_outputs():
+    """A round that another thread has replaced is not used: slower at worst, never another's output."""
+    layer, plain = attention()[0], attention(fuse=False)[0]
+    wrong = []
+
+    def work(x):
+        with torch.no_grad():
+            expected = plain(x)
+            for _ in range(50):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    found = layer(x)
+                if not all(torch.allclose(y, e, atol=1e-5) for y, e in zip(found, expected, strict=True)):
+                    wrong.append(x)
+
+    threads = [threading.Thread(target=work, args=(rows(),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_errors_are_the_layers_own():
+    layer, _ = attention()
+    with pytest.raises(ValueError, match=r"x must be \[..., 16\] to fit weight \[24, 16\], got \[70, 15\]"):
+        layer(torch.randn(70, 15))
+    with pytest.raises(TypeError, match=r"weight must have x's dtype torch.bfloat16, got torch.float32"):
+        layer(rows().bfloat16())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_no_more_is_saved_for_backward(dropout, backend):
+    """The bytes that autograd keeps, by storage: X once, each S, seeds or masks; as without."""
+    kept = []
+    for fuse in (True, False):
+        layer, _ = attention(fuse=fuse, dropout=dropout)
+        x = rows().requires_grad_()
+        kept.append(bytes_held(lambda layer=layer, x=x: layer(x), layer.parameters()))
+    assert kept[0] == kept[1]
+    if backend == "triton":
+        # X and three S in float32, and a seed for each mask.
+        assert kept[0] == 4 * 70 * (16 + 3 * 3) + (3 * 8 if dropout else 0)
+
+
+def test_a_copy_in_the_middle_of_a_round(calls):
+    """The tensors of a round can't be copied."""
+    layer, x = attention()[0], rows().requires_grad_()
+    layer.q_proj(x)
+    copied = copy.deepcopy(layer)
     calls.clear()
-    assert torch.equal(model(ids), plain(ids)) and calls == []
-
-
-@pytest.mark.parametrize("make", [ours, theirs])
-def test_the_hook_goes_with_the_group(make):
-    model = make(True)[0]
-    plain = make(False)[0]
-
-    def hooks(model):
-        return [len(module._forward_hooks) for module in model.modules()]
-
-    copied = copy.deepcopy(model)
-    assert sum(hooks(model)) == sum(hooks(copied)) == sum(hooks(plain)) + 4
-    for each in (model, copied):
-        if make is ours:
-            slk.remove_lora(each)
-        else:
-            slk.restore_peft(each)
-        assert sum(hooks(each)) == sum(hooks(plain))
-
-
-def test_a_failed_apply_leaves_no_hook(monkeypatch):
-    model = make_llama()
-
-    def fails(*_args):
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr("stablelora_kernels.model.apply.fuse_mlps", fails)
-    config = slk.LoRAConfig(r=4, target_modules=TARGETS)
-    with pytest.raises(RuntimeError, match="no memory"):
-        slk.apply_lora(model, config, fuse_projections=True, fuse_mlp=True)
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_siblings_of_two_dropouts_keep_their_own(backend):
-    model, plain = theirs(True, 0.2)[0], theirs(False, 0.2)[0]
-    for name, module in (*model.named_modules(), *plain.named_modules()):
-        if name.endswith("k_proj.lora_dropout"):
-            module["default"].p = 0.6
-    assert_same(step(model), step(plain))
+    assert_same(dict(enumerate(copied(x))), dict(enumerate(layer(x))))
+    assert calls.groups == [3, 3]

@@ -36,12 +36,11 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
-def close(got: dict[str, Any], alone: dict[str, Any], outputs: slice = slice(None)) -> None:
-    """Equal to one process, which computes some outputs more; sums are in another order."""
-    assert got.keys() == alone.keys() and got["latches"] == alone["latches"]
-    for key, value in alone.items():
-        if key != "latches":
-            near(key, got[key], value[outputs] if key == "y" else value)
+def close(case: str, got: dict[str, Any], alone: dict[str, Any]) -> None:
+    """Equal to one process; sums are in another order."""
+    assert got.keys() == alone.keys() and got["latches"] == alone["latches"], case
+    for key in alone.keys() - {"latches"}:
+        near(f"{case}: {key}", got[key], alone[key])
 
 
 def near(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -121,7 +120,7 @@ def train(model: nn.Module, backend: str, parts: int = 1, part: int = 0) -> dict
     return found
 
 
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cut first, torch": ("torch", {"before": cut_without_lora}),
     "cut first, triton": ("triton", {"before": cut_without_lora}),
     "cut first, no bias, rank 20": ("triton", {"before": cut_without_lora, "r": 20, "bias": False}),
@@ -131,95 +130,84 @@ CASES = {
 }
 
 
-def alone(case: str) -> dict[str, Any]:
+def trains_as_alone(case: str) -> None:
     backend, options = CASES[case]
-    return train(lora_model(**{k: v for k, v in options.items() if k not in ("before", "after")}), backend)
+    alone = train(lora_model(**{name: options[name] for name in ("r", "bias") if name in options}), backend)
+    assert any(alone["latches"]) or "rank" in case
+    close(case, train(lora_model(**options), backend), alone)
 
 
-def save_and_load(rank: int, world: int, place: Path) -> None:
-    """Of a model that is cut, into one that is cut and one that is not."""
+def of_all(value: Any) -> list[Any]:
+    """The ``value`` of each process."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def what_is_replicated_stays_so_with_dropout(rank: int) -> None:
+    """Masks are each process's own."""
     torch.manual_seed(rank)
-    models = [nn.Sequential(Block()) for _ in range(2)]
-    config = slk.LoRAConfig(r=3, target_modules=NAMES, init_lora_weights=False, bias="lora_only")
-    mesh = init_device_mesh("cpu", (world,))
-    for model in models:
-        for p in model.parameters():
-            dist.broadcast(p.detach(), 0)
-        parallelize_module(model[0], mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    slk.apply_lora(models[0], config)
-    slk.save_adapter(models[0], place / "adapter")
-    dist.barrier()
-    slk.load_adapter(models[1], place / "adapter")
-    plain = nn.Sequential(Block())
-    slk.load_adapter(plain, place / "adapter")
-    layers = [lora_layers(model) for model in (*models, plain)]
-    for name in layers[0]:
-        for half in ("lora_A", "lora_B", "bias"):
-            first, *others = (whole(getattr(found[name], half)) for found in layers)
-            assert all(torch.equal(first, other) for other in others)
-    assert type(layers[1]["0.up"]) is LoRAShardedLinear and type(layers[2]["0.up"]) is slk.LoRALinear
+    found = train(lora_model(dropout=0.5, before=cut_without_lora), "torch")
+    first, second = of_all(found)
+    assert all(torch.equal(first[key], second[key]) for key in first if "lora" in key)
+    assert all(bool(value.isfinite().all()) for name, value in found.items() if name != "latches")
 
 
-def sequence_parallel(rank: int) -> dict[str, torch.Tensor]:
-    """One block on this process's tokens: its part of the output, and the gradients."""
-    block = lora_model()[0]
+def sequence_parallel(rank: int) -> None:
+    """One block on this process's tokens."""
+    block, plain = lora_model()[0], lora_model()[0]
     x = torch.randn(ROWS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(3))
     mine = slice(rank * LENGTH // 2, (rank + 1) * LENGTH // 2)
     parallelize_module(block, init_device_mesh("cpu", (2,)), plan(sequence=True))
-    x = x[:, mine].requires_grad_()
-    y = block(x)
-    y.square().sum().backward()
-    return {
-        "y": y.detach().clone(),
-        "dx": x.grad,
-        **{n: whole(p.grad) for n, p in block.named_parameters() if p.grad is not None},
-    }
+    results = []
+    for module, given in ((block, x[:, mine].clone().requires_grad_()), (plain, x.clone().requires_grad_())):
+        y = module(given)
+        y.square().sum().backward()
+        grads = {name: whole(p.grad) for name, p in module.named_parameters() if p.grad is not None}
+        results.append({"y": y.detach(), "dx": given.grad} | grads)
+    found, expected = results
+    expected |= {name: expected[name][:, mine] for name in ("y", "dx")}
+    for name, value in expected.items():
+        near(f"sequence: {name}", found[name], value)
 
 
-def masks(rank: int, backend: str) -> dict[str, torch.Tensor]:
+def masks(rank: int, backend: str) -> None:
     """With dropout, of processes that were seeded alike: what each layer made of one input, and what came next."""
-    model = lora_model(dropout=0.5, after=cut_in_two)
-    torch.manual_seed(5)
+    model, plain = lora_model(dropout=0.5, after=cut_in_two), lora_model(dropout=0.5)
     with slk.use_backend(backend):
+        torch.manual_seed(5)
+        expected = plain[0].up(torch.ones(64, WIDTH)).detach()
+        torch.manual_seed(5)
         up, down = model[0].up, model[0].down
-        # Ones for A and no base product show the mask of each column: the sums of what was kept.
-        y = up(torch.ones(64, WIDTH))
-        here = down.in_features // 2
+        # Cut rows: one mask in all processes, the one that one process draws.
+        near("up", torch.cat(of_all(up(torch.ones(64, WIDTH)).detach()), -1), expected)
+        # Cut columns: each process has drawn its own, and goes on alike. Ones for A and no base product show the sums of what
+        # was kept: each process shows its own columns, in its own output column before the sum.
         with torch.no_grad():
-            down.weight.zero_(), down.bias.zero_(), down.lora_B.fill_(1.0), down.lora_A.zero_()
-            # Each process shows its own columns, in its own output column before the sum.
+            for p in (down.weight, down.bias, down.lora_A, down.lora_B):
+                p.zero_()
             down.lora_A.to_local()[rank].fill_(1.0)
-            down.lora_B.zero_()
-            down.lora_B.to_local()[0, 0] = 1.0
-            down.lora_B.to_local()[1, 1] = 1.0
-        kept = down(torch.ones(64, here))
-    return {"up": y.detach().clone(), "kept": kept.detach()[:, :2].clone(), "next": torch.rand(3)}
+            down.lora_B.to_local()[0, 0] = down.lora_B.to_local()[1, 1] = 1.0
+        kept = down(torch.ones(64, down.in_features // 2)).detach()[:, :2].clone()
+    first, second = of_all((kept, torch.rand(3)))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    a, b = kept.unbind(-1)
+    assert a.std() > 0 and b.std() > 0 and not torch.equal(a, b)
 
 
-def two(rank: int, world: int, place: Path) -> dict[str, Any]:
-    save_and_load(rank, world, place)
-    found: dict[str, Any] = {name: train(lora_model(**options), backend) for name, (backend, options) in CASES.items()}
-    # Masks are each process's own; what is replicated has to stay so.
-    torch.manual_seed(rank)
-    found["dropped"] = train(lora_model(dropout=0.5, before=cut_without_lora), "torch")
-    found["sequence"] = sequence_parallel(rank)
-    found["masks"] = {backend: masks(rank, backend) for backend in ("torch", "triton")}
-    model = lora_model()
+def merging(rank: int) -> None:
+    model, plain = (lora_model().eval() for _ in range(2))
     frozen = {name: layer.weight.detach().clone() for name, layer in lora_layers(model).items()}
     cut_in_two(model)
-    model.eval()
     x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(4))
-    before = model(x).detach().clone()
-    report = slk.merge_lora(model)
-    found["merged"] = (
-        before,
-        model(x).detach().clone(),
-        {n: (e.largest_error, e.largest_delta) for n, e in report.errors.items()},
-    )
+    before, report, expected = model(x).detach().clone(), slk.merge_lora(model), slk.merge_lora(plain)
+    near("merged", model(x).detach(), before)
+    assert report.errors.keys() == expected.errors.keys()
+    for name, error in report.errors.items():
+        assert error.largest_delta == pytest.approx(expected.errors[name].largest_delta, rel=1e-5)
+        assert 0 < error.largest_error < 1e-6
     with pytest.raises(ValueError, match="is not merged, got a merged one"):
-        merged = lora_model()
-        slk.merge_lora(merged)
-        parallelize_module(merged[0], init_device_mesh("cpu", (2,)), plan())
+        parallelize_module(plain[0], init_device_mesh("cpu", (2,)), plan())
     slk.unmerge_lora(model)
     assert all(torch.equal(whole(layer.weight), frozen[name]) for name, layer in lora_layers(model).items())
     # One process's part is not finite: none merges.
@@ -229,10 +217,43 @@ def two(rank: int, world: int, place: Path) -> dict[str, Any]:
     with pytest.raises(ValueError, match="would give a weight that is not finite"):
         layer.merge()
     assert not layer.merged
-    return found
 
 
-def four(rank: int, world: int, place: Path) -> dict[str, Any]:
+def save_and_load(rank: int, place: Path) -> None:
+    """Of a model that is cut, into one that is cut and one that is not."""
+    torch.manual_seed(rank)
+    models = [nn.Sequential(Block()) for _ in range(2)]
+    for model in models:
+        for p in model.parameters():
+            dist.broadcast(p.detach(), 0)
+        cut_without_lora(model)
+    config = slk.LoRAConfig(r=3, target_modules=NAMES, init_lora_weights=False, bias="lora_only")
+    slk.apply_lora(models[0], config)
+    slk.save_adapter(models[0], place / "adapter")
+    dist.barrier()
+    models.append(nn.Sequential(Block()))
+    for model in models[1:]:
+        slk.load_adapter(model, place / "adapter")
+    saved, cut, plain = (lora_layers(model) for model in models)
+    for name in saved:
+        for half in ("lora_A", "lora_B", "bias"):
+            first, *others = (whole(getattr(found[name], half)) for found in (saved, cut, plain))
+            assert all(torch.equal(first, other) for other in others)
+    assert type(cut["0.up"]) is LoRAShardedLinear and type(plain["0.up"]) is slk.LoRALinear
+
+
+def two(rank: int, world: int, place: Path) -> None:
+    save_and_load(rank, place)
+    for case in CASES:
+        trains_as_alone(case)
+    what_is_replicated_stays_so_with_dropout(rank)
+    sequence_parallel(rank)
+    for backend in ("torch", "triton"):
+        masks(rank, backend)
+    merging(rank)
+
+
+def four(rank: int, world: int, place: Path) -> None:
     both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
 
     def cut(model: nn.Module) -> None:
@@ -246,73 +267,21 @@ def four(rank: int, world: int, place: Path) -> dict[str, Any]:
             fully_shard(block, mesh=both)
         fully_shard(model, mesh=both)
 
-    found = {
-        backend: train(lora_model(after=cut), backend, 2, both.get_local_rank("data"))
-        for backend in ("torch", "triton")
-    }
-    # Every process has its own part of the batch.
-    return found | {"copies": train(lora_model(after=copies_of_shards), "torch", 4, rank)}
+    # With copies of shards, every process has its own part of the batch.
+    for backend, after, parts, part in (
+        ("torch", cut, 2, both.get_local_rank("data")),
+        ("triton", cut, 2, both.get_local_rank("data")),
+        ("torch", copies_of_shards, 4, rank),
+    ):
+        alone = train(lora_model(), backend)
+        alone["y"] = alone["y"][part * ROWS // parts : (part + 1) * ROWS // parts]
+        del alone["dx"]
+        close(f"{backend}, {after.__name__}", train(lora_model(after=after), backend, parts, part), alone)
 
 
-def test_two_processes(tmp_path: Path) -> None:
-    ranks = spawn(two, 2, tmp_path)
-    for case in CASES:
-        expected = alone(case)
-        assert any(expected["latches"]) or "rank" in case
-        for rank in ranks:
-            close(rank[case], expected)
-    first, second = (rank["dropped"] for rank in ranks)
-    assert all(torch.equal(first[key], second[key]) for key in first if "lora" in key)
-    assert all(bool(torch.isfinite(value).all()) for name, value in first.items() if name != "latches")
-
-    block = lora_model()[0]
-    x = torch.randn(ROWS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    y = block(x)
-    y.square().sum().backward()
-    parts = [rank["sequence"] for rank in ranks]
-    for key, expected in (("y", y.detach()), ("dx", x.grad)):
-        near(key, torch.cat([part[key] for part in parts], 1), expected)
-    for name, p in block.named_parameters():
-        if p.requires_grad:
-            for part in parts:
-                near(name, part[name], p.grad)
-
-    for backend in ("torch", "triton"):
-        first, second = (rank["masks"][backend] for rank in ranks)
-        # Cut rows: one mask in all processes, the one that one process draws.
-        model = lora_model(dropout=0.5)
-        torch.manual_seed(5)
-        with slk.use_backend(backend):
-            expected = model[0].up(torch.ones(64, WIDTH)).detach()
-        near("up", torch.cat([first["up"], second["up"]], -1), expected)
-        # Cut columns: each process has drawn its own, and goes on alike.
-        assert torch.equal(first["kept"], second["kept"]) and torch.equal(first["next"], second["next"])
-        a, b = first["kept"].unbind(-1)
-        assert a.std() > 0 and b.std() > 0 and not torch.equal(a, b)
-
-    model = lora_model()
-    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(4))
-    report = slk.merge_lora(model)
-    for rank in ranks:
-        before, after, errors = rank["merged"]
-        near("merged", after, before)
-        assert errors.keys() == report.errors.keys()
-        for name, (error, delta) in errors.items():
-            assert delta == pytest.approx(report.errors[name].largest_delta, rel=1e-5)
-            assert 0 < error < 1e-6
-
-
-@pytest.mark.nightly
-def test_four_processes_in_two_dimensions(tmp_path: Path) -> None:
-    expected = {backend: train(lora_model(), backend) for backend in ("torch", "triton")}
-    for found in expected.values():
-        del found["dx"]
-    for rank, found in enumerate(spawn(four, 4, tmp_path)):
-        for backend in expected:
-            part = rank // 2 * ROWS // 2
-            close(found[backend], expected[backend], slice(part, part + ROWS // 2))
-        part = rank * ROWS // 4
-        close(found["copies"], expected["torch"], slice(part, part + ROWS // 4))
+@pytest.mark.parametrize("target", [two, pytest.param(four, marks=pytest.mark.nightly)])
+def test_processes(target: Callable[..., None], tmp_path: Path) -> None:
+    spawn(target, 2 if target is two else 4, tmp_path)
 
 
 def test_other_modules_and_hooks(mesh: DeviceMesh) -> None:

@@ -1,0 +1,3 @@
+"""Counts the ops that a test's layers call."""
+
+from tests.helpers.op_calls import calls  # noqa: F401

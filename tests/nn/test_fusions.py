@@ -1,0 +1,278 @@
+"""fuse_projections and fuse_mlp in the life of a Llama, on our layers and PEFT's: as the same model without."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+
+import stablelora_kernels as slk
+from tests.helpers.gated_mlps import LIBRARIES, adapted, assert_same, base_of, step
+from tests.helpers.small_models import llama as small_llama
+from tests.helpers.small_models import lora_config, refused, through_a_file
+
+# No group gives up.
+pytestmark = pytest.mark.filterwarnings("error:fuse_projections")
+FP32, FP64 = torch.float32, torch.float64
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Above 64 tokens, below which projections are computed one by one.
+IDS = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
+# The ops that a forward of two layers calls.
+FUSED = {"fuse_projections": [3, 2] * 2, "fuse_mlp": ["silu"] * 2}
+NOTES = {
+    "fuse_projections": "fused projections: 2 x (q_proj, k_proj, v_proj); 2 x (gate_proj, up_proj)",
+    "fuse_mlp": "computed in one op each: 2 x gated MLP (silu)",
+}
+each_fusion = pytest.mark.parametrize("fusion", FUSED)
+each_library = pytest.mark.parametrize("library", LIBRARIES)
+
+
+def llama(dtype=FP64):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return small_llama(**sizes, vocab_size=50, pad_token_id=0, attn_implementation="eager").to(dtype)
+
+
+def make(library, fusion=None, dropout=0.0, dtype=FP64):
+    """The model and the report."""
+    fuse = {"fuse": fusion == "fuse_mlp", "fuse_projections": fusion == "fuse_projections"}
+    return adapted(llama(dtype), library, dropout=dropout, targets=TARGETS, **fuse)
+
+
+def pair(library, fusion, dropout=0.0):
+    return make(library, fusion, dropout)[0], make(library, None, dropout)[0]
+
+
+def classes_and_hooks(model):
+    """And the attributes, of which transformers has one more on layers that it made."""
+    return {
+        name: (type(m), vars(m).keys() - {"_is_hf_initialized"}, len(m._forward_hooks))
+        for name, m in model.named_modules()
+    }
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@each_library
+@each_fusion
+def test_it_trains_as_without(fusion, library, dropout, backend, calls):
+    dtype, tolerance = (FP32, 1e-4) if backend == "triton" else (FP64, 1e-10)
+    (model, report), (plain, other) = (make(library, which, dropout, dtype) for which in (fusion, None))
+    assert NOTES[fusion] in report.notes and NOTES[fusion] not in other.notes and other.mlps == ()
+    expected = step(plain, IDS)
+    assert calls.fused == []
+    for _ in range(2):
+        calls.clear()
+        assert_same(step(model, IDS), expected, tolerance)
+        assert calls.fused == FUSED[fusion]
+
+
+@each_library
+@each_fusion
+def test_copies_and_pickles_compute_with_their_own_layers(fusion, library, calls):
+    model, plain = pair(library, fusion, 0.2)
+    expected = step(plain, IDS)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
+    assert [found.name for found in slk.lora_pairs(model)] == [found.name for found in slk.lora_pairs(plain)]
+    pickles = [pickle.loads(pickle.dumps(model, protocol)) for protocol in (0, 2, pickle.HIGHEST_PROTOCOL)]
+    others = [copy.deepcopy(model), *pickles, through_a_file(model)]
+    assert_same(step(copy.copy(model), IDS), expected)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for other in others:
+        calls.clear()
+        assert_same(step(other, IDS), expected)
+        assert calls.fused == FUSED[fusion]
+    model.load_state_dict(plain.state_dict())
+    assert_same(step(model, IDS), expected)
+
+
+def replica(module):
+    """What DataParallel makes on each device: copies of the dicts, with plain tensors for parameters."""
+    new = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        new._modules[name] = replica(child)
+        setattr(new, name, new._modules[name])
+    for name, p in module._parameters.items():
+        setattr(new, name, None if p is None else p * 1 if p.requires_grad else p.detach().clone())
+    return new
+
+
+@each_library
+@each_fusion
+def test_replicas_compute_with_their_own_tensors(fusion, library, calls):
+    model, plain = pair(library, fusion)
+    expected, other = step(plain, IDS), replica(model)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).mul_(3)
+    assert_same(step(model, IDS, call=other), expected)
+    # By identity, a replica of a layer is not in its group.
+    assert calls.fused == (FUSED[fusion] if fusion == "fuse_mlp" else [])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@each_library
+@each_fusion
+def test_gradient_checkpointing(fusion, library, reentrant, calls):
+    model, plain = pair(library, fusion, 0.2)
+    expected = step(plain, IDS)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    for _ in range(3):
+        calls.clear()
+        assert_same(step(model, IDS), expected)
+        # Forward, and again in backward.
+        assert sorted(calls.fused) == sorted(2 * FUSED[fusion])
+
+
+@each_library
+@each_fusion
+def test_autocast_and_generate(fusion, library, calls):
+    model, plain = pair(library, fusion)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (each.float()(IDS, labels=IDS).loss.item() for each in (model, plain))
+    assert found == pytest.approx(expected, rel=1e-2) and calls.fused == FUSED[fusion]
+    outputs = [each.eval().generate(input_ids=IDS, max_new_tokens=5, do_sample=False) for each in (model, plain)]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.nightly
+@each_library
+@each_fusion
+def test_torch_compile_has_no_graph_break(fusion, library):
+    model, plain = pair(library, fusion)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same(step(model, IDS, call=compiled), step(plain, IDS))
+
+
+@each_library
+@each_fusion
+def test_merged_and_disabled_layers_compute_by_themselves(fusion, library, calls):
+    model, plain = (each.eval() for each in pair(library, fusion))
+    with torch.no_grad():
+        expected = model(IDS).logits
+        calls.clear()
+        with slk.disable_lora(model), slk.disable_lora(plain):
+            assert torch.equal(model(IDS).logits, plain(IDS).logits)
+        model.merge_adapter() if library == "PEFT" else slk.merge_lora(model)
+        torch.testing.assert_close(model(IDS).logits, expected)
+        assert calls.fused == []
+        model.unmerge_adapter() if library == "PEFT" else slk.unmerge_lora(model)
+        torch.testing.assert_close(model(IDS).logits, expected)
+        assert calls.fused == FUSED[fusion]
+
+
+def two_adapters(model):
+    import peft
+
+    torch.manual_seed(9)
+    targets = ["q_proj", "v_proj", "up_proj"]
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    model.double()
+    model.base_model.set_adapter(["default", "other"])
+
+
+def scales(model):
+    for layer in base_of(model).model.layers:
+        layer.mlp.up_proj.scale_layer(1.5), layer.self_attn.k_proj.scale_layer(0.5)
+
+
+# Groups need the adapter on each layer, an MLP at most one on each.
+ADAPTERS = [
+    (two_adapters, [3, 2] * 2, []),
+    (lambda model: model.base_model.set_adapter("other"), [], ["silu"] * 2),
+    (lambda model: model.base_model.set_adapter("default"), [3, 2] * 2, ["silu"] * 2),
+    (scales, [3, 2] * 2, ["silu"] * 2),
+    (lambda model: (model.base_model.set_adapter("other"), model.delete_adapter("default")), [], ["silu"] * 2),
+]
+
+
+@each_fusion
+def test_pefts_adapters_are_switched_scaled_and_deleted(fusion, calls):
+    models = pair("PEFT", fusion)
+    for change, groups, mlps in ADAPTERS:
+        for model in models:
+            change(model)
+        calls.clear()
+        assert_same(*(step(model, IDS) for model in models))
+        assert calls.fused == (groups if fusion == "fuse_projections" else mlps)
+
+
+@pytest.mark.parametrize("around", ["the layers", "the model"])
+@each_library
+@each_fusion
+def test_fsdp2(fusion, library, around, mesh, calls):
+    """Parameters are DTensors until a forward gathers them."""
+    model, plain = pair(library, fusion)
+    expected = step(plain, IDS)
+    for layer in base_of(model).model.layers if around == "the layers" else ():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    found = step(model, IDS)
+    assert calls.fused == FUSED[fusion]
+    assert_same({name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}, expected)
+
+
+@each_library
+@each_fusion
+def test_it_is_given_back(fusion, library, calls):
+    """By removing, restoring, PEFT's unloading, and by accelerating without it."""
+    if library == "ours":
+        model = llama()
+        before, state = classes_and_hooks(model), copy.deepcopy(model.state_dict())
+        slk.apply_lora(model, lora_config(target_modules=TARGETS), **{fusion: True})
+        slk.remove_lora(model, merge=False)
+        assert classes_and_hooks(model) == before
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        return
+    model, plain = pair(library, fusion)
+    accelerated = classes_and_hooks(plain)
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        fused = classes_and_hooks(each)
+        assert fused != accelerated
+        slk.accelerate_peft(each)
+        assert classes_and_hooks(each) == accelerated
+        for _ in range(2):
+            slk.accelerate_peft(each, **{fusion: True})
+            assert classes_and_hooks(each) == fused
+        slk.restore_peft(each), slk.restore_peft(plain)
+        assert classes_and_hooks(each) == classes_and_hooks(plain)
+    assert torch.equal(model.unload()(IDS).logits, llama()(IDS).logits) and calls.fused == []
+
+
+@each_fusion
+def test_load_adapter_fuses_too(fusion, calls, tmp_path):
+    plain, _ = make("ours")
+    slk.save_adapter(plain, tmp_path)
+    model = llama()
+    assert NOTES[fusion] in slk.load_adapter(model, tmp_path, **{fusion: True}).notes
+    assert_same(step(model.train(), IDS), step(plain, IDS))
+    assert calls.fused == FUSED[fusion]
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_an_interrupted_call_leaves_nothing(loads, tmp_path, monkeypatch):
+    """The second MLP can't be fused, after all else was; or the file's tensors can't be copied, after all was fused."""
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt("Ctrl-C")
+
+    model, call, given = llama(), slk.apply_lora, lora_config(target_modules=TARGETS)
+    mlp = model.model.layers[1].mlp
+    if loads:
+        call, given = slk.load_adapter, tmp_path
+        slk.save_adapter(make("ours")[0], tmp_path)
+        monkeypatch.setattr(torch.Tensor, "copy_", interrupt)
+    else:
+        mlp.__class__ = type("Final", (type(mlp),), {"__init_subclass__": interrupt})
+    before = classes_and_hooks(model)
+    with refused(model, KeyboardInterrupt, "Ctrl-C"):
+        call(model, given, fuse_projections=True, fuse_mlp=True)
+    assert classes_and_hooks(model) == before
