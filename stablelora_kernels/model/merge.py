@@ -33,19 +33,22 @@ def merge_lora(model: nn.Module) -> MergeReport:
     untied = _shared_weights(model, layers)
     merged: list[LoRALinear] = []
     errors: dict[str, MergeError] = {}
-    for name, layer in layers.items():
-        if layer.merged:
-            errors[name] = layer.merge_error()
-            continue
-        try:
-            errors[name] = layer.merge()
-        except BaseException as error:
-            for other in merged:
-                other.unmerge()
-            if isinstance(error, ValueError):
-                raise ValueError(f"{name!r}: {error}") from None
-            raise
-        merged.append(layer)
+    name = ""
+    try:
+        for name, layer in layers.items():
+            if layer.merged:
+                errors[name] = layer.merge_error()
+            else:
+                merged.append(layer)
+                errors[name] = layer.merge()
+    except BaseException as error:
+        for layer in merged:
+            # The last one is merged if its rounding error could not be measured.
+            if layer.merged:
+                layer.unmerge()
+        if isinstance(error, ValueError):
+            raise ValueError(f"{name!r}: {error}") from None
+        raise
     save_merged_layers_plain(model)
     return MergeReport(errors, untied)
 

@@ -63,7 +63,7 @@ class CopiedSchedule:
         return CopiedSchedule, (self.schedule,)
 
 
-_built_from = itemgetter("amsgrad", "stop_condition", "max_grad_norm", "moments_dtype", "master_weights")
+_built_from = itemgetter("amsgrad", "stop_condition", "max_grad_norm", "moments_dtype", "master_weights", "seed")
 
 
 def build_key(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:

@@ -191,6 +191,7 @@ CALLS = {
     "apply_lora": (False, lambda model, path: slk.apply_lora(model, SAVED, fuse_projections=True)),
     "load_adapter, new layers": (False, lambda model, path: slk.load_adapter(model, path, fuse_projections=True)),
     "load_adapter, old layers": (True, slk.load_adapter),
+    "merge_lora": (True, lambda model, path: slk.merge_lora(model)),
 }
 
 

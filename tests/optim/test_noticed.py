@@ -190,8 +190,8 @@ GROUPS: dict[str, Change] = {
         f"{key}: {value}": lambda o, p, key=key, value=value: o.param_groups[0].update({key: value})
         for key, value in [
             ("lr", 0.1), ("betas", (0.5, 0.6)), ("eps", 0.1), ("weight_decay", 0.5), ("shrink_ratio", 0.5),
-            ("maximize", True), ("amsgrad", True), ("lr_ratio_B", 8.0),
-            ("lr", TENSOR), ("betas", (0.5, torch.tensor(0.75))),
+            ("maximize", True), ("amsgrad", True), ("lr_ratio_B", 8.0), ("seed", 9),
+            ("lr", TENSOR), ("lr", torch.tensor([0.1], dtype=torch.float64)), ("betas", (0.5, torch.tensor(0.75))),
             ("shrink_ratio", TENSOR), ("weight_decay", TENSOR),
         ]
     },
