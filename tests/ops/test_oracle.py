@@ -239,7 +239,8 @@ def test_only_requested_gradients(op, rows, p, backend):
     given = make(case)
     trained = [name for name, t in given.items() if isinstance(t, Tensor) and not name.startswith("grad")]
     every = run(case.but(wanted=trained), given)
-    check(case.but(wanted=trained), every, given)
+    # By chance, eager's own error of few rows may be small: dB of up is four units in the last place off, eager's is two.
+    check(case.but(wanted=trained), every, given, roundings=op == "mlp")
     for subset in SUBSETS:
         names = {name for name in trained if name in subset or name[5:6] in subset}
         leaf = leaves(case.but(wanted=names), given)
