@@ -8,12 +8,9 @@ from itertools import product
 import pytest
 import torch
 
-import stablelora_kernels as slk
 from stablelora_kernels.dispatch.rules import KERNELS
-from tests.helpers import oracle
+from tests.helpers import case_checks, cases, oracle
 from tests.helpers.gpu_checks import BF16, DEVICE, FP16, FP32, SMALL, Case, directions, keep_rows, run
-from tests.helpers.mlps import ACTIVATIONS, MLP
-from tests.helpers.mlps import check as check_mlp
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 
@@ -71,18 +68,18 @@ def test_timed_shapes_match_float64(case, kernel, record_property):
     check(case, kernel, record_property)
 
 
-# Rows, K, F and N, ranks: gate and up by descriptors, by pointers, and one by one; a projection without a branch.
+# x's shape, F and N, ranks: gate and up by descriptors, by pointers, and one by one; a projection without a branch.
 MLPS = (
-    ((2048, 1024), 2816, 1024, (16, 8, 20)), ((4096, 999), 2001, 500, (3, 16, 100)), ((33, 256), 512, 256, (None, 8, 3)),
+    ((2048, 1024), (2816, 2816, 1024), (16, 8, 20)), ((4096, 999), (2001, 2001, 500), (3, 16, 100)),
+    ((33, 256), (512, 512, 256), (None, 8, 3)),
 )  # fmt: skip
 if SMALL:
-    MLPS = (((70, 48), 40, 24, (16, 8, None)),)
+    MLPS = (((70, 48), (40, 40, 24), (16, 8, None)),)
 
 
-@pytest.mark.parametrize(("mlp", "activation"), list(product(MLPS, ACTIVATIONS)), ids=str)
+@pytest.mark.parametrize(("mlp", "activation"), list(product(MLPS, cases.ACTIVATIONS)), ids=str)
 @pytest.mark.parametrize("kernel", ["auto", "split"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_an_mlp_matches_float64(mlp, activation, kernel, p):
-    given = MLP(*mlp, BF16, FP32, activation)
-    with slk.use_kernel(kernel):
-        check_mlp(given, given.run(p=p), p)
+    case = cases.Case("mlp", *mlp, BF16, FP32, p=p, kernel=kernel, activation=activation)
+    case_checks.check(case, cases.run(case))

@@ -6,7 +6,6 @@ Results are Y, dX, dA and dB by name. ``tests.helpers.inputs`` makes the inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from stablelora_kernels.functional import lora_branch, lora_linear
 from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.testing import assert_no_worse, error_and_bound
+from tests.helpers.case_checks import bytes_held, check_compiled  # noqa: F401  tests outside of ops/ import them from here
 from tests.helpers.inputs import DEVICE, SCALING, Inputs
 
 Results = dict[str, Tensor]
@@ -106,34 +106,3 @@ def layer_oracle(
     """The results of such a layer in float64."""
     a, b = pair
     return testing.oracle({"x": x, "weight": weight, "bias": bias, "lora_A": a, "lora_B": b, "grad": grad}, scaling)
-
-
-def check_compiled(function: Callable[..., Any], tensors: Sequence[Tensor], grads: Any) -> None:
-    """torch.compile takes ``function`` whole; its outputs and gradients are those without it."""
-    torch._dynamo.reset()
-    results = []
-    for each in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
-        given = [tensor.detach().requires_grad_() for tensor in tensors]
-        torch.manual_seed(7)
-        outputs = each(*given)
-        found = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        results.append((*found, *torch.autograd.grad(outputs, given, grads)))
-    for plain, other in zip(*results, strict=True):
-        torch.testing.assert_close(plain, other, rtol=1e-5, atol=1e-5)
-
-
-def bytes_held(made: Callable[[], Any], given: Iterable[Tensor]) -> int:
-    """Bytes that the graph of ``made()`` holds for backward, other than of the tensors ``given``."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in given}
-    held: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = made()
-    assert all(y.requires_grad for y in (outputs if isinstance(outputs, (tuple, list)) else (outputs,)))
-    return sum(held.values())

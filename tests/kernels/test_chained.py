@@ -12,15 +12,13 @@ from stablelora_kernels.dispatch import problem, tiles
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile, TileRule
 from stablelora_kernels.launch import counters
-from tests.helpers.inputs import BF16, DEVICE, FP16, FP32, make_branch_inputs, make_inputs
-from tests.helpers.launches import count_launches
-from tests.helpers.oracle import call, check, leaves, run, run_dropped
+from tests.helpers.inputs import BF16, DEVICE, FP32, make_inputs
+from tests.helpers.oracle import check, run, run_dropped
 
 pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended"),
     pytest.mark.usefixtures("poisoned_outputs"),
 ]
-FORMS = ("_lora_linear_kernel", "_lora_linear_split_k_kernel", "_lora_linear_tma_kernel")
 
 
 @pytest.fixture(params=["sm_80", "sm_90", "gfx942"])
@@ -33,38 +31,6 @@ def arch(request, monkeypatch):
 def chain() -> torch.Tensor:
     """The chain of the launches so far."""
     return counters.counters(MAX_SHARED_SUMS, torch.device("cpu"), lane=4)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(
-    ("rows", "r", "dtype"),
-    [(1, 1, BF16), (16, 20, FP32), (64, 128, BF16), (65, 3, FP16), (131, 16, BF16), (131, 128, BF16)],
-    ids=str,
-)
-def test_one_launch_forward_and_one_backward(rows, r, dtype, p, arch):
-    """Strides as they come: rows of X apart, W transposed."""
-    inputs = make_inputs((rows, 75), 90, r, dtype=dtype, lora_dtype=FP32)
-    inputs["x"] = torch.cat([inputs["x"], inputs["x"]], 1)[:, :75]
-    inputs["weight"] = inputs["weight"].t().contiguous().t()
-    with count_launches() as made:
-        results = (run(inputs, "triton"),) if not p else run_dropped(inputs, "triton", p)
-    check(inputs, *results)
-    assert made.total() == 2 and set(made) <= set(FORMS)
-
-
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(
-    ("rows", "r", "dtype"), [(1, 1, BF16), (16, 20, FP32), (65, 3, FP16), (131, 16, BF16), (131, 128, BF16)], ids=str
-)
-def test_a_lone_branchs_backward_is_one_launch(rows, r, dtype, p, arch):
-    inputs = make_branch_inputs((rows, 75), 90, r, dtype, FP32, dtype)
-    inputs["x"] = torch.cat([inputs["x"], inputs["x"]], 1)[:, :75]
-    with count_launches() as made:
-        results = (run(inputs, "triton"),) if not p else run_dropped(inputs, "triton", p)
-    check(inputs, *results)
-    assert made["_lora_linear_kernel"] == 1 and made["_lora_weight_grads_kernel"] == 0
-    assert not chain().any()
 
 
 def test_the_chain_is_zero_again(arch):
@@ -101,15 +67,3 @@ def test_few_rows_of_a_low_rank_stay_fused():
     found = slk.explain(64, 96, 64, 64, BF16, device="sm_90")
     assert found.forward_kernel == "fused" and found.backward_kernel == "chained"
     assert len(found.forward) == len(found.backward) == 1
-
-
-@pytest.mark.parametrize("wanted", [("x",), ("x", "lora_A"), ("x", "lora_B")], ids=str)
-def test_wanted_gradients_alone(wanted, arch):
-    inputs = make_inputs((70, 64), 48, 16, dtype=BF16, lora_dtype=FP32)
-    given = leaves(inputs, wanted)
-    with count_launches() as made:
-        y = call(given, backend="triton")
-        y.backward(inputs["grad"])
-    assert made.total() == 2
-    named = {"x": "dX", "lora_A": "dA", "lora_B": "dB"}
-    check(inputs, {"Y": y.detach()} | {named[name]: given[name].grad for name in wanted})

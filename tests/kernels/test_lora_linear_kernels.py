@@ -14,18 +14,18 @@ import triton
 import triton.language as tl
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import problem, rules, tiles
+from stablelora_kernels.dispatch import problem, tiles
 from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.dispatch.tiles import Tile, TileRule
+from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.kernels.common import keep_mask
 from stablelora_kernels.launch import counters, lora_common
 from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
 from stablelora_kernels.reference import philox_ref
 from stablelora_kernels.testing import assert_no_worse
-from tests.helpers.inputs import BF16, DEVICE, FP16, FP32, SCALING, make_inputs
+from tests.helpers.inputs import BF16, DEVICE, FP32, SCALING, make_inputs
 from tests.helpers.launches import count_launches
-from tests.helpers.oracle import call, check, eager, leaves, oracle, run, run_dropped
+from tests.helpers.oracle import check, eager, oracle, run, run_dropped
 
 pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended"),
@@ -41,79 +41,11 @@ def arch(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def tiny_tiles(monkeypatch):
-    """Many tiles in both directions, ragged edges, and several blocks of ranks at small sizes."""
-    for name in ("TMA_TILES", "LINEAR_TILES", "SHRINK_TILES", "EXPAND_TILES", "WEIGHT_GRADS_TILES"):
-        monkeypatch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
-    monkeypatch.setattr(problem, "MAX_FUSED_R", 32)
-
-
 def check_run(inputs: dict[str, Tensor | None], p: float, kernel: str = "auto") -> None:
     """A call by ``kernel`` is right, with dropout by the mask that it must have used."""
     with slk.use_kernel(kernel):
         results = (run(inputs, "triton"),) if p == 0 else run_dropped(inputs, "triton", p)
     check(inputs, *results)
-
-
-@pytest.mark.covering
-@pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
-@pytest.mark.parametrize(("dtype", "lora_dtype"), [(FP32, FP32), (BF16, FP32), (FP16, FP16)], ids=str)
-@pytest.mark.parametrize(
-    # All but the first have rows of 16 bytes' multiples, which descriptors want.
-    ("shape", "n", "r"),
-    [((67, 39), 53, 20), ((67, 40), 48, 20), ((66, 48), 40, 32), ((17, 48), 56, 1)],
-)
-def test_each_kernel_matches_the_oracle(kernel, shape, n, r, dtype, lora_dtype, arch, tiny_tiles):
-    inputs = make_inputs(shape, n, r, dtype=dtype, lora_dtype=lora_dtype, bias=r != 32)
-    check_run(inputs, 0.0, kernel)
-
-
-@pytest.mark.covering
-@pytest.mark.parametrize("kernel", ["chained", "split", "vendor"])
-@pytest.mark.parametrize(("shape", "n"), [((67, 39), 53), ((67, 40), 48), ((9, 40), 48)])
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("r", [3, 75])
-def test_each_kernel_drops_by_the_reference_mask(kernel, shape, n, r, dtype, arch, tiny_tiles):
-    inputs = make_inputs(shape, n, r, dtype=dtype, lora_dtype=FP32)
-    check_run(inputs, 0.3, kernel)
-
-
-@pytest.mark.covering
-@pytest.mark.parametrize(("dtype", "lora_dtype"), [(BF16, FP32), (BF16, BF16)], ids=str)
-@pytest.mark.parametrize("r", [3, 16, 33])
-def test_masked_gradients(r, dtype, lora_dtype, arch, monkeypatch):
-    """Dropout's mask on the branch, with dS beside dX and before it; few rows and many at the tables' own tiles."""
-    original = rules.choose
-    for rows, kernel in itertools.product((9, 70), ("fused", "split")):
-        # Forward has no fused kernel with dropout, so that fused can't be forced on both.
-        monkeypatch.setattr(
-            rules, "choose", lambda d, c, k=kernel: Choice(k, "") if c.direction == "backward" else original(d, c)
-        )
-        inputs = make_inputs((rows, 72), 80, r, dtype=dtype, lora_dtype=lora_dtype)
-        with count_launches() as made:
-            check_run(inputs, 0.2)
-        assert made["_lora_shrink_kernel"] == (1 if kernel == "split" else 0)
-
-
-@pytest.mark.parametrize("width", [32, 64, 128, 256])
-@pytest.mark.parametrize("r", [8, 40])
-def test_masked_tiles_in_parts(width, r, monkeypatch):
-    """Two, four and eight parts of 16 or 32 columns, in their order, with edges inside a part and between parts."""
-    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES["sm_90"])
-    monkeypatch.setattr(tiles, "TMA_TILES", (TileRule(lambda d, c: True, Tile(16, width, 16, 4, 2), "a test"),))
-    inputs = make_inputs((66, 2 * width - 24), 48, r, dtype=BF16, lora_dtype=FP32)
-    with count_launches() as made:
-        check_run(inputs, 0.3)
-    assert "_lora_linear_tma_kernel" in made
-
-
-@pytest.mark.parametrize("r", [1, 3, 17, 31, 64, 65, 100, 200, 256, 257, 512])
-@pytest.mark.parametrize("rows", [4, 70])
-def test_any_rank(r, rows, monkeypatch):
-    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES["sm_90" if r % 2 else "sm_80"])
-    inputs = make_inputs((rows, 40), 48, r, dtype=BF16, lora_dtype=FP32)
-    check(inputs, run(inputs, "triton"))
 
 
 def test_descriptors_are_used_where_they_can_be(monkeypatch):
@@ -122,43 +54,6 @@ def test_descriptors_are_used_where_they_can_be(monkeypatch):
         with count_launches() as made:
             run(make_inputs(shape, n, 16, dtype=BF16), "triton")
         assert made == {expected: 2}
-
-
-@pytest.mark.covering
-@pytest.mark.parametrize(
-    ("rows", "r", "p", "wanted", "forward", "backward"),
-    [
-        # A rank that no chained launch takes.
-        (33, 130, 0.0, "xAB", 2, 2),
-        (33, 130, 0.1, "xA", 2, 2),
-        (33, 130, 0.0, "AB", 2, 2),
-        (33, 130, 0.0, "B", 2, 1),
-        *(
-            (rows, r, p, wanted, 1, 1)
-            for rows, r, p in (
-                (33, 8, 0.0),
-                (33, 32, 0.1),
-                (33, 100, 0.0),
-                (70, 16, 0.0),
-                (70, 32, 0.2),
-                (70, 100, 0.1),
-            )
-            for wanted in ("xAB", "AB", "A", "B", "x", "xA", "xB")
-        ),
-    ],
-)
-def test_launches(rows, r, p, wanted, forward, backward, arch):
-    inputs = make_inputs((rows, 24), 20, r, dtype=BF16, lora_dtype=FP32)
-    names = {"x": "x", "A": "lora_A", "B": "lora_B"}
-    given = leaves(inputs, [names[name] for name in wanted])
-    with count_launches() as made:
-        y = call(given, p, "triton")
-    assert made.total() == forward
-    with count_launches() as made:
-        grads = torch.autograd.grad(y, [given[names[name]] for name in wanted], inputs["grad"])
-    assert made.total() == backward
-    if p == 0:
-        check(inputs, {f"d{name.upper()}": grad for name, grad in zip(wanted, grads, strict=True)})
 
 
 # Sums that several programs share.
@@ -196,20 +91,6 @@ def test_shared_sums_of_few_rows(rows, r, p, dtype, lora_dtype):
         # Without dropout, forward's product computes S itself.
         assert found["S"] > 1 or (k > n and p == 0)
         check_run(inputs, p)
-
-
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("kernel", ["fused", "chained", "split"])
-@pytest.mark.parametrize(("rows", "r", "p"), [(70, 40, 0.0), (150, 3, 0.0), (150, 40, 0.3)])
-def test_shared_sums_of_tiles_that_leave_the_gpu_idle(rows, r, p, kernel):
-    """More rows than a tile has; K of forward, then N of backward, in parts that do not come out even."""
-    if kernel == "fused" and p:
-        pytest.skip("fused has no dropout")
-    for k, n in ((1040, 136), (136, 1030)):
-        inputs = make_inputs((rows, k), n, r, dtype=BF16, lora_dtype=FP32)
-        with slk.use_kernel(kernel):
-            assert shared_sums(inputs, p)["_lora_linear_split_k_kernel"] > 1
-        check_run(inputs, p, kernel)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

@@ -1,4 +1,4 @@
-"""An MLP's launches: counters at 0 again, the same bits each time, sums that several programs share, a gate in every form."""
+"""An MLP's launches: what is launched, counters at 0 again, the same bits each time, offsets beyond 32 bits."""
 
 from __future__ import annotations
 
@@ -8,24 +8,19 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import problem, rules, tiles
+from stablelora_kernels.dispatch import rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile, TileRule
+from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
 from stablelora_kernels.launch import counters
 from stablelora_kernels.launch.dry_run import mlp_launches
-from tests.helpers.inputs import BF16, DEVICE, FP16, FP32
-from tests.helpers.mlps import MLP, assert_close, check
+from tests.helpers.case_checks import assert_close, check
+from tests.helpers.cases import BF16, DEVICE, FP32, Case, leaves, make, ours, run, small
+from tests.helpers.launches import count_launches
 
 pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended"),
     pytest.mark.usefixtures("poisoned_outputs"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def on_triton():
-    with slk.use_backend("triton"):
-        yield
 
 
 def any_counter():
@@ -45,45 +40,67 @@ def test_the_same_bits_and_counters_at_zero(rows, kernel, arch, monkeypatch):
         shared.append(steps > 1)
         return 2 if steps > 1 else 1
 
-    monkeypatch.setattr(problem, "device_of", lambda _: DEVICES[arch])
     monkeypatch.setattr(tiles, "plan_split_k", two)
-    mlp = MLP((rows, 136), 72, 16, (8, 20, 3), BF16, FP32)
-    with slk.use_kernel(kernel):
-        first = mlp.run(p=0.2)
-        assert any(shared) and not any_counter()
-        assert_close(mlp.run(p=0.2), first, 0)
+    case = Case("mlp", (rows, 136), (72, 72, 16), (8, 20, 3), BF16, FP32, p=0.2, kernel=kernel, arch=arch)
+    first = run(case)
+    assert any(shared) and not any_counter()
+    assert_close(run(case), first)
     assert not any_counter()
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("form", ["split_k", "tma", "pointers", "vendor"])
-@pytest.mark.parametrize("chained", [False, True])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("tile", [Tile(16, 64, 16, 4, 2), Tile(32, 128, 32, 4, 2)], ids=str)
-def test_a_gate_in_every_form_and_tile(tile, dtype, chained, form, monkeypatch):
-    """dG and dU from tiles within rows and across their end, with dropout; dA with H computed again."""
-    monkeypatch.setattr(problem, "device_of", lambda _: DEVICES["sm_90"])
-    for name in dir(tiles):
-        if name.endswith("_TILES"):
-            monkeypatch.setattr(tiles, name, (TileRule(lambda d, c: True, tile, "a test"),))
-    monkeypatch.setattr(rules, "choose_form", lambda device, call, described: form)
-    kernel = "vendor" if form == "vendor" else "chained" if chained else "split"
-    mlp = MLP((33, 24), 72, 16, (5, 3, 17), dtype, FP32, "gelu")
-    with slk.use_kernel(kernel):
-        check(mlp, mlp.run(p=0.3), 0.3)
-
-
-@pytest.mark.parametrize("far", ["x", "weights"])
-def test_steps_beyond_2_to_the_31(far, spacious, monkeypatch):
+@pytest.mark.parametrize("far", [["x"], ["weight0", "weight1"]], ids=str)
+def test_steps_beyond_2_to_the_31(far, spacious):
     """X, or the weights of gate and up, with columns so far apart that a step along the sum exceeds 2^31 elements."""
-    monkeypatch.setattr(problem, "device_of", lambda _: DEVICES["sm_80"])
-    mlp = MLP((70, 144), 72, 16, (8, 8, 8), BF16, FP32)
-    if far == "x":
-        mlp.x = spacious(mlp.x.t()).t()
-    else:
-        mlp.weights = [*(spacious(w.t()).t() for w in mlp.weights[:2]), mlp.weights[2]]
-    with slk.use_kernel("split"):
-        check(mlp, mlp.run())
+    case = Case("mlp", (70, 144), (72, 72, 16), (8, 8, 8), BF16, FP32, kernel="split", arch="sm_80")
+    given = make(case)
+    check(case, run(case, given | {name: spacious(given[name].t()).t() for name in far}), given)
+
+
+def launched(made):
+    return {name.removeprefix("_").removesuffix("_kernel"): n for name, n in made.items()}
+
+
+def launches(case):
+    """What forward and backward launch, by short names."""
+    leaf = leaves(case, make(case))
+    with slk.use_backend("triton"), count_launches() as forward:
+        (y,) = ours(case, leaf)
+    with slk.use_backend("triton"), count_launches() as backward:
+        y.backward(leaf["grad2"])
+    return launched(forward), launched(backward)
+
+
+@pytest.mark.parametrize(("processors", "rows", "arch", "forward"), [
+    (1, 130, "sm_90", {"lora_shrink_group": 1, "lora_gate_up_tma": 1, "lora_linear_tma": 1}),
+    (1, 130, "sm_80", {"lora_shrink_group": 1, "lora_gate_up": 1, "lora_linear": 1}),
+    (132, 130, "sm_90", {"lora_shrink_group": 1, "lora_linear_tma": 3, "gated_activation": 1}),
+])  # fmt: skip
+def test_launches_of_a_call(processors, rows, arch, forward):
+    case = Case("mlp", (rows, 64), (48, 48, 24), (6, 3, 4), BF16, BF16)
+    with slk.testing.pretend_gpu(arch, processors):
+        found = launches(case)
+    product = "lora_linear_tma" if arch == "sm_90" else "lora_linear"
+    assert found == (forward, {product: 3, "lora_weight_grads_group": 1})
+
+
+def test_backward_launches_what_is_asked_for():
+    """A whole backward, and its parts; a product's launch may have dS, dA and dB as well."""
+    product, shared = "lora_linear", "lora_weight_grads_group"
+    case = small("mlp", dtype=BF16, lora_dtype=BF16, p=0.3)
+    for wanted, expected in (
+        (["x"], {product: 3}),
+        (None, {product: 3, shared: 1}),
+        # dG and dU without dX.
+        (["lora_A0", "lora_A1"], {product: 1, "lora_shrink": 2, shared: 1}),
+        (["lora_B0", "lora_B1"], {product: 1, "lora_weight_grads": 2}),
+        (["lora_A0", "lora_A1", "lora_B0", "lora_B1"], {product: 1, "lora_shrink": 2, shared: 1}),
+        # Nothing of gate and up.
+        (["lora_A2", "lora_B2"], {product: 1}),
+        (["lora_A2"], {product: 1}),
+        (["lora_B2"], {"lora_weight_grads": 1}),
+    ):
+        with slk.testing.pretend_gpu("sm_80"):
+            assert launches(case.but(wanted=wanted))[1] == expected, wanted
 
 
 @pytest.mark.parametrize("kernel", ["auto", "split", "vendor"])
