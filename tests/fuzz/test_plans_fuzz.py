@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stablelora_kernels.ops import plans
-from tests.helpers.case_checks import calls
-from tests.helpers.cases import Case, Results, make, run
-from tests.helpers.launches import recorded_launches, without_plans
+from tests.helpers.case_checks import calls, run_recorded
+from tests.helpers.cases import Case, Results
+from tests.helpers.launches import without_plans
 from tests.helpers.precision import SWITCHES, switched
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned_outputs")]
@@ -53,13 +53,8 @@ def sequences(draw: st.DrawFn) -> list[tuple[Case, str]]:
 
 
 def run_once(case: Case, switch: str) -> tuple[list[Any], Results]:
-    """The call's launches and results."""
-    given = make(case)
-    named = {
-        t.data_ptr(): name for name, t in given.items() if isinstance(t, Tensor) and t.numel() and "grad" not in name
-    }
-    with switched(switch), recorded_launches(named) as launches:
-        return launches, run(case, given)
+    with switched(switch):
+        return run_recorded(case)
 
 
 def _bits(t: Tensor) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
@@ -34,8 +35,10 @@ from tests.helpers.cases import (
     ours,
     plain,
     results,
+    run,
 )
 from tests.helpers.covering import covering
+from tests.helpers.launches import count_launches, recorded_launches
 
 # Roundings that lie one behind another in an MLP: of G, H, S, dH, dG and a result, of which one is half an EPS of its sum.
 ROUNDINGS = 4
@@ -49,7 +52,7 @@ def masks(case: Case, given: Operands) -> tuple[list[Tensor | None], float]:
     for i, r in enumerate(case.ranks):
         width = case.sizes[0] if case.op == "mlp" and i == 2 else x.shape[-1]
         rows = x.shape[:-1].numel()
-        if r is None or not case.p:
+        if r is None or not case.p or not case.training:
             keeps.append(None)
         elif case.shared and i == 1:
             keeps.append(keeps[0])
@@ -189,6 +192,34 @@ def check_compiled(function: Callable[..., Any], tensors: Sequence[Tensor], grad
         found_by.append((*found, *torch.autograd.grad(outputs, given, grads)))
     for one, other in zip(*found_by, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def launches(case: Case) -> tuple[Counter[str], Counter[str]]:
+    """How often a call launches each kernel, forward and backward, by the names that explain() has for them."""
+    leaf, counts = leaves(case, make(case)), []
+    with forced(case):
+        with count_launches() as made:
+            ys = ours(case, leaf)
+        counts.append(made)
+        with count_launches() as made:
+            torch.autograd.backward(ys, [leaf[f"grad{i}"] for i in case.outputs()])
+        counts.append(made)
+    forward, backward = (
+        Counter({name.removeprefix("_").removesuffix("_kernel"): n for name, n in made.items()}) for made in counts
+    )
+    return forward, backward
+
+
+def run_recorded(case: Case) -> tuple[list[Any], Results]:
+    """The launches of a call, as the kernels were told them, and its results."""
+    given = make(case)
+    named = {
+        t.data_ptr(): name
+        for name, t in given.items()
+        if isinstance(t, Tensor) and t.numel() and not name.startswith("grad")
+    }
+    with recorded_launches(named) as launches:
+        return launches, run(case, given)
 
 
 def bytes_held(made: Callable[[], Any], given: Iterable[Tensor]) -> int:

@@ -64,6 +64,7 @@ class Case:
     # Of base_out, if it is not x's.
     base_dtype: torch.dtype | None = None
     p: float = 0.0
+    training: bool = True
     backend: str = "triton"
     kernel: str = "auto"
     # Of backward, if it is another.
@@ -82,7 +83,7 @@ class Case:
     shared: bool = False
     # By kinds of operands, such as "lora_A" or "grad": see :func:`laid_out`.
     layouts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    # The operands whose gradients are computed; None: x, A's, B's and base_out.
+    # The operands, or kinds of them, whose gradients are computed; None: x, A's, B's and base_out.
     wanted: Iterable[str] | None = None
     autocast: bool = False
     backward_in_autocast: bool = False
@@ -118,7 +119,7 @@ class Case:
         if self.wanted is None:
             return names
         others = [f"{kind}{i}" for kind in ("weight", "bias") for i in range(self.count)]
-        return [name for name in (*names, *others) if name in set(self.wanted)]
+        return [name for name in (*names, *others) if {name, name[:-1]} & set(self.wanted)]
 
     def of_branches(self, kind: str) -> list[str]:
         """The names of all A's, or of all B's. A shared A is one."""
@@ -252,14 +253,14 @@ def projections(case: Case, given: Operands) -> list[LoRAWeights]:
 
 def ours(case: Case, given: Operands) -> tuple[Tensor, ...]:
     """The outputs of one call of the op."""
-    parts, x = projections(case, given), given["x"]
+    parts, x, dropout = projections(case, given), given["x"], (case.p, case.training)
     if case.op == "branch":
-        return (lora_branch(given["base_out"], x, *parts[0][2:], case.p),)
+        return (lora_branch(given["base_out"], x, *parts[0][2:], *dropout),)
     if case.op == "group":
-        return lora_linear_group(x, *(list(each) for each in zip(*parts, strict=True)), case.p)
+        return lora_linear_group(x, *(list(each) for each in zip(*parts, strict=True)), *dropout)
     if case.op == "mlp":
-        return (lora_mlp(x, *parts, case.activation, case.p),)
-    return (lora_linear(x, *parts[0], case.p),)
+        return (lora_mlp(x, *parts, case.activation, *dropout),)
+    return (lora_linear(x, *parts[0], *dropout),)
 
 
 def combined(case: Case, layer: Callable[[Tensor, int], Tensor], x: Tensor) -> tuple[Tensor, ...]:

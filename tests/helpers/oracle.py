@@ -1,7 +1,4 @@
-"""The one harness of the layer's tests: our results against float64, bounded by eager PyTorch's own error.
-
-Results are Y, dX, dA and dB by name. ``tests.helpers.inputs`` makes the inputs.
-"""
+"""Y, dX, dA and dB of ``lora_linear`` and of whole layers against float64, bounded by eager PyTorch's own error."""
 
 from __future__ import annotations
 
@@ -13,11 +10,9 @@ from torch import Tensor
 import stablelora_kernels as slk
 from stablelora_kernels import testing
 from stablelora_kernels.functional import lora_branch, lora_linear
-from stablelora_kernels.ops.torch_path import draw_keep
-from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.testing import assert_no_worse, error_and_bound
 from tests.helpers.case_checks import bytes_held, check_compiled  # noqa: F401  tests outside of ops/ import them from here
-from tests.helpers.inputs import DEVICE, SCALING, Inputs
+from tests.helpers.inputs import SCALING, Inputs
 
 Results = dict[str, Tensor]
 DIFFERENTIATED = ("x", "lora_A", "lora_B")
@@ -44,34 +39,12 @@ def run(inputs: Inputs, backend: str | None = None, p: float = 0.0) -> Results:
     return testing.run(lambda given: call(given, p, backend), inputs)
 
 
-def run_dropped(inputs: Inputs, backend: str, p: float) -> tuple[Results, Tensor, float]:
-    """A run with dropout, the mask that it must have used, and the probability that the mask was drawn with."""
-    torch.manual_seed(11)
-    out = run(inputs, backend, p)
-    torch.manual_seed(11)
-    rows = inputs["x"].reshape(-1, inputs["x"].shape[-1])
-    if backend == "triton":
-        seed = int(torch.randint(2**63 - 1, (1,), device=DEVICE))
-        keep = dropout_keep_ref(*rows.shape, p, seed).to(DEVICE)
-    else:
-        keep, p = draw_keep(rows, p)
-    return out, keep.view(inputs["x"].shape), p
-
-
-def eager(inputs: Inputs, keep: Tensor | None = None, p: float = 0.0) -> Results:
-    return testing.eager(inputs, SCALING, keep, p)
-
-
-def oracle(inputs: Inputs, keep: Tensor | None = None, p: float = 0.0) -> Results:
-    return testing.oracle(inputs, SCALING, keep, p)
-
-
 def check(inputs: Inputs, out: Results, keep: Tensor | None = None, p: float = 0.0) -> tuple[float, str]:
     """No result of ``out``, which may be some of them, is worse than eager's, and each has its input's dtype.
 
     Returns the largest error as a share of its bound, and the name of that result.
     """
-    ref, base = oracle(inputs, keep, p), eager(inputs, keep, p)
+    ref, base = (results(inputs, SCALING, keep, p) for results in (testing.oracle, testing.eager))
     like = {"Y": inputs.get("base_out", inputs["x"]), "dX": inputs["x"], "dA": inputs["lora_A"], "dB": inputs["lora_B"]}
     if "dBASE" in out:
         # base_out is only added to.

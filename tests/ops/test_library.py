@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stablelora_kernels as slk
-from stablelora_kernels import quantized, testing
 from tests.helpers.case_checks import check_compiled
-from tests.helpers.cases import ACTIVATIONS, DEVICE, FP64, OPS, Case, leaves, make, ours, small
+from tests.helpers.cases import ACTIVATIONS, BF16, FP64, OPS, Case, leaves, make, ours, run, small
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -22,12 +22,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 def test_gradcheck(op, ranks, activation, rows, p):
     sizes = {"group": (2, 3, 2), "mlp": (4, 4, 2)}.get(op, (2,))
     ranks = ranks if op == "mlp" else (2, 1, 2)[: len(sizes)]
-    case = Case(op, (rows, 3), sizes, ranks, FP64, FP64, p=p, backend="torch", activation=activation, seed=3)
-    case = case.but(
-        wanted=None if op == "mlp" else ["x", "base_out", "weight0", "bias0", "lora_A0", "lora_B0", "lora_A1"]
-    )
+    wanted = None if op == "mlp" else ["x", "base_out", "weight0", "bias0", "lora_A0", "lora_B0", "lora_A1"]
+    case = Case(op, (rows, 3), sizes, ranks, FP64, FP64, p=p, wanted=wanted, activation=activation, seed=3)
     given = make(case)
-    names = [name for name in case.wanted_names if name in given and given[name] is not None]
+    names = [name for name in case.wanted_names if given.get(name) is not None]
 
     def function(*tensors):
         torch.manual_seed(0)
@@ -41,8 +39,7 @@ def test_gradcheck(op, ranks, activation, rows, p):
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.0), (70, 0.3)])
 @pytest.mark.parametrize("op", [*OPS, "fp8", "shared"])
 def test_torch_compile_has_no_graph_break(op, rows, p, backend):
-    case = small("mlp" if op == "shared" else op, rows, p=p, shared=op == "shared")
-    case = case.but(ranks=(6, 6, 4)) if case.shared else case
+    case = small("mlp", rows, p=p, ranks=(6, 6, 4), shared=True) if op == "shared" else small(op, rows, p=p)
     given, names = make(case), case.wanted_names
 
     def function(*tensors):
@@ -51,62 +48,27 @@ def test_torch_compile_has_no_graph_break(op, rows, p, backend):
     check_compiled(function, [given[name] for name in names], [given[f"grad{i}"] for i in case.outputs()])
 
 
-def opchecks():
-    """Each operator of the library with its arguments: with dropout and without, and for each gradient that may be wanted."""
-    seed, library = torch.tensor([3], device=DEVICE), torch.ops.stablelora_kernels
-    wanted = ((True, True, True), (True, False, False), (False, True, False), (False, False, True))
-    for p, random in ((0.0, None), (0.3, seed)):
-        rest = random, 1.7, p
-        for op in ("linear", "branch", "nf4", "fp8"):
-            given = make(small(op, 9))
-            x, bias, a, b, grad = (given.get(name) for name in ("x", "bias0", "lora_A0", "lora_B0", "grad0"))
-            s = torch.randn(9, 6, device=DEVICE)
-            if op in ("nf4", "fp8"):
-                stored = given["weight0"].stored
-                forward, backward = library.lora_linear_quantized_fwd, library.lora_linear_quantized_bwd
-                before, behind, needs = (
-                    (x, *stored, bias, a, b),
-                    (x, grad, *stored, a, b, s),
-                    {need[:2] for need in wanted},
-                )
-            elif op == "linear":
-                forward, backward, needs = library.lora_linear_fwd, library.lora_linear_bwd, wanted
-                before, behind = (x, given["weight0"], bias, a, b), (x, grad, given["weight0"], a, b, s)
-            else:
-                forward, backward, needs = library.lora_branch_fwd, library.lora_branch_bwd, wanted
-                before, behind = (given["base_out"], x, a, b), (x, grad, a, b, s)
-            yield from ((forward, (*before, *rest, save_s)) for save_s in (True, False))
-            yield from ((backward, (*behind, *rest, *need)) for need in sorted(needs))
-        given = make(small("group"))
-        lists = [[given[f"{kind}{i}"] for i in range(3)] for kind in ("grad", "weight", "bias", "lora_A", "lora_B")]
-        rest = [seed] * 3 if p else [], [1.7] * 3, p
-        s = [torch.randn(70, r, device=DEVICE) for r in (6, 3, 3)]
-        yield library.lora_linear_group_fwd, (given["x"], *lists[1:], *rest)
-        for need in wanted:
-            yield library.lora_linear_group_bwd, (given["x"], *lists[:2], *lists[3:], s, *rest, *need)
+class Library(TorchDispatchMode):
+    """The library's operators that run, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "stablelora_kernels":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
 
 
-def test_ops_pass_opcheck():
-    for op, args in opchecks():
-        torch.library.opcheck(op.default, args)
+MIXED = small("mlp", shape=(260, 64), sizes=(16, 16, 8), dtype=BF16, quantized=("nf4 nested", "fp8", None))
 
 
-def test_the_mlps_op_passes_opcheck():
-    case = small("mlp", 66, activation="gelu")
-    given, library = make(case), torch.ops.stablelora_kernels
-    weights, biases, *pairs = (
-        [given[f"{kind}{i}"] for i in range(3)] for kind in ("weight", "bias", "lora_A", "lora_B")
-    )
-    stored = [testing.nf4_weight(40, 24, 64, True).stored, testing.fp8_weight(40, 24).stored, weights[2]]
-    seeds = [torch.tensor([i], device=DEVICE) for i in range(3)]
-    g, u, s, s_down = (torch.randn(66, width, device=DEVICE) for width in (40, 40, 9, 4))
-    for given_weights, p, random, save, need in (
-        (weights, 0.0, [None] * 3, True, (True, [True] * 3, [True] * 3)),
-        (stored, 0.3, seeds, False, (False, [True, True, False], [False] * 3)),
-    ):
-        apart, rest = quantized.apart(given_weights), (random, list(case.scalings), p, "gelu")
-        torch.library.opcheck(library.lora_mlp_fwd.default, (given["x"], *apart, biases, *pairs, *rest, save))
-        datas, scales, layouts = apart
-        read = [data if need[0] or i == 2 else None for i, data in enumerate(datas)]
-        args = (given["x"], given["grad2"], g, u, read, scales, layouts, *pairs, s, s_down, *rest, *need)
-        torch.library.opcheck(library.lora_mlp_bwd.default, args)
+@pytest.mark.parametrize(("p", "wanted"), [(0.0, None), (0.3, ["x", "lora_B"]), (0.3, ["lora_A"])])
+@pytest.mark.parametrize("case", [*(small(op, 9) for op in (*OPS, "fp8")), MIXED], ids=str)
+def test_every_operator_passes_opcheck(case, p, wanted):
+    with Library() as library:
+        run(case.but(p=p, wanted=wanted))
+    assert len(library.calls) == 2
+    for operator, arguments in library.calls:
+        torch.library.opcheck(operator, arguments)

@@ -46,14 +46,6 @@ def test_nf4_is_what_bitsandbytes_made_of_it(case, elements, monkeypatch):
     check(golden_nf4(case), dtype, torch.tensor(case["dequantized"]).view(case["shape"]).to(dtype))
 
 
-def test_nf4_has_the_papers_values():
-    """QLoRA, appendix E, to the digits printed there."""
-    printed = [-1.0, -0.6961928, -0.5250731, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
-    printed += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
-    for case in GOLDEN["nf4"]:
-        assert case["code"] == pytest.approx(printed, abs=2e-7)
-
-
 @pytest.mark.parametrize("elements", [1 << 22, 50])
 @pytest.mark.parametrize("case", GOLDEN["fp8"], ids=lambda c: str(c["shape"]))
 def test_fp8_is_what_torchao_made_of_it(case, elements, monkeypatch):
