@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import backend, rules
 from stablelora_kernels.dispatch.problem import DEVICES
-from tests.helpers.case_checks import launches, table
+from tests.helpers.case_checks import launches, run_recorded, table
 from tests.helpers.cases import BF16, DEVICE, FP32, Case
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
@@ -29,7 +27,7 @@ def explained(case):
 
 # Rows, rank and dropout of each regime.
 REGIMES = [
-    (0, 16, 0.0), (8, 16, 0.0), (8, 48, 0.1), (64, 64, 0.0), (70, 16, 0.1), (70, 32, 0.0), (70, 128, 0.1), (70, 130, 0.0),
+    (0, 16, 0.0), (8, 16, 0.0), (8, 48, 0.1), (64, 64, 0.0), (70, 16, 0.1), (70, 32, 0.0), (70, 128, 0.1), (70, 130, 0.0), (200, 16, 0.0),
 ]  # fmt: skip
 
 
@@ -56,11 +54,15 @@ def test_the_listed_launches_are_made(case):
     """The launches of a real call, on each kind of GPU, in each regime; all that explain() knows of them is in its text."""
     found = explained(case)
     assert (found.backend, found.arch) == ("triton", case.arch)
-    assert launches(case) == tuple(Counter(step.kernel for step in steps) for steps in (found.forward, found.backward))
+    steps, made = (*found.forward, *found.backward), run_recorded(case)[0]
+    assert [step.kernel for step in steps] == [name.removeprefix("_").removesuffix("_kernel") for name, *_ in made]
+    for step, (_, grid, _, _, options) in (
+        (step, launch) for step, launch in zip(steps, made, strict=True) if step.grid
+    ):
+        assert (step.grid, step.num_warps, step.num_stages) == (grid, options["num_warps"], options["num_stages"])
     text = str(found)
     assert found.forward_reason in text and found.backward_reason in text
-    for step in (*found.forward, *found.backward):
-        assert f"{step.kernel} [{step.variant}]" in text and step.reason in text
+    assert all(f"{step.kernel} [{step.variant}]" in text and step.reason in text for step in steps)
 
 
 @another_gpu

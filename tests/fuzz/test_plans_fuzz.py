@@ -24,18 +24,8 @@ pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned_outputs")]
 TIMES = 3
 # What the second and third call of a sequence may take from another call. An op has sizes of its own.
 SETTINGS = [
-    "shape",
-    "dtype",
-    "lora_dtype",
-    "p",
-    "kernel",
-    "layouts",
-    "wanted",
-    "autocast",
-    "in_place",
-    "broken",
-    "seed",
-]
+    "shape", "dtype", "lora_dtype", "p", "kernel", "layouts", "wanted", "autocast", "in_place", "broken", "seed",
+]  # fmt: skip
 
 
 @st.composite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -70,10 +70,6 @@ def changed(given: Operands, change: Callable[[str, Tensor], Tensor]) -> Operand
     return {name: change(name, t) if isinstance(t, Tensor) else t for name, t in given.items()}
 
 
-def close_together(given: Operands) -> Operands:
-    return changed(given, lambda name, t: t.contiguous())
-
-
 def as_computed(case: Case, given: Operands) -> Operands:
     """The values that the op computes with: under autocast, float32 A and B are cast on the fly, and base_out is left alone."""
 
@@ -110,7 +106,8 @@ def check(case: Case, found: Results, given: Operands | None = None, roundings: 
     low = as_computed(case, given)
     keeps, p = masks(case, given)
     # oneDNN's AMX instructions read the gaps between bfloat16 rows, so a baseline that has to be finite has none.
-    ref, base = oracle(case, low, keeps, p), eager(case, low if roundings else close_together(low), keeps, p)
+    without_gaps = low if roundings else changed(low, lambda name, t: t.contiguous())
+    ref, base = oracle(case, low, keeps, p), eager(case, without_gaps, keeps, p)
     assert found.keys() == base.keys()
     like = given | dict.fromkeys((f"Y{i}" for i in range(3)), given.get("base_out", low["x"]))
     for name, value in found.items():
@@ -293,63 +290,61 @@ NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "grad", "base_out")
 @st.composite
 def calls(draw: st.DrawFn, backends: Sequence[str] = ("torch", "triton")) -> Case:
     """A call of any op, in sizes that shrink to the smallest."""
-    backend = draw(st.sampled_from(backends))
-    dtype, lora_dtype = draw(st.sampled_from([*DTYPES, (FP64, FP64)] if backend == "torch" else DTYPES))
-    op = draw(st.sampled_from(["linear", "branch", "group", "nf4", "fp8", "mlp"]))
-    count = 3 if op == "mlp" else draw(st.integers(1, 3)) if op == "group" else 1
-    several = lambda strategy, size=count: tuple(draw(strategy) for _ in range(size))  # noqa: E731
-    size, k = st.sampled_from(SIZES), draw(st.sampled_from(SIZES)) * (2 if op == "nf4" else 1)
-    sizes, ranks = several(size), several(st.sampled_from(RANKS))
-    shared = op == "mlp" and draw(st.sampled_from([False, False, True]))
+
+    def pick(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    def several(*values: Any) -> tuple[Any, ...]:
+        return tuple(pick(*values) for _ in range(count))
+
+    backend = pick(*backends)
+    dtype, lora_dtype = pick(*DTYPES, (FP64, FP64)) if backend == "torch" else pick(*DTYPES)
+    op = pick("linear", "branch", "group", "nf4", "fp8", "mlp")
+    count = 3 if op == "mlp" else pick(1, 2, 3) if op == "group" else 1
+    k, sizes, ranks, shared, quantized = pick(*SIZES), several(*SIZES), several(*RANKS), False, (None,)
     if op == "mlp":
+        shared, quantized = pick(False, False, True), several(None, None, None, "nf4", "fp8")
         sizes = (sizes[0], sizes[0], sizes[2])
-        kept = several(st.integers(0, 6))
-        ranks = (
-            (ranks[0], ranks[0], ranks[2])
-            if shared
-            else tuple(r if keep else None for r, keep in zip(ranks, kept, strict=True))
-        )
-    quantized: Any = {"nf4": ("nf4 nested" if draw(st.booleans()) else "nf4",), "fp8": ("fp8",)}.get(
-        op, (None,) * count
-    )
-    if op == "mlp":
-        quantized = several(st.sampled_from([None, None, None, "nf4", "fp8"]))
-    names = [f"{kind}{i}" for kind in NAMES[1:5] for i in range(count)]
-    wanted = draw(st.sets(st.sampled_from(["x", "base_out", *names])))
+        ranks = (ranks[0], ranks[0], ranks[2]) if shared else tuple(pick(*[r] * 6, None) for r in ranks)
+    elif op == "nf4":
+        op, k, quantized = "linear", 2 * k, (pick("nf4", "nf4 nested"),)
+    elif op == "fp8":
+        op, quantized = "linear", ("fp8",)
+    names = ["x", *(f"{kind}{i}" for kind in NAMES[1:5] for i in range(count))]
+    wanted = draw(st.sets(st.sampled_from(["base_out", *names])))
     # Separate layers draw the mask of a shared A by PyTorch's operators, on Triton too.
     trained = any(name.startswith(("weight", "bias")) for name in wanted)
     apart = shared and backend == "triton" and (trained or len(wanted & {"lora_B0", "lora_B1"}) == 1)
-    p = draw(st.sampled_from([0.0, 0.0, 0.3])) if not apart else 0.0
-    layouts: Mapping[str, str] = {name: draw(st.sampled_from(LAYOUTS)) for name in NAMES}
-    autocast = draw(st.booleans()) and dtype != FP64
+    p, autocast = 0.0 if apart else pick(0.0, 0.0, 0.3), pick(False, True) and dtype != FP64
+    layouts = {name: pick(*LAYOUTS) for name in NAMES}
     if backend == "torch" and (dtype == BF16 or autocast):
         # oneDNN's AMX instructions read the gaps between bfloat16 rows.
         layouts = {name: "shifted" if layout == "wider" else layout for name, layout in layouts.items()}
-    broken = draw(st.one_of(st.none(), st.sampled_from(["x", *names, "grad0", "grad2"])))
+    broken = pick(None, pick(*names, "grad0", "grad2"))
     # An expanded tensor has one element for many.
     if p or layouts[(broken or "x").rstrip("012")] == "expanded":
         broken = None
     return Case(
-        "linear" if op in ("nf4", "fp8") else op,
-        (*draw(st.sampled_from(LEADING)), k),
+        op,
+        (*pick(*LEADING), k),
         sizes,
         ranks,
         dtype,
         lora_dtype,
         p=p,
         backend=backend,
-        kernel=draw(st.sampled_from(["auto", "chained", "split", "vendor"])),
+        kernel=pick("auto", "chained", "split", "vendor"),
         quantized=quantized,
-        bias=several(st.booleans()),
-        scalings=several(st.sampled_from([1.0, 1.7, -0.3, 0.0, 64.0 if op != "mlp" else 1.0])),
-        activation=draw(st.sampled_from([*ACTIVATIONS])),
+        bias=several(False, True),
+        scalings=several(1.0, 1.7, -0.3, 0.0, 64.0 if op != "mlp" else 1.0),
+        activation=pick(*ACTIVATIONS),
         shared=shared,
         layouts=layouts,
         wanted=frozenset(wanted),
         autocast=autocast,
-        backward_in_autocast=draw(st.booleans()),
-        in_place=draw(st.booleans()),
+        backward_in_autocast=pick(False, True),
+        in_place=pick(False, True),
         broken=broken,
-        value=draw(st.sampled_from([torch.nan, torch.inf, -torch.inf])),
+        value=pick(torch.nan, torch.inf, -torch.inf),
         seed=draw(st.integers(0, 99)),
     )

@@ -120,7 +120,7 @@ def test_dropout_only_in_training_and_only_on_the_branch(op, rows, backend):
 # NaN, infinity and the ends of float16.
 
 
-@pytest.mark.covering(1)
+@pytest.mark.covering
 @pytest.mark.parametrize("broken", ["x", "weight1", "lora_A0", "lora_B2", "grad0"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("scaling", [1.7, 0.0])

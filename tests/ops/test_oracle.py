@@ -63,6 +63,7 @@ LAYOUTS = {
 }
 # On a GPU the kernels run on the one that is there.
 ARCHES = [None] if DEVICE == "cuda" else ["sm_80", "sm_90", "gfx942"]
+MLP_ARCHES = [*ARCHES, "sm_100"] if DEVICE == "cpu" else ARCHES
 TILES = [None] if DEVICE == "cuda" else [None, TINY]
 RANKS = [(8, 3, 5), (None, 8, 5), (8, None, 5), (8, 5, None), (None, None, None)]
 KINDS = [
@@ -98,10 +99,12 @@ def build(op, shape, dtypes, p, layout, kernel, arch, tile, **options):
     if op == "mlp":
         case = case.but(scalings=(0.5, 1.5, -0.75))
     case = case.but(**{name: value for name, value in options.items() if value is not None})
+    if layout == "wider" and case.dtype == BF16 and kernel in ("torch", "vendor"):
+        # oneDNN's AMX instructions read the gaps between bfloat16 rows.
+        return None
     if kernel == "torch":
-        # PyTorch's path knows neither GPUs nor tiles. oneDNN's AMX instructions read the gaps between bfloat16 rows.
-        possible = (arch, tile) == (ARCHES[0], TILES[0]) and not (layout == "wider" and case.dtype == BF16)
-        return case.but(backend="torch") if possible else None
+        # PyTorch's path knows neither GPUs nor tiles.
+        return case.but(backend="torch") if (arch, tile) == (ARCHES[0], TILES[0]) else None
     if tile is not None and math.prod(shape) * n > MOST_OF_TINY:
         return None
     possible = case.dtype != FP64 and (kernel == "auto" or can_do(kernel, case))
@@ -129,7 +132,14 @@ TABLE = [
     *rows(
         "linear", shape=QUANTIZED_SHAPES, kernel=["torch", "auto", "split"], quantized=[(kind,) for kind in QUANTIZED]
     ),
-    *rows("mlp", activation=[*ACTIVATIONS], ranks=[None, *RANKS], processors=[None, 2]),
+    *rows(
+        "mlp",
+        activation=[*ACTIVATIONS],
+        ranks=[None, *RANKS],
+        processors=[None, 2],
+        arch=MLP_ARCHES,
+        bias=[(True, False, True), (False, True, False)],
+    ),
     *rows(
         "mlp",
         shape=[((rows, 64), 48, 6) for rows in (5, 70, 260)],
@@ -146,10 +156,14 @@ TABLE = [
 NAMED = [
     # Every rank, through one block or several.
     *(
-        Case("linear", (rows, 40), (48,), (r,), BF16, FP32, arch=arch)
-        for r, rows, arch in zip(
-            (1, 3, 17, 31, 64, 65, 100, 200, 256, 257, 512), cycle((4, 70)), cycle(ARCHES[:2]), strict=False
-        )
+        Case("linear", (rows, 40), (48,), (r,), BF16, FP32, arch=ARCHES[min(r % 2, len(ARCHES) - 1)])
+        for r, rows in zip((1, 3, 17, 31, 65, 64, 100, 200, 256, 257, 512), cycle((4, 70)), strict=False)
+    ),
+    # Several tiles, through descriptors.
+    *(
+        Case("linear", (35, 40), (48,), (20,), FP16, FP16, kernel=kernel, arch=ARCHES[-2], tile=TILES[-1])
+        for kernel in ("fused", "split")
+        if DEVICE == "cpu"
     ),
     # A masked tile in two, four and eight parts of 16 or 32 columns, with edges inside a part and between parts.
     *(
@@ -170,7 +184,7 @@ NAMED = [
         Case("linear", (rows, k), (n,), (r,), BF16, FP32, p=p, kernel=kernel)
         for rows, k, n, r, p, kernel in (
             (5, 1100, 72, 3, 0.0, "auto"), (5, 72, 1100, 40, 0.3, "auto"), (70, 1040, 136, 40, 0.0, "fused"),
-            (70, 136, 1030, 40, 0.3, "chained"), (70, 1040, 136, 3, 0.3, "split"), (550, 20, 24, 3, 0.3, "auto"),
+            (150, 136, 1030, 40, 0.3, "chained"), (70, 1040, 136, 3, 0.3, "split"), (550, 20, 24, 3, 0.3, "auto"),
             (550, 20, 24, 80, 0.0, "vendor"), (550, 20, 24, 80, 0.3, "vendor"),
         )
     ),
@@ -191,12 +205,12 @@ NAMED = [
     Case("linear", (5, 1088), (1088,), (6,), BF16, FP32, quantized=("fp8",)),
     # Gate and up in one kernel, which has no idle processors to fill.
     *(
-        Case("mlp", (rows, k), (48, 48, 24), ranks, BF16, FP32, p=p, kernel="split", arch=arch, processors=1,
-             activation="gelu", layouts=layouts)
-        for rows, k, ranks, p, arch, layouts in (
-            (70, 40, (8, 3, 5), 0.4, "sm_90", {}), (70, 37, (None, 8, 5), 0.0, "sm_90", {"weight": "transposed"}),
-            (70, 40, (8, None, 5), 0.4, "sm_80", {"weight": "transposed"}), (6, 40, (None, None, 5), 0.0, "sm_80", {}),
-            (130, 64, (6, 3, 4), 0.0, "sm_90", {}),
+        Case("mlp", (rows, k), (48, 48, 24), ranks, dtype, FP32, p=p, kernel="split", arch=arch, processors=1,
+             activation="gelu", layouts={"weight": layout}, bias=(False, True, False))
+        for rows, k, ranks, p, arch, dtype, layout in (
+            (70, 40, (8, 3, 5), 0.4, "sm_90", FP16, "contiguous"), (70, 37, (None, 8, 5), 0.0, "sm_90", BF16, "transposed"),
+            (70, 40, (8, None, 5), 0.4, "sm_90", BF16, "transposed"), (70, 40, (8, None, 5), 0.4, "sm_80", BF16, "transposed"),
+            (6, 40, (None, None, 5), 0.0, "sm_80", BF16, "contiguous"), (130, 64, (6, 3, 4), 0.0, "sm_90", BF16, "contiguous"),
         )
         if DEVICE == "cpu"
     ),

@@ -204,6 +204,8 @@ def test_after_the_second_round_nothing_is_prepared(compiled: bool) -> None:
     with again, count_launches() as made:
         found = results()
     assert made == launches
+    # Forward and backward of a group, a branch, an MLP, a layer, and one with a quantized weight.
+    assert len(prepared()) == 10
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 

@@ -23,22 +23,15 @@ STATE = torch.get_rng_state().nbytes
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("op", ["linear", "branch", "group", "nf4"])
 def test_backward_holds_each_s_and_its_mask(op, p, backend):
-    """Backward reads S for dB alone. The kernels draw the mask again from a seed of 8 bytes; PyTorch keeps a byte an element."""
+    """Backward reads S for dB alone. The kernels draw the mask again from a seed of 8 bytes; PyTorch keeps a byte an element.
+
+    A quantized weight is not held in full: what the call holds of it is its operand.
+    """
     case = small(op, 128, p=p, backend=backend)
     masks = 0 if not p else case.count * (8 if backend == "triton" else 128 * case.shape[-1])
     assert held_by(case) == 128 * sum(case.ranks) * 4 + masks
     without_b = [name for name in case.wanted_names if not name.startswith("lora_B")]
     assert held_by(case.but(wanted=without_b)) == masks
-
-
-@pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (300, 0.25)])
-def test_the_graph_never_holds_a_quantized_weight_in_full(rows, p, backend):
-    case = Case("linear", (rows, 128), (96,), (4,), p=p, quantized=("nf4 nested",), backend=backend)
-    mask = 0 if not p else 8 if backend == "triton" else rows * 128
-    stored = make(case)["weight0"].stored
-    assert stored.data.nbytes == 96 * 128 // 2
-    scales = sum(scale.nbytes for scale in stored.scales)
-    assert held_by(case, besides=["weight0"]) == rows * 4 * 4 + 96 * 128 // 2 + scales + mask
 
 
 @pytest.mark.covering(1)

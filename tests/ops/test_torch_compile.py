@@ -43,9 +43,9 @@ def results(call, module, x, training):
     return [y, *torch.autograd.grad(y.float().square().sum(), wanted)]
 
 
-def assert_close(found, expected):
+def assert_close(found, expected, tolerance=1e-4):
     for out, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(out, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, other, rtol=tolerance, atol=tolerance / 10)
 
 
 @pytest.fixture(autouse=True)
@@ -131,14 +131,8 @@ def test_sizes_that_are_symbols(backend):
 @pytest.mark.usefixtures("poisoned_outputs")
 def test_inductors_float16(backend):
     """Inductor multiplies what addmm adds to by beta, even if that is 0."""
-    torch._dynamo.reset()
-    module = layer().half()
-    compiled = torch.compile(module)
-    x = torch.randn(1, 24).half().requires_grad_()
-    found = torch.autograd.grad(compiled(x).float().sum(), (x, module.lora_A, module.lora_B))
-    expected = torch.autograd.grad(module(x).float().sum(), (x, module.lora_A, module.lora_B))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+    module, x = layer().half(), torch.randn(1, 24).half()
+    assert_close(*(results(call, module, x, True) for call in (torch.compile(module), module)), tolerance=1e-2)
 
 
 def test_export_of_a_model(backend):
@@ -164,7 +158,5 @@ def test_functionalisation(rows, backend):
 
     x = torch.randn(rows, 24)
     graph = make_fx(torch.func.functionalize(function))(x)
-    assert not [
-        node.target for node in graph.graph.nodes if str(node.target).split(".")[-2:-1] and "_." in str(node.target)
-    ]
+    assert not [node.target for node in graph.graph.nodes if "_." in str(node.target)]
     torch.testing.assert_close(graph(x), function(x))
