@@ -217,9 +217,11 @@ def pretend_gpu(arch: str, processors: int | None = None) -> Iterator[None]:
     device = device._replace(processors=processors or device.processors)
     # Prepared launches are those of the GPU before.
     plans.clear()
-    with mock.patch.object(problem, "device_of", lambda _: device):
-        yield
-    plans.clear()
+    try:
+        with mock.patch.object(problem, "device_of", lambda _: device):
+            yield
+    finally:
+        plans.clear()
 
 
 def torch_device(name: str | None) -> torch.device:

@@ -8,6 +8,7 @@ import torch
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import backend, rules
 from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.ops import plans
 from tests.helpers.case_checks import launches, run_recorded, table
 from tests.helpers.cases import BF16, DEVICE, FP32, Case
 
@@ -27,7 +28,8 @@ def explained(case):
 
 # Rows, rank and dropout of each regime.
 REGIMES = [
-    (0, 16, 0.0), (8, 16, 0.0), (8, 48, 0.1), (64, 64, 0.0), (70, 16, 0.1), (70, 32, 0.0), (70, 128, 0.1), (70, 130, 0.0), (200, 16, 0.0),
+    (0, 16, 0.0), (8, 16, 0.0), (8, 48, 0.1), (64, 64, 0.0), (70, 16, 0.1), (70, 32, 0.0), (70, 128, 0.1), (70, 130, 0.0),
+    (200, 16, 0.0),
 ]  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def test_the_listed_launches_are_made(case):
     ):
         assert (step.grid, step.num_warps, step.num_stages) == (grid, options["num_warps"], options["num_stages"])
     text = str(found)
-    assert found.forward_reason in text and found.backward_reason in text
+    assert found.forward_reason in text and found.backward_reason in text and (case.quantized[0] or "") in text
     assert all(f"{step.kernel} [{step.variant}]" in text and step.reason in text for step in steps)
 
 
@@ -130,3 +132,13 @@ def test_a_named_gpu_needs_triton(monkeypatch):
     monkeypatch.setattr(backend, "TRITON_PROBLEM", "Triton is not installed")
     with pytest.raises(RuntimeError, match=r"device='sm_90' asks for .* Triton kernels, but Triton is not installed"):
         slk.explain(64, 64, 64, 8, device="sm_90")
+
+
+def test_pretending_ends_with_its_block():
+    """An unknown GPU is refused; after an error inside, no launch is prepared for the GPU that was pretended."""
+    with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*, got 'h100'"), slk.testing.pretend_gpu("h100"):
+        pass
+    with pytest.raises(KeyError), slk.testing.pretend_gpu("sm_90"):
+        plans.remember(("key",), "triton")
+        raise KeyError
+    assert plans.find(("key",)) is None

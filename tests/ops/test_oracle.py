@@ -62,8 +62,9 @@ LAYOUTS = {
     "broadcast": {"x": "expanded", "base_out": "expanded", "grad": "expanded", "bias": "expanded"},
 }
 # On a GPU the kernels run on the one that is there.
-ARCHES = [None] if DEVICE == "cuda" else ["sm_80", "sm_90", "gfx942"]
-MLP_ARCHES = [*ARCHES, "sm_100"] if DEVICE == "cpu" else ARCHES
+OLD, NEW = (None, None) if DEVICE == "cuda" else ("sm_80", "sm_90")
+ARCHES = [None] if DEVICE == "cuda" else [OLD, NEW, "gfx942"]
+MLP_ARCHES = [None] if DEVICE == "cuda" else [*ARCHES, "sm_100"]
 TILES = [None] if DEVICE == "cuda" else [None, TINY]
 RANKS = [(8, 3, 5), (None, 8, 5), (8, None, 5), (8, 5, None), (None, None, None)]
 KINDS = [
@@ -129,39 +130,28 @@ TABLE = [
     *rows("linear"),
     *rows("branch", dtypes=BRANCHES, kernel=["torch", "auto"]),
     *rows("group"),
+    *rows("linear", shape=QUANTIZED_SHAPES, kernel=["torch", "auto", "split"], quantized=[(kind,) for kind in QUANTIZED]),
     *rows(
-        "linear", shape=QUANTIZED_SHAPES, kernel=["torch", "auto", "split"], quantized=[(kind,) for kind in QUANTIZED]
-    ),
-    *rows(
-        "mlp",
-        activation=[*ACTIVATIONS],
-        ranks=[None, *RANKS],
-        processors=[None, 2],
-        arch=MLP_ARCHES,
+        "mlp", activation=[*ACTIVATIONS], ranks=[None, *RANKS], processors=[None, 2], arch=MLP_ARCHES,
         bias=[(True, False, True), (False, True, False)],
     ),
     *rows(
-        "mlp",
-        shape=[((rows, 64), 48, 6) for rows in (5, 70, 260)],
-        layout=["contiguous"],
-        tile=TILES[:1],
-        p=[0.0, 0.3],
-        quantized=KINDS,
-        ranks=[None, (None, 3, 8), (6, None, None)],
+        "mlp", shape=[((rows, 64), 48, 6) for rows in (5, 70, 260)], layout=["contiguous"], tile=[None], p=[0.0, 0.3],
+        quantized=KINDS, ranks=[None, (None, 3, 8), (6, None, None)],
     ),
-]
+]  # fmt: skip
 
 
 # What no pair of the table's values reaches.
 NAMED = [
     # Every rank, through one block or several.
     *(
-        Case("linear", (rows, 40), (48,), (r,), BF16, FP32, arch=ARCHES[min(r % 2, len(ARCHES) - 1)])
+        Case("linear", (rows, 40), (48,), (r,), BF16, FP32, arch=(OLD, NEW)[r % 2])
         for r, rows in zip((1, 3, 17, 31, 65, 64, 100, 200, 256, 257, 512), cycle((4, 70)), strict=False)
     ),
     # Several tiles, through descriptors.
     *(
-        Case("linear", (35, 40), (48,), (20,), FP16, FP16, kernel=kernel, arch=ARCHES[-2], tile=TILES[-1])
+        Case("linear", (35, 40), (48,), (20,), FP16, FP16, kernel=kernel, arch=NEW, tile=TINY)
         for kernel in ("fused", "split")
         if DEVICE == "cpu"
     ),
@@ -175,8 +165,8 @@ NAMED = [
     *(
         Case("linear", (rows, 72), (80,), (r,), BF16, lora, p=0.2, kernel="split", backward_kernel=kernel, arch=arch)
         for rows, r, lora, kernel, arch in (
-            (9, 3, FP32, "fused", ARCHES[0]), (70, 16, BF16, "fused", ARCHES[-2]), (70, 33, FP32, "split", ARCHES[0]),
-            (9, 16, BF16, "split", ARCHES[-2]), (70, 33, FP32, "fused", ARCHES[-2]),
+            (9, 3, FP32, "fused", OLD), (70, 16, BF16, "fused", NEW), (70, 33, FP32, "split", OLD),
+            (9, 16, BF16, "split", NEW), (70, 33, FP32, "fused", NEW),
         )
     ),
     # Programs share a sum: over K, over N and over rows, in parts that do not come out even.
@@ -195,7 +185,7 @@ NAMED = [
         if DEVICE == "cpu"
     ),
     # S is stored by the only column of tiles.
-    Case("linear", (70, 64), (48,), (16,), BF16, FP32, kernel="fused", arch=ARCHES[min(1, len(ARCHES) - 1)]),
+    Case("linear", (70, 64), (48,), (16,), BF16, FP32, kernel="fused", arch=NEW),
     # Leading sizes that cannot be flattened.
     *(
         small(op, (7, 11), layouts={"x": "transposed", "grad": "transposed"}, backend=backend)
