@@ -112,12 +112,23 @@ def build(op, shape, dtypes, p, layout, kernel, arch, tile, **options):
     return case.but(kernel=kernel, arch=arch, tile=tile) if possible else None
 
 
+def has_a_bound(case: Case) -> bool:
+    """Whether twice eager PyTorch's error bounds a result of the call."""
+    # By chance, its error of a sum of three numbers may be next to nothing.
+    lone = case.op == "group" and case.shape == (1, 1) and case.p > 0
+    # The oracle rounds as often where all rows are one.
+    repeated = case.dtype == FP64 and "expanded" in case.layouts.values()
+    # oneDNN's AMX instructions read the gaps, also for a projection without a branch.
+    gaps = case.op == "mlp" and case.dtype == BF16 and "wider" in case.layouts.values()
+    return not (lone or repeated or gaps)
+
+
 def rows(op, **axes):
     default = {
         "op": [op], "shape": SHAPES, "dtypes": [*DTYPES, (FP64, FP64)], "p": [0.0, 0.1, 0.75], "layout": list(LAYOUTS),
         "kernel": ["torch", "auto", *KERNELS[1:]], "arch": ARCHES, "tile": TILES,
     }  # fmt: skip
-    return table(build, **default | axes)
+    return [each for each in table(build, **default | axes) if has_a_bound(*each.values)]
 
 
 # Of x, A and B, base_out.
@@ -151,7 +162,7 @@ NAMED = [
     ),
     # Several tiles, through descriptors.
     *(
-        Case("linear", (35, 40), (48,), (20,), FP16, FP16, kernel=kernel, arch=NEW, tile=TINY)
+        Case("linear", (67, 40), (48,), (20,), FP16, FP16, kernel=kernel, arch=NEW, tile=TINY)
         for kernel in ("fused", "split")
         if DEVICE == "cpu"
     ),
@@ -196,12 +207,12 @@ NAMED = [
     # Gate and up in one kernel, which has no idle processors to fill.
     *(
         Case("mlp", (rows, k), (48, 48, 24), ranks, dtype, FP32, p=p, kernel="split", arch=arch, processors=1,
-             activation="gelu", layouts={"weight": layout}, bias=(False, True, False))
-        for rows, k, ranks, p, arch, dtype, layout in (
+             activation=activation, layouts={"weight": layout}, bias=(False, True, False), scalings=(0.5, 1.5, -0.75))
+        for activation, (rows, k, ranks, p, arch, dtype, layout) in zip(cycle(ACTIVATIONS), (
             (70, 40, (8, 3, 5), 0.4, "sm_90", FP16, "contiguous"), (70, 37, (None, 8, 5), 0.0, "sm_90", BF16, "transposed"),
             (70, 40, (8, None, 5), 0.4, "sm_90", BF16, "transposed"), (70, 40, (8, None, 5), 0.4, "sm_80", BF16, "transposed"),
             (6, 40, (None, None, 5), 0.0, "sm_80", BF16, "contiguous"), (130, 64, (6, 3, 4), 0.0, "sm_90", BF16, "contiguous"),
-        )
+        ), strict=False)
         if DEVICE == "cpu"
     ),
     # Phi-3's halves of one projection: A is one tensor, has one mask and gets one gradient.
