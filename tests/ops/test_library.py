@@ -41,6 +41,7 @@ class Library(TorchDispatchMode):
 MIXED = small("mlp", shape=(260, 64), sizes=(16, 16, 8), dtype=BF16, quantized=("nf4 nested", "fp8", None))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("p", "wanted"), [(0.0, None), (0.3, ["x", "lora_B"]), (0.3, ["lora_A"])])
 @pytest.mark.parametrize("case", [*(small(op, 9) for op in (*OPS, "fp8")), MIXED], ids=str)
 def test_every_operator_passes_opcheck(case, p, wanted):
