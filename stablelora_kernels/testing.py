@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from stablelora_kernels.dispatch import problem
 from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.ops import plans
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.reference import (
@@ -196,6 +200,28 @@ def assert_no_worse(
     assert bool(torch.isfinite(out).all()), f"{name} holds values that are not finite"
     error, bound = error_and_bound(out, ref, baseline, dtype)
     assert error <= bound, f"{name} is off by {error:.3e}, allowed {bound:.3e}"
+
+
+@contextmanager
+def pretend_gpu(arch: str, processors: int | None = None) -> Iterator[None]:
+    """Choose kernels and tiles in the block as on a GPU of ``arch``, such as ``"sm_90"``, for which the interpreter stands in.
+
+    ``processors``: its number of processors, if it is not that of the model that :func:`stablelora_kernels.explain` knows.
+
+    Raises:
+        ValueError: ``arch`` is none that :func:`stablelora_kernels.explain` knows.
+    """
+    if arch not in problem.DEVICES:
+        raise ValueError(f"arch must be one of {', '.join(problem.DEVICES)}, got {arch!r}")
+    device = problem.DEVICES[arch]
+    device = device._replace(processors=processors or device.processors)
+    # Prepared launches are those of the GPU before.
+    plans.clear()
+    try:
+        with mock.patch.object(problem, "device_of", lambda _: device):
+            yield
+    finally:
+        plans.clear()
 
 
 def torch_device(name: str | None) -> torch.device:

@@ -6,90 +6,97 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import backend, problem, rules
+from stablelora_kernels.dispatch import backend, rules
 from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.dispatch.rules import QUANTIZED_RULES
-from tests.helpers.inputs import BF16, DEVICE, FP32, make_branch_inputs, make_inputs
-from tests.helpers.launches import count_launches
-from tests.helpers.oracle import run
+from stablelora_kernels.ops import plans
+from tests.helpers.case_checks import launches, run_recorded, table
+from tests.helpers.cases import BF16, DEVICE, FP32, Case
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 another_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than this machine's is pretended")
 
 
-def launched(explanation):
-    """The launches that an explanation lists, as they are counted."""
-    steps = (*explanation.forward, *explanation.backward)
-    names = [step.kernel if step.kernel == "vendor" else f"_{step.kernel}_kernel" for step in steps]
-    return {name: names.count(name) for name in names}
+def explained(case):
+    """explain()'s answer for a call."""
+    (m, k), n, quantized = case.shape, case.sizes, case.quantized[0]
+    with slk.use_kernel(case.kernel):
+        return slk.explain(
+            m, n if case.op == "group" else n[0], k, case.ranks[0], case.dtype, case.p, lora_dtype=case.lora_dtype,
+            device=case.arch, branch_only=case.op == "branch", quantized=quantized and quantized.split()[0],
+        )  # fmt: skip
+
+
+# Rows, rank and dropout of each regime.
+REGIMES = [
+    (0, 16, 0.0), (8, 16, 0.0), (8, 48, 0.1), (64, 64, 0.0), (70, 16, 0.1), (70, 32, 0.0), (70, 128, 0.1), (70, 130, 0.0),
+    (200, 16, 0.0),
+]  # fmt: skip
+
+
+def build(op, regime, arch, dtype, kernel):
+    m, r, p = regime
+    count = 3 if op == "group" else 1
+    case = Case("linear", (m, 64), (48, 40, 24)[:count], (r,) * count, dtype, FP32, p=p, kernel=kernel, arch=arch)
+    if kernel == "chained" and r > 128:
+        return None
+    if op in ("nf4", "fp8"):
+        return case.but(quantized=(op,)) if m else None
+    return case.but(op=op)
+
+
+CALLS = table(
+    build, op=["linear", "branch", "group", "nf4", "fp8"], regime=REGIMES, arch=[*DEVICES], dtype=[BF16, FP32],
+    kernel=["auto", "chained", "split", "vendor"],
+)  # fmt: skip
+
+
+@another_gpu
+@pytest.mark.parametrize("case", CALLS)
+def test_the_listed_launches_are_made(case):
+    """The launches of a real call, on each kind of GPU, in each regime; all that explain() knows of them is in its text."""
+    found = explained(case)
+    assert (found.backend, found.arch) == ("triton", case.arch)
+    steps, made = (*found.forward, *found.backward), run_recorded(case)[0]
+    assert [step.kernel for step in steps] == [name.removeprefix("_").removesuffix("_kernel") for name, *_ in made]
+    for step, (_, grid, _, _, options) in (
+        (step, launch) for step, launch in zip(steps, made, strict=True) if step.grid
+    ):
+        assert (step.grid, step.num_warps, step.num_stages) == (grid, options["num_warps"], options["num_stages"])
+    text = str(found)
+    assert found.forward_reason in text and found.backward_reason in text and (case.quantized[0] or "") in text
+    assert all(f"{step.kernel} [{step.variant}]" in text and step.reason in text for step in steps)
 
 
 @another_gpu
 @pytest.mark.covering
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize(
-    "case", [(8, 16, 0.0), (8, 48, 0.0), (70, 16, 0.0), (70, 32, 0.0), (70, 16, 0.1), (70, 128, 0.1), (70, 130, 0.0)]
-)
-@pytest.mark.parametrize("arch", DEVICES)
-def test_the_listed_launches_are_made(arch, case, dtype, monkeypatch):
-    """The launches of a real call, on each kind of GPU, in each regime."""
-    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES[arch])
-    m, r, p = case
-    with count_launches() as made:
-        run(make_inputs((m, 64), 48, r, dtype=dtype, lora_dtype=FP32), "triton", p)
-    found = slk.explain(m, 48, 64, r, dtype, p, lora_dtype=FP32, device=arch)
-    assert (found.backend, found.arch) == ("triton", arch)
-    assert made == launched(found)
-
-
-@another_gpu
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_the_listed_launches_of_the_branch_are_made(arch, monkeypatch):
-    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES[arch])
-    few, many = (
-        [(8, 16, 0.0), (8, 16, 0.1), (64, 64, 0.0), (8, 100, 0.0)],
-        [(70, 16, 0.0), (70, 20, 0.3), (70, 128, 0.1), (70, 129, 0.0)],
-    )
-    for m, r, p in (*few, *many):
-        with count_launches() as made:
-            run(make_branch_inputs((m, 64), 80, r, BF16, FP32, BF16), "triton", p)
-        found = slk.explain(m, 80, 64, r, BF16, p, branch_only=True, device=arch)
-        assert made == launched(found)
-        assert found.forward_kernel == ("fused" if len(found.forward) == 1 else "split")
-        assert found.backward_kernel == ("chained" if len(found.backward) == 1 else "split")
-        assert found.forward_reason in str(found) and found.backward_reason in str(found)
+@pytest.mark.parametrize("regime", [(33, 8, 0.0), (33, 100, 0.1), (70, 16, 0.2), (131, 128, 0.0)], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [None, ["lora_A0", "lora_B0"], ["lora_A0"], ["lora_B0"], ["x"], ["x", "lora_B0"]], ids=str
+)
+@pytest.mark.parametrize("op", ["linear", "branch"])
+def test_a_chained_call_is_one_launch_forward_and_one_backward(op, wanted, regime, arch):
+    """The budget of launches: whatever the gradients that are wanted, the rows, the rank and the dropout."""
+    m, r, p = regime
+    forward, backward = launches(Case(op, (m, 24), (20,), (r,), BF16, FP32, p=p, arch=arch, wanted=wanted))
+    # Above rank 64, or where several programs share the columns under dropout, a lone branch reads S from a launch before.
+    assert (forward.total(), backward.total()) == (2 if op == "branch" and r > 64 else 1, 1)
 
 
-def test_explain_reads_well():
-    few = slk.explain(4096, 4096, 4096, 16, dropout_p=0.1, device="sm_90")
-    for (step,), words in ((few.forward, "y r16 chained"), (few.backward, "dx r16 chained masked dA dB")):
-        assert step.kernel == "lora_linear_tma" and step.variant.startswith(words)
-    assert "forward: chained (up to 4096 rows and rank 128: one launch" in str(few)
-    found = slk.explain(8192, 4096, 4096, 16, dropout_p=0.1, device="sm_90")
-    assert (found.forward_kernel, found.backward_kernel) == ("split", "split")
-    for steps in (found.forward, found.backward):
-        assert [step.kernel for step in steps] == ["lora_shrink", "lora_linear_tma"]
-    for step, beside in zip(found.backward, ("dB", "dA"), strict=True):
-        assert beside in step.variant.split()
-    text = str(found)
-    assert text.startswith("backend triton on sm_90\nforward: split (many rows or a high rank: ")
-    for step in (*found.forward, *found.backward):
-        assert f"{step.kernel} [{step.variant}], grid {step.grid}" in text and step.reason in text
-    with slk.use_kernel("vendor"):
-        forced = slk.explain(8192, 4096, 4096, 16, device="sm_90")
-    assert [step.kernel for step in forced.forward] == ["vendor", "lora_expand"]
-    assert forced.forward_reason == rules.FORCED
+@pytest.mark.parametrize(("k", "descriptors"), [(64, True), (63, False)])
+def test_descriptors_are_used_where_they_can_be(k, descriptors):
+    """Rows of a multiple of 16 bytes, on GPUs that have descriptors."""
+    found = slk.explain(70, 48, k, 16, device="sm_90")
+    assert all(step.kernel.endswith("_tma") == descriptors for step in (*found.forward, *found.backward))
+    assert not any("_tma" in step.kernel for step in slk.explain(70, 48, k, 16, device="sm_80").forward)
 
 
-def test_explain_says_when_a_measurement_may_replace_the_table():
+def test_explain_says_what_decided():
     assert "autotuning" not in str(slk.explain(8, 64, 64, 8, device="sm_90"))
     with slk.use_autotune(True):
         assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason.endswith("may replace this by what it measures")
         with slk.use_kernel("split"):
             assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason == rules.FORCED
-
-
-def test_explain_says_when_pytorch_runs():
     with slk.use_backend("torch"):
         found = slk.explain(8, 16, 16, 4, device="cpu")
     assert (found.backend, found.forward, found.backward) == ("torch", (), ())
@@ -102,12 +109,17 @@ def test_explain_says_when_pytorch_runs():
         ({"M": -1}, ValueError, "M must be at least 0, got -1"),
         ({"r": 0}, ValueError, "r must be at least 1, got 0"),
         ({"K": 2.5}, TypeError, "K must be an int, got 2.5"),
+        ({"N": (16,)}, ValueError, r"N must be one size or 2 to 3, got \(16,\)"),
+        ({"N": (16, 0)}, ValueError, "N must be .* 1, got 0"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a finite number in \[0, 1\), got 1.0"),
         ({"device": "sm_75"}, ValueError, "one of sm_80, .*, got 'sm_75'"),
         ({"device": "h100"}, ValueError, "device must be a device of this machine, as 'cpu', or one of sm_80, .*, got 'h100'"),
         ({"device": "cuda:99"}, ValueError, "device must be a device of this machine, .*, got 'cuda:99'"),
         ({"dtype": torch.float64}, TypeError, "dtype must be .*got torch.float64"),
         ({"lora_dtype": torch.float16}, TypeError, "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16"),
+        ({"quantized": "int8"}, ValueError, "quantized must be 'nf4', 'fp8' or None, got 'int8'"),
+        ({"quantized": "nf4", "N": (16, 16)}, ValueError, "quantized must be None for several N, got 'nf4'"),
+        ({"quantized": "nf4", "branch_only": True}, ValueError, "None where branch_only is true, .* got 'nf4'"),
     ],
 )  # fmt: skip
 def test_explain_checks_its_arguments(change, error, message):
@@ -116,65 +128,17 @@ def test_explain_checks_its_arguments(change, error, message):
         slk.explain(**good | change)
 
 
-def test_explain_lists_what_is_launched():
-    found = slk.explain(4096, (4096, 1024, 1024), 4096, 16, device="sm_90")
-    assert [step.kernel for step in found.forward] == ["lora_shrink_group"] + ["lora_linear_tma"] * 3
-    assert [step.kernel for step in found.backward] == ["lora_linear_tma"] * 3 + ["lora_weight_grads_group"]
-    assert found.forward_kernel == "together: chained, chained, chained" and "one read of x" in found.forward_reason
-    assert sum("add" in step.variant for step in found.backward) == 2
-    many = slk.explain(8192, (4096, 1024, 1024), 4096, 16, device="sm_90")
-    assert many.forward_kernel == "together: split, vendor, vendor"
-    assert [step.kernel for step in many.backward][:2] == ["lora_shrink", "lora_linear_tma"]
-    few = slk.explain(8, [4096, 1024], 4096, 16, device="sm_90")
-    assert few.forward_kernel == "apart: fused, fused" and "saves a launch" in few.forward_reason
-    with pytest.raises(ValueError, match=r"N must be one size or 2 to 3, got \(4096,\)"):
-        slk.explain(8, (4096,), 4096, 16, device="sm_90")
-    with pytest.raises(ValueError, match=r"N must be .* 1, got 0"):
-        slk.explain(8, (4096, 0), 4096, 16, device="sm_90")
-    with pytest.raises(ValueError, match=r"quantized must be None for several N, got 'nf4'"):
-        slk.explain(8, (4096, 4096), 4096, 16, device="sm_90", quantized="nf4")
-
-
-def test_explaining_the_branch_alone():
-    few, high = (slk.explain(8, 4096, 4096, r, branch_only=True, device="sm_90") for r in (16, 256))
-    assert [step.kernel for step in few.forward] == ["lora_expand"]
-    assert [step.variant for step in few.backward] == ["small dx r16 chained alone dA dB 128x128x64"]
-    assert [step.kernel for step in high.backward] == ["lora_shrink", "lora_linear"]
-    assert "rank above 64" in high.forward_reason and "dy @ B and dB" in high.backward_reason
-    dropped = slk.explain(8, 4096, 4096, 16, dropout_p=0.1, branch_only=True, device="sm_90")
-    assert [step.kernel for step in dropped.forward] == ["lora_shrink", "lora_expand"]
-    assert "each mask is drawn once" in dropped.forward_reason
-    # Nothing is measured, and no kernel can be forced.
-    with slk.use_kernel("vendor"):
-        assert slk.explain(8, 4096, 4096, 16, branch_only=True, device="sm_90") == few
-    none = slk.explain(0, 64, 64, 4, branch_only=True, device="sm_90")
-    assert none.forward == () and [step.kernel for step in none.backward] == ["lora_weight_grads"]
-    with slk.use_backend("torch"):
-        assert slk.explain(8, 64, 64, 4, branch_only=True, device="cpu").backend == "torch"
-    with pytest.raises(ValueError, match=r"quantized must be None where branch_only is true, .* got 'nf4'"):
-        slk.explain(8, 64, 64, 4, branch_only=True, quantized="nf4", device="sm_90")
-
-
-@pytest.mark.parametrize("quantized", ["nf4", "fp8"])
-def test_explain_tells_what_runs(quantized):
-    few = slk.explain(8, 4096, 4096, 16, quantized=quantized, device="sm_90")
-    assert (few.forward_kernel, few.backward_kernel) == ("in_loop", "in_loop")
-    assert [step.kernel for step in few.forward] == ["lora_shrink", "lora_linear_quantized"]
-    assert [step.kernel for step in few.backward] == ["lora_shrink", "lora_linear_quantized", "lora_weight_grads"]
-    assert QUANTIZED_RULES[-1].reason in str(few)
-    many = slk.explain(4096, 4096, 4096, 16, quantized=quantized, device="sm_90")
-    assert (many.forward_kernel, many.backward_kernel) == ("dequantize, chained", "dequantize, chained")
-    assert [step.kernel for step in many.forward] == ["dequantize", "lora_linear_tma"]
-    assert [step.kernel for step in many.backward] == ["dequantize", "lora_linear_tma"]
-    assert QUANTIZED_RULES[1].reason in str(many)
-
-
-def test_explain_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="quantized must be 'nf4', 'fp8' or None, got 'int8'"):
-        slk.explain(8, 64, 64, 16, quantized="int8", device="sm_90")
-
-
 def test_a_named_gpu_needs_triton(monkeypatch):
     monkeypatch.setattr(backend, "TRITON_PROBLEM", "Triton is not installed")
     with pytest.raises(RuntimeError, match=r"device='sm_90' asks for .* Triton kernels, but Triton is not installed"):
         slk.explain(64, 64, 64, 8, device="sm_90")
+
+
+def test_pretending_ends_with_its_block():
+    """An unknown GPU is refused; after an error inside, no launch is prepared for the GPU that was pretended."""
+    with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*, got 'h100'"), slk.testing.pretend_gpu("h100"):
+        pass
+    with pytest.raises(KeyError), slk.testing.pretend_gpu("sm_90"):
+        plans.remember(("key",), "triton")
+        raise KeyError
+    assert plans.find(("key",)) is None

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -18,16 +17,12 @@ from stablelora_kernels.dispatch import rules, tiles
 from stablelora_kernels.dispatch.problem import device_of
 from stablelora_kernels.launch.lora_common import forward_product, shrink
 from stablelora_kernels.reference import StableAdamWRef
-from tests.helpers import oracle
+from tests.helpers import case_checks, cases, oracle
 from tests.helpers.gpu_checks import BF16, DEVICE, FP32, SMALL, Case, keep_rows
 from tests.helpers.inputs import SCALING
 from tests.helpers.launches import count_launches
-from tests.helpers.mlps import MLP
-from tests.helpers.mlps import check as check_mlp
 from tests.helpers.optimizers import SHAPES, in_float64, make_pairs
 from tests.helpers.steps import assert_close_to, take_step_with
-from tests.ops.test_lora_linear_group import Group
-from tests.ops.test_lora_linear_group import check as check_group
 
 pytestmark = pytest.mark.gpu
 
@@ -149,21 +144,16 @@ GROUPS = [((300, 520), (264, 136, 72), (16, 8, 3)), ((200, 4096), (1024, 256, 25
 
 @pytest.mark.parametrize("group", [((70, 48), (40, 24, 24), (8, 8, 8))] if SMALL else GROUPS, ids=str)
 def test_group(group):
-    given = Group(*group, BF16, FP32)
-    check_group(given, given.run())
+    case = cases.Case("group", *group, BF16, FP32)
+    case_checks.check(case, cases.run(case))
 
 
 @by_dropout
 def test_mlp(p):
     """More tiles of gate and up than processors."""
     shape, f, n = ((70, 48), 40, 24) if SMALL else ((1024, 256), 2816, 256)
-    given = MLP(shape, f, n, (16, 8, 16), BF16, FP32)
-    check_mlp(given, given.run(p=p), p)
-
-
-def on_gpu(weight: Any) -> Any:
-    parts = {field.name: getattr(weight, field.name) for field in fields(weight)}
-    return type(weight)(**{name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in parts.items()})
+    case = cases.Case("mlp", shape, (f, f, n), (16, 8, 16), BF16, FP32, p=p)
+    case_checks.check(case, cases.run(case))
 
 
 @pytest.mark.parametrize("rows", (9, 70) if SMALL else (20, 600))
@@ -171,7 +161,7 @@ def on_gpu(weight: Any) -> Any:
 def test_quantized(kind, rows):
     """W in 4 and 8 bits: in the product's own loop for few rows, by a launch before it for many."""
     n, k = (40, 64) if SMALL else (264, 512)
-    weight = on_gpu(testing.nf4_weight(n, k, 64, nested=True) if kind == "nf4" else testing.fp8_weight(n, k))
+    weight = cases.on_device(testing.nf4_weight(n, k, 64, nested=True) if kind == "nf4" else testing.fp8_weight(n, k))
     inputs = Case(rows, n, k, 8).inputs() | {"weight": weight}
     oracle.check(inputs, oracle.run(inputs))
 

@@ -15,7 +15,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.dispatch.rules import KERNELS
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.reference import dropout_keep_ref
-from tests.helpers import oracle
+from tests.helpers import case_checks, cases, oracle
 from tests.helpers.gpu_checks import (
     BF16,
     DEVICE,
@@ -29,8 +29,6 @@ from tests.helpers.gpu_checks import (
     run,
     seed_of,
 )
-from tests.helpers.mlps import ACTIVATIONS, MLP
-from tests.helpers.mlps import check as check_mlp
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 
@@ -121,18 +119,18 @@ def test_kernels_draw_the_reference_mask(rows, columns, kernel):
         assert differing == 0, f"{differing} of {rows * columns} elements of the mask differ from dropout_keep_ref"
 
 
-# Rows, K, F and N, ranks: gate and up by descriptors, by pointers, and one by one; a projection without a branch.
+# x's shape, F and N, ranks: gate and up by descriptors, by pointers, and one by one; a projection without a branch.
 MLPS = (
-    ((2048, 1024), 2816, 1024, (16, 8, 20)), ((4096, 999), 2001, 500, (3, 16, 100)), ((33, 256), 512, 256, (None, 8, 3)),
+    ((2048, 1024), (2816, 2816, 1024), (16, 8, 20)), ((4096, 999), (2001, 2001, 500), (3, 16, 100)),
+    ((33, 256), (512, 512, 256), (None, 8, 3)),
 )  # fmt: skip
 if SMALL:
-    MLPS = (((70, 48), 40, 24, (16, 8, None)),)
+    MLPS = (((70, 48), (40, 40, 24), (16, 8, None)),)
 
 
-@pytest.mark.parametrize(("mlp", "activation"), list(product(MLPS, ACTIVATIONS)), ids=str)
+@pytest.mark.parametrize(("mlp", "activation"), list(product(MLPS, cases.ACTIVATIONS)), ids=str)
 @pytest.mark.parametrize("kernel", ["auto", "split"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_an_mlp_matches_float64(mlp, activation, kernel, p):
-    given = MLP(*mlp, BF16, FP32, activation)
-    with slk.use_kernel(kernel):
-        check_mlp(given, given.run(p=p), p)
+    case = cases.Case("mlp", *mlp, BF16, FP32, p=p, kernel=kernel, activation=activation)
+    case_checks.check(case, cases.run(case))

@@ -20,14 +20,20 @@ def covering(rows: Sequence[Mapping[str, int]], strength: int = 2) -> list[int]:
     of several, the one whose parts were taken least often, and the first of those. So the same rows give the same places.
     """
     parts = [set(combinations(sorted(row.items()), min(strength, len(row)))) for row in rows]
+    holders: dict[tuple[tuple[str, int], ...], list[int]] = defaultdict(list)
+    for place, row in enumerate(parts):
+        for part in row:
+            holders[part].append(place)
     taken: Counter[tuple[tuple[str, int], ...]] = Counter()
+    added = [len(row) for row in parts]
     chosen = []
-    while any(part not in taken for row in parts for part in row):
-        best = max(
-            range(len(rows)),
-            key=lambda place: (sum(part not in taken for part in parts[place]), -sum(taken[p] for p in parts[place])),
-        )
+    while most := max(added, default=0):
+        equal = [place for place, count in enumerate(added) if count == most]
+        best = min(equal, key=lambda place: sum(taken[part] for part in parts[place]))
         chosen.append(best)
+        for part in parts[best]:
+            for place in holders.pop(part, ()):
+                added[place] -= 1
         taken.update(parts[best])
     return sorted(chosen)
 

@@ -24,8 +24,8 @@ from stablelora_kernels.optim.triton_engine import TritonStep
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.reference.mlp import activation_ref
 from stablelora_kernels.testing import assert_no_worse
+from tests.helpers import case_checks, cases
 from tests.helpers.inputs import BF16, FP32, SCALING, Inputs, make_branch_inputs, make_inputs
-from tests.helpers.mlps import MLP
 from tests.helpers.optimizers import in_float64, make_pairs, params_of, set_grads
 from tests.helpers.steps import assert_close_to
 
@@ -201,14 +201,17 @@ def quantized_backward() -> Case:
 def gate_and_up(patch: pytest.MonkeyPatch, device: Device) -> Case:
     """S of gate and up, both products with the activation, then S and Y of down."""
     _wider_tiles(patch)
-    mlp = MLP((16, K), F, 8, (R, R, R), BF16)
-    y, g, u, s, s_down = (mlp.x.new_empty(16, width) for width in (8, F, F, 2 * R, R))
-    rest = ([None] * 3, mlp.scalings, 0.0, "silu", y, g, u, s, s_down)
+    case = cases.Case("mlp", (16, K), (F, F, 8), (R, R, R), BF16, BF16)
+    given = cases.make(case)
+    parts = [[given[f"{kind}{i}"] for i in range(3)] for kind in ("weight", "bias", "lora_A", "lora_B")]
+    y, g, u, s, s_down = (given["x"].new_empty(16, width) for width in (8, F, F, 2 * R, R))
+    rest = ([None] * 3, [*case.scalings], 0.0, "silu", y, g, u, s, s_down)
     with use_kernel("split"):
-        launches = lora_mlp.forward_launches(device, mlp.x, mlp.weights, mlp.biases, mlp.lora_As, mlp.lora_Bs, *rest)
+        launches = lora_mlp.forward_launches(device, given["x"], *parts, *rest)
 
     def check() -> None:
-        assert_no_worse(y, mlp.oracle()["Y"], mlp.eager()["Y"], name="Y")
+        right, eager = (results(case, given, [None] * 3, 0.0) for results in (case_checks.oracle, case_checks.eager))
+        assert_no_worse(y, right["Y0"], eager["Y0"], name="Y")
 
     return Case(launches, check)
 

@@ -1,12 +1,8 @@
-"""The one harness of the layer's tests: our results against float64, bounded by eager PyTorch's own error.
-
-Results are Y, dX, dA and dB by name. ``tests.helpers.inputs`` makes the inputs.
-"""
+"""Y, dX, dA and dB of ``lora_linear`` and of whole layers against float64, bounded by eager PyTorch's own error."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +10,9 @@ from torch import Tensor
 import stablelora_kernels as slk
 from stablelora_kernels import testing
 from stablelora_kernels.functional import lora_branch, lora_linear
-from stablelora_kernels.ops.torch_path import draw_keep
-from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.testing import assert_no_worse, error_and_bound
-from tests.helpers.inputs import DEVICE, SCALING, Inputs
+from tests.helpers.case_checks import bytes_held, check_compiled  # noqa: F401  tests outside of ops/ import them from here
+from tests.helpers.inputs import SCALING, Inputs
 
 Results = dict[str, Tensor]
 DIFFERENTIATED = ("x", "lora_A", "lora_B")
@@ -44,34 +39,12 @@ def run(inputs: Inputs, backend: str | None = None, p: float = 0.0) -> Results:
     return testing.run(lambda given: call(given, p, backend), inputs)
 
 
-def run_dropped(inputs: Inputs, backend: str, p: float) -> tuple[Results, Tensor, float]:
-    """A run with dropout, the mask that it must have used, and the probability that the mask was drawn with."""
-    torch.manual_seed(11)
-    out = run(inputs, backend, p)
-    torch.manual_seed(11)
-    rows = inputs["x"].reshape(-1, inputs["x"].shape[-1])
-    if backend == "triton":
-        seed = int(torch.randint(2**63 - 1, (1,), device=DEVICE))
-        keep = dropout_keep_ref(*rows.shape, p, seed).to(DEVICE)
-    else:
-        keep, p = draw_keep(rows, p)
-    return out, keep.view(inputs["x"].shape), p
-
-
-def eager(inputs: Inputs, keep: Tensor | None = None, p: float = 0.0) -> Results:
-    return testing.eager(inputs, SCALING, keep, p)
-
-
-def oracle(inputs: Inputs, keep: Tensor | None = None, p: float = 0.0) -> Results:
-    return testing.oracle(inputs, SCALING, keep, p)
-
-
 def check(inputs: Inputs, out: Results, keep: Tensor | None = None, p: float = 0.0) -> tuple[float, str]:
     """No result of ``out``, which may be some of them, is worse than eager's, and each has its input's dtype.
 
     Returns the largest error as a share of its bound, and the name of that result.
     """
-    ref, base = oracle(inputs, keep, p), eager(inputs, keep, p)
+    ref, base = (results(inputs, SCALING, keep, p) for results in (testing.oracle, testing.eager))
     like = {"Y": inputs.get("base_out", inputs["x"]), "dX": inputs["x"], "dA": inputs["lora_A"], "dB": inputs["lora_B"]}
     if "dBASE" in out:
         # base_out is only added to.
@@ -106,34 +79,3 @@ def layer_oracle(
     """The results of such a layer in float64."""
     a, b = pair
     return testing.oracle({"x": x, "weight": weight, "bias": bias, "lora_A": a, "lora_B": b, "grad": grad}, scaling)
-
-
-def check_compiled(function: Callable[..., Any], tensors: Sequence[Tensor], grads: Any) -> None:
-    """torch.compile takes ``function`` whole; its outputs and gradients are those without it."""
-    torch._dynamo.reset()
-    results = []
-    for each in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
-        given = [tensor.detach().requires_grad_() for tensor in tensors]
-        torch.manual_seed(7)
-        outputs = each(*given)
-        found = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        results.append((*found, *torch.autograd.grad(outputs, given, grads)))
-    for plain, other in zip(*results, strict=True):
-        torch.testing.assert_close(plain, other, rtol=1e-5, atol=1e-5)
-
-
-def bytes_held(made: Callable[[], Any], given: Iterable[Tensor]) -> int:
-    """Bytes that the graph of ``made()`` holds for backward, other than of the tensors ``given``."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in given}
-    held: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = made()
-    assert all(y.requires_grad for y in (outputs if isinstance(outputs, (tuple, list)) else (outputs,)))
-    return sum(held.values())

@@ -1,4 +1,4 @@
-"""Chained launches: one forward and one backward, whatever the rows, the rank, the dropout and the strides."""
+"""Flags of chained launches, of which a GPU has a limited number."""
 
 from __future__ import annotations
 
@@ -7,84 +7,22 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-import stablelora_kernels as slk
-from stablelora_kernels.dispatch import problem, tiles
-from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile, TileRule
+from stablelora_kernels.dispatch import tiles
+from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile
 from stablelora_kernels.launch import counters
-from tests.helpers.inputs import BF16, DEVICE, FP16, FP32, make_branch_inputs, make_inputs
-from tests.helpers.launches import count_launches
-from tests.helpers.oracle import call, check, leaves, run, run_dropped
-
-pytestmark = [
-    pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended"),
-    pytest.mark.usefixtures("poisoned_outputs"),
-]
-FORMS = ("_lora_linear_kernel", "_lora_linear_split_k_kernel", "_lora_linear_tma_kernel")
+from tests.helpers.case_checks import check
+from tests.helpers.cases import BF16, DEVICE, FP32, TINY, Case, run
 
 
-@pytest.fixture(params=["sm_80", "sm_90", "gfx942"])
-def arch(request, monkeypatch):
-    """The interpreter stands in for this GPU."""
-    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES[request.param])
-    return request.param
-
-
-def chain() -> torch.Tensor:
-    """The chain of the launches so far."""
-    return counters.counters(MAX_SHARED_SUMS, torch.device("cpu"), lane=4)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(
-    ("rows", "r", "dtype"),
-    [(1, 1, BF16), (16, 20, FP32), (64, 128, BF16), (65, 3, FP16), (131, 16, BF16), (131, 128, BF16)],
-    ids=str,
-)
-def test_one_launch_forward_and_one_backward(rows, r, dtype, p, arch):
-    """Strides as they come: rows of X apart, W transposed."""
-    inputs = make_inputs((rows, 75), 90, r, dtype=dtype, lora_dtype=FP32)
-    inputs["x"] = torch.cat([inputs["x"], inputs["x"]], 1)[:, :75]
-    inputs["weight"] = inputs["weight"].t().contiguous().t()
-    with count_launches() as made:
-        results = (run(inputs, "triton"),) if not p else run_dropped(inputs, "triton", p)
-    check(inputs, *results)
-    assert made.total() == 2 and set(made) <= set(FORMS)
-
-
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(
-    ("rows", "r", "dtype"), [(1, 1, BF16), (16, 20, FP32), (65, 3, FP16), (131, 16, BF16), (131, 128, BF16)], ids=str
-)
-def test_a_lone_branchs_backward_is_one_launch(rows, r, dtype, p, arch):
-    inputs = make_branch_inputs((rows, 75), 90, r, dtype, FP32, dtype)
-    inputs["x"] = torch.cat([inputs["x"], inputs["x"]], 1)[:, :75]
-    with count_launches() as made:
-        results = (run(inputs, "triton"),) if not p else run_dropped(inputs, "triton", p)
-    check(inputs, *results)
-    assert made["_lora_linear_kernel"] == 1 and made["_lora_weight_grads_kernel"] == 0
-    assert not chain().any()
-
-
-def test_the_chain_is_zero_again(arch):
-    inputs = make_inputs((70, 64), 48, 16, dtype=BF16, lora_dtype=FP32)
-    with slk.use_kernel("chained"):
-        first, second = run(inputs, "triton"), run(inputs, "triton")
-        assert not chain().any()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
+@pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended")
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_rows_beyond_the_flags_share_them(arch, monkeypatch):
     """Four flags, and rows for ten: each stands for more tiles of S, and dA's programs wait for several."""
-    for name in ("TMA_TILES", "LINEAR_TILES", "SHRINK_TILES", "WEIGHT_GRADS_TILES"):
-        monkeypatch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
     monkeypatch.setattr(tiles, "MAX_SHARED_SUMS", tiles.CHAIN_HEAD + 4)
-    inputs = make_inputs((600, 40), 48, 20, dtype=BF16, lora_dtype=FP32)
-    with slk.use_kernel("chained"):
-        check(inputs, *run_dropped(inputs, "triton", 0.2))
-    assert not chain().any()
+    case = Case("linear", (600, 40), (48,), (20,), BF16, FP32, p=0.2, kernel="chained", arch=arch, tile=TINY)
+    check(case, run(case))
+    assert not counters.counters(MAX_SHARED_SUMS, torch.device("cpu"), lane=4).any()
 
 
 @pytest.mark.parametrize("m", [1, 64, 4096, 262_081, 10**9])
@@ -95,21 +33,3 @@ def test_flags_fit_into_a_lane(m):
     flags = -(-m // rows)
     assert tiles.CHAIN_HEAD + flags <= MAX_SHARED_SUMS
     assert rows == 128 or 2 * flags > MAX_SHARED_SUMS - tiles.CHAIN_HEAD - 1
-
-
-def test_few_rows_of_a_low_rank_stay_fused():
-    found = slk.explain(64, 96, 64, 64, BF16, device="sm_90")
-    assert found.forward_kernel == "fused" and found.backward_kernel == "chained"
-    assert len(found.forward) == len(found.backward) == 1
-
-
-@pytest.mark.parametrize("wanted", [("x",), ("x", "lora_A"), ("x", "lora_B")], ids=str)
-def test_wanted_gradients_alone(wanted, arch):
-    inputs = make_inputs((70, 64), 48, 16, dtype=BF16, lora_dtype=FP32)
-    given = leaves(inputs, wanted)
-    with count_launches() as made:
-        y = call(given, backend="triton")
-        y.backward(inputs["grad"])
-    assert made.total() == 2
-    named = {"x": "dX", "lora_A": "dA", "lora_B": "dB"}
-    check(inputs, {"Y": y.detach()} | {named[name]: given[name].grad for name in wanted})

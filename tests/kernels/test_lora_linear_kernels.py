@@ -1,4 +1,4 @@
-"""Every kernel of lora_linear, forced and at tiny tiles, on each kind of GPU that dispatch tells apart, in the interpreter."""
+"""What no table of calls shows of the layers' kernels: sums that programs share, their counters, offsets beyond 32 bits."""
 
 from __future__ import annotations
 
@@ -6,314 +6,150 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
-import stablelora_kernels as slk
-from stablelora_kernels.dispatch import problem, rules, tiles
-from stablelora_kernels.dispatch.problem import DEVICES, Call
+from stablelora_kernels.dispatch import tiles
+from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.dispatch.tiles import Tile, TileRule
+from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile
 from stablelora_kernels.kernels.common import keep_mask
-from stablelora_kernels.launch import counters, lora_common
+from stablelora_kernels.launch import counters
 from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
 from stablelora_kernels.reference import philox_ref
 from stablelora_kernels.testing import assert_no_worse
-from tests.helpers.inputs import BF16, DEVICE, FP16, FP32, SCALING, make_inputs
-from tests.helpers.launches import count_launches
-from tests.helpers.oracle import call, check, eager, leaves, oracle, run, run_dropped
+from tests.helpers.case_checks import assert_close, check, eager, oracle
+from tests.helpers.cases import BF16, DEVICE, FP32, Case, make, run
 
 pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended"),
     pytest.mark.usefixtures("poisoned_outputs"),
 ]
-ARCHES = ("sm_80", "sm_90")
-
-
-@pytest.fixture(params=ARCHES)
-def arch(request, monkeypatch):
-    """The interpreter stands in for this GPU: sm_90 reads through descriptors where strides allow, sm_80 never does."""
-    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES[request.param])
-    return request.param
-
-
-@pytest.fixture
-def tiny_tiles(monkeypatch):
-    """Many tiles in both directions, ragged edges, and several blocks of ranks at small sizes."""
-    for name in ("TMA_TILES", "LINEAR_TILES", "SHRINK_TILES", "EXPAND_TILES", "WEIGHT_GRADS_TILES"):
-        monkeypatch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
-    monkeypatch.setattr(problem, "MAX_FUSED_R", 32)
-
-
-def check_run(inputs: dict[str, Tensor | None], p: float, kernel: str = "auto") -> None:
-    """A call by ``kernel`` is right, with dropout by the mask that it must have used."""
-    with slk.use_kernel(kernel):
-        results = (run(inputs, "triton"),) if p == 0 else run_dropped(inputs, "triton", p)
-    check(inputs, *results)
-
-
-@pytest.mark.covering
-@pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
-@pytest.mark.parametrize(("dtype", "lora_dtype"), [(FP32, FP32), (BF16, FP32), (FP16, FP16)], ids=str)
-@pytest.mark.parametrize(
-    # All but the first have rows of 16 bytes' multiples, which descriptors want.
-    ("shape", "n", "r"),
-    [((67, 39), 53, 20), ((67, 40), 48, 20), ((66, 48), 40, 32), ((17, 48), 56, 1)],
-)
-def test_each_kernel_matches_the_oracle(kernel, shape, n, r, dtype, lora_dtype, arch, tiny_tiles):
-    inputs = make_inputs(shape, n, r, dtype=dtype, lora_dtype=lora_dtype, bias=r != 32)
-    check_run(inputs, 0.0, kernel)
-
-
-@pytest.mark.covering
-@pytest.mark.parametrize("kernel", ["chained", "split", "vendor"])
-@pytest.mark.parametrize(("shape", "n"), [((67, 39), 53), ((67, 40), 48), ((9, 40), 48)])
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("r", [3, 75])
-def test_each_kernel_drops_by_the_reference_mask(kernel, shape, n, r, dtype, arch, tiny_tiles):
-    inputs = make_inputs(shape, n, r, dtype=dtype, lora_dtype=FP32)
-    check_run(inputs, 0.3, kernel)
-
-
-@pytest.mark.covering
-@pytest.mark.parametrize(("dtype", "lora_dtype"), [(BF16, FP32), (BF16, BF16)], ids=str)
-@pytest.mark.parametrize("r", [3, 16, 33])
-def test_masked_gradients(r, dtype, lora_dtype, arch, monkeypatch):
-    """Dropout's mask on the branch, with dS beside dX and before it; few rows and many at the tables' own tiles."""
-    original = rules.choose
-    for rows, kernel in itertools.product((9, 70), ("fused", "split")):
-        # Forward has no fused kernel with dropout, so that fused can't be forced on both.
-        monkeypatch.setattr(
-            rules, "choose", lambda d, c, k=kernel: Choice(k, "") if c.direction == "backward" else original(d, c)
-        )
-        inputs = make_inputs((rows, 72), 80, r, dtype=dtype, lora_dtype=lora_dtype)
-        with count_launches() as made:
-            check_run(inputs, 0.2)
-        assert made["_lora_shrink_kernel"] == (1 if kernel == "split" else 0)
-
-
-@pytest.mark.parametrize("width", [32, 64, 128, 256])
-@pytest.mark.parametrize("r", [8, 40])
-def test_masked_tiles_in_parts(width, r, monkeypatch):
-    """Two, four and eight parts of 16 or 32 columns, in their order, with edges inside a part and between parts."""
-    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES["sm_90"])
-    monkeypatch.setattr(tiles, "TMA_TILES", (TileRule(lambda d, c: True, Tile(16, width, 16, 4, 2), "a test"),))
-    inputs = make_inputs((66, 2 * width - 24), 48, r, dtype=BF16, lora_dtype=FP32)
-    with count_launches() as made:
-        check_run(inputs, 0.3)
-    assert "_lora_linear_tma_kernel" in made
-
-
-@pytest.mark.parametrize("r", [1, 3, 17, 31, 64, 65, 100, 200, 256, 257, 512])
-@pytest.mark.parametrize("rows", [4, 70])
-def test_any_rank(r, rows, monkeypatch):
-    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES["sm_90" if r % 2 else "sm_80"])
-    inputs = make_inputs((rows, 40), 48, r, dtype=BF16, lora_dtype=FP32)
-    check(inputs, run(inputs, "triton"))
-
-
-def test_descriptors_are_used_where_they_can_be(monkeypatch):
-    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES["sm_90"])
-    for shape, n, expected in (((70, 64), 48, "_lora_linear_tma_kernel"), ((70, 63), 48, "_lora_linear_kernel")):
-        with count_launches() as made:
-            run(make_inputs(shape, n, 16, dtype=BF16), "triton")
-        assert made == {expected: 2}
-
-
-@pytest.mark.covering
-@pytest.mark.parametrize(
-    ("rows", "r", "p", "wanted", "forward", "backward"),
-    [
-        # A rank that no chained launch takes.
-        (33, 130, 0.0, "xAB", 2, 2),
-        (33, 130, 0.1, "xA", 2, 2),
-        (33, 130, 0.0, "AB", 2, 2),
-        (33, 130, 0.0, "B", 2, 1),
-        *(
-            (rows, r, p, wanted, 1, 1)
-            for rows, r, p in (
-                (33, 8, 0.0),
-                (33, 32, 0.1),
-                (33, 100, 0.0),
-                (70, 16, 0.0),
-                (70, 32, 0.2),
-                (70, 100, 0.1),
-            )
-            for wanted in ("xAB", "AB", "A", "B", "x", "xA", "xB")
-        ),
-    ],
-)
-def test_launches(rows, r, p, wanted, forward, backward, arch):
-    inputs = make_inputs((rows, 24), 20, r, dtype=BF16, lora_dtype=FP32)
-    names = {"x": "x", "A": "lora_A", "B": "lora_B"}
-    given = leaves(inputs, [names[name] for name in wanted])
-    with count_launches() as made:
-        y = call(given, p, "triton")
-    assert made.total() == forward
-    with count_launches() as made:
-        grads = torch.autograd.grad(y, [given[names[name]] for name in wanted], inputs["grad"])
-    assert made.total() == backward
-    if p == 0:
-        check(inputs, {f"d{name.upper()}": grad for name, grad in zip(wanted, grads, strict=True)})
 
 
 # Sums that several programs share.
 
 
-def shared_sums(inputs: dict[str, Tensor | None], p: float = 0.0) -> dict[str, int]:
-    """How many programs share a sum in a call, by kernel, and by "dA" and "dB" beside others; the most of its launches."""
-    x, w, a, b = (inputs[name] for name in ("x", "weight", "lora_A", "lora_B"))
-    device, (m, _), n, r = DEVICES["sm_90"], x.shape, w.shape[0], a.shape[0]
-    y, s, seed = x.new_empty(m, n), x.new_empty(m, r), torch.zeros(1, dtype=torch.int64) if p else None
-    found = forward_launches(device, x, w, None, a, b, s, y, seed, 1.0, p)
-    found += backward_launches(device, x, y, w, a, b, s, seed, x, a, b, scaling=1.0, dropout_p=p)
-    most: dict[str, int] = {}
-    for launch in (launch for launch in found if hasattr(launch, "kernel")):
-        name, arguments = launch.kernel.__name__, dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-        beside = "dB" if name == "_lora_shrink_kernel" else "dA"
-        counts = [(name, "SPLITS"), (beside, "GRAD_SPLITS")]
-        if launch.constants.get("CHAINED"):
-            counts += [("S", "S_SPLITS"), ("dB", "DB_SPLITS")]
-        for key, count in counts:
-            most[key] = max(most.get(key, 1), arguments.get(count, 1))
-    return most
+def any_counter():
+    """Whether a counter, a flag or a ticket was left above 0."""
+    lanes = [counters.counters(MAX_SHARED_SUMS, torch.device("cpu"), lane) for lane in range(counters.LANES)]
+    return any(lane.any() for lane in lanes)
 
 
-@pytest.mark.covering
-@pytest.mark.parametrize(("dtype", "lora_dtype"), [(FP32, FP32), (BF16, FP32)], ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(("rows", "r"), [(5, 3), (5, 40)])
-def test_shared_sums_of_few_rows(rows, r, p, dtype, lora_dtype):
-    """K of forward, then N of backward, so long that programs share it, in parts that do not come out even."""
-    for k, n in ((1100, 72), (72, 1100)):
-        inputs = make_inputs((rows, k), n, r, dtype=dtype, lora_dtype=lora_dtype)
-        found = shared_sums(inputs, p)
-        assert found["_lora_linear_split_k_kernel"] > 1
-        # Without dropout, forward's product computes S itself.
-        assert found["S"] > 1 or (k > n and p == 0)
-        check_run(inputs, p)
+SHARING = [
+    *(Case("linear", (rows, k), (40,), (8,), BF16, FP32, arch="sm_90") for rows, k in ((5, 1300), (550, 64))),
+    *(Case("linear", (70, 64), (48,), (16,), BF16, FP32, kernel="chained", arch=arch) for arch in ("sm_80", "gfx942")),
+    *(
+        Case("mlp", (rows, 136), (72, 72, 16), (8, 20, 3), BF16, FP32, p=0.2, kernel=kernel, arch=arch)
+        for rows, kernel, arch in (
+            (5, "auto", "sm_90"), (70, "chained", "sm_90"), (70, "split", "sm_80"), (70, "vendor", "sm_80"),
+        )
+    ),
+]  # fmt: skip
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("kernel", ["fused", "chained", "split"])
-@pytest.mark.parametrize(("rows", "r", "p"), [(70, 40, 0.0), (150, 3, 0.0), (150, 40, 0.3)])
-def test_shared_sums_of_tiles_that_leave_the_gpu_idle(rows, r, p, kernel):
-    """More rows than a tile has; K of forward, then N of backward, in parts that do not come out even."""
-    if kernel == "fused" and p:
-        pytest.skip("fused has no dropout")
-    for k, n in ((1040, 136), (136, 1030)):
-        inputs = make_inputs((rows, k), n, r, dtype=BF16, lora_dtype=FP32)
-        with slk.use_kernel(kernel):
-            assert shared_sums(inputs, p)["_lora_linear_split_k_kernel"] > 1
-        check_run(inputs, p, kernel)
+@pytest.mark.parametrize("case", SHARING, ids=str)
+def test_shared_sums_do_not_depend_on_who_is_last(case, monkeypatch):
+    """Two programs share every sum of several steps. Run from the last to the first, they leave the same bits, and no counter."""
+    shared = []
 
+    def two(device, tiles, steps, **_):
+        shared.append(steps > 1)
+        return 2 if steps > 1 else 1
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("r", [3, 80])
-def test_shared_sums_of_many_rows(r, p):
-    inputs = make_inputs((550, 20), 24, r, dtype=BF16, lora_dtype=FP32)
-    found = shared_sums(inputs, p)
-    assert found["dA"] > 1 and found["dB"] > 1
-    for kernel in ("auto", "vendor"):
-        with slk.use_kernel(kernel):
-            assert kernel == "auto" or shared_sums(inputs, p)["_lora_weight_grads_kernel"] > 1
-        check_run(inputs, p, kernel)
-
-
-@pytest.mark.parametrize("rows", [5, 550])
-def test_shared_sums_do_not_depend_on_who_is_last(rows, monkeypatch):
-    """Programs in another order: the same bits, and counters that are 0 again."""
-    inputs = make_inputs((rows, 1300 if rows == 5 else 64), 40, 8, dtype=BF16, lora_dtype=FP32)
-    assert max(shared_sums(inputs).values()) > 1
-    first = run(inputs, "triton")
-    from triton.runtime import interpreter
-
-    builder = interpreter.interpreter_builder
-    original, turned = builder.set_grid_idx, []
-
-    def from_the_end(x: int, y: int, z: int) -> None:
-        turned.append((x, y, z))
+    def from_the_end(x, y, z):
         original(*(size - 1 - i for size, i in zip(builder.grid_dim, (x, y, z), strict=True)))
 
+    monkeypatch.setattr(tiles, "plan_split_k", two)
+    first = run(case)
+    assert any(shared) and not any_counter()
+    check(case, first)
+    builder = interpreter.interpreter_builder
+    original = builder.set_grid_idx
     monkeypatch.setattr(builder, "set_grid_idx", from_the_end)
-    second = run(inputs, "triton")
-    assert turned
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert counters._in_use
-    assert all(not counter.any() for counter in counters._in_use.values())
+    assert_close(run(case), first)
+    assert not any_counter()
 
 
 @pytest.mark.parametrize(("rows", "counted"), [(5, 3), (600, 5)])
 def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
     """dS and dB, dX and dA in one launch, and the chain that orders them; none may see another's counters."""
-    inputs = make_inputs((rows, 200), 2000, 80, dtype=BF16)
-    x, w, a, b, dy = (inputs[name] for name in ("x", "weight", "lora_A", "lora_B", "grad"))
-    made = backward_launches(
+    given = make(Case("linear", (rows, 200), (2000,), (80,), BF16, BF16))
+    x, w, a, b, dy = (given[name] for name in ("x", "weight0", "lora_A0", "lora_B0", "grad0"))
+    (launch,) = backward_launches(
         DEVICES["sm_90"], x, dy, w, a, b, x.new_empty(rows, 80), None, x, a, b, scaling=1.0, dropout_p=0.0
     )
-    spans = []
-    for launch in made:
-        arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-        names = ("counter_ptr", "grad_counter_ptr", "s_counter_ptr", "db_counter_ptr", "chain_ptr")
-        for counter in (arguments.get(name) for name in names):
-            if counter is not None and counter.numel():
-                spans.append((counter.data_ptr(), counter.data_ptr() + counter.numel() * 4))
-    assert len(made) == 1 and len(spans) == counted
-    for (_, end), (start, _) in itertools.pairwise(sorted(spans)):
-        assert end <= start
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    names = ("counter_ptr", "grad_counter_ptr", "s_counter_ptr", "db_counter_ptr", "chain_ptr")
+    found = [arguments[name] for name in names if arguments.get(name) is not None and arguments[name].numel()]
+    spans = sorted((counter.data_ptr(), counter.data_ptr() + counter.numel() * 4) for counter in found)
+    assert len(spans) == counted
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 # Offsets beyond 32 bits.
 
 
 @pytest.mark.covering(1)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize("rows", [40, 72])
-def test_offsets_beyond_2_to_the_31(kernel, rows, arch, spacious):
-    """x, the weight, A, B and dY with their last rows more than 2^31 elements behind their first."""
-    inputs = make_inputs((rows, 48), 40, 24 if kernel != "split" else 40, dtype=BF16)
-    wide = dict(inputs)
-    for name in ("x", "weight", "lora_A", "lora_B", "grad"):
-        matrix = inputs[name]
-        stride = -(-(2**31 + 2**27) // (matrix.shape[0] - 1) // 8) * 8
-        wide[name] = spacious(matrix, stride)
-        assert (matrix.shape[0] - 1) * stride > 2**31
-    with slk.use_kernel(kernel):
-        close, far = run(inputs, "triton"), run(wide, "triton")
-    check(inputs, close)
-    for name in close:
-        assert torch.equal(close[name], far[name]), name
+def test_rows_beyond_2_to_the_31(kernel, rows, arch, spacious):
+    """All operands with their last rows more than 2^31 elements behind their first."""
+    r = 40 if kernel == "split" else 24
+    case = Case("linear", (rows, 48), (40,), (r,), BF16, BF16, kernel=kernel, arch=arch)
+    given = make(case)
+    wide = dict(given)
+    for name in ("x", "weight0", "lora_A0", "lora_B0", "grad0"):
+        last = given[name].shape[0] - 1
+        wide[name] = spacious(given[name], -(-(2**31 + 2**27) // last // 8) * 8)
+        assert last * wide[name].stride(0) > 2**31
+    close = run(case, given)
+    check(case, close, given)
+    assert_close(run(case, wide), close)
 
 
 @pytest.mark.covering(1)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
 @pytest.mark.parametrize("rows", [40, 72])
 def test_results_beyond_2_to_the_31(kernel, rows, arch, spacious):
     """Y and S stored so far apart; the ops allocate them close together, so the launches are made here."""
-    inputs = make_inputs((rows, 48), 40, 24, dtype=BF16)
-    x, w, bias, a, b = (inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B"))
+    case = Case("linear", (rows, 48), (40,), (24,), BF16, BF16)
+    given = make(case)
+    x, w, bias, a, b = (given[name] for name in ("x", "weight0", "bias0", "lora_A0", "lora_B0"))
     y, s = (spacious(torch.full((rows, size), float("nan"), dtype=BF16)) for size in (40, 24))
     assert (rows - 1) * y.stride(0) > 2**31
-    for launch in forward_launches(DEVICES[arch], x, w, bias, a, b, s, y, None, SCALING, 0.0, Choice(kernel, "")):
+    for launch in forward_launches(DEVICES[arch], x, w, bias, a, b, s, y, None, 1.7, 0.0, Choice(kernel, "")):
         launch.run(x.device)
-    assert_no_worse(y, oracle(inputs)["Y"], eager(inputs)["Y"], name="Y")
-    assert_no_worse(s, SCALING * x.double() @ a.double().T, SCALING * x @ a.T, name="S")
+    assert_no_worse(y, *(by(case, given, [None], 0.0)["Y0"] for by in (oracle, eager)), name="Y")
+    assert_no_worse(s, 1.7 * x.double() @ a.double().T, 1.7 * x @ a.T, name="S")
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("kernel", ["fused", "chained", "split"])
-@pytest.mark.parametrize("rows", [40, 72])
-def test_steps_beyond_2_to_the_31(kernel, rows, arch, spacious):
-    """x, the weight, A and B with columns so far apart that a step along the sum exceeds 2^31 elements."""
-    inputs = make_inputs((rows, 144), 72, 24, dtype=BF16)
-    wide = inputs | {name: spacious(inputs[name].t()).t() for name in ("x", "weight", "lora_A", "lora_B")}
-    assert 64 * wide["x"].stride(1) > 2**31
-    with slk.use_kernel(kernel):
-        check(inputs, run(wide, "triton"))
+LINEAR = Case("linear", (40, 144), (72,), (24,), BF16, BF16)
+MLP = Case("mlp", (70, 144), (72, 72, 16), (8, 8, 8), BF16, FP32, kernel="split", arch="sm_80")
+
+
+@pytest.mark.parametrize(
+    ("case", "far"),
+    [
+        *((LINEAR.but(kernel=kernel, arch=arch), ["x", "weight0", "lora_A0", "lora_B0"])
+          for kernel, arch in (("fused", "sm_80"), ("chained", "sm_90"), ("split", "sm_80"))),
+        (MLP, ["x"]),
+        (MLP, ["weight0", "weight1"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_steps_beyond_2_to_the_31(case, far, spacious):
+    """Operands with columns so far apart that a step along the sum exceeds 2^31 elements."""
+    given = make(case)
+    wide = given | {name: spacious(given[name].t()).t() for name in far}
+    assert all(64 * wide[name].stride(1) > 2**31 for name in far)
+    check(case, run(case, wide), given)
 
 
 @triton.jit
@@ -328,8 +164,7 @@ def test_mask_beyond_2_to_the_32_groups(row0):
     seed, columns, p = 2**61 + 12345, 32, 0.4
     out = torch.full((4, columns), -1, dtype=torch.int32)
     _mask_kernel[(1,)](out, seed, row0, columns, round(p * 2**31), BLOCK_C=columns)
-    counters = torch.arange(row0 * 8, (row0 + 4) * 8, dtype=torch.int64)
-    words = philox_ref(seed, counters).reshape(4, columns)
+    words = philox_ref(seed, torch.arange(row0 * 8, (row0 + 4) * 8, dtype=torch.int64)).reshape(4, columns)
     assert torch.equal(out.bool(), (words >> 1) >= round(p * 2**31))
     assert 0 < out.sum() < out.numel()
 
@@ -337,42 +172,8 @@ def test_mask_beyond_2_to_the_32_groups(row0):
 def test_tiles_fit_into_shared_memory_by_their_own_arithmetic():
     """``fit`` takes stages away until the buffers fit, and never the last two."""
     tile = Tile(128, 256, 64, 8, 4)
-    for device in DEVICES.values():
-        spare = 0 if device.tma else 1
-        for stage in (10_000, 50_000, 200_000):
-            stages = tiles.fit(tile, device, stage).num_stages
-            assert 2 <= stages <= 4
-            assert stages == 2 or (stages - spare) * stage <= device.shared_limit
-            assert stages == 4 or (stages + 1 - spare) * stage > device.shared_limit
-
-
-def test_no_rows_launch_nothing_but_the_gradients_zeros(arch):
-    inputs = make_inputs((0, 40), 24, 8, dtype=BF16)
-    with count_launches() as made:
-        out = run(inputs, "triton")
-    assert made == {"_lora_weight_grads_kernel": 1}
-    assert not out["dA"].any() and not out["dB"].any()
-
-
-def test_vendor_branch_in_one_launch_and_two_with_repeated_masks():
-    call = Call("forward", 64 * 132, 256, 256, 16, BF16, BF16, True)
-    for m, expected in (
-        (call.m, ["_lora_expand_kernel"]),
-        (64, ["_lora_shrink_kernel", "_lora_expand_kernel"]),
-    ):
-        x, w, a, b = (
-            torch.empty(size, dtype=BF16, device="meta") for size in ((m, 256), (256, 256), (16, 256), (256, 16))
-        )
-        seed = torch.empty(1, dtype=torch.int64, device="meta")
-        found = forward_launches(
-            DEVICES["sm_90"], x, w, None, a, b, None, x.new_empty(m, 256), seed, 1.0, 0.1, Choice("vendor", "")
-        )
-        assert isinstance(found[0], lora_common.VendorProduct)
-        assert [launch.kernel.__name__ for launch in found[1:]] == expected
-
-
-def test_s_is_stored_where_y_has_one_column_of_tiles(monkeypatch):
-    monkeypatch.setattr(problem, "device_of", lambda device: DEVICES["sm_90"])
-    inputs = make_inputs((70, 64), 48, 16, dtype=BF16, lora_dtype=FP32)
-    with slk.use_kernel("fused"):
-        check(inputs, run(inputs, "triton"))
+    for device, stage in itertools.product(DEVICES.values(), (10_000, 60_000, 200_000)):
+        spare, stages = 0 if device.tma else 1, tiles.fit(tile, device, stage).num_stages
+        assert 2 <= stages <= 4
+        assert stages == 2 or (stages - spare) * stage <= device.shared_limit
+        assert stages == 4 or (stages + 1 - spare) * stage > device.shared_limit

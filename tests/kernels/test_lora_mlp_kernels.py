@@ -1,89 +1,63 @@
-"""An MLP's launches: counters at 0 again, the same bits each time, sums that several programs share, a gate in every form."""
+"""An MLP's launches: how many there are for the gradients that are wanted, and which may begin early."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import problem, rules, tiles
+from stablelora_kernels.dispatch import rules
 from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile, TileRule
-from stablelora_kernels.launch import counters
 from stablelora_kernels.launch.dry_run import mlp_launches
-from tests.helpers.inputs import BF16, DEVICE, FP16, FP32
-from tests.helpers.mlps import MLP, assert_close, check
+from tests.helpers.case_checks import launches
+from tests.helpers.cases import BF16, DEVICE, FP32, Case, small
 
-pytestmark = [
-    pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended"),
-    pytest.mark.usefixtures("poisoned_outputs"),
-]
+another_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended")
 
 
-@pytest.fixture(autouse=True)
-def on_triton():
-    with slk.use_backend("triton"):
-        yield
+@another_gpu
+@pytest.mark.parametrize(("processors", "arch", "forward"), [(1, "sm_90", 3), (1, "sm_80", 3), (132, "sm_90", 5)])
+def test_launches_of_a_call(processors, arch, forward):
+    """S of gate and up, both with the gate, and down. Where processors are idle, gate, up and the gate are three launches."""
+    case = Case("mlp", (130, 64), (48, 48, 24), (6, 3, 4), BF16, BF16, arch=arch, processors=processors)
+    assert [made.total() for made in launches(case)] == [forward, 4]
 
 
-def any_counter():
-    """Whether a counter, a flag or a ticket was left above 0."""
-    lanes = [counters.counters(MAX_SHARED_SUMS, torch.device("cpu"), lane) for lane in range(counters.LANES)]
-    return any(lane.any() for lane in lanes)
+@another_gpu
+@pytest.mark.parametrize(
+    ("wanted", "count"),
+    [
+        (["x"], 3),
+        (None, 4),
+        # dG and dU without dX.
+        (["lora_A0", "lora_A1"], 4),
+        (["lora_B0", "lora_B1"], 3),
+        (["lora_A0", "lora_A1", "lora_B0", "lora_B1"], 4),
+        # Nothing of gate and up.
+        (["lora_A2", "lora_B2"], 1),
+        (["lora_A2"], 1),
+        (["lora_B2"], 1),
+    ],
+    ids=str,
+)
+def test_backward_launches_what_is_asked_for(wanted, count):
+    """A product's launch may have dS, dA and dB as well."""
+    case = small("mlp", dtype=BF16, lora_dtype=BF16, p=0.3, arch="sm_80", wanted=wanted)
+    assert launches(case)[1].total() == count
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(("rows", "kernel"), [(5, "auto"), (70, "chained"), (70, "split"), (70, "vendor")])
-def test_the_same_bits_and_counters_at_zero(rows, kernel, arch, monkeypatch):
-    """Two programs share every sum of several steps."""
-    shared = []
-
-    def two(device, tiles, steps, **_):
-        shared.append(steps > 1)
-        return 2 if steps > 1 else 1
-
-    monkeypatch.setattr(problem, "device_of", lambda _: DEVICES[arch])
-    monkeypatch.setattr(tiles, "plan_split_k", two)
-    mlp = MLP((rows, 136), 72, 16, (8, 20, 3), BF16, FP32)
-    with slk.use_kernel(kernel):
-        first = mlp.run(p=0.2)
-        assert any(shared) and not any_counter()
-        assert_close(mlp.run(p=0.2), first, 0)
-    assert not any_counter()
-
-
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("form", ["split_k", "tma", "pointers", "vendor"])
-@pytest.mark.parametrize("chained", [False, True])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("tile", [Tile(16, 64, 16, 4, 2), Tile(32, 128, 32, 4, 2)], ids=str)
-def test_a_gate_in_every_form_and_tile(tile, dtype, chained, form, monkeypatch):
-    """dG and dU from tiles within rows and across their end, with dropout; dA with H computed again."""
-    monkeypatch.setattr(problem, "device_of", lambda _: DEVICES["sm_90"])
-    for name in dir(tiles):
-        if name.endswith("_TILES"):
-            monkeypatch.setattr(tiles, name, (TileRule(lambda d, c: True, tile, "a test"),))
-    monkeypatch.setattr(rules, "choose_form", lambda device, call, described: form)
-    kernel = "vendor" if form == "vendor" else "chained" if chained else "split"
-    mlp = MLP((33, 24), 72, 16, (5, 3, 17), dtype, FP32, "gelu")
-    with slk.use_kernel(kernel):
-        check(mlp, mlp.run(p=0.3), 0.3)
-
-
-@pytest.mark.parametrize("far", ["x", "weights"])
-def test_steps_beyond_2_to_the_31(far, spacious, monkeypatch):
-    """X, or the weights of gate and up, with columns so far apart that a step along the sum exceeds 2^31 elements."""
-    monkeypatch.setattr(problem, "device_of", lambda _: DEVICES["sm_80"])
-    mlp = MLP((70, 144), 72, 16, (8, 8, 8), BF16, FP32)
-    if far == "x":
-        mlp.x = spacious(mlp.x.t()).t()
-    else:
-        mlp.weights = [*(spacious(w.t()).t() for w in mlp.weights[:2]), mlp.weights[2]]
-    with slk.use_kernel("split"):
-        check(mlp, mlp.run())
+@pytest.mark.parametrize("kinds", [("nf4", "fp8", "nf4 nested"), (None, None, "nf4 nested")], ids=str)
+def test_many_rows_dequantize_each_weight_once_in_each_direction(kinds):
+    """Backward only those weights that its gradients need."""
+    case = small("mlp", shape=(260, 64), sizes=(48, 48, 128), dtype=BF16, lora_dtype=FP32, quantized=kinds)
+    count = sum(kind is not None for kind in kinds)
+    for wanted, again in (
+        (None, count),
+        (["lora_A0", "lora_B0", "lora_A1", "lora_B1"], 1),
+        (["lora_A2", "lora_B2"], 0),
+    ):
+        assert [made["dequantize"] for made in launches(case.but(wanted=wanted))] == [count, again], wanted
 
 
 @pytest.mark.parametrize("kernel", ["auto", "split", "vendor"])

@@ -7,11 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stablelora_kernels as slk
-from stablelora_kernels import functional
 from stablelora_kernels.ops import matmul
-from stablelora_kernels.testing import assert_no_worse, make_inputs
-from tests.helpers.inputs import SCALING, SHAPES
-from tests.helpers.oracle import check, run, run_dropped
+from stablelora_kernels.testing import assert_no_worse
+from tests.helpers.case_checks import check
+from tests.helpers.cases import BF16, FP64, Case, run, small
 
 ONEDNN = {"mkldnn._linear_pointwise.default"}
 MKL = {"aten.mm.default", "aten.addmm.default"}
@@ -56,65 +55,43 @@ def test_any_strides_are_no_worse_than_mkls(size, bias, onednn):
     assert_no_worse(found, a.double() @ b.double() + 1, a @ b + 1)
 
 
-@pytest.mark.parametrize(("shape", "n", "r"), SHAPES, ids=str)
-def test_layers_match_the_oracle(shape, n, r, onednn):
-    inputs = make_inputs(shape, n, r, bias=r != 3)
-    check(inputs, run(inputs, "torch"))
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case("linear", shape, (n,), (r,)) for shape, n, r in (((1, 1), 1, 1), ((37,), 5, 3), ((130, 67), 71, 8))),
+        small("linear", p=0.3),
+        small("group"),
+    ],
+    ids=str,
+)
+def test_layers_match_the_oracle(case, onednn):
+    case = case.but(backend="torch")
+    check(case, run(case))
 
 
-def test_dropout(onednn):
-    inputs = make_inputs((70, 24), 20, 6)
-    check(inputs, *run_dropped(inputs, "torch", 0.3))
-
-
-def test_projections_of_one_input(onednn):
-    inputs = make_inputs((70, 24), 20, 6)
-    other = make_inputs((70, 24), 12, 3, seed=1)
-    x = inputs["x"].requires_grad_()
+def products_of(case):
     with Seen() as seen:
-        ys = functional.lora_linear_group(
-            x,
-            *([part[name] for part in (inputs, other)] for name in ("weight", "bias", "lora_A", "lora_B")),
-            [SCALING] * 2,
-        )
-        (dx,) = torch.autograd.grad(ys, x, [inputs["grad"], other["grad"]])
-    assert seen.names == ONEDNN
-    alone = [run({**part, "x": inputs["x"].detach()}, "torch") for part in (inputs, other)]
-    for y, part in zip(ys, alone, strict=True):
-        torch.testing.assert_close(y, part["Y"])
-    torch.testing.assert_close(dx, alone[0]["dX"] + alone[1]["dX"])
-
-
-def products_of(inputs):
-    with Seen() as seen:
-        run(inputs)
+        run(case)
     return seen.names
 
 
 def test_which_library(onednn, monkeypatch):
-    inputs = make_inputs((70, 24), 20, 6)
-    assert products_of(inputs) == ONEDNN
+    case = small("linear", backend="torch")
+    assert products_of(case) == ONEDNN
     with torch.backends.mkldnn.flags(enabled=False):
-        assert products_of(inputs) == MKL
-    assert products_of(make_inputs((70, 24), 20, 6, dtype=torch.float64)) == MKL
-    assert products_of(make_inputs((70, 24), 20, 6, dtype=torch.bfloat16)) == MKL
-    monkeypatch.setattr(matmul, "ONEDNN_FROM", 70 * 24 * 20 + 1)
-    assert products_of(inputs) == MKL
-    monkeypatch.setattr(matmul, "ONEDNN_HELPS", False)
-    monkeypatch.setattr(matmul, "ONEDNN_FROM", 1)
-    assert products_of(inputs) == MKL
-
-
-def test_few_rows_take_it_where_it_saves_more_than_a_function_costs(onednn, monkeypatch):
-    inputs = make_inputs((5, 24), 20, 6)
-    assert products_of(inputs) == ONEDNN
+        assert products_of(case) == MKL
+    for dtype in (FP64, BF16):
+        assert products_of(case.but(dtype=dtype, lora_dtype=dtype)) == MKL
+    # Few rows take it where it saves more than a function of autograd's costs.
+    few = small("linear", 5, backend="torch")
+    assert products_of(few) == ONEDNN
     monkeypatch.setattr(matmul, "FUNCTION_FROM", 5 * 24 * 20 + 1)
-    assert products_of(inputs) == MKL
-
-
-def modules(graph_module):
-    """The graph and those that it calls."""
-    return [part for part in graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    assert products_of(few) == MKL
+    monkeypatch.setattr(matmul, "ONEDNN_FROM", 70 * 24 * 20 + 1)
+    assert products_of(case) == MKL
+    monkeypatch.setattr(matmul, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(matmul, "ONEDNN_HELPS", False)
+    assert products_of(case) == MKL
 
 
 def test_compiled_layers_take_it_and_exported_ones_do_not(onednn):
@@ -131,7 +108,8 @@ def test_compiled_layers_take_it_and_exported_ones_do_not(onednn):
     assert "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
     for strict in (False, True):
         exported = torch.export.export(layer.eval(), (x,), strict=strict)
-        called = [str(node.target) for part in modules(exported.graph_module) for node in part.graph.nodes]
+        graphs = [part for part in exported.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+        called = [str(node.target) for part in graphs for node in part.graph.nodes]
         assert any("aten" in name for name in called)
         assert not [name for name in called if "stablelora" in name or "mkldnn" in name]
         torch.testing.assert_close(exported.module()(x), layer(x))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,17 +13,7 @@ from stablelora_kernels.reference import fp8_ref
 from stablelora_kernels.testing import dequantized_ref, nf4_weight
 from tests.helpers.quantized_weights import NF4_FIELDS
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "helpers" / "golden" / "quantized.json").read_text(encoding="utf-8"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def golden_nf4(case: dict[str, Any]) -> NF4Weight:
-    kinds = {"packed": torch.uint8, "absmax": torch.uint8 if case["nested_blocksize"] else torch.float32}
-    given = {name: case[name] for name in NF4_FIELDS}
-    for name, value in given.items():
-        if name != "shape" and isinstance(value, (list, float)):
-            given[name] = torch.tensor(value, dtype=kinds.get(name, torch.float32))
-    return NF4Weight(**given | {"shape": tuple(case["shape"])})
 
 
 def check(weight: NF4Weight | FP8Weight, dtype: torch.dtype, theirs: torch.Tensor) -> None:
@@ -38,31 +26,6 @@ def check(weight: NF4Weight | FP8Weight, dtype: torch.dtype, theirs: torch.Tenso
     assert exact.abs().max() > 0
 
 
-@pytest.mark.parametrize("elements", [1 << 22, 128])
-@pytest.mark.parametrize("case", GOLDEN["nf4"], ids=lambda c: f"{c['shape']} {c['blocksize']} {c['nested_blocksize']}")
-def test_nf4_is_what_bitsandbytes_made_of_it(case, elements, monkeypatch):
-    monkeypatch.setattr(quantized, "_ELEMENTS", elements)
-    dtype = getattr(torch, case["dtype"])
-    check(golden_nf4(case), dtype, torch.tensor(case["dequantized"]).view(case["shape"]).to(dtype))
-
-
-def test_nf4_has_the_papers_values():
-    """QLoRA, appendix E, to the digits printed there."""
-    printed = [-1.0, -0.6961928, -0.5250731, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
-    printed += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
-    for case in GOLDEN["nf4"]:
-        assert case["code"] == pytest.approx(printed, abs=2e-7)
-
-
-@pytest.mark.parametrize("elements", [1 << 22, 50])
-@pytest.mark.parametrize("case", GOLDEN["fp8"], ids=lambda c: str(c["shape"]))
-def test_fp8_is_what_torchao_made_of_it(case, elements, monkeypatch):
-    monkeypatch.setattr(quantized, "_ELEMENTS", elements)
-    data = torch.tensor(case["data"], dtype=torch.uint8).view(torch.float8_e4m3fn).view(case["shape"])
-    weight = FP8Weight(data, torch.tensor(case["scale"]))
-    check(weight, torch.bfloat16, torch.tensor(case["dequantized"]).view(case["shape"]).to(torch.bfloat16))
-
-
 def test_fp8_reference_has_all_256_values():
     data = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
     scale = torch.rand(16) + 0.5
@@ -71,21 +34,25 @@ def test_fp8_reference_has_all_256_values():
     assert torch.equal(fp8_ref(data, scale).nan_to_num(7e7), expected.nan_to_num(7e7))
 
 
-# Against the packages themselves.
-
-
 def bitsandbytes() -> Any:
     return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
 
 
+# How many elements are dequantized at once.
+in_parts = pytest.mark.parametrize("elements", [1 << 22, 128])
+
+
+@pytest.mark.covering
+@in_parts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
     ("n", "k", "blocksize"), [(48, 64, 64), (53, 37, 64), (30, 100, 128), (1, 1, 64), (65, 512, 256)]
 )
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_bitsandbytes(kind, n, k, blocksize, nested, dtype):
+def test_bitsandbytes(kind, n, k, blocksize, nested, dtype, elements, monkeypatch):
     bnb = bitsandbytes()
+    monkeypatch.setattr(quantized, "_ELEMENTS", elements)
     torch.manual_seed(n)
     packed, state = bnb.functional.quantize_4bit(
         torch.randn(n, k, dtype=dtype), blocksize=blocksize, compress_statistics=nested, quant_type=kind
@@ -118,7 +85,9 @@ def test_bitsandbytes_packing_for_cpus_is_refused():
         NF4Weight.from_bitsandbytes(layer.weight)
 
 
-def test_torchao():
+@in_parts
+def test_torchao(elements, monkeypatch):
+    monkeypatch.setattr(quantized, "_ELEMENTS", elements)
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed (pip install torchao)")
     model = torch.nn.Sequential(torch.nn.Linear(37, 53, dtype=torch.bfloat16), torch.nn.Linear(16, 16))
     torchao.quantize_(model[0], torchao.Float8WeightOnlyConfig())

@@ -43,9 +43,9 @@ def results(call, module, x, training):
     return [y, *torch.autograd.grad(y.float().square().sum(), wanted)]
 
 
-def assert_close(found, expected):
+def assert_close(found, expected, tolerance=1e-4):
     for out, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(out, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, other, rtol=tolerance, atol=tolerance / 10)
 
 
 @pytest.fixture(autouse=True)
@@ -96,72 +96,43 @@ def test_a_model_of_changing_shapes(fuse_projections, backend):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's code for CPUs wants a C++ compiler")
-def test_inductor(backend):
-    module = layer()
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_inductor(dropout, backend):
+    """It draws random numbers of its own. For a given mask Y is linear in x, so that <x, dX> = <dY, Y> tells."""
+    module = layer(dropout, bias=False).train()
     compiled = torch.compile(module, fullgraph=True)
-    for training in (True, False):
-        x = torch.randn(70, 24)
-        assert_close(results(compiled, module, x, training), results(module, module, x, training))
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's code for CPUs wants a C++ compiler")
-def test_inductors_masks_are_the_same_in_both_directions(backend):
-    """Inductor draws random numbers of its own. For a given mask Y is linear in x, so that <x, dX> = <dY, Y> tells."""
-    module = layer(0.3, bias=False)
-    compiled = torch.compile(module, fullgraph=True)
-    outputs = []
-    for _ in range(2):
-        x, grad = torch.randn(70, 24, requires_grad=True), torch.randn(70, 20)
-        y = compiled(x)
-        (dx,) = torch.autograd.grad(y, x, grad)
-        torch.testing.assert_close((x * dx).sum(), (grad * y).sum(), rtol=1e-4, atol=1e-3)
-        outputs.append(compiled(torch.ones(70, 24)))
+    x, grad = torch.randn(70, 24, requires_grad=True), torch.randn(70, 20)
+    y = compiled(x)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close((x * dx).sum(), (grad * y).sum(), rtol=1e-4, atol=1e-3)
     # Drawn anew at each call.
-    assert not torch.equal(*outputs)
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_export_with_a_dynamic_batch(merged, backend):
-    module = nn.Sequential(layer()).eval()
-    expected = module(torch.ones(5, 24)).detach()
-    if merged:
-        slk.merge_lora(module)
-    batch = torch.export.Dim("batch", min=1)
-    for rows in (3, 70):
-        exported = torch.export.export(module, (torch.randn(rows, 24),), dynamic_shapes=({0: batch},))
-        torch.testing.assert_close(exported.module()(torch.ones(5, 24)), expected, rtol=1e-4, atol=1e-5)
-        names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
-        assert ("stablelora_kernels.lora_linear_fwd.default" in names) == (backend == "triton" and not merged)
+    assert torch.equal(compiled(x), y) == (dropout == 0)
+    for training in (True, False) if dropout == 0 else (False,):
+        assert_close(results(compiled, module, x.detach(), training), results(module, module, x.detach(), training))
 
 
 def test_sizes_that_are_symbols(backend):
-    """Batch and length of a [batch, length, K] input stay free, however it is traced."""
+    """Batch and length of a [batch, length, K] input stay free, however it is traced; an exported graph calls the op."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     module = layer().eval()
     x, other = torch.randn(3, 5, 24), torch.randn(4, 40, 24)
     sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("length", min=2)}
-    traced = [
-        torch.export.export(module, (x,), dynamic_shapes=(sizes,), strict=False).module(),
-        make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x),
-    ]
+    exported = torch.export.export(module, (x,), dynamic_shapes=(sizes,), strict=False)
+    traced = [exported.module(), make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)]
     if backend == "torch":
         traced.append(torch.jit.trace(module, x))
     for function in traced:
         torch.testing.assert_close(function(other), module(other), rtol=1e-4, atol=1e-5)
+    names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert ("stablelora_kernels.lora_linear_fwd.default" in names) == (backend == "triton")
 
 
 @pytest.mark.usefixtures("poisoned_outputs")
 def test_inductors_float16(backend):
     """Inductor multiplies what addmm adds to by beta, even if that is 0."""
-    torch._dynamo.reset()
-    module = layer().half()
-    compiled = torch.compile(module)
-    x = torch.randn(1, 24).half().requires_grad_()
-    found = torch.autograd.grad(compiled(x).float().sum(), (x, module.lora_A, module.lora_B))
-    expected = torch.autograd.grad(module(x).float().sum(), (x, module.lora_A, module.lora_B))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+    module, x = layer().half(), torch.randn(1, 24).half()
+    assert_close(*(results(call, module, x, True) for call in (torch.compile(module), module)), tolerance=1e-2)
 
 
 def test_export_of_a_model(backend):
@@ -187,7 +158,5 @@ def test_functionalisation(rows, backend):
 
     x = torch.randn(rows, 24)
     graph = make_fx(torch.func.functionalize(function))(x)
-    assert not [
-        node.target for node in graph.graph.nodes if str(node.target).split(".")[-2:-1] and "_." in str(node.target)
-    ]
+    assert not [node.target for node in graph.graph.nodes if "_." in str(node.target)]
     torch.testing.assert_close(graph(x), function(x))

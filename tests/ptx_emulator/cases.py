@@ -24,9 +24,10 @@ from stablelora_kernels.launch import counters
 from stablelora_kernels.optim import graph_capture
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import dropout_keep_ref
+from tests.helpers import case_checks
+from tests.helpers import cases as calls
+from tests.helpers.cases import laid_out
 from tests.helpers.inputs import BF16, FP16, FP32, SCALING, Inputs, make_branch_inputs
-from tests.helpers.layer_calls import laid_out
-from tests.helpers.mlps import MLP
 from tests.helpers.optimizers import SHAPES, make_pairs, params_of, set_grads
 from tests.ptx_emulator.library import Log, emulated
 from tests.ptx_emulator.machine import Schedule
@@ -178,10 +179,13 @@ def mlp(
     activation: str = "silu", shared: bool = False,
 ) -> Errors:  # fmt: skip
     """A gated MLP."""
-    call = MLP((m, k), f, n, ranks, dtype, FP32, activation, shared=shared)
-    found = call.run(p=p)
-    masks = call.masks(p)
-    return _compare(found, call.oracle(*masks), call.eager(*masks), dtype)
+    case = calls.Case("mlp", (m, k), (f, f, n), (*ranks,), dtype, FP32, p=p, activation=activation, shared=shared)
+    given = calls.make(case)
+    leaf = calls.leaves(case, given)
+    torch.manual_seed(case.seed)
+    found = calls.results(case, calls.ours(case, leaf), leaf)
+    masks = case_checks.masks(case, given)
+    return _compare(found, case_checks.oracle(case, given, *masks), case_checks.eager(case, given, *masks), dtype)
 
 
 def optimizer(

@@ -1,0 +1,350 @@
+"""Checks of :class:`tests.helpers.cases.Case`: bounds on its error, torch.compile, saved bytes; tables and random ones."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stablelora_kernels.ops.torch_path import draw_keep
+from stablelora_kernels.reference import dropout_keep_ref
+from stablelora_kernels.testing import EPS, assert_no_worse
+from tests.helpers.cases import (
+    ACTIVATIONS,
+    BF16,
+    DEVICE,
+    DTYPES,
+    FP32,
+    FP64,
+    LAYOUTS,
+    Case,
+    Operands,
+    Results,
+    by_hand,
+    by_reference,
+    forced,
+    leaves,
+    make,
+    ours,
+    plain,
+    results,
+    run,
+)
+from tests.helpers.covering import covering
+from tests.helpers.launches import count_launches, recorded_launches
+
+# Roundings that lie one behind another in an MLP: of G, H, S, dH, dG and a result, of which one is half an EPS of its sum.
+ROUNDINGS = 4
+
+
+def masks(case: Case, given: Operands) -> tuple[list[Tensor | None], float]:
+    """The dropout masks that a call must draw behind its seed, by projection, and the probability that they are drawn with."""
+    keeps: list[Tensor | None] = []
+    torch.manual_seed(case.seed)
+    x, p = given["x"], case.p
+    for i, r in enumerate(case.ranks):
+        width = case.sizes[0] if case.op == "mlp" and i == 2 else x.shape[-1]
+        rows = x.shape[:-1].numel()
+        if r is None or not case.p or not case.training:
+            keeps.append(None)
+        elif case.shared and i == 1:
+            keeps.append(keeps[0])
+        elif case.backend == "triton":
+            number = int(torch.randint(2**63 - 1, (1,), device=DEVICE))
+            keeps.append(dropout_keep_ref(rows, width, p, number).to(DEVICE).view(*x.shape[:-1], width))
+        else:
+            keep, p = draw_keep(torch.empty(rows, width, device=DEVICE), case.p)
+            keeps.append(keep.view(*x.shape[:-1], width))
+    return keeps, p
+
+
+def changed(given: Operands, change: Callable[[str, Tensor], Tensor]) -> Operands:
+    """``given`` with ``change(name, t)`` for each tensor."""
+    return {name: change(name, t) if isinstance(t, Tensor) else t for name, t in given.items()}
+
+
+def as_computed(case: Case, given: Operands) -> Operands:
+    """The values that the op computes with: under autocast, float32 A and B are cast on the fly, and base_out is left alone."""
+
+    def cast(name: str, t: Tensor) -> Tensor:
+        left = name.startswith(("base_out", "grad")) or (name.startswith("lora_") and t.dtype == FP32)
+        return t if left else t.to(BF16)
+
+    return changed(given, cast) if case.autocast else given
+
+
+def eager(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> Results:
+    """The results by hand, in x's dtype."""
+    return expected(case, given, lambda leaf: by_hand(case, leaf, keeps, p))
+
+
+def oracle(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> Results:
+    """The results in float64, from the values of ``given``."""
+    wide = {name: None if t is None else plain(t, FP64) for name, t in given.items()}
+    return expected(case, wide, lambda leaf: by_reference(case, leaf, keeps, p))
+
+
+def expected(case: Case, given: Operands, call: Callable[[Operands], Sequence[Tensor]]) -> Results:
+    leaf = leaves(case, given)
+    return results(case.but(in_place=False, backward_in_autocast=False), call(leaf), leaf)
+
+
+def check(case: Case, found: Results, given: Operands | None = None, roundings: bool = False) -> None:
+    """Each result has its operand's dtype, and an error of at most twice that of eager PyTorch.
+
+    ``roundings``: one rounding of the sum of absolute values is allowed too. Eager's own error of few elements may be next to
+    nothing by chance, and operands may hold NaN and infinity.
+    """
+    given = make(case) if given is None else given
+    low = as_computed(case, given)
+    keeps, p = masks(case, given)
+    # oneDNN's AMX instructions read the gaps between bfloat16 rows, so a baseline that has to be finite has none.
+    without_gaps = low if roundings else changed(low, lambda name, t: t.contiguous())
+    ref, base = oracle(case, low, keeps, p), eager(case, without_gaps, keeps, p)
+    assert found.keys() == base.keys()
+    like = given | dict.fromkeys((f"Y{i}" for i in range(3)), given.get("base_out", low["x"]))
+    for name, value in found.items():
+        assert value.dtype == like[name].dtype, name
+    if roundings:
+        bounds = oracle(case.but(scalings=tuple(map(abs, case.scalings))), absolute(low), keeps, p)
+        broken = any(isinstance(t, Tensor) and not t.isfinite().all() for t in given.values())
+        for name, value in found.items():
+            check_value(name, value, ref[name], base[name], bounds[name], rounding(case), broken)
+        return
+    for name, value in found.items():
+        if name == "base_out":
+            # It is only added to.
+            assert torch.equal(value, given["grad0"])
+            continue
+        # Gradients are products in x's dtype; the output is rounded to base_out's.
+        dtype = value.dtype if name[0] == "Y" else low["x"].dtype
+        assert_no_worse(value, ref[name], base[name], dtype=dtype, name=name)
+
+
+def absolute(given: Operands) -> Operands:
+    """The absolute values of ``given``. Their results are sums whose roundings bound those of the results of ``given``."""
+    return changed({name: None if t is None else plain(t, FP64) for name, t in given.items()}, lambda name, t: t.abs())
+
+
+def rounding(case: Case) -> float:
+    """What a result may be off by, as a share of the sum of absolute values."""
+    # Below some rows autograd calls plain operators, which a backward inside autocast runs in bfloat16.
+    lowered = case.autocast or (case.backward_in_autocast and case.dtype != FP64)
+    eps = EPS[BF16 if lowered else case.dtype]
+    if case.op == "mlp":
+        return ROUNDINGS * eps
+    if "expanded" in case.layouts.values():
+        # Where all rows of an operand are one, so are the roundings of what comes from it, and add up like what they round.
+        eps *= 2
+    # In float64 the oracle rounds as well.
+    return 4 * eps if case.dtype == FP64 else eps
+
+
+def check_value(
+    name: str, value: Tensor, ref: Tensor, eager: Tensor, absolute: Tensor, eps: float, broken: bool
+) -> None:
+    """A result is finite where eager PyTorch's is, and as near to float64 as twice eager's error and ``eps`` of ``absolute``."""
+    assert value.shape == ref.shape, (name, value.shape, ref.shape)
+    if not value.numel():
+        return
+    if broken:
+        # Which of NaN and infinity comes out depends on the order of a sum.
+        assert torch.equal(value.isfinite(), eager.isfinite()), f"{name} is finite elsewhere than eager's"
+    # Eager PyTorch isn't finite either where oneDNN's AMX instructions read the gaps between bfloat16 rows of odd length.
+    finite = ref.isfinite() & eager.isfinite()
+    assert broken or bool(value.isfinite()[finite].all()), f"{name} is not finite"
+    finite &= value.isfinite()
+    if not finite.any():
+        return
+    error = (value.double() - ref)[finite].abs().max().item()
+    allowed = 2 * (eager.double() - ref)[finite].abs().max().item() + eps * absolute[absolute.isfinite()].max().item()
+    assert error <= allowed, f"{name} is off by {error:.3e}, allowed {allowed:.3e}"
+
+
+def assert_close(found: Results, other: Results, tolerance: float = 0.0) -> None:
+    """The same results to ``tolerance``, relative and absolute; to the bit if it is 0."""
+    assert found.keys() == other.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(
+            value, other[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def check_compiled(function: Callable[..., Any], tensors: Sequence[Tensor], grads: Any) -> None:
+    """torch.compile takes ``function`` whole; its outputs and gradients are those without it."""
+    torch._dynamo.reset()
+    found_by = []
+    for each in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        given = [tensor.detach().requires_grad_() for tensor in tensors]
+        torch.manual_seed(7)
+        outputs = each(*given)
+        found = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        found_by.append((*found, *torch.autograd.grad(outputs, given, grads)))
+    for one, other in zip(*found_by, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def launches(case: Case) -> tuple[Counter[str], Counter[str]]:
+    """How often a call launches each kernel, forward and backward, by the names that explain() has for them."""
+    leaf, counts = leaves(case, make(case)), []
+    with forced(case):
+        with count_launches() as made:
+            ys = ours(case, leaf)
+        counts.append(made)
+        with count_launches() as made:
+            torch.autograd.backward(ys, [leaf[f"grad{i}"] for i in case.outputs()])
+        counts.append(made)
+    forward, backward = (
+        Counter({name.removeprefix("_").removesuffix("_kernel"): n for name, n in made.items()}) for made in counts
+    )
+    return forward, backward
+
+
+def run_recorded(case: Case) -> tuple[list[Any], Results]:
+    """The launches of a call, as the kernels were told them, and its results."""
+    given = make(case)
+    named = {
+        t.data_ptr(): name
+        for name, t in given.items()
+        if isinstance(t, Tensor) and t.numel() and not name.startswith("grad")
+    }
+    with recorded_launches(named) as launches:
+        return launches, run(case, given)
+
+
+def bytes_held(made: Callable[[], Any], given: Iterable[Tensor]) -> int:
+    """Bytes that the graph of ``made()`` holds for backward, other than of the tensors ``given``."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in given}
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = made()
+    assert all(y.requires_grad for y in (outputs if isinstance(outputs, (tuple, list)) else (outputs,)))
+    return sum(held.values())
+
+
+def held_by(case: Case, besides: Iterable[str] = ()) -> int:
+    """Bytes that a call holds for backward, other than of its operands; those of ``besides`` count."""
+    leaf = leaves(case, make(case))
+    known = []
+    for operand in (t for name, t in leaf.items() if name not in besides and t is not None):
+        known += [operand] if isinstance(operand, Tensor) else [operand.stored.data, *operand.stored.scales]
+    with forced(case):
+        return bytes_held(lambda: ours(case, leaf), known)
+
+
+# Tables and random cases.
+
+
+def table(build: Callable[..., Case | None], drawn: int = 200, **axes: Sequence[Any]) -> list[Any]:
+    """Parameters for ``pytest.mark.parametrize``: cases that ``build`` makes of random values of the axes.
+
+    ``build`` returns None for a call that cannot be. Every pair of two axes' values that can be is there by day; at night and
+    on a GPU there are at least ``drawn`` cases.
+    """
+    numbers, rows, cases = random.Random(0), [], []
+
+    def draw(**fixed: int) -> None:
+        for _ in range(30):
+            row = {name: fixed.get(name, numbers.randrange(len(values))) for name, values in axes.items()}
+            case = None if row in rows else build(**{name: axes[name][place] for name, place in row.items()})
+            if case is not None:
+                rows.append(row)
+                cases.append(case)
+                return
+
+    for _ in range(drawn):
+        draw()
+    seen = {pair for row in rows for pair in combinations(row.items(), 2)}
+    for (one, ones), (other, others) in combinations(axes.items(), 2):
+        for pair in product(range(len(ones)), range(len(others))):
+            if ((one, pair[0]), (other, pair[1])) not in seen:
+                draw(**{one: pair[0], other: pair[1]})
+    by_day = {*covering(rows)} if DEVICE == "cpu" else {*range(len(rows))}
+    return [
+        pytest.param(case, id=str(case), marks=() if i in by_day else pytest.mark.nightly)
+        for i, case in enumerate(cases)
+    ]
+
+
+SIZES = [1, 2, 3, 8, 16, 17, 24, 31, 40, 64]
+RANKS = [1, 2, 3, 4, 8, 16, 17, 20, 33, 70]
+# Up to the rows below which the PyTorch path calls plain operators, and above a tile.
+LEADING = [(), *[(rows,) for rows in (0, 1, 2, 5, 17, 63, 64, 65, 130)], (3, 5), (2, 1, 33), (2, 0, 3)]
+NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "grad", "base_out")
+
+
+@st.composite
+def calls(draw: st.DrawFn, backends: Sequence[str] = ("torch", "triton")) -> Case:
+    """A call of any op, in sizes that shrink to the smallest."""
+
+    def pick(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    def several(*values: Any) -> tuple[Any, ...]:
+        return tuple(pick(*values) for _ in range(count))
+
+    backend = pick(*backends)
+    dtype, lora_dtype = pick(*DTYPES, (FP64, FP64)) if backend == "torch" else pick(*DTYPES)
+    op = pick("linear", "branch", "group", "nf4", "fp8", "mlp")
+    count = 3 if op == "mlp" else pick(1, 2, 3) if op == "group" else 1
+    k, sizes, ranks, shared, quantized = pick(*SIZES), several(*SIZES), several(*RANKS), False, (None,)
+    if op == "mlp":
+        shared, quantized = pick(False, False, True), several(None, None, None, "nf4", "fp8")
+        sizes = (sizes[0], sizes[0], sizes[2])
+        ranks = (ranks[0], ranks[0], ranks[2]) if shared else tuple(pick(*[r] * 6, None) for r in ranks)
+    elif op == "nf4":
+        op, k, quantized = "linear", 2 * k, (pick("nf4", "nf4 nested"),)
+    elif op == "fp8":
+        op, quantized = "linear", ("fp8",)
+    names = ["x", *(f"{kind}{i}" for kind in NAMES[1:5] for i in range(count))]
+    wanted = draw(st.sets(st.sampled_from(["base_out", *names])))
+    # Separate layers draw the mask of a shared A by PyTorch's operators, on Triton too.
+    trained = any(name.startswith(("weight", "bias")) for name in wanted)
+    apart = shared and backend == "triton" and (trained or len(wanted & {"lora_B0", "lora_B1"}) == 1)
+    p, autocast = 0.0 if apart else pick(0.0, 0.0, 0.3), pick(False, True) and dtype != FP64
+    layouts = {name: pick(*LAYOUTS) for name in NAMES}
+    if backend == "torch" and (dtype == BF16 or autocast):
+        # oneDNN's AMX instructions read the gaps between bfloat16 rows.
+        layouts = {name: "shifted" if layout == "wider" else layout for name, layout in layouts.items()}
+    broken = pick(None, pick(*names, "grad0", "grad2"))
+    # An expanded tensor has one element for many.
+    if p or layouts[(broken or "x").rstrip("012")] == "expanded":
+        broken = None
+    return Case(
+        op,
+        (*pick(*LEADING), k),
+        sizes,
+        ranks,
+        dtype,
+        lora_dtype,
+        p=p,
+        backend=backend,
+        kernel=pick("auto", "chained", "split", "vendor"),
+        quantized=quantized,
+        bias=several(False, True),
+        scalings=several(1.0, 1.7, -0.3, 0.0, 64.0 if op != "mlp" else 1.0),
+        activation=pick(*ACTIVATIONS),
+        shared=shared,
+        layouts=layouts,
+        wanted=frozenset(wanted),
+        autocast=autocast,
+        backward_in_autocast=pick(False, True),
+        in_place=pick(False, True),
+        broken=broken,
+        value=pick(torch.nan, torch.inf, -torch.inf),
+        seed=draw(st.integers(0, 99)),
+    )

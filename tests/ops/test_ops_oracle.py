@@ -1,0 +1,342 @@
+"""Every op against float64, bounded by eager PyTorch's own error: one table over sizes, dtypes, dropout, strides and kernels."""
+
+from __future__ import annotations
+
+import math
+from itertools import cycle, product
+
+import pytest
+import torch
+
+import stablelora_kernels as slk
+from stablelora_kernels.dispatch.problem import Call
+from stablelora_kernels.dispatch.rules import KERNELS, check_possible
+from stablelora_kernels.dispatch.tiles import Tile
+from stablelora_kernels.ops.torch_path import draw_keep
+from stablelora_kernels.reference import dropout_keep_ref, lora_branch_grads_ref, lora_linear_grads_ref
+from stablelora_kernels.reference.mlp import lora_mlp_grads_ref
+from tests.helpers.case_checks import assert_close, check, masks, oracle, table
+from tests.helpers.cases import (
+    ACTIVATIONS,
+    BF16,
+    DEVICE,
+    DTYPES,
+    FP16,
+    FP32,
+    FP64,
+    OPS,
+    QUANTIZED,
+    TINY,
+    Case,
+    leaves,
+    make,
+    ours,
+    projections,
+    run,
+    separately,
+    small,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+# x's shape, columns, rank: odd, prime, single, empty; above one tile and above one block of ranks; multiples of 16 bytes.
+SHAPES = [
+    ((1, 1), 1, 1),
+    ((37,), 5, 3),
+    ((5, 37), 53, 3),
+    ((2, 35, 31), 17, 20),
+    ((0, 16), 8, 4),
+    ((3, 0, 16), 8, 4),
+    ((67, 40), 48, 20),
+    ((35, 40), 48, 75),
+    ((70, 136), 72, 64),
+    ((131, 75), 90, 128),
+]
+LAYOUTS = {
+    "contiguous": {},
+    "transposed": dict.fromkeys(("x", "weight", "lora_A", "lora_B", "grad", "base_out"), "transposed"),
+    "apart": dict.fromkeys(("x", "weight", "bias", "lora_A", "lora_B", "grad", "base_out"), "every second"),
+    "wider": dict.fromkeys(("x", "weight", "lora_B", "base_out"), "wider") | {"lora_A": "transposed"},
+    # Memory holds the values times -1, as that of the imaginary part of a conjugate.
+    "negated": dict.fromkeys(("x", "weight", "bias", "lora_A", "lora_B", "grad", "base_out"), "negated"),
+    # Rows repeated by expand(), and the stride-0 gradient that sum() sends back.
+    "broadcast": {"x": "expanded", "base_out": "expanded", "grad": "expanded", "bias": "expanded"},
+}
+# On a GPU the kernels run on the one that is there.
+OLD, NEW = (None, None) if DEVICE == "cuda" else ("sm_80", "sm_90")
+ARCHES = [None] if DEVICE == "cuda" else [OLD, NEW, "gfx942"]
+MLP_ARCHES = [None] if DEVICE == "cuda" else [*ARCHES, "sm_100"]
+TILES = [None] if DEVICE == "cuda" else [None, TINY]
+RANKS = [(8, 3, 5), (None, 8, 5), (8, None, 5), (8, 5, None), (None, None, None)]
+KINDS = [
+    *((kind,) * 3 for kind in ("nf4", "nf4 nested", "fp8")),
+    ("nf4", "fp8", "nf4 nested"),
+    (None, "nf4 nested", "fp8"),
+    (None, None, "nf4 nested"),
+]
+# Many programs of tiny tiles take their time.
+MOST_OF_TINY = 350_000
+
+
+def can_do(kernel: str, case: Case) -> bool:
+    """Whether ``kernel`` can do both directions of each projection."""
+    for r in (r for r in case.ranks if r is not None):
+        for direction in ("forward", "backward"):
+            try:
+                check_possible(Call(direction, 1, 1, 1, r, case.dtype, case.lora_dtype, case.p > 0), kernel)
+            except ValueError:
+                return False
+    return True
+
+
+def build(op, shape, dtypes, p, layout, kernel, arch, tile, **options):
+    """The call of a row of the table, or None if no call is one."""
+    shape, n, r = shape
+    sizes, ranks = (n,), (r,)
+    if op == "group":
+        sizes, ranks = (n, n // 2 + 1, 8), (r, 3, min(r, 20))
+    elif op == "mlp":
+        sizes, ranks = (n, n, 24), (r, 3, 20)
+    case = Case(op, shape, sizes, ranks, *dtypes, p=p, layouts=LAYOUTS[layout], bias=(r != 3, False, True))
+    if op == "mlp":
+        case = case.but(scalings=(0.5, 1.5, -0.75))
+    case = case.but(**{name: value for name, value in options.items() if value is not None})
+    if layout == "wider" and case.dtype == BF16 and kernel in ("torch", "vendor"):
+        # oneDNN's AMX instructions read the gaps between bfloat16 rows.
+        return None
+    if kernel == "torch":
+        # PyTorch's path knows neither GPUs nor tiles.
+        return case.but(backend="torch") if (arch, tile) == (ARCHES[0], TILES[0]) else None
+    if tile is not None and math.prod(shape) * n > MOST_OF_TINY:
+        return None
+    possible = case.dtype != FP64 and (kernel == "auto" or can_do(kernel, case))
+    return case.but(kernel=kernel, arch=arch, tile=tile) if possible else None
+
+
+def has_a_bound(case: Case) -> bool:
+    """Whether twice eager PyTorch's error bounds a result of the call."""
+    # By chance, its error of a sum of three numbers may be next to nothing.
+    lone = case.op == "group" and case.shape == (1, 1) and case.p > 0
+    # The oracle rounds as often where all rows are one.
+    repeated = case.dtype == FP64 and "expanded" in case.layouts.values()
+    # oneDNN's AMX instructions read the gaps, also for a projection without a branch.
+    gaps = case.op == "mlp" and case.dtype == BF16 and "wider" in case.layouts.values()
+    return not (lone or repeated or gaps)
+
+
+def rows(op, **axes):
+    default = {
+        "op": [op], "shape": SHAPES, "dtypes": [*DTYPES, (FP64, FP64)], "p": [0.0, 0.1, 0.75], "layout": list(LAYOUTS),
+        "kernel": ["torch", "auto", *KERNELS[1:]], "arch": ARCHES, "tile": TILES,
+    }  # fmt: skip
+    return [each for each in table(build, **default | axes) if has_a_bound(*each.values)]
+
+
+# Of x, A and B, base_out.
+BRANCHES = [*((dtype,) * 3 for dtype in (FP64, FP32, FP16)), (BF16, FP32, BF16), (BF16, FP32, FP32), (FP32, FP32, FP16)]
+QUANTIZED_SHAPES = [
+    ((1, 1), 1, 1), ((5, 128), 53, 3), ((2, 3, 37), 17, 20), ((0, 64), 8, 4), ((70, 192), 40, 20), ((67, 100), 71, 3),
+    ((20, 384), 40, 20), ((260, 64), 48, 6),
+]  # fmt: skip
+TABLE = [
+    *rows("linear"),
+    *rows("branch", dtypes=BRANCHES, kernel=["torch", "auto"]),
+    *rows("group"),
+    *rows("linear", shape=QUANTIZED_SHAPES, kernel=["torch", "auto", "split"], quantized=[(kind,) for kind in QUANTIZED]),
+    *rows(
+        "mlp", activation=[*ACTIVATIONS], ranks=[None, *RANKS], processors=[None, 2], arch=MLP_ARCHES,
+        bias=[(True, False, True), (False, True, False)],
+    ),
+    *rows(
+        "mlp", shape=[((rows, 64), 48, 6) for rows in (5, 70, 260)], layout=["contiguous"], tile=[None], p=[0.0, 0.3],
+        quantized=KINDS, ranks=[None, (None, 3, 8), (6, None, None)],
+    ),
+]  # fmt: skip
+
+
+# What no pair of the table's values reaches.
+NAMED = [
+    # Every rank, through one block or several.
+    *(
+        Case("linear", (rows, 40), (48,), (r,), BF16, FP32, arch=(OLD, NEW)[r % 2])
+        for r, rows in zip((1, 3, 17, 31, 65, 64, 100, 200, 256, 257, 512), cycle((4, 70)), strict=False)
+    ),
+    # Several tiles, through descriptors.
+    *(
+        Case("linear", (67, 40), (48,), (20,), FP16, FP16, kernel=kernel, arch=NEW, tile=TINY)
+        for kernel in ("fused", "split")
+        if DEVICE == "cpu"
+    ),
+    # A masked tile in two, four and eight parts of 16 or 32 columns, with edges inside a part and between parts.
+    *(
+        Case("linear", (66, 2 * n - 24), (48,), (r,), BF16, FP32, p=0.3, arch="sm_90", tile=Tile(16, n, 16, 4, 2))
+        for n, r in ((32, 8), (64, 40), (128, 8), (256, 40))
+        if DEVICE == "cpu"
+    ),
+    # Dropout's mask on the branch of dX, with dS beside dX and before it.
+    *(
+        Case("linear", (rows, 72), (80,), (r,), BF16, lora, p=0.2, kernel="split", backward_kernel=kernel, arch=arch)
+        for rows, r, lora, kernel, arch in (
+            (9, 3, FP32, "fused", OLD), (70, 16, BF16, "fused", NEW), (70, 33, FP32, "split", OLD),
+            (9, 16, BF16, "split", NEW), (70, 33, FP32, "fused", NEW),
+        )
+    ),
+    # Programs share a sum: over K, over N and over rows, in parts that do not come out even.
+    *(
+        Case("linear", (rows, k), (n,), (r,), BF16, FP32, p=p, kernel=kernel)
+        for rows, k, n, r, p, kernel in (
+            (5, 1100, 72, 3, 0.0, "auto"), (5, 72, 1100, 40, 0.3, "auto"), (70, 1040, 136, 40, 0.0, "fused"),
+            (150, 136, 1030, 40, 0.3, "chained"), (70, 1040, 136, 3, 0.3, "split"), (550, 20, 24, 3, 0.3, "auto"),
+            (550, 20, 24, 80, 0.0, "vendor"), (550, 20, 24, 80, 0.3, "vendor"),
+        )
+    ),
+    # Several quantized blocks in a tile, whose last ones stand out in both directions.
+    *(
+        Case("linear", (20, 384), (40,), (20,), dtype, FP32, quantized=(kind,), tile=Tile(16, 128, 256, 4, 2))
+        for kind, dtype in zip(QUANTIZED, (BF16, FP16, BF16, FP16), strict=True)
+        if DEVICE == "cpu"
+    ),
+    # S is stored by the only column of tiles.
+    Case("linear", (70, 64), (48,), (16,), BF16, FP32, kernel="fused", arch=NEW),
+    # Leading sizes that cannot be flattened.
+    *(
+        small(op, (7, 11), layouts={"x": "transposed", "grad": "transposed"}, backend=backend)
+        for op, backend in product(OPS, ("torch", "triton"))
+    ),
+    Case("linear", (5, 1088), (1088,), (6,), BF16, FP32, quantized=("nf4 nested",)),
+    Case("linear", (5, 1088), (1088,), (6,), BF16, FP32, quantized=("fp8",)),
+    # Gate and up in one kernel, which has no idle processors to fill.
+    *(
+        Case("mlp", (rows, k), (48, 48, 24), ranks, dtype, FP32, p=p, kernel="split", arch=arch, processors=1,
+             activation=activation, layouts={"weight": layout}, bias=(False, True, False), scalings=(0.5, 1.5, -0.75))
+        for activation, (rows, k, ranks, p, arch, dtype, layout) in zip(cycle(ACTIVATIONS), (
+            (70, 40, (8, 3, 5), 0.4, "sm_90", FP16, "contiguous"), (70, 37, (None, 8, 5), 0.0, "sm_90", BF16, "transposed"),
+            (70, 40, (8, None, 5), 0.4, "sm_90", BF16, "transposed"), (70, 40, (8, None, 5), 0.4, "sm_80", BF16, "transposed"),
+            (6, 40, (None, None, 5), 0.0, "sm_80", BF16, "contiguous"), (130, 64, (6, 3, 4), 0.0, "sm_90", BF16, "contiguous"),
+        ), strict=False)
+        if DEVICE == "cpu"
+    ),
+    # Phi-3's halves of one projection: A is one tensor, has one mask and gets one gradient.
+    *(
+        Case("mlp", (rows, 64), (48, 48, 24), (6, 6, 3), dtype, FP32, p=p, backend=backend, shared=True, quantized=kinds)
+        for rows, dtype, p, backend, kinds in (
+            (9, FP32, 0.3, "triton", (None,)), (70, BF16, 0.3, "torch", (None,)), (70, FP32, 0.0, "torch", (None,)),
+            (70, BF16, 0.3, "triton", ("nf4", "nf4 nested", None)), (9, BF16, 0.0, "torch", ("nf4", "nf4 nested", None)),
+        )
+    ),
+]  # fmt: skip
+
+
+def wanting(op, rows, subset, backend):
+    case = small(op, rows, p=0.3 if rows == 70 else 0.0, backend=backend, wanted=subset)
+    return case if case.wanted_names else None
+
+
+# Gradients of some operands, or of all of a kind.
+SUBSETS = [
+    ["x"], ["lora_A"], ["lora_B"], ["lora_A", "lora_B"], ["x", "lora_B"], ["lora_A0"], ["lora_B1"], ["lora_A2", "lora_B2"],
+    ["x", "lora_A0", "lora_B2"], ["x", "lora_A", "lora_B0", "lora_B1"], ["base_out"], ["weight0"], ["bias0", "weight2"],
+]  # fmt: skip
+WANTED = table(wanting, op=OPS, rows=[5, 70], subset=SUBSETS, backend=["torch", "triton"])
+
+
+@pytest.mark.parametrize("case", [*TABLE, *WANTED, *NAMED], ids=str)
+def test_matches_the_oracle(case):
+    # By chance, eager's own error of a few elements may be next to nothing. In float64 the oracle rounds as well.
+    few = case.shape == (1, 1) or (len(case.shape) == 1 and case.dtype == FP32)
+    check(case, run(case), roundings=case.dtype == FP64 or (case.op == "mlp" and few))
+
+
+@pytest.mark.parametrize("op", ["linear", "branch", "mlp"])
+def test_the_references_gradients_are_autograds(op):
+    """The oracle differentiates the reference's outputs; the reference writes its gradients out."""
+    case = small(op, p=0.3, dtype=FP64, lora_dtype=FP64, backend="torch", scalings=(1.7,))
+    given = make(case)
+    keeps, p = masks(case, given)
+    parts, x, grad = projections(case, given), given["x"], given[f"grad{case.outputs()[0]}"]
+    named = {"dX": "x", "dA": "lora_A0", "dB": "lora_B0"}
+    if op == "mlp":
+        written = lora_mlp_grads_ref(grad, x, [part[:4] for part in parts], [1.7] * 3, "silu", keeps, p)
+        numbers = enumerate(("gate", "up", "down"))
+        named = {"dX": "x"} | {f"{name}.d{kind}": f"lora_{kind}{i}" for i, name in numbers for kind in "AB"}
+    elif op == "branch":
+        written = lora_branch_grads_ref(grad, x, *parts[0][2:], keeps[0], p)
+    else:
+        written = lora_linear_grads_ref(grad, x, parts[0].weight, *parts[0][2:], keeps[0], p)
+    expected = oracle(case, given, keeps, p)
+    assert_close({name: written[name] for name in named}, {name: expected[named[name]] for name in named}, 1e-12)
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize("op", ["group", "mlp"])
+def test_a_call_equals_separate_calls(op, rows, backend):
+    """Masks too, which they draw in this order; others would move results by about their own size."""
+    case = small(op, rows, p=0.3, backend=backend)
+    assert_close(run(case), run(case, call=separately), 1e-4)
+    assert not torch.equal(run(case)["x"], run(case.but(seed=1), make(case))["x"])
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+def test_outputs_that_nobody_uses(rows, backend):
+    """An unused projection of a group has no part in backward; with none used there are no gradients at all."""
+    case = small("group", rows, backend=backend)
+    for used in ((0,), (2,), (0, 2), (1, 2)):
+        found = []
+        for call in (ours, separately):
+            leaf = leaves(case, make(case))
+            with slk.use_backend(backend):
+                ys = call(case, leaf)
+            outputs, grads = [ys[i] for i in used], [leaf[f"grad{i}"] for i in used]
+            wanted = [leaf[name] for name in case.wanted_names]
+            found.append(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+        for grad, other in zip(*found, strict=True):
+            assert (grad is None) == (other is None)
+            if grad is not None:
+                torch.testing.assert_close(grad, other)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_two_runs_are_equal_bit_for_bit(op, backend):
+    case = small(op, 150, dtype=BF16, lora_dtype=FP32, p=0.2, backend=backend)
+    assert_close(run(case), run(case))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_large_gates(activation, backend):
+    """Where act and its slope are 0 or 1 to the last bit, nothing overflows on the way."""
+    case = small("mlp", activation=activation, backend=backend)
+    given = make(case)
+    given["x"] = given["x"] * torch.logspace(0, 4, 70, device=DEVICE)[:, None]
+    check(case, run(case, given), given)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "split"])
+def test_nan_in_float8_stays_nan(kernel):
+    """0x7F and 0xFF are float8's NaN. Read as one number more they would be 480 and -480."""
+    case = small("fp8", 5, kernel=kernel)
+    given = make(case)
+    given["weight0"].data.view(torch.uint8)[[3, 9], [7, 40]] = torch.tensor(
+        [0x7F, 0xFF], dtype=torch.uint8, device=DEVICE
+    )
+    found = run(case, given)
+    assert found["Y0"].isnan().all(0).nonzero().flatten().tolist() == [3, 9]
+    assert found["x"].isnan().all(0).nonzero().flatten().tolist() == [7, 40]
+    assert found["Y0"].isnan().sum() == found["x"].isnan().sum() == 2 * 5
+
+
+def test_dropout_keeps_the_right_share_everywhere():
+    """Each of the four lanes of a 64-bit word, and every column, within five standard errors."""
+    x = torch.empty(2000, 64)
+    for p in (0.1, 0.5, 0.9):
+        keep, real = draw_keep(x, p)
+        assert abs(real - p) <= 2**-17
+        assert abs(keep.double().mean() - (1 - p)) < 5 * (p * (1 - p) / keep.numel()) ** 0.5
+        philox = dropout_keep_ref(2000, 64, p, seed=2**62 + 5)
+        for mask in (keep, philox):
+            assert (mask.double().mean(0) - (1 - p)).abs().max() < 5 * (p * (1 - p) / 2000) ** 0.5
+
+
+def test_dropout_below_the_grid_drops_nothing():
+    """PyTorch's path has 16 random bits: each element is dropped with the very probability that the scale uses."""
+    torch.manual_seed(0)
+    keep, real = draw_keep(torch.empty(1 << 21, 1), 2.0**-18)
+    assert real == 0.0 and keep.all()

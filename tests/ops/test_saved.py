@@ -1,0 +1,197 @@
+"""What the ops keep for backward and compute again there: saved bytes, masks, checkpoints, a second backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from tests.helpers.case_checks import assert_close, held_by
+from tests.helpers.cases import BF16, FP32, OPS, Case, forced, leaves, make, ours, results, run, small
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+few_and_many_rows = pytest.mark.parametrize("rows", [5, 70])
+every_op = pytest.mark.parametrize("op", OPS)
+# A generator's state, which the PyTorch path of the MLP keeps for a mask, has 5 kB whatever the sizes.
+STATE = torch.get_rng_state().nbytes
+
+
+# Bytes.
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("op", ["linear", "branch", "group", "nf4"])
+def test_backward_holds_each_s_and_its_mask(op, p, backend):
+    """Backward reads S for dB alone. The kernels draw the mask again from a seed of 8 bytes; PyTorch keeps a byte an element.
+
+    A quantized weight is not held in full: what the call holds of it is its operand.
+    """
+    case = small(op, 128, p=p, backend=backend)
+    masks = 0 if not p else case.count * (8 if backend == "triton" else 128 * case.shape[-1])
+    assert held_by(case) == 128 * sum(case.ranks) * 4 + masks
+    without_b = [name for name in case.wanted_names if not name.startswith("lora_B")]
+    assert held_by(case.but(wanted=without_b)) == masks
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_mlp_holds_g_and_u(shared, dtype, p, backend):
+    """And each S, and a seed or the generator's state for each mask; x is the caller's. H, act(G) and masks are not kept."""
+    rows, k, f = (66, 128, 384) if backend == "triton" else (512, 256, 1024)
+    case = Case("mlp", (rows, k), (f, f, 64), (2, 2, 2), dtype, dtype, p=p, shared=shared, backend=backend)
+    masks = (2 if shared else 3) * (8 if backend == "triton" else STATE) if p else 0
+    wide, thin = 2 * rows * f * dtype.itemsize, rows * 6 * dtype.itemsize
+    assert held_by(case) == wide + thin + masks
+    x = rows * k * dtype.itemsize
+    assert held_by(case) + x <= 1.01 * (wide + x)
+
+
+def test_frozen_parts_of_an_mlp_are_not_saved(backend):
+    """Without dA of gate and up x is not kept; without dB no S is."""
+    g_and_u, x = 2 * 70 * 40 * 4, 70 * 24 * 4
+    for wanted, held in (
+        (["x"], g_and_u),
+        (["lora_A0", "lora_A1"], g_and_u + x),
+        (["lora_B0", "lora_B1"], g_and_u + 70 * 9 * 4),
+        (["lora_B2"], g_and_u + 70 * 4 * 4),
+        (["lora_A2"], g_and_u),
+    ):
+        assert held_by(small("mlp", wanted=wanted, backend=backend), besides=["x"]) == held, wanted
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+def test_without_gradients_neither_g_nor_u_is_kept(processors):
+    """One kernel stores H alone, or no output of the op has memory."""
+    kept = []
+
+    class Outputs(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if "lora_mlp_fwd" in func.name():
+                kept.append([t.numel() for t in found])
+            return found
+
+    case = small("mlp", dtype=BF16, lora_dtype=BF16, arch="sm_90", processors=processors)
+    trained = leaves(case, make(case))
+    frozen = leaves(case.but(wanted=()), trained)
+    with forced(case):
+        (expected,) = ours(case, trained)
+        for leaf, mode in ((trained, torch.no_grad()), (frozen, torch.enable_grad())):
+            with mode, Outputs():
+                assert torch.equal(ours(case, leaf)[0], expected)
+    assert kept == [[70 * 20, 0, 0, 0, 0]] * 2
+
+
+# What backward does once more, and what it doesn't.
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize("reentrant", [False, True])
+@few_and_many_rows
+@pytest.mark.parametrize("op", [*OPS, "shared", "shared, trained weight"])
+def test_checkpointing_sees_the_same_masks(op, rows, reentrant, backend):
+    """Also where separate layers compute under one mask, in the forward without gradients that a checkpoint runs first."""
+    case = small(op.partition(",")[0].replace("shared", "mlp"), rows, p=0.4, backend=backend)
+    if "shared" in op:
+        case = case.but(ranks=(6, 6, 4), shared=True)
+    if "trained" in op:
+        case = case.but(wanted=[*case.wanted_names, "weight0"])
+    outputs = []
+
+    def layer(x, given):
+        outputs.append(ours(case, given | {"x": x}))
+        return outputs[-1]
+
+    found = run(case, call=lambda case, leaf: checkpoint(layer, leaf["x"], leaf, use_reentrant=reentrant))
+    assert_close(found, run(case))
+    assert all(torch.equal(one, other) for each in outputs for one, other in zip(each, outputs[0], strict=True))
+
+
+@pytest.mark.covering(1)
+@few_and_many_rows
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@every_op
+def test_a_second_backward_gives_the_same_gradients(op, p, rows, backend):
+    """Nothing that is saved is changed in place, and masks are drawn again. The generator stays where forward left it."""
+    case = small(op, rows, p=p, backend=backend)
+    leaf = leaves(case, make(case))
+    wanted, grads = [leaf[name] for name in case.wanted_names], [leaf[f"grad{i}"] for i in case.outputs()]
+    with forced(case):
+        ys = ours(case, leaf)
+        state = torch.get_rng_state()
+        first, second = (torch.autograd.grad(ys, wanted, grads, retain_graph=True) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@every_op
+def test_a_mask_drawn_again_is_the_mask(op, backend):
+    """With other numbers drawn between forward and backward, in another order, and with another seed set."""
+    cases = [small(op, p=0.4, seed=seed, backend=backend) for seed in (1, 2)]
+    expected, pending = [run(case) for case in cases], []
+    for case in cases:
+        leaf = leaves(case, make(case))
+        torch.manual_seed(case.seed)
+        with forced(case):
+            pending.append((case, ours(case, leaf), leaf))
+    torch.manual_seed(77)
+    for call, right in reversed([*zip(pending, expected, strict=True)]):
+        assert_close(results(*call), right)
+
+
+@pytest.mark.parametrize("name", ["x", "weight2"])
+def test_what_is_saved_may_not_be_changed_in_between(name, backend):
+    """x and the weights are saved as they are; autograd sees a change."""
+    case = small("mlp", backend=backend)
+    leaf = leaves(case, make(case))
+    leaf |= {name: leaf[name].clone()}
+    (y,) = ours(case, leaf)
+    with torch.no_grad():
+        leaf[name].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(leaf["grad2"])
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+def test_second_derivatives_are_refused(op, warm, backend):
+    case = small(op, backend=backend)
+    leaf = leaves(case, make(case))
+    for _ in range(3 * warm):
+        ours(case, leaf)[0].sum().backward()
+    (dx,) = torch.autograd.grad(ours(case, leaf)[0].square().sum(), leaf["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
+# Of down dS and dX; of gate and up each dS and dX, and the branches' part of dX in one.
+PRODUCTS = {
+    ("x",): 3 + 5,
+    ("lora_B2",): 1,
+    ("lora_A2",): 2,
+    ("lora_B0", "lora_B1"): 3 + 2,
+    ("lora_A0", "lora_A1"): 3 + 4,
+}
+
+
+@pytest.mark.parametrize("wanted", PRODUCTS, ids="-".join)
+def test_the_pytorch_path_of_an_mlp_multiplies_for_requested_gradients_alone(wanted):
+    """Each product of a backward makes an output, or what an output needs."""
+    names: list[str] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+                names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    case = small("mlp", wanted=wanted, backend="torch")
+    leaf = leaves(case, make(case))
+    with forced(case):
+        (y,) = ours(case, leaf)
+        with Products():
+            y.backward(leaf["grad2"])
+    assert len(names) == PRODUCTS[wanted], names
