@@ -232,7 +232,6 @@ def test_a_backend_that_cannot_run_is_told_of(capsys, monkeypatch):
         (["--interpret"], {"TRITON_PROBLEM": "Triton is not installed"}, "interpreter, but Triton is not installed"),
         (["--interpret"], {"interpreter_problem": lambda: "it needs NumPy"}, "interpreter, but it needs NumPy"),
     ],
-    ids=str,
 )
 def test_what_doctor_refuses(argv, state, message, capsys, monkeypatch):
     for name, value in state.items():

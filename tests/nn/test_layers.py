@@ -155,7 +155,7 @@ def live(request) -> Callable[..., Life]:
     return make
 
 
-@pytest.mark.parametrize("kind", map(night, OURS))
+@pytest.mark.parametrize("kind", [*map(night, OURS)])
 def test_it_shares_and_freezes_its_base(kind, live):
     life = live(kind)
     assert type(life.layer) is class_of(kind)
