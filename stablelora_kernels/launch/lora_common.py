@@ -145,6 +145,9 @@ def backward_product(
     """dX as the forward's formula with every matrix transposed, and dA and dB. ``weight`` is None if no launch reads it."""
     (m, n), (r, k) = grad.shape, lora_A.shape
     call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
+    if s is not None and s.stride(1) != 1:
+        # A hook of saved tensors gave it another layout.
+        s = s.contiguous()
     y, w = grad if dx is None else dx, None if weight is None else weight.t()
     product = Product(
         call, grad, w, None, lora_B.t(), lora_A.t(), ds, y, seed, scaling, dropout_p, wanted=dx is not None

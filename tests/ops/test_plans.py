@@ -25,7 +25,7 @@ from stablelora_kernels.dispatch import autotune
 from stablelora_kernels.ops import plans
 from tests.helpers.autotuning import Timer, forget
 from tests.helpers.case_checks import assert_close, run_recorded
-from tests.helpers.cases import BF16, DEVICE, FP16, FP32, QUANTIZED, Case, make, on_device, ours, run
+from tests.helpers.cases import BF16, DEVICE, FP16, FP32, OPS, QUANTIZED, Case, make, on_device, ours, run, small
 from tests.helpers.launches import count_launches, without_plans
 from tests.helpers.precision import switched
 
@@ -275,7 +275,8 @@ def test_a_moved_parameter_is_read_where_it_is() -> None:
     assert torch.equal(layer(x), expected) and not torch.equal(expected, y)
 
 
-def test_a_changed_saved_tensor_is_looked_at_again() -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_a_changed_saved_tensor_is_looked_at_again(op: str) -> None:
     """Saved-tensor hooks may give backward tensors of another layout."""
 
     def turned(t: Tensor) -> Tensor:
@@ -285,7 +286,7 @@ def test_a_changed_saved_tensor_is_looked_at_again() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, turned):
             return ours(case, leaf)
 
-    case = CALL.but(wanted=["x", "lora_A"])
+    case = small(op, dtype=BF16)
     for _ in range(3):
         expected = run(case)
     assert_close(run(case, call=hooked), expected, 1e-2)
