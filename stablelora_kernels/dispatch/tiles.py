@@ -296,38 +296,30 @@ def linear_split_k_plan(device: Device, call: Call, load_s: bool, measured: Tile
 
 class TMAPlan(NamedTuple):
     plan: Plan
-    # Whether loading, multiplying and storing get warps of their own.
-    specialize: bool
     # Parts of a tile's columns, which are finished one after another.
     parts: int
     # Programs that stay, each taking tile after tile.
     programs: int
 
 
-def linear_tma_plan(
-    device: Device, call: Call, load_s: bool, can_specialize: bool, measured: Tile | None = None
-) -> TMAPlan:
-    """``can_specialize``: the compiler can specialize warps of a kernel with a dot after the main loop."""
+def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> TMAPlan:
     tile, reason = pick_tile(TMA_TILES, device, call, measured)
     if not load_s and call.r > 32 and tile.BLOCK_N > 128 and measured is None:
         tile, reason = Tile(128, 128, 64, 8, 4), "rank above 32: the widest tile would spill registers"
     # A wider block of ranks would spill registers beside the widest accumulator and float32's casts or random numbers.
     narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
-    # Specialized warps change nothing on Hopper. With Y's earlier values they outgrow shared memory.
-    plain = load_s and not call.masked and not call.add and not call.gated
-    specialize = can_specialize and 100 <= device.generation < 120 and plain and tile.BLOCK_N <= 128
-    # The mask's random numbers take many registers, hence narrow parts.
-    parts = (
-        1 if specialize else max(4 if call.gated else 2, tile.BLOCK_N // 32) if call.masked else 4 if call.gated else 2
-    )
+    parts = 4 if call.gated else 2
+    if call.masked:
+        # The mask's random numbers take many registers, hence narrow parts.
+        parts = max(parts, tile.BLOCK_N // 32)
     part = tile.BLOCK_N // parts
     # The stored part of Y, or the parts of G, U, dG and dU, and the branch's operands need shared memory too.
     kept = 4 if call.gated else 1
     finish = call.dtype.itemsize * (kept * tile.BLOCK_M * part + block_r * (tile.BLOCK_M + part))
     tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), finish)
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
-    return TMAPlan(Plan(tile, reason, block_r, tiles), specialize, parts, min(tiles, device.processors))
+    return TMAPlan(Plan(tile, reason, block_r, tiles), parts, min(tiles, device.processors))
 
 
 def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:

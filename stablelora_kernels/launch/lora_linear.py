@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -41,9 +40,6 @@ from stablelora_kernels.launch.lora_common import (
     with_s,
 )
 from stablelora_kernels.launch.workspace import scratch
-
-# Older compilers can't specialize warps of a kernel with a dot after the main loop.
-CAN_SPECIALIZE = tuple(int(number) for number in triton.__version__.split(".")[:2]) >= (3, 9)
 
 
 def forward_launches(
@@ -263,9 +259,7 @@ def _tma_linear(
 ) -> Launch:
     c = p.call
     assert p.w is not None
-    plan, specialize, parts, programs = tiles.linear_tma_plan(
-        device, c, flags["LOAD_S"], CAN_SPECIALIZE and not chained, tile
-    )
+    plan, parts, programs = tiles.linear_tma_plan(device, c, flags["LOAD_S"], tile)
     tile = plan.tile
     programs *= p.wanted
     (w, trans_w), (a, trans_a) = rows_contiguous(p.w), rows_contiguous(p.a)
@@ -279,7 +273,7 @@ def _tma_linear(
     gate_descs = [None] * 3 if p.gate is None else [descriptor(t, tile.BLOCK_M, part) for t in p.gate[1:]]
     return Launch(
         _lora_linear_tma_kernel,
-        f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{flag_words(specialized=specialize)}",
+        f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
         plan.reason,
         (before.programs + programs + grad.programs,),
         (descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K), descriptor(w, *w_block), p.bias,
@@ -288,7 +282,7 @@ def _tma_linear(
          c.n, c.k, c.r, programs, grad.splits, *before.counts, *p.a.stride(), *p.b.stride(), s.stride(0), *_strides(z),
          *p.x.stride(), before.stride, p.scaling, dropout_threshold(p.dropout_p)),
         flags | grad.constants | before.constants | tile_blocks(tile) | {
-         "PARTS": parts, "TRANS_W": trans_w, "DESCRIBED_A": described_a, "TRANS_A": trans_a, "SPECIALIZE": specialize,
+         "PARTS": parts, "TRANS_W": trans_w, "DESCRIBED_A": described_a, "TRANS_A": trans_a,
          "BLOCK_R": plan.block_r, "GROUP_M": 8, "INPUT_PRECISION": input_precision(device, c.dtype)},
         tile_options(tile),
     )  # fmt: skip

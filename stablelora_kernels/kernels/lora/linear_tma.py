@@ -21,7 +21,7 @@ def _lora_linear_tma_kernel(
     scaling, threshold,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, STORE_S: tl.constexpr, S_UNIT: tl.constexpr, MASK_BRANCH: tl.constexpr,
     PARTS: tl.constexpr, TRANS_W: tl.constexpr, DESCRIBED_A: tl.constexpr, TRANS_A: tl.constexpr, WAITS_FOR_PRIMARY: tl.constexpr,
-    SPECIALIZE: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, HAS_GRAD: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, HAS_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
@@ -33,9 +33,8 @@ def _lora_linear_tma_kernel(
     """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], B [N, R], S [M, R], Y [M, N].
 
     As ``_lora_linear_kernel``, but persistent: each program takes tile after tile and finishes it in PARTS parts of its
-    columns. Descriptors hold X, Y, W (W^T [K, N] with TRANS_W) and, with DESCRIBED_A, A (A^T [K, R] with TRANS_A). SPECIALIZE
-    gives loading, multiplying and storing warps of their own. The programs of grad run as those of the product free a
-    processor.
+    columns. Descriptors hold X, Y, W (W^T [K, N] with TRANS_W) and, with DESCRIBED_A, A (A^T [K, R] with TRANS_A). The
+    programs of grad run as those of the product free a processor.
     """
     program = tl.program_id(0)
     if CHAINED:
@@ -69,7 +68,7 @@ def _lora_linear_tma_kernel(
             return
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     # Flattening this loop into the inner one crashes the compiler for sm_100 if a dot follows the inner loop.
-    for tile in tl.range(program, tiles_m * tiles_n, PRODUCTS, flatten=False, warp_specialize=SPECIALIZE):
+    for tile in tl.range(program, tiles_m * tiles_n, PRODUCTS, flatten=False):
         pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         ks = tl.arange(0, BLOCK_K).to(tl.int64)
         rs = tl.arange(0, BLOCK_R).to(tl.int64)
@@ -107,8 +106,7 @@ def _lora_linear_tma_kernel(
                 scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=False,
                 BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
             )  # fmt: skip
-        # One part at a time: the masked branch takes fewer registers, and the store of Y less shared memory. The compiler for
-        # sm_100 can't split a tile between specialized warps yet.
+        # One part at a time: the masked branch takes fewer registers, and the store of Y less shared memory.
         PART: tl.constexpr = BLOCK_N // PARTS
         parts = column_parts(acc, PARTS)
         for i in tl.static_range(PARTS):
@@ -122,7 +120,6 @@ def _lora_linear_tma_kernel(
                     stride_br=stride_br, scaling=scaling, threshold=threshold, LOAD_S=LOAD_S, S_UNIT=S_UNIT, MASK_BRANCH=True,
                     BLOCK_N=PART, BLOCK_R=BLOCK_R, INPUT_PRECISION=INPUT_PRECISION,
                 )  # fmt: skip
-            # After the branch. Before it, specialized warps would pass the tile back and forth.
             if HAS_BIAS:
                 y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
             if ADD:
