@@ -81,16 +81,11 @@ def part_of_a_graph(p: Tensor) -> None:
         p.grad = p.grad.clone().requires_grad_() * -3
 
 
-def exchange(p: Tensor, other: Tensor) -> None:
-    p.grad, other.grad = other.grad, p.grad.mul_(2)
-
-
 GRADIENTS: dict[str, Change] = {
     "gradient in place": lambda o, p: p.grad.mul_(-3),
     "another gradient": lambda o, p: setattr(p, "grad", -3 * p.grad),
     "no gradient": lambda o, p: setattr(p, "grad", None),
     "gradient in other memory": lambda o, p: setattr(p.grad, "data", -3 * p.grad),
-    "gradients exchanged": lambda o, p: exchange(p, o.pairs[1].A),
     "transposed data": lambda o, p: setattr(p.grad, "data", p.grad.data.t()),
     "transposed in place": lambda o, p: p.grad.t_(),
     "transposed view": lambda o, p: setattr(p, "grad", p.grad.t()),
@@ -105,29 +100,10 @@ GRADIENTS: dict[str, Change] = {
 # Writes to a B, large enough for its pair to latch
 
 
-def load(p: Tensor) -> None:
-    module = torch.nn.Module()
-    module.p = p
-    module.load_state_dict({"p": torch.full_like(p, 100)})
-
-
-def swap(p: Tensor) -> None:
-    grad = p.grad
-    torch.utils.swap_tensors(p, torch.nn.Parameter(torch.full_like(p, 100)))
-    p.grad = grad
-
-
-def write_as_one_vector(p: Tensor) -> None:
-    torch.nn.utils.vector_to_parameters(torch.full((p.numel(),), 100, dtype=p.dtype, device=p.device), [p])
-
-
 WRITES: dict[str, Change] = {
     "in place": lambda o, p: p.fill_(100),
     "through detach": lambda o, p: p.detach().fill_(100),
     "value in other memory": lambda o, p: setattr(p, "data", torch.full_like(p, 100)),
-    "value swapped": lambda o, p: swap(p),
-    "value loaded": lambda o, p: load(p),
-    "value of a vector": lambda o, p: write_as_one_vector(p),
     "through data, and refresh()": lambda o, p: (p.data.fill_(100), o.refresh()),
 }
 
@@ -159,10 +135,6 @@ def move_to_another_group(o: StableLoRAAdamW) -> None:
         second[key].insert(0, first[key].pop())
 
 
-def exchange_moments(entry: dict[str, Any]) -> None:
-    entry.update(exp_avg=entry["exp_avg_sq"], exp_avg_sq=entry["exp_avg"].abs_())
-
-
 def use_numbers(o: StableLoRAAdamW, p: Tensor) -> None:
     o.state[p].update(step=7)
     o.state[o.pairs[1].A].update(step=2, latched_at=2)
@@ -171,15 +143,11 @@ def use_numbers(o: StableLoRAAdamW, p: Tensor) -> None:
 STATE: dict[str, Change] = {
     "an equal tensor": lambda o, p: o.state[p].update(exp_avg=o.state[p]["exp_avg"].clone()),
     "another tensor": lambda o, p: o.state[p].update(exp_avg=torch.ones_like(o.state[p]["exp_avg"])),
-    "moments exchanged": lambda o, p: exchange_moments(o.state[p]),
     "a moment in other strides": lambda o, p: o.state[p].update(exp_avg=o.state[p]["exp_avg"].t().clone()),
     "another step": lambda o, p: o.state[p].update(step=torch.tensor(7.0, device=DEVICE)),
     "counters that are numbers": use_numbers,
-    "a further entry": lambda o, p: o.state[p].update(own=TENSOR),
     "a moment that is gone": lambda o, p: o.state[p].pop("exp_avg"),
-    "a moment renamed": lambda o, p: o.state[p].update(own=o.state[p].pop("exp_avg_sq")),
     "an entry that is gone": lambda o, p: o.state.pop(p),
-    "an entry that is cleared": lambda o, p: o.state[p].clear(),
     "a state that is cleared": lambda o, p: o.state.clear(),
     "another dict": lambda o, p: setattr(
         o, "state", {q: {key: t.clone() for key, t in entry.items()} for q, entry in o.state.items()}
@@ -209,7 +177,7 @@ CHANGES = GRADIENTS | WRITES | STATE | GROUPS
 FLOATS = ("a moment in other strides", "amsgrad: True")
 # The steps of the parameter after the one that follows, where it is not the fourth.
 STEPS = {"no gradient": 3, "another parameter": 1, "another step": 8, "counters that are numbers": 8}
-STEPS |= dict.fromkeys(("an entry that is gone", "an entry that is cleared", "a state that is cleared"), 1)
+STEPS |= dict.fromkeys(("an entry that is gone", "a state that is cleared"), 1)
 
 
 @pytest.mark.covering
@@ -244,15 +212,6 @@ def test_a_write_through_data_without_masters_is_used_by_itself(path: str) -> No
     assert latches(optimizer)["layer1"] == (5 if path == "triton" else 4)
 
 
-def test_refresh_alone_changes_nothing(path: str) -> None:
-    optimizer, other = StableLoRAAdamW(make_pairs()), StableLoRAAdamW(make_pairs())
-    for step in range(3):
-        optimizer.refresh()
-        optimizer.refresh()
-        take_step(step, optimizer, other)
-    assert all_equal(snapshot(optimizer), snapshot(other))
-
-
 # Changes that do not fit: the next step names them and changes nothing
 
 
@@ -265,16 +224,11 @@ def group(which: int, **values: Any) -> Change:
 
 
 FITS = f"must be torch.float32 [8, 8] on {TENSOR.device}, got"
-COUNTER = "must be a number or a 0-d tensor, got"
 CODES = torch.zeros(8, 8, dtype=torch.uint8)
 # Of the optimizer's storage, a change, and the message.
 REFUSED: dict[str, tuple[str, Change, str]] = {
     "shape": ("float32", put("exp_avg", torch.zeros(8, 9)), f"'exp_avg' {FITS} torch.float32 [8, 9]"),
-    "dtype": ("float32", put("exp_avg_sq", torch.zeros(8, 8).double()), f"'exp_avg_sq' {FITS} torch.float64"),
-    "device": ("float32", put("exp_avg", torch.zeros(8, 8, device="meta")), f"{FITS} torch.float32 [8, 8] on meta"),
-    "no tensor": ("float32", put("exp_avg", None), f"{FITS} None"),
-    "a step of two": ("float32", put("step", torch.zeros(2)), f"'step' {COUNTER} tensor([0., 0.])"),
-    "a latch in words": ("float32", put("latched_at", "never"), f"'latched_at' {COUNTER} 'never'"),
+    "a step of two": ("float32", put("step", torch.zeros(2)), "'step' must be a number or a 0-d tensor, got tensor([0., 0.])"),
     "scales": ("8 bits", put("exp_avg_scale", torch.zeros(2)), "'exp_avg_scale' must be torch.float32 [1] on"),
     "strides of codes": ("8 bits", put("exp_avg", CODES.t()), "strides (8, 1), got (1, 8)"),
     "a master": ("masters", put("master", torch.zeros(8)), f"'master' {FITS} torch.float32 [8]"),

@@ -41,13 +41,10 @@ def test_grad_scaler_hands_over_scale_and_verdict(backend: str) -> None:
     assert_all_close(halves(pairs), halves(twins), rtol=1e-6, atol=1e-8)
 
 
-def test_closure_scheduler_hooks_and_zero_grad(backend: str) -> None:
+def test_closure_scheduler_and_zero_grad(backend: str) -> None:
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, lr=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-2, total_steps=12)
-    seen: list[str] = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -61,7 +58,6 @@ def test_closure_scheduler_hooks_and_zero_grad(backend: str) -> None:
         scheduler.step()
         rates.add((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]))
     assert losses[2] < losses[1] < losses[0] and len(rates) == 3
-    assert seen == ["before", "after"] * 3
     optimizer.zero_grad()
     before = snapshot(optimizer)
     optimizer.step()
@@ -114,23 +110,6 @@ def test_a_compiled_step_runs_as_it_is(backend: str) -> None:
         compiled()
         take_step(step, other)
     assert all_equal(snapshot(optimizer), snapshot(other))
-
-
-# No setting is lost silently. In states: test_contract, test_checkpoint
-
-
-def test_reprs_are_short() -> None:
-    """Of the optimizer, a pair and a report, as a notebook shows them; print(report) has all."""
-    model = torch.nn.ModuleDict({f"layer{i}": torch.nn.Linear(40, 24) for i in range(30)})
-    report = slk.apply_lora(model, slk.LoRAConfig(target_modules="all-linear"))
-    optimizer = StableLoRAAdamW.from_model(model, lr=3e-4, master_weights=True)
-    first, second = repr(optimizer).splitlines()
-    assert first == "StableLoRAAdamW (30 LoRA pairs)" and len(second) < 500
-    assert second.startswith("Parameter Group 0 (60 parameters): amsgrad: False, betas: ")
-    assert repr(optimizer.pairs[0]) == "LoRAPair('layer0', A [8, 40], B [24, 8], torch.float32, cpu)"
-    first = "LoRA on 30 modules; 15,360 of 44,880 parameters train (34.22%)"
-    assert repr(report) == f"<LoRAReport: {first}>" and str(report).startswith(f"{first}\n  1 x layer0: 40 -> 24")
-    assert repr(slk.merge_lora(model)) == "<MergeReport: 30 modules merged>"
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
