@@ -6,7 +6,7 @@ import pytest
 
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch.problem import DEVICES
-from tests.gpu import test_bring_up, test_cuda_graphs, test_large_offsets, test_nvidia_tools, test_oracle
+from tests.gpu import test_bring_up, test_cuda_graphs, test_nvidia_tools, test_oracle
 from tests.helpers import cases, gpu_checks
 from tests.helpers.cases import FP32
 from tests.helpers.gpu_checks import Captured, linear
@@ -39,19 +39,6 @@ def test_a_graph_that_computes_only_once_fails(monkeypatch):
         test_cuda_graphs.test_a_call(test_cuda_graphs.SIZES[0], None)
     with pytest.raises(AssertionError, match="after step"):
         test_cuda_graphs.test_optimizer_step(FP32, ignore)
-
-
-def test_rows_out_of_place_fail(monkeypatch):
-    right = test_large_offsets.spread
-
-    def shifted(inputs):
-        wide, memory = right(inputs)
-        wide["x"] = wide["x"].flip(0)
-        return wide, memory
-
-    monkeypatch.setattr(test_large_offsets, "spread", shifted)
-    with pytest.raises(AssertionError, match="Y0: "):
-        test_large_offsets.test_spread_rows(40, "auto")
 
 
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100", "sm_120"))

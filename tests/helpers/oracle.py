@@ -9,7 +9,7 @@ from torch import Tensor
 
 import stablelora_kernels as slk
 from stablelora_kernels import testing
-from stablelora_kernels.functional import lora_branch, lora_linear
+from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing import assert_no_worse
 from tests.helpers.case_checks import bytes_held, check_compiled  # noqa: F401  tests outside of ops/ import them from here
 from tests.helpers.inputs import SCALING, Inputs
@@ -18,25 +18,17 @@ Results = dict[str, Tensor]
 
 
 def run(inputs: Inputs, backend: str | None = None) -> Results:
-    """Of ``lora_linear``, or of ``lora_branch`` where ``inputs`` have a ``base_out``."""
 
     def call(given: Inputs) -> Tensor:
-        pair = (given["lora_A"], given["lora_B"], SCALING)
         with slk.use_backend(backend or slk.get_backend()):
-            if "base_out" in given:
-                return lora_branch(given["base_out"], given["x"], *pair)
-            return lora_linear(given["x"], given["weight"], given.get("bias"), *pair)
+            return lora_linear(*(given.get(name) for name in ("x", "weight", "bias", "lora_A", "lora_B")), SCALING)
 
     return testing.run(call, inputs)
 
 
 def check(inputs: Inputs, out: Results) -> None:
     """No result is worse than eager's."""
-    ref, base = testing.oracle(inputs, SCALING), testing.eager(inputs, SCALING)
-    if "dBASE" in out:
-        # base_out is only added to.
-        assert torch.equal(out.pop("dBASE"), inputs["grad"])
-    check_all(out, ref, base, inputs["x"].dtype)
+    check_all(out, testing.oracle(inputs, SCALING), testing.eager(inputs, SCALING), inputs["x"].dtype)
 
 
 def check_all(out: Results, ref: Results, base: Results, dtype: torch.dtype) -> None:

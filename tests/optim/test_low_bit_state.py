@@ -19,8 +19,8 @@ from tests.optim.options import BF16, FP32, FP64
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def after_a_step(moments: torch.dtype, bad: float = 0.0) -> tuple[torch.Tensor, dict[str, Any]]:
-    """A's gradient, over 6 orders of magnitude in a block and more between blocks, and the state after a step on it."""
+def after_a_step(moments: torch.dtype, bad: float = 0.0) -> tuple[StableLoRAAdamW, torch.Tensor, dict[str, Any]]:
+    """An optimizer, A's gradient, over 6 orders of magnitude in a block and more between blocks, and A's state after it."""
     (pair,) = make_pairs([(4, 8, 600)])
     optimizer = StableLoRAAdamW([pair], lr=0.0, weight_decay=0.0, betas=(0.5, 0.5), moments_dtype=moments, seed=7)
     generator = torch.Generator().manual_seed(4)
@@ -29,13 +29,14 @@ def after_a_step(moments: torch.dtype, bad: float = 0.0) -> tuple[torch.Tensor, 
     grad[BLOCK + 3] = bad
     pair.A.grad = grad.view(4, 600).to(DEVICE)
     optimizer.step()
-    return grad, optimizer.state[pair.A]
+    return optimizer, grad, optimizer.state[pair.A]
 
 
 @pytest.mark.parametrize("moments", [BF16, torch.uint8])
 def test_both_moments_are_the_references(backend: str, moments: torch.dtype) -> None:
     """In its format, rounded by its noise. Halves of gradients and of their squares are exact in float32."""
-    grad, state = after_a_step(moments)
+    optimizer, grad, state = after_a_step(moments)
+    kept = {}
     for which, (name, exact) in enumerate((("exp_avg", grad / 2), ("exp_avg_sq", grad * grad / 2))):
         found, off = load_moment(state, name, FP32).flatten().double().cpu(), 0
         for start in range(0, 2400, BLOCK):
@@ -53,11 +54,17 @@ def test_both_moments_are_the_references(backend: str, moments: torch.dtype) -> 
             off += int((wrong > 2e-6 * found[start : start + BLOCK].abs()).sum())
         # x / scale is rounded to float32 where the reference is exact: a draw may fall on the other side, seldom.
         assert off <= (0 if moments is BF16 else 2)
+        kept[name] = load_moment(state, name, FP32).clone()
+    # Halves have the codes of the whole.
+    optimizer.pairs[0].A.grad.zero_()
+    optimizer.step()
+    for name, value in kept.items():
+        torch.testing.assert_close(load_moment(state, name, FP32), value / 2, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_shows(backend: str, bad: float) -> None:
-    _, state = after_a_step(torch.uint8, bad)
+    *_, state = after_a_step(torch.uint8, bad)
     for name in ("exp_avg", "exp_avg_sq"):
         found = load_moment(state, name, FP32).flatten()
         assert found[BLOCK : 2 * BLOCK].isnan().all() and found[:BLOCK].isfinite().all()

@@ -140,7 +140,3 @@ def test_the_factory_tells_which_of_the_trainers_arguments_it_was_not_given() ->
         warnings.simplefilter("error")
         (group,) = slk.StableLoRAAdamWFactory()(model, **given).param_groups
     assert given.items() <= group.items()
-
-
-def test_the_learning_rate_by_position() -> None:
-    assert StableLoRAAdamW(make_pairs(), 0.25).param_groups[0]["lr"] == 0.25
