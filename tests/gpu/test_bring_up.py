@@ -56,22 +56,8 @@ LAUNCHED = {
     ("many tiles of dX", "chained"): {TMA, "linear_split_k"},
     ("long sum", "chained"): {"linear_split_k"},
 }
-
-
-def check(size: str, kernel: str, p: float = 0.0) -> None:
-    """Compare a call with float64, and the kernels that it launched with LAUNCHED."""
-    case = linear(*(SMALL_SIZES if SMALL else SIZES)[size], p).but(kernel=kernel)
-    given = make(case)
-    with count_launches() as made:
-        found = cases.run(case, given)
-    assert {name.removeprefix("_lora_").removesuffix("_kernel") for name in made} == LAUNCHED[size, kernel]
-    gpu_checks.check(case, given, found)
-
-
-@pytest.fixture
-def apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launch begins before the one ahead of it ends."""
-    monkeypatch.setattr(rules, "overlaps", lambda device: False)
+# The fused kernels draw no masks.
+CALLS = [(*each, p) for each in LAUNCHED for p in ((0.0,) if "fused" in each else (0.0, 0.1))]
 
 
 @by_dropout
@@ -92,38 +78,20 @@ def test_shrink(splits, p, monkeypatch):
     assert_no_worse(s, exact, scaling * (dropped @ a.to(BF16).t()), name="S")
 
 
-@by_dropout
-def test_product_by_pointers(p, apart):
-    check("odd rows", "split", p)
-
-
-@by_dropout
-@pytest.mark.skipif(not GPU.tma, reason="tensor descriptors do not pay on this GPU")
-def test_product_by_tma(p, apart):
-    check("even rows", "split", p)
-
-
-@by_dropout
-@pytest.mark.parametrize("size", ("odd rows", "even rows"))
-@pytest.mark.skipif(not GPU.overlaps, reason="this GPU has no programmatic dependent launch")
-def test_dependent_launch(size, p):
-    check(size, "split", p)
-
-
-@pytest.mark.parametrize("size", ("few rows", "even rows"))
-def test_fused(size):
-    check(size, "fused")
-
-
-@by_dropout
-def test_split_k(p):
-    check("long sum", "split", p)
-
-
-@by_dropout
-@pytest.mark.parametrize("size", ("one tile", "many tiles", "many tiles of dX", "long sum"))
-def test_chained(size, p):
-    check(size, "chained", p)
+@pytest.mark.parametrize(("size", "kernel", "p"), CALLS)
+@pytest.mark.parametrize("overlap", (False, True))
+def test_linear(overlap, size, kernel, p, monkeypatch):
+    """At first no launch begins before the one ahead of it ends."""
+    if not overlap:
+        monkeypatch.setattr(rules, "overlaps", lambda device: False)
+    elif not GPU.overlaps:
+        pytest.skip("this GPU has no programmatic dependent launch")
+    case = linear(*(SMALL_SIZES if SMALL else SIZES)[size], p).but(kernel=kernel)
+    given = make(case)
+    with count_launches() as made:
+        found = cases.run(case, given)
+    assert {name.removeprefix("_lora_").removesuffix("_kernel") for name in made} == LAUNCHED[size, kernel]
+    gpu_checks.check(case, given, found)
 
 
 # x's shape, out_features, ranks: products of whole sums, and of sums that programs share.

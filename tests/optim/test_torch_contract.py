@@ -10,7 +10,6 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
@@ -77,16 +76,6 @@ def test_backward_through_overwritten_parameters_is_noticed(backend: str) -> Non
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_frozen_parameters_are_ignored() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
-    model[0].lora_A, model[0].lora_B = nn.Parameter(torch.ones(2, 4)), nn.Parameter(torch.zeros(4, 2))
-    # An inactive adapter, as PEFT freezes it.
-    model[1].lora_A, model[1].lora_B = (nn.Parameter(torch.ones(s), requires_grad=False) for s in ((2, 4), (4, 2)))
-    optimizer = StableLoRAAdamW.from_model(model)
-    assert optimizer.param_groups[0]["param_names"] == ["0.lora_A", "0.lora_B"]
-    assert [pair.name for pair in optimizer.pairs] == ["0"]
 
 
 def test_hooks_of_state_dicts(backend: str) -> None:
