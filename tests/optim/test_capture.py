@@ -25,15 +25,11 @@ from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.recorded_graphs import RecordedGraphs
 from tests.helpers.steps import latches
-from tests.optim.options import BF16, FP32, FP64, schedule
+from tests.optim.options import BF16, FP32, FP64, OPTIONS, schedule
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_cuda_graphs.py")
 SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "clipped": {"max_grad_norm": 0.1},
-    "masters": {"master_weights": True},
-    "8 bits": {"moments_dtype": torch.uint8},
-    "tensors": {"weight_decay": torch.tensor(0.1), "lr_ratio_B": 4.0},
+    **{name: OPTIONS[name].options for name in ("plain", "clipped", "lora-plus", "masters", "8-bit-moments")},
     "float64 tensors": {"weight_decay": torch.tensor(0.1, dtype=FP64), "shrink_ratio": torch.tensor(0.05, dtype=FP64)},
 }
 
