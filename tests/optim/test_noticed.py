@@ -191,15 +191,15 @@ def group(which: int, **values: Any) -> Change:
     return lambda o, p: o.param_groups[which].update(values)
 
 
-FITS = f"must be torch.float32 [8, 8] on {TENSOR.device}, got"
+OF, FITS = "the state of 'layer1.lora_B':", f"must be torch.float32 [8, 8] on {TENSOR.device}, got"
 CODES = torch.zeros(8, 8, dtype=torch.uint8)
 # Of the optimizer's storage, a change, and the message.
 REFUSED: dict[str, tuple[str, Change, str]] = {
-    "shape": ("float32", put("exp_avg", torch.zeros(8, 9)), f"'exp_avg' {FITS} torch.float32 [8, 9]"),
-    "a step of two": ("float32", put("step", torch.zeros(2)), "'step' must be a number or a 0-d tensor, got tensor([0., 0.])"),
-    "scales": ("8 bits", put("exp_avg_scale", torch.zeros(2)), "'exp_avg_scale' must be torch.float32 [1] on"),
+    "shape": ("float32", put("exp_avg", torch.zeros(8, 9)), f"{OF} 'exp_avg' {FITS} torch.float32 [8, 9]"),
+    "a step of two": ("float32", put("step", torch.zeros(2)), f"{OF} 'step' must be a number or a 0-d tensor, got tensor("),
+    "scales": ("8 bits", put("exp_avg_scale", torch.zeros(2)), f"{OF} 'exp_avg_scale' must be torch.float32 [1] on"),
     "strides of codes": ("8 bits", put("exp_avg", CODES.t()), "strides (8, 1), got (1, 8)"),
-    "a master": ("masters", put("master", torch.zeros(8)), f"'master' {FITS} torch.float32 [8]"),
+    "a master": ("masters", put("master", torch.zeros(8)), f"{OF} 'master' {FITS} torch.float32 [8]"),
     "a sparse gradient": ("float32", lambda o, p: setattr(p, "grad", p.grad.to_sparse()), "gradients must be dense tensors, got"),
     "amsgrad": ("8 bits", group(0, amsgrad=True), "amsgrad=True needs moments_dtype=torch.float32"),
     "two clips": ("masters", group(1, max_grad_norm=2.0), "must be one value for all groups, got 0.1 and 2.0"),
@@ -216,10 +216,8 @@ def test_a_change_that_does_not_fit_is_named_before_anything_changes(backend: st
     entry, grad, groups = dict(optimizer.state[p]), p.grad, [dict(group) for group in optimizer.param_groups]
     groups[1]["params"] = list(groups[1]["params"])
     change(optimizer, p)
-    in_the_state = any(entry.get(key) is not value for key, value in optimizer.state[p].items())
-    named = "the state of 'layer1.lora_B': .*" if in_the_state else ""
     for _ in range(2):
-        with pytest.raises((ValueError, RuntimeError), match=named + re.escape(message)):
+        with pytest.raises((ValueError, RuntimeError), match=re.escape(message)):
             optimizer.step()
     optimizer.state[p].clear()
     optimizer.state[p].update(entry)
