@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-import stablelora_kernels as slk
-from stablelora_kernels import StableLoRAAdamW, testing
+from stablelora_kernels import StableLoRAAdamW
 from stablelora_kernels.dispatch import rules, tiles
 from stablelora_kernels.dispatch.problem import device_of
 from stablelora_kernels.launch.lora_common import forward_product, shrink
 from stablelora_kernels.reference import StableAdamWRef
-from tests.helpers import case_checks, cases, oracle
-from tests.helpers.gpu_checks import BF16, DEVICE, FP32, SMALL, Case, keep_rows
-from tests.helpers.inputs import SCALING
+from stablelora_kernels.testing import assert_no_worse
+from tests.helpers import case_checks, cases, gpu_checks
+from tests.helpers.cases import BF16, FP32, Case
+from tests.helpers.gpu_checks import DEVICE, SMALL, keep_rows, linear, make
 from tests.helpers.launches import count_launches
 from tests.helpers.optimizers import SHAPES, in_float64, make_pairs
 from tests.helpers.steps import assert_close_to, take_step_with
@@ -39,7 +39,8 @@ SIZES = {
     "long sum": (200, 1024, 1024, 16),
 }
 SMALL_SIZES = dict.fromkeys(SIZES, (70, 48, 40, 8)) | {
-    "odd rows": (67, 40, 33, 3), "many tiles of dX": (70, 40, 1032, 8), "few rows": (9, 48, 40, 8), "long sum": (16, 40, 48, 8)
+    "odd rows": (67, 40, 33, 3), "many tiles": (70, 1032, 40, 8), "many tiles of dX": (70, 40, 1032, 8),
+    "few rows": (9, 48, 40, 8), "long sum": (16, 40, 48, 8),
 }  # fmt: skip
 # The kernel of whole tiles for rows that tensor descriptors take.
 TMA = "linear_tma" if GPU.tma else "linear"
@@ -55,29 +56,8 @@ LAUNCHED = {
     ("many tiles of dX", "chained"): {TMA, "linear_split_k"},
     ("long sum", "chained"): {"linear_split_k"},
 }
-
-
-def check(size: str, kernel: str, p: float = 0.0, backward: bool = True) -> None:
-    """Compare a call with float64, and the kernels that it launched with LAUNCHED."""
-    case = Case(*(SMALL_SIZES if SMALL else SIZES)[size], p)
-    inputs = case.inputs()
-    given = oracle.leaves(inputs)
-    with count_launches() as made, slk.use_kernel(kernel):
-        y = oracle.call(given, p)
-        out, seed = {"Y": y.detach()}, int(testing.seed_of(y)) if p else None
-        if backward:
-            grads = torch.autograd.grad(y, [given[name] for name in oracle.DIFFERENTIATED], inputs["grad"])
-            out |= dict(zip(("dX", "dA", "dB"), grads, strict=True))
-    names = {name.removeprefix("_lora_").removesuffix("_kernel") for name in made}
-    assert names == LAUNCHED[size, kernel] if backward else names <= LAUNCHED[size, kernel]
-    keep = None if seed is None else keep_rows(torch.arange(case.m, device=DEVICE), case.k, p, seed)
-    oracle.check(inputs, out, keep, p)
-
-
-@pytest.fixture
-def apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launch begins before the one ahead of it ends."""
-    monkeypatch.setattr(rules, "overlaps", lambda device: False)
+# The fused kernels draw no masks.
+CALLS = [(*each, p) for each in LAUNCHED for p in ((0.0,) if "fused" in each else (0.0, 0.1))]
 
 
 @by_dropout
@@ -85,57 +65,33 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shrink(splits, p, monkeypatch):
     """S alone, of one part or of two."""
     monkeypatch.setattr(tiles, "plan_split_k", lambda *given, **more: splits)
-    case = Case(*((70, 8, 300, 8) if SMALL else (512, 8, 1024, 16)), p)
-    inputs, seed = case.inputs(), 5
-    x, a = inputs["x"], inputs["lora_A"]
-    s = torch.full((case.m, case.r), float("nan"), dtype=BF16, device=DEVICE)
-    number = torch.tensor([seed], device=DEVICE)
-    y = torch.empty(case.m, case.n, dtype=BF16, device=DEVICE)
-    launch = shrink(GPU, forward_product(x, inputs["weight"], None, a, inputs["lora_B"], s, y, number, SCALING, p))
+    m, n, k, r = (70, 8, 300, 8) if SMALL else (512, 8, 1024, 16)
+    case, number = linear(m, n, k, r, p), torch.tensor([5], device=DEVICE)
+    given, scaling = make(case), case.scalings[0]
+    x, a = given["x"], given["lora_A0"]
+    s = torch.full((m, r), float("nan"), dtype=BF16, device=DEVICE)
+    y = torch.empty(m, n, dtype=BF16, device=DEVICE)
+    launch = shrink(GPU, forward_product(x, given["weight0"], None, a, given["lora_B0"], s, y, number, scaling, p))
     launch.run(DEVICE)
-    dropped = x * keep_rows(torch.arange(case.m, device=DEVICE), case.k, p, seed) if p else x
-    exact = SCALING * dropped.double() @ a.double().t()
-    testing.assert_no_worse(s, exact, SCALING * (dropped @ a.to(BF16).t()), name="S")
+    dropped = x * keep_rows(case, torch.arange(m, device=DEVICE), 5) if p else x
+    exact = scaling * dropped.double() @ a.double().t()
+    assert_no_worse(s, exact, scaling * (dropped @ a.to(BF16).t()), name="S")
 
 
-@by_dropout
-def test_product_by_pointers(p, apart):
-    check("odd rows", "split", p)
-
-
-@by_dropout
-@pytest.mark.skipif(not GPU.tma, reason="tensor descriptors do not pay on this GPU")
-def test_product_by_tma(p, apart):
-    check("even rows", "split", p)
-
-
-@by_dropout
-@pytest.mark.parametrize("size", ("odd rows", "even rows"))
-@pytest.mark.skipif(not GPU.overlaps, reason="this GPU has no programmatic dependent launch")
-def test_dependent_launch(size, p):
-    check(size, "split", p)
-
-
-@pytest.mark.parametrize("size", ("few rows", "even rows"))
-def test_fused(size):
-    check(size, "fused")
-
-
-@by_dropout
-def test_split_k(p):
-    check("long sum", "split", p)
-
-
-@by_dropout
-@pytest.mark.parametrize("size", ("one tile", "many tiles"))
-def test_chained_forward(size, p):
-    check(size, "chained", p, backward=False)
-
-
-@by_dropout
-@pytest.mark.parametrize("size", ("one tile", "many tiles of dX", "long sum"))
-def test_chained_backward(size, p):
-    check(size, "chained", p)
+@pytest.mark.parametrize(("size", "kernel", "p"), CALLS)
+@pytest.mark.parametrize("overlap", (False, True))
+def test_linear(overlap, size, kernel, p, monkeypatch):
+    """At first no launch begins before the one ahead of it ends."""
+    if not overlap:
+        monkeypatch.setattr(rules, "overlaps", lambda device: False)
+    elif not GPU.overlaps:
+        pytest.skip("this GPU has no programmatic dependent launch")
+    case = linear(*(SMALL_SIZES if SMALL else SIZES)[size], p).but(kernel=kernel)
+    given = make(case)
+    with count_launches() as made:
+        found = cases.run(case, given)
+    assert {name.removeprefix("_lora_").removesuffix("_kernel") for name in made} == LAUNCHED[size, kernel]
+    gpu_checks.check(case, given, found)
 
 
 # x's shape, out_features, ranks: products of whole sums, and of sums that programs share.
@@ -144,7 +100,7 @@ GROUPS = [((300, 520), (264, 136, 72), (16, 8, 3)), ((200, 4096), (1024, 256, 25
 
 @pytest.mark.parametrize("group", [((70, 48), (40, 24, 24), (8, 8, 8))] if SMALL else GROUPS, ids=str)
 def test_group(group):
-    case = cases.Case("group", *group, BF16, FP32)
+    case = Case("group", *group, BF16, FP32)
     case_checks.check(case, cases.run(case))
 
 
@@ -152,18 +108,17 @@ def test_group(group):
 def test_mlp(p):
     """More tiles of gate and up than processors."""
     shape, f, n = ((70, 48), 40, 24) if SMALL else ((1024, 256), 2816, 256)
-    case = cases.Case("mlp", shape, (f, f, n), (16, 8, 16), BF16, FP32, p=p)
+    case = Case("mlp", shape, (f, f, n), (16, 8, 16), BF16, FP32, p=p)
     case_checks.check(case, cases.run(case))
 
 
 @pytest.mark.parametrize("rows", (9, 70) if SMALL else (20, 600))
-@pytest.mark.parametrize("kind", ("nf4", "fp8"))
+@pytest.mark.parametrize("kind", ("nf4 nested", "fp8"))
 def test_quantized(kind, rows):
     """W in 4 and 8 bits: in the product's own loop for few rows, by a launch before it for many."""
     n, k = (40, 64) if SMALL else (264, 512)
-    weight = cases.on_device(testing.nf4_weight(n, k, 64, nested=True) if kind == "nf4" else testing.fp8_weight(n, k))
-    inputs = Case(rows, n, k, 8).inputs() | {"weight": weight}
-    oracle.check(inputs, oracle.run(inputs))
+    case = Case("linear", (rows, k), (n,), (8,), BF16, FP32, quantized=(kind,))
+    case_checks.check(case, cases.run(case))
 
 
 @pytest.mark.parametrize("max_grad_norm", (None, 0.05))

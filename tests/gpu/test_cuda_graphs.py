@@ -7,25 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from stablelora_kernels import StableLoRAAdamW
-from tests.helpers.gpu_checks import (
-    BF16,
-    DEVICE,
-    FP32,
-    RESULTS,
-    SMALL,
-    Case,
-    Inputs,
-    assert_equal_bits,
-    capture,
-    keep_rows,
-    run,
-    seed_of,
-)
+from stablelora_kernels.testing import seed_of
+from tests.helpers import cases
+from tests.helpers.case_checks import assert_close
+from tests.helpers.cases import BF16, FP32, Case, Operands, Results
+from tests.helpers.gpu_checks import DEVICE, SMALL, capture, check, keep_rows, linear, make, record
 from tests.helpers.optimizers import all_equal, make_pairs, params_of, set_grads, snapshot
-from tests.helpers.oracle import DIFFERENTIATED, call, check, leaves
 from tests.helpers.steps import latches, take_step
 
 pytestmark = pytest.mark.gpu
@@ -34,79 +23,56 @@ SIZES = (
     ((9, 40, 24, 8), (70, 48, 40, 8)) if SMALL else ((16, 4096, 4096, 16), (257, 520, 1032, 40), (2048, 4096, 4096, 16))
 )
 REPLAYS, STEPS = 3, 10
-by_size = pytest.mark.parametrize("shape", SIZES, ids=str)
-by_first_size = pytest.mark.parametrize("shape", SIZES[:1] if SMALL else SIZES, ids=str)
 
 
-def named(outputs: tuple[Tensor, ...], names: tuple[str, ...] = RESULTS) -> dict[str, Tensor]:
-    return dict(zip(names, outputs, strict=True))
+def backward(case: Case, leaf: Operands, y: torch.Tensor) -> Results:
+    names = case.wanted_names
+    grads = torch.autograd.grad(y, [leaf[name] for name in names], leaf["grad0"], retain_graph=True) if names else ()
+    return dict(zip(names, grads, strict=True))
 
 
-def differentiated(inputs: Inputs) -> list[Tensor]:
-    return [inputs[name] for name in DIFFERENTIATED]
+@pytest.mark.parametrize("wanted", [(), None], ids=["forward", "both"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_call(size, wanted):
+    case = linear(*size).but(wanted=wanted)
+    sources = [make(case.but(seed=seed)) for seed in range(REPLAYS)]
+    leaf = cases.leaves(case, {name: t.clone() for name, t in sources[0].items()})
 
-
-@pytest.mark.parametrize("results", [RESULTS[:1], RESULTS], ids=["forward", "both"])
-@by_size
-def test_a_call(shape, results):
-    case = Case(*shape)
-    sources = [case.inputs(seed) for seed in range(REPLAYS)]
-    static = {name: value.clone() for name, value in sources[0].items()}
-    given = static if results == ("Y",) else leaves(static)
-
-    def run_once() -> tuple[Tensor, ...]:
-        y = call(given)
-        return (y.detach(), *(torch.autograd.grad(y, differentiated(given), static["grad"]) if y.requires_grad else ()))
+    def run_once() -> Results:
+        (y,) = cases.ours(case, leaf)
+        return {"Y0": y.detach(), **backward(case, leaf, y)}
 
     captured = capture(run_once)
     for source in sources:
-        for name, value in source.items():
-            static[name].copy_(value)
+        for name, t in source.items():
+            leaf[name].detach().copy_(t)
         captured.replay()
-        expected = run(case, source)[0]
-        assert_equal_bits({name: expected[name] for name in results}, named(captured.outputs, results))
+        assert_close(cases.run(case, source), captured.outputs)
 
 
-@by_first_size
-def test_backward_of_an_earlier_forward(shape):
-    case = Case(*shape)
-    inputs = case.inputs()
-    gradients = [case.inputs(seed)["grad"] for seed in range(REPLAYS)]
-    static = gradients[0].clone()
-    given = leaves(inputs)
-    y = call(given)
-    captured = capture(lambda: torch.autograd.grad(y, differentiated(given), static, retain_graph=True))
-    for grad in gradients:
-        static.copy_(grad)
+@pytest.mark.parametrize("size", SIZES[:1] if SMALL else SIZES, ids=str)
+def test_backward_of_an_earlier_forward_draws_no_mask_and_a_captured_forward_draws_one_a_replay(size, record_property):
+    case = linear(*size, 0.1)
+    leaf = cases.leaves(case, make(case))
+
+    def both() -> Results:
+        (y,) = cases.ours(case, leaf)
+        return {"Y0": y.detach(), **backward(case, leaf, y), "seed": seed_of(y)}
+
+    (y,) = cases.ours(case, leaf)
+    captured, earlier = capture(both), capture(lambda: backward(case, leaf, y))
+    seeds, worst, rows = set(), (0.0, ""), torch.arange(case.shape[0], device=DEVICE)
+    for turn in range(REPLAYS):
+        leaf["grad0"].copy_(make(case.but(seed=turn))["grad0"])
+        earlier.replay()
+        assert_close(backward(case, leaf, y), earlier.outputs)
         captured.replay()
-        expected = torch.autograd.grad(y, differentiated(given), grad, retain_graph=True)
-        assert_equal_bits(named(expected, RESULTS[1:]), named(captured.outputs, RESULTS[1:]))
-
-
-@by_first_size
-def test_each_replay_draws_its_own_dropout_mask(shape, record_property):
-    case = Case(*shape, 0.1)
-    static = case.inputs()
-    given = leaves(static)
-
-    def both() -> tuple[Tensor, ...]:
-        y = call(given, case.p)
-        # Read the seed first: backward frees the saved tensors.
-        seed = seed_of(y)
-        return (y.detach(), *torch.autograd.grad(y, differentiated(given), static["grad"]), seed)
-
-    captured, seeds, worst = capture(both), set(), 0.0
-    rows = torch.arange(case.m, device=DEVICE)
-    for _ in range(REPLAYS):
-        captured.replay()
-        *outputs, seed = captured.outputs
-        seeds.add(int(seed))
-        keep = keep_rows(rows, case.k, case.p, int(seed))
-        worst = max(worst, check(static, named(tuple(outputs)), keep, case.p)[0])
+        found = dict(captured.outputs)
+        seed = int(found.pop("seed"))
+        seeds.add(seed)
+        worst = max(worst, check(case, leaf, found, keep_rows(case, rows, seed)))
     assert len(seeds) == REPLAYS, f"{REPLAYS} replays drew {len(seeds)} different seeds"
-    record_property("figure", worst)
-    record_property("bound", 1.0)
-    record_property("note", "largest error over its bound, with the mask of each replay's own seed")
+    record(record_property, worst)
 
 
 @pytest.mark.parametrize("dtype", (FP32,) if SMALL else (FP32, BF16), ids=str)

@@ -21,7 +21,8 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.testing import layer_arms
-from tests.helpers.gpu_checks import BF16, DEVICE, SMALL
+from tests.helpers.cases import BF16
+from tests.helpers.gpu_checks import DEVICE, SMALL
 
 pytestmark = pytest.mark.nightly
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""Helpers of tests/gpu: cases, runs by a forced kernel, rows of dropout masks, CUDA graphs. The oracle is in ``oracle``.
+"""Helpers of tests/gpu: cases of ``lora_linear`` at any size by a forced kernel, their error, and CUDA graphs.
 
 Without a CUDA GPU everything here works at small sizes on a CPU, where the kernels run in Triton's interpreter.
 """
@@ -6,105 +6,101 @@ Without a CUDA GPU everything here works at small sizes on a CPU, where the kern
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import stablelora_kernels as slk
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import check_possible
 from stablelora_kernels.reference import philox_ref
-from stablelora_kernels.testing import make_inputs, seed_of
-from tests.helpers.inputs import BF16, FP16, FP32
-from tests.helpers.oracle import DIFFERENTIATED, call, leaves
+from stablelora_kernels.testing import assert_no_worse, error_and_bound
+from tests.helpers import cases
+from tests.helpers.case_checks import eager, oracle
+from tests.helpers.cases import BF16, FP32, Case, Operands, Results
 
 SMALL = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if SMALL else "cuda")
-SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
-RESULTS = ("Y", "dX", "dA", "dB")
-Inputs = dict[str, Tensor]
-# make_inputs draws in float64 on the host. Inputs with more elements are drawn on the device.
+# cases.make draws in float64 on the host. Operands with more elements are drawn on the device.
 HOST_ELEMENTS = 2**21
 
 
-class Case(NamedTuple):
-    """The sizes of a call, its dropout probability, and the dtypes of the base layer and of A and B."""
-
-    m: int
-    n: int
-    k: int
-    r: int
-    p: float = 0.0
-    dtype: torch.dtype = BF16
-    lora_dtype: torch.dtype = FP32
-
-    def __str__(self) -> str:
-        dtypes = "/".join(dict.fromkeys((SHORT[self.dtype], SHORT[self.lora_dtype])))
-        return f"{self.m}x{self.n}x{self.k} r{self.r} p{self.p:g} {dtypes}"
-
-    def inputs(self, seed: int = 0) -> Inputs:
-        """Return the arguments and an incoming gradient, scaled as :func:`make_inputs` scales them."""
-        m, n, k, r = self.m, self.n, self.k, self.r
-        if m * k + n * k + m * n <= HOST_ELEMENTS:
-            made = make_inputs(
-                (m, k), n, r, dtype=self.dtype, lora_dtype=self.lora_dtype, device=DEVICE, seed=seed, bias=r % 3 != 0
-            )
-            return {name: value for name, value in made.items() if value is not None}
-        generator = torch.Generator(device=DEVICE).manual_seed(seed)
-
-        def normal(rows: int, columns: int, std: float, dtype: torch.dtype) -> Tensor:
-            return (torch.randn(rows, columns, generator=generator, device=DEVICE) * std).to(dtype)
-
-        return {
-            "x": normal(m, k, 1.0, self.dtype),
-            "weight": normal(n, k, k**-0.5, self.dtype),
-            "bias": normal(1, n, 1.0, self.dtype)[0],
-            "lora_A": normal(r, k, k**-0.5, self.lora_dtype),
-            "lora_B": normal(n, r, r**-0.5, self.lora_dtype),
-            "grad": normal(m, n, 1.0, self.dtype),
-        }
+def linear(
+    m: int, n: int, k: int, r: int, p: float = 0.0, dtype: torch.dtype = BF16, lora_dtype: torch.dtype = FP32
+) -> Case:
+    return Case("linear", (m, k), (n,), (r,), dtype, lora_dtype, p=p)
 
 
-def directions(case: Case, kernel: str) -> list[str]:
-    """Return the directions, "forward" and "backward", that ``kernel`` can compute for ``case``."""
-    found = []
-    for direction, sizes in (("forward", (case.n, case.k)), ("backward", (case.k, case.n))):
+def sizes_of(case: Case) -> tuple[int, int, int, int]:
+    """m, n, k and r of a case that :func:`linear` made."""
+    return case.shape[0], case.sizes[0], case.shape[1], case.ranks[0] or 0
+
+
+def make(case: Case) -> Operands:
+    m, n, k, r = sizes_of(case)
+    if m * k + n * k + m * n <= HOST_ELEMENTS:
+        return cases.make(case)
+    generator = torch.Generator(device=DEVICE).manual_seed(case.seed)
+
+    def normal(*size: int, std: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
+        return (torch.randn(*size, generator=generator, device=DEVICE) * std).to(dtype)
+
+    return {
+        "x": normal(m, k),
+        "weight0": normal(n, k, std=k**-0.5),
+        "bias0": normal(n),
+        "lora_A0": normal(r, k, std=k**-0.5, dtype=case.lora_dtype),
+        "lora_B0": normal(n, r, std=r**-0.5, dtype=case.lora_dtype),
+        "grad0": normal(m, n),
+    }
+
+
+def by_kernel(case: Case, kernel: str) -> Case | None:
+    """``case`` with ``kernel`` in each direction that it can compute, and "auto" in the other; None if it can compute neither."""
+    m, n, k, r = sizes_of(case)
+    kernels = []
+    for direction, sizes in (("forward", (n, k)), ("backward", (k, n))):
         try:
-            check_possible(Call(direction, case.m, *sizes, case.r, case.dtype, case.lora_dtype, case.p > 0), kernel)
-            found.append(direction)
+            check_possible(Call(direction, m, *sizes, r, case.dtype, case.lora_dtype, case.p > 0), kernel)
+            kernels.append(kernel)
         except ValueError:
-            pass
-    return found
+            kernels.append("auto")
+    return case.but(kernel=kernels[0], backward_kernel=kernels[1]) if kernel in kernels else None
 
 
-def run(case: Case, inputs: Inputs, kernel: str = "auto") -> tuple[dict[str, Tensor], int | None]:
-    """Return Y, dX, dA and dB, and the dropout seed. A direction that ``kernel`` cannot compute takes "auto"."""
-    able = directions(case, kernel)
-    given = leaves(inputs)
-    with slk.use_kernel(kernel if "forward" in able else "auto"):
-        y = call(given, case.p)
-    seed = int(seed_of(y)) if case.p else None
-    with slk.use_kernel(kernel if "backward" in able else "auto"):
-        grads = torch.autograd.grad(y, [given[name] for name in DIFFERENTIATED], inputs["grad"])
-    return dict(zip(RESULTS, (y.detach(), *grads), strict=True)), seed
-
-
-def keep_rows(rows: Tensor, columns: int, p: float, seed: int) -> Tensor:
-    """Return some rows of ``reference.dropout_keep_ref``: bool [n, columns] for row numbers ``rows``, int64 [n]."""
-    groups = -(-columns // 4)
+def keep_rows(case: Case, rows: Tensor, seed: int | None = None) -> Tensor:
+    """Some rows of ``reference.dropout_keep_ref``, by the seed that a run of ``case`` draws unless another is given."""
+    if seed is None:
+        torch.manual_seed(case.seed)
+        seed = int(torch.randint(2**63 - 1, (1,), device=DEVICE))
+    groups = -(-case.shape[1] // 4)
     counters = rows[:, None] * groups + torch.arange(groups, device=rows.device)
-    words = philox_ref(seed, counters).reshape(len(rows), groups * 4)[:, :columns]
-    return (words >> 1) >= round(p * 2**31)
+    words = philox_ref(seed, counters).reshape(len(rows), groups * 4)[:, : case.shape[1]]
+    return (words >> 1) >= round(case.p * 2**31)
 
 
-def assert_equal_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """Raise AssertionError if a result differs in any bit. NaN never equals NaN."""
-    for name, value in one.items():
-        if not torch.equal(value, other[name]):
-            off = (value.double() - other[name].double()).abs().max()
-            differing = int((value != other[name]).sum())
-            raise AssertionError(f"{name} differs in {differing} elements, by {off:.3e} at most")
+def check(case: Case, given: Operands, found: Results, keep: Tensor | None = None) -> tuple[float, str]:
+    """No result is worse than eager PyTorch's. Return the largest error as a share of its bound, and of which result.
+
+    ``keep``: the dropout mask, if it is not that of a run of the case.
+    """
+    if keep is None and case.p:
+        keep = keep_rows(case, torch.arange(case.shape[0], device=DEVICE))
+    ref, base = (by(case, given, [keep], case.p) for by in (oracle, eager))
+    largest = 0.0, ""
+    for name, value in found.items():
+        assert value.dtype == given.get(name, given["x"]).dtype, name
+        # Gradients are products in x's dtype.
+        assert_no_worse(value, ref[name], base[name], dtype=case.dtype, name=name)
+        error, bound = error_and_bound(value, ref[name], base[name], case.dtype)
+        largest = max(largest, (error / bound if bound else 0.0, name))
+    return largest
+
+
+def record(record_property: Callable[[str, object], None], worst: tuple[float, str]) -> None:
+    record_property("figure", worst[0])
+    record_property("bound", 1.0)
+    record_property("note", f"largest error over its bound, of {worst[1]}")
 
 
 class Captured:
@@ -120,7 +116,7 @@ class Captured:
 
 
 def capture(function: Callable[[], Any], warmup: int = 2) -> Captured:
-    """Capture ``function`` in a CUDA graph, after ``warmup`` calls outside the graph.
+    """Capture ``function``, which returns a dict of tensors or nothing, in a CUDA graph after ``warmup`` calls outside of it.
 
     Tensors of the function must have been made on the current stream, which must not be the default one. On a CPU a stand-in
     calls the function at each replay, and copies what it returns into the tensors that the first replay returned.
@@ -139,9 +135,8 @@ def capture(function: Callable[[], Any], warmup: int = 2) -> Captured:
         if captured.outputs is None:
             captured.outputs = new
             return
-        with torch.no_grad():
-            for old, value in zip(captured.outputs, new, strict=True):
-                old.copy_(value)
+        for name, old in captured.outputs.items():
+            old.copy_(new[name])
 
     captured = Captured(replay)
     return captured

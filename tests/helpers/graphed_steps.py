@@ -130,13 +130,15 @@ def llama_with(kind: str, attention: str = "eager") -> tuple[nn.Module, slk.Stab
     """In "eager" attention, since the backward pass of SDPA's flash kernel adds in any order on a GPU."""
     torch.manual_seed(0)
     model: Any = llama(attn_implementation=attention).to(DEVICE)
-    config = {"r": 2, "lora_dropout": 0.1 if SMALL else 0.0, "target_modules": ["q_proj", "v_proj"]}
+    config: dict[str, Any] = {"r": 2, "lora_dropout": 0.1 if SMALL else 0.0, "target_modules": ["q_proj", "v_proj"]}
     if kind == "PEFT's layers":
         peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
         model = peft.get_peft_model(model, peft.LoraConfig(**config))
         slk.accelerate_peft(model)
     else:
-        slk.apply_lora(model, slk.LoRAConfig(**config), fuse_projections=True)
+        config["target_modules"] += ["gate_proj", "up_proj", "down_proj"]
+        report = slk.apply_lora(model, slk.LoRAConfig(**config), fuse_projections=True, fuse_mlp=True)
+        assert report.mlps[0].reason is None
     return model, slk.StableLoRAAdamW.from_model(model, lr=1e-2, seed=3, capturable=True)
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.torch_engine import TorchStep
@@ -70,24 +67,6 @@ def saved_and_loaded(state: Any) -> Any:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-class _Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen[func.name()] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def operators() -> Iterator[Counter[str]]:
-    """How often PyTorch runs each of its operators, by name, in the ``with`` block."""
-    mode = _Operators()
-    with mode:
-        yield mode.seen
 
 
 def decide_on_device(patch: pytest.MonkeyPatch | None = None) -> None:

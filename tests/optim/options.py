@@ -58,12 +58,10 @@ OPTIONS = {
     "amsgrad": Row({"amsgrad": True}),
     "clipped": Row({"max_grad_norm": 0.1}),
     "lora-plus": Row({"lr_ratio_B": 16.0}),
-    "lora-plus-below-one": Row({"lr_ratio_B": 0.25}),
     "tensors": Row(
         {"lr": torch.tensor(2.0**-7), "weight_decay": torch.tensor(0.25), "shrink_ratio": torch.tensor(2.0**-6)},
         {"lr": 2.0**-7, "weight_decay": 0.25, "shrink_ratio": 2.0**-6},
     ),
-    "betas-as-tensors": Row({"betas": (torch.tensor(0.75), torch.tensor(0.96875))}, {"betas": (0.75, 0.96875)}),
     "a-beta-as-a-tensor": Row({"betas": (0.75, torch.tensor(0.96875))}, {"betas": (0.75, 0.96875)}),
     "pattern": Row(
         {"shrink_pattern": {"layer[02]": 0.03, "layer0": 0.9, "layer1": 0.0}},

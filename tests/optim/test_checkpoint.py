@@ -54,13 +54,11 @@ def torchs(kind: str, *groups: slice, **options: Any) -> dict[str, Any]:
     ).state_dict()
 
 
-OTHER, DICT = "not StableLoRAAdamW's: its group 0 has no", "must be a dict with 'params', got"
 RENAMED = [LoRAPair(f"other{i}", pair.A, pair.B) for i, pair in enumerate(make_pairs())]
 WIDER = make_pairs([(8, 24, 41), *SHAPES[1:]])
 # By name a state, and the message.
 UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
-    "SGD": (lambda: torchs("SGD"), f"{OTHER} 'betas', 'eps', 'shrink_ratio', 'capturable', 'seed'"),
-    "NAdam": (lambda: torchs("NAdam"), OTHER),
+    "SGD": (lambda: torchs("SGD"), "not StableLoRAAdamW's: its group 0 has no 'betas'"),
     "Adam": (lambda: torchs("Adam", weight_decay=0.1), "the weight decay of its group 0, 0.1, is not decoupled"),
     "AdamW of two groups": (
         lambda: torchs("AdamW", slice(4), slice(4, 8)),
@@ -81,12 +79,6 @@ UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: state(lambda s: s["param_groups"][0].update(lr=math.nan)),
         "state_dict's group 0: lr must be a finite number in [0, inf), got nan",
     ),
-    "no params": (
-        lambda: state(lambda s: s["param_groups"][0].pop("params")),
-        f"group 0 of state_dict {DICT} the keys ['amsgrad'",
-    ),
-    "a number": (lambda: {"state": {}, "param_groups": [3]}, f"group 0 of state_dict {DICT} 3"),
-    "no group": (lambda: {"state": {}, "param_groups": []}, "has 0 parameter groups, the optimizer 1"),
     "nothing": (dict, "must be a dict with 'state' and 'param_groups'"),
 }
 
@@ -126,19 +118,6 @@ def test_wrappers_around_a_model_do_not_matter() -> None:
     plain.param_groups[0]["lr"] = 0.5
     plain.load_state_dict(by_name.state_dict())
     assert plain.param_groups[0]["lr"] == 0.25
-
-
-def test_a_state_of_other_dtypes_loads(backend: str) -> None:
-    """A run in float32 goes on in bfloat16 from a checkpoint of half the size."""
-    given, optimizer = state(), StableLoRAAdamW(make_pairs(dtype=torch.bfloat16))
-    for entry in given["state"].values():
-        entry.update(exp_avg=entry["exp_avg"].bfloat16(), step=entry["step"].double())
-    optimizer.load_state_dict(given)
-    entry = optimizer.state[optimizer.pairs[0].A]
-    assert entry["exp_avg"].dtype is torch.float32
-    assert torch.equal(entry["exp_avg"], given["state"][0]["exp_avg"].float())
-    take_step(1, optimizer)
-    assert entry["step"].item() == 2
 
 
 def test_a_state_from_before_these_options_keeps_the_optimizers_own() -> None:

@@ -76,21 +76,11 @@ def same_memory_in_another_dtype(p: Tensor) -> None:
     p.grad.data = p.grad.data.flatten().view(BF16 if p.dtype is FP32 else FP16)[: p.numel()].view(p.shape)
 
 
-def part_of_a_graph(p: Tensor) -> None:
-    with torch.enable_grad():
-        p.grad = p.grad.clone().requires_grad_() * -3
-
-
-def exchange(p: Tensor, other: Tensor) -> None:
-    p.grad, other.grad = other.grad, p.grad.mul_(2)
-
-
 GRADIENTS: dict[str, Change] = {
     "gradient in place": lambda o, p: p.grad.mul_(-3),
     "another gradient": lambda o, p: setattr(p, "grad", -3 * p.grad),
     "no gradient": lambda o, p: setattr(p, "grad", None),
     "gradient in other memory": lambda o, p: setattr(p.grad, "data", -3 * p.grad),
-    "gradients exchanged": lambda o, p: exchange(p, o.pairs[1].A),
     "transposed data": lambda o, p: setattr(p.grad, "data", p.grad.data.t()),
     "transposed in place": lambda o, p: p.grad.t_(),
     "transposed view": lambda o, p: setattr(p, "grad", p.grad.t()),
@@ -98,36 +88,16 @@ GRADIENTS: dict[str, Change] = {
     "another dtype, same memory": lambda o, p: same_memory_in_another_dtype(p),
     "misaligned gradient": lambda o, p: misaligned(p),
     "expanded gradient": lambda o, p: setattr(p, "grad", p.grad[:1].clone().expand_as(p)),
-    "gradient in a graph": lambda o, p: part_of_a_graph(p),
     "a scale of all": lambda o, p: setattr(o, "grad_scale", TENSOR),
 }
 
 # Writes to a B, large enough for its pair to latch
 
 
-def load(p: Tensor) -> None:
-    module = torch.nn.Module()
-    module.p = p
-    module.load_state_dict({"p": torch.full_like(p, 100)})
-
-
-def swap(p: Tensor) -> None:
-    grad = p.grad
-    torch.utils.swap_tensors(p, torch.nn.Parameter(torch.full_like(p, 100)))
-    p.grad = grad
-
-
-def write_as_one_vector(p: Tensor) -> None:
-    torch.nn.utils.vector_to_parameters(torch.full((p.numel(),), 100, dtype=p.dtype, device=p.device), [p])
-
-
 WRITES: dict[str, Change] = {
     "in place": lambda o, p: p.fill_(100),
     "through detach": lambda o, p: p.detach().fill_(100),
     "value in other memory": lambda o, p: setattr(p, "data", torch.full_like(p, 100)),
-    "value swapped": lambda o, p: swap(p),
-    "value loaded": lambda o, p: load(p),
-    "value of a vector": lambda o, p: write_as_one_vector(p),
     "through data, and refresh()": lambda o, p: (p.data.fill_(100), o.refresh()),
 }
 
@@ -139,12 +109,6 @@ def cast(o: StableLoRAAdamW) -> None:
         grad, p.grad = p.grad.to(FP16), None
         p.data = p.data.to(FP16)
         p.grad = grad
-
-
-def replace(o: StableLoRAAdamW, p: Tensor) -> None:
-    other = torch.nn.Parameter(torch.full_like(p, 0.5))
-    other.grad = p.grad
-    o.param_groups[0]["params"][3] = other
 
 
 def add_group(o: StableLoRAAdamW, p: Tensor) -> None:
@@ -159,27 +123,12 @@ def move_to_another_group(o: StableLoRAAdamW) -> None:
         second[key].insert(0, first[key].pop())
 
 
-def exchange_moments(entry: dict[str, Any]) -> None:
-    entry.update(exp_avg=entry["exp_avg_sq"], exp_avg_sq=entry["exp_avg"].abs_())
-
-
-def use_numbers(o: StableLoRAAdamW, p: Tensor) -> None:
-    o.state[p].update(step=7)
-    o.state[o.pairs[1].A].update(step=2, latched_at=2)
-
-
 STATE: dict[str, Change] = {
-    "an equal tensor": lambda o, p: o.state[p].update(exp_avg=o.state[p]["exp_avg"].clone()),
     "another tensor": lambda o, p: o.state[p].update(exp_avg=torch.ones_like(o.state[p]["exp_avg"])),
-    "moments exchanged": lambda o, p: exchange_moments(o.state[p]),
     "a moment in other strides": lambda o, p: o.state[p].update(exp_avg=o.state[p]["exp_avg"].t().clone()),
     "another step": lambda o, p: o.state[p].update(step=torch.tensor(7.0, device=DEVICE)),
-    "counters that are numbers": use_numbers,
-    "a further entry": lambda o, p: o.state[p].update(own=TENSOR),
     "a moment that is gone": lambda o, p: o.state[p].pop("exp_avg"),
-    "a moment renamed": lambda o, p: o.state[p].update(own=o.state[p].pop("exp_avg_sq")),
     "an entry that is gone": lambda o, p: o.state.pop(p),
-    "an entry that is cleared": lambda o, p: o.state[p].clear(),
     "a state that is cleared": lambda o, p: o.state.clear(),
     "another dict": lambda o, p: setattr(
         o, "state", {q: {key: t.clone() for key, t in entry.items()} for q, entry in o.state.items()}
@@ -200,7 +149,6 @@ GROUPS: dict[str, Change] = {
     "a tensor in place of another": lambda o, p: o.param_groups[1].update(lr=TENSOR),
     "max_grad_norm": lambda o, p: setattr(o, "max_grad_norm", 1e-3),
     "a cast": lambda o, p: cast(o),
-    "another parameter": replace,
     "another group": add_group,
     "a parameter in another group": lambda o, p: move_to_another_group(o),
 }  # fmt: skip
@@ -208,8 +156,7 @@ CHANGES = GRADIENTS | WRITES | STATE | GROUPS
 # What codes of 8 bits cannot have.
 FLOATS = ("a moment in other strides", "amsgrad: True")
 # The steps of the parameter after the one that follows, where it is not the fourth.
-STEPS = {"no gradient": 3, "another parameter": 1, "another step": 8, "counters that are numbers": 8}
-STEPS |= dict.fromkeys(("an entry that is gone", "an entry that is cleared", "a state that is cleared"), 1)
+STEPS = {"no gradient": 3, "another step": 8, "an entry that is gone": 1, "a state that is cleared": 1}
 
 
 @pytest.mark.covering
@@ -233,26 +180,6 @@ def test_a_change_is_noticed(path: str, name: str, storage: str) -> None:
     assert all_equal(snapshot(optimizer), snapshot(other))
 
 
-def test_a_write_through_data_without_masters_is_used_by_itself(path: str) -> None:
-    """Only the norms that Triton's step compares are those of the step before: A shrinks once more, then its pair latches."""
-    optimizer = trained("float32")
-    b = optimizer.pairs[1].B
-    b.data.fill_(100)
-    take_step(9, optimizer)
-    assert (b > 99).all() and latches(optimizer)["layer1"] == (None if path == "triton" else 4)
-    take_step(10, optimizer)
-    assert latches(optimizer)["layer1"] == (5 if path == "triton" else 4)
-
-
-def test_refresh_alone_changes_nothing(path: str) -> None:
-    optimizer, other = StableLoRAAdamW(make_pairs()), StableLoRAAdamW(make_pairs())
-    for step in range(3):
-        optimizer.refresh()
-        optimizer.refresh()
-        take_step(step, optimizer, other)
-    assert all_equal(snapshot(optimizer), snapshot(other))
-
-
 # Changes that do not fit: the next step names them and changes nothing
 
 
@@ -264,20 +191,15 @@ def group(which: int, **values: Any) -> Change:
     return lambda o, p: o.param_groups[which].update(values)
 
 
-FITS = f"must be torch.float32 [8, 8] on {TENSOR.device}, got"
-COUNTER = "must be a number or a 0-d tensor, got"
+OF, FITS = "the state of 'layer1.lora_B':", f"must be torch.float32 [8, 8] on {TENSOR.device}, got"
 CODES = torch.zeros(8, 8, dtype=torch.uint8)
 # Of the optimizer's storage, a change, and the message.
 REFUSED: dict[str, tuple[str, Change, str]] = {
-    "shape": ("float32", put("exp_avg", torch.zeros(8, 9)), f"'exp_avg' {FITS} torch.float32 [8, 9]"),
-    "dtype": ("float32", put("exp_avg_sq", torch.zeros(8, 8).double()), f"'exp_avg_sq' {FITS} torch.float64"),
-    "device": ("float32", put("exp_avg", torch.zeros(8, 8, device="meta")), f"{FITS} torch.float32 [8, 8] on meta"),
-    "no tensor": ("float32", put("exp_avg", None), f"{FITS} None"),
-    "a step of two": ("float32", put("step", torch.zeros(2)), f"'step' {COUNTER} tensor([0., 0.])"),
-    "a latch in words": ("float32", put("latched_at", "never"), f"'latched_at' {COUNTER} 'never'"),
-    "scales": ("8 bits", put("exp_avg_scale", torch.zeros(2)), "'exp_avg_scale' must be torch.float32 [1] on"),
+    "shape": ("float32", put("exp_avg", torch.zeros(8, 9)), f"{OF} 'exp_avg' {FITS} torch.float32 [8, 9]"),
+    "a step of two": ("float32", put("step", torch.zeros(2)), f"{OF} 'step' must be a number or a 0-d tensor, got tensor("),
+    "scales": ("8 bits", put("exp_avg_scale", torch.zeros(2)), f"{OF} 'exp_avg_scale' must be torch.float32 [1] on"),
     "strides of codes": ("8 bits", put("exp_avg", CODES.t()), "strides (8, 1), got (1, 8)"),
-    "a master": ("masters", put("master", torch.zeros(8)), f"'master' {FITS} torch.float32 [8]"),
+    "a master": ("masters", put("master", torch.zeros(8)), f"{OF} 'master' {FITS} torch.float32 [8]"),
     "a sparse gradient": ("float32", lambda o, p: setattr(p, "grad", p.grad.to_sparse()), "gradients must be dense tensors, got"),
     "amsgrad": ("8 bits", group(0, amsgrad=True), "amsgrad=True needs moments_dtype=torch.float32"),
     "two clips": ("masters", group(1, max_grad_norm=2.0), "must be one value for all groups, got 0.1 and 2.0"),
@@ -294,10 +216,8 @@ def test_a_change_that_does_not_fit_is_named_before_anything_changes(backend: st
     entry, grad, groups = dict(optimizer.state[p]), p.grad, [dict(group) for group in optimizer.param_groups]
     groups[1]["params"] = list(groups[1]["params"])
     change(optimizer, p)
-    in_the_state = any(entry.get(key) is not value for key, value in optimizer.state[p].items())
-    named = "the state of 'layer1.lora_B': .*" if in_the_state else ""
     for _ in range(2):
-        with pytest.raises((ValueError, RuntimeError), match=named + re.escape(message)):
+        with pytest.raises((ValueError, RuntimeError), match=re.escape(message)):
             optimizer.step()
     optimizer.state[p].clear()
     optimizer.state[p].update(entry)
