@@ -1,9 +1,8 @@
-"""The examples' own checkpoints, killed at every file operation and on a full disk."""
+"""The examples' own checkpoints, killed at every file operation."""
 
 from __future__ import annotations
 
 import shutil
-import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ for module in ("transformers", "peft", "accelerate", "safetensors", "tqdm"):
 
 import stablelora_kernels as slk  # noqa: E402
 from examples import finetune, replace_linear  # noqa: E402
-from tests.helpers.dying import in_child, kills, needs_fork, with_room  # noqa: E402
+from tests.helpers.dying import kills, needs_fork  # noqa: E402
 
 pytestmark = [pytest.mark.nightly, needs_fork]
 
@@ -44,30 +43,17 @@ def step_of(saved: dict[str, Any]) -> int:
     return saved["step"]
 
 
-def fail_to_save(state: dict[str, Any], file: Path) -> None:
-    with pytest.raises((OSError, RuntimeError)):
-        replace_linear.save_checkpoint(state, file)
-
-
 def test_replace_linear_killed_while_it_saves(tmp_path: Path) -> None:
-    file, new = tmp_path / "run" / "checkpoint.pt", checkpoint_of(2)
+    file = tmp_path / "run" / "checkpoint.pt"
 
     def prepare() -> None:
         shutil.rmtree(file.parent, ignore_errors=True)
         file.parent.mkdir()
         replace_linear.save_checkpoint(checkpoint_of(1), file)
 
-    def found() -> int:
-        return step_of(torch.load(file, weights_only=True))
-
-    save = partial(replace_linear.save_checkpoint, new, file)
-    steps = [found() for _ in kills(save, prepare)]
+    save = partial(replace_linear.save_checkpoint, checkpoint_of(2), file)
+    steps = [step_of(torch.load(file, weights_only=True)) for _ in kills(save, prepare)]
     assert steps == sorted(steps) and set(steps) == {1, 2}
-    for room in (0, 100, file.stat().st_size - 1):
-        prepare()
-        assert in_child(partial(with_room, room, save, dies=True)) == signal.SIGXFSZ
-        assert in_child(partial(with_room, room, partial(fail_to_save, new, file), dies=False)) == 0
-        assert found() == 1
 
 
 def test_finetune_killed_while_it_saves(tmp_path: Path) -> None:

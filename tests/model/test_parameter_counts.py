@@ -23,7 +23,6 @@ def in_4_bits(storage):
 PEFTS = {
     "tied": lambda: make_peft(model=Model(tied=True)),
     "modules_to_save": lambda: make_peft(modules_to_save=["lm_head"]),
-    "biases": lambda: make_peft(bias="all"),
     "4 bits": lambda: in_4_bits(torch.uint8),
     "4 bits in bfloat16": lambda: in_4_bits(torch.bfloat16),
 }
