@@ -171,13 +171,15 @@ def test_a_run_that_fails_leaves_everything_as_it_was(tmp_path, capsys, monkeypa
     assert names_in(tmp_path) == ["adapter", "model", *["out"] * there] and content(tmp_path / "out") == before
 
 
-def die_between_the_renames(arguments):
+def stop_between_the_renames(arguments, dies):
     renames, replace = [], os.replace
 
     def counted(source, target):
         renames.append(source)
         if len(renames) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
         replace(source, target)
 
     os.replace = counted
@@ -185,11 +187,13 @@ def die_between_the_renames(arguments):
 
 
 @needs_fork
-def test_what_a_killed_merge_left_is_put_right(tmp_path, capsys, monkeypatch):
+def test_what_an_interrupted_or_killed_merge_left_is_put_right(tmp_path, capsys, monkeypatch):
     prepare(tmp_path)
     assert main(argv(tmp_path)) == 0
     before = content(tmp_path / "out")
-    assert in_child(partial(die_between_the_renames, argv(tmp_path, "--overwrite"))) == signal.SIGKILL
+    assert in_child(partial(stop_between_the_renames, argv(tmp_path, "--overwrite"), dies=False)) == 0
+    assert content(tmp_path / "out") == before and names_in(tmp_path) == ["adapter", "model", "out"]
+    assert in_child(partial(stop_between_the_renames, argv(tmp_path, "--overwrite"), dies=True)) == signal.SIGKILL
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(*SAVE, half_way(FULL))
     assert main(argv(tmp_path)) == 1
