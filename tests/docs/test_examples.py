@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ for module in ("transformers", "peft", "accelerate", "safetensors", "tqdm"):
 from safetensors.torch import load_file  # noqa: E402
 
 from examples import finetune, peft_trainer, replace_linear, tutorial  # noqa: E402
+from tests.helpers.dying import kills, needs_fork  # noqa: E402
 from tests.helpers.processes import ROOT, needs_gloo  # noqa: E402
 from tests.helpers.small_models import llama  # noqa: E402
 
@@ -126,6 +128,21 @@ def test_replace_linear_resumes_and_merges(files: list[str], tmp_path: Path, cap
     replace_linear.main([*files, *PASSAGES, "--steps", "3", "--out", str(out)])
     replace_linear.main([*files, *PASSAGES, "--out", str(out), "--resume"])
     assert_same_file(out, whole)
+
+
+@needs_fork
+@pytest.mark.nightly
+def test_replace_linear_killed_while_it_saves(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pt"
+
+    def prepare() -> None:
+        for leftover in tmp_path.iterdir():
+            leftover.unlink()
+        replace_linear.save_checkpoint({"step": 1}, file)
+
+    save = partial(replace_linear.save_checkpoint, {"step": 2}, file)
+    steps = [torch.load(file, weights_only=True)["step"] for _ in kills(save, prepare)]
+    assert steps == sorted(steps) and set(steps) == {1, 2}
 
 
 def test_tutorial(files: list[str], tmp_path: Path, capsys) -> None:

@@ -23,7 +23,7 @@ def by_load_adapter(tmp_path):
     return model
 
 
-def by_hand(_):
+def by_hand():
     model = llama().eval()
     attention = model.model.layers[0].self_attn
     attention.q_proj = slk.LoRALinear.from_linear(attention.q_proj, init_lora_weights=False)
@@ -37,10 +37,9 @@ def adapted(model, **config):
 
 
 MODELS = {
-    "gpt2": lambda _: adapted(gpt2(), target_modules=["c_attn"]),
-    "tied": lambda _: adapted(llama(tie_word_embeddings=True)),
-    "with a tied head": lambda _: adapted(llama(tie_word_embeddings=True), **WITH_HEAD),
-    "from a file": by_load_adapter,
+    "gpt2": lambda: adapted(gpt2(), target_modules=["c_attn"]),
+    "tied": lambda: adapted(llama(tie_word_embeddings=True)),
+    "with a tied head": lambda: adapted(llama(tie_word_embeddings=True), **WITH_HEAD),
     "layers made by hand": by_hand,
 }
 
@@ -66,7 +65,7 @@ def assert_saved_as_it_is(model, path, state_dict=None):
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_merged_model_is_saved_merged(tmp_path, kind):
     torch.manual_seed(0)
-    model = MODELS[kind](tmp_path)
+    model = MODELS[kind]()
     expected, keys, tied = output(model), list(model.state_dict()), model.config.tie_word_embeddings
     slk.merge_lora(model)
     torch.testing.assert_close(reload(model, tmp_path / "merged"), expected)
@@ -82,9 +81,10 @@ def test_a_merged_model_is_saved_merged(tmp_path, kind):
     torch.testing.assert_close(reload(model, tmp_path / "removed"), expected)
 
 
-def test_layers_that_are_merged_one_by_one(tmp_path):
+@pytest.mark.parametrize("make", [lambda _: adapted(llama()), by_load_adapter], ids=["apply_lora", "load_adapter"])
+def test_layers_that_are_merged_one_by_one(tmp_path, make):
     """All of them merged, the merged weights are written; some of them, the model is refused; none, it is saved as it is."""
-    model = adapted(llama())
+    model = make(tmp_path)
     expected, (first, *rest) = output(model), lora_layers(model).values()
     assert_saved_as_it_is(model, tmp_path / "given", {"lm_head.weight": torch.zeros(32, 16)})
     first.merge()
