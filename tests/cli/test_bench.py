@@ -28,7 +28,12 @@ def test_it_times_every_arm(capsys):
     assert list(report["optimizer"]) == [bench.ADAMW, bench.SHRINKING, bench.LATCHED]
     for arm in (*report["layer"].values(), *report["optimizer"].values()):
         assert 0 < arm["ms"]["q1"] <= arm["ms"]["median"] <= arm["ms"]["q3"]
-    assert report["machine"]["torch"] and report["machine"]["cores"] >= 1
+
+
+def test_an_interpreter_is_not_timed(capsys, monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETING", True)
+    monkeypatch.setattr(backend, "TRITON_PROBLEM", None)
+    assert "tell nothing of the kernels" in fails(capsys, "bench", *SMALL, "--backend", "triton")
 
 
 def test_the_arms_compute_the_same():
@@ -55,22 +60,12 @@ def test_ratios_are_taken_round_by_round_and_it_says_where_it_loses(verdict, cap
     layer = {bench.FROZEN: [1.0, 2.0, 3.0], bench.EAGER: [2.0, 4.0, 9.0], bench.FUSED_LAYER: ours}
     timed = bench.interleave
     monkeypatch.setattr(bench, "interleave", lambda arms, **kw: layer if bench.EAGER in arms else timed(arms, **kw))
-    monkeypatch.setenv("COLUMNS", "80")
     assert main(["bench", *SMALL]) == 0
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 80 and "8 x 16 -> 12, r 2, fp32" in out and "/ frozen" in out
-    assert verdict in " ".join(out.split())
+    assert verdict in " ".join(capsys.readouterr().out.split())
     assert main(["bench", *SMALL, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["layer"]
-    assert found[bench.FROZEN]["over_base"] == {"median": 1, "q1": 1, "q3": 1}
-    assert found[bench.EAGER]["ms"]["median"] == 4000 and found[bench.EAGER]["over_base"]["median"] == 2
+    assert found[bench.EAGER]["over_base"]["median"] == 2
     assert found[bench.FUSED_LAYER]["over_eager"]["median"] == over_eager
-
-
-def test_pairs_that_latch_within_the_measurement_are_no_result(capsys, monkeypatch):
-    made = bench.make_pairs
-    monkeypatch.setattr(bench, "make_pairs", lambda *args, **kw: made(*args[:4], True, **kw))
-    assert "must keep their state" in fails(capsys, "bench", *SMALL, status=1)
 
 
 def test_a_long_run_latches_no_pair(monkeypatch):
@@ -85,37 +80,3 @@ def test_a_long_run_latches_no_pair(monkeypatch):
     monkeypatch.setattr(bench, "interleave", run)
     sizes = ["--N", "2", "--K", "512", "--r", "2", "--pairs", "1", "--iters", "5000"]
     assert main(["bench", *CPU, *sizes]) == 0
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("--M", "0"), ("--iters", "-3"), ("--r", "x"), ("--dropout", "1"), ("--dropout", "x"), ("--dtype", "int8")],
-)
-def test_bad_arguments(option, value, capsys):
-    assert main(["bench", option, value]) == 2
-    assert f"'{value}'" in capsys.readouterr().err
-
-
-def too_large(*args, **kwargs):
-    raise RuntimeError("can't allocate memory: you tried\nto allocate 1 bytes")
-
-
-@pytest.mark.parametrize(
-    ("module", "state", "argv", "status", "message"),
-    [
-        (backend, {"INTERPRETING": False}, ["--backend", "triton"], 2, "TRITON_INTERPRET=1"),
-        (
-            backend,
-            {"INTERPRETING": True, "TRITON_PROBLEM": None},
-            ["--backend", "triton"],
-            2,
-            "tell nothing of the kernels",
-        ),
-        (bench, {"interleave": too_large}, [], 1, "the run failed: can't allocate memory: you tried to"),
-    ],
-    ids=["no interpreter", "an interpreter", "out of memory"],
-)
-def test_what_can_not_be_timed(module, state, argv, status, message, capsys, monkeypatch):
-    for name, value in state.items():
-        monkeypatch.setattr(module, name, value)
-    assert message in fails(capsys, "bench", *SMALL, *argv, status=status)

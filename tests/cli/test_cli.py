@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.cli import COMMANDS, doctor, main, output, selftest
+from stablelora_kernels.cli import COMMANDS, doctor, main, selftest
 from stablelora_kernels.dispatch import backend, settings
 from stablelora_kernels.dispatch.settings import check_environment
 
@@ -27,17 +26,14 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 2) -> st
     return err
 
 
-# The command line
-
-
 @pytest.mark.parametrize(
     ("argv", "status", "told"),
     [
         (["--version"], 0, f"stablelora-kernels {slk.__version__}\n"),
         (["--help"], 0, "doctor"),
+        *(([command, "--help"], 0, "Exit status") for command in COMMANDS),
         ([], 2, "required: COMMAND"),
         (["cure"], 2, "invalid choice: 'cure'"),
-        (["doctor", "--fast"], 2, "unrecognized arguments: --fast"),
     ],
     ids=str,
 )
@@ -46,28 +42,10 @@ def test_version_help_and_usage(argv, status, told, capsys):
     assert told in capsys.readouterr()[status > 0]
 
 
-@pytest.mark.parametrize("columns", [60, 120])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_the_terminal(command, columns, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    assert main([command, "--help"]) == 0
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= columns and "Exit status" in text
-
-
-def test_an_interrupt_ends_quietly(capsys, monkeypatch):
-    def interrupted(args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(doctor, "run", interrupted)
-    assert fails(capsys, "doctor", status=130) == "stablelora-kernels doctor: interrupted\n"
-
-
 def test_a_process_with_a_wrong_variable_and_a_reader_that_leaves():
-    """Each is told in a line, or not at all. And importing the package imports no command."""
+    """Each is told in a line, or not at all."""
     code = (
-        "import os, sys, stablelora_kernels\n"
-        "assert not [name for name in sys.modules if name.startswith('stablelora_kernels.cli')]\n"
+        "import os, sys\n"
         "from stablelora_kernels import cli\n"
         "assert cli.main(['doctor']) == 2\n"
         "del os.environ['STABLELORA_BACKEND']\n"
@@ -84,17 +62,6 @@ def test_a_process_with_a_wrong_variable_and_a_reader_that_leaves():
         wanted = "the environment variable STABLELORA_BACKEND must be one of 'auto', 'triton', 'torch', got 'gpu'"
         assert process.stderr.read() == f"stablelora-kernels: error: {wanted}\n"
     assert process.returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (2_359_296, "2.25 MiB"), (1023 << 20, "1023 MiB")],
-)
-def test_sizes(count, text):
-    assert output.size(count) == text
-
-
-# doctor
 
 
 def doctor_json(capsys, *argv: str, status: int = 0):
@@ -115,7 +82,6 @@ def test_doctor_tests_every_kernel_family(name, capsys):
         report = doctor_json(capsys)
     assert report["ok"] is True and report["backend"]["name"] == name
     assert name == "triton" or "'auto' takes PyTorch's operators" in report["backend"]["reason"]
-    assert report["versions"]["torch"] == torch.__version__ and report["version"] == slk.__version__
     (tested,) = report["self_tests"]
     assert tested["on"] == ON[name]
     assert {check["family"] for check in tested["checks"]} == {
@@ -131,14 +97,12 @@ def test_doctor_tests_every_kernel_family(name, capsys):
 
 
 @pytest.mark.nightly
-def test_doctor_interprets_in_a_process_of_its_own(capsys, monkeypatch):
+def test_doctor_interprets_in_a_process_of_its_own(capsys):
     pytest.importorskip("triton")
-    monkeypatch.setenv("COLUMNS", "80")
     with slk.use_backend("torch"):
         assert main(["doctor", "--device", "cpu", "--interpret"]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and max(map(len, out.splitlines())) <= 80
-    assert all(f"Self-test of {place}" in out for place in ON.values())
+    assert err == "" and all(f"Self-test of {place}" in out for place in ON.values())
     assert f"All {2 * len(selftest.checks())} checks passed." in out
 
 
@@ -218,45 +182,21 @@ def test_a_backend_that_cannot_run_is_told_of(capsys, monkeypatch):
         assert main(["doctor", "--device", "cpu"]) == 1
     assert report["backend"]["name"] is None and "TRITON_INTERPRET=1" in report["backend"]["reason"]
     assert report["self_tests"] == [] and report["ok"] is False
-    out = capsys.readouterr().out
-    assert "Backend on cpu: none, since backend 'triton' was asked for" in out
-    assert "The backend 'triton' can't run here" in out
+    assert "The backend 'triton' can't run here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("argv", "state", "message"),
     [
         (["--device", "gpu"], {}, "--device must be a torch device, got 'gpu'"),
-        (["--device", "meta"], {}, "must be of type cpu or cuda, got 'meta'"),
         (["--device", "cuda:99"], {}, "got 'cuda:99' where PyTorch sees"),
         (["--interpret"], {"TRITON_PROBLEM": "Triton is not installed"}, "interpreter, but Triton is not installed"),
-        (["--interpret"], {"interpreter_problem": lambda: "it needs NumPy"}, "interpreter, but it needs NumPy"),
     ],
 )
 def test_what_doctor_refuses(argv, state, message, capsys, monkeypatch):
     for name, value in state.items():
         monkeypatch.setattr(backend, name, value)
     assert message in fails(capsys, "doctor", *argv)
-
-
-@pytest.mark.parametrize(
-    ("archs", "cuda", "expected"),
-    [
-        ([90], "12.8", {"GPU": "GPU of sm_90, sm_90"}),
-        ([90, 70], "12.8", {"GPU 1": "GPU of sm_70, sm_70, for which the dispatch tables were not made"}),
-        ([], "12.8", {"GPU": "no GPU that this torch sees"}),
-        ([], None, {"GPU": "no GPU that this torch could use"}),
-    ],
-)
-def test_gpus_are_named_with_their_kind(archs, cuda, expected, capsys, monkeypatch):
-    gpus = [SimpleNamespace(name=f"GPU of sm_{a}", major=a // 10, minor=0, gcnArchName="") for a in archs]
-    monkeypatch.setattr(doctor, "run_checks", lambda device: iter(()))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    assert doctor_json(capsys, status=1)["versions"].items() >= expected.items()
 
 
 def told(ask, device):
@@ -268,12 +208,8 @@ def told(ask, device):
 
 @pytest.mark.parametrize("name", settings.BACKENDS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("problem", [None, "Triton is not installed"])
-@pytest.mark.filterwarnings("ignore:Triton is not installed")
-def test_the_backends_explanation_is_its_answer(name, device, problem, monkeypatch):
-    monkeypatch.setattr(backend, "TRITON_PROBLEM", problem)
+def test_the_backends_explanation_is_its_answer(name, device, monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETING", False)
     with slk.use_backend(name):
         said, answer = told(backend.explain_backend, device), told(backend.resolve_backend, device)
     assert answer in (said, said[0])
-    assert name != "auto" or ("Triton is not installed" in said[1]) == (problem is not None and device == "cuda")

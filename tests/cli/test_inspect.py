@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 
 import pytest
@@ -91,36 +90,21 @@ def test_stable_is_the_papers_condition(tmp_path, capsys):
     assert report["totals"]["stable"] == 1
 
 
-def test_a_lone_file_and_low_precision(tmp_path, capsys):
-    path = write(tmp_path / "a", pair(dtype=torch.bfloat16, a=3.0))
-    (path / CONFIG_NAME).unlink()
-    report = inspect_json(capsys, path / WEIGHTS_NAME)
-    (row,) = report["pairs"]
-    assert row["scaling"] is None and report["config"] is None and row["dtype"] == "bfloat16" and row["bytes"] == 32
-    assert row["a_frobenius"] == pytest.approx(math.sqrt(90))
-    assert "scalings are not known" in printed(capsys, path / WEIGHTS_NAME)
-
-
 @pytest.mark.parametrize(
     ("argv", "order"),
     [
         ([], ["1", "2", "10"]),
         (["--sort", "rank"], ["2", "1", "10"]),
-        (["--sort", "a"], ["10", "2", "1"]),
-        (["--sort", "b"], ["2", "10", "1"]),
         # A B of zeros is infinitely far from stable.
         (["--sort", "ratio"], ["1", "10", "2"]),
-        (["--sort", "scaling"], ["1", "10", "2"]),
-        (["--sort", "bytes"], ["2", "1", "10"]),
         (["--limit", "2"], ["1", "2"]),
     ],
     ids=" ".join,
 )
 def test_sorting_and_limits(tmp_path, capsys, argv, order):
     tensors = pair(name="layers.10.q", a=3, b=1) | pair(name="layers.2.q", r=4, a=1, b=5) | pair(name="layers.1.q", b=0)
-    path = write(tmp_path / "a", tensors, rank_pattern={"layers.2.q": 4}, alpha_pattern={"layers.1.q": 60})
+    path = write(tmp_path / "a", tensors, rank_pattern={"layers.2.q": 4})
     assert [row["name"].split(".")[1] for row in inspect_json(capsys, path, *argv)["pairs"]] == order
-    assert "… and 2 pairs more" in printed(capsys, path, "--limit", "1")
 
 
 def test_what_is_wrong_is_flagged(tmp_path, capsys):
@@ -161,30 +145,11 @@ def test_whatever_goes_beyond_plain_lora_is_named(tmp_path, capsys):
     assert report["beyond_plain_lora"] == ["use_dora=True", "lora_bias=True", *kinds]
     found = {other["key"]: other["kind"] for other in report["other_tensors"]}
     assert found == {key: kind for key, (_, kind) in (beyond | plain).items()}
-    report = inspect_json(capsys, write(tmp_path / "b", pair(), peft_type="ADALORA"))
-    assert report["pairs"][0]["scaling"] is None
-
-
-@pytest.mark.parametrize("columns", [80, 120])
-def test_it_fits_the_terminal(adapter, columns, capsys, monkeypatch):
-    """A name that is too long is cut in its middle."""
-    monkeypatch.setenv("COLUMNS", str(columns))
-    out = printed(capsys, adapter[0])
-    assert max(len(line) for line in out.splitlines()) <= columns
-    assert "4 of 4" in out and "rank-stabilized" in out and "layers.…" in out and "lm_head.weight" in out
-    long = write(adapter[0], pair(name="first." + "m" * 80 + ".last"))
-    assert max(len(line) for line in printed(capsys, long).splitlines()) <= columns
-    assert any(
-        line.startswith("  first.") and "…" in line and ".last" in line for line in printed(capsys, long).splitlines()
-    )
 
 
 def test_what_is_refused(tmp_path, capsys, monkeypatch):
     """What makes every reader refuse a file is tests/model/test_save_load.py."""
     good = write(tmp_path / "good", pair())
-    pickle = tmp_path / "adapter_model.bin"
-    pickle.write_bytes(b"\x80")
-    assert "a pickle can run code, so it is refused" in fails(capsys, "inspect", str(pickle))
     assert "must be a path or a hub id like 'owner/name', got './no'" in fails(capsys, "inspect", "./no")
     assert main(["inspect", str(good), "--limit", "0"]) == 2
     assert "got '0'" in capsys.readouterr().err
@@ -192,23 +157,10 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch):
     assert "pip install 'stablelora-kernels[adapters]'" in fails(capsys, "inspect", str(good))
 
 
-def test_odd_texts_in_a_config_are_printed(tmp_path, capsys):
-    path = write(tmp_path / "odd", pair(), target_modules=[1, None, "q"], base_model_name_or_path="\ud800", r="2")
-    assert "on 1, None, q" in printed(capsys, path, status=1)
-
-
-HOSTILE = ["right to left \u202e", "²³", "9" * 5000, "layers.10", "layers.9", "layers.007"]
-
-
-def test_names_of_a_file_neither_break_the_sort_nor_reach_the_terminal_raw(tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    # A name with a line break is no pair's.
-    names = ["a\x1b[31m\x1b[2Kz\r\n  faked line", *HOSTILE]
+def test_names_of_a_file_neither_break_the_sort_nor_reach_the_terminal_raw(tmp_path, capsys):
+    names = ["right to left \u202e", "²³", "9" * 5000, "layers.10", "layers.9"]
     path = write(tmp_path / "hostile", {k: t for name in names for k, t in pair(a=0.5, name=name).items()})
     listed = [row["name"] for row in inspect_json(capsys, path)["pairs"]]
-    assert sorted(listed) == sorted(HOSTILE) and [name for name in listed if "layers" in name] == HOSTILE[:2:-1]
+    assert sorted(listed) == sorted(names) and listed.index("layers.9") < listed.index("layers.10")
     out = printed(capsys, path)
-    assert "a\\x1b[31m\\x1b[2Kz\\r\\n  faked line" in out and "right to left \\u202e" in out
-    assert out.replace("\n", "").isprintable()
-    write(path, pair(name=HOSTILE[0]), lora_alpha=10**400)
-    assert "lora_alpha of right to left \\u202e must be" in fails(capsys, "inspect", str(path))
+    assert "right to left \\u202e" in out and out.replace("\n", "").isprintable()

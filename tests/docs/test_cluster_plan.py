@@ -14,14 +14,8 @@ R, TOKENS = 4, 24
 
 
 def test_memory_is_the_models() -> None:
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    }
-    model = llama(**sizes, attn_implementation="sdpa").to(torch.bfloat16)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = llama(**sizes, head_dim=16, attn_implementation="sdpa").to(torch.bfloat16)
     slk.apply_lora(model, slk.LoRAConfig(r=R, target_modules="all-linear"))
     plan = cluster_plan.count(model.config.to_dict(), R, "all-linear")
     trainable, total = slk.count_parameters(model)

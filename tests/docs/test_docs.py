@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import copy
 import importlib
 import json
-import pickle
 import re
 import runpy
 from pathlib import Path
@@ -85,8 +83,6 @@ def test_the_machine_code_is_what_the_pages_say(tmp_path: Path) -> None:
     )
     facts, launches = json.loads(printed(code, PYTHONPATH=f"{tmp_path}:{ROOT}"))
     assert facts.items() >= {"spills": 0, "load_bits": 91, "store_bits": 128, "wide_loads": 2}.items()
-    assert [launch["programs"] for launch in launches] == [260, 644]
-    assert [launch["kernel"] for launch in launches] == ["_lora_linear_tma_kernel"] * 2
     text = text_of(pages[1]).split("## One tensor on the GPU")[1]
     for name in (
         "LDGSTS.E.BYPASS.128", "HGMMA.64x16x16", "ATOMG", "MEMBAR.ALL.GPU", "REDG",
@@ -94,7 +90,7 @@ def test_the_machine_code_is_what_the_pages_say(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert f"`{name}`" in text
         for launch in launches:
-            assert any(found.startswith(name) for found in launch["instructions"]), (launch["programs"], name)
+            assert any(found.startswith(name) for found in launch["instructions"]), name
 
 
 def test_the_tutorials_blocks_are_the_programs() -> None:
@@ -104,9 +100,6 @@ def test_the_tutorials_blocks_are_the_programs() -> None:
         # Inside main(), one level deeper.
         code = [line.strip() for line in block.code.splitlines()]
         assert any(lines[i : i + len(code)] == code for i in range(len(lines))), block.code
-
-
-# Names
 
 
 def documented_names() -> set[str]:
@@ -155,74 +148,16 @@ def test_names_in_the_docs_resolve() -> None:
     assert printed(code) == "[]"
 
 
-def hinted(error: type[Exception], message: str, call) -> None:
-    with pytest.raises(error, match=message):
-        call()
-
-
 def test_wrong_names_get_a_hint() -> None:
     """PEFT's spelling; our config for PEFT; and a report taken for the model."""
-    for name, ours in (("LoraConfig", "LoRAConfig"), ("StableLoraAdamW", "StableLoRAAdamW")):
-        hinted(
-            AttributeError, f"has no attribute '{name}'; did you mean '{ours}'", lambda name=name: getattr(slk, name)
-        )
-    hinted(AttributeError, "has no attribute 'lora_config'$", lambda: slk.lora_config)
+    with pytest.raises(AttributeError, match="has no attribute 'LoraConfig'; did you mean 'LoRAConfig'"):
+        slk.LoraConfig(target_modules=["0"])
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     config, model = slk.LoRAConfig(target_modules=["0"]), nn.Sequential(nn.Linear(4, 4))
-    hinted(AttributeError, "PEFT's .* takes a peft.LoraConfig", lambda: peft.get_peft_model(model, config))
-    for report in (slk.apply_lora(model, config), slk.remove_lora(model)):
-        hinted(
-            AttributeError, "no attribute 'parameters': the model was changed in place", lambda r=report: r.parameters
-        )
-        hinted(TypeError, "is not callable: the model was changed in place", lambda r=report: r(torch.ones(4)))
-        assert copy.copy(report) == pickle.loads(pickle.dumps(report)) == report
-
-
-# Messages and settings
-
-
-def messages() -> list[str]:
-    """The package's strings, values in them replaced by "…"."""
-    found = []
-    for file in sorted((ROOT / "stablelora_kernels").rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
-                found.append("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return found
-
-
-def test_messages_are_the_codes() -> None:
-    """Each message and reason that the index of errors quotes is one of the code's."""
-    rows = [line for line in text_of("reference/errors.md").splitlines() if line[:2] == "- "]
-    quoted = [span for row in rows for span in re.findall(r"`([^`]+)`", row) if span.count(" ") > 2]
-    assert len(quoted) > 80
-    known = messages()
-    # "…" at an end stands for any text.
-    missing = [text for text in quoted if not any(text.strip("… ") in message for message in known)]
-    assert missing == []
-
-
-def test_environment_variables_are_the_documented_ones_and_read_at_first_use() -> None:
-    """Importing the package raises nothing; a wrong value is an error that names the right ones, a right one counts."""
-    rows = re.findall(r"^\| `(STABLELORA_\w+)` \| (.+?) \|", text_of("reference/backends.md"), re.M)
-    values = {name: re.findall(r"`(\w+)`", value) for name, value in rows}
-    assert values.keys() == {name for text in messages() for name in re.findall(r"STABLELORA_[A-Z]+", text)}
-    settings = [name for name in values if values[name]]
-    assert len(settings) == 3
-    code = (
-        "import json, os, stablelora_kernels as slk\n"
-        "def read(name):\n"
-        "    try: return str(getattr(slk, 'get' + name.removeprefix('STABLELORA').lower())())\n"
-        "    except ValueError as error: return str(error)\n"
-        f"wrong = [read(name) for name in {settings}]\n"
-        f"os.environ.update({ {name: values[name][-1] for name in settings} })\n"
-        f"print(json.dumps([wrong, [read(name) for name in {settings}]]))"
-    )
-    for name, wrong, right in zip(
-        settings, *json.loads(printed(code, **dict.fromkeys(settings, "bogus"))), strict=True
-    ):
-        assert f"the environment variable {name}" in wrong and all(f"'{value}'" in wrong for value in values[name])
-        assert right == (values[name][-1] if "AUTOTUNE" not in name else "True")
+    with pytest.raises(AttributeError, match=r"PEFT's .* takes a peft\.LoraConfig"):
+        peft.get_peft_model(model, config)
+    report = slk.apply_lora(model, config)
+    with pytest.raises(AttributeError, match="no attribute 'parameters': the model was changed in place"):
+        report.parameters()
+    with pytest.raises(TypeError, match="is not callable: the model was changed in place"):
+        report(torch.ones(4))

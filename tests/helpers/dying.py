@@ -20,8 +20,7 @@ import torch
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are forked and killed")
 NOBODY = 65534
 # What actions import, once for all of them; what is not installed is left out.
-PRELOAD = ["stablelora_kernels", "safetensors.torch", "tests.helpers.small_models", "examples.finetune",
-           "examples.replace_linear"]  # fmt: skip
+PRELOAD = ["stablelora_kernels", "safetensors.torch", "tests.helpers.small_models", "examples.replace_linear"]
 
 
 def in_child(action: Callable[[], Any]) -> int:

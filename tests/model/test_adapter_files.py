@@ -1,4 +1,4 @@
-"""The two files of an adapter are one unit: kills, no room, no rights, savers beside readers, PEFT, files of two saves."""
+"""The two files of an adapter are one unit, whoever dies, saves, reads or mixes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from stablelora_kernels.cli import main
@@ -26,12 +26,11 @@ from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, config_in
 from tests.helpers.dying import NOBODY, as_nobody, in_child, kills, needs_fork, with_room
 from tests.helpers.small_models import output, refused
 
-safetensors_torch = pytest.importorskip("safetensors.torch", reason="pip install .[test] brings safetensors")
+peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 pytestmark = needs_fork
 
 
 def save_as_peft(directory):
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     theirs = peft.get_peft_model(
         fresh(), peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     )
@@ -40,7 +39,6 @@ def save_as_peft(directory):
 
 def read_by_peft(directory):
     """PEFT's output with the adapter, or None if it finds none."""
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     try:
         return output(peft.PeftModel.from_pretrained(fresh(), directory).eval())
     except ValueError as error:
@@ -62,9 +60,6 @@ def leave_unfinished(directory, old, new):
     for _ in kills(partial(save_adapter, new, directory), prepare):
         if torch.equal(loaded(directory), output(new)):
             return
-
-
-# Kills
 
 
 WAS = ["nothing", "a directory", "the same config", "another config", "PEFT's", "an unfinished save"]
@@ -116,8 +111,8 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, o
 # No room, no rights
 
 
-def fail_to_save(model, directory, error, message):
-    with pytest.raises(error, match=message):
+def fail_to_save(model, directory, message):
+    with pytest.raises(OSError, match=message):
         save_adapter(model, directory)
 
 
@@ -130,7 +125,7 @@ def test_a_file_that_may_not_grow(tmp_path, old, new, exists, dies):
     if not exists:
         shutil.rmtree(directory)
     save = partial(save_adapter, new, directory)
-    fail = partial(fail_to_save, new, directory, OSError, f"{WEIGHTS_NAME} could not be written: .*File too large")
+    fail = partial(fail_to_save, new, directory, f"{WEIGHTS_NAME} could not be written: .*File too large")
     for room in (0, 8, weights // 2, weights - 1):
         assert in_child(partial(with_room, room, save if dies else fail, dies)) == (signal.SIGXFSZ if dies else 0)
         assert not exists or torch.equal(loaded(directory), output(old))
@@ -138,34 +133,6 @@ def test_a_file_that_may_not_grow(tmp_path, old, new, exists, dies):
         assert dies or not exists or sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME]
     save_adapter(new, directory)
     assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME] and os.listdir(tmp_path) == ["adapter"]
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_full_disk(tmp_path, old, new, exists):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        if exists:
-            save_adapter(old, disk / "adapter")
-        before = sorted(disk.rglob("*"))
-        filler = disk / "filler"
-        with pytest.raises(OSError, match="No space left"), open(filler, "wb", buffering=0) as file:
-            while True:
-                file.write(bytes(1024))
-        # From no room at all to room for one file.
-        for pages in range(4):
-            os.truncate(filler, filler.stat().st_size - 4096 * pages)
-            try:
-                save_adapter(new, disk / "adapter")
-                break
-            except OSError as error:
-                assert "No space left" in str(error) and sorted(disk.rglob("*")) == sorted([*before, filler])
-                assert not exists or torch.equal(loaded(disk / "adapter"), output(old))
-        assert pages > 0 and torch.equal(loaded(disk / "adapter"), output(new))
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.fixture
@@ -182,7 +149,7 @@ def place(old):
 def read_and_fail_to_write(directory, expected, model):
     assert torch.equal(loaded(directory / "adapter"), expected)
     for target in (directory / "adapter", directory / "new"):
-        fail_to_save(model, target, PermissionError, "Permission denied")
+        fail_to_save(model, target, "Permission denied")
 
 
 def test_a_read_only_directory_is_read_and_not_written(place, old, new):
@@ -245,8 +212,8 @@ def test_a_save_between_any_two_operations_of_a_reader(tmp_path, old, new, was):
 
 def save_repeatedly(model, directory):
     """In a process of its own, in which a file takes its time to be written, so that others come in between."""
-    write = safetensors_torch.save_file
-    safetensors_torch.save_file = lambda *args, **kwargs: time.sleep(0.002) or write(*args, **kwargs)
+    write = safetensors.torch.save_file
+    safetensors.torch.save_file = lambda *args, **kwargs: time.sleep(0.002) or write(*args, **kwargs)
     for _ in range(40):
         save_adapter(model, directory)
 
@@ -288,7 +255,6 @@ def test_files_of_two_saves_are_refused_by_every_reader(tmp_path, old, new, caps
     (tmp_path / "model").mkdir()
     for argv in (
         ["inspect", str(directory)],
-        ["inspect", str(directory / WEIGHTS_NAME)],
         ["merge", str(directory), "--into", str(tmp_path / "model"), "--out", str(tmp_path / "out")],
     ):
         assert main(argv) == 2
@@ -319,9 +285,3 @@ def test_peft_may_write_over_ours_and_we_over_peft(tmp_path, old, new):
     assert near(loaded(tmp_path), read_by_peft(tmp_path))
     save_adapter(new, tmp_path)
     assert torch.equal(loaded(tmp_path), output(new)) and near(read_by_peft(tmp_path), output(new))
-    # Its weights or its config alone beside ours have no stamp to contradict.
-    save_as_peft(tmp_path / "theirs")
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        save_adapter(adapted(2, lora_alpha=6), tmp_path / f"beside {name}")
-        shutil.copy(tmp_path / "theirs" / name, tmp_path / f"beside {name}")
-        assert near(loaded(tmp_path / f"beside {name}"), read_by_peft(tmp_path / f"beside {name}"))

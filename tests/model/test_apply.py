@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
-from tests.helpers.small_models import IDS, Model, fill_b, lora_config, output, reasons, refused, trainable
+from tests.helpers.small_models import IDS, Model, fill_b, lora_config, output, refused, trainable
 
 
 @pytest.fixture
@@ -22,35 +22,25 @@ def model():
 
 
 def test_every_replaced_module_is_in_the_report(model):
-    model.layers[0].eval()
     report = slk.apply_lora(
         model, lora_config(r=4, lora_alpha=6, lora_dropout=0.25, rank_pattern={"layers.1.q_proj": 3})
     )
     assert [m.name for m in report.replaced] == [f"layers.{i}.{n}_proj" for i in (0, 1) for n in "qv"]
     assert [(m.r, m.scaling) for m in report.replaced] == [(4, 1.5), (4, 1.5), (3, 2), (4, 1.5)]
     assert [(m.in_features, m.out_features, m.lora_alpha) for m in report.replaced] == [(8, 8, 6)] * 4
-    assert [layer.training for layer in lora_layers(model).values()] == [False, False, True, True]
     assert all(layer.lora_dropout == 0.25 for layer in lora_layers(model).values())
     assert report.trainable == 3 * 4 * 16 + 3 * 16 and report.total == sum(p.numel() for p in model.parameters())
-    assert (report.skipped, report.notes) == ((), ())
     assert slk.apply_lora(Model().to("meta"), lora_config()).trainable == 4 * 2 * 16
 
 
-def test_report_as_text(model):
-    config = lora_config(
-        target_modules=["q_proj", "embed", "norm"], r=4, rank_pattern={"k_proj": 3}, alpha_pattern={"k": 1},
-        exclude_modules=["k_proj"], modules_to_save=["lm_head", "score"],
-    )  # fmt: skip
-    assert str(slk.apply_lora(model, config)).splitlines() == [
-        "LoRA on 2 modules; 216 of 608 parameters train (35.53%)",
-        "  2 x q_proj: 8 -> 8, r 4, alpha 16, scaling 4",
-        "  skipped embed: Embedding is not an nn.Linear",
-        "  skipped layers.0.norm, layers.1.norm: LayerNorm is not an nn.Linear",
-        "  note: modules_to_save 'score' matches nothing",
-        "  note: rank_pattern 'k_proj' matches nothing",
-        "  note: alpha_pattern 'k' matches nothing",
-        "  note: exclude_modules ['k_proj'] matches nothing that target_modules does",
-    ]
+def test_patterns_and_names_that_match_nothing_are_noted(model):
+    patterns = {"rank_pattern": {"k_proj": 3}, "alpha_pattern": {"k": 1}, "exclude_modules": ["k_proj"]}
+    assert slk.apply_lora(model, lora_config(modules_to_save=["lm_head", "score"], **patterns)).notes == (
+        "modules_to_save 'score' matches nothing",
+        "rank_pattern 'k_proj' matches nothing",
+        "alpha_pattern 'k' matches nothing",
+        "exclude_modules ['k_proj'] matches nothing that target_modules does",
+    )
 
 
 def test_outputs_and_gradients_are_those_of_w_plus_scaled_ba(model):
@@ -68,11 +58,9 @@ def test_outputs_and_gradients_are_those_of_w_plus_scaled_ba(model):
     assert all(bool(p.grad.any()) for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian"])
-def test_init_is_passed_on(model, init):
-    slk.apply_lora(model, lora_config(init_lora_weights=init))
-    layer = model.layers[0].q_proj
-    assert bool(layer.lora_A.any()) and bool(layer.lora_B.any()) is (init is False)
+def test_init_is_passed_on(model):
+    slk.apply_lora(model, lora_config(init_lora_weights=False))
+    assert bool(model.layers[0].q_proj.lora_B.any())
 
 
 def test_a_tied_module_to_save_is_trained_alone():
@@ -84,20 +72,14 @@ def test_a_tied_module_to_save_is_trained_alone():
 
 
 def test_a_layer_in_two_places_stays_one():
-    def twice():
-        model = Model()
-        model.layers[1].q_proj = model.layers[0].q_proj
-        return model
-
-    model = twice()
+    model = Model()
+    model.layers[1].q_proj = model.layers[0].q_proj
     report = slk.apply_lora(model, lora_config(target_modules=["q_proj"]))
     assert [m.name for m in report.replaced] == ["layers.0.q_proj"]
     assert report.notes == ("'layers.0.q_proj' is registered in 2 places and stays one layer",)
     assert model.layers[0].q_proj is model.layers[1].q_proj and type(model.layers[1].q_proj) is slk.LoRALinear
     slk.remove_lora(model)
     assert type(model.layers[0].q_proj) is nn.Linear and model.layers[0].q_proj is model.layers[1].q_proj
-    report = slk.apply_lora(twice(), lora_config(target_modules=["layers.1.q_proj", "v_proj"]))
-    assert reasons(report) == {"layers.1.q_proj": "it is the same module as 'layers.0.q_proj', which is not matched"}
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -116,15 +98,6 @@ def test_hooks_move_and_their_handles_still_work(model):
     slk.remove_lora(model)
     model(IDS)
     assert calls == ["pre", "forward", "backward", "forward"]
-
-
-def test_lora_on_top_of_lora(model):
-    slk.apply_lora(model, lora_config(target_modules=["q_proj"]))
-    first = model.layers[0].q_proj
-    report = slk.apply_lora(model, lora_config())
-    assert [m.name for m in report.replaced] == ["layers.0.v_proj", "layers.1.v_proj"]
-    assert reasons(report) == dict.fromkeys(["layers.0.q_proj", "layers.1.q_proj"], "it is a LoRALinear already")
-    assert model.layers[0].q_proj is first and len(trainable(model)) == 8
 
 
 @pytest.mark.parametrize("merged_before", [False, True])
@@ -168,8 +141,6 @@ def test_a_model_without_lora_is_refused(model, action):
     message = r"model must have LoRALinear layers \(apply_lora makes them\), got a Model without any"
     with pytest.raises(ValueError, match=message):
         action(model)
-    with pytest.raises(ValueError, match="got a LoRALinear, which can't replace itself"):
-        slk.remove_lora(slk.LoRALinear(2, 2))
 
 
 class Interrupt(TorchDispatchMode):

@@ -11,24 +11,15 @@ from tests.helpers.small_models import Model, lora_config, refused
 
 REFUSED = [
     ("r", 0, ValueError, "r must be at least 1, got 0"),
-    ("r", True, TypeError, "r must be an int, got True"),
     ("lora_alpha", float("nan"), ValueError, "lora_alpha must be a finite number in (-inf, inf), got nan"),
-    ("lora_dropout", 1.0, ValueError, "lora_dropout must be a finite number in [0, 1), got 1.0"),
     ("target_modules", None, ValueError, "must be a list of names, 'all-linear' or a regular expression, got None"),
     ("target_modules", [], ValueError, "target_modules must name at least one module, got []"),
     ("target_modules", "(q", ValueError, "target_modules must be a regular expression, got '(q'"),
-    ("target_modules", [1], TypeError, "target_modules must be a string or a list of names, got [1]"),
-    ("exclude_modules", "*", ValueError, "exclude_modules must be a regular expression, got '*'"),
     ("modules_to_save", "head", TypeError, "modules_to_save must be a list of names or None, got the string 'head'"),
-    ("use_rslora", 1, TypeError, "use_rslora must be a bool, got 1 of type int"),
     ("init_lora_weights", "pissa", ValueError, "must be True, False or 'gaussian', got 'pissa'"),
     ("bias", "some", ValueError, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
     ("rank_pattern", {"q": 0}, ValueError, "rank_pattern['q'] must be at least 1, got 0"),
-    ("rank_pattern", {"(": 1}, ValueError, "rank_pattern must be a regular expression, got '('"),
-    ("rank_pattern", [1], TypeError, "rank_pattern must be a dict of name patterns, got [1]"),
     ("alpha_pattern", {"q": float("inf")}, ValueError, "alpha_pattern['q'] must be a finite number in"),
-    ("fan_in_fan_out", 1, TypeError, "fan_in_fan_out must be a bool, got 1 of type int"),
-    ("task_type", 3, TypeError, "task_type must be a string or None, got 3"),
 ]
 
 
@@ -38,27 +29,13 @@ def test_config_refuses(field, value, error, message):
         lora_config(**{field: value})
 
 
-def test_config_copies_what_it_checked_and_takes_sets_and_tuples():
-    names, ranks = ["q_proj"], {"q_proj": 3}
-    config = lora_config(target_modules=names, rank_pattern=ranks)
-    names.append("v_proj")
-    ranks["q_proj"] = -1
-    assert (config.target_modules, config.rank_pattern) == (["q_proj"], {"q_proj": 3})
-    config = lora_config(target_modules={"v_proj", "q_proj"}, exclude_modules=("a",), rank_pattern=None)
-    assert (config.target_modules, config.exclude_modules, config.rank_pattern) == (["q_proj", "v_proj"], ["a"], {})
-    assert len({lora_config(), lora_config(lora_alpha=16.0), lora_config(rank_pattern={"q": 1})}) == 2
-
-
 QV = ["q_proj", "v_proj"]
 CHOICES = [
-    {"target_modules": ["q_proj"]},
     {"target_modules": ["layers.1.q_proj", "v_proj"]},
     {"target_modules": ["proj"]},
-    {"target_modules": r".*\.1\..*_proj"},
     {"target_modules": r".*q_proj|lm_head"},
     {"target_modules": "All-Linear"},
     {"target_modules": "all-linear", "exclude_modules": ["v_proj"]},
-    {"target_modules": QV, "bias": "lora_only"},
     {"target_modules": QV, "exclude_modules": r"layers\.0\..*"},
     {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
     {"target_modules": ["q_proj"], "modules_to_save": ["head"]},
@@ -95,16 +72,11 @@ def test_matches_what_peft_matches(kwargs):
 
 def test_pefts_configs_beyond_plain_lora_are_refused():
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    names = {"target_modules": ["q_proj"]}
     for config, message in (
-        (
-            peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
-            "the LoraConfig must use plain LoRA, got use_dora=True",
-        ),
-        (peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0]), "write them as a regular expression"),
-        (
-            peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
-            "peft_type in the IA3Config must be 'LORA'",
-        ),
+        (peft.LoraConfig(**names, use_dora=True), "the LoraConfig must use plain LoRA, got use_dora=True"),
+        (peft.LoraConfig(**names, layers_to_transform=[0]), "write them as a regular expression"),
+        (peft.IA3Config(**names, feedforward_modules=[]), "peft_type in the IA3Config must be 'LORA'"),
     ):
         with refused(model := Model(), ValueError, message):
             apply_lora(model, config)

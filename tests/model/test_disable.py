@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import stablelora_kernels as slk
-from stablelora_kernels.model.modules import lora_layers
 from tests.helpers.peft_models import make as make_peft
 from tests.helpers.quantized_weights import K, N, bnb_4bit
 from tests.helpers.small_models import IDS, Model, fill_b, llama, lora_config, lora_over, output, trainable
@@ -49,8 +45,7 @@ MODELS = {
     "fused projections": lambda: adapted(llama(), fuse_projections=True, **ALL),
     "PEFT": lambda: with_peft(False),
     "PEFT, accelerated": lambda: with_peft(True),
-    "PEFT's modules_to_save": lambda: with_peft(False, modules_to_save=["lm_head"]),
-    "PEFT's modules_to_save, accelerated": lambda: with_peft(True, modules_to_save=["lm_head"]),
+    "PEFT's modules_to_save": lambda: with_peft(True, modules_to_save=["lm_head"]),
 }
 
 
@@ -108,35 +103,18 @@ def test_copies_made_in_the_block_are_not_in_it():
     with slk.disable_lora(nn.DataParallel(model)):
         twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
         assert all(torch.equal(output(twin), active) for twin in twins) and torch.equal(output(model), base)
-        # A replica of DataParallel is the same layer.
-        layer, x = model.layers[0].q_proj, torch.randn(2, 8)
-        replica = layer._replicate_for_data_parallel()
-        for name, parameter in layer.named_parameters():
-            setattr(replica, name, parameter)
-        assert torch.equal(replica(x), layer(x))
     assert all(torch.equal(output(twin), active) for twin in twins)
 
 
-def test_blocks_of_two_threads_overlap():
-    """The model is off for all threads until the last block ends."""
+def test_blocks_overlap():
+    """The model is off until the last block ends, whichever was the first."""
     model, base = adapted()
-    active = output(model)
-    entered, leave, found = threading.Event(), threading.Event(), []
-
-    def other():
-        with slk.disable_lora(model):
-            entered.set()
-            assert leave.wait(30)
-            found.append(output(model))
-
-    thread = threading.Thread(target=other)
-    with slk.disable_lora(model):
-        thread.start()
-        assert entered.wait(30)
+    active, first, second = output(model), slk.disable_lora(model), slk.disable_lora(model)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
     assert torch.equal(output(model), base)
-    leave.set()
-    thread.join()
-    assert torch.equal(found[0], base) and torch.equal(output(model), active)
+    second.__exit__(None, None, None)
+    assert torch.equal(output(model), active)
 
 
 def test_a_compiled_model_is_compiled_once_more():
@@ -153,8 +131,6 @@ def test_a_compiled_model_is_compiled_once_more():
         torch.testing.assert_close(output(compiled), active)
         with slk.disable_lora(compiled):
             torch.testing.assert_close(output(compiled), base)
-            with slk.disable_lora(model):
-                torch.testing.assert_close(output(compiled), base)
     assert len(graphs) == 2
 
 
@@ -175,70 +151,19 @@ def test_a_block_inside_of_compiled_code():
             torch.testing.assert_close(found, expected)
 
 
-def checkpointed():
-    """A body with LoRA, an input, and the gradient that its base gives the input."""
-    torch.manual_seed(0)
-    body = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
-    x = torch.randn(5, 8, requires_grad=True)
-    (expected,) = torch.autograd.grad(body(x).square().sum(), x)
-    slk.apply_lora(body, lora_config(target_modules=["0", "2"]))
-    fill_b(body)
-    return body, x, expected
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_blocks_are_recomputed_in_the_block(reentrant):
-    """Backward inside of the block gives the base's gradients. Of a forward without gradients nothing is recomputed."""
-    body, x, expected = checkpointed()
-
-    def model():
-        return checkpoint(body, x, use_reentrant=reentrant).square().sum()
-
-    def grads():
-        return [layer.lora_A.grad.clone() for layer in lora_layers(body).values()]
-
-    with slk.disable_lora(body):
-        model().backward()
-    assert torch.equal(x.grad, expected) and all(p.grad is None for p in body.parameters())
-    model().backward()
-    alone = grads()
-    body.zero_grad()
-    # As DPO does it.
-    policy = model()
-    with torch.no_grad(), slk.disable_lora(body):
-        reference = model()
-    (policy + reference).backward()
-    assert all(map(torch.equal, grads(), alone))
-
-
-def test_checkpointed_blocks_that_are_recomputed_after_the_block_raise():
-    """PyTorch notices that the recomputed block saves other tensors. context_fn disables the layers for the recomputation."""
-    body, x, expected = checkpointed()
-    with slk.disable_lora(body):
-        y = checkpoint(body, x, use_reentrant=False)
-    with pytest.raises(CheckpointError):
-        y.square().sum().backward()
-    with slk.disable_lora(body):
-        y = checkpoint(body, x, use_reentrant=False, context_fn=lambda: (nullcontext(), slk.disable_lora(body)))
-    x.grad = None
-    y.square().sum().backward()
-    assert torch.equal(x.grad, expected)
-
-
 SAVED = r"model must keep what its base model computes, got modules_to_save=\['lm_head'\]"
 REFUSED = {
-    "no module": (lambda: "model", TypeError, r"model must be an nn\.Module, got str"),
-    "no LoRA": (lambda: nn.Linear(2, 2), ValueError, "got a Linear without any"),
-    "modules_to_save": (lambda: nn.DataParallel(adapted(modules_to_save=["lm_head"])[0]), ValueError, SAVED),
-    "biases": (lambda: adapted(bias="lora_only")[0], ValueError, "got bias='lora_only'"),
-    "PEFT's biases": (lambda: make_peft(bias="all"), ValueError, "got bias='all'"),
-    "a layer's bias": (lambda: adapted(bias="all")[0].layers[0].q_proj, ValueError, "got a bias that trains"),
+    "no LoRA": (lambda: nn.Linear(2, 2), "got a Linear without any"),
+    "modules_to_save": (lambda: nn.DataParallel(adapted(modules_to_save=["lm_head"])[0]), SAVED),
+    "biases": (lambda: adapted(bias="lora_only")[0], "got bias='lora_only'"),
+    "PEFT's biases": (lambda: make_peft(bias="all"), "got bias='all'"),
+    "a layer's bias": (lambda: adapted(bias="all")[0].layers[0].q_proj, "got a bias that trains"),
 }
 
 
-@pytest.mark.parametrize(("make", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused(make, error, message):
-    with pytest.raises(error, match=message), slk.disable_lora(make()):
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message), slk.disable_lora(make()):
         pass
 
 
@@ -254,7 +179,3 @@ def test_a_4_bit_layer_is_as_before():
         layer(x.bfloat16())
     assert layer.bias.dtype == torch.float32 and torch.equal(layer.bias, bias)
     assert base.compute_dtype is None and torch.equal(layer(x), before)
-    # As .to() does it: the new parameters are registered in the LoRA layer alone.
-    layer.bias = nn.Parameter(torch.zeros(N), requires_grad=False)
-    with slk.disable_lora(layer):
-        torch.testing.assert_close(layer(x), base(x) - base.bias)

@@ -14,7 +14,7 @@ from stablelora_kernels.model.modules import lora_layers
 from tests.helpers.adapters import CONFIG_NAME, config_in
 from tests.helpers.small_models import Model, fill_b, gpt2, llama, output, trainable
 
-pytest.importorskip("safetensors.torch", reason="safetensors is not installed (pip install .[test])")
+peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 
 
 class Small(Model):
@@ -30,7 +30,6 @@ class Small(Model):
 
 MODELS = {
     "torch": Small,
-    "llama": lambda: llama(attention_bias=True),
     "tied llama": lambda: llama(attention_bias=True, tie_word_embeddings=True),
     "gpt2": gpt2,
 }
@@ -54,47 +53,29 @@ def train(model):
                 module.num_batches_tracked += 3
 
 
-PLAIN, TIED = ("torch", "llama"), ("torch", "llama", "tied llama")
-CONV1D = {"target_modules": ["c_attn", "c_proj"]}
-# The models and the config.
+# A model and the config.
 CASES = {
-    "plain": (PLAIN, {}),
-    "rslora": (PLAIN, {"use_rslora": True, "r": 3}),
-    "patterns": (PLAIN, {"rank_pattern": {"layers.1..*q_proj": 4}, "alpha_pattern": {"v_proj": 1.5, "q_proj": 5}}),
-    "all-linear": (TIED, {"target_modules": "all-linear"}),
-    "regex": (PLAIN, {"target_modules": r".*layers\.1\..*[qv]_proj", "exclude_modules": r".*v_proj"}),
-    "lora_only": (PLAIN, {"bias": "lora_only"}),
-    "all biases": (PLAIN, {"bias": "all"}),
-    "modules_to_save": (TIED, {"modules_to_save": ["lm_head"], "bias": "lora_only"}),
-    "buffers": (("torch",), {"modules_to_save": ["score", "norm"], "bias": "all"}),
-    "one of two to save": (("torch",), {"modules_to_save": ["classifier", "score"]}),
-    "tied modules_to_save": (("tied llama",), {"modules_to_save": ["embed_tokens", "lm_head"]}),
-    "conv1d": (("gpt2",), CONV1D),
-    "conv1d, lora_only": (("gpt2",), CONV1D | {"bias": "lora_only"}),
-    "conv1d, all biases": (("gpt2",), CONV1D | {"bias": "all"}),
+    "rslora": ("torch", {"use_rslora": True, "r": 3}),
+    "patterns": ("torch", {"rank_pattern": {"layers.1..*q_proj": 4}, "alpha_pattern": {"v_proj": 1.5, "q_proj": 5}}),
+    "all-linear": ("torch", {"target_modules": "all-linear"}),
+    "regex": ("torch", {"target_modules": r".*layers\.1\..*[qv]_proj", "exclude_modules": r".*v_proj"}),
+    "buffers": ("torch", {"modules_to_save": ["score", "norm"], "bias": "all"}),
+    "one of two to save": ("torch", {"modules_to_save": ["classifier", "score"], "bias": "lora_only"}),
+    "all-linear llama": ("tied llama", {"target_modules": "all-linear"}),
+    "modules_to_save": ("tied llama", {"modules_to_save": ["lm_head"], "bias": "lora_only"}),
+    "tied modules_to_save": ("tied llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "bias": "all"}),
 }
-BY_DAY = ("plain", "all-linear", "modules_to_save")
-both = pytest.mark.parametrize(
-    ("kind", "case"),
-    [
-        pytest.param(kind, case, marks=pytest.mark.nightly if kind == "llama" and case not in BY_DAY else ())
-        for case, (kinds, _) in CASES.items()
-        for kind in kinds
-    ],
-)
-
-
-def kwargs_of(case):
-    return {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]} | CASES[case][1]
+both = pytest.mark.parametrize(("kind", "config"), CASES.values(), ids=CASES)
+BASE = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 
 
 @both
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_peft_loads_what_we_save(kind, case, tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+def test_peft_loads_what_we_save(kind, config, tmp_path):
     ours, second = make(kind), make(kind)
     before = output(ours)
-    slk.apply_lora(ours, slk.LoRAConfig(**kwargs_of(case)))
+    slk.apply_lora(ours, slk.LoRAConfig(**BASE | config))
     train(ours)
     slk.save_adapter(ours, tmp_path)
     with warnings.catch_warnings():
@@ -116,9 +97,8 @@ def test_peft_loads_what_we_save(kind, case, tmp_path):
 
 @both
 @pytest.mark.filterwarnings("ignore")
-def test_we_load_what_peft_saves(kind, case, tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-    theirs = peft.get_peft_model(make(kind), peft.LoraConfig(**kwargs_of(case))).eval()
+def test_we_load_what_peft_saves(kind, config, tmp_path):
+    theirs = peft.get_peft_model(make(kind), peft.LoraConfig(**BASE | config)).eval()
     train(theirs)
     theirs.save_pretrained(tmp_path)
     ours, expected = make(kind), output(theirs)
@@ -160,13 +140,11 @@ def test_layers_made_by_hand_are_described(tmp_path, layers, targets):
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({own: 2}, {own: 7})
     slk.load_adapter(second, tmp_path)
     assert torch.equal(output(second), output(ours)) and list(lora_layers(second)) == list(lora_layers(ours))
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     theirs = peft.PeftModel.from_pretrained(make_two(), tmp_path).eval()
     torch.testing.assert_close(output(theirs), output(ours))
 
 
 def test_a_config_without_alpha_means_pefts_default(tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     model = Model()
     slk.apply_lora(model, slk.LoRAConfig(r=2, target_modules=["q_proj"]))
     slk.save_adapter(model, tmp_path)

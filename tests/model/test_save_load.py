@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import pickle
 import re
@@ -10,12 +9,11 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.cli import main
 from stablelora_kernels.model.modules import lora_layers
-from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, config_in, edit_config, edit_tensors, fresh
+from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, edit_config, edit_tensors, fresh
 from tests.helpers.small_models import fill_b, llama, lora_config, output, refused
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="pip install .[test] brings safetensors")
@@ -50,24 +48,6 @@ def test_dtype_is_kept(dtype, tmp_path):
                 assert found.dtype == expected and torch.equal(found, wanted.to(expected))
 
 
-def test_saving_a_layer_in_two_places_warns(tmp_path):
-    def twice():
-        model = fresh()
-        model.layers[1].q_proj = model.layers[0].q_proj
-        return model
-
-    ours, second = twice(), twice()
-    # What is skipped is not claimed.
-    slk.apply_lora(ours, lora_config(target_modules=["q_proj", "norm"]))
-    fill_b(ours)
-    message = "'layers.0.q_proj' is registered in 2 places; load_adapter adapts them all, peft only the first"
-    with pytest.warns(UserWarning, match=message):
-        slk.save_adapter(ours, tmp_path)
-    assert config_in(tmp_path)["target_modules"] == ["q_proj"]
-    slk.load_adapter(second, tmp_path)
-    assert torch.equal(output(second), output(ours))
-
-
 def test_what_does_not_change_the_result_is_accepted(model, saved):
     edit_config(
         saved, layers_to_transform=[0, 1], layers_pattern="layers", init_lora_weights="orthogonal", task_type="CAUSAL_LM",
@@ -81,31 +61,17 @@ def test_what_does_not_change_the_result_is_accepted(model, saved):
         assert torch.equal(output(each), expected)
 
 
-def test_the_task_is_kept_and_peft_finds_the_class(tmp_path):
+def test_peft_finds_the_models_class(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
     torch.manual_seed(0)
     llama().save_pretrained(tmp_path / "base")
-    model, second = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval() for _ in range(2))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     slk.apply_lora(model, lora_config())
     fill_b(model)
     slk.save_adapter(model, tmp_path / "adapter")
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     torch.testing.assert_close(output(theirs), output(model))
-    # A task that a file or a config names stays, whatever the class.
-    edit_config(tmp_path / "adapter", task_type="FEATURE_EXTRACTION")
-    slk.load_adapter(second, tmp_path / "adapter")
-    slk.save_adapter(second, tmp_path / "again")
-    assert config_in(tmp_path / "again")["task_type"] == "FEATURE_EXTRACTION"
-
-
-def test_a_model_of_torchs_own_classes_says_so(tmp_path):
-    model = nn.Sequential(nn.Linear(4, 4))
-    slk.apply_lora(model, lora_config(target_modules=["0"]))
-    slk.save_adapter(model, tmp_path)
-    config = config_in(tmp_path)
-    assert config["task_type"] is None and config["auto_mapping"]["base_model_class"] == "Sequential"
-    assert config["auto_mapping"]["parent_library"].startswith("torch.")
 
 
 def of_two_scalings(model):
@@ -113,36 +79,19 @@ def of_two_scalings(model):
     return model
 
 
-def with_complex_buffer(_):
-    model = fresh()
-    slk.apply_lora(model, lora_config(modules_to_save=["lm_head"]))
-    model.lm_head.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
-    return model
-
-
 REFUSED = {
-    "no LoRA": (lambda model: fresh(), ValueError, r"model must have LoRALinear layers \(apply_lora makes them\), got a Model"),
-    "a layer": (lambda model: slk.LoRALinear(2, 2), ValueError, "got a LoRALinear, which has no name in a file"),
-    "no module": (lambda model: {}, TypeError, "model must be an nn.Module, got dict"),
-    "on meta": (lambda model: copy.deepcopy(model).to("meta"), ValueError, "must hold values, got .* on the meta device"),
-    "two scalings": (of_two_scalings, ValueError, "use_rslora must be one value for all layers, got both; lm_head differ"),
-    "a dtype": (with_complex_buffer, ValueError, "lm_head.phase must be of a dtype that safetensors can hold, got .*complex128"),
+    "no LoRA": (lambda model: fresh(), r"model must have LoRALinear layers \(apply_lora makes them\), got a Model"),
+    "a layer": (lambda model: slk.LoRALinear(2, 2), "got a LoRALinear, which has no name in a file"),
+    "on meta": (lambda model: model.to("meta"), "must hold values, got .* on the meta device"),
+    "two scalings": (of_two_scalings, "use_rslora must be one value for all layers, got both; lm_head differ"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_save_refuses(model, saved, make, error, message):
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_save_refuses(model, saved, make, message):
+    with pytest.raises(ValueError, match=message):
         slk.save_adapter(make(model), saved.parent / "x")
     assert os.listdir(saved.parent) == ["adapter"]
-
-
-def test_save_refuses_a_file(model, saved):
-    with pytest.raises(ValueError, match=f"path must be a directory, got the file '.*{CONFIG_NAME}'"):
-        slk.save_adapter(model, saved / CONFIG_NAME)
-
-
-# What load_adapter refuses
 
 
 class Bomb:
@@ -169,7 +118,7 @@ def write(name, content, instead_of=None):
 Q0 = "base_model.model.layers.0.q_proj"
 A0, B0 = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
 # fmt: off
-# Files that every reader refuses.
+# What is done to the files, and what every reader says.
 BROKEN = {
     "a pickle": (
         write("adapter_model.bin", pickle.dumps(Bomb()), instead_of=WEIGHTS_NAME),
@@ -178,15 +127,8 @@ BROKEN = {
     "a pickle by another name": (write(WEIGHTS_NAME, pickle.dumps(Bomb())), "must be a safetensors file, got one that cannot"),
     "no JSON": (write(CONFIG_NAME, b"{"), "must be JSON, got text that is not"),
     "deep JSON": (write(CONFIG_NAME, b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "must be JSON of a few levels, got it nested"),
-    "a list": (write(CONFIG_NAME, b"[]"), "must hold a JSON object, got a list"),
     "no config": (lambda path: (path / CONFIG_NAME).unlink(), f"must hold {CONFIG_NAME}, got .* without it"),
-    "no weights": (lambda path: (path / WEIGHTS_NAME).unlink(), f"must hold {WEIGHTS_NAME}, got .* without it"),
-}
-# Fields that a reader of the config refuses.
-FIELDS = {
     "an endless alpha": (config(lora_alpha=10**400), rf"{CONFIG_NAME}: lora_alpha.* must be a finite number in .*, got 1000"),
-    "alpha as a list": (config(lora_alpha=[6]), rf"{CONFIG_NAME}: lora_alpha.* must be a number, got \[6\]"),
-    "a list of patterns": (config(alpha_pattern=[1]), r"alpha_pattern must be a dict of name patterns, got \[1\]"),
     "an endless pattern": (
         config(rank_pattern={"a{99999999999}": 1}), "rank_pattern must be a regular expression, got 'a.9999",
     ),
@@ -194,19 +136,15 @@ FIELDS = {
 # fmt: on
 
 
-@pytest.mark.parametrize("name", [*BROKEN, *FIELDS])
-def test_broken_files_are_refused_by_every_reader(saved, model, capsys, name):
-    damage, message = (BROKEN | FIELDS)[name]
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
+def test_broken_files_are_refused_by_every_reader(saved, model, capsys, damage, message):
     damage(saved)
     for target in (model, fresh()):
         with refused(target, (ValueError, TypeError), message):
             slk.load_adapter(target, saved)
-    merge = ["merge", str(saved), "--into", str(saved), "--out", str(saved / "out")]
-    for command in (["inspect", str(saved)], *[merge] * (name in BROKEN)):
-        status, told = main(command), capsys.readouterr()
-        assert status == 2 and told.out == "" and told.err.count("\n") == 1 and len(told.err) < 600
-        assert re.search(message, told.err)
-    assert not (saved / "out").exists()
+    status, told = main(["inspect", str(saved)]), capsys.readouterr()
+    assert status == 2 and told.out == "" and told.err.count("\n") == 1 and len(told.err) < 600
+    assert re.search(message, told.err)
 
 
 # Into a model without layers, one with this adapter's layers, or both.
@@ -222,12 +160,9 @@ MISFITS = {
     ),
     "a rank": (put(A0, torch.ones(4, 8)), r"layers.0.q_proj.lora_A.weight in .* must be \[2, 8\], got \[4, 8\]", BOTH),
     "integers": (put(B0, torch.ones(8, 2, dtype=torch.int8)), "lora_B.weight in .* must be one of .*, got torch.int8", BOTH),
-    "IA3": (config(peft_type="IA3"), "peft_type in .* must be 'LORA', got 'IA3'", BOTH),
     "DoRA": (config(use_dora=True, x=[1]), r"must use plain LoRA, got use_dora=True, x=\[1\], which is not supported", BOTH),
     "PiSSA": (config(init_lora_weights="pissa"), "init_lora_weights must be True, False or 'gaussian', got 'pissa'", BOTH),
-    "r 0": (config(r=0), f"{CONFIG_NAME}: r must be at least 1, got 0", BOTH),
     "other targets": (config(target_modules=["q_proj"]), "got layers.0.v_proj.lora_A.weight, .* beyond that", NEW),
-    "no such target": (config(target_modules=["k_proj"]), "target_modules must match an nn.Linear of the model", NEW),
     "the model's r": (config(r=3), "r of 'layers.0.q_proj' is 2 in the model, got 3 in ", OLD),
     "the model's alpha": (config(lora_alpha=8), "lora_alpha of 'layers.0.q_proj' is 16 in the model, got 8 in ", OLD),
     "the model's scaling": (config(use_rslora=True), "use_rslora of .* is False in the model, got True in ", OLD),
@@ -254,34 +189,12 @@ def test_a_merged_model_and_one_without_values_are_refused(saved, model):
         slk.load_adapter(fresh().to("meta"), saved)
 
 
-def test_directories_that_are_none(saved):
-    for path, found in (("a/b/c", "nothing there"), (saved / WEIGHTS_NAME, "a file")):
-        with pytest.raises(ValueError, match=rf"path must be a directory on this machine .* got '{path}' \({found}\)"):
-            slk.load_adapter(fresh(), path)
-
-
-def test_an_adapter_on_a_layer_that_is_skipped_says_why(tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-
-    def make():
-        return nn.ModuleDict({"enc": nn.TransformerEncoderLayer(4, 2, 4), "out": nn.Linear(4, 4)})
-
-    peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["linear1", "out"])).save_pretrained(tmp_path)
-    message = "got enc.linear1.lora_A.weight, enc.linear1.lora_B.weight beyond that; enc.linear1: nn.TransformerEncoder"
-    with pytest.raises(ValueError, match=message):
-        slk.load_adapter(make(), tmp_path)
-
-
-def test_without_safetensors_or_numpy(saved, model, tmp_path, monkeypatch):
-    for module, calls in (("safetensors.torch", (slk.save_adapter, slk.load_adapter)), ("numpy", (slk.save_adapter,))):
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, module, None)
-            for call in calls:
-                with pytest.raises(ImportError, match=rf"needs {module[:5]}.*: pip install 'stablelora-kernels\[adapt"):
-                    call(model, tmp_path / "new")
-            if module == "numpy":
-                slk.load_adapter(fresh(), saved)
-    assert not (tmp_path / "new").exists()
+@pytest.mark.parametrize("module", ["safetensors.torch", "numpy"])
+def test_without_what_saving_needs(model, saved, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"needs {module[:5]}.*: pip install 'stablelora-kernels\[adapt"):
+        slk.save_adapter(model, saved.parent / "new")
+    assert os.listdir(saved.parent) == ["adapter"]
 
 
 @pytest.mark.parametrize("has_lora", [False, True])
@@ -290,10 +203,9 @@ def test_modules_to_save_of_another_kind_are_refused(tmp_path, has_lora):
     slk.apply_lora(model, lora_config(modules_to_save=["lm_head"]))
     slk.save_adapter(model, tmp_path)
     target = model if has_lora else fresh()
-    for dtype in (torch.int64, torch.bool, torch.complex64):
-        put("base_model.model.lm_head.weight", torch.ones(11, 8).to(dtype))(tmp_path)
-        with refused(target, ValueError, rf"lm_head.weight in .* must be torch.float32 or alike, got {dtype}"):
-            slk.load_adapter(target, tmp_path)
+    put("base_model.model.lm_head.weight", torch.ones(11, 8, dtype=torch.int64))(tmp_path)
+    with refused(target, ValueError, "lm_head.weight in .* must be torch.float32 or alike, got torch.int64"):
+        slk.load_adapter(target, tmp_path)
     put("base_model.model.lm_head.weight", torch.ones(11, 8, dtype=torch.float16))(tmp_path)
     slk.load_adapter(target, tmp_path)
     assert torch.equal(target.lm_head.weight, torch.ones(11, 8))

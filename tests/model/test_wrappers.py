@@ -65,7 +65,6 @@ def shard(model: Model, blocks: bool) -> Model:
 # What a user may have around a model, in processes that are in contact.
 AROUND = {
     "ddp": DistributedDataParallel,
-    "compiled ddp": lambda model: compile_(DistributedDataParallel(model)),
     "ddp of compiled parts": lambda model: DistributedDataParallel(with_parts(model, compile_)),
     "fsdp": lambda model: shard(model, blocks=True),
     # A forward leaves the root's parameters whole.
@@ -102,25 +101,9 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
         assert files(tmp_path / name) == files(tmp_path / "alone"), name
 
 
-def with_wrapped_head(model: Model) -> Model:
-    model.lm_head = compile_(model.lm_head)
-    return model
-
-
-IN_ONE_PROCESS = {
-    "compiled": compile_,
-    "compiled parts": lambda model: with_parts(model, compile_),
-    "a compiled saved module": with_wrapped_head,
-    "checkpointed": checkpoint_wrapper,
-    "checkpointed parts": lambda model: with_parts(model, checkpoint_wrapper),
-    "DataParallel": nn.DataParallel,
-}
-
-
-@pytest.mark.parametrize("around", IN_ONE_PROCESS.values(), ids=IN_ONE_PROCESS)
-def test_in_one_process(tmp_path: Path, around) -> None:
+def test_data_parallel(tmp_path: Path) -> None:
     slk.save_adapter(make(seed=1), tmp_path / "alone")
-    save_and_load(around, tmp_path / "wrapped")
+    save_and_load(nn.DataParallel, tmp_path / "wrapped")
     assert files(tmp_path / "wrapped") == files(tmp_path / "alone")
 
 
