@@ -14,7 +14,7 @@ from stablelora_kernels.testing import EPS
 from tests.helpers.inputs import BF16, DTYPES, FP16, FP32
 from tests.helpers.oracle import check_all, layer_oracle, run_layer
 from tests.helpers.peft_models import assert_equal_to_pefts, config, make, one_layer, peft, results
-from tests.helpers.small_models import IDS, Model, llama, output
+from tests.helpers.small_models import IDS, Model, output
 
 lora = peft.tuners.lora
 pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias.*")
@@ -141,18 +141,6 @@ def test_dropout_is_the_ops_in_training_only(backend):
         torch.manual_seed(1)
         p = 0.6 if trains else 0.0
         assert torch.equal(found, lora_linear(x, base.weight, base.bias, *pair, layer.scaling["default"], p))
-
-
-def test_generate(backend, calls):
-    model = make(("more", {}), model=llama(pad_token_id=0))
-    ids = torch.tensor([[1, 5, 7], [1, 9, 3]])
-    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
-    modes = ({}, {"num_beams": 2}, {"adapter_names": ["more", "__base__"]})
-    expected = [model.generate(**options, **mode) for mode in modes]
-    slk.accelerate_peft(model)
-    for mode, tokens in zip(modes, expected, strict=True):
-        assert torch.equal(model.generate(**options, **mode), tokens)
-    assert calls.layers["lora_linear"] and calls.layers["lora_branch"]
 
 
 def test_inputs_of_any_shape_and_those_that_do_not_fit(backend):
