@@ -124,7 +124,9 @@ FUSED = {
     ],
 }  # fmt: skip
 HALVES = ("y = self.gate_up_proj(x)", "d(silu(a) * b)")
-CUTS = ["y.chunk(2)", "y.chunk(3, dim=-1)[:2]", "(y[..., :3], y[..., 3:])", "(y.chunk(2, dim=-1)[0], y)"]
+CUTS = [
+    "y.chunk(2)", "y.chunk(2, dim=1)", "y.chunk(3, dim=-1)[:2]", "(y[..., :3], y[..., 3:])", "(y.chunk(2, dim=-1)[0], y)",
+]  # fmt: skip
 REFUSED = {
     "calls (clamp|add_|dropout|sigmoid|__bool__|__getitem__|contiguous)$": [
         "d(self.act_fn(g.clamp(max=7)) * u)", "in_place(d(silu(g) * u), x)", "d(F.dropout(silu(g)))",
@@ -140,6 +142,7 @@ REFUSED = {
         asks("torch.is_inference_mode_enabled()"), ("silu(u, inplace=True)", SWIGLU),
         ("h = silu(g) * u", "silu(g, inplace=True)", "d(h)"), ("h = silu(g) * u", "silu(x, inplace=True)", "d(h)"),
         ("h = silu(g) * u", "h = h * self.mean if hasattr(self, 'mean') else h", "d(h)"),
+        ("a, b = self.gate_up_proj(x).chunk(2, -1)", "d(silu(a, inplace=True) * b)"),
     ],
     "reads '[a-z_.]+', an? .+, which may change unseen": [
         ("h = silu(g) * u", "d(F.dropout(h, 0.1) if self.training else h)"), "F.linear(x, self.gate_proj.weight)",

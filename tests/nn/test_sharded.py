@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,30 @@ def save_and_load(rank: int, place: Path) -> None:
     assert type(cut["0.up"]) is LoRAShardedLinear and type(plain["0.up"]) is slk.LoRALinear
 
 
+def cut(mesh: DeviceMesh, *placements: Any) -> nn.Linear:
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, HIDDEN, bias=False)
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, placements))
+    return linear
+
+
+def any_placement(placement: Any, given: Any) -> None:
+    """Of the weight and of x."""
+    mesh = init_device_mesh("cpu", (2,))
+    layer = slk.LoRALinear.from_linear(cut(mesh, placement), r=3, init_lora_weights=False)
+    assert type(layer) is LoRAShardedLinear and layer.lora_A.placements[0].is_shard() == (placement == Shard(1))
+    plain = slk.LoRALinear(WIDTH, HIDDEN, bias=False, r=3)
+    for name in ("weight", "lora_A", "lora_B"):
+        getattr(plain, name).data = whole(getattr(layer, name))
+    x, grad = torch.randn(5, WIDTH), torch.randn(5, HIDDEN)
+    y, expected = layer(distribute_tensor(x, mesh, [given])), plain(x)
+    expected.backward(grad)
+    y.backward(distribute_tensor(grad, mesh, [Replicate()]))
+    near(f"{placement}, {given}", whole(y), expected.detach())
+    for name in ("lora_A", "lora_B"):
+        near(f"{placement}, {given}: {name}", whole(getattr(layer, name).grad), getattr(plain, name).grad)
+
+
 def two(rank: int, world: int, place: Path) -> None:
     save_and_load(rank, place)
     for case in CASES:
@@ -238,6 +263,8 @@ def two(rank: int, world: int, place: Path) -> None:
     for backend in ("torch", "triton"):
         masks(rank, backend)
     merging(rank)
+    for placements in itertools.product((Replicate(), Shard(0), Shard(1)), repeat=2):
+        any_placement(*placements)
 
 
 def four(rank: int, world: int, place: Path) -> None:
@@ -292,32 +319,6 @@ def test_projections_that_were_computed_together(mesh: DeviceMesh) -> None:
         parallelize_module(model, mesh, {"q_proj": LoRAColwiseParallel()})
     x = torch.randn(5, 8)
     assert model["q_proj"](x).shape == model["v_proj"](x).shape == (5, 8)
-
-
-def cut(mesh: DeviceMesh, *placements: Any) -> nn.Linear:
-    torch.manual_seed(0)
-    linear = nn.Linear(WIDTH, HIDDEN, bias=False)
-    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, placements))
-    return linear
-
-
-@pytest.mark.parametrize("placement", [Replicate(), Shard(0), Shard(1)])
-@pytest.mark.parametrize("given", [Replicate(), Shard(0), Shard(1)])
-def test_any_placement_of_x(placement, given, mesh):
-    linear = cut(mesh, placement)
-    layer = slk.LoRALinear.from_linear(linear, r=3, init_lora_weights=False)
-    assert type(layer) is LoRAShardedLinear and layer.lora_A.placements[0].is_shard() == (placement == Shard(1))
-    plain = slk.LoRALinear(WIDTH, HIDDEN, bias=False, r=3)
-    for name in ("weight", "lora_A", "lora_B"):
-        getattr(plain, name).data = whole(getattr(layer, name))
-    x = torch.randn(5, WIDTH)
-    y, expected = layer(distribute_tensor(x, mesh, [given])), plain(x)
-    torch.testing.assert_close(whole(y), expected.detach())
-    grad = torch.randn(5, HIDDEN)
-    expected.backward(grad)
-    y.backward(distribute_tensor(grad, mesh, [Replicate()]))
-    for name in ("lora_A", "lora_B"):
-        torch.testing.assert_close(whole(getattr(layer, name).grad), getattr(plain, name).grad)
 
 
 def test_start_and_errors(mesh):
