@@ -1,10 +1,8 @@
-"""Random forwards of gated MLPs, and random calls of PEFT: a fused MLP computes, keeps and raises what its own forward does."""
+"""Random forwards of gated MLPs, changed afterwards: a fused MLP computes, keeps and raises what its own forward does."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils import checkpoint  # noqa: F401 (in sources)
 
-import stablelora_kernels as slk
-from tests.helpers.gated_mlps import INNER, MLP, WIDTH, mlp_of, pair, rows, step
+from tests.helpers.gated_mlps import INNER, WIDTH, rows
 from tests.nn import test_mlp_form
-from tests.nn.test_fused_mlp_reasons import CHANGES as CHANGED
-from tests.nn.test_fused_mlp_reasons import PEFTS, two_adapters
 from tests.nn.test_mlp_form import Act, ByMode, Twice  # noqa: F401 (in sources)
-
-pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 
 pytestmark = pytest.mark.fuzz
 KEPT: list[Any] = []
@@ -173,58 +166,3 @@ def test_forwards(source: str, activation: Any, changes: list[str], mode: str) -
         (found, kept), (expected, others) = outcome(fused, MODES[mode]), outcome(plain, MODES[mode])
         assert kept == others, (source, change)
         check(found, expected, mode, (source, change))
-
-
-def layer(index: int, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda model: change(getattr(mlp_of(model), ("gate_proj", "up_proj", "down_proj")[index]))
-
-
-ACTIONS: dict[str, Callable[[Any], Any]] = {
-    name: lambda model, change=change: change(mlp_of(model)) for name, (change, _) in (CHANGED | PEFTS).items()
-} | {
-    "another adapter": two_adapters,
-    "the first": lambda model: model.base_model.set_adapter(["default"]),
-    "the second": lambda model: model.base_model.set_adapter(["other"]),
-    "both": lambda model: model.base_model.set_adapter(["default", "other"]),
-    "delete the second": lambda model: model.delete_adapter("other"),
-    "enabled": layer(1, lambda layer: layer.enable_adapters(True)),
-    "merge": lambda model: model.merge_adapter(),
-    "unmerge": lambda model: model.unmerge_adapter(),
-    "scale": layer(0, lambda layer: layer.scale_layer(1.5)),
-    "unscale": layer(0, lambda layer: layer.unscale_layer()),
-    "train": lambda model: model.train(),
-    "evaluate": lambda model: model.eval(),
-    "evaluate one": layer(1, nn.Module.eval),
-    "no hook": layer(2, lambda layer: layer._forward_hooks.clear()),
-    "it is frozen": layer(0, lambda layer: layer.base_layer.weight.requires_grad_(False)),
-    "the same dropout": layer(1, lambda layer: setattr(layer.lora_dropout["default"], "p", 0.2)),
-    "share A": lambda model: mlp_of(model).up_proj.lora_A.update(
-        {"default": mlp_of(model).gate_proj.lora_A["default"]}
-    ),
-    "the first activation": lambda model: setattr(mlp_of(model), "act_fn", nn.SiLU()),
-    "accelerate": lambda model: slk.accelerate_peft(model, fuse_mlp=model.fuses),
-    "restore": slk.restore_peft,
-    "copy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-}
-
-
-@settings(max_examples=settings.default.max_examples // 3)
-@given(st.lists(st.tuples(st.sampled_from(sorted(ACTIONS)), st.sampled_from(sorted(MODES))), min_size=1, max_size=8))
-def test_calls_of_peft(actions: list[tuple[str, str]]) -> None:
-    models = list(pair(MLP, "PEFT", dropout=0.2))
-    for model, fuses in zip(models, (True, False), strict=True):
-        model.fuses = fuses
-    for name, mode in actions:
-        outcomes = []
-        for i, model in enumerate(models):
-            try:
-                changed = ACTIONS[name](model)
-                models[i] = changed if name in ("copy", "pickle") else model
-                torch.manual_seed(5)
-                with MODES[mode]():
-                    trains = mode in ("plain", "autocast")
-                    outcomes.append(step(models[i]) if trains else {"y": models[i](rows())})
-            except Exception as error:
-                outcomes.append({"error": type(error)})
-        check(*outcomes, mode, actions)

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import peft
 import torch
 import transformers
@@ -91,30 +90,6 @@ def make_trainer(
     return made(model=model, args=transformers.TrainingArguments(**arguments(place, **changes)), **extra)
 
 
-def train_by_accelerate(model: torch.nn.Module, place: Path, resumed: bool) -> dict[str, Any]:
-    """A loop by hand around accelerate's ``prepare``, ``save_state`` and ``load_state``."""
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    optimizer = slk.StableLoRAAdamW.from_model(model, **SETTINGS)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 2, STEPS)
-    # With a generator of its own: an iterator over a DataLoader draws a number, at another place of the run when it is resumed.
-    loader = torch.utils.data.DataLoader(
-        rows(), batch_size=2, collate_fn=transformers.default_data_collator, generator=torch.Generator()
-    )
-    model, optimizer, schedule, loader = accelerator.prepare(model, optimizer, schedule, loader)
-    if resumed:
-        accelerator.load_state(str(place))
-        loader = accelerator.skip_first_batches(loader, STEPS)
-    for number, batch in enumerate(loader, STEPS if resumed else 0):
-        with accelerator.accumulate(model):
-            accelerator.backward(model(**batch).loss)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        if number + 1 == STEPS and not resumed:
-            accelerator.save_state(str(place))
-    return results_of(optimizer, schedule, model)
-
-
 def results_of(optimizer: Any, schedule: Any, model: torch.nn.Module) -> dict[str, Any]:
     """All that must be equal to the bit: adapters, moments, counters, latches and learning rates."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -140,8 +115,6 @@ def run(directory: Path, case: Case, resumed: bool = False) -> dict[str, Any]:
     name, kind, via = case
     base_seed, adapter_seed = (9 if kind == "ours" else 0, 7) if resumed else (0, 0)
     model, place = llama(kind, base_seed, adapter_seed, dropout=0.2), place_of(directory, case)
-    if name == "accelerate":
-        return train_by_accelerate(model, place, resumed)
     made = None
     if name == "SFTTrainer":
         from trl import SFTTrainer as made

@@ -14,7 +14,7 @@ from stablelora_kernels.testing import EPS
 from tests.helpers.inputs import BF16, DTYPES, FP16, FP32
 from tests.helpers.oracle import check_all, layer_oracle, run_layer
 from tests.helpers.peft_models import assert_equal_to_pefts, config, make, one_layer, peft, results
-from tests.helpers.small_models import IDS, Model, llama, output
+from tests.helpers.small_models import IDS, Model, output
 
 lora = peft.tuners.lora
 pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias.*")
@@ -42,12 +42,8 @@ PATTERNS = {"rank_pattern": {"layers.1.q_proj": 5}, "alpha_pattern": {"v_proj": 
 MORE, ON_Q = {"r": 3, "lora_alpha": 2}, {"target_modules": ["q_proj"]}
 ADAPTERS = {
     "plain": Adapters({}),
-    "rank 1": Adapters({"r": 1}),
-    "rslora": Adapters({"use_rslora": True, "r": 3}),
     "patterns": Adapters(PATTERNS),
     "bias lora_only": Adapters({"bias": "lora_only"}),
-    "bias all": Adapters({"bias": "all"}),
-    "modules_to_save": Adapters({"modules_to_save": ["lm_head"]}),
     "all-linear": Adapters({"target_modules": "all-linear"}, linear=5),
     # q_proj has a bias of its own, v_proj has none.
     "lora_bias": Adapters({"lora_bias": True}),
@@ -72,7 +68,7 @@ def test_output_and_gradients_are_pefts(adapters, backend, calls):
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("name", ["plain", "rslora", "patterns", "on q alone", "both of two"])
+@pytest.mark.parametrize("name", ["patterns", "on q alone", "both of two"])
 def test_switched_scaled_disabled_and_merged(name, backend, calls):
     """Disabled and merged, it is PEFT's own forward."""
     adapters = ADAPTERS[name]
@@ -130,49 +126,21 @@ def test_mixed_batches(backend, calls):
     torch.testing.assert_close(found, expected)
     # Two adapters on each of four layers, and one on two of them.
     assert calls.layers == {"lora_branch": 10}
-    with pytest.raises(ValueError, match="non-existing adapter"):
-        model(ids, adapter_names=["nobody"] * 6)
-    with pytest.raises(ValueError, match="Length of `adapter_names`"):
-        model(ids, adapter_names=["more"])
 
 
-@pytest.mark.parametrize("p", [0.25, 0.9])
-def test_dropout_in_training_only(p, backend):
-    model = make(lora_dropout=p)
-    expected = output(model)
-    slk.accelerate_peft(model)
-    still = output(model)
-    torch.testing.assert_close(still, expected)
-    torch.manual_seed(1)
-    first = output(model.train())
-    torch.manual_seed(1)
-    assert torch.equal(output(model), first) and not torch.allclose(first, still, atol=1e-3)
-    assert torch.equal(output(model.eval()), still)
-
-
-def test_dropout_is_the_ops(backend):
+def test_dropout_is_the_ops_in_training_only(backend):
     """Of the layer's own probability, on the branch alone."""
     model, x = one_layer(FP32)
     layer = model.train().base_model.model[0]
     layer.lora_dropout["default"] = nn.Dropout(0.6)
     pair, base = (layer.lora_A["default"].weight, layer.lora_B["default"].weight), layer.base_layer
     slk.accelerate_peft(model)
-    torch.manual_seed(1)
-    found = model(x)
-    torch.manual_seed(1)
-    assert torch.equal(found, lora_linear(x, base.weight, base.bias, *pair, layer.scaling["default"], 0.6))
-
-
-def test_generate(backend, calls):
-    model = make(("more", {}), model=llama(pad_token_id=0))
-    ids = torch.tensor([[1, 5, 7], [1, 9, 3]])
-    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
-    modes = ({}, {"num_beams": 2}, {"adapter_names": ["more", "__base__"]})
-    expected = [model.generate(**options, **mode) for mode in modes]
-    slk.accelerate_peft(model)
-    for mode, tokens in zip(modes, expected, strict=True):
-        assert torch.equal(model.generate(**options, **mode), tokens)
-    assert calls.layers["lora_linear"] and calls.layers["lora_branch"]
+    for trains in (True, False):
+        torch.manual_seed(1)
+        found = model.train(trains)(x)
+        torch.manual_seed(1)
+        p = 0.6 if trains else 0.0
+        assert torch.equal(found, lora_linear(x, base.weight, base.bias, *pair, layer.scaling["default"], p))
 
 
 def test_inputs_of_any_shape_and_those_that_do_not_fit(backend):
@@ -186,38 +154,9 @@ def test_inputs_of_any_shape_and_those_that_do_not_fit(backend):
     # What does not fit is PEFT's own error.
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(x[:, :7])
-    model.base_model.model[0].lora_B["default"].weight = nn.Parameter(torch.randn(80, 5))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        model(x)
 
 
 # In low precision: no worse than PEFT's own against float64.
-
-
-class Copies(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts float32 tensors of at least so many elements that an operator makes."""
-
-    def __init__(self, elements):
-        super().__init__()
-        self.elements, self.count = elements, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        if isinstance(out, torch.Tensor) and out.dtype == FP32 and out.numel() >= self.elements:
-            self.count += 1
-        return out
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_float32_adapters_without_a_float32_copy_of_the_activations(dtype, backend):
-    model, x = one_layer(dtype)
-    with Copies(x.numel()) as pefts:
-        model(x)
-    slk.accelerate_peft(model)
-    with Copies(x.numel()) as ours:
-        model(x)
-    # In the interpreter, some of what the kernels do runs on PyTorch's operators.
-    assert pefts.count > 0 and ours.count == 0
 
 
 @pytest.mark.covering(1)
@@ -226,7 +165,7 @@ def test_float32_adapters_without_a_float32_copy_of_the_activations(dtype, backe
     [(dtypes, on) for dtypes in DTYPES for on in (False, True) if not on or dtypes[0] != FP16],
     ids=str,
 )
-def test_error_against_float64_is_pefts(dtypes, autocast, backend):
+def test_error_against_float64_is_pefts(dtypes, autocast, backend, calls):
     """Of PEFT's own forward in the dtype of the products: where PEFT computes the branch in float32, that is autocast."""
     model, x = one_layer(*dtypes)
     low = BF16 if autocast else dtypes[0]
@@ -237,6 +176,7 @@ def test_error_against_float64_is_pefts(dtypes, autocast, backend):
     eager = run_layer(torch.autocast("cpu", low, enabled=autocast or lower)(model), x, pair, grad)
     slk.accelerate_peft(model)
     found = run_layer(torch.autocast("cpu", low, enabled=autocast)(model), x, pair, grad)
+    assert calls.layers == {"lora_linear": 1}
     ref = layer_oracle(x, base.weight, base.bias, pair, grad, layer.scaling["default"])
     check_all(found, ref, eager, low)
     assert found["Y"].dtype == (low if autocast else dtypes[0]) and found["dA"].dtype == dtypes[1]

@@ -72,18 +72,6 @@ def test_pefts_own_operations_afterwards(tmp_path, backend):
         assert (tmp_path / "fast" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
-def test_layers_that_an_adapter_adds_later(calls):
-    model = make(target_modules=["q_proj"])
-    slk.accelerate_peft(model)
-    torch.manual_seed(1)
-    model.add_adapter("more", config())
-    model.base_model.set_adapter(["default", "more"])
-    expected = output(model)
-    assert calls.layers == {"lora_linear": 2, "lora_branch": 2}
-    assert len(slk.accelerate_peft(model).replaced) == 6
-    torch.testing.assert_close(output(model), expected)
-
-
 def test_dora_added_later_is_pefts_own(backend, calls):
     model = make()
     slk.accelerate_peft(model)

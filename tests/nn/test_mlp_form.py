@@ -7,9 +7,6 @@ import copy
 import functools
 import re
 import types
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint  # noqa: F401 (in sources)
 
-import stablelora_kernels as slk
-from tests.helpers.architectures import auto, small_config, transformers
+from tests.helpers.architectures import transformers
 from tests.helpers.gated_mlps import INNER, MLP, WIDTH, Stacked, adapted, assert_same, rows, step
 
 silu, gelu = F.silu, F.gelu
@@ -116,66 +112,55 @@ def asks(question):
 SWIGLU = "d(silu(g) * u)"
 FUSED = {
     "silu": [
-        "d(self.act_fn(g) * u)", "d(silu(g, inplace=True) * u)", "d(u * self.act_fn(g))", "d(torch.mul(self.act_fn(g), u))",
-        ("with contextlib.nullcontext(): g = self.gate_proj(x)", SWIGLU), "d(silu(g) * u) if isinstance(x, torch.Tensor) else x",
-        ("with contextlib.suppress(Exception): h = silu(g) * u", "d(h)"), asks("hasattr(self, 'other')"),
-        "d(self.in_place(g) * u)", ("silu(g, inplace=True)", "d(g * u)"),
+        "d(u * self.act_fn(g))", "d(torch.mul(self.act_fn(g), u))", "d(silu(g) * u) if isinstance(x, torch.Tensor) else x",
+        "d(self.in_place(g) * u)", ("silu(g, inplace=True)", "d(g * u)"), asks("hasattr(self, 'other')"),
+        ("with contextlib.suppress(Exception): h = silu(g) * u", "d(h)"),
         ("b, a = torch.chunk(self.gate_up_proj(x), 2, -1)", "d(b * silu(a))"),
         ("self, x, scale=None, *args, **kwargs", SWIGLU),
     ],
     "gelu": [
         asks("type(x) is torch.Tensor"), asks("type(self.act_fn) is nn.SiLU"), asks("hasattr(self, 'mean')"),
-        asks("'limit' in vars(self)"), asks("self.__dict__.get('limit') is None"), asks("self.type == 'silu'"),
-        asks("self.config.act == 'gelu'"),
+        asks("'limit' in vars(self)"), asks("self.config.act == 'gelu'"),
     ],
 }  # fmt: skip
 HALVES = ("y = self.gate_up_proj(x)", "d(silu(a) * b)")
 CUTS = [
-    "y.chunk(2)", "y.chunk(3, dim=-1)[:2]", "y.chunk(2, dim=1)", "(y[..., :3], y[..., 3:])", "(y.chunk(2, dim=-1)[0],) * 2",
-    "(y.chunk(2, dim=-1)[0], y)", "(y, y.chunk(2, dim=-1)[1])",
+    "y.chunk(2)", "y.chunk(2, dim=1)", "y.chunk(3, dim=-1)[:2]", "(y[..., :3], y[..., 3:])", "(y.chunk(2, dim=-1)[0], y)",
 ]  # fmt: skip
 REFUSED = {
-    "calls (clamp|add|add_|dropout|tanh|sigmoid|__bool__|__getitem__|contiguous)$": [
-        "d(self.act_fn(g.clamp(max=7)) * u)", "x + d(silu(g) * u)", "in_place(d(silu(g) * u), x)", "d(silu(g) * (u + 1))",
-        ("h = silu(g) * u", "if isinstance(self.act_fn, nn.SiLU): h = h.clamp(max=0.5)", "d(h)"), "d(F.dropout(silu(g)))",
-        "d(torch.tanh(g) * u)", "d(g * torch.sigmoid(g) * u)", "d(silu(g) * u) if x else x",
-        "d(silu(self.gate_proj(x[..., :3])) * u)",
+    "calls (clamp|add_|dropout|sigmoid|__bool__|__getitem__|contiguous)$": [
+        "d(self.act_fn(g.clamp(max=7)) * u)", "in_place(d(silu(g) * u), x)", "d(F.dropout(silu(g)))",
+        ("h = silu(g) * u", "if isinstance(self.act_fn, nn.SiLU): h = h.clamp(max=0.5)", "d(h)"),
+        "d(g * torch.sigmoid(g) * u)", "d(silu(g) * u) if x else x", "d(silu(self.gate_proj(x[..., :3])) * u)",
         ("with contextlib.suppress(BaseException): x = x.contiguous()", SWIGLU),
     ],
     "something else": [
         "d(silu(g) * u * 2)", "2 * d(silu(g) * u)", "d(silu(g) * u) * self.gain", "d(squared(g) * u)",
-        "d(silu(self.gate_proj(x)) * self.gate_proj(x))", ("self.gate_proj(x)", SWIGLU), "d(silu(u))", "silu(g) * u",
-        "d(silu(g) * silu(u))", "gelu(silu(g) * u)", "silu(d(silu(g) * u))", "d(silu(self.gate_proj(silu(x))) * u)",
-        "(d(silu(g) * u), None)", "None", "x", asks("torch.is_autocast_enabled('cpu')"), asks("not torch.is_grad_enabled()"),
-        asks("torch.is_inference_mode_enabled()"), ("silu(u, inplace=True)", SWIGLU), ("self.in_place(u)", SWIGLU),
+        "d(silu(self.gate_proj(x)) * self.gate_proj(x))", ("self.gate_proj(x)", SWIGLU), "silu(g) * u",
+        "d(silu(g) * silu(u))", "silu(d(silu(g) * u))", "d(silu(self.gate_proj(silu(x))) * u)", "(d(silu(g) * u), None)",
+        asks("torch.is_autocast_enabled('cpu')"), asks("not torch.is_grad_enabled()"),
+        asks("torch.is_inference_mode_enabled()"), ("silu(u, inplace=True)", SWIGLU),
         ("h = silu(g) * u", "silu(g, inplace=True)", "d(h)"), ("h = silu(g) * u", "silu(x, inplace=True)", "d(h)"),
-        ("h = silu(g) * u", "h = h * self.mean if getattr(self, 'mean', None) is not None else h", "d(h)"),
         ("h = silu(g) * u", "h = h * self.mean if hasattr(self, 'mean') else h", "d(h)"),
+        ("a, b = self.gate_up_proj(x).chunk(2, -1)", "d(silu(a, inplace=True) * b)"),
     ],
     "reads '[a-z_.]+', an? .+, which may change unseen": [
-        ("h = silu(g) * u", "d(F.dropout(h, 0.1) if self.training else h)"), asks("self.training"),
-        "F.linear(x, self.gate_proj.weight)", asks("self.gate_proj.bias is None"),
+        ("h = silu(g) * u", "d(F.dropout(h, 0.1) if self.training else h)"), "F.linear(x, self.gate_proj.weight)",
         ("h = silu(g) * u", "self.kept.append(h)", "d(h)"),
-        asks("all(isinstance(m, nn.Module) for m in self._modules.values())"),
     ],
     "reads '(view|shape)'": [("x = x.view(-1, x.shape[-1])", SWIGLU)],
-    "takes more than one tensor": [("self, x, weights", SWIGLU), ("self, *, x", SWIGLU), ("self", "None")],
+    "takes more than one tensor": [("self, x, weights", SWIGLU)],
     "gradient or the autocast mode|of a tensor": [
-        ("@torch.no_grad()", SWIGLU),
-        ("with torch.no_grad(): g = self.gate_proj(x)", SWIGLU), "d(Twice.apply(silu(g) * u))",
+        ("@torch.no_grad()", SWIGLU), "d(Twice.apply(silu(g) * u))",
         ("with torch.autocast('cpu', torch.bfloat16): h = d(silu(g) * u)", "h"),
-        ("with torch.autocast('cpu', enabled=False): h = d(silu(g) * u)", "h"),
         ("with torch.no_grad(): silu(g, inplace=True)", "d(g * u)"),
         "d(checkpoint(lambda g, u: silu(g) * u, g, u, use_reentrant=True))",
     ],
     "changes its attributes|can't be followed": [
-        ("self.count += 1", SWIGLU), ("self.calls = getattr(self, 'calls', 0) + 1", SWIGLU), ("self.config.count += 1", SWIGLU),
-        "[][0]",
+        ("self.count += 1", SWIGLU), ("self.config.count += 1", SWIGLU), "[][0]",
     ],
     "keeps a tensor": [("h = silu(g) * u", "KEPT.append(h)", "d(h)")],
-    "lists its attributes": [
-        asks("'limit' in list(vars(self))"), asks("len(vars(self)) > 2"), asks("'limit' in {**vars(self)}"),
-    ],
+    "lists its attributes": [asks("len(vars(self)) > 2")],
     "'down_proj' with more than one tensor": ["self.down_proj(x, 1)"],
     "": [(HALVES[0], f"a, b = {cut}", HALVES[1]) for cut in CUTS],
 }  # fmt: skip
@@ -201,14 +186,12 @@ def test_forwards(source, activation, reason, calls):
 
 
 ACTIVATIONS = {
-    "silu": [nn.SiLU(), nn.SiLU(inplace=True), F.silu, "silu", "swish", Act()],
-    "gelu": [nn.GELU(), F.gelu, "gelu"],
+    "silu": [nn.SiLU(), nn.SiLU(inplace=True), F.silu, "silu", Act()],
+    "gelu": [nn.GELU(), "gelu"],
     "gelu_tanh": [nn.GELU("tanh"), functools.partial(F.gelu, approximate="tanh"), "gelu_pytorch_tanh"],
     "it calls 'act_fn', a .*; only SiLU and GELU .exact or tanh. are fused": [
-        nn.ReLU(), nn.Identity(), nn.Dropout(0.0), nn.Sigmoid(), nn.PReLU(), nn.Sequential(nn.SiLU()), ByMode(),
-        "relu2", "quick_gelu", "gelu_new", "gelu_10", "laplace", "gelu_python",
+        nn.ReLU(), nn.Dropout(0.0), nn.Sequential(nn.SiLU()), ByMode(), "quick_gelu", "gelu_new", "gelu_10",
     ],
-    "it calls tanh": [torch.tanh],
     "reads 'act_fn', a (partial|function)": [
         functools.partial(lambda functions, x: functions[0](x), [F.silu]), (lambda c: lambda x: c[0](x))([F.silu]),
     ],
@@ -238,12 +221,9 @@ def test_nothing_is_touched():
 
 
 def test_forwards_bound_to_the_instance():
-    """As Liger patches a model that exists; a bound one of another module, or a function, may do anything."""
+    """A bound one of another module, or a function, may do anything; what Liger binds is in test_fused_mlp.py."""
     swiglu, other = forward_of(SWIGLU), MLP(nn.ReLU())
-    module = MLP(nn.ReLU())
-    module.forward = types.MethodType(swiglu, module)
-    assert verdict(*adapted(module)) == "silu"
-    for forward in (types.MethodType(swiglu, other), lambda x: x, functools.partial(swiglu, module)):
+    for forward in (types.MethodType(swiglu, other), lambda x: x):
         module = MLP(nn.ReLU())
         module.forward = forward
         assert verdict(*adapted(module)) == "its forward was replaced (as accelerate's hooks do)"
@@ -309,42 +289,3 @@ def test_changes_after_the_recognition(change, calls):
         change(each["mlp"])
     assert_same(step(model), step(plain), 0.0)
     assert calls.mlps == ["silu"] * 2
-
-
-# transformers 5.24, 2026-11-28: a model's folder, the class and the activation.
-CLASSES = set((Path(__file__).parents[1] / "helpers/golden/fused_mlps.txt").read_text().splitlines())
-
-
-def models() -> Iterator[nn.Module]:
-    """On the meta device, all that transformers builds from its configurations alone."""
-    mappings = [names for name, names in vars(auto).items() if name.endswith("_MAPPING_NAMES")]
-    pairs = ((kind, names) for mapping in mappings for kind, names in mapping.items())
-    types = {name: kind for kind, names in pairs for name in ([names] if isinstance(names, str) else names)}
-    for name, model_type in sorted(types.items()):
-        # Many need packages, files or other sizes.
-        with contextlib.suppress(Exception), torch.device("meta"):
-            try:
-                yield getattr(transformers, name)(small_config(model_type))
-            except Exception:
-                yield getattr(transformers, name)(transformers.AutoConfig.for_model(model_type))
-
-
-@pytest.mark.nightly
-def test_no_class_of_transformers_is_lost():
-    found = set()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for model in models():
-            kinds = {name: type(module) for name, module in model.named_modules()}
-            try:
-                mlps = slk.apply_lora(model, slk.LoRAConfig(target_modules="all-linear"), fuse_mlp=True).mlps
-            except (ValueError, TypeError):
-                continue
-            for mlp in mlps:
-                if mlp.activation is not None:
-                    # A class with another activation is another case.
-                    folder, name = kinds[mlp.name].__module__.split(".")[-2], kinds[mlp.name].__qualname__
-                    found.add(f"{folder}.{name} {mlp.activation}")
-    lost = CLASSES - found
-    assert not lost or transformers.__version__ != "5.24.0", sorted(lost)
-    assert len(found & CLASSES) > 30
