@@ -86,6 +86,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 def ops() -> dict[str, object]:
     from hypothesis import HealthCheck, Phase, given, settings
+
     from tests.helpers.case_checks import calls
     from tests.helpers.cases import run
 
