@@ -155,9 +155,9 @@ TABLE = [
 
 # What no pair of the table's values reaches.
 NAMED = [
-    # Every rank, through one block or several.
+    # Every rank, through one block or several, with NaN behind the last column of B.
     *(
-        Case("linear", (rows, 40), (48,), (r,), BF16, FP32, arch=(OLD, NEW)[r % 2])
+        Case("linear", (rows, 40), (48,), (r,), BF16, FP32, arch=(OLD, NEW)[r % 2], layouts={"lora_B": "wider"})
         for r, rows in zip((1, 3, 17, 31, 65, 64, 100, 200, 256, 257, 512), cycle((4, 70)), strict=False)
     ),
     # Several tiles, through descriptors.
