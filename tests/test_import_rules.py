@@ -94,9 +94,9 @@ RULES: dict[str, Callable[[Import], bool]] = {
     "only tests import cli/": lambda i: (
         within(i.target, *ours("cli")) and not within(i.importer, *ours("cli", "__main__"), "tests")
     ),
-    "only benchmarks.lab, its tests and the PTX emulator import benchmarks.lab": lambda i: (
+    "only benchmarks.lab, its tests, the PTX emulator and the goldens import benchmarks.lab": lambda i: (
         within(i.target, "benchmarks.lab")
-        and not within(i.importer, "benchmarks.lab", "tests.benchmarks.lab", "tests.ptx_emulator")
+        and not within(i.importer, "benchmarks.lab", "tests.benchmarks.lab", "tests.ptx_emulator", "tests.goldens")
     ),
     "only tests import tests": lambda i: within(i.target, "tests") and not within(i.importer, "tests"),
 }
