@@ -22,6 +22,7 @@ import torch
 
 from stablelora_kernels.cli import main
 from stablelora_kernels.model.save_load import load_adapter, save_adapter
+from stablelora_kernels.utils.files import locked
 from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, config_in, edit_config, fresh, loaded
 from tests.helpers.dying import NOBODY, as_nobody, in_child, kills, needs_fork, with_room
 from tests.helpers.small_models import output, refused
@@ -230,6 +231,23 @@ def test_two_writers_and_a_reader(tmp_path, old, new):
     assert [save.result() for save in saves] == [0, 0]
     assert any(torch.equal(loaded(directory), one) and near(read_by_peft(directory), one) for one in expected)
     assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME] and os.listdir(tmp_path) == ["adapter"]
+
+
+def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
+    """The last holder removes the file as it ends. Who waited for that one must wait for the file of today."""
+    path, flock, calls = tmp_path / "lock", fcntl.flock, []
+
+    def granted_by_a_holder_that_ends(descriptor, operation):
+        flock(descriptor, operation)
+        if not calls:
+            path.unlink()
+        calls.append(descriptor)
+
+    monkeypatch.setattr(fcntl, "flock", granted_by_a_holder_that_ends)
+    with locked(path) as held, path.open("w") as another:
+        assert held and len(calls) == 2
+        with pytest.raises(BlockingIOError):
+            flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, old, new):
