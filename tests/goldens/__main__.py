@@ -37,7 +37,8 @@ SHOWN = 20
 def record(tree: Path, name: str) -> dict[str, object]:
     """What ``name`` finds in ``tree``, by a process there."""
     code = f"from tests.goldens.__main__ import PARTS; import json; print(json.dumps(PARTS[{name!r}][0]()))"
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    # Sets of names are drawn and printed in one order.
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     environment.pop("TRITON_INTERPRET", None)
     if PARTS[name][1]:
         environment["TRITON_INTERPRET"] = "1"
