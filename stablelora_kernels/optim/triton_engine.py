@@ -356,4 +356,4 @@ class TritonStep:
         key = setting_index, name
         if key not in self.cells:
             self.cells[key] = torch.empty((), dtype=torch.float32, device=self.device)
-        return self.cells[key].copy_(value if value.dim() == 0 else value.reshape(()), non_blocking=True)
+        return self.cells[key].copy_(value.reshape(()), non_blocking=True)

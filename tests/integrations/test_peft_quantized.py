@@ -57,7 +57,7 @@ READ = {
 
 @pytest.mark.parametrize(("quantize", "dtype", "options", "autocast"), READ.values(), ids=READ)
 def test_what_the_kernels_read_is_as_exact_as_pefts(quantize, dtype, options, autocast, backend, calls):
-    """``autocast``: x's dtype, under autocast to bfloat16. Shapes and ranks are in tests/ops/test_lora_linear_quantized.py."""
+    """``autocast``: x's dtype, under autocast to bfloat16. Shapes and ranks are in tests/ops/test_ops_oracle.py."""
     model, layer = make(quantize, dtype, **options)
     x = torch.randn(37, K).to(autocast or dtype).requires_grad_()
     model(x)
