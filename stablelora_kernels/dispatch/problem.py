@@ -37,11 +37,6 @@ class Device(NamedTuple):
         """Whether the GPU has TensorFloat-32 products."""
         return self.generation >= 80 or self.arch == "gfx942"
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether a launch may begin before the one ahead of it ends (programmatic dependent launch)."""
-        return self.generation >= 90
-
 
 @cache
 def _generation(arch: str) -> int:

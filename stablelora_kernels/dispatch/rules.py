@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from stablelora_kernels.dispatch import backend, problem
+from stablelora_kernels.dispatch import problem
 from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_CHAINED_R, MAX_FUSED_R, SMALL_M, Call, Device
 from stablelora_kernels.dispatch.settings import KERNELS, get_kernel, tf32_allowed
-from stablelora_kernels.dispatch.tiles import Tile, filled
+from stablelora_kernels.dispatch.tiles import MAX_CHAINED_M, Tile, filled
 
 
 class Choice(NamedTuple):
@@ -146,13 +146,13 @@ class FormRule(NamedTuple):
 def is_idle(device: Device, call: Call) -> bool:
     """Whether tiles of 128 by 128 would leave two fifths of the GPU idle."""
     programs = problem.cdiv(call.m, 128) * problem.cdiv(call.n, 128)
-    return programs > 0 and filled(device, programs) < 0.6
+    return filled(device, programs) < 0.6
 
 
 # The kernel behind "fused" and "split".
 FORM_RULES = (
     FormRule(
-        lambda d, c, described: c.m <= problem.SMALL_M and c.k > 0,
+        lambda d, c, described: c.m <= problem.SMALL_M,
         "split_k",
         "few rows: loading W is the bottleneck, so programs split each tile's K until the whole GPU loads",
     ),
@@ -163,7 +163,7 @@ FORM_RULES = (
         "128 x 128 tiles would leave two fifths of the GPU idle, so programs split each tile's K",
     ),
     FormRule(
-        lambda d, c, described: described and d.tma and c.dtype != torch.float32 and c.k > 0,
+        lambda d, c, described: described and d.tma and c.dtype != torch.float32,
         "tma",
         "TMA copies whole tiles, which frees registers and threads for matrix instructions",
     ),
@@ -202,27 +202,12 @@ def choose_form(device: Device, call: Call, described: bool) -> str:
     return next(rule.form for rule in FORM_RULES if rule.applies(device, call, described))
 
 
-# The launch that adds the branch onto a finished product: it computes S itself, or reads it.
-_EXPAND_FUSED = Choice("fused", f"up to rank {MAX_FUSED_R}: the launch that adds the branch also computes x @ A.T")
-_EXPAND_HIGH_RANK = Choice("split", f"rank above {MAX_FUSED_R}: x @ A.T has a launch of its own")
-_EXPAND_DROPOUT = Choice("split", "dropout: x @ A.T has a launch of its own, so that each mask is drawn once")
+_BRANCH_CHAINED = Choice("chained", f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank product")
+_BRANCH_SPLIT = Choice("split", "many rows or a high rank: the low-rank product has a launch of its own")
 
 
-def choose_expand(call: Call, splits: int) -> Choice:
-    """Whether that launch computes S ("fused") or reads it ("split"); ``splits`` programs share a row's columns."""
-    if call.m and call.r > problem.MAX_FUSED_R:
-        return _EXPAND_HIGH_RANK
-    if call.m and call.dropout and not call.masked and splits > 1:
-        return _EXPAND_DROPOUT
-    return _EXPAND_FUSED
-
-
-_BRANCH_CHAINED = Choice("chained", f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch for all gradients")
-_BRANCH_SPLIT = Choice("split", "many rows or a high rank: dy @ B and dB share one launch, dx and dA the next")
-
-
-def choose_branch_backward(call: Call) -> Choice:
-    """Whether the lone branch's backward is one launch ("chained") or dS has one of its own ("split"), as for a product."""
+def choose_branch(call: Call) -> Choice:
+    """Whether a branch without a product is one launch ("chained"), or S (backward dS) has one of its own ("split")."""
     return _BRANCH_CHAINED if call.m <= CHAINED_M and call.r <= problem.MAX_CHAINED_R else _BRANCH_SPLIT
 
 
@@ -237,8 +222,6 @@ def choose_group(calls: Sequence[Call], choices: Sequence[Choice | None]) -> Sha
         return Sharing(False, "a projection has no LoRA branch")
     if any(choice is not None and choice.kernel == "fused" for choice in choices):
         return Sharing(False, "each product recomputes x @ A.T in its tiles, which saves a launch")
-    if calls[0].k == 0:
-        return Sharing(False, "K is 0: there is nothing to sum")
     if calls[0].m <= problem.SMALL_M:
         return Sharing(False, f"up to {problem.SMALL_M} rows: x stays in the L2 cache, so one read of it gains nothing")
     if max(call.r for call in calls) > problem.MAX_FUSED_R:
@@ -255,6 +238,8 @@ def check_possible(call: Call, kernel: str) -> None:
     if kernel == "chained" and call.r > problem.MAX_CHAINED_R:
         limit = problem.MAX_CHAINED_R
         raise ValueError(f"kernel 'chained' was asked for, but it takes ranks up to {limit}, got {call.r}")
+    if kernel == "chained" and call.m > MAX_CHAINED_M:
+        raise ValueError(f"kernel 'chained' was asked for, but it takes up to {MAX_CHAINED_M} rows, got {call.m}")
     if kernel == "fused" and call.r > problem.MAX_FUSED_R:
         limit = problem.MAX_FUSED_R
         raise ValueError(f"kernel 'fused' was asked for, but it takes ranks up to {limit}, got {call.r}")
@@ -270,11 +255,6 @@ def possible_kernels(call: Call) -> list[str]:
             continue
         found.append(kernel)
     return found
-
-
-def overlaps(device: Device) -> bool:
-    """Whether the launch behind S may begin before S's launch ends (programmatic dependent launch)."""
-    return device.overlaps and not backend.INTERPRETING
 
 
 def input_precision(device: Device, dtype: torch.dtype, transposed: bool = False) -> str:

@@ -126,12 +126,6 @@ SHRINK_GROUP_TILES = (
     TileRule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "128 rows share one read of the A matrices"),
 )
 
-# The branch onto a finished product (lora_expand).
-EXPAND_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 2), "float32: operands stay in registers"),
-    TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 3), "rows of one wide matrix instruction"),
-)
-
 # dA and dB (lora_weight_grads): BLOCK_M columns of the result, BLOCK_N ranks, BLOCK_K rows of the sum.
 WEIGHT_GRADS_TILES = (
     TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: operands stay in registers"),
@@ -249,14 +243,8 @@ def chained_shrink_plan(device: Device, call: Call, product: Tile) -> Plan:
 
 # Integers ahead of a chain's flags, see kernels/lora/chain.py.
 CHAIN_HEAD = 4
-
-
-def flag_rows(m: int, product: Tile, s: Tile) -> int:
-    """Rows of S that share a flag: whole tiles of S and of the product, and few enough flags for a lane of counters."""
-    rows = max(product.BLOCK_M, s.BLOCK_M)
-    while cdiv(m, rows) > MAX_SHARED_SUMS - CHAIN_HEAD:
-        rows *= 2
-    return rows
+# Most rows of a chained launch: each 64 have a flag, or more.
+MAX_CHAINED_M = 64 * (MAX_SHARED_SUMS - CHAIN_HEAD)
 
 
 def shrink_group_plan(device: Device, call: Call, ranks: list[int]) -> Plan:
@@ -334,18 +322,6 @@ def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:
     tile = fit(tile, device, stage, weight + branch)
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
     return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K)))
-
-
-def expand_plan(device: Device, call: Call) -> Plan:
-    """A tile of this plan is a block of rows, whose columns ``splits`` programs share."""
-    tile, reason = pick_tile(EXPAND_TILES, device, call)
-    block_r = rank_block(call.r, problem.MAX_FUSED_R)
-    row_tiles, col_tiles = cdiv(call.m, tile.BLOCK_M), cdiv(call.n, tile.BLOCK_N)
-    # Few blocks of rows do not fill the GPU.
-    splits = max(1, min(device.processors // max(row_tiles, 1), col_tiles))
-    columns = tile.BLOCK_N * (tile.BLOCK_M * call.dtype.itemsize + block_r * call.lora_dtype.itemsize)
-    tile = fit(tile, device, max(_shrink_stage(call, tile, block_r), columns))
-    return Plan(tile, reason, block_r, row_tiles, splits)
 
 
 def weight_grads_plan(device: Device, call: Call, need_a: bool, need_b: bool) -> tuple[Plan, int]:

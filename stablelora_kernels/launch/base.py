@@ -1,14 +1,21 @@
-"""One launch of a kernel: everything it needs, and how it runs and is counted."""
+"""One launch of a kernel, or one product of the vendor's library: everything it needs, and how it runs and is counted."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
+from torch import Tensor
 
+from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.tiles import Tile
+
+# Launches since the process started, by kernel; tests and benchmarks take differences.
+launch_counts: Counter[str] = Counter()
 
 
 class Launch(NamedTuple):
@@ -24,20 +31,85 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, Any]
 
+    @property
+    def compiled_with(self) -> dict[str, Any]:
+        """What Triton takes beside the arguments."""
+        # Triton 3.6 wants each constant of a tuple marked. FP fusion is explicit, because Triton 3.10 changes its default, which
+        # would change results.
+        constants = {name: _marked(value) for name, value in self.constants.items()}
+        return {**constants, **self.options, "enable_fp_fusion": True}
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Every argument and constant by its name; those in tuples as ``branch.b.row``."""
+        given = iter(self.args)
+        values = [self.constants[name] if name in self.constants else next(given) for name in self.kernel.arg_names]
+        return dict(_named(self.kernel.arg_names, values))
+
     def run(self, device: torch.device) -> None:
-        launch(self.kernel, self.grid, device, *self.args, **self.constants, **self.options)
+        """Run the kernel once on ``device``'s current stream."""
+        launch_counts[self.kernel.__name__] += 1
+        with on_device(device):
+            self.kernel[self.grid](*self.args, **self.compiled_with)
 
 
-# Launches since the process started, by kernel; tests and benchmarks take differences.
-launch_counts: Counter[str] = Counter()
+class VendorProduct(NamedTuple):
+    """y = x w^T + bias by the library that PyTorch calls; or y += x w^T."""
+
+    x: Tensor
+    w: Tensor
+    bias: Tensor | None
+    y: Tensor
+    add: bool = False
+
+    @property
+    def variant(self) -> str:
+        return "the vendor's product" + flag_words(add=self.add)
+
+    @property
+    def reason(self) -> str:
+        return "cuBLAS, hipBLASLt or, on a CPU, PyTorch's BLAS"
+
+    def run(self, device: torch.device) -> None:
+        launch_counts["vendor"] += 1
+        if self.add:
+            self.y.addmm_(self.x, self.w.t())
+        elif self.bias is None:
+            torch.mm(self.x, self.w.t(), out=self.y)
+        else:
+            torch.addmm(self.bias, self.x, self.w.t(), out=self.y)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
-    """Run ``kernel`` once on ``device``'s current stream."""
-    launch_counts[kernel.__name__] += 1
-    with on_device(device):
-        # Explicit, because Triton 3.10 changes the default, which would change results.
-        kernel[grid](*args, enable_fp_fusion=True, **meta)
+Launches = list[Launch | VendorProduct]
+
+
+def _marked(value: Any) -> Any:
+    marks = isinstance(value, tuple) and not backend.INTERPRETING
+    return type(value)(*map(tl.constexpr, value)) if marks else value
+
+
+def leaves(values: Any) -> Iterator[Any]:
+    """The values of tuples in tuples, in order."""
+    for value in values:
+        if isinstance(value, tuple):
+            yield from leaves(value)
+        else:
+            yield value
+
+
+def _named(names: Iterable[Any], values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, tuple):
+            fields = getattr(value, "_fields", range(len(value)))
+            yield from _named([f"{name}.{field}" for field in fields], value)
+        else:
+            yield name, value
+
+
+def with_leaves(values: tuple[Any, ...], new: Iterator[Any]) -> tuple[Any, ...]:
+    """``values``, each leaf of which is the next of ``new``."""
+    made = [with_leaves(value, new) if isinstance(value, tuple) else next(new) for value in values]
+    return tuple(made) if type(values) is tuple else type(values)(*made)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -48,11 +120,6 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 def tile_options(tile: Tile) -> dict[str, Any]:
     """Triton's options for a launch with ``tile``."""
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-
-
-def tile_blocks(tile: Tile) -> dict[str, int]:
-    """The constants BLOCK_M, BLOCK_N and BLOCK_K."""
-    return {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K}
 
 
 def flag_words(**flags: bool) -> str:

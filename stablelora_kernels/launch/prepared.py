@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stablelora_kernels.launch import workspace
-from stablelora_kernels.launch.base import Launch, launch_counts, on_device
+from stablelora_kernels.launch.base import Launch, VendorProduct, launch_counts, leaves, on_device, with_leaves
 from stablelora_kernels.launch.compiled import MapSlot, Slot, descriptor_of, launcher_of
 from stablelora_kernels.launch.counters import all_counters
-from stablelora_kernels.launch.lora_common import VendorProduct
 from stablelora_kernels.launch.workspace import Workspace
 
 # Of each part of a call's scratch, in bytes.
@@ -133,33 +132,21 @@ class Repeated:
             self._seen = True
             return
         if self._launcher is None:
-            self._launcher = self._prepare(device)
+            self._launcher = launcher_of(self._launch, device)
         launch_counts[self._launch.kernel.__name__] += 1
         self._launcher.run((), (), driver.active.get_current_stream(device.index or 0))
-
-    def _prepare(self, device: torch.device) -> Any:
-        names, constants = self._launch.kernel.arg_names, self._launch.constants
-        given = iter(self._launch.args)
-        values = [constants[name] if name in constants else next(given) for name in names]
-        arguments = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
-        return launcher_of(self._launch, device, arguments, (), ())
 
 
 class _Kernel:
     """A :class:`Launch` of any tensors."""
 
     def __init__(self, launch: Launch, tensors: _Tensors, device: torch.device) -> None:
-        names = launch.kernel.arg_names
-        self._order = [name for name in names if name not in launch.constants]
-        values = {**launch.constants, **dict(zip(self._order, launch.args, strict=True))}
-        arguments = [values[name] for name in names]
+        self._leaves = [*leaves(launch.args)]
         self._pointers: list[tuple[int, _View]] = []
         self._descriptors: list[tuple[int, _View, dict[str, Any]]] = []
-        for at, value in enumerate(arguments):
+        for at, value in enumerate(self._leaves):
             if isinstance(value, Tensor):
                 self._pointers.append((at, tensors.view(value)))
-                # An empty tensor's address.
-                arguments[at] = 0
             elif isinstance(value, TensorDescriptor):
                 view = tensors.view(value.base)
                 self._descriptors.append((at, view, {**vars(value), "base": None}))
@@ -169,20 +156,20 @@ class _Kernel:
                 MapSlot(Slot(at, view.tensor, view.offset), partial(view.of, device=None))
                 for at, view, _ in self._descriptors
             ]
-            self._launcher = launcher_of(launch, device, arguments, pointers, descriptors)
-        # Without tensors: what is prepared keeps none of them.
-        self._launch, self._name = launch._replace(args=()), launch.kernel.__name__
-        self._arguments = [None if isinstance(value, TensorDescriptor) else value for value in arguments]
+            self._launcher = launcher_of(launch, device, pointers, descriptors)
+        # What is prepared keeps no tensors.
+        for at, *_ in (*self._pointers, *self._descriptors):
+            self._leaves[at] = None
+        self._launch, self._name = launch._replace(args=with_leaves(launch.args, repeat(None))), launch.kernel.__name__
 
     def again(self, tensors: Sequence[Any], device: torch.device) -> Launch:
         """The launch of ``tensors``."""
-        arguments = self._arguments.copy()
+        arguments = self._leaves.copy()
         for at, view in self._pointers:
             arguments[at] = view.of(tensors, device)
         for at, view, fields in self._descriptors:
             arguments[at] = descriptor_of(fields, view.of(tensors, device))
-        values = dict(zip(self._launch.kernel.arg_names, arguments, strict=True))
-        return self._launch._replace(args=tuple(values[name] for name in self._order))
+        return self._launch._replace(args=with_leaves(self._launch.args, iter(arguments)))
 
     def run(self, tensors: Sequence[Any], addresses: Sequence[int], device: torch.device, stream: int) -> None:
         launch_counts[self._name] += 1

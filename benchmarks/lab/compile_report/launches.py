@@ -12,7 +12,7 @@ from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, MAX_FUSED_R, Devi
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.kernels.stable_adamw import tables
 from stablelora_kernels.launch import dry_run
-from stablelora_kernels.launch.lora_linear import forward_launches
+from stablelora_kernels.launch.old_interface import forward_launches
 from stablelora_kernels.launch.stable_adamw import plan_square_sums, plan_stable_adamw
 from stablelora_kernels.optim.triton_engine import TritonStep
 
@@ -48,20 +48,33 @@ def every_launch(device: Device) -> Iterator[tuple[str, Any]]:
             torch.set_float32_matmul_precision(precision)
             for takes, made in _calls(device, name):
                 for launch in chain(*made):
-                    if hasattr(launch, "kernel") and takes(launch.constants):
+                    if hasattr(launch, "kernel") and takes(named := launch.named):
                         # Some products stay exact where TensorFloat-32 is allowed.
-                        exact = name == "tf32" and launch.constants.get("INPUT_PRECISION", "ieee") == "ieee"
+                        exact = name == "tf32" and _precision(named) == "ieee"
                         yield "fp32" if exact else name, launch
     finally:
         torch.set_float32_matmul_precision(before)
     yield from stable_adamw_launches()
 
 
-def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]], Any], Any]]:
-    """The launches of calls, forward and backward, and by its constants whether one is taken: those that no other call has."""
+def _precision(named: dict[str, Any]) -> str:
+    """Of the product, or of S, dA or dB alone."""
+    jobs = ("TILE", "S", "DA", "DB")
+    return next((named[f"{job}.PRECISION"] for job in jobs if f"{job}.PRECISION" in named), "ieee")
 
-    def every(constants: dict[str, Any]) -> bool:
+
+def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]], Any], Any]]:
+    """The launches of calls, forward and backward, and by its arguments whether one is taken: those that no other call has."""
+
+    def every(named: dict[str, Any]) -> bool:
         return True
+
+    def of_group(named: dict[str, Any]) -> bool:
+        added = named.get("TILE.ADD") or ("w.ptr" in named and named.get("base") is named["y.ptr"])
+        return added or max(named.get("S.MEMBERS", 1), named.get("DA.MEMBERS", 1)) > 1
+
+    def gated(named: dict[str, Any]) -> bool:
+        return bool(named.get("GATE") or named.get("TILE.GATE") or named.get("DA.GATE"))
 
     dtype, lora, _, many, few = DTYPES[name]
     ranks, last, default = many if device.arch == FULL else few, ROWS[-1], name == "bf16/fp32"
@@ -81,14 +94,14 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
         yield every, dry_run.branch_launches(device, m, 4096, 4096, r, dtype, lora, p)
     for m, ns, r, p in product((64, 512, last), GROUPS, ranks, DROPOUT):
         made = dry_run.group_launches(device, m, ns, 4096, r, dtype, lora, p)
-        yield (lambda c: "MEMBERS" in c or c.get("ADD")), made
+        yield of_group, made
     activations = [*product(("silu",), ranks), *(product(("gelu", "gelu_tanh"), (16, 64)) if default else ())]
     for m, (activation, r), p in product((64, 2048, last), activations if ranks else (), DROPOUT):
         made = dry_run.mlp_launches(device, m, 4096, 14336, 4096, r, dtype, lora, p, activation)
-        yield (lambda c: c.get("GATE")), made
+        yield gated, made
     for (m, k, r), kind, p in product(QUANTIZED.get(name, ()), ("nf4", "fp8"), DROPOUT):
         if r == 16 or device.arch == FULL:
-            yield (lambda c: "NF4" in c), dry_run.quantized_launches(device, m, 4096, k, r, dtype, lora, p, kind)
+            yield (lambda named: "PACKED.NF4" in named), dry_run.quantized_launches(device, m, 4096, k, r, dtype, lora, p, kind)
     for r, kernel in ((16, "fused"), (16, "split"), (64, "split")) if device.tma and dtype != FP32 and ranks else ():
         yield every, [[_broadcast(device, dtype, lora, r, kernel)]]
 

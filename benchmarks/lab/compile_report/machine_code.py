@@ -7,16 +7,17 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import triton
-from triton._C.libtriton import ir, native_specialize_impl
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.lab.compile_report import hazards
 
@@ -25,44 +26,52 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-def source(launch: Any, arch: str) -> ASTSource:
-    """The compiler's input if ``launch`` ran on ``arch``: types of the arguments, constants, what Triton knows of values."""
+def source(launch: Any, arch: str) -> tuple[ASTSource, Any]:
+    """The compiler's input and options if ``launch`` ran on ``arch``, as Triton's own call makes them."""
     backend, kernel = make_backend(target(arch)), launch.kernel
-    given = dict(zip((p.name for p in kernel.params if not p.is_constexpr), launch.args, strict=True))
-    signature, constants, attributes = {}, {}, {}
-    for place, p in enumerate(kernel.params):
-        kind, known = "constexpr", None
-        if not p.is_constexpr:
-            specialize = (not p.do_not_specialize, not p.do_not_specialize_on_alignment)
-            kind, known = native_specialize_impl(backend, given[p.name], p.is_const, *specialize)
-        signature[p.name] = kind
-        if kind == "constexpr":
-            constants[p.name] = launch.constants[p.name] if p.is_constexpr else given[p.name]
-        elif isinstance(known, str) and known:
-            attributes[(place,)] = backend.parse_attr(known)
-    return ASTSource(kernel, signature, constants, attributes)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, given = bind(*launch.args, **launch.compiled_with)
+    options, *rest = kernel._pack_args(backend, given, bound, specialization, given)
+    return ASTSource(kernel, *rest), options
 
 
 def words(launch: Any, arch: str) -> tuple[str, ...]:
-    """Everything but the kernel that the code of ``launch`` depends on: ``stride=1``, ``M: i32 of 16``."""
-    found = source(launch, arch)
-    known = {place: "".join(f" of {value}" for _, value in pairs) for place, pairs in found.attrs.items()}
-    signature = [
-        f"{name}={found.constants[place,]}" if kind == "constexpr" else f"{name}: {kind}{known.get((place,), '')}"
-        for place, (name, kind) in enumerate(found.signature.items())
+    """Everything but the kernel that the code of ``launch`` depends on: ``x.row=1``, ``M: i32 of 16``."""
+    found, _ = source(launch, arch)
+    facts = {path: f"={value}" for path, value in found.constants.items()}
+    facts |= {path: "".join(f" of {value}" for _, value in pairs) for path, pairs in found.attrs.items()}
+    kernel = launch.kernel
+    args = iter(launch.args)
+    values = [launch.constants[name] if name in launch.constants else next(args) for name in kernel.arg_names]
+    made = [
+        f"{name}{facts.get(path, '')}" if kind == "constexpr" else f"{name}: {kind}{facts.get(path, '')}"
+        for path, name, kind in _leaves((), kernel.arg_names, values, [*found.signature.values()])
     ]
-    return (*signature, *(f"{name}={value}" for name, value in launch.options.items()))
+    return (*made, *(f"{name}={value}" for name, value in launch.options.items()))
+
+
+def _leaves(
+    path: tuple[int, ...], names: Sequence[str], values: Sequence[Any], kinds: Any
+) -> Iterator[tuple[tuple[int, ...], str, str]]:
+    """The place, name and type of each leaf of arguments."""
+    for i, (name, value) in enumerate(zip(names, values, strict=True)):
+        kind = kinds if kinds == "constexpr" else kinds[i]
+        if isinstance(value, tuple) and kind != "constexpr":
+            fields = getattr(value, "_fields", range(len(value)))
+            yield from _leaves((*path, i), [f"{name}.{field}" for field in fields], value, kind)
+        else:
+            yield (*path, i), name, kind
 
 
 def compile_launch(launch: Any, arch: str) -> Any:
     """``launch``'s kernel, compiled as Triton would to launch it on ``arch``."""
-    options = {"enable_fp_fusion": True, **launch.options}
-    return triton.compile(source(launch, arch), target=target(arch), options=options)
+    built, options = source(launch, arch)
+    return triton.compile(built, target=target(arch), options=options.__dict__)
 
 
 def source_digest(launch: Any, arch: str) -> str:
     """A digest of the input of :func:`compile_launch`, which takes no time: equal digests mean equal code."""
-    return _digest(launch, arch, source(launch, arch).hash())
+    return _digest(launch, arch, source(launch, arch)[0].hash())
 
 
 def code_digest(launch: Any, arch: str) -> str:
@@ -70,8 +79,7 @@ def code_digest(launch: Any, arch: str) -> str:
 
     Edits that leave the code of a variant as it was, such as an argument that the variant does not have, keep its digest.
     """
-    backend, built, context, stages = make_backend(target(arch)), source(launch, arch), ir.context(), {}
-    options = backend.parse_options({"enable_fp_fusion": True, **launch.options})
+    backend, (built, options), context, stages = make_backend(target(arch)), source(launch, arch), ir.context(), {}
     ir.load_dialects(context)
     backend.load_dialects(context)
     implementation = backend.get_codegen_implementation(options)

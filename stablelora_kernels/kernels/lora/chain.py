@@ -32,10 +32,10 @@ def raise_flag(chain_ptr, flag):
 
 
 @triton.jit
-def wait_for_flag(chain_ptr, flag, M, R, FLAG_M, S_BLOCK_M: tl.constexpr, S_BLOCK_R: tl.constexpr):
+def wait_for_flag(chain_ptr, flag, M, R, S: tl.constexpr):
     """Wait for all tiles of S in the ``flag``-th FLAG_M rows. Then this program may read them."""
     flag_ptr = chain_ptr + FLAGS + flag
-    tiles = tl.cdiv(tl.minimum(M - flag * FLAG_M, FLAG_M), S_BLOCK_M) * tl.cdiv(R, S_BLOCK_R)
+    tiles = tl.cdiv(tl.minimum(M - flag * S.FLAG_M, S.FLAG_M), S.BLOCK_M) * tl.cdiv(R, S.BLOCK_R)
     if INTERPRETING or targets_amd():
         while tl.load(flag_ptr, volatile=True) < tiles:
             pass
@@ -57,12 +57,12 @@ def wait_for_flag(chain_ptr, flag, M, R, FLAG_M, S_BLOCK_M: tl.constexpr, S_BLOC
 
 
 @triton.jit
-def leave(chain_ptr, M, FLAG_M):
+def leave(chain_ptr, M, S: tl.constexpr):
     """Be done; the last program to be done sets the chain back."""
     stores_done(M)
     done = tl.atomic_add(chain_ptr + 1, 1, sem="acq_rel", scope="gpu")
     if done == tl.num_programs(0) - 1:
         tl.store(chain_ptr, 0)
         tl.store(chain_ptr + 1, 0)
-        for flag in range(tl.cdiv(M, FLAG_M)):
+        for flag in range(tl.cdiv(M, S.FLAG_M)):
             tl.store(chain_ptr + FLAGS + flag, 0)

@@ -59,7 +59,7 @@ def gated_grads(dh, g, u, GATE: tl.constexpr):
 
 @triton.jit
 def store_gated_grads(
-    dh, g_ptr, u_ptr, dg_ptr, du_ptr, rows, col0, stride, M, N, GATE: tl.constexpr, PARTS: tl.constexpr
+    dh, gate, dg_ptr, rows, col0, stride, M, N, GATE: tl.constexpr, PARTS: tl.constexpr
 ):
     """Store dG and dU for a tile of dH. Rows of all four matrices are ``stride`` apart.
 
@@ -70,22 +70,24 @@ def store_gated_grads(
     for i in tl.static_range(PARTS):
         cols = col0 + i * PART + tl.arange(0, PART)
         offsets, mask = rows[:, None] * stride + cols[None, :], (rows[:, None] < M) & (cols[None, :] < N)
-        g, u = tl.load(g_ptr + offsets, mask=mask, other=0.0), tl.load(u_ptr + offsets, mask=mask, other=0.0)
+        g, u = tl.load(gate.g + offsets, mask=mask, other=0.0), tl.load(gate.u + offsets, mask=mask, other=0.0)
         dg, du = gated_grads(parts[i], g, u, GATE)
         tl.store(dg_ptr + offsets, cast(dg, dg_ptr.dtype.element_ty), mask=mask)
-        tl.store(du_ptr + offsets, cast(du, du_ptr.dtype.element_ty), mask=mask)
+        tl.store(gate.du + offsets, cast(du, gate.du.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def prefetch(ptr, row0, col0, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Bring a tile of a contiguous [M, N] matrix into L2, for its reader at the end of a long sum."""
+def prefetch(gate, row0, col0, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Bring a tile of G and of U into L2, for their reader at the end of a long sum."""
     if not INTERPRETING:  # noqa: SIM102 - the interpreter does not know the other one
         if not targets_amd():
             # Elements of 128 bytes.
-            LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
+            LINE: tl.constexpr = 1024 // gate.g.dtype.element_ty.primitive_bitwidth
             rows = tl.minimum(row0 + tl.arange(0, BLOCK_M).to(tl.int64), M - 1)
             cols = tl.minimum(col0 + LINE * tl.arange(0, BLOCK_N // LINE), N - 1)
-            ptrs = ptr + rows[:, None] * N + cols[None, :]
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
-            )
+            offsets = rows[:, None] * N + cols[None, :]
+            for ptr in tl.static_range(2):
+                tl.inline_asm_elementwise(
+                    "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(gate.g if ptr == 0 else gate.u) + offsets],
+                    dtype=tl.int32, is_pure=False, pack=1,
+                )  # fmt: skip

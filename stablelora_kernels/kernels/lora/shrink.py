@@ -10,110 +10,90 @@ from stablelora_kernels.kernels.lora.chain import raise_flag
 from stablelora_kernels.kernels.lora.weight_grads import weight_grad
 
 
-@triton.jit(do_not_specialize=["M", "SPLITS", "GRAD_PROGRAMS", "GRAD_SPLITS", "threshold"])
-def _lora_shrink_kernel(
-    x_ptr, a_ptr, s_ptr, seed_ptr, partial_ptr, counter_ptr, t_ptr, grad_ptr, grad_partial_ptr, grad_counter_ptr,
-    M, K, R, SPLITS, GRAD_PROGRAMS, GRAD_SPLITS,
-    stride_xm, stride_xk, stride_ar, stride_ak, stride_sm, stride_tm,
-    scaling, threshold,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, TRIGGERS_DEPENDENTS: tl.constexpr, HAS_GRAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
-    GRAD_UNIT: tl.constexpr, GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """S = s' (X ∘ keep) A^T, and with HAS_GRAD grad = X^T T;  X [M, K], A [R, K], S and T [M, R], grad [K, R].
-
-    T is in units of GRAD_UNIT.
-
-    Programs of S: tiles of rows, in each blocks of ranks, in each SPLITS parts of K. The last part to finish adds up all parts
-    in order. The GRAD_PROGRAMS programs of grad are spread evenly among those of S: both walk down the rows of X at one pace,
-    so the second to read a row finds it in L2.
-    """
-    if TRIGGERS_DEPENDENTS:
-        # The wide product that follows needs S only at its end. It may fill idle processors from here on.
-        tl.extra.cuda.gdc_launch_dependents()
+@triton.jit(do_not_specialize=["M", "S_SPLITS", "DB_PROGRAMS", "DB_SPLITS", "threshold"])
+def _lora_shrink_kernel(s, db, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr):
+    """S = s' (X ∘ keep) A^T, and with DB dB = X^T T, for which X is dY."""
     s_program(
-        program=tl.program_id(0), programs=tl.num_programs(0), x_ptr=x_ptr, a_ptr=a_ptr, s_ptr=s_ptr, seed_ptr=seed_ptr,
-        partial_ptr=partial_ptr, counter_ptr=counter_ptr, t_ptr=t_ptr, grad_ptr=grad_ptr, grad_partial_ptr=grad_partial_ptr,
-        grad_counter_ptr=grad_counter_ptr, chain_ptr=None, M=M, K=K, R=R, SPLITS=SPLITS, GRAD_PROGRAMS=GRAD_PROGRAMS,
-        GRAD_SPLITS=GRAD_SPLITS, FLAG_M=1, stride_xm=stride_xm, stride_xk=stride_xk, stride_ar=stride_ar, stride_ak=stride_ak,
-        stride_sm=stride_sm, stride_tm=stride_tm, scaling=scaling, threshold=threshold, DROPOUT=DROPOUT, EVEN_K=EVEN_K,
-        RAISES_FLAGS=False, HAS_GRAD=HAS_GRAD, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, STAGES=STAGES,
-        GRAD_UNIT=GRAD_UNIT, GRAD_M=GRAD_M, GRAD_C=GRAD_C, GRAD_R=GRAD_R, GRAD_STAGES=GRAD_STAGES,
-        INPUT_PRECISION=INPUT_PRECISION, GRAD_PRECISION=GRAD_PRECISION,
-    )  # fmt: skip
+        tl.program_id(0), tl.num_programs(0), s, db, None, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB
+    )
 
 
 @triton.jit
 def s_program(
-    program, programs, x_ptr, a_ptr, s_ptr, seed_ptr, partial_ptr, counter_ptr, t_ptr, grad_ptr, grad_partial_ptr,
-    grad_counter_ptr, chain_ptr, M, K, R, SPLITS, GRAD_PROGRAMS, GRAD_SPLITS, FLAG_M, stride_xm, stride_xk, stride_ar,
-    stride_ak, stride_sm, stride_tm, scaling, threshold,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, RAISES_FLAGS: tl.constexpr, HAS_GRAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
-    GRAD_UNIT: tl.constexpr, GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_R: tl.constexpr, GRAD_STAGES: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The ``program``-th of ``programs`` for S and grad, as ``_lora_shrink_kernel`` says."""
-    # Programs of grad before this one.
-    grads, is_grad = 0, False
-    if HAS_GRAD:
-        grads = (program.to(tl.int64) * GRAD_PROGRAMS // programs).to(tl.int32)
-        is_grad = ((program + 1).to(tl.int64) * GRAD_PROGRAMS // programs).to(tl.int32) > grads
-        if is_grad:
-            weight_grad(
-                program=grads, z_ptr=x_ptr, u_ptr=x_ptr, t_ptr=t_ptr, out_ptr=grad_ptr, seed_ptr=seed_ptr,
-                partial_ptr=grad_partial_ptr, counter_ptr=grad_counter_ptr, M=M, C=K, R=R, SPLITS=GRAD_SPLITS,
-                stride_zm=stride_xm, stride_zc=stride_xk, stride_tm=stride_tm, stride_oc=R, stride_or=1, threshold=threshold,
-                T_UNIT=GRAD_UNIT, HAS_ROWS=True, DROPOUT=False, GATE="", BLOCK_M=GRAD_M, BLOCK_C=GRAD_C, BLOCK_R=GRAD_R,
-                STAGES=GRAD_STAGES, INPUT_PRECISION=GRAD_PRECISION,
-            )  # fmt: skip
-    if not is_grad:
-        _shrink(
-            program=program - grads, x_ptr=x_ptr, a_ptr=a_ptr, s_ptr=s_ptr, seed_ptr=seed_ptr, partial_ptr=partial_ptr,
-            counter_ptr=counter_ptr, chain_ptr=chain_ptr, M=M, K=K, R=R, SPLITS=SPLITS, FLAG_M=FLAG_M, stride_xm=stride_xm,
-            stride_xk=stride_xk, stride_ar=stride_ar, stride_ak=stride_ak, stride_sm=stride_sm, scaling=scaling,
-            threshold=threshold, DROPOUT=DROPOUT, EVEN_K=EVEN_K, RAISES_FLAGS=RAISES_FLAGS, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K,
-            BLOCK_R=BLOCK_R, STAGES=STAGES, INPUT_PRECISION=INPUT_PRECISION,
-        )  # fmt: skip
+    program, programs, s, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr
+):
+    """The ``program``-th of ``programs`` for S and dB.
+
+    The DB_PROGRAMS programs of dB are spread evenly among those of S: both walk down the rows of X at one pace, so the second to
+    read a row finds it in L2.
+    """
+    # Programs of dB before this one.
+    before, is_db = 0, False
+    if DB is not None:
+        before = (program.to(tl.int64) * DB_PROGRAMS // programs).to(tl.int32)
+        is_db = ((program + 1).to(tl.int64) * DB_PROGRAMS // programs).to(tl.int32) > before
+        if is_db:
+            weight_grad(before, db, M, DB_SPLITS, threshold, DB)
+    if not is_db:
+        shrink(program - before, s, chain, M, S_SPLITS, threshold, S)
 
 
 @triton.jit
-def _shrink(
-    program, x_ptr, a_ptr, s_ptr, seed_ptr, partial_ptr, counter_ptr, chain_ptr, M, K, R, SPLITS, FLAG_M, stride_xm, stride_xk,
-    stride_ar, stride_ak, stride_sm, scaling, threshold,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, RAISES_FLAGS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The ``program``-th program of S."""
-    tiles_r = tl.cdiv(R, BLOCK_R)
+def shrink(program, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
+    """S for each member of an ``SJob``; the ``program``-th program.
+
+    Programs: tiles of rows, in each blocks of ranks, in each SPLITS parts of K. The last part to finish adds up all parts in order.
+    Members of several projections have one block of ranks: X is read once for all. Each has its own mask, so their A can't be one
+    A of a higher rank.
+    """
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_K: tl.constexpr = TILE.BLOCK_K
+    BLOCK_R: tl.constexpr = TILE.BLOCK_R
+    MEMBERS: tl.constexpr = TILE.MEMBERS
+    tiles_r = tl.cdiv(job.members[0].R, BLOCK_R)
     tile, split = program // SPLITS, program % SPLITS
     row0 = tile // tiles_r * BLOCK_M
     rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
     rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
-    row_mask, r_mask = rows < M, rs < R
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
+    row_mask = rows < M
+    seeds = ()
+    sums = ()
+    for i in tl.static_range(MEMBERS):
+        seeds += (tl.load(job.members[i].seed) if job.members[i].seed is not None else 0,)
+        sums += (tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),)
 
-    share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
-    s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k0 in tl.range(split * share, tl.minimum(split * share + share, K), BLOCK_K, num_stages=STAGES):
-        x_mask, a_mask = row_mask[:, None], r_mask[None, :]
-        if not EVEN_K:
-            x_mask &= k0 + ks[None, :] < K
-            a_mask &= k0 + ks[:, None] < K
-        x = tl.load(x_ptr + rows[:, None] * stride_xm + (k0 + ks[None, :]) * stride_xk, mask=x_mask, other=0.0)
-        a = tl.load(a_ptr + rs[None, :] * stride_ar + (k0 + ks[:, None]) * stride_ak, mask=a_mask, other=0.0)
-        if DROPOUT:
-            # After the load, so that the load itself stays asynchronous.
-            x = tl.where(keep_mask(seed, rows, k0, K, threshold, BLOCK_K), x, 0.0)
-        s = dot(x, cast(a, x.dtype), s, INPUT_PRECISION)
+    share = tl.cdiv(tl.cdiv(job.K, BLOCK_K), SPLITS) * BLOCK_K
+    start, stop = split * share, tl.minimum(split * share + share, job.K)
+    # No part is empty, see ``weight_grad``.
+    tl.assume(start < stop)
+    for k0 in tl.range(start, stop, BLOCK_K, num_stages=TILE.STAGES):
+        x_mask, k_mask = row_mask[:, None], True
+        if not TILE.EVEN_K:
+            x_mask &= k0 + ks[None, :] < job.K
+            k_mask = k0 + ks[:, None] < job.K
+        x = tl.load(job.x.ptr + rows[:, None] * job.x.row + (k0 + ks[None, :]) * job.x.col, mask=x_mask, other=0.0)
+        added = ()
+        for i in tl.static_range(MEMBERS):
+            member = job.members[i]
+            a_mask = (rs[None, :] < member.R) & k_mask
+            a_ptrs = member.a.ptr + rs[None, :] * member.a.row + (k0 + ks[:, None]) * member.a.col
+            a = tl.load(a_ptrs, mask=a_mask, other=0.0)
+            kept = x
+            if member.seed is not None:
+                # After the load, so that the load itself stays asynchronous.
+                kept = tl.where(keep_mask(seeds[i], rows, k0, job.K, threshold, BLOCK_K), x, 0.0)
+            added += (dot(kept, cast(a, x.dtype), sums[i], TILE.PRECISION),)
+        sums = added
 
-    parts_ptr = partial_ptr + tile.to(tl.int64) * SPLITS * (BLOCK_M * BLOCK_R)
-    s, last = shared_sum(s, parts_ptr, counter_ptr + tile, split, SPLITS)
-    if last:
-        s_ptrs = s_ptr + rows[:, None] * stride_sm + rs[None, :]
-        tl.store(s_ptrs, cast(scaling * s, s_ptr.dtype.element_ty), mask=row_mask[:, None] & r_mask[None, :])
-        if RAISES_FLAGS:
-            raise_flag(chain_ptr, row0 // FLAG_M)
+    for i in tl.static_range(MEMBERS):
+        member = job.members[i]
+        place = tile.to(tl.int64) * MEMBERS + i
+        parts = job.parts + place * SPLITS * (BLOCK_M * BLOCK_R)
+        total, last = shared_sum(sums[i], parts, job.counter + place, split, SPLITS)
+        if last:
+            s_ptrs = member.s + rows[:, None] * member.stride_s + rs[None, :]
+            s_mask = row_mask[:, None] & (rs[None, :] < member.R)
+            tl.store(s_ptrs, cast(member.scaling * total, member.s.dtype.element_ty), mask=s_mask)
+            if TILE.FLAG_M:
+                raise_flag(chain, row0 // TILE.FLAG_M)

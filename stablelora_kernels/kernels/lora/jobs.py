@@ -1,0 +1,165 @@
+"""What the kernels' jobs take: for each a named tuple of run-time values, and one of compile-time constants.
+
+A launch may do several jobs: a product with its branch, S or dS, dB, dA. The constants' tuple is None where a launch lacks the job.
+Triton specializes every integer of a tuple, so what changes from batch to batch (rows, programs) is an argument of its own.
+None stands for a pointer that is not read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Matrix(NamedTuple):
+    """Elements at ``ptr + i * row + j * col``."""
+
+    ptr: Any
+    row: Any
+    col: Any
+
+
+class SMember(NamedTuple):
+    """One projection's S = s' (X ∘ keep) A^T: A [R, K], S [M, R] with rows of ``stride_s``. The seed is None without a mask."""
+
+    a: Matrix
+    s: Any
+    stride_s: Any
+    seed: Any
+    scaling: Any
+    R: Any
+
+
+class SJob(NamedTuple):
+    """S of projections that share X [M, K]; partial sums and counters of programs that share a tile's K."""
+
+    x: Matrix
+    K: Any
+    members: tuple[SMember, ...]
+    parts: Any
+    counter: Any
+
+
+class STile(NamedTuple):
+    """FLAG_M: rows of S that share a flag of the chain, 0 where no program of the launch reads S."""
+
+    MEMBERS: int
+    BLOCK_M: int
+    BLOCK_K: int
+    BLOCK_R: int
+    STAGES: int
+    EVEN_K: bool
+    FLAG_M: int
+    PRECISION: str
+
+
+class GradMember(NamedTuple):
+    """One projection's OUT = (Z ∘ keep)^T T: T [M, R] with rows of ``stride_t``, OUT [C, R]. The seed is None without a mask."""
+
+    t: Any
+    stride_t: Any
+    out: Matrix
+    seed: Any
+    R: Any
+
+
+class GradJob(NamedTuple):
+    """dA or dB of projections that share Z [M, C]. With U of Z's strides, act(Z) ∘ U takes the place of Z, see ``gated``."""
+
+    z: Matrix
+    u: Any
+    C: Any
+    members: tuple[GradMember, ...]
+    parts: Any
+    counter: Any
+
+
+class GradTile(NamedTuple):
+    """UNIT: what a stored 1 of T means."""
+
+    MEMBERS: int
+    BLOCK_M: int
+    BLOCK_C: int
+    BLOCK_R: int
+    STAGES: int
+    GATE: str
+    UNIT: float
+    PRECISION: str
+
+
+class Branch(NamedTuple):
+    """(S B^T) ∘ keep: S [M, R] with rows of ``stride_s``, B [N, R]. A launch that computes S beside its product scales it and, if
+    S is not None, stores it. The seed is None without a mask."""
+
+    s: Any
+    stride_s: Any
+    b: Matrix
+    seed: Any
+    scaling: Any
+    R: Any
+
+
+class BranchTile(NamedTuple):
+    """LOAD_S: S is read, not computed beside the product. UNIT: what a stored 1 of S means."""
+
+    BLOCK_R: int
+    LOAD_S: bool
+    UNIT: float
+    PRECISION: str
+
+
+class Gate(NamedTuple):
+    """Y is dH of a gated MLP, see ``gated``: G, U and dU, contiguous [M, N]; Y's memory takes dG."""
+
+    g: Any
+    u: Any
+    du: Any
+
+
+class Tile(NamedTuple):
+    """A product's. EVEN_K: BLOCK_K divides K, so that loads along K need no mask. GROUP_M: see ``tile_of``."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    EVEN_K: bool
+    GATE: str
+    PRECISION: str
+
+
+class DescribedTile(NamedTuple):
+    """A product's through tensor descriptors, which hold W^T with TRANS_W and A^T with TRANS_A. PARTS of a tile's columns are
+    finished one after another. ADD: add to Y's earlier values."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    PARTS: int
+    TRANS_W: bool
+    TRANS_A: bool
+    ADD: bool
+    GATE: str
+    PRECISION: str
+
+
+class Packed(NamedTuple):
+    """A W [N, K] in 4 or 8 bits, see ``quantized.Stored``: bytes in rows of ``stride``, absmax or scales, code, nested scales."""
+
+    data: Any
+    stride: Any
+    scale: Any
+    code: Any
+    nested_scale: Any
+    nested_code: Any
+    offset: Any
+
+
+class PackedTile(NamedTuple):
+    """BLOCKSIZE elements share a scale, and NESTED scales a nested one, 0 if scales are float32. ALIGNED: no byte and no block lies
+    across two rows, and blocks divide a tile's columns or they divide blocks."""
+
+    NF4: bool
+    BLOCKSIZE: int
+    NESTED: int
+    ALIGNED: bool

@@ -1,0 +1,198 @@
+"""A product with its LoRA branch and gradients, and what kernels take for each of its jobs (``kernels/lora/jobs.py``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.dispatch import tiles
+from stablelora_kernels.dispatch.problem import Call, Device
+from stablelora_kernels.dispatch.rules import input_precision
+from stablelora_kernels.dispatch.tiles import Plan
+from stablelora_kernels.kernels.lora import jobs
+from stablelora_kernels.kernels.lora.jobs import Gate, Matrix
+from stablelora_kernels.launch.counters import counters
+from stablelora_kernels.launch.workspace import scratch
+from stablelora_kernels.projection import Projection
+from stablelora_kernels.quantized import Stored
+
+
+class Product(NamedTuple):
+    """Y = X W^T + bias + BASE + (S B^T) ∘ keep with S = s' (X ∘ keep) A^T, where one of the two masks is all ones; or dX likewise.
+
+    x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], None if not requested, and y [M, N] with unit column stride;
+    seed int64 [1]. ``call.masked`` says which mask drops. Without w, Y is BASE and the branch. ``base`` is y, or has y's
+    strides. S is in units of ``unit``, and ``scaling`` is s' divided by it. Without ``wanted`` y is not computed, and any tensor
+    stands for it.
+
+    Backward's gradients are dA = S^T (Z ∘ keep) and dB = X^T T, for Z [M, N] and T [M, r] in units of ``t_unit``; da [r, N] and
+    db [K, r] are contiguous, None if not requested.
+    """
+
+    call: Call
+    x: Tensor
+    w: Tensor | Stored | None
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    s: Tensor | None
+    y: Tensor
+    seed: Tensor | None
+    scaling: float
+    dropout_p: float
+    unit: float = 1.0
+    base: Tensor | None = None
+    wanted: bool = True
+    z: Tensor | None = None
+    t: Tensor | None = None
+    t_unit: float = 1.0
+    da: Tensor | None = None
+    db: Tensor | None = None
+    # Of a gated MLP: Y is dH, and Z stands for act(G) ∘ U.
+    activation: str = ""
+    gate: Gate | None = None
+
+    def with_s(self) -> Product:
+        """Itself with memory for S."""
+        return self if self.s is not None else self._replace(s=scratch(self.x, self.call.m, self.call.r))
+
+
+def s_unit(dtype: torch.dtype, scaling: float) -> float:
+    """What a stored 1 of S = ``scaling`` X A^T means: the power of two that keeps S no larger than X A^T in float16."""
+    if dtype != torch.float16 or not 1 < abs(scaling) < math.inf:
+        return 1.0
+    fraction, exponent = math.frexp(scaling)
+    # Far from float32's limits, where the kernels scale sums by it.
+    return 2.0 ** min(exponent - (abs(fraction) == 0.5), 64)
+
+
+def forward_product(
+    x: Tensor, p: Projection, s: Tensor | None, y: Tensor, seed: Tensor | None, dropout_p: float
+) -> Product:
+    """Y as a product; the projection's scaling is s'."""
+    # Kernels take no stride for it.
+    bias = None if p.bias is None else p.bias.contiguous()
+    (m, k), (n, r) = x.shape, p.lora_B.shape
+    dropout_p = dropout_p if r else 0.0
+    call, unit = Call("forward", m, n, k, r, x.dtype, p.lora_A.dtype, dropout_p > 0), s_unit(x.dtype, p.scaling)
+    return Product(
+        call, x, p.weight, bias, p.lora_A, p.lora_B, s, y, seed, p.scaling / unit, dropout_p, unit
+    )  # fmt: skip
+
+
+def backward_product(
+    x: Tensor | None, grad: Tensor, p: Projection, s: Tensor | None, seed: Tensor | None, dropout_p: float,
+    results: tuple[Tensor | None, Tensor | None, Tensor | None], ds: Tensor | None = None,
+) -> Product:  # fmt: skip
+    """dX as the forward's formula with every matrix transposed, with dA and dB: those of ``results`` that are not None."""
+    (m, n), (r, k), (dx, da, db) = grad.shape, p.lora_A.shape, results
+    dropout_p = dropout_p if r else 0.0
+    call = Call("backward", m, k, n, r, grad.dtype, p.lora_A.dtype, dropout_p > 0)
+    w = p.weight.t() if isinstance(p.weight, Tensor) else p.weight
+    ds = scratch(grad, m, r) if ds is None and da is not None else ds
+    # A hook of saved tensors may have given S another layout.
+    s = s.contiguous() if s is not None and s.stride(1) != 1 else s
+    return Product(
+        call, grad, w, None, p.lora_B.t(), p.lora_A.t(), ds, grad if dx is None else dx, seed, p.scaling, dropout_p,
+        wanted=dx is not None, z=x, t=None if db is None else s, t_unit=s_unit(grad.dtype, p.scaling), da=da, db=db,
+    )  # fmt: skip
+
+
+def threshold(p: Product) -> int:
+    """A random number of 31 bits below this drops its element."""
+    return min(round(p.dropout_p * 2**31), 2**31 - 1)
+
+
+def buffers(plan: Plan, part: int, like: Tensor, lane: int, sums: int = 1) -> tuple[Tensor, Tensor]:
+    """The float32 scratch for partial sums, each of ``part`` elements, and the counters of ``sums`` for each tile.
+
+    Sums that may run at the same time need different lanes: 0 and 1 for S and Y, 2 and 3 for dB and dA, and 4 for a chain.
+    """
+    shared = plan.tiles * sums if plan.splits > 1 else 0
+    parts = scratch(like, plan.splits * shared * part, dtype=torch.float32)
+    return parts, counters(shared, like.device, lane)
+
+
+def matrix(t: Tensor | None) -> Matrix:
+    return Matrix(None, 0, 0) if t is None else Matrix(t, *t.stride())
+
+
+def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 0) -> tuple[jobs.SJob, jobs.STile]:
+    """S of ``members``, which share X. ``flag_m``: the rows that share a flag, in the launch of the product that reads S."""
+    (p, *_), tile = members, plan.tile
+    c, many = p.call, len(members)
+    seeds = [q.seed if c.dropout and not c.masked else None for q in members]
+    parts = buffers(plan, tile.BLOCK_M * plan.block_r, p.x, lane=0, sums=many)
+    each = [
+        jobs.SMember(matrix(q.a), q.s, q.s.stride(0), seed, q.scaling, q.call.r)
+        for q, seed in zip(members, seeds, strict=True)
+        if q.s is not None
+    ]
+    # For dS, A is B^T, whose rows are not contiguous.
+    precision = input_precision(device, c.dtype, transposed=c.direction == "backward")
+    even = c.k % tile.BLOCK_K == 0
+    constants = (many, tile.BLOCK_M, tile.BLOCK_K, plan.block_r, tile.num_stages, even, flag_m, precision)
+    return jobs.SJob(matrix(p.x), c.k, tuple(each), *parts), jobs.STile(*constants)
+
+
+class Gradient(NamedTuple):
+    """dA or dB in some launch: its programs, of which ``splits`` share a sum, and what the kernel takes for them."""
+
+    programs: int = 0
+    splits: int = 1
+    job: jobs.GradJob | None = None
+    tile: jobs.GradTile | None = None
+
+
+def da_job(device: Device, members: Sequence[Product], plan: Plan) -> Gradient:
+    """dA of ``members``, which share Z."""
+    p, c = members[0], members[0].call
+    z, u = (p.z, None) if p.gate is None else (p.gate.g, p.gate.u)
+    each = [
+        jobs.GradMember(q.s, q.s.stride(0), Matrix(q.da, 1, c.n), q.seed if c.dropout else None, q.call.r)
+        for q in members
+        if q.s is not None
+    ]
+    job = jobs.GradJob(matrix(z), u, c.n, tuple(each), *_grad_buffers(plan, p.x, 3, len(members)))
+    return _gradient(device, p, plan, job, p.activation, 1.0)
+
+
+def db_job(device: Device, p: Product, plan: Plan) -> Gradient:
+    """dB."""
+    assert p.t is not None
+    member = jobs.GradMember(p.t, p.t.stride(0), Matrix(p.db, p.call.r, 1), None, p.call.r)
+    job = jobs.GradJob(matrix(p.x), None, p.call.k, (member,), *_grad_buffers(plan, p.x, 2, 1))
+    return _gradient(device, p, plan, job, "", p.t_unit)
+
+
+def _grad_buffers(plan: Plan, like: Tensor, lane: int, sums: int) -> tuple[Tensor, Tensor]:
+    return buffers(plan, plan.tile.BLOCK_M * plan.block_r, like, lane, sums)
+
+
+def _gradient(
+    device: Device, p: Product, plan: Plan, job: jobs.GradJob, activation: str, unit: float
+) -> Gradient:
+    tile = plan.tile
+    precision = input_precision(device, p.call.dtype, transposed=True)
+    constants = (len(job.members), tile.BLOCK_K, tile.BLOCK_M, plan.block_r, tile.num_stages, activation, unit, precision)
+    return Gradient(plan.tiles * plan.splits, plan.splits, job, jobs.GradTile(*constants))
+
+
+def co_scheduled(device: Device, p: Product, of_b: bool, warps: int) -> Gradient:
+    """dA, or dB if ``of_b``, by programs of another launch, which has ``warps`` warps a program; none if it is not wanted."""
+    if (p.db if of_b else p.da) is None:
+        return Gradient()
+    plan = tiles.co_scheduled_grad_plan(device, p.call, of_b, warps)
+    return db_job(device, p, plan) if of_b else da_job(device, [p], plan)
+
+
+def branch_job(p: Product, block_r: int, load_s: bool, precision: str) -> tuple[jobs.Branch, jobs.BranchTile]:
+    """The branch onto a tile of Y."""
+    # With rank 0 nothing is read, but a pointer still needs a type.
+    s = p.y if p.s is None and load_s else p.s
+    branch = jobs.Branch(s, 0 if s is None else s.stride(0), matrix(p.b), p.seed if p.call.masked else None, p.scaling, p.call.r)
+    return branch, jobs.BranchTile(block_r, load_s, p.unit, precision)

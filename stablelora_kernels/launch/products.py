@@ -1,0 +1,283 @@
+"""The launches that products are made of: S, the product in one of its forms, dA and dB, a dequantized weight.
+
+Tensors are 2-D and of any strides unless a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from stablelora_kernels.dispatch import problem, rules, tiles
+from stablelora_kernels.dispatch.problem import Device, cdiv
+from stablelora_kernels.dispatch.rules import input_precision
+from stablelora_kernels.dispatch.tiles import Plan, Tile
+from stablelora_kernels.kernels.lora import jobs
+from stablelora_kernels.kernels.lora.linear import _lora_linear_kernel
+from stablelora_kernels.kernels.lora.linear_quantized import _dequantize_kernel, _lora_linear_quantized_kernel
+from stablelora_kernels.kernels.lora.linear_split_k import _lora_linear_split_k_kernel
+from stablelora_kernels.kernels.lora.linear_tma import _lora_linear_tma_kernel
+from stablelora_kernels.kernels.lora.shrink import _lora_shrink_kernel
+from stablelora_kernels.kernels.lora.weight_grads import _lora_weight_grads_kernel
+from stablelora_kernels.launch.base import Launch, flag_words, tile_options
+from stablelora_kernels.launch.counters import counters
+from stablelora_kernels.launch.jobs import (
+    Gradient,
+    Product,
+    branch_job,
+    buffers,
+    co_scheduled,
+    da_job,
+    db_job,
+    matrix,
+    s_job,
+    threshold,
+)
+from stablelora_kernels.quantized import Stored
+
+GROUP_M = 8
+
+
+def shrink(device: Device, members: Sequence[Product]) -> Launch:
+    """S of ``members``, which share X; of a single one with dB, if wanted."""
+    (p, *others), ranks = members, [q.call.r for q in members]
+    c = p.call
+    plan = tiles.shrink_group_plan(device, c, ranks) if others else tiles.shrink_plan(device, c)
+    job, constants = s_job(device, members, plan)
+    db = Gradient() if others else co_scheduled(device, p, True, plan.tile.num_warps)
+    many = f"{len(members)} of " if others else ""
+    words = flag_words(dropout=c.dropout and not c.masked, dB=db.programs > 0)
+    return Launch(
+        _lora_shrink_kernel,
+        f"{many}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{words}",
+        plan.reason,
+        (plan.tiles * plan.splits + db.programs,),
+        (job, db.job, c.m, plan.splits, db.programs, db.splits, threshold(p)),
+        {"S": constants, "DB": db.tile},
+        tile_options(plan.tile),
+    )
+
+
+def weight_grads(device: Device, members: Sequence[Product]) -> Launch:
+    """dA of ``members``, which share Z; or dA and dB of a single one, those that are wanted."""
+    (p, *others), ranks = members, [q.call.r for q in members]
+    c = p.call
+    if others:
+        plan, tiles_a = tiles.weight_grads_group_plan(device, c, ranks), -1
+    else:
+        plan, tiles_a = tiles.weight_grads_plan(device, c, p.da is not None, p.db is not None)
+    of_a = plan if others else plan._replace(tiles=tiles_a)
+    da = da_job(device, members, of_a) if p.da is not None else Gradient()
+    db = db_job(device, p, plan._replace(tiles=plan.tiles - tiles_a)) if p.db is not None and not others else Gradient()
+    many = f"{len(members)} of " if others else ""
+    words = flag_words(dropout=c.dropout and p.da is not None, **activation_flag(p))
+    return Launch(
+        _lora_weight_grads_kernel,
+        f"{many}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{words}",
+        plan.reason,
+        (plan.tiles * plan.splits,),
+        (da.job, db.job, c.m, da.programs, plan.splits, threshold(p)),
+        {"DA": da.tile, "DB": db.tile},
+        tile_options(plan.tile),
+    )
+
+
+def activation_flag(p: Product) -> dict[str, bool]:
+    """The activation's name, as a flag of a variant."""
+    return {p.activation: True} if p.activation else {}
+
+
+class _Chain(NamedTuple):
+    """S's programs, and dB's, in the launch of the product that needs S."""
+
+    chain: Tensor | None = None
+    programs: int = 0
+    splits: int = 1
+    job: jobs.SJob | None = None
+    tile: jobs.STile | None = None
+    db: Gradient = Gradient()
+
+
+def _chain(device: Device, p: Product, product: Tile) -> _Chain:
+    c = p.call
+    plan = tiles.chained_shrink_plan(device, c, product)
+    flag_m = max(product.BLOCK_M, plan.tile.BLOCK_M)
+    job, constants = s_job(device, [p], plan, flag_m)
+    db = co_scheduled(device, p, True, product.num_warps)
+    chain = counters(tiles.CHAIN_HEAD + cdiv(c.m, flag_m), p.x.device, lane=4)
+    return _Chain(chain, plan.tiles * plan.splits + db.programs, plan.splits, job, constants, db)
+
+
+def linear(device: Device, p: Product, tile: Tile | None, *, load_s: bool, chained: bool = False) -> Launch:
+    """The product, if it has a W, and the branch, with dA if wanted.
+
+    S is read, or else computed and, if wanted, stored. ``chained``: earlier programs of the launch compute the S that is read,
+    and dB if wanted.
+    """
+    c = p.call
+    assert not isinstance(p.w, Stored)
+    form = "pointers"
+    if p.w is not None:
+        operands = [p.x, rows_contiguous(p.w)[0], p.y, *([] if p.gate is None else p.gate)]
+        form = rules.choose_form(device, c, described=all(described(t) for t in operands))
+    build = {"split_k": _by_split_k, "tma": _by_descriptors, "pointers": _by_pointers}[form]
+    launch, plan, ahead, da = build(device, p, tile, load_s, chained)
+    flags = flag_words(
+        fused=not load_s, chained=chained, alone=p.w is None, masked=c.masked, add=p.base is p.y, **activation_flag(p),
+        dA=da.programs > 0, dB=ahead.db.programs > 0,
+    )  # fmt: skip
+    words = f"{few_rows_word(p)}{'dx' if c.direction == 'backward' else 'y'} r{plan.block_r}{flags} {launch.variant}"
+    return launch._replace(variant=words)
+
+
+def few_rows_word(p: Product) -> str:
+    return "small " if p.call.m <= problem.SMALL_M else ""
+
+
+_Built = tuple[Launch, Plan, _Chain, Gradient]
+
+
+def _launch(
+    device: Device, p: Product, kernel: Any, plan: Plan, products: int, operands: tuple[Any, ...], constants: dict[str, Any],
+    chained: bool,
+) -> _Built:  # fmt: skip
+    """A launch of one of the three kernels, whose ``operands`` come before its jobs' arguments and their sizes."""
+    c, tile = p.call, plan.tile
+    ahead = _chain(device, p, tile) if chained else _Chain()
+    da = co_scheduled(device, p, False, tile.num_warps)
+    own = (plan.splits,) if kernel is _lora_linear_split_k_kernel else ()
+    counts = (products, ahead.programs, ahead.splits, ahead.db.programs, ahead.db.splits, da.splits, threshold(p))
+    launch = Launch(
+        kernel,
+        f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
+        plan.reason,
+        (ahead.programs + products + da.programs,),
+        (*operands, ahead.job, ahead.db.job, da.job, ahead.chain, c.m, c.n, c.k, *own, *counts),
+        constants | {"S": ahead.tile, "DB": ahead.db.tile, "DA": da.tile},
+        tile_options(tile),
+    )
+    return launch, plan, ahead, da
+
+
+def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool) -> _Built:
+    c = p.call
+    plan = tiles.linear_plan(device, c, load_s, tile)
+    tile, precision = plan.tile, input_precision(device, c.dtype)
+    branch, branch_tile = branch_job(p, plan.block_r, load_s, precision)
+    even = p.w is None or c.k % tile.BLOCK_K == 0
+    sizes = jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, p.activation, precision)
+    matrices = (matrix(p.x), matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y))
+    constants = {"TILE": sizes, "BRANCH": branch_tile}
+    products = plan.tiles * p.wanted
+    return _launch(
+        device, p, _lora_linear_kernel, plan, products, (*matrices, p.base, branch, p.gate), constants, chained
+    )
+
+
+def _by_split_k(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool) -> _Built:
+    c = p.call
+    plan = tiles.linear_split_k_plan(device, c, load_s, tile)
+    tile, precision = plan.tile, input_precision(device, c.dtype, transposed=c.direction == "backward")
+    branch, branch_tile = branch_job(p, plan.block_r, load_s, precision)
+    even = c.k % tile.BLOCK_K == 0
+    sizes = jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, p.activation, precision)
+    parts = buffers(plan, tile.BLOCK_M * (tile.BLOCK_N + plan.block_r), p.x, lane=1)
+    matrices = (matrix(p.x), matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y))
+    constants = {"TILE": sizes, "BRANCH": branch_tile}
+    products = plan.tiles * plan.splits * p.wanted
+    operands = (*matrices, p.base, branch, p.gate, *parts)
+    return _launch(device, p, _lora_linear_split_k_kernel, plan, products, operands, constants, chained)
+
+
+def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool) -> _Built:
+    c = p.call
+    assert isinstance(p.w, Tensor)
+    plan, parts, programs = tiles.linear_tma_plan(device, c, load_s, tile)
+    tile, precision = plan.tile, input_precision(device, c.dtype)
+    branch, branch_tile = branch_job(p, plan.block_r, load_s, precision)
+    (w, trans_w), (a, trans_a) = rows_contiguous(p.w), rows_contiguous(p.a)
+    # A float32 A passes through registers to be rounded, with a descriptor or without.
+    described_a = not load_s and c.lora_dtype == c.dtype and described(a)
+    part = tile.BLOCK_N // parts
+    descriptors = (
+        descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K),
+        descriptor(w, tile.BLOCK_N, tile.BLOCK_K, trans_w),
+        descriptor(a, plan.block_r, tile.BLOCK_K, trans_a) if described_a else None,
+        descriptor(p.y, tile.BLOCK_M, part),
+        *([None] * 3 if p.gate is None else [descriptor(t, tile.BLOCK_M, part) for t in p.gate]),
+    )
+    sizes = jobs.DescribedTile(
+        tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, parts, trans_w, trans_a, p.base is not None, p.activation, precision
+    )  # fmt: skip
+    operands = (*descriptors, matrix(None if load_s or described_a else p.a), p.bias, branch, p.gate)
+    constants = {"TILE": sizes, "BRANCH": branch_tile}
+    return _launch(device, p, _lora_linear_tma_kernel, plan, programs * p.wanted, operands, constants, chained)
+
+
+def described(t: Tensor) -> bool:
+    """Whether a descriptor can hold ``t``: rows of unit stride that begin at multiples of 16 bytes."""
+    return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.stride(0) > 0
+
+
+def rows_contiguous(t: Tensor) -> tuple[Tensor, bool]:
+    """``t`` or its transpose, whichever may have rows of unit stride, and whether it is the transpose."""
+    return (t.t(), True) if t.stride(0) == 1 else (t, False)
+
+
+def descriptor(t: Tensor, rows: int, cols: int, trans: bool = False) -> TensorDescriptor:
+    """Of blocks of ``rows`` by ``cols``; the other way round with ``trans``."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [cols, rows] if trans else [rows, cols])
+
+
+def _packed(weight: Stored) -> tuple[jobs.Packed, jobs.PackedTile, str]:
+    """What kernels take for ``weight``, and its kind in words."""
+    layout = weight.layout
+    scale, *others = weight.scales
+    pointers = (*others, *[None] * (4 - len(others)))
+    nf4 = layout.bits == 4
+    tile = jobs.PackedTile(nf4, layout.blocksize if nf4 else 1, layout.nested_blocksize, layout.aligned)
+    words = flag_words(nested=layout.nested_blocksize > 0, unaligned=not layout.aligned)
+    return jobs.Packed(weight.data, layout.k * layout.bits // 8, scale, *pointers), tile, ("nf4" if nf4 else "fp8") + words
+
+
+def quantized(device: Device, p: Product) -> Launch:
+    """The product with W dequantized in the main loop, and the branch, for which S is read."""
+    c = p.call
+    assert isinstance(p.w, Stored)
+    plan = tiles.linear_quantized_plan(device, c, p.w.layout.bits)
+    tile, trans = plan.tile, c.direction == "backward"
+    precision = input_precision(device, c.dtype, transposed=trans)
+    parts = buffers(plan, tile.BLOCK_M * tile.BLOCK_N, p.x, lane=1)
+    w, packed, kind = _packed(p.w)
+    branch, branch_tile = branch_job(p, plan.block_r, True, precision)
+    even = c.k % tile.BLOCK_K == 0
+    sizes = jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, "", precision)
+    words = f"{few_rows_word(p)}{'dx' if trans else 'y'} r{plan.block_r} {kind}{flag_words(masked=c.masked)}"
+    return Launch(
+        _lora_linear_quantized_kernel,
+        f"{words} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
+        plan.reason,
+        (plan.tiles * plan.splits,),
+        (matrix(p.x), w, p.bias, matrix(p.y), branch, *parts, c.m, c.n, c.k, plan.splits, threshold(p)),
+        {"TILE": sizes, "BRANCH": branch_tile, "PACKED": packed, "TRANS_W": trans},
+        tile_options(tile),
+    )
+
+
+def dequantize(w: Tensor, weight: Stored) -> Launch:
+    """The launch that fills ``w`` [N, K] with ``weight``."""
+    n, k = w.shape
+    packed, constants, kind = _packed(weight)
+    ((_, tile, reason),) = tiles.DEQUANTIZE_TILES
+    return Launch(
+        _dequantize_kernel,
+        f"{kind} {tile.BLOCK_N}x{tile.BLOCK_K}",
+        reason,
+        (cdiv(n, tile.BLOCK_N) * cdiv(k, tile.BLOCK_K),),
+        (packed, w, n, k),
+        {"PACKED": constants, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K},
+        tile_options(tile),
+    )
