@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
-from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.tiles import Tile
 
 # Launches since the process started, by kernel; tests and benchmarks take differences.
@@ -34,9 +34,13 @@ class Launch(NamedTuple):
     @property
     def compiled_with(self) -> dict[str, Any]:
         """What Triton takes beside the arguments."""
-        # Triton 3.6 wants each constant of a tuple marked. FP fusion is explicit, because Triton 3.10 changes its default, which
+        # Triton 3.6 compiles a tuple's constants if each is marked. FP fusion is explicit, because Triton 3.10 changes its default, which
         # would change results.
-        constants = {name: _marked(value) for name, value in self.constants.items()}
+        marked = isinstance(self.kernel, JITFunction)
+        constants = {
+            name: type(value)(*map(tl.constexpr, value)) if marked and isinstance(value, tuple) else value
+            for name, value in self.constants.items()
+        }
         return {**constants, **self.options, "enable_fp_fusion": True}
 
     @property
@@ -81,11 +85,6 @@ class VendorProduct(NamedTuple):
 
 
 Launches = list[Launch | VendorProduct]
-
-
-def _marked(value: Any) -> Any:
-    marks = isinstance(value, tuple) and not backend.INTERPRETING
-    return type(value)(*map(tl.constexpr, value)) if marks else value
 
 
 def leaves(values: Any) -> Iterator[Any]:

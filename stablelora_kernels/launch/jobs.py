@@ -121,14 +121,19 @@ def matrix(t: Tensor | None) -> Matrix:
     return Matrix(None, 0, 0) if t is None else Matrix(t, *t.stride())
 
 
+def _rows(t: Tensor | None, u: Tensor | None, width: int) -> jobs.Rows:
+    assert t is not None
+    return jobs.Rows(t, u, *t.stride(), width)
+
+
 def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 0) -> tuple[jobs.SJob, jobs.STile]:
     """S of ``members``, which share X. ``flag_m``: the rows that share a flag, in the launch of the product that reads S."""
     (p, *_), tile = members, plan.tile
     c, many = p.call, len(members)
     seeds = [q.seed if c.dropout and not c.masked else None for q in members]
-    parts = buffers(plan, tile.BLOCK_M * plan.block_r, p.x, lane=0, sums=many)
+    sums = jobs.Sums(*buffers(plan, tile.BLOCK_M * plan.block_r, p.x, lane=0, sums=many))
     each = [
-        jobs.SMember(matrix(q.a), q.s, q.s.stride(0), seed, q.scaling, q.call.r)
+        jobs.SMember(*matrix(q.a), q.s, q.s.stride(0), seed, q.scaling, q.call.r)
         for q, seed in zip(members, seeds, strict=True)
         if q.s is not None
     ]
@@ -136,7 +141,7 @@ def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 
     precision = input_precision(device, c.dtype, transposed=c.direction == "backward")
     even = c.k % tile.BLOCK_K == 0
     constants = (many, tile.BLOCK_M, tile.BLOCK_K, plan.block_r, tile.num_stages, even, flag_m, precision)
-    return jobs.SJob(matrix(p.x), c.k, tuple(each), *parts), jobs.STile(*constants)
+    return jobs.SJob(_rows(p.x, None, c.k), tuple(each), sums), jobs.STile(*constants)
 
 
 class Gradient(NamedTuple):
@@ -153,24 +158,24 @@ def da_job(device: Device, members: Sequence[Product], plan: Plan) -> Gradient:
     p, c = members[0], members[0].call
     z, u = (p.z, None) if p.gate is None else (p.gate.g, p.gate.u)
     each = [
-        jobs.GradMember(q.s, q.s.stride(0), Matrix(q.da, 1, c.n), q.seed if c.dropout else None, q.call.r)
+        jobs.GradMember(q.s, q.s.stride(0), q.da, 1, c.n, q.seed if c.dropout else None, q.call.r)
         for q in members
         if q.s is not None
     ]
-    job = jobs.GradJob(matrix(z), u, c.n, tuple(each), *_grad_buffers(plan, p.x, 3, len(members)))
+    job = jobs.GradJob(_rows(z, u, c.n), tuple(each), _grad_sums(plan, p.x, 3, len(members)))
     return _gradient(device, p, plan, job, p.activation, 1.0)
 
 
 def db_job(device: Device, p: Product, plan: Plan) -> Gradient:
     """dB."""
     assert p.t is not None
-    member = jobs.GradMember(p.t, p.t.stride(0), Matrix(p.db, p.call.r, 1), None, p.call.r)
-    job = jobs.GradJob(matrix(p.x), None, p.call.k, (member,), *_grad_buffers(plan, p.x, 2, 1))
+    member = jobs.GradMember(p.t, p.t.stride(0), p.db, p.call.r, 1, None, p.call.r)
+    job = jobs.GradJob(_rows(p.x, None, p.call.k), (member,), _grad_sums(plan, p.x, 2, 1))
     return _gradient(device, p, plan, job, "", p.t_unit)
 
 
-def _grad_buffers(plan: Plan, like: Tensor, lane: int, sums: int) -> tuple[Tensor, Tensor]:
-    return buffers(plan, plan.tile.BLOCK_M * plan.block_r, like, lane, sums)
+def _grad_sums(plan: Plan, like: Tensor, lane: int, sums: int) -> jobs.Sums:
+    return jobs.Sums(*buffers(plan, plan.tile.BLOCK_M * plan.block_r, like, lane, sums))
 
 
 def _gradient(
@@ -194,5 +199,5 @@ def branch_job(p: Product, block_r: int, load_s: bool, precision: str) -> tuple[
     """The branch onto a tile of Y."""
     # With rank 0 nothing is read, but a pointer still needs a type.
     s = p.y if p.s is None and load_s else p.s
-    branch = jobs.Branch(s, 0 if s is None else s.stride(0), matrix(p.b), p.seed if p.call.masked else None, p.scaling, p.call.r)
+    branch = jobs.Branch(s, 0 if s is None else s.stride(0), *matrix(p.b), p.seed if p.call.masked else None, p.scaling, p.call.r)
     return branch, jobs.BranchTile(block_r, load_s, p.unit, precision)

@@ -15,7 +15,7 @@ from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.launch.base import Launches, VendorProduct
 from stablelora_kernels.launch.jobs import Product, backward_product, forward_product
-from stablelora_kernels.launch.products import dequantize, linear, quantized, shrink, weight_grads
+from stablelora_kernels.launch.products import dequantize, linear, shrink, weight_grads
 from stablelora_kernels.launch.workspace import scratch
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored
@@ -96,15 +96,20 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
     dB goes with a separate dS, so that dY is read once, and dA with dX. If dX is not wanted, only "chained" is of use.
     ``s_ready``: an earlier launch has filled ``p.s``. "fused" would compute it again.
     """
+    if isinstance(p.w, Stored) and choice.kernel == "dequantize":
+        w = scratch(p.x, p.w.layout.n, p.w.layout.k)
+        plain = p._replace(w=w if p.call.direction == "forward" else w.t())
+        return [dequantize(w, p.w), *product_launches(device, plain, rules.choose(device, p.call))]
     if isinstance(p.w, Stored):
-        return _quantized_launches(device, p, p.w, choice)
+        # W is dequantized in the product's own loop.
+        choice = rules.choose_branch(p.call)
     if not p.wanted and (p.s is None or choice.kernel != "chained"):
         return [*([shrink(device, [p])] if p.s is not None else []), *_gradients(device, p, with_db=p.s is None)]
     rules.check_possible(p.call, choice.kernel)
     if choice.kernel == "vendor":
         return _onto_vendors(device, p, s_ready)
     if choice.kernel == "fused" and p.call.r:
-        return [linear(device, p, choice.tile, load_s=False), *_gradients(device, p)]
+        return [linear(device, p._replace(da=None), choice.tile, load_s=False), *_gradients(device, p)]
     if s_ready or not p.call.r:
         return [linear(device, p, choice.tile, load_s=True)]
     p = p.with_s()
@@ -127,14 +132,3 @@ def _onto_vendors(device: Device, p: Product, s_ready: bool) -> Launches:
         return [product]
     branch = p._replace(w=None, bias=None, base=p.y)
     return [product, *product_launches(device, branch, rules.choose_branch(p.call), s_ready)]
-
-
-def _quantized_launches(device: Device, p: Product, weight: Stored, choice: Choice) -> Launches:
-    """With W dequantized in the product's own loop, or by a launch before."""
-    if choice.kernel == "dequantize":
-        layout = weight.layout
-        w = scratch(p.x, layout.n, layout.k)
-        plain = p._replace(w=w if p.call.direction == "forward" else w.t())
-        return [dequantize(w, weight), *product_launches(device, plain, rules.choose(device, p.call))]
-    p = p.with_s()
-    return [shrink(device, [p]), quantized(device, p), *_gradients(device, p, with_db=False)]

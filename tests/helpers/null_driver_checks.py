@@ -47,6 +47,10 @@ class Recorder:
         self.takes_lists = hasattr(utils, "launch")
         if self.takes_lists:
             utils.launch = self.around(utils.launch)
+            # The types of the arguments that the launcher gets marks of.
+            self.types: dict[int, Any] = {}
+            annotate = nvidia.annotate_arguments
+            nvidia.annotate_arguments = lambda types: self.types.setdefault(id(marks := annotate(types)), (marks, types))[0]
         else:
             wrap = nvidia.wrap_handle_tensordesc
             nvidia.wrap_handle_tensordesc = lambda launch, *rest: wrap(self.around(launch), *rest)
@@ -55,7 +59,10 @@ class Recorder:
         def record(*args: Any) -> None:
             # The hooks, and the metadata for them, are None in a prepared launch and do nothing in another.
             head, kernel_args = (args[:8], args[-1]) if self.takes_lists else ((*args[:7], args[9]), args[13:])
-            self.calls.append((*head, [described(argument) for argument in kernel_args]))
+            if self.takes_lists:
+                _, types = self.types.get(id(args[-3]), (None, ["kernel"] * len(kernel_args)))
+                kernel_args = taken(kernel_args, types)
+            self.calls.append((*head, [described(argument) for argument in base.leaves(tuple(kernel_args))]))
             launch(*args)
 
         return record
@@ -65,6 +72,16 @@ class Recorder:
         if not hasattr(self.made, "calls"):
             self.made.calls = []
         return self.made.calls
+
+
+def taken(values: Any, types: Any) -> list[Any]:
+    """The leaves of arguments, without constants, as the launcher takes them."""
+    return [
+        leaf
+        for value, kind in zip(values, types, strict=True)
+        if kind != "constexpr"
+        for leaf in (taken(value, kind) if isinstance(value, tuple) else [value])
+    ]
 
 
 def described(argument: Any) -> Any:
@@ -133,7 +150,8 @@ def check_mlp(recorder: Recorder) -> None:
         lists = {"x": [x], "grad": [grad], "weight": weights, "lora_A": lora_as, "lora_B": lora_bs}
         named = {t.data_ptr(): f"{name}{i}" for name, tensors in lists.items() for i, t in enumerate(tensors)}
         seen.append(renamed(recorder.calls, named))
-    assert len(seen[0]) == 11 and all(name in str(seen[0]) for name in named.values())
+    assert len(seen[0]) == 11, len(seen[0])
+    assert all(name in str(seen[0]) for name in named.values())
     for later in seen[1:]:
         assert later == seen[0], (later, seen[0])
 

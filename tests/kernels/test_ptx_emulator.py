@@ -95,9 +95,9 @@ def test_an_unknown_instruction_is_named_with_its_line(instruction: str) -> None
 def test_a_loop_without_end_is_stopped() -> None:
     program = CompiledProgram(parse(PTX.replace("INSTRUCTION", "mov.b32 %r1, 0;\nLOOP:\nbra.uni LOOP")))
     x = torch.zeros(4)
-    launch = LaunchState(program, "kernel", (1, 1, 1), bytes(8), 0, False, {})
+    launch = LaunchState(program, "kernel", (1, 1, 1), bytes(8), 0, {})
     with pytest.raises(EmulationError, match=r"no end after 100000 steps: CTA 0 of kernel"):
-        Machine(global_memory([(x.data_ptr(), x.nbytes, "x")], 2), [launch], Schedule()).run()
+        Machine(global_memory([(x.data_ptr(), x.nbytes, "x")], 2), launch, Schedule()).run()
 
 
 @pytest.mark.parametrize(

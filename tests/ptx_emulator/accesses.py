@@ -148,10 +148,6 @@ def _nothing(ins: Instruction, c: CTA, mask: Any) -> None:
     """Hints, and a barrier of one warp's threads, which are ordered here anyway."""
 
 
-def _trigger(ins: Instruction, c: CTA, mask: Any) -> None:
-    c.triggered = True
-
-
 # cp.async: the bytes belong to nobody until they land.
 
 
@@ -341,6 +337,5 @@ INSTRUCTIONS: dict[str, Callable[[Arithmetic, Instruction], Action]] = {
     "ld.param": _load_parameter, "ld.": _load, "st.": _store, "atom.global": _atomic, "red.global": _atomic,
     "cp.async.commit_group": whole(_commit_copies), "cp.async.wait_group": whole(_wait_for_copies),
     "cp.async.ca.shared": _copy, "cp.async.cg.shared": _copy, "shfl.sync": _shuffle, "elect.sync": _elect, "mma.sync": _mma,
-    "ldmatrix": _matrix, "stmatrix": _matrix, "griddepcontrol.launch_dependents": whole(_trigger),
-    "prefetch.global": whole(_nothing), "bar.warp.sync": whole(_nothing),
+    "ldmatrix": _matrix, "stmatrix": _matrix, "prefetch.global": whole(_nothing), "bar.warp.sync": whole(_nothing),
 }  # fmt: skip

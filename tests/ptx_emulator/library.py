@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from stablelora_kernels import functional, use_backend
-from stablelora_kernels.dispatch import backend, problem, rules
+from stablelora_kernels.dispatch import backend, problem
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.launch.prepared import Repeated
 from stablelora_kernels.ops import plans
@@ -27,19 +27,12 @@ class Log:
         self.schedule, self.launches, self.faults = schedule, list[str](), Faults()
 
     def run(self, launches: Sequence[Any], tables: bool = False) -> None:
-        """Run launches in order; one with ``launch_pdl`` may overlap those before it.
-
-        ``tables``: kernels reach tensors by tables of addresses, which may name any tensor of the process.
-        """
-        batch: list[Launch] = []
-        for launch in [*launches, None]:
-            if batch and not (isinstance(launch, Launch) and launch.options.get("launch_pdl")):
-                self.faults.merge(run(batch, self.schedule, _tensors() if tables else ()))
-                batch = []
+        """Run launches in order. ``tables``: kernels reach tensors by tables of addresses, which may name any of the process."""
+        for launch in launches:
             if isinstance(launch, Launch):
-                batch.append(launch)
+                self.faults.merge(run(launch, self.schedule, _tensors() if tables else ()))
                 self.launches.append(f"{launch.kernel.__name__.strip('_')} {launch.variant} grid {launch.grid}")
-            elif launch is not None:
+            else:
                 launch.run(torch.device("cpu"))
                 self.launches.append(launch.variant)
 
@@ -68,7 +61,6 @@ def emulated(schedule: Schedule, processors: int | None = None) -> Iterator[Log]
     with ExitStack() as stack:
         for target, name, value in (
             (backend, "INTERPRETING", True),
-            (rules, "overlaps", lambda device: device.overlaps),
             (problem, "device_of", lambda given: device),
             (functional, "key_of", lambda kind, args: None),
             (plans.PlannedOp, "__call__", call),

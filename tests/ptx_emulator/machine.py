@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,22 +66,13 @@ class LaunchState:
     grid: tuple[int, int, int]
     params: bytes
     shared_bytes: int
-    # Whether it may begin before the launch ahead of it ends (programmatic dependent launch).
-    overlaps: bool
     # Tensor maps by their places among the parameters.
     maps: dict[int, Any]
-    first_warp: int = 0
-    ctas: list[CTA] = field(default_factory=list)
 
     @property
     def warps(self) -> int:
         """Of all its CTAs."""
         return int(np.prod(self.grid)) * (self.program.threads // 32)
-
-    def passed(self) -> bool:
-        """Whether every CTA has ended or has let the next launch begin."""
-        return all(cta.done or cta.triggered for cta in self.ctas)
-
 
 class CTA:
     """One program: registers, as an array over its threads each, shared memory, and groups of threads."""
@@ -90,7 +81,7 @@ class CTA:
         self.machine, self.launch, self.index, self.program = machine, launch, index, launch.program
         n = self.n = self.program.threads
         self.warps = n // 32
-        self.first_warp = launch.first_warp + index * self.warps
+        self.first_warp = index * self.warps
         # Of each thread the number of its warp among the machine's.
         self.warp_of = np.repeat(np.arange(self.warps) + self.first_warp, 32)
         gx, gy, _ = launch.grid
@@ -105,7 +96,6 @@ class CTA:
         if machine.schedule.warps:
             size = 128 if machine.schedule.warps.startswith("groups") else 32
             self.groups = [Group(0, self.all_lanes // size == i, i) for i in range(n // size)]
-        self.done = self.triggered = False
         # Asynchronous operations in flight, see ``accesses``, ``tma`` and ``wgmma``.
         self.copies: list[Any] = []
         self.copy_group = np.zeros(self.warps, np.int64)
@@ -169,7 +159,6 @@ class CTA:
             group.tired = outcome == SPIN
             if outcome in (SPIN, YIELD):
                 yield outcome
-        self.done = True
 
     def _pick(self) -> Group | None:
         """The group to run: of those that are ready and, if any are, not tired, the one furthest behind."""
@@ -194,12 +183,7 @@ class CTA:
 
     def _may_go_on(self, group: Group) -> bool:
         assert group.waits is not None
-        if group.waits[0] == "mbarrier":
-            return tma.phase_has_passed(self, *group.waits[1:])
-        if group.waits[0] == "grid" and self.machine.have_ended(self.launch):
-            self.machine.races.end_of_launches(np.unique(self.warp_of[group.mask]), self.launch.first_warp)
-            return True
-        return False
+        return group.waits[0] == "mbarrier" and tma.phase_has_passed(self, *group.waits[1:])
 
     def _merge(self) -> None:
         merged: dict[Any, Group] = {}
@@ -254,15 +238,12 @@ class CTA:
 
 
 class Machine:
-    """Launches of one stream over one global memory."""
+    """One launch over a global memory."""
 
-    def __init__(self, memory: Space, launches: list[LaunchState], schedule: Schedule) -> None:
-        self.memory, self.launches, self.schedule, self.faults = memory, launches, schedule, Faults()
+    def __init__(self, memory: Space, launch: LaunchState, schedule: Schedule) -> None:
+        self.memory, self.launch, self.schedule, self.faults = memory, launch, schedule, Faults()
         self.random = random.Random(schedule.seed)
-        warps = 0
-        for launch in launches:
-            launch.first_warp, warps = warps, warps + launch.warps
-        self.races = Races(warps, self.faults)
+        self.races = Races(launch.warps, self.faults)
         # Counts what may let a waiting CTA go on.
         self.progress = 0
 
@@ -270,24 +251,15 @@ class Machine:
         landing = self.schedule.landing
         return landing == "early" or (landing == "random" and self.random.random() < 0.5)
 
-    def have_ended(self, launch: LaunchState) -> bool:
-        """Whether all launches ahead of ``launch`` have ended."""
-        ahead = self.launches[: self.launches.index(launch)]
-        return all(cta.done for each in ahead for cta in each.ctas)
-
     def run(self) -> None:
-        waiting: list[CTA] = []
-        for launch in self.launches:
-            launch.ctas = [CTA(self, launch, index) for index in range(int(np.prod(launch.grid)))]
-            order = launch.ctas[::-1] if self.schedule.order == "reverse" else launch.ctas.copy()
-            if self.schedule.order == "random":
-                self.random.shuffle(order)
-            waiting += order
-        active: list[tuple[CTA, Iterator[str]]] = []
+        waiting = [CTA(self, self.launch, index) for index in range(int(np.prod(self.launch.grid)))]
+        if self.schedule.order == "reverse":
+            waiting.reverse()
+        if self.schedule.order == "random":
+            self.random.shuffle(waiting)
+        active = [(cta, cta.run()) for cta in waiting]
         in_vain = 0
-        while waiting or active:
-            while waiting and self._may_begin(waiting[0]):
-                active.append((waiting[0], waiting.pop(0).run()))
+        while active:
             place = self.random.randrange(len(active)) if self.schedule.seed is not None else 0
             cta, running = active.pop(place)
             before = self.progress
@@ -304,17 +276,6 @@ class Machine:
             in_vain = in_vain + 1 if outcome in (BLOCKED, SPIN) and self.progress == before else 0
             if in_vain > PATIENCE * len(active):
                 raise EmulationError("deadlock: " + " || ".join(_state(each) for each, _ in active[:4]))
-
-    def _may_begin(self, cta: CTA) -> bool:
-        launch = cta.launch
-        ahead = self.launches[: self.launches.index(launch)]
-        if launch.overlaps:
-            return all(each.passed() for each in ahead)
-        if not self.have_ended(launch):
-            return False
-        warps = np.arange(cta.first_warp, cta.first_warp + cta.warps)
-        self.races.end_of_launches(warps, launch.first_warp)
-        return True
 
 
 def _state(cta: CTA) -> str:

@@ -191,13 +191,6 @@ class Races:
         self.seen[warps] = self.seen[warps].any(0)
         self.clock[warps, warps] += 1
 
-    def end_of_launches(self, warps: Any, first: int) -> None:
-        """``warps`` come after all that the warps below ``first``, of earlier launches, have done."""
-        own = np.diagonal(self.clock)[:first]
-        for each in (self.clock, self.proxy):
-            each[warps, :first] = np.maximum(each[warps, :first], own)
-        self.seen[warps, : len(self.owners)] |= np.array(self.owners) < first
-
     def proxy_fence(self, warps: Any) -> None:
         self.proxy[warps] = np.maximum(self.proxy[warps], self.clock[warps])
         self.clock[warps, warps] += 1

@@ -59,7 +59,6 @@ PLANTS = {
     "chain-end": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.acq_rel\.", ".relaxed.", AMPERE),
     "tma-flag-release": Plant(_CHAINED, _TMA, "chain.py", r"\.release\.", ".relaxed.", HOPPER),
     "tma-flag-acquire": Plant(_CHAINED, _TMA, "chain.py", r"\.acquire\.", ".relaxed.", HOPPER),
-    "dependent-wait": Plant(_SPLIT, _TMA, "linear.py", r"griddepcontrol\.wait\s*;", "", HOPPER),
     "proxy-fence": Plant(_SPLIT, _TMA, "linear_tma.py", r"fence\.proxy\.async\.shared::cta;", "", HOPPER),
     "wgmma-wait": Plant(_SPLIT, _TMA, "common.py", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)", _one_more, HOPPER),
     "wgmma-fence": Plant(_SPLIT, _TMA, "common.py", r"wgmma\.fence\.sync\.aligned;", "", HOPPER),

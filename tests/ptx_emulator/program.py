@@ -112,13 +112,6 @@ class CompiledProgram:
             return lambda c, group: c.exit(group)
         if ins.op.startswith("mbarrier.try_wait"):
             return self._wait_for_phase(ins)
-        if ins.op == "griddepcontrol.wait":
-
-            def wait(c: CTA, group: Group) -> str:
-                group.waits = ("grid",) if c.launch.first_warp else None
-                return STOP if group.waits else GO
-
-            return wait
         if not ins.args[0].isdigit() or (head, ins.mods[1]) != ("bar", "sync"):
             raise ins.unknown()
         number, count = int(ins.args[0]), int(ins.args[1], 0) if len(ins.args) > 1 else None
@@ -161,9 +154,7 @@ class CompiledProgram:
 
 
 def _is_control(ins: Instruction) -> bool:
-    return (ins.mods[0] in CONTROL and ins.op != "bar.warp.sync") or ins.op.startswith(
-        ("mbarrier.try_wait", "griddepcontrol.wait")
-    )
+    return (ins.mods[0] in CONTROL and ins.op != "bar.warp.sync") or ins.op.startswith("mbarrier.try_wait")
 
 
 def _polls(ins: Instruction) -> bool:

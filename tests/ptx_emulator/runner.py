@@ -15,7 +15,7 @@ from triton.compiler.compiler import make_backend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.lab.compile_report.machine_code import source, source_digest, target
-from stablelora_kernels.launch.base import Launch
+from stablelora_kernels.launch.base import Launch, leaves
 from tests.ptx_emulator.machine import LaunchState, Machine, Schedule
 from tests.ptx_emulator.memory import Faults, global_memory
 from tests.ptx_emulator.parse import parse
@@ -33,12 +33,12 @@ Piece = tuple[int, int, str]
 
 
 class Compiled(NamedTuple):
-    """The kernel's name and PTX, Triton's metadata, and the types of its arguments, "constexpr" for those without a parameter."""
+    """The kernel's name and PTX, Triton's metadata, and the types of its arguments' leaves, "constexpr" of those it does not take."""
 
     name: str
     ptx: str
     metadata: dict[str, Any]
-    signature: dict[str, str]
+    types: list[str]
 
 
 def compile_to_ptx(launch: Launch, arch: str) -> Compiled:
@@ -46,8 +46,7 @@ def compile_to_ptx(launch: Launch, arch: str) -> Compiled:
     path = CACHE / f"{launch.kernel.__name__}-{source_digest(launch, arch)}.pickle"
     if path.exists():
         return Compiled(*pickle.loads(path.read_bytes()))
-    backend, built = make_backend(target(arch)), source(launch, arch)
-    options = backend.parse_options({"enable_fp_fusion": True, **launch.options, **built.parse_options()})
+    backend, (built, options) = make_backend(target(arch)), source(launch, arch)
     metadata: dict[str, Any] = {"target": target(arch), **options.__dict__}
     stages: dict[str, Any] = {}
     backend.add_stages(stages, options, built.language)
@@ -62,7 +61,9 @@ def compile_to_ptx(launch: Launch, arch: str) -> Compiled:
     kept = {
         name: metadata.get(name) for name in ("name", "num_warps", "shared", "tensordesc_meta", "global_scratch_size")
     }
-    result = Compiled(kept["name"], str(module), kept, built.signature)
+    # In the order of the arguments' leaves; behind them are the constants.
+    types = [*leaves(tuple(built.signature.values()))]
+    result = Compiled(kept["name"], str(module), kept, types)
     CACHE.mkdir(parents=True, exist_ok=True)
     # Several processes may compile the same kernel.
     scrap = path.with_suffix(f".{os.getpid()}")
@@ -101,13 +102,11 @@ def parameters(
     launch: Launch, compiled: Compiled, program: CompiledProgram
 ) -> tuple[bytes, dict[int, TensorMap], list[Piece]]:
     """The bytes of a launch's parameters, its tensor maps by their places among them, and the memory that they name."""
-    given = dict(zip((p.name for p in launch.kernel.params if not p.is_constexpr), launch.args, strict=True))
     layouts = iter(compiled.metadata["tensordesc_meta"] or ())
     memory: list[Piece] = []
     # Triton's own arguments, in the order of the parameters.
     values: list[tuple[Any, str]] = []
-    for name, kind in compiled.signature.items():
-        value = given.get(name)
+    for (name, value), kind in zip(launch.named.items(), compiled.types, strict=False):
         if kind == "constexpr":
             continue
         if isinstance(value, Tensor):
@@ -143,23 +142,16 @@ def _tensor_map(descriptor: TensorDescriptor, layout: dict[str, Any]) -> TensorM
     )  # fmt: skip
 
 
-def run(launches: Sequence[Launch], schedule: Schedule, more: Iterable[tuple[Tensor, str]] = ()) -> Faults:
-    """Run ``launches`` in one machine, where programmatic dependent launch lets them overlap.
-
-    ``more``: tensors that kernels reach by tables of addresses.
-    """
+def run(launch: Launch, schedule: Schedule, more: Iterable[tuple[Tensor, str]] = ()) -> Faults:
+    """Run ``launch``. ``more``: tensors that the kernel reaches by tables of addresses."""
     memory = [piece for t, name in more for piece in pieces(t, name)]
-    states = []
-    for launch in launches:
-        compiled = compile_to_ptx(launch, schedule.arch)
-        if compiled.metadata["global_scratch_size"]:
-            raise NotImplementedError(f"the PTX emulator has no global scratch memory for {compiled.name}")
-        program = program_of(compiled)
-        data, maps, named = parameters(launch, compiled, program)
-        memory += named
-        grid = (*launch.grid, 1, 1)[:3]
-        overlaps = bool(launch.options.get("launch_pdl"))
-        states.append(LaunchState(program, compiled.name, grid, data, compiled.metadata["shared"] or 0, overlaps, maps))
-    machine = Machine(global_memory(memory, min(state.program.global_granule for state in states)), states, schedule)
+    compiled = compile_to_ptx(launch, schedule.arch)
+    if compiled.metadata["global_scratch_size"]:
+        raise NotImplementedError(f"the PTX emulator has no global scratch memory for {compiled.name}")
+    program = program_of(compiled)
+    data, maps, named = parameters(launch, compiled, program)
+    grid = (*launch.grid, 1, 1)[:3]
+    state = LaunchState(program, compiled.name, grid, data, compiled.metadata["shared"] or 0, maps)
+    machine = Machine(global_memory(memory + named, program.global_granule), state, schedule)
     machine.run()
     return machine.faults

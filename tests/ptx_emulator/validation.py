@@ -85,11 +85,11 @@ def results(arch: str) -> Iterator[Result]:
         return torch.randn(*size, generator=generator)
 
     x, out = randn(5, 500), torch.full((5, 500), torch.nan)
-    faults = run([_launch(_softmax_kernel, (5,), (x, out, 500, 500), {"BLOCK": 512}, num_warps=4)], schedule)
+    faults = run(_launch(_softmax_kernel, (5,), (x, out, 500, 500), {"BLOCK": 512}, num_warps=4), schedule)
     yield "softmax", relative_error(out, x.double().softmax(1)) / 1e-5, faults, False
     x = 3 * randn(300)
     bf, h, i, e = (torch.empty(300, dtype=d) for d in (torch.bfloat16, torch.float16, torch.int32, torch.float32))
-    faults = run([_launch(_casts_kernel, (1,), (x, bf, h, i, e, 300), {"BLOCK": 512})], schedule)
+    faults = run(_launch(_casts_kernel, (1,), (x, bf, h, i, e, 300), {"BLOCK": 512}), schedule)
     scaled = (x * 100).to(torch.int32)
     scaled = torch.div(scaled, 7, rounding_mode="trunc") + torch.fmod(scaled, 5)
     right = relative_error(bf, x.bfloat16()) + relative_error(h, x.half()) + relative_error(i, scaled)
@@ -98,7 +98,7 @@ def results(arch: str) -> Iterator[Result]:
     yield "functions", relative_error(e, xd.exp() + xd.abs().sqrt() + xd.floor()) / 1e-6, faults, False
     for sem in ("release", "relaxed"):
         x, s, flag, out = randn(128), torch.empty(128), torch.zeros(1, dtype=torch.int32), torch.empty(3, 128)
-        faults = run([_launch(_chain_kernel, (4,), (x, s, flag, out), {"N": 128, "RELEASE": sem})], schedule)
+        faults = run(_launch(_chain_kernel, (4,), (x, s, flag, out), {"N": 128, "RELEASE": sem}), schedule)
         yield f"chain, {sem}", relative_error(out, (2 * x + 1).expand(3, 128)) / 1e-6, faults, sem == "relaxed"
     for dtype, precision, limit in (
         (torch.bfloat16, "ieee", 8e-3), (torch.float16, "ieee", 1e-3), (torch.float32, "ieee", 1e-6),
@@ -116,7 +116,7 @@ def results(arch: str) -> Iterator[Result]:
                 c = torch.full((m, n), torch.nan, dtype=dtype)
                 args, grid = (a, b, c, m, n, k, *a.stride(), *b.stride()), (-(-m // bm), -(-n // bn))
                 launch = _launch(_matmul_kernel, grid, args, constants, num_warps=warps, num_stages=3)
-                faults = run([launch], schedule._replace(landing=landing))
+                faults = run(launch, schedule._replace(landing=landing))
                 error = relative_error(c, a.double() @ b.double()) / limit
                 yield f"matmul {str(dtype)[6:]} {precision} {m}x{n}x{k}, {landing}", error, faults, False
 

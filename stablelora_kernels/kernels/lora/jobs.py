@@ -2,7 +2,8 @@
 
 A launch may do several jobs: a product with its branch, S or dS, dB, dA. The constants' tuple is None where a launch lacks the job.
 Triton specializes every integer of a tuple, so what changes from batch to batch (rows, programs) is an argument of its own.
-None stands for a pointer that is not read.
+None stands for a pointer that is not read. A tuple holds values or tuples, never both: Triton 3.6 forgets constants of the latter
+in a loop.
 """
 
 from __future__ import annotations
@@ -18,10 +19,29 @@ class Matrix(NamedTuple):
     col: Any
 
 
-class SMember(NamedTuple):
-    """One projection's S = s' (X ∘ keep) A^T: A [R, K], S [M, R] with rows of ``stride_s``. The seed is None without a mask."""
+class Rows(NamedTuple):
+    """Elements [M, width] at ``ptr + i * row + j * col``. With ``u``, of the same strides, act(Z) ∘ U takes Z's place, see ``gated``."""
 
-    a: Matrix
+    ptr: Any
+    u: Any
+    row: Any
+    col: Any
+    width: Any
+
+
+class Sums(NamedTuple):
+    """Partial sums in float32 and int32 counters, of programs that share a tile's sum."""
+
+    parts: Any
+    counter: Any
+
+
+class SMember(NamedTuple):
+    """One projection's S = s' (X ∘ keep) A^T: A [R, K] like a ``Matrix``, S [M, R] with rows of ``stride_s``; seed None: no mask."""
+
+    a: Any
+    a_row: Any
+    a_col: Any
     s: Any
     stride_s: Any
     seed: Any
@@ -30,13 +50,11 @@ class SMember(NamedTuple):
 
 
 class SJob(NamedTuple):
-    """S of projections that share X [M, K]; partial sums and counters of programs that share a tile's K."""
+    """S of projections that share X [M, K]."""
 
-    x: Matrix
-    K: Any
+    x: Rows
     members: tuple[SMember, ...]
-    parts: Any
-    counter: Any
+    sums: Sums
 
 
 class STile(NamedTuple):
@@ -53,24 +71,24 @@ class STile(NamedTuple):
 
 
 class GradMember(NamedTuple):
-    """One projection's OUT = (Z ∘ keep)^T T: T [M, R] with rows of ``stride_t``, OUT [C, R]. The seed is None without a mask."""
+    """One projection's OUT = (Z ∘ keep)^T T: T [M, R] with rows of ``stride_t``; OUT[c, r] at ``out + c * out_c + r * out_r``; seed
+    None: no mask."""
 
     t: Any
     stride_t: Any
-    out: Matrix
+    out: Any
+    out_c: Any
+    out_r: Any
     seed: Any
     R: Any
 
 
 class GradJob(NamedTuple):
-    """dA or dB of projections that share Z [M, C]. With U of Z's strides, act(Z) ∘ U takes the place of Z, see ``gated``."""
+    """dA or dB of projections that share Z [M, C]."""
 
-    z: Matrix
-    u: Any
-    C: Any
+    z: Rows
     members: tuple[GradMember, ...]
-    parts: Any
-    counter: Any
+    sums: Sums
 
 
 class GradTile(NamedTuple):
@@ -87,12 +105,14 @@ class GradTile(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """(S B^T) ∘ keep: S [M, R] with rows of ``stride_s``, B [N, R]. A launch that computes S beside its product scales it and, if
-    S is not None, stores it. The seed is None without a mask."""
+    """(S B^T) ∘ keep: S [M, R] with rows of ``stride_s``, B [N, R] like a ``Matrix``; seed None: no mask. A launch that computes S beside
+    its product scales it and, if s is not None, stores it."""
 
     s: Any
     stride_s: Any
-    b: Matrix
+    b: Any
+    b_row: Any
+    b_col: Any
     seed: Any
     scaling: Any
     R: Any

@@ -64,7 +64,7 @@ def add_branch(
                 if first:
                     tl.store(branch.s + rows[:, None] * branch.stride_s + (r0 + rs[None, :]), s_low, mask=s_mask)
         b_mask = (r0 + rs[:, None] < branch.R) & (cols[None, :] < N)
-        b_ptrs = branch.b.ptr + cols[None, :] * branch.b.row + (r0 + rs[:, None]) * branch.b.col
+        b_ptrs = branch.b + cols[None, :] * branch.b_row + (r0 + rs[:, None]) * branch.b_col
         b = cast(tl.load(b_ptrs, mask=b_mask, other=0.0), s_low.dtype)
         if branch.seed is not None:
             product = dot(s_low, b, tl.zeros(acc.shape, dtype=tl.float32), BRANCH.PRECISION)

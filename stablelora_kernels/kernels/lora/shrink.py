@@ -63,34 +63,34 @@ def shrink(program, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
         seeds += (tl.load(job.members[i].seed) if job.members[i].seed is not None else 0,)
         sums += (tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),)
 
-    share = tl.cdiv(tl.cdiv(job.K, BLOCK_K), SPLITS) * BLOCK_K
-    start, stop = split * share, tl.minimum(split * share + share, job.K)
+    share = tl.cdiv(tl.cdiv(job.x.width, BLOCK_K), SPLITS) * BLOCK_K
+    start, stop = split * share, tl.minimum(split * share + share, job.x.width)
     # No part is empty, see ``weight_grad``.
     tl.assume(start < stop)
     for k0 in tl.range(start, stop, BLOCK_K, num_stages=TILE.STAGES):
         x_mask, k_mask = row_mask[:, None], True
         if not TILE.EVEN_K:
-            x_mask &= k0 + ks[None, :] < job.K
-            k_mask = k0 + ks[:, None] < job.K
+            x_mask &= k0 + ks[None, :] < job.x.width
+            k_mask = k0 + ks[:, None] < job.x.width
         x = tl.load(job.x.ptr + rows[:, None] * job.x.row + (k0 + ks[None, :]) * job.x.col, mask=x_mask, other=0.0)
         added = ()
         for i in tl.static_range(MEMBERS):
             member = job.members[i]
             a_mask = (rs[None, :] < member.R) & k_mask
-            a_ptrs = member.a.ptr + rs[None, :] * member.a.row + (k0 + ks[:, None]) * member.a.col
+            a_ptrs = member.a + rs[None, :] * member.a_row + (k0 + ks[:, None]) * member.a_col
             a = tl.load(a_ptrs, mask=a_mask, other=0.0)
             kept = x
             if member.seed is not None:
                 # After the load, so that the load itself stays asynchronous.
-                kept = tl.where(keep_mask(seeds[i], rows, k0, job.K, threshold, BLOCK_K), x, 0.0)
+                kept = tl.where(keep_mask(seeds[i], rows, k0, job.x.width, threshold, BLOCK_K), x, 0.0)
             added += (dot(kept, cast(a, x.dtype), sums[i], TILE.PRECISION),)
         sums = added
 
     for i in tl.static_range(MEMBERS):
         member = job.members[i]
         place = tile.to(tl.int64) * MEMBERS + i
-        parts = job.parts + place * SPLITS * (BLOCK_M * BLOCK_R)
-        total, last = shared_sum(sums[i], parts, job.counter + place, split, SPLITS)
+        parts = job.sums.parts + place * SPLITS * (BLOCK_M * BLOCK_R)
+        total, last = shared_sum(sums[i], parts, job.sums.counter + place, split, SPLITS)
         if last:
             s_ptrs = member.s + rows[:, None] * member.stride_s + rs[None, :]
             s_mask = row_mask[:, None] & (rs[None, :] < member.R)

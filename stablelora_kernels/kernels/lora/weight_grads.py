@@ -12,7 +12,7 @@ from stablelora_kernels.kernels.lora.gated import gated
 @triton.jit
 def part_of_rows(program, job, M, SPLITS, TILE: tl.constexpr):
     """The rows that the ``program``-th program of ``weight_grad`` sums up: from the first to before the second."""
-    split = program // (tl.cdiv(job.C, TILE.BLOCK_C) * tl.cdiv(job.members[0].R, TILE.BLOCK_R))
+    split = program // (tl.cdiv(job.z.width, TILE.BLOCK_C) * tl.cdiv(job.members[0].R, TILE.BLOCK_R))
     share = tl.cdiv(tl.cdiv(M, TILE.BLOCK_M), SPLITS) * TILE.BLOCK_M
     return split * share, tl.minimum(split * share + share, M)
 
@@ -29,13 +29,13 @@ def weight_grad(program, job, M, SPLITS, threshold, TILE: tl.constexpr):
     BLOCK_R: tl.constexpr = TILE.BLOCK_R
     MEMBERS: tl.constexpr = TILE.MEMBERS
     tiles_r = tl.cdiv(job.members[0].R, BLOCK_R)
-    tiles = tl.cdiv(job.C, BLOCK_C) * tiles_r
+    tiles = tl.cdiv(job.z.width, BLOCK_C) * tiles_r
     tile, split = program % tiles, program // tiles
     start, stop = part_of_rows(program, job, M, SPLITS, TILE)
     c0 = tile // tiles_r * BLOCK_C
     cs = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
     rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-    c_mask = cs < job.C
+    c_mask = cs < job.z.width
     seeds = ()
     sums = ()
     for i in tl.static_range(MEMBERS):
@@ -49,8 +49,8 @@ def weight_grad(program, job, M, SPLITS, threshold, TILE: tl.constexpr):
         rows = m0 + tl.arange(0, TILE.BLOCK_M).to(tl.int64)
         z_mask = (rows[:, None] < M) & c_mask[None, :]
         z = tl.load(job.z.ptr + rows[:, None] * job.z.row + cs[None, :] * job.z.col, mask=z_mask, other=0.0)
-        if job.u is not None:
-            u = tl.load(job.u + rows[:, None] * job.z.row + cs[None, :] * job.z.col, mask=z_mask, other=0.0)
+        if job.z.u is not None:
+            u = tl.load(job.z.u + rows[:, None] * job.z.row + cs[None, :] * job.z.col, mask=z_mask, other=0.0)
             z = gated(z, u, TILE.GATE)
         added = ()
         for i in tl.static_range(MEMBERS):
@@ -59,21 +59,21 @@ def weight_grad(program, job, M, SPLITS, threshold, TILE: tl.constexpr):
             t = tl.load(member.t + rows[:, None] * member.stride_t + rs[None, :], mask=t_mask, other=0.0)
             kept = z
             if member.seed is not None:
-                kept = tl.where(keep_mask(seeds[i], rows, c0, job.C, threshold, BLOCK_C), z, 0.0)
+                kept = tl.where(keep_mask(seeds[i], rows, c0, job.z.width, threshold, BLOCK_C), z, 0.0)
             added += (dot(tl.trans(kept), t, sums[i], TILE.PRECISION),)
         sums = added
 
     for i in tl.static_range(MEMBERS):
         member = job.members[i]
         place = tile.to(tl.int64) * MEMBERS + i
-        parts = job.parts + place * SPLITS * (BLOCK_C * BLOCK_R)
-        total, last = shared_sum(sums[i], parts, job.counter + place, split, SPLITS)
+        parts = job.sums.parts + place * SPLITS * (BLOCK_C * BLOCK_R)
+        total, last = shared_sum(sums[i], parts, job.sums.counter + place, split, SPLITS)
         if last:
             if TILE.UNIT != 1.0:
                 total *= TILE.UNIT
-            out_ptrs = member.out.ptr + cs[:, None] * member.out.row + rs[None, :] * member.out.col
+            out_ptrs = member.out + cs[:, None] * member.out_c + rs[None, :] * member.out_r
             out_mask = c_mask[:, None] & (rs[None, :] < member.R)
-            tl.store(out_ptrs, cast(total, member.out.ptr.dtype.element_ty), mask=out_mask)
+            tl.store(out_ptrs, cast(total, member.out.dtype.element_ty), mask=out_mask)
 
 
 @triton.jit(do_not_specialize=["M", "DA_PROGRAMS", "SPLITS", "threshold"])
