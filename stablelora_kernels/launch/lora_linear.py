@@ -15,7 +15,7 @@ from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.launch.base import Launches, VendorProduct
 from stablelora_kernels.launch.jobs import Product, backward_product, forward_product
-from stablelora_kernels.launch.products import dequantize, linear, shrink, weight_grads
+from stablelora_kernels.launch.products import dequantize, linear, quantized, shrink, weight_grads
 from stablelora_kernels.launch.workspace import scratch
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored
@@ -102,7 +102,8 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
         return [dequantize(w, p.w), *product_launches(device, plain, rules.choose(device, p.call))]
     if isinstance(p.w, Stored):
         # W is dequantized in the product's own loop.
-        choice = rules.choose_branch(p.call)
+        p = p.with_s()
+        return [shrink(device, [p]), quantized(device, p), *_gradients(device, p, with_db=False)]
     if not p.wanted and (p.s is None or choice.kernel != "chained"):
         return [*([shrink(device, [p])] if p.s is not None else []), *_gradients(device, p, with_db=p.s is None)]
     rules.check_possible(p.call, choice.kernel)

@@ -115,23 +115,26 @@ def linear(device: Device, p: Product, tile: Tile | None, *, load_s: bool, chain
     """The product, if it has a W, and the branch, with dA if wanted.
 
     S is read, or else computed and, if wanted, stored. ``chained``: earlier programs of the launch compute the S that is read,
-    and dB if wanted. A quantized W is dequantized in the main loop; S is read then.
+    and dB if wanted.
     """
     c = p.call
+    assert not isinstance(p.w, Stored)
     form = "pointers"
-    if isinstance(p.w, Stored):
-        form = "quantized"
-    elif p.w is not None:
+    if p.w is not None:
         operands = [p.x, rows_contiguous(p.w)[0], p.y, *([] if p.gate is None else p.gate)]
         form = rules.choose_form(device, c, described=all(described(t) for t in operands))
-    launch, plan, ahead, da = _FORMS[form](device, p, tile, load_s, chained)
+    build = {"split_k": _by_split_k, "tma": _by_descriptors, "pointers": _by_pointers}[form]
+    launch, plan, ahead, da = build(device, p, tile, load_s, chained)
     flags = flag_words(
         fused=not load_s, chained=chained, alone=p.w is None, masked=c.masked, add=p.base is p.y, **activation_flag(p),
         dA=da.programs > 0, dB=ahead.db.programs > 0,
     )  # fmt: skip
-    few = "small " if c.m <= problem.SMALL_M else ""
-    words = f"{few}{'dx' if c.direction == 'backward' else 'y'} r{plan.block_r}{flags} {launch.variant}"
+    words = f"{_product_words(p)} r{plan.block_r}{flags} {launch.variant}"
     return launch._replace(variant=words)
+
+
+def _product_words(p: Product) -> str:
+    return f"{'small ' if p.call.m <= problem.SMALL_M else ''}{'dx' if p.call.direction == 'backward' else 'y'}"
 
 
 _Built = tuple[Launch, Plan, _Chain, Gradient]
@@ -141,11 +144,11 @@ def _launch(
     device: Device, p: Product, kernel: Any, plan: Plan, products: int, operands: tuple[Any, ...], constants: dict[str, Any],
     chained: bool,
 ) -> _Built:  # fmt: skip
-    """A launch of one of the four kernels, whose ``operands`` come before its jobs' arguments and their sizes."""
+    """A launch of one of the three kernels, whose ``operands`` come before its jobs' arguments and their sizes."""
     c, tile = p.call, plan.tile
     ahead = _chain(device, p, tile) if chained else _Chain()
     da = co_scheduled(device, p, False, tile.num_warps)
-    own = (plan.splits,) if kernel in (_lora_linear_split_k_kernel, _lora_linear_quantized_kernel) else ()
+    own = (plan.splits,) if kernel is _lora_linear_split_k_kernel else ()
     counts = (products, ahead.programs, ahead.splits, ahead.db.programs, ahead.db.splits, da.splits, threshold(p))
     launch = Launch(
         kernel,
@@ -240,7 +243,8 @@ def _packed(weight: Stored) -> tuple[jobs.Packed, jobs.PackedTile, str]:
     return jobs.Packed(weight.data, layout.k * layout.bits // 8, scale, *pointers), tile, ("nf4" if nf4 else "fp8") + words
 
 
-def _by_packed(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool) -> _Built:
+def quantized(device: Device, p: Product) -> Launch:
+    """The product with W dequantized in the main loop, and the branch, for which S is read."""
     c = p.call
     assert isinstance(p.w, Stored)
     plan = tiles.linear_quantized_plan(device, c, p.w.layout.bits)
@@ -248,17 +252,19 @@ def _by_packed(device: Device, p: Product, tile: Tile | None, load_s: bool, chai
     precision = input_precision(device, c.dtype, transposed=trans)
     parts = buffers(plan, tile.BLOCK_M * tile.BLOCK_N, p.x, lane=1)
     w, packed, kind = _packed(p.w)
-    branch, branch_tile = branch_job(p, plan.block_r, load_s, precision)
+    branch, branch_tile = branch_job(p, plan.block_r, True, precision)
     even = c.k % tile.BLOCK_K == 0
     sizes = jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, "", precision)
-    operands = (matrix(p.x), w, p.bias, matrix(p.y), branch, *parts)
-    constants = {"TILE": sizes, "BRANCH": branch_tile, "PACKED": packed, "TRANS_W": trans}
-    products = plan.tiles * plan.splits * p.wanted
-    launch, *built = _launch(device, p, _lora_linear_quantized_kernel, plan, products, operands, constants, chained)
-    return launch._replace(variant=f"{kind} {launch.variant}"), *built
-
-
-_FORMS = {"pointers": _by_pointers, "split_k": _by_split_k, "tma": _by_descriptors, "quantized": _by_packed}
+    words = f"{_product_words(p)} r{plan.block_r} {kind}{flag_words(masked=c.masked)}"
+    return Launch(
+        _lora_linear_quantized_kernel,
+        f"{words} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
+        plan.reason,
+        (plan.tiles * plan.splits,),
+        (matrix(p.x), w, p.bias, matrix(p.y), branch, *parts, c.m, c.n, c.k, plan.splits, threshold(p)),
+        {"TILE": sizes, "BRANCH": branch_tile, "PACKED": packed, "TRANS_W": trans},
+        tile_options(tile),
+    )
 
 
 def dequantize(w: Tensor, weight: Stored) -> Launch:

@@ -10,9 +10,7 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels.common import cast, dot, shared_sum, tile_of
-from stablelora_kernels.kernels.lora.chain import draw_ticket, leave
-from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, co_scheduled_da, wait_for_s
-from stablelora_kernels.kernels.lora.shrink import s_program
+from stablelora_kernels.kernels.lora.linear import add_branch
 
 
 @triton.jit
@@ -86,11 +84,10 @@ def _weight_tile(w, rows, col0, N, K, PACKED: tl.constexpr, COLS: tl.constexpr):
         return _fp8_tile(w, rows, col0, N, K, COLS)
 
 
-@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "SPLITS"])
+@triton.jit(do_not_specialize=["M", "SPLITS", "threshold"])
 def _lora_linear_quantized_kernel(
-    x, w, bias, y, branch, parts, counter, s_job, db, da, chain, M, N, K, SPLITS, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS,
-    DB_SPLITS, DA_SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr, PACKED: tl.constexpr, TRANS_W: tl.constexpr,
-    S: tl.constexpr, DB: tl.constexpr, DA: tl.constexpr,
+    x, w, bias, y, branch, parts, counter, M, N, K, SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr,
+    PACKED: tl.constexpr, TRANS_W: tl.constexpr,
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep;  X [M, K], W [N, K] (stored as [K, N] with TRANS_W), Y [M, N].
 
@@ -100,23 +97,7 @@ def _lora_linear_quantized_kernel(
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
-    program = tl.program_id(0)
-    if S is not None:
-        program = draw_ticket(chain)
-        if program < S_PROGRAMS:
-            s_program(
-                program, S_PROGRAMS, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB
-            )
-            leave(chain, M, S)
-            return
-        program -= S_PROGRAMS
-    if DA is not None:  # noqa: SIM102 - only one of the two is a constant for the compiler
-        if program >= PRODUCTS:
-            co_scheduled_da(program - PRODUCTS, da, chain, M, DA_SPLITS, threshold, S, DA)
-            if S is not None:
-                leave(chain, M, S)
-            return
-    tile, split = program // SPLITS, program % SPLITS
+    tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     pid_m, pid_n = tile_of(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), TILE.GROUP_M)
     rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -142,12 +123,9 @@ def _lora_linear_quantized_kernel(
     if last:
         if bias is not None:
             acc += tl.load(bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-        wait_for_s(chain, pid_m * BLOCK_M, branch, M, S)
         acc = add_branch(acc, None, branch, rows, cols, pid_n * BLOCK_N, False, M, N, threshold, BLOCK_N, BRANCH)
         y_ptrs = y.ptr + rows[:, None] * y.row + cols[None, :]
         tl.store(y_ptrs, cast(acc, y.ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
-    if S is not None:
-        leave(chain, M, S)
 
 
 @triton.jit
