@@ -202,7 +202,10 @@ def choose_form(device: Device, call: Call, described: bool) -> str:
     return next(rule.form for rule in FORM_RULES if rule.applies(device, call, described))
 
 
-_BRANCH_CHAINED = Choice("chained", f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank product")
+_BRANCH_CHAINED = Choice(
+    "chained",
+    f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank product",
+)
 _BRANCH_SPLIT = Choice("split", "many rows or a high rank: the low-rank product has a launch of its own")
 
 

@@ -110,7 +110,9 @@ class Direct:
         # Where each leaf is among the launcher's arguments, which leave out constants.
         places = []
         makers: dict[int, Callable[[Tensor], Any]] = {}
-        for at, (kind, value) in enumerate(zip(leaves(tuple(compiled.src.signature.values())), _flat(launch), strict=False)):
+        for at, (kind, value) in enumerate(
+            zip(leaves(tuple(compiled.src.signature.values())), _flat(launch), strict=False)
+        ):
             places.append(len(self._arguments))
             if isinstance(value, TensorDescriptor):
                 # A map, then sizes and strides, which stay.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from stablelora_kernels.quantized import Stored
 
 
 class Product(NamedTuple):
-    """Y = X W^T + bias + BASE + (S B^T) ∘ keep with S = s' (X ∘ keep) A^T, where one of the two masks is all ones; or dX likewise.
+    """Y = X W^T + bias + BASE + (S B^T) ∘ keep, S = s' (X ∘ keep) A^T, where one of the two masks is all ones; or dX likewise.
 
     x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], None if not requested, and y [M, N] with unit column stride;
     seed int64 [1]. ``call.masked`` says which mask drops. Without w, Y is BASE and the branch. ``base`` is y, or has y's
@@ -131,9 +131,10 @@ def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 
     (p, *_), tile = members, plan.tile
     c, many = p.call, len(members)
     seeds = [q.seed if c.dropout and not c.masked else None for q in members]
-    sums = jobs.Sums(*buffers(plan, tile.BLOCK_M * plan.block_r, p.x, lane=0, sums=many))
+    assert p.s is not None
+    shared = jobs.Shared(p.s.stride(0), *buffers(plan, tile.BLOCK_M * plan.block_r, p.x, lane=0, sums=many))
     each = [
-        jobs.SMember(*matrix(q.a), q.s, q.s.stride(0), seed, q.scaling, q.call.r)
+        jobs.SMember(*matrix(q.a), q.s, seed, q.scaling, q.call.r)
         for q, seed in zip(members, seeds, strict=True)
         if q.s is not None
     ]
@@ -141,7 +142,7 @@ def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 
     precision = input_precision(device, c.dtype, transposed=c.direction == "backward")
     even = c.k % tile.BLOCK_K == 0
     constants = (many, tile.BLOCK_M, tile.BLOCK_K, plan.block_r, tile.num_stages, even, flag_m, precision)
-    return jobs.SJob(_rows(p.x, None, c.k), tuple(each), sums), jobs.STile(*constants)
+    return jobs.SJob(_rows(p.x, None, c.k), tuple(each), shared), jobs.STile(*constants)
 
 
 class Gradient(NamedTuple):
@@ -158,32 +159,40 @@ def da_job(device: Device, members: Sequence[Product], plan: Plan) -> Gradient:
     p, c = members[0], members[0].call
     z, u = (p.z, None) if p.gate is None else (p.gate.g, p.gate.u)
     each = [
-        jobs.GradMember(q.s, q.s.stride(0), q.da, 1, c.n, q.seed if c.dropout else None, q.call.r)
+        jobs.GradMember(q.s, q.da, 1, c.n, q.seed if c.dropout else None, q.call.r)
         for q in members
         if q.s is not None
     ]
-    job = jobs.GradJob(_rows(z, u, c.n), tuple(each), _grad_sums(plan, p.x, 3, len(members)))
+    job = jobs.GradJob(_rows(z, u, c.n), tuple(each), _grad_shared(plan, p.s, p.x, 3, len(members)))
     return _gradient(device, p, plan, job, p.activation, 1.0)
 
 
 def db_job(device: Device, p: Product, plan: Plan) -> Gradient:
     """dB."""
     assert p.t is not None
-    member = jobs.GradMember(p.t, p.t.stride(0), p.db, p.call.r, 1, None, p.call.r)
-    job = jobs.GradJob(_rows(p.x, None, p.call.k), (member,), _grad_sums(plan, p.x, 2, 1))
+    member = jobs.GradMember(p.t, p.db, p.call.r, 1, None, p.call.r)
+    job = jobs.GradJob(_rows(p.x, None, p.call.k), (member,), _grad_shared(plan, p.t, p.x, 2, 1))
     return _gradient(device, p, plan, job, "", p.t_unit)
 
 
-def _grad_sums(plan: Plan, like: Tensor, lane: int, sums: int) -> jobs.Sums:
-    return jobs.Sums(*buffers(plan, plan.tile.BLOCK_M * plan.block_r, like, lane, sums))
+def _grad_shared(plan: Plan, t: Tensor | None, like: Tensor, lane: int, sums: int) -> jobs.Shared:
+    assert t is not None
+    return jobs.Shared(t.stride(0), *buffers(plan, plan.tile.BLOCK_M * plan.block_r, like, lane, sums))
 
 
-def _gradient(
-    device: Device, p: Product, plan: Plan, job: jobs.GradJob, activation: str, unit: float
-) -> Gradient:
+def _gradient(device: Device, p: Product, plan: Plan, job: jobs.GradJob, activation: str, unit: float) -> Gradient:
     tile = plan.tile
     precision = input_precision(device, p.call.dtype, transposed=True)
-    constants = (len(job.members), tile.BLOCK_K, tile.BLOCK_M, plan.block_r, tile.num_stages, activation, unit, precision)
+    constants = (
+        len(job.members),
+        tile.BLOCK_K,
+        tile.BLOCK_M,
+        plan.block_r,
+        tile.num_stages,
+        activation,
+        unit,
+        precision,
+    )
     return Gradient(plan.tiles * plan.splits, plan.splits, job, jobs.GradTile(*constants))
 
 
@@ -199,5 +208,7 @@ def branch_job(p: Product, block_r: int, load_s: bool, precision: str) -> tuple[
     """The branch onto a tile of Y."""
     # With rank 0 nothing is read, but a pointer still needs a type.
     s = p.y if p.s is None and load_s else p.s
-    branch = jobs.Branch(s, 0 if s is None else s.stride(0), *matrix(p.b), p.seed if p.call.masked else None, p.scaling, p.call.r)
+    branch = jobs.Branch(
+        s, 0 if s is None else s.stride(0), *matrix(p.b), p.seed if p.call.masked else None, p.scaling, p.call.r
+    )
     return branch, jobs.BranchTile(block_r, load_s, p.unit, precision)

@@ -126,9 +126,7 @@ def _activation(g: Tensor, u: Tensor, h: Tensor, activation: str, reason: str) -
     )
 
 
-def _gate_up(
-    device: Device, members: Sequence[Product], h: Tensor, activation: str, tma: bool, keep: bool
-) -> Launch:
+def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: str, tma: bool, keep: bool) -> Launch:
     """Gate, up and the activation in one launch; ``keep``: store G and U too. S is read."""
     gate, up = members
     assert isinstance(gate.w, Tensor) and isinstance(up.w, Tensor)

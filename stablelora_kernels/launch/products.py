@@ -240,7 +240,11 @@ def _packed(weight: Stored) -> tuple[jobs.Packed, jobs.PackedTile, str]:
     nf4 = layout.bits == 4
     tile = jobs.PackedTile(nf4, layout.blocksize if nf4 else 1, layout.nested_blocksize, layout.aligned)
     words = flag_words(nested=layout.nested_blocksize > 0, unaligned=not layout.aligned)
-    return jobs.Packed(weight.data, layout.k * layout.bits // 8, scale, *pointers), tile, ("nf4" if nf4 else "fp8") + words
+    return (
+        jobs.Packed(weight.data, layout.k * layout.bits // 8, scale, *pointers),
+        tile,
+        ("nf4" if nf4 else "fp8") + words,
+    )
 
 
 def quantized(device: Device, p: Product) -> Launch:

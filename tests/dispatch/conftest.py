@@ -30,8 +30,9 @@ def few(monkeypatch):
 @pytest.fixture
 def launched(monkeypatch):
     """The launches that ran, in words."""
-    from stablelora_kernels.launch.base import Launch
     from stablelora_kernels.launch.lora_common import VendorProduct
+
+    from stablelora_kernels.launch.base import Launch
 
     ran: list[str] = []
     for kind in (Launch, VendorProduct):

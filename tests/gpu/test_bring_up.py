@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from stablelora_kernels.launch.lora_common import forward_product, shrink
 
 from stablelora_kernels import StableLoRAAdamW
 from stablelora_kernels.dispatch import rules, tiles
 from stablelora_kernels.dispatch.problem import device_of
-from stablelora_kernels.launch.lora_common import forward_product, shrink
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.testing import assert_no_worse
 from tests.helpers import case_checks, cases, gpu_checks

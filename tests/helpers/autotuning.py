@@ -25,15 +25,12 @@ def words(launches) -> str:
     found = []
     for launch in launches:
         if hasattr(launch, "kernel"):
-            sizes = [str(launch.constants[f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in launch.constants]
+            named = launch.named
+            tile = "TILE" if "TILE.BLOCK_M" in named else "S" if "S.BLOCK_M" in named else "DA"
+            sizes = [str(named[f"{tile}.BLOCK_{d}"]) for d in "MNK" if f"{tile}.BLOCK_{d}" in named]
             name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-            how = (
-                " chained"
-                if launch.constants.get("CHAINED")
-                else ""
-                if launch.constants.get("LOAD_S", True)
-                else " fused"
-            )
+            chained = "TILE.BLOCK_M" in named and "S.BLOCK_M" in named
+            how = " chained" if chained else "" if named.get("BRANCH.LOAD_S", True) else " fused"
             found.append(f"{name}{how} {'x'.join(sizes)}")
         else:
             found.append("vendor")

@@ -7,9 +7,7 @@ A schedule switches between programs at each access of memory that some program 
 - An atomic acts on memory. Release semantics first publish the stores before the last barrier, because only a barrier orders the
   stores of a program's other threads. Acquire semantics then copy memory into the view.
 - A volatile load copies its own address from memory, and nothing else. ``.cg`` is only a hint: such a load is a plain one.
-- ``gdc_wait`` waits until all earlier launches have ended and publishes their stores, then copies memory into the view.
-- A launch begins once all earlier launches have ended, and their stores are published. With ``launch_pdl``, it begins once every
-  program of the launch before it has triggered or ended, and nothing is published: CUDA promises that only behind ``gdc_wait``.
+- A launch begins once all earlier launches have ended, and their stores are published.
 - Unpublished stores reach memory when their program ends, or only when CUDA promises it; the schedule decides. The schedule also
   lets single loads read memory, and single stores reach it at once, because a GPU may do either.
 
@@ -87,7 +85,6 @@ class Program:
     walk: Walk | None = None
     view: Any = None
     state: Any = None
-    triggered: bool = False
     done: bool = False
     # The last read of a single address: the address, the value, and how many times in a row.
     read_from: int = -1
@@ -199,7 +196,7 @@ class _Run:
     def _schedule(self, waiting: list[Program]) -> None:
         step = 0
         while waiting or self.running:
-            while waiting and len(self.running) < self.schedule.processors and self._may_begin(waiting[0].launch):
+            while waiting and len(self.running) < self.schedule.processors and self._have_ended(waiting[0].launch):
                 self._begin(waiting.pop(0))
             ready = [program for program in self.running if not self._waits(program)]
             if not ready or step > self.limit:
@@ -217,21 +214,12 @@ class _Run:
             if access is None:
                 self._end(program)
 
-    def _may_begin(self, launch: int) -> bool:
-        if self._have_ended(launch):
-            return True
-        return self._begins_early(launch) and all(p.triggered or p.done for p in self.of_launch[launch - 1])
-
-    def _begins_early(self, launch: int) -> bool:
-        return bool(self.launches[launch].options.get("launch_pdl"))
-
     def _have_ended(self, count: int) -> bool:
         """Whether the first ``count`` launches have ended."""
         return all(program.done for made in self.of_launch[:count] for program in made)
 
     def _begin(self, program: Program) -> None:
-        if not self._begins_early(program.launch):
-            self._flush(program.launch)
+        self._flush(program.launch)
         program.view, program.state = self.memory.copy(), np.zeros_like(self.memory)
         program.walk = self.trees.run(program.launch, program.index)
         self.running.append(program)
@@ -246,8 +234,6 @@ class _Run:
             self._publish(program, program.state != CLEAN)
 
     def _waits(self, program: Program) -> bool:
-        if program.walk.access.kind == "gdc_wait":
-            return not self._have_ended(program.launch)
         start, value = program.read_from, program.value
         return program.times >= SPINS and self.memory[start : start + len(value)].tobytes() == value
 
@@ -285,13 +271,8 @@ class _Run:
             program.state[place] = STORED
             if self.schedule.happens(self.schedule.early):
                 self._publish(program, place)
-        elif kind == "barrier":
-            program.state[program.state == STORED] = BEHIND_BARRIER
-        elif kind == "gdc_launch_dependents":
-            program.triggered = True
         else:
-            self._flush(program.launch)
-            self._refresh(program)
+            program.state[program.state == STORED] = BEHIND_BARRIER
         return b""
 
     def _load(self, program: Program, place: Any, is_volatile: bool) -> bytes:

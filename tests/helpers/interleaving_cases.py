@@ -1,4 +1,4 @@
-"""Cases for the interleaving tests: tiny launches of every kernel with a shared sum or a programmatic launch, with a check."""
+"""Cases for the interleaving tests: tiny launches of every kernel with a shared sum, with a check."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.settings import use_backend, use_kernel
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
-from stablelora_kernels.launch import lora_common, lora_linear, lora_linear_group, lora_linear_quantized, lora_mlp
+from stablelora_kernels.kernels.lora.jobs import Gate
+from stablelora_kernels.launch import jobs, lora_linear, lora_mlp, products
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.triton_engine import TritonStep
+from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.reference.mlp import activation_ref
 from stablelora_kernels.testing import assert_no_worse
@@ -29,7 +31,7 @@ from tests.helpers.inputs import BF16, FP32, SCALING, Inputs, make_branch_inputs
 from tests.helpers.optimizers import in_float64, make_pairs, params_of, set_grads
 from tests.helpers.steps import assert_close_to
 
-# GPUs with and without tensor descriptors. Launches may overlap on both.
+# GPUs with and without tensor descriptors.
 SM_90, SM_120 = Device("sm_90", 2, 232_448), Device("sm_120", 2, 101_376)
 CHAINED, SPLIT, FUSED, IN_LOOP = (Choice(kernel, "a test") for kernel in ("chained", "split", "fused", "in_loop"))
 N, K, R = 16, 16, 4
@@ -49,14 +51,13 @@ class Case(NamedTuple):
 
 
 def shrink_sizes(patch: pytest.MonkeyPatch) -> None:
-    """Tiny tiles, two programs for each sum, and launches that may overlap."""
+    """Tiny tiles, and two programs for each sum."""
     for name in dir(tiles):
         if name.endswith("_TILES"):
             patch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(8, 16, 8, 1, 2), "a test"),))
     patch.setattr(tiles, "plan_split_k", lambda device, tiles, steps, **_: 2 if steps > 1 else 1)
     patch.setattr(problem, "SMALL_M", FEW)
     patch.setattr(problem, "CHAINED_M", 0)
-    patch.setattr(rules, "overlaps", lambda device: device.overlaps)
 
 
 @contextmanager
@@ -103,9 +104,17 @@ def forward(device: Device, m: int, choice: Choice, dtype: torch.dtype = FP32, l
         inputs = make_inputs((m, K), N, R, dtype=dtype, seed=seed)
         x, w, bias, a, b, _ = _operands(inputs)
         s, y = x.new_empty(m, R), x.new_empty(m, N)
-        launches += lora_linear.forward_launches(device, x, w, bias, a, b, s, y, None, SCALING, 0.0, choice)
+        projection = Projection(w, bias, a, b, SCALING)
+        launches += lora_linear.forward_launches(device, x, [projection], [None], s, [y], 0.0, choice=choice)
         checks.append(_check(inputs, {"Y": y}))
     return Case(launches, _all(checks))
+
+
+def _backward(
+    device: Device, x: Tensor, dy: Tensor, projection: Projection, s: Tensor, results: Any, choice: Choice
+) -> list[Any]:
+    dx, da, db = results
+    return lora_linear.backward_launches(device, x, [dy], [projection], [s], [None], 0.0, (dx, [da], [db]), choice)
 
 
 def branch_backward(choice: Choice) -> Case:
@@ -113,10 +122,8 @@ def branch_backward(choice: Choice) -> Case:
     inputs = make_branch_inputs((MANY, K), N, R)
     x, a, b, dy = (inputs[name] for name in ("x", "lora_A", "lora_B", "grad"))
     dx, da, db = (torch.empty_like(t) for t in (x, a, b))
-    p, g = lora_common.backward_product(
-        x, dy, None, a, b, _product(x, a.t()), torch.empty(MANY, R), None, dx, da, db, SCALING, 0.0
-    )
-    launches = lora_linear.product_backward_launches(SM_90, p, g, choice)
+    projection = Projection(None, None, a, b, SCALING)
+    launches = _backward(SM_90, x, dy, projection, _product(x, a.t()), (dx, da, db), choice)
     return Case(launches, _check(inputs, {"dX": dx, "dA": da, "dB": db}))
 
 
@@ -125,9 +132,8 @@ def backward(device: Device, m: int, dtype: torch.dtype = FP32, choice: Choice =
     inputs = make_inputs((m, K), N, R, dtype=dtype)
     x, w, _, a, b, dy = _operands(inputs)
     dx, da, db = (torch.empty_like(t) for t in (x, a, b))
-    launches = lora_linear.backward_launches(
-        device, x, dy, w, a, b, _product(x, a.t()), None, dx, da, db, scaling=SCALING, dropout_p=0.0, choice=choice
-    )
+    projection = Projection(w, None, a, b, SCALING)
+    launches = _backward(device, x, dy, projection, _product(x, a.t()), (dx, da, db), choice)
     return Case(launches, _check(inputs, {"dX": dx, "dA": da, "dB": db}))
 
 
@@ -136,8 +142,8 @@ def weight_grads() -> Case:
     inputs = make_inputs((FEW, K), N, R)
     x, w, _, a, b, dy = _operands(inputs)
     s, ds, da, db = _product(x, a.t()), _product(dy, b), torch.empty_like(a), torch.empty_like(b)
-    _, g = lora_common.backward_product(x, dy, w, a, b, s, ds, None, None, da, db, SCALING, 0.0)
-    return Case(lora_common.gradient_launches(SM_90, g), _check(inputs, {"dA": da, "dB": db}))
+    p = jobs.backward_product(x, dy, Projection(w, None, a, b, SCALING), s, None, 0.0, (None, da, db), ds)
+    return Case([products.weight_grads(SM_90, [p])], _check(inputs, {"dA": da, "dB": db}))
 
 
 def _group() -> tuple[list[Inputs], Tensor, list[list[Tensor]]]:
@@ -152,7 +158,8 @@ def group_forward() -> Case:
     """S of three projections, then each one's Y."""
     every, x, (ws, biases, As, Bs, dys) = _group()
     s, ys = x.new_empty(len(x), 3 * R), [torch.empty_like(dy) for dy in dys]
-    launches = lora_linear_group.forward_launches(SM_120, x, ws, biases, As, Bs, s, ys, [], [SCALING] * 3, 0.0)
+    projections = [Projection(*each, SCALING) for each in zip(ws, biases, As, Bs, strict=True)]
+    launches = lora_linear.forward_launches(SM_120, x, projections, [None] * 3, s, ys, 0.0)
     return Case(launches, _all([_check(inputs, {"Y": y}) for inputs, y in zip(every, ys, strict=True)]))
 
 
@@ -168,7 +175,8 @@ def group_backward() -> Case:
     every, x, (ws, _, As, Bs, dys) = _group()
     s = [_product(x, a.t()) for a in As]
     dx, das, dbs = torch.empty_like(x), [torch.empty_like(a) for a in As], [torch.empty_like(b) for b in Bs]
-    launches = lora_linear_group.backward_launches(SM_120, x, dys, ws, As, Bs, s, [], [SCALING] * 3, 0.0, dx, das, dbs)
+    projections = [Projection(w, None, a, b, SCALING) for w, a, b in zip(ws, As, Bs, strict=True)]
+    launches = lora_linear.backward_launches(SM_120, x, dys, projections, s, [None] * 3, 0.0, (dx, das, dbs))
 
     def check_dx() -> None:
         right = sum(testing.oracle(inputs, SCALING)["dX"] for inputs in every)
@@ -183,7 +191,8 @@ def quantized_forward() -> Case:
     inputs = make_inputs((8, K), N, R) | {"weight": testing.nf4_weight(N, K, 16, nested=False)}
     x, w, bias, a, b, dy = _operands(inputs)
     s, y = x.new_empty(len(x), R), torch.empty_like(dy)
-    launches = lora_linear_quantized.forward_launches(SM_90, x, w.stored, bias, a, b, s, y, None, SCALING, 0.0, IN_LOOP)
+    projection = Projection(w.stored, bias, a, b, SCALING)
+    launches = lora_linear.forward_launches(SM_90, x, [projection], [None], s, [y], 0.0, choice=IN_LOOP)
     return Case(launches, _check(inputs, {"Y": y}))
 
 
@@ -192,9 +201,8 @@ def quantized_backward() -> Case:
     inputs = make_inputs((FEW, K), N, R) | {"weight": testing.fp8_weight(N, K)}
     x, w, _, a, b, dy = _operands(inputs)
     dx, da, db = (torch.empty_like(t) for t in (x, a, b))
-    launches = lora_linear_quantized.backward_launches(
-        SM_90, x, dy, w.stored, a, b, _product(x, a.t()), None, dx, da, db, SCALING, 0.0, IN_LOOP
-    )
+    projection = Projection(w.stored, None, a, b, SCALING)
+    launches = _backward(SM_90, x, dy, projection, _product(x, a.t()), (dx, da, db), IN_LOOP)
     return Case(launches, _check(inputs, {"dX": dx, "dA": da, "dB": db}))
 
 
@@ -205,12 +213,13 @@ def gate_and_up(patch: pytest.MonkeyPatch, device: Device) -> Case:
     given = cases.make(case)
     parts = [[given[f"{kind}{i}"] for i in range(3)] for kind in ("weight", "bias", "lora_A", "lora_B")]
     y, g, u, s, s_down = (given["x"].new_empty(16, width) for width in (8, F, F, 2 * R, R))
-    rest = ([None] * 3, [*case.scalings], 0.0, "silu", y, g, u, s, s_down)
+    projections = [Projection(*each) for each in zip(*parts, case.scalings, strict=True)]
+    results = (y, g, u, s, s_down)
     with use_kernel("split"):
-        launches = lora_mlp.forward_launches(device, given["x"], *parts, *rest)
+        launches = lora_mlp.mlp_forward_launches(device, given["x"], projections, [None] * 3, 0.0, "silu", results)
 
     def check() -> None:
-        right, eager = (results(case, given, [None] * 3, 0.0) for results in (case_checks.oracle, case_checks.eager))
+        right, eager = (found(case, given, [None] * 3, 0.0) for found in (case_checks.oracle, case_checks.eager))
         assert_no_worse(y, right["Y0"], eager["Y0"], name="Y")
 
     return Case(launches, check)
@@ -229,10 +238,10 @@ def gated_backward() -> Case:
     inputs = make_inputs((8, K), N, R) | {"x": h.float()}
     x, w, _, a, b, dy = _operands(inputs)
     ds, dg, du, da, db = dy.new_empty(8, R), *(torch.empty_like(t) for t in (g, u, a, b))
-    p, gradients = lora_common.backward_product(g, dy, w, a, b, _product(x, a.t()), ds, None, dg, da, db, SCALING, 0.0)
-    gate = lora_common.Gate("gelu", g, u, du)
-    p, gradients = p._replace(gate=gate, call=p.call._replace(gated=True)), gradients._replace(gate=gate)
-    launches = lora_linear.product_backward_launches(SM_90, p, gradients, CHAINED)
+    projection = Projection(w, None, a, b, SCALING)
+    p = jobs.backward_product(g, dy, projection, _product(x, a.t()), None, 0.0, (dg, da, db), ds)
+    p = p._replace(call=p.call._replace(gated=True), activation="gelu", gate=Gate(g, u, du))
+    launches = lora_linear.product_launches(SM_90, p, CHAINED)
 
     def check_gate() -> None:
         act, slope = activation_ref(g.double(), "gelu")

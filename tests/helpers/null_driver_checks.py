@@ -50,7 +50,9 @@ class Recorder:
             # The types of the arguments that the launcher gets marks of.
             self.types: dict[int, Any] = {}
             annotate = nvidia.annotate_arguments
-            nvidia.annotate_arguments = lambda types: self.types.setdefault(id(marks := annotate(types)), (marks, types))[0]
+            nvidia.annotate_arguments = lambda types: self.types.setdefault(
+                id(marks := annotate(types)), (marks, types)
+            )[0]
         else:
             wrap = nvidia.wrap_handle_tensordesc
             nvidia.wrap_handle_tensordesc = lambda launch, *rest: wrap(self.around(launch), *rest)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import triton.language as tl
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 from triton.runtime import interpreter
@@ -32,7 +31,7 @@ builder = interpreter.interpreter_builder
 class Access(NamedTuple):
     """An access that a program asks for, and the kernel's line."""
 
-    # "load", "volatile load", "store", "atomic", "barrier", "gdc_wait" or "gdc_launch_dependents".
+    # "load", "volatile load", "store", "atomic" or "barrier".
     kind: str
     where: str
     # The indices of the bytes in an image, [elements, bytes of an element].
@@ -82,8 +81,6 @@ class Trees:
                 patch.setattr(builder, name, _bound(ours, getattr(builder, name)))
             for name in ("grid_idx", "grid_dim"):
                 patch.setattr(builder, name, None, raising=False)
-            for name in ("gdc_wait", "gdc_launch_dependents"):
-                patch.setattr(tl.extra.cuda, name, lambda name=name: _ask(Access(name, _line())) and None)
             self.arguments = []
             for launch in self.launches:
                 stack.callback(interpreter._patch_lang(launch.kernel.fn).restore)
@@ -184,7 +181,7 @@ class Walk:
 
 def tensors_of(launch: Launch) -> Iterator[tuple[str, Tensor]]:
     """The tensors among a launch's arguments, with their names."""
-    for name, value in inspect.signature(launch.kernel.fn).bind(*launch.args, **launch.constants).arguments.items():
+    for name, value in launch.named.items():
         tensor = value.base if isinstance(value, TensorDescriptor) else value
         if isinstance(tensor, Tensor):
             yield f"{launch.kernel.__name__}'s {name}", tensor

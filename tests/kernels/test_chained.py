@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-pytest.importorskip("triton", reason="Triton is not installed on this platform")
-
-from stablelora_kernels.dispatch import tiles
+from stablelora_kernels.dispatch import problem, rules, tiles
+from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile
-from stablelora_kernels.launch import counters
-from tests.helpers.case_checks import check
-from tests.helpers.cases import BF16, DEVICE, FP32, TINY, Case, run
+from tests.helpers.cases import BF16, FP32
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended")
-@pytest.mark.usefixtures("poisoned_outputs")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_rows_beyond_the_flags_share_them(arch, monkeypatch):
-    """Four flags, and rows for ten: each stands for more tiles of S, and dA's programs wait for several."""
-    monkeypatch.setattr(tiles, "MAX_SHARED_SUMS", tiles.CHAIN_HEAD + 4)
-    case = Case("linear", (600, 40), (48,), (20,), BF16, FP32, p=0.2, kernel="chained", arch=arch, tile=TINY)
-    check(case, run(case))
-    assert not counters.counters(MAX_SHARED_SUMS, torch.device("cpu"), lane=4).any()
-
-
-@pytest.mark.parametrize("m", [1, 64, 4096, 262_081, 10**9])
-def test_flags_fit_into_a_lane(m):
-    product, s = Tile(128, 256, 64, 8, 3), Tile(64, 64, 128, 4, 3)
-    rows = tiles.flag_rows(m, product, s)
-    assert rows % product.BLOCK_M == 0 and rows % s.BLOCK_M == 0
-    flags = -(-m // rows)
-    assert tiles.CHAIN_HEAD + flags <= MAX_SHARED_SUMS
-    assert rows == 128 or 2 * flags > MAX_SHARED_SUMS - tiles.CHAIN_HEAD - 1
+@pytest.mark.parametrize("device", problem.DEVICES.values(), ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_flags_fit_into_a_lane(device, dtype):
+    """A flag stands for 64 rows or more; a call with more rows than that many flags have is refused."""
+    most = Call("forward", tiles.MAX_CHAINED_M, 4096, 4096, 16, dtype, FP32, True)
+    rows = tiles.chained_shrink_plan(device, most, Tile(64, 64, 32, 4, 3)).tile.BLOCK_M
+    assert rows >= 64 and tiles.CHAIN_HEAD + -(-most.m // rows) <= MAX_SHARED_SUMS
+    rules.check_possible(most, "chained")
+    with pytest.raises(ValueError, match=f"up to {most.m} rows, got {most.m + 1}"):
+        rules.check_possible(most._replace(m=most.m + 1), "chained")

@@ -166,13 +166,14 @@ SIZES = [(16, 1300, 40, 8), (3, 40, 1300, 3), (257, 520, 72, 8), (300, 64, 136, 
 def test_a_captured_step_compiles_nothing(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of several shapes one after another: each launch has what its warm-up had of all that Triton specializes on."""
     keys: list[Any] = []
-    original = base.launch
+    original = base.Launch.run
 
-    def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
-        keys.append((kernel.__name__, *map(specialization, args), tuple(sorted(meta.items()))))
-        original(kernel, grid, device, *args, **meta)
+    def record(launch: base.Launch, device: torch.device) -> None:
+        constants = tuple(sorted({**launch.constants, **launch.options}.items()))
+        keys.append((launch.kernel.__name__, *map(specialization, base.leaves(launch.args)), constants))
+        original(launch, device)
 
-    monkeypatch.setattr(base, "launch", record)
+    monkeypatch.setattr(base.Launch, "run", record)
     layers = [make_inputs((m, k), n, r, dtype=BF16, lora_dtype=FP32) for m, k, n, r in SIZES]
     for inputs in layers:
         run(inputs, "triton")

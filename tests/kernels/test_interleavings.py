@@ -1,4 +1,4 @@
-"""Every kernel with a shared sum, counter, flag or programmatic launch, under many schedules: docs/internals/interleavings.md."""
+"""Every kernel with a shared sum, counter or flag, under many schedules: docs/internals/interleavings.md."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels import common
-from stablelora_kernels.kernels.lora.linear import wait_for_s
-from stablelora_kernels.launch import counters, lora_common
+from stablelora_kernels.launch import counters, jobs
 from stablelora_kernels.launch.base import Launch
 from tests.helpers.interleaving import Interleaving
 from tests.helpers.interleaving_cases import CASES
@@ -57,39 +56,18 @@ def test_a_deadlock_is_reported_with_each_programs_state() -> None:
     assert title == "deadlock"
     spinning = [state for state in states if "again and again" in state]
     assert len(spinning) == 2
-    assert all("before volatile load at chain.py:" in state and "chain_ptr[" in state for state in spinning)
+    assert all("before volatile load at chain.py:" in state and "chain[" in state for state in spinning)
     assert sum("has not begun" in state for state in states) == len(states) - 2
 
 
-def test_launches_overlap_only_where_they_may() -> None:
-    """Without launch_pdl, Y's launch begins after S's launch has ended, so it needs no gdc_wait."""
-    unwaited = Mutation(wait_for_s, "tl.extra.cuda.gdc_wait()", "pass")
-    with interleaving("pointers, S then Y, two layers") as (runs, case):
-        assert runs.first_failure(range(SCHEDULES), mutation=unwaited) is not None
-        apart = Interleaving([launch._replace(options={}) for launch in case.launches])
-        assert apart.first_failure(range(SCHEDULES), mutation=unwaited) is None
-
-
-def test_launches_that_overlap_must_not_count_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_of_one_launch_must_not_count_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lanes keep the counters of dS and dB, dX and dA apart."""
     original = counters.counters
-    monkeypatch.setattr(lora_common, "counters", lambda n, device, lane=0: original(n, device))
-    with interleaving("split-K, dS and dB, dX and dA") as (runs, _):
-        assert runs.first_failure(range(SCHEDULES)) is not None
-
-
-def test_a_product_begins_early_only_behind_the_launch_that_triggers() -> None:
-    """A group's later products count where the product before has counted. Only gdc_wait promises that its resets are there."""
-    with interleaving("group, S then three split-K Y") as (_, case):
-        shrink, *products = case.launches
-        assert [bool(launch.options.get("launch_pdl")) for launch in products] == [True, False, False]
-        early = [
-            launch._replace(
-                options=launch.options | {"launch_pdl": True}, constants=launch.constants | {"WAITS_FOR_PRIMARY": True}
-            )
-            for launch in products
-        ]
-        assert Interleaving([shrink, *early]).first_failure(range(SCHEDULES)) is not None
+    monkeypatch.setattr(jobs, "counters", lambda n, device, lane=0: original(n, device))
+    with interleaving("chained split-K, all gradients") as (runs, case):
+        runs.write_back()
+        with pytest.raises(AssertionError):
+            case.check()
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile
 from stablelora_kernels.kernels.common import keep_mask
 from stablelora_kernels.launch import counters
 from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
+from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import philox_ref
 from stablelora_kernels.testing import assert_no_worse
 from tests.helpers.case_checks import assert_close, check, eager, oracle
@@ -80,12 +81,10 @@ def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
     """dS and dB, dX and dA in one launch, and the chain that orders them; none may see another's counters."""
     given = make(Case("linear", (rows, 200), (2000,), (80,), BF16, BF16))
     x, w, a, b, dy = (given[name] for name in ("x", "weight0", "lora_A0", "lora_B0", "grad0"))
-    (launch,) = backward_launches(
-        DEVICES["sm_90"], x, dy, w, a, b, x.new_empty(rows, 80), None, x, a, b, scaling=1.0, dropout_p=0.0
-    )
-    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-    names = ("counter_ptr", "grad_counter_ptr", "s_counter_ptr", "db_counter_ptr", "chain_ptr")
-    found = [arguments[name] for name in names if arguments.get(name) is not None and arguments[name].numel()]
+    projection, s = Projection(w, None, a, b, 1.0), x.new_empty(rows, 80)
+    (launch,) = backward_launches(DEVICES["sm_90"], x, [dy], [projection], [s], [None], 0.0, (x, [a], [b]))
+    counts = {name: t for name, t in launch.named.items() if name == "chain" or name.endswith("counter")}
+    found = [t for t in counts.values() if t is not None and t.numel()]
     spans = sorted((counter.data_ptr(), counter.data_ptr() + counter.numel() * 4) for counter in found)
     assert len(spans) == counted
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
@@ -124,7 +123,8 @@ def test_results_beyond_2_to_the_31(kernel, rows, arch, spacious):
     x, w, bias, a, b = (given[name] for name in ("x", "weight0", "bias0", "lora_A0", "lora_B0"))
     y, s = (spacious(torch.full((rows, size), float("nan"), dtype=BF16)) for size in (40, 24))
     assert (rows - 1) * y.stride(0) > 2**31
-    for launch in forward_launches(DEVICES[arch], x, w, bias, a, b, s, y, None, 1.7, 0.0, Choice(kernel, "")):
+    projection, choice = Projection(w, bias, a, b, 1.7), Choice(kernel, "")
+    for launch in forward_launches(DEVICES[arch], x, [projection], [None], s, [y], 0.0, choice=choice):
         launch.run(x.device)
     assert_no_worse(y, *(by(case, given, [None], 0.0)["Y0"] for by in (oracle, eager)), name="Y")
     assert_no_worse(s, 1.7 * x.double() @ a.double().T, 1.7 * x @ a.T, name="S")

@@ -6,10 +6,6 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-import stablelora_kernels as slk
-from stablelora_kernels.dispatch import rules
-from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.launch.dry_run import mlp_launches
 from tests.helpers.case_checks import launches
 from tests.helpers.cases import BF16, DEVICE, FP32, Case, small
 
@@ -58,21 +54,3 @@ def test_many_rows_dequantize_each_weight_once_in_each_direction(kinds):
         (["lora_A2", "lora_B2"], 0),
     ):
         assert [made["dequantize"] for made in launches(case.but(wanted=wanted))] == [count, again], wanted
-
-
-@pytest.mark.parametrize("kernel", ["auto", "split", "vendor"])
-@pytest.mark.parametrize("ranks", [(0, 8, 8), (8, 0, 8), (8, 8, 0), (0, 0, 8), (0, 0, 0), (8, 8, 8)], ids=str)
-@pytest.mark.parametrize("rows", [40, 512, 8192])
-def test_a_launch_begins_early_only_behind_that_of_its_s(rows, ranks, kernel, monkeypatch):
-    """Its main loop may read what any launch before that one wrote, such as H or dG, but nothing that one writes."""
-    monkeypatch.setattr(rules, "overlaps", lambda device: device.overlaps)
-    with slk.use_kernel(kernel):
-        ways = mlp_launches(DEVICES["sm_90"], rows, 4096, 14336, 4096, ranks, BF16, FP32, 0.1)
-    early = 0
-    for way in ways:
-        for before, launch in zip([None, *way], way, strict=False):
-            if getattr(launch, "options", {}).get("launch_pdl"):
-                early += 1
-                assert before is not None and before.constants["TRIGGERS_DEPENDENTS"], launch.variant
-    if kernel == "split" and any(ranks):
-        assert early > 0

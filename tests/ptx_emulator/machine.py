@@ -74,6 +74,7 @@ class LaunchState:
         """Of all its CTAs."""
         return int(np.prod(self.grid)) * (self.program.threads // 32)
 
+
 class CTA:
     """One program: registers, as an array over its threads each, shared memory, and groups of threads."""
 

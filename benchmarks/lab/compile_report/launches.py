@@ -101,7 +101,10 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
         yield gated, made
     for (m, k, r), kind, p in product(QUANTIZED.get(name, ()), ("nf4", "fp8"), DROPOUT):
         if r == 16 or device.arch == FULL:
-            yield (lambda named: "PACKED.NF4" in named), dry_run.quantized_launches(device, m, 4096, k, r, dtype, lora, p, kind)
+            yield (
+                (lambda named: "PACKED.NF4" in named),
+                dry_run.quantized_launches(device, m, 4096, k, r, dtype, lora, p, kind),
+            )
     for r, kernel in ((16, "fused"), (16, "split"), (64, "split")) if device.tma and dtype != FP32 and ranks else ():
         yield every, [[_broadcast(device, dtype, lora, r, kernel)]]
 

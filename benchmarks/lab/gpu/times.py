@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from stablelora_kernels.launch.lora_common import forward_product, shrink
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
@@ -32,7 +33,6 @@ from benchmarks.suite.layers import FROZEN, PEFT_COMPILED, LayerCase, MLPCase, P
 from stablelora_kernels.dispatch.problem import Call, device_of
 from stablelora_kernels.dispatch.rules import Choice, possible_kernels
 from stablelora_kernels.dispatch.settings import KERNELS
-from stablelora_kernels.launch.lora_common import forward_product, shrink
 from stablelora_kernels.launch.lora_linear import product_launches
 
 # One whole call of each phase; and how to build it for each arm, which may fail.

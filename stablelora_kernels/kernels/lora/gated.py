@@ -58,9 +58,7 @@ def gated_grads(dh, g, u, GATE: tl.constexpr):
 
 
 @triton.jit
-def store_gated_grads(
-    dh, gate, dg_ptr, rows, col0, stride, M, N, GATE: tl.constexpr, PARTS: tl.constexpr
-):
+def store_gated_grads(dh, gate, dg_ptr, rows, col0, stride, M, N, GATE: tl.constexpr, PARTS: tl.constexpr):
     """Store dG and dU for a tile of dH. Rows of all four matrices are ``stride`` apart.
 
     PARTS of the tile's columns take turns, for the registers.

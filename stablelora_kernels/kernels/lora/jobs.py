@@ -1,9 +1,9 @@
 """What the kernels' jobs take: for each a named tuple of run-time values, and one of compile-time constants.
 
-A launch may do several jobs: a product with its branch, S or dS, dB, dA. The constants' tuple is None where a launch lacks the job.
+A launch may do several jobs: a product with its branch, S or dS, dB, dA. The constants are None where a launch lacks the job.
 Triton specializes every integer of a tuple, so what changes from batch to batch (rows, programs) is an argument of its own.
-None stands for a pointer that is not read. A tuple holds values or tuples, never both: Triton 3.6 forgets constants of the latter
-in a loop.
+None stands for a pointer that is not read. A tuple holds values or tuples, never both: in a loop, Triton 3.6 forgets the
+constants of the latter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Matrix(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Elements [M, width] at ``ptr + i * row + j * col``. With ``u``, of the same strides, act(Z) ∘ U takes Z's place, see ``gated``."""
+    """Z [M, width] at ``ptr + i * row + j * col``. With ``u``, of the same strides, act(Z) ∘ U takes its place, see ``gated``."""
 
     ptr: Any
     u: Any
@@ -29,21 +29,24 @@ class Rows(NamedTuple):
     width: Any
 
 
-class Sums(NamedTuple):
-    """Partial sums in float32 and int32 counters, of programs that share a tile's sum."""
+class Shared(NamedTuple):
+    """What members share: the distance of rows of S or T; partial sums in float32 and int32 counters of a tile's programs."""
 
+    stride: Any
     parts: Any
     counter: Any
 
 
 class SMember(NamedTuple):
-    """One projection's S = s' (X ∘ keep) A^T: A [R, K] like a ``Matrix``, S [M, R] with rows of ``stride_s``; seed None: no mask."""
+    """One projection's S = s' (X ∘ keep) A^T: A [R, K] like a ``Matrix``, S [M, R].
+
+    The seed is None without a mask.
+    """
 
     a: Any
     a_row: Any
     a_col: Any
     s: Any
-    stride_s: Any
     seed: Any
     scaling: Any
     R: Any
@@ -54,7 +57,7 @@ class SJob(NamedTuple):
 
     x: Rows
     members: tuple[SMember, ...]
-    sums: Sums
+    shared: Shared
 
 
 class STile(NamedTuple):
@@ -71,11 +74,12 @@ class STile(NamedTuple):
 
 
 class GradMember(NamedTuple):
-    """One projection's OUT = (Z ∘ keep)^T T: T [M, R] with rows of ``stride_t``; OUT[c, r] at ``out + c * out_c + r * out_r``; seed
-    None: no mask."""
+    """One projection's OUT = (Z ∘ keep)^T T: T [M, R], OUT[c, r] at ``out + c * out_c + r * out_r``.
+
+    The seed is None without a mask.
+    """
 
     t: Any
-    stride_t: Any
     out: Any
     out_c: Any
     out_r: Any
@@ -88,7 +92,7 @@ class GradJob(NamedTuple):
 
     z: Rows
     members: tuple[GradMember, ...]
-    sums: Sums
+    shared: Shared
 
 
 class GradTile(NamedTuple):
@@ -105,8 +109,10 @@ class GradTile(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """(S B^T) ∘ keep: S [M, R] with rows of ``stride_s``, B [N, R] like a ``Matrix``; seed None: no mask. A launch that computes S beside
-    its product scales it and, if s is not None, stores it."""
+    """(S B^T) ∘ keep: S [M, R] with rows of ``stride_s``, B [N, R] like a ``Matrix``. The seed is None without a mask.
+
+    A launch that computes S beside its product scales it and, if s is not None, stores it.
+    """
 
     s: Any
     stride_s: Any
@@ -148,8 +154,10 @@ class Tile(NamedTuple):
 
 
 class DescribedTile(NamedTuple):
-    """A product's through tensor descriptors, which hold W^T with TRANS_W and A^T with TRANS_A. PARTS of a tile's columns are
-    finished one after another. ADD: add to Y's earlier values."""
+    """A product's through tensor descriptors, which hold W^T with TRANS_W and A^T with TRANS_A.
+
+    PARTS of a tile's columns are finished one after another. ADD: add to Y's earlier values.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -176,8 +184,10 @@ class Packed(NamedTuple):
 
 
 class PackedTile(NamedTuple):
-    """BLOCKSIZE elements share a scale, and NESTED scales a nested one, 0 if scales are float32. ALIGNED: no byte and no block lies
-    across two rows, and blocks divide a tile's columns or they divide blocks."""
+    """BLOCKSIZE elements share a scale, and NESTED scales a nested one, 0 if scales are float32.
+
+    ALIGNED: no byte and no block lies across two rows, and blocks divide a tile's columns or are divided by them.
+    """
 
     NF4: bool
     BLOCKSIZE: int

@@ -42,10 +42,8 @@ NOT_SPECIALIZED = ["M", "PRODUCTS", "S_PROGRAMS", "S_SPLITS", "DB_PROGRAMS", "DB
 
 
 @triton.jit
-def add_branch(
-    acc, s, branch, rows, cols, col0, first, M, N, threshold, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr
-):
-    """acc + (S B^T) ∘ keep for a tile, where S is read, or ``s``, scaled, rounded and, in a ``first`` tile of its rows, stored."""
+def add_branch(acc, s, branch, rows, cols, col0, first, M, N, threshold, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr):
+    """acc + (S B^T) ∘ keep for a tile, where S is read, or ``s``, which the ``first`` tile of its rows stores if that is wanted."""
     BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     if branch.seed is not None:
@@ -60,7 +58,7 @@ def add_branch(
             s_low = tl.load(branch.s + rows[:, None] * branch.stride_s + (r0 + rs[None, :]), mask=s_mask, other=0.0)
         else:
             s_low = s
-            if branch.s is not None:
+            if branch.s is not None:  # noqa: SIM102 - only one of the two is a constant for the compiler
                 if first:
                     tl.store(branch.s + rows[:, None] * branch.stride_s + (r0 + rs[None, :]), s_low, mask=s_mask)
         b_mask = (r0 + rs[:, None] < branch.R) & (cols[None, :] < N)
@@ -111,9 +109,7 @@ def _lora_linear_kernel(
     if S is not None:
         program = draw_ticket(chain)
         if program < S_PROGRAMS:
-            s_program(
-                program, S_PROGRAMS, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB
-            )
+            s_program(program, S_PROGRAMS, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
             leave(chain, M, S)
             return
         program -= S_PROGRAMS

@@ -129,9 +129,7 @@ def _lora_linear_quantized_kernel(
 
 
 @triton.jit
-def _dequantize_kernel(
-    w, out_ptr, N, K, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _dequantize_kernel(w, out_ptr, N, K, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """W [N, K] from the stored bytes, rounded once."""
     tiles_k = tl.cdiv(K, BLOCK_K)
     rows = (tl.program_id(0) // tiles_k).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

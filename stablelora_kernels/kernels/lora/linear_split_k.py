@@ -32,9 +32,7 @@ def _lora_linear_split_k_kernel(
     if S is not None:
         program = draw_ticket(chain)
         if program < S_PROGRAMS:
-            s_program(
-                program, S_PROGRAMS, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB
-            )
+            s_program(program, S_PROGRAMS, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
             leave(chain, M, S)
             return
         program -= S_PROGRAMS

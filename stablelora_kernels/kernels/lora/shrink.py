@@ -13,9 +13,7 @@ from stablelora_kernels.kernels.lora.weight_grads import weight_grad
 @triton.jit(do_not_specialize=["M", "S_SPLITS", "DB_PROGRAMS", "DB_SPLITS", "threshold"])
 def _lora_shrink_kernel(s, db, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr):
     """S = s' (X ∘ keep) A^T, and with DB dB = X^T T, for which X is dY."""
-    s_program(
-        tl.program_id(0), tl.num_programs(0), s, db, None, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB
-    )
+    s_program(tl.program_id(0), tl.num_programs(0), s, db, None, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
 
 
 @triton.jit
@@ -42,8 +40,8 @@ def s_program(
 def shrink(program, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
     """S for each member of an ``SJob``; the ``program``-th program.
 
-    Programs: tiles of rows, in each blocks of ranks, in each SPLITS parts of K. The last part to finish adds up all parts in order.
-    Members of several projections have one block of ranks: X is read once for all. Each has its own mask, so their A can't be one
+    Programs: tiles of rows, in each blocks of ranks, in each SPLITS parts of K. The last part to finish adds up all parts in
+    order. Members of several projections have one block of ranks: X is read once for all. Each has its own mask, so their A can't be one
     A of a higher rank.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
@@ -57,17 +55,12 @@ def shrink(program, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
     rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
     row_mask = rows < M
-    seeds = ()
     sums = ()
-    for i in tl.static_range(MEMBERS):
-        seeds += (tl.load(job.members[i].seed) if job.members[i].seed is not None else 0,)
+    for _ in tl.static_range(MEMBERS):
         sums += (tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),)
 
     share = tl.cdiv(tl.cdiv(job.x.width, BLOCK_K), SPLITS) * BLOCK_K
-    start, stop = split * share, tl.minimum(split * share + share, job.x.width)
-    # No part is empty, see ``weight_grad``.
-    tl.assume(start < stop)
-    for k0 in tl.range(start, stop, BLOCK_K, num_stages=TILE.STAGES):
+    for k0 in tl.range(split * share, tl.minimum(split * share + share, job.x.width), BLOCK_K, num_stages=TILE.STAGES):
         x_mask, k_mask = row_mask[:, None], True
         if not TILE.EVEN_K:
             x_mask &= k0 + ks[None, :] < job.x.width
@@ -82,17 +75,17 @@ def shrink(program, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
             kept = x
             if member.seed is not None:
                 # After the load, so that the load itself stays asynchronous.
-                kept = tl.where(keep_mask(seeds[i], rows, k0, job.x.width, threshold, BLOCK_K), x, 0.0)
+                kept = tl.where(keep_mask(tl.load(member.seed), rows, k0, job.x.width, threshold, BLOCK_K), x, 0.0)
             added += (dot(kept, cast(a, x.dtype), sums[i], TILE.PRECISION),)
         sums = added
 
     for i in tl.static_range(MEMBERS):
         member = job.members[i]
         place = tile.to(tl.int64) * MEMBERS + i
-        parts = job.sums.parts + place * SPLITS * (BLOCK_M * BLOCK_R)
-        total, last = shared_sum(sums[i], parts, job.sums.counter + place, split, SPLITS)
+        parts = job.shared.parts + place * SPLITS * (BLOCK_M * BLOCK_R)
+        total, last = shared_sum(sums[i], parts, job.shared.counter + place, split, SPLITS)
         if last:
-            s_ptrs = member.s + rows[:, None] * member.stride_s + rs[None, :]
+            s_ptrs = member.s + rows[:, None] * job.shared.stride + rs[None, :]
             s_mask = row_mask[:, None] & (rs[None, :] < member.R)
             tl.store(s_ptrs, cast(member.scaling * total, member.s.dtype.element_ty), mask=s_mask)
             if TILE.FLAG_M:

@@ -36,10 +36,8 @@ def weight_grad(program, job, M, SPLITS, threshold, TILE: tl.constexpr):
     cs = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
     rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     c_mask = cs < job.z.width
-    seeds = ()
     sums = ()
-    for i in tl.static_range(MEMBERS):
-        seeds += (tl.load(job.members[i].seed) if job.members[i].seed is not None else 0,)
+    for _ in tl.static_range(MEMBERS):
         sums += (tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32),)
 
     # No part is empty. Zeros of an empty loop would make ptxas serialize every WGMMA of the launch, those of a product beside it
@@ -56,18 +54,18 @@ def weight_grad(program, job, M, SPLITS, threshold, TILE: tl.constexpr):
         for i in tl.static_range(MEMBERS):
             member = job.members[i]
             t_mask = (rows[:, None] < M) & (rs[None, :] < member.R)
-            t = tl.load(member.t + rows[:, None] * member.stride_t + rs[None, :], mask=t_mask, other=0.0)
+            t = tl.load(member.t + rows[:, None] * job.shared.stride + rs[None, :], mask=t_mask, other=0.0)
             kept = z
             if member.seed is not None:
-                kept = tl.where(keep_mask(seeds[i], rows, c0, job.z.width, threshold, BLOCK_C), z, 0.0)
+                kept = tl.where(keep_mask(tl.load(member.seed), rows, c0, job.z.width, threshold, BLOCK_C), z, 0.0)
             added += (dot(tl.trans(kept), t, sums[i], TILE.PRECISION),)
         sums = added
 
     for i in tl.static_range(MEMBERS):
         member = job.members[i]
         place = tile.to(tl.int64) * MEMBERS + i
-        parts = job.sums.parts + place * SPLITS * (BLOCK_C * BLOCK_R)
-        total, last = shared_sum(sums[i], parts, job.sums.counter + place, split, SPLITS)
+        parts = job.shared.parts + place * SPLITS * (BLOCK_C * BLOCK_R)
+        total, last = shared_sum(sums[i], parts, job.shared.counter + place, split, SPLITS)
         if last:
             if TILE.UNIT != 1.0:
                 total *= TILE.UNIT

@@ -87,9 +87,8 @@ def counted() -> Iterator[list[Counted]]:
     """
     if not backend.INTERPRETING:
         raise RuntimeError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
-    from triton.runtime.interpreter import GridExecutor, interpreter_builder
-
     from stablelora_kernels.launch.lora_common import VendorProduct
+    from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
     found: list[Counted] = []
     current: list[_Recorder] = []
