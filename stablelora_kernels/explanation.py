@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.dispatch import backend, problem, rules
+from stablelora_kernels.dispatch import backend, problem, rules, tiles
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device
 from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel
@@ -146,7 +146,8 @@ def explain(
         reasons = [_quantized_choice(gpu, call, quantized) for call in members[0]]
     elif branch_only:
         forward, backward = dry_run.branch_launches(gpu, M, n, K, *sizes)
-        reasons = [rules.choose_branch(forward_call)[:2], rules.choose_branch(backward_call)[:2]]
+        splits = tiles.expand_plan(gpu, forward_call).splits
+        reasons = [rules.choose_expand(forward_call, splits)[:2], rules.choose_branch_backward(backward_call)[:2]]
     else:
         forward, backward = dry_run.call_launches(gpu, M, n, K, *sizes)
         # A forced kernel is not measured against others.

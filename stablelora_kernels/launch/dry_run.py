@@ -9,7 +9,7 @@ import torch
 
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.launch import old_interface
+from stablelora_kernels.launch import lora_branch, lora_linear, lora_linear_group, lora_linear_quantized, lora_mlp
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 
 
@@ -20,10 +20,10 @@ def call_launches(
     """The forward's and the backward's launches of a call with a bias."""
     t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p, where)
     w = _zeros(where, n, k, of=dtype)
-    forward = old_interface.forward_launches(
+    forward = lora_linear.forward_launches(
         device, t.x, w, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p, forward_choice
     )
-    backward = old_interface.backward_launches(
+    backward = lora_linear.backward_launches(
         device, t.x, t.y, w, t.a, t.b, t.s, t.seed, *t.gradients(), scaling=1.0, dropout_p=dropout_p, choice=backward_choice
     )  # fmt: skip
     return forward, backward
@@ -40,12 +40,12 @@ def group_launches(
     seeds = [each.seed for each in t if each.seed is not None]
     scalings, x, ys = [1.0] * len(ns), t[0].x, [each.y for each in t]
     s = _zeros(where, m, r * len(ns), of=dtype)
-    forward = old_interface.group_forward_launches(
+    forward = lora_linear_group.forward_launches(
         device, x, weights, [each.bias for each in t], lora_As, lora_Bs, s, ys, seeds, scalings, dropout_p
     )
-    parts = old_interface.columns(s, [r] * len(ns))
+    parts = lora_linear_group.columns(s, [r] * len(ns))
     gradients = (torch.empty_like(x), [torch.empty_like(a) for a in lora_As], [torch.empty_like(b) for b in lora_Bs])
-    backward = old_interface.group_backward_launches(
+    backward = lora_linear_group.backward_launches(
         device, x, ys, weights, lora_As, lora_Bs, parts, seeds, scalings, dropout_p, *gradients
     )
     return forward, backward
@@ -68,10 +68,10 @@ def mlp_launches(
     lora_As, lora_Bs, seeds = [each.a for each in t], [each.b for each in t], [each.seed for each in t]
     x, g, u, y, s = t[0].x, t[0].y, t[1].y, t[2].y, _zeros(where, m, sum(ranks[:2]), of=dtype)
     given = (weights, [None] * 3, lora_As, lora_Bs, seeds, [1.0] * 3, dropout_p, activation)
-    forward = old_interface.mlp_forward_launches(device, x, *given, y, g, u, s, t[2].s)
+    forward = lora_mlp.forward_launches(device, x, *given, y, g, u, s, t[2].s)
     of_a, of_b = ([torch.empty_like(each) if each.numel() else None for each in given] for given in (lora_As, lora_Bs))
     gradients = (torch.empty_like(x), of_a, of_b)
-    backward = old_interface.mlp_backward_launches(
+    backward = lora_mlp.backward_launches(
         device, x, torch.zeros_like(y), g, u, weights, lora_As, lora_Bs, s, t[2].s, seeds, [1.0] * 3, dropout_p, activation,
         *gradients,
     )  # fmt: skip
@@ -84,8 +84,8 @@ def branch_launches(
     """:func:`call_launches` for the branch alone."""
     t = _call_tensors(m, n, k, r, dtype, lora_dtype, dropout_p, "meta")
     base = torch.empty_like(t.y)
-    forward = old_interface.branch_forward_launches(device, base, t.x, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p)
-    backward = old_interface.branch_backward_launches(
+    forward = lora_branch.forward_launches(device, base, t.x, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p)
+    backward = lora_branch.backward_launches(
         device, t.x, t.y, t.a, t.b, t.s, t.seed, *t.gradients(), scaling=1.0, dropout_p=dropout_p
     )
     return forward, backward
@@ -107,10 +107,10 @@ def quantized_launches(
         packed, absmax = (_zeros(where, size, of=torch.uint8) for size in (-(-n * k // 2), blocks))
         nested = (_zeros(where, -(-blocks // 256)), _zeros(where, 256), _zeros(where), 256)
         weight = NF4Weight(packed, absmax, _zeros(where, 16), (n, k), 64, *nested)
-    forward = old_interface.forward_launches(
+    forward = lora_linear_quantized.forward_launches(
         device, t.x, weight.stored, t.bias, t.a, t.b, t.s, t.y, t.seed, 1.0, dropout_p, choice
     )
-    backward = old_interface.backward_launches(
+    backward = lora_linear_quantized.backward_launches(
         device, t.x, t.y, weight.stored, t.a, t.b, t.s, t.seed, *t.gradients(), 1.0, dropout_p, choice
     )
     return forward, backward

@@ -47,7 +47,7 @@ def lora_branch_fwd(
     save_s: bool,
 ) -> tuple[tuple[Tensor, Tensor], list[Any]]:  # fmt: skip
     """Y [..., N] and S [M, r] for base [..., N] and x [..., K]; ``scaling`` is s' = scaling / (1 - p)."""
-    from stablelora_kernels.launch.old_interface import branch_forward_launches as forward_launches
+    from stablelora_kernels.launch.lora_branch import forward_launches
 
     results = y, s = _fwd_fake(base, x, lora_A, lora_B, seed, scaling, dropout_p, save_s)
     kept = s if save_s else None
@@ -70,7 +70,7 @@ def lora_branch_bwd(
     scaling: float, dropout_p: float, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Any]]:  # fmt: skip
     """dX [..., K], dA and dB for x [..., K] and dY [..., N]; those that are not needed are empty."""
-    from stablelora_kernels.launch.old_interface import branch_backward_launches as backward_launches
+    from stablelora_kernels.launch.lora_branch import backward_launches
 
     results = dx, da, db = empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
     wanted = (as_matrix(dx) if need_x else None, da if need_a else None, db if need_b else None)

@@ -50,7 +50,7 @@ def lora_linear_fwd(
     scaling: float, dropout_p: float, save_s: bool,
 ) -> tuple[tuple[Tensor, Tensor], list[Any]]:  # fmt: skip
     """Y [..., N] and S [M, r] for x [..., K]; ``scaling`` is s' = scaling / (1 - p)."""
-    from stablelora_kernels.launch.old_interface import forward_launches
+    from stablelora_kernels.launch.lora_linear import forward_launches
 
     results = y, s = _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
     x, y = as_matrix(x), as_matrix(y)
@@ -80,7 +80,7 @@ def lora_linear_bwd(
     seed: Tensor | None, scaling: float, dropout_p: float, need_x: bool, need_a: bool, need_b: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Any]]:  # fmt: skip
     """dX [..., K], dA and dB for x [..., K] and dY [..., N]; those that are not needed are empty."""
-    from stablelora_kernels.launch.old_interface import backward_launches
+    from stablelora_kernels.launch.lora_linear import backward_launches
 
     results = dx, da, db = empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
     x, grad, dx = None if x is None else as_matrix(x), as_matrix(grad), as_matrix(dx)

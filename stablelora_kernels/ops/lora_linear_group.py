@@ -55,7 +55,7 @@ def lora_linear_group_fwd(
     lora_Bs: Sequence[Tensor], seeds: Sequence[Tensor], scalings: Sequence[float], dropout_p: float,
 ) -> tuple[tuple[list[Tensor], Tensor], list[Any]]:  # fmt: skip
     """The Y's [..., N], and the S's [M, r] side by side, for x [..., K]; ``scalings`` are s' = scaling / (1 - p)."""
-    from stablelora_kernels.launch.old_interface import group_forward_launches as forward_launches
+    from stablelora_kernels.launch.lora_linear_group import forward_launches
 
     results = ys, s = _fwd_fake(x, weights, biases, lora_As, lora_Bs, seeds, scalings, dropout_p)
     rows = [as_matrix(y) for y in ys]
@@ -86,7 +86,7 @@ def lora_linear_group_bwd(
 
     ``s``: each projection's S, or one matrix that has all of them side by side.
     """
-    from stablelora_kernels.launch.old_interface import group_backward_launches as backward_launches
+    from stablelora_kernels.launch.lora_linear_group import backward_launches
 
     rest = (weights, lora_As, lora_Bs, _parts(s, lora_As), seeds, scalings, dropout_p)
     results = dx, das, dbs = _bwd_fake(x, grads, *rest, need_x, need_a, need_b)

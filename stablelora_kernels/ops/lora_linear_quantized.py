@@ -33,7 +33,7 @@ def lora_linear_quantized_fwd(
     x: Tensor, data: Tensor, scales: Sequence[Tensor], layout: Sequence[int], bias: Tensor | None, lora_A: Tensor,
     lora_B: Tensor, seed: Tensor | None, scaling: float, dropout_p: float, save_s: bool,
 ) -> tuple[tuple[Tensor, Tensor], list[Any]]:  # fmt: skip
-    from stablelora_kernels.launch.old_interface import forward_launches
+    from stablelora_kernels.launch.lora_linear_quantized import forward_launches
 
     results = y, s = _fwd_fake(x, data, scales, layout, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
     weight = Stored(data, tuple(scales), Layout(*layout))
@@ -56,7 +56,7 @@ def lora_linear_quantized_bwd(
     x: Tensor | None, grad: Tensor, data: Tensor, scales: Sequence[Tensor], layout: Sequence[int], lora_A: Tensor,
     lora_B: Tensor, s: Tensor | None, seed: Tensor | None, scaling: float, dropout_p: float, need_a: bool, need_b: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Any]]:  # fmt: skip
-    from stablelora_kernels.launch.old_interface import backward_launches
+    from stablelora_kernels.launch.lora_linear_quantized import backward_launches
 
     results = dx, da, db = empty_gradients(grad, lora_A, lora_B, True, need_a, need_b)
     weight = Stored(data, tuple(scales), Layout(*layout))

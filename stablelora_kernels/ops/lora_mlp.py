@@ -90,7 +90,7 @@ def lora_mlp_fwd(
 
     The weights are taken apart by ``quantized.apart``; ``scalings`` are s' = scaling / (1 - p).
     """
-    from stablelora_kernels.launch.old_interface import mlp_forward_launches as forward_launches
+    from stablelora_kernels.launch.lora_mlp import forward_launches
 
     results = _fwd_fake(
         x, datas, scales, layouts, biases, lora_As, lora_Bs, seeds, scalings, dropout_p, activation, save
@@ -132,7 +132,7 @@ def lora_mlp_bwd(
 
     Data of weights that no wanted gradient reads are None.
     """
-    from stablelora_kernels.launch.old_interface import mlp_backward_launches as backward_launches
+    from stablelora_kernels.launch.lora_mlp import backward_launches
 
     results = dx, das, dbs = _bwd_fake(
         x, grad, g, u, datas, scales, layouts, lora_As, lora_Bs, s, s_down, seeds, scalings, dropout_p, activation, need_x,
