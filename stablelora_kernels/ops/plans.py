@@ -156,9 +156,7 @@ def remember(key: tuple[Any, ...] | None, backend: str) -> Entry | None:
 class PlannedOp:
     """A torch.library op that runs launches, which are prepared once calls repeat."""
 
-    def __init__(
-        self, name: str, schema: str, allocate: Callable[[Any], Any], build: Callable[..., Sequence[Any]]
-    ) -> None:
+    def __init__(self, name: str, schema: str, allocate: Callable[[Any], Any], build: Callable[..., list[Any]]) -> None:
         kinds, names = zip(*map(str.split, schema[1 : schema.index(")")].split(", ")), strict=True)
         self._name, self._call, self._allocate, self._build = (
             f"{NAMESPACE}::{name}",
@@ -190,7 +188,7 @@ class PlannedOp:
                 return prepared.run(operands)
         return prepared.run(operands)
 
-    def plan(self, device: Device, args: Sequence[Any], choice: Choice | None = None) -> tuple[Any, Sequence[Any]]:
+    def plan(self, device: Device, args: Sequence[Any], choice: Choice | None = None) -> tuple[Any, list[Any]]:
         """The op's results, without values, and the launches on ``device`` that fill them. ``args`` may be on the meta device.
 
         ``choice``: a kernel in place of the table's.

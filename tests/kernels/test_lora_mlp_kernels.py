@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import rules
 from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.launch.dry_run import mlp_launches
+from stablelora_kernels.ops.dry_run import mlp_launches
 from tests.helpers.case_checks import launches
 from tests.helpers.cases import BF16, DEVICE, FP32, Case, small
 
@@ -67,7 +67,7 @@ def test_a_launch_begins_early_only_behind_that_of_its_s(rows, ranks, kernel, mo
     """Its main loop may read what any launch before that one wrote, such as H or dG, but nothing that one writes."""
     monkeypatch.setattr(rules, "overlaps", lambda device: device.overlaps)
     with slk.use_kernel(kernel):
-        ways = mlp_launches(DEVICES["sm_90"], rows, 4096, 14336, 4096, ranks, BF16, FP32, 0.1)
+        ways = mlp_launches(DEVICES["sm_90"], rows, (4096, 14336, 4096), ranks, (BF16, FP32), 0.1)
     early = 0
     for way in ways:
         for before, launch in zip([None, *way], way, strict=False):
