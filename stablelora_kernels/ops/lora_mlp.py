@@ -10,18 +10,20 @@ from the state of torch's generator, where it can be read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch import problem
+from stablelora_kernels.dispatch.problem import Device
+from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.library import apply, first_derivative
-from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op
+from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op, split
 from stablelora_kernels.ops.matmul import row_count
 from stablelora_kernels.ops.plans import Entry, define_launches
-from stablelora_kernels.ops.torch_mlp import Kept, Projections, Settings, act, torch_mlp_bwd, torch_mlp_fwd
+from stablelora_kernels.ops.torch_mlp import Kept, Options, act, torch_mlp_bwd, torch_mlp_fwd
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
     draw_dropout,
@@ -31,168 +33,136 @@ from stablelora_kernels.ops.torch_path import (
     masked,
     with_branch,
 )
-from stablelora_kernels.quantized import Stored, apart, as_plain, together
+from stablelora_kernels.projection import Lists, Projection, flatten, unflatten
+from stablelora_kernels.quantized import Stored, as_plain
 
 
-def _sizes(weight: Tensor, layout: Sequence[int]) -> tuple[int, int]:
-    """N and K of a weight, or of the bytes of a quantized one."""
-    n, k = layout[1:3] if layout[0] else weight.shape
-    return n, k
+def _with_branches(
+    projections: Sequence[Projection], like: Tensor, dtype: torch.dtype | None = None
+) -> list[Projection]:
+    """``projections`` with an A and a B of rank 0 where there is no branch, and all of them in ``dtype`` if it is given."""
+    of_others = next((p.lora_A.dtype for p in projections if p.lora_A is not None), like.dtype)
+    found = []
+    for weight, bias, lora_A, lora_B, scaling in projections:
+        # These sizes are never read where the weight is not read.
+        n, k = (0, 0) if weight is None else weight.shape
+        if lora_A is None or lora_B is None:
+            lora_A, lora_B = (torch.empty(size, dtype=of_others, device=like.device) for size in ((0, k), (n, 0)))
+        if dtype is not None:
+            lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+        found.append(Projection(weight, bias, lora_A, lora_B, scaling))
+    return found
 
 
-def _branches(
-    like: Tensor,
-    datas: Sequence[Tensor | None],
-    layouts: Sequence[int],
-    lora_As: Sequence[Tensor | None],
-    lora_Bs: Sequence[Tensor | None],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The A's and B's, of rank 0 for a projection without a branch; in ``like``'s dtype if all are without one."""
-    as_, bs = [], []
-    dtype = next((t.dtype for t in lora_As if t is not None), like.dtype)
-    for i, (data, a, b) in enumerate(zip(datas, lora_As, lora_Bs, strict=True)):
-        # A missing branch's sizes are never read where the weight is not read.
-        n, k = (0, 0) if data is None else _sizes(data, layouts[5 * i : 5 * i + 5])
-        as_.append(torch.empty(0, k, dtype=dtype, device=like.device) if a is None else a)
-        bs.append(torch.empty(n, 0, dtype=dtype, device=like.device) if b is None else b)
-    return as_, bs
+def _projections_of(call: Any, biases: Sequence[Tensor | None] = ()) -> list[Projection]:
+    return unflatten((call.datas, call.scales, biases, call.lora_As, call.lora_Bs), call.layouts, call.scalings)
 
 
 def _rank(lora_A: Tensor | None) -> int:
     return 0 if lora_A is None else lora_A.shape[0]
 
 
-def _fwd_fake(x, datas, scales, layouts, biases, lora_As, lora_Bs, seeds, scalings, dropout_p, activation, save):  # type: ignore[no-untyped-def]
-    (f, _), (n, _) = _sizes(datas[0], layouts[:5]), _sizes(datas[2], layouts[10:])
-    kept, m = (x.shape[:-1], row_count(x)) if save else ((0,), 0)
-    ranks = [_rank(a) for a in lora_As]
-    return (
-        x.new_empty((*x.shape[:-1], n)),
-        x.new_empty((*kept, f)),
-        x.new_empty((*kept, f)),
-        x.new_empty(m, ranks[0] + ranks[1]),
-        x.new_empty(m, ranks[2]),
-    )
+def _allocate_forward(call: Any) -> tuple[Tensor, ...]:
+    gate, _, down = (p.weight.shape for p in _projections_of(call))  # type: ignore[union-attr]
+    x, (f, _), (n, _), ranks = call.x, gate, down, [_rank(a) for a in call.lora_As]
+    kept, m = (x.shape[:-1], row_count(x)) if call.save else ((0,), 0)
+    sizes = ((*x.shape[:-1], n), (*kept, f), (*kept, f), (m, ranks[0] + ranks[1]), (m, ranks[2]))
+    return tuple(x.new_empty(size) for size in sizes)
 
 
 @define_launches(
     "lora_mlp_fwd",
-    "(Tensor x, Tensor[] datas, Tensor[] scales, int[] layouts, Tensor?[] biases, Tensor?[] lora_As, Tensor?[] lora_Bs, "
-    "Tensor?[] seeds, float[] scalings, float dropout_p, str activation, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fwd_fake,
+    "(Tensor x, Tensor?[] datas, Tensor[] scales, Tensor?[] biases, Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] seeds, "
+    "int[] layouts, float[] scalings, float dropout_p, str activation, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _allocate_forward,
 )
-def lora_mlp_fwd(
-    x: Tensor, datas: Sequence[Tensor], scales: Sequence[Tensor], layouts: Sequence[int], biases: Sequence[Tensor | None],
-    lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None], seeds: Sequence[Tensor | None],
-    scalings: Sequence[float], dropout_p: float, activation: str, save: bool,
-) -> tuple[tuple[Tensor, ...], list[Any]]:  # fmt: skip
+def lora_mlp_fwd(device: Device, call: Any, results: tuple[Tensor, ...], choice: Choice | None) -> list[Any]:
     """Y [..., N], and with ``save`` G and U [..., F], gate's and up's S side by side and down's S, for x [..., K].
 
-    The weights are taken apart by ``quantized.apart``; ``scalings`` are s' = scaling / (1 - p).
+    ``projection.flatten`` makes the lists; the scalings are s' = scaling / (1 - p).
     """
-    from stablelora_kernels.launch.lora_mlp import forward_launches
+    from stablelora_kernels.launch.lora_mlp import mlp_forward_launches
 
-    results = _fwd_fake(
-        x, datas, scales, layouts, biases, lora_As, lora_Bs, seeds, scalings, dropout_p, activation, save
-    )
-    branches = _branches(x, datas, layouts, lora_As, lora_Bs)
-    given = (as_matrix(x), together(datas, scales, layouts), biases, *branches, seeds, scalings, dropout_p, activation)
-    y, *kept = (as_matrix(result) for result in results)
-    return results, forward_launches(problem.device_of(x.device), *given, y, *(kept if save else [None] * 4))
+    x, (y, *kept) = as_matrix(call.x), (as_matrix(result) for result in results)
+    projections = _with_branches(_projections_of(call, call.biases), x)
+    outputs = (y, *(kept if call.save else [None] * 4))
+    return mlp_forward_launches(device, x, projections, call.seeds, call.dropout_p, call.activation, outputs)
 
 
-def _bwd_fake(
-    x, grad, g, u, datas, scales, layouts, lora_As, lora_Bs, s, s_down, seeds, scalings, dropout_p, activation, need_x, needs_a,
-    needs_b,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    def like(tensors, needs):  # type: ignore[no-untyped-def]
+def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    grad, weight = call.grad, _projections_of(call)[0].weight
+
+    def like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
         return [
             torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else grad.new_empty(0)
             for t, need in zip(tensors, needs, strict=True)
         ]
 
-    dx = grad.new_empty((*grad.shape[:-1], _sizes(datas[0], layouts[:5])[1]) if need_x else 0)
-    return dx, like(lora_As, needs_a), like(lora_Bs, needs_b)
+    dx = grad.new_empty((*grad.shape[:-1], weight.shape[1]) if call.need_x and weight is not None else 0)
+    return dx, like(call.lora_As, call.needs_a), like(call.lora_Bs, call.needs_b)
 
 
 @define_launches(
     "lora_mlp_bwd",
-    "(Tensor? x, Tensor grad, Tensor g, Tensor u, Tensor?[] datas, Tensor[] scales, int[] layouts, Tensor?[] lora_As, "
-    "Tensor?[] lora_Bs, Tensor? s, Tensor? s_down, Tensor?[] seeds, float[] scalings, float dropout_p, str activation, "
+    "(Tensor grad, Tensor? x, Tensor g, Tensor u, Tensor? s, Tensor? s_down, Tensor?[] datas, Tensor[] scales, "
+    "Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] seeds, int[] layouts, float[] scalings, float dropout_p, str activation, "
     "bool need_x, bool[] needs_a, bool[] needs_b) -> (Tensor, Tensor[], Tensor[])",
-    _bwd_fake,
+    _allocate_backward,
 )
 def lora_mlp_bwd(
-    x: Tensor | None, grad: Tensor, g: Tensor, u: Tensor, datas: Sequence[Tensor | None], scales: Sequence[Tensor],
-    layouts: Sequence[int], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None], s: Tensor | None,
-    s_down: Tensor | None, seeds: Sequence[Tensor | None], scalings: Sequence[float], dropout_p: float, activation: str,
-    need_x: bool, needs_a: Sequence[bool], needs_b: Sequence[bool],
-) -> tuple[tuple[Tensor, list[Tensor], list[Tensor]], list[Any]]:  # fmt: skip
+    device: Device, call: Any, results: tuple[Tensor, list[Tensor], list[Tensor]], choice: Choice | None
+) -> list[Any]:
     """dX [..., K], the dA's and the dB's, for dY [..., N] and what the forward saved; those that are not needed are empty.
 
     Data of weights that no wanted gradient reads are None.
     """
-    from stablelora_kernels.launch.lora_mlp import backward_launches
+    from stablelora_kernels.launch.lora_mlp import mlp_backward_launches
 
-    results = dx, das, dbs = _bwd_fake(
-        x, grad, g, u, datas, scales, layouts, lora_As, lora_Bs, s, s_down, seeds, scalings, dropout_p, activation, need_x,
-        needs_a, needs_b,
-    )  # fmt: skip
-    branches = _branches(grad, datas, layouts, lora_As, lora_Bs)
-    rows = None if x is None else as_matrix(x)
-    given: Any = (
-        rows,
-        *(as_matrix(t) for t in (grad, g, u)),
-        together(datas, scales, layouts),
-        *branches,
-        s,
-        s_down,
-        seeds,
+    dx, *each = results
+    das, dbs = ([t if t.numel() else None for t in tensors] for tensors in each)  # type: ignore[attr-defined]
+    grad, g, u = (as_matrix(t) for t in (call.grad, call.g, call.u))
+    x, kept, projections = (
+        None if call.x is None else as_matrix(call.x),
+        (g, u, call.s, call.s_down),
+        _projections_of(call),
     )
-    wanted = (
-        as_matrix(dx) if need_x else None,
-        [da if da.numel() else None for da in das],
-        [db if db.numel() else None for db in dbs],
-    )
-    device = problem.device_of(grad.device)
-    return results, backward_launches(device, *given, scalings, dropout_p, activation, *wanted)  # type: ignore[call-arg]
+    rest = (call.seeds, call.dropout_p, call.activation, (as_matrix(dx) if call.need_x else None, das, dbs))
+    return mlp_backward_launches(device, x, grad, kept, _with_branches(projections, grad), *rest)
 
 
-def _forward(x: Tensor, p: Projections, settings: Settings, entry: Entry | None, save: bool) -> tuple[Tensor, Kept]:
-    """Y [..., N] for x [..., K]. On Triton, what backward would need is empty without ``save``."""
-    activation, dropout_p, backend, shared_mask = settings
+def _forward(x: Tensor, lists: Lists, options: Options, entry: Entry | None, save: bool) -> tuple[Tensor, Kept]:
+    """Y [..., N] for x [..., K] and the ``lists`` of projections. On Triton, backward's operands are empty without ``save``."""
+    tensors, layouts, scalings = lists
+    activation, dropout_p, backend, shared_mask = options
     if backend == "torch":
-        y, kept = torch_mlp_fwd(as_matrix(x), p, settings)
+        y, kept = torch_mlp_fwd(as_matrix(x), unflatten(tensors, layouts, scalings), options)
         return like_rows_of(y, x), kept
-    drops = [dropout_p if _rank(a) else 0.0 for a in p.lora_As]
+    drops = [dropout_p if _rank(a) else 0.0 for a in tensors[3]]
     # In the order in which separate projections draw theirs.
     seeds = [draw_seed(x, drops[0])]
     seeds += [seeds[0] if shared_mask else draw_seed(x, drops[1]), draw_seed(x, drops[2])]
-    scalings = [scaling / (1 - drop) for scaling, drop in zip(p.scalings, drops, strict=True)]
-    rest = (p.biases, p.lora_As, p.lora_Bs, seeds, scalings, dropout_p, activation, save)
-    y, g, u, s, s_down = lora_mlp_fwd((x, *apart(p.weights), *rest), entry)
+    scalings = [scaling / (1 - drop) for scaling, drop in zip(scalings, drops, strict=True)]
+    y, g, u, s, s_down = lora_mlp_fwd((x, *tensors, seeds, layouts, scalings, dropout_p, activation, save), entry)
     return y, Kept(g, u, [s], s_down, seeds, scalings)
 
 
 class _LoRAMLP(torch.autograd.Function):
-    """``tensors``: data of the weights, biases, A's and B's, then all scales. Weights and biases get no gradient."""
+    """``tensors``: datas, biases, A's and B's of the projections, then all scales. Weights and biases get no gradient."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, scalings: Sequence[float], settings: Settings, layouts: Sequence[int], entry: Entry | None,
-        *tensors: Tensor | None,
+        ctx: Any, x: Tensor, scalings: Sequence[float], options: Options, layouts: Sequence[int], entry: Entry | None,
+        *tensors: Any,
     ) -> Tensor:  # fmt: skip
-        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        needs_a, needs_b = needs[6:9], needs[9:12]
-        datas, biases, lora_As, lora_Bs = (tensors[i : i + 3] for i in (0, 3, 6, 9))
-        scales = tensors[12:]
-        ctx.lora_dtype = next((a.dtype for a in lora_As if a is not None), x.dtype)
-        if settings.backend == "torch":
+        need_x, (_, _, needs_a, needs_b, _) = ctx.needs_input_grad[0], split(ctx.needs_input_grad[5:], 3)
+        datas, biases, lora_As, lora_Bs, scales = split(tensors, 3)
+        lora_dtype = next((a.dtype for a in lora_As if a is not None), x.dtype)
+        lists = (datas, scales, biases, lora_As, lora_Bs), layouts, scalings
+        if options.backend == "torch":
             # Cast once for forward and backward.
-            as_, bs = _branches(x, datas, layouts, lora_As, lora_Bs)  # type: ignore[arg-type]
-            lora_As, lora_Bs = tuple(a.to(x.dtype) for a in as_), tuple(b.to(x.dtype) for b in bs)
-        projections = Projections(together(datas, scales, layouts), biases, lora_As, lora_Bs, scalings)  # type: ignore[arg-type]
-        y, kept = _forward(x, projections, settings, entry, save=True)
+            lists = flatten(_with_branches(unflatten(*lists), x, x.dtype))
+            *_, lora_As, lora_Bs = lists[0]
+        y, kept = _forward(x, lists, options, entry, save=True)
         # dH needs down's weight, dX the others'.
         need_h = need_x or any(needs_a[:2]) or any(needs_b[:2])
         reads = (need_x, need_x, need_h)
@@ -200,62 +170,57 @@ class _LoRAMLP(torch.autograd.Function):
             x if any(needs_a[:2]) else None,
             kept.g,
             kept.u,
+            kept.s_down if needs_b[2] else None,
             *(data if read else None for data, read in zip(datas, reads, strict=True)),
+            *kept.random,
             *lora_As,
             *lora_Bs,
-            *kept.random,
-            kept.s_down if needs_b[2] else None,
-            *(kept.s if any(needs_b[:2]) else ()),
             *scales,
+            *(kept.s if any(needs_b[:2]) else ()),
         )
-        ctx.call = (kept.scalings, settings, layouts, need_x, needs_a, needs_b, len(scales))
+        ctx.call = ((need_x, needs_a, needs_b), kept.scalings, options, layouts, len(scales), lora_dtype)
         return y
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        scalings, settings, layouts, need_x, needs_a, needs_b, scale_count = ctx.call
-        x, g, u, *saved = ctx.saved_tensors
-        left = iter(saved)
-        datas, lora_As, lora_Bs, random = ([*islice(left, 3)] for _ in range(4))
-        s_down, *saved = left
-        s, scales = saved[: len(saved) - scale_count], saved[len(saved) - scale_count :]
-        if settings.backend == "triton":
-            given: Any = (datas, scales, layouts, lora_As, lora_Bs, s[0] if s else None, s_down, random, scalings)
-            rest = (settings.dropout_p, settings.activation, need_x, needs_a, needs_b)
-            dx, das, dbs = lora_mlp_bwd((x, grad, g, u, *given, *rest))
+        needs, scalings, options, layouts, scale_count, lora_dtype = ctx.call
+        need_x, needs_a, needs_b = needs
+        x, g, u, s_down, *saved = ctx.saved_tensors
+        datas, random, lora_As, lora_Bs, rest = split(saved, 3)
+        scales, s = rest[:scale_count], rest[scale_count:]
+        dx: Tensor | None
+        if options.backend == "triton":
+            tensors = (grad, x, g, u, s[0] if s else None, s_down, datas, scales, lora_As, lora_Bs, random)
+            dx, *found = lora_mlp_bwd((*tensors, layouts, scalings, options.dropout_p, options.activation, *needs))
         else:
-            projections = Projections(together(datas, scales, layouts), [None] * 3, lora_As, lora_Bs, scalings)
-            kept = Kept(g, u, s, s_down, random, scalings)
-            rows = None if x is None else as_matrix(x)
-            given = (rows, expanded(as_matrix(grad)), projections, kept, settings, ctx.lora_dtype)
-            dx, das, dbs = torch_mlp_bwd(*given, need_x, needs_a, needs_b)  # type: ignore[call-arg]
-            dx = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1])
-        grads_a = [da if need else None for da, need in zip(das, needs_a, strict=True)]
-        grads_b = [db if need else None for db, need in zip(dbs, needs_b, strict=True)]
-        return dx if need_x else None, *[None] * 10, *grads_a, *grads_b, *[None] * scale_count
+            projections = unflatten((datas, scales, (), lora_As, lora_Bs), layouts, scalings)
+            rows, kept = None if x is None else as_matrix(x), Kept(g, u, s, s_down, random, scalings)
+            given = (rows, expanded(as_matrix(grad)), projections, kept, options, lora_dtype)
+            dx, das, dbs = torch_mlp_bwd(*given, *needs)
+            dx, found = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1]), [*das, *dbs]
+        of_branches = [t if need else None for t, need in zip(found, (*needs_a, *needs_b), strict=True)]
+        return dx if need_x else None, *[None] * 10, *of_branches, *[None] * scale_count
 
 
-def lora_mlp_op(x: Tensor, p: Projections, settings: Settings, entry: Entry | None = None) -> Tensor:
+def lora_mlp_op(x: Tensor, projections: Sequence[Projection], options: Options, entry: Entry | None = None) -> Tensor:
     """``functional.lora_mlp`` with checked arguments and a chosen backend. ``entry``: that of the call's key."""
-    way = None if entry is None else entry.way
-    if way is None:
-        way = _way(x, p, settings)
+    strategy = None if entry is None else entry.strategy
+    if strategy is None:
+        strategy = _strategy(x, projections, options)
         if entry is not None:
-            entry.way = way
-    if way == "one by one":
-        return _one_by_one(x, p, settings)
-    if way == "without gradients":
-        if settings.backend == "torch":
-            datas, _, layouts = apart(p.weights)
-            as_, bs = _branches(x, datas, layouts, p.lora_As, p.lora_Bs)
-            p = p._replace(lora_As=[a.to(x.dtype) for a in as_], lora_Bs=[b.to(x.dtype) for b in bs])
-        return _forward(x, p, settings, entry, save=False)[0]
-    datas, scales, layouts = apart(p.weights)
-    tensors: Any = (*datas, *p.biases, *p.lora_As, *p.lora_Bs, *scales)
+            entry.strategy = strategy
+    if strategy == "one by one":
+        return _one_by_one(x, projections, options)
+    if strategy == "without gradients":
+        if options.backend == "torch":
+            projections = _with_branches(projections, x, x.dtype)
+        return _forward(x, flatten(projections), options, entry, save=False)[0]
+    (datas, scales, *others), layouts, scalings = flatten(projections)
+    tensors: Any = (*datas, *chain.from_iterable(others), *scales)
     if torch.compiler.is_compiling():
         tensors = _distinct(tensors)
-    return apply(_LoRAMLP, x, tuple(p.scalings), settings, layouts, entry, *tensors)
+    return apply(_LoRAMLP, x, scalings, options, layouts, entry, *tensors)
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -266,50 +231,53 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return distinct
 
 
-def _way(x: Tensor, p: Projections, settings: Settings) -> str:
+def _strategy(x: Tensor, projections: Sequence[Projection], options: Options) -> str:
     """How to compute an MLP: "one by one", "with gradients" or "without gradients"."""
-    plain = [w for w in p.weights if isinstance(w, Tensor)]
-    trained = any(t is not None and t.requires_grad for t in (*plain, *p.biases))
-    uniform = all(len({t.requires_grad for t in ts[:2] if t is not None}) < 2 for ts in (p.lora_As, p.lora_Bs))
-    few = settings.backend == "torch" and len(plain) == 3 and is_few(x, *plain)
-    quantized_few = settings.backend == "triton" and len(plain) < 3 and row_count(x) <= problem.IN_LOOP_M
+    weights, biases, lora_As, lora_Bs, _ = zip(*projections, strict=True)
+    plain = [w for w in weights if not isinstance(w, Stored)]
+    trained = any(t is not None and t.requires_grad for t in (*plain, *biases))
+    uniform = all(len({t.requires_grad for t in ts[:2] if t is not None}) < 2 for ts in (lora_As, lora_Bs))
+    few = options.backend == "torch" and len(plain) == 3 and is_few(x, *plain)
+    quantized_few = options.backend == "triton" and len(plain) < 3 and row_count(x) <= problem.IN_LOOP_M
     # Separate layers draw a shared mask by other means than the kernels, so that a checkpoint's forward must take them too.
-    as_trained = torch.is_grad_enabled() or (settings.shared_mask and settings.dropout_p > 0)
-    if not uniform or few or (trained and as_trained) or (quantized_few and not settings.shared_mask):
+    as_trained = torch.is_grad_enabled() or (options.shared_mask and options.dropout_p > 0)
+    if not uniform or few or (trained and as_trained) or (quantized_few and not options.shared_mask):
         return "one by one"
-    tensors = (x, *p.lora_As, *p.lora_Bs)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *lora_As, *lora_Bs))
     return "with gradients" if needs_grad else "without gradients"
 
 
-def _one_by_one(x: Tensor, p: Projections, settings: Settings) -> Tensor:
+def _one_by_one(x: Tensor, projections: Sequence[Projection], options: Options) -> Tensor:
     """Each projection by an op of its own, and the activation by PyTorch's operators."""
-    gate, up, down = zip(*p, strict=True)
-    if settings.shared_mask and settings.dropout_p:
-        g, u = _with_shared_mask(x, gate, up, settings.dropout_p)
+    gate, up, down = projections
+    if options.shared_mask and options.dropout_p:
+        g, u = _with_shared_mask(x, gate, up, options.dropout_p)
     else:
-        g, u = _projection(x, gate, settings), _projection(x, up, settings)
-    return _projection(act(g, settings.activation) * u, down, settings)
+        g, u = _alone(x, gate, options), _alone(x, up, options)
+    return _alone(act(g, options.activation) * u, down, options)
 
 
-def _projection(x: Tensor, given: tuple[Any, ...], settings: Settings) -> Tensor:
-    weight, bias, lora_A, lora_B, scaling = given
-    if lora_A is not None:
-        return lora_linear_op(x, weight, bias, lora_A, lora_B, scaling, settings.dropout_p, settings.backend)
-    if isinstance(weight, Stored):
+def _alone(x: Tensor, p: Projection, options: Options) -> Tensor:
+    dropout_p, weight = options.dropout_p, p.weight
+    if p.lora_A is None:
+        if isinstance(weight, Tensor):
+            return torch.nn.functional.linear(x, weight, p.bias)
+        assert weight is not None
         # The op saves what is stored, where PyTorch's autograd would save all of W. Its branch is of zeros.
-        n, k = weight.layout.n, weight.layout.k
-        return lora_linear_op(x, weight, bias, x.new_zeros(1, k), x.new_zeros(n, 1), 0.0, 0.0, settings.backend)
-    return torch.nn.functional.linear(x, weight, bias)
+        n, k = weight.shape
+        p, dropout_p = Projection(weight, p.bias, x.new_zeros(1, k), x.new_zeros(n, 1), 0.0), 0.0
+    return lora_linear_op(x, (p,), None, dropout_p, options.backend)[0]
 
 
-def _with_shared_mask(x: Tensor, gate: tuple[Any, ...], up: tuple[Any, ...], dropout_p: float) -> list[Tensor]:
+def _with_shared_mask(x: Tensor, gate: Projection, up: Projection, dropout_p: float) -> list[Tensor]:
     """G and U, whose branches read one masked X; by PyTorch's operators."""
     rows = as_matrix(x)
     keep, scale = draw_dropout(rows, dropout_p, 1.0)
-    s = torch.nn.functional.linear(masked(rows, keep), gate[2].to(x.dtype))
+    assert gate.lora_A is not None
+    s = torch.nn.functional.linear(masked(rows, keep), gate.lora_A.to(x.dtype))
     outputs = []
     for weight, bias, _, lora_B, scaling in (gate, up):
+        assert weight is not None and lora_B is not None
         base = torch.nn.functional.linear(rows, as_plain(weight, x.dtype), bias)
         y = with_branch(base, s, lora_B.to(x.dtype), scaling * scale)
         outputs.append(y.view(*x.shape[:-1], y.shape[-1]))

@@ -53,7 +53,7 @@ def described(value: Any, given: Mapping[int, str]) -> Any:
 @contextmanager
 def recorded_launches(given: Mapping[int, str]) -> Iterator[list[Any]]:
     """All that the launches of the block were told, kernel by kernel; ``given`` as in :func:`described`."""
-    from stablelora_kernels.launch.lora_common import VendorProduct
+    from stablelora_kernels.launch.base import VendorProduct
 
     from stablelora_kernels.launch.base import Launch
 

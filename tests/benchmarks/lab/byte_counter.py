@@ -87,7 +87,7 @@ def counted() -> Iterator[list[Counted]]:
     """
     if not backend.INTERPRETING:
         raise RuntimeError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
-    from stablelora_kernels.launch.lora_common import VendorProduct
+    from stablelora_kernels.launch.base import VendorProduct
     from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
     found: list[Counted] = []

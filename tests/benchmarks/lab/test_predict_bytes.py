@@ -19,7 +19,7 @@ from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.settings import use_backend, use_kernel
 from stablelora_kernels.dispatch.tiles import Tile, TileRule
 from stablelora_kernels.launch import lora_branch, lora_linear, lora_linear_quantized
-from stablelora_kernels.launch.dry_run import mlp_launches
+from stablelora_kernels.ops.dry_run import mlp_launches
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.testing import fp8_weight, nf4_weight
 from tests.benchmarks.lab.byte_counter import counted
@@ -111,7 +111,7 @@ def test_the_formula_counts_right_at_the_tables_tiles(case, expected, arch):
 )
 def test_the_formula_counts_an_mlp(m, n, f, k, r, p, dtype, kernel, arch):
     with use_kernel(kernel):
-        ways = mlp_launches(DEVICES[arch], m, n, f, k, r, dtype, FP32, p, "silu", "cpu")
+        ways = mlp_launches(DEVICES[arch], m, (n, f, k), r, (dtype, FP32), p, where="cpu")
     compare(*ways)
 
 
