@@ -257,7 +257,7 @@ def linear_split_k_plan(device: Device, call: Call, load_s: bool, measured: Tile
     tiles, steps = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N), cdiv(call.k, tile.BLOCK_K)
     # Partial sums of 64 rows are as large as what a program reads of W in a few steps: one program a processor is enough.
     programs = 2 if tile.BLOCK_M == 16 else 1
-    splits = plan_split_k(device, tiles, steps, programs) if few else fill_split_k(device, tiles, steps)
+    splits = plan_split_k(device, tiles, steps, programs=programs) if few else fill_split_k(device, tiles, steps)
     return Plan(fit(tile, device, _linear_stage(call, tile, block_r, load_s)), reason, block_r, tiles, splits)
 
 
