@@ -55,7 +55,7 @@ RULES = (
          "chained", f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank "
          "product for all others"),
     Rule(lambda d, c: True,
-         "split", "many rows or a high rank: one launch less would save little, so the low-rank product has its own"),
+         "split", "many rows or a high rank: the low-rank product has a launch of its own, which costs little here"),
 )  # fmt: skip
 
 # W in 4 or 8 bits: dequantized in the product's own loop, or by a launch before one of the kernels above. The rows also take
