@@ -15,9 +15,9 @@ import triton.language as tl
 from benchmarks.lab.predict import bytes_moved, formula
 from benchmarks.lab.predict.bytes_moved import APART, BF16, ONE_OP, SEPARATE, TOGETHER, Case
 from stablelora_kernels.dispatch import backend, problem, tiles
-from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.dispatch.problem import DEVICES, Rule
 from stablelora_kernels.dispatch.settings import use_backend, use_kernel
-from stablelora_kernels.dispatch.tiles import Tile, TileRule
+from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.launch import lora_branch, lora_linear, lora_linear_quantized
 from stablelora_kernels.ops.dry_run import mlp_launches
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
@@ -50,7 +50,7 @@ def compare(*ways):
 def tiny_tiles(monkeypatch):
     """Many tiles in both directions, ragged edges, and several blocks of ranks at small sizes."""
     for name in ("TMA_TILES", "LINEAR_TILES", "SHRINK_TILES", "EXPAND_TILES", "WEIGHT_GRADS_TILES"):
-        monkeypatch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
+        monkeypatch.setattr(tiles, name, (Rule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
     monkeypatch.setattr(problem, "MAX_FUSED_R", 32)
     monkeypatch.setattr(problem, "SMALL_M", 16)
 
