@@ -28,6 +28,11 @@ class Projection(NamedTuple):
     lora_B: Tensor | None
     scaling: float
 
+    @property
+    def rank(self) -> int:
+        """r, 0 without a branch."""
+        return 0 if self.lora_A is None else self.lora_A.shape[0]
+
 
 # Of several projections: datas, scales, biases, A's and B's; layouts; scalings.
 Lists = tuple[

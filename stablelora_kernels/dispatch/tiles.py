@@ -170,7 +170,7 @@ def fill_split_k(device: Device, tiles: int, steps: int) -> int:
 
 def without_empty_parts(steps: int, splits: int) -> int:
     """``splits`` less those whose part, of ceil(steps / splits) steps, would be empty; the others' parts stay as they are."""
-    return cdiv(steps, cdiv(steps, splits)) if steps else 1
+    return cdiv(steps, cdiv(steps, splits))
 
 
 def _bytes(call: Call, elements: int, of_lora: int = 0) -> int:

@@ -33,7 +33,7 @@ def forward_launches(
         base: contiguous [M, N].
         choice: of the only projection; the table's by default.
     """
-    ranks = [p.lora_A.shape[0] for p in projections]
+    ranks = [p.rank for p in projections]
     if s is None and len(ranks) > 1:
         s = scratch(x, x.shape[0], sum(ranks))
     parts = [None] if s is None else s.split(ranks, 1)
@@ -66,7 +66,7 @@ def backward_launches(
     ``plain`` dequantizes a projection's weight by launches right before its product.
     """
     dx, das, dbs = results
-    ranks = [p.lora_A.shape[0] for p in projections]
+    ranks = [p.rank for p in projections]
     every_ds = scratch(grads[0], grads[0].shape[0], sum(ranks)).split(ranks, 1) if len(ranks) > 1 else [None]
     firsts, plains = zip(*[plain(p) if dx is not None else ([], p) for p in projections], strict=True)
     members = [

@@ -158,8 +158,8 @@ class _Kernel:
             ]
             self._launcher = launcher_of(launch, device, pointers, descriptors)
         # What is prepared keeps no tensors.
-        for at, *_ in (*self._pointers, *self._descriptors):
-            self._leaves[at] = None
+        for each in (*self._pointers, *self._descriptors):
+            self._leaves[each[0]] = None
         self._launch, self._name = launch._replace(args=with_leaves(launch.args, repeat(None))), launch.kernel.__name__
 
     def again(self, tensors: Sequence[Any], device: torch.device) -> Launch:

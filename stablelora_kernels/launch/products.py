@@ -6,6 +6,7 @@ Tensors are 2-D and of any strides unless a docstring says otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -123,7 +124,7 @@ def linear(device: Device, p: Product, tile: Tile | None, *, load_s: bool, chain
     if p.w is not None:
         operands = [p.x, rows_contiguous(p.w)[0], p.y, *([] if p.gate is None else p.gate)]
         form = rules.choose_form(device, c, described=all(described(t) for t in operands))
-    build = {"split_k": _by_split_k, "tma": _by_descriptors, "pointers": _by_pointers}[form]
+    build = _by_descriptors if form == "tma" else partial(_by_pointers, split_k=form == "split_k")
     launch, plan, ahead, da = build(device, p, tile, load_s, chained)
     flags = flag_words(
         fused=not load_s, chained=chained, alone=p.w is None, masked=c.masked, add=p.base is p.y, **activation_flag(p),
@@ -141,11 +142,15 @@ _Built = tuple[Launch, Plan, _Chain, Gradient]
 
 
 def _launch(
-    device: Device, p: Product, kernel: Any, plan: Plan, products: int, operands: tuple[Any, ...], constants: dict[str, Any],
-    chained: bool,
+    device: Device, p: Product, kernel: Any, plan: Plan, operands: tuple[Any, ...], constants: dict[str, Any], chained: bool,
+    persistent: int = 0,
 ) -> _Built:  # fmt: skip
-    """A launch of one of the three kernels, whose ``operands`` come before its jobs' arguments and their sizes."""
+    """A launch of one of the three kernels. ``operands`` come before its jobs' arguments and their sizes.
+
+    ``persistent``: programs that take tile after tile; by default, a program takes a part of one.
+    """
     c, tile = p.call, plan.tile
+    products = p.wanted * (persistent or plan.tiles * plan.splits)
     ahead = _chain(device, p, tile) if chained else _Chain()
     da = co_scheduled(device, p, False, tile.num_warps)
     own = (plan.splits,) if kernel is _lora_linear_split_k_kernel else ()
@@ -162,34 +167,24 @@ def _launch(
     return launch, plan, ahead, da
 
 
-def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool) -> _Built:
-    c = p.call
-    plan = tiles.linear_plan(device, c, load_s, tile)
-    tile, precision = plan.tile, input_precision(device, c.dtype)
-    branch, branch_tile = branch_job(p, plan.block_r, load_s, precision)
-    even = p.w is None or c.k % tile.BLOCK_K == 0
-    sizes = jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, p.activation, precision)
-    matrices = (matrix(p.x), matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y))
-    constants = {"TILE": sizes, "BRANCH": branch_tile}
-    products = plan.tiles * p.wanted
-    return _launch(
-        device, p, _lora_linear_kernel, plan, products, (*matrices, p.base, branch, p.gate), constants, chained
-    )
+def product_tile(p: Product, tile: Tile, precision: str, activation: str = "") -> jobs.Tile:
+    """The constants of a product that is read through pointers."""
+    even = p.w is None or p.call.k % tile.BLOCK_K == 0
+    return jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, activation, precision)
 
 
-def _by_split_k(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool) -> _Built:
+def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool, split_k: bool) -> _Built:
     c = p.call
-    plan = tiles.linear_split_k_plan(device, c, load_s, tile)
-    tile, precision = plan.tile, input_precision(device, c.dtype, transposed=c.direction == "backward")
+    plan = (tiles.linear_split_k_plan if split_k else tiles.linear_plan)(device, c, load_s, tile)
+    tile, precision = plan.tile, input_precision(device, c.dtype, transposed=split_k and c.direction == "backward")
     branch, branch_tile = branch_job(p, plan.block_r, load_s, precision)
-    even = c.k % tile.BLOCK_K == 0
-    sizes = jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, p.activation, precision)
+    a = matrix(None if load_s else p.a)
+    operands = (matrix(p.x), matrix(p.w), a, p.bias, matrix(p.y), p.base, branch, p.gate)
+    constants = {"TILE": product_tile(p, tile, precision, p.activation), "BRANCH": branch_tile}
+    if not split_k:
+        return _launch(device, p, _lora_linear_kernel, plan, operands, constants, chained)
     parts = buffers(plan, tile.BLOCK_M * (tile.BLOCK_N + plan.block_r), p.x, lane=1)
-    matrices = (matrix(p.x), matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y))
-    constants = {"TILE": sizes, "BRANCH": branch_tile}
-    products = plan.tiles * plan.splits * p.wanted
-    operands = (*matrices, p.base, branch, p.gate, *parts)
-    return _launch(device, p, _lora_linear_split_k_kernel, plan, products, operands, constants, chained)
+    return _launch(device, p, _lora_linear_split_k_kernel, plan, (*operands, *parts), constants, chained)
 
 
 def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool) -> _Built:
@@ -214,7 +209,7 @@ def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool,
     )  # fmt: skip
     operands = (*descriptors, matrix(None if load_s or described_a else p.a), p.bias, branch, p.gate)
     constants = {"TILE": sizes, "BRANCH": branch_tile}
-    return _launch(device, p, _lora_linear_tma_kernel, plan, programs * p.wanted, operands, constants, chained)
+    return _launch(device, p, _lora_linear_tma_kernel, plan, operands, constants, chained, programs)
 
 
 def described(t: Tensor) -> bool:
@@ -257,8 +252,6 @@ def quantized(device: Device, p: Product) -> Launch:
     parts = buffers(plan, tile.BLOCK_M * tile.BLOCK_N, p.x, lane=1)
     w, packed, kind = _packed(p.w)
     branch, branch_tile = branch_job(p, plan.block_r, True, precision)
-    even = c.k % tile.BLOCK_K == 0
-    sizes = jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, "", precision)
     words = f"{_product_words(p)} r{plan.block_r} {kind}{flag_words(masked=c.masked)}"
     return Launch(
         _lora_linear_quantized_kernel,
@@ -266,7 +259,7 @@ def quantized(device: Device, p: Product) -> Launch:
         plan.reason,
         (plan.tiles * plan.splits,),
         (matrix(p.x), w, p.bias, matrix(p.y), branch, *parts, c.m, c.n, c.k, plan.splits, threshold(p)),
-        {"TILE": sizes, "BRANCH": branch_tile, "PACKED": packed, "TRANS_W": trans},
+        {"TILE": product_tile(p, tile, precision), "BRANCH": branch_tile, "PACKED": packed, "TRANS_W": trans},
         tile_options(tile),
     )
 
