@@ -125,7 +125,7 @@ def lora_linear_group(
             "weights, biases, lora_As, lora_Bs and scalings must have one length, of 1 to "
             f"{MAX_GROUP}, got {', '.join(map(str, lengths))}"
         )
-    projections = [_projection(*given) for given in zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)]
+    projections = [*map(_projection, weights, biases, lora_As, lora_Bs, scalings)]
     return tuple(_run(x, projections, dropout_p, training))  # type: ignore[arg-type]
 
 
@@ -207,8 +207,8 @@ def lora_branch(
     return _run(x, (Projection(None, None, lora_A, lora_B, scaling),), dropout_p, training, base_out)[0]  # type: ignore[index]
 
 
-def _projection(weight: Any, *others: Any) -> Projection:
-    return Projection(weight if isinstance(weight, Tensor) else weight.stored, *others)
+def _projection(weight: Any, bias: Any, lora_A: Any, lora_B: Any, scaling: float) -> Projection:
+    return Projection(weight if isinstance(weight, Tensor) else weight.stored, bias, lora_A, lora_B, scaling)
 
 
 def _run(
@@ -219,7 +219,9 @@ def _run(
 
     None if it is a call of a new kind that does not satisfy ``fits``.
     """
-    if (dtype := _autocast_dtype(x)) is not None:
+    # Autocast does not know custom ops, so the caller has to cast.
+    autocast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+    if autocast and (dtype := _autocast_dtype(x)) is not None:
         x, projections = _cast(x, dtype), [_autocast_projection(p, dtype) for p in projections]
     shared_mask = (
         activation != "" and projections[0].lora_A is not None and projections[0].lora_A is projections[1].lora_A
@@ -243,9 +245,7 @@ def _run(
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype to cast x to, or None. Autocast does not know custom ops, so the caller has to cast."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
-        return None
+    """The dtype to cast x to, or None."""
     return autocast_dtype(x.device.type) if x.is_floating_point() and x.dtype != torch.float64 else None
 
 

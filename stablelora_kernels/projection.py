@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -34,30 +34,48 @@ class Projection(NamedTuple):
         return 0 if self.lora_A is None else self.lora_A.shape[0]
 
 
-# Of several projections: datas, scales, biases, A's and B's; layouts; scalings.
-Lists = tuple[
-    tuple[Sequence[Any], Sequence[Tensor], Sequence[Any], Sequence[Any], Sequence[Any]], Sequence[int], Sequence[float]
-]
+def flatten(projections: Sequence[Projection]) -> Sequence[Any]:
+    """The tensors of ``projections`` in the order in which ops take them: datas, all scales, biases, A's and B's.
 
-
-def flatten(projections: Iterable[Projection]) -> Lists:
-    """``projections`` as ops take them: the tensors of each kind, the weights' layouts and the scalings.
-
-    A weight's data is the weight itself, or a quantized weight's bytes. Without a quantized weight there are no layouts; beside
-    one, a plain weight's is of zeros.
+    A weight's data is the weight itself, or a quantized weight's bytes.
     """
-    weights, biases, lora_As, lora_Bs, scalings = zip(*projections, strict=True)
+    if len(projections) == 1:
+        weight, bias, lora_A, lora_B, _ = projections[0]
+        return (weight.data, *weight.scales, bias, lora_A, lora_B) if isinstance(weight, Stored) else projections[0][:4]
+    weights, biases, lora_As, lora_Bs, _ = zip(*projections, strict=True)
     if Stored not in map(type, weights):
-        return (weights, (), biases, lora_As, lora_Bs), (), scalings
+        return (*weights, *biases, *lora_As, *lora_Bs)
     datas = [weight.data if isinstance(weight, Stored) else weight for weight in weights]
     scales = [scale for weight in weights if isinstance(weight, Stored) for scale in weight.scales]
-    layouts = [number for weight in weights for number in (weight.layout if isinstance(weight, Stored) else _PLAIN)]
-    return (datas, scales, biases, lora_As, lora_Bs), layouts, scalings
+    return (*datas, *scales, *biases, *lora_As, *lora_Bs)
 
 
-def unflatten(tensors: Sequence[Sequence[Any]], layouts: Sequence[int], scalings: Sequence[float]) -> list[Projection]:
-    """The projections that :func:`flatten` took apart. An empty list stands for as many times None."""
-    datas, scales, biases, lora_As, lora_Bs = tensors
+def layouts_of(projections: Iterable[Projection]) -> tuple[int, ...]:
+    """The weights' layouts, one after another: zeros for a plain weight, and none at all if no weight is quantized."""
+    layouts = [p.weight.layout if isinstance(p.weight, Stored) else _PLAIN for p in projections]
+    return tuple(chain.from_iterable(layouts)) if any(layout != _PLAIN for layout in layouts) else ()
+
+
+def scale_count(layouts: Sequence[int]) -> int:
+    """The number of scales of weights with these ``layouts``."""
+    each = (Layout(*layouts[at : at + 5]) for at in range(0, len(layouts), 5))
+    return sum(layout.scale_count for layout in each if layout != _PLAIN)
+
+
+def unflatten(
+    tensors: Sequence[Any], lengths: Sequence[int], layouts: Sequence[int], scalings: Sequence[float]
+) -> list[Projection]:
+    """The projections of flattened ``tensors``; ``lengths`` are those of datas, scales, biases, A's and B's."""
+    if len(scalings) == 1 and not layouts:
+        return [Projection(*tensors, scalings[0])]  # type: ignore[call-arg]
+    return projections_of(*split(tensors, lengths), layouts, scalings)  # type: ignore[call-arg, misc]
+
+
+def projections_of(
+    datas: Sequence[Any], scales: Iterable[Tensor], biases: Sequence[Any], lora_As: Sequence[Any], lora_Bs: Sequence[Any],
+    layouts: Sequence[int], scalings: Sequence[float],
+) -> list[Projection]:  # fmt: skip
+    """The projections of lists of each kind of tensor. No datas, or no biases, stand for as many times None."""
     left, projections = iter(scales), []
     for i, scaling in enumerate(scalings):
         weight: Any = datas[i] if datas else None
@@ -66,3 +84,9 @@ def unflatten(tensors: Sequence[Sequence[Any]], layouts: Sequence[int], scalings
             weight = Stored(weight, tuple(islice(left, layout.scale_count)), layout)
         projections.append(Projection(weight, biases[i] if biases else None, lora_As[i], lora_Bs[i], scaling))
     return projections
+
+
+def split(tensors: Iterable[Any], lengths: Sequence[int]) -> list[list[Any]]:
+    """``tensors`` as lists of these ``lengths``."""
+    left = iter(tensors)
+    return [[*islice(left, length)] for length in lengths]

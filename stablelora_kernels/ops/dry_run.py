@@ -15,7 +15,7 @@ from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.lora_linear import lora_linear_bwd, lora_linear_fwd
 from stablelora_kernels.ops.lora_mlp import lora_mlp_bwd, lora_mlp_fwd
-from stablelora_kernels.projection import Projection, flatten
+from stablelora_kernels.projection import Projection, flatten, layouts_of, scale_count, split
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 
 # Of x and the weights, and of A and B.
@@ -37,9 +37,9 @@ def linear_launches(
     projections = [_projection(size, k, r, dtypes, where, weight) for size in ns]
     x, seeds = _zeros(where, m, k, of=dtypes[0]), [_seed(where, dropout_p) for _ in ns]
     base = _zeros(where, m, ns[0], of=dtypes[0]) if weight == "none" else None
-    tensors, *numbers = flatten(projections)
-    (ys, s), forward = lora_linear_fwd.plan(device, (x, base, *tensors, seeds, *numbers, dropout_p, True), choices[0])
-    datas, scales, _, lora_As, lora_Bs = tensors
+    lists, numbers = _lists(projections)
+    (ys, s), forward = lora_linear_fwd.plan(device, (x, base, *lists, seeds, *numbers, dropout_p, True), choices[0])
+    datas, scales, _, lora_As, lora_Bs = lists
     given = (x, ys, datas if base is None else (), scales, lora_As, lora_Bs, [s], seeds)
     _, backward = lora_linear_bwd.plan(device, (*given, *numbers, dropout_p, True, True, True), choices[1])
     return forward, backward
@@ -60,11 +60,22 @@ def mlp_launches(
         p = _projection(*size, rank, dtypes, where)._replace(bias=None)
         projections.append(p if rank else p._replace(lora_A=None, lora_B=None))
     x, seeds = _zeros(where, m, k, of=dtypes[0]), [_seed(where, dropout_p if rank else 0.0) for rank in ranks]
-    tensors, *numbers = flatten(projections)
-    given = (x, *tensors, seeds, *numbers, dropout_p, activation)
-    (y, *kept), forward = lora_mlp_fwd.plan(device, (*given, True))
-    datas, scales, _, lora_As, lora_Bs = tensors
-    given = (torch.zeros_like(y), x, *kept, datas, scales, lora_As, lora_Bs, seeds, *numbers, dropout_p, activation)
+    lists, numbers = _lists(projections)
+    (y, *kept), forward = lora_mlp_fwd.plan(device, (x, *lists, seeds, *numbers, dropout_p, activation, True))
+    datas, scales, _, lora_As, lora_Bs = lists
+    given: Any = (
+        torch.zeros_like(y),
+        x,
+        *kept,
+        datas,
+        scales,
+        lora_As,
+        lora_Bs,
+        seeds,
+        *numbers,
+        dropout_p,
+        activation,
+    )
     _, backward = lora_mlp_bwd.plan(device, (*given, True, (True,) * 3, (True,) * 3))
     return forward, backward
 
@@ -89,6 +100,13 @@ def _projection(n: int, k: int, r: int, dtypes: DTypes, where: str, weight: Any 
     else:
         weight = (quantized_weight(weight, n, k, where) if isinstance(weight, str) else weight).stored
     return Projection(weight, _zeros(where, n, of=dtype), lora_A, lora_B, 1.0)
+
+
+def _lists(projections: Sequence[Projection]) -> tuple[list[list[Any]], Any]:
+    """The lists of tensors that an op takes, then layouts and scalings."""
+    n, layouts = len(projections), layouts_of(projections)
+    lists = split(flatten(projections), (n, scale_count(layouts), n, n, n))
+    return lists, (layouts, [p.scaling for p in projections])
 
 
 def _seed(where: str, dropout_p: float) -> Tensor | None:

@@ -42,9 +42,9 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    # Function.apply asks functorch about every argument, then calls this.
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+def apply(function: type[torch.autograd.Function], entry: Any, *args: Any) -> Any:
+    """``function.apply(entry, *args)``. ``entry``: that of the call's key, or None."""
+    if entry is None:
+        return function.apply(entry, *args)
+    # A call with a key is neither traced nor transformed. Function.apply would ask about every argument, then calls this.
+    return super(torch.autograd.Function, function).apply(entry, *args)  # type: ignore[misc]

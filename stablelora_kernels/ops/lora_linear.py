@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ from stablelora_kernels.ops.torch_path import (
     torch_bwd,
     torch_fwd,
 )
-from stablelora_kernels.projection import Lists, Projection, flatten, unflatten
+from stablelora_kernels.projection import Projection, flatten, layouts_of, projections_of, scale_count, split, unflatten
 from stablelora_kernels.quantized import Stored, as_plain
 
 
@@ -71,7 +71,7 @@ def lora_linear_fwd(
     ys, s = [as_matrix(y) for y in results[0]], results[1] if call.save_s else None
     x, base = as_matrix(call.x), None if call.base is None else as_matrix(call.base).contiguous()
     tensors = (call.datas, call.scales, call.biases, call.lora_As, call.lora_Bs)
-    first, *others = projections = unflatten(tensors, call.layouts, call.scalings)
+    first, *others = projections = projections_of(*tensors, call.layouts, call.scalings)
     build = partial(forward_launches, device, x, projections, call.seeds, s, ys, call.dropout_p, base)
     if choice is None and not others and isinstance(first.weight, Tensor) and _is_tuned(x):
         (m, k), (n, r) = x.shape, call.lora_Bs[0].shape
@@ -112,7 +112,7 @@ def lora_linear_bwd(
     nothing = [None] * len(grads)
     wanted = as_matrix(dx) if call.need_x else None, das or nothing, dbs or nothing
     tensors = (call.datas, call.scales, (), call.lora_As, call.lora_Bs)
-    first, *others = projections = unflatten(tensors, call.layouts, call.scalings)
+    first, *others = projections = projections_of(*tensors, call.layouts, call.scalings)
     s = _each_s(call.s, call.lora_As) or nothing
     build = partial(backward_launches, device, x, grads, projections, s, call.seeds, call.dropout_p, wanted)
     if choice is None and not others:
@@ -140,121 +140,136 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p else None
 
 
-def _forward(
-    x: Tensor, base: Tensor | None, lists: Lists, dropout_p: float, backend: str, entry: Entry | None, save_s: bool
-) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[float]]:
-    """The Y's [..., N], S, dropout's seeds or masks, and each s', for x [..., K] and the ``lists`` of projections.
+class LinearFacts(NamedTuple):
+    """What follows from the key of a call."""
 
-    On Triton one matrix has every S, side by side; it is empty without ``save_s``.
+    # "one by one", by "plain operators", "with gradients" or "without gradients".
+    strategy: str
+    backend: str
+    # Of x, and of A and B.
+    dtypes: tuple[torch.dtype, torch.dtype]
+    dropout_p: float
+    # s' on Triton. On the PyTorch path s: the mask has a probability of its own.
+    scalings: tuple[float, ...]
+    # Whether gradients of x, the A's and the B's are required, and of any weight and of any bias.
+    needs: tuple[bool, bool, bool, bool, bool]
+    # The ops' arguments but for the tensors: lengths of the lists, and numbers.
+    forward: tuple[tuple[int, ...], tuple[Any, ...]]
+    backward: tuple[tuple[int, ...], tuple[Any, ...]]
+    # "one by one": the projections' own entries.
+    members: tuple[Entry, ...]
+
+
+def _forward(
+    facts: LinearFacts, entry: Entry | None, x: Tensor, base: Tensor | None, tensors: Sequence[Any]
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[float]]:
+    """The Y's [..., N], S, dropout's seeds or masks, and each s', for x [..., K] and the flattened projections.
+
+    On Triton one matrix has every S, side by side; it is empty if no gradient needs it. On the PyTorch path all tensors have x's
+    dtype.
     """
-    tensors, layouts, scalings = lists
+    _, backend, _, dropout_p, scalings, _, (lengths, numbers), *_ = facts
     if backend == "triton":
-        seeds: Sequence[Tensor | None] = (None,) * len(scalings)
-        if dropout_p:
-            # One by one, in the order in which separate projections draw theirs.
-            seeds, scalings = [draw_seed(x, dropout_p) for _ in scalings], [each / (1 - dropout_p) for each in scalings]
-        *ys, s = lora_linear_fwd((x, base, *tensors, seeds, layouts, scalings, dropout_p, save_s), entry)
+        # One by one, in the order in which separate projections draw theirs.
+        seeds = [draw_seed(x, dropout_p) for _ in scalings] if dropout_p else [None] * len(scalings)
+        *ys, s = lora_linear_fwd((x, base, *tensors, *seeds), lengths, numbers, entry)
         return ys, (s,), seeds, scalings
     rows = as_matrix(x)
-    drawn = [draw_dropout(rows, dropout_p, scaling) for scaling in scalings]
-    keeps, scalings = [keep for keep, _ in drawn], [scaling for _, scaling in drawn]
-    matrix = None if base is None else as_matrix(base)
-    ys, each_s = torch_fwd(rows, unflatten(tensors, layouts, scalings), keeps, matrix)
+    keeps, scalings = zip(*[draw_dropout(rows, dropout_p, scaling) for scaling in scalings], strict=True)
+    projections = unflatten(tensors, lengths[:-1], numbers[0], scalings)
+    ys, each_s = torch_fwd(rows, projections, keeps, None if base is None else as_matrix(base))
     like = x if base is None else base
     return [like_rows_of(y, like) for y in ys], each_s, keeps, scalings
+
+
+def _cast(tensors: Sequence[Any], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The flattened tensors of ``n`` projections, with A's and B's in ``dtype``."""
+    return (*tensors[: -2 * n], *[t.to(dtype) for t in tensors[-2 * n :]])
 
 
 class _LoRALinear(torch.autograd.Function):
     """Gradients of x, the A's and the B's by the formulas; those of weights and biases, if required, by plain products.
 
-    ``tensors``: the datas, biases, A's and B's of the projections, then all scales. Either all A's require gradients or none; so
-    do the B's.
+    ``tensors`` are flattened projections. Either all A's require gradients or none; so do the B's.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, base: Tensor | None, scalings: Sequence[float], layouts: Sequence[int], dropout_p: float,
-        backend: str, entry: Entry | None, *tensors: Any,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        n, need_x, needs = len(scalings), ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
-        need_a, need_b, need_w = any(needs[2 * n : 3 * n]), any(needs[3 * n : 4 * n]), any(needs[:n])
-        datas, biases, lora_As, lora_Bs, scales = split(tensors, n)
-        lora_dtype = lora_As[0].dtype
-        if backend == "torch":
+        ctx: Any, entry: Entry | None, facts: LinearFacts, x: Tensor, base: Tensor | None, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        n, (need_x, need_a, need_b, need_w, _) = len(facts.scalings), facts.needs
+        if facts.backend == "torch":
             # Cast once for forward and backward. The kernels cast in registers.
-            lora_As, lora_Bs = ([t.to(x.dtype) for t in given] for given in (lora_As, lora_Bs))
-        lists = (datas, scales, biases, lora_As, lora_Bs), layouts, scalings
-        ys, s, random, scalings = _forward(x, base, lists, dropout_p, backend, entry, need_b)
+            tensors = _cast(tensors, n, x.dtype)
+        ys, s, random, scalings = _forward(facts, entry, x, base, tensors)
         nothing = (None,) * n
-        if not need_x:
-            datas, layouts, scales = nothing, (), ()
+        weights = tensors[: -3 * n] if need_x else nothing
         # Save only what backward reads. Save x itself, not its rows: the surrounding graph already holds it.
         ctx.save_for_backward(
             x if need_w or need_a else None,
-            *datas,
-            *(random if need_x or need_a else nothing),
-            *lora_As,
-            *lora_Bs,
-            *scales,
+            *(weights if base is None else ()),
+            *tensors[-2 * n :],
             *(s if need_b else ()),
+            *(random if need_x or need_a else nothing),
         )
         if n > 1:
             ctx.set_materialize_grads(False)
-        needs = (need_x, need_a, need_b, need_w or any(needs[n : 2 * n]))
-        ctx.call = (needs, scalings, layouts, len(scales), base is not None, dropout_p, backend, x.dtype, lora_dtype)
+        ctx.call = (facts, scalings)
         return tuple(ys)
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        needs, scalings, layouts, scale_count, is_branch, dropout_p, backend, x_dtype, lora_dtype = ctx.call
-        need_x, need_a, need_b, need_plain = needs
+        facts, scalings = ctx.call
+        _, backend, dtypes, _, _, needs, (lengths, _), backward, _ = facts
+        need_x, need_a, need_b, need_w, need_bias = needs
         x, *saved = ctx.saved_tensors
-        n = len(given)
-        datas, random, lora_As, lora_Bs, rest = split(saved, n)
-        scales, s = rest[:scale_count], rest[scale_count:]
+        n, scales, is_branch = len(given), lengths[1], backward[0][1] == 0
         used: Sequence[int] = range(n)
-        grads: Any = given
-        dx: Tensor | None = None
-        das: Sequence[Any] = ()
-        dbs: Sequence[Any] = ()
-        if n > 1 and any(grad is None for grad in given):
-            # Skip projections whose outputs were not used.
-            used = [i for i, grad in enumerate(given) if grad is not None]
-            lists = (given, datas, random, lora_As, lora_Bs, _each_s(s, lora_As), scalings)
-            grads, datas, random, lora_As, lora_Bs, s, scalings = ([each[i] for i in used if each] for each in lists)
+        grads: Sequence[Any] = given
         if is_branch:
-            datas, grads = (), [grads[0].to(x_dtype)]
+            grads = [given[0] if given[0].dtype is dtypes[0] else given[0].to(dtypes[0])]
+        elif n > 1 and any(grad is None for grad in given):
+            used, grads, saved, scalings, backward = _of_used(given, saved, scalings, backward)
+        dx: Tensor | None = None
+        found: Sequence[Any] = ()
         if used and (need_x or need_a or need_b):
             if backend == "triton":
-                tensors = (x, grads, datas, scales, lora_As, lora_Bs, s, random)
-                dx, *found = lora_linear_bwd((*tensors, layouts, scalings, dropout_p, need_x, need_a, need_b))
-                das, dbs = (found[: len(used)], found[len(used) :]) if need_a else ((), found)
+                dx, *found = lora_linear_bwd((x, *grads, *saved), *backward)
             else:
                 leading, grads = grads[0].shape[:-1], [expanded(as_matrix(grad)) for grad in grads]
-                projections = unflatten((datas, scales, (), lora_As, lora_Bs), layouts, scalings)
+                datas, of_weights, lora_As, lora_Bs, s, random = split(saved, backward[0][1:])
+                projections = projections_of(datas, of_weights, (), lora_As, lora_Bs, backward[1][0], scalings)
                 rows = None if x is None else as_matrix(x)
-                dx, das, dbs = torch_bwd(rows, grads, projections, s, random, lora_dtype, need_x, need_a, need_b)
-                dx = None if dx is None else dx.view(*leading, dx.shape[1])
-        wanted = ctx.needs_input_grad
-        results: list[Any] = [None] * len(wanted)
-        results[0], results[1] = dx if need_x else None, given[0] if wanted[1] else None
+                dx, das, dbs = torch_bwd(rows, grads, projections, s, random, dtypes[1], need_x, need_a, need_b)
+                dx, found = None if dx is None else dx.view(*leading, dx.shape[1]), [*das, *dbs]
+        results: list[Any] = [None] * (4 + scales + 4 * n)
+        results[2:4] = dx if need_x else None, given[0] if is_branch else None
         for place, i in enumerate(used):
-            weight, bias, lora_A, lora_B = range(7 + i, 7 + i + 4 * n, n)
             if need_a:
-                results[lora_A] = das[place]
+                results[4 + scales + 2 * n + i] = found[place]
             if need_b:
-                results[lora_B] = dbs[place]
-            if need_plain and wanted[weight]:
-                results[weight] = as_matrix(grads[place]).t() @ as_matrix(x)
-            if need_plain and wanted[bias]:
-                results[bias] = as_matrix(grads[place]).sum(0)
+                results[4 + scales + 3 * n + i] = found[place - len(used)]
+            if need_w and ctx.needs_input_grad[4 + i]:
+                results[4 + i] = as_matrix(grads[place]).t() @ as_matrix(x)
+            if need_bias and ctx.needs_input_grad[4 + scales + n + i]:
+                results[4 + scales + n + i] = as_matrix(grads[place]).sum(0)
         return tuple(results)
 
 
-def split(tensors: Sequence[Any], n: int) -> tuple[Any, Any, Any, Any, Any]:
-    """Four times ``n`` of ``tensors``, and the rest."""
-    return tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n : 4 * n], tensors[4 * n :]
+def _of_used(
+    given: Sequence[Tensor | None], saved: Sequence[Any], scalings: Sequence[float], backward: tuple[Any, Any]
+) -> tuple[Any, ...]:
+    """A group's projections whose outputs were used: their places, gradients, saved tensors and s', and the op's arguments."""
+    lengths, (layouts, _, *others) = backward
+    used = [i for i, grad in enumerate(given) if grad is not None]
+    datas, scales, lora_As, lora_Bs, s, random = split(saved, lengths[1:])
+    lists = [datas, lora_As, lora_Bs, _each_s(s, lora_As), random]
+    datas, lora_As, lora_Bs, s, random = ([each[i] for i in used if each] for each in lists)
+    saved, scalings = [*datas, *lora_As, *lora_Bs, *s, *random], tuple([scalings[i] for i in used])
+    count = len(used)
+    lengths = (count, count, len(scales), count, count, len(s), count)
+    return used, [given[i] for i in used], saved, scalings, (lengths, (layouts, scalings, *others))
 
 
 def lora_linear_op(
@@ -265,44 +280,66 @@ def lora_linear_op(
 
     ``entry``: that of the call's key.
     """
-    strategy = None if entry is None else entry.strategy
-    if strategy is None:
-        strategy = _strategy(x, projections, base, dropout_p, backend)
+    facts = None if entry is None else entry.facts
+    if facts is None:
+        facts = _facts_of(x, projections, base, dropout_p, backend)
         if entry is not None:
-            entry.strategy = strategy
+            entry.facts = facts
+    strategy = facts.strategy
     if strategy == "one by one":
-        return [lora_linear_op(x, (p,), None, dropout_p, backend)[0] for p in projections]
+        # An entry also says that the call is not traced.
+        members = facts.members if entry is not None else [None] * len(projections)
+        pairs = zip(projections, members, strict=True)
+        return [lora_linear_op(x, (p,), None, dropout_p, backend, member)[0] for p, member in pairs]
     if strategy == "plain operators":
         return (_plain_operators(x, projections[0], base, dropout_p),)
-    lists = (datas, scales, biases, lora_As, lora_Bs), layouts, scalings = flatten(projections)
+    tensors = flatten(projections)
     if strategy == "with gradients":
-        tensors = (*datas, *biases, *lora_As, *lora_Bs, *scales)
-        return apply(_LoRALinear, x, base, scalings, layouts, dropout_p, backend, entry, *tensors)
+        return apply(_LoRALinear, entry, facts, x, base, *tensors)
     if backend == "torch":
-        lora_As, lora_Bs = [a.to(x.dtype) for a in lora_As], [b.to(x.dtype) for b in lora_Bs]
-        lists = (datas, scales, biases, lora_As, lora_Bs), layouts, scalings
-    return _forward(x, base, lists, dropout_p, backend, entry, False)[0]
+        tensors = _cast(tensors, len(projections), x.dtype)
+    return _forward(facts, entry, x, base, tensors)[0]
 
 
-def _strategy(x: Tensor, projections: Sequence[Projection], base: Tensor | None, dropout_p: float, backend: str) -> str:
-    """How to compute a call: "one by one", by "plain operators", "with gradients" or "without gradients"."""
-    weights, biases, lora_As, lora_Bs, _ = zip(*projections, strict=True)
+def _facts_of(
+    x: Tensor, projections: Sequence[Projection], base: Tensor | None, dropout_p: float, backend: str
+) -> LinearFacts:
+    weights, biases, lora_As, lora_Bs, scalings = zip(*projections, strict=True)
     plain: list[Any] = [weight for weight in weights if not isinstance(weight, Stored)]
-    tensors = (x, base, *plain, *biases, *lora_As, *lora_Bs)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    needs = [
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in each)
+        for each in ((x,), lora_As, lora_Bs, plain, biases, (base,))
+    ]
+    strategy = "with gradients" if any(needs) else "without gradients"
     if len(projections) > 1:
         uniform = all(len({t.requires_grad for t in each}) == 1 for each in (lora_As, lora_Bs))
         if not uniform or len(plain) < len(weights) or (backend == "torch" and is_few(x, *plain)):
-            return "one by one"
+            strategy = "one by one"
     # Ordinary autograd would save a dequantized weight, and plain operators would round a branch to x's dtype.
     elif (
-        (plain or not needs_grad)
+        (plain or not any(needs))
         and (base is None or base.dtype == x.dtype)
         and backend == "torch"
         and is_few(x, *plain, limit=few_rows(x, dropout_p))
     ):
-        return "plain operators"
-    return "with gradients" if needs_grad else "without gradients"
+        strategy = "plain operators"
+    if backend == "triton":
+        scalings = tuple([scaling / (1 - dropout_p) for scaling in scalings])
+    need_x, need_a, need_b, *_ = needs
+    n, layouts = len(projections), layouts_of(projections)
+    scales, s_count = scale_count(layouts), (1 if backend == "triton" else n) if need_b else 0
+    lengths = (n if base is None else 0, scales if need_x else 0, n, n, s_count, n)
+    return LinearFacts(
+        strategy,
+        backend,
+        (x.dtype, lora_As[0].dtype),
+        dropout_p,
+        scalings,
+        tuple(needs[:5]),  # type: ignore[arg-type]
+        ((n, scales, n, n, n, n), (layouts, scalings, dropout_p, need_b)),
+        ((n, *lengths), (layouts if need_x else (), scalings, dropout_p, need_x, need_a, need_b)),
+        tuple([Entry(backend) for _ in projections]) if strategy == "one by one" else (),
+    )
 
 
 def _plain_operators(x: Tensor, p: Projection, base: Tensor | None, dropout_p: float) -> Tensor:

@@ -10,8 +10,7 @@ from the state of torch's generator, where it can be read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from stablelora_kernels.dispatch import problem
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.library import apply, first_derivative
-from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op, split
+from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op
 from stablelora_kernels.ops.matmul import row_count
 from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_mlp import Kept, Options, act, torch_mlp_bwd, torch_mlp_fwd
@@ -33,7 +32,7 @@ from stablelora_kernels.ops.torch_path import (
     masked,
     with_branch,
 )
-from stablelora_kernels.projection import Lists, Projection, flatten, unflatten
+from stablelora_kernels.projection import Projection, flatten, layouts_of, projections_of, scale_count, split, unflatten
 from stablelora_kernels.quantized import Stored, as_plain
 
 
@@ -55,7 +54,7 @@ def _with_branches(
 
 
 def _projections_of(call: Any, biases: Sequence[Tensor | None] = ()) -> list[Projection]:
-    return unflatten((call.datas, call.scales, biases, call.lora_As, call.lora_Bs), call.layouts, call.scalings)
+    return projections_of(call.datas, call.scales, biases, call.lora_As, call.lora_Bs, call.layouts, call.scalings)
 
 
 def _rank(lora_A: Tensor | None) -> int:
@@ -130,97 +129,119 @@ def lora_mlp_bwd(
     return mlp_backward_launches(device, x, grad, kept, _with_branches(projections, grad), *rest)
 
 
-def _forward(x: Tensor, lists: Lists, options: Options, entry: Entry | None, save: bool) -> tuple[Tensor, Kept]:
-    """Y [..., N] for x [..., K] and the ``lists`` of projections. On Triton, backward's operands are empty without ``save``."""
-    tensors, layouts, scalings = lists
-    activation, dropout_p, backend, shared_mask = options
-    if backend == "torch":
-        y, kept = torch_mlp_fwd(as_matrix(x), unflatten(tensors, layouts, scalings), options)
+class MLPFacts(NamedTuple):
+    """What follows from the key of a call."""
+
+    # "one by one", "with gradients" or "without gradients".
+    strategy: str
+    options: Options
+    # Dropout's probability, of a projection with a branch.
+    drops: tuple[float, ...]
+    # s' on Triton. On the PyTorch path s: the mask has a probability of its own.
+    scalings: tuple[float, ...]
+    layouts: tuple[int, ...]
+    # Of datas, scales, biases, A's, B's and seeds.
+    lengths: tuple[int, ...]
+    # Whether gradients of x, of each A and of each B are required.
+    needs: tuple[bool, tuple[bool, ...], tuple[bool, ...]]
+    # "one by one": the projections' own entries.
+    members: tuple[Entry, ...]
+
+
+def _forward(
+    facts: MLPFacts, entry: Entry | None, x: Tensor, tensors: Sequence[Any], save: bool
+) -> tuple[Tensor, Kept]:
+    """Y [..., N] for x [..., K] and the flattened projections. On Triton, backward's operands are empty without ``save``.
+
+    On the PyTorch path every projection has a branch, of rank 0 if need be, and all tensors have x's dtype.
+    """
+    _, options, drops, scalings, layouts, lengths, *_ = facts
+    if options.backend == "torch":
+        projections = unflatten(tensors, lengths[:-1], layouts, scalings)
+        y, kept = torch_mlp_fwd(as_matrix(x), projections, options)
         return like_rows_of(y, x), kept
-    drops = [dropout_p if _rank(a) else 0.0 for a in tensors[3]]
     # In the order in which separate projections draw theirs.
     seeds = [draw_seed(x, drops[0])]
-    seeds += [seeds[0] if shared_mask else draw_seed(x, drops[1]), draw_seed(x, drops[2])]
-    scalings = [scaling / (1 - drop) for scaling, drop in zip(scalings, drops, strict=True)]
-    y, g, u, s, s_down = lora_mlp_fwd((x, *tensors, seeds, layouts, scalings, dropout_p, activation, save), entry)
+    seeds += [seeds[0] if options.shared_mask else draw_seed(x, drops[1]), draw_seed(x, drops[2])]
+    numbers = (layouts, scalings, options.dropout_p, options.activation, save)
+    y, g, u, s, s_down = lora_mlp_fwd((x, *tensors, *seeds), lengths, numbers, entry)
     return y, Kept(g, u, [s], s_down, seeds, scalings)
 
 
 class _LoRAMLP(torch.autograd.Function):
-    """``tensors``: datas, biases, A's and B's of the projections, then all scales. Weights and biases get no gradient."""
+    """``tensors`` are flattened projections. Weights and biases get no gradient."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, scalings: Sequence[float], options: Options, layouts: Sequence[int], entry: Entry | None,
-        *tensors: Any,
-    ) -> Tensor:  # fmt: skip
-        need_x, (_, _, needs_a, needs_b, _) = ctx.needs_input_grad[0], split(ctx.needs_input_grad[5:], 3)
-        datas, biases, lora_As, lora_Bs, scales = split(tensors, 3)
-        lora_dtype = next((a.dtype for a in lora_As if a is not None), x.dtype)
-        lists = (datas, scales, biases, lora_As, lora_Bs), layouts, scalings
-        if options.backend == "torch":
+        ctx: Any, entry: Entry | None, facts: MLPFacts, x: Tensor, *tensors: Any
+    ) -> Tensor:
+        need_x, needs_a, needs_b = facts.needs
+        lora_dtype = next((t.dtype for t in tensors[-6:] if t is not None), x.dtype)
+        if facts.options.backend == "torch":
             # Cast once for forward and backward.
-            lists = flatten(_with_branches(unflatten(*lists), x, x.dtype))
-            *_, lora_As, lora_Bs = lists[0]
-        y, kept = _forward(x, lists, options, entry, save=True)
+            given = unflatten(tensors, facts.lengths[:-1], facts.layouts, facts.scalings)
+            tensors = tuple(flatten(_with_branches(given, x, x.dtype)))
+        y, kept = _forward(facts, entry, x, tensors, save=True)
         # dH needs down's weight, dX the others'.
         need_h = need_x or any(needs_a[:2]) or any(needs_b[:2])
-        reads = (need_x, need_x, need_h)
+        s, *others = kept.s if any(needs_b[:2]) else [None]
         ctx.save_for_backward(
             x if any(needs_a[:2]) else None,
             kept.g,
             kept.u,
+            s,
             kept.s_down if needs_b[2] else None,
-            *(data if read else None for data, read in zip(datas, reads, strict=True)),
+            *(tensors[:2] if need_x else (None, None)),
+            tensors[2] if need_h else None,
+            *tensors[3:-9],
+            *tensors[-6:],
             *kept.random,
-            *lora_As,
-            *lora_Bs,
-            *scales,
-            *(kept.s if any(needs_b[:2]) else ()),
+            *others,
         )
-        ctx.call = ((need_x, needs_a, needs_b), kept.scalings, options, layouts, len(scales), lora_dtype)
+        ctx.call = (facts, kept.scalings, lora_dtype)
         return y
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        needs, scalings, options, layouts, scale_count, lora_dtype = ctx.call
+        facts, scalings, lora_dtype = ctx.call
+        _, options, _, _, layouts, (_, scales, *_), needs, _ = facts
         need_x, needs_a, needs_b = needs
-        x, g, u, s_down, *saved = ctx.saved_tensors
-        datas, random, lora_As, lora_Bs, rest = split(saved, 3)
-        scales, s = rest[:scale_count], rest[scale_count:]
+        lengths = (3, scales, 3, 3, 3)
         dx: Tensor | None
         if options.backend == "triton":
-            tensors = (grad, x, g, u, s[0] if s else None, s_down, datas, scales, lora_As, lora_Bs, random)
-            dx, *found = lora_mlp_bwd((*tensors, layouts, scalings, options.dropout_p, options.activation, *needs))
+            numbers = (layouts, scalings, options.dropout_p, options.activation, *needs)
+            dx, *found = lora_mlp_bwd((grad, *ctx.saved_tensors), lengths, numbers)
         else:
-            projections = unflatten((datas, scales, (), lora_As, lora_Bs), layouts, scalings)
-            rows, kept = None if x is None else as_matrix(x), Kept(g, u, s, s_down, random, scalings)
+            x, g, u, s, s_down, *saved = ctx.saved_tensors
+            datas, of_scales, lora_As, lora_Bs, random, others = split(saved, (*lengths, len(saved)))
+            projections = projections_of(datas, of_scales, (), lora_As, lora_Bs, layouts, scalings)
+            rows, kept = None if x is None else as_matrix(x), Kept(g, u, [s, *others], s_down, random, scalings)
             given = (rows, expanded(as_matrix(grad)), projections, kept, options, lora_dtype)
             dx, das, dbs = torch_mlp_bwd(*given, *needs)
             dx, found = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1]), [*das, *dbs]
         of_branches = [t if need else None for t, need in zip(found, (*needs_a, *needs_b), strict=True)]
-        return dx if need_x else None, *[None] * 10, *of_branches, *[None] * scale_count
+        return None, None, dx if need_x else None, *[None] * (6 + scales), *of_branches
 
 
 def lora_mlp_op(x: Tensor, projections: Sequence[Projection], options: Options, entry: Entry | None = None) -> Tensor:
     """``functional.lora_mlp`` with checked arguments and a chosen backend. ``entry``: that of the call's key."""
-    strategy = None if entry is None else entry.strategy
-    if strategy is None:
-        strategy = _strategy(x, projections, options)
+    facts = None if entry is None else entry.facts
+    if facts is None:
+        facts = _facts_of(x, projections, options)
         if entry is not None:
-            entry.strategy = strategy
-    if strategy == "one by one":
-        return _one_by_one(x, projections, options)
-    if strategy == "without gradients":
+            entry.facts = facts
+    if facts.strategy == "one by one":
+        # An entry also says that the call is not traced.
+        return _one_by_one(x, projections, options, facts.members if entry is not None else [None] * 3)
+    if facts.strategy == "without gradients":
         if options.backend == "torch":
             projections = _with_branches(projections, x, x.dtype)
-        return _forward(x, flatten(projections), options, entry, save=False)[0]
-    (datas, scales, *others), layouts, scalings = flatten(projections)
-    tensors: Any = (*datas, *chain.from_iterable(others), *scales)
+        return _forward(facts, entry, x, flatten(projections), save=False)[0]
+    tensors = flatten(projections)
     if torch.compiler.is_compiling():
         tensors = _distinct(tensors)
-    return apply(_LoRAMLP, x, scalings, options, layouts, entry, *tensors)
+    return apply(_LoRAMLP, entry, facts, x, *tensors)
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -231,9 +252,8 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return distinct
 
 
-def _strategy(x: Tensor, projections: Sequence[Projection], options: Options) -> str:
-    """How to compute an MLP: "one by one", "with gradients" or "without gradients"."""
-    weights, biases, lora_As, lora_Bs, _ = zip(*projections, strict=True)
+def _facts_of(x: Tensor, projections: Sequence[Projection], options: Options) -> MLPFacts:
+    weights, biases, lora_As, lora_Bs, scalings = zip(*projections, strict=True)
     plain = [w for w in weights if not isinstance(w, Stored)]
     trained = any(t is not None and t.requires_grad for t in (*plain, *biases))
     uniform = all(len({t.requires_grad for t in ts[:2] if t is not None}) < 2 for ts in (lora_As, lora_Bs))
@@ -241,23 +261,35 @@ def _strategy(x: Tensor, projections: Sequence[Projection], options: Options) ->
     quantized_few = options.backend == "triton" and len(plain) < 3 and row_count(x) <= problem.IN_LOOP_M
     # Separate layers draw a shared mask by other means than the kernels, so that a checkpoint's forward must take them too.
     as_trained = torch.is_grad_enabled() or (options.shared_mask and options.dropout_p > 0)
+    needs_x, needs_a, needs_b = (
+        tuple([torch.is_grad_enabled() and t is not None and t.requires_grad for t in each])
+        for each in ((x,), lora_As, lora_Bs)
+    )
+    strategy = "with gradients" if any((*needs_x, *needs_a, *needs_b)) else "without gradients"
     if not uniform or few or (trained and as_trained) or (quantized_few and not options.shared_mask):
-        return "one by one"
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *lora_As, *lora_Bs))
-    return "with gradients" if needs_grad else "without gradients"
+        strategy = "one by one"
+    drops = tuple([options.dropout_p if lora_A is not None else 0.0 for lora_A in lora_As])
+    if options.backend == "triton":
+        scalings = tuple([scaling / (1 - drop) for scaling, drop in zip(scalings, drops, strict=True)])
+    layouts = layouts_of(projections)
+    lengths, needs = (3, scale_count(layouts), 3, 3, 3, 3), (needs_x[0], needs_a, needs_b)
+    members = tuple([Entry(options.backend) for _ in projections]) if strategy == "one by one" else ()
+    return MLPFacts(strategy, options, drops, scalings, layouts, lengths, needs, members)
 
 
-def _one_by_one(x: Tensor, projections: Sequence[Projection], options: Options) -> Tensor:
+def _one_by_one(
+    x: Tensor, projections: Sequence[Projection], options: Options, entries: Sequence[Entry | None]
+) -> Tensor:
     """Each projection by an op of its own, and the activation by PyTorch's operators."""
     gate, up, down = projections
     if options.shared_mask and options.dropout_p:
         g, u = _with_shared_mask(x, gate, up, options.dropout_p)
     else:
-        g, u = _alone(x, gate, options), _alone(x, up, options)
-    return _alone(act(g, options.activation) * u, down, options)
+        g, u = _alone(x, gate, options, entries[0]), _alone(x, up, options, entries[1])
+    return _alone(act(g, options.activation) * u, down, options, entries[2])
 
 
-def _alone(x: Tensor, p: Projection, options: Options) -> Tensor:
+def _alone(x: Tensor, p: Projection, options: Options, entry: Entry | None) -> Tensor:
     dropout_p, weight = options.dropout_p, p.weight
     if p.lora_A is None:
         if isinstance(weight, Tensor):
@@ -266,7 +298,7 @@ def _alone(x: Tensor, p: Projection, options: Options) -> Tensor:
         # The op saves what is stored, where PyTorch's autograd would save all of W. Its branch is of zeros.
         n, k = weight.shape
         p, dropout_p = Projection(weight, p.bias, x.new_zeros(1, k), x.new_zeros(n, 1), 0.0), 0.0
-    return lora_linear_op(x, (p,), None, dropout_p, options.backend)[0]
+    return lora_linear_op(x, (p,), None, dropout_p, options.backend, entry)[0]
 
 
 def _with_shared_mask(x: Tensor, gate: Projection, up: Projection, dropout_p: float) -> list[Tensor]:

@@ -10,11 +10,17 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
@@ -24,6 +30,7 @@ from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.library import NAMESPACE, define_op
 from stablelora_kernels.ops.matmul import row_count
+from stablelora_kernels.projection import split
 
 # Most entries. The oldest half of them goes when it is reached.
 LIMIT = 4096
@@ -32,12 +39,12 @@ LIMIT = 4096
 class Entry:
     """What is known of the calls with one key."""
 
-    __slots__ = ("backend", "lengths", "prepared", "seen", "strategy")
+    __slots__ = ("backend", "facts", "lengths", "prepared", "seen")
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        # How autograd's side of the op computes these calls, once it has decided.
-        self.strategy: str | None = None
+        # What autograd's side of the op knows of these calls, once one has run.
+        self.facts: Any = None
         # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes all the time.
         self.seen = False
         # None: not prepared yet. False: it can't be.
@@ -53,9 +60,9 @@ class _Table:
         self.young: dict[Any, Entry] = {}
         self.old: dict[Any, Entry] = {}
 
-    def get(self, key: Any) -> Entry | None:
-        entry = self.young.get(key)
-        if entry is None and (entry := self.old.get(key)) is not None:
+    def renewed(self, key: Any) -> Entry | None:
+        """An old entry, which becomes a young one."""
+        if (entry := self.old.get(key)) is not None:
             self.add(key, entry)
         return entry
 
@@ -73,18 +80,18 @@ _table = _Table()
 clear = _table.clear
 
 
-def key_of(kind: str, args: Sequence[Any]) -> tuple[Any, ...] | None:
-    """The key of a call of ``kind`` with ``args``; None if the call is unusual.
+def key_of(kind: Any, args: Sequence[Any]) -> tuple[Any, ...] | None:
+    """The key of a call of ``kind``, any hashable value, with ``args``; None if the call is unusual.
 
     ``args`` are tensors, numbers, strings, None, and tuples and lists of these.
     """
     # First, because torch.compile traces no more than this.
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _is_tracing()
         or forward_ad._current_level >= 0
     ):
         return None
@@ -141,7 +148,7 @@ def _first_tensor(args: Sequence[Any]) -> Tensor | None:
 
 
 def find(key: tuple[Any, ...] | None) -> Entry | None:
-    return None if key is None else _table.get(key)
+    return None if key is None else _table.young.get(key) or _table.renewed(key)
 
 
 def remember(key: tuple[Any, ...] | None, backend: str) -> Entry | None:
@@ -169,18 +176,26 @@ class PlannedOp:
         self._lists = sum(kind in ("Tensor", "Tensor?") for kind in kinds)
         self._numbers = self._lists + sum(kind in ("Tensor[]", "Tensor?[]") for kind in kinds)
 
-    def __call__(self, args: tuple[Any, ...], entry: Entry | None = None) -> list[Tensor] | tuple[Tensor, ...]:
-        """Run the op on the arguments of its schema. Return its results, each tensor of a list by itself.
+    def __call__(
+        self,
+        operands: Sequence[Tensor | None],
+        lengths: tuple[int, ...],
+        numbers: tuple[Any, ...],
+        entry: Entry | None = None,
+    ) -> Sequence[Tensor]:
+        """Run the op. Return its results, each tensor of a list by itself.
 
-        ``entry``: that of the caller's key, from which the arguments follow.
+        ``operands``: the schema's tensors and those of its lists, one after another; ``lengths``: of those lists; ``numbers``:
+        the schema's other arguments; ``entry``: that of the caller's key, from which all but the tensors' addresses follow.
         """
-        operands = self._operands(args)
-        known = entry or find(self._key_of(operands, args))
+        known = entry or find(self._key_of(operands, lengths, numbers))
         prepared = None if known is None else known.prepared
         if not prepared:
-            results = _flat(self._op(*args))
-            if entry is not None and prepared is None and (own := find(self._key_of(operands, args))) is not None:
-                entry.prepared = own.prepared
+            singles = operands[: self._lists]
+            results = _flat(self._op(*singles, *split(operands[self._lists :], lengths), *numbers))
+            if entry is not None and prepared is None:
+                own = find(self._key_of(operands, lengths, numbers))
+                entry.prepared = None if own is None else own.prepared
             return results
         if torch.autograd._profiler_enabled():
             # A trace shows the op by its name.
@@ -193,9 +208,9 @@ class PlannedOp:
 
         ``choice``: a kernel in place of the table's.
         """
-        results = self._allocate(call := self._call(*args))
+        results, (operands, _, _) = self._allocate(call := self._call(*args)), self._parts(args)
         # The first tensor of each op has a row for each of X.
-        if row_count(next(t for t in self._operands(args) if t is not None)) == 0:
+        if row_count(next(t for t in operands if t is not None)) == 0:
             for t in _flat(results):
                 t.zero_()
             return results, []
@@ -203,8 +218,8 @@ class PlannedOp:
 
     def _run(self, *args: Any) -> Any:
         """What the op does. Compiled graphs come here without :meth:`__call__`, so this has the plans too."""
-        operands = self._operands(args)
-        if (key := self._key_of(operands, args)) is None:
+        operands, *_ = parts = self._parts(args)
+        if (key := self._key_of(*parts)) is None:
             # PyTorch has resolved negated views in arguments of all kinds but "Tensor?[]".
             args = tree_map_only(Tensor, Tensor.resolve_neg, args)
         device = next(t.device for t in operands if t is not None)
@@ -217,15 +232,18 @@ class PlannedOp:
             launch.run(device)
         return results
 
-    def _operands(self, args: Sequence[Any]) -> list[Tensor | None]:
-        tensors = [*args[: self._lists]]
-        for each in args[self._lists : self._numbers]:
-            tensors += each
-        return tensors
+    def _parts(self, args: Sequence[Any]) -> tuple[list[Tensor | None], tuple[int, ...], tuple[Any, ...]]:
+        """The operands, lengths and numbers of :meth:`__call__`."""
+        lists = args[self._lists : self._numbers]
+        numbers = tuple([tuple(each) if isinstance(each, list) else each for each in args[self._numbers :]])
+        return [*args[: self._lists], *chain.from_iterable(lists)], tuple(map(len, lists)), numbers
 
-    def _key_of(self, operands: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...] | None:
-        # The numbers tell how long each list is.
-        return key_of(self._name, (*operands, *args[self._numbers :]))
+    def _key_of(
+        self, operands: Sequence[Any], lengths: tuple[int, ...], numbers: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        # Keys compare 0.0 and -0.0 as equal.
+        signs = tuple([math.copysign(1.0, scaling) for scaling in numbers[1]]) if 0.0 in numbers[1] else None
+        return key_of((self._name, lengths, numbers, signs), operands)
 
     def _prepare(self, entry: Entry, device: torch.device, args: Sequence[Any]) -> Any:
         if entry.seen and entry.prepared is None:
@@ -238,7 +256,7 @@ class PlannedOp:
                 entry.lengths = [None if isinstance(each, Tensor) else len(each) for each in results]
                 return tuple(_flat(results)), launches
 
-            entry.prepared = prepare(self._operands(args), call) or False
+            entry.prepared = prepare(self._parts(args)[0], call) or False
         entry.seen = True
         return entry.prepared
 
@@ -274,7 +292,8 @@ def define_launches(
 ) -> Callable[[Callable[..., Any]], PlannedOp]:
     """Turn the decorated function into the op ``name``.
 
-    The schema has tensors first, then lists of tensors, then numbers; the first tensor has a row for each of X.
+    The schema has tensors first, then lists of tensors, then numbers, of which the first two are layouts and scalings. The
+    first tensor has a row for each of X.
 
     ``allocate(call)`` returns the op's results without values, a tuple of tensors and lists of tensors; ``call`` has the schema's
     arguments by name. The function takes a :class:`~.dispatch.problem.Device`, the call, the results and a
