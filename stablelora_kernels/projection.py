@@ -81,7 +81,9 @@ def projections_of(
         weight: Any = datas[i] if datas else None
         layout = Layout(*layouts[5 * i : 5 * i + 5]) if layouts else _PLAIN
         if layout != _PLAIN:
-            weight = Stored(weight, tuple(islice(left, layout.scale_count)), layout)
+            scales_of_it = tuple(islice(left, layout.scale_count))
+            # A weight that nothing reads has no data.
+            weight = None if weight is None else Stored(weight, scales_of_it, layout)
         projections.append(Projection(weight, biases[i] if biases else None, lora_As[i], lora_Bs[i], scaling))
     return projections
 

@@ -68,12 +68,6 @@ def test_force_refuses_in_a_real_call_before_anything_ran():
     assert not made
 
 
-def test_an_empty_sum_is_not_shared():
-    calls = [call(m=512, k=k) for k in (0, 4096) for _ in range(3)]
-    for three, shared in ((calls[:3], False), (calls[3:], True)):
-        assert choose_group(three, [choose(H100, each) for each in three]).shared == shared
-
-
 def test_reasons_use_a_users_names():
     """explain() prints them: x, W, A and B as in PyTorch, not the kernels' own S, X, Y and H."""
     tables = [value for module in (rules, tiles, mlp) for value in vars(module).values() if isinstance(value, tuple)]
