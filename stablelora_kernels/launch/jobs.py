@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch import tiles
-from stablelora_kernels.dispatch.problem import Call, Device
+from stablelora_kernels.dispatch.problem import Call, Device, cdiv
 from stablelora_kernels.dispatch.rules import input_precision
-from stablelora_kernels.dispatch.tiles import Plan
+from stablelora_kernels.dispatch.tiles import Plan, Tile
 from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.jobs import Gate, Matrix
 from stablelora_kernels.launch.counters import counters
@@ -55,10 +55,6 @@ class Product(NamedTuple):
     # Of a gated MLP: Y is dH, and Z stands for act(G) ∘ U.
     activation: str = ""
     gate: Gate | None = None
-
-    def with_s(self) -> Product:
-        """Itself with memory for S."""
-        return self if self.s is not None else self._replace(s=scratch(self.x, self.call.m, self.call.r))
 
 
 def s_unit(dtype: torch.dtype, scaling: float) -> float:
@@ -202,6 +198,28 @@ def co_scheduled(device: Device, p: Product, of_b: bool, warps: int) -> Gradient
         return Gradient()
     plan = tiles.co_scheduled_grad_plan(device, p.call, of_b, warps)
     return db_job(device, p, plan) if of_b else da_job(device, [p], plan)
+
+
+class Chain(NamedTuple):
+    """S's programs, and dB's, in the launch of the product that needs S."""
+
+    chain: Tensor | None = None
+    programs: int = 0
+    splits: int = 1
+    job: jobs.SJob | None = None
+    tile: jobs.STile | None = None
+    db: Gradient = Gradient()
+
+
+def chain_ahead(device: Device, p: Product, product: Tile) -> Chain:
+    """S's programs, and dB's if it is wanted, for the launch of ``p``, whose tile is ``product``."""
+    c = p.call
+    plan = tiles.chained_shrink_plan(device, c, product)
+    flag_m = max(product.BLOCK_M, plan.tile.BLOCK_M)
+    job, constants = s_job(device, [p], plan, flag_m)
+    db = co_scheduled(device, p, True, product.num_warps)
+    chain = counters(tiles.CHAIN_HEAD + cdiv(c.m, flag_m), p.x.device, lane=4)
+    return Chain(chain, plan.tiles * plan.splits + db.programs, plan.splits, job, constants, db)
 
 
 def branch_job(p: Product, block_r: int, load_s: bool, precision: str) -> tuple[jobs.Branch, jobs.BranchTile]:

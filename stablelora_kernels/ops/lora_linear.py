@@ -18,6 +18,7 @@ the PyTorch path dequantizes it again in backward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +30,6 @@ from stablelora_kernels.dispatch import autotune
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.library import apply, first_derivative
-from stablelora_kernels.ops.matmul import row_count
 from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
@@ -49,7 +49,7 @@ from stablelora_kernels.quantized import Stored, as_plain
 def _allocate_forward(call: Any) -> tuple[list[Tensor], Tensor]:
     x, like = call.x, call.x if call.base is None else call.base
     ys = [like.new_empty((*x.shape[:-1], b.shape[0])) for b in call.lora_Bs]
-    return ys, x.new_empty(row_count(x) if call.save_s else 0, sum(a.shape[0] for a in call.lora_As))
+    return ys, x.new_empty(math.prod(x.shape[:-1]) if call.save_s else 0, sum(a.shape[0] for a in call.lora_As))
 
 
 @define_launches(
@@ -73,7 +73,8 @@ def lora_linear_fwd(
     tensors = (call.datas, call.scales, call.biases, call.lora_As, call.lora_Bs)
     first, *others = projections = projections_of(*tensors, call.layouts, call.scalings)
     build = partial(forward_launches, device, x, projections, call.seeds, s, ys, call.dropout_p, base)
-    if choice is None and not others and isinstance(first.weight, Tensor) and _is_tuned(x):
+    # On the meta device nothing can be measured.
+    if choice is None and not others and isinstance(first.weight, Tensor) and autotune.get_autotune() and not x.is_meta:
         (m, k), (n, r) = x.shape, call.lora_Bs[0].shape
         product = Call("forward", m, n, k, r, x.dtype, call.lora_As[0].dtype, call.dropout_p > 0)
         choice = autotune.choose(device, product, build, ys[0], x, first.weight, first.bias)
@@ -118,15 +119,10 @@ def lora_linear_bwd(
     if choice is None and not others:
         grad, (n, r), k = grads[0], call.lora_Bs[0].shape, call.lora_As[0].shape[1]
         product = Call("backward", grad.shape[0], k, n, r, grad.dtype, call.lora_As[0].dtype, call.dropout_p > 0)
-        if call.need_x and isinstance(first.weight, Tensor) and _is_tuned(grad):
+        if call.need_x and isinstance(first.weight, Tensor) and autotune.get_autotune() and not grad.is_meta:
             # Time it with dA and dB: some kernels compute them in the same launch as dX.
             choice = autotune.choose(device, product, build, as_matrix(dx), grad, first.weight, None)
     return build(choice=choice)
-
-
-def _is_tuned(x: Tensor) -> bool:
-    """Whether the kernel of a call on ``x`` is to be measured; on the meta device nothing runs."""
-    return autotune.get_autotune() and not x.is_meta
 
 
 def _each_s(s: Sequence[Tensor], lora_As: Sequence[Tensor]) -> list[Tensor]:

@@ -29,7 +29,6 @@ from stablelora_kernels.dispatch import problem, settings
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.library import NAMESPACE, define_op
-from stablelora_kernels.ops.matmul import row_count
 from stablelora_kernels.projection import split
 
 # Most entries. The oldest half of them goes when it is reached.
@@ -208,9 +207,10 @@ class PlannedOp:
 
         ``choice``: a kernel in place of the table's.
         """
-        results, (operands, _, _) = self._allocate(call := self._call(*args)), self._parts(args)
+        (operands, *_), call = self._parts(args), self._call(*args)
+        results = self._allocate(call)
         # The first tensor of each op has a row for each of X.
-        if row_count(next(t for t in operands if t is not None)) == 0:
+        if not next(t for t in operands if t is not None).numel():
             for t in _flat(results):
                 t.zero_()
             return results, []
