@@ -8,13 +8,22 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import optimizer as torch_optimizer
 
-from stablelora_kernels.optim.graph_watch import LIVE, Watch, check_capturable, params_of, reads_from_memory
+from stablelora_kernels.dispatch.backend import resolve_backend
+from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel, tf32_allowed
+from stablelora_kernels.optim.snapshot import LIVE, reads_from_memory
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.utils.hooks import HOOKS
+from stablelora_kernels.utils.model_watch import ModelWatch, difference, flags_of, tensors_of
 from stablelora_kernels.utils.validation import check_bool, check_int
 from stablelora_kernels.utils.wrappers import check_module
 
@@ -59,6 +68,41 @@ class Graphs:
             output = function()
         self.captured.append(graph)
         return graph.replay, output
+
+
+class Watch:
+    """A model, an optimizer and the settings as a step has left them: a CUDA graph takes them for granted."""
+
+    def __init__(self, model: nn.Module, optimizer: StableLoRAAdamW, scaler: torch.amp.GradScaler | None) -> None:
+        self.optimizer, self.scaler, self.device = optimizer, scaler, next(params_of(optimizer)).device
+        self.model, self.settings, self.snapshot = ModelWatch(model), self._settings(), optimizer._snapshot().kept()
+
+    def change(self) -> str | None:
+        """What has changed since, in words, or None. Every replay asks this."""
+        if change := self.model.change():
+            return change
+        for (name, new), old in zip(self._settings().items(), self.settings.values(), strict=True):
+            if change := difference(name, old, new):
+                return change
+        return self.optimizer._snapshot().words(self.snapshot, self.device)
+
+    def _settings(self) -> dict[str, Any]:
+        """By their names, values that a capture turns into constants."""
+        found: dict[str, Any] = {
+            "backend": get_backend(),
+            "kernel": get_kernel(),
+            "autotune": get_autotune(),
+            "TensorFloat-32 in float32 products": tf32_allowed(),
+            "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+            "global module hooks": bool(_has_any_global_hook()),
+            "optimizer.shrink_schedule": self.optimizer.shrink_schedule,
+            "optimizer's step hooks": _step_hooks(self.optimizer),
+        }
+        if self.scaler is not None:
+            getters = (self.scaler.get_growth_factor, self.scaler.get_backoff_factor, self.scaler.get_growth_interval)
+            found |= {f"grad_scaler.{getter.__name__}()": getter() for getter in (*getters, self.scaler.is_enabled)}
+            found["grad_scaler's scale"] = self.scaler._scale
+        return found
 
 
 class _Bucket:
@@ -196,13 +240,13 @@ class GraphedStep:
         bucket.fill(leaves)
         self._copy_numbers()
         # After a write to a parameter the optimizer measures norms again, which a graph would do in every replay.
-        if bucket.watch is None or bucket.warmups < self.num_warmup_iters or bucket.watch.written():
+        if bucket.watch is None or bucket.warmups < self.num_warmup_iters or self.optimizer._written_to():
             return self._run_eagerly(bucket)
         if bucket.graph is None:
             bucket.graph = self._capture(bucket)
             bucket.watch = Watch(self.model, self.optimizer, self.grad_scaler)
         else:
-            bucket.watch.count_write()
+            self.optimizer._count_write()
         replay, loss = bucket.graph
         replay()
         return loss.clone()
@@ -349,3 +393,71 @@ def in_words(shape: Shape) -> str:
     if kind is dict:
         texts = [f"{key} {text}" for (key, *_), text in zip(leaves, texts, strict=True)]
     return f"({', '.join(texts)})"
+
+
+def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
+    """Raise ValueError, with the reason, if a CUDA graph cannot hold a training step of ``model`` and ``optimizer``."""
+    tensors = tensors_of(model)
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, (nn.DataParallel, DistributedDataParallel)) or "_fsdp_wrapped_module" in module._modules:
+            raise ValueError(
+                f"model must not be in {type(module).__name__}, which runs Python in every step, got "
+                f"{repr(name) if name else 'it'} in one"
+            )
+    owned = set(map(id, params_of(optimizer)))
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            raise ValueError(
+                f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
+            )
+        if tensor.requires_grad and id(tensor) not in owned:
+            raise ValueError(
+                "optimizer must have every trainable parameter of model, since a CUDA graph keeps the gradients of others to "
+                f"itself, got none of the name {name!r}: freeze it, add it to the optimizer, or set enabled=False"
+            )
+    devices = {p.device for p in chain(tensors.values(), params_of(optimizer))}
+    if len(devices) > 1:
+        raise ValueError(
+            f"model and optimizer must be on one GPU, got tensors on {', '.join(sorted(map(str, devices)))}"
+        )
+    hooked = [name for name, module in modules.items() if _is_hooked(module)]
+    hooked += [name for name, tensor in tensors.items() if any(flags_of(tensor)[1:])]
+    if hooked or _has_any_global_hook():
+        where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
+        raise ValueError(f"model must have no hooks, since a CUDA graph would not call them again, got {where}")
+    if not all(group["capturable"] for group in optimizer.param_groups):
+        raise ValueError("optimizer must be built with capturable=True, got capturable=False")
+    if optimizer.shrink_schedule is not None:
+        raise ValueError(
+            "optimizer must have no shrink_schedule, which a CUDA graph would not call again, got "
+            f'{optimizer.shrink_schedule!r}: write its value to each group\'s "shrink_ratio" before each step'
+        )
+    if hooks := _step_hooks(optimizer):
+        raise ValueError(
+            f"optimizer must have no step hooks, since a CUDA graph would not call them again, got {hooks[0]!r}"
+        )
+    (device,) = devices
+    if resolve_backend(device) != "triton" or any(p.dtype is torch.float64 for p in params_of(optimizer)):
+        raise ValueError(
+            "optimizer must step on Triton's kernels to be captured, got float64 parameters or the backend "
+            f"{get_backend()!r}: PyTorch's operators read from the GPU"
+        )
+
+
+def params_of(optimizer: StableLoRAAdamW) -> Iterator[Tensor]:
+    """Every parameter of ``optimizer``."""
+    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks that a replay would miss, or that of accelerate, which replaces its forward."""
+    hooks = chain.from_iterable(vars(module)[name].values() for name in HOOKS)
+    return "_hf_hook" in vars(module) or not all(getattr(hook, "only_after_errors", False) for hook in hooks)
+
+
+def _step_hooks(optimizer: StableLoRAAdamW) -> list[Any]:
+    """The hooks that run around ``optimizer.step``."""
+    every = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    return [hook for hooks in (*every, *own) for hook in hooks.values()]

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.optim import graph_capture
-from stablelora_kernels.optim.graph_capture import upload
+from stablelora_kernels.optim import snapshot
+from stablelora_kernels.optim.snapshot import upload
 from stablelora_kernels.utils.dtensor import is_sharded, local, shard_extent
 
 
@@ -133,7 +133,7 @@ class LatchMonitor:
 
     def any_unlatched(self) -> bool:
         """Whether some pair had not latched in the last record that has to be known by now."""
-        if self.unlatched and len(self.pending) >= self.LAG and not graph_capture.capturing():
+        if self.unlatched and len(self.pending) >= self.LAG and not snapshot.capturing():
             count, event = self.pending.pop(0)
             event.synchronize()
             self.unlatched = bool(count.item())
@@ -141,7 +141,7 @@ class LatchMonitor:
 
     def record(self) -> None:
         """Record the count after a step. A step that a CUDA graph captures records nothing: it repeats its collectives."""
-        if not self.unlatched or graph_capture.capturing():
+        if not self.unlatched or snapshot.capturing():
             return
         shrinking = (self.latched[self.indices] == 0).sum()
         if self.latched.device.type != "cuda":

@@ -1,11 +1,12 @@
 """StableLoRAAdamW: AdamW that also shrinks LoRA's A by Stable-LoRA's latch rule, in one pass over the parameters.
 
-The arithmetic of a step is in ``torch_engine`` (PyTorch's operators) and ``triton_engine`` (one kernel). This module keeps the
-public interface, the parameter groups and the choice of the engine.
+The arithmetic of a step is in ``torch_step`` (PyTorch's operators) and ``triton_step`` (one kernel). This module keeps the
+public interface and the parameter groups, and hands each step with what has changed to the engine of each device.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,34 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_backend
-from stablelora_kernels.optim import graph_capture
-from stablelora_kernels.optim.checkpoint import (
-    check_state_groups,
-    from_adamw,
-    is_state_init_step,
-    load_state,
-    restore_groups,
-    warn_of_differences,
-)
-from stablelora_kernels.optim.engines import build_engines
-from stablelora_kernels.optim.gradients import Gradients
-from stablelora_kernels.optim.hyperparameters import CopiedSchedule, build_key
-from stablelora_kernels.optim.param_groups import (
-    as_groups,
-    check_amsgrad,
-    check_grads,
-    check_group,
-    check_hyper,
-    check_max_grad_norm,
-    check_storage,
-    check_storage_fits,
-    find_pairs,
-)
+from stablelora_kernels.optim import options, snapshot, state
+from stablelora_kernels.optim.options import Member, Pair
+from stablelora_kernels.optim.snapshot import Change, Gradients, Snapshot, layout_of
 from stablelora_kernels.optim.stability import PairStability, finite_norms, warn_of_norms
-from stablelora_kernels.optim.state import same_objects
+from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
+from stablelora_kernels.utils.dtensor import is_sharded, local
+from stablelora_kernels.utils.model_watch import same_objects
 from stablelora_kernels.utils.text import counted
 from stablelora_kernels.utils.validation import check_float
 from stablelora_kernels.utils.wrappers import check_module, clean, innermost
@@ -148,19 +131,19 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             "seed": torch.initial_seed() % 2**63 if seed is None else seed,
             "max_grad_norm": max_grad_norm,
         }
-        defaults.update(check_hyper(defaults, ""))
+        defaults.update(options.check_hyper(defaults, ""))
         if shrink_schedule is not None and not callable(shrink_schedule):
             raise TypeError(f"shrink_schedule must be a function of the step, got {shrink_schedule!r}")
-        storage = check_storage(moments_dtype, master_weights)
+        storage = options.check_storage(moments_dtype, master_weights)
         defaults.update(storage._asdict())
-        groups = [check_group(group, defaults) for group in as_groups(params)]
+        groups = [options.check_group(group, defaults) for group in options.as_groups(params)]
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
-        find_pairs(groups)
-        check_storage_fits(groups, storage)
+        options.find_pairs(groups)
+        options.check_storage_fits(groups, storage)
         self.storage = storage
         super().__init__(groups, defaults)
         self.shrink_schedule = shrink_schedule
-        self._rebuild()
+        self._find_pairs()
 
     @classmethod
     def from_model(cls, model: nn.Module, **kwargs: Any) -> StableLoRAAdamW:
@@ -189,7 +172,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        value = check_max_grad_norm("max_grad_norm", value)
+        value = options.check_max_grad_norm("max_grad_norm", value)
         for group in self.param_groups:
             group["max_grad_norm"] = value
 
@@ -203,18 +186,17 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         constructed = "_pairs" in self.__dict__
         if constructed:
             # All groups share this value, which is not the default once another was set or loaded.
-            param_group = check_group(param_group, {**self.defaults, "max_grad_norm": self.max_grad_norm})
-            find_pairs([*self.param_groups, param_group])
-            check_storage_fits([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
+            param_group = options.check_group(param_group, {**self.defaults, "max_grad_norm": self.max_grad_norm})
+            options.find_pairs([*self.param_groups, param_group])
+            options.check_storage_fits([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
         super().add_param_group(param_group)
         if constructed:
-            self._rebuild()
+            self._find_pairs()
 
-    def _rebuild(self) -> None:
-        """Find the pairs of ``param_groups`` again and drop everything derived from them."""
-        self._pairs = find_pairs(self.param_groups)
+    def _find_pairs(self) -> None:
+        """Find the pairs of ``param_groups`` again, and forget the engines and what the last step found."""
+        self._pairs = options.find_pairs(self.param_groups)
         self._params = [p for group in self.param_groups for p in group["params"]]
-        self._known_params = [list(group["params"]) for group in self.param_groups]
         self._any_sharded = any(map(is_sharded, self._params))
         self._reported: int = getattr(self, "_reported", 0)
         # Counted by the optimizer that this one is a copy of, and by its own engines.
@@ -222,9 +204,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._skipped_on_device: dict[torch.device, torch.Tensor] = getattr(self, "_skipped_on_device", {})
         # For each device the indices of its parameters, and the engine.
         self._engines: list[tuple[list[int], Any]] = []
-        self._engine_key: Any = None
-        # The state that the engines were built on: someone may clear it or replace its tensors.
-        self._known_state: dict[Any, dict[str, Any]] = {}
+        # The parameters, or shards, whose versions tell that someone else wrote to them.
+        self._watched: list[torch.Tensor] = []
+        self._last = Snapshot([list(group["params"]) for group in self.param_groups])
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -239,44 +221,63 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not same_objects([list(group["params"]) for group in self.param_groups], self._known_params):
+        if not same_objects([list(group["params"]) for group in self.param_groups], self._last.params):
             # Trainers replace the groups' parameters when they shard a model late.
-            self._rebuild()
-        if self._any_sharded:
-            params = [local(p) for p in self._params]
-            gradients = Gradients(tensors=[local_grad(p) for p in self._params])
-        else:
-            params, gradients = self._params, Gradients(self._params)
-        if gradients.layout is None and not check_grads(gradients.tensors):
+            self._find_pairs()
+        gradients = Gradients.read(self._params, self._any_sharded)
+        if not gradients.any():
             return loss
-        if not self.state and is_state_init_step(self.param_groups, self._params, gradients.tensors):
+        if not self.state and state.is_state_init_step(self.param_groups, self._params, gradients.tensors):
             self._build_engines()
             return loss
-        if self.shrink_schedule is not None and graph_capture.capturing():
-            raise RuntimeError(
-                "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
-                "write to it between replays"
-            )
-        # A module that is moved or cast keeps its Parameter objects but not their memory.
-        key = (list(map(torch.Tensor.data_ptr, params)), get_backend(), build_key(self.param_groups))
-        if key != self._engine_key or not same_objects(self.state, self._known_state):
-            if graph_capture.capturing():
-                raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
-            self._engine_key = None
-            self._build_engines()
-            self._engine_key = key
         if self.shrink_schedule is None:
-            self._run_engines(gradients)
+            self._step_on(gradients)
             return loss
-        # Reading the gradients holds them: the schedule is user code.
-        held = gradients.tensors
         step = self._follow_schedule(self.shrink_schedule)
-        self._run_engines(Gradients(tensors=held))
+        # The schedule is user code: where do the gradients lie now?
+        self._step_on(Gradients(gradients.tensors, layout_of(gradients.tensors)))
         # Last: a step that raised counts for nothing.
         self.param_groups[0]["shrink_step"] = step
         return loss
 
-    def _run_engines(self, gradients: Gradients) -> None:
+    def _step_on(self, gradients: Gradients) -> None:
+        """Take the step on every device; its engine gets what has changed since the last step."""
+        now, capturing = self._snapshot(gradients), snapshot.capturing()
+        change = now.since(self._last)
+        if change.build:
+            if capturing:
+                raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
+            self._build_engines()
+            now = self._snapshot(gradients).kept()
+            self._last = dataclasses.replace(now, versions=None)
+        # Only a step that is taken counts for the next one: it uploads everything again if this one raises.
+        self._last.tensors = self._last.gradients = None
+        if change.gradients:
+            self._find_written(gradients)
+        self._run_engines(gradients, change)
+        now.state = self._last.state
+        self._last = now
+        self._count_write()
+        if capturing:
+            # Copies and measurements of a graph exist only once it is replayed.
+            if change.hyper or change.gradients:
+                now.tensors = now.gradients = None
+            if change.written:
+                now.versions = None
+
+    def _snapshot(self, gradients: Gradients | None = None) -> Snapshot:
+        """What there is in Python now."""
+        params = [local(p) for p in self._params] if self._any_sharded else self._params
+        on_cpu = all(engine.device.type == "cpu" for _, engine in self._engines)
+        found = self._last.read(self.param_groups, params, self.state, self._watched, on_cpu)
+        found.gradients = gradients and gradients.layout
+        return found
+
+    def _written_to(self) -> bool:
+        """Whether someone wrote to a parameter since the last step."""
+        return self._snapshot().versions != self._last.versions
+
+    def _run_engines(self, gradients: Gradients, change: Change) -> None:
         """Take the step on every device, with torch.amp's scale and verdict if GradScaler has set them."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for indices, engine in self._engines:
@@ -284,11 +285,30 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
                 for t in (grad_scale, found_inf)
             )
-            own = gradients if len(self._engines) == 1 else gradients.of(indices)
-            engine.step(own, scale, inf, self.max_grad_norm)
+            engine.step(gradients if len(self._engines) == 1 else gradients.at(indices), change, scale, inf)
+
+    def _find_written(self, gradients: Gradients) -> None:
+        """Find the parameters that steps with these gradients write, and how many of them are watched."""
+        tensors, layout = gradients.tensors, gradients.layout
+        if layout is not None and layout.present is None:
+            self._written, self._raised = self._params, len(self._watched_owners)
+        else:
+            self._written = [p for p, g in zip(self._params, tensors, strict=True) if g is not None]
+            self._raised = sum(tensors[i] is not None for i in self._watched_owners)
+
+    def _count_write(self) -> None:
+        """Raise the versions of what a step has written, so that a backward pass through overwritten values is noticed."""
+        torch.autograd.graph.increment_version(self._written)
+        assert self._last.versions is not None
+        self._last.versions += self._raised
 
     def _follow_schedule(self, schedule: Callable[[int], float]) -> int:
         """Write this step's shrink ratio into the groups, and return the step."""
+        if snapshot.capturing():
+            raise RuntimeError(
+                "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
+                "write to it between replays"
+            )
         step = self.param_groups[0].get("shrink_step", 0) + 1
         ratio = check_float(f"shrink_schedule({step})", schedule(step), low=0.0, high=1.0)
         for group in self.param_groups:
@@ -296,11 +316,57 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         return step
 
     def _build_engines(self) -> None:
-        """Make one engine for each device that holds parameters, and fill the state."""
-        self._engines = build_engines(
-            self.param_groups, self._pairs, self.state, self.storage, self.max_grad_norm, self._skipped_on_device
-        )
-        self._known_state = {p: dict(entry) for p, entry in self.state.items()}
+        """Complete the state, and make one engine for each device that holds parameters.
+
+        Raises:
+            TypeError: a parameter has a dtype that the optimizer or the backend in force does not take.
+            ValueError: a parameter or its state does not fit; nothing has changed then.
+        """
+        self._last = Snapshot(self._last.params)
+        options.check_storage_fits(self.param_groups, self.storage)
+        members, settings = options.members_and_settings(self.param_groups, self._pairs)
+        by_device: dict[torch.device, list[int]] = {}
+        for index, member in enumerate(members):
+            options.check_parameter("a parameter", member.owner)
+            by_device.setdefault(member.param.device, []).append(index)
+        if len(by_device) > 1 and self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm needs all parameters on one device, got {', '.join(map(str, by_device))}; "
+                "clip with torch.nn.utils.clip_grad_norm_ instead"
+            )
+        for pair in self._pairs:
+            if pair.A.device != pair.B.device:
+                raise ValueError(
+                    f"pair {pair.name!r}: A is on {pair.A.device} and B on {pair.B.device}; they must share one"
+                )
+        classes = {device: _engine_class(device, [members[i] for i in each]) for device, each in by_device.items()}
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        entries = [self.state.get(member.owner, {}) for member in members]
+        entries = [
+            entry if member.param is member.owner else {key: local(value) for key, value in entry.items()}
+            for entry, member in zip(entries, members, strict=True)
+        ]
+        wanted = [(m.param, settings[m.setting_index]["amsgrad"], self.storage) for m in members]
+        for entry, name, each in zip(entries, names, wanted, strict=True):
+            state.check_entry(entry, name, *each)
+        for entry, each in zip(entries, wanted, strict=True):
+            state.fill_entry(entry, *each)
+        self._engines = []
+        for device, indices in by_device.items():
+            if device not in self._skipped_on_device:
+                self._skipped_on_device[device] = torch.zeros((), dtype=torch.int32, device=device)
+            of_device = [members[i] for i in indices]
+            index_of = {id(member.owner): i for i, member in enumerate(of_device)}
+            pairs = [Pair(index_of[id(p.A)], index_of[id(p.B)]) for p in self._pairs if id(p.A) in index_of]
+            held = {members[i].param: entries[i] for i in indices}
+            engine = classes[device](of_device, pairs, settings, held, self._skipped_on_device[device], self.storage)
+            self._engines.append((indices, engine))
+        for member, entry in zip(members, entries, strict=True):
+            self.state[member.owner] = entry if member.param is member.owner else state.as_dtensors(entry, member.owner)
+        watched = [indices[i] for indices, engine in self._engines for i in engine.watched]
+        self._watched = [members[i].param for i in watched]
+        # A shard has a version of its own, which a step leaves alone.
+        self._watched_owners = [i for i in watched if members[i].param is members[i].owner]
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.
@@ -312,8 +378,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Without ``refresh`` such a write is lost with ``master_weights``. Otherwise it counts, but on Triton the next step still
         decides the latch by the norms from before it.
         """
-        for _, engine in self._engines:
-            engine.versions = None
+        self._last.versions = None
 
     @property
     def nonfinite_steps(self) -> int:
@@ -376,23 +441,37 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        state_dict = from_adamw(state_dict, self.param_groups)
-        groups = check_state_groups(state_dict, self.param_groups)
-        state = load_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
-        check_amsgrad(groups, self.storage)
-        warn_of_differences(groups[0], self.param_groups[0])
-        restore_groups(groups, self.param_groups)
+        state_dict = state.from_adamw(state_dict, self.param_groups)
+        groups = state.check_state_groups(state_dict, self.param_groups)
+        loaded = state.load_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
+        options.check_amsgrad(groups, self.storage)
+        state.warn_of_differences(groups[0], self.param_groups[0])
+        state.restore_groups(groups, self.param_groups)
         self.state.clear()
-        self.state.update(state)
-        self._rebuild()
+        self.state.update(loaded)
+        self._find_pairs()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"storage": self.storage, "_reported": self._reported, "_skipped_before": self.nonfinite_steps}
-        return {**super().__getstate__(), **own, "shrink_schedule": CopiedSchedule(self.shrink_schedule)}
+        return {**super().__getstate__(), **own, "shrink_schedule": options.CopiedSchedule(self.shrink_schedule)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.shrink_schedule = state["shrink_schedule"].schedule
-        self._rebuild()
+    def __setstate__(self, given: dict[str, Any]) -> None:
+        super().__setstate__(given)
+        self.shrink_schedule = given["shrink_schedule"].schedule
+        self._find_pairs()
+
+
+def _engine_class(device: torch.device, members: Sequence[Member]) -> Any:
+    """The class of the engine that takes the step of the ``members`` on ``device``."""
+    if resolve_backend(device) == "torch":
+        return TorchStep
+    if any(member.param.dtype is torch.float64 for member in members):
+        if get_backend() == "triton":
+            raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
+        return TorchStep
+    # Triton is optional, so nothing imports its engine before it is used.
+    from stablelora_kernels.optim.triton_step import TritonStep
+
+    return TritonStep

@@ -1,18 +1,21 @@
-"""A parameter's state: counters, moments in float32, bfloat16 or 8 bits by blocks, and float32 masters."""
+"""A parameter's state: counters, moments in float32, bfloat16 or 8 bits by blocks, float32 masters; and how a saved one loads."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from copy import deepcopy
+from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from stablelora_kernels.optim.gradients import with_strides_of
-from stablelora_kernels.optim.hyperparameters import Member, Setting
-from stablelora_kernels.optim.sharding import Shard
-from stablelora_kernels.optim.stochastic_rounding import LOW_PRECISION, mix_, stochastic_round
-from stablelora_kernels.utils.dtensor import from_local, local
+from stablelora_kernels.optim.options import HYPER, LATER, STORAGE, Storage, check_hyper, check_one_clip
+from stablelora_kernels.optim.sharding import ShardSums
+from stablelora_kernels.optim.snapshot import with_strides_of
+from stablelora_kernels.pairs import LoRAPair, split_lora_name
+from stablelora_kernels.utils.dtensor import from_local, local, local_like
+from stablelora_kernels.utils.text import counted
+from stablelora_kernels.utils.wrappers import same_anywhere
 
 # Scalars of a parameter's state; its other tensors have the parameter's shape.
 COUNTERS = ("step", "latched_at")
@@ -22,30 +25,6 @@ MOMENT_WORD = 0x9E3779B9
 BLOCK = 256
 # The noise with which stochastic rounding rounds to nearest.
 _HALF = 0x80080000 - 2**32
-
-
-class Pair(NamedTuple):
-    """The indices of a pair's A and B in an engine's list of members."""
-
-    a: int
-    b: int
-
-
-class Storage(NamedTuple):
-    """How state is kept: the moments' dtype, and whether bfloat16 and float16 parameters have a float32 master.
-
-    float64 parameters have float64 moments. torch.uint8 stands for 8 bits by blocks: codes in the parameter's shape, and
-    float32 scales in a second tensor named with "_scale".
-    """
-
-    moments_dtype: torch.dtype = torch.float32
-    master_weights: bool = False
-
-    def moment_dtype(self, p: torch.Tensor) -> torch.dtype:
-        return torch.float64 if p.dtype is torch.float64 else self.moments_dtype
-
-    def has_master(self, p: torch.Tensor) -> bool:
-        return self.master_weights and p.dtype in LOW_PRECISION
 
 
 def work_dtype(p: torch.Tensor) -> torch.dtype:
@@ -58,55 +37,30 @@ def flat(t: torch.Tensor) -> torch.Tensor:
     return t.as_strided((t.numel(),), (1,), t.storage_offset())
 
 
-class _NoTensorsAreEqual(TorchFunctionMode):
-    """Answers ``==`` between tensors with False. Containers do not ask it about an element that both hold."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
-        return False
-
-
-_NO_TENSORS_ARE_EQUAL = _NoTensorsAreEqual()
-
-
-def same_objects(found: Any, known: Any) -> bool:
-    """Whether two lists or nested dicts hold the very same tensors in the same places.
-
-    Every step asks this, so all of the work is Python's own comparison of containers: a tenth of a microsecond a tensor.
-    """
-    with _NO_TENSORS_ARE_EQUAL:
-        return bool(found == known)
-
-
-def check_entry(entry: dict[str, Any], name: str, member: Member, setting: Setting, storage: Storage) -> None:
-    """Check state that may have replaced the engine's; missing tensors are made later.
+def check_entry(entry: dict[str, Any], name: str, p: torch.Tensor, amsgrad: bool, storage: Storage) -> None:
+    """Check state of the parameter ``p`` that may be someone else's; missing tensors are made later.
 
     Tensors in other strides than the parameter's are replaced by copies in its strides.
 
     Raises:
         ValueError: a tensor has another shape, dtype or device than the parameter asks for.
     """
-    p = member.param
     for counter in COUNTERS:
         value = entry.get(counter, 0)
         if not (isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.dim() == 0)):
             raise ValueError(f"the state of {name!r}: {counter!r} must be a number or a 0-d tensor, got {value!r}")
-    expected = {moment: (storage.moment_dtype(p), p.shape) for moment in moment_names(setting)}
+    expected = {moment: (storage.moment_dtype(p), p.shape) for moment in moment_names(amsgrad)}
     if storage.has_master(p):
         expected["master"] = torch.float32, p.shape
     if storage.moment_dtype(p) is torch.uint8:
-        scales = torch.float32, torch.Size([-(-p.numel() // BLOCK)])
-        expected |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), scales)
+        expected |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), (torch.float32, scales_shape(p)))
     for key, (dtype, shape) in expected.items():
         if key not in entry:
             continue
         value = entry[key]
-        fits = isinstance(value, torch.Tensor) and (value.dtype, value.shape, value.device) == (dtype, shape, p.device)
-        if not fits:
-            got = (
-                f"{value.dtype} {list(value.shape)} on {value.device}"
-                if isinstance(value, torch.Tensor)
-                else repr(value)
-            )
+        is_tensor = isinstance(value, torch.Tensor)
+        if not (is_tensor and (value.dtype, value.shape, value.device) == (dtype, shape, p.device)):
+            got = f"{value.dtype} {list(value.shape)} on {value.device}" if is_tensor else repr(value)
             raise ValueError(f"the state of {name!r}: {key!r} must be {dtype} {list(shape)} on {p.device}, got {got}")
         if shape == p.shape and value.stride() != p.stride():
             if dtype is torch.uint8:
@@ -117,9 +71,25 @@ def check_entry(entry: dict[str, Any], name: str, member: Member, setting: Setti
             entry[key] = with_strides_of(p, value)
 
 
-def local_state(entry: dict[str, Any], member: Member) -> dict[str, Any]:
-    """The state that an engine fills and changes: ``entry``, the parameter's own, or this process's shards of it."""
-    return entry if member.param is member.owner else {key: local(value) for key, value in entry.items()}
+def fill_entry(entry: dict[str, Any], p: torch.Tensor, amsgrad: bool, storage: Storage) -> None:
+    """Give the state of ``p`` what it lacks: moments, zeros of its shape and strides, and its master. Drop another's master."""
+    dtype = storage.moment_dtype(p)
+    for name in moment_names(amsgrad):
+        if name not in entry:
+            entry[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            entry.pop(f"{name}_scale", None)
+        if dtype is torch.uint8 and f"{name}_scale" not in entry:
+            entry[f"{name}_scale"] = torch.zeros(scales_shape(p), dtype=torch.float32, device=p.device)
+    if not storage.has_master(p):
+        entry.pop("master", None)
+    elif "master" not in entry:
+        entry["master"] = p.detach().float()
+
+
+def refresh_masters(masters: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> None:
+    """Set a master to its parameter wherever the parameter is not its rounding: someone else has written to it."""
+    for master, p in zip(masters, params, strict=True):
+        torch.where(master.to(p.dtype) == p, master, p.float(), out=master)
 
 
 def as_dtensors(entry: dict[str, Any], p: torch.Tensor) -> dict[str, Any]:
@@ -135,23 +105,14 @@ def stack_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.devi
     return torch.stack([zero if v is None else torch.as_tensor(v, dtype=dtype, device=device) for v in values])
 
 
-def moment_names(group: Setting | dict[str, Any]) -> tuple[str, ...]:
-    """The names of the moments that a parameter of ``group`` has in the optimizer's state."""
-    return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+def moment_names(amsgrad: bool) -> tuple[str, ...]:
+    """The names of a parameter's moments in the optimizer's state."""
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
 
 
-def init_moments(
-    state: dict[torch.Tensor, dict[str, Any]], members: Sequence[Member], settings: Sequence[Setting], storage: Storage
-) -> None:
-    """Give every member the moments that it lacks: zeros of its shape and strides."""
-    for p, setting_index, *_ in members:
-        dtype = storage.moment_dtype(p)
-        for name in moment_names(settings[setting_index]):
-            if name not in state[p]:
-                state[p][name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-                state[p].pop(f"{name}_scale", None)
-            if dtype is torch.uint8 and f"{name}_scale" not in state[p]:
-                state[p][f"{name}_scale"] = torch.zeros(-(-p.numel() // BLOCK), dtype=torch.float32, device=p.device)
+def scales_shape(p: torch.Tensor) -> torch.Size:
+    """The shape of the scales of an 8-bit moment of ``p``."""
+    return torch.Size([-(-p.numel() // BLOCK)])
 
 
 def convert_moment(entry: dict[str, Any], name: str, p: torch.Tensor, storage: Storage) -> dict[str, torch.Tensor]:
@@ -163,7 +124,7 @@ def convert_moment(entry: dict[str, Any], name: str, p: torch.Tensor, storage: S
     saved, dtype, scale_name = entry[name], storage.moment_dtype(p), f"{name}_scale"
     scales = entry.get(scale_name)
     if saved.dtype is torch.uint8:
-        expected = torch.Size([-(-p.numel() // BLOCK)])
+        expected = scales_shape(p)
         if not isinstance(scales, torch.Tensor) or scales.shape != expected or saved.stride() != p.stride():
             raise ValueError(
                 f"state_dict's {name!r} is in 8 bits, so {scale_name!r} must be {list(expected)} and its strides {p.stride()}, "
@@ -184,56 +145,10 @@ def convert_moment(entry: dict[str, Any], name: str, p: torch.Tensor, storage: S
 
 
 def load_moment(entry: dict[str, Any], name: str, dtype: torch.dtype) -> torch.Tensor:
-    """The moment ``name`` of a parameter's state in ``dtype``, that of its arithmetic; the stored tensor if it has that."""
+    """A copy of the moment ``name`` of a parameter's state in ``dtype``, that of its arithmetic."""
     if entry[name].dtype is torch.uint8:
         return decode8(entry[name], entry[f"{name}_scale"], name == "exp_avg")
-    return entry[name].to(dtype)
-
-
-def rounded_moments(
-    entry: dict[str, Any],
-    values: Sequence[torch.Tensor],
-    shard: Shard,
-    step: torch.Tensor,
-    seed: torch.Tensor,
-    found_inf: torch.Tensor | None = None,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Both moments of a parameter, rounded at random by the noise of ``reference.optimizer.moment_noise_ref``.
-
-    Args:
-        entry: the parameter's state; its moments are in bfloat16 or 8 bits, or in float64, which is not rounded.
-        values: exp_avg and exp_avg_sq in float32, or float64, in the parameter's shape and strides.
-        shard: gives the indices of the parameter's elements.
-        step, seed: int32 scalars.
-        found_inf: float32 scalar; nothing changes if it is not 0.
-
-    Returns:
-        Views of the tensors of ``entry`` and their new values.
-    """
-    names = ("exp_avg", "exp_avg_sq")
-    if entry["exp_avg"].dtype is torch.float64:
-        return [(entry[name], value) for name, value in zip(names, values, strict=True)]
-    # Indices are modulo 2^32.
-    indices = shard.element_indices(values[0].numel(), step.device).to(torch.int32)
-    words = mix_(indices ^ mix_((step + seed).reshape(1)))
-    words = mix_(words.add_(MOMENT_WORD - 2**32))
-    in_8_bits = entry["exp_avg"].dtype is torch.uint8
-    changes = []
-    for name, value in zip(names, values, strict=True):
-        kept = entry[name]
-        if in_8_bits:
-            targets = [flat(kept), entry[f"{name}_scale"]]
-            rounded = list(encode8(flat(value), words, name == "exp_avg"))
-            words = mix_(words.add_(MOMENT_WORD - 2**32))
-        else:
-            targets = [flat(kept)]
-            rounded = [stochastic_round(flat(value), kept.dtype, words)]
-            words = words >> 16
-        for old, new in zip(targets, rounded, strict=True):
-            if found_inf is not None:
-                new = torch.where(found_inf.reshape(()) == 0, new, old)
-            changes.append((old, new))
-    return changes
+    return entry[name].to(dtype, copy=True)
 
 
 def _format(signed: bool) -> tuple[int, float]:
@@ -275,16 +190,248 @@ def encode8(x: torch.Tensor, noise: torch.Tensor, signed: bool) -> tuple[torch.T
     return (codes & 255).to(torch.uint8), scales
 
 
-def init_masters(state: dict[torch.Tensor, dict[str, Any]], params: Sequence[torch.Tensor], storage: Storage) -> None:
-    """Give every parameter that needs a float32 master one; drop masters that a loaded state left over."""
-    for p in params:
-        if not storage.has_master(p):
-            state[p].pop("master", None)
-        elif "master" not in state[p]:
-            state[p]["master"] = p.detach().float()
+# Stochastic rounding: seed, step and element index decide the noise
 
 
-def refresh_masters(masters: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> None:
-    """Set a master to its parameter wherever the parameter is not its rounding: someone else has written to it."""
-    for master, p in zip(masters, params, strict=True):
-        torch.where(master.to(p.dtype) == p, master, p.float(), out=master)
+def mix_(x: torch.Tensor) -> torch.Tensor:
+    """Mix every int32 word of ``x`` in place: a bijection in which each bit flips about half the bits of the result.
+
+    Multiply-xorshift with the constants of Chris Wellons' "lowbias32" (public domain,
+    https://nullprogram.com/blog/2018/07/31/). ``reference.optimizer.mix32`` is an independent copy, as an oracle should be.
+    """
+    # Shifts of int32 are arithmetic: the mask makes them logical.
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
+
+
+def seed_word(seed: int) -> int:
+    """The seed's part of the rounding key, as an int32."""
+    low, high = torch.tensor([seed, seed >> 32], dtype=torch.int64, device="cpu").to(torch.int32).split(1)
+    return int(mix_(mix_(low) ^ high))
+
+
+class Rounding:
+    """Rounds float32 values up or down at random, in place. It allocates all of its memory as it is made."""
+
+    def __init__(self, noise: torch.Tensor, dtype: torch.dtype) -> None:
+        """``noise``: int32 words, one a value. ``dtype``: torch.bfloat16 or torch.float16."""
+        # Random bits added below the cut carry into the kept bits with the probability of the fraction cut off.
+        self.cut = 0xFFFF if dtype is torch.bfloat16 else 0x1FFF
+        self.noise = noise & self.cut
+        self.is_nan = torch.empty_like(noise, dtype=torch.bool)
+        self.has_subnormals = dtype is torch.float16
+        if self.has_subnormals:
+            self.thresholds = (2**24 - (noise & 0xFFFFFF)).float().mul_(2.0**-24)
+            self.whole, self.fraction = torch.empty_like(self.thresholds), torch.empty_like(self.thresholds)
+            self.is_small = torch.empty_like(self.is_nan)
+
+    def round_(self, x: torch.Tensor) -> torch.Tensor:
+        """Round ``x``, float32 of the noise's shape, to values of the dtype."""
+        torch.ne(x, x, out=self.is_nan)
+        if self.has_subnormals:
+            # Below 2^-14 float16 is subnormal: every step is 2^-24.
+            torch.abs(x, out=self.fraction)
+            torch.lt(self.fraction, 2.0**-14, out=self.is_small)
+            torch.floor(self.fraction.mul_(2.0**24), out=self.whole)
+            up = self.fraction.sub_(self.whole).ge_(self.thresholds)
+            torch.copysign(self.whole.add_(up).mul_(2.0**-24), x, out=self.whole)
+        x.view(torch.int32).add_(self.noise).bitwise_and_(~self.cut)
+        if self.has_subnormals:
+            torch.where(self.is_small, self.whole, x, out=x)
+        # Noise added to a NaN's bits could carry into its sign.
+        return x.masked_fill_(self.is_nan, torch.nan)
+
+
+def stochastic_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -> torch.Tensor:
+    """Round float32 ``x`` up or down at random to ``dtype``, bfloat16 or float16; ``noise`` holds int32 words of its shape.
+
+    The same bits as :func:`~stablelora_kernels.reference.optimizer.stochastic_round_ref` elementwise.
+    """
+    return Rounding(noise, dtype).round_(x.clone()).to(dtype)
+
+
+# Checkpoints
+
+
+def is_state_init_step(
+    groups: Sequence[dict[str, Any]], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
+) -> bool:
+    """Whether the first step has zero gradients and lr=0.
+
+    torch.distributed.checkpoint calls step() like this to create state, and nothing else may change. Do not shrink or latch
+    then.
+    """
+    for group in groups:
+        lr = group["lr"]
+        if (isinstance(lr, torch.Tensor) and lr.device.type != "cpu") or lr != 0:
+            return False
+    device = params[0].device
+    nonzero = torch.stack([g.any().to(device) for g in grads if g is not None]).any()
+    sums = ShardSums(params)
+    return not bool(sums.all_reduce_max_(nonzero.int()) if sums else nonzero)
+
+
+def _identity(name: str) -> Any:
+    """What identifies a parameter in a checkpoint, whatever wraps the model: its pair and role, else its name."""
+    name = same_anywhere(name)
+    return split_lora_name(name) or name
+
+
+# What torch.optim.AdamW saves of a group. The last three choose among implementations, and mean nothing here.
+_ADAMW = (
+    "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "foreach", "differentiable", "fused",
+)  # fmt: skip
+
+
+def from_adamw(state_dict: Any, groups: Sequence[dict[str, Any]]) -> Any:
+    """``state_dict``; one of ``torch.optim.AdamW`` with what StableLoRAAdamW's has beyond it, from ``groups``.
+
+    Raises:
+        ValueError: it is ``torch.optim.Adam``'s, with a weight decay that is not decoupled; or it has another number of groups;
+            or its state is malformed.
+    """
+    saved = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+    if not (isinstance(saved, list) and saved and all(isinstance(group, dict) for group in saved)):
+        return state_dict
+    if any("shrink_ratio" in group or not set(_ADAMW) <= set(group) for group in saved):
+        return state_dict
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"state_dict is torch.optim.AdamW's with {counted(len(saved), 'parameter group')}, this optimizer has {len(groups)}. "
+            "Hugging Face's Trainer makes two, with weight decay and without: an optimizer by StableLoRAAdamWFactory.from_args "
+            "has the same two and goes on with these moments. To begin with fresh ones, remove optimizer.pt from the checkpoint"
+        )
+    for i, group in enumerate(saved):
+        if not group.get("decoupled_weight_decay", True) and group["weight_decay"] != 0:
+            raise ValueError(
+                f"state_dict is torch.optim.Adam's: the weight decay of its group {i}, {group['weight_decay']}, is not "
+                "decoupled, and StableLoRAAdamW's is"
+            )
+    dropped = {"foreach", "differentiable", "fused", "decoupled_weight_decay"}
+    completed = [
+        {**{key: ours[key] for key in HYPER}, **{key: value for key, value in theirs.items() if key not in dropped}}
+        for theirs, ours in zip(saved, groups, strict=True)
+    ]
+    entries = state_dict.get("state", {})
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError("state_dict must have a dict 'state' with a dict for each parameter, got something else")
+    zero = torch.zeros((), dtype=torch.int32, device="cpu")
+    state = {
+        key: {**entry, "step": torch.as_tensor(entry["step"], device="cpu"), "latched_at": zero}
+        if "step" in entry
+        else entry
+        for key, entry in entries.items()
+    }
+    return {**state_dict, "state": state, "param_groups": completed}
+
+
+def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of ``state_dict``, checked, with defaults for hyperparameters that an earlier version did not save.
+
+    Raises:
+        ValueError: the state is not this optimizer's, or its parameters differ from those of ``groups``.
+    """
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("state_dict must be a dict with 'state' and 'param_groups'")
+    saved = state_dict["param_groups"]
+    if len(saved) != len(groups):
+        raise ValueError(f"state_dict has {counted(len(saved), 'parameter group')}, the optimizer {len(groups)}")
+    checked = []
+    for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
+        if not isinstance(theirs, dict) or "params" not in theirs:
+            got = f"the keys {sorted(theirs)}" if isinstance(theirs, dict) else repr(theirs)
+            raise ValueError(f"group {i} of state_dict must be a dict with 'params', got {got}")
+        missing = [key for key in HYPER if key not in theirs and key not in LATER]
+        if missing:
+            raise ValueError(
+                f"state_dict is not StableLoRAAdamW's: its group {i} has no {', '.join(map(repr, missing))}"
+            )
+        if len(theirs["params"]) != len(ours["params"]):
+            raise ValueError(
+                f"group {i} of state_dict has {len(theirs['params'])} parameters, the optimizer's {len(ours['params'])}"
+            )
+        their_names = theirs.get("param_names", ours["param_names"])
+        for their_name, our_name in zip(their_names, ours["param_names"], strict=True):
+            if _identity(their_name) != _identity(our_name):
+                raise ValueError(f"group {i} of state_dict has {their_name!r} where the optimizer has {our_name!r}")
+        complete = {**{key: ours[key] for key in LATER}, **theirs}
+        checked.append({**complete, **check_hyper(complete, f"state_dict's group {i}: ")})
+    check_one_clip(checked)
+    return checked
+
+
+def warn_of_differences(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Warn if loading a state with the group ``saved`` changes what the optimizer with the group ``own`` was asked to do."""
+    asked, found = own["max_grad_norm"], saved["max_grad_norm"]
+    if asked is not None and asked != found:
+        warnings.warn(
+            f"max_grad_norm was {asked} and is {found} now, as the other hyperparameters of the loaded state; set "
+            "optimizer.max_grad_norm after loading to change it",
+            UserWarning,
+            stacklevel=6,
+        )
+    for name in STORAGE:
+        if saved.get(name, own[name]) != own[name]:
+            warnings.warn(
+                f"the loaded state was saved with {name}={saved[name]}; it was converted, since this optimizer has "
+                f"{name}={own[name]}",
+                UserWarning,
+                stacklevel=6,
+            )
+
+
+def restore_groups(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """Write copies of the saved hyperparameters into ``groups``; tensors stay on the device of those that they replace."""
+    for saved, group in zip(saved_groups, groups, strict=True):
+        for key, value in saved.items():
+            if key not in ("params", "param_names", *STORAGE):
+                old, new = group.get(key), deepcopy(value)
+                if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+                    new = new.to(old.device)
+                group[key] = new
+
+
+def load_state(
+    state_dict: dict[str, Any],
+    saved_groups: Sequence[dict[str, Any]],
+    groups: Sequence[dict[str, Any]],
+    pairs: Sequence[LoRAPair],
+    storage: Storage,
+) -> dict[torch.Tensor, dict[str, Any]]:
+    """Copies of the saved state by parameter: on its device, in its strides and placements, in the dtypes of ``storage``.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape than its parameter.
+    """
+    owners = {id(pair.A) for pair in pairs}
+    result: dict[torch.Tensor, dict[str, Any]] = {}
+    for saved, group in zip(saved_groups, groups, strict=True):
+        for key, name, p in zip(saved["params"], group["param_names"], group["params"], strict=True):
+            if key not in state_dict["state"]:
+                continue
+            entry = state_dict["state"][key]
+            moments = moment_names(saved["amsgrad"])
+            masters = ("master",) if storage.has_master(p) and "master" in entry else ()
+            counters = {"step": torch.float32} | ({"latched_at": torch.int32} if id(p) in owners else {})
+            for field in (*counters, *moments, *masters):
+                shape = torch.Size([]) if field in counters else p.shape
+                value = entry.get(field)
+                if not isinstance(value, torch.Tensor):
+                    raise ValueError(f"state_dict has no {field!r} tensor for {name!r}")
+                if value.shape != shape:
+                    raise ValueError(
+                        f"state_dict's {field!r} of {name!r} must be {list(shape)}, got {list(value.shape)}"
+                    )
+            shard = local(p.detach())
+            entry = {**entry, **{field: local_like(entry[field], p) for field in (*moments, *masters)}}
+            copied = {field: entry[field].detach().to(p.device, dtype, copy=True) for field, dtype in counters.items()}
+            for field in moments:
+                copied |= convert_moment(entry, field, shard, storage)
+            for field in masters:
+                copied[field] = torch.empty_like(shard, dtype=torch.float32).copy_(entry[field])
+            result[p] = as_dtensors(copied, p)
+    return result

@@ -20,7 +20,7 @@ from stablelora_kernels.dispatch.tiles import Tile, TileRule
 from stablelora_kernels.launch import lora_common, lora_linear, lora_linear_group, lora_linear_quantized, lora_mlp
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.optim.triton_engine import TritonStep
+from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.reference.mlp import activation_ref
 from stablelora_kernels.testing import assert_no_worse

@@ -1,31 +1,53 @@
-"""Checks of StableLoRAAdamW's arguments: named parameters, pairs, hyperparameters, storage. None changes its argument."""
+"""Parameter groups and hyperparameters: their checks, none of which changes its argument, and the setting of each parameter."""
 
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.optim.hyperparameters import check_patterns_match
-from stablelora_kernels.optim.sharding import check_shards
-from stablelora_kernels.optim.state import Storage
-from stablelora_kernels.pairs import LoRAPair, is_named_parameter, lora_pairs, split_lora_name
-from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.config import lookup_pattern, unmatched_patterns
+from stablelora_kernels.optim.sharding import Shard, check_shards, shard_of
+from stablelora_kernels.pairs import LoRAPair, is_named_parameter, layer_name, lora_pairs, split_lora_name
+from stablelora_kernels.utils.dtensor import is_sharded, local
 from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int, check_patterns
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# A state that an earlier version saved may lack these.
-LATER = ("shrink_pattern", "stop_condition", "lr_ratio_B", "amsgrad", "max_grad_norm")
-# The groups hold these so that a state dict and repr() tell them; they are the optimizer's own.
-STORAGE = Storage._fields
+# Computed in float32, and rounded at random or from a float32 master.
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *LOW_PRECISION)
 STOP_CONDITIONS = ("norm", "never")
 _NAMES_NEEDED = (
     "pairs are found by name, so give (name, parameter) tuples, as model.named_parameters() does, or LoRAPairs, or use "
     "StableLoRAAdamW.from_model(model)"
 )
+
+
+class Storage(NamedTuple):
+    """How state is kept: the moments' dtype, and whether bfloat16 and float16 parameters have a float32 master.
+
+    float64 parameters have float64 moments. torch.uint8 stands for 8 bits by blocks: codes in the parameter's shape, and
+    float32 scales in a second tensor named with "_scale".
+    """
+
+    moments_dtype: torch.dtype = torch.float32
+    master_weights: bool = False
+
+    def moment_dtype(self, p: torch.Tensor) -> torch.dtype:
+        return torch.float64 if p.dtype is torch.float64 else self.moments_dtype
+
+    def has_master(self, p: torch.Tensor) -> bool:
+        return self.master_weights and p.dtype in LOW_PRECISION
+
+
+# A state that an earlier version saved may lack these.
+LATER = ("shrink_pattern", "stop_condition", "lr_ratio_B", "amsgrad", "max_grad_norm")
+# The groups hold these so that a state dict and repr() tell them; they are the optimizer's own.
+STORAGE = Storage._fields
 
 
 def _check_number(name: str, value: Any, high: float = math.inf) -> float | torch.Tensor:
@@ -263,14 +285,94 @@ def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
     return pairs
 
 
-def check_grads(grads: Sequence[torch.Tensor | None]) -> bool:
-    """Whether there is any gradient.
+class Pair(NamedTuple):
+    """The indices of a pair's A and B in an engine's list of members."""
 
-    Raises:
-        RuntimeError: a gradient is not dense.
-    """
-    layouts = [g.layout for g in grads if g is not None]
-    for layout in layouts:
-        if layout is not torch.strided:
-            raise RuntimeError(f"gradients must be dense tensors, got {layout}")
-    return bool(layouts)
+    a: int
+    b: int
+
+
+class Member(NamedTuple):
+    """One trainable parameter as an engine sees it."""
+
+    # This process's part of ``owner``, or ``owner`` itself if it is no DTensor.
+    param: torch.Tensor
+    # The index of the parameter's setting.
+    setting_index: int
+    shard: Shard
+    owner: torch.Tensor
+
+
+class Setting:
+    """The hyperparameters of some members, read from their group at each access."""
+
+    def __init__(self, group: dict[str, Any], is_b: bool, own_ratio: float | None) -> None:
+        self.group, self.is_b, self.own_ratio = group, is_b, own_ratio
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "shrink_ratio" and self.own_ratio is not None:
+            return self.own_ratio
+        return self.group[name]
+
+    @property
+    def lr_ratio(self) -> float:
+        """The factor of the group's learning rate."""
+        return self.group["lr_ratio_B"] if self.is_b else 1.0
+
+
+class CopiedSchedule:
+    """A ``shrink_schedule`` in an optimizer's copy or pickle, which says so if the function cannot be pickled."""
+
+    def __init__(self, schedule: Callable[[int], float] | None) -> None:
+        self.schedule = schedule
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiedSchedule:
+        return CopiedSchedule(deepcopy(self.schedule, memo))
+
+    def __reduce__(self) -> Any:
+        # What pickle, which goes by name, cannot find again.
+        if "<" in getattr(self.schedule, "__qualname__", ""):
+            raise pickle.PicklingError(
+                f"shrink_schedule {self.schedule!r} cannot be pickled: make it a function of a module or a callable object, or "
+                "save state_dict(), which leaves it out, and give it to the new optimizer"
+            )
+        return CopiedSchedule, (self.schedule,)
+
+
+def members_and_settings(
+    groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]
+) -> tuple[list[Member], list[Setting]]:
+    """Every parameter in order, and the distinct settings of all."""
+    bs, pair_of_a = {id(pair.B) for pair in pairs}, {id(pair.A): pair for pair in pairs}
+    members: list[Member] = []
+    setting_indices: dict[tuple[int, bool, float | None], int] = {}
+    base = 0
+    for group_index, group in enumerate(groups):
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            is_b = group["lr_ratio_B"] != 1.0 and id(p) in bs
+            pair = pair_of_a.get(id(p))
+            ratio = None if pair is None else lookup_pattern(group["shrink_pattern"], _names(pair, name), None)
+            setting_index = setting_indices.setdefault((group_index, is_b, ratio), len(setting_indices))
+            members.append(Member(local(p), setting_index, shard_of(f"parameter {name!r}", p, base), p))
+            base += p.numel()
+    return members, [Setting(groups[index], is_b, ratio) for index, is_b, ratio in setting_indices]
+
+
+def _names(pair: LoRAPair, parameter: str) -> tuple[str, str]:
+    """The names that a ``shrink_pattern`` may match: the pair's and its layer's."""
+    return pair.name, layer_name(parameter)
+
+
+def check_patterns_match(groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]) -> None:
+    """Raise ValueError for a key of a ``shrink_pattern`` that matches no pair of the groups that have the key."""
+    owners = {id(pair.A): pair for pair in pairs}
+    patterns: set[str] = set()
+    matched: set[str] = set()
+    for group in groups:
+        named = zip(group["param_names"], group["params"], strict=True)
+        names = [each for name, p in named if id(p) in owners for each in _names(owners[id(p)], name)]
+        patterns |= group["shrink_pattern"].keys()
+        matched |= group["shrink_pattern"].keys() - unmatched_patterns(group["shrink_pattern"], names)
+    for key in sorted(patterns - matched):
+        shown = ", ".join(repr(pair.name) for pair in pairs[:3])
+        raise ValueError(f"shrink_pattern {key!r} matches none of the {len(pairs)} pairs ({shown})")

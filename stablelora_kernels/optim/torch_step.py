@@ -1,0 +1,413 @@
+"""The whole optimizer step on PyTorch's fused and foreach operators: the CPU path, and a GPU's without Triton."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from stablelora_kernels.optim import snapshot
+from stablelora_kernels.optim.options import LOW_PRECISION, Member, Pair, Setting, Storage
+from stablelora_kernels.optim.sharding import ShardSums
+from stablelora_kernels.optim.snapshot import Change, Gradients, upload
+from stablelora_kernels.optim.state import (
+    MOMENT_WORD,
+    Rounding,
+    encode8,
+    flat,
+    load_moment,
+    mix_,
+    refresh_masters,
+    seed_word,
+    stack_counters,
+    stochastic_round,
+    work_dtype,
+)
+
+
+class _Bucket(NamedTuple):
+    """Members that one call of the fused operator updates: same setting, same dtype, all shrink or none."""
+
+    setting: Setting
+    shrinks: bool
+    indices: list[int]
+    params: list[torch.Tensor]
+    exp_avgs: list[torch.Tensor]
+    exp_avg_sqs: list[torch.Tensor]
+    max_exp_avg_sqs: list[torch.Tensor]
+    steps: list[torch.Tensor]
+
+    def rates(self) -> tuple[float, float, float]:
+        """The learning rate, the weight decay, and a factor of the parameters before both.
+
+        Shrink and decay are one multiplication where that is possible: (1 - ratio)(1 - lr wd) = 1 - lr wd'.
+        """
+        lr, decay, ratio = (_number(self.setting[name]) for name in ("lr", "weight_decay", "shrink_ratio"))
+        lr *= self.setting.lr_ratio
+        if not self.shrinks:
+            return lr, decay, 1.0
+        if lr > 1e-12:
+            return lr, decay + ratio / lr - ratio * decay, 1.0
+        return lr, decay, 1 - ratio
+
+
+class TorchStep:
+    """The step of all parameters on one device. The host decides the latch, so on a GPU it waits for the norms.
+
+    A step allocates first and writes then, so a step that runs out of memory has changed nothing. Counters of one kind share
+    a tensor; the optimizer's state holds 0-d views of it.
+    """
+
+    # Close calls of the latch are decided in float64.
+    float32_squares = False
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        pairs: Sequence[Pair],
+        settings: Sequence[Setting],
+        state: dict[torch.Tensor, dict[str, Any]],
+        skipped: torch.Tensor,
+        storage: Storage,
+    ) -> None:
+        """Make the counters and the working copies.
+
+        Args:
+            members: the parameters, all on one device.
+            pairs: the pairs among them.
+            settings: the settings that ``members`` refer to.
+            state: the state of each member's ``param``, complete but for the counters, which become views.
+            skipped: int32 scalar on the device, counts steps not taken because the gradients' norm was not finite.
+            storage: how moments and masters are kept.
+        """
+        self.members, self.pairs, self.settings, self.state, self.skipped = members, pairs, settings, state, skipped
+        self.device, self.max_grad_norm = members[0].param.device, settings[0]["max_grad_norm"]
+        self.low_moments = storage.moments_dtype is not torch.float32
+        self._make_counters()
+        self._make_working_copies(storage)
+        seeds = [seed_word(settings[m.setting_index]["seed"]) for m in members]
+        self.seeds = upload(seeds, torch.int32, self.device)
+        # [2, pairs]: multiplied by these, ||A||_F and ||B||_F become ||A||_F / n and ||B||_F / m.
+        per_n = [1 / max(members[pair.a].owner.shape[1], 1) for pair in pairs]
+        per_m = [1 / max(members[pair.b].owner.shape[0], 1) for pair in pairs]
+        self.inverse_widths = upload([per_n, per_m], torch.float64, self.device)
+        self.pair_sums = ShardSums([members[i].owner for half in zip(*pairs, strict=True) for i in half])
+        self.grad_sums = ShardSums([member.owner for member in members])
+        self.present, self.all_present = [True] * len(members), True
+        # Whether the step reads all gradients without a copy.
+        self.direct = False
+        self.bucket_key: tuple[list[bool], list[int]] | None = None
+        self.buckets: list[_Bucket] = []
+
+    def _make_counters(self) -> None:
+        """One tensor of steps, one a member, and one of latches, one a pair; the state gets views of them."""
+        params = [m.param for m in self.members]
+        owners = [params[pair.a] for pair in self.pairs]
+        self.steps = stack_counters([self.state[p].get("step") for p in params], torch.float32, self.device)
+        self.latched = stack_counters([self.state[a].get("latched_at") for a in owners], torch.int32, self.device)
+        self.step_views = list(self.steps.unbind())
+        for p, view in zip(params, self.step_views, strict=True):
+            self.state[p]["step"] = view
+        for a, view in zip(owners, self.latched.unbind(), strict=True):
+            self.state[a]["latched_at"] = view
+
+    def _make_working_copies(self, storage: Storage) -> None:
+        """``work``: the tensors that the arithmetic runs on: parameters, their float32 masters or float32 copies."""
+        params = [m.param for m in self.members]
+        self.watched = [i for i, p in enumerate(params) if storage.has_master(p)]
+        self.masters = [self.state[params[i]]["master"] for i in self.watched]
+        # By another tensor, so that the copies of a step leave the parameters' versions alone.
+        self.mastered = [params[i].data for i in self.watched]
+        self.work = [self.state[p].get("master", p) for p in params]
+        # Whether there are float64 parameters among others.
+        self.mixed = len({w.dtype for w in self.work}) > 1
+        self.scratch: list[_Scratch] = []
+        for dtype in () if storage.master_weights else LOW_PRECISION:
+            if indices := [i for i, p in enumerate(params) if p.dtype is dtype]:
+                self.scratch.append(_Scratch(dtype, [self.members[i] for i in indices], indices))
+                for i, view in zip(indices, self.scratch[-1].views, strict=True):
+                    self.work[i] = view
+
+    def step(
+        self, gradients: Gradients, change: Change, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
+    ) -> None:
+        """Take one step.
+
+        Args:
+            gradients: one a member.
+            change: what has changed since the last step.
+            grad_scale: float32 scalar that the gradients are to be divided by.
+            found_inf: float32 scalar; if it is not 0, nothing changes.
+        """
+        if self.device.type == "cuda" and snapshot.capturing():
+            raise RuntimeError(
+                f"PyTorch's operators on {self.device} decide the latch on the host, so no CUDA graph can hold this step: use "
+                "backend 'triton', and no float64 parameters"
+            )
+        if found_inf is not None and self.grad_sums.all_reduce_max_(found_inf.clone()).item():
+            return
+        grads = gradients.tensors
+        if change.gradients or not self.direct:
+            self.present = [g is not None for g in grads]
+            self.all_present = all(self.present)
+            grads, self.direct = gradients.converted(self.work)
+        if self.max_grad_norm is not None:
+            norm, grad_scale = self._norm_and_clip_scale(grads, grad_scale)
+            if not math.isfinite(norm.item()):
+                self.skipped += 1
+                return
+        if change.written:
+            refresh_masters(self.masters, self.mastered)
+        for scratch in self.scratch:
+            scratch.load()
+            scratch.prepare(self.steps.int() + 1, self.seeds)
+        shrinking, latched = self._decide_latch()
+        updates = [(bucket, bucket.rates()) for bucket in self._plan(shrinking)]
+        copies = self._adamw_on_copies(updates, grads, grad_scale) if self.low_moments else []
+
+        # Nothing below allocates.
+        if latched is not None:
+            self.latched.copy_(latched)
+        if self.all_present:
+            self.steps.add_(1)
+        else:
+            torch._foreach_add_([view for view, is_present in zip(self.step_views, self.present, strict=True) if is_present], 1)
+        for old, new in copies:
+            old.copy_(new)
+        for update in () if self.low_moments else updates:
+            _adamw(*update, grads, grad_scale)
+        # Round the working copies into the parameters.
+        for scratch in self.scratch:
+            scratch.store(self.present)
+        written = [k for k, i in enumerate(self.watched) if self.present[i]]
+        if written:
+            torch._foreach_copy_([self.mastered[k] for k in written], [self.masters[k] for k in written])
+
+    def _norm_and_clip_scale(
+        self, grads: Sequence[torch.Tensor | None], grad_scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of the unscaled gradients, and the divisor that unscales and clips them: float32 scalars."""
+        each = torch._foreach_norm([g for g in grads if g is not None])
+        norms = torch.stack(self._in_one_dtype(each)).float()
+        if self.grad_sums:
+            indices = upload([i for i, is_present in enumerate(self.present) if is_present], torch.int64, self.device)
+            squares = torch.zeros(len(grads), dtype=torch.float32, device=self.device)
+            squares.index_copy_(0, indices, norms.square())
+            norms = self.grad_sums.all_reduce_sum_(squares).sqrt()
+        one = torch.ones((), dtype=torch.float32, device=self.device)
+        scale = one if grad_scale is None else grad_scale.reshape(())
+        total = torch.linalg.vector_norm(norms) / scale
+        return total, scale / (self.max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
+
+    def _in_one_dtype(self, norms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [x.double() for x in norms] if self.mixed else list(norms)
+
+    def _decide_latch(self) -> tuple[list[int], torch.Tensor | None]:
+        """The latch rule, on the values before the update: shrink A if ||A||_F / n > ||B||_F / m, else latch the pair.
+
+        Returns:
+            The A's that the update shrinks, and the new ``latched`` if a pair latches. Nothing is written.
+        """
+        latched = self.latched.tolist()
+        live = [k for k, pair in enumerate(self.pairs) if not latched[k] and self.present[pair.a]]
+        if not live:
+            return [], None
+        scaled = self._scaled_norms(live)
+        # In most steps all pairs shrink clearly. A NaN fails the first comparison, an infinity the second. Below the minimum
+        # float32 loses some of the squares.
+        if bool((scaled[0] * 0.999 > scaled[1].clamp(min=1e-12)).all()) and bool(scaled.sum() < math.inf):
+            return [self.pairs[k].a for k in live], None
+        shrinking, before = [], list(latched)
+        inverse_n, inverse_m = self.inverse_widths.tolist()
+        for k, a_norm, b_norm in zip(live, *scaled.tolist(), strict=True):
+            pair = self.pairs[k]
+            clear = abs(a_norm - b_norm) > 1e-3 * a_norm and 1e-12 < max(a_norm, b_norm) < math.inf
+            if not clear and not self.pair_sums:
+                # PyTorch's float32 norm of millions of elements is off by 1e-4, and its squares over- and underflow, so decide a
+                # close call and very large or small norms in float64.
+                a_norm = self.work[pair.a].double().norm().item() * inverse_n[k]
+                b_norm = self.work[pair.b].double().norm().item() * inverse_m[k]
+            if not (math.isfinite(a_norm) and math.isfinite(b_norm)):
+                continue
+            if a_norm > b_norm or self.settings[self.members[pair.a].setting_index]["stop_condition"] == "never":
+                shrinking.append(pair.a)
+            else:
+                latched[k] = int(self.steps[pair.a].item()) + 1
+        return shrinking, None if latched == before else upload(latched, torch.int32, self.device)
+
+    def _scaled_norms(self, live: list[int]) -> torch.Tensor:
+        """float64 [2, len(live)]: ||A||_F / n and ||B||_F / m of the pairs ``live``, over all processes."""
+        halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
+        if self.pair_sums:
+            # In float64 throughout, since deciding a close call again would take a second collective.
+            squares = torch.zeros(2, len(self.pairs), dtype=torch.float64, device=self.device)
+            squares[:, live] = torch.stack(torch._foreach_norm(halves, 2, torch.float64)).view(2, -1).square()
+            norms = self.pair_sums.all_reduce_sum_(squares.view(-1)).view(2, -1).sqrt()[:, live]
+        else:
+            norms = torch.stack(self._in_one_dtype(torch._foreach_norm(halves))).double().view(2, -1)
+        return norms * (self.inverse_widths if len(live) == len(self.pairs) else self.inverse_widths[:, live])
+
+    def _plan(self, shrinking: list[int]) -> list[_Bucket]:
+        """The buckets of this step, reused if the same gradients are present and the same A's shrink as before."""
+        key = (self.present, shrinking)
+        if key != self.bucket_key:
+            shrinks_at = set(shrinking)
+            members: dict[tuple[int, bool, torch.dtype], list[int]] = {}
+            for i, (p, setting_index, *_) in enumerate(self.members):
+                if self.present[i]:
+                    members.setdefault((setting_index, i in shrinks_at, work_dtype(p)), []).append(i)
+            self.buckets = [self._bucket(self.settings[at], shrinks, indices) for (at, shrinks, _), indices in members.items()]
+            self.bucket_key = key
+        return self.buckets
+
+    def _bucket(self, setting: Setting, shrinks: bool, indices: list[int]) -> _Bucket:
+        entries = [self.state[self.members[i].param] for i in indices]
+        return _Bucket(
+            setting,
+            shrinks,
+            indices,
+            params=[self.work[i] for i in indices],
+            exp_avgs=[entry["exp_avg"] for entry in entries],
+            exp_avg_sqs=[entry["exp_avg_sq"] for entry in entries],
+            max_exp_avg_sqs=[entry["max_exp_avg_sq"] for entry in entries] if setting["amsgrad"] else [],
+            steps=[self.step_views[i] for i in indices],
+        )
+
+    def _adamw_on_copies(
+        self, updates: Sequence[tuple[_Bucket, Any]], grads: Sequence[Any], grad_scale: torch.Tensor | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """With moments in few bits: the tensors that the step changes, and their new values. Rounding moments allocates.
+
+        One bucket's moments are in float32 at a time.
+        """
+        if grad_scale is not None:
+            # The fused operator writes the unscaled gradients back.
+            grads = [g if g is None else g.clone() for g in grads]
+        changes = []
+        for bucket, rates in updates:
+            entries = [self.state[self.members[i].param] for i in bucket.indices]
+            moments = [
+                [load_moment(e, name, p.dtype) for e, p in zip(entries, bucket.params, strict=True)]
+                for name in ("exp_avg", "exp_avg_sq")
+            ]
+            copy = bucket._replace(
+                params=[p.clone() for p in bucket.params],
+                exp_avgs=moments[0],
+                exp_avg_sqs=moments[1],
+                steps=[step + 1 for step in bucket.steps],
+            )
+            _adamw(copy, rates, grads, grad_scale)
+            changes += zip(bucket.params, copy.params, strict=True)
+            for i, entry, step, *values in zip(bucket.indices, entries, copy.steps, *moments, strict=True):
+                if entry["exp_avg"].dtype is torch.float64:
+                    changes += zip((entry["exp_avg"], entry["exp_avg_sq"]), values, strict=True)
+                else:
+                    # Indices are modulo 2^32.
+                    indices = self.members[i].shard.element_indices(values[0].numel(), self.device).to(torch.int32)
+                    words = mix_(indices ^ mix_((step.int() + self.seeds[i]).reshape(1)))
+                    changes += _rounded_moments(entry, values, words)
+        return changes
+
+
+def _number(value: float | torch.Tensor) -> float:
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _adamw(
+    bucket: _Bucket, rates: tuple[float, float, float], grads: Sequence[Any], grad_scale: torch.Tensor | None
+) -> None:
+    """Weight decay, the shrink and AdamW of one bucket."""
+    setting, (lr, decay, factor) = bucket.setting, rates
+    if factor != 1:
+        torch._foreach_mul_(bucket.params, factor)
+    torch._fused_adamw_(
+        bucket.params,
+        [grads[i] for i in bucket.indices],
+        bucket.exp_avgs,
+        bucket.exp_avg_sqs,
+        bucket.max_exp_avg_sqs,
+        bucket.steps,
+        lr=lr,
+        beta1=setting["betas"][0],
+        beta2=setting["betas"][1],
+        weight_decay=decay,
+        eps=setting["eps"],
+        amsgrad=setting["amsgrad"],
+        maximize=setting["maximize"],
+        grad_scale=grad_scale,
+        found_inf=None,
+    )
+
+
+def _rounded_moments(
+    entry: dict[str, Any], values: Sequence[torch.Tensor], words: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Both moments rounded at random by the noise of ``reference.optimizer.moment_noise_ref``.
+
+    Args:
+        entry: the parameter's state; its moments are in bfloat16 or 8 bits.
+        values: exp_avg and exp_avg_sq in float32, in the parameter's shape and strides.
+        words: int32, the words that round the parameter's elements.
+
+    Returns:
+        Views of the tensors of ``entry`` and their new values.
+    """
+    changes: list[tuple[torch.Tensor, torch.Tensor]] = []
+    words = mix_(words.add_(MOMENT_WORD - 2**32))
+    for name, value in zip(("exp_avg", "exp_avg_sq"), values, strict=True):
+        kept = entry[name]
+        if kept.dtype is torch.uint8:
+            codes, scales = encode8(flat(value), words, name == "exp_avg")
+            changes += [(flat(kept), codes), (entry[f"{name}_scale"], scales)]
+            words = mix_(words.add_(MOMENT_WORD - 2**32))
+        else:
+            changes.append((flat(kept), stochastic_round(flat(value), kept.dtype, words)))
+            words = words >> 16
+    return changes
+
+
+class _Scratch:
+    """float32 working copies of all parameters of one low-precision dtype, in one buffer."""
+
+    def __init__(self, dtype: torch.dtype, members: Sequence[Member], indices: list[int]) -> None:
+        """Make the buffer, uninitialized.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16.
+            members: the parameters of that dtype.
+            indices: their indices among the engine's members.
+        """
+        self.dtype, self.indices, self.params = dtype, indices, [m.param for m in members]
+        self.sizes, device = [p.numel() for p in self.params], self.params[0].device
+        self.flat = torch.empty(sum(self.sizes), dtype=torch.float32, device=device)
+        self.repeats = upload(self.sizes, torch.int64, device)
+        self.indices_on_device = upload(indices, torch.int64, device)
+        elements = [m.shard.element_indices(size, device) for m, size in zip(members, self.sizes, strict=True)]
+        # Indices are modulo 2^32.
+        self.element_indices = torch.cat(elements).to(torch.int32)
+        # In the parameters' shapes and strides.
+        self.views = [
+            part.as_strided(p.shape, p.stride(), part.storage_offset())
+            for part, p in zip(self.flat.split(self.sizes), self.params, strict=True)
+        ]
+
+    def load(self) -> None:
+        """Copy the parameters into the buffer."""
+        torch._foreach_copy_(self.views, self.params)
+
+    def prepare(self, steps: torch.Tensor, seeds: torch.Tensor) -> None:
+        """Allocate what :meth:`store` needs; ``steps`` and ``seeds`` are int32, one a member of the engine."""
+        keys = mix_(steps[self.indices_on_device] + seeds[self.indices_on_device])
+        noise = mix_(torch.repeat_interleave(keys, self.repeats, output_size=self.flat.numel()) ^ self.element_indices)
+        self.rounding: Rounding | None = Rounding(noise, self.dtype)
+
+    def store(self, present: list[bool]) -> None:
+        """Round the copies of present members back; ``present`` holds one bool a member of the engine."""
+        assert self.rounding is not None
+        self.rounding.round_(self.flat)
+        self.rounding = None
+        kept = [k for k, i in enumerate(self.indices) if present[i]]
+        if kept:
+            torch._foreach_copy_([self.params[k] for k in kept], [self.views[k] for k in kept])
