@@ -86,6 +86,10 @@ class Watch:
                 return change
         return self.optimizer._snapshot().words(self.snapshot, self.device)
 
+    def written(self) -> bool:
+        """Whether someone has written to a parameter of which the optimizer keeps the norm or a master."""
+        return self.optimizer._snapshot().versions != self.optimizer._last.versions
+
     def _settings(self) -> dict[str, Any]:
         """By their names, values that a capture turns into constants."""
         found: dict[str, Any] = {
@@ -240,7 +244,7 @@ class GraphedStep:
         bucket.fill(leaves)
         self._copy_numbers()
         # After a write to a parameter the optimizer measures norms again, which a graph would do in every replay.
-        if bucket.watch is None or bucket.warmups < self.num_warmup_iters or self.optimizer._written_to():
+        if bucket.watch is None or bucket.warmups < self.num_warmup_iters or bucket.watch.written():
             return self._run_eagerly(bucket)
         if bucket.graph is None:
             bucket.graph = self._capture(bucket)

@@ -123,16 +123,6 @@ def check_hyper(hyper: dict[str, Any], where: str) -> dict[str, Any]:
     return {name: check(f"{where}{name}", hyper[name]) for name, check in HYPER.items()}
 
 
-def check_one_clip(groups: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError if groups differ in ``max_grad_norm``, which is of all gradients together."""
-    for group in groups:
-        if group["max_grad_norm"] != groups[0]["max_grad_norm"]:
-            raise ValueError(
-                f"max_grad_norm must be one value for all groups, got {groups[0]['max_grad_norm']} and "
-                f"{group['max_grad_norm']}; set optimizer.max_grad_norm to change it in all of them"
-            )
-
-
 def check_storage(moments_dtype: Any, master_weights: Any) -> Storage:
     """The two arguments as a :class:`~stablelora_kernels.optim.state.Storage`."""
     if moments_dtype not in (torch.float32, torch.bfloat16, torch.uint8):
@@ -142,28 +132,26 @@ def check_storage(moments_dtype: Any, master_weights: Any) -> Storage:
     return Storage(moments_dtype, check_bool("master_weights", master_weights))
 
 
-def check_amsgrad(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
-    """Raise ValueError if a group has ``amsgrad`` with moments in few bits."""
+def check_shared(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
+    """Raise ValueError if groups differ in what they share, or ``storage`` cannot hold the state of one of their parameters."""
     if storage.moments_dtype is not torch.float32 and any(group["amsgrad"] for group in groups):
         raise ValueError(f"amsgrad=True needs moments_dtype=torch.float32, got {storage.moments_dtype}")
-
-
-def check_storage_fits(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
-    """Raise ValueError if ``storage`` cannot hold the state of a parameter of ``groups``, or groups differ in what they share."""
-    check_amsgrad(groups, storage)
-    check_one_clip(groups)
     for group in groups:
+        if group["max_grad_norm"] != groups[0]["max_grad_norm"]:
+            raise ValueError(
+                f"max_grad_norm must be one value for all groups, got {groups[0]['max_grad_norm']} and "
+                f"{group['max_grad_norm']}; set optimizer.max_grad_norm to change it in all of them"
+            )
         for name, value in storage._asdict().items():
             if group.get(name, value) != value:
                 raise ValueError(f"a group's {name} must be the optimizer's, {value}, got {group[name]}")
-    if storage.moments_dtype is torch.uint8:
-        for group in groups:
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                if is_sharded(p):
-                    raise ValueError(
-                        f"parameter {name!r} is a DTensor, whose moments cannot be in 8 bits: their blocks would depend on the "
-                        "number of processes; use moments_dtype=torch.bfloat16, got torch.uint8"
-                    )
+        if storage.moments_dtype is torch.uint8:
+            sharded = [name for name, p in zip(group["param_names"], group["params"], strict=True) if is_sharded(p)]
+            if sharded:
+                raise ValueError(
+                    f"parameter {sharded[0]!r} is a DTensor, whose moments cannot be in 8 bits: their blocks would depend on the "
+                    "number of processes; use moments_dtype=torch.bfloat16, got torch.uint8"
+                )
 
 
 def check_parameter(name: str, p: torch.Tensor) -> None:
@@ -303,21 +291,16 @@ class Member(NamedTuple):
     owner: torch.Tensor
 
 
-class Setting:
-    """The hyperparameters of some members, read from their group at each access."""
+class Setting(dict[str, Any]):
+    """The hyperparameters of some members: those of their group, except their own."""
 
-    def __init__(self, group: dict[str, Any], is_b: bool, own_ratio: float | None) -> None:
-        self.group, self.is_b, self.own_ratio = group, is_b, own_ratio
+    def __init__(self, group: dict[str, Any], own: dict[str, Any]) -> None:
+        self.group, self.own = group, own
+        self.read()
 
-    def __getitem__(self, name: str) -> Any:
-        if name == "shrink_ratio" and self.own_ratio is not None:
-            return self.own_ratio
-        return self.group[name]
-
-    @property
-    def lr_ratio(self) -> float:
-        """The factor of the group's learning rate."""
-        return self.group["lr_ratio_B"] if self.is_b else 1.0
+    def read(self) -> None:
+        """Read the group again."""
+        self.update(self.group, **self.own)
 
 
 class CopiedSchedule:
@@ -345,17 +328,21 @@ def members_and_settings(
     """Every parameter in order, and the distinct settings of all."""
     bs, pair_of_a = {id(pair.B) for pair in pairs}, {id(pair.A): pair for pair in pairs}
     members: list[Member] = []
-    setting_indices: dict[tuple[int, bool, float | None], int] = {}
+    # By a group, the factor of its learning rate, and a shrink ratio from its pattern.
+    indices: dict[tuple[int, float, float | None], int] = {}
     base = 0
     for group_index, group in enumerate(groups):
         for name, p in zip(group["param_names"], group["params"], strict=True):
-            is_b = group["lr_ratio_B"] != 1.0 and id(p) in bs
+            lr_ratio = group["lr_ratio_B"] if id(p) in bs else 1.0
             pair = pair_of_a.get(id(p))
             ratio = None if pair is None else lookup_pattern(group["shrink_pattern"], _names(pair, name), None)
-            setting_index = setting_indices.setdefault((group_index, is_b, ratio), len(setting_indices))
+            setting_index = indices.setdefault((group_index, lr_ratio, ratio), len(indices))
             members.append(Member(local(p), setting_index, shard_of(f"parameter {name!r}", p, base), p))
             base += p.numel()
-    return members, [Setting(groups[index], is_b, ratio) for index, is_b, ratio in setting_indices]
+    own = [
+        {"lr_ratio": lr_ratio} | ({} if ratio is None else {"shrink_ratio": ratio}) for _, lr_ratio, ratio in indices
+    ]
+    return members, [Setting(groups[index], each) for (index, *_), each in zip(indices, own, strict=True)]
 
 
 def _names(pair: LoRAPair, parameter: str) -> tuple[str, str]:

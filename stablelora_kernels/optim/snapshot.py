@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
@@ -126,7 +126,12 @@ class Snapshot:
     versions: int | None = None
 
     def read(
-        self, groups: Sequence[dict[str, Any]], params: Sequence[Tensor], state: Any, watched: Sequence[Tensor], on_cpu: bool
+        self,
+        groups: Sequence[dict[str, Any]],
+        params: Sequence[Tensor],
+        state: Any,
+        watched: Sequence[Tensor],
+        on_cpu: bool,
     ) -> Snapshot:
         """A snapshot of the same parameters as they are now, without gradients.
 
@@ -164,7 +169,9 @@ class Snapshot:
     def words(self, last: Snapshot, device: torch.device) -> str | None:
         """What has changed since ``last`` of all that a CUDA graph on ``device`` repeats, in words, or None."""
         if not same_objects((self.params, self.memory, self.state), (last.params, last.memory, last.state)):
-            return "optimizer has other parameters or another state than before (add_param_group, load_state_dict, state)"
+            return (
+                "optimizer has other parameters or another state than before (add_param_group, load_state_dict, state)"
+            )
         for index, rows in enumerate(zip(self.groups, last.groups, strict=True)):
             for name, *both in zip(_NAMES, *rows, strict=True):
                 if name in LIVE:
@@ -188,3 +195,61 @@ def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``values`` as a new tensor on ``device``. A GPU copies from fresh pinned memory, so the host does not wait for it."""
     host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device, copy=True)
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of the device's current stream; 0 on a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def keep_for_stream(tensors: Iterable[Tensor]) -> None:
+    """Once a tensor is freed, let the allocator wait with its memory for what its device's current stream does until then."""
+    for tensor in tensors:
+        # Recording a stream is no part of a graph. The engine keeps what captured launches read.
+        if tensor.device.type == "cuda" and not capturing():
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
+class Staging:
+    """Uploads tables; during a capture, from host memory reserved beforehand.
+
+    A graph repeats its copies at each replay from the same host memory, so that memory may be neither freed nor rewritten.
+    Pinned memory cannot be allocated during a capture. So some is reserved, and a capture keeps the part that it uses.
+    """
+
+    # A step uploads at most four tables, so this is enough for four captures without a step between them.
+    SPARES = 16
+
+    def __init__(self, device: torch.device, size: int, capturable: bool) -> None:
+        """``size``: the bytes of the largest table."""
+        self.device, self.size = device, max(size, 1)
+        self.wanted = self.SPARES if capturable else 0
+        self.spares: list[Tensor] = []
+        self.captured: list[Tensor] = []
+        self.refill()
+
+    def refill(self) -> None:
+        """Replace the reserved memory that captures have used. Call it outside of a capture."""
+        while len(self.spares) < self.wanted:
+            pinned = self.device.type == "cuda"
+            self.spares.append(torch.empty(self.size, dtype=torch.uint8, device="cpu", pin_memory=pinned))
+
+    def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
+        """``values`` as a tensor on the device.
+
+        Raises:
+            RuntimeError: during a capture, if no reserved memory is left.
+        """
+        if not capturing():
+            return upload(values, dtype, self.device)
+        if not self.spares:
+            raise RuntimeError(
+                "this step cannot be captured in a CUDA graph: its gradients or hyperparameters differ from the last step's, and "
+                "no memory is reserved for their table. "
+                + ("Run a step between captures" if self.wanted else "Pass capturable=True to the optimizer")
+            )
+        table = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
+        host = self.spares.pop()
+        self.captured.append(host)
+        staged = host[: table.nbytes].view(dtype).view(table.shape).copy_(table)
+        return torch.empty_like(staged, device=self.device).copy_(staged, non_blocking=True)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.optim import options, snapshot, state
 from stablelora_kernels.optim.options import Member, Pair
-from stablelora_kernels.optim.snapshot import Change, Gradients, Snapshot, layout_of
-from stablelora_kernels.optim.stability import PairStability, finite_norms, warn_of_norms
+from stablelora_kernels.optim.snapshot import Gradients, Snapshot, layout_of
+from stablelora_kernels.optim.stability import PairStability, finite_norms
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.dtensor import is_sharded, local
@@ -38,12 +39,13 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         else:                           the pair latches permanently
 
     Then A, B and every trainable parameter outside a pair take the step of :class:`torch.optim.AdamW`. A pair whose A has
-    no gradient neither shrinks nor latches. :meth:`step` never reads from a GPU.
+    no gradient neither shrinks nor latches. On Triton :meth:`step` never reads from the GPU. PyTorch's operators, which run
+    float64 and GPUs without Triton, decide the latch on the host.
 
-    Parameters may be DTensors, sharded or replicated, as FSDP2 and tensor parallelism make them. Norms are then those of the
-    full A and B. That takes one small collective for each mesh dimension that shards them, at every step until all pairs have
-    latched (clipping takes one at every step). All ranks latch at the same step. An element's update, its random rounding
-    included, does not depend on the number of ranks. Save checkpoints with ``torch.distributed.checkpoint``.
+    Parameters may be DTensors, sharded or replicated. Norms are then those of the full A and B, which takes one small
+    collective for each mesh dimension that shards them, until all pairs have latched (clipping takes one at every step).
+    All ranks latch at the same step. An element's update, its random rounding included, does not depend on the number of
+    ranks. Save checkpoints with ``torch.distributed.checkpoint``.
 
     Parameters are float32, float64, bfloat16 or float16. The two low-precision types are computed in float32 with float32
     moments and rounded once, at random, so that small changes happen on average. Seed, step and element decide the rounding.
@@ -52,7 +54,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         params: named parameters, as from ``model.named_parameters()``; or :class:`LoRAPair` objects; or parameter groups,
             dicts with ``"params"`` of either kind and their own hyperparameters. Pairs are found by name, across groups. A
             pair has the ``shrink_ratio`` of A's group. Frozen parameters are ignored.
-        lr: the learning rate, a number or a 0-d tensor. The host never reads a tensor on a GPU.
+        lr: the learning rate, a number or a 0-d tensor, which on Triton the host never reads from a GPU.
         betas: decay rates of the two moments, in [0, 1). CPU tensors are read once, at construction.
         eps: added to the square root of the second moment.
         weight_decay: decoupled weight decay, multiplied by ``lr``; a number or a 0-d tensor, as ``lr``.
@@ -60,19 +62,18 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         shrink_pattern: shrink ratios of some pairs. A key is a regular expression for the pair's dotted name, with or without
             PEFT's adapter, or for its end after a dot, as in ``LoRAConfig.rank_pattern``. The first key that matches counts.
             Patterns are applied when the optimizer is built, loaded or given a group.
-        shrink_schedule: a function from a step, counted from one, to the shrink ratio of all pairs without a pattern. The host
-            calls it at each ``step()`` with a gradient and writes its value to every group's ``"shrink_ratio"``. A CUDA graph
-            would replay one value, so capture is refused; instead pass ``shrink_ratio`` as a tensor and write to it between
-            replays. ``state_dict`` holds the count of steps but not the function. As with torch's LambdaLR, a lambda can be
-            copied but not pickled.
+        shrink_schedule: a function from a step, counted from one, to the shrink ratio of all pairs without a pattern. Each
+            ``step()`` with a gradient writes its value to every group's ``"shrink_ratio"``. A CUDA graph would replay one
+            value, so capture is refused; instead pass ``shrink_ratio`` as a tensor and write to it between replays.
+            ``state_dict`` holds the count of steps but not the function. A lambda can be copied but not pickled.
         stop_condition: "norm" is Algorithm 1. "never" shrinks at every step and latches no pair, for comparison; a latched
             pair stays latched.
         lr_ratio_B: B's learning rate is this multiple of ``lr``, as in LoRA+ (arXiv 2402.12354).
         maximize: climb instead of descend.
         amsgrad: divide by the root of the largest second moment so far, a third moment in the state.
-        capturable: allow capturing :meth:`step` in a CUDA graph, alone or with the backward pass, after one step outside of it.
-            Capture again after ``load_state_dict`` and after a group has changed. Values that change between replays, such as
-            ``lr``, must be tensors on the GPU. Do not write to parameters between replays: a replay does not notice.
+        capturable: allow capturing :meth:`step` in a CUDA graph, alone or with the backward pass, after one step outside of it;
+            only on Triton. Capture again after ``load_state_dict`` and after a group has changed. Values that change between
+            replays, such as ``lr``, must be tensors on the GPU. A replay does not notice writes to parameters between replays.
         max_grad_norm: clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, with one more launch. The
             step may leave clipped gradients in ``.grad``. A step whose norm is not finite changes nothing; it is counted in
             ``nonfinite_steps``, and :meth:`stability` and :meth:`state_dict` warn of it. ``math.inf`` never clips but still
@@ -94,6 +95,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     # GradScaler then passes its scale and found_inf as device tensors instead of reading them.
     _step_supports_amp_scaling = True
+    # Skipped steps: those that were reported, and those counted by the optimizer that this one is a copy of.
+    _reported = _skipped_before = 0
 
     def __init__(
         self,
@@ -139,7 +142,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         groups = [options.check_group(group, defaults) for group in options.as_groups(params)]
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
         options.find_pairs(groups)
-        options.check_storage_fits(groups, storage)
+        options.check_shared(groups, storage)
         self.storage = storage
         super().__init__(groups, defaults)
         self.shrink_schedule = shrink_schedule
@@ -188,7 +191,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             # All groups share this value, which is not the default once another was set or loaded.
             param_group = options.check_group(param_group, {**self.defaults, "max_grad_norm": self.max_grad_norm})
             options.find_pairs([*self.param_groups, param_group])
-            options.check_storage_fits([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
+            options.check_shared([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
         super().add_param_group(param_group)
         if constructed:
             self._find_pairs()
@@ -198,14 +201,12 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._pairs = options.find_pairs(self.param_groups)
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._any_sharded = any(map(is_sharded, self._params))
-        self._reported: int = getattr(self, "_reported", 0)
-        # Counted by the optimizer that this one is a copy of, and by its own engines.
-        self._skipped_before: int = getattr(self, "_skipped_before", 0)
-        self._skipped_on_device: dict[torch.device, torch.Tensor] = getattr(self, "_skipped_on_device", {})
-        # For each device the indices of its parameters, and the engine.
+        self._skipped_on_device: dict[torch.device, Tensor] = getattr(self, "_skipped_on_device", {})
+        # For each device the indices of its parameters, and the engine; and the settings of all.
         self._engines: list[tuple[list[int], Any]] = []
+        self._settings: list[options.Setting] = []
         # The parameters, or shards, whose versions tell that someone else wrote to them.
-        self._watched: list[torch.Tensor] = []
+        self._watched: list[Tensor] = []
         self._last = Snapshot([list(group["params"]) for group in self.param_groups])
 
     @torch._disable_dynamo
@@ -229,19 +230,18 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             return loss
         if not self.state and state.is_state_init_step(self.param_groups, self._params, gradients.tensors):
             self._build_engines()
-            return loss
-        if self.shrink_schedule is None:
+        elif self.shrink_schedule is None:
             self._step_on(gradients)
-            return loss
-        step = self._follow_schedule(self.shrink_schedule)
-        # The schedule is user code: where do the gradients lie now?
-        self._step_on(Gradients(gradients.tensors, layout_of(gradients.tensors)))
-        # Last: a step that raised counts for nothing.
-        self.param_groups[0]["shrink_step"] = step
+        else:
+            step = self._follow_schedule(self.shrink_schedule)
+            # The schedule is user code, which may have moved the gradients.
+            self._step_on(Gradients(gradients.tensors, layout_of(gradients.tensors)))
+            # Last: a step that raised counts for nothing.
+            self.param_groups[0]["shrink_step"] = step
         return loss
 
     def _step_on(self, gradients: Gradients) -> None:
-        """Take the step on every device; its engine gets what has changed since the last step."""
+        """Take the step on every device. Its engine is told what has changed since the last step."""
         now, capturing = self._snapshot(gradients), snapshot.capturing()
         change = now.since(self._last)
         if change.build:
@@ -250,20 +250,29 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             self._build_engines()
             now = self._snapshot(gradients).kept()
             self._last = dataclasses.replace(now, versions=None)
-        # Only a step that is taken counts for the next one: it uploads everything again if this one raises.
+        # If this step raises, the next one uploads everything again.
         self._last.tensors = self._last.gradients = None
+        for setting in self._settings if change.hyper else ():
+            setting.read()
         if change.gradients:
-            self._find_written(gradients)
-        self._run_engines(gradients, change)
-        now.state = self._last.state
-        self._last = now
+            every = gradients.layout is not None and gradients.layout.present is None
+            has_grad = [g is not None for g in gradients.tensors]
+            self._written = self._params if every else list(compress(self._params, has_grad))
+            self._raised = sum(has_grad[i] for i in self._watched_owners)
+        for indices, engine in self._engines:
+            # torch.amp's scale and verdict, if GradScaler has set them.
+            scale, found_inf = (
+                t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
+                for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            )
+            engine.step(gradients if len(self._engines) == 1 else gradients.at(indices), change, scale, found_inf)
+        now.state, self._last = self._last.state, now
         self._count_write()
-        if capturing:
-            # Copies and measurements of a graph exist only once it is replayed.
-            if change.hyper or change.gradients:
-                now.tensors = now.gradients = None
-            if change.written:
-                now.versions = None
+        # Copies and measurements of a graph exist only once it is replayed.
+        if capturing and (change.hyper or change.gradients):
+            now.tensors = now.gradients = None
+        if capturing and change.written:
+            now.versions = None
 
     def _snapshot(self, gradients: Gradients | None = None) -> Snapshot:
         """What there is in Python now."""
@@ -272,29 +281,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         found = self._last.read(self.param_groups, params, self.state, self._watched, on_cpu)
         found.gradients = gradients and gradients.layout
         return found
-
-    def _written_to(self) -> bool:
-        """Whether someone wrote to a parameter since the last step."""
-        return self._snapshot().versions != self._last.versions
-
-    def _run_engines(self, gradients: Gradients, change: Change) -> None:
-        """Take the step on every device, with torch.amp's scale and verdict if GradScaler has set them."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for indices, engine in self._engines:
-            scale, inf = (
-                t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
-                for t in (grad_scale, found_inf)
-            )
-            engine.step(gradients if len(self._engines) == 1 else gradients.at(indices), change, scale, inf)
-
-    def _find_written(self, gradients: Gradients) -> None:
-        """Find the parameters that steps with these gradients write, and how many of them are watched."""
-        tensors, layout = gradients.tensors, gradients.layout
-        if layout is not None and layout.present is None:
-            self._written, self._raised = self._params, len(self._watched_owners)
-        else:
-            self._written = [p for p, g in zip(self._params, tensors, strict=True) if g is not None]
-            self._raised = sum(tensors[i] is not None for i in self._watched_owners)
 
     def _count_write(self) -> None:
         """Raise the versions of what a step has written, so that a backward pass through overwritten values is noticed."""
@@ -323,8 +309,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             ValueError: a parameter or its state does not fit; nothing has changed then.
         """
         self._last = Snapshot(self._last.params)
-        options.check_storage_fits(self.param_groups, self.storage)
-        members, settings = options.members_and_settings(self.param_groups, self._pairs)
+        options.check_shared(self.param_groups, self.storage)
+        members, self._settings = options.members_and_settings(self.param_groups, self._pairs)
         by_device: dict[torch.device, list[int]] = {}
         for index, member in enumerate(members):
             options.check_parameter("a parameter", member.owner)
@@ -339,30 +325,20 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 raise ValueError(
                     f"pair {pair.name!r}: A is on {pair.A.device} and B on {pair.B.device}; they must share one"
                 )
-        classes = {device: _engine_class(device, [members[i] for i in each]) for device, each in by_device.items()}
+        classes = [_engine_class(device, [members[i] for i in each]) for device, each in by_device.items()]
         names = [name for group in self.param_groups for name in group["param_names"]]
-        entries = [self.state.get(member.owner, {}) for member in members]
-        entries = [
-            entry if member.param is member.owner else {key: local(value) for key, value in entry.items()}
-            for entry, member in zip(entries, members, strict=True)
-        ]
-        wanted = [(m.param, settings[m.setting_index]["amsgrad"], self.storage) for m in members]
-        for entry, name, each in zip(entries, names, wanted, strict=True):
-            state.check_entry(entry, name, *each)
-        for entry, each in zip(entries, wanted, strict=True):
-            state.fill_entry(entry, *each)
+        entries = state.completed(self.state, members, names, self._settings, self.storage)
         self._engines = []
-        for device, indices in by_device.items():
+        for (device, indices), engine_class in zip(by_device.items(), classes, strict=True):
             if device not in self._skipped_on_device:
                 self._skipped_on_device[device] = torch.zeros((), dtype=torch.int32, device=device)
-            of_device = [members[i] for i in indices]
-            index_of = {id(member.owner): i for i, member in enumerate(of_device)}
+            skipped, own = self._skipped_on_device[device], [members[i] for i in indices]
+            index_of = {id(member.owner): i for i, member in enumerate(own)}
             pairs = [Pair(index_of[id(p.A)], index_of[id(p.B)]) for p in self._pairs if id(p.A) in index_of]
             held = {members[i].param: entries[i] for i in indices}
-            engine = classes[device](of_device, pairs, settings, held, self._skipped_on_device[device], self.storage)
-            self._engines.append((indices, engine))
+            self._engines.append((indices, engine_class(own, pairs, self._settings, held, skipped, self.storage)))
         for member, entry in zip(members, entries, strict=True):
-            self.state[member.owner] = entry if member.param is member.owner else state.as_dtensors(entry, member.owner)
+            self.state[member.owner] = state.as_owned(entry, member.owner)
         watched = [indices[i] for indices, engine in self._engines for i in engine.watched]
         self._watched = [members[i].param for i in watched]
         # A shard has a version of its own, which a step leaves alone.
@@ -385,7 +361,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """The number of steps that ``max_grad_norm`` skipped because the gradients' norm was not finite. Reads the device."""
         return self._skipped_before + sum(int(skipped) for skipped in self._skipped_on_device.values())
 
-    def _report_nonfinite_steps(self) -> None:
+    def _checked_norms(self, local_only: bool = False) -> list[tuple[float, float]]:
+        """The norms of every pair. Warns of steps that were skipped, and of norms that a GPU's float32 does not hold."""
         found = self.nonfinite_steps
         if found > self._reported:
             new = found - self._reported
@@ -393,10 +370,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             message = f"{steps} skipped because the norm of {their} gradients was not finite"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
             self._reported = found
-
-    def _report_norms(self, norms: Sequence[tuple[float, float]]) -> None:
-        if any(engine.float32_squares for _, engine in self._engines):
-            warn_of_norms(self._pairs, norms)
+        float32_squares = any(not isinstance(engine, TorchStep) for _, engine in self._engines)
+        return finite_norms(self._pairs, float32_squares, local_only)
 
     @torch.no_grad()
     def stability(self) -> list[PairStability]:
@@ -405,11 +380,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a norm is not finite, so its pair can neither shrink nor latch.
         """
-        self._report_nonfinite_steps()
-        norms = finite_norms(self._pairs)
-        self._report_norms(norms)
         result = []
-        for pair, (a, b) in zip(self._pairs, norms, strict=True):
+        for pair, (a, b) in zip(self._pairs, self._checked_norms(), strict=True):
             step = int(self.state.get(pair.A, {}).get("latched_at", 0))
             m, n = pair.B.shape[0], pair.A.shape[1]
             result.append(PairStability(pair.name, a / max(n, 1), b / max(m, 1), step > 0, step or None))
@@ -421,9 +393,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a pair's norm is not finite.
         """
-        self._report_nonfinite_steps()
         # Without a collective: perhaps not all ranks save.
-        self._report_norms(finite_norms(self._pairs, local_only=True))
+        self._checked_norms(local_only=True)
         return super().state_dict()
 
     @torch._disable_dynamo
@@ -444,7 +415,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         state_dict = state.from_adamw(state_dict, self.param_groups)
         groups = state.check_state_groups(state_dict, self.param_groups)
         loaded = state.load_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
-        options.check_amsgrad(groups, self.storage)
+        merged = [
+            {**own, **{key: group[key] for key in options.HYPER}}
+            for own, group in zip(self.param_groups, groups, strict=True)
+        ]
+        options.check_shared(merged, self.storage)
         state.warn_of_differences(groups[0], self.param_groups[0])
         state.restore_groups(groups, self.param_groups)
         self.state.clear()

@@ -8,12 +8,13 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from stablelora_kernels.optim.options import HYPER, LATER, STORAGE, Storage, check_hyper, check_one_clip
+from stablelora_kernels.optim.options import HYPER, LATER, STORAGE, Member, Setting, Storage, check_hyper
 from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.snapshot import with_strides_of
 from stablelora_kernels.pairs import LoRAPair, split_lora_name
-from stablelora_kernels.utils.dtensor import from_local, local, local_like
+from stablelora_kernels.utils.dtensor import from_local, is_sharded, local, local_like
 from stablelora_kernels.utils.text import counted
 from stablelora_kernels.utils.wrappers import same_anywhere
 
@@ -27,17 +28,17 @@ BLOCK = 256
 _HALF = 0x80080000 - 2**32
 
 
-def work_dtype(p: torch.Tensor) -> torch.dtype:
+def work_dtype(p: Tensor) -> torch.dtype:
     """The dtype of the arithmetic on ``p``: float64 for float64, else float32."""
     return torch.float64 if p.dtype is torch.float64 else torch.float32
 
 
-def flat(t: torch.Tensor) -> torch.Tensor:
+def flat(t: Tensor) -> Tensor:
     """A 1-d view of a dense tensor's elements in memory order."""
     return t.as_strided((t.numel(),), (1,), t.storage_offset())
 
 
-def check_entry(entry: dict[str, Any], name: str, p: torch.Tensor, amsgrad: bool, storage: Storage) -> None:
+def check_entry(entry: dict[str, Any], name: str, p: Tensor, amsgrad: bool, storage: Storage) -> None:
     """Check state of the parameter ``p`` that may be someone else's; missing tensors are made later.
 
     Tensors in other strides than the parameter's are replaced by copies in its strides.
@@ -47,7 +48,7 @@ def check_entry(entry: dict[str, Any], name: str, p: torch.Tensor, amsgrad: bool
     """
     for counter in COUNTERS:
         value = entry.get(counter, 0)
-        if not (isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.dim() == 0)):
+        if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)):
             raise ValueError(f"the state of {name!r}: {counter!r} must be a number or a 0-d tensor, got {value!r}")
     expected = {moment: (storage.moment_dtype(p), p.shape) for moment in moment_names(amsgrad)}
     if storage.has_master(p):
@@ -58,7 +59,7 @@ def check_entry(entry: dict[str, Any], name: str, p: torch.Tensor, amsgrad: bool
         if key not in entry:
             continue
         value = entry[key]
-        is_tensor = isinstance(value, torch.Tensor)
+        is_tensor = isinstance(value, Tensor)
         if not (is_tensor and (value.dtype, value.shape, value.device) == (dtype, shape, p.device)):
             got = f"{value.dtype} {list(value.shape)} on {value.device}" if is_tensor else repr(value)
             raise ValueError(f"the state of {name!r}: {key!r} must be {dtype} {list(shape)} on {p.device}, got {got}")
@@ -71,7 +72,7 @@ def check_entry(entry: dict[str, Any], name: str, p: torch.Tensor, amsgrad: bool
             entry[key] = with_strides_of(p, value)
 
 
-def fill_entry(entry: dict[str, Any], p: torch.Tensor, amsgrad: bool, storage: Storage) -> None:
+def fill_entry(entry: dict[str, Any], p: Tensor, amsgrad: bool, storage: Storage) -> None:
     """Give the state of ``p`` what it lacks: moments, zeros of its shape and strides, and its master. Drop another's master."""
     dtype = storage.moment_dtype(p)
     for name in moment_names(amsgrad):
@@ -86,18 +87,41 @@ def fill_entry(entry: dict[str, Any], p: torch.Tensor, amsgrad: bool, storage: S
         entry["master"] = p.detach().float()
 
 
-def refresh_masters(masters: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> None:
+def refresh_masters(masters: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     """Set a master to its parameter wherever the parameter is not its rounding: someone else has written to it."""
     for master, p in zip(masters, params, strict=True):
         torch.where(master.to(p.dtype) == p, master, p.float(), out=master)
 
 
-def as_dtensors(entry: dict[str, Any], p: torch.Tensor) -> dict[str, Any]:
-    """The state of this process's shard of ``p`` as the state of ``p``, over the same memory."""
+def completed(
+    state: dict[Tensor, dict[str, Any]],
+    members: Sequence[Member],
+    names: Sequence[str],
+    settings: Sequence[Setting],
+    storage: Storage,
+) -> list[dict[str, Any]]:
+    """The state of each member's ``param``: its entry in ``state``, or this process's shards of it, checked and completed."""
+    wanted = [(m.param, settings[m.setting_index]["amsgrad"], storage) for m in members]
+    entries = [state.get(member.owner, {}) for member in members]
+    entries = [
+        entry if member.param is member.owner else {key: local(value) for key, value in entry.items()}
+        for entry, member in zip(entries, members, strict=True)
+    ]
+    for entry, name, each in zip(entries, names, wanted, strict=True):
+        check_entry(entry, name, *each)
+    for entry, each in zip(entries, wanted, strict=True):
+        fill_entry(entry, *each)
+    return entries
+
+
+def as_owned(entry: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    """The state of ``p``, over the memory of that of this process's part of ``p``."""
+    if not is_sharded(p):
+        return entry
     return {key: value if key in COUNTERS else from_local(value, p) for key, value in entry.items()}
 
 
-def stack_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def stack_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The 0-d counters ``values`` as one new tensor [len(values)], None as zero; the host reads nothing."""
     if not values:
         return torch.zeros(0, dtype=dtype, device=device)
@@ -110,12 +134,12 @@ def moment_names(amsgrad: bool) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
 
 
-def scales_shape(p: torch.Tensor) -> torch.Size:
+def scales_shape(p: Tensor) -> torch.Size:
     """The shape of the scales of an 8-bit moment of ``p``."""
     return torch.Size([-(-p.numel() // BLOCK)])
 
 
-def convert_moment(entry: dict[str, Any], name: str, p: torch.Tensor, storage: Storage) -> dict[str, torch.Tensor]:
+def convert_moment(entry: dict[str, Any], name: str, p: Tensor, storage: Storage) -> dict[str, Tensor]:
     """Copy the saved moment ``name`` of ``p`` in the dtype of ``storage``, rounded to nearest, with scales if it has any.
 
     Raises:
@@ -125,7 +149,7 @@ def convert_moment(entry: dict[str, Any], name: str, p: torch.Tensor, storage: S
     scales = entry.get(scale_name)
     if saved.dtype is torch.uint8:
         expected = scales_shape(p)
-        if not isinstance(scales, torch.Tensor) or scales.shape != expected or saved.stride() != p.stride():
+        if not isinstance(scales, Tensor) or scales.shape != expected or saved.stride() != p.stride():
             raise ValueError(
                 f"state_dict's {name!r} is in 8 bits, so {scale_name!r} must be {list(expected)} and its strides {p.stride()}, "
                 f"got {'none' if scales is None else list(scales.shape)} and {saved.stride()}"
@@ -144,11 +168,36 @@ def convert_moment(entry: dict[str, Any], name: str, p: torch.Tensor, storage: S
     return {name: codes, scale_name: scales}
 
 
-def load_moment(entry: dict[str, Any], name: str, dtype: torch.dtype) -> torch.Tensor:
+def load_moment(entry: dict[str, Any], name: str, dtype: torch.dtype) -> Tensor:
     """A copy of the moment ``name`` of a parameter's state in ``dtype``, that of its arithmetic."""
     if entry[name].dtype is torch.uint8:
         return decode8(entry[name], entry[f"{name}_scale"], name == "exp_avg")
     return entry[name].to(dtype, copy=True)
+
+
+def rounded_moments(entry: dict[str, Any], values: Sequence[Tensor], words: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Both moments rounded at random by the noise of ``reference.optimizer.moment_noise_ref``.
+
+    Args:
+        entry: the parameter's state; its moments are in bfloat16 or 8 bits, or in float64, which is not rounded.
+        values: exp_avg and exp_avg_sq in the dtype of the arithmetic, in the parameter's shape and strides.
+        words: int32, the words that round the parameter's elements.
+
+    Returns:
+        Views of the tensors of ``entry`` and their new values.
+    """
+    changes: list[tuple[Tensor, Tensor]] = []
+    words = mix_(words.add_(MOMENT_WORD - 2**32))
+    for name, value in zip(moment_names(amsgrad=False), map(flat, values), strict=True):
+        kept = flat(entry[name])
+        if kept.dtype is torch.uint8:
+            codes, scales = encode8(value, words, name == "exp_avg")
+            changes += [(kept, codes), (entry[f"{name}_scale"], scales)]
+            words = mix_(words.add_(MOMENT_WORD - 2**32))
+        else:
+            changes.append((kept, value if kept.dtype is torch.float64 else stochastic_round(value, kept.dtype, words)))
+            words = words >> 16
+    return changes
 
 
 def _format(signed: bool) -> tuple[int, float]:
@@ -156,7 +205,7 @@ def _format(signed: bool) -> tuple[int, float]:
     return (896, 2.0**-17) if signed else (768, 2.0**-33)
 
 
-def decode8(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Tensor:
+def decode8(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     """float32 values of uint8 ``codes``, in their shape and strides; ``scales`` is float32, one a block.
 
     Source of the format: :func:`~stablelora_kernels.reference.optimizer.moment8_ref`.
@@ -172,7 +221,7 @@ def decode8(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Te
     return value
 
 
-def encode8(x: torch.Tensor, noise: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def encode8(x: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """uint8 codes [n] and float32 scales [ceil(n / BLOCK)] of float32 ``x`` [n], rounded at random by int32 ``noise`` [n]."""
     shift, step = _format(signed)
     rows = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
@@ -193,7 +242,7 @@ def encode8(x: torch.Tensor, noise: torch.Tensor, signed: bool) -> tuple[torch.T
 # Stochastic rounding: seed, step and element index decide the noise
 
 
-def mix_(x: torch.Tensor) -> torch.Tensor:
+def mix_(x: Tensor) -> Tensor:
     """Mix every int32 word of ``x`` in place: a bijection in which each bit flips about half the bits of the result.
 
     Multiply-xorshift with the constants of Chris Wellons' "lowbias32" (public domain,
@@ -217,7 +266,7 @@ def seed_word(seed: int) -> int:
 class Rounding:
     """Rounds float32 values up or down at random, in place. It allocates all of its memory as it is made."""
 
-    def __init__(self, noise: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, noise: Tensor, dtype: torch.dtype) -> None:
         """``noise``: int32 words, one a value. ``dtype``: torch.bfloat16 or torch.float16."""
         # Random bits added below the cut carry into the kept bits with the probability of the fraction cut off.
         self.cut = 0xFFFF if dtype is torch.bfloat16 else 0x1FFF
@@ -229,7 +278,7 @@ class Rounding:
             self.whole, self.fraction = torch.empty_like(self.thresholds), torch.empty_like(self.thresholds)
             self.is_small = torch.empty_like(self.is_nan)
 
-    def round_(self, x: torch.Tensor) -> torch.Tensor:
+    def round_(self, x: Tensor) -> Tensor:
         """Round ``x``, float32 of the noise's shape, to values of the dtype."""
         torch.ne(x, x, out=self.is_nan)
         if self.has_subnormals:
@@ -246,7 +295,7 @@ class Rounding:
         return x.masked_fill_(self.is_nan, torch.nan)
 
 
-def stochastic_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -> torch.Tensor:
+def stochastic_round(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     """Round float32 ``x`` up or down at random to ``dtype``, bfloat16 or float16; ``noise`` holds int32 words of its shape.
 
     The same bits as :func:`~stablelora_kernels.reference.optimizer.stochastic_round_ref` elementwise.
@@ -258,7 +307,7 @@ def stochastic_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -
 
 
 def is_state_init_step(
-    groups: Sequence[dict[str, Any]], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
+    groups: Sequence[dict[str, Any]], params: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> bool:
     """Whether the first step has zero gradients and lr=0.
 
@@ -267,7 +316,7 @@ def is_state_init_step(
     """
     for group in groups:
         lr = group["lr"]
-        if (isinstance(lr, torch.Tensor) and lr.device.type != "cpu") or lr != 0:
+        if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
             return False
     device = params[0].device
     nonzero = torch.stack([g.any().to(device) for g in grads if g is not None]).any()
@@ -360,7 +409,6 @@ def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> lis
                 raise ValueError(f"group {i} of state_dict has {their_name!r} where the optimizer has {our_name!r}")
         complete = {**{key: ours[key] for key in LATER}, **theirs}
         checked.append({**complete, **check_hyper(complete, f"state_dict's group {i}: ")})
-    check_one_clip(checked)
     return checked
 
 
@@ -390,7 +438,7 @@ def restore_groups(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict
         for key, value in saved.items():
             if key not in ("params", "param_names", *STORAGE):
                 old, new = group.get(key), deepcopy(value)
-                if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+                if isinstance(old, Tensor) and isinstance(new, Tensor):
                     new = new.to(old.device)
                 group[key] = new
 
@@ -401,14 +449,14 @@ def load_state(
     groups: Sequence[dict[str, Any]],
     pairs: Sequence[LoRAPair],
     storage: Storage,
-) -> dict[torch.Tensor, dict[str, Any]]:
+) -> dict[Tensor, dict[str, Any]]:
     """Copies of the saved state by parameter: on its device, in its strides and placements, in the dtypes of ``storage``.
 
     Raises:
         ValueError: a tensor is missing or has another shape than its parameter.
     """
     owners = {id(pair.A) for pair in pairs}
-    result: dict[torch.Tensor, dict[str, Any]] = {}
+    result: dict[Tensor, dict[str, Any]] = {}
     for saved, group in zip(saved_groups, groups, strict=True):
         for key, name, p in zip(saved["params"], group["param_names"], group["params"], strict=True):
             if key not in state_dict["state"]:
@@ -420,7 +468,7 @@ def load_state(
             for field in (*counters, *moments, *masters):
                 shape = torch.Size([]) if field in counters else p.shape
                 value = entry.get(field)
-                if not isinstance(value, torch.Tensor):
+                if not isinstance(value, Tensor):
                     raise ValueError(f"state_dict has no {field!r} tensor for {name!r}")
                 if value.shape != shape:
                     raise ValueError(
@@ -433,5 +481,5 @@ def load_state(
                 copied |= convert_moment(entry, field, shard, storage)
             for field in masters:
                 copied[field] = torch.empty_like(shard, dtype=torch.float32).copy_(entry[field])
-            result[p] = as_dtensors(copied, p)
+            result[p] = as_owned(copied, p)
     return result

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import compress
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from stablelora_kernels.optim import snapshot
+from stablelora_kernels.optim import snapshot, state
 from stablelora_kernels.optim.options import LOW_PRECISION, Member, Pair, Setting, Storage
 from stablelora_kernels.optim.sharding import ShardSums
-from stablelora_kernels.optim.snapshot import Change, Gradients, upload
-from stablelora_kernels.optim.state import (
-    MOMENT_WORD,
-    Rounding,
-    encode8,
-    flat,
-    load_moment,
-    mix_,
-    refresh_masters,
-    seed_word,
-    stack_counters,
-    stochastic_round,
-    work_dtype,
-)
+from stablelora_kernels.optim.snapshot import LIVE, Change, Gradients, upload
+from stablelora_kernels.optim.state import mix_
 
 
 class _Bucket(NamedTuple):
@@ -33,24 +24,42 @@ class _Bucket(NamedTuple):
     setting: Setting
     shrinks: bool
     indices: list[int]
-    params: list[torch.Tensor]
-    exp_avgs: list[torch.Tensor]
-    exp_avg_sqs: list[torch.Tensor]
-    max_exp_avg_sqs: list[torch.Tensor]
-    steps: list[torch.Tensor]
+    params: list[Tensor]
+    # Lists of exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq.
+    moments: list[list[Tensor]]
+    steps: list[Tensor]
 
-    def rates(self) -> tuple[float, float, float]:
-        """The learning rate, the weight decay, and a factor of the parameters before both.
+    def update(self, grads: Sequence[Any], grad_scale: Tensor | None) -> None:
+        """The shrink, weight decay and AdamW."""
+        exp_avgs, exp_avg_sqs, *largest = self.moments
+        lr, decay, ratio = map(_number, itemgetter(*LIVE)(self.setting))
+        lr *= self.setting["lr_ratio"]
+        if self.shrinks and lr > 1e-12:
+            # Shrink and decay are one multiplication: (1 - ratio)(1 - lr wd) = 1 - lr wd'.
+            decay += ratio / lr - ratio * decay
+        elif self.shrinks:
+            torch._foreach_mul_(self.params, 1 - ratio)
+        torch._fused_adamw_(
+            self.params,
+            [grads[i] for i in self.indices],
+            exp_avgs,
+            exp_avg_sqs,
+            largest[0] if largest else [],
+            self.steps,
+            lr=lr,
+            beta1=self.setting["betas"][0],
+            beta2=self.setting["betas"][1],
+            weight_decay=decay,
+            eps=self.setting["eps"],
+            amsgrad=self.setting["amsgrad"],
+            maximize=self.setting["maximize"],
+            grad_scale=grad_scale,
+            found_inf=None,
+        )
 
-        Shrink and decay are one multiplication where that is possible: (1 - ratio)(1 - lr wd) = 1 - lr wd'.
-        """
-        lr, decay, ratio = (_number(self.setting[name]) for name in ("lr", "weight_decay", "shrink_ratio"))
-        lr *= self.setting.lr_ratio
-        if not self.shrinks:
-            return lr, decay, 1.0
-        if lr > 1e-12:
-            return lr, decay + ratio / lr - ratio * decay, 1.0
-        return lr, decay, 1 - ratio
+
+def _number(value: float | Tensor) -> float:
+    return value.item() if isinstance(value, Tensor) else value
 
 
 class TorchStep:
@@ -60,34 +69,29 @@ class TorchStep:
     a tensor; the optimizer's state holds 0-d views of it.
     """
 
-    # Close calls of the latch are decided in float64.
-    float32_squares = False
-
     def __init__(
         self,
         members: Sequence[Member],
         pairs: Sequence[Pair],
         settings: Sequence[Setting],
-        state: dict[torch.Tensor, dict[str, Any]],
-        skipped: torch.Tensor,
+        entries: dict[Tensor, dict[str, Any]],
+        skipped: Tensor,
         storage: Storage,
     ) -> None:
         """Make the counters and the working copies.
 
         Args:
-            members: the parameters, all on one device.
-            pairs: the pairs among them.
-            settings: the settings that ``members`` refer to.
-            state: the state of each member's ``param``, complete but for the counters, which become views.
+            members, pairs, settings: the parameters, all on one device, the pairs among them, the settings they refer to.
+            entries: the state of each member's ``param``, complete but for the counters, which become views.
             skipped: int32 scalar on the device, counts steps not taken because the gradients' norm was not finite.
             storage: how moments and masters are kept.
         """
-        self.members, self.pairs, self.settings, self.state, self.skipped = members, pairs, settings, state, skipped
+        self.members, self.pairs, self.settings, self.entries, self.skipped = members, pairs, settings, entries, skipped
         self.device, self.max_grad_norm = members[0].param.device, settings[0]["max_grad_norm"]
         self.low_moments = storage.moments_dtype is not torch.float32
         self._make_counters()
         self._make_working_copies(storage)
-        seeds = [seed_word(settings[m.setting_index]["seed"]) for m in members]
+        seeds = [state.seed_word(settings[m.setting_index]["seed"]) for m in members]
         self.seeds = upload(seeds, torch.int32, self.device)
         # [2, pairs]: multiplied by these, ||A||_F and ||B||_F become ||A||_F / n and ||B||_F / m.
         per_n = [1 / max(members[pair.a].owner.shape[1], 1) for pair in pairs]
@@ -105,22 +109,24 @@ class TorchStep:
         """One tensor of steps, one a member, and one of latches, one a pair; the state gets views of them."""
         params = [m.param for m in self.members]
         owners = [params[pair.a] for pair in self.pairs]
-        self.steps = stack_counters([self.state[p].get("step") for p in params], torch.float32, self.device)
-        self.latched = stack_counters([self.state[a].get("latched_at") for a in owners], torch.int32, self.device)
+        self.steps = state.stack_counters([self.entries[p].get("step") for p in params], torch.float32, self.device)
+        self.latched = state.stack_counters(
+            [self.entries[a].get("latched_at") for a in owners], torch.int32, self.device
+        )
         self.step_views = list(self.steps.unbind())
         for p, view in zip(params, self.step_views, strict=True):
-            self.state[p]["step"] = view
+            self.entries[p]["step"] = view
         for a, view in zip(owners, self.latched.unbind(), strict=True):
-            self.state[a]["latched_at"] = view
+            self.entries[a]["latched_at"] = view
 
     def _make_working_copies(self, storage: Storage) -> None:
         """``work``: the tensors that the arithmetic runs on: parameters, their float32 masters or float32 copies."""
         params = [m.param for m in self.members]
         self.watched = [i for i, p in enumerate(params) if storage.has_master(p)]
-        self.masters = [self.state[params[i]]["master"] for i in self.watched]
+        self.masters = [self.entries[params[i]]["master"] for i in self.watched]
         # By another tensor, so that the copies of a step leave the parameters' versions alone.
         self.mastered = [params[i].data for i in self.watched]
-        self.work = [self.state[p].get("master", p) for p in params]
+        self.work = [self.entries[p].get("master", p) for p in params]
         # Whether there are float64 parameters among others.
         self.mixed = len({w.dtype for w in self.work}) > 1
         self.scratch: list[_Scratch] = []
@@ -130,9 +136,7 @@ class TorchStep:
                 for i, view in zip(indices, self.scratch[-1].views, strict=True):
                     self.work[i] = view
 
-    def step(
-        self, gradients: Gradients, change: Change, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
-    ) -> None:
+    def step(self, gradients: Gradients, change: Change, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Take one step.
 
         Args:
@@ -159,13 +163,12 @@ class TorchStep:
                 self.skipped += 1
                 return
         if change.written:
-            refresh_masters(self.masters, self.mastered)
+            state.refresh_masters(self.masters, self.mastered)
         for scratch in self.scratch:
-            scratch.load()
-            scratch.prepare(self.steps.int() + 1, self.seeds)
+            scratch.load(self.steps.int() + 1, self.seeds)
         shrinking, latched = self._decide_latch()
-        updates = [(bucket, bucket.rates()) for bucket in self._plan(shrinking)]
-        copies = self._adamw_on_copies(updates, grads, grad_scale) if self.low_moments else []
+        buckets = self._plan(shrinking)
+        copies = self._update_copies(buckets, grads, grad_scale) if self.low_moments else []
 
         # Nothing below allocates.
         if latched is not None:
@@ -173,26 +176,22 @@ class TorchStep:
         if self.all_present:
             self.steps.add_(1)
         else:
-            torch._foreach_add_([view for view, is_present in zip(self.step_views, self.present, strict=True) if is_present], 1)
+            torch._foreach_add_(list(compress(self.step_views, self.present)), 1)
         for old, new in copies:
             old.copy_(new)
-        for update in () if self.low_moments else updates:
-            _adamw(*update, grads, grad_scale)
+        for bucket in () if self.low_moments else buckets:
+            bucket.update(grads, grad_scale)
         # Round the working copies into the parameters.
         for scratch in self.scratch:
             scratch.store(self.present)
-        written = [k for k, i in enumerate(self.watched) if self.present[i]]
-        if written:
-            torch._foreach_copy_([self.mastered[k] for k in written], [self.masters[k] for k in written])
+        _copy_where([self.present[i] for i in self.watched], self.mastered, self.masters)
 
-    def _norm_and_clip_scale(
-        self, grads: Sequence[torch.Tensor | None], grad_scale: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _norm_and_clip_scale(self, grads: Sequence[Tensor | None], grad_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """The norm of the unscaled gradients, and the divisor that unscales and clips them: float32 scalars."""
         each = torch._foreach_norm([g for g in grads if g is not None])
         norms = torch.stack(self._in_one_dtype(each)).float()
         if self.grad_sums:
-            indices = upload([i for i, is_present in enumerate(self.present) if is_present], torch.int64, self.device)
+            indices = upload([*compress(range(len(grads)), self.present)], torch.int64, self.device)
             squares = torch.zeros(len(grads), dtype=torch.float32, device=self.device)
             squares.index_copy_(0, indices, norms.square())
             norms = self.grad_sums.all_reduce_sum_(squares).sqrt()
@@ -201,10 +200,10 @@ class TorchStep:
         total = torch.linalg.vector_norm(norms) / scale
         return total, scale / (self.max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
 
-    def _in_one_dtype(self, norms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _in_one_dtype(self, norms: Sequence[Tensor]) -> list[Tensor]:
         return [x.double() for x in norms] if self.mixed else list(norms)
 
-    def _decide_latch(self) -> tuple[list[int], torch.Tensor | None]:
+    def _decide_latch(self) -> tuple[list[int], Tensor | None]:
         """The latch rule, on the values before the update: shrink A if ||A||_F / n > ||B||_F / m, else latch the pair.
 
         Returns:
@@ -237,7 +236,7 @@ class TorchStep:
                 latched[k] = int(self.steps[pair.a].item()) + 1
         return shrinking, None if latched == before else upload(latched, torch.int32, self.device)
 
-    def _scaled_norms(self, live: list[int]) -> torch.Tensor:
+    def _scaled_norms(self, live: list[int]) -> Tensor:
         """float64 [2, len(live)]: ||A||_F / n and ||B||_F / m of the pairs ``live``, over all processes."""
         halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
         if self.pair_sums:
@@ -254,30 +253,22 @@ class TorchStep:
         key = (self.present, shrinking)
         if key != self.bucket_key:
             shrinks_at = set(shrinking)
-            members: dict[tuple[int, bool, torch.dtype], list[int]] = {}
+            alike: dict[tuple[int, bool, torch.dtype], list[int]] = {}
             for i, (p, setting_index, *_) in enumerate(self.members):
                 if self.present[i]:
-                    members.setdefault((setting_index, i in shrinks_at, work_dtype(p)), []).append(i)
-            self.buckets = [self._bucket(self.settings[at], shrinks, indices) for (at, shrinks, _), indices in members.items()]
-            self.bucket_key = key
+                    alike.setdefault((setting_index, i in shrinks_at, state.work_dtype(p)), []).append(i)
+            buckets = []
+            for (setting_index, shrinks, _), indices in alike.items():
+                setting, entries = self.settings[setting_index], [self.entries[self.members[i].param] for i in indices]
+                moments = [[entry[name] for entry in entries] for name in state.moment_names(setting["amsgrad"])]
+                work, steps = [self.work[i] for i in indices], [self.step_views[i] for i in indices]
+                buckets.append(_Bucket(setting, shrinks, indices, work, moments, steps))
+            self.buckets, self.bucket_key = buckets, key
         return self.buckets
 
-    def _bucket(self, setting: Setting, shrinks: bool, indices: list[int]) -> _Bucket:
-        entries = [self.state[self.members[i].param] for i in indices]
-        return _Bucket(
-            setting,
-            shrinks,
-            indices,
-            params=[self.work[i] for i in indices],
-            exp_avgs=[entry["exp_avg"] for entry in entries],
-            exp_avg_sqs=[entry["exp_avg_sq"] for entry in entries],
-            max_exp_avg_sqs=[entry["max_exp_avg_sq"] for entry in entries] if setting["amsgrad"] else [],
-            steps=[self.step_views[i] for i in indices],
-        )
-
-    def _adamw_on_copies(
-        self, updates: Sequence[tuple[_Bucket, Any]], grads: Sequence[Any], grad_scale: torch.Tensor | None
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _update_copies(
+        self, buckets: Sequence[_Bucket], grads: Sequence[Any], grad_scale: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
         """With moments in few bits: the tensors that the step changes, and their new values. Rounding moments allocates.
 
         One bucket's moments are in float32 at a time.
@@ -285,87 +276,22 @@ class TorchStep:
         if grad_scale is not None:
             # The fused operator writes the unscaled gradients back.
             grads = [g if g is None else g.clone() for g in grads]
-        changes = []
-        for bucket, rates in updates:
-            entries = [self.state[self.members[i].param] for i in bucket.indices]
+        changes: list[tuple[Tensor, Tensor]] = []
+        for bucket in buckets:
+            entries = [self.entries[self.members[i].param] for i in bucket.indices]
             moments = [
-                [load_moment(e, name, p.dtype) for e, p in zip(entries, bucket.params, strict=True)]
-                for name in ("exp_avg", "exp_avg_sq")
+                [state.load_moment(entry, name, p.dtype) for entry, p in zip(entries, bucket.params, strict=True)]
+                for name in state.moment_names(amsgrad=False)
             ]
-            copy = bucket._replace(
-                params=[p.clone() for p in bucket.params],
-                exp_avgs=moments[0],
-                exp_avg_sqs=moments[1],
-                steps=[step + 1 for step in bucket.steps],
-            )
-            _adamw(copy, rates, grads, grad_scale)
-            changes += zip(bucket.params, copy.params, strict=True)
-            for i, entry, step, *values in zip(bucket.indices, entries, copy.steps, *moments, strict=True):
-                if entry["exp_avg"].dtype is torch.float64:
-                    changes += zip((entry["exp_avg"], entry["exp_avg_sq"]), values, strict=True)
-                else:
-                    # Indices are modulo 2^32.
-                    indices = self.members[i].shard.element_indices(values[0].numel(), self.device).to(torch.int32)
-                    words = mix_(indices ^ mix_((step.int() + self.seeds[i]).reshape(1)))
-                    changes += _rounded_moments(entry, values, words)
+            params, steps = [p.clone() for p in bucket.params], [step + 1 for step in bucket.steps]
+            bucket._replace(params=params, moments=moments, steps=steps).update(grads, grad_scale)
+            changes += zip(bucket.params, params, strict=True)
+            for i, entry, step, *values in zip(bucket.indices, entries, steps, *moments, strict=True):
+                # Indices are modulo 2^32.
+                indices = self.members[i].shard.element_indices(values[0].numel(), self.device).to(torch.int32)
+                words = mix_(indices ^ mix_((step.int() + self.seeds[i]).reshape(1)))
+                changes += state.rounded_moments(entry, values, words)
         return changes
-
-
-def _number(value: float | torch.Tensor) -> float:
-    return value.item() if isinstance(value, torch.Tensor) else value
-
-
-def _adamw(
-    bucket: _Bucket, rates: tuple[float, float, float], grads: Sequence[Any], grad_scale: torch.Tensor | None
-) -> None:
-    """Weight decay, the shrink and AdamW of one bucket."""
-    setting, (lr, decay, factor) = bucket.setting, rates
-    if factor != 1:
-        torch._foreach_mul_(bucket.params, factor)
-    torch._fused_adamw_(
-        bucket.params,
-        [grads[i] for i in bucket.indices],
-        bucket.exp_avgs,
-        bucket.exp_avg_sqs,
-        bucket.max_exp_avg_sqs,
-        bucket.steps,
-        lr=lr,
-        beta1=setting["betas"][0],
-        beta2=setting["betas"][1],
-        weight_decay=decay,
-        eps=setting["eps"],
-        amsgrad=setting["amsgrad"],
-        maximize=setting["maximize"],
-        grad_scale=grad_scale,
-        found_inf=None,
-    )
-
-
-def _rounded_moments(
-    entry: dict[str, Any], values: Sequence[torch.Tensor], words: torch.Tensor
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Both moments rounded at random by the noise of ``reference.optimizer.moment_noise_ref``.
-
-    Args:
-        entry: the parameter's state; its moments are in bfloat16 or 8 bits.
-        values: exp_avg and exp_avg_sq in float32, in the parameter's shape and strides.
-        words: int32, the words that round the parameter's elements.
-
-    Returns:
-        Views of the tensors of ``entry`` and their new values.
-    """
-    changes: list[tuple[torch.Tensor, torch.Tensor]] = []
-    words = mix_(words.add_(MOMENT_WORD - 2**32))
-    for name, value in zip(("exp_avg", "exp_avg_sq"), values, strict=True):
-        kept = entry[name]
-        if kept.dtype is torch.uint8:
-            codes, scales = encode8(flat(value), words, name == "exp_avg")
-            changes += [(flat(kept), codes), (entry[f"{name}_scale"], scales)]
-            words = mix_(words.add_(MOMENT_WORD - 2**32))
-        else:
-            changes.append((flat(kept), stochastic_round(flat(value), kept.dtype, words)))
-            words = words >> 16
-    return changes
 
 
 class _Scratch:
@@ -393,21 +319,22 @@ class _Scratch:
             for part, p in zip(self.flat.split(self.sizes), self.params, strict=True)
         ]
 
-    def load(self) -> None:
-        """Copy the parameters into the buffer."""
+    def load(self, steps: Tensor, seeds: Tensor) -> None:
+        """Copy the parameters into the buffer, and allocate what :meth:`store` needs; one int32 a member of the engine."""
         torch._foreach_copy_(self.views, self.params)
-
-    def prepare(self, steps: torch.Tensor, seeds: torch.Tensor) -> None:
-        """Allocate what :meth:`store` needs; ``steps`` and ``seeds`` are int32, one a member of the engine."""
         keys = mix_(steps[self.indices_on_device] + seeds[self.indices_on_device])
         noise = mix_(torch.repeat_interleave(keys, self.repeats, output_size=self.flat.numel()) ^ self.element_indices)
-        self.rounding: Rounding | None = Rounding(noise, self.dtype)
+        self.rounding: state.Rounding | None = state.Rounding(noise, self.dtype)
 
     def store(self, present: list[bool]) -> None:
         """Round the copies of present members back; ``present`` holds one bool a member of the engine."""
         assert self.rounding is not None
         self.rounding.round_(self.flat)
         self.rounding = None
-        kept = [k for k, i in enumerate(self.indices) if present[i]]
-        if kept:
-            torch._foreach_copy_([self.params[k] for k in kept], [self.views[k] for k in kept])
+        _copy_where([present[i] for i in self.indices], self.params, self.views)
+
+
+def _copy_where(chosen: Sequence[bool], targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy those of ``sources`` that are chosen."""
+    if any(chosen):
+        torch._foreach_copy_(list(compress(targets, chosen)), list(compress(sources, chosen)))

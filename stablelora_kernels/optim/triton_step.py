@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
 from operator import is_, or_
@@ -33,8 +33,6 @@ class TritonStep:
 
     # Elements that one program updates.
     CHUNK = 4096
-    # Norms come from sums of squares in float32 alone.
-    float32_squares = True
 
     def __init__(
         self,
@@ -78,7 +76,7 @@ class TritonStep:
         self.seeds = [seed_word(setting["seed"]) for setting in settings]
         setting_bytes = max(4 * len(tables.HyperRow._fields), 8 * len(tables.WordRow._fields))
         size = max(16 * len(members), setting_bytes * len(settings))
-        self.staging = Staging(self.device, size, any(setting["capturable"] for setting in settings))
+        self.staging = snapshot.Staging(self.device, size, any(setting["capturable"] for setting in settings))
         # Members whose versions tell that someone else wrote to them.
         self.watched = [i for i, m in enumerate(members) if i in set(halves) or storage.has_master(m.param)]
         # Of gradients that the step reads without a copy.
@@ -149,7 +147,12 @@ class TritonStep:
         self.variant_of: list[int] = []
         rows = []
         for i, (p, setting_index, shard, _) in enumerate(self.members):
-            names = (*moment_names(self.settings[setting_index]["amsgrad"]), "exp_avg_scale", "exp_avg_sq_scale", "master")
+            names = (
+                *moment_names(self.settings[setting_index]["amsgrad"]),
+                "exp_avg_scale",
+                "exp_avg_sq_scale",
+                "master",
+            )
             held = {name: state[p][name] for name in names if name in state[p]}
             self.held.append([*held.values()])
             row = tables.TensorRow(
@@ -187,9 +190,9 @@ class TritonStep:
             self._sum_over_processes(grads)
         # Not a torch.library operator: its lists of tensors would cost more host time than all else here. Nor could a tracer
         # run it on copies, since the tables hold addresses.
-        if self.stream != (stream := stream_of(self.device)):
+        if self.stream != (stream := snapshot.stream_of(self.device)):
             # Else the allocator would reuse a table, once a step on another stream replaces it, while this launch reads it.
-            keep_for_stream(t for t in (*self.memory, self.present) if t is not None)
+            snapshot.keep_for_stream(t for t in (*self.memory, self.present) if t is not None)
             self.stream = stream
         key = (self.memory, grad_scale, found_inf, change.written)
         if not self.launch_key or not all(map(is_, key, self.launch_key)):
@@ -268,9 +271,9 @@ class TritonStep:
                 sign=-1.0 if setting["maximize"] else 1.0,
                 log_beta1=math.log(beta1) if beta1 > 0 else -math.inf,
                 log_beta2=math.log(beta2) if beta2 > 0 else -math.inf,
-                lr=lr * setting.lr_ratio,
+                lr=lr * setting["lr_ratio"],
                 # The kernel multiplies by the ratio only a learning rate that is a tensor.
-                lr_ratio=setting.lr_ratio if isinstance(given, Tensor) else 1.0,
+                lr_ratio=setting["lr_ratio"] if isinstance(given, Tensor) else 1.0,
             )
             rows.append(row)
         hyper, column = self.staging.upload(rows, torch.float32), tables.HyperRow._fields.index
@@ -285,7 +288,9 @@ class TritonStep:
         # The words hold the addresses of these.
         self.hyper_values = values
         self.dynamic = tables.FLAG_DYNAMIC * any(
-            isinstance(decay, Tensor) or isinstance(ratio, Tensor) or (isinstance(lr, Tensor) and setting.lr_ratio != 1)
+            isinstance(decay, Tensor)
+            or isinstance(ratio, Tensor)
+            or (isinstance(lr, Tensor) and setting["lr_ratio"] != 1)
             for (lr, decay, ratio), setting in zip(values, self.settings, strict=True)
         )
 
@@ -303,61 +308,3 @@ class TritonStep:
             self.cells[key] = torch.empty((), dtype=torch.float32, device=self.device)
         self.copied.append((self.cells[key], value))
         return self.cells[key]
-
-
-def stream_of(device: torch.device) -> int:
-    """The handle of the device's current stream; 0 on a CPU."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def keep_for_stream(tensors: Iterable[Tensor]) -> None:
-    """Once a tensor is freed, let the allocator wait with its memory for what its device's current stream does until then."""
-    for tensor in tensors:
-        # Recording a stream is no part of a graph. The engine keeps what captured launches read.
-        if tensor.device.type == "cuda" and not snapshot.capturing():
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
-
-
-class Staging:
-    """Uploads tables; during a capture, from host memory reserved beforehand.
-
-    A graph repeats its copies at each replay from the same host memory, so that memory may be neither freed nor rewritten.
-    Pinned memory cannot be allocated during a capture. So some is reserved, and a capture keeps the part that it uses.
-    """
-
-    # A step uploads at most four tables, so this is enough for four captures without a step between them.
-    SPARES = 16
-
-    def __init__(self, device: torch.device, size: int, capturable: bool) -> None:
-        """``size``: the bytes of the largest table."""
-        self.device, self.size = device, max(size, 1)
-        self.wanted = self.SPARES if capturable else 0
-        self.spares: list[Tensor] = []
-        self.captured: list[Tensor] = []
-        self.refill()
-
-    def refill(self) -> None:
-        """Replace the reserved memory that captures have used. Call it outside of a capture."""
-        while len(self.spares) < self.wanted:
-            pinned = self.device.type == "cuda"
-            self.spares.append(torch.empty(self.size, dtype=torch.uint8, device="cpu", pin_memory=pinned))
-
-    def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
-        """``values`` as a tensor on the device.
-
-        Raises:
-            RuntimeError: during a capture, if no reserved memory is left.
-        """
-        if not snapshot.capturing():
-            return upload(values, dtype, self.device)
-        if not self.spares:
-            raise RuntimeError(
-                "this step cannot be captured in a CUDA graph: its gradients or hyperparameters differ from the last step's, and "
-                "no memory is reserved for their table. "
-                + ("Run a step between captures" if self.wanted else "Pass capturable=True to the optimizer")
-            )
-        table = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
-        host = self.spares.pop()
-        self.captured.append(host)
-        staged = host[: table.nbytes].view(dtype).view(table.shape).copy_(table)
-        return torch.empty_like(staged, device=self.device).copy_(staged, non_blocking=True)

@@ -75,9 +75,9 @@ class ModelWatch:
                     if key != "_is_full_backward_hook":
                         yield difference(f"{label}.{key}", known.get(key, "absent"), found.get(key, "absent"))
         # accelerate_peft and restore_peft change classes.
-        for (name, module), known in zip(self.modules.items(), self.classes, strict=True):
-            if type(module) is not known:
-                yield difference(f"model.{name}", known.__name__, type(module).__name__)
+        for (name, module), kind in zip(self.modules.items(), self.classes, strict=True):
+            if type(module) is not kind:
+                yield difference(f"model.{name}", kind.__name__, type(module).__name__)
         if self.addresses != (addresses := self._addresses()):
             moved = [name for name, old, new in zip(self.tensors, self.addresses, addresses, strict=True) if old != new]
             yield f"model.{moved[0]} has other memory than before"

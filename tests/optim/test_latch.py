@@ -164,7 +164,9 @@ def test_a_gpus_limits_are_told(backend: str, a: float, told: bool, recwarn: pyt
 @pytest.mark.parametrize("max_grad_norm", [1.0, math.inf])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 1, -1])
-def test_a_step_without_a_finite_norm_is_not_taken(backend: str, value: float, place: int, max_grad_norm: float) -> None:
+def test_a_step_without_a_finite_norm_is_not_taken(
+    backend: str, value: float, place: int, max_grad_norm: float
+) -> None:
     options = {"lr": 0.3, "shrink_ratio": 0.1}
     optimizer = StableLoRAAdamW(make_pairs(), max_grad_norm=max_grad_norm, **options)
     # An infinite bound clips nothing.
