@@ -14,16 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import optimizer as torch_optimizer
 
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel, tf32_allowed
 from stablelora_kernels.optim.snapshot import LIVE, reads_from_memory
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.utils.dtensor import is_sharded
-from stablelora_kernels.utils.hooks import HOOKS
-from stablelora_kernels.utils.model_watch import ModelWatch, difference, flags_of, tensors_of
+from stablelora_kernels.utils.model_watch import ModelWatch, check_model_capturable, difference, tensors_of
 from stablelora_kernels.utils.validation import check_bool, check_int
 from stablelora_kernels.utils.wrappers import check_module
 
@@ -401,20 +398,9 @@ def in_words(shape: Shape) -> str:
 
 def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
     """Raise ValueError, with the reason, if a CUDA graph cannot hold a training step of ``model`` and ``optimizer``."""
-    tensors = tensors_of(model)
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, (nn.DataParallel, DistributedDataParallel)) or "_fsdp_wrapped_module" in module._modules:
-            raise ValueError(
-                f"model must not be in {type(module).__name__}, which runs Python in every step, got "
-                f"{repr(name) if name else 'it'} in one"
-            )
-    owned = set(map(id, params_of(optimizer)))
+    check_model_capturable(model)
+    owned, tensors = set(map(id, params_of(optimizer))), tensors_of(model)
     for name, tensor in tensors.items():
-        if is_sharded(tensor):
-            raise ValueError(
-                f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
-            )
         if tensor.requires_grad and id(tensor) not in owned:
             raise ValueError(
                 "optimizer must have every trainable parameter of model, since a CUDA graph keeps the gradients of others to "
@@ -425,11 +411,6 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
         raise ValueError(
             f"model and optimizer must be on one GPU, got tensors on {', '.join(sorted(map(str, devices)))}"
         )
-    hooked = [name for name, module in modules.items() if _is_hooked(module)]
-    hooked += [name for name, tensor in tensors.items() if any(flags_of(tensor)[1:])]
-    if hooked or _has_any_global_hook():
-        where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
-        raise ValueError(f"model must have no hooks, since a CUDA graph would not call them again, got {where}")
     if not all(group["capturable"] for group in optimizer.param_groups):
         raise ValueError("optimizer must be built with capturable=True, got capturable=False")
     if optimizer.shrink_schedule is not None:
@@ -452,12 +433,6 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
 def params_of(optimizer: StableLoRAAdamW) -> Iterator[Tensor]:
     """Every parameter of ``optimizer``."""
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether ``module`` has hooks that a replay would miss, or that of accelerate, which replaces its forward."""
-    hooks = chain.from_iterable(vars(module)[name].values() for name in HOOKS)
-    return "_hf_hook" in vars(module) or not all(getattr(hook, "only_after_errors", False) for hook in hooks)
 
 
 def _step_hooks(optimizer: StableLoRAAdamW) -> list[Any]:

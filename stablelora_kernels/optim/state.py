@@ -28,69 +28,9 @@ BLOCK = 256
 _HALF = 0x80080000 - 2**32
 
 
-def work_dtype(p: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic on ``p``: float64 for float64, else float32."""
-    return torch.float64 if p.dtype is torch.float64 else torch.float32
-
-
 def flat(t: Tensor) -> Tensor:
     """A 1-d view of a dense tensor's elements in memory order."""
     return t.as_strided((t.numel(),), (1,), t.storage_offset())
-
-
-def check_entry(entry: dict[str, Any], name: str, p: Tensor, amsgrad: bool, storage: Storage) -> None:
-    """Check state of the parameter ``p`` that may be someone else's; missing tensors are made later.
-
-    Tensors in other strides than the parameter's are replaced by copies in its strides.
-
-    Raises:
-        ValueError: a tensor has another shape, dtype or device than the parameter asks for.
-    """
-    for counter in COUNTERS:
-        value = entry.get(counter, 0)
-        if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)):
-            raise ValueError(f"the state of {name!r}: {counter!r} must be a number or a 0-d tensor, got {value!r}")
-    expected = {moment: (storage.moment_dtype(p), p.shape) for moment in moment_names(amsgrad)}
-    if storage.has_master(p):
-        expected["master"] = torch.float32, p.shape
-    if storage.moment_dtype(p) is torch.uint8:
-        expected |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), (torch.float32, scales_shape(p)))
-    for key, (dtype, shape) in expected.items():
-        if key not in entry:
-            continue
-        value = entry[key]
-        is_tensor = isinstance(value, Tensor)
-        if not (is_tensor and (value.dtype, value.shape, value.device) == (dtype, shape, p.device)):
-            got = f"{value.dtype} {list(value.shape)} on {value.device}" if is_tensor else repr(value)
-            raise ValueError(f"the state of {name!r}: {key!r} must be {dtype} {list(shape)} on {p.device}, got {got}")
-        if shape == p.shape and value.stride() != p.stride():
-            if dtype is torch.uint8:
-                raise ValueError(
-                    f"the state of {name!r}: {key!r} is in 8 bits, so it must have the parameter's strides {p.stride()}, got "
-                    f"{value.stride()}"
-                )
-            entry[key] = with_strides_of(p, value)
-
-
-def fill_entry(entry: dict[str, Any], p: Tensor, amsgrad: bool, storage: Storage) -> None:
-    """Give the state of ``p`` what it lacks: moments, zeros of its shape and strides, and its master. Drop another's master."""
-    dtype = storage.moment_dtype(p)
-    for name in moment_names(amsgrad):
-        if name not in entry:
-            entry[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            entry.pop(f"{name}_scale", None)
-        if dtype is torch.uint8 and f"{name}_scale" not in entry:
-            entry[f"{name}_scale"] = torch.zeros(scales_shape(p), dtype=torch.float32, device=p.device)
-    if not storage.has_master(p):
-        entry.pop("master", None)
-    elif "master" not in entry:
-        entry["master"] = p.detach().float()
-
-
-def refresh_masters(masters: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """Set a master to its parameter wherever the parameter is not its rounding: someone else has written to it."""
-    for master, p in zip(masters, params, strict=True):
-        torch.where(master.to(p.dtype) == p, master, p.float(), out=master)
 
 
 def completed(
@@ -100,18 +40,75 @@ def completed(
     settings: Sequence[Setting],
     storage: Storage,
 ) -> list[dict[str, Any]]:
-    """The state of each member's ``param``: its entry in ``state``, or this process's shards of it, checked and completed."""
-    wanted = [(m.param, settings[m.setting_index]["amsgrad"], storage) for m in members]
-    entries = [state.get(member.owner, {}) for member in members]
-    entries = [
-        entry if member.param is member.owner else {key: local(value) for key, value in entry.items()}
-        for entry, member in zip(entries, members, strict=True)
-    ]
-    for entry, name, each in zip(entries, names, wanted, strict=True):
-        check_entry(entry, name, *each)
-    for entry, each in zip(entries, wanted, strict=True):
-        fill_entry(entry, *each)
+    """The state of each member's ``param``: its entry in ``state``, or this process's shards of it, checked and completed.
+
+    Tensors in other strides than the parameter's are replaced by copies in its strides.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or device than the parameter asks for; nothing has changed then.
+    """
+    entries, wanted = [], []
+    for member, name in zip(members, names, strict=True):
+        entry = state.get(member.owner, {})
+        if member.param is not member.owner:
+            entry = {key: local(value) for key, value in entry.items()}
+        wanted.append(_wanted(member.param, settings[member.setting_index]["amsgrad"], storage))
+        _check_entry(entry, name, member.param, wanted[-1])
+        entries.append(entry)
+    for entry, member, tensors in zip(entries, members, wanted, strict=True):
+        _complete(entry, member.param, tensors)
     return entries
+
+
+def _wanted(p: Tensor, amsgrad: bool, storage: Storage) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """The dtypes and shapes of the tensors in the state of ``p``, counters aside."""
+    dtype = storage.moment_dtype(p)
+    wanted = {name: (dtype, p.shape) for name in moment_names(amsgrad)}
+    if dtype is torch.uint8:
+        wanted |= {f"{name}_scale": (torch.float32, scales_shape(p)) for name in wanted}
+    return wanted | ({"master": (torch.float32, p.shape)} if storage.has_master(p) else {})
+
+
+def _check_entry(entry: dict[str, Any], name: str, p: Tensor, wanted: dict[str, Any]) -> None:
+    """Check the state of ``p``, which may be someone else's. Missing tensors are made later."""
+    for counter in COUNTERS:
+        value = entry.get(counter, 0)
+        if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)):
+            raise ValueError(f"the state of {name!r}: {counter!r} must be a number or a 0-d tensor, got {value!r}")
+    for key, (dtype, shape) in wanted.items():
+        if key not in entry:
+            continue
+        value = entry[key]
+        is_tensor = isinstance(value, Tensor)
+        if not (is_tensor and (value.dtype, value.shape, value.device) == (dtype, shape, p.device)):
+            got = f"{value.dtype} {list(value.shape)} on {value.device}" if is_tensor else repr(value)
+            raise ValueError(f"the state of {name!r}: {key!r} must be {dtype} {list(shape)} on {p.device}, got {got}")
+        if dtype is torch.uint8 and value.stride() != p.stride():
+            raise ValueError(
+                f"the state of {name!r}: {key!r} is in 8 bits, so it must have the parameter's strides {p.stride()}, got "
+                f"{value.stride()}"
+            )
+
+
+def _complete(entry: dict[str, Any], p: Tensor, wanted: dict[str, Any]) -> None:
+    """Make what the state of ``p`` lacks: zeros in its strides, and its master. Drop a master that it should not have."""
+    for key, (dtype, shape) in wanted.items():
+        if key == "master" and key not in entry:
+            entry[key] = p.detach().float()
+        elif key not in entry:
+            entry[key] = torch.zeros_like(p, dtype=dtype) if shape == p.shape else p.new_zeros(shape, dtype=dtype)
+            # Zeros have no scale.
+            entry.pop(f"{key}_scale", None)
+        elif shape == p.shape:
+            entry[key] = with_strides_of(p, entry[key])
+    if "master" not in wanted:
+        entry.pop("master", None)
+
+
+def refresh_masters(masters: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Set a master to its parameter wherever the parameter is not its rounding: someone else has written to it."""
+    for master, p in zip(masters, params, strict=True):
+        torch.where(master.to(p.dtype) == p, master, p.float(), out=master)
 
 
 def as_owned(entry: dict[str, Any], p: Tensor) -> dict[str, Any]:
@@ -175,31 +172,6 @@ def load_moment(entry: dict[str, Any], name: str, dtype: torch.dtype) -> Tensor:
     return entry[name].to(dtype, copy=True)
 
 
-def rounded_moments(entry: dict[str, Any], values: Sequence[Tensor], words: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Both moments rounded at random by the noise of ``reference.optimizer.moment_noise_ref``.
-
-    Args:
-        entry: the parameter's state; its moments are in bfloat16 or 8 bits, or in float64, which is not rounded.
-        values: exp_avg and exp_avg_sq in the dtype of the arithmetic, in the parameter's shape and strides.
-        words: int32, the words that round the parameter's elements.
-
-    Returns:
-        Views of the tensors of ``entry`` and their new values.
-    """
-    changes: list[tuple[Tensor, Tensor]] = []
-    words = mix_(words.add_(MOMENT_WORD - 2**32))
-    for name, value in zip(moment_names(amsgrad=False), map(flat, values), strict=True):
-        kept = flat(entry[name])
-        if kept.dtype is torch.uint8:
-            codes, scales = encode8(value, words, name == "exp_avg")
-            changes += [(kept, codes), (entry[f"{name}_scale"], scales)]
-            words = mix_(words.add_(MOMENT_WORD - 2**32))
-        else:
-            changes.append((kept, value if kept.dtype is torch.float64 else stochastic_round(value, kept.dtype, words)))
-            words = words >> 16
-    return changes
-
-
 def _format(signed: bool) -> tuple[int, float]:
     """The number that gives a code float32's exponent and leading bits when added, and the step of subnormal values."""
     return (896, 2.0**-17) if signed else (768, 2.0**-33)
@@ -239,9 +211,6 @@ def encode8(x: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     return (codes & 255).to(torch.uint8), scales
 
 
-# Stochastic rounding: seed, step and element index decide the noise
-
-
 def mix_(x: Tensor) -> Tensor:
     """Mix every int32 word of ``x`` in place: a bijection in which each bit flips about half the bits of the result.
 
@@ -261,46 +230,6 @@ def seed_word(seed: int) -> int:
     """The seed's part of the rounding key, as an int32."""
     low, high = torch.tensor([seed, seed >> 32], dtype=torch.int64, device="cpu").to(torch.int32).split(1)
     return int(mix_(mix_(low) ^ high))
-
-
-class Rounding:
-    """Rounds float32 values up or down at random, in place. It allocates all of its memory as it is made."""
-
-    def __init__(self, noise: Tensor, dtype: torch.dtype) -> None:
-        """``noise``: int32 words, one a value. ``dtype``: torch.bfloat16 or torch.float16."""
-        # Random bits added below the cut carry into the kept bits with the probability of the fraction cut off.
-        self.cut = 0xFFFF if dtype is torch.bfloat16 else 0x1FFF
-        self.noise = noise & self.cut
-        self.is_nan = torch.empty_like(noise, dtype=torch.bool)
-        self.has_subnormals = dtype is torch.float16
-        if self.has_subnormals:
-            self.thresholds = (2**24 - (noise & 0xFFFFFF)).float().mul_(2.0**-24)
-            self.whole, self.fraction = torch.empty_like(self.thresholds), torch.empty_like(self.thresholds)
-            self.is_small = torch.empty_like(self.is_nan)
-
-    def round_(self, x: Tensor) -> Tensor:
-        """Round ``x``, float32 of the noise's shape, to values of the dtype."""
-        torch.ne(x, x, out=self.is_nan)
-        if self.has_subnormals:
-            # Below 2^-14 float16 is subnormal: every step is 2^-24.
-            torch.abs(x, out=self.fraction)
-            torch.lt(self.fraction, 2.0**-14, out=self.is_small)
-            torch.floor(self.fraction.mul_(2.0**24), out=self.whole)
-            up = self.fraction.sub_(self.whole).ge_(self.thresholds)
-            torch.copysign(self.whole.add_(up).mul_(2.0**-24), x, out=self.whole)
-        x.view(torch.int32).add_(self.noise).bitwise_and_(~self.cut)
-        if self.has_subnormals:
-            torch.where(self.is_small, self.whole, x, out=x)
-        # Noise added to a NaN's bits could carry into its sign.
-        return x.masked_fill_(self.is_nan, torch.nan)
-
-
-def stochastic_round(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
-    """Round float32 ``x`` up or down at random to ``dtype``, bfloat16 or float16; ``noise`` holds int32 words of its shape.
-
-    The same bits as :func:`~stablelora_kernels.reference.optimizer.stochastic_round_ref` elementwise.
-    """
-    return Rounding(noise, dtype).round_(x.clone()).to(dtype)
 
 
 # Checkpoints
@@ -330,10 +259,11 @@ def _identity(name: str) -> Any:
     return split_lora_name(name) or name
 
 
-# What torch.optim.AdamW saves of a group. The last three choose among implementations, and mean nothing here.
-_ADAMW = (
-    "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "foreach", "differentiable", "fused",
-)  # fmt: skip
+# What torch.optim.AdamW saves of a group. The latter choose among implementations, and mean nothing here.
+_ADAMW, _UNUSED = (
+    {"lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable"},
+    {"foreach", "differentiable", "fused"},
+)
 
 
 def from_adamw(state_dict: Any, groups: Sequence[dict[str, Any]]) -> Any:
@@ -346,7 +276,7 @@ def from_adamw(state_dict: Any, groups: Sequence[dict[str, Any]]) -> Any:
     saved = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
     if not (isinstance(saved, list) and saved and all(isinstance(group, dict) for group in saved)):
         return state_dict
-    if any("shrink_ratio" in group or not set(_ADAMW) <= set(group) for group in saved):
+    if any("shrink_ratio" in group or (_ADAMW | _UNUSED) - set(group) for group in saved):
         return state_dict
     if len(saved) != len(groups):
         raise ValueError(
@@ -360,11 +290,11 @@ def from_adamw(state_dict: Any, groups: Sequence[dict[str, Any]]) -> Any:
                 f"state_dict is torch.optim.Adam's: the weight decay of its group {i}, {group['weight_decay']}, is not "
                 "decoupled, and StableLoRAAdamW's is"
             )
-    dropped = {"foreach", "differentiable", "fused", "decoupled_weight_decay"}
-    completed = [
-        {**{key: ours[key] for key in HYPER}, **{key: value for key, value in theirs.items() if key not in dropped}}
-        for theirs, ours in zip(saved, groups, strict=True)
+    kept = [
+        {key: value for key, value in group.items() if key not in _UNUSED | {"decoupled_weight_decay"}}
+        for group in saved
     ]
+    groups = [{key: ours[key] for key in HYPER} | theirs for ours, theirs in zip(groups, kept, strict=True)]
     entries = state_dict.get("state", {})
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError("state_dict must have a dict 'state' with a dict for each parameter, got something else")
@@ -375,7 +305,7 @@ def from_adamw(state_dict: Any, groups: Sequence[dict[str, Any]]) -> Any:
         else entry
         for key, entry in entries.items()
     }
-    return {**state_dict, "state": state, "param_groups": completed}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -253,10 +253,10 @@ class TorchStep:
         key = (self.present, shrinking)
         if key != self.bucket_key:
             shrinks_at = set(shrinking)
-            alike: dict[tuple[int, bool, torch.dtype], list[int]] = {}
+            alike: dict[tuple[int, bool, bool], list[int]] = {}
             for i, (p, setting_index, *_) in enumerate(self.members):
                 if self.present[i]:
-                    alike.setdefault((setting_index, i in shrinks_at, state.work_dtype(p)), []).append(i)
+                    alike.setdefault((setting_index, i in shrinks_at, p.dtype is torch.float64), []).append(i)
             buckets = []
             for (setting_index, shrinks, _), indices in alike.items():
                 setting, entries = self.settings[setting_index], [self.entries[self.members[i].param] for i in indices]
@@ -287,11 +287,31 @@ class TorchStep:
             bucket._replace(params=params, moments=moments, steps=steps).update(grads, grad_scale)
             changes += zip(bucket.params, params, strict=True)
             for i, entry, step, *values in zip(bucket.indices, entries, steps, *moments, strict=True):
-                # Indices are modulo 2^32.
-                indices = self.members[i].shard.element_indices(values[0].numel(), self.device).to(torch.int32)
+                indices = self.members[i].shard.element_indices(values[0].numel(), self.device)
                 words = mix_(indices ^ mix_((step.int() + self.seeds[i]).reshape(1)))
-                changes += state.rounded_moments(entry, values, words)
+                changes += _rounded_moments(entry, values, words)
         return changes
+
+
+def _rounded_moments(entry: dict[str, Any], values: Sequence[Tensor], words: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Views of the moments of ``entry``, and new ones rounded at random by ``reference.optimizer.moment_noise_ref``.
+
+    Args:
+        values: exp_avg and exp_avg_sq in the dtype of the arithmetic; float64 is not rounded.
+        words: int32, the words that round the parameter's elements.
+    """
+    changes: list[tuple[Tensor, Tensor]] = []
+    words = mix_(words.add_(state.MOMENT_WORD - 2**32))
+    for name, value in zip(state.moment_names(amsgrad=False), map(state.flat, values), strict=True):
+        kept = state.flat(entry[name])
+        if kept.dtype is torch.uint8:
+            codes, scales = state.encode8(value, words, name == "exp_avg")
+            changes += [(kept, codes), (entry[f"{name}_scale"], scales)]
+            words = mix_(words.add_(state.MOMENT_WORD - 2**32))
+        else:
+            changes.append((kept, value if kept.dtype is torch.float64 else stochastic_round(value, kept.dtype, words)))
+            words = words >> 16
+    return changes
 
 
 class _Scratch:
@@ -311,8 +331,7 @@ class _Scratch:
         self.repeats = upload(self.sizes, torch.int64, device)
         self.indices_on_device = upload(indices, torch.int64, device)
         elements = [m.shard.element_indices(size, device) for m, size in zip(members, self.sizes, strict=True)]
-        # Indices are modulo 2^32.
-        self.element_indices = torch.cat(elements).to(torch.int32)
+        self.element_indices = torch.cat(elements)
         # In the parameters' shapes and strides.
         self.views = [
             part.as_strided(p.shape, p.stride(), part.storage_offset())
@@ -324,7 +343,7 @@ class _Scratch:
         torch._foreach_copy_(self.views, self.params)
         keys = mix_(steps[self.indices_on_device] + seeds[self.indices_on_device])
         noise = mix_(torch.repeat_interleave(keys, self.repeats, output_size=self.flat.numel()) ^ self.element_indices)
-        self.rounding: state.Rounding | None = state.Rounding(noise, self.dtype)
+        self.rounding: Rounding | None = Rounding(noise, self.dtype)
 
     def store(self, present: list[bool]) -> None:
         """Round the copies of present members back; ``present`` holds one bool a member of the engine."""
@@ -338,3 +357,43 @@ def _copy_where(chosen: Sequence[bool], targets: Sequence[Tensor], sources: Sequ
     """Copy those of ``sources`` that are chosen."""
     if any(chosen):
         torch._foreach_copy_(list(compress(targets, chosen)), list(compress(sources, chosen)))
+
+
+class Rounding:
+    """Rounds float32 values up or down at random, in place. It allocates all of its memory as it is made."""
+
+    def __init__(self, noise: Tensor, dtype: torch.dtype) -> None:
+        """``noise``: int32 words, one a value. ``dtype``: torch.bfloat16 or torch.float16."""
+        # Random bits added below the cut carry into the kept bits with the probability of the fraction cut off.
+        self.cut = 0xFFFF if dtype is torch.bfloat16 else 0x1FFF
+        self.noise = noise & self.cut
+        self.is_nan = torch.empty_like(noise, dtype=torch.bool)
+        self.has_subnormals = dtype is torch.float16
+        if self.has_subnormals:
+            self.thresholds = (2**24 - (noise & 0xFFFFFF)).float().mul_(2.0**-24)
+            self.whole, self.fraction = torch.empty_like(self.thresholds), torch.empty_like(self.thresholds)
+            self.is_small = torch.empty_like(self.is_nan)
+
+    def round_(self, x: Tensor) -> Tensor:
+        """Round ``x``, float32 of the noise's shape, to values of the dtype."""
+        torch.ne(x, x, out=self.is_nan)
+        if self.has_subnormals:
+            # Below 2^-14 float16 is subnormal: every step is 2^-24.
+            torch.abs(x, out=self.fraction)
+            torch.lt(self.fraction, 2.0**-14, out=self.is_small)
+            torch.floor(self.fraction.mul_(2.0**24), out=self.whole)
+            up = self.fraction.sub_(self.whole).ge_(self.thresholds)
+            torch.copysign(self.whole.add_(up).mul_(2.0**-24), x, out=self.whole)
+        x.view(torch.int32).add_(self.noise).bitwise_and_(~self.cut)
+        if self.has_subnormals:
+            torch.where(self.is_small, self.whole, x, out=x)
+        # Noise added to a NaN's bits could carry into its sign.
+        return x.masked_fill_(self.is_nan, torch.nan)
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    """Round float32 ``x`` up or down at random to ``dtype``, bfloat16 or float16; ``noise`` holds int32 words of its shape.
+
+    The same bits as :func:`~stablelora_kernels.reference.optimizer.stochastic_round_ref` elementwise.
+    """
+    return Rounding(noise, dtype).round_(x.clone()).to(dtype)

@@ -1,4 +1,4 @@
-"""What of a model a CUDA graph takes for granted, watched for changes; and what tells the same objects from equal ones."""
+"""A model that a CUDA graph holds: what the graph cannot hold, and changes that it would not notice."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.utils.hooks import HOOKS
 from stablelora_kernels.utils.validation import shown
 
 _TENSOR_FLAGS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
-flags_of = attrgetter(*_TENSOR_FLAGS)
+_flags_of = attrgetter(*_TENSOR_FLAGS)
 
 
 class _NoTensorsAreEqual(TorchFunctionMode):
@@ -93,7 +97,34 @@ class ModelWatch:
         return list(map(Tensor.data_ptr, self.tensors.values()))
 
     def _flags(self) -> list[tuple[Any, ...]]:
-        return list(map(flags_of, self.tensors.values()))
+        return list(map(_flags_of, self.tensors.values()))
+
+
+def check_model_capturable(model: nn.Module) -> None:
+    """Raise ValueError, with the reason, if a CUDA graph cannot hold a training step of ``model``."""
+    modules, tensors = dict(model.named_modules()), tensors_of(model)
+    for name, module in modules.items():
+        if isinstance(module, (nn.DataParallel, DistributedDataParallel)) or "_fsdp_wrapped_module" in module._modules:
+            raise ValueError(
+                f"model must not be in {type(module).__name__}, which runs Python in every step, got "
+                f"{repr(name) if name else 'it'} in one"
+            )
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            raise ValueError(
+                f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
+            )
+    hooked = [name for name, module in modules.items() if _is_hooked(module)]
+    hooked += [name for name, tensor in tensors.items() if any(_flags_of(tensor)[1:])]
+    if hooked or _has_any_global_hook():
+        where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
+        raise ValueError(f"model must have no hooks, since a CUDA graph would not call them again, got {where}")
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks that a replay would miss, or that of accelerate, which replaces its forward."""
+    hooks = chain.from_iterable(vars(module)[name].values() for name in HOOKS)
+    return "_hf_hook" in vars(module) or not all(getattr(hook, "only_after_errors", False) for hook in hooks)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
