@@ -64,21 +64,21 @@ def _check_number(name: str, value: Any, high: float = math.inf) -> float | torc
     return value.reshape(())
 
 
-def _check_beta(name: str, beta: Any) -> float:
-    if isinstance(beta, torch.Tensor):
-        if beta.numel() != 1 or not beta.is_floating_point() or beta.device.type != "cpu":
-            raise ValueError(
-                f"{name} as a tensor must be a 0-d floating-point one on the CPU, got {list(beta.shape)} of "
-                f"{beta.dtype} on {beta.device}"
-            )
-        beta = beta.item()
-    return check_float(name, beta, low=0.0, high=1.0)
-
-
 def _check_betas(name: str, value: Any) -> tuple[float, ...]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name} must be two numbers, got {value!r}")
-    return tuple(_check_beta(f"{name}[{i}]", beta) for i, beta in enumerate(value))
+    betas = []
+    for i, beta in enumerate(value):
+        where = f"{name}[{i}]"
+        if isinstance(beta, torch.Tensor):
+            if beta.numel() != 1 or not beta.is_floating_point() or beta.device.type != "cpu":
+                raise ValueError(
+                    f"{where} as a tensor must be a 0-d floating-point one on the CPU, got {list(beta.shape)} of "
+                    f"{beta.dtype} on {beta.device}"
+                )
+            beta = beta.item()
+        betas.append(check_float(where, beta, low=0.0, high=1.0))
+    return tuple(betas)
 
 
 def _check_shrink_pattern(name: str, value: Any) -> dict[str, float]:
@@ -155,10 +155,7 @@ def check_shared(groups: Sequence[dict[str, Any]], storage: Storage) -> None:
 
 
 def check_parameter(name: str, p: torch.Tensor) -> None:
-    """Raise TypeError or ValueError unless the optimizer can update ``p``.
-
-    That takes one of DTYPES, and a dense tensor or a DTensor of contiguous shards.
-    """
+    """Raise TypeError or ValueError unless ``p`` is of one of DTYPES, and dense or a DTensor of contiguous shards."""
     if p.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {p.dtype}")
     if is_sharded(p):
@@ -196,11 +193,7 @@ def _named(items: Iterable[Any]) -> list[tuple[str, torch.Tensor]]:
 
 
 def check_group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    """A new group dict with checked hyperparameters, without frozen parameters.
-
-    The tensors are under ``params`` and their names under ``param_names``. Hyperparameters that ``group`` lacks come from
-    ``defaults``.
-    """
+    """A new group with checked hyperparameters, those that it lacks from ``defaults``, and with trainable parameters alone."""
     if not isinstance(group, dict):
         raise TypeError(f"a parameter group must be a dict, got {type(group).__name__}")
     if "params" not in group:
@@ -215,21 +208,20 @@ def check_group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"a group has {len(items)} params and {len(names)} param_names")
         items = list(zip(names, items, strict=True))
     named = _named(items)
-    for name, p in named:
-        if p.requires_grad:
-            check_parameter(f"parameter {name!r}", p)
-            if not (p.is_leaf or p.retains_grad):
-                raise ValueError(f"parameter {name!r} must be a leaf tensor, got the result of {p.grad_fn}")
-    frozen = {split_lora_name(name) for name, p in named if not p.requires_grad}
-    for name, p in named:
-        split = split_lora_name(name)
-        if split is not None and p.requires_grad and p.dim() == 2:
-            other = "B" if split[1] == "A" else "A"
-            if (split[0], other) in frozen:
-                raise ValueError(
-                    f"pair {split[0]!r}: lora_{split[1]} is trainable but lora_{other} is frozen (requires_grad=False)"
-                )
     trainable = [(name, p) for name, p in named if p.requires_grad]
+    for name, p in trainable:
+        check_parameter(f"parameter {name!r}", p)
+        if not (p.is_leaf or p.retains_grad):
+            raise ValueError(f"parameter {name!r} must be a leaf tensor, got the result of {p.grad_fn}")
+    frozen = {split_lora_name(name) for name, p in named if not p.requires_grad}
+    for name, p in trainable:
+        if (split := split_lora_name(name)) is not None and p.dim() == 2:
+            pair, half = split
+            other = "B" if half == "A" else "A"
+            if (pair, other) in frozen:
+                raise ValueError(
+                    f"pair {pair!r}: lora_{half} is trainable but lora_{other} is frozen (requires_grad=False)"
+                )
     return {
         **group,
         **check_hyper({**defaults, **group}, "a group's " if set(HYPER) & set(group) else ""),
@@ -239,12 +231,7 @@ def check_group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
-    """The pairs across all groups.
-
-    Raises:
-        ValueError: an A without its B, a name or a tensor given twice, params without names, a ``shrink_pattern`` that matches
-            no pair, or no pair.
-    """
+    """The pairs across all groups, whose names and patterns are checked."""
     for i, group in enumerate(groups):
         if len(group["params"]) != len(group["param_names"]):
             raise ValueError(
@@ -303,6 +290,20 @@ class Setting(dict[str, Any]):
         self.update(self.group, **self.own)
 
 
+class Parts(NamedTuple):
+    """What the engine of one device is made of."""
+
+    # The parameters, the pairs among them, and the settings that they refer to.
+    members: Sequence[Member]
+    pairs: Sequence[Pair]
+    settings: Sequence[Setting]
+    # The state of each member's ``param``, complete but for counters. The engine makes those views of its own.
+    entries: dict[torch.Tensor, dict[str, Any]]
+    # int32 scalar on the device, counts steps not taken because the gradients' norm was not finite.
+    skipped: torch.Tensor
+    storage: Storage
+
+
 class CopiedSchedule:
     """A ``shrink_schedule`` in an optimizer's copy or pickle, which says so if the function cannot be pickled."""
 
@@ -343,6 +344,27 @@ def members_and_settings(
         {"lr_ratio": lr_ratio} | ({} if ratio is None else {"shrink_ratio": ratio}) for _, lr_ratio, ratio in indices
     ]
     return members, [Setting(groups[index], each) for (index, *_), each in zip(indices, own, strict=True)]
+
+
+def by_device(
+    members: Sequence[Member], pairs: Sequence[LoRAPair], max_grad_norm: float | None
+) -> dict[Any, list[int]]:
+    """The indices of the members on each device, which halves of a pair must share."""
+    found: dict[torch.device, list[int]] = {}
+    for index, member in enumerate(members):
+        check_parameter("a parameter", member.owner)
+        found.setdefault(member.param.device, []).append(index)
+    if len(found) > 1 and max_grad_norm is not None:
+        raise ValueError(
+            f"max_grad_norm needs all parameters on one device, got {', '.join(map(str, found))}; "
+            "clip with torch.nn.utils.clip_grad_norm_ instead"
+        )
+    for pair in pairs:
+        if pair.A.device != pair.B.device:
+            raise ValueError(
+                f"pair {pair.name!r}: A is on {pair.A.device} and B on {pair.B.device}; they must share one"
+            )
+    return found
 
 
 def _names(pair: LoRAPair, parameter: str) -> tuple[str, str]:

@@ -42,11 +42,7 @@ def check_shards(name: str, p: Any) -> None:
 
 
 def shard_of(name: str, p: Any, base: int) -> Shard:
-    """This process's shard of ``p``, whose first element has the index ``base``.
-
-    Raises:
-        ValueError: ``p`` is sharded along two dimensions after its first.
-    """
+    """This process's shard of ``p``, whose first element has the index ``base``."""
     if not is_sharded(p):
         return Shard(base)
     sizes, offsets = shard_extent(p)

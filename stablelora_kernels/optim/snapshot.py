@@ -66,11 +66,7 @@ class Gradients(NamedTuple):
         return Gradients(tensors, layout_of(tensors))
 
     def any(self) -> bool:
-        """Whether there is a gradient.
-
-        Raises:
-            RuntimeError: a gradient is not dense.
-        """
+        """Whether there is a gradient. RuntimeError if one is not dense."""
         if self.layout is not None:
             return bool(self.layout.addresses)
         for g in self.tensors:
@@ -235,11 +231,7 @@ class Staging:
             self.spares.append(torch.empty(self.size, dtype=torch.uint8, device="cpu", pin_memory=pinned))
 
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
-        """``values`` as a tensor on the device.
-
-        Raises:
-            RuntimeError: during a capture, if no reserved memory is left.
-        """
+        """``values`` as a tensor on the device. RuntimeError during a capture, if no reserved memory is left."""
         if not capturing():
             return upload(values, dtype, self.device)
         if not self.spares:

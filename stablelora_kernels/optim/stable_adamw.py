@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.optim import options, snapshot, state
-from stablelora_kernels.optim.options import Member, Pair
+from stablelora_kernels.optim.options import Member, Pair, Parts
 from stablelora_kernels.optim.snapshot import Gradients, Snapshot, layout_of
 from stablelora_kernels.optim.stability import PairStability, finite_norms
 from stablelora_kernels.optim.torch_step import TorchStep
@@ -119,21 +119,12 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         moments_dtype: torch.dtype = torch.float32,
         seed: int | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "shrink_ratio": shrink_ratio,
-            "shrink_pattern": shrink_pattern,
-            "stop_condition": stop_condition,
-            "lr_ratio_B": lr_ratio_B,
-            "maximize": maximize,
-            "amsgrad": amsgrad,
-            "capturable": capturable,
-            "seed": torch.initial_seed() % 2**63 if seed is None else seed,
-            "max_grad_norm": max_grad_norm,
-        }
+        defaults: dict[str, Any] = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "shrink_ratio": shrink_ratio, "shrink_pattern": shrink_pattern, "stop_condition": stop_condition,
+            "lr_ratio_B": lr_ratio_B, "maximize": maximize, "amsgrad": amsgrad, "capturable": capturable,
+            "seed": torch.initial_seed() % 2**63 if seed is None else seed, "max_grad_norm": max_grad_norm,
+        }  # fmt: skip
         defaults.update(options.check_hyper(defaults, ""))
         if shrink_schedule is not None and not callable(shrink_schedule):
             raise TypeError(f"shrink_schedule must be a function of the step, got {shrink_schedule!r}")
@@ -302,29 +293,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         return step
 
     def _build_engines(self) -> None:
-        """Complete the state, and make one engine for each device that holds parameters.
-
-        Raises:
-            TypeError: a parameter has a dtype that the optimizer or the backend in force does not take.
-            ValueError: a parameter or its state does not fit; nothing has changed then.
-        """
+        """Check and complete the state, then make one engine for each device that holds parameters."""
         self._last = Snapshot(self._last.params)
         options.check_shared(self.param_groups, self.storage)
         members, self._settings = options.members_and_settings(self.param_groups, self._pairs)
-        by_device: dict[torch.device, list[int]] = {}
-        for index, member in enumerate(members):
-            options.check_parameter("a parameter", member.owner)
-            by_device.setdefault(member.param.device, []).append(index)
-        if len(by_device) > 1 and self.max_grad_norm is not None:
-            raise ValueError(
-                f"max_grad_norm needs all parameters on one device, got {', '.join(map(str, by_device))}; "
-                "clip with torch.nn.utils.clip_grad_norm_ instead"
-            )
-        for pair in self._pairs:
-            if pair.A.device != pair.B.device:
-                raise ValueError(
-                    f"pair {pair.name!r}: A is on {pair.A.device} and B on {pair.B.device}; they must share one"
-                )
+        by_device = options.by_device(members, self._pairs, self.max_grad_norm)
         classes = [_engine_class(device, [members[i] for i in each]) for device, each in by_device.items()]
         names = [name for group in self.param_groups for name in group["param_names"]]
         entries = state.completed(self.state, members, names, self._settings, self.storage)
@@ -332,11 +305,12 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         for (device, indices), engine_class in zip(by_device.items(), classes, strict=True):
             if device not in self._skipped_on_device:
                 self._skipped_on_device[device] = torch.zeros((), dtype=torch.int32, device=device)
-            skipped, own = self._skipped_on_device[device], [members[i] for i in indices]
+            own = [members[i] for i in indices]
             index_of = {id(member.owner): i for i, member in enumerate(own)}
             pairs = [Pair(index_of[id(p.A)], index_of[id(p.B)]) for p in self._pairs if id(p.A) in index_of]
-            held = {members[i].param: entries[i] for i in indices}
-            self._engines.append((indices, engine_class(own, pairs, self._settings, held, skipped, self.storage)))
+            held, skipped = {members[i].param: entries[i] for i in indices}, self._skipped_on_device[device]
+            engine = engine_class(Parts(own, pairs, self._settings, held, skipped, self.storage))
+            self._engines.append((indices, engine))
         for member, entry in zip(members, entries, strict=True):
             self.state[member.owner] = state.as_owned(entry, member.owner)
         watched = [indices[i] for indices, engine in self._engines for i in engine.watched]

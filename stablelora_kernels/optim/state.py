@@ -43,9 +43,6 @@ def completed(
     """The state of each member's ``param``: its entry in ``state``, or this process's shards of it, checked and completed.
 
     Tensors in other strides than the parameter's are replaced by copies in its strides.
-
-    Raises:
-        ValueError: a tensor has another shape, dtype or device than the parameter asks for; nothing has changed then.
     """
     entries, wanted = [], []
     for member, name in zip(members, names, strict=True):
@@ -137,15 +134,12 @@ def scales_shape(p: Tensor) -> torch.Size:
 
 
 def convert_moment(entry: dict[str, Any], name: str, p: Tensor, storage: Storage) -> dict[str, Tensor]:
-    """Copy the saved moment ``name`` of ``p`` in the dtype of ``storage``, rounded to nearest, with scales if it has any.
-
-    Raises:
-        ValueError: 8-bit codes without their scales, or in strides other than those of ``p``, which define the blocks.
-    """
+    """Copy the saved moment ``name`` of ``p`` in the dtype of ``storage``, rounded to nearest, with scales if it has any."""
     saved, dtype, scale_name = entry[name], storage.moment_dtype(p), f"{name}_scale"
     scales = entry.get(scale_name)
     if saved.dtype is torch.uint8:
         expected = scales_shape(p)
+        # The strides define the blocks.
         if not isinstance(scales, Tensor) or scales.shape != expected or saved.stride() != p.stride():
             raise ValueError(
                 f"state_dict's {name!r} is in 8 bits, so {scale_name!r} must be {list(expected)} and its strides {p.stride()}, "
@@ -155,13 +149,14 @@ def convert_moment(entry: dict[str, Any], name: str, p: Tensor, storage: Storage
         if dtype is torch.uint8:
             return {name: codes, scale_name: scales}
         saved = decode8(codes, scales, name == "exp_avg")
-    if dtype is not torch.uint8:
-        return {name: torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(saved)}
-    value = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(saved)
+    in_8_bits = dtype is torch.uint8
+    value = torch.empty_like(p, dtype=torch.float32 if in_8_bits else dtype, requires_grad=False).copy_(saved)
+    if not in_8_bits:
+        return {name: value}
     noise = torch.full((p.numel(),), _HALF, dtype=torch.int32, device=p.device)
-    codes = torch.empty_like(p, dtype=torch.uint8, requires_grad=False)
-    new_codes, scales = encode8(flat(value), noise, name == "exp_avg")
-    flat(codes).copy_(new_codes)
+    flat_codes, scales = encode8(flat(value), noise, name == "exp_avg")
+    codes = torch.empty_like(value, dtype=dtype)
+    flat(codes).copy_(flat_codes)
     return {name: codes, scale_name: scales}
 
 
@@ -238,11 +233,7 @@ def seed_word(seed: int) -> int:
 def is_state_init_step(
     groups: Sequence[dict[str, Any]], params: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> bool:
-    """Whether the first step has zero gradients and lr=0.
-
-    torch.distributed.checkpoint calls step() like this to create state, and nothing else may change. Do not shrink or latch
-    then.
-    """
+    """Whether zero gradients and lr=0 ask for a state alone, as torch.distributed.checkpoint does: nothing else may change."""
     for group in groups:
         lr = group["lr"]
         if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
@@ -267,12 +258,7 @@ _ADAMW, _UNUSED = (
 
 
 def from_adamw(state_dict: Any, groups: Sequence[dict[str, Any]]) -> Any:
-    """``state_dict``; one of ``torch.optim.AdamW`` with what StableLoRAAdamW's has beyond it, from ``groups``.
-
-    Raises:
-        ValueError: it is ``torch.optim.Adam``'s, with a weight decay that is not decoupled; or it has another number of groups;
-            or its state is malformed.
-    """
+    """``state_dict``; one of ``torch.optim.AdamW`` with what StableLoRAAdamW's has beyond it, from ``groups``."""
     saved = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
     if not (isinstance(saved, list) and saved and all(isinstance(group, dict) for group in saved)):
         return state_dict
@@ -284,36 +270,27 @@ def from_adamw(state_dict: Any, groups: Sequence[dict[str, Any]]) -> Any:
             "Hugging Face's Trainer makes two, with weight decay and without: an optimizer by StableLoRAAdamWFactory.from_args "
             "has the same two and goes on with these moments. To begin with fresh ones, remove optimizer.pt from the checkpoint"
         )
-    for i, group in enumerate(saved):
-        if not group.get("decoupled_weight_decay", True) and group["weight_decay"] != 0:
+    completed = []
+    for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
+        if not theirs.get("decoupled_weight_decay", True) and theirs["weight_decay"] != 0:
             raise ValueError(
-                f"state_dict is torch.optim.Adam's: the weight decay of its group {i}, {group['weight_decay']}, is not "
+                f"state_dict is torch.optim.Adam's: the weight decay of its group {i}, {theirs['weight_decay']}, is not "
                 "decoupled, and StableLoRAAdamW's is"
             )
-    kept = [
-        {key: value for key, value in group.items() if key not in _UNUSED | {"decoupled_weight_decay"}}
-        for group in saved
-    ]
-    groups = [{key: ours[key] for key in HYPER} | theirs for ours, theirs in zip(groups, kept, strict=True)]
+        kept = {key: value for key, value in theirs.items() if key not in _UNUSED | {"decoupled_weight_decay"}}
+        completed.append({key: ours[key] for key in HYPER} | kept)
     entries = state_dict.get("state", {})
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError("state_dict must have a dict 'state' with a dict for each parameter, got something else")
-    zero = torch.zeros((), dtype=torch.int32, device="cpu")
-    state = {
-        key: {**entry, "step": torch.as_tensor(entry["step"], device="cpu"), "latched_at": zero}
-        if "step" in entry
-        else entry
-        for key, entry in entries.items()
-    }
-    return {**state_dict, "state": state, "param_groups": groups}
+    zero, state = torch.zeros((), dtype=torch.int32, device="cpu"), dict(entries)
+    for key, entry in entries.items():
+        if "step" in entry:
+            state[key] = {**entry, "step": torch.as_tensor(entry["step"], device="cpu"), "latched_at": zero}
+    return {**state_dict, "state": state, "param_groups": completed}
 
 
 def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups of ``state_dict``, checked, with defaults for hyperparameters that an earlier version did not save.
-
-    Raises:
-        ValueError: the state is not this optimizer's, or its parameters differ from those of ``groups``.
-    """
+    """The groups of ``state_dict``, checked, with defaults for hyperparameters that an earlier version did not save."""
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
         raise ValueError("state_dict must be a dict with 'state' and 'param_groups'")
     saved = state_dict["param_groups"]
@@ -324,8 +301,7 @@ def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> lis
         if not isinstance(theirs, dict) or "params" not in theirs:
             got = f"the keys {sorted(theirs)}" if isinstance(theirs, dict) else repr(theirs)
             raise ValueError(f"group {i} of state_dict must be a dict with 'params', got {got}")
-        missing = [key for key in HYPER if key not in theirs and key not in LATER]
-        if missing:
+        if missing := [key for key in HYPER if key not in theirs and key not in LATER]:
             raise ValueError(
                 f"state_dict is not StableLoRAAdamW's: its group {i} has no {', '.join(map(repr, missing))}"
             )
@@ -380,11 +356,7 @@ def load_state(
     pairs: Sequence[LoRAPair],
     storage: Storage,
 ) -> dict[Tensor, dict[str, Any]]:
-    """Copies of the saved state by parameter: on its device, in its strides and placements, in the dtypes of ``storage``.
-
-    Raises:
-        ValueError: a tensor is missing or has another shape than its parameter.
-    """
+    """Copies of the saved state by parameter: on its device, in its strides and placements, in the dtypes of ``storage``."""
     owners = {id(pair.A) for pair in pairs}
     result: dict[Tensor, dict[str, Any]] = {}
     for saved, group in zip(saved_groups, groups, strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.optim import snapshot, state
-from stablelora_kernels.optim.options import LOW_PRECISION, Member, Pair, Setting, Storage
+from stablelora_kernels.optim.options import LOW_PRECISION, Member, Parts, Setting, Storage
 from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.snapshot import LIVE, Change, Gradients, upload
 from stablelora_kernels.optim.state import mix_
@@ -69,24 +69,9 @@ class TorchStep:
     a tensor; the optimizer's state holds 0-d views of it.
     """
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        pairs: Sequence[Pair],
-        settings: Sequence[Setting],
-        entries: dict[Tensor, dict[str, Any]],
-        skipped: Tensor,
-        storage: Storage,
-    ) -> None:
-        """Make the counters and the working copies.
-
-        Args:
-            members, pairs, settings: the parameters, all on one device, the pairs among them, the settings they refer to.
-            entries: the state of each member's ``param``, complete but for the counters, which become views.
-            skipped: int32 scalar on the device, counts steps not taken because the gradients' norm was not finite.
-            storage: how moments and masters are kept.
-        """
-        self.members, self.pairs, self.settings, self.entries, self.skipped = members, pairs, settings, entries, skipped
+    def __init__(self, parts: Parts) -> None:
+        self.members, self.pairs, self.settings, self.entries, self.skipped, storage = parts
+        members, pairs, settings = parts[:3]
         self.device, self.max_grad_norm = members[0].param.device, settings[0]["max_grad_norm"]
         self.low_moments = storage.moments_dtype is not torch.float32
         self._make_counters()

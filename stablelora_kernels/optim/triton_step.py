@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.optim import snapshot
-from stablelora_kernels.optim.options import Member, Pair, Setting, Storage
+from stablelora_kernels.optim.options import Parts
 from stablelora_kernels.optim.sharding import LatchMonitor, ShardSums
 from stablelora_kernels.optim.snapshot import LIVE, Change, Gradients, layout_of, upload
 from stablelora_kernels.optim.state import moment_names, refresh_masters, seed_word, stack_counters
@@ -34,21 +34,13 @@ class TritonStep:
     # Elements that one program updates.
     CHUNK = 4096
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        pairs: Sequence[Pair],
-        settings: Sequence[Setting],
-        state: dict[Tensor, dict[str, Any]],
-        skipped: Tensor,
-        storage: Storage,
-    ) -> None:
-        """As :class:`~stablelora_kernels.optim.torch_step.TorchStep`."""
+    def __init__(self, parts: Parts) -> None:
         # Triton is optional, so nothing imports a launcher before it is used.
         from stablelora_kernels.launch import stable_adamw as launcher
 
         self.launcher, tables = launcher, launcher.tables
-        self.members, self.pairs, self.settings = members, pairs, settings
+        self.members, self.pairs, self.settings, state, skipped, storage = parts
+        members, pairs, settings = parts[:3]
         self.max_grad_norm = settings[0]["max_grad_norm"]
         self.params = [member.param for member in members]
         self.device = self.params[0].device
