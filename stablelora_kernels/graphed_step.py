@@ -18,7 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel, tf32_allowed
-from stablelora_kernels.optim.snapshot import LIVE, reads_from_memory
+from stablelora_kernels.optim.snapshot import LIVE, Snapshot, reads_from_memory
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.utils.model_watch import ModelWatch, check_model_capturable, difference, tensors_of
 from stablelora_kernels.utils.validation import check_bool, check_int
@@ -74,18 +74,11 @@ class Watch:
         self.optimizer, self.scaler, self.device = optimizer, scaler, next(params_of(optimizer)).device
         self.model, self.settings, self.snapshot = ModelWatch(model), self._settings(), optimizer._snapshot().kept()
 
-    def change(self) -> str | None:
-        """What has changed since, in words, or None. Every replay asks this."""
-        if change := self.model.change():
-            return change
-        for (name, new), old in zip(self._settings().items(), self.settings.values(), strict=True):
-            if change := difference(name, old, new):
-                return change
-        return self.optimizer._snapshot().words(self.snapshot, self.device)
-
-    def written(self) -> bool:
-        """Whether someone has written to a parameter of which the optimizer keeps the norm or a master."""
-        return self.optimizer._snapshot().versions != self.optimizer._last.versions
+    def change(self, now: Snapshot) -> str | None:
+        """What has changed since, in words, or None. ``now``: what the optimizer finds. Every replay asks this."""
+        settings = zip(self._settings().items(), self.settings.values(), strict=True)
+        differences = (difference(name, old, new) for (name, new), old in settings)
+        return self.model.change() or next(filter(None, differences), None) or now.words(self.snapshot, self.device)
 
     def _settings(self) -> dict[str, Any]:
         """By their names, values that a capture turns into constants."""
@@ -233,15 +226,16 @@ class GraphedStep:
             bucket.fill(leaves)
             return self._train(bucket)
         self._check_call()
-        bucket = self._bucket(shape)
-        if bucket.watch is not None and (change := bucket.watch.change()) is not None:
+        bucket, now = self._bucket(shape), self.optimizer._snapshot()
+        if bucket.watch is not None and (change := bucket.watch.change(now)) is not None:
             if bucket.graph is not None:
                 raise RuntimeError(f"{change}, which its CUDA graph does not know: put it back, or call reset()")
             bucket.warmups = 0
         bucket.fill(leaves)
         self._copy_numbers()
         # After a write to a parameter the optimizer measures norms again, which a graph would do in every replay.
-        if bucket.watch is None or bucket.warmups < self.num_warmup_iters or bucket.watch.written():
+        written = now.versions != self.optimizer._last.versions
+        if bucket.watch is None or bucket.warmups < self.num_warmup_iters or written:
             return self._run_eagerly(bucket)
         if bucket.graph is None:
             bucket.graph = self._capture(bucket)
@@ -298,11 +292,10 @@ class GraphedStep:
     @contextmanager
     def _live_hyperparameters(self) -> Iterator[None]:
         """Let the optimizer read the live hyperparameters from their memory."""
-        groups = self.optimizer.param_groups
-        numbers = {(index, name): groups[index][name] for index, name in self._cells}
+        groups, numbers = self.optimizer.param_groups, {}
         try:
             for (index, name), (cell, _) in self._cells.items():
-                groups[index][name] = cell
+                numbers[index, name], groups[index][name] = groups[index][name], cell
             yield
         finally:
             for (index, name), number in numbers.items():

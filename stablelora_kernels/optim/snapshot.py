@@ -121,18 +121,19 @@ class Snapshot:
     # The sum of the versions of the parameters that engines watch: versions only rise.
     versions: int | None = None
 
-    def read(
-        self,
+    @classmethod
+    def take(
+        cls,
         groups: Sequence[dict[str, Any]],
         params: Sequence[Tensor],
         state: Any,
         watched: Sequence[Tensor],
         on_cpu: bool,
     ) -> Snapshot:
-        """A snapshot of the same parameters as they are now, without gradients.
+        """What there is now, without gradients.
 
         Args:
-            params: the parameters, or this process's shards.
+            params: all parameters, or this process's shards.
             watched: those whose versions tell that someone else wrote to them.
             on_cpu: whether all engines are on the CPU.
         """
@@ -143,8 +144,8 @@ class Snapshot:
             for value in row[_live]
             if isinstance(value, Tensor)
         ]
-        memory, versions = list(map(Tensor.data_ptr, params)), sum(map(_version, watched))
-        return Snapshot(self.params, memory, get_backend(), rows, tensors, state, versions=versions)
+        lists, memory = [list(group["params"]) for group in groups], list(map(Tensor.data_ptr, params))
+        return cls(lists, memory, get_backend(), rows, tensors, state, versions=sum(map(_version, watched)))
 
     def kept(self) -> Snapshot:
         """This one with a copy of the state."""

@@ -246,10 +246,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         for setting in self._settings if change.hyper else ():
             setting.read()
         if change.gradients:
-            every = gradients.layout is not None and gradients.layout.present is None
-            has_grad = [g is not None for g in gradients.tensors]
-            self._written = self._params if every else list(compress(self._params, has_grad))
-            self._raised = sum(has_grad[i] for i in self._watched_owners)
+            self._written, watched = self._params, self._is_watched
+            if gradients.layout is None or gradients.layout.present is not None:
+                present = [g is not None for g in gradients.tensors]
+                self._written, watched = list(compress(self._params, present)), list(compress(watched, present))
+            self._raised = watched.count(True)
         for indices, engine in self._engines:
             # torch.amp's scale and verdict, if GradScaler has set them.
             scale, found_inf = (
@@ -269,7 +270,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """What there is in Python now."""
         params = [local(p) for p in self._params] if self._any_sharded else self._params
         on_cpu = all(engine.device.type == "cpu" for _, engine in self._engines)
-        found = self._last.read(self.param_groups, params, self.state, self._watched, on_cpu)
+        found = Snapshot.take(self.param_groups, params, self.state, self._watched, on_cpu)
         found.gradients = gradients and gradients.layout
         return found
 
@@ -313,10 +314,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             self._engines.append((indices, engine))
         for member, entry in zip(members, entries, strict=True):
             self.state[member.owner] = state.as_owned(entry, member.owner)
-        watched = [indices[i] for indices, engine in self._engines for i in engine.watched]
+        watched = {indices[i] for indices, engine in self._engines for i in engine.watched}
         self._watched = [members[i].param for i in watched]
         # A shard has a version of its own, which a step leaves alone.
-        self._watched_owners = [i for i in watched if members[i].param is members[i].owner]
+        self._is_watched = [i in watched and member.param is member.owner for i, member in enumerate(members)]
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.

@@ -268,11 +268,12 @@ class TritonStep:
                 lr_ratio=setting["lr_ratio"] if isinstance(given, Tensor) else 1.0,
             )
             rows.append(row)
-        hyper, column = self.staging.upload(rows, torch.float32), tables.HyperRow._fields.index
+        hyper, fields = self.staging.upload(rows, torch.float32), tables.HyperRow._fields
         words = []
-        for own, seed, each in zip(hyper, self.seeds, values, strict=True):
+        for i, (seed, each) in enumerate(zip(self.seeds, values, strict=True)):
+            own = hyper.data_ptr() + 4 * len(fields) * i
             address = {
-                name: value.data_ptr() if isinstance(value, Tensor) else own.data_ptr() + 4 * column(name)
+                name: value.data_ptr() if isinstance(value, Tensor) else own + 4 * fields.index(name)
                 for name, value in zip(LIVE, each, strict=True)
             }
             words.append(tables.WordRow(seed=seed, **address))
