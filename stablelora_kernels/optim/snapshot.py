@@ -22,6 +22,8 @@ _NAMES = (*LIVE, *_BUILT, "betas", "eps", "maximize", "shrink_pattern", "captura
 _values_of = itemgetter(*_NAMES)
 _live, _built = slice(0, len(LIVE)), slice(len(LIVE), len(LIVE) + len(_BUILT))
 _version = attrgetter("_version")
+# Of a snapshot. A schedule changes the first, so that a comparison ends there.
+_facts = attrgetter("groups", "tensors", "memory", "backend", "state")
 
 
 class Layout(NamedTuple):
@@ -154,14 +156,16 @@ class Snapshot:
 
     def since(self, last: Snapshot) -> Change:
         """What has changed since ``last``, of which the parameters are the same."""
-        found, known = (
-            (each.memory, each.backend, [row[_built] for row in each.groups or ()], each.state) for each in (self, last)
-        )
-        if not same_objects(found, known):
-            return Change()
-        hyper = not same_objects((self.tensors, self.groups), (last.tensors, last.groups))
+        unchanged = same_objects(_facts(self), _facts(last))
+        if not unchanged:
+            found, known = (
+                (each.memory, each.backend, [row[_built] for row in each.groups or ()], each.state)
+                for each in (self, last)
+            )
+            if not same_objects(found, known):
+                return Change()
         moved = self.gradients is None or self.gradients != last.gradients
-        return Change(False, hyper, moved, self.versions != last.versions)
+        return Change(False, not unchanged, moved, self.versions != last.versions)
 
     def words(self, last: Snapshot, device: torch.device) -> str | None:
         """What has changed since ``last`` of all that a CUDA graph on ``device`` repeats, in words, or None."""

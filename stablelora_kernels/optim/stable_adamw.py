@@ -198,6 +198,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._settings: list[options.Setting] = []
         # The parameters, or shards, whose versions tell that someone else wrote to them.
         self._watched: list[Tensor] = []
+        self._on_cpu = True
         self._last = Snapshot([list(group["params"]) for group in self.param_groups])
 
     @torch._disable_dynamo
@@ -269,8 +270,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def _snapshot(self, gradients: Gradients | None = None) -> Snapshot:
         """What there is in Python now."""
         params = [local(p) for p in self._params] if self._any_sharded else self._params
-        on_cpu = all(engine.device.type == "cpu" for _, engine in self._engines)
-        found = Snapshot.take(self.param_groups, params, self.state, self._watched, on_cpu)
+        found = Snapshot.take(self.param_groups, params, self.state, self._watched, self._on_cpu)
         found.gradients = gradients and gradients.layout
         return found
 
@@ -316,6 +316,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             self.state[member.owner] = state.as_owned(entry, member.owner)
         watched = {indices[i] for indices, engine in self._engines for i in engine.watched}
         self._watched = [members[i].param for i in watched]
+        self._on_cpu = all(device.type == "cpu" for device in by_device)
         # A shard has a version of its own, which a step leaves alone.
         self._is_watched = [i in watched and member.param is member.owner for i, member in enumerate(members)]
 
