@@ -58,7 +58,7 @@ def test_resumed_and_copied_it_goes_on_to_the_bit(backend: str, option: Row) -> 
         assert all_equal(snapshot(straight), snapshot(other)) and latches(straight) == latches(other)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.covering
 @pytest.mark.parametrize("found_inf", [1.0, 2.0])
 def test_found_inf_changes_nothing(backend: str, row: Row, found_inf: float) -> None:
     """GradScaler adds up the verdicts of several devices, so it may be more than 1."""
