@@ -21,7 +21,7 @@ from stablelora_kernels.kernels.lora.jobs import Gate
 from stablelora_kernels.launch import jobs, lora_linear, lora_mlp, products
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.optim.triton_engine import TritonStep
+from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.reference.mlp import activation_ref

@@ -11,10 +11,10 @@ import torch
 from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, MAX_FUSED_R, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.kernels.stable_adamw import tables
-from stablelora_kernels.launch.stable_adamw import plan_square_sums, plan_stable_adamw
+from stablelora_kernels.launch.stable_adamw import Memory, plan_square_sums, plan_stable_adamw
 from stablelora_kernels.ops.dry_run import linear_launches, mlp_launches
 from stablelora_kernels.ops.lora_linear import lora_linear_fwd
-from stablelora_kernels.optim.triton_engine import TritonStep
+from stablelora_kernels.optim.triton_step import TritonStep
 
 # One of each kind that the tables tell apart, in M and (N, K).
 ROWS = (8, 64, 128, 512, 16384)
@@ -121,17 +121,15 @@ def stable_adamw_launches() -> Iterator[tuple[str, Any]]:
     """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain, sharded, with AMP."""
     dtypes = torch.int8, torch.int32, torch.int64, FP32
     int8, int32, int64, floats = (torch.empty(64, dtype=dtype, device="meta") for dtype in dtypes)
-    of_tensors, of_state = (int64, int64, int32), (floats, int8, int32, floats, floats, int32)
+    memory = Memory(floats, int8, int32, floats, floats, int32, int64, int32, int64, floats, int64)
     for (kind, dtype), wide in product(enumerate(("fp32", "bf16", "fp16")), (True, False)):
         words, code = "aligned" if wide else "unaligned", (1 << (2 * kind + wide), TritonStep.CHUNK)
-        yield dtype, plan_square_sums(*of_tensors, floats, floats, 0, *code)._replace(variant=words)
+        yield dtype, plan_square_sums(memory, True, True, 0, *code)._replace(variant=words)
         for variant, scale, clip, flags in (
             (words, None, None, 0),
             (f"{words} amp clip", floats, 1.0, 0),
             (f"{words} sharded", None, None, tables.FLAG_SHARDED | tables.FLAG_CUT),
         ):
             if wide or not flags:
-                *_, step = plan_stable_adamw(
-                    *of_state, *of_tensors, floats, int64, scale, scale, clip, False, flags, *code
-                )
+                *_, step = plan_stable_adamw(memory, scale, scale, clip, False, flags, *code)
                 yield dtype, step._launch._replace(variant=variant)
