@@ -11,7 +11,7 @@ import torch
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import mlp, rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES, Call
-from stablelora_kernels.dispatch.rules import choose, choose_group
+from stablelora_kernels.dispatch.rules import choose
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing import make_inputs
 from tests.helpers.launches import count_launches

@@ -87,8 +87,9 @@ def counted() -> Iterator[list[Counted]]:
     """
     if not backend.INTERPRETING:
         raise RuntimeError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
-    from stablelora_kernels.launch.base import VendorProduct
     from triton.runtime.interpreter import GridExecutor, interpreter_builder
+
+    from stablelora_kernels.launch.base import VendorProduct
 
     found: list[Counted] = []
     current: list[_Recorder] = []
