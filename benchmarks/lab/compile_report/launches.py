@@ -12,9 +12,10 @@ from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, MAX_FUSED_R, Devi
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.kernels.stable_adamw import tables
 from stablelora_kernels.launch import dry_run
-from stablelora_kernels.launch.old_interface import forward_launches
+from stablelora_kernels.launch.lora_linear import forward_launches
 from stablelora_kernels.launch.stable_adamw import plan_square_sums, plan_stable_adamw
 from stablelora_kernels.optim.triton_engine import TritonStep
+from stablelora_kernels.projection import Projection
 
 # One of each kind that the tables tell apart, in M and (N, K).
 ROWS = (8, 64, 128, 512, 16384)
@@ -114,9 +115,8 @@ def _broadcast(device: Device, dtype: torch.dtype, lora: torch.dtype, r: int, ke
     with torch.device("meta"):
         x, w = torch.empty(1, 4096, dtype=dtype).expand(4096, 4096), torch.empty(4096, 4096, dtype=dtype)
         a, b = torch.empty(r, 4096, dtype=lora), torch.empty(4096, r, dtype=lora)
-    *_, launch = forward_launches(
-        device, x, w, None, a, b, None, torch.empty_like(w), None, 1.0, 0.0, Choice(kernel, "")
-    )
+    given, y = [Projection(w, None, a, b, 1.0)], torch.empty_like(w)
+    *_, launch = forward_launches(device, x, given, [None], None, [y], 0.0, choice=Choice(kernel, ""))
     return launch._replace(variant=f"{launch.variant} broadcast")
 
 
