@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from stablelora_kernels.dispatch import problem
-from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_CHAINED_R, MAX_FUSED_R, Call, Device, Rule, first
+from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_CHAINED_R, Call, Device, Rule, first
 from stablelora_kernels.dispatch.settings import KERNELS, get_kernel, tf32_allowed
 from stablelora_kernels.dispatch.tiles import MAX_CHAINED_M, Tile, filled
 
@@ -45,12 +45,10 @@ RULES = (
          "fused", "a product of a few microseconds: recomputing x @ A.T in each tile takes less time than waiting for it"),
     Rule(lambda d, c: d.generation >= 100 and d.tma and c.dtype != torch.float32 and c.m >= 1024,
          "vendor", "data-center Blackwell: the compiler has 128 x 128 tiles only, which L2 feeds at half the matrix rate"),
-    # At most 5 % more than one fused kernel at the vendor's rate, 9 to 27 % less than one at 0.85 of it. Without dropout and up
-    # to rank 64, the launch that adds the branch rereads A for every 64 rows.
-    Rule(lambda d, c: c.direction == "forward" and c.k >= 2 * c.n
-         and (c.m > CHAINED_M or (c.m >= 512 and (c.dropout or c.r > MAX_FUSED_R))),
-         "vendor", "K is at least 2 N: adding the branch to the vendor's product is predicted to take at most 5 % more time "
-         "than one fused kernel, and up to 27 % less"),
+    # At most 13 % more than one fused kernel at the vendor's rate, up to 28 % less than one at 0.85 of it.
+    Rule(lambda d, c: c.k >= 2 * c.n and c.m >= 512 and (c.direction == "forward" or c.m <= 1024),
+         "vendor", "K is at least 2 N: adding the branch to the vendor's product is predicted to take at most 13 % more time "
+         "than one fused kernel, and up to 28 % less"),
     Rule(lambda d, c: c.m <= problem.CHAINED_M and c.r <= problem.MAX_CHAINED_R,
          "chained", f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank "
          "product for all others"),

@@ -44,11 +44,16 @@ class Launch(NamedTuple):
         return {**constants, **self.options, "enable_fp_fusion": True}
 
     @property
-    def named(self) -> dict[str, Any]:
-        """Every argument and constant by its name; those in tuples as ``branch.b.row``."""
+    def arguments(self) -> dict[str, Any]:
+        """Every argument and constant by its name."""
         given = iter(self.args)
-        values = [self.constants[name] if name in self.constants else next(given) for name in self.kernel.arg_names]
-        return dict(_named(self.kernel.arg_names, values))
+        return {name: self.constants[name] if name in self.constants else next(given) for name in self.kernel.arg_names}
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """:attr:`arguments`, with those in tuples as ``branch.b_row``."""
+        arguments = self.arguments
+        return dict(_named(arguments, arguments.values()))
 
     def run(self, device: torch.device) -> None:
         """Run the kernel once on ``device``'s current stream."""

@@ -16,7 +16,7 @@ class LoRABranchLinear(LoRALinear):
 
     ``LoRALinear.from_linear`` makes it over bitsandbytes' ``Linear8bitLt`` and over an ``nn.Linear`` whose weight is a tensor
     subclass, such as torchao's. ``base_layer`` is the original layer, a submodule as in PEFT; ``weight`` and ``bias`` are its
-    own. :func:`~stablelora_kernels.functional.lora_branch` adds the branch in one launch (two above rank 64).
+    own. :func:`~stablelora_kernels.functional.lora_branch` adds the branch in one launch (two above 4,096 rows or rank 128).
 
     It can't be merged. ``remove_lora(model, merge=False)`` returns the original layer.
     """

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from stablelora_kernels.launch.lora_common import forward_product, shrink
 
 from stablelora_kernels import StableLoRAAdamW
-from stablelora_kernels.dispatch import rules, tiles
+from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import device_of
+from stablelora_kernels.launch.jobs import forward_product
+from stablelora_kernels.launch.products import shrink
+from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.testing import assert_no_worse
 from tests.helpers import case_checks, cases, gpu_checks
@@ -71,21 +73,15 @@ def test_shrink(splits, p, monkeypatch):
     x, a = given["x"], given["lora_A0"]
     s = torch.full((m, r), float("nan"), dtype=BF16, device=DEVICE)
     y = torch.empty(m, n, dtype=BF16, device=DEVICE)
-    launch = shrink(GPU, forward_product(x, given["weight0"], None, a, given["lora_B0"], s, y, number, scaling, p))
-    launch.run(DEVICE)
+    projection = Projection(given["weight0"], None, a, given["lora_B0"], scaling)
+    shrink(GPU, [forward_product(x, projection, s, y, number, p)]).run(DEVICE)
     dropped = x * keep_rows(case, torch.arange(m, device=DEVICE), 5) if p else x
     exact = scaling * dropped.double() @ a.double().t()
     assert_no_worse(s, exact, scaling * (dropped @ a.to(BF16).t()), name="S")
 
 
 @pytest.mark.parametrize(("size", "kernel", "p"), CALLS)
-@pytest.mark.parametrize("overlap", (False, True))
-def test_linear(overlap, size, kernel, p, monkeypatch):
-    """At first no launch begins before the one ahead of it ends."""
-    if not overlap:
-        monkeypatch.setattr(rules, "overlaps", lambda device: False)
-    elif not GPU.overlaps:
-        pytest.skip("this GPU has no programmatic dependent launch")
+def test_linear(size, kernel, p):
     case = linear(*(SMALL_SIZES if SMALL else SIZES)[size], p).but(kernel=kernel)
     given = make(case)
     with count_launches() as made:

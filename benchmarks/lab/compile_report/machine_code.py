@@ -40,12 +40,10 @@ def words(launch: Any, arch: str) -> tuple[str, ...]:
     found, _ = source(launch, arch)
     facts = {path: f"={value}" for path, value in found.constants.items()}
     facts |= {path: "".join(f" of {value}" for _, value in pairs) for path, pairs in found.attrs.items()}
-    kernel = launch.kernel
-    args = iter(launch.args)
-    values = [launch.constants[name] if name in launch.constants else next(args) for name in kernel.arg_names]
+    given = launch.arguments
     made = [
         f"{name}{facts.get(path, '')}" if kind == "constexpr" else f"{name}: {kind}{facts.get(path, '')}"
-        for path, name, kind in _leaves((), kernel.arg_names, values, [*found.signature.values()])
+        for path, name, kind in _leaves((), [*given], [*given.values()], [*found.signature.values()])
     ]
     return (*made, *(f"{name}={value}" for name, value in launch.options.items()))
 

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from stablelora_kernels.launch.lora_common import forward_product, shrink
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
@@ -33,7 +32,10 @@ from benchmarks.suite.layers import FROZEN, PEFT_COMPILED, LayerCase, MLPCase, P
 from stablelora_kernels.dispatch.problem import Call, device_of
 from stablelora_kernels.dispatch.rules import Choice, possible_kernels
 from stablelora_kernels.dispatch.settings import KERNELS
+from stablelora_kernels.launch.jobs import forward_product
 from stablelora_kernels.launch.lora_linear import product_launches
+from stablelora_kernels.launch.products import shrink
+from stablelora_kernels.projection import Projection
 
 # One whole call of each phase; and how to build it for each arm, which may fail.
 Phases = dict[str, Run]
@@ -95,9 +97,9 @@ def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) ->
         )
         if part == S_ALONE:
             seed = torch.zeros(1, dtype=torch.int64, device=device.device)
-            launch = shrink(own, forward_product(x, w, None, a, b, s, y, seed, 1.0, dropout))
+            launch = shrink(own, [forward_product(x, Projection(w, None, a, b, 1.0), s, y, seed, dropout)])
         else:
-            bare = forward_product(x, w, None, a[:0], b[:, :0], None, y, None, 1.0, 0.0)
+            bare = forward_product(x, Projection(w, None, a[:0], b[:, :0], 1.0), None, y, None, 0.0)
             (launch,) = product_launches(own, bare, Choice("split" if part == PRODUCT else "vendor", ""))
         return {"forward": partial(launch.run, device.device)}
 

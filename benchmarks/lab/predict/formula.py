@@ -1,10 +1,13 @@
-"""Bytes that each kernel moves, by formula: ``counter`` counts the same in Triton's interpreter and explains the terms."""
+"""Bytes that a launch moves, by one formula for each of its jobs (``kernels/lora/jobs.py``).
+
+``tests/benchmarks/lab/byte_counter.py`` counts the same in Triton's interpreter and explains the terms.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -29,10 +32,12 @@ class Traffic(NamedTuple):
         return self.read_unique + self.written_unique
 
 
-# The arguments of a launch, by name: "x" for x_ptr and x_desc. One tensor given as two arguments is "da=db".
+# The memory of a launch, by its arguments' names: "x=s_job.x" for what is given as x_desc, or x.ptr, and s_job.x.ptr.
 Tensors = dict[str, Traffic]
-# X, Y, dY and dX, under the names that the kernels have for them; "z" is X beside dX, "both dX" autograd's sum of two.
-ACTIVATIONS = frozenset({"x", "y", "dy", "z", "both dX"})
+# X, Y, dY and dX, under the names that the kernels have for them; "z" is X of dA and dY of dB, "both dX" autograd's sum of two.
+ACTIVATIONS = frozenset({"x", "y", "z", "both dX"})
+# What a launch may do: S or dS, dB, the product with its branch, dA.
+JOBS = ("S", "DB", "Y", "DA")
 
 
 def total(parts: Iterable[Traffic]) -> Traffic:
@@ -41,28 +46,32 @@ def total(parts: Iterable[Traffic]) -> Traffic:
 
 def activation_bytes(tensors: Tensors) -> int:
     """Unique bytes of X, Y, dY and dX; S and dS, of r columns, are none of them."""
-    return sum(traffic.unique for name, traffic in tensors.items() if ACTIVATIONS & set(name.split("=")))
+    return sum(
+        traffic.unique
+        for names, traffic in tensors.items()
+        if any(name.rpartition(".")[2] in ACTIVATIONS for name in names.split("="))
+    )
 
 
-def arguments_of(launch: Any) -> dict[str, Any]:
-    """The arguments and constants of a launch, by name."""
-    if not hasattr(launch, "kernel"):
-        return dict(launch._asdict())
-    return dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
-
-
-def named_tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among a launch's arguments, descriptors' included."""
+def named_tensors(named: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among a launch's named arguments, descriptors' included. Views of one memory are one tensor."""
     found: dict[int, tuple[Tensor, dict[str, None]]] = {}
-    for name, value in arguments.items():
-        tensor = value if isinstance(value, Tensor) else getattr(value, "base", None)
-        if tensor is not None:
-            names = found.setdefault(id(tensor), (tensor, {}))[1]
-            names[re.sub("_(ptr_or_desc|ptr|desc)$", "", name)] = None
+    for name, value in named.items():
+        if (tensor := _tensor(value)) is not None:
+            names = found.setdefault(_memory(tensor), (tensor, {}))[1]
+            names[re.sub("(_ptr|_desc|[.]ptr)$", "", name)] = None
     return {"=".join(names): tensor for tensor, names in found.values()}
 
 
-# The kernels.
+def _tensor(value: Any) -> Tensor | None:
+    """The tensor in a descriptor, or behind the pointer of a job's ``Matrix`` or ``Rows``."""
+    value = getattr(value, "ptr", getattr(value, "base", value))
+    return value if isinstance(value, Tensor) else None
+
+
+def _memory(t: Tensor) -> int:
+    """A number that only views of one memory share, on the meta device too."""
+    return t.untyped_storage()._cdata
 
 
 def _distinct(t: Tensor) -> int:
@@ -71,238 +80,221 @@ def _distinct(t: Tensor) -> int:
 
 
 class _Account:
-    """Adds up what a launch moves, by tensor. An argument that is None moves nothing; what is touched again is not unique."""
+    """Adds up what a launch moves, by memory and place in it. None moves nothing; what is touched again is not unique."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self.by_name = {name: (key, t) for key, t in named_tensors(arguments).items() for name in key.split("=")}
-        self.tensors: Tensors = {}
+    def __init__(self) -> None:
+        self.places: dict[tuple[int, int], Traffic] = {}
 
-    def add(self, name: str, read: int = 0, written: int = 0, touched: int = 0) -> None:
+    def add(self, operand: Any, read: int = 0, written: int = 0, touched: int = 0) -> None:
         """Elements that all programs together read and write, and how many of the tensor they touch: all unless given."""
-        if name in self.by_name and read + written:
-            key, t = self.by_name[name]
-            size, was = t.element_size(), self.tensors.get(key, Traffic())
-            unique = size * (touched or _distinct(t))
-            self.tensors[key] = Traffic(
+        if (t := _tensor(operand)) is not None and read + written:
+            place, size = (_memory(t), int(t.storage_offset())), t.element_size()
+            was, unique = self.places.get(place, Traffic()), size * (touched or _distinct(t))
+            self.places[place] = Traffic(
                 was.read_issued + size * read,
                 was.written_issued + size * written,
                 max(was.read_unique, unique * (read > 0)),
                 max(was.written_unique, unique * (written > 0)),
             )
 
-    def read(self, **times: int) -> None:
+    def read(self, *operands: Any, times: int = 1) -> None:
         """All of each tensor, so many times."""
-        for name in times.keys() & self.by_name.keys():
-            self.add(name, read=times[name] * self.by_name[name][1].numel())
+        for t in map(_tensor, operands):
+            self.add(t, read=0 if t is None else times * t.numel())
 
-    def write(self, *names: str) -> None:
-        for name in self.by_name.keys() & names:
-            self.add(name, written=self.by_name[name][1].numel())
+    def write(self, *operands: Any) -> None:
+        for t in map(_tensor, operands):
+            self.add(t, written=0 if t is None else t.numel())
 
-    def share(self, splits: int, part: float = 1, prefix: str = "") -> None:
-        """A sum that ``splits`` programs share: stored, read, and counted; ``part`` of its memory is used."""
+    def share(self, parts: Tensor, counter: Tensor, splits: int, used: float = 1) -> None:
+        """A sum that ``splits`` programs share: stored, read, and counted; of its memory this share is ``used``."""
         if splits > 1:
-            parts = round(self.by_name[f"{prefix}partial"][1].numel() * part)
-            self.add(f"{prefix}partial", parts, parts, parts)
-            counters = self.by_name[f"{prefix}counter"][1].numel()
+            elements = round(parts.numel() * used)
+            self.add(parts, elements, elements, elements)
             # The last program sets them back to 0.
-            self.add(f"{prefix}counter", splits * counters, (splits + 1) * counters)
+            self.add(counter, splits * counter.numel(), (splits + 1) * counter.numel())
 
-    def grad_beside(self, z: str, t: str, columns: int, c: dict[str, Any], name: str = "grad") -> int:
-        """dA or dB, of ``columns`` columns, beside another result; the programs that compute it."""
-        tiles_c, tiles_r = cdiv(columns, c[f"{name.upper()}_C"]), cdiv(c["R"], c[f"{name.upper()}_R"])
-        splits = c[f"{name.upper()}_SPLITS"]
-        self.read(**{z: tiles_r, t: tiles_c})
-        self.share(splits, prefix=f"{name}_")
-        self.write(name)
-        return tiles_c * tiles_r * splits
+    def of(self, t: Tensor) -> list[Traffic]:
+        """What moves in the memory of ``t``."""
+        return [traffic for (memory, _), traffic in self.places.items() if memory == _memory(t)]
 
 
-def formula_by_tensor(launch: Any) -> Tensors:
-    """The bytes of each tensor in a launch, without running it; tensors may be on the meta device.
+def formula_by_tensor(launch: Any, jobs: Collection[str] = JOBS) -> Tensors:
+    """The bytes of each tensor in a launch, or in those of its JOBS, without running it; tensors may be on the meta device.
 
     One that is neither ours nor the vendor's counts as a read of all of its ``bytes``.
     """
     if hasattr(launch, "bytes"):
         return {launch.name: Traffic(int(launch.bytes), 0, int(launch.bytes), 0)}
-    arguments = arguments_of(launch)
-    account = _Account(arguments)
-    if hasattr(launch, "kernel"):
-        _FORMULAS[launch.kernel.__name__](account, arguments | {"GRID": launch.grid})
-        return account.tensors
-    account.read(x=1, w=1, bias=1, y=int(launch.add))
-    account.write("y")
-    return account.tensors
-
-
-def formula(launch: Any) -> Traffic:
-    """The bytes of a launch of ``lora_linear``, without running it."""
-    return total(formula_by_tensor(launch).values())
-
-
-def _shrink(t: _Account, c: dict[str, Any]) -> None:
-    tiles_m, tiles_r = cdiv(c["M"], c["BLOCK_M"]), cdiv(c["R"], c["BLOCK_R"])
-    t.read(x=tiles_r, a=tiles_m, seed=tiles_m * tiles_r * c["SPLITS"])
-    t.share(c["SPLITS"])
-    t.write("s")
-    if c["HAS_GRAD"]:
-        t.grad_beside("x", "t", c["K"], c)
-
-
-def _chain(t: _Account, c: dict[str, Any]) -> None:
-    """S and dB by programs of the product's launch, and what keeps the programs in order."""
-    tiles_s, tiles_r = cdiv(c["M"], c["S_BLOCK_M"]), cdiv(c["R"], c["S_BLOCK_R"])
-    t.read(x=tiles_r, a=tiles_s, seed=tiles_s * tiles_r * c["S_SPLITS"] * c["S_DROPOUT"])
-    t.share(c["S_SPLITS"], prefix="s_")
-    t.write("s")
-    if c["HAS_DB"]:
-        t.grad_beside("x", "t", c["K"], c, name="db")
-    # A flag is awaited for each tile of Y, and by each program of dA for all of its rows.
-    waits = cdiv(c["M"], c["BLOCK_M"]) * cdiv(c["N"], c["BLOCK_N"]) if c["PRODUCTS"] else 0
-    if c["HAS_GRAD"]:
-        rows = cdiv(cdiv(c["M"], c["GRAD_M"]), c["GRAD_SPLITS"]) * c["GRAD_M"]
-        each = (cdiv(min(start + rows, c["M"]), c["FLAG_M"]) - start // c["FLAG_M"] for start in range(0, c["M"], rows))
-        waits += cdiv(c["N"], c["GRAD_C"]) * cdiv(c["R"], c["GRAD_R"]) * sum(each)
-    # Integers: tickets, programs done, tiles of S; a wait loads its flag, then acquires it; the last program writes zeros.
-    counted, used = 2 * c["GRID"][0] + tiles_s * tiles_r, 2 + cdiv(c["M"], c["FLAG_M"])
-    t.add("chain", counted + 2 * waits, counted + waits + used, used)
-
-
-def _linear(t: _Account, c: dict[str, Any]) -> None:
-    """The product by any of the three kernels."""
-    if c["CHAINED"]:
-        _chain(t, c)
-    if c["PRODUCTS"]:
-        _product(t, c)
-    if c["HAS_GRAD"]:
-        programs = t.grad_beside("z", "s", c["N"], c)
-        t.read(seed=programs * c["MASK_BRANCH"], u=cdiv(c["R"], c["GRAD_R"]))
-
-
-def _product(t: _Account, c: dict[str, Any]) -> None:
-    tiles_m, tiles_n = cdiv(c["M"], c["BLOCK_M"]), cdiv(c["N"], c["BLOCK_N"])
-    # The descriptors' kernel finishes a tile in parts. With a mask, each part reads S and the seed, also beyond N.
-    parts = c["BLOCK_N"] // c["y_desc"].block_shape[1] if "y_desc" in c and c["MASK_BRANCH"] else 1
-    if c.get("HAS_W", True):
-        t.read(x=tiles_n, w=tiles_m)
-    t.read(bias=tiles_m, b=tiles_m, seed=tiles_m * tiles_n * parts * c["MASK_BRANCH"], y=int(c["ADD"]))
-    t.write("y", *(("s",) if c["STORE_S"] else ()))
-    if c["LOAD_S"]:
-        t.read(s=tiles_n * parts)
+    account = _Account()
+    if not hasattr(launch, "kernel"):
+        named = launch._asdict()
+        account.read(launch.x, launch.w, launch.bias, launch.y if launch.add else None)
+        account.write(launch.y)
     else:
-        t.read(a=tiles_m * tiles_n)
-    if "SPLITS" in c:
-        # The scratch for S's sum stays empty if S is read, and the scratch for rows beyond M always.
-        columns = c["BLOCK_N"] + (0 if c["LOAD_S"] else c["BLOCK_R"])
-        t.share(c["SPLITS"], c["M"] * columns / (tiles_m * c["BLOCK_M"] * (c["BLOCK_N"] + c["BLOCK_R"])))
-    if c["GATE"]:
-        t.read(z=1, u=1)
-        t.write("du")
+        named, arguments = launch.named, launch.arguments
+        _FORMULAS.get(launch.kernel.__name__, _add_jobs)(account, arguments, jobs, launch.grid[0])
+    found = {name: account.of(t) for name, t in named_tensors(named).items()}
+    return {name: total(traffic) for name, traffic in found.items() if traffic}
 
 
-def _weight(t: _Account, c: dict[str, Any], n: int, k: int, rows: int, cols: int, times: int) -> None:
-    """A quantized W, stored as [n, k], dequantized ``times`` times over in tiles of ``rows`` by ``cols``.
+def formula(launch: Any, jobs: Collection[str] = JOBS) -> Traffic:
+    """The bytes of a launch, or of those of its JOBS, without running it."""
+    return total(formula_by_tensor(launch, jobs).values())
+
+
+def operand(arguments: dict[str, Any], name: str) -> Any:
+    """What a kernel takes through a descriptor or a pointer."""
+    found = (arguments.get(each) for each in (f"{name}_desc", f"{name}_ptr", name))
+    return next((value for each in found if (value := getattr(each, "ptr", each)) is not None), None)
+
+
+def weights(arguments: dict[str, Any]) -> list[Any]:
+    """A product's W: none for a branch alone, two for gate and up."""
+    return [w for name in ("w", "wg", "wu") if (w := operand(arguments, name)) is not None]
+
+
+def branches(arguments: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """A product's branches, with their constants."""
+    names = {"BRANCH": "branch", "BRANCH_G": "gate", "BRANCH_U": "up"}
+    return [(arguments[name], arguments[constants]) for constants, name in names.items() if constants in arguments]
+
+
+def thin_jobs(arguments: dict[str, Any]) -> dict[str, tuple[Any, Any, int]]:
+    """S, dB and dA of a launch: what the kernel takes for each, its tile, and the programs that share a sum."""
+    given = {"S": arguments.get("s_job", arguments.get("s")), "DB": arguments.get("db"), "DA": arguments.get("da")}
+    return {
+        name: (job, arguments[name], arguments.get(f"{name}_SPLITS", arguments.get("SPLITS")))
+        for name, job in given.items()
+        if arguments.get(name) is not None
+    }
+
+
+def _add_jobs(t: _Account, a: dict[str, Any], jobs: Collection[str], programs: int) -> None:
+    for name, (job, tile, splits) in thin_jobs(a).items():
+        if name in jobs:
+            (_add_s if name == "S" else _add_grad)(t, a["M"], job, tile)
+            t.share(job.shared.parts, job.shared.counter, splits)
+    if "Y" in jobs and a.get("chain") is not None:
+        _add_chain(t, a, programs)
+    if "Y" in jobs and "TILE" in a and a.get("PRODUCTS", 1):
+        _add_product(t, a)
+
+
+def _add_s(t: _Account, m: int, job: Any, tile: Any) -> None:
+    """S, or dS, of projections that share X."""
+    tiles_m, tiles_r = cdiv(m, tile.BLOCK_M), cdiv(job.members[0].R, tile.BLOCK_R)
+    t.read(job.x, times=tiles_r)
+    for member in job.members:
+        t.read(member.a, times=tiles_m)
+        # Each step loads it.
+        t.read(member.seed, times=tiles_m * tiles_r * cdiv(job.x.width, tile.BLOCK_K))
+        t.write(member.s)
+
+
+def _add_grad(t: _Account, m: int, job: Any, tile: Any) -> None:
+    """dA or dB of projections that share Z."""
+    tiles_c, tiles_r = cdiv(job.z.width, tile.BLOCK_C), cdiv(job.members[0].R, tile.BLOCK_R)
+    t.read(job.z, job.z.u, times=tiles_r)
+    for member in job.members:
+        t.read(member.t, times=tiles_c)
+        # Each step loads it.
+        t.read(member.seed, times=tiles_c * tiles_r * cdiv(m, tile.BLOCK_M))
+        t.write(member.out)
+
+
+def _add_chain(t: _Account, a: dict[str, Any], programs: int) -> None:
+    """What keeps the ``programs`` of a chained launch in order."""
+    m, s, da = a["M"], a["S"], a["DA"]
+    tiles_s = cdiv(m, s.BLOCK_M) * cdiv(a["s_job"].members[0].R, s.BLOCK_R)
+    # A flag is awaited for each tile of Y, and by each program of dA for all of its rows.
+    waits = cdiv(m, a["TILE"].BLOCK_M) * cdiv(a["N"], a["TILE"].BLOCK_N) if a["PRODUCTS"] else 0
+    if da is not None:
+        rows = cdiv(cdiv(m, da.BLOCK_M), a["DA_SPLITS"]) * da.BLOCK_M
+        each = (cdiv(min(start + rows, m), s.FLAG_M) - start // s.FLAG_M for start in range(0, m, rows))
+        waits += cdiv(a["N"], da.BLOCK_C) * cdiv(a["da"].members[0].R, da.BLOCK_R) * sum(each)
+    # Integers: tickets, programs done, tiles of S; a wait loads its flag, then acquires it; the last program writes zeros.
+    counted, used = 2 * programs + tiles_s, 2 + cdiv(m, s.FLAG_M)
+    t.add(a["chain"], counted + 2 * waits, counted + waits + used, used)
+
+
+def _add_product(t: _Account, a: dict[str, Any]) -> None:
+    """The product, or gate's and up's, with the branch, and what the epilogue reads and stores."""
+    m, n, tile = a["M"], a["N"], a["TILE"]
+    tiles_m, tiles_n = cdiv(m, tile.BLOCK_M), cdiv(n, tile.BLOCK_N)
+    if "PACKED" in a:
+        way = -1 if a["TRANS_W"] else 1
+        _add_packed(t, a["w"], a["PACKED"], (n, a["K"])[::way], (tile.BLOCK_N, tile.BLOCK_K)[::way], times=tiles_m)
+    else:
+        t.read(*weights(a), times=tiles_m)
+    if weights(a):
+        t.read(operand(a, "x"), times=tiles_n)
+    t.read(a.get("bias"), a.get("bias_g"), a.get("bias_u"), times=tiles_m)
+    for branch, constants in branches(a):
+        # The descriptors' kernel finishes a tile in parts. With a mask, each part reads S and the seed, also beyond N.
+        parts = 1 if branch.seed is None or "y_desc" not in a else tile.PARTS
+        t.read(branch.b, times=tiles_m)
+        t.read(branch.seed, times=tiles_m * tiles_n * parts)
+        if constants.LOAD_S:
+            # With rank 0 any tensor stands for S.
+            t.read(branch.s if branch.R else None, times=tiles_n * parts)
+        else:
+            t.read(operand(a, "a"), times=tiles_m * tiles_n)
+            t.write(branch.s)
+    if "parts" in a:
+        used = 1.0
+        if "PACKED" not in a:
+            # The scratch for S's sum stays empty if S is read, and the scratch for rows beyond M always.
+            both = tile.BLOCK_N + a["BRANCH"].BLOCK_R
+            used = m * (tile.BLOCK_N if a["BRANCH"].LOAD_S else both) / (tiles_m * tile.BLOCK_M * both)
+        t.share(a["parts"], a["counter"], a["SPLITS"], used)
+    if "BRANCH_G" in a:
+        t.write(*(operand(a, name) for name in "guh"))
+        return
+    if a.get("gate") is not None:
+        t.read(a["gate"].g, a["gate"].u)
+        t.write(a["gate"].du)
+    t.read(operand(a, "y") if getattr(tile, "ADD", False) else a.get("base"))
+    t.write(operand(a, "y"))
+
+
+def _add_packed(t: _Account, w: Any, packed: Any, sizes: Sequence[int], tile: Sequence[int], times: int) -> None:
+    """A quantized W, stored in rows and columns of these ``sizes``, dequantized ``times`` times over tile by tile.
 
     Every value of a code is taken to occur.
     """
+    (n, k), (rows, cols) = sizes, tile
     tiles_k = cdiv(k, cols)
     tiles = cdiv(n, rows) * tiles_k * times
-    if not c["NF4"]:
-        t.read(q=times)
-        t.add("scale", n * tiles_k * times)
+    if not packed.NF4:
+        t.read(w.data, times=times)
+        t.add(w.scale, n * tiles_k * times)
         return
-    if c["ALIGNED"]:
-        t.read(q=times)
+    if packed.ALIGNED:
+        t.read(w.data, times=times)
         # A row of a tile has this many scales. Scales beyond k are not read, but their code values are looked up.
-        in_tile = max(cols // c["BLOCKSIZE"], 1)
-        scales = n * (k // c["BLOCKSIZE"] if cols >= c["BLOCKSIZE"] else tiles_k) * times
+        in_tile = max(cols // packed.BLOCKSIZE, 1)
+        scales = n * (k // packed.BLOCKSIZE if cols >= packed.BLOCKSIZE else tiles_k) * times
     else:
         # A byte, a scale an element.
-        t.add("q", n * k * times)
+        t.add(w.data, n * k * times)
         in_tile, scales = cols, n * k * times
-    t.add("code", tiles * rows * cols)
-    t.add("scale", scales)
-    t.add("nested_scale", scales)
-    t.add("nested_code", tiles * rows * in_tile)
-    t.add("offset", tiles)
+    t.add(w.code, tiles * rows * cols)
+    t.add(w.scale, scales)
+    t.add(w.nested_scale, scales)
+    t.add(w.nested_code, tiles * rows * in_tile)
+    t.add(w.offset, tiles)
 
 
-def _quantized(t: _Account, c: dict[str, Any]) -> None:
-    """The product that dequantizes W in its loop."""
-    tiles_m, tiles_n = cdiv(c["M"], c["BLOCK_M"]), cdiv(c["N"], c["BLOCK_N"])
-    t.read(x=tiles_n, bias=tiles_m, b=tiles_m, s=tiles_n, seed=tiles_m * tiles_n)
-    stored = [c["N"], c["K"]], [c["BLOCK_N"], c["BLOCK_K"]]
-    sizes, tile = (pair[::-1] if c["TRANS_W"] else pair for pair in stored)
-    _weight(t, c | {"ALIGNED": True}, *sizes, *tile, times=tiles_m)
-    t.share(c["SPLITS"])
-    t.write("y")
+def _add_dequantized(t: _Account, a: dict[str, Any], *_: Any) -> None:
+    _add_packed(t, a["w"], a["PACKED"], (a["N"], a["K"]), (a["BLOCK_N"], a["BLOCK_K"]), times=1)
+    t.write(a["out_ptr"])
 
 
-def _dequantize(t: _Account, c: dict[str, Any]) -> None:
-    _weight(t, c, c["N"], c["K"], c["BLOCK_N"], c["BLOCK_K"], times=1)
-    t.write("w")
+def _add_activation(t: _Account, a: dict[str, Any], *_: Any) -> None:
+    t.read(a["g_ptr"], a["u_ptr"])
+    t.write(a["h_ptr"])
 
 
-def _branch(t: _Account, c: dict[str, Any]) -> None:
-    tiles_m, shares = c["GRID"]
-    t.read(b=tiles_m, seed=tiles_m * shares, base=1, y=int(c["IN_PLACE"]), g=1, u=1)
-    t.write("y", "du", *(("s",) if c["STORE_S"] else ()))
-    if c["LOAD_S"]:
-        t.read(s=cdiv(c["N"], c["BLOCK_N"]))
-    else:
-        t.read(x=shares, a=tiles_m * shares)
-
-
-def _grads(t: _Account, c: dict[str, Any]) -> None:
-    tiles_r, splits = cdiv(c["R"], c["BLOCK_R"]), c["SPLITS"]
-    tiles_a, tiles_b = cdiv(c["K"], c["BLOCK_C"]), cdiv(c["N"], c["BLOCK_C"])
-    if c["PROGRAMS_A"]:
-        t.read(x=tiles_r, u=tiles_r, ds=tiles_a)
-        t.write("da")
-    if c["GRID"][0] > c["PROGRAMS_A"]:
-        t.read(dy=tiles_r, s=tiles_b)
-        t.write("db")
-    t.read(seed=tiles_a * tiles_r * splits)
-    t.share(splits)
-
-
-def _gate_up(t: _Account, c: dict[str, Any]) -> None:
-    """Gate and up by either kernel. S_g and S_u are columns of one matrix."""
-    tiles_m, tiles_n = cdiv(c["M"], c["BLOCK_M"]), cdiv(c["N"], c["BLOCK_N"])
-    t.read(x=tiles_n, **dict.fromkeys(("wg", "wu", "bias_g", "bias_u", "bg", "bu"), tiles_m))
-    s = c["M"] * (c["R_G"] + c["R_U"])
-    t.add("sg", read=tiles_n * s, touched=s)
-    t.write("h", *(("g", "u") if c["STORE_GU"] else ()))
-
-
-def _gated_activation(t: _Account, c: dict[str, Any]) -> None:
-    t.read(g=1, u=1)
-    t.write("h")
-
-
-def _group(t: _Account, c: dict[str, Any]) -> None:
-    """S of projections that share X, or their dA. S and dS are columns of one matrix, of which the first's are given."""
-    members, tiles = range(c["MEMBERS"]), cdiv(c["K"], c["BLOCK_C"]) if "BLOCK_C" in c else cdiv(c["M"], c["BLOCK_M"])
-    s = c["M"] * sum(c[f"R{i}"] for i in members)
-    t.read(x=1, **{f"a{i}": tiles for i in members}, **{f"seed{i}": tiles * c["SPLITS"] for i in members})
-    t.add("s", written=s, touched=s)
-    t.add("ds", read=tiles * s, touched=s)
-    t.write(*(f"da{i}" for i in members))
-    t.share(c["SPLITS"])
-
-
-_FORMULAS = {
-    "_lora_shrink_group_kernel": _group,
-    "_lora_weight_grads_group_kernel": _group,
-    "_lora_gate_up_kernel": _gate_up,
-    "_lora_gate_up_tma_kernel": _gate_up,
-    "_gated_activation_kernel": _gated_activation,
-    "_lora_shrink_kernel": _shrink,
-    "_lora_linear_kernel": _linear,
-    "_lora_linear_split_k_kernel": _linear,
-    "_lora_linear_tma_kernel": _linear,
-    "_lora_linear_quantized_kernel": _quantized,
-    "_dequantize_kernel": _dequantize,
-    "_lora_expand_kernel": _branch,
-    "_lora_weight_grads_kernel": _grads,
-}
+# Launches without JOBS.
+_FORMULAS = {"_dequantize_kernel": _add_dequantized, "_gated_activation_kernel": _add_activation}

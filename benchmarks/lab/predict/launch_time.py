@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.lab.predict.formula import Traffic, arguments_of, formula
+from benchmarks.lab.predict.formula import Traffic, branches, formula, thin_jobs, weights
 from stablelora_kernels.dispatch.problem import DEVICES, Device, cdiv
 
 GPUS = Path(__file__).parent / "gpus"
@@ -46,8 +47,6 @@ class Gpu(NamedTuple):
     # Instructions a second of all threads together; of those to memory, shared memory's included, a quarter.
     issue_rate: float
     launch: float
-    # A launch that may begin before the one ahead of it ends.
-    overlapped_launch: float
     # The share of the vendor's matrix rate that Triton's products reach.
     efficiency: float = 1.0
 
@@ -95,62 +94,59 @@ class Work(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """One of our launches, as far as its time depends on it."""
+    """Programs of one of our launches, as far as their time depends on it."""
 
-    # Bytes without the co-scheduled dA, and what dA adds; what both read is counted in the first.
     moved: Traffic
-    grad_moved: Traffic
     # Equal pieces of work, and their operations on the matrix units, padding and narrow instructions included.
     units: int
     operations: float
-    grad_operations: float
     programs: int
-    # Bytes that a program of the product, and one of dA, keeps in flight.
+    # Bytes that a program keeps in flight.
     flight: float
-    grad_flight: float
     # Programs that share a sum, and the bytes of each one's part.
     splits: int = 1
     part: float = 0.0
-    # Whether it may begin before the launch ahead of it ends, and whether the next may before this one ends.
-    begins_early: bool = False
-    ends_early: bool = False
+    # Programs on a processor at a time, at most.
+    residents: int = 2
+    # Of a product's launch: its first programs if it is chained, which compute S and dB, and its last ones for dA. What dA reads
+    # that the product reads, too, is not in its bytes.
+    ahead: Facts | None = None
+    da: Facts | None = None
 
     def seconds(self, gpu: Gpu) -> float:
-        return (gpu.overlapped_launch if self.begins_early else gpu.launch) + self.busy(gpu)
+        # The product's programs fill the processors that S's leave idle.
+        ahead = self.ahead.busy(gpu, share=1.0) if self.ahead else 0.0
+        return gpu.launch + ahead + self.busy(gpu, gpu.share(self.units))
 
-    def busy(self, gpu: Gpu, residents: int = 2) -> float:
-        """Seconds from the first program to the last, at most ``residents`` of them on a processor."""
-        # Where the next launch begins early, it fills the processors that this one leaves idle.
-        share = 1.0 if self.ends_early else gpu.share(self.units)
-        flight = min(self.programs, residents * gpu.device.processors) * self.flight
+    def busy(self, gpu: Gpu, share: float) -> float:
+        """Seconds from the first program to the last. ``share``: the busiest processor's work over the average one's."""
+        flight = min(self.programs, self.residents * gpu.device.processors) * self.flight
         busy = max(
-            (self.moved.unique + self.grad_moved.unique) / gpu.bandwidth,
+            (self.moved.unique + (self.da.moved.unique if self.da else 0)) / gpu.bandwidth,
             self.moved.issued / gpu.l2_bandwidth,
             self.moved.issued * share / gpu.port_bandwidth,
             self.operations * share / (gpu.matrix_rate * gpu.efficiency),
             self.moved.read_unique * LATENCY / flight,
         )
-        return busy + _shared_sum(gpu, self.splits, self.part) + self._grad_tail(gpu, busy)
+        tail = self.da.tail(gpu, busy, self.units) if self.da else 0.0
+        return busy + _shared_sum(gpu, self.splits, self.part) + tail
 
-    def _grad_tail(self, gpu: Gpu, busy: float) -> float:
-        """Seconds that dA's programs take after the product's, which last ``busy`` seconds.
+    def tail(self, gpu: Gpu, busy: float, units: int) -> float:
+        """Seconds that dA's programs take after the product's ``units``, which last ``busy`` seconds.
 
-        Every program of the launch asks for the product's shared memory, so dA's programs run on processors that have no tile
-        left.
+        They run on processors that have no tile left.
         """
-        if not self.grad_moved.issued:
-            return 0.0
         processors = gpu.device.processors
         # Bytes a second into one processor.
-        rate = min(gpu.port_bandwidth / processors, self.grad_flight / LATENCY)
+        rate = min(gpu.port_bandwidth / processors, self.residents * self.flight / LATENCY)
         alone = max(
-            self.grad_moved.unique / gpu.bandwidth,
-            self.grad_moved.issued / gpu.l2_bandwidth,
-            self.grad_moved.issued / rate / processors,
-            self.grad_operations / (gpu.matrix_rate * gpu.efficiency),
+            self.moved.unique / gpu.bandwidth,
+            self.moved.issued / gpu.l2_bandwidth,
+            self.moved.issued / rate / processors,
+            self.operations / (gpu.matrix_rate * gpu.efficiency),
         )
-        idle = busy * processors * (1 - 1 / gpu.share(self.units))
-        return alone * max(0.0, 1 - idle * rate / self.grad_moved.issued)
+        idle = busy * processors * (1 - 1 / gpu.share(units))
+        return alone * max(0.0, 1 - idle * rate / self.moved.issued)
 
 
 def facts(launch: Any, narrow_columns: int) -> Facts | Work:
@@ -160,73 +156,68 @@ def facts(launch: Any, narrow_columns: int) -> Facts | Work:
     if not hasattr(launch, "kernel"):
         m, n, k = *launch.y.shape, launch.x.shape[1]
         return Work("vendor", formula(launch).unique, 2.0 * m * n * k, (m, n, k))
-    v = arguments_of(launch)
-    moved, grad_moved = formula(launch), Traffic()
-    if v.get("HAS_GRAD") and "LOAD_S" in v:
-        bare = formula(launch._replace(constants=launch.constants | {"HAS_GRAD": False}))
-        moved, grad_moved = bare, Traffic(*(a - b for a, b in zip(moved, bare, strict=True)))
-    units, operations, grad_operations = work(launch, narrow_columns)
-    if "BLOCK" in v:
-        # Elementwise: a processor holds eight such programs rather than two, each with its parts of G and U.
-        return Facts(moved, grad_moved, units, 0.0, 0.0, units, flight=4 * 2 * 2.0 * v["BLOCK"], grad_flight=0.0)
-    inner = v.get("BLOCK_K", v["BLOCK_M"])
-    # Gate and up read two weights.
-    across = v.get("BLOCK_C", v["BLOCK_M"] + v.get("BLOCK_N", 0) * (2 if "STORE_GU" in v else 1))
-    columns = v["BLOCK_N"] if "LOAD_S" in v else v.get("BLOCK_R", 0)
-    return Facts(
-        moved, grad_moved, units, operations, grad_operations, math.prod(launch.grid),
-        flight=(launch.options["num_stages"] - 1) * inner * across * 2.0,
-        grad_flight=(v["GRAD_STAGES"] - 1) * v["GRAD_M"] * v["GRAD_C"] * 2.0 if v.get("HAS_GRAD") else 0.0,
-        splits=v.get("SPLITS", 1),
-        part=4.0 * min(v["BLOCK_M"], v["M"]) * columns,
-        begins_early=bool(launch.options.get("launch_pdl")),
-        ends_early=bool(v.get("TRIGGERS_DEPENDENTS")),
-    )  # fmt: skip
+    a, programs = launch.arguments, math.prod(launch.grid)
+    if "BLOCK" in a:
+        # Elementwise: a program loads its parts of G and U.
+        return Facts(formula(launch), programs, 0.0, programs, flight=2 * 2.0 * a["BLOCK"], residents=8)
+    if "TILE" not in a:
+        return _thin(launch, [*thin_jobs(a)], programs, narrow_columns)
+    # Every program of the launch asks for the shared memory of a product's operands.
+    ahead, da, residents = None, None, 1 if weights(a) else 2
+    if a.get("S") is not None:
+        ahead = _thin(launch, ["S", "DB"], a["S_PROGRAMS"], narrow_columns)._replace(residents=residents)
+        programs -= a["S_PROGRAMS"]
+    if a.get("DA") is not None:
+        more = zip(formula(launch, ["Y", "DA"]), formula(launch, ["Y"]), strict=True)
+        moved = Traffic(*(x - y for x, y in more))
+        da = _thin(launch, ["DA"], programs, narrow_columns)._replace(moved=moved, residents=residents)
+    return _product(launch, programs, narrow_columns)._replace(ahead=ahead, da=da)
+
+
+def _thin(launch: Any, jobs: Sequence[str], programs: int, narrow_columns: int) -> Facts:
+    """S or dS with dB, or dA with dB or alone."""
+    m, operations, found = launch.arguments["M"], 0.0, thin_jobs(launch.arguments)
+    for job, tile, _ in (found[name] for name in jobs if name in found):
+        # The size that the sum does not run over is in whole tiles.
+        size = _up(m, tile.BLOCK_M) * job.x.width if hasattr(job, "x") else m * _up(job.z.width, tile.BLOCK_C)
+        operations += 2.0 * size * sum(_ranks(member.R, tile.BLOCK_R, narrow_columns) for member in job.members)
+    job, tile, splits = found[jobs[0]]
+    if jobs[0] == "S":
+        # A step of few rows loads more of A than of X.
+        rows = min(tile.BLOCK_M, m)
+        loaded = tile.BLOCK_K * (2.0 * rows + sum(min(each.R, tile.BLOCK_R) * each.a.itemsize for each in job.members))
+    else:
+        rows, loaded = tile.BLOCK_C, 2.0 * tile.BLOCK_M * tile.BLOCK_C
+    flight, part = (tile.STAGES - 1) * loaded, 4.0 * rows * tile.BLOCK_R * tile.MEMBERS
+    return Facts(formula(launch, jobs), programs, operations, programs, flight, splits, part)
+
+
+def _product(launch: Any, programs: int, narrow_columns: int) -> Facts:
+    """The product with its branch; ``programs`` with those of dA."""
+    a = launch.arguments
+    k, tile, count = a["K"], a["TILE"], len(weights(a))
+    rows, columns = _up(a["M"], tile.BLOCK_M), _up(a["N"], tile.BLOCK_N)
+    tiles = rows // tile.BLOCK_M * (columns // tile.BLOCK_N)
+    operations = 2.0 * rows * columns * (k * count + sum(_up(each.R, block.BLOCK_R) for each, block in branches(a)))
+    if "BRANCH" in a and not a["BRANCH"].LOAD_S:
+        ranks = _ranks(a["branch"].R, a["BRANCH"].BLOCK_R, narrow_columns)
+        operations += 2.0 * rows * k * ranks * columns / tile.BLOCK_N
+    # The branch alone loads a tile of its base at once.
+    loaded = tile.BLOCK_M * tile.BLOCK_N
+    if count:
+        loaded = (launch.options["num_stages"] - 1) * tile.BLOCK_K * (tile.BLOCK_M + count * tile.BLOCK_N)
+    # Persistent programs take tile after tile; elsewhere a program is a piece.
+    units, part = max(tiles, a.get("PRODUCTS", programs)), 4.0 * min(tile.BLOCK_M, a["M"]) * tile.BLOCK_N
+    return Facts(formula(launch, ["Y"]), units, operations, programs, 2.0 * loaded, a.get("SPLITS", 1), part)
 
 
 def _up(size: int, block: int) -> int:
     return cdiv(size, block) * block
 
 
-def work(launch: Any, narrow_columns: int) -> tuple[int, float, float]:
-    """The pieces of a launch's work, their operations, and those of the co-scheduled dA."""
-    v = arguments_of(launch)
-    name, programs = launch.kernel.__name__, math.prod(launch.grid)
-    if name == "_gated_activation_kernel":
-        return programs, 0.0, 0.0
-    m, n, k, r = v["M"], v.get("N", 0), v["K"], v.get("R", 0)
-    if "MEMBERS" in v:
-        # The sum runs over M for dA and over K for S; the other two sizes are a tile's.
-        rows = _up(k, v["BLOCK_C"]) * m if "BLOCK_C" in v else _up(m, v["BLOCK_M"]) * k
-        return programs, 2.0 * rows * v["MEMBERS"] * max(v["BLOCK_R"], narrow_columns), 0.0
-
-    def ranks_of(block: int) -> int:
-        return _up(r, block) // block * max(block, narrow_columns)
-
-    def grad(columns: int) -> float:
-        return 2.0 * _up(columns, v["GRAD_C"]) * m * ranks_of(v["GRAD_R"]) if v.get("HAS_GRAD") else 0.0
-
-    if name == "_lora_weight_grads_kernel":
-        programs_b = launch.grid[0] - v["PROGRAMS_A"]
-        columns = _up(k, v["BLOCK_C"]) * (v["PROGRAMS_A"] > 0) + _up(n, v["BLOCK_C"]) * (programs_b > 0)
-        return programs, 2.0 * columns * m * ranks_of(v["BLOCK_R"]), 0.0
-    rows = _up(m, v["BLOCK_M"])
-    s = 2.0 * rows * k * ranks_of(v["BLOCK_R"])
-    if name == "_lora_shrink_kernel":
-        # dB's programs are spread among those of dS.
-        return programs, s + grad(k), 0.0
-    columns = _up(n, v["BLOCK_N"])
-    if "STORE_GU" in v:
-        ranks = sum(_up(v[name], v["BLOCK_R"]) for name in ("R_G", "R_U"))
-        return rows // v["BLOCK_M"] * (columns // v["BLOCK_N"]), 2.0 * rows * columns * (2 * k + ranks), 0.0
-    branch = 2.0 * rows * columns * _up(r, v["BLOCK_R"])
-    if name == "_lora_expand_kernel":
-        return programs, branch + (0.0 if v["LOAD_S"] else s * launch.grid[1]), 0.0
-    s = 0.0 if v.get("LOAD_S", True) else s * columns / v["BLOCK_N"]
-    # Persistent programs take tile after tile; elsewhere a program is a piece.
-    units = max(rows // v["BLOCK_M"] * (columns // v["BLOCK_N"]), v.get("PRODUCTS", programs))
-    product = 2.0 * rows * columns * k if v.get("HAS_W", True) else 0.0
-    return units, product + branch + s, grad(n)
+def _ranks(r: int, block: int, narrow_columns: int) -> int:
+    """Columns of a thin product as the matrix units count them."""
+    return cdiv(r, block) * max(block, narrow_columns)
 
 
 def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:

@@ -9,12 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.lab.predict.formula import Traffic
 from benchmarks.lab.predict.launch_time import Gpu, band_ends, facts
 from benchmarks.lab.predict.rivals import ACTIVATION, BF16, FROZEN, MLP, RIVALS, UNSLOTH, Shape, Ways, join, rival
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
-from stablelora_kernels.dispatch.settings import use_kernel
 from stablelora_kernels.ops.dry_run import linear_launches, mlp_launches
 
 # (N, K) of q_proj and of down_proj and gate_proj, in a model of 1 and one of 8 billion parameters.
@@ -46,26 +44,20 @@ def _layer_facts(device: Device, narrow_columns: int, s: Shape, kernel: str) -> 
 
 
 def kernel_seconds(gpu: Gpu, s: Shape, direction: str, kernel: str) -> float:
-    """Predicted seconds of one direction by ``kernel``. "chained" is priced from the pair of launches that it joins."""
-    found = _layer_facts(gpu.device, gpu.narrow_columns, s, "split" if kernel == "chained" else kernel)
-    each = found[DIRECTIONS.index(direction)]
-    if kernel != "chained":
-        return sum(launch.seconds(gpu) for launch in each)
-    # Programs of S go first, one a processor, since each takes the product's shared memory. Tiles wait for their rows' flag.
-    first, second = each
-    return gpu.launch + first._replace(ends_early=True).busy(gpu, residents=1) + second.busy(gpu)
+    """Predicted seconds of one direction by ``kernel``."""
+    found = _layer_facts(gpu.device, gpu.narrow_columns, s, kernel)[DIRECTIONS.index(direction)]
+    return sum(launch.seconds(gpu) for launch in found)
 
 
 def without_overlap(gpu: Gpu, s: Shape) -> list[float]:
     """Predicted seconds of forward and backward, both split, if no work overlaps.
 
-    dY comes from memory for dS and again for dB. dA begins after dX. No launch begins before the previous one ended.
+    dY comes from memory for dS and again for dB. dA begins after dX.
     """
-    found = _layer_facts(gpu.device, gpu.narrow_columns, s, "split")
-    bare = [[each._replace(begins_early=False, ends_early=False) for each in way] for way in found]
-    bare[1][-1] = bare[1][-1]._replace(grad_moved=Traffic(), grad_operations=0.0)
-    forward, backward = (sum(each.seconds(gpu) for each in way) for way in bare)
-    return [forward, backward + 2 * s.m * (s.n + s.k) / gpu.bandwidth]
+    forward, (first, second) = _layer_facts(gpu.device, gpu.narrow_columns, s, "split")
+    backward = first, second._replace(da=None)
+    again = 2 * s.m * (s.n + s.k) / gpu.bandwidth
+    return [sum(each.seconds(gpu) for each in forward), again + sum(each.seconds(gpu) for each in backward)]
 
 
 def mlp_launches_of(device: Device, mlp: MLP, arm: str) -> Ways:
@@ -90,12 +82,7 @@ def seconds(gpu: Gpu, case: Shape | MLP, arm: str) -> list[float]:
         if arm == OURS:
             kernels = {direction: choose(gpu.device, call_of(case, direction)).kernel for direction in DIRECTIONS}
             return [kernel_seconds(gpu, case, *pair) for pair in kernels.items()]
-    if arm in (SEPARATE, ONE_OP):
-        # The model has no price for a chained launch; the table takes one up to this many rows.
-        with use_kernel("split" if case.m <= 4096 else "auto"):
-            ways = mlp_launches_of(gpu.device, case, arm)
-    else:
-        ways = rival(arm, case)
+    ways = mlp_launches_of(gpu.device, case, arm) if arm in (SEPARATE, ONE_OP) else rival(arm, case)
     return [sum(facts(launch, gpu.narrow_columns).seconds(gpu) for launch in way) for way in ways]
 
 

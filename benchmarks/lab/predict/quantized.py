@@ -14,8 +14,8 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.lab.predict import layer_time
-from benchmarks.lab.predict.formula import arguments_of, formula_by_tensor, total
-from benchmarks.lab.predict.launch_time import Gpu, facts, work
+from benchmarks.lab.predict.formula import formula_by_tensor, total
+from benchmarks.lab.predict.launch_time import Gpu, facts
 from benchmarks.lab.predict.layer_time import DIRECTIONS, call_of
 from benchmarks.lab.predict.rivals import BF16, Shape
 from stablelora_kernels.dispatch.problem import cdiv
@@ -39,10 +39,10 @@ COUNTS: dict[str, dict[int, tuple[float, float]]] = {
 def key_of(launch: Any) -> tuple[str, int] | None:
     """The keys in COUNTS of a launch that dequantizes."""
     c = launch.constants if hasattr(launch, "kernel") else {}
-    if "NF4" not in c:
+    if "PACKED" not in c:
         return None
     way = "dequantize" if "TRANS_W" not in c else "dx" if c["TRANS_W"] else "y"
-    return f"{way} {'nf4' if c['NF4'] else 'fp8'}", c.get("BLOCK_M", 0)
+    return f"{way} {'nf4' if c['PACKED'].NF4 else 'fp8'}", c["TILE"].BLOCK_M if "TILE" in c else 0
 
 
 def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
@@ -50,15 +50,14 @@ def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
     key = key_of(launch)
     if key is None:
         return facts(launch, gpu.narrow_columns).seconds(gpu)
-    v, found = arguments_of(launch), formula_by_tensor(launch)
-    moved = total(traffic for tensor, traffic in found.items() if tensor not in ("code", "nested_code"))
-    in_loop = "TRANS_W" in v
-    (instructions, to_memory), times = COUNTS[key[0]][key[1]], cdiv(v["M"], v["BLOCK_M"]) if in_loop else 1
-    elements = v["N"] * v["K"] * times * max(instructions, 4 * to_memory) / gpu.issue_rate
-    units, operations, _ = work(launch, gpu.narrow_columns) if in_loop else (0, 0.0, 0.0)
-    products = operations / gpu.matrix_rate
-    gap = gpu.overlapped_launch if launch.options.get("launch_pdl") else gpu.launch
-    return gap + max(
+    a, found = launch.arguments, formula_by_tensor(launch)
+    moved = total(traffic for tensor, traffic in found.items() if tensor not in ("w.code", "w.nested_code"))
+    (instructions, to_memory), times, units, products = COUNTS[key[0]][key[1]], 1, 0, 0.0
+    if "TILE" in a:
+        times, product = cdiv(a["M"], a["TILE"].BLOCK_M), facts(launch, gpu.narrow_columns)
+        units, products = product.units, product.operations / gpu.matrix_rate
+    elements = a["N"] * a["K"] * times * max(instructions, 4 * to_memory) / gpu.issue_rate
+    return gpu.launch + max(
         moved.unique / gpu.bandwidth,
         moved.issued / gpu.l2_bandwidth,
         (max(elements, products) if overlap else elements + products) * gpu.share(units),

@@ -38,14 +38,11 @@ class Counted(NamedTuple):
 
 
 class _Recorder:
-    """The accesses of one launch, by tensor. Tensors may be given twice, but must not overlap in part."""
+    """The accesses of one launch, by the memory that its tensors are in."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self.spans = []
-        for name, t in named_tensors(arguments).items():
-            if t.numel():
-                reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
-                self.spans.append((t.data_ptr(), t.data_ptr() + reach * t.element_size(), name))
+    def __init__(self, named: dict[str, Any]) -> None:
+        memories = [(t.untyped_storage(), name) for name, t in named_tensors(named).items()]
+        self.spans = [(each.data_ptr(), each.data_ptr() + each.nbytes(), name) for each, name in memories]
         # Addresses that are read and those that are written, by tensor and the bytes of an element.
         self.touched: dict[tuple[str, int], tuple[list[np.ndarray], list[np.ndarray]]] = defaultdict(lambda: ([], []))
 
@@ -89,7 +86,7 @@ def counted() -> Iterator[list[Counted]]:
         raise RuntimeError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
     from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
-    from stablelora_kernels.launch.base import VendorProduct
+    from stablelora_kernels.launch.base import Launch, VendorProduct
 
     found: list[Counted] = []
     current: list[_Recorder] = []
@@ -104,7 +101,7 @@ def counted() -> Iterator[list[Counted]]:
         return wrapper
 
     def counting_call(self: Any, *args: Any, **named: Any) -> Any:
-        current.append(_Recorder(dict(zip(self.arg_names, args, strict=False)) | named))
+        current.append(_Recorder(Launch(self, "", "", (), args, named, {}).named))
         try:
             result = call(self, *args, **named)
         finally:

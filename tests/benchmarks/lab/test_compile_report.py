@@ -220,10 +220,13 @@ assert report.codes_of(labels[::40]) == codes
 # A constant that the variant's code does not depend on changes its source alone.
 DIGESTS = """
 from benchmarks.lab.compile_report import machine_code, report
-launch = next(each for each in report.jobs("sm_90").values() if not each.constants.get("HAS_GRAD", True))
+launch = next(each for label, each in report.jobs("sm_90").items() if " ".join(label).startswith("lora_linear y r16 alone"))
 constants, options = launch.constants, launch.options
-unused = launch._replace(constants=constants | {"GRAD_STAGES": 7})
-others = launch._replace(constants=constants | {"BLOCK_N": 16}), launch._replace(options=options | {"num_warps": 16})
+# The branch alone has no product.
+changes = {"PRECISION": "tf32"}, {"BLOCK_N": 16}
+tiles = [constants | {"TILE": constants["TILE"]._replace(**change)} for change in changes]
+unused, wider = (launch._replace(constants=each) for each in tiles)
+others = wider, launch._replace(options=options | {"num_warps": 16})
 for digest, different in ((machine_code.source_digest, 5), (machine_code.code_digest, 4)):
     found = [*(digest(each, "sm_90") for each in (launch, launch, unused, *others)), digest(launch, "sm_80")]
     assert found[0] == found[1] and len(set(found)) == different, (digest, found)

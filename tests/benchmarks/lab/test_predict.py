@@ -27,7 +27,6 @@ from benchmarks.lab.predict.layer_time import (
     table,
 )
 from benchmarks.lab.predict.rivals import FROZEN, LORAFUSION, MLP, PEFT, RIVALS, Shape, rival
-from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.rules import Choice, choose, choose_quantized
 from stablelora_kernels.ops.dry_run import linear_launches
 from tests.helpers.processes import ROOT, printed
@@ -35,12 +34,6 @@ from tests.helpers.processes import ROOT, printed
 GPUS = {name: launch_time.load_gpu(name) for name in ("a100", "b200", "h100")}
 H100, SLOW = GPUS["h100"], launch_time.SLOW
 PAGE = (ROOT / "docs" / "internals" / "predictions.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(autouse=True)
-def no_interpreter(monkeypatch):
-    """Nothing runs, and the interpreter's launches would not overlap."""
-    monkeypatch.setattr(backend, "INTERPRETING", False)
 
 
 def test_rivals_make_the_passes_that_were_published():
@@ -142,7 +135,8 @@ def counts():
         call = H100.device, m, 4096, 4096, 16, (torch.bfloat16, torch.float32), 0.0, kind, [Choice(kernel, "")] * 2
         for launch in (launch for way in linear_launches(*call) for launch in way):
             if (key := quantized.key_of(launch)) and key[1] not in found[key[0]]:
-                tile = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"] / (32 * launch.options["num_warps"])
+                sizes = launch.constants["TILE"]._asdict() if "TILE" in launch.constants else launch.constants
+                tile = sizes["BLOCK_N"] * sizes["BLOCK_K"] / (32 * launch.options["num_warps"])
                 one = sass_counts(cuobjdump(compile_launch(launch, "sm_90").asm["cubin"]))
                 found[key[0]][key[1]] = (round(one[0] / tile, 1), round(one[1] / tile, 1))
     return found
