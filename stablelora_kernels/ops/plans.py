@@ -190,8 +190,7 @@ class PlannedOp:
         known = entry or find(self._key_of(operands, lengths, numbers))
         prepared = None if known is None else known.prepared
         if not prepared:
-            singles = operands[: self._lists]
-            results = _flat(self._op(*singles, *split(operands[self._lists :], lengths), *numbers))
+            results = _flat(self._op(*self._args(operands, lengths, numbers)))
             if entry is not None and prepared is None:
                 own = find(self._key_of(operands, lengths, numbers))
                 entry.prepared = None if own is None else own.prepared
@@ -231,6 +230,10 @@ class PlannedOp:
         for launch in launches:
             launch.run(device)
         return results
+
+    def _args(self, operands: Sequence[Any], lengths: Sequence[int], numbers: Sequence[Any]) -> tuple[Any, ...]:
+        """The schema's arguments."""
+        return (*operands[: self._lists], *split(operands[self._lists :], lengths), *numbers)
 
     def _parts(self, args: Sequence[Any]) -> tuple[list[Tensor | None], tuple[int, ...], tuple[Any, ...]]:
         """The operands, lengths and numbers of :meth:`__call__`."""

@@ -53,8 +53,8 @@ def emulated(schedule: Schedule, processors: int | None = None) -> Iterator[Log]
     device = problem.DEVICES[schedule.arch]
     device = device._replace(processors=processors or device.processors)
 
-    def call(op: plans.PlannedOp, args: tuple[Any, ...], entry: Any = None) -> Any:
-        results, launches = op.plan(device, args)
+    def call(op: plans.PlannedOp, operands: Any, lengths: Any, numbers: Any, entry: Any = None) -> Any:
+        results, launches = op.plan(device, op._args(operands, lengths, numbers))
         log.run(launches)
         return plans._flat(results)
 
