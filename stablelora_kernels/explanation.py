@@ -11,6 +11,7 @@ from stablelora_kernels.dispatch import backend, problem, rules
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device
 from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel
+from stablelora_kernels.ops.dry_run import linear_launches, quantized_weight
 from stablelora_kernels.utils.validation import check_float, check_int
 
 
@@ -87,7 +88,7 @@ def explain(
     With ``branch_only``, those of ``lora_branch``: onto a product that another layer has computed, whose launches are not
     listed. Autotuning and forced kernels do not affect these.
 
-    The launching code makes the list, on tensors without memory; nothing runs and no GPU is needed. The list holds for
+    The op's own planner makes the list, on tensors without memory; nothing runs and no GPU is needed. The list holds for
     contiguous tensors at addresses that are multiples of 16 bytes; others take the kernels that read through pointers. With
     autotuning on, you get the table's answer, and the reasons say that a measurement may replace it.
 
@@ -133,53 +134,39 @@ def explain(
     if gpu is None:
         why = f"the backend is {get_backend()!r}, which here runs PyTorch's operators; device='sm_90' lists an H100's launches"
         return Explanation("torch", "", "torch", why, (), "torch", why, ())
-    from stablelora_kernels.launch import dry_run
+    weight: Any = "none" if branch_only else quantized_weight(quantized, ns[0], K) if quantized is not None else "plain"
+    ways = linear_launches(gpu, M, ns, K, r, (dtype, lora_dtype), dropout_p, weight)
+    rest = (r, dtype, lora_dtype, dropout_p > 0)
+    calls = [Call("forward", M, n, K, *rest) for n in ns], [Call("backward", M, K, n, *rest) for n in ns]
+    (forward_kernel, forward_reason), (backward_kernel, backward_reason) = (
+        _choice(gpu, each, weight) for each in calls
+    )
+    forward, backward = map(_steps, ways)
+    return Explanation(
+        "triton", gpu.arch, forward_kernel, forward_reason, forward, backward_kernel, backward_reason, backward
+    )
 
-    sizes = (r, dtype, lora_dtype, dropout_p)
-    members = [_calls(M, n, K, *sizes) for n in ns]
-    (forward_call, backward_call), n = members[0], ns[0]
-    if several:
-        forward, backward = dry_run.group_launches(gpu, M, ns, K, *sizes)
-        reasons = [_group_choice(gpu, calls) for calls in zip(*members, strict=True)]
-    elif quantized is not None:
-        forward, backward = dry_run.quantized_launches(gpu, M, n, K, *sizes, quantized)
-        reasons = [_quantized_choice(gpu, call, quantized) for call in members[0]]
-    elif branch_only:
-        forward, backward = dry_run.branch_launches(gpu, M, n, K, *sizes)
-        reasons = [rules.choose_branch(forward_call)[:2], rules.choose_branch(backward_call)[:2]]
-    else:
-        forward, backward = dry_run.call_launches(gpu, M, n, K, *sizes)
+
+def _choice(gpu: Device, calls: Sequence[Call], weight: Any) -> tuple[str, str]:
+    """The kernel, or those of fused projections, and the reason for the forward or the backward."""
+    call = calls[0]
+    if weight == "none":
+        return rules.choose_branch(call)[:2]
+    choices = [rules.choose(gpu, each) for each in calls]
+    if len(calls) > 1:
+        sharing = rules.choose_group(calls, choices)
+        kernels = ", ".join(choice.kernel for choice in choices)
+        return f"{'together' if sharing.shared else 'apart'}: {kernels}", sharing.reason
+    kernel, reason, _ = choices[0]
+    if weight == "plain":
         # A forced kernel is not measured against others.
         tuned = get_autotune() and get_kernel() == "auto"
-        note = "; autotuning is on and may replace this by what it measures" if tuned else ""
-        choices = [rules.choose(gpu, call) for call in members[0]]
-        reasons = [(choice.kernel, choice.reason + note) for choice in choices]
-    return Explanation("triton", gpu.arch, *reasons[0], _steps(forward), *reasons[1], _steps(backward))
-
-
-def _calls(
-    m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float
-) -> tuple[Call, Call]:
-    """The forward's and the backward's call."""
-    rest = (r, dtype, lora_dtype, dropout_p > 0)
-    return Call("forward", m, n, k, *rest), Call("backward", m, k, n, *rest)
-
-
-def _group_choice(gpu: Device, calls: Sequence[Call]) -> tuple[str, str]:
-    """The kernels and the reason for the forward or backward of fused projections."""
-    choices = [rules.choose(gpu, call) for call in calls]
-    sharing = rules.choose_group(calls, choices)
-    kernels = ", ".join(choice.kernel for choice in choices)
-    return f"{'together' if sharing.shared else 'apart'}: {kernels}", sharing.reason
-
-
-def _quantized_choice(gpu: Device, call: Call, quantized: str) -> tuple[str, str]:
-    """The kernel and the reason for a call with a quantized weight."""
-    choice = rules.choose_quantized(gpu, call, 4 if quantized == "nf4" else 8)
+        return kernel, reason + ("; autotuning is on and may replace this by what it measures" if tuned else "")
+    layout = weight.stored.layout
+    choice = rules.choose_quantized(gpu, call, layout.bits, layout.aligned)
     if choice.kernel == "in_loop":
         return choice.kernel, choice.reason
-    then = rules.choose(gpu, call)
-    return f"{choice.kernel}, {then.kernel}", f"{choice.reason}; then {then.reason}"
+    return f"{choice.kernel}, {kernel}", f"{choice.reason}; then {reason}"
 
 
 def _gpu(device: torch.device | str | None) -> Device | None:
@@ -198,15 +185,14 @@ def _gpu(device: torch.device | str | None) -> Device | None:
     return problem.device_of(found) if resolve_backend(found) == "triton" else None
 
 
-def _steps(launches: list[Any]) -> tuple[Step, ...]:
+def _steps(launches: Sequence[Any]) -> tuple[Step, ...]:
     steps = []
     for launch in launches:
+        step = Step("vendor", launch.variant, launch.reason, (), None, None)
         if hasattr(launch, "kernel"):
-            name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-            options = launch.options
-            steps.append(
-                Step(name, launch.variant, launch.reason, launch.grid, options["num_warps"], options["num_stages"])
+            name, options = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel"), launch.options
+            step = step._replace(
+                kernel=name, grid=launch.grid, num_warps=options["num_warps"], num_stages=options["num_stages"]
             )
-        else:
-            steps.append(Step("vendor", launch.variant, launch.reason, (), None, None))
+        steps.append(step)
     return tuple(steps)

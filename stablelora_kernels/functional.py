@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.dispatch.problem import MAX_GROUP
-from stablelora_kernels.ops.checks import FLOAT_DTYPES, check_branch, check_devices, check_linear, check_mlp
-from stablelora_kernels.ops.lora_branch import lora_branch_op
+from stablelora_kernels.dispatch.problem import ACTIVATIONS, MAX_GROUP
+from stablelora_kernels.ops.checks import FLOAT_DTYPES, check
 from stablelora_kernels.ops.lora_linear import lora_linear_op
-from stablelora_kernels.ops.lora_linear_group import lora_linear_group_op
-from stablelora_kernels.ops.lora_mlp import Projections, Settings, lora_mlp_op
+from stablelora_kernels.ops.lora_mlp import lora_mlp_op
 from stablelora_kernels.ops.plans import find, key_of, remember
+from stablelora_kernels.ops.torch_mlp import Options
+from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.validation import check_float
@@ -66,11 +66,12 @@ def lora_linear(
         TypeError: dtypes do not fit.
         RuntimeError: the Triton backend is forced but can't run.
     """
-    return cast(Tensor, lora_linear_where(None, x, weight, bias, lora_A, lora_B, scaling, dropout_p, training))
+    weight = weight if isinstance(weight, Tensor) else weight.stored  # type: ignore[assignment]
+    return _run(x, (Projection(weight, bias, lora_A, lora_B, scaling),), dropout_p, training)[0]  # type: ignore[index]
 
 
-def lora_linear_where(
-    fits: Callable[[], bool] | None,
+def lora_linear_if(
+    fits: Callable[[], bool],
     x: Tensor,
     weight: Tensor | NF4Weight | FP8Weight,
     bias: Tensor | None,
@@ -78,23 +79,10 @@ def lora_linear_where(
     lora_B: Tensor,
     scaling: float,
     dropout_p: float,
-    training: bool = True,
 ) -> Tensor | None:
-    """:func:`lora_linear`, or None if it is a call of a new kind that does not satisfy ``fits``."""
-    if (dtype := _autocast_dtype(x)) is not None:
-        x, weight, bias = _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
-        lora_A, lora_B = _autocast_pair(lora_A, lora_B, dtype)
-    given = weight if isinstance(weight, Tensor) else weight.stored
-    key = key_of("lora_linear", (x, given, bias, lora_A, lora_B, scaling, dropout_p, training, torch.is_grad_enabled()))
-    if (entry := find(key)) is None:
-        if fits is not None and not fits():
-            return None
-        check_linear(x, weight, bias, lora_A, lora_B)
-        backend = _backend(dropout_p, [lora_A, lora_B], x=x)
-        entry = remember(key, backend)
-    else:
-        backend = entry.backend
-    return lora_linear_op(x, given, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0, backend, entry)
+    """:func:`lora_linear` in training, or None if it is a call of a new kind that does not satisfy ``fits``."""
+    ys = _run(x, (_projection(weight, bias, lora_A, lora_B, scaling),), dropout_p, True, fits=fits)
+    return None if ys is None else ys[0]
 
 
 def lora_linear_group(
@@ -137,37 +125,11 @@ def lora_linear_group(
             "weights, biases, lora_As, lora_Bs and scalings must have one length, of 1 to "
             f"{MAX_GROUP}, got {', '.join(map(str, lengths))}"
         )
-    if (dtype := _autocast_dtype(x)) is not None:
-        x = _cast(x, dtype)
-        weights, biases = [_cast(weight, dtype) for weight in weights], [_cast(bias, dtype) for bias in biases]
-        pairs = [_autocast_pair(*pair, dtype) for pair in zip(lora_As, lora_Bs, strict=True)]
-        lora_As, lora_Bs = [a for a, _ in pairs], [b for _, b in pairs]
-    given = (x, weights, biases, lora_As, lora_Bs, scalings)
-    flat = (x, *weights, *biases, *lora_As, *lora_Bs, len(weights), *scalings)
-    key = key_of("lora_linear_group", (*flat, dropout_p, training, torch.is_grad_enabled()))
-    if (entry := find(key)) is None:
-        for weight, bias, lora_A, lora_B in zip(weights, biases, lora_As, lora_Bs, strict=True):
-            check_linear(x, weight, bias, lora_A, lora_B)
-            if lora_A.dtype != lora_As[0].dtype:
-                raise TypeError(f"lora_As must have one dtype, got {lora_As[0].dtype} and {lora_A.dtype}")
-        backend = _backend(dropout_p, [*lora_As, *lora_Bs], x=x)
-        entry = remember(key, backend)
-    else:
-        backend = entry.backend
-    return lora_linear_group_op(*given, dropout_p if training else 0.0, backend, entry)
+    projections = [*map(_projection, weights, biases, lora_As, lora_Bs, scalings)]
+    return tuple(_run(x, projections, dropout_p, training))  # type: ignore[arg-type]
 
 
-class LoRAWeights(NamedTuple):
-    """A projection of :func:`lora_mlp`; the fields are :func:`lora_linear`'s arguments.
-
-    ``lora_A`` and ``lora_B`` are both None for a projection without a LoRA branch.
-    """
-
-    weight: Tensor | NF4Weight | FP8Weight
-    bias: Tensor | None
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    scaling: float
+LoRAWeights = Projection
 
 
 def lora_mlp(
@@ -206,23 +168,10 @@ def lora_mlp(
         ValueError: ``activation`` is unknown, or the projections do not fit x or each other.
         ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
     """
-    projections = (gate, up, down)
-    if (dtype := _autocast_dtype(x)) is not None:
-        x = _cast(x, dtype)
-        gate, up, down = projections = tuple(_autocast_projection(p, dtype) for p in projections)  # type: ignore[assignment]
-    weights = [p.weight if isinstance(p.weight, Tensor) else p.weight.stored for p in projections]
-    given = Projections(weights, *(list(field) for field in list(zip(*projections, strict=True))[1:]))  # type: ignore[arg-type]
-    shared_mask = gate.lora_A is not None and gate.lora_A is up.lora_A
-    key = key_of("lora_mlp", (x, *given, activation, dropout_p, training, shared_mask, torch.is_grad_enabled()))
-    if (entry := find(key)) is None:
-        check_mlp(x, gate, up, down, activation)
-        adapters = [t for p in projections for t in (p.lora_A, p.lora_B) if t is not None]
-        backend = _backend(dropout_p, adapters or [x], x=x)
-        entry = remember(key, backend)
-    else:
-        backend = entry.backend
-    settings = Settings(activation, dropout_p if training else 0.0, backend, shared_mask)
-    return lora_mlp_op(x, given, settings, entry)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    projections = [_projection(*p) for p in (gate, up, down)]
+    return _run(x, projections, dropout_p, training, activation=activation)[0]  # type: ignore[index]
 
 
 def lora_branch(
@@ -255,31 +204,48 @@ def lora_branch(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
     """
-    if (dtype := _autocast_dtype(x)) is not None:
-        x = _cast(x, dtype)
-        lora_A, lora_B = _autocast_pair(lora_A, lora_B, dtype)
-    given = (base_out, x, lora_A, lora_B, scaling)
-    key = key_of("lora_branch", (*given, dropout_p, training, torch.is_grad_enabled()))
+    return _run(x, (Projection(None, None, lora_A, lora_B, scaling),), dropout_p, training, base_out)[0]  # type: ignore[index]
+
+
+def _projection(weight: Any, bias: Any, lora_A: Any, lora_B: Any, scaling: float) -> Projection:
+    return Projection(weight if isinstance(weight, Tensor) else weight.stored, bias, lora_A, lora_B, scaling)
+
+
+def _run(
+    x: Tensor, projections: Sequence[Projection], dropout_p: float, training: bool, base: Tensor | None = None,
+    activation: str = "", fits: Callable[[], bool] | None = None,
+) -> Sequence[Tensor] | None:  # fmt: skip
+    """The outputs of projections of x, of a lone branch onto ``base``, or with ``activation`` of a gated MLP.
+
+    None if it is a call of a new kind that does not satisfy ``fits``.
+    """
+    # Autocast does not know custom ops, so the caller has to cast.
+    autocast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+    if autocast and (dtype := _autocast_dtype(x)) is not None:
+        x, projections = _cast(x, dtype), [_autocast_projection(p, dtype) for p in projections]
+    shared_mask = (
+        activation != "" and projections[0].lora_A is not None and projections[0].lora_A is projections[1].lora_A
+    )
+    facts: list[Any] = [x, base, dropout_p, training, activation, shared_mask, torch.is_grad_enabled()]
+    for p in projections:
+        facts += p
+    key = key_of("projections", facts)
     if (entry := find(key)) is None:
-        if base_out.dim() < 1 or x.dim() < 1 or base_out.shape[:-1] != x.shape[:-1]:
-            raise ValueError(
-                f"base_out must be [..., N] with x's leading sizes to fit x {list(x.shape)}, got {list(base_out.shape)}"
-            )
-        check_branch(x, lora_A, lora_B, base_out.shape[-1], x.shape[-1], f"base_out {list(base_out.shape)}")
-        if base_out.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"base_out must be bfloat16, float16, float32 or float64, got {base_out.dtype}")
-        check_devices(x, base_out=base_out, lora_A=lora_A, lora_B=lora_B)
-        backend = _backend(dropout_p, [lora_A, lora_B], x=x, base_out=base_out)
+        if fits is not None and not fits():
+            return None
+        check(x, projections, base, activation != "")
+        backend = _backend(x, projections, base, dropout_p)
         entry = remember(key, backend)
     else:
         backend = entry.backend
-    return lora_branch_op(*given, dropout_p if training else 0.0, backend, entry)
+    dropout_p = dropout_p if training else 0.0
+    if activation:
+        return (lora_mlp_op(x, projections, Options(activation, dropout_p, backend, shared_mask), entry),)
+    return lora_linear_op(x, projections, base, dropout_p, backend, entry)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype to cast x to, or None. Autocast does not know custom ops, so the caller has to cast."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
-        return None
+    """The dtype to cast x to, or None."""
     return autocast_dtype(x.device.type) if x.is_floating_point() and x.dtype != torch.float64 else None
 
 
@@ -288,26 +254,23 @@ def _cast(t: Any, dtype: torch.dtype) -> Any:
     return t.to(dtype) if isinstance(t, Tensor) and t.dtype is not dtype else t
 
 
-def _autocast_pair(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # The op casts float32 A and B on the fly.
-    return (lora_A, lora_B) if lora_A.dtype == torch.float32 else (_cast(lora_A, dtype), _cast(lora_B, dtype))
-
-
-def _autocast_projection(p: LoRAWeights, dtype: torch.dtype) -> LoRAWeights:
+def _autocast_projection(p: Projection, dtype: torch.dtype) -> Projection:
     lora_A, lora_B = p.lora_A, p.lora_B
-    if lora_A is not None and lora_B is not None:
-        lora_A, lora_B = _autocast_pair(lora_A, lora_B, dtype)
-    return LoRAWeights(_cast(p.weight, dtype), _cast(p.bias, dtype), lora_A, lora_B, p.scaling)
+    # The op casts float32 A and B on the fly.
+    if lora_A is not None and lora_A.dtype != torch.float32:
+        lora_A, lora_B = _cast(lora_A, dtype), _cast(lora_B, dtype)
+    return Projection(_cast(p.weight, dtype), _cast(p.bias, dtype), lora_A, lora_B, p.scaling)
 
 
-def _backend(dropout_p: float, adapters: Sequence[Tensor], **tensors: Tensor) -> str:
+def _backend(x: Tensor, projections: Sequence[Projection], base: Tensor | None, dropout_p: float) -> str:
     if dropout_p != 0.0:
         check_float("dropout_p", dropout_p, low=0.0, high=1.0)
-    backend = resolve_backend(tensors["x"].device)
-    for name, tensor in tensors.items():
-        if backend == "triton" and tensor.dtype == torch.float64:
+    backend = resolve_backend(x.device)
+    for name, tensor in (("x", x), ("base_out", base)):
+        if backend == "triton" and tensor is not None and tensor.dtype == torch.float64:
             raise TypeError(
                 f"{name} is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')"
             )
+    adapters = [t for p in projections for t in (p.lora_A, p.lora_B) if t is not None] or [x]
     # Kernels need something to multiply: with K or N of 0, PyTorch's operators return the bias, or nothing.
-    return "torch" if backend == "triton" and not all(adapter.numel() for adapter in adapters) else backend
+    return "torch" if backend == "triton" and not all(t.numel() for t in adapters) else backend

@@ -13,9 +13,7 @@ FP8 (torchao's float8 weights): an element is a float8_e4m3fn times the float32 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -49,10 +47,6 @@ class Layout(NamedTuple):
         return 1 if self.bits == 8 else 5 if self.nested_blocksize else 2
 
 
-# In place of a layout, for a weight that is not quantized.
-_PLAIN = (0,) * 5
-
-
 class Stored(NamedTuple):
     """A quantized weight in the parts that the ops take: its bytes in uint8, its scales and its layout.
 
@@ -62,6 +56,11 @@ class Stored(NamedTuple):
     data: Tensor
     scales: tuple[Tensor, ...]
     layout: Layout
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.layout.n, self.layout.k
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W [n, k] by PyTorch's operators, computed in float32 and rounded once; float64 is not rounded."""
@@ -95,35 +94,9 @@ class Stored(NamedTuple):
         return out[: n * k].view(n, k)
 
 
-def as_plain(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor:
+def as_plain(weight: Tensor | Stored | NF4Weight | FP8Weight, dtype: torch.dtype) -> Tensor:
     """``weight`` itself, or the W that it stores, in ``dtype``."""
-    return weight.dequantize(dtype) if isinstance(weight, Stored) else weight
-
-
-def apart(weights: Sequence[Tensor | Stored]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """The weights in the parts that an op takes: each one's data, all scales, all layouts (zeros for a plain weight)."""
-    datas: list[Tensor] = []
-    scales: list[Tensor] = []
-    layouts: list[int] = []
-    for weight in weights:
-        if isinstance(weight, Stored):
-            datas.append(weight.data)
-            scales += weight.scales
-            layouts += weight.layout
-        else:
-            datas.append(weight)
-            layouts += _PLAIN
-    return datas, scales, layouts
-
-
-def together(datas: Sequence[Any], scales: Sequence[Tensor], layouts: Sequence[int]) -> list[Tensor | Stored]:
-    """The weights that :func:`apart` took apart; data may be None for a weight that is never read."""
-    left = iter(scales)
-    weights: list[Tensor | Stored] = []
-    for i, data in enumerate(datas):
-        layout = Layout(*layouts[len(_PLAIN) * i : len(_PLAIN) * (i + 1)])
-        weights.append(data if layout == _PLAIN else Stored(data, tuple(islice(left, layout.scale_count)), layout))
-    return weights
+    return weight if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,15 +80,3 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
     with use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture(params=["torch", "triton", "torch as on a GPU"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The optimizer's three ways: both backends, and PyTorch's with all decisions on the device, wherever that is."""
-    from stablelora_kernels.dispatch.settings import use_backend
-    from tests.helpers.steps import decide_on_device
-
-    if request.param == "torch as on a GPU":
-        decide_on_device(monkeypatch)
-    with use_backend(request.param.split()[0]):
-        yield request.param

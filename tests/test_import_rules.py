@@ -16,7 +16,7 @@ PACKAGE = "stablelora_kernels"
 LEVELS = (
     {"_version", "utils"},
     {"config", "pairs", "quantized"},
-    {"reference", "dispatch"},
+    {"projection", "reference", "dispatch"},
     {"kernels"},
     {"launch"},
     {"ops", "optim"},

@@ -45,45 +45,30 @@ def interpreter_problem() -> str | None:
 # Whether Triton's interpreter is on, which runs the kernels on CPU tensors. Triton, too, reads the variable once.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 TRITON_PROBLEM = _triton_problem() or (interpreter_problem() if INTERPRETING else None)
-
-
+_FORCED = "it is forced (set_backend or STABLELORA_BACKEND)"
 _warned = False
 
 
-def _warn_no_triton() -> None:
-    global _warned
-    if _warned:
-        return
-    _warned = True
-    warnings.warn(
-        f"{TRITON_PROBLEM}, so stablelora_kernels runs on PyTorch's operators on this GPU, with more launches and more "
-        "memory traffic; install a newer triton, or call set_backend('torch') to choose this.",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-
-
 def resolve_backend(device: torch.device) -> str:
-    """``"triton"`` or ``"torch"``: the backend for a call on tensors of ``device``.
+    """``"triton"`` or ``"torch"``: the backend for a call on tensors of ``device``; a GPU that has no Triton is warned of once.
 
     Raises:
         RuntimeError: ``"triton"`` is forced and can't run there.
     """
-    chosen, _ = explain_backend(device)
-    if chosen == "torch" and device.type == "cuda" and get_backend() == "auto":
-        _warn_no_triton()
+    global _warned
+    chosen, reason = explain_backend(device)
+    if chosen == "torch" and device.type == "cuda" and get_backend() == "auto" and not _warned:
+        _warned = True
+        advice = "install a newer triton, or call set_backend('torch') to choose this"
+        warnings.warn(f"stablelora_kernels: {reason}; {advice}", RuntimeWarning, stacklevel=3)
     return chosen
 
 
 def explain_backend(device: torch.device) -> tuple[str, str]:
-    """The answer of :func:`resolve_backend` and its reason in words, without a warning.
-
-    Raises:
-        RuntimeError: as :func:`resolve_backend`.
-    """
+    """The answer of :func:`resolve_backend` and its reason in words, without a warning."""
     name = get_backend()
     if name == "torch":
-        return "torch", "it is forced (set_backend or STABLELORA_BACKEND)"
+        return "torch", _FORCED
     if device.type == "meta":
         return "torch", "on the meta device nothing is computed, and PyTorch's operators give the shapes"
     if name == "auto":
@@ -96,9 +81,9 @@ def explain_backend(device: torch.device) -> tuple[str, str]:
     if TRITON_PROBLEM is not None:
         raise RuntimeError(f"backend 'triton' was asked for, but it can't run: {TRITON_PROBLEM}")
     if device.type == "cuda":
-        return "triton", "it is forced (set_backend or STABLELORA_BACKEND)"
+        return "triton", _FORCED
     if INTERPRETING:
-        return "triton", "it is forced (set_backend or STABLELORA_BACKEND), and Triton's interpreter is on"
+        return "triton", f"{_FORCED}, and Triton's interpreter is on"
     raise RuntimeError(
         f"backend 'triton' was asked for on a tensor on {device}: the kernels run on a GPU, or on a CPU under "
         "Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"

@@ -2,58 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 
 from stablelora_kernels.dispatch import problem
-from stablelora_kernels.dispatch.problem import Call, Device, cdiv
+from stablelora_kernels.dispatch.problem import Call, Device, Rule, cdiv, first
 from stablelora_kernels.dispatch.rules import Choice, is_idle
 from stablelora_kernels.dispatch.settings import get_kernel
-from stablelora_kernels.dispatch.tiles import Plan, Tile, TileRule, fit, pick_tile, rank_block
+from stablelora_kernels.dispatch.tiles import Plan, Tile, fit, pick_tile, rank_block
 
-
-class MLPRule(NamedTuple):
-    # Of gate's and up's call; the last argument says whether tensor descriptors can hold all matrices.
-    applies: Callable[[Device, Call, bool], bool]
-    form: str
-    reason: str
-
-
-# Gate and up with the activation: in one kernel, or each in a kernel of its own and the activation in a third one.
+# Gate and up with the activation: in one kernel, or each in a kernel of its own and the activation in a third one. The rows
+# take gate's and up's call, and whether tensor descriptors can hold all matrices.
 MLP_RULES = (
-    MLPRule(
-        lambda d, c, described: c.dtype == torch.float32,
-        "separate",
-        "float32: two accumulators do not fit in registers, or the vendor's library computes the product",
-    ),
-    MLPRule(
-        lambda d, c, described: c.m <= problem.SMALL_M,
-        "separate",
-        f"up to {problem.SMALL_M} rows: loading W is the bottleneck, so programs split each tile's K",
-    ),
-    MLPRule(
-        lambda d, c, described: is_idle(d, c),
-        "separate",
-        "128 x 128 tiles would leave two fifths of the GPU idle; separate products split each tile's K",
-    ),
-    MLPRule(
-        lambda d, c, described: d.generation >= 100 and d.tma and c.m >= 1024,
-        "separate",
-        "data-center Blackwell: the vendor's library computes gate and up, as it does a single projection",
-    ),
-    MLPRule(
-        lambda d, c, described: described and d.tma,
-        "tma",
-        "one kernel for gate and up: x is read once, and the activation needs no launch of its own",
-    ),
-    MLPRule(
-        lambda d, c, described: True,
-        "pointers",
-        "one kernel for gate and up, in narrower tiles: x is read once, and the activation needs no launch of its own",
-    ),
-)
+    Rule(lambda d, c, described: c.dtype == torch.float32,
+         "separate", "float32: gate and up together do not fit in registers, or the vendor's library computes the product"),
+    Rule(lambda d, c, described: c.m <= problem.SMALL_M,
+         "separate", f"up to {problem.SMALL_M} rows: reading W takes the time, so programs split each tile's K"),
+    Rule(lambda d, c, described: is_idle(d, c),
+         "separate", "128 x 128 tiles would leave two fifths of the GPU idle; separate products split each tile's K"),
+    Rule(lambda d, c, described: d.generation >= 100 and d.tma and c.m >= 1024,
+         "separate", "data-center Blackwell: the vendor's library computes gate and up, as it does a single projection"),
+    Rule(lambda d, c, described: described and d.tma,
+         "tma", "one kernel for gate and up: x is read once, and the activation needs no launch of its own"),
+    Rule(lambda d, c, described: True,
+         "pointers", "one kernel for gate and up, in narrower tiles: x is read once, and the activation needs no launch"),
+)  # fmt: skip
 
 
 def choose_gate_up(device: Device, call: Call, described: bool) -> Choice:
@@ -61,19 +33,15 @@ def choose_gate_up(device: Device, call: Call, described: bool) -> Choice:
     forced = get_kernel()
     if forced not in ("auto", "split"):
         return Choice("separate", f"kernel {forced!r} is forced and computes one projection")
-    rows = MLP_RULES if forced == "auto" else [rule for rule in MLP_RULES if rule.form != "separate"]
-    return next(Choice(rule.form, rule.reason) for rule in rows if rule.applies(device, call, described))
+    rows = [rule for rule in MLP_RULES if forced == "auto" or rule.choice != "separate"]
+    return Choice(*first(rows, device, call, described))
 
 
 # Gate and up of an MLP (lora_gate_up): two accumulators of this size.
-GATE_UP_TMA_TILES = (
-    TileRule(
-        lambda d, c: True, Tile(128, 128, 64, 8, 4), "two accumulators fill the registers; x is read once for both"
-    ),
-)
+GATE_UP_TMA_TILES = (Rule(lambda d, c: True, Tile(128, 128, 64, 8, 4), "gate and up share each read of x"),)
 GATE_UP_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 32, 32, 4, 3), "float32: products are in registers"),
-    TileRule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "two accumulators take the registers of the default tile"),
+    Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 32, 32, 4, 3), "float32: no larger tile fits in registers"),
+    Rule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "no larger tile of gate and up fits in registers"),
 )
 
 

@@ -1,7 +1,8 @@
-"""A GPU and a call of an op as plain sizes: all that the tables ask about."""
+"""A GPU and a call of an op as plain sizes, and the rows of the tables that ask about them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -115,6 +116,20 @@ IN_LOOP_M = 256
 CHAINED_M = 4096
 # Largest rank of a chained launch, whose programs of S have the product's registers: one block of ranks, read once.
 MAX_CHAINED_R = 128
+
+
+class Rule(NamedTuple):
+    """A row of a table."""
+
+    # Takes a device, a call and whatever else the table asks about.
+    applies: Callable[..., bool]
+    choice: Any
+    reason: str
+
+
+def first(rules: Iterable[Rule], *asked: Any) -> tuple[Any, str]:
+    """The choice and the reason of the first row that applies."""
+    return next((rule.choice, rule.reason) for rule in rules if rule.applies(*asked))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -5,13 +5,14 @@ No row has been timed on a GPU yet. The rows follow from counts of bytes and ope
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 
 from stablelora_kernels.dispatch import problem
-from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_CHAINED_R, MAX_FUSED_R, SMALL_M, Call, Device
+from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_CHAINED_R, Call, Device, Rule, first
 from stablelora_kernels.dispatch.settings import KERNELS, get_kernel, tf32_allowed
 from stablelora_kernels.dispatch.tiles import MAX_CHAINED_M, Tile, filled
 
@@ -23,119 +24,53 @@ class Choice(NamedTuple):
     tile: Tile | None = None
 
 
-class Rule(NamedTuple):
-    applies: Callable[[Device, Call], bool]
-    kernel: str
-    reason: str
+FORCED = "forced by set_kernel, use_kernel or STABLELORA_KERNEL"
 
 
 def _fusible(c: Call) -> bool:
     return c.direction == "forward" and not c.dropout and c.r <= problem.MAX_FUSED_R
 
 
-def _a_is_small(c: Call) -> bool:
-    """Whether A has no more bytes than 64 rows of W. A fused kernel reads all of A for 64 columns, whose W it reads once."""
-    return c.r * c.lora_dtype.itemsize <= 64 * c.dtype.itemsize
-
-
-FORCED = "forced by set_kernel, use_kernel or STABLELORA_KERNEL"
-
-# The first row that applies is taken, here and below.
 RULES = (
-    Rule(
-        lambda d, c: c.r == 0 and not c.gated,
-        "vendor",
-        "no LoRA branch: nothing to fuse into the product",
-    ),
-    Rule(
-        lambda d, c: c.dtype == torch.float32 and c.m > 16,
-        "vendor",
-        "float32, more than 16 rows: Triton has no exact float32 matrix instruction, and the vendor's library is hand-tuned",
-    ),
-    Rule(
-        lambda d, c: _fusible(c) and c.m <= problem.SMALL_M and (_a_is_small(c) or c.n * c.k <= 2**25),
-        "fused",
-        f"up to {SMALL_M} rows and rank {MAX_FUSED_R}: loading W is the bottleneck, so each tile recomputes x @ A.T and saves a "
-        "launch (with a large A only in small layers)",
-    ),
-    Rule(
-        # A wider block of ranks would spill registers; a shorter sum is over before programs could share it.
-        lambda d, c: (
-            _fusible(c) and c.m <= 512 and c.k >= 1024 and c.m * c.n * c.k <= 2**32 and c.r <= (32 if d.tma else 16)
-        ),
-        "fused",
-        "a product of a few microseconds: recomputing x @ A.T in each tile takes less time than waiting for it",
-    ),
-    Rule(
-        lambda d, c: d.generation >= 100 and d.tma and c.dtype != torch.float32 and c.m >= 1024,
-        "vendor",
-        "data-center Blackwell: the compiler supports only 128 x 128 tiles, which L2 feeds at half the matrix rate",
-    ),
-    Rule(
-        lambda d, c: c.k >= 2 * c.n and c.m >= 512 and (c.direction == "forward" or c.m <= 1024),
-        "vendor",
-        "K is at least 2 N: adding the branch to the vendor's product is predicted to take at most 13 % more time than one fused "
-        "kernel at the vendor's rate, and up to 28 % less than one at 0.85 of it",
-    ),
-    Rule(
-        lambda d, c: c.m <= problem.CHAINED_M and c.r <= problem.MAX_CHAINED_R,
-        "chained",
-        f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank product once; "
-        "the others wait for it just before they add the branch",
-    ),
-    Rule(
-        lambda d, c: c.direction == "backward",
-        "split",
-        "many rows or a high rank: dy @ B and dB share one launch, dx and dA the next; each gets tiles that suit it, and "
-        "one launch less would save little",
-    ),
-    Rule(
-        lambda d, c: True,
-        "split",
-        "many rows or a high rank: x @ A.T has a launch of its own; reading x once more costs less than recomputing x @ A.T in "
-        "every tile, and one launch less would save little",
-    ),
-)
+    Rule(lambda d, c: c.r == 0 and not c.gated, "vendor", "no LoRA branch: nothing to fuse into the product"),
+    Rule(lambda d, c: c.dtype == torch.float32 and c.m > 16,
+         "vendor", "float32, more than 16 rows: Triton has no exact float32 matrix instruction"),
+    # A fused kernel reads all of A for 64 columns, whose W it reads once: a larger A than that W only in small layers.
+    Rule(lambda d, c: _fusible(c) and c.m <= problem.SMALL_M
+         and (c.r * c.lora_dtype.itemsize <= 64 * c.dtype.itemsize or c.n * c.k <= 2**25),
+         "fused", f"up to {problem.SMALL_M} rows: reading W takes the time; computing x @ A.T in each tile saves a launch"),
+    # A wider block of ranks would spill registers; a shorter sum is over before programs could share it.
+    Rule(lambda d, c: _fusible(c) and c.m <= 512 and c.k >= 1024 and c.m * c.n * c.k <= 2**32
+         and c.r <= (32 if d.tma else 16),
+         "fused", "a product of a few microseconds: recomputing x @ A.T in each tile takes less time than waiting for it"),
+    Rule(lambda d, c: d.generation >= 100 and d.tma and c.dtype != torch.float32 and c.m >= 1024,
+         "vendor", "data-center Blackwell: the compiler has 128 x 128 tiles only, which L2 feeds at half the matrix rate"),
+    # At most 13 % more than one fused kernel at the vendor's rate, up to 28 % less than one at 0.85 of it.
+    Rule(lambda d, c: c.k >= 2 * c.n and c.m >= 512 and (c.direction == "forward" or c.m <= 1024),
+         "vendor", "K is at least 2 N: adding the branch to the vendor's product is predicted to take at most 13 % more time "
+         "than one fused kernel, and up to 28 % less"),
+    Rule(lambda d, c: c.m <= problem.CHAINED_M and c.r <= problem.MAX_CHAINED_R,
+         "chained", f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank "
+         "product for all others"),
+    Rule(lambda d, c: True,
+         "split", "many rows or a high rank: the low-rank product has a launch of its own, which costs little here"),
+)  # fmt: skip
 
-
-class QuantizedRule(NamedTuple):
-    # The last argument is the number of bits of an element of W, 4 or 8.
-    applies: Callable[[Device, Call, int], bool]
-    kernel: str
-    reason: str
-
-
-# W in 4 or 8 bits: dequantized in the product's own loop, or by a launch before one of the kernels above.
+# W in 4 or 8 bits: dequantized in the product's own loop, or by a launch before one of the kernels above. The rows also take
+# the bits of an element of W, and whether W is aligned.
 QUANTIZED_RULES = (
-    QuantizedRule(
-        lambda d, c, bits: c.dtype == torch.float32 and c.m > 16,
-        "dequantize",
-        "float32, more than 16 rows: the vendor's library computes the product and needs a dequantized W",
-    ),
-    QuantizedRule(
-        lambda d, c, bits: c.m > problem.IN_LOOP_M,
-        "dequantize",
-        f"more than {problem.IN_LOOP_M} rows: dequantizing W once moves 4 bytes an element; in the loop, every 128 rows would "
-        "repeat 13 to 19 instructions an element",
-    ),
-    QuantizedRule(
-        lambda d, c, bits: bits == 4 and c.direction == "backward" and c.m > 128,
-        "dequantize",
-        "4 bits, more than 128 rows: transposing W in the loop would make 6 of 19 instructions an element access shared memory",
-    ),
-    QuantizedRule(
-        lambda d, c, bits: True,
-        "in_loop",
-        "few rows: the kernel reads W as it is stored, and no memory holds a dequantized W",
-    ),
-)
-
-
-class FormRule(NamedTuple):
-    # The last argument says whether tensor descriptors can hold X, W and Y.
-    applies: Callable[[Device, Call, bool], bool]
-    form: str
-    reason: str
+    Rule(lambda d, c, bits, aligned: not aligned,
+         "dequantize", "unaligned rows of W: loading single bytes and scales would exceed shared memory"),
+    Rule(lambda d, c, bits, aligned: c.dtype == torch.float32 and c.m > 16,
+         "dequantize", "float32, more than 16 rows: the vendor's library computes the product and needs a dequantized W"),
+    # Dequantizing once moves 4 bytes an element; the loop repeats 13 to 19 instructions an element.
+    Rule(lambda d, c, bits, aligned: c.m > problem.IN_LOOP_M,
+         "dequantize", f"more than {problem.IN_LOOP_M} rows: the product would dequantize W again for every 128 rows"),
+    # Of 19 instructions an element, 6 would access shared memory.
+    Rule(lambda d, c, bits, aligned: bits == 4 and c.direction == "backward" and c.m > 128,
+         "dequantize", "4 bits, more than 128 rows: the product would also transpose each dequantized tile of W"),
+    Rule(lambda d, c, bits, aligned: True, "in_loop", "few rows: the kernel reads W as it is stored"),
+)  # fmt: skip
 
 
 def is_idle(device: Device, call: Call) -> bool:
@@ -144,37 +79,27 @@ def is_idle(device: Device, call: Call) -> bool:
     return filled(device, programs) < 0.6
 
 
-# The kernel behind "fused" and "split".
+# The kernel behind "fused" and "split". The rows also take whether tensor descriptors can hold X, W and Y.
 FORM_RULES = (
-    FormRule(
-        lambda d, c, described: c.m <= problem.SMALL_M,
-        "split_k",
-        "few rows: loading W is the bottleneck, so programs split each tile's K until the whole GPU loads",
-    ),
-    FormRule(
-        # A shorter sum is over before programs could share it.
-        lambda d, c, described: c.dtype != torch.float32 and c.k >= 1024 and is_idle(d, c),
-        "split_k",
-        "128 x 128 tiles would leave two fifths of the GPU idle, so programs split each tile's K",
-    ),
-    FormRule(
-        lambda d, c, described: described and d.tma and c.dtype != torch.float32,
-        "tma",
-        "TMA copies whole tiles, which frees registers and threads for matrix instructions",
-    ),
-    FormRule(lambda d, c, described: True, "pointers", "any GPU, any strides, any dtype"),
-)
+    Rule(lambda d, c, described: c.m <= problem.SMALL_M,
+         "split_k", "few rows: reading W takes the time, so programs split each tile's K until the whole GPU reads"),
+    # A shorter sum is over before programs could share it.
+    Rule(lambda d, c, described: c.dtype != torch.float32 and c.k >= 1024 and is_idle(d, c),
+         "split_k", "128 x 128 tiles would leave two fifths of the GPU idle, so programs split each tile's K"),
+    Rule(lambda d, c, described: described and d.tma and c.dtype != torch.float32,
+         "tma", "TMA copies whole tiles, which frees registers and threads for matrix instructions"),
+    Rule(lambda d, c, described: True, "pointers", "any GPU, any strides, any dtype"),
+)  # fmt: skip
 
 
 def choose(device: Device, call: Call, forced: str | None = None) -> Choice:
     """The kernel for ``call``: the table's, or ``forced``, or the one that :func:`use_kernel` forces.
 
-    Raises:
-        ValueError: the forced kernel can't do this call.
+    A forced kernel that can't do this call raises ValueError.
     """
     forced = forced or get_kernel()
     if forced == "auto":
-        return next(Choice(rule.kernel, rule.reason) for rule in RULES if rule.applies(device, call))
+        return Choice(*first(RULES, device, call))
     check_possible(call, forced)
     return Choice(forced, FORCED)
 
@@ -187,14 +112,12 @@ def choose_quantized(device: Device, call: Call, bits: int, aligned: bool = True
     forced = get_kernel()
     if forced != "auto":
         return Choice("dequantize", f"kernel {forced!r} is forced and needs a dequantized W")
-    if not aligned:
-        return Choice("dequantize", "unaligned rows of W: loading single bytes and scales would exceed shared memory")
-    return next(Choice(rule.kernel, rule.reason) for rule in QUANTIZED_RULES if rule.applies(device, call, bits))
+    return Choice(*first(QUANTIZED_RULES, device, call, bits, aligned))
 
 
 def choose_form(device: Device, call: Call, described: bool) -> str:
     """``"split_k"``, ``"tma"`` or ``"pointers"``; ``described``: tensor descriptors can hold X, W and Y."""
-    return next(rule.form for rule in FORM_RULES if rule.applies(device, call, described))
+    return first(FORM_RULES, device, call, described)[0]
 
 
 _BRANCH_CHAINED = Choice(
@@ -223,9 +146,7 @@ def choose_group(calls: Sequence[Call], choices: Sequence[Choice | None]) -> Sha
     if calls[0].m <= problem.SMALL_M:
         return Sharing(False, f"up to {problem.SMALL_M} rows: x stays in the L2 cache, so one read of it gains nothing")
     if max(call.r for call in calls) > problem.MAX_FUSED_R:
-        return Sharing(
-            False, f"rank above {problem.MAX_FUSED_R}: the sums of several projections do not fit in registers"
-        )
+        return Sharing(False, f"rank above {problem.MAX_FUSED_R}: sums of several projections do not fit in registers")
     return Sharing(True, "one read of x serves all projections")
 
 
@@ -233,25 +154,20 @@ def check_possible(call: Call, kernel: str) -> None:
     """Raise ValueError if ``kernel`` can't do ``call``."""
     if kernel == "fused" and call.direction == "forward" and call.dropout:
         raise ValueError("kernel 'fused' was asked for, but it has no dropout; 'chained', 'split' and 'vendor' have")
-    if kernel == "chained" and call.r > problem.MAX_CHAINED_R:
-        limit = problem.MAX_CHAINED_R
-        raise ValueError(f"kernel 'chained' was asked for, but it takes ranks up to {limit}, got {call.r}")
+    limit = {"fused": problem.MAX_FUSED_R, "chained": problem.MAX_CHAINED_R}.get(kernel)
+    if limit is not None and call.r > limit:
+        raise ValueError(f"kernel {kernel!r} was asked for, but it takes ranks up to {limit}, got {call.r}")
     if kernel == "chained" and call.m > MAX_CHAINED_M:
         raise ValueError(f"kernel 'chained' was asked for, but it takes up to {MAX_CHAINED_M} rows, got {call.m}")
-    if kernel == "fused" and call.r > problem.MAX_FUSED_R:
-        limit = problem.MAX_FUSED_R
-        raise ValueError(f"kernel 'fused' was asked for, but it takes ranks up to {limit}, got {call.r}")
 
 
 def possible_kernels(call: Call) -> list[str]:
     """Every kernel that can do ``call``."""
     found = []
     for kernel in KERNELS[1:]:
-        try:
+        with suppress(ValueError):
             check_possible(call, kernel)
-        except ValueError:
-            continue
-        found.append(kernel)
+            found.append(kernel)
     return found
 
 

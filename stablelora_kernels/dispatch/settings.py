@@ -9,76 +9,64 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
 from stablelora_kernels.utils.validation import check_bool, check_choice
 
-T = TypeVar("T")
+BACKENDS = ("auto", "triton", "torch")
+# "auto" asks the table of rules.
+KERNELS = ("auto", "fused", "chained", "split", "vendor")
+# By setting, what its environment variable may say and the value that this stands for; the default comes first.
+_VALUES: dict[str, dict[str, Any]] = {
+    "backend": {name: name for name in BACKENDS},
+    "kernel": {name: name for name in KERNELS},
+    "autotune": {"0": False, "1": True},
+}
 
 
-class _Scope(Generic[T]):
-    """The value of one block; compared by identity."""
-
-    def __init__(self, value: T | None) -> None:
-        self.value = value
-
-
-class _Setting(Generic[T]):
-    """One setting; ``values`` maps what the environment variable may say to values, the default first."""
-
-    def __init__(self, name: str, values: dict[str, T]) -> None:
+class _Setting:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.values = values
-        # None: the environment's. A plain attribute, which torch.compile guards on; a context variable would break its graph.
-        self.value: T | None = None
-        # The process's value and those of the open blocks, the last one in force. Blocks of two threads may overlap, so each
-        # takes out its own.
-        self._scopes: list[_Scope[T]] = [_Scope(None)]
+        # None: the environment's. torch.compile guards on a plain attribute; a context variable would break its graph.
+        self.value: Any = None
+        # The process's value, at 0, and those of the open blocks, the last one in force. Blocks of two threads may overlap, so
+        # each takes out its own.
+        self._values: dict[int, Any] = {0: None}
         self._lock = threading.Lock()
 
-    def get(self) -> T:
+    def get(self) -> Any:
         return _start_value(self.name) if self.value is None else self.value
 
     def _alone(self) -> AbstractContextManager[Any]:
         # torch.compile cannot trace a lock, and traces in one thread.
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
-    def set(self, value: T) -> None:
-        check_choice(self.name, value, [*self.values.values()])
+    def set(self, value: Any) -> None:
         with self._alone():
-            self._scopes[-1].value = self.value = value
+            self._values[max(self._values)] = self.value = value
 
     @contextmanager
-    def use(self, value: T) -> Iterator[None]:
-        check_choice(self.name, value, [*self.values.values()])
-        scope = _Scope(value)
+    def use(self, value: Any) -> Iterator[None]:
         with self._alone():
-            self._scopes.append(scope)
-            self.value = value
+            block = max(self._values) + 1
+            self._values[block] = self.value = value
         try:
             yield
         finally:
             with self._alone():
-                self._scopes.remove(scope)
-                self.value = self._scopes[-1].value
+                del self._values[block]
+                self.value = self._values[max(self._values)]
 
 
-BACKENDS = ("auto", "triton", "torch")
-# "auto" asks the table of rules.
-KERNELS = ("auto", "fused", "chained", "split", "vendor")
-
-_backend = _Setting("backend", dict(zip(BACKENDS, BACKENDS, strict=True)))
-_kernel = _Setting("kernel", dict(zip(KERNELS, KERNELS, strict=True)))
-_autotune = _Setting("autotune", {"0": False, "1": True})
-_SETTINGS: dict[str, _Setting[Any]] = {setting.name: setting for setting in (_backend, _kernel, _autotune)}
+_backend, _kernel, _autotune = map(_Setting, _VALUES)
 _start_values: dict[str, Any] = {}
 
 
 def _start_value(name: str) -> Any:
     if name not in _start_values:
-        values, variable = _SETTINGS[name].values, f"STABLELORA_{name.upper()}"
+        values, variable = _VALUES[name], f"STABLELORA_{name.upper()}"
         word = os.environ.get(variable, next(iter(values)))
         _start_values[name] = values[check_choice(f"the environment variable {variable}", word, [*values])]
     return _start_values[name]
@@ -90,12 +78,8 @@ _start_value._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_environment() -> None:
-    """Read the environment variables now.
-
-    Raises:
-        ValueError: one of them has a value that its setting does not take.
-    """
-    for name in _SETTINGS:
+    """Read the environment variables now. A value that its setting does not take raises ValueError."""
+    for name in _VALUES:
         _start_value(name)
 
 
@@ -120,20 +104,15 @@ def set_backend(name: str) -> None:
     """Set the process-wide backend.
 
     ``"auto"`` takes the Triton kernels for tensors on a GPU and PyTorch's fused operators on a CPU; ``"triton"`` and
-    ``"torch"`` force one. The start value is the environment variable ``STABLELORA_BACKEND``, or ``"auto"``.
-
-    Raises:
-        ValueError: ``name`` is not one of the three.
+    ``"torch"`` force one. The start value is the environment variable ``STABLELORA_BACKEND``, or ``"auto"``. Another name
+    raises ValueError.
     """
-    _backend.set(name)
+    _backend.set(check_choice("backend", name, BACKENDS))
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
-    """Like :func:`set_backend`, for the body of a ``with`` statement. It holds for the whole process, threads included.
-
-    Of blocks that overlap in several threads, the last one entered is in force.
-    """
-    return _backend.use(name)
+    """Like :func:`set_backend`, for the body of a ``with`` statement, in all threads. The last block entered is in force."""
+    return _backend.use(check_choice("backend", name, BACKENDS))
 
 
 def get_kernel() -> str:
@@ -147,20 +126,14 @@ def set_kernel(name: str) -> None:
     ``"fused"``: every program of the product computes the S that it needs. ``"chained"``: one launch, whose first programs
     compute S, and whose others wait for it before they add the branch. ``"split"``: the same in two launches.
     ``"vendor"``: the product by the vendor's library, then the branch onto it. The start value is the environment variable
-    ``STABLELORA_KERNEL``, or ``"auto"``. A call that the forced kernel can't do raises.
-
-    Raises:
-        ValueError: ``name`` is none of these.
+    ``STABLELORA_KERNEL``, or ``"auto"``. Another name raises ValueError, and so does a call that the forced kernel can't do.
     """
-    _kernel.set(name)
+    _kernel.set(check_choice("kernel", name, KERNELS))
 
 
 def use_kernel(name: str) -> AbstractContextManager[None]:
-    """Like :func:`set_kernel`, for the body of a ``with`` statement. It holds for the whole process, threads included.
-
-    Of blocks that overlap in several threads, the last one entered is in force.
-    """
-    return _kernel.use(name)
+    """Like :func:`set_kernel`, for the body of a ``with`` statement, in all threads. The last block entered is in force."""
+    return _kernel.use(check_choice("kernel", name, KERNELS))
 
 
 def get_autotune() -> bool:
@@ -173,20 +146,15 @@ def set_autotune(on: bool) -> None:
 
     The first call of a size measures every kernel that can do it. That takes seconds, most of them in the compiler. The
     answer is kept under ``~/.cache/stablelora-kernels`` (or the environment's ``STABLELORA_CACHE``) for this GPU and these
-    versions. The start value is the environment variable ``STABLELORA_AUTOTUNE``, ``0`` or ``1``, or off.
+    versions. The start value is the environment variable ``STABLELORA_AUTOTUNE``, ``0`` or ``1``, or off. A value that is no
+    bool raises TypeError.
 
     The table still decides where results must not depend on a clock (``torch.use_deterministic_algorithms``), where a kernel
     is forced, and while a CUDA graph captures a size that was not measured before.
-
-    Raises:
-        TypeError: ``on`` is not a bool.
     """
     _autotune.set(check_bool("autotune", on))
 
 
 def use_autotune(on: bool) -> AbstractContextManager[None]:
-    """Like :func:`set_autotune`, for the body of a ``with`` statement. It holds for the whole process, threads included.
-
-    Of blocks that overlap in several threads, the last one entered is in force.
-    """
+    """Like :func:`set_autotune`, for the body of a ``with`` statement, in all threads. The last block entered is in force."""
     return _autotune.use(check_bool("autotune", on))

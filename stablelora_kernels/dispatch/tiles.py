@@ -5,13 +5,12 @@ One table a kernel, each row with its reason; then one plan a kernel, which fits
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from stablelora_kernels.dispatch import problem
-from stablelora_kernels.dispatch.problem import Call, Device, cdiv
+from stablelora_kernels.dispatch.problem import Call, Device, Rule, cdiv, first
 
 
 class Tile(NamedTuple):
@@ -22,12 +21,6 @@ class Tile(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
-
-
-class TileRule(NamedTuple):
-    applies: Callable[[Device, Call], bool]
-    tile: Tile
-    reason: str
 
 
 def rounds(device: Device, call: Call, rows: int, columns: int) -> int:
@@ -42,103 +35,80 @@ def filled(device: Device, programs: int) -> float:
 
 # Y's tiles read through descriptors (lora_linear_tma).
 TMA_TILES = (
-    TileRule(
-        # A tile of 128 x 256 takes twice as long as one of 128 x 128 by operations, 1.5 times by what it reads.
-        lambda d, c: 8 * rounds(d, c, 128, 256) > 5 * rounds(d, c, 128, 128),
-        Tile(128, 128, 64, 8, 4),
-        "wider tiles would leave more of the GPU idle in the last round than they save in reads",
-    ),
-    TileRule(
-        lambda d, c: d.generation >= 100,
-        Tile(128, 128, 64, 8, 4),
-        "Blackwell: a wider tile and its branch do not fit in tensor memory",
-    ),
-    TileRule(
-        lambda d, c: True,
-        Tile(128, 256, 64, 8, 3),
-        "the widest matrix instruction: it reads operands 1.5 times less often than 128 x 128 tiles",
-    ),
-)
+    # A tile of 128 x 256 takes twice as long as one of 128 x 128 by operations, 1.5 times by what it reads.
+    Rule(lambda d, c: 8 * rounds(d, c, 128, 256) > 5 * rounds(d, c, 128, 128), Tile(128, 128, 64, 8, 4),
+         "wider tiles would leave more of the GPU idle in the last round than they save in reads"),
+    Rule(lambda d, c: d.generation >= 100, Tile(128, 128, 64, 8, 4),
+         "Blackwell: a wider tile and its branch do not fit in tensor memory"),
+    Rule(lambda d, c: True, Tile(128, 256, 64, 8, 3), "the widest tile: it reads a third less than 128 x 128 tiles"),
+)  # fmt: skip
 
 # Y's tiles read through pointers (lora_linear).
 LINEAR_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 3), "float32: operands stay in registers"),
-    TileRule(
-        lambda d, c: d.shared_limit < 200_000 and c.r > 32,
-        Tile(64, 128, 64, 4, 3),
-        "rank above 32: a 128 x 128 tile would spill registers or exceed shared memory",
-    ),
-    TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "the default tile"),
-)
+    Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 3), "float32: no larger tile fits in registers"),
+    Rule(lambda d, c: d.shared_limit < 200_000 and c.r > 32, Tile(64, 128, 64, 4, 3),
+         "rank above 32: a 128 x 128 tile would not fit in registers or shared memory"),
+    Rule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "the default tile"),
+)  # fmt: skip
 
 # Y for few rows or columns (lora_linear_split_k); up to 64 rows linear_split_k_plan sets BLOCK_M.
 SPLIT_K_TILES = (
-    TileRule(
-        lambda d, c: c.m > 128,
-        Tile(128, 128, 64, 8, 4),
-        "many rows, few tiles: each row of x serves 128 columns, and each column 128 rows",
-    ),
-    TileRule(
-        lambda d, c: c.m > problem.SMALL_M,
-        Tile(128, 64, 64, 4, 4),
-        "one tile holds all rows, so W is read once; narrow tiles let twice as many programs read it",
-    ),
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 64, 4, 3), "float32: twice the bytes an element"),
-    TileRule(lambda d, c: d.shared_limit < 100_000, Tile(16, 64, 64, 4, 3), "little shared memory"),
-    TileRule(lambda d, c: True, Tile(16, 64, 128, 4, 4), "narrow tiles keep many bytes of W in flight"),
-)
+    Rule(lambda d, c: c.m > 128, Tile(128, 128, 64, 8, 4),
+         "many rows, few tiles: each row of x serves 128 columns, and each column 128 rows"),
+    Rule(lambda d, c: c.m > problem.SMALL_M, Tile(128, 64, 64, 4, 4),
+         "one tile holds all rows, so W is read once; narrow tiles let twice as many programs read it"),
+    Rule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 64, 4, 3), "float32: twice the bytes an element"),
+    Rule(lambda d, c: d.shared_limit < 100_000, Tile(16, 64, 64, 4, 3), "little shared memory"),
+    Rule(lambda d, c: True, Tile(16, 64, 128, 4, 4), "narrow tiles keep many bytes of W in flight"),
+)  # fmt: skip
 
 # Y with a quantized W (lora_linear_quantized); linear_quantized_plan lowers BLOCK_M for few rows.
 QUANTIZED_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 32, 8, 2), "float32: operands stay in registers"),
-    TileRule(lambda d, c: not d.nvidia, Tile(64, 64, 64, 4, 2), "wider dequantized tiles of W would spill registers"),
-    TileRule(lambda d, c: c.m <= 16, Tile(16, 64, 128, 4, 3), "narrow tiles keep many bytes of W in flight"),
-    TileRule(lambda d, c: d.shared_limit < 150_000, Tile(64, 64, 64, 4, 3), "little shared memory"),
-    TileRule(lambda d, c: c.m <= problem.SMALL_M, Tile(64, 128, 64, 4, 3), "rows of one wide matrix instruction"),
-    TileRule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "as many rows as fit share each dequantized element of W"),
+    Rule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 32, 8, 2), "float32: no larger tile fits in registers"),
+    Rule(lambda d, c: not d.nvidia, Tile(64, 64, 64, 4, 2), "no larger tile of dequantized W fits in registers"),
+    Rule(lambda d, c: c.m <= 16, Tile(16, 64, 128, 4, 3), "narrow tiles keep many bytes of W in flight"),
+    Rule(lambda d, c: d.shared_limit < 150_000, Tile(64, 64, 64, 4, 3), "little shared memory"),
+    Rule(lambda d, c: c.m <= problem.SMALL_M, Tile(64, 128, 64, 4, 3), "64 rows fill one matrix instruction"),
+    Rule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "as many rows as fit share each dequantized element of W"),
 )
 
 # W in full from 4 or 8 bits (dequantize): BLOCK_N rows and BLOCK_K columns.
-DEQUANTIZE_TILES = (TileRule(lambda d, c: True, Tile(1, 16, 256, 4, 1), "16 bytes of W a thread"),)
+DEQUANTIZE_TILES = (Rule(lambda d, c: True, Tile(1, 16, 256, 4, 1), "16 bytes of W a thread"),)
 
 # S (lora_shrink): rows, ranks and K; BLOCK_N is the rank's block.
 SHRINK_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 128, 32, 4, 3), "float32: operands stay in registers"),
-    TileRule(lambda d, c: c.r > 64 and d.shared_limit < 100_000, Tile(64, 128, 64, 8, 3), "little shared memory"),
-    TileRule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so x is read once"),
-    TileRule(lambda d, c: c.dropout, Tile(64, 64, 64, 4, 4), "64 x 128 random numbers would fill the registers"),
-    TileRule(lambda d, c: True, Tile(64, 64, 128, 4, 3), "rows of one wide matrix instruction, x in long runs"),
+    Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 128, 32, 4, 3), "float32: no larger tile fits in registers"),
+    Rule(lambda d, c: c.r > 64 and d.shared_limit < 100_000, Tile(64, 128, 64, 8, 3), "little shared memory"),
+    Rule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so x is read once"),
+    Rule(lambda d, c: c.dropout, Tile(64, 64, 64, 4, 4), "dropout: no larger tile fits in registers"),
+    Rule(lambda d, c: True, Tile(64, 64, 128, 4, 3), "64 rows fill one matrix instruction; x is read in long runs"),
 )
 
 # S of several projections (lora_shrink_group), likewise; r is the block of the largest rank.
 SHRINK_GROUP_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 8, 3), "float32: operands stay in registers"),
-    TileRule(
-        lambda d, c: c.r > 32 and c.dropout and d.nvidia and not d.tma,
-        Tile(32, 64, 32, 8, 3),
-        "three sums, random numbers and x fill the registers: more rows would spill",
-    ),
-    TileRule(
-        lambda d, c: c.r > 32 and c.dropout, Tile(64, 64, 32, 8, 3), "three sums and random numbers fill registers"
-    ),
-    TileRule(lambda d, c: c.r > 32, Tile(64, 64, 64, 8, 3), "three sums fill the registers"),
-    TileRule(lambda d, c: c.dropout, Tile(64, 64, 32, 4, 4), "random numbers for every projection fill the registers"),
-    TileRule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "128 rows share one read of the A matrices"),
-)
+    Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 8, 3), "float32: no larger tile fits in registers"),
+    Rule(lambda d, c: c.r > 32 and c.dropout and d.nvidia and not d.tma, Tile(32, 64, 32, 8, 3),
+         "rank above 32, dropout: no larger tile fits in registers"),
+    Rule(lambda d, c: c.r > 32 and c.dropout, Tile(64, 64, 32, 8, 3),
+         "rank above 32, dropout: no larger tile fits in registers"),
+    Rule(lambda d, c: c.r > 32, Tile(64, 64, 64, 8, 3), "rank above 32: no larger tile fits in registers"),
+    Rule(lambda d, c: c.dropout, Tile(64, 64, 32, 4, 4), "dropout: no larger tile fits in registers"),
+    Rule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "128 rows share one read of the A matrices"),
+)  # fmt: skip
 
 # dA and dB (lora_weight_grads): BLOCK_M columns of the result, BLOCK_N ranks, BLOCK_K rows of the sum.
 WEIGHT_GRADS_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: operands stay in registers"),
-    TileRule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so x and dy are read once"),
-    TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "rows of one wide matrix instruction"),
+    Rule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: no larger tile fits in registers"),
+    Rule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so x and dy are read once"),
+    Rule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "64 columns fill one matrix instruction"),
 )
 
 # dA of several projections (lora_weight_grads_group), likewise.
 WEIGHT_GRADS_GROUP_TILES = (
-    TileRule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: operands stay in registers"),
-    TileRule(lambda d, c: c.r > 32, Tile(64, 64, 32, 8, 3), "three sums fill the registers"),
-    TileRule(lambda d, c: c.dropout, Tile(64, 64, 32, 4, 4), "random numbers for every projection fill the registers"),
-    TileRule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "rows of one wide matrix instruction"),
+    Rule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: no larger tile fits in registers"),
+    Rule(lambda d, c: c.r > 32, Tile(64, 64, 32, 8, 3), "rank above 32: no larger tile fits in registers"),
+    Rule(lambda d, c: c.dropout, Tile(64, 64, 32, 4, 4), "dropout: no larger tile fits in registers"),
+    Rule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "64 columns fill one matrix instruction"),
 )
 
 
@@ -159,13 +129,9 @@ class Plan(NamedTuple):
 MAX_SHARED_SUMS = 2048
 
 
-def pick_tile(
-    rules: tuple[TileRule, ...], device: Device, call: Call, measured: Tile | None = None
-) -> tuple[Tile, str]:
+def pick_tile(rules: tuple[Rule, ...], device: Device, call: Call, measured: Tile | None = None) -> tuple[Tile, str]:
     """The tile of the first rule that applies, or the ``measured`` one, and its reason. :func:`fit` comes next."""
-    if measured is not None:
-        return measured, "measured: the fastest"
-    return next((rule.tile, rule.reason) for rule in rules if rule.applies(device, call))
+    return first(rules, device, call) if measured is None else (measured, "measured: the fastest")
 
 
 def fit(tile: Tile, device: Device, bytes_a_stage: int, other_bytes: int = 0) -> Tile:
@@ -204,26 +170,26 @@ def fill_split_k(device: Device, tiles: int, steps: int) -> int:
 
 def without_empty_parts(steps: int, splits: int) -> int:
     """``splits`` less those whose part, of ceil(steps / splits) steps, would be empty; the others' parts stay as they are."""
-    return cdiv(steps, cdiv(steps, splits)) if steps else 1
+    return cdiv(steps, cdiv(steps, splits))
 
 
-def _shrink_stage(call: Call, tile: Tile, ranks: int) -> int:
-    """Bytes of shared memory for a step of S = X A^T."""
-    return tile.BLOCK_K * (tile.BLOCK_M * call.dtype.itemsize + ranks * call.lora_dtype.itemsize)
+def _bytes(call: Call, elements: int, of_lora: int = 0) -> int:
+    """Bytes of ``elements`` of x, W or Y, and of ``of_lora`` elements of A or B."""
+    return elements * call.dtype.itemsize + of_lora * call.lora_dtype.itemsize
 
 
 def _linear_stage(call: Call, tile: Tile, block_r: int, load_s: bool) -> int:
     """Bytes of shared memory for a step of Y's main loop, which computes S as well unless it is read."""
-    a = 0 if load_s else block_r * call.lora_dtype.itemsize
-    return tile.BLOCK_K * ((tile.BLOCK_M + tile.BLOCK_N) * call.dtype.itemsize + a)
+    return tile.BLOCK_K * _bytes(call, tile.BLOCK_M + tile.BLOCK_N, 0 if load_s else block_r)
 
 
 def shrink_plan(device: Device, call: Call) -> Plan:
     tile, reason = pick_tile(SHRINK_TILES, device, call)
     block_r = rank_block(call.r, tile.BLOCK_N)
-    tile = fit(tile, device, _shrink_stage(call, tile, block_r))
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.r, block_r)
-    return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K)))
+    splits = plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K))
+    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, tile.BLOCK_M, block_r))
+    return Plan(tile, reason, block_r, tiles, splits)
 
 
 def chained_shrink_plan(device: Device, call: Call, product: Tile) -> Plan:
@@ -235,10 +201,11 @@ def chained_shrink_plan(device: Device, call: Call, product: Tile) -> Plan:
     rows = max(tile.BLOCK_M, 16 * product.num_warps)
     depth = max(64, tile.BLOCK_K * tile.BLOCK_M // rows) if call.dtype != torch.float32 else tile.BLOCK_K
     tile = Tile(rows, tile.BLOCK_N, depth, product.num_warps, tile.num_stages)
-    tile = fit(tile, device, _shrink_stage(call, tile, block_r))
-    tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.r, block_r)
+    tiles = cdiv(call.m, rows) * cdiv(call.r, block_r)
     # The product's shared memory leaves room for one program a processor.
-    return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K), programs=1))
+    splits = plan_split_k(device, tiles, cdiv(call.k, depth), programs=1)
+    tile = fit(tile, device, depth * _bytes(call, rows, block_r))
+    return Plan(tile, reason, block_r, tiles, splits)
 
 
 # Integers ahead of a chain's flags, see kernels/lora/chain.py.
@@ -250,16 +217,17 @@ MAX_CHAINED_M = 64 * (MAX_SHARED_SUMS - CHAIN_HEAD)
 def shrink_group_plan(device: Device, call: Call, ranks: list[int]) -> Plan:
     block_r = rank_block(max(ranks), problem.MAX_FUSED_R)
     tile, reason = pick_tile(SHRINK_GROUP_TILES, device, call._replace(r=block_r))
-    tile = fit(tile, device, _shrink_stage(call, tile, len(ranks) * block_r))
-    tiles, steps = cdiv(call.m, tile.BLOCK_M), cdiv(call.k, tile.BLOCK_K)
-    return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, steps, sums=len(ranks)))
+    tiles = cdiv(call.m, tile.BLOCK_M)
+    splits = plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K), sums=len(ranks))
+    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, tile.BLOCK_M, len(ranks) * block_r))
+    return Plan(tile, reason, block_r, tiles, splits)
 
 
 def linear_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> Plan:
     tile, reason = pick_tile(LINEAR_TILES, device, call, measured)
     block_r = rank_block(call.r, problem.MAX_FUSED_R)
     # The branch's operands need shared memory too.
-    branch = block_r * (tile.BLOCK_M * call.dtype.itemsize + tile.BLOCK_N * call.lora_dtype.itemsize)
+    branch = block_r * _bytes(call, tile.BLOCK_M, tile.BLOCK_N)
     tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), branch)
     return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N))
 
@@ -271,15 +239,11 @@ def linear_split_k_plan(device: Device, call: Call, load_s: bool, measured: Tile
         # All rows are in one tile.
         tile = tile._replace(BLOCK_M=16 if call.m <= 16 else 64)
     block_r = rank_block(call.r, problem.MAX_FUSED_R)
-    tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s))
     tiles, steps = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N), cdiv(call.k, tile.BLOCK_K)
     # Partial sums of 64 rows are as large as what a program reads of W in a few steps: one program a processor is enough.
-    splits = (
-        plan_split_k(device, tiles, steps, programs=2 if tile.BLOCK_M == 16 else 1)
-        if few
-        else (fill_split_k(device, tiles, steps))
-    )
-    return Plan(tile, reason, block_r, tiles, splits)
+    programs = 2 if tile.BLOCK_M == 16 else 1
+    splits = plan_split_k(device, tiles, steps, programs=programs) if few else fill_split_k(device, tiles, steps)
+    return Plan(fit(tile, device, _linear_stage(call, tile, block_r, load_s)), reason, block_r, tiles, splits)
 
 
 class TMAPlan(NamedTuple):
@@ -293,7 +257,7 @@ class TMAPlan(NamedTuple):
 def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> TMAPlan:
     tile, reason = pick_tile(TMA_TILES, device, call, measured)
     if not load_s and call.r > 32 and tile.BLOCK_N > 128 and measured is None:
-        tile, reason = Tile(128, 128, 64, 8, 4), "rank above 32: the widest tile would spill registers"
+        tile, reason = Tile(128, 128, 64, 8, 4), "rank above 32: the widest tile would not fit in registers"
     # A wider block of ranks would spill registers beside the widest accumulator and float32's casts or random numbers.
     narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
@@ -304,7 +268,7 @@ def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | N
     part = tile.BLOCK_N // parts
     # The stored part of Y, or the parts of G, U, dG and dU, and the branch's operands need shared memory too.
     kept = 4 if call.gated else 1
-    finish = call.dtype.itemsize * (kept * tile.BLOCK_M * part + block_r * (tile.BLOCK_M + part))
+    finish = _bytes(call, kept * tile.BLOCK_M * part + block_r * (tile.BLOCK_M + part))
     tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), finish)
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
     return TMAPlan(Plan(tile, reason, block_r, tiles), parts, min(tiles, device.processors))
@@ -316,10 +280,9 @@ def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:
     tile = tile._replace(BLOCK_M=min(tile.BLOCK_M, rows))
     block_r = rank_block(call.r, problem.MAX_FUSED_R)
     # In shared memory: every stage's X and stored W; W once in float32 and once in X's dtype; the branch's operands.
-    stage = tile.BLOCK_K * (tile.BLOCK_M * call.dtype.itemsize + tile.BLOCK_N * bits // 8)
+    stage = tile.BLOCK_K * (_bytes(call, tile.BLOCK_M) + tile.BLOCK_N * bits // 8)
     weight = tile.BLOCK_K * tile.BLOCK_N * (4 + call.dtype.itemsize)
-    branch = block_r * (tile.BLOCK_M * call.dtype.itemsize + tile.BLOCK_N * call.lora_dtype.itemsize)
-    tile = fit(tile, device, stage, weight + branch)
+    tile = fit(tile, device, stage, weight + block_r * _bytes(call, tile.BLOCK_M, tile.BLOCK_N))
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
     return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K)))
 
@@ -328,12 +291,13 @@ def weight_grads_plan(device: Device, call: Call, need_a: bool, need_b: bool) ->
     """The plan for dA and dB in a launch of their own, and how many of its tiles are dA's."""
     tile, reason = pick_tile(WEIGHT_GRADS_TILES, device, call)
     block_r = rank_block(call.r, tile.BLOCK_N)
-    tile = fit(tile, device, tile.BLOCK_K * ((1 + call.gated) * tile.BLOCK_M + block_r) * call.dtype.itemsize)
     # The backward's n is K, and its k is N.
-    tiles_a, tiles_b = (cdiv(size, tile.BLOCK_M) * cdiv(call.r, block_r) for size in (call.n, call.k))
-    tiles_a, tiles_b = tiles_a if need_a else 0, tiles_b if need_b else 0
-    splits = plan_split_k(device, tiles_a + tiles_b, cdiv(call.m, tile.BLOCK_K))
-    return Plan(tile, reason, block_r, tiles_a + tiles_b, splits), tiles_a
+    of_a, of_b = (cdiv(size, tile.BLOCK_M) * cdiv(call.r, block_r) for size in (call.n, call.k))
+    tiles_a, tiles = need_a * of_a, need_a * of_a + need_b * of_b
+    splits = plan_split_k(device, tiles, cdiv(call.m, tile.BLOCK_K))
+    # A gated MLP's G and U are two operands in place of one.
+    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, (1 + call.gated) * tile.BLOCK_M + block_r))
+    return Plan(tile, reason, block_r, tiles, splits), tiles_a
 
 
 def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -> Plan:
@@ -341,26 +305,25 @@ def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -
     tile, reason = pick_tile(WEIGHT_GRADS_TILES, device, call)
     # A wider block of ranks beside the other kernel's accumulators would spill registers.
     block_r = rank_block(call.r, min(tile.BLOCK_N, 128))
-    masked = call.dropout and not of_b
+    masked, gated = call.dropout and not of_b, call.gated and not of_b
     # A matrix instruction has 64 rows for each four warps. But the mask's random numbers take registers.
     columns = tile.BLOCK_M if masked and block_r == 32 else max(tile.BLOCK_M, 16 * warps)
-    # Two operands, G and U, for one.
-    gated = call.gated and not of_b
     tile = tile._replace(BLOCK_M=columns, BLOCK_K=32 if masked or (gated and not device.tma) else tile.BLOCK_K)
-    tile = fit(tile, device, tile.BLOCK_K * ((1 + gated) * tile.BLOCK_M + block_r) * call.dtype.itemsize)
-    tiles = cdiv(call.k if of_b else call.n, tile.BLOCK_M) * cdiv(call.r, block_r)
+    tiles = cdiv(call.k if of_b else call.n, columns) * cdiv(call.r, block_r)
     steps = cdiv(call.m, tile.BLOCK_K)
     splits = plan_split_k(device, tiles, steps, programs=1)
     if of_b and tiles <= MAX_SHARED_SUMS:
         # Chunks of rows, so that what dS's programs or dB's have read is still in L2 for the others. A chunk's part of dB,
         # stored and read again in float32, is an eighth of the chunk of dY that it sums up.
         splits = without_empty_parts(steps, max(splits, min(cdiv(call.m, 32 * block_r), steps // 4)))
+    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, (1 + gated) * columns + block_r))
     return Plan(tile, reason, block_r, tiles, splits)
 
 
 def weight_grads_group_plan(device: Device, call: Call, ranks: list[int]) -> Plan:
     block_r = rank_block(max(ranks), problem.MAX_FUSED_R)
     tile, reason = pick_tile(WEIGHT_GRADS_GROUP_TILES, device, call._replace(r=block_r))
-    tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + len(ranks) * block_r) * call.dtype.itemsize)
-    tiles, steps = cdiv(call.n, tile.BLOCK_M), cdiv(call.m, tile.BLOCK_K)
-    return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, steps, sums=len(ranks)))
+    tiles = cdiv(call.n, tile.BLOCK_M)
+    splits = plan_split_k(device, tiles, cdiv(call.m, tile.BLOCK_K), sums=len(ranks))
+    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, tile.BLOCK_M + len(ranks) * block_r))
+    return Plan(tile, reason, block_r, tiles, splits)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear, lora_linear_group, lora_linear_where
+from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear, lora_linear_group, lora_linear_if
 from stablelora_kernels.nn.linear import weight_and_bias
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
@@ -130,7 +130,7 @@ def _usual_output(layer: Any, x: Tensor) -> Tensor | None:
     def fits() -> bool:
         return _fits(x, branch.lora_A, branch.lora_B, None) and base_operand(base, x) is not None
 
-    return lora_linear_where(fits, x, weight, bias, branch.lora_A, branch.lora_B, branch.scaling, branch.dropout_p)
+    return lora_linear_if(fits, x, weight, bias, branch.lora_A, branch.lora_B, branch.scaling, branch.dropout_p)
 
 
 def branches_of(layer: Any, adapters: Iterable[str], x: Tensor, features: int | None = None) -> list[Branch] | None:

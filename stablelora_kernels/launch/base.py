@@ -34,8 +34,8 @@ class Launch(NamedTuple):
     @property
     def compiled_with(self) -> dict[str, Any]:
         """What Triton takes beside the arguments."""
-        # Triton 3.6 compiles a tuple's constants if each is marked. FP fusion is explicit, because Triton 3.10 changes its default,
-        # which would change results.
+        # Triton 3.6 compiles a tuple's constants if each is marked. FP fusion is explicit, because Triton 3.10 changes the
+        # default, which would change results.
         marked = isinstance(self.kernel, JITFunction)
         constants = {
             name: type(value)(*map(tl.constexpr, value)) if marked and isinstance(value, tuple) else value

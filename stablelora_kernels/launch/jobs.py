@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch import tiles
-from stablelora_kernels.dispatch.problem import Call, Device
+from stablelora_kernels.dispatch.problem import Call, Device, cdiv
 from stablelora_kernels.dispatch.rules import input_precision
-from stablelora_kernels.dispatch.tiles import Plan
+from stablelora_kernels.dispatch.tiles import Plan, Tile
 from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.jobs import Gate, Matrix
 from stablelora_kernels.launch.counters import counters
 from stablelora_kernels.launch.workspace import scratch
 from stablelora_kernels.projection import Projection
-from stablelora_kernels.quantized import Stored
+from stablelora_kernels.quantized import FP8Weight, NF4Weight, Stored
 
 
 class Product(NamedTuple):
@@ -56,10 +56,6 @@ class Product(NamedTuple):
     activation: str = ""
     gate: Gate | None = None
 
-    def with_s(self) -> Product:
-        """Itself with memory for S."""
-        return self if self.s is not None else self._replace(s=scratch(self.x, self.call.m, self.call.r))
-
 
 def s_unit(dtype: torch.dtype, scaling: float) -> float:
     """What a stored 1 of S = ``scaling`` X A^T means: the power of two that keeps S no larger than X A^T in float16."""
@@ -74,14 +70,14 @@ def forward_product(
     x: Tensor, p: Projection, s: Tensor | None, y: Tensor, seed: Tensor | None, dropout_p: float
 ) -> Product:
     """Y as a product; the projection's scaling is s'."""
+    a, b, w = p.lora_A, p.lora_B, p.weight
+    assert a is not None and b is not None and not isinstance(w, (NF4Weight, FP8Weight))
     # Kernels take no stride for it.
     bias = None if p.bias is None else p.bias.contiguous()
-    (m, k), (n, r) = x.shape, p.lora_B.shape
+    (m, k), (n, r) = x.shape, b.shape
     dropout_p = dropout_p if r else 0.0
-    call, unit = Call("forward", m, n, k, r, x.dtype, p.lora_A.dtype, dropout_p > 0), s_unit(x.dtype, p.scaling)
-    return Product(
-        call, x, p.weight, bias, p.lora_A, p.lora_B, s, y, seed, p.scaling / unit, dropout_p, unit
-    )  # fmt: skip
+    call, unit = Call("forward", m, n, k, r, x.dtype, a.dtype, dropout_p > 0), s_unit(x.dtype, p.scaling)
+    return Product(call, x, w, bias, a, b, s, y, seed, p.scaling / unit, dropout_p, unit)
 
 
 def backward_product(
@@ -89,16 +85,17 @@ def backward_product(
     results: tuple[Tensor | None, Tensor | None, Tensor | None], ds: Tensor | None = None,
 ) -> Product:  # fmt: skip
     """dX as the forward's formula with every matrix transposed, with dA and dB: those of ``results`` that are not None."""
-    (m, n), (r, k), (dx, da, db) = grad.shape, p.lora_A.shape, results
+    a, b, w = p.lora_A, p.lora_B, p.weight
+    assert a is not None and b is not None and not isinstance(w, (NF4Weight, FP8Weight))
+    (m, n), (r, k), (dx, da, db) = grad.shape, a.shape, results
     dropout_p = dropout_p if r else 0.0
-    call = Call("backward", m, k, n, r, grad.dtype, p.lora_A.dtype, dropout_p > 0)
-    w = p.weight.t() if isinstance(p.weight, Tensor) else p.weight
+    call = Call("backward", m, k, n, r, grad.dtype, a.dtype, dropout_p > 0)
     ds = scratch(grad, m, r) if ds is None and da is not None else ds
     # A hook of saved tensors may have given S another layout.
     s = s.contiguous() if s is not None and s.stride(1) != 1 else s
     return Product(
-        call, grad, w, None, p.lora_B.t(), p.lora_A.t(), ds, grad if dx is None else dx, seed, p.scaling, dropout_p,
-        wanted=dx is not None, z=x, t=None if db is None else s, t_unit=s_unit(grad.dtype, p.scaling), da=da, db=db,
+        call, grad, w.t() if isinstance(w, Tensor) else w, None, b.t(), a.t(), ds, grad if dx is None else dx, seed, p.scaling,
+        dropout_p, wanted=dx is not None, z=x, t=None if db is None else s, t_unit=s_unit(grad.dtype, p.scaling), da=da, db=db,
     )  # fmt: skip
 
 
@@ -117,13 +114,14 @@ def buffers(plan: Plan, part: int, like: Tensor, lane: int, sums: int = 1) -> tu
     return parts, counters(shared, like.device, lane)
 
 
-def matrix(t: Tensor | None) -> Matrix:
+def matrix(t: Any) -> Matrix:
+    """A tensor's, or that of None, which is not read."""
     return Matrix(None, 0, 0) if t is None else Matrix(t, *t.stride())
 
 
 def _rows(t: Tensor | None, u: Tensor | None, width: int) -> jobs.Rows:
     assert t is not None
-    return jobs.Rows(t, u, *t.stride(), width)
+    return jobs.Rows(t, u, t.stride(0), t.stride(1), width)
 
 
 def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 0) -> tuple[jobs.SJob, jobs.STile]:
@@ -159,9 +157,7 @@ def da_job(device: Device, members: Sequence[Product], plan: Plan) -> Gradient:
     p, c = members[0], members[0].call
     z, u = (p.z, None) if p.gate is None else (p.gate.g, p.gate.u)
     each = [
-        jobs.GradMember(q.s, q.da, 1, c.n, q.seed if c.dropout else None, q.call.r)
-        for q in members
-        if q.s is not None
+        jobs.GradMember(q.s, q.da, 1, c.n, q.seed if c.dropout else None, q.call.r) for q in members if q.s is not None
     ]
     job = jobs.GradJob(_rows(z, u, c.n), tuple(each), _grad_shared(plan, p.s, p.x, 3, len(members)))
     return _gradient(device, p, plan, job, p.activation, 1.0)
@@ -202,6 +198,28 @@ def co_scheduled(device: Device, p: Product, of_b: bool, warps: int) -> Gradient
         return Gradient()
     plan = tiles.co_scheduled_grad_plan(device, p.call, of_b, warps)
     return db_job(device, p, plan) if of_b else da_job(device, [p], plan)
+
+
+class Chain(NamedTuple):
+    """S's programs, and dB's, in the launch of the product that needs S."""
+
+    chain: Tensor | None = None
+    programs: int = 0
+    splits: int = 1
+    job: jobs.SJob | None = None
+    tile: jobs.STile | None = None
+    db: Gradient = Gradient()
+
+
+def chain_ahead(device: Device, p: Product, product: Tile) -> Chain:
+    """S's programs, and dB's if it is wanted, for the launch of ``p``, whose tile is ``product``."""
+    c = p.call
+    plan = tiles.chained_shrink_plan(device, c, product)
+    flag_m = max(product.BLOCK_M, plan.tile.BLOCK_M)
+    job, constants = s_job(device, [p], plan, flag_m)
+    db = co_scheduled(device, p, True, product.num_warps)
+    chain = counters(tiles.CHAIN_HEAD + cdiv(c.m, flag_m), p.x.device, lane=4)
+    return Chain(chain, plan.tiles * plan.splits + db.programs, plan.splits, job, constants, db)
 
 
 def branch_job(p: Product, block_r: int, load_s: bool, precision: str) -> tuple[jobs.Branch, jobs.BranchTile]:

@@ -33,7 +33,7 @@ def forward_launches(
         base: contiguous [M, N].
         choice: of the only projection; the table's by default.
     """
-    ranks = [p.lora_A.shape[0] for p in projections]
+    ranks = [p.rank for p in projections]
     if s is None and len(ranks) > 1:
         s = scratch(x, x.shape[0], sum(ranks))
     parts = [None] if s is None else s.split(ranks, 1)
@@ -66,7 +66,7 @@ def backward_launches(
     ``plain`` dequantizes a projection's weight by launches right before its product.
     """
     dx, das, dbs = results
-    ranks = [p.lora_A.shape[0] for p in projections]
+    ranks = [p.rank for p in projections]
     every_ds = scratch(grads[0], grads[0].shape[0], sum(ranks)).split(ranks, 1) if len(ranks) > 1 else [None]
     firsts, plains = zip(*[plain(p) if dx is not None else ([], p) for p in projections], strict=True)
     members = [
@@ -102,7 +102,7 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
         return [dequantize(w, p.w), *product_launches(device, plain, rules.choose(device, p.call))]
     if isinstance(p.w, Stored):
         # W is dequantized in the product's own loop.
-        p = p.with_s()
+        p = _with_s(p)
         return [shrink(device, [p]), quantized(device, p), *_gradients(device, p, with_db=False)]
     if not p.wanted and (p.s is None or choice.kernel != "chained"):
         return [*([shrink(device, [p])] if p.s is not None else []), *_gradients(device, p, with_db=p.s is None)]
@@ -113,10 +113,15 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
         return [linear(device, p._replace(da=None), choice.tile, load_s=False), *_gradients(device, p)]
     if s_ready or not p.call.r:
         return [linear(device, p, choice.tile, load_s=True)]
-    p = p.with_s()
+    p = _with_s(p)
     if choice.kernel == "chained":
         return [linear(device, p, choice.tile, load_s=True, chained=True)]
     return [shrink(device, [p]), linear(device, p, choice.tile, load_s=True)]
+
+
+def _with_s(p: Product) -> Product:
+    """``p`` with memory for S."""
+    return p if p.s is not None else p._replace(s=scratch(p.x, p.call.m, p.call.r))
 
 
 def _gradients(device: Device, p: Product, with_db: bool = True) -> Launches:

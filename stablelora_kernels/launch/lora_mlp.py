@@ -22,7 +22,15 @@ from stablelora_kernels.launch.base import Launch, Launches, flag_words, tile_op
 from stablelora_kernels.launch.jobs import Product, backward_product, branch_job, forward_product, matrix
 from stablelora_kernels.launch.lora_linear import backward_launches as linear_backward_launches
 from stablelora_kernels.launch.lora_linear import member_launches, product_launches
-from stablelora_kernels.launch.products import GROUP_M, dequantize, described, descriptor, rows_contiguous, shrink
+from stablelora_kernels.launch.products import (
+    GROUP_M,
+    dequantize,
+    described,
+    descriptor,
+    product_tile,
+    rows_contiguous,
+    shrink,
+)
 from stablelora_kernels.launch.workspace import scratch
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored
@@ -59,8 +67,10 @@ def mlp_forward_launches(
     ``results``: Y; G, U, gate's and up's S side by side and down's S, which are None if they are not requested.
     """
     y, g, u, s, s_down = results
-    (m, _), f, plain = x.shape, projections[0].lora_B.shape[0], _Plain(x, projections, slots=2)
-    h, ranks = scratch(x, m, f), [p.lora_A.shape[0] for p in projections[:2]]
+    (m, _), lora_B, plain = x.shape, projections[0].lora_B, _Plain(x, projections, slots=2)
+    assert lora_B is not None
+    f = lora_B.shape[0]
+    h, ranks = scratch(x, m, f), [p.rank for p in projections[:2]]
     s = scratch(x, m, sum(ranks)) if s is None else s
     launches: Launches = []
     members = []
@@ -106,7 +116,7 @@ def mlp_backward_launches(
     launches = [*first, *product_launches(device, p, rules.choose(device, p.call))]
     if dg is None:
         return launches
-    ranks = [p.lora_A.shape[0] for p in projections[:2]]
+    ranks = [p.rank for p in projections[:2]]
     parts: Sequence[Tensor | None] = [None, None] if s is None else s.split(ranks, 1)
     return launches + linear_backward_launches(
         device, x, [dg, du], projections[:2], parts, seeds[:2], dropout_p, (dx, das[:2], dbs[:2]), plain=plain.of
@@ -138,8 +148,7 @@ def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: 
     branches, constants = (branch_g, branch_u, gate.bias, up.bias), {"BRANCH_G": tile_g, "BRANCH_U": tile_u}
     outputs = (gate.y, up.y, h) if keep else (None, None, h)
     if not tma:
-        even = c.k % tile.BLOCK_K == 0
-        sizes = jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, activation, precision)
+        sizes = product_tile(gate, tile, precision, activation)
         args = (matrix(gate.x), matrix(gate.w), matrix(up.w), *outputs, *branches, c.m, c.n, c.k)
         kernel, programs = _lora_gate_up_kernel, plan.tiles
         return Launch(kernel, words, plan.reason, (programs,), args, {"TILE": sizes} | constants, tile_options(tile))
@@ -155,8 +164,10 @@ def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: 
         c.k,
         programs,
     )
-    sizes = jobs.DescribedTile(
+    described_sizes = jobs.DescribedTile(
         tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, parts, trans_w, False, False, activation, precision
     )
     kernel = _lora_gate_up_tma_kernel
-    return Launch(kernel, words, plan.reason, (programs,), args, {"TILE": sizes} | constants, tile_options(tile))
+    return Launch(
+        kernel, words, plan.reason, (programs,), args, {"TILE": described_sizes} | constants, tile_options(tile)
+    )

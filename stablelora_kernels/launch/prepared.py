@@ -158,8 +158,9 @@ class _Kernel:
             ]
             self._launcher = launcher_of(launch, device, pointers, descriptors)
         # What is prepared keeps no tensors.
-        for at, *_ in (*self._pointers, *self._descriptors):
-            self._leaves[at] = None
+        for changing in (self._pointers, self._descriptors):
+            for at, *_ in changing:
+                self._leaves[at] = None
         self._launch, self._name = launch._replace(args=with_leaves(launch.args, repeat(None))), launch.kernel.__name__
 
     def again(self, tensors: Sequence[Any], device: torch.device) -> Launch:

@@ -6,7 +6,8 @@ Tensors are 2-D and of any strides unless a docstring says otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -23,12 +24,13 @@ from stablelora_kernels.kernels.lora.linear_tma import _lora_linear_tma_kernel
 from stablelora_kernels.kernels.lora.shrink import _lora_shrink_kernel
 from stablelora_kernels.kernels.lora.weight_grads import _lora_weight_grads_kernel
 from stablelora_kernels.launch.base import Launch, flag_words, tile_options
-from stablelora_kernels.launch.counters import counters
 from stablelora_kernels.launch.jobs import (
+    Chain,
     Gradient,
     Product,
     branch_job,
     buffers,
+    chain_ahead,
     co_scheduled,
     da_job,
     db_job,
@@ -90,27 +92,6 @@ def activation_flag(p: Product) -> dict[str, bool]:
     return {p.activation: True} if p.activation else {}
 
 
-class _Chain(NamedTuple):
-    """S's programs, and dB's, in the launch of the product that needs S."""
-
-    chain: Tensor | None = None
-    programs: int = 0
-    splits: int = 1
-    job: jobs.SJob | None = None
-    tile: jobs.STile | None = None
-    db: Gradient = Gradient()
-
-
-def _chain(device: Device, p: Product, product: Tile) -> _Chain:
-    c = p.call
-    plan = tiles.chained_shrink_plan(device, c, product)
-    flag_m = max(product.BLOCK_M, plan.tile.BLOCK_M)
-    job, constants = s_job(device, [p], plan, flag_m)
-    db = co_scheduled(device, p, True, product.num_warps)
-    chain = counters(tiles.CHAIN_HEAD + cdiv(c.m, flag_m), p.x.device, lane=4)
-    return _Chain(chain, plan.tiles * plan.splits + db.programs, plan.splits, job, constants, db)
-
-
 def linear(device: Device, p: Product, tile: Tile | None, *, load_s: bool, chained: bool = False) -> Launch:
     """The product, if it has a W, and the branch, with dA if wanted.
 
@@ -123,98 +104,85 @@ def linear(device: Device, p: Product, tile: Tile | None, *, load_s: bool, chain
     if p.w is not None:
         operands = [p.x, rows_contiguous(p.w)[0], p.y, *([] if p.gate is None else p.gate)]
         form = rules.choose_form(device, c, described=all(described(t) for t in operands))
-    build = {"split_k": _by_split_k, "tma": _by_descriptors, "pointers": _by_pointers}[form]
-    launch, plan, ahead, da = build(device, p, tile, load_s, chained)
+    build = _by_descriptors if form == "tma" else partial(_by_pointers, split_k=form == "split_k")
+    return build(device, p, tile, load_s, chained)
+
+
+def _launch(
+    device: Device, p: Product, kernel: Any, plan: Plan, operands: tuple[Any, ...], sizes: Any, load_s: bool, chained: bool,
+    parts: tuple[Any, ...] = (), persistent: int = 0,
+) -> Launch:  # fmt: skip
+    """A launch of one of the three kernels. ``operands`` and ``sizes`` are its own, its jobs' arguments follow.
+
+    ``parts``: memory for shared sums. ``persistent``: programs that take tile after tile; by default, a program takes a part of
+    one.
+    """
+    c, tile = p.call, plan.tile
+    branch, branch_tile = branch_job(p, plan.block_r, load_s, sizes.PRECISION)
+    ahead = chain_ahead(device, p, tile) if chained else Chain()
+    da = co_scheduled(device, p, False, tile.num_warps)
+    products = p.wanted * (persistent or plan.tiles * plan.splits)
+    counts = (products, ahead.programs, ahead.splits, ahead.db.programs, ahead.db.splits, da.splits, threshold(p))
     flags = flag_words(
         fused=not load_s, chained=chained, alone=p.w is None, masked=c.masked, add=p.base is p.y, **activation_flag(p),
         dA=da.programs > 0, dB=ahead.db.programs > 0,
     )  # fmt: skip
-    words = f"{_product_words(p)} r{plan.block_r}{flags} {launch.variant}"
-    return launch._replace(variant=words)
+    return Launch(
+        kernel,
+        f"{_product_words(p)} r{plan.block_r}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
+        plan.reason,
+        (ahead.programs + products + da.programs,),
+        (*operands, branch, p.gate, *parts, ahead.job, ahead.db.job, da.job, ahead.chain, c.m, c.n, c.k,
+         *([plan.splits] if parts else []), *counts),
+        {"TILE": sizes, "BRANCH": branch_tile, "S": ahead.tile, "DB": ahead.db.tile, "DA": da.tile},
+        tile_options(tile),
+    )  # fmt: skip
 
 
 def _product_words(p: Product) -> str:
     return f"{'small ' if p.call.m <= problem.SMALL_M else ''}{'dx' if p.call.direction == 'backward' else 'y'}"
 
 
-_Built = tuple[Launch, Plan, _Chain, Gradient]
+def product_tile(p: Product, tile: Tile, precision: str, activation: str = "") -> jobs.Tile:
+    """The constants of a product that is read through pointers."""
+    even = p.w is None or p.call.k % tile.BLOCK_K == 0
+    return jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, activation, precision)
 
 
-def _launch(
-    device: Device, p: Product, kernel: Any, plan: Plan, products: int, operands: tuple[Any, ...], constants: dict[str, Any],
-    chained: bool,
-) -> _Built:  # fmt: skip
-    """A launch of one of the three kernels, whose ``operands`` come before its jobs' arguments and their sizes."""
-    c, tile = p.call, plan.tile
-    ahead = _chain(device, p, tile) if chained else _Chain()
-    da = co_scheduled(device, p, False, tile.num_warps)
-    own = (plan.splits,) if kernel is _lora_linear_split_k_kernel else ()
-    counts = (products, ahead.programs, ahead.splits, ahead.db.programs, ahead.db.splits, da.splits, threshold(p))
-    launch = Launch(
-        kernel,
-        f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
-        plan.reason,
-        (ahead.programs + products + da.programs,),
-        (*operands, ahead.job, ahead.db.job, da.job, ahead.chain, c.m, c.n, c.k, *own, *counts),
-        constants | {"S": ahead.tile, "DB": ahead.db.tile, "DA": da.tile},
-        tile_options(tile),
-    )
-    return launch, plan, ahead, da
+def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool, split_k: bool) -> Launch:
+    plan = (tiles.linear_split_k_plan if split_k else tiles.linear_plan)(device, p.call, load_s, tile)
+    transposed = split_k and p.call.direction == "backward"
+    sizes = product_tile(p, plan.tile, input_precision(device, p.call.dtype, transposed), p.activation)
+    operands = (matrix(p.x), matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y), p.base)
+    if not split_k:
+        return _launch(device, p, _lora_linear_kernel, plan, operands, sizes, load_s, chained)
+    parts = buffers(plan, plan.tile.BLOCK_M * (plan.tile.BLOCK_N + plan.block_r), p.x, lane=1)
+    return _launch(device, p, _lora_linear_split_k_kernel, plan, operands, sizes, load_s, chained, parts)
 
 
-def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool) -> _Built:
-    c = p.call
-    plan = tiles.linear_plan(device, c, load_s, tile)
-    tile, precision = plan.tile, input_precision(device, c.dtype)
-    branch, branch_tile = branch_job(p, plan.block_r, load_s, precision)
-    even = p.w is None or c.k % tile.BLOCK_K == 0
-    sizes = jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, p.activation, precision)
-    matrices = (matrix(p.x), matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y))
-    constants = {"TILE": sizes, "BRANCH": branch_tile}
-    products = plan.tiles * p.wanted
-    return _launch(
-        device, p, _lora_linear_kernel, plan, products, (*matrices, p.base, branch, p.gate), constants, chained
-    )
-
-
-def _by_split_k(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool) -> _Built:
-    c = p.call
-    plan = tiles.linear_split_k_plan(device, c, load_s, tile)
-    tile, precision = plan.tile, input_precision(device, c.dtype, transposed=c.direction == "backward")
-    branch, branch_tile = branch_job(p, plan.block_r, load_s, precision)
-    even = c.k % tile.BLOCK_K == 0
-    sizes = jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, p.activation, precision)
-    parts = buffers(plan, tile.BLOCK_M * (tile.BLOCK_N + plan.block_r), p.x, lane=1)
-    matrices = (matrix(p.x), matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y))
-    constants = {"TILE": sizes, "BRANCH": branch_tile}
-    products = plan.tiles * plan.splits * p.wanted
-    operands = (*matrices, p.base, branch, p.gate, *parts)
-    return _launch(device, p, _lora_linear_split_k_kernel, plan, products, operands, constants, chained)
-
-
-def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool) -> _Built:
+def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool, chained: bool) -> Launch:
     c = p.call
     assert isinstance(p.w, Tensor)
     plan, parts, programs = tiles.linear_tma_plan(device, c, load_s, tile)
-    tile, precision = plan.tile, input_precision(device, c.dtype)
-    branch, branch_tile = branch_job(p, plan.block_r, load_s, precision)
+    tile = plan.tile
     (w, trans_w), (a, trans_a) = rows_contiguous(p.w), rows_contiguous(p.a)
     # A float32 A passes through registers to be rounded, with a descriptor or without.
     described_a = not load_s and c.lora_dtype == c.dtype and described(a)
     part = tile.BLOCK_N // parts
-    descriptors = (
+    operands = (
         descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K),
         descriptor(w, tile.BLOCK_N, tile.BLOCK_K, trans_w),
         descriptor(a, plan.block_r, tile.BLOCK_K, trans_a) if described_a else None,
         descriptor(p.y, tile.BLOCK_M, part),
         *([None] * 3 if p.gate is None else [descriptor(t, tile.BLOCK_M, part) for t in p.gate]),
+        matrix(None if load_s or described_a else p.a),
+        p.bias,
     )
+    added, precision = p.base is not None, input_precision(device, c.dtype)
     sizes = jobs.DescribedTile(
-        tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, parts, trans_w, trans_a, p.base is not None, p.activation, precision
-    )  # fmt: skip
-    operands = (*descriptors, matrix(None if load_s or described_a else p.a), p.bias, branch, p.gate)
-    constants = {"TILE": sizes, "BRANCH": branch_tile}
-    return _launch(device, p, _lora_linear_tma_kernel, plan, programs * p.wanted, operands, constants, chained)
+        tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, parts, trans_w, trans_a, added, p.activation, precision
+    )
+    return _launch(device, p, _lora_linear_tma_kernel, plan, operands, sizes, load_s, chained, persistent=programs)
 
 
 def described(t: Tensor) -> bool:
@@ -257,8 +225,6 @@ def quantized(device: Device, p: Product) -> Launch:
     parts = buffers(plan, tile.BLOCK_M * tile.BLOCK_N, p.x, lane=1)
     w, packed, kind = _packed(p.w)
     branch, branch_tile = branch_job(p, plan.block_r, True, precision)
-    even = c.k % tile.BLOCK_K == 0
-    sizes = jobs.Tile(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, even, "", precision)
     words = f"{_product_words(p)} r{plan.block_r} {kind}{flag_words(masked=c.masked)}"
     return Launch(
         _lora_linear_quantized_kernel,
@@ -266,7 +232,7 @@ def quantized(device: Device, p: Product) -> Launch:
         plan.reason,
         (plan.tiles * plan.splits,),
         (matrix(p.x), w, p.bias, matrix(p.y), branch, *parts, c.m, c.n, c.k, plan.splits, threshold(p)),
-        {"TILE": sizes, "BRANCH": branch_tile, "PACKED": packed, "TRANS_W": trans},
+        {"TILE": product_tile(p, tile, precision), "BRANCH": branch_tile, "PACKED": packed, "TRANS_W": trans},
         tile_options(tile),
     )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 
 from stablelora_kernels.kernels.stable_adamw import tables
 from stablelora_kernels.kernels.stable_adamw.norms import _square_sums_kernel
@@ -13,20 +13,30 @@ from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.launch.prepared import Repeated
 
 
+class Memory(NamedTuple):
+    """What the launches of a step read and write on the device.
+
+    The tensors are those of :func:`~stablelora_kernels.kernels.stable_adamw.step._stable_adamw_kernel`. None until a step
+    uploads it.
+    """
+
+    steps: Tensor
+    turns: Tensor
+    latched: Tensor
+    squares: Tensor
+    grad_squares: Tensor
+    skipped: Tensor
+    tensors: Tensor
+    chunks: Tensor
+    addresses: Tensor | None = None
+    hyper: Tensor | None = None
+    words: Tensor | None = None
+
+
 def plan_stable_adamw(
-    steps: torch.Tensor,
-    turns: torch.Tensor,
-    latched: torch.Tensor,
-    squares: torch.Tensor,
-    grad_squares: torch.Tensor,
-    skipped: torch.Tensor,
-    tensors: torch.Tensor,
-    addresses: torch.Tensor,
-    chunks: torch.Tensor,
-    hyper: torch.Tensor,
-    words: torch.Tensor,
-    grad_scale: torch.Tensor | None,
-    found_inf: torch.Tensor | None,
+    memory: Memory,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
     max_grad_norm: float | None,
     measure: bool,
     flags: int,
@@ -35,30 +45,29 @@ def plan_stable_adamw(
 ) -> tuple[Repeated, ...]:
     """The launches of one step: one, or two if gradients are clipped or ``measure`` asks for the parameters' sums of squares.
 
-    With FLAG_SHARDED the caller has filled the totals and ``grad_squares`` already. The tensors are those of
-    :func:`~stablelora_kernels.kernels.stable_adamw.step._stable_adamw_kernel`.
+    With FLAG_SHARDED the caller has filled the totals and ``grad_squares`` already.
     """
     clip, launches = max_grad_norm is not None, []
     if (measure or clip) and not flags & tables.FLAG_SHARDED:
-        sums = squares[0] if measure else None, grad_squares if clip else None
-        launches.append(plan_square_sums(tensors, addresses, chunks, *sums, flags, variants, chunk))
+        launches.append(plan_square_sums(memory, measure, clip, flags, variants, chunk))
+    programs, steps = memory.chunks.shape[0], memory.steps
     args = (
-        tensors,
-        addresses,
-        chunks,
-        hyper,
-        words,
+        memory.tensors,
+        memory.addresses,
+        memory.chunks,
+        memory.hyper,
+        memory.words,
         steps,
-        turns,
-        latched,
-        squares,
-        skipped,
+        memory.turns,
+        memory.latched,
+        memory.squares,
+        memory.skipped,
         # The kernel does not read the tensor that stands for None.
         steps if grad_scale is None else grad_scale,
         steps if found_inf is None else found_inf,
-        grad_squares,
-        chunks.shape[0],
-        grad_squares.numel(),
+        memory.grad_squares,
+        programs,
+        memory.grad_squares.numel(),
         1.0 if max_grad_norm is None else max_grad_norm,
     )
     constants = {
@@ -70,36 +79,24 @@ def plan_stable_adamw(
         "CHUNK": chunk,
         "GRAD_SUMS": tables.MAX_GRAD_SUMS,
     }
-    launches.append(_launch(_stable_adamw_kernel, chunks.shape[0], args, constants))
+    launches.append(_launch(_stable_adamw_kernel, programs, args, constants))
     return tuple(map(Repeated, launches))
 
 
-def plan_square_sums(
-    tensors: torch.Tensor,
-    addresses: torch.Tensor,
-    chunks: torch.Tensor,
-    squares: torch.Tensor | None,
-    grad_squares: torch.Tensor | None,
-    flags: int,
-    variants: int,
-    chunk: int,
-) -> Launch:
-    """The launch that fills ``squares``, one sum a chunk of the parameters, and ``grad_squares``, any number of sums that share
-    the gradients.
-
-    Either may be None, but not both.
+def plan_square_sums(memory: Memory, measure: bool, clip: bool, flags: int, variants: int, chunk: int) -> Launch:
+    """The launch that fills the first half of ``squares``, one sum a chunk of the parameters, if ``measure``; and
+    ``grad_squares``, any number of sums that share the gradients, if ``clip``. One of them at least.
     """
-    n_squares = 0 if squares is None else squares.numel()
-    # The kernel does not write to the tensor that stands for None.
-    either = squares if grad_squares is None else grad_squares
-    assert either is not None
+    n_chunks = memory.chunks.shape[0]
+    n_squares = n_chunks if measure else 0
+    # The kernel does not write to the tensor that stands for another.
     args = (
-        tensors,
-        addresses,
-        chunks,
-        either if squares is None else squares,
-        either,
-        chunks.shape[0],
+        memory.tensors,
+        memory.addresses,
+        memory.chunks,
+        memory.squares if measure else memory.grad_squares,
+        memory.grad_squares if clip else memory.squares,
+        n_chunks,
         n_squares,
     )
     constants = {
@@ -108,8 +105,7 @@ def plan_square_sums(
         "VARIANTS": variants | (variants >> 2 | variants >> 4) & 3 if flags & tables.FLAG_MASTER else variants,
         "CHUNK": chunk,
     }
-    programs = n_squares + (0 if grad_squares is None else grad_squares.numel())
-    return _launch(_square_sums_kernel, programs, args, constants)
+    return _launch(_square_sums_kernel, n_squares + (memory.grad_squares.numel() if clip else 0), args, constants)
 
 
 def _launch(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:

@@ -145,7 +145,7 @@ def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
         gate, up = halves
     else:
         return None
-    if up is None or (n := gate.weights.weight.shape[0]) != up.weights.weight.shape[0]:
+    if up is None or (n := gate.weights.weight.shape[0]) != up.weights.weight.shape[0]:  # type: ignore[union-attr]
         return None
     if (down := _read(state, down_layer, x, n, dtype)) is None:
         return None
@@ -170,7 +170,7 @@ def _read(state: MLPState, layer: Any, x: Tensor, features: int, dtype: torch.dt
         return None
     weight, bias, *_ = operand.weights
     trains = (isinstance(weight, Tensor) and weight.requires_grad) or (bias is not None and bias.requires_grad)
-    return None if trains or weight.shape[1] != features else operand
+    return None if trains or weight.shape[1] != features else operand  # type: ignore[union-attr]
 
 
 def _halves(operand: Operand, first: int) -> tuple[Operand, Operand] | None:

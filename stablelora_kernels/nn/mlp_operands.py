@@ -89,7 +89,7 @@ def compute_projection_group(layers: Sequence[LoRALinear], x: Tensor) -> tuple[T
     operands: list[Operand] = []
     for layer in layers:
         operand = read_operand(layer, x, dtype)
-        if operand is None or operand.weights.weight.shape[1:] != x.shape[-1:]:
+        if operand is None or operand.weights.weight.shape[1:] != x.shape[-1:]:  # type: ignore[union-attr]
             return None
         operands.append(operand)
     projections, dropouts = zip(*operands, strict=True)

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.dispatch.problem import ACTIVATIONS
-from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.projection import Projection
+from stablelora_kernels.quantized import Stored
 
 #: The dtypes of x. Only the PyTorch backend computes in float64.
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_linear(
-    x: Tensor,
-    weight: Tensor | NF4Weight | FP8Weight,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    *,
-    of: str = "",
-) -> None:
-    """Check a projection's operands. ``of``: the projection's name before theirs, such as ``"gate."``."""
+def check(x: Tensor, projections: Sequence[Projection], base: Tensor | None, is_mlp: bool) -> None:
+    """Check the operands of projections of x, of gate, up and down of an MLP, or of a lone branch onto ``base``."""
+    if base is not None:
+        _check_lone_branch(x, base, projections[0])
+    elif is_mlp:
+        _check_mlp(x, *projections)
+    else:
+        for p in projections:
+            _check_projection(x, p)
+            dtype, first = cast(Tensor, p.lora_A).dtype, cast(Tensor, projections[0].lora_A).dtype
+            if dtype != first:
+                raise TypeError(f"lora_As must have one dtype, got {first} and {dtype}")
+
+
+def _check_projection(x: Tensor, p: Projection, of: str = "") -> None:
+    """``of``: the projection's name before those of its operands, such as ``"gate."``."""
+    weight, bias = p.weight, p.bias
+    assert weight is not None
     if len(weight.shape) != 2:
         raise ValueError(f"{of}weight must be [N, K], got {list(weight.shape)}")
     n, k = weight.shape
@@ -32,22 +41,21 @@ def check_linear(
         raise ValueError(f"x must be [..., {k}] to fit {shaped}, got {list(x.shape)}")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"{of}bias must be {[n]} to fit {shaped}, got {list(bias.shape)}")
-    check_branch(x, lora_A, lora_B, n, k, shaped, of)
+    _check_branch(x, p, n, k, shaped, of)
     if isinstance(weight, Tensor) and weight.dtype != x.dtype:
         raise TypeError(f"{of}weight must have x's dtype {x.dtype}, got {weight.dtype}")
     if bias is not None and bias.dtype != x.dtype:
         raise TypeError(f"{of}bias must have x's dtype {x.dtype}, got {bias.dtype}")
-    data = weight if isinstance(weight, Tensor) else weight.stored.data
-    check_devices(x, **{f"{of}weight": data, f"{of}bias": bias, f"{of}lora_A": lora_A, f"{of}lora_B": lora_B})
+    data = weight.data if isinstance(weight, Stored) else weight
+    _check_devices(x, **{f"{of}weight": data, f"{of}bias": bias, f"{of}lora_A": p.lora_A, f"{of}lora_B": p.lora_B})
 
 
-def check_branch(
-    x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, n: int, k: int, other: str, of: str = ""
-) -> None:
+def _check_branch(x: Tensor, p: Projection, n: int, k: int, other: str, of: str = "") -> None:
     """Check that A and B fit N and K, which come from the tensor that ``other`` names, and that their dtypes fit x's.
 
     Without A and B, only x's dtype is checked.
     """
+    lora_A, lora_B = p.lora_A, p.lora_B
     if lora_A is None or lora_B is None:
         _check_float(x)
         return
@@ -70,25 +78,34 @@ def _check_float(x: Tensor) -> None:
         raise TypeError(f"x must be bfloat16, float16, float32 or float64, got {x.dtype}")
 
 
-def check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+def _check_devices(x: Tensor, **tensors: Any) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
 
 
-def check_mlp(x: Tensor, gate: Any, up: Any, down: Any, activation: str) -> None:
-    """Check the operands of ``functional.lora_mlp``; gate, up and down are its ``LoRAWeights``."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-    check_linear(x, *gate[:4], of="gate.")
+def _check_lone_branch(x: Tensor, base_out: Tensor, p: Projection) -> None:
+    if base_out.dim() < 1 or x.dim() < 1 or base_out.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"base_out must be [..., N] with x's leading sizes to fit x {list(x.shape)}, got {list(base_out.shape)}"
+        )
+    _check_branch(x, p, base_out.shape[-1], x.shape[-1], f"base_out {list(base_out.shape)}")
+    if base_out.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"base_out must be bfloat16, float16, float32 or float64, got {base_out.dtype}")
+    _check_devices(x, base_out=base_out, lora_A=p.lora_A, lora_B=p.lora_B)
+
+
+def _check_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> None:
+    _check_projection(x, gate, "gate.")
+    assert gate.weight is not None and up.weight is not None and down.weight is not None
     (f, _), up_shape, down_shape = gate.weight.shape, list(up.weight.shape), list(down.weight.shape)
     wanted = list(gate.weight.shape)
     if up_shape != wanted:
         raise ValueError(f"up.weight must be {wanted} to fit gate.weight, got {up_shape}")
-    check_linear(x, *up[:4], of="up.")
+    _check_projection(x, up, "up.")
     if len(down_shape) != 2 or down_shape[1] != f:
         raise ValueError(f"down.weight must be [N, {f}] to fit gate.weight {wanted}, got {down_shape}")
-    check_linear(x.new_empty(0, f), *down[:4], of="down.")
+    _check_projection(x.new_empty(0, f), down, "down.")
     dtypes: dict[str, torch.dtype] = {}
     for name, p in (("gate", gate), ("up", up), ("down", down)):
         if (p.lora_A is None) != (p.lora_B is None):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stablelora_kernels.utils.autocast import outside_autocast
@@ -43,20 +42,9 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    # Function.apply asks functorch about every argument, then calls this.
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-
-
-def empty_gradients(
-    grad: Tensor, lora_A: Tensor, lora_B: Tensor, need_x: bool, need_a: bool, need_b: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs for dX [..., K], dA and dB, for dY [..., N]. A gradient that is not needed has no rows."""
-    return (
-        grad.new_empty((*grad.shape[:-1], lora_A.shape[1]) if need_x else (0, lora_A.shape[1])),
-        lora_A.new_empty((lora_A.shape[0] if need_a else 0, lora_A.shape[1])),
-        lora_B.new_empty((lora_B.shape[0] if need_b else 0, lora_B.shape[1])),
-    )
+def apply(function: type[torch.autograd.Function], entry: Any, *args: Any) -> Any:
+    """``function.apply(entry, *args)``. ``entry``: that of the call's key, or None."""
+    if entry is None:
+        return function.apply(entry, *args)
+    # A call with a key is neither traced nor transformed. Function.apply would ask about every argument, then calls this.
+    return super(torch.autograd.Function, function).apply(entry, *args)  # type: ignore[misc]

@@ -1,24 +1,35 @@
 """``lora_linear`` with its gradients: the Triton kernels as torch.library ops, the PyTorch path, and autograd around both.
 
-The formulas are in ``kernels/lora/linear.py``; ``torch_path.py`` has them on PyTorch's operators. Autograd saves X, which the
-surrounding graph usually holds anyway, and S. For dropout it saves a seed on Triton, whose backward draws the mask again, and
-the bool mask on the PyTorch path. For a quantized weight it saves the stored form, never the whole W; the PyTorch path
-dequantizes it again in backward.
+    forward   S_g  = s'_g (X ∘ keep_g) A_g^T           Y_g = X W_g^T + bias_g + S_g B_g^T
+    backward  dS_g = s'_g dY_g B_g                     dX  = Σ_g dY_g W_g + (dS_g A_g) ∘ keep_g
+              dA_g = dS_g^T (X ∘ keep_g)               dB_g = dY_g^T S_g
+
+g is one projection, or each of a projection group: up to three projections of one X (q, k and v; gate and up). A group reads X
+once for all S and once for all dA, and each projection adds its dX to the stored sum. Its masks are those of projections computed
+one by one.
+
+A lone branch (``lora_branch``) has a base product BASE in place of X W^T, which another layer has computed; its dX has no dY W.
+The op does not write to BASE: another backward may need it, and the traffic is the same out of place.
+
+Autograd saves X, which the surrounding graph usually holds anyway, and S. For dropout it saves a seed on Triton, whose backward
+draws the mask again, and the bool mask on the PyTorch path. For a quantized weight it saves the stored form, never the whole W;
+the PyTorch path dequantizes it again in backward.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.dispatch import autotune, problem
-from stablelora_kernels.dispatch.problem import Call
-from stablelora_kernels.ops.library import apply, empty_gradients, first_derivative
-from stablelora_kernels.ops.lora_linear_quantized import lora_linear_quantized_bwd, lora_linear_quantized_fwd
-from stablelora_kernels.ops.matmul import row_count
+from stablelora_kernels.dispatch import autotune
+from stablelora_kernels.dispatch.problem import Call, Device
+from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.ops.library import apply, first_derivative
 from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
@@ -31,70 +42,92 @@ from stablelora_kernels.ops.torch_path import (
     torch_bwd,
     torch_fwd,
 )
-from stablelora_kernels.quantized import Layout, Stored, as_plain
+from stablelora_kernels.projection import Projection, flatten, layouts_of, projections_of, scale_count, split, unflatten
+from stablelora_kernels.quantized import Stored, as_plain
 
 
-def _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s):  # type: ignore[no-untyped-def]
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, x.new_empty(row_count(x) if save_s else 0, lora_A.shape[0])
+def _allocate_forward(call: Any) -> tuple[list[Tensor], Tensor]:
+    x, like = call.x, call.x if call.base is None else call.base
+    ys = [like.new_empty((*x.shape[:-1], b.shape[0])) for b in call.lora_Bs]
+    return ys, x.new_empty(math.prod(x.shape[:-1]) if call.save_s else 0, sum(a.shape[0] for a in call.lora_As))
 
 
 @define_launches(
     "lora_linear_fwd",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, float dropout_p, "
-    "bool save_s) -> (Tensor, Tensor)",
-    _fwd_fake,
+    "(Tensor x, Tensor? base, Tensor?[] datas, Tensor[] scales, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
+    "Tensor?[] seeds, int[] layouts, float[] scalings, float dropout_p, bool save_s) -> (Tensor[], Tensor)",
+    _allocate_forward,
 )
 def lora_linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
-    scaling: float, dropout_p: float, save_s: bool,
-) -> tuple[tuple[Tensor, Tensor], list[Any]]:  # fmt: skip
-    """Y [..., N] and S [M, r] for x [..., K]; ``scaling`` is s' = scaling / (1 - p)."""
-    from stablelora_kernels.launch.old_interface import forward_launches
+    device: Device, call: Any, results: tuple[list[Tensor], Tensor], choice: Choice | None
+) -> list[Any]:
+    """The Y's [..., N], and with ``save_s`` the S's [M, r] side by side, for x [..., K].
 
-    results = y, s = _fwd_fake(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
-    x, y = as_matrix(x), as_matrix(y)
-    device = problem.device_of(x.device)
-    kept = s if save_s else None
-    build = partial(forward_launches, device, x, weight, bias, lora_A, lora_B, kept, y, seed, scaling, dropout_p)
-    choice = None
-    if autotune.get_autotune():
-        (m, k), n, r = x.shape, weight.shape[0], lora_A.shape[0]
-        call = Call("forward", m, n, k, r, x.dtype, lora_A.dtype, dropout_p > 0)
-        choice = autotune.choose(device, call, build, y, x, weight, bias)
-    return results, build(choice=choice)
+    ``projection.flatten`` makes the lists; the scalings are s' = scaling / (1 - p). With ``base`` [..., N] there is one
+    projection, a lone branch, and Y has base's dtype.
+    """
+    from stablelora_kernels.launch.lora_linear import forward_launches
+
+    ys, s = [as_matrix(y) for y in results[0]], results[1] if call.save_s else None
+    x, base = as_matrix(call.x), None if call.base is None else as_matrix(call.base).contiguous()
+    tensors = (call.datas, call.scales, call.biases, call.lora_As, call.lora_Bs)
+    first, *others = projections = projections_of(*tensors, call.layouts, call.scalings)
+    build = partial(forward_launches, device, x, projections, call.seeds, s, ys, call.dropout_p, base)
+    # On the meta device nothing can be measured.
+    if choice is None and not others and isinstance(first.weight, Tensor) and autotune.get_autotune() and not x.is_meta:
+        (m, k), (n, r) = x.shape, call.lora_Bs[0].shape
+        product = Call("forward", m, n, k, r, x.dtype, call.lora_As[0].dtype, call.dropout_p > 0)
+        choice = autotune.choose(device, product, build, ys[0], x, first.weight, first.bias)
+    return build(choice=choice)
 
 
-def _bwd_fake(x, grad, weight, lora_A, lora_B, s, seed, scaling, dropout_p, need_x, need_a, need_b):  # type: ignore[no-untyped-def]
-    return empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
+def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    grad, k = call.grads[0], call.lora_As[0].shape[1]
+    dx = grad.new_empty((*grad.shape[:-1], k) if call.need_x else (0, k))
+    return dx, _like(call.lora_As) if call.need_a else [], _like(call.lora_Bs) if call.need_b else []
+
+
+def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
 
 @define_launches(
     "lora_linear_bwd",
-    "(Tensor? x, Tensor grad, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? seed, float scaling, "
-    "float dropout_p, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
-    _bwd_fake,
+    "(Tensor? x, Tensor[] grads, Tensor?[] datas, Tensor[] scales, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] s, "
+    "Tensor?[] seeds, int[] layouts, float[] scalings, float dropout_p, bool need_x, bool need_a, bool need_b) "
+    "-> (Tensor, Tensor[], Tensor[])",
+    _allocate_backward,
 )
 def lora_linear_bwd(
-    x: Tensor | None, grad: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor | None,
-    seed: Tensor | None, scaling: float, dropout_p: float, need_x: bool, need_a: bool, need_b: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor], list[Any]]:  # fmt: skip
-    """dX [..., K], dA and dB for x [..., K] and dY [..., N]; those that are not needed are empty."""
-    from stablelora_kernels.launch.old_interface import backward_launches
+    device: Device, call: Any, results: tuple[Tensor, list[Tensor], list[Tensor]], choice: Choice | None
+) -> list[Any]:
+    """dX [..., K], the dA's and the dB's, for x [..., K] and each dY [..., N]; those that are not needed are empty.
 
-    results = dx, da, db = empty_gradients(grad, lora_A, lora_B, need_x, need_a, need_b)
-    x, grad, dx = None if x is None else as_matrix(x), as_matrix(grad), as_matrix(dx)
-    wanted = (dx if need_x else None, da if need_a else None, db if need_b else None)
-    device = problem.device_of(grad.device)
-    given = (x, grad, weight, lora_A, lora_B, s, seed)
-    build = partial(backward_launches, device, *given, *wanted, scaling=scaling, dropout_p=dropout_p)  # type: ignore[arg-type]
-    choice = None
-    if autotune.get_autotune() and need_x and weight is not None:
-        (m, n), (r, k) = grad.shape, lora_A.shape
-        call = Call("backward", m, k, n, r, grad.dtype, lora_A.dtype, dropout_p > 0)
-        # Time it with dA and dB: some kernels compute them in the same launch as dX.
-        choice = autotune.choose(device, call, build, dx, grad, weight, None)
-    return results, build(choice=choice)
+    ``s``: each projection's S, or one matrix that has all of them side by side. Data of a weight that dX does not read is None;
+    a lone branch has no datas.
+    """
+    from stablelora_kernels.launch.lora_linear import backward_launches
+
+    dx, das, dbs = results
+    x, grads = None if call.x is None else as_matrix(call.x), [as_matrix(grad) for grad in call.grads]
+    nothing = [None] * len(grads)
+    wanted = as_matrix(dx) if call.need_x else None, das or nothing, dbs or nothing
+    tensors = (call.datas, call.scales, (), call.lora_As, call.lora_Bs)
+    first, *others = projections = projections_of(*tensors, call.layouts, call.scalings)
+    s = _each_s(call.s, call.lora_As) or nothing
+    build = partial(backward_launches, device, x, grads, projections, s, call.seeds, call.dropout_p, wanted)
+    if choice is None and not others:
+        grad, (n, r), k = grads[0], call.lora_Bs[0].shape, call.lora_As[0].shape[1]
+        product = Call("backward", grad.shape[0], k, n, r, grad.dtype, call.lora_As[0].dtype, call.dropout_p > 0)
+        if call.need_x and isinstance(first.weight, Tensor) and autotune.get_autotune() and not grad.is_meta:
+            # Time it with dA and dB: some kernels compute them in the same launch as dX.
+            choice = autotune.choose(device, product, build, as_matrix(dx), grad, first.weight, None)
+    return build(choice=choice)
+
+
+def _each_s(s: Sequence[Tensor], lora_As: Sequence[Tensor]) -> list[Tensor]:
+    """Each projection's S, if one matrix has all of them or they are separate already."""
+    return [*s[0].split([a.shape[0] for a in lora_As], 1)] if len(s) == 1 < len(lora_As) else [*s]
 
 
 def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
@@ -103,117 +136,216 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p else None
 
 
+class LinearFacts(NamedTuple):
+    """What follows from the key of a call."""
+
+    # "one by one", by "plain operators", "with gradients" or "without gradients".
+    strategy: str
+    backend: str
+    # Of x, and of A and B.
+    dtypes: tuple[torch.dtype, torch.dtype]
+    dropout_p: float
+    # s' on Triton. On the PyTorch path s: the mask has a probability of its own.
+    scalings: tuple[float, ...]
+    # Whether gradients of x, the A's and the B's are required, and of any weight and of any bias.
+    needs: tuple[bool, bool, bool, bool, bool]
+    # The ops' arguments but for the tensors: lengths of the lists, and numbers.
+    forward: tuple[tuple[int, ...], tuple[Any, ...]]
+    backward: tuple[tuple[int, ...], tuple[Any, ...]]
+    # "one by one": the projections' own entries.
+    members: tuple[Entry, ...]
+
+
 def _forward(
-    x: Tensor, weight: Tensor | Stored, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
-    dropout_p: float, backend: str, save_s: bool, entry: Entry | None,
-) -> tuple[Tensor, Tensor, Tensor | None, float]:  # fmt: skip
-    """Y [..., N], S [M, r], dropout's seed or mask, and s' for x [..., K]."""
+    facts: LinearFacts, entry: Entry | None, x: Tensor, base: Tensor | None, tensors: Sequence[Any]
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[float]]:
+    """The Y's [..., N], S, dropout's seeds or masks, and each s', for x [..., K] and the flattened projections.
+
+    On Triton one matrix has every S, side by side; it is empty if no gradient needs it. On the PyTorch path all tensors have x's
+    dtype.
+    """
+    _, backend, _, dropout_p, scalings, _, (lengths, numbers), *_ = facts
     if backend == "triton":
-        seed = draw_seed(x, dropout_p)
-        scaling /= 1 - dropout_p
-        rest = (bias, lora_A, lora_B, seed, scaling, dropout_p, save_s)
-        if isinstance(weight, Stored):
-            y, s = lora_linear_quantized_fwd((x, *weight, *rest), entry)
-        else:
-            y, s = lora_linear_fwd((x, weight, *rest), entry)
-        return y, s, seed, scaling
+        # One by one, in the order in which separate projections draw theirs.
+        seeds = [draw_seed(x, dropout_p) for _ in scalings] if dropout_p else [None] * len(scalings)
+        *ys, s = lora_linear_fwd((x, base, *tensors, *seeds), lengths, numbers, entry)
+        return ys, (s,), seeds, scalings
     rows = as_matrix(x)
-    keep, scaling = draw_dropout(rows, dropout_p, scaling)
-    y, s = torch_fwd(rows, as_plain(weight, x.dtype), bias, lora_A, lora_B, scaling, keep)
-    return like_rows_of(y, x), s, keep, scaling
+    keeps, scalings = zip(*[draw_dropout(rows, dropout_p, scaling) for scaling in scalings], strict=True)
+    projections = unflatten(tensors, lengths[:-1], numbers[0], scalings)
+    ys, each_s = torch_fwd(rows, projections, keeps, None if base is None else as_matrix(base))
+    like = x if base is None else base
+    return [like_rows_of(y, like) for y in ys], each_s, keeps, scalings
+
+
+def _cast(tensors: Sequence[Any], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The flattened tensors of ``n`` projections, with A's and B's in ``dtype``."""
+    return (*tensors[: -2 * n], *[t.to(dtype) for t in tensors[-2 * n :]])
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Gradients of x, A and B by the formulas; gradients of weight and bias, if required, by plain products.
+    """Gradients of x, the A's and the B's by the formulas; those of weights and biases, if required, by plain products.
 
-    A quantized weight comes as the three parts of :class:`Stored`, with its data as ``weight``. For a plain weight, ``layout``
-    is None.
+    ``tensors`` are flattened projections. Either all A's require gradients or none; so do the B's.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
-        dropout_p: float, backend: str, entry: Entry | None, layout: Layout | None = None, *scales: Tensor,
-    ) -> Tensor:  # fmt: skip
-        need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
-        lora_dtype = lora_A.dtype
-        if backend == "torch":
+        ctx: Any, entry: Entry | None, facts: LinearFacts, x: Tensor, base: Tensor | None, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        n, (need_x, need_a, need_b, need_w, _) = len(facts.scalings), facts.needs
+        if facts.backend == "torch":
             # Cast once for forward and backward. The kernels cast in registers.
-            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        given = weight if layout is None else Stored(weight, scales, layout)
-        y, s, random, scaling = _forward(x, given, bias, lora_A, lora_B, scaling, dropout_p, backend, need_b, entry)
+            tensors = _cast(tensors, n, x.dtype)
+        ys, s, random, scalings = _forward(facts, entry, x, base, tensors)
+        nothing = (None,) * n
+        weights = tensors[: -3 * n] if need_x else nothing
         # Save only what backward reads. Save x itself, not its rows: the surrounding graph already holds it.
         ctx.save_for_backward(
             x if need_w or need_a else None,
-            weight if need_x else None,
-            lora_A,
-            lora_B,
-            s if need_b else None,
-            random if need_x or need_a else None,
-            *(scales if need_x else ()),
+            *(weights if base is None else ()),
+            *tensors[-2 * n :],
+            *(s if need_b else ()),
+            *(random if need_x or need_a else nothing),
         )
-        ctx.call = (scaling, dropout_p, backend, lora_dtype, layout)
-        return y
+        if n > 1:
+            ctx.set_materialize_grads(False)
+        ctx.call = (facts, scalings)
+        return tuple(ys)
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, lora_A, lora_B, s, random, *scales = ctx.saved_tensors
-        scaling, dropout_p, backend, lora_dtype, layout = ctx.call
-        need_x, need_w, need_bias, need_a, need_b, *others = ctx.needs_input_grad
-        # Only dX reads the weight, so without it the plain op serves a quantized weight too.
-        stored = Stored(weight, tuple(scales), layout) if layout is not None and need_x else None
-        dx = da = db = None
-        if backend == "triton":
-            rest = (lora_A, lora_B, s, random, scaling, dropout_p)
-            if stored is None:
-                dx, da, db = lora_linear_bwd((x, grad, weight, *rest, need_x, need_a, need_b))
+    def backward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        facts, scalings = ctx.call
+        _, backend, dtypes, _, _, needs, (lengths, _), backward, _ = facts
+        need_x, need_a, need_b, need_w, need_bias = needs
+        x, *saved = ctx.saved_tensors
+        n, scales, is_branch = len(given), lengths[1], backward[0][1] == 0
+        used: Sequence[int] = range(n)
+        grads: Sequence[Any] = given
+        if is_branch:
+            grads = [given[0] if given[0].dtype is dtypes[0] else given[0].to(dtypes[0])]
+        elif n > 1 and any(grad is None for grad in given):
+            used, grads, saved, scalings, backward = _of_used(given, saved, scalings, backward)
+        dx: Tensor | None = None
+        found: Sequence[Any] = ()
+        if used and (need_x or need_a or need_b):
+            if backend == "triton":
+                dx, *found = lora_linear_bwd((x, *grads, *saved), *backward)
             else:
-                dx, da, db = lora_linear_quantized_bwd((x, grad, *stored, *rest, need_a, need_b))
-        else:
-            leading, grad = grad.shape[:-1], expanded(as_matrix(grad))
-            rows, weight = None if x is None else as_matrix(x), as_plain(stored or weight, grad.dtype)
-            dx, da, db = torch_bwd(
-                grad, rows, weight, lora_A, lora_B, s, random, scaling, lora_dtype, need_x, need_a, need_b
-            )
-            dx = None if dx is None else dx.view(*leading, dx.shape[1])
-        dw = as_matrix(grad).t() @ as_matrix(x) if need_w else None
-        dbias = as_matrix(grad).sum(0) if need_bias else None
-        return (
-            dx if need_x else None,
-            dw,
-            dbias,
-            da if need_a else None,
-            db if need_b else None,
-            *[None] * len(others),
-        )
+                leading, grads = grads[0].shape[:-1], [expanded(as_matrix(grad)) for grad in grads]
+                datas, of_weights, lora_As, lora_Bs, s, random = split(saved, backward[0][1:])
+                projections = projections_of(datas, of_weights, (), lora_As, lora_Bs, backward[1][0], scalings)
+                rows = None if x is None else as_matrix(x)
+                dx, das, dbs = torch_bwd(rows, grads, projections, s, random, dtypes[1], need_x, need_a, need_b)
+                dx, found = None if dx is None else dx.view(*leading, dx.shape[1]), [*das, *dbs]
+        results: list[Any] = [None] * (4 + scales + 4 * n)
+        results[2:4] = dx if need_x else None, given[0] if is_branch else None
+        for place, i in enumerate(used):
+            if need_a:
+                results[4 + scales + 2 * n + i] = found[place]
+            if need_b:
+                results[4 + scales + 3 * n + i] = found[place - len(used)]
+            if need_w and ctx.needs_input_grad[4 + i]:
+                results[4 + i] = as_matrix(grads[place]).t() @ as_matrix(x)
+            if need_bias and ctx.needs_input_grad[4 + scales + n + i]:
+                results[4 + scales + n + i] = as_matrix(grads[place]).sum(0)
+        return tuple(results)
+
+
+def _of_used(
+    given: Sequence[Tensor | None], saved: Sequence[Any], scalings: Sequence[float], backward: tuple[Any, Any]
+) -> tuple[Any, ...]:
+    """A group's projections whose outputs were used: their places, gradients, saved tensors and s', and the op's arguments."""
+    lengths, (layouts, _, *others) = backward
+    used = [i for i, grad in enumerate(given) if grad is not None]
+    datas, scales, lora_As, lora_Bs, s, random = split(saved, lengths[1:])
+    lists = [datas, lora_As, lora_Bs, _each_s(s, lora_As), random]
+    datas, lora_As, lora_Bs, s, random = ([each[i] for i in used if each] for each in lists)
+    saved, scalings = [*datas, *lora_As, *lora_Bs, *s, *random], tuple([scalings[i] for i in used])
+    count = len(used)
+    lengths = (count, count, len(scales), count, count, len(s), count)
+    return used, [given[i] for i in used], saved, scalings, (lengths, (layouts, scalings, *others))
 
 
 def lora_linear_op(
-    x: Tensor, weight: Tensor | Stored, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
-    dropout_p: float, backend: str, entry: Entry | None = None,
-) -> Tensor:  # fmt: skip
-    """``functional.lora_linear`` with checked arguments and a chosen backend. ``entry``: that of the call's key."""
-    plain_weight = None if isinstance(weight, Stored) else weight
-    needs_grad = torch.is_grad_enabled() and (
-        lora_A.requires_grad
-        or lora_B.requires_grad
-        or x.requires_grad
-        or (plain_weight is not None and plain_weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
-    # Ordinary autograd would save a dequantized weight.
-    saves_weight = plain_weight is None and needs_grad
-    if backend == "torch" and not saves_weight and is_few(x, plain_weight, limit=few_rows(x, dropout_p)):
-        rows = as_matrix(x)
-        y = torch.nn.functional.linear(rows, as_plain(weight, x.dtype), bias)
-        y = plain_branch(y, rows, lora_A, lora_B, scaling, dropout_p)
-        return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
-    if needs_grad:
-        rest = (bias, lora_A, lora_B, scaling, dropout_p, backend, entry)
-        if isinstance(weight, Stored):
-            return apply(_LoRALinear, x, weight.data, *rest, weight.layout, *weight.scales)
-        return apply(_LoRALinear, x, weight, *rest)
+    x: Tensor, projections: Sequence[Projection], base: Tensor | None, dropout_p: float, backend: str,
+    entry: Entry | None = None,
+) -> Sequence[Tensor]:  # fmt: skip
+    """The projections' outputs, for checked arguments and a chosen backend; with ``base``, that of a lone branch.
+
+    ``entry``: that of the call's key.
+    """
+    facts = None if entry is None else entry.facts
+    if facts is None:
+        facts = _facts_of(x, projections, base, dropout_p, backend)
+        if entry is not None:
+            entry.facts = facts
+    strategy = facts.strategy
+    if strategy == "one by one":
+        # An entry also says that the call is not traced.
+        members = facts.members if entry is not None else [None] * len(projections)
+        pairs = zip(projections, members, strict=True)
+        return [lora_linear_op(x, (p,), None, dropout_p, backend, member)[0] for p, member in pairs]
+    if strategy == "plain operators":
+        return (_plain_operators(x, projections[0], base, dropout_p),)
+    tensors = flatten(projections)
+    if strategy == "with gradients":
+        return apply(_LoRALinear, entry, facts, x, base, *tensors)
     if backend == "torch":
-        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    return _forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, False, entry)[0]
+        tensors = _cast(tensors, len(projections), x.dtype)
+    return _forward(facts, entry, x, base, tensors)[0]
+
+
+def _facts_of(
+    x: Tensor, projections: Sequence[Projection], base: Tensor | None, dropout_p: float, backend: str
+) -> LinearFacts:
+    weights, biases, lora_As, lora_Bs, scalings = zip(*projections, strict=True)
+    plain: list[Any] = [weight for weight in weights if not isinstance(weight, Stored)]
+    needs = [
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in each)
+        for each in ((x,), lora_As, lora_Bs, plain, biases, (base,))
+    ]
+    strategy = "with gradients" if any(needs) else "without gradients"
+    if len(projections) > 1:
+        uniform = all(len({t.requires_grad for t in each}) == 1 for each in (lora_As, lora_Bs))
+        if not uniform or len(plain) < len(weights) or (backend == "torch" and is_few(x, *plain)):
+            strategy = "one by one"
+    # Ordinary autograd would save a dequantized weight, and plain operators would round a branch to x's dtype.
+    elif (
+        (plain or not any(needs))
+        and (base is None or base.dtype == x.dtype)
+        and backend == "torch"
+        and is_few(x, *plain, limit=few_rows(x, dropout_p))
+    ):
+        strategy = "plain operators"
+    if backend == "triton":
+        scalings = tuple([scaling / (1 - dropout_p) for scaling in scalings])
+    need_x, need_a, need_b, *_ = needs
+    n, layouts = len(projections), layouts_of(projections)
+    scales, s_count = scale_count(layouts), (1 if backend == "triton" else n) if need_b else 0
+    lengths = (n if base is None else 0, scales if need_x else 0, n, n, s_count, n)
+    return LinearFacts(
+        strategy,
+        backend,
+        (x.dtype, lora_As[0].dtype),
+        dropout_p,
+        scalings,
+        tuple(needs[:5]),  # type: ignore[arg-type]
+        ((n, scales, n, n, n, n), (layouts, scalings, dropout_p, need_b)),
+        ((n, *lengths), (layouts if need_x else (), scalings, dropout_p, need_x, need_a, need_b)),
+        tuple([Entry(backend) for _ in projections]) if strategy == "one by one" else (),
+    )
+
+
+def _plain_operators(x: Tensor, p: Projection, base: Tensor | None, dropout_p: float) -> Tensor:
+    """The output of one projection or of a lone branch by PyTorch's operators under ordinary autograd."""
+    assert p.lora_A is not None and p.lora_B is not None
+    rows, like = as_matrix(x), x if base is None else base
+    if base is not None:
+        matrix = as_matrix(base)
+    else:
+        assert p.weight is not None
+        matrix = torch.nn.functional.linear(rows, as_plain(p.weight, x.dtype), p.bias)
+    y = plain_branch(matrix, rows, p.lora_A, p.lora_B, p.scaling, dropout_p)
+    return y if like.dim() == 2 else y.view(*like.shape[:-1], y.shape[-1])

@@ -10,18 +10,19 @@ from the state of torch's generator, where it can be read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch import problem
+from stablelora_kernels.dispatch.problem import Device
+from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.library import apply, first_derivative
 from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op
 from stablelora_kernels.ops.matmul import row_count
 from stablelora_kernels.ops.plans import Entry, define_launches
-from stablelora_kernels.ops.torch_mlp import Kept, Projections, Settings, act, torch_mlp_bwd, torch_mlp_fwd
+from stablelora_kernels.ops.torch_mlp import Kept, Options, act, torch_mlp_bwd, torch_mlp_fwd
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
     draw_dropout,
@@ -31,231 +32,216 @@ from stablelora_kernels.ops.torch_path import (
     masked,
     with_branch,
 )
-from stablelora_kernels.quantized import Stored, apart, as_plain, together
+from stablelora_kernels.projection import Projection, flatten, layouts_of, projections_of, scale_count, split, unflatten
+from stablelora_kernels.quantized import Stored, as_plain
 
 
-def _sizes(weight: Tensor, layout: Sequence[int]) -> tuple[int, int]:
-    """N and K of a weight, or of the bytes of a quantized one."""
-    n, k = layout[1:3] if layout[0] else weight.shape
-    return n, k
+def _with_branches(
+    projections: Sequence[Projection], like: Tensor, dtype: torch.dtype | None = None
+) -> list[Projection]:
+    """``projections`` with an A and a B of rank 0 where there is no branch, and all of them in ``dtype`` if it is given."""
+    of_others = next((p.lora_A.dtype for p in projections if p.lora_A is not None), like.dtype)
+    found = []
+    for weight, bias, lora_A, lora_B, scaling in projections:
+        # These sizes are never read where the weight is not read.
+        n, k = (0, 0) if weight is None else weight.shape
+        if lora_A is None or lora_B is None:
+            lora_A, lora_B = (torch.empty(size, dtype=of_others, device=like.device) for size in ((0, k), (n, 0)))
+        if dtype is not None:
+            lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+        found.append(Projection(weight, bias, lora_A, lora_B, scaling))
+    return found
 
 
-def _branches(
-    like: Tensor,
-    datas: Sequence[Tensor | None],
-    layouts: Sequence[int],
-    lora_As: Sequence[Tensor | None],
-    lora_Bs: Sequence[Tensor | None],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The A's and B's, of rank 0 for a projection without a branch; in ``like``'s dtype if all are without one."""
-    as_, bs = [], []
-    dtype = next((t.dtype for t in lora_As if t is not None), like.dtype)
-    for i, (data, a, b) in enumerate(zip(datas, lora_As, lora_Bs, strict=True)):
-        # A missing branch's sizes are never read where the weight is not read.
-        n, k = (0, 0) if data is None else _sizes(data, layouts[5 * i : 5 * i + 5])
-        as_.append(torch.empty(0, k, dtype=dtype, device=like.device) if a is None else a)
-        bs.append(torch.empty(n, 0, dtype=dtype, device=like.device) if b is None else b)
-    return as_, bs
+def _projections_of(call: Any, biases: Sequence[Tensor | None] = ()) -> list[Projection]:
+    return projections_of(call.datas, call.scales, biases, call.lora_As, call.lora_Bs, call.layouts, call.scalings)
 
 
 def _rank(lora_A: Tensor | None) -> int:
     return 0 if lora_A is None else lora_A.shape[0]
 
 
-def _fwd_fake(x, datas, scales, layouts, biases, lora_As, lora_Bs, seeds, scalings, dropout_p, activation, save):  # type: ignore[no-untyped-def]
-    (f, _), (n, _) = _sizes(datas[0], layouts[:5]), _sizes(datas[2], layouts[10:])
-    kept, m = (x.shape[:-1], row_count(x)) if save else ((0,), 0)
-    ranks = [_rank(a) for a in lora_As]
-    return (
-        x.new_empty((*x.shape[:-1], n)),
-        x.new_empty((*kept, f)),
-        x.new_empty((*kept, f)),
-        x.new_empty(m, ranks[0] + ranks[1]),
-        x.new_empty(m, ranks[2]),
-    )
+def _allocate_forward(call: Any) -> tuple[Tensor, ...]:
+    gate, _, down = (p.weight.shape for p in _projections_of(call))  # type: ignore[union-attr]
+    x, (f, _), (n, _), ranks = call.x, gate, down, [_rank(a) for a in call.lora_As]
+    kept, m = (x.shape[:-1], row_count(x)) if call.save else ((0,), 0)
+    sizes = ((*x.shape[:-1], n), (*kept, f), (*kept, f), (m, ranks[0] + ranks[1]), (m, ranks[2]))
+    return tuple(x.new_empty(size) for size in sizes)
 
 
 @define_launches(
     "lora_mlp_fwd",
-    "(Tensor x, Tensor[] datas, Tensor[] scales, int[] layouts, Tensor?[] biases, Tensor?[] lora_As, Tensor?[] lora_Bs, "
-    "Tensor?[] seeds, float[] scalings, float dropout_p, str activation, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fwd_fake,
+    "(Tensor x, Tensor?[] datas, Tensor[] scales, Tensor?[] biases, Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] seeds, "
+    "int[] layouts, float[] scalings, float dropout_p, str activation, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _allocate_forward,
 )
-def lora_mlp_fwd(
-    x: Tensor, datas: Sequence[Tensor], scales: Sequence[Tensor], layouts: Sequence[int], biases: Sequence[Tensor | None],
-    lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None], seeds: Sequence[Tensor | None],
-    scalings: Sequence[float], dropout_p: float, activation: str, save: bool,
-) -> tuple[tuple[Tensor, ...], list[Any]]:  # fmt: skip
+def lora_mlp_fwd(device: Device, call: Any, results: tuple[Tensor, ...], choice: Choice | None) -> list[Any]:
     """Y [..., N], and with ``save`` G and U [..., F], gate's and up's S side by side and down's S, for x [..., K].
 
-    The weights are taken apart by ``quantized.apart``; ``scalings`` are s' = scaling / (1 - p).
+    ``projection.flatten`` makes the lists; the scalings are s' = scaling / (1 - p).
     """
-    from stablelora_kernels.launch.old_interface import mlp_forward_launches as forward_launches
+    from stablelora_kernels.launch.lora_mlp import mlp_forward_launches
 
-    results = _fwd_fake(
-        x, datas, scales, layouts, biases, lora_As, lora_Bs, seeds, scalings, dropout_p, activation, save
-    )
-    branches = _branches(x, datas, layouts, lora_As, lora_Bs)
-    given = (as_matrix(x), together(datas, scales, layouts), biases, *branches, seeds, scalings, dropout_p, activation)
-    y, *kept = (as_matrix(result) for result in results)
-    return results, forward_launches(problem.device_of(x.device), *given, y, *(kept if save else [None] * 4))
+    x, (y, *kept) = as_matrix(call.x), (as_matrix(result) for result in results)
+    projections = _with_branches(_projections_of(call, call.biases), x)
+    outputs = (y, *(kept if call.save else [None] * 4))
+    return mlp_forward_launches(device, x, projections, call.seeds, call.dropout_p, call.activation, outputs)
 
 
-def _bwd_fake(
-    x, grad, g, u, datas, scales, layouts, lora_As, lora_Bs, s, s_down, seeds, scalings, dropout_p, activation, need_x, needs_a,
-    needs_b,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    def like(tensors, needs):  # type: ignore[no-untyped-def]
+def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    grad, weight = call.grad, _projections_of(call)[0].weight
+
+    def like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
         return [
             torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else grad.new_empty(0)
             for t, need in zip(tensors, needs, strict=True)
         ]
 
-    dx = grad.new_empty((*grad.shape[:-1], _sizes(datas[0], layouts[:5])[1]) if need_x else 0)
-    return dx, like(lora_As, needs_a), like(lora_Bs, needs_b)
+    dx = grad.new_empty((*grad.shape[:-1], weight.shape[1]) if call.need_x and weight is not None else 0)
+    return dx, like(call.lora_As, call.needs_a), like(call.lora_Bs, call.needs_b)
 
 
 @define_launches(
     "lora_mlp_bwd",
-    "(Tensor? x, Tensor grad, Tensor g, Tensor u, Tensor?[] datas, Tensor[] scales, int[] layouts, Tensor?[] lora_As, "
-    "Tensor?[] lora_Bs, Tensor? s, Tensor? s_down, Tensor?[] seeds, float[] scalings, float dropout_p, str activation, "
+    "(Tensor grad, Tensor? x, Tensor g, Tensor u, Tensor? s, Tensor? s_down, Tensor?[] datas, Tensor[] scales, "
+    "Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] seeds, int[] layouts, float[] scalings, float dropout_p, str activation, "
     "bool need_x, bool[] needs_a, bool[] needs_b) -> (Tensor, Tensor[], Tensor[])",
-    _bwd_fake,
+    _allocate_backward,
 )
 def lora_mlp_bwd(
-    x: Tensor | None, grad: Tensor, g: Tensor, u: Tensor, datas: Sequence[Tensor | None], scales: Sequence[Tensor],
-    layouts: Sequence[int], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None], s: Tensor | None,
-    s_down: Tensor | None, seeds: Sequence[Tensor | None], scalings: Sequence[float], dropout_p: float, activation: str,
-    need_x: bool, needs_a: Sequence[bool], needs_b: Sequence[bool],
-) -> tuple[tuple[Tensor, list[Tensor], list[Tensor]], list[Any]]:  # fmt: skip
+    device: Device, call: Any, results: tuple[Tensor, list[Tensor], list[Tensor]], choice: Choice | None
+) -> list[Any]:
     """dX [..., K], the dA's and the dB's, for dY [..., N] and what the forward saved; those that are not needed are empty.
 
     Data of weights that no wanted gradient reads are None.
     """
-    from stablelora_kernels.launch.old_interface import mlp_backward_launches as backward_launches
+    from stablelora_kernels.launch.lora_mlp import mlp_backward_launches
 
-    results = dx, das, dbs = _bwd_fake(
-        x, grad, g, u, datas, scales, layouts, lora_As, lora_Bs, s, s_down, seeds, scalings, dropout_p, activation, need_x,
-        needs_a, needs_b,
-    )  # fmt: skip
-    branches = _branches(grad, datas, layouts, lora_As, lora_Bs)
-    rows = None if x is None else as_matrix(x)
-    given: Any = (
-        rows,
-        *(as_matrix(t) for t in (grad, g, u)),
-        together(datas, scales, layouts),
-        *branches,
-        s,
-        s_down,
-        seeds,
+    dx, *each = results
+    das, dbs = ([t if t.numel() else None for t in tensors] for tensors in each)  # type: ignore[attr-defined]
+    grad, g, u = (as_matrix(t) for t in (call.grad, call.g, call.u))
+    x, kept, projections = (
+        None if call.x is None else as_matrix(call.x),
+        (g, u, call.s, call.s_down),
+        _projections_of(call),
     )
-    wanted = (
-        as_matrix(dx) if need_x else None,
-        [da if da.numel() else None for da in das],
-        [db if db.numel() else None for db in dbs],
-    )
-    device = problem.device_of(grad.device)
-    return results, backward_launches(device, *given, scalings, dropout_p, activation, *wanted)  # type: ignore[call-arg]
+    rest = (call.seeds, call.dropout_p, call.activation, (as_matrix(dx) if call.need_x else None, das, dbs))
+    return mlp_backward_launches(device, x, grad, kept, _with_branches(projections, grad), *rest)
 
 
-def _forward(x: Tensor, p: Projections, settings: Settings, entry: Entry | None, save: bool) -> tuple[Tensor, Kept]:
-    """Y [..., N] for x [..., K]. On Triton, what backward would need is empty without ``save``."""
-    activation, dropout_p, backend, shared_mask = settings
-    if backend == "torch":
-        y, kept = torch_mlp_fwd(as_matrix(x), p, settings)
+class MLPFacts(NamedTuple):
+    """What follows from the key of a call."""
+
+    # "one by one", "with gradients" or "without gradients".
+    strategy: str
+    options: Options
+    # Dropout's probability, of a projection with a branch.
+    drops: tuple[float, ...]
+    # s' on Triton. On the PyTorch path s: the mask has a probability of its own.
+    scalings: tuple[float, ...]
+    layouts: tuple[int, ...]
+    # Of datas, scales, biases, A's, B's and seeds.
+    lengths: tuple[int, ...]
+    # Whether gradients of x, of each A and of each B are required.
+    needs: tuple[bool, tuple[bool, ...], tuple[bool, ...]]
+    # "one by one": the projections' own entries.
+    members: tuple[Entry, ...]
+
+
+def _forward(
+    facts: MLPFacts, entry: Entry | None, x: Tensor, tensors: Sequence[Any], save: bool
+) -> tuple[Tensor, Kept]:
+    """Y [..., N] for x [..., K] and the flattened projections. On Triton, backward's operands are empty without ``save``.
+
+    On the PyTorch path every projection has a branch, of rank 0 if need be, and all tensors have x's dtype.
+    """
+    _, options, drops, scalings, layouts, lengths, *_ = facts
+    if options.backend == "torch":
+        projections = unflatten(tensors, lengths[:-1], layouts, scalings)
+        y, kept = torch_mlp_fwd(as_matrix(x), projections, options)
         return like_rows_of(y, x), kept
-    drops = [dropout_p if _rank(a) else 0.0 for a in p.lora_As]
     # In the order in which separate projections draw theirs.
     seeds = [draw_seed(x, drops[0])]
-    seeds += [seeds[0] if shared_mask else draw_seed(x, drops[1]), draw_seed(x, drops[2])]
-    scalings = [scaling / (1 - drop) for scaling, drop in zip(p.scalings, drops, strict=True)]
-    rest = (p.biases, p.lora_As, p.lora_Bs, seeds, scalings, dropout_p, activation, save)
-    y, g, u, s, s_down = lora_mlp_fwd((x, *apart(p.weights), *rest), entry)
+    seeds += [seeds[0] if options.shared_mask else draw_seed(x, drops[1]), draw_seed(x, drops[2])]
+    numbers = (layouts, scalings, options.dropout_p, options.activation, save)
+    y, g, u, s, s_down = lora_mlp_fwd((x, *tensors, *seeds), lengths, numbers, entry)
     return y, Kept(g, u, [s], s_down, seeds, scalings)
 
 
 class _LoRAMLP(torch.autograd.Function):
-    """``tensors``: data of the weights, biases, A's and B's, then all scales. Weights and biases get no gradient."""
+    """``tensors`` are flattened projections. Weights and biases get no gradient."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, scalings: Sequence[float], settings: Settings, layouts: Sequence[int], entry: Entry | None,
-        *tensors: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        needs_a, needs_b = needs[6:9], needs[9:12]
-        datas, biases, lora_As, lora_Bs = (tensors[i : i + 3] for i in (0, 3, 6, 9))
-        scales = tensors[12:]
-        ctx.lora_dtype = next((a.dtype for a in lora_As if a is not None), x.dtype)
-        if settings.backend == "torch":
+        ctx: Any, entry: Entry | None, facts: MLPFacts, x: Tensor, *tensors: Any
+    ) -> Tensor:
+        need_x, needs_a, needs_b = facts.needs
+        lora_dtype = next((t.dtype for t in tensors[-6:] if t is not None), x.dtype)
+        if facts.options.backend == "torch":
             # Cast once for forward and backward.
-            as_, bs = _branches(x, datas, layouts, lora_As, lora_Bs)  # type: ignore[arg-type]
-            lora_As, lora_Bs = tuple(a.to(x.dtype) for a in as_), tuple(b.to(x.dtype) for b in bs)
-        projections = Projections(together(datas, scales, layouts), biases, lora_As, lora_Bs, scalings)  # type: ignore[arg-type]
-        y, kept = _forward(x, projections, settings, entry, save=True)
+            given = unflatten(tensors, facts.lengths[:-1], facts.layouts, facts.scalings)
+            tensors = tuple(flatten(_with_branches(given, x, x.dtype)))
+        y, kept = _forward(facts, entry, x, tensors, save=True)
         # dH needs down's weight, dX the others'.
         need_h = need_x or any(needs_a[:2]) or any(needs_b[:2])
-        reads = (need_x, need_x, need_h)
+        s, *others = kept.s if any(needs_b[:2]) else [None]
         ctx.save_for_backward(
             x if any(needs_a[:2]) else None,
             kept.g,
             kept.u,
-            *(data if read else None for data, read in zip(datas, reads, strict=True)),
-            *lora_As,
-            *lora_Bs,
-            *kept.random,
+            s,
             kept.s_down if needs_b[2] else None,
-            *(kept.s if any(needs_b[:2]) else ()),
-            *scales,
+            *(tensors[:2] if need_x else (None, None)),
+            tensors[2] if need_h else None,
+            *tensors[3:-9],
+            *tensors[-6:],
+            *kept.random,
+            *others,
         )
-        ctx.call = (kept.scalings, settings, layouts, need_x, needs_a, needs_b, len(scales))
+        ctx.call = (facts, kept.scalings, lora_dtype)
         return y
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        scalings, settings, layouts, need_x, needs_a, needs_b, scale_count = ctx.call
-        x, g, u, *saved = ctx.saved_tensors
-        left = iter(saved)
-        datas, lora_As, lora_Bs, random = ([*islice(left, 3)] for _ in range(4))
-        s_down, *saved = left
-        s, scales = saved[: len(saved) - scale_count], saved[len(saved) - scale_count :]
-        if settings.backend == "triton":
-            given: Any = (datas, scales, layouts, lora_As, lora_Bs, s[0] if s else None, s_down, random, scalings)
-            rest = (settings.dropout_p, settings.activation, need_x, needs_a, needs_b)
-            dx, das, dbs = lora_mlp_bwd((x, grad, g, u, *given, *rest))
+        facts, scalings, lora_dtype = ctx.call
+        _, options, _, _, layouts, (_, scales, *_), needs, _ = facts
+        need_x, needs_a, needs_b = needs
+        lengths = (3, scales, 3, 3, 3)
+        dx: Tensor | None
+        if options.backend == "triton":
+            numbers = (layouts, scalings, options.dropout_p, options.activation, *needs)
+            dx, *found = lora_mlp_bwd((grad, *ctx.saved_tensors), lengths, numbers)
         else:
-            projections = Projections(together(datas, scales, layouts), [None] * 3, lora_As, lora_Bs, scalings)
-            kept = Kept(g, u, s, s_down, random, scalings)
-            rows = None if x is None else as_matrix(x)
-            given = (rows, expanded(as_matrix(grad)), projections, kept, settings, ctx.lora_dtype)
-            dx, das, dbs = torch_mlp_bwd(*given, need_x, needs_a, needs_b)  # type: ignore[call-arg]
-            dx = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1])
-        grads_a = [da if need else None for da, need in zip(das, needs_a, strict=True)]
-        grads_b = [db if need else None for db, need in zip(dbs, needs_b, strict=True)]
-        return dx if need_x else None, *[None] * 10, *grads_a, *grads_b, *[None] * scale_count
+            x, g, u, s, s_down, *saved = ctx.saved_tensors
+            datas, of_scales, lora_As, lora_Bs, random, others = split(saved, (*lengths, len(saved)))
+            projections = projections_of(datas, of_scales, (), lora_As, lora_Bs, layouts, scalings)
+            rows, kept = None if x is None else as_matrix(x), Kept(g, u, [s, *others], s_down, random, scalings)
+            given = (rows, expanded(as_matrix(grad)), projections, kept, options, lora_dtype)
+            dx, das, dbs = torch_mlp_bwd(*given, *needs)
+            dx, found = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1]), [*das, *dbs]
+        of_branches = [t if need else None for t, need in zip(found, (*needs_a, *needs_b), strict=True)]
+        return None, None, dx if need_x else None, *[None] * (6 + scales), *of_branches
 
 
-def lora_mlp_op(x: Tensor, p: Projections, settings: Settings, entry: Entry | None = None) -> Tensor:
+def lora_mlp_op(x: Tensor, projections: Sequence[Projection], options: Options, entry: Entry | None = None) -> Tensor:
     """``functional.lora_mlp`` with checked arguments and a chosen backend. ``entry``: that of the call's key."""
-    way = None if entry is None else entry.way
-    if way is None:
-        way = _way(x, p, settings)
+    facts = None if entry is None else entry.facts
+    if facts is None:
+        facts = _facts_of(x, projections, options)
         if entry is not None:
-            entry.way = way
-    if way == "one by one":
-        return _one_by_one(x, p, settings)
-    if way == "without gradients":
-        if settings.backend == "torch":
-            datas, _, layouts = apart(p.weights)
-            as_, bs = _branches(x, datas, layouts, p.lora_As, p.lora_Bs)
-            p = p._replace(lora_As=[a.to(x.dtype) for a in as_], lora_Bs=[b.to(x.dtype) for b in bs])
-        return _forward(x, p, settings, entry, save=False)[0]
-    datas, scales, layouts = apart(p.weights)
-    tensors: Any = (*datas, *p.biases, *p.lora_As, *p.lora_Bs, *scales)
+            entry.facts = facts
+    if facts.strategy == "one by one":
+        # An entry also says that the call is not traced.
+        return _one_by_one(x, projections, options, facts.members if entry is not None else [None] * 3)
+    if facts.strategy == "without gradients":
+        if options.backend == "torch":
+            projections = _with_branches(projections, x, x.dtype)
+        return _forward(facts, entry, x, flatten(projections), save=False)[0]
+    tensors = flatten(projections)
     if torch.compiler.is_compiling():
         tensors = _distinct(tensors)
-    return apply(_LoRAMLP, x, tuple(p.scalings), settings, layouts, entry, *tensors)
+    return apply(_LoRAMLP, entry, facts, x, *tensors)
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -266,50 +252,64 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return distinct
 
 
-def _way(x: Tensor, p: Projections, settings: Settings) -> str:
-    """How to compute an MLP: "one by one", "with gradients" or "without gradients"."""
-    plain = [w for w in p.weights if isinstance(w, Tensor)]
-    trained = any(t is not None and t.requires_grad for t in (*plain, *p.biases))
-    uniform = all(len({t.requires_grad for t in ts[:2] if t is not None}) < 2 for ts in (p.lora_As, p.lora_Bs))
-    few = settings.backend == "torch" and len(plain) == 3 and is_few(x, *plain)
-    quantized_few = settings.backend == "triton" and len(plain) < 3 and row_count(x) <= problem.IN_LOOP_M
+def _facts_of(x: Tensor, projections: Sequence[Projection], options: Options) -> MLPFacts:
+    weights, biases, lora_As, lora_Bs, scalings = zip(*projections, strict=True)
+    plain = [w for w in weights if not isinstance(w, Stored)]
+    trained = any(t is not None and t.requires_grad for t in (*plain, *biases))
+    uniform = all(len({t.requires_grad for t in ts[:2] if t is not None}) < 2 for ts in (lora_As, lora_Bs))
+    few = options.backend == "torch" and len(plain) == 3 and is_few(x, *plain)
+    quantized_few = options.backend == "triton" and len(plain) < 3 and row_count(x) <= problem.IN_LOOP_M
     # Separate layers draw a shared mask by other means than the kernels, so that a checkpoint's forward must take them too.
-    as_trained = torch.is_grad_enabled() or (settings.shared_mask and settings.dropout_p > 0)
-    if not uniform or few or (trained and as_trained) or (quantized_few and not settings.shared_mask):
-        return "one by one"
-    tensors = (x, *p.lora_As, *p.lora_Bs)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return "with gradients" if needs_grad else "without gradients"
+    as_trained = torch.is_grad_enabled() or (options.shared_mask and options.dropout_p > 0)
+    needs_x, needs_a, needs_b = (
+        tuple([torch.is_grad_enabled() and t is not None and t.requires_grad for t in each])
+        for each in ((x,), lora_As, lora_Bs)
+    )
+    strategy = "with gradients" if any((*needs_x, *needs_a, *needs_b)) else "without gradients"
+    if not uniform or few or (trained and as_trained) or (quantized_few and not options.shared_mask):
+        strategy = "one by one"
+    drops = tuple([options.dropout_p if lora_A is not None else 0.0 for lora_A in lora_As])
+    if options.backend == "triton":
+        scalings = tuple([scaling / (1 - drop) for scaling, drop in zip(scalings, drops, strict=True)])
+    layouts = layouts_of(projections)
+    lengths, needs = (3, scale_count(layouts), 3, 3, 3, 3), (needs_x[0], needs_a, needs_b)
+    members = tuple([Entry(options.backend) for _ in projections]) if strategy == "one by one" else ()
+    return MLPFacts(strategy, options, drops, scalings, layouts, lengths, needs, members)
 
 
-def _one_by_one(x: Tensor, p: Projections, settings: Settings) -> Tensor:
+def _one_by_one(
+    x: Tensor, projections: Sequence[Projection], options: Options, entries: Sequence[Entry | None]
+) -> Tensor:
     """Each projection by an op of its own, and the activation by PyTorch's operators."""
-    gate, up, down = zip(*p, strict=True)
-    if settings.shared_mask and settings.dropout_p:
-        g, u = _with_shared_mask(x, gate, up, settings.dropout_p)
+    gate, up, down = projections
+    if options.shared_mask and options.dropout_p:
+        g, u = _with_shared_mask(x, gate, up, options.dropout_p)
     else:
-        g, u = _projection(x, gate, settings), _projection(x, up, settings)
-    return _projection(act(g, settings.activation) * u, down, settings)
+        g, u = _alone(x, gate, options, entries[0]), _alone(x, up, options, entries[1])
+    return _alone(act(g, options.activation) * u, down, options, entries[2])
 
 
-def _projection(x: Tensor, given: tuple[Any, ...], settings: Settings) -> Tensor:
-    weight, bias, lora_A, lora_B, scaling = given
-    if lora_A is not None:
-        return lora_linear_op(x, weight, bias, lora_A, lora_B, scaling, settings.dropout_p, settings.backend)
-    if isinstance(weight, Stored):
+def _alone(x: Tensor, p: Projection, options: Options, entry: Entry | None) -> Tensor:
+    dropout_p, weight = options.dropout_p, p.weight
+    if p.lora_A is None:
+        if isinstance(weight, Tensor):
+            return torch.nn.functional.linear(x, weight, p.bias)
+        assert weight is not None
         # The op saves what is stored, where PyTorch's autograd would save all of W. Its branch is of zeros.
-        n, k = weight.layout.n, weight.layout.k
-        return lora_linear_op(x, weight, bias, x.new_zeros(1, k), x.new_zeros(n, 1), 0.0, 0.0, settings.backend)
-    return torch.nn.functional.linear(x, weight, bias)
+        n, k = weight.shape
+        p, dropout_p = Projection(weight, p.bias, x.new_zeros(1, k), x.new_zeros(n, 1), 0.0), 0.0
+    return lora_linear_op(x, (p,), None, dropout_p, options.backend, entry)[0]
 
 
-def _with_shared_mask(x: Tensor, gate: tuple[Any, ...], up: tuple[Any, ...], dropout_p: float) -> list[Tensor]:
+def _with_shared_mask(x: Tensor, gate: Projection, up: Projection, dropout_p: float) -> list[Tensor]:
     """G and U, whose branches read one masked X; by PyTorch's operators."""
     rows = as_matrix(x)
     keep, scale = draw_dropout(rows, dropout_p, 1.0)
-    s = torch.nn.functional.linear(masked(rows, keep), gate[2].to(x.dtype))
+    assert gate.lora_A is not None
+    s = torch.nn.functional.linear(masked(rows, keep), gate.lora_A.to(x.dtype))
     outputs = []
     for weight, bias, _, lora_B, scaling in (gate, up):
+        assert weight is not None and lora_B is not None
         base = torch.nn.functional.linear(rows, as_plain(weight, x.dtype), bias)
         y = with_branch(base, s, lora_B.to(x.dtype), scaling * scale)
         outputs.append(y.view(*x.shape[:-1], y.shape[-1]))

@@ -48,7 +48,7 @@ def by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
     return torch._C._get_mkldnn_enabled()
 
 
-def pays(x: Tensor, weight: Tensor) -> bool:
+def onednn_outweighs_function(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN saves more on the product of x [..., K] and weight [N, K] than an autograd function costs."""
     return row_count(x) * weight.numel() >= FUNCTION_FROM and by_onednn(x.dtype, x.device)
 

@@ -8,17 +8,28 @@ one shape share an entry. Traced, transformed and watched calls have no key and 
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
-from stablelora_kernels.dispatch import settings
+from stablelora_kernels.dispatch import problem, settings
+from stablelora_kernels.dispatch.problem import Device
+from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.library import NAMESPACE, define_op
+from stablelora_kernels.projection import split
 
 # Most entries. The oldest half of them goes when it is reached.
 LIMIT = 4096
@@ -27,16 +38,18 @@ LIMIT = 4096
 class Entry:
     """What is known of the calls with one key."""
 
-    __slots__ = ("backend", "prepared", "seen", "way")
+    __slots__ = ("backend", "facts", "lengths", "prepared", "seen")
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        # How an op of several ways computes these calls, once it has decided.
-        self.way: str | None = None
+        # What autograd's side of the op knows of these calls, once one has run.
+        self.facts: Any = None
         # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes all the time.
         self.seen = False
         # None: not prepared yet. False: it can't be.
         self.prepared: Any = None
+        # Of what is prepared: the length of each result that is a list, None for a tensor.
+        self.lengths: list[int | None] = []
 
 
 class _Table:
@@ -46,9 +59,9 @@ class _Table:
         self.young: dict[Any, Entry] = {}
         self.old: dict[Any, Entry] = {}
 
-    def get(self, key: Any) -> Entry | None:
-        entry = self.young.get(key)
-        if entry is None and (entry := self.old.get(key)) is not None:
+    def renewed(self, key: Any) -> Entry | None:
+        """An old entry, which becomes a young one."""
+        if (entry := self.old.get(key)) is not None:
             self.add(key, entry)
         return entry
 
@@ -66,18 +79,18 @@ _table = _Table()
 clear = _table.clear
 
 
-def key_of(kind: str, args: Sequence[Any]) -> tuple[Any, ...] | None:
-    """The key of a call of ``kind`` with ``args``; None if the call is unusual.
+def key_of(kind: Any, args: Sequence[Any]) -> tuple[Any, ...] | None:
+    """The key of a call of ``kind``, any hashable value, with ``args``; None if the call is unusual.
 
     ``args`` are tensors, numbers, strings, None, and tuples and lists of these.
     """
     # First, because torch.compile traces no more than this.
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _is_tracing()
         or forward_ad._current_level >= 0
     ):
         return None
@@ -116,10 +129,9 @@ def _describe(args: Sequence[Any], key: list[Any]) -> bool:
                 return False
             key.append(arg)
         elif isinstance(arg, (tuple, list)):
-            inner: list[Any] = []
-            if not _describe(arg, inner):
+            key.append((len(arg),))
+            if arg and not _describe(arg, key):
                 return False
-            key.append(tuple(inner))
         else:
             return False
     return True
@@ -135,7 +147,7 @@ def _first_tensor(args: Sequence[Any]) -> Tensor | None:
 
 
 def find(key: tuple[Any, ...] | None) -> Entry | None:
-    return None if key is None else _table.get(key)
+    return None if key is None else _table.young.get(key) or _table.renewed(key)
 
 
 def remember(key: tuple[Any, ...] | None, backend: str) -> Entry | None:
@@ -150,72 +162,123 @@ def remember(key: tuple[Any, ...] | None, backend: str) -> Entry | None:
 class PlannedOp:
     """A torch.library op that runs launches, which are prepared once calls repeat."""
 
-    def __init__(self, name: str, schema: str, fake: Callable[..., Any], call: Callable[..., Any]) -> None:
-        self._name, self._op, self._call = f"{NAMESPACE}::{name}", define_op(name, schema, fake)(self._run), call
-        kinds = [argument.split()[0] for argument in schema[1 : schema.index(")")].split(", ")]
-        self._tensors = [at for at, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")]
-        self._lists = [at for at, kind in enumerate(kinds) if kind in ("Tensor[]", "Tensor?[]")]
+    def __init__(self, name: str, schema: str, allocate: Callable[[Any], Any], build: Callable[..., list[Any]]) -> None:
+        kinds, names = zip(*map(str.split, schema[1 : schema.index(")")].split(", ")), strict=True)
+        self._name, self._call, self._allocate, self._build = (
+            f"{NAMESPACE}::{name}",
+            namedtuple(name, names),
+            allocate,
+            build,
+        )
+        self._op = define_op(name, schema, lambda *args: allocate(self._call(*args)))(self._run)
+        # Where the lists of tensors and the numbers begin.
+        self._lists = sum(kind in ("Tensor", "Tensor?") for kind in kinds)
+        self._numbers = self._lists + sum(kind in ("Tensor[]", "Tensor?[]") for kind in kinds)
 
-    def __call__(self, args: tuple[Any, ...], entry: Entry | None = None) -> Any:
-        """Run the op on the arguments of its schema. ``entry``: that of the caller's key, from which the arguments follow."""
-        known = entry or find(key_of(self._name, args))
+    def __call__(
+        self,
+        operands: Sequence[Tensor | None],
+        lengths: tuple[int, ...],
+        numbers: tuple[Any, ...],
+        entry: Entry | None = None,
+    ) -> Sequence[Tensor]:
+        """Run the op. Return its results, each tensor of a list by itself.
+
+        ``operands``: the schema's tensors and those of its lists, one after another; ``lengths``: of those lists; ``numbers``:
+        the schema's other arguments; ``entry``: that of the caller's key, from which all but the tensors' addresses follow.
+        """
+        known = entry or find(self._key_of(operands, lengths, numbers))
         prepared = None if known is None else known.prepared
         if not prepared:
-            results = self._op(*args)
-            if entry is not None and prepared is None and (own := find(key_of(self._name, args))) is not None:
-                entry.prepared = own.prepared
+            singles = operands[: self._lists]
+            results = _flat(self._op(*singles, *split(operands[self._lists :], lengths), *numbers))
+            if entry is not None and prepared is None:
+                own = find(self._key_of(operands, lengths, numbers))
+                entry.prepared = None if own is None else own.prepared
             return results
         if torch.autograd._profiler_enabled():
             # A trace shows the op by its name.
             with torch.profiler.record_function(self._name):
-                return prepared.run(self._operands(args))
-        return prepared.run(self._operands(args))
+                return prepared.run(operands)
+        return prepared.run(operands)
+
+    def plan(self, device: Device, args: Sequence[Any], choice: Choice | None = None) -> tuple[Any, list[Any]]:
+        """The op's results, without values, and the launches on ``device`` that fill them. ``args`` may be on the meta device.
+
+        ``choice``: a kernel in place of the table's.
+        """
+        (operands, *_), call = self._parts(args), self._call(*args)
+        results = self._allocate(call)
+        # The first tensor of each op has a row for each of X.
+        if not next(t for t in operands if t is not None).numel():
+            for t in _flat(results):
+                t.zero_()
+            return results, []
+        return results, self._build(device, call, results, choice)
 
     def _run(self, *args: Any) -> Any:
         """What the op does. Compiled graphs come here without :meth:`__call__`, so this has the plans too."""
-        if (key := key_of(self._name, args)) is None:
+        operands, *_ = parts = self._parts(args)
+        if (key := self._key_of(*parts)) is None:
             # PyTorch has resolved negated views in arguments of all kinds but "Tensor?[]".
             args = tree_map_only(Tensor, Tensor.resolve_neg, args)
+        device = next(t.device for t in operands if t is not None)
         entry = find(key) or remember(key, "triton")
-        if entry is not None and (entry.prepared or self._prepare(entry, args)):
-            return entry.prepared.run(self._operands(args))
-        results, launches = self._call(*args)
-        first = results[0]
-        device = (first[0] if isinstance(first, list) else first).device
+        if entry is not None and (entry.prepared or self._prepare(entry, device, args)):
+            left = iter(entry.prepared.run(operands))
+            return tuple(next(left) if length is None else [*islice(left, length)] for length in entry.lengths)
+        results, launches = self.plan(problem.device_of(device), args)
         for launch in launches:
             launch.run(device)
         return results
 
-    def _operands(self, args: Sequence[Any]) -> list[Tensor | None]:
-        tensors = [args[at] for at in self._tensors]
-        for at in self._lists:
-            tensors += args[at]
-        return tensors
+    def _parts(self, args: Sequence[Any]) -> tuple[list[Tensor | None], tuple[int, ...], tuple[Any, ...]]:
+        """The operands, lengths and numbers of :meth:`__call__`."""
+        lists = args[self._lists : self._numbers]
+        numbers = tuple([tuple(each) if isinstance(each, list) else each for each in args[self._numbers :]])
+        return [*args[: self._lists], *chain.from_iterable(lists)], tuple(map(len, lists)), numbers
 
-    def _prepare(self, entry: Entry, args: Sequence[Any]) -> Any:
+    def _key_of(
+        self, operands: Sequence[Any], lengths: tuple[int, ...], numbers: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        # Keys compare 0.0 and -0.0 as equal.
+        signs = tuple([math.copysign(1.0, scaling) for scaling in numbers[1]]) if 0.0 in numbers[1] else None
+        return key_of((self._name, lengths, numbers, signs), operands)
+
+    def _prepare(self, entry: Entry, device: torch.device, args: Sequence[Any]) -> Any:
         if entry.seen and entry.prepared is None:
             from stablelora_kernels.launch.prepared import prepare
 
-            args = _apart(args, set())
-            entry.prepared = prepare(self._operands(args), lambda: self._call(*args)) or False
+            args = _with_distinct_addresses(args, set())
+
+            def call() -> tuple[tuple[Tensor, ...], Sequence[Any]]:
+                results, launches = self.plan(problem.device_of(device), args)
+                entry.lengths = [None if isinstance(each, Tensor) else len(each) for each in results]
+                return tuple(_flat(results)), launches
+
+            entry.prepared = prepare(self._parts(args)[0], call) or False
         entry.seen = True
         return entry.prepared
 
 
-def _apart(args: Sequence[Any], addresses: set[int]) -> list[Any]:
+def _flat(results: Sequence[Any]) -> list[Tensor]:
+    return [t for each in results for t in ((each,) if isinstance(each, Tensor) else each)]
+
+
+def _with_distinct_addresses(args: Sequence[Any], addresses: set[int]) -> list[Any]:
     """``args`` with a stand-in of the same layout for each tensor that shares its address with an earlier one.
 
     Operands are told apart by their addresses, and later calls need not give the same tensor twice.
     """
-    apart: list[Any] = []
+    distinct: list[Any] = []
     for arg in args:
         if isinstance(arg, (tuple, list)):
-            arg = _apart(arg, addresses)
+            arg = _with_distinct_addresses(arg, addresses)
         elif isinstance(arg, Tensor):
             arg = _stand_in(arg) if arg.data_ptr() in addresses else arg
             addresses.add(arg.data_ptr())
-        apart.append(arg)
-    return apart
+        distinct.append(arg)
+    return distinct
 
 
 def _stand_in(t: Tensor) -> Tensor:
@@ -224,10 +287,17 @@ def _stand_in(t: Tensor) -> Tensor:
     return t.new_empty(before + size).as_strided(t.shape, t.stride(), before)
 
 
-def define_launches(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], PlannedOp]:
-    """Turn the decorated function into the op ``name``; ``schema`` and ``fake`` are those of :func:`~.library.define_op`.
+def define_launches(
+    name: str, schema: str, allocate: Callable[[Any], Any]
+) -> Callable[[Callable[..., Any]], PlannedOp]:
+    """Turn the decorated function into the op ``name``.
 
-    The function returns the op's results, a tuple of tensors and lists of tensors, and the launches that fill them.
+    The schema has tensors first, then lists of tensors, then numbers, of which the first two are layouts and scalings. The
+    first tensor has a row for each of X.
+
+    ``allocate(call)`` returns the op's results without values, a tuple of tensors and lists of tensors; ``call`` has the schema's
+    arguments by name. The function takes a :class:`~.dispatch.problem.Device`, the call, the results and a
+    :class:`~.dispatch.rules.Choice` or None, and returns the launches that fill the results. There is at least one row.
     """
 
-    return lambda function: PlannedOp(name, schema, fake, function)
+    return lambda function: PlannedOp(name, schema, allocate, function)

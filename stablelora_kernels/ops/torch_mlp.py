@@ -8,22 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.lora_linear_group import torch_group_bwd, torch_group_fwd
-from stablelora_kernels.ops.torch_path import can_redraw, draw_dropout, redrawn, torch_bwd, torch_fwd
-from stablelora_kernels.quantized import Stored, as_plain
+from stablelora_kernels.ops.torch_path import can_redraw, draw_dropout, draw_keep_again, torch_bwd, torch_fwd
+from stablelora_kernels.projection import Projection
 
 
-class Projections(NamedTuple):
-    """Gate, up and down; a projection without a branch has None for A and B."""
+class Options(NamedTuple):
+    """The arguments of an MLP's call that are no tensors."""
 
-    weights: Sequence[Tensor | Stored]
-    biases: Sequence[Tensor | None]
-    lora_As: Sequence[Tensor | None]
-    lora_Bs: Sequence[Tensor | None]
-    scalings: Sequence[float]
-
-
-class Settings(NamedTuple):
     activation: str
     dropout_p: float
     backend: str
@@ -37,12 +28,12 @@ class Kept(NamedTuple):
     g: Tensor
     u: Tensor
     # Gate's and up's S. On Triton, one matrix has both.
-    s: list[Tensor]
+    s: Sequence[Tensor]
     s_down: Tensor
     # Each projection's seed on Triton; its mask, or its generator's state, on the PyTorch path; None without dropout.
-    random: list[Tensor | None]
+    random: Sequence[Tensor | None]
     # s'
-    scalings: list[float]
+    scalings: Sequence[float]
 
 
 def act(g: Tensor, activation: str) -> Tensor:
@@ -63,8 +54,10 @@ def _gated_grads(dh: Tensor, g: Tensor, u: Tensor, activation: str) -> tuple[Ten
     return torch.ops.aten.gelu_backward(dh, g, approximate="tanh" if activation == "gelu_tanh" else "none", **out), du
 
 
-def _draw(x: Tensor, dropout_p: float) -> tuple[Tensor | None, Tensor | None, float]:
-    """The keep-mask of x's shape, what gives it to backward again, and s' / scaling."""
+def _draw(x: Tensor, p: Projection, dropout_p: float) -> tuple[Tensor | None, Tensor | None, float]:
+    """The keep-mask of x's shape, what gives it to backward again, and s' / scaling; no mask without a branch."""
+    assert p.lora_A is not None
+    dropout_p = dropout_p if p.lora_A.shape[0] else 0.0
     state = torch.get_rng_state() if dropout_p and can_redraw(x) else None
     keep, scale = draw_dropout(x, dropout_p, 1.0)
     return keep, keep if state is None else state, scale
@@ -72,56 +65,49 @@ def _draw(x: Tensor, dropout_p: float) -> tuple[Tensor | None, Tensor | None, fl
 
 def _keep(random: Tensor | None, shape: Sequence[int], dropout_p: float) -> Tensor | None:
     """The mask that :func:`_draw` has drawn."""
-    return random if random is None or random.dtype == torch.bool else redrawn(random, shape, dropout_p)
+    return random if random is None or random.dtype == torch.bool else draw_keep_again(random, shape, dropout_p)
 
 
-def torch_mlp_fwd(x: Tensor, p: Projections, settings: Settings) -> tuple[Tensor, Kept]:
+def torch_mlp_fwd(x: Tensor, projections: Sequence[Projection], options: Options) -> tuple[Tensor, Kept]:
     """Y [M, N] for x [M, K]. A projection without a branch has an A and a B of rank 0. All tensors have one dtype."""
-    activation, dropout_p, _, shared_mask = settings
-    drops = [dropout_p if a.shape[0] else 0.0 for a in p.lora_As]  # type: ignore[union-attr]
-    drawn = [_draw(x, drops[0])]
-    drawn.append(drawn[0] if shared_mask else _draw(x, drops[1]))
-    given: Any = [part[:2] for part in (p.weights, p.biases, p.lora_As, p.lora_Bs)]
-    scalings = [scaling * scale for scaling, (*_, scale) in zip(p.scalings, drawn, strict=False)]
-    (g, u), s = torch_group_fwd(x, *given, scalings, _masks([keep for keep, *_ in drawn]))  # type: ignore[call-arg]
+    activation, dropout_p, _, shared_mask = options
+    gate, up, down = projections
+    drawn = [_draw(x, gate, dropout_p)]
+    drawn.append(drawn[0] if shared_mask else _draw(x, up, dropout_p))
+    scaled = [p._replace(scaling=p.scaling * scale) for p, (*_, scale) in zip((gate, up), drawn, strict=True)]
+    (g, u), s = torch_fwd(x, scaled, [keep for keep, *_ in drawn])
     h = act(g, activation).mul_(u)
-    keep, random, scale = _draw(h, drops[2])
-    scalings.append(p.scalings[2] * scale)
-    down = (as_plain(p.weights[2], x.dtype), p.biases[2], p.lora_As[2], p.lora_Bs[2])
-    y, s_down = torch_fwd(h, *down, scalings[2], keep)  # type: ignore[arg-type]
-    return y, Kept(g, u, s, s_down, [*(each for _, each, _ in drawn), random], scalings)
-
-
-def _masks(keeps: list[Tensor | None]) -> list[Tensor | None]:
-    """``keeps``, or nothing if no mask drops."""
-    return [] if all(keep is None for keep in keeps) else keeps
+    keep, random, scale = _draw(h, down, dropout_p)
+    scaled.append(down._replace(scaling=down.scaling * scale))
+    (y,), (s_down,) = torch_fwd(h, scaled[2:], [keep])
+    return y, Kept(g, u, s, s_down, [*(each for _, each, _ in drawn), random], [p.scaling for p in scaled])
 
 
 def torch_mlp_bwd(
-    x: Tensor | None, grad: Tensor, p: Projections, kept: Kept, settings: Settings, lora_dtype: torch.dtype, need_x: bool,
-    needs_a: Sequence[bool], needs_b: Sequence[bool],
+    x: Tensor | None, grad: Tensor, projections: Sequence[Projection], kept: Kept, options: Options, lora_dtype: torch.dtype,
+    need_x: bool, needs_a: Sequence[bool], needs_b: Sequence[bool],
 ) -> tuple[Tensor | None, list[Any], list[Any]]:  # fmt: skip
-    """dX, the dA's and the dB's, for x [M, K] and dY [M, N]; all tensors have one dtype."""
-    g, u, s, s_down, random, scalings = kept
-    activation, dropout_p = settings[:2]
+    """dX, the dA's and the dB's, for x [M, K] and dY [M, N]; all tensors have one dtype, and the scalings are s'."""
+    g, u, s, s_down, random, _ = kept
+    activation, dropout_p, _, shared_mask = options
     need_a, need_b = any(needs_a[:2]), any(needs_b[:2])
     need_h = need_x or need_a or need_b
     h = act(g, activation).mul_(u) if needs_a[2] else None
     keep = _keep(random[2], g.shape, dropout_p) if need_h or needs_a[2] else None
-    weight = as_plain(p.weights[2], grad.dtype) if need_h else None
-    down = (p.lora_As[2], p.lora_Bs[2], s_down, keep, scalings[2], lora_dtype)
-    dh, da, db = torch_bwd(grad, h, weight, *down, need_h, needs_a[2], needs_b[2])  # type: ignore[arg-type]
+    needs = (need_h, needs_a[2], needs_b[2])
+    dh, da, db = torch_bwd(h, [grad], projections[2:], [s_down], [keep], lora_dtype, *needs)
+    nothing = [None] * 3
     if dh is None:
-        return None, [None, None, da], [None, None, db]
+        return None, [*nothing[:2], *(da or nothing[:1])], [*nothing[:2], *(db or nothing[:1])]
     # Before there is dU.
-    del h, keep, weight, down
+    del h, keep
     grads = _gated_grads(dh, g, u, activation)
     del dh
-    keeps = []
+    keeps: list[Tensor | None] = [None, None]
     if need_x or need_a:
-        shape = (grad.shape[0], p.lora_As[0].shape[1])  # type: ignore[union-attr]
-        keeps = [_keep(random[0], shape, dropout_p)]
-        keeps.append(keeps[0] if settings.shared_mask else _keep(random[1], shape, dropout_p))
-    given: Any = (p.weights[:2], p.lora_As[:2], p.lora_Bs[:2], s, _masks(keeps), scalings[:2], lora_dtype)
-    dx, das, dbs = torch_group_bwd(x, grads, *given, need_x, need_a, need_b)  # type: ignore[call-arg]
-    return dx, [*(das or (None, None)), da], [*(dbs or (None, None)), db]
+        assert projections[0].lora_A is not None
+        shape = (grad.shape[0], projections[0].lora_A.shape[1])
+        keeps[0] = _keep(random[0], shape, dropout_p)
+        keeps[1] = keeps[0] if shared_mask else _keep(random[1], shape, dropout_p)
+    dx, das, dbs = torch_bwd(x, grads, projections[:2], s, keeps, lora_dtype, need_x, need_a, need_b)
+    return dx, [*(das or nothing[:2]), *(da or nothing[:1])], [*(dbs or nothing[:2]), *(db or nothing[:1])]

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.matmul import pays, product, row_count, scaled_product, wide_product
+from stablelora_kernels.ops.matmul import (
+    add_wide_product,
+    onednn_outweighs_function,
+    product,
+    row_count,
+    scaled_product,
+    wide_product,
+)
+from stablelora_kernels.projection import Projection
+from stablelora_kernels.quantized import as_plain
 
 # Below this many rows, call plain operators under ordinary autograd: a Python autograd function would take most of the time.
 # In bfloat16 without dropout the function's gain is small, so the threshold is higher.
@@ -23,7 +32,7 @@ def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
     if torch.compiler.is_compiling() or row_count(x) >= limit:
         return False
     # oneDNN's product saves more time than the autograd function costs, and autograd does not support it.
-    return not any(w is not None and pays(x, w) for w in weights)
+    return not any(w is not None and onednn_outweighs_function(x, w) for w in weights)
 
 
 def few_rows(x: Tensor, dropout_p: float) -> int:
@@ -74,12 +83,12 @@ def _draw_words(shape: Sequence[int], dropped: int, generator: torch.Generator |
 
 
 def can_redraw(x: Tensor) -> bool:
-    """Whether :func:`redrawn` can draw the mask of x again."""
+    """Whether :func:`draw_keep_again` can draw the mask of x."""
     # A compiled graph keeps no state of a generator, and a CUDA graph can't read it.
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def redrawn(state: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
+def draw_keep_again(state: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
     """The keep-mask that :func:`draw_keep` drew when torch's generator was in ``state``."""
     generator = torch.Generator()
     generator.set_state(state)
@@ -158,12 +167,26 @@ def torch_db(grad: Tensor, s: Tensor, scaling: float, lora_dtype: torch.dtype) -
 
 
 def torch_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, keep: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Y and the unscaled S = (X ∘ keep) A^T. All tensors have one dtype."""
-    # S first: then X is in the cache for the wide product.
-    s = torch_s(x, lora_A, keep)
-    return add_branch(wide_product(x, weight.t(), bias), s, lora_B, scaling), s
+    x: Tensor, projections: Sequence[Projection], keeps: Sequence[Tensor | None], base: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The Y's, and the unscaled S = (X ∘ keep) A^T. All tensors but ``base`` have one dtype; the scalings are s'."""
+    lora_As: list[Any] = [p.lora_A for p in projections]
+    # S first: then X is in the cache for the wide products.
+    if len(lora_As) > 1 and not any(keep is not None for keep in keeps):
+        every_s = [*torch_s(x, torch.cat(lora_As), None).split([a.shape[0] for a in lora_As], 1)]
+    else:
+        every_s = [torch_s(x, a, keep) for a, keep in zip(lora_As, keeps, strict=True)]
+    ys = []
+    for (weight, bias, _, lora_B, scaling), s in zip(projections, every_s, strict=True):
+        assert lora_B is not None
+        if base is None:
+            assert weight is not None
+            ys.append(add_branch(wide_product(x, as_plain(weight, x.dtype).t(), bias), s, lora_B, scaling))
+        elif base.dtype == s.dtype:
+            ys.append(with_branch(base, s, lora_B, scaling))
+        else:
+            ys.append(base.add(torch.mm(s, lora_B.t()), alpha=scaling).to(base.dtype))
+    return ys, every_s
 
 
 def expanded(grad: Tensor) -> Tensor:
@@ -173,28 +196,43 @@ def expanded(grad: Tensor) -> Tensor:
 
 
 def torch_bwd(
-    grad: Tensor, x: Any, weight: Any, lora_A: Tensor, lora_B: Tensor, s: Tensor | None, keep: Tensor | None,
-    scaling: float, lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dX, and dA and dB in ``lora_dtype``. All tensors have one dtype. Without a weight, dX is the branch's part alone."""
-    dx = da = db = None
-    mask = None if keep is None else as_float(keep, grad.dtype)
+    x: Any, grads: Sequence[Tensor], projections: Sequence[Projection], s: Sequence[Any], keeps: Sequence[Tensor | None],
+    lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
+    """dX, and the dA's and dB's in ``lora_dtype``. All tensors have one dtype; the scalings are s'.
+
+    Without a weight, dX is the branch's part alone.
+    """
+    dx: Tensor | None = None
+    das: list[Tensor] = []
+    dbs: list[Tensor] = []
+    every_ds: list[Tensor] = []
+    masks = [None if keep is None else as_float(keep, grads[0].dtype) for keep in keeps]
+    lora_As: list[Any] = [p.lora_A for p in projections]
     # Products that read only dY come before the wide product, while dY is in the cache.
-    if need_x or need_a:
-        ds = torch_ds(grad, lora_B, scaling)
-    if need_b:
-        assert s is not None
-        db = torch_db(grad, s, scaling, lora_dtype)
-    if need_x and weight is None:
-        dx = product(ds, lora_A)
-        if mask is not None:
-            dx.mul_(mask)
-    elif need_x:
-        dx = wide_product(grad, weight)
-        if mask is None:
-            dx.addmm_(ds, lora_A)
+    for i, (grad, p, mask) in enumerate(zip(grads, projections, masks, strict=True)):
+        assert p.lora_B is not None
+        if need_x or need_a:
+            every_ds.append(torch_ds(grad, p.lora_B, p.scaling))
+        if need_b:
+            dbs.append(torch_db(grad, s[i], p.scaling, lora_dtype))
+        if not need_x:
+            continue
+        if p.weight is None:
+            dx = product(every_ds[i], lora_As[i])
+            dx = dx if mask is None else dx.mul_(mask)
         else:
-            dx.addcmul_(product(ds, lora_A), mask)
+            weight = as_plain(p.weight, grad.dtype)
+            dx = wide_product(grad, weight) if dx is None else add_wide_product(dx, grad, weight)
+            # In a call with dropout, a projection without a mask has no branch.
+            dx = dx if mask is None else dx.addcmul_(product(every_ds[i], lora_As[i]), mask)
+    if dx is not None and projections[0].weight is not None and not any(mask is not None for mask in masks):
+        dx.addmm_(_joined(every_ds, 1), _joined(lora_As, 0))
     if need_a:
-        da = product(ds.t(), x if mask is None else x * mask).to(lora_dtype)
-    return dx, da, db
+        for ds, mask in zip(every_ds, masks, strict=True):
+            das.append(product(ds.t(), x if mask is None else x * mask).to(lora_dtype))
+    return dx, das, dbs
+
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)

@@ -1,7 +1,6 @@
 """The optimizer, and the log of its pairs' stability."""
 
-from stablelora_kernels.optim.stability import PairStability
-from stablelora_kernels.optim.stability_log import StabilityLogger, plot_stability
+from stablelora_kernels.optim.stability import PairStability, StabilityLogger, plot_stability
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 
 __all__ = ["PairStability", "StabilityLogger", "StableLoRAAdamW", "plot_stability"]

@@ -1,7 +1,4 @@
-"""DTensor parameters: the elements of this process's shard, sums over all processes, and when those may stop.
-
-Nothing here imports ``torch.distributed`` unless a parameter is a DTensor, whose maker has imported it already.
-"""
+"""DTensor parameters: the elements of this process's shard, sums over all processes, and when those may stop."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.optim import graph_capture
-from stablelora_kernels.optim.graph_capture import upload
+from stablelora_kernels.optim import snapshot
+from stablelora_kernels.optim.snapshot import upload
 from stablelora_kernels.utils.dtensor import is_sharded, local, shard_extent
 
 
@@ -28,11 +25,11 @@ class Shard(NamedTuple):
     pitch: int = 0
 
     def element_indices(self, count: int, device: torch.device) -> torch.Tensor:
-        """int64 [count]: the indices of the shard's first ``count`` elements."""
+        """int32 [count]: the indices of the shard's first ``count`` elements, modulo 2^32."""
         own = torch.arange(count, dtype=torch.int64, device=device)
         if self.columns:
             own = own // self.columns * self.pitch + own % self.columns
-        return own + self.base
+        return (own + self.base).to(torch.int32)
 
 
 def check_shards(name: str, p: Any) -> None:
@@ -45,11 +42,7 @@ def check_shards(name: str, p: Any) -> None:
 
 
 def shard_of(name: str, p: Any, base: int) -> Shard:
-    """This process's shard of ``p``, whose first element has the index ``base``.
-
-    Raises:
-        ValueError: ``p`` is sharded along two dimensions after its first.
-    """
+    """This process's shard of ``p``, whose first element has the index ``base``."""
     if not is_sharded(p):
         return Shard(base)
     sizes, offsets = shard_extent(p)
@@ -64,34 +57,24 @@ def shard_of(name: str, p: Any, base: int) -> Shard:
     return Shard(base, math.prod(sizes[dim:]), math.prod(p.shape[dim:]))
 
 
-def shard_groups(p: Any) -> dict[str, Any]:
-    """The process groups over which ``p`` is sharded, by name; groups that hold replicas do not count."""
-    if not is_sharded(p):
-        return {}
-    groups = [
-        p.device_mesh.get_group(dim)
-        for dim, placement in enumerate(p.placements)
-        if not placement.is_replicate() and p.device_mesh.size(dim) > 1
-    ]
-    return {group.group_name: group for group in groups}
-
-
 class ShardSums:
-    """All-reduces values, one a parameter, over the processes that share the parameter.
+    """All-reduces values, one a parameter, over the processes that share the parameter: one collective a process group.
 
-    Each process group makes one collective, whatever the number of values. All ranks get the same sums, since a reduction
-    hands out one result. False if no parameter is sharded, so no collective is needed.
+    All ranks get the same sums, since a reduction hands out one result. False if no parameter is sharded.
     """
 
-    def __init__(self, owners: Sequence[torch.Tensor]) -> None:
+    def __init__(self, owners: Sequence[Any]) -> None:
         """``owners``: the parameter that each value is a sum over."""
         device = owners[0].device if owners else torch.device("cpu")
         groups: dict[str, Any] = {}
         indices: dict[str, list[int]] = {}
         for i, owner in enumerate(owners):
-            for name, group in shard_groups(owner).items():
-                groups[name] = group
-                indices.setdefault(name, []).append(i)
+            for dim, placement in enumerate(owner.placements if is_sharded(owner) else ()):
+                # Groups that hold replicas do not count.
+                if not placement.is_replicate() and owner.device_mesh.size(dim) > 1:
+                    group = owner.device_mesh.get_group(dim)
+                    groups[group.group_name] = group
+                    indices.setdefault(group.group_name, []).append(i)
         self.parts = [
             (groups[name], None if len(index) == len(owners) else upload(index, torch.int64, device))
             for name, index in indices.items()
@@ -129,26 +112,24 @@ class LatchMonitor:
         """``latched``: int32 counters; those at ``indices`` belong to the pairs."""
         self.latched, self.indices = latched, upload(list(indices), torch.int64, latched.device)
         self.unlatched = bool(indices)
-        self.pending: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self.pending: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
 
     def any_unlatched(self) -> bool:
         """Whether some pair had not latched in the last record that has to be known by now."""
-        if self.unlatched and len(self.pending) >= self.LAG and not graph_capture.capturing():
+        if self.unlatched and len(self.pending) >= self.LAG and not snapshot.capturing():
             count, event = self.pending.pop(0)
-            event.synchronize()
+            if event is not None:
+                event.synchronize()
             self.unlatched = bool(count.item())
         return self.unlatched
 
     def record(self) -> None:
         """Record the count after a step. A step that a CUDA graph captures records nothing: it repeats its collectives."""
-        if not self.unlatched or graph_capture.capturing():
+        if not self.unlatched or snapshot.capturing():
             return
-        shrinking = (self.latched[self.indices] == 0).sum()
-        if self.latched.device.type != "cuda":
-            self.unlatched = bool(shrinking)
-            return
-        count = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
-        count.copy_(shrinking, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.latched.device))
+        count, event = (self.latched[self.indices] == 0).sum(), None
+        if count.device.type == "cuda":
+            host, event = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True), torch.cuda.Event()
+            count = host.copy_(count, non_blocking=True)
+            event.record(torch.cuda.current_stream(self.latched.device))
         self.pending.append((count, event))

@@ -1,46 +1,30 @@
 """StableLoRAAdamW: AdamW that also shrinks LoRA's A by Stable-LoRA's latch rule, in one pass over the parameters.
 
-The arithmetic of a step is in ``torch_engine`` (PyTorch's operators) and ``triton_engine`` (one kernel). This module keeps the
-public interface, the parameter groups and the choice of the engine.
+The arithmetic of a step is in ``torch_step`` (PyTorch's operators) and ``triton_step`` (one kernel). This module keeps the
+public interface and the parameter groups, and hands each step with what has changed to the engine of each device.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_backend
-from stablelora_kernels.optim import graph_capture
-from stablelora_kernels.optim.checkpoint import (
-    check_state_groups,
-    from_adamw,
-    is_state_init_step,
-    load_state,
-    restore_groups,
-    warn_of_differences,
-)
-from stablelora_kernels.optim.engines import build_engines
-from stablelora_kernels.optim.gradients import Gradients
-from stablelora_kernels.optim.hyperparameters import CopiedSchedule, build_key
-from stablelora_kernels.optim.param_groups import (
-    as_groups,
-    check_amsgrad,
-    check_grads,
-    check_group,
-    check_hyper,
-    check_max_grad_norm,
-    check_storage,
-    check_storage_fits,
-    find_pairs,
-)
-from stablelora_kernels.optim.stability import PairStability, finite_norms, warn_of_norms
-from stablelora_kernels.optim.state import same_objects
+from stablelora_kernels.optim import options, snapshot, state
+from stablelora_kernels.optim.options import Member, Pair, Parts
+from stablelora_kernels.optim.snapshot import Gradients, Snapshot, layout_of
+from stablelora_kernels.optim.stability import PairStability, finite_norms
+from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
+from stablelora_kernels.utils.dtensor import is_sharded, local
+from stablelora_kernels.utils.model_watch import same_objects
 from stablelora_kernels.utils.text import counted
 from stablelora_kernels.utils.validation import check_float
 from stablelora_kernels.utils.wrappers import check_module, clean, innermost
@@ -55,12 +39,13 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         else:                           the pair latches permanently
 
     Then A, B and every trainable parameter outside a pair take the step of :class:`torch.optim.AdamW`. A pair whose A has
-    no gradient neither shrinks nor latches. :meth:`step` never reads from a GPU.
+    no gradient neither shrinks nor latches. On Triton :meth:`step` never reads from the GPU. PyTorch's operators, which run
+    float64 and GPUs without Triton, decide the latch on the host.
 
-    Parameters may be DTensors, sharded or replicated, as FSDP2 and tensor parallelism make them. Norms are then those of the
-    full A and B. That takes one small collective for each mesh dimension that shards them, at every step until all pairs have
-    latched (clipping takes one at every step). All ranks latch at the same step. An element's update, its random rounding
-    included, does not depend on the number of ranks. Save checkpoints with ``torch.distributed.checkpoint``.
+    Parameters may be DTensors, sharded or replicated. Norms are then those of the full A and B, which takes one small
+    collective for each mesh dimension that shards them, until all pairs have latched (clipping takes one at every step).
+    All ranks latch at the same step. An element's update, its random rounding included, does not depend on the number of
+    ranks. Save checkpoints with ``torch.distributed.checkpoint``.
 
     Parameters are float32, float64, bfloat16 or float16. The two low-precision types are computed in float32 with float32
     moments and rounded once, at random, so that small changes happen on average. Seed, step and element decide the rounding.
@@ -69,7 +54,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         params: named parameters, as from ``model.named_parameters()``; or :class:`LoRAPair` objects; or parameter groups,
             dicts with ``"params"`` of either kind and their own hyperparameters. Pairs are found by name, across groups. A
             pair has the ``shrink_ratio`` of A's group. Frozen parameters are ignored.
-        lr: the learning rate, a number or a 0-d tensor. The host never reads a tensor on a GPU.
+        lr: the learning rate, a number or a 0-d tensor, which on Triton the host never reads from a GPU.
         betas: decay rates of the two moments, in [0, 1). CPU tensors are read once, at construction.
         eps: added to the square root of the second moment.
         weight_decay: decoupled weight decay, multiplied by ``lr``; a number or a 0-d tensor, as ``lr``.
@@ -77,19 +62,18 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         shrink_pattern: shrink ratios of some pairs. A key is a regular expression for the pair's dotted name, with or without
             PEFT's adapter, or for its end after a dot, as in ``LoRAConfig.rank_pattern``. The first key that matches counts.
             Patterns are applied when the optimizer is built, loaded or given a group.
-        shrink_schedule: a function from a step, counted from one, to the shrink ratio of all pairs without a pattern. The host
-            calls it at each ``step()`` with a gradient and writes its value to every group's ``"shrink_ratio"``. A CUDA graph
-            would replay one value, so capture is refused; instead pass ``shrink_ratio`` as a tensor and write to it between
-            replays. ``state_dict`` holds the count of steps but not the function. As with torch's LambdaLR, a lambda can be
-            copied but not pickled.
+        shrink_schedule: a function from a step, counted from one, to the shrink ratio of all pairs without a pattern. Each
+            ``step()`` with a gradient writes its value to every group's ``"shrink_ratio"``. A CUDA graph would replay one
+            value, so capture is refused; instead pass ``shrink_ratio`` as a tensor and write to it between replays.
+            ``state_dict`` holds the count of steps but not the function. A lambda can be copied but not pickled.
         stop_condition: "norm" is Algorithm 1. "never" shrinks at every step and latches no pair, for comparison; a latched
             pair stays latched.
         lr_ratio_B: B's learning rate is this multiple of ``lr``, as in LoRA+ (arXiv 2402.12354).
         maximize: climb instead of descend.
         amsgrad: divide by the root of the largest second moment so far, a third moment in the state.
-        capturable: allow capturing :meth:`step` in a CUDA graph, alone or with the backward pass, after one step outside of it.
-            Capture again after ``load_state_dict`` and after a group has changed. Values that change between replays, such as
-            ``lr``, must be tensors on the GPU. Do not write to parameters between replays: a replay does not notice.
+        capturable: allow capturing :meth:`step` in a CUDA graph, alone or with the backward pass, after one step outside of it;
+            only on Triton. Capture again after ``load_state_dict`` and after a group has changed. Values that change between
+            replays, such as ``lr``, must be tensors on the GPU. A replay does not notice writes to parameters between replays.
         max_grad_norm: clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, with one more launch. The
             step may leave clipped gradients in ``.grad``. A step whose norm is not finite changes nothing; it is counted in
             ``nonfinite_steps``, and :meth:`stability` and :meth:`state_dict` warn of it. ``math.inf`` never clips but still
@@ -111,6 +95,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     # GradScaler then passes its scale and found_inf as device tensors instead of reading them.
     _step_supports_amp_scaling = True
+    # Skipped steps: those that were reported, and those counted by the optimizer that this one is a copy of.
+    _reported = _skipped_before = 0
 
     def __init__(
         self,
@@ -133,34 +119,25 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         moments_dtype: torch.dtype = torch.float32,
         seed: int | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "shrink_ratio": shrink_ratio,
-            "shrink_pattern": shrink_pattern,
-            "stop_condition": stop_condition,
-            "lr_ratio_B": lr_ratio_B,
-            "maximize": maximize,
-            "amsgrad": amsgrad,
-            "capturable": capturable,
-            "seed": torch.initial_seed() % 2**63 if seed is None else seed,
-            "max_grad_norm": max_grad_norm,
-        }
-        defaults.update(check_hyper(defaults, ""))
+        defaults: dict[str, Any] = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "shrink_ratio": shrink_ratio, "shrink_pattern": shrink_pattern, "stop_condition": stop_condition,
+            "lr_ratio_B": lr_ratio_B, "maximize": maximize, "amsgrad": amsgrad, "capturable": capturable,
+            "seed": torch.initial_seed() % 2**63 if seed is None else seed, "max_grad_norm": max_grad_norm,
+        }  # fmt: skip
+        defaults.update(options.check_hyper(defaults, ""))
         if shrink_schedule is not None and not callable(shrink_schedule):
             raise TypeError(f"shrink_schedule must be a function of the step, got {shrink_schedule!r}")
-        storage = check_storage(moments_dtype, master_weights)
+        storage = options.check_storage(moments_dtype, master_weights)
         defaults.update(storage._asdict())
-        groups = [check_group(group, defaults) for group in as_groups(params)]
+        groups = [options.check_group(group, defaults) for group in options.as_groups(params)]
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
-        find_pairs(groups)
-        check_storage_fits(groups, storage)
+        options.find_pairs(groups)
+        options.check_shared(groups, storage)
         self.storage = storage
         super().__init__(groups, defaults)
         self.shrink_schedule = shrink_schedule
-        self._rebuild()
+        self._find_pairs()
 
     @classmethod
     def from_model(cls, model: nn.Module, **kwargs: Any) -> StableLoRAAdamW:
@@ -189,7 +166,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        value = check_max_grad_norm("max_grad_norm", value)
+        value = options.check_max_grad_norm("max_grad_norm", value)
         for group in self.param_groups:
             group["max_grad_norm"] = value
 
@@ -203,28 +180,26 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         constructed = "_pairs" in self.__dict__
         if constructed:
             # All groups share this value, which is not the default once another was set or loaded.
-            param_group = check_group(param_group, {**self.defaults, "max_grad_norm": self.max_grad_norm})
-            find_pairs([*self.param_groups, param_group])
-            check_storage_fits([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
+            param_group = options.check_group(param_group, {**self.defaults, "max_grad_norm": self.max_grad_norm})
+            options.find_pairs([*self.param_groups, param_group])
+            options.check_shared([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
         super().add_param_group(param_group)
         if constructed:
-            self._rebuild()
+            self._find_pairs()
 
-    def _rebuild(self) -> None:
-        """Find the pairs of ``param_groups`` again and drop everything derived from them."""
-        self._pairs = find_pairs(self.param_groups)
+    def _find_pairs(self) -> None:
+        """Find the pairs of ``param_groups`` again, and forget the engines and what the last step found."""
+        self._pairs = options.find_pairs(self.param_groups)
         self._params = [p for group in self.param_groups for p in group["params"]]
-        self._known_params = [list(group["params"]) for group in self.param_groups]
         self._any_sharded = any(map(is_sharded, self._params))
-        self._reported: int = getattr(self, "_reported", 0)
-        # Counted by the optimizer that this one is a copy of, and by its own engines.
-        self._skipped_before: int = getattr(self, "_skipped_before", 0)
-        self._skipped_on_device: dict[torch.device, torch.Tensor] = getattr(self, "_skipped_on_device", {})
-        # For each device the indices of its parameters, and the engine.
+        self._skipped_on_device: dict[torch.device, Tensor] = getattr(self, "_skipped_on_device", {})
+        # For each device the indices of its parameters, and the engine; and the settings of all.
         self._engines: list[tuple[list[int], Any]] = []
-        self._engine_key: Any = None
-        # The state that the engines were built on: someone may clear it or replace its tensors.
-        self._known_state: dict[Any, dict[str, Any]] = {}
+        self._settings: list[options.Setting] = []
+        # The parameters, or shards, whose versions tell that someone else wrote to them.
+        self._watched: list[Tensor] = []
+        self._on_cpu = True
+        self._last = Snapshot([list(group["params"]) for group in self.param_groups])
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -239,56 +214,79 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not same_objects([list(group["params"]) for group in self.param_groups], self._known_params):
+        if not same_objects([list(group["params"]) for group in self.param_groups], self._last.params):
             # Trainers replace the groups' parameters when they shard a model late.
-            self._rebuild()
-        if self._any_sharded:
-            params = [local(p) for p in self._params]
-            gradients = Gradients(tensors=[local_grad(p) for p in self._params])
-        else:
-            params, gradients = self._params, Gradients(self._params)
-        if gradients.layout is None and not check_grads(gradients.tensors):
+            self._find_pairs()
+        gradients = Gradients.read(self._params, self._any_sharded)
+        if not gradients.any():
             return loss
-        if not self.state and is_state_init_step(self.param_groups, self._params, gradients.tensors):
+        if not self.state and state.is_state_init_step(self.param_groups, self._params, gradients.tensors):
             self._build_engines()
-            return loss
-        if self.shrink_schedule is not None and graph_capture.capturing():
+        elif self.shrink_schedule is None:
+            self._step_on(gradients)
+        else:
+            step = self._follow_schedule(self.shrink_schedule)
+            # The schedule is user code, which may have moved the gradients.
+            self._step_on(Gradients(gradients.tensors, layout_of(gradients.tensors)))
+            # Last: a step that raised counts for nothing.
+            self.param_groups[0]["shrink_step"] = step
+        return loss
+
+    def _step_on(self, gradients: Gradients) -> None:
+        """Take the step on every device. Its engine is told what has changed since the last step."""
+        now, capturing = self._snapshot(gradients), snapshot.capturing()
+        change = now.since(self._last)
+        if change.build:
+            if capturing:
+                raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
+            self._build_engines()
+            now = self._snapshot(gradients).kept()
+            self._last = dataclasses.replace(now, versions=None)
+        # If this step raises, the next one uploads everything again.
+        self._last.tensors = self._last.gradients = None
+        for setting in self._settings if change.hyper else ():
+            setting.read()
+        if change.gradients:
+            self._written, watched = self._params, self._is_watched
+            if gradients.layout is None or gradients.layout.present is not None:
+                present = [g is not None for g in gradients.tensors]
+                self._written, watched = list(compress(self._params, present)), list(compress(watched, present))
+            self._raised = watched.count(True)
+        for indices, engine in self._engines:
+            # torch.amp's scale and verdict, if GradScaler has set them.
+            scale, found_inf = (
+                t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
+                for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            )
+            engine.step(gradients if len(self._engines) == 1 else gradients.at(indices), change, scale, found_inf)
+        now.state, self._last = self._last.state, now
+        self._count_write()
+        # Copies and measurements of a graph exist only once it is replayed.
+        if capturing and (change.hyper or change.gradients):
+            now.tensors = now.gradients = None
+        if capturing and change.written:
+            now.versions = None
+
+    def _snapshot(self, gradients: Gradients | None = None) -> Snapshot:
+        """What there is in Python now."""
+        params = [local(p) for p in self._params] if self._any_sharded else self._params
+        found = Snapshot.take(self.param_groups, params, self.state, self._watched, self._on_cpu)
+        found.gradients = gradients and gradients.layout
+        return found
+
+    def _count_write(self) -> None:
+        """Raise the versions of what a step has written, so that a backward pass through overwritten values is noticed."""
+        torch.autograd.graph.increment_version(self._written)
+        assert self._last.versions is not None
+        self._last.versions += self._raised
+
+    def _follow_schedule(self, schedule: Callable[[int], float]) -> int:
+        """Write this step's shrink ratio into the groups, and return the step."""
+        if snapshot.capturing():
             raise RuntimeError(
                 "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
                 "write to it between replays"
             )
-        # A module that is moved or cast keeps its Parameter objects but not their memory.
-        key = (list(map(torch.Tensor.data_ptr, params)), get_backend(), build_key(self.param_groups))
-        if key != self._engine_key or not same_objects(self.state, self._known_state):
-            if graph_capture.capturing():
-                raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
-            self._engine_key = None
-            self._build_engines()
-            self._engine_key = key
-        if self.shrink_schedule is None:
-            self._run_engines(gradients)
-            return loss
-        # Reading the gradients holds them: the schedule is user code.
-        held = gradients.tensors
-        step = self._follow_schedule(self.shrink_schedule)
-        self._run_engines(Gradients(tensors=held))
-        # Last: a step that raised counts for nothing.
-        self.param_groups[0]["shrink_step"] = step
-        return loss
-
-    def _run_engines(self, gradients: Gradients) -> None:
-        """Take the step on every device, with torch.amp's scale and verdict if GradScaler has set them."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for indices, engine in self._engines:
-            scale, inf = (
-                t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
-                for t in (grad_scale, found_inf)
-            )
-            own = gradients if len(self._engines) == 1 else gradients.of(indices)
-            engine.step(own, scale, inf, self.max_grad_norm)
-
-    def _follow_schedule(self, schedule: Callable[[int], float]) -> int:
-        """Write this step's shrink ratio into the groups, and return the step."""
         step = self.param_groups[0].get("shrink_step", 0) + 1
         ratio = check_float(f"shrink_schedule({step})", schedule(step), low=0.0, high=1.0)
         for group in self.param_groups:
@@ -296,11 +294,31 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         return step
 
     def _build_engines(self) -> None:
-        """Make one engine for each device that holds parameters, and fill the state."""
-        self._engines = build_engines(
-            self.param_groups, self._pairs, self.state, self.storage, self.max_grad_norm, self._skipped_on_device
-        )
-        self._known_state = {p: dict(entry) for p, entry in self.state.items()}
+        """Check and complete the state, then make one engine for each device that holds parameters."""
+        self._last = Snapshot(self._last.params)
+        options.check_shared(self.param_groups, self.storage)
+        members, self._settings = options.members_and_settings(self.param_groups, self._pairs)
+        by_device = options.by_device(members, self._pairs, self.max_grad_norm)
+        classes = [_engine_class(device, [members[i] for i in each]) for device, each in by_device.items()]
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        entries = state.completed(self.state, members, names, self._settings, self.storage)
+        self._engines = []
+        for (device, indices), engine_class in zip(by_device.items(), classes, strict=True):
+            if device not in self._skipped_on_device:
+                self._skipped_on_device[device] = torch.zeros((), dtype=torch.int32, device=device)
+            own = [members[i] for i in indices]
+            index_of = {id(member.owner): i for i, member in enumerate(own)}
+            pairs = [Pair(index_of[id(p.A)], index_of[id(p.B)]) for p in self._pairs if id(p.A) in index_of]
+            held, skipped = {members[i].param: entries[i] for i in indices}, self._skipped_on_device[device]
+            engine = engine_class(Parts(own, pairs, self._settings, held, skipped, self.storage))
+            self._engines.append((indices, engine))
+        for member, entry in zip(members, entries, strict=True):
+            self.state[member.owner] = state.as_owned(entry, member.owner)
+        watched = {indices[i] for indices, engine in self._engines for i in engine.watched}
+        self._watched = [members[i].param for i in watched]
+        self._on_cpu = all(device.type == "cpu" for device in by_device)
+        # A shard has a version of its own, which a step leaves alone.
+        self._is_watched = [i in watched and member.param is member.owner for i, member in enumerate(members)]
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.
@@ -312,15 +330,15 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Without ``refresh`` such a write is lost with ``master_weights``. Otherwise it counts, but on Triton the next step still
         decides the latch by the norms from before it.
         """
-        for _, engine in self._engines:
-            engine.versions = None
+        self._last.versions = None
 
     @property
     def nonfinite_steps(self) -> int:
         """The number of steps that ``max_grad_norm`` skipped because the gradients' norm was not finite. Reads the device."""
         return self._skipped_before + sum(int(skipped) for skipped in self._skipped_on_device.values())
 
-    def _report_nonfinite_steps(self) -> None:
+    def _checked_norms(self, local_only: bool = False) -> list[tuple[float, float]]:
+        """The norms of every pair. Warns of steps that were skipped, and of norms that a GPU's float32 does not hold."""
         found = self.nonfinite_steps
         if found > self._reported:
             new = found - self._reported
@@ -328,10 +346,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             message = f"{steps} skipped because the norm of {their} gradients was not finite"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
             self._reported = found
-
-    def _report_norms(self, norms: Sequence[tuple[float, float]]) -> None:
-        if any(engine.float32_squares for _, engine in self._engines):
-            warn_of_norms(self._pairs, norms)
+        float32_squares = any(not isinstance(engine, TorchStep) for _, engine in self._engines)
+        return finite_norms(self._pairs, float32_squares, local_only)
 
     @torch.no_grad()
     def stability(self) -> list[PairStability]:
@@ -340,11 +356,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a norm is not finite, so its pair can neither shrink nor latch.
         """
-        self._report_nonfinite_steps()
-        norms = finite_norms(self._pairs)
-        self._report_norms(norms)
         result = []
-        for pair, (a, b) in zip(self._pairs, norms, strict=True):
+        for pair, (a, b) in zip(self._pairs, self._checked_norms(), strict=True):
             step = int(self.state.get(pair.A, {}).get("latched_at", 0))
             m, n = pair.B.shape[0], pair.A.shape[1]
             result.append(PairStability(pair.name, a / max(n, 1), b / max(m, 1), step > 0, step or None))
@@ -356,9 +369,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a pair's norm is not finite.
         """
-        self._report_nonfinite_steps()
         # Without a collective: perhaps not all ranks save.
-        self._report_norms(finite_norms(self._pairs, local_only=True))
+        self._checked_norms(local_only=True)
         return super().state_dict()
 
     @torch._disable_dynamo
@@ -376,23 +388,41 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        state_dict = from_adamw(state_dict, self.param_groups)
-        groups = check_state_groups(state_dict, self.param_groups)
-        state = load_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
-        check_amsgrad(groups, self.storage)
-        warn_of_differences(groups[0], self.param_groups[0])
-        restore_groups(groups, self.param_groups)
+        state_dict = state.from_adamw(state_dict, self.param_groups)
+        groups = state.check_state_groups(state_dict, self.param_groups)
+        loaded = state.load_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
+        merged = [
+            {**own, **{key: group[key] for key in options.HYPER}}
+            for own, group in zip(self.param_groups, groups, strict=True)
+        ]
+        options.check_shared(merged, self.storage)
+        state.warn_of_differences(groups[0], self.param_groups[0])
+        state.restore_groups(groups, self.param_groups)
         self.state.clear()
-        self.state.update(state)
-        self._rebuild()
+        self.state.update(loaded)
+        self._find_pairs()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"storage": self.storage, "_reported": self._reported, "_skipped_before": self.nonfinite_steps}
-        return {**super().__getstate__(), **own, "shrink_schedule": CopiedSchedule(self.shrink_schedule)}
+        return {**super().__getstate__(), **own, "shrink_schedule": options.CopiedSchedule(self.shrink_schedule)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.shrink_schedule = state["shrink_schedule"].schedule
-        self._rebuild()
+    def __setstate__(self, given: dict[str, Any]) -> None:
+        super().__setstate__(given)
+        self.shrink_schedule = given["shrink_schedule"].schedule
+        self._find_pairs()
+
+
+def _engine_class(device: torch.device, members: Sequence[Member]) -> Any:
+    """The class of the engine that takes the step of the ``members`` on ``device``."""
+    if resolve_backend(device) == "torch":
+        return TorchStep
+    if any(member.param.dtype is torch.float64 for member in members):
+        if get_backend() == "triton":
+            raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
+        return TorchStep
+    # Triton is optional, so nothing imports its engine before it is used.
+    from stablelora_kernels.optim.triton_step import TritonStep
+
+    return TritonStep

@@ -30,9 +30,7 @@ def few(monkeypatch):
 @pytest.fixture
 def launched(monkeypatch):
     """The launches that ran, in words."""
-    from stablelora_kernels.launch.lora_common import VendorProduct
-
-    from stablelora_kernels.launch.base import Launch
+    from stablelora_kernels.launch.base import Launch, VendorProduct
 
     ran: list[str] = []
     for kind in (Launch, VendorProduct):

@@ -14,7 +14,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.dispatch import autotune, problem, rules
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.launch.base import Launch
-from tests.helpers.autotuning import GPU, check_all, entries, files, forget, forward, inputs_of, words
+from tests.helpers.autotuning import GPU, answers, check_all, files, forget, forward, inputs_of, words
 from tests.helpers.inputs import BF16, DEVICE, FP32
 
 
@@ -31,7 +31,7 @@ def test_the_fastest_is_taken_and_right(timer, launched, fast, kernel, launches)
     timer.fast = {fast: 5e-6}
     inputs = inputs_of()
     check_all(inputs)
-    assert {entry["kernel"] for entry in entries().values()} == {kernel}
+    assert {entry["choice"].split(",")[0] for entry in answers().values()} == {kernel}
     launched.clear()
     check_all(inputs)
     # S, or dS, by programs of its own takes dB along, and dX dA.
@@ -46,11 +46,11 @@ def test_every_candidate_gives_the_right_result(timer, dtype, rows):
     """Each in turn is the answer, down to dA and dB, which read its S and dS."""
     inputs = inputs_of(rows, dtype=dtype)
     check_all(inputs)
-    for entry in entries().values():
+    for entry in answers().values():
         assert len(entry["microseconds"]) >= 7 and not entry["skipped"]
     keys = list(autotune._answers)
     both = [
-        autotune.candidates(GPU, Call(direction, rows, n, k, 8, dtype, dtype, False))
+        autotune.candidates(GPU, Call(direction, rows, n, k, 8, dtype, dtype, False)).values()
         for direction, n, k in (("forward", 80, 64), ("backward", 64, 80))
     ]
     # The first is the table's, which was checked above.
@@ -71,8 +71,8 @@ def test_every_candidate_gives_the_right_result(timer, dtype, rows):
 def test_the_reason_has_both_times(timer, microseconds, kernel, reason):
     timer.fast = {"^vendor": microseconds * 1e-6}
     forward(inputs_of())
-    (entry,) = entries().values()
-    assert entry["kernel"] == kernel and entry["reason"].startswith(reason) and entry["tile"] is None
+    (entry,) = answers().values()
+    assert entry["choice"] == kernel and entry["reason"].startswith(reason)
     assert len(entry["microseconds"]) == len(timer.measured)
 
 
@@ -97,7 +97,7 @@ def test_backward_measures_all_that_it_launches(timer):
     assert len(timer.measured) >= 7
     # dA and dB in a launch of their own, or beside dX.
     on_its_own = ["grads" in words(launches) for launches in timer.measured]
-    beside = [getattr(launches[-1], "constants", {}).get("HAS_GRAD", False) for launches in timer.measured]
+    beside = ["S.BLOCK_M" in launches[-1].named or "TILE.BLOCK_M" in launches[-1].named for launches in timer.measured]
     assert True in on_its_own and True in beside
     assert all(one != other for one, other in zip(on_its_own, beside, strict=True))
 
@@ -108,8 +108,8 @@ def test_candidates():
             for r, p, direction in ((8, False, "forward"), (8, True, "forward"), (100, True, "backward")):
                 for dtype in (BF16, FP32):
                     call = Call(direction, m, 512, 512, r, dtype, FP32, p)
-                    found = autotune.candidates(device, call)
-                    assert found[0] == rules.choose(device, call)
+                    found = [*autotune.candidates(device, call).values()]
+                    assert (found[0].kernel, found[0].tile) == (rules.choose(device, call).kernel, None)
                     kernels = {choice.kernel for choice in found}
                     assert kernels == {"chained", "split", "vendor"} | ({"fused"} if r == 8 and not p else set())
                     wide = any(c.tile and c.tile.BLOCK_M * c.tile.BLOCK_N > 128 * 128 for c in found)
@@ -131,8 +131,8 @@ def test_what_fails_is_skipped_with_its_reason(timer, monkeypatch, caplog):
     timer.fast = {"64x256": 1e-6, "^lora_linear.* fused.* 128x64": 2e-6}
     with caplog.at_level(logging.DEBUG, logger="stablelora_kernels"):
         check_all(inputs_of())
-    for key, entry in entries().items():
-        assert entry["kernel"] == "fused" and entry["tile"]["BLOCK_N"] == 64
+    for key, entry in answers().items():
+        assert entry["choice"].startswith("fused, 128x64x")
         assert [name.split(",")[0] for name in entry["skipped"]] == ["fused", "chained", "split"]
         for name, reason in entry["skipped"].items():
             assert "64x256x64" in name and reason.startswith("OutOfResources: out of resource: shared memory")
@@ -145,8 +145,8 @@ def test_a_kernel_that_does_nothing_is_not_the_fastest(timer, monkeypatch):
     monkeypatch.setattr(Launch, "run", lambda self, d: None if "64x256" in self.variant else original(self, d))
     timer.fast = {"64x256": 1e-6}
     check_all(inputs_of())
-    for entry in entries().values():
-        assert entry["kernel"] == "chained" and entry["tile"] is None
+    for entry in answers().values():
+        assert entry["choice"] == "chained"
         assert set(entry["skipped"].values()) == {"RuntimeError: its result is not the table's"}
 
 
@@ -158,8 +158,8 @@ def test_not_a_number_is_no_reason_to_skip(timer):
     inputs["x"][5, 0] = float("inf")
     timer.fast = {"^vendor": 1e-6}
     forward(inputs)
-    (entry,) = entries().values()
-    assert entry["kernel"] == "vendor" and not entry["skipped"]
+    (entry,) = answers().values()
+    assert entry["choice"] == "vendor" and not entry["skipped"]
 
 
 def test_where_the_table_cannot_be_measured_it_is_asked(timer, monkeypatch):

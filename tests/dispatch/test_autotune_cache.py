@@ -1,4 +1,4 @@
-"""What the autotuner keeps on disk: what an answer holds for, and files that are spoilt, shared or not writable."""
+"""What the autotuner keeps on disk: what an answer holds for, and files that are damaged, foreign, shared or not writable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from stablelora_kernels.dispatch import autotune, problem
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import Choice
-from tests.helpers.autotuning import GPU, check_all, entries, files, forget, forward, inputs_of
+from tests.helpers.autotuning import GPU, answers, check_all, files, forget, forward, inputs_of
 from tests.helpers.inputs import DEVICE, FP32
 from tests.helpers.precision import switched
 from tests.helpers.processes import printed
@@ -20,12 +20,13 @@ from tests.helpers.processes import printed
 def key_of(inputs, direction="forward", dropout=False):
     x, w = inputs["x"], inputs["weight"]
     call = Call(direction, *x.shape[:1], *w.shape, inputs["lora_A"].shape[0], x.dtype, inputs["lora_A"].dtype, dropout)
-    return autotune.entry_key(call, x, w, inputs["bias"])
+    return autotune.call_key(call, x, w, inputs["bias"])
 
 
 def test_what_an_answer_holds_for():
     base = inputs_of()
-    assert key_of(base) == "forward m<=128 n=80 k=64 r=8, bfloat16, lora bfloat16, bias"
+    for word in ("forward", "m=128, n=80, k=64, r=8", "dtype=torch.bfloat16", "bias=True", "x by rows", "w by rows"):
+        assert word in key_of(base)
     assert key_of(inputs_of(rows=65)) == key_of(inputs_of(rows=128)) == key_of(base)
     # No answer for few rows holds for many, whose tiles are others.
     assert problem.SMALL_M.bit_count() == 1
@@ -78,9 +79,9 @@ for rows in (70, 5):
     env = {"STABLELORA_CACHE": str(tmp_path), "STABLELORA_AUTOTUNE": "1"}
     found = printed(code, TRITON_INTERPRET="0" if DEVICE == "cuda" else "1", **env)
     assert found.splitlines() == ["['vendor'] False", "['vendor', 'fused'] True"]
-    assert {key.split()[1]: entry["kernel"] for key, entry in entries().items()} == {
-        "m<=128": "vendor",
-        "m<=8": "fused",
+    assert {key.split()[1]: answer["choice"] for key, answer in answers().items()} == {
+        "m=128,": "vendor",
+        "m=8,": "fused",
     }
 
 
@@ -108,47 +109,35 @@ def test_other_versions_and_gpus_are_measured_anew(timer, few, monkeypatch, what
     assert len(timer.measured) == 2 * measured and len(files()) == 2
 
 
-def content(**changes) -> str:
-    """The file's text with other values in it."""
-    return json.dumps({**json.loads(files()[0].read_text()), **changes})
-
-
 def runtime_warnings(caught) -> list[str]:
     """Without NumPy's DeprecationWarnings of the interpreter of Triton 3.6."""
     return [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda: "{ not JSON",
-        lambda: "",
-        lambda: "\x80",
-        lambda: "[]",
-        lambda: "{}",
-        lambda: content(schema=99),
-        lambda: content(made_for={}),
-        lambda: content(entries=[]),
-        lambda: content(entries={"some key": {"kernel": "magic", "tile": None, "reason": ""}}),
-        lambda: content(entries={"some key": {"kernel": "split", "tile": {"BLOCK_M": 1}, "reason": ""}}),
-        lambda: content(entries={"some key": {"kernel": "split", "tile": [1, 2], "reason": ""}}),
-    ],
-)
-def test_a_spoilt_file_is_warned_of_once_and_rewritten(timer, few, spoil):
+# What a file may hold in place of an answer: no JSON, other JSON, or an answer with other values.
+DAMAGED = {
+    "no JSON": "{ not JSON", "empty": "", "cut off": '{"key": "Call(', "no text": "\x80", "deep": "[" * 100_000, "list": "[]",
+    "nothing in it": "{}", "null": "null", "another call's": {"key": "some key"}, "no kernel's": {"choice": "magic"},
+    "of another type": {"choice": ["split"]}, "another tile": {"choice": "split, 1x1x1, 4 warps, 3 stages"},
+    "no reason": {"reason": None, "choice": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_or_foreign_file_is_warned_of_once_and_rewritten(timer, few, content):
     forward(inputs_of())
     measured = len(timer.measured)
     (path,) = files()
     good = path.read_text()
-    path.write_text(spoil(), encoding="latin-1")
+    damaged = content if isinstance(content, str) else json.dumps({**json.loads(good), **content})
+    path.write_text(damaged, encoding="latin-1")
     forget()
-    with pytest.warns(RuntimeWarning) as caught:
+    with pytest.warns(RuntimeWarning, match="is tuned again") as caught:
         forward(inputs_of())
-        forward(inputs_of(rows=5))
+        forward(inputs_of())
     (warning,) = runtime_warnings(caught)
     assert str(path) in warning
-    assert len(timer.measured) == 3 * measured
-    assert len(entries(path)) == 2
-    assert json.loads(good)["entries"].items() <= entries(path).items()
+    assert len(timer.measured) == 2 * measured and path.read_text() == good
 
 
 def test_where_nothing_can_be_written_tuning_goes_on_in_memory(timer, few, monkeypatch, tmp_path):
@@ -165,25 +154,31 @@ def test_where_nothing_can_be_written_tuning_goes_on_in_memory(timer, few, monke
     assert len(timer.measured) == measured
 
 
-def test_writers_keep_each_others_entries(tmp_path):
-    path, entry = tmp_path / "tuning" / "gpu.json", {"kernel": "split", "tile": None, "reason": ""}
-    made_for = {"device": "some GPU"}
+def test_writers_lose_nothing(tmp_path):
+    """Many at once, each of its own key or all of one; readers meanwhile find whole answers or none."""
+    answer, choices = {"choice": "split", "reason": "", "microseconds": {"split": 1.0}}, {"split": Choice("split", "")}
+    path = tmp_path / "tuning" / "one.json"
+
+    def write(i):
+        autotune._write(path.with_name(f"{i}.json"), f"key {i}", {**answer, "reason": str(i)})
+        autotune._write(path, "one key", {**answer, "reason": str(i) * 5000})
+        return autotune._read(path, "one key", choices)
+
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: autotune._write(path, made_for, f"key {i}", {**entry, "reason": str(i)}), range(60)))
-    assert autotune._read(path, made_for) == {f"key {i}": {**entry, "reason": str(i)} for i in range(60)}
-    assert not list(path.parent.glob("*.tmp"))
+        found = list(pool.map(write, range(60)))
+    assert all(one is not None and len({*one["reason"]}) <= 2 for one in found)
+    for i in range(60):
+        kept = autotune._read(path.with_name(f"{i}.json"), f"key {i}", choices)
+        assert kept is not None and kept["reason"] == str(i)
+    assert len(list(path.parent.iterdir())) == 61
 
 
-def test_what_another_process_wrote_meanwhile_is_kept_and_used(timer, few):
+def test_what_another_process_has_written_is_used(timer, few):
     forward(inputs_of())
     (path,) = files()
-    # The other one's answer for a size that this process did not see when it read the file.
-    few = key_of(inputs_of(rows=5))
-    theirs = {"kernel": "vendor", "tile": None, "reason": "theirs", "microseconds": {}, "skipped": {}}
-    path.write_text(content(entries={**entries(path), few: theirs}))
-    forward(inputs_of(rows=200))
-    assert len(entries(path)) == 3 and entries(path)[few] == theirs
-    measured = len(timer.measured)
-    forward(inputs_of(rows=5))
-    assert len(timer.measured) == measured
-    assert list(autotune._answers.values())[-1] == Choice("vendor", "theirs")
+    theirs = {**json.loads(path.read_text()), "choice": "vendor", "reason": "theirs"}
+    path.write_text(json.dumps(theirs))
+    forget()
+    timer.measured.clear()
+    forward(inputs_of())
+    assert not timer.measured and [*autotune._answers.values()] == [Choice("vendor", "theirs")]

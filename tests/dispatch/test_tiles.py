@@ -18,8 +18,7 @@ def test_forms(device):
         assert rules.choose_form(device, few, described) == "split_k"
     assert rules.choose_form(device, many, described=False) == "pointers"
     assert rules.choose_form(device, many, described=True) == ("tma" if device.tma else "pointers")
-    for change in ({"dtype": FP32}, {"k": 0}):
-        assert rules.choose_form(device, many._replace(**change), described=True) == "pointers"
+    assert rules.choose_form(device, many._replace(dtype=FP32), described=True) == "pointers"
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

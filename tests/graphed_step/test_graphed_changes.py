@@ -77,6 +77,7 @@ CHANGES: dict[str, Callable[[Any, slk.StableLoRAAdamW], AbstractContextManager[A
     r"optimizer.param_groups[0]['eps'] was 1e-08 and is 0.1": lambda m, o: update(o.param_groups[0], "eps", 0.1),
     r"optimizer.param_groups[0]['max_grad_norm'] was None and is 1.0": lambda m, o: changed(o, "max_grad_norm", 1.0),
     r"optimizer has other parameters or another state": lambda m, o: update(o.state, m[0].lora_A, {}),
+    r"optimizer has other parameters or": lambda m, o: update(o.param_groups[0], "params", [m[0].lora_A]),
 }
 
 

@@ -54,7 +54,7 @@ def forget():
     """Forget every answer, as a new process would."""
     plans.clear()
     autotune._answers.clear()
-    autotune._warned.clear()
+    autotune._warn_once.cache_clear()
     autotune._made_for.cache_clear()
 
 
@@ -75,5 +75,6 @@ def files() -> list[Path]:
     return sorted(autotune.cache_dir().glob("*.json"))
 
 
-def entries(path: Path | None = None) -> dict[str, dict]:
-    return json.loads((path or files()[0]).read_text())["entries"]
+def answers() -> dict[str, dict]:
+    """What the files hold, by key."""
+    return {answer["key"]: answer for answer in (json.loads(path.read_text()) for path in files())}

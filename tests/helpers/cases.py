@@ -20,7 +20,8 @@ from torch import Tensor
 import stablelora_kernels as slk
 from stablelora_kernels import testing
 from stablelora_kernels.dispatch import tiles
-from stablelora_kernels.dispatch.tiles import Tile, TileRule
+from stablelora_kernels.dispatch.problem import Rule
+from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.functional import LoRAWeights, lora_branch, lora_linear, lora_linear_group, lora_mlp
 from stablelora_kernels.reference import lora_branch_ref, lora_linear_ref
 from stablelora_kernels.reference.mlp import lora_mlp_ref
@@ -329,7 +330,7 @@ def forced(case: Case) -> Iterator[None]:
             stack.enter_context(testing.pretend_gpu(case.arch, case.processors))
         if case.tile is not None:
             for name in (name for name in dir(tiles) if name.endswith("_TILES")):
-                rule = (TileRule(lambda d, c: True, case.tile, "a test"),)
+                rule = (Rule(lambda d, c: True, case.tile, "a test"),)
                 stack.enter_context(mock.patch.object(tiles, name, rule))
         yield
 

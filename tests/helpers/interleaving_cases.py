@@ -13,15 +13,15 @@ from torch import Tensor
 from stablelora_kernels import testing
 from stablelora_kernels.dispatch import mlp as mlp_tiles
 from stablelora_kernels.dispatch import problem, rules, tiles
-from stablelora_kernels.dispatch.problem import Device
+from stablelora_kernels.dispatch.problem import Device, Rule
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.settings import use_backend, use_kernel
-from stablelora_kernels.dispatch.tiles import Tile, TileRule
+from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.kernels.lora.jobs import Gate
 from stablelora_kernels.launch import jobs, lora_linear, lora_mlp, products
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.optim.triton_engine import TritonStep
+from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.reference.mlp import activation_ref
@@ -54,7 +54,7 @@ def shrink_sizes(patch: pytest.MonkeyPatch) -> None:
     """Tiny tiles, and two programs for each sum."""
     for name in dir(tiles):
         if name.endswith("_TILES"):
-            patch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(8, 16, 8, 1, 2), "a test"),))
+            patch.setattr(tiles, name, (Rule(lambda d, c: True, Tile(8, 16, 8, 1, 2), "a test"),))
     patch.setattr(tiles, "plan_split_k", lambda device, tiles, steps, **_: 2 if steps > 1 else 1)
     patch.setattr(problem, "SMALL_M", FEW)
     patch.setattr(problem, "CHAINED_M", 0)
@@ -228,7 +228,7 @@ def gate_and_up(patch: pytest.MonkeyPatch, device: Device) -> Case:
 def _wider_tiles(patch: pytest.MonkeyPatch) -> None:
     """A descriptor holds no quarter of a tile's 16 columns in bfloat16."""
     for module, name in ((tiles, "TMA_TILES"), (mlp_tiles, "GATE_UP_TILES"), (mlp_tiles, "GATE_UP_TMA_TILES")):
-        patch.setattr(module, name, (TileRule(lambda d, c: True, Tile(8, F, 8, 1, 2), "a test"),))
+        patch.setattr(module, name, (Rule(lambda d, c: True, Tile(8, F, 8, 1, 2), "a test"),))
 
 
 def gated_backward() -> Case:

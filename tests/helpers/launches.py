@@ -53,16 +53,14 @@ def described(value: Any, given: Mapping[int, str]) -> Any:
 @contextmanager
 def recorded_launches(given: Mapping[int, str]) -> Iterator[list[Any]]:
     """All that the launches of the block were told, kernel by kernel; ``given`` as in :func:`described`."""
-    from stablelora_kernels.launch.lora_common import VendorProduct
-
-    from stablelora_kernels.launch.base import Launch
+    from stablelora_kernels.launch.base import Launch, VendorProduct, leaves
 
     made: list[Any] = []
 
     def record(run: Any) -> Any:
         def recording(self: Any, device: Any) -> None:
             if isinstance(self, Launch):
-                arguments = [described(value, given) for value in self.args]
+                arguments = [described(value, given) for value in leaves(self.args)]
                 made.append((self.kernel.__name__, self.grid, arguments, self.constants, self.options))
             else:
                 operands = (self.x, self.w, self.bias, self.y)

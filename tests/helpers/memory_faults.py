@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from stablelora_kernels.ops.library import NAMESPACE
 
@@ -28,7 +29,7 @@ class Faults(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == NAMESPACE:
-            device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+            device = next(leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
             # The mode is off while it handles an operator; with it on again, the operator's own allocations count.
             with self:
                 return func._op_dk(getattr(torch._C.DispatchKey, device.upper()), *args, **(kwargs or {}))

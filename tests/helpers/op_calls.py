@@ -15,7 +15,7 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels import functional
 
-OPS = ("lora_linear", "lora_linear_where", "lora_branch", "lora_linear_group", "lora_mlp")
+OPS = ("lora_linear", "lora_linear_if", "lora_branch", "lora_linear_group", "lora_mlp")
 
 
 class Calls:
@@ -41,7 +41,7 @@ class Calls:
         elif op == "lora_mlp":
             self.mlps.append(args[4])
         else:
-            self.layers[op.removesuffix("_where")] += 1
+            self.layers[op.removesuffix("_if")] += 1
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stablelora_kernels.launch.prepared import Repeated
-from stablelora_kernels.optim import graph_capture
+from stablelora_kernels.optim import snapshot
 
 _run = Repeated.run
 
@@ -80,7 +80,7 @@ class RecordedGraphs:
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         recording, generator = Recording(), torch.get_rng_state()
         with self.patch.context() as patch:
-            patch.setattr(graph_capture, "capturing", lambda: True)
+            patch.setattr(snapshot, "capturing", lambda: True)
             patch.setattr(Repeated, "run", lambda launch, device: recording.keep(launch, device))
             if "transformers.masking_utils" in sys.modules:
                 # It asks whether a stream captures, and then reads no mask.

@@ -6,11 +6,9 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
-import pytest
 import torch
 
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.optim.torch_engine import TorchStep
 from stablelora_kernels.reference import StableAdamWRef
 from tests.helpers.optimizers import params_of, set_grads
 
@@ -67,14 +65,3 @@ def saved_and_loaded(state: Any) -> Any:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def decide_on_device(patch: pytest.MonkeyPatch | None = None) -> None:
-    """Let the PyTorch path make its decisions on the device, as on a GPU; for good in a process that ends with a test."""
-    original = TorchStep.__init__
-
-    def never_on_host(self: TorchStep, *args: Any) -> None:
-        original(self, *args)
-        self.on_host = False
-
-    (patch or pytest.MonkeyPatch()).setattr(TorchStep, "__init__", never_on_host)

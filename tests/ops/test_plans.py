@@ -249,6 +249,18 @@ def test_the_table_is_bounded_and_keeps_what_is_used(monkeypatch: pytest.MonkeyP
     assert plans.find((0,)) is None
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_without_rows_nothing_is_launched_or_prepared(op: str) -> None:
+    """Gradients of A and B are zeros."""
+    case = small(op, 0, p=0.2)
+    with count_launches() as made:
+        for _ in range(3):
+            found = run(case)
+    assert not made and not prepared() and not plans._table.young
+    of_branches = [found[name] for name in case.wanted_names if name.startswith("lora_")]
+    assert all(grad.numel() and not grad.any() for grad in of_branches)
+
+
 def test_the_profiler_shows_the_op() -> None:
     layer, x = layer_and_x()
     for _ in range(3):

@@ -19,7 +19,7 @@ from stablelora_kernels.launch import base
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from stablelora_kernels.optim import graph_capture
+from stablelora_kernels.optim import snapshot as snapshot_module
 from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
@@ -128,8 +128,8 @@ def test_memory_is_set_aside_for_some_captures(graphs: RecordedGraphs) -> None:
 
 def test_no_two_copies_of_captures_share_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay copies from it again."""
-    staging = graph_capture.Staging(torch.device(DEVICE), 64, True)
-    monkeypatch.setattr(graph_capture, "capturing", lambda: True)
+    staging = snapshot_module.Staging(torch.device(DEVICE), 64, True)
+    monkeypatch.setattr(snapshot_module, "capturing", lambda: True)
     for n in range(8):
         staging.upload([n], torch.int64)
         staging.refill()
@@ -186,7 +186,7 @@ def test_tables_are_kept(monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None
         monkeypatch.setattr(ShardSums, "__bool__", lambda sums: True)
     optimizer, _ = optimizers(max_grad_norm=1.0)
     with monkeypatch.context() as patch, Reads() as reads:
-        patch.setattr(graph_capture, "capturing", lambda: True)
+        patch.setattr(snapshot_module, "capturing", lambda: True)
         patch.setattr(base.Launch, "run", lambda launch, device: reads.launch(launch, device))
         optimizer.step()
     params_of(optimizer)[0].grad = None
@@ -198,8 +198,10 @@ def test_tables_are_kept(monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None
 def test_tables_wait_for_every_stream_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, _ = optimizers(steps=0)
     stream, kept = [7], []
-    monkeypatch.setattr(graph_capture, "stream_of", lambda device: stream[0])
-    monkeypatch.setattr(graph_capture, "keep_for_stream", lambda tensors: kept.append((stream[0], bool(list(tensors)))))
+    monkeypatch.setattr(snapshot_module, "stream_of", lambda device: stream[0])
+    monkeypatch.setattr(
+        snapshot_module, "keep_for_stream", lambda tensors: kept.append((stream[0], bool(list(tensors))))
+    )
     for stream[0] in (7, 7, 8, 8, 7):
         optimizer.step()
     assert kept == [(7, True), (8, True), (7, True)]

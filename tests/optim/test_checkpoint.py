@@ -21,7 +21,7 @@ from tests.helpers.steps import assert_all_close, saved_and_loaded, take_step
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_adamws_state_keeps_its_hyperparameters_and_largest_moments(path: str) -> None:
+def test_adamws_state_keeps_its_hyperparameters_and_largest_moments(backend: str) -> None:
     """Its moments are in test_contract."""
     pairs, twins = make_pairs(), make_pairs()
     adamw = torch.optim.AdamW(halves(twins), lr=3e-2, betas=(0.8, 0.9), weight_decay=0.1, amsgrad=True)

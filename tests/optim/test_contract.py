@@ -32,7 +32,7 @@ def row(request: pytest.FixtureRequest) -> Row:
 
 
 @pytest.mark.covering(1)
-def test_resumed_and_copied_it_goes_on_to_the_bit(path: str, option: Row) -> None:
+def test_resumed_and_copied_it_goes_on_to_the_bit(backend: str, option: Row) -> None:
     """All options are in the state but storage and the schedule, which a function cannot be."""
     straight, cut = option.optimizer(), option.optimizer()
     for step in range(4):
@@ -58,9 +58,9 @@ def test_resumed_and_copied_it_goes_on_to_the_bit(path: str, option: Row) -> Non
         assert all_equal(snapshot(straight), snapshot(other)) and latches(straight) == latches(other)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.covering
 @pytest.mark.parametrize("found_inf", [1.0, 2.0])
-def test_found_inf_changes_nothing(path: str, row: Row, found_inf: float) -> None:
+def test_found_inf_changes_nothing(backend: str, row: Row, found_inf: float) -> None:
     """GradScaler adds up the verdicts of several devices, so it may be more than 1."""
     optimizer = row.optimizer()
     for step in range(2):
@@ -97,7 +97,7 @@ def test_a_step_on_triton_is_one_launch(option: Row) -> None:
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("change", ["float64", "float16", "meta"])
-def test_torchs_defaults_do_not_matter(path: str, change: str, row: Row) -> None:
+def test_torchs_defaults_do_not_matter(backend: str, change: str, row: Row) -> None:
     """Not in a step, nor where a copy and a loaded state with counters that are numbers go on."""
     optimizer, other = row.optimizer(), row.optimizer()
     kept = torch.get_default_dtype()
@@ -128,7 +128,7 @@ STORAGES = ("tensors", "masters", "bf16-moments", "8-bit-moments", "masters-8-bi
 @pytest.mark.covering
 @pytest.mark.parametrize("name", STORAGES)
 @pytest.mark.parametrize("source", [*STORAGES, "amsgrad", "AdamW", "no step"])
-def test_a_state_is_converted(path: str, name: str, source: str) -> None:
+def test_a_state_is_converted(backend: str, name: str, source: str) -> None:
     """The optimizer keeps its own storage and says so, and its own options where AdamW has none."""
     row = OPTIONS[name]
     given = torch.optim.AdamW(halves(row.pairs())) if source == "AdamW" else OPTIONS.get(source, Row()).optimizer()

@@ -74,7 +74,7 @@ def test_a_value_that_is_not_finite_shows(backend: str, bad: float) -> None:
 # bfloat16 and masters
 
 
-def test_a_parameter_that_someone_else_wrote_to_is_its_own_master(path: str) -> None:
+def test_a_parameter_that_someone_else_wrote_to_is_its_own_master(backend: str) -> None:
     pairs = make_pairs(dtype=BF16)
     optimizer = StableLoRAAdamW(pairs, lr=1e-3, master_weights=True)
     take_step(0, optimizer)
@@ -95,7 +95,7 @@ def test_a_parameter_that_someone_else_wrote_to_is_its_own_master(path: str) -> 
 
 
 @pytest.mark.parametrize("moments", [BF16, torch.uint8])
-def test_moments_decay_on_average(path: str, moments: torch.dtype) -> None:
+def test_moments_decay_on_average(backend: str, moments: torch.dtype) -> None:
     """beta2 = 0.999 changes a moment by less than half of a step of either format: rounded to nearest it would never decay."""
     (pair,) = make_pairs([(16, 16, 512)])
     optimizer = StableLoRAAdamW([pair], lr=0.0, moments_dtype=moments, seed=2)

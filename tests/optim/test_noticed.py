@@ -163,7 +163,7 @@ STEPS = {"no gradient": 3, "another step": 8, "an entry that is gone": 1, "a sta
 @pytest.mark.parametrize(
     ("name", "storage"), [(n, s) for n in CHANGES for s in STORAGES if s != "8 bits" or n not in FLOATS]
 )
-def test_a_change_is_noticed(path: str, name: str, storage: str) -> None:
+def test_a_change_is_noticed(backend: str, name: str, storage: str) -> None:
     optimizer = trained(storage)
     with torch.no_grad():
         CHANGES[name](optimizer, optimizer.pairs[1].B)

@@ -18,7 +18,7 @@ from tests.optim.options import schedule
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_every_group_has_its_own_hyperparameters(path: str) -> None:
+def test_every_group_has_its_own_hyperparameters(backend: str) -> None:
     """As a trainer may put them: every A in one group, every B in another, of which one has LoRA+'s rate."""
     pairs = make_pairs([(4, 8, 8)] * 2)
     groups = [
@@ -36,7 +36,7 @@ def test_every_group_has_its_own_hyperparameters(path: str) -> None:
     assert [pair.name for pair in optimizer.pairs] == ["x", "y"]
 
 
-def test_patterns_match_layers_of_peft_and_whole_names(path: str) -> None:
+def test_patterns_match_layers_of_peft_and_whole_names(backend: str) -> None:
     pairs = make_pairs([(2, 4, 4)] * 4)
     names = ["m.0.q_proj", "m.0.k_proj", "m.1.q_proj", "m.1.k_proj"]
     named = [
@@ -52,7 +52,7 @@ def test_patterns_match_layers_of_peft_and_whole_names(path: str) -> None:
         torch.testing.assert_close(pair.A.detach(), start * kept, rtol=1e-6, atol=0)
 
 
-def test_amsgrads_maximum_keeps_a_nan_and_may_begin_later(path: str) -> None:
+def test_amsgrads_maximum_keeps_a_nan_and_may_begin_later(backend: str) -> None:
     first, second = make_pairs([(4, 8, 8)] * 2)
     optimizer = StableLoRAAdamW([{"params": [first], "amsgrad": True}, {"params": [second]}], lr=1e-2)
     take_step(0, optimizer)
@@ -70,7 +70,7 @@ def test_amsgrads_maximum_keeps_a_nan_and_may_begin_later(path: str) -> None:
 # The schedule
 
 
-def test_the_schedule_counts_steps_and_resumes(path: str) -> None:
+def test_the_schedule_counts_steps_and_resumes(backend: str) -> None:
     seen: list[int] = []
 
     def noted(step: int) -> float:

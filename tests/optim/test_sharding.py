@@ -26,7 +26,6 @@ from tests.helpers.distributed_training import TRAINING, compare, fit, gather
 from tests.helpers.optimizers import make_pairs, params_of, set_grads
 from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import Model, lora_config
-from tests.helpers.steps import decide_on_device
 
 pytestmark = needs_gloo
 Named = list[tuple[str, torch.Tensor]]
@@ -58,11 +57,9 @@ CASES: dict[str, tuple[torch.dtype, str, dict[str, Any]]] = {
     "bfloat16 moments": (BF16, "torch", {**SETTINGS, "moments_dtype": BF16}),
     "bfloat16 moments kernel": (BF16, "triton", {**SETTINGS, "moments_dtype": BF16}),
     "never": (FP32, "torch", {**SETTINGS, "stop_condition": "never"}),
-    "on the device": (FP32, "torch", SETTINGS),
-    "on the device, clipped": (FP32, "torch", CLIPPED),
 }
 # All of them for the first way of each number of processes, these for every way.
-FEW = ("float32", "bfloat16", "bfloat16 kernel", "clipped kernel", "on the device")
+FEW = ("float32", "bfloat16", "bfloat16 kernel", "clipped kernel")
 WAYS = {2: list(PLACEMENTS)[:4], 4: ["fsdp and row-wise", "fsdp and column-wise", "hsdp", "fsdp"]}
 
 
@@ -109,9 +106,6 @@ def train(named: Named, **settings: Any) -> dict[str, Any]:
 def run_placements(rank: int, world: int, place: Path) -> dict[tuple[str, str], dict[str, Any]]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for name, (dtype, backend, settings) in CASES.items():
-        if name.startswith("on the device"):
-            # The last cases, in a process that ends with them.
-            decide_on_device()
         for way in WAYS[world]:
             if name in FEW or way == WAYS[world][0]:
                 with slk.use_backend(backend):

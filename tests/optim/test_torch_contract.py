@@ -102,7 +102,7 @@ def test_a_compiled_step_runs_as_it_is(backend: str) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
-def test_copies_keep_the_count_of_steps_that_were_not_taken(path: str, copied) -> None:
+def test_copies_keep_the_count_of_steps_that_were_not_taken(backend: str, copied) -> None:
     """And which of them were told of."""
     optimizer = StableLoRAAdamW(make_pairs(), max_grad_norm=1.0)
     take_step(0, optimizer)

@@ -66,8 +66,7 @@ def test_every_optional_import_is_in_its_extra():
 
 
 def test_no_optional_import_goes_round_import_extra():
-    # filelock is a requirement of torch.
-    core = {*sys.stdlib_module_names, "torch", "filelock", "triton", "stablelora_kernels"}
+    core = {*sys.stdlib_module_names, "torch", "triton", "stablelora_kernels"}
     found = []
     for path, tree in SOURCES.items():
         checked_only = {

@@ -51,7 +51,7 @@ def _accelerate_every_model() -> None:
         return result
 
     BaseTuner.inject_adapter = injected_and_accelerated
-    for name in ("lora_linear", "lora_linear_where", "lora_branch"):
+    for name in ("lora_linear", "lora_linear_if", "lora_branch"):
         setattr(peft_layers, name, _counted(name, getattr(peft_layers, name)))
 
 

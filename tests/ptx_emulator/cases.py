@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from stablelora_kernels import StableLoRAAdamW, testing, use_backend, use_kernel
 from stablelora_kernels.functional import lora_branch, lora_linear, lora_linear_group
 from stablelora_kernels.launch import counters
-from stablelora_kernels.optim import graph_capture
+from stablelora_kernels.optim import snapshot
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import dropout_keep_ref
 from tests.helpers import case_checks
@@ -207,7 +207,7 @@ def optimizer(
             for step in range(steps):
                 _set_gradients(params_of(each), step)
                 capturing = name == "triton" and way == "captured" and step > 0
-                with mock.patch.object(graph_capture, "capturing", lambda now=capturing: now):
+                with mock.patch.object(snapshot, "capturing", lambda now=capturing: now):
                     each.step()
             made.append([_whole(p.detach()) for p in params_of(each)])
     errors = {}

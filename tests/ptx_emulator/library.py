@@ -54,9 +54,9 @@ def emulated(schedule: Schedule, processors: int | None = None) -> Iterator[Log]
     device = device._replace(processors=processors or device.processors)
 
     def call(op: plans.PlannedOp, args: tuple[Any, ...], entry: Any = None) -> Any:
-        results, launches = op._call(*args)
+        results, launches = op.plan(device, args)
         log.run(launches)
-        return results
+        return plans._flat(results)
 
     with ExitStack() as stack:
         for target, name, value in (

@@ -33,7 +33,7 @@ Piece = tuple[int, int, str]
 
 
 class Compiled(NamedTuple):
-    """The kernel's name and PTX, Triton's metadata, and the types of its arguments' leaves, "constexpr" of those it does not take."""
+    """The kernel's name and PTX, Triton's metadata, and the types of its arguments' leaves, "constexpr" of constants."""
 
     name: str
     ptx: str

@@ -11,11 +11,10 @@ import torch
 from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, MAX_FUSED_R, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.kernels.stable_adamw import tables
-from stablelora_kernels.launch import dry_run
-from stablelora_kernels.launch.lora_linear import forward_launches
-from stablelora_kernels.launch.stable_adamw import plan_square_sums, plan_stable_adamw
-from stablelora_kernels.optim.triton_engine import TritonStep
-from stablelora_kernels.projection import Projection
+from stablelora_kernels.launch.stable_adamw import Memory, plan_square_sums, plan_stable_adamw
+from stablelora_kernels.ops.dry_run import linear_launches, mlp_launches
+from stablelora_kernels.ops.lora_linear import lora_linear_fwd
+from stablelora_kernels.optim.triton_step import TritonStep
 
 # One of each kind that the tables tell apart, in M and (N, K).
 ROWS = (8, 64, 128, 512, 16384)
@@ -78,6 +77,7 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
         return bool(named.get("GATE") or named.get("TILE.GATE") or named.get("DA.GATE"))
 
     dtype, lora, _, many, few = DTYPES[name]
+    dtypes = dtype, lora
     ranks, last, default = many if device.arch == FULL else few, ROWS[-1], name == "bf16/fp32"
     for m, (n, k), r, p in product(ROWS, SIZES if device.arch == FULL else SIZES[:1], ranks, DROPOUT):
         # The table's choice; for many rows also the kernels that only force or autotuning selects.
@@ -90,22 +90,19 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
             choices.append((Choice("chained", ""), Choice("chained", "")))
         # 128 are few rows with many processors; the other dtypes stand beside the default ones in all other rows.
         for pair in choices if m != 128 or default else ():
-            yield every, dry_run.call_launches(device, m, n, k, r, dtype, lora, p, *pair)
+            yield every, linear_launches(device, m, n, k, r, dtypes, p, choices=pair)
     for m, r, p in product((64, last), ranks, DROPOUT):
-        yield every, dry_run.branch_launches(device, m, 4096, 4096, r, dtype, lora, p)
+        yield every, linear_launches(device, m, 4096, 4096, r, dtypes, p, "none")
     for m, ns, r, p in product((64, 512, last), GROUPS, ranks, DROPOUT):
-        made = dry_run.group_launches(device, m, ns, 4096, r, dtype, lora, p)
+        made = linear_launches(device, m, ns, 4096, r, dtypes, p)
         yield of_group, made
     activations = [*product(("silu",), ranks), *(product(("gelu", "gelu_tanh"), (16, 64)) if default else ())]
     for m, (activation, r), p in product((64, 2048, last), activations if ranks else (), DROPOUT):
-        made = dry_run.mlp_launches(device, m, 4096, 14336, 4096, r, dtype, lora, p, activation)
+        made = mlp_launches(device, m, (4096, 14336, 4096), r, dtypes, p, activation)
         yield gated, made
     for (m, k, r), kind, p in product(QUANTIZED.get(name, ()), ("nf4", "fp8"), DROPOUT):
         if r == 16 or device.arch == FULL:
-            yield (
-                (lambda named: "PACKED.NF4" in named),
-                dry_run.quantized_launches(device, m, 4096, k, r, dtype, lora, p, kind),
-            )
+            yield (lambda named: "PACKED.NF4" in named), linear_launches(device, m, 4096, k, r, dtypes, p, kind)
     for r, kernel in ((16, "fused"), (16, "split"), (64, "split")) if device.tma and dtype != FP32 and ranks else ():
         yield every, [[_broadcast(device, dtype, lora, r, kernel)]]
 
@@ -115,8 +112,8 @@ def _broadcast(device: Device, dtype: torch.dtype, lora: torch.dtype, r: int, ke
     with torch.device("meta"):
         x, w = torch.empty(1, 4096, dtype=dtype).expand(4096, 4096), torch.empty(4096, 4096, dtype=dtype)
         a, b = torch.empty(r, 4096, dtype=lora), torch.empty(4096, r, dtype=lora)
-    given, y = [Projection(w, None, a, b, 1.0)], torch.empty_like(w)
-    *_, launch = forward_launches(device, x, given, [None], None, [y], 0.0, choice=Choice(kernel, ""))
+    args = (x, None, [w], (), [None], [a], [b], [None], (), [1.0], 0.0, False)
+    *_, launch = lora_linear_fwd.plan(device, args, Choice(kernel, ""))[1]
     return launch._replace(variant=f"{launch.variant} broadcast")
 
 
@@ -124,17 +121,15 @@ def stable_adamw_launches() -> Iterator[tuple[str, Any]]:
     """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain, sharded, with AMP."""
     dtypes = torch.int8, torch.int32, torch.int64, FP32
     int8, int32, int64, floats = (torch.empty(64, dtype=dtype, device="meta") for dtype in dtypes)
-    of_tensors, of_state = (int64, int64, int32), (floats, int8, int32, floats, floats, int32)
+    memory = Memory(floats, int8, int32, floats, floats, int32, int64, int32, int64, floats, int64)
     for (kind, dtype), wide in product(enumerate(("fp32", "bf16", "fp16")), (True, False)):
         words, code = "aligned" if wide else "unaligned", (1 << (2 * kind + wide), TritonStep.CHUNK)
-        yield dtype, plan_square_sums(*of_tensors, floats, floats, 0, *code)._replace(variant=words)
+        yield dtype, plan_square_sums(memory, True, True, 0, *code)._replace(variant=words)
         for variant, scale, clip, flags in (
             (words, None, None, 0),
             (f"{words} amp clip", floats, 1.0, 0),
             (f"{words} sharded", None, None, tables.FLAG_SHARDED | tables.FLAG_CUT),
         ):
             if wide or not flags:
-                *_, step = plan_stable_adamw(
-                    *of_state, *of_tensors, floats, int64, scale, scale, clip, False, flags, *code
-                )
+                *_, step = plan_stable_adamw(memory, scale, scale, clip, False, flags, *code)
                 yield dtype, step._launch._replace(variant=variant)

@@ -34,7 +34,7 @@ from benchmarks.lab.predict.quantized import BITS
 from benchmarks.lab.predict.rivals import BF16, MLP, Ways, passes
 from stablelora_kernels.dispatch.problem import DEVICES, Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.launch.dry_run import call_launches, group_launches, quantized_launches
+from stablelora_kernels.ops.dry_run import linear_launches
 
 APART, TOGETHER = "apart", "together"
 
@@ -89,19 +89,20 @@ REAL = [
 
 def launches(device: Device, case: Case, where: str = "meta") -> Ways:
     """The launches of forward and backward as ``device`` would make them, on the meta device or, to count them, the CPU."""
-    m, n, k, r, p, how, *dtypes = case
+    m, n, k, r, p, how = case[:6]
+    dtypes = case.dtype, case.lora_dtype
     if how in (SEPARATE, ONE_OP):
         return mlp_launches_of(device, MLP(m, k, n, r, p > 0), how)
     if how == TOGETHER:
-        return group_launches(device, m, n, k, r, *dtypes, p, where)
+        return linear_launches(device, m, n, k, r, dtypes, p, where=where)
     if how == APART:
-        ways = zip(*(call_launches(device, m, each, k, r, *dtypes, p) for each in n), strict=True)
+        ways = zip(*(linear_launches(device, m, each, k, r, dtypes, p) for each in n), strict=True)
         forward, backward = ([launch for way in each for launch in way] for each in ways)
         return forward, backward + passes("both dX", m * k, 3) * (len(n) - 1)
     if how in BITS:
-        return quantized_launches(device, m, n, k, r, *dtypes, p, how, where=where)
+        return linear_launches(device, m, n, k, r, dtypes, p, how, where=where)
     choice = None if how == "auto" else Choice(how, "")
-    return call_launches(device, m, n, k, r, *dtypes, p, choice, choice, where=where)
+    return linear_launches(device, m, n, k, r, dtypes, p, choices=(choice, choice), where=where)
 
 
 def launch_table(device: Device, case: Case) -> pd.DataFrame:

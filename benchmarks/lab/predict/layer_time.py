@@ -13,7 +13,7 @@ from benchmarks.lab.predict.launch_time import Gpu, band_ends, facts
 from benchmarks.lab.predict.rivals import ACTIVATION, BF16, FROZEN, MLP, RIVALS, UNSLOTH, Shape, Ways, join, rival
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
-from stablelora_kernels.launch.dry_run import call_launches, mlp_launches
+from stablelora_kernels.ops.dry_run import linear_launches, mlp_launches
 
 # (N, K) of q_proj and of down_proj and gate_proj, in a model of 1 and one of 8 billion parameters.
 SIZES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
@@ -27,7 +27,7 @@ OURS, NO_OVERLAP, ONE_OP, SEPARATE = "ours", "ours, no overlap", "one op", "thre
 
 
 def layer_launches(device: Device, s: Shape, *choices: Choice) -> tuple[list[Any], list[Any]]:
-    return call_launches(device, s.m, s.n, s.k, s.r, BF16, s.lora_dtype, s.p, *choices)
+    return linear_launches(device, s.m, s.n, s.k, s.r, (BF16, s.lora_dtype), s.p, choices=choices or (None, None))
 
 
 def call_of(s: Shape, direction: str) -> Call:
@@ -65,7 +65,7 @@ def mlp_launches_of(device: Device, mlp: MLP, arm: str) -> Ways:
     if arm == SEPARATE:
         return join(mlp, [layer_launches(device, shape) for shape in mlp.layers()], FROZEN)
     gate = mlp.layers()[0]
-    return mlp_launches(device, mlp.m, mlp.k, mlp.f, mlp.k, mlp.r, BF16, gate.lora_dtype, gate.p)
+    return mlp_launches(device, mlp.m, (mlp.k, mlp.f, mlp.k), mlp.r, (BF16, gate.lora_dtype), gate.p)
 
 
 def arms_of(case: Shape | MLP) -> list[str]:

@@ -20,7 +20,7 @@ from benchmarks.lab.predict.layer_time import DIRECTIONS, call_of
 from benchmarks.lab.predict.rivals import BF16, Shape
 from stablelora_kernels.dispatch.problem import cdiv
 from stablelora_kernels.dispatch.rules import Choice, choose_quantized
-from stablelora_kernels.launch.dry_run import quantized_launches
+from stablelora_kernels.ops.dry_run import linear_launches
 
 BITS = {"nf4": 4, "fp8": 8}
 ROWS = (1, 16, 64, *range(128, 705, 32), 1024, 2048, 8192)
@@ -66,7 +66,7 @@ def launch_seconds(gpu: Gpu, launch: Any, overlap: bool) -> float:
 
 def seconds(gpu: Gpu, s: Shape, kind: str, kernel: str, overlap: bool = True) -> list[float]:
     """Forward and backward by ``kernel``, "in_loop" or "dequantize"."""
-    ways = quantized_launches(gpu.device, s.m, s.n, s.k, s.r, BF16, BF16, s.p, kind, Choice(kernel, ""))
+    ways = linear_launches(gpu.device, s.m, s.n, s.k, s.r, (BF16, BF16), s.p, kind, [Choice(kernel, "")] * 2)
     return [sum(launch_seconds(gpu, launch, overlap) for launch in way) for way in ways]
 
 

@@ -43,7 +43,7 @@ NOT_SPECIALIZED = ["M", "PRODUCTS", "S_PROGRAMS", "S_SPLITS", "DB_PROGRAMS", "DB
 
 @triton.jit
 def add_branch(acc, s, branch, rows, cols, col0, first, M, N, threshold, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr):
-    """acc + (S B^T) ∘ keep for a tile, where S is read, or ``s``, which the ``first`` tile of its rows stores if that is wanted."""
+    """acc + (S B^T) ∘ keep for a tile, where S is read, or ``s``, which the ``first`` tile of its rows stores if it is wanted."""
     BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     if branch.seed is not None:

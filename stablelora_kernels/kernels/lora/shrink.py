@@ -41,8 +41,8 @@ def shrink(program, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
     """S for each member of an ``SJob``; the ``program``-th program.
 
     Programs: tiles of rows, in each blocks of ranks, in each SPLITS parts of K. The last part to finish adds up all parts in
-    order. Members of several projections have one block of ranks: X is read once for all. Each has its own mask, so their A can't be one
-    A of a higher rank.
+    order. Members of several projections have one block of ranks: X is read once for all. Each has its own mask, so their A
+    can't be one A of a higher rank.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
@@ -57,7 +57,7 @@ def shrink(program, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
     row_mask = rows < M
     sums = ()
     for _ in tl.static_range(MEMBERS):
-        sums += (tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),)
+        sums += (tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),)  # type: ignore[assignment]
 
     share = tl.cdiv(tl.cdiv(job.x.width, BLOCK_K), SPLITS) * BLOCK_K
     for k0 in tl.range(split * share, tl.minimum(split * share + share, job.x.width), BLOCK_K, num_stages=TILE.STAGES):
@@ -76,7 +76,7 @@ def shrink(program, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
             if member.seed is not None:
                 # After the load, so that the load itself stays asynchronous.
                 kept = tl.where(keep_mask(tl.load(member.seed), rows, k0, job.x.width, threshold, BLOCK_K), x, 0.0)
-            added += (dot(kept, cast(a, x.dtype), sums[i], TILE.PRECISION),)
+            added += (dot(kept, cast(a, x.dtype), sums[i], TILE.PRECISION),)  # type: ignore[assignment]
         sums = added
 
     for i in tl.static_range(MEMBERS):

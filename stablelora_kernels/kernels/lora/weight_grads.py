@@ -38,7 +38,7 @@ def weight_grad(program, job, M, SPLITS, threshold, TILE: tl.constexpr):
     c_mask = cs < job.z.width
     sums = ()
     for _ in tl.static_range(MEMBERS):
-        sums += (tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32),)
+        sums += (tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32),)  # type: ignore[assignment]
 
     # No part is empty. Zeros of an empty loop would make ptxas serialize every WGMMA of the launch, those of a product beside it
     # included.
@@ -58,7 +58,7 @@ def weight_grad(program, job, M, SPLITS, threshold, TILE: tl.constexpr):
             kept = z
             if member.seed is not None:
                 kept = tl.where(keep_mask(tl.load(member.seed), rows, c0, job.z.width, threshold, BLOCK_C), z, 0.0)
-            added += (dot(tl.trans(kept), t, sums[i], TILE.PRECISION),)
+            added += (dot(tl.trans(kept), t, sums[i], TILE.PRECISION),)  # type: ignore[assignment]
         sums = added
 
     for i in tl.static_range(MEMBERS):

@@ -28,7 +28,7 @@ from benchmarks.lab.predict.layer_time import (
 )
 from benchmarks.lab.predict.rivals import FROZEN, LORAFUSION, MLP, PEFT, RIVALS, Shape, rival
 from stablelora_kernels.dispatch.rules import Choice, choose, choose_quantized
-from stablelora_kernels.launch.dry_run import quantized_launches
+from stablelora_kernels.ops.dry_run import linear_launches
 from tests.helpers.processes import ROOT, printed
 
 GPUS = {name: launch_time.load_gpu(name) for name in ("a100", "b200", "h100")}
@@ -132,8 +132,8 @@ def counts():
     found = {key: {} for key in quantized.COUNTS}
     kernels = ((16, "in_loop"), (64, "in_loop"), (256, "in_loop"), (256, "dequantize"))
     for kind, (m, kernel) in itertools.product(quantized.BITS, kernels):
-        call = H100.device, m, 4096, 4096, 16, torch.bfloat16, torch.float32, 0.0, kind, Choice(kernel, "")
-        for launch in (launch for way in quantized_launches(*call) for launch in way):
+        call = H100.device, m, 4096, 4096, 16, (torch.bfloat16, torch.float32), 0.0, kind, [Choice(kernel, "")] * 2
+        for launch in (launch for way in linear_launches(*call) for launch in way):
             if (key := quantized.key_of(launch)) and key[1] not in found[key[0]]:
                 sizes = launch.constants["TILE"]._asdict() if "TILE" in launch.constants else launch.constants
                 tile = sizes["BLOCK_N"] * sizes["BLOCK_K"] / (32 * launch.options["num_warps"])

@@ -15,11 +15,11 @@ import triton.language as tl
 from benchmarks.lab.predict import bytes_moved, formula
 from benchmarks.lab.predict.bytes_moved import APART, BF16, ONE_OP, SEPARATE, TOGETHER, Case
 from stablelora_kernels.dispatch import backend, problem, tiles
-from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.dispatch.problem import DEVICES, Rule
 from stablelora_kernels.dispatch.settings import use_backend, use_kernel
-from stablelora_kernels.dispatch.tiles import Tile, TileRule
-from stablelora_kernels.launch.dry_run import mlp_launches
+from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
+from stablelora_kernels.ops.dry_run import mlp_launches
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.testing import fp8_weight, nf4_weight
@@ -58,7 +58,7 @@ def compare_one(x, projection, y, s, seed, dx, p, base=None):
 def tiny_tiles(monkeypatch):
     """Many tiles in both directions, ragged edges, and several blocks of ranks at small sizes."""
     for name in ("TMA_TILES", "LINEAR_TILES", "SHRINK_TILES", "WEIGHT_GRADS_TILES"):
-        monkeypatch.setattr(tiles, name, (TileRule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
+        monkeypatch.setattr(tiles, name, (Rule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
     monkeypatch.setattr(problem, "MAX_FUSED_R", 32)
     monkeypatch.setattr(problem, "SMALL_M", 16)
 
@@ -120,7 +120,7 @@ def test_the_formula_counts_right_at_the_tables_tiles(case, expected, arch):
 )
 def test_the_formula_counts_an_mlp(m, n, f, k, r, p, dtype, kernel, arch):
     with use_kernel(kernel):
-        ways = mlp_launches(DEVICES[arch], m, n, f, k, r, dtype, FP32, p, "silu", "cpu")
+        ways = mlp_launches(DEVICES[arch], m, (n, f, k), r, (dtype, FP32), p, where="cpu")
     compare(*ways)
 
 

@@ -1,0 +1,154 @@
+"""A model that a CUDA graph holds: what the graph cannot hold, and changes that it would not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+
+from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.utils.hooks import HOOKS
+from stablelora_kernels.utils.validation import shown
+
+_TENSOR_FLAGS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+_flags_of = attrgetter(*_TENSOR_FLAGS)
+
+
+class _NoTensorsAreEqual(TorchFunctionMode):
+    """Answers ``==`` between tensors with False. Containers do not ask it about an element that both hold."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
+        return False
+
+
+_NO_TENSORS_ARE_EQUAL = _NoTensorsAreEqual()
+
+
+def same_objects(found: Any, known: Any) -> bool:
+    """Whether two lists or nested dicts hold the very same tensors in the same places.
+
+    Every step asks this, so all of the work is Python's own comparison of containers: a tenth of a microsecond a tensor.
+    """
+    with _NO_TENSORS_ARE_EQUAL:
+        return bool(found == known)
+
+
+def difference(label: str, old: Any, new: Any) -> str | None:
+    """Says in words that ``label`` has another value; None if it has not. An empty dict, left of hooks, is as good as None."""
+    old, new = (None if isinstance(v, dict) and not v else v for v in (old, new))
+    if old is new or same_objects([old], [new]):
+        return None
+    words = (f"a tensor of shape {list(v.shape)}" if isinstance(v, Tensor) else shown(repr(v)) for v in (old, new))
+    return "{} was {} and is {}".format(label, *words)
+
+
+class ModelWatch:
+    """The modules, attributes and tensors of a model as they were when this was made.
+
+    Every replay asks :meth:`change`, so that takes few passes, all of them Python's own: a few microseconds a module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.classes = list(map(type, self.modules.values()))
+        self.containers = dict(_containers(self.modules))
+        dicts = [container for container in self.containers.values() if isinstance(container, dict)]
+        # Most of the dicts are for hooks, and empty.
+        self.empty, self.filled = [d for d in dicts if not d], [d for d in dicts if d]
+        self.lists = [container for container in self.containers.values() if isinstance(container, list)]
+        self.contents = {label: _copy(container) for label, container in self.containers.items()}
+        self.values = self._values()
+        self.tensors = {name: tensor for name, tensor in tensors_of(model).items() if _has_address(tensor)}
+        self.addresses, self.flags = self._addresses(), self._flags()
+
+    def change(self) -> str | None:
+        """What has changed since, in words, or None."""
+        return next(filter(None, self._changes()), None)
+
+    def _changes(self) -> Iterator[str | None]:
+        if any(self.empty) or not same_objects(self._values(), self.values):
+            for label, container in self.containers.items():
+                known, found = self.contents[label], _copy(container)
+                for key in {**known, **found}:
+                    if key != "_is_full_backward_hook":
+                        yield difference(f"{label}.{key}", known.get(key, "absent"), found.get(key, "absent"))
+        # accelerate_peft and restore_peft change classes.
+        for (name, module), kind in zip(self.modules.items(), self.classes, strict=True):
+            if type(module) is not kind:
+                yield difference(f"model.{name}", kind.__name__, type(module).__name__)
+        if self.addresses != (addresses := self._addresses()):
+            moved = [name for name, old, new in zip(self.tensors, self.addresses, addresses, strict=True) if old != new]
+            yield f"model.{moved[0]} has other memory than before"
+        if self.flags != (flags := self._flags()):
+            for name, *both in zip(self.tensors, self.flags, flags, strict=True):
+                for flag, old, new in zip(_TENSOR_FLAGS, *both, strict=True):
+                    yield difference(f"model.{name}.{flag}", old, new)
+
+    def _values(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self.filled)), *chain.from_iterable(self.lists)]
+
+    def _addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self.tensors.values()))
+
+    def _flags(self) -> list[tuple[Any, ...]]:
+        return list(map(_flags_of, self.tensors.values()))
+
+
+def check_model_capturable(model: nn.Module) -> None:
+    """Raise ValueError, with the reason, if a CUDA graph cannot hold a training step of ``model``."""
+    modules, tensors = dict(model.named_modules()), tensors_of(model)
+    for name, module in modules.items():
+        if isinstance(module, (nn.DataParallel, DistributedDataParallel)) or "_fsdp_wrapped_module" in module._modules:
+            raise ValueError(
+                f"model must not be in {type(module).__name__}, which runs Python in every step, got "
+                f"{repr(name) if name else 'it'} in one"
+            )
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            raise ValueError(
+                f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
+            )
+    hooked = [name for name, module in modules.items() if _is_hooked(module)]
+    hooked += [name for name, tensor in tensors.items() if any(_flags_of(tensor)[1:])]
+    if hooked or _has_any_global_hook():
+        where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
+        raise ValueError(f"model must have no hooks, since a CUDA graph would not call them again, got {where}")
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks that a replay would miss, or that of accelerate, which replaces its forward."""
+    hooks = chain.from_iterable(vars(module)[name].values() for name in HOOKS)
+    return "_hf_hook" in vars(module) or not all(getattr(hook, "only_after_errors", False) for hook in hooks)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of ``model``."""
+    return dict(chain(model.named_parameters(), model.named_buffers()))
+
+
+def _has_address(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has memory of its own, which wrappers around quantized data have not."""
+    try:
+        return tensor.data_ptr() is not None
+    except RuntimeError:
+        return False
+
+
+def _containers(modules: dict[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+    """The attributes of every module, and the dicts and lists among them: parameters, modules, hooks, PEFT's adapters."""
+    for name, module in modules.items():
+        label = f"model.{name}".rstrip(".")
+        yield label, vars(module)
+        for key, value in vars(module).items():
+            if isinstance(value, (dict, list)):
+                yield f"{label}.{key}", value
+
+
+def _copy(container: dict[Any, Any] | list[Any]) -> dict[Any, Any]:
+    return dict(container if isinstance(container, dict) else enumerate(container))
