@@ -126,21 +126,25 @@ def _rows(t: Tensor | None, u: Tensor | None, width: int) -> jobs.Rows:
 
 def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 0) -> tuple[jobs.SJob, jobs.STile]:
     """S of ``members``, which share X. ``flag_m``: the rows that share a flag, in the launch of the product that reads S."""
-    (p, *_), tile = members, plan.tile
-    c, many = p.call, len(members)
-    seeds = [q.seed if c.dropout and not c.masked else None for q in members]
-    assert p.s is not None
-    shared = jobs.Shared(p.s.stride(0), *buffers(plan, tile.BLOCK_M * plan.block_r, p.x, lane=0, sums=many))
+    (p, *others), tile, c = members, plan.tile, members[0].call
+    # Several share their strides, too.
+    lora_As = [q.a.contiguous() for q in members] if others else [p.a]
     each = [
-        jobs.SMember(*matrix(q.a), q.s, seed, q.scaling, q.call.r)
-        for q, seed in zip(members, seeds, strict=True)
-        if q.s is not None
+        jobs.SMember(a, q.s, q.seed if c.dropout and not c.masked else None, q.scaling, q.call.r)
+        for a, q in zip(lora_As, members, strict=True)
     ]
+    shared = _shared(p.s, lora_As[0].stride(), plan, p.x, 0, len(members))
     # For dS, A is B^T, whose rows are not contiguous.
     precision = input_precision(device, c.dtype, transposed=c.direction == "backward")
     even = c.k % tile.BLOCK_K == 0
-    constants = (many, tile.BLOCK_M, tile.BLOCK_K, plan.block_r, tile.num_stages, even, flag_m, precision)
+    constants = (len(each), tile.BLOCK_M, tile.BLOCK_K, plan.block_r, tile.num_stages, even, flag_m, precision)
     return jobs.SJob(_rows(p.x, None, c.k), tuple(each), shared), jobs.STile(*constants)
+
+
+def _shared(s: Tensor | None, strides: tuple[int, ...], plan: Plan, like: Tensor, lane: int, sums: int) -> jobs.Shared:
+    assert s is not None
+    row, col = strides
+    return jobs.Shared(s.stride(0), row, col, *buffers(plan, plan.tile.BLOCK_M * plan.block_r, like, lane, sums))
 
 
 class Gradient(NamedTuple):
@@ -156,24 +160,15 @@ def da_job(device: Device, members: Sequence[Product], plan: Plan) -> Gradient:
     """dA of ``members``, which share Z."""
     p, c = members[0], members[0].call
     z, u = (p.z, None) if p.gate is None else (p.gate.g, p.gate.u)
-    each = [
-        jobs.GradMember(q.s, q.da, 1, c.n, q.seed if c.dropout else None, q.call.r) for q in members if q.s is not None
-    ]
-    job = jobs.GradJob(_rows(z, u, c.n), tuple(each), _grad_shared(plan, p.s, p.x, 3, len(members)))
-    return _gradient(device, p, plan, job, p.activation, 1.0)
+    each = [jobs.GradMember(q.s, q.da, q.seed if c.dropout else None, q.call.r) for q in members]
+    shared = _shared(p.s, (1, c.n), plan, p.x, 3, len(members))
+    return _gradient(device, p, plan, jobs.GradJob(_rows(z, u, c.n), tuple(each), shared), p.activation, 1.0)
 
 
 def db_job(device: Device, p: Product, plan: Plan) -> Gradient:
     """dB."""
-    assert p.t is not None
-    member = jobs.GradMember(p.t, p.db, p.call.r, 1, None, p.call.r)
-    job = jobs.GradJob(_rows(p.x, None, p.call.k), (member,), _grad_shared(plan, p.t, p.x, 2, 1))
-    return _gradient(device, p, plan, job, "", p.t_unit)
-
-
-def _grad_shared(plan: Plan, t: Tensor | None, like: Tensor, lane: int, sums: int) -> jobs.Shared:
-    assert t is not None
-    return jobs.Shared(t.stride(0), *buffers(plan, plan.tile.BLOCK_M * plan.block_r, like, lane, sums))
+    member, shared = jobs.GradMember(p.t, p.db, None, p.call.r), _shared(p.t, (p.call.r, 1), plan, p.x, 2, 1)
+    return _gradient(device, p, plan, jobs.GradJob(_rows(p.x, None, p.call.k), (member,), shared), "", p.t_unit)
 
 
 def _gradient(device: Device, p: Product, plan: Plan, job: jobs.GradJob, activation: str, unit: float) -> Gradient:

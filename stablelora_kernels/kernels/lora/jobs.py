@@ -30,22 +30,20 @@ class Rows(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What members share: the distance of rows of S or T; partial sums in float32 and int32 counters of a tile's programs."""
+    """What members share: the distance of rows of S or T, the strides of A or OUT, and of programs that share a tile's sum the
+    partial sums in float32 and int32 counters."""
 
     stride: Any
+    row: Any
+    col: Any
     parts: Any
     counter: Any
 
 
 class SMember(NamedTuple):
-    """One projection's S = s' (X ∘ keep) A^T: A [R, K] like a ``Matrix``, S [M, R].
-
-    The seed is None without a mask.
-    """
+    """One projection's S [M, R] = s' (X ∘ keep) A^T, A[r, k] at ``a + r * row + k * col``. The seed is None without a mask."""
 
     a: Any
-    a_row: Any
-    a_col: Any
     s: Any
     seed: Any
     scaling: Any
@@ -74,15 +72,10 @@ class STile(NamedTuple):
 
 
 class GradMember(NamedTuple):
-    """One projection's OUT = (Z ∘ keep)^T T: T [M, R], OUT[c, r] at ``out + c * out_c + r * out_r``.
-
-    The seed is None without a mask.
-    """
+    """One projection's OUT = (Z ∘ keep)^T T, T [M, R], OUT[c, r] at ``out + c * row + r * col``; seed as above."""
 
     t: Any
     out: Any
-    out_c: Any
-    out_r: Any
     seed: Any
     R: Any
 

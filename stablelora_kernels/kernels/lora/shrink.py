@@ -56,11 +56,17 @@ def shrink(program, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
     row_mask = rows < M
     sums = ()
-    for _ in tl.static_range(MEMBERS):
+    seeds = ()
+    for i in tl.static_range(MEMBERS):
+        seeds += (tl.load(job.members[i].seed) if job.members[i].seed is not None else 0,)  # type: ignore[assignment]
         sums += (tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),)  # type: ignore[assignment]
 
     share = tl.cdiv(tl.cdiv(job.x.width, BLOCK_K), SPLITS) * BLOCK_K
-    for k0 in tl.range(split * share, tl.minimum(split * share + share, job.x.width), BLOCK_K, num_stages=TILE.STAGES):
+    start, stop = split * share, tl.minimum(split * share + share, job.x.width)
+    if MEMBERS > 1 and (TILE.PRECISION == "tf32" or job.x.ptr.dtype.element_ty != tl.float32):
+        # No part is empty, see ``weight_grad``. One sum is not serialized, and takes fewer registers without this.
+        tl.assume(start < stop)
+    for k0 in tl.range(start, stop, BLOCK_K, num_stages=TILE.STAGES):
         x_mask, k_mask = row_mask[:, None], True
         if not TILE.EVEN_K:
             x_mask &= k0 + ks[None, :] < job.x.width
@@ -70,12 +76,12 @@ def shrink(program, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
         for i in tl.static_range(MEMBERS):
             member = job.members[i]
             a_mask = (rs[None, :] < member.R) & k_mask
-            a_ptrs = member.a + rs[None, :] * member.a_row + (k0 + ks[:, None]) * member.a_col
+            a_ptrs = member.a + rs[None, :] * job.shared.row + (k0 + ks[:, None]) * job.shared.col
             a = tl.load(a_ptrs, mask=a_mask, other=0.0)
             kept = x
             if member.seed is not None:
                 # After the load, so that the load itself stays asynchronous.
-                kept = tl.where(keep_mask(tl.load(member.seed), rows, k0, job.x.width, threshold, BLOCK_K), x, 0.0)
+                kept = tl.where(keep_mask(seeds[i], rows, k0, job.x.width, threshold, BLOCK_K), x, 0.0)
             added += (dot(kept, cast(a, x.dtype), sums[i], TILE.PRECISION),)  # type: ignore[assignment]
         sums = added
 

@@ -69,7 +69,7 @@ def weight_grad(program, job, M, SPLITS, threshold, TILE: tl.constexpr):
         if last:
             if TILE.UNIT != 1.0:
                 total *= TILE.UNIT
-            out_ptrs = member.out + cs[:, None] * member.out_c + rs[None, :] * member.out_r
+            out_ptrs = member.out + cs[:, None] * job.shared.row + rs[None, :] * job.shared.col
             out_mask = c_mask[:, None] & (rs[None, :] < member.R)
             tl.store(out_ptrs, cast(total, member.out.dtype.element_ty), mask=out_mask)
 

@@ -117,7 +117,7 @@ def test_what_the_report_promises() -> None:
     assert [*rows] == report.COLUMNS and not rows[report.LABEL].duplicated().any()
     lora, nvidia, hopper = rows.kernel.str.startswith("lora"), rows.arch.str.startswith("sm_"), rows.arch == "sm_90"
     low, small = rows.dtype.str.startswith(("bf16", "fp16")), rows.variant.str.startswith("small")
-    assert {*rows.arch} == {*DEVICES}
+    assert {*rows.arch} == {*report.ARCHS}
     assert (rows.shared_bytes <= [DEVICES[arch].shared_limit for arch in rows.arch]).all()
     assert (rows.occupancy > 0).all()
     # Without matrix instructions, a kernel is one that the compiler gave up on without a word, as it does when accumulators
@@ -209,7 +209,7 @@ def test_a_fault_planted_in_a_kernel_is_found(words: str, function: str, text: s
 # Of all rows one in 40: changed code is compiled and compared, other code is as recorded. Then no digest is computed again.
 KEPT = """
 from benchmarks.lab.compile_report import machine_code, report
-labels, old = [label for arch in report.DEVICES for label in report.jobs(arch)], report.read_report()
+labels, old = [label for arch in report.ARCHS for label in report.jobs(arch)], report.read_report()
 codes, recorded = report.codes_of(labels[::40]), report.recorded(old)
 rows = [report.make_row(label) for label, code in codes.items() if code != recorded.get(label)]
 problems = [row for row in rows if isinstance(row, str)] or report.compare(old, report.table(rows), labels)
@@ -240,7 +240,7 @@ ALL = "from benchmarks.lab.compile_report.report import main; raise SystemExit(m
     [
         pytest.param(KEPT, id="sample"),
         pytest.param(DIGESTS, id="digests"),
-        *(pytest.param(ALL.format(arch), id=arch, marks=pytest.mark.nightly) for arch in report.DEVICES),
+        *(pytest.param(ALL.format(arch), id=arch, marks=pytest.mark.nightly) for arch in report.ARCHS),
     ],
 )
 def test_todays_kernels_keep_the_report(code: str, tmp_path: Path) -> None:
