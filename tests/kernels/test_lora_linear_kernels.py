@@ -82,7 +82,8 @@ def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
     given = make(Case("linear", (rows, 200), (2000,), (80,), BF16, BF16))
     x, w, a, b, dy = (given[name] for name in ("x", "weight0", "lora_A0", "lora_B0", "grad0"))
     projection, s = Projection(w, None, a, b, 1.0), x.new_empty(rows, 80)
-    (launch,) = backward_launches(DEVICES["sm_90"], x, [dy], [projection], [s], [None], 0.0, (x, [a], [b]))
+    chained = Choice("chained", "")
+    (launch,) = backward_launches(DEVICES["sm_90"], x, [dy], [projection], [s], [None], 0.0, (x, [a], [b]), chained)
     counts = {name: t for name, t in launch.named.items() if name == "chain" or name.endswith("counter")}
     found = [t for t in counts.values() if t is not None and t.numel()]
     spans = sorted((counter.data_ptr(), counter.data_ptr() + counter.numel() * 4) for counter in found)
