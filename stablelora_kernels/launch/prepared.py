@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice, repeat
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,8 @@ from stablelora_kernels.launch.workspace import Workspace
 
 # Of each part of a call's scratch, in bytes.
 _ALIGNMENT = 256
-#: Results of a call, tensors and lists of tensors, and the launches that fill them.
-Call = tuple[tuple[Tensor | list[Tensor], ...], Sequence[Any]]
+#: Results of a call, and the launches that fill them.
+Call = tuple[Sequence[Tensor], Sequence[Any]]
 
 
 class NotPreparable(Exception):
@@ -181,12 +181,8 @@ class Prepared:
     """The launches of a call, for operands of the layouts that it was prepared with."""
 
     def __init__(
-        self, given: Sequence[Tensor | None], structure: Sequence[Any], launches: Sequence[Any], taken: Workspace
+        self, given: Sequence[Tensor | None], results: Sequence[Tensor], launches: Sequence[Any], taken: Workspace
     ) -> None:
-        # None for a tensor, a length for a list.
-        self._lengths = [len(each) if isinstance(each, list) else None for each in structure]
-        self._flat = all(length is None for length in self._lengths)
-        results = [tensor for each in structure for tensor in (each if isinstance(each, list) else [each])]
         if not all(result.is_contiguous() for result in results):
             raise NotPreparable("a result is not contiguous")
         tensors = _Tensors(given, results, taken)
@@ -201,8 +197,8 @@ class Prepared:
         # Not under the interpreter.
         self._compiled = any(isinstance(each, Launch) and isinstance(each.kernel, JITFunction) for each in launches)
 
-    def run(self, given: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        """Run the launches on ``given`` and return the results as the call does.
+    def run(self, given: Sequence[Tensor | None]) -> list[Tensor]:
+        """Run the launches on ``given`` and return the results.
 
         It trusts that the layouts are those of the preparation, and that no capture records the stream.
         """
@@ -213,10 +209,7 @@ class Prepared:
                 self.launch(tensors)
         else:
             self.launch(tensors)
-        if self._flat:
-            return tuple(own[: self._results])
-        left = iter(own)
-        return tuple(next(left) if n is None else list(islice(left, n)) for n in self._lengths)
+        return own[: self._results]
 
     def allocate(self) -> list[Tensor]:
         """New results and a new workspace."""

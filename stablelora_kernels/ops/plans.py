@@ -254,10 +254,10 @@ class PlannedOp:
 
             args = _with_distinct_addresses(args, set())
 
-            def call() -> tuple[tuple[Tensor, ...], Sequence[Any]]:
+            def call() -> tuple[Sequence[Tensor], Sequence[Any]]:
                 results, launches = self.plan(problem.device_of(device), args)
                 entry.lengths = [None if isinstance(each, Tensor) else len(each) for each in results]
-                return tuple(_flat(results)), launches
+                return _flat(results), launches
 
             entry.prepared = prepare(self._parts(args)[0], call) or False
         entry.seen = True
