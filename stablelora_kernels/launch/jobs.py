@@ -127,13 +127,13 @@ def _rows(t: Tensor | None, u: Tensor | None, width: int) -> jobs.Rows:
 def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 0) -> tuple[jobs.SJob, jobs.STile]:
     """S of ``members``, which share X. ``flag_m``: the rows that share a flag, in the launch of the product that reads S."""
     (p, *others), tile, c = members, plan.tile, members[0].call
-    # Several share their strides, too.
-    lora_As = [q.a.contiguous() for q in members] if others else [p.a]
+    # Several share their strides, too: not those of the first, of which a row of one element has any.
+    lora_As, strides = ([q.a.contiguous() for q in members], (c.k, 1)) if others else ([p.a], p.a.stride())
     each = [
         jobs.SMember(a, q.s, q.seed if c.dropout and not c.masked else None, q.scaling, q.call.r)
         for a, q in zip(lora_As, members, strict=True)
     ]
-    shared = _shared(p.s, lora_As[0].stride(), plan, p.x, 0, len(members))
+    shared = _shared(p.s, strides, plan, p.x, 0, len(members))
     # For dS, A is B^T, whose rows are not contiguous.
     precision = input_precision(device, c.dtype, transposed=c.direction == "backward")
     even = c.k % tile.BLOCK_K == 0

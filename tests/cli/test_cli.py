@@ -70,8 +70,8 @@ def doctor_json(capsys, *argv: str, status: int = 0):
 
 
 KERNELS = {
-    "lora_linear", "lora_expand", "lora_weight_grads", "lora_weight_grads_group", "lora_linear_quantized",
-    "lora_linear_split_k", "lora_linear_tma", "lora_shrink", "lora_shrink_group", "square_sums", "stable_adamw",
+    "lora_linear", "lora_weight_grads", "lora_linear_quantized",
+    "lora_linear_split_k", "lora_linear_tma", "lora_shrink", "square_sums", "stable_adamw",
 }  # fmt: skip
 ON = {"torch": "PyTorch's operators on cpu", "triton": "the Triton kernels in Triton's interpreter"}
 

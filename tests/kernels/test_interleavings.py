@@ -56,7 +56,7 @@ def test_a_deadlock_is_reported_with_each_programs_state() -> None:
     assert title == "deadlock"
     spinning = [state for state in states if "again and again" in state]
     assert len(spinning) == 2
-    assert all("before volatile load at chain.py:" in state and "chain[" in state for state in spinning)
+    assert all("before volatile load at chain.py:" in state and "counter[" in state for state in spinning)
     assert sum("has not begun" in state for state in states) == len(states) - 2
 
 

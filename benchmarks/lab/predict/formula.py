@@ -173,7 +173,7 @@ def thin_jobs(arguments: dict[str, Any]) -> dict[str, tuple[Any, Any, int]]:
 def _add_jobs(t: _Account, a: dict[str, Any], jobs: Collection[str], programs: int) -> None:
     for name, (job, tile, splits) in thin_jobs(a).items():
         if name in jobs:
-            (_add_s if name == "S" else _add_grad)(t, a["M"], job, tile)
+            (_add_s if name == "S" else _add_grad)(t, a["M"], job, tile, splits)
             t.share(job.shared.parts, job.shared.counter, splits)
     if "Y" in jobs and a.get("chain") is not None:
         _add_chain(t, a, programs)
@@ -181,18 +181,17 @@ def _add_jobs(t: _Account, a: dict[str, Any], jobs: Collection[str], programs: i
         _add_product(t, a)
 
 
-def _add_s(t: _Account, m: int, job: Any, tile: Any) -> None:
+def _add_s(t: _Account, m: int, job: Any, tile: Any, splits: int) -> None:
     """S, or dS, of projections that share X."""
     tiles_m, tiles_r = cdiv(m, tile.BLOCK_M), cdiv(job.members[0].R, tile.BLOCK_R)
     t.read(job.x, times=tiles_r)
     for member in job.members:
         t.read(member.a, times=tiles_m)
-        # Each step loads it.
-        t.read(member.seed, times=tiles_m * tiles_r * cdiv(job.x.width, tile.BLOCK_K))
+        t.read(member.seed, times=tiles_m * tiles_r * splits)
         t.write(member.s)
 
 
-def _add_grad(t: _Account, m: int, job: Any, tile: Any) -> None:
+def _add_grad(t: _Account, m: int, job: Any, tile: Any, _: int) -> None:
     """dA or dB of projections that share Z."""
     tiles_c, tiles_r = cdiv(job.z.width, tile.BLOCK_C), cdiv(job.members[0].R, tile.BLOCK_R)
     t.read(job.z, job.z.u, times=tiles_r)
