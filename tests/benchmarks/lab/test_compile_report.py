@@ -129,6 +129,10 @@ def test_what_the_report_promises() -> None:
     # too, of which a chained launch has many. dX with a mask in the widest tile stores two to four of its loop's invariants.
     allowed = pd.Series(64, rows.index).mask(~nvidia & rows.variant.str.contains("chained"), 96).mask(hopper, 0)
     allowed = allowed.mask(hopper & rows.variant.str.match(r"dx r(?:16|32) .*masked .*128x256x64"), 16)
+    # Exact float32 sums of dA beside a gated MLP's dH, of which the vendor's library computes the product.
+    allowed = allowed.mask(
+        hopper & (rows.dtype == "fp32") & rows.variant.str.contains("chained alone masked add silu"), 8
+    )
     assert (rows.spills <= allowed).all(), rows[rows.spills > allowed]
     # Values of NF4 are looked up one by one. A kernel with TMA has few accesses for a tile, and as many as others for a bias.
     least = rows.kernel.map({"lora_linear_quantized": 40, "lora_linear_tma": 48}).fillna(90)
