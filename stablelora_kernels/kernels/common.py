@@ -121,17 +121,22 @@ def arrives_last(counter_ptr, n):
 
 
 @triton.jit
-def shared_sum(part, parts_ptr, counter_ptr, split, n):
-    """The sum of n programs' ``part``, and whether this program has it: the last to arrive adds up all parts in order."""
+def shared_sum(part, parts_ptr, counter_ptr, place, split, n):
+    """The sum of n programs' ``part``, and whether this program has it: the last to arrive adds up all parts in order.
+
+    ``place``: the sum's number among those of the launch's job.
+    """
     ROWS: tl.constexpr = part.shape[0]
     COLUMNS: tl.constexpr = part.shape[1]
+    PART: tl.constexpr = ROWS * COLUMNS
     ptrs = parts_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    ptrs += place.to(tl.int64) * n * PART
     last = n == 1
     if n > 1:
-        tl.store(ptrs + split * (ROWS * COLUMNS), part)
-        last = arrives_last(counter_ptr, n)
+        tl.store(ptrs + split * PART, part)
+        last = arrives_last(counter_ptr + place, n)
         if last:
             part = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             for i in range(n):
-                part += tl.load(ptrs + i * (ROWS * COLUMNS), cache_modifier=".cg")
+                part += tl.load(ptrs + i * PART, cache_modifier=".cg")
     return part, last

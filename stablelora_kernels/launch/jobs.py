@@ -119,7 +119,8 @@ def matrix(t: Any) -> Matrix:
     return Matrix(None, 0, 0) if t is None else Matrix(t, *t.stride())
 
 
-def _rows(t: Tensor | None, u: Tensor | None, width: int) -> jobs.Rows:
+def rows(t: Tensor | None, width: int, u: Tensor | None = None) -> jobs.Rows:
+    """Of X, or of dA's Z."""
     assert t is not None
     return jobs.Rows(t, u, t.stride(0), t.stride(1), width)
 
@@ -138,13 +139,18 @@ def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 
     precision = input_precision(device, c.dtype, transposed=c.direction == "backward")
     even = c.k % tile.BLOCK_K == 0
     constants = (len(each), tile.BLOCK_M, tile.BLOCK_K, plan.block_r, tile.num_stages, even, flag_m, precision)
-    return jobs.SJob(_rows(p.x, None, c.k), tuple(each), shared), jobs.STile(*constants)
+    return jobs.SJob(tuple(each), shared), jobs.STile(*constants)
 
 
 def _shared(s: Tensor | None, strides: tuple[int, ...], plan: Plan, like: Tensor, lane: int, sums: int) -> jobs.Shared:
     assert s is not None
     row, col = strides
     return jobs.Shared(s.stride(0), row, col, *buffers(plan, plan.tile.BLOCK_M * plan.block_r, like, lane, sums))
+
+
+def z_rows(p: Product) -> jobs.Rows:
+    """What dA reads beside S."""
+    return rows(p.z, p.call.n) if p.gate is None else rows(p.gate.g, p.call.n, p.gate.u)
 
 
 class Gradient(NamedTuple):
@@ -159,16 +165,15 @@ class Gradient(NamedTuple):
 def da_job(device: Device, members: Sequence[Product], plan: Plan) -> Gradient:
     """dA of ``members``, which share Z."""
     p, c = members[0], members[0].call
-    z, u = (p.z, None) if p.gate is None else (p.gate.g, p.gate.u)
     each = [jobs.GradMember(q.s, q.da, q.seed if c.dropout else None, q.call.r) for q in members]
     shared = _shared(p.s, (1, c.n), plan, p.x, 3, len(members))
-    return _gradient(device, p, plan, jobs.GradJob(_rows(z, u, c.n), tuple(each), shared), p.activation, 1.0)
+    return _gradient(device, p, plan, jobs.GradJob(tuple(each), shared), p.activation, 1.0)
 
 
 def db_job(device: Device, p: Product, plan: Plan) -> Gradient:
     """dB."""
     member, shared = jobs.GradMember(p.t, p.db, None, p.call.r), _shared(p.t, (p.call.r, 1), plan, p.x, 2, 1)
-    return _gradient(device, p, plan, jobs.GradJob(_rows(p.x, None, p.call.k), (member,), shared), "", p.t_unit)
+    return _gradient(device, p, plan, jobs.GradJob((member,), shared), "", p.t_unit)
 
 
 def _gradient(device: Device, p: Product, plan: Plan, job: jobs.GradJob, activation: str, unit: float) -> Gradient:

@@ -35,8 +35,10 @@ from stablelora_kernels.launch.jobs import (
     da_job,
     db_job,
     matrix,
+    rows,
     s_job,
     threshold,
+    z_rows,
 )
 from stablelora_kernels.quantized import Stored
 
@@ -57,7 +59,7 @@ def shrink(device: Device, members: Sequence[Product]) -> Launch:
         f"{many}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{words}",
         plan.reason,
         (plan.tiles * plan.splits + db.programs,),
-        (job, db.job, c.m, plan.splits, db.programs, db.splits, threshold(p)),
+        (rows(p.x, c.k), job, db.job, c.m, plan.splits, db.programs, db.splits, threshold(p)),
         {"S": constants, "DB": db.tile},
         tile_options(plan.tile),
     )
@@ -74,6 +76,7 @@ def weight_grads(device: Device, members: Sequence[Product]) -> Launch:
     of_a = plan if others else plan._replace(tiles=tiles_a)
     da = da_job(device, members, of_a) if p.da is not None else Gradient()
     db = db_job(device, p, plan._replace(tiles=plan.tiles - tiles_a)) if p.db is not None and not others else Gradient()
+    z = None if da.job is None else z_rows(p)
     many = f"{len(members)} of " if others else ""
     words = flag_words(dropout=c.dropout and p.da is not None, **activation_flag(p))
     return Launch(
@@ -81,7 +84,7 @@ def weight_grads(device: Device, members: Sequence[Product]) -> Launch:
         f"{many}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{words}",
         plan.reason,
         (plan.tiles * plan.splits,),
-        (da.job, db.job, c.m, da.programs, plan.splits, threshold(p)),
+        (z, da.job, rows(p.x, c.k), db.job, c.m, da.programs, plan.splits, threshold(p)),
         {"DA": da.tile, "DB": db.tile},
         tile_options(plan.tile),
     )
@@ -132,8 +135,8 @@ def _launch(
         f"{_product_words(p)} r{plan.block_r}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
         plan.reason,
         (ahead.programs + products + da.programs,),
-        (*operands, branch, p.gate, *parts, ahead.job, ahead.db.job, da.job, ahead.chain, c.m, c.n, c.k,
-         *([plan.splits] if parts else []), *counts),
+        (*operands, branch, p.gate, *parts, ahead.job, ahead.db.job, None if da.job is None else z_rows(p), da.job, ahead.chain,
+         c.m, c.n, *([plan.splits] if parts else []), *counts),
         {"TILE": sizes, "BRANCH": branch_tile, "S": ahead.tile, "DB": ahead.db.tile, "DA": da.tile},
         tile_options(tile),
     )  # fmt: skip
@@ -153,7 +156,7 @@ def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool, ch
     plan = (tiles.linear_split_k_plan if split_k else tiles.linear_plan)(device, p.call, load_s, tile)
     transposed = split_k and p.call.direction == "backward"
     sizes = product_tile(p, plan.tile, input_precision(device, p.call.dtype, transposed), p.activation)
-    operands = (matrix(p.x), matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y), p.base)
+    operands = (rows(p.x, p.call.k), matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y), p.base)
     if not split_k:
         return _launch(device, p, _lora_linear_kernel, plan, operands, sizes, load_s, chained)
     parts = buffers(plan, plan.tile.BLOCK_M * (plan.tile.BLOCK_N + plan.block_r), p.x, lane=1)
@@ -175,6 +178,7 @@ def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool,
         descriptor(a, plan.block_r, tile.BLOCK_K, trans_a) if described_a else None,
         descriptor(p.y, tile.BLOCK_M, part),
         *([None] * 3 if p.gate is None else [descriptor(t, tile.BLOCK_M, part) for t in p.gate]),
+        rows(p.x, c.k),
         matrix(None if load_s or described_a else p.a),
         p.bias,
     )

@@ -53,7 +53,6 @@ class SMember(NamedTuple):
 class SJob(NamedTuple):
     """S of projections that share X [M, K]."""
 
-    x: Rows
     members: tuple[SMember, ...]
     shared: Shared
 
@@ -83,7 +82,6 @@ class GradMember(NamedTuple):
 class GradJob(NamedTuple):
     """dA or dB of projections that share Z [M, C]."""
 
-    z: Rows
     members: tuple[GradMember, ...]
     shared: Shared
 

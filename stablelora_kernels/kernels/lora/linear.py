@@ -15,7 +15,8 @@ run with those for dX.
 
 ``jobs`` has what each job takes. Arguments that several kernels take:
 
-    M, N, K               rows of X, columns of Y, columns of X
+    M, N                  rows of X, columns of Y; x.width is K, the columns of X
+    z                     what dA reads beside S: backward's X, or a gated MLP's G and U
     threshold             dropout: the number below which 31 random bits drop an element
     SPLITS                programs that share a tile's sum, through parts (float32 scratch) and counter (int32 zeros)
     branch, BRANCH        S B^T, of S that is read, or computed beside the product
@@ -83,18 +84,18 @@ def wait_for_s(chain, row0, branch, M, S: tl.constexpr):
 
 
 @triton.jit
-def co_scheduled_da(program, da, chain, M, SPLITS, threshold, S: tl.constexpr, DA: tl.constexpr):
+def co_scheduled_da(program, z, da, chain, M, SPLITS, threshold, S: tl.constexpr, DA: tl.constexpr):
     """dA by programs of a product's launch; earlier programs store dS, or the launch before does."""
     if S is not None:
-        start, stop = part_of_rows(program, da, M, SPLITS, DA)
+        start, stop = part_of_rows(program, z, da, M, SPLITS, DA)
         for flag in range(start // S.FLAG_M, tl.cdiv(stop, S.FLAG_M)):
             wait_for_flag(chain, flag, M, da.members[0].R, S)
-    weight_grad(program, da, M, SPLITS, threshold, DA)
+    weight_grad(program, z, da, M, SPLITS, threshold, DA)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _lora_linear_kernel(
-    x, w, a, bias, y, base, branch, gate, s_job, db, da, chain, M, N, K, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS,
+    x, w, a, bias, y, base, branch, gate, s_job, db, z, da, chain, M, N, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS,
     DB_SPLITS, DA_SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr, S: tl.constexpr, DB: tl.constexpr,
     DA: tl.constexpr,
 ):  # fmt: skip
@@ -109,13 +110,13 @@ def _lora_linear_kernel(
     if S is not None:
         program = draw_ticket(chain)
         if program < S_PROGRAMS:
-            s_program(program, S_PROGRAMS, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
+            s_program(program, S_PROGRAMS, x, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
             leave(chain, M, S)
             return
         program -= S_PROGRAMS
     if DA is not None:  # noqa: SIM102 - only one of the two is a constant for the compiler
         if program >= PRODUCTS:
-            co_scheduled_da(program - PRODUCTS, da, chain, M, DA_SPLITS, threshold, S, DA)
+            co_scheduled_da(program - PRODUCTS, z, da, chain, M, DA_SPLITS, threshold, S, DA)
             if S is not None:
                 leave(chain, M, S)
             return
@@ -131,12 +132,12 @@ def _lora_linear_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     s = tl.zeros((BLOCK_M, BRANCH.BLOCK_R), dtype=tl.float32)
     if w.ptr is not None:
-        for k0 in range(0, K, BLOCK_K):
+        for k0 in range(0, x.width, BLOCK_K):
             x_mask, w_mask, a_mask = row_mask[:, None], col_mask[None, :], rs[None, :] < branch.R
             if not TILE.EVEN_K:
-                x_mask &= k0 + ks[None, :] < K
-                w_mask &= k0 + ks[:, None] < K
-                a_mask &= k0 + ks[:, None] < K
+                x_mask &= k0 + ks[None, :] < x.width
+                w_mask &= k0 + ks[:, None] < x.width
+                a_mask &= k0 + ks[:, None] < x.width
             x_tile = tl.load(x.ptr + rows[:, None] * x.row + (k0 + ks[None, :]) * x.col, mask=x_mask, other=0.0)
             w_tile = tl.load(w.ptr + cols[None, :] * w.row + (k0 + ks[:, None]) * w.col, mask=w_mask, other=0.0)
             acc = dot(x_tile, w_tile, acc, TILE.PRECISION)

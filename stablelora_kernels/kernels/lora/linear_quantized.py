@@ -118,8 +118,7 @@ def _lora_linear_quantized_kernel(
             w_tile = tl.trans(cast(_weight_tile(w, cols, k0, N, K, PACKED, BLOCK_K), x_tile.dtype))
         acc = dot(x_tile, w_tile, acc, TILE.PRECISION)
 
-    parts += tile.to(tl.int64) * SPLITS * (BLOCK_M * BLOCK_N)
-    acc, last = shared_sum(acc, parts, counter + tile, split, SPLITS)
+    acc, last = shared_sum(acc, parts, counter, tile, split, SPLITS)
     if last:
         if bias is not None:
             acc += tl.load(bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]

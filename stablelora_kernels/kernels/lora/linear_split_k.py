@@ -14,7 +14,7 @@ from stablelora_kernels.kernels.lora.shrink import s_program
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "SPLITS"])
 def _lora_linear_split_k_kernel(
-    x, w, a, bias, y, base, branch, gate, parts, counter, s_job, db, da, chain, M, N, K, SPLITS, PRODUCTS, S_PROGRAMS,
+    x, w, a, bias, y, base, branch, gate, parts, counter, s_job, db, z, da, chain, M, N, SPLITS, PRODUCTS, S_PROGRAMS,
     S_SPLITS, DB_PROGRAMS, DB_SPLITS, DA_SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr, S: tl.constexpr,
     DB: tl.constexpr, DA: tl.constexpr,
 ):  # fmt: skip
@@ -32,13 +32,13 @@ def _lora_linear_split_k_kernel(
     if S is not None:
         program = draw_ticket(chain)
         if program < S_PROGRAMS:
-            s_program(program, S_PROGRAMS, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
+            s_program(program, S_PROGRAMS, x, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
             leave(chain, M, S)
             return
         program -= S_PROGRAMS
     if DA is not None:  # noqa: SIM102 - only one of the two is a constant for the compiler
         if program >= PRODUCTS:
-            co_scheduled_da(program - PRODUCTS, da, chain, M, DA_SPLITS, threshold, S, DA)
+            co_scheduled_da(program - PRODUCTS, z, da, chain, M, DA_SPLITS, threshold, S, DA)
             if S is not None:
                 leave(chain, M, S)
             return
@@ -52,8 +52,8 @@ def _lora_linear_split_k_kernel(
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     row_mask, col_mask = rows < M, cols < N
 
-    share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
-    start, stop = split * share, tl.minimum(split * share + share, K)
+    share = tl.cdiv(tl.cdiv(x.width, BLOCK_K), SPLITS) * BLOCK_K
+    start, stop = split * share, tl.minimum(split * share + share, x.width)
     # No part is empty. Zeros of an empty loop would make ptxas serialize the WGMMAs.
     tl.assume(start < stop)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -62,9 +62,9 @@ def _lora_linear_split_k_kernel(
         k = k0 + ks[None, :]
         x_mask, w_mask, a_mask = row_mask[:, None], col_mask[:, None], rs[None, :] < branch.R
         if not TILE.EVEN_K:
-            x_mask &= k < K
-            w_mask &= k < K
-            a_mask &= k0 + ks[:, None] < K
+            x_mask &= k < x.width
+            w_mask &= k < x.width
+            a_mask &= k0 + ks[:, None] < x.width
         x_tile = tl.load(x.ptr + rows[:, None] * x.row + k * x.col, mask=x_mask, other=0.0)
         w_tile = tl.load(w.ptr + cols[:, None] * w.row + k * w.col, mask=w_mask, other=0.0)
         acc = dot(w_tile, tl.trans(x_tile), acc, TILE.PRECISION)

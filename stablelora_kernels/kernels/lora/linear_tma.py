@@ -14,7 +14,7 @@ from stablelora_kernels.kernels.lora.shrink import s_program
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _lora_linear_tma_kernel(
-    x_desc, w_desc, a_desc, y_desc, g_desc, u_desc, du_desc, a, bias, branch, gate, s_job, db, da, chain, M, N, K, PRODUCTS,
+    x_desc, w_desc, a_desc, y_desc, g_desc, u_desc, du_desc, x, a, bias, branch, gate, s_job, db, z, da, chain, M, N, PRODUCTS,
     S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, DA_SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr,
     S: tl.constexpr, DB: tl.constexpr, DA: tl.constexpr,
 ):  # fmt: skip
@@ -31,13 +31,13 @@ def _lora_linear_tma_kernel(
     if S is not None:
         program = draw_ticket(chain)
         if program < S_PROGRAMS:
-            s_program(program, S_PROGRAMS, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
+            s_program(program, S_PROGRAMS, x, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
             leave(chain, M, S)
             return
         program -= S_PROGRAMS
     if DA is not None:  # noqa: SIM102 - only one of the two is a constant for the compiler
         if program >= PRODUCTS:
-            co_scheduled_da(program - PRODUCTS, da, chain, M, DA_SPLITS, threshold, S, DA)
+            co_scheduled_da(program - PRODUCTS, z, da, chain, M, DA_SPLITS, threshold, S, DA)
             if S is not None:
                 leave(chain, M, S)
             return
@@ -53,22 +53,22 @@ def _lora_linear_tma_kernel(
             prefetch(gate, row0, col0, M, N, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            x = x_desc.load([row0, k0])
+        for k0 in range(0, x.width, BLOCK_K):
+            x_tile = x_desc.load([row0, k0])
             if TILE.TRANS_W:  # noqa: SIM108 - the arms of a ternary must have one shape
-                w = w_desc.load([k0, col0])
+                w_tile = w_desc.load([k0, col0])
             else:
-                w = tl.trans(w_desc.load([col0, k0]))
-            acc = dot(x, w, acc, TILE.PRECISION)
+                w_tile = tl.trans(w_desc.load([col0, k0]))
+            acc = dot(x_tile, w_tile, acc, TILE.PRECISION)
             if not BRANCH.LOAD_S:
                 if a_desc is None:
                     a_ptrs = a.ptr + rs[None, :] * a.row + (k0 + ks[:, None]) * a.col
-                    a_tile = tl.load(a_ptrs, mask=(k0 + ks[:, None] < K) & (rs[None, :] < branch.R), other=0.0)
+                    a_tile = tl.load(a_ptrs, mask=(k0 + ks[:, None] < x.width) & (rs[None, :] < branch.R), other=0.0)
                 elif TILE.TRANS_A:
                     a_tile = a_desc.load([k0, 0])
                 else:
                     a_tile = tl.trans(a_desc.load([0, k0]))
-                s = dot(x, cast(a_tile, x.dtype), s, TILE.PRECISION)
+                s = dot(x_tile, cast(a_tile, x_tile.dtype), s, TILE.PRECISION)
 
         rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
         wait_for_s(chain, row0, branch, M, S)

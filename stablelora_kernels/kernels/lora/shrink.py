@@ -11,14 +11,28 @@ from stablelora_kernels.kernels.lora.weight_grads import weight_grad
 
 
 @triton.jit(do_not_specialize=["M", "S_SPLITS", "DB_PROGRAMS", "DB_SPLITS", "threshold"])
-def _lora_shrink_kernel(s, db, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr):
+def _lora_shrink_kernel(x, s, db, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr):
     """S = s' (X ∘ keep) A^T, and with DB dB = X^T T, for which X is dY."""
-    s_program(tl.program_id(0), tl.num_programs(0), s, db, None, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
+    s_program(
+        tl.program_id(0), tl.num_programs(0), x, s, db, None, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB
+    )
 
 
 @triton.jit
 def s_program(
-    program, programs, s, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr
+    program,
+    programs,
+    x,
+    s,
+    db,
+    chain,
+    M,
+    S_SPLITS,
+    DB_PROGRAMS,
+    DB_SPLITS,
+    threshold,
+    S: tl.constexpr,
+    DB: tl.constexpr,
 ):
     """The ``program``-th of ``programs`` for S and dB.
 
@@ -31,13 +45,13 @@ def s_program(
         before = (program.to(tl.int64) * DB_PROGRAMS // programs).to(tl.int32)
         is_db = ((program + 1).to(tl.int64) * DB_PROGRAMS // programs).to(tl.int32) > before
         if is_db:
-            weight_grad(before, db, M, DB_SPLITS, threshold, DB)
+            weight_grad(before, x, db, M, DB_SPLITS, threshold, DB)
     if not is_db:
-        shrink(program - before, s, chain, M, S_SPLITS, threshold, S)
+        shrink(program - before, x, s, chain, M, S_SPLITS, threshold, S)
 
 
 @triton.jit
-def shrink(program, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
+def shrink(program, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
     """S for each member of an ``SJob``; the ``program``-th program.
 
     Programs: tiles of rows, in each blocks of ranks, in each SPLITS parts of K. The last part to finish adds up all parts in
@@ -61,35 +75,34 @@ def shrink(program, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
         seeds += (tl.load(job.members[i].seed) if job.members[i].seed is not None else 0,)  # type: ignore[assignment]
         sums += (tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),)  # type: ignore[assignment]
 
-    share = tl.cdiv(tl.cdiv(job.x.width, BLOCK_K), SPLITS) * BLOCK_K
-    start, stop = split * share, tl.minimum(split * share + share, job.x.width)
-    if MEMBERS > 1 and (TILE.PRECISION == "tf32" or job.x.ptr.dtype.element_ty != tl.float32):
+    share = tl.cdiv(tl.cdiv(x.width, BLOCK_K), SPLITS) * BLOCK_K
+    start, stop = split * share, tl.minimum(split * share + share, x.width)
+    if MEMBERS > 1 and (TILE.PRECISION == "tf32" or x.ptr.dtype.element_ty != tl.float32):
         # No part is empty, see ``weight_grad``. One sum is not serialized, and takes fewer registers without this.
         tl.assume(start < stop)
     for k0 in tl.range(start, stop, BLOCK_K, num_stages=TILE.STAGES):
         x_mask, k_mask = row_mask[:, None], True
         if not TILE.EVEN_K:
-            x_mask &= k0 + ks[None, :] < job.x.width
-            k_mask = k0 + ks[:, None] < job.x.width
-        x = tl.load(job.x.ptr + rows[:, None] * job.x.row + (k0 + ks[None, :]) * job.x.col, mask=x_mask, other=0.0)
+            x_mask &= k0 + ks[None, :] < x.width
+            k_mask = k0 + ks[:, None] < x.width
+        x_tile = tl.load(x.ptr + rows[:, None] * x.row + (k0 + ks[None, :]) * x.col, mask=x_mask, other=0.0)
         added = ()
         for i in tl.static_range(MEMBERS):
             member = job.members[i]
             a_mask = (rs[None, :] < member.R) & k_mask
             a_ptrs = member.a + rs[None, :] * job.shared.row + (k0 + ks[:, None]) * job.shared.col
             a = tl.load(a_ptrs, mask=a_mask, other=0.0)
-            kept = x
+            kept = x_tile
             if member.seed is not None:
                 # After the load, so that the load itself stays asynchronous.
-                kept = tl.where(keep_mask(seeds[i], rows, k0, job.x.width, threshold, BLOCK_K), x, 0.0)
-            added += (dot(kept, cast(a, x.dtype), sums[i], TILE.PRECISION),)  # type: ignore[assignment]
+                kept = tl.where(keep_mask(seeds[i], rows, k0, x.width, threshold, BLOCK_K), x_tile, 0.0)
+            added += (dot(kept, cast(a, x_tile.dtype), sums[i], TILE.PRECISION),)  # type: ignore[assignment]
         sums = added
 
     for i in tl.static_range(MEMBERS):
         member = job.members[i]
-        place = tile.to(tl.int64) * MEMBERS + i
-        parts = job.shared.parts + place * SPLITS * (BLOCK_M * BLOCK_R)
-        total, last = shared_sum(sums[i], parts, job.shared.counter + place, split, SPLITS)
+        place = tile * MEMBERS + i
+        total, last = shared_sum(sums[i], job.shared.parts, job.shared.counter, place, split, SPLITS)
         if last:
             s_ptrs = member.s + rows[:, None] * job.shared.stride + rs[None, :]
             s_mask = row_mask[:, None] & (rs[None, :] < member.R)
