@@ -88,6 +88,12 @@ def projections_of(
     return projections
 
 
+def projections_in(call: Any) -> list[Projection]:
+    """The projections among an op's arguments; those of a backward have no biases."""
+    lists = (call.datas, call.scales, getattr(call, "biases", ()), call.lora_As, call.lora_Bs)
+    return projections_of(*lists, call.layouts, call.scalings)
+
+
 def split(tensors: Iterable[Any], lengths: Sequence[int]) -> list[list[Any]]:
     """``tensors`` as lists of these ``lengths``."""
     left = iter(tensors)

@@ -42,7 +42,16 @@ from stablelora_kernels.ops.torch_path import (
     torch_bwd,
     torch_fwd,
 )
-from stablelora_kernels.projection import Projection, flatten, layouts_of, projections_of, scale_count, split, unflatten
+from stablelora_kernels.projection import (
+    Projection,
+    flatten,
+    layouts_of,
+    projections_in,
+    projections_of,
+    scale_count,
+    split,
+    unflatten,
+)
 from stablelora_kernels.quantized import Stored, as_plain
 
 
@@ -70,8 +79,7 @@ def lora_linear_fwd(
 
     ys, s = [as_matrix(y) for y in results[0]], results[1] if call.save_s else None
     x, base = as_matrix(call.x), None if call.base is None else as_matrix(call.base).contiguous()
-    tensors = (call.datas, call.scales, call.biases, call.lora_As, call.lora_Bs)
-    first, *others = projections = projections_of(*tensors, call.layouts, call.scalings)
+    first, *others = projections = projections_in(call)
     build = partial(forward_launches, device, x, projections, call.seeds, s, ys, call.dropout_p, base)
     # On the meta device nothing can be measured.
     if choice is None and not others and isinstance(first.weight, Tensor) and autotune.get_autotune() and not x.is_meta:
@@ -112,8 +120,7 @@ def lora_linear_bwd(
     x, grads = None if call.x is None else as_matrix(call.x), [as_matrix(grad) for grad in call.grads]
     nothing = [None] * len(grads)
     wanted = as_matrix(dx) if call.need_x else None, das or nothing, dbs or nothing
-    tensors = (call.datas, call.scales, (), call.lora_As, call.lora_Bs)
-    first, *others = projections = projections_of(*tensors, call.layouts, call.scalings)
+    first, *others = projections = projections_in(call)
     s = _each_s(call.s, call.lora_As) or nothing
     build = partial(backward_launches, device, x, grads, projections, s, call.seeds, call.dropout_p, wanted)
     if choice is None and not others:

@@ -32,7 +32,16 @@ from stablelora_kernels.ops.torch_path import (
     masked,
     with_branch,
 )
-from stablelora_kernels.projection import Projection, flatten, layouts_of, projections_of, scale_count, split, unflatten
+from stablelora_kernels.projection import (
+    Projection,
+    flatten,
+    layouts_of,
+    projections_in,
+    projections_of,
+    scale_count,
+    split,
+    unflatten,
+)
 from stablelora_kernels.quantized import Stored, as_plain
 
 
@@ -53,17 +62,10 @@ def _with_branches(
     return found
 
 
-def _projections_of(call: Any, biases: Sequence[Tensor | None] = ()) -> list[Projection]:
-    return projections_of(call.datas, call.scales, biases, call.lora_As, call.lora_Bs, call.layouts, call.scalings)
-
-
-def _rank(lora_A: Tensor | None) -> int:
-    return 0 if lora_A is None else lora_A.shape[0]
-
-
 def _allocate_forward(call: Any) -> tuple[Tensor, ...]:
-    gate, _, down = (p.weight.shape for p in _projections_of(call))  # type: ignore[union-attr]
-    x, (f, _), (n, _), ranks = call.x, gate, down, [_rank(a) for a in call.lora_As]
+    projections = projections_in(call)
+    (f, _), _, (n, _) = (p.weight.shape for p in projections)  # type: ignore[union-attr]
+    x, ranks = call.x, [p.rank for p in projections]
     kept, m = (x.shape[:-1], row_count(x)) if call.save else ((0,), 0)
     sizes = ((*x.shape[:-1], n), (*kept, f), (*kept, f), (m, ranks[0] + ranks[1]), (m, ranks[2]))
     return tuple(x.new_empty(size) for size in sizes)
@@ -83,13 +85,13 @@ def lora_mlp_fwd(device: Device, call: Any, results: tuple[Tensor, ...], choice:
     from stablelora_kernels.launch.lora_mlp import mlp_forward_launches
 
     x, (y, *kept) = as_matrix(call.x), (as_matrix(result) for result in results)
-    projections = _with_branches(_projections_of(call, call.biases), x)
+    projections = _with_branches(projections_in(call), x)
     outputs = (y, *(kept if call.save else [None] * 4))
     return mlp_forward_launches(device, x, projections, call.seeds, call.dropout_p, call.activation, outputs)
 
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    grad, weight = call.grad, _projections_of(call)[0].weight
+    grad, weight = call.grad, projections_in(call)[0].weight
 
     def like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
         return [
@@ -120,13 +122,9 @@ def lora_mlp_bwd(
     dx, *each = results
     das, dbs = ([t if t.numel() else None for t in tensors] for tensors in each)  # type: ignore[attr-defined]
     grad, g, u = (as_matrix(t) for t in (call.grad, call.g, call.u))
-    x, kept, projections = (
-        None if call.x is None else as_matrix(call.x),
-        (g, u, call.s, call.s_down),
-        _projections_of(call),
-    )
+    x, kept = None if call.x is None else as_matrix(call.x), (g, u, call.s, call.s_down)
     rest = (call.seeds, call.dropout_p, call.activation, (as_matrix(dx) if call.need_x else None, das, dbs))
-    return mlp_backward_launches(device, x, grad, kept, _with_branches(projections, grad), *rest)
+    return mlp_backward_launches(device, x, grad, kept, _with_branches(projections_in(call), grad), *rest)
 
 
 class MLPFacts(NamedTuple):

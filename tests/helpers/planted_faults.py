@@ -13,7 +13,7 @@ import pytest
 
 from stablelora_kernels.kernels.common import arrives_last, stores_done
 from stablelora_kernels.kernels.lora import chain
-from stablelora_kernels.kernels.lora.linear import co_scheduled_da, wait_for_s
+from stablelora_kernels.kernels.lora.linear import product_program, wait_for_s
 from stablelora_kernels.kernels.lora.shrink import shrink
 from stablelora_kernels.kernels.stable_adamw.step import _stable_adamw_kernel
 from tests.helpers.interleaving import Interleaving
@@ -70,7 +70,7 @@ FAULTS = (
     Fault("chained: wait left out", Mutation(wait_for_s, "if S is not None", "if False"), _CHAINED + _CHAINED_GATED),
     Fault(
         "chained: wait of dA left out",
-        Mutation(co_scheduled_da, "if S is not None", "if False"),
+        Mutation(product_program, "wait_for_flag(chain, flag, M, da.members[0].R, S)", "pass"),
         _CHAINED_DA + _CHAINED_GATED,
     ),
     Fault("chained: flag raised before the store", Mutation(shrink, _STORE_S + _RAISE, _RAISE_EARLY), _CHAINED),

@@ -100,7 +100,7 @@ def test_a_race_is_found() -> None:
 
 
 def test_an_access_outside_all_tensors_is_found() -> None:
-    far = Mutation(common.shared_sum, "split * (ROWS * COLUMNS)", "(split.to(tl.int64) << 40)")
+    far = Mutation(common.shared_sum, "split * PART", "(split.to(tl.int64) << 40)")
     with interleaving("quantized, S then Y") as (runs, _):
         found = runs.first_failure([0], mutation=far)
     assert found is not None and found.what.startswith("bytes ")

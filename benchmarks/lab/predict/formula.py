@@ -32,7 +32,7 @@ class Traffic(NamedTuple):
         return self.read_unique + self.written_unique
 
 
-# The memory of a launch, by its arguments' names: "x=s_job.x" for what is given as x_desc, or x.ptr, and s_job.x.ptr.
+# The memory of a launch, by its arguments' names: "x=dy" for what is given as x_desc, or x.ptr, and as dy.ptr.
 Tensors = dict[str, Traffic]
 # X, Y, dY and dX, under the names that the kernels have for them; "z" is X of dA and dY of dB, "both dX" autograd's sum of two.
 ACTIVATIONS = frozenset({"x", "y", "z", "both dX"})
@@ -160,20 +160,25 @@ def branches(arguments: dict[str, Any]) -> list[tuple[Any, Any]]:
     return [(arguments[name], arguments[constants]) for constants, name in names.items() if constants in arguments]
 
 
-def thin_jobs(arguments: dict[str, Any]) -> dict[str, tuple[Any, Any, int]]:
-    """S, dB and dA of a launch: what the kernel takes for each, its tile, and the programs that share a sum."""
-    given = {"S": arguments.get("s_job", arguments.get("s")), "DB": arguments.get("db"), "DA": arguments.get("da")}
+def thin_jobs(arguments: dict[str, Any]) -> dict[str, tuple[Any, Any, Any, int]]:
+    """S, dB and dA of a launch: X or Z, what else the kernel takes for each, its tile, and the programs that share a sum."""
+    x, z, dy = (arguments.get(name) for name in ("x", "z", "dy"))
+    given = {
+        "S": (x, arguments.get("s_job", arguments.get("s"))),
+        "DB": (dy or x, arguments.get("db")),
+        "DA": (z, arguments.get("da")),
+    }
     return {
-        name: (job, arguments[name], arguments.get(f"{name}_SPLITS", arguments.get("SPLITS")))
-        for name, job in given.items()
+        name: (read, job, arguments[name], arguments.get(f"{name}_SPLITS", arguments.get("SPLITS")))
+        for name, (read, job) in given.items()
         if arguments.get(name) is not None
     }
 
 
 def _add_jobs(t: _Account, a: dict[str, Any], jobs: Collection[str], programs: int) -> None:
-    for name, (job, tile, splits) in thin_jobs(a).items():
+    for name, (read, job, tile, splits) in thin_jobs(a).items():
         if name in jobs:
-            (_add_s if name == "S" else _add_grad)(t, a["M"], job, tile, splits)
+            (_add_s if name == "S" else _add_grad)(t, a["M"], read, job, tile, splits)
             t.share(job.shared.parts, job.shared.counter, splits)
     if "Y" in jobs and a.get("chain") is not None:
         _add_chain(t, a, programs)
@@ -181,20 +186,20 @@ def _add_jobs(t: _Account, a: dict[str, Any], jobs: Collection[str], programs: i
         _add_product(t, a)
 
 
-def _add_s(t: _Account, m: int, job: Any, tile: Any, splits: int) -> None:
+def _add_s(t: _Account, m: int, x: Any, job: Any, tile: Any, splits: int) -> None:
     """S, or dS, of projections that share X."""
     tiles_m, tiles_r = cdiv(m, tile.BLOCK_M), cdiv(job.members[0].R, tile.BLOCK_R)
-    t.read(job.x, times=tiles_r)
+    t.read(x, times=tiles_r)
     for member in job.members:
         t.read(member.a, times=tiles_m)
         t.read(member.seed, times=tiles_m * tiles_r * splits)
         t.write(member.s)
 
 
-def _add_grad(t: _Account, m: int, job: Any, tile: Any, _: int) -> None:
+def _add_grad(t: _Account, m: int, z: Any, job: Any, tile: Any, _: int) -> None:
     """dA or dB of projections that share Z."""
-    tiles_c, tiles_r = cdiv(job.z.width, tile.BLOCK_C), cdiv(job.members[0].R, tile.BLOCK_R)
-    t.read(job.z, job.z.u, times=tiles_r)
+    tiles_c, tiles_r = cdiv(z.width, tile.BLOCK_C), cdiv(job.members[0].R, tile.BLOCK_R)
+    t.read(z, z.u, times=tiles_r)
     for member in job.members:
         t.read(member.t, times=tiles_c)
         # Each step loads it.

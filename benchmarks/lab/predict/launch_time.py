@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.lab.predict.formula import Traffic, branches, formula, thin_jobs, weights
+from benchmarks.lab.predict.formula import Traffic, branches, formula, operand, thin_jobs, weights
 from stablelora_kernels.dispatch.problem import DEVICES, Device, cdiv
 
 GPUS = Path(__file__).parent / "gpus"
@@ -177,11 +177,12 @@ def facts(launch: Any, narrow_columns: int) -> Facts | Work:
 def _thin(launch: Any, jobs: Sequence[str], programs: int, narrow_columns: int) -> Facts:
     """S or dS with dB, or dA with dB or alone."""
     m, operations, found = launch.arguments["M"], 0.0, thin_jobs(launch.arguments)
-    for job, tile, _ in (found[name] for name in jobs if name in found):
+    for name in (each for each in jobs if each in found):
+        read, job, tile, _ = found[name]
         # The size that the sum does not run over is in whole tiles.
-        size = _up(m, tile.BLOCK_M) * job.x.width if hasattr(job, "x") else m * _up(job.z.width, tile.BLOCK_C)
+        size = _up(m, tile.BLOCK_M) * read.width if name == "S" else m * _up(read.width, tile.BLOCK_C)
         operations += 2.0 * size * sum(_ranks(member.R, tile.BLOCK_R, narrow_columns) for member in job.members)
-    job, tile, splits = found[jobs[0]]
+    _, job, tile, splits = found[jobs[0]]
     if jobs[0] == "S":
         # A step of few rows loads more of A than of X.
         rows = min(tile.BLOCK_M, m)
@@ -195,7 +196,7 @@ def _thin(launch: Any, jobs: Sequence[str], programs: int, narrow_columns: int) 
 def _product(launch: Any, programs: int, narrow_columns: int) -> Facts:
     """The product with its branch; ``programs`` with those of dA."""
     a = launch.arguments
-    k, tile, count = a["K"], a["TILE"], len(weights(a))
+    k, tile, count = operand(a, "x").shape[1], a["TILE"], len(weights(a))
     rows, columns = _up(a["M"], tile.BLOCK_M), _up(a["N"], tile.BLOCK_N)
     tiles = rows // tile.BLOCK_M * (columns // tile.BLOCK_N)
     operations = 2.0 * rows * columns * (k * count + sum(_up(each.R, block.BLOCK_R) for each, block in branches(a)))

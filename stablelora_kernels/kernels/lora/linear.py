@@ -84,13 +84,30 @@ def wait_for_s(chain, row0, branch, M, S: tl.constexpr):
 
 
 @triton.jit
-def co_scheduled_da(program, z, da, chain, M, SPLITS, threshold, S: tl.constexpr, DA: tl.constexpr):
-    """dA by programs of a product's launch; earlier programs store dS, or the launch before does."""
+def product_program(
+    x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, DA_SPLITS, threshold,
+    S: tl.constexpr, DB: tl.constexpr, DA: tl.constexpr,
+):  # fmt: skip
+    """This program's number among the product's. One of S, dB or dA does its job here and gets -1."""
+    program = tl.program_id(0)
     if S is not None:
-        start, stop = part_of_rows(program, z, da, M, SPLITS, DA)
-        for flag in range(start // S.FLAG_M, tl.cdiv(stop, S.FLAG_M)):
-            wait_for_flag(chain, flag, M, da.members[0].R, S)
-    weight_grad(program, z, da, M, SPLITS, threshold, DA)
+        program = draw_ticket(chain)
+        if program < S_PROGRAMS:
+            s_program(program, S_PROGRAMS, x, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
+            leave(chain, M, S)
+            return -1
+        program -= S_PROGRAMS
+    if DA is not None:  # noqa: SIM102 - only one of the two is a constant for the compiler
+        if program >= PRODUCTS:
+            if S is not None:
+                start, stop = part_of_rows(program - PRODUCTS, z, da, M, DA_SPLITS, DA)
+                for flag in range(start // S.FLAG_M, tl.cdiv(stop, S.FLAG_M)):
+                    wait_for_flag(chain, flag, M, da.members[0].R, S)
+            weight_grad(program - PRODUCTS, z, da, M, DA_SPLITS, threshold, DA)
+            if S is not None:
+                leave(chain, M, S)
+            return -1
+    return program
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -106,20 +123,11 @@ def _lora_linear_kernel(
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
-    program = tl.program_id(0)
-    if S is not None:
-        program = draw_ticket(chain)
-        if program < S_PROGRAMS:
-            s_program(program, S_PROGRAMS, x, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
-            leave(chain, M, S)
-            return
-        program -= S_PROGRAMS
-    if DA is not None:  # noqa: SIM102 - only one of the two is a constant for the compiler
-        if program >= PRODUCTS:
-            co_scheduled_da(program - PRODUCTS, z, da, chain, M, DA_SPLITS, threshold, S, DA)
-            if S is not None:
-                leave(chain, M, S)
-            return
+    program = product_program(
+        x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA
+    )  # fmt: skip
+    if program < 0:
+        return
     pid_m, pid_n = tile_of(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), TILE.GROUP_M)
     rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -6,10 +6,9 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels.common import cast, column_parts, dot, tile_of
-from stablelora_kernels.kernels.lora.chain import draw_ticket, leave
+from stablelora_kernels.kernels.lora.chain import leave
 from stablelora_kernels.kernels.lora.gated import gated_grads, prefetch
-from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, co_scheduled_da, wait_for_s
-from stablelora_kernels.kernels.lora.shrink import s_program
+from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, product_program, wait_for_s
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -27,20 +26,11 @@ def _lora_linear_tma_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
-    program = tl.program_id(0)
-    if S is not None:
-        program = draw_ticket(chain)
-        if program < S_PROGRAMS:
-            s_program(program, S_PROGRAMS, x, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
-            leave(chain, M, S)
-            return
-        program -= S_PROGRAMS
-    if DA is not None:  # noqa: SIM102 - only one of the two is a constant for the compiler
-        if program >= PRODUCTS:
-            co_scheduled_da(program - PRODUCTS, z, da, chain, M, DA_SPLITS, threshold, S, DA)
-            if S is not None:
-                leave(chain, M, S)
-            return
+    program = product_program(
+        x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA
+    )  # fmt: skip
+    if program < 0:
+        return
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     # Flattening this loop into the inner one crashes the compiler for sm_100 if a dot follows the inner loop.
     for tile in tl.range(program, tiles_m * tiles_n, PRODUCTS, flatten=False):
