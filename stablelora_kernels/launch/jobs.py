@@ -148,8 +148,10 @@ def _shared(s: Tensor | None, strides: tuple[int, ...], plan: Plan, like: Tensor
     return jobs.Shared(s.stride(0), row, col, *buffers(plan, plan.tile.BLOCK_M * plan.block_r, like, lane, sums))
 
 
-def z_rows(p: Product) -> jobs.Rows:
-    """What dA reads beside S."""
+def z_rows(p: Product) -> jobs.Rows | None:
+    """What dA, if wanted, reads beside S."""
+    if p.da is None:
+        return None
     return rows(p.z, p.call.n) if p.gate is None else rows(p.gate.g, p.call.n, p.gate.u)
 
 

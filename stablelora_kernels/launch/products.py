@@ -76,7 +76,6 @@ def weight_grads(device: Device, members: Sequence[Product]) -> Launch:
     of_a = plan if others else plan._replace(tiles=tiles_a)
     da = da_job(device, members, of_a) if p.da is not None else Gradient()
     db = db_job(device, p, plan._replace(tiles=plan.tiles - tiles_a)) if p.db is not None and not others else Gradient()
-    z = None if da.job is None else z_rows(p)
     many = f"{len(members)} of " if others else ""
     words = flag_words(dropout=c.dropout and p.da is not None, **activation_flag(p))
     return Launch(
@@ -84,7 +83,7 @@ def weight_grads(device: Device, members: Sequence[Product]) -> Launch:
         f"{many}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{words}",
         plan.reason,
         (plan.tiles * plan.splits,),
-        (z, da.job, rows(p.x, c.k), db.job, c.m, da.programs, plan.splits, threshold(p)),
+        (z_rows(p), da.job, rows(p.x, c.k), db.job, c.m, da.programs, plan.splits, threshold(p)),
         {"DA": da.tile, "DB": db.tile},
         tile_options(plan.tile),
     )
@@ -115,12 +114,12 @@ def _launch(
     device: Device, p: Product, kernel: Any, plan: Plan, operands: tuple[Any, ...], sizes: Any, load_s: bool, chained: bool,
     parts: tuple[Any, ...] = (), persistent: int = 0,
 ) -> Launch:  # fmt: skip
-    """A launch of one of the three kernels. ``operands`` and ``sizes`` are its own, its jobs' arguments follow.
+    """A launch of one of the three kernels. ``operands``, which follow X, and ``sizes`` are its own; then come its jobs'.
 
     ``parts``: memory for shared sums. ``persistent``: programs that take tile after tile; by default, a program takes a part of
     one.
     """
-    c, tile = p.call, plan.tile
+    c, tile, x, z = p.call, plan.tile, rows(p.x, p.call.k), z_rows(p)
     branch, branch_tile = branch_job(p, plan.block_r, load_s, sizes.PRECISION)
     ahead = chain_ahead(device, p, tile) if chained else Chain()
     da = co_scheduled(device, p, False, tile.num_warps)
@@ -135,8 +134,8 @@ def _launch(
         f"{_product_words(p)} r{plan.block_r}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}",
         plan.reason,
         (ahead.programs + products + da.programs,),
-        (*operands, branch, p.gate, *parts, ahead.job, ahead.db.job, None if da.job is None else z_rows(p), da.job, ahead.chain,
-         c.m, c.n, *([plan.splits] if parts else []), *counts),
+        (x, *operands, branch, p.gate, *parts, ahead.job, ahead.db.job, z, da.job, ahead.chain, c.m, c.n,
+         *([plan.splits] if parts else []), *counts),
         {"TILE": sizes, "BRANCH": branch_tile, "S": ahead.tile, "DB": ahead.db.tile, "DA": da.tile},
         tile_options(tile),
     )  # fmt: skip
@@ -156,7 +155,7 @@ def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool, ch
     plan = (tiles.linear_split_k_plan if split_k else tiles.linear_plan)(device, p.call, load_s, tile)
     transposed = split_k and p.call.direction == "backward"
     sizes = product_tile(p, plan.tile, input_precision(device, p.call.dtype, transposed), p.activation)
-    operands = (rows(p.x, p.call.k), matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y), p.base)
+    operands = (matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y), p.base)
     if not split_k:
         return _launch(device, p, _lora_linear_kernel, plan, operands, sizes, load_s, chained)
     parts = buffers(plan, plan.tile.BLOCK_M * (plan.tile.BLOCK_N + plan.block_r), p.x, lane=1)
@@ -178,7 +177,6 @@ def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool,
         descriptor(a, plan.block_r, tile.BLOCK_K, trans_a) if described_a else None,
         descriptor(p.y, tile.BLOCK_M, part),
         *([None] * 3 if p.gate is None else [descriptor(t, tile.BLOCK_M, part) for t in p.gate]),
-        rows(p.x, c.k),
         matrix(None if load_s or described_a else p.a),
         p.bias,
     )

@@ -13,7 +13,7 @@ from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _lora_linear_tma_kernel(
-    x_desc, w_desc, a_desc, y_desc, g_desc, u_desc, du_desc, x, a, bias, branch, gate, s_job, db, z, da, chain, M, N, PRODUCTS,
+    x, x_desc, w_desc, a_desc, y_desc, g_desc, u_desc, du_desc, a, bias, branch, gate, s_job, db, z, da, chain, M, N, PRODUCTS,
     S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, DA_SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr,
     S: tl.constexpr, DB: tl.constexpr, DA: tl.constexpr,
 ):  # fmt: skip
