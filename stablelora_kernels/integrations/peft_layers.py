@@ -24,6 +24,7 @@ from stablelora_kernels.nn.linear import weight_and_bias
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
 from stablelora_kernels.utils.autocast import autocast_dtype
+from stablelora_kernels.utils.dtensor import is_sharded
 from stablelora_kernels.utils.hooks import is_hooked
 
 # The keyword arguments that PEFT's layers consume. The base layer gets the others.
@@ -111,7 +112,7 @@ def read_branch(layer: Any, adapter: str) -> Branch | str:
     return Branch(a_weight, b_weight, b_bias, scaling, dropout.p if kind is nn.Dropout and dropout.training else 0.0)
 
 
-def _is_observed(layer: Any) -> bool:
+def is_observed(layer: Any) -> bool:
     """Whether global hooks or tracing must see every module's call. PEFT can also be told not to cast the input."""
     return _has_any_global_hook() or torch.jit.is_tracing() or not getattr(layer, "cast_input_dtype_enabled", True)
 
@@ -119,7 +120,7 @@ def _is_observed(layer: Any) -> bool:
 def _usual_output(layer: Any, x: Tensor) -> Tensor | None:
     """The output with one adapter on a plain base layer, or None if it is no such call. It does not look at merging."""
     adapters = layer.active_adapters
-    if len(adapters) != 1 or adapters[0] not in layer._modules["lora_A"]._modules or _is_observed(layer):
+    if len(adapters) != 1 or adapters[0] not in layer._modules["lora_A"]._modules or is_observed(layer):
         return None
     branch, base = read_branch(layer, adapters[0]), layer._modules["base_layer"]
     weight, bias = _plain_tensors(base)
@@ -127,32 +128,32 @@ def _usual_output(layer: Any, x: Tensor) -> Tensor | None:
         return None
 
     # Once calls of this kind are known to fit, the op's own key says so.
-    def fits() -> bool:
-        return _fits(x, branch.lora_A, branch.lora_B, None) and base_operand(base, x) is not None
+    def is_readable() -> bool:
+        return fits(x, branch.lora_A, branch.lora_B) and isinstance(base_operand(base, x), Base)
 
-    return lora_linear_if(fits, x, weight, bias, branch.lora_A, branch.lora_B, branch.scaling, branch.dropout_p)
+    return lora_linear_if(is_readable, x, weight, bias, branch.lora_A, branch.lora_B, branch.scaling, branch.dropout_p)
 
 
-def branches_of(layer: Any, adapters: Iterable[str], x: Tensor, features: int | None = None) -> list[Branch] | None:
-    """The layer's branches for ``adapters``, or None if PEFT's own forward must compute them.
-
-    ``features`` are those of the layer's input if that is not ``x`` but a tensor like it.
-    """
-    if _is_observed(layer):
+def branches_of(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | None:
+    """The layer's branches for ``adapters``, or None if PEFT's own forward must compute them."""
+    if is_observed(layer):
         return None
     found = []
     for adapter in adapters:
         if adapter not in layer._modules["lora_A"]._modules:
             continue
         branch = read_branch(layer, adapter)
-        if isinstance(branch, str) or not _fits(x, branch.lora_A, branch.lora_B, features):
+        if isinstance(branch, str) or not fits(x, branch.lora_A, branch.lora_B):
             return None
         found.append(branch)
     return found
 
 
-def _fits(x: Tensor, lora_A: Tensor, lora_B: Tensor, features: int | None) -> bool:
-    """Whether the ops accept ``x`` with the adapter. Otherwise PEFT casts x to the adapter's dtype, or raises its own error."""
+def fits(x: Tensor, lora_A: Tensor, lora_B: Tensor, features: int | None = None) -> bool:
+    """Whether the ops accept ``x`` with the adapter. Otherwise PEFT casts x to the adapter's dtype, or raises its own error.
+
+    ``features`` are those of the layer's input if that is not ``x`` but a tensor like it.
+    """
     if x.dtype not in FLOAT_DTYPES or x.device != lora_A.device:
         return False
     # Not part of reason_against: in a sharded model, parameters have other shapes between calls.
@@ -163,36 +164,47 @@ def _fits(x: Tensor, lora_A: Tensor, lora_B: Tensor, features: int | None) -> bo
     return lora_A.dtype in (torch.float32, x.dtype) or autocast_dtype(x.device.type) is not None
 
 
-def base_operand(base: nn.Module, x: Tensor) -> Base | None:
-    """The base layer's operands if one op can compute its product and a branch, or None."""
+def base_operand(base: Any, x: Tensor | None) -> Base | str:
+    """The base layer's operands, or why its product cannot be in one op with a branch.
+
+    For an input like ``x``; without one, for any that the layer may get once its parameters are on their devices.
+    """
+    calls = f"calls its base layer, a {type(base).__name__}, for its product"
     if type(base) not in READABLE or is_hooked(base):
-        return None
+        return calls
     weight, bias = weight_and_bias(base)
     # Quantized and sharded weights have other types. During a forward, FSDP replaces parameters by plain tensors.
+    if is_quantized(weight):
+        return _quantized_operand(base, weight, bias, x) or calls
+    if x is None and is_sharded(weight):
+        return Base(weight, bias, weight.dtype)
     if type(base) is not nn.Linear or not _is_plain(weight, bias):
-        return _quantized_operand(base, weight, bias, x) if is_quantized(weight) else None
+        return f"calls its base layer, a {type(base).__name__} with a {type(weight).__name__}, for its product"
     other = weight if bias is None else bias
+    if x is None:
+        return Base(weight, bias, weight.dtype)
     if weight.device != x.device or other.device != x.device:
-        return None
+        return calls
     if weight.dtype == other.dtype == x.dtype:
         return Base(weight, bias, x.dtype)
     if x.dtype != torch.float64 and autocast_dtype(x.device.type) is not None:
         return Base(weight, bias, weight.dtype)
-    return None
+    return calls
 
 
-def _quantized_operand(base: Any, weight: Any, bias: Tensor | None, x: Tensor) -> Base | None:
+def _quantized_operand(base: Any, weight: Any, bias: Tensor | None, x: Tensor | None) -> Base | str | None:
     """As :func:`base_operand` for a 4-bit or float8 base layer, if the kernels compute the same product as the layer."""
     # The PyTorch backend would dequantize the weight in Python; the layer's own product is faster.
-    if resolve_backend(x.device) != "triton":
-        return None
+    if resolve_backend((weight if x is None else x).device) != "triton":
+        return f"has a quantized weight, and without Triton its {type(base).__name__} computes the product"
+    # bitsandbytes casts x with or without autocast. Its first call may choose the compute dtype and cast the bias in place.
+    casts, computed = type(base) is not nn.Linear, getattr(base, "compute_dtype", weight.dtype)
+    if x is None:
+        return Base(weight, bias, computed)
     dtype = autocast_dtype(x.device.type) or x.dtype
-    if type(base) is nn.Linear:
-        fits = weight.dtype == x.dtype == dtype
-    else:
-        # bitsandbytes casts x with or without autocast. Its first call may choose the compute dtype and cast the bias in place.
-        fits = base.compute_type_is_set and base.compute_dtype == dtype
-    if not fits or (bias is not None and (bias.dtype != dtype or bias.device != x.device)):
+    if computed != dtype or not (base.compute_type_is_set if casts else x.dtype == dtype):
+        return None
+    if bias is not None and (bias.dtype != dtype or bias.device != x.device):
         return None
     try:
         stored = read(weight)
@@ -222,7 +234,7 @@ class Accelerated:
         kwargs = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         base = self._modules["base_layer"]
         operand = None if args or kwargs else base_operand(base, x)
-        if operand is not None:
+        if isinstance(operand, Base):
             result = branches.pop(0).with_base(operand, x)
             if not isinstance(operand.weight, Tensor):
                 # Quantized base layers return x's dtype, even under autocast.
@@ -260,7 +272,7 @@ def compute_projection_group(layers: Sequence[Any], x: Tensor) -> list[Tensor] |
         plain = not layer.disable_adapters and not layer.merged
         branches = branches_of(layer, layer.active_adapters, x) if plain else None
         operand = base_operand(layer._modules["base_layer"], x) if branches else None
-        if not branches or operand is None or not isinstance(operand.weight, Tensor):
+        if not branches or not isinstance(operand, Base) or not isinstance(operand.weight, Tensor):
             return None
         first, *rest = branches
         firsts.append(first)

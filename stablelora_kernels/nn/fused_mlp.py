@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from stablelora_kernels.functional import LoRAWeights, lora_mlp
 from stablelora_kernels.nn.factory import is_conv1d
 from stablelora_kernels.nn.mlp_form import Form, form_of, is_unchanged
-from stablelora_kernels.utils.autocast import autocast_dtype
+from stablelora_kernels.quantized import is_quantized
 from stablelora_kernels.utils.hooks import HOOKS, is_hooked
 
 # The keys of a module's __dict__ that hold its MLPState, and a forward that was bound to the instance. state_dict has neither.
@@ -49,37 +49,25 @@ class GatedMLP:
 
 
 class Operand(NamedTuple):
-    """What one call reads of a projection. ``dropout_p`` is None if it has no adapter, and 0 in evaluation."""
+    """What the op reads of a projection."""
 
     weights: LoRAWeights
+    # None without an adapter. In a call, 0 in evaluation.
     dropout_p: float | None
-
-
-# A layer, x, and x's dtype or None under autocast.
-Read = Callable[[Any, Tensor, torch.dtype | None], Operand | None]
-
-
-class Facts(NamedTuple):
-    """What must fit between the projections of an MLP. The first two are None without an adapter, ``dtype`` if any fits."""
-
-    dropout_p: float | None
-    lora_dtype: torch.dtype | None
+    # The product's; None if it is that of any x.
     dtype: torch.dtype | None
-    # Holds the weight and the bias.
-    base: Any
-    quantized: bool = False
+
+
+# A layer's operand for an input of the dtype and device of x, or why the layer must compute by itself. Without an x: for any
+# that the layer may get in training, once its parameters are on their devices.
+Read = Callable[[Any, Tensor | None], Operand | str]
 
 
 class LayerKind(NamedTuple):
-    """How to handle one library's layers.
-
-    ``adapted`` is the class of its layers with adapters. ``read(layer, x, dtype)`` returns a layer's operand for an input of
-    x's dtype and device, or None if the layer must compute by itself. ``facts`` returns a layer's facts, or why it must.
-    """
+    """How to handle one library's layers; ``adapted`` is the class of those with adapters."""
 
     adapted: type[Any]
     read: Read
-    facts: Callable[[Any], Facts | str]
 
     def is_projection(self, module: Any) -> bool:
         """Whether ``module`` computes a projection, with adapters or without."""
@@ -132,30 +120,18 @@ def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
     # Global hooks and tracing must see every module's call. Tensor subclasses may override matmul.
     if type(x) is not Tensor or _has_any_global_hook() or torch.jit.is_tracing():
         return None
-    form, modules, features = state.form, module._modules, x.shape[-1] if x.dim() else 0
-    if not is_unchanged(module, form):
+    form = state.form
+    if not is_unchanged(module, form) or isinstance(operands := _operands(module, form, state.read, x), str):
         return None
-    dtype = None if autocast_dtype(x.device.type) is not None else x.dtype
-    gate_layer, up_layer, down_layer = (modules[projection.name] for projection in form[:3])
-    if (gate := _read(state, gate_layer, x, features, dtype)) is None:
-        return None
-    if form.gate.half is None:
-        up = _read(state, up_layer, x, features, dtype)
-    elif (halves := _halves(gate, form.gate.half)) is not None:
+    gate, up, down = operands
+    if form.gate.half is not None:
+        if (halves := _halves(gate, form.gate.half)) is None:
+            return None
         gate, up = halves
-    else:
+    (n, k), up_shape, (_, inner) = (each.weights.weight.shape for each in (gate, up, down))  # type: ignore[union-attr]
+    if x.shape[-1:] != (k,) or up_shape != (n, k) or inner != n:
         return None
-    if up is None or (n := gate.weights.weight.shape[0]) != up.weights.weight.shape[0]:  # type: ignore[union-attr]
-        return None
-    if (down := _read(state, down_layer, x, n, dtype)) is None:
-        return None
-    dropout_p = lora_dtype = None
-    for weights, p in (gate, up, down):
-        if weights.lora_A is not None:
-            if dropout_p is None:
-                dropout_p, lora_dtype = p, weights.lora_A.dtype
-            elif p != dropout_p or weights.lora_A.dtype != lora_dtype:
-                return None
+    dropout_p = next((each.dropout_p for each in (gate, up, down) if each.dropout_p is not None), None)
     # lora_mlp draws one mask for the halves of one layer, which have one A. Layers that share their A draw two.
     shares_A = form.gate.half is None and gate.weights.lora_A is up.weights.lora_A is not None
     if dropout_p is None or (shares_A and dropout_p > 0):
@@ -164,25 +140,47 @@ def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
     return lora_mlp(x, gate.weights, up.weights, down.weights, form.activation, dropout_p, True)
 
 
-def _read(state: MLPState, layer: Any, x: Tensor, features: int, dtype: torch.dtype | None) -> Operand | None:
-    """The operand of a layer whose input has ``features`` features, or None if the op must not compute it."""
-    if (operand := state.read(layer, x, dtype)) is None:
-        return None
-    weight, bias, *_ = operand.weights
-    trains = (isinstance(weight, Tensor) and weight.requires_grad) or (bias is not None and bias.requires_grad)
-    return None if trains or weight.shape[1] != features else operand  # type: ignore[union-attr]
+def _operands(module: nn.Module, form: Form, read: Read, x: Tensor | None) -> list[Operand] | str:
+    """Gate's, up's and down's, for ``read``'s ``x``; or why the module's own forward must compute it. Halves are still one."""
+    operands: list[Operand] = []
+    for name, half in form[:3]:
+        if half is not None and operands:
+            operands *= 2
+            continue
+        operand = read(module._modules[name], x)
+        if isinstance(operand, str):
+            return f"{name!r} {operand}"
+        weight, bias, *_ = operand.weights
+        for part, t in (("weight", weight), ("bias", bias)):
+            if isinstance(t, Tensor) and t.requires_grad:
+                return f"{name!r} has a {part} that trains; the op would keep activations for its gradient"
+        if half is not None and (is_quantized(weight) or not isinstance(weight, Tensor)):
+            return f"{name!r} holds gate and up stacked in a quantized weight, which is not cut in two"
+        operands.append(operand)
+    for what, values in (
+        ("lora_dropout", [each.dropout_p for each in operands]),
+        ("the adapter's dtype", [None if each.weights.lora_A is None else each.weights.lora_A.dtype for each in operands]),
+        # In a call, the layers have compared their dtypes with that of x.
+        ("the weight's dtype", [each.dtype for each in operands] if x is None else []),
+    ):  # fmt: skip
+        given = [(value, name) for value, (name, _) in zip(values, form[:3], strict=False) if value is not None]
+        for value, name in given[1:]:
+            if value != given[0][0]:
+                return f"{what} is {given[0][0]} in {given[0][1]!r} and {value} in {name!r}"
+    return operands
 
 
 def _halves(operand: Operand, first: int) -> tuple[Operand, Operand] | None:
     """Gate and up of a stacked projection, of which gate is the half ``first``."""
-    (weight, bias, lora_A, lora_B, scaling), dropout_p = operand
-    if not isinstance(weight, Tensor) or weight.shape[0] % 2:
+    weight, bias, lora_A, lora_B, scaling = operand.weights
+    assert isinstance(weight, Tensor)
+    if weight.shape[0] % 2:
         return None
     # Not by slices, whose gradients would be padded with zeros and added.
     biases: Any = (None, None) if bias is None else bias.chunk(2)
     lora_Bs: Any = (None, None) if lora_B is None else lora_B.chunk(2)
     halves = [
-        Operand(LoRAWeights(half, biases[i], lora_A, lora_Bs[i], scaling), dropout_p)
+        operand._replace(weights=LoRAWeights(half, biases[i], lora_A, lora_Bs[i], scaling))
         for i, half in enumerate(weight.chunk(2))
     ]
     return halves[first], halves[1 - first]
@@ -274,22 +272,5 @@ def _reason_against(module: nn.Module, form: Form, kind: LayerKind) -> str | Non
             return f"{name!r} has hooks, which would not run"
         if is_hooked(child):
             return f"{name!r} has a forward that was replaced (as accelerate's hooks do)"
-    facts: dict[str, Facts] = {}
-    for name in dict.fromkeys(projection.name for projection in form[:3]):
-        found = kind.facts(module._modules[name])
-        if isinstance(found, str):
-            return f"{name!r} {found}"
-        for part in ("weight", "bias"):
-            if (parameter := getattr(found.base, part)) is not None and parameter.requires_grad:
-                return f"{name!r} has a {part} that trains; the op would keep activations for its gradient"
-        facts[name] = found
-    if form.gate.half is not None and facts[form.gate.name].quantized:
-        return f"{form.gate.name!r} holds gate and up stacked in a quantized weight, which is not cut in two"
-    for what, field in (
-        ("lora_dropout", "dropout_p"), ("the adapter's dtype", "lora_dtype"), ("the weight's dtype", "dtype"),
-    ):  # fmt: skip
-        values = [(name, getattr(fact, field)) for name, fact in facts.items() if getattr(fact, field) is not None]
-        for name, value in values[1:]:
-            if value != values[0][1]:
-                return f"{what} is {values[0][1]} in {values[0][0]!r} and {value} in {name!r}"
-    return None
+    operands = _operands(module, form, kind.read, None)
+    return operands if isinstance(operands, str) else None
