@@ -201,6 +201,18 @@ def _stable_adamw_kernel(
         step = tl.load(steps_ptr + chunk) + 1
         tl.debug_barrier()
         tl.store(steps_ptr + chunk, step)
+        # Ahead of the latch rule, whose loads wait for each other.
+        scale = tl.load(hyper + HYPER.value.sign)
+        if HAS_SCALE:
+            scale /= tl.load(grad_scale_ptr)
+        if CLIP:
+            scale *= tl.minimum(max_grad_norm / (total + 1e-6), 1.0)
+        words = words_ptr + setting * len(WORD.value)
+        lr = tl.load(tl.load(words + WORD.value.lr).to(tl.pointer_type(tl.float32)))
+        decay_ptr = hyper + HYPER.value.weight_decay
+        if DYNAMIC & FLAGS:
+            lr *= tl.load(hyper + HYPER.value.lr_ratio)
+            decay_ptr = tl.load(words + WORD.value.weight_decay).to(tl.pointer_type(tl.float32))
         # The latch rule: A shrinks while ||A||_F / n > ||B||_F / m, then latches for good.
         ratio = tl.full((), 0.0, tl.float32)
         role = tl.load(row + TENSOR.value.role)
@@ -213,12 +225,10 @@ def _stable_adamw_kernel(
                     a = tl.load(tl.load(row + TENSOR.value.a_first).to(tl.pointer_type(tl.float32)))
                     b = tl.load(tl.load(row + TENSOR.value.b_first).to(tl.pointer_type(tl.float32)))
                 else:
-                    a = span_sum(
-                        before_ptr, tl.load(row + TENSOR.value.a_first), tl.load(row + TENSOR.value.a_count), 64
-                    )
-                    b = span_sum(
-                        before_ptr, tl.load(row + TENSOR.value.b_first), tl.load(row + TENSOR.value.b_count), 64
-                    )
+                    a_first, a_count = tl.load(row + TENSOR.value.a_first), tl.load(row + TENSOR.value.a_count)
+                    b_first, b_count = tl.load(row + TENSOR.value.b_first), tl.load(row + TENSOR.value.b_count)
+                    a = span_sum(before_ptr, a_first, a_count, 128)
+                    b = span_sum(before_ptr, b_first, b_count, 128)
                 # A sum that is not finite compares false: such a pair neither shrinks nor latches.
                 if (a < float("inf")) & (b < float("inf")):
                     shrinks = tl.sqrt(a) / tl.load(row + TENSOR.value.n) > tl.sqrt(b) / tl.load(row + TENSOR.value.m)
@@ -234,17 +244,6 @@ def _stable_adamw_kernel(
                         # As above.
                         tl.debug_barrier()
                         tl.store(latched_ptr + chunk, step.to(tl.int32))
-        scale = tl.load(hyper + HYPER.value.sign)
-        if HAS_SCALE:
-            scale /= tl.load(grad_scale_ptr)
-        if CLIP:
-            scale *= tl.minimum(max_grad_norm / (total + 1e-6), 1.0)
-        words = words_ptr + setting * len(WORD.value)
-        lr = tl.load(tl.load(words + WORD.value.lr).to(tl.pointer_type(tl.float32)))
-        decay_ptr = hyper + HYPER.value.weight_decay
-        if DYNAMIC & FLAGS:
-            lr *= tl.load(hyper + HYPER.value.lr_ratio)
-            decay_ptr = tl.load(words + WORD.value.weight_decay).to(tl.pointer_type(tl.float32))
         key = mix(step.to(tl.uint32) + tl.load(words + WORD.value.seed).to(tl.uint32))
         base = tl.load(row + TENSOR.value.base)
         square = tl.full((), 0.0, tl.float32)
