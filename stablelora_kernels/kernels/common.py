@@ -129,8 +129,9 @@ def shared_sum(part, parts_ptr, counter_ptr, place, split, n):
     ROWS: tl.constexpr = part.shape[0]
     COLUMNS: tl.constexpr = part.shape[1]
     PART: tl.constexpr = ROWS * COLUMNS
+    # To the pointer, not to a tile of them, which took registers through the main loop of quantized products.
+    parts_ptr += place.to(tl.int64) * n * PART
     ptrs = parts_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    ptrs += place.to(tl.int64) * n * PART
     last = n == 1
     if n > 1:
         tl.store(ptrs + split * PART, part)
