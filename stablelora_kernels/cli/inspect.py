@@ -47,7 +47,7 @@ _ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairFigures:
     """One A [r, n] and B [m, r]. ``a_norm`` is ‖A‖/n, ``b_norm`` ‖B‖/m; ``scaling`` is None without a config."""
 
     name: str
@@ -83,7 +83,7 @@ class Figures:
 
 
 # The sort keys of --sort. Figures are sorted from the largest.
-SORTS: dict[str, Callable[[Pair], Any]] = {
+SORTS: dict[str, Callable[[PairFigures], Any]] = {
     "name": lambda p: _natural(p.name),
     "rank": lambda p: -p.r,
     "a": lambda p: -p.a_norm,
@@ -154,7 +154,7 @@ def _figures(tensor: Tensor) -> Figures:
 
 def _sort_tensors(
     tensors: Mapping[str, Figures], config: Mapping[str, Any]
-) -> tuple[list[Pair], list[dict[str, Any]], list[str]]:
+) -> tuple[list[PairFigures], list[dict[str, Any]], list[str]]:
     """The pairs, the other tensors and the problems."""
     if config.get("peft_type") == "LORA":
         config = {**config, **{key: check_patterns(key, config.get(key)) for key in ("rank_pattern", "alpha_pattern")}}
@@ -182,12 +182,12 @@ def _sort_tensors(
     return pairs, sorted(others, key=lambda other: _natural(other["key"])), problems
 
 
-def _pair(name: str, a: Figures, b: Figures, scaling: float | None) -> Pair:
+def _pair(name: str, a: Figures, b: Figures, scaling: float | None) -> PairFigures:
     (r, n), m = a.shape, b.shape[0]
     a_norm, b_norm = a.norm / max(n, 1), b.norm / max(m, 1)
     stable = a_norm <= b_norm if math.isfinite(a_norm) and math.isfinite(b_norm) else None
     dtype = "/".join(dict.fromkeys((a.dtype, b.dtype)))
-    return Pair(name, r, n, m, dtype, scaling, a.norm, b.norm, a_norm, b_norm, stable, a.bytes + b.bytes)
+    return PairFigures(name, r, n, m, dtype, scaling, a.norm, b.norm, a_norm, b_norm, stable, a.bytes + b.bytes)
 
 
 def _scaling(name: str, r: int, config: Mapping[str, Any], problems: list[str]) -> float | None:
@@ -224,7 +224,9 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(len(part) if i % 2 else 0, part) for i, part in enumerate(re.split(r"0*([0-9]+)", name))]
 
 
-def _print(report: Mapping[str, Any], pairs: list[Pair], others: list[dict[str, Any]], limit: int | None) -> None:
+def _print(
+    report: Mapping[str, Any], pairs: list[PairFigures], others: list[dict[str, Any]], limit: int | None
+) -> None:
     totals, config = report["totals"], report["config"]
     print(shorten(printable(report["weights"]), width()))
     about = {
@@ -262,12 +264,12 @@ def _print(report: Mapping[str, Any], pairs: list[Pair], others: list[dict[str, 
             print(wrapped(f"  {problem}", 4))
 
 
-_COLUMNS: dict[str, Callable[[Pair], str]] = {
+_COLUMNS: dict[str, Callable[[PairFigures], str]] = {
     "r": lambda p: str(p.r),
     "scaling": lambda p: "?" if p.scaling is None else f"{p.scaling:.4g}",
     "dtype": lambda p: p.dtype,
 }
-_FIGURES: dict[str, Callable[[Pair], str]] = {
+_FIGURES: dict[str, Callable[[PairFigures], str]] = {
     "n": lambda p: str(p.in_features),
     "m": lambda p: str(p.out_features),
     "‖A‖": lambda p: f"{p.a_frobenius:.3g}",

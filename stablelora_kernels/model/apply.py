@@ -21,7 +21,7 @@ from stablelora_kernels.model.modules import (
 )
 from stablelora_kernels.model.peft_format import config_from_peft
 from stablelora_kernels.model.reports import LoRAReport, notes_on_mlps, report_on
-from stablelora_kernels.model.targets import Plan, plan_lora
+from stablelora_kernels.model.targets import LoRAPlan, plan_lora
 from stablelora_kernels.nn.branch import LoRABranchLinear
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps
 from stablelora_kernels.nn.linear import LoRALinear, make_layer, projection_group_key
@@ -90,7 +90,7 @@ def apply_lora(
 def apply_plan(
     model: nn.Module,
     config: LoRAConfig,
-    plan: Plan,
+    plan: LoRAPlan,
     lora_dtypes: Mapping[str, torch.dtype],
     fuse_projections: bool,
     fuse_mlp: bool,

@@ -26,7 +26,7 @@ class Target(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoRAPlan:
     """The changes that :func:`~stablelora_kernels.apply_lora` will make, by dotted name."""
 
     targets: dict[str, Target]
@@ -37,7 +37,7 @@ class Plan:
     unmatched: str = ""
 
 
-def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
+def plan_lora(model: nn.Module, config: LoRAConfig) -> LoRAPlan:
     """The first half of :func:`~stablelora_kernels.apply_lora`: match and check everything, change nothing."""
     check_module(model)
     if not isinstance(config, LoRAConfig):
@@ -98,7 +98,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
         notes.append(f"fan_in_fan_out is True, but {list_some(others)} hold [out, in], and are taken so")
     if not config.fan_in_fan_out and transposed:
         notes.append(f"fan_in_fan_out is False, but {list_some(transposed)} hold [in, out], and are taken so")
-    return Plan(targets, tuple(skipped), saved, tuple(notes), unmatched)
+    return LoRAPlan(targets, tuple(skipped), saved, tuple(notes), unmatched)
 
 
 def _looks_linear(module: nn.Module) -> bool:

@@ -36,7 +36,7 @@ _ACTIVATIONS: dict[tuple[Any, ...], str] = {
 _OTHER = "it computes something else than down(act(gate(x)) * up(x))"
 
 
-class Projection(NamedTuple):
+class Child(NamedTuple):
     """The name of a child that computes a projection. If it computes gate and up stacked, ``half`` tells which half this is."""
 
     name: str
@@ -49,9 +49,9 @@ class Form(NamedTuple):
     ``argument`` is the name of x. ``reads`` has the path of each attribute that the forward reads, and its key.
     """
 
-    gate: Projection
-    up: Projection
-    down: Projection
+    gate: Child
+    up: Child
+    down: Child
     activation: str
     argument: str = ""
     reads: tuple[tuple[tuple[str, ...], Any], ...] = ()
@@ -120,8 +120,8 @@ def _mode() -> tuple[bool, ...]:
 class _Run(TorchFunctionMode):
     """One run of a forward.
 
-    Each tensor has a formula: "x", a Projection of x, or a tuple. The tuple of a function has its name and its operands, with a
-    Projection last. The tuple of another projection has that Projection and the formula of its input.
+    Each tensor has a formula: "x", a Child of x, or a tuple. The tuple of a function has its name and its operands, with a
+    Child last. The tuple of another projection has that Child and the formula of its input.
     """
 
     def __init__(self, is_projection: Callable[[Any], bool], reads: dict[tuple[str, ...], Any]) -> None:
@@ -139,7 +139,7 @@ class _Run(TorchFunctionMode):
             if any(attributes != attributes.given for attributes in self.attributes):
                 self.refuse("its forward changes its attributes")
             match formula:
-                case (Projection() as down, ("mul", (*operation, Projection() as gate), Projection() as up)):
+                case (Child() as down, ("mul", (*operation, Child() as gate), Child() as up)):
                     activation, halves = _ACTIVATIONS.get(tuple(operation)), {gate.half, up.half}
                     is_stacked = halves == {0, 1}
                     # Autograd refuses to change a half in place.
@@ -178,10 +178,10 @@ class _Run(TorchFunctionMode):
         if function not in _OPERATIONS:
             self.refuse(f"it calls {name}")
         operands = (getattr(value, "formula", value) for value in (*args, *(kwargs or {}).values()))
-        formula = (name, *sorted(operands, key=lambda operand: isinstance(operand, Projection)))
+        formula = (name, *sorted(operands, key=lambda operand: isinstance(operand, Child)))
         match formula:
-            case ("chunk", 2, -1, Projection(stacked, None)):
-                return [self.tensor(Projection(stacked, half)) for half in range(2)]
+            case ("chunk", 2, -1, Child(stacked, None)):
+                return [self.tensor(Child(stacked, half)) for half in range(2)]
             case ("chunk", *_):
                 self.refuse(_OTHER)
             case ("silu", True, _) if hasattr(args[0], "formula"):
@@ -254,7 +254,7 @@ class _Attributes(dict[str, Any]):
         if len(args) != 1 or kwargs or (formula := getattr(args[0], "formula", None)) is None:
             self.run.refuse(f"it calls {name!r} with more than one tensor")
         if self.run.is_projection(self.value):
-            return self.run.tensor(Projection(name) if formula == "x" else (Projection(name), formula))
+            return self.run.tensor(Child(name) if formula == "x" else (Child(name), formula))
         kind = type(self.value)
         with contextlib.suppress(Exception):
             output: Any = kind.forward(self.stand_in, args[0])

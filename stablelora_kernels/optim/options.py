@@ -260,7 +260,7 @@ def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
     return pairs
 
 
-class Pair(NamedTuple):
+class PairIndices(NamedTuple):
     """The indices of a pair's A and B in an engine's list of members."""
 
     a: int
@@ -295,7 +295,7 @@ class Parts(NamedTuple):
 
     # The parameters, the pairs among them, and the settings that they refer to.
     members: Sequence[Member]
-    pairs: Sequence[Pair]
+    pairs: Sequence[PairIndices]
     settings: Sequence[Setting]
     # The state of each member's ``param``, complete but for counters. The engine makes those views of its own.
     entries: dict[torch.Tensor, dict[str, Any]]

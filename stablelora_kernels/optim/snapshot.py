@@ -26,7 +26,7 @@ _version = attrgetter("_version")
 _facts = attrgetter("groups", "tensors", "memory", "backend", "state")
 
 
-class Layout(NamedTuple):
+class GradientLayout(NamedTuple):
     """How the gradients lie in memory. Equal from one step to the next if nothing was reallocated."""
 
     addresses: list[int]
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
     present: list[bool] | None = None
 
 
-def layout_of(tensors: Sequence[Any]) -> Layout | None:
+def layout_of(tensors: Sequence[Any]) -> GradientLayout | None:
     """The layout of the tensors that are not None; None if one is not contiguous or has no storage of its own.
 
     Passes over every tensor take most of a step's host time, so this makes as few as possible.
@@ -47,14 +47,14 @@ def layout_of(tensors: Sequence[Any]) -> Layout | None:
         return found and found._replace(present=[t is not None for t in tensors])
     except RuntimeError:
         return None
-    return Layout(addresses, [t.dtype for t in tensors]) if all(map(Tensor.is_contiguous, tensors)) else None
+    return GradientLayout(addresses, [t.dtype for t in tensors]) if all(map(Tensor.is_contiguous, tensors)) else None
 
 
 class Gradients(NamedTuple):
     """One gradient a parameter, None for none, and their layout."""
 
     tensors: list[Tensor | None]
-    layout: Layout | None
+    layout: GradientLayout | None
 
     @classmethod
     def read(cls, params: Sequence[Tensor], sharded: bool) -> Gradients:
@@ -119,7 +119,7 @@ class Snapshot:
     tensors: list[Any] | None = None
     # The optimizer's own; a snapshot that is kept has a copy.
     state: Any = None
-    gradients: Layout | None = None
+    gradients: GradientLayout | None = None
     # The sum of the versions of the parameters that engines watch: versions only rise.
     versions: int | None = None
 

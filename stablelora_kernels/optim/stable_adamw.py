@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.optim import options, snapshot, state
-from stablelora_kernels.optim.options import Member, Pair, Parts
+from stablelora_kernels.optim.options import Member, PairIndices, Parts
 from stablelora_kernels.optim.snapshot import Gradients, Snapshot, layout_of
 from stablelora_kernels.optim.stability import PairStability, finite_norms
 from stablelora_kernels.optim.torch_step import TorchStep
@@ -308,7 +308,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 self._skipped_on_device[device] = torch.zeros((), dtype=torch.int32, device=device)
             own = [members[i] for i in indices]
             index_of = {id(member.owner): i for i, member in enumerate(own)}
-            pairs = [Pair(index_of[id(p.A)], index_of[id(p.B)]) for p in self._pairs if id(p.A) in index_of]
+            pairs = [PairIndices(index_of[id(p.A)], index_of[id(p.B)]) for p in self._pairs if id(p.A) in index_of]
             held, skipped = {members[i].param: entries[i] for i in indices}, self._skipped_on_device[device]
             engine = engine_class(Parts(own, pairs, self._settings, held, skipped, self.storage))
             self._engines.append((indices, engine))

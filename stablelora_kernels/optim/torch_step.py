@@ -18,7 +18,7 @@ from stablelora_kernels.optim.snapshot import LIVE, Change, Gradients, upload
 from stablelora_kernels.optim.state import mix_
 
 
-class _Bucket(NamedTuple):
+class _FusedCall(NamedTuple):
     """Members that one call of the fused operator updates: same setting, same dtype, all shrink or none."""
 
     setting: Setting
@@ -87,8 +87,8 @@ class TorchStep:
         self.present, self.all_present = [True] * len(members), True
         # Whether the step reads all gradients without a copy.
         self.direct = False
-        self.bucket_key: tuple[list[bool], list[int]] | None = None
-        self.buckets: list[_Bucket] = []
+        self.calls_key: tuple[list[bool], list[int]] | None = None
+        self.calls: list[_FusedCall] = []
 
     def _make_counters(self) -> None:
         """One tensor of steps, one a member, and one of latches, one a pair; the state gets views of them."""
@@ -152,8 +152,8 @@ class TorchStep:
         for scratch in self.scratch:
             scratch.load(self.steps.int() + 1, self.seeds)
         shrinking, latched = self._decide_latch()
-        buckets = self._plan(shrinking)
-        copies = self._update_copies(buckets, grads, grad_scale) if self.low_moments else []
+        calls = self._plan(shrinking)
+        copies = self._update_copies(calls, grads, grad_scale) if self.low_moments else []
 
         # Nothing below allocates.
         if latched is not None:
@@ -164,8 +164,8 @@ class TorchStep:
             torch._foreach_add_(list(compress(self.step_views, self.present)), 1)
         for old, new in copies:
             old.copy_(new)
-        for bucket in () if self.low_moments else buckets:
-            bucket.update(grads, grad_scale)
+        for call in () if self.low_moments else calls:
+            call.update(grads, grad_scale)
         # Round the working copies into the parameters.
         for scratch in self.scratch:
             scratch.store(self.present)
@@ -233,45 +233,45 @@ class TorchStep:
             norms = torch.stack(self._in_one_dtype(torch._foreach_norm(halves))).double().view(2, -1)
         return norms * (self.inverse_widths if len(live) == len(self.pairs) else self.inverse_widths[:, live])
 
-    def _plan(self, shrinking: list[int]) -> list[_Bucket]:
-        """The buckets of this step, reused if the same gradients are present and the same A's shrink as before."""
+    def _plan(self, shrinking: list[int]) -> list[_FusedCall]:
+        """The calls of this step, reused if the same gradients are present and the same A's shrink as before."""
         key = (self.present, shrinking)
-        if key != self.bucket_key:
+        if key != self.calls_key:
             shrinks_at = set(shrinking)
             alike: dict[tuple[int, bool, bool], list[int]] = {}
             for i, (p, setting_index, *_) in enumerate(self.members):
                 if self.present[i]:
                     alike.setdefault((setting_index, i in shrinks_at, p.dtype is torch.float64), []).append(i)
-            buckets = []
+            calls = []
             for (setting_index, shrinks, _), indices in alike.items():
                 setting, entries = self.settings[setting_index], [self.entries[self.members[i].param] for i in indices]
                 moments = [[entry[name] for entry in entries] for name in state.moment_names(setting["amsgrad"])]
                 work, steps = [self.work[i] for i in indices], [self.step_views[i] for i in indices]
-                buckets.append(_Bucket(setting, shrinks, indices, work, moments, steps))
-            self.buckets, self.bucket_key = buckets, key
-        return self.buckets
+                calls.append(_FusedCall(setting, shrinks, indices, work, moments, steps))
+            self.calls, self.calls_key = calls, key
+        return self.calls
 
     def _update_copies(
-        self, buckets: Sequence[_Bucket], grads: Sequence[Any], grad_scale: Tensor | None
+        self, calls: Sequence[_FusedCall], grads: Sequence[Any], grad_scale: Tensor | None
     ) -> list[tuple[Tensor, Tensor]]:
         """With moments in few bits: the tensors that the step changes, and their new values. Rounding moments allocates.
 
-        One bucket's moments are in float32 at a time.
+        One call's moments are in float32 at a time.
         """
         if grad_scale is not None:
             # The fused operator writes the unscaled gradients back.
             grads = [g if g is None else g.clone() for g in grads]
         changes: list[tuple[Tensor, Tensor]] = []
-        for bucket in buckets:
-            entries = [self.entries[self.members[i].param] for i in bucket.indices]
+        for call in calls:
+            entries = [self.entries[self.members[i].param] for i in call.indices]
             moments = [
-                [state.load_moment(entry, name, p.dtype) for entry, p in zip(entries, bucket.params, strict=True)]
+                [state.load_moment(entry, name, p.dtype) for entry, p in zip(entries, call.params, strict=True)]
                 for name in state.moment_names(amsgrad=False)
             ]
-            params, steps = [p.clone() for p in bucket.params], [step + 1 for step in bucket.steps]
-            bucket._replace(params=params, moments=moments, steps=steps).update(grads, grad_scale)
-            changes += zip(bucket.params, params, strict=True)
-            for i, entry, step, *values in zip(bucket.indices, entries, steps, *moments, strict=True):
+            params, steps = [p.clone() for p in call.params], [step + 1 for step in call.steps]
+            call._replace(params=params, moments=moments, steps=steps).update(grads, grad_scale)
+            changes += zip(call.params, params, strict=True)
+            for i, entry, step, *values in zip(call.indices, entries, steps, *moments, strict=True):
                 indices = self.members[i].shard.element_indices(values[0].numel(), self.device)
                 words = mix_(indices ^ mix_((step.int() + self.seeds[i]).reshape(1)))
                 changes += _rounded_moments(entry, values, words)
