@@ -6,13 +6,12 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
 from stablelora_kernels.dispatch import autotune, problem
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import Choice
 from tests.helpers.autotuning import GPU, answers, check_all, files, forget, forward, inputs_of
-from tests.helpers.inputs import DEVICE, FP32
+from tests.helpers.cases import DEVICE, FP32, laid_out
 from tests.helpers.precision import switched
 from tests.helpers.processes import printed
 
@@ -38,24 +37,19 @@ def test_what_an_answer_holds_for():
         key_of(inputs_of(rows=64)),
         key_of(inputs_of(lora_dtype=FP32)),
         key_of(inputs_of(dtype=FP32)),
-        key_of({**base, "bias": None}),
-        key_of({**base, "x": x[:1].expand(70, 64)}),
-        key_of({**base, "x": x.t().contiguous().t()}),
-        key_of({**base, "x": torch.cat((x, x[:, :2]), 1)[:, :64]}),
-        key_of({**base, "x": torch.cat((x[0], x.flatten()))[1 : 1 + x.numel()].view(x.shape)}),
-        key_of({**base, "weight": w.t().contiguous().t()}),
+        key_of(base | {"bias": None}),
+        *(key_of(base | {"x": laid_out(x, layout)}) for layout in ("expanded", "transposed", "wider", "shifted")),
+        key_of(base | {"weight": laid_out(w, "transposed")}),
     ]
     # Of the x's, the two that are not aligned are alike.
     assert key_of(base) not in others and len(set(others)) == len(others) - 1
-
-
-def test_tensor_float_32_is_measured_for_itself():
-    old, new = "set_float32_matmul_precision('high')", "backends.cuda.matmul.fp32_precision = 'tf32'"
-    keys = set()
-    for names in ((), (old,), (new,)):
-        with switched(*names):
-            keys.add((key_of(inputs_of(dtype=FP32)), key_of(inputs_of())))
-    assert len({fp32 for fp32, _ in keys}) == 2 and len({bf16 for _, bf16 in keys}) == 1
+    # TensorFloat-32 is measured for itself.
+    plain, with_tf32 = key_of(base), set()
+    for name in ("set_float32_matmul_precision('high')", "backends.cuda.matmul.fp32_precision = 'tf32'"):
+        with switched(name):
+            with_tf32.add(key_of(inputs_of(dtype=FP32)))
+            assert key_of(base) == plain
+    assert len(with_tf32) == 1 and with_tf32.isdisjoint(others)
 
 
 def test_a_second_process_reads_the_first_ones_answer(timer, few, tmp_path):
@@ -79,32 +73,29 @@ for rows in (70, 5):
     env = {"STABLELORA_CACHE": str(tmp_path), "STABLELORA_AUTOTUNE": "1"}
     found = printed(code, TRITON_INTERPRET="0" if DEVICE == "cuda" else "1", **env)
     assert found.splitlines() == ["['vendor'] False", "['vendor', 'fused'] True"]
-    assert {key.split()[1]: answer["choice"] for key, answer in answers().items()} == {
-        "m=128,": "vendor",
-        "m=8,": "fused",
-    }
+    choices = {key.split()[1]: answer["choice"] for key, answer in answers().items()}
+    assert choices == {"m=128,": "vendor", "m=8,": "fused"}
 
 
-@pytest.mark.parametrize("what", ["ours", "torch", "triton", "cuda", "gpu"])
+# What an answer holds for, beside its key.
+VERSIONS = {
+    "stablelora_kernels.dispatch.autotune.__version__": "99.0",
+    "torch.__version__": "99.0",
+    "triton.__version__": "99.0",
+    "torch.version.cuda": "99.0",
+    "stablelora_kernels.dispatch.problem.device_of": lambda device: GPU._replace(processors=1),
+}
+
+
+@pytest.mark.parametrize("what", VERSIONS)
 def test_other_versions_and_gpus_are_measured_anew(timer, few, monkeypatch, what):
-    import triton
-
     forward(inputs_of())
     measured = len(timer.measured)
     forget()
     forward(inputs_of())
     assert len(timer.measured) == measured and len(files()) == 1
     forget()
-    if what == "gpu":
-        monkeypatch.setattr(problem, "device_of", lambda device: GPU._replace(processors=1))
-    else:
-        owner, name = {
-            "ours": (autotune, "__version__"),
-            "torch": (torch, "__version__"),
-            "triton": (triton, "__version__"),
-            "cuda": (torch.version, "cuda"),
-        }[what]
-        monkeypatch.setattr(owner, name, "99.0")
+    monkeypatch.setattr(what, VERSIONS[what])
     forward(inputs_of())
     assert len(timer.measured) == 2 * measured and len(files()) == 2
 
@@ -171,14 +162,3 @@ def test_writers_lose_nothing(tmp_path):
         kept = autotune._read(path.with_name(f"{i}.json"), f"key {i}", choices)
         assert kept is not None and kept["reason"] == str(i)
     assert len(list(path.parent.iterdir())) == 61
-
-
-def test_what_another_process_has_written_is_used(timer, few):
-    forward(inputs_of())
-    (path,) = files()
-    theirs = {**json.loads(path.read_text()), "choice": "vendor", "reason": "theirs"}
-    path.write_text(json.dumps(theirs))
-    forget()
-    timer.measured.clear()
-    forward(inputs_of())
-    assert not timer.measured and [*autotune._answers.values()] == [Choice("vendor", "theirs")]

@@ -30,33 +30,22 @@ def test_a_gpu_without_a_usable_triton_is_warned_of(monkeypatch):
         backend.resolve_backend(CUDA)
 
 
-@pytest.mark.parametrize(
-    ("version", "problem"),
-    [
-        ("3.2.0", "Triton 3.2.0 is installed, but the kernels need 3.6 or newer"),
-        ("3.6.0+git1234", None),
-        ("3.10.1", None),
-        ("4.0", None),
-    ],
-)
-def test_triton_versions(monkeypatch, version, problem):
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(backend.metadata, "version", lambda name: version)
-    assert backend._triton_problem() == problem
+# What is installed: Triton for any device, and NumPy for its interpreter.
+INSTALLED = [
+    ({"triton": "3.2.0"}, "Triton 3.2.0 is installed, but the kernels need 3.6 or newer"),
+    *(({"triton": version}, None) for version in ("3.6.0+git1234", "3.10.1", "4.0")),
+    ({"triton": "3.6.0", "numpy": "2.3.5"}, None),
+    ({"triton": "3.6.0", "numpy": "2.4.0"}, "the interpreter of Triton 3.6.0 does not run with NumPy 2.4.0: pip"),
+    ({"triton": "3.7.1", "numpy": "2.4.6"}, None),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("triton", "numpy", "problem"),
-    [
-        ("3.6.0", "2.3.5", None),
-        ("3.6.0", "2.4.0", r"the interpreter of Triton 3.6.0 does not run with NumPy 2.4.0: pip install 'numpy<2.4'"),
-        ("3.7.1", "2.4.6", None),
-    ],
-)
-def test_the_interpreter_and_numpy(monkeypatch, triton, numpy, problem):
+@pytest.mark.parametrize(("versions", "problem"), INSTALLED)
+def test_versions_that_do_not_run(monkeypatch, versions, problem):
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(backend.metadata, "version", {"triton": triton, "numpy": numpy}.__getitem__)
-    assert backend.interpreter_problem() == problem
+    monkeypatch.setattr(backend.metadata, "version", versions.__getitem__)
+    found = (backend.interpreter_problem if "numpy" in versions else backend._triton_problem)()
+    assert found is None if problem is None else found.startswith(problem)
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
@@ -69,20 +58,16 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
         assert backend.resolve_backend(CPU) == "triton"
 
 
-def test_import_needs_no_triton_and_probes_no_device():
+def test_import_needs_no_extra_and_probes_no_device():
     code = """
-import sys, time
+import sys
 import torch
 for name in ("triton", "safetensors", "peft", "transformers"):
     sys.modules[name] = None  # as if it were not installed
-start = time.process_time()
 import stablelora_kernels as slk
-seconds = time.process_time() - start
 assert not torch.cuda.is_initialized()
 layer = slk.LoRALinear(4, 3)
 layer(torch.ones(2, 4)).sum().backward()
-assert layer.lora_B.grad.abs().sum() > 0
-print(seconds)
+print(layer.lora_B.grad.abs().sum() > 0)
 """
-    # A generous bound: the design's half second on a loaded machine.
-    assert float(printed(code)) < 0.5
+    assert printed(code) == "tensor(True)"

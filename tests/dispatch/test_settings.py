@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import permutations
 
@@ -44,9 +44,9 @@ def test_a_setting_holds_for_good_or_for_a_block(name, value, other, wrong, erro
 
 def test_environment_variables_set_the_start_values():
     code = "import stablelora_kernels as slk; print(slk.get_backend(), slk.get_kernel(), slk.get_autotune())"
-    assert printed(code, STABLELORA_AUTOTUNE="0") == "auto auto False"
     known = {"STABLELORA_BACKEND": "torch", "STABLELORA_KERNEL": "split", "STABLELORA_AUTOTUNE": "1"}
-    assert printed(code, **known) == "torch split True"
+    for given, expected in (({"STABLELORA_AUTOTUNE": "0"}, "auto auto False"), (known, "torch split True")):
+        assert printed(code, **given) == expected
 
 
 def test_a_wrong_environment_raises_at_first_use_and_not_before():
@@ -81,50 +81,32 @@ def test_compiled_code_reads_the_settings_without_compiling_again():
     code = """
 import torch
 import stablelora_kernels as slk
-call = torch.compile(lambda x: x + (slk.get_backend() == "torch"), backend="aot_eager", fullgraph=True)
+def inside(x):
+    with slk.use_backend("auto"):
+        return x + 2 * (slk.get_backend() == "auto") + (slk.get_backend() == "torch")
+compile = torch.compile(backend="aot_eager", fullgraph=True)
+call, block = compile(lambda x: x + (slk.get_backend() == "torch")), compile(inside)
 def compiled(): return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 zero = torch.zeros(())
 print(call(zero).item(), call(zero).item(), slk.get_backend(), call(zero).item(), compiled())
 with slk.use_backend("auto"):
     print(call(zero).item())
-print(call(zero).item(), compiled())
+print(call(zero).item(), compiled(), block(zero).item(), slk.get_backend())
 """
-    assert printed(code, STABLELORA_BACKEND="torch").split() == ["1.0", "1.0", "torch", "1.0", "1", "0.0", "1.0", "2"]
+    expected = "1.0 1.0 torch 1.0 1 0.0 1.0 2 2.0 torch"
+    assert printed(code, STABLELORA_BACKEND="torch").split() == expected.split()
 
 
 def test_overlapping_blocks_of_two_threads_leave_nothing_behind():
-    """Each block enters before the other ends: afterwards the setting is the one from before both."""
-    before, inside, left = slk.get_backend(), threading.Event(), threading.Event()
-    seen = []
-
-    def other() -> None:
-        with slk.use_backend("triton"):
-            inside.set()
-            assert left.wait(10)
-            seen.append(slk.get_backend())
-
-    thread = threading.Thread(target=other)
-    with slk.use_backend("torch"):
-        thread.start()
-        assert inside.wait(10)
-        # It holds for the whole process.
-        assert slk.get_backend() == "triton"
-    # The block that is still open keeps its value.
-    left.set()
-    thread.join(10)
-    assert seen == ["triton"] and slk.get_backend() == before
-
-
-def test_blocks_within_compiled_code():
-    torch._dynamo.reset()
-
-    def function(x):
-        with slk.use_backend("torch"):
-            return x + (slk.get_backend() == "torch")
-
-    compiled = torch.compile(function, backend="eager", fullgraph=True)
-    assert compiled(torch.ones(2)).tolist() == [2, 2]
-    assert slk.get_backend() == "auto"
+    """Each block begins before the other ends. Each holds for the whole process, until its own end."""
+    before, first, second = slk.get_backend(), slk.use_backend("torch"), slk.use_backend("triton")
+    with ThreadPoolExecutor(1) as other:
+        with first:
+            other.submit(second.__enter__).result()
+            assert slk.get_backend() == "triton"
+        assert other.submit(slk.get_backend).result() == slk.get_backend() == "triton"
+        other.submit(second.__exit__, None, None, None).result()
+    assert slk.get_backend() == before
 
 
 MIXTURES = [(), *((name,) for name in SWITCHES), *permutations(SWITCHES, 2)]
