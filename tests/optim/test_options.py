@@ -12,8 +12,7 @@ import torch
 
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.optimizers import all_equal, halves, make_pairs, set_grads, snapshot
-from tests.helpers.steps import saved_and_loaded, take_step
-from tests.optim.options import schedule
+from tests.helpers.steps import take_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,19 +36,21 @@ def test_every_group_has_its_own_hyperparameters(backend: str) -> None:
 
 
 def test_patterns_match_layers_of_peft_and_whole_names(backend: str) -> None:
-    pairs = make_pairs([(2, 4, 4)] * 4)
-    names = ["m.0.q_proj", "m.0.k_proj", "m.1.q_proj", "m.1.k_proj"]
+    pairs, kept = (
+        make_pairs([(2, 4, 4)] * 4),
+        {"m.0.q_proj": 0.5, "m.0.k_proj": 0.875, "m.1.q_proj": 0.25, "m.1.k_proj": 0.75},
+    )
     named = [
-        (f"{name}.lora_{role}.default.weight", p)
-        for name, pair in zip(names, pairs, strict=True)
-        for role, p in (("A", pair.A), ("B", pair.B))
+        (f"{name}.lora_{role}.default.weight", getattr(pair, role))
+        for name, pair in zip(kept, pairs, strict=True)
+        for role in "AB"
     ]
     patterns = {"m.1.q_proj.default": 0.75, "q_proj": 0.5, "^m.1.k_proj": 0.25}
     optimizer = StableLoRAAdamW(named, lr=0.0, shrink_ratio=0.125, weight_decay=0.0, shrink_pattern=patterns)
     before = [pair.A.detach().clone() for pair in pairs]
     take_step(0, optimizer)
-    for pair, start, kept in zip(pairs, before, (0.5, 0.875, 0.25, 0.75), strict=True):
-        torch.testing.assert_close(pair.A.detach(), start * kept, rtol=1e-6, atol=0)
+    for pair, start, share in zip(pairs, before, kept.values(), strict=True):
+        torch.testing.assert_close(pair.A.detach(), start * share, rtol=1e-6, atol=0)
 
 
 def test_amsgrads_maximum_keeps_a_nan_and_may_begin_later(backend: str) -> None:
@@ -67,37 +68,13 @@ def test_amsgrads_maximum_keeps_a_nan_and_may_begin_later(backend: str) -> None:
     assert torch.equal(optimizer.state[second.A]["max_exp_avg_sq"], optimizer.state[second.A]["exp_avg_sq"])
 
 
-# The schedule
-
-
-def test_the_schedule_counts_steps_and_resumes(backend: str) -> None:
-    seen: list[int] = []
-
-    def noted(step: int) -> float:
-        seen.append(step)
-        return schedule(step)
-
-    optimizer = StableLoRAAdamW(make_pairs(), lr=1e-2, shrink_schedule=noted, seed=1)
-    # No gradient: no step.
-    optimizer.step()
-    for step in range(4):
-        take_step(step, optimizer)
-        if step == 2:
-            state = saved_and_loaded(optimizer.state_dict())
-            optimizer = StableLoRAAdamW(optimizer.pairs, lr=0.5, shrink_schedule=noted)
-            optimizer.load_state_dict(state)
-    assert seen == [1, 2, 3, 4] and optimizer.param_groups[0]["shrink_ratio"] == schedule(4)
-
-
-def test_a_schedule_is_copied_and_pickled_if_it_can_be() -> None:
-    other = lambda step: 0.1 / step  # noqa: E731
-    for each in (schedule, other):
-        assert copy.deepcopy(StableLoRAAdamW(make_pairs(), shrink_schedule=each)).shrink_schedule is each
-    assert (
-        pickle.loads(pickle.dumps(StableLoRAAdamW(make_pairs(), shrink_schedule=schedule))).shrink_schedule is schedule
-    )
+def test_a_schedule_that_cannot_be_pickled_is_named() -> None:
+    """It can be copied. Steps, copies and resuming with one are in test_reference and test_contract."""
+    anonymous = lambda step: 0.1 / step  # noqa: E731
+    optimizer = StableLoRAAdamW(make_pairs(), shrink_schedule=anonymous)
+    assert copy.deepcopy(optimizer).shrink_schedule is anonymous
     with pytest.raises(pickle.PicklingError, match=r"shrink_schedule <function .* cannot be pickled: make it a"):
-        pickle.dumps(StableLoRAAdamW(make_pairs(), shrink_schedule=other))
+        pickle.dumps(optimizer)
 
 
 def test_a_schedule_out_of_range_changes_nothing_and_the_next_step_is_whole(backend: str) -> None:

@@ -29,7 +29,7 @@ ASTRAY = {FP32: 0.0, BF16: 0.01, torch.uint8: 0.1}
 @pytest.mark.covering
 @pytest.mark.parametrize(("path", "name", "dtype"), CASES)
 def test_steps_are_the_references(path: str, name: str, dtype: torch.dtype) -> None:
-    """In turn, either backend takes two steps and goes on from the other's."""
+    """In turn, either backend takes two steps and goes on from the other's. Without a gradient there is no step to count."""
     row = OPTIONS[name]
     pairs, lone = row.pairs(dtype), torch.ones(7, dtype=dtype, device=DEVICE, requires_grad=True)
     oracle = row.reference(in_float64(pairs), [lone.detach().to(FP64, copy=True)])
@@ -38,6 +38,8 @@ def test_steps_are_the_references(path: str, name: str, dtype: torch.dtype) -> N
     for step in range(STEPS):
         backend = ("torch", "triton")[step // 2 % 2] if path == "in turn" else path
         with use_backend(backend):
+            optimizer.zero_grad()
+            optimizer.step()
             # Of norms above and below the bound that clips them.
             take_step_with(oracle, optimizer, step, scale=(1e-2, 1e-3, 4e-2)[step % 3])
     assert latches(optimizer) == oracle.latched_at
