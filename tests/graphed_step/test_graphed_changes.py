@@ -90,7 +90,7 @@ def shared() -> Any:
 
 
 @pytest.mark.parametrize("words", CHANGES)
-def test_a_change_after_the_capture_is_noticed(words: str, shared: Any) -> None:
+def test_a_change_after_the_capture_is_noticed(words, shared):
     (step, model, optimizer), graphs = shared
     before, replays = [p.detach().clone() for p in model.parameters()], graphs.replays
     message = re.escape(words) + ".*which its CUDA graph does not know: put it back, or call"
@@ -114,7 +114,7 @@ RESETS: dict[str, tuple[Callable[[slk.StableLoRAAdamW], Any], str]] = {
 
 
 @pytest.mark.parametrize("change", RESETS)
-def test_a_change_that_stays_needs_a_reset(change: str, graphs: Any) -> None:
+def test_a_change_that_stays_needs_a_reset(change, graphs):
     step, model, optimizer = captured()
     RESETS[change][0](optimizer)
     with pytest.raises(RuntimeError, match=RESETS[change][1]):
@@ -125,7 +125,7 @@ def test_a_change_that_stays_needs_a_reset(change: str, graphs: Any) -> None:
     assert all_equal(*losses) and all_equal(snapshot(optimizer), snapshot(twin[1])) and graphs.captures == 2
 
 
-def test_a_change_while_it_warms_up_begins_anew(graphs: Any) -> None:
+def test_a_change_while_it_warms_up_begins_anew(graphs):
     model, optimizer = make()
     step = graphed(model, optimizer)
     step((X, GOAL))
@@ -137,7 +137,7 @@ def test_a_change_while_it_warms_up_begins_anew(graphs: Any) -> None:
     assert graphs.captures == 1
 
 
-def test_a_change_of_a_peft_model_is_noticed() -> None:
+def test_a_change_of_a_peft_model_is_noticed():
     model, optimizer = llama_with("PEFT's layers")
     step = graphed(model, optimizer, None)
     batch = {name: torch.ones(2, 5, dtype=torch.int64) for name in ("input_ids", "labels")}

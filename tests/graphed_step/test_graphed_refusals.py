@@ -11,7 +11,6 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import stablelora_kernels as slk
@@ -61,14 +60,14 @@ PLACES: dict[str, Callable[[nn.Module, slk.StableLoRAAdamW], Any]] = {
 
 
 @pytest.mark.parametrize("message", [*CHANGED, *PLACES])
-def test_a_model_that_cannot_be_captured_is_refused(message: str, mesh: DeviceMesh) -> None:
+def test_a_model_that_cannot_be_captured_is_refused(message, mesh):
     model, optimizer = make()
     CHANGED.get(message, nothing)(model, optimizer)
     with pytest.raises(ValueError, match=message):
         PLACES.get(message, graphed)(model, optimizer)
 
 
-def test_hooks_that_come_after_the_construction_are_refused() -> None:
+def test_hooks_that_come_after_the_construction_are_refused():
     model, optimizer = make()
     step = graphed(model, optimizer)
     model[0].register_forward_pre_hook(nothing)
@@ -99,7 +98,7 @@ BATCHES: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("message", [*ARGUMENTS, *BATCHES])
-def test_wrong_arguments_are_refused(message: str) -> None:
+def test_wrong_arguments_are_refused(message):
     model, optimizer = make()
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises((TypeError, ValueError)) as caught:
@@ -112,7 +111,7 @@ def test_wrong_arguments_are_refused(message: str) -> None:
     assert all_equal(before, [p.detach() for p in model.parameters()])
 
 
-def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_it_is_refused(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="model must be on a GPU to be captured, got it on cpu; enabled=False runs"):
         graphed(*make())
@@ -127,7 +126,7 @@ NOT_HELD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", NOT_HELD)
-def test_a_step_that_a_graph_cannot_hold_is_refused(name: str, graphs: Any) -> None:
+def test_a_step_that_a_graph_cannot_hold_is_refused(name, graphs):
     """It is not taken, now or at the next call. Eager steps go on from where they were, and other graphs are captured."""
     model, optimizer = make()
     change, message = NOT_HELD[name]
@@ -173,7 +172,7 @@ CALLS: list[tuple[dict[str, Any], Callable[..., None], type[Exception], str]] = 
 @pytest.mark.parametrize(
     ("options", "call", "error", "message"), CALLS, ids=lambda value: getattr(value, "__name__", "")
 )
-def test_a_refused_call_takes_no_step(options: dict[str, Any], call: Any, error: type[Exception], message: str) -> None:
+def test_a_refused_call_takes_no_step(options, call, error, message):
     step, model, optimizer = captured(**options)
     before = snapshot(optimizer)
     with pytest.raises(error, match=message):

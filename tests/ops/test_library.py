@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.case_checks import check_compiled
 from tests.helpers.cases import BF16, OPS, make, ours, run, small
+from tests.helpers.operators import Operators
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -25,19 +25,6 @@ def test_torch_compile_has_no_graph_break(op, rows, p, backend):
     check_compiled(function, [given[name] for name in names], [given[f"grad{i}"] for i in case.outputs()])
 
 
-class Library(TorchDispatchMode):
-    """The library's operators that run, with their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "stablelora_kernels":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
 MIXED = small("mlp", shape=(260, 64), sizes=(16, 16, 8), dtype=BF16, quantized=("nf4 nested", "fp8", None))
 
 
@@ -45,8 +32,9 @@ MIXED = small("mlp", shape=(260, 64), sizes=(16, 16, 8), dtype=BF16, quantized=(
 @pytest.mark.parametrize(("p", "wanted"), [(0.0, None), (0.3, ["x", "lora_B"]), (0.3, ["lora_A"])])
 @pytest.mark.parametrize("case", [*(small(op, 9) for op in (*OPS, "fp8")), MIXED], ids=str)
 def test_every_operator_passes_opcheck(case, p, wanted):
-    with Library() as library:
+    with Operators() as operators:
         run(case.but(p=p, wanted=wanted))
-    assert len(library.calls) == 2
-    for operator, arguments in library.calls:
+    calls = [call for call in operators.calls if call[0].namespace == "stablelora_kernels"]
+    assert len(calls) == 2
+    for operator, arguments, _ in calls:
         torch.library.opcheck(operator, arguments)

@@ -68,7 +68,7 @@ UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_a_state_that_does_not_fit_changes_nothing(name: str) -> None:
+def test_a_state_that_does_not_fit_changes_nothing(name):
     make, message = UNFIT[name]
     optimizer = StableLoRAAdamW(make_pairs())
     take_step(1, optimizer)
@@ -78,13 +78,13 @@ def test_a_state_that_does_not_fit_changes_nothing(name: str) -> None:
     assert all_equal(snapshot(optimizer), before) and optimizer.state_dict()["param_groups"] == groups
 
 
-def test_adam_without_decay_is_adamw() -> None:
+def test_adam_without_decay_is_adamw():
     optimizer = StableLoRAAdamW(make_pairs())
     optimizer.load_state_dict(torchs("Adam", weight_decay=0.0))
     assert optimizer.param_groups[0]["weight_decay"] == 0.0
 
 
-def test_wrappers_around_a_model_do_not_matter() -> None:
+def test_wrappers_around_a_model_do_not_matter():
     """A state saved with one wrapper around the model loads with another, and without; pairs have one name in all."""
     model = Model()
     apply_lora(model, lora_config())
@@ -101,7 +101,7 @@ def test_wrappers_around_a_model_do_not_matter() -> None:
         assert all_equal(snapshot(optimizer), snapshot(plain)) and optimizer.param_groups[0]["lr"] == 0.25
 
 
-def test_a_state_from_before_these_options_keeps_the_optimizers_own() -> None:
+def test_a_state_from_before_these_options_keeps_the_optimizers_own():
     options = {"lr_ratio_B": 2.0, "shrink_pattern": {"layer0": 0.1}, "stop_condition": "never", "max_grad_norm": 1.0}
     old = state()
     for key in ("amsgrad", *options):
@@ -112,7 +112,7 @@ def test_a_state_from_before_these_options_keeps_the_optimizers_own() -> None:
 
 
 @pytest.mark.parametrize("saved", [None, 2.0])
-def test_a_clip_that_a_state_replaces_is_told(saved: float | None) -> None:
+def test_a_clip_that_a_state_replaces_is_told(saved):
     optimizer = StableLoRAAdamW(make_pairs(), max_grad_norm=1.0)
     with pytest.warns(UserWarning, match=f"max_grad_norm was 1.0 and is {saved} now"):
         optimizer.load_state_dict(state(max_grad_norm=saved))

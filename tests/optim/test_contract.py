@@ -32,7 +32,7 @@ def row(request: pytest.FixtureRequest) -> Row:
 
 
 @pytest.mark.covering(1)
-def test_resumed_and_copied_it_goes_on_to_the_bit(backend: str, option: Row) -> None:
+def test_resumed_and_copied_it_goes_on_to_the_bit(backend, option):
     """All options are in the state but storage and the schedule, which a function cannot be."""
     straight, cut = option.optimizer(), option.optimizer()
     for step in range(4):
@@ -60,7 +60,7 @@ def test_resumed_and_copied_it_goes_on_to_the_bit(backend: str, option: Row) -> 
 
 @pytest.mark.covering
 @pytest.mark.parametrize("found_inf", [1.0, 2.0])
-def test_found_inf_changes_nothing(backend: str, row: Row, found_inf: float) -> None:
+def test_found_inf_changes_nothing(backend, row, found_inf):
     """GradScaler adds up the verdicts of several devices, so it may be more than 1."""
     optimizer = row.optimizer()
     for step in range(2):
@@ -80,7 +80,7 @@ def test_found_inf_changes_nothing(backend: str, row: Row, found_inf: float) -> 
     assert all_equal(snapshot(optimizer), snapshot(twin))
 
 
-def test_a_step_on_triton_is_one_launch(option: Row) -> None:
+def test_a_step_on_triton_is_one_launch(option):
     """Two if it clips, or if the parameters' norms have to be measured."""
     step, sums = {"_stable_adamw_kernel": 1}, {"_square_sums_kernel": 1}
     optimizer, found = option.optimizer(), []
@@ -97,7 +97,7 @@ def test_a_step_on_triton_is_one_launch(option: Row) -> None:
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("change", ["float64", "float16", "meta"])
-def test_torchs_defaults_do_not_matter(backend: str, change: str, row: Row) -> None:
+def test_torchs_defaults_do_not_matter(backend, change, row):
     """Not in a step, nor where a copy and a loaded state with counters that are numbers go on."""
     optimizer, other = row.optimizer(), row.optimizer()
     kept = torch.get_default_dtype()
@@ -128,7 +128,7 @@ STORAGES = ("tensors", "masters", "bf16-moments", "8-bit-moments", "masters-8-bi
 @pytest.mark.covering
 @pytest.mark.parametrize("name", STORAGES)
 @pytest.mark.parametrize("source", [*STORAGES, "amsgrad", "AdamW", "AdamW with amsgrad", "no step"])
-def test_a_state_is_converted(backend: str, name: str, source: str) -> None:
+def test_a_state_is_converted(backend, name, source):
     """The optimizer keeps its own storage and says so, and its own options where AdamW has none."""
     row = OPTIONS[name]
     if adamw := source.startswith("AdamW"):

@@ -17,7 +17,7 @@ from tests.helpers.steps import take_step
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_every_group_has_its_own_hyperparameters(backend: str) -> None:
+def test_every_group_has_its_own_hyperparameters(backend):
     """As a trainer may put them: every A in one group, every B in another, of which one has LoRA+'s rate."""
     pairs = make_pairs([(4, 8, 8)] * 2)
     groups = [
@@ -35,7 +35,7 @@ def test_every_group_has_its_own_hyperparameters(backend: str) -> None:
     assert [pair.name for pair in optimizer.pairs] == ["x", "y"]
 
 
-def test_patterns_match_layers_of_peft_and_whole_names(backend: str) -> None:
+def test_patterns_match_layers_of_peft_and_whole_names(backend):
     pairs, kept = (
         make_pairs([(2, 4, 4)] * 4),
         {"m.0.q_proj": 0.5, "m.0.k_proj": 0.875, "m.1.q_proj": 0.25, "m.1.k_proj": 0.75},
@@ -53,7 +53,7 @@ def test_patterns_match_layers_of_peft_and_whole_names(backend: str) -> None:
         torch.testing.assert_close(pair.A.detach(), start * share, rtol=1e-6, atol=0)
 
 
-def test_amsgrads_maximum_keeps_a_nan_and_may_begin_later(backend: str) -> None:
+def test_amsgrads_maximum_keeps_a_nan_and_may_begin_later(backend):
     first, second = make_pairs([(4, 8, 8)] * 2)
     optimizer = StableLoRAAdamW([{"params": [first], "amsgrad": True}, {"params": [second]}], lr=1e-2)
     take_step(0, optimizer)
@@ -68,7 +68,7 @@ def test_amsgrads_maximum_keeps_a_nan_and_may_begin_later(backend: str) -> None:
     assert torch.equal(optimizer.state[second.A]["max_exp_avg_sq"], optimizer.state[second.A]["exp_avg_sq"])
 
 
-def test_a_schedule_that_cannot_be_pickled_is_named() -> None:
+def test_a_schedule_that_cannot_be_pickled_is_named():
     """It can be copied. Steps, copies and resuming with one are in test_reference and test_contract."""
     anonymous = lambda step: 0.1 / step  # noqa: E731
     optimizer = StableLoRAAdamW(make_pairs(), shrink_schedule=anonymous)
@@ -77,7 +77,7 @@ def test_a_schedule_that_cannot_be_pickled_is_named() -> None:
         pickle.dumps(optimizer)
 
 
-def test_a_schedule_out_of_range_changes_nothing_and_the_next_step_is_whole(backend: str) -> None:
+def test_a_schedule_out_of_range_changes_nothing_and_the_next_step_is_whole(backend):
     """The engines' tables still hold the gradients of the step before."""
     ratios = {1: 0.1, 2: 1.5, 3: 0.1}
     optimizer = StableLoRAAdamW(make_pairs(), lr=1e-2, shrink_schedule=lambda step: ratios[step])

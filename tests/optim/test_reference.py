@@ -28,7 +28,7 @@ ASTRAY = {FP32: 0.0, BF16: 0.01, torch.uint8: 0.1}
 
 @pytest.mark.covering
 @pytest.mark.parametrize(("path", "name", "dtype"), CASES)
-def test_steps_are_the_references(path: str, name: str, dtype: torch.dtype) -> None:
+def test_steps_are_the_references(path, name, dtype):
     """In turn, either backend takes two steps and goes on from the other's. Without a gradient there is no step to count."""
     row = OPTIONS[name]
     pairs, lone = row.pairs(dtype), torch.ones(7, dtype=dtype, device=DEVICE, requires_grad=True)

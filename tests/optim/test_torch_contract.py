@@ -16,7 +16,7 @@ from tests.helpers.steps import assert_all_close, take_step
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_grad_scaler_hands_over_scale_and_verdict(backend: str) -> None:
+def test_grad_scaler_hands_over_scale_and_verdict(backend):
     pairs, twins = make_pairs(), make_pairs()
     optimizer, other = StableLoRAAdamW(pairs, lr=1e-2), StableLoRAAdamW(twins, lr=1e-2)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
@@ -36,7 +36,7 @@ def test_grad_scaler_hands_over_scale_and_verdict(backend: str) -> None:
     assert_all_close(halves(pairs), halves(twins), rtol=1e-6, atol=1e-8)
 
 
-def test_closure_scheduler_and_zero_grad(backend: str) -> None:
+def test_closure_scheduler_and_zero_grad(backend):
     pairs = make_pairs()
     optimizer = StableLoRAAdamW(pairs, lr=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-2, total_steps=12)
@@ -62,7 +62,7 @@ def test_closure_scheduler_and_zero_grad(backend: str) -> None:
     assert optimizer.state[pairs[0].A]["step"].item() == 4
 
 
-def test_backward_through_overwritten_parameters_is_noticed(backend: str) -> None:
+def test_backward_through_overwritten_parameters_is_noticed(backend):
     (pair,) = make_pairs([(4, 8, 8)])
     optimizer = StableLoRAAdamW([pair])
     loss = (pair.A.square().sum() + pair.B.square().sum()).square()
@@ -72,7 +72,7 @@ def test_backward_through_overwritten_parameters_is_noticed(backend: str) -> Non
         loss.backward()
 
 
-def test_hooks_of_state_dicts(backend: str) -> None:
+def test_hooks_of_state_dicts(backend):
     optimizer = StableLoRAAdamW(make_pairs())
     seen: list[str] = []
     optimizer.register_state_dict_pre_hook(lambda o: seen.append("pre"))
@@ -84,7 +84,7 @@ def test_hooks_of_state_dicts(backend: str) -> None:
     assert seen == ["pre", "load 1", "loaded"]
 
 
-def test_a_compiled_step_runs_as_it_is(backend: str) -> None:
+def test_a_compiled_step_runs_as_it_is(backend):
     """torch.compile leaves the step out of its graph: it is one launch already."""
     optimizer, other = StableLoRAAdamW(make_pairs(), lr=1e-2), StableLoRAAdamW(make_pairs(), lr=1e-2)
     compiled = torch.compile(optimizer.step, backend="eager")
@@ -96,7 +96,7 @@ def test_a_compiled_step_runs_as_it_is(backend: str) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
-def test_copies_keep_the_count_of_steps_that_were_not_taken(backend: str, copied) -> None:
+def test_copies_keep_the_count_of_steps_that_were_not_taken(backend, copied):
     """And which of them were told of."""
     optimizer = StableLoRAAdamW(make_pairs(), max_grad_norm=1.0)
     take_step(0, optimizer)
