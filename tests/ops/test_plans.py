@@ -253,19 +253,6 @@ def test_the_profiler_shows_the_op():
 # What a later call may change.
 
 
-def test_a_moved_parameter_is_read_where_it_is():
-    layer, x = layer_and_x()
-    for _ in range(3):
-        y = layer(x)
-    for parameter in (layer.weight, layer.lora_A, layer.lora_B):
-        parameter.data = parameter.data.clone()
-    assert torch.equal(layer(x), y)
-    layer.lora_A.data = -layer.lora_A.data
-    with without_plans():
-        expected = layer(x)
-    assert torch.equal(layer(x), expected) and not torch.equal(expected, y)
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_a_changed_saved_tensor_is_looked_at_again(op):
     """Saved-tensor hooks may give backward tensors of another layout."""
