@@ -217,7 +217,7 @@ def wanting(op, rows, subset, backend):
 # Gradients of some operands, or of all of a kind.
 SUBSETS = [
     ["x"], ["lora_A"], ["lora_B"], ["x", "lora_B"], ["lora_A0"], ["lora_B1"], ["lora_A2", "lora_B2"], ["x", "lora_A0", "lora_B2"],
-    ["base_out"], ["bias0", "weight2"],
+    ["base_out"], ["weight0"], ["bias0", "weight2"],
 ]  # fmt: skip
 WANTED = table(wanting, op=OPS, rows=[5, 70], subset=SUBSETS, backend=["torch", "triton"])
 
