@@ -6,19 +6,14 @@ import pytest
 
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import autotune
-from tests.helpers.autotuning import Timer, forget, words
+from tests.helpers.autotuning import tuned_by_hand, words
 
 
 @pytest.fixture
-def timer(monkeypatch, tmp_path):
+def timer(tmp_path):
     """Tuning is on, with an empty cache and a timer that is set by hand."""
-    fake = Timer()
-    monkeypatch.setattr(autotune, "measure", fake)
-    monkeypatch.setenv("STABLELORA_CACHE", str(tmp_path))
-    forget()
-    with slk.use_backend("triton"), slk.use_kernel("auto"), slk.use_autotune(True):
+    with tuned_by_hand(tmp_path) as fake, slk.use_backend("triton"), slk.use_kernel("auto"), slk.use_autotune(True):
         yield fake
-    forget()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Which kernel a call takes: the table, force, and explain()."""
+"""Which kernel, form and tiles a call takes on each GPU."""
 
 from __future__ import annotations
 
@@ -11,61 +11,84 @@ import torch
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import mlp, rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES, Call
-from stablelora_kernels.dispatch.rules import choose
-from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.testing import make_inputs
-from tests.helpers.launches import count_launches
+from stablelora_kernels.dispatch.rules import KERNELS, choose, choose_form
 
 BF16, FP32 = torch.bfloat16, torch.float32
 H100 = DEVICES["sm_90"]
+on_every_gpu = pytest.mark.parametrize("device", DEVICES.values(), ids=list(DEVICES))
 
 
 def call(direction="forward", m=4096, n=4096, k=4096, r=16, dtype=BF16, dropout=False) -> Call:
     return Call(direction, m, n, k, r, dtype, FP32, dropout)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("device", DEVICES.values(), ids=list(DEVICES))
-def test_what_is_chosen_may_be_asked_for(device, direction, dtype):
+@on_every_gpu
+def test_what_is_chosen_may_be_asked_for(device):
     """At each size, also where a row's bounds are: a choice obeys the limits by which a forced kernel is refused."""
     sizes = itertools.product((1, 16, 17, 64, 65, 512, 513, 4096, 4097), (2048, 14336), (1000, 4096), (1, 33, 65, 129))
-    for (m, n, k, r), dropout in itertools.product(sizes, (False, True)):
+    kinds = itertools.product(("forward", "backward"), (BF16, FP32), (False, True))
+    for (m, n, k, r), (direction, dtype, dropout) in itertools.product(sizes, kinds):
         given = call(direction, m, n, k, r, dtype, dropout)
         chosen = choose(device, given)
         with slk.use_kernel(chosen.kernel):
             assert choose(device, given).kernel == chosen.kernel, given
 
 
-@pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
-def test_force(kernel):
-    with slk.use_kernel(kernel):
-        assert choose(H100, call(r=8)).kernel == kernel
-        with slk.use_kernel("auto"):
-            assert choose(H100, call(m=1)).kernel == "fused"
+def test_a_forced_kernel_is_chosen():
+    """What it cannot do is refused: tests/ops/test_errors.py."""
+    for kernel in KERNELS[1:]:
+        with slk.use_kernel(kernel):
+            assert choose(H100, call(r=8)).kernel == kernel
+            with slk.use_kernel("auto"):
+                assert choose(H100, call(m=1)).kernel == "fused"
 
 
-def test_force_refuses_what_it_cannot_do():
-    with slk.use_kernel("fused"):
-        with pytest.raises(ValueError, match="'fused' was asked for, but it has no dropout"):
-            choose(H100, call(dropout=True))
-        with pytest.raises(ValueError, match="takes ranks up to 64, got 65"):
-            choose(H100, call(r=65))
-        choose(H100, call("backward", dropout=True))
-    with slk.use_kernel("chained"):
-        with pytest.raises(ValueError, match="'chained' was asked for, but it takes ranks up to 128, got 129"):
-            choose(H100, call(r=129))
-        choose(H100, call("backward", m=100_000, r=128, dropout=True))
+@on_every_gpu
+def test_forms(device):
+    for described in (False, True):
+        assert choose_form(device, call(m=64), described) == "split_k"
+    assert choose_form(device, call(), described=False) == "pointers"
+    assert choose_form(device, call(), described=True) == ("tma" if device.tma else "pointers")
+    assert choose_form(device, call(dtype=FP32), described=True) == "pointers"
 
 
-def test_force_refuses_in_a_real_call_before_anything_ran():
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    inputs = make_inputs((5, 24), 20, 6)
-    args = [inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
-    fused = slk.use_kernel("fused")
-    with count_launches() as made, slk.use_backend("triton"), fused, pytest.raises(ValueError, match="no dropout"):
-        lora_linear(*args, 1.0, 0.5)
-    assert not made
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_65_to_400_rows_fill_the_gpu(arch, direction):
+    """At 4096 x 4096: programs share sums, or tiles of 128 x 128 fill as much as any tiles that read no more."""
+    device = DEVICES[arch]
+    for m in range(65, 401):
+        given = call(direction, m)
+        if choose_form(device, given, described=True) == "split_k":
+            plan = tiles.linear_split_k_plan(device, given, load_s=True)
+            assert plan.splits > 1 and tiles.filled(device, plan.tiles * plan.splits) >= 0.7
+        elif device.tma:
+            assert tiles.linear_tma_plan(device, given, True).programs >= 0.7 * device.processors
+        else:
+            assert tiles.filled(device, tiles.linear_plan(device, given, True).tiles) >= 0.7
+    if arch == "sm_90":
+        # As many programs as powers of two allow.
+        for m in (65, 128, 129, 256):
+            plan = tiles.linear_split_k_plan(device, call(direction, m), load_s=True)
+            assert plan.tiles * plan.splits == 128
+
+
+def test_programs_for_a_tile_are_the_fewest_that_keep_the_gpu_busy():
+    assert [tiles.fill_split_k(H100, count, 64) for count in (16, 32, 64, 96, 128, 132)] == [6, 3, 2, 1, 1, 1]
+    # A part has at least 4 steps, and none is empty.
+    assert tiles.fill_split_k(H100, 8, 8) == 2 and tiles.fill_split_k(H100, 8, 3) == 1
+    assert tiles.fill_split_k(H100, tiles.MAX_SHARED_SUMS + 1, 64) == 1
+
+
+@on_every_gpu
+def test_programs_share_no_more_sums_than_there_are_counters(device):
+    """The widest layers are vocabularies, whose dB has thousands of tiles."""
+    for n, r in itertools.product((4096, 131_072, 262_144), (16, 128, 512)):
+        given = call("backward", 16_384, 4096, n, r, dropout=True)
+        plans = [tiles.co_scheduled_grad_plan(device, given, b, warps) for b in (False, True) for warps in (4, 8)]
+        plans += [tiles.shrink_plan(device, given), tiles.weight_grads_plan(device, given, True, True)[0]]
+        assert all(plan.splits == 1 or plan.tiles <= tiles.MAX_SHARED_SUMS for plan in plans), given
+        assert n > 4096 or plans[2].splits > 1, given
 
 
 def test_reasons_use_a_users_names():

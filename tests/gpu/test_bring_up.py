@@ -90,30 +90,27 @@ def test_linear(size, kernel, p):
     gpu_checks.check(case, given, found)
 
 
-# x's shape, out_features, ranks: products of whole sums, and of sums that programs share.
+# A group, whose products are of whole sums or of sums that programs share.
 GROUPS = [((300, 520), (264, 136, 72), (16, 8, 3)), ((200, 4096), (1024, 256, 256), (16, 16, 16))]
+# More tiles of gate and up than processors.
+MLP = Case("mlp", (1024, 256), (2816, 2816, 256), (16, 8, 16), BF16, FP32)
+# W in 4 and 8 bits: in the product's own loop for few rows, by a launch before it for many.
+ROWS, N, K = ((9, 70), 40, 64) if SMALL else ((20, 600), 264, 512)
+if SMALL:
+    GROUPS, MLP = [((70, 48), (40, 24, 24), (8, 8, 8))], MLP.but(shape=(70, 48), sizes=(40, 40, 24))
+OTHERS = [
+    *(Case("group", *group, BF16, FP32) for group in GROUPS),
+    *(MLP.but(p=p) for p in (0.0, 0.1)),
+    *(
+        Case("linear", (m, K), (N,), (8,), BF16, FP32, quantized=(kind,))
+        for kind in ("nf4 nested", "fp8")
+        for m in ROWS
+    ),
+]
 
 
-@pytest.mark.parametrize("group", [((70, 48), (40, 24, 24), (8, 8, 8))] if SMALL else GROUPS, ids=str)
-def test_group(group):
-    case = Case("group", *group, BF16, FP32)
-    case_checks.check(case, cases.run(case))
-
-
-@by_dropout
-def test_mlp(p):
-    """More tiles of gate and up than processors."""
-    shape, f, n = ((70, 48), 40, 24) if SMALL else ((1024, 256), 2816, 256)
-    case = Case("mlp", shape, (f, f, n), (16, 8, 16), BF16, FP32, p=p)
-    case_checks.check(case, cases.run(case))
-
-
-@pytest.mark.parametrize("rows", (9, 70) if SMALL else (20, 600))
-@pytest.mark.parametrize("kind", ("nf4 nested", "fp8"))
-def test_quantized(kind, rows):
-    """W in 4 and 8 bits: in the product's own loop for few rows, by a launch before it for many."""
-    n, k = (40, 64) if SMALL else (264, 512)
-    case = Case("linear", (rows, k), (n,), (8,), BF16, FP32, quantized=(kind,))
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+def test_other_ops(case):
     case_checks.check(case, cases.run(case))
 
 

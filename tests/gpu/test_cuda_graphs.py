@@ -5,24 +5,25 @@ All three in one graph: test_graphed_step.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from stablelora_kernels import StableLoRAAdamW
+import tests.optim.test_capture as captures
 from stablelora_kernels.testing import seed_of
 from tests.helpers import cases
 from tests.helpers.case_checks import assert_close
-from tests.helpers.cases import BF16, FP32, Case, Operands, Results
+from tests.helpers.cases import Case, Operands, Results
 from tests.helpers.gpu_checks import DEVICE, SMALL, capture, check, keep_rows, linear, make, record
-from tests.helpers.optimizers import all_equal, make_pairs, params_of, set_grads, snapshot
-from tests.helpers.steps import latches, take_step
+from tests.helpers.graphed_steps import use_graphs
 
 pytestmark = pytest.mark.gpu
 
 SIZES = (
     ((9, 40, 24, 8), (70, 48, 40, 8)) if SMALL else ((16, 4096, 4096, 16), (257, 520, 1032, 40), (2048, 4096, 4096, 16))
 )
-REPLAYS, STEPS = 3, 10
+REPLAYS = 3
 
 
 def backward(case: Case, leaf: Operands, y: torch.Tensor) -> Results:
@@ -75,29 +76,10 @@ def test_backward_of_an_earlier_forward_draws_no_mask_and_a_captured_forward_dra
     record(record_property, worst)
 
 
-@pytest.mark.parametrize("dtype", (FP32,) if SMALL else (FP32, BF16), ids=str)
-def test_optimizer_step(dtype, record_property):
-    """Every step has new gradients, the fifth has a new lr, and pairs latch during the replays."""
-    both = []
-    for _ in range(2):
-        made = make_pairs([(8, 256, 256)] * 4, dtype)
-        torch.nn.init.ones_(made[0].B)
-        lr = torch.tensor(1e-2, device=DEVICE)
-        both.append(StableLoRAAdamW(made, lr=lr, shrink_ratio=0.05, capturable=True, seed=3))
-        take_step(0, both[-1], scale=1.0)
-    eager, replayed = both
-    captured = capture(replayed.step, warmup=0)
-    for turn in range(STEPS):
-        set_grads(params_of(eager), turn, scale=1.0)
-        for p, q in zip(params_of(eager), params_of(replayed), strict=True):
-            q.grad.copy_(p.grad)
-        if turn == 4:
-            for optimizer in both:
-                optimizer.param_groups[0]["lr"].fill_(3e-2)
-        eager.step()
-        captured.replay()
-        assert all_equal(snapshot(eager), snapshot(replayed)), f"after step {turn + 2}"
-    assert latches(eager) == latches(replayed)
-    late = sum(latched_at > 2 for latched_at in latches(eager).values() if latched_at)
-    assert late, "no pair latched during the replays, so the test did not cover it"
-    record_property("note", f"{late} pairs latched during {STEPS} replays")
+# The optimizer's step alone, with gradients that its user owns.
+test_replays_are_steps = captures.test_replays_are_steps
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return use_graphs(monkeypatch)

@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-import tests.graphed_step.test_graphed_changes as changes
 import tests.graphed_step.test_graphed_refusals as refusals
 import tests.graphed_step.test_graphed_steps as steps
 from tests.helpers.graphed_steps import DEVICE, SMALL, assert_eager_steps, batches, graphed, llama_with, use_graphs
 
 pytestmark = pytest.mark.gpu
 
-shared = changes.shared
-test_a_change_after_the_capture_is_noticed = changes.test_a_change_after_the_capture_is_noticed
-test_a_change_that_stays_needs_a_reset = changes.test_a_change_that_stays_needs_a_reset
+shared = refusals.shared
+test_a_change_after_the_capture_is_noticed = refusals.test_a_change_after_the_capture_is_noticed
+test_a_change_that_stays_needs_a_reset = refusals.test_a_change_that_stays_needs_a_reset
 test_a_step_that_a_graph_cannot_hold_is_refused = refusals.test_a_step_that_a_graph_cannot_hold_is_refused
 test_a_refused_call_takes_no_step = refusals.test_a_refused_call_takes_no_step
 globals().update({name: test for name, test in vars(steps).items() if name.startswith("test_")})

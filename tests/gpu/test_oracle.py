@@ -14,9 +14,10 @@ import torch
 from stablelora_kernels.dispatch.rules import KERNELS
 from tests.helpers import case_checks, cases, gpu_checks
 from tests.helpers.cases import ACTIVATIONS, BF16, FP16, FP32, Case
-from tests.helpers.gpu_checks import SMALL, by_kernel, linear
+from tests.helpers.gpu_checks import DEVICE, SMALL, by_kernel, keep_rows, linear, make, record
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
+pytestmark = pytest.mark.gpu
+poisoned = pytest.mark.usefixtures("poisoned_outputs")
 
 # A race shows by chance, so repeat often.
 REPEATS = 1 if SMALL else 8
@@ -54,11 +55,13 @@ CORE_CASES = by_every_kernel([linear(*shape, p, *dtypes) for shape, dtypes, p in
 UGLY_CASES = [linear(*shape, p) for shape, p in product(UGLY, (0.0, 0.1))]
 
 
+@poisoned
 @pytest.mark.parametrize("case", CORE_CASES + UGLY_CASES, ids=str)
 def test_every_kernel_matches_float64(case, record_property):
     check(case, record_property)
 
 
+@poisoned
 @pytest.mark.parametrize("case", by_every_kernel(TIMED), ids=str)
 def test_timed_shapes_match_float64(case, record_property):
     check(case, record_property)
@@ -73,9 +76,59 @@ if SMALL:
     MLPS = (((70, 48), (40, 40, 24), (16, 8, None)),)
 
 
+@poisoned
 @pytest.mark.parametrize(("mlp", "activation"), list(product(MLPS, ACTIVATIONS)), ids=str)
 @pytest.mark.parametrize("kernel", ["auto", "split"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_an_mlp_matches_float64(mlp, activation, kernel, p):
     case = Case("mlp", *mlp, BF16, FP32, p=p, kernel=kernel, activation=activation)
     case_checks.check(case, cases.run(case))
+
+
+# Offsets beyond 2^31 elements in real tensors. Rows and columns far apart, of every operand: tests/kernels
+
+
+# The last row's offset must exceed this.
+SPAN = 2**14 if SMALL else 2**31
+by_every_forced_kernel = pytest.mark.parametrize("kernel", ("auto",) if SMALL else KERNELS[1:])
+
+
+def skip_if_short_of_memory(elements: int) -> None:
+    """Skip unless ``elements`` in bfloat16 fit, and as much again."""
+    if SMALL:
+        return
+    torch.cuda.empty_cache()
+    needed, free = 4 * elements, torch.cuda.mem_get_info()[0]
+    if needed > free:
+        pytest.skip(f"needs {needed / 2**30:.1f} GiB of GPU memory, {free / 2**30:.1f} GiB are free")
+
+
+# One process of pytest-xdist runs all of these, one after the other, because each takes much of the GPU's memory.
+@pytest.mark.xdist_group("large_offsets")
+@by_every_forced_kernel
+@pytest.mark.parametrize("p", (0.1,) if SMALL else (0.0, 0.1))
+@pytest.mark.parametrize("large", ("Y and dY", "X and dX"))
+def test_large_matrices(large, p, kernel, record_property):
+    """Contiguous matrices of more than SPAN elements.
+
+    The incoming gradient is zero except in the first rows, the last, and those around element SPAN. So dA and dB are sums over
+    these rows alone, and the oracle needs no others.
+    """
+    width = 64 if SMALL else 16384
+    m, middle = SPAN // width + 24, SPAN // width
+    n, k = (width, 64) if large == "Y and dY" else (64, width)
+    case = by_kernel(linear(m, n, k, 16, p, BF16, BF16), kernel)
+    skip_if_short_of_memory(2 * m * width)
+    some = torch.tensor(sorted({*range(8), *range(middle - 8, middle + 8), *range(m - 8, m)}), device=DEVICE)
+    small = make(case.but(shape=(len(some), k)))
+    inputs = dict(small)
+    torch.manual_seed(9)
+    inputs["x"] = torch.empty(m, k, dtype=BF16, device=DEVICE).normal_()
+    inputs["x"][some] = small["x"]
+    inputs["grad0"] = torch.zeros(m, n, dtype=BF16, device=DEVICE)
+    inputs["grad0"][some] = small["grad0"]
+    found = cases.run(case, inputs)
+    keep = keep_rows(case, some) if p else None
+    record(
+        record_property, gpu_checks.check(case, small, found | {name: found[name][some] for name in ("Y0", "x")}, keep)
+    )

@@ -41,7 +41,7 @@ if SMALL:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_calls_are_eager_steps(name: str, graphs: Any) -> None:
+def test_calls_are_eager_steps(name, graphs):
     """The lr is a number that changes at each step."""
     _, optimizer, _ = assert_eager_steps(
         batches(dtype=OPTIONS[name].get("dtype", torch.float32)),
@@ -54,7 +54,7 @@ def test_calls_are_eager_steps(name: str, graphs: Any) -> None:
     assert type(optimizer.param_groups[0]["lr"]) is float
 
 
-def test_each_replay_draws_its_own_masks() -> None:
+def test_each_replay_draws_its_own_masks():
     model, optimizer = make(dropout=0.5, lr=0.0, shrink_ratio=0.0)
     nn.init.ones_(model[0].lora_B)
     step = graphed(model, optimizer)
@@ -63,7 +63,7 @@ def test_each_replay_draws_its_own_masks() -> None:
     assert len(set(losses)) == 6 and len(step.captured) == 1
 
 
-def test_autocast_in_the_loss_function() -> None:
+def test_autocast_in_the_loss_function():
     """Its cache must not keep casts of A and B from one replay to the next."""
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
@@ -73,7 +73,7 @@ def test_autocast_in_the_loss_function() -> None:
     assert_eager_steps(batches(5), loss_fn=loss_fn)
 
 
-def test_numbers_and_tensors_change_between_replays() -> None:
+def test_numbers_and_tensors_change_between_replays():
     """lr is a tensor that comes while it warms up, and that its owner writes to; the others are numbers that he replaces."""
     tensors = []
 
@@ -90,7 +90,7 @@ def test_numbers_and_tensors_change_between_replays() -> None:
     assert optimizer.param_groups[0]["lr"] is tensors[-1]
 
 
-def test_a_grad_scaler_is_part_of_the_graph(graphs: Any) -> None:
+def test_a_grad_scaler_is_part_of_the_graph(graphs):
     """The sixth batch overflows: its step is skipped and the scale halves, in a replay. Later the scale grows."""
     made: list[torch.amp.GradScaler] = []
 
@@ -107,7 +107,7 @@ def test_a_grad_scaler_is_part_of_the_graph(graphs: Any) -> None:
     assert scales[6] == scales[5] / 2 and scales[9] == scales[6] * 2
 
 
-def test_two_shapes_take_turns(graphs: Any) -> None:
+def test_two_shapes_take_turns(graphs):
     """Graphs share memory, and must not overwrite what another still needs."""
     half = ROWS // 2
     order = [batch for pair in zip(batches(5), batches(5, rows=half), strict=True) for batch in pair]
@@ -119,7 +119,7 @@ def test_two_shapes_take_turns(graphs: Any) -> None:
 
 @pytest.mark.parametrize("seen", [True, False], ids=["in place", "refresh"])
 @pytest.mark.parametrize("at", [2, 4], ids=["before the capture", "between replays"])
-def test_after_a_write_to_a_parameter_one_step_is_eager(seen: bool, at: int, graphs: Any) -> None:
+def test_after_a_write_to_a_parameter_one_step_is_eager(seen, at, graphs):
     """The write makes B large enough to latch, which a replay, with the norms of the step before it, would not see."""
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ def test_after_a_write_to_a_parameter_one_step_is_eager(seen: bool, at: int, gra
     assert latches(optimizer)["0"] == at + 1 and graphs.replays == 3
 
 
-def test_a_backward_pass_through_what_a_replay_overwrote_is_refused() -> None:
+def test_a_backward_pass_through_what_a_replay_overwrote_is_refused():
     step, model, _ = captured()
     x, goal = (t.to(DEVICE) for t in batches(1)[0])
     loss = mse(model, (x, goal))
@@ -143,7 +143,7 @@ def test_a_backward_pass_through_what_a_replay_overwrote_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PEFT's layers", "our layers"])
-def test_a_hugging_face_model_takes_its_batch_as_a_dict(kind: str, graphs: Any) -> None:
+def test_a_hugging_face_model_takes_its_batch_as_a_dict(kind, graphs):
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(32, (2, 5), generator=generator) for _ in range(5)]
     step, *_ = assert_eager_steps(
@@ -157,14 +157,14 @@ def test_a_hugging_face_model_takes_its_batch_as_a_dict(kind: str, graphs: Any) 
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_not_enabled_every_step_is_eager(backend: str, graphs: Any) -> None:
+def test_not_enabled_every_step_is_eager(backend, graphs):
     made = partial(make, capturable=False, shrink_schedule=lambda step: 0.1 / step)
     with slk.use_backend(backend):
         assert_eager_steps(batches(4), made=made, enabled=False)
     assert graphs.captures == 0
 
 
-def test_not_enabled_gradients_are_those_of_a_plain_step() -> None:
+def test_not_enabled_gradients_are_those_of_a_plain_step():
     """Those from before are added to, and those that another optimizer steps on stay for it."""
     results = []
     for make_step in (eager, partial(graphed, enabled=False)):
@@ -183,7 +183,7 @@ def test_not_enabled_gradients_are_those_of_a_plain_step() -> None:
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_an_exception_leaves_parameters_and_gradients_as_they_were(enabled: bool) -> None:
+def test_an_exception_leaves_parameters_and_gradients_as_they_were(enabled):
     """Those from before are there if it is not enabled, and else there are none."""
 
     def fails(model: nn.Module, batch: Any) -> Tensor:

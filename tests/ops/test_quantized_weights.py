@@ -67,8 +67,9 @@ def test_bitsandbytes(kind, n, k, blocksize, nested, dtype, elements, monkeypatc
 def test_bitsandbytes_storage(storage):
     bnb = bitsandbytes()
     layer = bnb.nn.Linear4bit(64, 48, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=storage)
-    with pytest.raises(TypeError, match=r"weight must be a quantized Params4bit of two dimensions, got Params4bit"):
-        NF4Weight.from_bitsandbytes(layer.weight)
+    for given, got in ((layer.weight, "Params4bit"), (torch.ones(2, 2), r"Tensor of shape \[2, 2\]")):
+        with pytest.raises(TypeError, match=f"weight must be a quantized Params4bit of two dimensions, got {got}"):
+            NF4Weight.from_bitsandbytes(given)
     layer.to("cpu")
     assert layer.weight.dtype == storage
     theirs = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -93,10 +94,11 @@ def test_torchao(elements, monkeypatch):
     torchao.quantize_(model[0], torchao.Float8WeightOnlyConfig())
     torchao.quantize_(model[1], torchao.Int8WeightOnlyConfig())
     check(FP8Weight.from_torchao(model[0].weight), torch.bfloat16, model[0].weight.dequantize())
-    with pytest.raises(
-        (TypeError, ValueError), match=r"weight must be torchao's Float8Tensor|data must be torch\.float8"
-    ):
-        FP8Weight.from_torchao(model[1].weight)
+    for given in (model[1].weight, torch.ones(2, 2)):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"weight must be torchao's Float8Tensor|data must be torch\.float8"
+        ):
+            FP8Weight.from_torchao(given)
 
 
 # What does not fit.
@@ -139,12 +141,3 @@ def test_nf4_errors(changes, error, message):
 def test_fp8_errors(data, scale, error, message):
     with pytest.raises(error, match=message):
         FP8Weight(data, scale)
-
-
-def test_what_is_not_a_quantized_weight():
-    with pytest.raises(
-        TypeError, match=r"weight must be a quantized Params4bit of two dimensions, got Tensor of shape \[2, 2\]"
-    ):
-        NF4Weight.from_bitsandbytes(torch.ones(2, 2))
-    with pytest.raises(TypeError, match="weight must be torchao's Float8Tensor, got Tensor"):
-        FP8Weight.from_torchao(torch.ones(2, 2))

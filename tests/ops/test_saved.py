@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.case_checks import assert_close, held_by
 from tests.helpers.cases import BF16, FP32, OPS, Case, forced, leaves, make, ours, results, run, small
+from tests.helpers.operators import Operators
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 few_and_many_rows = pytest.mark.parametrize("rows", [5, 70])
@@ -66,22 +66,15 @@ def test_frozen_parts_of_an_mlp_are_not_saved(backend):
 def test_without_gradients_neither_g_nor_u_is_kept(processors):
     """One kernel stores H alone, or no output of the op has memory."""
     kept = []
-
-    class Outputs(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            found = func(*args, **(kwargs or {}))
-            if "lora_mlp_fwd" in func.name():
-                kept.append([t.numel() for t in found])
-            return found
-
     case = small("mlp", dtype=BF16, lora_dtype=BF16, arch="sm_90", processors=processors)
     trained = leaves(case, make(case))
     frozen = leaves(case.but(wanted=()), trained)
     with forced(case):
         (expected,) = ours(case, trained)
         for leaf, mode in ((trained, torch.no_grad()), (frozen, torch.enable_grad())):
-            with mode, Outputs():
+            with mode, Operators() as operators:
                 assert torch.equal(ours(case, leaf)[0], expected)
+            kept += [[t.numel() for t in found] for func, _, found in operators.calls if "lora_mlp_fwd" in func.name()]
     assert kept == [[70 * 20, 0, 0, 0, 0]] * 2
 
 
@@ -180,18 +173,13 @@ PRODUCTS = {
 @pytest.mark.parametrize("wanted", PRODUCTS, ids="-".join)
 def test_the_pytorch_path_of_an_mlp_multiplies_for_requested_gradients_alone(wanted):
     """Each product of a backward makes an output, or what an output needs."""
-    names: list[str] = []
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
-                names.append(func.name())
-            return func(*args, **(kwargs or {}))
-
     case = small("mlp", wanted=wanted, backend="torch")
     leaf = leaves(case, make(case))
     with forced(case):
         (y,) = ours(case, leaf)
-        with Products():
+        with Operators() as operators:
             y.backward(leaf["grad2"])
+    names = [
+        name for func, *_ in operators.calls if (name := func.overloadpacket.__name__) in ("mm", "addmm", "addmm_")
+    ]
     assert len(names) == PRODUCTS[wanted], names

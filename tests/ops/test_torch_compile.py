@@ -1,18 +1,19 @@
-"""torch.compile and torch.export: layers and whole models, training and inference, changing shapes, without a graph break."""
+"""torch.compile, torch.export and torch.library: ops, layers and models of changing shapes, without a graph break."""
 
 from __future__ import annotations
 
 import shutil
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
 
 import stablelora_kernels as slk
+from tests.helpers.case_checks import check_compiled
+from tests.helpers.cases import BF16, OPS, make, ours, run, small
+from tests.helpers.operators import Operators
 from tests.helpers.small_models import fill_b, llama
-
-# Below and above the rows up to which calls are made of plain operators.
-LENGTHS = (33, 7, 90)
 
 
 def lora_llama(fuse_projections):
@@ -31,16 +32,16 @@ def layer(dropout=0.0, bias=True):
 
 
 def results(call, module, x, training):
-    """The output, and in training the gradients of x and of what trains."""
+    """The output, and in training the gradients of x, if it has any, and of what trains."""
     module.train(training)
     torch.manual_seed(3)
     if not training:
         with torch.no_grad():
             return [call(x)]
-    x = x.clone().requires_grad_()
+    x = x.clone().requires_grad_(x.is_floating_point())
     y = call(x)
-    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
-    return [y, *torch.autograd.grad(y.float().square().sum(), wanted)]
+    wanted = [t for t in (x, *module.parameters()) if t.requires_grad]
+    return [y, *torch.autograd.grad(y.float().square().mean(), wanted)]
 
 
 def assert_close(found, expected, tolerance=1e-4):
@@ -55,44 +56,38 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_layer_of_changing_shapes(dropout, backend):
-    module = layer(dropout)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+def tokens(rows):
+    return torch.randint(32, (2, rows), generator=torch.Generator().manual_seed(rows))
+
+
+# A layer with dropout and without, and a model with fused projections and without.
+MODULES = {
+    "layer": (layer, torch.randn(2, 90, 24)),
+    "dropout": (lambda: layer(0.3), torch.randn(2, 90, 24)),
+    "fused model": (lambda: lora_llama(True), tokens(90)),
+    "model": (lambda: lora_llama(False), tokens(90)),
+}
+DAY = (("layer", "torch"), ("dropout", "triton"), ("fused model", "triton"))
+KINDS = [
+    pytest.param(*each, marks=() if each in DAY else pytest.mark.nightly)
+    for each in product(MODULES, ("torch", "triton"))
+]
+
+
+@pytest.mark.parametrize(("kind", "backend"), KINDS, indirect=["backend"])
+def test_changing_shapes(kind, backend):
+    """Below and above the rows up to which calls are made of plain operators, in training and in inference."""
+    make, inputs = MODULES[kind]
+    module = make()
+    call = (lambda x: module(x).logits) if "model" in kind else module
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
     torch._dynamo.utils.counters.clear()
-    for rows in (70, 65, 3, 200, 5):
+    for rows in (70, 33, 3, 90, 5):
+        x = inputs[:, :rows].contiguous()
         for training in (True, False):
-            x = torch.randn(2, rows, 24)
-            assert_close(results(compiled, module, x, training), results(module, module, x, training))
+            assert_close(results(compiled, module, x, training), results(call, module, x, training))
     # Training and inference; not one for each number of rows.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
-
-
-@pytest.mark.parametrize(
-    ("backend", "fuse_projections"),
-    [
-        ("triton", True),
-        pytest.param("triton", False, marks=pytest.mark.nightly),
-        pytest.param("torch", True, marks=pytest.mark.nightly),
-        pytest.param("torch", False, marks=pytest.mark.nightly),
-    ],
-    indirect=["backend"],
-)
-def test_a_model_of_changing_shapes(fuse_projections, backend):
-    model = lora_llama(fuse_projections)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
-    torch._dynamo.utils.counters.clear()
-    for length in LENGTHS:
-        ids = torch.randint(32, (2, length), generator=torch.Generator().manual_seed(length))
-        losses = []
-        for call in (compiled, model):
-            model.zero_grad()
-            loss = call(ids, labels=ids).loss
-            loss.backward()
-            losses.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
-        assert_close(*losses)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's code for CPUs wants a C++ compiler")
@@ -135,28 +130,43 @@ def test_inductors_float16(backend):
     assert_close(*(results(call, module, x, True) for call in (torch.compile(module), module)), tolerance=1e-2)
 
 
-def test_export_of_a_model(backend):
-    for fuse_projections in (False, True):
-        model = lora_llama(fuse_projections).eval()
-        ids = torch.randint(32, (2, 40))
-        exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": False})
-        with torch.no_grad():
-            expected = model(input_ids=ids, use_cache=False).logits
-            torch.testing.assert_close(exported.module()(input_ids=ids, use_cache=False).logits, expected)
+@pytest.mark.parametrize("fused", [False, True])
+def test_export_of_a_model(fused, backend):
+    model = lora_llama(fused).eval()
+    exported = torch.export.export(model, (), {"input_ids": tokens(40), "use_cache": False})
+    with torch.no_grad():
+        expected = model(input_ids=tokens(40), use_cache=False).logits
+        torch.testing.assert_close(exported.module()(input_ids=tokens(40), use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize("rows", [5, 70])
-def test_functionalisation(rows, backend):
-    """In-place work inside is not seen from outside."""
-    from torch.fx.experimental.proxy_tensor import make_fx
+# Every op
 
-    module = layer().eval()
 
-    def function(x):
-        with torch.no_grad():
-            return module(x * 1)
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.covering(1)
+@pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.0), (70, 0.3)])
+@pytest.mark.parametrize("op", [*OPS, "fp8", "shared"])
+def test_torch_compile_has_no_graph_break(op, rows, p, backend):
+    case = small("mlp", rows, p=p, ranks=(6, 6, 4), shared=True) if op == "shared" else small(op, rows, p=p)
+    given, names = make(case), case.wanted_names
 
-    x = torch.randn(rows, 24)
-    graph = make_fx(torch.func.functionalize(function))(x)
-    assert not [node.target for node in graph.graph.nodes if "_." in str(node.target)]
-    torch.testing.assert_close(graph(x), function(x))
+    def function(*tensors):
+        return ours(case, given | dict(zip(names, tensors, strict=True)))
+
+    check_compiled(function, [given[name] for name in names], [given[f"grad{i}"] for i in case.outputs()])
+
+
+MIXED = small("mlp", shape=(260, 64), sizes=(16, 16, 8), dtype=BF16, quantized=("nf4 nested", "fp8", None))
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.covering(1)
+@pytest.mark.parametrize(("p", "wanted"), [(0.0, None), (0.3, ["x", "lora_B"]), (0.3, ["lora_A"])])
+@pytest.mark.parametrize("case", [*(small(op, 9) for op in (*OPS, "fp8")), MIXED], ids=str)
+def test_every_operator_passes_opcheck(case, p, wanted):
+    with Operators() as operators:
+        run(case.but(p=p, wanted=wanted))
+    calls = [call for call in operators.calls if call[0].namespace == "stablelora_kernels"]
+    assert len(calls) == 2
+    for operator, arguments, _ in calls:
+        torch.library.opcheck(operator, arguments)

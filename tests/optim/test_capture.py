@@ -1,12 +1,13 @@
 """What a CUDA graph does to the optimizer's step alone, without one: a capture is recorded, and a replay runs it again.
 
-Real graphs: tests/gpu/test_cuda_graphs.py. With the backward pass, whose gradients the graph owns: tests/graphed_step.
+``test_replays_are_steps`` with real graphs: tests/gpu/test_cuda_graphs.py. With the backward pass, whose gradients the graph
+owns: tests/graphed_step.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,7 +31,10 @@ from tests.optim.options import BF16, FP32, FP64, OPTIONS, schedule
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_cuda_graphs.py")
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: OPTIONS[name].options for name in ("plain", "clipped", "lora-plus", "masters", "8-bit-moments")},
-    "float64 tensors": {"weight_decay": torch.tensor(0.1, dtype=FP64), "shrink_ratio": torch.tensor(0.05, dtype=FP64)},
+    "float64 tensors": {
+        key: torch.tensor(value, dtype=FP64, device=DEVICE)
+        for key, value in (("weight_decay", 0.1), ("shrink_ratio", 0.05))
+    },
 }
 
 
@@ -51,7 +55,9 @@ def fill_grads(optimizer: StableLoRAAdamW, seed: int) -> None:
 def optimizers(dtype: torch.dtype = FP32, steps: int = 1, **settings: Any) -> list[StableLoRAAdamW]:
     """Two alike, after some steps."""
     settings = {"shrink_ratio": 0.05, "capturable": True, "seed": 3, **settings}
-    made = [StableLoRAAdamW(make_pairs(dtype=dtype), lr=torch.tensor(3e-2), **settings) for _ in range(2)]
+    made = [
+        StableLoRAAdamW(make_pairs(dtype=dtype), lr=torch.tensor(3e-2, device=DEVICE), **settings) for _ in range(2)
+    ]
     for optimizer in made:
         fill_grads(optimizer, 0)
         for _ in range(steps):
@@ -62,12 +68,12 @@ def optimizers(dtype: torch.dtype = FP32, steps: int = 1, **settings: Any) -> li
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_replays_are_steps(graphs: RecordedGraphs, name: str, dtype: torch.dtype) -> None:
+def test_replays_are_steps(graphs, name, dtype):
     """New gradients each time, another lr halfway, verdicts of a GradScaler, and pairs that latch meanwhile."""
     both = eager, captured = optimizers(dtype, steps=0, **SETTINGS[name])
-    verdict = torch.zeros(1)
+    verdict = torch.zeros(1, device=DEVICE)
     for optimizer in both:
-        optimizer.grad_scale, optimizer.found_inf = torch.full((1,), 2.0), verdict
+        optimizer.grad_scale, optimizer.found_inf = torch.full((1,), 2.0, device=DEVICE), verdict
         optimizer.step()
     replay, _ = graphs.capture(captured.step)
     for turn in range(1, 9):
@@ -94,9 +100,7 @@ def a_large_b(optimizer: StableLoRAAdamW) -> None:
 
 
 @pytest.mark.parametrize("change", [new_gradients, a_large_b])
-def test_a_step_does_not_count_on_what_was_only_captured(
-    graphs: RecordedGraphs, change: Callable[[StableLoRAAdamW], None]
-) -> None:
+def test_a_step_does_not_count_on_what_was_only_captured(graphs, change):
     """A graph that is never replayed has copied no table and measured no norm."""
     eager, captured = optimizers()
     for optimizer in (eager, captured):
@@ -108,7 +112,7 @@ def test_a_step_does_not_count_on_what_was_only_captured(
     assert any(latches(captured).values()) == (change is a_large_b)
 
 
-def test_memory_is_set_aside_for_some_captures(graphs: RecordedGraphs) -> None:
+def test_memory_is_set_aside_for_some_captures(graphs):
     optimizer, _ = optimizers()
     # Gradients that must not come back to the same addresses.
     kept = []
@@ -126,7 +130,7 @@ def test_memory_is_set_aside_for_some_captures(graphs: RecordedGraphs) -> None:
             capture()
 
 
-def test_no_two_copies_of_captures_share_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_two_copies_of_captures_share_host_memory(monkeypatch):
     """A replay copies from it again."""
     staging = snapshot_module.Staging(torch.device(DEVICE), 64, True)
     monkeypatch.setattr(snapshot_module, "capturing", lambda: True)
@@ -148,7 +152,7 @@ NOT_CAPTURED: dict[str, tuple[int, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", NOT_CAPTURED)
-def test_what_is_not_captured(graphs: RecordedGraphs, name: str) -> None:
+def test_what_is_not_captured(graphs, name):
     steps, options, message = NOT_CAPTURED[name]
     optimizer, _ = optimizers(steps=steps, **options)
     optimizer.param_groups[0]["lr"] = 1e-3
@@ -179,7 +183,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_tables_are_kept(monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None:
+def test_tables_are_kept(monkeypatch, sharded):
     """A step with other gradients replaces tables. It used to free those that the graph reads."""
     if sharded:
         # One process sums as many do.
@@ -195,7 +199,7 @@ def test_tables_are_kept(monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None
     assert len(reads.held) > 5 and all(ref() is not None for ref in reads.held)
 
 
-def test_tables_wait_for_every_stream_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_wait_for_every_stream_that_read_them(monkeypatch):
     optimizer, _ = optimizers(steps=0)
     stream, kept = [7], []
     monkeypatch.setattr(snapshot_module, "stream_of", lambda device: stream[0])

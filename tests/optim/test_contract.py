@@ -1,20 +1,26 @@
-"""What holds for every row of the options' table: resuming, copies, foreign state, AdamW's state, skipped steps."""
+"""What holds for every row of the options' table: resuming, copies, foreign state, skipped steps; and states that do not fit."""
 
 from __future__ import annotations
 
 import copy
 import math
 import pickle
+import re
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from stablelora_kernels.dispatch.settings import use_backend
+from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import load_moment
+from stablelora_kernels.pairs import LoRAPair
 from tests.helpers.launches import count_launches
-from tests.helpers.optimizers import DEVICE, all_equal, halves, params_of, set_grads, snapshot
+from tests.helpers.optimizers import DEVICE, SHAPES, all_equal, halves, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.small_models import Model, lora_config
 from tests.helpers.steps import latches, saved_and_loaded, take_step
 from tests.optim.options import FP32, OPTIONS, STORED, Row
 
@@ -32,7 +38,7 @@ def row(request: pytest.FixtureRequest) -> Row:
 
 
 @pytest.mark.covering(1)
-def test_resumed_and_copied_it_goes_on_to_the_bit(backend: str, option: Row) -> None:
+def test_resumed_and_copied_it_goes_on_to_the_bit(backend, option):
     """All options are in the state but storage and the schedule, which a function cannot be."""
     straight, cut = option.optimizer(), option.optimizer()
     for step in range(4):
@@ -60,7 +66,7 @@ def test_resumed_and_copied_it_goes_on_to_the_bit(backend: str, option: Row) -> 
 
 @pytest.mark.covering
 @pytest.mark.parametrize("found_inf", [1.0, 2.0])
-def test_found_inf_changes_nothing(backend: str, row: Row, found_inf: float) -> None:
+def test_found_inf_changes_nothing(backend, row, found_inf):
     """GradScaler adds up the verdicts of several devices, so it may be more than 1."""
     optimizer = row.optimizer()
     for step in range(2):
@@ -80,10 +86,10 @@ def test_found_inf_changes_nothing(backend: str, row: Row, found_inf: float) -> 
     assert all_equal(snapshot(optimizer), snapshot(twin))
 
 
-def test_a_step_on_triton_is_one_launch(option: Row) -> None:
+def test_a_step_on_triton_is_one_launch(row):
     """Two if it clips, or if the parameters' norms have to be measured."""
     step, sums = {"_stable_adamw_kernel": 1}, {"_square_sums_kernel": 1}
-    optimizer, found = option.optimizer(), []
+    optimizer, found = row.optimizer(), []
     with use_backend("triton"):
         for seed in range(3):
             if seed == 2:
@@ -91,13 +97,13 @@ def test_a_step_on_triton_is_one_launch(option: Row) -> None:
             with count_launches() as made:
                 take_step(seed, optimizer)
             found.append(dict(made))
-    clipped = option.options.get("max_grad_norm") is not None
+    clipped = row.options.get("max_grad_norm") is not None
     assert found == [step | sums, step | sums if clipped else step, step | sums]
 
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("change", ["float64", "float16", "meta"])
-def test_torchs_defaults_do_not_matter(backend: str, change: str, row: Row) -> None:
+def test_torchs_defaults_do_not_matter(backend, change, row):
     """Not in a step, nor where a copy and a loaded state with counters that are numbers go on."""
     optimizer, other = row.optimizer(), row.optimizer()
     kept = torch.get_default_dtype()
@@ -127,11 +133,15 @@ STORAGES = ("tensors", "masters", "bf16-moments", "8-bit-moments", "masters-8-bi
 
 @pytest.mark.covering
 @pytest.mark.parametrize("name", STORAGES)
-@pytest.mark.parametrize("source", [*STORAGES, "amsgrad", "AdamW", "no step"])
-def test_a_state_is_converted(backend: str, name: str, source: str) -> None:
+@pytest.mark.parametrize("source", [*STORAGES, "amsgrad", "AdamW", "AdamW with amsgrad", "no step"])
+def test_a_state_is_converted(backend, name, source):
     """The optimizer keeps its own storage and says so, and its own options where AdamW has none."""
     row = OPTIONS[name]
-    given = torch.optim.AdamW(halves(row.pairs())) if source == "AdamW" else OPTIONS.get(source, Row()).optimizer()
+    if adamw := source.startswith("AdamW"):
+        theirs = {"lr": 3e-2, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1, "amsgrad": "amsgrad" in source}
+        given = torch.optim.AdamW(halves(row.pairs()), **theirs)
+    else:
+        given = OPTIONS.get(source, Row()).optimizer()
     steps = 0 if source == "no step" else 1
     if steps:
         set_grads(params_of(given), 0)
@@ -145,18 +155,19 @@ def test_a_state_is_converted(backend: str, name: str, source: str) -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         optimizer.load_state_dict(given.state_dict())
-    was = storage if source == "AdamW" else given.storage
+    was = storage if adamw else given.storage
     assert [str(w.message).split(", since")[0] for w in told] == [
         f"the loaded state was saved with {name}={old}; it was converted"
         for name, old, new in zip(storage._fields, was, storage, strict=True)
         if old != new
     ]
     assert optimizer.storage == storage
-    rate, theirs = optimizer.param_groups[0]["lr"], given.param_groups[0]["lr"]
-    assert rate == theirs and (isinstance(rate, float) or rate.data_ptr() != theirs.data_ptr())
-    assert optimizer.param_groups[0]["shrink_ratio"] == given.param_groups[0].get("shrink_ratio", 0.3)
+    (own,), (other,) = optimizer.param_groups, given.param_groups
+    assert all(own[key] == other[key] for key in ("lr", "betas", "eps", "weight_decay", "amsgrad"))
+    assert isinstance(own["lr"], float) or own["lr"].data_ptr() != other["lr"].data_ptr()
+    assert own["shrink_ratio"] == other.get("shrink_ratio", 0.3) and not {"foreach", "fused", "differentiable"} & {*own}
     for p, q in zip(params_of(optimizer), params_of(given), strict=True):
-        for key in ("exp_avg", "exp_avg_sq") if steps else ():
+        for key in [key for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in given.state[q]]:
             found, expected = load_moment(optimizer.state[p], key, FP32), load_moment(given.state[q], key, FP32)
             if row.moments is torch.uint8:
                 # A step of the last fraction bit, rounded to nearest: half of an eighth.
@@ -166,3 +177,109 @@ def test_a_state_is_converted(backend: str, name: str, source: str) -> None:
     take_step(1, optimizer)
     assert all(state["step"].item() == steps + 1 for state in optimizer.state.values())
     assert all(("master" in state) == row.masters for state in optimizer.state.values())
+
+
+# States of other optimizers, models and versions
+
+
+def state(changed: Any = None, pairs: Any = None, **options: Any) -> dict[str, Any]:
+    """The state of an optimizer after a step, with a change."""
+    optimizer = StableLoRAAdamW(make_pairs() if pairs is None else pairs, **options)
+    take_step(0, optimizer)
+    found = optimizer.state_dict()
+    if changed is not None:
+        changed(found)
+    return found
+
+
+def torchs(kind: str, *groups: slice, **options: Any) -> dict[str, Any]:
+    params = halves(make_pairs())
+    return getattr(torch.optim, kind)(
+        [{"params": params[part]} for part in groups or (slice(8),)], **options
+    ).state_dict()
+
+
+RENAMED = [LoRAPair(f"other{i}", pair.A, pair.B) for i, pair in enumerate(make_pairs())]
+WIDER = make_pairs([(8, 24, 41), *SHAPES[1:]])
+# By name a state, and the message.
+UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
+    "SGD": (lambda: torchs("SGD"), "not StableLoRAAdamW's: its group 0 has no 'betas'"),
+    "Adam": (lambda: torchs("Adam", weight_decay=0.1), "the weight decay of its group 0, 0.1, is not decoupled"),
+    "AdamW of two groups": (
+        lambda: torchs("AdamW", slice(4), slice(4, 8)),
+        "torch.optim.AdamW's with 2 parameter groups, this optimizer has 1. Hugging Face's Trainer makes two",
+    ),
+    "AdamW of half": (lambda: torchs("AdamW", slice(4)), "has 4 parameters, the optimizer's 8"),
+    "other names": (lambda: state(pairs=RENAMED), "has 'other0.lora_A' where the optimizer has 'layer0.lora_A'"),
+    "wider": (lambda: state(pairs=WIDER), "'exp_avg' of 'layer0.lora_A' must be [8, 40], got [8, 41]"),
+    "no latch": (
+        lambda: state(lambda s: s["state"][0].pop("latched_at")),
+        "has no 'latched_at' tensor for 'layer0.lora_A'",
+    ),
+    "no scales": (
+        lambda: state(lambda s: s["state"][0].pop("exp_avg_scale"), moments_dtype=torch.uint8),
+        "'exp_avg' is in 8 bits, so 'exp_avg_scale' must be [2]",
+    ),
+    "a lr that is NaN": (
+        lambda: state(lambda s: s["param_groups"][0].update(lr=math.nan)),
+        "state_dict's group 0: lr must be a finite number in [0, inf), got nan",
+    ),
+    "nothing": (dict, "must be a dict with 'state' and 'param_groups'"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_state_that_does_not_fit_changes_nothing(name):
+    make, message = UNFIT[name]
+    optimizer = StableLoRAAdamW(make_pairs())
+    take_step(1, optimizer)
+    before, groups, given = snapshot(optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"]), make()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.load_state_dict(given)
+    assert all_equal(snapshot(optimizer), before) and optimizer.state_dict()["param_groups"] == groups
+
+
+def test_adam_without_decay_is_adamw():
+    optimizer = StableLoRAAdamW(make_pairs())
+    optimizer.load_state_dict(torchs("Adam", weight_decay=0.0))
+    assert optimizer.param_groups[0]["weight_decay"] == 0.0
+
+
+def test_wrappers_around_a_model_do_not_matter():
+    """A state saved with one wrapper around the model loads with another, and without; pairs have one name in all."""
+    model = Model()
+    apply_lora(model, lora_config())
+    plain = StableLoRAAdamW.from_model(model, lr=0.25)
+    take_step(0, plain)
+    wrapped = torch.nn.DataParallel(torch.compile(model, backend="eager"))
+    model.layers[0] = torch.compile(model.layers[0], backend="eager")
+    assert "module._orig_mod.layers.0._orig_mod.q_proj.lora_A" in dict(wrapped.named_parameters())
+    by_model, by_name = StableLoRAAdamW.from_model(wrapped), StableLoRAAdamW(wrapped.named_parameters())
+    assert [pair.name for pair in by_model.pairs] == [pair.name for pair in plain.pairs]
+    for given, optimizer in ((plain, by_model), (plain, by_name), (by_name, plain)):
+        optimizer.param_groups[0]["lr"] = 0.5
+        optimizer.load_state_dict(given.state_dict())
+        assert all_equal(snapshot(optimizer), snapshot(plain)) and optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_a_state_from_before_these_options_keeps_the_optimizers_own():
+    options = {"lr_ratio_B": 2.0, "shrink_pattern": {"layer0": 0.1}, "stop_condition": "never", "max_grad_norm": 1.0}
+    old = state()
+    for key in ("amsgrad", *options):
+        del old["param_groups"][0][key]
+    optimizer = StableLoRAAdamW(make_pairs(), **options)
+    optimizer.load_state_dict(old)
+    assert options.items() <= optimizer.param_groups[0].items() and optimizer.max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize("saved", [None, 2.0])
+def test_a_clip_that_a_state_replaces_is_told(saved):
+    optimizer = StableLoRAAdamW(make_pairs(), max_grad_norm=1.0)
+    with pytest.warns(UserWarning, match=f"max_grad_norm was 1.0 and is {saved} now"):
+        optimizer.load_state_dict(state(max_grad_norm=saved))
+    assert optimizer.max_grad_norm == saved
+    # A new group takes the norm that all groups have now.
+    optimizer.add_param_group({"params": [("head", torch.ones(1, requires_grad=True))]})
+    assert [group["max_grad_norm"] for group in optimizer.param_groups] == [saved, saved]
+    optimizer.max_grad_norm = 0.5
+    assert [group["max_grad_norm"] for group in optimizer.param_groups] == [0.5, 0.5]

@@ -28,7 +28,7 @@ def filled(a: float | None = None, b: float | None = None) -> LoRAPair:
     return pair
 
 
-def test_a_latch_holds_for_good(backend: str) -> None:
+def test_a_latch_holds_for_good(backend):
     """Also when B becomes the smaller, and when the stop condition becomes "never", which shrinks the other pair."""
     latched, live = filled(b=100.0), filled()
     optimizer = StableLoRAAdamW([latched, LoRAPair("live", live.A, live.B)], lr=0.0, shrink_ratio=0.5, weight_decay=0.0)
@@ -43,13 +43,13 @@ def test_a_latch_holds_for_good(backend: str) -> None:
     torch.testing.assert_close(live.A.detach(), before[1] / 4, rtol=1e-6, atol=0)
 
 
-def test_equal_norms_latch(backend: str) -> None:
+def test_equal_norms_latch(backend):
     optimizer = StableLoRAAdamW([filled(a=0.0)], lr=0.0, shrink_ratio=0.5)
     take_step(0, optimizer)
     assert latches(optimizer) == {"layer0": 1}
 
 
-def test_an_a_without_a_gradient_does_not_latch(backend: str) -> None:
+def test_an_a_without_a_gradient_does_not_latch(backend):
     """B's norm is the larger from the start, so the pair latches in the first step in which A has a gradient."""
     pair = filled(b=100.0)
     optimizer = StableLoRAAdamW([pair], lr=1e-2, shrink_ratio=0.5)
@@ -63,7 +63,7 @@ def test_an_a_without_a_gradient_does_not_latch(backend: str) -> None:
     assert [optimizer.state[p]["step"].item() for p in halves([pair])] == [1, 3]
 
 
-def test_a_b_without_a_gradient_keeps_its_norm(backend: str) -> None:
+def test_a_b_without_a_gradient_keeps_its_norm(backend):
     pair = filled(1.0, 0.999)
     optimizer = StableLoRAAdamW([pair], lr=0.0, shrink_ratio=0.5, weight_decay=0.0)
     for step in range(3):
@@ -75,34 +75,16 @@ def test_a_b_without_a_gradient_keeps_its_norm(backend: str) -> None:
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-310, 1e-13])
-def test_a_shrinks_at_any_rate(backend: str, lr: float) -> None:
+def test_a_shrinks_at_any_rate(backend, lr):
     pair = filled()
     before = pair.A.detach().clone()
     take_step(0, StableLoRAAdamW([pair], lr=lr, shrink_ratio=0.5))
     torch.testing.assert_close(pair.A.detach(), before / 2, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.covering
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale", [1.0, 1e-4])
-def test_low_precision_shrinks_on_average(backend: str, dtype: torch.dtype, scale: float) -> None:
-    # At 1e-4 of its size A is subnormal in float16.
-    (pair,) = make_pairs([(8, 16, 512)], dtype)
-    with torch.no_grad():
-        pair.A.mul_(scale)
-    optimizer = StableLoRAAdamW([pair], lr=1e-3, shrink_ratio=5e-4, weight_decay=0.0, seed=1)
-    before = pair.A.detach().double().norm()
-    for _ in range(100):
-        take_step(0, optimizer, scale=0.0)
-    ratio = (pair.A.detach().double().norm() / before).item()
-    assert ratio == pytest.approx((1 - 5e-4) ** 100, rel=0.01) and latches(optimizer) == {"layer0": None}
-
-
 @pytest.mark.parametrize("stop_condition", ["norm", "never"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_norm_that_is_not_finite_decides_nothing_and_is_reported(
-    backend: str, stop_condition: str, value: float
-) -> None:
+def test_a_norm_that_is_not_finite_decides_nothing_and_is_reported(backend, stop_condition, value):
     good, bad = make_pairs([(4, 8, 8), (4, 8, 8)])
     optimizer = StableLoRAAdamW([good, bad], lr=0.0, shrink_ratio=0.5, weight_decay=0.0, stop_condition=stop_condition)
     with torch.no_grad():
@@ -133,7 +115,7 @@ def scaled_pairs(a: float, b: float) -> list[LoRAPair]:
 @pytest.mark.parametrize("b", [0.0, 1e-3, 0.5, 50.0])
 @pytest.mark.parametrize("a", [1e30, 1e19, 1e-17, 1e-25, 1e-35])
 @pytest.mark.parametrize("stop_condition", ["norm", "never"])
-def test_the_reference_decides_alike(a: float, b: float, stop_condition: str) -> None:
+def test_the_reference_decides_alike(a, b, stop_condition):
     pairs = scaled_pairs(a, a * b)
     options = {"lr": 0.0, "shrink_ratio": 0.25, "stop_condition": stop_condition}
     oracle, optimizer = StableAdamWRef(in_float64(pairs), **options), StableLoRAAdamW(pairs, **options)
@@ -144,7 +126,7 @@ def test_the_reference_decides_alike(a: float, b: float, stop_condition: str) ->
 
 
 @pytest.mark.parametrize(("a", "told"), [(1e30, True), (1e-25, True), (1.0, False), (1e-8, False)])
-def test_a_gpus_limits_are_told(backend: str, a: float, told: bool, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_gpus_limits_are_told(backend, a, told, recwarn):
     pairs = scaled_pairs(a, 0.0)
     optimizer = StableLoRAAdamW(pairs, lr=0.0, shrink_ratio=0.25)
     take_step(0, optimizer)
@@ -164,9 +146,7 @@ def test_a_gpus_limits_are_told(backend: str, a: float, told: bool, recwarn: pyt
 @pytest.mark.parametrize("max_grad_norm", [1.0, math.inf])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 1, -1])
-def test_a_step_without_a_finite_norm_is_not_taken(
-    backend: str, value: float, place: int, max_grad_norm: float
-) -> None:
+def test_a_step_without_a_finite_norm_is_not_taken(backend, value, place, max_grad_norm):
     options = {"lr": 0.3, "shrink_ratio": 0.1}
     optimizer = StableLoRAAdamW(make_pairs(), max_grad_norm=max_grad_norm, **options)
     # An infinite bound clips nothing.

@@ -33,7 +33,7 @@ def after_a_step(moments: torch.dtype, bad: float = 0.0) -> tuple[StableLoRAAdam
 
 
 @pytest.mark.parametrize("moments", [BF16, torch.uint8])
-def test_both_moments_are_the_references(backend: str, moments: torch.dtype) -> None:
+def test_both_moments_are_the_references(backend, moments):
     """In its format, rounded by its noise. Halves of gradients and of their squares are exact in float32."""
     optimizer, grad, state = after_a_step(moments)
     kept = {}
@@ -63,7 +63,7 @@ def test_both_moments_are_the_references(backend: str, moments: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_value_that_is_not_finite_shows(backend: str, bad: float) -> None:
+def test_a_value_that_is_not_finite_shows(backend, bad):
     *_, state = after_a_step(torch.uint8, bad)
     for name in ("exp_avg", "exp_avg_sq"):
         found = load_moment(state, name, FP32).flatten()
@@ -74,7 +74,7 @@ def test_a_value_that_is_not_finite_shows(backend: str, bad: float) -> None:
 # bfloat16 and masters
 
 
-def test_a_parameter_that_someone_else_wrote_to_is_its_own_master(backend: str) -> None:
+def test_a_parameter_that_someone_else_wrote_to_is_its_own_master(backend):
     pairs = make_pairs(dtype=BF16)
     optimizer = StableLoRAAdamW(pairs, lr=1e-3, master_weights=True)
     take_step(0, optimizer)
@@ -94,22 +94,7 @@ def test_a_parameter_that_someone_else_wrote_to_is_its_own_master(backend: str) 
     assert torch.equal(optimizer.state[b]["master"], kept_b)
 
 
-@pytest.mark.parametrize("moments", [BF16, torch.uint8])
-def test_moments_decay_on_average(backend: str, moments: torch.dtype) -> None:
-    """beta2 = 0.999 changes a moment by less than half of a step of either format: rounded to nearest it would never decay."""
-    (pair,) = make_pairs([(16, 16, 512)])
-    optimizer = StableLoRAAdamW([pair], lr=0.0, moments_dtype=moments, seed=2)
-    take_step(0, optimizer)
-    before = load_moment(optimizer.state[pair.A], "exp_avg_sq", FP32).double()
-    for _ in range(60):
-        take_step(0, optimizer, scale=0.0)
-    mean, square = (load_moment(optimizer.state[pair.A], name, FP32).double() for name in ("exp_avg", "exp_avg_sq"))
-    assert (square.sum() / before.sum()).item() == pytest.approx(0.999**60, rel=5e-3 if moments is BF16 else 0.01)
-    # Rounded independently, each moment is as often up as down: the means of the others are right as well.
-    assert mean.abs().max() < 0.9**60 * 32 * before.sqrt().max()
-
-
-def test_float64_parameters_keep_float64_moments() -> None:
+def test_float64_parameters_keep_float64_moments():
     low = StableLoRAAdamW(make_pairs(dtype=FP64), moments_dtype=BF16, master_weights=True)
     plain = StableLoRAAdamW(make_pairs(dtype=FP64))
     take_step(0, low, plain)

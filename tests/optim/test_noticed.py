@@ -159,11 +159,17 @@ FLOATS = ("a moment in other strides", "amsgrad: True")
 STEPS = {"no gradient": 3, "another step": 8, "an entry that is gone": 1, "a state that is cleared": 1}
 
 
-@pytest.mark.covering
-@pytest.mark.parametrize(
-    ("name", "storage"), [(n, s) for n in CHANGES for s in STORAGES if s != "8 bits" or n not in FLOATS]
-)
-def test_a_change_is_noticed(backend: str, name: str, storage: str) -> None:
+# Each by day with one storage, at night with all.
+CASES = [
+    pytest.param(name, storage, marks=() if storage == possible[place % len(possible)] else pytest.mark.nightly)
+    for place, name in enumerate(CHANGES)
+    for possible in [[storage for storage in STORAGES if storage != "8 bits" or name not in FLOATS]]
+    for storage in possible
+]
+
+
+@pytest.mark.parametrize(("name", "storage"), CASES)
+def test_a_change_is_noticed(backend, name, storage):
     optimizer = trained(storage)
     with torch.no_grad():
         CHANGES[name](optimizer, optimizer.pairs[1].B)
@@ -209,7 +215,7 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_change_that_does_not_fit_is_named_before_anything_changes(backend: str, name: str) -> None:
+def test_a_change_that_does_not_fit_is_named_before_anything_changes(backend, name):
     storage, change, message = REFUSED[name]
     optimizer = trained(storage)
     p, before = optimizer.pairs[1].B, snapshot(optimizer)

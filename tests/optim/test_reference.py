@@ -1,13 +1,19 @@
-"""Every option on every path and dtype against the float64 reference, beside a parameter outside of all pairs."""
+"""Every option on every path and dtype against the float64 reference, and whom an option reaches."""
 
 from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
 
 import pytest
 import torch
 
 from stablelora_kernels.dispatch.settings import use_backend
-from tests.helpers.optimizers import DEVICE, halves, in_float64
-from tests.helpers.steps import latches, take_step_with
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from tests.helpers.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
+from tests.helpers.steps import latches, take_step, take_step_with
 from tests.optim.options import BF16, FP32, FP64, LOW, OPTIONS, STORED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,8 +34,8 @@ ASTRAY = {FP32: 0.0, BF16: 0.01, torch.uint8: 0.1}
 
 @pytest.mark.covering
 @pytest.mark.parametrize(("path", "name", "dtype"), CASES)
-def test_steps_are_the_references(path: str, name: str, dtype: torch.dtype) -> None:
-    """In turn, either backend takes two steps and goes on from the other's."""
+def test_steps_are_the_references(path, name, dtype):
+    """In turn, either backend takes two steps and goes on from the other's. Without a gradient there is no step to count."""
     row = OPTIONS[name]
     pairs, lone = row.pairs(dtype), torch.ones(7, dtype=dtype, device=DEVICE, requires_grad=True)
     oracle = row.reference(in_float64(pairs), [lone.detach().to(FP64, copy=True)])
@@ -38,6 +44,8 @@ def test_steps_are_the_references(path: str, name: str, dtype: torch.dtype) -> N
     for step in range(STEPS):
         backend = ("torch", "triton")[step // 2 % 2] if path == "in turn" else path
         with use_backend(backend):
+            optimizer.zero_grad()
+            optimizer.step()
             # Of norms above and below the bound that clips them.
             take_step_with(oracle, optimizer, step, scale=(1e-2, 1e-3, 4e-2)[step % 3])
     assert latches(optimizer) == oracle.latched_at
@@ -63,3 +71,86 @@ def test_steps_are_the_references(path: str, name: str, dtype: torch.dtype) -> N
         # Each step rounds at random by less than a unit in the last place.
         allowed = ASTRAY[row.moments] * moved + (3 * torch.finfo(dtype).eps * q.norm().item() if rounded else 0.0)
         assert 0 < error < allowed, f"{[*p.shape]} is off by {error:.3g}, moved by {moved:.3g}"
+
+
+# Whom an option reaches
+
+
+def test_every_group_has_its_own_hyperparameters(backend):
+    """As a trainer may put them: every A in one group, every B in another, of which one has LoRA+'s rate."""
+    pairs = make_pairs([(4, 8, 8)] * 2)
+    groups = [
+        {"params": [("x.lora_A", pairs[0].A), ("y.lora_A", pairs[1].A)], "shrink_ratio": 0.25, "weight_decay": 0.0},
+        {"params": [("x.lora_B", pairs[0].B)], "lr": 1e-2},
+        {"params": [("y.lora_B", pairs[1].B)], "lr": 1e-2, "lr_ratio_B": 8.0},
+    ]
+    optimizer = StableLoRAAdamW(groups, lr=0.0, eps=0.0)
+    before = pairs[0].A.detach().clone()
+    take_step(0, optimizer)
+    torch.testing.assert_close(pairs[0].A.detach(), before * 0.75, rtol=1e-6, atol=0)
+    # Adam's first step moves every element by its rate.
+    for pair, lr in zip(pairs, (1e-2, 8e-2), strict=True):
+        torch.testing.assert_close(pair.B.detach(), -lr * pair.B.grad.sign(), rtol=1e-4, atol=0)
+    assert [pair.name for pair in optimizer.pairs] == ["x", "y"]
+
+
+def test_patterns_match_layers_of_peft_and_whole_names(backend):
+    pairs, kept = (
+        make_pairs([(2, 4, 4)] * 4),
+        {"m.0.q_proj": 0.5, "m.0.k_proj": 0.875, "m.1.q_proj": 0.25, "m.1.k_proj": 0.75},
+    )
+    named = [
+        (f"{name}.lora_{role}.default.weight", getattr(pair, role))
+        for name, pair in zip(kept, pairs, strict=True)
+        for role in "AB"
+    ]
+    patterns = {"m.1.q_proj.default": 0.75, "q_proj": 0.5, "^m.1.k_proj": 0.25}
+    optimizer = StableLoRAAdamW(named, lr=0.0, shrink_ratio=0.125, weight_decay=0.0, shrink_pattern=patterns)
+    before = [pair.A.detach().clone() for pair in pairs]
+    take_step(0, optimizer)
+    for pair, start, share in zip(pairs, before, kept.values(), strict=True):
+        torch.testing.assert_close(pair.A.detach(), start * share, rtol=1e-6, atol=0)
+
+
+def test_amsgrads_maximum_keeps_a_nan_and_may_begin_later(backend):
+    first, second = make_pairs([(4, 8, 8)] * 2)
+    optimizer = StableLoRAAdamW([{"params": [first], "amsgrad": True}, {"params": [second]}], lr=1e-2)
+    take_step(0, optimizer)
+    assert "max_exp_avg_sq" in optimizer.state[first.A] and "max_exp_avg_sq" not in optimizer.state[second.A]
+    optimizer.param_groups[1]["amsgrad"] = True
+    set_grads(halves([first, second]), 1, scale=1e-5)
+    first.A.grad[0, 0] = math.nan
+    optimizer.step()
+    state = optimizer.state[first.A]
+    assert state["max_exp_avg_sq"][0, 0].isnan() and (state["max_exp_avg_sq"] > state["exp_avg_sq"])[1:].all()
+    # It had no maximum before: the one of the step itself.
+    assert torch.equal(optimizer.state[second.A]["max_exp_avg_sq"], optimizer.state[second.A]["exp_avg_sq"])
+
+
+def test_a_schedule_that_cannot_be_pickled_is_named():
+    """It can be copied. Steps, copies and resuming with one are in test_reference and test_contract."""
+    anonymous = lambda step: 0.1 / step  # noqa: E731
+    optimizer = StableLoRAAdamW(make_pairs(), shrink_schedule=anonymous)
+    assert copy.deepcopy(optimizer).shrink_schedule is anonymous
+    with pytest.raises(pickle.PicklingError, match=r"shrink_schedule <function .* cannot be pickled: make it a"):
+        pickle.dumps(optimizer)
+
+
+def test_a_schedule_out_of_range_changes_nothing_and_the_next_step_is_whole(backend):
+    """The engines' tables still hold the gradients of the step before."""
+    ratios = {1: 0.1, 2: 1.5, 3: 0.1}
+    optimizer = StableLoRAAdamW(make_pairs(), lr=1e-2, shrink_schedule=lambda step: ratios[step])
+    steady = StableLoRAAdamW(make_pairs(), lr=1e-2, shrink_ratio=0.1)
+    take_step(0, optimizer, steady)
+    # They stay where they are, so that those of the next step lie elsewhere.
+    kept = [p.grad for p in halves(optimizer.pairs)]
+    for each in (optimizer, steady):
+        set_grads(halves(each.pairs), 1)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=re.escape("shrink_schedule(2) must be a finite number in [0, 1), got 1.5")):
+        optimizer.step()
+    assert all_equal(before, snapshot(optimizer)) and optimizer.param_groups[0]["shrink_ratio"] == 0.1
+    ratios[2] = 0.1
+    for each in (optimizer, steady):
+        each.step()
+    assert all_equal(snapshot(optimizer), snapshot(steady)) and kept
