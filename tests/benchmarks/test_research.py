@@ -1,55 +1,18 @@
-"""The paper's two studies: what they plan from given runs, tiny real runs, and tables that are those of the stored runs."""
+"""The paper's two studies: tiny real runs, and tables that are those of the stored runs."""
 
 from __future__ import annotations
-
-import statistics
 
 import pandas as pd
 import pytest
 import torch
 
-from benchmarks.common.intervals import interval, log_slope
 from benchmarks.common.tables import RESULTS
-from benchmarks.research import __main__, paper, report, runner, stability, widths
-from benchmarks.research.paper import ADAMW, STABLE, Study
+from benchmarks.research import __main__, report, runner, stability, widths
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STORED = RESULTS / "epyc-avx512-2core"
-STUDY = Study(
-    "m", "sarcasm", "bf16", 9, 4, (1e-3, 1e-2), (5e-4, 5e-3), (ADAMW, STABLE), headline_seeds=4, ablations=True
-)
-
-
-def frame(runs, score):
-    """Runs with their results, of which ``score(run)`` are those on validation examples."""
-    rows = [dict.fromkeys(paper.COLUMNS, 1.0) | run._asdict() | {"validation": score(run)} for run in runs]
-    return pd.DataFrame(rows, columns=[*paper.Run._fields, *paper.COLUMNS])
-
-
-def test_a_study_screens_chooses_on_validation_scores_and_changes_one_thing(monkeypatch, tmp_path):
-    def next_runs(records):
-        records.to_csv(tmp_path / "runs.csv", index=False)
-        return runner.missing(paper, "test", tmp_path / "runs.csv")
-
-    monkeypatch.setitem(paper.PRESETS, "test", [STUDY])
-    screening = runner.missing(paper, "test", tmp_path / "none yet")
-    # Two seeds of two rates, of AdamW and of two ratios; a seed of all before the next.
-    assert len({*screening}) == 2 * 2 * 3 and [run.seed for run in screening] == sorted(run.seed for run in screening)
-    records = frame(screening, lambda run: run.lr + run.shrink_ratio if run.shrink_ratio else -run.lr)
-    assert paper.best(records) == {ADAMW: (0.0, 1e-3), STABLE: (5e-3, 1e-2)}
-    # A screening that is not whole decides nothing of its optimizer.
-    assert [*paper.best(records[:-1])] == [ADAMW] and next_runs(records[:-1]) == screening[-1:]
-    seeds = next_runs(records)
-    assert {run[5:9] for run in seeds} == {
-        *((ADAMW, 1e-3, 0.0, seed) for seed in (2, 3)),
-        *((STABLE, 1e-2, 5e-3, seed) for seed in (2, 3)),
-    }
-    for run in next_runs(pd.concat([records, frame(seeds, lambda _: 0.5)])):
-        changed = {name for name in paper.CHANGEABLE if getattr(run, name) != paper.Run._field_defaults[name]}
-        assert changed in ({"r"}, {"targets"}, {"stop_condition"}, {"adapters"}, {"adapters", "rounding"})
-        assert (run.shrink_ratio, run.lr) in (*paper.best(records).values(), (paper.VANISHING, 1e-3))
 
 
 def test_a_steps_parts_add_up_to_its_change():
@@ -76,18 +39,6 @@ def test_the_planted_task_is_learned_and_a_latched_pair_no_longer_shrinks():
         assert (record["delta_shrink"] > 0) == (1 < record["step"] <= run["shrinks"])
     near_zero = stability.execute(stability.Run("planted", 1, 64, 0, stability.NEAR_ZERO, "fixed", 1e-3))
     assert near_zero[0]["a_z"] == pytest.approx(1e-3 * steps[0]["a_z"], rel=1e-4)
-
-
-def test_slopes_and_intervals():
-    sizes = [8, 16, 32, 64]
-    slope, half = log_slope(sizes, [3 * size**-1.25 for size in sizes])
-    assert slope == pytest.approx(-1.25) and half == pytest.approx(0, abs=1e-6)
-    assert log_slope(sizes, [0.0, 1.0, 2.0, 0.0]) is None
-    assert log_slope([8, 8, 8, 16], [1.0, 2.0, 3.0, 0.0]) is None
-    assert interval([1.0, 3.0]) == pytest.approx((2.0, 12.706), rel=1e-4)
-    # t(30 degrees, 97.5%) = 2.042.
-    values = [float(i) for i in range(31)]
-    assert interval(values)[1] == pytest.approx(2.042 * statistics.stdev(values) / 31**0.5, rel=2e-4)
 
 
 @pytest.mark.nightly
@@ -134,6 +85,10 @@ def test_stored_tables_are_those_of_the_stored_runs(tmp_path, monkeypatch):
     for folder in ("stability", "stability-transformers"):
         shown = (STORED / folder / "table.txt").read_text(encoding="utf-8")
         assert report.write_stability(STORED / folder, tmp_path) == shown
+    # What a guide says of the method's stop is of these, too.
+    found = pd.read_csv(STORED / "paper" / "ablations.csv").query("changed == 'stop_condition never'").iloc[-1]
+    said = f"Never stopping costs {-found.minus_unchanged:.2f} ± {found.minus_unchanged_95:.2f} points"
+    assert said in (RESULTS.parents[1] / "docs" / "guides" / "optimizer.md").read_text(encoding="utf-8")
     runs = runner.load(STORED / "paper" / "runs.csv")
     (untrained,) = {*runs.test[(runs.lr == 0) & (runs.task == "plays")]}
     assert report.FALLEN["plays"] == pytest.approx(untrained, abs=5e-4)
