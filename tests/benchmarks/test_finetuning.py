@@ -1,4 +1,4 @@
-"""The main job: its command line, downloads, and whole runs on a small Llama that is not pretrained."""
+"""The main job: its command line, downloads, workers, and whole runs on a small Llama that is not pretrained."""
 
 from __future__ import annotations
 
@@ -193,6 +193,23 @@ def test_downloads_are_checked_and_leave_all_or_nothing(tmp_path, monkeypatch, c
     monkeypatch.setenv("STABLELORA_CACHE", str(file))
     assert command.main(["--out", str(tmp_path / "results"), "--dtype", "fp32"]) == 1
     assert "(set by STABLELORA_CACHE)" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+# The worker's sleep holds the output open: it ends once the worker does.
+PARENT = """
+import time, torch
+from benchmarks.common.workers import pool
+with pool(1) as processes:
+    print(processes.submit(torch.get_num_threads).result(), flush=True)
+    processes.submit(time.sleep, 600).result()
+"""
+
+
+def test_a_worker_has_one_thread_and_ends_with_a_parent_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None and parent.stdout.readline().strip() == b"1"
+        parent.kill()
+        assert parent.communicate(timeout=60)[0] == b""
 
 
 @pytest.mark.nightly

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from benchmarks.lab.predict.formula import Tensors, Traffic, formula_by_tensor, named_tensors, total
-from stablelora_kernels.dispatch import backend
 
 # The interpreter's functions in which all loads and stores of kernels end, descriptors' too: where each has its pointers and its
 # mask among its arguments, whether it reads and whether it writes. The last arguments differ between releases of Triton.
@@ -33,8 +32,11 @@ class Counted(NamedTuple):
     """One launch. The vendor's product counts as the least possible, because its code is not known."""
 
     kernel: str
-    traffic: Traffic
     tensors: Tensors
+
+    @property
+    def traffic(self) -> Traffic:
+        return total(self.tensors.values())
 
 
 class _Recorder:
@@ -78,12 +80,7 @@ def counted() -> Iterator[list[Counted]]:
 
     Tensors that a kernel finds through a table of addresses are "elsewhere". A launch that raises is not in the list. Counting
     covers the whole process, threads included.
-
-    Raises:
-        RuntimeError: the kernels do not run in Triton's interpreter.
     """
-    if not backend.INTERPRETING:
-        raise RuntimeError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
     from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
     from stablelora_kernels.launch.base import Launch, VendorProduct
@@ -93,12 +90,12 @@ def counted() -> Iterator[list[Counted]]:
     call, run = GridExecutor.__call__, VendorProduct.run
 
     def counting(real: Any, pointers: int, mask: int | None, reads: bool, writes: bool) -> Any:
-        def wrapper(*args: Any, **named: Any) -> Any:
+        def access(*args: Any, **named: Any) -> Any:
             if current:
                 current[-1].add(args[pointers], None if mask is None else args[mask], reads, writes)
             return real(*args, **named)
 
-        return wrapper
+        return access
 
     def counting_call(self: Any, *args: Any, **named: Any) -> Any:
         current.append(_Recorder(Launch(self, "", "", (), args, named, {}).named))
@@ -106,18 +103,17 @@ def counted() -> Iterator[list[Counted]]:
             result = call(self, *args, **named)
         finally:
             tensors = current.pop().tensors()
-        found.append(Counted(self.fn.__name__, total(tensors.values()), tensors))
+        found.append(Counted(self.fn.__name__, tensors))
         return result
 
     def counting_run(self: Any, device: torch.device) -> None:
         run(self, device)
-        tensors = formula_by_tensor(self)
-        found.append(Counted("vendor", total(tensors.values()), tensors))
+        found.append(Counted("vendor", formula_by_tensor(self)))
 
     with ExitStack() as stack:
         for name, places in ACCESSES.items():
-            wrapper = counting(getattr(interpreter_builder, name), *places)
-            stack.enter_context(patch.object(interpreter_builder, name, wrapper))
+            access = counting(getattr(interpreter_builder, name), *places)
+            stack.enter_context(patch.object(interpreter_builder, name, access))
         stack.enter_context(patch.object(GridExecutor, "__call__", counting_call))
         stack.enter_context(patch.object(VendorProduct, "run", counting_run))
         yield found

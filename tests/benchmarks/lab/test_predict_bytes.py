@@ -55,7 +55,6 @@ def check_bytes(case: Case, given: dict[str, Any] | None = None) -> list[Any]:
         run(case, given)
     for launch, seen in zip(made, found, strict=True):
         assert seen.tensors == formula.formula_by_tensor(launch), (seen.kernel, launch.variant)
-        assert seen.traffic == formula.formula(launch)
     return made
 
 
