@@ -84,12 +84,13 @@ def test_later(): pass
 """
 ENDS = {
     "failed": ("os._exit(7)", 60.0, "exit status 7"),
-    "begun": ("subprocess.Popen(['sleep', '6789']); time.sleep(600)", 20.0, "time was up"),
+    "begun": ("subprocess.Popen(['sleep', '6789']); time.sleep(600)", 60.0, "time was up"),
     "ok": ("pass", 60.0, "broken here"),
 }
 
 
-@pytest.mark.parametrize("status", ENDS)
+# A test that hangs takes all of its section's time.
+@pytest.mark.parametrize("status", ["failed", "ok", pytest.param("begun", marks=pytest.mark.nightly)])
 def test_a_section_leaves_a_row_for_each_test_that_began(status, tmp_path, monkeypatch):
     end, seconds, note = ENDS[status]
     (tmp_path / "test_some.py").write_text(TESTS.format(end))

@@ -25,6 +25,7 @@ H100, SLOW = launch_time.load_gpu("h100"), launch_time.SLOW
 PAGE = (ROOT / "docs" / "internals" / "predictions.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("wide_adapters", [False, True])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_the_tables_regret_over_the_band_is_bounded(dropout, wide_adapters):
