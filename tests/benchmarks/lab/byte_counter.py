@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.lab.predict.formula import Tensors, Traffic, formula_by_tensor, named_tensors, total
+from stablelora_kernels.dispatch import backend
 
 # The interpreter's functions in which all loads and stores of kernels end, descriptors' too: where each has its pointers and its
 # mask among its arguments, whether it reads and whether it writes. The last arguments differ between releases of Triton.
@@ -81,6 +82,8 @@ def counted() -> Iterator[list[Counted]]:
     Tensors that a kernel finds through a table of addresses are "elsewhere". A launch that raises is not in the list. Counting
     covers the whole process, threads included.
     """
+    if not backend.INTERPRETING:
+        raise RuntimeError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
     from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
     from stablelora_kernels.launch.base import Launch, VendorProduct
