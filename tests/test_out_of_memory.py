@@ -19,10 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 nightly = pytest.mark.nightly
 
 
-def by_night(name: object, night: bool) -> object:
-    return pytest.param(name, marks=nightly, id=str(name)) if night else pytest.param(name, id=str(name))
-
-
 # Few and many rows take different operators and kernels. With the larger k programs share a sum over it.
 BY_DAY = [
     small("linear", shape=(5, 520)),
@@ -35,10 +31,9 @@ BY_NIGHT = [
     *(small(op, 5) for op in ("branch", "group", "nf4", "mlp")),
     *(small(op, p=0.3) for op in ("group", "mlp")),
 ]
-CALLS = [by_night(case, case in BY_NIGHT) for case in BY_DAY + BY_NIGHT]
 
 
-@pytest.mark.parametrize("case", CALLS)
+@pytest.mark.parametrize("case", [*BY_DAY, *(pytest.param(case, marks=nightly) for case in BY_NIGHT)], ids=str)
 def test_a_call_that_ran_out_of_memory_can_be_repeated(backend: str, case: Case) -> None:
     case = case.but(backend=backend)
     given = make(case)

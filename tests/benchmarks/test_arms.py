@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from benchmarks.common import assets, data, memory, models
+from benchmarks.common import assets, data, models
 from benchmarks.finetuning import arms
 from benchmarks.finetuning.recipe import LABELS, Recipe
 from tests.helpers.headlines import write_headlines
@@ -86,13 +86,6 @@ def test_adapted_layers_are_linear_layers_of_the_model(tmp_path, monkeypatch):
     # An encoder has no language model's head, and transformers would draw one.
     with pytest.raises(assets.AssetError, match="with all its weights"):
         models.load_model(str(tmp_path), causal=True)
-
-
-def test_saved_bytes_are_distinct_storages_without_parameters():
-    weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(4, 8)
-    # x is saved by the first product, its result once though two products need it, the weight not at all.
-    for owned, count in ([weight], 2), ([weight, x], 1):
-        assert memory.saved_for_backward(lambda: ((y := x @ weight) * y + y @ weight).sum(), owned) == count * 4 * 8 * 4
 
 
 def test_no_text_is_on_both_sides_and_a_seed_gives_the_split(tmp_path, monkeypatch):

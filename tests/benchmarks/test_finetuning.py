@@ -1,4 +1,4 @@
-"""The main job: its command line, downloads, and whole runs on a small Llama that is not pretrained."""
+"""The main job: its command line, downloads, workers, and whole runs on a small Llama that is not pretrained."""
 
 from __future__ import annotations
 
@@ -103,19 +103,10 @@ def test_an_interrupt_keeps_what_was_measured(job, monkeypatch, place, name, cal
     assert len(kept) == steps and said in table and "interrupted after" in " ".join(table.split())
 
 
-def test_a_slow_machine_plans_fewer_steps_then_one_seed_and_never_cuts_a_schedule(job, monkeypatch):
-    recipe, times, real = Recipe(steps=30, seeds=3), iter([900.0] * 4), arms.seconds_of
+def test_a_slow_machine_plans_fewer_steps_then_one_seed_and_takes_fewer_threads(monkeypatch):
+    recipe = Recipe(steps=30, seeds=3)
     planned = [experiment.plan(recipe, 2.0, 5.0, left_s) for left_s in (None, 210.0, 150.0, 114.0, 42.0, 0.0)]
     assert planned == [(3, 30), (3, 30), (3, 20), (1, 30), (1, 16), (1, 15)]
-    # The minutes that are told are those of what is planned, in time or not. The first, slow step does not count.
-    monkeypatch.setattr(arms, "seconds_of", lambda *step: real(*step) and dict.fromkeys(arms.PHASES, next(times, 7.5)))
-    monkeypatch.setattr(experiment, "FEWEST_STEPS", 4)
-    monkeypatch.setattr(experiment, "_say", (told := []).append)
-    _, header, _, _, _ = job("")
-    assert (header["recipe"]["steps"], header["settings"]["steps"], header["seeds_done"]) == (4, 30, 1)
-    # 4 steps and 2 of held-out rows of 9 tokens, 90 s each, and 4 processes.
-    assert "1 seed x 4 steps, 90.0 s a step of all arms: about 20 minutes more." in told
-    # Beside busy programs it takes fewer threads.
     monkeypatch.setattr(experiment.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert [experiment.free_threads(others) for others in (0.0, 0.4, 0.9, 2.6, 7.0)] == [4, 4, 3, 1, 1]
@@ -202,6 +193,23 @@ def test_downloads_are_checked_and_leave_all_or_nothing(tmp_path, monkeypatch, c
     monkeypatch.setenv("STABLELORA_CACHE", str(file))
     assert command.main(["--out", str(tmp_path / "results"), "--dtype", "fp32"]) == 1
     assert "(set by STABLELORA_CACHE)" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+# The worker's sleep holds the output open: it ends once the worker does.
+PARENT = """
+import time, torch
+from benchmarks.common.workers import pool
+with pool(1) as processes:
+    print(processes.submit(torch.get_num_threads).result(), flush=True)
+    processes.submit(time.sleep, 600).result()
+"""
+
+
+def test_a_worker_has_one_thread_and_ends_with_a_parent_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None and parent.stdout.readline().strip() == b"1"
+        parent.kill()
+        assert parent.communicate(timeout=60)[0] == b""
 
 
 @pytest.mark.nightly

@@ -8,11 +8,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.cli import COMMANDS, doctor, main, selftest
-from stablelora_kernels.dispatch import backend, settings
+from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import check_environment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,19 +196,3 @@ def test_what_doctor_refuses(argv, state, message, capsys, monkeypatch):
     for name, value in state.items():
         monkeypatch.setattr(backend, name, value)
     assert message in fails(capsys, "doctor", *argv)
-
-
-def told(ask, device):
-    try:
-        return ask(torch.device(device))
-    except RuntimeError as error:
-        return str(error)
-
-
-@pytest.mark.parametrize("name", settings.BACKENDS)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_backends_explanation_is_its_answer(name, device, monkeypatch):
-    monkeypatch.setattr(backend, "INTERPRETING", False)
-    with slk.use_backend(name):
-        said, answer = told(backend.explain_backend, device), told(backend.resolve_backend, device)
-    assert answer in (said, said[0])

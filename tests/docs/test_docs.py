@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import json
+import pkgutil
 import re
 import runpy
 from pathlib import Path
@@ -126,16 +126,10 @@ def test_reference_has_every_public_name() -> None:
 
 def resolves(name: str) -> bool:
     """Whether a dotted name is a module, or an attribute of the longest module in it."""
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:end]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[end:]:
-            found = getattr(found, part, None)
-        return found is not None
-    return False
+    try:
+        return pkgutil.resolve_name(name) is not None
+    except (ImportError, AttributeError):
+        return False
 
 
 def test_names_in_the_docs_resolve() -> None:

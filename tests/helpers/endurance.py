@@ -1,4 +1,4 @@
-"""Layers and optimizers by settings that can be pickled, digests of all that they compute, and how much a process holds."""
+"""Layers and optimizers that work on and on, digests of all that they compute, and how much a process holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import multiprocessing
 import pickle
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,23 +20,21 @@ from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.interpreter import speed_up_interpreter
 from tests.helpers.optimizers import DEVICE, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.small_models import fill_b
+from tests.optim.options import OPTIONS
+
+#: One step of something; what it computed, by the step's number.
+Work = Callable[[int], list[Tensor]]
+LAYERS, GROUP = "layers", "group"
 
 
-class LayerSetting(NamedTuple):
+class Setting(NamedTuple):
+    """What works: layers one by one, a group of them, or an optimizer with a row of tests/optim/options.py."""
+
+    kind: str
     backend: str
-    dtype: torch.dtype
-    r: int
-    p: float
-    rows: int
-    fused: bool = False
-
-
-class StepSetting(NamedTuple):
-    backend: str
-    dtype: torch.dtype
-    max_grad_norm: float | None
-    moments_dtype: torch.dtype
-    master_weights: bool = False
+    dtype: torch.dtype = torch.float32
+    r: int = 3
+    p: float = 0.0
 
 
 class Attention(nn.Module):
@@ -50,39 +49,57 @@ class Attention(nn.Module):
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
 
 
-def make_layers(s: LayerSetting) -> nn.Module:
+def make_layers(s: Setting) -> nn.Module:
     torch.manual_seed(0)
     model = Attention(s.dtype)
     config = slk.LoRAConfig(r=s.r, lora_alpha=2 * s.r, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=s.p)
-    slk.apply_lora(model, config, fuse_projections=s.fused)
+    slk.apply_lora(model, config, fuse_projections=s.kind == GROUP)
     fill_b(model)
     return model.train()
 
 
-def make_input(s: LayerSetting, seed: int = 1) -> Tensor:
+def make_input(s: Setting, seed: int, rows: int = 70) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(s.rows, 520, generator=generator).to(DEVICE, s.dtype).requires_grad_()
+    return torch.randn(rows, 520, generator=generator).to(DEVICE, s.dtype).requires_grad_()
 
 
-def train_layers(s: LayerSetting, model: nn.Module | None = None, seed: int = 1) -> list[Tensor]:
-    """Outputs and gradients of one call."""
-    model, x = model or make_layers(s), make_input(s, seed)
-    torch.manual_seed(seed)
-    y = model(x)
-    (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)).sum().backward()
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+def train(s: Setting, model: nn.Module, step: int) -> list[Tensor]:
+    """Outputs and gradients of a call with many rows and, of layers one by one, of one with few; now and then inference, too."""
+    if step % 4 == 3:
+        with torch.no_grad():
+            model(make_input(s, step))
+    model.zero_grad()
+    found = []
+    for rows in (70, 5) if s.kind == LAYERS else (70,):
+        x = make_input(s, step, rows)
+        torch.manual_seed(step)
+        y = model(x)
+        (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)).sum().backward()
+        found += [y.detach(), x.grad]
+    return found + [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def make_optimizer(s: StepSetting) -> StableLoRAAdamW:
-    options = {"max_grad_norm": s.max_grad_norm, "moments_dtype": s.moments_dtype, "master_weights": s.master_weights}
-    return StableLoRAAdamW(make_pairs([(4, 24, 40), (1, 7, 13)], s.dtype), lr=1e-2, shrink_ratio=0.1, seed=3, **options)
-
-
-def take_steps(optimizer: StableLoRAAdamW, first: int, count: int) -> list[Tensor]:
-    for step in range(first, first + count):
-        set_grads(params_of(optimizer), step)
-        optimizer.step()
+def take_step(optimizer: StableLoRAAdamW, step: int) -> list[Tensor]:
+    """With another learning rate, and now and then a missing gradient or a look at the state."""
+    params = params_of(optimizer)
+    set_grads(params, step)
+    if step % 5 == 1:
+        params[step % len(params)].grad = None
+    optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step % 100)
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 8 == 0:
+        optimizer.stability()
+        optimizer.state_dict()
     return snapshot(optimizer)
+
+
+def make(s: Setting) -> Work:
+    if s.kind in (LAYERS, GROUP):
+        return partial(train, s, make_layers(s))
+    row = OPTIONS[s.kind]
+    pairs = make_pairs([(4, 24, 40), (1, 7, 13)], row.dtypes[0])
+    return partial(take_step, row.optimizer(pairs, shrink_ratio=0.1))
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -93,27 +110,22 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
-def digests(settings: Iterable[LayerSetting | StepSetting]) -> list[str]:
-    """Of all that each setting computes from the start."""
-    found = []
-    for s in settings:
-        with slk.use_backend(s.backend):
-            found.append(
-                digest(train_layers(s) if isinstance(s, LayerSetting) else take_steps(make_optimizer(s), 0, 4))
-            )
-    return found
+def go_on(work: Work, backend: str, first: int = 0, count: int = 4) -> str:
+    """The digest of some steps."""
+    with slk.use_backend(backend):
+        return digest(t for step in range(first, first + count) for t in work(step))
 
 
-def infer(s: LayerSetting, count: int) -> list[str]:
+def digests(settings: Iterable[Setting]) -> list[str]:
+    """Of the first call of layers, or the first steps of an optimizer."""
+    return [go_on(make(s), s.backend, count=4 if s.kind in OPTIONS else 1) for s in settings]
+
+
+def infer(s: Setting, count: int) -> list[str]:
     """A worker's part of a data loader: outputs without gradients."""
     with slk.use_backend(s.backend), torch.no_grad():
         model = make_layers(s)
         return [digest([model(make_input(s, seed))]) for seed in range(count)]
-
-
-def go_on(optimizer: StableLoRAAdamW, backend: str) -> str:
-    with slk.use_backend(backend):
-        return digest(take_steps(optimizer, 4, 4))
 
 
 def in_process(method: str, calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], timeout: float = 300) -> list[Any]:

@@ -24,49 +24,29 @@ _T5 = {
     "vocab_size": 1024, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0,
 }  # fmt: skip
 
-# Class of the model, class of its config, the config, and its names on the hub.
-FAMILIES: list[tuple[str, str, dict[str, Any], list[str]]] = [
-    ("OPTForCausalLM", "OPTConfig", _OPT, ["peft-internal-testing/tiny-random-OPTForCausalLM", "peft-internal-testing/opt-125m"]),
-    (
-        "GPT2LMHeadModel", "GPT2Config", _GPT2,
-        ["peft-internal-testing/tiny-random-GPT2LMHeadModel", "peft-internal-testing/tiny-random-gpt2",
-         "hf-internal-testing/tiny-random-gpt2"],
-    ),
-    ("GPTJForCausalLM", "GPTJConfig", _GPT2 | {"rotary_dim": 4}, ["peft-internal-testing/tiny-random-GPTJForCausalLM"]),
-    (
-        "LlamaForCausalLM", "LlamaConfig", _LLAMA,
-        [f"{owner}-internal-testing/tiny-random-LlamaForCausalLM" for owner in ("trl", "hf", "peft")],
-    ),
-    ("Qwen2ForCausalLM", "Qwen2Config", _LLAMA, ["peft-internal-testing/tiny-dummy-qwen2"]),
-    ("MistralForCausalLM", "MistralConfig", _LLAMA, ["hf-internal-testing/tiny-random-MistralForCausalLM"]),
-    (
-        "Gemma3ForCausalLM", "Gemma3TextConfig", _LLAMA | {"head_dim": 8},
-        ["hf-internal-testing/tiny-random-Gemma3ForCausalLM"],
-    ),
-    ("BertModel", "BertConfig", _BERT, ["peft-internal-testing/tiny-random-BertModel"]),
-    ("RobertaModel", "RobertaConfig", _BERT, ["peft-internal-testing/tiny-random-RobertaModel"]),
-    ("DebertaV2Model", "DebertaV2Config", _BERT, ["peft-internal-testing/tiny-random-DebertaV2Model"]),
-    ("DebertaModel", "DebertaConfig", _BERT, ["peft-internal-testing/tiny-random-DebertaModel"]),
-    *(
-        (f"{name}ForSequenceClassification", f"{name}Config", _BERT,
-         [f"peft-internal-testing/tiny-random-{name}ForSequenceClassification"])
+_TINY, _HF = "peft-internal-testing/tiny-random-", "hf-internal-testing/tiny-random-"
+# A model's class, its config, and its names on the hub.
+MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "OPTForCausalLM": (_OPT, [f"{_TINY}OPTForCausalLM", "peft-internal-testing/opt-125m"]),
+    "GPT2LMHeadModel": (_GPT2, [f"{_TINY}GPT2LMHeadModel", f"{_TINY}gpt2", f"{_HF}gpt2"]),
+    "GPTJForCausalLM": (_GPT2 | {"rotary_dim": 4}, [f"{_TINY}GPTJForCausalLM"]),
+    "LlamaForCausalLM": (_LLAMA, [f"{o}-internal-testing/tiny-random-LlamaForCausalLM" for o in ("trl", "hf", "peft")]),
+    "Qwen2ForCausalLM": (_LLAMA, ["peft-internal-testing/tiny-dummy-qwen2"]),
+    "MistralForCausalLM": (_LLAMA, [f"{_HF}MistralForCausalLM"]),
+    "Gemma3ForCausalLM": (_LLAMA | {"head_dim": 8}, [f"{_HF}Gemma3ForCausalLM"]),
+    **{f"{name}Model": (_BERT, [f"{_TINY}{name}Model"]) for name in ("Bert", "Roberta", "DebertaV2", "Deberta")},
+    **{
+        f"{name}ForSequenceClassification": (_BERT, [f"{_TINY}{name}ForSequenceClassification"])
         for name in ("Bert", "Roberta")
+    },
+    "LlamaForSequenceClassification": (
+        _LLAMA | {"pad_token_id": 0}, ["trl-internal-testing/tiny-LlamaForSequenceClassification-3.2"],
     ),
-    (
-        "LlamaForSequenceClassification", "LlamaConfig", _LLAMA | {"pad_token_id": 0},
-        ["trl-internal-testing/tiny-LlamaForSequenceClassification-3.2"],
+    "BartForConditionalGeneration": (_BART, [f"{_TINY}BartForConditionalGeneration"]),
+    "T5ForConditionalGeneration": (
+        _T5, [f"{_TINY}{name}" for name in ("T5ForConditionalGeneration-calibrated", "t5", "T5ForConditionalGeneration")],
     ),
-    (
-        "BartForConditionalGeneration", "BartConfig", _BART,
-        ["peft-internal-testing/tiny-random-BartForConditionalGeneration"],
-    ),
-    (
-        "T5ForConditionalGeneration", "T5Config", _T5,
-        ["peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated", "peft-internal-testing/tiny-random-t5",
-         "peft-internal-testing/tiny-random-T5ForConditionalGeneration"],
-    ),
-]  # fmt: skip
-MODELS = {name: (model, config, kwargs) for model, config, kwargs, names in FAMILIES for name in names}
+}  # fmt: skip
 
 
 def build(cache: Path) -> None:
@@ -76,10 +56,10 @@ def build(cache: Path) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     revision = "0" * 40
-    for name, (model, config, kwargs) in MODELS.items():
+    for name, model, settings in ((n, model, settings) for model, (settings, names) in MODELS.items() for n in names):
         torch.manual_seed(0)
         folder = cache / f"models--{name.replace('/', '--')}"
         (folder / "refs").mkdir(parents=True)
         (folder / "refs" / "main").write_text(revision, encoding="utf-8")
-        made = getattr(transformers, model)(getattr(transformers, config)(**kwargs))
-        made.save_pretrained(folder / "snapshots" / revision)
+        made = getattr(transformers, model)
+        made(made.config_class(**settings)).save_pretrained(folder / "snapshots" / revision)

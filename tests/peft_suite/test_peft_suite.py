@@ -7,12 +7,10 @@ import tarfile
 
 import pytest
 
-from tests.peft_suite import __main__
-
 pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 
+from tests.peft_suite import __main__ as suite
 from tests.peft_suite import hub
-from tests.peft_suite import judge as suite
 
 # One test that does not know of acceleration, one that does, one that fails anyway, and one that nobody asks for.
 TESTS = """
@@ -65,11 +63,11 @@ def test_the_harness_accelerates_and_a_difference_is_found(tmp_path, monkeypatch
         f"{test}download[2]": "skipped",
     }
     assert off["counts"] == {} and on["counts"] == {"accelerated rows of reports": 2, "calls of lora_linear": 1}
-    assert suite.differences(off["outcomes"], on["outcomes"]) == [(f"{test}class", "passed", "failed")]
-    (row,) = suite.rows(off["outcomes"], on["outcomes"])
-    assert row == {
-        "file": "test_mixed", "passed": "2/1", "failed": "1/2", "error": "0/0", "skipped": "1/1", "xfailed": "0/0",
-        "xskipped": "0/0", "xpassed": "0/0", "different": 1,
+    different, counts = suite.compare(off["outcomes"], on["outcomes"])
+    assert [*different.itertuples(name=None)] == [(f"{test}class", "passed", "failed")]
+    (row,) = counts.to_dict("records")
+    assert row == dict.fromkeys(suite.KINDS, "0/0") | {
+        "file": "test_mixed", "passed": "2/1", "failed": "1/2", "skipped": "1/1", "different": 1,
     }  # fmt: skip
 
 
@@ -83,10 +81,12 @@ def test_a_run_that_breaks_is_no_result(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(__main__, "NEEDED", ("torch", "no_such_module"))
-    assert __main__.main(["--quick"]) == 2
+    monkeypatch.setattr(suite, "NEEDED", ("torch", "no_such_module"))
+    with pytest.raises(SystemExit, match="2"):
+        suite.main(["--quick"])
     assert "import no_such_module: pip install -e '.[peft-suite]'" in capsys.readouterr().err
-    monkeypatch.setattr(__main__, "NEEDED", ())
-    monkeypatch.setattr(__main__.metadata, "version", lambda name: "0.1")
-    assert __main__.main(["--quick"]) == 2
+    monkeypatch.setattr(suite, "NEEDED", ())
+    monkeypatch.setattr(suite.metadata, "version", lambda name: "0.1")
+    with pytest.raises(SystemExit, match="2"):
+        suite.main(["--quick"])
     assert "peft 0.1 is installed, but the hash" in capsys.readouterr().err

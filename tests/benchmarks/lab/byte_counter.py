@@ -33,8 +33,11 @@ class Counted(NamedTuple):
     """One launch. The vendor's product counts as the least possible, because its code is not known."""
 
     kernel: str
-    traffic: Traffic
     tensors: Tensors
+
+    @property
+    def traffic(self) -> Traffic:
+        return total(self.tensors.values())
 
 
 class _Recorder:
@@ -78,9 +81,6 @@ def counted() -> Iterator[list[Counted]]:
 
     Tensors that a kernel finds through a table of addresses are "elsewhere". A launch that raises is not in the list. Counting
     covers the whole process, threads included.
-
-    Raises:
-        RuntimeError: the kernels do not run in Triton's interpreter.
     """
     if not backend.INTERPRETING:
         raise RuntimeError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
@@ -93,12 +93,12 @@ def counted() -> Iterator[list[Counted]]:
     call, run = GridExecutor.__call__, VendorProduct.run
 
     def counting(real: Any, pointers: int, mask: int | None, reads: bool, writes: bool) -> Any:
-        def wrapper(*args: Any, **named: Any) -> Any:
+        def access(*args: Any, **named: Any) -> Any:
             if current:
                 current[-1].add(args[pointers], None if mask is None else args[mask], reads, writes)
             return real(*args, **named)
 
-        return wrapper
+        return access
 
     def counting_call(self: Any, *args: Any, **named: Any) -> Any:
         current.append(_Recorder(Launch(self, "", "", (), args, named, {}).named))
@@ -106,18 +106,17 @@ def counted() -> Iterator[list[Counted]]:
             result = call(self, *args, **named)
         finally:
             tensors = current.pop().tensors()
-        found.append(Counted(self.fn.__name__, total(tensors.values()), tensors))
+        found.append(Counted(self.fn.__name__, tensors))
         return result
 
     def counting_run(self: Any, device: torch.device) -> None:
         run(self, device)
-        tensors = formula_by_tensor(self)
-        found.append(Counted("vendor", total(tensors.values()), tensors))
+        found.append(Counted("vendor", formula_by_tensor(self)))
 
     with ExitStack() as stack:
         for name, places in ACCESSES.items():
-            wrapper = counting(getattr(interpreter_builder, name), *places)
-            stack.enter_context(patch.object(interpreter_builder, name, wrapper))
+            access = counting(getattr(interpreter_builder, name), *places)
+            stack.enter_context(patch.object(interpreter_builder, name, access))
         stack.enter_context(patch.object(GridExecutor, "__call__", counting_call))
         stack.enter_context(patch.object(VendorProduct, "run", counting_run))
         yield found

@@ -1,4 +1,4 @@
-"""The page that is made from stored results alone."""
+"""Pages and the README's figure have the figures of the stored results."""
 
 from __future__ import annotations
 
@@ -9,54 +9,26 @@ import pytest
 pytest.importorskip("matplotlib", reason="draws the README's figure; the bench extra brings it")
 pytest.importorskip("transformers", reason="counts memory; the bench extra brings it")
 
-from benchmarks.common.records import read_records, record, write_records
+from benchmarks.common.records import read_records
 from benchmarks.lab.page import __main__ as page
 
-ENVIRONMENT = {
-    "cpu": "A CPU", "cores": 2, "gpu": None, "torch": "2", "commit": "abc", "date": "2026-01-02T03:04:05",
-    "load_average_at_start": 3.0,
-}  # fmt: skip
 
-
-def test_the_page_answers_first_and_has_every_loss_and_the_files(tmp_path, monkeypatch):
-    def ratio(case, phase, value, **more):
-        rival = record(case, phase, "PEFT", "ms", [2.0], "base rival") | more
-        return [rival, record(case, phase, "ours", "over_rival", [value - 0.1, value, value + 0.1], "ours") | more]
-
-    rows = ratio("training fp32", "step", 1.2) + ratio("layer 1", "forward", 1.5) + ratio("layer 1", "both", 3.0)
-    rows += ratio("layer 4", "both", 0.5, axis="rank") + ratio("layer 2", "both", 0.9) + ratio("layer 3", "both", 1.04)
-    write_records(tmp_path / "machine" / "suite_scaling.csv", rows, ENVIRONMENT)
-    won, lost = "Speed   one line: 10% less time", "        our layers: 2.0% more time"
-    run = {
-        "environment": ENVIRONMENT, "waited_share": 0.0, "verdicts": [won, lost],
-        "recipe": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0},
-        "settings": {"model": "m", "data": "plays", "targets": [], "lora_dropout": 0.0, "dtype": "float32"},
-    }  # fmt: skip
-    write_records(tmp_path / "machine" / "main" / "result.csv", rows[:1], run)
-    monkeypatch.setattr(page, "RESULTS", tmp_path)
-    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
-    assert page.main(["--check"]) == 1 and page.main([]) == 0 and page.main(["--check"]) == 0
-    text = page.PAGE.read_text()
-    assert "No GPU has measured anything yet" in text and f"```text\n{won}\n{lost}\n```" in text
-    answers, rest = text.split("## Where it loses")
-    losses, files = rest.split("## Every figure")
-    # A loss is bold. Of a case's phases the worst is listed. An axis of sizes is no answer to a question.
-    assert "| a whole training step, fp32 | PEFT | **1.20** |  |  |" in answers
-    assert "| one layer, forward and backward | PEFT | **1.04 (0.90 to 3.00)** |  |  |" in answers
-    assert (
-        "| machine | layer 1, both | ours | PEFT | 3.00 (2.95 to 3.05) |" in losses and "layer 1, forward" not in losses
-    )
-    assert "| training fp32, step | ours | PEFT | 1.20 (1.15 to 1.25) |" in losses and "layer 3" not in losses
-    assert "- our layers: 2.0% more time (`machine/main`)" in losses and "10% less" not in losses
-    assert "`python -m pytest benchmarks -m scaling --records=suite_scaling.csv`" in files
-    assert (
-        "`python -m benchmarks --dtype fp32 --dropout 0`" in files and files.count("other programs ran beside it") == 1
-    )
-
-
-def test_the_committed_page_is_of_the_committed_results(capsys):
+def test_the_committed_page_is_of_the_committed_results(tmp_path, monkeypatch, capsys):
+    """It has every case that lost, and none that won, among the losses; a changed page is noticed, and written anew."""
     assert page.main(["--check"]) == 0, capsys.readouterr().out
-    assert not re.search(r"\bnan\b", page.PAGE.read_text())
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert not re.search(r"\bnan\b", text)
+    losses = text.split("## Where it loses")[1].split("## Every figure")[0]
+    ratios, _ = page.read(page.RESULTS)
+    ratios = ratios[~ratios["case"].str.startswith("host ")]
+    for (machine, case, arm), rows in ratios.groupby(["machine", "case", "arm"]):
+        lost = rows[rows["q1"] > 1]["median"].max()
+        (*line,) = re.findall(re.escape(f"| {machine} | {case}, ") + f".* \\| {re.escape(arm)} \\| .*", losses)
+        assert len(line) == (lost == lost) and all(f"| {lost:.2f} (" in each for each in line), (machine, case, arm)
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(page.headline, "draw", lambda _: ())
+    page.PAGE.write_text("another", encoding="utf-8")
+    assert page.main(["--check"]) == 1 and page.main([]) == 0 and page.PAGE.read_text(encoding="utf-8") == text
 
 
 def test_the_host_time_page_has_the_stored_figures():

@@ -1,6 +1,9 @@
-"""The formulas of bytes against the interpreter's count, the counter against kernels counted by hand, floors and targets."""
+"""The formulas of bytes against the interpreter's count, the counter against a kernel counted by hand, floors and targets."""
 
 from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,135 +16,89 @@ import triton
 import triton.language as tl
 
 from benchmarks.lab.predict import bytes_moved, formula
-from benchmarks.lab.predict.bytes_moved import APART, BF16, ONE_OP, SEPARATE, TOGETHER, Case
-from stablelora_kernels.dispatch import backend, problem, tiles
-from stablelora_kernels.dispatch.problem import DEVICES, Rule
-from stablelora_kernels.dispatch.settings import use_backend, use_kernel
+from benchmarks.lab.predict.bytes_moved import APART, ONE_OP, SEPARATE, TOGETHER
+from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.dispatch.tiles import Tile
-from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
+from stablelora_kernels.launch.base import Launch, VendorProduct
 from stablelora_kernels.ops.dry_run import mlp_launches
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.projection import Projection
 from stablelora_kernels.testing import fp8_weight, nf4_weight
 from tests.benchmarks.lab.byte_counter import counted
+from tests.helpers.case_checks import table
+from tests.helpers.cases import BF16, FP16, FP32, Case, make, run
 
 pytestmark = [
     pytest.mark.skipif(not backend.INTERPRETING, reason="bytes are counted in the interpreter only"),
     pytest.mark.usefixtures("one_thread"),
 ]
-FP16, FP32 = torch.float16, torch.float32
 H100 = DEVICES["sm_90"]
-both_forms = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 
 
-def compare(*ways):
-    """The kernels of launches, and the sums that programs share, whose bytes must be the formula's, tensor by tensor."""
-    made = [launch for way in ways for launch in way]
-    with counted() as found:
-        for launch in made:
-            launch.run(torch.device("cpu"))
+def check_bytes(case: Case, given: dict[str, Any] | None = None) -> list[Any]:
+    """The launches of a call, of which the interpreter counts the formula's bytes, tensor by tensor."""
+    made: list[Any] = []
+
+    def noted(real: Any) -> Any:
+        def run(self: Any, device: torch.device) -> None:
+            made.append(self)
+            real(self, device)
+
+        return run
+
+    with (
+        patch.object(Launch, "run", noted(Launch.run)),
+        patch.object(VendorProduct, "run", noted(VendorProduct.run)),
+        counted() as found,
+    ):
+        run(case, given)
     for launch, seen in zip(made, found, strict=True):
         assert seen.tensors == formula.formula_by_tensor(launch), (seen.kernel, launch.variant)
-        assert seen.traffic == formula.formula(launch)
-    shared = sorted({name for seen in found for name in seen.tensors if name.endswith("parts")})
-    return " ".join([seen.kernel.removeprefix("_lora_").removesuffix("_kernel") for seen in found] + shared)
+    return made
 
 
-def compare_one(x, projection, y, s, seed, dx, p, base=None):
-    """Those of forward and backward of one projection; the rest of ``compare``."""
-    grad, of_a, of_b = torch.zeros_like(y), torch.zeros_like(projection.lora_A), torch.zeros_like(projection.lora_B)
-    forward = forward_launches(H100, x, [projection], [seed], s, [y], p, base)
-    return compare(forward, backward_launches(H100, x, [grad], [projection], [s], [seed], p, (dx, [of_a], [of_b])))
+# Several tiles in both directions at small sizes.
+SMALL = Tile(32, 32, 32, 4, 2)
+# Rows, columns of X and of each Y, rank, dtypes, and the tile if it is not the table's.
+FORMS = {
+    "ragged": (70, 39, (53, 20, 20), 20, (BF16, FP32), SMALL),
+    "aligned": (70, 72, (48, 40, 40), 32, (FP16, FP16), SMALL),
+    "rank 1": (33, 56, (40, 24, 24), 1, (FP32, FP32), SMALL),
+    "three blocks of ranks": (70, 40, (56, 24, 24), 75, (BF16, FP32), SMALL),
+    "shared sums over K": (17, 1100, (100, 24, 24), 40, (BF16, FP32), None),
+    "shared sums over rows": (550, 40, (24, 16, 16), 80, (BF16, BF16), None),
+    "the highest rank": (70, 40, (24, 16, 16), 130, (BF16, FP32), None),
+}
 
 
-@pytest.fixture
-def tiny_tiles(monkeypatch):
-    """Many tiles in both directions, ragged edges, and several blocks of ranks at small sizes."""
-    for name in ("TMA_TILES", "LINEAR_TILES", "SHRINK_TILES", "WEIGHT_GRADS_TILES"):
-        monkeypatch.setattr(tiles, name, (Rule(lambda d, c: True, Tile(16, 32, 16, 4, 2), "a test"),))
-    monkeypatch.setattr(problem, "MAX_FUSED_R", 32)
-    monkeypatch.setattr(problem, "SMALL_M", 16)
+def build(op: str, form: str, arch: str, kernel: str, p: float) -> Case | None:
+    m, k, n, r, (dtype, lora_dtype), tile = FORMS[form]
+    if (kernel == "fused" and (r > 64 or p or op == "branch")) or (kernel == "chained" and r > 128):
+        return None
+    count = {"group": 3, "mlp": 3}.get(op, 1)
+    sizes = (n[0], n[0], n[1]) if op == "mlp" else n[:count]
+    backward_kernel = "split" if kernel == "fused" else None
+    return Case(
+        op, (m, k), sizes, (r,) * count, dtype, lora_dtype, p=p, kernel=kernel, backward_kernel=backward_kernel,
+        arch=arch, tile=tile,
+    )  # fmt: skip
 
 
-@pytest.mark.covering
-@pytest.mark.parametrize(("kernel", "p"), [("fused", 0.0), ("split", 0.3), ("vendor", 0.0), ("vendor", 0.3)])
-@both_forms
 @pytest.mark.parametrize(
-    ("m", "n", "k", "r", "dtypes"),
-    [(35, 53, 39, 20, (BF16, FP32)), (34, 48, 72, 32, (FP16, FP16)), (33, 40, 56, 1, (FP32, FP32)),
-     # Three blocks of ranks, the last one partly there.
-     (35, 56, 40, 75, (BF16, FP32))],
+    "case",
+    table(
+        build, drawn=40, op=["linear", "branch", "group", "mlp"], form=[*FORMS], arch=["sm_80", "sm_90"],
+        kernel=["auto", "fused", "chained", "split", "vendor"], p=[0.0, 0.3],
+    ),
 )  # fmt: skip
-def test_the_formula_counts_right_at_tiny_tiles(m, n, k, r, dtypes, kernel, p, arch, tiny_tiles):
-    kernel = "split" if kernel == "fused" and r > 32 else kernel
-    compare(*bytes_moved.launches(DEVICES[arch], Case(m, n, k, r, p, kernel, *dtypes), "cpu"))
+def test_the_formula_counts_right(case: Case) -> None:
+    check_bytes(case)
 
 
-@pytest.mark.covering(1)
-@both_forms
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        (Case(5, 330, 1300, 3), "linear_split_k linear_split_k parts"),
-        (Case(17, 100, 1100, 40, 0.3), "linear_split_k linear_split_k parts s_job.shared.parts"),
-        (Case(70, 136, 264, 16, 0.1, lora_dtype=BF16), "linear linear"),
-        (Case(70, 137, 75, 128, 0.1), "linear linear"),
-        (Case(40, 100, 136, 16, dtype=FP32), "vendor linear vendor linear"),
-        (Case(550, 24, 40, 80, 0.1), "linear linear da.shared.parts db.shared.parts"),
-        (Case(550, 24, 40, 80, 0.1, "split"), "shrink linear shrink linear da.shared.parts db.shared.parts"),
-        (Case(550, 24, 40, 80, 0.1, "vendor"), "vendor linear vendor linear da.shared.parts db.shared.parts"),
-        (Case(70, 24, 40, 130, 0.1, "vendor"), "vendor shrink linear vendor shrink linear"),
-        # Projections of one X: descriptors and pointers, split-K sums, ranks that fill no block, the vendor's products.
-        (Case(200, (72, 40, 40), 264, 20, 0.1, TOGETHER), None),
-        (Case(72, (40, 40), 1032, 8, 0.0, TOGETHER), None),
-        (Case(9, (72, 40, 40), 136, 16, 0.0, TOGETHER), None),
-        (Case(72, (40, 24, 24), 72, 80, 0.0, TOGETHER), None),
-        (Case(72, (40, 24, 24), 136, 16, 0.1, TOGETHER, FP32), None),
-    ],
-)
-def test_the_formula_counts_right_at_the_tables_tiles(case, expected, arch):
-    found = compare(*bytes_moved.launches(DEVICES[arch], case, "cpu")).replace("_tma", "")
-    assert expected in (None, found)
-
-
-@pytest.mark.covering(1)
-@both_forms
-@pytest.mark.parametrize(
-    ("m", "n", "f", "k", "r", "p", "dtype", "kernel"),
-    # Descriptors and pointers; ranks that fill no block and several blocks; the vendor's products; few rows.
-    [
-        (136, 72, 264, 136, 20, 0.3, BF16, "split"),
-        (70, 67, 75, 71, 3, 0.3, BF16, "split"),
-        (9, 72, 136, 40, 8, 0.3, BF16, "auto"),
-        (70, 72, 136, 40, 8, 0.0, BF16, "chained"),
-        (70, 72, 136, 40, 8, 0.3, FP32, "auto"),
-        (70, 72, 136, 40, 80, 0.3, BF16, "vendor"),
-    ],
-)
-def test_the_formula_counts_an_mlp(m, n, f, k, r, p, dtype, kernel, arch):
-    with use_kernel(kernel):
-        ways = mlp_launches(DEVICES[arch], m, (n, f, k), r, (dtype, FP32), p, where="cpu")
-    compare(*ways)
-
-
-def test_few_of_the_gradients_and_a_broadcast_x():
-    x, dy = torch.zeros(1, 24, dtype=BF16).expand(40, 24), torch.zeros(40, 20, dtype=BF16)
-    a, b, s = torch.zeros(8, 24), torch.zeros(20, 8), torch.zeros(40, 8, dtype=BF16)
-    for da, db in ((a.clone(), None), (None, b.clone()), (a.clone(), b.clone())):
-        given = None if da is None else x, [dy], [Projection(None, None, a, b, 1.0)], [None if db is None else s]
-        compare(backward_launches(H100, *given, [None], 0.0, (None, [da], [db])))
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(("m", "r"), [(20, 8), (70, 80), (70, 130)])
-def test_the_branch_alone(m, r, p):
-    """Its base is read where it is, and its dX reads none."""
-    x, y, base, dx = (torch.zeros(m, columns, dtype=BF16) for columns in (40, 56, 56, 40))
-    projection = Projection(None, None, torch.zeros(r, 40), torch.zeros(56, r), 1.0)
-    s, seed = torch.zeros(m, r, dtype=BF16), torch.tensor([3]) if p else None
-    *_, launch = forward_launches(H100, x, [projection], [seed], s, [y], p, base)
-    assert formula.formula_by_tensor(launch)["base"] == (m * 56 * 2, 0, m * 56 * 2, 0)
-    compare_one(x, projection, y, s, seed, dx, p, base)
+@pytest.mark.parametrize("wanted", [("x",), ("lora_A0",), ("lora_B0",), ("lora_A0", "lora_B0")], ids="-".join)
+def test_few_of_the_gradients_of_a_broadcast_x(wanted: tuple[str, ...]) -> None:
+    check_bytes(Case(shape=(70, 24), dtype=BF16, layouts={"x": "expanded"}, wanted=wanted, arch="sm_90"))
 
 
 @pytest.mark.covering(1)
@@ -165,10 +122,15 @@ def test_quantized_weights(kind, m, n, k, blocksize, nested, dtype, first, p):
         if part.dtype == torch.uint8:
             # Every value of both codes.
             part.copy_((torch.arange(part.numel()) % 256).to(torch.uint8))
-    x, y, s, dx, bias = (torch.zeros(size, dtype=dtype) for size in ((m, k), (m, n), (m, 8), (m, k), n))
-    projection = Projection(weight.stored, bias, torch.zeros(8, k), torch.zeros(n, 8), 1.0)
-    found = compare_one(x, projection, y, s, torch.tensor([3]) if p else None, dx, p)
-    assert found.removeprefix("_").startswith(first)
+    case = Case("linear", (m, k), (n,), (8,), dtype, p=p, arch="sm_90")
+    launch, *_ = check_bytes(case, make(case) | {"weight0": weight})
+    assert launch.kernel.__name__.startswith(f"_lora_{first}" if first == "shrink" else f"_{first}")
+
+
+def test_launches_of_an_mlp_are_planned_as_they_are_made() -> None:
+    case = Case("mlp", (70, 40), (136, 136, 72), (8, 8, 8), BF16, p=0.3, arch="sm_90")
+    planned = mlp_launches(H100, 70, (72, 136, 40), 8, (BF16, FP32), 0.3)
+    assert [launch.variant for way in planned for launch in way] == [launch.variant for launch in check_bytes(case)]
 
 
 # Floors and targets.
@@ -177,16 +139,18 @@ def test_quantized_weights(kind, m, n, k, blocksize, nested, dtype, first, p):
 def test_floors_by_hand():
     """Forward and backward, in bfloat16 with a bias: X of 10 elements, W of 15, Y of 6; A and B of 8 in float32."""
     frozen = 2 * (10 + 15 + 3 + 6) + 2 * (6 + 15 + 10)
-    assert Case(2, 3, 5, 1).floors() == (frozen + 4 * 8 + (2 * 10 + 4 * 8 + 4 * 8), frozen)
-    assert Case(2, 3, 5, 1, 0.1, lora_dtype=BF16).floors()[0] == frozen + 2 * 8 + (2 * 10 + 2 * 8 + 2 * 8) + 2 * 8
+    layer = bytes_moved.Case
+    assert layer(2, 3, 5, 1).floors() == (frozen + 4 * 8 + (2 * 10 + 4 * 8 + 4 * 8), frozen)
+    assert layer(2, 3, 5, 1, 0.1, lora_dtype=BF16).floors()[0] == frozen + 2 * 8 + (2 * 10 + 2 * 8 + 2 * 8) + 2 * 8
     # Half a byte an element, a byte of scale for 64, and 4 bytes for 256 of those; a byte an element, 4 bytes of scale a row.
-    plain = Case(2, 64, 64, 1).floors()[1] - 2 * 2 * 64 * 64
-    assert Case(2, 64, 64, 1, how="nf4").floors()[1] == plain + 2 * (64 * 32 + 64 + 4)
-    assert Case(2, 64, 64, 1, how="fp8").floors()[1] == plain + 2 * (64 * 64 + 4 * 64)
+    plain = layer(2, 64, 64, 1).floors()[1] - 2 * 2 * 64 * 64
+    assert layer(2, 64, 64, 1, how="nf4").floors()[1] == plain + 2 * (64 * 32 + 64 + 4)
+    assert layer(2, 64, 64, 1, how="fp8").floors()[1] == plain + 2 * (64 * 64 + 4 * 64)
 
 
-def row_of(*case):
-    return bytes_moved.whole(Case(*case), bytes_moved.launch_table(H100, Case(*case)))
+def row_of(*sizes):
+    case = bytes_moved.Case(*sizes)
+    return bytes_moved.whole(case, bytes_moved.launch_table(H100, case))
 
 
 def test_what_is_saved_stays_saved():
@@ -219,14 +183,13 @@ def test_the_optimizer_is_close_to_its_floor(width, dtype, b):
 
 
 def test_the_command_writes_all_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bytes_moved, "REAL", [bytes_moved.REAL[0], Case(64, (48, 16), 32, 4, 0.1, APART)])
+    real = [bytes_moved.REAL[0], bytes_moved.Case(64, (48, 16), 32, 4, 0.1, APART)]
+    monkeypatch.setattr(bytes_moved, "REAL", real)
     bytes_moved.main(["--out", str(tmp_path), "--device", "sm_80"])
     assert "as on sm_80" in capsys.readouterr().out
-    table, launches = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("bytes", "launches"))
-    issued = launches.read_issued + launches.written_issued
-    assert [*table.launches] == [*launches.groupby("m").size()] and [*table.issued] == [
-        *issued.groupby(launches.m).sum()
-    ]
+    rows, launches = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("bytes", "launches"))
+    issued = (launches.read_issued + launches.written_issued).groupby(launches.m)
+    assert [*rows.launches] == [*issued.size()] and [*rows.issued] == [*issued.sum()]
 
 
 # The counter.
@@ -243,7 +206,7 @@ def _tiny_kernel(x_ptr, y_ptr, table_ptr, counter_ptr, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _broken_kernel(x_ptr, y_ptr, table_ptr, counter_ptr, N, BLOCK: tl.constexpr):
+def _broken_kernel(x_ptr, N):
     tl.load(x_ptr)
     tl.load(N)
 
@@ -254,18 +217,17 @@ def test_a_kernel_counted_by_hand_also_after_an_error():
     arguments = (x, y, torch.tensor([hidden.data_ptr()]), torch.zeros(1, dtype=torch.int32), 11)
     with counted() as found:
         with pytest.raises(Exception, match="ptr"):
-            _broken_kernel[(2,)](*arguments, BLOCK=8)
+            _broken_kernel[(2,)](x, 11)
         assert found == []
         _tiny_kernel[(2,)](*arguments, BLOCK=8)
-        with counted() as inner:
-            _tiny_kernel[(2,)](*arguments, BLOCK=8)
+    # Nothing is counted behind the block.
     _tiny_kernel[(2,)](*arguments, BLOCK=8)
-    assert inner == found[1:] == found[:1]
-    assert found[0].kernel == "_tiny_kernel" and found[0].tensors == {
+    (launch,) = found
+    assert launch.kernel == "_tiny_kernel" and launch.tensors == {
         "x": (15 * 4, 0, 11 * 4, 0),
         "table": (2 * 8, 0, 8, 0),
         "elsewhere": (2 * 16, 0, 16, 0),
         "counter": (8, 8, 4, 4),
         "y": (0, 15 * 2, 0, 11 * 2),
     }
-    assert (found[0].traffic.issued, found[0].traffic.unique) == (154, 98)
+    assert (launch.traffic.issued, launch.traffic.unique) == (154, 98)
