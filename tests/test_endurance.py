@@ -9,6 +9,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from stablelora_kernels.launch import base
 from tests.helpers import endurance
 from tests.helpers.endurance import LayerSetting, StepSetting
 from tests.helpers.optimizers import params_of, set_grads
+from tests.helpers.processes import answer_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 nightly = pytest.mark.nightly
@@ -128,7 +130,8 @@ def test_the_same_bits_again_and_in_another_process(settings: list[Any]) -> None
             optimizer = endurance.make_optimizer(s)
             endurance.take_steps(optimizer, 0, 4)
         others.append((endurance.go_on, (optimizer, s.backend)))
-    spawned, *rest = endurance.in_process("spawn", [(endurance.digests, (settings,)), *others])
+    calls = [(endurance.digests, (settings,)), *others]
+    (spawned, *rest), _ = answer_of(partial(endurance.results, calls), "spawn")
     # Here last, since it changes the optimizers.
     assert [s for s, one, other in zip(settings, first, spawned, strict=True) if one != other] == []
     assert rest == [function(*args) for function, args in others]
@@ -142,7 +145,7 @@ def test_a_forked_worker_computes_the_same(backend: str) -> None:
     layers, steps = LayerSetting(backend, FP32, 3, 0.0, 70), StepSetting(backend, BF16, 0.1, FP32)
     endurance.digests([layers, steps])
     calls: list[Any] = [(endurance.infer, (layers, 3)), (endurance.digests, ([steps],))]
-    assert endurance.in_process("fork", calls) == [function(*args) for function, args in calls]
+    assert answer_of(partial(endurance.results, calls), "fork") == ([function(*args) for function, args in calls], 0)
 
 
 # Threads
