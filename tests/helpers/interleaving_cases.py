@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -146,34 +146,41 @@ GATED_BACKWARD = GATED.but(
     shape=(8, K), sizes=(16, 16, 8), dtype=FP32, lora_dtype=FP32, kernel="chained", activation="gelu",
     wanted=("lora_B", "lora_A2"),
 )  # fmt: skip
-backward_of = partial(partial, calls, backward=True)
-two_layers = partial(partial, calls, layers=2)
+
+
+def forward(case: Case, layers: int = 1) -> Callable[[pytest.MonkeyPatch], Launched]:
+    return partial(calls, case, layers=layers)
+
+
+def backward(case: Case) -> Callable[[pytest.MonkeyPatch], Launched]:
+    return partial(calls, case, backward=True)
+
 
 # sm_90 has tensor descriptors, sm_120 has none. The names appear in test ids.
 CASES: dict[str, Callable[[pytest.MonkeyPatch], Launched]] = {
-    "split-K, S then Y, two layers": two_layers(linear(FEW, "split")),
-    "split-K, S beside Y": partial(calls, linear(FEW, "fused")),
-    "split-K, dS and dB, dX and dA": backward_of(linear(FEW, "split")),
-    "pointers, S then Y, two layers": two_layers(linear(16, "split", "sm_120")),
-    "pointers, dS and dB, dX and dA": backward_of(linear(16, "split", "sm_120")),
-    "descriptors, S then Y": partial(calls, linear(MANY, "split", dtype=BF16)),
-    "descriptors, dS and dB, dX and dA": backward_of(linear(MANY, "split", dtype=BF16)),
-    "chained split-K, S and Y, two layers": two_layers(linear(FEW, "chained")),
-    "chained pointers, S and Y, two layers": two_layers(linear(MANY, "chained", "sm_120")),
-    "chained descriptors, S and Y, two layers": two_layers(linear(MANY, "chained", dtype=BF16)),
-    "chained split-K, all gradients": backward_of(linear(FEW, "chained")),
-    "chained pointers, all gradients": backward_of(linear(MANY, "chained", "sm_120")),
-    "chained descriptors, all gradients": backward_of(linear(MANY, "chained", dtype=BF16)),
+    "split-K, S then Y, two layers": forward(linear(FEW, "split"), 2),
+    "split-K, S beside Y": forward(linear(FEW, "fused")),
+    "split-K, dS and dB, dX and dA": backward(linear(FEW, "split")),
+    "pointers, S then Y, two layers": forward(linear(16, "split", "sm_120"), 2),
+    "pointers, dS and dB, dX and dA": backward(linear(16, "split", "sm_120")),
+    "descriptors, S then Y": forward(linear(MANY, "split", dtype=BF16)),
+    "descriptors, dS and dB, dX and dA": backward(linear(MANY, "split", dtype=BF16)),
+    "chained split-K, S and Y, two layers": forward(linear(FEW, "chained"), 2),
+    "chained pointers, S and Y, two layers": forward(linear(MANY, "chained", "sm_120"), 2),
+    "chained descriptors, S and Y, two layers": forward(linear(MANY, "chained", dtype=BF16), 2),
+    "chained split-K, all gradients": backward(linear(FEW, "chained")),
+    "chained pointers, all gradients": backward(linear(MANY, "chained", "sm_120")),
+    "chained descriptors, all gradients": backward(linear(MANY, "chained", dtype=BF16)),
     "branch, dS and dB, dX and dA": split_branch,
-    "chained branch, all gradients": backward_of(BRANCH),
-    "dX, then dA and dB": backward_of(linear(FEW, "fused")),
-    "group, S then three Y": partial(calls, GROUP),
+    "chained branch, all gradients": backward(BRANCH),
+    "dX, then dA and dB": backward(linear(FEW, "fused")),
+    "group, S then three Y": forward(GROUP),
     "group, S then three split-K Y": group_of_shared_sums,
-    "group, three dX, then dA": backward_of(GROUP),
-    "quantized, S then Y": partial(calls, NF4),
-    "quantized, dS and dB, dX, dA": backward_of(FP8),
-    "gate and up by pointers, S to Y": partial(calls, GATED.but(arch="sm_120")),
-    "gate and up by descriptors, S to Y": partial(calls, GATED),
-    "chained gated split-K, all gradients": backward_of(GATED_BACKWARD),
+    "group, three dX, then dA": backward(GROUP),
+    "quantized, S then Y": forward(NF4),
+    "quantized, dS and dB, dX, dA": backward(FP8),
+    "gate and up by pointers, S to Y": forward(GATED.but(arch="sm_120")),
+    "gate and up by descriptors, S to Y": forward(GATED),
+    "chained gated split-K, all gradients": backward(GATED_BACKWARD),
     "optimizer, two clipped steps": optimizer_steps,
 }

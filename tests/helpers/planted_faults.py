@@ -1,7 +1,4 @@
-"""Synchronization faults, planted in the kernels' sources, and the cases whose schedules must find them.
-
-``TRITON_INTERPRET=1 python -m tests.helpers.planted_faults`` prints a table.
-"""
+"""Synchronization faults, planted in the kernels' sources, and the cases whose schedules must find them."""
 
 from __future__ import annotations
 
@@ -15,14 +12,11 @@ from stablelora_kernels.kernels.lora import chain
 from stablelora_kernels.kernels.lora.linear import product_program, wait_for_s
 from stablelora_kernels.kernels.lora.shrink import shrink
 from stablelora_kernels.kernels.stable_adamw.step import _stable_adamw_kernel
-from tests.helpers.interleaving import Interleaving
+from tests.helpers.interleaving import Interleaving, Mutation
 from tests.helpers.interleaving_cases import CASES, Launched, new_memory_is_poisoned, shrink_sizes
-from tests.helpers.interpreter import speed_up_interpreter
-from tests.helpers.mutations import Mutation
 
 # Schedules of each case in every test run.
 SCHEDULES = 200
-HEADER = "| fault | cases | seen in order | schedule | in the hardest case |\n|---|---|---|---|---|"
 
 
 class Fault(NamedTuple):
@@ -86,21 +80,3 @@ def interleaving(name: str) -> tuple[Interleaving, Launched]:
         shrink_sizes(patch)
         case = CASES[name](patch)
     return Interleaving(case.launches, case.others), case
-
-
-def print_table() -> None:
-    """Print a row for each fault, with its hardest case: the one whose first failure comes last."""
-    speed_up_interpreter()
-    print(HEADER)
-    for fault in FAULTS:
-        runs = {name: interleaving(name)[0] for name in fault.cases}
-        found = {name: each.first_failure(range(SCHEDULES), mutation=fault.mutation) for name, each in runs.items()}
-        name, failure = max(found.items(), key=lambda item: item[1].schedule)
-        in_order = runs[name].first_failure([None], mutation=fault.mutation)
-        what = failure.what.splitlines()[0].split(";")[0]
-        seen = "no" if in_order is None else "yes"
-        print(f"| {fault.what} | {len(found)} | {seen} | {failure.schedule} | {name}: {what} |", flush=True)
-
-
-if __name__ == "__main__":
-    print_table()

@@ -17,9 +17,8 @@ import triton.language as tl
 from stablelora_kernels.kernels import common
 from stablelora_kernels.launch import counters, jobs
 from stablelora_kernels.launch.base import Launch
-from tests.helpers.interleaving import Interleaving
+from tests.helpers.interleaving import Interleaving, Mutation
 from tests.helpers.interleaving_cases import CASES
-from tests.helpers.mutations import Mutation
 from tests.helpers.planted_faults import FAULTS, SCHEDULES, interleaving
 
 # Schedules of each case in a nightly run; SCHEDULES are those of every test run.
