@@ -15,7 +15,7 @@ from stablelora_kernels.dispatch import autotune, problem, rules
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.launch.base import Launch
 from tests.helpers.autotuning import GPU, answers, check_all, files, forget, forward, inputs_of, words
-from tests.helpers.inputs import BF16, DEVICE, FP32
+from tests.helpers.cases import BF16, DEVICE, FP32
 
 
 @pytest.mark.parametrize(

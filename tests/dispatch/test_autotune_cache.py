@@ -12,7 +12,7 @@ from stablelora_kernels.dispatch import autotune, problem
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import Choice
 from tests.helpers.autotuning import GPU, answers, check_all, files, forget, forward, inputs_of
-from tests.helpers.inputs import DEVICE, FP32
+from tests.helpers.cases import DEVICE, FP32
 from tests.helpers.precision import switched
 from tests.helpers.processes import printed
 
