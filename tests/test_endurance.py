@@ -9,6 +9,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -19,6 +20,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.launch import base
 from tests.helpers import endurance
 from tests.helpers.endurance import GROUP, LAYERS, Setting, Work
+from tests.helpers.processes import answer_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 nightly = pytest.mark.nightly
@@ -81,7 +83,8 @@ def test_the_same_bits_again_and_in_another_process(settings: list[Setting]) -> 
     for s in (s for s in settings if s.kind in OPTIMIZERS):
         endurance.go_on(work := endurance.make(s), s.backend)
         others.append((endurance.go_on, (work, s.backend, 4)))
-    spawned, *rest = endurance.in_process("spawn", [(endurance.digests, (settings,)), *others])
+    calls = [(endurance.digests, (settings,)), *others]
+    (spawned, *rest), _ = answer_of(partial(endurance.results, calls), "spawn")
     # Here last, since it changes the optimizers.
     assert [s for s, one, other in zip(settings, first, spawned, strict=True) if one != other] == []
     assert rest == [function(*args) for function, args in others]
@@ -95,7 +98,7 @@ def test_a_forked_worker_computes_the_same(backend: str) -> None:
     layers, steps = Setting(LAYERS, backend), Setting(LOW, backend)
     endurance.digests([layers, steps])
     calls: list[Any] = [(endurance.infer, (layers, 3)), (endurance.digests, ([steps],))]
-    assert endurance.in_process("fork", calls) == [function(*args) for function, args in calls]
+    assert answer_of(partial(endurance.results, calls), "fork") == ([function(*args) for function, args in calls], 0)
 
 
 # Threads

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import stablelora_kernels as slk
 from stablelora_kernels.ops import plans
-from tests.helpers.inputs import BF16, DEVICE
+from tests.helpers.cases import BF16, DEVICE
 
 PACKAGE = Path(slk.__file__).parent
 ARCHITECTURE = PACKAGE.parent / "docs" / "internals" / "architecture.md"

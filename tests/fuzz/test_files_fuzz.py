@@ -10,29 +10,25 @@ from dataclasses import fields
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed (pip install .[test])")
-safetensors_torch = pytest.importorskip("safetensors.torch", reason="pip install .[test] brings safetensors")
-
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-from stablelora_kernels.cli import main  # noqa: E402
-from stablelora_kernels.config import LoRAConfig  # noqa: E402
-from stablelora_kernels.model.apply import apply_lora  # noqa: E402
-from stablelora_kernels.model.modules import lora_layers  # noqa: E402
-from stablelora_kernels.model.save_load import load_adapter, save_adapter  # noqa: E402
-from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, config_in, edit_tensors, fresh  # noqa: E402
-from tests.helpers.small_models import assert_untouched, lora_config, output, snapshot  # noqa: E402
+from stablelora_kernels.cli import main
+from stablelora_kernels.config import LoRAConfig
+from stablelora_kernels.model.apply import apply_lora
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.model.save_load import load_adapter, save_adapter
+from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, config_in, edit_tensors, fresh
+from tests.helpers.small_models import assert_untouched, lora_config, output, snapshot
 
 pytestmark = pytest.mark.fuzz
-fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CONFIG = {"modules_to_save": ["lm_head"], "bias": "lora_only", "rank_pattern": {"layers.1.v_proj": 3}}
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """An adapter's directory and its model."""
+    pytest.importorskip("safetensors.torch", reason="pip install .[test] brings safetensors")
     model, directory = adapted(1, **CONFIG), tmp_path_factory.mktemp("fuzz") / "original"
     save_adapter(model, directory)
     return directory, model
@@ -91,7 +87,6 @@ KINDS = {
 
 
 @pytest.mark.parametrize("part", ["header", "values", "config"])
-@fuzz
 @given(
     kind=st.sampled_from([*KINDS]), share=st.floats(0, 1), other=st.floats(0, 1), piece=st.binary(min_size=1, max_size=12),
     has_lora=st.booleans(),
@@ -133,7 +128,6 @@ changes = st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-@fuzz
 @given(data=st.data(), has_lora=st.booleans())
 def test_odd_configs(original, replaced, data, has_lora):
     """Some fields of another kind, or any JSON in place of them all."""
@@ -151,7 +145,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int
           torch.float8_e4m3fn, torch.uint8]  # fmt: skip
 
 
-@fuzz
 @given(
     number=st.integers(0, 100), shape=st.lists(st.integers(0, 9), max_size=3), dtype=st.sampled_from(DTYPES),
     kind=st.sampled_from(["shape", "dtype", "drop", "name"]), name=names, has_lora=st.booleans(),

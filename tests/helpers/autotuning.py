@@ -11,12 +11,14 @@ from unittest.mock import patch
 
 import torch
 
+from stablelora_kernels import testing
 from stablelora_kernels.dispatch import autotune, problem
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.ops import plans
-from tests.helpers import oracle
-from tests.helpers.inputs import BF16, DEVICE, SCALING, make_inputs
+from tests.helpers.cases import BF16, DEVICE
+from tests.helpers.oracle import check_all as check_results
 
+SCALING = 1.7
 GPU = problem.device_of(torch.device(DEVICE))
 
 
@@ -71,7 +73,7 @@ def tuned_by_hand(directory: Path) -> Iterator[Timer]:
 
 
 def inputs_of(rows=70, k=64, n=80, r=8, **options):
-    return make_inputs((rows, k), n, r, **{"dtype": BF16, **options})
+    return testing.make_inputs((rows, k), n, r, **{"dtype": BF16, "device": DEVICE, **options})
 
 
 def forward(inputs, dropout_p=0.0):
@@ -80,7 +82,8 @@ def forward(inputs, dropout_p=0.0):
 
 def check_all(inputs):
     """Y and the three gradients against the oracle."""
-    oracle.check(inputs, oracle.run(inputs))
+    ref, base = (results(inputs, SCALING) for results in (testing.oracle, testing.eager))
+    check_results(testing.run(forward, inputs), ref, base, inputs["x"].dtype)
 
 
 def files() -> list[Path]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference import dropout_keep_ref
-from stablelora_kernels.testing import EPS, assert_no_worse
+from stablelora_kernels.testing import EPS, assert_no_worse, error_and_bound
 from tests.helpers.cases import (
     ACTIVATIONS,
     BF16,
@@ -96,15 +96,18 @@ def expected(case: Case, given: Operands, call: Callable[[Operands], Sequence[Te
     return results(case.but(in_place=False, backward_in_autocast=False), call(leaf), leaf)
 
 
-def check(case: Case, found: Results, given: Operands | None = None, roundings: bool = False) -> None:
+def check(
+    case: Case, found: Results, given: Operands | None = None, roundings: bool = False, keep: Tensor | None = None
+) -> tuple[float, str]:
     """Each result has its operand's dtype, and an error of at most twice that of eager PyTorch.
 
     ``roundings``: one rounding of the sum of absolute values is allowed too. Eager's own error of few elements may be next to
-    nothing by chance, and operands may hold NaN and infinity.
+    nothing by chance, and operands may hold NaN and infinity. ``keep``: the dropout mask, if it is not that of a run of the
+    case. Without ``roundings``, return the largest error as a share of its bound, and of which result.
     """
     given = make(case) if given is None else given
     low = as_computed(case, given)
-    keeps, p = masks(case, given)
+    keeps, p = masks(case, given) if keep is None else ([keep], case.p)
     # oneDNN's AMX instructions read the gaps between bfloat16 rows, so a baseline that has to be finite has none.
     without_gaps = low if roundings else changed(low, lambda name, t: t.contiguous())
     ref, base = oracle(case, low, keeps, p), eager(case, without_gaps, keeps, p)
@@ -117,7 +120,8 @@ def check(case: Case, found: Results, given: Operands | None = None, roundings: 
         broken = any(isinstance(t, Tensor) and not t.isfinite().all() for t in given.values())
         for name, value in found.items():
             check_value(name, value, ref[name], base[name], bounds[name], rounding(case), broken)
-        return
+        return 0.0, ""
+    largest = 0.0, ""
     for name, value in found.items():
         if name == "base_out":
             # It is only added to.
@@ -126,6 +130,9 @@ def check(case: Case, found: Results, given: Operands | None = None, roundings: 
         # Gradients are products in x's dtype; the output is rounded to base_out's.
         dtype = value.dtype if name[0] == "Y" else low["x"].dtype
         assert_no_worse(value, ref[name], base[name], dtype=dtype, name=name)
+        error, bound = error_and_bound(value, ref[name], base[name], dtype)
+        largest = max(largest, (error / bound if bound else 0.0, name))
+    return largest
 
 
 def absolute(given: Operands) -> Operands:

@@ -7,6 +7,7 @@ up and down as projections 0, 1 and 2, and one output. Results are the outputs "
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -43,6 +44,8 @@ QUANTIZED: dict[str, Callable[[int, int], Any]] = {
     "nf4 128 nested": lambda n, k: testing.nf4_weight(n, k, 128, nested=True),
     "fp8": testing.fp8_weight,
 }
+# Linux's; Python names it from 3.13 on.
+MAP_NORESERVE = 0x4000
 # Many tiles, ragged edges and several blocks of ranks at small sizes.
 TINY = Tile(16, 32, 16, 4, 2)
 Operands = dict[str, Any]
@@ -187,6 +190,14 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     step = 2 if layout == "every second" else 1
     gaps = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 3), torch.nan, dtype=t.dtype, device=t.device)
     return gaps[..., 1 : 1 + step * t.shape[-1] : step].copy_(t)
+
+
+def far(t: Tensor, pitch: int) -> Tensor:
+    """``t`` with rows ``pitch`` elements apart, on pages of which few are ever touched."""
+    size = ((t.shape[0] - 1) * pitch + t.shape[1]) * t.element_size()
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    whole = torch.frombuffer(memory, dtype=t.dtype, count=size // t.element_size())
+    return whole.as_strided(t.shape, (pitch, 1)).copy_(t)
 
 
 def make(case: Case) -> Operands:

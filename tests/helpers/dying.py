@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
-import pickle
 import resource
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
-import torch
+
+from tests.helpers.processes import answer_of
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are forked and killed")
 NOBODY = 65534
@@ -30,24 +28,7 @@ def in_child(action: Callable[[], Any]) -> int:
     missing, and their locks held.
     """
     multiprocessing.set_forkserver_preload(PRELOAD)
-    context = multiprocessing.get_context("forkserver")
-    reading, writing = context.Pipe(duplex=False)
-    # Bytes: multiprocessing would send tensors through shared memory.
-    child = context.Process(target=_run, args=(pickle.dumps(action), writing))
-    child.start()
-    writing.close()
-    with contextlib.suppress(EOFError):
-        pytest.fail(reading.recv())
-    child.join()
-    return -child.exitcode
-
-
-def _run(pickled: bytes, writing: Any) -> None:
-    try:
-        torch.set_num_threads(1)
-        pickle.loads(pickled)()
-    except BaseException:
-        writing.send(traceback.format_exc())
+    return answer_of(action, "forkserver")[1]
 
 
 def kills(action: Callable[[], Any], prepare: Callable[[], Any], first: int = 1, every: int = 1) -> Iterator[None]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
-import multiprocessing
-import pickle
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -128,32 +126,10 @@ def infer(s: Setting, count: int) -> list[str]:
         return [digest([model(make_input(s, seed))]) for seed in range(count)]
 
 
-def in_process(method: str, calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], timeout: float = 300) -> list[Any]:
-    """What ``calls`` return in one process that is started by ``method``: "fork" or "spawn"."""
-    context = multiprocessing.get_context(method)
-    reading, writing = context.Pipe(duplex=False)
-    # Bytes: multiprocessing would send tensors through shared memory, and the child would change the ones here.
-    child = context.Process(target=_answer, args=(pickle.dumps(calls), torch.get_num_threads(), writing))
-    child.start()
-    writing.close()
-    try:
-        assert reading.poll(timeout), f"a process started by {method} hangs"
-        found = reading.recv()
-    finally:
-        child.kill()
-        child.join()
-    assert not isinstance(found, str), found
-    return found
-
-
-def _answer(pickled: bytes, threads: int, writing: Any) -> None:
-    try:
-        # As a worker of torch's DataLoader does.
-        torch.set_num_threads(threads)
-        speed_up_interpreter()
-        writing.send([function(*args) for function, args in pickle.loads(pickled)])
-    except BaseException as error:
-        writing.send(f"{type(error).__name__}: {error}")
+def results(calls: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """Of each function with its arguments."""
+    speed_up_interpreter()
+    return [function(*args) for function, args in calls]
 
 
 def holdings() -> dict[str, int]:

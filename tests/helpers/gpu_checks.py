@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.problem import Call
-from stablelora_kernels.dispatch.rules import check_possible
+from stablelora_kernels.dispatch.rules import possible_kernels
 from stablelora_kernels.reference import philox_ref
-from stablelora_kernels.testing import assert_no_worse, error_and_bound
-from tests.helpers import cases
-from tests.helpers.case_checks import eager, oracle
+from tests.helpers import case_checks, cases
 from tests.helpers.cases import BF16, FP32, Case, Operands, Results
 
 SMALL = not torch.cuda.is_available()
@@ -58,13 +56,11 @@ def make(case: Case) -> Operands:
 def by_kernel(case: Case, kernel: str) -> Case | None:
     """``case`` with ``kernel`` in each direction that it can compute, and "auto" in the other; None if it can compute neither."""
     m, n, k, r = sizes_of(case)
-    kernels = []
-    for direction, sizes in (("forward", (n, k)), ("backward", (k, n))):
-        try:
-            check_possible(Call(direction, m, *sizes, r, case.dtype, case.lora_dtype, case.p > 0), kernel)
-            kernels.append(kernel)
-        except ValueError:
-            kernels.append("auto")
+    calls = [
+        Call(direction, m, *sizes, r, case.dtype, case.lora_dtype, case.p > 0)
+        for direction, sizes in (("forward", (n, k)), ("backward", (k, n)))
+    ]
+    kernels = [kernel if kernel in ("auto", *possible_kernels(call)) else "auto" for call in calls]
     return case.but(kernel=kernels[0], backward_kernel=kernels[1]) if kernel in kernels else None
 
 
@@ -80,21 +76,10 @@ def keep_rows(case: Case, rows: Tensor, seed: int | None = None) -> Tensor:
 
 
 def check(case: Case, given: Operands, found: Results, keep: Tensor | None = None) -> tuple[float, str]:
-    """No result is worse than eager PyTorch's. Return the largest error as a share of its bound, and of which result.
-
-    ``keep``: the dropout mask, if it is not that of a run of the case.
-    """
+    """As :func:`tests.helpers.case_checks.check`, with a mask that the device draws."""
     if keep is None and case.p:
         keep = keep_rows(case, torch.arange(case.shape[0], device=DEVICE))
-    ref, base = (by(case, given, [keep], case.p) for by in (oracle, eager))
-    largest = 0.0, ""
-    for name, value in found.items():
-        assert value.dtype == given.get(name, given["x"]).dtype, name
-        # Gradients are products in x's dtype.
-        assert_no_worse(value, ref[name], base[name], dtype=case.dtype, name=name)
-        error, bound = error_and_bound(value, ref[name], base[name], case.dtype)
-        largest = max(largest, (error / bound if bound else 0.0, name))
-    return largest
+    return case_checks.check(case, found, given, keep=keep)
 
 
 def record(record_property: Callable[[str, object], None], worst: tuple[float, str]) -> None:

@@ -17,6 +17,7 @@ behind all others. One schedule finds a fault that takes d ordered steps with pr
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,12 +25,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 from torch import Tensor
 from triton._C.libtriton import ir
 
 from stablelora_kernels.launch.base import Launch
 from tests.helpers.memory_image import Layout, OutOfBounds
-from tests.helpers.mutations import Mutation
 from tests.helpers.program_trees import Access, Trees, Walk, tensors_of
 
 RELEASES = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
@@ -52,6 +53,28 @@ class Failure(NamedTuple):
     # None is the run in order.
     schedule: int | None
     what: str
+
+
+class Mutation(NamedTuple):
+    """In memory only: the jitted ``function`` with every ``text`` in its source replaced by ``by``."""
+
+    function: Any
+    text: str
+    by: str
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Triton's interpreter runs the mutated function, whoever calls it."""
+        function, text = self.function, self.text
+        # This sets the rewriter's file name and line.
+        function.rewrite()
+        rewriter = function.rewriter
+        source = rewriter._prepare_source(inspect.getsourcelines(function.fn)[0])
+        assert text in source, f"{function.__name__} has no {text!r}"
+        made = rewriter._compile_and_exec(rewriter._transform_ast(source.replace(text, self.by)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(type(function).rewritten_fn, function.fn, made)
+            yield
 
 
 class Schedule:
@@ -125,10 +148,10 @@ class Interleaving:
         """Copy what the launches leave into the tensors."""
         self.layout.write_back(self.expected)
 
-    def failures(
+    def first_failure(
         self, schedules: Iterable[int | None], processors: int | None = None, mutation: Mutation | None = None
-    ) -> Iterator[Failure]:
-        """Run ``schedules`` and yield those that fail.
+    ) -> Failure | None:
+        """Run ``schedules`` until one fails.
 
         Args:
             processors: the most programs that run at a time; None draws a number for each schedule.
@@ -143,17 +166,10 @@ class Interleaving:
                     found = _Run(self, trees, schedule).finish()
                 except (Stuck, OutOfBounds, AssertionError) as error:
                     # An AssertionError is a tl.assume that does not hold.
-                    yield Failure(number, str(error))
-                    continue
+                    return Failure(number, str(error))
                 if difference := self.layout.difference(found, self.expected):
-                    yield Failure(number, difference)
-
-    def first_failure(self, schedules: Iterable[int | None], **options: Any) -> Failure | None:
-        """The first of :meth:`failures`."""
-        failures = self.failures(schedules, **options)
-        first = next(failures, None)
-        failures.close()
-        return first
+                    return Failure(number, difference)
+        return None
 
     @contextmanager
     def _interpreting(self, trees: Trees, mutation: Mutation | None = None) -> Iterator[None]:
@@ -167,7 +183,7 @@ class _Run:
     def __init__(self, interleaving: Interleaving, trees: Trees, schedule: Schedule) -> None:
         self.trees, self.schedule, self.layout = trees, schedule, interleaving.layout
         self.limit = 20 * interleaving.steps + 1000
-        self.memory = self.layout.image()
+        self.memory = self.layout.initial.copy()
         self.launches = interleaving.launches
         priorities = iter(schedule.priorities)
         self.of_launch = [
@@ -221,7 +237,7 @@ class _Run:
     def _begin(self, program: Program) -> None:
         self._flush(program.launch)
         program.view, program.state = self.memory.copy(), np.zeros_like(self.memory)
-        program.walk = self.trees.run(program.launch, program.index)
+        program.walk = Walk(self.trees, program.launch, program.index)
         self.running.append(program)
         if program.walk.access is None:
             self._end(program)

@@ -57,13 +57,10 @@ class Layout:
         self.by_address = sorted(self.regions, key=lambda region: region.address)
         self.addresses = [region.address for region in self.by_address]
         self.offsets = [region.offset for region in self.regions]
+        # The image of the bytes that the tensors have now.
         self.initial = np.zeros(offset, np.uint8)
         for region in self.regions:
             self.initial[region.offset : region.offset + region.size] = _bytes(region.storage)
-
-    def image(self) -> Any:
-        """A new image, with the bytes that the tensors had when the layout was made."""
-        return self.initial.copy()
 
     def write_back(self, image: Any) -> None:
         """Copy an image into the tensors."""

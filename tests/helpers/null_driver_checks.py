@@ -1,7 +1,6 @@
 """Compares what reaches the C launcher from a first call and from a prepared one; ``tests/kernels/test_null_driver.py`` runs it.
 
-With the argument "mlp" it compares an MLP's launches, which take as long to compile as all others.
-Exit status 77: the null driver can't run here, and the output says why.
+An MLP's launches are compared alone, since they take as long to compile as all others.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -19,20 +19,17 @@ from torch import Tensor
 
 import stablelora_kernels as slk
 from benchmarks.common.null_driver import launches, null_driver, null_driver_problem
-from stablelora_kernels.functional import LoRAWeights, lora_linear, lora_mlp
 from stablelora_kernels.launch import base, compiled
 from stablelora_kernels.ops import plans
 from stablelora_kernels.testing import make_pairs
+from tests.helpers.cases import BF16, FP32, Case, Operands, leaves, make, ours
 
 torch.set_num_threads(1)
-# Rows, dropout's probability, and elements by which x lies off a multiple of 16 bytes.
-CASES = {"descriptors": (130, 0.1, 0), "pointers": (130, 0.1, 1), "few rows": (3, 0.0, 0)}
-
-
-def operands(rows: int, shift: int) -> list[Tensor]:
-    x = torch.randn(rows * 64 + 8, dtype=torch.bfloat16)[shift : shift + rows * 64].view(rows, 64).requires_grad_()
-    weight, bias = torch.randn(96, 64, dtype=torch.bfloat16), torch.randn(96, dtype=torch.bfloat16)
-    return [x, weight, bias, torch.randn(8, 64, requires_grad=True), torch.randn(96, 8, requires_grad=True)]
+LINEAR = Case("linear", (130, 64), (96,), (8,), BF16, FP32, p=0.1)
+# With descriptors, with pointers, and of few rows.
+LINEARS = (LINEAR, LINEAR.but(layouts={"x": "shifted"}), LINEAR.but(shape=(3, 64), p=0.0))
+# Gate and up in one kernel, and a backward whose launches have a gate.
+MLP = Case("mlp", (130, 64), (96, 96, 32), (8, 8, 8), BF16, FP32, p=0.1, kernel="split", bias=(False,), shared=True)
 
 
 class Recorder:
@@ -90,16 +87,14 @@ def described(argument: Any) -> Any:
     """Addresses as numbers, and a tensor map by its bytes, which in the null driver are its address, sizes and boxes."""
     if isinstance(argument, Tensor):
         return argument.data_ptr()
-    return map_bytes(argument) if type(argument).__name__ == "PyCUtensorMap" else argument
+    if type(argument).__name__ == "PyCUtensorMap":
+        # The map is the object's last field.
+        return ctypes.string_at(id(argument) + type(argument).__basicsize__ - 128, 128)
+    return argument
 
 
-def map_bytes(tensor_map: Any) -> bytes:
-    # The map is the object's last field.
-    return ctypes.string_at(id(tensor_map) + type(tensor_map).__basicsize__ - 128, 128)
-
-
-def known(given: list[Tensor]) -> dict[int, str]:
-    return {t.data_ptr(): name for t, name in zip(given, ("x", "weight", "bias", "lora_A", "lora_B"), strict=True)}
+def names_of(given: Operands) -> dict[int, str]:
+    return {t.data_ptr(): name for name, t in given.items() if t is not None}
 
 
 def renamed(calls: list[Any], names: dict[int, str]) -> list[Any]:
@@ -116,85 +111,52 @@ def renamed(calls: list[Any], names: dict[int, str]) -> list[Any]:
     return [(*head, [rename(argument) for argument in arguments]) for *head, arguments in calls]
 
 
-def one_call(given: list[Tensor], grad: Tensor, dropout_p: float) -> None:
-    for t in given:
-        t.grad = None
-    lora_linear(*given, 1.5, dropout_p).backward(grad)
+def operands(case: Case = LINEAR) -> Operands:
+    return leaves(case, make(case))
 
 
-def check_case(recorder: Recorder, rows: int, dropout_p: float, shift: int) -> None:
+def one_call(given: Operands, case: Case = LINEAR) -> None:
+    """Forward and backward."""
+    with slk.use_kernel(case.kernel):
+        torch.autograd.backward(ours(case, given), [given[f"grad{i}"] for i in case.outputs()])
+
+
+def check_case(recorder: Recorder, case: Case) -> None:
+    """Four calls on operands elsewhere each time, of which the later ones are prepared."""
     plans.clear()
+    every = [operands(case) for _ in range(4)]
     seen = []
-    for _ in range(4):
-        given, grad = operands(rows, shift), torch.randn(rows, 96, dtype=torch.bfloat16)
+    for given in every:
         recorder.calls.clear()
-        one_call(given, grad, dropout_p)
-        seen.append(renamed(recorder.calls, known(given) | {grad.data_ptr(): "grad"}))
-    assert len(seen[0]) >= 2 and "own" in str(seen[0]) and "lora_A" in str(seen[0])
-    for later in seen[1:]:
-        assert later == seen[0], (later, seen[0])
-
-
-def check_mlp(recorder: Recorder) -> None:
-    """Gate and up in one kernel, and a backward whose launches have a gate. Gate and up share A."""
-    plans.clear()
-    seen = []
-    for _ in range(4):
-        x, grad = (torch.randn(130, width, dtype=torch.bfloat16) for width in (64, 32))
-        weights = [torch.randn(*size, dtype=torch.bfloat16) for size in ((96, 64), (96, 64), (32, 96))]
-        lora_as = [torch.randn(8, width, requires_grad=True) for width in (64, 96)]
-        lora_bs = [torch.randn(width, 8, requires_grad=True) for width in (96, 96, 32)]
-        pairs = zip(weights, [*lora_as[:1], *lora_as], lora_bs, strict=True)
-        given = [LoRAWeights(w, None, a, b, 1.5) for w, a, b in pairs]
-        recorder.calls.clear()
-        with slk.use_kernel("split"):
-            lora_mlp(x.requires_grad_(), *given, "silu", 0.1).backward(grad)
-        lists = {"x": [x], "grad": [grad], "weight": weights, "lora_A": lora_as, "lora_B": lora_bs}
-        named = {t.data_ptr(): f"{name}{i}" for name, tensors in lists.items() for i, t in enumerate(tensors)}
-        seen.append(renamed(recorder.calls, named))
-    assert len(seen[0]) == 11, len(seen[0])
-    assert all(name in str(seen[0]) for name in named.values())
+        one_call(given, case)
+        seen.append(renamed(recorder.calls, names_of(given)))
+    assert len(seen[0]) == (11 if case.op == "mlp" else 2), len(seen[0])
+    assert all(name in str(seen[0]) for name in ("own", *names_of(every[0]).values()))
     for later in seen[1:]:
         assert later == seen[0], (later, seen[0])
 
 
 def check_threads(recorder: Recorder) -> None:
     """Threads that share a plan launch on their own operands."""
-    given = [operands(130, 0) for _ in range(4)]
-    grad = torch.randn(130, 96, dtype=torch.bfloat16)
-    failures: list[BaseException] = []
+    every = [operands() for _ in range(4)]
 
-    def work(mine: list[Tensor]) -> None:
-        try:
-            for _ in range(50):
-                recorder.calls.clear()
-                one_call(mine, grad, 0.1)
-                names = known(mine) | {grad.data_ptr(): "grad"}
-                (*_, forward), *_ = renamed(recorder.calls, names)
-                flat = [
-                    part for argument in forward for part in (argument if isinstance(argument, tuple) else [argument])
-                ]
-                assert [part for part in flat if part in ("x", "weight", "bias", "lora_A", "lora_B")]
-                foreign = {address for other in given if other is not mine for address in known(other)}
-                assert not foreign & {a for *_, arguments in recorder.calls for a in arguments if isinstance(a, int)}
-        except BaseException as error:
-            failures.append(error)
+    def work(mine: Operands) -> None:
+        foreign = {address for other in every if other is not mine for address in names_of(other)}
+        for _ in range(50):
+            recorder.calls.clear()
+            one_call(mine)
+            (*_, forward), *_ = renamed(recorder.calls, names_of(mine))
+            assert {*names_of(mine).values()} & {*base.leaves(tuple(forward))}
+            assert not foreign & {a for *_, arguments in recorder.calls for a in arguments if isinstance(a, int)}
 
-    one_call(given[0], grad, 0.1)
-    threads = [threading.Thread(target=work, args=(mine,)) for mine in given]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
+    one_call(every[0])
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, every))
 
 
 def check_steps(recorder: Recorder) -> None:
     """From the third step on the optimizer's launch is prepared."""
-    pairs = make_pairs(2, 4, 64, torch.device("cpu"), False)
-    optimizer = slk.StableLoRAAdamW(pairs, max_grad_norm=1.0)
-    for pair in pairs:
-        pair.A.grad, pair.B.grad = torch.ones_like(pair.A), torch.ones_like(pair.B)
+    optimizer = slk.StableLoRAAdamW(make_pairs(2, 4, 64, "cpu", False), max_grad_norm=1.0)
     seen = []
     for _ in range(4):
         recorder.calls.clear()
@@ -204,21 +166,23 @@ def check_steps(recorder: Recorder) -> None:
 
 
 def check_hooks() -> None:
-    """A profiler's launch hooks are called in prepared launches too."""
+    """A profiler's launch hooks are called in prepared launches too, which reach the driver."""
     from triton import knobs
 
-    given, grad = operands(130, 0), torch.randn(130, 96, dtype=torch.bfloat16)
+    plans.clear()
+    given = operands()
     for _ in range(3):
-        one_call(given, grad, 0.1)
+        one_call(given)
     names: list[str] = []
 
     def hook(metadata: Any) -> None:
         names.append(metadata.get()["name"])
 
+    before = launches()
     knobs.runtime.launch_enter_hook.add(hook)
-    one_call(given, grad, 0.1)
+    one_call(given)
     knobs.runtime.launch_enter_hook.remove(hook)
-    assert len(names) == 2 and all("lora_linear" in name for name in names), names
+    assert len(names) == launches() - before == 2 and all("lora_linear" in name for name in names), names
 
 
 def check_second_gpu() -> None:
@@ -244,42 +208,31 @@ def check_second_gpu() -> None:
         mock.patch.object(driver.active, "get_current_device", current_device),
     ):
         plans.clear()
-        given, grad = operands(130, 0), torch.randn(130, 96, dtype=torch.bfloat16)
-        pairs = make_pairs(2, 4, 64, torch.device("cpu"), False)
-        optimizer = slk.StableLoRAAdamW(pairs)
-        for pair in pairs:
-            pair.A.grad, pair.B.grad = torch.ones_like(pair.A), torch.ones_like(pair.B)
+        given = operands()
+        optimizer = slk.StableLoRAAdamW(make_pairs(2, 4, 64, "cpu", False))
         for _ in range(3):
-            one_call(given, grad, 0.1)
+            one_call(given)
             optimizer.step()
     assert asked and all(asked), asked
 
 
-def main() -> int:
+def main(only_mlp: bool = False) -> int:
+    """The exit status; 77: the null driver can't run here, and the output says why."""
     if problem := null_driver_problem():
         print(f"the null driver can't run: {problem}")
         return 77
     with null_driver(), slk.use_backend("triton"):
         recorder = Recorder()
-        if sys.argv[1:] == ["mlp"]:
-            check_mlp(recorder)
+        if only_mlp:
+            check_case(recorder, MLP)
             return 0
         for launcher in (compiled.Direct, compiled.ByTriton) if recorder.takes_lists else (compiled.ByTriton,):
             # Either way, and no other.
             with mock.patch.multiple(compiled, Direct=launcher, ByTriton=launcher):
-                for case in CASES.values():
-                    check_case(recorder, *case)
+                for case in LINEARS:
+                    check_case(recorder, case)
                 check_threads(recorder)
                 check_steps(recorder)
         check_second_gpu()
-        plans.clear()
         check_hooks()
-        before = launches()
-        given, grad = operands(130, 0), torch.randn(130, 96, dtype=torch.bfloat16)
-        one_call(given, grad, 0.1)
-        assert launches() == before + 2
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

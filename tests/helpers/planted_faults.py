@@ -1,12 +1,8 @@
-"""Synchronization faults, planted in the kernels' sources, and the cases whose schedules must find them.
-
-``TRITON_INTERPRET=1 python -m tests.helpers.planted_faults`` prints a table.
-"""
+"""Synchronization faults, planted in the kernels' sources, and the cases whose schedules must find them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -16,14 +12,11 @@ from stablelora_kernels.kernels.lora import chain
 from stablelora_kernels.kernels.lora.linear import product_program, wait_for_s
 from stablelora_kernels.kernels.lora.shrink import shrink
 from stablelora_kernels.kernels.stable_adamw.step import _stable_adamw_kernel
-from tests.helpers.interleaving import Interleaving
-from tests.helpers.interleaving_cases import CASES, Case, new_memory_is_poisoned, shrink_sizes
-from tests.helpers.interpreter import speed_up_interpreter
-from tests.helpers.mutations import Mutation
+from tests.helpers.interleaving import Interleaving, Mutation
+from tests.helpers.interleaving_cases import CASES, Launched, new_memory_is_poisoned, shrink_sizes
 
 # Schedules of each case in every test run.
 SCHEDULES = 200
-HEADER = "| fault | cases | seen in order | schedule | in the hardest case |\n|---|---|---|---|---|"
 
 
 class Fault(NamedTuple):
@@ -80,29 +73,10 @@ FAULTS = (
 )  # fmt: skip
 
 
-@contextmanager
-def interleaving(name: str) -> Iterator[tuple[Interleaving, Case]]:
+@cache
+def interleaving(name: str) -> tuple[Interleaving, Launched]:
     """The case ``name`` at tiny sizes. Its programs have run in order once."""
     with pytest.MonkeyPatch.context() as patch, new_memory_is_poisoned():
         shrink_sizes(patch)
         case = CASES[name](patch)
-        yield Interleaving(case.launches, case.others), case
-
-
-def print_table() -> None:
-    """Print a row for each fault, with its hardest case: the one whose first failure comes last."""
-    speed_up_interpreter()
-    print(HEADER)
-    with ExitStack() as stack:
-        runs = {name: stack.enter_context(interleaving(name))[0] for name in CASES}
-        for fault in FAULTS:
-            found = {name: runs[name].first_failure(range(SCHEDULES), mutation=fault.mutation) for name in fault.cases}
-            name, failure = max(found.items(), key=lambda item: item[1].schedule)
-            in_order = runs[name].first_failure([None], mutation=fault.mutation)
-            what = failure.what.splitlines()[0].split(";")[0]
-            seen = "no" if in_order is None else "yes"
-            print(f"| {fault.what} | {len(found)} | {seen} | {failure.schedule} | {name}: {what} |", flush=True)
-
-
-if __name__ == "__main__":
-    print_table()
+    return Interleaving(case.launches, case.others), case

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,39 @@ def _one_rank(rank: int, target: Callable[..., Any], world: int, directory: str,
     torch.save(result, Path(directory) / f"result{rank}of{world}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def answer_of(action: Callable[[], Any], method: str, timeout: float = 600) -> tuple[Any, int]:
+    """What ``action``, which can be pickled, returns in a process that is started by ``method``, and the signal that killed it.
+
+    What the action raises fails the test.
+    """
+    context = multiprocessing.get_context(method)
+    reading, writing = context.Pipe(duplex=False)
+    # Bytes: multiprocessing would send tensors through shared memory, and the child would change the ones here.
+    child = context.Process(target=_answer, args=(pickle.dumps(action), writing))
+    child.start()
+    writing.close()
+    try:
+        assert reading.poll(timeout), f"a process started by {method} hangs"
+        error, answer = reading.recv()
+        assert error is None, error
+    except EOFError:
+        answer = None
+    except BaseException:
+        child.kill()
+        raise
+    finally:
+        child.join()
+    return answer, -(child.exitcode or 0)
+
+
+def _answer(pickled: bytes, writing: Any) -> None:
+    try:
+        torch.set_num_threads(1)
+        writing.send((None, pickle.loads(pickled)()))
+    except BaseException:
+        writing.send((traceback.format_exc(), None))
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -63,9 +63,6 @@ class Trees:
         self.roots: dict[tuple[int, tuple[int, ...]], _Node] = {}
         self.arguments: list[dict[str, Any]] = []
 
-    def run(self, launch: int, index: tuple[int, ...]) -> Walk:
-        return Walk(self, launch, index)
-
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Let the interpreter's memory accesses switch to the caller of the program."""

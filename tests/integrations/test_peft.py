@@ -11,7 +11,7 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing import EPS
-from tests.helpers.inputs import BF16, DTYPES, FP16, FP32
+from tests.helpers.cases import BF16, DTYPES, FP16, FP32
 from tests.helpers.oracle import check_all, layer_oracle, run_layer
 from tests.helpers.peft_models import assert_equal_to_pefts, config, make, one_layer, peft, results
 from tests.helpers.small_models import IDS, Model, output

@@ -16,9 +16,8 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
 from stablelora_kernels.launch import base, counters
-from tests.helpers.inputs import BF16, DEVICE, FP32, make_inputs
+from tests.helpers.cases import BF16, DEVICE, FP32, Case, make, run
 from tests.helpers.launches import specialization
-from tests.helpers.oracle import run
 
 CPU = torch.device("cpu")
 
@@ -38,7 +37,8 @@ class Gpu:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """Another thread allocates: a graph's memory pool, which torch.compile fills by the calling thread, must not hold buffers."""
     gpu = Gpu()
     monkeypatch.setattr(
         counters, "_current_stream", lambda device: counters._Stream("cuda", 0, gpu.stream, gpu.capture)
@@ -46,7 +46,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(counters, "_zeros", gpu.zeros)
     monkeypatch.setattr(counters, "_in_use", {})
     monkeypatch.setattr(counters, "_ready", {})
-    return gpu
+    yield gpu
+    assert gpu.makers and threading.get_ident() not in gpu.makers
 
 
 def addresses(n: int = 5) -> list[int]:
@@ -62,6 +63,7 @@ def test_lanes_lie_apart_at_multiples_of_16_bytes(gpu: Gpu) -> None:
 
 
 def test_launches_of_one_stream_share_and_others_do_not(gpu: Gpu) -> None:
+    """A capture's too, however long it is and whatever its launches count."""
     eager = addresses()
     found = {tuple(eager)}
     for stream, capture in ((8, 0), (7, 1), (7, 2), (8, 2)):
@@ -69,19 +71,9 @@ def test_launches_of_one_stream_share_and_others_do_not(gpu: Gpu) -> None:
         place = addresses()
         assert tuple(place) not in found
         found.add(tuple(place))
-        assert addresses() == place
+        assert all(addresses(n) == place for n in [5, MAX_SHARED_SUMS] * 50)
     gpu.stream, gpu.capture = 7, 0
     assert addresses() == eager
-
-
-def test_a_long_capture_takes_one_buffer(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It used to take new counters for every launch, until none were left and each launch filled its own with zeros."""
-    addresses()
-    gpu.capture = 1
-    monkeypatch.setattr(torch, "zeros", None)
-    place = addresses()
-    for _ in range(1000):
-        assert addresses(MAX_SHARED_SUMS) == place
 
 
 def test_buffers_never_run_dry_while_eager_launches_come_between(gpu: Gpu) -> None:
@@ -99,12 +91,6 @@ def test_captures_take_no_memory_without_bound(gpu: Gpu, monkeypatch: pytest.Mon
     for gpu.capture in range(1, 9):
         assert len(addresses()) == counters.LANES
     assert len(counters._in_use) == 5
-
-
-def test_another_thread_allocates(gpu: Gpu) -> None:
-    """A graph's memory pool, which torch.compile fills by the calling thread, must not hold them."""
-    addresses()
-    assert gpu.makers and threading.get_ident() not in gpu.makers
 
 
 class Driver:
@@ -158,8 +144,11 @@ def test_a_driver_that_cannot_tell_is_named(number_by: Callable[[Driver], int]) 
         number_by(Driver(709, 1, 12, cuStreamGetCaptureInfo_v3=4))
 
 
-# Rows, K, N, r: programs share S, Y or dA; a single counter, odd numbers of counters.
-SIZES = [(16, 1300, 40, 8), (3, 40, 1300, 3), (257, 520, 72, 8), (300, 64, 136, 40), (130, 1024, 64, 16)]
+# Programs share S, Y or dA; a single counter, odd numbers of counters.
+LAYERS = [
+    Case("linear", (m, k), (n,), (r,), BF16, FP32)
+    for m, k, n, r in ((16, 1300, 40, 8), (3, 40, 1300, 3), (257, 520, 72, 8), (300, 64, 136, 40), (130, 1024, 64, 16))
+]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_cuda_graphs.py")
@@ -174,13 +163,12 @@ def test_a_captured_step_compiles_nothing(gpu: Gpu, monkeypatch: pytest.MonkeyPa
         original(launch, device)
 
     monkeypatch.setattr(base.Launch, "run", record)
-    layers = [make_inputs((m, k), n, r, dtype=BF16, lora_dtype=FP32) for m, k, n, r in SIZES]
-    for inputs in layers:
-        run(inputs, "triton")
+    layers = [(case, make(case)) for case in LAYERS]
+    for layer in layers:
+        run(*layer)
     assert [stream.capture for stream in counters._in_use] == [0]
     warm, keys[:] = list(keys), []
     gpu.capture = 1
-    for inputs in layers:
-        run(inputs, "triton")
-    assert len(keys) == len(warm) >= 2 * len(SIZES)
-    assert keys == warm
+    for layer in layers:
+        run(*layer)
+    assert len(warm) >= 2 * len(layers) and keys == warm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.inputs import DEVICE
+from tests.helpers.cases import DEVICE
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 if DEVICE == "cuda":
@@ -17,9 +17,8 @@ import triton.language as tl
 from stablelora_kernels.kernels import common
 from stablelora_kernels.launch import counters, jobs
 from stablelora_kernels.launch.base import Launch
-from tests.helpers.interleaving import Interleaving
+from tests.helpers.interleaving import Interleaving, Mutation
 from tests.helpers.interleaving_cases import CASES
-from tests.helpers.mutations import Mutation
 from tests.helpers.planted_faults import FAULTS, SCHEDULES, interleaving
 
 # Schedules of each case in a nightly run; SCHEDULES are those of every test run.
@@ -32,26 +31,24 @@ CHAINED = "chained pointers, S and Y, two layers"
 )
 @pytest.mark.parametrize("name", CASES)
 def test_every_schedule_leaves_the_same_bytes(name: str, schedules: int) -> None:
-    with interleaving(name) as (runs, case):
-        runs.write_back()
-        case.check()
-        assert not any(buffer.any() for buffer in counters._in_use.values())
-        assert runs.first_failure(range(schedules)) is None
+    runs, case = interleaving(name)
+    runs.write_back()
+    case.check()
+    assert not any(buffer.any() for buffer in counters._in_use.values())
+    assert runs.first_failure(range(schedules)) is None
 
 
 @pytest.mark.parametrize("processors", [1, 2, 3])
 def test_a_chained_launch_needs_no_number_of_processors(processors: int) -> None:
-    with interleaving(CHAINED) as (runs, _):
-        assert runs.first_failure(range(SCHEDULES), processors=processors) is None
+    assert interleaving(CHAINED)[0].first_failure(range(SCHEDULES), processors=processors) is None
 
 
 def test_a_deadlock_is_reported_with_each_programs_state() -> None:
     """With the program's id as ticket, waiting programs hold all processors, and those that they wait for cannot begin."""
     (by_id,) = (fault.mutation for fault in FAULTS if fault.what == "chained: the program's id for its ticket")
-    with interleaving(CHAINED) as (runs, _):
-        found = runs.first_failure(range(SCHEDULES), processors=2, mutation=by_id)
-        again = runs.first_failure([found.schedule], processors=2, mutation=by_id)
-    assert again == found
+    runs, _ = interleaving(CHAINED)
+    found = runs.first_failure(range(SCHEDULES), processors=2, mutation=by_id)
+    assert runs.first_failure([found.schedule], processors=2, mutation=by_id) == found
     title, *states = found.what.splitlines()
     assert title == "deadlock"
     spinning = [state for state in states if "again and again" in state]
@@ -64,10 +61,10 @@ def test_jobs_of_one_launch_must_not_count_in_one_place(monkeypatch: pytest.Monk
     """Lanes keep the counters of dS and dB, dX and dA apart."""
     original = counters.counters
     monkeypatch.setattr(jobs, "counters", lambda n, device, lane=0: original(n, device))
-    with interleaving("chained split-K, all gradients") as (runs, case):
-        runs.write_back()
-        with pytest.raises(AssertionError):
-            case.check()
+    runs, case = interleaving.__wrapped__("chained split-K, all gradients")
+    runs.write_back()
+    with pytest.raises(AssertionError):
+        case.check()
 
 
 @triton.jit
@@ -101,6 +98,5 @@ def test_a_race_is_found() -> None:
 
 def test_an_access_outside_all_tensors_is_found() -> None:
     far = Mutation(common.shared_sum, "split * PART", "(split.to(tl.int64) << 40)")
-    with interleaving("quantized, S then Y") as (runs, _):
-        found = runs.first_failure([0], mutation=far)
+    found = interleaving("quantized, S then Y")[0].first_failure([0], mutation=far)
     assert found is not None and found.what.startswith("bytes ")

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from stablelora_kernels.dispatch import tiles
-from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.dispatch import rules, tiles
+from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile
 from stablelora_kernels.kernels.common import keep_mask
@@ -24,7 +24,7 @@ from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import philox_ref
 from stablelora_kernels.testing import assert_no_worse
 from tests.helpers.case_checks import assert_close, check, eager, oracle
-from tests.helpers.cases import BF16, DEVICE, FP32, Case, make, run
+from tests.helpers.cases import BF16, DEVICE, FP32, Case, far, make, run
 
 pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended"),
@@ -91,14 +91,26 @@ def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
+@pytest.mark.parametrize("device", DEVICES.values(), ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_flags_fit_into_a_lane(device, dtype):
+    """A flag stands for 64 rows or more; a call with more rows than that many flags have is refused."""
+    most = Call("forward", tiles.MAX_CHAINED_M, 4096, 4096, 16, dtype, FP32, True)
+    rows = tiles.chained_shrink_plan(device, most, Tile(64, 64, 32, 4, 3)).tile.BLOCK_M
+    assert rows >= 64 and tiles.CHAIN_HEAD + -(-most.m // rows) <= MAX_SHARED_SUMS
+    rules.check_possible(most, "chained")
+    with pytest.raises(ValueError, match=f"up to {most.m} rows, got {most.m + 1}"):
+        rules.check_possible(most._replace(m=most.m + 1), "chained")
+
+
 # Offsets beyond 32 bits.
+
+KERNELS = [*itertools.product(rules.KERNELS[1:], (40, 72), ("sm_80", "sm_90"))]
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
-@pytest.mark.parametrize("rows", [40, 72])
-def test_rows_beyond_2_to_the_31(kernel, rows, arch, spacious):
+@pytest.mark.parametrize(("kernel", "rows", "arch"), KERNELS)
+def test_rows_beyond_2_to_the_31(kernel, rows, arch):
     """All operands with their last rows more than 2^31 elements behind their first."""
     r = 40 if kernel == "split" else 24
     case = Case("linear", (rows, 48), (40,), (r,), BF16, BF16, kernel=kernel, arch=arch)
@@ -106,7 +118,7 @@ def test_rows_beyond_2_to_the_31(kernel, rows, arch, spacious):
     wide = dict(given)
     for name in ("x", "weight0", "lora_A0", "lora_B0", "grad0"):
         last = given[name].shape[0] - 1
-        wide[name] = spacious(given[name], -(-(2**31 + 2**27) // last // 8) * 8)
+        wide[name] = far(given[name], -(-(2**31 + 2**27) // last // 8) * 8)
         assert last * wide[name].stride(0) > 2**31
     close = run(case, given)
     check(case, close, given)
@@ -114,15 +126,13 @@ def test_rows_beyond_2_to_the_31(kernel, rows, arch, spacious):
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("kernel", ["fused", "chained", "split", "vendor"])
-@pytest.mark.parametrize("rows", [40, 72])
-def test_results_beyond_2_to_the_31(kernel, rows, arch, spacious):
+@pytest.mark.parametrize(("kernel", "rows", "arch"), KERNELS)
+def test_results_beyond_2_to_the_31(kernel, rows, arch):
     """Y and S stored so far apart; the ops allocate them close together, so the launches are made here."""
     case = Case("linear", (rows, 48), (40,), (24,), BF16, BF16)
     given = make(case)
     x, w, bias, a, b = (given[name] for name in ("x", "weight0", "bias0", "lora_A0", "lora_B0"))
-    y, s = (spacious(torch.full((rows, size), float("nan"), dtype=BF16)) for size in (40, 24))
+    y, s = (far(torch.full((rows, size), float("nan"), dtype=BF16), 2**26) for size in (40, 24))
     assert (rows - 1) * y.stride(0) > 2**31
     projection, choice = Projection(w, bias, a, b, 1.7), Choice(kernel, "")
     for launch in forward_launches(DEVICES[arch], x, [projection], [None], s, [y], 0.0, choice=choice):
@@ -136,7 +146,7 @@ MLP = Case("mlp", (70, 144), (72, 72, 16), (8, 8, 8), BF16, FP32, kernel="split"
 
 
 @pytest.mark.parametrize(
-    ("case", "far"),
+    ("case", "names"),
     [
         *((LINEAR.but(kernel=kernel, arch=arch), ["x", "weight0", "lora_A0", "lora_B0"])
           for kernel, arch in (("fused", "sm_80"), ("chained", "sm_90"), ("split", "sm_80"))),
@@ -145,12 +155,26 @@ MLP = Case("mlp", (70, 144), (72, 72, 16), (8, 8, 8), BF16, FP32, kernel="split"
     ],
     ids=str,
 )  # fmt: skip
-def test_steps_beyond_2_to_the_31(case, far, spacious):
+def test_steps_beyond_2_to_the_31(case, names):
     """Operands with columns so far apart that a step along the sum exceeds 2^31 elements."""
     given = make(case)
-    wide = given | {name: spacious(given[name].t()).t() for name in far}
-    assert all(64 * wide[name].stride(1) > 2**31 for name in far)
+    wide = given | {name: far(given[name].t(), 2**26).t() for name in names}
+    assert all(64 * wide[name].stride(1) > 2**31 for name in names)
     check(case, run(case, wide), given)
+
+
+@triton.jit
+def _to_float32_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tl.store(out_ptr + index, tl.load(x_ptr + index).to(tl.float32))
+
+
+def test_every_bfloat16_becomes_its_float32():
+    """In the interpreter as tests/helpers/interpreter.py has it, which converts in another way than Triton's."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(BF16)
+    out = torch.empty(2**16, dtype=FP32)
+    _to_float32_kernel[(1,)](every, out, BLOCK=2**16)
+    torch.testing.assert_close(out, every.float(), rtol=0, atol=0, equal_nan=True)
 
 
 @triton.jit

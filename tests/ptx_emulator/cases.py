@@ -5,7 +5,6 @@ An error is a share of the library's own bound, :func:`stablelora_kernels.testin
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,15 +18,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from stablelora_kernels import StableLoRAAdamW, testing, use_backend, use_kernel
-from stablelora_kernels.functional import lora_branch, lora_linear, lora_linear_group
+from stablelora_kernels.functional import lora_linear, lora_linear_group
 from stablelora_kernels.launch import counters
 from stablelora_kernels.optim import snapshot
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import dropout_keep_ref
 from tests.helpers import case_checks
 from tests.helpers import cases as calls
-from tests.helpers.cases import laid_out
-from tests.helpers.inputs import BF16, FP16, FP32, SCALING, Inputs, make_branch_inputs
+from tests.helpers.cases import BF16, FP16, FP32, far, laid_out
 from tests.helpers.optimizers import SHAPES, make_pairs, params_of, set_grads
 from tests.ptx_emulator.library import Log, emulated
 from tests.ptx_emulator.machine import Schedule
@@ -35,8 +33,7 @@ from tests.ptx_emulator.machine import Schedule
 # By name: the error and its bound.
 Errors = dict[str, tuple[float, float]]
 Results = dict[str, Tensor]
-# Linux's; Python names it from 3.13 on.
-MAP_NORESERVE = 0x4000
+SCALING = 1.7
 WORDS = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 
@@ -101,19 +98,10 @@ def _mask(rows: int, columns: int, p: float) -> Tensor | None:
     return dropout_keep_ref(rows, columns, p, int(torch.randint(2**63 - 1, (1,)))) if p else None
 
 
-def _far(t: Tensor) -> Tensor:
-    """``t`` with rows 2^27 elements apart, in memory that takes no room."""
-    pitch = 2**27
-    size = ((t.shape[0] - 1) * pitch + t.shape[1]) * t.element_size()
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-    whole = torch.frombuffer(memory, dtype=t.dtype, count=size // t.element_size())
-    return whole.as_strided(t.shape, (pitch, 1)).copy_(t)
-
-
 def _layout(t: Tensor, how: str) -> Tensor:
     if how == "far rows":
-        return _far(t)
-    return _far(t.t()).t() if how == "far columns" else laid_out(t, how)
+        return far(t, 2**27)
+    return far(t.t(), 2**27).t() if how == "far columns" else laid_out(t, how)
 
 
 def linear(
@@ -121,7 +109,7 @@ def linear(
     quantized: str = "", layouts: dict[str, str] | None = None, wanted: Sequence[str] = ("x", "lora_A", "lora_B"),
 ) -> Errors:  # fmt: skip
     """A layer's forward, and the gradients that are ``wanted``."""
-    inputs: Inputs = testing.make_inputs((m, k), n, r, dtype=dtype, lora_dtype=lora, bias=bias)
+    inputs: dict[str, Any] = testing.make_inputs((m, k), n, r, dtype=dtype, lora_dtype=lora, bias=bias)
     inputs |= {name: _layout(inputs[name], how) for name, how in (layouts or {}).items()}
     if quantized:
         nested = quantized.endswith("nested")
@@ -140,19 +128,12 @@ def linear(
 
 def branch(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float) -> Errors:
     """The branch alone onto a finished product."""
-    inputs = make_branch_inputs((m, k), n, r, dtype, FP32, dtype)
-    torch.manual_seed(11)
-    found = testing.run(lambda g: lora_branch(g["base_out"], g["x"], g["lora_A"], g["lora_B"], SCALING, p), inputs)
-    # The gradient that comes in.
-    del found["dBASE"]
-    torch.manual_seed(11)
-    keep = _mask(m, k, p)
-    return _compare(found, testing.oracle(inputs, SCALING, keep, p), testing.eager(inputs, SCALING, keep, p), dtype)
+    return _of(calls.Case("branch", (m, k), (n,), (r,), dtype, FP32, p=p))
 
 
 def group(m: int, ns: Sequence[int], k: int, ranks: Sequence[int], dtype: torch.dtype = BF16, p: float = 0.0) -> Errors:
     """Projections of one X."""
-    parts: list[Inputs] = [
+    parts: list[dict[str, Any]] = [
         testing.make_inputs((m, k), n, r, dtype=dtype, lora_dtype=FP32, bias=True, seed=i)
         for i, (n, r) in enumerate(zip(ns, ranks, strict=True))
     ]
@@ -179,13 +160,16 @@ def mlp(
     activation: str = "silu", shared: bool = False,
 ) -> Errors:  # fmt: skip
     """A gated MLP."""
-    case = calls.Case("mlp", (m, k), (f, f, n), (*ranks,), dtype, FP32, p=p, activation=activation, shared=shared)
+    return _of(calls.Case("mlp", (m, k), (f, f, n), (*ranks,), dtype, FP32, p=p, activation=activation, shared=shared))
+
+
+def _of(case: calls.Case) -> Errors:
     given = calls.make(case)
     leaf = calls.leaves(case, given)
     torch.manual_seed(case.seed)
     found = calls.results(case, calls.ours(case, leaf), leaf)
     masks = case_checks.masks(case, given)
-    return _compare(found, case_checks.oracle(case, given, *masks), case_checks.eager(case, given, *masks), dtype)
+    return _compare(found, case_checks.oracle(case, given, *masks), case_checks.eager(case, given, *masks), case.dtype)
 
 
 def optimizer(
@@ -277,10 +261,10 @@ def cases() -> Iterator[Case]:
                 f"linear bf16/fp32 M{m} r16 p{p}, {words}", partial(linear, m, 96, 160, 16, p=p, layouts=layouts)
             )
     for name in every:
-        for far in ("far rows", "far columns"):
+        for how in ("far rows", "far columns"):
             for kernel, m in (("auto", 33), ("auto", 130), ("split", 130)):
-                run = partial(linear, m, 96, 160, 16, p=0.1, layouts={name: far})
-                yield Case(f"linear {kernel} bf16/fp32 M{m} r16 p0.1, {name} {far}", run, kernel)
+                run = partial(linear, m, 96, 160, 16, p=0.1, layouts={name: how})
+                yield Case(f"linear {kernel} bf16/fp32 M{m} r16 p0.1, {name} {how}", run, kernel)
     for m in (33, 130):
         yield Case(f"linear bf16/fp32 M{m} N71 K67 r3 p0.1, odd sizes", partial(linear, m, 71, 67, 3, p=0.1))
         yield Case(f"linear bf16/fp32 M{m} r16, no bias", partial(linear, m, 96, 160, 16, bias=False))
