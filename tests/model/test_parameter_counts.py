@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import stablelora_kernels as slk
 from tests.helpers.peft_models import make as make_peft
 from tests.helpers.quantized_weights import bnb_4bit
-from tests.helpers.small_models import Model, lora_config
+from tests.helpers.small_models import Model
 
 
 def in_4_bits(storage):
@@ -55,19 +52,3 @@ def test_edges(capsys, make, count):
     slk.print_trainable_parameters(make())
     line = f"trainable params: {count} || all params: {count} || trainable%: {100 if count else 0:.4f}\n"
     assert capsys.readouterr().out == line
-
-
-def test_shards_count_whole():
-    """Of two processes, of which this one is the first and the other only pretended."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    model, whole = Model(), Model()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        for each in (model, whole):
-            slk.apply_lora(each, lora_config(r=3))
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
-        assert held < slk.count_parameters(whole)[1] and slk.count_parameters(model) == slk.count_parameters(whole)
-    finally:
-        dist.destroy_process_group()
