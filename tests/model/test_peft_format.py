@@ -12,9 +12,8 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from tests.helpers.adapters import CONFIG_NAME, config_in
+from tests.helpers.peft_models import peft
 from tests.helpers.small_models import Model, fill_b, gpt2, llama, output, trainable
-
-peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 
 
 class Small(Model):
