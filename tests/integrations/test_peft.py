@@ -54,11 +54,10 @@ ADAPTERS = {
     "both of two": Adapters({}, {"more": MORE}, ["default", "more"], branch=4),
     "all of three": Adapters({}, {"more": MORE, "q": ON_Q}, ["q", "default", "more"], branch=6),
 }
-each = pytest.mark.parametrize("adapters", ADAPTERS.values(), ids=ADAPTERS)
 
 
 @pytest.mark.covering(1)
-@each
+@pytest.mark.parametrize("adapters", ADAPTERS.values(), ids=ADAPTERS)
 def test_output_and_gradients_are_pefts(adapters, backend, calls):
     model = adapters.make()
     assert_equal_to_pefts(model)
