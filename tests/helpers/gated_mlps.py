@@ -67,13 +67,18 @@ def match_dtype(model):
         model.double()
 
 
-def pair(make, library="ours", **options):
-    """The same model fused and not."""
-    models = []
+def reported_pair(make, library="ours", **options):
+    """The same model fused and not, each with its report."""
+    made = []
     for fuse in (True, False):
         torch.manual_seed(0)
-        models.append(adapted(make().double(), library, fuse, **options)[0])
-    return models
+        made.append(adapted(make(), library, fuse, **options))
+    return made
+
+
+def pair(make, library="ours", **options):
+    """The same model fused and not, in float64."""
+    return [model for model, _ in reported_pair(lambda: make().double(), library, **options)]
 
 
 def base_of(model):

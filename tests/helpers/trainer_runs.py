@@ -10,13 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import peft
+import pytest
 import torch
-import transformers
 
 import stablelora_kernels as slk
 from tests.helpers import small_models
 
+peft, transformers, _ = (
+    pytest.importorskip(name, reason="the test extra brings the trainers")
+    for name in ("peft", "transformers", "accelerate")
+)
 STEPS, WORDS = 6, 32
 # The first layer's pairs latch before the checkpoint, the second's behind it.
 SETTINGS: dict[str, Any] = {"lr": 0.1, "shrink_ratio": 0.2, "shrink_pattern": {r".*layers\.0\..*": 0.6}}

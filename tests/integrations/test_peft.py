@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +15,7 @@ from stablelora_kernels.testing import EPS
 from tests.helpers.cases import BF16, DTYPES, FP16, FP32
 from tests.helpers.oracle import check_all, layer_oracle, run_layer
 from tests.helpers.peft_models import assert_equal_to_pefts, config, make, one_layer, peft, results
-from tests.helpers.small_models import IDS, Model, output
+from tests.helpers.small_models import IDS, output
 
 lora = peft.tuners.lora
 pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias.*")
@@ -53,11 +54,10 @@ ADAPTERS = {
     "both of two": Adapters({}, {"more": MORE}, ["default", "more"], branch=4),
     "all of three": Adapters({}, {"more": MORE, "q": ON_Q}, ["q", "default", "more"], branch=6),
 }
-each = pytest.mark.parametrize("adapters", ADAPTERS.values(), ids=ADAPTERS)
 
 
 @pytest.mark.covering(1)
-@each
+@pytest.mark.parametrize("adapters", ADAPTERS.values(), ids=ADAPTERS)
 def test_output_and_gradients_are_pefts(adapters, backend, calls):
     model = adapters.make()
     assert_equal_to_pefts(model)
@@ -67,41 +67,75 @@ def test_output_and_gradients_are_pefts(adapters, backend, calls):
     assert calls.layers == {op: count for op, count in expected.items() if count}
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("name", ["patterns", "on q alone", "both of two"])
-def test_switched_scaled_disabled_and_merged(name, backend, calls):
-    """Disabled and merged, it is PEFT's own forward."""
-    adapters = ADAPTERS[name]
-    model = adapters.make()
-    slk.accelerate_peft(model)
-    active = output(model)
-    torch.manual_seed(0)
-    plain = output(Model())
-    calls.clear()
+def story(model, run, place):
+    """What PEFT does with a model and its adapters, step by step: each result, and whether this library's ops may compute it."""
+
+    def with_adapters(*names):
+        model.base_model.set_adapter([*names])
+        return run(model), True
+
+    active = model.active_adapters
+    yield with_adapters(*active)
     with model.disable_adapter():
-        assert torch.equal(output(model), plain)
+        yield run(model), False
     model.merge_adapter()
-    torch.testing.assert_close(output(model), active)
+    yield run(model), False
     # Disabling unmerges, in PEFT's own forward.
     with model.disable_adapter():
-        torch.testing.assert_close(output(model), plain)
-    assert not calls.layers
-    torch.testing.assert_close(output(model), active)
-    assert calls.layers["lora_linear"] == adapters.linear
-    # Another adapter, and back.
-    model.add_adapter("other", config(r=3))
-    model.base_model.set_adapter("other")
-    assert not torch.allclose(output(model), active, atol=1e-3)
-    model.base_model.set_adapter(adapters.active)
-    torch.testing.assert_close(output(model), active)
-    layers = [m for m in model.modules() if isinstance(m, lora.Linear)]
+        yield run(model), False
+    yield run(model), True
+    torch.manual_seed(1)
+    model.add_adapter("late", config(r=3, target_modules=model.peft_config["default"].target_modules))
+    yield with_adapters("late")
+    model.save_pretrained(place)
+    model.delete_adapter("late")
+    yield with_adapters(*active)
+    model.load_adapter(place / "late", "back")
+    yield with_adapters("back")
+    # Of biases, PEFT initializes new ones.
+    torch.manual_seed(2)
+    model.add_weighted_adapter(["default", "back"], [0.7, 0.3], "both", combination_type="cat")
+    yield with_adapters("both")
+    yield with_adapters("back", *active)
+    layers = [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
     for scale in (lambda m: m.scale_layer(1.5), lambda m: m.unscale_layer(), lambda m: m.set_scale("default", 0.5)):
         for layer in layers:
             scale(layer)
-        assert_equal_to_pefts(model)
-    for layer in layers:
-        layer.scaling.update(dict.fromkeys(layer.scaling, 0))
-    torch.testing.assert_close(output(model), plain)
+        yield run(model), True
+    # PEFT cannot merge biases safely into 4 bits.
+    is_safe = not model.peft_config["default"].lora_bias
+    for unloaded in (copy.deepcopy(model).unload(), model.merge_and_unload(safe_merge=is_safe)):
+        assert not any(isinstance(module, lora.LoraLayer) for module in unloaded.modules())
+        yield run(unloaded), False
+
+
+def check_story(make_model, run, place, calls):
+    """An accelerated model and PEFT's own: the same results, and the same files."""
+    plain, fast = make_model(), make_model()
+    slk.accelerate_peft(fast, strict=True)
+    told = story(fast, run, place / "fast")
+    for expected, _ in story(plain, run, place / "plain"):
+        calls.clear()
+        found, is_ours = next(told)
+        assert bool(calls.layers) == is_ours and found.keys() == expected.keys()
+        for name, value in found.items():
+            atol = 32 * EPS[FP32] * expected[name].abs().max().item()
+            torch.testing.assert_close(
+                value, expected[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    for path in place.glob("plain/**/*.safetensors"):
+        assert (place / "fast" / path.relative_to(place / "plain")).read_bytes() == path.read_bytes()
+
+
+def run_small(model):
+    out = model(IDS)
+    return results(model, out) if out.requires_grad else {"Y": out}
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("name", ["patterns", "on q alone", "both of two"])
+def test_switched_scaled_disabled_merged_and_unloaded(name, backend, calls, tmp_path):
+    check_story(ADAPTERS[name].make, run_small, tmp_path, calls)
 
 
 @pytest.mark.covering(1)

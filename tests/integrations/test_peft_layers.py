@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from contextlib import nullcontext
 
@@ -14,9 +13,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 import stablelora_kernels as slk
 from tests.helpers.peft_models import assert_equal_to_pefts, config, make, one_layer, peft, results
 from tests.helpers.processes import printed
+from tests.helpers.quantized_weights import conv1d
 from tests.helpers.small_models import Model, assert_untouched, llama, output, reasons, snapshot
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
 lora = peft.tuners.lora
 
 
@@ -39,37 +38,6 @@ def test_state_is_untouched_and_restore_is_exact():
         slk.restore_peft(model)
         assert [type(m) for m in model.modules()] == classes and repr(model) == text
         assert_untouched(model, before)
-
-
-def test_pefts_own_operations_afterwards(tmp_path, backend):
-    """Add, switch, save, delete, load, merge and unload, on an accelerated model and on one that is not."""
-
-    def story(model, directory):
-        def with_adapter(name):
-            model.set_adapter(name)
-            return output(model)
-
-        yield output(model)
-        torch.manual_seed(1)
-        model.add_adapter("late", config(r=3))
-        yield with_adapter("late")
-        model.save_pretrained(directory)
-        model.delete_adapter("late")
-        yield with_adapter("default")
-        model.load_adapter(directory / "late", "back")
-        yield with_adapter("back")
-        model.add_weighted_adapter(["default", "back"], [0.7, 0.3], "both", combination_type="cat")
-        yield with_adapter("both")
-        for unloaded in (copy.deepcopy(model).unload(), model.merge_and_unload(safe_merge=True)):
-            assert not any(isinstance(m, lora.LoraLayer) for m in unloaded.modules())
-            yield output(unloaded)
-
-    plain, fast = make(), make()
-    slk.accelerate_peft(fast)
-    for one, other in zip(story(plain, tmp_path / "plain"), story(fast, tmp_path / "fast"), strict=True):
-        torch.testing.assert_close(other, one)
-    for name in ("adapter_model.safetensors", "late/adapter_model.safetensors"):
-        assert (tmp_path / "fast" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
 def test_dora_added_later_is_pefts_own(backend, calls):
@@ -98,7 +66,7 @@ class Zoo(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(11, 8)
         self.linear, self.wrapped = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.conv1d = transformers.pytorch_utils.Conv1D(8, 8)
+        self.conv1d = conv1d(8, 8)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.conv = nn.Conv2d(1, 1, 3, padding=1)
 

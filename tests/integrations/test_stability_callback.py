@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,7 @@ import stablelora_kernels as slk
 from tests.helpers.optimizers import make_pairs
 from tests.helpers.processes import needs_gloo, printed, spawn
 from tests.helpers.small_models import IDS, Model, fill_b, lora_config
-
-transformers = pytest.importorskip("transformers", reason="the test extra brings the trainers")
-pytest.importorskip("accelerate", reason="the test extra brings the trainers")
-peft = pytest.importorskip("peft", reason="the test extra brings the trainers")
-
-from tests.helpers.trainer_runs import llama, make_trainer, trained  # noqa: E402
+from tests.helpers.trainer_runs import llama, make_trainer, trained, transformers
 
 SETTINGS = {"lr": 0.1, "shrink_ratio": 0.3}
 KEYS = {
@@ -30,55 +26,10 @@ class Reporter(transformers.TrainerCallback):
     """Stands where the Trainer puts TensorBoard's and wandb's callbacks: before the user's."""
 
     def __init__(self) -> None:
-        self.logs: list[tuple[int, dict[str, float]]] = []
+        self.logs: list[dict[str, float]] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            self.logs.append((state.global_step, dict(logs)))
-
-
-def make(place, model=None, callback=True, settings=SETTINGS, **options):
-    reporter, options = Reporter(), {"logging_steps": 2} | options
-    trainer = make_trainer(model or llama("ours"), place, settings=settings, callbacks=[reporter], **options)
-    if callback:
-        trainer.add_callback(slk.StabilityCallback(trainer))
-    return trainer, reporter
-
-
-def in_training(trainer) -> list[dict[str, float]]:
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def expected_values(optimizer) -> dict[str, float]:
-    pairs = getattr(optimizer, "optimizer", optimizer).stability()
-    ratios = [pair.b_norm / pair.a_norm for pair in pairs]
-    means = {"a_norm": [p.a_norm for p in pairs], "b_norm": [p.b_norm for p in pairs], "ratio_mean": ratios}
-    means["latched_fraction"] = [pair.latched for pair in pairs]
-    values = {name: sum(found) / len(pairs) for name, found in means.items()}
-    return {
-        f"stability/{name}": v for name, v in (values | {"ratio_min": min(ratios), "ratio_max": max(ratios)}).items()
-    }
-
-
-@pytest.mark.parametrize("via", ["a factory", "optimizers"])
-@pytest.mark.parametrize("kind", ["ours", "accelerated"])
-def test_values_are_in_the_trainers_own_entries(tmp_path, kind, via):
-    (trainer, reporter), (plain, _) = (make(tmp_path, llama(kind), which, via=via) for which in (True, False))
-    trainer.train(), plain.train()
-    entries = in_training(trainer)
-    assert [entry["step"] for entry in entries] == [2, 4, 6] and all(entry.keys() >= KEYS for entry in entries)
-    assert {key: entries[-1][key] for key in KEYS} == pytest.approx(expected_values(trainer.optimizer))
-    first, last = entries[0], entries[-1]
-    assert 0 < first["stability/ratio_min"] < first["stability/ratio_mean"] < first["stability/ratio_max"]
-    assert first["stability/latched_fraction"] < last["stability/latched_fraction"]
-    # A reporter gets the same values, as numbers, in the entry of the loss.
-    reported = [(step, {key: logs[key] for key in KEYS}) for step, logs in reporter.logs if "loss" in logs]
-    assert reported == [(entry["step"], {key: entry[key] for key in KEYS}) for entry in entries]
-    assert all(type(value) is float for _, logs in reported for value in logs.values())
-    # No entry more than without the callback, and no value else.
-    for own, entry in zip(plain.state.log_history, trainer.state.log_history, strict=True):
-        assert own.keys() == entry.keys() - KEYS
-        assert own.get("loss") == entry.get("loss") and own.get("grad_norm") == entry.get("grad_norm")
+        self.logs.append({"step": state.global_step, **logs})
 
 
 class Metrics(transformers.Trainer):
@@ -95,48 +46,57 @@ class Metrics(transformers.Trainer):
         self.seen = 0
 
 
-def test_a_trainers_log_of_its_own_is_called_once(tmp_path):
-    trainer, reporter = make(tmp_path, made=Metrics)
-    trainer.train()
-    assert len(in_training(trainer)) == 3 and all(entry.keys() >= KEYS for entry in in_training(trainer))
-    others = [entry for entry in trainer.state.log_history if "loss" not in entry]
-    assert others and not any(entry.keys() & KEYS for entry in others)
-    assert [logs["seen"] for _, logs in reporter.logs if "loss" in logs] == [4, 4, 4]
+def in_training(entries) -> list[dict[str, float]]:
+    return [entry for entry in entries if "loss" in entry]
 
 
-def fails(*args, **kwargs):
-    raise ZeroDivisionError
+def expected_values(optimizer) -> dict[str, float]:
+    pairs = getattr(optimizer, "optimizer", optimizer).stability()
+    ratios = [pair.b_norm / pair.a_norm for pair in pairs]
+    means = {"a_norm": [p.a_norm for p in pairs], "b_norm": [p.b_norm for p in pairs], "ratio_mean": ratios}
+    means["latched_fraction"] = [pair.latched for pair in pairs]
+    values = {name: sum(found) / len(pairs) for name, found in means.items()}
+    return {
+        f"stability/{name}": v for name, v in (values | {"ratio_min": min(ratios), "ratio_max": max(ratios)}).items()
+    }
 
 
-def test_the_trainers_log_is_its_own_again(tmp_path, monkeypatch):
-    """After a run and after an error, once around it for each run; one that a user has put there is put back."""
-    trainer, _ = make(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(trainer, "training_step", fails)
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("made", [transformers.Trainer, Metrics])
+@pytest.mark.parametrize("via", ["a factory", "optimizers"])
+@pytest.mark.parametrize("kind", ["ours", "accelerated"])
+def test_values_are_in_the_trainers_own_entries(tmp_path, kind, via, made):
+    reporter, found = Reporter(), []
+    for with_callback in (True, False):
+        model = llama(kind)
+        trainer = make_trainer(
+            model, tmp_path, via, SETTINGS, made, callbacks=[reporter][:with_callback], logging_steps=2
+        )
+        if with_callback:
+            trainer.add_callback(slk.StabilityCallback(trainer))
         trainer.train()
-    trainer.train()
-    assert "log" not in vars(trainer)
-    own, seen = trainer.log, []
-
-    def mine(logs, *more):
-        seen.append(logs)
-        own(logs, *more)
-
-    trainer.log = mine
-    trainer.train()
-    assert vars(trainer)["log"] is mine and any("stability/ratio_mean" in logs for logs in seen)
-    # Of a run that raised something is left behind, which does nothing once the callback is gone.
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(trainer, "training_step", fails)
-        trainer.train()
-    assert isinstance(trainer.pop_callback(slk.StabilityCallback), transformers.TrainerCallback)
-    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters())
-    trainer.log({"loss": 1.0})
-    assert trainer.state.log_history[-1]["loss"] == 1.0 and not trainer.state.log_history[-1].keys() & KEYS
+        found.append(trainer.state.log_history)
+        if with_callback:
+            last_values = expected_values(trainer.optimizer)
+    entries = in_training(found[0])
+    assert [entry["step"] for entry in entries] == [2, 4, 6]
+    assert {key: entries[-1][key] for key in KEYS} == pytest.approx(last_values)
+    first, last = entries[0], entries[-1]
+    assert 0 < first["stability/ratio_min"] < first["stability/ratio_mean"] < first["stability/ratio_max"]
+    assert first["stability/latched_fraction"] < last["stability/latched_fraction"]
+    # A reporter gets the same values, as numbers, in the entry of the loss.
+    reported = [{key: logs[key] for key in ("step", *KEYS)} for logs in in_training(reporter.logs)]
+    assert reported == [{key: entry[key] for key in ("step", *KEYS)} for entry in entries]
+    assert all(type(logs[key]) is float for logs in reported for key in KEYS)
+    # No entry more than without the callback, no value else, and a trainer's own log is called once for each.
+    for entry, own in zip(*found, strict=True):
+        assert entry.keys() == own.keys() | (KEYS if "loss" in own else set())
+        assert all(entry.get(key) == own.get(key) for key in ("loss", "grad_norm", "seen"))
 
 
 def test_what_is_refused(tmp_path):
-    plain, _ = make(tmp_path, settings=None)
+    plain = make_trainer(llama("ours"), tmp_path, settings=None)
+    plain.add_callback(slk.StabilityCallback(plain))
     before = trained(plain.model)
     with pytest.raises(TypeError, match="trainer must be a Trainer of transformers, got TrainingArguments"):
         slk.StabilityCallback(plain.args)
@@ -158,29 +118,55 @@ class Trainer:
 
     def __init__(self, optimizer) -> None:
         self.optimizer, self.logs = optimizer, []
+        self.callback = slk.StabilityCallback(self)
+        self.callback_handler = SimpleNamespace(callbacks=[self.callback])
 
     def log(self, logs, start_time=None):
         self.logs.append(logs)
 
-    def callback_events(self) -> dict[str, float]:
-        callback = slk.StabilityCallback(self)
-        callback.on_train_begin(None, None, None)
+    def train(self, fails: bool = False) -> dict[str, float]:
+        """The values of an entry, in a run that ends or in one that raises an error."""
+        self.callback.on_train_begin(None, None, None)
         self.log({"loss": 1.0}, 0.0)
         self.log({"eval_loss": 1.0})
-        callback.on_train_end(None, None, None)
-        assert self.logs[1] == {"eval_loss": 1.0} and self.logs[0].pop("loss") == 1.0
-        return self.logs[0]
+        if not fails:
+            self.callback.on_train_end(None, None, None)
+        entry, other = self.logs[-2:]
+        assert other == {"eval_loss": 1.0} and entry.pop("loss") == 1.0
+        return entry
+
+
+def test_the_trainers_log_is_its_own_again():
+    """After a run and after an error, once around it for each run; one that a user has put there is put back."""
+    trainer = Trainer(slk.StableLoRAAdamW(make_pairs()))
+    assert trainer.train(fails=True).keys() == trainer.train().keys() == KEYS
+    assert "log" not in vars(trainer) and len(trainer.logs) == 4
+    own, seen = trainer.log, []
+
+    def mine(logs, *more):
+        seen.append(logs)
+        own(logs, *more)
+
+    trainer.log = mine
+    trainer.train()
+    assert vars(trainer)["log"] is mine and seen[0].keys() == KEYS
+    # Of a run that raised something is left behind, which does nothing once the callback is gone.
+    trainer.train(fails=True)
+    trainer.callback_handler.callbacks.clear()
+    trainer.optimizer = torch.optim.AdamW([torch.zeros(1)])
+    trainer.log({"loss": 1.0})
+    assert trainer.logs[-1] == {"loss": 1.0}
 
 
 def test_an_a_of_zero_has_no_ratio():
     first, second = make_pairs([(2, 4, 6)] * 2)
     with torch.no_grad():
         first.A.zero_()
-    values = Trainer(slk.StableLoRAAdamW([first, second])).callback_events()
+    values = Trainer(slk.StableLoRAAdamW([first, second])).train()
     (_, other) = slk.StableLoRAAdamW([first, second]).stability()
     assert values["stability/ratio_min"] == values["stability/ratio_max"] == other.b_norm / other.a_norm
     ratios = {f"stability/ratio_{name}" for name in ("mean", "min", "max")}
-    assert Trainer(slk.StableLoRAAdamW([first])).callback_events().keys() == KEYS - ratios
+    assert Trainer(slk.StableLoRAAdamW([first])).train().keys() == KEYS - ratios
 
 
 def values_of_shards(world: int) -> dict[str, float]:
@@ -193,7 +179,7 @@ def values_of_shards(world: int) -> dict[str, float]:
     optimizer = slk.StableLoRAAdamW.from_model(model, lr=1e-2)
     model(IDS).square().sum().backward()
     optimizer.step()
-    return Trainer(optimizer).callback_events()
+    return Trainer(optimizer).train()
 
 
 def two(rank: int, world: int, place: Path) -> dict[str, float]:

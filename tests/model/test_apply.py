@@ -1,8 +1,7 @@
-"""apply_lora, merging and removing on whole models, and that a call that fails half-way leaves the model as it was."""
+"""apply_lora on whole models, and that a call that fails half-way leaves the model as it was."""
 
 from __future__ import annotations
 
-import copy
 from itertools import count
 
 import pytest
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
-from tests.helpers.small_models import IDS, Model, fill_b, lora_config, output, refused, trainable
+from tests.helpers.small_models import Model, fill_b, lora_config, output, refused
 
 
 @pytest.fixture
@@ -31,31 +30,6 @@ def test_every_replaced_module_is_in_the_report(model):
     assert all(layer.lora_dropout == 0.25 for layer in lora_layers(model).values())
     assert report.trainable == 3 * 4 * 16 + 3 * 16 and report.total == sum(p.numel() for p in model.parameters())
     assert slk.apply_lora(Model().to("meta"), lora_config()).trainable == 4 * 2 * 16
-
-
-def test_patterns_and_names_that_match_nothing_are_noted(model):
-    patterns = {"rank_pattern": {"k_proj": 3}, "alpha_pattern": {"k": 1}, "exclude_modules": ["k_proj"]}
-    assert slk.apply_lora(model, lora_config(modules_to_save=["lm_head", "score"], **patterns)).notes == (
-        "modules_to_save 'score' matches nothing",
-        "rank_pattern 'k_proj' matches nothing",
-        "alpha_pattern 'k' matches nothing",
-        "exclude_modules ['k_proj'] matches nothing that target_modules does",
-    )
-
-
-def test_outputs_and_gradients_are_those_of_w_plus_scaled_ba(model):
-    plain = copy.deepcopy(model)
-    slk.apply_lora(model, lora_config(lora_alpha=3, use_rslora=True))
-    assert torch.equal(model(IDS), plain(IDS))
-    fill_b(model)
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            plain.get_submodule(name).weight += 3 / 2**0.5 * layer.lora_B @ layer.lora_A
-    torch.testing.assert_close(model(IDS), plain(IDS))
-    assert trainable(model) == {f"layers.{i}.{n}_proj.lora_{ab}" for i in (0, 1) for n in "qv" for ab in "AB"}
-    model(IDS).square().sum().backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable(model)
-    assert all(bool(p.grad.any()) for p in model.parameters() if p.requires_grad)
 
 
 def test_init_is_passed_on(model):
@@ -80,67 +54,6 @@ def test_a_layer_in_two_places_stays_one():
     assert model.layers[0].q_proj is model.layers[1].q_proj and type(model.layers[1].q_proj) is slk.LoRALinear
     slk.remove_lora(model)
     assert type(model.layers[0].q_proj) is nn.Linear and model.layers[0].q_proj is model.layers[1].q_proj
-
-
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-def test_hooks_move_and_their_handles_still_work(model):
-    calls, layer = [], model.layers[0].q_proj
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args: calls.append("pre")),
-        layer.register_forward_hook(lambda module, args, kwargs, out: calls.append("forward"), with_kwargs=True),
-        layer.register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward")),
-    ]
-    report = slk.apply_lora(model, lora_config())
-    assert report.notes == ("3 hooks of 'layers.0.q_proj' moved to the new layer",)
-    model(IDS).sum().backward()
-    assert calls == ["pre", "forward", "backward"]
-    handles[0].remove(), handles[2].remove()
-    slk.remove_lora(model)
-    model(IDS)
-    assert calls == ["pre", "forward", "backward", "forward"]
-
-
-@pytest.mark.parametrize("merged_before", [False, True])
-@pytest.mark.parametrize("merge", [False, True])
-def test_merging_twice_unmerging_twice_and_removing(model, merge, merged_before):
-    linear, plain = model.layers[0].q_proj, model(IDS)
-    slk.apply_lora(model, lora_config())
-    fill_b(model)
-    model.eval()
-    expected = model(IDS)
-    for _ in range(2):
-        slk.merge_lora(model)
-    assert all(layer.merged for layer in lora_layers(model).values())
-    torch.testing.assert_close(model(IDS), expected)
-    for _ in range(0 if merged_before else 2):
-        slk.unmerge_lora(model)
-    slk.remove_lora(model, merge=merge)
-    found = model.layers[0].q_proj
-    assert type(found) is nn.Linear and not found.training and not lora_layers(model)
-    assert set(model.state_dict()) == set(Model().state_dict())
-    if merge:
-        torch.testing.assert_close(model(IDS), expected)
-    else:
-        assert found.weight is linear.weight and found.bias is linear.bias and torch.equal(model(IDS), plain)
-    slk.apply_lora(model, lora_config())
-
-
-@pytest.mark.parametrize("action", [slk.merge_lora, slk.remove_lora])
-def test_a_merge_that_is_not_finite_changes_nothing(model, action):
-    slk.apply_lora(model, lora_config())
-    fill_b(model)
-    with torch.no_grad():
-        model.layers[1].v_proj.lora_B[3, 1] = float("inf")
-    with refused(model, ValueError, r"'layers.1.v_proj': merging would give a weight that is not finite"):
-        action(model)
-    assert not any(layer.merged for layer in lora_layers(model).values())
-
-
-@pytest.mark.parametrize("action", [slk.merge_lora, slk.unmerge_lora, slk.remove_lora])
-def test_a_model_without_lora_is_refused(model, action):
-    message = r"model must have LoRALinear layers \(apply_lora makes them\), got a Model without any"
-    with pytest.raises(ValueError, match=message):
-        action(model)
 
 
 class Interrupt(TorchDispatchMode):

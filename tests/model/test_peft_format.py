@@ -12,9 +12,8 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from tests.helpers.adapters import CONFIG_NAME, config_in
+from tests.helpers.peft_models import peft
 from tests.helpers.small_models import Model, fill_b, gpt2, llama, output, trainable
-
-peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
 
 
 class Small(Model):
@@ -66,51 +65,45 @@ CASES = {
     "tied modules_to_save": ("tied llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "bias": "all"}),
 }
-both = pytest.mark.parametrize(("kind", "config"), CASES.values(), ids=CASES)
 BASE = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 
 
-@both
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_peft_loads_what_we_save(kind, config, tmp_path):
-    ours, second = make(kind), make(kind)
+@pytest.mark.parametrize(("kind", "config"), CASES.values(), ids=CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_each_loads_what_the_other_saves(kind, config, tmp_path):
+    ours, second, third = (make(kind) for _ in range(3))
     before = output(ours)
     slk.apply_lora(ours, slk.LoRAConfig(**BASE | config))
     train(ours)
-    slk.save_adapter(ours, tmp_path)
+    slk.save_adapter(ours, tmp_path / "ours")
     with warnings.catch_warnings():
         # Such as one about missing keys.
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=r".*tie_word_embeddings.*|.*did not match any targeted module.*")
-        theirs = peft.PeftModel.from_pretrained(make(kind), tmp_path).eval()
+        theirs = peft.PeftModel.from_pretrained(make(kind), tmp_path / "ours").eval()
     out = output(ours)
     torch.testing.assert_close(output(theirs), out)
     assert not torch.allclose(out, before, atol=1e-3)
-    ranks = {
-        n: m.r["default"] for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)
+    layers = {n: m for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {
+        n: m.r for n, m in lora_layers(ours).items()
     }
-    assert ranks == {name: layer.r for name, layer in lora_layers(ours).items()}
     # And so do we.
-    slk.load_adapter(second, tmp_path)
+    slk.load_adapter(second, tmp_path / "ours")
     assert torch.equal(output(second), out) and trainable(second) == trainable(ours)
 
-
-@both
-@pytest.mark.filterwarnings("ignore")
-def test_we_load_what_peft_saves(kind, config, tmp_path):
     theirs = peft.get_peft_model(make(kind), peft.LoraConfig(**BASE | config)).eval()
     train(theirs)
-    theirs.save_pretrained(tmp_path)
-    ours, expected = make(kind), output(theirs)
-    assert not torch.allclose(output(ours), expected, atol=1e-3)
-    report = slk.load_adapter(ours, tmp_path)
-    assert [m.name for m in report.replaced] == list(lora_layers(ours))
-    torch.testing.assert_close(output(ours), expected)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = output(theirs)
+    report = slk.load_adapter(third, tmp_path / "theirs")
+    assert [m.name for m in report.replaced] == list(lora_layers(third))
     assert report.trainable == theirs.get_nb_trainable_parameters()[0]
     # And into the layers that are there now.
     train(ours)
-    slk.load_adapter(ours, tmp_path)
-    torch.testing.assert_close(output(ours), expected)
+    slk.load_adapter(ours, tmp_path / "theirs")
+    for model in (third, ours):
+        torch.testing.assert_close(output(model), expected)
 
 
 # Layers that a list of names tells apart, and some that it does not: "embed.fc" ends in "fc".
@@ -153,3 +146,15 @@ def test_a_config_without_alpha_means_pefts_default(tmp_path):
     (tmp_path / CONFIG_NAME).write_text(json.dumps(content))
     replaced = slk.load_adapter(Model(), tmp_path).replaced
     assert {module.scaling for module in replaced} == {peft.LoraConfig().lora_alpha / 2}
+
+
+def test_peft_finds_the_models_class(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    slk.apply_lora(model, slk.LoRAConfig(**BASE))
+    fill_b(model)
+    slk.save_adapter(model, tmp_path / "adapter")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(output(theirs), output(model))

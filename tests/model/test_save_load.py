@@ -1,11 +1,13 @@
-"""save_adapter and load_adapter: what is written, what is read, and what they refuse."""
+"""save_adapter and load_adapter: what is written, what is read from a directory or the hub, and what files are refused."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ import torch
 import stablelora_kernels as slk
 from stablelora_kernels.cli import main
 from stablelora_kernels.model.modules import lora_layers
-from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, edit_config, edit_tensors, fresh
-from tests.helpers.small_models import fill_b, llama, lora_config, output, refused
+from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, config_in, edit_config, edit_tensors, fresh
+from tests.helpers.small_models import fill_b, lora_config, output, refused
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="pip install .[test] brings safetensors")
 
@@ -61,39 +63,6 @@ def test_what_does_not_change_the_result_is_accepted(model, saved):
         assert torch.equal(output(each), expected)
 
 
-def test_peft_finds_the_models_class(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-    torch.manual_seed(0)
-    llama().save_pretrained(tmp_path / "base")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    slk.apply_lora(model, lora_config())
-    fill_b(model)
-    slk.save_adapter(model, tmp_path / "adapter")
-    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    torch.testing.assert_close(output(theirs), output(model))
-
-
-def of_two_scalings(model):
-    model.lm_head = slk.LoRALinear.from_linear(model.lm_head, use_rslora=True)
-    return model
-
-
-REFUSED = {
-    "no LoRA": (lambda model: fresh(), r"model must have LoRALinear layers \(apply_lora makes them\), got a Model"),
-    "a layer": (lambda model: slk.LoRALinear(2, 2), "got a LoRALinear, which has no name in a file"),
-    "on meta": (lambda model: model.to("meta"), "must hold values, got .* on the meta device"),
-    "two scalings": (of_two_scalings, "use_rslora must be one value for all layers, got both; lm_head differ"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
-def test_save_refuses(model, saved, make, message):
-    with pytest.raises(ValueError, match=message):
-        slk.save_adapter(make(model), saved.parent / "x")
-    assert os.listdir(saved.parent) == ["adapter"]
-
-
 class Bomb:
     def __reduce__(self):
         return (pytest.fail, ("a pickle was loaded",))
@@ -115,41 +84,42 @@ def write(name, content, instead_of=None):
     return damage
 
 
+def weights_of_another_save(path):
+    slk.save_adapter(adapted(2, lora_alpha=32), path.parent / "other")
+    shutil.copy(path.parent / "other" / WEIGHTS_NAME, path)
+
+
 Q0 = "base_model.model.layers.0.q_proj"
 A0, B0 = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
-# fmt: off
-# What is done to the files, and what every reader says.
-BROKEN = {
+# Readers: a model without layers, one with this adapter's layers, both, or commands too.
+NEW, OLD, BOTH, READ, ALL = (
+    ("new",),
+    ("old",),
+    ("new", "old"),
+    ("new", "old", "inspect"),
+    ("new", "old", "inspect", "merge"),
+)
+# What is done to the files, what a reader says, and which of them.
+DAMAGED = {
     "a pickle": (
         write("adapter_model.bin", pickle.dumps(Bomb()), instead_of=WEIGHTS_NAME),
-        f"must hold {WEIGHTS_NAME}, got adapter_model.bin: a pickle can run code, so it is refused",
+        f"must hold {WEIGHTS_NAME}, got adapter_model.bin: a pickle can run code, so it is refused", ALL,
     ),
-    "a pickle by another name": (write(WEIGHTS_NAME, pickle.dumps(Bomb())), "must be a safetensors file, got one that cannot"),
-    "no JSON": (write(CONFIG_NAME, b"{"), "must be JSON, got text that is not"),
-    "deep JSON": (write(CONFIG_NAME, b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "must be JSON of a few levels, got it nested"),
-    "no config": (lambda path: (path / CONFIG_NAME).unlink(), f"must hold {CONFIG_NAME}, got .* without it"),
-    "an endless alpha": (config(lora_alpha=10**400), rf"{CONFIG_NAME}: lora_alpha.* must be a finite number in .*, got 1000"),
+    "a pickle by another name": (
+        write(WEIGHTS_NAME, pickle.dumps(Bomb())), "must be a safetensors file, got one that cannot", ALL,
+    ),
+    "no JSON": (write(CONFIG_NAME, b"{"), "must be JSON, got text that is not", ALL),
+    "deep JSON": (
+        write(CONFIG_NAME, b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "must be JSON of a few levels, got it nested", ALL,
+    ),
+    "no config": (lambda path: (path / CONFIG_NAME).unlink(), f"must hold {CONFIG_NAME}, got .* without it", ALL),
+    "an endless alpha": (
+        config(lora_alpha=10**400), rf"{CONFIG_NAME}: lora_alpha.* must be a finite number in .*, got 1000", READ,
+    ),
     "an endless pattern": (
-        config(rank_pattern={"a{99999999999}": 1}), "rank_pattern must be a regular expression, got 'a.9999",
+        config(rank_pattern={"a{99999999999}": 1}), "rank_pattern must be a regular expression, got 'a.9999", READ,
     ),
-}
-# fmt: on
-
-
-@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
-def test_broken_files_are_refused_by_every_reader(saved, model, capsys, damage, message):
-    damage(saved)
-    for target in (model, fresh()):
-        with refused(target, (ValueError, TypeError), message):
-            slk.load_adapter(target, saved)
-    status, told = main(["inspect", str(saved)]), capsys.readouterr()
-    assert status == 2 and told.out == "" and told.err.count("\n") == 1 and len(told.err) < 600
-    assert re.search(message, told.err)
-
-
-# Into a model without layers, one with this adapter's layers, or both.
-BOTH, NEW, OLD = ("new", "old"), ("new",), ("old",)
-MISFITS = {
+    "of two saves": (weights_of_another_save, rf"/{CONFIG_NAME} and \S*/{WEIGHTS_NAME} must be of one save", ALL),
     "a tensor less": (
         lambda path: edit_tensors(path, lambda tensors: tensors.pop(B0)),
         "must hold layers.0.q_proj.lora_B.weight, got 7 tensors without them", BOTH,
@@ -173,20 +143,27 @@ MISFITS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "message", "into"), MISFITS.values(), ids=MISFITS)
-def test_what_the_config_and_the_model_do_not_call_for(saved, model, damage, message, into):
+@pytest.mark.parametrize(("damage", "message", "readers"), DAMAGED.values(), ids=DAMAGED)
+def test_files_that_are_refused(saved, model, capsys, damage, message, readers):
     damage(saved)
-    for target in [{"new": fresh(), "old": model}[kind] for kind in into]:
-        with refused(target, ValueError, message):
+    for target in [{"new": fresh(), "old": model}[reader] for reader in readers[:2]]:
+        with refused(target, (ValueError, TypeError), message):
             slk.load_adapter(target, saved)
+    commands = {"inspect": [], "merge": ["--into", str(saved.parent), "--out", str(saved.parent / "out")]}
+    for command in readers[2:]:
+        status, told = main([command, str(saved), *commands[command]]), capsys.readouterr()
+        assert status == 2 and told.out == "" and told.err.count("\n") == 1 and len(told.err) < 600
+        assert re.search(message, told.err)
 
 
-def test_a_merged_model_and_one_without_values_are_refused(saved, model):
-    slk.merge_lora(model)
-    with refused(model, ValueError, "must not be merged while an adapter is loaded, got layers.0.q_proj, .* merged"):
-        slk.load_adapter(model, saved)
-    with pytest.raises(ValueError, match=r"model must hold values, got layers.0.q_proj.weight.* on the meta device"):
-        slk.load_adapter(fresh().to("meta"), saved)
+def test_files_of_two_saves_are_read_after_what_the_error_asks_for(saved):
+    weights_of_another_save(saved)
+    with pytest.raises(ValueError) as error:
+        slk.load_adapter(fresh(), saved)
+    mapping = config_in(saved)["auto_mapping"]
+    del mapping[re.search(r"remove '(\w+)' from auto_mapping", str(error.value))[1]]
+    edit_config(saved, auto_mapping=mapping)
+    slk.load_adapter(fresh(), saved)
 
 
 @pytest.mark.parametrize("module", ["safetensors.torch", "numpy"])
@@ -197,15 +174,83 @@ def test_without_what_saving_needs(model, saved, monkeypatch, module):
     assert os.listdir(saved.parent) == ["adapter"]
 
 
-@pytest.mark.parametrize("has_lora", [False, True])
-def test_modules_to_save_of_another_kind_are_refused(tmp_path, has_lora):
-    model = fresh()
-    slk.apply_lora(model, lora_config(modules_to_save=["lm_head"]))
+def test_modules_to_save_of_another_dtype(tmp_path):
+    """Of a kind that can be trained it is cast; another is refused."""
+    model, key = adapted(1, modules_to_save=["lm_head"]), "base_model.model.lm_head.weight"
     slk.save_adapter(model, tmp_path)
-    target = model if has_lora else fresh()
-    put("base_model.model.lm_head.weight", torch.ones(11, 8, dtype=torch.int64))(tmp_path)
-    with refused(target, ValueError, "lm_head.weight in .* must be torch.float32 or alike, got torch.int64"):
+    for target in (model, fresh()):
+        put(key, torch.ones(11, 8, dtype=torch.int64))(tmp_path)
+        with refused(target, ValueError, "lm_head.weight in .* must be torch.float32 or alike, got torch.int64"):
+            slk.load_adapter(target, tmp_path)
+        put(key, torch.ones(11, 8, dtype=torch.float16))(tmp_path)
         slk.load_adapter(target, tmp_path)
-    put("base_model.model.lm_head.weight", torch.ones(11, 8, dtype=torch.float16))(tmp_path)
-    slk.load_adapter(target, tmp_path)
-    assert torch.equal(target.lm_head.weight, torch.ones(11, 8))
+        assert torch.equal(target.lm_head.weight, torch.ones(11, 8))
+
+
+# From the hub.
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """A hub with one adapter, at its top and in a folder of it. The fixture is the list of what it was asked for."""
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (pip install .[test])")
+    monkeypatch.chdir(tmp_path)
+    snapshot, asked = tmp_path / "cache", []
+    slk.save_adapter(adapted(1), snapshot)
+    shutil.copytree(snapshot, snapshot / "a" / "b")
+
+    def download(repo_id, **kwargs):
+        asked.append((repo_id, kwargs))
+        if repo_id == "no/route":
+            raise ConnectionError("no route\nto host")
+        return str(snapshot)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("options", "folder"), [({}, ""), ({"revision": "v1"}, ""), ({"subfolder": "a/b"}, "a/b/")], ids=str
+)
+def test_it_downloads_the_two_files(asked, model, options, folder):
+    slk.load_adapter(second := fresh(), "org/an-adapter", **options)
+    assert torch.equal(output(second), output(model))
+    patterns = {"allow_patterns": [f"{folder}{CONFIG_NAME}", f"{folder}{WEIGHTS_NAME}"]}
+    revision = {"revision": options["revision"]} if "revision" in options else {}
+    assert asked == [("org/an-adapter", patterns | revision)]
+    assert options or main(["inspect", "org/an-adapter"]) == 0
+
+
+def test_a_local_directory_wins(asked, model, tmp_path):
+    slk.save_adapter(model, tmp_path / "org" / "an-adapter" / "best")
+    slk.load_adapter(second := fresh(), "org/an-adapter", subfolder="best")
+    assert torch.equal(output(second), output(model))
+    match = "revision is for hub ids, got 'v1' with 'org/an-adapter', a path on this machine"
+    with refused(second, ValueError, match):
+        slk.load_adapter(second, "org/an-adapter", revision="v1", subfolder="best")
+    assert asked == []
+
+
+NOTHING, OUTSIDE = r"\(nothing there\)", "subfolder must be a relative path inside of path, got "
+NOT_THERE = "'no/route' is no path on this machine, and the hub did not give it: no route"
+
+
+def test_what_is_not_on_the_hub(asked, monkeypatch, capsys):
+    for path in ("name", "a/b/c", "../a", "/a/b", Path("org/an-adapter")):
+        with refused(second := fresh(), ValueError, rf"path must be a directory on this machine .* {NOTHING}"):
+            slk.load_adapter(second, path)
+    for folder in ("/tmp", "a/../../b"):
+        with refused(second, ValueError, OUTSIDE):
+            slk.load_adapter(second, "org/an-adapter", subfolder=folder)
+    assert asked == []
+    with refused(
+        second, ValueError, f"with safetensors, got 'org/an-adapter' without a/{CONFIG_NAME}, a/{WEIGHTS_NAME}"
+    ):
+        slk.load_adapter(second, "org/an-adapter", subfolder="a")
+    with refused(second, ValueError, f"path {NOT_THERE}$"):
+        slk.load_adapter(second, "no/route")
+    assert main(["inspect", "no/route"]) == 2
+    assert f"ADAPTER {NOT_THERE}\n" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with refused(second, ImportError, "is no path on this machine, and a hub id needs huggingface_hub: pip install"):
+        slk.load_adapter(second, "no/route")

@@ -1,6 +1,8 @@
-"""What apply_lora leaves alone, with the reason in its report, and what it refuses before anything changes."""
+"""Which modules get LoRA: names matched as PEFT matches them, and what is left alone with the reason in the report."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
@@ -8,7 +10,70 @@ from torch import nn
 from torch.nn.utils import prune
 
 import stablelora_kernels as slk
-from tests.helpers.small_models import Model, llama, lora_config, reasons, refused
+from tests.helpers.small_models import Model, llama, lora_config, reasons
+
+BAD_CONFIGS = [
+    ("r", 0, ValueError, "r must be at least 1, got 0"),
+    ("lora_alpha", float("nan"), ValueError, "lora_alpha must be a finite number in (-inf, inf), got nan"),
+    ("target_modules", None, ValueError, "must be a list of names, 'all-linear' or a regular expression, got None"),
+    ("target_modules", [], ValueError, "target_modules must name at least one module, got []"),
+    ("target_modules", "(q", ValueError, "target_modules must be a regular expression, got '(q'"),
+    ("modules_to_save", "head", TypeError, "modules_to_save must be a list of names or None, got the string 'head'"),
+    ("init_lora_weights", "pissa", ValueError, "must be True, False or 'gaussian', got 'pissa'"),
+    ("bias", "some", ValueError, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
+    ("rank_pattern", {"q": 0}, ValueError, "rank_pattern['q'] must be at least 1, got 0"),
+    ("alpha_pattern", {"q": float("inf")}, ValueError, "alpha_pattern['q'] must be a finite number in"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "error", "message"), BAD_CONFIGS, ids=str)
+def test_config_refuses(field, value, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        lora_config(**{field: value})
+
+
+QV = ["q_proj", "v_proj"]
+CHOICES = [
+    {"target_modules": ["layers.1.q_proj", "v_proj"]},
+    {"target_modules": ["proj"]},
+    {"target_modules": r".*q_proj|lm_head"},
+    {"target_modules": "All-Linear"},
+    {"target_modules": "all-linear", "exclude_modules": ["v_proj"]},
+    {"target_modules": QV, "exclude_modules": r"layers\.0\..*"},
+    {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["head"]},
+    {"target_modules": QV, "modules_to_save": ["layers.0"]},
+    {"target_modules": QV, "rank_pattern": {"q_proj": 3, "layers.0.v_proj": 5}, "use_rslora": True},
+    {"target_modules": QV, "alpha_pattern": {"^layers.0.q_proj": 4, r"1\.\w_proj": 0.5}},
+    {"target_modules": QV, "rank_pattern": {"oj": 3, ".*0.q_proj": 7, "q_proj": 1}},
+]
+
+
+@pytest.mark.parametrize("kwargs", CHOICES, ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_matches_what_peft_matches(kwargs):
+    """PEFT's own config is taken, too."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    theirs, config = Model(), peft.LoraConfig(**{"r": 2, "lora_alpha": 16} | kwargs)
+    try:
+        tuned = peft.get_peft_model(theirs, config)
+    except ValueError:
+        with pytest.raises(ValueError, match="target_modules must match"):
+            slk.apply_lora(Model(), lora_config(**kwargs))
+        return
+    expected = {
+        name: (module.r["default"], module.lora_alpha["default"], module.scaling["default"])
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    # PEFT knows the heads of transformers' models only; here the head is a layer like any other.
+    report = slk.apply_lora(Model(), lora_config(**kwargs))
+    assert {m.name: (m.r, m.lora_alpha, m.scaling) for m in report.replaced} == expected
+    assert report.trainable == tuned.get_nb_trainable_parameters()[0]
+    assert slk.apply_lora(Model(), config) == report
+
+
+# What is left alone.
 
 
 def linear(**attributes):
@@ -43,10 +108,14 @@ class Subclass(nn.Linear):
     pass
 
 
+def odd(make):
+    """A model with this layer as "odd" and a good one beside it."""
+    return lambda: nn.ModuleDict({"good": nn.Linear(4, 4), "odd": make()})
+
+
 SUBCLASS = "{} is a subclass of nn.Linear that a model may use without calling it"
 OUT_PROJ = SUBCLASS.format("NonDynamicallyQuantizableLinear")
 READ = "nn.TransformerEncoderLayer reads its weight instead of calling it in inference"
-PARTS = "it holds other parameters or modules than weight and bias"
 PEFTS = "it is part of a PEFT layer; accelerate_peft runs those"
 INTEGERS = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
 # A layer, and why "all-linear" skips which part of it.
@@ -59,7 +128,10 @@ ODD = {
         lambda: nn.TransformerEncoderLayer(4, 2, 4), {".self_attn.out_proj": OUT_PROJ, ".linear1": READ, ".linear2": READ},
     ),
     "normed": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), {"": SUBCLASS.format("ParametrizedLinear")}),
-    "pruned": (lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 2), {"": PARTS}),
+    "pruned": (
+        lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 2),
+        {"": "it holds other parameters or modules than weight and bias"},
+    ),
     "replaced": (lambda: linear(forward=lambda x: x), {"": "its forward was replaced (as accelerate's hooks do)"}),
     "integers": (
         lambda: linear(weight=INTEGERS), {"": "it holds a Parameter of torch.int8, not a plain floating-point Parameter"},
@@ -68,71 +140,38 @@ ODD = {
     "empty": (lambda: nn.Linear(0, 4), {"": "its weight is empty, [4, 0]"}),
     "peft": (peft_layer, {".base_layer": PEFTS, ".lora_A.default": PEFTS}),
 }  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize("name", ODD)
-def test_what_cannot_be_replaced_is_skipped_with_its_reason(name):
-    make, parts = ODD[name]
-    model = nn.ModuleDict({"good": nn.Linear(4, 4), name: make()})
-    kept = {name + part: model.get_submodule(name + part) for part in parts}
-    report = slk.apply_lora(model, lora_config(target_modules="all-linear"))
-    assert [m.name for m in report.replaced] == ["good"]
-    assert reasons(report) == {name + part: reason for part, reason in parts.items()}
-    assert all(model.get_submodule(path) is module for path, module in kept.items())
-
-
-HEAD = 'it is the output head, which "all-linear" leaves out'
 SHARE = 2 * 4 * 16 * 8 / sum(p.numel() for p in with_experts().parameters())
 EXPERTS = (
     "it stacks matrices in up, down, as experts are stored, and has no linear layers for them: "
     f"{SHARE:.1%} of the model's weights are in such parameters and get no adapter; PEFT's target_parameters can adapt them"
 )
 EXCLUDED, SAVED = "exclude_modules matches it", "it is trained whole (modules_to_save)"
+ALL = {"target_modules": "all-linear"}
 # A model, the config, how many layers are replaced, and what is skipped.
 SKIPPED = {
     "by name": (
         Model, {"exclude_modules": ["layers.0.v_proj"], "modules_to_save": ["layers.1"]}, 1,
         {"layers.0.v_proj": EXCLUDED, "layers.1.q_proj": SAVED, "layers.1.v_proj": SAVED},
     ),
-    "experts": (with_experts, {"target_modules": "all-linear"}, 5, {"experts": EXPERTS}),
-    "a llama's head": (llama, {"target_modules": "all-linear"}, 14, {"lm_head": HEAD}),
+    "experts": (with_experts, ALL, 5, {"experts": EXPERTS}),
+    "a llama's head": (llama, ALL, 14, {"lm_head": 'it is the output head, which "all-linear" leaves out'}),
     "a tied head": (
-        lambda: Model(tied=True), {"target_modules": "all-linear"}, 4,
-        {"lm_head": "its weight is tied to 'embed', so \"all-linear\" leaves it out"},
+        lambda: Model(tied=True), ALL, 4, {"lm_head": "its weight is tied to 'embed', so \"all-linear\" leaves it out"},
     ),
+} | {
+    name: (odd(make), ALL, 1, {f"odd{part}": reason for part, reason in parts.items()})
+    for name, (make, parts) in ODD.items()
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(("make", "config", "replaced", "skipped"), SKIPPED.values(), ids=SKIPPED)
-def test_matches_that_are_left_out_are_reported(make, config, replaced, skipped):
-    report = slk.apply_lora(make(), lora_config(**config))
+def test_what_is_skipped_is_reported_with_its_reason(make, config, replaced, skipped):
+    model = make()
+    kept = {path: model.get_submodule(path) for path in skipped}
+    report = slk.apply_lora(model, lora_config(**config))
     assert len(report.replaced) == replaced and reasons(report) == skipped and not report.notes
-
-
-REFUSED = {
-    "no match": (
-        Model, {"target_modules": ["k_proj"]},
-        r"target_modules must match an nn.Linear of the model, got \['k_proj'\], which matches none. "
-        r"Its linear layers: 'layers.0.q_proj', .*, 'lm_head'$",
-    ),
-    "all skipped": (
-        Model, {"target_modules": ["norm"]}, r"which matches none; skipped layers.0.norm \(LayerNorm is not an nn.Linear\), ",
-    ),
-    "integers to save": (
-        lambda: nn.ModuleDict({"q_proj": nn.Linear(4, 4), "head": linear(weight=INTEGERS)}), {"modules_to_save": ["head"]},
-        r"modules_to_save names 'head', but 'head.weight' holds torch.int8, which cannot be trained",
-    ),
-    "nothing to save": (
-        Model, {"modules_to_save": ["score"]}, r"modules_to_save must name modules of the model, got \['score'\]",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("make", "config", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_before_anything_changes(make, config, message):
-    with refused(model := make(), ValueError, message):
-        slk.apply_lora(model, lora_config(**config))
+    assert all(SAVED in skipped[path] or model.get_submodule(path) is module for path, module in kept.items())
 
 
 def test_a_typo_beside_a_match_is_warned_of_and_reported(recwarn):
@@ -143,3 +182,13 @@ def test_a_typo_beside_a_match_is_warned_of_and_reported(recwarn):
     recwarn.clear()
     slk.apply_lora(Model(), lora_config(target_modules=["q_proj", "norm", "layers.1.v_proj"]))
     assert not recwarn.list
+
+
+def test_patterns_and_names_that_match_nothing_are_noted():
+    patterns = {"rank_pattern": {"k_proj": 3}, "alpha_pattern": {"k": 1}, "exclude_modules": ["k_proj"]}
+    assert slk.apply_lora(Model(), lora_config(modules_to_save=["lm_head", "score"], **patterns)).notes == (
+        "modules_to_save 'score' matches nothing",
+        "rank_pattern 'k_proj' matches nothing",
+        "alpha_pattern 'k' matches nothing",
+        "exclude_modules ['k_proj'] matches nothing that target_modules does",
+    )

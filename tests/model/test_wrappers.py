@@ -64,6 +64,7 @@ def shard(model: Model, blocks: bool) -> Model:
 
 # What a user may have around a model, in processes that are in contact.
 AROUND = {
+    "data parallel": nn.DataParallel,
     "ddp": DistributedDataParallel,
     "ddp of compiled parts": lambda model: DistributedDataParallel(with_parts(model, compile_)),
     "fsdp": lambda model: shard(model, blocks=True),
@@ -73,15 +74,16 @@ AROUND = {
 }
 
 
-def save_and_load(around: Callable[[Model], nn.Module], place: Path, sharded: bool = False) -> None:
+def save_and_load(around: Callable[[Model], nn.Module], place: Path, sharded: bool) -> None:
     first, second = around(make(seed=1)), around(make(seed=2))
+    # Of shards, of which a process holds some.
+    assert slk.count_parameters(first) == slk.count_parameters(make())
     with torch.no_grad():
         expected = first(IDS)
         assert not torch.allclose(second(IDS), expected)
         slk.save_adapter(first, place)
-        if dist.is_initialized():
-            # The others don't wait for the one that writes.
-            dist.barrier()
+        # The others don't wait for the one that writes.
+        dist.barrier()
         report = slk.load_adapter(second, place)
         assert all(isinstance(layer.lora_A, DTensor) == sharded for layer in lora_layers(second).values())
         assert torch.equal(second(IDS), expected)
@@ -101,39 +103,38 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
         assert files(tmp_path / name) == files(tmp_path / "alone"), name
 
 
-def test_data_parallel(tmp_path: Path) -> None:
-    slk.save_adapter(make(seed=1), tmp_path / "alone")
-    save_and_load(nn.DataParallel, tmp_path / "wrapped")
-    assert files(tmp_path / "wrapped") == files(tmp_path / "alone")
-
-
-def test_lora_comes_before_what_would_not_know_it(tmp_path: Path, mesh) -> None:
-    slk.save_adapter(make(), tmp_path)
-    in_ddp = DistributedDataParallel(Model())
-    for model, message in (
-        (in_ddp, "LoRA before DistributedDataParallel is around it"),
-        (with_parts(Model(), compile_), "before parts of it are compiled or wrapped, got layers.0, layers.1 wrapped"),
-        (
-            shard(Model(), blocks=True),
-            "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it",
-        ),
-    ):
-        with refused(model, ValueError, message):
-            slk.load_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="LoRA before DistributedDataParallel is around it"):
-        slk.apply_lora(in_ddp, lora_config())
-
-
 def test_what_is_refused(tmp_path: Path, mesh) -> None:
+    """LoRA comes before what would not know its layers; and an adapter is whole."""
+
+    def apply(model: nn.Module, _: Path) -> None:
+        slk.apply_lora(model, lora_config())
+
+    def load(model: nn.Module, place: Path) -> None:
+        slk.load_adapter(model, place / "adapter")
+
+    def save(model: nn.Module, place: Path) -> None:
+        slk.save_adapter(model, place / "other")
+
     slk.save_adapter(make(), tmp_path / "adapter")
     flat = FullyShardedDataParallel(make(bias="none"), use_orig_params=True, device_id=torch.device("cpu"))
-    part = make()
+    part, in_ddp = make(), "LoRA before DistributedDataParallel is around it"
     part.layers[0] = DistributedDataParallel(part.layers[0])
-    for model, message in (
-        (flat, r"sharded by fully_shard \(FSDP2\), got FullyShardedDataParallel around it, whose flat parameters"),
-        (part, "in DistributedDataParallel as a whole, got its part 'layers.0' in one"),
+    for model, calls, message in (
+        (DistributedDataParallel(Model()), (apply, load), in_ddp),
+        (with_parts(Model(), compile_), (load,), "parts of it are compiled or wrapped, got layers.0, layers.1 wrapped"),
+        (
+            shard(Model(), True),
+            (load,),
+            "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it",
+        ),
+        (
+            flat,
+            (save, load),
+            r"sharded by fully_shard \(FSDP2\), got FullyShardedDataParallel .*, whose flat parameters",
+        ),
+        (part, (save, load), "in DistributedDataParallel as a whole, got its part 'layers.0' in one"),
     ):
-        for call, path in ((slk.save_adapter, tmp_path / "other"), (slk.load_adapter, tmp_path / "adapter")):
-            with pytest.raises(ValueError, match=message):
-                call(model, path)
+        for call in calls:
+            with refused(model, ValueError, message):
+                call(model, tmp_path)
     assert not (tmp_path / "other").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import types
 
 import pytest
@@ -21,6 +20,7 @@ from tests.helpers.gated_mlps import (
     assert_same,
     mlp_of,
     pair,
+    reported_pair,
     rows,
     step,
 )
@@ -48,29 +48,25 @@ MAKERS = {
     "stacked, up first": lambda: Stacked(up_first=True),
 }
 # PEFT's layers call a Conv1D for its product.
-MADE = [("ours", name) for name in MAKERS] + [("PEFT", name) for name in MAKERS if name != "Conv1D"]
+MADE = [(library, name, "all") for library in LIBRARIES for name in MAKERS if (library, name) != ("PEFT", "Conv1D")]
+# A projection without an adapter loses its branch only.
+SOME = ["gate_proj", "up_proj|down_proj", "down_proj", "gate_proj|up_proj"]
+MADE += [(library, "as in Llama", targets) for library in LIBRARIES for targets in SOME]
 
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize(("library", "make"), MADE)
-def test_on_both_backends(library, make, dropout, backend, calls):
+@pytest.mark.parametrize(("library", "make", "targets"), MADE)
+def test_on_both_backends(library, make, targets, dropout, backend, calls):
     dtype, tolerance = (FP32, 1e-4) if backend == "triton" else (FP64, 1e-10)
-    model, plain = (each.to(dtype) for each in pair(MAKERS[make], library, dropout=dropout))
+    some = {} if targets == "all" else {"targets": rf"(.*\.)?({targets})"}
+    model, plain = (each.to(dtype) for each in pair(MAKERS[make], library, dropout=dropout, **some))
     # In a first layer whose attention has no adapter, x needs no gradient.
     for x in (rows(dtype), rows(dtype).detach()):
         calls.clear()
         found = step(model, x)
         assert len(calls.mlps) == 1 and ("x" in found) == x.requires_grad
         assert_same(found, step(plain, x), tolerance)
-
-
-@pytest.mark.parametrize("targets", [["gate_proj"], ["up_proj", "down_proj"], ["down_proj"], ["gate_proj", "up_proj"]])
-@each_library
-def test_a_projection_without_an_adapter_loses_its_branch_only(library, targets, calls):
-    model, plain = pair(MLP, library, dropout=0.2, targets=targets)
-    assert_same(step(model), step(plain))
-    assert calls.mlps == ["silu"]
 
 
 def test_other_arguments(calls):
@@ -97,40 +93,37 @@ QUANTIZED = [("ours", kind) for kind in (*BASES, "nf4 and plain")] + [("PEFT", "
 def test_quantized_weights(library, kind, backend, calls):
     """PEFT's layers are read by Triton's kernels alone; on PyTorch's operators the base layer computes its product."""
     dtype = BF16 if kind in ("fp8", "nf4 and plain") else FP32
-    models, x = [], torch.randn(70, 64).to(dtype)
-    for fuse in (True, False):
-        torch.manual_seed(0)
+
+    def make():
         module = MLP(width=64, inner=64).to(dtype)
         for name in ("gate_proj", "up_proj", "down_proj")[: 2 if kind == "nf4 and plain" else 3]:
             setattr(module, name, BASES[kind.partition(" and")[0]](getattr(module, name)))
         module.is_loaded_in_4bit = kind == "bitsandbytes"
-        model, report = adapted(module, library, fuse, dropout=0.2)
-        is_read = library == "ours" or backend == "triton"
-        if fuse and not is_read:
-            reason = "'gate_proj' has a quantized weight, and without Triton its Linear4bit computes the product"
-            assert report.mlps[0].reason == reason
-        # Its first call may choose how it computes.
-        with torch.no_grad():
-            model(x)
-        models.append(model)
+        return module
+
+    (model, report), (plain, _) = reported_pair(make, library, dropout=0.2)
+    is_read, x = library == "ours" or backend == "triton", torch.randn(70, 64).to(dtype)
+    if not is_read:
+        reason = "'gate_proj' has a quantized weight, and without Triton its Linear4bit computes the product"
+        assert report.mlps[0].reason == reason
+    # Its first call may choose how it computes.
+    with torch.no_grad():
+        model(x), plain(x)
     calls.clear()
-    found, expected = (step(model, x.clone().requires_grad_()) for model in models)
+    found, expected = (step(each, x.clone().requires_grad_()) for each in (model, plain))
     # A layer that computes in another dtype than its input's casts twice, which one op does not.
     assert calls.mlps == (["silu"] if is_read and kind != "nf4 computing in bfloat16" else [])
     assert_same(found, expected, 16 * EPS[dtype])
 
 
 LOW = [("ours", FP32, True, FP32), ("ours", BF16, True, BF16), ("ours", BF16, False, FP32), ("ours", BF16, False, BF16)]
+LOW += [("PEFT", FP32, True, FP32), ("PEFT", BF16, False, FP32)]
 
 
-@pytest.mark.parametrize(
-    ("library", "dtype", "autocast", "lora_dtype"), [*LOW, ("PEFT", FP32, True, FP32), ("PEFT", BF16, False, FP32)]
-)
+@pytest.mark.parametrize(("library", "dtype", "autocast", "lora_dtype"), LOW)
 def test_autocast_and_low_precision(library, dtype, autocast, lora_dtype, calls):
     results = []
-    for fuse in (True, False):
-        torch.manual_seed(0)
-        model, _ = adapted(MLP(bias=True).to(dtype), library, fuse, dropout=0.2)
+    for model, _ in reported_pair(lambda: MLP(bias=True).to(dtype), library, dropout=0.2):
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(lora_dtype)
@@ -179,16 +172,6 @@ def test_layers_that_share_their_A_draw_two_masks(calls):
 
 
 # What the module is.
-
-
-@pytest.mark.parametrize("method", ["merge_and_unload", "unload"])
-def test_unloading_unfuses_and_pickles_need_no_library(method):
-    """The class comes back with the last adapter that leaves, and the model's pickle names nothing of this library."""
-    model, plain = pair(MLP, "PEFT")
-    base, expected = getattr(model, method)(), getattr(plain, method)()
-    assert type(base["mlp"]) is MLP
-    torch.testing.assert_close(base(rows()), expected(rows()))
-    assert b"stablelora_kernels" not in pickle.dumps(base)
 
 
 def test_a_forward_bound_to_the_instance_is_given_back(calls):

@@ -16,10 +16,9 @@ from tests.helpers.gated_mlps import (
     TARGETS,
     WIDTH,
     Stacked,
-    adapted,
-    match_dtype,
     mlp_of,
     pair,
+    reported_pair,
     rows,
     step,
 )
@@ -42,15 +41,6 @@ def set_dropout(layer, p):
         layer.lora_dropout = p
     else:
         layer.lora_dropout["default"].p = p
-
-
-def two_adapters(model):
-    import peft
-
-    torch.manual_seed(7)
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
-    match_dtype(model)
-    model.base_model.set_adapter(["default", "other"])
 
 
 def another_lora_dtype(mlp):
@@ -217,11 +207,7 @@ NOT_READ = {
 
 @pytest.mark.parametrize(("library", "make", "options", "reason"), NOT_READ.values(), ids=NOT_READ)
 def test_layers_that_are_not_read(library, make, options, reason, calls):
-    models = []
-    for fuse in (True, False):
-        torch.manual_seed(0)
-        models.append(adapted(make(), library, fuse, **options))
-    (model, report), (plain, _) = models
+    (model, report), (plain, _) = reported_pair(make, library, **options)
     assert report.mlps[0].reason.startswith(reason)
     x = rows(BF16 if make is int8 else FP32)
     found, expected = step(model, x), step(plain, x)

@@ -10,7 +10,6 @@ from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.nn.branch import LoRABranchLinear
-from stablelora_kernels.reference import lora_linear_ref
 from stablelora_kernels.testing import fp8_weight, nf4_weight
 from tests.helpers.quantized_weights import (
     K,
@@ -31,24 +30,16 @@ def four_bits(compute_dtype: torch.dtype | None = BF16) -> nn.Linear:
     return Linear4bit(nf4_weight(N, K, 64, nested=True), True, compute_dtype)
 
 
-def test_initialization():
+def test_initialization_and_scaling():
     torch.manual_seed(1)
     default = slk.LoRALinear(1000, 50, r=8)
     bound = 1 / math.sqrt(1000)
     assert not default.lora_B.any() and bound * 0.95 < default.lora_A.abs().max() <= bound
     gaussian = slk.LoRALinear(1000, 50, r=8, init_lora_weights="gaussian")
     assert not gaussian.lora_B.any() and abs(gaussian.lora_A.std() * 8 - 1) < 0.05
+    assert [slk.LoRALinear(24, 20, r=4, use_rslora=on).scaling for on in (False, True)] == [16 / 4, 16 / 2]
     both = slk.LoRALinear(1000, 50, r=8, init_lora_weights=False)
     assert 0.9 / math.sqrt(8) < both.lora_B.abs().max() <= 1 / math.sqrt(8)
-
-
-@pytest.mark.parametrize(("rslora", "scaling"), [(False, 16 / 4), (True, 16 / 2)])
-def test_scaling_and_value(rslora, scaling):
-    made = slk.LoRALinear(24, 20, r=4, use_rslora=rslora, init_lora_weights=False)
-    assert made.scaling == scaling
-    x = torch.randn(70, 24)
-    ref = lora_linear_ref(*(t.double() for t in (x, made.weight, made.bias, made.lora_A, made.lora_B)), scaling)
-    torch.testing.assert_close(made(x).double(), ref, rtol=1e-5, atol=1e-5)
 
 
 def test_fan_in_fan_out_is_the_layers_and_reported():
@@ -71,27 +62,6 @@ def test_dtypes():
     assert layer.lora_A.dtype == BF16 and layer(torch.randn(3, K)).dtype == FP32
 
 
-# As LoRAConfig's, whose checks tests/model/test_config.py has.
-REFUSED = [
-    ({"r": 0}, ValueError, "r must be at least 1, got 0"),
-    ({"lora_dropout": 1.0}, ValueError, r"lora_dropout must be a finite number in \[0, 1\), got 1.0"),
-    ({"lora_dtype": torch.float16}, TypeError, "must be torch.float32 or the weight's torch.float32, got torch.float16"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kwargs", "error", "message"), REFUSED, ids=lambda value: str(value)[:24])
-def test_bad_arguments_freeze_nothing(kwargs, error, message):
-    linear = nn.Linear(24, 20)
-    with pytest.raises(error, match=message):
-        slk.LoRALinear.from_linear(linear, **kwargs)
-    assert linear.weight.requires_grad and linear.bias.requires_grad
-
-
-def test_a_dtype_that_the_base_does_not_compute_in():
-    with pytest.raises(TypeError, match=f"must be torch.float32 or the weight's {BF16}, got torch.float16"):
-        lora_over(four_bits(), lora_dtype=torch.float16)
-
-
 def fp8(**changes):
     linear = fp8_linear(fp8_weight(20, 64), BF16)
     vars(linear.weight).update(changes)
@@ -99,28 +69,44 @@ def fp8(**changes):
 
 
 NO_GRADIENT = "linear must give its input a gradient, which a layer that quantizes"
-# The class that a base gets, or the error. A weight_norm is computed at each access, by code of the layer's own.
+FLOAT16 = {"lora_dtype": torch.float16}
+# A base, more arguments, and the class that it gets, or the error. LoRAConfig's checks are in tests/model/test_targets.py.
 BASES = {
-    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(K, N)), LoRABranchLinear),
-    "float8 of one scale": (lambda: fp8(scale=torch.ones(())), LoRABranchLinear),
-    "float8 that quantizes its input": (lambda: fp8(act_quant_kwargs="rows"), NO_GRADIENT),
+    # A weight_norm is computed at each access, by code of the layer's own.
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(K, N)), {}, LoRABranchLinear),
+    "float8 of one scale": (lambda: fp8(scale=torch.ones(())), {}, LoRABranchLinear),
+    "float8 that quantizes its input": (lambda: fp8(act_quant_kwargs="rows"), {}, NO_GRADIENT),
     # torchao's products in 8 bits are known for that.
     "torchao int8": (
-        lambda: torchao(nn.Linear(K, N, dtype=BF16), "Int8DynamicActivationInt8WeightConfig"), NO_GRADIENT,
+        lambda: torchao(nn.Linear(K, N, dtype=BF16), "Int8DynamicActivationInt8WeightConfig"), {}, NO_GRADIENT,
     ),
-    "a convolution": (lambda: nn.Conv1d(1, 1, 1), r"linear must be an nn.Linear or transformers' Conv1D, got Conv1d"),
+    "a convolution": (
+        lambda: nn.Conv1d(1, 1, 1), {}, r"linear must be an nn.Linear or transformers' Conv1D, got Conv1d",
+    ),
+    "no rank": (lambda: nn.Linear(K, N), {"r": 0}, "r must be at least 1, got 0"),
+    "all dropped": (
+        lambda: nn.Linear(K, N), {"lora_dropout": 1.0}, r"lora_dropout must be a finite number in \[0, 1\), got 1.0",
+    ),
+    "another dtype": (
+        lambda: nn.Linear(K, N), FLOAT16, "must be torch.float32 or the weight's torch.float32, got torch.float16",
+    ),
+    "one that 4 bits do not compute in": (
+        four_bits, FLOAT16, f"must be torch.float32 or the weight's {BF16}, got torch.float16",
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "expected"), BASES.values(), ids=BASES)
-def test_which_class_a_base_gets_or_why_none(make, expected):
+@pytest.mark.parametrize(("make", "options", "expected"), BASES.values(), ids=BASES)
+def test_which_class_a_base_gets_or_why_none(make, options, expected):
     if not isinstance(expected, str):
         assert type(lora_over(make())) is expected
         return
     model = nn.ModuleDict({"q_proj": make(), "v_proj": nn.Linear(K, N)})
+    trains = [p.requires_grad for p in model.parameters()]
     with pytest.raises((TypeError, ValueError), match=expected):
-        slk.LoRALinear.from_linear(model["q_proj"])
-    if isinstance(model["q_proj"], nn.Linear):
+        slk.LoRALinear.from_linear(model["q_proj"], **options)
+    assert [p.requires_grad for p in model.parameters()] == trains
+    if isinstance(model["q_proj"], nn.Linear) and not options:
         report = slk.apply_lora(model, lora_config(target_modules="all-linear"))
         assert [m.name for m in report.replaced] == ["v_proj"] and reasons(report)["q_proj"].startswith(expected)
 

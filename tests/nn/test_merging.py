@@ -33,6 +33,7 @@ def lora_model(tied: bool = False, **kwargs) -> Model:
     return model
 
 
+@pytest.mark.covering(1)
 # The larger one is merged in several parts.
 @pytest.mark.parametrize(("dtype", "k", "n"), [*((dtype, 24, 20) for dtype in DTYPES), (torch.bfloat16, 2100, 2050)])
 @pytest.mark.parametrize("transposed", [False, True])

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint  # noqa: F401 (in sources)
 
 from tests.helpers.architectures import transformers
-from tests.helpers.gated_mlps import INNER, MLP, WIDTH, Stacked, adapted, assert_same, rows, step
+from tests.helpers.gated_mlps import INNER, MLP, WIDTH, adapted, assert_same, rows, step
 
 silu, gelu = F.silu, F.gelu
 Config = types.SimpleNamespace
@@ -73,8 +73,8 @@ def in_place(y, x):
     return y
 
 
-def forward_of(source):
-    """The forward of ``source``'s lines, at first a decorator or the arguments. g and u are what gate_proj and up_proj give,
+def forward_of(source, module=__name__):
+    """A forward in ``module`` of ``source``'s lines, at first a decorator or the arguments. g is gate_proj's, u up_proj's,
     d calls down_proj.
     """
     lines = [source] if isinstance(source, str) else [*source]
@@ -87,7 +87,7 @@ def forward_of(source):
         if re.search(rf"\b{name}\b", text) and not re.search(rf"(?:^|: ){name} = ", text, re.MULTILINE)
     ]
     body = "\n    ".join([*bound, *lines[:-1], f"return {lines[-1]}"])
-    names: dict = dict(globals())
+    names: dict = globals() | {"__name__": module}
     exec(f"{decorator}\ndef forward({takes}):\n    " + re.sub(r"(?<![\w.])d\(", "self.down_proj(", body), names)
     return names["forward"]
 
@@ -229,34 +229,33 @@ def test_forwards_bound_to_the_instance():
         assert verdict(*adapted(module)) == "its forward was replaced (as accelerate's hooks do)"
 
 
-# As in liger-kernel 0.5 to 0.8: the class, and a function of the module that holds activation and product.
-LIGER = """
+# As liger-kernel 0.5 to 0.8 call activation and product.
+
+
+def _swiglu_dispatch(gate, up, gate_multiplier=1.0, down_multiplier=1.0):
+    raise RuntimeError("no GPU")
+
+
 class LigerSiLUMulFunction:
-    def apply(*args): raise RuntimeError("no GPU")
+    apply = staticmethod(_swiglu_dispatch)
+
+
 LigerGELUMulFunction = LigerSiLUMulFunction
-def _swiglu_dispatch(a, b, gate_multiplier=1.0, down_multiplier=1.0): raise RuntimeError("no GPU")
-def old(self, x): return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
-def new(self, x): return self.down_proj(_swiglu_dispatch(self.gate_proj(x), self.up_proj(x)))
-def geglu(self, x): return self.down_proj(LigerGELUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
-def scaled(self, x): return self.down_proj(_swiglu_dispatch(self.gate_proj(x), self.up_proj(x), 2.0, 1.0))
-def phi3(self, x):
-    gate, up_states = self.gate_up_proj(x).chunk(2, dim=-1)
-    return self.down_proj(_swiglu_dispatch(gate, up_states))
-"""
-BY_LIGER = {"old": "silu", "new": "silu", "geglu": "gelu_tanh", "phi3": "silu"}
+BY_LIGER = {
+    "d(LigerSiLUMulFunction.apply(g, u))": "silu",
+    "d(_swiglu_dispatch(g, u))": "silu",
+    "d(LigerGELUMulFunction.apply(g, u))": "gelu_tanh",
+    "d(_swiglu_dispatch(*self.gate_up_proj(x).chunk(2, dim=-1)))": "silu",
+    "d(_swiglu_dispatch(g, u, 2.0, 1.0))": "its forward can't be followed (TypeError)",
+}
 
 
-@pytest.mark.parametrize("name", [*BY_LIGER, "scaled"])
-def test_forwards_like_ligers(name):
-    def of(library):
-        module = types.ModuleType(library)
-        exec(LIGER, module.__dict__)
-        return verdict(*made(getattr(module, name), base=Stacked if name == "phi3" else Unknown))
-
-    refused = "its forward can't be followed"
-    assert of("liger_kernel.transformers.swiglu") == BY_LIGER.get(name, f"{refused} (TypeError)")
+@pytest.mark.parametrize("source", BY_LIGER)
+def test_forwards_like_ligers(source):
+    forward = forward_of(source, module="liger_kernel.transformers.swiglu")
+    assert verdict(*made(forward)) == BY_LIGER[source]
     # Functions of these names elsewhere are run, and raise.
-    assert of("other") == f"{refused} (RuntimeError)"
+    assert verdict(*made(forward_of(source))) == "its forward can't be followed (RuntimeError)"
 
 
 CHANGES = {

@@ -128,6 +128,7 @@ def test_outputs_that_nobody_fetched_are_freed_before_the_next_are_computed(call
     assert alive == [None]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ["cross_attn", "EncDecAttention", "encoder_attn"])
 @each_library
 def test_cross_attention_shares_between_keys_and_values_only(library, name, calls):
@@ -157,6 +158,7 @@ def test_layers_of_different_inputs_are_not_siblings():
     assert report.notes[-1] == "fuse_projections found no layers that share an input"
 
 
+@pytest.mark.covering(1)
 @each_library
 def test_siblings_of_two_dropouts_keep_their_own(library, backend, calls):
     found = []
@@ -176,6 +178,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @each_library
 def test_an_input_or_a_mode_that_changed_between_two_calls_is_another(library, change):

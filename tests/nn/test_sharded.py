@@ -21,11 +21,10 @@ from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn.sharded import LoRAShardedLinear
 from stablelora_kernels.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
 from tests.helpers.processes import needs_gloo, spawn
-from tests.helpers.small_models import reasons
 
 pytestmark = needs_gloo
 WIDTH, HIDDEN, STEPS, ROWS, LENGTH = 12, 20, 6, 4, 6
-NAMES = ["up", "down"]
+NAMES, ALL = ["up", "down"], slice(None)
 
 
 class Block(nn.Module):
@@ -37,13 +36,6 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
-def close(case: str, got: dict[str, Any], alone: dict[str, Any]) -> None:
-    """Equal to one process; sums are in another order."""
-    assert got.keys() == alone.keys() and got["latches"] == alone["latches"], case
-    for key in alone.keys() - {"latches"}:
-        near(f"{case}: {key}", got[key], alone[key])
-
-
 def near(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
     atol = 1e-5 * expected.abs().max().item()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=atol, msg=lambda text: f"{name}: {text}")
@@ -53,20 +45,23 @@ def whole(t: torch.Tensor) -> torch.Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
 
-def plan(sequence: bool = False) -> dict[str, Any]:
-    if not sequence:
-        return {"up": LoRAColwiseParallel(), "down": LoRARowwiseParallel()}
-    # Sequence parallelism: between the layers each process has some of the tokens.
-    return {"up": LoRAColwiseParallel(input_layouts=Shard(1)), "down": LoRARowwiseParallel(output_layouts=Shard(1))}
+PLAN = {"up": LoRAColwiseParallel(), "down": LoRARowwiseParallel()}
+WITHOUT_LORA = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+# Sequence parallelism: between the layers each process has some of the tokens.
+SEQUENCE = {"up": LoRAColwiseParallel(input_layouts=Shard(1)), "down": LoRARowwiseParallel(output_layouts=Shard(1))}
 
 
-def cut_in_two(model: nn.Module, styles: dict[str, Any] | None = None) -> None:
+def cut_in_two(model: nn.Module, plan: dict[str, Any] = PLAN) -> None:
     for block in model.children():
-        parallelize_module(block, init_device_mesh("cpu", (2,)), styles or plan())
+        parallelize_module(block, init_device_mesh("cpu", (2,)), plan)
 
 
 def cut_without_lora(model: nn.Module) -> None:
-    cut_in_two(model, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    cut_in_two(model, WITHOUT_LORA)
+
+
+def cut_tokens(model: nn.Module) -> None:
+    cut_in_two(model, SEQUENCE)
 
 
 Cut = Callable[[nn.Module], None]
@@ -91,28 +86,31 @@ def lora_model(
                 p.copy_(distribute_tensor(value, p.device_mesh, p.placements) if before is not None else value)
     if after is not None:
         after(model)
-    is_cut = before is not None or after is cut_in_two
+    is_cut = before is not None or after in (cut_in_two, cut_tokens)
     assert all(type(layer) is LoRAShardedLinear for layer in lora_layers(model).values()) or not is_cut
     return model
 
 
-def train(model: nn.Module, backend: str, parts: int = 1, part: int = 0) -> dict[str, Any]:
-    """Outputs, gradients and adapters of a model that sees one of ``parts`` of each batch."""
+def part_of(whole: int, parts: int, part: int) -> slice:
+    return slice(part * whole // parts, (part + 1) * whole // parts)
+
+
+def train(model: nn.Module, backend: str, rows: slice = ALL, tokens: slice = ALL, parts: int = 1) -> dict[str, Any]:
+    """Outputs, gradients and adapters of a model that sees ``rows`` and ``tokens`` of each batch, or one of ``parts``."""
     # Sums are in another order on several processes: with PyTorch's eps AdamW would make up to a whole step of that where a
     # gradient is next to nothing, and steps much longer than these make the model amplify it.
     optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.01, eps=1e-2, shrink_ratio=0.1, seed=7)
     generator = torch.Generator().manual_seed(1)
-    rows = slice(part * ROWS // parts, (part + 1) * ROWS // parts)
     found: dict[str, Any] = {}
     with slk.use_backend(backend):
         for step in range(STEPS):
-            x, grad = (torch.randn(ROWS, LENGTH, WIDTH, generator=generator) for _ in range(2))
-            x = x[rows].requires_grad_()
+            x, grad = (torch.randn(ROWS, LENGTH, WIDTH, generator=generator)[rows, tokens] for _ in range(2))
+            x.requires_grad_()
             y = model(x)
             # A mean over processes, as FSDP2 takes it.
-            (y * grad[rows]).sum().mul(parts).backward()
+            (y * grad).sum().mul(parts).backward()
             if not step:
-                found |= {"y": y.detach().clone()} | ({"dx": x.grad} if parts == 1 else {})
+                found |= {"y": y.detach().clone(), "dx": x.grad / parts}
                 found |= {f"d{name}": whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
             optimizer.step()
             optimizer.zero_grad()
@@ -121,20 +119,27 @@ def train(model: nn.Module, backend: str, parts: int = 1, part: int = 0) -> dict
     return found
 
 
+def trains_as_alone(
+    case: str, backend: str, options: dict[str, Any], rows: slice = ALL, tokens: slice = ALL, parts: int = 1
+) -> None:
+    """Equal to one process; sums are in another order."""
+    alone = train(lora_model(**{name: options[name] for name in ("r", "bias") if name in options}), backend)
+    assert any(alone["latches"]) or "rank" in case
+    alone |= {name: alone[name][rows, tokens] for name in ("y", "dx")}
+    got = train(lora_model(**options), backend, rows, tokens, parts)
+    assert got.keys() == alone.keys() and got["latches"] == alone["latches"], case
+    for key in alone.keys() - {"latches"}:
+        near(f"{case}: {key}", got[key], alone[key])
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cut first, torch": ("torch", {"before": cut_without_lora}),
     "cut first, triton": ("triton", {"before": cut_without_lora}),
     "cut first, no bias, rank 20": ("triton", {"before": cut_without_lora, "r": 20, "bias": False}),
     "LoRA first, torch": ("torch", {"after": cut_in_two}),
     "LoRA first, triton": ("triton", {"after": cut_in_two}),
+    "LoRA first, cut tokens": ("torch", {"after": cut_tokens}),
 }
-
-
-def trains_as_alone(case: str) -> None:
-    backend, options = CASES[case]
-    alone = train(lora_model(**{name: options[name] for name in ("r", "bias") if name in options}), backend)
-    assert any(alone["latches"]) or "rank" in case
-    close(case, train(lora_model(**options), backend), alone)
 
 
 def of_all(value: Any) -> list[Any]:
@@ -142,24 +147,6 @@ def of_all(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def sequence_parallel(rank: int) -> None:
-    """One block on this process's tokens."""
-    block, plain = lora_model()[0], lora_model()[0]
-    x = torch.randn(ROWS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(3))
-    mine = slice(rank * LENGTH // 2, (rank + 1) * LENGTH // 2)
-    parallelize_module(block, init_device_mesh("cpu", (2,)), plan(sequence=True))
-    results = []
-    for module, given in ((block, x[:, mine].clone().requires_grad_()), (plain, x.clone().requires_grad_())):
-        y = module(given)
-        y.square().sum().backward()
-        grads = {name: whole(p.grad) for name, p in module.named_parameters() if p.grad is not None}
-        results.append({"y": y.detach(), "dx": given.grad} | grads)
-    found, expected = results
-    expected |= {name: expected[name][:, mine] for name in ("y", "dx")}
-    for name, value in expected.items():
-        near(f"sequence: {name}", found[name], value)
 
 
 def masks(rank: int, backend: str) -> None:
@@ -257,9 +244,8 @@ def any_placement(placement: Any, given: Any) -> None:
 
 def two(rank: int, world: int, place: Path) -> None:
     save_and_load(rank, place)
-    for case in CASES:
-        trains_as_alone(case)
-    sequence_parallel(rank)
+    for case, (backend, options) in CASES.items():
+        trains_as_alone(case, backend, options, tokens=part_of(LENGTH, 2, rank) if "tokens" in case else ALL)
     for backend in ("torch", "triton"):
         masks(rank, backend)
     merging(rank)
@@ -272,7 +258,7 @@ def four(rank: int, world: int, place: Path) -> None:
 
     def cut(model: nn.Module) -> None:
         for block in model.children():
-            parallelize_module(block, both["tensor"], plan())
+            parallelize_module(block, both["tensor"], PLAN)
             fully_shard(block, mesh=both["data"])
         fully_shard(model, mesh=both["data"])
 
@@ -283,10 +269,8 @@ def four(rank: int, world: int, place: Path) -> None:
 
     # With copies of shards, every process has its own part of the batch.
     for after, parts, part in ((cut, 2, both.get_local_rank("data")), (copies_of_shards, 4, rank)):
-        alone = train(lora_model(), "torch")
-        alone["y"] = alone["y"][part * ROWS // parts : (part + 1) * ROWS // parts]
-        del alone["dx"]
-        close(after.__name__, train(lora_model(after=after), "torch", parts, part), alone)
+        rows = part_of(ROWS, parts, part)
+        trains_as_alone(after.__name__, "torch", {"after": after}, rows, parts=parts)
 
 
 @pytest.mark.parametrize("target", [two, pytest.param(four, marks=pytest.mark.nightly)])
@@ -304,7 +288,7 @@ def test_other_modules_and_hooks(mesh: DeviceMesh) -> None:
     up, seen = model[0].up, []
     up.register_forward_hook(lambda module, args, output: seen.append(type(output).__name__))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    parallelize_module(model[0], mesh, plan())
+    parallelize_module(model[0], mesh, PLAN)
     assert model[0].up is up and type(up) is LoRAShardedLinear
     assert up.lora_A.placements == (Replicate(),) and up.lora_B.placements == (Shard(0),)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
@@ -330,13 +314,3 @@ def test_start_and_errors(mesh):
     two = init_device_mesh("cpu", (1, 1))
     with pytest.raises(ValueError, match=r"linear's weight must be replicated or cut .* on 2 dimensions"):
         slk.LoRALinear.from_linear(cut(two, Shard(0), Replicate()))
-
-
-def test_after_fully_shard_it_is_refused(mesh):
-    model = nn.Sequential(Block(), Block())
-    fully_shard(model[0], mesh=mesh)
-    report = slk.apply_lora(model, slk.LoRAConfig(target_modules=NAMES))
-    assert [m.name for m in report.replaced] == ["1.up", "1.down"]
-    assert reasons(report) == dict.fromkeys(
-        ("0.up", "0.down"), "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it"
-    )
