@@ -110,7 +110,7 @@ def mlp_backward_launches(
     plain = _Plain(grad, projections, slots=1)
     g, u = g.contiguous(), u.contiguous()
     dg, du = (scratch(g, *g.shape), scratch(u, *u.shape)) if need_h else (None, g)
-    first, down = plain.of(projections[2]) if need_h else ([], projections[2]._replace(weight=None))
+    first, down = plain.of(projections[2])
     p = backward_product(g, grad, down, s_down, seeds[2], dropout_p, (dg, das[2], dbs[2]))
     p = p._replace(call=p.call._replace(gated=True), activation=activation, gate=jobs.Gate(g, u, du))
     launches = [*first, *product_launches(device, p, rules.choose(device, p.call))]
