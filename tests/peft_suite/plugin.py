@@ -61,7 +61,7 @@ def _counted(name: str, op: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
         result = op(*args, **kwargs)
         if result is not None:
-            _counts[f"calls of {name.removesuffix('_where')}"] += 1
+            _counts[f"calls of {name.removesuffix('_if')}"] += 1
         return result
 
     return call
