@@ -52,6 +52,15 @@ def test_forms(device):
     assert choose_form(device, call(dtype=FP32), described=True) == "pointers"
 
 
+@on_every_gpu
+def test_weights_whose_rows_are_not_aligned_are_dequantized(device):
+    """In the loop they would be loaded byte by byte, with a scale an element, for which no GPU has the shared memory."""
+    for bits, direction in itertools.product((4, 8), ("forward", "backward")):
+        few = call(direction, m=8, n=96, k=70, r=8)
+        chosen = [rules.choose_quantized(device, few, bits, aligned).kernel for aligned in (True, False)]
+        assert chosen == ["in_loop", "dequantize"]
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_65_to_400_rows_fill_the_gpu(arch, direction):
