@@ -34,7 +34,7 @@ def test_the_committed_page_is_of_the_committed_results(tmp_path, monkeypatch, c
 def test_the_host_time_page_has_the_stored_figures():
     """The table, and each figure of the text as a median over PEFT's or AdamW's."""
     text = (page.PAGE.parents[1] / "internals" / "host-time.md").read_text(encoding="utf-8")
-    rows = read_records(page.RESULTS / "epyc-avx2-2core" / "suite_host.csv")
+    rows = read_records(page.RESULTS / "xeon-amx-2core" / "suite_host.csv")
     rows = rows[(rows["metric"] == "over_rival") & (rows["role"] == "ours")]
     assert page.host_table(rows) in text
     medians = rows.set_index("case")["median"]
