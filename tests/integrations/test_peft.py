@@ -102,6 +102,12 @@ def story(model, run, place):
         for layer in layers:
             scale(layer)
         yield run(model), True
+    scalings = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update(dict.fromkeys(layer.scaling, 0))
+    yield run(model), True
+    for layer, before in zip(layers, scalings, strict=True):
+        layer.scaling.update(before)
     # PEFT cannot merge biases safely into 4 bits.
     is_safe = not model.peft_config["default"].lora_bias
     for unloaded in (copy.deepcopy(model).unload(), model.merge_and_unload(safe_merge=is_safe)):

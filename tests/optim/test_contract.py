@@ -86,10 +86,10 @@ def test_found_inf_changes_nothing(backend, row, found_inf):
     assert all_equal(snapshot(optimizer), snapshot(twin))
 
 
-def test_a_step_on_triton_is_one_launch(row):
+def test_a_step_on_triton_is_one_launch(option):
     """Two if it clips, or if the parameters' norms have to be measured."""
     step, sums = {"_stable_adamw_kernel": 1}, {"_square_sums_kernel": 1}
-    optimizer, found = row.optimizer(), []
+    optimizer, found = option.optimizer(), []
     with use_backend("triton"):
         for seed in range(3):
             if seed == 2:
@@ -97,7 +97,7 @@ def test_a_step_on_triton_is_one_launch(row):
             with count_launches() as made:
                 take_step(seed, optimizer)
             found.append(dict(made))
-    clipped = row.options.get("max_grad_norm") is not None
+    clipped = option.options.get("max_grad_norm") is not None
     assert found == [step | sums, step | sums if clipped else step, step | sums]
 
 
