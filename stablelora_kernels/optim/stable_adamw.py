@@ -22,6 +22,7 @@ from stablelora_kernels.optim.options import Member, PairIndices, Parts
 from stablelora_kernels.optim.snapshot import Gradients, Snapshot, layout_of
 from stablelora_kernels.optim.stability import PairStability, finite_norms
 from stablelora_kernels.optim.torch_step import TorchStep
+from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.dtensor import is_sharded, local
 from stablelora_kernels.utils.model_watch import same_objects
@@ -422,7 +423,4 @@ def _engine_class(device: torch.device, members: Sequence[Member]) -> Any:
         if get_backend() == "triton":
             raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
         return TorchStep
-    # Triton is optional, so nothing imports its engine before it is used.
-    from stablelora_kernels.optim.triton_step import TritonStep
-
     return TritonStep

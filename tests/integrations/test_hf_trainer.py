@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,9 @@ def test_from_args_is_the_trainers_adamw(tmp_path, recwarn):
 
 def test_from_args_lets_keywords_win_and_the_factory_warns_without(tmp_path):
     factory, kwargs = by_args(tmp_path, lr=1.0, shrink_ratio=0.1)
-    (group, rest) = factory()(llama("peft"), **kwargs).param_groups
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        (group, rest) = factory()(llama("peft"), **kwargs).param_groups
     assert (group["lr"], group["eps"], group["shrink_ratio"], len(rest["params"])) == (1.0, 1e-3, 0.1, 0)
     with pytest.warns(UserWarning, match="the optimizer's defaults: .*from_args"):
         factory()(llama("peft"), lr=1.0)

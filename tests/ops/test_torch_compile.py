@@ -41,7 +41,7 @@ def results(call, module, x, training):
     x = x.clone().requires_grad_(x.is_floating_point())
     y = call(x)
     wanted = [t for t in (x, *module.parameters()) if t.requires_grad]
-    return [y, *torch.autograd.grad(y.float().square().mean(), wanted)]
+    return [y, *torch.autograd.grad(y.float().square().sum(), wanted)]
 
 
 def assert_close(found, expected, tolerance=1e-4):

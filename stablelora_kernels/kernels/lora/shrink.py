@@ -20,20 +20,8 @@ def _lora_shrink_kernel(x, s, db, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold
 
 @triton.jit
 def s_program(
-    program,
-    programs,
-    x,
-    s,
-    db,
-    chain,
-    M,
-    S_SPLITS,
-    DB_PROGRAMS,
-    DB_SPLITS,
-    threshold,
-    S: tl.constexpr,
-    DB: tl.constexpr,
-):
+    program, programs, x, s, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr
+):  # fmt: skip
     """The ``program``-th of ``programs`` for S and dB.
 
     The DB_PROGRAMS programs of dB are spread evenly among those of S: both walk down the rows of X at one pace, so the second to
