@@ -164,32 +164,35 @@ def fits(x: Tensor, lora_A: Tensor, lora_B: Tensor, features: int | None = None)
     return lora_A.dtype in (torch.float32, x.dtype) or autocast_dtype(x.device.type) is not None
 
 
+def _calls(base: Any, weight: str = "") -> str:
+    return f"calls its base layer, a {type(base).__name__}{weight}, for its product"
+
+
 def base_operand(base: Any, x: Tensor | None) -> Base | str:
     """The base layer's operands, or why its product cannot be in one op with a branch.
 
     For an input like ``x``; without one, for any that the layer may get once its parameters are on their devices.
     """
-    calls = f"calls its base layer, a {type(base).__name__}, for its product"
     if type(base) not in READABLE or is_hooked(base):
-        return calls
+        return _calls(base)
     weight, bias = weight_and_bias(base)
     # Quantized and sharded weights have other types. During a forward, FSDP replaces parameters by plain tensors.
     if is_quantized(weight):
-        return _quantized_operand(base, weight, bias, x) or calls
+        return _quantized_operand(base, weight, bias, x) or _calls(base)
     if x is None and is_sharded(weight):
         return Base(weight, bias, weight.dtype)
     if type(base) is not nn.Linear or not _is_plain(weight, bias):
-        return f"calls its base layer, a {type(base).__name__} with a {type(weight).__name__}, for its product"
+        return _calls(base, f" with a {type(weight).__name__}")
     other = weight if bias is None else bias
     if x is None:
         return Base(weight, bias, weight.dtype)
     if weight.device != x.device or other.device != x.device:
-        return calls
+        return _calls(base)
     if weight.dtype == other.dtype == x.dtype:
         return Base(weight, bias, x.dtype)
     if x.dtype != torch.float64 and autocast_dtype(x.device.type) is not None:
         return Base(weight, bias, weight.dtype)
-    return calls
+    return _calls(base)
 
 
 def _quantized_operand(base: Any, weight: Any, bias: Tensor | None, x: Tensor | None) -> Base | str | None:
