@@ -11,12 +11,20 @@ from types import ModuleType
 
 from stablelora_kernels._version import __version__
 from stablelora_kernels.cli import bench, doctor, inspect, merge
-from stablelora_kernels.cli.output import CommandError, Paragraphs
+from stablelora_kernels.cli.common import CommandError, Report
 from stablelora_kernels.dispatch.settings import check_environment
 
 PROGRAM = "stablelora-kernels"
-# Each has HELP, DESCRIPTION, add_arguments(parser) and run(args) -> exit status.
+# Each has HELP, a docstring that describes it, add_arguments(parser) and run(args, report) -> exit status.
 COMMANDS: dict[str, ModuleType] = {"doctor": doctor, "inspect": inspect, "merge": merge, "bench": bench}
+
+
+class Paragraphs(argparse.HelpFormatter):
+    """A help formatter that wraps each paragraph of a description to the terminal's width."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(super(Paragraphs, self)._fill_text(part, width, indent) for part in paragraphs)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,12 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, module in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=module.DESCRIPTION,
-            formatter_class=Paragraphs,
-        )
+        command = commands.add_parser(name, help=module.HELP, description=module.__doc__, formatter_class=Paragraphs)
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser
@@ -57,18 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # --help, --version or a usage error, which argparse has told.
         return int(exit_.code or 0)
     try:
-        status: int = COMMANDS[args.command].run(args)
+        report = Report(args.json)
+        status: int = COMMANDS[args.command].run(args, report)
+        report.finish()
         sys.stdout.flush()
         return status
-    except CommandError as error:
+    except (CommandError, PermissionError) as error:
         print(f"{PROGRAM} {args.command}: error: {error}", file=sys.stderr)
-        return error.status
+        return getattr(error, "status", 2)
     except KeyboardInterrupt:
         print(f"{PROGRAM} {args.command}: interrupted", file=sys.stderr)
         return 130
-    except PermissionError as error:
-        print(f"{PROGRAM} {args.command}: error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # Whoever read this has enough, as "| head" has. Python would complain again as it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

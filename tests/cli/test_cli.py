@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import stablelora_kernels as slk
-from stablelora_kernels.cli import COMMANDS, doctor, main, selftest
+from stablelora_kernels.cli import COMMANDS, doctor, main
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import check_environment
 
@@ -48,7 +48,7 @@ def test_a_process_with_a_wrong_variable_and_a_reader_that_leaves():
         "from stablelora_kernels import cli\n"
         "assert cli.main(['doctor']) == 2\n"
         "del os.environ['STABLELORA_BACKEND']\n"
-        "cli.COMMANDS['doctor'].run = lambda args: print('x' * 10_000_000) or 0\n"
+        "cli.COMMANDS['doctor'].run = lambda args, report: print('x' * 10_000_000) or 0\n"
         "sys.exit(cli.main(['doctor']))"
     )
     process = subprocess.Popen(
@@ -102,7 +102,7 @@ def test_doctor_interprets_in_a_process_of_its_own(capsys):
         assert main(["doctor", "--device", "cpu", "--interpret"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and all(f"Self-test of {place}" in out for place in ON.values())
-    assert f"All {2 * len(selftest.checks())} checks passed." in out
+    assert f"All {2 * len(doctor.checks())} checks passed." in out
 
 
 def test_an_interpreter_that_cannot_start_fails_the_self_test(capsys, monkeypatch):
@@ -153,7 +153,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(("name", "fault", "on", "families", "problem"), FAULTS.values(), ids=FAULTS)
 def test_planted_faults_fail_the_self_test(capsys, monkeypatch, name, fault, on, families, problem):
-    monkeypatch.setattr(selftest, name, fault(getattr(selftest, name)))
+    monkeypatch.setattr(doctor, name, fault(getattr(doctor, name)))
     with slk.use_backend(on):
         report = doctor_json(capsys, status=1)
     failed = [check for check in report["self_tests"][0]["checks"] if not check["passed"]]
@@ -162,7 +162,7 @@ def test_planted_faults_fail_the_self_test(capsys, monkeypatch, name, fault, on,
 
 
 def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeypatch):
-    monkeypatch.setattr(selftest, "lora_branch", raising(None))
+    monkeypatch.setattr(doctor, "lora_branch", raising(None))
     monkeypatch.setattr(doctor, "version_of", lambda package: None if package == "peft" else "1.0")
     # Read before, so that no other test runs with "split".
     check_environment()
@@ -170,7 +170,7 @@ def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeyp
     with slk.use_backend("torch"):
         assert main(["doctor", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
-    assert "FAILED lora_branch, bf16: " in out and f"1 of {len(selftest.checks())} checks FAILED." in out
+    assert "FAILED lora_branch, bf16: " in out and f"1 of {len(doctor.checks())} checks FAILED." in out
     assert "  STABLELORA_KERNEL=split\n" in out and "  peft             missing  accelerate_peft\n" in out
 
 
