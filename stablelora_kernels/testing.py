@@ -176,7 +176,8 @@ def keep_of(y: Tensor, x: Tensor, p: float) -> Tensor:
     """The dropout mask of ``y``: saved for backward on the PyTorch path, drawn by the reference from the saved seed on Triton."""
     if (mask := kept_for_backward(y, torch.bool)) is not None:
         return mask.view(x.shape)
-    return dropout_keep_ref(*x.shape, p, int(seed_of(y))).to(x.device)
+    rows, columns = x.shape
+    return dropout_keep_ref(rows, columns, p, int(seed_of(y))).to(x.device)
 
 
 def error_and_bound(

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from stablelora_kernels._version import __version__
 from stablelora_kernels.cli import bench, doctor, inspect, merge
-from stablelora_kernels.cli.common import CommandError, Report
+from stablelora_kernels.cli.common import CommandError, Report, failing
 from stablelora_kernels.dispatch.settings import check_environment
 
 PROGRAM = "stablelora-kernels"
@@ -49,27 +49,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A question mark in place of what the terminal does not know, such as ‖, and of lone surrogates in file names.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    running = PROGRAM
     try:
-        check_environment()
-    except ValueError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
-    try:
+        with failing(ValueError):
+            check_environment()
         args = _parser().parse_args(argv)
-    except SystemExit as exit_:
-        # --help, --version or a usage error, which argparse has told.
-        return int(exit_.code or 0)
-    try:
-        report = Report(args.json)
+        running, report = f"{PROGRAM} {args.command}", Report(args.json)
         status: int = COMMANDS[args.command].run(args, report)
         report.finish()
         sys.stdout.flush()
         return status
+    except SystemExit as exit_:
+        # --help, --version or a usage error, which argparse has told.
+        return int(exit_.code or 0)
     except (CommandError, PermissionError) as error:
-        print(f"{PROGRAM} {args.command}: error: {error}", file=sys.stderr)
+        print(f"{running}: error: {error}", file=sys.stderr)
         return getattr(error, "status", 2)
     except KeyboardInterrupt:
-        print(f"{PROGRAM} {args.command}: interrupted", file=sys.stderr)
+        print(f"{running}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read this has enough, as "| head" has. Python would complain again as it closes stdout.

@@ -70,11 +70,18 @@ def run(args: argparse.Namespace, report: Report) -> int:
     if not gpu and (m["load_average"] or 0) > m["cores"]:
         report.text("The machine is BUSY with more than its cores can do: times are longer than on an idle machine.")
     shape = f"{args.M} x {args.K} -> {args.N}, r {args.r}, {args.dtype}, dropout {args.dropout:g}, backend {name}"
-    report.text("", f"Layer, forward and backward, ms: {shape}")
-    report.table(*_table(layer, "/ frozen"))
     pairs = f"{args.pairs} float32 pairs of A [{args.r}, {args.K}], B [{args.N}, {args.r}]"
-    report.text("", f"Optimizer step, ms: {pairs}")
-    report.table(*_table(step, "/ AdamW"))
+    keys = ("median", "q1", "q3")
+    for title, arms, over in (
+        (f"Layer, forward and backward, ms: {shape}", layer, "/ frozen"),
+        (f"Optimizer step, ms: {pairs}", step, "/ AdamW"),
+    ):
+        rows = [
+            [name, *(f"{arm['ms'][key]:.3f}" for key in keys), *(f"{arm['over_base'][key]:.2f}" for key in keys)]
+            for name, arm in arms.items()
+        ]
+        report.text("", title)
+        report.table(("", *keys, over, "q1", "q3"), rows)
     report.text("", verdict("The layer", layer[FUSED_LAYER]["over_eager"], "eager LoRA"))
     for arm in (SHRINKING, LATCHED):
         report.text(verdict(f"The step with pairs {arm.rpartition(' ')[2]}", step[arm]["over_base"], "fused AdamW"))
@@ -125,16 +132,6 @@ def summarize_arms(samples: Mapping[str, Sequence[float]], base: str) -> dict[st
     if EAGER in samples:
         summaries[FUSED_LAYER]["over_eager"] = over(FUSED_LAYER, EAGER)
     return summaries
-
-
-def _table(arms: Mapping[str, Mapping[str, Summary]], over: str) -> tuple[Sequence[str], list[list[str]]]:
-    """The titles and the rows of the arms' table."""
-    keys = ("median", "q1", "q3")
-    rows = [
-        [name, *(f"{arm['ms'][key]:.3f}" for key in keys), *(f"{arm['over_base'][key]:.2f}" for key in keys)]
-        for name, arm in arms.items()
-    ]
-    return ("", *keys, over, "q1", "q3"), rows
 
 
 def verdict(subject: str, ratio: Summary, other: str) -> str:

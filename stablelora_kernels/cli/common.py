@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +49,10 @@ def positive(text: str) -> int:
 
 def dropout(text: str) -> float:
     """Parse a probability in [0, 1)."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be a number in [0, 1), got {text!r}")
-    return value
+    with suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number in [0, 1), got {text!r}")
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
@@ -136,17 +132,10 @@ class Report:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
+        """Print the object, with the names of infinity and NaN, which JSON does not have."""
         if self.as_json:
-            print(json.dumps(_finite(self.data), indent=1, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with names for infinity and NaN, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            finite = json.loads(json.dumps(self.data), parse_constant=lambda name: str(float(name)))
+            print(json.dumps(finite, indent=1, allow_nan=False))
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,6 @@ Exit status: 0 all tests passed; 1 a test failed, or the chosen backend can't ru
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -57,7 +56,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
 SCALING = 1.7
 # Exact in 16 bits: the PyTorch path on a CPU draws 16 bits per element and would round another probability.
 DROPOUT = 0.125
-Result, Tensors = dict[str, Any], dict[str, Tensor]
+Result = dict[str, Any]
+Tensors = dict[str, Tensor]
 # An error, its bound and the name of the result that has them.
 Measured = tuple[float, float, str]
 Check = Callable[[torch.device], Measured]
@@ -101,7 +101,7 @@ def _report_findings(device: torch.device, report: Report) -> str | None:
         name, reason = backend.explain_backend(device)
     except RuntimeError as error:
         reason = str(error)
-    environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    environment = {variable: os.environ[variable] for variable in VARIABLES if variable in os.environ}
     versions, optional = _versions(), {package: version_of(package) for package in OPTIONAL}
     chosen = {"device": str(device), "set": get_backend(), "name": name, "reason": reason}
     report.data = {"version": __version__, "backend": chosen, "environment": environment}
@@ -164,20 +164,16 @@ def _self_tests(device: torch.device, name: str | None, interpret: bool) -> Iter
 def _interpreted() -> Iterator[Result]:
     """The results of a process with Triton's interpreter on, since Triton reads TRITON_INTERPRET when it is imported."""
     command = [sys.executable, "-c", f"from {__name__} import print_checks; print_checks()"]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
-        assert process.stdout is not None
+    options: dict[str, Any] = {"env": os.environ | {"TRITON_INTERPRET": "1"}, "stdout": subprocess.PIPE, "text": True}
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **options) as process:
         try:
-            yield from map(json.loads, process.stdout)
+            yield from map(json.loads, process.stdout or ())
             if process.wait():
                 errors.seek(0)
                 last = (errors.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
-                yield _result("the interpreter's process", "", (None, None, ""), [], 0.0, f"it ended early: {last}")
+                yield _result("the interpreter's process", "", f"it ended early: {last}")
         finally:
             process.kill()
-            process.wait()
 
 
 def print_checks() -> None:
@@ -213,7 +209,7 @@ def run_checks(device: torch.device) -> Iterator[Result]:
     if on_triton := backend.resolve_backend(device) == "triton":
         from stablelora_kernels.launch.base import launch_counts as counts
     for family, case, check in checks():
-        begun, before, measured, problem = time.perf_counter(), counts.copy(), (None, None, ""), None
+        begun, before, figures, problem = time.perf_counter(), counts.copy(), {}, None
         try:
             # The same masks at each run. The caller's generators keep their states.
             with (
@@ -222,7 +218,8 @@ def run_checks(device: torch.device) -> Iterator[Result]:
                 torch.random.fork_rng([device] if device.type == "cuda" else []),
             ):
                 torch.manual_seed(0)
-                measured = error, bound, of = check(device)
+                error, bound, of = check(device)
+            figures = {"error": error, "bound": bound, "of": of}
             if not error <= bound:
                 problem = f"{of} is off by {error:.3g}, allowed {bound:.3g}"
         except Exception as raised:  # doctor reports any failure.
@@ -231,16 +228,14 @@ def run_checks(device: torch.device) -> Iterator[Result]:
         kernels = sorted(name.removeprefix("_").removesuffix("_kernel") for name in counts - before if name != "vendor")
         if on_triton and not kernels and problem is None:
             problem = "no Triton kernel was launched"
-        yield _result(family, case, measured, kernels, round(time.perf_counter() - begun, 3), problem)
+        seconds = round(time.perf_counter() - begun, 3)
+        yield _result(family, case, problem, **figures, kernels=kernels, seconds=seconds)
 
 
-def _result(
-    family: str, case: str, measured: Measured | tuple[None, None, str], kernels: list[str], seconds: float, problem: str | None
-) -> Result:  # fmt: skip
-    """A check's result. ``kernels``: the Triton kernels that it launched. ``problem``: why it failed, or None."""
-    figures = dict(zip(("error", "bound", "of"), measured, strict=True))
-    rest = {"kernels": kernels, "seconds": seconds, "problem": problem, "passed": problem is None}
-    return {"family": family, "case": case, **figures, **rest}
+def _result(family: str, case: str, problem: str | None, **found: Any) -> Result:
+    """A check's result, with the Triton ``kernels`` that it launched. ``problem`` says why it failed, or is None."""
+    unknown: Result = {"error": None, "bound": None, "of": "", "kernels": [], "seconds": 0.0}
+    return {"family": family, "case": case, **unknown, **found, "problem": problem, "passed": problem is None}
 
 
 def nearest_to_bound(out: Tensors, ref: Tensors, base: Tensors, dtype: torch.dtype) -> Measured:
@@ -263,8 +258,9 @@ def check_layer(
     """
     inputs: dict[str, Any] = testing.make_inputs((m, k), n, r, dtype=dtype, lora_dtype=FP32, device=device)
     if stored is not None:
-        parts = {name: part.to(device) for name, part in vars(stored).items() if isinstance(part, Tensor)}
-        inputs["weight"] = dataclasses.replace(stored, **parts)
+        parts: dict[str, Any] = vars(stored)
+        parts = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in parts.items()}
+        inputs["weight"] = type(stored)(**parts)
     if branch:
         inputs["base_out"] = torch.nn.functional.linear(inputs["x"], inputs.pop("weight"), inputs.pop("bias"))
     keep = None

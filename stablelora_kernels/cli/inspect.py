@@ -54,22 +54,11 @@ SORTS: dict[str, Callable[[Row], Any]] = {
     "scaling": lambda p: -(p["scaling"] or 0.0),
     "bytes": lambda p: -p["bytes"],
 }
-# The columns of the table of pairs. The first are printed once if all pairs share the value.
-SHARED: dict[str, Callable[[Row], str]] = {
-    "r": lambda p: str(p["r"]),
-    "scaling": lambda p: "?" if p["scaling"] is None else f"{p['scaling']:.4g}",
-    "dtype": lambda p: p["dtype"],
-}
-OWN: dict[str, Callable[[Row], str]] = {
-    "n": lambda p: str(p["in_features"]),
-    "m": lambda p: str(p["out_features"]),
-    "‖A‖": lambda p: f"{p['a_frobenius']:.3g}",
-    "‖B‖": lambda p: f"{p['b_frobenius']:.3g}",
-    "‖A‖/n": lambda p: f"{p['a_norm']:.3g}",
-    "‖B‖/m": lambda p: f"{p['b_norm']:.3g}",
-    "bytes": lambda p: size(p["bytes"]),
-    "": lambda p: {None: "NOT FINITE", True: "stable", False: "unstable"}[p["stable"]],
-}
+# The columns of the table of pairs: their titles and figures. The first three are printed once if all pairs share the value.
+COLUMNS = {
+    "r": "r", "scaling": "scaling", "dtype": "dtype", "n": "in_features", "m": "out_features", "‖A‖": "a_frobenius",
+    "‖B‖": "b_frobenius", "‖A‖/n": "a_norm", "‖B‖/m": "b_norm", "bytes": "bytes", "": "stable",
+}  # fmt: skip
 PLAIN = ("a bias", "saved whole")
 
 
@@ -118,20 +107,23 @@ def run(args: argparse.Namespace, report: Report) -> int:
         about["base model"] = str(config.get("base_model_name_or_path") or "not given")
     if beyond:
         about["beyond plain LoRA"] = "; ".join(beyond)
-    shared = {name: text(pairs[0]) for name, text in SHARED.items() if len({text(pair) for pair in pairs}) == 1}
+    cells = [{title: _cell(figure, pair[figure]) for title, figure in COLUMNS.items()} for pair in pairs]
+    shared = [title for title in ("r", "scaling", "dtype") if len({row[title] for row in cells}) == 1]
     about["pairs"] = (
-        ", ".join([str(len(pairs)), *(f"{name} {text}" for name, text in shared.items())]) if pairs else "none"
+        ", ".join([str(len(pairs)), *(f"{title} {cells[0][title]}" for title in shared)]) if pairs else "none"
     )
     about["stable"] = f"{totals['stable']} of {totals['pairs']} (‖A‖/n ≤ ‖B‖/m, for A [r, n] and B [m, r])"
     report.pairs(about)
     if pairs:
-        columns = {name: text for name, text in (SHARED | OWN).items() if name not in shared}
         # The modules that all names begin with are printed once, which leaves room for the rest.
         levels = zip(*(pair["name"].split(".")[:-1] for pair in pairs), strict=False) if len(pairs) > 1 else ()
         prefix = "".join(f"{level[0]}." for level in takewhile(lambda level: len({*level}) == 1, levels))
-        rows = [[pair["name"][len(prefix) :], *(text(pair) for text in columns.values())] for pair in pairs]
-        report.text("")
+        columns = [title for title in COLUMNS if title not in shared]
+        rows = [
+            [p["name"][len(prefix) :], *(row[title] for title in columns)] for p, row in zip(pairs, cells, strict=True)
+        ]
         titles = (f"{prefix}…" if prefix else "pair", *columns)
+        report.text("")
         report.table(titles, rows, left=(0, len(columns)), limit=args.limit, noun="pairs")
     if others:
         report.text("", "Other tensors")
@@ -194,6 +186,17 @@ def _pair(name: str, a: Figures, b: Figures, scaling: float | None) -> Row:
         "name": name, "r": r, "in_features": n, "out_features": m, "dtype": dtype, "scaling": scaling, "a_frobenius": a.norm,
         "b_frobenius": b.norm, "a_norm": a_norm, "b_norm": b_norm, "stable": stable, "bytes": a.bytes + b.bytes,
     }  # fmt: skip
+
+
+def _cell(figure: str, value: Any) -> str:
+    """A figure of a pair as the table has it."""
+    if figure == "bytes":
+        return size(value)
+    if figure == "stable":
+        return {None: "NOT FINITE", True: "stable", False: "unstable"}[value]
+    if figure == "scaling":
+        return "?" if value is None else f"{value:.4g}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _scaling(name: str, r: int, config: Mapping[str, Any], problems: list[str]) -> float | None:
