@@ -79,12 +79,10 @@ def run(args: argparse.Namespace, report: Report) -> int:
     ]
     with failing(TypeError, ValueError, before=f"{adapter.config_file}: "):
         pairs, others = _sort_tensors(tensors, config, problems)
+    order = SORTS[args.sort]
     # List pairs with NaN first: a NaN key would break the sort.
-    pairs.sort(
-        key=lambda pair: (pair["stable"] is not None, SORTS[args.sort](pair) if pair["stable"] is not None else 0)
-    )
+    pairs.sort(key=lambda pair: (0, 0) if pair["stable"] is None else (1, order(pair)))
     kinds = dict.fromkeys(other["kind"] for other in others if other["kind"] not in PLAIN)
-    beyond = [*beyond_plain_lora(config), *kinds]
     totals = {
         "pairs": len(pairs),
         "stable": sum(pair["stable"] is True for pair in pairs),
@@ -93,25 +91,34 @@ def run(args: argparse.Namespace, report: Report) -> int:
         "bytes": sum(s.bytes for s in tensors.values()),
         "file_bytes": adapter.weights_file.stat().st_size,
     }
-    listed = {"problems": problems, "pairs": pairs[: args.limit], "other_tensors": others[: args.limit]}
-    report.data = {"weights": str(adapter.weights_file), "config": adapter.config, "beyond_plain_lora": beyond}
-    report.data |= {"totals": totals, **listed}
+    report.data = {
+        "weights": str(adapter.weights_file),
+        "config": adapter.config,
+        "beyond_plain_lora": [*beyond_plain_lora(config), *kinds],
+        "totals": totals,
+        "problems": problems,
+        "pairs": pairs[: args.limit],
+        "other_tensors": others[: args.limit],
+    }
+    _print(report, pairs, others, args.limit)
+    return 1 if problems else 0
 
-    report.text(shorten(printable(str(adapter.weights_file)), width()))
+
+def _print(report: Report, pairs: list[Row], others: list[Row], limit: int | None) -> None:
+    totals, config = report.data["totals"], report.data["config"]
+    report.text(shorten(printable(report.data["weights"]), width()))
     counts = f"{counted(totals['tensors'], 'tensor')}, {counted(totals['parameters'], 'parameter')}"
     about = {"file": f"{size(totals['file_bytes'])}, {counts}"}
-    if adapter.config is None:
+    if config is None:
         about["config"] = "none with the file, so scalings are not known"
     else:
         about["config"] = _describe(config)
         about["base model"] = str(config.get("base_model_name_or_path") or "not given")
-    if beyond:
+    if beyond := report.data["beyond_plain_lora"]:
         about["beyond plain LoRA"] = "; ".join(beyond)
     cells = [{title: _cell(figure, pair[figure]) for title, figure in COLUMNS.items()} for pair in pairs]
     shared = [title for title in ("r", "scaling", "dtype") if len({row[title] for row in cells}) == 1]
-    about["pairs"] = (
-        ", ".join([str(len(pairs)), *(f"{title} {cells[0][title]}" for title in shared)]) if pairs else "none"
-    )
+    about["pairs"] = ", ".join([str(len(pairs) or "none"), *(f"{title} {cells[0][title]}" for title in shared)])
     about["stable"] = f"{totals['stable']} of {totals['pairs']} (‖A‖/n ≤ ‖B‖/m, for A [r, n] and B [m, r])"
     report.pairs(about)
     if pairs:
@@ -119,21 +126,18 @@ def run(args: argparse.Namespace, report: Report) -> int:
         levels = zip(*(pair["name"].split(".")[:-1] for pair in pairs), strict=False) if len(pairs) > 1 else ()
         prefix = "".join(f"{level[0]}." for level in takewhile(lambda level: len({*level}) == 1, levels))
         columns = [title for title in COLUMNS if title not in shared]
-        rows = [
-            [p["name"][len(prefix) :], *(row[title] for title in columns)] for p, row in zip(pairs, cells, strict=True)
-        ]
+        names = (pair["name"][len(prefix) :] for pair in pairs)
+        rows = [[name, *(row[title] for title in columns)] for name, row in zip(names, cells, strict=True)]
         titles = (f"{prefix}…" if prefix else "pair", *columns)
         report.text("")
-        report.table(titles, rows, left=(0, len(columns)), limit=args.limit, noun="pairs")
+        report.table(titles, rows, left=(0, len(columns)), limit=limit, noun="pairs")
     if others:
         report.text("", "Other tensors")
         rows = [[o["key"], str(o["shape"]), o["dtype"], size(o["bytes"]), o["kind"]] for o in others]
         titles = ("key", "shape", "dtype", "bytes", "what it is")
-        report.table(titles, rows, left=(0, 4), limit=args.limit, noun="others")
-    if problems:
-        report.text("", "Problems")
-        report.text(*(f"  {problem}" for problem in problems), hang=4)
-    return 1 if problems else 0
+        report.table(titles, rows, left=(0, 4), limit=limit, noun="others")
+    if report.data["problems"]:
+        report.text("", "Problems", *(f"  {problem}" for problem in report.data["problems"]), hang=4)
 
 
 def _figures(tensor: Tensor) -> Figures:

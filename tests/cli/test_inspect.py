@@ -147,12 +147,9 @@ def test_whatever_goes_beyond_plain_lora_is_named(tmp_path, capsys):
     assert found == {key: kind for key, (_, kind) in (beyond | plain).items()}
 
 
-def test_what_is_refused(tmp_path, capsys, monkeypatch):
+def test_without_safetensors(tmp_path, capsys, monkeypatch):
     """What makes every reader refuse a file is tests/model/test_save_load.py."""
     good = write(tmp_path / "good", pair())
-    assert "must be a path or a hub id like 'owner/name', got './no'" in fails(capsys, "inspect", "./no")
-    assert main(["inspect", str(good), "--limit", "0"]) == 2
-    assert "got '0'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     assert "pip install 'stablelora-kernels[adapters]'" in fails(capsys, "inspect", str(good))
 
