@@ -63,11 +63,13 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 def find(argument: str, given: str, patterns: Sequence[str]) -> Path:
     """The path ``given``, or the directory of the hub repository ``given`` with the files that match ``patterns``."""
-    if (path := Path(given)).exists():
-        return path
-    if not extras.is_hub_id(given):
-        raise CommandError(f"{argument} must be a path or a hub id like 'owner/name', got {given!r} (nothing there)")
-    with failing(ImportError, ValueError):
+    with failing(ImportError, OSError, ValueError):
+        if (path := Path(given)).exists():
+            return path
+        if not extras.is_hub_id(given):
+            raise CommandError(
+                f"{argument} must be a path or a hub id like 'owner/name', got {given!r} (nothing there)"
+            )
         return extras.from_hub(argument, given, patterns)
 
 

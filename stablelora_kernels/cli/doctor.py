@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,16 +188,16 @@ def checks() -> list[tuple[str, str, Check]]:
     """Every check by family and case. The sizes make dispatch choose the named kernel on Hopper and Blackwell."""
     nf4, fp8 = testing.nf4_weight(72, 128, 64, nested=True), testing.fp8_weight(72, 128)
     return [
-        ("lora_linear", "few rows, bf16", partial(check_layer, 9, 72, 48, 8)),
-        ("lora_linear", "many rows, bf16", partial(check_layer, 70, 136, 96, 16)),
-        ("lora_linear", "odd sizes, bf16", partial(check_layer, 67, 71, 37, 3)),
-        ("lora_linear", "many rows, fp32", partial(check_layer, 70, 72, 48, 8, dtype=FP32)),
-        ("lora_linear", "dropout, bf16", partial(check_layer, 70, 72, 48, 8, p=DROPOUT)),
+        ("lora_linear", "few rows, bf16", partial(check_layer, 9, 48, [(72, 8)])),
+        ("lora_linear", "many rows, bf16", partial(check_layer, 70, 96, [(136, 16)])),
+        ("lora_linear", "odd sizes, bf16", partial(check_layer, 67, 37, [(71, 3)])),
+        ("lora_linear", "many rows, fp32", partial(check_layer, 70, 48, [(72, 8)], dtype=FP32)),
+        ("lora_linear", "dropout, bf16", partial(check_layer, 70, 48, [(72, 8)], p=DROPOUT)),
         ("dropout's mask", "forward and backward", check_mask),
-        ("lora_linear_group", "3 projections, bf16", check_group),
-        ("lora_linear_quantized", "NF4, nested scales", partial(check_layer, 37, 72, 128, 8, stored=nf4)),
-        ("lora_linear_quantized", "float8", partial(check_layer, 37, 72, 128, 8, stored=fp8)),
-        ("lora_branch", "bf16", partial(check_layer, 70, 72, 48, 8, branch=True)),
+        ("lora_linear_group", "3 projections, bf16", partial(check_layer, 70, 96, [(72, 8), (24, 4), (24, 4)])),
+        ("lora_linear_quantized", "NF4, nested scales", partial(check_layer, 37, 128, [(72, 8)], stored=nf4)),
+        ("lora_linear_quantized", "float8", partial(check_layer, 37, 128, [(72, 8)], stored=fp8)),
+        ("lora_branch", "bf16", partial(check_layer, 70, 48, [(72, 8)], branch=True)),
         ("stable_adamw", "3 steps, fp32", partial(check_step, dtype=FP32)),
         ("stable_adamw", "3 steps, bf16", partial(check_step, dtype=BF16)),
     ]
@@ -249,33 +249,44 @@ def nearest_to_bound(out: Tensors, ref: Tensors, base: Tensors, dtype: torch.dty
 
 
 def check_layer(
-    m: int, n: int, k: int, r: int, device: torch.device, *, p: float = 0.0, dtype: torch.dtype = BF16,
+    m: int, k: int, sizes: Sequence[tuple[int, int]], device: torch.device, *, p: float = 0.0, dtype: torch.dtype = BF16,
     stored: NF4Weight | FP8Weight | None = None, branch: bool = False,
 ) -> Measured:  # fmt: skip
-    """``lora_linear`` forward and backward, with a plain weight or the ``stored`` one in 4 or 8 bits; or ``lora_branch``.
+    """A projection of [m, k] rows to n features with rank r, forward and backward; for several (n, r), a projection group.
 
-    The oracle's stored weight is dequantized in float64, eager's in ``dtype``.
+    ``stored``: its weight in 4 or 8 bits, which the oracle dequantizes in float64, eager in ``dtype``. ``branch``: A and B alone.
     """
-    inputs: dict[str, Any] = testing.make_inputs((m, k), n, r, dtype=dtype, lora_dtype=FP32, device=device)
+    options: dict[str, Any] = {"dtype": dtype, "lora_dtype": FP32, "device": device}
+    parts: list[Any] = [testing.make_inputs((m, k), n, r, seed=i, **options) for i, (n, r) in enumerate(sizes)]
+    parts = [part | {"x": parts[0]["x"]} for part in parts]
+    first, x = parts[0], parts[0]["x"]
     if stored is not None:
-        parts: dict[str, Any] = vars(stored)
-        parts = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in parts.items()}
-        inputs["weight"] = type(stored)(**parts)
+        fields: dict[str, Any] = vars(stored)
+        fields = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in fields.items()}
+        first["weight"] = type(stored)(**fields)
     if branch:
-        inputs["base_out"] = torch.nn.functional.linear(inputs["x"], inputs.pop("weight"), inputs.pop("bias"))
-    keep = None
+        first["base_out"] = torch.nn.functional.linear(x, first.pop("weight"), first.pop("bias"))
+    leaves = {"dBASE": first["base_out"], "dX": x} if branch else {"dX": x}
+    numbers = [str(i) if len(parts) > 1 else "" for i in range(len(parts))]
+    for i, part in zip(numbers, parts, strict=True):
+        leaves |= {f"dA{i}": part["lora_A"], f"dB{i}": part["lora_B"]}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
 
-    def call(given: dict[str, Any]) -> Tensor:
-        nonlocal keep
-        x, a, b = (given[name] for name in ("x", "lora_A", "lora_B"))
-        if branch:
-            return lora_branch(given["base_out"], x, a, b, SCALING)
-        y = lora_linear(x, given["weight"], given["bias"], a, b, SCALING, p)
-        keep = testing.keep_of(y, x, p) if p else None
-        return y
+    weights, biases, a, b = ([part.get(name) for part in parts] for name in ("weight", "bias", "lora_A", "lora_B"))
+    ys: tuple[Tensor, ...]
+    if branch:
+        ys = (lora_branch(first["base_out"], x, a[0], b[0], SCALING),)
+    elif len(parts) == 1:
+        ys = (lora_linear(x, weights[0], biases[0], a[0], b[0], SCALING, p),)
+    else:
+        ys = lora_linear_group(x, weights, biases, a, b, [SCALING] * len(parts))
+    keep = testing.keep_of(ys[0], x, p) if p else None
+    gradients = torch.autograd.grad(ys, list(leaves.values()), [part["grad"] for part in parts])
 
-    out = testing.run(call, inputs)
-    ref, base = (results(inputs, SCALING, keep, p) for results in (testing.oracle, testing.eager))
+    out = {f"Y{i}": y for i, y in zip(numbers, ys, strict=True)} | dict(zip(leaves, gradients, strict=True))
+    expected = ([results(part, SCALING, keep, p) for part in parts] for results in (testing.oracle, testing.eager))
+    ref, base = (each[0] if len(parts) == 1 else testing.group_results(each) for each in expected)
     return nearest_to_bound(out, ref, base, dtype)
 
 
@@ -295,27 +306,6 @@ def check_mask(device: torch.device) -> Measured:
     if abs(kept - (1 - DROPOUT) * m * k) > 5 * (DROPOUT * (1 - DROPOUT) * m * k) ** 0.5:
         raise AssertionError(f"the mask must keep about {1 - DROPOUT:g} of {m * k} elements, got {kept}")
     return int(((y != 0) != keep).sum() + ((dx != 0) != keep).sum()), 0, "elements"
-
-
-def check_group(device: torch.device) -> Measured:
-    """A projection group of three: an output, dA and dB for each projection, and one dX."""
-    options: dict[str, Any] = {"dtype": BF16, "lora_dtype": FP32, "device": device}
-    sizes = enumerate(((72, 8), (24, 4), (24, 4)))
-    made: list[Any] = [testing.make_inputs((70, 96), n, r, seed=i, **options) for i, (n, r) in sizes]
-    made = [inputs | {"x": made[0]["x"]} for inputs in made]
-    leaves = [made[0]["x"], *(inputs[name] for inputs in made for name in ("lora_A", "lora_B"))]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    weights, biases, a, b = ([inputs[name] for inputs in made] for name in ("weight", "bias", "lora_A", "lora_B"))
-    ys = lora_linear_group(leaves[0], weights, biases, a, b, [SCALING] * 3)
-    gradients = torch.autograd.grad(ys, leaves, [inputs["grad"] for inputs in made])
-
-    names = ("Y0", "Y1", "Y2", "dX", "dA0", "dB0", "dA1", "dB1", "dA2", "dB2")
-    out = dict(zip(names, (*ys, *gradients), strict=True))
-    ref, base = (
-        testing.group_results([results(i, SCALING) for i in made]) for results in (testing.oracle, testing.eager)
-    )
-    return nearest_to_bound(out, ref, base, BF16)
 
 
 def check_step(device: torch.device, *, dtype: torch.dtype) -> Measured:

@@ -61,9 +61,9 @@ def run(args: argparse.Namespace, report: Report) -> int:
         raise CommandError(f"--out must be a directory, got the file {given}")
     if out.is_dir() and any(out.iterdir()) and not args.overwrite:
         raise CommandError(f"--out must be empty or not there, got {given} with files in it; or --overwrite")
-    if Path(args.adapter).is_file():
-        raise CommandError(f"ADAPTER must be a directory, got the file {args.adapter!r}")
     adapter = find("ADAPTER", args.adapter, (CONFIG_NAME, WEIGHTS_NAME))
+    if adapter.is_file():
+        raise CommandError(f"ADAPTER must be a directory, got the file {args.adapter!r}")
     # Before the model, which takes longer, and with the status that a damaged file has everywhere.
     load_files(str(adapter), lambda tensor: None)
     source = find("--into", args.into, MODEL_FILES)
