@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -19,12 +21,10 @@ PROGRAM = "stablelora-kernels"
 COMMANDS: dict[str, ModuleType] = {"doctor": doctor, "inspect": inspect, "merge": merge, "bench": bench}
 
 
-class Paragraphs(argparse.HelpFormatter):
-    """A help formatter that wraps each paragraph of a description to the terminal's width."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = text.strip().split("\n\n")
-        return "\n\n".join(super(Paragraphs, self)._fill_text(part, width, indent) for part in paragraphs)
+def _wrapped(description: str) -> str:
+    """Each paragraph of a description, wrapped to the terminal's width. argparse would join them."""
+    wide = max(shutil.get_terminal_size().columns - 2, 11)
+    return "\n\n".join(textwrap.fill(" ".join(part.split()), wide) for part in description.split("\n\n"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.__doc__, formatter_class=Paragraphs)
+        options = {"help": module.HELP, "description": _wrapped(module.__doc__ or "")}
+        command = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser
