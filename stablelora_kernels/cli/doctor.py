@@ -73,8 +73,16 @@ def run(args: argparse.Namespace, report: Report) -> int:
     if args.interpret and (problem := backend.TRITON_PROBLEM or backend.interpreter_problem()):
         raise CommandError(f"--interpret runs the kernels in Triton's interpreter, but {problem}")
     name = _report_findings(device, report)
+    interpreting = name == "triton" and backend.INTERPRETING
+    # The results of each self-test, which come as its checks run.
+    self_tests: dict[str, Iterator[Result]] = {}
+    if name is not None:
+        subject = "PyTorch's operators" if name == "torch" else "the Triton kernels"
+        self_tests[IN_INTERPRETER if interpreting else f"{subject} on {device}"] = run_checks(device)
+    if args.interpret and not interpreting:
+        self_tests[IN_INTERPRETER] = _interpreted()
     report.data["self_tests"] = []
-    for title, running in _self_tests(device, name, args.interpret):
+    for title, running in self_tests.items():
         results: list[Result] = []
         for result in running:
             results.append(result)
@@ -149,16 +157,6 @@ def _report_results(title: str, results: list[Result], report: Report) -> None:
 
 
 # The self-test.
-
-
-def _self_tests(device: torch.device, name: str | None, interpret: bool) -> Iterator[tuple[str, Iterator[Result]]]:
-    """The title and the results of each self-test; results come as the checks run."""
-    interpreting = name == "triton" and backend.INTERPRETING
-    if name is not None:
-        subject = "PyTorch's operators" if name == "torch" else "the Triton kernels"
-        yield IN_INTERPRETER if interpreting else f"{subject} on {device}", run_checks(device)
-    if interpret and not interpreting:
-        yield IN_INTERPRETER, _interpreted()
 
 
 def _interpreted() -> Iterator[Result]:
