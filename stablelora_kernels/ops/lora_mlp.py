@@ -114,15 +114,13 @@ def lora_mlp_fwd(device: Device, call: Any, results: tuple[Tensor, ...], choice:
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     grad, weight = call.grad, projections_in(call)[0].weight
-
-    def like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-        return [
-            torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else grad.new_empty(0)
-            for t, need in zip(tensors, needs, strict=True)
-        ]
-
     dx = grad.new_empty((*grad.shape[:-1], weight.shape[1]) if call.need_x and weight is not None else 0)
-    return dx, like(call.lora_As, call.needs_a), like(call.lora_Bs, call.needs_b)
+    pairs = zip((*call.lora_As, *call.lora_Bs), (*call.needs_a, *call.needs_b), strict=True)
+    of_branches = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else grad.new_empty(0)
+        for t, need in pairs
+    ]
+    return dx, of_branches[:3], of_branches[3:]
 
 
 @define_launches(
@@ -170,21 +168,23 @@ class MLPFacts(NamedTuple):
     members: tuple[Entry, ...]
 
 
-# Of a forward on either path: Y; G, U, gate's and up's S side by side, down's S, and of each projection what draws its mask
-# again; and each s'.
-Forward = tuple[Tensor, Sequence[Any], Sequence[float]]
+# Y; G, U, gate's and up's S side by side, down's S, and of each projection what draws its mask again; the flattened projections
+# as backward reads them, and each s'.
+Forward = tuple[Tensor, Sequence[Any], Sequence[Any], Sequence[float]]
 
 
-def _triton_fwd(facts: MLPFacts, entry: Entry | None, x: Tensor, tensors: Sequence[Any], save: bool) -> Forward:
-    """For x [..., K] and the flattened projections. Without ``save`` Y is the only result that is not empty."""
-    _, (activation, dropout_p, _, shared_mask), scalings, layouts, lengths, *_ = facts
+def _forward(facts: MLPFacts, entry: Entry | None, x: Tensor, tensors: Sequence[Any], save: bool) -> Forward:
+    """For x [..., K] and the flattened projections. On Triton, Y alone is not empty without ``save``."""
+    _, (activation, dropout_p, backend, shared_mask), scalings, layouts, lengths, *_ = facts
+    if backend == "torch":
+        return _torch_fwd(facts, x, tensors)
     drops = [0.0 if lora_A is None else dropout_p for lora_A in tensors[-6:-3]]
     # In the order in which separate projections draw theirs.
     gate = draw_seed(x, drops[0])
     seeds = (gate, gate if shared_mask else draw_seed(x, drops[1]), draw_seed(x, drops[2]))
     numbers = (layouts, scalings, dropout_p, activation, save)
     y, *kept = lora_mlp_fwd((x, *tensors, *seeds), lengths, numbers, entry)
-    return y, (*kept, *seeds), scalings
+    return y, (*kept, *seeds), tensors, scalings
 
 
 def _draw(x: Tensor, p: Projection, dropout_p: float) -> tuple[Tensor | None, Tensor | None, float]:
@@ -200,10 +200,11 @@ def _drawn_again(random: Tensor | None, shape: Sequence[int], dropout_p: float) 
     return random if random is None or random.dtype == torch.bool else draw_keep_again(random, shape, dropout_p)
 
 
-def _torch_fwd(x: Tensor, projections: Sequence[Projection], options: Options) -> Forward:
-    """For x [..., K]. A projection without a branch has an A and a B of rank 0. All tensors have one dtype."""
-    activation, dropout_p, _, shared_mask = options
-    rows, (gate, up, down) = as_matrix(x), projections
+def _torch_fwd(facts: MLPFacts, x: Tensor, tensors: Sequence[Any]) -> Forward:
+    _, (activation, dropout_p, _, shared_mask), scalings, layouts, lengths, *_ = facts
+    # Cast once for forward and backward.
+    cast = _with_branches(unflatten(tensors, lengths[:-1], layouts, scalings), x, x.dtype)
+    rows, (gate, up, down) = as_matrix(x), cast
     drawn = [_draw(rows, gate, dropout_p)]
     drawn.append(drawn[0] if shared_mask else _draw(rows, up, dropout_p))
     scaled = [p._replace(scaling=p.scaling * scale) for p, (*_, scale) in zip((gate, up), drawn, strict=True)]
@@ -214,7 +215,7 @@ def _torch_fwd(x: Tensor, projections: Sequence[Projection], options: Options) -
     scaled.append(down._replace(scaling=down.scaling * scale))
     (y,), (s_down,) = torch_fwd(h, scaled[2:], [keep])
     kept = (g, u, torch.cat(each_s, 1), s_down, *(random for _, random, _ in drawn))
-    return like_rows_of(y, x), kept, [p.scaling for p in scaled]
+    return like_rows_of(y, x), kept, flatten(cast), [p.scaling for p in scaled]
 
 
 def _torch_bwd(
@@ -261,17 +262,10 @@ class _LoRAMLP(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, entry: Entry | None, facts: MLPFacts, x: Tensor, *tensors: Any
     ) -> Tensor:
-        if facts.options.backend == "torch":
-            # Cast once for forward and backward.
-            given = unflatten(tensors, facts.lengths[:-1], facts.layouts, facts.scalings)
-            projections = _with_branches(given, x, x.dtype)
-            tensors = tuple(flatten(projections))
-            y, kept, scalings = _torch_fwd(x, projections, facts.options)
-        else:
-            y, kept, scalings = _triton_fwd(facts, entry, x, tensors, save=True)
-        pairs = zip((x, *kept[:4], *tensors[:3]), facts.reads, strict=True)
+        y, kept, used, scalings = _forward(facts, entry, x, tensors, save=True)
+        pairs = zip((x, *kept[:4], *used[:3]), facts.reads, strict=True)
         read = [t if is_read else None for t, is_read in pairs]
-        ctx.save_for_backward(*read, *tensors[3:-9], *tensors[-6:], *kept[4:])
+        ctx.save_for_backward(*read, *used[3:-9], *used[-6:], *kept[4:])
         ctx.call = (facts, scalings)
         return y
 
@@ -305,12 +299,10 @@ def lora_mlp_op(x: Tensor, projections: Sequence[Projection], options: Options, 
     if facts.strategy == "one by one":
         # An entry also says that the call is not traced.
         return _one_by_one(x, projections, options, facts.members if entry is not None else [None] * 3)
-    if facts.strategy == "with gradients":
-        tensors = flatten(projections)
-        return apply(_LoRAMLP, entry, facts, x, *(_distinct(tensors) if torch.compiler.is_compiling() else tensors))
-    if options.backend == "torch":
-        return _torch_fwd(x, _with_branches(projections, x, x.dtype), options)[0]
-    return _triton_fwd(facts, entry, x, flatten(projections), save=False)[0]
+    tensors = flatten(projections)
+    if facts.strategy == "without gradients":
+        return _forward(facts, entry, x, tensors, save=False)[0]
+    return apply(_LoRAMLP, entry, facts, x, *(_distinct(tensors) if torch.compiler.is_compiling() else tensors))
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
