@@ -125,21 +125,22 @@ def _output(module: Any, form: Form, read: Read, x: Any) -> Tensor | None:
         return None
     if reason_to_skip(module, form) or isinstance(operands := _operands(module, form, read, x), str):
         return None
-    gate, up, down = (operands[child.name] for child in form[:3])
-    if form.gate.half is not None:
-        if gate.weights.weight.shape[0] % 2:  # type: ignore[union-attr]
+    gate, up, down = (operands[child.name].weights for child in form[:3])
+    if form.gate.half is not None and form.up.half is not None:
+        if gate.weight.shape[0] % 2:  # type: ignore[union-attr]
             return None
-        gate, up = _halves(gate, form.gate.half)
-    (n, k), up_shape, (_, inner) = (each.weights.weight.shape for each in (gate, up, down))  # type: ignore[union-attr]
+        halves = _halves(gate)
+        gate, up = halves[form.gate.half], halves[form.up.half]
+    (n, k), up_shape, (_, inner) = (p.weight.shape for p in (gate, up, down))  # type: ignore[union-attr]
     if x.shape[-1:] != (k,) or up_shape != (n, k) or inner != n:
         return None
-    dropout_p = next((each.dropout_p for each in (gate, up, down) if each.dropout_p is not None), None)
+    dropout_p = next((each.dropout_p for each in operands.values() if each.dropout_p is not None), None)
     # lora_mlp draws one mask for the halves of one layer, which have one A. Layers that share their A draw two.
-    shares_A = form.gate.half is None and gate.weights.lora_A is up.weights.lora_A is not None
+    shares_A = form.gate.half is None and gate.lora_A is up.lora_A is not None
     if dropout_p is None or (shares_A and dropout_p > 0):
         return None
     # dropout_p is that of now: 0 in evaluation.
-    return lora_mlp(x, gate.weights, up.weights, down.weights, form.activation, dropout_p, True)
+    return lora_mlp(x, gate, up, down, form.activation, dropout_p, True)
 
 
 def _operands(module: nn.Module, form: Form, read: Read, x: Tensor | None) -> dict[str, Operand] | str:
@@ -172,16 +173,13 @@ def _operands(module: nn.Module, form: Form, read: Read, x: Tensor | None) -> di
     return operands
 
 
-def _halves(operand: Operand, first: int) -> tuple[Operand, Operand]:
-    """Gate and up of a stacked projection, of which gate is the half ``first``."""
-    weight, bias, lora_A, lora_B, scaling = operand.weights
+def _halves(stacked: LoRAWeights) -> list[LoRAWeights]:
+    """Both halves of a stacked projection."""
+    weight, bias, lora_A, lora_B, scaling = stacked
+    cut: tuple[Any, ...] = (weight, bias, lora_B)
     # Not by slices, whose gradients would be padded with zeros and added.
-    weights, biases, lora_Bs = ((None, None) if t is None else t.chunk(2) for t in (weight, bias, lora_B))
-    gate, up = (
-        operand._replace(weights=LoRAWeights(weights[i], biases[i], lora_A, lora_Bs[i], scaling))
-        for i in (first, 1 - first)
-    )
-    return gate, up
+    parts = [(None, None) if t is None else t.chunk(2) for t in cut]
+    return [LoRAWeights(w, b, lora_A, half_B, scaling) for w, b, half_B in zip(*parts, strict=True)]
 
 
 def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
@@ -220,7 +218,7 @@ def unfuse_mlps(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         *_, forward = module.__dict__.pop(ATTRIBUTE, (None,))
         if is_fused(module):
-            module.__class__ = type(module)._stablelora_original  # type: ignore[assignment]
+            module.__class__ = type(module)._stablelora_original  # type: ignore[attr-defined]
         if forward is not None:
             module.__dict__["forward"] = forward.__get__(module)
 

@@ -223,14 +223,14 @@ def _torch_bwd(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dX, the dA's and the dB's for dY [..., N], None if not needed. ``saved``: x, G, U, S and down's S; the scalings are s'."""
     x, g, u, s, s_down = saved
-    (activation, dropout_p, _, shared_mask), (need_x, needs_a, needs_b) = facts.options, facts.needs
+    activation, dropout_p, _, shared_mask = facts.options
+    need_a, _, _, need_b, need_b_down, need_x, _, need_h = facts.reads
+    need_a_down = facts.needs[1][2]
     act, act_backward = _ACTIVATIONS[activation]
     dy, rows = expanded(as_matrix(grad)), None if x is None else as_matrix(x)
-    need_a, need_b = any(needs_a[:2]), any(needs_b[:2])
-    need_h = need_x or need_a or need_b
-    h = act(g).mul_(u) if needs_a[2] else None
-    keep = _drawn_again(random[2], g.shape, dropout_p) if need_h or needs_a[2] else None
-    needs = (need_h, needs_a[2], needs_b[2])
+    h = act(g).mul_(u) if need_a_down else None
+    keep = _drawn_again(random[2], g.shape, dropout_p) if need_h or need_a_down else None
+    needs = (need_h, need_a_down, need_b_down)
     dh, da, db = torch_bwd(h, [dy], projections[2:], [s_down], [keep], facts.lora_dtype, *needs)
     # Before there is dU.
     del h, keep
@@ -245,10 +245,11 @@ def _torch_bwd(
         del dh
         keeps: list[Tensor | None] = [None, None]
         if need_x or need_a:
+            assert projections[0].lora_A is not None
             shape = (dy.shape[0], projections[0].lora_A.shape[1])
             keeps[0] = _drawn_again(random[0], shape, dropout_p)
             keeps[1] = keeps[0] if shared_mask else _drawn_again(random[1], shape, dropout_p)
-        each_s = [None, None] if s is None else s.split([p.rank for p in projections[:2]], 1)
+        each_s: Any = (None, None) if s is None else s.split([p.rank for p in projections[:2]], 1)
         needs = (need_x, need_a, need_b)
         dx, das, dbs = torch_bwd(rows, [dg, du], projections[:2], each_s, keeps, facts.lora_dtype, *needs)
     dx = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1])
@@ -373,8 +374,10 @@ def _with_shared_mask(
 ) -> list[Tensor]:
     """G and U, whose branches read one masked X."""
     keep, scale = draw_dropout(x, options.dropout_p, 1.0)
-    dropped, outputs = masked(x, keep), []
+    dropped = masked(x, keep)
+    outputs: list[Tensor] = []
     for (weight, bias, lora_A, lora_B, scaling), entry in zip((gate, up), entries, strict=True):
+        assert weight is not None
         base = linear(x, as_plain(weight, x.dtype), bias)
         branch = Projection(None, None, lora_A, lora_B, scaling * scale)
         outputs += lora_linear_op(dropped, (branch,), base, 0.0, options.backend, entry)
