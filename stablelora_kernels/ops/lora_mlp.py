@@ -234,26 +234,25 @@ def _torch_bwd(
     dh, da, db = torch_bwd(h, [dy], projections[2:], [s_down], [keep], facts.lora_dtype, *needs)
     # Before there is dU.
     del h, keep
-    dx: Tensor | None = None
-    das: list[Any] = []
-    dbs: list[Any] = []
+    nothing: list[Any] = [None, None]
+    dx, das, dbs = None, nothing, nothing
     if dh is not None:
         du = act(g).mul_(dh)
         # dG takes the memory of dH. allow_mutation_on_saved_tensors(), for one, knows outputs by the name "out" alone.
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
         dg = act_backward(dh.mul_(u), g, **({} if traced else {"grad_input": dh}))
         del dh
-        keeps: list[Tensor | None] = [None, None]
+        keeps = [*nothing]
         if need_x or need_a:
             assert projections[0].lora_A is not None
             shape = (dy.shape[0], projections[0].lora_A.shape[1])
             keeps[0] = _drawn_again(random[0], shape, dropout_p)
             keeps[1] = keeps[0] if shared_mask else _drawn_again(random[1], shape, dropout_p)
-        each_s: Any = (None, None) if s is None else s.split([p.rank for p in projections[:2]], 1)
+        each_s = nothing if s is None else s.split([p.rank for p in projections[:2]], 1)
         needs = (need_x, need_a, need_b)
         dx, das, dbs = torch_bwd(rows, [dg, du], projections[:2], each_s, keeps, facts.lora_dtype, *needs)
     dx = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1])
-    return dx, [*(das or [None] * 2), *(da or [None]), *(dbs or [None] * 2), *(db or [None])]
+    return dx, [*(das or nothing), *(da or nothing[:1]), *(dbs or nothing), *(db or nothing[:1])]
 
 
 class _LoRAMLP(torch.autograd.Function):
