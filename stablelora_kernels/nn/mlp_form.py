@@ -113,9 +113,9 @@ def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | s
         if isinstance(form, str):
             return form
         forms.add(form)
-    # Reasons name the first child of the module.
-    order = [(name,) for name in module._modules]
-    ordered = tuple(sorted(reads.items(), key=lambda read: order.index(read[0]) if read[0] in order else -1))
+    # Children in the module's order: reasons name the first one.
+    order = {(name,): i for i, name in enumerate(module._modules)}
+    ordered = tuple(sorted(reads.items(), key=lambda read: order.get(read[0], -1)))
     return _OTHER if len(forms) > 1 else forms.pop()._replace(argument=argument, reads=ordered)
 
 
