@@ -114,7 +114,7 @@ def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | s
             return form
         forms.add(form)
     # Children in the module's order: reasons name the first one.
-    order = {(name,): i for i, name in enumerate(module._modules)}
+    order: dict[tuple[str, ...], int] = {(name,): i for i, name in enumerate(module._modules)}
     ordered = tuple(sorted(reads.items(), key=lambda read: order.get(read[0], -1)))
     return _OTHER if len(forms) > 1 else forms.pop()._replace(argument=argument, reads=ordered)
 
