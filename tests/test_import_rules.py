@@ -95,7 +95,6 @@ NEEDED = {*sys.stdlib_module_names, "torch", "triton", PACKAGE}
 BEHIND_IMPORT_EXTRA = {
     "integrations.peft": {"peft"},
     "integrations.peft_layers": {"peft", "bitsandbytes"},
-    "integrations.peft_mlp": {"peft"},
 }
 
 
