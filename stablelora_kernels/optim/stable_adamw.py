@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import compress
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.optim import options, snapshot, state
-from stablelora_kernels.optim.options import Member, PairIndices, Parts
 from stablelora_kernels.optim.snapshot import Gradients, Snapshot, layout_of
 from stablelora_kernels.optim.stability import PairStability, finite_norms
+from stablelora_kernels.optim.state import Member
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.pairs import LoRAPair
@@ -194,9 +193,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._any_sharded = any(map(is_sharded, self._params))
         self._skipped_on_device: dict[torch.device, Tensor] = getattr(self, "_skipped_on_device", {})
-        # For each device the indices of its parameters, and the engine; and the settings of all.
-        self._engines: list[tuple[list[int], Any]] = []
-        self._settings: list[options.Setting] = []
+        # One a device.
+        self._engines: list[TorchStep | TritonStep] = []
         # The parameters, or shards, whose versions tell that someone else wrote to them.
         self._watched: list[Tensor] = []
         self._on_cpu = True
@@ -223,18 +221,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             return loss
         if not self.state and state.is_state_init_step(self.param_groups, self._params, gradients.tensors):
             self._build_engines()
-        elif self.shrink_schedule is None:
-            self._step_on(gradients)
-        else:
-            step = self._follow_schedule(self.shrink_schedule)
+            return loss
+        if (scheduled := self._follow_schedule()) is not None:
             # The schedule is user code, which may have moved the gradients.
-            self._step_on(Gradients(gradients.tensors, layout_of(gradients.tensors)))
-            # Last: a step that raised counts for nothing.
-            self.param_groups[0]["shrink_step"] = step
-        return loss
-
-    def _step_on(self, gradients: Gradients) -> None:
-        """Take the step on every device. Its engine is told what has changed since the last step."""
+            gradients = Gradients(gradients.tensors, layout_of(gradients.tensors))
         now, capturing = self._snapshot(gradients), snapshot.capturing()
         change = now.since(self._last)
         if change.build:
@@ -245,21 +235,19 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             self._last = dataclasses.replace(now, versions=None)
         # If this step raises, the next one uploads everything again.
         self._last.tensors = self._last.gradients = None
-        for setting in self._settings if change.hyper else ():
-            setting.read()
         if change.gradients:
-            self._written, watched = self._params, self._is_watched
+            self._written, self._raised = self._params, len(self._raising)
             if gradients.layout is None or gradients.layout.present is not None:
-                present = [g is not None for g in gradients.tensors]
-                self._written, watched = list(compress(self._params, present)), list(compress(watched, present))
-            self._raised = watched.count(True)
-        for indices, engine in self._engines:
+                self._written = [p for p, g in zip(self._params, gradients.tensors, strict=True) if g is not None]
+                self._raised = sum(id(p) in self._raising for p in self._written)
+        for engine in self._engines:
             # torch.amp's scale and verdict, if GradScaler has set them.
             scale, found_inf = (
                 t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
                 for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
             )
-            engine.step(gradients if len(self._engines) == 1 else gradients.at(indices), change, scale, found_inf)
+            own = gradients if len(self._engines) == 1 else gradients.at([member.place for member in engine.members])
+            engine.step(own, change, scale, found_inf)
         now.state, self._last = self._last.state, now
         self._count_write()
         # Copies and measurements of a graph exist only once it is replayed.
@@ -267,6 +255,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             now.tensors = now.gradients = None
         if capturing and change.written:
             now.versions = None
+        # Last: a step that raised counts for nothing.
+        if scheduled is not None:
+            self.param_groups[0]["shrink_step"] = scheduled
+        return loss
 
     def _snapshot(self, gradients: Gradients | None = None) -> Snapshot:
         """What there is in Python now."""
@@ -281,15 +273,17 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         assert self._last.versions is not None
         self._last.versions += self._raised
 
-    def _follow_schedule(self, schedule: Callable[[int], float]) -> int:
-        """Write this step's shrink ratio into the groups, and return the step."""
+    def _follow_schedule(self) -> int | None:
+        """Write this step's shrink ratio into the groups if there is a schedule, and return the step."""
+        if self.shrink_schedule is None:
+            return None
         if snapshot.capturing():
             raise RuntimeError(
                 "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
                 "write to it between replays"
             )
         step = self.param_groups[0].get("shrink_step", 0) + 1
-        ratio = check_float(f"shrink_schedule({step})", schedule(step), low=0.0, high=1.0)
+        ratio = check_float(f"shrink_schedule({step})", self.shrink_schedule(step), low=0.0, high=1.0)
         for group in self.param_groups:
             group["shrink_ratio"] = ratio
         return step
@@ -297,29 +291,21 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def _build_engines(self) -> None:
         """Check and complete the state, then make one engine for each device that holds parameters."""
         self._last = Snapshot(self._last.params)
-        options.check_shared(self.param_groups, self.storage)
-        members, self._settings = options.members_and_settings(self.param_groups, self._pairs)
-        by_device = options.by_device(members, self._pairs, self.max_grad_norm)
-        classes = [_engine_class(device, [members[i] for i in each]) for device, each in by_device.items()]
-        names = [name for group in self.param_groups for name in group["param_names"]]
-        entries = state.completed(self.state, members, names, self._settings, self.storage)
+        by_device = state.members_of(self.param_groups, self._pairs, self.state, self.storage)
+        classes = [_engine_class(device, members) for device, members in by_device.items()]
         self._engines = []
-        for (device, indices), engine_class in zip(by_device.items(), classes, strict=True):
+        for engine_class, (device, members) in zip(classes, by_device.items(), strict=True):
             if device not in self._skipped_on_device:
                 self._skipped_on_device[device] = torch.zeros((), dtype=torch.int32, device=device)
-            own = [members[i] for i in indices]
-            index_of = {id(member.owner): i for i, member in enumerate(own)}
-            pairs = [PairIndices(index_of[id(p.A)], index_of[id(p.B)]) for p in self._pairs if id(p.A) in index_of]
-            held, skipped = {members[i].param: entries[i] for i in indices}, self._skipped_on_device[device]
-            engine = engine_class(Parts(own, pairs, self._settings, held, skipped, self.storage))
-            self._engines.append((indices, engine))
-        for member, entry in zip(members, entries, strict=True):
-            self.state[member.owner] = state.as_owned(entry, member.owner)
-        watched = {indices[i] for indices, engine in self._engines for i in engine.watched}
-        self._watched = [members[i].param for i in watched]
-        self._on_cpu = all(device.type == "cpu" for device in by_device)
+            skipped = self._skipped_on_device[device]
+            self._engines.append(engine_class(members, self._pairs, self.storage, skipped))
+        for member in (member for engine in self._engines for member in engine.members):
+            self.state[member.owner] = state.as_owned(member.entry, member.owner)
+        watched = [engine.members[i] for engine in self._engines for i in engine.watched]
+        self._watched = [member.param for member in watched]
         # A shard has a version of its own, which a step leaves alone.
-        self._is_watched = [i in watched and member.param is member.owner for i, member in enumerate(members)]
+        self._raising = {id(member.owner) for member in watched if member.param is member.owner}
+        self._on_cpu = all(device.type == "cpu" for device in by_device)
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.
@@ -347,7 +333,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             message = f"{steps} skipped because the norm of {their} gradients was not finite"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
             self._reported = found
-        float32_squares = any(not isinstance(engine, TorchStep) for _, engine in self._engines)
+        float32_squares = any(isinstance(engine, TritonStep) for engine in self._engines)
         return finite_norms(self._pairs, float32_squares, local_only)
 
     @torch.no_grad()
@@ -389,16 +375,13 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        state_dict = state.from_adamw(state_dict, self.param_groups)
-        groups = state.check_state_groups(state_dict, self.param_groups)
-        loaded = state.load_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
-        merged = [
-            {**own, **{key: group[key] for key in options.HYPER}}
-            for own, group in zip(self.param_groups, groups, strict=True)
-        ]
-        options.check_shared(merged, self.storage)
-        state.warn_of_differences(groups[0], self.param_groups[0])
-        state.restore_groups(groups, self.param_groups)
+        saved = options.check_saved(state_dict, self.param_groups)
+        groups = [options.with_saved(own, theirs) for own, theirs in zip(self.param_groups, saved, strict=True)]
+        options.check_shared(groups, self.storage)
+        loaded = state.load_state(state_dict, saved, self.param_groups, self._pairs, self.storage)
+        options.warn_of_differences(saved[0], self.param_groups[0])
+        for own, group in zip(self.param_groups, groups, strict=True):
+            own.update(group)
         self.state.clear()
         self.state.update(loaded)
         self._find_pairs()
@@ -415,7 +398,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._find_pairs()
 
 
-def _engine_class(device: torch.device, members: Sequence[Member]) -> Any:
+def _engine_class(device: torch.device, members: Sequence[Member]) -> type[TorchStep | TritonStep]:
     """The class of the engine that takes the step of the ``members`` on ``device``."""
     if resolve_backend(device) == "torch":
         return TorchStep
