@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.optim import options, snapshot, state
-from stablelora_kernels.optim.snapshot import Gradients, Snapshot, layout_of
+from stablelora_kernels.optim.snapshot import Gradients, Snapshot, layout_of, same_objects
 from stablelora_kernels.optim.stability import PairStability, finite_norms
 from stablelora_kernels.optim.state import Member
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.dtensor import is_sharded, local
-from stablelora_kernels.utils.model_watch import same_objects
 from stablelora_kernels.utils.text import counted
 from stablelora_kernels.utils.validation import check_float
 from stablelora_kernels.utils.wrappers import check_module, clean, innermost
